@@ -1,0 +1,1 @@
+"""The models that NeRCC is shown on, installed as `nercc_models`. Nothing here knows of coding."""
