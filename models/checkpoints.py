@@ -1,0 +1,75 @@
+"""A training run's state on disk, by orbax."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+class Checkpoints:
+    """The last two checkpoints of one run in one folder; without a folder it keeps nothing.
+
+    `numbers` are the recipe's: a folder holds one recipe's run, and resuming another one from it
+    raises `ValueError`.
+    """
+
+    def __init__(self, folder: str | Path | None, numbers: dict[str, Any]):
+        self._numbers = numbers
+        self._manager: Any = None
+        if folder is not None:
+            import orbax.checkpoint as ocp
+
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=2, create=True, enable_async_checkpointing=False
+            )
+            self._manager = ocp.CheckpointManager(Path(folder).resolve(), options=options)
+
+    def save(self, step: int, state: Any, history: list[dict[str, Any]], seconds: float) -> None:
+        """Keep `state`, any pytree of arrays, with what was logged so far."""
+        if self._manager is None:
+            return
+        import orbax.checkpoint as ocp
+
+        log = {"recipe": self._numbers, "history": history, "seconds": seconds}
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardSave(_by_path(state)), log=ocp.args.JsonSave(log)
+        )
+        self._manager.save(step, args=arguments, force=True)
+
+    def restore(self, state: Any) -> tuple[int, Any, list[dict[str, Any]], float]:
+        """The latest (step, state, history, seconds of the unfinished epoch); `state` is both the
+        structure to fill and the answer when there is no checkpoint."""
+        manager: Any = self._manager
+        latest = None if manager is None else manager.latest_step()
+        if latest is None:
+            return 0, state, [], 0.0
+        import orbax.checkpoint as ocp
+
+        log = manager.restore(latest, args=ocp.args.Composite(log=ocp.args.JsonRestore())).log
+        changed = {
+            name: (log["recipe"].get(name), value)
+            for name, value in self._numbers.items()
+            if log["recipe"].get(name) != value
+        }
+        if changed:
+            raise ValueError(
+                f"The checkpoints in {manager.directory} were made by a recipe with other "
+                f"numbers (there, now): {changed}. Choose another checkpoint folder."
+            )
+        wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, _by_path(state))
+        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
+        arrays = manager.restore(latest, args=arguments).state
+        leaves = [arrays[name] for name in _by_path(state)]
+        state = jax.tree.unflatten(jax.tree.structure(state), leaves)
+        return latest, state, list(log["history"]), log["seconds"]
+
+    def close(self) -> None:
+        """Wait for what is still being written."""
+        if self._manager is not None:
+            self._manager.close()
+
+
+def _by_path(state: Any) -> dict[str, Any]:
+    """A pytree as a flat table: every structure is stored alike, lists and Flax states included."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {jax.tree_util.keystr(path).replace("/", "|"): leaf for path, leaf in leaves}

@@ -1,0 +1,86 @@
+"""How each shipped model is made: one recipe a model, in one table."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+from flax import nnx
+
+from . import lenet5
+from .augmentation import Augmentation
+
+
+def _as_trained(model: nnx.Module) -> nnx.Module:
+    return model
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a training run, so that the same recipe gives the same numbers.
+
+    - `build`: the untrained model from Flax `rngs`; `deploy`: the trained model to the one that is
+      shipped.
+    - `preprocess`: stored images (B, ...) to the model's float batch (B, *input_shape).
+    - `learning_rate` rises over `warmup_epochs` and falls to zero along a cosine.
+    - `weight_decay` acts on kernels only, not on biases and scales.
+    """
+
+    name: str
+    data: str
+    build: Callable[[nnx.Rngs], nnx.Module]
+    preprocess: Callable[..., Any]
+    input_shape: tuple[int, int, int]
+    epochs: int
+    learning_rate: float
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    batch_size: int = 128
+    warmup_epochs: float = 1.0
+    weight_decay: float = 0.0
+    label_smoothing: float = 0.0
+    augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
+    seed: int = 0
+    deploy: Callable[[Any], nnx.Module] = _as_trained
+
+    def numbers(self) -> dict[str, Any]:
+        """The recipe as plain JSON values: all but the model and the preprocessing."""
+        functions = ("build", "deploy", "preprocess")
+        fields = dataclasses.asdict(self)
+        fields["input_shape"] = list(self.input_shape)
+        return {name: value for name, value in fields.items() if name not in functions}
+
+
+_RECIPES = (
+    Recipe(
+        name="lenet5-digits",
+        data="digits",
+        build=lambda rngs: lenet5.LeNet5(rngs=rngs),
+        preprocess=lenet5.preprocess_digits,
+        input_shape=lenet5.INPUT_SHAPE,
+        epochs=60,
+        batch_size=64,
+        learning_rate=2e-3,
+        warmup_epochs=3,
+        weight_decay=1e-2,
+        augmentation=Augmentation(padding=2),
+    ),
+    Recipe(
+        name="lenet5-mnist",
+        data="mnist",
+        build=lambda rngs: lenet5.LeNet5(rngs=rngs),
+        preprocess=lenet5.preprocess_mnist,
+        input_shape=lenet5.INPUT_SHAPE,
+        epochs=15,
+        learning_rate=3e-3,
+        weight_decay=1e-2,
+        augmentation=Augmentation(padding=2),
+    ),
+)
+
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _RECIPES}
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe of that name; `ValueError` that lists the names otherwise."""
+    if name not in RECIPES:
+        raise ValueError(f"Unknown recipe {name!r}. Known: {', '.join(sorted(RECIPES))}.")
+    return RECIPES[name]

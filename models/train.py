@@ -1,0 +1,112 @@
+"""Train a recipe and write its weights: `python -m nercc_models.train lenet5-digits`."""
+
+import argparse
+import dataclasses
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from .data import Data, load_data
+from .recipes import RECIPES, Recipe, find_recipe
+from .registry import evaluate_model
+from .training import Trained, train
+from .weights import num_parameters, save_weights
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command. Trains, or goes on from the latest checkpoint, and writes weights and card."""
+    options = _parse(arguments)
+    recipe = find_recipe(options.recipe)
+    changes = {name: getattr(options, name) for name in ("epochs", "seed")}
+    recipe = dataclasses.replace(recipe, **{k: v for k, v in changes.items() if v is not None})
+    train_data = load_data(recipe.data, "train", data_dir=options.data_dir)
+    test_data = load_data(recipe.data, "test", data_dir=options.data_dir)
+    checkpoint_dir = options.checkpoint_dir or Path("checkpoints") / recipe.name
+    trained = _train_with_progress(recipe, train_data, test_data, checkpoint_dir)
+    write_model(recipe, trained, train_data, options.output_dir or checkpoint_dir)
+    folder = options.output_dir or checkpoint_dir
+    result = evaluate_model(recipe.name, options.data_dir, weights_dir=folder)
+    print(
+        f"{recipe.name}: {result.correct} of {result.total} test images are right "
+        f"({result.accuracy:.2%}), with the weights as stored in {folder}."
+    )
+
+
+def write_model(recipe: Recipe, trained: Trained, data: Data, folder: str | Path) -> None:
+    """Write `<name>.safetensors` (half precision, deploy form) and the card `<name>.json`."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    state = nnx.split(recipe.deploy(trained.model))[1]
+    size = save_weights(Path(folder) / f"{recipe.name}.safetensors", state)
+    card = {
+        "name": recipe.name,
+        "made_by": f"python -m nercc_models.train {recipe.name}",
+        "data": recipe.data,
+        "train_images": len(data),
+        "classes": list(data.classes),
+        "score": {**dataclasses.asdict(trained.score), "accuracy": trained.score.accuracy},
+        "num_parameters": num_parameters(state),
+        "bytes": size,
+        "precision": "float16",
+        "training_seconds": round(trained.seconds, 1),
+        "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}, jax {jax.__version__}",
+        "recipe": recipe.numbers(),
+        "history": trained.history,
+    }
+    (Path(folder) / f"{recipe.name}.json").write_text(json.dumps(card, indent=1) + "\n")
+
+
+def _train_with_progress(
+    recipe: Recipe, train_data: Data, test_data: Data, checkpoint_dir: Path
+) -> Trained:
+    try:
+        from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+    except ImportError as error:
+        raise ImportError("The progress bar is rich's: pip install 'nercc-jax[demo]'.") from error
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        task = progress.add_task(recipe.name, total=None)
+
+        def on_epoch(entry: dict[str, Any]) -> None:
+            progress.console.print(
+                f"epoch {entry['epoch']}/{recipe.epochs}  loss {entry['loss']:.4f}  "
+                f"train {entry['train_accuracy']:.4f}  "
+                f"test {entry['test_correct']}/{entry['test_total']}  {entry['seconds']} s"
+            )
+
+        return train(
+            recipe,
+            train_data,
+            test_data,
+            checkpoint_dir=checkpoint_dir,
+            on_step=lambda step, total: progress.update(task, completed=step, total=total),
+            on_epoch=on_epoch,
+        )
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m nercc_models.train",
+        description="Train a model from its recipe. An interrupted run goes on where it was.",
+    )
+    parser.add_argument("recipe", choices=sorted(RECIPES), help="which model")
+    parser.add_argument(
+        "--data-dir", type=Path, help="folder with <data set>/train*.parquet; else the hub"
+    )
+    parser.add_argument("--epochs", type=int, help="another number of epochs than the recipe's")
+    parser.add_argument("--seed", type=int, help="another seed than the recipe's")
+    parser.add_argument(
+        "--checkpoint-dir", type=Path, help="where the run's state is kept [checkpoints/RECIPE]"
+    )
+    parser.add_argument(
+        "--output-dir", type=Path, help="where weights and card go [the checkpoint folder]"
+    )
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()

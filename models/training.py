@@ -1,0 +1,179 @@
+"""The training loop of every recipe: optax, a checkpoint an epoch, exact resumption.
+
+Batch order and augmentation derive from (seed, step) alone, never from a running generator, so an
+interrupted run that resumes from a checkpoint ends at the same numbers as one that was not.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from .augmentation import augment
+from .checkpoints import Checkpoints
+from .data import Data
+from .recipes import Recipe
+from .scoring import Score, score
+
+
+class TrainState(NamedTuple):
+    """What a step changes. `totals` are the epoch's sums of the loss and of the correct guesses."""
+
+    params: nnx.State
+    rest: nnx.State
+    optimizer: optax.OptState
+    totals: Float[Array, " 2"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """`model` in the form that trained, `history` one entry an epoch, `score` on the test data."""
+
+    model: nnx.Module
+    history: tuple[dict[str, Any], ...]
+    score: Score
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all epochs, those before an interruption included."""
+        return sum(entry["seconds"] for entry in self.history)
+
+
+def make_optimizer(recipe: Recipe, steps_per_epoch: int) -> optax.GradientTransformation:
+    """The recipe's optimizer with its schedule: linear warm-up, then a cosine down to zero."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=recipe.learning_rate,
+        warmup_steps=round(recipe.warmup_epochs * steps_per_epoch),
+        decay_steps=recipe.epochs * steps_per_epoch,
+    )
+
+    def kernels(params: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+    if recipe.optimizer == "sgd":
+        return optax.chain(
+            optax.add_decayed_weights(recipe.weight_decay, kernels),
+            optax.sgd(schedule, momentum=0.9, nesterov=True),
+        )
+    adamw = optax.adamw(schedule, weight_decay=recipe.weight_decay, mask=kernels)
+    return optax.chain(optax.clip_by_global_norm(1.0), adamw)
+
+
+def make_step(
+    recipe: Recipe, graphdef: Any, optimizer: optax.GradientTransformation, num_classes: int
+) -> Callable[[TrainState, Any, Any, Any], TrainState]:
+    """One jitted step: (state, stored images (B, ...), labels (B,), step number) -> state."""
+
+    def loss_fn(params: nnx.State, rest: nnx.State, images: Array, targets: Array) -> Any:
+        model = nnx.merge(graphdef, params, rest)
+        logits = model(images)  # pyright: ignore[reportCallIssue]
+        loss = optax.softmax_cross_entropy(logits, targets).mean()
+        return loss, (logits, nnx.split(model, nnx.Param, ...)[2])
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(state: TrainState, images: Array, labels: Int[Array, " batch"], number: Array) -> Any:
+        key = jax.random.fold_in(jax.random.key(recipe.seed), number)
+        targets = jax.nn.one_hot(labels, num_classes)
+        targets = optax.smooth_labels(targets, recipe.label_smoothing)
+        inputs, targets = augment(key, recipe.preprocess(images), targets, recipe.augmentation)
+        gradient = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, (logits, rest)), grads = gradient(state.params, state.rest, inputs, targets)
+        updates, moments = optimizer.update(grads, state.optimizer, state.params)
+        params: Any = optax.apply_updates(state.params, updates)  # pyright: ignore
+        hits = jnp.mean(jnp.argmax(logits, -1) == labels)
+        return TrainState(params, rest, moments, state.totals + jnp.stack([loss, hits]))
+
+    return step
+
+
+def batch_indices(seed: int, step: int, num_images: int, batch_size: int) -> np.ndarray:
+    """The images of one step: each epoch is a permutation of its own, its remainder left out."""
+    epoch, place = divmod(step, num_images // batch_size)
+    order = np.random.default_rng((seed, epoch)).permutation(num_images)
+    return order[place * batch_size : (place + 1) * batch_size]
+
+
+def train(
+    recipe: Recipe,
+    train_data: Data,
+    test_data: Data,
+    *,
+    checkpoint_dir: str | Path | None = None,
+    checkpoint_every: int | None = None,
+    on_step: Callable[[int, int], None] = lambda step, total: None,
+    on_epoch: Callable[[dict[str, Any]], None] = lambda entry: None,
+) -> Trained:
+    """Train a recipe's model from its seed, or go on from the latest checkpoint.
+
+    **Arguments:**
+
+    - `train_data`, `test_data`: as `load_data` gives them.
+    - `checkpoint_dir`: where the state is kept; nothing is written without it.
+    - `checkpoint_every`: how many steps lie between checkpoints; an epoch's when it is left out.
+    - `on_step(step, total)`: called at the start and after every step; may raise to interrupt.
+    - `on_epoch(entry)`: called with each new entry of the history.
+
+    **Raises:** `ValueError` when a batch is larger than the training data, or when the checkpoints
+    belong to a recipe with other numbers.
+    """
+    steps_per_epoch = len(train_data) // recipe.batch_size
+    if steps_per_epoch < 1:
+        raise ValueError(
+            f"A batch of {recipe.batch_size} is more than the {len(train_data)} training images."
+        )
+    total = recipe.epochs * steps_per_epoch
+    model = recipe.build(nnx.Rngs(recipe.seed))
+    model.eval()
+    eval_graphdef = nnx.split(model, nnx.Param, ...)[0]
+    model.train()
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    optimizer = make_optimizer(recipe, steps_per_epoch)
+    state = TrainState(params, rest, optimizer.init(params), jnp.zeros(2))  # pyright: ignore
+    step_fn = make_step(recipe, graphdef, optimizer, len(train_data.classes))
+
+    @jax.jit
+    def classify(params: nnx.State, rest: nnx.State, images: Array) -> Array:
+        trained = nnx.merge(eval_graphdef, params, rest)
+        return trained(recipe.preprocess(images))  # pyright: ignore[reportCallIssue]
+
+    def test(state: TrainState) -> Score:
+        return score(partial(classify, state.params, state.rest), test_data)
+
+    checkpoints = Checkpoints(checkpoint_dir, recipe.numbers())
+    start, state, history, earlier = checkpoints.restore(state)
+    on_step(start, total)
+    began = time.monotonic() - earlier
+    for step in range(start, total):
+        chosen = batch_indices(recipe.seed, step, len(train_data), recipe.batch_size)
+        state = step_fn(state, train_data.images[chosen], train_data.labels[chosen], step)
+        done = step + 1
+        if done % steps_per_epoch == 0:
+            loss, hits = (float(value) / steps_per_epoch for value in state.totals)
+            result = test(state)
+            entry = {
+                "epoch": done // steps_per_epoch,
+                "loss": loss,
+                "train_accuracy": hits,
+                "test_correct": result.correct,
+                "test_total": result.total,
+                "seconds": round(time.monotonic() - began, 1),
+            }
+            history.append(entry)
+            on_epoch(entry)
+            state = state._replace(totals=jnp.zeros(2))
+            began = time.monotonic()
+        if done % (checkpoint_every or steps_per_epoch) == 0 or done == total:
+            checkpoints.save(done, state, history, time.monotonic() - began)
+        on_step(done, total)
+    checkpoints.close()
+    return Trained(nnx.merge(eval_graphdef, state.params, state.rest), tuple(history), test(state))
