@@ -75,7 +75,7 @@ def make_step(
     """One jitted step: (state, stored images (B, ...), labels (B,), step number) -> state."""
 
     def loss_fn(params: nnx.State, rest: nnx.State, images: Array, targets: Array) -> Any:
-        model = nnx.merge(graphdef, params, rest)
+        model = nnx.merge(graphdef, params, rest, copy=True)  # its batch statistics are mutated
         logits = model(images)  # pyright: ignore[reportCallIssue]
         loss = optax.softmax_cross_entropy(logits, targets).mean()
         return loss, (logits, nnx.split(model, nnx.Param, ...)[2])
