@@ -1,0 +1,5 @@
+"""Smoothing splines as linear operators."""
+
+from ._smoothing import SmoothingSpline, smoothing_matrix, smoothing_spline
+
+__all__ = ["SmoothingSpline", "smoothing_matrix", "smoothing_spline"]
