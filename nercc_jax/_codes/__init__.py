@@ -1,0 +1,19 @@
+"""Codes: one interface, one file a code."""
+
+from ._berrut import Berrut
+from ._code import AbstractCode, Decoded, as_mask, decode_groups
+from ._lagrange import Lagrange
+from ._nercc import NeRCC
+from ._replication import Replication, Uncoded
+
+__all__ = [
+    "AbstractCode",
+    "Berrut",
+    "Decoded",
+    "Lagrange",
+    "NeRCC",
+    "Replication",
+    "Uncoded",
+    "as_mask",
+    "decode_groups",
+]

@@ -40,6 +40,16 @@ class Knots(eqx.Module):
         means = jax.ops.segment_sum(shares, self.knot, self.t.shape[0], indices_are_sorted=True)
         return means[jnp.minimum(jnp.arange(self.t.shape[0]), self.knot[-1])]
 
+    def spread(self, matrix: Float[Array, "k n"]) -> Float[Array, "k points"]:
+        """A matrix on knots as a matrix on points: `matrix @ average(y) == spread(matrix) @ y`."""
+        empty = jnp.zeros((matrix.shape[0], self.order.shape[0]), matrix.dtype)
+        return empty.at[:, self.order].set(matrix[:, self.knot] * self.share)
+
+    @property
+    def number(self) -> Int[Array, ""]:
+        """How many knots carry weight; they are the first ones."""
+        return jnp.sum(self.weights > 0)
+
 
 def gather_knots(points: Float[Array, " points"], weights: Float[Array, " points"]) -> Knots:
     """The knots of points with non-negative weights; a weight of zero leaves a point out."""
@@ -68,4 +78,3 @@ def gather_knots(points: Float[Array, " points"], weights: Float[Array, " points
     last = jax.lax.stop_gradient(t[jnp.maximum(number - 1, 0)])
     t = jnp.where(slot < number, t, last + (slot - number + 1).astype(t.dtype))
     return Knots(t, knot_weights, order, knot, share)
-

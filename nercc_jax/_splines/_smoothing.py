@@ -19,12 +19,14 @@ class SmoothingSpline(eqx.Module):
     values: Float[Array, "n *m"]
     slopes: Float[Array, "n *m"]
 
+    @jax.jit
     def evaluate(self, t: Float[ArrayLike, " k"]) -> Float[Array, "k *m"]:
         """The spline at the points t; straight lines beyond the outermost observed knots."""
         at = jnp.asarray(t, self.knots.dtype)
         return _hermite(self.knots, self.values, self.slopes, at)
 
 
+@jax.jit
 def smoothing_spline(
     t: Float[ArrayLike, " n"],
     y: Float[Array, "n *m"],
@@ -35,7 +37,7 @@ def smoothing_spline(
 ) -> SmoothingSpline:
     """Fits the natural cubic smoothing spline
 
-        argmin_u  1/W sum_i w_i |u(t_i) - y_i|^2  +  lambda integral |u''(t)|^2 dt,    W = sum_i w_i,
+        argmin_u  1/W sum_i w_i |u(t_i) - y_i|^2 + lambda integral |u''(t)|^2 dt,   W = sum_i w_i,
 
     over the available observations, in O(n) operations per coordinate. Differentiable in t, y,
     lambda and the weights; one compilation serves every mask; batch with `jax.vmap`.
@@ -45,7 +47,7 @@ def smoothing_spline(
     unavailable ones are never read, NaN included. `lambda_`, 0 (interpolation) to infinity (the
     straight line of least squares), in units of t^3. `weights`, non-negative, 1 unless given.
 
-    With one observation the fit is a constant; with none it is zero, and it is the caller's to know.
+    With one observation the fit is a constant. With none it is zero; callers must know that case.
 
     Raises: ValueError where shapes do not agree.
 
@@ -62,6 +64,7 @@ def smoothing_spline(
     return SmoothingSpline(knots.t, values.reshape(shape), slopes.reshape(shape))
 
 
+@jax.jit
 def smoothing_matrix(
     t: Float[ArrayLike, " n"],
     at: Float[ArrayLike, " k"],
@@ -99,7 +102,9 @@ def _checked(t, weights, available) -> tuple[Float[Array, " n"], Float[Array, " 
     available = jnp.ones(t.shape, bool) if available is None else jnp.asarray(available)
     for name, value in (("weights", weights), ("available", available)):
         if value.shape != t.shape:
-            raise ValueError(f"{name} has shape {value.shape}; the {t.shape[0]} points need one each")
+            raise ValueError(
+                f"{name} has shape {value.shape}; the {t.shape[0]} points need one each"
+            )
     if available.dtype != bool:
         raise ValueError(f"available must be a boolean mask, not {available.dtype}")
     return t, jnp.where(available, weights, 0)
@@ -124,7 +129,12 @@ def _hermite(t, values, slopes, at):
     inside = jnp.clip((at - left) / h, 0, 1)
     before, after = jnp.minimum(at - left, 0), jnp.maximum(at - left - h, 0)
     s, r = inside, 1 - inside
-    basis = (r * r * (1 + 2 * s), s * r * r * h + before, s * s * (1 + 2 * r), after - s * s * r * h)
+    basis = (
+        r * r * (1 + 2 * s),
+        s * r * r * h + before,
+        s * s * (1 + 2 * r),
+        after - s * s * r * h,
+    )
     rows = (values[gap], slopes[gap], values[gap + 1], slopes[gap + 1])
     column = (-1,) + (1,) * (values.ndim - 1)
     return sum(b.reshape(column) * row for b, row in zip(basis, rows, strict=True))

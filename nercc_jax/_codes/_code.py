@@ -1,0 +1,193 @@
+"""The interface of all codes, and the one way in which a code decodes.
+
+A code is two matrices: the encoder E (N, K) and, for the workers that answered, the decoder D
+(K, N). What this module adds is what happens to answers that are missing or broken.
+"""
+
+import abc
+import warnings
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Bool, Float
+
+# Above this sum of a decoder row's magnitudes the product with the matrix loses digits that the
+# regression itself keeps. Two close workers then carry the spline over a wide gap: their entries
+# are large and of opposite sign. 32 roundings of a unit are 2e-6 in float32.
+_AMPLIFICATION = 32.0
+
+
+class Decoded(eqx.Module):
+    """Predictions, and what they rest on. With groups, every field has a leading axis.
+
+    `predictions` are NaN where `recovered` is false. `heard` are the workers whose answers were
+    used: available, and finite in every coordinate.
+    """
+
+    predictions: Float[Array, "..."]
+    heard: Bool[Array, "*groups num_workers"]
+    recovered: Bool[Array, "*groups num_data"]
+
+
+class AbstractCode(eqx.Module):
+    """A coded-computing scheme for K data points (`num_data`) on N workers (`num_workers`).
+
+    All methods act on one group of K data points and can be jitted, differentiated and batched with
+    `jax.vmap`. Tunable numbers (`alpha`, `beta` and a code's own) are leaves of the pytree.
+    """
+
+    num_data: eqx.AbstractVar[int]
+    num_workers: eqx.AbstractVar[int]
+    alpha: eqx.AbstractVar[Float[Array, " num_data"]]
+    beta: eqx.AbstractVar[Float[Array, " num_workers"]]
+
+    @abc.abstractmethod
+    def encoder_matrix(self) -> Float[Array, "num_workers num_data"]:
+        """The matrix E: coded data points are E @ x."""
+
+    @abc.abstractmethod
+    def decoder_matrix(
+        self, available: Bool[ArrayLike, " num_workers"]
+    ) -> Float[Array, "num_data num_workers"]:
+        """The matrix D for these workers: predictions are D @ y.
+
+        Columns of unavailable workers and rows of data points that are not recovered are zero.
+        """
+
+    @abc.abstractmethod
+    def recovered(self, available: Bool[ArrayLike, " num_workers"]) -> Bool[Array, " num_data"]:
+        """Which data points' predictions these workers' answers determine."""
+
+    def regress(
+        self, y: Float[Array, "num_workers m"], available: Bool[Array, " num_workers"]
+    ) -> Float[Array, "num_data m"]:
+        """D @ y by the most accurate way there is, for finite y.
+
+        Decoding calls it where the product might lose digits. A code whose regression has a better
+        way than its matrix overrides it.
+        """
+        return multiply(self.decoder_matrix(available), y)
+
+    def encode(self, x: Float[Array, "num_data ..."]) -> Float[Array, "num_workers ..."]:
+        """The coded data points E @ x, for x of any trailing shape, in x's dtype.
+
+        Raises: ValueError where x is not K data points of a float dtype, or, outside jit, where
+        one is not finite: it would spoil every coded data point. Source: arXiv 2402.04377.
+        """
+        x = self._batch("x", x, self.num_data, "data points")
+        coded = _encode(self, x.reshape(self.num_data, -1))
+        # A value that is not finite leaves its mark in every row of a product: one row tells all.
+        if not isinstance(coded, jax.core.Tracer) and not np.isfinite(coded[0]).all():
+            finite = jnp.isfinite(x.reshape(self.num_data, -1)).all(axis=1)
+            broken = np.flatnonzero(~np.asarray(finite))
+            raise ValueError(f"data points {broken.tolist()} are not finite: take them out")
+        return coded.astype(x.dtype).reshape(self.num_workers, *x.shape[1:])
+
+    def decode(
+        self, y: Float[Array, "num_workers ..."], available: Bool[ArrayLike, " num_workers"]
+    ) -> Float[Array, "num_data ..."]:
+        """The predictions of all K data points from the available workers' answers y.
+
+        An unavailable worker's value never reaches the result. An available one that is not finite
+        makes its worker a straggler; outside jit a RuntimeWarning says which. Predictions that
+        cannot be recovered are NaN.
+
+        Raises: ValueError where shapes or dtypes do not agree, and, outside jit, where no
+        prediction can be recovered. Inside jit use `try_decode` for the status.
+        """
+        decoded = _try_decode(self, y, available)
+        if not isinstance(decoded.predictions, jax.core.Tracer):
+            available, heard = np.asarray(available), np.asarray(decoded.heard)
+            broken = np.flatnonzero(available & ~heard)
+            if not np.any(decoded.recovered):
+                raise ValueError(
+                    f"no prediction can be recovered: of {self.num_workers} workers "
+                    f"{available.sum()} were available, {broken.size} of them with values that "
+                    "are not finite; wait for more"
+                )
+            if broken.size:
+                warnings.warn(
+                    f"workers {broken.tolist()} returned values that are not finite and were "
+                    "treated as stragglers",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+        return decoded.predictions
+
+    def try_decode(
+        self, y: Float[Array, "num_workers ..."], available: Bool[ArrayLike, " num_workers"]
+    ) -> Decoded:
+        """As `decode`, with the status beside the predictions and no exception for bad answers."""
+        return _try_decode(self, y, available)
+
+    def _batch(self, name: str, value: ArrayLike, count: int, what: str) -> Array:
+        value = jnp.asarray(value)
+        if value.ndim < 1 or value.shape[0] != count:
+            raise ValueError(
+                f"{name} has shape {value.shape}; its first axis must be the {count} {what}"
+            )
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise ValueError(f"{name} is {value.dtype}: codes work on floats, so convert it first")
+        return value
+
+
+def multiply(
+    matrix: Float[Array, "... a b"], x: Float[Array, "... b m"]
+) -> Float[Array, "... a m"]:
+    """matrix @ x in x's precision, float32 at least, and in full: TPUs and GPUs would round it."""
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.matmul(matrix.astype(dtype), x.astype(dtype), precision=jax.lax.Precision.HIGHEST)
+
+
+def decode_groups(
+    code: AbstractCode,
+    y: Float[Array, "groups num_workers ..."],
+    available: Bool[Array, "groups num_workers"],
+) -> Decoded:
+    """Decodes many groups, each with its own workers.
+
+    Nearly always every value that came back is finite and the decoder well conditioned, and then
+    decoding is one product. So that is tried, and what it shows decides: a broken value leaves its
+    mark in every row of the product (0 * NaN is NaN), so one row of each group tells all.
+    """
+    flat = y.reshape(*y.shape[:2], -1)
+    matrices = jax.vmap(code.decoder_matrix)(available)
+    product = multiply(matrices, flat)
+    amplification = jnp.max(jnp.sum(jnp.abs(matrices), axis=-1), initial=0)
+    sound = jnp.all(jnp.isfinite(product[:, 0])) & (amplification <= _AMPLIFICATION)
+
+    def careful(_):
+        heard = available & jnp.all(jnp.isfinite(flat), axis=-1)
+        clean = jnp.where(heard[..., None], flat, 0).astype(product.dtype)
+        return jax.vmap(code.regress)(clean, heard).astype(product.dtype), heard
+
+    predictions, heard = jax.lax.cond(sound, lambda p: (p, available), careful, product)
+    recovered = jax.vmap(code.recovered)(heard)
+    predictions = jnp.where(recovered[..., None], predictions, jnp.nan)
+    return Decoded(predictions.reshape(*recovered.shape, *y.shape[2:]), heard, recovered)
+
+
+@eqx.filter_jit
+def _encode(code: AbstractCode, flat: Float[Array, "num_data m"]) -> Float[Array, "num_workers m"]:
+    return multiply(code.encoder_matrix(), flat)
+
+
+@eqx.filter_jit
+def _try_decode(code: AbstractCode, y: ArrayLike, available: ArrayLike) -> Decoded:
+    y = code._batch("y", y, code.num_workers, "workers")
+    available = as_mask(available, (code.num_workers,))
+    decoded = decode_groups(code, y[None], available[None])
+    return jax.tree.map(lambda leaf: leaf[0], decoded)
+
+
+def as_mask(available: ArrayLike, shape: tuple[int, ...]) -> Bool[Array, "..."]:
+    """The mask as an array, or a ValueError that says what it should have been."""
+    available = jnp.asarray(available)
+    if available.dtype != bool or available.shape != shape:
+        raise ValueError(
+            f"available must be a boolean mask of shape {shape}, "
+            f"not {available.dtype}{available.shape}"
+        )
+    return available

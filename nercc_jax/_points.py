@@ -1,0 +1,108 @@
+"""Regression points: where on [-1, 1] data points (alpha) and workers (beta) lie.
+
+All points are computed in float64 with NumPy and rounded once, so that an alpha and a beta that
+coincide do so to the last bit.
+"""
+
+from typing import Literal, TypeAlias, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float, Int
+
+Layout: TypeAlias = Literal["chebyshev", "approxifer", "uniform", "interleaved", "repeated"]
+Points: TypeAlias = Layout | tuple[ArrayLike, ArrayLike]
+LAYOUTS: tuple[str, ...] = get_args(Layout)
+
+
+def regression_points(
+    num_data: int, num_workers: int, points: Points = "chebyshev"
+) -> tuple[Float[Array, " num_data"], Float[Array, " num_workers"]]:
+    """The points (alpha, beta) of a layout by name, or given ones after a check.
+
+    - "chebyshev": alpha_k = cos((2k-1) pi / 2K), beta_n = cos((n-1) pi / (N-1)) (arXiv 2402.04377).
+    - "approxifer": the same alpha, beta_n = cos((n-1) pi / N) (ApproxIFER, AAAI 2022).
+    - "uniform": alpha_k = (2k-1)/K - 1, beta evenly from 1 to -1.
+    - "interleaved": Chebyshev alphas, each of them a beta too, the further workers spread evenly
+      over the gaps between them: under interpolation an answered data point is exact.
+    - "repeated": Chebyshev alphas, each a beta once or more: replication's placement.
+    - (alpha, beta): given, in any order; alphas distinct, all within [-1, 1].
+
+    Raises: ValueError for an unknown name, counts that a layout cannot serve, or given points that
+    are of the wrong shape, out of range, not finite, or alphas that coincide.
+    """
+    for name, count in (("num_data", num_data), ("num_workers", num_workers)):
+        if not isinstance(count, int | np.integer) or isinstance(count, bool) or count < 1:
+            raise ValueError(f"{name} must be a positive integer, not {count!r}")
+    if isinstance(points, str):
+        alpha, beta = _layout(num_data, num_workers, points)
+        return jnp.asarray(alpha, float), jnp.asarray(beta, float)
+    try:
+        alpha, beta = points
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"points must be one of {', '.join(LAYOUTS)} or a pair (alpha, beta), not {points!r}"
+        ) from None
+    alpha = _given("alpha", alpha, num_data)
+    beta = _given("beta", beta, num_workers)
+    if not isinstance(alpha, jax.core.Tracer):
+        gap = np.diff(np.sort(np.asarray(alpha, np.float64)))
+        if np.any(gap <= 4 * jnp.finfo(alpha.dtype).eps):
+            raise ValueError(f"alphas must be distinct, but two of {alpha} coincide")
+    return alpha, beta
+
+
+def copies(num_data: int, num_workers: int) -> Int[np.ndarray, " num_workers"]:
+    """Which data point each worker holds a copy of: all once, then all again, ...
+
+    The last, incomplete round is spread evenly. For K dividing N, worker n has data point n mod K.
+    """
+    rounds, rest = divmod(num_workers, num_data)
+    extra = (2 * np.arange(rest) + 1) * num_data // (2 * rest) if rest else np.arange(0)
+    return np.concatenate([np.tile(np.arange(num_data), rounds), extra])
+
+
+def _layout(num_data: int, num_workers: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+    k, n = np.arange(1, num_data + 1), np.arange(num_workers)
+    alpha = _cosine((2 * k - 1) / (2 * num_data))
+    if name == "chebyshev":
+        return alpha, _cosine(n / (num_workers - 1) if num_workers > 1 else np.array([0.5]))
+    if name == "approxifer":
+        return alpha, _cosine(n / num_workers)
+    if name == "uniform":
+        return (2 * k - 1) / num_data - 1, np.linspace(1, -1, num_workers)
+    if name not in ("interleaved", "repeated"):
+        raise ValueError(f"points must be one of {', '.join(LAYOUTS)}, not {name!r}")
+    if num_workers < num_data:
+        raise ValueError(
+            f"{name} points give every data point a worker of its own: "
+            f"{num_data} data points need at least {num_data} workers, not {num_workers}"
+        )
+    if name == "repeated" or num_data == 1:
+        return alpha, alpha[copies(num_data, num_workers)]
+    return alpha, np.concatenate([alpha, _cosine(_between(num_data, num_workers - num_data))])
+
+
+def _cosine(half_turns: np.ndarray) -> np.ndarray:
+    """cos(pi x), symmetric to the last bit: as sin(pi (1/2 - x))."""
+    return np.sin(np.pi * (0.5 - half_turns))
+
+
+def _between(num_data: int, further: int) -> np.ndarray:
+    """Angles, in half turns, of further points spread evenly over the gaps between the alphas."""
+    gap = (2 * np.arange(further) + 1) * (num_data - 1) // (2 * further) if further else []
+    counts = np.bincount(np.asarray(gap, int), minlength=num_data - 1)
+    parts = [g + 1 + np.arange(1, c + 1) / (c + 1) for g, c in enumerate(counts)]
+    return (2 * np.concatenate(parts) - 1) / (2 * num_data)
+
+
+def _given(name: str, values, count: int) -> Array:
+    values = jnp.asarray(values)
+    if not jnp.issubdtype(values.dtype, jnp.floating):
+        values = values.astype(float)
+    if values.shape != (count,):
+        raise ValueError(f"{name} must have shape ({count},), not {values.shape}")
+    if not isinstance(values, jax.core.Tracer) and not np.all(np.abs(np.asarray(values)) <= 1):
+        raise ValueError(f"{name} must lie in [-1, 1]: got {values}")
+    return values
