@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from flax import nnx
 
-from . import lenet5
+from . import lenet5, repvgg
 from .augmentation import Augmentation
 
 
@@ -73,6 +73,22 @@ _RECIPES = (
         learning_rate=3e-3,
         weight_decay=1e-2,
         augmentation=Augmentation(padding=2),
+    ),
+    Recipe(
+        name="repvgg-cifar10",
+        data="cifar10",
+        build=lambda rngs: repvgg.repvgg_cifar(rngs=rngs),
+        deploy=repvgg.reparameterize,
+        preprocess=repvgg.preprocess_cifar10,
+        input_shape=repvgg.CIFAR_SHAPE,
+        epochs=20,
+        optimizer="sgd",
+        batch_size=64,
+        learning_rate=0.1,
+        warmup_epochs=2,
+        weight_decay=5e-4,
+        label_smoothing=0.1,
+        augmentation=Augmentation(padding=4, flip=True),
     ),
 )
 
