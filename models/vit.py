@@ -189,11 +189,9 @@ class ViT(nnx.Module):
     ) -> Float[Array, "batch embedding"]:
         """Pooled and normalised tokens, which the head maps to logits; as `__call__` otherwise."""
         expected = (self.image_size, self.image_size, self.channels)
-        if images.shape[1:] != expected:
-            raise ValueError(
-                f"images have shape {images.shape}; this ViT takes (batch, *{expected}), "
-                "channels last"
-            )
+        if images.ndim != 4 or images.shape[1:] != expected:
+            sizes = ", ".join(map(str, expected))
+            raise ValueError(f"This ViT takes images (B, {sizes}); got shape {images.shape}.")
         tokens = self.patch_embedding(images)
         if self.class_token is not None:
             class_token = jnp.broadcast_to(
