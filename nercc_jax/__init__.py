@@ -1,1 +1,33 @@
-"""Nested-Regression Coded Computing (NeRCC, arXiv 2402.04377) in JAX."""
+"""Nested-Regression Coded Computing (NeRCC, arXiv 2402.04377) in JAX.
+
+Queries become coded data points by one smoothing-spline regression, workers run the model on
+those, and a second regression recovers all predictions from whichever workers answered.
+"""
+
+from ._codes import AbstractCode as AbstractCode
+from ._codes import Berrut as Berrut
+from ._codes import Decoded as Decoded
+from ._codes import Lagrange as Lagrange
+from ._codes import NeRCC as NeRCC
+from ._codes import Replication as Replication
+from ._codes import Uncoded as Uncoded
+from ._evaluation import Estimate as Estimate
+from ._evaluation import Evaluation as Evaluation
+from ._evaluation import evaluate as evaluate
+from ._inference import coded_inference as coded_inference
+from ._inference import coded_predictions as coded_predictions
+from ._points import regression_points as regression_points
+from ._splines import SmoothingSpline as SmoothingSpline
+from ._splines import smoothing_matrix as smoothing_matrix
+from ._splines import smoothing_spline as smoothing_spline
+from ._stragglers import AbstractLatency as AbstractLatency
+from ._stragglers import AbstractStragglers as AbstractStragglers
+from ._stragglers import ContiguousStragglers as ContiguousStragglers
+from ._stragglers import ExactStragglers as ExactStragglers
+from ._stragglers import ExponentialLatency as ExponentialLatency
+from ._stragglers import IndependentStragglers as IndependentStragglers
+from ._stragglers import LogNormalLatency as LogNormalLatency
+from ._stragglers import ParetoLatency as ParetoLatency
+from ._stragglers import TraceLatency as TraceLatency
+from ._stragglers import WaitFor as WaitFor
+from ._stragglers import WaitUntil as WaitUntil

@@ -6,9 +6,9 @@ coincide do so to the last bit.
 
 from typing import Literal, TypeAlias, get_args
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, Int
 
 Layout: TypeAlias = Literal["chebyshev", "approxifer", "uniform", "interleaved", "repeated"]
@@ -46,7 +46,7 @@ def regression_points(
         ) from None
     alpha = _given("alpha", alpha, num_data)
     beta = _given("beta", beta, num_workers)
-    if not isinstance(alpha, jax.core.Tracer):
+    if not isinstance(alpha, Tracer):
         gap = np.diff(np.sort(np.asarray(alpha, np.float64)))
         if np.any(gap <= 4 * jnp.finfo(alpha.dtype).eps):
             raise ValueError(f"alphas must be distinct, but two of {alpha} coincide")
@@ -103,6 +103,6 @@ def _given(name: str, values, count: int) -> Array:
         values = values.astype(float)
     if values.shape != (count,):
         raise ValueError(f"{name} must have shape ({count},), not {values.shape}")
-    if not isinstance(values, jax.core.Tracer) and not np.all(np.abs(np.asarray(values)) <= 1):
+    if not isinstance(values, Tracer) and not np.all(np.abs(np.asarray(values)) <= 1):
         raise ValueError(f"{name} must lie in [-1, 1]: got {values}")
     return values

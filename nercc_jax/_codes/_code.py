@@ -11,6 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 # Above this sum of a decoder row's magnitudes the product with the matrix loses digits that the
@@ -77,13 +78,13 @@ class AbstractCode(eqx.Module):
         one is not finite: it would spoil every coded data point. Source: arXiv 2402.04377.
         """
         x = self._batch("x", x, self.num_data, "data points")
-        coded = _encode(self, x.reshape(self.num_data, -1))
+        coded = _encode(self, x[None])[0]
         # A value that is not finite leaves its mark in every row of a product: one row tells all.
-        if not isinstance(coded, jax.core.Tracer) and not np.isfinite(coded[0]).all():
+        if not isinstance(coded, Tracer) and not jnp.isfinite(coded[0]).all():
             finite = jnp.isfinite(x.reshape(self.num_data, -1)).all(axis=1)
             broken = np.flatnonzero(~np.asarray(finite))
             raise ValueError(f"data points {broken.tolist()} are not finite: take them out")
-        return coded.astype(x.dtype).reshape(self.num_workers, *x.shape[1:])
+        return coded
 
     def decode(
         self, y: Float[Array, "num_workers ..."], available: Bool[ArrayLike, " num_workers"]
@@ -98,7 +99,7 @@ class AbstractCode(eqx.Module):
         prediction can be recovered. Inside jit use `try_decode` for the status.
         """
         decoded = _try_decode(self, y, available)
-        if not isinstance(decoded.predictions, jax.core.Tracer):
+        if not isinstance(decoded.predictions, Tracer):
             available, heard = np.asarray(available), np.asarray(decoded.heard)
             broken = np.flatnonzero(available & ~heard)
             if not np.any(decoded.recovered):
@@ -141,6 +142,14 @@ def multiply(
     return jnp.matmul(matrix.astype(dtype), x.astype(dtype), precision=jax.lax.Precision.HIGHEST)
 
 
+def encode_groups(
+    code: AbstractCode, x: Float[Array, "groups num_data ..."]
+) -> Float[Array, "groups num_workers ..."]:
+    """The coded data points of many groups, in x's dtype."""
+    coded = multiply(code.encoder_matrix(), x.reshape(*x.shape[:2], -1))
+    return coded.astype(x.dtype).reshape(x.shape[0], code.num_workers, *x.shape[2:])
+
+
 def decode_groups(
     code: AbstractCode,
     y: Float[Array, "groups num_workers ..."],
@@ -169,9 +178,7 @@ def decode_groups(
     return Decoded(predictions.reshape(*recovered.shape, *y.shape[2:]), heard, recovered)
 
 
-@eqx.filter_jit
-def _encode(code: AbstractCode, flat: Float[Array, "num_data m"]) -> Float[Array, "num_workers m"]:
-    return multiply(code.encoder_matrix(), flat)
+_encode = eqx.filter_jit(encode_groups)
 
 
 @eqx.filter_jit

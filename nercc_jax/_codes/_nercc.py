@@ -1,9 +1,9 @@
 """NeRCC: encoding and decoding by smoothing splines (arXiv 2402.04377)."""
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from .._points import Points, regression_points
@@ -35,10 +35,14 @@ class NeRCC(AbstractCode):
         num_workers: int,
         *,
         lambda_enc: Float[ArrayLike, ""] = 0.0,
-        lambda_dec: Float[ArrayLike, ""] = 1e-5,
+        lambda_dec: Float[ArrayLike, ""] | None = None,
         points: Points = "chebyshev",
     ):
         """Points by layout name or as (alpha, beta): see `regression_points`.
+
+        Without tuning, `lambda_enc` = 0 (workers see the data points' own curve) and `lambda_dec` =
+        (9 K)^-4: a lambda smooths over a length of about its fourth root, and a ninth of 1/K was
+        near the best for LeNet5 on MNIST at (N, K) from (20, 8) to (100, 20).
 
         Raises: ValueError as `regression_points` does, and for a lambda that is negative, NaN or
         no scalar.
@@ -46,6 +50,7 @@ class NeRCC(AbstractCode):
         self.num_data, self.num_workers = num_data, num_workers
         self.alpha, self.beta = regression_points(num_data, num_workers, points)
         self.lambda_enc = _penalty("lambda_enc", lambda_enc, self.alpha.dtype)
+        lambda_dec = (9.0 * num_data) ** -4 if lambda_dec is None else lambda_dec
         self.lambda_dec = _penalty("lambda_dec", lambda_dec, self.alpha.dtype)
 
     def encoder_matrix(self) -> Float[Array, "num_workers num_data"]:
@@ -74,6 +79,6 @@ def _penalty(name: str, value: ArrayLike, dtype) -> Float[Array, ""]:
     value = jnp.asarray(value, dtype)
     if value.shape != ():
         raise ValueError(f"{name} must be a scalar, not an array of shape {value.shape}")
-    if not isinstance(value, jax.core.Tracer) and not np.asarray(value) >= 0:
+    if not isinstance(value, Tracer) and not np.asarray(value) >= 0:
         raise ValueError(f"{name} must be 0 or positive, not {value}")
     return value

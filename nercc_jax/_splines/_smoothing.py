@@ -135,6 +135,6 @@ def _hermite(t, values, slopes, at):
         s * s * (1 + 2 * r),
         after - s * s * r * h,
     )
-    rows = (values[gap], slopes[gap], values[gap + 1], slopes[gap + 1])
     column = (-1,) + (1,) * (values.ndim - 1)
-    return sum(b.reshape(column) * row for b, row in zip(basis, rows, strict=True))
+    b0, b1, b2, b3 = (b.reshape(column) for b in basis)
+    return b0 * values[gap] + b1 * slopes[gap] + b2 * values[gap + 1] + b3 * slopes[gap + 1]

@@ -1,0 +1,99 @@
+"""Coded inference: encode, model, decode as one jitted program."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float
+
+from ._codes import AbstractCode, Decoded, as_mask, decode_groups, encode_groups
+
+
+def coded_predictions(
+    model: Callable[..., Array],
+    code: AbstractCode,
+    x: Float[Array, "groups num_data ..."],
+    available: Bool[Array, "groups num_workers"],
+    *args: Any,
+) -> Decoded:
+    """Encodes groups of K data points, runs the model on all coded ones at once, and decodes.
+
+    A pure function: jit it, and differentiate it in x, the code, the model and its arguments.
+    `model(batch, *args)` maps (B, ...) to (B, ...), floats. Raises: ValueError for a model whose
+    output has another first axis. Source: arXiv 2402.04377, the three steps of NeRCC.
+    """
+    coded = encode_groups(code, x)
+    batch = coded.reshape(-1, *coded.shape[2:])
+    y = model(batch, *args)
+    if not isinstance(y, jax.Array) or y.ndim < 1 or y.shape[0] != batch.shape[0]:
+        got = y.shape if isinstance(y, jax.Array) else type(y).__name__
+        raise ValueError(
+            f"the model must map a batch of {batch.shape[0]} to an array of as many answers: for "
+            f"input {batch.shape} it returned {got}"
+        )
+    if not jnp.issubdtype(y.dtype, jnp.floating):
+        raise ValueError(f"the model returned {y.dtype}: codes work on floats, logits for labels")
+    return decode_groups(code, y.reshape(*coded.shape[:2], *y.shape[1:]), available)
+
+
+def coded_inference(
+    model: Callable[..., Array], code: AbstractCode, *, with_status: bool = False
+) -> Callable[..., Any]:
+    """One jitted function `(x, available, *args) -> predictions` for a model behind a code.
+
+    x: (K, ...) for one group, or (groups, K, ...), of a float dtype; available: a mask (N,) for all
+    groups, or one per group (groups, N). Predictions are (K, ...) or (groups, K, ...) accordingly,
+    NaN where nothing can be recovered: in a group with a data point that is not finite, or where
+    no worker is available. `with_status=True` returns `Decoded`, which tells the workers that were
+    heard and the predictions that were recovered.
+
+    `model` is any callable on a batch. If it is a pytree (an Equinox or NNX module, a
+    `jax.tree_util.Partial`), its arrays are arguments of the program, not constants in it. `args`
+    are passed on to it: `model(batch, *args)`.
+
+    One compilation serves every straggler set. Raises: ValueError for shapes and dtypes that do
+    not fit, before anything runs.
+    """
+
+    def infer(x: ArrayLike, available: ArrayLike, *args: Any):
+        x, available = jnp.asarray(x), jnp.asarray(available)
+        grouped = _grouped(code, x, available)
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"x is {x.dtype}: codes work on floats, so convert it first")
+        if not grouped:
+            x = x[None]
+        if x.shape[0] == 0:
+            raise ValueError(f"x holds no group of {code.num_data} data points: shape {x.shape}")
+        masks = (x.shape[0], code.num_workers) if available.ndim == 2 else (code.num_workers,)
+        available = jnp.broadcast_to(as_mask(available, masks), (x.shape[0], code.num_workers))
+        decoded = _run(model, code, x, available, *args)
+        if not grouped:
+            decoded = jax.tree.map(lambda leaf: leaf[0], decoded)
+        return decoded if with_status else decoded.predictions
+
+    return infer
+
+
+_run = eqx.filter_jit(coded_predictions)
+
+
+def _grouped(code: AbstractCode, x: Array, available: Array) -> bool:
+    """Whether x is many groups; said by the mask's shape, else by which axis has length K."""
+    single = x.ndim >= 1 and x.shape[0] == code.num_data
+    many = x.ndim >= 2 and x.shape[1] == code.num_data
+    if available.ndim == 2:
+        single = False
+    if single and many:
+        raise ValueError(
+            f"x of shape {x.shape} may be one group of {code.num_data} or {x.shape[0]} groups: "
+            "give a mask per group, (groups, N), or x as (1, K, ...)"
+        )
+    if not single and not many:
+        wanted = "(groups, K, ...)" if available.ndim == 2 else "(K, ...) or (groups, K, ...)"
+        raise ValueError(
+            f"x has shape {x.shape}, but with this code and mask it must be {wanted}, "
+            f"K = {code.num_data}"
+        )
+    return many

@@ -1,0 +1,203 @@
+"""Stragglers: sets of workers that do not answer in time, and the latencies behind them.
+
+Everything is a small Equinox module with one sampling method; batch it with `jax.vmap` over keys.
+Latencies are in seconds, whatever the unit of the numbers given.
+"""
+
+import abc
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+
+class AbstractStragglers(eqx.Module):
+    """A law of which workers answer in time."""
+
+    @abc.abstractmethod
+    def available(self, key: PRNGKeyArray, num_workers: int) -> Bool[Array, " num_workers"]:
+        """One draw of the mask of workers that answered. Raises: ValueError if N is too small."""
+
+
+class ExactStragglers(AbstractStragglers):
+    """Exactly `number` workers at random, every set alike likely."""
+
+    number: int = eqx.field(static=True)
+
+    def __check_init__(self):
+        _check_number(self.number)
+
+    def available(self, key: PRNGKeyArray, num_workers: int) -> Bool[Array, " num_workers"]:
+        _check_fits(self.number, num_workers)
+        return jax.random.permutation(key, num_workers) >= self.number
+
+
+class IndependentStragglers(AbstractStragglers):
+    """Each worker with the same `probability`, independent of the others."""
+
+    probability: float = eqx.field(static=True)
+
+    def __check_init__(self):
+        if not 0 <= self.probability <= 1:
+            raise ValueError(f"probability must be in [0, 1], not {self.probability}")
+
+    def available(self, key: PRNGKeyArray, num_workers: int) -> Bool[Array, " num_workers"]:
+        return jax.random.uniform(key, (num_workers,)) >= self.probability
+
+
+class ContiguousStragglers(AbstractStragglers):
+    """A block of `number` workers with neighbouring indices, at a random place: a rack that fails.
+
+    Where workers are numbered along the line, as in the Chebyshev layout, it is the worst case for
+    an interpolating code.
+    """
+
+    number: int = eqx.field(static=True)
+
+    def __check_init__(self):
+        _check_number(self.number)
+
+    def available(self, key: PRNGKeyArray, num_workers: int) -> Bool[Array, " num_workers"]:
+        _check_fits(self.number, num_workers)
+        start = jax.random.randint(key, (), 0, num_workers - self.number + 1)
+        worker = jnp.arange(num_workers)
+        return (worker < start) | (worker >= start + self.number)
+
+
+class AbstractLatency(eqx.Module):
+    """A law of the time a worker takes to answer."""
+
+    @abc.abstractmethod
+    def sample(self, key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
+        """Independent latencies in seconds."""
+
+
+class ExponentialLatency(AbstractLatency):
+    """`shift` + an exponential of mean `scale`, in seconds: a base time and a memoryless delay."""
+
+    scale: float
+    shift: float = 0.0
+
+    def __check_init__(self):
+        _check_positive("scale", self.scale)
+        if not self.shift >= 0:
+            raise ValueError(f"shift must be 0 or positive, in seconds, not {self.shift}")
+
+    def sample(self, key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
+        return self.shift + self.scale * jax.random.exponential(key, shape)
+
+
+class LogNormalLatency(AbstractLatency):
+    """exp of a normal law: `median` in seconds, `sigma` the deviation of the logarithm."""
+
+    median: float
+    sigma: float
+
+    def __check_init__(self):
+        _check_positive("median", self.median)
+        _check_positive("sigma", self.sigma)
+
+    def sample(self, key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
+        return self.median * jnp.exp(self.sigma * jax.random.normal(key, shape))
+
+
+class ParetoLatency(AbstractLatency):
+    """A heavy tail: P(latency > t) = (minimum / t)^shape for t above `minimum` seconds."""
+
+    minimum: float
+    shape: float
+
+    def __check_init__(self):
+        _check_positive("minimum", self.minimum)
+        _check_positive("shape", self.shape)
+
+    def sample(self, key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
+        return self.minimum * jax.random.pareto(key, self.shape, shape)
+
+
+class TraceLatency(AbstractLatency):
+    """Latencies drawn, with replacement, from measured ones in seconds."""
+
+    latencies: Float[Array, " samples"]
+
+    def __check_init__(self):
+        values = np.asarray(self.latencies)
+        if values.ndim != 1 or values.size == 0 or not np.all(np.isfinite(values) & (values >= 0)):
+            raise ValueError(
+                "a latency trace is a vector of finite, non-negative seconds, not empty: "
+                f"got shape {values.shape}"
+            )
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "TraceLatency":
+        """A text file, one latency in seconds a line; '#' starts a comment.
+
+        Raises: ValueError that names the file where a line is no number; OSError as `open` does.
+        """
+        try:
+            values = np.loadtxt(path, ndmin=1)
+        except ValueError as error:
+            raise ValueError(f"{path}: a latency trace has one number a line; {error}") from None
+        return cls(jnp.asarray(values))
+
+    def sample(self, key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
+        return jax.random.choice(key, self.latencies, shape)
+
+
+class WaitFor(AbstractStragglers):
+    """The rule "decode when `number` workers have answered"."""
+
+    latency: AbstractLatency
+    number: int = eqx.field(static=True)
+
+    def __check_init__(self):
+        _check_number(self.number)
+
+    def available(self, key: PRNGKeyArray, num_workers: int) -> Bool[Array, " num_workers"]:
+        return self.wait(self.latency.sample(key, (num_workers,)))[0]
+
+    def wait(
+        self, latencies: Float[Array, " num_workers"]
+    ) -> tuple[Bool[Array, " num_workers"], Float[Array, ""]]:
+        """The mask of the first `number` answers, and the seconds until they are in."""
+        _check_fits(self.number, latencies.shape[0])
+        rank = jnp.argsort(jnp.argsort(latencies))
+        mask = rank < self.number
+        return mask, jnp.max(jnp.where(mask, latencies, 0))
+
+
+class WaitUntil(AbstractStragglers):
+    """The rule "decode after `deadline` seconds, or as soon as all workers have answered"."""
+
+    latency: AbstractLatency
+    deadline: float
+
+    def __check_init__(self):
+        _check_positive("deadline", self.deadline)
+
+    def available(self, key: PRNGKeyArray, num_workers: int) -> Bool[Array, " num_workers"]:
+        return self.wait(self.latency.sample(key, (num_workers,)))[0]
+
+    def wait(
+        self, latencies: Float[Array, " num_workers"]
+    ) -> tuple[Bool[Array, " num_workers"], Float[Array, ""]]:
+        """The mask of the answers within the deadline, and the seconds waited."""
+        return latencies <= self.deadline, jnp.minimum(self.deadline, jnp.max(latencies))
+
+
+def _check_number(number: int) -> None:
+    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+        raise ValueError(f"a number of workers must be an integer from 0 on, not {number!r}")
+
+
+def _check_fits(number: int, num_workers: int) -> None:
+    if number > num_workers:
+        raise ValueError(f"{number} of {num_workers} workers: there are not that many")
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name} must be positive, not {value}")

@@ -1,0 +1,15 @@
+"""All commands under one name."""
+
+import typer
+
+from ._demo import demo
+from ._models import models
+
+app = typer.Typer(
+    help="Coded computing for model serving: no straggler slows a batch down.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(demo)
+app.command()(models)

@@ -1,0 +1,115 @@
+"""`nercc demo`: the main job, on real data."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from .. import Berrut, ExactStragglers, Lagrange, NeRCC, Replication, evaluate
+from ._errors import told_plainly
+from ._report import straggler_plot, straggler_table
+
+
+def demo(
+    model: Annotated[
+        str, typer.Option(help="A shipped model; `nercc models` lists them.")
+    ] = "lenet5-digits",
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder with the model's data set; not needed for the digits."),
+    ] = None,
+    num_data: Annotated[int, typer.Option(help="K: data points coded together.")] = 8,
+    num_workers: Annotated[int, typer.Option(help="N: workers, each given a coded point.")] = 20,
+    max_stragglers: Annotated[
+        int | None, typer.Option(help="Stragglers go from 0 to this; N - K unless given.")
+    ] = None,
+    sets: Annotated[int, typer.Option(help="Random straggler sets for each number of them.")] = 20,
+    points: Annotated[int, typer.Option(help="Data points to use, at most.")] = 1000,
+    outputs: Annotated[
+        Literal["logits", "probabilities"], typer.Option(help="What workers return.")
+    ] = "logits",
+    seed: Annotated[int, typer.Option(help="Seed of the data order and the stragglers.")] = 0,
+    plot: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path(
+        "nercc-demo.png"
+    ),
+) -> None:
+    """Encode, infer under stragglers, decode, compare: NeRCC beside BACC, LCC and replication.
+
+    Groups of K images become N coded images; the model runs on those; S of the N workers straggle;
+    all K predictions are rebuilt from the others and compared with the model's own.
+    """
+    with told_plainly():
+        _run(
+            model,
+            data_dir,
+            num_data,
+            num_workers,
+            max_stragglers,
+            sets,
+            points,
+            outputs,
+            seed,
+            plot,
+        )
+
+
+def _run(
+    model, data_dir, num_data, num_workers, max_stragglers, sets, points, outputs, seed, plot
+) -> None:
+    from nercc_models import load_data, load_model
+
+    if not plot.parent.is_dir():
+        raise ValueError(f"--plot {plot}: there is no folder {plot.parent}")
+    if num_workers < num_data:
+        raise ValueError(
+            f"--num-workers {num_workers}: the codes compared need at least as many workers as "
+            f"data points, {num_data}"
+        )
+    if max_stragglers is None:
+        max_stragglers = num_workers - num_data
+    if not 0 <= max_stragglers < num_workers:
+        raise ValueError(
+            f"--max-stragglers {max_stragglers} leaves none of {num_workers} workers to answer"
+        )
+    codes = {
+        "NeRCC": NeRCC(num_data, num_workers),
+        "BACC": Berrut(num_data, num_workers),
+        "ApproxIFER": Berrut(num_data, num_workers, points="approxifer"),
+        "LCC": Lagrange(num_data, num_workers),
+        "replication": Replication(num_data, num_workers),
+    }
+    network = load_model(model)
+    data = load_data(network.data, "test", data_dir=data_dir)
+    chosen = np.random.default_rng(seed).permutation(len(data.labels))[:points]
+    images = network.preprocess(data.images[chosen])
+
+    def answer(batch):
+        logits = network(batch)
+        return jax.nn.softmax(logits) if outputs == "probabilities" else logits
+
+    console = Console()
+    rows = evaluate(
+        answer,
+        codes,
+        images,
+        {str(s): ExactStragglers(s) for s in range(max_stragglers + 1)},
+        key=jax.random.key(seed),
+        num_sets=sets,
+        labels=data.labels[chosen],
+        progress=lambda pairs: track(pairs, description="straggler sets", console=console),
+    )
+    used = rows[0].num_data_points
+    what = f"{model}, K={num_data}, N={num_workers}, {used} images x {sets} straggler sets"
+    console.print(f"\n{what}; mean ± 95 % interval over the sets; * marks a row's best.")
+    # What replication recovers is exact: it has no error to compare, but lost predictions.
+    approximate = [row for row in rows if row.code != "replication"]
+    console.print(straggler_table(approximate, "mse", f"MSE of decoded {outputs}", best="min"))
+    title = "RelAcc in %: same label as the model's own; lost predictions count as wrong"
+    console.print(straggler_table(rows, "rel_acc", title, best="max", scale=100))
+    panels = {"mse": (f"MSE of {outputs}", True), "rel_acc": ("RelAcc", False)}
+    straggler_plot(rows, panels, what, plot)
+    console.print(f"picture: {plot.resolve()}", soft_wrap=True)
