@@ -10,9 +10,8 @@ from typing import Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Key, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
-RandomKey: TypeAlias = Key[Array, ""] | PRNGKeyArray
 Pooling: TypeAlias = Literal["token", "mean"]
 
 _LAYER_NORM_EPSILON = 1e-6
@@ -27,7 +26,7 @@ def _layer_norm(width: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
 
 
 def _stochastic_depth(
-    branch: Float[Array, "batch token width"], rate: float, key: RandomKey | None
+    branch: Float[Array, "batch token width"], rate: float, key: PRNGKeyArray | None
 ) -> Float[Array, "batch token width"]:
     """Drop the whole branch of an image with probability `rate` (Huang et al. 2016)."""
     if key is None or rate == 0.0:
@@ -114,7 +113,7 @@ class Block(nnx.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio), rngs=rngs)
 
     def __call__(
-        self, tokens: Float[Array, "batch token width"], key: RandomKey | None = None
+        self, tokens: Float[Array, "batch token width"], key: PRNGKeyArray | None = None
     ) -> Float[Array, "batch token width"]:
         key1, key2 = (None, None) if key is None else jax.random.split(key)
         rate = self.stochastic_depth
@@ -185,7 +184,7 @@ class ViT(nnx.Module):
         )
 
     def features(
-        self, images: Float[Array, "batch height width channel"], *, key: RandomKey | None = None
+        self, images: Float[Array, "batch height width channel"], *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "batch embedding"]:
         """Pooled and normalised tokens, which the head maps to logits; as `__call__` otherwise."""
         expected = (self.image_size, self.image_size, self.channels)
@@ -207,7 +206,7 @@ class ViT(nnx.Module):
         return self.norm(pooled)
 
     def __call__(
-        self, images: Float[Array, "batch height width channel"], *, key: RandomKey | None = None
+        self, images: Float[Array, "batch height width channel"], *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "batch num_classes"]:
         """Logits of a batch of images.
 

@@ -1,0 +1,339 @@
+"""Weights from PyTorch: logits equal timm's, and files that do not fit are refused by name."""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from nercc_models.data import load_data
+from nercc_models.lenet5 import LeNet5
+from nercc_models.pretrained import (
+    PRETRAINED_NAMES,
+    load_pretrained,
+    load_state_dict,
+    read_state_dict,
+)
+from nercc_models.vit import ViT
+
+DATA_DIR = Path(__file__).parents[3] / "shared" / "data"
+REPVGG_NAMES = ("repvgg_a0", "repvgg_a2", "repvgg_b0")
+VIT_NAMES = ("vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224")
+TOLERANCE = 1e-4  # of the largest logit, float32
+
+
+def require(package):
+    """The package, which only the extras bring: a loud skip here, a failure where CI has it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        reason = f"{package} is not installed, parity with PyTorch is not tested: {error}"
+        if os.environ.get("NERCC_REQUIRE_EXTRAS") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+
+
+def ten_images():
+    """Ten images (10, 256, 256, 3) of ImageNet; noise of that shape on a machine without them."""
+    try:
+        return load_data("imagenet1k-sample", "validation", data_dir=DATA_DIR, limit=10).images
+    except (FileNotFoundError, ImportError):
+        shape = (10, 256, 256, 3)
+        return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def randomize(torch, model):
+    """Norms, biases and running statistics as training leaves them: none 0, none 1."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name.endswith("running_var"):
+                tensor.uniform_(0.5, 2.0, generator=generator)
+            elif name.endswith("running_mean"):
+                tensor.normal_(0.0, 0.3, generator=generator)
+            elif name.endswith("bias") or "cls_token" in name or "pos_embed" in name:
+                tensor.normal_(0.0, 0.2, generator=generator)
+            elif name.endswith("weight") and tensor.ndim == 1:
+                tensor.uniform_(0.3, 1.0, generator=generator)
+
+
+class Original(NamedTuple):
+    """A timm model by name, what it answers to ten images, and the files of its weights."""
+
+    name: str
+    module: object
+    images: np.ndarray
+    logits: np.ndarray
+    folder: Path
+
+
+def to_torch(torch, images):
+    return torch.from_numpy(np.ascontiguousarray(np.asarray(images).transpose(0, 3, 1, 2)))
+
+
+def save_both(torch, module, folder):
+    require("safetensors.torch").save_file(module.state_dict(), folder / "model.safetensors")
+    torch.save(module.state_dict(), folder / "model.pth")
+
+
+@pytest.fixture(scope="module", params=(*REPVGG_NAMES, *VIT_NAMES))
+def original(request, tmp_path_factory):
+    torch, timm = require("torch"), require("timm")
+    torch.manual_seed(0)
+    module = timm.create_model(request.param).eval()
+    randomize(torch, module)
+    images = preprocessing_of(request.param)(ten_images())
+    with torch.no_grad():
+        logits = module(to_torch(torch, images)).numpy()
+    folder = tmp_path_factory.mktemp(request.param)
+    save_both(torch, module, folder)
+    yield Original(request.param, module, np.asarray(images), logits, folder)
+    for path in folder.iterdir():
+        path.unlink()  # 350 MB each for the base ViT
+
+
+def preprocessing_of(name):
+    from nercc_models.pretrained import _ENTRIES
+
+    return _ENTRIES[name].preprocess
+
+
+def assert_same_logits(model, original, record_property):
+    logits = np.asarray(nnx.jit(model)(jnp.asarray(original.images)))
+    size = np.abs(original.logits).max()
+    assert size > 0.1, "logits of this size would agree by accident"
+    assert original.logits.std(axis=0).max() > 1e-3 * size, "the images make no difference"
+    difference = float(np.abs(logits - original.logits).max() / size)
+    record_property("largest relative difference", difference)
+    print(f"{original.name}: largest difference {difference:.2e} of the largest logit {size:.3g}")
+    assert difference < TOLERANCE
+
+
+def num_parameters(model):
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def arrays_of(model):
+    return {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(model))}
+
+
+def assert_same_arrays(left, right):
+    left, right = arrays_of(left), arrays_of(right)
+    assert left.keys() == right.keys()
+    for path, array in left.items():
+        np.testing.assert_array_equal(array, right[path], err_msg=str(path))
+
+
+def test_logits_equal_timms(original, record_property):
+    model, _ = load_pretrained(original.name, original.folder / "model.safetensors")
+    assert num_parameters(model) == sum(p.numel() for p in original.module.parameters())
+    assert_same_logits(model, original, record_property)
+    from_torch, _ = load_pretrained(original.name, original.folder / "model.pth")
+    assert_same_arrays(model, from_torch)
+
+
+def test_folded_logits_equal_timms(original, record_property, tmp_path):
+    if original.name not in REPVGG_NAMES:
+        pytest.skip(f"{original.name} has no deploy form")
+    model, _ = load_pretrained(original.name, original.folder / "model.safetensors", deploy=True)
+    assert_same_logits(model, original, record_property)
+    folded_by_timm = importlib.import_module("timm.utils").reparameterize_model(original.module)
+    save_both(require("torch"), folded_by_timm, tmp_path)
+    loaded, _ = load_pretrained(original.name, tmp_path / "model.safetensors")
+    expected = sum(p.numel() for p in folded_by_timm.parameters())
+    assert num_parameters(loaded) == num_parameters(model) == expected
+    assert_same_logits(loaded, original, record_property)
+
+
+def test_mean_pooling_equals_timms(record_property):
+    torch, timm = require("torch"), require("timm")
+    torch.manual_seed(0)
+    sizes = {"patch_size": 4, "depth": 2, "mlp_ratio": 2.0, "num_classes": 7}
+    module = timm.models.VisionTransformer(
+        img_size=32, embed_dim=48, num_heads=3, class_token=False, global_pool="avg", **sizes
+    ).eval()
+    randomize(torch, module)
+    images = np.random.default_rng(0).standard_normal((10, 32, 32, 3), np.float32)
+    with torch.no_grad():
+        logits = module(to_torch(torch, images)).numpy()
+    blank = ViT(image_size=32, width=48, num_heads=3, pooling="mean", **sizes, rngs=nnx.Rngs(0))
+    model = load_state_dict(blank, module.state_dict())
+    assert num_parameters(model) == sum(p.numel() for p in module.parameters())
+    assert_same_logits(model, Original("mean", module, images, logits, Path()), record_property)
+
+
+def torch_lenet5(torch):
+    """LeNet5 as PyTorch's tutorials write it, for MNIST's 28x28 images."""
+    nn = torch.nn
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1 = nn.Conv2d(1, 6, 5, padding=2)
+            self.conv2 = nn.Conv2d(6, 16, 5)
+            self.fc1 = nn.Linear(16 * 5 * 5, 120)
+            self.fc2 = nn.Linear(120, 84)
+            self.fc3 = nn.Linear(84, 10)
+
+        def forward(self, images):
+            relu, pool = nn.functional.relu, nn.functional.max_pool2d
+            x = pool(relu(self.conv1(images)), 2)
+            x = pool(relu(self.conv2(x)), 2).flatten(1)
+            return self.fc3(relu(self.fc2(relu(self.fc1(x)))))
+
+    return Net().eval()
+
+
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
+def test_lenet5_equals_pytorchs(tmp_path, wrapper, record_property):
+    torch = require("torch")
+    torch.manual_seed(0)
+    module = torch_lenet5(torch)
+    state = module.state_dict()
+    torch.save(state if wrapper is None else {wrapper: state, "epoch": 3}, tmp_path / "lenet5.pth")
+    digits = np.random.default_rng(0).integers(0, 256, (10, 28, 28, 1), dtype=np.uint8)
+    with torch.no_grad():
+        logits = module(to_torch(torch, digits.astype(np.float32) / 255)).numpy()
+    model, preprocess = load_pretrained("lenet5", tmp_path / "lenet5.pth")
+    original = Original(
+        "lenet5", module, np.asarray(preprocess(jnp.asarray(digits))), logits, tmp_path
+    )
+    assert_same_logits(model, original, record_property)
+
+
+@pytest.mark.parametrize("name", ["repvgg_a0", "vit_base_patch16_224"])
+@pytest.mark.parametrize("size", [None, (300, 400), (401, 257)])
+def test_preprocessing_is_timms(name, size):
+    timm, torch = require("timm"), require("torch")
+    image_module = require("PIL.Image")
+    images = [image_module.fromarray(image) for image in ten_images()[:3]]
+    if size is not None:
+        images = [image.resize(size[::-1], image_module.Resampling.BICUBIC) for image in images]
+    config = timm.data.resolve_data_config(timm.get_pretrained_cfg(name).to_dict())
+    transform = timm.data.create_transform(**config)
+    expected = torch.stack([transform(image) for image in images]).numpy().transpose(0, 2, 3, 1)
+    got = preprocessing_of(name)(np.stack([np.asarray(image) for image in images]))
+    assert got.shape == expected.shape == (3, 224, 224, 3)
+    levels = np.abs(np.asarray(got) - expected) * np.asarray(config["std"]) * 255
+    # Pillow computes in fixed point, so a tie may be rounded the other way in each of its passes.
+    assert levels.max() < 2.001
+    assert (levels > 0.01).mean() < 0.01
+
+
+@pytest.mark.parametrize("name", PRETRAINED_NAMES)
+def test_every_name_is_one_of_timms(name):
+    if name == "lenet5":
+        pytest.skip("LeNet5 is not timm's")
+    timm = require("timm")
+    config = timm.get_pretrained_cfg(name)
+    preprocessing = preprocessing_of(name)
+    assert config.input_size == (3, preprocessing.size, preprocessing.size)
+    assert (config.mean, config.std) == (preprocessing.mean, preprocessing.std)
+    assert (config.crop_pct, config.crop_mode) == (preprocessing.crop, "center")
+    assert (
+        config.interpolation
+        == {"linear": "bilinear", "cubic": "bicubic"}[preprocessing.interpolation]
+    )
+
+
+# What follows needs no PyTorch.
+
+LENET5_SHAPES = {
+    "conv1.weight": (6, 1, 5, 5),
+    "conv1.bias": (6,),
+    "conv2.weight": (16, 6, 5, 5),
+    "conv2.bias": (16,),
+    "fc1.weight": (120, 400),
+    "fc1.bias": (120,),
+    "fc2.weight": (84, 120),
+    "fc2.bias": (84,),
+    "fc3.weight": (10, 84),
+    "fc3.bias": (10,),
+}
+
+
+def lenet5_arrays():
+    random = np.random.default_rng(0)
+    return {key: random.standard_normal(s, np.float32) for key, s in LENET5_SHAPES.items()}
+
+
+def test_safetensors_are_read_without_pytorch(tmp_path, monkeypatch):
+    arrays = lenet5_arrays()
+    require("safetensors.numpy").save_file(arrays, tmp_path / "lenet5.safetensors")
+    monkeypatch.setitem(sys.modules, "torch", None)  # importing it raises from here on
+    read = read_state_dict(tmp_path / "lenet5.safetensors")
+    assert read.keys() == arrays.keys()
+    model, _ = load_pretrained("lenet5", tmp_path / "lenet5.safetensors")
+    kernel = np.asarray(model.conv2.kernel[...])
+    np.testing.assert_array_equal(kernel[1, 2, 3, 4], arrays["conv2.weight"][4, 3, 1, 2])
+    # PyTorch flattens (channel, row, column); here a pixel's channels lie together.
+    fc1 = np.asarray(model.fc1.kernel[...])
+    np.testing.assert_array_equal(
+        fc1[(1 * 5 + 2) * 16 + 3], arrays["fc1.weight"][:, 3 * 25 + 1 * 5 + 2]
+    )
+
+
+def test_the_number_of_classes_is_the_files():
+    arrays = lenet5_arrays()
+    arrays["fc3.weight"], arrays["fc3.bias"] = arrays["fc3.weight"][:7], arrays["fc3.bias"][:7]
+    model, preprocess = load_pretrained("lenet5", arrays)
+    assert model(preprocess(jnp.zeros((2, 28, 28, 1)))).shape == (2, 7)
+
+
+def test_pytorchs_files_need_pytorch(tmp_path, monkeypatch):
+    (tmp_path / "lenet5.pth").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ImportError, match=r"pip install 'nercc-jax\[torch\]'"):
+        read_state_dict(tmp_path / "lenet5.pth")
+
+
+def test_state_dicts_that_do_not_fit_are_refused_by_name():
+    arrays = lenet5_arrays()
+    del arrays["conv1.bias"], arrays["fc2.weight"]
+    arrays["fc4.weight"] = np.zeros(3, np.float32)
+    arrays["fc1.weight"] = np.zeros((120, 256), np.float32)
+    model = LeNet5(rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="does not fit") as caught:
+        load_state_dict(model, arrays)
+    message = str(caught.value)
+    assert "missing: conv1.bias, fc2.weight;" in message
+    assert "unexpected: fc4.weight;" in message
+    assert "of the wrong shape: fc1.weight (is (120, 256), should be (120, 400))." in message
+
+
+def test_a_transposed_kernel_is_no_kernel():
+    arrays = lenet5_arrays()
+    arrays["fc2.weight"] = arrays["fc2.weight"].T
+    with pytest.raises(ValueError, match=r"fc2.weight \(is \(120, 84\), should be \(84, 120\)\)"):
+        load_pretrained("lenet5", arrays)
+
+
+def test_unknown_models_are_refused():
+    with pytest.raises(ValueError, match=r"Unknown model 'resnet50'. Known: lenet5, repvgg_a0"):
+        load_pretrained("resnet50", {})
+    with pytest.raises(ValueError, match="'lenet5' has one form only"):
+        load_pretrained("lenet5", lenet5_arrays(), deploy=True)
+    with pytest.raises(TypeError, match="got a Linear"):
+        load_state_dict(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), {})
+
+
+def test_files_that_hold_no_weights_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="There are no weights at"):
+        read_state_dict(tmp_path / "nowhere.safetensors")
+    require("safetensors")
+    (tmp_path / "text.safetensors").write_text("these are no tensors at all")
+    with pytest.raises(ValueError, match="is not a readable safetensors file"):
+        read_state_dict(tmp_path / "text.safetensors")
+
+
+def test_checkpoints_without_a_state_dict_are_refused(tmp_path):
+    torch = require("torch")
+    torch.save([torch.zeros(2)], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="holds no state dict"):
+        read_state_dict(tmp_path / "list.pth")
