@@ -157,16 +157,35 @@ def test_the_cifar_variant_takes_small_images():
     model = vit_small_cifar(rngs=nnx.Rngs(0))
     logits = model(jnp.zeros((2, 32, 32, 3)))
     assert logits.shape == (2, 10)
-    assert num_parameters(model) * 2 < 6e6  # bytes in half precision: it ships with the project
+    assert num_parameters(model) == 810_890
+
+
+@pytest.mark.parametrize("pooling", ["token", "mean"])
+def test_sine_positions_depend_on_row_and_column_alone(pooling):
+    model = small_vit(positions="sincos", pooling=pooling, width=24)
+    table = np.asarray(model.position_embedding[...])[0]
+    if pooling == "token":
+        assert not table[0].any()
+        table = table[1:]
+    table = table.reshape(3, 3, 24)
+    # First half the column, second half the row, at six frequencies from 1 to 1/10,000.
+    frequencies = [10.0 ** (-4 * i / 5) for i in range(6)]
+    for place, half in ((2, table[1, 2, :12]), (1, table[1, 2, 12:])):
+        angles = np.multiply(place, frequencies)
+        expected = np.concatenate([np.sin(angles), np.cos(angles)])
+        np.testing.assert_allclose(half, expected, rtol=0, atol=1e-6)
+    assert len(np.unique(table.reshape(9, 24), axis=0)) == 9
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"image_size": 13}, "image_size=13 is no positive multiple of patch_size=4"),
-        ({"patch_size": 0}, "patch_size=0"),
+        ({"patch_size": 0}, "no positive multiple of patch_size=0"),
         ({"num_heads": 5}, "width=24 is no positive multiple of num_heads=5"),
         ({"pooling": "max"}, 'pooling=\'max\'; it is "token" or "mean"'),
+        ({"positions": "cos"}, 'positions=\'cos\'; it is "normal" or "sincos"'),
+        ({"positions": "sincos", "width": 27}, "needs a multiple of 4"),
         ({"stochastic_depth": 1.0}, "stochastic_depth=1.0 lies outside"),
     ],
 )
