@@ -39,10 +39,9 @@ class Checkpoints:
     def restore(self, state: Any) -> tuple[int, Any, list[dict[str, Any]], float]:
         """The latest (step, state, history, seconds of the unfinished epoch); `state` is both the
         structure to fill and the answer when there is no checkpoint."""
-        manager: Any = self._manager
-        latest = None if manager is None else manager.latest_step()
-        if latest is None:
+        if self._manager is None or self._manager.latest_step() is None:
             return 0, state, [], 0.0
+        manager, latest = self._manager, self._manager.latest_step()
         import orbax.checkpoint as ocp
 
         log = manager.restore(latest, args=ocp.args.Composite(log=ocp.args.JsonRestore())).log

@@ -83,8 +83,12 @@ def _chunked(
         ]
         return total + jnp.stack(taps).reshape(shape), None
 
-    chunks = [array.reshape(-1, chunk, *array.shape[1:]) for array in (images, gradient)]
-    return lax.scan(add, jnp.zeros(shape, images.dtype), tuple(chunks))[0]
+    chunks = (_split(images, chunk), _split(gradient, chunk))
+    return lax.scan(add, jnp.zeros(shape, images.dtype), chunks)[0]
+
+
+def _split(array: Array, chunk: int) -> Array:
+    return array.reshape(-1, chunk, *array.shape[1:])
 
 
 def _window(padded: Array, offset: tuple[int, int], strides: tuple, shape: tuple) -> Array:

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Real
 
@@ -34,13 +35,17 @@ class LeNet5(nnx.Module):
         return self.fc3(jax.nn.relu(self.fc2(jax.nn.relu(self.fc1(x)))))
 
 
-def preprocess_mnist(images: Real[Array, "batch 28 28 1"]) -> Float[Array, "batch 32 32 1"]:
+def preprocess_mnist(
+    images: Real[Array, "batch 28 28 1"] | Real[np.ndarray, "batch 28 28 1"],
+) -> Float[Array, "batch 32 32 1"]:
     """MNIST's grey levels 0 to 255 to 0 to 1, with the frame of two pixels that LeNet5 expects."""
     scaled = jnp.asarray(images, jnp.float32) / 255
     return jnp.pad(scaled, ((0, 0), (2, 2), (2, 2), (0, 0)))
 
 
-def preprocess_digits(images: Real[Array, "batch 8 8 1"]) -> Float[Array, "batch 32 32 1"]:
+def preprocess_digits(
+    images: Real[Array, "batch 8 8 1"] | Real[np.ndarray, "batch 8 8 1"],
+) -> Float[Array, "batch 32 32 1"]:
     """scikit-learn's grey levels 0 to 16 to 0 to 1, resized from 8x8 to 32x32 (bilinear)."""
     scaled = jnp.asarray(images, jnp.float32) / 16
     return jax.image.resize(scaled, (scaled.shape[0], *INPUT_SHAPE), "bilinear")

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Real
 
@@ -169,8 +170,8 @@ def fold(block: RepVGGBlock) -> DeployBlock:
         branches.append(_fold_branch(_pad_to_3x3(unit[None, None]), block.bn_identity))
     kernels, biases = zip(*branches, strict=True)
     folded = DeployBlock(block.inputs, block.outputs, block.stride, rngs=nnx.Rngs(0))
-    folded.conv.kernel[...] = sum(kernels)
-    folded.conv.bias[...] = sum(biases)
+    folded.conv.kernel.set_value(sum(kernels))
+    folded.conv.bias.set_value(sum(biases))
     return folded
 
 
@@ -233,7 +234,9 @@ def repvgg_cifar(*, num_classes: int = 10, deploy: bool = False, rngs: nnx.Rngs)
     )
 
 
-def preprocess_cifar10(images: Real[Array, "batch 32 32 3"]) -> Float[Array, "batch 32 32 3"]:
+def preprocess_cifar10(
+    images: Real[Array, "batch 32 32 3"] | Real[np.ndarray, "batch 32 32 3"],
+) -> Float[Array, "batch 32 32 3"]:
     """Colours 0 to 255 to zero mean and unit standard deviation over CIFAR-10's training images."""
     scaled = jnp.asarray(images, jnp.float32) / 255
     return (scaled - jnp.array(_CIFAR10_MEAN)) / jnp.array(_CIFAR10_DEVIATION)

@@ -55,11 +55,13 @@ def with_arrays(state: nnx.State, arrays: Mapping[str, Any]) -> nnx.State:
 
 def save_weights(path: str | Path, state: nnx.State, dtype: Any = np.float16) -> int:
     """Write a state's arrays as `dtype`; returns the size of the file in bytes."""
-    arrays = {name: np.asarray(array, dtype) for name, array in named_arrays(state).items()}
+    with np.errstate(over="ignore"):  # refused below, by name
+        arrays = {name: np.asarray(array, dtype) for name, array in named_arrays(state).items()}
     for name, array in arrays.items():
         if not np.isfinite(array).all():
             raise ValueError(f"{name} holds a value that is not finite as {np.dtype(dtype).name}.")
     _import_safetensors().save_file(arrays, str(path))
+    Path(path).chmod(0o644)  # safetensors leaves it readable by its owner alone
     return Path(path).stat().st_size
 
 
