@@ -4,6 +4,7 @@ Nothing is cached here: decoding CIFAR-10's 50,000 images takes about three seco
 Face `datasets` keeps its own copy of what it read from the hub.
 """
 
+import contextlib
 import dataclasses
 import io
 from collections.abc import Iterator
@@ -164,6 +165,19 @@ def _import_datasets() -> Any:
     return datasets
 
 
+@contextlib.contextmanager
+def _quiet(datasets: Any) -> Iterator[None]:
+    """Without progress bars: what lies on disk is read in a second or two."""
+    if datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
+
+
 def _open_parquet(name: str, split: str, data_dir: str | Path | None) -> tuple[Any, Any]:
     """The rows of a known data set, from a folder or from the hub, and its class names."""
     source = _SOURCES[name]
@@ -171,7 +185,9 @@ def _open_parquet(name: str, split: str, data_dir: str | Path | None) -> tuple[A
     if data_dir is not None:
         files = _find_parquet(name, source.files[split], Path(data_dir))
         datasets = _import_datasets()
-        return datasets.Dataset.from_parquet([str(path) for path in files]), source.classes
+        with _quiet(datasets):
+            table = datasets.Dataset.from_parquet([str(path) for path in files])
+        return table, source.classes
     if source.hub is None:
         raise FileNotFoundError(
             f"The data set {name!r} is not on the hub: give data_dir=..., a folder that holds "
@@ -217,7 +233,8 @@ def _open_image_folder(data_dir: str | Path | None, split: str) -> tuple[Any, An
         raise FileNotFoundError(f"There is no image folder {Path(data_dir).resolve()}.")
     datasets = _import_datasets()
     try:
-        splits = datasets.load_dataset("imagefolder", data_dir=str(data_dir))
+        with _quiet(datasets):
+            splits = datasets.load_dataset("imagefolder", data_dir=str(data_dir))
     except (datasets.exceptions.DatasetGenerationError, FileNotFoundError, ValueError) as error:
         raise FileNotFoundError(
             f"No labelled images were found in {Path(data_dir).resolve()}. "

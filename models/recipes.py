@@ -4,10 +4,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
-import numpy as np
 from flax import nnx
 
-from . import lenet5, repvgg, vit
+from . import hybrid, lenet5, repvgg
 from .augmentation import Augmentation
 
 
@@ -50,32 +49,6 @@ class Recipe:
         return {name: value for name, value in fields.items() if name not in functions}
 
 
-def _vit_cifar(rngs: nnx.Rngs) -> nnx.Module:
-    """A ViT whose learned positions start as sines and cosines: after the same time on a CPU it is
-    several points ahead of random ones."""
-    model = vit.ViT(
-        image_size=32,
-        patch_size=4,
-        width=128,
-        depth=6,
-        num_heads=2,
-        mlp_ratio=2.0,
-        num_classes=10,
-        pooling="mean",
-        rngs=rngs,
-    )
-    model.position_embedding[...] = _sines(grid=8, width=128)
-    return model
-
-
-def _sines(grid: int, width: int) -> np.ndarray:
-    """Positions of a square grid, (1, grid^2, width), as in MoCo v3 (Chen, Xie and He, 2021)."""
-    frequencies = 10_000.0 ** -np.linspace(0, 1, width // 4)
-    rows, columns = np.mgrid[:grid, :grid].reshape(2, -1, 1) * frequencies
-    waves = [np.sin(columns), np.cos(columns), np.sin(rows), np.cos(rows)]
-    return np.concatenate(waves, axis=1, dtype=np.float32)[None]
-
-
 _RECIPES = (
     Recipe(
         name="lenet5-digits",
@@ -108,7 +81,7 @@ _RECIPES = (
         deploy=repvgg.reparameterize,
         preprocess=repvgg.preprocess_cifar10,
         input_shape=repvgg.CIFAR_SHAPE,
-        epochs=20,
+        epochs=11,
         optimizer="sgd",
         batch_size=64,
         learning_rate=0.1,
@@ -120,13 +93,14 @@ _RECIPES = (
     Recipe(
         name="vit-cifar10",
         data="cifar10",
-        build=_vit_cifar,
+        build=lambda rngs: hybrid.hybrid_vit_cifar(rngs=rngs),
+        deploy=hybrid.fold_stem,
         preprocess=repvgg.preprocess_cifar10,
         input_shape=repvgg.CIFAR_SHAPE,
-        epochs=11,
+        epochs=6,
         batch_size=64,
         learning_rate=1e-3,
-        warmup_epochs=2,
+        warmup_epochs=1,
         weight_decay=0.05,
         label_smoothing=0.1,
         augmentation=Augmentation(padding=2, flip=True),

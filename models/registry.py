@@ -22,8 +22,8 @@ class ReadyModel(eqx.Module):
 
     A pytree whose leaves are the model's arrays: pass it through `jax.jit` as an argument, and
     `jax.grad` with respect to it is the gradient in the parameters. `preprocess` makes the float32
-    batch (B, *input_shape) out of images as `load_data(model.data)` gives them, `classes` are the
-    names of the labels, and `card` says how the model was made and what it scores.
+    batch (B, *input_shape) out of images as `load_data(model.data)` gives them, and `classes` are
+    the names of the labels. `model_card(name)` says how it was made and what it scores.
     """
 
     state: nnx.State

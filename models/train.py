@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,8 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     test_data = load_data(recipe.data, "test", data_dir=options.data_dir)
     checkpoint_dir = options.checkpoint_dir or Path("checkpoints") / recipe.name
     trained = _train_with_progress(recipe, train_data, test_data, checkpoint_dir)
-    write_model(recipe, trained, train_data, options.output_dir or checkpoint_dir)
     folder = options.output_dir or checkpoint_dir
+    write_model(recipe, trained, train_data, folder)
     result = evaluate_model(recipe.name, options.data_dir, weights_dir=folder)
     print(
         f"{recipe.name}: {result.correct} of {result.total} test images are right "
@@ -44,7 +45,7 @@ def write_model(recipe: Recipe, trained: Trained, data: Data, folder: str | Path
     size = save_weights(Path(folder) / f"{recipe.name}.safetensors", state)
     card = {
         "name": recipe.name,
-        "made_by": f"python -m nercc_models.train {recipe.name}",
+        "made_by": _command(recipe),
         "data": recipe.data,
         "train_images": len(data),
         "classes": list(data.classes),
@@ -53,11 +54,27 @@ def write_model(recipe: Recipe, trained: Trained, data: Data, folder: str | Path
         "bytes": size,
         "precision": "float16",
         "training_seconds": round(trained.seconds, 1),
-        "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}, jax {jax.__version__}",
+        "machine": _machine(),
         "recipe": recipe.numbers(),
         "history": trained.history,
     }
     (Path(folder) / f"{recipe.name}.json").write_text(json.dumps(card, indent=1) + "\n")
+
+
+def _command(recipe: Recipe) -> str:
+    """The command that makes this model again, whatever the table of recipes says by default."""
+    usual = RECIPES[recipe.name]
+    options = [
+        f" --{name} {getattr(recipe, name)}"
+        for name in ("epochs", "seed")
+        if getattr(recipe, name) != getattr(usual, name)
+    ]
+    return f"python -m nercc_models.train {recipe.name}{''.join(options)}"
+
+
+def _machine() -> str:
+    kind = jax.devices()[0].device_kind
+    return f"{platform.machine()}, {os.cpu_count()} cores, {kind}, jax {jax.__version__}"
 
 
 def _train_with_progress(
