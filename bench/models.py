@@ -342,7 +342,7 @@ def main() -> None:
     measured = []
     for subject in SUBJECTS:
         console.log(subject.name)
-        measured += measure(subject, 3 if arguments.quick else 21)
+        measured += measure(subject, 3 if arguments.quick else 11)
     after = {
         "load_average_after": list(os.getloadavg()),
         "dtype": "float32",

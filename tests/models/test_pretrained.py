@@ -15,17 +15,22 @@ from flax import nnx
 from nercc_models.data import load_data
 from nercc_models.lenet5 import LeNet5
 from nercc_models.pretrained import (
+    _ENTRIES,
     PRETRAINED_NAMES,
+    _slots,
     load_pretrained,
     load_state_dict,
     read_state_dict,
 )
+from nercc_models.repvgg import repvgg
 from nercc_models.vit import ViT
 
 DATA_DIR = Path(__file__).parents[3] / "shared" / "data"
 REPVGG_NAMES = ("repvgg_a0", "repvgg_a2", "repvgg_b0")
 VIT_NAMES = ("vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224")
-TOLERANCE = 1e-4  # of the largest logit, float32
+# Of the largest logit, in float32, where rounding makes 1e-6. The issue asks for 1e-4: that is near
+# to what the approximate GELU makes (1e-4), and more than LayerNorm with epsilon 1e-5 (1e-5).
+TOLERANCE = 5e-6
 
 
 def require(package):
@@ -61,6 +66,8 @@ def randomize(torch, model):
                 tensor.normal_(0.0, 0.2, generator=generator)
             elif name.endswith("weight") and tensor.ndim == 1:
                 tensor.uniform_(0.3, 1.0, generator=generator)
+            elif name.endswith(("attn.qkv.weight", "mlp.fc1.weight")):
+                tensor.mul_(4.0)  # attention far from uniform, GELU far from linear
 
 
 class Original(NamedTuple):
@@ -99,8 +106,6 @@ def original(request, tmp_path_factory):
 
 
 def preprocessing_of(name):
-    from nercc_models.pretrained import _ENTRIES
-
     return _ENTRIES[name].preprocess
 
 
@@ -240,6 +245,22 @@ def test_every_name_is_one_of_timms(name):
         config.interpolation
         == {"linear": "bilinear", "cubic": "bicubic"}[preprocessing.interpolation]
     )
+
+
+@pytest.mark.parametrize("size", ["a1", "b1", "b2", "b3"])
+def test_the_other_sizes_have_timms_arrays(size):
+    torch, timm = require("torch"), require("timm")
+    with torch.device("meta"):  # shapes without numbers: b3 has 123 million
+        module = timm.create_model(f"repvgg_{size}")
+    model = nnx.eval_shape(lambda: repvgg(size, rngs=nnx.Rngs(0)))
+    shapes = {
+        key: tensor.shape
+        for key, tensor in module.state_dict().items()
+        if not key.endswith("num_batches_tracked")
+    }
+    slots = _slots(model, nnx.state(model))
+    assert {slot.key: slot.shape for slot in slots} == shapes
+    assert num_parameters(model) == sum(p.numel() for p in module.parameters())
 
 
 # What follows needs no PyTorch.
