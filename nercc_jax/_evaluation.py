@@ -129,6 +129,8 @@ def evaluate(
 
 def _common_size(codes: Mapping[str, AbstractCode]) -> tuple[int, int]:
     sizes = {name: (code.num_data, code.num_workers) for name, code in codes.items()}
+    if not sizes:
+        raise ValueError("there are no codes to evaluate")
     if len(set(sizes.values())) != 1:
         raise ValueError(f"codes to compare must have the same (num_data, num_workers): {sizes}")
     return next(iter(sizes.values()))

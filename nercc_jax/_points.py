@@ -4,6 +4,7 @@ All points are computed in float64 with NumPy and rounded once, so that an alpha
 coincide do so to the last bit.
 """
 
+from collections.abc import Sequence
 from typing import Literal, TypeAlias, get_args
 
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, Int
 
 Layout: TypeAlias = Literal["chebyshev", "approxifer", "uniform", "interleaved", "repeated"]
-Points: TypeAlias = Layout | tuple[ArrayLike, ArrayLike]
+Points: TypeAlias = Layout | tuple[ArrayLike | Sequence[float], ArrayLike | Sequence[float]]
 LAYOUTS: tuple[str, ...] = get_args(Layout)
 
 

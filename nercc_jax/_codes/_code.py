@@ -71,7 +71,7 @@ class AbstractCode(eqx.Module):
         """
         return multiply(self.decoder_matrix(available), y)
 
-    def encode(self, x: Float[Array, "num_data ..."]) -> Float[Array, "num_workers ..."]:
+    def encode(self, x: Float[ArrayLike, "num_data ..."]) -> Float[Array, "num_workers ..."]:
         """The coded data points E @ x, for x of any trailing shape, in x's dtype.
 
         Raises: ValueError where x is not K data points of a float dtype, or, outside jit, where
@@ -87,7 +87,7 @@ class AbstractCode(eqx.Module):
         return coded
 
     def decode(
-        self, y: Float[Array, "num_workers ..."], available: Bool[ArrayLike, " num_workers"]
+        self, y: Float[ArrayLike, "num_workers ..."], available: Bool[ArrayLike, " num_workers"]
     ) -> Float[Array, "num_data ..."]:
         """The predictions of all K data points from the available workers' answers y.
 
@@ -118,7 +118,7 @@ class AbstractCode(eqx.Module):
         return decoded.predictions
 
     def try_decode(
-        self, y: Float[Array, "num_workers ..."], available: Bool[ArrayLike, " num_workers"]
+        self, y: Float[ArrayLike, "num_workers ..."], available: Bool[ArrayLike, " num_workers"]
     ) -> Decoded:
         """As `decode`, with the status beside the predictions and no exception for bad answers."""
         return _try_decode(self, y, available)

@@ -53,7 +53,7 @@ def _rotation(a: Array, b: Array) -> tuple[Array, Array, Array]:
     return jnp.where(empty, 1, a / safe), b / safe, length
 
 
-def _rotate(cs: tuple[Array, Array], p, q):
+def _rotate(cs: tuple[Array, Array] | Float[Array, "2"], p: Array, q: Array):
     c, s = cs
     return c * p + s * q, c * q - s * p
 

@@ -29,7 +29,7 @@ class SmoothingSpline(eqx.Module):
 @jax.jit
 def smoothing_spline(
     t: Float[ArrayLike, " n"],
-    y: Float[Array, "n *m"],
+    y: Float[ArrayLike, "n *m"],
     lambda_: Float[ArrayLike, ""],
     *,
     weights: Float[ArrayLike, " n"] | None = None,
@@ -55,6 +55,7 @@ def smoothing_spline(
     1994, section 2.3.
     """
     t, weights = _checked(t, weights, available)
+    y = jnp.asarray(y)
     if y.ndim < 1 or y.shape[0] != t.shape[0]:
         raise ValueError(f"y has shape {y.shape}; its first axis must be the {t.shape[0]} points")
     knots, factor = _fit(t, weights, jnp.asarray(lambda_, t.dtype))
@@ -118,7 +119,8 @@ def _fit(t, weights, lambda_) -> tuple[Knots, RootInformation]:
     shortest = jnp.min(jnp.where(observed, gaps, 1))
     span = jnp.sum(jnp.where(observed, gaps, 0))
     low, high = jax.lax.stop_gradient((eps**2 * shortest**3, (1 + span**3) / eps))
-    mu = jnp.clip(lambda_, low, high) * jnp.sum(knots.weights)
+    total = jnp.sum(knots.weights)
+    mu = jnp.clip(lambda_, low, high) * jnp.where(total > 0, total, 1)
     return knots, factorize(gaps, knots.weights, mu)
 
 

@@ -13,6 +13,9 @@ from ._errors import told_plainly
 
 
 def models(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Which models; all unless given.")
+    ] = None,
     evaluate: Annotated[
         bool, typer.Option("--evaluate", help="Run each model on its test set; needs the data.")
     ] = False,
@@ -22,10 +25,10 @@ def models(
 ) -> None:
     """List the shipped models with their scores, as their cards say or as measured now."""
     with told_plainly():
-        _run(evaluate, data_dir)
+        _run(names, evaluate, data_dir)
 
 
-def _run(evaluate: bool, data_dir: Path | None) -> None:
+def _run(names: list[str] | None, evaluate: bool, data_dir: Path | None) -> None:
     from nercc_models import evaluate_model, list_models, model_card
 
     console = Console()
@@ -33,7 +36,7 @@ def _run(evaluate: bool, data_dir: Path | None) -> None:
     for column in ("model", "data", "input", "parameters", "kB"):
         table.add_column(column)
     table.add_column("accuracy, measured now" if evaluate else "accuracy, by its card")
-    names = list_models()
+    names = names or list(list_models())
     for name in track(names, "evaluating", console=console) if evaluate else names:
         card = model_card(name)
         score = card["score"]

@@ -1,0 +1,42 @@
+"""Eight CPU devices, both precisions, a fixed key. Warnings are errors (pyproject.toml)."""
+
+import os
+
+import hypothesis
+import jax
+import jaxtyping
+import pytest
+
+# Must be set before the backend starts.
+jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    return jax.random.key(20240204)
+
+
+@pytest.fixture(params=["float32", "float64"])
+def dtype(request):
+    """The working precision; float32 runs as users run it, with x64 disabled."""
+    with jax.enable_x64(request.param == "float64"):
+        yield request.param
+
+
+@pytest.fixture
+def untyped():
+    """Runs as users do, without the run-time type checks: our own errors must speak."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def require(module: str, extra: str):
+    """Imports an optional package. Without it a test skips, but fails where CI installs all."""
+    if os.environ.get("NERCC_REQUIRE_EXTRAS") == "1":
+        return __import__(module)
+    return pytest.importorskip(module, reason=f"needs pip install 'nercc-jax[{extra}]'")
+
+
+hypothesis.settings.register_profile("nercc", deadline=None, max_examples=60, derandomize=True)
+hypothesis.settings.load_profile("nercc")

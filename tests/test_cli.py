@@ -1,0 +1,78 @@
+"""The command as a person meets it."""
+
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from nercc_jax.cli._app import app
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, list(arguments))
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    plot = tmp_path_factory.mktemp("demo") / "demo.png"
+    return run("demo", "--sets", "4", "--max-stragglers", "3", "--plot", str(plot)), plot
+
+
+def test_demo_prints_a_table_and_draws_a_picture(demo):
+    result, plot = demo
+    assert result.exit_code == 0, result.output
+    for word in ("NeRCC", "BACC", "LCC", "replication", "MSE", "RelAcc", "K=8, N=20", "*"):
+        assert word in result.output
+    assert str(plot) in result.output
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_rows_show_nercc_below_bacc(demo):
+    rows = [line.split() for line in demo[0].output.splitlines() if "±" in line]
+    errors = [[float(cell) for cell in row if "±" not in cell] for row in rows[:4]]
+    for stragglers, nercc, bacc, approxifer, lcc in errors:
+        assert nercc < min(bacc, approxifer, lcc), stragglers
+
+
+def test_models_lists_what_is_shipped():
+    result = run("models")
+    assert result.exit_code == 0
+    assert "lenet5-digits" in result.output
+    assert "61,706" in result.output
+
+
+def test_models_evaluates():
+    assert "measured now" in run("models", "--evaluate", "lenet5-digits").output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "nothing"), "nothing"),
+        (("--max-stragglers", "20"), "leaves none of 20 workers"),
+        (("--num-workers", "6"), "at least as many workers"),
+        (("--plot", "/no/such/folder/x.png"), "there is no folder"),
+        (("--points", "3"), "3 data points fill no group of 8"),
+        (("--sets", "0"), "num_sets must be 1 or more"),
+    ],
+)
+def test_errors_are_one_sentence(arguments, message):
+    result = run("demo", *arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("command", [(), ("demo",), ("models",)])
+def test_help(command):
+    result = run(*command, "--help")
+    assert result.exit_code == 0
+    assert "Usage" in result.output
+
+
+def test_a_missing_extra_is_named():
+    code = "import sys; sys.modules['typer'] = None; from nercc_jax.cli import main; main()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "pip install 'nercc-jax[demo]'" in result.stderr

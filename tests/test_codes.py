@@ -1,0 +1,362 @@
+"""One contract for every code, and what each code promises beyond it."""
+
+import warnings
+
+import equinox as eqx
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.interpolate
+
+from nercc_jax import Berrut, Lagrange, NeRCC, Replication, Uncoded
+
+K, N = 4, 11
+CODES = {
+    "nercc": lambda: NeRCC(K, N),
+    "nercc-interleaved": lambda: NeRCC(K, N, lambda_dec=0.0, points="interleaved"),
+    "nercc-repeated": lambda: NeRCC(K, N, points="repeated"),
+    "nercc-smooth": lambda: NeRCC(K, N, lambda_enc=1e-3, lambda_dec=1e-2, points="uniform"),
+    "nercc-few-workers": lambda: NeRCC(12, N),
+    "berrut": lambda: Berrut(K, N),
+    "berrut-repeated": lambda: Berrut(K, N, points="repeated"),
+    "lagrange-quadratic": lambda: Lagrange(K, N, degree=2),
+    "replication": lambda: Replication(K, N),
+    "uncoded": lambda: Uncoded(K),
+    "one-for-one": lambda: NeRCC(1, 1),
+}
+SPLINES = [name for name in CODES if name.startswith(("nercc", "berrut"))]
+EPS = {"float32": 1e-5, "float64": 1e-11}
+
+
+@pytest.fixture(params=CODES)
+def code(request, dtype):
+    return CODES[request.param]()
+
+
+def data(code, *shape, seed=0):
+    values = np.random.default_rng(seed).normal(size=(code.num_data, *shape))
+    return jnp.asarray(values.astype(code.alpha.dtype))
+
+
+def answers(code, *shape, seed=1):
+    values = np.random.default_rng(seed).normal(size=(code.num_workers, *shape))
+    return jnp.asarray(values.astype(code.alpha.dtype))
+
+
+def everyone(code):
+    return np.ones(code.num_workers, bool)
+
+
+def all_but_one(code):
+    return np.arange(code.num_workers) > 0
+
+
+# -- The contract -------------------------------------------------------------------------------
+
+
+def test_matrices(code, dtype):
+    encoder = code.encoder_matrix()
+    decoder = code.decoder_matrix(everyone(code))
+    assert encoder.shape == (code.num_workers, code.num_data)
+    assert decoder.shape == (code.num_data, code.num_workers)
+    assert encoder.dtype == decoder.dtype == dtype
+    np.testing.assert_allclose(encoder.sum(axis=1), 1, atol=EPS[dtype])
+    np.testing.assert_allclose(decoder.sum(axis=1), 1, atol=EPS[dtype])
+    missing = all_but_one(code)
+    np.testing.assert_array_equal(code.decoder_matrix(missing)[:, 0], 0)
+    lost = ~np.asarray(code.recovered(missing))
+    np.testing.assert_array_equal(code.decoder_matrix(missing)[lost], 0)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3, 1)])
+def test_encode_and_decode_are_the_matrices(code, shape, dtype):
+    x, y, mask = data(code, *shape), answers(code, *shape), everyone(code)
+    coded, decoded = code.encode(x), code.decode(y, mask)
+    assert coded.shape == (code.num_workers, *shape)
+    assert decoded.shape == (code.num_data, *shape)
+    assert coded.dtype == decoded.dtype == dtype
+    expected = np.tensordot(code.encoder_matrix(), x, 1)
+    np.testing.assert_allclose(coded, expected, atol=EPS[dtype])
+    expected = np.tensordot(code.decoder_matrix(mask), y, 1)
+    np.testing.assert_allclose(decoded, expected, atol=10 * EPS[dtype])
+
+
+def test_a_constant_model_is_decoded_exactly(code, dtype):
+    mask = everyone(code)
+    y = jnp.full((code.num_workers, 2), 3.5, dtype)
+    np.testing.assert_allclose(code.decode(y, mask), 3.5, rtol=EPS[dtype])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
+def test_a_straggler_never_reaches_the_result(code, bad):
+    mask = all_but_one(code)
+    y = answers(code, 3)
+    clean, spoilt = (code.try_decode(y.at[0].set(value), mask) for value in (0, bad))
+    for name in ("predictions", "heard", "recovered"):
+        np.testing.assert_array_equal(getattr(clean, name), getattr(spoilt, name))
+    np.testing.assert_array_equal(clean.heard, mask)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_broken_answer_makes_a_straggler(code, bad, dtype):
+    y = answers(code, 3)
+    expected = code.try_decode(y, all_but_one(code))
+    broken = y.at[0, 1].set(bad)
+    got = code.try_decode(broken, everyone(code))
+    np.testing.assert_array_equal(got.heard, all_but_one(code))
+    np.testing.assert_array_equal(got.recovered, expected.recovered)
+    np.testing.assert_allclose(got.predictions, expected.predictions, atol=100 * EPS[dtype])
+    if expected.recovered.any():
+        with pytest.warns(RuntimeWarning, match=r"workers \[0\] returned values that are not"):
+            code.decode(broken, everyone(code))
+
+
+def test_no_answer_is_an_error_or_a_status(code):
+    y, none = answers(code, 3), np.zeros(code.num_workers, bool)
+    with pytest.raises(ValueError, match=r"no prediction can be recovered.* 0 were available"):
+        code.decode(y, none)
+    with pytest.raises(ValueError, match="with values that are not finite; wait for more"):
+        code.decode(jnp.full_like(y, jnp.nan), everyone(code))
+    status = jax.jit(code.try_decode)(y, none)
+    assert not status.recovered.any()
+    assert np.isnan(status.predictions).all()
+    assert np.isnan(jax.jit(code.decode)(y, none)).all()
+
+
+def test_jit_vmap_and_grad(code, dtype):
+    x, masks = data(code, 2), np.stack([everyone(code), all_but_one(code)])
+    y = answers(code, 2)
+    np.testing.assert_allclose(jax.jit(code.encode)(x), code.encode(x), atol=EPS[dtype])
+    batch = jax.vmap(code.try_decode, in_axes=(None, 0))(y, masks)
+    for i, mask in enumerate(masks):
+        single = code.try_decode(y, mask)
+        np.testing.assert_array_equal(batch.recovered[i], single.recovered)
+        np.testing.assert_allclose(batch.predictions[i], single.predictions, atol=10 * EPS[dtype])
+
+    def loss(code, x):
+        decoded = code.try_decode(jnp.sin(code.encode(x)), masks[1])
+        return jnp.sum(jnp.where(decoded.recovered[:, None], decoded.predictions, 0) ** 2)
+
+    gradient_code = eqx.filter_grad(loss)(code, x)
+    for leaf in jax.tree.leaves(gradient_code):
+        assert np.isfinite(leaf).all()
+    assert np.isfinite(jax.grad(loss, argnums=1)(code, x)).all()
+
+
+def test_one_compilation_serves_every_mask(code):
+    traces = []
+
+    @jax.jit
+    def decode(code, y, mask):
+        traces.append(1)
+        return code.decode(y, mask)
+
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        decode(code, answers(code, 2), rng.uniform(size=code.num_workers) < 0.7)
+    assert len(traces) == 1
+
+
+def test_low_precision_answers_are_decoded_in_float32(code):
+    y = answers(code, 2).astype(jnp.bfloat16)
+    decoded = code.decode(y, everyone(code))
+    assert decoded.dtype == jnp.float32
+    expected = code.decoder_matrix(everyone(code)) @ y.astype(code.alpha.dtype)
+    np.testing.assert_allclose(decoded, expected, atol=1e-4)
+    assert code.encode(data(code, 2).astype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_input_errors(name, untyped):
+    code = CODES[name]()
+    k, n = code.num_data, code.num_workers
+    x, y, mask = data(code, 3), answers(code, 3), everyone(code)
+    with pytest.raises(ValueError, match=rf"first axis must be the {k} data points"):
+        code.encode(jnp.zeros((k + 1, 3)))
+    with pytest.raises(ValueError, match="x is int32: codes work on floats"):
+        code.encode(jnp.zeros((k, 3), jnp.int32))
+    with pytest.raises(ValueError, match=rf"data points \[{k - 1}\] are not finite: take them out"):
+        code.encode(x.at[k - 1, 1].set(jnp.nan))
+    with pytest.raises(ValueError, match=rf"first axis must be the {n} workers"):
+        code.decode(jnp.zeros((n + 1, 3)), mask)
+    with pytest.raises(ValueError, match="y is int32"):
+        code.decode(jnp.zeros((n, 3), jnp.int32), mask)
+    for bad in (np.ones(n + 1, bool), np.ones(n), np.ones((1, n), bool)):
+        with pytest.raises(ValueError, match=rf"boolean mask of shape \({n},\)"):
+            code.decode(y, bad)
+        with pytest.raises(ValueError, match=rf"boolean mask of shape \({n},\)"):
+            code.decoder_matrix(bad)
+
+
+# -- Splines and Berrut: any answer recovers something ---------------------------------------------
+
+
+@pytest.mark.parametrize("name", SPLINES)
+def test_one_answer_gives_a_constant(name, dtype):
+    code = CODES[name]()
+    y = answers(code, 3)
+    for worker in range(0, code.num_workers, 3):
+        decoded = code.decode(y, np.arange(code.num_workers) == worker)
+        expected = np.broadcast_to(y[worker], decoded.shape)
+        np.testing.assert_allclose(decoded, expected, rtol=EPS[dtype])
+
+
+@hypothesis.given(st.permutations(range(N)), st.lists(st.booleans(), min_size=N, max_size=N))
+@hypothesis.settings(max_examples=20)
+@pytest.mark.parametrize("name", ["nercc", "nercc-repeated", "berrut-repeated"])
+def test_workers_may_come_in_any_order(name, order, mask):
+    hypothesis.assume(any(mask))
+    order, mask = np.array(order), np.array(mask)
+    with jax.enable_x64(True):
+        code, y = CODES[name](), answers(CODES[name](), 2)
+        shuffled = type(code)(K, N, points=(code.alpha, code.beta[order]))
+        one, other = code.decode(y, mask), shuffled.decode(y[order], mask[order])
+        np.testing.assert_allclose(other, one, atol=1e-8 * max(1, np.abs(one).max()))
+        np.testing.assert_allclose(
+            shuffled.encoder_matrix(), code.encoder_matrix()[order], atol=1e-12
+        )
+
+
+@pytest.mark.parametrize("name", ["interleaved", "repeated"])
+def test_an_answered_data_point_is_exact_under_interpolation(name, dtype):
+    code = NeRCC(K, N, lambda_dec=0.0, points=name)
+    x = data(code, 5)
+    model = lambda x: jnp.sin(3 * x)  # noqa: E731
+    coded = code.encode(x)
+    mask = np.random.default_rng(4).uniform(size=N) < 0.6
+    own = [np.flatnonzero(np.asarray(code.beta) == a) for a in np.asarray(code.alpha)]
+    answered = np.array([mask[workers].any() for workers in own])
+    assert 0 < answered.sum() < K
+    decoded = code.decode(model(coded), mask)
+    np.testing.assert_allclose(decoded[answered], model(x)[answered], atol=EPS[dtype])
+
+
+def test_repeated_points_keep_what_replication_keeps():
+    nercc, copies = NeRCC(5, 13, lambda_dec=0.0, points="repeated"), Replication(5, 13)
+    np.testing.assert_array_equal(nercc.encoder_matrix().round(5), copies.encoder_matrix())
+    y = answers(copies, 2)[jnp.argmax(copies.encoder_matrix(), axis=1)]
+    for seed in range(5):
+        mask = np.random.default_rng(seed).uniform(size=13) < 0.4
+        kept = copies.recovered(mask)
+        np.testing.assert_allclose(
+            nercc.decode(y, mask)[kept], copies.decode(y, mask)[kept], atol=1e-5
+        )
+
+
+def test_berrut_is_scipys_floater_hormann_of_degree_zero(dtype):
+    code = Berrut(K, N)
+    mask = np.random.default_rng(0).uniform(size=N) < 0.7
+    order = np.argsort(code.beta)
+    used = order[mask[order]]
+    y = answers(code, 2)
+    theirs = scipy.interpolate.FloaterHormannInterpolator(
+        np.asarray(code.beta)[used], np.asarray(y)[used], d=0
+    )
+    np.testing.assert_allclose(code.decode(y, mask), theirs(np.asarray(code.alpha)), rtol=1e-4)
+
+
+def test_berrut_where_points_coincide(dtype):
+    """ApproxIFER's points meet an alpha at K=10, N=12; value and derivative must not break."""
+    code = Berrut(10, 12, points="approxifer")
+    assert np.abs(code.alpha[:, None] - code.beta).min() < 1e-6
+    x = data(code, 2)
+    np.testing.assert_allclose(
+        code.encode(x).sum(), code.encoder_matrix().sum(0) @ x.sum(1), rtol=1e-4
+    )
+    assert np.abs(code.encoder_matrix()).sum(axis=1).max() < 10
+
+    def entry(shift):
+        alpha, beta = jnp.array([-0.5, 0.25, 0.75]), jnp.array([-1.0, 0.25, 0.0, 1.0])
+        return Berrut(3, 4, points=(alpha, beta.at[1].add(shift))).encoder_matrix()[1]
+
+    step = 1e-4 if dtype == "float64" else 1e-2
+    numerical = (entry(step) - entry(-step)) / (2 * step)
+    np.testing.assert_allclose(jax.jacfwd(entry)(0.0), numerical, atol=100 * step**2)
+
+
+# -- Lagrange, replication, uncoded ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("degree", [1, 2, 3])
+def test_lagrange_is_exact_for_polynomials_from_any_threshold_answers(degree, dtype):
+    code = Lagrange(K, N, degree=degree)
+    assert code.threshold == (K - 1) * degree + 1
+    x = data(code, 2)
+    y = code.encode(x) ** degree - code.encode(x)
+    rng = np.random.default_rng(0)
+    for extra in range(N - code.threshold + 1):
+        mask = np.isin(np.arange(N), rng.permutation(N)[: code.threshold + extra])
+        decoded = code.decode(y, mask)
+        size = np.abs(code.decoder_matrix(mask)).sum(1).max() * np.abs(y).max()
+        np.testing.assert_allclose(decoded, x**degree - x, atol=10 * EPS[dtype] * size)
+    too_few = np.arange(N) < code.threshold - 1
+    assert not code.try_decode(y, too_few).recovered.any()
+    with pytest.raises(ValueError, match="no prediction can be recovered"):
+        code.decode(y, too_few)
+
+
+def test_lagrange_counts_coincident_workers_once():
+    code = Lagrange(3, 6, points="repeated")
+    mask = np.array([True, True, False, True, True, False])
+    assert not code.recovered(mask).any()
+
+
+def test_lagrange_of_many_points_stays_finite():
+    code = Lagrange(60, 150)
+    assert np.isfinite(code.encoder_matrix()).all()
+    assert np.isfinite(code.decoder_matrix(np.arange(150) % 2 == 0)).all()
+
+
+def test_replication_takes_the_first_copy_and_loses_the_rest():
+    code = Replication(3, 6)
+    y = jnp.arange(6.0)[:, None] + 1
+    mask = np.array([True, False, False, True, True, False])
+    decoded = code.decode(y, mask)
+    np.testing.assert_array_equal(decoded[:2], [[1], [5]])
+    assert np.isnan(decoded[2]).all()
+    np.testing.assert_array_equal(code.recovered(mask), [True, True, False])
+
+
+def test_uncoded_loses_what_straggles():
+    code = Uncoded(3)
+    x = data(code, 2)
+    np.testing.assert_array_equal(code.encode(x), x)
+    np.testing.assert_array_equal(code.recovered([True, False, True]), [True, False, True])
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: NeRCC(4, 8, lambda_enc=-1.0), "lambda_enc must be 0 or positive, not -1"),
+        (lambda: NeRCC(4, 8, lambda_dec=np.nan), "lambda_dec must be 0 or positive, not nan"),
+        (lambda: NeRCC(4, 8, lambda_dec=np.ones(2)), r"lambda_dec must be a scalar.*\(2,\)"),
+        (lambda: NeRCC(0, 8), "num_data must be a positive integer"),
+        (lambda: Lagrange(4, 8, degree=3), "degree 3 does not fit.* 8 workers"),
+        (lambda: Lagrange(4, 8, degree=0), "degree 0 does not fit"),
+        (lambda: Replication(4, 3), "need at least 4 workers, not 3"),
+        (lambda: Uncoded(4, 5), "4 data points take 4 workers, not 5"),
+    ],
+)
+def test_constructor_errors(build, message, untyped):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_large_entries_take_the_accurate_way():
+    """A wide gap spanned by close workers: the product with the matrix loses digits, decode not."""
+    beta = np.concatenate([np.linspace(-1, -0.9, 30), np.linspace(0.9, 1, 30)]).astype("float32")
+    code = NeRCC(3, 60, lambda_dec=0.0, points=(np.array([-0.5, 0.1, 0.6]), beta))
+    y = np.sin(5 * beta.astype(float)).astype("float32")
+    with jax.enable_x64(True):
+        wide = NeRCC(
+            3, 60, lambda_dec=0.0, points=(np.asarray(code.alpha, float), beta.astype(float))
+        )
+        exact = wide.decode(y.astype(float), np.ones(60, bool))
+    matrix = code.decoder_matrix(np.ones(60, bool))
+    assert np.abs(matrix).sum(axis=1).max() > 100
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_allclose(code.decode(y, np.ones(60, bool)), exact, atol=1e-5)

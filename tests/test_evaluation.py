@@ -1,0 +1,119 @@
+"""Evaluation against a plain NumPy account of the same definitions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from nercc_jax import (
+    Berrut,
+    Estimate,
+    ExactStragglers,
+    IndependentStragglers,
+    NeRCC,
+    Replication,
+    evaluate,
+)
+
+WEIGHTS = np.random.default_rng(5).normal(size=(3, 4)).astype("float32")
+CODES = {"NeRCC": NeRCC(5, 12), "BACC": Berrut(5, 12), "copies": Replication(5, 12)}
+LAWS = {"some": ExactStragglers(4), "many": ExactStragglers(9)}
+
+
+def model(x):
+    return jnp.tanh(x @ WEIGHTS)
+
+
+@pytest.fixture
+def x():
+    return np.random.default_rng(0).normal(size=(33, 3)).astype("float32")
+
+
+def test_metrics_are_what_they_say(x, key):
+    labels = np.random.default_rng(1).integers(0, 4, 33)
+    rows = evaluate(model, CODES, x, LAWS, key=key, num_sets=3, labels=labels, batch_size=7)
+    assert [(r.stragglers, r.code) for r in rows] == [(law, code) for law in LAWS for code in CODES]
+    original = np.asarray(model(x[:30]))
+    for row in rows:
+        law = list(LAWS).index(row.stragglers)
+        values = {m: [] for m in ("mse", "rmse", "mean_l2", "rel_acc", "accuracy", "lost")}
+        for index in range(3):
+            draw = jax.random.fold_in(jax.random.fold_in(key, law), index)
+            mask = LAWS[row.stragglers].available(draw, 12)
+            code = CODES[row.code]
+            parts = [code.try_decode(model(code.encode(g)), mask) for g in x[:30].reshape(6, 5, 3)]
+            decoded = np.concatenate([p.predictions for p in parts])
+            kept = np.concatenate([p.recovered for p in parts])
+            error = (decoded - original)[kept]
+            values["mse"].append((error**2).mean())
+            values["rmse"].append(np.sqrt((error**2).sum(axis=1).mean()))
+            values["mean_l2"].append(np.sqrt((error**2).sum(axis=1)).mean())
+            right = np.zeros(30)
+            right[kept] = decoded[kept].argmax(axis=1) == original[kept].argmax(axis=1)
+            values["rel_acc"].append(right.mean())
+            right[kept] = decoded[kept].argmax(axis=1) == labels[:30][kept]
+            values["accuracy"].append(right.mean())
+            values["lost"].append(1 - kept.mean())
+        for metric, expected in values.items():
+            got = getattr(row, metric)
+            np.testing.assert_allclose(got.mean, np.mean(expected), rtol=1e-4, atol=1e-6)
+            half = scipy.stats.t.ppf(0.975, 2) * scipy.stats.sem(expected)
+            np.testing.assert_allclose(got.half_width, half, rtol=1e-3, atol=1e-5)
+        assert (row.num_data_points, row.num_sets) == (30, 3)
+    lost = {row.code: row.lost.mean for row in rows if row.stragglers == "many"}
+    assert lost["copies"] > 0
+    assert lost["NeRCC"] == lost["BACC"] == 0
+
+
+def test_all_lost_is_told(x, key):
+    (row,) = evaluate(
+        model, {"n": NeRCC(5, 12)}, x, {"all": ExactStragglers(12)}, key=key, num_sets=2
+    )
+    assert row.lost.mean == 1
+    assert row.rel_acc.mean == 0
+    assert np.isnan(row.mse.mean)
+    assert row.accuracy is None
+
+
+def test_same_key_same_numbers_and_progress(x, key):
+    seen = []
+
+    def progress(pairs):
+        for pair in pairs:
+            seen.append(pair)
+            yield pair
+
+    laws = {"p": IndependentStragglers(0.2)}
+    one, other = (
+        evaluate(model, CODES, x, laws, key=key, num_sets=4, progress=progress) for _ in "12"
+    )
+    assert one == other
+    assert seen[:4] == [("p", i) for i in range(4)]
+    assert one != evaluate(model, CODES, x, laws, key=jax.random.key(1), num_sets=4)
+
+
+def test_one_set_has_no_spread(x, key):
+    (row,) = evaluate(model, {"n": NeRCC(5, 12)}, x, {"1": ExactStragglers(1)}, key=key, num_sets=1)
+    assert np.isnan(row.mse.half_width)
+    assert Estimate.over([1.0, 1.0]).half_width == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"codes": {"a": NeRCC(5, 12), "b": NeRCC(4, 12)}}, r"same \(num_data, num_workers\)"),
+        ({"codes": {}}, "there are no codes"),
+        ({"x": np.ones((4, 3), np.float32)}, "4 data points fill no group of 5"),
+        ({"x": np.full((5, 3), np.nan, np.float32)}, "must be finite"),
+        ({"num_sets": 0}, "num_sets must be 1 or more"),
+        ({"labels": np.zeros(7)}, r"labels have shape \(7,\)"),
+        ({"model": lambda x: x.sum(axis=1)}, "finite vectors"),
+        ({"model": lambda x: x * jnp.inf}, "finite vectors"),
+    ],
+)
+def test_errors(change, message, x, key, untyped):
+    given = {"model": model, "codes": CODES, "x": x, "stragglers": LAWS, "key": key, **change}
+    positional = [given.pop(name) for name in ("model", "codes", "x", "stragglers")]
+    with pytest.raises(ValueError, match=message):
+        evaluate(*positional, **given)

@@ -1,0 +1,155 @@
+"""Coded inference as one program: groups, masks, parameters, one compilation, defined failures."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from nercc_jax import Berrut, NeRCC, Replication, coded_inference, coded_predictions
+
+K, N = 4, 10
+
+
+def model(x):
+    return jnp.stack([jnp.sin(x).sum(axis=1), jnp.tanh(x).mean(axis=1)], axis=1)
+
+
+@pytest.fixture
+def x(dtype):
+    return jnp.asarray(np.random.default_rng(0).normal(size=(6, K, 3)).astype(dtype))
+
+
+@pytest.fixture
+def masks():
+    return np.random.default_rng(1).uniform(size=(6, N)) < 0.7
+
+
+@pytest.mark.parametrize("code", [NeRCC(K, N), Berrut(K, N), Replication(K, N)], ids=type)
+def test_it_is_encode_model_decode(code, x, masks):
+    infer = coded_inference(model, code)
+    grouped = infer(x, masks)
+    assert grouped.shape == (6, K, 2)
+    for group, mask, predictions in zip(x, masks, grouped, strict=True):
+        expected = code.try_decode(model(code.encode(group)), mask).predictions
+        np.testing.assert_allclose(predictions, expected, atol=1e-5)
+        np.testing.assert_allclose(infer(group, mask), expected, atol=1e-5)
+    shared = infer(x, masks[0])
+    np.testing.assert_allclose(shared[0], grouped[0], atol=1e-6)
+
+
+def test_status(x, masks):
+    masks = masks.copy()
+    masks[2] = False
+    x = x.at[4, 1, 0].set(jnp.nan)
+    status = coded_inference(model, NeRCC(K, N), with_status=True)(x, masks)
+    lost = np.array([False, False, True, False, True, False])
+    np.testing.assert_array_equal(status.recovered, np.broadcast_to(~lost[:, None], (6, K)))
+    np.testing.assert_array_equal(np.isnan(status.predictions).all(axis=(1, 2)), lost)
+    np.testing.assert_array_equal(status.heard[~lost], masks[~lost])
+    assert not status.heard[4].any(), "every coded point holds a part of the broken one"
+
+
+def test_a_worker_that_breaks_costs_only_itself(x, masks):
+    """A model that fails on some coded points, in one group."""
+    code = NeRCC(K, N)
+    limit = float(jnp.sort(jnp.abs(jax.vmap(code.encode)(x)).max(axis=2).ravel())[-2])
+
+    def fragile(batch):
+        broken = jnp.abs(batch).max(axis=1, keepdims=True) > limit
+        return jnp.where(broken, jnp.inf, model(batch))
+
+    everyone = np.ones(N, bool)
+    status = coded_inference(fragile, code, with_status=True)(x, everyone)
+    assert (~status.heard).sum() == 1
+    assert status.recovered.all()
+    group = int(np.flatnonzero(~status.heard.all(axis=1))[0])
+    expected = code.decode(model(code.encode(x[group])), status.heard[group])
+    np.testing.assert_allclose(status.predictions[group], expected, atol=1e-5)
+
+
+def test_one_compilation_serves_every_straggler_set(x):
+    traces = []
+
+    def counting(batch):
+        traces.append(batch.shape)
+        return model(batch)
+
+    infer = coded_inference(counting, NeRCC(K, N))
+    for seed in range(20):
+        infer(x, np.random.default_rng(seed).uniform(size=(6, N)) < 0.6)
+    assert traces == [(6 * N, 3)], "one trace, all coded points in one batch"
+
+
+def test_parameters_pass_through_and_get_gradients(x, masks):
+    def linear(batch, weights):
+        return jnp.tanh(batch @ weights)
+
+    weights = jnp.ones((3, 2), x.dtype)
+    infer = coded_inference(linear, NeRCC(K, N))
+    expected = coded_inference(lambda batch: linear(batch, weights), NeRCC(K, N))(x, masks)
+    np.testing.assert_allclose(infer(x, masks, weights), expected, atol=1e-6)
+
+    def loss(weights, code, x):
+        return jnp.sum(coded_predictions(linear, code, x, masks, weights).predictions ** 2)
+
+    gradients = eqx.filter_jit(eqx.filter_grad(lambda parts: loss(*parts)))(
+        (weights, NeRCC(K, N, lambda_enc=1e-5), x)
+    )
+    for leaf in jax.tree.leaves(gradients):
+        assert np.isfinite(leaf).all()
+        assert np.abs(leaf).max() > 0
+    step = 1e-2
+    up, down = (
+        loss(weights.at[0, 0].add(s), NeRCC(K, N, lambda_enc=1e-5), x) for s in (step, -step)
+    )
+    np.testing.assert_allclose(gradients[0][0, 0], (up - down) / (2 * step), rtol=1e-2)
+
+
+def test_models_of_every_make(x, masks):
+    network = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(network)
+    bound = jax.tree_util.Partial(lambda state, batch: nnx.merge(graph, state)(batch), state)
+    layer = eqx.nn.Linear(3, 2, key=jax.random.key(0))
+    for make in (network, bound, jax.jit(lambda b: network(b)), jax.vmap(layer)):
+        predictions = coded_inference(make, NeRCC(K, N))(x.astype("float32"), masks)
+        assert predictions.shape == (6, K, 2)
+        assert np.isfinite(predictions).all()
+
+
+def test_a_data_point_of_any_shape(masks):
+    images = jnp.ones((6, K, 5, 4, 1))
+    predictions = coded_inference(lambda b: b.mean(axis=(1, 2, 3)), NeRCC(K, N))(images, masks)
+    np.testing.assert_allclose(predictions, np.ones((6, K)), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("x", "mask", "message"),
+    [
+        (np.ones((3, 5)), np.ones(N, bool), r"\(K, \.\.\.\) or \(groups, K, \.\.\.\), K = 4"),
+        (np.ones((K, 5)), np.ones((2, N), bool), r"must be \(groups, K, \.\.\.\), K = 4"),
+        (np.ones((K, K, 2)), np.ones(N, bool), "may be one group of 4 or 4 groups"),
+        (np.ones((2, K, 5)), np.ones((3, N), bool), r"boolean mask of shape \(2, 10\)"),
+        (np.ones((2, K, 5)), np.ones((2, N)), "boolean mask"),
+        (np.ones((0, K, 5)), np.ones(N, bool), "holds no group of 4 data points"),
+        (np.ones((2, K, 5), np.uint8), np.ones(N, bool), "x is uint8: codes work on floats"),
+    ],
+)
+def test_input_errors(x, mask, message, untyped):
+    with pytest.raises(ValueError, match=message):
+        coded_inference(model, NeRCC(K, N))(x, mask)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (lambda b: b.sum(), r"as many answers: for input \(20, 3\) it returned \(\)"),
+        (lambda b: b[:7], r"a batch of 20 to an array of as many answers"),
+        (lambda b: {"logits": b}, "it returned dict"),
+        (lambda b: b.argmax(axis=1), "the model returned int32: codes work on floats"),
+    ],
+)
+def test_model_errors(bad, message, untyped):
+    with pytest.raises(ValueError, match=message):
+        coded_inference(bad, NeRCC(K, N))(np.ones((2, K, 3), np.float32), np.ones(N, bool))

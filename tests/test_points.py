@@ -1,0 +1,79 @@
+"""Regression points: the formulas of the papers, the layouts' promises, and the errors."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nercc_jax import regression_points
+from nercc_jax._points import LAYOUTS, copies
+
+
+def test_the_papers_points(dtype):
+    alpha, beta = regression_points(8, 20)
+    k, n = np.arange(1, 9), np.arange(1, 21)
+    assert alpha.dtype == beta.dtype == dtype
+    np.testing.assert_allclose(alpha, np.cos((2 * k - 1) * np.pi / 16), atol=1e-7)
+    np.testing.assert_allclose(beta, np.cos((n - 1) * np.pi / 19), atol=1e-7)
+    _, beta = regression_points(10, 12, "approxifer")
+    np.testing.assert_allclose(beta, np.cos(np.arange(12) * np.pi / 12), atol=1e-7)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    ("num_data", "num_workers"), [(1, 1), (1, 5), (2, 3), (8, 9), (8, 20), (20, 100)]
+)
+def test_every_layout_is_sound(name, num_data, num_workers):
+    alpha, beta = (np.asarray(p) for p in regression_points(num_data, num_workers, name))
+    assert alpha.shape == (num_data,)
+    assert beta.shape == (num_workers,)
+    assert len(set(alpha)) == num_data
+    assert np.abs(np.concatenate([alpha, beta])).max() <= 1
+    if name in ("interleaved", "repeated"):
+        assert set(alpha) <= set(beta), "to the last bit"
+    if name == "interleaved" and num_data > 1:
+        assert len(set(beta)) == num_workers
+    if name == "repeated":
+        counts = np.unique(beta, return_counts=True)[1]
+        assert set(beta) == set(alpha)
+        assert counts.max() - counts.min() <= 1
+
+
+def test_interleaved_points_spread_evenly():
+    alpha, beta = regression_points(5, 7, "interleaved")
+    further = sorted(set(np.asarray(beta)) - set(np.asarray(alpha)))
+    gaps = np.searchsorted(np.sort(alpha), further)
+    assert len(set(gaps)) == 2, "two different gaps of the four"
+
+
+def test_copies_are_dealt_in_rounds():
+    np.testing.assert_array_equal(copies(3, 6), [0, 1, 2, 0, 1, 2])
+    np.testing.assert_array_equal(copies(4, 6), [0, 1, 2, 3, 1, 3])
+    np.testing.assert_array_equal(copies(4, 4), [0, 1, 2, 3])
+
+
+def test_given_points_keep_their_order():
+    given = (jnp.array([0.5, -0.5]), jnp.array([0.0, 0.0, 1.0]))
+    alpha, beta = regression_points(2, 3, given)
+    np.testing.assert_array_equal(alpha, given[0])
+    np.testing.assert_array_equal(beta, given[1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, 3), "num_data must be a positive integer, not 0"),
+        ((2.0, 3), "num_data must be a positive integer"),
+        ((2, True), "num_workers must be a positive integer"),
+        ((2, 3, "chebychev"), "points must be one of chebyshev, .*not 'chebychev'"),
+        ((2, 3, 7), "a pair"),
+        ((4, 3, "interleaved"), "4 data points need at least 4 workers, not 3"),
+        ((4, 3, "repeated"), "a worker of its own"),
+        ((2, 3, ([0.1], [0, 0, 1])), r"alpha must have shape \(2,\), not \(1,\)"),
+        ((2, 3, ([0.1, 0.1], [0, 0, 1])), "alphas must be distinct"),
+        ((2, 3, ([0.1, 1.5], [0, 0, 1])), r"alpha must lie in \[-1, 1\]"),
+        ((2, 3, ([0.1, 0.2], [0, np.nan, 1])), r"beta must lie in \[-1, 1\]"),
+    ],
+)
+def test_errors(arguments, message, untyped):
+    with pytest.raises(ValueError, match=message):
+        regression_points(*arguments)

@@ -1,0 +1,115 @@
+"""Straggler sets and latencies: counts, laws against their closed forms, rules, errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+import nercc_jax as nj
+
+DRAWS = 4000
+
+
+def draws(law, key, num_workers=12):
+    keys = jax.random.split(key, DRAWS)
+    return np.asarray(jax.vmap(lambda k: law.available(k, num_workers))(keys))
+
+
+def test_exactly_s(key):
+    masks = draws(nj.ExactStragglers(5), key)
+    np.testing.assert_array_equal((~masks).sum(axis=1), 5)
+    np.testing.assert_allclose((~masks).mean(axis=0), 5 / 12, atol=0.04)
+
+
+def test_independent(key):
+    masks = draws(nj.IndependentStragglers(0.3), key)
+    np.testing.assert_allclose((~masks).mean(axis=0), 0.3, atol=0.04)
+    np.testing.assert_allclose((~masks).sum(axis=1).var(), 12 * 0.3 * 0.7, rtol=0.1)
+    assert draws(nj.IndependentStragglers(0.0), key).all()
+    assert not draws(nj.IndependentStragglers(1.0), key).any()
+
+
+def test_contiguous(key):
+    masks = draws(nj.ContiguousStragglers(4), key)
+    np.testing.assert_array_equal((~masks).sum(axis=1), 4)
+    starts = (~masks).argmax(axis=1)
+    np.testing.assert_array_equal(masks[np.arange(DRAWS), starts + 3], False)
+    assert set(starts) == set(range(9))
+
+
+@pytest.mark.parametrize(
+    ("law", "reference"),
+    [
+        (nj.ExponentialLatency(0.2), scipy.stats.expon(scale=0.2)),
+        (nj.ExponentialLatency(0.2, shift=1.0), scipy.stats.expon(loc=1.0, scale=0.2)),
+        (nj.LogNormalLatency(0.1, sigma=0.5), scipy.stats.lognorm(0.5, scale=0.1)),
+        (nj.ParetoLatency(0.1, shape=1.5), scipy.stats.pareto(1.5, scale=0.1)),
+    ],
+)
+def test_latency_laws(law, reference, key):
+    sample = np.asarray(law.sample(key, (DRAWS,)))
+    assert scipy.stats.kstest(sample, reference.cdf).pvalue > 1e-3
+
+
+def test_traces(tmp_path, key):
+    path = tmp_path / "trace.txt"
+    path.write_text("# seconds\n0.1\n0.2\n0.7\n")
+    sample = np.asarray(nj.TraceLatency.from_file(path).sample(key, (1000,)))
+    values, counts = np.unique(sample, return_counts=True)
+    np.testing.assert_allclose(values, [0.1, 0.2, 0.7], rtol=1e-6)
+    assert counts.min() > 250
+
+
+def test_trace_errors(tmp_path, untyped):
+    path = tmp_path / "trace.txt"
+    path.write_text("0.1\nslow\n")
+    with pytest.raises(ValueError, match=r"trace\.txt: a latency trace has one number a line"):
+        nj.TraceLatency.from_file(path)
+    for bad in ([], [[0.1]], [-1.0], [np.nan]):
+        with pytest.raises(ValueError, match="finite, non-negative seconds"):
+            nj.TraceLatency(np.array(bad))
+
+
+def test_rules(key):
+    latencies = jnp.array([0.3, 0.1, 0.9, 0.2])
+    mask, waited = nj.WaitFor(nj.ExponentialLatency(1.0), 3).wait(latencies)
+    np.testing.assert_array_equal(mask, [True, True, False, True])
+    np.testing.assert_allclose(waited, 0.3)
+    rule = nj.WaitUntil(nj.ExponentialLatency(1.0), 0.25)
+    mask, waited = rule.wait(latencies)
+    np.testing.assert_array_equal(mask, [False, True, False, True])
+    np.testing.assert_allclose(waited, 0.25)
+    np.testing.assert_allclose(rule.wait(latencies / 10)[1], 0.09, rtol=1e-5)
+    masks = draws(nj.WaitFor(nj.ParetoLatency(1.0, 1.1), 7), key)
+    np.testing.assert_array_equal(masks.sum(axis=1), 7)
+    share = draws(nj.WaitUntil(nj.ExponentialLatency(1.0), 1.0), key).mean()
+    np.testing.assert_allclose(share, 1 - np.exp(-1), atol=0.01)
+
+
+def test_the_same_key_gives_the_same_set(key):
+    law = nj.ExactStragglers(3)
+    np.testing.assert_array_equal(
+        law.available(key, 9), jax.jit(law.available, static_argnums=1)(key, 9)
+    )
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda key: nj.ExactStragglers(-1), "an integer from 0 on, not -1"),
+        (lambda key: nj.ExactStragglers(1.5), "an integer from 0 on, not 1.5"),
+        (lambda key: nj.ExactStragglers(5).available(key, 4), "5 of 4 workers"),
+        (lambda key: nj.ContiguousStragglers(5).available(key, 4), "5 of 4 workers"),
+        (lambda key: nj.WaitFor(nj.ExponentialLatency(1.0), 5).available(key, 4), "5 of 4 workers"),
+        (lambda key: nj.IndependentStragglers(1.5), r"probability must be in \[0, 1\]"),
+        (lambda key: nj.ExponentialLatency(0.0), "scale must be positive"),
+        (lambda key: nj.ExponentialLatency(1.0, shift=-1.0), "shift must be 0 or positive"),
+        (lambda key: nj.LogNormalLatency(1.0, np.nan), "sigma must be positive"),
+        (lambda key: nj.ParetoLatency(1.0, -2.0), "shape must be positive"),
+        (lambda key: nj.WaitUntil(nj.ExponentialLatency(1.0), 0.0), "deadline must be positive"),
+    ],
+)
+def test_errors(build, message, key, untyped):
+    with pytest.raises(ValueError, match=message):
+        build(key)
