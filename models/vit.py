@@ -173,14 +173,16 @@ class ViT(nnx.Module):
         self.pooling = pooling
         self.patch_embedding = PatchEmbedding(patch_size, channels, width, rngs=rngs)
         self.class_token = (
-            nnx.Param(_near_zero(rngs.params(), (1, 1, width))) if pooling == "token" else None
+            nnx.Param(_near_zero(rngs.params(), (1, 1, width), jnp.float32))
+            if pooling == "token"
+            else None
         )
         grid, has_token = image_size // patch_size, pooling == "token"
         if positions == "sincos":
             first = _sincos_positions(grid, has_token, width)
         else:
             shape = (1, grid**2 + has_token, width)
-            first = nnx.initializers.normal(0.02)(rngs.params(), shape)
+            first = nnx.initializers.normal(0.02)(rngs.params(), shape, jnp.float32)
         self.position_embedding = nnx.Param(first)
         rates = [stochastic_depth * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nnx.List(
@@ -243,7 +245,7 @@ def _sincos_positions(grid: int, has_token: bool, width: int) -> Float[Array, "1
     rows, columns = jnp.divmod(jnp.arange(grid**2), grid)
     angles = [place[:, None] * frequencies for place in (columns, rows)]
     waves = [wave(angle) for angle in angles for wave in (jnp.sin, jnp.cos)]
-    table = jnp.concatenate(waves, axis=1)
+    table = jnp.concatenate(waves, axis=1).astype(jnp.float32)
     return jnp.pad(table, ((int(has_token), 0), (0, 0)))[None]
 
 

@@ -177,6 +177,15 @@ def test_sine_positions_depend_on_row_and_column_alone(pooling):
     assert len(np.unique(table.reshape(9, 24), axis=0)) == 9
 
 
+@pytest.mark.parametrize("positions", ["normal", "sincos"])
+def test_parameters_are_float32_even_in_double_precision(positions):
+    with jax.enable_x64(True):
+        model = small_vit(positions=positions)
+        assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float32")}
+        logits = model(images_of(model, dtype=jnp.float64))
+    assert logits.dtype == jnp.float64
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
