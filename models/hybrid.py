@@ -7,8 +7,9 @@ pixels (Xiao et al., "Early Convolutions Help Transformers See Better", NeurIPS 
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from .repvgg import DeployBlock, RepVGGBlock, fold
 from .vit import ViT
@@ -23,10 +24,13 @@ class HybridViT(nnx.Module):
         image_size: side of the images in pixels, a multiple of the product of the strides.
         stem_widths, stem_strides: channels and stride of each block before the transformer.
         deploy: build the blocks in deploy form, one convolution each.
-        options: `width`, `depth`, `num_heads`, `mlp_ratio`, `pooling`, ... of `ViT`.
+        kept_tokens: share of the tokens that a training call with a key keeps, the same ones for
+            the whole batch (Liu et al., "PatchDropout", WACV 2023): it saves as much time.
+        options: `width`, `depth`, `num_heads`, `mlp_ratio`, `positions` of `ViT`; the tokens' mean
+            is pooled.
 
     Raises:
-        ValueError: as many widths as strides are wanted; and what `ViT` raises.
+        ValueError: not as many widths as strides, a share outside (0, 1]; and what `ViT` raises.
     """
 
     def __init__(
@@ -36,15 +40,20 @@ class HybridViT(nnx.Module):
         stem_widths: Sequence[int],
         stem_strides: Sequence[int],
         num_classes: int = 10,
+        kept_tokens: float = 1.0,
         deploy: bool = False,
         rngs: nnx.Rngs,
         **options: Any,
     ):
+        if not 0 < kept_tokens <= 1:
+            raise ValueError(f"kept_tokens={kept_tokens} is no share in (0, 1].")
         if not stem_widths or len(stem_widths) != len(stem_strides):
             raise ValueError(
                 "A stem has a width and a stride for each of its blocks; got "
                 f"{len(stem_widths)} widths and {len(stem_strides)} strides."
             )
+        self.image_size = image_size
+        self.kept_tokens = kept_tokens
         block: Any = DeployBlock if deploy else RepVGGBlock
         inputs = [3, *stem_widths[:-1]]
         self.stem = nnx.List(
@@ -53,25 +62,43 @@ class HybridViT(nnx.Module):
                 for before, width, stride in zip(inputs, stem_widths, stem_strides, strict=True)
             ]
         )
+        side = image_size
         for stride in stem_strides:
-            image_size = -(-image_size // stride)
+            side = -(-side // stride)
         self.vit = ViT(
-            image_size=image_size,
+            image_size=side,
             patch_size=1,
             channels=stem_widths[-1],
             num_classes=num_classes,
+            pooling="mean",
             rngs=rngs,
             **options,
         )
 
     def __call__(
-        self, images: Float[Array, "batch height width 3"]
+        self, images: Float[Array, "batch height width 3"], *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "batch classes"]:
-        """Logits of a preprocessed batch. Raises `ValueError` for images of another size."""
+        """Logits of a preprocessed batch; with a key, a training call that drops tokens.
+
+        Raises `ValueError` for images of another size.
+        """
+        expected = (self.image_size, self.image_size, 3)
+        if images.ndim != 4 or images.shape[1:] != expected:
+            raise ValueError(
+                f"This hybrid ViT takes images (B, {self.image_size}, {self.image_size}, 3); got "
+                f"shape {images.shape}."
+            )
         x = images
         for block in self.stem:
             x = block(x)
-        return self.vit(x)
+        if key is None or self.kept_tokens == 1:
+            return self.vit(x)
+        tokens = self.vit.patch_embedding(x) + self.vit.position_embedding[...]
+        count = max(1, round(self.kept_tokens * tokens.shape[1]))
+        tokens = tokens[:, jax.random.permutation(key, tokens.shape[1])[:count]]
+        for block in self.vit.blocks:
+            tokens = block(tokens)
+        return self.vit.head(self.vit.norm(tokens.mean(axis=1)))
 
 
 def fold_stem(model: HybridViT) -> HybridViT:
@@ -95,5 +122,5 @@ def hybrid_vit_cifar(*, num_classes: int = 10, deploy: bool = False, rngs: nnx.R
         num_heads=2,
         mlp_ratio=2.0,
         positions="sincos",
-        pooling="mean",
+        kept_tokens=0.5,
     )

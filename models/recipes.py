@@ -23,6 +23,8 @@ class Recipe:
     - `preprocess`: stored images (B, ...) to the model's float batch (B, *input_shape).
     - `learning_rate` rises over `warmup_epochs` and falls to zero along a cosine.
     - `weight_decay` acts on kernels only, not on biases and scales.
+    - `keyed_epochs`: first and behind the last of the epochs, counted from 0, in which the model is
+      called with `key=...`, for stochastic depth or the dropping of tokens.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Recipe:
     weight_decay: float = 0.0
     label_smoothing: float = 0.0
     augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
+    keyed_epochs: tuple[int, int] = (0, 0)
     seed: int = 0
     deploy: Callable[[Any], nnx.Module] = _as_trained
 
@@ -45,7 +48,7 @@ class Recipe:
         """The recipe as plain JSON values: all but the model and the preprocessing."""
         functions = ("build", "deploy", "preprocess")
         fields = dataclasses.asdict(self)
-        fields["input_shape"] = list(self.input_shape)
+        fields |= {n: list(fields[n]) for n in ("input_shape", "keyed_epochs")}
         return {name: value for name, value in fields.items() if name not in functions}
 
 
@@ -81,7 +84,7 @@ _RECIPES = (
         deploy=repvgg.reparameterize,
         preprocess=repvgg.preprocess_cifar10,
         input_shape=repvgg.CIFAR_SHAPE,
-        epochs=11,
+        epochs=9,
         optimizer="sgd",
         batch_size=64,
         learning_rate=0.1,
@@ -103,6 +106,7 @@ _RECIPES = (
         warmup_epochs=1,
         weight_decay=0.05,
         label_smoothing=0.1,
+        keyed_epochs=(2, 5),  # half the tokens; the last epoch sees all of them again
         augmentation=Augmentation(padding=2, flip=True),
     ),
 )

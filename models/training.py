@@ -71,23 +71,35 @@ def make_optimizer(recipe: Recipe, steps_per_epoch: int) -> optax.GradientTransf
 
 def make_step(
     recipe: Recipe, graphdef: Any, optimizer: optax.GradientTransformation, num_classes: int
-) -> Callable[[TrainState, Any, Any, Any], TrainState]:
-    """One jitted step: (state, stored images (B, ...), labels (B,), step number) -> state."""
+) -> Callable[..., TrainState]:
+    """One jitted step: (state, stored images (B, ...), labels (B,), step number, keyed) -> state.
 
-    def loss_fn(params: nnx.State, rest: nnx.State, images: Array, targets: Array) -> Any:
+    With the static `keyed` the model gets a key of its own and may drop branches or tokens.
+    """
+
+    def loss_fn(
+        params: nnx.State, rest: nnx.State, images: Array, targets: Array, options: dict
+    ) -> Any:
         model = nnx.merge(graphdef, params, rest, copy=True)  # its batch statistics are mutated
-        logits = model(images)  # pyright: ignore[reportCallIssue]
+        logits = model(images, **options)  # pyright: ignore[reportCallIssue]
         loss = optax.softmax_cross_entropy(logits, targets).mean()
         return loss, (logits, nnx.split(model, nnx.Param, ...)[2])
 
-    @partial(jax.jit, donate_argnums=0)
-    def step(state: TrainState, images: Array, labels: Int[Array, " batch"], number: Array) -> Any:
+    @partial(jax.jit, donate_argnums=0, static_argnames="keyed")
+    def step(
+        state: TrainState,
+        images: Array,
+        labels: Int[Array, " batch"],
+        number: Array,
+        keyed: bool = False,
+    ) -> Any:
         key = jax.random.fold_in(jax.random.key(recipe.seed), number)
         targets = jax.nn.one_hot(labels, num_classes)
         targets = optax.smooth_labels(targets, recipe.label_smoothing)
         inputs, targets = augment(key, recipe.preprocess(images), targets, recipe.augmentation)
+        options = {"key": jax.random.fold_in(key, 1)} if keyed else {}
         gradient = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, (logits, rest)), grads = gradient(state.params, state.rest, inputs, targets)
+        (loss, (logits, rest)), grads = gradient(state.params, state.rest, inputs, targets, options)
         updates, moments = optimizer.update(grads, state.optimizer, state.params)
         params: Any = optax.apply_updates(state.params, updates)  # pyright: ignore
         hits = jnp.mean(jnp.argmax(logits, -1) == labels)
@@ -155,7 +167,8 @@ def train(
     began = time.monotonic() - earlier
     for step in range(start, total):
         chosen = batch_indices(recipe.seed, step, len(train_data), recipe.batch_size)
-        state = step_fn(state, train_data.images[chosen], train_data.labels[chosen], step)
+        keyed = step // steps_per_epoch in range(*recipe.keyed_epochs)
+        state = step_fn(state, train_data.images[chosen], train_data.labels[chosen], step, keyed)
         done = step + 1
         if done % steps_per_epoch == 0:
             loss, hits = (float(value) / steps_per_epoch for value in state.totals)
