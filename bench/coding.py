@@ -580,7 +580,7 @@ def plot(measured: Sequence[Measured], linear: Sequence[Linear], subtitle: str, 
         heights = [1e3 * timing.median for timing in timings]
         places = np.arange(len(measured)) + 0.2 * (place - 1.5)
         drawn = bars.bar(places, heights, 0.19, color=colour, label=name)
-        bars.bar_label(drawn, [f"{height:.2g}" for height in heights], fontsize=6.5)
+        bars.bar_label(drawn, [_digits(height) for height in heights], fontsize=6.5)
     names = [f"{one.task.direction}\n{one.task.setting.name}" for one in measured]
     bars.set_xticks(range(len(names)), [name.replace(" x ", "\nx ") for name in names], fontsize=8)
     bars.set(yscale="log", ylabel="ms per call", title="(K, N, coordinates)")
@@ -607,6 +607,10 @@ def plot(measured: Sequence[Measured], linear: Sequence[Linear], subtitle: str, 
 
 def _timing(one: Measured, name: str) -> Timing:
     return {"ours": one.ours, "product": one.product, **one.rivals}[name]
+
+
+def _digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.2g}"
 
 
 def _ms(timing: Timing | None) -> str:
