@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 
 class Checkpoints:
@@ -58,7 +60,9 @@ class Checkpoints:
         wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, _by_path(state))
         arguments = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
         arrays = manager.restore(latest, args=arguments).state
-        leaves = [arrays[name] for name in _by_path(state)]
+        # Orbax commits arrays to their device, and `jit` would compile anew for each mixture of
+        # committed arrays and others.
+        leaves = [jnp.asarray(np.asarray(arrays[name])) for name in _by_path(state)]
         state = jax.tree.unflatten(jax.tree.structure(state), leaves)
         return latest, state, list(log["history"]), log["seconds"]
 
