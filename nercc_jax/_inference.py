@@ -14,8 +14,8 @@ from ._codes import AbstractCode, Decoded, as_mask, decode_groups, encode_groups
 def coded_predictions(
     model: Callable[..., Array],
     code: AbstractCode,
-    x: Float[Array, "groups num_data ..."],
-    available: Bool[Array, "groups num_workers"],
+    x: Float[ArrayLike, "groups num_data ..."],
+    available: Bool[ArrayLike, "groups num_workers"],
     *args: Any,
 ) -> Decoded:
     """Encodes groups of K data points, runs the model on all coded ones at once, and decodes.
@@ -24,7 +24,7 @@ def coded_predictions(
     `model(batch, *args)` maps (B, ...) to (B, ...), floats. Raises: ValueError for a model whose
     output has another first axis. Source: arXiv 2402.04377, the three steps of NeRCC.
     """
-    coded = encode_groups(code, x)
+    coded = encode_groups(code, jnp.asarray(x))
     batch = coded.reshape(-1, *coded.shape[2:])
     y = model(batch, *args)
     if not isinstance(y, jax.Array) or y.ndim < 1 or y.shape[0] != batch.shape[0]:
@@ -35,7 +35,8 @@ def coded_predictions(
         )
     if not jnp.issubdtype(y.dtype, jnp.floating):
         raise ValueError(f"the model returned {y.dtype}: codes work on floats, logits for labels")
-    return decode_groups(code, y.reshape(*coded.shape[:2], *y.shape[1:]), available)
+    y = y.reshape(*coded.shape[:2], *y.shape[1:])
+    return decode_groups(code, y, as_mask(available, coded.shape[:2]))
 
 
 def coded_inference(

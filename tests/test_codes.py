@@ -120,16 +120,16 @@ def test_no_answer_is_an_error_or_a_status(code):
         code.decode(y, none)
     with pytest.raises(ValueError, match="with values that are not finite; wait for more"):
         code.decode(jnp.full_like(y, jnp.nan), everyone(code))
-    status = jax.jit(code.try_decode)(y, none)
+    status = eqx.filter_jit(code.try_decode)(y, none)
     assert not status.recovered.any()
     assert np.isnan(status.predictions).all()
-    assert np.isnan(jax.jit(code.decode)(y, none)).all()
+    assert np.isnan(eqx.filter_jit(code.decode)(y, none)).all()
 
 
 def test_jit_vmap_and_grad(code, dtype):
     x, masks = data(code, 2), np.stack([everyone(code), all_but_one(code)])
     y = answers(code, 2)
-    np.testing.assert_allclose(jax.jit(code.encode)(x), code.encode(x), atol=EPS[dtype])
+    np.testing.assert_allclose(eqx.filter_jit(code.encode)(x), code.encode(x), atol=EPS[dtype])
     batch = jax.vmap(code.try_decode, in_axes=(None, 0))(y, masks)
     for i, mask in enumerate(masks):
         single = code.try_decode(y, mask)

@@ -24,7 +24,7 @@ _STYLES = {
 
 
 def straggler_table(
-    rows: Sequence[Evaluation], metric: str, title: str, *, best: str, scale: float = 1.0
+    rows: Sequence[Evaluation], metric: str, title: str, *, best: str, scale: int = 1
 ) -> Table:
     """One metric of each code (columns) under each law (rows), the best of a row in bold with *.
 
@@ -103,7 +103,7 @@ def _winner(cells: Sequence[Evaluation], metric: str, best: str) -> list[Evaluat
     return [row for row, mean in zip(candidates, means, strict=True) if mean == top]
 
 
-def _cell(row: Evaluation, metric: str, scale: float, wins: bool) -> str:
+def _cell(row: Evaluation, metric: str, scale: int, wins: bool) -> str:
     estimate: Estimate = getattr(row, metric)
     if np.isnan(estimate.mean):
         return "-"
