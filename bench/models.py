@@ -1,9 +1,13 @@
 """Images a second of each model, against timm's on PyTorch.
 
-    python bench/models.py [--quick] [--output FOLDER]
+    python bench/models.py [--quick] [--cores N] [--output FOLDER]
 
-Runs on the CPU in float32, both sides with all its cores. Each of our models holds the weights of
-timm's (random ones), and their logits are compared first. Contenders, timed in turn:
+Runs on the CPU in float32, both sides with all its cores or the first N. Use `--cores 1` where
+other work is running: PyTorch's threads wait for each other after every layer, so whatever holds up
+one of them holds up all. The results beside this script are of one core, for that reason.
+
+Each of our models holds the weights of timm's (random ones), and their logits are compared first.
+Contenders, timed in turn:
 
 - ours: the jitted forward pass, weights and images being its arguments; compiled beforehand.
 - torch: the PyTorch model in `inference_mode`, NCHW, which is what timm's users call.
@@ -96,8 +100,7 @@ class Measured:
 
     @property
     def best_ratio(self) -> float:
-        """The same from each side's fastest repeat, which other work on the machine disturbs least:
-        PyTorch's threads wait for each other after every layer, and suffer most from it."""
+        """The same from each side's fastest repeat, which other work disturbs least."""
         return min(self.timings[self.rival].seconds) / min(self.timings["ours"].seconds)
 
 
@@ -323,6 +326,7 @@ def plot(measured: list[Measured], note: str, path: Path) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--quick", action="store_true", help="few repeats; writes no results")
+    parser.add_argument("--cores", type=int, help="use so many cores only (default: all)")
     parser.add_argument(
         "--output",
         type=Path,
@@ -333,6 +337,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    if arguments.cores is not None:  # before JAX starts, which counts the cores it may use
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.cores])
     jax.config.update("jax_platforms", "cpu")
     console = Console()
     if not console.is_terminal:
@@ -350,7 +356,7 @@ def main() -> None:
     }
     versions = ", ".join(f"{name} {version}" for name, version in start["versions"].items())
     loads = f"load average {start['load_average'][0]:.1f} before, {os.getloadavg()[0]:.1f} after"
-    machine = f"{start['cpu']}, {start['cores']} cores, float32"
+    machine = f"{start['cpu']}, cores used: {start['cores']}, float32"
     console.print(as_table(measured))
     console.print(f"{machine}; {versions}; {loads}")
     if arguments.quick and arguments.output is None:
