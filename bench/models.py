@@ -37,7 +37,7 @@ try:
     from rich.console import Console
     from rich.table import Table
     from timm.models import byobnet  # pyright: ignore[reportMissingImports]
-    from timm.utils import reparameterize_model  # pyright: ignore[reportMissingImports]
+    from timm.utils import reparameterize_model  # pyright: ignore
 except ModuleNotFoundError as error:
     sys.exit(
         f"bench/models.py needs {error.name}, which is missing: pip install 'nercc-jax[demo,torch]'"
@@ -124,13 +124,20 @@ def timm_repvgg_cifar() -> Any:
     blocks = tuple(byobnet.ByoBlockCfg(type="rep", d=d, c=c, s=2) for d, c in stages)
     config = byobnet.ByoModelCfg(blocks=blocks, stem_type="rep", stem_chs=32)
     model = byobnet.ByobNet(config, num_classes=10)
-    for branch in (model.stem.conv_kxk, model.stem.conv_1x1):
+    stem: Any = model.stem
+    for branch in (stem.conv_kxk, stem.conv_1x1):
         branch.conv.stride = (1, 1)  # timm's stem always halves the image
     return model
 
 
 def timm_vit_cifar() -> Any:
-    sizes = {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 2}
+    sizes: dict[str, Any] = {
+        "img_size": 32,
+        "patch_size": 4,
+        "embed_dim": 128,
+        "depth": 6,
+        "num_heads": 2,
+    }
     return timm.models.VisionTransformer(
         **sizes, mlp_ratio=2.0, num_classes=10, class_token=False, global_pool="avg"
     )

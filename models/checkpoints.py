@@ -12,10 +12,10 @@ class Checkpoints:
     """The last two checkpoints of one run in one folder; without a folder it keeps nothing.
 
     `numbers` are the recipe's: a folder holds one recipe's run, and resuming another one from it
-    raises `ValueError`.
+    raises `ValueError`. Without them any run is restored, to read it.
     """
 
-    def __init__(self, folder: str | Path | None, numbers: dict[str, Any]):
+    def __init__(self, folder: str | Path | None, numbers: dict[str, Any] | None = None):
         self._numbers = numbers
         self._manager: Any = None
         if folder is not None:
@@ -49,7 +49,7 @@ class Checkpoints:
         log = manager.restore(latest, args=ocp.args.Composite(log=ocp.args.JsonRestore())).log
         changed = {
             name: (log["recipe"].get(name), value)
-            for name, value in self._numbers.items()
+            for name, value in (self._numbers or {}).items()
             if log["recipe"].get(name) != value
         }
         if changed:

@@ -18,17 +18,22 @@ from .registry import evaluate_model
 from .training import Trained, train
 from .weights import num_parameters, save_weights
 
+# The numbers of a recipe that options may replace.
+_CHANGEABLE = ("epochs", "seed", "learning_rate", "warmup_epochs")
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command. Trains, or goes on from the latest checkpoint, and writes weights and card."""
     options = _parse(arguments)
     recipe = find_recipe(options.recipe)
-    changes = {name: getattr(options, name) for name in ("epochs", "seed")}
+    changes = {name: getattr(options, name) for name in _CHANGEABLE}
     recipe = dataclasses.replace(recipe, **{k: v for k, v in changes.items() if v is not None})
     train_data = load_data(recipe.data, "train", data_dir=options.data_dir)
     test_data = load_data(recipe.data, "test", data_dir=options.data_dir)
     checkpoint_dir = options.checkpoint_dir or Path("checkpoints") / recipe.name
-    trained = _train_with_progress(recipe, train_data, test_data, checkpoint_dir)
+    trained = _train_with_progress(
+        recipe, train_data, test_data, checkpoint_dir, options.start_from
+    )
     folder = options.output_dir or checkpoint_dir
     write_model(recipe, trained, train_data, folder)
     result = evaluate_model(recipe.name, options.data_dir, weights_dir=folder)
@@ -65,8 +70,8 @@ def _command(recipe: Recipe) -> str:
     """The command that makes this model again, whatever the table of recipes says by default."""
     usual = RECIPES[recipe.name]
     options = [
-        f" --{name} {getattr(recipe, name)}"
-        for name in ("epochs", "seed")
+        f" --{name.replace('_', '-')} {getattr(recipe, name)}"
+        for name in _CHANGEABLE
         if getattr(recipe, name) != getattr(usual, name)
     ]
     return f"python -m nercc_models.train {recipe.name}{''.join(options)}"
@@ -78,7 +83,11 @@ def _machine() -> str:
 
 
 def _train_with_progress(
-    recipe: Recipe, train_data: Data, test_data: Data, checkpoint_dir: Path
+    recipe: Recipe,
+    train_data: Data,
+    test_data: Data,
+    checkpoint_dir: Path,
+    start_from: Path | None,
 ) -> Trained:
     try:
         from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
@@ -100,6 +109,7 @@ def _train_with_progress(
             train_data,
             test_data,
             checkpoint_dir=checkpoint_dir,
+            start_from=start_from,
             on_step=lambda step, total: progress.update(task, completed=step, total=total),
             on_epoch=on_epoch,
         )
@@ -116,6 +126,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--epochs", type=int, help="another number of epochs than the recipe's")
     parser.add_argument("--seed", type=int, help="another seed than the recipe's")
+    parser.add_argument("--learning-rate", type=float, help="another peak than the recipe's")
+    parser.add_argument("--warmup-epochs", type=float, help="another warm-up than the recipe's")
+    parser.add_argument(
+        "--start-from", type=Path, help="checkpoint folder of a run whose weights to start from"
+    )
     parser.add_argument(
         "--checkpoint-dir", type=Path, help="where the run's state is kept [checkpoints/RECIPE]"
     )

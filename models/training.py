@@ -122,6 +122,7 @@ def train(
     *,
     checkpoint_dir: str | Path | None = None,
     checkpoint_every: int | None = None,
+    start_from: str | Path | None = None,
     on_step: Callable[[int, int], None] = lambda step, total: None,
     on_epoch: Callable[[dict[str, Any]], None] = lambda entry: None,
 ) -> Trained:
@@ -132,11 +133,13 @@ def train(
     - `train_data`, `test_data`: as `load_data` gives them.
     - `checkpoint_dir`: where the state is kept; nothing is written without it.
     - `checkpoint_every`: how many steps lie between checkpoints; an epoch's when it is left out.
+    - `start_from`: the checkpoint folder of an earlier run, whose latest weights and batch
+      statistics replace the untrained ones; schedule and optimizer start afresh.
     - `on_step(step, total)`: called at the start and after every step; may raise to interrupt.
     - `on_epoch(entry)`: called with each new entry of the history.
 
-    **Raises:** `ValueError` when a batch is larger than the training data, or when the checkpoints
-    belong to a recipe with other numbers.
+    **Raises:** `ValueError` when a batch is larger than the training data, when the checkpoints
+    belong to a recipe with other numbers, or when there are none in `start_from`.
     """
     steps_per_epoch = len(train_data) // recipe.batch_size
     if steps_per_epoch < 1:
@@ -151,6 +154,7 @@ def train(
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     optimizer = make_optimizer(recipe, steps_per_epoch)
     state = TrainState(params, rest, optimizer.init(params), jnp.zeros(2))  # pyright: ignore
+    state = _started(state, start_from)
     step_fn = make_step(recipe, graphdef, optimizer, len(train_data.classes))
 
     @jax.jit
@@ -190,3 +194,17 @@ def train(
         on_step(done, total)
     checkpoints.close()
     return Trained(nnx.merge(eval_graphdef, state.params, state.rest), tuple(history), test(state))
+
+
+def _started(state: TrainState, start_from: str | Path | None) -> TrainState:
+    """`state` with the weights and batch statistics of an earlier run's latest checkpoint."""
+    if start_from is None:
+        return state
+    if not Path(start_from).is_dir():
+        raise ValueError(f"There is no checkpoint folder {Path(start_from).resolve()}.")
+    earlier = Checkpoints(start_from)
+    step, restored, _, _ = earlier.restore(state)
+    earlier.close()
+    if step == 0:
+        raise ValueError(f"There is no checkpoint in {Path(start_from).resolve()}.")
+    return state._replace(params=restored.params, rest=restored.rest)

@@ -82,6 +82,20 @@ def test_a_finished_run_is_returned_without_a_step(digits, tmp_path):
         train(other, *digits, checkpoint_dir=tmp_path)
 
 
+def test_a_run_may_start_from_the_weights_of_another(digits, tmp_path):
+    recipe = dataclasses.replace(short_recipe(), epochs=1)
+    first = train(recipe, *digits, checkpoint_dir=tmp_path)
+    still = dataclasses.replace(recipe, learning_rate=0.0, seed=1)
+    second = train(still, *digits, start_from=tmp_path)
+    for name, array in arrays(first).items():
+        np.testing.assert_array_equal(arrays(second)[name], array, err_msg=name)
+    with pytest.raises(ValueError, match="no checkpoint folder"):
+        train(recipe, *digits, start_from=tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no checkpoint in"):
+        train(recipe, *digits, start_from=tmp_path / "empty")
+
+
 def test_a_batch_larger_than_the_data_is_refused(digits):
     train_data, test_data = digits
     with pytest.raises(ValueError, match="A batch of 64 is more than the 10 training images"):
