@@ -46,7 +46,7 @@ class Checkpoints:
         manager, latest = self._manager, self._manager.latest_step()
         import orbax.checkpoint as ocp
 
-        log = manager.restore(latest, args=ocp.args.Composite(log=ocp.args.JsonRestore())).log
+        log = self.log()
         changed = {
             name: (log["recipe"].get(name), value)
             for name, value in (self._numbers or {}).items()
@@ -65,6 +65,15 @@ class Checkpoints:
         leaves = [jnp.asarray(np.asarray(arrays[name])) for name in _by_path(state)]
         state = jax.tree.unflatten(jax.tree.structure(state), leaves)
         return latest, state, list(log["history"]), log["seconds"]
+
+    def log(self) -> dict[str, Any]:
+        """The latest checkpoint's `recipe`, as numbers, and `history`; empty without one."""
+        if self._manager is None or self._manager.latest_step() is None:
+            return {}
+        import orbax.checkpoint as ocp
+
+        arguments = ocp.args.Composite(log=ocp.args.JsonRestore())
+        return self._manager.restore(self._manager.latest_step(), args=arguments).log
 
     def close(self) -> None:
         """Wait for what is still being written."""

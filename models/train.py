@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from .checkpoints import Checkpoints
 from .data import Data, load_data
 from .recipes import RECIPES, Recipe, find_recipe
 from .registry import evaluate_model
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         recipe, train_data, test_data, checkpoint_dir, options.start_from
     )
     folder = options.output_dir or checkpoint_dir
-    write_model(recipe, trained, train_data, folder)
+    write_model(recipe, trained, train_data, folder, Checkpoints(options.start_from).log())
     result = evaluate_model(recipe.name, options.data_dir, weights_dir=folder)
     print(
         f"{recipe.name}: {result.correct} of {result.total} test images are right "
@@ -43,8 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
 
 
-def write_model(recipe: Recipe, trained: Trained, data: Data, folder: str | Path) -> None:
-    """Write `<name>.safetensors` (half precision, deploy form) and the card `<name>.json`."""
+def write_model(
+    recipe: Recipe, trained: Trained, data: Data, folder: str | Path, earlier: dict[str, Any]
+) -> None:
+    """Write `<name>.safetensors` (half precision, deploy form) and the card `<name>.json`.
+
+    `earlier` is the log of the run whose weights this one started from, or empty.
+    """
     Path(folder).mkdir(parents=True, exist_ok=True)
     state = nnx.split(recipe.deploy(trained.model))[1]
     size = save_weights(Path(folder) / f"{recipe.name}.safetensors", state)
@@ -58,11 +64,13 @@ def write_model(recipe: Recipe, trained: Trained, data: Data, folder: str | Path
         "num_parameters": num_parameters(state),
         "bytes": size,
         "precision": "float16",
-        "training_seconds": round(trained.seconds, 1),
+        "training_seconds": round(trained.seconds + _seconds(earlier), 1),
         "machine": _machine(),
         "recipe": recipe.numbers(),
         "history": trained.history,
     }
+    if earlier:
+        card["started_from"] = {name: earlier[name] for name in ("recipe", "history")}
     (Path(folder) / f"{recipe.name}.json").write_text(json.dumps(card, indent=1) + "\n")
 
 
@@ -75,6 +83,10 @@ def _command(recipe: Recipe) -> str:
         if getattr(recipe, name) != getattr(usual, name)
     ]
     return f"python -m nercc_models.train {recipe.name}{''.join(options)}"
+
+
+def _seconds(log: dict[str, Any]) -> float:
+    return sum(entry["seconds"] for entry in log.get("history", []))
 
 
 def _machine() -> str:
