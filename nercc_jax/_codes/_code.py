@@ -38,8 +38,9 @@ class Decoded(eqx.Module):
 class AbstractCode(eqx.Module):
     """A coded-computing scheme for K data points (`num_data`) on N workers (`num_workers`).
 
-    All methods act on one group of K data points and can be jitted, differentiated and batched with
-    `jax.vmap`. Tunable numbers (`alpha`, `beta` and a code's own) are leaves of the pytree.
+    All methods act on one group of K data points and can be jitted (`equinox.filter_jit` takes a
+    method as it is), differentiated and batched with `jax.vmap`. Tunable numbers (`alpha`, `beta`
+    and a code's own) are leaves of the pytree.
     """
 
     num_data: eqx.AbstractVar[int]
@@ -95,7 +96,8 @@ class AbstractCode(eqx.Module):
 
         An unavailable worker's value never reaches the result. An available one that is not finite
         makes its worker a straggler; outside jit a RuntimeWarning says which. Predictions that
-        cannot be recovered are NaN.
+        cannot be recovered are NaN. Decoding takes one product with the matrix; a value that is not
+        finite, in an unavailable worker's place too, costs a second pass.
 
         Raises: ValueError where shapes or dtypes do not agree, and, outside jit, where no
         prediction can be recovered. Inside jit use `try_decode` for the status.
