@@ -3,8 +3,8 @@
 XLA's CPU backend runs a convolution and its input gradient near the machine's peak, but turns the
 weight gradient into a convolution with a kernel the size of the image, whose transposed operands
 cost more than all the rest. For large images we sum, over a few images at a time that fit the
-cache, one matrix product for each tap of the kernel: a training step of `repvgg-cifar10` takes 0.30
-instead of 0.43 s of one core (batch of 64). On other backends this is XLA's own convolution.
+cache, one matrix product for each tap of the kernel: a training step of a small RepVGG took 0.30
+instead of 0.43 s of processor time (64 images of 32x32). On other backends XLA's own is used.
 """
 
 from collections.abc import Sequence
