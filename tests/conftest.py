@@ -23,6 +23,23 @@ def dtype(request):
         yield request.param
 
 
+@pytest.fixture(autouse=True)
+def forget_programs(request):
+    """Drops compiled programs now and then.
+
+    XLA maps memory for each, and the kernel allows a process 65,530 maps: the suite as one process
+    would die of it (`Aborted` in the compiler).
+    """
+    yield
+    done = request.session.stash.get(_DONE, 0) + 1
+    request.session.stash[_DONE] = done
+    if done % 50 == 0:
+        jax.clear_caches()
+
+
+_DONE = pytest.StashKey[int]()
+
+
 @pytest.fixture
 def untyped():
     """Runs as users do, without the run-time type checks: our own errors must speak."""

@@ -324,7 +324,9 @@ def test_uncoded_loses_what_straggles():
     code = Uncoded(3)
     x = data(code, 2)
     np.testing.assert_array_equal(code.encode(x), x)
-    np.testing.assert_array_equal(code.recovered([True, False, True]), [True, False, True])
+    np.testing.assert_array_equal(
+        code.recovered(np.array([True, False, True])), [True, False, True]
+    )
 
 
 @pytest.mark.parametrize(
