@@ -107,7 +107,7 @@ def evaluate(
             "the model must map data points to finite vectors (points, outputs): got shape "
             f"{originals.shape}"
         )
-    answers = {name: _answers(run, code, groups, batch_size) for name, code in codes.items()}
+    answers = {name: _answers(run, code, groups) for name, code in codes.items()}
 
     pairs = [(law, index) for law in stragglers for index in range(num_sets)]
     scores: dict[tuple[str, str], list[dict[str, float]]] = {}
@@ -152,7 +152,7 @@ def _batched(model: Callable[[Array], Array], batch_size: int) -> Callable[[Arra
     return run
 
 
-def _answers(run, code: AbstractCode, groups: np.ndarray, batch_size: int) -> Array:
+def _answers(run, code: AbstractCode, groups: np.ndarray) -> Array:
     """All workers' answers: they do not depend on who straggles."""
     coded = eqx.filter_jit(encode_groups)(code, jnp.asarray(groups))
     y = run(coded.reshape(-1, *coded.shape[2:]))
