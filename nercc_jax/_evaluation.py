@@ -12,6 +12,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 from scipy.special import stdtrit
 
 from ._codes import AbstractCode, decode_groups, encode_groups
+from ._inference import Model, run_workers
 from ._stragglers import AbstractStragglers
 
 
@@ -64,7 +65,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: Callable[[Array], Array],
+    model: Model,
     codes: Mapping[str, AbstractCode],
     x: Float[ArrayLike, "points ..."],
     stragglers: Mapping[str, AbstractStragglers],
@@ -72,6 +73,7 @@ def evaluate(
     key: PRNGKeyArray,
     num_sets: int = 20,
     labels: Int[ArrayLike, " points"] | None = None,
+    further_models: Mapping[str, Sequence[Model]] | None = None,
     batch_size: int = 256,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> list[Evaluation]:
@@ -80,11 +82,13 @@ def evaluate(
     The data points are cut into groups of K in the order given; a remainder that fills no group is
     left out (see `num_data_points`). A straggler set is one mask for all groups, drawn from `key`,
     and the same for all codes. The model, (B, ...) to (B, outputs), runs once on each data point
-    and coded data point, `batch_size` at a time. `progress` may wrap the sequence of (law, set)
-    pairs to show a bar.
+    and coded data point, `batch_size` at a time. `further_models` are, by the name of a code whose
+    workers run others beside it (`worker_models`), those others in order. `progress` may wrap the
+    sequence of (law, set) pairs to show a bar.
 
     Raises: ValueError where the codes differ in K or N, fewer than K data points come, data points
-    or the model's outputs on them are not finite, or shapes do not agree.
+    or the model's outputs on them are not finite, shapes do not agree, or the further models are
+    not those that the codes' workers run.
     """
     num_data, num_workers = _common_size(codes)
     x = np.asarray(x)
@@ -107,7 +111,15 @@ def evaluate(
             "the model must map data points to finite vectors (points, outputs): got shape "
             f"{originals.shape}"
         )
-    answers = {name: _answers(run, code, groups) for name, code in codes.items()}
+    further = {
+        name: tuple(_batched(other, batch_size) for other in others)
+        for name, others in (further_models or {}).items()
+    }
+    if unknown := further.keys() - codes.keys():
+        raise ValueError(f"further_models names {sorted(unknown)}; the codes are {list(codes)}")
+    answers = {
+        name: _answers((run, *further.get(name, ())), code, groups) for name, code in codes.items()
+    }
 
     pairs = [(law, index) for law in stragglers for index in range(num_sets)]
     scores: dict[tuple[str, str], list[dict[str, float]]] = {}
@@ -136,7 +148,7 @@ def _common_size(codes: Mapping[str, AbstractCode]) -> tuple[int, int]:
     return next(iter(sizes.values()))
 
 
-def _batched(model: Callable[[Array], Array], batch_size: int) -> Callable[[ArrayLike], Array]:
+def _batched(model: Model, batch_size: int) -> Callable[[ArrayLike], Array]:
     """The model over any number of data points, in batches of one shape: one compilation."""
     compiled = eqx.filter_jit(model)
 
@@ -152,11 +164,9 @@ def _batched(model: Callable[[Array], Array], batch_size: int) -> Callable[[Arra
     return run
 
 
-def _answers(run, code: AbstractCode, groups: np.ndarray) -> Array:
+def _answers(models: Sequence[Model], code: AbstractCode, groups: np.ndarray) -> Array:
     """All workers' answers: they do not depend on who straggles."""
-    coded = eqx.filter_jit(encode_groups)(code, jnp.asarray(groups))
-    y = run(coded.reshape(-1, *coded.shape[2:]))
-    return y.reshape(*coded.shape[:2], *y.shape[1:])
+    return run_workers(models, code, eqx.filter_jit(encode_groups)(code, jnp.asarray(groups)))
 
 
 @eqx.filter_jit

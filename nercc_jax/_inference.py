@@ -1,30 +1,60 @@
 """Coded inference: encode, model, decode as one jitted program."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from ._codes import AbstractCode, Decoded, as_mask, decode_groups, encode_groups
 
+Model: TypeAlias = Callable[..., Array]
 
-def coded_predictions(
-    model: Callable[..., Array],
+
+def run_workers(
+    model: Model | Sequence[Model],
     code: AbstractCode,
-    x: Float[ArrayLike, "groups num_data ..."],
-    available: Bool[ArrayLike, "groups num_workers"],
+    coded: Float[Array, "groups num_workers ..."],
     *args: Any,
-) -> Decoded:
-    """Encodes groups of K data points, runs the model on all coded ones at once, and decodes.
+) -> Float[Array, "groups num_workers ..."]:
+    """What all workers answer: each runs its own model on its coded data point of every group.
 
-    A pure function: jit it, and differentiate it in x, the code, the model and its arguments.
-    `model(batch, *args)` maps (B, ...) to (B, ...), floats. Raises: ValueError for a model whose
-    output has another first axis. Source: arXiv 2402.04377, the three steps of NeRCC.
+    `model(batch, *args)` maps (B, ...) to (B, ...), floats, and is called once. For a code whose
+    workers run several (`worker_models`) it is a sequence of such, the served model first; each
+    is called once, on the coded data points of all its workers, with the same `args`.
+
+    Raises: ValueError where the number of models is not the code's, one returns another first axis
+    or no floats, or their answers differ in shape.
     """
-    coded = encode_groups(code, jnp.asarray(x))
+    kinds = code.worker_models
+    models = _models(model, kinds)
+    if len(models) == 1:
+        return _answers(models[0], coded, args)
+    parts = [_answers(each, coded[:, kinds == kind], args) for kind, each in enumerate(models)]
+    shapes = [part.shape[2:] for part in parts]
+    if len(set(shapes)) != 1:
+        raise ValueError(f"the models' answers differ in shape, served model first: {shapes}")
+    order = np.argsort(kinds, kind="stable")
+    answers = jnp.concatenate(parts, axis=1)
+    return answers if np.all(np.diff(order) == 1) else answers[:, np.argsort(order)]
+
+
+def _models(model: Model | Sequence[Model], kinds: np.ndarray) -> tuple[Model, ...]:
+    models = (model,) if callable(model) else tuple(model)
+    needed = int(kinds.max()) + 1
+    if len(models) != needed:
+        wanted = "one model" if needed == 1 else f"a sequence of {needed}, the served model first"
+        raise ValueError(
+            f"the workers of this code run {needed} model{'s' * (needed > 1)}, but {len(models)} "
+            f"came: give {wanted}"
+        )
+    return models
+
+
+def _answers(model: Model, coded: Array, args: tuple) -> Array:
     batch = coded.reshape(-1, *coded.shape[2:])
     y = model(batch, *args)
     if not isinstance(y, jax.Array) or y.ndim < 1 or y.shape[0] != batch.shape[0]:
@@ -35,12 +65,29 @@ def coded_predictions(
         )
     if not jnp.issubdtype(y.dtype, jnp.floating):
         raise ValueError(f"the model returned {y.dtype}: codes work on floats, logits for labels")
-    y = y.reshape(*coded.shape[:2], *y.shape[1:])
+    return y.reshape(*coded.shape[:2], *y.shape[1:])
+
+
+def coded_predictions(
+    model: Model | Sequence[Model],
+    code: AbstractCode,
+    x: Float[ArrayLike, "groups num_data ..."],
+    available: Bool[ArrayLike, "groups num_workers"],
+    *args: Any,
+) -> Decoded:
+    """Encodes groups of K data points, runs the model on all coded ones at once, and decodes.
+
+    A pure function: jit it, and differentiate it in x, the code, the model and its arguments.
+    Models, and the errors raised for them: see `run_workers`. Source: arXiv 2402.04377, the three
+    steps of NeRCC.
+    """
+    coded = encode_groups(code, jnp.asarray(x))
+    y = run_workers(model, code, coded, *args)
     return decode_groups(code, y, as_mask(available, coded.shape[:2]))
 
 
 def coded_inference(
-    model: Callable[..., Array], code: AbstractCode, *, with_status: bool = False
+    model: Model | Sequence[Model], code: AbstractCode, *, with_status: bool = False
 ) -> Callable[..., Any]:
     """One jitted function `(x, available, *args) -> predictions` for a model behind a code.
 
@@ -52,7 +99,8 @@ def coded_inference(
 
     `model` is any callable on a batch. If it is a pytree (an Equinox or NNX module, a
     `jax.tree_util.Partial`), its arrays are arguments of the program, not constants in it. `args`
-    are passed on to it: `model(batch, *args)`.
+    are passed on to it: `model(batch, *args)`. A code whose workers run further models beside the
+    served one takes all of them, (served, further...).
 
     One compilation serves every straggler set. Raises: ValueError for shapes and dtypes that do
     not fit, before anything runs.

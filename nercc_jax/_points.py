@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias, get_args
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, ArrayLike, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 Layout: TypeAlias = Literal["chebyshev", "approxifer", "uniform", "interleaved", "repeated"]
 Points: TypeAlias = Layout | tuple[ArrayLike | Sequence[float], ArrayLike | Sequence[float]]
@@ -33,9 +33,7 @@ def regression_points(
     Raises: ValueError for an unknown name, counts that a layout cannot serve, or given points that
     are of the wrong shape, out of range, not finite, or alphas that coincide.
     """
-    for name, count in (("num_data", num_data), ("num_workers", num_workers)):
-        if not isinstance(count, int | np.integer) or isinstance(count, bool) or count < 1:
-            raise ValueError(f"{name} must be a positive integer, not {count!r}")
+    check_counts(num_data, num_workers)
     if isinstance(points, str):
         alpha, beta = _layout(num_data, num_workers, points)
         return jnp.asarray(alpha, float), jnp.asarray(beta, float)
@@ -54,14 +52,54 @@ def regression_points(
     return alpha, beta
 
 
+def check_counts(num_data: int, num_workers: int) -> None:
+    """Raises: ValueError for numbers of data points and workers that no code can have."""
+    for name, count in (("num_data", num_data), ("num_workers", num_workers)):
+        if not isinstance(count, int | np.integer) or isinstance(count, bool) or count < 1:
+            raise ValueError(f"{name} must be a positive integer, not {count!r}")
+
+
 def copies(num_data: int, num_workers: int) -> Int[np.ndarray, " num_workers"]:
     """Which data point each worker holds a copy of: all once, then all again, ...
 
     The last, incomplete round is spread evenly. For K dividing N, worker n has data point n mod K.
+
+    Raises: ValueError for fewer workers than data points.
     """
+    check_counts(num_data, num_workers)
+    if num_workers < num_data:
+        raise ValueError(
+            f"{num_data} data points, each with a worker of its own, need at least {num_data} "
+            f"workers, not {num_workers}"
+        )
     rounds, rest = divmod(num_workers, num_data)
     extra = (2 * np.arange(rest) + 1) * num_data // (2 * rest) if rest else np.arange(0)
     return np.concatenate([np.tile(np.arange(num_data), rounds), extra])
+
+
+def mean_gap(points: Float[Array, " n"], available: Bool[Array, " n"]) -> Float[Array, ""]:
+    """The gap, in radians, that a point on the unit circle falls into on average.
+
+    Points t are seen at the angles +-arccos(t), where Chebyshev points are evenly spaced; of gaps
+    g with the sum 2 pi, that mean is sum g^2 / 2 pi. The gap over an end of [-1, 1] is twice the
+    distance of the outermost point to it. With no point it is the whole circle.
+
+    Differentiable in the points, but for those at -1 or 1, whose derivative is taken as zero: the
+    angle has none there.
+    """
+    number = jnp.sum(available)
+    slot = jnp.arange(points.shape[0])
+    angles = jnp.sort(jnp.where(available, _angle(points), jnp.inf))
+    last = angles[jnp.maximum(number - 1, 0)]
+    angles = jnp.where(slot < number, angles, last)
+    ends = angles[0] ** 2 + (jnp.pi - last) ** 2
+    gap = (jnp.sum(jnp.diff(angles) ** 2) + 2 * ends) / jnp.pi
+    return jnp.where(number > 0, gap, 2 * jnp.pi)
+
+
+def _angle(t: Float[Array, " n"]) -> Float[Array, " n"]:
+    inside = jnp.abs(t) < 1
+    return jnp.where(inside, jnp.arccos(jnp.where(inside, t, 0)), jnp.where(t > 0, 0, jnp.pi))
 
 
 def _layout(num_data: int, num_workers: int, name: str) -> tuple[np.ndarray, np.ndarray]:

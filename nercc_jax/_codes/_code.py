@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, ArrayLike, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 # Above this sum of a decoder row's magnitudes the product with the matrix loses digits that the
 # regression itself keeps. Two close workers then carry the spline over a wide gap: their entries
@@ -39,14 +39,21 @@ class AbstractCode(eqx.Module):
     """A coded-computing scheme for K data points (`num_data`) on N workers (`num_workers`).
 
     All methods act on one group of K data points and can be jitted (`equinox.filter_jit` takes a
-    method as it is), differentiated and batched with `jax.vmap`. Tunable numbers (`alpha`, `beta`
-    and a code's own) are leaves of the pytree.
+    method as it is), differentiated and batched with `jax.vmap`. Tunable numbers (regression
+    points `alpha` and `beta`, where a code has them, and a code's own) are leaves of the pytree.
     """
 
     num_data: eqx.AbstractVar[int]
     num_workers: eqx.AbstractVar[int]
-    alpha: eqx.AbstractVar[Float[Array, " num_data"]]
-    beta: eqx.AbstractVar[Float[Array, " num_workers"]]
+
+    @property
+    def worker_models(self) -> Int[np.ndarray, " num_workers"]:
+        """Which model each worker runs; unless a code overrides it, all run the served one.
+
+        0 is the served model, and 1, 2, ... (without gaps) are further ones that the code needs
+        beside it. Static: it depends on the code's numbers, never on data.
+        """
+        return np.zeros(self.num_workers, int)
 
     @abc.abstractmethod
     def encoder_matrix(self) -> Float[Array, "num_workers num_data"]:

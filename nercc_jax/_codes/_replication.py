@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from .._points import copies, regression_points
+from .._points import check_counts, copies
 from ._code import AbstractCode, as_mask
 
 
@@ -13,23 +13,21 @@ class Replication(AbstractCode):
     """Each worker computes a copy of one data point; the first copy that answers is taken.
 
     The copies are dealt in rounds, the last one spread evenly: for K dividing N, worker n gets data
-    point n mod K. A data point none of whose workers answers is lost. Points are the "repeated"
-    layout's.
+    point n mod K. A data point none of whose workers answers is lost. The "repeated" layout of
+    `regression_points` has the same placement.
     """
 
     num_data: int = eqx.field(static=True)
     num_workers: int = eqx.field(static=True)
-    alpha: Float[Array, " num_data"]
-    beta: Float[Array, " num_workers"]
 
     def __init__(self, num_data: int, num_workers: int):
         """Raises: ValueError for fewer workers than data points."""
+        copies(num_data, num_workers)
         self.num_data, self.num_workers = num_data, num_workers
-        self.alpha, self.beta = regression_points(num_data, num_workers, "repeated")
 
     def encoder_matrix(self) -> Float[Array, "num_workers num_data"]:
         holds = copies(self.num_data, self.num_workers)
-        return jax.nn.one_hot(holds, self.num_data, dtype=self.alpha.dtype)
+        return jax.nn.one_hot(holds, self.num_data, dtype=float)
 
     def decoder_matrix(
         self, available: Bool[ArrayLike, " num_workers"]
@@ -37,7 +35,7 @@ class Replication(AbstractCode):
         holds = copies(self.num_data, self.num_workers) == jnp.arange(self.num_data)[:, None]
         answered = holds & as_mask(available, (self.num_workers,))
         first = answered & (jnp.cumsum(answered, axis=1) == 1)
-        return first.astype(self.alpha.dtype)
+        return first.astype(float)
 
     def recovered(self, available: Bool[ArrayLike, " num_workers"]) -> Bool[Array, " num_data"]:
         return jnp.any(self.decoder_matrix(available) > 0, axis=1)
@@ -48,8 +46,6 @@ class Uncoded(AbstractCode):
 
     num_data: int = eqx.field(static=True)
     num_workers: int = eqx.field(static=True)
-    alpha: Float[Array, " num_data"]
-    beta: Float[Array, " num_workers"]
 
     def __init__(self, num_data: int, num_workers: int | None = None):
         """Raises: ValueError for a number of workers other than that of data points."""
@@ -57,16 +53,16 @@ class Uncoded(AbstractCode):
             raise ValueError(
                 f"without a code, {num_data} data points take {num_data} workers, not {num_workers}"
             )
+        check_counts(num_data, num_data)
         self.num_data = self.num_workers = num_data
-        self.alpha, self.beta = regression_points(num_data, num_data, "repeated")
 
     def encoder_matrix(self) -> Float[Array, "num_workers num_data"]:
-        return jnp.eye(self.num_data, dtype=self.alpha.dtype)
+        return jnp.eye(self.num_data, dtype=float)
 
     def decoder_matrix(
         self, available: Bool[ArrayLike, " num_workers"]
     ) -> Float[Array, "num_data num_workers"]:
-        return jnp.diag(as_mask(available, (self.num_workers,)).astype(self.alpha.dtype))
+        return jnp.diag(as_mask(available, (self.num_workers,)).astype(float))
 
     def recovered(self, available: Bool[ArrayLike, " num_workers"]) -> Bool[Array, " num_data"]:
         return as_mask(available, (self.num_workers,))
