@@ -23,16 +23,22 @@ class Score:
 
 
 def score(classify: Callable[[Any], Any], data: Data, *, batch_size: int = 500) -> Score:
-    """Score `classify`, stored images (B, H, W, C) to logits (B, classes), on all of `data`.
+    """Score `classify`, stored images (B, H, W, C) to logits (B, classes), on all of `data`."""
+    if len(data) == 0:
+        raise ValueError(f"The data set {data.name!r} is empty: there is nothing to score.")
+    guesses = np.argmax(in_batches(classify, data.images, batch_size), axis=-1)
+    return Score(int(np.sum(guesses == data.labels)), len(data))
+
+
+def in_batches(function: Callable[[Any], Any], x: np.ndarray, batch_size: int = 500) -> np.ndarray:
+    """`function`, (B, ...) to (B, ...), on all rows of `x` (at least one), so many at a time.
 
     The last batch is filled up with copies, so that one compiled program serves every batch.
     """
-    if len(data) == 0:
-        raise ValueError(f"The data set {data.name!r} is empty: there is nothing to score.")
-    correct = 0
-    for batch in data.batches(batch_size):
-        padding = [(0, batch_size - len(batch)), (0, 0), (0, 0), (0, 0)]
-        logits = classify(jnp.asarray(np.pad(batch.images, padding, mode="edge")))
-        guesses = np.argmax(np.asarray(logits), axis=-1)[: len(batch)]
-        correct += int(np.sum(guesses == batch.labels))
-    return Score(correct, len(data))
+    parts = []
+    for start in range(0, len(x), batch_size):
+        batch = x[start : start + batch_size]
+        padding = [(0, batch_size - len(batch))] + [(0, 0)] * (x.ndim - 1)
+        y = function(jnp.asarray(np.pad(batch, padding, mode="edge")))
+        parts.append(np.asarray(y)[: len(batch)])
+    return np.concatenate(parts)

@@ -2,22 +2,20 @@
 
 import argparse
 import dataclasses
-import json
-import os
-import platform
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 from flax import nnx
 
+from .cards import made_on, store, write_card
 from .checkpoints import Checkpoints
 from .data import Data, load_data
+from .progress import progress_bar
 from .recipes import RECIPES, Recipe, find_recipe
 from .registry import evaluate_model
 from .training import Trained, train
-from .weights import num_parameters, save_weights
 
 # The numbers of a recipe that options may replace.
 _CHANGEABLE = ("epochs", "seed", "learning_rate", "warmup_epochs")
@@ -32,9 +30,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     train_data = load_data(recipe.data, "train", data_dir=options.data_dir)
     test_data = load_data(recipe.data, "test", data_dir=options.data_dir)
     checkpoint_dir = options.checkpoint_dir or Path("checkpoints") / recipe.name
-    trained = _train_with_progress(
-        recipe, train_data, test_data, checkpoint_dir, options.start_from
-    )
+    with progress_bar(recipe.name, partial(_line, recipe.epochs)) as (on_step, on_epoch):
+        trained = train(
+            recipe,
+            train_data,
+            test_data,
+            checkpoint_dir=checkpoint_dir,
+            start_from=options.start_from,
+            on_step=on_step,
+            on_epoch=on_epoch,
+        )
     folder = options.output_dir or checkpoint_dir
     write_model(recipe, trained, train_data, folder, Checkpoints(options.start_from).log())
     result = evaluate_model(recipe.name, options.data_dir, weights_dir=folder)
@@ -51,9 +56,7 @@ def write_model(
 
     `earlier` is the log of the run whose weights this one started from, or empty.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
     state = nnx.split(recipe.deploy(trained.model))[1]
-    size = save_weights(Path(folder) / f"{recipe.name}.safetensors", state)
     card = {
         "name": recipe.name,
         "made_by": _command(recipe),
@@ -61,17 +64,15 @@ def write_model(
         "train_images": len(data),
         "classes": list(data.classes),
         "score": {**dataclasses.asdict(trained.score), "accuracy": trained.score.accuracy},
-        "num_parameters": num_parameters(state),
-        "bytes": size,
-        "precision": "float16",
+        **store(folder, recipe.name, state),
         "training_seconds": round(trained.seconds + _seconds(earlier), 1),
-        "machine": _machine(),
+        "machine": made_on(),
         "recipe": recipe.numbers(),
         "history": trained.history,
     }
     if earlier:
         card["started_from"] = {name: earlier[name] for name in ("recipe", "history")}
-    (Path(folder) / f"{recipe.name}.json").write_text(json.dumps(card, indent=1) + "\n")
+    write_card(folder, card)
 
 
 def _command(recipe: Recipe) -> str:
@@ -89,42 +90,12 @@ def _seconds(log: dict[str, Any]) -> float:
     return sum(entry["seconds"] for entry in log.get("history", []))
 
 
-def _machine() -> str:
-    kind = jax.devices()[0].device_kind
-    return f"{platform.machine()}, {os.cpu_count()} cores, {kind}, jax {jax.__version__}"
-
-
-def _train_with_progress(
-    recipe: Recipe,
-    train_data: Data,
-    test_data: Data,
-    checkpoint_dir: Path,
-    start_from: Path | None,
-) -> Trained:
-    try:
-        from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-    except ImportError as error:
-        raise ImportError("The progress bar is rich's: pip install 'nercc-jax[demo]'.") from error
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
-        task = progress.add_task(recipe.name, total=None)
-
-        def on_epoch(entry: dict[str, Any]) -> None:
-            progress.console.print(
-                f"epoch {entry['epoch']}/{recipe.epochs}  loss {entry['loss']:.4f}  "
-                f"train {entry['train_accuracy']:.4f}  "
-                f"test {entry['test_correct']}/{entry['test_total']}  {entry['seconds']} s"
-            )
-
-        return train(
-            recipe,
-            train_data,
-            test_data,
-            checkpoint_dir=checkpoint_dir,
-            start_from=start_from,
-            on_step=lambda step, total: progress.update(task, completed=step, total=total),
-            on_epoch=on_epoch,
-        )
+def _line(epochs: int, entry: dict[str, Any]) -> str:
+    return (
+        f"epoch {entry['epoch']}/{epochs}  loss {entry['loss']:.4f}  "
+        f"train {entry['train_accuracy']:.4f}  "
+        f"test {entry['test_correct']}/{entry['test_total']}  {entry['seconds']} s"
+    )
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

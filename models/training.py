@@ -1,4 +1,4 @@
-"""The training loop of every recipe: optax, a checkpoint an epoch, exact resumption.
+"""Training loops: optax, a checkpoint an epoch, exact resumption.
 
 Batch order and augmentation derive from (seed, step) alone, never from a running generator, so an
 interrupted run that resumes from a checkpoint ends at the same numbers as one that was not.
@@ -26,12 +26,13 @@ from .scoring import Score, score
 
 
 class TrainState(NamedTuple):
-    """What a step changes. `totals` are the epoch's sums of the loss and of the correct guesses."""
+    """What a step changes. `totals` are the epoch's sums of what the steps measure: the loss, and
+    for a classifier the correct guesses."""
 
     params: nnx.State
     rest: nnx.State
     optimizer: optax.OptState
-    totals: Float[Array, " 2"]
+    totals: Float[Array, " measures"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +49,22 @@ class Trained:
         return sum(entry["seconds"] for entry in self.history)
 
 
+def cosine_schedule(
+    peak: float, warmup_epochs: float, epochs: int, steps_per_epoch: int
+) -> optax.Schedule:
+    """Linear warm-up to the peak, then a cosine down to zero at the end of the last epoch."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=peak,
+        warmup_steps=round(warmup_epochs * steps_per_epoch),
+        decay_steps=epochs * steps_per_epoch,
+    )
+
+
 def make_optimizer(recipe: Recipe, steps_per_epoch: int) -> optax.GradientTransformation:
     """The recipe's optimizer with its schedule: linear warm-up, then a cosine down to zero."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=recipe.learning_rate,
-        warmup_steps=round(recipe.warmup_epochs * steps_per_epoch),
-        decay_steps=recipe.epochs * steps_per_epoch,
+    schedule = cosine_schedule(
+        recipe.learning_rate, recipe.warmup_epochs, recipe.epochs, steps_per_epoch
     )
 
     def kernels(params: Any) -> Any:
@@ -146,7 +156,6 @@ def train(
         raise ValueError(
             f"A batch of {recipe.batch_size} is more than the {len(train_data)} training images."
         )
-    total = recipe.epochs * steps_per_epoch
     model = recipe.build(nnx.Rngs(recipe.seed))
     model.eval()
     eval_graphdef = nnx.split(model, nnx.Param, ...)[0]
@@ -165,35 +174,73 @@ def train(
     def test(state: TrainState) -> Score:
         return score(partial(classify, state.params, state.rest), test_data)
 
-    checkpoints = Checkpoints(checkpoint_dir, recipe.numbers())
+    def step(state: TrainState, number: int) -> TrainState:
+        chosen = batch_indices(recipe.seed, number, len(train_data), recipe.batch_size)
+        keyed = number // steps_per_epoch in range(*recipe.keyed_epochs)
+        return step_fn(state, train_data.images[chosen], train_data.labels[chosen], number, keyed)
+
+    def report(state: TrainState, means: list[float]) -> dict[str, Any]:
+        result = test(state)
+        loss, hits = means
+        return {
+            "loss": loss,
+            "train_accuracy": hits,
+            "test_correct": result.correct,
+            "test_total": result.total,
+        }
+
+    state, history = run_epochs(
+        step,
+        report,
+        state,
+        epochs=recipe.epochs,
+        steps_per_epoch=steps_per_epoch,
+        checkpoints=Checkpoints(checkpoint_dir, recipe.numbers()),
+        checkpoint_every=checkpoint_every,
+        on_step=on_step,
+        on_epoch=on_epoch,
+    )
+    return Trained(nnx.merge(eval_graphdef, state.params, state.rest), history, test(state))
+
+
+def run_epochs(
+    step: Callable[[TrainState, int], TrainState],
+    report: Callable[[TrainState, list[float]], dict[str, Any]],
+    state: TrainState,
+    *,
+    epochs: int,
+    steps_per_epoch: int,
+    checkpoints: Checkpoints,
+    checkpoint_every: int | None = None,
+    on_step: Callable[[int, int], None] = lambda step, total: None,
+    on_epoch: Callable[[dict[str, Any]], None] = lambda entry: None,
+) -> tuple[TrainState, tuple[dict[str, Any], ...]]:
+    """From the latest checkpoint, or else from `state`, to the end: the last state, the history.
+
+    `step(state, number)` makes one step; what it does must derive from the number. After each
+    epoch `report(state, means)`, with the means of the state's totals over the epoch's steps,
+    gives the entry for the history, to which the epoch and its seconds are added.
+    """
+    total = epochs * steps_per_epoch
     start, state, history, earlier = checkpoints.restore(state)
     on_step(start, total)
     began = time.monotonic() - earlier
-    for step in range(start, total):
-        chosen = batch_indices(recipe.seed, step, len(train_data), recipe.batch_size)
-        keyed = step // steps_per_epoch in range(*recipe.keyed_epochs)
-        state = step_fn(state, train_data.images[chosen], train_data.labels[chosen], step, keyed)
-        done = step + 1
+    for number in range(start, total):
+        state = step(state, number)
+        done = number + 1
         if done % steps_per_epoch == 0:
-            loss, hits = (float(value) / steps_per_epoch for value in state.totals)
-            result = test(state)
-            entry = {
-                "epoch": done // steps_per_epoch,
-                "loss": loss,
-                "train_accuracy": hits,
-                "test_correct": result.correct,
-                "test_total": result.total,
-                "seconds": round(time.monotonic() - began, 1),
-            }
+            means = [float(value) / steps_per_epoch for value in state.totals]
+            entry = {"epoch": done // steps_per_epoch, **report(state, means)}
+            entry["seconds"] = round(time.monotonic() - began, 1)
             history.append(entry)
             on_epoch(entry)
-            state = state._replace(totals=jnp.zeros(2))
+            state = state._replace(totals=jnp.zeros_like(state.totals))
             began = time.monotonic()
         if done % (checkpoint_every or steps_per_epoch) == 0 or done == total:
             checkpoints.save(done, state, history, time.monotonic() - began)
         on_step(done, total)
     checkpoints.close()
-    return Trained(nnx.merge(eval_graphdef, state.params, state.rest), tuple(history), test(state))
+    return state, tuple(history)
 
 
 def _started(state: TrainState, start_from: str | Path | None) -> TrainState:
