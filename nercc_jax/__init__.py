@@ -9,6 +9,7 @@ from ._codes import Berrut as Berrut
 from ._codes import Decoded as Decoded
 from ._codes import Lagrange as Lagrange
 from ._codes import NeRCC as NeRCC
+from ._codes import Parity as Parity
 from ._codes import Replication as Replication
 from ._codes import Uncoded as Uncoded
 from ._evaluation import Estimate as Estimate

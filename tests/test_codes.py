@@ -1,5 +1,6 @@
 """One contract for every code, and what each code promises beyond it."""
 
+import itertools
 import warnings
 
 import equinox as eqx
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import scipy.interpolate
 
-from nercc_jax import Berrut, Lagrange, NeRCC, Replication, Uncoded
+from nercc_jax import Berrut, Lagrange, NeRCC, Parity, Replication, Uncoded
 
 K, N = 4, 11
 CODES = {
@@ -23,6 +24,7 @@ CODES = {
     "berrut": lambda: Berrut(K, N),
     "berrut-repeated": lambda: Berrut(K, N, points="repeated"),
     "lagrange-quadratic": lambda: Lagrange(K, N, degree=2),
+    "parity": lambda: Parity(6, 8),
     "replication": lambda: Replication(K, N),
     "uncoded": lambda: Uncoded(K),
     "one-for-one": lambda: NeRCC(1, 1),
@@ -321,6 +323,35 @@ def test_replication_takes_the_first_copy_and_loses_the_rest():
     np.testing.assert_array_equal(code.recovered(mask), [True, True, False])
 
 
+@pytest.mark.parametrize(("num_data", "num_workers"), [(4, 6), (6, 8), (4, 5), (3, 6)])
+def test_parity_is_the_subtraction_that_is_left(num_data, num_workers, dtype):
+    """Against a plain account: for every mask, what each group can still tell."""
+    code = Parity(num_data, num_workers)
+    groups = num_workers - num_data
+    assert code.k == num_data // groups
+    np.testing.assert_array_equal(code.worker_models, [0] * num_data + [1] * groups)
+    x, y = np.asarray(data(code, 2)), np.asarray(answers(code, 2))
+    for worker, coded in enumerate(np.asarray(code.encode(x))):
+        mine = [worker] if worker < num_data else range(worker - num_data, num_data, groups)
+        np.testing.assert_allclose(coded, sum(x[i] for i in mine), atol=EPS[dtype])
+    masks = np.array(list(itertools.product([False, True], repeat=num_workers)))
+    decoded = jax.jit(jax.vmap(code.try_decode, in_axes=(None, 0)))(y, masks)
+    for mask, got, recovered in zip(masks, decoded.predictions, decoded.recovered, strict=True):
+        for i in range(num_data):
+            others = [j for j in range(i % groups, num_data, groups) if j != i]
+            parity = num_data + i % groups
+            if mask[i]:
+                np.testing.assert_array_equal(got[i], y[i])
+            elif mask[parity] and all(mask[j] for j in others):
+                expected = y[parity] - sum(y[j] for j in others)
+                np.testing.assert_allclose(got[i], expected, atol=10 * EPS[dtype])
+            else:
+                assert np.isnan(got[i]).all()
+                assert not recovered[i]
+                continue
+            assert recovered[i]
+
+
 def test_uncoded_loses_what_straggles():
     code = Uncoded(3)
     x = data(code, 2)
@@ -340,6 +371,9 @@ def test_uncoded_loses_what_straggles():
         (lambda: Lagrange(4, 8, degree=3), "degree 3 does not fit.* 8 workers"),
         (lambda: Lagrange(4, 8, degree=0), "degree 0 does not fit"),
         (lambda: Replication(4, 3), "need at least 4 workers, not 3"),
+        (lambda: Parity(4, 4), "4 workers for 4 data points leave 0 for parities"),
+        (lambda: Parity(5, 7), "leave 2 for parities.* num_data a multiple of them"),
+        (lambda: Parity(0, 2), "num_data must be a positive integer"),
         (lambda: Uncoded(4, 5), "4 data points take 4 workers, not 5"),
     ],
 )

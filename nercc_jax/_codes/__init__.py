@@ -4,6 +4,7 @@ from ._berrut import Berrut
 from ._code import AbstractCode, Decoded, as_mask, decode_groups, encode_groups
 from ._lagrange import Lagrange
 from ._nercc import NeRCC
+from ._parity import Parity
 from ._replication import Replication, Uncoded
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Decoded",
     "Lagrange",
     "NeRCC",
+    "Parity",
     "Replication",
     "Uncoded",
     "as_mask",
