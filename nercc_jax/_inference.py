@@ -46,10 +46,10 @@ def _models(model: Model | Sequence[Model], kinds: np.ndarray) -> tuple[Model, .
     models = (model,) if callable(model) else tuple(model)
     needed = int(kinds.max()) + 1
     if len(models) != needed:
-        wanted = "one model" if needed == 1 else f"a sequence of {needed}, the served model first"
+        wanted = "alone" if needed == 1 else f"and {needed - 1} further, in this order"
         raise ValueError(
             f"the workers of this code run {needed} model{'s' * (needed > 1)}, but {len(models)} "
-            f"came: give {wanted}"
+            f"came: give the served model {wanted}"
         )
     return models
 

@@ -12,6 +12,7 @@ from nercc_jax import (
     ExactStragglers,
     IndependentStragglers,
     NeRCC,
+    Parity,
     Replication,
     evaluate,
 )
@@ -66,6 +67,46 @@ def test_metrics_are_what_they_say(x, key):
     assert lost["NeRCC"] == lost["BACC"] == 0
 
 
+def test_further_models_are_given_by_the_codes_name(x, key):
+    """A linear model is its own parity model: exact, except where two of a group are missing."""
+    codes = {"ParM": Parity(4, 6), "copies": Replication(4, 6)}
+    linear = lambda x: x @ WEIGHTS  # noqa: E731
+    one, two = (
+        evaluate(
+            linear,
+            codes,
+            x,
+            {"law": ExactStragglers(count)},
+            key=key,
+            further_models={"ParM": [linear]},
+            batch_size=7,
+        )[0]
+        for count in (1, 2)
+    )
+    assert one.code == two.code == "ParM"
+    assert one.lost.mean == 0
+    assert one.rel_acc.mean == 1
+    assert one.mse.mean < 1e-10
+    assert 0 < two.lost.mean < 1 / 2
+    np.testing.assert_allclose(two.rel_acc.mean, 1 - two.lost.mean, rtol=1e-6)
+    (off,) = evaluate(
+        linear,
+        {"ParM": codes["ParM"]},
+        x,
+        {"law": ExactStragglers(1)},
+        key=key,
+        further_models={"ParM": [lambda x: linear(x) + 1]},
+    )
+    np.testing.assert_allclose(off.mse.mean, one_missing_share(key), rtol=1e-4)
+
+
+def one_missing_share(key):
+    """The mean share of data points that 20 sets of one straggler leave to a parity worker."""
+    keys = [jax.random.fold_in(jax.random.fold_in(key, 0), index) for index in range(20)]
+    masks = np.stack([ExactStragglers(1).available(key, 6) for key in keys])
+    return (~masks[:, :4]).mean()
+
+
 def test_all_lost_is_told(x, key):
     (row,) = evaluate(
         model, {"n": NeRCC(5, 12)}, x, {"all": ExactStragglers(12)}, key=key, num_sets=2
@@ -108,6 +149,9 @@ def test_one_set_has_no_spread(x, key):
         ({"x": np.full((5, 3), np.nan, np.float32)}, "must be finite"),
         ({"num_sets": 0}, "num_sets must be 1 or more"),
         ({"labels": np.zeros(7)}, r"labels have shape \(7,\)"),
+        ({"codes": {"p": Parity(4, 6)}}, "run 2 models, but 1 came"),
+        ({"further_models": {"BACC": [model]}}, "run 1 model, but 2 came"),
+        ({"further_models": {"ParM": [model]}}, r"further_models names \['ParM'\]; the codes are"),
         ({"model": lambda x: x.sum(axis=1)}, "finite vectors"),
         ({"model": lambda x: x * jnp.inf}, "finite vectors"),
     ],

@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nercc_jax import Berrut, NeRCC, Replication, coded_inference, coded_predictions
+from nercc_jax import (
+    AbstractCode,
+    Berrut,
+    NeRCC,
+    Parity,
+    Replication,
+    Uncoded,
+    coded_inference,
+    coded_predictions,
+)
 
 K, N = 4, 10
 
@@ -105,6 +114,101 @@ def test_parameters_pass_through_and_get_gradients(x, masks):
         loss(weights.at[0, 0].add(s), NeRCC(K, N, lambda_enc=1e-5), x) for s in (step, -step)
     )
     np.testing.assert_allclose(gradients[0][0, 0], (up - down) / (2 * step), rtol=1e-2)
+
+
+def test_each_worker_runs_its_own_model_in_one_batch_a_model(x):
+    batches = {}
+
+    def counting(name, function):
+        def run(batch, shift):
+            batches.setdefault(name, []).append(batch.shape)
+            return function(batch) + shift
+
+        return run
+
+    def further(batch):
+        return jnp.cos(batch[:, :2])
+
+    code = Parity(K, 6)
+    masks = np.ones((6, 6), bool)
+    masks[:, 1] = False
+    models = (counting("served", model), counting("parity", further))
+    infer = coded_inference(models, code)
+    for _ in range(2):
+        predictions = infer(x, masks, 0.5)
+    assert batches == {"served": [(6 * K, 3)], "parity": [(6 * 2, 3)]}
+    for group, got in zip(x, predictions, strict=True):
+        expected = np.array(model(group)) + 0.5
+        expected[1] = further((group[1] + group[3])[None])[0] - model(group[3:])[0]
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+class Alternating(AbstractCode):
+    """No code at all, but every other worker runs the further model."""
+
+    num_data: int = eqx.field(static=True, default=4)
+    num_workers: int = eqx.field(static=True, default=4)
+
+    @property
+    def worker_models(self):
+        return np.arange(4) % 2
+
+    def encoder_matrix(self):
+        return Uncoded(4).encoder_matrix()
+
+    def decoder_matrix(self, available):
+        return Uncoded(4).decoder_matrix(available)
+
+    def recovered(self, available):
+        return Uncoded(4).recovered(available)
+
+
+def test_models_may_lie_among_the_workers_in_any_order(x):
+    predictions = coded_inference((jnp.sin, jnp.cos), Alternating())(x, np.ones(4, bool))
+    np.testing.assert_allclose(predictions[:, ::2], jnp.sin(x[:, ::2]), atol=1e-6)
+    np.testing.assert_allclose(predictions[:, 1::2], jnp.cos(x[:, 1::2]), atol=1e-6)
+
+
+def test_a_linear_model_is_its_own_parity_model_and_both_get_gradients(x):
+    code = Parity(K, 6)
+    weights = jnp.asarray(np.random.default_rng(3).normal(size=(3, 2)), x.dtype)
+    linear = jax.tree_util.Partial(lambda weights, batch: batch @ weights, weights)
+    mask = np.array([True, False, False, True, True, True])
+    masks = np.broadcast_to(mask, (6, 6))
+    predictions = coded_inference((linear, linear), code)(x, masks)
+    np.testing.assert_allclose(predictions, x @ weights, atol=1e-5)
+
+    def loss(models, x):
+        return jnp.sum(jnp.sin(coded_predictions(models, code, x, masks).predictions))
+
+    served, further = jax.grad(loss)((linear, linear), x)
+    rebuilt = np.cos(x @ weights)[:, [1, 2]]
+    sums = x[:, :2] + x[:, 2:]
+    expected = jnp.einsum("gki,gko->io", sums[:, ::-1], rebuilt)  # groups {0, 2} and {1, 3}
+    np.testing.assert_allclose(further.args[0], expected, rtol=1e-4, atol=1e-4)
+    assert np.abs(served.args[0]).max() > 0
+    np.testing.assert_allclose(
+        jax.grad(loss, argnums=1)((linear, linear), x),
+        jnp.cos(x @ weights) @ weights.T,
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+@pytest.mark.parametrize(
+    ("models", "code", "message"),
+    [
+        (model, Parity(K, 6), "run 2 models, but 1 came: give the served model and 1 further"),
+        ([model] * 3, Parity(K, 6), "run 2 models, but 3 came"),
+        ((model, model), NeRCC(K, N), "run 1 model, but 2 came: give the served model alone"),
+        ((model, lambda b: b), Parity(K, 6), r"differ in shape, served model first: \[\(2,\)"),
+    ],
+)
+def test_the_number_of_models_is_the_codes(models, code, message, untyped):
+    with pytest.raises(ValueError, match=message):
+        coded_inference(models, code)(
+            np.ones((2, K, 3), np.float32), np.ones(code.num_workers, bool)
+        )
 
 
 def test_models_of_every_make(x, masks):
