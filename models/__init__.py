@@ -10,11 +10,15 @@ from .lenet5 import LeNet5 as LeNet5
 from .pretrained import Pretrained as Pretrained
 from .pretrained import load_pretrained as load_pretrained
 from .pretrained import load_state_dict as load_state_dict
+from .registry import ParityModel as ParityModel
 from .registry import ReadyModel as ReadyModel
 from .registry import evaluate_model as evaluate_model
 from .registry import list_models as list_models
+from .registry import list_parity_models as list_parity_models
 from .registry import load_model as load_model
+from .registry import load_parity_model as load_parity_model
 from .registry import model_card as model_card
+from .registry import parity_card as parity_card
 from .repvgg import RepVGG as RepVGG
 from .repvgg import reparameterize as reparameterize
 from .repvgg import repvgg_cifar as repvgg_cifar

@@ -3,9 +3,10 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import equinox as eqx
+import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -13,6 +14,8 @@ from .data import load_data
 from .recipes import RECIPES, Recipe
 from .scoring import Score, score
 from .weights import load_weights, num_parameters
+
+Outputs: TypeAlias = Literal["logits", "probabilities"]
 
 WEIGHTS_DIR = Path(__file__).parent / "weights"
 
@@ -51,6 +54,26 @@ class ReadyModel(eqx.Module):
         return num_parameters(self.state)
 
 
+class ParityModel(eqx.Module):
+    """A model for sums of k inputs: maps them to about the sum of another model's k outputs.
+
+    `network` has that model's form, and `outputs` says what of the model's is summed: its "logits",
+    and the network's logits are the answer; or "probabilities", their softmax, and the answer is k
+    times the network's softmax, which has the right sum and the right range from the start.
+    """
+
+    network: ReadyModel
+    k: int = eqx.field(static=True)
+    outputs: Outputs = eqx.field(static=True)
+
+    def __call__(
+        self, sums: Float[Array, "batch height width channels"]
+    ) -> Float[Array, "batch classes"]:
+        """About the sum of the k outputs, from the sum of k preprocessed images."""
+        logits = self.network(sums)
+        return self.k * jax.nn.softmax(logits) if self.outputs == "probabilities" else logits
+
+
 def list_models(weights_dir: str | Path = WEIGHTS_DIR) -> tuple[str, ...]:
     """The names that `load_model` knows: the recipes whose weights are in `weights_dir`."""
     folder = Path(weights_dir)
@@ -65,15 +88,18 @@ def load_model(name: str, *, weights_dir: str | Path = WEIGHTS_DIR) -> ReadyMode
     extra when safetensors is missing.
     """
     _check_name(name, weights_dir)
-    recipe = RECIPES[name]
+    return _ready(RECIPES[name], name, weights_dir)
+
+
+def _ready(recipe: Recipe, file: str, weights_dir: str | Path) -> ReadyModel:
     graphdef, blank = nnx.split(blank_model(recipe))
     return ReadyModel(
-        state=load_weights(Path(weights_dir) / f"{name}.safetensors", blank),
+        state=load_weights(Path(weights_dir) / f"{file}.safetensors", blank),
         graphdef=graphdef,
-        name=name,
+        name=file,
         data=recipe.data,
         input_shape=recipe.input_shape,
-        classes=tuple(model_card(name, weights_dir=weights_dir)["classes"]),
+        classes=tuple(_card(file, weights_dir)["classes"]),
         preprocess=recipe.preprocess,
     )
 
@@ -81,7 +107,52 @@ def load_model(name: str, *, weights_dir: str | Path = WEIGHTS_DIR) -> ReadyMode
 def model_card(name: str, *, weights_dir: str | Path = WEIGHTS_DIR) -> dict[str, Any]:
     """How a shipped model was made, on which data, what it scores; the JSON beside its weights."""
     _check_name(name, weights_dir)
-    return json.loads((Path(weights_dir) / f"{name}.json").read_text())
+    return _card(name, weights_dir)
+
+
+def _card(file: str, weights_dir: str | Path) -> dict[str, Any]:
+    return json.loads((Path(weights_dir) / f"{file}.json").read_text())
+
+
+def parity_name(base: str, k: int, outputs: str) -> str:
+    """The name of a parity model, and of its files."""
+    return f"{base}-parity-k{k}-{outputs}"
+
+
+def list_parity_models(weights_dir: str | Path = WEIGHTS_DIR) -> tuple[tuple[str, int, str], ...]:
+    """The (base model's name, k, outputs) that `load_parity_model` knows."""
+    files = sorted(Path(weights_dir).glob("*-parity-k*.json"))
+    cards = [_card(path.stem, weights_dir) for path in files]
+    return tuple((card["base"], card["k"], card["outputs"]) for card in cards)
+
+
+def load_parity_model(
+    name: str, k: int, outputs: Outputs, *, weights_dir: str | Path = WEIGHTS_DIR
+) -> ParityModel:
+    """The shipped parity model of a model by name, for k and its `outputs`; see `ParityModel`.
+
+    `nercc_models.parity` trains others. Raises `ValueError`, listing what exists, for any other.
+    """
+    file = _parity_file(name, k, outputs, weights_dir)
+    return ParityModel(_ready(RECIPES[name], file, weights_dir), k, outputs)
+
+
+def parity_card(
+    name: str, k: int, outputs: str, *, weights_dir: str | Path = WEIGHTS_DIR
+) -> dict[str, Any]:
+    """How a shipped parity model was made and what it scores; the JSON beside its weights."""
+    return _card(_parity_file(name, k, outputs, weights_dir), weights_dir)
+
+
+def _parity_file(name: str, k: int, outputs: str, weights_dir: str | Path) -> str:
+    known = list_parity_models(weights_dir)
+    if (name, k, outputs) not in known:
+        listed = "; ".join(f"{base}, k={k}, {outputs}" for base, k, outputs in known) or "none"
+        raise ValueError(
+            f"There is no parity model of {name!r} for k={k} and {outputs!r} in "
+            f"{Path(weights_dir).resolve()}. Known: {listed}."
+        )
+    return parity_name(name, k, outputs)
 
 
 def evaluate_model(
