@@ -58,8 +58,13 @@ class ParityModel(eqx.Module):
     """A model for sums of k inputs: maps them to about the sum of another model's k outputs.
 
     `network` has that model's form, and `outputs` says what of the model's is summed: its "logits",
-    and the network's logits are the answer; or "probabilities", their softmax, and the answer is k
-    times the network's softmax, which has the right sum and the right range from the start.
+    and the network's logits are the answer; or "probabilities", their softmax, and the answer is
+    k softmax(logits / 2k), which has the right sum and the right range from the start.
+
+    (A network that starts from the model's weights answers a sum of inputs with logits about k
+    times too large, and a saturated softmax learns slowly. LeNet5 on MNIST, k = 2, agreement on
+    held-out images: 92.7 % after three epochs with 2k, 91.8 % after six without it; at a lower
+    learning rate 85 % after three without it, 56 % with linear answers.)
     """
 
     network: ReadyModel
@@ -71,7 +76,9 @@ class ParityModel(eqx.Module):
     ) -> Float[Array, "batch classes"]:
         """About the sum of the k outputs, from the sum of k preprocessed images."""
         logits = self.network(sums)
-        return self.k * jax.nn.softmax(logits) if self.outputs == "probabilities" else logits
+        if self.outputs == "logits":
+            return logits
+        return self.k * jax.nn.softmax(logits / (2 * self.k))
 
 
 def list_models(weights_dir: str | Path = WEIGHTS_DIR) -> tuple[str, ...]:
