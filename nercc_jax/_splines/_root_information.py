@@ -5,9 +5,9 @@ natural cubic spline is a sum over gaps h_i (the cubic Hermite form of the integ
 
     mu (v_{i+1} - v_i)^2 / h_i  +  12 mu (g_{i+1} - g_i - h_i (v_i + v_{i+1}) / 2)^2 / h_i^3,
 
-so the fit is a least-squares problem whose rows join neighbours only. `factorize` runs the QR
-decomposition of those rows along the knots, two unknowns at a time, by Givens rotations;
-`solve` applies the same rotations to data.
+and a penalty of a knot's slope adds v_i^2, so the fit is a least-squares problem whose rows join
+neighbours only. `factorize` runs the QR decomposition of those rows along the knots, two unknowns
+at a time, by Givens rotations; `solve` applies the same rotations to data.
 
 Why this form: it takes only first differences. The classical forms (Reinsch; I + mu Q R^-1 Q')
 take second differences of values, and a rounding error eps there acts like a term eps / h^2: in
@@ -37,7 +37,7 @@ class RootInformation(eqx.Module):
     """
 
     shears: Float[Array, " gaps"]
-    rotations: Float[Array, "gaps 6 2"]
+    rotations: Float[Array, "gaps 7 2"]
     value_row: Float[Array, "gaps 4"]
     slope_row: Float[Array, "gaps 3"]
     last: Float[Array, "3"]
@@ -53,6 +53,11 @@ def _rotation(a: Array, b: Array) -> tuple[Array, Array, Array]:
     return jnp.where(empty, 1, a / safe), b / safe, length
 
 
+def _root(weights: Float[Array, " n"]) -> Float[Array, " n"]:
+    """The square root, with a finite derivative at zero."""
+    return jnp.sqrt(jnp.where(weights > 0, weights, 1)) * (weights > 0)
+
+
 def _rotate(cs: tuple[Array, Array] | Float[Array, "2"], p: Array, q: Array):
     c, s = cs
     return c * p + s * q, c * q - s * p
@@ -66,20 +71,25 @@ def _eliminate(p: Row, q: Row) -> tuple[tuple[Array, Array], Row, Row]:
 
 
 def factorize(
-    gaps: Float[Array, " gaps"], weights: Float[Array, " n"], mu: Float[Array, ""]
+    gaps: Float[Array, " gaps"],
+    weights: Float[Array, " n"],
+    slope_weights: Float[Array, " n"],
+    mu: Float[Array, ""],
 ) -> RootInformation:
     """The triangular factor for knots with these gaps and weights, and penalty factor mu > 0.
+
+    The weights are those of the observations; slope weights those of the knots' squared slopes.
 
     Gaps must be positive. With a single positive weight the fit is a constant, with none it is zero
     (callers report that case).
     """
-    root_weights = jnp.sqrt(jnp.where(weights > 0, weights, 1)) * (weights > 0)
+    root_weights, root_slopes = _root(weights), _root(slope_weights)
     zero = jnp.zeros_like(mu)
 
     def step(carry, gap):
         # `top` and `low` are the triangle of what knots up to i tell of (g_i, v_i).
         (top_g, top_v), (low_v,) = carry
-        h, shear, root_weight = gap
+        h, shear, root_weight, root_slope = gap
         bend = jnp.sqrt(mu / h)
         # Unknowns in the order g_i, v_i, g_{i+1}, v_{i+1}.
         half = shear * h / 2
@@ -89,12 +99,14 @@ def factorize(
         r3, top, low = _eliminate(top, low)
         r4, top, rest = _eliminate(top, (root_weight, zero))
         r5, low, _ = _eliminate(low, rest)
-        rotations = jnp.stack([jnp.stack(r) for r in (r0, r1, r2, r3, r4, r5)])
+        r6, low, _ = _eliminate(low, (root_slope,))
+        rotations = jnp.stack([jnp.stack(r) for r in (r0, r1, r2, r3, r4, r5, r6)])
         return (top, low), (rotations, jnp.stack(value_row), jnp.stack(slope_row))
 
     shears = jnp.sqrt(12 * mu / gaps) / gaps
-    carry = ((root_weights[0], zero), (zero,))
-    (top, low), rows = jax.lax.scan(step, carry, (gaps, shears, root_weights[1:]))
+    carry = ((root_weights[0], zero), (root_slopes[0],))
+    rows = (gaps, shears, root_weights[1:], root_slopes[1:])
+    (top, low), rows = jax.lax.scan(step, carry, rows)
     # What too few observations leave open is set to zero: the slope with one, the value with none.
     observed = jnp.sum(weights > 0)
     last = jnp.stack(
@@ -116,14 +128,14 @@ def solve(
 
     def forward(carry, gap):
         top, low = carry
-        (r0, r1, r2, r3, r4, r5), shear = gap
+        (r0, r1, r2, r3, r4, r5, r6), shear = gap
         value_rhs, top = _rotate(r0, shear, top)
         # The other rows that come in have zero on the right: rotating them in only scales.
         slope_rhs, top = r1[1] * top, r1[0] * top
         slope_rhs, low = _rotate(r2, slope_rhs, low)
         top, low = _rotate(r3, top, low)
         top, rest = r4[0] * top, -r4[1] * top
-        low, _ = _rotate(r5, low, rest)
+        low = r6[0] * _rotate(r5, low, rest)[0]
         return (top, low), (value_rhs, slope_rhs)
 
     def backward(carry, gap):

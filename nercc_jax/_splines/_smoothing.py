@@ -34,18 +34,23 @@ def smoothing_spline(
     *,
     weights: Float[ArrayLike, " n"] | None = None,
     available: Bool[ArrayLike, " n"] | None = None,
+    end_weights: Float[ArrayLike, "2"] | None = None,
 ) -> SmoothingSpline:
     """Fits the natural cubic smoothing spline
 
         argmin_u  1/W sum_i w_i |u(t_i) - y_i|^2 + lambda integral |u''(t)|^2 dt,   W = sum_i w_i,
 
-    over the available observations, in O(n) operations per coordinate. Differentiable in t, y,
-    lambda and the weights; one compilation serves every mask; batch with `jax.vmap`.
+    plus, with `end_weights` (a, b), lambda (a |u'(first)|^2 + b |u'(last)|^2), over the available
+    observations, in O(n) operations per coordinate. Differentiable in t, y, lambda and all weights;
+    one compilation serves every mask; batch with `jax.vmap`.
 
     Arguments: `t`, the points, in any order; coincident ones act as one knot with the mean of
     their observations and the sum of their weights. `y`, the observations, any trailing shape;
     unavailable ones are never read, NaN included. `lambda_`, 0 (interpolation) to infinity (the
     straight line of least squares), in units of t^3. `weights`, non-negative, 1 unless given.
+    `end_weights`, non-negative, in units of 1/t: the penalty of the slopes at the smallest and the
+    largest available point, with which the spline goes on as a straight line beyond them; a natural
+    spline (0) becomes one that ends flat (infinity).
 
     With one observation the fit is a constant. With none it is zero; callers must know that case.
 
@@ -58,7 +63,7 @@ def smoothing_spline(
     y = jnp.asarray(y)
     if y.ndim < 1 or y.shape[0] != t.shape[0]:
         raise ValueError(f"y has shape {y.shape}; its first axis must be the {t.shape[0]} points")
-    knots, factor = _fit(t, weights, jnp.asarray(lambda_, t.dtype))
+    knots, factor = _fit(t, weights, lambda_, end_weights)
     flat = jnp.where(weights[:, None] > 0, y.reshape(y.shape[0], -1), 0).astype(t.dtype)
     values, slopes = solve(factor, knots.average(flat))
     shape = (-1, *y.shape[1:])
@@ -73,6 +78,7 @@ def smoothing_matrix(
     *,
     weights: Float[ArrayLike, " n"] | None = None,
     available: Bool[ArrayLike, " n"] | None = None,
+    end_weights: Float[ArrayLike, "2"] | None = None,
 ) -> Float[Array, "k n"]:
     """The matrix that maps observations at t to the fitted spline at the points `at`.
 
@@ -82,7 +88,7 @@ def smoothing_matrix(
     """
     t, weights = _checked(t, weights, available)
     at = jnp.asarray(at, t.dtype)
-    knots, factor = _fit(t, weights, jnp.asarray(lambda_, t.dtype))
+    knots, factor = _fit(t, weights, lambda_, end_weights)
 
     def predict(y):
         return _hermite(knots.t, *solve(factor, knots.average(y)), at)
@@ -111,7 +117,7 @@ def _checked(t, weights, available) -> tuple[Float[Array, " n"], Float[Array, " 
     return t, jnp.where(available, weights, 0)
 
 
-def _fit(t, weights, lambda_) -> tuple[Knots, RootInformation]:
+def _fit(t, weights, lambda_, end_weights) -> tuple[Knots, RootInformation]:
     knots = gather_knots(t, weights)
     gaps, observed = jnp.diff(knots.t), knots.weights[1:] > 0
     # Outside these bounds the fit is, to rounding, the interpolating spline and the straight line.
@@ -120,8 +126,13 @@ def _fit(t, weights, lambda_) -> tuple[Knots, RootInformation]:
     span = jnp.sum(jnp.where(observed, gaps, 0))
     low, high = jax.lax.stop_gradient((eps**2 * shortest**3, (1 + span**3) / eps))
     total = jnp.sum(knots.weights)
-    mu = jnp.clip(lambda_, low, high) * jnp.where(total > 0, total, 1)
-    return knots, factorize(gaps, knots.weights, mu)
+    mu = jnp.clip(jnp.asarray(lambda_, t.dtype), low, high) * jnp.where(total > 0, total, 1)
+    ends = jnp.zeros(2, t.dtype) if end_weights is None else jnp.asarray(end_weights, t.dtype)
+    if ends.shape != (2,):
+        raise ValueError(f"end_weights must be two, first and last, not of shape {ends.shape}")
+    slope_weights = jnp.zeros_like(knots.t).at[0].add(mu * ends[0])
+    slope_weights = slope_weights.at[jnp.maximum(knots.number - 1, 0)].add(mu * ends[1])
+    return knots, factorize(gaps, knots.weights, slope_weights, mu)
 
 
 def _hermite(t, values, slopes, at):
