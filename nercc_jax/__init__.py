@@ -15,8 +15,13 @@ from ._codes import Uncoded as Uncoded
 from ._evaluation import Estimate as Estimate
 from ._evaluation import Evaluation as Evaluation
 from ._evaluation import evaluate as evaluate
+from ._files import code_card as code_card
+from ._files import load_code as load_code
+from ._files import save_code as save_code
 from ._inference import coded_inference as coded_inference
 from ._inference import coded_predictions as coded_predictions
+from ._objective import nested_errors as nested_errors
+from ._objective import nested_objective as nested_objective
 from ._points import regression_points as regression_points
 from ._splines import SmoothingSpline as SmoothingSpline
 from ._splines import smoothing_matrix as smoothing_matrix
@@ -32,3 +37,10 @@ from ._stragglers import ParetoLatency as ParetoLatency
 from ._stragglers import TraceLatency as TraceLatency
 from ._stragglers import WaitFor as WaitFor
 from ._stragglers import WaitUntil as WaitUntil
+from ._stragglers import straggler_sets as straggler_sets
+from ._trial import Trial as Trial
+from ._trial import landscape as landscape
+from ._trial import make_trial as make_trial
+from ._tuning import Tuned as Tuned
+from ._tuning import TuningStep as TuningStep
+from ._tuning import tune as tune

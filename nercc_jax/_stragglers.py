@@ -5,6 +5,8 @@ Latencies are in seconds, whatever the unit of the numbers given.
 """
 
 import abc
+import itertools
+import math
 from pathlib import Path
 
 import equinox as eqx
@@ -21,6 +23,12 @@ class AbstractStragglers(eqx.Module):
     def available(self, key: PRNGKeyArray, num_workers: int) -> Bool[Array, " num_workers"]:
         """One draw of the mask of workers that answered. Raises: ValueError if N is too small."""
 
+    def every_set(
+        self, num_workers: int, at_most: int
+    ) -> Bool[np.ndarray, "sets num_workers"] | None:
+        """All masks, where they are alike likely and no more than `at_most`; else None."""
+        return None
+
 
 class ExactStragglers(AbstractStragglers):
     """Exactly `number` workers at random, every set alike likely."""
@@ -33,6 +41,20 @@ class ExactStragglers(AbstractStragglers):
     def available(self, key: PRNGKeyArray, num_workers: int) -> Bool[Array, " num_workers"]:
         _check_fits(self.number, num_workers)
         return jax.random.permutation(key, num_workers) >= self.number
+
+    def every_set(
+        self, num_workers: int, at_most: int
+    ) -> Bool[np.ndarray, "sets num_workers"] | None:
+        _check_fits(self.number, num_workers)
+        count = math.comb(num_workers, self.number)
+        if count > at_most:
+            return None
+        masks = np.ones((count, num_workers), bool)
+        for mask, gone in zip(
+            masks, itertools.combinations(range(num_workers), self.number), strict=True
+        ):
+            mask[list(gone)] = False
+        return masks
 
 
 class IndependentStragglers(AbstractStragglers):
@@ -65,6 +87,15 @@ class ContiguousStragglers(AbstractStragglers):
         start = jax.random.randint(key, (), 0, num_workers - self.number + 1)
         worker = jnp.arange(num_workers)
         return (worker < start) | (worker >= start + self.number)
+
+    def every_set(
+        self, num_workers: int, at_most: int
+    ) -> Bool[np.ndarray, "sets num_workers"] | None:
+        _check_fits(self.number, num_workers)
+        start = np.arange(num_workers - self.number + 1)[:, None]
+        worker = np.arange(num_workers)
+        masks = (worker < start) | (worker >= start + self.number)
+        return masks if len(masks) <= at_most else None
 
 
 class AbstractLatency(eqx.Module):
@@ -186,6 +217,16 @@ class WaitUntil(AbstractStragglers):
     ) -> tuple[Bool[Array, " num_workers"], Float[Array, ""]]:
         """The mask of the answers within the deadline, and the seconds waited."""
         return latencies <= self.deadline, jnp.minimum(self.deadline, jnp.max(latencies))
+
+
+def straggler_sets(
+    law: AbstractStragglers, key: PRNGKeyArray, num_workers: int, at_most: int
+) -> Bool[Array, "sets num_workers"]:
+    """Masks whose mean stands for the law's: all of them if they are few, else `at_most` draws."""
+    masks = law.every_set(num_workers, at_most)
+    if masks is not None:
+        return jnp.asarray(masks)
+    return jax.vmap(lambda k: law.available(k, num_workers))(jax.random.split(key, at_most))
 
 
 def _check_number(number: int) -> None:

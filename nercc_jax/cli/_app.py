@@ -4,6 +4,7 @@ import typer
 
 from ._demo import demo
 from ._models import models
+from ._tune import tune_command
 
 app = typer.Typer(
     help="Coded computing for model serving: no straggler slows a batch down.",
@@ -13,3 +14,4 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(models)
+app.command("tune")(tune_command)

@@ -1,17 +1,26 @@
 """`nercc demo`: the main job, on real data."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import jax
-import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import track
 
-from .. import Berrut, ExactStragglers, Lagrange, NeRCC, Replication, evaluate
+from .. import (
+    AbstractCode,
+    Berrut,
+    ExactStragglers,
+    Lagrange,
+    NeRCC,
+    Replication,
+    evaluate,
+    load_code,
+)
 from ._errors import told_plainly
 from ._report import straggler_plot, straggler_table
+from ._workload import Outputs, answering, check_folder
 
 
 def demo(
@@ -24,14 +33,16 @@ def demo(
     ] = None,
     num_data: Annotated[int, typer.Option(help="K: data points coded together.")] = 8,
     num_workers: Annotated[int, typer.Option(help="N: workers, each given a coded point.")] = 20,
+    code: Annotated[
+        Path | None,
+        typer.Option(help="A code that `nercc tune` wrote, as one more; K and N are its own."),
+    ] = None,
     max_stragglers: Annotated[
         int | None, typer.Option(help="Stragglers go from 0 to this; N - K unless given.")
     ] = None,
     sets: Annotated[int, typer.Option(help="Random straggler sets for each number of them.")] = 20,
     points: Annotated[int, typer.Option(help="Data points to use, at most.")] = 1000,
-    outputs: Annotated[
-        Literal["logits", "probabilities"], typer.Option(help="What workers return.")
-    ] = "logits",
+    outputs: Annotated[Outputs, typer.Option(help="What workers return.")] = "logits",
     seed: Annotated[int, typer.Option(help="Seed of the data order and the stragglers.")] = 0,
     plot: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path(
         "nercc-demo.png"
@@ -48,6 +59,7 @@ def demo(
             data_dir,
             num_data,
             num_workers,
+            code,
             max_stragglers,
             sets,
             points,
@@ -58,12 +70,13 @@ def demo(
 
 
 def _run(
-    model, data_dir, num_data, num_workers, max_stragglers, sets, points, outputs, seed, plot
+    model, data_dir, num_data, num_workers, code, max_stragglers, sets, points, outputs, seed, plot
 ) -> None:
-    from nercc_models import load_data, load_model
-
-    if not plot.parent.is_dir():
-        raise ValueError(f"--plot {plot}: there is no folder {plot.parent}")
+    check_folder("--plot", plot)
+    further: dict[str, AbstractCode] = {}
+    if code is not None:
+        further = {"tuned": load_code(code)}
+        num_data, num_workers = further["tuned"].num_data, further["tuned"].num_workers
     if num_workers < num_data:
         raise ValueError(
             f"--num-workers {num_workers}: the codes compared need at least as many workers as "
@@ -75,31 +88,25 @@ def _run(
         raise ValueError(
             f"--max-stragglers {max_stragglers} leaves none of {num_workers} workers to answer"
         )
-    codes = {
+    codes = further | {
         "NeRCC": NeRCC(num_data, num_workers),
         "BACC": Berrut(num_data, num_workers),
         "ApproxIFER": Berrut(num_data, num_workers, points="approxifer"),
         "LCC": Lagrange(num_data, num_workers),
         "replication": Replication(num_data, num_workers),
     }
-    network = load_model(model)
-    data = load_data(network.data, "test", data_dir=data_dir)
-    chosen = np.random.default_rng(seed).permutation(len(data.labels))[:points]
-    images = network.preprocess(data.images[chosen])
-
-    def answer(batch):
-        logits = network(batch)
-        return jax.nn.softmax(logits) if outputs == "probabilities" else logits
+    network = answering(model, outputs)
+    images, labels = network.images("test", data_dir, points, seed)
 
     console = Console()
     rows = evaluate(
-        answer,
+        network,
         codes,
         images,
         {str(s): ExactStragglers(s) for s in range(max_stragglers + 1)},
         key=jax.random.key(seed),
         num_sets=sets,
-        labels=data.labels[chosen],
+        labels=labels,
         progress=lambda pairs: track(pairs, description="straggler sets", console=console),
     )
     used = rows[0].num_data_points

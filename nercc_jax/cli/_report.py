@@ -15,6 +15,7 @@ from .. import Estimate, Evaluation
 
 # One colour a code, the same in every picture; replication, which loses predictions, is dashed.
 _STYLES = {
+    "tuned": {"color": "#cc79a7", "marker": "D"},
     "NeRCC": {"color": "#0072b2", "marker": "o"},
     "BACC": {"color": "#d55e00", "marker": "s"},
     "ApproxIFER": {"color": "#e69f00", "marker": "v"},

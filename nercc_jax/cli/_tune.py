@@ -1,0 +1,185 @@
+"""`nercc tune`: the numbers of a code, by gradient descent on unlabelled data."""
+
+import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .. import (
+    AbstractCode,
+    AbstractStragglers,
+    Berrut,
+    ExactStragglers,
+    NeRCC,
+    Tuned,
+    TuningStep,
+    evaluate,
+    landscape,
+    make_trial,
+    save_code,
+    tune,
+)
+from ._errors import told_plainly
+from ._report import straggler_table
+from ._tuning_plot import tuning_plot
+from ._workload import Answering, Outputs, answering, check_folder
+
+# The picture's grid of both lambdas.
+_GRID = np.logspace(-12, 0, 13)
+
+
+def tune_command(
+    model: Annotated[
+        str, typer.Option(help="A shipped model; `nercc models` lists them.")
+    ] = "lenet5-digits",
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder with the model's data set; not needed for the digits."),
+    ] = None,
+    num_data: Annotated[int, typer.Option(help="K: data points coded together.")] = 8,
+    num_workers: Annotated[int, typer.Option(help="N: workers, each given a coded point.")] = 20,
+    max_stragglers: Annotated[
+        int | None,
+        typer.Option(help="One code for all numbers of stragglers from 0 to this; N - K if unset."),
+    ] = None,
+    points: Annotated[
+        bool, typer.Option("--points", help="Tune the regression points too.")
+    ] = False,
+    loss: Annotated[
+        Literal["mse", "cross_entropy"],
+        typer.Option(help="Error of the values, or of the labels' distribution (logits only)."),
+    ] = "mse",
+    outputs: Annotated[Outputs, typer.Option(help="What workers return.")] = "logits",
+    steps: Annotated[int, typer.Option(help="Gradient steps, at most.")] = 150,
+    sets: Annotated[
+        int, typer.Option(help="Straggler sets for each number of them, to compare on.")
+    ] = 20,
+    images: Annotated[int, typer.Option(help="Images to tune on, and to compare on.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
+    output: Annotated[Path, typer.Option(help="Where to write the tuned code.")] = Path(
+        "nercc-tuned.json"
+    ),
+    plot: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path(
+        "nercc-tune.png"
+    ),
+) -> None:
+    """Tune a code for a model by gradient descent through encoder, model and decoder.
+
+    Uses training images, without their labels. Prints the errors before and after on test images,
+    and writes the tuned code for `nercc demo --code`.
+    """
+    with told_plainly():
+        check_folder("--output", output)
+        check_folder("--plot", plot)
+        if loss == "cross_entropy" and outputs != "logits":
+            raise ValueError("--loss cross_entropy needs --outputs logits")
+        laws = _laws(num_data, num_workers, max_stragglers)
+        start = NeRCC(num_data, num_workers)
+        network = answering(model, outputs)
+        x, _ = network.images("train", data_dir, images, seed)
+        held, _ = network.images("test", data_dir, images, seed)
+        console = Console()
+        tuned = _tune(
+            console,
+            network,
+            start,
+            x,
+            laws,
+            steps,
+            key=jax.random.key(seed),
+            points=points,
+            loss=loss,
+        )
+        about = {
+            "model": model,
+            "outputs": outputs,
+            "data": network.network.data,
+            "data_points": len(x),
+            "stragglers": f"0 to {len(laws) - 1} of {num_workers} workers, each number alike",
+            "loss": loss,
+            "objective": f"{tuned.objective:.4f} of the untuned code's, on held-out groups",
+            "steps": len(tuned.history) - 1,
+            "seed": seed,
+            "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "command": "nercc tune",
+        }
+        save_code(output, tuned.code, about)
+        _compare(console, network, start, tuned, held, laws, sets, seed, outputs)
+        _draw(network, start, tuned, held, laws, model, seed, plot)
+        console.print(f"tuned code: {output.resolve()}\npicture: {plot.resolve()}", soft_wrap=True)
+
+
+def _laws(
+    num_data: int, num_workers: int, max_stragglers: int | None
+) -> dict[str, AbstractStragglers]:
+    if max_stragglers is None:
+        max_stragglers = max(num_workers - num_data, 0)
+    if not 0 <= max_stragglers < num_workers:
+        raise ValueError(
+            f"--max-stragglers {max_stragglers} leaves none of {num_workers} workers to answer"
+        )
+    return {str(s): ExactStragglers(s) for s in range(max_stragglers + 1)}
+
+
+def _tune(console, network, start, x, laws, steps: int, **options: Any) -> Tuned:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("compiling ...", total=steps)
+
+        def on_step(step: TuningStep) -> None:
+            progress.update(task, completed=step.step)
+            if step.held_out is not None:
+                told = f"error {step.held_out:.3f} of the untuned code's"
+                progress.update(task, description=told)
+
+        return tune(network, start, x, laws, steps=steps, on_step=on_step, **options)
+
+
+def _compare(console, network, start, tuned: Tuned, held, laws, sets, seed, outputs) -> None:
+    codes: dict[str, AbstractCode] = {
+        "untuned": start,
+        "tuned": tuned.code,
+        "BACC": Berrut(start.num_data, start.num_workers),
+        "ApproxIFER": Berrut(start.num_data, start.num_workers, points="approxifer"),
+    }
+    rows = evaluate(network, codes, held, laws, key=jax.random.key(seed), num_sets=sets)
+    console.print(
+        f"\nOn {rows[0].num_data_points} test images that it was not tuned on, {sets} straggler "
+        "sets for each number S of stragglers; mean ± 95 % interval; * marks a row's best."
+    )
+    console.print(straggler_table(rows, "mse", f"MSE of decoded {outputs}", best="min"))
+    title = "RelAcc in %: same label as the model's own"
+    console.print(straggler_table(rows, "rel_acc", title, best="max", scale=100))
+    numbers = ", ".join(f"{k} {v:.3g}" for k, v in _best(tuned).items())
+    console.print(
+        f"{len(tuned.history) - 1} steps in {tuned.seconds:.0f} s: {numbers}; held-out error "
+        f"{tuned.objective:.3f} of the untuned code's."
+    )
+
+
+def _best(tuned: Tuned) -> dict[str, float]:
+    return {
+        name: float(getattr(tuned.code, name))
+        for name in ("lambda_enc", "lambda_dec", "gap_exponent")
+    }
+
+
+def _draw(
+    network: Answering, start: NeRCC, tuned: Tuned, held, laws, model: str, seed: int, plot: Path
+) -> None:
+    groups = held[: len(held) // start.num_data * start.num_data][: 16 * start.num_data]
+    groups = groups.reshape(-1, start.num_data, *held.shape[1:])
+    view = make_trial(network, start, groups, laws, key=jax.random.key(seed), num_sets=8)
+    grid = landscape(network, tuned.code, view, _GRID, _GRID)
+    what = f"{model}, K={start.num_data}, N={start.num_workers}"
+    tuning_plot(tuned.history, _GRID, np.asarray(grid), what, plot)
