@@ -74,6 +74,7 @@ def evaluate(
     num_sets: int = 20,
     labels: Int[ArrayLike, " points"] | None = None,
     further_models: Mapping[str, Sequence[Model]] | None = None,
+    channel: Callable[[Array, PRNGKeyArray], Array] | None = None,
     batch_size: int = 256,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> list[Evaluation]:
@@ -83,8 +84,10 @@ def evaluate(
     left out (see `num_data_points`). A straggler set is one mask for all groups, drawn from `key`,
     and the same for all codes. The model, (B, ...) to (B, outputs), runs once on each data point
     and coded data point, `batch_size` at a time. `further_models` are, by the name of a code whose
-    workers run others beside it (`worker_models`), those others in order. `progress` may wrap the
-    sequence of (law, set) pairs to show a bar.
+    workers run others beside it (`worker_models`), those others in order. `channel` is what happens
+    to all workers' answers (groups, N, outputs) on their way to the decoder, with a key of its own
+    for every set: noise, or another precision. `progress` may wrap the sequence of (law, set) pairs
+    to show a bar.
 
     Raises: ValueError where the codes differ in K or N, fewer than K data points come, data points
     or the model's outputs on them are not finite, shapes do not agree, or the further models are
@@ -128,7 +131,10 @@ def evaluate(
         draw = jax.random.fold_in(jax.random.fold_in(key, place), index)
         available = stragglers[law].available(draw, num_workers)
         for name, code in codes.items():
-            score = _score(code, answers[name], originals, targets, available)
+            received = answers[name]
+            if channel is not None:
+                received = _send(channel, received, jax.random.fold_in(draw, 1))
+            score = _score(code, received, originals, targets, available)
             scores.setdefault((name, law), []).append({m: float(v) for m, v in score.items()})
     return [
         Evaluation(
@@ -167,6 +173,14 @@ def _batched(model: Model, batch_size: int) -> Callable[[ArrayLike], Array]:
 def _answers(models: Sequence[Model], code: AbstractCode, groups: np.ndarray) -> Array:
     """All workers' answers: they do not depend on who straggles."""
     return run_workers(models, code, eqx.filter_jit(encode_groups)(code, jnp.asarray(groups)))
+
+
+@eqx.filter_jit
+def _send(channel: Callable[[Array, PRNGKeyArray], Array], answers: Array, key: PRNGKeyArray):
+    received = channel(answers, key)
+    if received.shape != answers.shape:
+        raise ValueError(f"the channel made {received.shape} of answers {answers.shape}")
+    return received
 
 
 @eqx.filter_jit

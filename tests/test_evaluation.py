@@ -161,3 +161,35 @@ def test_errors(change, message, x, key, untyped):
     positional = [given.pop(name) for name in ("model", "codes", "x", "stragglers")]
     with pytest.raises(ValueError, match=message):
         evaluate(*positional, **given)
+
+
+def test_a_channel_changes_what_the_decoder_gets(x, key):
+    """Half precision and a shift of all answers, which codes whose rows sum to one pass on."""
+
+    def shifted(answers, key):
+        return answers.astype(jnp.bfloat16).astype(answers.dtype) + 3
+
+    rows = evaluate(model, CODES, x, LAWS, key=key, num_sets=2, channel=shifted)
+    plain = evaluate(model, CODES, x, LAWS, key=key, num_sets=2)
+    copies = [(r, p) for r, p in zip(rows, plain, strict=True) if r.code == "copies"]
+    for row, before in copies:
+        assert before.mse.mean == pytest.approx(0, abs=1e-12)
+        assert row.mse.mean == pytest.approx(9, rel=1e-2)
+        assert row.rel_acc.mean > 0.9 * before.rel_acc.mean
+
+
+def test_a_channel_has_a_key_of_its_own_for_every_set(x, key):
+    def noisy(answers, key):
+        return answers + jax.random.normal(key, answers.shape)
+
+    rows = evaluate(
+        model, {"copies": Replication(5, 12)}, x, {"all": ExactStragglers(0)}, key=key,
+        num_sets=40, channel=noisy,
+    )  # fmt: skip
+    assert rows[0].mse.mean == pytest.approx(1, abs=0.1)
+    assert rows[0].mse.half_width > 0
+
+
+def test_a_channel_keeps_shapes(x, key):
+    with pytest.raises(ValueError, match="the channel made"):
+        evaluate(model, CODES, x, LAWS, key=key, channel=lambda answers, key: answers[:, :, :1])

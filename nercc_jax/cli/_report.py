@@ -2,25 +2,32 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from rich import box
 from rich.table import Table
 
 from .. import Estimate, Evaluation
 
-# One colour a code, the same in every picture; replication, which loses predictions, is dashed.
+# One colour a code, the same in every picture; what loses predictions is dashed.
 _STYLES = {
     "tuned": {"color": "#cc79a7", "marker": "D"},
+    "NeRCC tuned": {"color": "#cc79a7", "marker": "D"},
     "NeRCC": {"color": "#0072b2", "marker": "o"},
+    "NeRCC untuned": {"color": "#0072b2", "marker": "o"},
+    "NeRCC published": {"color": "#56b4e9", "marker": "o", "markerfacecolor": "white"},
     "BACC": {"color": "#d55e00", "marker": "s"},
     "ApproxIFER": {"color": "#e69f00", "marker": "v"},
+    "BACC tuned": {"color": "#a05000", "marker": "s", "markerfacecolor": "white"},
     "LCC": {"color": "#009e73", "marker": "^"},
     "replication": {"color": "#555555", "marker": "x", "linestyle": "--"},
+    "ParM": {"color": "#000000", "marker": "+", "linestyle": "--"},
 }
 
 
@@ -54,28 +61,35 @@ def straggler_plot(
     rows: Sequence[Evaluation], panels: Mapping[str, tuple[str, bool]], title: str, path: Path
 ) -> None:
     """A picture with a panel for each metric {name: (label, logarithmic)}, with intervals."""
-    laws, codes = _axes(rows)
     figure, axes = plt.subplots(1, len(panels), figsize=(5.6 * len(panels), 4.2), squeeze=False)
     for axis, (metric, (label, logarithmic)) in zip(axes[0], panels.items(), strict=True):
-        for code in codes:
-            estimates = [getattr(row, metric) for row in rows if row.code == code]
-            mean = np.array([e.mean for e in estimates])
-            half = np.array([e.half_width for e in estimates])
-            if logarithmic:
-                mean = np.where(mean > 0, mean, np.nan)
-                half = np.minimum(half, 0.9 * mean)
-            places = np.array([float(law) for law in laws])
-            axis.errorbar(places, mean, half, label=code, capsize=2, lw=1.4, ms=4, **_style(code))
-        axis.set(xlabel="stragglers", ylabel=label, yscale="log" if logarithmic else "linear")
-        if logarithmic and len(tops := _maxima(rows, metric, codes)) > 1:
-            # A code that explodes must not press the others together.
-            axis.set_ylim(top=min(max(tops), 100 * float(np.median(tops))) * 2)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        straggler_curves(axis, rows, metric, label, logarithmic=logarithmic)
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def straggler_curves(
+    axis: Axes, rows: Sequence[Evaluation], metric: str, label: str, *, logarithmic: bool
+) -> None:
+    """One metric of each code against the number of stragglers, with intervals."""
+    laws, codes = _axes(rows)
+    places = np.array([float(law) for law in laws])
+    for code in codes:
+        estimates = [getattr(row, metric) for row in rows if row.code == code]
+        mean = np.array([e.mean for e in estimates])
+        half = np.array([e.half_width for e in estimates])
+        if logarithmic:
+            mean = np.where(mean > 0, mean, np.nan)
+            half = np.minimum(half, 0.9 * mean)
+        axis.errorbar(places, mean, half, label=code, capsize=2, lw=1.4, ms=4, **_style(code))
+    axis.set(xlabel="stragglers", ylabel=label, yscale="log" if logarithmic else "linear")
+    if logarithmic and len(tops := _maxima(rows, metric, codes)) > 1:
+        # A code that explodes must not press the others together.
+        axis.set_ylim(top=min(max(tops), 100 * float(np.median(tops))) * 2)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
 
 
 def _axes(rows: Sequence[Evaluation]) -> tuple[list[str], list[str]]:
@@ -90,7 +104,7 @@ def _maxima(rows: Sequence[Evaluation], metric: str, codes: Sequence[str]) -> li
     return [top for values in means.values() if (top := np.nanmax(values)) > 0]
 
 
-def _style(code: str) -> dict[str, str]:
+def _style(code: str) -> dict[str, Any]:
     return _STYLES.get(code, {"marker": "."})
 
 
