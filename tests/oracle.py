@@ -1,9 +1,11 @@
-"""Smoothing splines by the textbook, in 50 digits: Green and Silverman 1994, section 2.3.
+"""What the library computes, by the textbook and in 50 digits; shares nothing with it.
 
-Shares nothing with the library: Reinsch's pentadiagonal system, solved by an LDL' decomposition in
-mpmath. With 50 digits its cancellation does not matter.
+Smoothing splines: Green and Silverman 1994, section 2.3, Reinsch's pentadiagonal system, solved by
+an LDL' decomposition in mpmath. With 50 digits its cancellation does not matter. With prices on the
+slopes at the ends: normal equations in the truncated power basis.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import mpmath as mp
@@ -84,3 +86,61 @@ def _evaluate(t, h, g, gamma, a):
     u, v = a - t[i], t[i + 1] - a
     bend = (1 + u / h[i]) * gamma[i + 1] + (1 + v / h[i]) * gamma[i]
     return (u * g[i + 1] + v * g[i]) / h[i] - u * v / 6 * bend
+
+
+def spline_with_end_prices(t, y, lambda_, end_weights, at, *, available=None) -> list:
+    """u(at) for the minimiser of
+
+        1/n sum |u(t_i) - y_i|^2 + lambda (int u''^2 + a u'(first)^2 + b u'(last)^2),
+
+    with (a, b) the end weights: between the outermost points some cubic spline with knots at the
+    points, not a natural one, in the basis 1, s, s^2, s^3, (s - s_i)^3_+; beyond them straight.
+    """
+    t, y, w = merge(t, y, available)
+    at, (a, b), lambda_ = exactly(at), exactly(end_weights), exactly([lambda_])[0]
+    n = len(t)
+    if n == 1:
+        return [y[0] for _ in at]
+
+    def powers(order: int, s) -> list:
+        """The derivative of this order of all basis functions at s."""
+        factor = [mp.mpf(1), mp.mpf(3), mp.mpf(6)][order]
+        monomials = [mp.ff(p, order) * s ** max(p - order, 0) for p in range(4)]
+        return monomials + [factor * max(s - knot, 0) ** (3 - order) for knot in inner]
+
+    inner = [knot - t[0] for knot in t[1:-1]]
+    size, span, total = n + 2, t[-1] - t[0], sum(w)
+    left, right = mp.mpf(0), mp.mpf(0)
+    for knot, value, weight in zip(t, y, w, strict=True):
+        row = mp.matrix(powers(0, knot - t[0]))
+        left, right = left + weight / total * row * row.T, right + weight / total * value * row
+    for price, s in ((a, mp.mpf(0)), (b, span)):
+        row = mp.matrix(powers(1, s))
+        left += lambda_ * price * row * row.T
+    # u'' is linear between knots, so that Simpson's rule is exact for its products.
+    for start, end in itertools.pairwise(t):
+        for share, place in ((1, start), (4, (start + end) / 2), (1, end)):
+            row = mp.matrix(powers(2, place - t[0]))
+            left += lambda_ * share * (end - start) / 6 * row * row.T
+    assert (left.rows, left.cols) == (size, size)
+    coefficients = mp.lu_solve(left, right)
+
+    def u(order: int, s):
+        return mp.fdot(powers(order, s), coefficients)
+
+    def value(place):
+        inside = min(max(place, t[0]), t[-1])
+        return u(0, inside - t[0]) + (place - inside) * u(1, inside - t[0])
+
+    return [value(place) for place in at]
+
+
+def mean_gap(points) -> float:
+    """The mean gap, by length, between all angles +-arccos(t) around the circle."""
+    if len(points) == 0:
+        return 2 * np.pi
+    theta = [mp.acos(value) for value in exactly(points)]
+    angles = sorted(mp.fmod(angle + 2 * mp.pi, 2 * mp.pi) for a in theta for angle in (a, -a))
+    gaps = [later - angle for angle, later in itertools.pairwise(angles)]
+    gaps.append(angles[0] + 2 * mp.pi - angles[-1])
+    return float(sum(gap**2 for gap in gaps) / (2 * mp.pi))

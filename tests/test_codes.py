@@ -9,6 +9,7 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 import scipy.interpolate
 
@@ -280,6 +281,93 @@ def test_berrut_where_points_coincide(dtype):
     np.testing.assert_allclose(jax.jacfwd(entry)(0.0), numerical, atol=100 * step**2)
 
 
+# -- NeRCC's decoder: its penalty and its ends -----------------------------------------------------
+
+
+def some_masks(n=N):
+    """All, a few missing, a block at each end missing, one alone."""
+    places = np.arange(n)
+    return [places >= 0, places % 3 > 0, places > 3, places < n - 4, places == 2]
+
+
+def exact_penalty(code, mask):
+    """lambda_dec (gap of the answers / gap of all) ^ gap_exponent, around the circle."""
+    beta = np.asarray(code.beta, float)
+    growth = oracle.mean_gap(beta[mask]) / oracle.mean_gap(beta)
+    return float(code.lambda_dec) * growth ** float(code.gap_exponent)
+
+
+def exact_decoding(code, y, mask):
+    beta = np.asarray(code.beta, float)
+    outermost = np.array([beta[mask].min(), beta[mask].max()])
+    return oracle.spline_with_end_prices(
+        code.beta,
+        y,
+        exact_penalty(code, mask),
+        float(code.end_penalty) * (1 - outermost**2),
+        code.alpha,
+        available=mask,
+    )
+
+
+@pytest.mark.parametrize("exponent", [-1.5, 0.0, 1.0, 4.0])
+def test_the_decoders_penalty_grows_with_the_gaps(exponent, dtype):
+    code = NeRCC(K, N, lambda_dec=1e-5, gap_exponent=exponent, points="interleaved")
+    for mask in some_masks():
+        np.testing.assert_allclose(code.decoder_penalty(mask), exact_penalty(code, mask), rtol=2e-5)
+    np.testing.assert_allclose(code.decoder_penalty(everyone(code)), 1e-5, rtol=1e-6)
+    beta = np.asarray(code.beta, float)
+    nobody = 1e-5 * (2 * np.pi / oracle.mean_gap(beta)) ** exponent
+    np.testing.assert_allclose(code.decoder_penalty(np.zeros(N, bool)), nobody, rtol=2e-5)
+
+
+def test_penalty_defaults(dtype):
+    """Measured numbers without tuning; the published form with a lambda_dec of one's own."""
+    untuned, own = NeRCC(8, 20), NeRCC(8, 20, lambda_dec=1e-6)
+    assert float(untuned.lambda_enc) == 0
+    # Chebyshev workers are pi / 19 apart, data points pi / 8.
+    smoothing_length = min(np.pi / 19 / 10, np.pi / 8 / 28)
+    np.testing.assert_allclose(untuned.lambda_dec, smoothing_length**4, rtol=1e-5)
+    few = NeRCC(50, 60)
+    np.testing.assert_allclose(few.lambda_dec, (np.pi / 50 / 28) ** 4, rtol=1e-5)
+    assert (float(untuned.gap_exponent), float(untuned.end_penalty)) == (4, 3000)
+    assert (float(own.gap_exponent), float(own.end_penalty)) == (0, 0)
+    given = NeRCC(8, 20, gap_exponent=1.0, end_penalty=2.0)
+    assert (float(given.gap_exponent), float(given.end_penalty)) == (1, 2)
+    given = NeRCC(8, 20, lambda_dec=1e-6, gap_exponent=1.0, end_penalty=2.0)
+    assert (float(given.gap_exponent), float(given.end_penalty)) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("exponent", "ends"), [(0.0, 0.0), (4.0, 0.0), (0.0, 30.0), (4.0, 3000.0), (-1.0, 1e6)]
+)
+def test_nercc_decodes_as_the_oracle_does(exponent, ends, dtype):
+    code = NeRCC(K, N, lambda_dec=1e-6, gap_exponent=exponent, end_penalty=ends)
+    y = np.sin(4 * np.asarray(code.beta, float)).astype(dtype)
+    expected = [np.array(exact_decoding(code, y, mask), float) for mask in some_masks()]
+    for mask, exact in zip(some_masks(), expected, strict=True):
+        decoded = code.decode(np.where(mask, y, np.nan).astype(dtype)[:, None], mask)[:, 0]
+        if exponent == ends == 0:
+            published = oracle.smoothing_spline(code.beta, y, 1e-6, code.alpha, available=mask)
+            np.testing.assert_allclose(exact, np.array(published, float), atol=1e-5)
+        scale = np.maximum(1, np.abs(exact))
+        assert np.max(np.abs(decoded - exact) / scale) < 5 * EPS[dtype]
+        product = np.asarray(code.decoder_matrix(mask), float) @ np.where(mask, y, 0)
+        assert np.max(np.abs(product - exact) / scale) < 10 * EPS[dtype]
+
+
+def test_only_an_end_that_must_be_passed_bends_a_straight_line(dtype):
+    """At -1 and 1 a slope has no price: with both answered a line is a line."""
+    code = NeRCC(K, N, lambda_dec=1e-3, end_penalty=100.0)
+    line = (3 * code.beta - 1)[:, None]
+    wanted = (3 * code.alpha - 1)[:, None]
+    ends, first_gone = np.arange(N) % 2 == 0, np.arange(N) > 1
+    np.testing.assert_allclose(code.decode(line, ends), wanted, atol=EPS[dtype])
+    assert np.abs(code.decode(line, first_gone) - wanted).max() > 0.01
+    published = NeRCC(K, N, lambda_dec=1e-3, end_penalty=0.0)
+    np.testing.assert_allclose(published.decode(line, first_gone), wanted, atol=EPS[dtype])
+
+
 # -- Lagrange, replication, uncoded ----------------------------------------------------------------
 
 
@@ -367,6 +455,13 @@ def test_uncoded_loses_what_straggles():
         (lambda: NeRCC(4, 8, lambda_enc=-1.0), "lambda_enc must be 0 or positive, not -1"),
         (lambda: NeRCC(4, 8, lambda_dec=np.nan), "lambda_dec must be 0 or positive, not nan"),
         (lambda: NeRCC(4, 8, lambda_dec=np.ones(2)), r"lambda_dec must be a scalar.*\(2,\)"),
+        (lambda: NeRCC(4, 8, gap_exponent=np.inf), "gap_exponent must be a number.*finite.*inf"),
+        (lambda: NeRCC(4, 8, gap_exponent=np.nan), "gap_exponent must be a number"),
+        (lambda: NeRCC(4, 8, gap_exponent=np.ones(2)), "gap_exponent must be a scalar"),
+        (lambda: NeRCC(4, 8, end_penalty=-1.0), "end_penalty must be 0 or positive and finite"),
+        (lambda: NeRCC(4, 8, end_penalty=np.inf), "end_penalty must be 0 or positive and finite"),
+        (lambda: NeRCC(4, 8, end_penalty=np.nan), "end_penalty must be 0 or positive and finite"),
+        (lambda: NeRCC(4, 8, end_penalty=np.ones(1)), r"end_penalty must be a scalar.*\(1,\)"),
         (lambda: NeRCC(0, 8), "num_data must be a positive integer"),
         (lambda: Lagrange(4, 8, degree=3), "degree 3 does not fit.* 8 workers"),
         (lambda: Lagrange(4, 8, degree=0), "degree 0 does not fit"),

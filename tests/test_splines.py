@@ -187,6 +187,115 @@ def test_large_n_stays_accurate(dtype):
     np.testing.assert_allclose(fit, np.sin(5 * at.astype(float)), atol=20 * TOLERANCE[dtype])
 
 
+# -- A price on the slopes at the ends ------------------------------------------------------------
+
+END_WEIGHTS = ((0.0, 0.0), (3.0, 0.0), (0.0, 1e3), (1e4, 1e4))
+
+
+def priced_cases(n, dtype):
+    """(points, data, mask) with all points and, of nine, with some missing, one or two left."""
+    rng = np.random.default_rng(n)
+    t = make_knots("random", n, rng).astype(dtype) if n > 1 else np.array([0.3], dtype)
+    t = (0.9 * t).astype(dtype)
+    y = np.sin(5 * t.astype(float)).astype(dtype)
+    yield t, y, np.ones(n, bool)
+    if n == 9:
+        yield t, y, np.arange(9) % 3 > 0
+        yield t, y, np.isin(np.arange(9), [2, 7])
+        yield t, y, np.arange(9) == 4
+        twins = np.where(np.arange(9) < 3, t[0], t)
+        yield twins, y, np.arange(9) != 5
+
+
+@pytest.mark.parametrize("end_weights", END_WEIGHTS)
+@pytest.mark.parametrize("n", [1, 2, 3, 9])
+def test_a_price_on_end_slopes_is_accurate(n, end_weights, dtype):
+    at = np.linspace(-1, 1, 7).astype(dtype)
+    ends = np.asarray(end_weights, dtype)
+    for t, y, available in priced_cases(n, dtype):
+        for lambda_ in (1e-12, 1e-6, 1e-2):
+            lambda_ = np.asarray(lambda_, dtype)
+            exact = oracle.spline_with_end_prices(t, y, lambda_, ends, at, available=available)
+            expected = np.array(exact, float)
+            spline = smoothing_spline(
+                t, np.where(available, y, np.nan), lambda_, available=available, end_weights=ends
+            )
+            matrix = smoothing_matrix(t, at, lambda_, available=available, end_weights=ends)
+            scale = np.maximum(1, np.abs(expected))
+            assert np.max(np.abs(spline.evaluate(at) - expected) / scale) < TOLERANCE[dtype]
+            size = max(1, np.abs(matrix).sum(axis=1).max() / 30)
+            product = np.asarray(matrix, float) @ np.where(available, y, 0)
+            assert np.max(np.abs(product - expected) / scale) < size * TOLERANCE[dtype]
+            np.testing.assert_array_equal(matrix[:, ~available], 0)
+
+
+def test_no_price_is_the_natural_spline(dtype):
+    t, y, available = list(priced_cases(9, dtype))[1]
+    natural = oracle.smoothing_spline(t, y, 1e-4, [0.95, 0.1], available=available)
+    free = oracle.spline_with_end_prices(t, y, 1e-4, (0, 0), [0.95, 0.1], available=available)
+    assert max(abs(a - b) for a, b in zip(natural, free, strict=True)) < 1e-30, "two oracles"
+    without = smoothing_spline(t, jnp.asarray(y), 1e-4, available=available)
+    nothing = smoothing_spline(
+        t, jnp.asarray(y), 1e-4, available=available, end_weights=np.zeros(2, dtype)
+    )
+    np.testing.assert_allclose(nothing.values, without.values, atol=TOLERANCE[dtype] / 10)
+    np.testing.assert_allclose(nothing.slopes, without.slopes, atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_huge_price_makes_an_end_flat(side, dtype):
+    t, y, available = list(priced_cases(9, dtype))[1]
+    ends = np.zeros(2, dtype)
+    ends[side] = 1e15
+    spline = smoothing_spline(t, jnp.asarray(y), 1e-4, available=available, end_weights=ends)
+    kept = t[available]
+    first, last = kept.min(), kept.max()
+    beyond = [
+        spline.evaluate(np.array([end, end + far], dtype)) for end, far in ((first, -2), (last, 2))
+    ]
+    change = [abs(float(pair[1] - pair[0])) for pair in beyond]
+    assert change[side] < 1e-4
+    assert change[1 - side] > 0.1, "the other end is free"
+
+
+def test_end_price_gradients_match_the_oracle():
+    with jax.enable_x64(True):
+        t, y, available = list(priced_cases(9, "float64"))[1]
+        at = np.array([-1.0, -0.2, 0.5, 1.0])
+
+        @jax.jit
+        def both(ends, lambda_):
+            def predict(ends, lambda_):
+                spline = smoothing_spline(
+                    t, jnp.asarray(y), lambda_, available=available, end_weights=ends
+                )
+                return spline.evaluate(at)
+
+            return (
+                jax.jacrev(predict, argnums=(0, 1))(ends, lambda_),
+                jax.jacfwd(predict, argnums=(0, 1))(ends, lambda_),
+            )
+
+        for ends in ((3.0, 0.5), (1e3, 1e-3)):
+            for lambda_ in (1e-6, 1e-2):
+                exact = oracle.exactly([*ends, lambda_])
+
+                def predict(values):
+                    *ends, lambda_ = values
+                    return mp.matrix(
+                        oracle.spline_with_end_prices(t, y, lambda_, ends, at, available=available)
+                    )
+
+                expected = np.array(
+                    [[float(v) for v in difference(predict, exact, i, "1e-20")] for i in range(3)]
+                )
+                for by_ends, by_lambda in both(jnp.array(ends), jnp.array(lambda_)):
+                    got = np.column_stack([by_ends, by_lambda]).T
+                    scale = np.abs(expected).max(axis=1, keepdims=True)
+                    assert (scale > 0).all()
+                    assert (np.abs(got - expected) < 1e-5 * scale).all()
+
+
 # -- Gradients ----------------------------------------------------------------------------------
 
 
@@ -402,6 +511,8 @@ def test_the_two_faces_agree(t, mask, lambda_):
         ({"weights": jnp.ones(2)}, "weights has shape"),
         ({"available": jnp.ones(2, bool)}, "available has shape"),
         ({"available": jnp.ones(3)}, "boolean mask"),
+        ({"end_weights": jnp.ones(3)}, r"end_weights must be two, first and last, .*\(3,\)"),
+        ({"end_weights": jnp.ones(())}, "end_weights must be two"),
     ],
 )
 def test_errors(change, message, untyped):

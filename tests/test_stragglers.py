@@ -1,5 +1,8 @@
 """Straggler sets and latencies: counts, laws against their closed forms, rules, errors."""
 
+import itertools
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,6 +95,62 @@ def test_the_same_key_gives_the_same_set(key):
     np.testing.assert_array_equal(
         law.available(key, 9), jax.jit(law.available, static_argnums=1)(key, 9)
     )
+
+
+def as_sets(masks):
+    return [frozenset(np.flatnonzero(~mask)) for mask in np.asarray(masks)]
+
+
+@pytest.mark.parametrize("number", [0, 1, 3, 7])
+def test_every_set_of_exactly_s(number, key):
+    law, count = nj.ExactStragglers(number), math.comb(7, number)
+    expected = {frozenset(gone) for gone in itertools.combinations(range(7), number)}
+    for masks in (law.every_set(7, count), nj.straggler_sets(law, key, 7, count)):
+        assert masks.shape == (count, 7)
+        assert masks.dtype == bool
+        assert len(set(as_sets(masks))) == count
+        assert set(as_sets(masks)) == expected
+
+
+@pytest.mark.parametrize("number", [0, 2, 7])
+def test_every_contiguous_set(number, key):
+    law = nj.ContiguousStragglers(number)
+    expected = [frozenset(range(start, start + number)) for start in range(8 - number)]
+    for masks in (law.every_set(7, 8 - number), nj.straggler_sets(law, key, 7, 8)):
+        assert as_sets(masks) == expected
+
+
+@pytest.mark.parametrize(
+    ("law", "count"), [(nj.ExactStragglers(2), 21), (nj.ContiguousStragglers(2), 6)]
+)
+def test_more_sets_than_wanted_are_drawn(law, count, key):
+    assert law.every_set(7, count - 1) is None
+    assert law.every_set(7, count) is not None
+    drawn = nj.straggler_sets(law, key, 7, count - 1)
+    assert drawn.shape == (count - 1, 7)
+    np.testing.assert_array_equal((~drawn).sum(axis=1), 2)
+    assert len(set(as_sets(drawn))) > 1
+    np.testing.assert_array_equal(drawn, nj.straggler_sets(law, key, 7, count - 1))
+    other = nj.straggler_sets(law, jax.random.fold_in(key, 1), 7, count - 1)
+    assert as_sets(other) != as_sets(drawn)
+
+
+def test_a_law_that_cannot_be_listed_is_drawn(key):
+    for law in (
+        nj.IndependentStragglers(0.3),
+        nj.WaitFor(nj.ExponentialLatency(1.0), 5),
+        nj.WaitUntil(nj.ExponentialLatency(1.0), 1.0),
+    ):
+        assert law.every_set(3, 10**9) is None
+    masks = nj.straggler_sets(nj.IndependentStragglers(0.3), key, 12, DRAWS)
+    assert masks.shape == (DRAWS, 12)
+    np.testing.assert_allclose((~masks).mean(axis=0), 0.3, atol=0.04)
+
+
+def test_sets_of_more_stragglers_than_workers():
+    for law in (nj.ExactStragglers(5), nj.ContiguousStragglers(5)):
+        with pytest.raises(ValueError, match="5 of 4 workers"):
+            law.every_set(4, 100)
 
 
 @pytest.mark.parametrize(
