@@ -18,7 +18,7 @@ from ._inference import Model
 from ._objective import Loss
 from ._parameters import Code, Parameters, parametrize
 from ._stragglers import AbstractStragglers
-from ._trial import draw_sets, make_trial, relative_objective
+from ._trial import Trial, draw_sets, make_trial, relative_objective
 
 # Adam's steps of the points by those of the lambdas: 5 % of a gap by 35 % of a lambda.
 _SHIFT_STEP = 1 / 6
@@ -131,26 +131,7 @@ def tune(
     optimizer = _optimizer(parameters, learning_rate, steps)
     state = optimizer.init(parameters)
 
-    def objective(parameters: Parameters, model: Model, training: Array, key: PRNGKeyArray):
-        """The objective on groups and straggler sets of one step."""
-        key_groups, key_sets = jax.random.split(key)
-        size = (groups * code.num_data,)
-        chosen = training[jax.random.choice(key_groups, len(training), size, replace=False)]
-        chosen = chosen.reshape(groups, code.num_data, *training.shape[1:])
-        available, law = draw_sets(stragglers, key_sets, code.num_workers, sets_per_step)
-        fresh = dataclasses.replace(judge, x=chosen, originals=None, available=available, law=law)
-        return relative_objective(fresh, model, rebuild(parameters))
-
-    @eqx.filter_jit
-    def descend(parameters: Parameters, state: Any, model: Model, training: Array, number: Array):
-        key = jax.random.fold_in(key_steps, number)
-        value, gradient = jax.value_and_grad(objective)(parameters, model, training, key)
-        # A broken objective must not move anything, whatever its gradient says.
-        gradient = jax.tree.map(lambda g: jnp.where(jnp.isfinite(value), g, jnp.nan), gradient)
-        sound = jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in gradient.values()]))
-        updates, state = optimizer.update(gradient, state, parameters)
-        return value, sound, optax.apply_updates(parameters, updates), state
-
+    step = _make_step(code, rebuild, judge, stragglers, optimizer, key_steps, groups, sets_per_step)
     training = jnp.asarray(training)
     best, best_objective, looks, stale = code, 1.0, 0, 0
     history: list[TuningStep] = []
@@ -163,7 +144,7 @@ def tune(
                 best, best_objective, stale = here, judged, 0
         ends = number == steps or stale > patience
         if not ends:
-            value, sound, parameters, state = descend(
+            value, sound, parameters, state = step(
                 parameters, state, model, training, jnp.asarray(number)
             )
         history.append(
@@ -190,6 +171,42 @@ def tune(
         differentiated=done * groups * code.num_workers,
         seconds=time.perf_counter() - start,
     )
+
+
+def _make_step(
+    code: AbstractCode,
+    rebuild: Callable[[Parameters], AbstractCode],
+    judge: Trial,
+    stragglers: Mapping[str, AbstractStragglers],
+    optimizer: optax.GradientTransformation,
+    key: PRNGKeyArray,
+    groups: int,
+    sets: int,
+) -> Callable[..., Any]:
+    """One compiled step: (parameters, state, model, training data points, number of the step) ->
+    (objective, whether all was finite, parameters, state)."""
+
+    def objective(parameters: Parameters, model: Model, training: Array, key: PRNGKeyArray):
+        """The objective on groups and straggler sets of one step."""
+        key_groups, key_sets = jax.random.split(key)
+        size = (groups * code.num_data,)
+        chosen = training[jax.random.choice(key_groups, len(training), size, replace=False)]
+        chosen = chosen.reshape(groups, code.num_data, *training.shape[1:])
+        available, law = draw_sets(stragglers, key_sets, code.num_workers, sets)
+        fresh = dataclasses.replace(judge, x=chosen, originals=None, available=available, law=law)
+        return relative_objective(fresh, model, rebuild(parameters))
+
+    @eqx.filter_jit
+    def step(parameters: Parameters, state: Any, model: Model, training: Array, number: Array):
+        gradient = jax.value_and_grad(objective)
+        value, slopes = gradient(parameters, model, training, jax.random.fold_in(key, number))
+        # A broken objective must not move anything, whatever its gradient says.
+        slopes = jax.tree.map(lambda g: jnp.where(jnp.isfinite(value), g, jnp.nan), slopes)
+        sound = jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in slopes.values()]))
+        updates, state = optimizer.update(slopes, state, parameters)
+        return value, sound, optax.apply_updates(parameters, updates), state
+
+    return step
 
 
 def _optimizer(
