@@ -65,7 +65,8 @@ predictions counted as wrong. S goes from 0 to N - K.
   with points tuned as NeRCC's are, a rival that nobody has published.
 - **Replication** at the same N; **ParM** where it has a k; LCC is in the pictures and the JSON.
 
-Machine: {env["cpu"]}, {env["cores"]} cores, {env["device"]}, Python {env["python"]}, {versions};
+Machine: {env["cpu"]}, {env["cores"]} cores, Python {env["python"]},
+{versions};
 {env["date"][:10]}."""
 
 
