@@ -1,0 +1,296 @@
+"""Gradient tuning against the grid of both lambdas that it replaces: objective, evaluations, time.
+
+    python bench/tuning.py [--quick] [--only NAMES] [--seeds 3] [--data-dir FOLDER]
+
+Writes results/tuning.json and .png (--quick: tuning-quick.*). For every (model, N, K):
+
+- All codes meet one yardstick: the relative objective of `make_trial` on test images, with
+  straggler sets of its own. 1 is the untuned NeRCC(K, N).
+- The grid: both lambdas from 0 and twelve values from 1e-12 to 1, in the published form (constant
+  lambda_dec, no end_penalty) and in ours. Its best cell is picked on the yardstick itself, by the
+  test images, which flatters the grid: gradient tuning has not seen them.
+- The gradient: `tune` from NeRCC(K, N), on unlabelled training images, with the lambdas (and the
+  other two numbers) alone, and with the points too. It takes as many steps as a tenth of the grid's
+  model evaluations pays for, at most `--steps`.
+- An evaluation is one run of the model on one data point or coded data point. Its gradient counts
+  as two more. The plain grid has a cell's coded data points answered for each cell; the frugal
+  grid, which `landscape` is, only once for each lambda_enc, as answers do not depend on lambda_dec.
+- Times are the first seed's: the later ones may find its programs in a cache made for this run.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+try:
+    from _tuning_page import (
+        BACKWARD,
+        FORMS,
+        HEAD,
+        KINDS,
+        SHARE,
+        outcome_of,
+        picture,
+        row,
+        section,
+    )
+    from rich.console import Console
+    from rich.table import Table
+except ModuleNotFoundError as error:
+    sys.exit(f"bench/tuning.py needs {error.name}, which is missing: pip install 'nercc-jax[demo]'")
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from _report import CompileCounter, environment, write_json
+
+from nercc_jax import ExactStragglers, NeRCC, Trial, Tuned, landscape, make_trial, tune
+from nercc_jax._codes import encode_groups
+from nercc_jax.cli._workload import Answering, Outputs, answering
+
+_RESULTS = Path(__file__).parent / "results"
+_PACKAGES = ("jax", "jaxlib", "numpy", "equinox", "optax", "flax")
+_GRID = np.concatenate([[0.0], np.logspace(-12, 0, 12)])
+_SETS = 20  # straggler sets a law on the yardstick
+_YARDSTICK_SEED = 1000  # far from the seeds of tuning
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A model at (N, K)."""
+
+    model: str
+    num_workers: int
+    num_data: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}:{self.num_workers}:{self.num_data}"
+
+
+SETTINGS = (
+    Setting("lenet5-mnist", 100, 20),
+    Setting("lenet5-mnist", 100, 60),
+    Setting("repvgg-cifar10", 60, 20),
+    Setting("repvgg-cifar10", 30, 20),
+    Setting("vit-cifar10", 20, 8),
+    Setting("vit-cifar10", 60, 20),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """How much is run: images to tune on and as many to compare on, numbers of stragglers, steps of
+    gradient descent at most, seeds."""
+
+    images: int
+    laws: int
+    steps: int
+    seeds: int
+
+
+def run_setting(
+    setting: Setting,
+    size: Size,
+    outputs: Outputs,
+    data_dir: Path,
+    counter: CompileCounter,
+    log: Callable[[str], None],
+) -> dict[str, Any]:
+    """Both grids and all gradient runs of one setting, on one yardstick."""
+    network = answering(setting.model, outputs)
+    start = NeRCC(setting.num_data, setting.num_workers)
+    train, _ = network.images("train", data_dir, size.images, seed=0)
+    test, _ = network.images("test", data_dir, size.images, seed=0)
+    count = len(test) // setting.num_data
+    groups = test[: count * setting.num_data].reshape(count, setting.num_data, *test.shape[1:])
+    laws = _laws(setting, size)
+    key = jax.random.key(_YARDSTICK_SEED)
+    yardstick = make_trial(network, start, groups, laws, key=key, num_sets=_SETS, order=2.0)
+    published = NeRCC(setting.num_data, setting.num_workers, lambda_dec=0.0)
+    grids = _grids(network, {"published": published, "ours": start}, yardstick, counter)
+    log(", ".join(f"grid, {form}: {grids[form]['objective']:.4f}" for form in FORMS))
+    plain = _GRID.size**2 * count * setting.num_workers
+    steps = _affordable_steps(setting, len(train), size.steps, SHARE * plain)
+    runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
+    for kind in KINDS:
+        for seed in range(size.seeds):
+            options = {"key": jax.random.key(seed), "points": kind == "points", "steps": steps}
+            tuned, told = _timed(counter, tune, network, start, train, laws, **options)
+            runs[kind].append(_run(network, yardstick, tuned, told))
+            log(f"gradient, {kind}, seed {seed}: {runs[kind][-1]['objective']:.4f}")
+    return {
+        "setting": dataclasses.asdict(setting),
+        "size": dataclasses.asdict(size),
+        "outputs": outputs,
+        "stragglers": [int(name) for name in laws],
+        "straggler_sets": _SETS,
+        "test_groups": count,
+        "steps": steps,
+        "lambdas": _GRID.tolist(),
+        "evaluations": {"plain grid": plain, "frugal grid": plain // _GRID.size},
+        "grids": grids,
+        "gradient": runs,
+        "environment": environment(_PACKAGES),
+    }
+
+
+def _laws(setting: Setting, size: Size) -> dict[str, ExactStragglers]:
+    spread = np.linspace(0, setting.num_workers - setting.num_data, size.laws)
+    return {str(s): ExactStragglers(s) for s in sorted({round(float(s)) for s in spread})}
+
+
+def _timed(
+    counter: CompileCounter, call: Callable[..., T], *arguments: Any, **options: Any
+) -> tuple[T, dict[str, float]]:
+    """A call's result; its seconds, and how many of them went into compilation."""
+    start, compiled = time.perf_counter(), counter.seconds
+    result = jax.block_until_ready(call(*arguments, **options))
+    seconds = time.perf_counter() - start
+    return result, {"seconds": seconds, "compile_seconds": counter.seconds - compiled}
+
+
+def _grids(
+    network: Answering, codes: Mapping[str, NeRCC], yardstick: Trial, counter: CompileCounter
+) -> dict[str, dict[str, Any]]:
+    """`landscape` for several codes that encode alike: answers are computed once for all, and
+    each code is told their seconds beside those of its own decoding."""
+    rows: dict[str, list[Any]] = {name: [] for name in codes}
+    told = {name: {"seconds": 0.0, "compile_seconds": 0.0, "answer_seconds": 0.0} for name in codes}
+    first = next(iter(codes.values()))
+    for enc in _GRID:
+        encoder = eqx.tree_at(
+            lambda c: c.lambda_enc, first, jnp.asarray(enc, first.lambda_enc.dtype)
+        )
+        answers, asked = _timed(counter, _answers, network, encoder, yardstick.x)
+        known = _Answered(answers)
+        for name, code in codes.items():
+            heights, decoded = _timed(counter, landscape, known, code, yardstick, [enc], _GRID)
+            rows[name].append(np.asarray(heights[0]))
+            for what in asked:
+                told[name][what] += asked[what] + decoded[what]
+            told[name]["answer_seconds"] += asked["seconds"] - asked["compile_seconds"]
+    return {name: told[name] | _best(np.stack(rows[name])) for name in codes}
+
+
+class _Answered(eqx.Module):
+    """The model on coded data points that it has run on."""
+
+    answers: jax.Array
+
+    def __call__(self, batch: jax.Array) -> jax.Array:
+        return self.answers
+
+
+@eqx.filter_jit
+def _answers(network: Answering, code: NeRCC, x: jax.Array) -> jax.Array:
+    coded = encode_groups(code, x)
+    return network(coded.reshape(-1, *coded.shape[2:]))
+
+
+def _best(heights: np.ndarray) -> dict[str, Any]:
+    enc, dec = np.unravel_index(np.nanargmin(heights), heights.shape)
+    return {
+        "objective": float(heights[enc, dec]),
+        "lambda_enc": float(_GRID[enc]),
+        "lambda_dec": float(_GRID[dec]),
+        "heights": heights.tolist(),
+    }
+
+
+def _affordable_steps(setting: Setting, images: int, most: int, budget: float) -> int:
+    """The most steps of `tune`, with its own defaults, whose evaluations stay within a budget.
+
+    What `tune` counted is checked in the results; this is its count foretold.
+    """
+    k, n = setting.num_data, setting.num_workers
+    held = min(max(round(0.25 * (images // k)), 1), images // k - 1)
+    groups = min(2, (images - held * k) // k)
+
+    def counted(steps: int) -> int:
+        looks = -(-steps // 10) + 1
+        return held * (k + (looks + 1) * n) + steps * groups * (k + (1 + BACKWARD) * n)
+
+    return max((steps for steps in range(1, most + 1) if counted(steps) <= budget), default=1)
+
+
+def _run(
+    network: Answering, yardstick: Trial, tuned: Tuned[NeRCC], told: Mapping[str, float]
+) -> dict[str, Any]:
+    code = tuned.code
+    names = ("lambda_enc", "lambda_dec", "gap_exponent", "end_penalty")
+    return {
+        **told,
+        "objective": float(yardstick.objective(network, code)),
+        "own_held_out": tuned.objective,
+        "evaluations": tuned.evaluations,
+        "differentiated": tuned.differentiated,
+        "counted": tuned.evaluations + BACKWARD * tuned.differentiated,
+        "steps": len(tuned.history) - 1,
+        "rejected": tuned.rejected,
+        **{name: float(getattr(code, name)) for name in names},
+        "path": [[step.parameters[name] for name in names[:2]] for step in tuned.history],
+        "held_out": [[s.step, s.held_out] for s in tuned.history if s.held_out is not None],
+    }
+
+
+def main() -> None:
+    options = _parse()
+    size = (
+        Size(images=320, laws=5, steps=30, seeds=1)
+        if options.quick
+        else Size(images=1000, laws=9, steps=options.steps, seeds=options.seeds)
+    )
+    chosen = (SETTINGS[0], SETTINGS[4]) if options.quick else SETTINGS
+    chosen = [s for s in chosen if not options.only or s.name in options.only]
+    path = _RESULTS / ("tuning-quick.json" if options.quick else "tuning.json")
+    results: dict[str, Any] = _known(path) if options.only else {"parts": {}}
+    counter, start = CompileCounter(), time.perf_counter()
+    with tempfile.TemporaryDirectory() as cache:
+        jax.config.update("jax_compilation_cache_dir", cache)
+        for setting in chosen:
+
+            def log(step: str, setting: Setting = setting) -> None:
+                print(f"{time.perf_counter() - start:5.0f} s  {setting.name}: {step}", flush=True)
+
+            part = run_setting(setting, size, options.outputs, options.data_dir, counter, log)
+            parts = results["parts"] | {setting.name: part}
+            results["parts"] = {s.name: parts[s.name] for s in SETTINGS if s.name in parts}
+            missing = [dataclasses.asdict(s) for s in SETTINGS if s.name not in parts]
+            results["not_measured"] = missing
+            write_json(path, results)
+            picture(results, path.with_suffix(".png"))
+            jax.clear_caches()  # XLA maps memory for every program, and a process has a limit
+    table = Table(*HEAD, title="objective on test images; the untuned code's is 1")
+    for part in results["parts"].values():
+        table.add_row(*row(outcome_of(part)))
+    Console().print(table)
+    print(section(results))
+
+
+def _known(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {"parts": {}}
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--quick", action="store_true", help="two settings, few images and steps")
+    parser.add_argument("--only", choices=[s.name for s in SETTINGS], nargs="+", help="settings")
+    parser.add_argument("--seeds", type=int, default=3, help="of gradient tuning")
+    parser.add_argument("--steps", type=int, default=100, help="of gradient descent, at most")
+    parser.add_argument("--outputs", choices=("logits", "probabilities"), default="logits")
+    parser.add_argument("--data-dir", type=Path, default=Path("../shared/data"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
