@@ -52,7 +52,7 @@ def load_code(path: str | Path) -> AbstractCode:
     `open` does.
     """
     content = _read(path)
-    kind = _KINDS.get(content["code"])
+    kind = _KINDS.get(str(content["code"]))
     if kind is None:
         raise ValueError(f"{path} holds a {content['code']!r}; known: {', '.join(_KINDS)}")
     try:
@@ -62,7 +62,7 @@ def load_code(path: str | Path) -> AbstractCode:
         if "alpha" in numbers:
             numbers["points"] = (numbers.pop("alpha"), numbers.pop("beta"))
         return kind(**numbers)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} holds no sound {content['code']}: {error}") from error
 
 
