@@ -48,8 +48,9 @@ def tune_command(
         typer.Option(help="One code for all numbers of stragglers from 0 to this; N - K if unset."),
     ] = None,
     points: Annotated[
-        bool, typer.Option("--points", help="Tune the regression points too.")
-    ] = False,
+        bool,
+        typer.Option("--points/--lambdas-only", help="Tune the regression points too, or not."),
+    ] = True,
     loss: Annotated[
         Literal["mse", "cross_entropy"],
         typer.Option(help="Error of the values, or of the labels' distribution (logits only)."),
