@@ -65,7 +65,34 @@ def test_errors_are_one_sentence(arguments, message):
     assert "Traceback" not in result.output
 
 
-@pytest.mark.parametrize("command", [(), ("demo",), ("models",)])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--output", "/no/such/folder/code.json"), "--output /no/such/folder/code.json: there is"),
+        (("--plot", "/no/such/folder/x.png"), "--plot /no/such/folder/x.png: there is no folder"),
+        (("--loss", "cross_entropy", "--outputs", "probabilities"), "needs --outputs logits"),
+        (("--max-stragglers", "20"), "leaves none of 20 workers"),
+        (("--max-stragglers", "-1"), "--max-stragglers -1"),
+    ],
+)
+def test_errors_of_tuning_are_one_sentence(arguments, message):
+    result = run("tune", *arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+def test_a_file_that_is_no_code_is_told(tmp_path):
+    for content, message in (("[]", "it is no file of a code"), ("words", "is no JSON")):
+        path = tmp_path / "thing.json"
+        path.write_text(content)
+        result = run("demo", "--code", str(path))
+        assert result.exit_code == 2
+        assert message in result.output
+        assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("command", [(), ("demo",), ("models",), ("tune",)])
 def test_help(command):
     result = run(*command, "--help")
     assert result.exit_code == 0
