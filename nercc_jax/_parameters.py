@@ -103,7 +103,7 @@ def _moving(points: np.ndarray) -> tuple[int, Callable[[Array], Array]]:
     wide = gaps > _SAME
 
     def place(shifts: Array) -> Array:
-        stretch = -jnp.diff(shifts, prepend=0, append=0)
+        stretch = jnp.diff(shifts, prepend=0, append=0)
         wide_gaps = jnp.asarray(gaps[wide], shifts.dtype) * jnp.exp(stretch)
         shares = jnp.zeros(gaps.size, shifts.dtype).at[wide].set(wide_gaps / jnp.sum(wide_gaps))
         # cos(pi x) as a sine: symmetric to the last bit, and exactly 1 at 0.
