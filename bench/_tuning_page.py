@@ -139,10 +139,9 @@ def _told(outcomes: Sequence[Outcome]) -> Iterator[str]:
         )
     plain, frugal = zip(*(share for o in outcomes for share in o.shares.values()), strict=True)
     yield (
-        f"It takes {100 * min(plain):.1f} to {100 * max(plain):.1f} % of the plain grid's model "
+        f"It takes {_range([100 * s for s in plain])} % of the plain grid's model "
         f"evaluations, at most {100 * SHARE:g} % in {sum(s <= SHARE for s in plain)} of "
-        f"{len(plain)} cases; of the frugal grid's, {100 * min(frugal):.0f} to "
-        f"{100 * max(frugal):.0f} %."
+        f"{len(plain)} cases; of the frugal grid's, {_range([100 * s for s in frugal])} %."
     )
     gains = {o.name: 1 - o.objectives["points"][1] / o.objectives["lambdas"][1] for o in outcomes}
     yield (
@@ -153,10 +152,14 @@ def _told(outcomes: Sequence[Outcome]) -> Iterator[str]:
     )
     cold, warm = ([o.slower("lambdas", compiled) for o in outcomes] for compiled in (False, True))
     yield (
-        f"Time without the points: {min(cold):.2g} to {max(cold):.2g} times the frugal grid's, "
-        f"{min(warm):.2g} to {max(warm):.2g} times without compilation, on a machine with other "
-        "load."
+        f"Time without the points: {_range(cold)} times the frugal grid's, {_range(warm)} times "
+        "without compilation, on a machine with other load."
     )
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = (f"{value:.3g}" for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
 
 
 def _listed(values: Iterable[Any]) -> str:
