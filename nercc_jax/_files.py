@@ -59,6 +59,9 @@ def load_code(path: str | Path) -> AbstractCode:
         numbers = dict(content["numbers"])
         for name, dtype in content["dtypes"].items():
             numbers[name] = jnp.asarray(np.asarray(numbers[name], dtype))
+        fields = {field.name for field in dataclasses.fields(kind)}
+        if fields != numbers.keys():
+            raise ValueError(f"its numbers are {sorted(numbers)}, not {sorted(fields)}")
         if "alpha" in numbers:
             numbers["points"] = (numbers.pop("alpha"), numbers.pop("beta"))
         return kind(**numbers)

@@ -50,9 +50,8 @@ def parametrize(code: Code, *, points: bool) -> tuple[Parameters, Callable[[Para
         shifts, place = _moving_points(leaves["alpha"], leaves["beta"])
         free |= shifts
     if not free:
-        raise ValueError(
-            f"{type(code).__name__} has nothing to tune{'' if points else ' but points'}"
-        )
+        also = " but points, which are left as they are" if "alpha" in leaves else ""
+        raise ValueError(f"{type(code).__name__} has nothing to tune{also}")
 
     def rebuild(parameters: Parameters) -> Code:
         values = {

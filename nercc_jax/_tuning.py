@@ -79,7 +79,7 @@ def tune(
     held_out_share: float = 0.25,
     held_out_sets: int = 32,
     check_every: int = 10,
-    patience: int = 5,
+    patience: int = 6,
     on_step: Callable[[TuningStep], None] = lambda step: None,
 ) -> Tuned[Code]:
     """Tunes a code by gradient descent (Adam) on the nested objective; needs no labels.
@@ -112,9 +112,10 @@ def tune(
     tunes the lambdas on this objective.
     """
     start = time.perf_counter()
-    _check_numbers(
+    if not 0 < learning_rate < np.inf:
+        raise ValueError(f"learning_rate must be positive and finite, not {learning_rate}")
+    _check_counts(
         steps=steps,
-        learning_rate=learning_rate,
         groups_per_step=groups_per_step,
         sets_per_step=sets_per_step,
         held_out_sets=held_out_sets,
@@ -142,7 +143,7 @@ def tune(
             looks, stale = looks + 1, stale + 1
             if judged < best_objective:
                 best, best_objective, stale = here, judged, 0
-        ends = number == steps or stale > patience
+        ends = number == steps or stale >= patience
         if not ends:
             value, sound, parameters, state = step(
                 parameters, state, model, training, jnp.asarray(number)
@@ -246,7 +247,7 @@ def _scalars(code: AbstractCode) -> dict[str, float]:
     return {name: float(value) for name, value in fields if eqx.is_array(value) and value.ndim == 0}
 
 
-def _check_numbers(**numbers: float | int) -> None:
-    for name, value in numbers.items():
-        if not value > 0:
-            raise ValueError(f"{name} must be positive, not {value}")
+def _check_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, not {value!r}")

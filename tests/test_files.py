@@ -106,7 +106,7 @@ def edited(path, **changes):
         ({"numbers": None, "dtypes": None}, r"lacks \['dtypes', 'numbers'\]"),
         ({"numbers.lambda_dec": None}, "holds no sound NeRCC: 'lambda_dec'"),
         ({"numbers.num_data": None}, "holds no sound NeRCC: .*num_data"),
-        ({"numbers.beta": None, "dtypes.beta": None}, "holds no sound NeRCC: 'beta'"),
+        ({"numbers.beta": None, "dtypes.beta": None}, "holds no sound NeRCC: its numbers are"),
         ({"numbers.lambda_enc": -1e-3}, "lambda_enc must be 0 or positive"),
         ({"numbers.lambda_enc": float("nan")}, "lambda_enc must be 0 or positive"),
         ({"numbers.end_penalty": [1.0, 2.0]}, "end_penalty must be a scalar"),

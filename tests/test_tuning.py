@@ -1,5 +1,7 @@
 """Tuning: free parameters and back, and the errors."""
 
+import itertools
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -11,6 +13,7 @@ import pytest
 import nercc_jax as nj
 from nercc_jax._parameters import parametrize
 from nercc_jax._points import LAYOUTS
+from nercc_jax._tuning import _split
 
 K, N = 3, 6
 
@@ -165,17 +168,201 @@ def test_trial_errors(laws, order, message, key):
     [
         (np.zeros((2 * K - 1, 2)), {}, r"x has shape \(5, 2\): tuning needs two groups of 3"),
         (np.full((20, 2), np.nan), {}, "data points must be finite"),
-        (np.zeros((20, 2)), {"steps": 0}, "steps must be positive, not 0"),
-        (np.zeros((20, 2)), {"learning_rate": -1.0}, "learning_rate must be positive, not -1.0"),
-        (np.zeros((20, 2)), {"learning_rate": np.nan}, "learning_rate must be positive"),
-        (np.zeros((20, 2)), {"groups_per_step": 0}, "groups_per_step must be positive"),
-        (np.zeros((20, 2)), {"sets_per_step": 0}, "sets_per_step must be positive"),
-        (np.zeros((20, 2)), {"held_out_sets": 0}, "held_out_sets must be positive"),
-        (np.zeros((20, 2)), {"check_every": 0}, "check_every must be positive"),
-        (np.zeros((20, 2)), {"patience": 0}, "patience must be positive"),
+        (np.zeros((20, 2)), {"steps": 0}, "steps must be a positive integer, not 0"),
+        (
+            np.zeros((20, 2)),
+            {"learning_rate": -1.0},
+            "learning_rate must be positive",
+        ),
+        (
+            np.zeros((20, 2)),
+            {"learning_rate": np.nan},
+            "positive and finite, not nan",
+        ),
+        (np.zeros((20, 2)), {"groups_per_step": 0}, "groups_per_step must be a positive integer"),
+        (np.zeros((20, 2)), {"sets_per_step": 0}, "sets_per_step must be a positive integer"),
+        (np.zeros((20, 2)), {"held_out_sets": 0}, "held_out_sets must be a positive integer"),
+        (np.zeros((20, 2)), {"check_every": 0}, "check_every must be a positive integer"),
+        (np.zeros((20, 2)), {"patience": 0}, "patience must be a positive integer"),
         (np.zeros((20, 2)), {"held_out_share": 1.0}, "held_out_share must be between 0 and 1"),
     ],
 )
 def test_tuning_errors(x, change, message, key):
     with pytest.raises(ValueError, match=message):
         nj.tune(jnp.tanh, nj.NeRCC(K, N), x, LAWS, key=key, **change)
+
+
+# -- Trials ----------------------------------------------------------------------------------------
+
+WEIGHTS = np.random.default_rng(0).normal(size=(2, 3)).astype("float32")
+DATA = np.random.default_rng(1).normal(size=(60, 2)).astype("float32")
+
+
+def model(x):
+    return jnp.tanh(3 * x @ WEIGHTS)
+
+
+@pytest.fixture(scope="module")
+def start():
+    return nj.NeRCC(K, N)
+
+
+@pytest.fixture(scope="module")
+def trials(start):
+    """The same groups and sets at two orders."""
+    groups = DATA[:12].reshape(4, K, 2)
+    return [
+        nj.make_trial(model, start, groups, LAWS, key=jax.random.key(0), num_sets=5, order=order)
+        for order in (1.0, 4.0)
+    ]
+
+
+def test_the_objective_is_the_power_mean_of_relative_errors(trials, start):
+    other = nj.NeRCC(K, N, lambda_dec=1e-2)
+    for trial in trials:
+        assert trial.laws == tuple(LAWS)
+        assert float(trial.objective(model, start)) == pytest.approx(1, rel=1e-5)
+        relative = np.asarray(trial.errors(model, other)) / np.asarray(trial.scales)
+        expected = np.mean(relative**trial.order) ** (1 / trial.order)
+        assert float(trial.objective(model, other)) == pytest.approx(expected, rel=1e-5)
+    low, high = (float(trial.objective(model, other)) for trial in trials)
+    assert high > low * 1.001
+
+
+def test_a_law_with_few_sets_gives_all_of_them(trials):
+    # One set of no stragglers, five drawn of the fifteen of two.
+    np.testing.assert_array_equal(trials[0].law, [0, 1, 1, 1, 1, 1])
+    np.testing.assert_array_equal(trials[0].available.sum(axis=1), [N] + 5 * [N - 2])
+
+
+def test_the_landscape_is_the_objective_of_its_cells(trials, start):
+    enc, dec = np.array([0.0, 1e-4]), np.array([0.0, 1e-6, 1e-2])
+    heights = nj.landscape(model, start, trials[1], enc, dec)
+    assert heights.shape == (2, 3)
+    for i, j in ((0, 1), (1, 2)):
+        cell = nj.NeRCC(
+            K, N, lambda_enc=enc[i], lambda_dec=dec[j], gap_exponent=start.gap_exponent,
+            end_penalty=start.end_penalty,
+        )  # fmt: skip
+        assert float(heights[i, j]) == pytest.approx(
+            float(trials[1].objective(model, cell)), rel=1e-4
+        )
+
+
+def test_what_cannot_be_compared_is_refused(start, key):
+    groups = DATA[:12].reshape(4, K, 2)
+
+    def broken(x):
+        return jnp.where(jnp.abs(x[:, :1]) > 0.5, jnp.nan, model(x))
+
+    with pytest.raises(ValueError, match="finite answers on coded data points"):
+        nj.make_trial(broken, start, groups, LAWS, key=key, num_sets=5)
+    laws = {"all": nj.ExactStragglers(0), "nobody": nj.ExactStragglers(N)}
+    with pytest.raises(ValueError, match=r"'nobody'.*leave out laws under which nobody answers"):
+        nj.make_trial(model, start, groups, laws, key=key, num_sets=5)
+
+
+# -- Tuning ----------------------------------------------------------------------------------------
+
+OPTIONS = {"steps": 12, "check_every": 4, "sets_per_step": 5, "held_out_sets": 10}
+
+
+@pytest.fixture(scope="module")
+def runs(start):
+    """With and without points, and what the model and the caller saw of the first."""
+    traces, steps = [], []
+
+    def counted(x):
+        traces.append(x.shape)
+        return model(x)
+
+    key = jax.random.key(3)
+    moved = nj.tune(
+        counted, start, DATA, LAWS, key=key, points=True, on_step=steps.append, **OPTIONS
+    )
+    number = len(traces)
+    fixed = nj.tune(model, start, DATA, LAWS, key=key, **OPTIONS)
+    return moved, fixed, number, steps
+
+
+def test_tuning_lowers_the_error_and_points_lower_it_further(runs, start):
+    moved, fixed, _, _ = runs
+    assert moved.objective < fixed.objective < 1
+    np.testing.assert_array_equal(fixed.code.beta, start.beta)
+    assert np.max(np.abs(moved.code.beta - start.beta)) > 1e-2
+    assert float(fixed.code.lambda_dec) != float(start.lambda_dec)
+    for tuned in (moved, fixed):
+        held_out = [step.held_out for step in tuned.history if step.held_out is not None]
+        assert tuned.objective == min(1.0, *held_out)
+        assert tuned.rejected == 0
+
+
+def test_the_tuned_code_is_better_on_other_data(runs, start):
+    groups = np.random.default_rng(7).normal(size=(20, K, 2)).astype("float32")
+    trial = nj.make_trial(model, start, groups, LAWS, key=jax.random.key(9), num_sets=15)
+    assert float(trial.objective(model, runs[0].code)) < 0.97
+
+
+def test_every_step_is_told_and_counted(runs):
+    moved, _, _, steps = runs
+    assert list(moved.history) == steps
+    assert [step.step for step in steps] == list(range(13))
+    assert [step.step for step in steps if step.held_out is not None] == [0, 4, 8, 12]
+    assert [step.objective is None for step in steps] == 12 * [False] + [True]
+    # Two groups a step; five held out, judged before the first step and at four looks.
+    assert moved.differentiated == 12 * 2 * N
+    assert moved.evaluations == 12 * 2 * (N + K) + 5 * (K + 5 * N)
+
+
+def test_all_steps_share_one_compilation(runs):
+    # The model is traced for originals, scales, judging and the step, each once, and again inside
+    # transformations of those; a trace a step would be twelve more.
+    assert runs[2] <= 8
+
+
+def test_one_seed_gives_one_code_to_the_last_bit(runs, start):
+    again = nj.tune(model, start, DATA, LAWS, key=jax.random.key(3), points=True, **OPTIONS)
+    assert jax.tree.structure(again.code) == jax.tree.structure(runs[0].code)
+    for one, other in zip(jax.tree.leaves(again.code), jax.tree.leaves(runs[0].code), strict=True):
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+    other = nj.tune(
+        model, start, DATA, LAWS, key=jax.random.key(4), points=True, **OPTIONS | {"steps": 4}
+    )
+    assert not np.array_equal(other.code.beta, again.code.beta)
+
+
+def test_steps_that_are_not_finite_change_nothing_and_are_told():
+    """One training point breaks the model, so the steps that draw it are rejected."""
+    code, key = nj.Berrut(K, N), jax.random.key(0)
+    training, _ = _split(code, DATA, key, 0.25)
+    x = np.where((training[0] == DATA).all(axis=1, keepdims=True), np.float32(50), DATA)
+
+    def fragile(x):
+        return jnp.where(jnp.max(jnp.abs(x), axis=1, keepdims=True) > 8, jnp.nan, model(x))
+
+    shifts = []
+    with pytest.warns(RuntimeWarning, match=r"\d+ of 30 steps were rejected"):
+        tuned = nj.tune(
+            fragile, code, x, LAWS, key=key, points=True, steps=30, check_every=1,
+            on_step=shifts.append, sets_per_step=5, held_out_sets=10, patience=31,
+        )  # fmt: skip
+    assert 0 < tuned.rejected < 30
+    assert tuned.objective < 1
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tuned.code))
+    for before, after in itertools.pairwise(shifts):
+        if before.rejected:
+            assert after.held_out == before.held_out
+            assert not np.isfinite(before.objective)
+        else:
+            assert after.held_out != before.held_out
+
+
+def test_tuning_stops_when_nothing_gets_better(key):
+    tuned = nj.tune(
+        model, nj.Berrut(K, N), DATA, LAWS, key=key, points=True, steps=40, learning_rate=12.0,
+        check_every=1, patience=3, sets_per_step=5, held_out_sets=10,
+    )  # fmt: skip
+    assert len(tuned.history) <= 6
+    assert tuned.objective <= 1
+    last = [step.held_out for step in tuned.history[-3:]]
+    assert min(last) >= tuned.objective
