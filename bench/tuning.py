@@ -263,6 +263,8 @@ def main() -> None:
                 print(f"{time.perf_counter() - start:5.0f} s  {setting.name}: {step}", flush=True)
 
             part = run_setting(setting, size, options.outputs, options.data_dir, counter, log)
+            if options.only:  # another process may have added settings by now
+                results = _known(path)
             parts = results["parts"] | {setting.name: part}
             results["parts"] = {s.name: parts[s.name] for s in SETTINGS if s.name in parts}
             missing = [dataclasses.asdict(s) for s in SETTINGS if s.name not in parts]
