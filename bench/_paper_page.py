@@ -147,8 +147,8 @@ def _why_not(cell: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> str
 def _replication(parts: Mapping[str, Any]) -> str:
     lines = [
         "## Where replication wins", "",
-        "RelAcc of tuned NeRCC and of replication at the same N, in %, where replication's is "
-        "higher (its lost predictions counted as wrong):", "",
+        "By RelAcc, against tuned NeRCC at the same N; replication's lost predictions count as "
+        "wrong:", "",
         "| | outputs | replication wins at S | by at most | NeRCC wins at S | by at most |",
         "|---|---|---|---|---|---|",
     ]  # fmt: skip
