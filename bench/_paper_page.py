@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from _settings import Setting
 
 from nercc_jax import Estimate, Evaluation
 from nercc_jax.cli._report import straggler_curves
@@ -327,8 +328,7 @@ def _mean_gain(cells: Sequence[Mapping[str, Any]], kind: str) -> float:
 
 
 def _where(part: Mapping[str, Any]) -> str:
-    setting = part["setting"]
-    return f"{setting['model']} ({setting['num_workers']}, {setting['num_data']})"
+    return Setting(**part["setting"]).words
 
 
 def _slug(name: str) -> str:

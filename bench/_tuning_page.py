@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from _settings import Setting
 from matplotlib.ticker import FormatStrFormatter
 
 FORMS = ("published", "ours")  # of the code that the grid is over
@@ -18,11 +19,6 @@ BACKWARD = 2  # evaluations that a gradient counts as, beside the one it differe
 SHARE = 0.1  # of the plain grid's evaluations that a gradient run may take
 _WITHIN = 1.01  # times the grid's best is as good as the grid
 _CUT = 3.0  # times the grid's best is where its colours end
-
-
-def words(setting: Mapping[str, Any]) -> str:
-    """A setting in a reader's words."""
-    return f"{setting['model']} ({setting['num_workers']}, {setting['num_data']})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +52,7 @@ def outcome_of(part: Mapping[str, Any]) -> Outcome:
     # The first grid compiled what the second one, of the same program, found compiled.
     timed = {"grid": part["grids"][FORMS[0]]} | {kind: runs[kind][0] for kind in KINDS}
     return Outcome(
-        name=words(part["setting"]),
+        name=Setting(**part["setting"]).words,
         grids={form: part["grids"][form]["objective"] for form in FORMS},
         objectives={kind: (min(found[kind]), max(found[kind])) for kind in KINDS},
         shares={
@@ -93,7 +89,7 @@ def section(results: Mapping[str, Any]) -> str:
     lines = ["## Gradient tuning against a grid", "", _told_settings(results), ""]
     lines += [f"| {' | '.join(row)} |" for row in table]
     lines += ["", *(f"- {sentence}" for sentence in _told(outcomes))]
-    if missing := ", ".join(words(setting) for setting in results["not_measured"]):
+    if missing := ", ".join(Setting(**setting).words for setting in results["not_measured"]):
         lines.append(f"- Not measured: {missing}.")
     return "\n".join([*lines, ""])
 
@@ -201,7 +197,7 @@ def _draw_objectives(panel: Any, parts: Sequence[Mapping[str, Any]]) -> None:
     panel.set_yscale("log")
     panel.yaxis.set_major_formatter(FormatStrFormatter("%.2g"))
     panel.yaxis.set_minor_formatter(FormatStrFormatter("%.2g"))
-    panel.set_xticks(range(len(parts)), [words(part["setting"]) for part in parts])
+    panel.set_xticks(range(len(parts)), [Setting(**part["setting"]).words for part in parts])
     panel.set_ylabel("objective on test images / the untuned code's")
     panel.set_title("each point a seed; the grids' best picked on the test images", fontsize=10)
     panel.grid(axis="y", which="both", alpha=0.25)
@@ -221,7 +217,7 @@ def _draw_landscape(panel: Any, part: Mapping[str, Any]) -> Any:
     end = np.clip([run["lambda_enc"], run["lambda_dec"]], lambdas[0], 1)
     panel.plot(*end, marker="*", color="#d55e00", ms=11)
     panel.set(xscale="log", yscale="log", xlabel="lambda_enc", ylabel="lambda_dec")
-    name = words(part["setting"])
+    name = Setting(**part["setting"]).words
     panel.set_title(f"{name}: log10 objective, cut at {_CUT:g}x,\nof our form's grid (lowest: 0)"
                     " and the gradient's way", fontsize=7)  # fmt: skip
     panel.tick_params(labelsize=7)

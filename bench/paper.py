@@ -21,13 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _report import environment, write_json
+from _settings import GRID, NUMBERS, PACKAGES, PAPER, PARM, Setting
 from jaxtyping import Array, PRNGKeyArray
 from rich.console import Console
 
 from nercc_jax import (
     AbstractCode,
     Berrut,
-    ExactStragglers,
     Lagrange,
     NeRCC,
     Parity,
@@ -44,40 +44,8 @@ from nercc_models import list_parity_models, load_parity_model
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 PAGE = HERE.parent / "docs" / "results.md"
-PACKAGES = ("jax", "jaxlib", "numpy", "equinox", "optax", "flax")
 
-# Zero and twelve more for both lambdas, as one would search them without gradients.
-GRID = np.concatenate([[0.0], np.logspace(-12, 0, 12)])
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """One part: a model at (N, K)."""
-
-    model: str
-    num_workers: int
-    num_data: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.model}:{self.num_workers}:{self.num_data}"
-
-
-# The issue's six, and (N, K) at which ParM has k = 2, 3, 4.
-SETTINGS = tuple(
-    Setting(*s)
-    for s in (
-        ("lenet5-mnist", 100, 20),
-        ("lenet5-mnist", 100, 60),
-        ("repvgg-cifar10", 60, 20),
-        ("repvgg-cifar10", 30, 20),
-        ("vit-cifar10", 20, 8),
-        ("vit-cifar10", 60, 20),
-        ("lenet5-mnist", 18, 12),
-        ("lenet5-mnist", 16, 12),
-        ("lenet5-mnist", 15, 12),
-    )
-)
+SETTINGS = PAPER + PARM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,8 +107,7 @@ def _run_outputs(
     network = answering(setting.model, outputs)
     train, _ = network.images("train", data_dir, size.points, 0)
     test, labels = network.images("test", data_dir, size.points, 0)
-    spread = np.linspace(0, setting.num_workers - setting.num_data, size.cells)
-    laws = {str(s): ExactStragglers(s) for s in sorted({round(float(s)) for s in spread})}
+    laws = setting.laws(size.cells)
     codes, tuning = _codes(setting, size, network, train, laws)
     further = _add_parm(setting, outputs, codes)
     console.log(f"{setting.name} {outputs}: tuned")
@@ -184,8 +151,8 @@ def _codes(
     told = {
         "NeRCC": {"objective": tuned.objective, "steps": len(tuned.history) - 1,
                   "seconds": tuned.seconds, "rejected": tuned.rejected,
-                  **{n: float(getattr(tuned.code, n)) for n in _NUMBERS}},
-        "NeRCC published": {n: float(getattr(published, n)) for n in _NUMBERS[:2]},
+                  **{n: float(getattr(tuned.code, n)) for n in NUMBERS}},
+        "NeRCC published": {n: float(getattr(published, n)) for n in NUMBERS[:2]},
         "BACC": {"objective": rival.objective, "seconds": rival.seconds},
     }  # fmt: skip
     return codes, told
@@ -206,7 +173,6 @@ def _add_parm(
 
 
 _OUTPUTS: tuple[Outputs, ...] = ("probabilities", "logits")
-_NUMBERS = ("lambda_enc", "lambda_dec", "gap_exponent", "end_penalty")
 
 
 def _best_of_grid(

@@ -50,41 +50,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _report import CompileCounter, environment, write_json
+from _settings import GRID, NUMBERS, PACKAGES, PAPER, Setting
 
-from nercc_jax import ExactStragglers, NeRCC, Trial, Tuned, landscape, make_trial, tune
+from nercc_jax import NeRCC, Trial, Tuned, landscape, make_trial, tune
 from nercc_jax._codes import encode_groups
 from nercc_jax.cli._workload import Answering, Outputs, answering
 
 _RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("jax", "jaxlib", "numpy", "equinox", "optax", "flax")
-_GRID = np.concatenate([[0.0], np.logspace(-12, 0, 12)])
 _SETS = 20  # straggler sets a law on the yardstick
 _YARDSTICK_SEED = 1000  # far from the seeds of tuning
 
 T = TypeVar("T")
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """A model at (N, K)."""
-
-    model: str
-    num_workers: int
-    num_data: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.model}:{self.num_workers}:{self.num_data}"
-
-
-SETTINGS = (
-    Setting("lenet5-mnist", 100, 20),
-    Setting("lenet5-mnist", 100, 60),
-    Setting("repvgg-cifar10", 60, 20),
-    Setting("repvgg-cifar10", 30, 20),
-    Setting("vit-cifar10", 20, 8),
-    Setting("vit-cifar10", 60, 20),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,13 +89,13 @@ def run_setting(
     test, _ = network.images("test", data_dir, size.images, seed=0)
     count = len(test) // setting.num_data
     groups = test[: count * setting.num_data].reshape(count, setting.num_data, *test.shape[1:])
-    laws = _laws(setting, size)
+    laws = setting.laws(size.laws)
     key = jax.random.key(_YARDSTICK_SEED)
     yardstick = make_trial(network, start, groups, laws, key=key, num_sets=_SETS, order=2.0)
     published = NeRCC(setting.num_data, setting.num_workers, lambda_dec=0.0)
     grids = _grids(network, {"published": published, "ours": start}, yardstick, counter)
     log(", ".join(f"grid, {form}: {grids[form]['objective']:.4f}" for form in FORMS))
-    plain = _GRID.size**2 * count * setting.num_workers
+    plain = GRID.size**2 * count * setting.num_workers
     steps = _affordable_steps(setting, len(train), size.steps, SHARE * plain)
     runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
     for kind in KINDS:
@@ -136,17 +112,12 @@ def run_setting(
         "straggler_sets": _SETS,
         "test_groups": count,
         "steps": steps,
-        "lambdas": _GRID.tolist(),
-        "evaluations": {"plain grid": plain, "frugal grid": plain // _GRID.size},
+        "lambdas": GRID.tolist(),
+        "evaluations": {"plain grid": plain, "frugal grid": plain // GRID.size},
         "grids": grids,
         "gradient": runs,
-        "environment": environment(_PACKAGES),
+        "environment": environment(PACKAGES),
     }
-
-
-def _laws(setting: Setting, size: Size) -> dict[str, ExactStragglers]:
-    spread = np.linspace(0, setting.num_workers - setting.num_data, size.laws)
-    return {str(s): ExactStragglers(s) for s in sorted({round(float(s)) for s in spread})}
 
 
 def _timed(
@@ -167,14 +138,14 @@ def _grids(
     rows: dict[str, list[Any]] = {name: [] for name in codes}
     told = {name: {"seconds": 0.0, "compile_seconds": 0.0, "answer_seconds": 0.0} for name in codes}
     first = next(iter(codes.values()))
-    for enc in _GRID:
+    for enc in GRID:
         encoder = eqx.tree_at(
             lambda c: c.lambda_enc, first, jnp.asarray(enc, first.lambda_enc.dtype)
         )
         answers, asked = _timed(counter, _answers, network, encoder, yardstick.x)
         known = _Answered(answers)
         for name, code in codes.items():
-            heights, decoded = _timed(counter, landscape, known, code, yardstick, [enc], _GRID)
+            heights, decoded = _timed(counter, landscape, known, code, yardstick, [enc], GRID)
             rows[name].append(np.asarray(heights[0]))
             for what in asked:
                 told[name][what] += asked[what] + decoded[what]
@@ -201,8 +172,8 @@ def _best(heights: np.ndarray) -> dict[str, Any]:
     enc, dec = np.unravel_index(np.nanargmin(heights), heights.shape)
     return {
         "objective": float(heights[enc, dec]),
-        "lambda_enc": float(_GRID[enc]),
-        "lambda_dec": float(_GRID[dec]),
+        "lambda_enc": float(GRID[enc]),
+        "lambda_dec": float(GRID[dec]),
         "heights": heights.tolist(),
     }
 
@@ -227,7 +198,6 @@ def _run(
     network: Answering, yardstick: Trial, tuned: Tuned[NeRCC], told: Mapping[str, float]
 ) -> dict[str, Any]:
     code = tuned.code
-    names = ("lambda_enc", "lambda_dec", "gap_exponent", "end_penalty")
     return {
         **told,
         "objective": float(yardstick.objective(network, code)),
@@ -237,8 +207,8 @@ def _run(
         "counted": tuned.evaluations + BACKWARD * tuned.differentiated,
         "steps": len(tuned.history) - 1,
         "rejected": tuned.rejected,
-        **{name: float(getattr(code, name)) for name in names},
-        "path": [[step.parameters[name] for name in names[:2]] for step in tuned.history],
+        **{name: float(getattr(code, name)) for name in NUMBERS},
+        "path": [[step.parameters[name] for name in NUMBERS[:2]] for step in tuned.history],
         "held_out": [[s.step, s.held_out] for s in tuned.history if s.held_out is not None],
     }
 
@@ -250,7 +220,7 @@ def main() -> None:
         if options.quick
         else Size(images=1000, laws=9, steps=options.steps, seeds=options.seeds)
     )
-    chosen = (SETTINGS[0], SETTINGS[4]) if options.quick else SETTINGS
+    chosen = (PAPER[0], PAPER[4]) if options.quick else PAPER
     chosen = [s for s in chosen if not options.only or s.name in options.only]
     path = _RESULTS / ("tuning-quick.json" if options.quick else "tuning.json")
     results: dict[str, Any] = _known(path) if options.only else {"parts": {}}
@@ -266,8 +236,8 @@ def main() -> None:
             if options.only:  # another process may have added settings by now
                 results = _known(path)
             parts = results["parts"] | {setting.name: part}
-            results["parts"] = {s.name: parts[s.name] for s in SETTINGS if s.name in parts}
-            missing = [dataclasses.asdict(s) for s in SETTINGS if s.name not in parts]
+            results["parts"] = {s.name: parts[s.name] for s in PAPER if s.name in parts}
+            missing = [dataclasses.asdict(s) for s in PAPER if s.name not in parts]
             results["not_measured"] = missing
             write_json(path, results)
             picture(results, path.with_suffix(".png"))
@@ -286,7 +256,7 @@ def _known(path: Path) -> dict[str, Any]:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--quick", action="store_true", help="two settings, few images and steps")
-    parser.add_argument("--only", choices=[s.name for s in SETTINGS], nargs="+", help="settings")
+    parser.add_argument("--only", choices=[s.name for s in PAPER], nargs="+", help="settings")
     parser.add_argument("--seeds", type=int, default=3, help="of gradient tuning")
     parser.add_argument("--steps", type=int, default=100, help="of gradient descent, at most")
     parser.add_argument("--outputs", choices=("logits", "probabilities"), default="logits")
