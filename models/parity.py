@@ -26,6 +26,7 @@ from jaxtyping import Array, Float
 
 from .cards import made_on, store, write_card
 from .checkpoints import Checkpoints
+from .commands import add_folders, changed_options, given
 from .data import Data, load_data
 from .progress import progress_bar
 from .registry import (
@@ -335,20 +336,15 @@ _CHANGEABLE = ("epochs", "learning_rate", "warmup_epochs", "batch_size", "held_o
 
 
 def _recipe(options: argparse.Namespace) -> ParityRecipe:
-    changes = {name: getattr(options, name) for name in _CHANGEABLE}
-    changes = {name: value for name, value in changes.items() if value is not None}
+    changes = given(options, _CHANGEABLE)
     return ParityRecipe(options.base, options.k, options.outputs, **changes)
 
 
 def _command(recipe: ParityRecipe) -> str:
     usual = ParityRecipe(recipe.base, recipe.k, recipe.outputs)
-    changed = [
-        f" --{name.replace('_', '-')} {getattr(recipe, name)}"
-        for name in _CHANGEABLE
-        if getattr(recipe, name) != getattr(usual, name)
-    ]
+    changed = changed_options(recipe, usual, _CHANGEABLE)
     required = f"{recipe.base} --k {recipe.k} --outputs {recipe.outputs}"
-    return f"python -m nercc_models.parity {required}{''.join(changed)}"
+    return f"python -m nercc_models.parity {required}{changed}"
 
 
 def _line(epochs: int, entry: dict[str, Any]) -> str:
@@ -373,19 +369,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         required=True,
         help="which outputs of the model are summed",
     )
-    parser.add_argument(
-        "--data-dir", type=Path, help="folder with <data set>/train*.parquet; else the hub"
-    )
+    add_folders(parser, "NAME")
     for name in _CHANGEABLE:
         default = getattr(ParityRecipe, name)
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, type=type(default), help=f"[{default}]")
-    parser.add_argument(
-        "--checkpoint-dir", type=Path, help="where the run's state is kept [checkpoints/NAME]"
-    )
-    parser.add_argument(
-        "--output-dir", type=Path, help="where weights and card go [the checkpoint folder]"
-    )
     return parser.parse_args(arguments)
 
 

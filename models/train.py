@@ -11,6 +11,7 @@ from flax import nnx
 
 from .cards import made_on, store, write_card
 from .checkpoints import Checkpoints
+from .commands import add_folders, changed_options, given
 from .data import Data, load_data
 from .progress import progress_bar
 from .recipes import RECIPES, Recipe, find_recipe
@@ -25,8 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command. Trains, or goes on from the latest checkpoint, and writes weights and card."""
     options = _parse(arguments)
     recipe = find_recipe(options.recipe)
-    changes = {name: getattr(options, name) for name in _CHANGEABLE}
-    recipe = dataclasses.replace(recipe, **{k: v for k, v in changes.items() if v is not None})
+    recipe = dataclasses.replace(recipe, **given(options, _CHANGEABLE))
     train_data = load_data(recipe.data, "train", data_dir=options.data_dir)
     test_data = load_data(recipe.data, "test", data_dir=options.data_dir)
     checkpoint_dir = options.checkpoint_dir or Path("checkpoints") / recipe.name
@@ -78,12 +78,8 @@ def write_model(
 def _command(recipe: Recipe) -> str:
     """The command that makes this model again, whatever the table of recipes says by default."""
     usual = RECIPES[recipe.name]
-    options = [
-        f" --{name.replace('_', '-')} {getattr(recipe, name)}"
-        for name in _CHANGEABLE
-        if getattr(recipe, name) != getattr(usual, name)
-    ]
-    return f"python -m nercc_models.train {recipe.name}{''.join(options)}"
+    changed = changed_options(recipe, usual, _CHANGEABLE)
+    return f"python -m nercc_models.train {recipe.name}{changed}"
 
 
 def _seconds(log: dict[str, Any]) -> float:
@@ -104,21 +100,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="Train a model from its recipe. An interrupted run goes on where it was.",
     )
     parser.add_argument("recipe", choices=sorted(RECIPES), help="which model")
-    parser.add_argument(
-        "--data-dir", type=Path, help="folder with <data set>/train*.parquet; else the hub"
-    )
+    add_folders(parser, "RECIPE")
     parser.add_argument("--epochs", type=int, help="another number of epochs than the recipe's")
     parser.add_argument("--seed", type=int, help="another seed than the recipe's")
     parser.add_argument("--learning-rate", type=float, help="another peak than the recipe's")
     parser.add_argument("--warmup-epochs", type=float, help="another warm-up than the recipe's")
     parser.add_argument(
         "--start-from", type=Path, help="checkpoint folder of a run whose weights to start from"
-    )
-    parser.add_argument(
-        "--checkpoint-dir", type=Path, help="where the run's state is kept [checkpoints/RECIPE]"
-    )
-    parser.add_argument(
-        "--output-dir", type=Path, help="where weights and card go [the checkpoint folder]"
     )
     return parser.parse_args(arguments)
 
