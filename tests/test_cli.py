@@ -49,35 +49,35 @@ def test_models_evaluates():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("command", "arguments", "message"),
     [
-        (("--model", "nothing"), "nothing"),
-        (("--max-stragglers", "20"), "leaves none of 20 workers"),
-        (("--num-workers", "6"), "at least as many workers"),
-        (("--plot", "/no/such/folder/x.png"), "there is no folder"),
-        (("--points", "3"), "3 data points fill no group of 8"),
-        (("--sets", "0"), "num_sets must be 1 or more"),
+        ("demo", ("--model", "nothing"), "nothing"),
+        ("demo", ("--max-stragglers", "20"), "leaves none of 20 workers"),
+        ("demo", ("--num-workers", "6"), "at least as many workers"),
+        ("demo", ("--plot", "/no/such/folder/x.png"), "there is no folder"),
+        ("demo", ("--points", "3"), "3 data points fill no group of 8"),
+        ("demo", ("--sets", "0"), "num_sets must be 1 or more"),
+        (
+            "tune",
+            ("--output", "/no/such/folder/code.json"),
+            "--output /no/such/folder/code.json: there is",
+        ),
+        (
+            "tune",
+            ("--plot", "/no/such/folder/x.png"),
+            "--plot /no/such/folder/x.png: there is no folder",
+        ),
+        (
+            "tune",
+            ("--loss", "cross_entropy", "--outputs", "probabilities"),
+            "needs --outputs logits",
+        ),
+        ("tune", ("--max-stragglers", "20"), "leaves none of 20 workers"),
+        ("tune", ("--max-stragglers", "-1"), "--max-stragglers -1"),
     ],
 )
-def test_errors_are_one_sentence(arguments, message):
-    result = run("demo", *arguments)
-    assert result.exit_code == 2
-    assert message in result.output
-    assert "Traceback" not in result.output
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--output", "/no/such/folder/code.json"), "--output /no/such/folder/code.json: there is"),
-        (("--plot", "/no/such/folder/x.png"), "--plot /no/such/folder/x.png: there is no folder"),
-        (("--loss", "cross_entropy", "--outputs", "probabilities"), "needs --outputs logits"),
-        (("--max-stragglers", "20"), "leaves none of 20 workers"),
-        (("--max-stragglers", "-1"), "--max-stragglers -1"),
-    ],
-)
-def test_errors_of_tuning_are_one_sentence(arguments, message):
-    result = run("tune", *arguments)
+def test_errors_are_one_sentence(command, arguments, message):
+    result = run(command, *arguments)
     assert result.exit_code == 2
     assert message in result.output
     assert "Traceback" not in result.output

@@ -11,7 +11,6 @@ from rich.progress import track
 from .. import (
     AbstractCode,
     Berrut,
-    ExactStragglers,
     Lagrange,
     NeRCC,
     Replication,
@@ -20,19 +19,23 @@ from .. import (
 )
 from ._errors import told_plainly
 from ._report import straggler_plot, straggler_table
-from ._workload import Outputs, answering, check_folder
+from ._workload import (
+    DataDir,
+    ModelName,
+    NumData,
+    NumWorkers,
+    OutputsOption,
+    answering,
+    check_folder,
+    straggler_laws,
+)
 
 
 def demo(
-    model: Annotated[
-        str, typer.Option(help="A shipped model; `nercc models` lists them.")
-    ] = "lenet5-digits",
-    data_dir: Annotated[
-        Path | None,
-        typer.Option(help="Folder with the model's data set; not needed for the digits."),
-    ] = None,
-    num_data: Annotated[int, typer.Option(help="K: data points coded together.")] = 8,
-    num_workers: Annotated[int, typer.Option(help="N: workers, each given a coded point.")] = 20,
+    model: ModelName = "lenet5-digits",
+    data_dir: DataDir = None,
+    num_data: NumData = 8,
+    num_workers: NumWorkers = 20,
     code: Annotated[
         Path | None,
         typer.Option(help="A code that `nercc tune` wrote, as one more; K and N are its own."),
@@ -42,7 +45,7 @@ def demo(
     ] = None,
     sets: Annotated[int, typer.Option(help="Random straggler sets for each number of them.")] = 20,
     points: Annotated[int, typer.Option(help="Data points to use, at most.")] = 1000,
-    outputs: Annotated[Outputs, typer.Option(help="What workers return.")] = "logits",
+    outputs: OutputsOption = "logits",
     seed: Annotated[int, typer.Option(help="Seed of the data order and the stragglers.")] = 0,
     plot: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path(
         "nercc-demo.png"
@@ -82,12 +85,7 @@ def _run(
             f"--num-workers {num_workers}: the codes compared need at least as many workers as "
             f"data points, {num_data}"
         )
-    if max_stragglers is None:
-        max_stragglers = num_workers - num_data
-    if not 0 <= max_stragglers < num_workers:
-        raise ValueError(
-            f"--max-stragglers {max_stragglers} leaves none of {num_workers} workers to answer"
-        )
+    laws = straggler_laws(num_data, num_workers, max_stragglers)
     codes = further | {
         "NeRCC": NeRCC(num_data, num_workers),
         "BACC": Berrut(num_data, num_workers),
@@ -103,7 +101,7 @@ def _run(
         network,
         codes,
         images,
-        {str(s): ExactStragglers(s) for s in range(max_stragglers + 1)},
+        laws,
         key=jax.random.key(seed),
         num_sets=sets,
         labels=labels,

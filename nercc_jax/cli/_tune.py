@@ -12,9 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .. import (
     AbstractCode,
-    AbstractStragglers,
     Berrut,
-    ExactStragglers,
     NeRCC,
     Tuned,
     TuningStep,
@@ -27,22 +25,27 @@ from .. import (
 from ._errors import told_plainly
 from ._report import straggler_table
 from ._tuning_plot import tuning_plot
-from ._workload import Answering, Outputs, answering, check_folder
+from ._workload import (
+    Answering,
+    DataDir,
+    ModelName,
+    NumData,
+    NumWorkers,
+    OutputsOption,
+    answering,
+    check_folder,
+    straggler_laws,
+)
 
 # The picture's grid of both lambdas.
 _GRID = np.logspace(-12, 0, 13)
 
 
 def tune_command(
-    model: Annotated[
-        str, typer.Option(help="A shipped model; `nercc models` lists them.")
-    ] = "lenet5-digits",
-    data_dir: Annotated[
-        Path | None,
-        typer.Option(help="Folder with the model's data set; not needed for the digits."),
-    ] = None,
-    num_data: Annotated[int, typer.Option(help="K: data points coded together.")] = 8,
-    num_workers: Annotated[int, typer.Option(help="N: workers, each given a coded point.")] = 20,
+    model: ModelName = "lenet5-digits",
+    data_dir: DataDir = None,
+    num_data: NumData = 8,
+    num_workers: NumWorkers = 20,
     max_stragglers: Annotated[
         int | None,
         typer.Option(help="One code for all numbers of stragglers from 0 to this; N - K if unset."),
@@ -55,7 +58,7 @@ def tune_command(
         Literal["mse", "cross_entropy"],
         typer.Option(help="Error of the values, or of the labels' distribution (logits only)."),
     ] = "mse",
-    outputs: Annotated[Outputs, typer.Option(help="What workers return.")] = "logits",
+    outputs: OutputsOption = "logits",
     steps: Annotated[int, typer.Option(help="Gradient steps, at most.")] = 150,
     sets: Annotated[
         int, typer.Option(help="Straggler sets for each number of them, to compare on.")
@@ -79,7 +82,7 @@ def tune_command(
         check_folder("--plot", plot)
         if loss == "cross_entropy" and outputs != "logits":
             raise ValueError("--loss cross_entropy needs --outputs logits")
-        laws = _laws(num_data, num_workers, max_stragglers)
+        laws = straggler_laws(num_data, num_workers, max_stragglers)
         start = NeRCC(num_data, num_workers)
         network = answering(model, outputs)
         x, _ = network.images("train", data_dir, images, seed)
@@ -113,18 +116,6 @@ def tune_command(
         _compare(console, network, start, tuned, held, laws, sets, seed, outputs)
         _draw(network, start, tuned, held, laws, model, seed, plot)
         console.print(f"tuned code: {output.resolve()}\npicture: {plot.resolve()}", soft_wrap=True)
-
-
-def _laws(
-    num_data: int, num_workers: int, max_stragglers: int | None
-) -> dict[str, AbstractStragglers]:
-    if max_stragglers is None:
-        max_stragglers = max(num_workers - num_data, 0)
-    if not 0 <= max_stragglers < num_workers:
-        raise ValueError(
-            f"--max-stragglers {max_stragglers} leaves none of {num_workers} workers to answer"
-        )
-    return {str(s): ExactStragglers(s) for s in range(max_stragglers + 1)}
 
 
 def _tune(console, network, start, x, laws, steps: int, **options: Any) -> Tuned:

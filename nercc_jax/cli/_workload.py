@@ -1,14 +1,28 @@
 """What commands run codes on: a shipped model and images of its data set."""
 
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import equinox as eqx
 import jax
 import numpy as np
+import typer
 from jaxtyping import Array
 
+from .. import AbstractStragglers, ExactStragglers
+
 Outputs: TypeAlias = Literal["logits", "probabilities"]
+
+# The options that say what a command runs on.
+ModelName: TypeAlias = Annotated[
+    str, typer.Option(help="A shipped model; `nercc models` lists them.")
+]
+DataDir: TypeAlias = Annotated[
+    Path | None, typer.Option(help="Folder with the model's data set; not needed for the digits.")
+]
+NumData: TypeAlias = Annotated[int, typer.Option(help="K: data points coded together.")]
+NumWorkers: TypeAlias = Annotated[int, typer.Option(help="N: workers, each given a coded point.")]
+OutputsOption: TypeAlias = Annotated[Outputs, typer.Option(help="What workers return.")]
 
 
 class Answering(eqx.Module):
@@ -37,6 +51,22 @@ def answering(model: str, outputs: Outputs) -> Answering:
     from nercc_models import load_model
 
     return Answering(load_model(model), outputs)
+
+
+def straggler_laws(
+    num_data: int, num_workers: int, max_stragglers: int | None
+) -> dict[str, AbstractStragglers]:
+    """Every number of stragglers from 0 to `max_stragglers`, N - K unless given, by name.
+
+    Raises: ValueError where that leaves no worker, or is negative.
+    """
+    if max_stragglers is None:
+        max_stragglers = max(num_workers - num_data, 0)
+    if not 0 <= max_stragglers < num_workers:
+        raise ValueError(
+            f"--max-stragglers {max_stragglers} leaves none of {num_workers} workers to answer"
+        )
+    return {str(s): ExactStragglers(s) for s in range(max_stragglers + 1)}
 
 
 def check_folder(option: str, path: Path) -> None:
