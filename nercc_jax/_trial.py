@@ -37,7 +37,7 @@ class Trial(eqx.Module):
     @eqx.filter_jit
     def errors(self, model: Model, code: AbstractCode) -> Float[Array, " laws"]:
         """A code's mean error under each law; sets in which it recovers nothing are left out."""
-        return _errors(self, model, code)
+        return _errors(self, model, code)[0]
 
     @eqx.filter_jit
     def objective(self, model: Model, code: AbstractCode) -> Float[Array, ""]:
@@ -106,9 +106,8 @@ def draw_sets(
 
 def relative_objective(trial: Trial, model: Model, code: AbstractCode) -> Float[Array, ""]:
     """`Trial.objective` without its compilation."""
-    relative = _errors(trial, model, code) / jnp.maximum(trial.scales, _LEAST)
-    # A law whose sets of this draw all lost everything says nothing.
-    told = jnp.isin(jnp.arange(len(trial.laws)), jnp.where(_told(trial, code), trial.law, -1))
+    errors, told = _errors(trial, model, code)
+    relative = errors / jnp.maximum(trial.scales, _LEAST)
     powers = jnp.where(told, jnp.where(told, relative, 1) ** trial.order, 0)
     return (jnp.sum(powers) / jnp.maximum(jnp.sum(told), 1)) ** (1 / trial.order)
 
@@ -153,18 +152,16 @@ def _with_lambdas(code: NeRCC, lambda_enc: ArrayLike, lambda_dec: ArrayLike) -> 
     return eqx.tree_at(lambda c: (c.lambda_enc, c.lambda_dec), code, values)
 
 
-def _errors(trial: Trial, model: Model, code: AbstractCode) -> Float[Array, " laws"]:
+def _errors(
+    trial: Trial, model: Model, code: AbstractCode
+) -> tuple[Float[Array, " laws"], Bool[Array, " laws"]]:
+    """The mean error under each law, and whether any of its sets recovers anything: NaN if not."""
     errors = nested_errors(
         model, code, trial.x, trial.available, loss=trial.loss, originals=trial.originals
     )
-    told = _told(trial, code)
+    told = jnp.any(jax.vmap(code.recovered)(trial.available), axis=1)
     total, count = (
         jax.ops.segment_sum(values, trial.law, len(trial.laws), indices_are_sorted=True)
         for values in (jnp.where(told, errors, 0), told.astype(errors.dtype))
     )
-    return jnp.where(count > 0, total / jnp.maximum(count, 1), jnp.nan)
-
-
-def _told(trial: Trial, code: AbstractCode) -> Bool[Array, " sets"]:
-    """The sets in which anything is recovered."""
-    return jnp.any(jax.vmap(code.recovered)(trial.available), axis=1)
+    return jnp.where(count > 0, total / jnp.maximum(count, 1), jnp.nan), count > 0
