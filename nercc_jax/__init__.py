@@ -18,10 +18,13 @@ from ._evaluation import evaluate as evaluate
 from ._files import code_card as code_card
 from ._files import load_code as load_code
 from ._files import save_code as save_code
+from ._forecast import Forecast as Forecast
+from ._forecast import make_forecast as make_forecast
 from ._inference import coded_inference as coded_inference
 from ._inference import coded_predictions as coded_predictions
 from ._objective import nested_errors as nested_errors
 from ._objective import nested_objective as nested_objective
+from ._partial import partial_inference as partial_inference
 from ._points import regression_points as regression_points
 from ._splines import SmoothingSpline as SmoothingSpline
 from ._splines import smoothing_matrix as smoothing_matrix

@@ -89,39 +89,32 @@ def evaluate(
     for every set: noise, or another precision. `progress` may wrap the sequence of (law, set) pairs
     to show a bar.
 
-    Raises: ValueError where the codes differ in K or N, fewer than K data points come, data points
-    or the model's outputs on them are not finite, shapes do not agree, or the further models are
-    not those that the codes' workers run.
+    Raises: ValueError where the codes differ in K or N, fewer than K data points come, they are
+    no floats, they or the model's outputs on them are not finite, shapes do not agree, or the
+    further models are not those that the codes' workers run.
     """
     num_data, num_workers = _common_size(codes)
-    x = np.asarray(x)
-    used = x.shape[0] // num_data * num_data
-    if used == 0:
-        raise ValueError(f"{x.shape[0]} data points fill no group of {num_data}")
+    groups = cut_groups(x, num_data)
+    used = groups.shape[0] * num_data
     if num_sets < 1:
         raise ValueError(f"num_sets must be 1 or more, not {num_sets}")
-    if labels is not None and np.shape(labels) != x.shape[:1]:
-        raise ValueError(f"labels have shape {np.shape(labels)}; x has {x.shape[0]} data points")
-    targets = None if labels is None else jnp.asarray(np.asarray(labels)[:used])
-    if not np.isfinite(x).all():
-        raise ValueError("data points must be finite: take out those that are not")
-
-    run = _batched(model, batch_size)
-    groups = x[:used].reshape(-1, num_data, *x.shape[1:])
-    originals = run(x[:used])
-    if originals.ndim != 2 or not np.isfinite(originals).all():
+    if labels is not None and np.shape(labels) != np.shape(x)[:1]:
         raise ValueError(
-            "the model must map data points to finite vectors (points, outputs): got shape "
-            f"{originals.shape}"
+            f"labels have shape {np.shape(labels)}; x has {np.shape(x)[0]} data points"
         )
+    targets = None if labels is None else jnp.asarray(np.asarray(labels)[:used])
+
+    run = batched(model, batch_size)
+    originals = own_outputs(run, groups)
     further = {
-        name: tuple(_batched(other, batch_size) for other in others)
+        name: tuple(batched(other, batch_size) for other in others)
         for name, others in (further_models or {}).items()
     }
     if unknown := further.keys() - codes.keys():
         raise ValueError(f"further_models names {sorted(unknown)}; the codes are {list(codes)}")
     answers = {
-        name: _answers((run, *further.get(name, ())), code, groups) for name, code in codes.items()
+        name: all_answers((run, *further.get(name, ())), code, groups)
+        for name, code in codes.items()
     }
 
     pairs = [(law, index) for law in stragglers for index in range(num_sets)]
@@ -134,7 +127,7 @@ def evaluate(
             received = answers[name]
             if channel is not None:
                 received = _send(channel, received, jax.random.fold_in(draw, 1))
-            score = _score(code, received, originals, targets, available)
+            score = score_set(code, received, originals, targets, available)
             scores.setdefault((name, law), []).append({m: float(v) for m, v in score.items()})
     return [
         Evaluation(
@@ -154,7 +147,39 @@ def _common_size(codes: Mapping[str, AbstractCode]) -> tuple[int, int]:
     return next(iter(sizes.values()))
 
 
-def _batched(model: Model, batch_size: int) -> Callable[[ArrayLike], Array]:
+def cut_groups(x: ArrayLike, num_data: int) -> np.ndarray:
+    """Data points in groups of K, in the order given, without a remainder: (groups, K, ...).
+
+    Raises: ValueError where there is no group, or data points are no floats or not finite.
+    """
+    x = np.asarray(x)
+    groups = x.shape[0] // num_data
+    if groups == 0:
+        raise ValueError(f"{x.shape[0]} data points fill no group of {num_data}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x is {x.dtype}: codes work on floats, so convert it first")
+    if not np.isfinite(x).all():
+        raise ValueError("data points must be finite: take out those that are not")
+    return x[: groups * num_data].reshape(groups, num_data, *x.shape[1:])
+
+
+def own_outputs(
+    run: Callable[[ArrayLike], Array], groups: np.ndarray
+) -> Float[Array, "points outputs"]:
+    """What the served model makes of the data points themselves.
+
+    Raises: ValueError where that is no finite vector for each.
+    """
+    originals = run(groups.reshape(-1, *groups.shape[2:]))
+    if originals.ndim != 2 or not np.isfinite(originals).all():
+        raise ValueError(
+            "the model must map data points to finite vectors (points, outputs): got shape "
+            f"{originals.shape}"
+        )
+    return originals
+
+
+def batched(model: Model, batch_size: int) -> Callable[[ArrayLike], Array]:
     """The model over any number of data points, in batches of one shape: one compilation."""
     compiled = eqx.filter_jit(model)
 
@@ -170,7 +195,7 @@ def _batched(model: Model, batch_size: int) -> Callable[[ArrayLike], Array]:
     return run
 
 
-def _answers(models: Sequence[Model], code: AbstractCode, groups: np.ndarray) -> Array:
+def all_answers(models: Sequence[Model], code: AbstractCode, groups: np.ndarray) -> Array:
     """All workers' answers: they do not depend on who straggles."""
     return run_workers(models, code, eqx.filter_jit(encode_groups)(code, jnp.asarray(groups)))
 
@@ -184,13 +209,14 @@ def _send(channel: Callable[[Array, PRNGKeyArray], Array], answers: Array, key: 
 
 
 @eqx.filter_jit
-def _score(
+def score_set(
     code: AbstractCode,
     answers: Float[Array, "groups num_workers outputs"],
     originals: Float[Array, "points outputs"],
     labels: Int[Array, " points"] | None,
     available: Bool[Array, " num_workers"],
 ) -> dict[str, Array]:
+    """The metrics of `Evaluation` for one straggler set, the same for all groups."""
     masks = jnp.broadcast_to(available, answers.shape[:2])
     decoded = decode_groups(code, answers, masks)
     recovered = decoded.recovered.reshape(-1)
