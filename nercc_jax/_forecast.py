@@ -27,6 +27,12 @@ class Forecast(eqx.Module):
     best, 0.0035 for 1 % of 800; to less where those of a group go wrong together. Whoever waits for
     the first set that looks good finds one that looks better than it is, the more so the fewer the
     data points. And it takes workers to straggle whatever the data.
+
+    Measured (LeNet5 on digits, logits, K = 8, N = 20, `NeRCC`, 50 masks of 0 to 12 stragglers):
+    forecasts from 800 training images against what 448 other images showed had correlation 0.999
+    in error and 0.996 in disagreement; their means were 1.01 and 0.95 times what was observed. A
+    model does better on data it was trained on: calibrate on other. A new mask took `enough` about
+    0.6 ms with 25 groups, 1 to 2 with 100 (two CPU cores), a known one 0.01 to 0.04.
     """
 
     code: AbstractCode
