@@ -1,0 +1,218 @@
+"""One batch of coded data points at a pool: what has been answered, and waiting for more."""
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeAlias
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+# When to stop waiting: this many answers are in, or these answers are enough.
+Enough: TypeAlias = int | Callable[[np.ndarray], bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """A worker that did not answer a coded data point, and why."""
+
+    worker: int
+    point: int
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What was in when the wait ended.
+
+    `values` are zero where no answer was in, and None where there was none at all; `seconds` count
+    from the moment a coded data point was handed to the pool to its answer, NaN where there is
+    none; `waited` is from the batch's dispatch to the end of the wait.
+    """
+
+    values: Float[np.ndarray, "num_points ..."] | None
+    available: Bool[np.ndarray, " num_points"]
+    seconds: Float[np.ndarray, " num_points"]
+    waited: float
+    failures: tuple[Failure, ...]
+
+
+class Task:
+    """A coded data point on its way: waiting, at one worker or more, or settled."""
+
+    __slots__ = (
+        "attempts",
+        "batch",
+        "fresh",
+        "given",
+        "kind",
+        "point",
+        "running",
+        "settled",
+        "value",
+    )
+
+    def __init__(self, batch: "Batch", point: int, kind: int, value: np.ndarray):
+        self.batch, self.point, self.kind, self.value = batch, point, kind, value
+        self.given = time.monotonic()
+        self.attempts = 0
+        self.running = 0  # workers that have it in hand
+        self.fresh = 0  # those of them that are not overdue
+        self.settled = False
+
+
+class Batch:
+    """Coded data points dispatched together, or one after the other, and their answers.
+
+    Made by a pool. Every wait has a deadline; `forget` a batch when done with it, or use it as a
+    context manager: what has not been sent is then dropped, and answers that still come are counted
+    as late and thrown away. Until then late answers are collected, and a second `wait` has them.
+    """
+
+    def __init__(
+        self,
+        lock: threading.RLock,
+        num_points: int,
+        needed: int,
+        copies: int,
+        on_change: Callable[["Batch"], None] | None,
+        on_forget: Callable[["Batch"], None],
+    ):
+        self.num_points, self.needed, self.copies = num_points, needed, copies
+        self.open = True
+        self.waiting: list[Task] = []
+        self.tasks: dict[int, Task] = {}
+        self.available = np.zeros(num_points, bool)
+        self.failures: list[Failure] = []
+        self.on_change = on_change
+        self._on_forget = on_forget
+        self._values: list[np.ndarray | None] = [None] * num_points
+        self._seconds = np.full(num_points, np.nan)
+        self._changed = threading.Condition(lock)
+        self._awaited = num_points
+        self._count = 0
+        self._unsettled = 0
+        self.hopes = 0
+        self._start = time.monotonic()
+
+    def __enter__(self) -> "Batch":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.forget()
+
+    @property
+    def count(self) -> int:
+        """How many coded data points have been answered."""
+        return self._count
+
+    def wait(self, enough: Enough | None = None, deadline: float = 60.0) -> Answers:
+        """Waits until the answers are enough, no more can come, or `deadline` seconds have passed.
+
+        `enough` is a number of answers (all unless given), or a function of the mask of those that
+        are in, for example `Forecast.below`. The deadline counts from this call. May be called
+        again, for more.
+
+        Raises: ValueError for a number that is not from 1 to the number of coded data points, or a
+        deadline that is not positive.
+        """
+        if enough is None:
+            enough = self.num_points
+        if isinstance(enough, int) and not 1 <= enough <= self.num_points:
+            raise ValueError(f"wait for 1 to {self.num_points} answers, not {enough}")
+        if not deadline > 0:
+            raise ValueError(f"a deadline is a positive number of seconds, not {deadline}")
+        end = time.monotonic() + deadline
+        while True:
+            with self._changed:
+                seen = self._count
+                number = enough if isinstance(enough, int) else seen + 1
+                if isinstance(enough, int) and seen >= enough:
+                    return self._answers()
+                if self._unsettled == 0 or time.monotonic() >= end:
+                    return self._answers()
+                mask = self.available.copy()
+            # Outside the lock: a forecast takes its time, and answers come in meanwhile.
+            if not isinstance(enough, int) and seen > 0 and enough(mask):
+                with self._changed:
+                    return self._answers()
+            with self._changed:
+                while self._count < number and self._unsettled:
+                    left = end - time.monotonic()
+                    if left <= 0:
+                        break
+                    self._awaited = min(self._awaited, number)
+                    self._changed.wait(left)
+
+    def forget(self) -> None:
+        """Drops what is not sent, and lets answers that still come go. Does nothing twice."""
+        self._on_forget(self)
+
+    def answer(self, point: int) -> np.ndarray | None:
+        """One coded data point's answer, if it is in."""
+        return self._values[point]
+
+    def _answers(self) -> Answers:
+        some = next((value for value in self._values if value is not None), None)
+        values = None
+        if some is not None:
+            values = np.zeros((self.num_points, *some.shape), some.dtype)
+            for point in np.flatnonzero(self.available):
+                values[point] = self._values[point]
+        return Answers(
+            values,
+            self.available.copy(),
+            self._seconds.copy(),
+            time.monotonic() - self._start,
+            tuple(self.failures),
+        )
+
+    # What follows is for the desk, which holds the lock.
+
+    @property
+    def short(self) -> int:
+        """How many answers are needed beyond those that are in or may be hoped for."""
+        return self.needed - self._count - self.hopes
+
+    @property
+    def over(self) -> bool:
+        """Whether every coded data point that was sent has its answer, or will never have one."""
+        return self._unsettled == 0
+
+    def add(self, task: Task) -> None:
+        self.tasks[task.point] = task
+        self.waiting.append(task)
+        self._unsettled += 1
+
+    def hope(self, task: Task, change: int) -> None:
+        """Counts the tasks that some worker has in hand and is not overdue with."""
+        before, task.fresh = task.fresh > 0, task.fresh + change
+        if not task.settled:
+            self.hopes += (task.fresh > 0) - before
+
+    def settle(self, task: Task, value: np.ndarray | None) -> None:
+        """Takes a task's answer, or that it has none."""
+        self.hopes -= task.fresh > 0
+        task.settled = True
+        self._unsettled -= 1
+        if value is not None:
+            self._values[task.point] = value
+            self._seconds[task.point] = time.monotonic() - task.given
+            self.available[task.point] = True
+            self._count += 1
+        if self._count >= self._awaited or self._unsettled == 0:
+            self._changed.notify_all()
+
+    def refusal(self, value: np.ndarray, size: int) -> str | None:
+        """Why an answer cannot be one, if so."""
+        if value.ndim < 1 or value.shape[0] != size:
+            return f"{size} data points came back as an array of shape {value.shape}"
+        if not np.issubdtype(value.dtype, np.floating):
+            return f"the answer is {value.dtype}: codes work on floats"
+        other = next((v for v in self._values if v is not None), value)
+        if other.shape != value.shape:
+            return f"the answer has shape {value.shape}, others of this batch {other.shape}"
+        if not np.isfinite(value).all():
+            return "the answer is not finite"
+        return None

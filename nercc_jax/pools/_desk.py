@@ -1,0 +1,467 @@
+"""The books of a pool: who has what in hand, what waits, and what to do when somebody fails.
+
+All pools share them; only how a worker is started, reached and ended differs (`AbstractCrew`).
+
+The rules:
+
+- A worker has one task in hand at a time. One that straggles is busy, so it gets no new work.
+- An answer belongs to its task, and the task to its batch: a late one cannot be taken for another.
+- A task whose worker failed or died goes to the next free worker, `max_attempts` times in all.
+- What finds no free worker waits. It is sent as long as its batch may otherwise not get the number
+  of answers it needs; coded data points beyond that number are not worth a worker that the next
+  batch could use.
+- A task is *overdue* when it has taken longer than the pool's running quantile of service times,
+  times a factor. It no longer counts among those that a batch may hope for: what waits is sent in
+  its place, or a copy of itself if its batch allows copies. That is hedging, and what keeps a batch
+  from waiting for a straggler while others are free.
+"""
+
+import abc
+import collections
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ._batch import Batch, Failure, Task
+
+
+class WorkerDied(Exception):
+    """A worker is gone, with what it had in hand."""
+
+
+class AbstractCrew(abc.ABC):
+    """How the workers of a pool are started, reached and ended.
+
+    A worker has lives, numbered from 0. `hear(worker, life, outcome)` is to be called once a life
+    when the worker is ready, with None, and once for each task sent, with the answer or an
+    exception, `WorkerDied` if the life is over. None of these methods may block.
+    """
+
+    @abc.abstractmethod
+    def start(self, worker: int, life: int, hear: Callable[[int, int, Any], None]) -> None:
+        """Begins a life of a worker, ending an earlier one that is still there."""
+
+    @abc.abstractmethod
+    def send(self, worker: int, life: int, kind: int, batch: np.ndarray) -> None:
+        """Gives a worker a batch for its model `kind`."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Ends all workers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Overdue:
+    """When a task is overdue: after `factor` times this `quantile` of recent service times.
+
+    Hedging as published waits for the 95th percentile: `Overdue(0.95, 1.0)`. Where more than one in
+    twenty straggles that quantile is a straggler's own time, so the default looks at the median.
+    Until `least` answers are in, nothing is overdue.
+    """
+
+    quantile: float = 0.5
+    factor: float = 3.0
+    least: int = 20
+
+    def __post_init__(self):
+        if not 0 < self.quantile < 1 or not self.factor > 0:
+            raise ValueError(
+                f"a quantile in (0, 1) and a positive factor are needed, not {self.quantile} "
+                f"and {self.factor}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolReport:
+    """What a pool has seen so far, and what its workers do now.
+
+    `deaths` counts workers lost, hung ones included; each was replaced, but for those `gone`, whose
+    replacements did not start several times in a row; `errors` are
+    answers that were exceptions or no answers (not finite, of the wrong shape); `late` came after
+    their batch was forgotten, or second; `seconds` is the workers' time that `sent` tasks took, and
+    `wasted_seconds` what of it went into answers that nobody used.
+    """
+
+    num_workers: int
+    idle: int
+    busy: int
+    starting: int
+    gone: int
+    sent: int
+    answered: int
+    late: int
+    errors: int
+    deaths: int
+    hung: int
+    copies: int
+    seconds: float
+    wasted_seconds: float
+    deaths_by_worker: tuple[int, ...]
+
+
+@dataclasses.dataclass
+class _Seat:
+    """A worker's place."""
+
+    life: int = 0
+    ready: bool = False
+    task: Task | None = None
+    since: float = 0.0
+    overdue: bool = False
+    deaths: int = 0
+    failed_starts: int = 0
+
+
+_STARTS = 3  # lives of a worker that may end before it is ready, one after the other
+_WINDOW = 256  # service times that the running quantile looks at
+_REFRESH = 16  # answers between two looks
+
+
+class Desk:
+    """The books. Every public method may be called from any thread."""
+
+    def __init__(
+        self,
+        crew: AbstractCrew,
+        num_workers: int,
+        *,
+        overdue: Overdue,
+        max_attempts: int,
+        hang_timeout: float,
+        start_timeout: float,
+    ):
+        if num_workers < 1:
+            raise ValueError(f"a pool has 1 worker or more, not {num_workers}")
+        if max_attempts < 1 or not hang_timeout > 0 or not start_timeout > 0:
+            raise ValueError(
+                f"max_attempts {max_attempts}, hang_timeout {hang_timeout} s and start_timeout "
+                f"{start_timeout} s must be positive"
+            )
+        self.crew = crew
+        self._overdue = overdue
+        self._max_attempts, self._hang_timeout = max_attempts, hang_timeout
+        self._lock = threading.RLock()
+        self._wake = threading.Condition(self._lock)  # time, and workers that are ready
+        self._seats = [_Seat() for _ in range(num_workers)]
+        self._idle: collections.deque[int] = collections.deque()
+        self._batches: dict[Batch, None] = {}  # open ones that may want to send, in order
+        self._times: collections.deque[float] = collections.deque(maxlen=_WINDOW)
+        self._limit = np.inf
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._seconds = self._wasted = 0.0
+        self._closed = False
+        self._gone = 0
+        self._look = np.inf  # when time is looked at next
+        self._trouble: str | None = None
+        for worker in range(num_workers):
+            crew.start(worker, 0, self._hear)
+        self._watch = threading.Thread(target=self._watch_time, name="nercc-desk", daemon=True)
+        self._watch.start()
+        self._await_start(start_timeout)
+
+    # What pools offer.
+
+    def open(
+        self,
+        num_points: int,
+        needed: int | None,
+        copies: int,
+        on_change: Callable[[Batch], None] | None,
+    ) -> Batch:
+        if needed is None:
+            needed = num_points
+        if not 1 <= needed <= num_points:
+            raise ValueError(f"a batch of {num_points} needs 1 to as many answers, not {needed}")
+        if copies < 1:
+            raise ValueError(f"a coded data point has 1 copy or more, not {copies}")
+        return Batch(self._lock, num_points, needed, copies, on_change, self._forget)
+
+    def add(
+        self,
+        batch: Batch,
+        points: Sequence[int],
+        values: Sequence[np.ndarray],
+        kinds: Sequence[int],
+    ) -> None:
+        with self._lock:
+            self._check_open()
+            if not batch.open:
+                raise ValueError("this batch has been forgotten: nothing more can be sent")
+            for point in points:
+                if not 0 <= point < batch.num_points or point in batch.tasks:
+                    raise ValueError(
+                        f"coded data point {point} of {batch.num_points} is not there, or has "
+                        "been sent already"
+                    )
+            for point, value, kind in zip(points, values, kinds, strict=True):
+                batch.add(Task(batch, point, kind, value))
+            self._batches[batch] = None
+            # At first everything goes to whoever is free: redundancy is sent while it is cheap.
+            sends = []
+            while self._idle and batch.waiting:
+                sends.append(self._assign(batch.waiting.pop(0)))
+            if self._gone == len(self._seats):
+                self._give_up(batch, "no worker is left")
+        self._send(sends)
+
+    def report(self) -> PoolReport:
+        with self._lock:
+            busy = sum(seat.task is not None for seat in self._seats)
+            ready = sum(seat.ready for seat in self._seats)
+            count = self._counts
+            return PoolReport(
+                num_workers=len(self._seats),
+                idle=ready - busy,
+                busy=busy,
+                starting=len(self._seats) - ready - self._gone,
+                gone=self._gone,
+                **{name: count[name] for name in _COUNTED},
+                seconds=self._seconds,
+                wasted_seconds=self._wasted,
+                deaths_by_worker=tuple(seat.deaths for seat in self._seats),
+            )
+
+    def close(self) -> None:
+        """Ends the workers; batches that still wait come back with what they have."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            for batch in list(self._batches):
+                self._give_up(batch, "the pool was closed")
+            self._wake.notify_all()
+        self.crew.close()
+        self._watch.join(timeout=5)
+
+    # What happens.
+
+    def _hear(self, worker: int, life: int, outcome: Any) -> None:
+        """A worker is ready, has answered, failed or died."""
+        with self._lock:
+            seat = self._seats[worker]
+            if self._closed or life != seat.life:
+                return  # of a life that is over
+            batch = seat.task.batch if seat.task is not None else None
+            if isinstance(outcome, WorkerDied):
+                self._bury(worker, str(outcome))
+            elif not seat.ready:
+                self._ready(worker, outcome)
+            elif seat.task is not None:
+                self._settle(worker, outcome)
+            sends = self._pump()
+            changed = batch is not None and batch.open
+        self._send(sends)
+        if batch is not None and changed and batch.on_change is not None:
+            batch.on_change(batch)
+
+    def _ready(self, worker: int, outcome: Any) -> None:
+        seat = self._seats[worker]
+        if isinstance(outcome, Exception):
+            self._trouble = f"worker {worker} could not start: {_reason(outcome)}"
+            self._bury(worker, self._trouble)
+            return
+        seat.ready, seat.failed_starts = True, 0
+        self._idle.append(worker)
+        self._wake.notify_all()
+
+    def _settle(self, worker: int, outcome: Any) -> None:
+        seat = self._seats[worker]
+        task, batch = seat.task, seat.task.batch
+        spent = time.monotonic() - seat.since
+        self._release(worker)
+        self._idle.append(worker)
+        self._seconds += spent
+        if not batch.open or task.settled:
+            self._observe(spent)
+            self._counts["late"] += 1
+            self._wasted += spent
+            return
+        refused = (
+            _reason(outcome)
+            if isinstance(outcome, Exception)
+            else batch.refusal(outcome, task.value.shape[0])
+        )
+        if refused is None:
+            self._observe(spent)
+            self._counts["answered"] += 1
+            batch.settle(task, outcome)
+        else:
+            self._counts["errors"] += 1
+            self._wasted += spent
+            self._try_again(worker, task, refused)
+
+    def _bury(self, worker: int, reason: str) -> None:
+        """A worker is gone: its task goes to another, and it gets a new life."""
+        seat = self._seats[worker]
+        task = seat.task
+        if task is not None:
+            spent = time.monotonic() - seat.since
+            self._seconds += spent
+            self._wasted += spent
+            self._release(worker)
+            if task.batch.open and not task.settled:
+                self._try_again(worker, task, reason)
+        elif seat.ready:
+            self._idle.remove(worker)
+        seat.failed_starts += not seat.ready
+        seat.ready = False
+        seat.life += 1
+        seat.deaths += 1
+        self._counts["deaths"] += 1
+        self._wake.notify_all()
+        if seat.failed_starts < _STARTS:
+            self.crew.start(worker, seat.life, self._hear)
+            return
+        self._gone += 1
+        if self._gone == len(self._seats):
+            for batch in list(self._batches):
+                self._give_up(batch, "no worker is left")
+
+    def _try_again(self, worker: int, task: Task, reason: str) -> None:
+        batch = task.batch
+        batch.failures.append(Failure(worker, task.point, reason))
+        if task.running:
+            return  # a copy of it is still on its way
+        if task.attempts < self._max_attempts:
+            batch.waiting.insert(0, task)
+        else:
+            batch.settle(task, None)
+
+    def _release(self, worker: int) -> None:
+        seat = self._seats[worker]
+        task = seat.task
+        assert task is not None
+        task.running -= 1
+        if not seat.overdue:
+            task.batch.hope(task, -1)
+        seat.task, seat.overdue = None, False
+
+    def _give_up(self, batch: Batch, reason: str) -> None:
+        """Nothing more will come: whoever waits for the batch is told."""
+        for task in batch.tasks.values():
+            if not task.settled:
+                batch.failures.append(Failure(-1, task.point, reason))
+                batch.settle(task, None)
+        batch.waiting.clear()
+        self._batches.pop(batch, None)
+
+    def _forget(self, batch: Batch) -> None:
+        with self._lock:
+            batch.open = False
+            batch.waiting.clear()
+            self._batches.pop(batch, None)
+
+    # What is sent, and when.
+
+    def _pump(self) -> list[tuple[int, int, int, np.ndarray]]:
+        """Gives free workers what batches cannot do without; oldest batches first."""
+        sends = []
+        for batch in self._batches:
+            if not self._idle:
+                break
+            while batch.short > 0 and self._idle and (task := self._next(batch)) is not None:
+                sends.append(self._assign(task))
+        return sends
+
+    def _next(self, batch: Batch) -> Task | None:
+        if batch.waiting:
+            return batch.waiting.pop(0)
+        late = [
+            seat.task
+            for seat in self._seats
+            if seat.task is not None
+            and seat.task.batch is batch
+            and seat.overdue
+            and not seat.task.settled
+            and seat.task.running < batch.copies
+        ]
+        if not late:
+            return None
+        self._counts["copies"] += 1
+        return min(late, key=lambda task: (task.running, task.given))
+
+    def _assign(self, task: Task) -> tuple[int, int, int, np.ndarray]:
+        worker = self._idle.popleft()
+        seat = self._seats[worker]
+        seat.task, seat.since, seat.overdue = task, time.monotonic(), False
+        task.attempts += 1
+        task.running += 1
+        task.batch.hope(task, 1)
+        self._counts["sent"] += 1
+        if seat.since + self._limit < self._look:
+            self._wake.notify_all()
+        return worker, seat.life, task.kind, task.value
+
+    def _send(self, sends: Sequence[tuple[int, int, int, np.ndarray]]) -> None:
+        """Outside the lock: workers answer meanwhile."""
+        for send in sends:
+            self.crew.send(*send)
+
+    # Time.
+
+    def _observe(self, seconds: float) -> None:
+        self._times.append(seconds)
+        self._counts["observed"] += 1
+        if len(self._times) >= self._overdue.least and (
+            np.isinf(self._limit) or self._counts["observed"] % _REFRESH == 0
+        ):
+            quantile = float(np.quantile(self._times, self._overdue.quantile))
+            self._limit = self._overdue.factor * quantile
+
+    def _watch_time(self) -> None:
+        """Marks tasks that are overdue, and replaces workers that hang."""
+        while True:
+            with self._wake:
+                if self._closed:
+                    return
+                now = time.monotonic()
+                due = np.inf
+                for worker, seat in enumerate(self._seats):
+                    if seat.task is None:
+                        continue
+                    age = now - seat.since
+                    if age >= self._hang_timeout:
+                        self._counts["hung"] += 1
+                        self._bury(worker, f"no answer within {self._hang_timeout} s: it hangs")
+                        continue
+                    if age < self._limit:
+                        due = min(due, self._limit - age)
+                    elif not seat.overdue:
+                        seat.overdue = True
+                        seat.task.batch.hope(seat.task, -1)
+                    due = min(due, self._hang_timeout - age)
+                sends = self._pump()
+                if not sends:
+                    self._look = now + due
+                    self._wake.wait(None if np.isinf(due) else max(due, 1e-4))
+            self._send(sends)
+
+    def _await_start(self, timeout: float) -> None:
+        end = time.monotonic() + timeout
+        with self._wake:
+            while not all(seat.ready for seat in self._seats):
+                left = end - time.monotonic()
+                if self._gone or left <= 0:
+                    ready = sum(seat.ready for seat in self._seats)
+                    what = self._trouble or f"the others had not after {timeout} s"
+                    break
+                self._wake.wait(left)
+            else:
+                return
+        self.close()
+        raise RuntimeError(f"{ready} of {len(self._seats)} workers started; {what}")
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("this pool is closed: make a new one")
+
+
+_COUNTED = ("sent", "answered", "late", "errors", "deaths", "hung", "copies")
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -1,0 +1,99 @@
+"""The interface of all pools: coded data points go out, answers and a mask come back."""
+
+import abc
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array, Float
+
+from ._batch import Batch
+from ._desk import Desk, PoolReport
+
+
+class AbstractPool(abc.ABC):
+    """Independent workers that run the same models: whoever answers first is decoded.
+
+    Any worker can run any coded data point, one at a time, so a pool may have more workers than a
+    code (spare ones), or fewer (each then runs several). See `_desk.py` for the rules of who gets
+    what. A pool holds threads or processes: `close` it, or use it as a context manager.
+    """
+
+    _desk: Desk
+
+    @property
+    def num_workers(self) -> int:
+        """How many workers there are, dead ones that are being replaced included."""
+        return self.report().num_workers
+
+    def dispatch(
+        self,
+        coded: Float[Array | np.ndarray, "num_points batch ..."],
+        *,
+        kinds: Sequence[int] | None = None,
+        needed: int | None = None,
+        copies: int = 2,
+    ) -> Batch:
+        """Sends each coded data point, a batch for one worker's model, and comes back at once.
+
+        `kinds` says which of the pool's models each runs, 0 for the served one (all unless given).
+        `needed` is the number of answers that will do (all unless given): beyond it nothing is sent
+        to a worker who could do something else. `copies` is how many workers may have the same
+        coded data point in hand, when the first is overdue and the batch is short of answers.
+
+        Raises: ValueError where the pool is closed, or a number does not fit.
+        """
+        values = np.asarray(coded)
+        if values.ndim < 2 or 0 in values.shape[:2]:
+            raise ValueError(
+                f"coded data points are (num_points, batch, ...), not of shape {values.shape}"
+            )
+        batch = self.open(len(values), needed=needed, copies=copies)
+        self.send(batch, range(len(values)), values, kinds=kinds)
+        return batch
+
+    def open(
+        self,
+        num_points: int,
+        *,
+        needed: int | None = None,
+        copies: int = 2,
+        on_change: Callable[[Batch], Any] | None = None,
+    ) -> Batch:
+        """A batch of coded data points that are sent one after the other, as they become known.
+
+        `on_change(batch)` is called after each answer, or failure, from one of the pool's threads:
+        it must be quick, and must not wait for the batch. Numbers as in `dispatch`.
+        """
+        return self._desk.open(num_points, needed, copies, on_change)
+
+    def send(
+        self,
+        batch: Batch,
+        points: Sequence[int],
+        values: Sequence[np.ndarray] | np.ndarray,
+        *,
+        kinds: Sequence[int] | None = None,
+    ) -> None:
+        """Sends some coded data points of an open batch; `values` are (batch, ...) for each.
+
+        Raises: ValueError where the batch has been forgotten, a point was sent before or is not
+        there, or the pool is closed.
+        """
+        if kinds is None:
+            kinds = [0] * len(points)
+        self._desk.add(batch, points, values, kinds)
+
+    def report(self) -> PoolReport:
+        """What the pool has seen so far."""
+        return self._desk.report()
+
+    def close(self) -> None:
+        """Ends the workers. Who still waits gets what is in."""
+        self._desk.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()

@@ -1,0 +1,178 @@
+"""A pool of Ray actors, on one machine or a cluster."""
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from .._workers import Model
+from ._desk import AbstractCrew, Desk, Overdue, WorkerDied
+from ._faults import Faults
+from ._pool import AbstractPool
+from ._worker import Program, Worker, as_models, warm_up
+
+
+class RayPool(AbstractPool):
+    """Workers that are Ray actors: processes of their own, each with JAX and the models loaded.
+
+    Nothing is shared between them, so neither a slow one nor a dead one holds up another. A death
+    is noticed at once, whether the worker has something in hand or not, and a new actor takes the
+    place. Uses the Ray that this process is connected to (`ray.init(address="auto")` for a cluster),
+    and starts one on this machine, for as long as the pool is open, if there is none.
+    """
+
+    def __init__(
+        self,
+        model: Model | Sequence[Model],
+        num_workers: int,
+        *,
+        example: np.ndarray | None = None,
+        compiled: bool = True,
+        actor_options: Mapping[str, Any] | None = None,
+        faults: Faults | None = None,
+        overdue: Overdue | None = None,
+        max_attempts: int = 3,
+        hang_timeout: float = 60.0,
+        start_timeout: float = 300.0,
+    ):
+        """Starts the workers, and waits until all are ready.
+
+        `actor_options` are Ray's: `num_gpus`, `resources`, `scheduling_strategy`, `runtime_env` and
+        so on; a worker takes no CPU from Ray's budget unless they say so. Several workers on one GPU
+        need `runtime_env={"env_vars": {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.1"}}` or so: each JAX
+        process takes three quarters of the memory otherwise. Everything else as in `DevicePool`;
+        the models are sent to the actors by pickle.
+
+        Raises: ImportError without Ray; RuntimeError where not all workers start, for example
+        because a model does not run on the example; ValueError for numbers that do not fit.
+        """
+        ray = _ray()
+        owner = not ray.is_initialized()
+        if owner:
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        options = {"num_cpus": 0} | dict(actor_options or {})
+        load = ray.put((as_models(model), example, compiled, faults or Faults(), _settings()))
+        self._desk = Desk(
+            _Actors(load, options, owner),
+            num_workers,
+            overdue=overdue or Overdue(),
+            max_attempts=max_attempts,
+            hang_timeout=hang_timeout,
+            start_timeout=start_timeout,
+        )
+
+    def processes(self) -> list[int | None]:
+        """The process id of each worker, on whatever machine it is; None while it is replaced."""
+        return self._desk.crew.processes()
+
+
+def _ray():
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError("RayPool needs Ray: pip install 'nercc-jax[ray]'") from error
+    return ray
+
+
+def _settings() -> dict[str, Any]:
+    """What of this process's JAX a worker must have too, for the same numbers."""
+    return {"jax_enable_x64": jax.config.jax_enable_x64}  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class _Actors(AbstractCrew):
+    """An actor a worker. Ray tells of answers and deaths by callbacks on futures."""
+
+    def __init__(self, load: Any, options: Mapping[str, Any], owner: bool):
+        self._load, self._owner = load, owner
+        # Two threads: one works, the other only waits, and so tells that the process is alive.
+        self._make = _ray().remote(max_concurrency=2, max_restarts=0, **options)(_Actor)
+        self._actors: dict[int, Any] = {}
+        self._hears: dict[int, Callable[[int, int, Any], None]] = {}
+        self._pids: dict[int, int] = {}
+
+    def start(self, worker: int, life: int, hear: Callable[[int, int, Any], None]) -> None:
+        self._kill(worker)
+        self._hears[worker] = hear
+        actor = self._make.remote(self._load, worker, life)
+        self._actors[worker] = actor
+
+        def started(future) -> None:
+            outcome = _result(future)
+            if not isinstance(outcome, Exception):
+                self._pids[worker] = outcome
+                _when_done(actor.wait_for_death.remote(), died)
+            hear(worker, life, outcome if isinstance(outcome, Exception) else None)
+
+        def died(future) -> None:
+            hear(worker, life, _result(future))
+
+        _when_done(actor.process.remote(), started)
+
+    def send(self, worker: int, life: int, kind: int, batch: np.ndarray) -> None:
+        hear = self._hears[worker]
+        answer = self._actors[worker].run.remote(kind, batch)
+        _when_done(answer, lambda future: hear(worker, life, _result(future)))
+
+    def close(self) -> None:
+        for worker in list(self._actors):
+            self._kill(worker)
+        if self._owner:
+            _ray().shutdown()
+
+    def processes(self) -> list[int | None]:
+        return [self._pids.get(worker) for worker in sorted(self._actors)]
+
+    def _kill(self, worker: int) -> None:
+        self._pids.pop(worker, None)
+        if (actor := self._actors.pop(worker, None)) is not None:
+            _ray().kill(actor)
+
+
+class _Actor:
+    """What runs in a worker's process."""
+
+    def __init__(self, load: Any, worker: int, life: int):
+        models, example, compiled, faults, settings = load
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        program = Program(models, jax.local_devices()[0], compiled)
+        warm_up([program], len(models), example)
+        self._worker = Worker(program, faults, worker, life, _die)
+
+    def process(self) -> int:
+        """Answers when the actor is ready."""
+        return os.getpid()
+
+    def run(self, kind: int, batch: np.ndarray) -> np.ndarray:
+        return self._worker(kind, batch)
+
+    def wait_for_death(self) -> None:
+        """Never answers: the caller hears when this process is gone."""
+        threading.Event().wait()
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _when_done(answer: Any, callback: Callable[[Any], None]) -> None:
+    answer.future().add_done_callback(callback)
+
+
+def _result(future: Any) -> Any:
+    """The answer, or the exception in its place, a death as `WorkerDied`."""
+    from ray.exceptions import RayActorError, RayTaskError
+
+    error = future.exception()
+    if error is None:
+        return future.result()
+    if isinstance(error, RayTaskError):
+        return error.cause if isinstance(error.cause, Exception) else error
+    if isinstance(error, RayActorError):
+        return WorkerDied(f"its process is gone ({type(error).__name__})")
+    return error

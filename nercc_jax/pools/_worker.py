@@ -1,0 +1,105 @@
+"""What runs at a worker, in whichever thread or process it lives."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+
+from .._workers import Model
+from ._faults import Faults, InjectedError
+
+# Seconds that a worker hangs: longer than any pool waits.
+_FOREVER = 1e6
+
+
+class Program:
+    """The models of a worker, served one first, with their arrays on one device.
+
+    `compiled=False` calls them as they are: for a model that is no JAX function, such as a remote
+    endpoint.
+    """
+
+    def __init__(self, models: tuple[Model, ...], device: jax.Device, compiled: bool):
+        self._device = device
+        self._calls = tuple(_bound(model, device) if compiled else model for model in models)
+
+    def __call__(self, kind: int, batch: np.ndarray) -> np.ndarray:
+        """Model `kind`'s answers to a batch, on the host."""
+        with jax.default_device(self._device):
+            return np.asarray(self._calls[kind](batch))
+
+
+def _bound(model: Model, device: jax.Device) -> Callable[[np.ndarray], Any]:
+    """The model as a compiled function whose arrays lie on the device."""
+    arrays, rest = eqx.partition(model, eqx.is_array)
+    arrays = jax.device_put(arrays, device)
+
+    @jax.jit
+    def call(arrays, batch):
+        return eqx.combine(arrays, rest)(batch)
+
+    return lambda batch: call(arrays, batch)
+
+
+def as_models(model: Model | Sequence[Model]) -> tuple[Model, ...]:
+    """One model, or the served and further ones, as a tuple. Raises: ValueError for none."""
+    models = (model,) if callable(model) else tuple(model)
+    if not models or not all(callable(model) for model in models):
+        raise ValueError(f"workers need a model, a callable on a batch, or several: got {model!r}")
+    return models
+
+
+def warm_up(programs: Sequence[Program], num_models: int, example: np.ndarray | None) -> None:
+    """Compiles all models for batches like the example, no fault included.
+
+    Raises: RuntimeError where a model does not run on it.
+    """
+    if example is None:
+        return
+    try:
+        for program in programs:
+            for kind in range(num_models):
+                program(kind, np.asarray(example))
+    except Exception as error:
+        shape = np.shape(example)
+        raise RuntimeError(
+            f"the model does not run on a batch of shape {shape}: {error}"
+        ) from error
+
+
+class Worker:
+    """A program, and the faults that strike it on purpose.
+
+    `wait(seconds)` sleeps and is true if the worker was told to end meanwhile; `die()` ends the
+    worker as its pool's workers die.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        faults: Faults,
+        index: int,
+        life: int,
+        die: Callable[[], Any],
+        wait: Callable[[float], Any] = time.sleep,
+    ):
+        self._program = program
+        self._faults = faults.at(index, life)
+        self._die, self._wait = die, wait
+
+    def __call__(self, kind: int, batch: np.ndarray) -> np.ndarray:
+        """Answers a batch, unless a fault has it otherwise."""
+        seconds, kinds = self._faults.next()
+        if "death" in kinds:
+            self._die()
+        if "hang" in kinds:
+            self._wait(_FOREVER)
+        if seconds > 0:
+            self._wait(seconds)
+        if "error" in kinds:
+            raise InjectedError("injected on purpose")
+        y = self._program(kind, batch)
+        return np.full_like(y, np.nan) if "nan" in kinds else y
