@@ -15,3 +15,5 @@ from ._inference import Timing as Timing
 from ._inference import pool_inference as pool_inference
 from ._pool import AbstractPool as AbstractPool
 from ._ray import RayPool as RayPool
+from ._run import BatchOutcome as BatchOutcome
+from ._run import run_batches as run_batches

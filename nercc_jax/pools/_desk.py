@@ -21,7 +21,7 @@ import collections
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -141,7 +141,8 @@ class Desk:
                 f"max_attempts {max_attempts}, hang_timeout {hang_timeout} s and start_timeout "
                 f"{start_timeout} s must be positive"
             )
-        self.crew = crew
+        self.num_workers = num_workers
+        self._crew = crew
         self._overdue = overdue
         self._max_attempts, self._hang_timeout = max_attempts, hang_timeout
         self._lock = threading.RLock()
@@ -184,7 +185,7 @@ class Desk:
         self,
         batch: Batch,
         points: Sequence[int],
-        values: Sequence[np.ndarray],
+        values: Iterable[np.ndarray],
         kinds: Sequence[int],
     ) -> None:
         with self._lock:
@@ -234,7 +235,7 @@ class Desk:
             for batch in list(self._batches):
                 self._give_up(batch, "the pool was closed")
             self._wake.notify_all()
-        self.crew.close()
+        self._crew.close()
         self._watch.join(timeout=5)
 
     # What happens.
@@ -270,7 +271,9 @@ class Desk:
 
     def _settle(self, worker: int, outcome: Any) -> None:
         seat = self._seats[worker]
-        task, batch = seat.task, seat.task.batch
+        task = seat.task
+        assert task is not None
+        batch = task.batch
         spent = time.monotonic() - seat.since
         self._release(worker)
         self._idle.append(worker)
@@ -280,11 +283,7 @@ class Desk:
             self._counts["late"] += 1
             self._wasted += spent
             return
-        refused = (
-            _reason(outcome)
-            if isinstance(outcome, Exception)
-            else batch.refusal(outcome, task.value.shape[0])
-        )
+        refused = _refusal(task, outcome)
         if refused is None:
             self._observe(spent)
             self._counts["answered"] += 1
@@ -314,7 +313,7 @@ class Desk:
         self._counts["deaths"] += 1
         self._wake.notify_all()
         if seat.failed_starts < _STARTS:
-            self.crew.start(worker, seat.life, self._hear)
+            self._crew.start(worker, seat.life, self._hear)
             return
         self._gone += 1
         if self._gone == len(self._seats):
@@ -399,7 +398,7 @@ class Desk:
     def _send(self, sends: Sequence[tuple[int, int, int, np.ndarray]]) -> None:
         """Outside the lock: workers answer meanwhile."""
         for send in sends:
-            self.crew.send(*send)
+            self._crew.send(*send)
 
     # Time.
 
@@ -461,6 +460,13 @@ class Desk:
 
 
 _COUNTED = ("sent", "answered", "late", "errors", "deaths", "hung", "copies")
+
+
+def _refusal(task: Task, outcome: Any) -> str | None:
+    """Why a worker's outcome is no answer, if so."""
+    if isinstance(outcome, Exception):
+        return _reason(outcome)
+    return task.batch.refusal(outcome, task.value.shape[0])
 
 
 def _reason(error: Exception) -> str:

@@ -12,7 +12,7 @@ from .._workers import Model
 from ._desk import AbstractCrew, Desk, Overdue, WorkerDied
 from ._faults import Faults
 from ._pool import AbstractPool
-from ._worker import Program, Worker, as_models, warm_up
+from ._worker import Device, Program, Worker, as_models, warm_up
 
 
 class DevicePool(AbstractPool):
@@ -28,7 +28,7 @@ class DevicePool(AbstractPool):
         model: Model | Sequence[Model],
         num_workers: int,
         *,
-        devices: Sequence[jax.Device] | None = None,
+        devices: Sequence[Device] | None = None,
         example: np.ndarray | None = None,
         compiled: bool = True,
         faults: Faults | None = None,

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Float
 
 from .._codes import AbstractCode, Decoded, decode_groups
 from .._inference import _grouped as is_grouped
@@ -44,7 +44,11 @@ class PoolResult:
 
 
 def pool_inference(
-    pool: AbstractPool, code: AbstractCode, *, with_status: bool = False
+    pool: AbstractPool,
+    code: AbstractCode,
+    *,
+    with_status: bool = False,
+    grouped: bool | None = None,
 ) -> Callable[..., Any]:
     """One function `(x, enough=None, deadline=60.0) -> predictions` for a pool behind a code.
 
@@ -52,7 +56,8 @@ def pool_inference(
     coded data points of all groups as one batch. `enough` says when to decode: a number of answers
     (all N unless given), or a function of the mask, such as `Forecast.below`; `deadline` is in
     seconds, and what is in by then is decoded. Predictions are (K, ...) or (groups, K, ...), NaN
-    where a data point cannot be recovered; `with_status=True` returns a `PoolResult`.
+    where a data point cannot be recovered; `with_status=True` returns a `PoolResult`. `grouped` says
+    whether x comes as groups; unless given, the axis of length K tells, and K groups of K cannot.
 
     The encoder and the decoder are compiled here, once, for every straggler set.
 
@@ -61,12 +66,13 @@ def pool_inference(
     where no worker answers and none will.
     """
     encoder = np.asarray(code.encoder_matrix())
-    kinds = code.worker_models
+    kinds = code.worker_models.tolist()
+    everyone = jnp.ones(code.num_workers, bool)
     decode = _decoder(code)
 
     def infer(x: ArrayLike, enough: Enough | None = None, deadline: float = 60.0):
         begin = time.perf_counter()
-        x, grouped = _groups(code, np.asarray(x))
+        x, many = _groups(code, np.asarray(x), everyone, grouped)
         coded = _encode(encoder, x)
         encoded = time.perf_counter()
         needed = enough if isinstance(enough, int) else None
@@ -77,7 +83,7 @@ def pool_inference(
         if answers.values is None:
             raise _nobody(pool, answers, deadline)
         decoded = jax.tree.map(np.asarray, decode(answers.values, answers.available))
-        if not grouped:
+        if not many:
             decoded = jax.tree.map(lambda leaf: leaf[0], decoded)
         if not np.any(decoded.recovered):
             raise TimeoutError(
@@ -91,9 +97,15 @@ def pool_inference(
     return infer
 
 
-def _groups(code: AbstractCode, x: np.ndarray) -> tuple[np.ndarray, bool]:
+def _groups(
+    code: AbstractCode, x: np.ndarray, everyone: Array, grouped: bool | None
+) -> tuple[np.ndarray, bool]:
     """x as (groups, K, ...), and whether it came so."""
-    grouped = is_grouped(code, x, np.ones(code.num_workers, bool))
+    if grouped is None:
+        grouped = is_grouped(code, x, everyone)
+    elif x.shape[int(grouped) : int(grouped) + 1] != (code.num_data,):
+        wanted = "(groups, K, ...)" if grouped else "(K, ...)"
+        raise ValueError(f"x has shape {x.shape}, but must be {wanted}, K = {code.num_data}")
     if not np.issubdtype(x.dtype, np.floating):
         raise ValueError(f"x is {x.dtype}: codes work on floats, so convert it first")
     if x.size == 0:

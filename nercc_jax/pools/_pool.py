@@ -1,7 +1,7 @@
 """The interface of all pools: coded data points go out, answers and a mask come back."""
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ class AbstractPool(abc.ABC):
     @property
     def num_workers(self) -> int:
         """How many workers there are, dead ones that are being replaced included."""
-        return self.report().num_workers
+        return self._desk.num_workers
 
     def dispatch(
         self,
@@ -71,7 +71,7 @@ class AbstractPool(abc.ABC):
         self,
         batch: Batch,
         points: Sequence[int],
-        values: Sequence[np.ndarray] | np.ndarray,
+        values: Iterable[np.ndarray],
         *,
         kinds: Sequence[int] | None = None,
     ) -> None:

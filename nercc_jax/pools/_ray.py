@@ -1,9 +1,11 @@
 """A pool of Ray actors, on one machine or a cluster."""
 
+import concurrent.futures
 import logging
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,8 +24,8 @@ class RayPool(AbstractPool):
 
     Nothing is shared between them, so neither a slow one nor a dead one holds up another. A death
     is noticed at once, whether the worker has something in hand or not, and a new actor takes the
-    place. Uses the Ray that this process is connected to (`ray.init(address="auto")` for a cluster),
-    and starts one on this machine, for as long as the pool is open, if there is none.
+    place. Uses the Ray that this process is connected to (`ray.init(address="auto")` joins a
+    cluster), and starts one on this machine, for as long as the pool is open, if there is none.
     """
 
     def __init__(
@@ -43,7 +45,7 @@ class RayPool(AbstractPool):
         """Starts the workers, and waits until all are ready.
 
         `actor_options` are Ray's: `num_gpus`, `resources`, `scheduling_strategy`, `runtime_env` and
-        so on; a worker takes no CPU from Ray's budget unless they say so. Several workers on one GPU
+        so on; a worker takes no CPU from Ray's budget unless they say so. Several workers on a GPU
         need `runtime_env={"env_vars": {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.1"}}` or so: each JAX
         process takes three quarters of the memory otherwise. Everything else as in `DevicePool`;
         the models are sent to the actors by pickle.
@@ -54,11 +56,15 @@ class RayPool(AbstractPool):
         ray = _ray()
         owner = not ray.is_initialized()
         if owner:
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            with warnings.catch_warnings():
+                # Of os.fork, which Ray follows by exec at once: no thread of JAX is missed.
+                warnings.simplefilter("ignore", RuntimeWarning)
+                ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         options = {"num_cpus": 0} | dict(actor_options or {})
         load = ray.put((as_models(model), example, compiled, faults or Faults(), _settings()))
+        self._crew = _Actors(load, options, owner)
         self._desk = Desk(
-            _Actors(load, options, owner),
+            self._crew,
             num_workers,
             overdue=overdue or Overdue(),
             max_attempts=max_attempts,
@@ -68,7 +74,7 @@ class RayPool(AbstractPool):
 
     def processes(self) -> list[int | None]:
         """The process id of each worker, on whatever machine it is; None while it is replaced."""
-        return self._desk.crew.processes()
+        return self._crew.processes()
 
 
 def _ray():
@@ -85,33 +91,47 @@ def _settings() -> dict[str, Any]:
 
 
 class _Actors(AbstractCrew):
-    """An actor a worker. Ray tells of answers and deaths by callbacks on futures."""
+    """An actor a worker. Ray tells of answers and deaths by callbacks on futures.
+
+    Those come from Ray's own threads, in which a call that makes or ends an actor waits for itself:
+    a thread of ours does that.
+    """
 
     def __init__(self, load: Any, options: Mapping[str, Any], owner: bool):
         self._load, self._owner = load, owner
         # Two threads: one works, the other only waits, and so tells that the process is alive.
-        self._make = _ray().remote(max_concurrency=2, max_restarts=0, **options)(_Actor)
+        remote: Any = _ray().remote
+        self._make = remote(max_concurrency=2, max_restarts=0, **options)(_Actor)
         self._actors: dict[int, Any] = {}
         self._hears: dict[int, Callable[[int, int, Any], None]] = {}
         self._pids: dict[int, int] = {}
+        self._starts = concurrent.futures.ThreadPoolExecutor(1, "nercc-ray")
 
     def start(self, worker: int, life: int, hear: Callable[[int, int, Any], None]) -> None:
-        self._kill(worker)
-        self._hears[worker] = hear
-        actor = self._make.remote(self._load, worker, life)
-        self._actors[worker] = actor
+        self._starts.submit(self._start, worker, life, hear)
 
+    def _start(self, worker: int, life: int, hear: Callable[[int, int, Any], None]) -> None:
         def started(future) -> None:
             outcome = _result(future)
-            if not isinstance(outcome, Exception):
-                self._pids[worker] = outcome
-                _when_done(actor.wait_for_death.remote(), died)
-            hear(worker, life, outcome if isinstance(outcome, Exception) else None)
+            if isinstance(outcome, Exception):
+                hear(worker, life, RuntimeError(_last_line(future.exception())))
+                return
+            self._pids[worker] = outcome
+            hear(worker, life, None)
 
         def died(future) -> None:
-            hear(worker, life, _result(future))
+            # Before it was ready, `started` has the reason.
+            if worker in self._pids and not future.cancelled():
+                hear(worker, life, _result(future))
 
-        _when_done(actor.process.remote(), started)
+        try:
+            self._kill(worker)
+            self._hears[worker] = hear
+            self._actors[worker] = actor = self._make.remote(self._load, worker, life)
+            _when_done(actor.process.remote(), started)
+            _when_done(actor.wait_for_death.remote(), died)
+        except Exception as error:
+            hear(worker, life, error)
 
     def send(self, worker: int, life: int, kind: int, batch: np.ndarray) -> None:
         hear = self._hears[worker]
@@ -119,6 +139,7 @@ class _Actors(AbstractCrew):
         _when_done(answer, lambda future: hear(worker, life, _result(future)))
 
     def close(self) -> None:
+        self._starts.shutdown(wait=True, cancel_futures=True)
         for worker in list(self._actors):
             self._kill(worker)
         if self._owner:
@@ -164,10 +185,17 @@ def _when_done(answer: Any, callback: Callable[[Any], None]) -> None:
     answer.future().add_done_callback(callback)
 
 
+def _last_line(error: BaseException | None) -> str:
+    """Ray puts the reason for which an actor did not start at the end of a page."""
+    return str(error).strip().splitlines()[-1]
+
+
 def _result(future: Any) -> Any:
     """The answer, or the exception in its place, a death as `WorkerDied`."""
     from ray.exceptions import RayActorError, RayTaskError
 
+    if future.cancelled():
+        return WorkerDied("Ray gave the call up")
     error = future.exception()
     if error is None:
         return future.result()

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
@@ -10,6 +10,8 @@ import numpy as np
 
 from .._workers import Model
 from ._faults import Faults, InjectedError
+
+Device: TypeAlias = Any  # `jax.Device`, which pyright does not take for a type
 
 # Seconds that a worker hangs: longer than any pool waits.
 _FOREVER = 1e6
@@ -22,7 +24,7 @@ class Program:
     endpoint.
     """
 
-    def __init__(self, models: tuple[Model, ...], device: jax.Device, compiled: bool):
+    def __init__(self, models: tuple[Model, ...], device: Device, compiled: bool):
         self._device = device
         self._calls = tuple(_bound(model, device) if compiled else model for model in models)
 
@@ -32,7 +34,7 @@ class Program:
             return np.asarray(self._calls[kind](batch))
 
 
-def _bound(model: Model, device: jax.Device) -> Callable[[np.ndarray], Any]:
+def _bound(model: Model, device: Device) -> Callable[[np.ndarray], Any]:
     """The model as a compiled function whose arrays lie on the device."""
     arrays, rest = eqx.partition(model, eqx.is_array)
     arrays = jax.device_put(arrays, device)
