@@ -24,6 +24,7 @@ from ._inference import coded_inference as coded_inference
 from ._inference import coded_predictions as coded_predictions
 from ._objective import nested_errors as nested_errors
 from ._objective import nested_objective as nested_objective
+from ._partial import partial_inference as partial_inference
 from ._points import regression_points as regression_points
 from ._splines import SmoothingSpline as SmoothingSpline
 from ._splines import smoothing_matrix as smoothing_matrix

@@ -1,71 +1,19 @@
 """Coded inference: encode, model, decode as one jitted program."""
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from ._codes import AbstractCode, Decoded, as_mask, decode_groups, encode_groups
-
-Model: TypeAlias = Callable[..., Array]
-
-
-def run_workers(
-    model: Model | Sequence[Model],
-    code: AbstractCode,
-    coded: Float[Array, "groups num_workers ..."],
-    *args: Any,
-) -> Float[Array, "groups num_workers ..."]:
-    """What all workers answer: each runs its own model on its coded data point of every group.
-
-    `model(batch, *args)` maps (B, ...) to (B, ...), floats, and is called once. For a code whose
-    workers run several (`worker_models`) it is a sequence of such, the served model first; each
-    is called once, on the coded data points of all its workers, with the same `args`.
-
-    Raises: ValueError where the number of models is not the code's, one returns another first axis
-    or no floats, or their answers differ in shape.
-    """
-    kinds = code.worker_models
-    models = _models(model, kinds)
-    if len(models) == 1:
-        return _answers(models[0], coded, args)
-    parts = [_answers(each, coded[:, kinds == kind], args) for kind, each in enumerate(models)]
-    shapes = [part.shape[2:] for part in parts]
-    if len(set(shapes)) != 1:
-        raise ValueError(f"the models' answers differ in shape, served model first: {shapes}")
-    order = np.argsort(kinds, kind="stable")
-    answers = jnp.concatenate(parts, axis=1)
-    return answers if np.all(np.diff(order) == 1) else answers[:, np.argsort(order)]
-
-
-def _models(model: Model | Sequence[Model], kinds: np.ndarray) -> tuple[Model, ...]:
-    models = (model,) if callable(model) else tuple(model)
-    needed = int(kinds.max()) + 1
-    if len(models) != needed:
-        wanted = "alone" if needed == 1 else f"and {needed - 1} further, in this order"
-        raise ValueError(
-            f"the workers of this code run {needed} model{'s' * (needed > 1)}, but {len(models)} "
-            f"came: give the served model {wanted}"
-        )
-    return models
-
-
-def _answers(model: Model, coded: Array, args: tuple) -> Array:
-    batch = coded.reshape(-1, *coded.shape[2:])
-    y = model(batch, *args)
-    if not isinstance(y, jax.Array) or y.ndim < 1 or y.shape[0] != batch.shape[0]:
-        got = y.shape if isinstance(y, jax.Array) else type(y).__name__
-        raise ValueError(
-            f"the model must map a batch of {batch.shape[0]} to an array of as many answers: for "
-            f"input {batch.shape} it returned {got}"
-        )
-    if not jnp.issubdtype(y.dtype, jnp.floating):
-        raise ValueError(f"the model returned {y.dtype}: codes work on floats, logits for labels")
-    return y.reshape(*coded.shape[:2], *y.shape[1:])
+from ._spmd import spmd_inference
+from ._workers import Model, run_workers
 
 
 def coded_predictions(
@@ -87,7 +35,11 @@ def coded_predictions(
 
 
 def coded_inference(
-    model: Model | Sequence[Model], code: AbstractCode, *, with_status: bool = False
+    model: Model | Sequence[Model],
+    code: AbstractCode,
+    *,
+    with_status: bool = False,
+    mesh: Mesh | None = None,
 ) -> Callable[..., Any]:
     """One jitted function `(x, available, *args) -> predictions` for a model behind a code.
 
@@ -102,33 +54,64 @@ def coded_inference(
     are passed on to it: `model(batch, *args)`. A code whose workers run further models beside the
     served one takes all of them, (served, further...).
 
+    With a `mesh` that has an axis `workers`, the coded data points are spread over that axis, any N
+    on any number of devices, and the predictions come back on all of them. Arrays of the model and
+    of the code are placed once, here: those that lie on just this mesh's devices keep their
+    sharding (over a further axis, say), others are replicated. `args` are placed likewise, on each
+    call. Several processes (`jax.distributed`) all call with the same x and mask.
+
     One compilation serves every straggler set. Raises: ValueError for shapes and dtypes that do
-    not fit, before anything runs.
+    not fit, before anything runs, and for a mesh without the axis.
     """
+    run = functools.partial(_run, model, code)
+    if mesh is not None:
+        run = spmd_inference(model, code, mesh)
 
     def infer(x: ArrayLike, available: ArrayLike, *args: Any):
-        x, available = jnp.asarray(x), jnp.asarray(available)
-        grouped = _grouped(code, x, available)
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"x is {x.dtype}: codes work on floats, so convert it first")
-        if not grouped:
-            x = x[None]
-        if x.shape[0] == 0:
-            raise ValueError(f"x holds no group of {code.num_data} data points: shape {x.shape}")
-        masks = (x.shape[0], code.num_workers) if available.ndim == 2 else (code.num_workers,)
-        available = jnp.broadcast_to(as_mask(available, masks), (x.shape[0], code.num_workers))
-        decoded = _run(model, code, x, available, *args)
-        if not grouped:
-            decoded = jax.tree.map(lambda leaf: leaf[0], decoded)
+        x, available, grouped = as_groups(code, x, available)
+        decoded = run(x, available, args, grouped)
         return decoded if with_status else decoded.predictions
 
     return infer
 
 
-_run = eqx.filter_jit(coded_predictions)
+@eqx.filter_jit
+def _run(
+    model: Model | Sequence[Model],
+    code: AbstractCode,
+    x: ArrayLike,
+    available: ArrayLike,
+    args: tuple,
+    grouped: bool,
+) -> Decoded:
+    decoded = coded_predictions(model, code, x, available, *args)
+    return decoded if grouped else jax.tree.map(lambda leaf: leaf[0], decoded)
 
 
-def _grouped(code: AbstractCode, x: Array, available: Array) -> bool:
+def as_groups(
+    code: AbstractCode, x: ArrayLike, available: ArrayLike
+) -> tuple[ArrayLike, Array, bool]:
+    """The inputs of `coded_inference` as groups with a mask each, and whether x came as groups.
+
+    What is not on a device stays where it is. Raises: see there.
+    """
+    if not isinstance(x, jax.Array):
+        x = np.asarray(x)
+        x = x.astype(jax.dtypes.canonicalize_dtype(x.dtype), copy=False)
+    available = jnp.asarray(available)
+    grouped = _grouped(code, x, available)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x is {x.dtype}: codes work on floats, so convert it first")
+    if not grouped:
+        x = x[None]
+    if x.shape[0] == 0:
+        raise ValueError(f"x holds no group of {code.num_data} data points: shape {x.shape}")
+    masks = (x.shape[0], code.num_workers) if available.ndim == 2 else (code.num_workers,)
+    available = jnp.broadcast_to(as_mask(available, masks), (x.shape[0], code.num_workers))
+    return x, available, grouped
+
+
+def _grouped(code: AbstractCode, x: Array | np.ndarray, available: Array) -> bool:
     """Whether x is many groups; said by the mask's shape, else by which axis has length K."""
     single = x.ndim >= 1 and x.shape[0] == code.num_data
     many = x.ndim >= 2 and x.shape[1] == code.num_data

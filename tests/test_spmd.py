@@ -1,0 +1,243 @@
+"""Coded inference over a mesh: the same predictions, wherever workers run."""
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from nercc_jax import NeRCC, Parity, coded_inference
+from nercc_jax._spmd import place, slots
+
+GROUPS = 6
+
+
+def mesh_of(devices, axes=("workers",)):
+    return Mesh(np.array(jax.devices()[:devices]), axes)
+
+
+def model(x, limit=np.inf):
+    """Two logits, broken for coded points with a coordinate beyond the limit."""
+    y = jnp.stack([jnp.sin(x).sum(axis=1), jnp.tanh(x).mean(axis=1)], axis=1)
+    return jnp.where(jnp.abs(x).max(axis=1, keepdims=True) > limit, jnp.nan, y)
+
+
+def assert_same(got, expected, tolerance=1e-5):
+    assert got.predictions.is_fully_replicated
+    np.testing.assert_array_equal(got.heard, expected.heard)
+    np.testing.assert_array_equal(got.recovered, expected.recovered)
+    assert got.predictions.dtype == expected.predictions.dtype
+    np.testing.assert_allclose(got.predictions, expected.predictions, atol=tolerance)
+
+
+# Encoding: replicated data points on 1, 2 and 3 devices, shares of coordinates on 8. Decoding of
+# six groups: by coordinate on 8 devices, by group on fewer. Some have no worker: 10 and 7 on 8.
+@pytest.mark.parametrize(
+    ("devices", "num_data", "num_workers", "precision"),
+    [
+        (8, 8, 20, "float32"),
+        (8, 4, 10, "float64"),
+        (8, 4, 7, "float32"),
+        (3, 4, 7, "float32"),
+        (2, 4, 10, "float64"),
+        (1, 4, 7, "float32"),
+    ],
+)
+def test_it_equals_the_unsharded(devices, num_data, num_workers, precision):
+    with jax.enable_x64(precision == "float64"):
+        rng = np.random.default_rng(0)
+        code = NeRCC(num_data, num_workers, lambda_dec=0.0)
+        x = rng.normal(size=(GROUPS, num_data, 5)).astype(precision)
+        masks = rng.uniform(size=(GROUPS, num_workers)) < 0.8
+        masks[0] = True
+        masks[1] = False  # no worker
+        masks[2] = np.arange(num_workers) < 2  # two close workers: ill-conditioned
+        x[3, 1, 2] = np.nan  # a broken data point
+        coded = np.abs(jax.vmap(code.encode)(x[[0, 4, 5]])).max(axis=2)
+        limit = np.sort(coded.ravel())[-3:-1].mean()  # breaks two answers
+        if num_workers >= 10:
+            assert np.abs(code.decoder_matrix(masks[2])).sum(axis=1).max() > 32, "loses digits"
+
+        expected = coded_inference(model, code, with_status=True)(x, masks, limit)
+        assert (~expected.recovered).any(axis=1).tolist() == [
+            False,
+            True,
+            False,
+            True,
+            False,
+            False,
+        ]
+        assert np.asarray(masks & ~expected.heard)[[0, 4, 5]].any(), "an answer was broken"
+        infer = coded_inference(model, code, with_status=True, mesh=mesh_of(devices))
+        tolerance = 1e-5 if precision == "float32" else 1e-10
+        # Beyond two close workers the line is steep: rounding there counts by its slope.
+        slope = np.nanmax(np.abs(expected.predictions))
+        assert_same(infer(x, masks, limit), expected, tolerance * slope)
+        alone = infer(x[0], masks[0], limit)
+        assert alone.predictions.shape == (num_data, 2)
+        assert_same(alone, jax.tree.map(lambda leaf: leaf[0], expected), tolerance)
+
+
+@pytest.mark.parametrize("devices", [3, 8])
+def test_each_kind_of_worker_is_spread_by_itself(devices):
+    """Images in, images out: five by three and as many groups as eight devices have, and one."""
+    code = Parity(4, 6)
+    kinds = code.worker_models
+    spread = slots(kinds, devices)
+    assert set(spread.worker) == set(range(6))
+    for worker, kind in zip(spread.worker, np.tile(spread.kinds, devices), strict=True):
+        assert kinds[worker] == kind
+
+    models = (lambda b: jnp.sin(b) * b, lambda b: jnp.cos(b))
+    x = np.random.default_rng(1).normal(size=(9, 4, 5, 3)).astype(np.float32)
+    masks = np.ones((9, 6), bool)
+    masks[:, 1] = False
+    masks[0, 3] = False
+    infer = coded_inference(models, code, with_status=True, mesh=mesh_of(devices))
+    expected = coded_inference(models, code, with_status=True)(x, masks)
+    assert_same(infer(x, masks), expected)
+    assert_same(infer(x[0], masks[0]), jax.tree.map(lambda leaf: leaf[0], expected))
+
+
+def test_slots_are_workers_in_order_and_then_again():
+    spread = slots(np.zeros(7, int), 3)
+    np.testing.assert_array_equal(spread.worker, [0, 1, 2, 3, 4, 5, 6, 0, 1])
+    np.testing.assert_array_equal(spread.of_worker, np.arange(7))
+    np.testing.assert_array_equal(spread.kinds, [0, 0, 0])
+    mixed = slots(np.array([0, 1, 0]), 2)
+    np.testing.assert_array_equal(mixed.worker, [0, 1, 2, 1])
+    np.testing.assert_array_equal(mixed.of_worker, [0, 1, 2])
+
+
+def test_one_compilation_serves_every_straggler_set():
+    traces = []
+
+    def counting(batch):
+        traces.append(batch.shape)
+        return model(batch)
+
+    infer = coded_inference(counting, NeRCC(4, 10), mesh=mesh_of(3))
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        infer(rng.normal(size=(2, 4, 5)).astype("f"), rng.uniform(size=(2, 10)) < 0.6)
+    assert traces == [(2 * 4, 5)], "one trace, the four workers of a device in one batch"
+
+
+def test_models_of_every_make():
+    x = np.random.default_rng(2).normal(size=(4, 3)).astype("f")
+    mask = np.arange(7) != 2
+    network = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(network)
+    bound = jax.tree_util.Partial(lambda state, batch: nnx.merge(graph, state)(batch), state)
+    layer = eqx.nn.Linear(3, 2, key=jax.random.key(0))
+    mesh = jax.make_mesh((2,), ("workers",), devices=jax.devices()[:2])
+    for make in (network, bound, jax.jit(lambda b: network(b)), jax.vmap(layer)):
+        predictions = coded_inference(make, NeRCC(4, 7), mesh=mesh)(x, mask)
+        expected = coded_inference(make, NeRCC(4, 7))(x, mask)
+        np.testing.assert_allclose(predictions, expected, atol=1e-5)
+
+
+class Layers(eqx.Module):
+    first: jax.Array
+    second: jax.Array
+
+    def __call__(self, batch, factor):
+        # A scan from a constant, as models have them.
+        total, _ = jax.lax.scan(lambda c, f: (c + f, None), jnp.zeros(()), factor)
+        return total * (jnp.tanh(batch @ self.first) @ self.second)
+
+
+@pytest.mark.parametrize("kind", ["explicit", "auto"])
+def test_a_further_axis_of_the_mesh_may_shard_the_model(kind):
+    shape, axes = (4, 2), ("workers", "model")
+    mesh = jax.make_mesh(shape, axes)  # explicit
+    if kind == "auto":
+        mesh = Mesh(mesh.devices, axes)
+    rng = np.random.default_rng(3)
+    plain = Layers(*(jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((5, 6), (6, 2))))
+    columns = NamedSharding(mesh, PartitionSpec(None, "model"))
+    sharded = eqx.tree_at(lambda m: m.first, plain, jax.device_put(plain.first, columns))
+
+    placed = place(sharded, NeRCC(4, 7), mesh)
+    assert placed.model.first.sharding.spec == columns.spec
+    assert placed.model.second.sharding.is_fully_replicated
+    leaves = [placed.model.first, *jax.tree.leaves(eqx.filter(placed, eqx.is_array))]
+    assert all(leaf.sharding.device_set == set(mesh.devices.flat) for leaf in leaves)
+
+    x = rng.normal(size=(2, 4, 5)).astype("f")
+    mask = np.arange(7) != 3
+    factor = np.array([0.5, 1.0], np.float32)
+    expected = coded_inference(plain, NeRCC(4, 7), with_status=True)(x, mask, factor)
+    infer = coded_inference(sharded, NeRCC(4, 7), with_status=True, mesh=mesh)
+    assert_same(infer(x, mask, factor), expected)
+    with jax.set_mesh(jax.make_mesh((3,), ("other",), devices=jax.devices()[:3])):
+        assert_same(infer(x, mask, factor), expected)
+    got = jax.jit(infer)(jnp.asarray(x), jnp.asarray(mask), factor)
+    np.testing.assert_allclose(got.predictions, expected.predictions, atol=1e-5)
+
+
+def test_a_mesh_without_the_axis(untyped):
+    message = r"axes \('x',\), but .* 'workers': jax.make_mesh\(\(2,\), \('workers',\)\) would do"
+    with pytest.raises(ValueError, match=message):
+        coded_inference(model, NeRCC(4, 7), mesh=mesh_of(2, ("x",)))
+
+
+_PROCESS = """
+import sys
+import jax, numpy as np, jax.numpy as jnp
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]))
+from flax import nnx
+from nercc_jax import Berrut, coded_inference, partial_inference
+
+code = Berrut(4, 10)
+network = nnx.Linear(5, 3, rngs=nnx.Rngs(0))
+mesh = jax.make_mesh((8,), ("workers",))
+rng = np.random.default_rng(0)
+x, mask = rng.normal(size=(4, 5)).astype("f"), rng.uniform(size=10) < 0.7
+expected = coded_inference(lambda b, s: jnp.tanh(network(b)) + s, code)(x, mask, np.float32(1))
+shifted = jax.tree_util.Partial(lambda n, b, s: jnp.tanh(n(b)) + s, network)
+infer = coded_inference(shifted, code, mesh=mesh)
+for given in (x, jnp.asarray(x)):
+    got = infer(given, mask, np.float32(1))
+    np.testing.assert_allclose(np.asarray(got), expected, atol=1e-5)
+try:
+    partial_inference(network, code, mesh)
+except ValueError as error:
+    assert "one process, not 2" in str(error)
+    print("same", jax.process_count(), len(jax.devices()))
+"""
+
+
+def test_two_processes():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    root = str(Path(__file__).parents[1])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", _PROCESS, port, str(rank)],
+            cwd=root,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output
+        assert "same 2 8" in output
