@@ -56,8 +56,8 @@ def pool_inference(
     coded data points of all groups as one batch. `enough` says when to decode: a number of answers
     (all N unless given), or a function of the mask, such as `Forecast.below`; `deadline` is in
     seconds, and what is in by then is decoded. Predictions are (K, ...) or (groups, K, ...), NaN
-    where a data point cannot be recovered; `with_status=True` returns a `PoolResult`. `grouped` says
-    whether x comes as groups; unless given, the axis of length K tells, and K groups of K cannot.
+    where a data point cannot be recovered; `with_status=True` returns a `PoolResult`. `grouped`
+    says whether x comes as groups; unless given, the axis of length K tells, if only one has it.
 
     The encoder and the decoder are compiled here, once, for every straggler set.
 
