@@ -128,6 +128,7 @@ class Desk:
         self,
         crew: AbstractCrew,
         num_workers: int,
+        num_models: int,
         *,
         overdue: Overdue,
         max_attempts: int,
@@ -141,7 +142,7 @@ class Desk:
                 f"max_attempts {max_attempts}, hang_timeout {hang_timeout} s and start_timeout "
                 f"{start_timeout} s must be positive"
             )
-        self.num_workers = num_workers
+        self.num_workers, self.num_models = num_workers, num_models
         self._crew = crew
         self._overdue = overdue
         self._max_attempts, self._hang_timeout = max_attempts, hang_timeout
@@ -198,6 +199,11 @@ class Desk:
                         f"coded data point {point} of {batch.num_points} is not there, or has "
                         "been sent already"
                     )
+            if any(not 0 <= kind < self.num_models for kind in kinds):
+                raise ValueError(
+                    f"the workers of this pool run {self.num_models} model(s), but {max(kinds) + 1}"
+                    " are asked for: give the pool all models of the code, served one first"
+                )
             for point, value, kind in zip(points, values, kinds, strict=True):
                 batch.add(Task(batch, point, kind, value))
             self._batches[batch] = None
@@ -391,7 +397,7 @@ class Desk:
         task.running += 1
         task.batch.hope(task, 1)
         self._counts["sent"] += 1
-        if seat.since + self._limit < self._look:
+        if seat.since + min(self._limit, self._hang_timeout) < self._look:
             self._wake.notify_all()
         return worker, seat.life, task.kind, task.value
 
@@ -409,7 +415,9 @@ class Desk:
             np.isinf(self._limit) or self._counts["observed"] % _REFRESH == 0
         ):
             quantile = float(np.quantile(self._times, self._overdue.quantile))
-            self._limit = self._overdue.factor * quantile
+            limit, self._limit = self._limit, self._overdue.factor * quantile
+            if self._limit < limit:
+                self._wake.notify_all()
 
     def _watch_time(self) -> None:
         """Marks tasks that are overdue, and replaces workers that hang."""

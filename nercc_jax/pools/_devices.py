@@ -63,6 +63,7 @@ class DevicePool(AbstractPool):
         self._desk = Desk(
             _Threads(programs, faults or Faults()),
             num_workers,
+            len(models),
             overdue=overdue or Overdue(),
             max_attempts=max_attempts,
             hang_timeout=hang_timeout,

@@ -60,12 +60,15 @@ class RayPool(AbstractPool):
                 # Of os.fork, which Ray follows by exec at once: no thread of JAX is missed.
                 warnings.simplefilter("ignore", RuntimeWarning)
                 ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        wide = bool(jax.config.jax_enable_x64)  # pyright: ignore[reportAttributeAccessIssue]
         options = {"num_cpus": 0} | dict(actor_options or {})
-        load = ray.put((as_models(model), example, compiled, faults or Faults(), _settings()))
+        models = as_models(model)
+        load = ray.put((models, example, compiled, faults or Faults(), wide))
         self._crew = _Actors(load, options, owner)
         self._desk = Desk(
             self._crew,
             num_workers,
+            len(models),
             overdue=overdue or Overdue(),
             max_attempts=max_attempts,
             hang_timeout=hang_timeout,
@@ -83,11 +86,6 @@ def _ray():
     except ImportError as error:
         raise ImportError("RayPool needs Ray: pip install 'nercc-jax[ray]'") from error
     return ray
-
-
-def _settings() -> dict[str, Any]:
-    """What of this process's JAX a worker must have too, for the same numbers."""
-    return {"jax_enable_x64": jax.config.jax_enable_x64}  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class _Actors(AbstractCrew):
@@ -158,9 +156,8 @@ class _Actor:
     """What runs in a worker's process."""
 
     def __init__(self, load: Any, worker: int, life: int):
-        models, example, compiled, faults, settings = load
-        for name, value in settings.items():
-            jax.config.update(name, value)
+        models, example, compiled, faults, x64 = load
+        jax.config.update("jax_enable_x64", x64)
         program = Program(models, jax.local_devices()[0], compiled)
         warm_up([program], len(models), example)
         self._worker = Worker(program, faults, worker, life, _die)

@@ -53,7 +53,7 @@ def run_batches(
 
     def is_enough(available: np.ndarray) -> bool:
         if callable(enough):
-            return enough(available)
+            return bool(enough(available))
         return bool(available.sum() >= (code.num_workers if enough is None else enough))
 
     def run() -> Iterator[BatchOutcome]:

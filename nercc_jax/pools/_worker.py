@@ -21,16 +21,17 @@ class Program:
     """The models of a worker, served one first, with their arrays on one device.
 
     `compiled=False` calls them as they are: for a model that is no JAX function, such as a remote
-    endpoint.
+    endpoint. Precision is that of the thread that makes the program, whichever thread calls it.
     """
 
     def __init__(self, models: tuple[Model, ...], device: Device, compiled: bool):
         self._device = device
+        self._x64 = bool(jax.config.jax_enable_x64)  # pyright: ignore[reportAttributeAccessIssue]
         self._calls = tuple(_bound(model, device) if compiled else model for model in models)
 
     def __call__(self, kind: int, batch: np.ndarray) -> np.ndarray:
         """Model `kind`'s answers to a batch, on the host."""
-        with jax.default_device(self._device):
+        with jax.enable_x64(self._x64), jax.default_device(self._device):
             return np.asarray(self._calls[kind](batch))
 
 

@@ -1,0 +1,553 @@
+"""Pools of workers: one contract for all of them, the desk's rules, and faults on purpose."""
+
+import functools
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+import pytest
+from conftest import require
+
+from nercc_jax import (
+    Berrut,
+    ExponentialLatency,
+    NeRCC,
+    Parity,
+    Replication,
+    TraceLatency,
+    coded_inference,
+)
+from nercc_jax.pools import (
+    DevicePool,
+    Episodes,
+    Fault,
+    Faults,
+    Overdue,
+    RayPool,
+    pool_inference,
+)
+
+K, N = 8, 20
+SOON = 60.0  # seconds that nothing here should need
+
+
+def network(batch):
+    """Numbers that are not linear in the data, and small enough for 1e-5 in float32."""
+    return jax.numpy.stack([jax.numpy.sin(batch).mean(axis=1), jax.numpy.tanh(batch[:, 0])], 1)
+
+
+def itself(batch):
+    """Tells whose answer it is: as the data are, doubled."""
+    return 2 * batch
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """One Ray for all tests of this file: a pool uses what it finds."""
+    ray = require("ray", "ray")
+    import logging
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of fork, which Ray follows by exec
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture(params=["devices", "ray"])
+def make(request):
+    """Makes a pool of either kind."""
+    if request.param == "devices":
+        return functools.partial(DevicePool, devices=jax.local_devices())
+    request.getfixturevalue("cluster")
+    return RayPool
+
+
+def points(count, number=0, width=3):
+    """Coded data points, each a batch of one, whose every number says which point of what it is."""
+    return (
+        np.arange(count, dtype=np.float32)[:, None, None]
+        + 100 * number
+        + np.zeros((1, 1, width), np.float32)
+    )
+
+
+def soon(condition):
+    end = time.monotonic() + SOON
+    while not condition():
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.01)
+
+
+# Every pool.
+
+
+@pytest.mark.parametrize("code", [NeRCC(K, N), Berrut(5, 7)], ids=["NeRCC(8, 20)", "BACC(5, 7)"])
+def test_all_ways_of_running_agree(code, make):
+    """Sharded, unsharded and on a pool: the same predictions for the same mask."""
+    x = np.random.default_rng(0).normal(size=(2, code.num_data, 6)).astype(np.float32)
+    mesh = jax.make_mesh((8,), ("workers",))
+    unsharded = coded_inference(network, code)
+    sharded = coded_inference(network, code, mesh=mesh)
+    with make(network, 4, example=x[:, 0]) as pool:
+        infer = pool_inference(pool, code, with_status=True)
+        for enough in (None, code.num_workers - 3, 2):
+            result = infer(x, enough)
+            mask = result.answers.available
+            assert mask.sum() >= (enough or code.num_workers)
+            expected = unsharded(x, mask)
+            np.testing.assert_allclose(result.decoded.predictions, expected, atol=1e-5)
+            np.testing.assert_allclose(sharded(x, mask), expected, atol=1e-5)
+
+
+def test_a_set_of_answers_is_decoded_as_that_set(make):
+    """Points that were never sent are stragglers that are known beforehand."""
+    code = NeRCC(K, N)
+    x = np.random.default_rng(0).normal(size=(K, 6)).astype(np.float32)
+    coded = np.asarray(code.encode(x))[:, None]
+    gone = {0, 7, 8, 19}
+    with make(network, 3, example=coded[0]) as pool, pool.open(N) as batch:
+        pool.send(batch, kept := [n for n in range(N) if n not in gone], coded[kept])
+        answers = batch.wait(len(kept), SOON)
+        assert not answers.failures
+        assert set(np.flatnonzero(~answers.available)) == gone
+        assert np.isfinite(answers.seconds[kept]).all()
+        assert np.isnan(answers.seconds[list(gone)]).all()
+        predictions = code.decode(answers.values[:, 0], answers.available)
+        expected = coded_inference(network, code)(x, answers.available)
+        np.testing.assert_allclose(predictions, expected, atol=1e-5)
+
+
+def test_float64(make):
+    with jax.enable_x64(True):
+        x = np.random.default_rng(0).normal(size=(3, 2))
+        code = Replication(3, 6)
+        with make(itself, 2, example=x[:1]) as pool:
+            predictions = pool_inference(pool, code)(x)
+    assert predictions.dtype == np.float64
+    np.testing.assert_array_equal(predictions, 2 * x)
+
+
+def test_workers_run_the_model_that_the_code_gives_them(make):
+    x = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    with make((itself, itself), 3, example=x[:1]) as pool:
+        code = Parity(4, 6)
+        result = pool_inference(pool, code, with_status=True)(x, 4)
+        recovered = np.asarray(result.decoded.recovered)
+        np.testing.assert_allclose(
+            result.decoded.predictions[recovered], 2 * x[recovered], rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize("kind", ["error", "nan", "hang", "death"])
+def test_a_fault_costs_no_answer(kind, make):
+    """Each in the first call of worker 0: another worker does it, and the report says so."""
+    faults = Faults([Fault(kind, workers=(0,), calls=(0,))])
+    with make(itself, 3, example=points(1)[0], faults=faults, hang_timeout=1.5) as pool:
+        with pool.dispatch(points(6)) as batch:
+            answers = batch.wait(deadline=SOON)
+        np.testing.assert_array_equal(answers.values, 2 * points(6))
+        told = {
+            "error": "InjectedError",
+            "nan": "not finite",
+            "hang": "it hangs",
+            "death": "gone|ended",
+        }
+        assert len(answers.failures) == (kind != "hang" or len(answers.failures))
+        for failure in answers.failures:
+            assert failure.worker == 0
+            assert any(word in failure.reason for word in told[kind].split("|"))
+        if kind in ("hang", "death"):
+            # A new life begins with a first call, so the same happens again: never mind.
+            soon(lambda: pool.report().deaths >= 1 and pool.report().deaths_by_worker[0] >= 1)
+            assert pool.report().hung == (pool.report().deaths if kind == "hang" else 0)
+        else:
+            assert pool.report().errors == 1
+            assert pool.report().deaths == 0
+
+
+def test_a_delayed_answer_is_late_and_never_anothers(make):
+    """Worker 0 sleeps through its first call; the next batches go by without it."""
+    faults = Faults(
+        [Fault("delay", workers=(0,), calls=(0,), latency=TraceLatency(jax.numpy.array([2.0])))]
+    )
+    with make(itself, 4, example=points(1)[0], faults=faults) as pool:
+        for number in range(5):
+            with pool.dispatch(points(4, number), needed=3, copies=1) as batch:
+                answers = batch.wait(3, SOON)
+                assert answers.available.sum() >= 3
+                np.testing.assert_array_equal(
+                    answers.values[answers.available], 2 * points(4, number)[answers.available]
+                )
+        soon(lambda: pool.report().late >= 1)
+        soon(lambda: pool.report().idle == 4)
+        assert pool.report().wasted_seconds > 0
+        with pool.dispatch(points(4, 9)) as batch:
+            np.testing.assert_array_equal(batch.wait(deadline=SOON).values, 2 * points(4, 9))
+
+
+def test_killed_processes_are_replaced_one_after_the_other(cluster):
+    with RayPool(itself, 3, example=points(1)[0]) as pool:
+        for worker in range(3):
+            os.kill(pool.processes()[worker], signal.SIGKILL)
+            with pool.dispatch(points(9, worker)) as batch:
+                np.testing.assert_array_equal(
+                    batch.wait(deadline=SOON).values, 2 * points(9, worker)
+                )
+            # Noticed though it may have had nothing in hand.
+            soon(lambda worker=worker: pool.report().deaths_by_worker[worker] == 1)
+        soon(lambda: pool.report().idle == 3)
+        assert pool.report().deaths == 3
+        assert None not in pool.processes()
+
+
+class Unloadable:
+    """A model that cannot be read where it should run."""
+
+    def __call__(self, batch):
+        return batch
+
+    def __reduce__(self):
+        return _refuse, ()
+
+
+def _refuse():
+    raise OSError("weights are not here")
+
+
+def test_workers_that_do_not_start(make):
+    def broken(batch):
+        raise ValueError("cannot multiply")
+
+    with pytest.raises(
+        RuntimeError, match=r"does not run on a batch of shape \(1, 3\): cannot mult"
+    ):
+        make(broken, 2, example=points(1)[0])
+
+
+def test_actors_that_do_not_start(cluster):
+    with pytest.raises(RuntimeError, match=r"could not start: .*weights are not here"):
+        RayPool(Unloadable(), 1, example=points(1)[0])
+
+
+# On threads, where a test can hold a worker back for as long as it likes.
+
+
+class Gate:
+    """A model that waits where the data say 13, until it is opened."""
+
+    def __init__(self):
+        self.opened = threading.Event()
+        self.reached = threading.Event()
+
+    def __call__(self, batch):
+        if batch[0, 0] == 13:
+            self.reached.set()
+            assert self.opened.wait(SOON)
+        return 2 * batch
+
+
+@pytest.fixture
+def gate():
+    gate = Gate()
+    yield gate
+    gate.opened.set()
+
+
+def gated(gate, workers, **options):
+    return DevicePool(gate, workers, compiled=False, **options)
+
+
+def test_a_busy_straggler_gets_no_new_work(gate):
+    with gated(gate, 4, overdue=Overdue(least=10**6)) as pool:
+        first = pool.dispatch(
+            points(4, 0) + np.array([13, 0, 0, 0])[:, None, None].astype("f"), needed=3
+        )
+        assert first.wait(3, SOON).available.tolist() == [False, True, True, True]
+        first.forget()
+        for number in range(1, 20):
+            with pool.dispatch(points(4, number), needed=3) as batch:
+                answers = batch.wait(3, SOON)
+                mask = answers.available
+                assert mask.sum() == 3
+                np.testing.assert_array_equal(answers.values[mask], 2 * points(4, number)[mask])
+        report = pool.report()
+        assert report.busy == 1
+        # Three of four were worth sending each time, as there was nobody for the fourth.
+        assert report.sent == 4 + 19 * 3
+        gate.opened.set()
+        soon(lambda: pool.report().idle == 4)
+        assert pool.report().late == 1
+
+
+def test_late_answers_can_be_collected(gate):
+    with gated(gate, 4) as pool, pool.dispatch(points(4) + np.float32(10)) as batch:  # 10 .. 13
+        answers = batch.wait(3, SOON)
+        assert answers.available.tolist() == [True, True, True, False]
+        gate.opened.set()
+        answers = batch.wait(deadline=SOON)
+        np.testing.assert_array_equal(answers.values, 2 * points(4) + 20)
+        assert pool.report().late == 0
+
+
+def test_a_deadline_ends_the_wait(gate):
+    with gated(gate, 4) as pool, pool.dispatch(points(4) + np.float32(10)) as batch:
+        gate.reached.wait(SOON)
+        soon(lambda: batch.count == 3)
+        answers = batch.wait(deadline=0.05)
+        assert answers.available.tolist() == [True, True, True, False]
+        assert not answers.values[3].any()
+        assert answers.waited >= 0.05
+
+
+def test_waiting_until_a_function_of_the_mask_says_so(gate):
+    seen = []
+
+    def enough(mask):
+        seen.append(mask.tolist())
+        return mask[1] and mask[2]
+
+    with gated(gate, 4) as pool, pool.dispatch(points(4) + np.float32(10)) as batch:
+        answers = batch.wait(enough, SOON)
+        assert answers.available[[1, 2]].all()
+        assert not answers.available[3]
+        assert seen
+        assert all(any(mask) for mask in seen), "not asked before an answer is in"
+
+
+def test_an_overdue_point_goes_to_another_worker_too(gate):
+    class Once(Gate):
+        """Waits the first time only: the worker straggles, not the data point."""
+
+        def __call__(self, batch):
+            if batch[0, 0] == 13 and self.reached.is_set():
+                return 2 * batch
+            return super().__call__(batch)
+
+    once = Once()
+    with gated(once, 4, overdue=Overdue(0.5, 3.0, least=8)) as pool:
+        for number in range(1, 4):
+            with pool.dispatch(points(4, number)) as batch:
+                batch.wait(deadline=SOON)
+        with pool.dispatch(points(4) + np.float32(10), copies=1) as batch:
+            assert batch.wait(deadline=0.2).available.sum() == 3, "no copy was allowed"
+            once.reached.clear()
+        once.opened.set()
+        soon(lambda: pool.report().idle == 4)
+        once.opened.clear()
+        with pool.dispatch(points(4) + np.float32(10), copies=2) as batch:
+            answers = batch.wait(deadline=SOON)
+            np.testing.assert_array_equal(answers.values, 2 * points(4) + 20)
+        assert pool.report().copies >= 1
+        once.opened.set()
+
+
+def test_points_go_out_one_after_the_other_and_changes_are_told():
+    told = threading.Semaphore(0)
+    with DevicePool(itself, 2, compiled=False) as pool:
+        with pool.open(3, on_change=lambda batch: told.release()) as batch:
+            for point in (2, 0, 1):
+                pool.send(batch, [point], points(3)[[point]])
+                assert told.acquire(timeout=SOON)
+                np.testing.assert_array_equal(batch.answer(point), 2 * points(3)[point])
+            assert batch.count == 3
+        with pytest.raises(ValueError, match="has been forgotten"):
+            pool.send(batch, [0], points(1))
+
+
+def test_a_model_that_always_fails():
+    def broken(batch):
+        raise KeyError("no such layer")
+
+    with DevicePool(broken, 3, compiled=False, max_attempts=2) as pool:
+        with pool.dispatch(points(2)) as batch:
+            answers = batch.wait(deadline=SOON)
+        assert answers.values is None
+        assert not answers.available.any()
+        assert len(answers.failures) == 4, "two points, two attempts each"
+        with pytest.raises(RuntimeError, match=r"and none will: .*no such layer"):
+            pool_inference(pool, Replication(2, 2))(np.ones((2, 3), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (lambda b: b.sum(), r"1 data points came back as an array of shape \(\)"),
+        (lambda b: b.astype(int), "codes work on floats"),
+        (lambda b: np.full_like(b, np.inf), "not finite"),
+    ],
+)
+def test_answers_that_are_none(answer, reason):
+    with (
+        DevicePool(answer, 2, compiled=False, max_attempts=1) as pool,
+        pytest.raises(RuntimeError, match=reason),
+    ):
+        pool_inference(pool, Replication(2, 2))(np.ones((2, 3), np.float32))
+
+
+def test_nobody_answers_in_time(gate):
+    with gated(gate, 2) as pool:
+        infer = pool_inference(pool, Replication(1, 2))
+        with pytest.raises(TimeoutError, match=r"within 0.1 s: 2 workers are busy"):
+            infer(np.full((1, 3), 13, np.float32), deadline=0.1)
+        gate.opened.set()
+        np.testing.assert_array_equal(infer(np.ones((1, 3), np.float32)), np.full((1, 3), 2))
+
+
+def test_too_few_answers_in_time(gate):
+    with gated((gate, gate), 4) as pool:
+        infer = pool_inference(pool, Parity(2, 3))
+        x = np.array([[13.0], [13.0]], np.float32)  # their sum is answered
+        with pytest.raises(TimeoutError, match="recovered from the 1 of 3 answers"):
+            infer(x, deadline=0.5)
+
+
+def test_closing_ends_every_wait(gate):
+    pool = gated(gate, 1)
+    batch = pool.dispatch(points(3) + np.float32(13))
+    with ThreadPoolExecutor(1) as executor:
+        waiting = executor.submit(batch.wait, None, SOON)
+        assert gate.reached.wait(SOON)
+        pool.close()
+        answers = waiting.result(SOON)
+    assert answers.values is None
+    assert {failure.reason for failure in answers.failures} == {"the pool was closed"}
+    with pytest.raises(ValueError, match="this pool is closed"):
+        pool.dispatch(points(1))
+    pool.close()
+
+
+def test_many_threads_at_one_pool():
+    """Every caller gets its own answers."""
+    faults = Faults([Fault("error", probability=0.05), Fault("death", probability=0.02)], seed=3)
+    with DevicePool(itself, 6, compiled=False, faults=faults, max_attempts=20) as pool:
+
+        def call(number):
+            with pool.dispatch(points(4, number)) as batch:
+                return batch.wait(deadline=SOON).values
+
+        with ThreadPoolExecutor(8) as executor:
+            for number, values in enumerate(executor.map(call, range(200))):
+                np.testing.assert_array_equal(values, 2 * points(4, number))
+        assert pool.report().deaths > 0
+        assert pool.report().errors > 0
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda pool: pool.dispatch(np.ones(3)),
+            r"\(num_points, batch, ...\), not of shape \(3,\)",
+        ),
+        (lambda pool: pool.dispatch(np.ones((0, 1))), "not of shape"),
+        (lambda pool: pool.dispatch(points(2), needed=3), "a batch of 2 needs 1 to as many"),
+        (lambda pool: pool.dispatch(points(2), copies=0), "1 copy or more, not 0"),
+        (lambda pool: pool.dispatch(points(2)).wait(3), "wait for 1 to 2 answers, not 3"),
+        (lambda pool: pool.dispatch(points(2)).wait(deadline=0.0), "a positive number of seconds"),
+        (lambda pool: pool.dispatch(points(2), kinds=[0, 1]), r"run 1 model\(s\), but 2 are asked"),
+        (lambda pool: pool.send(pool.open(2), [2], points(1)), "point 2 of 2 is not there"),
+        (lambda pool: pool_inference(pool, NeRCC(2, 4))(np.ones((3, 1))), r"x has shape \(3, 1\)"),
+        (lambda pool: pool_inference(pool, NeRCC(2, 4))(np.ones((2, 1), int)), "x is int64"),
+        (
+            lambda pool: pool_inference(pool, NeRCC(2, 4))(np.array([[1.0], [np.nan]])),
+            r"data points \[1\] are not finite",
+        ),
+    ],
+)
+def test_errors_come_before_anything_is_sent(call, message, untyped):
+    with DevicePool(itself, 1, compiled=False) as pool, pytest.raises(ValueError, match=message):
+        call(pool)
+
+
+def test_errors_in_a_pools_numbers(untyped):
+    with pytest.raises(ValueError, match="1 worker or more, not 0"):
+        DevicePool(itself, 0)
+    with pytest.raises(ValueError, match="must be positive"):
+        DevicePool(itself, 1, hang_timeout=0.0)
+    with pytest.raises(ValueError, match="need a model"):
+        DevicePool([], 1)
+    with pytest.raises(ValueError, match="a quantile in"):
+        Overdue(1.5)
+
+
+# Faults.
+
+
+def strikes(fault, calls=2000, seed=0, worker=0, life=0):
+    law = Faults([fault], seed).at(worker, life)
+    return [law.next() for _ in range(calls)]
+
+
+def test_faults_strike_as_often_as_they_should_and_alike_for_a_seed():
+    error = Fault("error", probability=0.1)
+    drawn = strikes(error)
+    assert 150 < sum("error" in kinds for _, kinds in drawn) < 250
+    assert drawn == strikes(error)
+    assert drawn != strikes(error, seed=1)
+    assert drawn != strikes(error, worker=1)
+    assert drawn != strikes(error, life=1)
+
+
+def test_delays_follow_their_law():
+    drawn = strikes(Fault("delay", latency=ExponentialLatency(0.5)))
+    assert 0.45 < np.mean([seconds for seconds, _ in drawn]) < 0.55
+    assert drawn == strikes(Fault("delay", latency=ExponentialLatency(0.5)))
+    both = Faults([Fault("delay", latency=TraceLatency(jax.numpy.array([0.25])))] * 2).at(0, 0)
+    assert both.next() == (0.5, set())
+
+
+def test_faults_of_some_workers_and_calls():
+    fault = Fault("nan", workers=(1, 2), calls=(0, 3))
+    assert strikes(fault, 5, worker=0) == [(0.0, set())] * 5
+    struck = [bool(kinds) for _, kinds in strikes(fault, 5, worker=2)]
+    assert struck == [True, False, False, True, False]
+
+
+def test_episodes_are_the_same_everywhere_and_as_long_as_they_should_be():
+    episodes = Episodes(every=10.0, lasting=2.0, seed=4, origin=1000.0)
+    spells = [spell for spell, _ in zip(episodes.spells(), range(4000), strict=False)]
+    again = [spell for spell, _ in zip(episodes.spells(), range(4000), strict=False)]
+    assert spells == again
+    start, end = np.transpose(spells)
+    assert (np.diff(np.ravel(spells)) > 0).all()
+    assert 1.8 < np.mean(end - start) < 2.2
+    assert 9.5 < np.mean(np.diff(start)) < 10.5
+
+
+def test_a_rack_is_slow_together(monkeypatch):
+    fault = Fault(
+        "delay",
+        workers=(0, 1),
+        latency=TraceLatency(jax.numpy.array([1.0])),
+        episodes=Episodes(every=10.0, lasting=5.0, origin=0.0),
+    )
+    laws = [Faults([fault]).at(worker, 0) for worker in range(3)]
+    slow = []
+    for now in np.arange(0.0, 200.0, 0.5).tolist():
+        monkeypatch.setattr("nercc_jax.pools._faults.time.time", lambda now=now: now)
+        slow.append([law.next()[0] > 0 for law in laws])
+    slow = np.array(slow)
+    np.testing.assert_array_equal(slow[:, 0], slow[:, 1])
+    assert not slow[:, 2].any()
+    assert 0.3 < slow[:, 0].mean() < 0.7
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Fault("late"), "a fault is one of"),
+        (lambda: Fault("nan", probability=1.5), r"in \[0, 1\]"),
+        (lambda: Fault("delay"), "needs a latency law"),
+        (lambda: Fault("nan", latency=ExponentialLatency(1.0)), "nothing else takes one"),
+        (lambda: Episodes(1.0, 2.0), "end before the next begins"),
+    ],
+)
+def test_errors_in_faults(make, message, untyped):
+    with pytest.raises(ValueError, match=message):
+        make()
