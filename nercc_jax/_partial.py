@@ -24,7 +24,8 @@ _POLL_SECONDS = 2e-4  # models take milliseconds, a look at a device's answer so
 def partial_inference(
     model: Model | Sequence[Model], code: AbstractCode, mesh: Mesh, *, max_behind: int = 2
 ) -> Callable[..., Decoded]:
-    """A function `infer(x, *, number=None, deadline) -> Decoded` that waits for no slow device.
+    """A function `infer(x, *, number=None, deadline, grouped=False) -> Decoded`, which waits for
+    no slow device.
 
     Workers are spread over the mesh's axis `workers`, as by `coded_inference(..., mesh=mesh)`, but
     the program that encodes and runs the model moves nothing between them, so each device is done
@@ -33,7 +34,8 @@ def partial_inference(
     answers come all at once: those of all its workers for all groups. `heard` tells the workers
     that were used; one whose answer is there but not finite is a straggler.
 
-    x: (K, ...) or (groups, K, ...), floats; the result has groups accordingly. A group with a data
+    x: (K, ...) or (groups, K, ...), floats; the result has groups accordingly. `grouped=True` says
+    that x is groups, which K groups of K data points would leave open. A group with a data
     point that is not finite is NaN, and not `recovered`. Decoding runs on a CPU device outside the
     mesh where there is one, else on a device that has answered.
 
@@ -58,14 +60,17 @@ def partial_inference(
     code = jax.tree.map(np.asarray, code)
     unfinished: list[Array] = []
 
-    def infer(x: ArrayLike, *, number: int | None = None, deadline: float) -> Decoded:
+    def infer(
+        x: ArrayLike, *, number: int | None = None, deadline: float, grouped: bool = False
+    ) -> Decoded:
         start = time.monotonic()
         number = code.num_workers if number is None else number
         if not 1 <= number <= code.num_workers:
             raise ValueError(f"number must be 1 to {code.num_workers} workers, not {number}")
         if not deadline > 0:
             raise ValueError(f"deadline must be a positive number of seconds, not {deadline}")
-        x, _, grouped = as_groups(code, x, np.ones(code.num_workers, bool))
+        masks = (*np.shape(x)[:grouped], code.num_workers)
+        x, _, grouped = as_groups(code, x, np.ones(masks, bool))
 
         if not _wait(lambda: not _behind(unfinished, max_behind), start + deadline):
             busy = sorted(device.id for device in _behind(unfinished, max_behind))

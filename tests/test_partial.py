@@ -117,6 +117,10 @@ def test_broken_data_points_answers_and_one_group(x):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
     alone = infer(x[0], deadline=LONG)
     np.testing.assert_allclose(alone.predictions, expected.predictions[0], atol=1e-5)
+    square = np.concatenate([x, x])
+    with pytest.raises(ValueError, match="may be one group of 4 or 4 groups"):
+        infer(square, deadline=LONG)
+    assert infer(square, deadline=LONG, grouped=True).predictions.shape == square.shape
     nothing = infer(x[1], deadline=LONG)
     assert not nothing.recovered.any()
     assert np.isnan(nothing.predictions).all()
