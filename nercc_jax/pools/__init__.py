@@ -3,7 +3,6 @@
 from ._batch import Answers as Answers
 from ._batch import Batch as Batch
 from ._batch import Failure as Failure
-from ._desk import Overdue as Overdue
 from ._desk import PoolReport as PoolReport
 from ._devices import DevicePool as DevicePool
 from ._faults import Episodes as Episodes
@@ -13,6 +12,7 @@ from ._faults import InjectedError as InjectedError
 from ._inference import PoolResult as PoolResult
 from ._inference import Timing as Timing
 from ._inference import pool_inference as pool_inference
+from ._overdue import Overdue as Overdue
 from ._pool import AbstractPool as AbstractPool
 from ._ray import RayPool as RayPool
 from ._run import BatchOutcome as BatchOutcome

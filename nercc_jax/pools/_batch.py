@@ -9,6 +9,8 @@ from typing import TypeAlias
 import numpy as np
 from jaxtyping import Bool, Float
 
+from ._overdue import Overdue
+
 # When to stop waiting: this many answers are in, or these answers are enough.
 Enough: TypeAlias = int | Callable[[np.ndarray], bool]
 
@@ -76,10 +78,12 @@ class Batch:
         num_points: int,
         needed: int,
         copies: int,
+        overdue: Overdue,
         on_change: Callable[["Batch"], None] | None,
         on_forget: Callable[["Batch"], None],
     ):
         self.num_points, self.needed, self.copies = num_points, needed, copies
+        self.overdue = overdue
         self.open = True
         self.waiting: list[Task] = []
         self.tasks: dict[int, Task] = {}
@@ -181,6 +185,7 @@ class Batch:
         return self._unsettled == 0
 
     def add(self, task: Task) -> None:
+        """Takes a task that is to be sent."""
         self.tasks[task.point] = task
         self.waiting.append(task)
         self._unsettled += 1

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from ._batch import Batch, Failure, Task
+from ._overdue import Overdue
 
 
 class WorkerDied(Exception):
@@ -52,27 +53,6 @@ class AbstractCrew(abc.ABC):
     @abc.abstractmethod
     def close(self) -> None:
         """Ends all workers."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Overdue:
-    """When a task is overdue: after `factor` times this `quantile` of recent service times.
-
-    Hedging as published waits for the 95th percentile: `Overdue(0.95, 1.0)`. Where more than one in
-    twenty straggles that quantile is a straggler's own time, so the default looks at the median.
-    Until `least` answers are in, nothing is overdue.
-    """
-
-    quantile: float = 0.5
-    factor: float = 3.0
-    least: int = 20
-
-    def __post_init__(self):
-        if not 0 < self.quantile < 1 or not self.factor > 0:
-            raise ValueError(
-                f"a quantile in (0, 1) and a positive factor are needed, not {self.quantile} "
-                f"and {self.factor}"
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +132,7 @@ class Desk:
         self._idle: collections.deque[int] = collections.deque()
         self._batches: dict[Batch, None] = {}  # open ones that may want to send, in order
         self._times: collections.deque[float] = collections.deque(maxlen=_WINDOW)
-        self._limit = np.inf
+        self._limits = {overdue: np.inf}  # seconds after which tasks are overdue, by rule
         self._counts: collections.Counter[str] = collections.Counter()
         self._seconds = self._wasted = 0.0
         self._closed = False
@@ -173,6 +153,7 @@ class Desk:
         needed: int | None,
         copies: int,
         on_change: Callable[[Batch], None] | None,
+        overdue: Overdue | None,
     ) -> Batch:
         if needed is None:
             needed = num_points
@@ -180,7 +161,9 @@ class Desk:
             raise ValueError(f"a batch of {num_points} needs 1 to as many answers, not {needed}")
         if copies < 1:
             raise ValueError(f"a coded data point has 1 copy or more, not {copies}")
-        return Batch(self._lock, num_points, needed, copies, on_change, self._forget)
+        if overdue is None:
+            overdue = self._overdue
+        return Batch(self._lock, num_points, needed, copies, overdue, on_change, self._forget)
 
     def add(
         self,
@@ -207,6 +190,8 @@ class Desk:
             for point, value, kind in zip(points, values, kinds, strict=True):
                 batch.add(Task(batch, point, kind, value))
             self._batches[batch] = None
+            if batch.overdue not in self._limits:
+                self._limits[batch.overdue] = self._limit(batch.overdue)
             # At first everything goes to whoever is free: redundancy is sent while it is cheap.
             sends = []
             while self._idle and batch.waiting:
@@ -397,7 +382,8 @@ class Desk:
         task.running += 1
         task.batch.hope(task, 1)
         self._counts["sent"] += 1
-        if seat.since + min(self._limit, self._hang_timeout) < self._look:
+        limit = self._limits[task.batch.overdue]
+        if seat.since + min(limit, self._hang_timeout) < self._look:
             self._wake.notify_all()
         return worker, seat.life, task.kind, task.value
 
@@ -411,13 +397,19 @@ class Desk:
     def _observe(self, seconds: float) -> None:
         self._times.append(seconds)
         self._counts["observed"] += 1
-        if len(self._times) >= self._overdue.least and (
-            np.isinf(self._limit) or self._counts["observed"] % _REFRESH == 0
-        ):
-            quantile = float(np.quantile(self._times, self._overdue.quantile))
-            limit, self._limit = self._limit, self._overdue.factor * quantile
-            if self._limit < limit:
-                self._wake.notify_all()
+        # Often at first, until every rule has seen enough to have a limit.
+        if self._counts["observed"] % _REFRESH and not np.isinf(max(self._limits.values())):
+            return
+        before = self._limits
+        self._limits = {overdue: self._limit(overdue) for overdue in before}
+        if any(self._limits[overdue] < limit for overdue, limit in before.items()):
+            self._wake.notify_all()
+
+    def _limit(self, overdue: Overdue) -> float:
+        """The seconds after which this rule has a task overdue, for now."""
+        if len(self._times) < overdue.least:
+            return np.inf
+        return overdue.factor * float(np.quantile(self._times, overdue.quantile))
 
     def _watch_time(self) -> None:
         """Marks tasks that are overdue, and replaces workers that hang."""
@@ -435,8 +427,9 @@ class Desk:
                         self._counts["hung"] += 1
                         self._bury(worker, f"no answer within {self._hang_timeout} s: it hangs")
                         continue
-                    if age < self._limit:
-                        due = min(due, self._limit - age)
+                    limit = self._limits[seat.task.batch.overdue]
+                    if age < limit:
+                        due = min(due, limit - age)
                     elif not seat.overdue:
                         seat.overdue = True
                         seat.task.batch.hope(seat.task, -1)

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 
 from .._workers import Model
-from ._desk import AbstractCrew, Desk, Overdue, WorkerDied
+from ._desk import AbstractCrew, Desk, WorkerDied
 from ._faults import Faults
+from ._overdue import Overdue
 from ._pool import AbstractPool
 from ._worker import Device, Program, Worker, as_models, warm_up
 

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from ._batch import Batch
 from ._desk import Desk, PoolReport
+from ._overdue import Overdue
 
 
 class AbstractPool(abc.ABC):
@@ -59,13 +60,15 @@ class AbstractPool(abc.ABC):
         needed: int | None = None,
         copies: int = 2,
         on_change: Callable[[Batch], Any] | None = None,
+        overdue: Overdue | None = None,
     ) -> Batch:
         """A batch of coded data points that are sent one after the other, as they become known.
 
         `on_change(batch)` is called after each answer, or failure, from one of the pool's threads:
-        it must be quick, and must not wait for the batch. Numbers as in `dispatch`.
+        it must be quick, and must not wait for the batch. `overdue` is when this batch's coded data
+        points are overdue (the pool's unless given). Numbers as in `dispatch`.
         """
-        return self._desk.open(num_points, needed, copies, on_change)
+        return self._desk.open(num_points, needed, copies, on_change, overdue)
 
     def send(
         self,
