@@ -1,10 +1,13 @@
 """Pools of workers: one contract for all of them, the desk's rules, and faults on purpose."""
 
 import functools
+import logging
 import os
 import signal
+import sys
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -49,14 +52,13 @@ def itself(batch):
 def cluster():
     """One Ray for all tests of this file: a pool uses what it finds."""
     ray = require("ray", "ray")
-    import logging
-    import warnings
-
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import it
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of fork, which Ray follows by exec
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     yield ray
     ray.shutdown()
+    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
 @pytest.fixture(params=["devices", "ray"])

@@ -1,0 +1,192 @@
+"""The desk's rules of who gets what, with workers that only do what the test says."""
+
+import collections
+import threading
+
+import numpy as np
+import pytest
+
+from nercc_jax.pools import Overdue
+from nercc_jax.pools._desk import AbstractCrew, Desk, WorkerDied
+
+
+class Script(AbstractCrew):
+    """Workers on paper: `sent` is what each has in hand; the test answers for them."""
+
+    def __init__(self, refuse=()):
+        self.sent = {}
+        self.lives = collections.Counter()
+        self.refuse = refuse  # workers that never start
+        self.closed = False
+
+    def start(self, worker, life, hear):
+        self.hear = hear
+        self.lives[worker] += 1
+        outcome = OSError("no such host") if worker in self.refuse else None
+        # From a thread of its own, as all crews do: the desk is busy with this call.
+        threading.Thread(target=hear, args=(worker, life, outcome)).start()
+
+    def send(self, worker, life, kind, batch):
+        assert worker not in self.sent, "a busy worker was given work"
+        self.sent[worker] = (life, int(batch[0, 0]))
+
+    def close(self):
+        self.closed = True
+
+    def answer(self, worker, outcome=None):
+        life, point = self.sent.pop(worker)
+        self.hear(worker, life, np.full((1, 1), float(point)) if outcome is None else outcome)
+
+    @property
+    def points(self):
+        return {worker: point for worker, (_, point) in self.sent.items()}
+
+
+@pytest.fixture
+def crew():
+    return Script()
+
+
+@pytest.fixture
+def open_desk(crew):
+    desks = []
+
+    def make(num_workers, **options):
+        defaults = {
+            "overdue": Overdue(least=10**6),
+            "max_attempts": 3,
+            "hang_timeout": 60.0,
+            "start_timeout": 30.0,
+        }
+        desks.append(Desk(crew, num_workers, 1, **(defaults | options)))
+        return desks[-1]
+
+    yield make
+    for desk in desks:
+        desk.close()
+
+
+def dispatch(desk, count, needed=None, copies=2):
+    batch = desk.open(count, needed, copies, None, None)
+    desk.add(batch, range(count), np.arange(count, dtype=float)[:, None, None], [0] * count)
+    return batch
+
+
+def test_one_task_a_worker_and_the_rest_as_they_become_free(crew, open_desk):
+    desk = open_desk(2)
+    batch = dispatch(desk, 5)
+    assert sorted(crew.points.values()) == [0, 1]
+    order = []
+    while crew.sent:
+        worker = next(iter(crew.sent))
+        order.append(crew.points[worker])
+        crew.answer(worker)
+    assert sorted(order) == list(range(5))
+    np.testing.assert_array_equal(batch.wait().values[:, 0, 0], np.arange(5))
+
+
+def test_what_is_beyond_need_is_not_sent_to_one_that_becomes_free(crew, open_desk):
+    desk = open_desk(3)
+    dispatch(desk, 5, needed=3)
+    assert sorted(crew.points.values()) == [0, 1, 2]
+    crew.answer(0)
+    assert len(crew.sent) == 2, "two are under way, one is in: that may do"
+    crew.answer(1, OSError("lost"))
+    assert len(crew.sent) == 2, "one failed, so another was sent"
+
+
+def test_older_batches_come_first(crew, open_desk):
+    desk = open_desk(1)
+    first, second = dispatch(desk, 2), dispatch(desk, 2)
+    for number in range(4):
+        assert (first.count, second.count) == (min(number, 2), max(number - 2, 0))
+        crew.answer(0)
+    assert first.over
+    assert second.over
+
+
+def test_a_forgotten_batch_sends_nothing_more_and_its_answers_are_late(crew, open_desk):
+    desk = open_desk(1)
+    batch = dispatch(desk, 3)
+    batch.forget()
+    batch.forget()
+    other = dispatch(desk, 1)
+    assert len(crew.sent) == 1
+    crew.answer(0, np.full((1, 1), 99.0))
+    assert desk.report().late == 1
+    assert not other.available.any(), "it was not its answer"
+    crew.answer(0)
+    assert other.answer(0) == 0.0
+    assert batch.count == 0
+
+
+def test_a_dead_workers_task_goes_on_and_its_old_life_is_not_heard(crew, open_desk):
+    desk = open_desk(2)
+    batch = dispatch(desk, 2)
+    (worker, (life, point)), *_ = crew.sent.items()
+    crew.answer(worker, WorkerDied("killed"))
+    crew.hear(worker, life, np.full((1, 1), 99.0))  # a ghost
+    crew.hear(worker, life, WorkerDied("killed"))
+    assert batch.failures[0].reason == "killed"
+    for _ in range(2):
+        crew.answer(next(iter(crew.sent)))
+    answers = batch.wait()
+    assert answers.values[point, 0, 0] == point
+    report = desk.report()
+    assert (report.deaths, report.deaths_by_worker[worker]) == (1, 1)
+    assert crew.lives[worker] == 2
+
+
+def test_attempts_are_counted(crew, open_desk):
+    desk = open_desk(2, max_attempts=2)
+    batch = dispatch(desk, 1)
+    for _ in range(2):
+        crew.answer(next(iter(crew.sent)), ValueError("cannot"))
+    answers = batch.wait()
+    assert answers.values is None
+    assert [failure.reason for failure in answers.failures] == ["ValueError: cannot"] * 2
+    assert {failure.worker for failure in answers.failures} == {0, 1}, "not the same one again"
+
+
+def test_a_second_copy_that_comes_first_wins(crew, open_desk):
+    desk = open_desk(2, overdue=Overdue(0.5, 1.0, least=4))
+    for _ in range(2):
+        warm = dispatch(desk, 2)
+        crew.answer(0)
+        crew.answer(1)
+        warm.forget()
+    batch = dispatch(desk, 1)
+    while len(crew.sent) < 2:
+        assert batch.wait(deadline=0.01).values is None
+    assert set(crew.points.values()) == {0}
+    second = list(crew.sent)[1]
+    crew.answer(second)
+    assert batch.wait().available.all()
+    crew.answer(next(iter(crew.sent)), np.full((1, 1), 99.0))
+    assert batch.answer(0) == 0.0
+    report = desk.report()
+    assert (report.copies, report.late, report.errors) == (1, 1, 0)
+
+
+def test_workers_that_never_start_again(crew, open_desk):
+    desk = open_desk(2)
+    crew.refuse = {0, 1}
+    batch = dispatch(desk, 3)
+    for worker in list(crew.sent):
+        crew.answer(worker, WorkerDied("killed"))
+    answers = batch.wait(deadline=30.0)
+    assert answers.values is None
+    assert answers.failures[-1].reason == "no worker is left"
+    report = desk.report()
+    assert (report.gone, report.starting, report.idle) == (2, 0, 0)
+    assert dispatch(desk, 1).wait().failures[0].reason == "no worker is left"
+
+
+def test_a_crew_that_does_not_start():
+    crew = Script(refuse={1})
+    options = {"overdue": Overdue(), "max_attempts": 1, "hang_timeout": 1.0}
+    with pytest.raises(
+        RuntimeError, match=r"1 of 2 workers started; worker 1 could not start: OSE"
+    ):
+        Desk(crew, 2, 1, start_timeout=30.0, **options)
+    assert crew.closed
