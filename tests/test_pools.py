@@ -23,6 +23,7 @@ from nercc_jax import (
     Replication,
     TraceLatency,
     coded_inference,
+    make_forecast,
 )
 from nercc_jax.pools import (
     DevicePool,
@@ -320,6 +321,24 @@ def test_waiting_until_a_function_of_the_mask_says_so(gate):
         assert not answers.available[3]
         assert seen
         assert all(any(mask) for mask in seen), "not asked before an answer is in"
+
+
+def test_waiting_until_the_forecast_is_good_enough(gate):
+    """More answers are waited for where these would not do, and no more than that."""
+    code = Replication(2, 4)
+    calibration = np.random.default_rng(0).normal(size=(8, 1)).astype(np.float32)
+    enough = make_forecast(itself, code, calibration).below(max_error=0.1)
+    x = np.array([[13.0], [1.0]], np.float32)
+    with gated(gate, 4) as pool:
+        infer = pool_inference(pool, code, with_status=True)
+        result = infer(x, enough, deadline=0.3)
+        assert result.answers.available.tolist() == [False, True, False, True]
+        assert result.answers.waited >= 0.3, "both copies of the first were missing"
+        gate.opened.set()
+        soon(lambda: pool.report().idle == 4)
+        result = infer(x, enough, SOON)
+        assert result.decoded.recovered.all()
+        np.testing.assert_array_equal(result.decoded.predictions, 2 * x)
 
 
 def test_an_overdue_point_goes_to_another_worker_too(gate):
