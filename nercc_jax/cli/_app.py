@@ -4,6 +4,7 @@ import typer
 
 from ._demo import demo
 from ._models import models
+from ._run import run_command
 from ._tune import tune_command
 
 app = typer.Typer(
@@ -14,4 +15,5 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(models)
+app.command("run")(run_command)
 app.command("tune")(tune_command)

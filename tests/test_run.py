@@ -1,0 +1,383 @@
+"""Runs over a data set: nothing lost, nothing mixed up, whatever happens to the workers."""
+
+import csv
+import os
+import signal
+import threading
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import require
+from typer.testing import CliRunner
+
+from nercc_jax import NeRCC, Parity, Replication, coded_inference, save_code
+from nercc_jax.cli import _run as command
+from nercc_jax.cli._app import app
+from nercc_jax.pools import DevicePool, Fault, Faults, run_batches
+from nercc_models import load_data, load_model
+
+
+def numbered(count, groups, num_data):
+    """Batches (groups, K, 1) whose data points are the numbers from 0 on: no two are alike."""
+    numbers = np.arange(count * groups * num_data, dtype=np.float32)
+    return list(numbers.reshape(count, groups, num_data, 1))
+
+
+def linear(batch):
+    """Whole numbers stay whole, and exact in float32."""
+    return jnp.concatenate([3 * batch + 1, -batch], axis=1)
+
+
+def exact(x):
+    return np.concatenate([3 * x + 1, -x], axis=-1)
+
+
+# The function under the command.
+
+
+def test_outcomes_come_in_order_and_are_exact():
+    batches = numbered(20, 2, 3)
+    with DevicePool(linear, 6, example=np.zeros((2, 1), np.float32)) as pool:
+        for number, outcome in enumerate(run_batches(pool, Replication(3, 6), batches, enough=5)):
+            assert (outcome.number, outcome.attempts, outcome.trouble) == (number, 1, None)
+            assert not outcome.short
+            np.testing.assert_array_equal(
+                outcome.result.decoded.predictions, exact(batches[number])
+            )
+    assert number == 19
+
+
+def test_k_groups_of_k_are_groups():
+    x = numbered(1, 3, 3)
+    with DevicePool(linear, 6) as pool:
+        (outcome,) = run_batches(pool, Replication(3, 6), x)
+    np.testing.assert_array_equal(outcome.result.decoded.predictions, exact(x[0]))
+
+
+def failing_on(*numbers, times=10**9):
+    """A model that raises where a batch holds one of the numbers, so many times."""
+    left = [times]
+
+    def model(batch):
+        if np.isin(batch, numbers).any() and left[0] > 0:
+            left[0] -= 1
+            raise RuntimeError("this one is not for me")
+        return np.asarray(exact(batch))
+
+    return model
+
+
+def test_a_batch_that_nobody_answers_is_sent_again():
+    # Both data points of batch 1, their copies and 3 tries of each: 12 errors use one attempt up.
+    with DevicePool(failing_on(2, 3, times=12), 4, compiled=False) as pool:
+        outcomes = list(run_batches(pool, Replication(2, 4), numbered(3, 1, 2)))
+    assert [outcome.attempts for outcome in outcomes] == [1, 2, 1]
+    assert "this one is not for me" in outcomes[1].trouble
+    for outcome, x in zip(outcomes, numbered(3, 1, 2), strict=True):
+        np.testing.assert_array_equal(outcome.result.decoded.predictions, exact(x))
+
+
+def test_a_batch_that_stays_lost_is_told_and_the_next_follows():
+    with DevicePool(failing_on(2, 3), 4, compiled=False) as pool:
+        outcomes = list(run_batches(pool, Replication(2, 4), numbered(3, 1, 2), attempts=2))
+    assert [outcome.result is None for outcome in outcomes] == [False, True, False]
+    assert outcomes[1].attempts == 2
+    assert not outcomes[1].short
+
+
+def test_what_can_be_recovered_of_a_batch_is_kept():
+    with DevicePool(failing_on(3), 4, compiled=False) as pool:
+        _, outcome = run_batches(pool, Replication(2, 4), numbered(2, 1, 2))
+    assert outcome.attempts == 3
+    assert outcome.short
+    np.testing.assert_array_equal(outcome.result.decoded.recovered, [[True, False]])
+    np.testing.assert_array_equal(outcome.result.decoded.predictions[0, 0], [7, -2])
+    assert "1 of 2 data points cannot be recovered" in outcome.trouble
+
+
+@pytest.mark.parametrize("enough", [6, lambda mask: mask.sum() >= 6])
+def test_a_batch_decoded_at_the_deadline_is_short(enough):
+    faults = Faults([Fault("hang", workers=[0])])
+    code = NeRCC(2, 6)
+    with DevicePool(linear, 6, faults=faults, example=np.zeros((1, 1), np.float32)) as pool:
+        (outcome,) = run_batches(pool, code, numbered(1, 1, 2), enough=enough, deadline=1.0)
+        assert outcome.short
+        assert outcome.result.answers.available.sum() == 5
+        assert outcome.attempts == 1
+
+
+def test_no_attempt_is_refused(untyped):
+    with (
+        DevicePool(linear, 2) as pool,
+        pytest.raises(ValueError, match="1 attempt or more, not 0"),
+    ):
+        run_batches(pool, Replication(1, 2), [], attempts=0)
+
+
+# Workers die for good while it runs.
+
+
+class Killer(threading.Thread):
+    """SIGKILLs one worker after the other, each time the run has come so many batches further."""
+
+    def __init__(self, pool, kills, batches):
+        super().__init__(daemon=True)
+        self.pool, self.pids = pool, []
+        self.due = [(kill + 1) * batches // (kills + 1) for kill in range(kills)]
+        self.done = 0
+        self.over = False
+        self.random = np.random.default_rng(0)
+
+    def run(self):
+        for kill, due in enumerate(self.due):
+            while self.done < due and not self.over:
+                time.sleep(0.001)
+            time.sleep(self.random.uniform(0, 0.01))  # anywhere within a batch
+            self.kill(kill)
+
+    def kill(self, kill):
+        """Only a process that lives and was not killed before: each kill is one death."""
+        while True:
+            alive = [pid for pid in self.pool.processes() if pid and pid not in self.pids]
+            if alive:
+                pid = alive[kill % len(alive)]
+                self.pids.append(pid)
+                os.kill(pid, signal.SIGKILL)
+                return
+            time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def ray_pool():
+    require("ray", "ray")
+    from nercc_jax.pools import RayPool
+
+    def model(batch):  # goes to the workers by value: they cannot import this file
+        return jnp.concatenate([3 * batch + 1, -batch], axis=1)
+
+    with RayPool(model, 6, example=np.zeros((2, 1), np.float32)) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("code", [Replication(3, 6), NeRCC(3, 6)], ids=["replication", "nercc"])
+def test_killing_ray_workers_loses_no_batch_and_mixes_up_none(ray_pool, code):
+    """What is guaranteed: every kill of a live worker is one death in the report, and no other."""
+    batches = numbered(1000, 2, 3)
+    before = ray_pool.report()
+    killer = Killer(ray_pool, 12, len(batches))
+    killer.start()
+    unsharded = coded_inference(linear, code)
+    try:
+        for outcome in run_batches(ray_pool, code, batches, enough=5):
+            assert outcome.number == killer.done
+            x = batches[outcome.number]
+            assert outcome.result is not None, outcome.trouble
+            decoded = outcome.result.decoded
+            assert decoded.recovered.all()
+            if isinstance(code, Replication):
+                np.testing.assert_array_equal(decoded.predictions, exact(x))
+            else:
+                expected = unsharded(x, decoded.heard)
+                np.testing.assert_allclose(decoded.predictions, expected, rtol=1e-5, atol=0.01)
+            killer.done += 1
+    finally:
+        killer.over = True
+        killer.join(60)
+    assert killer.done == 1000
+    assert not killer.is_alive()
+    deaths = [
+        after - b
+        for after, b in zip(
+            settled(ray_pool, before.deaths + 12).deaths_by_worker,
+            before.deaths_by_worker,
+            strict=True,
+        )
+    ]
+    assert sum(deaths) == len(killer.pids) == 12
+    assert ray_pool.report().hung == 0
+
+
+def settled(pool, deaths):
+    """The report once so many deaths are known and all workers are back."""
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        report = pool.report()
+        if report.deaths >= deaths and report.idle == report.num_workers:
+            break
+        time.sleep(0.05)
+    assert (report.deaths, report.idle, report.gone) == (deaths, report.num_workers, 0)
+    return report
+
+
+# The command.
+
+
+def load(path):
+    with np.load(path) as file:
+        return dict(file)
+
+
+def run(*arguments):
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, ["run", *arguments])
+
+
+SMALL = ["--num-data", "4", "--num-workers", "8", "--points", "30", "--groups", "2"]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run") / "result.npz"
+    return run(*SMALL, "--output", str(path)), path
+
+
+def test_run_tells_what_it_saw(small):
+    result, path = small
+    assert result.exit_code == 0, result.output
+    for word in (
+        "30 data points of 'test', NeRCC with K=4, N=8; 8 workers (devices)",
+        "decoding at 6 answers, or after 30 s",
+        "30 in 4 batches",
+        "data points a second",
+        "stragglers",
+        "RelAcc",
+        "labels are the model's own",
+        str(path),
+    ):
+        assert word in result.output
+
+
+def test_the_result_is_what_coded_inference_makes_of_the_workers_heard(small):
+    rows = load(small[1])
+    data = load_data("digits", "test", limit=30)
+    np.testing.assert_array_equal(rows["index"], np.arange(30))
+    np.testing.assert_array_equal(rows["label"], data.labels)
+    np.testing.assert_array_equal(rows["batch"], np.arange(30) // 8)
+    assert rows["recovered"].all()
+    assert (rows["heard"].sum(axis=1) >= 6).all()
+    network = load_model("lenet5-digits")
+    filled = np.arange(32) % 30  # the last group is filled from the start
+    x = np.asarray(network.preprocess(data.images[filled])).reshape(8, 4, 32, 32, 1)
+    heard = rows["heard"][filled].reshape(8, 4, 8)
+    expected = coded_inference(network, NeRCC(4, 8))(x, jnp.asarray(heard[:, 0]))
+    expected = np.asarray(expected).reshape(32, -1)[:30]
+    np.testing.assert_allclose(rows["predictions"], expected, rtol=1e-3, atol=1e-3)
+    np.testing.assert_array_equal(rows["predicted"], rows["predictions"].argmax(axis=1))
+
+
+def test_batches_go_over_the_data_again(tmp_path):
+    path = tmp_path / "result.csv"
+    result = run(*SMALL, "--batches", "5", "--output", str(path))
+    assert result.exit_code == 0, result.output
+    assert "40 in 5 batches" in result.output
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["index"]) for row in rows] == [*range(30), *range(10)]
+    assert {row["recovered"] for row in rows} == {"True"}
+    assert all(6 <= int(row["heard"]) <= 8 for row in rows)
+    for row in rows:
+        logits = [float(row[f"output_{k}"]) for k in range(10)]
+        assert int(row["predicted"]) == int(np.argmax(logits))
+
+
+def test_deaths_and_delays_on_trial_lose_nothing(tmp_path):
+    faults = "--straggler-rate 0.1 --straggler-delay 0.2 --death-rate 0.1 --outputs probabilities"
+    path = tmp_path / "result.npz"
+    result = run(*SMALL, "--batches", "12", *faults.split(), "--output", str(path))
+    assert result.exit_code == 0, result.output
+    assert "deaths" in result.output
+    assert "worker " in result.output
+    rows = load(path)
+    assert len(rows["index"]) == 96
+    assert rows["recovered"].all()
+    np.testing.assert_allclose(rows["predictions"].sum(axis=1), 1, atol=1e-3)
+
+
+def test_what_is_lost_is_nan_and_told(tmp_path):
+    path = tmp_path / "result.npz"
+    options = "--batches 2 --straggler-rate 1 --straggler-delay 60 --deadline 0.1"
+    result = run(*SMALL, *options.split(), "--output", str(path))
+    assert result.exit_code == 1
+    assert "16 of 16 data points were lost after 3 attempts" in result.output
+    assert "no worker answered within 0.1 s" in result.output
+    assert "Traceback" not in result.output
+    rows = load(path)
+    assert not rows["recovered"].any()
+    assert np.isnan(rows["predictions"]).all()
+    assert (rows["predicted"] == -1).all()
+    assert not rows["heard"].any()
+
+
+def test_a_forecast_decides(tmp_path):
+    path = tmp_path / "result.npz"
+    result = run(*SMALL, "--max-disagreement", "0.3", "--output", str(path))
+    assert result.exit_code == 0, result.output
+    assert "decoding once at most 30 % of labels are expected to differ" in result.output
+    assert load(path)["recovered"].all()
+
+
+def test_ctrl_c_writes_what_is_done(tmp_path, monkeypatch):
+    def interrupted(*arguments, **options):
+        outcomes = run_batches(*arguments, **options)
+        yield next(outcomes)
+        yield next(outcomes)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "run_batches", interrupted)
+    path = tmp_path / "result.npz"
+    result = run(*SMALL, "--output", str(path))
+    assert result.exit_code == 130
+    assert "interrupted: 16 of 30 data points are done" in result.output
+    assert load(path)["recovered"].tolist() == [True] * 16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--output /no/such/folder/x.npz", "there is no folder /no/such/folder"),
+        ("--output x.parquet", "a result file ends in .npz or .csv"),
+        ("--wait-for 21", "--wait-for must be from 1 to N = 20, not 21"),
+        ("--wait-for 0", "--wait-for must be from 1 to N = 20, not 0"),
+        ("--wait-for 17 --max-disagreement 0.1", "--wait-for or --max-disagreement, not both"),
+        ("--max-disagreement 1", "--max-disagreement must be in [0, 1)"),
+        ("--max-disagreement 0 --num-workers 9", "is expected even when all 9 workers answer"),
+        ("--deadline 0", "--deadline must be positive, not 0"),
+        ("--deadline nan", "--deadline must be positive, not nan"),
+        ("--groups 0", "--groups must be positive, not 0"),
+        ("--points 0", "--points must be positive, not 0"),
+        ("--batches -1", "--batches must be positive, not -1"),
+        ("--workers 0", "--workers must be positive, not 0"),
+        ("--straggler-rate 1.5", "--straggler-rate is a share of the calls, from 0 to 1, not 1.5"),
+        ("--straggler-delay -1", "--straggler-delay must be positive"),
+        ("--death-rate -0.1", "--death-rate is a share of the calls"),
+        ("--split nothing", "has no split 'nothing'"),
+        ("--model nothing", "nothing"),
+        ("--num-workers 0", "0"),
+        ("--code /no/such/code.json", "/no/such/code.json"),
+        ("--pool threads", "threads"),
+    ],
+)
+def test_errors_are_one_sentence(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments.split())
+    assert result.exit_code == 2
+    assert message in result.output
+    assert "Traceback" not in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_code_with_further_models_is_refused(tmp_path):
+    save_code(tmp_path / "code.json", Parity(2, 3))
+    result = run("--code", str(tmp_path / "code.json"))
+    assert result.exit_code == 2
+    assert "Parity has workers that run other models" in result.output
+
+
+def test_ray_workers_that_die_on_trial(ray_pool, tmp_path):
+    path = tmp_path / "result.npz"
+    options = "--num-data 2 --num-workers 4 --points 40 --groups 2 --pool ray --death-rate 0.02"
+    result = run(*options.split(), "--output", str(path))
+    assert result.exit_code == 0, result.output
+    assert "4 workers (ray)" in result.output
+    assert load(path)["recovered"].all()
