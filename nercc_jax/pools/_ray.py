@@ -145,7 +145,8 @@ class _Actors(AbstractCrew):
             _ray().shutdown()
 
     def processes(self) -> list[int | None]:
-        return [self._pids.get(worker) for worker in sorted(self._actors)]
+        # Not of `_actors`, which lacks a worker for a moment while it is replaced.
+        return [self._pids.get(worker) for worker in sorted(self._hears)]
 
     def _kill(self, worker: int) -> None:
         self._pids.pop(worker, None)
