@@ -45,9 +45,11 @@ from ._workload import (
     check_folder,
 )
 
-# How often a batch is dispatched before its data points are lost. A worker is taken to hang after
-# one deadline less, so that the last attempt finds new workers where all hung.
+# How often a batch is dispatched before its data points are lost.
 _ATTEMPTS = 3
+# A worker is taken to hang when all attempts but one are over: the last finds new ones if all hung.
+# But not sooner than this many seconds: it may straggle, and a new one needs its time too.
+_HANG = 10.0
 # Training images that a forecast is calibrated on; data points that are compared with the model.
 _CALIBRATION = _COMPARED = 1000
 
@@ -106,9 +108,9 @@ def run_command(
 ) -> None:
     """Coded inference over a data set on a pool; workers may straggle or die while it runs.
 
-    Each batch is encoded, sent to the workers, and decoded as soon as enough have answered. One
-    that cannot be recovered is sent again; what is lost in spite of that is told, and the exit code
-    is 1. Ctrl-C writes what is done.
+    Each batch is encoded, sent to the workers, and decoded once enough answered.
+    One that cannot be recovered is sent again; what is lost in spite of that is
+    told, and the exit code is 1. Ctrl-C writes what is done.
     """
     with told_plainly():
         check_folder("--output", output)
@@ -128,23 +130,15 @@ def run_command(
             with console.status(f"calibrating on {_CALIBRATION:,} training images ..."):
                 enough = _forecast(network, chosen, data_dir, max_disagreement, seed)
         count = chosen.num_workers if workers is None else workers
-        opened = _open(console, pool, network, count, job, faults, deadline)
-        results = Results(
-            job.rows, job.batches.shape[1], job.num_outputs(network), chosen.num_workers
-        )
-        until = (
-            f"decoding at {number} answers"
-            if max_disagreement is None
-            else f"decoding once at most {100 * max_disagreement:g} % of labels are expected to "
-            "differ from the model's own"
-        )
-        console.print(
-            f"{model}, {len(job.rows):,} data points of {split!r}, {type(chosen).__name__} with "
-            f"K={chosen.num_data}, N={chosen.num_workers}; {count} workers ({pool}); "
-            f"{until}, or after {deadline:g} s",
-            soft_wrap=True,
-        )
-        with opened:
+        with _open(console, pool, network, count, job, faults, deadline) as opened:
+            told = f"{model}, {len(job.rows):,} data points of {split!r}, {_describe(chosen)}; "
+            until = _when(number, max_disagreement)
+            console.print(
+                f"{told}{count} workers ({pool}); decoding {until}, or after {deadline:g} s",
+                soft_wrap=True,
+            )
+            size, outputs_number = job.batches.shape[1], job.num_outputs(network)
+            results = Results(job.rows, size, outputs_number, chosen.num_workers)
             seen, interrupted = _go(console, opened, chosen, job, results, enough, deadline)
             report = opened.report()
         if len(results):
@@ -287,7 +281,7 @@ def _open(
 ) -> AbstractPool:
     """The pool, compiled for the run's batches. Exits with code 1 where it does not start."""
     make = RayPool if kind == "ray" else DevicePool
-    options: Any = {"faults": faults, "hang_timeout": (_ATTEMPTS - 1) * deadline}
+    options: Any = {"faults": faults, "hang_timeout": max((_ATTEMPTS - 1) * deadline, _HANG)}
     try:
         with console.status(f"starting {count} workers ({kind}) ..."):
             return make(network, count, example=job.example(), **options)
@@ -372,6 +366,17 @@ def _bar(console: Console) -> Progress:
 
 
 # Telling of it.
+
+
+def _describe(code: AbstractCode) -> str:
+    return f"{type(code).__name__} with K={code.num_data}, N={code.num_workers}"
+
+
+def _when(number: int | None, max_disagreement: float | None) -> str:
+    if max_disagreement is None:
+        return f"at {number} answers"
+    share = f"at most {100 * max_disagreement:g} % of labels"
+    return f"once {share} are expected to differ from the model's own"
 
 
 def _summary(
