@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -287,7 +287,6 @@ def _open(
             return make(network, count, example=job.example(), **options)
     except RuntimeError as error:
         _fail(f"the pool did not start: {error}", 1)
-        raise
 
 
 @dataclasses.dataclass
@@ -397,14 +396,10 @@ def _summary(
 
 def _told(network, code, job, results, seen, report) -> Iterator[tuple[str, str]]:
     yield "data points", f"{seen.rows:,} in {seen.batches:,} batches, {seen.seconds:.1f} s"
-    yield (
-        "speed",
-        f"{seen.speed:,.0f} data points a second, after {seen.first[0]:.1f} s for the first batch",
-    )
-    yield (
-        "stragglers",
-        f"{seen.mean_stragglers:.2f} of {code.num_workers} a batch, by the time of decoding",
-    )
+    first = f"after {seen.first[0]:.1f} s for the first batch"
+    yield "speed", f"{seen.speed:,.0f} points/s, {first}"
+    mean = f"{seen.mean_stragglers:.2f} of {code.num_workers}"
+    yield "stragglers", f"{mean} a batch, by the time of decoding"
     yield "late answers", f"{report.late:,}"
     yield "errors", f"{report.errors:,}"
     yield "deaths", _deaths(report)
@@ -449,7 +444,7 @@ def _conclude(results: Results, seen: _Seen, job: _Job, interrupted: bool) -> No
         )
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     told = f"[red]error:[/red] {escape(message)}"
     Console(stderr=True).print(told, highlight=False, soft_wrap=True)
     raise typer.Exit(code)
