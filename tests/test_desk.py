@@ -168,18 +168,24 @@ def test_a_second_copy_that_comes_first_wins(crew, open_desk):
     assert (report.copies, report.late, report.errors) == (1, 1, 0)
 
 
-def test_workers_that_never_start_again(crew, open_desk):
+def test_workers_that_do_not_start_again_are_tried_until_they_do(crew, open_desk, monkeypatch):
+    monkeypatch.setattr("nercc_jax.pools._desk._PAUSE", 0.001)
     desk = open_desk(2)
     crew.refuse = {0, 1}
     batch = dispatch(desk, 3)
     for worker in list(crew.sent):
         crew.answer(worker, WorkerDied("killed"))
-    answers = batch.wait(deadline=30.0)
-    assert answers.values is None
-    assert answers.failures[-1].reason == "no worker is left"
+    while min(crew.lives.values()) < 5:
+        assert batch.wait(deadline=0.01).values is None
     report = desk.report()
-    assert (report.gone, report.starting, report.idle) == (2, 0, 0)
-    assert dispatch(desk, 1).wait().failures[0].reason == "no worker is left"
+    assert (report.starting, report.idle) == (2, 0)
+    assert report.deaths >= 8
+    crew.refuse = set()
+    for _ in range(3):
+        while not crew.sent:
+            batch.wait(deadline=0.01)
+        crew.answer(next(iter(crew.sent)))
+    assert batch.wait().available.all()
 
 
 def test_a_crew_that_does_not_start():
@@ -190,3 +196,17 @@ def test_a_crew_that_does_not_start():
     ):
         Desk(crew, 2, 1, start_timeout=30.0, **options)
     assert crew.closed
+
+
+def test_a_task_does_not_go_to_the_same_worker_again(crew, open_desk):
+    """Not even where no other is free: a worker that always fails must not use up its attempts."""
+    desk = open_desk(2)
+    busy, batch = dispatch(desk, 1), dispatch(desk, 1)
+    other, failing = (next(w for w, p in crew.sent.items()), list(crew.sent)[1])
+    crew.answer(failing, OSError("always"))
+    assert failing not in crew.sent
+    crew.answer(other)
+    assert busy.available.all()
+    assert list(crew.sent) == [other]
+    crew.answer(other)
+    assert batch.wait().available.all()

@@ -420,8 +420,7 @@ def _deaths(report: PoolReport) -> str:
         if deaths
     )
     hung = f", {report.hung} of them hung" if report.hung else ""
-    gone = f", {report.gone} for good" if report.gone else ""
-    return f"{report.deaths:,}{hung}{gone} ({by_worker})"
+    return f"{report.deaths:,}{hung} ({by_worker})"
 
 
 def _agreement(network: Answering, job: _Job, results: Results) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """One batch of coded data points at a pool: what has been answered, and waiting for more."""
 
 import dataclasses
+import operator
 import threading
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from jaxtyping import Bool, Float
 from ._overdue import Overdue
 
 # When to stop waiting: this many answers are in, or these answers are enough.
-Enough: TypeAlias = int | Callable[[np.ndarray], bool]
+Enough: TypeAlias = int | np.integer | Callable[[np.ndarray], bool]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Task:
     __slots__ = (
         "attempts",
         "batch",
+        "failed",
         "fresh",
         "given",
         "kind",
@@ -59,6 +61,7 @@ class Task:
         self.batch, self.point, self.kind, self.value = batch, point, kind, value
         self.given = time.monotonic()
         self.attempts = 0
+        self.failed: set[int] = set()  # workers that it went wrong with
         self.running = 0  # workers that have it in hand
         self.fresh = 0  # those of them that are not overdue
         self.settled = False
@@ -123,6 +126,8 @@ class Batch:
         """
         if enough is None:
             enough = self.num_points
+        if not callable(enough):
+            enough = operator.index(enough)  # NumPy's integers too
         if isinstance(enough, int) and not 1 <= enough <= self.num_points:
             raise ValueError(f"wait for 1 to {self.num_points} answers, not {enough}")
         if not deadline > 0:

@@ -6,7 +6,7 @@ The rules:
 
 - A worker has one task in hand at a time. One that straggles is busy, so it gets no new work.
 - An answer belongs to its task, and the task to its batch: a late one cannot be taken for another.
-- A task whose worker failed or died goes to the next free worker, `max_attempts` times in all.
+- A task whose worker failed or died goes to another worker, `max_attempts` times in all.
 - What finds no free worker waits. It is sent as long as its batch may otherwise not get the number
   of answers it needs; coded data points beyond that number are not worth a worker that the next
   batch could use.
@@ -19,6 +19,7 @@ The rules:
 import abc
 import collections
 import dataclasses
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -28,6 +29,8 @@ import numpy as np
 
 from ._batch import Batch, Failure, Task
 from ._overdue import Overdue
+
+_LOG = logging.getLogger(__name__)
 
 
 class WorkerDied(Exception):
@@ -59,18 +62,17 @@ class AbstractCrew(abc.ABC):
 class PoolReport:
     """What a pool has seen so far, and what its workers do now.
 
-    `deaths` counts workers lost, hung ones included; each was replaced, but for those `gone`, whose
-    replacements did not start several times in a row; `errors` are
-    answers that were exceptions or no answers (not finite, of the wrong shape); `late` came after
-    their batch was forgotten, or second; `seconds` is the workers' time that `sent` tasks took, and
-    `wasted_seconds` what of it went into answers that nobody used.
+    `deaths` counts workers lost, hung ones and failed starts included: each is replaced, at once
+    or, after a failed start, after a pause that grows. `errors` are answers that were exceptions or
+    none (not finite, of the wrong shape); `late` ones came after their batch was forgotten, or
+    second. `seconds` is the workers' time that `sent` tasks took, and `wasted_seconds` what of it
+    went into answers that nobody used.
     """
 
     num_workers: int
     idle: int
     busy: int
     starting: int
-    gone: int
     sent: int
     answered: int
     late: int
@@ -93,10 +95,13 @@ class _Seat:
     since: float = 0.0
     overdue: bool = False
     deaths: int = 0
-    failed_starts: int = 0
+    failed_starts: int = 0  # lives that ended before it was ready, one after the other
+    start_at: float = np.inf  # when the next life begins
 
 
-_STARTS = 3  # lives of a worker that may end before it is ready, one after the other
+_STARTS = 3  # failed starts of a worker that a new pool takes before it gives up
+# Seconds until a worker that did not start is started again, doubled each time, and at most.
+_PAUSE, _LONGEST = 0.1, 10.0
 _WINDOW = 256  # service times that the running quantile looks at
 _REFRESH = 16  # answers between two looks
 
@@ -136,7 +141,6 @@ class Desk:
         self._counts: collections.Counter[str] = collections.Counter()
         self._seconds = self._wasted = 0.0
         self._closed = False
-        self._gone = 0
         self._look = np.inf  # when time is looked at next
         self._trouble: str | None = None
         for worker in range(num_workers):
@@ -194,10 +198,8 @@ class Desk:
                 self._limits[batch.overdue] = self._limit(batch.overdue)
             # At first everything goes to whoever is free: redundancy is sent while it is cheap.
             sends = []
-            while self._idle and batch.waiting:
-                sends.append(self._assign(batch.waiting.pop(0)))
-            if self._gone == len(self._seats):
-                self._give_up(batch, "no worker is left")
+            while self._idle and batch.waiting and (worker := self._whom(batch.waiting[0])) >= 0:
+                sends.append(self._assign(batch.waiting.pop(0), worker))
         self._send(sends)
 
     def report(self) -> PoolReport:
@@ -209,8 +211,7 @@ class Desk:
                 num_workers=len(self._seats),
                 idle=ready - busy,
                 busy=busy,
-                starting=len(self._seats) - ready - self._gone,
-                gone=self._gone,
+                starting=len(self._seats) - ready,
                 **{name: count[name] for name in _COUNTED},
                 seconds=self._seconds,
                 wasted_seconds=self._wasted,
@@ -248,7 +249,10 @@ class Desk:
             changed = batch is not None and batch.open
         self._send(sends)
         if batch is not None and changed and batch.on_change is not None:
-            batch.on_change(batch)
+            try:
+                batch.on_change(batch)
+            except Exception:  # the caller's trouble: the worker that answered goes on
+                _LOG.exception("on_change of a batch of %d failed", batch.num_points)
 
     def _ready(self, worker: int, outcome: Any) -> None:
         seat = self._seats[worker]
@@ -297,23 +301,25 @@ class Desk:
                 self._try_again(worker, task, reason)
         elif seat.ready:
             self._idle.remove(worker)
-        seat.failed_starts += not seat.ready
+        failed = seat.failed_starts = 0 if seat.ready else seat.failed_starts + 1
         seat.ready = False
         seat.life += 1
         seat.deaths += 1
         self._counts["deaths"] += 1
+        seat.start_at = time.monotonic() + (min(2.0**failed * _PAUSE, _LONGEST) if failed else 0)
+        if failed == 0:
+            self._restart(worker)
         self._wake.notify_all()
-        if seat.failed_starts < _STARTS:
-            self._crew.start(worker, seat.life, self._hear)
-            return
-        self._gone += 1
-        if self._gone == len(self._seats):
-            for batch in list(self._batches):
-                self._give_up(batch, "no worker is left")
+
+    def _restart(self, worker: int) -> None:
+        seat = self._seats[worker]
+        seat.start_at = np.inf
+        self._crew.start(worker, seat.life, self._hear)
 
     def _try_again(self, worker: int, task: Task, reason: str) -> None:
         batch = task.batch
         batch.failures.append(Failure(worker, task.point, reason))
+        task.failed.add(worker)
         if task.running:
             return  # a copy of it is still on its way
         if task.attempts < self._max_attempts:
@@ -354,12 +360,13 @@ class Desk:
             if not self._idle:
                 break
             while batch.short > 0 and self._idle and (task := self._next(batch)) is not None:
-                sends.append(self._assign(task))
+                sends.append(self._assign(task, self._whom(task)))
         return sends
 
     def _next(self, batch: Batch) -> Task | None:
-        if batch.waiting:
-            return batch.waiting.pop(0)
+        for number, task in enumerate(batch.waiting):
+            if self._whom(task) >= 0:
+                return batch.waiting.pop(number)
         late = [
             seat.task
             for seat in self._seats
@@ -368,14 +375,21 @@ class Desk:
             and seat.overdue
             and not seat.task.settled
             and seat.task.running < batch.copies
+            and self._whom(seat.task) >= 0
         ]
         if not late:
             return None
         self._counts["copies"] += 1
         return min(late, key=lambda task: (task.running, task.given))
 
-    def _assign(self, task: Task) -> tuple[int, int, int, np.ndarray]:
-        worker = self._idle.popleft()
+    def _whom(self, task: Task) -> int:
+        """A free worker that has not failed the task, or -1; any, when all have."""
+        if len(task.failed) == len(self._seats):
+            return self._idle[0] if self._idle else -1
+        return next((worker for worker in self._idle if worker not in task.failed), -1)
+
+    def _assign(self, task: Task, worker: int) -> tuple[int, int, int, np.ndarray]:
+        self._idle.remove(worker)
         seat = self._seats[worker]
         seat.task, seat.since, seat.overdue = task, time.monotonic(), False
         task.attempts += 1
@@ -420,6 +434,9 @@ class Desk:
                 now = time.monotonic()
                 due = np.inf
                 for worker, seat in enumerate(self._seats):
+                    if seat.start_at <= now:
+                        self._restart(worker)
+                    due = min(due, seat.start_at - now)
                     if seat.task is None:
                         continue
                     age = now - seat.since
@@ -445,7 +462,8 @@ class Desk:
         with self._wake:
             while not all(seat.ready for seat in self._seats):
                 left = end - time.monotonic()
-                if self._gone or left <= 0:
+                failed = max(seat.failed_starts for seat in self._seats)
+                if failed >= _STARTS or left <= 0:
                     ready = sum(seat.ready for seat in self._seats)
                     what = self._trouble or f"the others had not after {timeout} s"
                     break

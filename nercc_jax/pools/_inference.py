@@ -1,6 +1,7 @@
 """Coded inference on a pool: encode, dispatch, wait for enough, decode."""
 
 import dataclasses
+import operator
 import time
 from collections.abc import Callable
 from typing import Any
@@ -75,7 +76,7 @@ def pool_inference(
         x, many = _groups(code, np.asarray(x), everyone, grouped)
         coded = _encode(encoder, x)
         encoded = time.perf_counter()
-        needed = enough if isinstance(enough, int) else None
+        needed = None if enough is None or callable(enough) else operator.index(enough)
         with pool.dispatch(coded, kinds=kinds, needed=needed) as batch:
             sent = time.perf_counter()
             answers = batch.wait(enough, deadline)
@@ -143,7 +144,7 @@ def _encode(
 def _nobody(pool: AbstractPool, answers: Answers, deadline: float) -> Exception:
     """The error for a batch without a single answer."""
     report = pool.report()
-    seen = f"{report.busy} workers are busy, {report.starting} start, {report.gone} are gone"
+    seen = f"{report.busy} workers are busy, {report.starting} are started again"
     if answers.failures:
         last = answers.failures[-1]
         seen += (

@@ -101,7 +101,7 @@ class _Actors(AbstractCrew):
         # Two threads: one works, the other only waits, and so tells that the process is alive.
         remote: Any = _ray().remote
         self._make = remote(max_concurrency=2, max_restarts=0, **options)(_Actor)
-        self._actors: dict[int, Any] = {}
+        self._actors: dict[tuple[int, int], Any] = {}  # by worker and life
         self._hears: dict[int, Callable[[int, int, Any], None]] = {}
         self._pids: dict[int, int] = {}
         self._starts = concurrent.futures.ThreadPoolExecutor(1, "nercc-ray")
@@ -126,7 +126,7 @@ class _Actors(AbstractCrew):
         try:
             self._kill(worker)
             self._hears[worker] = hear
-            self._actors[worker] = actor = self._make.remote(self._load, worker, life)
+            self._actors[worker, life] = actor = self._make.remote(self._load, worker, life)
             _when_done(actor.process.remote(), started)
             _when_done(actor.wait_for_death.remote(), died)
         except Exception as error:
@@ -134,12 +134,19 @@ class _Actors(AbstractCrew):
 
     def send(self, worker: int, life: int, kind: int, batch: np.ndarray) -> None:
         hear = self._hears[worker]
-        answer = self._actors[worker].run.remote(kind, batch)
+        actor = self._actors.get((worker, life))
+        if actor is None:
+            return  # it died since, which the desk has heard: the task is another's
+        try:
+            answer = actor.run.remote(kind, batch)
+        except Exception as error:  # Ray itself is gone, for example
+            hear(worker, life, WorkerDied(f"it cannot be reached: {error}"))
+            return
         _when_done(answer, lambda future: hear(worker, life, _result(future)))
 
     def close(self) -> None:
         self._starts.shutdown(wait=True, cancel_futures=True)
-        for worker in list(self._actors):
+        for worker in list(self._hears):
             self._kill(worker)
         if self._owner:
             _ray().shutdown()
@@ -150,8 +157,8 @@ class _Actors(AbstractCrew):
 
     def _kill(self, worker: int) -> None:
         self._pids.pop(worker, None)
-        if (actor := self._actors.pop(worker, None)) is not None:
-            _ray().kill(actor)
+        for one in [one for one in self._actors if one[0] == worker]:
+            _ray().kill(self._actors.pop(one))
 
 
 class _Actor:
