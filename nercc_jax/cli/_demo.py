@@ -57,64 +57,46 @@ def demo(
     all K predictions are rebuilt from the others and compared with the model's own.
     """
     with told_plainly():
-        _run(
-            model,
-            data_dir,
-            num_data,
-            num_workers,
-            code,
-            max_stragglers,
-            sets,
-            points,
-            outputs,
-            seed,
-            plot,
+        check_folder("--plot", plot)
+        further: dict[str, AbstractCode] = {}
+        if code is not None:
+            further = {"tuned": load_code(code)}
+            num_data, num_workers = further["tuned"].num_data, further["tuned"].num_workers
+        if num_workers < num_data:
+            raise ValueError(
+                f"--num-workers {num_workers}: the codes compared need at least as many workers as "
+                f"data points, {num_data}"
+            )
+        laws = straggler_laws(num_data, num_workers, max_stragglers)
+        codes = further | {
+            "NeRCC": NeRCC(num_data, num_workers),
+            "BACC": Berrut(num_data, num_workers),
+            "ApproxIFER": Berrut(num_data, num_workers, points="approxifer"),
+            "LCC": Lagrange(num_data, num_workers),
+            "replication": Replication(num_data, num_workers),
+        }
+        network = answering(model, outputs)
+        images, labels = network.images("test", data_dir, points, seed)
+
+        console = Console()
+        rows = evaluate(
+            network,
+            codes,
+            images,
+            laws,
+            key=jax.random.key(seed),
+            num_sets=sets,
+            labels=labels,
+            progress=lambda pairs: track(pairs, description="straggler sets", console=console),
         )
-
-
-def _run(
-    model, data_dir, num_data, num_workers, code, max_stragglers, sets, points, outputs, seed, plot
-) -> None:
-    check_folder("--plot", plot)
-    further: dict[str, AbstractCode] = {}
-    if code is not None:
-        further = {"tuned": load_code(code)}
-        num_data, num_workers = further["tuned"].num_data, further["tuned"].num_workers
-    if num_workers < num_data:
-        raise ValueError(
-            f"--num-workers {num_workers}: the codes compared need at least as many workers as "
-            f"data points, {num_data}"
-        )
-    laws = straggler_laws(num_data, num_workers, max_stragglers)
-    codes = further | {
-        "NeRCC": NeRCC(num_data, num_workers),
-        "BACC": Berrut(num_data, num_workers),
-        "ApproxIFER": Berrut(num_data, num_workers, points="approxifer"),
-        "LCC": Lagrange(num_data, num_workers),
-        "replication": Replication(num_data, num_workers),
-    }
-    network = answering(model, outputs)
-    images, labels = network.images("test", data_dir, points, seed)
-
-    console = Console()
-    rows = evaluate(
-        network,
-        codes,
-        images,
-        laws,
-        key=jax.random.key(seed),
-        num_sets=sets,
-        labels=labels,
-        progress=lambda pairs: track(pairs, description="straggler sets", console=console),
-    )
-    used = rows[0].num_data_points
-    what = f"{model}, K={num_data}, N={num_workers}, {used} images x {sets} straggler sets"
-    console.print(f"\n{what}; mean ± 95 % interval over the sets; * marks a row's best.")
-    # What replication recovers is exact: it has no error to compare, but lost predictions.
-    approximate = [row for row in rows if row.code != "replication"]
-    console.print(straggler_table(approximate, "mse", f"MSE of decoded {outputs}", best="min"))
-    title = "RelAcc in %: same label as the model's own; lost predictions count as wrong"
-    console.print(straggler_table(rows, "rel_acc", title, best="max", scale=100))
-    panels = {"mse": (f"MSE of {outputs}", True), "rel_acc": ("RelAcc", False)}
-    straggler_plot(rows, panels, what, plot)
-    console.print(f"picture: {plot.resolve()}", soft_wrap=True)
+        used = rows[0].num_data_points
+        what = f"{model}, K={num_data}, N={num_workers}, {used} images x {sets} straggler sets"
+        console.print(f"\n{what}; mean ± 95 % interval over the sets; * marks a row's best.")
+        # What replication recovers is exact: it has no error to compare, but lost predictions.
+        approximate = [row for row in rows if row.code != "replication"]
+        console.print(straggler_table(approximate, "mse", f"MSE of decoded {outputs}", best="min"))
+        title = "RelAcc in %: same label as the model's own; lost predictions count as wrong"
+        console.print(straggler_table(rows, "rel_acc", title, best="max", scale=100))
+        panels = {"mse": (f"MSE of {outputs}", True), "rel_acc": ("RelAcc", False)}
+        straggler_plot(rows, panels, what, plot)
+        console.print(f"picture: {plot.resolve()}", soft_wrap=True)
