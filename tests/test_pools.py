@@ -151,7 +151,7 @@ def test_workers_run_the_model_that_the_code_gives_them(make):
 def test_a_fault_costs_no_answer(kind, make):
     """Each in the first call of worker 0: another worker does it, and the report says so."""
     faults = Faults([Fault(kind, workers=(0,), calls=(0,))])
-    with make(itself, 3, example=points(1)[0], faults=faults, hang_timeout=1.5) as pool:
+    with make(itself, 3, example=points(1)[0], faults=faults, hang_timeout=5.0) as pool:
         with pool.dispatch(points(6)) as batch:
             answers = batch.wait(deadline=SOON)
         np.testing.assert_array_equal(answers.values, 2 * points(6))
@@ -333,9 +333,9 @@ def test_waiting_until_the_forecast_is_good_enough(gate):
     x = np.array([[13.0], [1.0]], np.float32)
     with gated(gate, 4) as pool:
         infer = pool_inference(pool, code, with_status=True)
-        result = infer(x, enough, deadline=0.3)
+        result = infer(x, enough, deadline=2.0)
         assert result.answers.available.tolist() == [False, True, False, True]
-        assert result.answers.waited >= 0.3, "both copies of the first were missing"
+        assert result.answers.waited >= 2.0, "both copies of the first were missing"
         gate.opened.set()
         soon(lambda: pool.report().idle == 4)
         result = infer(x, enough, SOON)
@@ -358,7 +358,7 @@ def test_an_overdue_point_goes_to_another_worker_too(gate):
             with pool.dispatch(points(4, number)) as batch:
                 batch.wait(deadline=SOON)
         with pool.dispatch(points(4) + np.float32(10), copies=1) as batch:
-            assert batch.wait(deadline=0.2).available.sum() == 3, "no copy was allowed"
+            assert batch.wait(deadline=1.0).available.sum() == 3, "no copy was allowed"
             once.reached.clear()
         once.opened.set()
         soon(lambda: pool.report().idle == 4)
@@ -440,7 +440,7 @@ def test_too_few_answers_in_time(gate):
         infer = pool_inference(pool, Parity(2, 3))
         x = np.array([[13.0], [13.0]], np.float32)  # their sum is answered
         with pytest.raises(TimeoutError, match="recovered from the 1 of 3 answers"):
-            infer(x, deadline=0.5)
+            infer(x, deadline=2.0)
 
 
 def test_closing_ends_every_wait(gate):
