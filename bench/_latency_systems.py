@@ -13,6 +13,7 @@ import numpy as np
 from _latency_stream import Rule, System
 
 from nercc_jax import (
+    AbstractCode,
     Berrut,
     ExactStragglers,
     ExponentialLatency,
@@ -38,9 +39,10 @@ P95 = Overdue(0.95, 1.0)
 PATIENCE = 1.4
 FILL = 2.0
 
+# A task out for longer is overdue: what its batch has waiting, or a copy of it, is sent.
+_HEDGED = Overdue(0.5, PATIENCE)
 # (N, K) of the interleaved codes.
 INTERLEAVED = ((10, 8), (12, 8), (16, 8), (6, 4), (8, 4))
-_HEDGED = Overdue(0.5, PATIENCE)
 # A copy sent after 1.4 service times answers at 2.4: only what it did not rescue is decoded.
 _LAST_RESORT = 2.0 * PATIENCE
 
@@ -51,14 +53,14 @@ def systems(codes: "Codes") -> tuple[System, ...]:
     return (
         System("uncoded, groups of 8", Uncoded(8), whole=True),
         System("equal resources", alone),
-        System("replication, 2 copies", Replication(1, 2), needed=1),
+        System("replication, 2 copies", Replication(1, 2), needed=1, overdue=_HEDGED),
         System("hedging, p95", alone, copies=2, overdue=P95),
         System("hedging, 1.4 x median", alone, copies=2, overdue=_HEDGED),
         System("hedging, 1.4 x median, 3 copies", alone, copies=3, overdue=_HEDGED),
-        System("ParM, k = 2", Parity(2, 3), Rule(PATIENCE, 2, 1, FILL), models=(0, 1)),
-        System("ParM, k = 4", Parity(4, 5), Rule(PATIENCE, 4, 1, FILL), models=(0, 2)),
-        System("BACC (12, 8)", Berrut(8, 12), Rule(PATIENCE, 10, 8, FILL)),
-        System("NeRCC Chebyshev (12, 8)", codes.chebyshev, Rule(PATIENCE, 10, 8, FILL)),
+        _parity(2, PATIENCE),
+        _parity(4, PATIENCE),
+        _full_groups("BACC (12, 8)", Berrut(8, 12), 10),
+        _full_groups("NeRCC Chebyshev (12, 8)", codes.chebyshev, 10),
         *(_interleaved(code) for code in codes.interleaved.values()),
         _hedged(codes.interleaved[6, 4]),
     )
@@ -70,18 +72,18 @@ def rule_systems(codes: "Codes") -> tuple[System, ...]:
     made = [
         System("equal resources", alone),
         System("hedging, p90", alone, copies=2, overdue=Overdue(0.9, 1.0)),
-        System("ParM, k = 2, at once", Parity(2, 3), Rule(0.0, 2, 1, FILL), models=(0, 1)),
+        _parity(2, 0.0),
     ]
     for factor in (1.2, 1.4, 1.8):
         made += [
             System(f"hedging, {factor} x median", alone, copies=2, overdue=Overdue(0.5, factor)),
-            System(f"ParM, k = 2, {factor}", Parity(2, 3), Rule(factor, 2, 1, FILL), models=(0, 1)),
+            _parity(2, factor),
             _interleaved(codes.interleaved[12, 8], patience=factor),
         ]
     made += [_interleaved(codes.interleaved[12, 8], enough=enough) for enough in (8, 12)]
     made += [_interleaved(codes.interleaved[12, 8], fill=fill) for fill in (1.0, None)]
     made += [
-        System(f"BACC (12, 8), enough {enough}", Berrut(8, 12), Rule(PATIENCE, enough, 8, FILL))
+        _full_groups(f"BACC (12, 8), enough {enough}", Berrut(8, 12), enough)
         for enough in (10, 11, 12)
     ]
     made += [_hedged(codes.interleaved[shape]) for shape in ((12, 8), (6, 4))]
@@ -93,7 +95,26 @@ def _interleaved(code: NeRCC, **changes: Any) -> System:
     n, k = code.num_workers, code.num_data
     rule = Rule(PATIENCE, n - (n - k) // 2, k - 2, FILL)
     told = "".join(f", {name} {value}" for name, value in changes.items())
-    return System(f"NeRCC ({n}, {k}){told}", code, dataclasses.replace(rule, **changes))
+    rule = dataclasses.replace(rule, **changes)
+    return System(f"NeRCC ({n}, {k}){told}", code, rule, overdue=_HEDGED)
+
+
+def _parity(k: int, patience: float) -> System:
+    """ParM on the parity model for k; with no patience as published, decoding what it can."""
+    told = {PATIENCE: "", 0.0: ", at once"}.get(patience, f", patience {patience}")
+    return System(
+        f"ParM, k = {k}{told}",
+        Parity(k, k + 1),
+        Rule(patience, k, 1, FILL),
+        overdue=_HEDGED,
+        models=(0, 1 + PARITIES.index(k)),
+    )
+
+
+def _full_groups(name: str, code: AbstractCode, enough: int) -> System:
+    """A code of which no worker sees a query as it came: decoded when so many have answered."""
+    rule = Rule(PATIENCE, enough, code.num_data, FILL)
+    return System(name, code, rule, overdue=_HEDGED, needed=enough)
 
 
 def _hedged(code: NeRCC) -> System:
@@ -103,7 +124,6 @@ def _hedged(code: NeRCC) -> System:
         plain,
         name=f"NeRCC ({code.num_workers}, {code.num_data}), hedged",
         copies=2,
-        overdue=_HEDGED,
         needed=code.num_workers,
     )
 
@@ -192,13 +212,13 @@ def laws(base: float, num_workers: int) -> tuple[Law, ...]:
     rack_law = Law(
         "slow rack",
         f"{len(rack)} of the {num_workers} workers together have spells (1 s on average, every "
-        "5 s) in which their calls take 10 service times more",
+        "5 s) in which their calls take 10 service times more; every system meets the same spells",
         (
             Fault(
                 "delay",
                 workers=rack,
                 latency=tenfold,
-                episodes=Episodes(5.0, 1.0, seed=1000, origin=0.0),
+                episodes=Episodes(5.0, 1.0, seed=1005, origin=0.0),
             ),
         ),
     )
@@ -207,41 +227,49 @@ def laws(base: float, num_workers: int) -> tuple[Law, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Turns(Episodes):
-    """The spells of `within` (all the time unless given) that fall into one law's turns.
+    """One law's turns: `lasting` seconds out of every `every`, from `origin` on.
 
     A pool's faults are fixed when its workers start, which takes a minute; so all laws share one
-    pool, and take turns: this one `lasting` seconds out of every `every`, from `origin` on.
+    pool, and take turns. With `within`, the turn's spells are that law's, and the same ones in each
+    `slot` seconds from `lead` seconds after its start: a rack's spells are few, and every system
+    must meet the same. Each turn has others.
     """
 
     within: Episodes | None = None
+    lead: float = 0.0
+    slot: float = 1.0
 
     def spells(self) -> Iterator[tuple[float, float]]:
-        turns = (
-            (self.origin + n * self.every, self.origin + n * self.every + self.lasting)
-            for n in itertools.count()
-        )
-        if self.within is None:
-            yield from turns
-            return
-        spells = self.within.spells()
-        spell, turn = next(spells), next(turns)
-        while True:
-            start, end = max(spell[0], turn[0]), min(spell[1], turn[1])
-            if start < end:
-                yield start, end
-            if spell[1] <= turn[1]:
-                spell = next(spells)
-            else:
-                turn = next(turns)
+        for turn in itertools.count():
+            start = self.origin + turn * self.every
+            if self.within is None:
+                yield start, start + self.lasting
+                continue
+            pattern = _window(self.within, turn * self.slot, (turn + 1) * self.slot)
+            for number in range(int((self.lasting - self.lead) / self.slot)):
+                shift = start + self.lead + (number - turn) * self.slot
+                for begin, end in pattern:
+                    yield shift + begin, shift + end
+
+
+def _window(episodes: Episodes, start: float, end: float) -> list[tuple[float, float]]:
+    """The spells between two times, cut off at both."""
+    before = itertools.takewhile(lambda spell: spell[0] < end, episodes.spells())
+    return [(max(begin, start), min(stop, end)) for begin, stop in before if stop > start]
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Which law rules when: one after the other, `turn` seconds each, again and again."""
+    """Which law rules when: one after the other, `turn` seconds each, again and again.
+
+    A turn has blocks of `slot` seconds each, from `lead` seconds after its start.
+    """
 
     origin: float
     turn: float
     number: int
+    lead: float
+    slot: float
 
     def start(self, count: int) -> float:
         """When a turn begins, in seconds since the epoch; law `count % number` rules in it."""
@@ -256,8 +284,9 @@ class Schedule:
                     every=self.number * self.turn + 1e-9,  # an episode must not fill its period
                     lasting=self.turn,
                     origin=self.start(index),
-                    within=fault.episodes
-                    and dataclasses.replace(fault.episodes, origin=self.origin),
+                    within=fault.episodes,
+                    lead=self.lead,
+                    slot=self.slot,
                 )
                 parts.append(dataclasses.replace(fault, episodes=turns))
         return Faults(tuple(parts), seed=7)

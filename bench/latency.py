@@ -3,8 +3,8 @@
 `python bench/latency.py` runs everything (about half an hour on two cores) and writes
 results/latency.json, its picture and docs/latency.md; `--quick` runs a small version of it;
 `--rules` measures the grid of decode and hedging rules that the systems' own come from;
-`--only streams`, `codes` or `closed` runs one part, whose results replace those in the file;
-`--page` writes the page again. Needs the data of design.md, section 6, and Ray.
+`--only streams`, `codes` or `closed` runs one part, `--laws` some laws, and their results replace
+those in the file; `--page` writes the page again. Needs the data of design.md, section 6, and Ray.
 """
 
 import argparse
@@ -69,14 +69,20 @@ class Load:
     block: float = 9.0
     rounds: int = 2
     deadline: float = 3.0
-    start: float = 90.0  # within which the workers must be ready
+    start: float = 75.0  # within which the workers must be ready
 
     def turn(self, blocks: int) -> float:
         """Seconds of a law's turn: warming the pool's running quantiles up, then the blocks."""
-        return self.block / 2 + blocks * self.slot + 1
+        return self.lead + blocks * self.slot + 0.5
+
+    @property
+    def lead(self) -> float:
+        """Seconds from a turn's start to its first block."""
+        return 0.5 + self.block / 2
 
     @property
     def slot(self) -> float:
+        """Seconds from one block to the next."""
         return self.block + _DRAIN
 
 
@@ -96,7 +102,8 @@ def main() -> None:
         if options.rules:
             _merge(path, {"rules": run_streams(load, True, options, console)})
         elif options.only in (None, "streams"):
-            _merge(path, {"streams": run_streams(load, False, options, console)})
+            streams = run_streams(load, False, options, console)
+            _merge(path, {"streams": _with_others(path, streams) if options.laws else streams})
         if not options.rules and options.only in (None, "codes"):
             _merge(path, {"codes": missing_queries(options.data_dir, console)})
         if not options.rules and options.only in (None, "closed"):
@@ -121,7 +128,8 @@ def run_streams(
     training, _ = network.images("train", options.data_dir, 1000, 0)
     codes = tuned_codes(RESULTS / "codes", network, training)
     contenders = rule_systems(codes) if rules else systems(codes)
-    schedule = Schedule(time.time() + load.start, load.turn(len(contenders)), len(all_laws))
+    turn = load.turn(len(contenders))
+    schedule = Schedule(time.time() + load.start, turn, len(all_laws), load.lead, load.slot)
     begin = time.time()
     example = np.zeros((1, *images.shape[1:]), np.float32)
     with RayPool(
@@ -173,18 +181,16 @@ def _take_turns(
     first = max(0, int(np.ceil((time.time() - schedule.origin) / schedule.turn)))
     for count in range(first, first + load.rounds * len(all_laws)):
         law = all_laws[count % len(all_laws)]
-        start = schedule.start(count) + 0.5
-        _sleep_until(start)
+        _sleep_until(schedule.start(count) + 0.5)
         warm_up = streams["equal resources"]
         warm_up.run(poisson(load.rate, load.block / 2 - 1, [count, 1]), 0, load.deadline)
         names = list(streams)
         rotation = (count - first) // len(all_laws) * len(names) // max(load.rounds, 1)
         for number, name in enumerate(names[rotation:] + names[:rotation]):
-            _sleep_until(start + load.block / 2 + number * load.slot)
+            _sleep_until(schedule.start(count) + load.lead + number * load.slot)
             # The same arrivals for all, with the same images.
             arrivals = poisson(load.rate, load.block, [count, 0])
             part = _block(pool, streams[name], arrivals, count * 10_000, load)
-            part["late_start"] = time.time() - (start + load.block / 2 + (number + 1) * load.slot)
             cells[law.name][name].append(part)
             taken = part["outcomes"].latency[_WARM_UP:]
             console.log(
@@ -484,13 +490,24 @@ def _merge(path: Path, new: Mapping[str, Any]) -> None:
     write_json(path, old | dict(new))
 
 
+def _with_others(path: Path, new: dict[str, Any]) -> dict[str, Any]:
+    """Results of some laws, with those of the others that are in the file."""
+    old = json.loads(path.read_text()).get("streams", {}) if path.exists() else {}
+    return old | new | {part: old.get(part, {}) | new[part] for part in ("laws", "cells")}
+
+
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a small version of everything")
     parser.add_argument("--rules", action="store_true", help="the grid of rules, and nothing else")
     parser.add_argument("--page", action="store_true", help="only write the page")
     parser.add_argument("--only", choices=("streams", "codes", "closed"))
-    parser.add_argument("--laws", nargs="*", default=None, help="by name; all unless given")
+    parser.add_argument(
+        "--laws",
+        nargs="*",
+        default=None,
+        help="by name; all unless given; their results replace those in the file",
+    )
     parser.add_argument("--workers", type=int, default=Load.workers)
     parser.add_argument("--base", type=float, default=Load.base, help="seconds a call takes")
     parser.add_argument("--rate", type=float, default=Load.rate, help="queries a second")
