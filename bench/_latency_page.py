@@ -260,6 +260,11 @@ def _health(streams: Mapping[str, Any]) -> str:
         f"{_range(late['0.5'], 2)} ms (median), {_range(late['0.99'], 1)} (p99) and "
         f"{_range(late['0.999'], 1)} (p99.9); that is counted in their latency.",
     ]  # fmt: skip
+    lines.append(
+        "- `gc.freeze()` before the stream: a full pass of Python's garbage collector over what "
+        "JAX leaves behind stops the client for 0.2 to 0.4 s (seen here), which looks like "
+        "stragglers."
+    )
     for step, words in (
         ("encode", "Encoding a group"),
         ("dispatch", "Handing a query or a group's coded data points to the pool"),
@@ -301,8 +306,9 @@ def _rules(rules: Mapping[str, Any]) -> str:
         "Measured before, in the same way (5 % stragglers, "
         f"{load['rate']:g} queries a second, {load['workers']} workers): when a worker's silence "
         "is taken for straggling (times the median), how many answers of a group are enough, and "
-        "when a group is filled up (times the median). Small samples: for choosing, not for "
-        "claims.", "",
+        "when a group is filled up (times the median). Small samples, for choosing, not for claims"
+        + ("" if "niceness" in rules else ", with pauses of Python's garbage collector in them")
+        + ".", "",
         "| | queries | p50 | p99 | p99.9 | RelAcc % | decoded % | calls a query |",
         "|---" * 8 + "|",
     ]  # fmt: skip
