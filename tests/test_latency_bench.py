@@ -38,8 +38,8 @@ SYSTEMS = {
     "replicated": (Replication(1, 2), {"needed": 1}),
     "hedged": (Uncoded(1), {"copies": 2, "overdue": Overdue(0.5, 1.5)}),
     "ParM": (Parity(2, 3), {"models": (0, 1)}),
-    "BACC": (Berrut(4, 6), {}),
-    "NeRCC": (NeRCC(4, 6, lambda_dec=0.0), {}),
+    "BACC": (Berrut(4, 6), {"needed": 6}),
+    "NeRCC": (NeRCC(4, 6, lambda_dec=0.0), {"needed": 6}),
     "interleaved": (NeRCC(4, 6, points="interleaved", lambda_dec=0.0), {}),
 }
 
