@@ -66,7 +66,9 @@ class AbstractPool(abc.ABC):
 
         `on_change(batch)` is called after each answer, or failure, from one of the pool's threads:
         it must be quick, and must not wait for the batch. `overdue` is when this batch's coded data
-        points are overdue (the pool's unless given). Numbers as in `dispatch`.
+        points are overdue (the pool's unless given). Numbers as in `dispatch`: a client that waits
+        for more answers than `needed` may have to wait for stragglers, as the rest is only sent if
+        a worker is free at once, or something is overdue.
         """
         return self._desk.open(num_points, needed, copies, on_change, overdue)
 
