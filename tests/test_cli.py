@@ -100,6 +100,13 @@ def test_help(command):
     assert "Usage" in result.output
 
 
+def test_a_missing_ray_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = run("run", "--pool", "ray")
+    assert result.exit_code == 2
+    assert "pip install 'nercc-jax[ray]'" in result.output
+
+
 def test_a_missing_extra_is_named():
     code = "import sys; sys.modules['typer'] = None; from nercc_jax.cli import main; main()"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

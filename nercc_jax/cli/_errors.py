@@ -2,9 +2,11 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 
 @contextlib.contextmanager
@@ -13,5 +15,12 @@ def told_plainly() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from error
+        fail(str(error), 2)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Tells what went wrong and ends the command with this exit code."""
+    # Escaped: of "pip install 'nercc-jax[ray]'" Rich would take the brackets for markup.
+    told = f"[red]error:[/red] {escape(message)}"
+    Console(stderr=True).print(told, highlight=False, soft_wrap=True)
+    raise typer.Exit(code)

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,6 @@ import typer
 from jaxtyping import Int
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -32,7 +31,7 @@ from ..pools import (
     RayPool,
     run_batches,
 )
-from ._errors import told_plainly
+from ._errors import fail, told_plainly
 from ._results import Results, check_kind, write_results
 from ._workload import (
     Answering,
@@ -286,7 +285,7 @@ def _open(
         with console.status(f"starting {count} workers ({kind}) ..."):
             return make(network, count, example=job.example(), **options)
     except RuntimeError as error:
-        _fail(f"the pool did not start: {error}", 1)
+        fail(f"the pool did not start: {error}", 1)
 
 
 @dataclasses.dataclass
@@ -434,16 +433,10 @@ def _conclude(results: Results, seen: _Seen, job: _Job, interrupted: bool) -> No
     """Exits with 130 after Ctrl-C, with 1 where data points were lost."""
     if interrupted:
         written = "are done" if len(results) else "are done, and no file is written"
-        _fail(f"interrupted: {len(results):,} of {len(job.rows):,} data points {written}", 130)
+        fail(f"interrupted: {len(results):,} of {len(job.rows):,} data points {written}", 130)
     if results.lost:
-        _fail(
+        fail(
             f"{results.lost:,} of {len(results):,} data points were lost after {_ATTEMPTS} "
             f"attempts and are NaN in the result; the last trouble: {seen.trouble}",
             1,
         )
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    told = f"[red]error:[/red] {escape(message)}"
-    Console(stderr=True).print(told, highlight=False, soft_wrap=True)
-    raise typer.Exit(code)
