@@ -99,19 +99,24 @@ def as_groups(
         x = np.asarray(x)
         x = x.astype(jax.dtypes.canonicalize_dtype(x.dtype), copy=False)
     available = jnp.asarray(available)
-    grouped = _grouped(code, x, available)
+    grouped = is_grouped(code, x, available)
+    groups = in_groups(code, x, grouped)
+    masks = (len(groups), code.num_workers) if available.ndim == 2 else (code.num_workers,)
+    available = jnp.broadcast_to(as_mask(available, masks), (len(groups), code.num_workers))
+    return groups, available, grouped
+
+
+def in_groups(code: AbstractCode, x: Any, grouped: bool) -> Any:
+    """x as (groups, K, ...). Raises: ValueError where it is no floats, or empty."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x is {x.dtype}: codes work on floats, so convert it first")
-    if not grouped:
-        x = x[None]
-    if x.shape[0] == 0:
+    x = x if grouped else x[None]
+    if x.size == 0:
         raise ValueError(f"x holds no group of {code.num_data} data points: shape {x.shape}")
-    masks = (x.shape[0], code.num_workers) if available.ndim == 2 else (code.num_workers,)
-    available = jnp.broadcast_to(as_mask(available, masks), (x.shape[0], code.num_workers))
-    return x, available, grouped
+    return x
 
 
-def _grouped(code: AbstractCode, x: Array | np.ndarray, available: Array) -> bool:
+def is_grouped(code: AbstractCode, x: Array | np.ndarray, available: Array) -> bool:
     """Whether x is many groups; said by the mask's shape, else by which axis has length K."""
     single = x.ndim >= 1 and x.shape[0] == code.num_data
     many = x.ndim >= 2 and x.shape[1] == code.num_data

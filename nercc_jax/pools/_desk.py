@@ -306,8 +306,9 @@ class Desk:
         seat.life += 1
         seat.deaths += 1
         self._counts["deaths"] += 1
-        seat.start_at = time.monotonic() + (min(2.0**failed * _PAUSE, _LONGEST) if failed else 0)
-        if failed == 0:
+        if failed:
+            seat.start_at = time.monotonic() + min(2.0**failed * _PAUSE, _LONGEST)
+        else:
             self._restart(worker)
         self._wake.notify_all()
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
 from .._codes import AbstractCode, Decoded, decode_groups
-from .._inference import _grouped as is_grouped
+from .._inference import in_groups, is_grouped
 from ._batch import Answers, Enough
 from ._pool import AbstractPool
 
@@ -107,11 +107,7 @@ def _groups(
     elif x.shape[int(grouped) : int(grouped) + 1] != (code.num_data,):
         wanted = "(groups, K, ...)" if grouped else "(K, ...)"
         raise ValueError(f"x has shape {x.shape}, but must be {wanted}, K = {code.num_data}")
-    if not np.issubdtype(x.dtype, np.floating):
-        raise ValueError(f"x is {x.dtype}: codes work on floats, so convert it first")
-    if x.size == 0:
-        raise ValueError(f"x holds no group of {code.num_data} data points: shape {x.shape}")
-    x = x if grouped else x[None]
+    x = in_groups(code, x, grouped)
     x = x.astype(jax.dtypes.canonicalize_dtype(x.dtype), copy=False)
     if not np.isfinite(x).all():
         finite = np.isfinite(x.reshape(*x.shape[:2], -1)).all(axis=-1)

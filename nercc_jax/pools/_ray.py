@@ -17,7 +17,7 @@ from ._desk import AbstractCrew, Desk, WorkerDied
 from ._faults import Faults
 from ._overdue import Overdue
 from ._pool import AbstractPool
-from ._worker import Program, Worker, as_models, warm_up
+from ._worker import Program, Worker, as_models, warm_up, x64_enabled
 
 
 class RayPool(AbstractPool):
@@ -61,10 +61,9 @@ class RayPool(AbstractPool):
                 # Of os.fork, which Ray follows by exec at once: no thread of JAX is missed.
                 warnings.simplefilter("ignore", RuntimeWarning)
                 ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-        wide = bool(jax.config.jax_enable_x64)  # pyright: ignore[reportAttributeAccessIssue]
         options = {"num_cpus": 0} | dict(actor_options or {})
         models = as_models(model)
-        load = ray.put((models, example, compiled, faults or Faults(), wide))
+        load = ray.put((models, example, compiled, faults or Faults(), x64_enabled()))
         self._crew = _Actors(load, options, owner)
         self._desk = Desk(
             self._crew,

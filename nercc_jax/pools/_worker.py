@@ -26,7 +26,7 @@ class Program:
 
     def __init__(self, models: tuple[Model, ...], device: Device, compiled: bool):
         self._device = device
-        self._x64 = bool(jax.config.jax_enable_x64)  # pyright: ignore[reportAttributeAccessIssue]
+        self._x64 = x64_enabled()
         self._calls = tuple(_bound(model, device) if compiled else model for model in models)
 
     def __call__(self, kind: int, batch: np.ndarray) -> np.ndarray:
@@ -45,6 +45,11 @@ def _bound(model: Model, device: Device) -> Callable[[np.ndarray], Any]:
         return eqx.combine(arrays, rest)(batch)
 
     return lambda batch: call(arrays, batch)
+
+
+def x64_enabled() -> bool:
+    """Whether this thread works in float64."""
+    return bool(jax.config.jax_enable_x64)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def as_models(model: Model | Sequence[Model]) -> tuple[Model, ...]:
