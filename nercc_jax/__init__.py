@@ -62,5 +62,6 @@ from .pools import PoolReport as PoolReport
 from .pools import PoolResult as PoolResult
 from .pools import RayPool as RayPool
 from .pools import Timing as Timing
+from .pools import WorkerReport as WorkerReport
 from .pools import pool_inference as pool_inference
 from .pools import run_batches as run_batches

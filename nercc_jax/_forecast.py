@@ -4,10 +4,11 @@ import functools
 from collections.abc import Callable, Sequence
 
 import equinox as eqx
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from ._codes import AbstractCode, as_mask
+from ._codes import AbstractCode, as_mask, decode_groups
 from ._evaluation import all_answers, batched, cut_groups, own_outputs, score_set
 from ._inference import Model
 
@@ -56,6 +57,17 @@ class Forecast(eqx.Module):
         Raises: ValueError for a mask of another shape or dtype.
         """
         return _expect(self, available)[1]
+
+    def by_place(
+        self, available: Bool[ArrayLike, " num_workers"]
+    ) -> tuple[Float[Array, " num_data"], Float[Array, " num_data"]]:
+        """`error` and `disagreement` of each of the K places of a group by itself.
+
+        They differ much where points are interleaved: a place whose own worker answered is exact.
+
+        Raises: ValueError for a mask of another shape or dtype.
+        """
+        return _expect_by_place(self, available)
 
     def below(
         self, *, max_disagreement: float | int | None = None, max_error: float | int | None = None
@@ -139,3 +151,17 @@ def _expect(forecast: Forecast, available: Bool[ArrayLike, " num_workers"]) -> t
     originals = forecast.originals.reshape(-1, forecast.originals.shape[-1])
     score = score_set(forecast.code, forecast.answers, originals, None, available)
     return score["rmse"], 1 - score["rel_acc"], score["lost"]
+
+
+@eqx.filter_jit
+def _expect_by_place(
+    forecast: Forecast, available: Bool[ArrayLike, " num_workers"]
+) -> tuple[Array, Array]:
+    code, answers, originals = forecast.code, forecast.answers, forecast.originals
+    available = as_mask(available, (code.num_workers,))
+    decoded = decode_groups(code, answers, jnp.broadcast_to(available, answers.shape[:2]))
+    recovered = decoded.recovered
+    square = jnp.sum((decoded.predictions - originals) ** 2, axis=-1, where=recovered[..., None])
+    error = jnp.sqrt(jnp.sum(square, axis=0) / jnp.sum(recovered, axis=0))
+    same = jnp.argmax(decoded.predictions, axis=-1) == jnp.argmax(originals, axis=-1)
+    return error, 1 - jnp.mean(recovered & same, axis=0)

@@ -32,20 +32,23 @@ class Berrut(AbstractCode):
         self.alpha, self.beta = regression_points(num_data, num_workers, points)
 
     def encoder_matrix(self) -> Float[Array, "num_workers num_data"]:
-        return _berrut_matrix(self.alpha, self.beta, jnp.ones(self.num_data, bool))
+        return berrut_matrix(self.alpha, self.beta, jnp.ones(self.num_data, bool))
 
     def decoder_matrix(
         self, available: Bool[ArrayLike, " num_workers"]
     ) -> Float[Array, "num_data num_workers"]:
         available = as_mask(available, (self.num_workers,))
-        return _berrut_matrix(self.beta, self.alpha, available)
+        return berrut_matrix(self.beta, self.alpha, available)
 
     def recovered(self, available: Bool[ArrayLike, " num_workers"]) -> Bool[Array, " num_data"]:
         available = as_mask(available, (self.num_workers,))
         return jnp.broadcast_to(jnp.any(available), (self.num_data,))
 
 
-def _berrut_matrix(points, at, available):
+def berrut_matrix(
+    points: Float[Array, " n"], at: Float[Array, " m"], available: Bool[Array, " n"]
+) -> Float[Array, "m n"]:
+    """The matrix of the interpolant on the available points, read at others."""
     knots = gather_knots(points, available.astype(points.dtype))
     signs = 1.0 - 2.0 * (jnp.arange(knots.t.shape[0]) % 2)
     signs = jnp.where(knots.weights > 0, signs, 0).astype(points.dtype)

@@ -5,6 +5,7 @@ import typer
 from ._demo import demo
 from ._models import models
 from ._run import run_command
+from ._serve import serve_command
 from ._tune import tune_command
 
 app = typer.Typer(
@@ -16,4 +17,5 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(models)
 app.command("run")(run_command)
+app.command("serve")(serve_command)
 app.command("tune")(tune_command)

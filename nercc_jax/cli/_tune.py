@@ -1,10 +1,13 @@
 """`nercc tune`: the numbers of a code, by gradient descent on unlabelled data."""
 
+import dataclasses
 import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import typer
 from rich.console import Console
@@ -50,6 +53,13 @@ def tune_command(
         int | None,
         typer.Option(help="One code for all numbers of stragglers from 0 to this; N - K if unset."),
     ] = None,
+    layout: Annotated[
+        Literal["chebyshev", "interleaved"],
+        typer.Option(
+            help="Where the points start. Interleaved: every data point's is a worker's too, which "
+            "makes it exact if that worker answers."
+        ),
+    ] = "chebyshev",
     points: Annotated[
         bool,
         typer.Option("--points/--lambdas-only", help="Tune the regression points too, or not."),
@@ -84,6 +94,9 @@ def tune_command(
             raise ValueError("--loss cross_entropy needs --outputs logits")
         laws = straggler_laws(num_data, num_workers, max_stragglers)
         start = NeRCC(num_data, num_workers)
+        if layout == "interleaved":
+            start = NeRCC(num_data, num_workers, points=layout, lambda_dec=0.0)
+            del laws["0"]  # without stragglers it is exact
         network = answering(model, outputs)
         x, _ = network.images("train", data_dir, images, seed)
         held, _ = network.images("test", data_dir, images, seed)
@@ -99,12 +112,17 @@ def tune_command(
             points=points,
             loss=loss,
         )
+        if layout == "interleaved":
+            # Tuning walks on log lambda_enc; at 0 data points are sent as they came.
+            exact = eqx.tree_at(lambda code: code.lambda_enc, tuned.code, jnp.array(0.0))
+            tuned = dataclasses.replace(tuned, code=exact)
         about = {
             "model": model,
             "outputs": outputs,
             "data": network.network.data,
             "data_points": len(x),
-            "stragglers": f"0 to {len(laws) - 1} of {num_workers} workers, each number alike",
+            "layout": layout,
+            "stragglers": f"{', '.join(laws)} of {num_workers} workers, each number alike",
             "loss": loss,
             "objective": f"{tuned.objective:.4f} of the untuned code's, on held-out groups",
             "steps": len(tuned.history) - 1,

@@ -4,6 +4,7 @@ from ._batch import Answers as Answers
 from ._batch import Batch as Batch
 from ._batch import Failure as Failure
 from ._desk import PoolReport as PoolReport
+from ._desk import WorkerReport as WorkerReport
 from ._devices import DevicePool as DevicePool
 from ._faults import Episodes as Episodes
 from ._faults import Fault as Fault

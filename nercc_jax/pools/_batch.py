@@ -158,9 +158,19 @@ class Batch:
         """Drops what is not sent, and lets answers that still come go. Does nothing twice."""
         self._on_forget(self)
 
+    def suffice(self) -> None:
+        """Nothing more is needed: what waits is not sent, what is on its way is still heard."""
+        with self._changed:
+            self.needed = 0
+
     def answer(self, point: int) -> np.ndarray | None:
         """One coded data point's answer, if it is in."""
         return self._values[point]
+
+    def lost(self, point: int) -> bool:
+        """Whether a coded data point was sent and will have no answer; `failures` say why."""
+        task = self.tasks.get(point)
+        return task is not None and task.settled and not self.available[point]
 
     def _answers(self) -> Answers:
         some = next((value for value in self._values if value is not None), None)
@@ -221,8 +231,10 @@ class Batch:
         if not np.issubdtype(value.dtype, np.floating):
             return f"the answer is {value.dtype}: codes work on floats"
         other = next((v for v in self._values if v is not None), value)
-        if other.shape != value.shape:
-            return f"the answer has shape {value.shape}, others of this batch {other.shape}"
+        if other.shape[1:] != value.shape[1:]:
+            return (
+                f"each answer has shape {value.shape[1:]}, others of this batch {other.shape[1:]}"
+            )
         if not np.isfinite(value).all():
             return "the answer is not finite"
         return None

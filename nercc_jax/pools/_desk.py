@@ -23,7 +23,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -58,6 +58,18 @@ class AbstractCrew(abc.ABC):
         """Ends all workers."""
 
 
+WorkerState: TypeAlias = Literal["idle", "busy", "overdue", "starting"]
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkerReport:
+    """What one worker does now, for how many seconds it has had a task in hand, and its deaths."""
+
+    state: WorkerState
+    busy_seconds: float
+    deaths: int
+
+
 @dataclasses.dataclass(frozen=True)
 class PoolReport:
     """What a pool has seen so far, and what its workers do now.
@@ -66,7 +78,7 @@ class PoolReport:
     or, after a failed start, after a pause that grows. `errors` are answers that were exceptions or
     none (not finite, of the wrong shape); `late` ones came after their batch was forgotten, or
     second. `seconds` is the workers' time that `sent` tasks took, and `wasted_seconds` what of it
-    went into answers that nobody used.
+    went into answers that nobody used. `workers` tells of each worker.
     """
 
     num_workers: int
@@ -82,7 +94,11 @@ class PoolReport:
     copies: int
     seconds: float
     wasted_seconds: float
-    deaths_by_worker: tuple[int, ...]
+    workers: tuple[WorkerReport, ...]
+
+    @property
+    def deaths_by_worker(self) -> tuple[int, ...]:
+        return tuple(worker.deaths for worker in self.workers)
 
 
 @dataclasses.dataclass
@@ -97,6 +113,14 @@ class _Seat:
     deaths: int = 0
     failed_starts: int = 0  # lives that ended before it was ready, one after the other
     start_at: float = np.inf  # when the next life begins
+
+    @property
+    def state(self) -> WorkerState:
+        if not self.ready:
+            return "starting"
+        if self.task is None:
+            return "idle"
+        return "overdue" if self.overdue else "busy"
 
 
 _STARTS = 3  # failed starts of a worker that a new pool takes before it gives up
@@ -143,6 +167,7 @@ class Desk:
         self._closed = False
         self._look = np.inf  # when time is looked at next
         self._trouble: str | None = None
+        self._on_idle: Callable[[], None] | None = None
         for worker in range(num_workers):
             crew.start(worker, 0, self._hear)
         self._watch = threading.Thread(target=self._watch_time, name="nercc-desk", daemon=True)
@@ -207,6 +232,7 @@ class Desk:
             busy = sum(seat.task is not None for seat in self._seats)
             ready = sum(seat.ready for seat in self._seats)
             count = self._counts
+            now = time.monotonic()
             return PoolReport(
                 num_workers=len(self._seats),
                 idle=ready - busy,
@@ -215,8 +241,20 @@ class Desk:
                 **{name: count[name] for name in _COUNTED},
                 seconds=self._seconds,
                 wasted_seconds=self._wasted,
-                deaths_by_worker=tuple(seat.deaths for seat in self._seats),
+                workers=tuple(
+                    WorkerReport(
+                        seat.state, 0.0 if seat.task is None else now - seat.since, seat.deaths
+                    )
+                    for seat in self._seats
+                ),
             )
+
+    @property
+    def idle(self) -> int:
+        return len(self._idle)
+
+    def on_idle(self, callback: Callable[[], None]) -> None:
+        self._on_idle = callback
 
     def close(self) -> None:
         """Ends the workers; batches that still wait come back with what they have."""
@@ -247,12 +285,12 @@ class Desk:
                 self._settle(worker, outcome)
             sends = self._pump()
             changed = batch is not None and batch.open
+            free = bool(self._idle)
         self._send(sends)
         if batch is not None and changed and batch.on_change is not None:
-            try:
-                batch.on_change(batch)
-            except Exception:  # the caller's trouble: the worker that answered goes on
-                _LOG.exception("on_change of a batch of %d failed", batch.num_points)
+            _tell(batch.on_change, batch)
+        if free and self._on_idle is not None:
+            _tell(self._on_idle)
 
     def _ready(self, worker: int, outcome: Any) -> None:
         seat = self._seats[worker]
@@ -480,6 +518,13 @@ class Desk:
 
 
 _COUNTED = ("sent", "answered", "late", "errors", "deaths", "hung", "copies")
+
+
+def _tell(callback: Callable[..., None], *args: Any) -> None:
+    try:
+        callback(*args)
+    except Exception:  # the caller's trouble: the worker that answered goes on
+        _LOG.exception("a pool's callback %r failed", callback)
 
 
 def _refusal(task: Task, outcome: Any) -> str | None:

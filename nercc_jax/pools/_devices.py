@@ -13,7 +13,7 @@ from ._desk import AbstractCrew, Desk, WorkerDied
 from ._faults import Faults
 from ._overdue import Overdue
 from ._pool import AbstractPool
-from ._worker import Device, Program, Worker, as_models, warm_up
+from ._worker import Device, Examples, Program, Worker, as_models, warm_up
 
 
 class DevicePool(AbstractPool):
@@ -30,7 +30,7 @@ class DevicePool(AbstractPool):
         num_workers: int,
         *,
         devices: Sequence[Device] | None = None,
-        example: np.ndarray | None = None,
+        example: Examples = None,
         compiled: bool = True,
         faults: Faults | None = None,
         overdue: Overdue | None = None,
@@ -45,8 +45,9 @@ class DevicePool(AbstractPool):
                 whose workers run further ones (`AbstractCode.worker_models`), served one first.
             num_workers: how many.
             devices: where they are; `jax.local_devices()` unless given.
-            example: a batch as a worker will get it, (B, ...): every program is compiled for it
-                before the pool is ready. Without it the first batches wait for the compiler.
+            example: a batch as a worker will get it, (B, ...), or several: every program is
+                compiled for them before the pool is ready. Without, the first batches wait for the
+                compiler.
             compiled: False for a model that is no JAX function.
             faults: what goes wrong on purpose.
             overdue: when a task counts as overdue (`Overdue`).

@@ -69,12 +69,12 @@ def pool_inference(
     encoder = np.asarray(code.encoder_matrix())
     kinds = code.worker_models.tolist()
     everyone = jnp.ones(code.num_workers, bool)
-    decode = _decoder(code)
+    decode = shared_decoder(code)
 
     def infer(x: ArrayLike, enough: Enough | None = None, deadline: float = 60.0):
         begin = time.perf_counter()
         x, many = _groups(code, np.asarray(x), everyone, grouped)
-        coded = _encode(encoder, x)
+        coded = encode_on_host(encoder, x)
         encoded = time.perf_counter()
         needed = None if enough is None or callable(enough) else operator.index(enough)
         with pool.dispatch(coded, kinds=kinds, needed=needed) as batch:
@@ -116,7 +116,7 @@ def _groups(
     return x, grouped
 
 
-def _decoder(code: AbstractCode) -> Callable[[np.ndarray, np.ndarray], Decoded]:
+def shared_decoder(code: AbstractCode) -> Callable[[np.ndarray, np.ndarray], Decoded]:
     """Decodes (N, groups, ...) answers that share a mask; the code is a constant of the program."""
 
     @jax.jit
@@ -127,7 +127,7 @@ def _decoder(code: AbstractCode) -> Callable[[np.ndarray, np.ndarray], Decoded]:
     return decode
 
 
-def _encode(
+def encode_on_host(
     encoder: Float[np.ndarray, "num_workers num_data"], x: Float[np.ndarray, "groups num_data ..."]
 ) -> Float[np.ndarray, "num_workers groups ..."]:
     """Coded data points, worker by worker: on the host, where x is and whence it is sent."""

@@ -93,6 +93,18 @@ class AbstractPool(abc.ABC):
         """What the pool has seen so far."""
         return self._desk.report()
 
+    @property
+    def idle(self) -> int:
+        """How many workers have nothing in hand, at this moment."""
+        return self._desk.idle
+
+    def on_idle(self, callback: Callable[[], Any]) -> None:
+        """Has `callback()` called whenever a worker is left without a task: one listener a pool.
+
+        It comes from one of the pool's threads, as `on_change` does, and must be as quick.
+        """
+        self._desk.on_idle(callback)
+
     def close(self) -> None:
         """Ends the workers. Who still waits gets what is in."""
         self._desk.close()

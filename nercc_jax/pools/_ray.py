@@ -17,7 +17,7 @@ from ._desk import AbstractCrew, Desk, WorkerDied
 from ._faults import Faults
 from ._overdue import Overdue
 from ._pool import AbstractPool
-from ._worker import Program, Worker, as_models, warm_up, x64_enabled
+from ._worker import Examples, Program, Worker, as_models, warm_up, x64_enabled
 
 
 class RayPool(AbstractPool):
@@ -34,7 +34,7 @@ class RayPool(AbstractPool):
         model: Model | Sequence[Model],
         num_workers: int,
         *,
-        example: np.ndarray | None = None,
+        example: Examples = None,
         compiled: bool = True,
         actor_options: Mapping[str, Any] | None = None,
         faults: Faults | None = None,

@@ -13,6 +13,9 @@ from ._faults import Faults, InjectedError
 
 Device: TypeAlias = Any  # `jax.Device`, which pyright does not take for a type
 
+# Batches that programs are compiled for: one, several of different shapes, or none.
+Examples: TypeAlias = np.ndarray | Sequence[np.ndarray] | None
+
 # Seconds that a worker hangs: longer than any pool waits.
 _FOREVER = 1e6
 
@@ -60,22 +63,24 @@ def as_models(model: Model | Sequence[Model]) -> tuple[Model, ...]:
     return models
 
 
-def warm_up(programs: Sequence[Program], num_models: int, example: np.ndarray | None) -> None:
-    """Compiles all models for batches like the example, no fault included.
+def warm_up(programs: Sequence[Program], num_models: int, example: Examples) -> None:
+    """Compiles all models for batches like the examples, no fault included.
 
-    Raises: RuntimeError where a model does not run on it.
+    Raises: RuntimeError where a model does not run on one.
     """
-    if example is None:
-        return
-    try:
-        for program in programs:
-            for kind in range(num_models):
-                program(kind, np.asarray(example))
-    except Exception as error:
-        shape = np.shape(example)
-        raise RuntimeError(
-            f"the model does not run on a batch of shape {shape}: {error}"
-        ) from error
+    examples = () if example is None else example
+    if not isinstance(examples, Sequence):
+        examples = (examples,)
+    for batch in examples:
+        try:
+            for program in programs:
+                for kind in range(num_models):
+                    program(kind, np.asarray(batch))
+        except Exception as error:
+            shape = np.shape(batch)
+            raise RuntimeError(
+                f"the model does not run on a batch of shape {shape}: {error}"
+            ) from error
 
 
 class Worker:

@@ -1,0 +1,279 @@
+"""`nercc serve`: a coded prediction server."""
+
+import contextlib
+import importlib.util
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+import typer
+
+from .. import AbstractCode, Berrut, NeRCC, Replication, Uncoded, load_code
+from ._errors import fail, told_plainly
+from ._workload import Outputs, answering
+
+if TYPE_CHECKING:
+    from ..serving import Servable
+    from ..serving._settings import ModelSettings
+
+# Codes tuned for shipped models by `nercc tune --layout interleaved`.
+_CODES = Path(__file__).parent / "codes"
+# Training images that the error estimate of a shipped model is calibrated on.
+_CALIBRATION = 1024
+
+
+def serve_command(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A shipped model, or module:function; several are served side by side. "
+            "lenet5-digits unless the environment or --config names others."
+        ),
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A TOML file with settings.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; 127.0.0.1.")] = None,
+    http_port: Annotated[int | None, typer.Option(help="REST, status page, metrics; 8000.")] = None,
+    grpc_port: Annotated[int | None, typer.Option(help="gRPC; 8001.")] = None,
+    pool: Annotated[
+        Literal["devices", "ray"] | None,
+        typer.Option(help="Workers: threads on this process's devices, or Ray actors."),
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Workers of each model; N.")] = None,
+    scheme: Annotated[
+        Literal["nercc", "berrut", "replication", "uncoded"] | None,
+        typer.Option(help="How queries are coded; nercc."),
+    ] = None,
+    num_data: Annotated[int | None, typer.Option(help="K: queries coded together; 4.")] = None,
+    num_workers: Annotated[
+        int | None, typer.Option(help="N: coded data points of K queries; 8.")
+    ] = None,
+    points: Annotated[
+        Literal["interleaved", "repeated", "chebyshev", "uniform"] | None,
+        typer.Option(help="Where the regression points lie; interleaved."),
+    ] = None,
+    code: Annotated[
+        Path | None, typer.Option(help="A code that `nercc tune` wrote, instead.")
+    ] = None,
+    outputs: Annotated[
+        Outputs | None, typer.Option(help="What a shipped model returns; logits.")
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Given to module:function, which then makes the model.")
+    ] = None,
+    input_shape: Annotated[
+        str | None, typer.Option(help="Of one query of module:function: 28,28,1.")
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Unlabelled inputs (.npy) for module:function's error estimate."),
+    ] = None,
+    max_batch_size: Annotated[
+        int | None, typer.Option(help="Queries in one worker call, at most; 8.")
+    ] = None,
+    batch_wait_timeout_s: Annotated[
+        float | None, typer.Option(help="How long a group waits for more queries; 0.01.")
+    ] = None,
+    max_queue_size: Annotated[
+        int | None, typer.Option(help="Queries that may wait; more are refused; 1024.")
+    ] = None,
+    deadline_s: Annotated[
+        float | None, typer.Option(help="Of a request that does not say; 10.")
+    ] = None,
+    max_disagreement: Annotated[
+        float | None,
+        typer.Option(
+            help="Decode a straggler's query only if its label is expected to differ from the "
+            "model's own with no larger probability; otherwise send it again; 0.05."
+        ),
+    ] = None,
+    service_delay: Annotated[
+        float | None, typer.Option(help="On trial: seconds that every call takes longer.")
+    ] = None,
+    straggler_rate: Annotated[
+        float | None, typer.Option(help="On trial: the share of calls that straggle ...")
+    ] = None,
+    straggler_delay: Annotated[
+        float | None, typer.Option(help="... and by how many seconds; 1.")
+    ] = None,
+    death_rate: Annotated[
+        float | None, typer.Option(help="On trial: the share of calls in which the worker dies.")
+    ] = None,
+    log_format: Annotated[
+        Literal["json", "text"] | None, typer.Option(help="Of the log, on stderr; json.")
+    ] = None,
+) -> None:
+    """Serve models behind a code: Open Inference Protocol, REST and gRPC.
+
+    Clients' queries are coded in groups; one whose worker straggles is decoded
+    from the others' answers, and its response says so. All settings can also
+    be given by environment (NERCC_...) and file; flags come first. SIGTERM
+    answers what was accepted, and ends.
+    """
+    with told_plainly():
+        _check_extra()
+        from ..serving._settings import read_settings
+
+        shape = None if input_shape is None else _shape(input_shape)
+        defaults = {
+            "pool": pool,
+            "workers": workers,
+            "scheme": scheme,
+            "num_data": num_data,
+            "num_workers": num_workers,
+            "points": points,
+            "code": code,
+            "outputs": outputs,
+            "weights": weights,
+            "input_shape": shape,
+            "calibration": calibration,
+            "max_batch_size": max_batch_size,
+            "batch_wait_timeout_s": batch_wait_timeout_s,
+            "max_queue_size": max_queue_size,
+            "deadline_s": deadline_s,
+            "max_disagreement": max_disagreement,
+            "service_delay_s": service_delay,
+            "straggler_rate": straggler_rate,
+            "straggler_delay_s": straggler_delay,
+            "death_rate": death_rate,
+        }
+        told: dict[str, Any] = {
+            "host": host,
+            "http_port": http_port,
+            "grpc_port": grpc_port,
+            "log_format": log_format,
+            "models": [{"model": each} for each in model] if model else None,
+            "defaults": {key: value for key, value in defaults.items() if value is not None},
+        }
+        settings = read_settings(
+            config, **{key: value for key, value in told.items() if value is not None}
+        )
+        if not settings.models:
+            settings.models = [type(settings.defaults)(model="lenet5-digits")]
+        chosen = settings.resolved()
+        if any(each.pool == "ray" for each in chosen) and importlib.util.find_spec("ray") is None:
+            raise ImportError("--pool ray needs Ray: pip install 'nercc-jax[ray]'")
+        _start_log(settings.log_format, settings.log_level)
+        from prometheus_client import CollectorRegistry
+
+        from ..serving._metrics import Meters
+        from ..serving._served import ServedModel
+        from ..serving._server import Server
+
+        registry = CollectorRegistry()
+        meters = Meters(registry)
+        served: dict[str, ServedModel] = {}
+        with contextlib.ExitStack() as undo:
+            for each in chosen:
+                servable = _servable(each)
+                with _starting(servable.name):
+                    served[servable.name] = ServedModel(servable, _code(each), each, meters)
+                undo.callback(served[servable.name].close, 0.0)
+            Server(served, settings, registry).run()
+
+
+def _check_extra() -> None:
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"nercc serve needs {', '.join(missing)}: pip install 'nercc-jax[serve]'")
+
+
+_NEEDED = ("kserve", "prometheus_client", "pydantic_settings", "pythonjsonlogger")
+
+
+@contextlib.contextmanager
+def _starting(name: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        fail(f"the workers of {name} did not start: {error}", 1)
+
+
+def _start_log(log_format: str, level: str) -> None:
+    """Everything goes to stderr, a JSON object a line unless a person wants to read it."""
+    from pythonjsonlogger.json import JsonFormatter
+
+    handler = logging.StreamHandler(sys.stderr)
+    if log_format == "json":
+        handler.setFormatter(
+            JsonFormatter(
+                "%(asctime)s %(levelname)s %(name)s %(message)s",
+                rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
+            )
+        )
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        shape = tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise ValueError(f"--input-shape is positive numbers with commas, 28,28,1, not {text!r}")
+    return shape
+
+
+def _servable(settings: "ModelSettings") -> "Servable":
+    """The model that the settings name."""
+    from ..serving import make_servable
+    from ..serving._servable import load_callable
+
+    assert settings.model is not None
+    name = settings.name or settings.model
+    if ":" not in settings.model:
+        network = answering(settings.model, settings.outputs)
+        x, _ = (
+            network.images("train", None, _CALIBRATION, 0) if _has_data(network) else (None, None)
+        )
+        shape = network.network.input_shape
+        output_name = settings.output_name or settings.outputs
+        return make_servable(name, network, shape, output_name=output_name, calibration=x)
+    model = load_callable(settings.model, settings.weights)
+    shape = settings.input_shape or getattr(model, "input_shape", None)
+    if shape is None:
+        raise ValueError(f"{settings.model}: say the shape of one query with --input-shape")
+    calibration = None
+    if settings.calibration is not None:
+        calibration = np.load(settings.calibration, allow_pickle=False).astype(np.float32)
+    output_name = settings.output_name or "output"
+    return make_servable(
+        settings.name or settings.model.replace(":", "."),
+        model,
+        shape,
+        output_name=output_name,
+        calibration=calibration,
+    )
+
+
+def _has_data(network: Any) -> bool:
+    """Whether the model's own data come with an installed package."""
+    return network.network.data == "digits"
+
+
+def _code(settings: "ModelSettings") -> AbstractCode:
+    """The code that the settings name; for a shipped model a tuned one, if it comes with us."""
+    k, n = settings.num_data, settings.num_workers
+    if settings.code is not None:
+        code = load_code(settings.code)
+        if code.worker_models.any():
+            raise ValueError(
+                f"{settings.code}: {type(code).__name__} has workers that run other models; here "
+                "all run the served one"
+            )
+        return code
+    if settings.scheme == "uncoded":
+        return Uncoded(1)
+    if settings.scheme == "replication":
+        return Replication(1, max(n // k, 1))  # each query by itself: no group to wait for
+    if settings.scheme == "berrut":
+        return Berrut(k, n, points=settings.points)
+    tuned = _CODES / f"{settings.model}-{n}-{k}-{settings.outputs}.json"
+    if settings.points == "interleaved" and tuned.exists():
+        return load_code(tuned)
+    own = settings.points in ("interleaved", "repeated")
+    return NeRCC(k, n, points=settings.points, lambda_dec=0.0 if own else None)

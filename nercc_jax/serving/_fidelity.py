@@ -1,0 +1,151 @@
+"""How far decoded answers may be from the model's own: expected before, and audited afterwards."""
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import ArrayLike, Bool, Float
+
+from .._evaluation import batched, cut_groups
+from .._forecast import Forecast
+from .._workers import Model, run_workers
+from ._coder import Coder
+
+# Groups that a forecast rests on, and fewer than which it tells nothing.
+_GROUPS, _LEAST = 256, 32
+_AUDITS = 1000  # decoded queries that the running audit looks at
+
+
+@dataclasses.dataclass(frozen=True)
+class Audit:
+    """Decoded queries whose own worker answered later: how many, and how they compare.
+
+    `disagreement` is the share whose label differed, NaN where there is none.
+    """
+
+    number: int
+    disagreement: float
+
+
+class Fidelity:
+    """The error to expect of each query of a group, given how many there are and who answered.
+
+    It decodes calibration groups from the same workers. Those come from data given beforehand, and
+    from traffic: a group all of whose coded data points were answered, the queries themselves
+    among them, shows what decoding from fewer would have made of it. The oldest is replaced. Not
+    thread-safe: it belongs to the batcher's thread.
+    """
+
+    def __init__(self, coder: Coder):
+        self._coder = coder
+        self._lessons = {few: _Lessons(coder) for few in range(1, coder.num_data + 1)}
+        self._audits: collections.deque[bool] = collections.deque(maxlen=_AUDITS)
+
+    def calibrate(self, model: Model | Sequence[Model], x: Float[ArrayLike, "points ..."]) -> None:
+        """Runs the model on unlabelled data points, coded and uncoded, in groups of every size.
+
+        Raises: ValueError where x fills no group, or is no floats or not finite.
+        """
+        models = (model,) if callable(model) else tuple(model)
+        run = eqx.filter_jit(run_workers)
+        for few in range(2, self._coder.num_data + 1):
+            number = _GROUPS if few == self._coder.num_data else 2 * _LEAST
+            groups = cut_groups(x, few)[:number]
+            coded = self._coder.encode(groups, np.arange(self._coder.num_workers)).swapaxes(0, 1)
+            answers = np.asarray(run(models, self._coder.code, jnp.asarray(coded)))
+            points = groups.reshape(-1, *groups.shape[2:])
+            originals = np.asarray(batched(models[0], min(64, len(points)))(points))
+            for group, own in zip(answers, originals.reshape(len(groups), few, -1), strict=True):
+                self.learn(group, own)
+
+    def compile(self, outputs: Sequence[int]) -> None:
+        """Compiles the forecast for a model's outputs, so that no query waits for that."""
+        zeros = np.zeros((self._coder.num_workers, int(np.prod(outputs))), np.float32)
+        blank = _Lessons(self._coder)
+        blank.add(zeros, zeros[: self._coder.num_data])
+        blank.expect(np.ones(self._coder.num_workers, bool))
+
+    def hungry(self, queries: int) -> bool:
+        """Whether groups of so many queries are wanted: nothing can be told of them yet."""
+        if queries == 1 or not self._coder.guesses:
+            return False
+        return self._lessons[queries].known < _LEAST
+
+    def learn(
+        self,
+        answers: Float[np.ndarray, "num_workers ..."],
+        originals: Float[np.ndarray, "queries ..."],
+    ) -> None:
+        """Takes a group: all workers' answers, and the model's own to the queries."""
+        answers = answers.reshape(len(answers), -1)
+        originals = originals.reshape(len(originals), -1)
+        self._lessons[len(originals)].add(answers, self._coder.by_place(originals))
+
+    def expect(
+        self, queries: int, mask: Bool[np.ndarray, " num_workers"]
+    ) -> tuple[Float[np.ndarray, " queries"], Float[np.ndarray, " queries"]]:
+        """Each query's expected disagreement and error, decoded from these workers; NaN: unknown."""
+        if self._lessons[queries].known < _LEAST or not mask.any():
+            return np.full(queries, np.nan), np.full(queries, np.nan)
+        disagreement, error = self._lessons[queries].expect(mask)
+        order = self._coder.in_order
+        return order(disagreement)[:queries], order(error)[:queries]
+
+    def audit(self, decoded: np.ndarray, own: np.ndarray) -> bool:
+        """Takes a decoded answer and the model's own that came late; whether the labels agree."""
+        agree = bool(np.argmax(decoded) == np.argmax(own))
+        self._audits.append(not agree)
+        return agree
+
+    def audited(self) -> Audit:
+        """The last audits."""
+        audits = list(self._audits)
+        return Audit(len(audits), float(np.mean(audits)) if audits else np.nan)
+
+
+class _Lessons:
+    """Groups of one size: the last `_GROUPS` of them."""
+
+    def __init__(self, coder: Coder):
+        self._code = coder.code
+        self.known = 0
+        self._fresh = 0  # groups that came since the forecast was made
+        self._answers: np.ndarray | None = None
+        self._originals: np.ndarray | None = None
+        self._forecast: Forecast | None = None
+        self._expected: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
+
+    def add(self, answers: np.ndarray, originals: np.ndarray) -> None:
+        if self._answers is None or self._originals is None:
+            self._answers = np.zeros((_GROUPS, *answers.shape), np.float32)
+            self._originals = np.zeros((_GROUPS, *originals.shape), np.float32)
+        slot = self.known % _GROUPS
+        self._answers[slot], self._originals[slot] = answers, originals
+        self.known += 1
+        self._fresh += 1
+
+    def expect(self, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if self._forecast is None or self._fresh >= _GROUPS:
+            self._renew()
+        key = mask.tobytes()
+        if key not in self._expected:
+            assert self._forecast is not None
+            error, disagreement = map(np.asarray, self._forecast.by_place(mask))
+            # Jeffreys' estimate: none wrong among n does not say that none ever will be.
+            number = min(self.known, _GROUPS)
+            self._expected[key] = (disagreement * number + 0.5) / (number + 1), error
+        return self._expected[key]
+
+    def _renew(self) -> None:
+        assert self._answers is not None
+        assert self._originals is not None
+        # Always of the same size, so that it is compiled once: few groups come several times.
+        chosen = np.arange(_GROUPS) % min(self.known, _GROUPS)
+        self._forecast = Forecast(
+            self._code, jnp.asarray(self._answers[chosen]), jnp.asarray(self._originals[chosen])
+        )
+        self._expected.clear()
+        self._fresh = 0

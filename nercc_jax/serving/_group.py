@@ -1,0 +1,98 @@
+"""Queries coded together, and what is known of them."""
+
+import dataclasses
+
+import numpy as np
+
+from ..pools import Batch
+from ._coder import Coder
+from ._request import Query
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """What one worker gets at once in one place of a group: some queries as one batch."""
+
+    queries: list[Query]
+    x: np.ndarray  # (size, ...)
+
+    @property
+    def pending(self) -> bool:
+        """Whether somebody waits for one of its queries."""
+        return any(not query.done for query in self.queries)
+
+    @property
+    def size(self) -> int:
+        return len(self.x)
+
+
+class Group:
+    """Up to K cells behind one code.
+
+    Cells may differ in size: the coded ones have the largest, and a smaller cell's rows come again.
+    """
+
+    def __init__(self, coder: Coder, now: float):
+        self.coder = coder
+        self.began = now
+        self.cells: list[Cell] = []
+        self.layout = coder.layout(coder.num_data)  # of a full group, until it is complete
+        self.complete = False
+        self.batch: Batch | None = None
+        # By coded data point.
+        self.mask = np.zeros(coder.num_workers, bool)
+        self.sent_at = np.full(coder.num_workers, np.nan)
+        self.answers: list[np.ndarray | None] = [None] * coder.num_workers
+        self.counted = np.zeros(coder.num_workers, bool)  # as stragglers
+        self.decoded: dict[int, np.ndarray] = {}  # what was given out, by cell
+        self.heard = False  # something came that the batcher has not looked at
+        self.closed = False
+        self.look_at = np.inf
+        self.linger_until = np.inf
+
+    @property
+    def full(self) -> bool:
+        return len(self.cells) == self.coder.num_data
+
+    @property
+    def pending(self) -> bool:
+        return any(cell.pending for cell in self.cells)
+
+    @property
+    def rows(self) -> int:
+        return max(cell.size for cell in self.cells)
+
+    @property
+    def sent(self) -> np.ndarray:
+        """The coded data points that were sent."""
+        return ~np.isnan(self.sent_at)
+
+    @property
+    def out(self) -> np.ndarray:
+        """Those of them that are not answered."""
+        return self.sent & ~self.mask
+
+    def inputs(self) -> np.ndarray:
+        """(rows, cells, ...)."""
+        return np.stack([_tall(cell.x, self.rows) for cell in self.cells], axis=1)
+
+    def values(self) -> np.ndarray:
+        """All answers, (N, rows, ...), zero where there is none."""
+        some = next(answer for answer in self.answers if answer is not None)
+        values = np.zeros((len(self.answers), self.rows, *some.shape[1:]), some.dtype)
+        for point, answer in enumerate(self.answers):
+            if answer is not None:
+                values[point] = _tall(answer, self.rows)
+        return values
+
+    def lesson(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """All workers' answers and the model's own to each cell's first query, if all are known."""
+        if not self.mask.all() or not all(len(points) for points in self.layout.own):
+            return None
+        firsts = np.stack([answer[0] for answer in self.answers if answer is not None])
+        return firsts, firsts[[points[0] for points in self.layout.own]]
+
+
+def _tall(x: np.ndarray, rows: int) -> np.ndarray:
+    """x with its rows again and again until there are so many."""
+    return x if len(x) == rows else x[np.arange(rows) % len(x)]

@@ -1,0 +1,85 @@
+"""How a batcher forms groups, how long it waits, and what it gives out."""
+
+import dataclasses
+from typing import Literal, TypeAlias
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchingPolicy:
+    """Batching, waiting and fidelity.
+
+    - `max_batch_size`: queries that a worker gets at once, at most. One idle worker and a long queue
+      make large batches, many idle workers single queries. A power of two: batches are powers of
+      two, for which everything is compiled ahead.
+    - `batch_wait_timeout_s`: seconds after which a group that is not full is completed without
+      waiting for more queries. (Of a code that sends no query as it came, nothing is sent before.)
+    - `max_queue_size`: queries that may wait to be sent; more are refused at once.
+    - `deadline_s`: seconds that a request has unless it says otherwise.
+    - `patience`: a coded data point straggles once it is out for so many times the running median
+      of answer times. What straggles is decoded, or sent again.
+    - `wait_for`: how many answers of a group are enough to decode, if nothing better is known;
+      unless given, 85 % of N but at least K, or half of the redundancy for interleaved codes.
+    - `max_disagreement`: decode a query only if the probability that its label is not the model's
+      own is expected to be no larger; otherwise wait for more answers, and send the query again
+      once none are to come. None: as soon as `wait_for` answers are in, whatever is expected.
+    - `copies`: workers that may have the same query in hand, when it is to be answered exactly, or
+      cannot be decoded, and the first straggles (hedging). 1: what straggles is waited for.
+    """
+
+    max_batch_size: int = 8
+    batch_wait_timeout_s: float = 0.01
+    max_queue_size: int = 1024
+    deadline_s: float = 10.0
+    patience: float = 1.5
+    wait_for: int | None = None
+    max_disagreement: float | None = None
+    copies: int = 2
+
+    def __post_init__(self):
+        if self.max_batch_size < 1 or self.max_batch_size & (self.max_batch_size - 1):
+            raise ValueError(f"max_batch_size must be a power of two, not {self.max_batch_size}")
+        if self.max_queue_size < 1 or self.copies < 1:
+            raise ValueError(
+                f"max_queue_size {self.max_queue_size} and copies {self.copies} must be 1 or more"
+            )
+        if not (self.batch_wait_timeout_s >= 0 and self.deadline_s > 0 and self.patience > 0):
+            raise ValueError(
+                f"batch_wait_timeout_s {self.batch_wait_timeout_s} must be 0 or more, deadline_s "
+                f"{self.deadline_s} and patience {self.patience} positive"
+            )
+        if self.max_disagreement is not None and not 0 <= self.max_disagreement < 1:
+            raise ValueError(f"max_disagreement must be in [0, 1), not {self.max_disagreement}")
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """The sizes of batches that workers get."""
+        return tuple(1 << power for power in range(self.max_batch_size.bit_length()))
+
+
+# What is measured, and what its number is: seconds, a count, or a share.
+Measure: TypeAlias = Literal[
+    # Requests by how they ended, with their seconds.
+    "request_ok",
+    "request_deadline",
+    "request_failed",
+    "request_cancelled",
+    # Refused before they were requests.
+    "request_queue_full",
+    "request_draining",
+    "request_invalid",
+    # Queries by how they were answered.
+    "query_exact",
+    "query_decoded",
+    "query_reexecuted",
+    "queue_seconds",
+    "batch_size",
+    "group_fill",
+    "encode_seconds",
+    "decode_seconds",
+    "workers_heard",
+    "expected_disagreement",
+    "straggler",
+    "reexecution",
+    "audit_same",
+    "audit_other",
+]

@@ -1,0 +1,266 @@
+"""The Open Inference Protocol's messages, to queries and from replies.
+
+kserve has the messages' types and writes them. Reading REST bodies is done here: kserve's reader
+turns each binary number into a Python object, and trusts what it reads.
+"""
+
+import uuid
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import orjson
+from kserve.errors import InvalidInput
+from kserve.protocol.infer_type import InferInput, InferOutput, InferRequest, InferResponse
+from kserve.protocol.rest.v2_datamodels import Parameters, RequestOutput
+from pydantic import BaseModel, ValidationError
+
+from ._request import Reply
+from ._servable import ADDED_OUTPUTS, Servable
+
+INPUT = "input"
+VERSION = "1"
+# What the protocol says for a probability or an error that is not known: JSON has no NaN.
+UNKNOWN = -1.0
+
+_MICROSECONDS, _MILLISECONDS = 1e6, 1e3
+
+
+class TooLarge(Exception):
+    """A body is larger than the server takes."""
+
+
+class UnsupportedEncoding(Exception):
+    """A body is compressed in a way that is not known here."""
+
+
+class _Input(BaseModel):
+    name: str
+    shape: list[int]
+    datatype: str
+    parameters: Parameters | None = None
+    data: list[Any] | None = None
+
+
+class _Request(BaseModel):
+    id: str | None = None
+    parameters: Parameters | None = None
+    inputs: list[_Input]
+    outputs: list[RequestOutput] | None = None
+
+
+def decompress(body: bytes, encoding: str | None, limit: int) -> bytes:
+    """A body as it was. Raises: `TooLarge`, `UnsupportedEncoding`, InvalidInput."""
+    if encoding in (None, "", "identity"):
+        return body
+    if encoding not in ("gzip", "deflate"):
+        raise UnsupportedEncoding(f"Content-Encoding {encoding!r}: gzip and deflate are known")
+    reader = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # tells gzip from zlib by itself
+    try:
+        plain = reader.decompress(body, limit + 1)
+    except zlib.error as error:
+        raise InvalidInput(f"the body is not {encoding}: {error}") from error
+    if len(plain) > limit:
+        raise TooLarge(f"the body is more than {limit} bytes when decompressed")
+    if not reader.eof:
+        raise InvalidInput(f"the body's {encoding} data ends too early")
+    return plain
+
+
+def read_request(body: bytes, json_length: str | None, model: str) -> InferRequest:
+    """A REST body: JSON, which ends at `json_length` if binary tensors follow it.
+
+    Raises: InvalidInput where it is neither.
+    """
+    head = body
+    if json_length is not None:
+        if not json_length.isascii() or not json_length.isdigit() or int(json_length) > len(body):
+            raise InvalidInput(
+                f"Inference-Header-Content-Length {json_length!r} is no length within the body's "
+                f"{len(body)} bytes"
+            )
+        head = body[: int(json_length)]
+    try:
+        request = _Request.model_validate(orjson.loads(head))
+    except orjson.JSONDecodeError as error:
+        raise InvalidInput(f"the body is not JSON: {error}") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InvalidInput(
+            f"the request is not as it should be: {where}: {first['msg']}"
+        ) from error
+    binary = memoryview(body)[len(head) :]
+    inputs = []
+    for each in request.inputs:
+        one = InferInput(each.name, each.shape, each.datatype, each.data, each.parameters)
+        size = (each.parameters or {}).get("binary_data_size")
+        if size is not None and each.data is None:
+            if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= len(binary):
+                raise InvalidInput(
+                    f"input {each.name!r}: binary_data_size {size!r} does not fit the "
+                    f"{len(binary)} bytes that are left after the JSON"
+                )
+            one._raw_data, binary = binary[:size], binary[size:]
+        elif each.data is None:
+            raise InvalidInput(f"input {each.name!r} has neither data nor a binary_data_size")
+        inputs.append(one)
+    if len(binary):
+        raise InvalidInput(f"{len(binary)} bytes are left over after all binary tensors")
+    return InferRequest(
+        model,
+        inputs,
+        request.id,
+        parameters=request.parameters,
+        request_outputs=request.outputs,  # pyright: ignore[reportArgumentType]
+    )
+
+
+def queries_of(request: InferRequest, servable: Servable) -> np.ndarray:
+    """The request's queries, (B, *shape) in float32.
+
+    Raises: InvalidInput for anything but one tensor of the name, type and shape that the metadata
+    says.
+    """
+    wanted = f"one input {INPUT!r}, FP32, of shape {list_shape(servable.shape)}"
+    if len(request.inputs) != 1 or request.inputs[0].name != INPUT:
+        names = [each.name for each in request.inputs]
+        raise InvalidInput(f"{servable.name} takes {wanted}, not inputs {names}")
+    given = request.inputs[0]
+    shape = tuple(given.shape)
+    if given.datatype != "FP32":
+        raise InvalidInput(f"{servable.name} takes {wanted}, not {given.datatype}")
+    if len(shape) != len(servable.shape) + 1 or shape[1:] != servable.shape or shape[0] < 1:
+        raise InvalidInput(f"{servable.name} takes {wanted}, not of shape {list(shape)}")
+    if given._raw_data is not None:
+        if len(given._raw_data) != 4 * np.prod(shape, dtype=object):
+            raise InvalidInput(
+                f"shape {list(shape)} takes {4 * np.prod(shape, dtype=object)} bytes of FP32, but "
+                f"{len(given._raw_data)} came"
+            )
+        return np.frombuffer(given._raw_data, "<f4").reshape(shape)
+    try:
+        # Nulls would become NaN, strings and booleans numbers.
+        numbers = np.array(given.data)
+        if numbers.dtype.kind not in "fiu":
+            raise ValueError("not all of it are numbers")
+        with np.errstate(over="ignore"):
+            return numbers.astype(np.float32).reshape(shape)
+    except (ValueError, OverflowError, TypeError) as error:
+        raise InvalidInput(
+            f"the data do not make a tensor of shape {list(shape)}: {error}"
+        ) from error
+
+
+def demands(request: InferRequest) -> tuple[float | None, bool]:
+    """The request's deadline in seconds, and whether answers must be exact.
+
+    Parameters `nercc_exact` (a boolean), `nercc_deadline_ms`, and Triton's `timeout` in
+    microseconds. Raises: InvalidInput where they are something else.
+    """
+    parameters = {key: _plain(value) for key, value in (request.parameters or {}).items()}
+    exact = parameters.get("nercc_exact", False)
+    if not isinstance(exact, bool):
+        raise InvalidInput(f"parameter nercc_exact must be a boolean, not {exact!r}")
+    deadline = None
+    for name, unit in (("timeout", _MICROSECONDS), ("nercc_deadline_ms", _MILLISECONDS)):
+        value = parameters.get(name)
+        if value is None or (name == "timeout" and value == 0):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e15:
+            raise InvalidInput(f"parameter {name} must be a positive number, not {value!r}")
+        deadline = value / unit
+    return deadline, exact
+
+
+def response_of(reply: Reply, request: InferRequest, servable: Servable) -> InferResponse:
+    """The reply as the protocol says it: all outputs unless some are asked for.
+
+    Raises: InvalidInput where an output is asked for that there is not; see `check_outputs`.
+    """
+    tensors = {
+        servable.output_name: ("FP32", reply.values),
+        "exact": ("BOOL", reply.exact),
+        "expected_disagreement": ("FP32", _known(reply.expected_disagreement)),
+        "expected_error": ("FP32", _known(reply.expected_error)),
+    }
+    asked = request.request_outputs
+    names = list(tensors) if not asked else [output.name for output in asked]
+    outputs = [
+        InferOutput(name, list(tensors[name][1].shape), tensors[name][0], tensors[name][1])
+        for name in names
+    ]
+    parameters = {
+        "nercc_exact": bool(reply.exact.all()),
+        "nercc_approximate": int((~reply.exact).sum()),
+        "nercc_reexecuted": int(reply.reexecuted.sum()),
+        "nercc_workers_asked": int(reply.asked.sum()),
+        "nercc_workers_heard": int(reply.heard.sum()),
+        "nercc_expected_disagreement": float(_known(reply.expected_disagreement).max()),
+        "nercc_expected_error": float(_known(reply.expected_error).max()),
+        "nercc_queue_ms": 1e3 * reply.queued,
+    }
+    if request.from_grpc:  # its parameters know no floats
+        parameters = {
+            key: f"{value:.6g}" if isinstance(value, float) else value
+            for key, value in parameters.items()
+        }
+    return InferResponse(
+        request.id or uuid.uuid4().hex,
+        servable.name,
+        outputs,
+        VERSION,
+        from_grpc=request.from_grpc,
+        parameters=parameters,
+        use_binary_outputs=bool(request.use_binary_outputs),
+        requested_outputs=asked,
+    )
+
+
+def check_outputs(request: InferRequest, servable: Servable) -> None:
+    """Raises: InvalidInput where an output is asked for that there is not, or twice."""
+    known = [output["name"] for output in output_types(servable)]
+    names = [output.name for output in request.request_outputs or ()]
+    unknown = [name for name in names if name not in known]
+    if unknown or len(set(names)) < len(names):
+        raise InvalidInput(f"{servable.name} has outputs {known}, each once, not {names}")
+
+
+def input_types(servable: Servable) -> list[dict[str, Any]]:
+    return [{"name": INPUT, "datatype": "FP32", "shape": list_shape(servable.shape)}]
+
+
+def output_types(servable: Servable) -> list[dict[str, Any]]:
+    types = dict.fromkeys(ADDED_OUTPUTS, ("FP32", [-1])) | {"exact": ("BOOL", [-1])}
+    types = {servable.output_name: ("FP32", list_shape(servable.outputs))} | types
+    return [
+        {"name": name, "datatype": datatype, "shape": shape}
+        for name, (datatype, shape) in types.items()
+    ]
+
+
+def list_shape(shape: tuple[int, ...]) -> list[int]:
+    return [-1, *shape]
+
+
+def write_response(response: InferResponse) -> tuple[bytes, Mapping[str, str]]:
+    """A REST body and its headers."""
+    content, json_length = response.to_rest()
+    if json_length is None:
+        return orjson.dumps(content), {"content-type": "application/json"}
+    assert isinstance(content, bytes)
+    return content, {
+        "content-type": "application/octet-stream",
+        "inference-header-content-length": str(json_length),
+    }
+
+
+def _known(values: np.ndarray) -> np.ndarray:
+    return np.where(np.isnan(values), UNKNOWN, values).astype(np.float32)
+
+
+def _plain(value: Any) -> Any:
+    """A parameter's value, which gRPC wraps."""
+    which = getattr(value, "WhichOneof", None)
+    return value if which is None else getattr(value, which("parameter_choice"), None)

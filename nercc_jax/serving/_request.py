@@ -1,0 +1,114 @@
+"""Requests to a batcher, what they are answered with, and why they are not."""
+
+import concurrent.futures
+import dataclasses
+import time
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+
+class QueueFull(RuntimeError):
+    """More queries wait than may: come again later."""
+
+
+class DeadlineExceeded(TimeoutError):
+    """The request's deadline passed before all its queries were answered."""
+
+
+class InferenceFailed(RuntimeError):
+    """No worker could answer a query, and it could not be decoded."""
+
+
+class ServerClosing(RuntimeError):
+    """The batcher takes no more requests, or was closed before this one was answered."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """The answers to a request's B queries, and what each rests on.
+
+    `exact`: the model's own answer to the query itself; otherwise it was decoded from the answers
+    to coded data points. `asked` and `heard` are the workers that had been given the query or a
+    coded data point of its group, and those that had answered, when it was answered; `reexecuted`
+    ones were sent a second time. `expected_disagreement` is the probability that a decoded answer's
+    label is not the model's own, `expected_error` the root of the mean squared distance to the
+    model's answer, in units of its outputs: means over calibration data decoded from the same
+    workers. They are 0 for exact answers and NaN where nothing is known yet. `queued` and `seconds`
+    are how long the first query waited to be sent, and how long the request took.
+    """
+
+    values: Float[np.ndarray, "batch ..."]
+    exact: Bool[np.ndarray, " batch"]
+    reexecuted: Bool[np.ndarray, " batch"]
+    asked: Int[np.ndarray, " batch"]
+    heard: Int[np.ndarray, " batch"]
+    expected_disagreement: Float[np.ndarray, " batch"]
+    expected_error: Float[np.ndarray, " batch"]
+    queued: float
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """One query's part of a reply."""
+
+    value: np.ndarray
+    exact: bool
+    asked: int
+    heard: int
+    disagreement: float = 0.0
+    error: float = 0.0
+
+
+class Request:
+    """B queries that came together and are answered together. Only the batcher's thread changes it."""
+
+    def __init__(self, x: np.ndarray, out: tuple[int, ...], deadline: float, exact: bool):
+        size = len(x)
+        self.future: concurrent.futures.Future[Reply] = concurrent.futures.Future()
+        self.arrived = time.monotonic()
+        self.deadline = deadline  # seconds from arrival
+        self.sent = np.inf  # when its first query was
+        self.exact_only = exact
+        self.queries = [Query(self, place, row) for place, row in enumerate(x)]
+        self._left = size
+        self._values = np.zeros((size, *out), np.float32)
+        self._exact = np.ones(size, bool)
+        self._again = np.zeros(size, bool)
+        self._asked = np.zeros(size, int)
+        self._heard = np.zeros(size, int)
+        self._expected = np.zeros((2, size))
+
+    def answer(self, query: "Query", answer: Answer) -> bool:
+        """Takes one query's answer; whether it was the last that was missing."""
+        place = query.place
+        self._values[place] = answer.value
+        self._exact[place], self._again[place] = answer.exact, query.reexecuted
+        self._asked[place], self._heard[place] = answer.asked, answer.heard
+        self._expected[:, place] = answer.disagreement, answer.error
+        self._left -= 1
+        return self._left == 0
+
+    def reply(self, now: float) -> Reply:
+        return Reply(
+            self._values,
+            self._exact,
+            self._again,
+            self._asked,
+            self._heard,
+            *self._expected,
+            queued=self.sent - self.arrived,
+            seconds=now - self.arrived,
+        )
+
+
+class Query:
+    """One data point of a request. `done`: nobody waits for it; `waiting`: it is in a queue."""
+
+    __slots__ = ("done", "place", "reexecuted", "request", "waiting", "x")
+
+    def __init__(self, request: Request, place: int, x: np.ndarray):
+        self.request, self.place, self.x = request, place, x
+        self.done = self.reexecuted = False
+        self.waiting = True

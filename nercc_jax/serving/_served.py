@@ -1,0 +1,156 @@
+"""A model with its workers, its code and its batcher: what the server has for each name."""
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from kserve.errors import InvalidInput
+from kserve.protocol.infer_type import InferRequest, InferResponse
+
+from .._codes import AbstractCode
+from .._stragglers import TraceLatency
+from ..pools import AbstractPool, DevicePool, Fault, Faults, Overdue, RayPool
+from ._batcher import CodedBatcher
+from ._coder import Coder
+from ._fidelity import Fidelity
+from ._metrics import Meter, Meters
+from ._protocol import check_outputs, demands, queries_of, response_of
+from ._servable import Servable
+from ._settings import ModelSettings
+
+_LOG = logging.getLogger(__name__)
+
+
+class ServedModel:
+    """Takes requests of the protocol, and answers them."""
+
+    def __init__(
+        self, servable: Servable, code: AbstractCode, settings: ModelSettings, meters: Meters
+    ):
+        """Starts the workers and compiles everything, so that no request waits for the compiler.
+
+        Raises: ValueError where calibration shows that the code cannot keep `max_disagreement`;
+        RuntimeError where the workers do not start.
+        """
+        policy = settings.policy()
+        self.servable, self.settings = servable, settings
+        begin = time.monotonic()
+        self._coder = Coder(code)
+        fidelity = Fidelity(self._coder)
+        if servable.calibration is not None and self._coder.guesses:
+            fidelity.calibrate(servable.model, servable.calibration)
+            _check(fidelity, self._coder, policy.max_disagreement)
+        self.pool = _open_pool(servable, settings)
+        self._meter = Meter(meters, servable.name, self.pool, code.num_workers)
+        self._batcher = CodedBatcher(
+            self.pool,
+            self._coder,
+            servable.shape,
+            servable.outputs,
+            policy=policy,
+            fidelity=fidelity,
+            observe=self._meter.observe,
+        )
+        self._meter.waiting.set_function(lambda: self._batcher.waiting)
+        _LOG.info(
+            "model is ready",
+            extra={
+                "model": servable.name,
+                "code": type(code).__name__,
+                "num_data": code.num_data,
+                "num_workers": code.num_workers,
+                "pool": settings.pool,
+                "workers": self.pool.num_workers,
+                "seconds": round(time.monotonic() - begin, 3),
+            },
+        )
+
+    async def infer(self, request: InferRequest) -> InferResponse:
+        """Answers a request. Raises: InvalidInput, and what `CodedBatcher.submit` says."""
+        try:
+            check_outputs(request, self.servable)
+            deadline, exact = demands(request)
+            queries = queries_of(request, self.servable)
+            future = self._batcher.submit(queries, deadline=deadline, exact=exact)
+        except ValueError as error:  # InvalidInput is one
+            self._meter.observe("request_invalid", 1)
+            raise InvalidInput(str(error)) from error
+        return response_of(await asyncio.wrap_future(future), request, self.servable)
+
+    def status(self) -> dict[str, Any]:
+        report = self.pool.report()
+        audit = self._batcher.fidelity.audited()
+        counted = self._meter.status()
+        counted["fidelity"] |= {
+            "audited": audit.number,
+            "audited_disagreement": audit.disagreement if audit.number else None,
+        }
+        code = self._coder.code
+        return {
+            "name": self.servable.name,
+            "code": {
+                "name": type(code).__name__,
+                "num_data": code.num_data,
+                "num_workers": code.num_workers,
+            },
+            "pool": {"kind": self.settings.pool, "num_workers": self.pool.num_workers},
+            "workers": [
+                {"state": worker.state, "deaths": worker.deaths, "busy_s": worker.busy_seconds}
+                for worker in report.workers
+            ],
+            "queue": {
+                "waiting": self._batcher.waiting,
+                "max": self._batcher.policy.max_queue_size,
+                "in_flight": self._batcher.in_flight,
+            },
+            **counted,
+        }
+
+    def close(self, drain: float) -> None:
+        """Answers what was accepted for up to `drain` seconds; then the workers end."""
+        self._batcher.close(drain)
+        self.pool.close()
+
+
+def _open_pool(servable: Servable, settings: ModelSettings) -> AbstractPool:
+    options: Any = {
+        "example": [
+            np.zeros((size, *servable.shape), np.float32) for size in settings.policy().batch_sizes
+        ],
+        "faults": _faults(settings),
+        "overdue": Overdue(0.5, settings.patience),
+        "max_attempts": settings.max_attempts,
+        "hang_timeout": settings.hang_timeout_s,
+    }
+    make = RayPool if settings.pool == "ray" else DevicePool
+    return make(servable.model, settings.workers or settings.num_workers, **options)
+
+
+def _faults(settings: ModelSettings) -> Faults:
+    faults = []
+    for rate, seconds in (
+        (1.0 if settings.service_delay_s else 0.0, settings.service_delay_s),
+        (settings.straggler_rate, settings.straggler_delay_s),
+    ):
+        if rate:
+            faults.append(Fault("delay", rate, latency=TraceLatency(jnp.array([seconds]))))
+    if settings.death_rate:
+        faults.append(Fault("death", settings.death_rate))
+    return Faults(faults, settings.fault_seed)
+
+
+def _check(fidelity: Fidelity, coder: Coder, limit: float | None) -> None:
+    """Raises: ValueError where not even all answers are expected to keep the limit."""
+    if limit is None or coder.systematic:
+        return
+    everyone = np.ones(coder.num_workers, bool)
+    disagreement, _ = fidelity.expect(coder.num_data, everyone)
+    if not (disagreement <= limit).all():
+        raise ValueError(
+            f"max_disagreement {limit}: with this code {disagreement.max():.4f} is expected even "
+            f"when all {coder.num_workers} workers answer, so every query would be sent twice; allow "
+            "more, use interleaved points, or a tuned code (`nercc tune`)"
+        )

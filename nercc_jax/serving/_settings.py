@@ -1,0 +1,160 @@
+"""What a server is told: by flags, by the environment, by a TOML file, in this order of precedence.
+
+# server.toml                                     NERCC_HTTP_PORT=9000
+http_port = 8000                                  NERCC_DEFAULTS__POOL=ray
+[defaults]                                        NERCC_MODELS='[{"model": "lenet5-digits"}]'
+num_workers = 8
+[[models]]
+model = "lenet5-digits"
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from ._policy import BatchingPolicy
+
+_POLICY = BatchingPolicy()
+
+
+class ModelSettings(BaseModel):
+    """One model: what it is, how it is coded, and who runs it. Unset: `defaults`, or as here."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = Field(None, description="A shipped model, or module:function.")
+    name: str | None = Field(None, description="What clients call it; as `model` unless set.")
+    weights: Path | None = Field(None, description="Given to module:function, which makes a model.")
+    input_shape: tuple[int, ...] | None = Field(
+        None, description="Of one query, without the batch."
+    )
+    output_name: str | None = None
+    outputs: Literal["logits", "probabilities"] = Field("logits", description="Of a shipped model.")
+    calibration: Path | None = Field(
+        None, description="Unlabelled inputs as .npy, (points, *input_shape), for error estimates."
+    )
+
+    scheme: Literal["nercc", "berrut", "replication", "uncoded"] = "nercc"
+    num_data: int = Field(4, ge=1, description="K.")
+    num_workers: int = Field(8, ge=1, description="N.")
+    points: Literal["interleaved", "repeated", "chebyshev", "uniform"] = "interleaved"
+    code: Path | None = Field(None, description="A code that `nercc tune` wrote, instead.")
+
+    pool: Literal["devices", "ray"] = "devices"
+    workers: int | None = Field(None, ge=1, description="Workers in the pool; N unless set.")
+    max_attempts: int = Field(3, ge=1)
+    hang_timeout_s: float = Field(60.0, gt=0)
+
+    max_batch_size: int = _POLICY.max_batch_size
+    batch_wait_timeout_s: float = _POLICY.batch_wait_timeout_s
+    max_queue_size: int = _POLICY.max_queue_size
+    deadline_s: float = _POLICY.deadline_s
+    patience: float = _POLICY.patience
+    wait_for: int | None = _POLICY.wait_for
+    max_disagreement: float | None = Field(
+        0.05, description="Of a decoded label; 1 takes whatever `wait_for` answers give."
+    )
+    copies: int = _POLICY.copies
+
+    service_delay_s: float = Field(0.0, ge=0, description="On trial: every call takes longer.")
+    straggler_rate: float = Field(0.0, ge=0, le=1, description="On trial: calls that straggle ...")
+    straggler_delay_s: float = Field(1.0, gt=0, description="... and by how much.")
+    death_rate: float = Field(0.0, ge=0, le=1, description="On trial: calls that kill the worker.")
+    fault_seed: int = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> "ModelSettings":
+        self.policy()
+        return self
+
+    def policy(self) -> BatchingPolicy:
+        limit = self.max_disagreement
+        return BatchingPolicy(
+            max_batch_size=self.max_batch_size,
+            batch_wait_timeout_s=self.batch_wait_timeout_s,
+            max_queue_size=self.max_queue_size,
+            deadline_s=self.deadline_s,
+            patience=self.patience,
+            wait_for=self.wait_for,
+            max_disagreement=None if limit is None or limit >= 1 else limit,
+            copies=self.copies,
+        )
+
+    def over(self, defaults: "ModelSettings") -> "ModelSettings":
+        """These settings, with `defaults` where nothing was set."""
+        told = {
+            name: getattr(each, name) for each in (defaults, self) for name in each.model_fields_set
+        }
+        return ModelSettings(**told)
+
+
+class ServerSettings(BaseSettings):
+    """The whole server."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="NERCC_",
+        env_nested_delimiter="__",
+        extra="forbid",
+        nested_model_default_partial_update=True,
+    )
+
+    host: str = Field("127.0.0.1", description="0.0.0.0 listens on all interfaces.")
+    http_port: int = Field(8000, ge=0, le=65535, description="0: any that is free.")
+    grpc_port: int | None = Field(8001, ge=0, le=65535, description="None: no gRPC.")
+    max_body_bytes: int = Field(64 * 2**20, gt=0, description="Of one request, decompressed.")
+    drain_delay_s: float = Field(
+        0.0, ge=0, description="After SIGTERM: not ready, but answering, for so long."
+    )
+    drain_timeout_s: float = Field(30.0, ge=0, description="Then: for what has been accepted.")
+    log_format: Literal["json", "text"] = "json"
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    access_log: bool = Field(False, description="A line for each request.")
+    defaults: ModelSettings = ModelSettings()
+    models: list[ModelSettings] = []
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+    def resolved(self) -> list[ModelSettings]:
+        """Every model's settings, defaults filled in.
+
+        Raises: ValueError where there is no model, one is not named, or two have the same name.
+        """
+        models = [model.over(self.defaults) for model in self.models]
+        if not models:
+            raise ValueError("there is no model to serve: --model, NERCC_MODELS or [[models]]")
+        names = [model.name or model.model for model in models]
+        if None in names:
+            raise ValueError("each of the models needs `model`: a shipped one, or module:function")
+        if len(set(names)) < len(names):
+            raise ValueError(f"models must have different names (`name`), not {names}")
+        return models
+
+
+def read_settings(file: Path | None, **told: Any) -> ServerSettings:
+    """Settings from flags (`told`), the environment and a file.
+
+    Raises: ValueError for a file that is not there, unknown names and values out of range.
+    """
+    if file is not None and not file.is_file():
+        raise ValueError(f"there is no configuration file {file}")
+
+    class FromFile(ServerSettings):  # pydantic-settings takes the file's path from the class
+        model_config = SettingsConfigDict(toml_file=file)
+
+    return FromFile(**told)
