@@ -20,7 +20,8 @@ def told_plainly() -> Iterator[None]:
 
 def fail(message: str, code: int) -> NoReturn:
     """Tells what went wrong and ends the command with this exit code."""
-    # Escaped: of "pip install 'nercc-jax[ray]'" Rich would take the brackets for markup.
+    # Escaped: of "pip install 'nercc-jax[ray]'" Rich would take the brackets for markup, and of a
+    # model "own:x:" the end for an emoji.
     told = f"[red]error:[/red] {escape(message)}"
-    Console(stderr=True).print(told, highlight=False, soft_wrap=True)
+    Console(stderr=True).print(told, highlight=False, soft_wrap=True, emoji=False)
     raise typer.Exit(code)

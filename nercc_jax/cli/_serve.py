@@ -1,28 +1,15 @@
 """`nercc serve`: a coded prediction server."""
 
-import contextlib
 import importlib.util
 import logging
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
-import numpy as np
 import typer
 
-from .. import AbstractCode, Berrut, NeRCC, Replication, Uncoded, load_code
 from ._errors import fail, told_plainly
-from ._workload import Outputs, answering
-
-if TYPE_CHECKING:
-    from ..serving import Servable
-    from ..serving._settings import ModelSettings
-
-# Codes tuned for shipped models by `nercc tune --layout interleaved`.
-_CODES = Path(__file__).parent / "codes"
-# Training images that the error estimate of a shipped model is calibrated on.
-_CALIBRATION = 1024
+from ._workload import Outputs
 
 
 def serve_command(
@@ -114,10 +101,10 @@ def serve_command(
     """
     with told_plainly():
         _check_extra()
-        from ..serving._settings import read_settings
+        from ..serving._settings import ModelSettings, read_settings
 
         shape = None if input_shape is None else _shape(input_shape)
-        defaults = {
+        flags = {
             "pool": pool,
             "workers": workers,
             "scheme": scheme,
@@ -139,39 +126,36 @@ def serve_command(
             "straggler_delay_s": straggler_delay,
             "death_rate": death_rate,
         }
+        flags = {key: value for key, value in flags.items() if value is not None}
         told: dict[str, Any] = {
             "host": host,
             "http_port": http_port,
             "grpc_port": grpc_port,
             "log_format": log_format,
             "models": [{"model": each} for each in model] if model else None,
-            "defaults": {key: value for key, value in defaults.items() if value is not None},
+            "defaults": flags,
         }
         settings = read_settings(
             config, **{key: value for key, value in told.items() if value is not None}
         )
         if not settings.models:
-            settings.models = [type(settings.defaults)(model="lenet5-digits")]
-        chosen = settings.resolved()
+            settings.models = [ModelSettings(model="lenet5-digits")]
+        # Flags come before what a file says of one model, too.
+        chosen = [ModelSettings(**flags).over(each) for each in settings.resolved()]
         if any(each.pool == "ray" for each in chosen) and importlib.util.find_spec("ray") is None:
             raise ImportError("--pool ray needs Ray: pip install 'nercc-jax[ray]'")
         _start_log(settings.log_format, settings.log_level)
         from prometheus_client import CollectorRegistry
 
-        from ..serving._metrics import Meters
-        from ..serving._served import ServedModel
         from ..serving._server import Server
+        from ._serving_models import start_models
 
         registry = CollectorRegistry()
-        meters = Meters(registry)
-        served: dict[str, ServedModel] = {}
-        with contextlib.ExitStack() as undo:
-            for each in chosen:
-                servable = _servable(each)
-                with _starting(servable.name):
-                    served[servable.name] = ServedModel(servable, _code(each), each, meters)
-                undo.callback(served[servable.name].close, 0.0)
-            Server(served, settings, registry).run()
+        try:
+            served = start_models(chosen, registry)
+        except RuntimeError as error:
+            fail(str(error), 1)
+        Server(served, settings, registry).run()
 
 
 def _check_extra() -> None:
@@ -181,14 +165,6 @@ def _check_extra() -> None:
 
 
 _NEEDED = ("kserve", "prometheus_client", "pydantic_settings", "pythonjsonlogger")
-
-
-@contextlib.contextmanager
-def _starting(name: str) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        fail(f"the workers of {name} did not start: {error}", 1)
 
 
 def _start_log(log_format: str, level: str) -> None:
@@ -216,64 +192,3 @@ def _shape(text: str) -> tuple[int, ...]:
     if not shape or min(shape) < 1:
         raise ValueError(f"--input-shape is positive numbers with commas, 28,28,1, not {text!r}")
     return shape
-
-
-def _servable(settings: "ModelSettings") -> "Servable":
-    """The model that the settings name."""
-    from ..serving import make_servable
-    from ..serving._servable import load_callable
-
-    assert settings.model is not None
-    name = settings.name or settings.model
-    if ":" not in settings.model:
-        network = answering(settings.model, settings.outputs)
-        x, _ = (
-            network.images("train", None, _CALIBRATION, 0) if _has_data(network) else (None, None)
-        )
-        shape = network.network.input_shape
-        output_name = settings.output_name or settings.outputs
-        return make_servable(name, network, shape, output_name=output_name, calibration=x)
-    model = load_callable(settings.model, settings.weights)
-    shape = settings.input_shape or getattr(model, "input_shape", None)
-    if shape is None:
-        raise ValueError(f"{settings.model}: say the shape of one query with --input-shape")
-    calibration = None
-    if settings.calibration is not None:
-        calibration = np.load(settings.calibration, allow_pickle=False).astype(np.float32)
-    output_name = settings.output_name or "output"
-    return make_servable(
-        settings.name or settings.model.replace(":", "."),
-        model,
-        shape,
-        output_name=output_name,
-        calibration=calibration,
-    )
-
-
-def _has_data(network: Any) -> bool:
-    """Whether the model's own data come with an installed package."""
-    return network.network.data == "digits"
-
-
-def _code(settings: "ModelSettings") -> AbstractCode:
-    """The code that the settings name; for a shipped model a tuned one, if it comes with us."""
-    k, n = settings.num_data, settings.num_workers
-    if settings.code is not None:
-        code = load_code(settings.code)
-        if code.worker_models.any():
-            raise ValueError(
-                f"{settings.code}: {type(code).__name__} has workers that run other models; here "
-                "all run the served one"
-            )
-        return code
-    if settings.scheme == "uncoded":
-        return Uncoded(1)
-    if settings.scheme == "replication":
-        return Replication(1, max(n // k, 1))  # each query by itself: no group to wait for
-    if settings.scheme == "berrut":
-        return Berrut(k, n, points=settings.points)
-    tuned = _CODES / f"{settings.model}-{n}-{k}-{settings.outputs}.json"
-    if settings.points == "interleaved" and tuned.exists():
-        return load_code(tuned)
-    own = settings.points in ("interleaved", "repeated")
-    return NeRCC(k, n, points=settings.points, lambda_dec=0.0 if own else None)

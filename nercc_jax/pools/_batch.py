@@ -41,6 +41,9 @@ class Answers:
     failures: tuple[Failure, ...]
 
 
+_NOTHING = np.empty(0)
+
+
 class Task:
     """A coded data point on its way: waiting, at one worker or more, or settled."""
 
@@ -214,7 +217,7 @@ class Batch:
     def settle(self, task: Task, value: np.ndarray | None) -> None:
         """Takes a task's answer, or that it has none."""
         self.hopes -= task.fresh > 0
-        task.settled = True
+        task.settled, task.value = True, _NOTHING  # it may be large, and the batch live on
         self._unsettled -= 1
         if value is not None:
             self._values[task.point] = value

@@ -47,6 +47,7 @@ _LEAST = 20  # of them, before anything is given up
 # Groups that may be kept after their queries are answered, to hear what their stragglers say, and
 # for how many median answer times (but at least a second).
 _LINGERING, _LINGER = 256, 20
+_STALE = 256  # deadlines of requests that have been answered, before they are swept out
 _NUDGE = object()
 
 
@@ -87,7 +88,7 @@ class CodedBatcher:
         self._compile()
         # Shared with callers.
         self._lock = threading.Lock()
-        self._idle = threading.Condition(self._lock)
+        self._settled = threading.Condition(self._lock)
         self._waiting = 0  # queries
         self._open: set[Request] = set()
         self._closing = self._stopped = self._nudged = False
@@ -116,7 +117,7 @@ class CodedBatcher:
         deadline: float | None = None,
         exact: bool = False,
     ) -> concurrent.futures.Future[Reply]:
-        """Takes B queries, and comes back at once; the future has the `Reply`, or why there is none.
+        """Takes B queries, and comes back at once; the future has the `Reply`, or says why not.
 
         `deadline` is in seconds from now. `exact`: the model's own answers only, hedged if a worker
         straggles. Cancelling the future drops what has not been sent.
@@ -158,10 +159,10 @@ class CodedBatcher:
 
     def close(self, drain: float = 0.0) -> None:
         """Takes no more, answers what it has for up to `drain` seconds, and fails the rest."""
-        with self._idle:
+        with self._settled:
             self._closing = True
             self._inbox.put(_NUDGE)
-            self._idle.wait_for(lambda: not self._open, drain)
+            self._settled.wait_for(lambda: not self._open, drain)
             self._stopped = True
         self._inbox.put(_NUDGE)
         self._thread.join()
@@ -204,9 +205,9 @@ class CodedBatcher:
             self._inbox.put(_NUDGE)
 
     def _compile(self) -> None:
-        for size in self.policy.batch_sizes:
-            values = np.zeros((self._coder.num_workers, size, *self._out), np.float32)
-            self._coder.decode(values, np.ones(self._coder.num_workers, bool))
+        values = np.zeros((self._coder.num_workers, 1, *self._out), np.float32)
+        everyone = np.ones(self._coder.num_workers, bool)
+        self._coder.decode(values, everyone, self.policy.max_batch_size)
         self.fidelity.compile(self._out)
 
     # The thread.
@@ -247,17 +248,26 @@ class CodedBatcher:
             self._hear(item, now)
         elif item is _NUDGE:
             self._nudged = False
-        elif item.future.cancelled():
-            self._drop(item)
-            self._observe("request_cancelled", now - item.arrived)
         else:
-            lane = self._exact if item.exact_only else self._queue
-            lane.extend(item.queries)
-            end = item.arrived + item.deadline
-            heapq.heappush(self._deadlines, (end, next(self._numbers), item))
+            self._take_request(item, now)
+
+    def _take_request(self, request: Request, now: float) -> None:
+        """A request comes, or, a second time, has been cancelled."""
+        if not request.queued:
+            request.queued = True
+            lane = self._exact if request.exact_only else self._queue
+            lane.extend(request.queries)
+            end = request.arrived + request.deadline
+            heapq.heappush(self._deadlines, (end, next(self._numbers), request))
+        if request.future.cancelled() and request in self._open:
+            self._observe("request_cancelled", now - request.arrived)
+            self._drop(request)
 
     def _look(self, now: float) -> None:
         """What is due: deadlines, groups to be completed, stragglers to be given up."""
+        if len(self._deadlines) > 2 * len(self._open) + _STALE:
+            self._deadlines = [each for each in self._deadlines if each[2] in self._open]
+            heapq.heapify(self._deadlines)
         while self._deadlines and self._deadlines[0][0] <= now:
             request = heapq.heappop(self._deadlines)[2]
             if request in self._open:
@@ -287,7 +297,7 @@ class CodedBatcher:
             self._dispatch_groups(now)
 
     def _dispatch_own(self, now: float) -> None:
-        """Queries go out as they came; what is coded of full groups follows, if workers are left."""
+        """Queries go out as they came; the coded ones of full groups follow, if workers are left."""
         full = []
         while self._purge(self._queue) and self._pool.idle:
             cell = self._cut(self._queue, now)
@@ -295,7 +305,8 @@ class CodedBatcher:
                 self._group = self._new_group(self._coder, now)
             group = self._group
             own = self._coder.first[len(group.cells)]
-            group.cells.append(cell)
+            group.take(cell)
+            assert cell.x is not None
             self._send(group, own, [cell.x] * len(own), now)
             if group.full:
                 self._group = None
@@ -320,10 +331,11 @@ class CodedBatcher:
             queries = [self._pop(self._queue, now) for _ in range(rows * columns)]
             cells = [_cell(queries[place::columns]) for place in range(columns)]
             if columns == 1:
-                self._send_alone(cells[0], now)  # every coded data point would be the query itself
+                self._send_alone(cells[0], now)  # all coded data points would be the query
                 continue
             group = self._new_group(self._coder, now)
-            group.cells += cells
+            for cell in cells:
+                group.take(cell)
             self._complete(group, now)
 
     def _cut(self, lane: collections.deque[Query], now: float) -> Cell:
@@ -365,8 +377,10 @@ class CodedBatcher:
         """One batch at one worker, hedged: its answers are exact."""
         group = self._new_group(self._alone, now)
         group.complete = True
-        group.cells.append(cell)
+        group.take(cell)
+        assert cell.x is not None
         self._send(group, np.arange(1), [cell.x], now)
+        group.inputs_sent()
 
     def _new_group(self, coder: Coder, now: float) -> Group:
         group = Group(coder, now)
@@ -412,6 +426,7 @@ class CodedBatcher:
             coded = coder.encode(group.inputs(), points)
             self._observe("encode_seconds", time.perf_counter() - begin)
             self._send(group, points, coded, now)
+        group.inputs_sent()
         self._decide(group, now)
 
     # Answers come, or do not.
@@ -461,7 +476,7 @@ class CodedBatcher:
             self._plan(group, now)
 
     def _rescue(self, group: Group, now: float) -> None:
-        """Queries whose own workers straggle are decoded, or sent again if nothing more will come."""
+        """Queries whose own workers straggle are decoded, or sent again if nothing will come."""
         late = self._late(group, now)
         hopeless = [
             number
@@ -504,7 +519,8 @@ class CodedBatcher:
         if not good:
             return hopeless
         begin = time.perf_counter()
-        predictions, recovered = self._coder.decode(group.values(), group.mask)
+        width = self.policy.max_batch_size
+        predictions, recovered = self._coder.decode(group.values(), group.mask, width)
         self._observe("decode_seconds", time.perf_counter() - begin)
         self._observe("workers_heard", answers)
         # A code may have lost a query, and a sum of large answers overflowed.
@@ -558,6 +574,8 @@ class CodedBatcher:
             self._observe("query_decoded", 1)
         else:
             self._observe("query_reexecuted" if query.reexecuted else "query_exact", 1)
+        if query.reexecuted and query.home is not None:
+            self._tell_of(query.home)  # its first group need not wait for it
         request = query.request
         if request.answer(query, answer):
             reply = request.reply(time.monotonic())
@@ -577,13 +595,16 @@ class CodedBatcher:
         for query in request.queries:
             if not query.done:
                 self._done(query)
+                if query.home is not None:
+                    self._tell_of(query.home)
         self._settle(request)
 
     def _settle(self, request: Request) -> None:
-        with self._idle:
+        request.release()
+        with self._settled:
             self._open.discard(request)
             if not self._open:
-                self._idle.notify_all()
+                self._settled.notify_all()
 
     def _end(self, group: Group, now: float) -> None:
         """Closes a group whose queries are answered; some are kept, to hear their stragglers."""
@@ -656,9 +677,9 @@ def _power_of_two(number: int) -> int:
 
 
 def _cell(queries: Sequence[Query]) -> Cell:
-    if len(queries) == 1:
-        return Cell(list(queries), queries[0].x[None])
-    return Cell(list(queries), np.stack([query.x for query in queries]))
+    x = [query.x for query in queries if query.x is not None]
+    assert len(x) == len(queries), "queries that are over are taken out of the queue"
+    return Cell(list(queries), x[0][None] if len(x) == 1 else np.stack(x))
 
 
 def _resolve(settle: Callable[[Any], None], outcome: Any) -> None:

@@ -5,9 +5,9 @@ query arrives, and its answer is exact; the others wait until their group is com
 and repeated codes have a row of its own for every query, those of the published layouts have none.
 
 A group that is complete with fewer than K queries gets a smaller code on the same workers' points:
-an encoder through some of the alphas, and the same decoder, read there. That keeps more than to fill
-it up with repeats or with earlier queries (`bench/short_groups.py`: with 2 queries behind K = 4,
-N = 8 and one's own worker missing, 0.0 % of labels change, against 0.5 and 9 %).
+an encoder through some of the alphas, and the same decoder, read there. That keeps more than to
+fill it up with repeats or with earlier queries, as `bench/short_groups.py` measures: of 2 queries
+behind K = 4, N = 8 and one's own worker missing, 0.0 % of labels change, against 0.5 and 9 %.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import ArrayLike, Bool, Float, Int
 
 from .._codes import AbstractCode, Berrut, NeRCC
 from .._codes._berrut import berrut_matrix
@@ -64,7 +64,7 @@ class Coder:
         self.first = [points[: int(self.systematic)] for points in own]
         without = np.ones(self.num_workers, bool)
         without[own[0]] = False
-        self.guesses = bool(code.recovered(jnp.asarray(without))[self._order[0]])
+        self.guesses = bool(np.asarray(code.recovered(jnp.asarray(without)))[self._order[0]])
         self._layouts = [self._layout(matrix) for matrix in matrices]
 
     def layout(self, queries: int) -> Layout:
@@ -90,11 +90,20 @@ class Coder:
         self,
         values: Float[np.ndarray, "num_workers rows ..."],
         mask: Bool[np.ndarray, " num_workers"],
+        width: int,
     ) -> tuple[Float[np.ndarray, "rows num_data ..."], Bool[np.ndarray, " num_data"]]:
-        """Predictions in the queries' order, and which are recovered; compiled once per `rows`."""
-        decoded = self._decode(values, mask)
-        recovered = np.asarray(decoded.recovered).all(axis=0)
-        return np.asarray(decoded.predictions)[:, self._order], recovered[self._order]
+        """Predictions in the queries' order, and which are recovered.
+
+        All rows share the workers, so they are more coordinates of one group. Filled up with zeros
+        to `width` rows, so that one compiled program does for any number up to it.
+        """
+        num_workers, rows, *out = values.shape
+        flat = np.zeros((num_workers, width, *out), values.dtype)
+        flat[:, :rows] = values
+        decoded = self._decode(flat.reshape(num_workers, 1, -1), mask)
+        predictions = np.asarray(decoded.predictions).reshape(self.num_data, -1, *out)
+        predictions = np.swapaxes(predictions, 0, 1)[:rows, self._order]
+        return predictions, np.asarray(decoded.recovered)[0, self._order]
 
     def in_order(self, by_place: Float[np.ndarray, " num_data"]) -> Float[np.ndarray, " num_data"]:
         """What belongs to the code's alphas, in the queries' order."""
@@ -112,7 +121,7 @@ def few_encoders(
 ) -> list[Float[np.ndarray, "num_workers few"]]:
     """Encoders for 1, 2, ..., K data points, which stand at the first alphas in this order.
 
-    NeRCC's and Berrut's are the code's own through fewer points. Other codes repeat the data points.
+    NeRCC's and Berrut's are the code's own through fewer points. Others repeat the data points.
     """
     if isinstance(code, NeRCC):
         encoder = functools.partial(smoothing_matrix, code.alpha, code.beta, code.lambda_enc)
@@ -135,7 +144,7 @@ def _counts(code: AbstractCode) -> range:
     return range(1, code.num_data + 1)
 
 
-def _angles(t: np.ndarray) -> np.ndarray:
+def _angles(t: ArrayLike) -> np.ndarray:
     """Where points lie on the half circle, on which Chebyshev points are evenly spaced."""
     return np.arccos(np.clip(np.asarray(t, np.float64), -1, 1))
 

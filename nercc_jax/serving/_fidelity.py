@@ -87,7 +87,7 @@ class Fidelity:
     def expect(
         self, queries: int, mask: Bool[np.ndarray, " num_workers"]
     ) -> tuple[Float[np.ndarray, " queries"], Float[np.ndarray, " queries"]]:
-        """Each query's expected disagreement and error, decoded from these workers; NaN: unknown."""
+        """Each query's expected disagreement and error, decoded from these workers, or NaN."""
         if self._lessons[queries].known < _LEAST or not mask.any():
             return np.full(queries, np.nan), np.full(queries, np.nan)
         disagreement, error = self._lessons[queries].expect(mask)

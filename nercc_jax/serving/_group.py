@@ -9,21 +9,17 @@ from ._coder import Coder
 from ._request import Query
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Cell:
     """What one worker gets at once in one place of a group: some queries as one batch."""
 
     queries: list[Query]
-    x: np.ndarray  # (size, ...)
+    x: np.ndarray | None  # (size, ...), until nothing more is coded of it
 
     @property
     def pending(self) -> bool:
         """Whether somebody waits for one of its queries."""
         return any(not query.done for query in self.queries)
-
-    @property
-    def size(self) -> int:
-        return len(self.x)
 
 
 class Group:
@@ -36,6 +32,7 @@ class Group:
         self.coder = coder
         self.began = now
         self.cells: list[Cell] = []
+        self.rows = 0  # of the largest cell
         self.layout = coder.layout(coder.num_data)  # of a full group, until it is complete
         self.complete = False
         self.batch: Batch | None = None
@@ -59,10 +56,6 @@ class Group:
         return any(cell.pending for cell in self.cells)
 
     @property
-    def rows(self) -> int:
-        return max(cell.size for cell in self.cells)
-
-    @property
     def sent(self) -> np.ndarray:
         """The coded data points that were sent."""
         return ~np.isnan(self.sent_at)
@@ -72,9 +65,21 @@ class Group:
         """Those of them that are not answered."""
         return self.sent & ~self.mask
 
+    def take(self, cell: Cell) -> None:
+        """The next cell comes."""
+        self.cells.append(cell)
+        self.rows = max(self.rows, len(cell.queries))
+        for query in cell.queries:
+            query.home = query.home or self
+
     def inputs(self) -> np.ndarray:
         """(rows, cells, ...)."""
         return np.stack([_tall(cell.x, self.rows) for cell in self.cells], axis=1)
+
+    def inputs_sent(self) -> None:
+        """Nothing more is coded: the queries' data can go, which may be large."""
+        for cell in self.cells:
+            cell.x = None
 
     def values(self) -> np.ndarray:
         """All answers, (N, rows, ...), zero where there is none."""
@@ -93,6 +98,7 @@ class Group:
         return firsts, firsts[[points[0] for points in self.layout.own]]
 
 
-def _tall(x: np.ndarray, rows: int) -> np.ndarray:
+def _tall(x: np.ndarray | None, rows: int) -> np.ndarray:
     """x with its rows again and again until there are so many."""
+    assert x is not None
     return x if len(x) == rows else x[np.arange(rows) % len(x)]

@@ -8,9 +8,9 @@ from typing import Literal, TypeAlias
 class BatchingPolicy:
     """Batching, waiting and fidelity.
 
-    - `max_batch_size`: queries that a worker gets at once, at most. One idle worker and a long queue
-      make large batches, many idle workers single queries. A power of two: batches are powers of
-      two, for which everything is compiled ahead.
+    - `max_batch_size`: queries that a worker gets at once, at most. One idle worker and a long
+      queue make large batches, many idle workers single queries. A power of two: batches are
+      powers of two, for which everything is compiled ahead.
     - `batch_wait_timeout_s`: seconds after which a group that is not full is completed without
       waiting for more queries. (Of a code that sends no query as it came, nothing is sent before.)
     - `max_queue_size`: queries that may wait to be sent; more are refused at once.

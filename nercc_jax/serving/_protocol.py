@@ -11,11 +11,17 @@ from typing import Any
 
 import numpy as np
 import orjson
-from kserve.errors import InvalidInput
-from kserve.protocol.infer_type import InferInput, InferOutput, InferRequest, InferResponse
-from kserve.protocol.rest.v2_datamodels import Parameters, RequestOutput
 from pydantic import BaseModel, ValidationError
 
+from ._kserve import (
+    InferInput,
+    InferOutput,
+    InferRequest,
+    InferResponse,
+    InvalidInput,
+    RequestedOutput,
+    bodies,
+)
 from ._request import Reply
 from ._servable import ADDED_OUTPUTS, Servable
 
@@ -39,15 +45,15 @@ class _Input(BaseModel):
     name: str
     shape: list[int]
     datatype: str
-    parameters: Parameters | None = None
+    parameters: bodies.Parameters | None = None
     data: list[Any] | None = None
 
 
 class _Request(BaseModel):
     id: str | None = None
-    parameters: Parameters | None = None
+    parameters: bodies.Parameters | None = None
     inputs: list[_Input]
-    outputs: list[RequestOutput] | None = None
+    outputs: list[bodies.RequestOutput] | None = None
 
 
 def decompress(body: bytes, encoding: str | None, limit: int) -> bytes:
@@ -65,6 +71,8 @@ def decompress(body: bytes, encoding: str | None, limit: int) -> bytes:
         raise TooLarge(f"the body is more than {limit} bytes when decompressed")
     if not reader.eof:
         raise InvalidInput(f"the body's {encoding} data ends too early")
+    if reader.unused_data:
+        raise InvalidInput(f"{len(reader.unused_data)} bytes after the body's {encoding} data")
     return plain
 
 
@@ -75,10 +83,12 @@ def read_request(body: bytes, json_length: str | None, model: str) -> InferReque
     """
     head = body
     if json_length is not None:
-        if not json_length.isascii() or not json_length.isdigit() or int(json_length) > len(body):
+        # Python refuses to read a number of thousands of digits.
+        short = json_length.isascii() and json_length.isdigit() and len(json_length) < 20
+        if not short or int(json_length) > len(body):
             raise InvalidInput(
-                f"Inference-Header-Content-Length {json_length!r} is no length within the body's "
-                f"{len(body)} bytes"
+                f"Inference-Header-Content-Length {json_length[:20]!r} is no length within the "
+                f"body's {len(body)} bytes"
             )
         head = body[: int(json_length)]
     try:
@@ -87,14 +97,13 @@ def read_request(body: bytes, json_length: str | None, model: str) -> InferReque
         raise InvalidInput(f"the body is not JSON: {error}") from error
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise InvalidInput(
-            f"the request is not as it should be: {where}: {first['msg']}"
-        ) from error
+        where = "".join(f"{part}: " for part in (".".join(map(str, first["loc"])),) if part)
+        raise InvalidInput(f"the request is not as it should be: {where}{first['msg']}") from error
     binary = memoryview(body)[len(head) :]
     inputs = []
     for each in request.inputs:
-        one = InferInput(each.name, each.shape, each.datatype, each.data, each.parameters)
+        data: Any = each.data
+        one = InferInput(each.name, each.shape, each.datatype, data, each.parameters)
         size = (each.parameters or {}).get("binary_data_size")
         if size is not None and each.data is None:
             if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= len(binary):
@@ -108,12 +117,18 @@ def read_request(body: bytes, json_length: str | None, model: str) -> InferReque
         inputs.append(one)
     if len(binary):
         raise InvalidInput(f"{len(binary)} bytes are left over after all binary tensors")
+    # An output that does not say so is binary if the request says that all are.
+    usual = {"binary_data": (request.parameters or {}).get("binary_data_output", False)}
+    outputs = [
+        RequestedOutput(each.name, usual | (each.parameters or {}))
+        for each in request.outputs or ()
+    ]
     return InferRequest(
         model,
         inputs,
         request.id,
         parameters=request.parameters,
-        request_outputs=request.outputs,  # pyright: ignore[reportArgumentType]
+        request_outputs=outputs or None,
     )
 
 
@@ -159,17 +174,19 @@ def demands(request: InferRequest) -> tuple[float | None, bool]:
     Parameters `nercc_exact` (a boolean), `nercc_deadline_ms`, and Triton's `timeout` in
     microseconds. Raises: InvalidInput where they are something else.
     """
-    parameters = {key: _plain(value) for key, value in (request.parameters or {}).items()}
+    parameters = plain_parameters(request.parameters or {})
     exact = parameters.get("nercc_exact", False)
     if not isinstance(exact, bool):
         raise InvalidInput(f"parameter nercc_exact must be a boolean, not {exact!r}")
     deadline = None
     for name, unit in (("timeout", _MICROSECONDS), ("nercc_deadline_ms", _MILLISECONDS)):
-        value = parameters.get(name)
-        if value is None or (name == "timeout" and value == 0):
+        if name not in parameters or (name == "timeout" and parameters[name] == 0):
             continue
+        value = parameters[name]
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e15:
-            raise InvalidInput(f"parameter {name} must be a positive number, not {value!r}")
+            raise InvalidInput(
+                f"parameter {name} must be a positive number (an integer by gRPC), not {value!r}"
+            )
         deadline = value / unit
     return deadline, exact
 
@@ -201,7 +218,10 @@ def response_of(reply: Reply, request: InferRequest, servable: Servable) -> Infe
         "nercc_expected_error": float(_known(reply.expected_error).max()),
         "nercc_queue_ms": 1e3 * reply.queued,
     }
-    if request.from_grpc:  # its parameters know no floats
+    if request.from_grpc:
+        for output in outputs:  # kserve's writer fails on arrays that are not bytes by then
+            output.set_data_from_numpy(tensors[output.name][1], binary_data=True)
+        # Its parameters know no floats.
         parameters = {
             key: f"{value:.6g}" if isinstance(value, float) else value
             for key, value in parameters.items()
@@ -211,7 +231,7 @@ def response_of(reply: Reply, request: InferRequest, servable: Servable) -> Infe
         servable.name,
         outputs,
         VERSION,
-        from_grpc=request.from_grpc,
+        from_grpc=request.from_grpc,  # pyright: ignore[reportArgumentType]
         parameters=parameters,
         use_binary_outputs=bool(request.use_binary_outputs),
         requested_outputs=asked,
@@ -260,7 +280,14 @@ def _known(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), UNKNOWN, values).astype(np.float32)
 
 
+def plain_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters without what gRPC wraps them in; None for kinds that kserve's messages lack."""
+    return {key: _plain(value) for key, value in parameters.items()}
+
+
 def _plain(value: Any) -> Any:
-    """A parameter's value, which gRPC wraps."""
     which = getattr(value, "WhichOneof", None)
-    return value if which is None else getattr(value, which("parameter_choice"), None)
+    if which is None:
+        return value
+    kind = which("parameter_choice")
+    return None if kind is None else getattr(value, kind)

@@ -3,9 +3,13 @@
 import concurrent.futures
 import dataclasses
 import time
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+
+if TYPE_CHECKING:
+    from ._group import Group
 
 
 class QueueFull(RuntimeError):
@@ -62,7 +66,7 @@ class Answer:
 
 
 class Request:
-    """B queries that came together and are answered together. Only the batcher's thread changes it."""
+    """B queries that came and are answered together. Only the batcher's thread changes it."""
 
     def __init__(self, x: np.ndarray, out: tuple[int, ...], deadline: float, exact: bool):
         size = len(x)
@@ -71,6 +75,7 @@ class Request:
         self.deadline = deadline  # seconds from arrival
         self.sent = np.inf  # when its first query was
         self.exact_only = exact
+        self.queued = False
         self.queries = [Query(self, place, row) for place, row in enumerate(x)]
         self._left = size
         self._values = np.zeros((size, *out), np.float32)
@@ -102,13 +107,24 @@ class Request:
             seconds=now - self.arrived,
         )
 
+    def release(self) -> None:
+        """It is over: its data, which may be large, must not live until its deadline."""
+        for query in self.queries:
+            query.x = None
+        self.queries = []
+
 
 class Query:
-    """One data point of a request. `done`: nobody waits for it; `waiting`: it is in a queue."""
+    """One data point of a request.
 
-    __slots__ = ("done", "place", "reexecuted", "request", "waiting", "x")
+    `done`: nobody waits for it; `waiting`: it is in a queue; `home`: the first group it was in.
+    """
+
+    __slots__ = ("done", "home", "place", "reexecuted", "request", "waiting", "x")
 
     def __init__(self, request: Request, place: int, x: np.ndarray):
-        self.request, self.place, self.x = request, place, x
+        self.request, self.place = request, place
+        self.x: np.ndarray | None = x
+        self.home: "Group | None" = None
         self.done = self.reexecuted = False
         self.waiting = True

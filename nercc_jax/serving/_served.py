@@ -7,8 +7,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from kserve.errors import InvalidInput
-from kserve.protocol.infer_type import InferRequest, InferResponse
 
 from .._codes import AbstractCode
 from .._stragglers import TraceLatency
@@ -16,6 +14,7 @@ from ..pools import AbstractPool, DevicePool, Fault, Faults, Overdue, RayPool
 from ._batcher import CodedBatcher
 from ._coder import Coder
 from ._fidelity import Fidelity
+from ._kserve import InferRequest, InferResponse, InvalidInput
 from ._metrics import Meter, Meters
 from ._protocol import check_outputs, demands, queries_of, response_of
 from ._servable import Servable
@@ -76,9 +75,12 @@ class ServedModel:
             queries = queries_of(request, self.servable)
             future = self._batcher.submit(queries, deadline=deadline, exact=exact)
         except ValueError as error:  # InvalidInput is one
-            self._meter.observe("request_invalid", 1)
             raise InvalidInput(str(error)) from error
         return response_of(await asyncio.wrap_future(future), request, self.servable)
+
+    def count_invalid(self) -> None:
+        """Counts a request that was refused, here or where it was read."""
+        self._meter.observe("request_invalid", 1)
 
     def status(self) -> dict[str, Any]:
         report = self.pool.report()

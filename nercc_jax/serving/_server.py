@@ -13,7 +13,7 @@ import importlib.resources
 import logging
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import fastapi
@@ -21,27 +21,23 @@ import grpc
 import uvicorn
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from grpc_interceptor import AsyncExceptionToStatusInterceptor
-from kserve.errors import InvalidInput, ModelNotFound, ServerNotReady
-from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import (
-    add_GRPCInferenceServiceServicer_to_server,
-)
-from kserve.protocol.grpc.servicer import InferenceServicer
-from kserve.protocol.infer_type import InferRequest, InferResponse
-from kserve.protocol.rest.v2_datamodels import (
-    InferenceRequest,
-    InferenceResponse,
-    ListModelsResponse,
-    ModelMetadataResponse,
-    ModelReadyResponse,
-    ServerLiveResponse,
-    ServerMetadataResponse,
-    ServerReadyResponse,
-)
-from kserve.protocol.rest.v2_endpoints import V2Endpoints
 from prometheus_client import CollectorRegistry, exposition
 from prometheus_client.process_collector import ProcessCollector
 from pydantic import BaseModel
+from starlette.requests import ClientDisconnect
 
+from ._kserve import (
+    InferenceServicer,
+    InferRequest,
+    InferResponse,
+    InvalidInput,
+    ModelNotFound,
+    ServerNotReady,
+    V2Endpoints,
+    add_service,
+    bodies,
+    messages,
+)
 from ._protocol import (
     VERSION,
     TooLarge,
@@ -49,6 +45,7 @@ from ._protocol import (
     decompress,
     input_types,
     output_types,
+    plain_parameters,
     read_request,
     write_response,
 )
@@ -60,6 +57,11 @@ _LOG = logging.getLogger(__name__)
 
 # JSON of this size is read by another thread, so that other requests go on.
 _LARGE = 2**18
+
+# Seconds between looks at whether the server shall end.
+_TICK = 0.02
+# How long the last errors have to reach their clients, once draining has taken too long.
+_LAST_WORDS = 1.0
 
 # What an error is to clients of either face.
 _STATUS: Mapping[type[Exception], tuple[int, grpc.StatusCode]] = {
@@ -76,11 +78,20 @@ _STATUS: Mapping[type[Exception], tuple[int, grpc.StatusCode]] = {
 }
 
 
+# Whoever asks has made a mistake.
+_INVALID = (InvalidInput, TooLarge, UnsupportedEncoding)
+
+
+# nginx's status for a client that went away while it sent its request.
+_CLOSED = 499
+
+
 class Plane:
     """What both faces ask: kserve's services call these methods, by these names."""
 
-    def __init__(self, models: Mapping[str, ServedModel]):
+    def __init__(self, models: Mapping[str, ServedModel], access_log: bool = False):
         self.models = dict(models)
+        self.access_log = access_log
         self.draining = False
         self.started = time.monotonic()
 
@@ -120,10 +131,29 @@ class Plane:
     ) -> tuple[InferResponse, dict[str, str]]:
         return await self.find(model_name).infer(request), {}
 
-    def find(self, name: str) -> ServedModel:
+    def find(self, name: str, version: str = VERSION) -> ServedModel:
         if name not in self.models:
             raise ModelNotFound(name)
+        if version != VERSION:
+            raise ModelNotFound(f"{name}, version {version}")
         return self.models[name]
+
+    @contextlib.contextmanager
+    def watch(self, model_name: str) -> Iterator[dict[str, Any]]:
+        """Counts a request that is invalid; logs each with what is put here, if that is wished."""
+        line: dict[str, Any] = {"model": model_name}
+        begin = time.monotonic()
+        try:
+            yield line
+        except BaseException as error:  # a client that goes away cancels its call
+            if isinstance(error, _INVALID) and model_name in self.models:
+                self.models[model_name].count_invalid()
+            line["error"] = _words(error)
+            raise
+        finally:
+            if self.access_log:
+                line["seconds"] = round(time.monotonic() - begin, 6)
+                _LOG.info("not answered" if "error" in line else "answered", extra=line)
 
     def status(self) -> dict[str, Any]:
         """All that the status page shows."""
@@ -155,7 +185,7 @@ class Server:
         registry: CollectorRegistry,
     ):
         self.settings = settings
-        self.plane = Plane(models)
+        self.plane = Plane(models, settings.access_log)
         with contextlib.suppress(ValueError):  # already there, in a server that was made anew
             ProcessCollector(registry=registry)
         self.app = make_app(self.plane, settings, registry)
@@ -170,11 +200,14 @@ class Server:
                 access_log=False,
                 lifespan="off",
                 timeout_keep_alive=65,
-                timeout_graceful_shutdown=max(int(settings.drain_timeout_s), 1),
+                # Ours ends first, see `_drain`.
+                timeout_graceful_shutdown=int(settings.drain_timeout_s + 2 * _LAST_WORDS) + 1,
             )
         )
+        # Uvicorn would end at a signal, before it can be said that the server drains.
+        self._http.capture_signals = contextlib.nullcontext  # pyright: ignore[reportAttributeAccessIssue]
         self._grpc: grpc.aio.Server | None = None
-        self._end: asyncio.Task | None = None
+        self._at_once = False
 
     def run(self) -> None:
         """Serves until SIGTERM or SIGINT, then drains."""
@@ -187,47 +220,73 @@ class Server:
         """
         try:
             http = asyncio.create_task(self._serve_http())
-            while not self._http.started and not http.done():
-                await asyncio.sleep(0.01)
-            if not http.done():
-                self.http_port = self._http.servers[0].sockets[0].getsockname()[1]
-                await self._start_grpc()
-                self._catch_signals()
-                gc.collect()
-                gc.freeze()  # JAX leaves so many objects that collecting them stops all for 0.2 s
-                _LOG.info(
-                    "listening",
-                    extra={
-                        "host": self.settings.host,
-                        "http_port": self.http_port,
-                        "grpc_port": self.grpc_port if self._grpc else None,
-                        "models": list(self.plane.models),
-                    },
-                )
-                self.listening.set()
+            with self._catching_signals():
+                while not self._http.started and not http.done():
+                    await asyncio.sleep(0.01)
+                if not http.done():
+                    await self._listen()
+                while not self.plane.draining and not http.done():
+                    await asyncio.sleep(_TICK)
+                if not http.done():
+                    await self._drain(http)
             await http
-            if self._end is not None:
-                await self._end
         finally:
-            # Nobody waits by now but for whom draining was too short.
-            for name, model in self.plane.models.items():
-                await asyncio.to_thread(model.close, 0.0)
-                _LOG.info("model is closed", extra={"model": name})
+            await self._close_models()
 
     def stop(self) -> None:
         """Begins to drain: what has been accepted is answered, nothing new is. Twice: at once."""
-        if self.plane.draining:
-            self._http.force_exit = True
-            return
+        self._at_once = self.plane.draining
         self.plane.draining = True
-        _LOG.info("draining")
-        self._end = asyncio.get_running_loop().create_task(self._drain())
+        _LOG.info("ending at once" if self._at_once else "draining")
 
-    async def _drain(self) -> None:
-        await asyncio.sleep(self.settings.drain_delay_s)
+    async def _listen(self) -> None:
+        self.http_port = self._http.servers[0].sockets[0].getsockname()[1]
+        await self._start_grpc()
+        gc.collect()
+        gc.freeze()  # JAX leaves so many objects that collecting them stops all for 0.2 s
+        _LOG.info(
+            "listening",
+            extra={
+                "host": self.settings.host,
+                "http_port": self.http_port,
+                "grpc_port": self.grpc_port if self._grpc else None,
+                "models": list(self.plane.models),
+            },
+        )
+        self.listening.set()
+
+    async def _drain(self, http: asyncio.Task) -> None:
+        """Says that it is not ready; then takes nothing new; whoever waits too long is told."""
+        await self._wait(lambda: False, self.settings.drain_delay_s)
         self._http.should_exit = True
+        ends = [http]
         if self._grpc is not None:
-            await self._grpc.stop(self.settings.drain_timeout_s)
+            grace = self.settings.drain_timeout_s + _LAST_WORDS
+            ends.append(asyncio.create_task(self._grpc.stop(grace)))
+
+        def ended() -> bool:
+            return all(end.done() for end in ends)
+
+        await self._wait(ended, self.settings.drain_timeout_s)
+        if not ended():
+            await self._close_models()
+            await self._wait(ended, _LAST_WORDS)
+        self._http.force_exit = True
+        if self._grpc is not None:
+            await self._grpc.stop(None)
+        await asyncio.wait(ends)
+
+    async def _wait(self, happened: Callable[[], bool], seconds: float) -> None:
+        """Until it happened, but no longer, and not if all shall end at once."""
+        end = time.monotonic() + seconds
+        while not happened() and not self._at_once and time.monotonic() < end:
+            await asyncio.sleep(_TICK)
+
+    async def _close_models(self) -> None:
+        """Nobody waits by now but for whom draining was too short."""
+        for name, model in self.plane.models.items():
+            await asyncio.to_thread(model.close, 0.0)
+            _LOG.info("model is closed", extra={"model": name})
 
     async def _serve_http(self) -> None:
         try:
@@ -248,8 +307,7 @@ class Server:
                 ("grpc.so_reuseport", 0),
             ],
         )
-        service: Any = InferenceServicer(self.plane, self.plane)  # pyright: ignore[reportArgumentType]
-        add_GRPCInferenceServiceServicer_to_server(service, server)
+        add_service(_Service(self.plane), server)
         address = f"{self.settings.host}:{self.settings.grpc_port}"
         try:
             self.grpc_port = server.add_insecure_port(address)
@@ -259,12 +317,19 @@ class Server:
         await server.start()
         self._grpc = server
 
-    def _catch_signals(self) -> None:
-        """Ours come after uvicorn's, which end the server before it can say that it drains."""
+    @contextlib.contextmanager
+    def _catching_signals(self) -> Iterator[None]:
         loop = asyncio.get_running_loop()
-        for each in (signal.SIGTERM, signal.SIGINT):
-            with contextlib.suppress(ValueError, RuntimeError):  # not the main thread
+        caught = []
+        with contextlib.suppress(ValueError, RuntimeError):  # not the main thread
+            for each in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(each, self.stop)
+                caught.append(each)
+        try:
+            yield
+        finally:
+            for each in caught:
+                loop.remove_signal_handler(each)
 
 
 def make_app(
@@ -298,8 +363,12 @@ def make_app(
         headers = {"retry-after": "1"} if status in (429, 503) else None
         return JSONResponse({"error": _words(error)}, status, headers)
 
+    async def tell_nobody(request: fastapi.Request, error: Exception) -> Response:
+        return Response(status_code=_CLOSED)
+
     for kind in _STATUS:
         app.add_exception_handler(kind, tell)
+    app.add_exception_handler(ClientDisconnect, tell_nobody)
     return app
 
 
@@ -311,43 +380,39 @@ def _add_protocol(app: fastapi.FastAPI, plane: Plane, settings: ServerSettings) 
     endpoints = V2Endpoints(plane)  # pyright: ignore[reportArgumentType]
     missing: dict[int | str, dict[str, Any]] = {404: {"model": _Error}, 503: {"model": _Error}}
     for path, endpoint, answer in (
-        ("/v2", endpoints.metadata, ServerMetadataResponse),
-        ("/v2/health/live", endpoints.live, ServerLiveResponse),
-        ("/v2/health/ready", endpoints.ready, ServerReadyResponse),
-        ("/v2/models", endpoints.models, ListModelsResponse),
+        ("/v2", endpoints.metadata, bodies.ServerMetadataResponse),
+        ("/v2/health/live", endpoints.live, bodies.ServerLiveResponse),
+        ("/v2/health/ready", endpoints.ready, bodies.ServerReadyResponse),
+        ("/v2/models", endpoints.models, bodies.ListModelsResponse),
     ):
         app.add_api_route(path, endpoint, response_model=answer, responses={503: {"model": _Error}})
 
     async def model_metadata(model_name: str, version: str = VERSION) -> Any:
-        _check_version(model_name, version)
+        plane.find(model_name, version)
         return await plane.model_metadata(model_name)
 
     async def model_ready(model_name: str, version: str = VERSION) -> Any:
-        _check_version(model_name, version)
+        plane.find(model_name, version)
         if not await plane.model_ready(model_name):
             raise ServerNotReady("It is draining.")
         return {"name": model_name, "ready": True}
 
     async def infer(request: fastapi.Request, model_name: str, version: str = VERSION) -> Response:
-        _check_version(model_name, version)
-        plane.find(model_name)
-        begin = time.monotonic()
-        body = await _read_body(request, settings.max_body_bytes)
-        length = request.headers.get("inference-header-content-length")
-        if len(body) > _LARGE and length is None:
-            asked = await asyncio.to_thread(read_request, body, length, model_name)
-        else:
-            asked = read_request(body, length, model_name)
-        response, _ = await plane.infer(model_name, asked)
-        content, headers = write_response(response)
-        if settings.access_log:
-            seconds = round(time.monotonic() - begin, 6)
-            about = {"model": model_name, "id": response.id, "seconds": seconds}
-            _LOG.info("answered", extra=about | (response.parameters or {}))
+        with plane.watch(model_name) as line:
+            plane.find(model_name, version)
+            body = await _read_body(request, settings.max_body_bytes)
+            length = request.headers.get("inference-header-content-length")
+            if len(body) > _LARGE and length is None:
+                asked = await asyncio.to_thread(read_request, body, length, model_name)
+            else:
+                asked = read_request(body, length, model_name)
+            response, _ = await plane.infer(model_name, asked)
+            line.update({"id": response.id}, **response.parameters or {})
+            content, headers = write_response(response)
         return Response(content, headers=dict(headers))
 
     errors = {status: {"model": _Error} for status, _ in _STATUS.values() if status != 501}
-    schema = InferenceRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema = bodies.InferenceRequest.model_json_schema(ref_template="#/components/schemas/{model}")
     schema.pop("$defs")
     body = {"content": {"application/json": {"schema": schema}}, "required": True}
     for path in ("/v2/models/{model_name}", "/v2/models/{model_name}/versions/{version}"):
@@ -355,14 +420,14 @@ def _add_protocol(app: fastapi.FastAPI, plane: Plane, settings: ServerSettings) 
         app.add_api_route(
             path,
             model_metadata,
-            response_model=ModelMetadataResponse,
+            response_model=bodies.ModelMetadataResponse,
             responses=missing,
             include_in_schema=shown,
         )
         app.add_api_route(
             f"{path}/ready",
             model_ready,
-            response_model=ModelReadyResponse,
+            response_model=bodies.ModelReadyResponse,
             responses=missing,
             include_in_schema=shown,
         )
@@ -371,15 +436,10 @@ def _add_protocol(app: fastapi.FastAPI, plane: Plane, settings: ServerSettings) 
             infer,
             methods=["POST"],
             response_class=JSONResponse,
-            responses={200: {"model": InferenceResponse}, **errors},
+            responses={200: {"model": bodies.InferenceResponse}, **errors},
             openapi_extra={"requestBody": body},
             include_in_schema=shown,
         )
-
-
-def _check_version(model_name: str, version: str) -> None:
-    if version != VERSION:
-        raise ModelNotFound(f"{model_name}, version {version}")
 
 
 async def _read_body(request: fastapi.Request, limit: int) -> bytes:
@@ -397,6 +457,31 @@ async def _read_body(request: fastapi.Request, limit: int) -> bytes:
     return decompress(body, request.headers.get("content-encoding"), limit)
 
 
+class _Service(InferenceServicer):
+    """kserve's service, and what it leaves out: versions, the access log."""
+
+    def __init__(self, plane: Plane):
+        self._plane = plane
+        InferenceServicer.__init__(self, plane, plane)  # pyright: ignore[reportArgumentType]
+
+    async def ModelReady(self, request: Any, context: Any) -> messages.ModelReadyResponse:
+        self._plane.find(request.name, request.version or VERSION)
+        return await InferenceServicer.ModelReady(self, request, context)
+
+    async def ModelMetadata(self, request: Any, context: Any) -> messages.ModelMetadataResponse:
+        self._plane.find(request.name, request.version or VERSION)
+        answer = await InferenceServicer.ModelMetadata(self, request, context)
+        answer.versions.append(VERSION)
+        return answer
+
+    async def ModelInfer(self, request: Any, context: Any) -> messages.ModelInferResponse:
+        with self._plane.watch(request.model_name) as line:
+            self._plane.find(request.model_name, request.model_version or VERSION)
+            answer = await InferenceServicer.ModelInfer(self, request, context)
+            line.update({"id": answer.id}, **plain_parameters(answer.parameters))
+        return answer
+
+
 class _Errors(AsyncExceptionToStatusInterceptor):
     """Errors as gRPC statuses."""
 
@@ -411,5 +496,5 @@ class _Errors(AsyncExceptionToStatusInterceptor):
         await context.abort(grpc.StatusCode.INTERNAL, "internal error: see the server's log")
 
 
-def _words(error: Exception) -> str:
+def _words(error: BaseException) -> str:
     return str(error) or type(error).__name__

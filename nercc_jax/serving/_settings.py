@@ -8,14 +8,23 @@ num_workers = 8
 model = "lenet5-digits"
 """
 
+import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     TomlConfigSettingsSource,
 )
 
@@ -29,44 +38,59 @@ class ModelSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    model: str | None = Field(None, description="A shipped model, or module:function.")
-    name: str | None = Field(None, description="What clients call it; as `model` unless set.")
-    weights: Path | None = Field(None, description="Given to module:function, which makes a model.")
+    model: str | None = Field(default=None, description="A shipped model, or module:function.")
+    name: str | None = Field(
+        default=None, description="What clients call it; as `model` unless set."
+    )
+    weights: Path | None = Field(
+        default=None, description="Given to module:function, which makes a model."
+    )
     input_shape: tuple[int, ...] | None = Field(
-        None, description="Of one query, without the batch."
+        default=None, description="Of one query, without the batch."
     )
     output_name: str | None = None
-    outputs: Literal["logits", "probabilities"] = Field("logits", description="Of a shipped model.")
+    outputs: Literal["logits", "probabilities"] = Field(
+        default="logits", description="Of a shipped model."
+    )
     calibration: Path | None = Field(
-        None, description="Unlabelled inputs as .npy, (points, *input_shape), for error estimates."
+        default=None,
+        description="Unlabelled inputs as .npy, (points, *input_shape), for error estimates.",
     )
 
     scheme: Literal["nercc", "berrut", "replication", "uncoded"] = "nercc"
-    num_data: int = Field(4, ge=1, description="K.")
-    num_workers: int = Field(8, ge=1, description="N.")
+    num_data: int = Field(default=4, ge=1, description="K.")
+    num_workers: int = Field(default=8, ge=1, description="N.")
     points: Literal["interleaved", "repeated", "chebyshev", "uniform"] = "interleaved"
-    code: Path | None = Field(None, description="A code that `nercc tune` wrote, instead.")
+    code: Path | None = Field(default=None, description="A code that `nercc tune` wrote, instead.")
 
     pool: Literal["devices", "ray"] = "devices"
-    workers: int | None = Field(None, ge=1, description="Workers in the pool; N unless set.")
-    max_attempts: int = Field(3, ge=1)
-    hang_timeout_s: float = Field(60.0, gt=0)
+    workers: int | None = Field(
+        default=None, ge=1, description="Workers in the pool; N unless set."
+    )
+    max_attempts: int = Field(default=3, ge=1)
+    hang_timeout_s: float = Field(default=60.0, gt=0)
 
     max_batch_size: int = _POLICY.max_batch_size
     batch_wait_timeout_s: float = _POLICY.batch_wait_timeout_s
     max_queue_size: int = _POLICY.max_queue_size
-    deadline_s: float = _POLICY.deadline_s
+    deadline_s: float = Field(default=_POLICY.deadline_s, allow_inf_nan=False)
     patience: float = _POLICY.patience
     wait_for: int | None = _POLICY.wait_for
     max_disagreement: float | None = Field(
-        0.05, description="Of a decoded label; 1 takes whatever `wait_for` answers give."
+        default=0.05, description="Of a decoded label; 1 takes whatever `wait_for` answers give."
     )
     copies: int = _POLICY.copies
 
-    service_delay_s: float = Field(0.0, ge=0, description="On trial: every call takes longer.")
-    straggler_rate: float = Field(0.0, ge=0, le=1, description="On trial: calls that straggle ...")
-    straggler_delay_s: float = Field(1.0, gt=0, description="... and by how much.")
-    death_rate: float = Field(0.0, ge=0, le=1, description="On trial: calls that kill the worker.")
+    service_delay_s: float = Field(
+        default=0.0, ge=0, description="On trial: every call takes longer."
+    )
+    straggler_rate: float = Field(
+        default=0.0, ge=0, le=1, description="On trial: calls that straggle ..."
+    )
+    straggler_delay_s: float = Field(default=1.0, gt=0, description="... and by how much.")
+    death_rate: float = Field(
+        default=0.0, ge=0, le=1, description="On trial: calls that kill the worker."
+    )
     fault_seed: int = 0
 
     @model_validator(mode="after")
@@ -95,6 +119,11 @@ class ModelSettings(BaseModel):
         return ModelSettings(**told)
 
 
+def _none(value: Any) -> Any:
+    """TOML has no null, and the environment has only strings."""
+    return None if value == "none" else value
+
+
 class ServerSettings(BaseSettings):
     """The whole server."""
 
@@ -102,20 +131,25 @@ class ServerSettings(BaseSettings):
         env_prefix="NERCC_",
         env_nested_delimiter="__",
         extra="forbid",
-        nested_model_default_partial_update=True,
     )
 
-    host: str = Field("127.0.0.1", description="0.0.0.0 listens on all interfaces.")
-    http_port: int = Field(8000, ge=0, le=65535, description="0: any that is free.")
-    grpc_port: int | None = Field(8001, ge=0, le=65535, description="None: no gRPC.")
-    max_body_bytes: int = Field(64 * 2**20, gt=0, description="Of one request, decompressed.")
-    drain_delay_s: float = Field(
-        0.0, ge=0, description="After SIGTERM: not ready, but answering, for so long."
+    host: str = Field(default="127.0.0.1", description="0.0.0.0 listens on all interfaces.")
+    http_port: int = Field(default=8000, ge=0, le=65535, description="0: any that is free.")
+    grpc_port: Annotated[int | None, BeforeValidator(_none)] = Field(
+        default=8001, ge=0, le=65535, description="'none': no gRPC."
     )
-    drain_timeout_s: float = Field(30.0, ge=0, description="Then: for what has been accepted.")
+    max_body_bytes: int = Field(
+        default=64 * 2**20, gt=0, description="Of one request, decompressed."
+    )
+    drain_delay_s: float = Field(
+        default=0.0, ge=0, description="After SIGTERM: not ready, but answering, for so long."
+    )
+    drain_timeout_s: float = Field(
+        default=30.0, ge=0, description="Then: for what has been accepted."
+    )
     log_format: Literal["json", "text"] = "json"
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    access_log: bool = Field(False, description="A line for each request.")
+    access_log: bool = Field(default=False, description="A line for each request.")
     defaults: ModelSettings = ModelSettings()
     models: list[ModelSettings] = []
 
@@ -138,9 +172,9 @@ class ServerSettings(BaseSettings):
         models = [model.over(self.defaults) for model in self.models]
         if not models:
             raise ValueError("there is no model to serve: --model, NERCC_MODELS or [[models]]")
-        names = [model.name or model.model for model in models]
-        if None in names:
+        if any(model.model is None for model in models):
             raise ValueError("each of the models needs `model`: a shipped one, or module:function")
+        names = [model.name or str(model.model).replace(":", ".") for model in models]
         if len(set(names)) < len(names):
             raise ValueError(f"models must have different names (`name`), not {names}")
         return models
@@ -157,4 +191,24 @@ def read_settings(file: Path | None, **told: Any) -> ServerSettings:
     class FromFile(ServerSettings):  # pydantic-settings takes the file's path from the class
         model_config = SettingsConfigDict(toml_file=file)
 
-    return FromFile(**told)
+    try:
+        return FromFile(**told)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{file} is no TOML: {error}") from error
+    except SettingsError as error:
+        raise ValueError(f"{error}: {error.__cause__}") from error
+    except ValidationError as error:
+        raise ValueError(_in_words(error)) from error
+
+
+def _in_words(error: ValidationError) -> str:
+    """What is wrong with which settings, in one line."""
+    faults = []
+    for fault in error.errors(include_url=False):
+        where, what = ".".join(map(str, fault["loc"])), fault["msg"].removeprefix("Value error, ")
+        if fault["type"] == "extra_forbidden":
+            what = "there is no such setting"
+        elif fault["type"] != "value_error":
+            what = f"{what[:1].lower()}{what[1:]}, not {fault['input']!r}"
+        faults.append(f"{where}: {what}")
+    return "; ".join(faults)

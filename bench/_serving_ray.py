@@ -1,0 +1,95 @@
+"""The same model behind Ray Serve, for serving.py: same protocol, same worker, same faults.
+
+    python bench/_serving_ray.py PORT REPLICAS BATCH SERVICE STRAGGLER_RATE STRAGGLER_DELAY
+
+A replica works on one call at a time. With BATCH over 1 it takes what waits for it in one call
+(`serve.batch`), at most so many queries.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+
+import numpy as np
+
+
+def main(port: int, replicas: int, batch: int, base: float, rate: float, delay: float) -> None:
+    import ray
+    from ray import serve
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+    @serve.deployment(
+        num_replicas=replicas,
+        max_ongoing_requests=max(batch, 1),
+        ray_actor_options={"num_cpus": 0},
+    )
+    class Model:
+        def __init__(self):
+            import jax
+            import jax.numpy as jnp
+
+            from nercc_jax import Fault, Faults, TraceLatency
+            from nercc_jax.cli._workload import answering
+            from nercc_jax.pools._worker import Program, Worker, warm_up
+            from nercc_jax.serving import make_servable
+
+            model = answering("lenet5-digits", "logits")
+            self.servable = make_servable("lenet5-digits", model, model.network.input_shape)
+            program = Program((model,), jax.local_devices()[0], True)
+            sizes = [1 << power for power in range(batch.bit_length())]
+            warm_up([program], 1, [np.zeros((n, *self.servable.shape), np.float32) for n in sizes])
+            laws = [Fault("delay", latency=TraceLatency(jnp.array([base])))]
+            if rate:
+                laws.append(Fault("delay", rate, latency=TraceLatency(jnp.array([delay]))))
+            self.worker = Worker(program, Faults(laws, seed=os.getpid()), 0, 0, lambda: None)
+            self.busy = asyncio.Lock()
+
+        async def __call__(self, request: Request) -> Response:
+            from nercc_jax.serving import Reply
+            from nercc_jax.serving._protocol import (
+                queries_of,
+                read_request,
+                response_of,
+                write_response,
+            )
+
+            length = request.headers.get("inference-header-content-length")
+            asked = read_request(await request.body(), length, "lenet5-digits")
+            x = queries_of(asked, self.servable)
+            y = await (self.together(x) if batch > 1 else self.call(x))
+            ones, zeros = np.ones(len(y), int), np.zeros(len(y))
+            reply = Reply(y, ones > 0, ones < 0, ones, ones, zeros, zeros, 0.0, 0.0)
+            content, headers = write_response(response_of(reply, asked, self.servable))
+            return Response(content, headers=dict(headers))
+
+        @serve.batch(max_batch_size=max(batch, 1), batch_wait_timeout_s=0.0)
+        async def together(self, queries: list[np.ndarray]) -> list[np.ndarray]:
+            x = np.concatenate(queries)
+            fill = np.repeat(x[-1:], (1 << (len(x) - 1).bit_length()) - len(x), axis=0)
+            y = (await self.call(np.concatenate([x, fill])))[: len(x)]
+            return [y[i : i + 1] for i in range(len(x))]
+
+        async def call(self, x: np.ndarray) -> np.ndarray:
+            async with self.busy:
+                return await asyncio.to_thread(self.worker, 0, x)
+
+    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"enable_access_log": False})
+    serve.run(Model.bind(), name="bench", route_prefix="/")
+    print("listening", flush=True)
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    while not stop.is_set():
+        time.sleep(0.1)
+    serve.shutdown()
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    numbers = sys.argv[1:]
+    main(*map(int, numbers[:3]), *map(float, numbers[3:]))

@@ -1,0 +1,307 @@
+"""Coded serving beside uncoded, hedged and replicated serving, and Ray Serve: latency, throughput.
+
+    python bench/serving.py [--quick] [--page]       # some 30 minutes; --page writes the page only
+
+One run: the same model (LeNet5 on scikit-learn's digits), the same number of workers, all of them
+Ray actors, the same load from a second process, with and without stragglers. Every call takes
+`SERVICE` seconds longer than the model does, during which the worker sleeps: two cores then stand
+for many machines. Writes `results/serving.json`, `results/serving.png` and `docs/serving.md`.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import numpy as np
+from _report import environment, write_json
+from _serving_page import write_page
+
+from nercc_models import load_data, load_model
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+MODEL = "lenet5-digits"
+WORKERS = 16
+SERVICE = 0.05  # seconds of every call
+STRAGGLE = 10 * SERVICE  # what a straggling call takes longer
+RATES = (0.0, 0.05, 0.15)  # shares of calls that straggle
+LOAD = 60.0  # queries a second, open loop
+CLIENTS = 96  # closed loop
+BATCH = 8
+PACKAGES = ("jax", "jaxlib", "numpy", "ray", "kserve", "uvicorn", "aiohttp", "nercc-jax")
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """A server: what it is called, what it costs in calls a query at most, how it is started."""
+
+    name: str
+    words: str
+    redundancy: float
+    settings: dict[str, Any] | None = None  # of `nercc serve`
+    ray_batch: int = 0  # or of Ray Serve
+
+
+SYSTEMS = (
+    System(
+        "uncoded",
+        "`nercc serve --scheme uncoded` with `copies = 1`: each query, or batch of those that "
+        "wait, at the worker that is free first",
+        1.0,
+        {"scheme": "uncoded", "copies": 1},
+    ),
+    System(
+        "hedged",
+        "the same; what is out for 1.5 times the running median is sent a second time",
+        1.0,
+        {"scheme": "uncoded", "copies": 2},
+    ),
+    System(
+        "replication (2, 1)",
+        "`--scheme replication`: two copies at once, if workers are free",
+        2.0,
+        {"scheme": "replication", "num_data": 1, "num_workers": 2},
+    ),
+    System(
+        "coded (8, 4)",
+        "`nercc serve` as it comes: NeRCC, interleaved and tuned; a straggler's query is decoded if "
+        "its label is expected to differ with at most 5 %, and sent again otherwise",
+        2.0,
+        {},
+    ),
+    System(
+        "coded (8, 4), repeated",
+        "`--points repeated`: the redundancy are second copies, decoding is for when both straggle",
+        2.0,
+        {"points": "repeated"},
+    ),
+    System(
+        "coded (6, 4)",
+        "`--num-workers 6`, untuned, at most 20 % expected disagreement: a cheaper code",
+        1.5,
+        {"num_workers": 6, "max_disagreement": 0.2},
+    ),
+    System("Ray Serve", "a replica a worker, one query a call", 1.0, ray_batch=1),
+    System(
+        "Ray Serve, batches",
+        f"the same with `serve.batch`: what waits at a replica, up to {BATCH} queries",
+        1.0,
+        ray_batch=BATCH,
+    ),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a few seconds each: does it run?")
+    parser.add_argument("--page", action="store_true", help="write the page from the last results")
+    parser.add_argument("--seconds", type=float, default=40.0, help="of each open-loop cell")
+    parser.add_argument("--only", nargs="*", help="some systems, to try")
+    arguments = parser.parse_args()
+    path = RESULTS / ("serving-quick.json" if arguments.quick else "serving.json")
+    if not arguments.page:
+        seconds = 4.0 if arguments.quick else arguments.seconds
+        write_json(path, measure(seconds, arguments.only))
+    if not arguments.quick:
+        write_page(json.loads(path.read_text()), RESULTS, HERE.parent / "docs" / "serving.md")
+
+
+def measure(seconds: float, only: list[str] | None) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        queries = Path(folder) / "queries.npz"
+        number = _write_queries(queries)
+        rows = []
+        systems = [each for each in SYSTEMS if not only or each.name in only]
+        for rate in RATES:
+            for system in systems:
+                rows.append(_cell(system, rate, queries, seconds))
+                _tell(rows[-1])
+    return {
+        "environment": environment(PACKAGES),
+        "model": MODEL,
+        "queries": number,
+        "workers": WORKERS,
+        "service_s": SERVICE,
+        "straggle_s": STRAGGLE,
+        "load": LOAD,
+        "clients": CLIENTS,
+        "batch": BATCH,
+        "seconds": seconds,
+        "systems": {
+            each.name: {"words": each.words, "redundancy": each.redundancy} for each in systems
+        },
+        "rows": rows,
+    }
+
+
+def _write_queries(path: Path) -> int:
+    """Test images and the model's own labels: what clients send, and what is right."""
+    network = load_model(MODEL)
+    images = np.asarray(network.preprocess(load_data(network.data, "test").images))
+    labels = np.asarray(eqx.filter_jit(network)(images)).argmax(axis=1)
+    np.savez(path, queries=images, labels=labels)
+    return len(images)
+
+
+def _cell(system: System, rate: float, queries: Path, seconds: float) -> dict[str, Any]:
+    """One system under one law: an open loop for latency, without stragglers also a closed one."""
+    with _Server(system, rate) as server:
+        ask = [str(queries), server.url]
+        _load(ask, "open", LOAD, min(5.0, seconds), 99)  # warm: medians, estimates, connections
+        before = server.calls()
+        result = _load(ask, "open", LOAD, seconds, 1)
+        after = server.calls()
+        latency = np.array([np.inf if t is None else t for t in result["latency"]])
+        exact, same = np.array(result["exact"]), np.array(result["same"])
+        row = {
+            "system": system.name,
+            "straggler_rate": rate,
+            "queries": len(latency),
+            "errors": result["errors"],
+            **{f"p{name}_ms": 1e3 * float(np.quantile(latency, share)) for name, share in _SHARES},
+            "intervals_ms": _intervals(latency),
+            "rel_acc": float(same.mean()),
+            "approximate": float(1 - exact.mean()),
+            "rel_acc_of_approximate": float(same[~exact].mean()) if (~exact).any() else None,
+            "client_lateness_p99_ms": 1e3 * result["lateness_p99"],
+            "calls_per_query": (after - before) / len(latency) if after else None,
+        }
+        if rate == 0:
+            parts = [
+                _load(ask, "closed", CLIENTS, max(seconds / 6, 2.0), seed) for seed in range(3)
+            ]
+            answered = [sum(t is not None for t in part["latency"]) for part in parts]
+            row["throughput"] = [count / max(seconds / 6, 2.0) for count in answered]
+        return row
+
+
+_SHARES = (("50", 0.5), ("99", 0.99), ("999", 0.999))
+
+
+def _intervals(latency: np.ndarray) -> dict[str, list[float]]:
+    """95 % intervals by bootstrap over stretches of 100 queries, which are not independent."""
+    random = np.random.default_rng(0)
+    blocks = np.array_split(latency, max(len(latency) // 100, 1))
+    draws = [
+        np.concatenate([blocks[i] for i in random.integers(len(blocks), size=len(blocks))])
+        for _ in range(500)
+    ]
+    return {
+        f"p{name}": [
+            1e3 * float(value)
+            for value in np.quantile([np.quantile(d, share) for d in draws], (0.025, 0.975))
+        ]
+        for name, share in _SHARES
+    }
+
+
+def _load(ask: list[str], loop: str, amount: float, seconds: float, seed: int) -> dict[str, Any]:
+    command = [sys.executable, str(HERE / "_serving_load.py"), *ask]
+    command += [loop, str(amount), str(seconds), str(seed)]
+    done = subprocess.run(command, check=True, capture_output=True, timeout=seconds + 120)
+    return json.loads(done.stdout)
+
+
+# Programs are compiled once, not again by every worker of every server.
+_CACHE = {
+    "JAX_COMPILATION_CACHE_DIR": str(Path(tempfile.gettempdir()) / "nercc-bench-cache"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}
+
+
+class _Server:
+    """A server's process, from "listening" to its end."""
+
+    def __init__(self, system: System, rate: float):
+        self._nercc = system.settings is not None
+        if system.settings is not None:
+            settings = {
+                "pool": "ray",
+                "workers": WORKERS,
+                "service_delay_s": SERVICE,
+                "straggler_rate": rate,
+                "straggler_delay_s": STRAGGLE,
+                "max_batch_size": BATCH,
+                **system.settings,
+            }
+            told = {f"NERCC_DEFAULTS__{key.upper()}": str(value) for key, value in settings.items()}
+            told |= {"NERCC_HTTP_PORT": "0", "NERCC_GRPC_PORT": "0"}
+            command = [str(Path(sys.executable).parent / "nercc"), "serve", "--model", MODEL]
+        else:
+            self.port, told = 8765, {}
+            command = [sys.executable, str(HERE / "_serving_ray.py"), str(self.port), str(WORKERS)]
+            command += [str(system.ray_batch), str(SERVICE), str(rate), str(STRAGGLE)]
+        self._process = subprocess.Popen(
+            command,
+            env=os.environ | told | _CACHE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE if self._nercc else subprocess.DEVNULL,
+            text=True,
+        )
+        self._await()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v2/models/{MODEL}/infer"
+
+    def calls(self) -> int:
+        """Calls that workers got so far; 0 where the server does not say."""
+        if not self._nercc:
+            return 0
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        count = [line for line in lines if line.startswith("nercc_batch_size_count")]
+        return int(float(count[0].split()[-1]))
+
+    def _await(self) -> None:
+        output = self._process.stderr if self._nercc else self._process.stdout
+        assert output is not None
+        told = []
+        for line in output:
+            told.append(line)
+            if "listening" in line:
+                if self._nercc:
+                    self.port = json.loads(line)["http_port"]
+                break
+        else:
+            raise RuntimeError("the server did not start: " + "".join(told[-5:]))
+        if self._nercc:  # the pipe must not fill up
+            threading.Thread(target=output.read, daemon=True).start()
+
+    def __enter__(self) -> "_Server":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+        time.sleep(2)  # Ray's processes end
+
+
+def _tell(row: dict[str, Any]) -> None:
+    throughput = row.get("throughput")
+    print(
+        f"{100 * row['straggler_rate']:3.0f} % {row['system']:24} "
+        f"p50 {row['p50_ms']:6.0f}  p99 {row['p99_ms']:6.0f}  p99.9 {row['p999_ms']:6.0f} ms  "
+        f"RelAcc {100 * row['rel_acc']:6.2f} %  approximate {100 * row['approximate']:4.1f} %  "
+        f"calls {row['calls_per_query'] or float('nan'):4.2f}  errors {row['errors']}"
+        + (f"  throughput {np.median(throughput):.0f}/s" if throughput else ""),
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""From a server's settings to what it serves: shipped models, your own, and their codes."""
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from prometheus_client import CollectorRegistry
+
+from .. import AbstractCode, Berrut, NeRCC, Replication, Uncoded, load_code
+from ..serving import Servable, make_servable
+from ..serving._metrics import Meters
+from ..serving._servable import load_callable
+from ..serving._served import ServedModel
+from ..serving._settings import ModelSettings
+from ._workload import answering
+
+# Codes tuned for shipped models by `nercc tune --layout interleaved`.
+_CODES = Path(__file__).parent / "codes"
+# Training images that the error estimate of a shipped model is calibrated on.
+_CALIBRATION = 1024
+
+
+def start_models(
+    chosen: Sequence[ModelSettings], registry: CollectorRegistry
+) -> dict[str, ServedModel]:
+    """All models with their workers, ready to answer, by name; their metrics go to the registry.
+
+    Raises: ValueError for settings that do not fit; RuntimeError where workers do not start. What
+    had started is then closed.
+    """
+    meters = Meters(registry)
+    served: dict[str, ServedModel] = {}
+    with contextlib.ExitStack() as undo:
+        for settings in chosen:
+            servable = servable_of(settings)
+            name = servable.name
+            try:
+                served[name] = ServedModel(servable, code_of(settings), settings, meters)
+            except RuntimeError as error:
+                raise RuntimeError(f"the workers of {name} did not start: {error}") from error
+            undo.callback(served[name].close, 0.0)
+        undo.pop_all()
+    return served
+
+
+def servable_of(settings: ModelSettings) -> Servable:
+    """The model that the settings name."""
+    assert settings.model is not None
+    name = settings.name or settings.model
+    if ":" not in settings.model:
+        network = answering(settings.model, settings.outputs)
+        x, _ = (
+            network.images("train", None, _CALIBRATION, 0) if _has_data(network) else (None, None)
+        )
+        shape = network.network.input_shape
+        output_name = settings.output_name or settings.outputs
+        return make_servable(name, network, shape, output_name=output_name, calibration=x)
+    model = load_callable(settings.model, settings.weights)
+    shape = settings.input_shape or getattr(model, "input_shape", None)
+    if shape is None:
+        raise ValueError(f"{settings.model}: say the shape of one query with --input-shape")
+    calibration = None
+    if settings.calibration is not None:
+        calibration = np.load(settings.calibration, allow_pickle=False).astype(np.float32)
+    output_name = settings.output_name or "output"
+    return make_servable(
+        settings.name or settings.model.replace(":", "."),
+        model,
+        shape,
+        output_name=output_name,
+        calibration=calibration,
+    )
+
+
+def _has_data(network: Any) -> bool:
+    """Whether the model's own data come with an installed package."""
+    return network.network.data == "digits"
+
+
+def code_of(settings: ModelSettings) -> AbstractCode:
+    """The code that the settings name; for a shipped model a tuned one, if it comes with us."""
+    k, n = settings.num_data, settings.num_workers
+    if settings.code is not None:
+        code = load_code(settings.code)
+        if code.worker_models.any():
+            raise ValueError(
+                f"{settings.code}: {type(code).__name__} has workers that run other models; here "
+                "all run the served one"
+            )
+        return code
+    if settings.scheme == "uncoded":
+        return Uncoded(1)
+    if settings.scheme == "replication":
+        return Replication(1, max(n // k, 1))  # each query by itself: no group to wait for
+    if settings.scheme == "berrut":
+        return Berrut(k, n, points=settings.points)
+    tuned = _CODES / f"{settings.model}-{n}-{k}-{settings.outputs}.json"
+    if settings.points == "interleaved" and tuned.exists():
+        return load_code(tuned)
+    own = settings.points in ("interleaved", "repeated")
+    return NeRCC(k, n, points=settings.points, lambda_dec=0.0 if own else None)

@@ -1,0 +1,107 @@
+"""The server's REST face as a Ray Serve application; the models' workers are actors beside it.
+
+serve run nercc_jax.cli.ray_serve:app model=lenet5-digits workers=8
+serve run docs/deploy/ray-serve.yaml
+"""
+
+import asyncio
+import gc
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+from prometheus_client.process_collector import ProcessCollector
+from ray import serve
+
+from ..serving._server import Plane, make_app
+from ..serving._settings import ModelSettings, ServerSettings, read_settings
+from ._serving_models import start_models
+
+# What the application takes of a server's settings; Ray Serve itself listens, and logs.
+_TAKEN = ("models", "defaults", "max_body_bytes", "drain_timeout_s")
+_ENDING = 10.0  # seconds for the workers to end, after everything is answered
+
+
+def app(args: dict[str, Any]) -> serve.Application:
+    """The application, for `serve run` and for a configuration file.
+
+    Arguments are the settings of `nercc serve`: `model`, anything that a model is told (it goes for
+    all models), `models` and `defaults` as in a TOML file, `max_body_bytes`, `drain_timeout_s`, and
+    `config`, the path of such a file. Models run on Ray actors unless `pool` says otherwise.
+
+    There is one replica: groups are made of the queries that come to one process, and a second one
+    would have half of them and as many workers again. Give the models more workers instead.
+
+    Raises: ValueError for arguments that are not known, or out of range.
+    """
+    settings = _settings(args)
+    chosen = settings.resolved()
+    # Not fewer than the queues hold, so that too many are told 429 at once by the queue, and do not
+    # wait without a deadline in Ray's proxy.
+    calls = sum(
+        each.max_queue_size + 2 * each.max_batch_size * (each.workers or each.num_workers)
+        for each in chosen
+    )
+    deployment: Any = serve.deployment(
+        CodedServer,
+        name="CodedServer",
+        num_replicas=1,
+        max_ongoing_requests=calls + 100,  # metrics, status and health
+        graceful_shutdown_timeout_s=settings.drain_timeout_s + _ENDING,
+        graceful_shutdown_wait_loop_s=0.5,
+    )
+    return deployment.bind(chosen, settings.max_body_bytes)
+
+
+@serve.ingress()
+class CodedServer:
+    """What the replica's process runs."""
+
+    async def __init__(self, models: Sequence[ModelSettings], max_body_bytes: int):
+        self._settings = read_settings(None, max_body_bytes=max_body_bytes)
+        self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
+        # By another thread, so that Serve hears meanwhile that the replica lives.
+        served = await asyncio.to_thread(start_models, models, self._registry)
+        self._plane = Plane(served)
+        gc.collect()
+        gc.freeze()  # as in `Server.serve`
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return make_app(self._plane, self._settings, self._registry)
+
+    async def check_health(self) -> None:
+        """Serve starts the replica anew after three failures, 10 seconds apart."""
+        for name, model in self._plane.models.items():
+            if all(worker.state == "starting" for worker in model.pool.report().workers):
+                raise RuntimeError(f"{name}: none of its workers is ready")
+
+    async def __del__(self) -> None:
+        """Serve has waited until everything was answered."""
+        for model in self._plane.models.values():
+            await asyncio.to_thread(model.close, 0.0)
+
+
+def _settings(args: Mapping[str, Any]) -> ServerSettings:
+    told = dict(args)
+    file = told.pop("config", None)
+    if "model" in told:
+        told["models"] = [{"model": told.pop("model")}]
+    defaults = dict(told.get("defaults", {}))
+    defaults |= {name: told.pop(name) for name in list(told) if name in ModelSettings.model_fields}
+    if isinstance(defaults.get("input_shape"), str):
+        defaults["input_shape"] = defaults["input_shape"].split(",")
+    unknown = sorted(set(told) - set(_TAKEN))
+    if unknown:
+        raise ValueError(
+            f"{', '.join(unknown)}: the application takes what a model is told, "
+            f"{', '.join(_TAKEN)} and config; the address, the port and the log are Ray Serve's "
+            "(http_options, logging_config)"
+        )
+    told["defaults"] = defaults
+    settings = read_settings(None if file is None else Path(file), **told)
+    if "pool" not in settings.defaults.model_fields_set:
+        settings.defaults.pool = "ray"
+    return settings

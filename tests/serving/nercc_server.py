@@ -1,0 +1,163 @@
+"""`nercc serve` in a process of its own, as users run it, and models of ours for it to serve."""
+
+import atexit
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+# Bounds on hanging, not on speed: a start compiles for seconds, and two cores may be busy.
+STARTS, ENDS = 120.0, 60.0
+
+MODELS = '''
+import equinox as eqx
+import numpy as np
+
+
+def double(x):
+    """(B, 4) to (B, 3)."""
+    return 2 * x[:, :3]
+
+
+def moody(x):
+    return 2 * eqx.error_if(x, (x < 0).any(), "no negative numbers, please")[:, :3]
+
+
+def from_weights(path):
+    matrix = np.load(path)
+    return lambda x: x @ matrix
+
+
+constant = 3
+'''
+
+# Compiled programs, which the servers that a process of tests starts have together.
+_PROGRAMS = tempfile.mkdtemp(prefix="nercc-test-")
+atexit.register(shutil.rmtree, _PROGRAMS, ignore_errors=True)
+
+
+def environment(**told: str) -> dict[str, str]:
+    """What a server is started with: nothing of ours but what the test tells."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("NERCC_")}
+    return kept | {
+        "JAX_COMPILATION_CACHE_DIR": _PROGRAMS,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        **told,
+    }
+
+
+def command(*arguments: str) -> list[str]:
+    return [str(Path(sys.executable).with_name("nercc")), "serve", *arguments]
+
+
+class Server:
+    """Starts in a folder, where `own.py` is, and waits until it listens."""
+
+    def __init__(self, folder: Path, *arguments: str, config: str | None = None, **told: str):
+        (folder / "own.py").write_text(MODELS)
+        if config is not None:
+            (folder / "server.toml").write_text(config)
+            arguments = ("--config", "server.toml", *arguments)
+        self._stderr = folder / "log"
+        ports = {"NERCC_HTTP_PORT": "0", "NERCC_GRPC_PORT": "0"}
+        with self._stderr.open("w") as log:
+            self.process = subprocess.Popen(
+                command(*arguments),
+                cwd=folder,
+                env=environment(**ports | told),
+                stdin=subprocess.DEVNULL,
+                stderr=log,
+            )
+        try:
+            line = self.wait_for("listening", STARTS)
+        except BaseException:
+            self.kill()
+            raise
+        self.http_port, self.grpc_port = line["http_port"], line["grpc_port"]
+        self.url = f"http://127.0.0.1:{self.http_port}"
+        self.grpc = f"127.0.0.1:{self.grpc_port}"
+        self.http = httpx.Client(base_url=self.url, timeout=ENDS, trust_env=False)
+
+    def log(self) -> list[dict[str, Any]]:
+        """All lines that are complete. Fails where one is no JSON object."""
+        lines = self._stderr.read_text().splitlines(keepends=True)
+        log = [json.loads(line) for line in lines if line.endswith("\n")]
+        assert all(isinstance(line, dict) for line in log)
+        return log
+
+    def wait_for(self, message: str, seconds: float = ENDS) -> dict[str, Any]:
+        """The first line with this message."""
+        for _ in patience(seconds):
+            found = [line for line in self.log() if line["message"] == message]
+            if found:
+                return found[0]
+            assert self.process.poll() is None, self._stderr.read_text()
+        raise AssertionError(f"no {message!r} in {seconds} s:\n{self._stderr.read_text()}")
+
+    def infer(self, model: str, data: Any, shape: Any = None, **more: Any) -> httpx.Response:
+        """One REST request in JSON; `parameters` and `outputs` as they are."""
+        shape = [len(data) // 4, 4] if shape is None else shape
+        tensor = {"name": "input", "datatype": "FP32", "shape": shape, "data": data}
+        return self.http.post(f"/v2/models/{model}/infer", json={"inputs": [tensor], **more})
+
+    def metrics(self) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+        """All samples, by name and labels."""
+        from prometheus_client.parser import text_string_to_metric_families
+
+        families = text_string_to_metric_families(self.http.get("/metrics").text)
+        samples = [sample for family in families for sample in family.samples]
+        found = {(s.name, frozenset(s.labels.items())): s.value for s in samples}
+        assert len(found) == len(samples), "a sample appears twice"
+        return found
+
+    def count(self, name: str, **labels: str) -> float:
+        return self.metrics()[f"nercc_{name}", frozenset(labels.items())]
+
+    def status(self, model: str) -> dict[str, Any]:
+        models = self.http.get("/status").json()["models"]
+        return next(each for each in models if each["name"] == model)
+
+    def signal(self, which: signal.Signals = signal.SIGTERM) -> None:
+        self.process.send_signal(which)
+
+    def wait(self) -> int:
+        """Its exit code; fails where it does not end."""
+        return self.process.wait(ENDS)
+
+    def kill(self) -> None:
+        with contextlib.suppress(AttributeError):  # it did not get so far
+            self.http.close()
+        self.process.kill()
+        self.process.wait()
+
+
+def patience(seconds: float) -> Iterator[None]:
+    """Rounds of a loop that waits for something."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        yield
+        time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def running(folder: Path, *arguments: str, **told: Any) -> Iterator[Server]:
+    """A server, which is ended as it should be: by SIGTERM, with exit code 0 and no error logged."""
+    server = Server(folder, *arguments, **told)
+    try:
+        yield server
+        server.signal()
+        assert server.wait() == 0
+        assert [line for line in server.log() if line["level"] not in ("INFO", "DEBUG")] == []
+    finally:
+        server.kill()

@@ -1,0 +1,607 @@
+"""What docs/deploy shows is valid, agrees with the server, and runs where it can run here."""
+
+import asyncio
+import json
+import logging
+import os
+import re
+import shlex
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+import types
+import warnings
+from pathlib import Path
+
+import pytest
+import typer
+from conftest import require
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "docs" / "deploy"
+README = (DEPLOY / "README.md").read_text()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SOON = 120.0  # seconds: bounds on hanging, not on speed
+
+
+@pytest.fixture(autouse=True)
+def bare(monkeypatch):
+    """kserve reads the command line when it is imported; settings read the environment."""
+    monkeypatch.setattr(sys, "argv", sys.argv[:1])
+    for name in [name for name in os.environ if name.startswith("NERCC_")]:
+        if name != "NERCC_REQUIRE_EXTRAS":
+            monkeypatch.delenv(name)
+    require("kserve", "serve")
+    require("pydantic_settings", "serve")
+
+
+def yaml_of(name):
+    return require("yaml", "ray-serve").safe_load((DEPLOY / name).read_text())
+
+
+def settings_of(monkeypatch, arguments, environment):
+    """What `nercc serve` would serve by, told these."""
+    from typer.testing import CliRunner
+
+    from nercc_jax.cli import _app, _serve, _serving_models
+    from nercc_jax.serving import _server
+
+    found = []
+    monkeypatch.setattr(_serve, "_start_log", lambda *_: None)
+    monkeypatch.setattr(_serving_models, "start_models", lambda *_: {})
+    stub = types.SimpleNamespace(run=lambda: None)
+    monkeypatch.setattr(
+        _server, "Server", lambda _models, settings, _registry: found.append(settings) or stub
+    )
+    environment = {name: value for name, value in environment.items() if name.startswith("NERCC_")}
+    result = CliRunner().invoke(_app.app, ["serve", *arguments], env=environment)
+    assert result.exit_code == 0, result.output
+    return found[0]
+
+
+def app_of(settings):
+    from prometheus_client import CollectorRegistry
+
+    from nercc_jax.serving._server import Plane, make_app
+
+    return make_app(Plane({}), settings, CollectorRegistry())
+
+
+def get(app, path):
+    """The status and the body of GET path, of an app as it is."""
+    httpx = require("httpx", "serve")
+
+    async def ask():
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+            return await client.get(path)
+
+    return asyncio.run(ask())
+
+
+# server.toml
+
+
+def test_server_toml_shows_every_setting_with_its_default():
+    from nercc_jax.serving._settings import ModelSettings, ServerSettings, read_settings
+
+    settings = read_settings(DEPLOY / "server.toml")
+    assert [each.model for each in settings.resolved()] == ["lenet5-digits"]
+    plain = ServerSettings()
+    for name in ServerSettings.model_fields.keys() - {"models", "defaults"}:
+        assert getattr(settings, name) == getattr(plain, name), name
+    told = settings.defaults.model_fields_set
+    for each in (settings.defaults, *settings.models):
+        for name in ModelSettings.model_fields.keys() - {"model"}:
+            assert getattr(each, name) == getattr(ModelSettings(), name), name
+    unset = {name for name, value in ModelSettings().model_dump().items() if value is None}
+    assert told | {"outputs"} | unset == ModelSettings.model_fields.keys()
+    # Those which have none are shown in comments, and are read as well as the others.
+    shown = re.sub(
+        r"^# (?=\[\[|\w+ = )", "", (DEPLOY / "server.toml").read_text(), flags=re.MULTILINE
+    )
+    every = tomllib.loads(shown)
+    server = ServerSettings(**every)
+    keys = set(every["defaults"]).union(*every["models"])
+    assert keys == ModelSettings.model_fields.keys()
+    assert every.keys() == ServerSettings.model_fields.keys()
+    assert server.models[1].input_shape == (28, 28, 1)
+    assert len(server.resolved()) == 2
+
+
+# The container
+
+
+def instructions():
+    """Of the Containerfile: a list of (instruction, arguments)."""
+    text = (DEPLOY / "Containerfile").read_text()
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    joined = "\n".join(lines).replace("\\\n", " ")
+    return [tuple(line.split(maxsplit=1)) for line in joined.splitlines()]
+
+
+def last_stage():
+    stages = [number for number, (word, _) in enumerate(instructions()) if word == "FROM"]
+    return dict(instructions()[stages[-1] :]), instructions()[: stages[-1]]
+
+
+def image_environment():
+    final, _ = last_stage()
+    return dict(each.split("=", 1) for each in shlex.split(final["ENV"]))
+
+
+def test_containerfile_installs_what_there_is():
+    words = {word for word, _ in instructions()}
+    assert words <= {
+        *("FROM", "WORKDIR", "COPY", "RUN", "USER", "ENV", "EXPOSE", "HEALTHCHECK", "ENTRYPOINT")
+    }
+    images = [value.split()[0] for word, value in instructions() if word == "FROM"]
+    assert set(images) == {"python:3.12-slim"}
+    final, build = last_stage()
+    build_files = [value.split()[:-1] for word, value in build if word == "COPY"]
+    for source in [each for files in build_files for each in files]:
+        assert (ROOT / source).exists(), source
+    copied = {each for files in build_files for each in files}
+    needed = {"pyproject.toml", PROJECT["readme"], *PROJECT["license-files"], "nercc_jax", "models"}
+    assert needed <= copied
+    install = next(value for word, value in build if word == "RUN")
+    target = re.search(r"pip install .*'\.\[(.*)\]'", install)
+    assert target
+    assert set(target[1].split(",")) <= PROJECT["optional-dependencies"].keys()
+    assert "serve" in target[1].split(",")
+    environment = install.split("-m venv ")[1].split()[0]
+    assert final["COPY"] == f"--from=build {environment} {environment}"
+    assert image_environment()["PATH"].split(":")[0] == f"{environment}/bin"
+
+
+def test_container_drains_listens_and_has_no_root(monkeypatch):
+    final, _ = last_stage()
+    entry = json.loads(final["ENTRYPOINT"])  # in shell form SIGTERM would reach the shell
+    assert entry == ["nercc", "serve"]
+    assert entry[0] in PROJECT["scripts"]
+    assert int(final["USER"]) > 0
+    assert f"--uid {final['USER']} " in final["RUN"]
+    settings = settings_of(monkeypatch, [], image_environment())
+    assert settings.host == "0.0.0.0"
+    assert [settings.http_port, settings.grpc_port] == [int(p) for p in final["EXPOSE"].split()]
+    check = json.loads(final["HEALTHCHECK"].split("CMD ", 1)[1])
+    assert check[:2] == ["python", "-c"]
+    compile(check[2], "HEALTHCHECK", "exec")
+    port, path = re.findall(r"http://127\.0\.0\.1:(\d+)(/[\w/]+)", check[2])[0]
+    assert int(port) == settings.http_port
+    assert get(app_of(settings), path).status_code == 200
+
+
+# KServe
+
+
+def read(kind, data):
+    """An object of kserve's or Kubernetes' own classes; fails at what they do not know.
+
+    kserve's own reader drops such things, and cannot read Kubernetes' classes from 37 on.
+    """
+    import kserve
+    import kubernetes
+
+    if part := re.fullmatch(r"list\[(.+)\]", kind, re.IGNORECASE):
+        return [read(part[1], each) for each in data]
+    if part := re.fullmatch(r"dict[(\[]str, (.+)[)\]]", kind, re.IGNORECASE):
+        return {key: read(part[1], each) for key, each in data.items()}
+    if kind == "object":
+        return data
+    if kind in ("str", "int", "bool"):
+        assert type(data).__name__ == kind, data
+        return data
+    if kind == "ResourceQuantity":  # of kserve's: str
+        return read("str", data)
+    made = getattr(kserve, kind, None) or getattr(kubernetes.client, kind)
+    fields = {made.attribute_map[name]: name for name in made.openapi_types}
+    assert data.keys() <= fields.keys(), f"{kind} has no {data.keys() - fields.keys()}"
+    return made(
+        **{fields[key]: read(made.openapi_types[fields[key]], each) for key, each in data.items()}
+    )
+
+
+@pytest.fixture
+def inference_service():
+    service = read("V1beta1InferenceService", yaml_of("inference-service.yaml"))
+    assert service.api_version == "serving.kserve.io/v1beta1"
+    assert service.kind == "InferenceService"
+    return service
+
+
+def test_inference_service_serves_what_the_container_does(inference_service, monkeypatch):
+    predictor = inference_service.spec.predictor
+    (container,) = predictor.containers
+    assert container.name == "kserve-container"
+    told = {each.name: each.value for each in container.env}
+    assert told.pop("PROTOCOL") == "v2"
+    assert all(name.startswith("NERCC_") for name in told)
+    settings = settings_of(monkeypatch, container.args, image_environment() | told)
+    assert [each.model for each in settings.resolved()] == ["lenet5-digits"]
+    ports = {each.name: each.container_port for each in container.ports}
+    assert ports == {"http": settings.http_port, "grpc": settings.grpc_port}
+    assert container.ports[0].name == "http"  # the one that KServe's service and probes take
+    draining = settings.drain_delay_s + settings.drain_timeout_s
+    assert settings.drain_delay_s > 0
+    assert predictor.termination_grace_period_seconds > draining
+    image = re.search(r"-t (\S+) ", (DEPLOY / "Containerfile").read_text())
+    assert image
+    assert container.image == image[1]
+    assert container.image.split(":")[1] == PROJECT["version"]
+    assert container.security_context.run_as_non_root
+
+
+@pytest.mark.parametrize(
+    ("probe", "path"),
+    [
+        ("startup_probe", "/v2/health/live"),
+        ("liveness_probe", "/v2/health/live"),
+        ("readiness_probe", "/v2/health/ready"),
+    ],
+)
+def test_inference_service_is_probed_where_there_is_an_answer(
+    inference_service, probe, path, monkeypatch
+):
+    (container,) = inference_service.spec.predictor.containers
+    asked = getattr(container, probe).http_get
+    settings = settings_of(monkeypatch, container.args, {})
+    assert asked.port == settings.http_port
+    assert asked.path == path
+    assert get(app_of(settings), path).status_code == 200
+
+
+def test_inference_service_is_scraped_where_the_metrics_are(inference_service, monkeypatch):
+    (container,) = inference_service.spec.predictor.containers
+    notes = inference_service.metadata.annotations
+    settings = settings_of(monkeypatch, container.args, {})
+    assert notes["prometheus.io/scrape"] == "true"
+    assert int(notes["prometheus.io/port"]) == settings.http_port
+    answer = get(app_of(settings), notes["prometheus.io/path"])
+    assert answer.status_code == 200
+    assert "nercc_requests" in answer.text or not answer.text  # of no model there is nothing
+    scrape = yaml_of("prometheus.yml")["scrape_configs"][0]
+    assert scrape["metrics_path"] == notes["prometheus.io/path"]
+
+
+def test_resources_are_what_kubernetes_understands(inference_service):
+    from kubernetes.utils import parse_quantity
+
+    (container,) = inference_service.spec.predictor.containers
+    assert parse_quantity(container.resources.requests["cpu"]) >= 1
+    requested = parse_quantity(container.resources.requests["memory"])
+    assert requested <= parse_quantity(container.resources.limits["memory"])
+
+
+# README
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}[^\n]*\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+COMMANDS = [
+    line
+    for block in blocks("bash")
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.split()[0] in ("pip", "nercc", "serve", "podman", "kubectl", "prometheus")
+]
+
+
+def test_readme_has_commands():
+    assert {line.split()[0] for line in COMMANDS} == {
+        *("pip", "nercc", "serve", "podman", "kubectl", "prometheus")
+    }
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_readme_commands_name_what_there_is(command, monkeypatch):
+    words = shlex.split(command)
+    for path in re.findall(r"docs/deploy/[\w.-]+", command):
+        assert (ROOT / path).is_file(), path
+    if words[0] == "pip":
+        extras = re.fullmatch(r"nercc-jax\[(.+)\]", words[-1])
+        assert extras
+        assert set(extras[1].split(",")) <= PROJECT["optional-dependencies"].keys()
+    elif words[0] == "nercc":
+        monkeypatch.chdir(ROOT)
+        settings_of(monkeypatch, words[2:], {})
+    elif words[:2] == ["podman", "run"]:
+        image = words.index(f"nercc-jax:{PROJECT['version']}")
+        settings = settings_of(monkeypatch, words[image + 1 :], image_environment())
+        published = [int(each.split(":")[1]) for each in words if re.fullmatch(r"\d+:\d+", each)]
+        assert published == [settings.http_port, settings.grpc_port]
+        grace = int(words[words.index("--stop-timeout") + 1])
+        assert grace > settings.drain_delay_s + settings.drain_timeout_s
+    elif words[0] == "serve":
+        scripts = require("ray.serve.scripts", "ray-serve") and sys.modules["ray.serve.scripts"]
+        serve = scripts.cli.commands[words[1]]
+        context = serve.make_context("serve", words[2:])
+        target = context.params["config_or_import_path"]
+        if not target.endswith(".yaml"):
+            told = scripts.convert_args_to_dict(context.params["arguments"])
+            application = application_of(target, told)
+            assert application._bound_deployment.name == "CodedServer"
+
+
+def application_of(import_path, arguments):
+    """What Ray Serve makes of an import path and arguments."""
+    require("ray.serve", "ray-serve")
+    from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build
+    from ray.serve._private.utils import import_attr
+
+    return build(import_attr(import_path), arguments)
+
+
+def test_readme_names_what_there_is():
+    for link in re.findall(r"\]\(([\w.-]+)\)", README):
+        assert (DEPLOY / link).is_file(), link
+    assert {path.name for path in DEPLOY.iterdir()} - {"README.md"} == set(
+        re.findall(r"^\|.*?\[[^|]*\|", README, re.MULTILINE)
+        and re.findall(r"\]\(([\w.-]+)\)", README)
+    )
+    from nercc_jax.cli._app import app
+
+    command = typer.main.get_command(app)
+    options = {name for each in command.commands["serve"].params for name in each.opts}
+    elsewhere = {"--format", "--stop-timeout"}
+    assert set(re.findall(r"`(--[\w-]+)", README)) <= options | elsewhere
+
+
+# Ray Serve
+
+
+def test_ray_serve_yaml_is_as_ray_wants_it():
+    require("ray.serve", "ray-serve")
+    from ray.serve.schema import ServeDeploySchema
+
+    config = yaml_of("ray-serve.yaml")
+    schema = ServeDeploySchema.model_validate(config)
+    told = schema.model_dump(exclude_unset=True)
+    assert told["http_options"] == config["http_options"]  # what Ray does not know it would drop
+    (application,) = schema.applications
+    assert config["applications"][0].keys() <= type(application).model_fields.keys()
+    (deployment,) = application.deployments
+    made = application_of(application.import_path, application.args)._bound_deployment
+    assert deployment.name == made.name
+    assert made.num_replicas == 1
+
+
+def build(**arguments):
+    require("ray.serve", "ray-serve")
+    from nercc_jax.cli.ray_serve import app
+
+    deployment = app(arguments)._bound_deployment
+    models, max_body_bytes = deployment.init_args
+    return deployment, models, max_body_bytes
+
+
+def test_ray_application_takes_words_settings_and_files(tmp_path):
+    deployment, (model,), _ = build(
+        model="lenet5-digits", workers="5", deadline_s="2.5", input_shape="28,28,1"
+    )
+    assert (model.pool, model.workers, model.deadline_s) == ("ray", 5, 2.5)
+    assert model.input_shape == (28, 28, 1)
+    assert deployment._deployment_config.max_ongoing_requests > model.max_queue_size
+    assert deployment._deployment_config.graceful_shutdown_timeout_s > 30
+
+    file = tmp_path / "server.toml"
+    file.write_text(
+        """
+        http_port = 1
+        max_body_bytes = 1000
+        drain_timeout_s = 100
+        defaults = {num_workers = 6}
+        models = [{model = "lenet5-digits"}, {name = "b", model = "a:b", pool = "devices"}]
+        """
+    )
+    deployment, models, max_body_bytes = build(config=str(file), workers=3)
+    assert [(each.model, each.pool, each.workers, each.num_workers) for each in models] == [
+        ("lenet5-digits", "ray", 3, 6),
+        ("a:b", "devices", 3, 6),
+    ]
+    assert max_body_bytes == 1000
+    assert deployment._deployment_config.graceful_shutdown_timeout_s > 100
+    _, (model,), _ = build(model="a:b", defaults={"pool": "devices"})
+    assert model.pool == "devices"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": "a:b", "http_port": 8000}, r"http_port: .*http_options"),
+        ({"model": "a:b", "wrokers": 8}, "wrokers"),
+        ({"model": "a:b", "workers": "many"}, "workers"),
+        ({}, "no model to serve"),
+        ({"config": "/nowhere.toml"}, "no configuration file /nowhere.toml"),
+    ],
+)
+def test_ray_application_says_what_is_wrong(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build(**arguments)
+
+
+def test_ray_replica_is_ill_without_workers():
+    require("ray.serve", "ray-serve")
+    from nercc_jax.cli.ray_serve import CodedServer
+
+    def check(*states):
+        report = types.SimpleNamespace(workers=[types.SimpleNamespace(state=s) for s in states])
+        model = types.SimpleNamespace(pool=types.SimpleNamespace(report=lambda: report))
+        replica = types.SimpleNamespace(_plane=types.SimpleNamespace(models={"m": model}))
+        asyncio.run(CodedServer.check_health(replica))
+
+    check("starting", "busy")
+    check("overdue")
+    with pytest.raises(RuntimeError, match="m: none of its workers is ready"):
+        check("starting", "starting")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A Ray of our own, where docs/deploy/ray-serve.yaml runs: its address, and the server's."""
+    ray = require("ray", "ray-serve")
+    require("ray.serve", "ray-serve")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of fork, which Ray follows by exec
+        ray.init(
+            num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+        )
+    try:
+        yield ray
+    finally:
+        ray.serve.shutdown()
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def served(cluster, tmp_path_factory, free_port):
+    """The file's application, smaller and slower, on a free port."""
+    config = yaml_of("ray-serve.yaml")
+    config["http_options"] |= {"host": "127.0.0.1", "port": free_port}
+    (application,) = config["applications"]
+    # Three workers, and little to compile. Calls take half a second, to have something to drain.
+    application["args"]["defaults"] |= {"workers": 3, "max_batch_size": 1, "service_delay_s": 0.5}
+    file = tmp_path_factory.mktemp("deploy") / "ray-serve.yaml"
+    file.write_text(require("yaml", "ray-serve").safe_dump(config))
+    address = cluster.get_runtime_context().gcs_address
+    command = [str(Path(sys.executable).with_name("serve")), "run", "--non-blocking"]
+    subprocess.run(
+        [*command, "--address", address, str(file)],
+        check=True,
+        capture_output=True,
+        timeout=SOON,
+    )
+    name = application["name"]
+    until(lambda: status(cluster, name) not in ("NOT_STARTED", "DEPLOYING"))
+    state = cluster.serve.status().applications[name]
+    assert state.status == "RUNNING", state
+    return types.SimpleNamespace(name=name, address=f"localhost:{free_port}")
+
+
+@pytest.fixture(scope="module")
+def free_port():
+    import socket
+
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def status(cluster, name):
+    return cluster.serve.status().applications[name].status
+
+
+def until(true):
+    end = time.monotonic() + SOON
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def alive(class_name):
+    """Actors of the cluster that live, by the name of their class."""
+    from ray._private import state
+
+    actors = [each for each in state.actors().values() if each["State"] == "ALIVE"]
+    return [each for each in actors if each["ActorClassName"].split(":")[0] == class_name]
+
+
+def body(number=1):
+    tensor = {"name": "input", "datatype": "FP32", "shape": [number, 32, 32, 1]}
+    return {"inputs": [tensor | {"data": [0.5] * (number * 1024)}]}
+
+
+def test_ray_serve_answers_as_the_model_itself(served):
+    import numpy as np
+
+    httpx = require("httpx", "serve")
+    from nercc_models import load_model
+
+    url = f"http://{served.address}"
+    assert len(alive("_Actor")) == 3
+    (model,) = httpx.get(f"{url}/status").json()["models"]
+    assert model["pool"] == {"kind": "ray", "num_workers": 3}
+    answer = httpx.post(f"{url}/v2/models/lenet5-digits/infer", json=body(3), timeout=SOON).json()
+    outputs = {each["name"]: each for each in answer["outputs"]}
+    assert outputs["exact"]["data"] == [True] * 3
+    logits = np.reshape(outputs["logits"]["data"], outputs["logits"]["shape"])
+    own = load_model("lenet5-digits")(np.full((3, 32, 32, 1), 0.5, np.float32))
+    np.testing.assert_allclose(logits, own, atol=1e-5)
+    wrong = httpx.post(f"{url}/v2/models/lenet5-digits/infer", json={"inputs": []})
+    assert wrong.status_code == 400
+    assert "error" in wrong.json()
+    assert "nercc_requests_total" in httpx.get(f"{url}/metrics").text
+
+
+def test_readme_examples_run(served, tmp_path):
+    """Against the same REST interface, wherever it runs."""
+    for curl in [block for block in blocks("bash") if "curl" in block]:
+        script = curl.replace("localhost:8000", served.address).replace(
+            "python ", f"{sys.executable} "
+        )
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", script],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=SOON,
+        )
+        assert '"logits"' in done.stdout
+    require("tritonclient", "serve-test")
+    (example,) = blocks("python")
+    assert "localhost:8000" in example
+    done = subprocess.run(
+        [sys.executable, "-c", example.replace("localhost:8000", served.address)],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=SOON,
+    )
+    assert len(done.stdout.splitlines()) == 3
+    assert "True" in done.stdout.splitlines()[1]
+
+
+def test_readme_names_metrics_that_there_are(served):
+    from prometheus_client.parser import text_string_to_metric_families
+
+    text = require("httpx", "serve").get(f"http://{served.address}/metrics").text
+    families = list(text_string_to_metric_families(text))
+    found = {sample.name: set() for family in families for sample in family.samples}
+    found |= {family.name: set() for family in families if family.type == "histogram"}
+    for sample in (sample for family in families for sample in family.samples):
+        found[sample.name] |= sample.labels.items()
+    table = README.split("## What to watch")[1].split("## ")[0]
+    rows = [line.split("|")[1:3] for line in table.splitlines() if line.startswith("| `")]
+    assert len(rows) >= 6
+    for metrics, meaning in rows:
+        labels = set()
+        for name, label in re.findall(r"`(\w+)(?:\{(\w+)\})?`", metrics):
+            assert name in found
+            labels |= {value for key, value in found[name] if key == label}
+            assert not label or labels, f"{name} has no label {label}"
+        assert set(re.findall(r"`(\w+)`", meaning)) <= labels
+
+
+def test_ray_serve_drains_when_the_application_is_deleted(cluster, served):
+    """The last of this file: the application is gone after it."""
+    httpx = require("httpx", "serve")
+    url = f"http://{served.address}"
+    answers = []
+
+    def ask():
+        path = f"{url}/v2/models/lenet5-digits/infer"
+        answers.append(httpx.post(path, json=body(8), timeout=SOON))
+
+    client = threading.Thread(target=ask)
+    client.start()
+    until(lambda: httpx.get(f"{url}/status").json()["models"][0]["queue"]["in_flight"])
+    assert alive("ServeReplica")
+    cluster.serve.delete(served.name)
+    client.join(SOON)
+    assert [answer.status_code for answer in answers] == [200]
+    assert not alive("ServeReplica")
+    until(lambda: not alive("_Actor"))
+    assert httpx.get(f"{url}/v2/health/ready").status_code == 404

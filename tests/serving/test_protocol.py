@@ -1,0 +1,521 @@
+"""Messages: what is read of a request, what is refused, what a reply becomes. Without a server."""
+
+import asyncio
+import gzip
+import json
+import math
+import zlib
+
+import httpx
+import numpy as np
+import pytest
+from conftest import require
+
+require("nercc_jax.serving._kserve", "serve")
+
+from prometheus_client import CollectorRegistry
+
+from nercc_jax import Uncoded
+from nercc_jax.serving import Reply, make_servable
+from nercc_jax.serving import _request as errors
+from nercc_jax.serving._kserve import InferInput, InferRequest, InvalidInput, messages
+from nercc_jax.serving._metrics import Meters
+from nercc_jax.serving._protocol import (
+    TooLarge,
+    UnsupportedEncoding,
+    check_outputs,
+    decompress,
+    demands,
+    input_types,
+    output_types,
+    queries_of,
+    read_request,
+    response_of,
+    write_response,
+)
+from nercc_jax.serving._served import ServedModel
+from nercc_jax.serving._server import Plane, make_app
+from nercc_jax.serving._settings import ModelSettings, read_settings
+
+
+def double(x):
+    return 2 * x.reshape(len(x), -1)[:, :3]
+
+
+SERVABLE = make_servable("digits", double, (2, 2))
+DATA = [[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0], [7.0, 8.0]]]
+
+
+def body(data=DATA, shape=(2, 2, 2), name="input", datatype="FP32", **more):
+    tensor = {"name": name, "shape": list(shape), "datatype": datatype, "data": data}
+    return json.dumps({"inputs": [tensor], **more}).encode()
+
+
+def binary(raw, shape=(2, 2, 2), size=None, **more):
+    """A body with a binary tensor, and the length of its JSON."""
+    size = len(raw) if size is None else size
+    tensor = {"name": "input", "shape": list(shape), "datatype": "FP32"}
+    tensor["parameters"] = {"binary_data_size": size}
+    head = json.dumps({"inputs": [tensor], **more}).encode()
+    return head + raw, str(len(head))
+
+
+def read(content, length=None):
+    return queries_of(read_request(content, length, "digits"), SERVABLE)
+
+
+# Reading.
+
+
+@pytest.mark.parametrize(
+    "data",
+    [DATA, np.ravel(DATA).tolist(), [1, 2, 3, 4, 5, 6, 7, 8], [[1, 2], [3.0, 4], [5, 6], [7, 8]]],
+    ids=["nested", "flat", "whole numbers", "of another shape"],
+)
+def test_json_is_read_in_row_major_order(data):
+    np.testing.assert_array_equal(read(body(data)), np.array(DATA, np.float32))
+    assert read(body(data)).dtype == np.float32
+
+
+def test_binary_is_read_as_it_is():
+    x = np.arange(8, dtype="<f4").reshape(2, 2, 2) / 3
+    np.testing.assert_array_equal(read(*binary(x.tobytes())), x)
+
+
+def test_json_may_come_with_its_length():
+    content = body()
+    np.testing.assert_array_equal(read(content, str(len(content))), DATA)
+
+
+@pytest.mark.parametrize("number", [1e-46, 3.4e38, -0.0, 2**53 + 1, 2**64 - 1, -(2**63)])
+def test_numbers_are_rounded_to_float32(number):
+    np.testing.assert_array_equal(
+        read(body([number] * 8)).ravel(), np.full(8, np.float32(number), np.float32)
+    )
+
+
+def test_too_large_a_number_is_left_to_the_batcher_which_refuses_what_is_not_finite():
+    assert np.isinf(read(body([1e39] * 8))).all()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not JSON"),
+        (b"{", "not JSON"),
+        (b"\xff\xfe", "not JSON"),
+        (b'{"inputs": [NaN]}', "not JSON"),
+        (b'{"id": "\xed\xa0\x80", "inputs": []}', "not JSON"),
+        (b"[" * 3000 + b"]" * 3000, "not JSON"),
+        (b"[]", "should be a valid dictionary"),
+        (b"7", "should be a valid dictionary"),
+        (b"{}", "inputs: Field required"),
+        (b'{"inputs": {}}', "inputs: Input should be a valid list"),
+        (b'{"inputs": []}', r"not inputs \[\]"),
+        (b'{"inputs": [{}]}', "inputs.0.name: Field required"),
+        (body(id=7), "id: Input should be a valid string"),
+        (body(parameters=[]), "parameters: Input should be a valid dictionary"),
+        (body(parameters={"a": None}), "parameters.a"),
+        (body(outputs=[{}]), "outputs.0.name: Field required"),
+        (body(shape=["two", 2, 2]), "inputs.0.shape.0"),
+        (body(shape=[2.5, 2, 2]), "inputs.0.shape.0"),
+        (body(data=None), "neither data nor a binary_data_size"),
+        (body(data="words"), "inputs.0.data"),
+        (body(name="images"), r"takes one input 'input', FP32, of shape \[-1, 2, 2\], not inputs"),
+        (body(datatype="FP64"), "not FP64"),
+        (body(datatype="BYTES"), "not BYTES"),
+        (body(shape=[2, 4]), r"not of shape \[2, 4\]"),
+        (body(shape=[8]), r"not of shape \[8\]"),
+        (body(shape=[2, 2, 2, 1]), "not of shape"),
+        (body(data=[], shape=[0, 2, 2]), r"not of shape \[0, 2, 2\]"),
+        (body(shape=[-1, 2, 2]), r"not of shape \[-1, 2, 2\]"),
+        (body(shape=[-2, -2, 2]), "not of shape"),
+        (body(shape=[3, 2, 2]), r"do not make a tensor of shape \[3, 2, 2\]"),
+        (body(shape=[2**40, 2, 2]), "do not make a tensor"),
+        (body(shape=[2**70, 2, 2]), "inputs.0.shape.0"),
+        (body(data=[]), "do not make a tensor"),
+        (body(data=[1, 2, 3]), "do not make a tensor"),
+        (body(data=[[1, 2], [3]]), "do not make a tensor"),
+        (body(data=[None] * 8), "not all of it are numbers"),
+        (body(data=[1.0] * 7 + [None]), "not all of it are numbers"),
+        (body(data=["1"] * 8), "not all of it are numbers"),
+        (body(data=[1.0] * 7 + ["1"]), "not all of it are numbers"),
+        (body(data=[True] * 8), "not all of it are numbers"),
+        (body(data=[{}] * 8), "not all of it are numbers"),
+        (body(data=json.loads("[" * 200 + "]" * 200)), "do not make a tensor"),
+        (b'{"inputs": [' + b",".join([body()[12:-2]] * 2) + b"]}", "not inputs"),
+    ],
+)
+def test_what_is_no_request_is_refused(content, message):
+    with pytest.raises(InvalidInput, match=message):
+        read(content)
+
+
+@pytest.mark.parametrize(
+    "length",
+    ["", "-1", "1.5", "0x10", "ten", "+5", " 5", "²", "٣", "9" * 6, "9" * 5000],
+)
+def test_a_length_that_is_none_is_refused(length):
+    with pytest.raises(InvalidInput, match="Inference-Header-Content-Length"):
+        read(body(), length)
+
+
+@pytest.mark.parametrize("wrong", [-1, 1])
+def test_a_length_that_is_not_that_of_the_json_is_refused(wrong):
+    content, length = binary(bytes(32))
+    with pytest.raises(InvalidInput, match="not JSON|left"):
+        read(content, str(int(length) + wrong))
+
+
+@pytest.mark.parametrize(
+    ("sent", "size", "shape", "message"),
+    [
+        (28, 28, (2, 2, 2), "takes 32 bytes of FP32, but 28 came"),
+        (36, 36, (2, 2, 2), "takes 32 bytes of FP32, but 36 came"),
+        (0, 0, (2, 2, 2), "takes 32 bytes of FP32, but 0 came"),
+        (32, 32, (2**62, 2, 2), "bytes of FP32, but 32 came"),
+        (28, 32, (2, 2, 2), "does not fit the 28 bytes"),
+        (32, 28, (2, 2, 2), "4 bytes are left over"),
+        (32, -4, (2, 2, 2), "binary_data_size -4 does not fit"),
+        (32, True, (2, 2, 2), "binary_data_size True does not fit"),
+        (32, 32.0, (2, 2, 2), "binary_data_size 32.0 does not fit"),
+        (32, "32", (2, 2, 2), "binary_data_size '32' does not fit"),
+        (32, 2**70, (2, 2, 2), "does not fit"),
+    ],
+)
+def test_binary_data_of_the_wrong_size_are_refused(sent, size, shape, message):
+    with pytest.raises(InvalidInput, match=message):
+        read(*binary(bytes(sent), shape, size))
+
+
+def test_binary_data_without_their_header_are_no_json():
+    content, _ = binary(np.ones(8, "<f4").tobytes())
+    with pytest.raises(InvalidInput, match="not JSON"):
+        read(content)
+
+
+# Compression.
+
+
+@pytest.mark.parametrize(
+    ("encoding", "squeeze"),
+    [("gzip", gzip.compress), ("deflate", zlib.compress), ("identity", bytes), (None, bytes)],
+)
+def test_bodies_are_decompressed(encoding, squeeze):
+    content = body()
+    assert decompress(squeeze(content), encoding, len(content)) == content
+
+
+@pytest.mark.parametrize("squeeze", [gzip.compress, zlib.compress])
+def test_a_body_that_expands_beyond_the_limit_is_refused(squeeze):
+    bomb = squeeze(bytes(10**7))
+    assert len(bomb) < 10**5
+    with pytest.raises(TooLarge, match="more than 100000 bytes when decompressed"):
+        decompress(bomb, "gzip", 10**5)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"words", "is not gzip"),
+        (b"", "ends too early"),
+        (gzip.compress(bytes(1000))[:-1], "ends too early"),
+        (gzip.compress(bytes(1000)) + b"more", "bytes after"),
+    ],
+)
+def test_what_is_not_gzip_is_refused(content, message):
+    with pytest.raises(InvalidInput, match=message):
+        decompress(content, "gzip", 10**6)
+
+
+def test_an_unknown_encoding_is_refused():
+    with pytest.raises(UnsupportedEncoding, match="'br': gzip and deflate are known"):
+        decompress(b"", "br", 10)
+
+
+# Parameters.
+
+
+def asked(**parameters):
+    return read_request(body(parameters=parameters), None, "digits")
+
+
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [
+        ({}, (None, False)),
+        ({"nercc_exact": True}, (None, True)),
+        ({"nercc_exact": False, "priority": 3}, (None, False)),
+        ({"nercc_deadline_ms": 250}, (0.25, False)),
+        ({"nercc_deadline_ms": 0.5}, (0.0005, False)),
+        ({"timeout": 250_000}, (0.25, False)),
+        ({"timeout": 0}, (None, False)),  # Triton's clients say so for none
+        ({"timeout": 9_000_000, "nercc_deadline_ms": 250}, (0.25, False)),
+    ],
+)
+def test_deadline_and_exactness(parameters, expected):
+    assert demands(asked(**parameters)) == expected
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"nercc_exact": "true"}, "nercc_exact must be a boolean, not 'true'"),
+        ({"nercc_exact": 1}, "nercc_exact must be a boolean, not 1"),
+        ({"nercc_deadline_ms": 0}, "nercc_deadline_ms must be a positive number"),
+        ({"nercc_deadline_ms": -5}, "must be a positive number"),
+        ({"nercc_deadline_ms": True}, "must be a positive number"),
+        ({"nercc_deadline_ms": "250"}, "must be a positive number"),
+        ({"nercc_deadline_ms": 1e300}, "must be a positive number"),
+        ({"timeout": -1}, "timeout must be a positive number"),
+    ],
+)
+def test_parameters_of_the_wrong_kind_are_refused(parameters, message):
+    with pytest.raises(InvalidInput, match=message):
+        demands(asked(**parameters))
+
+
+def by_grpc(raw=None, outputs=(), **parameters):
+    """A gRPC request, with a parameter for each keyword, as its message has them."""
+    request = messages.ModelInferRequest(model_name="digits", id="7")
+    tensor = request.inputs.add(name="input", datatype="FP32", shape=[2, 2, 2])
+    if raw is None:
+        tensor.contents.fp32_contents.extend(np.ravel(DATA).tolist())
+    else:
+        request.raw_input_contents.append(raw)
+    for name in outputs:
+        request.outputs.add(name=name)
+    for name, (kind, value) in parameters.items():
+        setattr(request.parameters[name], kind, value)
+    return InferRequest.from_grpc(request)
+
+
+def test_grpc_parameters_are_unwrapped():
+    request = by_grpc(nercc_exact=("bool_param", True), nercc_deadline_ms=("int64_param", 250))
+    assert demands(request) == (0.25, True)
+
+
+def test_a_grpc_parameter_of_a_kind_that_kserve_does_not_know_is_refused():
+    """Triton's messages have `double_param`, which reaches kserve's as a parameter of no kind."""
+    wire = messages.ModelInferRequest()
+    wire.parameters["nercc_deadline_ms"].MergeFromString(b"\x21" + np.float64(250).tobytes())
+    request = by_grpc()
+    request.parameters = wire.parameters
+    with pytest.raises(InvalidInput, match="an integer by gRPC"):
+        demands(request)
+
+
+@pytest.mark.parametrize("raw", [None, np.array(DATA, "<f4").tobytes()], ids=["typed", "raw"])
+def test_grpc_tensors_are_read(raw):
+    np.testing.assert_array_equal(queries_of(by_grpc(raw), SERVABLE), DATA)
+
+
+# Outputs.
+
+
+@pytest.mark.parametrize("names", [["nothing"], ["output", "nothing"], ["output", "output"]])
+def test_outputs_that_are_not_there_are_refused(names):
+    request = read_request(body(outputs=[{"name": name} for name in names]), None, "digits")
+    with pytest.raises(InvalidInput, match=r"has outputs \['output', 'exact', "):
+        check_outputs(request, SERVABLE)
+
+
+def test_metadata_names_what_goes_in_and_out():
+    assert input_types(SERVABLE) == [{"name": "input", "datatype": "FP32", "shape": [-1, 2, 2]}]
+    assert output_types(SERVABLE) == [
+        {"name": "output", "datatype": "FP32", "shape": [-1, 3]},
+        {"name": "exact", "datatype": "BOOL", "shape": [-1]},
+        {"name": "expected_disagreement", "datatype": "FP32", "shape": [-1]},
+        {"name": "expected_error", "datatype": "FP32", "shape": [-1]},
+    ]
+
+
+VALUES = np.arange(6, dtype=np.float32).reshape(2, 3)
+
+
+def reply(disagreement=(0.0, 0.25), error=(0.0, 1.5)):
+    return Reply(
+        VALUES,
+        np.array([True, False]),
+        np.array([True, False]),
+        np.array([1, 8]),
+        np.array([1, 6]),
+        np.array(disagreement),
+        np.array(error),
+        queued=0.25,
+        seconds=0.5,
+    )
+
+
+def rest(**more):
+    request = read_request(body(**more), None, "digits")
+    return write_response(response_of(reply(), request, SERVABLE))
+
+
+def test_a_reply_in_json():
+    content, headers = rest(id="mine")
+    assert headers["content-type"] == "application/json"
+    answer = json.loads(content)
+    assert answer["id"] == "mine"
+    assert (answer["model_name"], answer["model_version"]) == ("digits", "1")
+    assert [output["name"] for output in answer["outputs"]] == [
+        "output", "exact", "expected_disagreement", "expected_error",
+    ]  # fmt: skip
+    values, exact, disagreement, error = answer["outputs"]
+    assert (values["shape"], values["datatype"], values["data"]) == (
+        [2, 3], "FP32", VALUES.ravel().tolist(),
+    )  # fmt: skip
+    assert (exact["datatype"], exact["data"]) == ("BOOL", [True, False])
+    assert (disagreement["data"], error["data"]) == ([0.0, 0.25], [0.0, 1.5])
+    assert answer["parameters"] == {
+        "nercc_exact": False,
+        "nercc_approximate": 1,
+        "nercc_reexecuted": 1,
+        "nercc_workers_asked": 9,
+        "nercc_workers_heard": 7,
+        "nercc_expected_disagreement": 0.25,
+        "nercc_expected_error": 1.5,
+        "nercc_queue_ms": 250.0,
+    }
+
+
+def test_a_request_without_an_id_gets_one_of_its_own():
+    first, second = (json.loads(rest()[0])["id"] for _ in range(2))
+    assert first
+    assert second
+    assert first != second
+
+
+def test_what_is_not_known_is_minus_one():
+    request = read_request(body(), None, "digits")
+    unknown = reply((0.0, math.nan), (0.0, math.nan))
+    answer = json.loads(write_response(response_of(unknown, request, SERVABLE))[0])
+    assert answer["outputs"][2]["data"] == [0.0, -1.0]
+    assert answer["parameters"]["nercc_expected_error"] == 0.0  # the largest that is known
+
+
+def parts(content, headers):
+    """A binary answer's outputs, by name: bytes, or the data in JSON."""
+    length = int(headers["inference-header-content-length"])
+    found, rest_of_it = {}, content[length:]
+    for output in json.loads(content[:length])["outputs"]:
+        if "data" in output:
+            found[output["name"]] = output["data"]
+        else:
+            size = output["parameters"]["binary_data_size"]
+            found[output["name"]], rest_of_it = rest_of_it[:size], rest_of_it[size:]
+    assert not rest_of_it
+    return found
+
+
+def test_a_reply_in_binary():
+    content, headers = rest(parameters={"binary_data_output": True})
+    assert headers["content-type"] == "application/octet-stream"
+    found = parts(content, headers)
+    assert found["output"] == VALUES.astype("<f4").tobytes()
+    assert found["exact"] == b"\x01\x00"
+    assert len(found) == 4
+
+
+@pytest.mark.parametrize("usual", [None, False, True])
+def test_outputs_say_each_whether_they_are_binary(usual):
+    """The extension's rule: an output's own word, otherwise the request's, otherwise JSON."""
+    told = {} if usual is None else {"parameters": {"binary_data_output": usual}}
+    outputs = [
+        {"name": "expected_error", "parameters": {"binary_data": False}},
+        {"name": "output"},
+        {"name": "exact", "parameters": {"binary_data": True}},
+    ]
+    found = parts(*rest(outputs=outputs, **told))
+    assert list(found) == ["expected_error", "output", "exact"]
+    assert found["exact"] == b"\x01\x00"
+    assert found["expected_error"] == [0.0, 1.5]
+    assert isinstance(found["output"], bytes if usual else list)
+
+
+def test_a_reply_by_grpc():
+    request = by_grpc(outputs=["exact", "output"])
+    answer = response_of(reply(), request, SERVABLE).to_grpc()
+    assert [output.name for output in answer.outputs] == ["exact", "output"]
+    assert list(answer.raw_output_contents) == [b"\x01\x00", VALUES.astype("<f4").tobytes()]
+    assert answer.id == "7"
+    assert answer.parameters["nercc_exact"].bool_param is False
+    assert answer.parameters["nercc_workers_asked"].int64_param == 9
+    assert float(answer.parameters["nercc_expected_error"].string_param) == 1.5
+
+
+# The application, without a socket.
+
+
+class Fails:
+    """A model that does."""
+
+    servable = SERVABLE
+
+    def __init__(self, error):
+        self.error, self.invalid = error, 0
+
+    async def infer(self, request):
+        raise self.error
+
+    def count_invalid(self):
+        self.invalid += 1
+
+
+def call(plane, method, path, **options):
+    async def main():
+        app = make_app(plane, read_settings(None), CollectorRegistry())
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+            return await client.request(method, path, **options)
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (InvalidInput("a reason"), 400),
+        (errors.QueueFull("a reason"), 429),
+        (errors.InferenceFailed("a reason"), 502),
+        (errors.ServerClosing("a reason"), 503),
+        (errors.DeadlineExceeded("a reason"), 504),
+    ],
+)
+def test_errors_are_statuses_with_their_reason(error, status):
+    model = Fails(error)
+    answer = call(Plane({"digits": model}), "POST", "/v2/models/digits/infer", content=body())
+    assert answer.status_code == status
+    assert answer.json() == {"error": "a reason"}
+    assert answer.headers.get("retry-after") == ("1" if status in (429, 503) else None)
+    assert model.invalid == (status == 400)
+
+
+def test_a_server_that_drains_says_so_everywhere():
+    plane = Plane({"digits": Fails(RuntimeError())})
+    assert call(plane, "GET", "/v2/health/ready").status_code == 200
+    assert call(plane, "GET", "/v2/models/digits/ready").status_code == 200
+    plane.draining = True
+    for path in ("/v2/health/ready", "/v2/models/digits/ready"):
+        assert call(plane, "GET", path).status_code == 503
+    assert call(plane, "GET", "/v2/health/live").json() == {"live": True}
+
+
+def test_a_model_that_is_closed_refuses_with_503_and_counts_it():
+    registry = CollectorRegistry()
+    settings = ModelSettings(scheme="uncoded", workers=1, max_batch_size=1)
+    model = ServedModel(SERVABLE, Uncoded(1), settings, Meters(registry))
+    request = InferRequest("digits", [InferInput("input", [2, 2, 2], "FP32", DATA)])
+    before = asyncio.run(model.infer(request))
+    np.testing.assert_array_equal(before.outputs[0].data, double(np.array(DATA, np.float32)))
+    model.close(0.0)
+    answer = call(Plane({"digits": model}), "POST", "/v2/models/digits/infer", content=body())
+    assert answer.status_code == 503
+    assert "shutting down" in answer.json()["error"]
+
+    def counted(outcome):
+        return registry.get_sample_value(
+            "nercc_requests_total", {"model": "digits", "outcome": outcome}
+        )
+
+    assert (counted("ok"), counted("draining"), counted("invalid")) == (1, 1, 0)
