@@ -133,7 +133,7 @@ def serve_command(
             "grpc_port": grpc_port,
             "log_format": log_format,
             "models": [{"model": each} for each in model] if model else None,
-            "defaults": flags,
+            "defaults": flags or None,
         }
         settings = read_settings(
             config, **{key: value for key, value in told.items() if value is not None}

@@ -63,7 +63,7 @@ def servable_of(settings: ModelSettings) -> Servable:
         raise ValueError(f"{settings.model}: say the shape of one query with --input-shape")
     calibration = None
     if settings.calibration is not None:
-        calibration = np.load(settings.calibration, allow_pickle=False).astype(np.float32)
+        calibration = _read_array(settings.calibration)
     output_name = settings.output_name or "output"
     return make_servable(
         settings.name or settings.model.replace(":", "."),
@@ -72,6 +72,14 @@ def servable_of(settings: ModelSettings) -> Servable:
         output_name=output_name,
         calibration=calibration,
     )
+
+
+def _read_array(path: Path) -> np.ndarray:
+    try:
+        with path.open("rb") as file:
+            return np.lib.format.read_array(file, allow_pickle=False).astype(np.float32)
+    except ValueError as error:
+        raise ValueError(f"{path} is no array of numbers: {error}") from error
 
 
 def _has_data(network: Any) -> bool:

@@ -175,6 +175,16 @@ class Batch:
         task = self.tasks.get(point)
         return task is not None and task.settled and not self.available[point]
 
+    def abandoned(self, point: int) -> bool:
+        """Whether a coded data point failed and, as things are, will not be sent again.
+
+        It has no attempts left, or the batch has answers enough without it.
+        """
+        task = self.tasks.get(point)
+        if task is None or self.available[point] or task.running or not task.attempts:
+            return False
+        return task.settled or self.short <= 0
+
     def _answers(self) -> Answers:
         some = next((value for value in self._values if value is not None), None)
         values = None

@@ -134,6 +134,7 @@ class _Hand:
                 life, kind, batch = item
                 if life == self._life:
                     self._hear(self._worker, self._life, _outcome(worker, kind, batch))
+                del item, batch  # it may be large, and the next may not come soon
         except _Death:
             self._hear(self._worker, self._life, WorkerDied("its thread ended"))
 

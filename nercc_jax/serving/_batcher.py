@@ -500,7 +500,7 @@ class CodedBatcher:
         limit = self.policy.patience * self._times.median(group.rows)
         late = group.out & (now - group.sent_at >= limit)
         for point in np.flatnonzero(group.out & ~late).tolist():
-            late[point] = group.batch.lost(point)
+            late[point] = group.batch.abandoned(point)
         return late
 
     def _decode(self, group: Group, hopeless: list[int], last: bool, now: float) -> list[int]:
@@ -542,8 +542,13 @@ class CodedBatcher:
         """Sends queries again, before all others; once each."""
         if self.policy.copies == 1:  # no hedging: only what will have no answer
             assert group.batch is not None
-            lost = group.batch.lost
-            numbers = [n for n in numbers if all(lost(p) for p in group.layout.own[n].tolist())]
+            gone = group.batch.abandoned
+            sent = group.sent
+            numbers = [
+                number
+                for number in numbers
+                if all(gone(point) for point in group.layout.own[number].tolist() if sent[point])
+            ]
         for number in numbers:
             for query in group.cells[number].queries:
                 if query.done or query.reexecuted:

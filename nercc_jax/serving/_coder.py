@@ -39,8 +39,8 @@ class Layout:
 
     matrix: Float[np.ndarray, "num_workers queries"]
     place_of: Int[np.ndarray, " num_workers"]
-    own: tuple[Int[np.ndarray, " points"], ...]
-    extras: Int[np.ndarray, " points"]
+    own: tuple[Int[np.ndarray, " _"], ...]  # each of its own length
+    extras: Int[np.ndarray, " extras"]
 
 
 class Coder:
@@ -162,8 +162,8 @@ def _spread(code: AbstractCode) -> Int[np.ndarray, " num_data"]:
 
 
 def _by_use(
-    code: AbstractCode, places: Int[np.ndarray, " queries"], sent: Int[np.ndarray, " points"]
-) -> Int[np.ndarray, " points"]:
+    code: AbstractCode, places: Int[np.ndarray, " queries"], sent: Int[np.ndarray, " sent"]
+) -> Int[np.ndarray, " left"]:
     """The coded data points that are not sent yet: each query's nearest, then its second, ..."""
     left = np.setdiff1d(np.arange(code.num_workers), sent)
     if not isinstance(code, NeRCC | Berrut):
@@ -183,5 +183,5 @@ def _place_of(matrix: np.ndarray) -> Int[np.ndarray, " num_workers"]:
     return np.where(one_hot, place, -1)
 
 
-def _own(place_of: np.ndarray, queries: int) -> tuple[Int[np.ndarray, " points"], ...]:
+def _own(place_of: np.ndarray, queries: int) -> tuple[Int[np.ndarray, " _"], ...]:
     return tuple(np.flatnonzero(place_of == place) for place in range(queries))

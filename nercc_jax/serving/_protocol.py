@@ -58,21 +58,22 @@ class _Request(BaseModel):
 
 def decompress(body: bytes, encoding: str | None, limit: int) -> bytes:
     """A body as it was. Raises: `TooLarge`, `UnsupportedEncoding`, InvalidInput."""
-    if encoding in (None, "", "identity"):
+    kind = (encoding or "identity").lower()
+    if kind == "identity":
         return body
-    if encoding not in ("gzip", "deflate"):
+    if kind not in ("gzip", "deflate"):
         raise UnsupportedEncoding(f"Content-Encoding {encoding!r}: gzip and deflate are known")
     reader = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # tells gzip from zlib by itself
     try:
         plain = reader.decompress(body, limit + 1)
     except zlib.error as error:
-        raise InvalidInput(f"the body is not {encoding}: {error}") from error
+        raise InvalidInput(f"the body is not {kind}: {error}") from error
     if len(plain) > limit:
         raise TooLarge(f"the body is more than {limit} bytes when decompressed")
     if not reader.eof:
-        raise InvalidInput(f"the body's {encoding} data ends too early")
+        raise InvalidInput(f"the body's {kind} data ends too early")
     if reader.unused_data:
-        raise InvalidInput(f"{len(reader.unused_data)} bytes after the body's {encoding} data")
+        raise InvalidInput(f"{len(reader.unused_data)} bytes after the body's {kind} data")
     return plain
 
 

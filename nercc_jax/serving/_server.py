@@ -413,7 +413,7 @@ def _add_protocol(app: fastapi.FastAPI, plane: Plane, settings: ServerSettings) 
 
     errors = {status: {"model": _Error} for status, _ in _STATUS.values() if status != 501}
     schema = bodies.InferenceRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema.pop("$defs")
+    _define(app, schema.pop("$defs"))
     body = {"content": {"application/json": {"schema": schema}}, "required": True}
     for path in ("/v2/models/{model_name}", "/v2/models/{model_name}/versions/{version}"):
         shown = "versions" not in path
@@ -440,6 +440,18 @@ def _add_protocol(app: fastapi.FastAPI, plane: Plane, settings: ServerSettings) 
             openapi_extra={"requestBody": body},
             include_in_schema=shown,
         )
+
+
+def _define(app: fastapi.FastAPI, schemas: Mapping[str, Any]) -> None:
+    """Adds what a schema that FastAPI did not make refers to."""
+    describe = app.openapi
+
+    def describe_all() -> dict[str, Any]:
+        described = describe()
+        described["components"]["schemas"] |= schemas
+        return described
+
+    app.openapi = describe_all
 
 
 async def _read_body(request: fastapi.Request, limit: int) -> bytes:

@@ -26,7 +26,7 @@ import numpy as np
 
 def double(x):
     """(B, 4) to (B, 3)."""
-    return 2 * x[:, :3]
+    return 2 * x.reshape(len(x), 4)[:, :3]
 
 
 def moody(x):
@@ -152,12 +152,15 @@ def patience(seconds: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def running(folder: Path, *arguments: str, **told: Any) -> Iterator[Server]:
-    """A server, which is ended as it should be: by SIGTERM, with exit code 0 and no error logged."""
+    """A server, which ends as it should: at SIGTERM, with exit code 0 and without errors logged."""
     server = Server(folder, *arguments, **told)
     try:
         yield server
         server.signal()
         assert server.wait() == 0
-        assert [line for line in server.log() if line["level"] not in ("INFO", "DEBUG")] == []
+        troubles = [line for line in server.log() if line["level"] not in ("INFO", "DEBUG")]
+        # JAX tells of whatever a model raises.
+        troubles = [line for line in troubles if line["logger"] != "jax._src.callback"]
+        assert not troubles, troubles
     finally:
         server.kill()

@@ -1,5 +1,7 @@
 """Messages: what is read of a request, what is refused, what a reply becomes. Without a server."""
 
+# ruff: noqa: E402 (`require` comes before what needs it)
+
 import asyncio
 import gzip
 import json
@@ -163,7 +165,7 @@ def test_a_length_that_is_none_is_refused(length):
 @pytest.mark.parametrize("wrong", [-1, 1])
 def test_a_length_that_is_not_that_of_the_json_is_refused(wrong):
     content, length = binary(bytes(32))
-    with pytest.raises(InvalidInput, match="not JSON|left"):
+    with pytest.raises(InvalidInput, match=r"not JSON|left"):
         read(content, str(int(length) + wrong))
 
 
@@ -447,7 +449,7 @@ def test_a_reply_by_grpc():
 # The application, without a socket.
 
 
-class Fails:
+class Fails(ServedModel):
     """A model that does."""
 
     servable = SERVABLE

@@ -1,0 +1,525 @@
+"""The batcher, with workers that answer when the test says so."""
+
+import concurrent.futures
+import contextlib
+import gc
+import threading
+import time
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nercc_jax import (
+    Berrut,
+    DevicePool,
+    Fault,
+    Faults,
+    NeRCC,
+    Replication,
+    TraceLatency,
+    Uncoded,
+)
+from nercc_jax.serving import (
+    BatchingPolicy,
+    CodedBatcher,
+    Coder,
+    DeadlineExceeded,
+    Fidelity,
+    InferenceFailed,
+    QueueFull,
+    ServerClosing,
+)
+
+SHAPE, OUT = (6,), (3,)
+WEIGHTS = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
+LONG = 30.0  # seconds that nothing here takes, unless it hangs
+# Of calls where it matters who straggles: longer than threads of a busy machine wait for a turn.
+SERVICE, PATIENCE = 0.03, 4.0
+INTERLEAVED = NeRCC(4, 8, points="interleaved", lambda_dec=0.0)
+
+
+def model(x):
+    return np.tanh(x @ WEIGHTS)
+
+
+def queries(number, seed=1):
+    """Different ones; the first coordinate tells which."""
+    x = np.random.default_rng(seed).normal(size=(number, *SHAPE)).astype(np.float32)
+    x[:, 0] = np.linspace(-1, 1, number) if number > 1 else 0.5
+    return x
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs(tmp_path_factory):
+    """Every batcher compiles its decoder; most here are for the same code."""
+    wanted = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in wanted}
+    for name, value in wanted.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+class Gates:
+    """A model whose calls take a little, and wait while the test holds back what is in them."""
+
+    def __init__(self, seconds=0.0):
+        self._seconds = seconds
+        self._lock = threading.Lock()
+        self._held: list[tuple[np.ndarray, threading.Event, list[int]]] = []
+        self.calls: list[np.ndarray] = []
+
+    def hold(self, x, calls=10**6):
+        """Holds back the first calls with this very data point in them."""
+        event = threading.Event()
+        self._held.append((x, event, [calls]))
+        return event
+
+    def __call__(self, batch):
+        with self._lock:
+            self.calls.append(batch)
+            waits = []
+            for x, event, left in self._held:
+                if left[0] and (np.abs(batch - x) < 1e-6).all(axis=1).any():
+                    left[0] -= 1
+                    waits.append(event)
+        time.sleep(self._seconds)
+        for event in waits:
+            assert event.wait(LONG)
+        return model(batch)
+
+
+@contextlib.contextmanager
+def serving(code, run=model, *, workers=12, faults=None, warm=True, fidelity=None, **policy):
+    """A batcher on a pool of threads; warm: it knows how long answers take."""
+    seen = []
+    policy = {"max_batch_size": 1, "batch_wait_timeout_s": 0.02, "deadline_s": LONG} | policy
+    with DevicePool(run, workers, compiled=False, faults=faults) as pool:
+        coder = Coder(code)
+        with CodedBatcher(
+            pool,
+            coder,
+            SHAPE,
+            OUT,
+            policy=BatchingPolicy(**policy),
+            fidelity=fidelity and fidelity(coder),
+            observe=lambda what, number: seen.append((what, number)),
+        ) as batcher:
+            batcher.test_coder, batcher.test_seen = coder, seen  # pyright: ignore
+            if warm:  # medians of a millisecond or so, which stragglers are told from
+                for each in queries(24, seed=99):
+                    batcher.submit(each[None]).result(LONG)
+                settled(batcher)
+            seen.clear()
+            yield batcher
+
+
+def knowing(coder):
+    """A fidelity that has seen enough: groups are sent as they are when nothing is to be learnt."""
+    fidelity = Fidelity(coder)
+    fidelity.calibrate(lambda x: jnp.tanh(jnp.asarray(x) @ WEIGHTS), queries(400))
+    return fidelity
+
+
+def settled(batcher):
+    """Waits until nothing is left of what was submitted."""
+    end = time.monotonic() + LONG
+    while batcher._groups or batcher.waiting or batcher.in_flight:
+        assert time.monotonic() < end, "a group was never closed"
+        time.sleep(0.01)
+
+
+def count(batcher, what):
+    return sum(1 for each, _ in batcher.test_seen if each == what)
+
+
+SYSTEMATIC = {
+    "interleaved": INTERLEAVED,
+    "few more": NeRCC(4, 5, points="interleaved", lambda_dec=0.0),
+    "repeated": NeRCC(4, 8, points="repeated", lambda_dec=0.0),
+    "replication": Replication(1, 2),
+    "replication, groups": Replication(2, 5),
+    "uncoded": Uncoded(1),
+}
+
+
+@pytest.mark.parametrize("name", SYSTEMATIC)
+@pytest.mark.parametrize("batch", [1, 3, 100])
+def test_answers_are_the_models_own_and_in_order(name, batch):
+    with serving(SYSTEMATIC[name], max_batch_size=4, warm=False, copies=1) as batcher:
+        x = queries(batch)
+        parts = [batcher.submit(x), batcher.submit(x[::-1].copy())]
+        for part, wanted in zip(parts, (model(x), model(x)[::-1]), strict=True):
+            reply = part.result(LONG)
+            assert reply.exact.all()
+            assert not reply.reexecuted.any()
+            np.testing.assert_allclose(reply.values, wanted, atol=1e-6)
+            assert (reply.heard >= 1).all()
+            assert (reply.expected_disagreement == 0).all()
+
+
+@pytest.mark.parametrize("code", [NeRCC(4, 8), Berrut(4, 7)], ids=["NeRCC", "BACC"])
+def test_full_groups_are_what_the_code_makes_of_them(code):
+    """All coded data points mix queries: the reply is the code's own encode and decode."""
+    with serving(code, wait_for=code.num_workers, patience=1e3) as batcher:
+        x = queries(4)
+        reply = batcher.submit(x).result(LONG)
+        # The batcher puts queries at alphas of its own order; the code sees them there.
+        order = batcher.test_coder._order
+        placed = np.empty_like(x)
+        placed[order] = x
+        answers = model(np.asarray(code.encode(placed)))
+        wanted = np.asarray(code.decode(answers, np.ones(code.num_workers, bool)))[order]
+        np.testing.assert_allclose(reply.values, wanted, atol=1e-4)
+        assert not reply.exact.any()
+        assert (reply.heard == code.num_workers).all()
+        assert (reply.asked == code.num_workers).all()
+        # One by itself needs no code: it goes to one worker, and is exact.
+        single = batcher.submit(x[:1]).result(LONG)
+        assert single.exact.all()
+        np.testing.assert_allclose(single.values, model(x[:1]), atol=1e-6)
+
+
+def decoded_by_hand(code, coder, x, missing, points):
+    """What decoding `missing` from these coded data points gives, by the code's own methods."""
+    order = coder._order[: len(x)]
+    smaller = NeRCC(len(x), code.num_workers, points=(code.alpha[order], code.beta))
+    answers = model(np.asarray(smaller.encode(x)))
+    mask = np.zeros(code.num_workers, bool)
+    mask[points] = True
+    answers[~mask] = np.nan
+    return np.asarray(code.decode(answers, mask))[order[missing]]
+
+
+@pytest.mark.parametrize("number", [4, 3, 2])
+def test_a_straggler_is_decoded_from_the_others(number):
+    """Of full groups, and of short ones, which get a smaller code on the same workers' points."""
+    gates = Gates(SERVICE)
+    with serving(INTERLEAVED, gates, wait_for=1, patience=PATIENCE, fidelity=knowing) as batcher:
+        coder, x = batcher.test_coder, queries(number)
+        event = gates.hold(x[1])
+        reply = batcher.submit(x).result(LONG)
+        others = np.delete(np.arange(number), 1)
+        assert reply.exact.tolist() == [place != 1 for place in range(number)]
+        np.testing.assert_allclose(reply.values[others], model(x[others]), atol=1e-6)
+        extras = coder.layout(number).extras
+        heard = int(reply.heard[1])
+        event.set()
+        settled(batcher)
+        assert batcher.fidelity.audited().number == 1
+        assert count(batcher, "audit_same") + count(batcher, "audit_other") == 1
+        assert count(batcher, "query_decoded") == 1
+        assert reply.asked[1] == number + len(extras)
+        # All that was sent but the straggler, unless decoding was earlier than some answers.
+        own = [int(coder.first[place][0]) for place in others]
+        if heard == number - 1 + len(extras):
+            wanted = decoded_by_hand(INTERLEAVED, coder, x, 1, [*own, *extras])
+            np.testing.assert_allclose(reply.values[1], wanted, atol=1e-4)
+
+
+def test_all_answers_but_the_stragglers_are_waited_for():
+    gates = Gates(SERVICE)
+    with serving(INTERLEAVED, gates, wait_for=7, patience=PATIENCE) as batcher:
+        coder, x = batcher.test_coder, queries(4)
+        event = gates.hold(x[2])
+        reply = batcher.submit(x).result(LONG)
+        assert reply.heard[2] == 7
+        own = [int(coder.first[place][0]) for place in (0, 1, 3)]
+        wanted = decoded_by_hand(INTERLEAVED, coder, x, 2, [*own, *coder.layout(4).extras])
+        np.testing.assert_allclose(reply.values[2], wanted, atol=1e-4)
+        event.set()
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_what_is_expected_to_be_wrong_is_sent_again(known):
+    """Nothing is known of the error, or it is known to be too large: the query is executed anew."""
+
+    def fidelity(coder):
+        made = Fidelity(coder)
+        if known:
+            made.calibrate(lambda x: jnp.tanh(20 * x @ WEIGHTS), queries(400))
+        return made
+
+    gates = Gates(SERVICE)
+    with serving(
+        INTERLEAVED, gates, fidelity=fidelity, max_disagreement=0.01, patience=PATIENCE
+    ) as batcher:
+        x = queries(4)
+        event = gates.hold(x[0], calls=1)
+        reply = batcher.submit(x).result(LONG)
+        assert reply.exact.all()
+        assert reply.reexecuted.tolist() == [True, False, False, False]
+        np.testing.assert_allclose(reply.values, model(x), atol=1e-6)
+        assert count(batcher, "reexecution") == count(batcher, "query_reexecuted") == 1
+        event.set()
+        settled(batcher)
+
+
+def test_what_is_expected_to_be_right_is_decoded():
+    def fidelity(coder):
+        made = Fidelity(coder)
+        made.calibrate(lambda x: jnp.asarray(x) @ WEIGHTS + jnp.array([9.0, 0, 0]), queries(400))
+        return made
+
+    gates = Gates(SERVICE)
+    with serving(
+        INTERLEAVED, gates, fidelity=fidelity, max_disagreement=0.05, patience=PATIENCE
+    ) as batcher:
+        x = queries(4)
+        event = gates.hold(x[0])
+        reply = batcher.submit(x).result(LONG)
+        assert reply.exact.tolist() == [False, True, True, True]
+        assert 0 < reply.expected_disagreement[0] <= 0.05
+        assert reply.expected_error[0] > 0
+        event.set()
+
+
+def test_without_hedging_a_straggler_is_waited_for():
+    gates = Gates()
+    with serving(Uncoded(1), gates, copies=1, patience=3.0) as batcher:
+        x = queries(1)
+        event = gates.hold(x[0])
+        future = batcher.submit(x)
+        with pytest.raises(TimeoutError):
+            future.result(0.3)
+        event.set()
+        assert future.result(LONG).exact.all()
+        assert sum((each == x[0]).all() for each in gates.calls) == 1
+
+
+def test_exact_queries_are_hedged_and_never_decoded():
+    gates = Gates()
+    with serving(INTERLEAVED, gates, wait_for=1, patience=3.0) as batcher:
+        x = queries(4)
+        event = gates.hold(x[0], calls=1)
+        reply = batcher.submit(x, exact=True).result(LONG)
+        assert reply.exact.all()
+        np.testing.assert_allclose(reply.values, model(x), atol=1e-6)
+        event.set()
+
+
+def test_batches_grow_while_workers_are_busy():
+    gates = Gates()
+    with serving(Uncoded(1), gates, workers=1, max_batch_size=8, copies=1) as batcher:
+        x = queries(16)
+        gates.calls.clear()
+        event = gates.hold(x[0])
+        first = batcher.submit(x[:1])
+        while not gates.calls:
+            time.sleep(0.001)
+        rest = [batcher.submit(each[None]) for each in x[1:]]
+        event.set()
+        for future, wanted in zip([first, *rest], model(x), strict=True):
+            np.testing.assert_allclose(future.result(LONG).values[0], wanted, atol=1e-6)
+        assert [len(call) for call in gates.calls] == [1, 8, 4, 2, 1]
+
+
+# What is refused, and what ends without an answer.
+
+
+@pytest.mark.parametrize(
+    ("x", "what"),
+    [
+        (np.zeros((0, 6), np.float32), "B of 1 or more"),
+        (np.zeros((2, 5), np.float32), r"shape \(B, 6\)"),
+        (np.zeros(6, np.float32), r"shape \(B, 6\)"),
+        (np.zeros((2, 6), int), "int64"),
+        (np.array([[0.0] * 6, [np.nan] * 6]), r"queries \[1\] are not finite"),
+        (np.full((1, 6), 1e39), r"queries \[0\] are not finite in float32"),
+    ],
+)
+def test_bad_queries(x, what, untyped):
+    with serving(Uncoded(1), warm=False) as batcher, pytest.raises(ValueError, match=what):
+        batcher.submit(x)
+
+
+def test_bad_deadlines_and_policies(untyped):
+    with serving(Uncoded(1), warm=False) as batcher:
+        for deadline in (0, -1, np.nan, np.inf):
+            with pytest.raises(ValueError, match="positive number of seconds"):
+                batcher.submit(queries(1), deadline=deadline)
+    for bad in (
+        {"max_batch_size": 3},
+        {"max_queue_size": 0},
+        {"copies": 0},
+        {"deadline_s": 0},
+        {"patience": np.nan},
+        {"batch_wait_timeout_s": -1},
+        {"max_disagreement": 1.0},
+    ):
+        with pytest.raises(ValueError, match=str(next(iter(bad)))):
+            BatchingPolicy(**bad)
+    with (
+        pytest.raises(ValueError, match="from 1 to N = 8, not 9"),
+        serving(INTERLEAVED, wait_for=9),
+    ):
+        pass
+
+
+def test_a_full_queue_refuses_at_once_and_then_takes_again():
+    gates = Gates()
+    with serving(Uncoded(1), gates, workers=1, max_queue_size=4, copies=1) as batcher:
+        x = queries(8)
+        event = gates.hold(x[0])
+        first = batcher.submit(x[:1])
+        while batcher.waiting:
+            time.sleep(0.001)
+        waiting = batcher.submit(x[1:5])
+        with pytest.raises(QueueFull, match="4 queries wait and 1 more came; the queue holds 4"):
+            batcher.submit(x[5:6])
+        with pytest.raises(QueueFull):
+            batcher.submit(x[:5])
+        event.set()
+        first.result(LONG)
+        waiting.result(LONG)
+        batcher.submit(x[5:8]).result(LONG)
+        assert count(batcher, "request_queue_full") == 2
+
+
+def test_deadlines_say_so_and_leave_nothing_behind():
+    gates = Gates()
+    with serving(Uncoded(1), gates, workers=1, copies=1) as batcher:
+        x = queries(6)
+        event = gates.hold(x[0])
+        first = batcher.submit(x[:1])
+        late = batcher.submit(x[1:4], deadline=0.1)
+        with pytest.raises(DeadlineExceeded, match=r"within 0\.1 s: \d queries wait, 0 of 1"):
+            late.result(LONG)
+        assert batcher.waiting == 0
+        event.set()
+        first.result(LONG)
+        batcher.submit(x[4:]).result(LONG)
+        assert not any((call == x[1]).all() for call in gates.calls), "it was sent all the same"
+        settled(batcher)
+
+
+def test_cancelled_requests_are_not_sent():
+    gates = Gates()
+    with serving(Uncoded(1), gates, workers=1, copies=1) as batcher:
+        x = queries(3)
+        event = gates.hold(x[0])
+        first = batcher.submit(x[:1])
+        while batcher.waiting:
+            time.sleep(0.001)
+        second = batcher.submit(x[1:])
+        assert second.cancel()
+        while batcher.in_flight > 1:
+            time.sleep(0.001)
+        assert batcher.waiting == 0
+        event.set()
+        first.result(LONG)
+        settled(batcher)
+        assert count(batcher, "request_cancelled") == 1
+        assert not any((call == x[1]).all() for call in gates.calls)
+
+
+def test_a_model_that_fails_says_why():
+    def fails(batch):
+        if (batch[:, 0] > 1.5).any():
+            raise RuntimeError("no such thing")
+        return model(batch)
+
+    with serving(INTERLEAVED, fails) as batcher:
+        bad = queries(1)
+        bad[0, 0] = 2.0
+        with pytest.raises(InferenceFailed, match="no such thing"):
+            batcher.submit(bad, exact=True).result(LONG)
+        assert batcher.submit(queries(1)).result(LONG).exact.all()
+        settled(batcher)
+
+
+def test_closing_answers_what_was_accepted():
+    gates = Gates()
+    with DevicePool(gates, 2, compiled=False) as pool:
+        batcher = CodedBatcher(pool, Coder(INTERLEAVED), SHAPE, OUT)
+        x = queries(6)
+        event = gates.hold(x[0])
+        futures = [batcher.submit(each[None]) for each in x]
+        threading.Timer(0.3, event.set).start()
+        batcher.close(drain=LONG)
+        for future, wanted in zip(futures, model(x), strict=True):
+            np.testing.assert_allclose(future.result(0).values[0], wanted, atol=1e-6)
+        with pytest.raises(ServerClosing, match="no more requests"):
+            batcher.submit(x)
+
+
+def test_closing_tells_those_that_waited_too_long():
+    gates = Gates()
+    with DevicePool(gates, 1, compiled=False) as pool:
+        batcher = CodedBatcher(pool, Coder(Uncoded(1)), SHAPE, OUT)
+        event = gates.hold(queries(1)[0])
+        futures = [batcher.submit(queries(1)), batcher.submit(queries(2))]
+        batcher.close()
+        for future in futures:
+            with pytest.raises(ServerClosing, match="shut down before"):
+                future.result(0)
+        event.set()
+
+
+def test_all_workers_gone_and_back():
+    """While nobody is there requests wait, until their deadlines; then they are answered again."""
+    dying = Faults([Fault("death", calls=range(2))], seed=1)
+    with serving(INTERLEAVED, workers=2, faults=dying, warm=False) as batcher:
+        replies = [batcher.submit(each[None]) for each in queries(12)]
+        for future, wanted in zip(replies, model(queries(12)), strict=True):
+            try:
+                np.testing.assert_allclose(future.result(LONG).values[0], wanted, atol=1e-6)
+            except InferenceFailed as error:
+                assert "died" in str(error) or "ended" in str(error)
+
+
+def test_storm():
+    """Stragglers, errors, NaN and deaths; everyone gets the answer to their own query, or is told."""
+    faults = Faults(
+        [
+            Fault("delay", 0.15, latency=TraceLatency(jnp.array([0.05]))),
+            Fault("error", 0.02),
+            Fault("nan", 0.02),
+            Fault("death", 0.005),
+        ],
+        seed=3,
+    )
+    with serving(INTERLEAVED, faults=faults, max_batch_size=4, wait_for=1) as batcher:
+        x = queries(1500)
+        right, wrong, failed = [], [], []
+
+        def client(numbers):
+            for number in numbers:
+                try:
+                    reply = batcher.submit(x[number : number + 1]).result(LONG)
+                except InferenceFailed:
+                    failed.append(number)
+                    continue
+                error = np.abs(reply.values[0] - model(x[number : number + 1])[0]).max()
+                if reply.exact[0]:
+                    (right if error < 1e-5 else wrong).append(number)
+
+        with concurrent.futures.ThreadPoolExecutor(16) as threads:
+            list(threads.map(client, np.array_split(np.arange(len(x)), 16)))
+        assert not wrong
+        assert len(right) > 1000
+        assert count(batcher, "query_decoded") > 10
+        assert len(failed) < 10
+        answered = count(batcher, "request_ok")
+        assert answered + len(failed) == len(x)
+        settled(batcher)
+
+
+def test_nothing_of_a_request_outlives_it():
+    """Inputs may be large: they must not live until a deadline, or as long as a group lingers."""
+    with serving(INTERLEAVED, deadline_s=LONG * 100) as batcher:
+        x = queries(4)
+        alive = weakref.ref(x)
+        batcher.submit(x).result(LONG)
+        settled(batcher)
+        del x
+        gc.collect()
+        assert alive() is None

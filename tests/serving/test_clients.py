@@ -1,0 +1,310 @@
+"""The protocol's clients: Triton's and kserve's, each by REST and by gRPC, of coded models."""
+
+# ruff: noqa: E402 (`require` comes before what needs it)
+
+import asyncio
+import concurrent.futures
+import multiprocessing
+
+import numpy as np
+import pytest
+import triton_calls
+from conftest import require
+from nercc_server import ENDS, running
+
+require("nercc_jax.serving._kserve", "serve")
+require("tritonclient", "serve-test")
+
+import grpc
+import httpx
+from kserve import InferenceGRPCClient, InferenceRESTClient, RESTConfig
+
+from nercc_jax.serving._kserve import InferInput, InferRequest, RequestedOutput
+
+CONFIG = """
+[defaults]
+input_shape = [4]
+num_data = 2
+num_workers = 4
+max_batch_size = 2
+[[models]]
+model = "own:double"
+name = "double"
+max_disagreement = 0
+[[models]]
+model = "own:double"
+name = "rack"
+max_disagreement = 1
+straggler_rate = 0.3
+straggler_delay_s = 0.3
+[[models]]
+model = "own:double"
+name = "slow"
+scheme = "uncoded"
+workers = 1
+max_batch_size = 1
+max_queue_size = 100
+service_delay_s = 0.4
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with running(tmp_path_factory.mktemp("server"), config=CONFIG) as server:
+        yield server
+
+
+def numbers(count):
+    return np.random.default_rng(count).normal(size=(count, 4)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def elsewhere():
+    """Runs a function in a process that has not imported kserve."""
+    fresh = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=fresh) as process:
+        yield lambda *call, **options: process.submit(*call, **options).result(ENDS)
+
+
+@pytest.fixture(params=["http", "grpc"])
+def triton(request, server, elsewhere):
+    """Triton's client: `infer` or `ask` with the server's address filled in."""
+    address = {"http": f"127.0.0.1:{server.http_port}", "grpc": server.grpc}[request.param]
+
+    def call(function, *arguments, **options):
+        return elsewhere(function, request.param, address, *arguments, **options)
+
+    call.face = request.param
+    return call
+
+
+# Triton's.
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 17, 100])
+@pytest.mark.parametrize("binary", [True, False])
+def test_triton_gets_right_answers(triton, count, binary):
+    x = numbers(count)
+    answer = triton(triton_calls.infer, "double", x, binary=binary, request_id="mine")
+    assert (answer["id"], answer["version"]) == ("mine", "1")
+    np.testing.assert_array_equal(answer["outputs"]["output"], 2 * x[:, :3])
+    assert answer["outputs"]["output"].dtype == np.float32
+    assert answer["outputs"]["exact"].tolist() == [True] * count
+    assert answer["outputs"]["expected_error"].tolist() == [0.0] * count
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_triton_gets_the_outputs_it_asks_for(triton, raw):
+    asked = {"exact": not raw, "output": raw}
+    answer = triton(triton_calls.infer, "double", numbers(3), outputs=asked)
+    assert list(answer["outputs"]) == ["exact", "output"]
+    np.testing.assert_array_equal(answer["outputs"]["output"], 2 * numbers(3)[:, :3])
+    if triton.face == "http":
+        assert answer["in_json"] == [name for name, binary in asked.items() if not binary]
+
+
+def test_triton_needs_no_id(triton):
+    answers = [triton(triton_calls.infer, "double", numbers(1)) for _ in range(2)]
+    assert len({answer["id"] for answer in answers}) == 2
+
+
+@pytest.mark.parametrize("algorithm", ["gzip", "deflate"])
+@pytest.mark.parametrize("binary", [True, False])
+def test_triton_may_compress(triton, algorithm, binary):
+    x = numbers(50)
+    if triton.face == "http":
+        told = {
+            "request_compression_algorithm": algorithm,
+            "response_compression_algorithm": algorithm,
+        }
+    else:
+        told = {"compression_algorithm": algorithm}
+    answer = triton(triton_calls.infer, "double", x, binary=binary, **told)
+    np.testing.assert_array_equal(answer["outputs"]["output"], 2 * x[:, :3])
+
+
+def test_triton_learns_what_there_is(triton):
+    assert triton(triton_calls.ask, "is_server_live") is True
+    assert triton(triton_calls.ask, "is_server_ready") is True
+    assert triton(triton_calls.ask, "is_model_ready", "double") is True
+    assert triton(triton_calls.ask, "is_model_ready", "double", "1") is True
+    assert triton(triton_calls.ask, "get_server_metadata")["name"] == "nercc_jax"
+    about = triton(triton_calls.ask, "get_model_metadata", "double", "1")
+    assert (about["name"], about["versions"]) == ("double", ["1"])
+    shape = [int(length) for length in about["inputs"][0]["shape"]]  # strings by gRPC's JSON
+    assert (about["inputs"][0]["name"], shape) == ("input", [-1, 4])
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "code", "words"),
+    [
+        ({"name": "images"}, "400", "INVALID_ARGUMENT", "takes one input 'input'"),
+        ({"datatype": "FP64"}, "400", "INVALID_ARGUMENT", "not FP64"),
+        ({"x": np.zeros((2, 5))}, "400", "INVALID_ARGUMENT", "not of shape [2, 5]"),
+        ({"x": np.full((2, 4), np.nan)}, "400", "INVALID_ARGUMENT", "queries [0, 1] are not"),
+        ({"x": np.zeros((1, 4)) + np.inf}, "400", "INVALID_ARGUMENT", "are not finite"),
+        ({"outputs": {"nothing": True}}, "400", "INVALID_ARGUMENT", "has outputs ['output'"),
+        ({"model": "nothing"}, "404", "NOT_FOUND", "nothing"),
+        ({"model_version": "2"}, "404", "NOT_FOUND", "version 2"),
+        ({"model": "slow", "timeout": 50_000}, "504", "DEADLINE_EXCEEDED", "within 0.05 s"),
+        (
+            {"model": "slow", "parameters": {"nercc_deadline_ms": 50}},
+            "504",
+            "DEADLINE_EXCEEDED",
+            "within 0.05 s",
+        ),
+        (
+            {"parameters": {"nercc_deadline_ms": -50.5}},
+            "400",
+            "INVALID_ARGUMENT",
+            "nercc_deadline_ms must be a positive number",
+        ),
+        ({"parameters": {"nercc_exact": "yes"}}, "400", "INVALID_ARGUMENT", "must be a boolean"),
+        ({"x": np.zeros((101, 4)), "model": "slow"}, "429", "RESOURCE_EXHAUSTED", "holds 100"),
+    ],
+)
+def test_triton_is_told_what_is_wrong(triton, options, status, code, words):
+    options = dict(options)
+    x = options.pop("x", numbers(2))
+    kind = np.float64 if options.get("datatype") == "FP64" else np.float32
+    model = options.pop("model", "double")
+    answer = triton(triton_calls.infer, model, x.astype(kind), **options)
+    assert answer["status"] == (status if triton.face == "http" else f"StatusCode.{code}")
+    assert words in answer["message"]
+
+
+def test_triton_may_ask_for_exact_answers(triton, server):
+    """Of a model that otherwise decodes: not one is, whatever straggles."""
+    x = numbers(40)
+    answer = triton(triton_calls.infer, "rack", x, parameters={"nercc_exact": True})
+    assert answer["outputs"]["exact"].all()
+    np.testing.assert_array_equal(answer["outputs"]["output"], 2 * x[:, :3])
+
+
+# kserve's.
+
+
+def request_of(x, model="double", *, binary=True, name="input", datatype="FP32", **more):
+    tensor = InferInput(name, list(x.shape), datatype)
+    tensor.set_data_from_numpy(x, binary_data=binary)
+    return InferRequest(model, [tensor], **more)
+
+
+@pytest.fixture(params=["rest", "grpc"])
+def kserve(request, server):
+    """Asks by kserve's client; also for its method's name."""
+
+    async def by_rest(message, method=None, *arguments):
+        async with InferenceRESTClient(RESTConfig(protocol="v2", timeout=ENDS)) as client:
+            if method is not None:
+                return await getattr(client, method)(server.url, *arguments)
+            return await client.infer(server.url, message, model_name=message.model_name)
+
+    async def by_grpc(message, method=None, *arguments):
+        async with InferenceGRPCClient(server.grpc, timeout=ENDS) as client:
+            if method is not None:
+                return await getattr(client, method)(*arguments)
+            return await client.infer(message)
+
+    ask = {"rest": by_rest, "grpc": by_grpc}[request.param]
+
+    def call(*arguments):
+        return asyncio.run(ask(*arguments))
+
+    call.face = request.param
+    return call
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 17, 100])
+@pytest.mark.parametrize("binary", [True, False])
+def test_kserve_gets_right_answers(kserve, count, binary):
+    x = numbers(count)
+    answer = kserve(request_of(x, binary=binary, request_id="mine"))
+    assert (answer.id, answer.model_name) == ("mine", "double")
+    found = {output.name: output.as_numpy() for output in answer.outputs}
+    np.testing.assert_array_equal(found["output"], 2 * x[:, :3])
+    assert found["exact"].tolist() == [True] * count
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_kserve_gets_the_outputs_it_asks_for(kserve, raw):
+    asked = [RequestedOutput(name, {"binary_data": raw}) for name in ("exact", "output")]
+    answer = kserve(request_of(numbers(3), request_outputs=asked))
+    assert [output.name for output in answer.outputs] == ["exact", "output"]
+    np.testing.assert_array_equal(answer.outputs[1].as_numpy(), 2 * numbers(3)[:, :3])
+
+
+def test_kserve_needs_no_id(kserve):
+    assert len({kserve(request_of(numbers(1))).id for _ in range(2)}) == 2
+
+
+def test_kserve_learns_what_is_ready(kserve):
+    assert kserve(None, "is_server_live") is True
+    assert kserve(None, "is_server_ready") is True
+    assert kserve(None, "is_model_ready", "double") is True
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "code", "words"),
+    [
+        ({"name": "images"}, 400, "INVALID_ARGUMENT", "takes one input 'input'"),
+        ({"datatype": "FP64"}, 400, "INVALID_ARGUMENT", "not FP64"),
+        ({"x": np.zeros((2, 5))}, 400, "INVALID_ARGUMENT", "not of shape [2, 5]"),
+        ({"x": np.full((2, 4), np.nan)}, 400, "INVALID_ARGUMENT", "queries [0, 1] are not finite"),
+        ({"request_outputs": [RequestedOutput("no")]}, 400, "INVALID_ARGUMENT", "has outputs"),
+        ({"model": "nothing"}, 404, "NOT_FOUND", "nothing"),
+        (
+            {"model": "slow", "parameters": {"nercc_deadline_ms": 50}},
+            504,
+            "DEADLINE_EXCEEDED",
+            "within 0.05 s",
+        ),
+        ({"parameters": {"nercc_exact": "yes"}}, 400, "INVALID_ARGUMENT", "must be a boolean"),
+        ({"x": np.zeros((101, 4)), "model": "slow"}, 429, "RESOURCE_EXHAUSTED", "holds 100"),
+    ],
+)
+def test_kserve_is_told_what_is_wrong(kserve, options, status, code, words):
+    options = dict(options)
+    x = options.pop("x", numbers(2))
+    kind = np.float64 if options.get("datatype") == "FP64" else np.float32
+    model = options.pop("model", "double")
+    with pytest.raises((httpx.HTTPStatusError, grpc.RpcError)) as error:
+        kserve(request_of(x.astype(kind), model, **options))
+    if kserve.face == "rest":
+        assert error.value.response.status_code == status
+        assert words in error.value.response.json()["error"]
+    else:
+        assert error.value.code() == grpc.StatusCode[code]
+        assert words in error.value.details()
+
+
+# What a coded server adds.
+
+
+def test_answers_say_what_they_rest_on(server):
+    """Stragglers' queries are decoded, and each says so: output, parameters and metrics agree."""
+    decoded = reexecuted = 0
+    for count in [4] * 25:
+        x = numbers(count)
+        answer = server.infer("rack", x.tolist(), [count, 4]).json()
+        found = {o["name"]: np.array(o["data"]).reshape(o["shape"]) for o in answer["outputs"]}
+        exact = found["exact"].astype(bool)
+        np.testing.assert_array_equal(found["output"][exact].astype(np.float32), 2 * x[exact, :3])
+        assert np.isfinite(found["output"]).all()
+        assert (found["expected_disagreement"][exact] == 0).all()
+        unknown, told = -1, found["expected_disagreement"][~exact]
+        assert ((told == unknown) | ((told >= 0) & (told <= 1))).all()
+        parameters = answer["parameters"]
+        assert parameters["nercc_exact"] == exact.all()
+        assert parameters["nercc_approximate"] == (~exact).sum()
+        assert parameters["nercc_workers_heard"] <= parameters["nercc_workers_asked"]
+        decoded += parameters["nercc_approximate"]
+        reexecuted += parameters["nercc_reexecuted"]
+    assert decoded > 0
+    counted = server.status("rack")["totals"]
+    assert counted["queries"]["decoded"] == decoded
+    assert counted["queries"]["reexecuted"] >= reexecuted  # other tests ask this model, too
+    assert server.count("queries_total", model="rack", answer="decoded") == decoded
+    assert counted["stragglers"] >= decoded
+    assert counted["groups"] > 0
+    assert sum(server.status("rack")["heard"]["counts"]) > 0

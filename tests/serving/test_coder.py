@@ -1,0 +1,196 @@
+"""Codes made ready for a stream: which coded data points are queries, and groups of fewer than K."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.interpolate import make_interp_spline
+
+from nercc_jax import Berrut, Lagrange, NeRCC, Parity, Replication, Uncoded
+from nercc_jax.serving import Coder, Fidelity
+
+CODES = {
+    "interleaved": NeRCC(4, 8, points="interleaved", lambda_dec=0.0),
+    "interleaved, few more": NeRCC(5, 7, points="interleaved", lambda_dec=0.0),
+    "repeated": NeRCC(4, 8, points="repeated", lambda_dec=0.0),
+    "chebyshev": NeRCC(6, 9),
+    "BACC": Berrut(5, 8),
+    "LCC": Lagrange(3, 7),
+    "replication": Replication(3, 7),
+    "uncoded": Uncoded(3),
+    "ParM": Parity(2, 3),
+}
+SYSTEMATIC = {
+    "interleaved",
+    "interleaved, few more",
+    "repeated",
+    "replication",
+    "uncoded",
+    "ParM",
+    "LCC",
+}
+
+
+def coder_of(name):
+    code = CODES[name]
+    return Coder(code, tuple(range(int(code.worker_models.max()) + 1)))
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_layouts(name):
+    coder = coder_of(name)
+    assert coder.systematic == (name in SYSTEMATIC)
+    x = np.random.default_rng(0).normal(size=(2, coder.num_data, 5)).astype(np.float32)
+    for queries in range(1, coder.num_data + 1):
+        layout = coder.layout(queries)
+        everything = np.arange(coder.num_workers)
+        coded = coder.encode(x[:, :queries], everything)
+        assert coded.shape == (coder.num_workers, 2, 5)
+        # What is sent as queries come are the queries, whatever number of them there will be.
+        first = np.concatenate(coder.first[:queries])
+        assert len(first) == (queries if coder.systematic else 0)
+        for place in range(queries):
+            for point in coder.first[place]:
+                assert layout.place_of[point] == place
+            for point in layout.own[place]:
+                np.testing.assert_allclose(coded[point], x[:, place], atol=2e-5)
+        # The rest comes once, and no more of it for each query than in a full group.
+        assert len(set(first) | set(layout.extras)) == len(first) + len(layout.extras)
+        if coder.systematic:
+            most = (coder.num_workers - coder.num_data) * queries / coder.num_data
+            assert len(layout.extras) <= np.ceil(most)
+        else:
+            assert len(layout.extras) == coder.num_workers
+
+
+@pytest.mark.parametrize("queries", [2, 3, 4])
+def test_a_short_groups_encoder_is_a_spline_through_its_queries(queries):
+    """Against SciPy's natural cubic spline through the same alphas, read at the workers' points."""
+    code = CODES["interleaved"]
+    coder = Coder(code)
+    alpha = np.asarray(code.alpha, np.float64)[coder._order[:queries]]
+    order = np.argsort(alpha)
+    beta = np.asarray(code.beta, np.float64)
+    basis = np.eye(queries)[order]
+    if queries == 2:  # a straight line
+        slope = (basis[1] - basis[0]) / np.diff(alpha[order])
+        wanted = basis[0] + np.outer(beta - alpha[order][0], slope)
+    else:
+        spline = make_interp_spline(alpha[order], basis, k=3, bc_type="natural")
+        wanted = spline(beta)
+        for end, side in (
+            (alpha[order][0], beta < alpha.min()),
+            (alpha[order][-1], beta > alpha.max()),
+        ):
+            line = spline(end) + np.outer(beta - end, spline(end, 1))
+            wanted[side] = line[side]
+    np.testing.assert_allclose(coder.layout(queries).matrix, wanted, atol=1e-5)
+
+
+def test_any_first_few_alphas_are_spread_out():
+    """Among Chebyshev points no two of the first half are neighbours."""
+    coder = Coder(NeRCC(9, 12))
+    first = np.sort(coder._order[:4])
+    assert np.diff(first).min() > 1
+    assert sorted(coder._order) == list(range(9))
+
+
+@pytest.mark.parametrize("name", ["interleaved", "chebyshev", "BACC", "repeated", "replication"])
+def test_decoding_is_the_codes_own(name):
+    coder = coder_of(name)
+    random = np.random.default_rng(1)
+    values = random.normal(size=(coder.num_workers, 3, 2)).astype(np.float32)
+    for stragglers in (0, 1, 2):
+        mask = np.ones(coder.num_workers, bool)
+        mask[random.choice(coder.num_workers, stragglers, replace=False)] = False
+        predictions, recovered = coder.decode(np.where(mask[:, None, None], values, 0), mask, 4)
+        assert predictions.shape == (3, coder.num_data, 2)
+        wanted = coder.code.try_decode(jnp.asarray(values), jnp.asarray(mask))
+        assert (recovered == np.asarray(wanted.recovered)[coder._order]).all()
+        np.testing.assert_allclose(
+            predictions.swapaxes(0, 1), np.asarray(wanted.predictions)[coder._order], atol=2e-4
+        )
+
+
+# What is expected of decoded answers.
+
+
+def tanh(x):
+    return jnp.tanh(3 * jnp.asarray(x) @ jnp.asarray(_WEIGHTS))
+
+
+_WEIGHTS = np.random.default_rng(2).normal(size=(4, 3)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def calibrated():
+    coder = Coder(CODES["interleaved"])
+    fidelity = Fidelity(coder)
+    fidelity.calibrate(tanh, np.random.default_rng(3).normal(size=(2000, 4)).astype(np.float32))
+    return coder, fidelity
+
+
+@pytest.mark.parametrize("queries", [2, 3, 4])
+def test_what_is_expected_is_what_happens(calibrated, queries):
+    """On other data, decoded by hand."""
+    coder, fidelity = calibrated
+    x = np.random.default_rng(4).normal(size=(1500, queries, 4)).astype(np.float32)
+    everything = np.arange(coder.num_workers)
+    answers = np.asarray(tanh(coder.encode(x, everything)))  # (N, groups, outputs)
+    own = np.asarray(tanh(x))
+    for place in range(queries):
+        mask = np.ones(coder.num_workers, bool)
+        mask[coder.first[place]] = False
+        predictions, _ = coder.decode(np.where(mask[:, None, None], answers, 0), mask, len(x))
+        wrong = predictions[:, place].argmax(-1) != own[:, place].argmax(-1)
+        error = np.sqrt(np.mean(np.sum((predictions[:, place] - own[:, place]) ** 2, axis=-1)))
+        disagreement, expected_error = fidelity.expect(queries, mask)
+        assert len(disagreement) == queries
+        spread = 4 * np.sqrt(max(wrong.mean(), 0.02) / (64 if queries < 4 else 256))
+        assert abs(disagreement[place] - wrong.mean()) < spread
+        assert expected_error[place] == pytest.approx(error, rel=0.4)
+
+
+def test_nothing_wrong_among_a_few_is_not_never(calibrated):
+    coder, fidelity = calibrated
+    disagreement, error = fidelity.expect(4, np.ones(coder.num_workers, bool))
+    assert (error < 1e-3).all()
+    np.testing.assert_allclose(disagreement, 0.5 / 257, rtol=1e-5)
+
+
+def test_nothing_is_known_at_first_and_then_learnt():
+    coder = Coder(CODES["interleaved"])
+    fidelity = Fidelity(coder)
+    mask = np.ones(coder.num_workers, bool)
+    mask[coder.first[0]] = False
+    assert np.isnan(fidelity.expect(4, mask)).all()
+    assert fidelity.hungry(4)
+    assert not fidelity.hungry(1)
+    x = np.random.default_rng(5).normal(size=(300, 4, 4)).astype(np.float32)
+    answers = np.asarray(tanh(coder.encode(x, np.arange(coder.num_workers)))).swapaxes(0, 1)
+    for group, own in zip(answers, np.asarray(tanh(x)), strict=True):
+        fidelity.learn(group, own)
+    assert not fidelity.hungry(4)
+    assert fidelity.hungry(3)
+    taught = fidelity.expect(4, mask)
+    given = Fidelity(coder)
+    given.calibrate(tanh, np.random.default_rng(6).normal(size=(1200, 4)).astype(np.float32))
+    np.testing.assert_allclose(taught[0], given.expect(4, mask)[0], atol=0.15)
+    assert np.isnan(fidelity.expect(4, np.zeros(coder.num_workers, bool))).all()
+
+
+def test_codes_that_cannot_guess_want_no_lessons():
+    for name in ("replication", "uncoded"):
+        coder = coder_of(name)
+        assert not coder.guesses
+        assert not Fidelity(coder).hungry(coder.num_data)
+    assert coder_of("repeated").guesses
+
+
+def test_audits():
+    fidelity = Fidelity(Coder(CODES["interleaved"]))
+    assert fidelity.audited().number == 0
+    assert np.isnan(fidelity.audited().disagreement)
+    assert fidelity.audit(np.array([0.0, 1]), np.array([2.0, 3]))
+    assert not fidelity.audit(np.array([1.0, 0]), np.array([2.0, 3]))
+    assert fidelity.audited().number == 2
+    assert fidelity.audited().disagreement == 0.5

@@ -1,0 +1,398 @@
+"""What a server is told: every setting by file, environment and flag, and what is wrong with it."""
+
+# ruff: noqa: E402 (`require` comes before what needs it)
+
+import inspect
+import json
+import os
+import socket
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import require
+from nercc_server import ENDS, MODELS, command, environment
+from typer.testing import CliRunner
+
+require("pydantic_settings", "serve")
+require("nercc_jax.serving._kserve", "serve")
+
+from nercc_jax.cli import _serve, _serving_models
+from nercc_jax.cli._app import app
+from nercc_jax.serving._settings import ModelSettings, ServerSettings, read_settings
+
+# A value for everything, none of which is what it is unless set.
+SERVER = {
+    "host": "0.0.0.0",
+    "http_port": 9000,
+    "grpc_port": 9001,
+    "max_body_bytes": 1000,
+    "drain_delay_s": 1.5,
+    "drain_timeout_s": 2.5,
+    "log_format": "text",
+    "log_level": "DEBUG",
+    "access_log": True,
+}
+MODEL = {
+    "model": "own:double",
+    "name": "mine",
+    "weights": "weights.npy",
+    "input_shape": [2, 3],
+    "output_name": "scores",
+    "outputs": "probabilities",
+    "calibration": "points.npy",
+    "scheme": "berrut",
+    "num_data": 3,
+    "num_workers": 7,
+    "points": "chebyshev",
+    "code": "code.json",
+    "pool": "ray",
+    "workers": 5,
+    "max_attempts": 2,
+    "hang_timeout_s": 7.5,
+    "max_batch_size": 16,
+    "batch_wait_timeout_s": 0.5,
+    "max_queue_size": 10,
+    "deadline_s": 3.5,
+    "patience": 2.5,
+    "wait_for": 6,
+    "max_disagreement": 0.25,
+    "copies": 3,
+    "service_delay_s": 0.125,
+    "straggler_rate": 0.5,
+    "straggler_delay_s": 4.5,
+    "death_rate": 0.75,
+    "fault_seed": 11,
+}
+# Flags that are not called as the setting is.
+FLAGS = {
+    "service_delay_s": "--service-delay",
+    "straggler_delay_s": "--straggler-delay",
+}
+ONE = [{"model": "own:double", "input_shape": [4]}]
+
+
+class Told(Exception):
+    """What the command would have started."""
+
+
+@pytest.fixture(autouse=True)
+def never_serve(monkeypatch):
+    """In these tests' own process nothing serves, and the log stays pytest's."""
+
+    def run(server):
+        raise Told(server)
+
+    monkeypatch.setattr("nercc_jax.serving._server.Server.run", run)
+    monkeypatch.setattr(_serve, "_start_log", lambda *_: None)
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch, tmp_path):
+    """A working directory with models of ours, and nothing in the environment."""
+    (tmp_path / "own.py").write_text(MODELS)
+    monkeypatch.chdir(tmp_path)
+    for name in os.environ:
+        if name.startswith("NERCC_"):
+            monkeypatch.delenv(name)
+
+
+def toml(value):
+    return json.dumps(value)  # strings, numbers, booleans and lists of them are written alike
+
+
+def write(server=(), defaults=(), models=()):
+    """A configuration file."""
+    lines = [f"{name} = {toml(value)}" for name, value in dict(server).items()]
+    lines += ["[defaults]", *(f"{name} = {toml(value)}" for name, value in dict(defaults).items())]
+    for model in models:
+        lines += ["[[models]]", *(f"{name} = {toml(value)}" for name, value in model.items())]
+    path = Path("server.toml")
+    path.write_text("\n".join(lines))
+    return path
+
+
+def as_read(name, value):
+    return getattr(ModelSettings(**{name: value}), name)
+
+
+# One source after the other.
+
+
+def test_the_tables_have_every_setting():
+    assert set(SERVER) == set(ServerSettings.model_fields) - {"defaults", "models"}
+    assert set(MODEL) == set(ModelSettings.model_fields)
+    for table, settings in ((SERVER, ServerSettings()), (MODEL, ModelSettings())):
+        for name, value in table.items():
+            assert getattr(settings, name) != value
+
+
+@pytest.mark.parametrize("name", SERVER)
+def test_server_settings_by_file_environment_and_argument(name, monkeypatch):
+    value, default = SERVER[name], getattr(ServerSettings(), name)
+    assert getattr(read_settings(write({name: value})), name) == value
+    monkeypatch.setenv(f"NERCC_{name.upper()}", str(value))
+    assert getattr(read_settings(None), name) == value
+    assert getattr(read_settings(write({name: default})), name) == value  # before the file
+    assert getattr(read_settings(None, **{name: default}), name) == default  # after flags
+
+
+@pytest.mark.parametrize("name", MODEL)
+def test_model_settings_by_file_and_environment(name, monkeypatch):
+    value, default = MODEL[name], getattr(ModelSettings(), name)
+    expected = as_read(name, value)
+
+    def found(settings):
+        return getattr(settings.defaults, name)
+
+    assert found(read_settings(write(defaults={name: value}))) == expected
+    (of_one,) = read_settings(write(models=[{"model": "m", name: value}])).models
+    assert getattr(of_one, name) == expected
+    told = json.dumps(value) if isinstance(value, list) else str(value)
+    monkeypatch.setenv(f"NERCC_DEFAULTS__{name.upper()}", told)
+    assert found(read_settings(None)) == expected
+    if default is not None:
+        assert found(read_settings(write(defaults={name: default}))) == expected
+    monkeypatch.setenv("NERCC_MODELS", json.dumps([{"model": "m", name: value}]))
+    assert getattr(read_settings(None).models[0], name) == expected
+
+
+def test_sources_are_put_together_setting_by_setting(monkeypatch):
+    path = write({"log_level": "DEBUG"}, {"num_data": 2, "num_workers": 5, "copies": 4}, ONE)
+    monkeypatch.setenv("NERCC_DEFAULTS__NUM_WORKERS", "6")
+    monkeypatch.setenv("NERCC_DEFAULTS__COPIES", "3")
+    settings = read_settings(path, defaults={"copies": 1})
+    (model,) = settings.resolved()
+    assert (model.num_data, model.num_workers, model.copies) == (2, 6, 1)
+    assert settings.log_level == "DEBUG"
+
+
+def test_models_come_before_defaults_even_where_they_say_what_is_usual():
+    usual = ModelSettings().num_workers
+    path = write(defaults={"num_workers": 5}, models=[ONE[0] | {"num_workers": usual}])
+    assert read_settings(path).resolved()[0].num_workers == usual
+
+
+@pytest.mark.parametrize("how", ["file", "environment"])
+def test_grpc_can_be_left_out(how, monkeypatch):
+    if how == "environment":
+        monkeypatch.setenv("NERCC_GRPC_PORT", "none")
+    assert read_settings(write({"grpc_port": "none"} if how == "file" else {})).grpc_port is None
+
+
+def test_other_variables_of_ours_are_left_alone(monkeypatch):
+    monkeypatch.setenv("NERCC_REQUIRE_EXTRAS", "1")
+    assert read_settings(None).model_dump() == ServerSettings().model_dump()
+
+
+# The command.
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """Runs the command until it starts models; the server's settings, and the models'."""
+    read = {}
+
+    def remember(*arguments, **options):
+        read["server"] = read_settings(*arguments, **options)
+        return read["server"]
+
+    def start(chosen, registry):
+        raise Told(chosen)
+
+    monkeypatch.setattr("nercc_jax.serving._settings.read_settings", remember)
+    monkeypatch.setattr(_serving_models, "start_models", start)
+
+    def run(*arguments, **variables):
+        result = CliRunner().invoke(app, ["serve", *arguments], env=variables)
+        assert isinstance(result.exception, Told), result.output
+        (chosen,) = result.exception.args
+        return read["server"], chosen
+
+    return run
+
+
+def flags():
+    """Names of settings that have a flag."""
+    parameters = inspect.signature(_serve.serve_command).parameters
+    by_flag = {flag: name for name, flag in FLAGS.items()}
+    flags = [f"--{name.replace('_', '-')}" for name in parameters]
+    return [by_flag.get(flag, flag[2:].replace("-", "_")) for flag in flags]
+
+
+def test_flags_are_settings():
+    assert set(flags()) <= set(SERVER) | set(MODEL) | {"config"}
+    assert {"model", "http_port", "death_rate"} <= set(flags())
+
+
+@pytest.mark.parametrize("name", [name for name in flags() if name not in ("config", "model")])
+def test_every_flag_comes_before_environment_and_file(name, told):
+    value = {**SERVER, **MODEL}[name]
+    flag = FLAGS.get(name, f"--{name.replace('_', '-')}")
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    if name in SERVER:
+        other, variable = getattr(ServerSettings(), name), f"NERCC_{name.upper()}"
+        path = write({name: other}, models=ONE)
+        server, _ = told("--config", str(path), flag, text, **{variable: str(other)})
+        assert getattr(server, name) == value
+        return
+    other = getattr(ModelSettings(), name)
+    others = {} if other is None else {name: other}
+    if name == "input_shape":
+        others = {name: [4]}
+    path = write(defaults=others, models=[{"model": "a:b"} | others, {"model": "c:d"}])
+    variables = {
+        f"NERCC_DEFAULTS__{n.upper()}": json.dumps(v).strip('"') for n, v in others.items()
+    }
+    _, chosen = told("--config", str(path), flag, text, **variables)
+    assert [getattr(model, name) for model in chosen] == [as_read(name, value)] * 2
+
+
+def test_models_by_flag_replace_those_of_the_file(told):
+    _, chosen = told("--config", str(write(models=ONE)), "--model", "a:b", "--model", "c:d")
+    assert [model.model for model in chosen] == ["a:b", "c:d"]
+
+
+def test_without_a_model_a_shipped_one_is_served(told):
+    assert [model.model for model in told()[1]] == ["lenet5-digits"]
+
+
+def run(*arguments, **variables):
+    result = CliRunner().invoke(app, ["serve", *arguments], env=variables)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
+    return result.exit_code, result.output
+
+
+def refused(message, *arguments, **variables):
+    code, output = run(*arguments, **variables)
+    assert code == 2
+    assert output.startswith("error: "), output
+    assert len(output.strip().splitlines()) == 1, output
+    assert message in output
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("http_port = ", "server.toml is no TOML: Invalid value"),
+        ('http_port = "x"', "http_port: input should be a valid integer"),
+        ("http_port = 70000", "http_port: input should be less than or equal to 65535, not 70000"),
+        ("htp_port = 1", "htp_port: there is no such setting"),
+        ("host = 1\naccess_log = 7", "access_log: input should be a valid boolean"),
+        ('log_level = "LOUD"', "log_level: input should be 'DEBUG', 'INFO'"),
+        ("defaults = 7", "defaults: input should be"),
+        ("[defaults]\nnum_dat = 3", "defaults.num_dat: there is no such setting"),
+        ("[defaults]\nnum_data = 0", "defaults.num_data: input should be greater than or equal"),
+        ("[defaults]\nmax_batch_size = 3", "max_batch_size must be a power of two, not 3"),
+        ("[defaults]\ndeadline_s = inf", "deadline_s: input should be a finite number, not inf"),
+        ("[defaults]\ndeadline_s = nan", "deadline_s"),
+        ("[defaults]\nmax_queue_size = 0", "max_queue_size 0"),
+        ("[defaults]\nmax_disagreement = -0.5", "max_disagreement must be in [0, 1), not -0.5"),
+        ("[defaults]\ndeath_rate = 2", "death_rate: input should be less than or equal to 1"),
+        ('[defaults]\nscheme = "lcc"', "scheme: input should be 'nercc', 'berrut'"),
+        ("[[models]]\nnum_data = 2", "each of the models needs `model`"),
+        ('[[models]]\nname = "a"', "each of the models needs `model`"),
+        ("models = 7", "models: input should be a valid list"),
+        ('[[models]]\nmodel = "a"\n[[models]]\nmodel = "a"', "must have different names"),
+        ('[[models]]\nmodel = "a:b"\n[[models]]\nmodel = "c"\nname = "a.b"', "different names"),
+    ],
+)
+def test_a_file_that_is_wrong_is_told_in_one_sentence(content, message):
+    Path("server.toml").write_text(content)
+    refused(message, "--config", "server.toml")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("HTTP_PORT", "many", "http_port: input should be a valid integer"),
+        ("MODELS", "[{", 'error parsing value for field "models"'),
+        ("MODELS", '[{"modle": "a"}]', "models.0.modle: there is no such setting"),
+        ("DEFAULTS__NUM_DATA", "0", "defaults.num_data: input should be greater than or equal"),
+        ("DEFAULTS__INPUT_SHAPE", "[four]", "input_shape"),
+        ("DEFAULTS__NUM_DAT", "3", "defaults.num_dat: there is no such setting"),
+    ],
+)
+def test_a_variable_that_is_wrong_is_told_in_one_sentence(name, value, message):
+    refused(message, **{f"NERCC_{name}": value})
+
+
+def save(**arrays):
+    for name, array in arrays.items():
+        np.save(f"{name}.npy", array)
+
+
+OWN = ("--model", "own:double", "--input-shape", "4")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--config", "nothing.toml"), "there is no configuration file nothing.toml"),
+        (("--http-port", "70000"), "http_port: input should be less than or equal to 65535"),
+        (("--max-batch-size", "3"), "max_batch_size must be a power of two, not 3"),
+        (("--num-data", "0"), "num_data: input should be greater than or equal to 1, not 0"),
+        (("--deadline-s", "-1"), "deadline_s -1.0 and patience"),
+        (("--input-shape", "4,x"), "--input-shape is positive numbers with commas"),
+        (("--input-shape", "0"), "--input-shape is positive numbers with commas"),
+        (("--model", "nothing"), "no model 'nothing'"),
+        (("--model", "own:"), "named module:function, not 'own:'"),
+        (("--model", "own:nothing"), "own:nothing: module 'own' has no attribute 'nothing'"),
+        (("--model", "nothing:x:"), "nothing:x:: No module named 'nothing'"),
+        (("--model", "own:double"), "say the shape of one query with --input-shape"),
+        (("--model", "own:constant", "--input-shape", "4"), "is a int, not a callable"),
+        (("--model", "own:double", "--input-shape", "5"), "own.double does not run on a batch"),
+        (("--model", "own:twice", "--input-shape", "4"), "must map a batch (B, 4) to a float32"),
+        ((*OWN, "--weights", "nothing.npy"), "there are no weights at nothing.npy"),
+        ((*OWN, "--calibration", "nothing.npy"), "nothing.npy"),
+        ((*OWN, "--calibration", "words.txt"), "words.txt is no array of numbers"),
+        ((*OWN, "--calibration", "flat.npy"), "calibration data has shape (5,), but the model"),
+        ((*OWN, "--code", "nothing.json"), "nothing.json"),
+        ((*OWN, "--code", "words.txt"), "words.txt"),
+        ((*OWN, "--num-data", "8", "--num-workers", "4"), "need at least 8 workers, not 4"),
+    ],
+)
+def test_arguments_that_are_wrong_are_told_in_one_sentence(arguments, message, monkeypatch):
+    Path("words.txt").write_text("words")
+    Path("own.py").write_text(MODELS + "\n\ndef twice(x):\n    return x, x\n")
+    monkeypatch.delitem(__import__("sys").modules, "own", raising=False)
+    save(flat=np.zeros(5))
+    refused(message, *arguments)
+
+
+@pytest.mark.parametrize("face", ["HTTP", "GRPC"])
+def test_a_port_that_is_taken_is_told_in_one_sentence(face):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        ports = {"NERCC_HTTP_PORT": "0", "NERCC_GRPC_PORT": "0", f"NERCC_{face}_PORT": str(port)}
+        result = subprocess.run(
+            command(*OWN, "--scheme", "uncoded", "--workers", "1"),
+            env=environment(**ports),
+            capture_output=True,
+            text=True,
+            timeout=ENDS,
+        )
+    assert result.returncode == 2
+    last = result.stderr.strip().splitlines()[-1]
+    assert last == f"error: cannot listen on 127.0.0.1:{port}: is the port taken?"
+    assert "Traceback" not in result.stderr
+
+
+def test_missing_extras_are_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    refused("kserve, prometheus_client, pydantic_settings, pythonjsonlogger: pip install")
+
+
+def test_a_missing_ray_is_named_with_its_extra(monkeypatch):
+    real = _serve.importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda n: None if n == "ray" else real(n))
+    refused("pip install 'nercc-jax[ray]'", *OWN, "--pool", "ray")
+
+
+def test_help():
+    code, output = run("--help")
+    assert code == 0
+    assert "SIGTERM" in output

@@ -1,0 +1,89 @@
+"""The status page in a real browser: numbers move, workers are shown, a lost server is told."""
+
+import shutil
+
+import pytest
+from conftest import require
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    require("kserve", "serve")
+    from nercc_server import Server
+
+    server = Server(
+        tmp_path_factory.mktemp("page"),
+        "--model",
+        "own:double",
+        "--input-shape",
+        "4",
+        "--workers",
+        "8",
+        "--straggler-rate",
+        "0.1",
+        "--straggler-delay",
+        "0.2",
+    )
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="module")
+def page():
+    require("playwright", "serve-test")
+    from playwright.sync_api import sync_playwright
+
+    path = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    if path is None:
+        # CI installs it; see .ci/run.
+        require("no_such_browser", "serve-test: and Chromium, apt-get install chromium")
+    with sync_playwright() as driver:
+        options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        browser = driver.chromium.launch(executable_path=path, args=options)
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.trouble = []
+        page.on("pageerror", lambda error: page.trouble.append(str(error)))
+        yield page
+        browser.close()
+
+
+def test_numbers_move(server, page, tmp_path):
+    page.goto(server.url)
+    page.wait_for_selector("html[data-state=serving]")
+    model = page.locator('[data-model="own.double"]')
+    assert model.locator("[data-worker]").count() == 8
+
+    def number(field):
+        return float(model.locator(f'[data-field="{field}"]').get_attribute("data-value") or "nan")
+
+    before = number("queries")
+    for step in range(60):
+        x = [step / 60, 0.1, 0.2, 0.3] * 2
+        assert server.infer("own.double", x).status_code == 200
+    page.wait_for_function(
+        'before => Number(document.querySelector(\'[data-model="own.double"] '
+        "[data-field=queries]').dataset.value) >= before + 120",
+        arg=before,
+    )
+    assert number("rate") > 0
+    assert number("p99") > 0
+    states = model.locator("[data-worker]").evaluate_all("all => all.map(w => w.dataset.state)")
+    assert set(states) <= {"idle", "busy", "overdue", "starting"}
+    assert page.locator("#state").inner_text() == "serving"
+    picture = tmp_path / "status.png"
+    page.screenshot(path=picture, full_page=True)
+    assert picture.stat().st_size > 20_000
+    # Something is drawn: bars of the latency histogram with height.
+    bars = model.locator(".latency svg rect").evaluate_all(
+        "all => all.map(b => b.height.baseVal.value)"
+    )
+    assert max(bars) > 50
+    assert page.trouble == []
+
+
+def test_a_lost_server_is_told(server, page):
+    server.kill()
+    page.wait_for_selector("html[data-state=lost]")
+    assert page.locator("#state").inner_text().startswith("no connection since")
