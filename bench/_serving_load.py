@@ -59,14 +59,14 @@ class Load:
             ) as answer:
                 body = await answer.read()
                 status = answer.status
+                length = int(answer.headers.get("inference-header-content-length", len(body)))
         except (TimeoutError, aiohttp.ClientError) as error:
-            status, body = type(error).__name__, b""
+            status, body, length = type(error).__name__, b"", 0
         now = time.monotonic()
         if status != 200:
             self.errors[str(status)] = self.errors.get(str(status), 0) + 1
             self.rows.append((float("nan"), False, False))
             return
-        length = int(answer.headers["inference-header-content-length"])
         about = orjson.loads(body[:length])
         count = int(np.prod(about["outputs"][0]["shape"]))
         values = np.frombuffer(body, "<f4", count, length)

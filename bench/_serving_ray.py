@@ -79,7 +79,10 @@ def main(port: int, replicas: int, batch: int, base: float, rate: float, delay: 
                 return await asyncio.to_thread(self.worker, 0, x)
 
     ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"enable_access_log": False})
+    serve.start(
+        http_options={"host": "127.0.0.1", "port": port},
+        logging_config={"enable_access_log": False},
+    )
     serve.run(Model.bind(), name="bench", route_prefix="/")
     print("listening", flush=True)
     stop = threading.Event()

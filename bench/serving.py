@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import equinox as eqx
+import jax.numpy as jnp
 import numpy as np
 from _report import environment, write_json
 from _serving_page import write_page
@@ -75,16 +76,10 @@ SYSTEMS = (
     ),
     System(
         "coded (8, 4)",
-        "`nercc serve` as it comes: NeRCC, interleaved and tuned; a straggler's query is decoded if "
-        "its label is expected to differ with at most 5 %, and sent again otherwise",
+        "`nercc serve` as it comes: NeRCC, interleaved and tuned; a straggler's query is decoded "
+        "if its label is expected to differ with at most 5 %, and sent again otherwise",
         2.0,
         {},
-    ),
-    System(
-        "coded (8, 4), repeated",
-        "`--points repeated`: the redundancy are second copies, decoding is for when both straggle",
-        2.0,
-        {"points": "repeated"},
     ),
     System(
         "coded (6, 4)",
@@ -92,10 +87,9 @@ SYSTEMS = (
         1.5,
         {"num_workers": 6, "max_disagreement": 0.2},
     ),
-    System("Ray Serve", "a replica a worker, one query a call", 1.0, ray_batch=1),
     System(
-        "Ray Serve, batches",
-        f"the same with `serve.batch`: what waits at a replica, up to {BATCH} queries",
+        "Ray Serve",
+        f"a replica a worker, with `serve.batch`: what waits at a replica, up to {BATCH} queries",
         1.0,
         ray_batch=BATCH,
     ),
@@ -103,10 +97,10 @@ SYSTEMS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Latency and throughput of servers, side by side.")
     parser.add_argument("--quick", action="store_true", help="a few seconds each: does it run?")
     parser.add_argument("--page", action="store_true", help="write the page from the last results")
-    parser.add_argument("--seconds", type=float, default=40.0, help="of each open-loop cell")
+    parser.add_argument("--seconds", type=float, default=25.0, help="of each open-loop cell")
     parser.add_argument("--only", nargs="*", help="some systems, to try")
     arguments = parser.parse_args()
     path = RESULTS / ("serving-quick.json" if arguments.quick else "serving.json")
@@ -149,7 +143,7 @@ def _write_queries(path: Path) -> int:
     """Test images and the model's own labels: what clients send, and what is right."""
     network = load_model(MODEL)
     images = np.asarray(network.preprocess(load_data(network.data, "test").images))
-    labels = np.asarray(eqx.filter_jit(network)(images)).argmax(axis=1)
+    labels = np.asarray(eqx.filter_jit(network)(jnp.asarray(images))).argmax(axis=1)
     np.savez(path, queries=images, labels=labels)
     return len(images)
 

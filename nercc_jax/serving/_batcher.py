@@ -297,7 +297,7 @@ class CodedBatcher:
             self._dispatch_groups(now)
 
     def _dispatch_own(self, now: float) -> None:
-        """Queries go out as they came; the coded ones of full groups follow, if workers are left."""
+        """Queries go out as they came; the coded ones of full groups follow if workers are left."""
         full = []
         while self._purge(self._queue) and self._pool.idle:
             cell = self._cut(self._queue, now)

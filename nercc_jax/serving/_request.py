@@ -125,6 +125,6 @@ class Query:
     def __init__(self, request: Request, place: int, x: np.ndarray):
         self.request, self.place = request, place
         self.x: np.ndarray | None = x
-        self.home: "Group | None" = None
+        self.home: Group | None = None
         self.done = self.reexecuted = False
         self.waiting = True

@@ -1,4 +1,4 @@
-"""A model as a server has it: a callable on a batch, the shapes it goes between, and their names."""
+"""A model as a server has it: a callable on a batch, its shapes, and what they are called."""
 
 import dataclasses
 import importlib
@@ -69,8 +69,8 @@ def make_servable(
     answer_shape = getattr(answer, "shape", None)
     if not answer_shape or answer_shape[0] != 1 or answer.dtype != jnp.float32:
         raise ValueError(
-            f"{name} must map a batch (B, {', '.join(map(str, shape))}) to a float32 array (B, ...); "
-            f"for B = 1 it returned {answer}"
+            f"{name} must map a batch (B, {', '.join(map(str, shape))}) to a float32 array "
+            f"(B, ...); for B = 1 it returned {answer}"
         )
     return Servable(name, model, tuple(shape), answer_shape[1:], output_name, calibration)
 

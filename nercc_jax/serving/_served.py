@@ -153,6 +153,6 @@ def _check(fidelity: Fidelity, coder: Coder, limit: float | None) -> None:
     if not (disagreement <= limit).all():
         raise ValueError(
             f"max_disagreement {limit}: with this code {disagreement.max():.4f} is expected even "
-            f"when all {coder.num_workers} workers answer, so every query would be sent twice; allow "
-            "more, use interleaved points, or a tuned code (`nercc tune`)"
+            f"when all {coder.num_workers} workers answer, so every query would be sent twice; "
+            "allow more, use interleaved points, or a tuned code (`nercc tune`)"
         )

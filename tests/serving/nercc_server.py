@@ -20,7 +20,10 @@ import httpx
 STARTS, ENDS = 120.0, 60.0
 
 MODELS = '''
+import time
+
 import equinox as eqx
+import jax
 import numpy as np
 
 
@@ -31,6 +34,16 @@ def double(x):
 
 def moody(x):
     return 2 * eqx.error_if(x, (x < 0).any(), "no negative numbers, please")[:, :3]
+
+
+def wait(x):
+    if (x < 0).any():
+        time.sleep(1000)
+    return x
+
+
+def hangs(x):
+    return jax.pure_callback(wait, jax.ShapeDtypeStruct(x.shape, x.dtype), x)[:, :3]
 
 
 def from_weights(path):

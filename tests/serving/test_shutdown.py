@@ -1,0 +1,188 @@
+"""How a server ends: what it accepted is answered, nothing new is, and nothing keeps it alive."""
+
+# ruff: noqa: E402 (`require` comes before what needs it)
+
+import concurrent.futures
+import contextlib
+import signal
+import socket
+
+import grpc
+import httpx
+import numpy as np
+import pytest
+from conftest import require
+from nercc_server import ENDS, Server, patience, running
+
+require("nercc_jax.serving._kserve", "serve")
+
+from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceStub
+
+from nercc_jax.serving._kserve import messages
+
+CONFIG = """
+drain_delay_s = {delay}
+drain_timeout_s = {timeout}
+[defaults]
+scheme = "uncoded"
+input_shape = [4]
+workers = 2
+max_batch_size = 1
+deadline_s = 600
+[[models]]
+model = "own:double"
+name = "slow"
+service_delay_s = {service}
+[[models]]
+model = "own:hangs"
+name = "hangs"
+hang_timeout_s = 600
+"""
+FOREVER = 500.0  # much longer than any test waits
+CALLS = 8
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts servers that take this long to answer, and ends what is left of them."""
+    with contextlib.ExitStack() as ends:
+
+        def start(service=0.3, delay=0.0, timeout=60.0):
+            config = CONFIG.format(service=service, delay=delay, timeout=timeout)
+            server = Server(tmp_path, config=config)
+            ends.callback(server.kill)
+            return server
+
+        yield start
+
+
+@pytest.fixture
+def threads():
+    with concurrent.futures.ThreadPoolExecutor(2 * CALLS) as threads:
+        yield threads
+
+
+def by_rest(server, number, model="slow"):
+    """The answer's status, and its first number or its error."""
+    body = {"name": "input", "datatype": "FP32", "shape": [1, 4], "data": [number] * 4}
+    url = f"{server.url}/v2/models/{model}/infer"
+    answer = httpx.post(url, json={"inputs": [body]}, timeout=2 * ENDS, trust_env=False)
+    told = answer.json()
+    return answer.status_code, told["outputs"][0]["data"][0] if "outputs" in told else told["error"]
+
+
+def by_grpc(server, number, model="slow"):
+    request = messages.ModelInferRequest(model_name=model)
+    tensor = request.inputs.add(name="input", datatype="FP32", shape=[1, 4])
+    tensor.contents.fp32_contents.extend([number] * 4)
+    with grpc.insecure_channel(server.grpc) as channel:
+        try:
+            answer = GRPCInferenceServiceStub(channel).ModelInfer(request, timeout=2 * ENDS)
+        except grpc.RpcError as error:
+            return error.code(), error.details()
+    return 200, float(np.frombuffer(answer.raw_output_contents[0], "<f4")[0])
+
+
+def accepted(server, calls, model="slow"):
+    """Waits until the server has so many requests in hand."""
+    for _ in patience(ENDS):
+        if server.status(model)["queue"]["in_flight"] == calls:
+            return
+    raise AssertionError(server.status(model))
+
+
+@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT])
+def test_what_was_accepted_is_answered(start, threads, which):
+    server = start()
+    calls = [threads.submit(by_rest, server, number) for number in range(CALLS)]
+    calls += [threads.submit(by_grpc, server, number) for number in range(CALLS)]
+    accepted(server, 2 * CALLS)
+    server.signal(which)
+    expected = [(200, 2.0 * number) for number in range(CALLS)] * 2
+    assert [call.result(ENDS) for call in calls] == expected
+    assert server.wait() == 0
+    log = [line["message"] for line in server.log()]
+    assert log.index("listening") < log.index("draining")
+    assert log.count("model is closed") == 2
+    assert {line["level"] for line in server.log()} == {"INFO"}
+    with pytest.raises(httpx.ConnectError):
+        by_rest(server, 0)
+
+
+def test_it_says_that_it_drains_and_answers_meanwhile(start):
+    server = start(service=0.0, delay=3.0)
+    channel = grpc.insecure_channel(server.grpc)
+    stub = GRPCInferenceServiceStub(channel)
+    assert stub.ServerReady(messages.ServerReadyRequest()).ready
+    server.signal()
+    server.wait_for("draining")
+    for path in ("/v2/health/ready", "/v2/models/slow/ready"):
+        answer = server.http.get(path)
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    assert server.http.get("/v2/health/live").json() == {"live": True}
+    assert server.http.get("/status").json()["server"]["state"] == "draining"
+    assert not stub.ServerReady(messages.ServerReadyRequest()).ready
+    assert not stub.ModelReady(messages.ModelReadyRequest(name="slow")).ready
+    assert by_rest(server, 3) == (200, 6.0)
+    assert by_grpc(server, 4) == (200, 8.0)
+    channel.close()
+    assert server.wait() == 0
+
+
+def test_whoever_waits_longer_than_draining_takes_is_told(start, threads):
+    server = start(service=FOREVER, timeout=0.5)
+    calls = [threads.submit(ask, server, 1) for ask in (by_rest, by_grpc) for _ in range(3)]
+    accepted(server, 6)
+    server.signal()
+    told = [call.result(ENDS) for call in calls]
+    assert [status for status, _ in told] == [503] * 3 + [grpc.StatusCode.UNAVAILABLE] * 3
+    assert {words for _, words in told} == {"the server shut down before it could answer"}
+    assert server.wait() == 0
+
+
+@pytest.mark.parametrize("times", [(0.0, FOREVER), (FOREVER, FOREVER)], ids=["timeout", "delay"])
+def test_a_second_signal_ends_it_at_once(start, threads, times):
+    server = start(FOREVER, *times)
+    calls = [threads.submit(ask, server, 1) for ask in (by_rest, by_grpc)]
+    accepted(server, 2)
+    server.signal()
+    server.wait_for("draining")
+    server.signal()
+    assert server.wait() == 0
+    for call in calls:  # told, or cut off
+        with contextlib.suppress(httpx.TransportError):
+            assert call.result(ENDS)[0] != 200
+
+
+def test_a_model_that_hangs_does_not_keep_it_alive(start, threads):
+    server = start(timeout=0.5)
+    call = threads.submit(by_rest, server, -1, "hangs")
+    accepted(server, 1, "hangs")
+    server.signal()
+    assert call.result(ENDS)[0] == 503
+    assert server.wait() == 0
+
+
+def test_connections_that_are_idle_or_stuck_do_not_keep_it_alive(start):
+    server = start(timeout=0.5)
+    with contextlib.ExitStack() as connections:
+        for sent in (b"", b"GET /v2 HTTP/1.1\r\n", b"POST /v2/models/slow/infer HTTP/1.1\r\n"):
+            address = ("127.0.0.1", server.http_port)
+            connection = connections.enter_context(socket.create_connection(address, ENDS))
+            if sent.startswith(b"POST"):
+                sent += b"Host: x\r\nContent-Length: 1000\r\n\r\n{"
+            connection.sendall(sent)
+        assert server.http.get("/v2").status_code == 200  # and this one stays open
+        server.signal()
+        assert server.wait() == 0
+
+
+def test_it_starts_again_on_the_same_port(tmp_path):
+    """Right after one that ended under load: no address in use, nothing left behind."""
+    config = CONFIG.format(service=0.1, delay=0, timeout=60)
+    with running(tmp_path, config=config) as server:
+        assert by_rest(server, 1) == (200, 2.0)
+        ports = {"NERCC_HTTP_PORT": str(server.http_port), "NERCC_GRPC_PORT": str(server.grpc_port)}
+    with running(tmp_path, config=config, **ports) as again:
+        assert again.http_port == server.http_port
+        assert by_rest(again, 1) == (200, 2.0)
