@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -145,6 +146,8 @@ def serve_command(
         if any(each.pool == "ray" for each in chosen) and importlib.util.find_spec("ray") is None:
             raise ImportError("--pool ray needs Ray: pip install 'nercc-jax[ray]'")
         _start_log(settings.log_format, settings.log_level)
+        # Until the server listens and drains; as a container's first process it would be ignored.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         from prometheus_client import CollectorRegistry
 
         from ..serving._server import Server

@@ -127,8 +127,10 @@ def _open_pool(servable: Servable, settings: ModelSettings) -> AbstractPool:
         "max_attempts": settings.max_attempts,
         "hang_timeout": settings.hang_timeout_s,
     }
-    make = RayPool if settings.pool == "ray" else DevicePool
-    return make(servable.model, settings.workers or settings.num_workers, **options)
+    number = settings.workers or settings.num_workers
+    if settings.pool == "ray":
+        return RayPool(servable.model, number, actor_options=settings.actor_options, **options)
+    return DevicePool(servable.model, number, **options)
 
 
 def _faults(settings: ModelSettings) -> Faults:

@@ -67,6 +67,7 @@ class ModelSettings(BaseModel):
     workers: int | None = Field(
         default=None, ge=1, description="Workers in the pool; N unless set."
     )
+    actor_options: dict[str, Any] = Field(default={}, description="Of Ray actors: num_gpus, ...")
     max_attempts: int = Field(default=3, ge=1)
     hang_timeout_s: float = Field(default=60.0, gt=0)
 

@@ -147,6 +147,7 @@ def test_too_large_a_number_is_left_to_the_batcher_which_refuses_what_is_not_fin
         (body(data=json.loads("[" * 200 + "]" * 200)), "do not make a tensor"),
         (b'{"inputs": [' + b",".join([body()[12:-2]] * 2) + b"]}", "not inputs"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_is_no_request_is_refused(content, message):
     with pytest.raises(InvalidInput, match=message):
@@ -224,6 +225,7 @@ def test_a_body_that_expands_beyond_the_limit_is_refused(squeeze):
         (gzip.compress(bytes(1000))[:-1], "ends too early"),
         (gzip.compress(bytes(1000)) + b"more", "bytes after"),
     ],
+    ids=["words", "nothing", "cut off", "with more"],  # gzip writes the time
 )
 def test_what_is_not_gzip_is_refused(content, message):
     with pytest.raises(InvalidInput, match=message):

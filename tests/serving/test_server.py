@@ -161,6 +161,7 @@ def post(server, content=BODY, path="/v2/models/double/infer", **headers):
         (zlib.compress(BODY), {"content_encoding": "deflate"}),
         (BODY, {"inference_header_content_length": str(len(BODY))}),
     ],
+    ids=["", "as text", "identity", "gzip", "GZip", "deflate", "with its length"],
 )
 def test_bodies_come_in_many_ways(server, content, headers):
     answer = post(server, content, **headers)
@@ -363,6 +364,7 @@ def pieces(total):
         (lambda: pieces(2 * LIMIT), {}, 413, f"more than {LIMIT} bytes"),
         (gzip.compress(bytes(LIMIT + 1)), {"content_encoding": "gzip"}, 413, "when decompressed"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_bodies_that_are_refused(server, content, headers, status, words):
     """Too large ones before they are read: the client may find its connection closed."""
