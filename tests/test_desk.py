@@ -210,3 +210,82 @@ def test_a_task_does_not_go_to_the_same_worker_again(crew, open_desk):
     assert list(crew.sent) == [other]
     crew.answer(other)
     assert batch.wait().available.all()
+
+
+def test_a_batch_that_has_enough_sends_no_more_but_hears_what_is_under_way(crew, open_desk):
+    desk = open_desk(2)
+    batch = dispatch(desk, 4)
+    batch.suffice()
+    for worker in (0, 1):
+        crew.answer(worker)
+    assert not crew.sent
+    assert batch.available.tolist() == [True, True, False, False]
+    assert not any(batch.lost(point) or batch.abandoned(point) for point in range(4))
+
+
+def test_a_point_that_failed_is_abandoned_when_its_batch_needs_it_no_more(crew, open_desk):
+    desk = open_desk(3)
+    batch = dispatch(desk, 3, needed=2)
+    crew.answer(0)
+    crew.answer(1)
+    assert not batch.abandoned(2), "a worker has it in hand"
+    crew.answer(2, OSError("lost"))
+    assert batch.abandoned(2)
+    assert not batch.lost(2), "it has attempts left"
+    assert not crew.sent
+    assert not batch.abandoned(0)
+
+
+def test_a_point_without_attempts_left_is_lost(crew, open_desk):
+    desk = open_desk(1, max_attempts=2)
+    batch = dispatch(desk, 1)
+    crew.answer(0, OSError("lost"))
+    assert not batch.lost(0), "it was sent again"
+    assert not batch.abandoned(0)
+    crew.answer(0, OSError("lost again"))
+    assert batch.lost(0)
+    assert batch.abandoned(0)
+
+
+def test_points_of_one_batch_may_hold_different_numbers_of_data_points(crew, open_desk):
+    desk = open_desk(2)
+    batch = desk.open(2, None, 1, None, None)
+    desk.add(batch, [0, 1], [np.zeros((1, 1)), np.ones((3, 1))], [0, 0])
+    crew.answer(0, np.zeros((1, 4)))
+    crew.answer(1, np.zeros((3, 5)))  # another model's answers
+    assert "each answer has shape (5,), others of this batch (4,)" in batch.failures[0].reason
+    worker = next(iter(crew.sent))
+    crew.answer(worker, np.zeros((3, 4)))
+    assert batch.available.all()
+    assert batch.answer(1).shape == (3, 4)
+
+
+def test_who_waits_for_an_idle_worker_is_told(crew, open_desk):
+    desk = open_desk(2)
+    told = []
+    desk.on_idle(lambda: told.append(desk.idle))
+    batch = dispatch(desk, 3)
+    assert (desk.idle, told) == (0, [])
+    crew.answer(0)  # and is given the third
+    assert (desk.idle, told) == (0, [])
+    crew.answer(1)
+    assert (desk.idle, told) == (1, [1])
+    crew.answer(0)
+    assert (desk.idle, told) == (2, [1, 2])
+    assert batch.over
+    states = [worker.state for worker in desk.report().workers]
+    assert states == ["idle", "idle"]
+
+
+def test_the_report_tells_of_each_worker(crew, open_desk):
+    desk = open_desk(3)
+    dispatch(desk, 2)
+    busy = [worker for worker in desk.report().workers if worker.state == "busy"]
+    assert len(busy) == 2
+    assert all(worker.busy_seconds >= 0 for worker in busy)
+    crew.refuse = range(3)  # whoever dies now does not come back
+    victim = next(iter(crew.sent))
+    crew.answer(victim, WorkerDied("gone"))
+    report = desk.report()
+    assert report.workers[victim].deaths == report.deaths_by_worker[victim] >= 1
+    assert report.workers[victim].state == "starting"

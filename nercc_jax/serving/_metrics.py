@@ -111,7 +111,7 @@ class Meter:
         self._heard = np.zeros(num_workers + 1, int)
         meters.pools[model] = pool
 
-    def observe(self, what: Measure, number: float) -> None:
+    def observe(self, what: Measure, number: int | float) -> None:
         """Takes a measurement, from any thread."""
         with self._lock:
             self._take(what, float(number))

@@ -7,7 +7,6 @@ import gzip
 import json
 import re
 import socket
-import subprocess
 import zlib
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import httpx
 import numpy as np
 import pytest
 from conftest import require
-from nercc_server import ENDS, MODELS, command, environment, patience, running
+from nercc_server import ENDS, patience, running
 
 require("nercc_jax.serving._kserve", "serve")
 
@@ -609,21 +608,3 @@ def test_without_the_wish_there_are_no_lines_of_requests(tmp_path):
         assert "answered" not in {line["message"] for line in server.log()}
     with pytest.raises(httpx.TransportError):
         httpx.get(f"{server.url}/v2", trust_env=False)
-
-
-def test_a_log_for_people(tmp_path):
-    (tmp_path / "own.py").write_text(MODELS)
-    told = ["--model", "own:nothing", "--input-shape", "4", "--log-format", "text"]
-    result = subprocess.run(
-        command(*told),
-        cwd=tmp_path,
-        env=environment(NERCC_LOG_LEVEL="DEBUG"),
-        capture_output=True,
-        text=True,
-        timeout=ENDS,
-    )
-    assert result.returncode == 2
-    *lines, last = result.stderr.splitlines()
-    assert last.startswith("error: ")
-    assert any(re.match(r"[-0-9]{10} [:,0-9]{12} DEBUG [\w.]+: ", line) for line in lines)
-    assert not any(line.startswith("{") for line in lines)

@@ -5,6 +5,7 @@
 import inspect
 import json
 import os
+import re
 import socket
 import subprocess
 from pathlib import Path
@@ -49,6 +50,7 @@ MODEL = {
     "code": "code.json",
     "pool": "ray",
     "workers": 5,
+    "actor_options": {"num_gpus": 0.5},
     "max_attempts": 2,
     "hang_timeout_s": 7.5,
     "max_batch_size": 16,
@@ -79,13 +81,14 @@ class Told(Exception):
 
 @pytest.fixture(autouse=True)
 def never_serve(monkeypatch):
-    """In these tests' own process nothing serves, and the log stays pytest's."""
+    """In these tests' own process nothing serves; the log and the signals stay pytest's."""
 
     def run(server):
         raise Told(server)
 
     monkeypatch.setattr("nercc_jax.serving._server.Server.run", run)
     monkeypatch.setattr(_serve, "_start_log", lambda *_: None)
+    monkeypatch.setattr(_serve.signal, "signal", lambda *_: None)
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +102,10 @@ def alone(monkeypatch, tmp_path):
 
 
 def toml(value):
-    return json.dumps(value)  # strings, numbers, booleans and lists of them are written alike
+    """JSON writes all but tables alike."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name} = {toml(each)}" for name, each in value.items()) + "}"
+    return json.dumps(value)
 
 
 def write(server=(), defaults=(), models=()):
@@ -149,7 +155,7 @@ def test_model_settings_by_file_and_environment(name, monkeypatch):
     assert found(read_settings(write(defaults={name: value}))) == expected
     (of_one,) = read_settings(write(models=[{"model": "m", name: value}])).models
     assert getattr(of_one, name) == expected
-    told = json.dumps(value) if isinstance(value, list) else str(value)
+    told = json.dumps(value) if isinstance(value, list | dict) else str(value)
     monkeypatch.setenv(f"NERCC_DEFAULTS__{name.upper()}", told)
     assert found(read_settings(None)) == expected
     if default is not None:
@@ -361,24 +367,31 @@ def test_arguments_that_are_wrong_are_told_in_one_sentence(arguments, message, m
     refused(message, *arguments)
 
 
-@pytest.mark.parametrize("face", ["HTTP", "GRPC"])
-def test_a_port_that_is_taken_is_told_in_one_sentence(face):
+@pytest.mark.parametrize(("face", "log"), [("HTTP", "text"), ("GRPC", "json")])
+def test_a_port_that_is_taken_is_told_in_one_sentence(face, log):
+    """After the log, which is for people or for machines."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         ports = {"NERCC_HTTP_PORT": "0", "NERCC_GRPC_PORT": "0", f"NERCC_{face}_PORT": str(port)}
         result = subprocess.run(
-            command(*OWN, "--scheme", "uncoded", "--workers", "1"),
+            command(*OWN, "--scheme", "uncoded", "--workers", "1", "--log-format", log),
             env=environment(**ports),
             capture_output=True,
             text=True,
             timeout=ENDS,
         )
     assert result.returncode == 2
-    last = result.stderr.strip().splitlines()[-1]
+    *lines, last = result.stderr.strip().splitlines()
     assert last == f"error: cannot listen on 127.0.0.1:{port}: is the port taken?"
     assert "Traceback" not in result.stderr
+    assert any("model is ready" in line for line in lines)
+    if log == "json":
+        assert all(json.loads(line)["level"] for line in lines)
+    else:
+        form = r"\d{4}-\d\d-\d\d [:,\d]{12} [A-Z]+ [\w.]+: .+"
+        assert all(re.fullmatch(form, line) for line in lines), lines
 
 
 def test_missing_extras_are_named(monkeypatch):

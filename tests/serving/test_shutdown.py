@@ -6,13 +6,14 @@ import concurrent.futures
 import contextlib
 import signal
 import socket
+import subprocess
 
 import grpc
 import httpx
 import numpy as np
 import pytest
 from conftest import require
-from nercc_server import ENDS, Server, patience, running
+from nercc_server import ENDS, STARTS, Server, command, environment, patience, running
 
 require("nercc_jax.serving._kserve", "serve")
 
@@ -175,6 +176,24 @@ def test_connections_that_are_idle_or_stuck_do_not_keep_it_alive(start):
         assert server.http.get("/v2").status_code == 200  # and this one stays open
         server.signal()
         assert server.wait() == 0
+
+
+@pytest.mark.parametrize(("which", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_end_a_start(tmp_path, which, code):
+    """As shells say it; a container's first process would not end by itself."""
+    late = "import pathlib, time\npathlib.Path('begun').touch()\ntime.sleep(500)\n"
+    (tmp_path / "late.py").write_text(late)
+    told = command("--model", "late:model", "--input-shape", "4")
+    process = subprocess.Popen(told, cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL)
+    try:
+        for _ in patience(STARTS):
+            if (tmp_path / "begun").exists():
+                break
+        process.send_signal(which)
+        assert process.wait(ENDS) == code
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_it_starts_again_on_the_same_port(tmp_path):
