@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -184,6 +185,8 @@ def _start_log(log_format: str, level: str) -> None:
         )
     else:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    # gRPC's core would write lines of its own; what matters of them is told by exceptions.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     logging.basicConfig(level=level, handlers=[handler], force=True)
 
 

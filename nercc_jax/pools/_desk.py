@@ -288,9 +288,9 @@ class Desk:
             free = bool(self._idle)
         self._send(sends)
         if batch is not None and changed and batch.on_change is not None:
-            _tell(batch.on_change, batch)
+            _tell(f"on_change of a batch of {batch.num_points}", batch.on_change, batch)
         if free and self._on_idle is not None:
-            _tell(self._on_idle)
+            _tell("on_idle", self._on_idle)
 
     def _ready(self, worker: int, outcome: Any) -> None:
         seat = self._seats[worker]
@@ -520,11 +520,11 @@ class Desk:
 _COUNTED = ("sent", "answered", "late", "errors", "deaths", "hung", "copies")
 
 
-def _tell(callback: Callable[..., None], *args: Any) -> None:
+def _tell(what: str, callback: Callable[..., None], *args: Any) -> None:
     try:
         callback(*args)
     except Exception:  # the caller's trouble: the worker that answered goes on
-        _LOG.exception("a pool's callback %r failed", callback)
+        _LOG.exception("%s failed", what)
 
 
 def _refusal(task: Task, outcome: Any) -> str | None:

@@ -61,7 +61,7 @@ _LARGE = 2**18
 # Seconds between looks at whether the server shall end.
 _TICK = 0.02
 # How long the last errors have to reach their clients, once draining has taken too long.
-_LAST_WORDS = 1.0
+_LAST_WORDS = 3.0
 
 # What an error is to clients of either face.
 _STATUS: Mapping[type[Exception], tuple[int, grpc.StatusCode]] = {
@@ -186,6 +186,7 @@ class Server:
     ):
         self.settings = settings
         self.plane = Plane(models, settings.access_log)
+        self._open = dict(models)  # not yet closed
         with contextlib.suppress(ValueError):  # already there, in a server that was made anew
             ProcessCollector(registry=registry)
         self.app = make_app(self.plane, settings, registry)
@@ -284,7 +285,8 @@ class Server:
 
     async def _close_models(self) -> None:
         """Nobody waits by now but for whom draining was too short."""
-        for name, model in self.plane.models.items():
+        while self._open:
+            name, model = self._open.popitem()
             await asyncio.to_thread(model.close, 0.0)
             _LOG.info("model is closed", extra={"model": name})
 

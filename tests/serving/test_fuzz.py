@@ -64,7 +64,8 @@ def test_schemathesis_finds_nothing(server, tmp_path):
         [
             str(Path(sys.executable).with_name("schemathesis")),
             *("run", f"{server.url}/openapi.json", "--no-color", "--generation-deterministic"),
-            *("--max-examples", "40", "--request-timeout", "30", "--continue-on-failure"),
+            *("--phases", "examples,coverage,fuzzing", "--max-examples", "30"),
+            *("--request-timeout", "60", "--continue-on-failure"),
             # Not all that the schema allows is a tensor of this model.
             *("--exclude-checks", "positive_data_acceptance"),
         ],

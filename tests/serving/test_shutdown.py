@@ -85,9 +85,10 @@ def by_grpc(server, number, model="slow"):
 
 
 def accepted(server, calls, model="slow"):
-    """Waits until the server has so many requests in hand."""
+    """Waits until the server has so many requests in hand, or has answered them."""
     for _ in patience(ENDS):
-        if server.status(model)["queue"]["in_flight"] == calls:
+        status = server.status(model)
+        if status["queue"]["in_flight"] + status["totals"]["requests"] == calls:
             return
     raise AssertionError(server.status(model))
 
@@ -111,7 +112,7 @@ def test_what_was_accepted_is_answered(start, threads, which):
 
 
 def test_it_says_that_it_drains_and_answers_meanwhile(start):
-    server = start(service=0.0, delay=3.0)
+    server = start(service=0.0, delay=FOREVER)
     channel = grpc.insecure_channel(server.grpc)
     stub = GRPCInferenceServiceStub(channel)
     assert stub.ServerReady(messages.ServerReadyRequest()).ready
@@ -127,6 +128,7 @@ def test_it_says_that_it_drains_and_answers_meanwhile(start):
     assert by_rest(server, 3) == (200, 6.0)
     assert by_grpc(server, 4) == (200, 8.0)
     channel.close()
+    server.signal()
     assert server.wait() == 0
 
 
@@ -139,6 +141,8 @@ def test_whoever_waits_longer_than_draining_takes_is_told(start, threads):
     assert [status for status, _ in told] == [503] * 3 + [grpc.StatusCode.UNAVAILABLE] * 3
     assert {words for _, words in told} == {"the server shut down before it could answer"}
     assert server.wait() == 0
+    log = [line["message"] for line in server.log()]
+    assert log.count("model is closed") == 2
 
 
 @pytest.mark.parametrize("times", [(0.0, FOREVER), (FOREVER, FOREVER)], ids=["timeout", "delay"])
@@ -198,7 +202,7 @@ def test_signals_end_a_start(tmp_path, which, code):
 
 def test_it_starts_again_on_the_same_port(tmp_path):
     """Right after one that ended under load: no address in use, nothing left behind."""
-    config = CONFIG.format(service=0.1, delay=0, timeout=60)
+    config = CONFIG.format(service=0.1, delay=0.2, timeout=60)
     with running(tmp_path, config=config) as server:
         assert by_rest(server, 1) == (200, 2.0)
         ports = {"NERCC_HTTP_PORT": str(server.http_port), "NERCC_GRPC_PORT": str(server.grpc_port)}
