@@ -20,6 +20,7 @@ import abc
 import collections
 import dataclasses
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -534,5 +535,13 @@ def _refusal(task: Task, outcome: Any) -> str | None:
     return task.batch.refusal(outcome, task.value.shape[0])
 
 
+# The line of a traceback that says what was raised: frames are indented.
+_RAISED = re.compile(r"[A-Za-z_][\w.]*(: |$)")
+
+
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    """One line: what was raised, and where XLA wraps a traceback, what that says at its end."""
+    text = str(error)
+    _, traceback, raised = text.rpartition("Traceback (most recent call last):")
+    lines = [line for line in raised.splitlines() if _RAISED.match(line)] if traceback else []
+    return lines[0] if lines else f"{type(error).__name__}: {text}".splitlines()[0]

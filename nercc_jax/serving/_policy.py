@@ -1,6 +1,7 @@
 """How a batcher forms groups, how long it waits, and what it gives out."""
 
 import dataclasses
+import math
 from typing import Literal, TypeAlias
 
 
@@ -42,7 +43,11 @@ class BatchingPolicy:
             raise ValueError(
                 f"max_queue_size {self.max_queue_size} and copies {self.copies} must be 1 or more"
             )
-        if not (self.batch_wait_timeout_s >= 0 and self.deadline_s > 0 and self.patience > 0):
+        if not (
+            0 <= self.batch_wait_timeout_s < math.inf
+            and 0 < self.deadline_s < math.inf
+            and self.patience > 0
+        ):
             raise ValueError(
                 f"batch_wait_timeout_s {self.batch_wait_timeout_s} must be 0 or more, deadline_s "
                 f"{self.deadline_s} and patience {self.patience} positive"

@@ -294,7 +294,6 @@ def test_errors_by_both_faces(server, stub, more, status, code, words):
     assert outputs(server.infer("double", [1, 2, 3, 4]))["output"].tolist() == [[2, 4, 6]]
 
 
-@pytest.mark.xfail(strict=True, reason="pools keep the first line of an error, XLA's")
 def test_what_a_model_raises_is_told(server):
     answer = server.infer("moody", [-1, 2, 3, 4])
     assert "no negative numbers, please" in answer.json()["error"]
