@@ -44,7 +44,9 @@ the worker sleeps: two cores then stand for many machines. A straggling call tak
 queries. RelAcc is the share of queries answered with the model's own label.
 
 Machine: {env["cpu"]}, {env["cores"]} cores, Python {env["python"]}, {versions};
-{env["date"][:10]}. Other work ran on the machine at a lower priority.
+{env["date"][:10]}. Other work, the project's tests, ran on the machine at a lower priority: what
+differs by a tenth is noise. Ray Serve's proxy and routers share the two cores with its replicas and
+the load, which bounds it here more than it would on a larger machine.
 """
 
 
