@@ -173,7 +173,7 @@ def test_a_minute_of_trouble(server):
     assert clients.lost == 0
     assert clients.swapped == 0
     answered = clients.exact + clients.approximate
-    assert answered > 10 * CLIENTS
+    assert answered > 4 * CLIENTS
     assert clients.approximate > 0
     # Decoded ones are flagged, and nearly all right.
     assert clients.agree / clients.approximate > 0.85
