@@ -128,6 +128,28 @@ def environment(packages: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def block_bootstrap(
+    parts: Sequence[np.ndarray],
+    numbers: Callable[[np.ndarray], np.ndarray],
+    *,
+    block: int = 100,
+    rounds: int = 1000,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Some numbers of all values, and their 95 % intervals' ends.
+
+    Values in the order in which they came, in parts: neighbours in a stream are not independent, so
+    whole blocks of them are drawn.
+    """
+    blocks = [part[start : start + block] for part in parts for start in range(0, len(part), block)]
+    random = np.random.default_rng(0)
+    again = [
+        numbers(np.concatenate([blocks[i] for i in random.integers(len(blocks), size=len(blocks))]))
+        for _ in range(rounds)
+    ]
+    low, high = np.quantile(again, (0.025, 0.975), axis=0)
+    return numbers(np.concatenate(blocks)), low, high
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n")

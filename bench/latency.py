@@ -39,7 +39,7 @@ from _latency_systems import (
     systems,
     tuned_codes,
 )
-from _report import environment, write_json
+from _report import block_bootstrap, environment, write_json
 from rich.console import Console
 
 from nercc_jax import AbstractCode, NeRCC, Parity, TraceLatency
@@ -273,21 +273,12 @@ QUANTILES = (0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)
 
 def _with_intervals(latency: Sequence[np.ndarray]) -> dict[str, Any]:
     """p50, p99, p99.9 and the gap in ms, each with a 95 % interval by bootstrap over blocks."""
-    blocks = [
-        part[start : start + _BLOCK] for part in latency for start in range(0, len(part), _BLOCK)
-    ]
-    random = np.random.default_rng(0)
 
     def numbers(values: np.ndarray) -> np.ndarray:
         p50, p99, p999 = 1e3 * np.quantile(values, (0.5, 0.99, 0.999))
         return np.array([p50, p99, p999, p999 - p50])
 
-    again = [
-        numbers(np.concatenate([blocks[i] for i in random.integers(len(blocks), size=len(blocks))]))
-        for _ in range(1000)
-    ]
-    low, high = np.quantile(again, (0.025, 0.975), axis=0)
-    now = numbers(np.concatenate(blocks))
+    now, low, high = block_bootstrap(latency, numbers, block=_BLOCK)
     return {
         name: {"ms": round(now[i], 2), "low": round(low[i], 2), "high": round(high[i], 2)}
         for i, name in enumerate(("p50", "p99", "p99.9", "gap"))

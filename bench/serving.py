@@ -25,7 +25,7 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from _report import environment, write_json
+from _report import block_bootstrap, environment, write_json
 from _serving_page import write_page
 
 from nercc_models import load_data, load_model
@@ -185,19 +185,10 @@ _SHARES = (("50", 0.5), ("99", 0.99), ("999", 0.999))
 
 def _intervals(latency: np.ndarray) -> dict[str, list[float]]:
     """95 % intervals by bootstrap over stretches of 100 queries, which are not independent."""
-    random = np.random.default_rng(0)
-    blocks = np.array_split(latency, max(len(latency) // 100, 1))
-    draws = [
-        np.concatenate([blocks[i] for i in random.integers(len(blocks), size=len(blocks))])
-        for _ in range(500)
-    ]
-    return {
-        f"p{name}": [
-            1e3 * float(value)
-            for value in np.quantile([np.quantile(d, share) for d in draws], (0.025, 0.975))
-        ]
-        for name, share in _SHARES
-    }
+    shares = [share for _, share in _SHARES]
+    _, low, high = block_bootstrap([latency], lambda t: 1e3 * np.quantile(t, shares), rounds=500)
+    ends = zip(low.tolist(), high.tolist(), strict=True)
+    return {f"p{name}": list(pair) for (name, _), pair in zip(_SHARES, ends, strict=True)}
 
 
 def _load(ask: list[str], loop: str, amount: float, seconds: float, seed: int) -> dict[str, Any]:

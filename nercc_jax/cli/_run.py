@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .. import AbstractCode, NeRCC, TraceLatency, load_code, make_forecast
+from .. import AbstractCode, NeRCC, TraceLatency, make_forecast
 from .._evaluation import batched
 from ..pools import (
     AbstractPool,
@@ -42,6 +42,7 @@ from ._workload import (
     OutputsOption,
     answering,
     check_folder,
+    load_plain_code,
 )
 
 # How often a batch is dispatched before its data points are lost.
@@ -199,16 +200,9 @@ def _job(
 
 
 def _code(path: Path | None, num_data: int, num_workers: int) -> AbstractCode:
-    """Raises: ValueError for a code whose workers run further models beside the served one."""
     if path is None:
         return NeRCC(num_data, num_workers)
-    code = load_code(path)
-    if code.worker_models.any():
-        raise ValueError(
-            f"--code {path}: {type(code).__name__} has workers that run other models; here all "
-            "run the served one"
-        )
-    return code
+    return load_plain_code(path, f"--code {path}")
 
 
 def _answers_to_wait_for(

@@ -14,7 +14,7 @@ from ..serving._metrics import Meters
 from ..serving._servable import load_callable
 from ..serving._served import ServedModel
 from ..serving._settings import ModelSettings
-from ._workload import answering
+from ._workload import answering, load_plain_code
 
 # Codes tuned for shipped models by `nercc tune --layout interleaved`.
 _CODES = Path(__file__).parent / "codes"
@@ -91,13 +91,7 @@ def code_of(settings: ModelSettings) -> AbstractCode:
     """The code that the settings name; for a shipped model a tuned one, if it comes with us."""
     k, n = settings.num_data, settings.num_workers
     if settings.code is not None:
-        code = load_code(settings.code)
-        if code.worker_models.any():
-            raise ValueError(
-                f"{settings.code}: {type(code).__name__} has workers that run other models; here "
-                "all run the served one"
-            )
-        return code
+        return load_plain_code(settings.code, str(settings.code))
     if settings.scheme == "uncoded":
         return Uncoded(1)
     if settings.scheme == "replication":

@@ -9,7 +9,7 @@ import numpy as np
 import typer
 from jaxtyping import Array
 
-from .. import AbstractStragglers, ExactStragglers
+from .. import AbstractCode, AbstractStragglers, ExactStragglers, load_code
 
 Outputs: TypeAlias = Literal["logits", "probabilities"]
 
@@ -51,6 +51,20 @@ def answering(model: str, outputs: Outputs) -> Answering:
     from nercc_models import load_model
 
     return Answering(load_model(model), outputs)
+
+
+def load_plain_code(path: Path, told: str) -> AbstractCode:
+    """A code from its file, for workers that all run the served model; `told` names it in errors.
+
+    Raises: ValueError for a code whose workers run further models beside it, and as `load_code`.
+    """
+    code = load_code(path)
+    if code.worker_models.any():
+        raise ValueError(
+            f"{told}: {type(code).__name__} has workers that run other models; here all run the "
+            "served one"
+        )
+    return code
 
 
 def straggler_laws(

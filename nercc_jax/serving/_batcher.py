@@ -205,6 +205,8 @@ class CodedBatcher:
             self._inbox.put(_NUDGE)
 
     def _compile(self) -> None:
+        if not self._coder.guesses:
+            return  # nothing is ever decoded
         values = np.zeros((self._coder.num_workers, 1, *self._out), np.float32)
         everyone = np.ones(self._coder.num_workers, bool)
         self._coder.decode(values, everyone, self.policy.max_batch_size)
@@ -376,7 +378,6 @@ class CodedBatcher:
     def _send_alone(self, cell: Cell, now: float) -> None:
         """One batch at one worker, hedged: its answers are exact."""
         group = self._new_group(self._alone, now)
-        group.complete = True
         group.take(cell)
         assert cell.x is not None
         self._send(group, np.arange(1), [cell.x], now)
@@ -417,7 +418,7 @@ class CodedBatcher:
         if group is self._group:
             self._group = None
         coder, queries = self._coder, len(group.cells)
-        group.complete, group.layout = True, coder.layout(queries)
+        group.layout = coder.layout(queries)
         self._observe("group_fill", queries / coder.num_data)
         hungry = self.fidelity.hungry(queries)
         points = np.flatnonzero(~group.sent) if hungry else group.layout.extras
@@ -489,7 +490,8 @@ class CodedBatcher:
         group.counted |= late
         last = not (group.out & ~late).any()
         answers = int(group.mask.sum())
-        if answers and (self._coder.systematic or answers >= self._enough or last):
+        ready = self._coder.systematic or answers >= self._enough or last
+        if answers and ready and self._coder.guesses:
             hopeless = self._decode(group, hopeless, last, now)
         if last:
             self._reexecute(group, hopeless)

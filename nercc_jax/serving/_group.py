@@ -34,7 +34,6 @@ class Group:
         self.cells: list[Cell] = []
         self.rows = 0  # of the largest cell
         self.layout = coder.layout(coder.num_data)  # of a full group, until it is complete
-        self.complete = False
         self.batch: Batch | None = None
         # By coded data point.
         self.mask = np.zeros(coder.num_workers, bool)

@@ -1,7 +1,6 @@
 """What is counted and measured of one model: for Prometheus, and for the status page."""
 
 import collections
-import itertools
 import threading
 import time
 from collections.abc import Iterator
@@ -86,7 +85,6 @@ class Meter:
 
     def __init__(self, meters: Meters, model: str, pool: AbstractPool, num_workers: int):
         self._lock = threading.Lock()
-        self._pool = pool
         self._outcomes = {o: meters.requests.labels(model, o) for o in OUTCOMES}
         self._answers = {a: meters.queries.labels(model, a) for a in ANSWERS}
         self._audits = {label: meters.audited.labels(model, label) for label in ("same", "other")}
@@ -165,7 +163,6 @@ class Meter:
                 "groups": total("group"),
                 "stragglers": total("straggler"),
                 "reexecutions": total("reexecution"),
-                "deaths": self._pool.report().deaths,
             },
             "latency": _latencies(recent),
             "heard": {"counts": heard},
@@ -178,8 +175,7 @@ class Meter:
 
 def _latencies(recent: list[tuple[float, float]]) -> dict[str, Any]:
     now = time.monotonic()
-    since = next(itertools.dropwhile(lambda at: now - at > _RECENT, (at for at, _ in recent)), now)
-    seconds = np.array([value for at, value in recent if at >= since])
+    seconds = np.array([value for at, value in recent if now - at <= _RECENT])
     counts, _ = np.histogram(seconds, bins=(0, *_SECONDS, np.inf))
     quantiles = [
         1000 * float(np.quantile(seconds, share)) if len(seconds) else None

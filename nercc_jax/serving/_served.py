@@ -86,6 +86,7 @@ class ServedModel:
         report = self.pool.report()
         audit = self._batcher.fidelity.audited()
         counted = self._meter.status()
+        counted["totals"]["deaths"] = report.deaths
         counted["fidelity"] |= {
             "audited": audit.number,
             "audited_disagreement": audit.disagreement if audit.number else None,

@@ -191,7 +191,6 @@ class Server:
             ProcessCollector(registry=registry)
         self.app = make_app(self.plane, settings, registry)
         self.http_port = self.grpc_port = 0  # known once it listens
-        self.listening = asyncio.Event()
         self._http = uvicorn.Server(
             uvicorn.Config(
                 self.app,
@@ -254,7 +253,6 @@ class Server:
                 "models": list(self.plane.models),
             },
         )
-        self.listening.set()
 
     async def _drain(self, http: asyncio.Task) -> None:
         """Says that it is not ready; then takes nothing new; whoever waits too long is told."""
