@@ -316,7 +316,7 @@ def test_readme_commands_name_what_there_is(command, monkeypatch):
         grace = int(words[words.index("--stop-timeout") + 1])
         assert grace > settings.drain_delay_s + settings.drain_timeout_s
     elif words[0] == "serve":
-        scripts = require("ray.serve.scripts", "ray-serve") and sys.modules["ray.serve.scripts"]
+        scripts = require("ray.serve.scripts", "ray-serve")
         serve = scripts.cli.commands[words[1]]
         context = serve.make_context("serve", words[2:])
         target = context.params["config_or_import_path"]
