@@ -77,6 +77,12 @@ def copies(num_data: int, num_workers: int) -> Int[np.ndarray, " num_workers"]:
     return np.concatenate([np.tile(np.arange(num_data), rounds), extra])
 
 
+def coincident(points: Float[Array, " n"], others: Float[Array, " k"]) -> Bool[Array, " n"]:
+    """Which points lie at one of the others, to a few roundings, as `gather_knots` has it."""
+    tolerance = 4 * jnp.finfo(points.dtype).eps
+    return jnp.min(jnp.abs(points[:, None] - others), axis=1) <= tolerance
+
+
 def mean_gap(points: Float[Array, " n"], available: Bool[Array, " n"]) -> Float[Array, ""]:
     """The gap, in radians, that a point on the unit circle falls into on average.
 

@@ -21,6 +21,7 @@ CODES = {
     "nercc-interleaved": lambda: NeRCC(K, N, lambda_dec=0.0, points="interleaved"),
     "nercc-repeated": lambda: NeRCC(K, N, points="repeated"),
     "nercc-smooth": lambda: NeRCC(K, N, lambda_enc=1e-3, lambda_dec=1e-2, points="uniform"),
+    "nercc-exact": lambda: NeRCC(K, N, lambda_dec=1e-3, points="interleaved", exact=True),
     "nercc-few-workers": lambda: NeRCC(12, N),
     "berrut": lambda: Berrut(K, N),
     "berrut-repeated": lambda: Berrut(K, N, points="repeated"),
@@ -236,6 +237,94 @@ def test_an_answered_data_point_is_exact_under_interpolation(name, dtype):
     assert 0 < answered.sum() < K
     decoded = code.decode(model(coded), mask)
     np.testing.assert_allclose(decoded[answered], model(x)[answered], atol=EPS[dtype])
+
+
+@pytest.mark.parametrize("points", ["interleaved", "repeated"])
+def test_exact_keeps_answered_data_points_and_smooths_elsewhere(points, dtype):
+    code = NeRCC(K, N, lambda_dec=1e-2, points=points, exact=True)
+    mask = ~np.isclose(code.beta, code.alpha[1])
+    x = data(code, 5)
+    y = jnp.sin(9 * code.encode(x))
+    decoded, answered = code.decode(y, mask), np.arange(K) != 1
+    np.testing.assert_allclose(decoded[answered], jnp.sin(9 * x)[answered], atol=50 * EPS[dtype])
+    smooth = NeRCC(K, N, lambda_dec=1e-2, points=points).decode(y, mask)
+    assert np.abs(smooth - decoded)[answered].max() > 1e-2, "all is smoothed without it"
+
+
+def test_exact_is_the_regression_under_constraints(dtype):
+    """The penalised least squares of the further answers, given those at data points."""
+    code = NeRCC(K, N, lambda_dec=3e-3, points="interleaved", exact=True)
+    y, mask = answers(code), np.arange(N) != 2
+    order = np.argsort(np.asarray(code.beta)[mask])
+    beta = np.asarray(code.beta, np.float64)[mask][order]
+    g = np.asarray(y, np.float64)[mask][order]
+    free = (np.arange(N)[mask] >= K)[order]
+    gaps, n = np.diff(beta), beta.size
+    q, r = np.zeros((n, n - 2)), np.zeros((n - 2, n - 2))
+    for j in range(n - 2):
+        q[j : j + 3, j] = 1 / gaps[j], -1 / gaps[j] - 1 / gaps[j + 1], 1 / gaps[j + 1]
+        r[j, j] = (gaps[j] + gaps[j + 1]) / 3
+        if j:
+            r[j, j - 1] = r[j - 1, j] = gaps[j] / 6
+    penalty = n * float(code.lambda_dec) * q @ np.linalg.solve(r, q.T)
+    system = penalty[np.ix_(free, free)] + np.eye(free.sum())
+    g[free] = np.linalg.solve(system, g[free] - penalty[np.ix_(free, ~free)] @ g[~free])
+    curve = scipy.interpolate.CubicSpline(beta, g, bc_type="natural")
+    expected = curve(np.asarray(code.alpha, np.float64))
+    np.testing.assert_allclose(code.decode(y, mask), expected, rtol=0, atol=300 * EPS[dtype])
+
+
+@pytest.mark.parametrize("name", [name for name in SPLINES if name.startswith("nercc")])
+def test_the_uncertainty_is_what_paths_of_the_process_show(name):
+    """Decoding errors over many drawn paths whose second derivative is white noise."""
+    with jax.enable_x64(True):
+        code = CODES[name]()
+        if code.num_data == 1:
+            pytest.skip("one answer tells no variance")
+        fewest, roughness, paths = 7, 3.0, 4000
+        code = eqx.tree_at(lambda code: code.end_penalty, code, jnp.zeros(()))
+        mask = np.arange(N) < fewest if name != "nercc-repeated" else np.arange(N) != 1
+        alpha, beta = np.asarray(code.alpha), np.asarray(code.beta)
+        places, place = np.unique(np.concatenate([alpha, beta]), return_inverse=True)
+        u = np.zeros((places.size, paths))
+        slope, rng = np.zeros(paths), np.random.default_rng(0)
+        for i, h in enumerate(np.diff(places)):
+            cov = np.array([[h**3 / 3, h**2 / 2], [h**2 / 2, h]])
+            jump, turn = roughness * np.linalg.cholesky(cov) @ rng.normal(size=(2, paths))
+            u[i + 1] = u[i] + h * slope + jump
+            slope = slope + turn
+        weights = np.where(np.isin(beta, alpha) & code.exact, 1 / np.finfo(float).eps, 1)
+        mu = float(code.decoder_penalty(mask)) * mask.sum()
+        noise = roughness * np.sqrt(mu / weights)[:, None] * rng.normal(size=(N, paths))
+        y = u[place[len(alpha) :]] + noise
+        predictions, deviation = code.decode(jnp.asarray(y), mask, return_uncertainty=True)
+        errors = np.sqrt(np.mean((predictions - u[place[: len(alpha)]]) ** 2, axis=1))
+        np.testing.assert_allclose(deviation, errors, rtol=0.08, atol=1e-6)
+        np.testing.assert_array_equal(predictions, code.decode(jnp.asarray(y), mask))
+
+
+def test_what_the_uncertainty_is_without_enough_answers(dtype):
+    code = NeRCC(K, N, lambda_dec=0.0, points="interleaved")
+    y, one = answers(code, 2, 3), np.arange(N) == 1
+    predictions, deviation = code.decode(y, one, return_uncertainty=True)
+    assert predictions.shape == (K, 2, 3)
+    np.testing.assert_array_equal(deviation, np.where(np.arange(K) == 1, 0, np.inf))
+    constant = code.decode(jnp.ones_like(y), np.arange(N) < 5, return_uncertainty=True)[1]
+    np.testing.assert_array_equal(constant, np.zeros(K), "nothing varies")
+    broken = y.at[0].set(jnp.nan)
+    with pytest.warns(RuntimeWarning, match="stragglers"):
+        with_broken = code.decode(broken, everyone(code), return_uncertainty=True)[1]
+    without = code.decode(y, np.arange(N) > 0, return_uncertainty=True)[1]
+    np.testing.assert_array_equal(with_broken, without)
+
+
+@pytest.mark.parametrize("name", ["berrut", "lagrange-quadratic", "parity", "replication"])
+def test_what_is_no_regression_has_no_uncertainty(name, untyped):
+    code = CODES[name]()
+    with pytest.raises(ValueError, match="is no regression: it has no posterior variance"):
+        code.decode(answers(code), everyone(code), return_uncertainty=True)
+    with pytest.raises(ValueError, match="is no regression: it has no process variance"):
+        code.process_variance(answers(code, 2), everyone(code))
 
 
 def test_repeated_points_keep_what_replication_keeps():
@@ -462,6 +551,7 @@ def test_uncoded_loses_what_straggles():
         (lambda: NeRCC(4, 8, end_penalty=np.inf), "end_penalty must be 0 or positive and finite"),
         (lambda: NeRCC(4, 8, end_penalty=np.nan), "end_penalty must be 0 or positive and finite"),
         (lambda: NeRCC(4, 8, end_penalty=np.ones(1)), r"end_penalty must be a scalar.*\(1,\)"),
+        (lambda: NeRCC(4, 8, exact=1), "exact must be True or False, not 1"),
         (lambda: NeRCC(0, 8), "num_data must be a positive integer"),
         (lambda: Lagrange(4, 8, degree=3), "degree 3 does not fit.* 8 workers"),
         (lambda: Lagrange(4, 8, degree=0), "degree 0 does not fit"),

@@ -22,6 +22,7 @@ ODD = {
 CODES = {
     **{layout: lambda layout=layout: nj.NeRCC(K, N, points=layout, **ODD) for layout in LAYOUTS},
     "published": lambda: nj.NeRCC(K, N, lambda_enc=0.0, lambda_dec=1e-7),
+    "exact": lambda: nj.NeRCC(K, N, lambda_dec=1e-3, points="interleaved", exact=True),
     "untuned": lambda: nj.NeRCC(K, N),
     "own-points": lambda: nj.NeRCC(K, N, points=(np.cbrt([-0.3, 0.01, 0.7]), np.sin(np.arange(N)))),
     "berrut": lambda: nj.Berrut(K, N, points="approxifer"),
@@ -93,6 +94,12 @@ def edited(path, **changes):
     path.write_text(json.dumps(content))
 
 
+def test_a_file_from_before_a_number_was_there(tmp_path):
+    path = tmp_path / "code.json"
+    edited(path, **{"numbers.exact": None})
+    assert nj.load_code(path).exact is False
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -113,6 +120,7 @@ def edited(path, **changes):
         ({"numbers.beta": [0.1, 0.2]}, r"beta must have shape \(7,\), not \(2,\)"),
         ({"numbers.alpha": [0.1, 0.2, 1.2]}, "alpha must lie in"),
         ({"numbers.alpha": ["a", "b", "c"]}, "holds no sound NeRCC"),
+        ({"numbers.exact": "yes"}, "exact must be True or False, not 'yes'"),
         ({"numbers.degree": 2}, "holds no sound NeRCC: .*degree"),
         ({"numbers": 3}, "holds no sound NeRCC"),
         ({"dtypes": []}, "holds no sound NeRCC"),

@@ -1,7 +1,7 @@
 """Codes: one interface, one file a code."""
 
 from ._berrut import Berrut
-from ._code import AbstractCode, Decoded, as_mask, decode_groups, encode_groups
+from ._code import AbstractCode, Decoded, as_mask, decode_groups, deviation, encode_groups
 from ._lagrange import Lagrange
 from ._nercc import NeRCC
 from ._parity import Parity
@@ -18,5 +18,6 @@ __all__ = [
     "Uncoded",
     "as_mask",
     "decode_groups",
+    "deviation",
     "encode_groups",
 ]

@@ -6,6 +6,7 @@ A code is two matrices: the encoder E (N, K) and, for the workers that answered,
 
 import abc
 import warnings
+from typing import Literal, overload
 
 import equinox as eqx
 import jax
@@ -82,6 +83,26 @@ class AbstractCode(eqx.Module):
         """
         return multiply(self.decoder_matrix(available), y)
 
+    def posterior_variance(
+        self, available: Bool[ArrayLike, " num_workers"]
+    ) -> Float[Array, " num_data"]:
+        """How uncertain these workers' answers leave each prediction, whatever they are.
+
+        The variance of the data points' predictions given the answers, in units of the process's
+        (`process_variance`): a code that is a regression has it. 0 where a prediction is an answer
+        itself; infinite where the answers tell nothing. Raises: ValueError for a code
+        that has none.
+        """
+        raise ValueError(f"{type(self).__name__} is no regression: it has no posterior variance")
+
+    def process_variance(
+        self, y: Float[Array, "num_workers m"], available: Bool[Array, " num_workers"]
+    ) -> Float[Array, ""]:
+        """How much finite answers y vary along the path, over all outputs: the unit of
+        `posterior_variance`, squared outputs. Infinite where they are too few to tell. Raises: as
+        there."""
+        raise ValueError(f"{type(self).__name__} is no regression: it has no process variance")
+
     def encode(self, x: Float[ArrayLike, "num_data ..."]) -> Float[Array, "num_workers ..."]:
         """The coded data points E @ x, for x of any trailing shape, in x's dtype.
 
@@ -96,9 +117,31 @@ class AbstractCode(eqx.Module):
             raise ValueError(f"data points {broken.tolist()} are not finite: take them out")
         return coded
 
+    @overload
     def decode(
-        self, y: Float[ArrayLike, "num_workers ..."], available: Bool[ArrayLike, " num_workers"]
-    ) -> Float[Array, "num_data ..."]:
+        self,
+        y: Float[ArrayLike, "num_workers ..."],
+        available: Bool[ArrayLike, " num_workers"],
+        *,
+        return_uncertainty: Literal[False] = False,
+    ) -> Float[Array, "num_data ..."]: ...
+
+    @overload
+    def decode(
+        self,
+        y: Float[ArrayLike, "num_workers ..."],
+        available: Bool[ArrayLike, " num_workers"],
+        *,
+        return_uncertainty: Literal[True],
+    ) -> tuple[Float[Array, "num_data ..."], Float[Array, " num_data"]]: ...
+
+    def decode(
+        self,
+        y: Float[ArrayLike, "num_workers ..."],
+        available: Bool[ArrayLike, " num_workers"],
+        *,
+        return_uncertainty: bool = False,
+    ) -> Array | tuple[Array, Array]:
         """The predictions of all K data points from the available workers' answers y.
 
         An unavailable worker's value never reaches the result. An available one that is not finite
@@ -106,8 +149,16 @@ class AbstractCode(eqx.Module):
         cannot be recovered are NaN. Decoding takes one product with the matrix; a value that is not
         finite, in an unavailable worker's place too, costs a second pass.
 
+        With `return_uncertainty` also the standard deviation of each prediction (K,), in units of
+        the outputs and alike for all of them: the spline is the posterior mean of a Gaussian
+        process, whose variance is `posterior_variance` times `process_variance`. It is 0 where a
+        prediction is an answer itself, and infinite where the answers are too few to tell. It says
+        how far the path may be off, in the mean over data; `calibrate_doubt` makes of it how likely
+        a label is wrong.
+
         Raises: ValueError where shapes or dtypes do not agree, and, outside jit, where no
-        prediction can be recovered. Inside jit use `try_decode` for the status.
+        prediction can be recovered, and with `return_uncertainty` for a code that is no regression.
+        Inside jit use `try_decode` for the status.
         """
         decoded = _try_decode(self, y, available)
         if not isinstance(decoded.predictions, Tracer):
@@ -126,6 +177,8 @@ class AbstractCode(eqx.Module):
                     RuntimeWarning,
                     stacklevel=3,
                 )
+        if return_uncertainty:
+            return decoded.predictions, _deviations(self, y, decoded.heard)
         return decoded.predictions
 
     def try_decode(
@@ -250,6 +303,23 @@ def _try_decode(code: AbstractCode, y: ArrayLike, available: ArrayLike) -> Decod
     available = as_mask(available, (code.num_workers,))
     decoded = decode_groups(code, y[None], available[None])
     return jax.tree.map(lambda leaf: leaf[0], decoded)
+
+
+@eqx.filter_jit
+def _deviations(
+    code: AbstractCode, y: ArrayLike, heard: Bool[Array, " num_workers"]
+) -> Float[Array, " num_data"]:
+    flat = jnp.where(heard[:, None], jnp.asarray(y).reshape(code.num_workers, -1), 0)
+    return deviation(code.posterior_variance(heard), code.process_variance(flat, heard))
+
+
+def deviation(share: Float[Array, "..."], process: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The standard deviation of predictions from posterior and process variance.
+
+    What is known (0) is so however much the process varies, which may not be known (infinite).
+    """
+    known = share == 0
+    return jnp.where(known, 0, jnp.sqrt(jnp.where(known, 1, share) * process))
 
 
 def as_mask(available: ArrayLike, shape: tuple[int, ...]) -> Bool[Array, "..."]:

@@ -6,8 +6,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from .._points import Points, mean_gap, regression_points
-from .._splines import smoothing_matrix, smoothing_spline
+from .._points import Points, coincident, mean_gap, regression_points
+from .._splines import posterior_variance, process_variance, smoothing_matrix, smoothing_spline
 from ._code import AbstractCode, as_mask
 
 
@@ -28,6 +28,11 @@ class NeRCC(AbstractCode):
       answers tell. So lambda_dec weighs, beside the integral, end_penalty (1 - t^2) u'(t)^2 at the
       two outermost answers t: nothing at -1 and 1, and the more the farther the line must go.
 
+    With `exact`, an answer at a data point's own place (interleaved and repeated points) weighs 1
+    over the rounding in the decoding regression: that prediction is the answer itself, whatever
+    lambda_dec smooths elsewhere. Without, that holds for lambda_dec = 0 only. It takes a
+    `lambda_enc` of 0, or the worker has not run on the data point itself.
+
     `lambda_enc`, `lambda_dec`, `gap_exponent`, `end_penalty`, `alpha` and `beta` are leaves. One
     answer gives a constant.
     """
@@ -40,6 +45,7 @@ class NeRCC(AbstractCode):
     lambda_dec: Float[Array, ""]
     gap_exponent: Float[Array, ""]
     end_penalty: Float[Array, ""]
+    exact: bool = eqx.field(static=True)
 
     def __init__(
         self,
@@ -51,6 +57,7 @@ class NeRCC(AbstractCode):
         gap_exponent: Float[ArrayLike, ""] | None = None,
         end_penalty: Float[ArrayLike, ""] | None = None,
         points: Points = "chebyshev",
+        exact: bool = False,
     ):
         """Points by layout name or as (alpha, beta): see `regression_points`.
 
@@ -64,7 +71,9 @@ class NeRCC(AbstractCode):
         Raises: ValueError as `regression_points` does, for a lambda or `end_penalty` that is
         negative, for NaN, for infinities other than in a lambda, and for what is no scalar.
         """
-        self.num_data, self.num_workers = num_data, num_workers
+        if not isinstance(exact, bool):
+            raise ValueError(f"exact must be True or False, not {exact!r}")
+        self.num_data, self.num_workers, self.exact = num_data, num_workers, exact
         self.alpha, self.beta = regression_points(num_data, num_workers, points)
         dtype = self.alpha.dtype
         exponent, ends = (4.0, 3000.0) if lambda_dec is None else (0.0, 0.0)
@@ -110,12 +119,38 @@ class NeRCC(AbstractCode):
         spline = smoothing_spline(self.beta, y, **self._decoding(available))
         return spline.evaluate(self.alpha)
 
+    def posterior_variance(
+        self, available: Bool[ArrayLike, " num_workers"]
+    ) -> Float[Array, " num_data"]:
+        available = as_mask(available, (self.num_workers,))
+        variance = posterior_variance(self.beta, self.alpha, **self._decoding(available))
+        kept = (self.lambda_dec == 0) | self.exact
+        return jnp.where(kept & self._answered(available), 0, variance)
+
+    def _answered(self, available: Bool[Array, " num_workers"]) -> Bool[Array, " num_data"]:
+        """The data points at whose own place a worker answered."""
+        return coincident(self.alpha, jnp.where(available, self.beta, jnp.inf))
+
+    def process_variance(
+        self, y: Float[Array, "num_workers m"], available: Bool[Array, " num_workers"]
+    ) -> Float[Array, ""]:
+        y = y.astype(jnp.promote_types(y.dtype, self.beta.dtype))
+        return process_variance(self.beta, y, **self._decoding(available))
+
     def _decoding(self, available: Bool[Array, " num_workers"]) -> dict[str, Array]:
         """The decoding regression's arguments but for points and data."""
         first = jnp.min(self.beta, where=available, initial=1)
         last = jnp.max(self.beta, where=available, initial=-1)
+        weights = jnp.ones_like(self.beta)
+        if self.exact:
+            own = coincident(self.beta, self.alpha)
+            weights = jnp.where(own, 1 / jnp.finfo(weights.dtype).eps, weights)
+        # The mean weight is what lambda is taken times: heavy answers must not add to the penalty.
+        total = jnp.sum(weights, where=available)
+        share = jnp.sum(available) / jnp.where(total > 0, total, 1)
         return {
-            "lambda_": self.decoder_penalty(available),
+            "lambda_": self.decoder_penalty(available) * share,
+            "weights": weights,
             "available": available,
             "end_weights": self.end_penalty * (1 - jnp.stack([first, last]) ** 2),
         }

@@ -1,6 +1,15 @@
-"""Smoothing splines as linear operators."""
+"""Smoothing splines as linear operators, and as posteriors."""
 
 from ._knots import Knots, gather_knots
+from ._posterior import posterior_variance, process_variance
 from ._smoothing import SmoothingSpline, smoothing_matrix, smoothing_spline
 
-__all__ = ["Knots", "SmoothingSpline", "gather_knots", "smoothing_matrix", "smoothing_spline"]
+__all__ = [
+    "Knots",
+    "SmoothingSpline",
+    "gather_knots",
+    "posterior_variance",
+    "process_variance",
+    "smoothing_matrix",
+    "smoothing_spline",
+]

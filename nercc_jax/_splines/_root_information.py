@@ -118,7 +118,8 @@ def factorize(
 def solve(
     factor: RootInformation, y: Float[Array, "n m"]
 ) -> tuple[Float[Array, "n m"], Float[Array, "n m"]]:
-    """Values and slopes at the knots of the spline fitted to observations y; linear in y.
+    """g - y and v, what the fitted spline's values at the knots differ by from the observations y,
+    and its slopes there; linear in y.
 
     The unknowns are g_i - y_i and v_i, so that data enter as the differences y_{i+1} - y_i, which
     are exact for neighbours: a slope that carries the spline over a wide gap is not made of
@@ -152,4 +153,38 @@ def solve(
     g = (top - factor.last[1] * v) / factor.last[0]
     rows = (factor.value_row, factor.slope_row, *rhs)
     _, (gs, vs) = jax.lax.scan(backward, (g, v), rows, reverse=True)
-    return y + jnp.concatenate([gs, g[None]]), jnp.concatenate([vs, v[None]])
+    return jnp.concatenate([gs, g[None]]), jnp.concatenate([vs, v[None]])
+
+
+def covariances(
+    factor: RootInformation,
+) -> tuple[Float[Array, "n 2 2"], Float[Array, "gaps 2 2"], Float[Array, "gaps 2 2"]]:
+    """How uncertain (g_i, v_i) are where observations have the variance 1 / weight.
+
+    The triangular factor R is the root of the posterior's precision, so its solution of R s = z for
+    unit noise z has the posterior's covariance. From the last knot backwards that is the recursion
+    s_i = F_i s_{i+1} + noise of covariance V_i. Returned are the covariances C_i of s_i, and F_i
+    and V_i of every gap. All are sums of squares: nothing cancels.
+    """
+    zero = jnp.zeros_like(factor.value_row[:, 0])
+    a0, a1, a2, a3 = jnp.moveaxis(factor.value_row, -1, 0)
+    b0, b1, b2 = jnp.moveaxis(factor.slope_row, -1, 0)
+    inverse = _triangle_inverse(a0, a1, b0, zero)
+    forward = -inverse @ jnp.stack([jnp.stack([a2, a3], -1), jnp.stack([b1, b2], -1)], -2)
+    noise = inverse @ jnp.swapaxes(inverse, -1, -2)
+    last = _triangle_inverse(*factor.last, jnp.zeros_like(factor.last[0]))
+
+    def backward(covariance, gap):
+        forward, noise = gap
+        covariance = forward @ covariance @ forward.T + noise
+        return covariance, covariance
+
+    final = last @ last.T
+    _, others = jax.lax.scan(backward, final, (forward, noise), reverse=True)
+    return jnp.concatenate([others, final[None]]), forward, noise
+
+
+def _triangle_inverse(a: Array, b: Array, d: Array, zero: Array) -> Float[Array, "*gaps 2 2"]:
+    """The inverse of [[a, b], [0, d]]."""
+    upper = jnp.stack([1 / a, -b / a / d], -1)
+    return jnp.stack([upper, jnp.stack([zero, 1 / d], -1)], -2)

@@ -3,7 +3,7 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from ._knots import Knots, gather_knots
 from ._root_information import RootInformation, factorize, solve
@@ -59,15 +59,16 @@ def smoothing_spline(
     Source: arXiv 2402.04377, eqs. of the encoding and decoding regression; Green and Silverman
     1994, section 2.3.
     """
-    t, weights = _checked(t, weights, available)
+    t, weights = checked(t, weights, available)
     y = jnp.asarray(y)
     if y.ndim < 1 or y.shape[0] != t.shape[0]:
         raise ValueError(f"y has shape {y.shape}; its first axis must be the {t.shape[0]} points")
-    knots, factor = _fit(t, weights, lambda_, end_weights)
+    knots, factor, _ = fit(t, weights, lambda_, end_weights)
     flat = jnp.where(weights[:, None] > 0, y.reshape(y.shape[0], -1), 0).astype(t.dtype)
-    values, slopes = solve(factor, knots.average(flat))
+    means = knots.average(flat)
+    shifts, slopes = solve(factor, means)
     shape = (-1, *y.shape[1:])
-    return SmoothingSpline(knots.t, values.reshape(shape), slopes.reshape(shape))
+    return SmoothingSpline(knots.t, (means + shifts).reshape(shape), slopes.reshape(shape))
 
 
 @jax.jit
@@ -86,12 +87,14 @@ def smoothing_matrix(
     with the same points. Columns of unavailable observations are zero. Rows sum to one, unless
     nothing is available: then the matrix is zero. Arguments and source as there.
     """
-    t, weights = _checked(t, weights, available)
+    t, weights = checked(t, weights, available)
     at = jnp.asarray(at, t.dtype)
-    knots, factor = _fit(t, weights, lambda_, end_weights)
+    knots, factor, _ = fit(t, weights, lambda_, end_weights)
 
     def predict(y):
-        return _hermite(knots.t, *solve(factor, knots.average(y)), at)
+        means = knots.average(y)
+        shifts, slopes = solve(factor, means)
+        return _hermite(knots.t, means + shifts, slopes, at)
 
     if at.shape[0] >= t.shape[0]:
         return predict(jnp.eye(t.shape[0], dtype=t.dtype))
@@ -100,7 +103,7 @@ def smoothing_matrix(
     return jnp.swapaxes(pull(jnp.eye(at.shape[0], dtype=t.dtype))[0], 0, 1)
 
 
-def _checked(t, weights, available) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+def checked(t, weights, available) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
     """The points, and their weights with zeros for what is not available."""
     t = jnp.asarray(t)
     if t.ndim != 1 or t.shape[0] == 0 or not jnp.issubdtype(t.dtype, jnp.floating):
@@ -117,7 +120,8 @@ def _checked(t, weights, available) -> tuple[Float[Array, " n"], Float[Array, " 
     return t, jnp.where(available, weights, 0)
 
 
-def _fit(t, weights, lambda_, end_weights) -> tuple[Knots, RootInformation]:
+def fit(t, weights, lambda_, end_weights) -> tuple[Knots, RootInformation, Float[Array, ""]]:
+    """The knots, the factor of their least-squares problem, and its penalty factor mu."""
     knots = gather_knots(t, weights)
     gaps, observed = jnp.diff(knots.t), knots.weights[1:] > 0
     # Outside these bounds the fit is, to rounding, the interpolating spline and the straight line.
@@ -132,11 +136,14 @@ def _fit(t, weights, lambda_, end_weights) -> tuple[Knots, RootInformation]:
         raise ValueError(f"end_weights must be two, first and last, not of shape {ends.shape}")
     slope_weights = jnp.zeros_like(knots.t).at[0].add(mu * ends[0])
     slope_weights = slope_weights.at[jnp.maximum(knots.number - 1, 0)].add(mu * ends[1])
-    return knots, factorize(gaps, knots.weights, slope_weights, mu)
+    return knots, factorize(gaps, knots.weights, slope_weights, mu), mu
 
 
-def _hermite(t, values, slopes, at):
-    """The piecewise cubic with these values and slopes at the knots t; linear in both."""
+def hermite_basis(
+    t: Float[Array, " n"], at: Float[Array, " k"]
+) -> tuple[Int[Array, " k"], Float[Array, " k"], tuple[Float[Array, " k"], ...]]:
+    """The gap that each point lies in, how far into it (0 to 1), and what the value there is made
+    of: of the left knot's value and slope, and the right one's. Straight lines beyond the ends."""
     gap = jnp.clip(jnp.searchsorted(t, at, side="right") - 1, 0, t.shape[0] - 2)
     left, h = t[gap], t[gap + 1] - t[gap]
     inside = jnp.clip((at - left) / h, 0, 1)
@@ -148,6 +155,12 @@ def _hermite(t, values, slopes, at):
         s * s * (1 + 2 * r),
         after - s * s * r * h,
     )
+    return gap, inside, basis
+
+
+def _hermite(t, values, slopes, at):
+    """The piecewise cubic with these values and slopes at the knots t; linear in both."""
+    gap, _, basis = hermite_basis(t, at)
     column = (-1,) + (1,) * (values.ndim - 1)
     b0, b1, b2, b3 = (b.reshape(column) for b in basis)
     return b0 * values[gap] + b1 * slopes[gap] + b2 * values[gap + 1] + b3 * slopes[gap + 1]

@@ -1,0 +1,155 @@
+"""The spline as a posterior, against the covariance of integrated white noise in 50 digits."""
+
+import jax
+import jax.numpy as jnp
+import mpmath as mp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from nercc_jax import regression_points
+from nercc_jax._splines import posterior_variance, process_variance, smoothing_spline
+
+mp.mp.dps = 50
+
+
+def covariance(s, t):
+    """Of twice integrated white noise of variance 1 that starts at -2 with value and slope 0."""
+    s, t = sorted((s + 2, t + 2))
+    return s**2 * (3 * t - s) / 6
+
+
+def exact(t, at, mu, y=None):
+    """Posterior variance (and tau^2 of observations y) with a straight line nothing is known of.
+
+    Universal kriging: the covariance of the observations K, the line's basis B.
+    """
+    t, at = [mp.mpf(float(v)) for v in t], [mp.mpf(float(v)) for v in at]
+    n = len(t)
+    system = mp.matrix(n + 2, n + 2)
+    for i in range(n):
+        for j in range(n):
+            system[i, j] = covariance(t[i], t[j]) + (mu if i == j else 0)
+        for c, value in enumerate((mp.mpf(1), t[i])):
+            system[i, n + c] = system[n + c, i] = value
+    variances = []
+    for a in at:
+        right = mp.matrix([covariance(s, a) for s in t] + [mp.mpf(1), a])
+        solution = mp.lu_solve(system, right)
+        variances.append(covariance(a, a) - mp.fdot(solution, right))
+    if y is None:
+        return np.array([float(v) for v in variances])
+    y = mp.matrix([mp.mpf(float(v)) for v in y] + [0, 0])
+    solution = mp.lu_solve(system, y)
+    return float(mp.fdot(y[:n], solution[:n]) / (n - 2))
+
+
+LAMBDAS = (0.0, 1e-9, 1e-5, 1e-2)
+
+
+@pytest.mark.parametrize("lambda_", LAMBDAS)
+@pytest.mark.parametrize("layout", ["chebyshev", "interleaved", "repeated"])
+def test_variance_is_the_posteriors(layout, lambda_, dtype):
+    alpha, beta = regression_points(6, 9, layout)
+    available = np.array([1, 1, 0, 1, 0, 1, 1, 1, 0], bool)
+    got = posterior_variance(beta, alpha, lambda_, available=available)
+    assert got.dtype == dtype
+    t = np.asarray(beta, np.float64)[available]
+    mu = mp.mpf(max(lambda_, 1e-18)) * len(t)
+    want = exact(t, np.asarray(alpha, np.float64), mu)
+    tolerance = {"float32": 3e-4, "float64": 1e-8}[dtype]
+    np.testing.assert_allclose(
+        got, want, rtol=tolerance, atol=2e-9 if dtype == "float32" else 1e-13
+    )
+
+
+@pytest.mark.parametrize("lambda_", LAMBDAS)
+def test_process_variance_is_restricted_maximum_likelihood(lambda_, dtype, key):
+    _, beta = regression_points(8, 20, "chebyshev")
+    y = jax.random.normal(key, (20, 1)) + 3 * jnp.sin(4 * beta)[:, None] + 50
+    available = np.arange(20) % 3 != 1
+    got = process_variance(beta, y, lambda_, available=available)
+    t, seen = np.asarray(beta, np.float64)[available], np.asarray(y, np.float64)[available, 0]
+    want = exact(t, [], mp.mpf(max(lambda_, 1e-18)) * len(t), seen)
+    np.testing.assert_allclose(got, want, rtol={"float32": 2e-3, "float64": 1e-8}[dtype])
+
+
+def test_outside_and_with_few_answers(dtype):
+    t = jnp.linspace(-0.5, 0.5, 5)
+    got = posterior_variance(t, jnp.array([-1.0, 1.0, 0.9]), 0.0)
+    np.testing.assert_allclose(got, exact(t, [-1, 1, 0.9], mp.mpf(1e-20)), rtol=1e-4)
+    one = np.arange(5) == 2
+    assert np.all(np.isinf(posterior_variance(t, t, 0.0, available=one)))
+    assert np.all(np.isinf(posterior_variance(t, t, 0.0, available=one & ~one)))
+    two = np.arange(5) < 2
+    assert np.all(np.isfinite(posterior_variance(t, t, 0.0, available=two)))
+    assert process_variance(t, t, 0.0, available=two) == np.inf
+
+
+def test_coincident_answers_are_one(dtype):
+    t = jnp.array([-1.0, -0.3, -0.3, -0.3, 0.4, 1.0])
+    at = jnp.array([-0.6, -0.3, 0.1])
+    weights = jnp.array([1.0, 3.0, 1.0, 1.0])
+    once = t[jnp.array([0, 1, 4, 5])]
+    mean = 6 * 1e-3  # mu is lambda times the sum of the weights, the same in both
+    got = posterior_variance(t, at, mean / 6)
+    want = posterior_variance(once, at, mean / 6, weights=weights)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_a_heavy_answer_is_certain(dtype):
+    t = jnp.linspace(-1.0, 1.0, 7)
+    heavy = jnp.where(jnp.arange(7) == 3, 1 / jnp.finfo(t.dtype).eps, 1)
+    got = posterior_variance(t, t, 1e-9, weights=heavy)
+    assert got[3] < 1e-6 * got[2]
+
+
+def test_end_weights_make_the_ends_surer(dtype):
+    t, at = jnp.linspace(-0.5, 0.5, 5), jnp.array([-1.0, 1.0])
+    free = posterior_variance(t, at, 1e-3)
+    held = posterior_variance(t, at, 1e-3, end_weights=jnp.array([1e6, 0.0]))
+    assert held[0] < 0.9 * free[0]
+    np.testing.assert_allclose(held[1], free[1], rtol=0.05)
+
+
+def test_missing_answers_are_never_read(dtype):
+    t = jnp.linspace(-1.0, 1.0, 6)
+    available = jnp.arange(6) != 2
+    y = jnp.sin(3 * t)[:, None]
+    broken = y.at[2].set(jnp.nan)
+    args = (t, y, 1e-4), (t, broken, 1e-4)
+    first, second = (process_variance(*each, available=available) for each in args)
+    assert first == second > 0
+
+
+def test_samples_of_the_process_scatter_as_promised(key):
+    """Interpolating draws of the process errs by the promised variance."""
+    t = jnp.linspace(-1.0, 1.0, 41)
+    steps = jax.random.normal(key, (4000, 41)) * jnp.sqrt(t[1] - t[0])
+    slope = jnp.cumsum(steps, 1)
+    path = jnp.cumsum(slope, 1) * (t[1] - t[0])
+    knots = np.array([0, 9, 16, 31, 40])
+    fitted = smoothing_spline(t[knots], path.T[knots], 0.0).evaluate(t).T
+    observed = jnp.var(fitted - path, axis=0)
+    promised = posterior_variance(t[knots], t, 0.0)
+    inner = np.array([4, 12, 24, 35])
+    np.testing.assert_allclose(observed[inner], promised[inner], rtol=0.15)
+
+
+def test_gradients_against_finite_differences():
+    with jax.enable_x64(True):
+        _, beta = regression_points(6, 9, "chebyshev")
+        at = jnp.array([-0.7, 0.05, 0.99])
+
+        def total(beta, lambda_):
+            return jnp.sum(jnp.log(posterior_variance(beta, at, lambda_)))
+
+        check_grads(total, (beta[1:-1] * 1.0, jnp.asarray(1e-3)), order=1, rtol=1e-4)
+
+
+def test_one_compilation_serves_every_mask():
+    t = jnp.linspace(-1.0, 1.0, 12)
+    before = posterior_variance._cache_size()
+    for missing in range(5):
+        posterior_variance(t, t[:3], 0.0, available=np.arange(12) != missing)
+    assert posterior_variance._cache_size() <= before + 1
