@@ -3,6 +3,9 @@
 from .data import Data as Data
 from .data import list_data as list_data
 from .data import load_data as load_data
+from .distillation import Distilled as Distilled
+from .distillation import StudentScore as StudentScore
+from .distillation import score_student as score_student
 from .hybrid import HybridViT as HybridViT
 from .hybrid import fold_stem as fold_stem
 from .hybrid import hybrid_vit_cifar as hybrid_vit_cifar
@@ -24,6 +27,12 @@ from .repvgg import reparameterize as reparameterize
 from .repvgg import repvgg_cifar as repvgg_cifar
 from .scoring import Score as Score
 from .scoring import score as score
+from .students import Student as Student
+from .students import list_students as list_students
+from .students import load_student as load_student
+from .students import load_student_file as load_student_file
+from .students import multiplications as multiplications
+from .students import student_card as student_card
 from .vit import ViT as ViT
 from .vit import vit_base_patch16_224 as vit_base_patch16_224
 from .vit import vit_small_cifar as vit_small_cifar

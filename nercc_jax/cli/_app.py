@@ -3,6 +3,7 @@
 import typer
 
 from ._demo import demo
+from ._distill import distill_command
 from ._models import models
 from ._run import run_command
 from ._serve import serve_command
@@ -15,6 +16,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(demo)
+app.command("distill")(distill_command)
 app.command()(models)
 app.command("run")(run_command)
 app.command("serve")(serve_command)

@@ -1,0 +1,524 @@
+"""Students: what they cost, how they learn, their files, the command, and what is shipped."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nercc_models import list_models, load_data, load_model
+from nercc_models.augmentation import Augmentation
+from nercc_models.distill import STUDENT_RECIPES, main, write_student
+from nercc_models.distillation import (
+    changed_image,
+    distill,
+    draw_queries,
+    make_inputs,
+    score_student,
+)
+from nercc_models.parity import fingerprint
+from nercc_models.registry import WEIGHTS_DIR
+from nercc_models.repvgg import RepVGG
+from nercc_models.students import (
+    SHARE,
+    ConvStudent,
+    Perceptron,
+    Plan,
+    as_student,
+    list_students,
+    load_student,
+    load_student_file,
+    multiplications,
+    plan_cost,
+    plan_within,
+    student_card,
+)
+
+pytest.importorskip("safetensors")
+
+SHARED_DATA = Path(__file__).parents[2] / ".." / "shared" / "data"
+# Least agreement of a shipped student with its model on test images.
+WANTED = {
+    "lenet5-digits": 0.97,
+    "lenet5-mnist": 0.975,
+    "repvgg-cifar10": 0.7,
+    "vit-cifar10": 0.6,
+}
+
+
+def linear(key, inputs=6, outputs=3):
+    """A model that a linear student can be equal to."""
+    matrix = jax.random.normal(key, (inputs, outputs)) / np.sqrt(inputs)
+    return lambda x: jnp.tanh(0.0 * x[:, :1]) + x @ matrix.astype(x.dtype) + 0.5
+
+
+class LinearStudent(eqx.Module):
+    matrix: jax.Array
+    bias: jax.Array
+
+    def __call__(self, x):
+        return x @ self.matrix + self.bias
+
+
+def points(key, count=400, size=6):
+    return np.asarray(jax.random.normal(key, (count, size)))
+
+
+# -- Multiplications -------------------------------------------------------------------------------
+
+
+def test_lenet5s_multiplications_by_hand():
+    model = load_model("lenet5-digits")
+    convolutions = 28 * 28 * 6 * 25 + 10 * 10 * 16 * 25 * 6
+    assert multiplications(model, (32, 32, 1)) == convolutions + 400 * 120 + 120 * 84 + 84 * 10
+
+
+def test_multiplications_of_groups_loops_and_branches():
+    def grouped(x):
+        kernel = jnp.ones((3, 3, 2, 12))  # 8 channels in 4 groups
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=4,
+        )  # fmt: skip
+
+    def looped(x):
+        return jax.lax.scan(lambda c, _: (c @ jnp.ones((5, 5)), None), x, length=7)[0]
+
+    def branched(x):
+        wide, narrow = jnp.ones((5, 20)), jnp.ones((5, 9))
+        return jax.lax.cond(x.sum() > 0, lambda x: (x @ wide)[:, :9], lambda x: x @ narrow, x)
+
+    def attention(x):
+        return jax.jit(lambda x: jnp.einsum("bqh,bkh->bqk", x, x))(x)
+
+    def unbounded(x):
+        return jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: x @ jnp.ones((5, 5)), x)
+
+    assert multiplications(grouped, (6, 6, 8)) == 6 * 6 * 12 * 9 * 2
+    assert multiplications(looped, (5,)) == 7 * 25
+    assert multiplications(attention, (10, 4)) == 10 * 10 * 4
+    assert multiplications(branched, (5,)) == 5 * 20
+    with pytest.raises(ValueError, match="a while loop's multiplications cannot be counted"):
+        multiplications(unbounded, (5,))
+
+
+@pytest.mark.parametrize(
+    ("shape", "budget", "kind"),
+    [
+        ((32, 32, 3), 60_000, "convolution"),
+        ((28, 20, 1), 8_000, "convolution"),
+        ((8, 8, 1), 60_000, "convolution"),
+        ((96, 96, 3), 80_000, "convolution"),
+        ((50,), 60_000, "perceptron"),
+        ((4, 9, 2), 8_000, "perceptron"),
+    ],
+)
+def test_a_plan_uses_its_budget_and_runs(shape, budget, kind):
+    plan = plan_within(budget, shape, (2, 5))
+    assert plan.kind == kind
+    student = as_student(plan, "mine", plan.blank())
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), student.state)
+    student = dataclasses.replace(student, state=zeros)
+    assert multiplications(student, shape) == plan_cost(plan) <= budget
+    factor = plan.widths[0]
+    wider = tuple(width // factor * (factor + 1) for width in plan.widths)
+    assert plan_cost(dataclasses.replace(plan, widths=wider)) > budget
+    batch = jax.ShapeDtypeStruct((3, *shape), jnp.float32)
+    assert jax.eval_shape(student, batch).shape == (3, 2, 5)
+
+
+def test_a_budget_of_next_to_nothing_gives_a_linear_student_or_none():
+    assert plan_within(150, (50,), (3,)).widths == ()
+    for shape in ((50,), (32, 32, 1)):
+        with pytest.raises(ValueError, match=r"may do 100 multiplications, and the smallest does"):
+            plan_within(100, shape, (3,))
+
+
+# -- What the model is asked -----------------------------------------------------------------------
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    num_inputs=st.integers(1, 40),
+    count=st.integers(1, 200),
+    mixed=st.floats(0, 1),
+)
+def test_queries_are_affine_sums_over_all_inputs(seed, num_inputs, count, mixed):
+    sources, weights = draw_queries(seed, num_inputs, count, mixed)
+    assert sources.shape == weights.shape == (count, 4)
+    assert sources.min() >= 0
+    assert sources.max() < num_inputs
+    np.testing.assert_allclose(weights.sum(axis=1), 1, atol=1e-5)
+    assert weights.min() >= -0.15 - 1e-6
+    times = np.bincount(sources[:, 0], minlength=num_inputs)
+    assert times.max() - times.min() <= 1
+    single = np.all(weights == [1, 0, 0, 0], axis=1)
+    assert single.sum() == count - round(mixed * count)
+    for once, again in zip(
+        (sources, weights), draw_queries(seed, num_inputs, count, mixed), strict=True
+    ):
+        np.testing.assert_array_equal(once, again)
+
+
+def test_a_query_is_the_same_in_every_batch(key):
+    """Sums as NumPy makes them; changes belong to the query, not to its place in a batch."""
+    images = np.asarray(jax.random.normal(key, (9, 6, 6, 2)))
+    sources, weights = draw_queries(3, 9, 12, 0.5)
+    number = np.arange(12)
+    plain = make_inputs(None, 0, images[sources], weights, number)
+    expected = [
+        sum(weights[q, i] * images[sources[q, i]] for i in range(4)) for q in range(len(weights))
+    ]
+    np.testing.assert_allclose(plain, expected, atol=1e-5)
+
+    def change(key, image):
+        return changed_image(Augmentation(padding=2, flip=True), key, image)
+
+    changed = make_inputs(change, 0, images[sources], weights, number)
+    some = number[[7, 2]]
+    again = make_inputs(change, 0, images[sources[some]], weights[some], some)
+    np.testing.assert_allclose(again, changed[some], atol=1e-6)
+    assert not np.allclose(changed, plain)
+    for image in np.asarray(changed)[-6:]:  # singles: each is a shift, or a mirrored one
+        assert np.isin(image[2:4, 2:4].round(4), np.append(images.round(4), 0)).all()
+
+
+# -- Learning --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["flax", "equinox"])
+def test_a_student_that_can_be_equal_becomes_equal(key, dtype, form):
+    model = linear(key)
+    x = points(key).astype(dtype)
+    student = (
+        Perceptron((6,), 3, widths=(), rngs=nnx.Rngs(0))
+        if form == "flax"
+        else LinearStudent(jnp.zeros((6, 3), dtype), jnp.zeros(3, dtype))
+    )
+    before = [np.array(leaf) for leaf in jax.tree.leaves(eqx.filter(student, eqx.is_array))]
+    found = distill(model, student, x, epochs=12, num_queries=4000, learning_rate=0.02)
+    assert found.history[-1]["relative_mse"] < 1e-5 < found.history[0]["relative_mse"]
+    assert found.history[-1]["agreement"] > 0.99
+    assert (found.train_inputs, found.held_out_inputs) == (380, 20)
+    assert found.seconds > 0
+    np.testing.assert_allclose(found.student(jnp.asarray(x)), model(jnp.asarray(x)), atol=0.02)
+    after = jax.tree.leaves(eqx.filter(student, eqx.is_array))
+    for old, new in zip(before, after, strict=True):
+        np.testing.assert_array_equal(old, new, err_msg="the student that was given has changed")
+
+
+def test_mixing_pays_on_sums(key):
+    """A model with a kink between two clusters, which only sums reach."""
+    rng = np.random.default_rng(0)
+    x = np.sign(rng.normal(size=(300, 1))) + 0.05 * rng.normal(size=(300, 1))
+    x = x.astype(np.float32)
+    errors = [
+        distill(
+            lambda x: jnp.abs(x),
+            Perceptron((1,), 1, widths=(16, 16), rngs=nnx.Rngs(0)),
+            x,
+            epochs=20,
+            num_queries=2000,
+            mixed=mixed,
+        ).history[-1]["mixed_relative_mse"]
+        for mixed in (0.0, 0.5)
+    ]
+    assert errors[1] < 0.2 * errors[0]
+
+
+def test_batch_statistics_are_learnt_and_folded(key):
+    """A RepVGG student: what it does in inference follows the data, and ships in one branch."""
+    plan = Plan("repvgg", (8, 8, 3), (4,), (8, 8), (1,))
+    images = 3 + 2 * np.asarray(jax.random.normal(key, (120, 8, 8, 3)))
+    student = plan.build(nnx.Rngs(1))
+    assert isinstance(student, RepVGG)
+    found = distill(
+        lambda x: jnp.stack([x.mean((1, 2, 3)), x[:, :4].mean((1, 2, 3))] * 2, axis=1),
+        student,
+        images,
+        epochs=6,
+        num_queries=600,
+        batch_size=30,
+    )
+    mean = found.student.stem.bn3x3.mean[...]
+    assert np.any(np.abs(mean) > 0.1)
+    trained = found.student(images)
+    deployed = as_student(plan, "mine", plan.deployed(found.student))
+    np.testing.assert_allclose(deployed(images), trained, atol=1e-3)
+    assert deployed.num_parameters < sum(
+        leaf.size for leaf in jax.tree.leaves(nnx.state(found.student, nnx.Param))
+    )
+    assert found.history[-1]["relative_mse"] < 0.5 * found.history[0]["relative_mse"]
+
+
+def test_an_interrupted_run_goes_on_and_runs_repeat(key, tmp_path):
+    model, x = linear(key), points(key)
+
+    def run(**options):
+        student = Perceptron((6,), 3, widths=(8,), rngs=nnx.Rngs(0))
+        numbers = {"learning_rate": options.get("learning_rate", 3e-3)}
+        return distill(
+            model, student, x, epochs=3, num_queries=640, batch_size=64, numbers=numbers, **options
+        )
+
+    def leaves(found):
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(found.student))]
+
+    expected = run()
+
+    def interrupt(step, total):
+        if step == 14:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoint_dir=tmp_path, on_step=interrupt)
+    steps = []
+    got = run(checkpoint_dir=tmp_path, on_step=lambda step, total: steps.append(step))
+    assert steps == list(range(10, 31))
+    for one, other in zip(leaves(expected), leaves(got), strict=True):
+        np.testing.assert_array_equal(one, other)
+    with pytest.raises(ValueError, match=r"other numbers.*learning_rate"):
+        run(checkpoint_dir=tmp_path, learning_rate=0.5)
+
+
+def test_the_score_is_what_it_says(key):
+    x = points(key, 50)
+    model, student = linear(key), linear(jax.random.fold_in(key, 1))
+    score = score_student(model, student, x, seed=4)
+    sources, weights = draw_queries(4, 50, 50, 1.0)
+    sums = np.stack([weights[q] @ x[sources[q]] for q in range(50)])
+    expected, got = np.asarray(model(x)), np.asarray(student(x))
+    variance = np.mean([np.var(column) for column in expected.T])
+    np.testing.assert_allclose(
+        score.relative_mse, np.mean((expected - got) ** 2) / variance, rtol=1e-4
+    )
+    assert score.agreement == np.mean(np.argmax(expected, 1) == np.argmax(got, 1))
+    mixed, mixed_got = np.asarray(model(sums)), np.asarray(student(sums))
+    assert score.mixed_agreement == np.mean(np.argmax(mixed, 1) == np.argmax(mixed_got, 1))
+    np.testing.assert_allclose(
+        score.mixed_relative_mse, np.mean((mixed - mixed_got) ** 2) / variance, rtol=1e-4
+    )
+    assert score.total == 50
+
+
+def test_what_cannot_be_learnt_is_refused(key):
+    model, x = linear(key), points(key, 100)
+    student = Perceptron((6,), 3, widths=(), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="A batch of 128 is more than the 50 queries"):
+        distill(model, student, x, num_queries=50)
+    with pytest.raises(ValueError, match="held_out=100 of 100 inputs"):
+        distill(model, student, x, held_out=100)
+    with pytest.raises(ValueError, match=r"mixed=1\.5"):
+        distill(model, student, x, mixed=1.5)
+    with pytest.raises(ValueError, match="not all finite"):
+        distill(lambda x: x / 0.0, student, x)
+    with pytest.raises(ValueError, match="answers everything alike"):
+        distill(lambda x: 0 * x, student, x)
+    with pytest.raises(ValueError, match=r"has 2 outputs, and the student answers with shape"):
+        distill(lambda x: x[:, :2], student, x)
+
+
+# -- Files -----------------------------------------------------------------------------------------
+
+
+def test_a_student_survives_its_file(key, tmp_path):
+    model, x = load_model("lenet5-digits"), np.zeros((60, 32, 32, 1), np.float32)
+    x += np.asarray(jax.random.uniform(key, x.shape))
+    plan = plan_within(SHARE * multiplications(model, (32, 32, 1)), (32, 32, 1), (10,))
+    found = distill(model, plan.build(nnx.Rngs(0)), x, epochs=1, num_queries=64, batch_size=32)
+    path = tmp_path / "my-student.safetensors"
+    student, card = write_student(path, model, plan, found, x, {"base": "my"})
+    assert list_students(tmp_path) == ("my",)
+    again = load_student("my", weights_dir=tmp_path)
+    np.testing.assert_array_equal(again(x), student(x))
+    np.testing.assert_allclose(again(x), found.student(x), rtol=0.02, atol=0.02)
+    assert student_card("my", weights_dir=tmp_path) == json.loads(json.dumps(card))
+    assert card["score"]["total"] == 60
+    with pytest.raises(ValueError, match=r"The student of my takes \(B, 32, 32, 1\); got shape"):
+        again(jnp.zeros((2, 28, 28, 1)))
+    with pytest.raises(ValueError, match=r"no student of 'other'.*Known: my"):
+        load_student("other", weights_dir=tmp_path)
+    with pytest.raises(ValueError, match="Known: none"):
+        student_card("my", weights_dir=tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"no file .*none\.safetensors"):
+        load_student_file(tmp_path / "none.safetensors")
+    path.with_suffix(".json").write_text("{}")
+    with pytest.raises(ValueError, match="not the card of a student"):
+        load_student_file(path)
+
+
+def test_the_training_command_writes_a_student_and_its_card(tmp_path, capsys):
+    pytest.importorskip("rich")
+    command = "lenet5-digits --num-queries 640 --epochs 2 --batch-size 64 --seed 4"
+    folders = ["--checkpoint-dir", str(tmp_path / "run"), "--output-dir", str(tmp_path / "out")]
+    main([*command.split(), *folders])
+    assert "of 450 inputs that it was not trained on" in capsys.readouterr().out
+    card = student_card("lenet5-digits", weights_dir=tmp_path / "out")
+    assert card["made_by"] == f"python -m nercc_models.distill {command}"
+    assert len(card["history"]) == 2
+    student = load_student("lenet5-digits", weights_dir=tmp_path / "out")
+    assert student(jnp.ones((2, 32, 32, 1))).shape == (2, 10)
+
+
+# -- `nercc distill` -------------------------------------------------------------------------------
+
+OWN_MODEL = """
+import jax.numpy as jnp
+
+def scores(x):
+    wide = jnp.tanh(x.reshape(len(x), -1) @ jnp.cos(jnp.arange(12.0 * 400).reshape(12, 400)) / 9)
+    return wide @ jnp.sin(jnp.arange(400.0 * 3).reshape(400, 3)) / 10
+"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """The command in a folder with a model of one's own, `own_scores:scores`, and its inputs."""
+    pytest.importorskip("typer")
+    from typer.testing import CliRunner
+
+    from nercc_jax.cli._app import app
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_scores.py").write_text(OWN_MODEL)
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "x.npy", rng.normal(size=(600, 3, 4)).astype(np.float32))
+    np.save(tmp_path / "row.npy", np.zeros(9))
+    np.save(tmp_path / "few.npy", np.zeros((5, 3, 4)))
+    (tmp_path / "words.npy").write_text("words")
+    return lambda *arguments: CliRunner().invoke(app, ["distill", *arguments])
+
+
+def test_the_command_makes_a_student_of_ones_own_model(run, tmp_path):
+    options = "--model own_scores:scores --inputs x.npy --epochs 10 --output s.safetensors"
+    result = run(*options.split(), "--share", "0.2")
+    assert result.exit_code == 0, result.output
+    assert "agrees with own_scores:scores on" in result.output
+    student = load_student_file(tmp_path / "s.safetensors")
+    card = json.loads((tmp_path / "s.json").read_text())
+    assert card["multiplications"] <= 0.2 * card["base_multiplications"] == 0.2 * (400 * 15)
+    assert (card["train_inputs"] + card["held_out_inputs"], card["score"]["total"]) == (540, 60)
+    assert card["score"]["agreement"] > 0.5
+    assert student(jnp.ones((2, 3, 4))).shape == (2, 3)
+
+
+def test_the_command_makes_a_student_of_a_shipped_model(run, tmp_path):
+    result = run("--queries", "600", "--epochs", "2", "--output", "s.safetensors")
+    assert result.exit_code == 0, result.output
+    assert "agrees with lenet5-digits" in result.output
+    card = json.loads((tmp_path / "s.json").read_text())
+    assert card["multiplications"] <= SHARE * card["base_multiplications"]
+    assert (card["data"], card["score"]["total"], card["num_queries"]) == ("digits", 450, 600)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--model nothing", "There is no model 'nothing'"),
+        ("--output s.npz", "must end in .safetensors"),
+        ("--output none/s.safetensors", "there is no folder none"),
+        ("--share 0", "--share 0.0 lies outside (0, 1]"),
+        ("--share 0.0001", "too cheap to be worth a student"),
+        ("--epochs 0", "--epochs 0: needs one or more"),
+        ("--queries 0", "0 queries"),
+        ("--mixed 2 --queries 600", "mixed=2.0"),
+        ("--weights w.npz", "--weights is for a model of your own"),
+        ("--inputs none.npy", "--inputs none.npy: there is no such file"),
+        ("--model own_scores:scores", "say what to train on with --inputs"),
+        ("--model own_scores:nothing --inputs x.npy", "has no attribute 'nothing'"),
+        ("--model own_scores:scores --inputs words.npy", "words.npy is no array of numbers"),
+        ("--model own_scores:scores --inputs row.npy", "has shape (9,): needs one input a row"),
+        ("--model own_scores:scores --inputs few.npy", "has 5 inputs: needs ten or more"),
+        ("--inputs x.npy", "does not run on a batch of shape (1, 3, 4)"),
+    ],
+)
+def test_errors_are_one_sentence(run, options, message):
+    result = run(*options.split())
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+    assert "Traceback" not in result.output
+
+
+# -- What is shipped -------------------------------------------------------------------------------
+
+
+def test_every_model_has_a_recipe_for_a_student_and_those_of_lenet5_are_shipped():
+    assert set(list_models()) == set(STUDENT_RECIPES) == set(WANTED)
+    assert {"lenet5-digits", "lenet5-mnist"} <= set(list_students()) <= set(WANTED)
+
+
+@pytest.mark.parametrize("name", sorted(STUDENT_RECIPES))
+def test_a_recipe_stays_within_the_share(name):
+    plan, model = STUDENT_RECIPES[name].plan, load_model(name)
+    student = as_student(plan, name, plan.blank())
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), student.state)
+    student = dataclasses.replace(student, state=zeros)
+    cost = multiplications(student, model.input_shape)
+    assert cost <= SHARE * multiplications(model, model.input_shape)
+    assert 2 * student.num_parameters <= 300e3  # bytes, in half precision
+
+
+@pytest.mark.parametrize("name", list_students())
+def test_the_card_says_what_is_there(name):
+    card, student, model = student_card(name), load_student(name), load_model(name)
+    assert card["bytes"] == (WEIGHTS_DIR / f"{name}-student.safetensors").stat().st_size <= 300e3
+    assert card["num_parameters"] == student.num_parameters
+    assert card["base_sha256"] == fingerprint(WEIGHTS_DIR / f"{name}.safetensors"), (
+        "the model was trained again: train its student again too"
+    )
+    assert card["score"]["agreement"] >= WANTED[name]
+    assert student.input_shape == model.input_shape
+    assert card["multiplications"] == multiplications(student, model.input_shape)
+    assert card["base_multiplications"] == multiplications(model, model.input_shape)
+    assert card["multiplications"] <= SHARE * card["base_multiplications"]
+
+
+@pytest.mark.parametrize("name", list_students())
+def test_a_student_is_a_pytree_with_gradients(name):
+    student, model = load_student(name), load_model(name)
+    images = jnp.asarray(
+        np.random.default_rng(0).uniform(size=(3, *student.input_shape)), "float32"
+    )
+    outputs = student(images)
+    assert outputs.shape == model(images).shape
+    assert outputs.dtype == jnp.float32
+    assert all(eqx.is_array(leaf) for leaf in jax.tree.leaves(student))
+    jitted = jax.jit(lambda student, x: student(x))(student, images)
+    np.testing.assert_allclose(jitted, outputs, rtol=1e-3, atol=1e-3)
+    gradient = jax.jit(jax.grad(lambda student, x: jnp.sum(jnp.sin(student(x)))))(student, images)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        assert np.any(np.asarray(leaf) != 0), f"no gradient reaches {jax.tree_util.keystr(path)}"
+
+
+@pytest.mark.parametrize("name", list_students())
+def test_the_shipped_weights_agree_as_is_claimed(name):
+    student, model, claimed = load_student(name), load_model(name), student_card(name)["score"]
+    data_dir = None
+    if model.data != "digits":
+        pytest.importorskip("datasets", reason="needs the extra `data`")
+        data_dir = SHARED_DATA
+        if not SHARED_DATA.is_dir():
+            pytest.skip(f"no data: {SHARED_DATA.resolve()} is not there")
+    data = load_data(model.data, "test", data_dir=data_dir, limit=500)
+    score = score_student(model, student, np.asarray(model.preprocess(data.images)))
+    # A share of the test images: within four standard errors of what all of them gave.
+    for metric in ("agreement", "mixed_agreement"):
+        error = np.sqrt(claimed[metric] * (1 - claimed[metric]) / score.total)
+        assert abs(getattr(score, metric) - claimed[metric]) <= 4 * error
+    for metric in ("relative_mse", "mixed_relative_mse"):
+        np.testing.assert_allclose(getattr(score, metric), claimed[metric], rtol=0.4)
+
+
+def test_images_at_far_edges_are_left_out_and_small_ones_pooled():
+    student = ConvStudent((9, 8, 1), 2, pool=2, widths=(3,), rngs=nnx.Rngs(0))
+    image = jnp.ones((1, 9, 8, 1))
+    np.testing.assert_array_equal(student(image), student(image.at[:, 8].set(5.0)))
+    checks = (-1.0) ** jnp.indices((9, 8)).sum(axis=0)[None, :, :, None]
+    np.testing.assert_allclose(student(image + checks), student(image), atol=1e-6)
