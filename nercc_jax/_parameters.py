@@ -25,20 +25,23 @@ def parametrize(code: Code, *, points: bool) -> tuple[Parameters, Callable[[Para
 
     - "log_lambda_enc", "log_lambda_dec", "log_end_penalty": natural logarithms. A lambda of 0
       starts from the fourth power of a thirtieth of the mean gap between its points, where
-      smoothing hardly acts, and an `end_penalty` of 0 from 1.
+      smoothing hardly acts, and an `end_penalty` of 0 from 1. But an `exact` code with a lambda_enc
+      of 0 keeps it: else its workers would no longer run on the data points themselves.
     - "gap_exponent": itself.
     - With `points`, "alpha_shifts" and "beta_shifts", zero at the start: a shift s_i of a point's
       angle arccos(t) multiplies the gap before it by exp(s_i) and the one behind it by exp(-s_i),
       and then all gaps are scaled to fill [0, pi]. So a point moves by itself, and all keep their
       order. Betas at an end of [-1, 1] or at each other stay there, and a beta that coincides with
-      an alpha follows it.
+      an alpha follows it: it never leaves, so answers stay exact and copies stay copies. (For an
+      `exact` code leaving is a jump of the objective, which no gradient sees: compare layouts.)
 
     A code has the parameters whose leaves it has. Raises: ValueError where that leaves none.
     """
     leaves = {field.name: getattr(code, field.name) for field in dataclasses.fields(code)}
     free: Parameters = {}
     for name, at in (("lambda_enc", "alpha"), ("lambda_dec", "beta")):
-        if name in leaves:
+        kept = name == "lambda_enc" and leaves.get("exact", False) and not leaves[name] > 0
+        if name in leaves and not kept:
             free[f"log_{name}"] = _logarithm(leaves[name], leaves[at])
     if "end_penalty" in leaves:
         penalty = leaves["end_penalty"]

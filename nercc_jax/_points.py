@@ -13,8 +13,11 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 Layout: TypeAlias = Literal["chebyshev", "approxifer", "uniform", "interleaved", "repeated"]
-Points: TypeAlias = Layout | tuple[ArrayLike | Sequence[float], ArrayLike | Sequence[float]]
+Points: TypeAlias = str | tuple[ArrayLike | Sequence[float], ArrayLike | Sequence[float]]
 LAYOUTS: tuple[str, ...] = get_args(Layout)
+# Families of layouts: a name with a share from 0 to 1, as in "mixed:0.5".
+FAMILIES: tuple[str, ...] = ("mixed", "systematic")
+_KNOWN = ", ".join([*LAYOUTS, *(f"{family}:SHARE" for family in FAMILIES)])
 
 
 def regression_points(
@@ -28,10 +31,15 @@ def regression_points(
     - "interleaved": Chebyshev alphas, each of them a beta too, the further workers spread evenly
       over the gaps between them: under interpolation an answered data point is exact.
     - "repeated": Chebyshev alphas, each a beta once or more: replication's placement.
+    - "mixed:0.5": Chebyshev alphas, each a beta once; of the further workers this share (0 to 1)
+      repeat an alpha, and the others lie between, both spread evenly. "mixed:0" is "interleaved",
+      "mixed:1" "repeated".
+    - "systematic:0.5": as "chebyshev", but for this share (0 to 1) of the alphas, spread evenly,
+      the beta that is nearest to each lies on it; -1 and 1 keep their workers if N > K + 1.
     - (alpha, beta): given, in any order; alphas distinct, all within [-1, 1].
 
-    Raises: ValueError for an unknown name, counts that a layout cannot serve, or given points that
-    are of the wrong shape, out of range, not finite, or alphas that coincide.
+    Raises: ValueError for an unknown name, a share out of range, counts that a layout cannot serve,
+    or given points that are of the wrong shape, out of range, not finite, or alphas that coincide.
     """
     check_counts(num_data, num_workers)
     if isinstance(points, str):
@@ -41,7 +49,7 @@ def regression_points(
         alpha, beta = points
     except (TypeError, ValueError):
         raise ValueError(
-            f"points must be one of {', '.join(LAYOUTS)} or a pair (alpha, beta), not {points!r}"
+            f"points must be one of {_KNOWN} or a pair (alpha, beta), not {points!r}"
         ) from None
     alpha = _given("alpha", alpha, num_data)
     beta = _given("beta", beta, num_workers)
@@ -73,8 +81,7 @@ def copies(num_data: int, num_workers: int) -> Int[np.ndarray, " num_workers"]:
             f"workers, not {num_workers}"
         )
     rounds, rest = divmod(num_workers, num_data)
-    extra = (2 * np.arange(rest) + 1) * num_data // (2 * rest) if rest else np.arange(0)
-    return np.concatenate([np.tile(np.arange(num_data), rounds), extra])
+    return np.concatenate([np.tile(np.arange(num_data), rounds), _spread(rest, num_data)])
 
 
 def coincident(points: Float[Array, " n"], others: Float[Array, " k"]) -> Bool[Array, " n"]:
@@ -117,16 +124,65 @@ def _layout(num_data: int, num_workers: int, name: str) -> tuple[np.ndarray, np.
         return alpha, _cosine(n / num_workers)
     if name == "uniform":
         return (2 * k - 1) / num_data - 1, np.linspace(1, -1, num_workers)
-    if name not in ("interleaved", "repeated"):
-        raise ValueError(f"points must be one of {', '.join(LAYOUTS)}, not {name!r}")
+    share = _share(name)
     if num_workers < num_data:
         raise ValueError(
-            f"{name} points give every data point a worker of its own: "
+            f"{name} points give a data point a worker of its own: "
             f"{num_data} data points need at least {num_data} workers, not {num_workers}"
         )
-    if name == "repeated" or num_data == 1:
-        return alpha, alpha[copies(num_data, num_workers)]
-    return alpha, np.concatenate([alpha, _cosine(_between(num_data, num_workers - num_data))])
+    if name.startswith("systematic"):
+        return alpha, _systematic(alpha, num_workers, round(share * num_data))
+    further = num_workers - num_data
+    again, gaps = _further(num_data, further, further if num_data == 1 else round(share * further))
+    return alpha, np.concatenate([alpha, alpha[again], _cosine(_between(num_data, gaps))])
+
+
+def _share(name: str) -> float:
+    """The share that a layout with workers on data points goes by.
+
+    Raises: ValueError for a layout of another name, or a share out of range.
+    """
+    if name in ("interleaved", "repeated"):
+        return float(name == "repeated")
+    family, _, share = name.partition(":")
+    try:
+        value = float(share)
+    except ValueError:
+        value = None
+    if family not in FAMILIES or value is None:
+        raise ValueError(f"points must be one of {_KNOWN} (as in 'mixed:0.5'), not {name!r}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"the share in {name!r} must be between 0 and 1")
+    return value
+
+
+def _systematic(alpha: np.ndarray, num_workers: int, number: int) -> np.ndarray:
+    """Chebyshev points of the second kind, the nearest to `number` of the alphas moved onto them.
+
+    No two alphas have the same nearest point where N >= K.
+    """
+    _, beta = _layout(alpha.size, num_workers, "chebyshev")
+    chosen = _spread(number, alpha.size)
+    beta[((2 * chosen + 1) * (num_workers - 1) + alpha.size) // (2 * alpha.size)] = alpha[chosen]
+    return beta
+
+
+def _further(num_data: int, further: int, repeats: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which data point each repeat is of, and which gap each other further worker lies in.
+
+    Few of both take turns along the line: each kind spread by itself might put one beside another.
+    """
+    if further >= num_data:
+        again = copies(num_data, num_data + repeats)[num_data:]
+        return again, _spread(further - repeats, num_data - 1)
+    turns = (np.arange(further + 1) * repeats + further // 2) // max(further, 1)
+    repeat = np.diff(turns) > 0
+    return _spread(further, num_data)[repeat], _spread(further, num_data - 1)[~repeat]
+
+
+def _spread(number: int, slots: int) -> Int[np.ndarray, " number"]:
+    """`number` of the slots, spread evenly, in order."""
+    return (2 * np.arange(number) + 1) * slots // (2 * max(number, 1))
 
 
 def _cosine(half_turns: np.ndarray) -> np.ndarray:
@@ -134,10 +190,9 @@ def _cosine(half_turns: np.ndarray) -> np.ndarray:
     return np.sin(np.pi * (0.5 - half_turns))
 
 
-def _between(num_data: int, further: int) -> np.ndarray:
-    """Angles, in half turns, of further points spread evenly over the gaps between the alphas."""
-    gap = (2 * np.arange(further) + 1) * (num_data - 1) // (2 * further) if further else []
-    counts = np.bincount(np.asarray(gap, int), minlength=num_data - 1)
+def _between(num_data: int, gaps: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """Angles, in half turns, of points in these gaps between the alphas, evenly in each."""
+    counts = np.bincount(gaps, minlength=num_data)
     parts = [g + 1 + np.arange(1, c + 1) / (c + 1) for g, c in enumerate(counts)]
     return (2 * np.concatenate(parts) - 1) / (2 * num_data)
 

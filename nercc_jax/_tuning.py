@@ -70,6 +70,7 @@ def tune(
     *,
     key: PRNGKeyArray,
     points: bool = False,
+    grouped: bool = False,
     loss: Loss = "mse",
     order: float = 2.0,
     steps: int = 150,
@@ -94,7 +95,10 @@ def tune(
     - `model`: any differentiable callable on a batch, (B, ...) to (B, outputs...).
     - `x`: unlabelled data points. A random `held_out_share` of them, in whole groups, with
       `held_out_sets` fixed straggler sets a law, judges the code every `check_every` steps; groups
-      of K are drawn from the others, afresh in each step.
+      of K are drawn from the others, afresh in each step. With `grouped`, every K data points in
+      the order given are a group that stays together, in all of this: for data points that come
+      in an order that matters (a short path through them), whose groups are what will be coded. A
+      remainder that fills no group is left out.
     - `loss`: as in `nested_errors`. `order`: as in `make_trial`; the higher, the more alike the
       gains under all laws.
     - `groups_per_step`, `sets_per_step`: groups in a step, and straggler sets a law in a step, each
@@ -122,8 +126,10 @@ def tune(
         check_every=check_every,
         patience=patience,
     )
-    training, held = _split(code, np.asarray(x), key, held_out_share)
-    groups = min(groups_per_step, len(training) // code.num_data)
+    training, held = split_groups(
+        np.asarray(x), code.num_data, key, held_out_share, grouped=grouped
+    )
+    groups = min(groups_per_step, len(training) * training.shape[1] // code.num_data)
     key_held, key_steps = jax.random.split(jax.random.fold_in(key, 1))
     judge = make_trial(
         model, code, held, stragglers, key=key_held, num_sets=held_out_sets, loss=loss, order=order
@@ -190,9 +196,10 @@ def _make_step(
     def objective(parameters: Parameters, model: Model, training: Array, key: PRNGKeyArray):
         """The objective on groups and straggler sets of one step."""
         key_groups, key_sets = jax.random.split(key)
-        size = (groups * code.num_data,)
+        # Of data points that stand alone, K make a group.
+        size = (groups * code.num_data // training.shape[1],)
         chosen = training[jax.random.choice(key_groups, len(training), size, replace=False)]
-        chosen = chosen.reshape(groups, code.num_data, *training.shape[1:])
+        chosen = chosen.reshape(groups, code.num_data, *training.shape[2:])
         available, law = draw_sets(stragglers, key_sets, code.num_workers, sets)
         fresh = dataclasses.replace(judge, x=chosen, originals=None, available=available, law=law)
         return relative_objective(fresh, model, rebuild(parameters))
@@ -221,24 +228,30 @@ def _optimizer(
     return optax.apply_if_finite(both, max_consecutive_errors=steps)
 
 
-def _split(
-    code: AbstractCode, x: np.ndarray, key: PRNGKeyArray, held_out_share: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Data points to train on, and groups held out."""
+def split_groups(
+    x: np.ndarray, num_data: int, key: PRNGKeyArray, held_out_share: float, *, grouped: bool
+) -> tuple[Float[np.ndarray, "units size ..."], Float[np.ndarray, "groups num_data ..."]]:
+    """Data points to train on, in units that stay together, and groups held out.
+
+    A unit is one data point, or, with `grouped`, K in the order given. Raises: ValueError as `tune`
+    does.
+    """
     if not 0 < held_out_share < 1:
         raise ValueError(f"held_out_share must be between 0 and 1, not {held_out_share}")
-    if x.ndim < 1 or len(x) < 2 * code.num_data:
+    if x.ndim < 1 or len(x) < 2 * num_data:
         raise ValueError(
-            f"x has shape {x.shape}: tuning needs two groups of {code.num_data} data points at "
-            "least, one of them held out"
+            f"x has shape {x.shape}: tuning needs two groups of {num_data} data points at least, "
+            "one of them held out"
         )
     if not np.isfinite(x).all():
         raise ValueError("data points must be finite: take out those that are not")
-    groups = len(x) // code.num_data
+    size = num_data if grouped else 1
+    units = x[: len(x) // size * size].reshape(-1, size, *x.shape[1:])
+    groups = len(x) // num_data
     held = min(max(round(held_out_share * groups), 1), groups - 1)
-    order = np.asarray(jax.random.permutation(jax.random.fold_in(key, 0), len(x)))
-    first = held * code.num_data
-    return x[order[first:]], x[order[:first]].reshape(held, code.num_data, *x.shape[1:])
+    order = np.asarray(jax.random.permutation(jax.random.fold_in(key, 0), len(units)))
+    first = held * num_data // size
+    return units[order[first:]], units[order[:first]].reshape(held, num_data, *x.shape[1:])
 
 
 def _scalars(code: AbstractCode) -> dict[str, float]:

@@ -47,6 +47,67 @@ def test_interleaved_points_spread_evenly():
     assert len(set(gaps)) == 2, "two different gaps of the four"
 
 
+SIZES = [(1, 1), (1, 5), (2, 2), (3, 4), (8, 9), (20, 24), (20, 30), (20, 60)]
+SHARES = [0.0, 0.2, 0.5, 0.75, 1.0]
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize(("num_data", "num_workers"), SIZES)
+def test_mixed_points(num_data, num_workers, share):
+    alpha, beta = regression_points(num_data, num_workers, f"mixed:{share}")
+    alpha, beta = np.asarray(alpha), np.asarray(beta)
+    np.testing.assert_array_equal(alpha, regression_points(num_data, num_workers)[0])
+    further = num_workers - num_data
+    repeats = further if num_data == 1 else round(share * further)
+    own = beta[:, None] == alpha
+    counts = own.sum(axis=0)
+    assert counts.sum() == num_data + repeats
+    assert counts.min() >= 1
+    assert counts.max() - counts.min() <= 1
+    between = beta[~own.any(axis=1)]
+    assert len(set(between)) == between.size == further - repeats
+    if between.size:
+        gaps = np.bincount(np.searchsorted(np.sort(alpha), between), minlength=num_data)
+        assert gaps[0] == 0, "none beyond the alphas"
+        assert gaps[1:].max() - gaps[1:].min() <= 1
+
+
+@pytest.mark.parametrize(("num_data", "num_workers"), SIZES)
+def test_mixtures_end_at_the_plain_layouts(num_data, num_workers):
+    for share, name in ((0, "interleaved"), (1, "repeated")):
+        _, mixed = regression_points(num_data, num_workers, f"mixed:{share}")
+        np.testing.assert_array_equal(mixed, regression_points(num_data, num_workers, name)[1])
+
+
+def test_few_repeats_and_few_points_between_take_turns():
+    """Four further workers for 20 data points: each in a quarter of the line of its own."""
+    alpha, beta = regression_points(20, 24, "mixed:0.5")
+    angles = np.arccos(np.asarray(beta[20:], float)) / np.pi
+    assert sorted(np.floor(4 * angles)) == [0, 1, 2, 3]
+    order = np.argsort(angles)
+    assert list(np.isin(beta[20:], alpha)[order]) == [True, False, True, False]
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize(("num_data", "num_workers"), SIZES)
+def test_systematic_points(num_data, num_workers, share):
+    alpha, beta = regression_points(num_data, num_workers, f"systematic:{share}")
+    alpha, beta = np.asarray(alpha), np.asarray(beta)
+    _, plain = (np.asarray(p) for p in regression_points(num_data, num_workers))
+    moved = beta != plain
+    assert set(beta[moved]) <= set(alpha)
+    assert np.isin(alpha, beta).sum() >= round(share * num_data)
+    assert moved.sum() <= round(share * num_data)
+    assert len(set(beta)) == num_workers
+    if share == 0:
+        np.testing.assert_array_equal(beta, plain)
+    if num_workers > num_data + 1:
+        assert set(plain[[0, -1]]) <= set(beta)
+    # What was moved was moved to the nearest place on the circle, half a gap at most.
+    turns = np.abs(np.arccos(beta.astype(float)) - np.arccos(plain.astype(float)))
+    assert turns.max() <= np.pi / max(num_workers - 1, 1) / 2 * 1.001 or num_workers == num_data
+
+
 def test_copies_are_dealt_in_rounds():
     np.testing.assert_array_equal(copies(3, 6), [0, 1, 2, 0, 1, 2])
     np.testing.assert_array_equal(copies(4, 6), [0, 1, 2, 3, 1, 3])
@@ -121,6 +182,12 @@ def test_mean_gap_gradients():
         ((2, True), "num_workers must be a positive integer"),
         ((2, 3, "chebychev"), "points must be one of chebyshev, .*not 'chebychev'"),
         ((2, 3, 7), "a pair"),
+        ((2, 3, "mixed"), r"mixed:SHARE.*\(as in 'mixed:0.5'\), not 'mixed'"),
+        ((2, 3, "mixed:much"), "not 'mixed:much'"),
+        ((2, 3, "uniform:0.5"), "not 'uniform:0.5'"),
+        ((2, 3, "mixed:1.5"), "the share in 'mixed:1.5' must be between 0 and 1"),
+        ((2, 3, "systematic:nan"), "must be between 0 and 1"),
+        ((4, 3, "systematic:0.5"), "4 data points need at least 4 workers, not 3"),
         ((4, 3, "interleaved"), "4 data points need at least 4 workers, not 3"),
         ((4, 3, "repeated"), "a worker of its own"),
         ((2, 3, ([0.1], [0, 0, 1])), r"alpha must have shape \(2,\), not \(1,\)"),

@@ -13,7 +13,7 @@ import pytest
 import nercc_jax as nj
 from nercc_jax._parameters import parametrize
 from nercc_jax._points import LAYOUTS
-from nercc_jax._tuning import _split
+from nercc_jax._tuning import split_groups
 
 K, N = 3, 6
 
@@ -96,11 +96,14 @@ def test_points_keep_their_order_their_twins_and_their_ends(alpha_shifts, beta_s
             assert (alpha != code.alpha).any()
 
 
-@pytest.mark.parametrize("layout", ["interleaved", "repeated"])
+FREE_BETAS = {"interleaved": 3, "mixed:0.4": 2, "repeated": 0, "systematic:1": 1}
+
+
+@pytest.mark.parametrize("layout", FREE_BETAS)
 def test_betas_follow_their_alphas(layout):
     code = nj.NeRCC(K, N, points=layout)
     free, rebuild = parametrize(code, points=True)
-    number = {"interleaved": 3, "repeated": 0}[layout]
+    number = FREE_BETAS[layout]
     assert free["beta_shifts"].shape == (number,)
     shifts = jnp.array([0.3, -0.2, 0.5])
     moved = rebuild(free | {"alpha_shifts": shifts, "beta_shifts": shifts[:number]})
@@ -108,6 +111,38 @@ def test_betas_follow_their_alphas(layout):
     same = np.asarray(code.beta)[:, None] == np.asarray(code.alpha)
     assert same.any(axis=0).all()
     np.testing.assert_array_equal(np.asarray(moved.beta)[:, None] == np.asarray(moved.alpha), same)
+
+
+def test_an_exact_code_keeps_sending_data_points_as_they_are():
+    for exact, lambda_enc in ((True, 0.0), (True, 1e-6), (False, 0.0)):
+        code = nj.NeRCC(K, N, points="interleaved", exact=exact, lambda_enc=lambda_enc)
+        free, rebuild = parametrize(code, points=False)
+        kept = exact and lambda_enc == 0
+        assert ("log_lambda_enc" in free) is not kept
+        assert (float(rebuild(free).lambda_enc) == 0) is kept
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_slopes_where_points_coincide(exact):
+    """Of the objective in all free parameters: as finite differences have them."""
+    with jax.enable_x64(True):
+        code = nj.NeRCC(K, N, points="mixed:0.4", exact=exact, lambda_dec=1e-3, end_penalty=5.0)
+        free, rebuild = parametrize(code, points=True)
+        x = np.random.default_rng(2).normal(size=(2, K, 2))
+        masks = np.array([[1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 0, 1], [1, 0, 1, 0, 1, 0]], bool)
+
+        @jax.jit
+        def objective(free):
+            return nj.nested_objective(lambda x: jnp.sin(3 * x), rebuild(free), x, masks)
+
+        free |= {n: free[n] + jnp.linspace(0.1, 0.3, free[n].size) for n in free if "shifts" in n}
+        for name, slope in jax.grad(objective)(free).items():
+            for i in range(slope.size):
+                step = 1e-5 * np.eye(slope.size)[i].reshape(slope.shape)
+                two = [float(objective(free | {name: free[name] + s})) for s in (-step, step)]
+                difference = (two[1] - two[0]) / 2e-5
+                expected = np.asarray(slope).reshape(-1)[i]
+                np.testing.assert_allclose(difference, expected, rtol=1e-4, atol=1e-7)
 
 
 def test_one_point_moves_alone_to_first_order():
@@ -334,7 +369,7 @@ def test_one_seed_gives_one_code_to_the_last_bit(runs, start):
 def test_steps_that_are_not_finite_change_nothing_and_are_told():
     """One training point breaks the model, so the steps that draw it are rejected."""
     code, key = nj.Berrut(K, N), jax.random.key(0)
-    training, _ = _split(code, DATA, key, 0.25)
+    training, _ = split_groups(DATA, K, key, 0.25, grouped=False)
     x = np.where((training[0] == DATA).all(axis=1, keepdims=True), np.float32(50), DATA)
 
     def fragile(x):
@@ -366,3 +401,49 @@ def test_tuning_stops_when_nothing_gets_better(key):
     assert tuned.objective <= 1
     last = [step.held_out for step in tuned.history[-3:]]
     assert min(last) >= tuned.objective
+
+
+def test_an_exact_code_stays_exact_and_glued_through_tuning(key):
+    code = nj.NeRCC(K, N, points="mixed:0.4", exact=True)
+    laws = {"2": LAWS["2"]}
+    tuned = nj.tune(model, code, DATA, laws, key=key, points=True, **OPTIONS).code
+    assert np.abs(np.asarray(tuned.alpha - code.alpha)).max() > 1e-3
+    same = np.asarray(code.beta)[:, None] == np.asarray(code.alpha)
+    np.testing.assert_array_equal(np.asarray(tuned.beta)[:, None] == np.asarray(tuned.alpha), same)
+    assert float(tuned.lambda_enc) == 0
+    assert float(tuned.lambda_dec) != float(code.lambda_dec)
+    mask = np.arange(N) != 1
+    answered = (same & mask[:, None]).any(axis=0)
+    decoded = tuned.decode(model(tuned.encode(DATA[:K])), mask)
+    np.testing.assert_allclose(decoded[answered], model(DATA[:K])[answered], atol=1e-4)
+
+
+@pytest.mark.parametrize(("number", "share"), [(6, 0.25), (21, 0.25), (23, 0.9)])
+def test_groups_stay_together(number, share, key):
+    x = np.arange(number, dtype="float32")
+    training, held = split_groups(x, K, key, share, grouped=True)
+    groups = np.concatenate([training, held])
+    np.testing.assert_array_equal(groups[:, 1:], groups[:, :1] + [[1, 2]])
+    assert sorted(groups[:, 0]) == list(range(0, number // K * K, K))
+    alone, held = split_groups(x, K, key, share, grouped=False)
+    assert alone.shape[1] == 1
+    assert sorted(np.concatenate([alone.ravel(), held.ravel()])) == list(x)
+
+
+def test_tuning_by_groups_never_mixes_them(key):
+    """All points of a group share a whole number; a mixture of groups shows and breaks the model.
+
+    Rows of the encoder sum to one, so within a group the number stays.
+    """
+    x = np.concatenate([np.repeat(np.arange(20.0), K)[:, None], DATA], axis=1).astype("float32")
+
+    def fragile(x):
+        whole = jnp.abs(x[:, :1] - jnp.round(x[:, :1])) < 1e-3
+        return jnp.where(whole, model(x[:, 1:]), jnp.nan)
+
+    options = OPTIONS | {"key": key, "points": True}
+    tuned = nj.tune(fragile, nj.Berrut(K, N), x, LAWS, grouped=True, **options)
+    assert tuned.rejected == 0
+    assert len(tuned.history) == 13
+    with pytest.raises(ValueError, match="finite answers on coded data points"):
+        nj.tune(fragile, nj.Berrut(K, N), x, LAWS, **options)

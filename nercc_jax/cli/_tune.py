@@ -1,11 +1,9 @@
 """`nercc tune`: the numbers of a code, by gradient descent on unlabelled data."""
 
-import dataclasses
 import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +15,7 @@ from .. import (
     AbstractCode,
     Berrut,
     NeRCC,
+    Replication,
     Tuned,
     TuningStep,
     evaluate,
@@ -25,7 +24,9 @@ from .. import (
     save_code,
     tune,
 )
+from .._points import coincident
 from ._errors import told_plainly
+from ._layout_search import found_layout
 from ._report import straggler_table
 from ._tuning_plot import tuning_plot
 from ._workload import (
@@ -54,10 +55,12 @@ def tune_command(
         typer.Option(help="One code for all numbers of stragglers from 0 to this; N - K if unset."),
     ] = None,
     layout: Annotated[
-        Literal["chebyshev", "interleaved"],
+        str,
         typer.Option(
-            help="Where the points start. Interleaved: every data point's is a worker's too, which "
-            "makes it exact if that worker answers."
+            help="Where the points start: chebyshev; interleaved, repeated or mixed:0.5 (that "
+            "share of the further workers are repeats), which make data points exact if a worker "
+            "of their own answers; systematic:0.5 (that share of data points have such a worker). "
+            "Or search: whichever keeps most labels."
         ),
     ] = "chebyshev",
     points: Annotated[
@@ -65,9 +68,12 @@ def tune_command(
         typer.Option("--points/--lambdas-only", help="Tune the regression points too, or not."),
     ] = True,
     loss: Annotated[
-        Literal["mse", "cross_entropy"],
-        typer.Option(help="Error of the values, or of the labels' distribution (logits only)."),
-    ] = "mse",
+        Literal["mse", "cross_entropy"] | None,
+        typer.Option(
+            help="Error of the values, or of the labels' distribution (logits only). Unless given, "
+            "the values'; for a search on logits the labels'."
+        ),
+    ] = None,
     outputs: OutputsOption = "logits",
     steps: Annotated[int, typer.Option(help="Gradient steps, at most.")] = 150,
     sets: Annotated[
@@ -93,29 +99,17 @@ def tune_command(
         if loss == "cross_entropy" and outputs != "logits":
             raise ValueError("--loss cross_entropy needs --outputs logits")
         laws = straggler_laws(num_data, num_workers, max_stragglers)
-        start = NeRCC(num_data, num_workers)
-        if layout == "interleaved":
-            start = NeRCC(num_data, num_workers, points=layout, lambda_dec=0.0)
-            del laws["0"]  # without stragglers it is exact
+        searching = layout == "search"
+        start = _start(num_data, num_workers, "chebyshev" if searching else layout)
+        if start.exact:
+            laws.pop("0")  # without stragglers there is nothing to tune
         network = answering(model, outputs)
         x, _ = network.images("train", data_dir, images, seed)
         held, _ = network.images("test", data_dir, images, seed)
         console = Console()
-        tuned = _tune(
-            console,
-            network,
-            start,
-            x,
-            laws,
-            steps,
-            key=jax.random.key(seed),
-            points=points,
-            loss=loss,
-        )
-        if layout == "interleaved":
-            # Tuning walks on log lambda_enc; at 0 data points are sent as they came.
-            exact = eqx.tree_at(lambda code: code.lambda_enc, tuned.code, jnp.array(0.0))
-            tuned = dataclasses.replace(tuned, code=exact)
+        labels = searching and outputs == "logits"
+        options = {"points": points, "loss": loss or ("cross_entropy" if labels else "mse")}
+        options |= {"steps": steps, "key": jax.random.key(seed)}
         about = {
             "model": model,
             "outputs": outputs,
@@ -123,20 +117,32 @@ def tune_command(
             "data_points": len(x),
             "layout": layout,
             "stragglers": f"{', '.join(laws)} of {num_workers} workers, each number alike",
-            "loss": loss,
-            "objective": f"{tuned.objective:.4f} of the untuned code's, on held-out groups",
-            "steps": len(tuned.history) - 1,
+            "loss": options["loss"],
             "seed": seed,
             "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "command": "nercc tune",
         }
-        save_code(output, tuned.code, about)
-        _compare(console, network, start, tuned, held, laws, sets, seed, outputs)
-        _draw(network, start, tuned, held, laws, model, seed, plot)
+        if searching:
+            code, found = _search(console, network, x, num_data, num_workers, laws, plot, options)
+        else:
+            tuned = _tune(console, network, start, x, laws, **options)
+            code, found = tuned.code, _told(tuned)
+            _draw(network, start, tuned, held, laws, model, seed, plot)
+        save_code(output, code, about | found)
+        _compare(console, network, start, code, held, laws, sets, seed, outputs)
+        for name, value in found.items():
+            console.print(f"{name}: {value}", soft_wrap=True)
         console.print(f"tuned code: {output.resolve()}\npicture: {plot.resolve()}", soft_wrap=True)
 
 
-def _tune(console, network, start, x, laws, steps: int, **options: Any) -> Tuned:
+def _start(num_data: int, num_workers: int, layout: str) -> NeRCC:
+    """The untuned code; exact where every data point has a worker of its own."""
+    code = NeRCC(num_data, num_workers, points=layout)
+    own = jnp.all(coincident(code.alpha, code.beta))
+    return NeRCC(num_data, num_workers, points=layout, exact=True) if own else code
+
+
+def _tune(console, network, start: NeRCC, x, laws, steps: int, **options: Any) -> Tuned[NeRCC]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -155,13 +161,27 @@ def _tune(console, network, start, x, laws, steps: int, **options: Any) -> Tuned
         return tune(network, start, x, laws, steps=steps, on_step=on_step, **options)
 
 
-def _compare(console, network, start, tuned: Tuned, held, laws, sets, seed, outputs) -> None:
+def _search(
+    console, network: Answering, x, num_data: int, num_workers: int, laws, plot: Path, options
+) -> tuple[NeRCC, dict[str, Any]]:
+    """The code of the best layout, and what is to be said of it."""
+    search = found_layout(console, network, x, num_data, num_workers, laws, plot, **options)
+    best = search.candidates[0]
+    return best.code, {
+        "layout": f"search: {best.layout}{', tuned' if best.tuned else ''}",
+        "objective": f"{100 * best.disagreement:.2f} % of labels differ, on held-out groups",
+    }
+
+
+def _compare(console, network, start: NeRCC, code: NeRCC, held, laws, sets, seed, outputs) -> None:
     codes: dict[str, AbstractCode] = {
         "untuned": start,
-        "tuned": tuned.code,
+        "tuned": code,
         "BACC": Berrut(start.num_data, start.num_workers),
         "ApproxIFER": Berrut(start.num_data, start.num_workers, points="approxifer"),
     }
+    if start.num_workers >= start.num_data:
+        codes["replication"] = Replication(start.num_data, start.num_workers)
     rows = evaluate(network, codes, held, laws, key=jax.random.key(seed), num_sets=sets)
     console.print(
         f"\nOn {rows[0].num_data_points} test images that it was not tuned on, {sets} straggler "
@@ -170,17 +190,17 @@ def _compare(console, network, start, tuned: Tuned, held, laws, sets, seed, outp
     console.print(straggler_table(rows, "mse", f"MSE of decoded {outputs}", best="min"))
     title = "RelAcc in %: same label as the model's own"
     console.print(straggler_table(rows, "rel_acc", title, best="max", scale=100))
-    numbers = ", ".join(f"{k} {v:.3g}" for k, v in _best(tuned).items())
-    console.print(
-        f"{len(tuned.history) - 1} steps in {tuned.seconds:.0f} s: {numbers}; held-out error "
-        f"{tuned.objective:.3f} of the untuned code's."
-    )
 
 
-def _best(tuned: Tuned) -> dict[str, float]:
-    return {
-        name: float(getattr(tuned.code, name))
+def _told(tuned: Tuned[NeRCC]) -> dict[str, Any]:
+    """What is to be said of a tuned code."""
+    numbers = ", ".join(
+        f"{name} {float(getattr(tuned.code, name)):.3g}"
         for name in ("lambda_enc", "lambda_dec", "gap_exponent")
+    )
+    return {
+        "tuned": f"{len(tuned.history) - 1} steps in {tuned.seconds:.0f} s: {numbers}",
+        "objective": f"{tuned.objective:.4f} of the untuned code's, on held-out groups",
     }
 
 

@@ -1,0 +1,284 @@
+"""The search for a layout: against brute force, and as the command runs it."""
+
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import nercc_jax as nj
+from nercc_jax._layouts import search_layout
+from nercc_jax._trial import draw_sets
+from nercc_jax._tuning import split_groups
+from nercc_jax.cli._app import app
+
+K, N = 4, 8
+LAWS = {"1": nj.ExactStragglers(1), "3": nj.ExactStragglers(3)}
+RNG = np.random.default_rng(0)
+FIRST, SECOND = (RNG.normal(size=size).astype("float32") for size in ((3, 8), (8, 4)))
+DATA = RNG.normal(size=(64, 3)).astype("float32")
+LAYOUTS = ("chebyshev", "interleaved", "repeated", "systematic:0.5")
+OPTIONS = {"layouts": LAYOUTS, "num_sets": 12}
+
+
+def model(x):
+    return jnp.tanh(2 * x @ FIRST) @ SECOND
+
+
+@pytest.fixture(scope="module")
+def search():
+    return search_layout(
+        model, DATA, K, N, LAWS, key=jax.random.key(1), tune_best=1, steps=10, check_every=5,
+        sets_per_step=4, held_out_sets=8, **OPTIONS,
+    )  # fmt: skip
+
+
+def held_out(key):
+    """The groups and straggler sets that the search decides on."""
+    _, groups = split_groups(DATA, K, key, 0.5, grouped=False)
+    masks, law = draw_sets(LAWS, jax.random.fold_in(key, 2), N, 12)
+    return groups, np.asarray(masks), np.asarray(law)
+
+
+def disagreement(code, groups, masks, law):
+    """Set by set, from the code's matrices; what is lost is wrong."""
+    own = np.stack([model(group) for group in groups])
+    answers = np.stack([model(code.encode(group)) for group in groups])
+    matrix = eqx.filter_jit(lambda code, mask: code.decoder_matrix(mask))
+    wrong = []
+    for mask in masks:
+        decoded = np.asarray(matrix(code, mask), np.float64) @ answers
+        same = (decoded.argmax(-1) == own.argmax(-1)) & np.asarray(code.recovered(mask))
+        wrong.append(1 - same.mean())
+    return np.mean([np.mean(np.array(wrong)[law == place]) for place in np.unique(law)])
+
+
+def test_candidates_are_scored_as_brute_force_does(search):
+    held = held_out(jax.random.key(1))
+    chosen = {(c.layout, c.tuned, c.code.exact): c for c in search.candidates}
+    assert len(chosen) == 4 * 2, "smoothed and exact, but for chebyshev; and one tuned"
+    for candidate in list(chosen.values())[::3]:
+        expected = disagreement(candidate.code, *held)
+        # A label or two may hang on a rounding.
+        assert candidate.disagreement == pytest.approx(expected, abs=2 / 32 / 24)
+        assert candidate.objective == candidate.disagreement
+
+
+def test_nothing_plain_is_better_nor_is_replication(search):
+    best = search.candidates[0]
+    objectives = [c.objective for c in search.candidates]
+    assert objectives == sorted(objectives)
+    assert {c.layout for c in search.candidates} == set(LAYOUTS)
+    assert search.code is best.code
+    lost = disagreement(nj.Replication(K, N), *held_out(jax.random.key(1)))
+    repeated = min(c.objective for c in search.candidates if c.layout == "repeated")
+    assert best.objective <= repeated <= lost
+    assert lost > 0
+
+
+def test_the_best_of_each_layout_comes_once(search):
+    shown = search.best_of_layouts
+    assert shown[0] is search.candidates[0]
+    assert sorted(c.layout for c in shown if not c.tuned) == sorted(LAYOUTS)
+    for one in shown:
+        same = [c for c in search.candidates if (c.layout, c.tuned) == (one.layout, one.tuned)]
+        assert one.objective == min(c.objective for c in same)
+
+
+def test_the_best_layouts_are_tuned(search):
+    (tuned,) = (c for c in search.candidates if c.tuned)
+    assert tuned.layout in LAYOUTS
+    assert np.isfinite(tuned.objective)
+    plain = [c.code for c in search.candidates if c.layout == tuned.layout and not c.tuned]
+    numbers = [float(code.lambda_dec) for code in plain]
+    assert tuned.code.exact in {code.exact for code in plain}
+    assert float(tuned.code.lambda_dec) not in numbers
+
+
+def test_a_coded_data_point_is_computed_once():
+    """Interleaved and mixed points share the alphas, and those are the data points themselves."""
+    calls = []
+
+    def counted(x):
+        jax.debug.callback(lambda batch: calls.append(len(batch)), x)
+        return model(x)
+
+    layouts = ("interleaved", "mixed:0.5", "repeated", "mixed:1")
+    search = search_layout(
+        counted, DATA, K, N, LAWS, key=jax.random.key(0), layouts=layouts, tune_best=0,
+        num_sets=12, batch_size=4,
+    )  # fmt: skip
+    jax.effects_barrier()
+    betas = [nj.regression_points(K, N, name)[1] for name in layouts]
+    distinct = len(np.unique(np.round(np.concatenate(betas), 6)))
+    assert distinct < N + 4
+    groups = 8 + 8
+    assert search.evaluations == groups * distinct
+    # Batches of one size: what fills them up counts here, less than a batch a call.
+    assert search.evaluations <= sum(calls) < search.evaluations + 4 * 2 * groups
+    assert {c.layout for c in search.candidates} == {"interleaved", "mixed:0.5", "repeated"}, "once"
+
+
+@pytest.mark.parametrize(
+    ("objective", "dtype"), [("mse", "float64"), ("cross_entropy", "float32")], indirect=["dtype"]
+)
+def test_errors_count_relative_to_the_first_layout(objective, dtype):
+    search = search_layout(
+        model, DATA.astype(dtype), K, N, LAWS, key=jax.random.key(0), objective=objective,
+        tune_best=0, **OPTIONS | {"layouts": LAYOUTS[:2]},
+    )  # fmt: skip
+    plain = nj.NeRCC(K, N)
+    (first,) = (
+        c
+        for c in search.candidates
+        if c.layout == "chebyshev" and float(c.code.lambda_dec) == float(plain.lambda_dec)
+    )
+    assert first.objective == pytest.approx(1, rel=1e-5)
+    groups, masks, law = held_out(jax.random.key(0))
+    best = search.candidates[0]
+    ratios = []
+    for place in (0, 1):
+        one, other = (
+            nj.nested_errors(model, code, groups.astype(dtype), masks[law == place], loss=objective)
+            for code in (best.code, plain)
+        )
+        ratios.append(np.mean(one) / np.mean(other))
+    assert best.objective == pytest.approx(np.mean(ratios), rel=1e-3)
+
+
+def test_one_key_gives_one_code():
+    def run(seed):
+        return search_layout(
+            model, DATA, K, N, LAWS, key=jax.random.key(seed), tune_best=0, **OPTIONS
+        )
+
+    one, again, other = run(0), run(0), run(3)
+    scores = [[c.disagreement for c in r.candidates] for r in (one, again, other)]
+    assert scores[0] == scores[1] != scores[2]
+    for mine, theirs in zip(jax.tree.leaves(one.code), jax.tree.leaves(again.code), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_groups_stay_together():
+    """As in the tests of tuning: what mixes two groups breaks the model."""
+    x = np.concatenate([np.repeat(np.arange(16.0), K)[:, None], DATA], axis=1).astype("float32")
+
+    def fragile(x):
+        whole = jnp.abs(x[:, :1] - jnp.round(x[:, :1])) < 1e-3
+        return jnp.where(whole, model(x[:, 1:]), jnp.nan)
+
+    options = {"key": jax.random.key(0), "tune_best": 0, **OPTIONS, "layouts": LAYOUTS[:2]}
+    search = search_layout(fragile, x, K, N, LAWS, grouped=True, **options)
+    assert all(np.isfinite(c.objective) for c in search.candidates)
+    with pytest.raises(ValueError, match="finite answers on coded data points"):
+        search_layout(fragile, x, K, N, LAWS, **options)
+
+
+@pytest.mark.parametrize(("num_data", "num_workers"), [(1, 1), (4, 4), (3, 4)])
+def test_few_workers(num_data, num_workers):
+    """From N = K on, with all layouts; at N = K those with own workers are one."""
+    laws = {"some": nj.IndependentStragglers(0.3)}
+    search = search_layout(
+        model, DATA[:24], num_data, num_workers, laws, key=jax.random.key(0), tune_best=0,
+        num_sets=6,
+    )  # fmt: skip
+    assert all(0 <= c.objective <= 1 for c in search.candidates)
+    layouts = {c.layout for c in search.candidates}
+    assert "chebyshev" in layouts
+    if num_data == num_workers == 4:
+        assert layouts == {"chebyshev", "interleaved", "systematic:0.5"}
+    assert (search.code.num_data, search.code.num_workers) == (num_data, num_workers)
+
+
+def test_where_nothing_errs_nothing_is_tuned():
+    laws = {"0": nj.ExactStragglers(0)}
+    search = search_layout(
+        model, DATA, K, N, laws, key=jax.random.key(0), tune_best=1, layouts=("repeated",)
+    )
+    assert search.candidates[0].objective == 0
+    assert not any(c.tuned for c in search.candidates)
+
+
+def test_a_found_code_survives_its_file(search, tmp_path):
+    nj.save_code(tmp_path / "code.json", search.code)
+    again = nj.load_code(tmp_path / "code.json")
+    mask = np.arange(N) != 2
+    np.testing.assert_array_equal(again.decoder_matrix(mask), search.code.decoder_matrix(mask))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"objective": "accuracy"}, "objective must be one of mse, .*, not 'accuracy'"),
+        ({"loss": "disagreement"}, "loss must be one of mse, .* a function, not 'disagreement'"),
+        ({"layouts": ()}, "there are no layouts to search"),
+        ({"layouts": ("chebychev",)}, "points must be one of chebyshev"),
+        ({"num_workers": 3}, "4 data points need at least 4 workers, not 3"),
+        ({"stragglers": {}}, "there are no laws of stragglers"),
+        ({"order": 0.5}, "order must be 1 or more, not 0.5"),
+        ({"num_sets": 0}, "num_sets must be an integer from 1 on, not 0"),
+        ({"tune_best": -1}, "tune_best must be an integer from 0 on, not -1"),
+        ({"held_out_share": 0.0}, "held_out_share must be between 0 and 1"),
+        ({"x": DATA[:7]}, "two groups of 4 data points"),
+    ],
+)
+def test_errors(change, message, untyped):
+    arguments = {
+        "x": DATA, "num_data": K, "num_workers": N, "stragglers": LAWS, "key": jax.random.key(0)
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        search_layout(model, **arguments | change)
+
+
+# -- The command -----------------------------------------------------------------------------------
+
+SMALL = {
+    "--num-data": 3, "--num-workers": 5, "--max-stragglers": 1, "--images": 60, "--sets": 2,
+    "--steps": 2,
+}  # fmt: skip
+
+
+def run(folder, *arguments):
+    files = ("--output", str(folder / "code.json"), "--plot", str(folder / "tune.png"))
+    small = [str(part) for option in SMALL.items() for part in option]
+    return CliRunner().invoke(app, ["tune", *small, *files, *arguments])
+
+
+def test_the_command_searches_and_writes_what_it_found(tmp_path, monkeypatch):
+    # Tuning takes long to compile, and another test has it.
+    untuned = functools.partial(search_layout, tune_best=0)
+    monkeypatch.setattr("nercc_jax.cli._layout_search.search_layout", untuned)
+    result = run(tmp_path, "--layout", "search")
+    assert result.exit_code == 0, result.output
+    for word in ("disagreement", "repeated", "mixed:0.5", "systematic:1", "RelAcc", "replication"):
+        assert word in result.output
+    assert (tmp_path / "tune.png").read_bytes().startswith(b"\x89PNG")
+    assert nj.code_card(tmp_path / "code.json")["layout"].startswith("search: ")
+    code = nj.load_code(tmp_path / "code.json")
+    assert (code.num_data, code.num_workers) == (3, 5)
+
+
+def test_the_command_keeps_answered_data_points_exact(tmp_path):
+    result = run(tmp_path, "--layout", "mixed:0.5", "--lambdas-only")
+    assert result.exit_code == 0, result.output
+    code = nj.load_code(tmp_path / "code.json")
+    assert code.exact
+    assert float(code.lambda_enc) == 0
+    assert np.isin(code.alpha, code.beta).all()
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ("sideways", "points must be one of chebyshev"),
+        ("mixed:2", "must be between 0 and 1"),
+    ],
+)
+def test_the_command_tells_of_layouts_that_are_none(layout, message, tmp_path):
+    result = run(tmp_path, "--layout", layout)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert "Traceback" not in result.output
