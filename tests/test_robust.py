@@ -1,0 +1,344 @@
+"""Decoding with adversaries, against refits without a point and decoding without the liars."""
+
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nercc_jax import Berrut, Lagrange, NeRCC, Replication, Uncoded
+from nercc_jax._robust import find_adversaries, robust_decode
+
+LAYOUTS = ("chebyshev", "interleaved", "repeated")
+
+
+def honest(code, dtype, outputs=4):
+    """Answers of a smooth model: they fit each other."""
+    t = np.asarray(code.beta, np.float64)[:, None]
+    y = np.sin(2 * t + np.arange(outputs)) + 0.3 * np.cos(3 * t * (1 + np.arange(outputs) % 2))
+    return y.astype(dtype)
+
+
+def lies(y, who, seed=0, size=20.0):
+    noise = np.random.default_rng(seed).normal(size=(len(who), *y.shape[1:]))
+    y = y.copy()
+    y[who] += size * np.sign(noise) * (0.5 + np.abs(noise))
+    return y
+
+
+def mask(number, gone=()):
+    available = np.ones(number, bool)
+    available[list(gone)] = False
+    return jnp.asarray(available)
+
+
+def refitted(t, y, mu, place, others):
+    """How far observation `place` is from the oracle's spline through the others, standardised.
+
+    The variance of y_i - u(t_i) given the others is sigma^2 (1 + v), with v the weight that mu puts
+    on the reproducing kernel: told by refitting, as the fit's answer to a unit step in y_i.
+    """
+    ours = [i for i in others if i != place]
+
+    def at_place(values, points):
+        keep = np.asarray(points)
+        lambda_ = mu / len(keep)
+        return float(oracle.smoothing_spline(t[keep], values[keep], lambda_, t[[place]])[0])
+
+    far = [y[place, c] - at_place(y[:, c], ours) for c in range(y.shape[1])]
+    step = np.zeros(len(t))
+    step[place] = 1
+    leverage = at_place(step, [*ours, place])
+    return np.linalg.norm(far) * np.sqrt(1 - leverage)
+
+
+@pytest.mark.parametrize("lambda_", [1e-6, 1e-3])
+def test_the_one_left_out_is_the_worst_of_all_refits(lambda_, dtype):
+    """The leave-one-out formula against splines that never saw the point, a lie hidden or not."""
+    code = NeRCC(6, 14)
+    t = np.asarray(code.beta, np.float64)
+    available = mask(14, (3, 8))
+    seen = np.flatnonzero(available)
+    for seed in range(3):
+        y = honest(code, "float64", 2) + np.random.default_rng(seed).normal(size=(14, 2))
+        worst = max(seen, key=lambda i: refitted(t, y, lambda_ * len(seen), i, seen))
+        # A threshold that nobody passes on the way back.
+        found = find_adversaries(
+            code.beta, jnp.asarray(y, dtype), available, lambda_, max_adversaries=1, threshold=0.0
+        )
+        assert np.flatnonzero(found).tolist() == [worst]
+
+
+def test_the_second_is_judged_without_the_first(dtype):
+    code = NeRCC(6, 14)
+    t, lambda_ = np.asarray(code.beta, np.float64), 1e-4
+    y = honest(code, "float64", 2) + np.random.default_rng(7).normal(size=(14, 2))
+    left, found = list(range(14)), set()
+    for _ in range(4):
+        worst = max(left, key=lambda i: refitted(t, y, lambda_ * 14, i, left))
+        left.remove(worst)
+        found.add(worst)
+    got = find_adversaries(
+        code.beta, jnp.asarray(y, dtype), mask(14), lambda_, max_adversaries=4, threshold=0.0
+    )
+    assert set(np.flatnonzero(got)) == found
+
+
+def test_who_comes_back_is_within_the_threshold_of_a_refit():
+    """Exactly those: the oracle's misfits of all that were left out, without any of them."""
+    with jax.enable_x64(True):
+        code = NeRCC(6, 14)
+        t, lambda_ = np.asarray(code.beta, np.float64), 1e-4
+        y = honest(code, "float64", 2) + 0.1 * np.random.default_rng(1).normal(size=(14, 2))
+        y[5] += 30
+        out = find_adversaries(
+            code.beta, jnp.asarray(y), mask(14), lambda_, max_adversaries=3, threshold=0.0
+        )
+        out, kept = np.flatnonzero(out), [i for i in range(14) if not out[i]]
+        assert 5 in out
+        usual = np.median([refitted(t, y, lambda_ * 14, i, kept) for i in kept])
+        ratio = {i: refitted(t, y, lambda_ * 14, i, kept) / usual for i in out}
+        ordered = sorted(ratio, key=ratio.__getitem__)
+        assert ratio[ordered[0]] < ratio[5] == ratio[ordered[-1]]
+        for threshold, expected in (
+            (0.99 * ratio[ordered[0]], set(out)),
+            (2 * ratio[5], set()),
+        ):
+            got = find_adversaries(
+                code.beta,
+                jnp.asarray(y),
+                mask(14),
+                lambda_,
+                max_adversaries=3,
+                threshold=threshold,
+            )
+            assert set(np.flatnonzero(got)) == expected
+
+
+@pytest.mark.parametrize("gone", [(), (0, 11, 23)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gross_lies_leave_what_decoding_without_them_gives(layout, gone, dtype):
+    code = NeRCC(8, 32, points=layout)
+    y = honest(code, dtype)
+    liars = [2, 9, 17, 28]
+    got = robust_decode(code, lies(y, liars), mask(32, gone), max_adversaries=4)
+    expected = code.try_decode(y, mask(32, [*gone, *liars]))
+    assert np.flatnonzero(got.suspected).tolist() == liars
+    assert np.array_equal(got.heard, mask(32, [*gone, *liars]))
+    assert np.array_equal(got.predictions, expected.predictions)
+    assert np.all(got.recovered)
+    assert got.predictions.dtype == dtype
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_without_adversaries_nobody_is_left_out(layout, dtype):
+    code = NeRCC(8, 32, points=layout)
+    y = honest(code, dtype)
+    got = robust_decode(code, y, mask(32, (4, 5)), max_adversaries=10)
+    assert not np.any(got.suspected)
+    assert np.array_equal(got.predictions, code.decode(y, mask(32, (4, 5))))
+
+
+def test_equal_answers_accuse_nobody():
+    code = NeRCC(8, 32, points="repeated")
+    rounding = 1 + np.finfo("float32").eps * (np.arange(32)[:, None] % 3) * np.ones(4)
+    got = robust_decode(code, (3 * rounding).astype("float32"), mask(32), max_adversaries=15)
+    assert not np.any(got.suspected)
+
+
+def test_rough_copies_accuse_nobody_and_outvote_liars(dtype):
+    """Where copies repeat the path may jump from point to point: only copies tell."""
+    code = NeRCC(8, 32, points="repeated")
+    answers = np.random.default_rng(0).normal(size=(8, 4)).astype(dtype)
+    y = answers[np.arange(32) % 8]
+    got = robust_decode(code, y, mask(32), max_adversaries=15)
+    assert not np.any(got.suspected)
+    liars = [0, 3, 14, 23]
+    y[liars] = 5.0
+    got = robust_decode(code, y, mask(32), max_adversaries=15)
+    assert np.flatnonzero(got.suspected).tolist() == liars
+    assert np.array_equal(got.predictions, code.decode(y, mask(32, liars)))
+
+
+@settings(max_examples=30)
+@given(
+    seed=st.integers(0, 10_000),
+    count=st.integers(0, 15),
+    most=st.sampled_from([0, 1, 5]),
+    gone=st.integers(0, 30),
+)
+def test_no_more_are_left_out_than_asked_and_nobody_absent(seed, count, most, gone):
+    random = np.random.default_rng(seed)
+    code = NeRCC(8, 32)
+    y = lies(honest(code, "float32"), random.permutation(32)[:count], seed)
+    available = mask(32, random.permutation(32)[:gone])
+    got = robust_decode(code, y, available, max_adversaries=most)
+    assert np.sum(got.suspected) <= min(most, max(available.sum() - 4, 0))
+    assert np.array_equal(got.heard | got.suspected, available)
+    assert not np.any(got.heard & got.suspected)
+    assert np.all(np.isfinite(got.predictions))
+
+
+@pytest.mark.parametrize("method", ["reject", "smooth"])
+def test_broken_and_absent_answers_are_never_read(method):
+    code = NeRCC(8, 32)
+    y = honest(code, "float32")
+    broken = y.copy()
+    broken[3], broken[11, 1], broken[20] = np.nan, np.inf, 1e30
+    available = mask(32, (20,))
+    decode = functools.partial(robust_decode, code, max_adversaries=3, method=method)
+    got = decode(broken, available)
+    expected = decode(y, mask(32, (3, 11, 20)))
+    assert np.array_equal(got.heard, mask(32, (3, 11, 20)))
+    assert not np.any(got.suspected)
+    assert np.array_equal(got.predictions, expected.predictions)
+
+
+def test_a_huge_lie_hides_nobody():
+    code = NeRCC(8, 32)
+    y = lies(honest(code, "float32"), [6, 25])
+    y[15] = [3e38, -3e38, 3e38, 1.0]
+    got = robust_decode(code, y, mask(32), max_adversaries=3)
+    assert np.flatnonzero(got.suspected).tolist() == [6, 15, 25]
+
+
+def test_nobody_answered():
+    code = NeRCC(8, 32)
+    y = honest(code, "float32")
+    for method in ("reject", "smooth"):
+        got = robust_decode(code, y, jnp.zeros(32, bool), max_adversaries=2, method=method)
+        assert np.all(np.isnan(got.predictions))
+        assert not np.any(got.recovered)
+        assert not np.any(got.heard | got.suspected)
+
+
+@pytest.mark.parametrize("adversaries", [0, 2, 6])
+def test_smoothing_takes_the_papers_lambda(adversaries, dtype):
+    code = NeRCC(8, 32, lambda_dec=1e-7)
+    y = honest(code, dtype)
+    available = mask(32, (4, 13))
+    got = robust_decode(
+        code, y, available, max_adversaries=adversaries, method="smooth", rate_constant=0.01
+    )
+    lambda_ = max(1e-7, 0.01 * (adversaries / 30) ** 1.6)
+    assert not np.any(got.suspected)
+    for column in range(2):
+        expected = oracle.smoothing_spline(
+            np.asarray(code.beta), y[:, column], lambda_, np.asarray(code.alpha),
+            available=available,
+        )  # fmt: skip
+        tolerance = {"float32": 2e-4, "float64": 1e-9}[dtype]
+        np.testing.assert_allclose(
+            got.predictions[:, column], np.array(expected, float), atol=tolerance
+        )
+
+
+def test_smoothing_trusts_no_answer_more_than_others():
+    """A code whose answers at a data point's own place are exact must not believe a liar there."""
+    code = NeRCC(8, 32, points="interleaved", exact=True)
+    plain = NeRCC(8, 32, points="interleaved")
+    y = lies(honest(code, "float32"), [2])
+    options = {"max_adversaries": 3, "method": "smooth", "rate_constant": 0.01}
+    got = robust_decode(code, y, mask(32), **options)
+    np.testing.assert_allclose(
+        got.predictions, robust_decode(plain, y, mask(32), **options).predictions, rtol=1e-4
+    )
+    assert np.linalg.norm(got.predictions[2]) < 0.7 * np.linalg.norm(y[2])
+
+
+def test_bounds():
+    code = NeRCC(8, 32)
+    y = honest(code, "float32")
+    lying = lies(y, [5, 20], size=3.0)
+    decode = functools.partial(robust_decode, code, lying, mask(32), bounds=(-1.5, 1.5))
+    # Beyond the bounds is guilty whatever else is allowed.
+    rejected = decode(max_adversaries=0)
+    assert np.flatnonzero(rejected.suspected).tolist() == [5, 20]
+    smooth = decode(max_adversaries=2, method="smooth")
+    clipped = robust_decode(
+        code, np.clip(lying, -1.5, 1.5), mask(32), max_adversaries=2, method="smooth"
+    )
+    assert np.array_equal(smooth.predictions, clipped.predictions)
+    assert np.all(smooth.heard)
+
+
+def test_jit_vmap_and_one_compilation_for_every_mask():
+    code = NeRCC(8, 32)
+    y = np.stack([lies(honest(code, "float32"), [s, 12]) for s in range(3)])
+    masks = np.stack([mask(32, (s + 5, 17)) for s in range(3)])
+    traces = []
+
+    @eqx.filter_jit
+    def decode(code, y, available):
+        traces.append(1)
+        return robust_decode(code, y, available, max_adversaries=2)
+
+    together = jax.vmap(lambda y, m: decode(code, y, m))(y, masks)
+    for group in range(3):
+        alone = decode(code, y[group], masks[group])
+        assert np.array_equal(alone.suspected, together.suspected[group])
+        np.testing.assert_allclose(alone.predictions, together.predictions[group], rtol=1e-4)
+    assert len(traces) == 1
+    assert np.array_equal(np.sum(together.suspected, axis=1), [2, 2, 2])
+
+
+def test_many_groups_judge_workers_together():
+    """Lies too small to tell in one group stand out in thirty."""
+    code = NeRCC(8, 32)
+    random = np.random.default_rng(0)
+    y = np.stack([honest(code, "float32") for _ in range(30)], axis=1)
+    y += random.normal(size=y.shape) * 0.1
+    y[[4, 19]] += 0.5 * np.sign(random.normal(size=y[[4, 19]].shape))
+    got = robust_decode(code, y.astype("float32"), mask(32), max_adversaries=4, threshold=3.0)
+    assert np.flatnonzero(got.suspected).tolist() == [4, 19]
+    assert got.predictions.shape == (8, 30, 4)
+
+
+def test_predictions_are_differentiable_in_answers():
+    with jax.enable_x64(True):
+        code = NeRCC(8, 32)
+        y = jnp.asarray(lies(honest(code, "float64"), [7]))
+
+        def total(y):
+            return jnp.sum(robust_decode(code, y, mask(32), max_adversaries=2).predictions[:, 0])
+
+        grad = jax.grad(total)(y)
+        expected = np.sum(code.decoder_matrix(mask(32, (7,))), axis=0)
+        np.testing.assert_allclose(grad[:, 0], expected, atol=1e-12)
+        assert np.all(grad[7] == 0)
+
+
+@pytest.mark.parametrize("code", [Berrut(4, 12), Lagrange(4, 12), Replication(4, 12), Uncoded(12)])
+def test_other_codes_are_told_what_would_do(code, untyped):
+    with pytest.raises(ValueError, match=rf"{type(code).__name__} .*use NeRCC"):
+        robust_decode(code, np.zeros((12, 2), "float32"), mask(12), max_adversaries=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_adversaries": 6}, "from 0 to 5, a minority of the workers, not 6"),
+        ({"max_adversaries": -1}, "not -1"),
+        ({"max_adversaries": 1.5}, r"integer from 0 to 5.*not 1\.5"),
+        ({"max_adversaries": True}, "not True"),
+        ({"max_adversaries": 1, "method": "median"}, "reject, smooth, not 'median'"),
+        ({"max_adversaries": 1, "bounds": (1.0, 1.0)}, r"low < high, not \(1.0, 1.0\)"),
+    ],
+)
+def test_bad_options(options, message, untyped):
+    code = NeRCC(4, 12)
+    with pytest.raises(ValueError, match=message):
+        robust_decode(code, np.zeros((12, 2), "float32"), mask(12), **options)
+
+
+def test_bad_shapes(untyped):
+    code = NeRCC(4, 12)
+    with pytest.raises(ValueError, match="its first axis must be the 12 workers"):
+        robust_decode(code, np.zeros((11, 2), "float32"), mask(12), max_adversaries=1)
+    with pytest.raises(ValueError, match=r"boolean mask of shape \(12,\)"):
+        robust_decode(code, np.zeros((12, 2), "float32"), mask(11), max_adversaries=1)
