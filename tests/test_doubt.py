@@ -1,0 +1,174 @@
+"""How likely a label is wrong: the regression behind it, its promises, and how to keep them."""
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.optimize
+from scipy.special import expit
+
+from nercc_jax import Berrut, ExactStragglers, NeRCC
+from nercc_jax._doubt import _calibrate, _logistic_regression, _observe, calibrate_doubt
+from nercc_jax._evaluation import all_answers
+from nercc_jax._surrogate import Surrogate
+
+K, N, OUTPUTS = 4, 7, 4
+LAWS = {"three": ExactStragglers(3)}
+_WEIGHTS = np.random.default_rng(0).normal(size=(5, OUTPUTS))
+
+
+def model(x):
+    return jnp.sin(1.5 * x @ jnp.asarray(_WEIGHTS, x.dtype))
+
+
+def rough(x):
+    return model(x) + 0.3 * jnp.cos(3 * x @ jnp.asarray(_WEIGHTS, x.dtype))
+
+
+def points(seed, groups):
+    return np.random.default_rng(seed).normal(size=(groups * K, 5)).astype("float32")
+
+
+CODES = {
+    "chebyshev": lambda: NeRCC(K, N),
+    "repeated": lambda: NeRCC(K, N, lambda_dec=0.0, points="repeated"),
+}
+
+
+def seen(code, x, surrogate=None):
+    """Features, sure and wrong ones of data points under all sets, and their doubts' inputs."""
+    groups = x.reshape(-1, K, 5)
+    originals = model(jnp.asarray(groups))
+    masks = jnp.asarray(LAWS["three"].every_set(N, 100))
+    answers = all_answers((model,), code, groups)
+    cheap = cheap_coded = None
+    if surrogate is not None:
+        cheap = surrogate.model(jnp.asarray(groups))
+        cheap_coded = all_answers((surrogate.model,), code, groups)
+    seen = _observe(code, surrogate, masks, answers, originals, cheap, cheap_coded)
+    return [np.asarray(each) for each in seen]
+
+
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("surrogate", [None, Surrogate(rough, theta=0.8, kappa=2.0)])
+def test_it_keeps_its_promises_on_other_data(code, surrogate, key):
+    code = CODES[code]()
+    doubt = calibrate_doubt(
+        model, code, points(0, 400), LAWS, key=key, surrogate=surrogate, num_sets=100
+    )
+    features, sure, wrong = seen(code, points(1, 800), surrogate)
+    promised = np.where(sure, 0, expit(features @ np.asarray(doubt.weights)))
+    assert not wrong[sure].any()
+    assert sure.any() == (code.alpha[0] in code.beta)
+    # Bins of as many expected wrong ones each.
+    order = np.argsort(promised, axis=None)
+    share = np.cumsum(promised.ravel()[order]) / promised.sum()
+    for part in range(5):
+        chosen = order[(share > part / 5) & (share <= (part + 1) / 5)]
+        ratio = wrong.ravel()[chosen].mean() / promised.ravel()[chosen].mean()
+        assert 0.7 < ratio < 1.3, (part, ratio)
+    # And it tells more than the mean does, if there is anything to tell: the least doubtful half.
+    least = order[promised.ravel()[order] > 0]
+    least = least[: least.size // 2]
+    if surrogate is not None or not sure.any():
+        assert wrong.ravel()[least].mean() < 0.75 * wrong[~sure].mean()
+    for wanted in (0.005, 0.02):
+        kept = promised <= doubt.limit(wanted)
+        assert np.mean(wrong & kept) <= 1.3 * wanted
+        np.testing.assert_allclose(np.mean(~kept), doubt.share(doubt.limit(wanted)), atol=0.05)
+    assert doubt.limit(1.0) == doubt.levels[-1]
+
+
+def test_sure_ones_and_lost_ones(key, dtype):
+    x, code = points(0, 40), CODES["chebyshev"]()
+    doubt = calibrate_doubt(model, code, x, LAWS, key=key, num_sets=10)
+    predictions = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, OUTPUTS)), float)
+    predictions = predictions.at[0, 0, 1].set(jnp.nan)
+    deviation = jnp.full((2, 3), 0.5).at[1, 2].set(0).at[1, 1].set(jnp.inf)
+    value = eqx.filter_jit(doubt)(predictions, deviation)
+    assert value.shape == (2, 3)
+    assert value[0, 0] == 1
+    assert value[1, 2] == 0
+    assert 0 < value[0, 1] < 1
+    assert 0 < value[1, 1] < 1
+    nearer = doubt(predictions, deviation / 100)
+    assert nearer[0, 1] < value[0, 1], "the surer, the less doubt"
+
+
+def test_the_risk_is_what_can_be_counted(dtype):
+    """20 data points under one set: the last two are sure, and doubt falls with the feature."""
+    feature = np.concatenate([np.linspace(3, -3, 18), [0, 0]])
+    features = np.stack([np.ones(20), feature], axis=-1).reshape(1, 5, 4, 2)
+    sure = (np.arange(20) >= 18).reshape(1, 5, 4)
+    wrong = np.isin(np.arange(20), [9, 14, 16, 17]).reshape(1, 5, 4)
+    doubt = _calibrate(features, sure, wrong)
+    assert doubt.weights[1] < 0
+    assert doubt.levels[0] == doubt.risks[0] == 0
+    np.testing.assert_allclose(doubt.shares[0], 0.9, atol=1e-6)
+    value = expit(np.asarray(doubt.weights) @ features.reshape(20, 2).T)
+    assert doubt.limit(0.0) == doubt.limit(0.04) == 0
+    # One too many is counted among 21: nine of the unsure are without a wrong one.
+    np.testing.assert_allclose(doubt.limit(1 / 21 + 1e-6), value[8], rtol=1e-5)
+    np.testing.assert_allclose(doubt.limit(2 / 21 + 1e-6), value[13], rtol=1e-5)
+    np.testing.assert_allclose(doubt.limit(1.0), value[17], rtol=1e-5)
+    np.testing.assert_allclose(doubt.share(value[8] + 1e-6), 9 / 20, atol=1e-6)
+    assert doubt.share(0.0) == pytest.approx(0.9)
+    assert doubt.share(1.0) == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize("slope", [-1.5, 1.5])
+def test_the_regression_is_the_most_likely_one(slope):
+    """Under the constraint that the second and third features do not raise the doubt."""
+    rng = np.random.default_rng(0)
+    columns = [rng.normal(size=500), 3 + 0.1 * rng.normal(size=500), rng.normal(size=500)]
+    features = np.column_stack([np.ones(500), *columns])
+    wrong = rng.uniform(size=500) < expit(features @ [20.0, slope, -7.0, 0.5])
+    weights = _logistic_regression(features, wrong)
+    mean, scale = features.mean(axis=0), features.std(axis=0)
+    mean[0], scale[0] = 0, 1
+    z = np.concatenate([(features - mean) / scale, np.eye(1, 4)])
+    target = np.append(wrong.astype(float), 0.5)
+    free = [0, 1, 2, 3] if slope < 0 else [0, 2, 3]
+
+    def loss(w):
+        logit = z[:, free] @ w
+        return np.sum(np.logaddexp(0, logit) - target * logit) + np.sum(w[1:] ** 2) / 2
+
+    best = scipy.optimize.minimize(loss, np.zeros(len(free)), tol=1e-12).x
+    np.testing.assert_allclose(features @ weights, z[:-1][:, free] @ best, atol=1e-3)
+
+
+@pytest.mark.parametrize("all_wrong", [False, True])
+def test_the_regression_where_all_are_alike(all_wrong):
+    features = np.column_stack([np.ones(50), np.linspace(-1, 1, 50)])
+    weights = _logistic_regression(features, np.full(50, all_wrong))
+    probability = 1 / (1 + np.exp(-features @ weights))
+    expected = (50.5 if all_wrong else 0.5) / 51
+    np.testing.assert_allclose(probability, expected, atol=0.01)
+    np.testing.assert_array_equal(_logistic_regression(features[:0], np.zeros(0, bool)), [0, 0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stragglers": {}}, "there are no stragglers"),
+        ({"code": Berrut(K, N)}, "Berrut is no regression"),
+        ({"x": np.full((8, 5), np.inf, "float32")}, "data points must be finite"),
+        ({"x": points(0, 1)[:3]}, "3 data points fill no group of 4"),
+    ],
+)
+def test_input_errors(change, message, key, untyped):
+    arguments = {"code": NeRCC(K, N), "x": points(0, 3), "stragglers": LAWS} | change
+    with pytest.raises(ValueError, match=message):
+        calibrate_doubt(model, key=key, num_sets=2, **arguments)
+
+
+def test_wrong_use(key, untyped):
+    doubt = calibrate_doubt(model, NeRCC(K, N), points(0, 10), LAWS, key=key, num_sets=2)
+    predictions = jnp.ones((2, OUTPUTS))
+    with pytest.raises(ValueError, match="calibrated without a surrogate's outputs"):
+        doubt(predictions, jnp.ones(2), predictions)
+    with pytest.raises(ValueError, match=r"max_disagreement must be in \[0, 1\], not 1.5"):
+        doubt.limit(1.5)
+    with pytest.raises(ValueError, match="must be 0 or positive, not nan"):
+        doubt.share(float("nan"))
