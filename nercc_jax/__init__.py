@@ -34,6 +34,9 @@ from ._ordering import random_projection as random_projection
 from ._ordering import short_path as short_path
 from ._partial import partial_inference as partial_inference
 from ._points import regression_points as regression_points
+from ._robust import RobustDecoded as RobustDecoded
+from ._robust import find_adversaries as find_adversaries
+from ._robust import robust_decode as robust_decode
 from ._scheme import Assessed as Assessed
 from ._scheme import Scheme as Scheme
 from ._scheme import doubtful as doubtful

@@ -193,12 +193,14 @@ def test_few_workers(num_data, num_workers):
     assert (search.code.num_data, search.code.num_workers) == (num_data, num_workers)
 
 
-def test_where_nothing_errs_nothing_is_tuned():
-    laws = {"0": nj.ExactStragglers(0)}
+def test_where_the_best_code_errs_by_rounding_nothing_is_tuned():
+    """With all answers interpolation is exact, and there is nothing to be relative to."""
     search = search_layout(
-        model, DATA, K, N, laws, key=jax.random.key(0), tune_best=1, layouts=("repeated",)
-    )
-    assert search.candidates[0].objective == 0
+        model, DATA, K, N, {"0": nj.ExactStragglers(0)}, key=jax.random.key(0), objective="mse",
+        tune_best=1, layouts=("repeated",),
+    )  # fmt: skip
+    assert float(search.code.lambda_dec) == 0 or search.code.exact
+    assert search.candidates[0].objective < 1e-3 * search.candidates[-1].objective
     assert not any(c.tuned for c in search.candidates)
 
 

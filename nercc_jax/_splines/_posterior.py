@@ -67,8 +67,8 @@ def process_variance(
     The restricted maximum likelihood estimate, the minimum of the penalised least squares by mu,
     with one degree of freedom a coordinate for each distinct observed point beyond the two that a
     straight line takes. What coincident observations differ by among themselves is left out. With
-    two distinct points or fewer nothing tells it: infinite. Arguments as for `smoothing_spline`; mind that answers far from
-    another make tau^2, like any scale, uncertain when they are few.
+    two distinct points or fewer nothing tells it: infinite. Arguments as for `smoothing_spline`;
+    mind that answers far from another make tau^2, like any scale, uncertain when they are few.
     """
     t, weights = checked(t, weights, available)
     y = jnp.asarray(y)
