@@ -233,7 +233,8 @@ def _plain_codes(
 
 
 def _starts(code: NeRCC, points: str) -> list[NeRCC]:
-    """A layout's code as it comes, and with other smoothing; where it can be, exact too."""
+    """A layout's code as it comes, and with other smoothing; where it can be, exact too, and first:
+    the earlier one is preferred where two do alike."""
     own = bool(jnp.any(coincident(code.beta, code.alpha)))
     return [
         NeRCC(
@@ -245,7 +246,7 @@ def _starts(code: NeRCC, points: str) -> list[NeRCC]:
             end_penalty=code.end_penalty,
             exact=exact,
         )
-        for exact in ((False, True) if own else (False,))
+        for exact in ((True, False) if own else (False,))
         for factor in _SMOOTHINGS
         if factor > 0 or not exact  # interpolation is exact as it is
     ]

@@ -14,6 +14,8 @@ from nercc_jax._layouts import search_layout
 from nercc_jax._trial import draw_sets
 from nercc_jax._tuning import split_groups
 from nercc_jax.cli._app import app
+from nercc_jax.cli._tune import _start
+from nercc_jax.cli._tuning_plot import tuning_plot
 
 K, N = 4, 8
 LAWS = {"1": nj.ExactStragglers(1), "3": nj.ExactStragglers(3)}
@@ -255,7 +257,14 @@ def test_the_command_searches_and_writes_what_it_found(tmp_path, monkeypatch):
     monkeypatch.setattr("nercc_jax.cli._layout_search.search_layout", untuned)
     result = run(tmp_path, "--layout", "search")
     assert result.exit_code == 0, result.output
-    for word in ("disagreement", "repeated", "mixed:0.5", "systematic:1", "RelAcc", "replication"):
+    for word in (
+        "disagreement",
+        "repeated",
+        "mixed:0.5",
+        "systematic:0.5",
+        "RelAcc",
+        "replication",
+    ):
         assert word in result.output
     assert (tmp_path / "tune.png").read_bytes().startswith(b"\x89PNG")
     assert nj.code_card(tmp_path / "code.json")["layout"].startswith("search: ")
@@ -263,13 +272,22 @@ def test_the_command_searches_and_writes_what_it_found(tmp_path, monkeypatch):
     assert (code.num_data, code.num_workers) == (3, 5)
 
 
-def test_the_command_keeps_answered_data_points_exact(tmp_path):
-    result = run(tmp_path, "--layout", "mixed:0.5", "--lambdas-only")
-    assert result.exit_code == 0, result.output
-    code = nj.load_code(tmp_path / "code.json")
-    assert code.exact
-    assert float(code.lambda_enc) == 0
-    assert np.isin(code.alpha, code.beta).all()
+@pytest.mark.parametrize(
+    ("layout", "exact"),
+    [("chebyshev", False), ("systematic:0.5", False), ("systematic:1", True), ("mixed:0.5", True)],
+)
+def test_the_command_starts_exact_where_every_data_point_has_a_worker(layout, exact):
+    start = _start(4, 9, layout)
+    assert start.exact is exact
+    assert np.isin(start.alpha, start.beta).all() == exact
+
+
+def test_a_run_that_keeps_lambda_enc_zero_can_be_drawn(tmp_path):
+    numbers = {"lambda_enc": 0.0, "lambda_dec": 1e-6, "gap_exponent": 4.0}
+    history = [nj.TuningStep(step, 1.0, 0.9, False, numbers) for step in range(3)]
+    grid = np.logspace(-9, 0, 4)
+    tuning_plot(history, grid, np.ones((4, 4)), "exact", tmp_path / "tune.png")
+    assert (tmp_path / "tune.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,8 @@ def covariances(
     inverse = _triangle_inverse(a0, a1, b0, zero)
     forward = -inverse @ jnp.stack([jnp.stack([a2, a3], -1), jnp.stack([b1, b2], -1)], -2)
     noise = inverse @ jnp.swapaxes(inverse, -1, -2)
-    last = _triangle_inverse(*factor.last, jnp.zeros_like(factor.last[0]))
+    a, b, d = (factor.last[i] for i in range(3))
+    last = _triangle_inverse(a, b, d, jnp.zeros_like(a))
 
     def backward(covariance, gap):
         forward, noise = gap
