@@ -19,6 +19,8 @@ Outputs: TypeAlias = Literal["logits", "probabilities"]
 
 WEIGHTS_DIR = Path(__file__).parent / "weights"
 
+_CODED = "-coded"  # ends the names of models fine-tuned for coding
+
 
 class ReadyModel(eqx.Module):
     """A trained model as a function of a batch: `model(images)` are the logits.
@@ -82,9 +84,16 @@ class ParityModel(eqx.Module):
 
 
 def list_models(weights_dir: str | Path = WEIGHTS_DIR) -> tuple[str, ...]:
-    """The names that `load_model` knows: the recipes whose weights are in `weights_dir`."""
+    """The names that `load_model` knows: recipes, and after them their forms fine-tuned for coding
+    (`NAME-coded`), of those whose weights are in `weights_dir`."""
     folder = Path(weights_dir)
-    return tuple(name for name in RECIPES if (folder / f"{name}.safetensors").is_file())
+    names = (*RECIPES, *(f"{name}{_CODED}" for name in RECIPES))
+    return tuple(name for name in names if (folder / f"{name}.safetensors").is_file())
+
+
+def recipe_of(name: str) -> Recipe:
+    """The recipe of a model, which its fine-tuned form shares."""
+    return RECIPES[name.removesuffix(_CODED)]
 
 
 def load_model(name: str, *, weights_dir: str | Path = WEIGHTS_DIR) -> ReadyModel:
@@ -95,7 +104,7 @@ def load_model(name: str, *, weights_dir: str | Path = WEIGHTS_DIR) -> ReadyMode
     extra when safetensors is missing.
     """
     _check_name(name, weights_dir)
-    return _ready(RECIPES[name], name, weights_dir)
+    return _ready(recipe_of(name), name, weights_dir)
 
 
 def _ready(recipe: Recipe, file: str, weights_dir: str | Path) -> ReadyModel:

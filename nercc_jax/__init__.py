@@ -20,6 +20,9 @@ from ._evaluation import evaluate as evaluate
 from ._files import code_card as code_card
 from ._files import load_code as load_code
 from ._files import save_code as save_code
+from ._finetuning import FineTuned as FineTuned
+from ._finetuning import FineTuningStep as FineTuningStep
+from ._finetuning import fine_tune as fine_tune
 from ._forecast import Forecast as Forecast
 from ._forecast import make_forecast as make_forecast
 from ._inference import coded_inference as coded_inference

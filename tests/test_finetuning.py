@@ -1,0 +1,423 @@
+"""Fine-tuning: the loss against a plain loop in NumPy; what is trained, allowed and refused."""
+
+import functools
+import itertools
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+import scipy.special
+from flax import nnx
+
+import nercc_jax as nj
+from nercc_jax._finetuning import _free, _Terms, _with, fine_tune
+
+K, N, INPUTS, OUTPUTS = 3, 6, 4, 3
+RANDOM = np.random.default_rng(5)
+FIRST = RANDOM.normal(size=(INPUTS, 16)) * 1.5
+SECOND = RANDOM.normal(size=(16, OUTPUTS))
+TRUTH = RANDOM.normal(size=(INPUTS, OUTPUTS))
+
+
+def corners(count, seed):
+    """Data points near the corners of a cube: what a model does between them is free."""
+    draw = np.random.default_rng(seed)
+    signs = draw.choice([-1.0, 1.0], size=(count, INPUTS))
+    return signs + 0.05 * draw.normal(size=signs.shape)
+
+
+X = corners(150, 3).astype("float32")
+CODE = nj.NeRCC(K, N, lambda_enc=0.0, lambda_dec=0.0)
+NOBODY, ONE = nj.ExactStragglers(0), nj.ExactStragglers(1)
+
+
+class Network(eqx.Module):
+    """Two layers; `steps` counts something that is not to be trained."""
+
+    first: jax.Array
+    second: jax.Array
+    steps: jax.Array
+    slope: float = eqx.field(static=True, default=1.0)
+
+    def __call__(self, batch):
+        return jnp.tanh(self.slope * batch @ self.first) @ self.second
+
+
+def network(dtype="float32"):
+    return Network(jnp.asarray(FIRST, dtype), jnp.asarray(SECOND, dtype), jnp.array(7))
+
+
+def numpy_network(x, first=FIRST, second=SECOND):
+    return np.tanh(x @ first) @ second
+
+
+def labels_of(x):
+    return np.argmax(numpy_network(x), axis=1)
+
+
+QUICK: dict[str, Any] = {
+    "steps": 20,
+    "check_every": 10,
+    "held_out": 30,
+    "held_out_sets": 4,
+    "sets_per_step": 3,
+}
+
+
+@functools.cache
+def tuned():
+    """One run that the tests look at, and what its caller saw."""
+    seen = []
+    result = fine_tune(
+        network(), CODE, X, ONE, key=jax.random.key(1), steps=150, learning_rate=1e-2,
+        check_every=50, held_out=30, tolerance=0.1, on_check=lambda *told: seen.append(told),
+    )  # fmt: skip
+    return result, seen
+
+
+# -- The loss --------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _spline_matrix(t, at, lambda_):
+    columns = [oracle.smoothing_spline(t, unit, lambda_, at) for unit in np.eye(len(t))]
+    return np.array(columns, float).T
+
+
+def spline_matrix(t, at, lambda_):
+    """The smoothing matrix, column by column, in 50 digits."""
+    return _spline_matrix(tuple(t), tuple(at), lambda_)
+
+
+def coded_outputs(code, x, available, model):
+    """A group's decoded predictions by the oracle's splines."""
+    alpha, beta = (np.asarray(points, np.float64) for points in (code.alpha, code.beta))
+    answers = model(spline_matrix(alpha, beta, 0.0) @ x)[available]
+    return spline_matrix(beta[available], alpha, float(code.lambda_dec)) @ answers
+
+
+def _terms(loss="mse", order=None, buffer=None, augment=None, sets=1):
+    return _Terms(
+        loss, 0.7, 0.3, lambda y, label: -y[label], order, augment, groups=2, buffer=buffer,
+        sets=sets,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("loss", "labelled"), [("mse", False), ("cross_entropy", True)])
+def test_the_loss_is_coded_error_and_fidelity_and_labels(loss, labelled, dtype, key):
+    code = nj.NeRCC(K, N, lambda_enc=0.0, lambda_dec=1e-3)
+    x = X[: 2 * K].astype(dtype).reshape(2, K, INPUTS)
+    labels = np.arange(2 * K) % OUTPUTS
+    moved = eqx.tree_at(lambda m: m.second, network(dtype), jnp.asarray(SECOND.T[::-1].T, dtype))
+    terms = _terms(loss=loss, sets=20)
+    told = terms(
+        moved, network(dtype), code, ONE, jnp.asarray(x),
+        jnp.asarray(labels).reshape(2, K) if labelled else None, key,
+    )  # fmt: skip
+
+    def point_loss(decoded, original):
+        if loss == "mse":
+            return np.mean((decoded - original) ** 2, axis=-1)
+        p, q = scipy.special.softmax(original, -1), scipy.special.softmax(decoded, -1)
+        return scipy.special.rel_entr(p, q).sum(-1)
+
+    g = functools.partial(numpy_network, second=SECOND.T[::-1].T)
+    x = x.astype(float)
+    masks = ~np.eye(N, dtype=bool)  # all sets of one straggler, as 20 would do
+    coded = [
+        point_loss(coded_outputs(code, group, mask, g), numpy_network(group))
+        for group, mask in itertools.product(x, masks)
+    ]
+    kept = point_loss(g(x), numpy_network(x))
+    wanted = np.mean(coded) + 0.7 * np.mean(kept)
+    if labelled:
+        wanted -= 0.3 * np.mean(g(x.reshape(-1, INPUTS))[np.arange(2 * K), labels])
+    assert told.dtype == dtype
+    tolerance = {"float32": 2e-4, "float64": 1e-9}[dtype]
+    assert float(told) == pytest.approx(wanted, rel=tolerance)
+
+
+def test_the_gradient_in_the_parameters_is_that_of_finite_differences(key):
+    with jax.enable_x64(True):
+        code = nj.NeRCC(K, N, lambda_enc=0.0, lambda_dec=1e-3)
+        x, model = jnp.asarray(X[:K], float)[None], network("float64")
+        terms = _terms(sets=20)
+        free = _free(model)
+
+        @jax.jit
+        def loss(parameters):
+            moved = _with(model, free, parameters)
+            return terms(moved, network("float64"), code, ONE, x, jnp.array([[0, 1, 2]]), key)
+
+        here = [1.1 * jnp.asarray(FIRST), 0.9 * jnp.asarray(SECOND)]
+        slopes = jax.jit(jax.grad(loss))(here)
+        for seed in range(3):
+            draw = np.random.default_rng(seed)
+            way = [jnp.asarray(draw.normal(size=p.shape)) for p in here]
+            along = [
+                loss([p + sign * 1e-5 * w for p, w in zip(here, way, strict=True)])
+                for sign in (1, -1)
+            ]
+            slope = sum(jnp.sum(s * w) for s, w in zip(slopes, way, strict=True))
+            assert float(slope) == pytest.approx(float(along[0] - along[1]) / 2e-5, rel=1e-6)
+
+
+@pytest.mark.parametrize("buffer", [None, 4 * K, 1000])
+def test_ordered_buffers_are_cut_into_neighbours(buffer, key):
+    """With points on a line and all of them in the buffer, groups are runs of the line."""
+    x = jnp.asarray(np.random.default_rng(0).permutation(8 * K), float)[:, None]
+    terms = _terms(order=lambda batch: jnp.argsort(batch[:, 0]), buffer=buffer)
+    groups, labels = terms.draw(CODE, x, 2 * x[:, 0].astype(int), key)
+    assert groups.shape == (2, K, 1)
+    np.testing.assert_array_equal(labels, 2 * groups[..., 0])
+    flat = np.asarray(groups)[..., 0]
+    assert len(np.unique(flat)) == 2 * K
+    assert (np.diff(flat, axis=1) > 0).all()
+    if buffer == 1000:
+        np.testing.assert_array_equal(np.diff(flat, axis=1), 1)
+        np.testing.assert_array_equal(flat[:, 0] % K, 0)
+
+
+def test_augmentation_changes_what_both_models_see(key):
+    x = jnp.asarray(X[: 4 * K])
+    terms, plain = _terms(augment=lambda batch, key: batch + 10), _terms()
+    np.testing.assert_allclose(
+        terms.draw(CODE, x, None, key)[0], plain.draw(CODE, x, None, key)[0] + 10
+    )
+
+
+# -- What it finds ---------------------------------------------------------------------------------
+
+
+def test_coded_predictions_come_nearer_and_clean_ones_stay():
+    """On data points that it has not seen, by the oracle's splines."""
+    result, _ = tuned()
+    assert result.objective < 0.85
+    first, second = (np.asarray(w, float) for w in (result.model.first, result.model.second))
+    g = functools.partial(numpy_network, first=first, second=second)
+    groups = corners(40 * K, 9).reshape(40, K, INPUTS)
+    errors = [
+        [
+            np.mean((coded_outputs(CODE, x, np.arange(N) != gone, m) - numpy_network(x)) ** 2)
+            for x, gone in zip(groups, itertools.cycle(range(N)), strict=False)
+        ]
+        for m in (numpy_network, g)
+    ]
+    assert np.mean(errors[1]) < 0.9 * np.mean(errors[0])
+    fresh = groups.reshape(-1, INPUTS)
+    assert np.mean(labels_of(fresh) == np.argmax(g(fresh), axis=1)) > 0.8
+
+
+def test_the_result_is_the_best_of_the_allowed_looks():
+    result, seen = tuned()
+    looks = [step for step in result.history if step.held_out is not None]
+    assert [step.step for step in looks] == [0, 50, 100, 150]
+    assert [step for step, _ in seen] == looks
+    assert (looks[0].held_out, looks[0].agreement) == (pytest.approx(1, rel=1e-5), 1.0)
+    allowed = [step for step in looks if step.agreement >= 0.9]
+    assert result.objective == min(step.held_out for step in allowed)
+    place = [step.held_out for step in looks].index(result.objective)
+    np.testing.assert_array_equal(result.model.first, seen[place][1].first)
+    assert result.agreement == looks[place].agreement
+    assert [step.loss is None for step in result.history] == 150 * [False] + [True]
+    # Four groups a step; ten held out, judged before the first step and at four looks.
+    assert result.differentiated == 150 * 4 * (K + N)
+    assert result.evaluations == 150 * 4 * (2 * K + N) + 30 + 10 * (K + N) + 4 * (30 + 10 * N)
+    assert result.accuracy is result.original_accuracy is None
+
+
+def test_a_model_that_has_changed_too_much_is_not_taken():
+    seen = []
+    result = fine_tune(
+        network(), CODE, X, ONE, key=jax.random.key(0), learning_rate=0.5, fidelity=0.0,
+        tolerance=0.0, on_check=lambda step, model: seen.append(step), **QUICK,
+    )  # fmt: skip
+    assert min(step.agreement for step in seen) < 1
+    assert result.agreement == 1
+    taken = [step for step in seen if step.agreement == 1]
+    assert result.objective == min(step.held_out for step in taken)
+
+
+def test_with_labels_accuracy_decides_and_rises():
+    """A model that knows little, and labels that a better one gave."""
+    labels, seen = np.argmax(X @ TRUTH, axis=1), []
+    result = fine_tune(
+        network(), CODE, X, ONE, key=jax.random.key(0), labels=labels, label_weight=3.0,
+        loss="cross_entropy", learning_rate=2e-2, tolerance=0.0,
+        on_check=lambda step, model: seen.append(model), **QUICK | {"steps": 60},
+    )  # fmt: skip
+    assert result.original_accuracy is not None
+    assert result.accuracy >= result.original_accuracy
+    last = result.history[-1]
+    assert last.accuracy > result.original_accuracy + 0.2
+    assert last.agreement < 0.9  # which labels excuse
+    choice = np.argmax(np.asarray(seen[-1](jnp.asarray(X))), axis=1)
+    assert np.mean(choice == labels) > np.mean(labels_of(X) == labels) + 0.2
+
+
+def test_going_on_keeps_the_first_models_outputs_as_the_target():
+    """From a spoilt model back to the original, which the fidelity term alone wants."""
+    spoilt = eqx.tree_at(lambda m: m.second, network(), jnp.asarray(1.3 * SECOND, "float32"))
+    result = fine_tune(
+        spoilt, CODE, X, ONE, key=jax.random.key(0), original=network(), fidelity=100.0,
+        learning_rate=1e-2, **QUICK | {"steps": 60},
+    )  # fmt: skip
+    before, after = (np.mean((m(X) - numpy_network(X)) ** 2) for m in (spoilt, result.model))
+    assert after < 0.2 * before
+    assert result.history[0].held_out > 1.02
+
+
+def test_codes_take_turns_with_laws_of_their_own(key):
+    """One code meets stragglers, the other none; and each compiles once."""
+    traces = []
+
+    class Counted(Network):
+        def __call__(self, batch):
+            traces.append(batch.shape[0])
+            return super().__call__(batch)
+
+    model = Counted(jnp.asarray(FIRST, "float32"), jnp.asarray(SECOND, "float32"), jnp.array(0))
+    codes = [
+        nj.NeRCC(2, 5, lambda_dec=0.0),
+        nj.NeRCC(3, 7, lambda_dec=0.0, points="interleaved"),
+    ]
+    result = fine_tune(
+        model, codes, X, [ONE, NOBODY], key=key, groups_per_step=4, tolerance=1.0,
+        learning_rate=1e-2, **QUICK | {"steps": 40, "check_every": 40},
+    )  # fmt: skip
+    assert result.objective < 1
+    assert {4 * 5, 4 * 7, 4 * 2, 4 * 3} <= set(traces)
+    assert len(traces) < 60  # 40 steps would make 120 of their own
+    assert result.differentiated == 20 * 4 * (2 + 5) + 20 * 4 * (3 + 7)
+
+
+def test_one_seed_gives_one_model_to_the_last_bit():
+    options = QUICK | {"steps": 2, "check_every": 2, "tolerance": 1.0, "learning_rate": 1e-2}
+    runs: list[Any] = []
+    for seed in (3, 3, 4):
+        fine_tune(
+            network(), CODE, X, ONE, key=jax.random.key(seed),
+            on_check=lambda step, model: runs.append(model), **options,
+        )  # fmt: skip
+    after = [np.asarray(model.first).tobytes() for model in runs[1::2]]
+    assert after[0] == after[1] != after[2]
+    np.testing.assert_array_equal(runs[0].first, network().first)
+
+
+# -- What is trained -------------------------------------------------------------------------------
+
+
+class Normed(nnx.Module):
+    """A layer, a batch norm with running statistics, a layer."""
+
+    def __init__(self):
+        self.first = nnx.Linear(INPUTS, 8, rngs=nnx.Rngs(0))
+        self.norm = nnx.BatchNorm(8, rngs=nnx.Rngs(1))
+        self.second = nnx.Linear(8, OUTPUTS, rngs=nnx.Rngs(2))
+
+    def __call__(self, batch):
+        return self.second(jnp.tanh(self.norm(self.first(batch))))
+
+
+def test_running_statistics_and_integers_stay(key):
+    model = Normed()
+    model.norm.mean.set_value(jnp.full(8, 0.3))
+    model.eval()
+    seen = []
+    fine_tune(
+        model, CODE, X, ONE, key=key, learning_rate=1e-2,
+        on_check=lambda step, model: seen.append(model), **QUICK,
+    )  # fmt: skip
+    norm, after = model.norm, seen[-1].norm
+    np.testing.assert_array_equal(after.mean[...], norm.mean[...])
+    np.testing.assert_array_equal(after.var[...], norm.var[...])
+    assert np.all(np.asarray(after.scale[...]) != np.asarray(norm.scale[...]))
+    np.testing.assert_array_equal(norm.mean[...], np.full(8, 0.3, "float32"))
+    assert int(tuned()[0].model.steps) == 7
+    assert np.all(np.asarray(tuned()[0].model.first) != np.asarray(network().first))
+
+
+def test_batch_statistics_are_refused(key):
+    model = Normed()
+    model.train()
+    with pytest.raises(ValueError, match=r"depends on the others of its batch.*evaluation mode"):
+        fine_tune(model, CODE, X, ONE, key=key, **QUICK)
+
+
+def test_steps_that_are_not_finite_change_nothing_and_are_told():
+    """One data point breaks the model where it is mixed with others."""
+
+    class Fragile(Network):
+        def __call__(self, batch):
+            broken = jnp.max(jnp.abs(batch), axis=1, keepdims=True) > 8
+            return jnp.where(broken, jnp.nan, super().__call__(batch))
+
+    model = Fragile(jnp.asarray(FIRST, "float32"), jnp.asarray(SECOND, "float32"), jnp.array(0))
+    key = jax.random.key(0)
+    order = np.asarray(jax.random.permutation(jax.random.split(key, 3)[0], len(X)))
+    x = X.copy()
+    x[order[60]] = 50  # one that is not held out
+    seen = []
+    with pytest.warns(RuntimeWarning, match=r"\d+ of 20 steps were rejected"):
+        result = fine_tune(
+            model, CODE, x, ONE, key=key, on_check=lambda *told: seen.append(told),
+            **QUICK | {"check_every": 1}, tolerance=1.0, learning_rate=1e-2,
+        )  # fmt: skip
+    assert 0 < result.rejected < 20
+    assert result.objective < 1
+    for (before, model), (_, later) in itertools.pairwise(seen):
+        same = np.array_equal(model.first, later.first)
+        assert same == before.rejected
+        assert np.isfinite(before.loss) != before.rejected
+        assert np.isfinite(later.first).all()
+
+
+# -- Errors ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("x", "change", "message"),
+    [
+        (X[:32], {}, r"x has shape \(32, 4\), of which 30 are held out: groups have 3"),
+        (X, {"held_out": 2}, "of which 2 are held out"),
+        (np.full_like(X, np.inf), {}, "data points must be finite floats"),
+        (X.astype(int), {}, "x is int"),
+        (X, {"labels": np.zeros(3, int)}, r"labels have shape \(3,\); x has 150"),
+        (X, {"steps": 0}, "steps must be a positive integer, not 0"),
+        (X, {"groups_per_step": 1.5}, "groups_per_step must be a positive integer, not 1.5"),
+        (X, {"sets_per_step": 0}, "sets_per_step must be a positive integer"),
+        (X, {"held_out_sets": True}, "held_out_sets must be a positive integer, not True"),
+        (X, {"check_every": 0}, "check_every must be a positive integer"),
+        (X, {"learning_rate": 0.0}, "learning_rate must be positive and finite, not 0.0"),
+        (X, {"learning_rate": np.nan}, "learning_rate must be positive and finite, not nan"),
+        (X, {"fidelity": -1.0}, "fidelity must be 0 or positive, and finite, not -1.0"),
+        (X, {"label_weight": np.inf}, "label_weight must be 0 or positive, and finite"),
+        (X, {"tolerance": np.nan}, "tolerance must be 0 or positive"),
+        (X, {"loss": "brier"}, "loss must be one of mse, cross_entropy or a function"),
+    ],
+)
+def test_bad_arguments(x, change, message, key, untyped):
+    with pytest.raises(ValueError, match=message):
+        fine_tune(network(), CODE, x, ONE, key=key, **QUICK | change)
+
+
+def test_codes_and_laws_must_pair(key):
+    for codes, laws in (([], ONE), ([CODE, CODE], [ONE]), (CODE, [ONE, ONE])):
+        with pytest.raises(ValueError, match=r"codes came with \d laws of stragglers"):
+            fine_tune(network(), codes, X, laws, key=key, **QUICK)
+    with pytest.raises(ValueError, match="Parity has workers that run other models"):
+        fine_tune(network(), nj.Parity(2, 3), X, ONE, key=key, **QUICK)
+
+
+def test_models_that_cannot_be_tuned(key):
+    with pytest.raises(ValueError, match="function has no array to train: give a pytree"):
+        fine_tune(lambda x: jnp.tanh(x), CODE, X, ONE, key=key, **QUICK)
+    broken = eqx.tree_at(lambda m: m.second, network(), jnp.full((16, OUTPUTS), jnp.nan))
+    with pytest.raises(ValueError, match="must map data points to finite vectors"):
+        fine_tune(broken, CODE, X, ONE, key=key, **QUICK)
+    with pytest.raises(ValueError, match="leave out laws under which nobody answers"):
+        fine_tune(network(), CODE, X, nj.ExactStragglers(N), key=key, **QUICK)
