@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray
 
-from . import _objective
-from ._codes import NeRCC
+from ._codes import AbstractCode, NeRCC
 from ._codes._code import multiply
 from ._evaluation import batched, own_outputs
 from ._inference import Model
-from ._objective import Loss
+from ._objective import Loss, point_loss
 from ._points import coincident
 from ._stragglers import AbstractStragglers
 from ._trial import draw_sets
@@ -183,7 +182,7 @@ class _Answers:
         own = map(_row_name, np.eye(num_data))
         self._known = {name: self.originals[:, place] for place, name in enumerate(own)}
 
-    def of(self, code: NeRCC) -> Float[np.ndarray, "groups num_workers outputs"]:
+    def of(self, code: AbstractCode) -> Float[np.ndarray, "groups num_workers outputs"]:
         """All workers' answers with this code."""
         rows = np.asarray(code.encoder_matrix())
         names = [_row_name(row) for row in rows]
@@ -332,17 +331,15 @@ def _set_errors(
 ) -> Float[Array, "losses sets"]:
     """As `nested_errors`, of several losses, for answers that are known."""
 
+    of_points = [point_loss(loss) for loss in losses]
+
     def of_set(matrix: Array) -> Float[Array, " losses"]:
         decoded = jnp.matmul(matrix, given, precision=jax.lax.Precision.HIGHEST)
         return jnp.stack(
-            [jnp.mean(jax.vmap(jax.vmap(loss))(decoded, originals)) for loss in map(_loss, losses)]
+            [jnp.mean(jax.vmap(jax.vmap(each))(decoded, originals)) for each in of_points]
         )
 
     return jax.lax.map(of_set, matrices).T
-
-
-def _loss(loss: Loss) -> Callable[[Array, Array], Float[Array, ""]]:
-    return _objective._LOSSES[loss] if isinstance(loss, str) else loss
 
 
 def _differs(decoded: Array, original: Array) -> Float[Array, ""]:
@@ -361,9 +358,7 @@ def _check(
     if objective not in get_args(Objective):
         known = ", ".join(get_args(Objective))
         raise ValueError(f"objective must be one of {known}, not {objective!r}")
-    if isinstance(loss, str) and loss not in _objective._LOSSES:
-        known = ", ".join(_objective._LOSSES)
-        raise ValueError(f"loss must be one of {known} or a function, not {loss!r}")
+    point_loss(loss)  # says what is wrong with it
     if not layouts:
         raise ValueError("there are no layouts to search")
     if not stragglers:

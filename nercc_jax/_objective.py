@@ -61,10 +61,7 @@ def nested_errors(
     matrices = jax.vmap(code.decoder_matrix)(available).astype(dtype)
     decoded = jnp.einsum("skn,gnm->sgkm", matrices, flat, precision=jax.lax.Precision.HIGHEST)
     decoded = decoded.reshape(-1, *originals.shape)
-    point_loss = _LOSSES[loss] if isinstance(loss, str) and loss in _LOSSES else loss
-    if not callable(point_loss):
-        raise ValueError(f"loss must be one of {', '.join(_LOSSES)} or a function, not {loss!r}")
-    of_group = jax.vmap(jax.vmap(point_loss))
+    of_group = jax.vmap(jax.vmap(point_loss(loss)))
     losses = jax.vmap(of_group, in_axes=(0, None))(decoded, originals.astype(dtype))
     recovered = jax.vmap(code.recovered)(available)
     total = jnp.sum(jnp.where(recovered[:, None], losses, 0), axis=(1, 2))
@@ -101,6 +98,14 @@ def original_predictions(
     served = model if callable(model) else model[0]
     y = served(x.reshape(-1, *x.shape[2:]))
     return y.reshape(*x.shape[:2], *y.shape[1:])
+
+
+def point_loss(loss: Loss) -> Callable[[Array, Array], Float[Array, ""]]:
+    """A loss of one data point, by name or as it is. Raises: ValueError for an unknown name."""
+    found = _LOSSES.get(loss) if isinstance(loss, str) else loss
+    if not callable(found):
+        raise ValueError(f"loss must be one of {', '.join(_LOSSES)} or a function, not {loss!r}")
+    return found
 
 
 def _mse(decoded: Array, original: Array) -> Float[Array, ""]:

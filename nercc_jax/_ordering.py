@@ -14,6 +14,7 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from ._codes import Decoded
+from ._points import check_count
 
 Features: TypeAlias = Callable[[Array], Array] | Float[ArrayLike, "points ..."]
 
@@ -126,7 +127,7 @@ def random_projection(x: ArrayLike, size: int = 128) -> Float[Array, "points fea
     `size` numbers a data point is its own projection. Source: the count sketch (Charikar, Chen and
     Farach-Colton 2002), with regular buckets.
     """
-    _check_count("size", size)
+    check_count("size", size)
     x = jnp.asarray(x)
     flat = x.reshape(len(x), -1).astype(jnp.promote_types(x.dtype, jnp.float32))
     number = flat.shape[1]
@@ -274,19 +275,14 @@ def _in_place(result: Any, back: Int[Array, " points"], grouped: bool) -> Any:
 
 def _whole_groups(num_data: int, buffer_size: int) -> int:
     """How many data points a buffer holds."""
-    _check_count("num_data", num_data)
-    _check_count("buffer_size", buffer_size)
+    check_count("num_data", num_data)
+    check_count("buffer_size", buffer_size)
     if buffer_size < num_data:
         raise ValueError(
             f"a buffer of {buffer_size} data points holds no group: buffer_size must be "
             f"{num_data} or more"
         )
     return buffer_size // num_data * num_data
-
-
-def _check_count(name: str, value: int) -> None:
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, not {value!r}")
 
 
 def _is_grouped(x: Array | np.ndarray, mask_axes: int, num_data: int) -> bool:

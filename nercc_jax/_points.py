@@ -62,9 +62,14 @@ def regression_points(
 
 def check_counts(num_data: int, num_workers: int) -> None:
     """Raises: ValueError for numbers of data points and workers that no code can have."""
-    for name, count in (("num_data", num_data), ("num_workers", num_workers)):
-        if not isinstance(count, int | np.integer) or isinstance(count, bool) or count < 1:
-            raise ValueError(f"{name} must be a positive integer, not {count!r}")
+    check_count("num_data", num_data)
+    check_count("num_workers", num_workers)
+
+
+def check_count(name: str, count: int) -> None:
+    """Raises: ValueError for what is no positive integer."""
+    if not isinstance(count, int | np.integer) or isinstance(count, bool) or count < 1:
+        raise ValueError(f"{name} must be a positive integer, not {count!r}")
 
 
 def copies(num_data: int, num_workers: int) -> Int[np.ndarray, " num_workers"]:

@@ -10,7 +10,8 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from ._codes import AbstractCode, as_mask, encode_groups
 from ._doubt import Doubt, assess
-from ._ordering import order_points
+from ._inference import in_groups
+from ._ordering import Features, order_points
 from ._surrogate import Surrogate
 from ._workers import Model, run_workers
 
@@ -49,13 +50,16 @@ class Scheme(eqx.Module):
         What the surrogate and the doubt are fitted on must come in this order too. Raises:
         ValueError as `order_points` does.
         """
-        x = jnp.asarray(x)
+        cheap = None if self.surrogate is None else self.surrogate.model
+        return self._arrange(jnp.asarray(x), cheap)
+
+    def _arrange(self, x: Array, surrogate: Features | None) -> Int[Array, " points"]:
+        """`surrogate`: its outputs on x, or what makes them."""
         if self.order is None:
             return jnp.arange(len(x))
         features = None if isinstance(self.order, str) else self.order
         if self.order == "surrogate":
-            assert self.surrogate is not None
-            features = self.surrogate.model
+            features = surrogate
         return order_points(x, self.code.num_data, features=features, buffer_size=self.buffer_size)
 
 
@@ -92,13 +96,11 @@ def scheme_inference(model: Model, scheme: Scheme) -> Callable[..., Assessed]:
         num_data, num_workers = scheme.code.num_data, scheme.code.num_workers
         if x.ndim < 1 or len(x) == 0 or len(x) % num_data:
             raise ValueError(f"x of shape {x.shape} is no whole groups of {num_data} data points")
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"x is {x.dtype}: codes work on floats, so convert it first")
         finite = np.asarray(jnp.isfinite(x.reshape(len(x), -1)).all(axis=1))
         if not finite.all():
             broken = np.flatnonzero(~finite)
             raise ValueError(f"data points {broken.tolist()} are not finite: take them out")
-        groups = len(x) // num_data
+        groups = len(in_groups(scheme.code, x.reshape(-1, num_data, *x.shape[1:]), True))
         masks = (groups, num_workers) if jnp.ndim(available) == 2 else (num_workers,)
         masks = jnp.broadcast_to(as_mask(available, masks), (groups, num_workers))
         return _infer(model, scheme, x, masks)
@@ -109,14 +111,15 @@ def scheme_inference(model: Model, scheme: Scheme) -> Callable[..., Assessed]:
 @eqx.filter_jit
 def _infer(model: Model, scheme: Scheme, x: Array, available: Array) -> Assessed:
     code, surrogate = scheme.code, scheme.surrogate
-    order = scheme.arrange(x)
+    own = None if surrogate is None else surrogate.model(x)
+    order = scheme._arrange(x, own)
     sent = x[order].reshape(-1, code.num_data, *x.shape[1:])
     coded = encode_groups(code, sent)
     y = _vectors(run_workers(model, code, coded))
     cheap, cheap_coded = None, None
     if surrogate is not None:
-        flat = sent.reshape(-1, *sent.shape[2:])
-        cheap = surrogate.model(flat).reshape(*sent.shape[:2], -1)
+        assert own is not None
+        cheap = own[order].reshape(*sent.shape[:2], -1)
         cheap_coded = run_workers(surrogate.model, code, coded)
     decoded, deviation = assess(code, surrogate, y, available, cheap, cheap_coded)
     doubt = jnp.full(decoded.recovered.shape, jnp.nan, deviation.dtype)

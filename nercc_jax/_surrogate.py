@@ -21,8 +21,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray
 
-from ._codes import AbstractCode, Decoded, decode_groups, deviation
-from ._evaluation import all_answers, batched, cut_groups, own_outputs
+from ._codes import AbstractCode, Decoded, decode_groups, deviation, variances
+from ._forecast import Forecast, make_forecast
 from ._stragglers import AbstractStragglers
 from ._trial import draw_sets
 from ._workers import Model
@@ -84,24 +84,14 @@ def decode_with_surrogate(
     """
     residual = y - surrogate.theta * cheap_coded
     decoded = decode_groups(code, residual, available)
-    variance = jax.vmap(code.posterior_variance)(decoded.heard)
+    variance, process = variances(code, residual, decoded.heard)
     predictions = _blend(surrogate.theta, surrogate.kappa, cheap, decoded.predictions, variance)
     kappa = jnp.where(jnp.isinf(surrogate.kappa), 0, surrogate.kappa)
     known = variance == 0
     # v / (1 + kappa v), written so that it has a value where v is infinite.
     share = jnp.where(known, 0, 1 / (1 / jnp.where(known, 1, variance) + kappa))
-    process = path_variance(code, residual, decoded.heard)
     recovered = jnp.isfinite(predictions).all(axis=-1)
-    return Decoded(predictions, decoded.heard, recovered), deviation(share, process[:, None])
-
-
-def path_variance(
-    code: AbstractCode,
-    y: Float[Array, "groups num_workers m"],
-    heard: Bool[Array, "groups num_workers"],
-) -> Float[Array, " groups"]:
-    """`AbstractCode.process_variance` of groups, whatever workers that are not heard say."""
-    return jax.vmap(code.process_variance)(jnp.where(heard[..., None], y, 0), heard)
+    return Decoded(predictions, decoded.heard, recovered), deviation(share, process)
 
 
 def _blend(
@@ -143,19 +133,16 @@ def fit_surrogate(
         raise ValueError(f"judge must be one of {', '.join(get_args(Judge))}, not {judge!r}")
     if not stragglers:
         raise ValueError("there are no stragglers to fit the surrogate to")
-    groups = cut_groups(x, code.num_data)
-    runs = [batched(each, batch_size) for each in (model, cheap_model)]
-    originals, cheap = (own_outputs(run, groups).reshape(*groups.shape[:2], -1) for run in runs)
-    if cheap.shape != originals.shape:
-        raise ValueError(
-            f"the surrogate gives {cheap.shape[2]} outputs, the model {originals.shape[2]}"
-        )
-    answers, cheap_coded = (all_answers((run,), code, groups) for run in runs)
+    cheap, own = (
+        make_forecast(each, code, x, batch_size=batch_size) for each in (cheap_model, model)
+    )
+    outputs = [each.originals.shape[2] for each in (cheap, own)]
+    if outputs[0] != outputs[1]:
+        raise ValueError(f"the surrogate gives {outputs[0]} outputs, the model {outputs[1]}")
     masks, _ = draw_sets(stragglers, key, code.num_workers, num_sets)
-    kappas = jnp.asarray(_KAPPAS / _typical_variance(code, masks), answers.dtype)
+    kappas = jnp.asarray(_KAPPAS / _typical_variance(code, masks), own.answers.dtype)
     grid = [jnp.asarray(axis).ravel() for axis in np.meshgrid(_THETAS, kappas, indexing="ij")]
-    scores = _scores(code, masks, answers, cheap_coded, originals, cheap, *grid)
-    disagreement, mse = np.asarray(scores)
+    disagreement, mse = np.asarray(_scores(own, cheap, masks, *grid))
     best = np.argmin(mse) if judge == "mse" else np.lexsort((mse, disagreement))[0]
     return Surrogate(cheap_model, theta=grid[0][best], kappa=grid[1][best])
 
@@ -169,27 +156,26 @@ def _typical_variance(code: AbstractCode, masks: Bool[Array, "sets num_workers"]
 
 @eqx.filter_jit
 def _scores(
-    code: AbstractCode,
+    own: Forecast,
+    cheap: Forecast,
     masks: Bool[Array, "sets num_workers"],
-    answers: Float[Array, "groups num_workers m"],
-    cheap_coded: Float[Array, "groups num_workers m"],
-    originals: Float[Array, "groups num_data m"],
-    cheap: Float[Array, "groups num_data m"],
     thetas: Float[Array, " candidates"],
     kappas: Float[Array, " candidates"],
 ) -> Float[Array, "2 candidates"]:
     """Each candidate's disagreement and mean squared error, over sets and data points."""
-    both = jnp.concatenate([answers, cheap_coded], axis=-1)
+    code, originals = own.code, own.originals
+    both = jnp.concatenate([own.answers, cheap.answers], axis=-1)
     labels = jnp.argmax(originals, axis=-1)
 
     def of_set(mask):
         decoded = decode_groups(code, both, jnp.broadcast_to(mask, both.shape[:2])).predictions
-        own, others = jnp.split(decoded, 2, axis=-1)
+        decoded, decoded_cheap = jnp.split(decoded, 2, axis=-1)
         variance = code.posterior_variance(mask)
 
         def of_candidate(candidate):
             theta, kappa = candidate
-            predictions = _blend(theta, kappa, cheap, own - theta * others, variance)
+            residual = decoded - theta * decoded_cheap
+            predictions = _blend(theta, kappa, cheap.originals, residual, variance)
             wrong = jnp.mean(jnp.argmax(predictions, axis=-1) != labels)
             return jnp.stack([wrong, jnp.mean((predictions - originals) ** 2)])
 

@@ -1,7 +1,15 @@
 """Codes: one interface, one file a code."""
 
 from ._berrut import Berrut
-from ._code import AbstractCode, Decoded, as_mask, decode_groups, deviation, encode_groups
+from ._code import (
+    AbstractCode,
+    Decoded,
+    as_mask,
+    decode_groups,
+    deviation,
+    encode_groups,
+    variances,
+)
 from ._lagrange import Lagrange
 from ._nercc import NeRCC
 from ._parity import Parity
@@ -20,4 +28,5 @@ __all__ = [
     "decode_groups",
     "deviation",
     "encode_groups",
+    "variances",
 ]

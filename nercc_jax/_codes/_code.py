@@ -178,7 +178,8 @@ class AbstractCode(eqx.Module):
                     stacklevel=3,
                 )
         if return_uncertainty:
-            return decoded.predictions, _deviations(self, y, decoded.heard)
+            flat = jnp.asarray(y).reshape(1, self.num_workers, -1)
+            return decoded.predictions, deviation(*variances(self, flat, decoded.heard[None]))[0]
         return decoded.predictions
 
     def try_decode(
@@ -306,13 +307,18 @@ def _try_decode(code: AbstractCode, y: ArrayLike, available: ArrayLike) -> Decod
 
 
 @eqx.filter_jit
-def _deviations(
-    code: AbstractCode, y: ArrayLike, heard: Bool[Array, " num_workers"]
-) -> Float[Array, " num_data"]:
-    flat = jnp.where(heard[:, None], jnp.asarray(y).reshape(code.num_workers, -1), 0)
-    return deviation(code.posterior_variance(heard), code.process_variance(flat, heard))
+def variances(
+    code: AbstractCode,
+    y: Float[Array, "groups num_workers m"],
+    heard: Bool[Array, "groups num_workers"],
+) -> tuple[Float[Array, "groups num_data"], Float[Array, "groups 1"]]:
+    """Posterior and process variance of groups, whatever workers that are not heard say."""
+    posterior = jax.vmap(code.posterior_variance)(heard)
+    process = jax.vmap(code.process_variance)(jnp.where(heard[..., None], y, 0), heard)
+    return posterior, process[:, None]
 
 
+@jax.jit
 def deviation(share: Float[Array, "..."], process: Float[Array, "..."]) -> Float[Array, "..."]:
     """The standard deviation of predictions from posterior and process variance.
 

@@ -141,19 +141,19 @@ class NeRCC(AbstractCode):
         """The decoding regression's arguments but for points and data."""
         first = jnp.min(self.beta, where=available, initial=1)
         last = jnp.max(self.beta, where=available, initial=-1)
-        weights = jnp.ones_like(self.beta)
-        if self.exact:
-            own = coincident(self.beta, self.alpha)
-            weights = jnp.where(own, 1 / jnp.finfo(weights.dtype).eps, weights)
-        # The mean weight is what lambda is taken times: heavy answers must not add to the penalty.
-        total = jnp.sum(weights, where=available)
-        share = jnp.sum(available) / jnp.where(total > 0, total, 1)
-        return {
-            "lambda_": self.decoder_penalty(available) * share,
-            "weights": weights,
+        options = {
+            "lambda_": self.decoder_penalty(available),
             "available": available,
             "end_weights": self.end_penalty * (1 - jnp.stack([first, last]) ** 2),
         }
+        if self.exact:
+            own = coincident(self.beta, self.alpha)
+            weights = jnp.where(own, 1 / jnp.finfo(self.beta.dtype).eps, 1)
+            # lambda is taken times the sum of weights: heavy answers must not add to the penalty.
+            total = jnp.sum(weights, where=available)
+            options["lambda_"] *= jnp.sum(available) / jnp.where(total > 0, total, 1)
+            options["weights"] = weights
+        return options
 
 
 def _smoothing_length(alpha: Array, beta: Array) -> Float[Array, ""]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from ._root_information import covariances, solve
-from ._smoothing import checked, fit, hermite_basis
+from ._smoothing import averages, checked, fit, hermite_basis
 
 
 @jax.jit
@@ -71,15 +71,13 @@ def process_variance(
     mind that answers far from another make tau^2, like any scale, uncertain when they are few.
     """
     t, weights = checked(t, weights, available)
-    y = jnp.asarray(y)
     knots, factor, mu = fit(t, weights, lambda_, end_weights)
-    flat = jnp.where(weights[:, None] > 0, y.reshape(y.shape[0], -1), 0).astype(t.dtype)
-    means = knots.average(flat)
+    means = averages(knots, t, weights, y)
     shifts, _ = solve(factor, means)
     # At the minimum the penalised squares are -(g - y)' W y, and W (g - y) sums to zero.
     forces = knots.weights[:, None] * shifts / mu
     energy = -jnp.sum(forces * (means - means[0]))
-    freedom = jnp.maximum(knots.number - 2, 0) * flat.shape[1]
+    freedom = jnp.maximum(knots.number - 2, 0) * means.shape[1]
     return jnp.where(freedom > 0, jnp.maximum(energy, 0) / jnp.maximum(freedom, 1), jnp.inf)
 
 

@@ -60,14 +60,10 @@ def smoothing_spline(
     1994, section 2.3.
     """
     t, weights = checked(t, weights, available)
-    y = jnp.asarray(y)
-    if y.ndim < 1 or y.shape[0] != t.shape[0]:
-        raise ValueError(f"y has shape {y.shape}; its first axis must be the {t.shape[0]} points")
     knots, factor, _ = fit(t, weights, lambda_, end_weights)
-    flat = jnp.where(weights[:, None] > 0, y.reshape(y.shape[0], -1), 0).astype(t.dtype)
-    means = knots.average(flat)
+    means = averages(knots, t, weights, y)
     shifts, slopes = solve(factor, means)
-    shape = (-1, *y.shape[1:])
+    shape = (-1, *jnp.shape(y)[1:])
     return SmoothingSpline(knots.t, (means + shifts).reshape(shape), slopes.reshape(shape))
 
 
@@ -137,6 +133,18 @@ def fit(t, weights, lambda_, end_weights) -> tuple[Knots, RootInformation, Float
     slope_weights = jnp.zeros_like(knots.t).at[0].add(mu * ends[0])
     slope_weights = slope_weights.at[jnp.maximum(knots.number - 1, 0)].add(mu * ends[1])
     return knots, factorize(gaps, knots.weights, slope_weights, mu), mu
+
+
+def averages(knots: Knots, t, weights, y) -> Float[Array, "n m"]:
+    """The observations at each knot, without what is not available.
+
+    Raises: ValueError where they are not one for each point.
+    """
+    y = jnp.asarray(y)
+    if y.ndim < 1 or y.shape[0] != t.shape[0]:
+        raise ValueError(f"y has shape {y.shape}; its first axis must be the {t.shape[0]} points")
+    flat = jnp.where(weights[:, None] > 0, y.reshape(y.shape[0], -1), 0)
+    return knots.average(flat.astype(t.dtype))
 
 
 def hermite_basis(

@@ -7,11 +7,11 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..serving._servable import Servable, load_callable, make_servable
 from ._errors import told_plainly
-from ._workload import DataDir, answering, check_folder
+from ._progress import steps_bar
+from ._workload import DataDir, answering, check_folder, read_array
 
 
 def distill_command(
@@ -116,11 +116,7 @@ def _read(path: Path) -> np.ndarray:
     """A file's array, one data point a row, float32."""
     if not path.is_file():
         raise ValueError(f"--inputs {path}: there is no such file")
-    try:
-        with path.open("rb") as file:
-            x = np.lib.format.read_array(file, allow_pickle=False).astype(np.float32)
-    except ValueError as error:
-        raise ValueError(f"--inputs {path} is no array of numbers: {error}") from error
+    x = read_array(path, f"--inputs {path}")
     if x.ndim < 2:
         raise ValueError(f"--inputs {path} has shape {x.shape}: needs one input a row")
     return x
@@ -146,7 +142,7 @@ def _distill(
     cost = multiplications(served.model, served.shape)
     plan = plan_within(share * cost, served.shape, served.outputs)
     student = plan.build(nnx.Rngs(options["seed"]))
-    with _bar(console) as progress:
+    with steps_bar(console) as progress:
         task = progress.add_task("the model's answers ...", total=None)
 
         def on_step(step: int, total: int) -> None:
@@ -158,13 +154,3 @@ def _distill(
 
         trained = distill(served.model, student, x, on_step=on_step, on_epoch=on_epoch, **options)
     return told(write_student(output, served.model, plan, trained, test, about)[1])
-
-
-def _bar(console: Console) -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=console)

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from prometheus_client import CollectorRegistry
 
 from .. import AbstractCode, Berrut, NeRCC, Replication, Uncoded, load_code
@@ -14,7 +13,7 @@ from ..serving._metrics import Meters
 from ..serving._servable import load_callable
 from ..serving._served import ServedModel
 from ..serving._settings import ModelSettings
-from ._workload import answering, load_plain_code
+from ._workload import answering, load_plain_code, read_array
 
 # Codes tuned for shipped models by `nercc tune --layout interleaved`.
 _CODES = Path(__file__).parent / "codes"
@@ -63,7 +62,7 @@ def servable_of(settings: ModelSettings) -> Servable:
         raise ValueError(f"{settings.model}: say the shape of one query with --input-shape")
     calibration = None
     if settings.calibration is not None:
-        calibration = _read_array(settings.calibration)
+        calibration = read_array(settings.calibration, str(settings.calibration))
     output_name = settings.output_name or "output"
     return make_servable(
         settings.name or settings.model.replace(":", "."),
@@ -72,14 +71,6 @@ def servable_of(settings: ModelSettings) -> Servable:
         output_name=output_name,
         calibration=calibration,
     )
-
-
-def _read_array(path: Path) -> np.ndarray:
-    try:
-        with path.open("rb") as file:
-            return np.lib.format.read_array(file, allow_pickle=False).astype(np.float32)
-    except ValueError as error:
-        raise ValueError(f"{path} is no array of numbers: {error}") from error
 
 
 def _has_data(network: Any) -> bool:

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .. import (
     AbstractCode,
@@ -27,6 +26,7 @@ from .. import (
 from .._points import coincident
 from ._errors import told_plainly
 from ._layout_search import found_layout
+from ._progress import steps_bar
 from ._report import straggler_table
 from ._tuning_plot import tuning_plot
 from ._workload import (
@@ -143,13 +143,7 @@ def _start(num_data: int, num_workers: int, layout: str) -> NeRCC:
 
 
 def _tune(console, network, start: NeRCC, x, laws, steps: int, **options: Any) -> Tuned[NeRCC]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
+    with steps_bar(console) as progress:
         task = progress.add_task("compiling ...", total=steps)
 
         def on_step(step: TuningStep) -> None:

@@ -83,6 +83,18 @@ def straggler_laws(
     return {str(s): ExactStragglers(s) for s in range(max_stragglers + 1)}
 
 
+def read_array(path: Path, told: str) -> np.ndarray:
+    """A .npy file's array, float32; `told` names it in errors.
+
+    Raises: ValueError where it holds no numbers, OSError as `open` does.
+    """
+    try:
+        with path.open("rb") as file:
+            return np.lib.format.read_array(file, allow_pickle=False).astype(np.float32)
+    except ValueError as error:
+        raise ValueError(f"{told} is no array of numbers: {error}") from error
+
+
 def check_folder(option: str, path: Path) -> None:
     """Raises: ValueError where the path's folder does not exist: before the work, not after it."""
     if not path.parent.is_dir():
