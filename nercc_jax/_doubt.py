@@ -3,9 +3,11 @@
 A decoded prediction has a standard deviation (`AbstractCode.decode`, or the surrogate's) and a
 margin, by which its largest output leads the second. Their ratio ranks predictions by how sure
 their label is; how sure that makes them depends on the model, and is measured: a logistic
-regression on unlabelled data, coded, under straggler sets, tells the probability. Platt 1999,
-"Probabilistic outputs for support vector machines". The limit below which answers are given at once
-is chosen on the same data by conformal risk control (Angelopoulos et al. 2022, arXiv 2208.02814).
+regression on unlabelled data, coded, under straggler sets, tells the probability (Platt 1999,
+"Probabilistic outputs for support vector machines"), and isotonic regression on its bins corrects
+what does not have that form (Zadrozny and Elkan 2002, "Transforming classifier scores into accurate
+multiclass probability estimates"). The limit below which answers are given at once is chosen on the
+same data, by an upper bound of the risk (Bates et al. 2021, arXiv 2101.02703).
 """
 
 from collections.abc import Mapping
@@ -14,33 +16,48 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray
-from scipy.optimize import minimize
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
+from scipy.optimize import isotonic_regression
 from scipy.special import expit
+from scipy.special import logit as logit_of
 
-from ._codes import AbstractCode, Decoded, decode_groups
+from ._codes import AbstractCode, Decoded, decode_groups, variances
 from ._codes import deviation as deviation_of
-from ._evaluation import all_answers, batched, cut_groups, own_outputs
+from ._forecast import make_forecast
+from ._logistic import logistic_regression
 from ._stragglers import AbstractStragglers
-from ._surrogate import Surrogate, decode_with_surrogate, path_variance
+from ._surrogate import Surrogate, decode_with_surrogate
 from ._trial import draw_sets
 from ._workers import Model
 
 _RATIOS = (1, 2)  # the features that must not raise the doubt
 _LEVELS = 512
 _LEAST = 1e-30
+_FOLDS = 5  # parts of the groups, for what they tell of each other
+# Bins of the correction, at most, and wrong labels that are expected in each, at least.
+_BINS, _EXPECTED = 32, 10
+_SUREST = 1 - 1e-6  # that something is wrong
+_SLOPE = 0.05  # of the regression's log-odds, left where bins are alike
+_DIGITS = 3  # of log-odds
+_ROUNDING = 1e-5  # of doubts, which float32 and another program round otherwise
+# Standard errors by which a risk may be more than what was counted.
+_ERRORS = 2.0
 
 
 class Doubt(eqx.Module):
     """A calibrated score of predictions, made by `calibrate_doubt`.
 
-    `weights` are the logistic regression's. `levels` are doubts in increasing order, from 0 on, and
-    `risks` the share of all data points that differ from the model's own if those with no more
-    doubt are answered at once, and all others by the model itself: counted on the calibration data,
-    with one more wrong one than there were. `shares` are what the model must answer itself.
+    `weights` are the logistic regression's, and `shifts` what is added to its log-odds, at `knots`
+    and linearly between. `levels` are doubts in increasing order, from 0 on, and `risks` the share
+    of all data points that differ from the model's own if those with no more doubt are answered at
+    once, and all others by the model itself: counted on the calibration data, with one more wrong
+    one than there were, and two standard errors more. `shares` are what the model must answer
+    itself.
     """
 
     weights: Float[Array, " features"]
+    knots: Float[Array, " bins"]
+    shifts: Float[Array, " bins"]
     levels: Float[Array, " levels"]
     risks: Float[Array, " levels"]
     shares: Float[Array, " levels"]
@@ -62,15 +79,22 @@ class Doubt(eqx.Module):
         if features.shape[-1] != self.weights.shape[0]:
             wanted = "with" if cheap is None else "without"
             raise ValueError(f"this doubt was calibrated {wanted} a surrogate's outputs")
-        doubt = jax.nn.sigmoid(features @ self.weights.astype(features.dtype))
-        doubt = jnp.where(deviation == 0, 0, doubt)
+        doubt = jnp.where(deviation == 0, 0, self.of_features(features))
         return jnp.where(jnp.isfinite(predictions).all(axis=-1), doubt, 1)
+
+    def of_features(self, features: Float[Array, "*points features"]) -> Float[Array, "*points"]:
+        """The probability by what the regression looks at."""
+        weights, knots, shifts = (
+            each.astype(features.dtype) for each in (self.weights, self.knots, self.shifts)
+        )
+        logit = features @ weights
+        return jax.nn.sigmoid(logit + jnp.interp(logit, knots, shifts))
 
     def limit(self, max_disagreement: float) -> float:
         """The largest doubt to answer at once, so that no more than so much disagrees in all.
 
-        That holds in the mean over data like those of the calibration, and stragglers like theirs.
-        0: nothing but the model's own answers will do.
+        That holds in the mean over data like those of the calibration, and stragglers like theirs,
+        for some 97 % of calibrations. 0: nothing but the model's own answers will do.
 
         Raises: ValueError for a `max_disagreement` outside [0, 1].
         """
@@ -113,16 +137,13 @@ def calibrate_doubt(
     """
     if not stragglers:
         raise ValueError("there are no stragglers to calibrate the doubt under")
-    groups = cut_groups(x, code.num_data)
-    run = batched(model, batch_size)
-    originals = own_outputs(run, groups).reshape(*groups.shape[:2], -1)
-    answers, cheap, cheap_coded = all_answers((run,), code, groups), None, None
+    own = make_forecast(model, code, x, batch_size=batch_size)
+    cheap, cheap_coded = None, None
     if surrogate is not None:
-        run = batched(surrogate.model, batch_size)
-        cheap = own_outputs(run, groups).reshape(*groups.shape[:2], -1)
-        cheap_coded = all_answers((run,), code, groups)
+        beside = make_forecast(surrogate.model, code, x, batch_size=batch_size)
+        cheap, cheap_coded = beside.originals, beside.answers
     masks, _ = draw_sets(stragglers, key, code.num_workers, num_sets)
-    seen = _observe(code, surrogate, masks, answers, originals, cheap, cheap_coded)
+    seen = _observe(code, surrogate, masks, own.answers, own.originals, cheap, cheap_coded)
     return _calibrate(*map(np.asarray, seen))
 
 
@@ -140,9 +161,7 @@ def assess(
         assert cheap_coded is not None
         return decode_with_surrogate(code, surrogate, y, available, cheap, cheap_coded)
     decoded = decode_groups(code, y, available)
-    variance = jax.vmap(code.posterior_variance)(decoded.heard)
-    process = path_variance(code, y, decoded.heard)[:, None]
-    return decoded, deviation_of(variance, process)
+    return decoded, deviation_of(*variances(code, y, decoded.heard))
 
 
 @eqx.filter_jit
@@ -178,8 +197,7 @@ def _features(
     below one it counts differently, but never for more doubt. Then the margin's size; and of the
     surrogate, whether it is for the same label, and how far.
     """
-    margin = _margin(predictions)
-    size = jnp.log(margin + _LEAST)
+    size = jnp.log(margin(predictions) + _LEAST)
     ratio = jnp.clip(size - jnp.log(deviation + _LEAST), -10, 10)
     features = [jnp.ones_like(ratio), jnp.minimum(ratio, 0), jnp.maximum(ratio, 0), size]
     if cheap is not None:
@@ -191,7 +209,7 @@ def _features(
     return jnp.nan_to_num(jnp.stack(features, axis=-1))
 
 
-def _margin(predictions: Float[Array, "*points m"]) -> Float[Array, "*points"]:
+def margin(predictions: Float[Array, "*points m"]) -> Float[Array, "*points"]:
     """By how much the largest output leads the second; of a single output, how large it is."""
     if predictions.shape[-1] == 1:
         return jnp.abs(predictions[..., 0])
@@ -204,55 +222,109 @@ def _calibrate(
     sure: Bool[np.ndarray, "sets groups num_data"],
     wrong: Bool[np.ndarray, "sets groups num_data"],
 ) -> Doubt:
-    width, points = features.shape[-1], sure[0].size
-    weights = _logistic_regression(features[~sure].astype(np.float64), wrong[~sure])
-    logit = features.reshape(-1, width) @ weights
-    doubt = np.where(sure.ravel(), 0, expit(logit))
-    order = np.argsort(doubt, kind="stable")
-    doubt, wrong = doubt[order], wrong.ravel()[order]
+    # A data point is much the same under all sets: it counts as one in all, not as one in each.
+    count = np.sum(~sure.all(axis=0)) / max(np.sum(~sure), 1)
+    group = np.nonzero(~sure)[1]
+    weights, fresh = _regression(features[~sure].astype(np.float64), wrong[~sure], group, count)
+    knots, shifts = _correction(fresh, wrong[~sure], count)
+    logit = features @ weights
+    doubt = np.where(sure, 0, expit(logit + np.interp(logit, knots, shifts)))
+    order = np.sort(doubt, axis=None)
     known = int(np.sum(sure))
-    # Beyond the sure ones, every so many a level: the last of those with the same doubt.
-    places = np.linspace(known - 1, doubt.size - 1, _LEVELS).round().astype(int)
-    places = np.searchsorted(doubt, doubt[places], side="right") - 1
-    levels = np.concatenate([[0.0], doubt[places[places >= known]]])
-    counts = np.searchsorted(doubt, levels, side="right")
-    total = np.concatenate([[0], np.cumsum(wrong)])[counts] / len(sure)
-    extra = np.where(counts > known, 1, 0)  # a sure one is not a guess
+    # Beyond the sure ones, every so many a level, above all that are the same but for rounding.
+    places = np.linspace(known, doubt.size - 1, _LEVELS).round().astype(int)
+    above = np.minimum(order[places[places < doubt.size]] * (1 + _ROUNDING), _SUREST)
+    levels = np.concatenate([[0.0], above])
+    counts = np.searchsorted(order, levels, side="right")
     return Doubt(
         weights=jnp.asarray(weights, float),
+        knots=jnp.asarray(knots, float),
+        shifts=jnp.asarray(shifts, float),
         levels=jnp.asarray(levels, float),
-        risks=jnp.asarray((total + extra) / (points + extra), float),
+        risks=jnp.asarray(_risks(doubt, wrong, levels, counts > known), float),
         shares=jnp.asarray(1 - counts / doubt.size, float),
     )
 
 
-def _logistic_regression(
-    features: Float[np.ndarray, "samples features"], wrong: Bool[np.ndarray, " samples"]
-) -> Float[np.ndarray, " features"]:
-    """The most likely weights, of standardised features with a unit ridge, the constant's free.
+def _regression(
+    features: Float[np.ndarray, "samples features"],
+    wrong: Bool[np.ndarray, " samples"],
+    group: Int[np.ndarray, " samples"],
+    count: float,
+) -> tuple[Float[np.ndarray, " features"], Float[np.ndarray, " samples"]]:
+    """The regression's weights, and each sample's log-odds by what other groups tell.
 
-    Those of the ratio are negative or zero. Half a wrong and half a right one are added at the
-    mean, so that there is a result where none was wrong, or all were.
+    A regression on few is too sure of itself on others. How much so is seen where it is made
+    without a part of the groups, and the log-odds are scaled by that (van Houwelingen and Le Cessie
+    1990, "Predictive value of statistical models").
     """
-    if len(features) == 0:
-        return np.zeros(features.shape[1])
-    mean, scale = features.mean(axis=0), features.std(axis=0)
-    scale = np.where(scale > 1e-6, scale, 1)
-    mean[0], scale[0] = 0, 1
-    z = np.concatenate([(features - mean) / scale, np.eye(1, features.shape[1])])
-    target = np.append(wrong.astype(float), 0.5)
+    weights = logistic_regression(features, wrong, _RATIOS, count)
+    logit = features @ weights
+    for fold in range(_FOLDS):
+        part = group % _FOLDS == fold
+        if not part.all():
+            others = logistic_regression(features[~part], wrong[~part], _RATIOS, count)
+            logit[part] = features[part] @ others
+    both = np.column_stack([np.ones_like(logit), -logit])
+    shift, scale = logistic_regression(both, wrong, falling=(1,), count=count)
+    return shift * np.eye(1, len(weights))[0] - scale * weights, both @ [shift, scale]
 
-    def loss(weights):
-        logit = z @ weights
-        likelihood = np.sum(np.logaddexp(0, logit) - target * logit)
-        slope = z.T @ (expit(logit) - target)
-        slope[1:] += weights[1:]
-        return likelihood + np.sum(weights[1:] ** 2) / 2, slope
 
-    bounds = [(None, 0) if place in _RATIOS else (None, None) for place in range(z.shape[1])]
-    found = minimize(
-        loss, np.zeros(z.shape[1]), jac=True, bounds=bounds, options={"ftol": 1e-14, "gtol": 1e-8}
-    )
-    weights = found.x / scale
-    weights[0] -= weights[1:] @ mean[1:]
-    return weights
+def _correction(
+    logit: Float[np.ndarray, " samples"], wrong: Bool[np.ndarray, " samples"], count: float
+) -> tuple[Float[np.ndarray, " bins"], Float[np.ndarray, " bins"]]:
+    """What to add to log-odds, where: so that as many are wrong as are said to be, bin by bin.
+
+    In each bin of the log-odds as many wrong ones are expected; each sample counts as `count`. Bins
+    in which fewer are wrong than in one below are given the share of both, but for a slope that
+    hardly matters: the order stays. There are always `_BINS` places, the last one several times.
+    """
+    # Those that are alike are in one bin, so that knots are never too close together.
+    logit = np.round(logit, _DIGITS)
+    order = np.argsort(logit, kind="stable")
+    logit, wrong = logit[order], wrong[order]
+    expected = expit(logit)
+    total = float(np.sum(expected))
+    number = int(np.clip(count * total / _EXPECTED, 1, _BINS))
+    place = np.minimum(np.cumsum(expected) / max(total, _LEAST) * number, number - 1).astype(int)
+    place = place[np.searchsorted(logit, logit)]
+    counts = np.bincount(place, minlength=number)
+    sums = [np.bincount(place, each, minlength=number) for each in (expected, wrong)]
+    counts, expected, seen = (each[counts > 0] for each in (counts, *sums))
+    if counts.size == 0:
+        return np.zeros(_BINS), np.zeros(_BINS)
+    # One more is expected, and seen: it weighs where there are hardly any.
+    more = (count * seen + 1) / (count * expected + 1)
+    share = np.minimum(more * expected / counts, _SUREST)
+    share = isotonic_regression(share, weights=counts).x
+    knots = logit_of(np.clip(expected / counts, _LEAST, _SUREST))
+    shifts = (1 - _SLOPE) * (logit_of(share) - knots)
+    fill = _BINS - len(knots)
+    return np.append(knots, knots[-1] + 1 + np.arange(fill)), np.pad(shifts, (0, fill), "edge")
+
+
+def _risks(
+    doubt: Float[np.ndarray, "sets groups num_data"],
+    wrong: Bool[np.ndarray, "sets groups num_data"],
+    levels: Float[np.ndarray, " levels"],
+    guesses: Bool[np.ndarray, " levels"],
+) -> Float[np.ndarray, " levels"]:
+    """An upper bound of the share that is wrong and has no more doubt than each level.
+
+    Groups are independent of each other, and straggler sets are; what is counted of one group under
+    all sets, and of one set in all groups, is not. `guesses` are levels with more than what is sure
+    below them: of those, one more is counted than was wrong.
+    """
+    sets, groups, _ = wrong.shape
+    of_set, of_group, _ = np.nonzero(wrong)
+    level = np.searchsorted(levels, doubt[wrong])
+    error = np.zeros(len(levels))
+    for owner, number in ((of_set, sets), (of_group, groups)):
+        counts = np.zeros((len(levels) + 1, number))
+        np.add.at(counts, (level, owner), number / wrong.size)
+        means = np.cumsum(counts[:-1], axis=0)
+        error += np.var(means, axis=1) / number
+    points = wrong.size / sets
+    total = np.cumsum(np.bincount(level, minlength=len(levels) + 1))[:-1] / sets
+    counted = (total + guesses) / (points + guesses)
+    return np.minimum(np.maximum.accumulate(counted + _ERRORS * np.sqrt(error)), 1)
