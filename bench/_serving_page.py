@@ -1,5 +1,9 @@
-"""docs/serving.md and its picture: every sentence from the numbers of serving.py's results."""
+"""docs/serving.md and its picture: every sentence from the numbers of serving.py's results.
 
+The last section's are query_doubt.py's.
+"""
+
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,7 @@ def write_page(results: Mapping[str, Any], folder: Path, page: Path) -> None:
     _picture(results, rates, folder / "serving.png")
     sections = [_head(results), _systems(results), _verdict(results, rates), _throughput(results)]
     sections += [_table(results, rate) for rate in rates]
+    sections += [_doubt(json.loads((folder / "query_doubt.json").read_text()))]
     page.write_text("\n\n".join(section.strip() for section in sections) + "\n")
 
 
@@ -152,6 +157,77 @@ def _table(results: Mapping[str, Any], rate: float) -> str:
             f"{sum(row['errors'].values())} | {'-' if calls is None else f'{calls:.2f}'} |"
         )
     return "\n".join(lines)
+
+
+def _doubt(found: Mapping[str, Any]) -> str:
+    cells = {
+        (row["num_data"], row["queries"], row["arranged"]): {
+            "all": (row["all_wrong"], None),
+            **{each["asked"]: (each["wrong"], each["again"]) for each in row["limits"]},
+        }
+        for row in found["rows"]
+    }
+    came, arranged = cells.pop((4, 4, False)), cells.pop((4, 4, True))
+    lines = [
+        "| asked for | as they come: wrong | sent again | arranged: wrong | sent again |",
+        "|---|---|---|---|---|",
+    ]
+    for asked, values in came.items():
+        both = [*values, *arranged[asked]]
+        told = "all decoded" if asked == "all" else f"{100 * asked:g} %"
+        told = [told, *("-" if share is None else _percent(share) for share in both)]
+        lines.append(f"| {' | '.join(told)} |")
+    others = [
+        f"- K = {num_data}, groups of {few}: "
+        + ", ".join(
+            f"{_percent(wrong)} for {100 * asked:g} % ({_percent(again, 0)} again)"
+            for asked, (wrong, again) in shares.items()
+            if asked != "all"
+        )
+        + f"; all decoded: {_percent(shares['all'][0])}."
+        for (num_data, few, _), shares in cells.items()
+    ]
+    ms = {name: f"{1e3 * value:.2f}" for name, value in found["seconds"].items()}
+    env, batch = found["environment"], found["batch"]
+    return f"""
+## Doubt and ordering
+
+The tables above were measured when one mean decided for all queries at a place. Since then each
+decoded query is judged by itself, by its margin, the roughness of the path it was read off, and how
+much of that the answers leave open: what is sure is answered at once, what is doubtful waits for
+more answers, and is sent again once none are to come. The doubt is calibrated at the start or
+learnt from traffic. A request whose deadline comes first gets an error as before.
+
+- `max_disagreement` (0.05): the share of stragglers' queries that may get a label other than the
+  model's own, in the mean, those that are sent again included. 0: none is decoded; 1: all are, as
+  soon as `wait_for` answers are in.
+- `max_reexecution` (no bound): the share of all queries that may be sent again for doubt, the most
+  doubtful first. Beyond it the decoded answer is given, and its `expected_disagreement` says how
+  doubtful it is; `nercc_over_budget_total` counts them.
+- `ordering` (true): queries that go out together are arranged along a short path through random
+  projections of them. None waits for it; `nercc_order_seconds` is its cost.
+
+Codes that are no regression (Berrut's, parity models) have no doubt of single queries: there the
+mean at a query's place decides as before.
+
+**Measured offline**, by `bench/query_doubt.py` with the server's own parts but no workers
+({env["date"][:10]}): {found["model"]}, untuned interleaved codes, calibrated on
+{found["calibration"]:,} training images; then {found["test"]:,} test images in {found["sets"]}
+straggler sets, in each of which one query's worker straggles, and up to three others. Of the
+queries whose own worker straggled, at K = 4, N = 8, in full groups, as they come or arranged
+{4 * batch} at a time:
+
+{chr(10).join(lines)}
+
+Wrong for what was asked, other groups (N = 8 for K = 4, 20 for K = 8):
+
+{chr(10).join(others)}
+
+It is a mean over straggler sets, and one calibration errs. To keep few wrong, many are sent again:
+who wants labels that sure needs more workers, a tuned code, or longer queues to arrange. To arrange
+{4 * batch} images took {ms["arrange"]} ms (median; the longest {ms["arrange_most"]}), to decode a
+group of {batch} rows {ms["assess"]} ms with its doubt, {ms["decode"]} without.
+"""
 
 
 def _picture(results: Mapping[str, Any], rates: list[float], path: Path) -> None:

@@ -25,6 +25,7 @@ from nercc_jax import (
     coded_inference,
     make_forecast,
 )
+from nercc_jax._doubt import Doubt
 from nercc_jax.pools import (
     DevicePool,
     Episodes,
@@ -587,3 +588,173 @@ def test_a_rack_is_slow_together(monkeypatch):
 def test_errors_in_faults(make, message, untyped):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# What is doubtful is run again.
+
+SMALL = NeRCC(4, 7)
+LONG = 10 * SOON  # where it takes the compiler with it
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    """Most of these decode the same code's answers: that is compiled once."""
+    wanted = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in wanted}
+    for name, value in wanted.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def doubting():
+    """A doubt of deviation / (deviation + margin); a limit is the disagreement asked for."""
+    steps, weights = jax.numpy.linspace(0, 1, 1001), jax.numpy.array([0.0, -1.0, -1.0, 0.0])
+    return Doubt(weights, jax.numpy.zeros(1), jax.numpy.zeros(1), steps, steps, 1 - steps)
+
+
+def doubtful_pool_inference(pool, max_disagreement, **options):
+    return pool_inference(
+        pool,
+        SMALL,
+        with_status=True,
+        doubt=doubting(),
+        max_disagreement=max_disagreement,
+        **options,
+    )
+
+
+def by_hand(x, mask, run=network):
+    """Predictions and doubts of a group, by the code's own deviation."""
+    answers = np.asarray(run(np.asarray(SMALL.encode(x))))
+    decoded, deviation = map(np.asarray, SMALL.decode(answers, mask, return_uncertainty=True))
+    margin = np.abs(decoded[:, 0] - decoded[:, 1])
+    return decoded, deviation / (deviation + margin)
+
+
+def groups_of(number, seed):
+    return np.random.default_rng(seed).normal(size=(number, 4, 6)).astype(np.float32)
+
+
+def test_doubtful_data_points_are_run_again(make, programs):
+    x = groups_of(3, 3)
+    with make(network, 3, example=x[:, 0]) as pool:
+        result = doubtful_pool_inference(pool, 0.1)(x, 5, LONG)
+    exact = np.asarray(network(x.reshape(-1, 6))).reshape(3, 4, 2)
+    for group in range(3):
+        decoded, doubts = by_hand(x[group], result.answers.available)
+        again, doubt = result.reexecuted[group], result.doubt[group]
+        clear = np.abs(doubts - 0.1) > 0.01  # rounding decides between the others
+        assert (again == (doubts > 0.1))[clear].all()
+        np.testing.assert_allclose(doubt, np.where(again, 0, doubts), atol=0.01)
+        wanted = np.where(again[:, None], exact[group], decoded)
+        np.testing.assert_allclose(result.decoded.predictions[group], wanted, atol=1e-5)
+    assert 0 < result.reexecuted.sum() < 12
+    assert result.decoded.recovered.all()
+    timing = result.timing
+    assert timing.reexecute > 0
+    assert timing.total >= timing.wait + timing.reexecute
+
+
+def test_no_more_than_the_budget_is_run_again_the_most_doubtful_first(programs):
+    x = groups_of(1, 4)[0]
+    with DevicePool(network, 4, example=x[:1]) as pool:
+        result = doubtful_pool_inference(pool, 0.0, max_reexecution=0.5)(x, 7, LONG)
+        assert result.reexecuted.shape == result.doubt.shape == (4,)
+        _, doubts = by_hand(x, np.ones(7, bool))
+        assert result.reexecuted.sum() == 2
+        assert doubts[result.reexecuted].min() >= doubts[~result.reexecuted].max() - 1e-3
+
+
+def test_a_deadline_before_the_answer_leaves_what_was_decoded(programs):
+    """Whatever is sent a second time hangs: the decoded ones are given, and say how doubtful."""
+    x, opened, reached = groups_of(1, 5)[0], threading.Event(), threading.Event()
+
+    def run(batch):
+        if (np.abs(batch[:, None] - x) < 1e-6).all(axis=-1).any():
+            reached.set()
+            assert opened.wait(SOON)
+        return np.asarray(network(batch))
+
+    with DevicePool(run, 7, compiled=False) as pool:
+        infer = doubtful_pool_inference(pool, 0.0)
+        infer(x + 1, 7)  # compiles
+        result = infer(x, 7, deadline=2.0)
+        opened.set()
+        assert reached.is_set()
+        assert not result.reexecuted.any()
+        expected, doubts = by_hand(x, np.ones(7, bool))
+        np.testing.assert_allclose(result.decoded.predictions, expected, atol=1e-5)
+        np.testing.assert_allclose(result.doubt, doubts, atol=0.01)
+
+
+def test_stragglers_and_deaths_leave_no_data_point_without_an_answer(programs):
+    faults = Faults(
+        [
+            Fault("delay", 0.2, latency=TraceLatency(jax.numpy.array([0.2]))),
+            Fault("death", 0.1),
+            Fault("error", 0.1),
+        ],
+        seed=2,
+    )
+    x, again = groups_of(12, 6), 0
+    with DevicePool(network, 8, example=x[0, :1], faults=faults) as pool:
+        infer = doubtful_pool_inference(pool, 0.05)
+        for group in x:
+            result = infer(group, 5, LONG)
+            known, exact = result.reexecuted, np.asarray(network(group))
+            np.testing.assert_allclose(result.decoded.predictions[known], exact[known], atol=1e-5)
+            assert np.isfinite(result.decoded.predictions).all()
+            assert (result.doubt[known] == 0).all()
+            assert (result.doubt[~known] > 0).all(), "what failed three times says so"
+            again += known.sum()
+    assert again > 5
+
+
+def test_of_two_answers_everything_is_doubted(programs):
+    """They lie on a straight line, which tells nothing of how far the path bends."""
+    x = groups_of(1, 7)[0]
+    gone = Faults([Fault("error", calls=range(2, 7))])  # one worker: the first two calls answer
+    with DevicePool(network, 1, example=x[:1], faults=gone, max_attempts=1) as pool:
+        result = doubtful_pool_inference(pool, 0.9)(x, None, LONG)
+        assert result.answers.available.sum() == 2
+        assert result.reexecuted.all()
+        np.testing.assert_allclose(result.decoded.predictions, network(x), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("code", "options", "message"),
+    [
+        (SMALL, {"max_disagreement": 0.1}, "doubt and max_disagreement go together"),
+        (SMALL, {"doubt": doubting}, "doubt and max_disagreement go together"),
+        (
+            SMALL,
+            {"doubt": doubting, "max_disagreement": 1.5},
+            r"max_disagreement must be in \[0, 1\], not 1.5",
+        ),
+        (
+            SMALL,
+            {"doubt": doubting, "max_disagreement": 0.1, "max_reexecution": -0.5},
+            r"max_reexecution must be a share in \[0, 1\], not -0.5",
+        ),
+        (
+            Berrut(5, 7),
+            {"doubt": doubting, "max_disagreement": 0.1},
+            "Berrut is no regression",
+        ),
+        (
+            SMALL,
+            {"doubt": lambda: Doubt(*jax.numpy.zeros((6, 6))), "max_disagreement": 0.1},
+            "this doubt was calibrated with a surrogate's outputs",
+        ),
+    ],
+)
+def test_doubts_that_do_not_fit(code, options, message, untyped):
+    told = {name: value() if callable(value) else value for name, value in options.items()}
+    with DevicePool(itself, 1) as pool, pytest.raises(ValueError, match=message):
+        pool_inference(pool, code, **told)

@@ -74,9 +74,17 @@ def serve_command(
     max_disagreement: Annotated[
         float | None,
         typer.Option(
-            help="Decode a straggler's query only if its label is expected to differ from the "
-            "model's own with no larger probability; otherwise send it again; 0.05."
+            help="The share of stragglers' queries whose label may differ from the model's own, "
+            "in the mean; what is too doubtful for that is sent again; 0.05."
         ),
+    ] = None,
+    max_reexecution: Annotated[
+        float | None,
+        typer.Option(help="The share of all queries that may be sent again for doubt; any."),
+    ] = None,
+    ordering: Annotated[
+        bool | None,
+        typer.Option(help="Whether queries that go out together lie beside their like; they do."),
     ] = None,
     service_delay: Annotated[
         float | None, typer.Option(help="On trial: seconds that every call takes longer.")
@@ -123,6 +131,8 @@ def serve_command(
             "max_queue_size": max_queue_size,
             "deadline_s": deadline_s,
             "max_disagreement": max_disagreement,
+            "max_reexecution": max_reexecution,
+            "ordering": ordering,
             "service_delay_s": service_delay,
             "straggler_rate": straggler_rate,
             "straggler_delay_s": straggler_delay,

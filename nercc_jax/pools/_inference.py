@@ -1,4 +1,4 @@
-"""Coded inference on a pool: encode, dispatch, wait for enough, decode."""
+"""Coded inference on a pool: encode, dispatch, wait for enough, decode, run doubtful ones again."""
 
 import dataclasses
 import operator
@@ -6,13 +6,16 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from .._codes import AbstractCode, Decoded, decode_groups
+from .._doubt import Doubt, assess
 from .._inference import in_groups, is_grouped
+from .._scheme import doubtful
 from ._batch import Answers, Enough
 from ._pool import AbstractPool
 
@@ -22,26 +25,34 @@ class Timing:
     """Where a batch's seconds went: one after the other, they make up the whole call.
 
     `wait` is from the last coded data point's dispatch until the answers were enough: the workers'
-    time, transport included.
+    time, transport included. `reexecute` is what running doubtful data points again took.
     """
 
     encode: float
     dispatch: float
     wait: float
     decode: float
+    reexecute: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.encode + self.dispatch + self.wait + self.decode
+        return self.encode + self.dispatch + self.wait + self.decode + self.reexecute
 
 
 @dataclasses.dataclass(frozen=True)
 class PoolResult:
-    """Predictions with their status, the answers they rest on, and the time it took."""
+    """Predictions with their status, the answers they rest on, and the time it took.
+
+    With a `Doubt`, `doubt` is the probability that a label is not the model's own, and `reexecuted`
+    says which predictions are the model's own because they were run again (their doubt is 0);
+    without, both are None. `answers` are those to coded data points.
+    """
 
     decoded: Decoded
     answers: Answers
     timing: Timing
+    doubt: Float[np.ndarray, "*groups num_data"] | None = None
+    reexecuted: Bool[np.ndarray, "*groups num_data"] | None = None
 
 
 def pool_inference(
@@ -50,6 +61,9 @@ def pool_inference(
     *,
     with_status: bool = False,
     grouped: bool | None = None,
+    doubt: Doubt | None = None,
+    max_disagreement: float | None = None,
+    max_reexecution: float = 1.0,
 ) -> Callable[..., Any]:
     """One function `(x, enough=None, deadline=60.0) -> predictions` for a pool behind a code.
 
@@ -60,16 +74,24 @@ def pool_inference(
     where a data point cannot be recovered; `with_status=True` returns a `PoolResult`. `grouped`
     says whether x comes as groups; unless given, the axis of length K tells, if only one has it.
 
+    With a `doubt` (`calibrate_doubt`), data points whose label is too doubtful for
+    `max_disagreement` in the mean are sent to the pool again, themselves, and their predictions are
+    the model's own: the most doubtful first, and no more than the share `max_reexecution` of all
+    data points of a call. That is hedged as all the pool does. What has no such answer when the
+    deadline comes stays as decoded; `PoolResult.doubt` tells how doubtful it is.
+
     The encoder and the decoder are compiled here, once, for every straggler set.
 
-    Raises: ValueError for an x that does not fit or is not finite, before anything is sent;
-    TimeoutError where no prediction can be recovered from what is in at the deadline; RuntimeError
-    where no worker answers and none will.
+    Raises: ValueError for a doubt without `max_disagreement` or the reverse, shares outside [0, 1],
+    a doubt that wants a surrogate, and a code that is no regression; for an x that does not fit or
+    is not finite, before anything is sent; TimeoutError where no prediction can be recovered from
+    what is in at the deadline; RuntimeError where no worker answers and none will.
     """
     encoder = np.asarray(code.encoder_matrix())
     kinds = code.worker_models.tolist()
     everyone = jnp.ones(code.num_workers, bool)
-    decode = shared_decoder(code)
+    limit = _limit(code, doubt, max_disagreement, max_reexecution)
+    decode: Any = shared_decoder(code) if doubt is None else shared_assessor(code, doubt)
 
     def infer(x: ArrayLike, enough: Enough | None = None, deadline: float = 60.0):
         begin = time.perf_counter()
@@ -83,19 +105,80 @@ def pool_inference(
         waited = time.perf_counter()
         if answers.values is None:
             raise _nobody(pool, answers, deadline)
-        decoded = jax.tree.map(np.asarray, decode(answers.values, answers.available))
-        if not many:
-            decoded = jax.tree.map(lambda leaf: leaf[0], decoded)
+        decoded, doubts, again = decode(answers.values, answers.available), None, None
+        if doubt is not None:
+            decoded, doubts = decoded
+        decoded, doubts = jax.tree.map(np.asarray, (decoded, doubts))
         if not np.any(decoded.recovered):
             raise TimeoutError(
                 f"no prediction can be recovered from the {answers.available.sum()} of "
                 f"{code.num_workers} answers that were in after {deadline} s"
             )
         end = time.perf_counter()
-        timing = Timing(encoded - begin, sent - encoded, waited - sent, end - waited)
-        return PoolResult(decoded, answers, timing) if with_status else decoded.predictions
+        if doubts is not None:
+            most = int(max_reexecution * doubts.size)
+            chosen = doubtful(doubts.ravel(), limit=limit, at_most=most)
+            left = deadline - (end - sent)
+            decoded, doubts, again = _reexecute(pool, x, decoded, doubts, chosen, left)
+        if not many:
+            decoded, doubts, again = jax.tree.map(lambda leaf: leaf[0], (decoded, doubts, again))
+        last = time.perf_counter() - end
+        timing = Timing(encoded - begin, sent - encoded, waited - sent, end - waited, last)
+        result = PoolResult(decoded, answers, timing, doubts, again)
+        return result if with_status else decoded.predictions
 
     return infer
+
+
+def _limit(
+    code: AbstractCode,
+    doubt: Doubt | None,
+    max_disagreement: float | None,
+    max_reexecution: float,
+) -> float:
+    """How much doubt is too much to answer at once."""
+    if not 0 <= max_reexecution <= 1:
+        raise ValueError(f"max_reexecution must be a share in [0, 1], not {max_reexecution}")
+    if doubt is None and max_disagreement is None:
+        return 1.0
+    if doubt is None or max_disagreement is None:
+        raise ValueError(
+            "doubt and max_disagreement go together: the one tells how likely a label is wrong, "
+            "the other how many may be"
+        )
+    # Each says so where it does not fit: a code without a deviation, and a surrogate's doubt.
+    code.posterior_variance(np.ones(code.num_workers, bool))
+    doubt(jnp.zeros(2), jnp.ones(()))
+    return doubt.limit(max_disagreement)
+
+
+def _reexecute(
+    pool: AbstractPool,
+    x: Float[np.ndarray, "groups num_data ..."],
+    decoded: Decoded,
+    doubt: Float[np.ndarray, "groups num_data"],
+    chosen: Int[np.ndarray, " chosen"],
+    seconds: float,
+) -> tuple[Decoded, Float[np.ndarray, "groups num_data"], Bool[np.ndarray, "groups num_data"]]:
+    """Has the pool run these data points themselves: what is known then, and which were in time."""
+    again = np.zeros(doubt.shape, bool)
+    if len(chosen) == 0 or seconds <= 0:
+        return decoded, doubt, again
+    # As many in a call as coded ones were, for which workers have compiled their program.
+    size = len(x)
+    rows = np.resize(chosen, -(-len(chosen) // size) * size).reshape(-1, size)
+    with pool.dispatch(x.reshape(-1, *x.shape[2:])[rows]) as batch:
+        answers = batch.wait(deadline=seconds)
+    if answers.values is None:
+        return decoded, doubt, again
+    places = np.unravel_index(rows[answers.available], doubt.shape)
+    predictions, recovered, doubt = (
+        np.array(each) for each in (decoded.predictions, decoded.recovered, doubt)
+    )
+    predictions[places] = answers.values[answers.available]
+    recovered[places], doubt[places], again[places] = True, 0, True
+    filled = eqx.tree_at(lambda d: (d.predictions, d.recovered), decoded, (predictions, recovered))
+    return filled, doubt, again
 
 
 def _groups(
@@ -125,6 +208,23 @@ def shared_decoder(code: AbstractCode) -> Callable[[np.ndarray, np.ndarray], Dec
         return decode_groups(code, jnp.swapaxes(values, 0, 1), masks)
 
     return decode
+
+
+def shared_assessor(
+    code: AbstractCode, doubt: Doubt
+) -> Callable[..., tuple[Decoded, Float[Array, "groups num_data"]]]:
+    """As `shared_decoder`, with each prediction's doubt."""
+
+    @jax.jit
+    def judge(values, available):
+        masks = jnp.broadcast_to(available, (values.shape[1], code.num_workers))
+        y = jnp.swapaxes(values, 0, 1).reshape(*masks.shape, -1)
+        decoded, deviation = assess(code, None, y, masks)
+        doubts = doubt(decoded.predictions, deviation)
+        predictions = decoded.predictions.reshape(*doubts.shape, *values.shape[2:])
+        return Decoded(predictions, decoded.heard, decoded.recovered), doubts
+
+    return judge
 
 
 def encode_on_host(

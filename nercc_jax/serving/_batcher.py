@@ -4,7 +4,8 @@ The queue is worked off by one thread. It sends nothing that would only wait at 
 workers are busy, queries queue here, and go out in larger batches once a worker is free. A query of
 a systematic code (see `_coder.py`) goes out as it came and is answered exactly, unless its worker
 straggles; then it is decoded from what its group's other workers answered, or, where that is not
-good enough, sent again. Of any other code a group is sent when it is full.
+good enough, sent again. Of any other code a group is sent when it is full. What goes out together
+is arranged so that queries beside each other are alike; nothing waits for that.
 """
 
 import collections
@@ -25,6 +26,8 @@ from jaxtyping import Float
 
 from .._codes import Uncoded
 from ..pools import AbstractPool, Overdue
+from ._arrangement import Arranger
+from ._budget import Budget
 from ._coder import Coder
 from ._fidelity import Fidelity
 from ._group import Cell, Group
@@ -85,6 +88,10 @@ class CodedBatcher:
         self.fidelity = fidelity or Fidelity(coder)
         self._enough = _enough(coder, policy)
         self._overdue = Overdue(0.5, policy.patience)
+        self._budget = Budget(policy.max_reexecution)
+        self._arranger: Arranger | None = None
+        if policy.ordering and coder.curved:
+            self._arranger = Arranger(coder, shape, policy.max_batch_size)
         self._compile()
         # Shared with callers.
         self._lock = threading.Lock()
@@ -205,11 +212,12 @@ class CodedBatcher:
             self._inbox.put(_NUDGE)
 
     def _compile(self) -> None:
+        if self._arranger is not None:
+            self._arranger.compile()
         if not self._coder.guesses:
             return  # nothing is ever decoded
         values = np.zeros((self._coder.num_workers, 1, *self._out), np.float32)
-        everyone = np.ones(self._coder.num_workers, bool)
-        self._coder.decode(values, everyone, self.policy.max_batch_size)
+        self._predict(values, np.ones(self._coder.num_workers, bool), self._coder.num_data)
         self.fidelity.compile(self._out)
 
     # The thread.
@@ -302,19 +310,19 @@ class CodedBatcher:
         """Queries go out as they came; the coded ones of full groups follow if workers are left."""
         full = []
         while self._purge(self._queue) and self._pool.idle:
-            cell = self._cut(self._queue, now)
-            if self._group is None:
-                self._group = self._new_group(self._coder, now)
-            group = self._group
-            own = self._coder.first[len(group.cells)]
-            group.take(cell)
-            assert cell.x is not None
-            self._send(group, own, [cell.x] * len(own), now)
-            if group.full:
-                self._group = None
-                full.append(group)
-            else:
-                self._plan(group, now)
+            for cell in self._cells_for_all(now):
+                if self._group is None:
+                    self._group = self._new_group(self._coder, now)
+                group = self._group
+                own = self._coder.first[len(group.cells)]
+                group.take(cell)
+                assert cell.x is not None
+                self._send(group, own, [cell.x] * len(own), now)
+                if group.full:
+                    self._group = None
+                    full.append(group)
+                else:
+                    self._plan(group, now)
         for group in full:
             self._complete(group, now)
 
@@ -331,7 +339,7 @@ class CodedBatcher:
             rows = _power_of_two(min(max(number // num_data, 1), self.policy.max_batch_size))
             columns = min(number, num_data)
             queries = [self._pop(self._queue, now) for _ in range(rows * columns)]
-            cells = [_cell(queries[place::columns]) for place in range(columns)]
+            cells = self._deal(queries, [rows] * columns, 0)
             if columns == 1:
                 self._send_alone(cells[0], now)  # all coded data points would be the query
                 continue
@@ -342,13 +350,38 @@ class CodedBatcher:
 
     def _cut(self, lane: collections.deque[Query], now: float) -> Cell:
         """The next batch for one worker: the queue is shared out among those that are idle."""
-        share = math.ceil(len(lane) / max(self._pool.idle, 1))
-        size = _power_of_two(min(share, self.policy.max_batch_size))
+        size = self._size(len(lane), max(self._pool.idle, 1))
         return _cell([self._pop(lane, now) for _ in range(size)])
+
+    def _cells_for_all(self, now: float) -> list[Cell]:
+        """The next batches for all workers that are idle: what goes into a group's places."""
+        sizes: list[int] = []
+        for idle in range(self._pool.idle, 0, -1):
+            left = len(self._queue) - sum(sizes)
+            if left:
+                sizes.append(self._size(left, idle))
+        queries = [self._pop(self._queue, now) for _ in range(sum(sizes))]
+        return self._deal(queries, sizes, 0 if self._group is None else len(self._group.cells))
+
+    def _size(self, waiting: int, idle: int) -> int:
+        return _power_of_two(min(math.ceil(waiting / idle), self.policy.max_batch_size))
+
+    def _deal(self, queries: list[Query], sizes: list[int], place: int) -> list[Cell]:
+        """Cells of these sizes, which make up all queries, for a group's places from `place` on."""
+        if self._arranger is None:
+            rest = iter(queries)
+            dealt = [list(itertools.islice(rest, size)) for size in sizes]
+        else:
+            begin = time.perf_counter()
+            dealt = self._arranger.deal(queries, sizes, place)
+            self._observe("order_seconds", time.perf_counter() - begin)
+        return [_cell(each) for each in dealt]
 
     def _pop(self, lane: collections.deque[Query], now: float) -> Query:
         query = lane.popleft()
         self._count_out(query)
+        if not query.reexecuted:
+            self._budget.earn(1)
         if math.isinf(query.request.sent):
             query.request.sent = now
             self._observe("queue_seconds", now - query.request.arrived)
@@ -453,11 +486,12 @@ class CodedBatcher:
         """The model's own answers to one cell's queries."""
         own = group.layout.own[place]
         asked, heard = int(group.sent[own].sum()), int(group.mask[own].sum())
-        for query, row in zip(group.cells[place].queries, value, strict=False):
-            self._give(query, Answer(row, True, asked, heard), now)
-        for decoded, row in zip(group.decoded.pop(place, ()), value, strict=False):
-            agree = self.fidelity.audit(decoded, row)
-            self._observe("audit_same" if agree else "audit_other", 1)
+        for row, query in enumerate(group.cells[place].queries):
+            self._give(query, Answer(value[row], True, asked, heard), now)
+            decoded = group.decoded.pop((place, row), None)
+            if decoded is not None:
+                agree = self.fidelity.audit(decoded, value[row])
+                self._observe("audit_same" if agree else "audit_other", 1)
 
     def _decide(self, group: Group, now: float) -> None:
         """Decodes what is time to decode, sends again what cannot be, ends what is answered."""
@@ -491,10 +525,11 @@ class CodedBatcher:
         last = not (group.out & ~late).any()
         answers = int(group.mask.sum())
         ready = self._coder.systematic or answers >= self._enough or last
+        best: dict[tuple[int, int], Answer] = {}
         if answers and ready and self._coder.guesses:
-            hopeless = self._decode(group, hopeless, last, now)
+            best = self._decode(group, hopeless, last, now)
         if last:
-            self._reexecute(group, hopeless)
+            self._reexecute(group, hopeless, best, now)
 
     def _late(self, group: Group, now: float) -> np.ndarray:
         """Coded data points that are not waited for: they straggle, or will have no answer."""
@@ -505,43 +540,85 @@ class CodedBatcher:
             late[point] = group.batch.abandoned(point)
         return late
 
-    def _decode(self, group: Group, hopeless: list[int], last: bool, now: float) -> list[int]:
-        """Decodes those of these cells that may be; the others."""
-        answers, limit = int(group.mask.sum()), self.policy.max_disagreement
-        disagreement, error = self.fidelity.expect(len(group.cells), group.mask)
-        if limit is not None:
-            good = [number for number in hopeless if disagreement[number] <= limit]
-        else:
-            enough, least = self._enough, min(group.coder.num_data, self._enough)
-            if group.coder.systematic:
-                redundancy = int(group.sent.sum()) - len(group.cells)
-                enough = enough if group.full else len(group.cells) + redundancy // 2
-                least = max(len(group.cells) - 2, 1)
-            good = hopeless if answers >= enough or (last and answers >= least) else []
-        if not good:
-            return hopeless
-        begin = time.perf_counter()
-        width = self.policy.max_batch_size
-        predictions, recovered = self._coder.decode(group.values(), group.mask, width)
-        self._observe("decode_seconds", time.perf_counter() - begin)
-        self._observe("workers_heard", answers)
-        # A code may have lost a query, and a sum of large answers overflowed.
-        sound = recovered & np.isfinite(predictions).reshape(*predictions.shape[:2], -1).all((0, 2))
-        good = [number for number in good if sound[number]]
-        for number in good:
-            group.decoded[number] = predictions[:, number]
-            expected = float(disagreement[number]), float(error[number])
-            for query, row in zip(
-                group.cells[number].queries, predictions[:, number], strict=False
-            ):
-                if not query.done:
-                    self._observe("expected_disagreement", expected[0])
-                answer = Answer(row, False, int(group.sent.sum()), answers, *expected)
-                self._give(query, answer, now)
-        return [number for number in hopeless if number not in good]
+    def _decode(
+        self, group: Group, hopeless: list[int], last: bool, now: float
+    ) -> dict[tuple[int, int], Answer]:
+        """Answers those queries of these cells that may be; of others, by cell and row, the best.
 
-    def _reexecute(self, group: Group, numbers: list[int]) -> None:
-        """Sends queries again, before all others; once each."""
+        That may be nothing: no answer was sound, or it was not worth the decoding.
+        """
+        few, wanted = len(group.cells), self.policy.max_disagreement
+        disagreement, error = self.fidelity.expect(few, group.mask)
+        limit = None  # of a query's own doubt
+        if wanted is None:
+            good = np.full(few, self._enough_for(group, last))
+        elif self._coder.doubts:
+            limit = self.fidelity.doubt(few).limit(wanted)
+            good = np.full(few, limit >= 0)
+        else:
+            good = disagreement <= wanted
+        if not (good[hopeless].any() or (last and self.policy.max_reexecution is not None)):
+            return {}
+        begin = time.perf_counter()
+        predictions, sound, doubt = self._predict(group.values(), group.mask, few)
+        self._observe("decode_seconds", time.perf_counter() - begin)
+        self._observe("workers_heard", int(group.mask.sum()))
+        good = np.broadcast_to(good if limit is None else doubt <= limit, doubt.shape)
+        doubt = np.where(np.isnan(doubt), disagreement, doubt)
+        basis = int(group.sent.sum()), int(group.mask.sum())
+        best: dict[tuple[int, int], Answer] = {}
+        for number, row, _ in group.open_queries(hopeless):
+            if not sound[row, number]:
+                continue
+            told = float(doubt[row, number]), float(error[number])
+            answer = Answer(predictions[row, number], False, *basis, *told)
+            if good[row, number]:
+                self._give_decoded(group, number, row, answer, now)
+            else:
+                best[number, row] = answer
+        return best
+
+    def _predict(
+        self, values: np.ndarray, mask: np.ndarray, queries: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Predictions by row and place, whether they are sound, and how doubtful (NaN: unknown).
+
+        A code may have lost a query, and a sum of large answers overflowed.
+        """
+        width = self.policy.max_batch_size
+        if self._coder.doubts:
+            weights = self.fidelity.doubt(queries).weights
+            predictions, recovered, doubt = self._coder.assess(values, mask, width, weights)
+        else:
+            predictions, recovered = self._coder.decode(values, mask, width)
+            doubt = np.full(predictions.shape[:2], np.nan)
+        sound = recovered & np.isfinite(predictions).reshape(*doubt.shape, -1).all(axis=-1)
+        return predictions[:, :queries], sound[:, :queries], doubt[:, :queries]
+
+    def _enough_for(self, group: Group, last: bool) -> bool:
+        """Whether there are answers enough to decode, by their number alone."""
+        answers = int(group.mask.sum())
+        enough, least = self._enough, min(group.coder.num_data, self._enough)
+        if group.coder.systematic:
+            redundancy = int(group.sent.sum()) - len(group.cells)
+            enough = enough if group.full else len(group.cells) + redundancy // 2
+            least = max(len(group.cells) - 2, 1)
+        return answers >= enough or (last and answers >= least)
+
+    def _give_decoded(
+        self, group: Group, number: int, row: int, answer: Answer, now: float
+    ) -> None:
+        group.decoded[number, row] = answer.value
+        self._observe("expected_disagreement", answer.disagreement)
+        self._give(group.cells[number].queries[row], answer, now)
+
+    def _reexecute(
+        self, group: Group, numbers: list[int], best: dict[tuple[int, int], Answer], now: float
+    ) -> None:
+        """Sends queries again, before all others; once each, and the most doubtful first.
+
+        Those that the budget does not reach for are answered as best known.
+        """
         if self.policy.copies == 1:  # no hedging: only what will have no answer
             assert group.batch is not None
             gone = group.batch.abandoned
@@ -551,15 +628,21 @@ class CodedBatcher:
                 for number in numbers
                 if all(gone(point) for point in group.layout.own[number].tolist() if sent[point])
             ]
-        for number in numbers:
-            for query in group.cells[number].queries:
-                if query.done or query.reexecuted:
-                    continue
-                query.reexecuted = query.waiting = True
-                with self._lock:
-                    self._waiting += 1
-                self._exact.appendleft(query)
-                self._observe("reexecution", 1)
+        left = [each for each in group.open_queries(numbers) if not each[2].reexecuted]
+        again: list[Query] = []
+        for number, row, query in sorted(left, key=lambda each: _certainty(best.get(each[:2]))):
+            answer = best.get((number, row))
+            if answer is not None and not self._budget.affords():
+                self._observe("over_budget", 1)
+                self._give_decoded(group, number, row, answer, now)
+                continue
+            self._budget.spend()
+            query.reexecuted = query.waiting = True
+            with self._lock:
+                self._waiting += 1
+            again.append(query)
+            self._observe("reexecution", 1)
+        self._exact.extendleft(reversed(again))
 
     def _fail_if_lost(self, group: Group) -> None:
         assert group.batch is not None
@@ -676,6 +759,13 @@ def _enough(coder: Coder, policy: BatchingPolicy) -> int:
     if not 1 <= enough <= num_workers:
         raise ValueError(f"wait_for must be from 1 to N = {num_workers}, not {enough}")
     return enough
+
+
+def _certainty(answer: Answer | None) -> float:
+    """What can be answered least comes first; of what nothing is known yet, one is as good."""
+    if answer is None:
+        return -1.0
+    return 0.0 if math.isnan(answer.disagreement) else 1 - answer.disagreement
 
 
 def _power_of_two(number: int) -> int:

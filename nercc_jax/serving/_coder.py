@@ -17,12 +17,13 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import ArrayLike, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from .._codes import AbstractCode, Berrut, NeRCC
+from .._codes import AbstractCode, Berrut, NeRCC, decode_groups
 from .._codes._berrut import berrut_matrix
 from .._splines import smoothing_matrix
 from ..pools._inference import encode_on_host, shared_decoder
+from ._query_doubt import doubt_of, features_of
 
 # A spline's rows are one-hot to rounding.
 _ROUNDING = 1e-5
@@ -49,6 +50,8 @@ class Coder:
     The i-th query of a group stands at the i-th alpha of an order in which any first few are spread
     out. `systematic`: each has coded data points of its own, the first of which is sent when it
     arrives (`first[i]`). `guesses`: a query none of whose own are answered can be decoded.
+    `doubts`: what is decoded has a deviation, which tells how far to trust it. `curved`: queries
+    are decoded the better, the more alike those at neighbouring alphas are.
     """
 
     def __init__(self, code: AbstractCode, models: Sequence[int] = (0,)):
@@ -57,7 +60,7 @@ class Coder:
         self.num_data, self.num_workers = code.num_data, code.num_workers
         self.kinds = [models[kind] for kind in code.worker_models]
         self._order = _spread(code)
-        self._decode = shared_decoder(code)
+        self._decode, self._assess = shared_decoder(code), jax.jit(self._assessed)
         matrices = few_encoders(code, self._order)
         own = _own(_place_of(matrices[-1]), self.num_data)
         self.systematic = all(len(points) for points in own)
@@ -65,6 +68,8 @@ class Coder:
         without = np.ones(self.num_workers, bool)
         without[own[0]] = False
         self.guesses = bool(np.asarray(code.recovered(jnp.asarray(without)))[self._order[0]])
+        self.doubts = self.guesses and isinstance(code, NeRCC)
+        self.curved = self.guesses and isinstance(code, NeRCC | Berrut)
         self._layouts = [self._layout(matrix) for matrix in matrices]
 
     def layout(self, queries: int) -> Layout:
@@ -104,6 +109,59 @@ class Coder:
         predictions = np.asarray(decoded.predictions).reshape(self.num_data, -1, *out)
         predictions = np.swapaxes(predictions, 0, 1)[:rows, self._order]
         return predictions, np.asarray(decoded.recovered)[0, self._order]
+
+    def assess(
+        self,
+        values: Float[np.ndarray, "num_workers rows ..."],
+        mask: Bool[np.ndarray, " num_workers"],
+        width: int,
+        weights: Float[np.ndarray, " features"],
+    ) -> tuple[
+        Float[np.ndarray, "rows num_data ..."],
+        Bool[np.ndarray, " num_data"],
+        Float[np.ndarray, "rows num_data"],
+    ]:
+        """As `decode`, and each prediction's doubt, by a `QueryDoubt`'s weights: see `doubts`."""
+        num_workers, rows, *out = values.shape
+        filled = np.zeros((num_workers, width, int(np.prod(out))), values.dtype)
+        filled[:, :rows] = values.reshape(num_workers, rows, -1)
+        predictions, recovered, doubt = map(np.asarray, self._assess(filled, mask, weights))
+        predictions = predictions.reshape(width, self.num_data, *out)[:rows, self._order]
+        return predictions, recovered[self._order], doubt[:rows, self._order]
+
+    def _assessed(self, values: Array, mask: Array, weights: Array) -> tuple[Array, Array, Array]:
+        predictions, recovered, features, told = self.judge(values, mask)
+        return predictions, recovered, doubt_of(features, told, weights)
+
+    def judge(
+        self, values: Float[Array, "num_workers rows m"], mask: Bool[Array, " num_workers"]
+    ) -> tuple[
+        Float[Array, "rows num_data m"],
+        Bool[Array, " num_data"],
+        Float[Array, "rows num_data features"],
+        Bool[Array, "rows num_data"],
+    ]:
+        """Predictions by place, which are recovered, and what their doubt is told by; in jit."""
+        num_workers, rows, outputs = values.shape
+        decoded = decode_groups(self.code, values.reshape(1, num_workers, -1), mask[None])
+        predictions = decoded.predictions.reshape(self.num_data, rows, outputs).swapaxes(0, 1)
+        # All rows share the workers, so the spline is factorised once.
+        heard = decoded.heard[0]
+        y = jnp.where(heard[:, None, None], values, 0).swapaxes(0, 1)
+        roughness = jax.vmap(lambda row: self.code.process_variance(row, heard))(y)
+        variance = self.code.posterior_variance(heard)
+        return predictions, decoded.recovered[0], *features_of(predictions, roughness, variance)
+
+    def places(self, queries: int) -> Int[np.ndarray, " queries"]:
+        """Which alphas so many queries stand at."""
+        return self._order[:queries]
+
+    def along(self, first: int, number: int) -> Int[np.ndarray, " number"]:
+        """So many of a group's queries from the `first` on, in the order of their alphas."""
+        places = self._order[first : first + number]
+        if isinstance(self.code, NeRCC | Berrut):
+            places = np.asarray(self.code.alpha)[places]
+        return np.argsort(places)
 
     def in_order(self, by_place: Float[np.ndarray, " num_data"]) -> Float[np.ndarray, " num_data"]:
         """What belongs to the code's alphas, in the queries' order."""

@@ -13,9 +13,13 @@ from .._evaluation import batched, cut_groups
 from .._forecast import Forecast
 from .._workers import Model, run_workers
 from ._coder import Coder
+from ._query_doubt import QueryDoubt, unknown
+from ._rehearsal import DRAWS, Rehearsal, make_observer
 
-# Groups that a forecast rests on, and fewer than which it tells nothing.
-_GROUPS, _LEAST = 256, 32
+# Groups that a forecast rests on, of each size; those of smaller ones that calibration makes; and
+# fewer than which it tells nothing.
+_GROUPS, _SHORT, _LEAST = 256, 128, 32
+_AT_ONCE = 2  # rehearsals with each group that comes, while there are any to be made
 _AUDITS = 1000  # decoded queries that the running audit looks at
 
 
@@ -31,17 +35,23 @@ class Audit:
 
 
 class Fidelity:
-    """The error to expect of each query of a group, given how many there are and who answered.
+    """The error to expect of each query of a group: before it is decoded, and with what came of it.
 
-    It decodes calibration groups from the same workers. Those come from data given beforehand, and
-    from traffic: a group all of whose coded data points were answered, the queries themselves
-    among them, shows what decoding from fewer would have made of it. The oldest is replaced. Not
+    Before, given how many queries there are and who answered (`expect`), it is the mean over
+    calibration groups decoded from the same workers. Afterwards, a query's own margin and deviation
+    tell more (`doubt`; see `_rehearsal.py`). The groups come from data given beforehand, and from
+    traffic: a group all of whose coded data points were answered, the queries themselves among
+    them, shows what decoding from fewer would have made of it. The oldest is replaced. Not
     thread-safe: it belongs to the batcher's thread.
     """
 
     def __init__(self, coder: Coder):
         self._coder = coder
-        self._lessons = {few: _Lessons(coder) for few in range(1, coder.num_data + 1)}
+        observe = make_observer(coder) if coder.doubts else None
+        self._lessons = {
+            few: _Lessons(coder, Rehearsal(coder, few, observe) if observe and few > 1 else None)
+            for few in range(1, coder.num_data + 1)
+        }
         self._audits: collections.deque[bool] = collections.deque(maxlen=_AUDITS)
 
     def calibrate(self, model: Model | Sequence[Model], x: Float[ArrayLike, "points ..."]) -> None:
@@ -52,27 +62,32 @@ class Fidelity:
         models = (model,) if callable(model) else tuple(model)
         run = eqx.filter_jit(run_workers)
         for few in range(2, self._coder.num_data + 1):
-            number = _GROUPS if few == self._coder.num_data else 2 * _LEAST
+            number = _GROUPS if few == self._coder.num_data else _SHORT
             groups = cut_groups(x, few)[:number]
             coded = self._coder.encode(groups, np.arange(self._coder.num_workers)).swapaxes(0, 1)
             answers = np.asarray(run(models, self._coder.code, jnp.asarray(coded)))
             points = groups.reshape(-1, *groups.shape[2:])
             originals = np.asarray(batched(models[0], min(64, len(points)))(points))
-            for group, own in zip(answers, originals.reshape(len(groups), few, -1), strict=True):
-                self.learn(group, own)
+            lessons, originals = self._lessons[few], originals.reshape(len(groups), few, -1)
+            for group, own in zip(answers, originals, strict=True):
+                lessons.add(group.reshape(len(group), -1), self._coder.by_place(own))
+            lessons.rehearse(DRAWS)
 
     def compile(self, outputs: Sequence[int]) -> None:
         """Compiles the forecast for a model's outputs, so that no query waits for that."""
         zeros = np.zeros((self._coder.num_workers, int(np.prod(outputs))), np.float32)
-        blank = _Lessons(self._coder)
-        blank.add(zeros, zeros[: self._coder.num_data])
+        full = self._coder.num_data
+        blank = _Lessons(self._coder, self._lessons[full].rehearsal)
+        blank.add(zeros, zeros[:full])
         blank.expect(np.ones(self._coder.num_workers, bool))
+        if blank.rehearsal is not None:
+            blank.rehearsal.compile(*blank.groups())
 
     def hungry(self, queries: int) -> bool:
         """Whether groups of so many queries are wanted: nothing can be told of them yet."""
         if queries == 1 or not self._coder.guesses:
             return False
-        return self._lessons[queries].known < _LEAST
+        return not self._lessons[queries].enough
 
     def learn(
         self,
@@ -82,7 +97,16 @@ class Fidelity:
         """Takes a group: all workers' answers, and the model's own to the queries."""
         answers = answers.reshape(len(answers), -1)
         originals = originals.reshape(len(originals), -1)
-        self._lessons[len(originals)].add(answers, self._coder.by_place(originals))
+        lessons = self._lessons[len(originals)]
+        lessons.add(answers, self._coder.by_place(originals))
+        lessons.rehearse_a_little()
+
+    def doubt(self, queries: int) -> QueryDoubt:
+        """How far decoded queries are to be doubted, in groups of so many.
+
+        For codes that have a doubt (`Coder.doubts`), once enough is known; until then it is NaN.
+        """
+        return self._lessons[queries].doubt
 
     def expect(
         self, queries: int, mask: Bool[np.ndarray, " num_workers"]
@@ -109,9 +133,11 @@ class Fidelity:
 class _Lessons:
     """Groups of one size: the last `_GROUPS` of them."""
 
-    def __init__(self, coder: Coder):
-        self._code = coder.code
+    def __init__(self, coder: Coder, rehearsal: Rehearsal | None):
+        self._code, self.rehearsal = coder.code, rehearsal
         self.known = 0
+        self.doubt = unknown()
+        self._due, self._left = _LEAST, 0  # groups at the next doubt, and rehearsals until then
         self._fresh = 0  # groups that came since the forecast was made
         self._answers: np.ndarray | None = None
         self._originals: np.ndarray | None = None
@@ -127,6 +153,46 @@ class _Lessons:
         self.known += 1
         self._fresh += 1
 
+    @property
+    def enough(self) -> bool:
+        """Whether there is enough to tell something of each query."""
+        return self.known >= _LEAST and (self.rehearsal is None or self.doubt.number > 0)
+
+    def groups(self) -> tuple[np.ndarray, np.ndarray]:
+        """All of them: always so many, that programs are compiled once. Few come several times."""
+        assert self._answers is not None
+        assert self._originals is not None
+        chosen = np.arange(_GROUPS) % min(self.known, _GROUPS)
+        return self._answers[chosen], self._originals[chosen]
+
+    def rehearse(self, draws: int) -> None:
+        """Finds the doubt at once, if enough is known."""
+        if self.rehearsal is None or self.known < _LEAST:
+            return
+        known = min(self.known, _GROUPS)
+        for _ in range(draws):
+            self.rehearsal.draw(*self.groups(), known)
+        self.doubt = self.rehearsal.calibrate(known)
+        self._due = self.known + _GROUPS
+
+    def rehearse_a_little(self) -> None:
+        """Finds the doubt anew as groups come, a part with each, so that no query waits long.
+
+        At first whenever their number has doubled.
+        """
+        if self.rehearsal is None:
+            return
+        if not self._left and self.known > self._due - DRAWS // _AT_ONCE:
+            self._left = DRAWS
+        if not self._left:
+            return
+        known, self._left = min(self.known, _GROUPS), self._left - _AT_ONCE
+        for _ in range(_AT_ONCE):
+            self.rehearsal.draw(*self.groups(), known)
+        if not self._left:
+            self.doubt = self.rehearsal.calibrate(known)
+            self._due = self.known + min(self.known, _GROUPS)
+
     def expect(self, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if self._forecast is None or self._fresh >= _GROUPS:
             self._renew()
@@ -140,12 +206,6 @@ class _Lessons:
         return self._expected[key]
 
     def _renew(self) -> None:
-        assert self._answers is not None
-        assert self._originals is not None
-        # Always of the same size, so that it is compiled once: few groups come several times.
-        chosen = np.arange(_GROUPS) % min(self.known, _GROUPS)
-        self._forecast = Forecast(
-            self._code, jnp.asarray(self._answers[chosen]), jnp.asarray(self._originals[chosen])
-        )
+        self._forecast = Forecast(self._code, *map(jnp.asarray, self.groups()))
         self._expected.clear()
         self._fresh = 0

@@ -1,6 +1,7 @@
 """Queries coded together, and what is known of them."""
 
 import dataclasses
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -40,7 +41,8 @@ class Group:
         self.sent_at = np.full(coder.num_workers, np.nan)
         self.answers: list[np.ndarray | None] = [None] * coder.num_workers
         self.counted = np.zeros(coder.num_workers, bool)  # as stragglers
-        self.decoded: dict[int, np.ndarray] = {}  # what was given out, by cell
+        # What was given out, by cell and row: to be compared, should the model's own answer come.
+        self.decoded: dict[tuple[int, int], np.ndarray] = {}
         self.heard = False  # something came that the batcher has not looked at
         self.closed = False
         self.look_at = np.inf
@@ -70,6 +72,13 @@ class Group:
         self.rows = max(self.rows, len(cell.queries))
         for query in cell.queries:
             query.home = query.home or self
+
+    def open_queries(self, cells: Iterable[int]) -> Iterator[tuple[int, int, Query]]:
+        """The queries of these cells that somebody waits for: cell, row, query."""
+        for number in cells:
+            for row, query in enumerate(self.cells[number].queries):
+                if not query.done:
+                    yield number, row, query
 
     def inputs(self) -> np.ndarray:
         """(rows, cells, ...)."""

@@ -66,9 +66,15 @@ class Meters:
             buckets=tuple(range(1, 33)),
         )
         self.stragglers = make(Counter, "stragglers", "Coded data points given up.")
+        self.order = make(
+            Histogram, "order_seconds", "Arranging queries that go out together.", buckets=_SHORT
+        )
         self.encode = make(Histogram, "encode_seconds", "Encoding a group.", buckets=_SHORT)
         self.decode = make(Histogram, "decode_seconds", "Decoding a group.", buckets=_SHORT)
         self.reexecutions = make(Counter, "reexecutions", "Queries sent a second time.")
+        self.over_budget = make(
+            Counter, "over_budget", "Doubtful queries answered as decoded: the budget was spent."
+        )
         self.expected = make(
             Histogram,
             "expected_disagreement",
@@ -91,11 +97,13 @@ class Meter:
         self._counters = {
             "straggler": meters.stragglers.labels(model),
             "reexecution": meters.reexecutions.labels(model),
+            "over_budget": meters.over_budget.labels(model),
         }
         self._histograms = {
             "queue_seconds": meters.queued.labels(model),
             "batch_size": meters.batch.labels(model),
             "group_fill": meters.fill.labels(model),
+            "order_seconds": meters.order.labels(model),
             "encode_seconds": meters.encode.labels(model),
             "decode_seconds": meters.decode.labels(model),
             "workers_heard": meters.heard.labels(model),

@@ -20,9 +20,17 @@ class BatchingPolicy:
       of answer times. What straggles is decoded, or sent again.
     - `wait_for`: how many answers of a group are enough to decode, if nothing better is known;
       unless given, 85 % of N but at least K, or half of the redundancy for interleaved codes.
-    - `max_disagreement`: decode a query only if the probability that its label is not the model's
-      own is expected to be no larger; otherwise wait for more answers, and send the query again
-      once none are to come. None: as soon as `wait_for` answers are in, whatever is expected.
+    - `max_disagreement`: of the queries whose own worker straggles (or that have none), this share
+      may get a label that is not the model's own, in the mean. Each is decoded and judged by
+      itself, by its margin and deviation: what is sure enough for that is answered at once; what is
+      doubtful waits for more answers, and is sent again once none are to come. (A code that is no
+      regression tells no deviation: there the mean over queries at its place decides for a query.)
+      None: decode as soon as `wait_for` answers are in, whatever is expected.
+    - `max_reexecution`: send no more than this share of all queries again because they are
+      doubtful; beyond it what is best known is given out, with its doubt. None: no bound. (What
+      cannot be decoded at all is sent again in any case, and counts.)
+    - `ordering`: arrange queries that go out together so that those coded beside each other are
+      alike. Queries are compared as they come, and none waits for it.
     - `copies`: workers that may have the same query in hand, when it is to be answered exactly, or
       cannot be decoded, and the first straggles (hedging). 1: what straggles is waited for.
     """
@@ -34,6 +42,8 @@ class BatchingPolicy:
     patience: float = 1.5
     wait_for: int | None = None
     max_disagreement: float | None = None
+    max_reexecution: float | None = None
+    ordering: bool = True
     copies: int = 2
 
     def __post_init__(self):
@@ -54,6 +64,8 @@ class BatchingPolicy:
             )
         if self.max_disagreement is not None and not 0 <= self.max_disagreement < 1:
             raise ValueError(f"max_disagreement must be in [0, 1), not {self.max_disagreement}")
+        if self.max_reexecution is not None and not 0 <= self.max_reexecution <= 1:
+            raise ValueError(f"max_reexecution must be in [0, 1], not {self.max_reexecution}")
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
@@ -79,12 +91,14 @@ Measure: TypeAlias = Literal[
     "queue_seconds",
     "batch_size",
     "group_fill",
+    "order_seconds",
     "encode_seconds",
     "decode_seconds",
     "workers_heard",
     "expected_disagreement",
     "straggler",
     "reexecution",
+    "over_budget",
     "audit_same",
     "audit_other",
 ]

@@ -36,10 +36,11 @@ class Reply:
     to coded data points. `asked` and `heard` are the workers that had been given the query or a
     coded data point of its group, and those that had answered, when it was answered; `reexecuted`
     ones were sent a second time. `expected_disagreement` is the probability that a decoded answer's
-    label is not the model's own, `expected_error` the root of the mean squared distance to the
-    model's answer, in units of its outputs: means over calibration data decoded from the same
-    workers. They are 0 for exact answers and NaN where nothing is known yet. `queued` and `seconds`
-    are how long the first query waited to be sent, and how long the request took.
+    label is not the model's own: by its margin and deviation, or, for codes that are no regression,
+    the mean over calibration data decoded from the same workers. `expected_error` is the root of
+    the mean squared distance to the model's answer, in units of its outputs, always such a mean.
+    They are 0 for exact answers and NaN where nothing is known yet. `queued` and `seconds` are how
+    long the first query waited to be sent, and how long the request took.
     """
 
     values: Float[np.ndarray, "batch ..."]

@@ -78,7 +78,14 @@ class ModelSettings(BaseModel):
     patience: float = _POLICY.patience
     wait_for: int | None = _POLICY.wait_for
     max_disagreement: float | None = Field(
-        default=0.05, description="Of a decoded label; 1 takes whatever `wait_for` answers give."
+        default=0.05,
+        description="Of stragglers' queries, in the mean; 1 takes what `wait_for` answers give.",
+    )
+    max_reexecution: float | None = Field(
+        default=_POLICY.max_reexecution, description="Share of the queries sent again for doubt."
+    )
+    ordering: bool = Field(
+        default=_POLICY.ordering, description="Queries that go out together lie beside their like."
     )
     copies: int = _POLICY.copies
 
@@ -109,6 +116,8 @@ class ModelSettings(BaseModel):
             patience=self.patience,
             wait_for=self.wait_for,
             max_disagreement=None if limit is None or limit >= 1 else limit,
+            max_reexecution=self.max_reexecution,
+            ordering=self.ordering,
             copies=self.copies,
         )
 

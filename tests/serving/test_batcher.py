@@ -32,6 +32,7 @@ from nercc_jax.serving import (
     QueueFull,
     ServerClosing,
 )
+from nercc_jax.serving._query_doubt import QueryDoubt
 
 SHAPE, OUT = (6,), (3,)
 WEIGHTS = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
@@ -101,7 +102,8 @@ class Gates:
 def serving(code, run=model, *, workers=12, faults=None, warm=True, fidelity=None, **policy):
     """A batcher on a pool of threads; warm: it knows how long answers take."""
     seen = []
-    policy = {"max_batch_size": 1, "batch_wait_timeout_s": 0.02, "deadline_s": LONG} | policy
+    usual = {"max_batch_size": 1, "batch_wait_timeout_s": 0.02, "deadline_s": LONG}
+    policy = usual | {"ordering": False} | policy  # tests say which query is where
     with DevicePool(run, workers, compiled=False, faults=faults) as pool:
         coder = Coder(code)
         with CodedBatcher(
@@ -155,7 +157,8 @@ SYSTEMATIC = {
 @pytest.mark.parametrize("batch", [1, 3, 100])
 def test_answers_are_the_models_own_and_in_order(name, batch):
     # Patience: a thread that waits for its turn is no straggler.
-    with serving(SYSTEMATIC[name], max_batch_size=4, warm=False, patience=1e6) as batcher:
+    policy = {"max_batch_size": 4, "patience": 1e6, "ordering": True}
+    with serving(SYSTEMATIC[name], warm=False, **policy) as batcher:
         x = queries(batch)
         parts = [batcher.submit(x), batcher.submit(x[::-1].copy())]
         for part, wanted in zip(parts, (model(x), model(x)[::-1]), strict=True):
@@ -283,6 +286,87 @@ def test_what_is_expected_to_be_right_is_decoded():
         event.set()
 
 
+# A margin of 0.1 or less is doubtful, whatever else is known.
+BY_MARGIN = QueryDoubt(
+    np.array([2 * np.log(0.1), -2, 0, 0, 0], np.float32),
+    wrong=np.full(100, 0.5, np.float32),
+    last=np.linspace(0, 1, 200, dtype=np.float32),
+    number=10**6,
+)
+
+
+def sure_and_doubtful():
+    """16 queries: the even ones much alike, with a large margin, the odd ones with a small one."""
+    some = queries(400, seed=7)
+    first, second = np.sort(model(some), axis=1)[:, :-3:-1].T
+    noise = 1e-3 * np.random.default_rng(8).normal(size=(16, *SHAPE))
+    kinds = some[[np.argmax(first - second), np.argmin(first - second)] * 8]
+    return (kinds + noise).astype(np.float32)
+
+
+@pytest.mark.parametrize("budget", [None, 0.5, 0.0])
+def test_each_query_is_judged_by_itself(budget, monkeypatch):
+    """Two of one batch, decoded from the same workers: the doubtful one is sent again."""
+    monkeypatch.setattr(Fidelity, "doubt", lambda self, queries: BY_MARGIN)
+    gates = Gates(SERVICE)
+    policy = {"max_disagreement": 0.001, "max_reexecution": budget}
+    with serving(
+        INTERLEAVED, gates, workers=8, max_batch_size=2, patience=PATIENCE, **policy
+    ) as batcher:
+        x = sure_and_doubtful()
+        event = gates.hold(x[2], calls=1)
+        reply = batcher.submit(x).result(LONG)
+        others = np.delete(np.arange(16), [2, 3])
+        assert reply.exact[others].all()
+        assert not reply.exact[2], "what is sure is not sent again"
+        assert 0 < reply.expected_disagreement[2] < 0.5
+        assert reply.exact[3] == reply.reexecuted[3] == (budget != 0)
+        assert (reply.expected_disagreement[3] > 0.5) == (budget == 0), "it says how doubtful it is"
+        assert np.abs(reply.values - model(x)).max() < 0.1
+        assert count(batcher, "reexecution") == (budget != 0)
+        assert count(batcher, "over_budget") == (budget == 0)
+        event.set()
+        settled(batcher)
+        audits = count(batcher, "audit_same") + count(batcher, "audit_other")
+        assert audits == 1 + (budget == 0), "what was given out is compared with what comes late"
+
+
+def test_what_cannot_be_decoded_is_sent_again_whatever_the_budget():
+    gates = Gates(SERVICE)
+    with serving(
+        Uncoded(1), gates, patience=PATIENCE, max_reexecution=0.0, max_disagreement=0.1
+    ) as batcher:
+        x = queries(1)
+        event = gates.hold(x[0], calls=1)
+        assert batcher.submit(x).result(LONG).exact.all()
+        event.set()
+    # Nothing is known of the code's answers either, and nobody but the own workers answers.
+    with serving(Replication(2, 4), gates, patience=PATIENCE, max_reexecution=0.0) as batcher:
+        x = queries(2)
+        events = [gates.hold(x[0], calls=2)]
+        assert batcher.submit(x).result(LONG).exact.all()
+        for event in events:
+            event.set()
+
+
+def test_alike_queries_are_coded_together():
+    """Of two kinds that come four by four, groups of one kind are decoded well, mixed ones badly.
+
+    As they come, a group has one query of each four.
+    """
+    code, kinds = NeRCC(4, 8), np.repeat([[2.0], [-2.0]], 6, axis=1).astype(np.float32)
+    x = np.tile(np.repeat(kinds, 4, axis=0), (2, 1)) + 1e-2 * queries(16)
+    errors = {}
+    for ordering in (False, True):
+        policy = {"ordering": ordering, "wait_for": 8, "patience": 1e3, "warm": False}
+        with serving(code, workers=8, max_batch_size=4, **policy) as batcher:
+            reply = batcher.submit(x).result(LONG)
+            assert not reply.exact.any()
+            errors[ordering] = np.abs(reply.values - model(x)).max()
+            assert count(batcher, "order_seconds") == ordering
+    assert errors[True] < 0.05 < errors[False]
+
+
 def test_without_hedging_a_straggler_is_waited_for():
     gates = Gates()
     with serving(Uncoded(1), gates, copies=1, patience=3.0) as batcher:
@@ -355,6 +439,8 @@ def test_bad_deadlines_and_policies(untyped):
         {"patience": np.nan},
         {"batch_wait_timeout_s": -1},
         {"max_disagreement": 1.0},
+        {"max_reexecution": 1.5},
+        {"max_reexecution": float("nan")},
     ):
         with pytest.raises(ValueError, match=str(next(iter(bad)))):
             BatchingPolicy(**bad)

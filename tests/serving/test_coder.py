@@ -111,6 +111,63 @@ def test_decoding_is_the_codes_own(name):
         )
 
 
+@pytest.mark.parametrize("name", ["interleaved", "chebyshev"])
+def test_doubts_are_of_each_rows_own_margin_and_deviation(name):
+    """Against the code's own deviations: variance and roughness with the same weight are those."""
+    coder = coder_of(name)
+    assert coder.doubts
+    random = np.random.default_rng(1)
+    values = random.normal(size=(coder.num_workers, 3, 5)).astype(np.float32)
+    mask = np.ones(coder.num_workers, bool)
+    mask[coder.first[1] if coder.systematic else [2]] = False
+    values[~mask] = np.nan
+    weights = np.array([0.3, -0.7, 0.5, 0.5, 0], np.float32)
+    with np.errstate(invalid="ignore"):
+        found, recovered, doubt = coder.assess(values, mask, 4, weights)
+    assert recovered.all()
+    for row in range(3):
+        wanted, deviation = coder.code.decode(values[:, row], mask, return_uncertainty=True)
+        wanted, deviation = np.asarray(wanted)[coder._order], np.asarray(deviation)[coder._order]
+        np.testing.assert_allclose(found[row], wanted, atol=2e-4)
+        clear = deviation > 1e-3  # others are answers themselves, to rounding
+        assert clear.any()
+        second, first = np.sort(wanted[clear], axis=1)[:, -2:].T
+        logit = 0.3 - 0.7 * np.log(first - second) + 0.5 * np.log(deviation[clear])
+        np.testing.assert_allclose(doubt[row, clear], 1 / (1 + np.exp(-logit)), rtol=1e-2)
+
+
+def test_what_nothing_tells_is_doubted():
+    """Two answers lie on a line, however the path bends; one tells nothing at all."""
+    coder = coder_of("interleaved")
+    values = np.random.default_rng(0).normal(size=(8, 1, 3)).astype(np.float32)
+
+    def doubt(heard, weights):
+        mask = np.isin(np.arange(8), heard)
+        return coder.assess(values, mask, 4, np.array(weights, np.float32))[2]
+
+    assert (doubt([4], [0.0] * 5) == 1).all()
+    np.testing.assert_allclose(doubt([0, 3], [0, 0, 0, 0, 3]), 1 / (1 + np.exp(-3)), rtol=1e-6)
+    np.testing.assert_allclose(doubt([0, 3, 5], [0, 0, 0, 0, 3]), 0.5)
+    assert np.isnan(doubt(range(8), [np.nan] * 5)).all()
+
+
+def test_codes_that_are_no_regression_have_no_doubt():
+    assert not any(coder_of(name).doubts for name in ("BACC", "LCC", "ParM", "replication"))
+    assert not any(coder_of(name).curved for name in ("LCC", "ParM", "replication", "uncoded"))
+    assert coder_of("BACC").curved
+
+
+@pytest.mark.parametrize("name", ["interleaved", "chebyshev", "BACC"])
+def test_places_along_the_curve(name):
+    coder = coder_of(name)
+    alpha = np.asarray(coder.code.alpha)[coder._order]
+    for first in range(coder.num_data):
+        for number in range(1, coder.num_data - first + 1):
+            along = coder.along(first, number)
+            assert sorted(along) == list(range(number))
+            assert (np.diff(alpha[first + along]) > 0).all()
+
+
 # What is expected of decoded answers.
 
 

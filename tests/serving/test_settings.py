@@ -60,6 +60,8 @@ MODEL = {
     "patience": 2.5,
     "wait_for": 6,
     "max_disagreement": 0.25,
+    "max_reexecution": 0.125,
+    "ordering": False,
     "copies": 3,
     "service_delay_s": 0.125,
     "straggler_rate": 0.5,
@@ -71,6 +73,7 @@ MODEL = {
 FLAGS = {
     "service_delay_s": "--service-delay",
     "straggler_delay_s": "--straggler-delay",
+    "ordering": "--no-ordering",
 }
 ONE = [{"model": "own:double", "input_shape": [4]}]
 
@@ -229,18 +232,20 @@ def flags():
 
 def test_flags_are_settings():
     assert set(flags()) <= set(SERVER) | set(MODEL) | {"config"}
-    assert {"model", "http_port", "death_rate"} <= set(flags())
+    assert {"model", "http_port", "max_reexecution", "ordering", "death_rate"} <= set(flags())
 
 
 @pytest.mark.parametrize("name", [name for name in flags() if name not in ("config", "model")])
 def test_every_flag_comes_before_environment_and_file(name, told):
     value = {**SERVER, **MODEL}[name]
     flag = FLAGS.get(name, f"--{name.replace('_', '-')}")
-    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = [",".join(map(str, value)) if isinstance(value, list) else str(value)]
+    if isinstance(value, bool):
+        text = []
     if name in SERVER:
         other, variable = getattr(ServerSettings(), name), f"NERCC_{name.upper()}"
         path = write({name: other}, models=ONE)
-        server, _ = told("--config", str(path), flag, text, **{variable: str(other)})
+        server, _ = told("--config", str(path), flag, *text, **{variable: str(other)})
         assert getattr(server, name) == value
         return
     other = getattr(ModelSettings(), name)
@@ -251,7 +256,7 @@ def test_every_flag_comes_before_environment_and_file(name, told):
     variables = {
         f"NERCC_DEFAULTS__{n.upper()}": json.dumps(v).strip('"') for n, v in others.items()
     }
-    _, chosen = told("--config", str(path), flag, text, **variables)
+    _, chosen = told("--config", str(path), flag, *text, **variables)
     assert [getattr(model, name) for model in chosen] == [as_read(name, value)] * 2
 
 
@@ -295,6 +300,7 @@ def refused(message, *arguments, **variables):
         ("[defaults]\ndeadline_s = nan", "deadline_s"),
         ("[defaults]\nmax_queue_size = 0", "max_queue_size 0"),
         ("[defaults]\nmax_disagreement = -0.5", "max_disagreement must be in [0, 1), not -0.5"),
+        ("[defaults]\nmax_reexecution = 1.5", "max_reexecution must be in [0, 1], not 1.5"),
         ("[defaults]\ndeath_rate = 2", "death_rate: input should be less than or equal to 1"),
         ('[defaults]\nscheme = "lcc"', "scheme: input should be 'nercc', 'berrut'"),
         ("[[models]]\nnum_data = 2", "each of the models needs `model`"),

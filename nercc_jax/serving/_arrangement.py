@@ -1,0 +1,71 @@
+"""Queries that go out together, arranged so that those coded beside each other are alike."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from .._ordering import random_projection, short_path
+from ._coder import Coder
+from ._request import Query
+
+# Fewer have only one path through them.
+_FEWEST = 3
+
+
+class Arranger:
+    """Puts queries into the places of groups along a short path through them.
+
+    Distances are those of random projections (`random_projection`): queries are compared as they
+    come, without a model. Programs are compiled for a few numbers of queries; others are filled up.
+    """
+
+    def __init__(self, coder: Coder, shape: Sequence[int], rows: int):
+        """For groups of up to `rows` rows; the longest path goes through as many as one holds."""
+        self._coder, self._shape = coder, tuple(shape)
+        self._sizes = [coder.num_data << power for power in range(rows.bit_length())]
+        self._path = jax.jit(lambda x: short_path(random_projection(x)))
+
+    def compile(self) -> None:
+        """So that no query waits for it."""
+        for size in self._sizes:
+            self._path(np.zeros((size, *self._shape), np.float32)).block_until_ready()
+
+    def deal(self, queries: Sequence[Query], sizes: Sequence[int], place: int) -> list[list[Query]]:
+        """Deals queries to cells of these sizes, which take a group's places from `place` on.
+
+        After a group's last place the next group's first follows. A row of a group is a stretch of
+        the path, its queries at the alphas in order.
+        """
+        order = iter(self.path(queries))
+        cells: list[list[Query]] = [[] for _ in sizes]
+        begin = 0
+        while begin < len(sizes):
+            number = min(self._coder.num_data - place, len(sizes) - begin)
+            along = begin + self._coder.along(place, number)
+            for row in range(max(sizes[begin : begin + number])):
+                for cell in along.tolist():
+                    if row < sizes[cell]:
+                        cells[cell].append(queries[next(order)])
+            begin, place = begin + number, 0
+        return cells
+
+    def path(self, queries: Sequence[Query]) -> list[int]:
+        """An order of queries in which neighbours are alike, in stretches that are not too long."""
+        most = self._sizes[-1]
+        order: list[int] = []
+        for begin in range(0, len(queries), most):
+            x = [query.x for query in queries[begin : begin + most]]
+            found = self._through(x) if len(x) >= _FEWEST else np.arange(len(x))
+            order += (begin + found).tolist()
+        return order
+
+    def _through(self, x: Sequence[np.ndarray | None]) -> Int[np.ndarray, " n"]:
+        size = next(size for size in self._sizes if size >= len(x))
+        # What is not finite comes last in the path: what fills up, and among it, in any order,
+        # queries whose projection overflows.
+        filled = np.full((size, *self._shape), np.nan, np.float32)
+        filled[: len(x)] = x
+        order = np.asarray(self._path(filled))
+        return order[order < len(x)]

@@ -1,0 +1,91 @@
+"""Queries that go out together are put beside their like."""
+
+import numpy as np
+import pytest
+
+from nercc_jax import Berrut, NeRCC
+from nercc_jax.serving import Coder
+from nercc_jax.serving._arrangement import Arranger
+from nercc_jax.serving._request import Request
+
+CODE = NeRCC(4, 8, points="interleaved", lambda_dec=0.0)
+
+
+def queries(x):
+    return Request(np.asarray(x, np.float32), (2,), 1.0, False).queries
+
+
+def arranger(code=CODE, shape=(3,), rows=4):
+    return Arranger(Coder(code), shape, rows)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 5, 8])
+def test_the_path_is_the_shortest_there_is(number):
+    """Of points on a line it is their own order, this way or that."""
+    x = np.random.default_rng(number).permutation(number)[:, None] * np.ones((1, 3))
+    order = arranger(rows=2).path(queries(x))
+    assert sorted(order) == list(range(number))
+    assert (np.abs(np.diff(x[order, 0])) == 1).all()
+
+
+@pytest.mark.parametrize(
+    "code", [CODE, NeRCC(5, 7), Berrut(4, 7)], ids=["interleaved", "Chebyshev", "BACC"]
+)
+def test_rows_of_groups_lie_along_the_curve(code):
+    """Numbers in a row increase or decrease with the alphas that they stand at."""
+    coder = Coder(code)
+    count = 4 * code.num_data
+    x = np.random.default_rng(0).permutation(count)
+    dealt = Arranger(coder, (2,), 4).deal(
+        queries(x[:, None] * np.ones((1, 2))), [4] * code.num_data, 0
+    )
+    assert [len(cell) for cell in dealt] == [4] * code.num_data
+    values = np.array([[query.x[0] for query in cell] for cell in dealt])
+    assert sorted(values.ravel()) == list(range(count))
+    alpha = np.asarray(code.alpha)[coder._order]
+    for row in values.T:
+        assert set(np.diff(row[np.argsort(alpha)])) in ({1.0}, {-1.0})
+
+
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_cells_of_any_size_and_groups_that_have_begun(place):
+    sizes = [4, 2, 2, 1, 1, 1, 1]
+    x = np.random.default_rng(1).permutation(12)[:, None] * np.ones((1, 3))
+    cells = arranger().deal(queries(x), sizes, place)
+    assert [len(cell) for cell in cells] == sizes
+    assert sorted(query.x[0] for cell in cells for query in cell) == list(range(12))
+    # A group's cells hold a stretch of the path: the first group's, then the next one's.
+    ends = [4 - place, 8 - place]
+    groups = [cells[: ends[0]], cells[ends[0] : ends[1]], cells[ends[1] :]]
+    for group in groups:
+        values = sorted(query.x[0] for cell in group for query in cell)
+        assert not values or values[-1] - values[0] == len(values) - 1
+
+
+def test_queries_whose_projection_overflows_are_dealt_like_others():
+    """They come last in the path, among what fills it up; none is lost, and none is there twice."""
+    ready = arranger(shape=(300,))
+    for number in (3, 5, 9, 16):
+        x = np.random.default_rng(number).normal(size=(number, 300))
+        x[::2] = 3e38
+        cells = ready.deal(queries(x), [1] * number, 0)
+        assert sorted(query.place for (query,) in cells) == list(range(number))
+
+
+def test_more_than_a_group_holds_is_arranged_in_stretches():
+    many = queries(np.random.default_rng(2).permutation(20)[:, None] * np.ones((1, 3)))
+    order = arranger(rows=2).path(many)
+    assert sorted(order[:8]) == list(range(8))
+    assert sorted(order[8:16]) == list(range(8, 16))
+    assert sorted(order[16:]) == list(range(16, 20))
+    assert arranger(rows=2).deal([], [], 0) == []
+
+
+def test_nothing_compiles_once_it_is_compiled():
+    ready = arranger(shape=(5, 2))
+    ready.compile()
+    programs = ready._path._cache_size()
+    for number in range(3, 17):
+        x = np.random.default_rng(number).normal(size=(number, 5, 2))
+        assert sorted(ready.path(queries(x))) == list(range(number))
+    assert ready._path._cache_size() == programs

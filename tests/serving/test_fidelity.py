@@ -1,0 +1,196 @@
+"""How far decoded queries are doubted: limits that keep their promise, learnt or calibrated."""
+
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nercc_jax import NeRCC
+from nercc_jax.serving import Coder, Fidelity
+from nercc_jax.serving._budget import Budget
+from nercc_jax.serving._query_doubt import QueryDoubt, calibrate, unknown
+
+CODE = NeRCC(4, 8, points="interleaved", lambda_dec=0.0)
+WEIGHTS = np.random.default_rng(2).normal(size=(4, 3)).astype(np.float32)
+
+
+def model(x):
+    return jnp.tanh(3 * jnp.asarray(x) @ jnp.asarray(WEIGHTS))
+
+
+def data(number, seed):
+    return np.random.default_rng(seed).normal(size=(number, 4)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def known():
+    coder = Coder(CODE)
+    fidelity = Fidelity(coder)
+    fidelity.calibrate(model, data(1024, 3))
+    return coder, fidelity
+
+
+@pytest.mark.parametrize("queries", [2, 4])
+def test_no_more_is_wrong_than_was_asked_for(known, queries):
+    """On other data: every query whose own worker straggles, as the last answers come in."""
+    coder, fidelity = known
+    x = data(400 * queries, 4).reshape(400, queries, 4)
+    answers = np.asarray(model(coder.encode(x, np.arange(8))))
+    own = np.asarray(model(x)).argmax(-1)
+    layout, random = coder.layout(queries), np.random.default_rng(5)
+    redundancy = len(layout.extras)
+    sent = np.concatenate([*coder.first[:queries], layout.extras])
+    doubt = fidelity.doubt(queries)
+    limits = {share: doubt.limit(share) for share in (0.3, 0.1, 0.03)}
+    wrong, doubts, errors = {share: [] for share in limits}, [], []
+    sets = list(itertools.product(range(queries), range(redundancy), range(4)))
+    for place, more, _ in sets:
+        others = random.permutation(np.setdiff1d(sent, layout.own[place]))
+        heard = len(others) - more
+        open_ = {share: np.ones(len(x), bool) for share in limits}
+        for number in (heard - 2, heard - 1, heard):
+            mask = np.isin(np.arange(8), others[: max(number, 1)])
+            given = np.where(mask[:, None, None], answers, 0)
+            predictions, _, seen = coder.assess(given, mask, len(x), doubt.weights)
+            differ = predictions[:, place].argmax(-1) != own[:, place]
+            for share, limit in limits.items():
+                now = open_[share] & (seen[:, place] <= limit)
+                wrong[share] += (differ & now).astype(float).tolist()
+                open_[share] &= ~now
+        doubts.append(seen[:, place].mean())
+        errors.append(differ.mean())
+    total = len(sets) * len(x)
+    for share, limit in limits.items():
+        assert sum(wrong[share]) / total <= share
+        assert doubt.share(limit) < 0.95, "something is answered at once"
+    assert 1 >= limits[0.3] >= limits[0.1] >= limits[0.03] > 0
+    assert np.mean(doubts) == pytest.approx(np.mean(errors), rel=0.3)
+
+
+def test_sure_ones_are_right_more_often_than_a_place_is(known):
+    """What decides by query beats what decides by the mask alone, from the same workers."""
+    coder, fidelity = known
+    x = data(1600, 6).reshape(400, 4, 4)
+    mask = np.ones(8, bool)
+    mask[coder.first[0]] = False
+    answers = np.asarray(model(coder.encode(x, np.arange(8))))
+    given = np.where(mask[:, None, None], answers, 0)
+    predictions, _, doubt = coder.assess(given, mask, len(x), fidelity.doubt(4).weights)
+    wrong = predictions[:, 0].argmax(-1) != np.asarray(model(x))[:, 0].argmax(-1)
+    sure = doubt[:, 0] <= np.median(doubt[:, 0])
+    assert wrong[sure].mean() < 0.5 * wrong.mean() < wrong[~sure].mean()
+
+
+def test_a_doubt_is_learnt_from_traffic():
+    coder = Coder(CODE)
+    fidelity = Fidelity(coder)
+    x = data(4 * 70, 7).reshape(70, 4, 4)
+    answers = np.asarray(model(coder.encode(x, np.arange(8)))).swapaxes(0, 1)
+    learnt = []
+    for group, own in zip(answers, np.asarray(model(x)), strict=True):
+        fidelity.learn(group, own)
+        if not learnt or fidelity.doubt(4) is not learnt[-1]:
+            learnt.append(fidelity.doubt(4))
+        assert fidelity.hungry(4) or fidelity.doubt(4).number > 0
+    assert [doubt.number for doubt in learnt] == [0, 4 * 32, 4 * 64]
+    assert np.isnan(learnt[0].weights).all()
+    assert learnt[0].limit(0.9) < 0, "nothing is answered before something is known"
+    assert fidelity.doubt(3).number == 0
+    assert fidelity.doubt(1).number == 0
+
+
+@pytest.mark.parametrize("queries", [4, 3])
+def test_a_doubt_is_learnt_where_calibration_was_too_short(queries):
+    """Groups are wanted until it is known, so that it will be."""
+    coder = Coder(CODE)
+    fidelity = Fidelity(coder)
+    fidelity.calibrate(model, data(20 * queries, 8))
+    x = data(40 * queries, 9).reshape(40, queries, 4)
+    answers = np.asarray(model(coder.encode(x, np.arange(8)))).swapaxes(0, 1)
+    for group, own in zip(answers, np.asarray(model(x)), strict=True):
+        if not fidelity.hungry(queries):
+            break
+        fidelity.learn(group, own)
+    assert fidelity.doubt(queries).number >= 32 * queries
+
+
+shares = st.floats(0, 1)
+
+
+@given(
+    samples=st.lists(st.tuples(shares, st.booleans()), min_size=1, max_size=60),
+    share=shares,
+    extra=st.integers(0, 1000),
+)
+def test_limits_by_counting(samples, share, extra):
+    """The largest doubt at which no more than that share is wrong, errors of counting included."""
+    doubts, wrong = (np.array(part) for part in zip(*samples, strict=True))
+    doubts, number = doubts.astype(np.float32), len(samples) + extra
+    doubt = QueryDoubt(np.zeros(5, np.float32), np.sort(doubts[wrong]), doubts, number)
+    limit = doubt.limit(share)
+
+    def risk(limit):
+        counted = np.mean(wrong & (doubts <= limit))
+        return (number * (counted + 2 * np.sqrt(counted / number)) + 1) / (number + 1)
+
+    if limit < 0:
+        assert risk(-1) > share - 1e-9 or risk(0) > share - 1e-9
+        return
+    assert risk(limit) <= share + 1e-9
+    if limit < 1:
+        assert risk(np.nextafter(np.float32(limit), np.float32(2))) > share - 1e-9
+    assert doubt.share(limit) == np.mean(doubts > limit)
+
+
+def test_without_samples_nothing_may_be_answered():
+    assert unknown().limit(1.0) < 0
+    assert unknown().share(0.5) == 1
+
+
+def test_what_was_wrong_at_any_look_counts():
+    """Three samples, two looks each; the doubt is one half throughout, as nothing tells them
+    apart: all that was ever wrong is wrong from there on."""
+    features = np.zeros((4, 2, 5), np.float32)
+    features[..., 0] = 1
+    told = np.ones((4, 2), bool)
+    wrong = np.array([[True, False], [False, True], [False, False], [True, True]])
+    told[3] = False
+    doubt = calibrate(features, told, wrong, 4)
+    assert doubt.wrong.size == 3
+    np.testing.assert_allclose(doubt.wrong[:2], 1 / (1 + np.exp(-doubt.weights[0])), rtol=1e-6)
+    assert doubt.wrong[2] == 1, "what is not told is as doubtful as can be"
+    np.testing.assert_allclose(doubt.weights[1:], 0, atol=1e-6)
+
+
+@given(share=shares, events=st.lists(st.booleans(), max_size=300))
+def test_no_more_is_sent_again_than_the_budget_has(share, events):
+    budget, came, spent = Budget(share), 0, 0
+    for asks in events:
+        if not asks:
+            budget.earn(1)
+            came += 1
+        elif budget.affords():
+            budget.spend()
+            spent += 1
+    assert spent <= share * came + 1e-6
+
+
+def test_budgets_have_no_bound_unless_given_and_save_no_more_than_they_may():
+    free = Budget(None)
+    for _ in range(10):
+        assert free.affords()
+        free.spend()
+    little = Budget(0.0005)
+    little.earn(1999)
+    assert not little.affords()
+    little.earn(2)
+    assert little.affords(), "a small share is spent in the end"
+    much = Budget(0.1)
+    much.earn(10**6)
+    for _ in range(100):
+        assert much.affords()
+        much.spend()
+    assert not much.affords()
