@@ -4,7 +4,9 @@
 results/latency.json, its picture and docs/latency.md; `--quick` runs a small version of it;
 `--rules` measures the grid of decode and hedging rules that the systems' own come from;
 `--only streams`, `codes` or `closed` runs one part, `--laws` some laws, and their results replace
-those in the file; `--page` writes the page again. Needs the data of design.md, section 6, and Ray.
+those in the file; `--page` writes the page again. `--plan FILE` carries out a plan of `nercc plan`
+on this process's devices, and adds what it promised and what was seen to
+results/latency-plan.json. Needs the data of design.md, section 6, and Ray.
 """
 
 import argparse
@@ -29,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import psutil
+from _latency_plan import run_plan
 from _latency_stream import CodedStream, Outcomes, drain, poisson
 from _latency_systems import (
     PARITIES,
@@ -90,6 +93,13 @@ def main() -> None:
     options = _parse()
     console = Console(emoji=False)
     path = RESULTS / ("latency-quick.json" if options.quick else "latency.json")
+    if options.plan:
+        seen = run_plan(options.plan, options.data_dir, options.batches)
+        console.print(seen)
+        told = [str(seen["about"][name]) for name in ("model", "latency", "seed")]
+        new = {", ".join(told): {"environment": environment(PACKAGES)} | seen}
+        _merge(RESULTS / "latency-plan.json", new)
+        return
     if options.breakdown:
         print(json.dumps(breakdown(options.data_dir, 30 if options.quick else 200)))
         return
@@ -499,6 +509,8 @@ def _parse() -> argparse.Namespace:
         default=None,
         help="by name; all unless given; their results replace those in the file",
     )
+    parser.add_argument("--plan", type=Path, help="carry out this plan.json, and nothing else")
+    parser.add_argument("--batches", type=int, default=500, help="of queries, with --plan")
     parser.add_argument("--workers", type=int, default=Load.workers)
     parser.add_argument("--base", type=float, default=Load.base, help="seconds a call takes")
     parser.add_argument("--rate", type=float, default=Load.rate, help="queries a second")

@@ -36,6 +36,9 @@ from ._ordering import ordered as ordered
 from ._ordering import random_projection as random_projection
 from ._ordering import short_path as short_path
 from ._partial import partial_inference as partial_inference
+from ._planner import Plan as Plan
+from ._planner import load_plan as load_plan
+from ._planner import plan as plan
 from ._points import regression_points as regression_points
 from ._robust import RobustDecoded as RobustDecoded
 from ._robust import find_adversaries as find_adversaries

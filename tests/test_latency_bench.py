@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nercc_jax import Berrut, NeRCC, Parity, Replication, TraceLatency, Uncoded
+from nercc_jax import Berrut, NeRCC, Parity, Plan, Replication, TraceLatency, Uncoded
+from nercc_jax._plan_candidates import make_candidate
 from nercc_jax.pools import DevicePool, Episodes, Fault, Faults, Overdue
 
 BENCH = Path(__file__).parents[1] / "bench"
@@ -17,9 +18,11 @@ IMAGES = np.random.default_rng(0).normal(size=(40, 3, 2)).astype(np.float32)
 
 @pytest.fixture(scope="module")
 def bench():
-    """bench/_latency_stream.py and _latency_systems.py, which import their neighbours."""
+    """bench/_latency_stream.py and its neighbours, which import each other."""
     sys.path.insert(0, str(BENCH))
-    yield {name: importlib.import_module(f"_latency_{name}") for name in ("stream", "systems")}
+    yield {
+        name: importlib.import_module(f"_latency_{name}") for name in ("stream", "systems", "plan")
+    }
     sys.path.remove(str(BENCH))
 
 
@@ -109,3 +112,42 @@ def _during(episodes, times):
             return inside
         inside |= (start <= times) & (times < end)
     return inside
+
+
+PLANS = {
+    "uncoded": make_candidate("uncoded", 4, 4, 4, 0.0, times=np.ones(1)),
+    "hedged": make_candidate(
+        "hedged", 4, 4, 4, 0.0, times=np.ones(1), copies=2, hedge_after=0.1, resent=0.1
+    ),
+    "lost again": make_candidate("replication", 4, 6, 3, 0.05, times=np.ones(1), limit=0.0),
+    "lost": make_candidate("replication", 4, 6, 3, 0.05, times=np.ones(1), exact=False),
+    "coded": make_candidate("NeRCC", 2, 4, 3, 0.1, times=np.ones(1), points="chebyshev"),
+    "own": make_candidate("NeRCC", 4, 6, 5, 0.1, times=np.ones(1), points="interleaved"),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_plan_is_carried_out(bench, name):
+    """Three of ten calls straggle: hedging and re-execution make up for them, and decoding."""
+    plan = Plan((), PLANS[name], "", None, {"num_queries": 4, "buffer_size": 4}, {})
+    slow = Fault("delay", 0.3, latency=TraceLatency(jnp.array([0.6])))
+    with DevicePool(_linear, 40, example=IMAGES[:1], faults=Faults((slow,))) as pool:
+        server = bench["plan"].PlanServer(pool, plan)
+        served = [server.serve(IMAGES[first : first + 4]) for first in range(0, 24, 4)]
+    labels = np.concatenate([one.labels for one in served])
+    right = labels == _labels(24)
+    least = PLANS[name].num_workers * 4 // PLANS[name].num_data
+    sent = [one.sent for one in served]
+    assert all(one.seconds > 0 for one in served)
+    if name in ("hedged", "lost again"):
+        assert min(sent) >= least
+        assert max(sent) > least
+    else:
+        assert sent == [least] * 6
+    if name in ("uncoded", "hedged", "lost again"):
+        assert right.all()
+    elif name == "lost":
+        assert set(labels[~right]) == {-1}
+    else:
+        assert (labels >= 0).all()
+        assert right.mean() > 0.3

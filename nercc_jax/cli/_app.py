@@ -5,6 +5,7 @@ import typer
 from ._demo import demo
 from ._distill import distill_command
 from ._models import models
+from ._plan import plan_command
 from ._run import run_command
 from ._serve import serve_command
 from ._tune import tune_command
@@ -18,6 +19,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command("distill")(distill_command)
 app.command()(models)
+app.command("plan")(plan_command)
 app.command("run")(run_command)
 app.command("serve")(serve_command)
 app.command("tune")(tune_command)

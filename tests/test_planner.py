@@ -1,0 +1,411 @@
+"""The planner: what it promises is kept, by events drawn one by one and by fresh data."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+from typer.testing import CliRunner
+
+from nercc_jax import (
+    ExponentialLatency,
+    LogNormalLatency,
+    NeRCC,
+    ParetoLatency,
+    Replication,
+    TraceLatency,
+    load_plan,
+    plan,
+)
+from nercc_jax._doubt import assess
+from nercc_jax._ordering import order_points
+from nercc_jax._plan_candidates import waits
+from nercc_jax._plan_codes import Codes, Half
+from nercc_jax._stragglers import straggler_sets
+from nercc_jax._waiting import Latencies, Waiting, draw_groups, draw_hedged, own_workers
+
+QUERIES = 4
+# Eight in a hundred calls take ten times as long; hardly two take the same time.
+TAIL = TraceLatency(
+    jnp.concatenate([jnp.linspace(0.05, 0.052, 1840), jnp.linspace(0.5, 0.52, 160)])
+)
+
+
+def _model(batch, xp=jnp):
+    """Three labels along the line."""
+    along = batch @ xp.array([0.5, -0.3, 0.8], xp.float32)
+    return xp.stack([along, 0.4 - 0.1 * along**2, -along], axis=-1)
+
+
+def _data(count, seed=0):
+    """Data points near a line."""
+    random = np.random.default_rng(seed)
+    along = random.normal(size=(count, 1)) * np.array([0.5, -0.3, 0.8])
+    return (along + 0.05 * random.normal(size=(count, 3))).astype(np.float32)
+
+
+def _plan(key, latency=TAIL, count=480, **options):
+    options = {
+        "layouts": ("chebyshev", "interleaved"),
+        "max_workers": 6,
+        "max_extra_work": 0.5,
+        "max_disagreement": 0.02,
+    } | options
+    return plan(
+        _model, _data(count), latency, key=key, num_queries=QUERIES, num_data=(4,), **options
+    )
+
+
+@pytest.fixture(scope="module")
+def coded():
+    return _plan(jax.random.key(3))
+
+
+@pytest.fixture(scope="module")
+def exact():
+    return _plan(jax.random.key(3), max_disagreement=0.0)
+
+
+# What is recommended.
+
+
+def test_without_a_tail_nothing_is_done():
+    latency = TraceLatency(jnp.asarray(0.05 + np.linspace(0, 0.001, 50)))
+    found = _plan(jax.random.key(0), latency, count=96, layouts=("interleaved",))
+    assert found.recommended.system == "uncoded"
+    assert found.recommended.extra_work == 0
+    assert "nothing is faster" in found.reason
+
+
+def test_with_a_heavy_tail_and_a_tight_budget_a_code_is_best(coded):
+    best = coded.recommended
+    assert best.points is not None
+    assert best.system.startswith("NeRCC")
+    assert best.held_out
+    assert best.extra_work <= 0.5
+    assert best.most_disagreement <= 0.02
+    others = [row.p99 for row in coded.candidates if row.exact and coded.feasible(row)]
+    assert best.p99 < 0.7 * min(others)
+
+
+def test_where_nothing_may_differ_only_exact_systems_are_left(exact):
+    allowed = [row for row in exact.candidates if exact.feasible(row)]
+    assert {row.system for row in allowed} == {"uncoded", "hedged", "replication"}
+    assert exact.recommended.exact
+    assert exact.recommended.p99 < next(r.p99 for r in allowed if r.system == "uncoded")
+
+
+def test_without_any_budget_nothing_is_sent_twice(key):
+    found = _plan(key, max_extra_work=0.0, overhead=2.0)
+    assert 2.05 < found.recommended.p50 < found.recommended.p99 < 2.53
+    assert found.recommended.system == "uncoded"
+    assert "nothing else keeps to the budget" in found.reason
+
+
+def test_everything_recommended_is_feasible_and_everything_faster_is_not(coded, exact):
+    for found in (coded, exact):
+        assert found.feasible(found.recommended)
+        for row in found.candidates:
+            if row.p99 < 0.99 * found.recommended.p99 / 1.03:
+                assert not found.feasible(row)
+
+
+# What is promised.
+
+
+def _events(row, code, matrix, doubt, x, latency, random):
+    """One batch of queries, event by event: seconds, labels (-1 for lost ones), calls."""
+    coded = matrix @ x
+    near = np.abs(coded - x[:, None]).max(axis=-1) < 1e-5
+    own = [np.flatnonzero(near[k]) for k in range(row.num_data)]
+    draws = random.choice(latency, row.num_workers)
+    events = sorted((t, n) for n, t in enumerate(draws))
+    answered, heard, moment = {}, [], 0.0
+    for t, n in events:
+        if len(heard) >= row.wait_for and t > row.patience:
+            break
+        heard.append(n)
+        moment = t
+        answered |= {k: t for k in range(row.num_data) if n in own[k] and k not in answered}
+        if len(answered) == row.num_data:
+            break
+    everything = len(answered) == row.num_data or len(heard) == row.num_workers
+    end = moment if everything else max(moment, row.patience)
+    labels = np.argmax(_model(x, np), axis=1)
+    wanting = [k for k in range(row.num_data) if k not in answered]
+    if not wanting:
+        return end, labels, row.num_workers
+    made, trust = np.full(row.num_data, -1), np.full(row.num_data, np.inf)
+    if row.points is not None:
+        mask = np.isin(np.arange(row.num_workers), heard)
+        told = _assess(code, doubt, _model(coded, np)[None], mask[None])
+        made, trust = (np.asarray(part[0]) for part in told)
+    calls, last = row.num_workers, end
+    for k in wanting:
+        if row.limit is not None and trust[k] > row.limit:
+            late = min((draws[n] for n in own[k]), default=np.inf)
+            last = max(last, min(end + random.choice(latency), late))
+            calls += 1
+        else:
+            labels[k] = made[k]
+    return last, labels, calls
+
+
+@jax.jit
+def _assess(code, doubt, y, mask):
+    decoded, deviation = assess(code, None, y, mask)
+    trust = jnp.zeros(deviation.shape) if doubt is None else doubt(decoded.predictions, deviation)
+    return jnp.argmax(decoded.predictions, axis=-1), trust
+
+
+def _simulate(row, doubt, batches=1000):
+    random, latency = np.random.default_rng(9), np.asarray(TAIL.latencies)
+    x = _data(QUERIES * batches, seed=5)
+    if row.order is not None:
+        x = x[np.asarray(order_points(x, row.num_data, buffer_size=QUERIES))]
+    code = row.code
+    matrix = np.asarray(code.encoder_matrix())
+    seconds, wrong, calls = [], [], []
+    for start in range(0, len(x), QUERIES):
+        batch = x[start : start + QUERIES]
+        taken, labels, sent = _events(row, code, matrix, doubt, batch, latency, random)
+        seconds.append(taken)
+        wrong.append(np.mean(labels != np.argmax(_model(batch, np), axis=1)))
+        calls.append(sent / QUERIES - 1)
+    return np.array(seconds), np.array(wrong), np.array(calls)
+
+
+def _keeps(row, seconds, wrong, calls):
+    """The p99 by a binomial count of slower ones, means within four standard errors."""
+    later = int(np.sum(seconds > 1.001 * row.p99))
+    assert stats.binomtest(later, len(seconds), 0.01, alternative="greater").pvalue > 1e-3
+    for seen, promised, error in (
+        (wrong, row.disagreement.mean, row.most_disagreement - row.disagreement.mean),
+        (calls, row.extra_work, 0.01),
+    ):
+        assert abs(seen.mean() - promised) <= 2 * error + 4 * seen.std() / np.sqrt(len(seen))
+
+
+def test_the_recommended_code_keeps_its_promise_on_fresh_data(coded):
+    row = coded.recommended
+    seconds, wrong, calls = _simulate(row, coded.doubt)
+    _keeps(row, seconds, wrong, calls)
+    assert wrong.mean() <= 0.02
+
+
+def test_replication_that_sends_again_keeps_its_promise(exact):
+    rows = [r for r in exact.candidates if r.system == "replication" and r.limit is not None]
+    row = min(rows, key=lambda row: row.p99)
+    seconds, wrong, calls = _simulate(row, None)
+    _keeps(row, seconds, wrong, calls)
+    assert not wrong.any()
+
+
+def test_replication_that_loses_tells_how_many(exact):
+    rows = [r for r in exact.candidates if r.system == "replication" and not r.exact]
+    row = max(rows, key=lambda row: row.disagreement.mean)
+    assert row.disagreement.mean > 0.005
+    _keeps(row, *_simulate(row, None))
+
+
+def test_re_execution_keeps_its_promise_on_fresh_data(key):
+    """Hedging is mostly faster, so a plan hardly shows it: here nothing stands against it."""
+    asked = {"num_queries": 4, "max_workers": 5, "max_extra_work": 0.9, "max_disagreement": 0.02}
+    x = _data(400)
+    halves = tuple(Half(_model, part, 4, None, 256) for part in (x[:200], x[200:]))
+    codes = Codes(Latencies(TAIL, key), asked, halves, np.inf)
+    screened = codes.screen([4], ("interleaved",), ("pixels",))
+    rows, doubts = codes.measure(screened, _model, 256, key)
+    again = [row for row in rows if row.limit is not None]
+    assert again
+    for row in again:
+        assert row.held_out
+        assert row.limit > 0
+        assert row.extra_work == pytest.approx(row.num_workers / 4 - 1 + row.resent)
+    row = max(again, key=lambda row: row.resent)
+    assert row.resent > 0.001
+    kind = (row.num_workers, row.wait_for, row.patience)
+    kinds = [(r.row.num_workers, r.row.wait_for, r.row.patience) for r in screened]
+    plain = screened[kinds.index(kind)].row
+    assert row.disagreement.mean < plain.disagreement.mean
+    _keeps(row, *_simulate(row, doubts[row]))
+
+
+# Time.
+
+
+@pytest.mark.parametrize("copies", [1, 2, 3])
+def test_hedging_is_as_the_formula_has_it(key, copies):
+    """Exponential: P(T > t) by the copies that are out."""
+    latencies = Latencies(ExponentialLatency(1.0), key)
+    there, sent = draw_hedged(latencies, 0, (200_000,), 0.5, copies)
+    for t in (0.3, 0.8, 1.7):
+        out = sum(max(t - 0.5 * number, 0) for number in range(copies))
+        assert np.mean(there > t) == pytest.approx(np.exp(-out), abs=5e-3)
+    late = [np.exp(-sum(0.5 * (n - m) for m in range(n))) for n in range(1, copies)]
+    assert np.mean(sent) == pytest.approx(1 + sum(late), abs=5e-3)
+
+
+def test_waiting_for_a_number_is_an_order_statistic(key):
+    """Chebyshev points have no answers of their own: Beta law of uniform order statistics."""
+    latencies = Latencies(TraceLatency(jnp.linspace(0, 1, 4001)), key)
+    own = np.zeros((4, 6), bool)
+    rule = Waiting(latencies.law, own, 4, 0.0)
+    mask, end, first = draw_groups(rule, latencies, 0, (50_000,))
+    assert np.all(mask.sum(axis=1) >= 4)
+    assert np.isinf(first).all()
+    for q in (0.1, 0.5, 0.99):
+        assert np.quantile(end, q) == pytest.approx(stats.beta(4, 3).ppf(q), abs=0.01)
+    patient = Waiting(latencies.law, own, 4, 0.7)
+    assert np.mean(draw_groups(patient, latencies, 0, (50_000,))[1] <= 0.7) == pytest.approx(
+        stats.beta(4, 3).cdf(0.7), abs=0.01
+    )
+
+
+def test_a_group_ends_when_every_data_point_has_an_answer_of_its_own(dtype):
+    code = Replication(2, 4)
+    rule = Waiting(TAIL, own_workers(code), 4, 9.0)
+    mask, end, own = rule.wait(jnp.asarray([0.3, 0.9, 2.0, 0.4]))
+    np.testing.assert_allclose(end, 0.4)
+    np.testing.assert_allclose(own, [0.3, 0.4])
+    assert mask.tolist() == [True, False, False, True]
+
+
+def test_a_rule_draws_what_it_decodes_from(key):
+    code = NeRCC(4, 6, points="interleaved")
+    rule = Waiting(TAIL, own_workers(code), 5, 0.05)
+    masks = straggler_sets(rule, key, 6, 4000)
+    expected = draw_groups(rule, Latencies(TAIL, key), 0, (20_000,))[0]
+    np.testing.assert_allclose(masks.mean(axis=0), expected.mean(axis=0), atol=0.02)
+    with pytest.raises(ValueError, match="for 6 workers, not 7"):
+        rule.available(key, 7)
+
+
+def test_own_workers():
+    assert not own_workers(NeRCC(4, 6)).any()
+    own = own_workers(NeRCC(4, 6, points="interleaved"))
+    np.testing.assert_array_equal(own, np.eye(4, 6, dtype=bool))
+    assert own_workers(NeRCC(4, 6, points="repeated")).sum(axis=0).tolist() == [1] * 6
+
+
+def test_numbers_to_wait_for_leave_half_a_group():
+    assert waits(8, 12) == [4, 8, 10, 11]
+    assert waits(2, 3) == [1, 2]
+    assert waits(1, 1) == []
+
+
+# Files, schemes, errors.
+
+
+def test_a_plan_comes_back_from_its_file(coded, exact, tmp_path):
+    for found in (coded, exact):
+        found.save(tmp_path / "plan.json", {"model": "none"})
+        back = load_plan(tmp_path / "plan.json")
+        assert back.recommended == found.recommended
+        assert len(back.candidates) == len(found.candidates)
+        assert back.reason == found.reason
+        assert back.about["model"] == "none"
+        assert (back.doubt is None) == (found.doubt is None)
+    scheme = coded.scheme()
+    assert scheme.code.num_workers == coded.recommended.num_workers
+    assert (scheme.order is None) == (coded.recommended.order is None)
+
+
+@pytest.mark.parametrize("content", ["[1]", "nonsense", json.dumps({"format": "other"})])
+def test_a_file_that_is_no_plan_says_so(tmp_path, content):
+    path = tmp_path / "other.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"other\.json holds no plan"):
+        load_plan(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_workers": 3}, "need 4 workers at least, not 3"),
+        ({"max_workers": 6.5}, "max_workers must be a positive integer, not 6.5"),
+        ({"max_extra_work": -0.1}, "max_extra_work must be 0 or positive, not -0.1"),
+        ({"max_extra_work": float("nan")}, "max_extra_work must be 0 or positive, not nan"),
+        ({"max_disagreement": 1.5}, r"max_disagreement must be in \[0, 1\], not 1.5"),
+        ({"overhead": -1.0}, "overhead must be 0 or positive, in seconds, not -1.0"),
+        ({"buffer_size": 2}, "buffer_size 2 is less than the 4 queries"),
+        ({"count": 7}, "fills no group of 4 in both halves"),
+        ({"num_data": (3,)}, r"num_data must be divisors of the 4 queries, not \[3\]"),
+        ({"layouts": ("none",)}, "points must be one of"),
+    ],
+)
+def test_what_does_not_fit_is_told(key, untyped, changes, message):
+    changes = {"num_data": (4,), "count": 64, "max_workers": 6} | changes
+    x = _data(changes.pop("count"))
+    with pytest.raises(ValueError, match=message):
+        plan(_model, x, TAIL, key=key, num_queries=QUERIES, **changes)
+
+
+# The command.
+
+
+@pytest.mark.parametrize(
+    ("told", "law"),
+    [
+        ("lognormal:0.05:0.6", LogNormalLatency(0.05, 0.6)),
+        ("exponential:0.1", ExponentialLatency(0.1)),
+        ("exponential:0.1:0.02", ExponentialLatency(0.1, 0.02)),
+        ("pareto:0.05:1.5", ParetoLatency(0.05, 1.5)),
+    ],
+)
+def test_laws_by_name(told, law):
+    from nercc_jax.cli._plan import latency_law
+
+    assert latency_law(told) == law
+
+
+def test_laws_of_stragglers_and_traces(tmp_path, key):
+    from nercc_jax.cli._plan import latency_law
+
+    draws = latency_law("stragglers:0.05:0.1:11").sample(key, (20_000,))
+    assert np.mean(np.asarray(draws) > 0.3) == pytest.approx(0.1, abs=0.01)
+    path = tmp_path / "trace.txt"
+    path.write_text("0.1\n0.2\n")
+    np.testing.assert_allclose(latency_law(f"trace:{path}").latencies, [0.1, 0.2])
+    for wrong in ("lognormal:1", "normal:1:2", "trace", "pareto:a:b", "lognormal"):
+        with pytest.raises(ValueError, match="--latency must be lognormal:MEDIAN:SIGMA"):
+            latency_law(wrong)
+
+
+def test_the_command_writes_a_plan_and_a_picture(tmp_path):
+    from nercc_jax.cli._app import app
+
+    arguments = "plan --latency stragglers:0.05:0.08:10 --queries 4 --workers 5 --budget 0.25"
+    arguments += " --images 96 --max-disagreement 0.2 --layouts interleaved"
+    arguments += f" --output-dir {tmp_path}/a/b"
+    result = CliRunner().invoke(app, arguments.split())
+    assert result.exit_code == 0, result.output
+    for word in ("uncoded", "hedged", "NeRCC interleaved", "recommended:", "*"):
+        assert word in result.output
+    assert (tmp_path / "a/b/plan.png").read_bytes().startswith(b"\x89PNG")
+    back = load_plan(tmp_path / "a/b/plan.json")
+    assert back.about["latency"] == "stragglers:0.05:0.08:10"
+    assert back.feasible(back.recommended)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--latency", "normal"), "--latency must be"),
+        (("--latency", "trace:/no/such/file"), "no/such/file"),
+        (("--latency", "pareto:0.05:0.05"), "latencies must be finite"),
+        (("--workers", "2"), "need 8 workers at least"),
+        (("--layouts", "interleaved,square"), "not 'square'"),
+        (("--images", "0"), "--images"),
+        (("--model", "none"), "none"),
+    ],
+)
+def test_the_command_tells_plainly_what_is_wrong(tmp_path, untyped, arguments, message):
+    from nercc_jax.cli._app import app
+
+    result = CliRunner().invoke(app, ["plan", *arguments, "--output-dir", str(tmp_path)])
+    assert result.exit_code == 2, result.output
+    assert message in result.output
+    assert not list(tmp_path.iterdir())
