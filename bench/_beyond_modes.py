@@ -1,0 +1,284 @@
+"""What beyond.py measures at one (N, K, S) for one model: every mode, on the same stragglers."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from nercc_jax import AbstractCode, Estimate, ExactStragglers, NeRCC, Parity, Replication
+from nercc_jax._codes import decode_groups
+from nercc_jax._doubt import Doubt, _observe, calibrate_doubt
+from nercc_jax._evaluation import all_answers, batched
+from nercc_jax._layouts import _Answers, search_layout
+from nercc_jax._ordering import order_points
+from nercc_jax._surrogate import Surrogate, fit_surrogate
+from nercc_jax._trial import draw_sets
+
+Model = Callable[..., Array]
+
+# The further layouts are searched too; these are shown by themselves.
+SHOWN = ("chebyshev", "interleaved", "repeated")
+SHARE = 0.05  # that is executed again
+WANTED = 0.005  # disagreement that a user asks for
+PUBLISHED = np.concatenate([[0.0], np.logspace(-12, 0, 12)])  # lambdas, as one searched for them
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """How data points are put in order: by what, over which buffer. By nothing: as they come."""
+
+    by: str | None = None
+    buffer_size: int = 0
+
+    @property
+    def name(self) -> str:
+        return "no order" if self.by is None else f"{self.by}, buffer {self.buffer_size}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    num_workers: int
+    num_data: int
+    stragglers: int
+
+    @property
+    def name(self) -> str:
+        return f"({self.num_workers}, {self.num_data}, {self.stragglers})"
+
+    @property
+    def law(self) -> dict[str, ExactStragglers]:
+        return {"law": ExactStragglers(self.stragglers)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """A model, its student, and images: to choose by, to calibrate the doubt on, to judge by."""
+
+    model: Model
+    student: Model
+    choose: np.ndarray
+    calibrate: np.ndarray
+    judge: np.ndarray
+    sets: int
+
+
+class Judged(NamedTuple):
+    """Of each data point under each set: its doubt, whether it is wrong, and whether it is given
+    out where no more than `WANTED` may be wrong."""
+
+    doubt: Float[np.ndarray, "sets groups num_data"]
+    wrong: Bool[np.ndarray, "sets groups num_data"]
+    kept: Bool[np.ndarray, "sets groups num_data"]
+
+
+class Bench:
+    """One cell's measurements; `rows` grows as modes are measured."""
+
+    def __init__(self, work: Workload, cell: Cell, log: Callable[[str], Any]):
+        self.work, self.cell, self.log = work, cell, log
+        self.rows: list[dict[str, Any]] = []
+        self._masks, _ = draw_sets(cell.law, jax.random.key(1), cell.num_workers, work.sets)
+        self._student = batched(work.student, 256)
+        self._known: dict[tuple[Order, str], Any] = {}
+
+    # Data and answers.
+
+    def groups(self, part: str, order: Order) -> np.ndarray:
+        """A part of the images, whole groups of K, in this order."""
+        x = getattr(self.work, part)
+        x = x[: len(x) // self.cell.num_data * self.cell.num_data]
+        if order.by is not None:
+            features = None if order.by == "pixels" else np.asarray(self._student(x))
+            size = max(order.buffer_size, self.cell.num_data)
+            x = x[
+                np.asarray(order_points(x, self.cell.num_data, features=features, buffer_size=size))
+            ]
+        return x.reshape(-1, self.cell.num_data, *x.shape[1:])
+
+    def points(self, part: str, order: Order) -> np.ndarray:
+        return self.groups(part, order).reshape(-1, *self.work.judge.shape[1:])
+
+    def answers(self, part: str, order: Order, model: str = "model") -> _Answers:
+        key = (order, part + model)
+        if key not in self._known:
+            self._known[key] = _Answers(getattr(self.work, model), self.groups(part, order), 256)
+        return self._known[key]
+
+    # Modes.
+
+    def plain(
+        self, mode: str, code: AbstractCode, order: Order, part: str = "judge", **more: Any
+    ) -> None:
+        """A code by itself."""
+        given = self.answers(part, order)
+        wrong = _wrong(code, jnp.asarray(given.of(code)), jnp.asarray(given.originals), self._masks)
+        self._add(mode, np.asarray(wrong), order, **more)
+
+    def rivals(self, parity_model: Callable[[int], Model | None]) -> None:
+        """Replication, alone and with the surrogate behind it; ParM; the surrogate alone."""
+        order, cell = Order(), self.cell
+        copies = Replication(cell.num_data, cell.num_workers)
+        self.plain("replication", copies, order)
+        given = self.answers("judge", order)
+        cheap = self.answers("judge", order, "student").originals
+        off = cheap.argmax(-1) != given.originals.argmax(-1)
+        lost = np.stack([~np.asarray(copies.recovered(mask)) for mask in self._masks])
+        self._add("replication, else surrogate", (lost[:, None] & off).mean((1, 2)), order)
+        self._add("surrogate alone", np.full(len(self._masks), off.mean()), order)
+        parities = cell.num_workers - cell.num_data
+        if cell.num_data % parities == 0 and (model := parity_model(cell.num_data // parities)):
+            code = Parity(cell.num_data, cell.num_workers)
+            runs = [batched(each, 256) for each in (self.work.model, model)]
+            answers = all_answers(runs, code, self.groups("judge", order))
+            wrong = _wrong(code, answers, jnp.asarray(given.originals), self._masks)
+            self._add("ParM", np.asarray(wrong), order)
+
+    def published(self) -> NeRCC:
+        """The paper's points, and the better of a grid of lambda_dec by its objective, the MSE."""
+        shape = (self.cell.num_data, self.cell.num_workers)
+        given = self.answers("choose", Order())
+        masks, _ = draw_sets(self.cell.law, jax.random.key(2), shape[1], self.work.sets)
+        code = NeRCC(*shape, lambda_dec=0.0)
+        arrays = jnp.asarray(given.of(code)), jnp.asarray(given.originals), masks
+        errors = [float(_mse(NeRCC(*shape, lambda_dec=value), *arrays)) for value in PUBLISHED]
+        return NeRCC(*shape, lambda_dec=float(PUBLISHED[int(np.nanargmin(errors))]))
+
+    def search(self, order: Order, tune_best: int, steps: int) -> dict[str, NeRCC]:
+        """The best code of each shown layout, and ("search") of all, for data in this order."""
+        found = search_layout(
+            self.work.model, self.points("choose", order), self.cell.num_data,
+            self.cell.num_workers, self.cell.law, key=jax.random.key(3), grouped=True,
+            num_sets=40, tune_best=tune_best, steps=steps,
+        )  # fmt: skip
+        best: dict[str, Any] = {"search": found.candidates[0]}
+        for candidate in found.best_of_layouts:
+            if candidate.layout in SHOWN and not candidate.tuned:
+                best.setdefault(candidate.layout, candidate)
+        named = {name: candidate.layout for name, candidate in best.items()}
+        self.log(f"{self.cell.name} {order.name}: search picks {named['search']}")
+        return {name: candidate.code for name, candidate in best.items()}
+
+    def with_surrogate(self, codes: Mapping[str, NeRCC], order: Order) -> None:
+        """The code that does best with the surrogate where it was chosen; then re-execution."""
+        code, surrogate, numbers = self.best_with_surrogate(codes, order)
+        self.tell("with surrogate", self.judge(code, surrogate, order), order, **numbers)
+
+    def best_with_surrogate(
+        self, codes: Mapping[str, NeRCC], order: Order
+    ) -> tuple[NeRCC, Surrogate, dict[str, Any]]:
+        choices = []
+        # What the search picks is often one of the shown ones.
+        for name, code in {id(code): (name, code) for name, code in codes.items()}.values():
+            surrogate = fit_surrogate(
+                self.work.model, self.work.student, code, self.points("choose", order),
+                self.cell.law, key=jax.random.key(4), num_sets=40,
+            )  # fmt: skip
+            _, wrong = self._doubts("choose", order, code, surrogate)
+            choices.append((wrong.mean(), name, code, surrogate))
+        _, name, code, surrogate = min(choices, key=lambda choice: choice[0])
+        numbers = {"layout": name, "theta": float(surrogate.theta), "kappa": float(surrogate.kappa)}
+        return code, surrogate, numbers
+
+    def judge(self, code: NeRCC, surrogate: Surrogate | None, order: Order) -> Judged:
+        """What the doubt, calibrated on its part, says of the part to judge, and what is so."""
+        doubt = calibrate_doubt(
+            self.work.model, code, self.points("calibrate", order), self.cell.law,
+            key=jax.random.key(5), surrogate=surrogate, num_sets=100,
+        )  # fmt: skip
+        score, wrong = self._doubts("judge", order, code, surrogate, doubt)
+        return Judged(score, wrong, score <= doubt.limit(WANTED))
+
+    def tell(self, mode: str, judged: Judged, order: Order, **more: Any) -> None:
+        """As it is, with the most doubtful 5 % executed again, and with as many as are needed."""
+        score, wrong, kept = judged
+        self._add(mode, wrong.mean((1, 2)), order, **more, bins=_bins(score, wrong))
+        flat_score, flat_wrong = score.reshape(len(score), -1), wrong.reshape(len(wrong), -1)
+        ranked = np.take_along_axis(flat_wrong, np.argsort(-flat_score, axis=1), axis=1)
+        again = int(SHARE * ranked.shape[1])
+        rest = ranked[:, again:].sum(1) / ranked.shape[1]
+        self._add(f"{mode}, {SHARE:.0%} again", rest, order, **more, again=SHARE)
+        self._add(
+            f"{mode}, at most {WANTED:.1%}", (wrong & kept).mean((1, 2)), order,
+            **more, again=float(1 - kept.mean()), promised=WANTED,
+        )  # fmt: skip
+
+    def _doubts(
+        self,
+        part: str,
+        order: Order,
+        code: NeRCC,
+        surrogate: Surrogate | None,
+        doubt: Doubt | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Each data point's doubt and whether it is wrong, under each set."""
+        own, cheap = self.answers(part, order), ()
+        if surrogate is not None:
+            student = self.answers(part, order, "student")
+            cheap = student.originals, student.of(code)
+        given = map(jnp.asarray, (own.of(code), own.originals, *cheap))
+        seen = _observe(code, surrogate, self._masks, *given, *(() if cheap else (None, None)))
+        features, sure, wrong = seen
+        score = jnp.zeros(sure.shape) if doubt is None else doubt.of_features(features)
+        return np.asarray(jnp.where(sure, 0, score)), np.asarray(wrong)
+
+    def _add(self, mode: str, wrong: np.ndarray, order: Order, **more: Any) -> None:
+        estimate = Estimate.over([float(each) for each in wrong])
+        self.rows.append(
+            {"mode": mode, "order": order.name, "disagreement": estimate.mean,
+             "half_width": estimate.half_width, **more}
+        )  # fmt: skip
+
+
+def _bins(
+    score: Float[np.ndarray, "sets groups num_data"],
+    wrong: Bool[np.ndarray, "sets groups num_data"],
+) -> list[dict[str, float]]:
+    """Promised and observed disagreement in five bins of as many promised wrong ones each."""
+    order = np.argsort(score, axis=None)
+    total = np.cumsum(score.ravel()[order]) / max(float(score.sum()), 1e-30)
+    bins = []
+    for number in range(5):
+        chosen = order[(total > number / 5) & (total <= (number + 1) / 5)]
+        chosen = chosen[score.ravel()[chosen] > 0]
+        if len(chosen):
+            bins.append(
+                {"number": len(chosen), "promised": float(score.ravel()[chosen].mean()),
+                 "observed": float(wrong.ravel()[chosen].mean())}
+            )  # fmt: skip
+    return bins
+
+
+@eqx.filter_jit
+def _wrong(
+    code: AbstractCode,
+    answers: Float[Array, "groups num_workers m"],
+    originals: Float[Array, "groups num_data m"],
+    masks: Bool[Array, "sets num_workers"],
+) -> Float[Array, " sets"]:
+    """The share of labels that are not the model's own under each set; lost ones are wrong."""
+
+    def of_set(mask):
+        decoded = decode_groups(code, answers, jnp.broadcast_to(mask, answers.shape[:2]))
+        same = jnp.argmax(decoded.predictions, axis=-1) == jnp.argmax(originals, axis=-1)
+        return 1 - jnp.mean(same & decoded.recovered)
+
+    return jax.lax.map(of_set, masks)
+
+
+@eqx.filter_jit
+def _mse(
+    code: AbstractCode,
+    answers: Float[Array, "groups num_workers m"],
+    originals: Float[Array, "groups num_data m"],
+    masks: Bool[Array, "sets num_workers"],
+) -> Float[Array, ""]:
+    def of_set(mask):
+        decoded = decode_groups(code, answers, jnp.broadcast_to(mask, answers.shape[:2]))
+        return jnp.mean((decoded.predictions - originals) ** 2)
+
+    return jnp.mean(jax.lax.map(of_set, masks))
