@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
-from scipy.optimize import isotonic_regression
+from scipy.optimize import isotonic_regression, root_scalar
 from scipy.special import expit
 from scipy.special import logit as logit_of
 
@@ -34,6 +34,8 @@ _RATIOS = (1, 2)  # the features that must not raise the doubt
 _LEVELS = 512
 _LEAST = 1e-30
 _FOLDS = 5  # parts of the groups, for what they tell of each other
+_LEAST_SCALE = 0.1  # that is left of the regression's log-odds
+_FAR = 1000.0  # in log-odds
 # Bins of the correction, at most, and wrong labels that are expected in each, at least.
 _BINS, _EXPECTED = 32, 10
 _SUREST = 1 - 1e-6  # that something is wrong
@@ -265,9 +267,16 @@ def _regression(
         if not part.all():
             others = logistic_regression(features[~part], wrong[~part], _RATIOS, count)
             logit[part] = features[part] @ others
-    both = np.column_stack([np.ones_like(logit), -logit])
-    shift, scale = logistic_regression(both, wrong, falling=(1,), count=count)
-    return shift * np.eye(1, len(weights))[0] - scale * weights, both @ [shift, scale]
+    shift, scale = logistic_regression(np.stack([np.ones_like(logit), logit], axis=-1), wrong)
+    if len(wrong) and scale < _LEAST_SCALE:
+        # It tells hardly anything: some order is left, and the mean.
+        scale = _LEAST_SCALE
+        mean = (np.sum(wrong) + 0.5) / (len(wrong) + 1)
+        found = root_scalar(
+            lambda shift: np.mean(expit(scale * logit + shift)) - mean, bracket=(-_FAR, _FAR)
+        )
+        shift = found.root
+    return scale * weights + shift * np.eye(1, len(weights))[0], scale * logit + shift
 
 
 def _correction(
