@@ -295,8 +295,9 @@ def _draw(results: Mapping[str, Any], path: Path) -> None:
         axis.tick_params(axis="x", rotation=30)
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("labels that are not the model's own, %")
-    axes[0, 0].legend(fontsize=7)
-    figure.tight_layout()
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.tight_layout(rect=(0, 0.1, 1, 1))
+    figure.legend(handles, labels, fontsize=8, ncol=4, loc="lower center")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
