@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
 from ._codes import AbstractCode, Uncoded
@@ -378,6 +377,7 @@ def _optimizer(
 
 def _free(model: Model) -> tuple[int, ...]:
     """Which leaves of a model are trained. Raises: ValueError where there is none."""
+    from flax import nnx  # it takes most of a second, and nothing else needs it
 
     def of(node: Any) -> Any:
         trained = not isinstance(node, nnx.Variable) or isinstance(node, nnx.Param)
