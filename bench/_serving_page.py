@@ -49,9 +49,8 @@ the worker sleeps: two cores then stand for many machines. A straggling call tak
 queries. RelAcc is the share of queries answered with the model's own label.
 
 Machine: {env["cpu"]}, {env["cores"]} cores, Python {env["python"]}, {versions};
-{env["date"][:10]}. Other work, the project's tests, ran on the machine at a lower priority: what
-differs by a tenth is noise. Ray Serve's proxy and routers share the two cores with its replicas and
-the load, which bounds it here more than it would on a larger machine.
+{env["date"][:10]}. What differs by a tenth is noise. Ray Serve's proxy and routers share
+the two cores with its replicas and the load, which bounds it here more than it would on a larger machine.
 """
 
 
@@ -192,11 +191,10 @@ def _doubt(found: Mapping[str, Any]) -> str:
     return f"""
 ## Doubt and ordering
 
-The tables above were measured when one mean decided for all queries at a place. Since then each
-decoded query is judged by itself, by its margin, the roughness of the path it was read off, and how
-much of that the answers leave open: what is sure is answered at once, what is doubtful waits for
-more answers, and is sent again once none are to come. The doubt is calibrated at the start or
-learnt from traffic. A request whose deadline comes first gets an error as before.
+Each decoded query is judged by itself, by its margin, the roughness of the path it was read off,
+and how much of that the answers leave open: what is sure is answered at once, what is doubtful
+waits for more answers, and is sent again once none are to come. The doubt is calibrated at the
+start or learnt from traffic. A request whose deadline comes first gets an error as before.
 
 - `max_disagreement` (0.05): the share of stragglers' queries that may get a label other than the
   model's own, in the mean, those that are sent again included. 0: none is decoded; 1: all are, as
@@ -208,7 +206,7 @@ learnt from traffic. A request whose deadline comes first gets an error as befor
   projections of them. None waits for it; `nercc_order_seconds` is its cost.
 
 Codes that are no regression (Berrut's, parity models) have no doubt of single queries: there the
-mean at a query's place decides as before.
+mean at a query's place decides.
 
 **Measured offline**, by `bench/query_doubt.py` with the server's own parts but no workers
 ({env["date"][:10]}): {found["model"]}, untuned interleaved codes, calibrated on
