@@ -50,7 +50,8 @@ queries. RelAcc is the share of queries answered with the model's own label.
 
 Machine: {env["cpu"]}, {env["cores"]} cores, Python {env["python"]}, {versions};
 {env["date"][:10]}. What differs by a tenth is noise. Ray Serve's proxy and routers share
-the two cores with its replicas and the load, which bounds it here more than it would on a larger machine.
+the two cores with its replicas and the load, which bounds it here more than it would on a larger
+machine.
 """
 
 
