@@ -4,17 +4,24 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from nercc_jax import AbstractCode, Estimate, ExactStragglers, NeRCC, Parity, Replication
-from nercc_jax._codes import decode_groups
-from nercc_jax._doubt import Doubt, _observe, calibrate_doubt
+from nercc_jax import (
+    AbstractCode,
+    Estimate,
+    ExactStragglers,
+    Forecast,
+    NeRCC,
+    Parity,
+    Replication,
+)
+from nercc_jax._answers import CodedAnswers
+from nercc_jax._doubt import Doubt, _observe, doubt_of
 from nercc_jax._evaluation import all_answers, batched
-from nercc_jax._layouts import _Answers, search_layout
+from nercc_jax._layouts import search_layout
 from nercc_jax._ordering import order_points
 from nercc_jax._surrogate import Surrogate, fit_surrogate
 from nercc_jax._trial import draw_sets
@@ -103,10 +110,11 @@ class Bench:
     def points(self, part: str, order: Order) -> np.ndarray:
         return self.groups(part, order).reshape(-1, *self.work.judge.shape[1:])
 
-    def answers(self, part: str, order: Order, model: str = "model") -> _Answers:
+    def answers(self, part: str, order: Order, model: str = "model") -> CodedAnswers:
         key = (order, part + model)
         if key not in self._known:
-            self._known[key] = _Answers(getattr(self.work, model), self.groups(part, order), 256)
+            run = batched(getattr(self.work, model), 256)
+            self._known[key] = CodedAnswers(run, self.groups(part, order), 256)
         return self._known[key]
 
     # Modes.
@@ -115,9 +123,8 @@ class Bench:
         self, mode: str, code: AbstractCode, order: Order, part: str = "judge", **more: Any
     ) -> None:
         """A code by itself."""
-        given = self.answers(part, order)
-        wrong = _wrong(code, jnp.asarray(given.of(code)), jnp.asarray(given.originals), self._masks)
-        self._add(mode, np.asarray(wrong), order, **more)
+        known = self.answers(part, order).forecast(code)
+        self._add(mode, _disagreements(known, self._masks), order, **more)
 
     def rivals(self, parity_model: Callable[[int], Model | None]) -> None:
         """Replication, alone and with the surrogate behind it; ParM; the surrogate alone."""
@@ -135,17 +142,17 @@ class Bench:
             code = Parity(cell.num_data, cell.num_workers)
             runs = [batched(each, 256) for each in (self.work.model, model)]
             answers = all_answers(runs, code, self.groups("judge", order))
-            wrong = _wrong(code, answers, jnp.asarray(given.originals), self._masks)
-            self._add("ParM", np.asarray(wrong), order)
+            known = Forecast(code, answers, jnp.asarray(given.originals))
+            self._add("ParM", _disagreements(known, self._masks), order)
 
     def published(self) -> NeRCC:
         """The paper's points, and the better of a grid of lambda_dec by its objective, the MSE."""
         shape = (self.cell.num_data, self.cell.num_workers)
         given = self.answers("choose", Order())
         masks, _ = draw_sets(self.cell.law, jax.random.key(2), shape[1], self.work.sets)
-        code = NeRCC(*shape, lambda_dec=0.0)
-        arrays = jnp.asarray(given.of(code)), jnp.asarray(given.originals), masks
-        errors = [float(_mse(NeRCC(*shape, lambda_dec=value), *arrays)) for value in PUBLISHED]
+        # The decoder alone differs, and all answers are there.
+        forecasts = [given.forecast(NeRCC(*shape, lambda_dec=value)) for value in PUBLISHED]
+        errors = [np.mean([each.error(mask) ** 2 for mask in masks]) for each in forecasts]
         return NeRCC(*shape, lambda_dec=float(PUBLISHED[int(np.nanargmin(errors))]))
 
     def search(self, order: Order, tune_best: int, steps: int) -> dict[str, NeRCC]:
@@ -186,10 +193,11 @@ class Bench:
 
     def judge(self, code: NeRCC, surrogate: Surrogate | None, order: Order) -> Judged:
         """What the doubt, calibrated on its part, says of the part to judge, and what is so."""
-        doubt = calibrate_doubt(
-            self.work.model, code, self.points("calibrate", order), self.cell.law,
-            key=jax.random.key(5), surrogate=surrogate, num_sets=100,
-        )  # fmt: skip
+        own = self.answers("calibrate", order).forecast(code)
+        beside = None
+        if surrogate is not None:
+            beside = self.answers("calibrate", order, "student").forecast(code)
+        doubt = doubt_of(own, self.cell.law, jax.random.key(5), 100, surrogate, beside)
         score, wrong = self._doubts("judge", order, code, surrogate, doubt)
         return Judged(score, wrong, score <= doubt.limit(WANTED))
 
@@ -253,32 +261,8 @@ def _bins(
     return bins
 
 
-@eqx.filter_jit
-def _wrong(
-    code: AbstractCode,
-    answers: Float[Array, "groups num_workers m"],
-    originals: Float[Array, "groups num_data m"],
-    masks: Bool[Array, "sets num_workers"],
-) -> Float[Array, " sets"]:
+def _disagreements(
+    known: Forecast, masks: Bool[Array, "sets num_workers"]
+) -> Float[np.ndarray, " sets"]:
     """The share of labels that are not the model's own under each set; lost ones are wrong."""
-
-    def of_set(mask):
-        decoded = decode_groups(code, answers, jnp.broadcast_to(mask, answers.shape[:2]))
-        same = jnp.argmax(decoded.predictions, axis=-1) == jnp.argmax(originals, axis=-1)
-        return 1 - jnp.mean(same & decoded.recovered)
-
-    return jax.lax.map(of_set, masks)
-
-
-@eqx.filter_jit
-def _mse(
-    code: AbstractCode,
-    answers: Float[Array, "groups num_workers m"],
-    originals: Float[Array, "groups num_data m"],
-    masks: Bool[Array, "sets num_workers"],
-) -> Float[Array, ""]:
-    def of_set(mask):
-        decoded = decode_groups(code, answers, jnp.broadcast_to(mask, answers.shape[:2]))
-        return jnp.mean((decoded.predictions - originals) ** 2)
-
-    return jnp.mean(jax.lax.map(of_set, masks))
+    return np.asarray([known.disagreement(mask) for mask in masks])

@@ -23,7 +23,7 @@ from scipy.special import logit as logit_of
 
 from ._codes import AbstractCode, Decoded, decode_groups, variances
 from ._codes import deviation as deviation_of
-from ._forecast import make_forecast
+from ._forecast import Forecast, make_forecast
 from ._logistic import logistic_regression
 from ._stragglers import AbstractStragglers
 from ._surrogate import Surrogate, decode_with_surrogate
@@ -139,11 +139,23 @@ def calibrate_doubt(
     """
     if not stragglers:
         raise ValueError("there are no stragglers to calibrate the doubt under")
-    own = make_forecast(model, code, x, batch_size=batch_size)
-    cheap, cheap_coded = None, None
+    own, beside = make_forecast(model, code, x, batch_size=batch_size), None
     if surrogate is not None:
         beside = make_forecast(surrogate.model, code, x, batch_size=batch_size)
-        cheap, cheap_coded = beside.originals, beside.answers
+    return doubt_of(own, stragglers, key, num_sets, surrogate, beside)
+
+
+def doubt_of(
+    own: Forecast,
+    stragglers: Mapping[str, AbstractStragglers],
+    key: PRNGKeyArray,
+    num_sets: int,
+    surrogate: Surrogate | None = None,
+    beside: Forecast | None = None,
+) -> Doubt:
+    """`calibrate_doubt` on answers that are known: the model's, and beside them the surrogate's."""
+    code = own.code
+    cheap, cheap_coded = (None, None) if beside is None else (beside.originals, beside.answers)
     masks, _ = draw_sets(stragglers, key, code.num_workers, num_sets)
     seen = _observe(code, surrogate, masks, own.answers, own.originals, cheap, cheap_coded)
     return _calibrate(*map(np.asarray, seen))

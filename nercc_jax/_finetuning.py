@@ -2,7 +2,6 @@
 
 import dataclasses
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -14,8 +13,10 @@ import optax
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
 from ._codes import AbstractCode, Uncoded
+from ._descent import sound_step, warn_of_rejected
 from ._evaluation import batched, cut_groups, own_outputs
 from ._inference import Model
+from ._numbers import check_counts, check_positive
 from ._objective import Loss, nested_objective
 from ._stragglers import AbstractStragglers, straggler_sets
 from ._trial import Trial, make_trial
@@ -144,12 +145,20 @@ def fine_tune(
     paths in the spirit of mixup (arXiv 1710.09412) and Coded-Smoothing (arXiv 2510.00253).
     """
     start = time.perf_counter()
-    _check_numbers(
-        {"learning_rate": learning_rate},
-        {"fidelity": fidelity, "label_weight": label_weight, "tolerance": tolerance}
-        | {"weight_decay": weight_decay},
-        {"steps": steps, "groups_per_step": groups_per_step, "sets_per_step": sets_per_step}
-        | {"held_out": held_out, "held_out_sets": held_out_sets, "check_every": check_every},
+    check_positive(learning_rate=learning_rate)
+    _check_not_negative(
+        fidelity=fidelity,
+        label_weight=label_weight,
+        tolerance=tolerance,
+        weight_decay=weight_decay,
+    )
+    check_counts(
+        steps=steps,
+        groups_per_step=groups_per_step,
+        sets_per_step=sets_per_step,
+        held_out=held_out,
+        held_out_sets=held_out_sets,
+        check_every=check_every,
     )
     pairs = _pair(codes, stragglers)
     f = model if original is None else original
@@ -185,13 +194,7 @@ def fine_tune(
         if seen is not None:
             on_check(history[-1], here)
     assert best_seen is not None
-    rejected = sum(step.rejected for step in history)
-    if rejected:
-        warnings.warn(
-            f"{rejected} of {steps} steps were rejected: their loss or gradient was not finite",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    warn_of_rejected(sum(step.rejected for step in history), steps, "loss")
     evaluations, differentiated = _count(pairs, terms.groups, steps, len(training))
     return FineTuned(
         model=best,
@@ -347,14 +350,10 @@ def _make_step(
     def step(parameters, state, model, original, training, labels, key):
         key_draw, key_sets = jax.random.split(key)
         x, targets = terms.draw(code, training, labels, key_draw)
-        value, slopes = jax.value_and_grad(objective)(
-            parameters, model, original, code, law, x, targets, key_sets
+        return sound_step(
+            *(optimizer, objective, parameters, state),
+            *(model, original, code, law, x, targets, key_sets),
         )
-        # A broken loss must not move anything, whatever its gradient says.
-        slopes = [jnp.where(jnp.isfinite(value), slope, jnp.nan) for slope in slopes]
-        sound = jnp.all(jnp.stack([jnp.all(jnp.isfinite(slope)) for slope in slopes]))
-        updates, state = optimizer.update(slopes, state, parameters)
-        return value, sound, optax.apply_updates(parameters, updates), state
 
     return step
 
@@ -485,13 +484,7 @@ def _check_model(model: Model, x: np.ndarray) -> None:
         )
 
 
-def _check_numbers(positive: dict, other: dict, counts: dict) -> None:
-    for name, value in positive.items():
-        if not 0 < value < np.inf:
-            raise ValueError(f"{name} must be positive and finite, not {value}")
-    for name, value in other.items():
+def _check_not_negative(**numbers: float) -> None:
+    for name, value in numbers.items():
         if not 0 <= value < np.inf:
             raise ValueError(f"{name} must be 0 or positive, and finite, not {value}")
-    for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, not {value!r}")

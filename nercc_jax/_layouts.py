@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray
 
-from ._codes import AbstractCode, NeRCC
-from ._codes._code import multiply
-from ._evaluation import batched, own_outputs
+from ._answers import CodedAnswers
+from ._codes import NeRCC
+from ._evaluation import batched
 from ._inference import Model
 from ._objective import Loss, point_loss
 from ._points import coincident
@@ -142,7 +142,7 @@ def search_layout(
 
     def judge(groups: np.ndarray, place: int) -> _Judge:
         draw, reference = jax.random.fold_in(key, place), plain[0][1]
-        answers = _Answers(model, groups, batch_size)
+        answers = CodedAnswers(batched(model, batch_size), groups, batch_size)
         return _Judge(answers, stragglers, draw, num_sets, (by, goal), order, reference)
 
     on_stage(f"judging {len(plain)} untuned codes")
@@ -168,52 +168,6 @@ def search_layout(
     evaluations += first.answers.evaluations + second.answers.evaluations
     judged.sort(key=lambda candidate: candidate.objective)
     return LayoutSearch(tuple(judged), evaluations, time.perf_counter() - start)
-
-
-class _Answers:
-    """The model's answers to coded data points of some groups, each asked for once."""
-
-    def __init__(self, model: Model, groups: np.ndarray, batch_size: int):
-        self._run, self._groups, self._batch_size = batched(model, batch_size), groups, batch_size
-        num_data = groups.shape[1]
-        originals = own_outputs(self._run, groups)
-        self.originals = np.asarray(originals).reshape(*groups.shape[:2], -1)
-        self.evaluations = originals.shape[0]
-        own = map(_row_name, np.eye(num_data))
-        self._known = {name: self.originals[:, place] for place, name in enumerate(own)}
-
-    def of(self, code: AbstractCode) -> Float[np.ndarray, "groups num_workers outputs"]:
-        """All workers' answers with this code."""
-        rows = np.asarray(code.encoder_matrix())
-        names = [_row_name(row) for row in rows]
-        new = {n: row for n, row in zip(names, rows, strict=True) if n not in self._known}
-        if new:
-            answers = self._ask(np.stack(list(new.values())))
-            self._known |= {name: answers[:, place] for place, name in enumerate(new)}
-        return np.stack([self._known[name] for name in names], axis=1)
-
-    def _ask(self, rows: np.ndarray) -> Float[np.ndarray, "groups rows outputs"]:
-        """What the model makes of these combinations of every group's data points."""
-        self.evaluations += len(self._groups) * len(rows)
-        at_once = max(2 * self._batch_size // len(rows), 1)
-        parts = []
-        for place in range(0, len(self._groups), at_once):
-            groups = self._groups[place : place + at_once]
-            coded = np.asarray(_combine(rows, groups.reshape(*groups.shape[:2], -1)))
-            parts.append(np.asarray(self._run(coded.reshape(-1, *groups.shape[2:]))))
-        return np.concatenate(parts).reshape(len(self._groups), len(rows), -1)
-
-
-def _row_name(row: np.ndarray) -> bytes:
-    """Equal for rows of encoders that are the same to a millionth."""
-    return (np.round(np.asarray(row, np.float32), 6) + 0.0).tobytes()  # -0.0 becomes 0.0
-
-
-@jax.jit
-def _combine(
-    rows: Float[Array, "rows num_data"], groups: Float[Array, "groups num_data m"]
-) -> Float[Array, "groups rows m"]:
-    return multiply(rows, groups).astype(groups.dtype)
 
 
 def _plain_codes(
@@ -256,7 +210,7 @@ class _Judge:
 
     def __init__(
         self,
-        answers: _Answers,
+        answers: CodedAnswers,
         stragglers: Mapping[str, AbstractStragglers],
         key: PRNGKeyArray,
         num_sets: int,

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 
+from ._answers import CodedAnswers
 from ._codes import NeRCC, decode_groups
-from ._doubt import Doubt, assess, calibrate_doubt
+from ._doubt import Doubt, assess, doubt_of
 from ._evaluation import Estimate, batched, cut_groups, own_outputs
 from ._ordering import order_points
 from ._plan_candidates import (
@@ -24,7 +25,7 @@ from ._plan_candidates import (
     numbers_of_workers,
     waits,
 )
-from ._waiting import Latencies, Waiting, draw_groups, encoder_rows, last_prediction, own_workers
+from ._waiting import Latencies, Waiting, draw_groups, last_prediction, own_workers
 from ._workers import Model
 
 # Straggler sets that each group meets: when screened, when held out, when doubt is calibrated.
@@ -56,50 +57,36 @@ class Half:
         surrogate: Callable[[Array], Array] | None,
         batch_size: int,
     ):
-        self._run, self._buffer_size = batched(model, batch_size), buffer_size
+        self._run, self._batch_size = batched(model, batch_size), batch_size
+        self._buffer_size = buffer_size
         self._surrogate = None if surrogate is None else batched(surrogate, batch_size)
         groups = cut_groups(x, 1)
         self.x = groups[:, 0]
         self._originals = np.asarray(own_outputs(self._run, groups))
-        self._places: dict[tuple[str | None, int], np.ndarray] = {}
-        self._answers: dict[tuple[Any, ...], np.ndarray] = {}
+        self._answers: dict[tuple[str | None, int], CodedAnswers] = {}
 
-    def places(self, order: str | None, num_data: int) -> Int[np.ndarray, "groups num_data"]:
+    def answers(self, order: str | None, num_data: int) -> CodedAnswers:
+        """The model's answers on groups in this order."""
+        if (order, num_data) not in self._answers:
+            places = self._places(order, num_data)
+            self._answers[order, num_data] = CodedAnswers(
+                self._run, self.x[places], self._batch_size, self._originals[places]
+            )
+        return self._answers[order, num_data]
+
+    def _places(self, order: str | None, num_data: int) -> Int[np.ndarray, "groups num_data"]:
         """Which data points are in which group."""
-        if (order, num_data) not in self._places:
-            places = np.arange(len(self.x))
-            if order is not None:
-                features = None
-                if order == "surrogate":
-                    assert self._surrogate is not None
-                    features = self._surrogate(self.x)
-                size = self._buffer_size
-                x = jnp.asarray(self.x)
-                places = order_points(x, num_data, features=features, buffer_size=size)
-            whole = len(self.x) // num_data * num_data
-            self._places[order, num_data] = np.asarray(places)[:whole].reshape(-1, num_data)
-        return self._places[order, num_data]
-
-    def labels(self, order: str | None, num_data: int) -> Int[np.ndarray, "groups num_data"]:
-        return np.argmax(self._originals, axis=1)[self.places(order, num_data)]
-
-    def answers(
-        self, code: NeRCC, own: Bool[np.ndarray, "num_data num_workers"], row: Candidate
-    ) -> Float[np.ndarray, "groups num_workers outputs"]:
-        """All workers' answers; the model runs only on what is no data point as it came."""
-        name = (row.num_data, row.num_workers, row.points, row.order)
-        if name not in self._answers:
-            places = self.places(row.order, row.num_data)
-            answers = self._originals[places[:, np.argmax(own, axis=0)]]
-            others = np.flatnonzero(~own.any(axis=0))
-            if others.size:
-                matrix = encoder_rows(code)[others].astype(self.x.dtype)
-                groups = self.x[places]
-                coded = matrix @ groups.reshape(*places.shape, -1)
-                made = self._run(coded.reshape(-1, *self.x.shape[1:]))
-                answers[:, others] = np.asarray(made).reshape(len(places), len(others), -1)
-            self._answers[name] = answers
-        return self._answers[name]
+        places = np.arange(len(self.x))
+        if order is not None:
+            features = None
+            if order == "surrogate":
+                assert self._surrogate is not None
+                features = self._surrogate(self.x)
+            size = self._buffer_size
+            x = jnp.asarray(self.x)
+            places = order_points(x, num_data, features=features, buffer_size=size)
+        whole = len(self.x) // num_data * num_data
+        return np.asarray(places)[:whole].reshape(-1, num_data)
 
 
 class Codes:
@@ -182,7 +169,7 @@ class Codes:
         return _Seen(*entry, half, self._latencies, sets, _SEEDS[what], doubt)
 
     def measure(
-        self, screened: Sequence[Screened], model: Model, batch_size: int, key: PRNGKeyArray
+        self, screened: Sequence[Screened], key: PRNGKeyArray
     ) -> tuple[list[Candidate], dict[Candidate, Doubt]]:
         """The most promising on the held-out half, as they are and with re-execution."""
         wanted, most = (self._asked[n] for n in ("max_disagreement", "max_extra_work"))
@@ -198,7 +185,7 @@ class Codes:
         again = [g for g in again if g[0] < self._fastest and g[1] <= most]
         told: list[Candidate] = []
         for entry in _in_turn(again, told, wanted):
-            doubt, found = self._with_doubt(entry, model, batch_size, key)
+            doubt, found = self._with_doubt(entry, key)
             told += found
             doubts |= dict.fromkeys(found, doubt)
         return rows + told, doubts
@@ -214,21 +201,11 @@ class Codes:
         times = last_prediction(end, own, again, seconds)
         return float(np.quantile(times, PROMISED)), entry.row.extra_work + share
 
-    def _with_doubt(
-        self, entry: Screened, model: Model, batch_size: int, key: PRNGKeyArray
-    ) -> tuple[Doubt, list[Candidate]]:
+    def _with_doubt(self, entry: Screened, key: PRNGKeyArray) -> tuple[Doubt, list[Candidate]]:
         """With re-execution of what is doubtful, for the disagreement wanted and for half of it."""
         code, row, wanted = entry.code, entry.row, self._asked["max_disagreement"]
-        x = self._calibration.x[self._calibration.places(row.order, row.num_data).ravel()]
-        doubt = calibrate_doubt(
-            model,
-            code,
-            x,
-            {"rule": entry.rule},
-            key=key,
-            num_sets=_DOUBT_SETS,
-            batch_size=batch_size,
-        )
+        known = self._calibration.answers(row.order, row.num_data).forecast(code)
+        doubt = doubt_of(known, {"rule": entry.rule}, key, _DOUBT_SETS)
         seen = self._seen(entry, self._held_out, "told", doubt)
         groups = self._asked["num_queries"] // code.num_data
         found = []
@@ -267,8 +244,8 @@ class _Seen:
         seed: int,
         doubt: Doubt | None,
     ):
-        answers = half.answers(code, np.asarray(rule.own), row)
-        labels = half.labels(row.order, row.num_data)
+        coded = half.answers(row.order, row.num_data)
+        answers, labels = coded.of(code), np.argmax(coded.originals, axis=-1)
         mask, self.end, self.own = draw_groups(rule, latencies, seed, (len(labels), sets))
         known = self.own <= self.end[..., None]
         self.wrong, self.doubt = np.zeros(known.shape, bool), np.zeros(known.shape)

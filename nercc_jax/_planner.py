@@ -14,6 +14,7 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from ._doubt import Doubt
 from ._evaluation import Estimate
+from ._numbers import check_counts
 from ._plan_candidates import Candidate, feasible, uncoded_systems
 from ._plan_codes import TOLD_SETS, Codes, Half
 from ._points import regression_points
@@ -203,7 +204,7 @@ def plan(
     orders = (None, "pixels") + (() if surrogate is None else ("surrogate",))
     screened = codes.screen(sizes, layouts, orders)
     on_stage("measuring on held-out data")
-    coded, doubts = codes.measure(screened, model, batch_size, keys[2])
+    coded, doubts = codes.measure(screened, keys[2])
     found = (*exact, *coded, *(entry.row for entry in screened))
     rows = tuple(_later(row, asked["overhead"]) for row in found)
     best = _best(rows, asked)
@@ -228,10 +229,7 @@ def _in_halves(x: np.ndarray, key: PRNGKeyArray) -> list[np.ndarray]:
 
 
 def _check(asked: Mapping[str, Any], shape: tuple[int, ...]) -> None:
-    for name in ("num_queries", "max_workers", "buffer_size"):
-        value = asked[name]
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, not {value!r}")
+    check_counts(**{name: asked[name] for name in ("num_queries", "max_workers", "buffer_size")})
     queries, workers = asked["num_queries"], asked["max_workers"]
     if workers < queries:
         raise ValueError(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Generic
 
@@ -14,7 +13,9 @@ import optax
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from ._codes import AbstractCode
+from ._descent import sound_step, warn_of_rejected
 from ._inference import Model
+from ._numbers import check_counts, check_positive
 from ._objective import Loss
 from ._parameters import Code, Parameters, parametrize
 from ._stragglers import AbstractStragglers
@@ -116,9 +117,8 @@ def tune(
     tunes the lambdas on this objective.
     """
     start = time.perf_counter()
-    if not 0 < learning_rate < np.inf:
-        raise ValueError(f"learning_rate must be positive and finite, not {learning_rate}")
-    _check_counts(
+    check_positive(learning_rate=learning_rate)
+    check_counts(
         steps=steps,
         groups_per_step=groups_per_step,
         sets_per_step=sets_per_step,
@@ -163,12 +163,7 @@ def tune(
         if ends:
             break
     done = len(history) - 1
-    if rejected := sum(step.rejected for step in history):
-        warnings.warn(
-            f"{rejected} of {done} steps were rejected: their objective or gradient was not finite",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    warn_of_rejected(sum(step.rejected for step in history), done, "objective")
     judging = len(judge.x) * (code.num_data + (looks + 1) * code.num_workers)
     return Tuned(
         code=best,
@@ -206,13 +201,8 @@ def _make_step(
 
     @eqx.filter_jit
     def step(parameters: Parameters, state: Any, model: Model, training: Array, number: Array):
-        gradient = jax.value_and_grad(objective)
-        value, slopes = gradient(parameters, model, training, jax.random.fold_in(key, number))
-        # A broken objective must not move anything, whatever its gradient says.
-        slopes = jax.tree.map(lambda g: jnp.where(jnp.isfinite(value), g, jnp.nan), slopes)
-        sound = jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in slopes.values()]))
-        updates, state = optimizer.update(slopes, state, parameters)
-        return value, sound, optax.apply_updates(parameters, updates), state
+        drawn = jax.random.fold_in(key, number)
+        return sound_step(optimizer, objective, parameters, state, model, training, drawn)
 
     return step
 
@@ -258,9 +248,3 @@ def _scalars(code: AbstractCode) -> dict[str, float]:
     """The code's scalar leaves by name."""
     fields = ((f.name, getattr(code, f.name)) for f in dataclasses.fields(code))
     return {name: float(value) for name, value in fields if eqx.is_array(value) and value.ndim == 0}
-
-
-def _check_counts(**counts: int) -> None:
-    for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, not {value!r}")

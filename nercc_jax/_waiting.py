@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from ._codes import AbstractCode
+from ._codes import AbstractCode, encoder_rows
 from ._stragglers import AbstractLatency, AbstractStragglers
 
 # A row of a spline's encoder that stands for a data point as it came does so to rounding.
@@ -82,16 +82,6 @@ def own_workers(code: AbstractCode) -> Bool[np.ndarray, "num_data num_workers"]:
     matrix = encoder_rows(code)
     unit = np.eye(code.num_data)
     return np.abs(matrix - unit[:, None]).max(axis=-1) < _ROUNDING
-
-
-def encoder_rows(code: AbstractCode) -> Float[np.ndarray, "num_workers num_data"]:
-    """The encoder's matrix, compiled once for all codes of one size."""
-    return np.asarray(_encoder_matrix(code))
-
-
-@eqx.filter_jit
-def _encoder_matrix(code: AbstractCode) -> Float[Array, "num_workers num_data"]:
-    return code.encoder_matrix()
 
 
 def draw_groups(

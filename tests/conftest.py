@@ -43,6 +43,22 @@ def forget_programs(request):
 _DONE = pytest.StashKey[int]()
 
 
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    """For modules most of whose tests compile the same: programs are kept on disk, and found."""
+    wanted = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in wanted}
+    for name, value in wanted.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
 @pytest.fixture
 def untyped():
     """Runs as users do, without the run-time type checks: our own errors must speak."""

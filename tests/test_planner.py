@@ -217,7 +217,7 @@ def test_re_execution_keeps_its_promise_on_fresh_data(key):
     halves = tuple(Half(_model, part, 4, None, 256) for part in (x[:200], x[200:]))
     codes = Codes(Latencies(TAIL, key), asked, halves, np.inf)
     screened = codes.screen([4], ("interleaved",), ("pixels",))
-    rows, doubts = codes.measure(screened, _model, 256, key)
+    rows, doubts = codes.measure(screened, key)
     again = [row for row in rows if row.limit is not None]
     assert again
     for row in again:

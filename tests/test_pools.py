@@ -596,22 +596,6 @@ SMALL = NeRCC(4, 7)
 LONG = 10 * SOON  # where it takes the compiler with it
 
 
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    """Most of these decode the same code's answers: that is compiled once."""
-    wanted = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in wanted}
-    for name, value in wanted.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
 def doubting():
     """A doubt of deviation / (deviation + margin); a limit is the disagreement asked for."""
     steps, weights = jax.numpy.linspace(0, 1, 1001), jax.numpy.array([0.0, -1.0, -1.0, 0.0])

@@ -8,6 +8,7 @@ from ._code import (
     decode_groups,
     deviation,
     encode_groups,
+    encoder_rows,
     variances,
 )
 from ._lagrange import Lagrange
@@ -28,5 +29,6 @@ __all__ = [
     "decode_groups",
     "deviation",
     "encode_groups",
+    "encoder_rows",
     "variances",
 ]

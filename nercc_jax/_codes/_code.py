@@ -337,3 +337,13 @@ def as_mask(available: ArrayLike, shape: tuple[int, ...]) -> Bool[Array, "..."]:
             f"not {available.dtype}{available.shape}"
         )
     return available
+
+
+def encoder_rows(code: AbstractCode) -> Float[np.ndarray, "num_workers num_data"]:
+    """The encoder's matrix, compiled once for all codes of one size."""
+    return np.asarray(_encoder_matrix(code))
+
+
+@eqx.filter_jit
+def _encoder_matrix(code: AbstractCode) -> Float[Array, "num_workers num_data"]:
+    return code.encoder_matrix()

@@ -7,7 +7,6 @@ import threading
 import time
 import weakref
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -34,6 +33,9 @@ from nercc_jax.serving import (
 )
 from nercc_jax.serving._query_doubt import QueryDoubt
 
+# Every batcher compiles its decoder; most here are for the same code.
+pytestmark = pytest.mark.usefixtures("programs")
+
 SHAPE, OUT = (6,), (3,)
 WEIGHTS = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
 LONG = 30.0  # seconds that nothing here takes, unless it hangs
@@ -51,22 +53,6 @@ def queries(number, seed=1):
     x = np.random.default_rng(seed).normal(size=(number, *SHAPE)).astype(np.float32)
     x[:, 0] = np.linspace(-1, 1, number) if number > 1 else 0.5
     return x
-
-
-@pytest.fixture(autouse=True, scope="module")
-def programs(tmp_path_factory):
-    """Every batcher compiles its decoder; most here are for the same code."""
-    wanted = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in wanted}
-    for name, value in wanted.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 class Gates:
