@@ -11,20 +11,17 @@ from jaxtyping import Array, Bool, Float
 
 from nercc_jax import (
     AbstractCode,
-    Estimate,
     ExactStragglers,
-    Forecast,
     NeRCC,
     Parity,
     Replication,
+    fit_surrogate,
+    search_layout,
 )
-from nercc_jax._answers import CodedAnswers
-from nercc_jax._doubt import Doubt, _observe, doubt_of
-from nercc_jax._evaluation import all_answers, batched
-from nercc_jax._layouts import search_layout
-from nercc_jax._ordering import order_points
-from nercc_jax._surrogate import Surrogate, fit_surrogate
-from nercc_jax._trial import draw_sets
+from nercc_jax.evaluation import CodedAnswers, Estimate, Forecast, all_answers, batched, draw_sets
+from nercc_jax.inference import order_points
+from nercc_jax.surrogates import Doubt, Surrogate, doubt_of
+from nercc_jax.surrogates._doubt import _observe
 
 Model = Callable[..., Array]
 

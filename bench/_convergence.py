@@ -54,8 +54,9 @@ import numpy as np
 from _report import write_json
 from jaxtyping import Array, Bool, Float
 
-from nercc_jax import AbstractCode, Berrut, Estimate, NeRCC
-from nercc_jax._codes import encode_groups
+from nercc_jax import AbstractCode, Berrut, NeRCC
+from nercc_jax.codes import encode_groups
+from nercc_jax.evaluation import Estimate
 from nercc_models import Data, load_data, load_model
 
 _SEED = 0

@@ -12,14 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.stats import binom
 
-from nercc_jax import Plan, load_plan
-from nercc_jax._doubt import assess
-from nercc_jax._evaluation import Estimate, batched
-from nercc_jax._ordering import order_points
-from nercc_jax._waiting import own_workers
+from nercc_jax import DevicePool
 from nercc_jax.cli._plan import latency_law
 from nercc_jax.cli._workload import answering
-from nercc_jax.pools import AbstractPool, Batch, DevicePool, Fault, Faults
+from nercc_jax.evaluation import Estimate, batched
+from nercc_jax.inference import order_points
+from nercc_jax.planning import Plan, load_plan
+from nercc_jax.pools import AbstractPool, Batch, Fault, Faults
+from nercc_jax.stragglers import own_workers
+from nercc_jax.surrogates import assess
 
 _WARM_UP = 5  # batches that are not counted
 _DEADLINE = 60.0  # seconds after which a batch is given up

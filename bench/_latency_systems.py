@@ -16,19 +16,17 @@ from nercc_jax import (
     AbstractCode,
     Berrut,
     ExactStragglers,
-    ExponentialLatency,
     NeRCC,
-    ParetoLatency,
     Parity,
     Replication,
-    TraceLatency,
     Uncoded,
     load_code,
     save_code,
     tune,
 )
-from nercc_jax._points import Layout
+from nercc_jax.codes import Layout
 from nercc_jax.pools import Episodes, Fault, Faults, Overdue
+from nercc_jax.stragglers import ExponentialLatency, ParetoLatency, TraceLatency
 
 # The pool's models: the served one, and ParM's for k = 2 and 4.
 PARITIES = (2, 4)

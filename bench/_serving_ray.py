@@ -33,10 +33,11 @@ def main(port: int, replicas: int, batch: int, base: float, rate: float, delay: 
             import jax
             import jax.numpy as jnp
 
-            from nercc_jax import Fault, Faults, TraceLatency
             from nercc_jax.cli._workload import answering
+            from nercc_jax.pools import Fault, Faults
             from nercc_jax.pools._worker import Program, Worker, warm_up
             from nercc_jax.serving import make_servable
+            from nercc_jax.stragglers import TraceLatency
 
             model = answering("lenet5-digits", "logits")
             self.servable = make_servable("lenet5-digits", model, model.network.input_shape)

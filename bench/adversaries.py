@@ -36,11 +36,11 @@ import numpy as np
 from _report import environment, write_json
 from _settings import PACKAGES, Setting
 
-from nercc_jax import AbstractCode, Berrut, Estimate, NeRCC, Replication
-from nercc_jax._evaluation import all_answers, batched, cut_groups, own_outputs
-from nercc_jax._points import copies
-from nercc_jax._robust import RobustMethod, robust_decode
+from nercc_jax import AbstractCode, Berrut, NeRCC, Replication
 from nercc_jax.cli._workload import Outputs, answering
+from nercc_jax.codes import copies
+from nercc_jax.evaluation import Estimate, all_answers, batched, cut_groups, own_outputs
+from nercc_jax.inference import RobustMethod, robust_decode
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

@@ -56,11 +56,12 @@ from _report import (
     write_json,
 )
 
-from nercc_jax import NeRCC, smoothing_spline
-from nercc_jax._codes import decode_groups, encode_groups
+from nercc_jax import NeRCC
+from nercc_jax.codes import decode_groups, encode_groups
 
 # Where the sum of magnitudes in a decoder row exceeds it, decoding takes its careful way.
-from nercc_jax._codes._code import _AMPLIFICATION
+from nercc_jax.codes._code import _AMPLIFICATION
+from nercc_jax.splines import smoothing_spline
 
 _SEED = 20240204
 _NEW_SETS = 50

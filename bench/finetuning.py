@@ -42,17 +42,11 @@ from _settings import PACKAGES
 from flax import nnx
 from jaxtyping import Array, PRNGKeyArray
 
-from nercc_jax import (
-    ExactStragglers,
-    FineTuned,
-    FineTuningStep,
-    NeRCC,
-    evaluate,
-    fine_tune,
-    order_points,
-)
-from nercc_jax._evaluation import batched
+from nercc_jax import ExactStragglers, NeRCC, evaluate
 from nercc_jax.cli._workload import Answering, Outputs, answering
+from nercc_jax.evaluation import batched
+from nercc_jax.inference import order_points
+from nercc_jax.tuning import FineTuned, FineTuningStep, fine_tune
 from nercc_models import ReadyModel, load_data, load_model, model_card, score
 from nercc_models.augmentation import Augmentation, augment
 from nercc_models.cards import made_on, store, write_card

@@ -45,10 +45,11 @@ from _latency_systems import (
 from _report import block_bootstrap, environment, write_json
 from rich.console import Console
 
-from nercc_jax import AbstractCode, NeRCC, Parity, TraceLatency
-from nercc_jax._workers import run_workers
+from nercc_jax import AbstractCode, DevicePool, NeRCC, Parity, RayPool, pool_inference
 from nercc_jax.cli._workload import Answering, answering
-from nercc_jax.pools import AbstractPool, DevicePool, Fault, Faults, RayPool, pool_inference
+from nercc_jax.inference import run_workers
+from nercc_jax.pools import AbstractPool, Fault, Faults
+from nercc_jax.stragglers import TraceLatency
 from nercc_models import load_parity_model
 
 HERE = Path(__file__).parent

@@ -31,17 +31,12 @@ from _settings import PACKAGES
 from rich.console import Console
 from rich.table import Table
 
-from nercc_jax import Estimate, ExactStragglers, NeRCC
-from nercc_jax._codes._code import _AMPLIFICATION
-from nercc_jax._evaluation import batched, cut_groups
-from nercc_jax._ordering import (
-    _distances,
-    _nearest_neighbour,
-    order_points,
-    random_projection,
-    short_path,
-)
+from nercc_jax import ExactStragglers, NeRCC
 from nercc_jax.cli._workload import Outputs, answering
+from nercc_jax.codes._code import _AMPLIFICATION
+from nercc_jax.evaluation import Estimate, batched, cut_groups
+from nercc_jax.inference import order_points, random_projection, short_path
+from nercc_jax.inference._ordering import _distances, _nearest_neighbour
 
 RESULTS = Path(__file__).parent / "results"
 MODELS: dict[str, Outputs] = {"lenet5-mnist": "logits", "repvgg-cifar10": "probabilities"}

@@ -33,12 +33,11 @@ from nercc_jax import (
     Parity,
     Replication,
     evaluate,
-    landscape,
-    make_trial,
     save_code,
     tune,
 )
 from nercc_jax.cli._workload import Answering, Outputs, answering
+from nercc_jax.evaluation import landscape, make_trial
 from nercc_models import list_parity_models, load_parity_model
 
 HERE = Path(__file__).parent

@@ -20,8 +20,8 @@ import numpy as np
 from _report import environment, write_json
 
 from nercc_jax import NeRCC
-from nercc_jax._evaluation import batched
 from nercc_jax.cli._workload import answering
+from nercc_jax.evaluation import batched
 from nercc_jax.serving import Coder, Fidelity
 from nercc_jax.serving._arrangement import Arranger
 from nercc_jax.serving._request import Request

@@ -38,7 +38,8 @@ import numpy as np
 from _report import Contender, Timing, environment, interleaved, write_json
 from jax.sharding import Mesh
 
-from nercc_jax import NeRCC, coded_inference, partial_inference
+from nercc_jax import NeRCC, coded_inference
+from nercc_jax.inference import partial_inference
 from nercc_models import load_model
 
 _K, _N = 8, 20

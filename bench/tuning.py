@@ -52,9 +52,11 @@ import numpy as np
 from _report import CompileCounter, environment, write_json
 from _settings import GRID, NUMBERS, PACKAGES, PAPER, Setting
 
-from nercc_jax import NeRCC, Trial, Tuned, landscape, make_trial, tune
-from nercc_jax._codes import encode_groups
+from nercc_jax import NeRCC, tune
 from nercc_jax.cli._workload import Answering, Outputs, answering
+from nercc_jax.codes import encode_groups
+from nercc_jax.evaluation import Trial, landscape, make_trial
+from nercc_jax.tuning import Tuned
 
 _RESULTS = Path(__file__).parent / "results"
 _SETS = 20  # straggler sets a law on the yardstick

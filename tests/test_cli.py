@@ -6,8 +6,9 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from nercc_jax import code_card, load_code
+from nercc_jax import load_code
 from nercc_jax.cli._app import app
+from nercc_jax.codes import code_card
 
 
 def run(*arguments):

@@ -7,11 +7,10 @@ import pytest
 import scipy.optimize
 from scipy.special import expit
 
-from nercc_jax import Berrut, ExactStragglers, NeRCC
-from nercc_jax._doubt import _calibrate, _observe, calibrate_doubt
-from nercc_jax._evaluation import all_answers
-from nercc_jax._logistic import logistic_regression
-from nercc_jax._surrogate import Surrogate
+from nercc_jax import Berrut, ExactStragglers, NeRCC, calibrate_doubt
+from nercc_jax.evaluation import all_answers
+from nercc_jax.surrogates import Surrogate, logistic_regression
+from nercc_jax.surrogates._doubt import _calibrate, _observe
 
 K, N, OUTPUTS = 4, 7, 4
 LAWS = {"three": ExactStragglers(3)}

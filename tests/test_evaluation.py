@@ -8,7 +8,6 @@ import scipy.stats
 
 from nercc_jax import (
     Berrut,
-    Estimate,
     ExactStragglers,
     IndependentStragglers,
     NeRCC,
@@ -16,6 +15,7 @@ from nercc_jax import (
     Replication,
     evaluate,
 )
+from nercc_jax.evaluation import Estimate
 
 WEIGHTS = np.random.default_rng(5).normal(size=(3, 4)).astype("float32")
 CODES = {"NeRCC": NeRCC(5, 12), "BACC": Berrut(5, 12), "copies": Replication(5, 12)}

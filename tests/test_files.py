@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import nercc_jax as nj
-from nercc_jax._points import LAYOUTS
+from nercc_jax.codes import LAYOUTS
 
 K, N = 3, 7
 # No short decimal says these.

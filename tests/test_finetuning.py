@@ -14,7 +14,8 @@ import scipy.special
 from flax import nnx
 
 import nercc_jax as nj
-from nercc_jax._finetuning import _free, _Terms, _with, fine_tune
+from nercc_jax.tuning import fine_tune
+from nercc_jax.tuning._fine_tune import _free, _Terms, _with
 
 K, N, INPUTS, OUTPUTS = 3, 6, 4, 3
 RANDOM = np.random.default_rng(5)

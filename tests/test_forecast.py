@@ -8,16 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nercc_jax import (
-    Berrut,
-    ExactStragglers,
-    NeRCC,
-    Parity,
-    Replication,
-    _forecast,
-    evaluate,
-    make_forecast,
-)
+from nercc_jax import Berrut, ExactStragglers, NeRCC, Parity, Replication, evaluate
+from nercc_jax.evaluation import _forecast, make_forecast
 
 K, N = 4, 6
 CODES = {

@@ -7,16 +7,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nercc_jax import (
-    AbstractCode,
-    Berrut,
-    NeRCC,
-    Parity,
-    Replication,
-    Uncoded,
-    coded_inference,
-    coded_predictions,
-)
+from nercc_jax import AbstractCode, Berrut, NeRCC, Parity, Replication, Uncoded, coded_inference
+from nercc_jax.inference import coded_predictions
 
 K, N = 4, 10
 

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nercc_jax import Berrut, NeRCC, Parity, Plan, Replication, TraceLatency, Uncoded
-from nercc_jax._plan_candidates import make_candidate
-from nercc_jax.pools import DevicePool, Episodes, Fault, Faults, Overdue
+from nercc_jax import Berrut, DevicePool, NeRCC, Parity, Replication, Uncoded
+from nercc_jax.planning import Plan, make_candidate
+from nercc_jax.pools import Episodes, Fault, Faults, Overdue
+from nercc_jax.stragglers import TraceLatency
 
 BENCH = Path(__file__).parents[1] / "bench"
 IMAGES = np.random.default_rng(0).normal(size=(40, 3, 2)).astype(np.float32)

@@ -10,12 +10,13 @@ import pytest
 from typer.testing import CliRunner
 
 import nercc_jax as nj
-from nercc_jax._layouts import SEARCHED, _plain_codes, search_layout
-from nercc_jax._trial import draw_sets
-from nercc_jax._tuning import split_groups
+from nercc_jax import search_layout
 from nercc_jax.cli._app import app
 from nercc_jax.cli._tune import _start
 from nercc_jax.cli._tuning_plot import tuning_plot
+from nercc_jax.evaluation import draw_sets
+from nercc_jax.tuning import SEARCHED, split_groups
+from nercc_jax.tuning._layouts import _plain_codes
 
 K, N = 4, 8
 LAWS = {"1": nj.ExactStragglers(1), "3": nj.ExactStragglers(3)}

@@ -10,15 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
-from nercc_jax import (
-    Berrut,
-    Decoded,
-    NeRCC,
-    Replication,
-    Uncoded,
-    coded_inference,
-)
-from nercc_jax._ordering import order_points, ordered, random_projection, short_path
+from nercc_jax import Berrut, NeRCC, Replication, Uncoded, coded_inference
+from nercc_jax.codes import Decoded
+from nercc_jax.inference import order_points, ordered, random_projection, short_path
 
 K, N = 4, 10
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from nercc_jax import NeRCC, Replication, Uncoded, coded_inference, partial_inference
-from nercc_jax._partial import _program
-from nercc_jax._spmd import place, slots
+from nercc_jax import NeRCC, Replication, Uncoded, coded_inference
+from nercc_jax.inference import partial_inference, place, slots
+from nercc_jax.inference._partial import _program
 
 LONG = 60.0  # a deadline that no test is meant to reach
 

@@ -9,22 +9,22 @@ import pytest
 from scipy import stats
 from typer.testing import CliRunner
 
-from nercc_jax import (
+from nercc_jax import NeRCC, Replication, plan
+from nercc_jax.inference import order_points
+from nercc_jax.planning import Codes, Half, load_plan, waits
+from nercc_jax.stragglers import (
     ExponentialLatency,
+    Latencies,
     LogNormalLatency,
-    NeRCC,
     ParetoLatency,
-    Replication,
     TraceLatency,
-    load_plan,
-    plan,
+    Waiting,
+    draw_groups,
+    draw_hedged,
+    own_workers,
+    straggler_sets,
 )
-from nercc_jax._doubt import assess
-from nercc_jax._ordering import order_points
-from nercc_jax._plan_candidates import waits
-from nercc_jax._plan_codes import Codes, Half
-from nercc_jax._stragglers import straggler_sets
-from nercc_jax._waiting import Latencies, Waiting, draw_groups, draw_hedged, own_workers
+from nercc_jax.surrogates import assess
 
 QUERIES = 4
 # Eight in a hundred calls take ten times as long; hardly two take the same time.

@@ -6,8 +6,7 @@ import numpy as np
 import oracle
 import pytest
 
-from nercc_jax import regression_points
-from nercc_jax._points import LAYOUTS, copies, mean_gap
+from nercc_jax.codes import LAYOUTS, copies, mean_gap, regression_points
 
 
 def test_the_papers_points(dtype):

@@ -17,24 +17,18 @@ from conftest import require
 
 from nercc_jax import (
     Berrut,
-    ExponentialLatency,
+    DevicePool,
     NeRCC,
     Parity,
-    Replication,
-    TraceLatency,
-    coded_inference,
-    make_forecast,
-)
-from nercc_jax._doubt import Doubt
-from nercc_jax.pools import (
-    DevicePool,
-    Episodes,
-    Fault,
-    Faults,
-    Overdue,
     RayPool,
+    Replication,
+    coded_inference,
     pool_inference,
 )
+from nercc_jax.evaluation import make_forecast
+from nercc_jax.pools import Episodes, Fault, Faults, Overdue
+from nercc_jax.stragglers import ExponentialLatency, TraceLatency
+from nercc_jax.surrogates import Doubt
 
 K, N = 8, 20
 SOON = 60.0  # seconds that nothing here should need

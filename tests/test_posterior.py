@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from nercc_jax import regression_points
-from nercc_jax._splines import posterior_variance, process_variance, smoothing_spline
+from nercc_jax.codes import regression_points
+from nercc_jax.splines import posterior_variance, process_variance, smoothing_spline
 
 mp.mp.dps = 50
 

@@ -12,10 +12,10 @@ import pytest
 from conftest import require
 from typer.testing import CliRunner
 
-from nercc_jax import NeRCC, Parity, Replication, coded_inference, save_code
+from nercc_jax import DevicePool, NeRCC, Parity, Replication, coded_inference, save_code
 from nercc_jax.cli import _run as command
 from nercc_jax.cli._app import app
-from nercc_jax.pools import DevicePool, Fault, Faults, run_batches
+from nercc_jax.pools import Fault, Faults, run_batches
 from nercc_models import load_data, load_model
 
 
@@ -157,7 +157,7 @@ class Killer(threading.Thread):
 @pytest.fixture(scope="module")
 def ray_pool():
     require("ray", "ray")
-    from nercc_jax.pools import RayPool
+    from nercc_jax import RayPool
 
     def model(batch):  # goes to the workers by value: they cannot import this file
         return jnp.concatenate([3 * batch + 1, -batch], axis=1)

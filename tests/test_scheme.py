@@ -5,10 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nercc_jax import ExactStragglers, NeRCC, coded_inference
-from nercc_jax._doubt import calibrate_doubt
-from nercc_jax._scheme import Assessed, Scheme, doubtful, reexecute, scheme_inference
-from nercc_jax._surrogate import Surrogate
+from nercc_jax import ExactStragglers, NeRCC, Scheme, calibrate_doubt, coded_inference, reexecute
+from nercc_jax.surrogates import Assessed, Surrogate, doubtful, scheme_inference
 
 K, N, OUTPUTS = 4, 7, 3
 LAWS = {"three": ExactStragglers(3)}

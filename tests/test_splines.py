@@ -11,7 +11,8 @@ import oracle
 import pytest
 import scipy.interpolate
 
-from nercc_jax import NeRCC, smoothing_matrix, smoothing_spline
+from nercc_jax import NeRCC
+from nercc_jax.splines import smoothing_matrix, smoothing_spline
 
 LAMBDAS = (0.0, 1e-12, 1e-8, 1e-4, 1e-1, 1e2)
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nercc_jax import Berrut, ExactStragglers, NeRCC
-from nercc_jax._surrogate import Surrogate, decode_with_surrogate, fit_surrogate
+from nercc_jax import Berrut, ExactStragglers, NeRCC, fit_surrogate
+from nercc_jax.surrogates import Surrogate, decode_with_surrogate
 
 K, N, GROUPS, OUTPUTS = 4, 7, 6, 3
 _WEIGHTS = np.random.default_rng(0).normal(size=(2, 5, OUTPUTS))

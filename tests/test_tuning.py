@@ -11,9 +11,9 @@ import oracle
 import pytest
 
 import nercc_jax as nj
-from nercc_jax._parameters import parametrize
-from nercc_jax._points import LAYOUTS
-from nercc_jax._tuning import split_groups
+from nercc_jax import parametrize
+from nercc_jax.codes import LAYOUTS
+from nercc_jax.tuning import split_groups
 
 K, N = 3, 6
 

@@ -8,15 +8,8 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from .. import (
-    AbstractCode,
-    Berrut,
-    Lagrange,
-    NeRCC,
-    Replication,
-    evaluate,
-    load_code,
-)
+from ..codes import AbstractCode, Berrut, Lagrange, NeRCC, Replication, load_code
+from ..evaluation import evaluate
 from ._errors import told_plainly
 from ._report import straggler_plot, straggler_table
 from ._workload import (

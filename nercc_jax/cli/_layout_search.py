@@ -13,8 +13,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .. import AbstractStragglers
-from .._layouts import Candidate, LayoutSearch, search_layout
+from ..stragglers import AbstractStragglers
+from ..tuning import Candidate, LayoutSearch, search_layout
 from ._workload import Answering
 
 

@@ -14,17 +14,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .. import (
+from ..planning import ALIKE, LAYOUTS, Candidate, Plan, plan
+from ..stragglers import (
     AbstractLatency,
     ExponentialLatency,
     LogNormalLatency,
     ParetoLatency,
-    Plan,
     TraceLatency,
-    plan,
 )
-from .._plan_candidates import Candidate
-from .._planner import ALIKE, LAYOUTS
 from ._errors import told_plainly
 from ._workload import DataDir, ModelName, OutputsOption, answering
 

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from rich import box
 from rich.table import Table
 
-from .. import Estimate, Evaluation
+from ..evaluation import Estimate, Evaluation
 
 # One colour a code, the same in every picture; what loses predictions is dashed.
 _STYLES = {

@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .. import AbstractCode, NeRCC, TraceLatency, make_forecast
-from .._evaluation import batched
+from ..codes import AbstractCode, NeRCC
+from ..evaluation import batched, make_forecast
 from ..pools import (
     AbstractPool,
     BatchOutcome,
@@ -31,6 +31,7 @@ from ..pools import (
     RayPool,
     run_batches,
 )
+from ..stragglers import TraceLatency
 from ._errors import fail, told_plainly
 from ._results import Results, check_kind, write_results
 from ._workload import (

@@ -7,7 +7,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from .. import AbstractCode, Berrut, NeRCC, Replication, Uncoded, load_code
+from ..codes import AbstractCode, Berrut, NeRCC, Replication, Uncoded, load_code
 from ..serving import Servable, make_servable
 from ..serving._metrics import Meters
 from ..serving._servable import load_callable

@@ -10,20 +10,9 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from .. import (
-    AbstractCode,
-    Berrut,
-    NeRCC,
-    Replication,
-    Tuned,
-    TuningStep,
-    evaluate,
-    landscape,
-    make_trial,
-    save_code,
-    tune,
-)
-from .._points import coincident
+from ..codes import AbstractCode, Berrut, NeRCC, Replication, coincident, save_code
+from ..evaluation import evaluate, landscape, make_trial
+from ..tuning import Tuned, TuningStep, tune
 from ._errors import told_plainly
 from ._layout_search import found_layout
 from ._progress import steps_bar

@@ -9,7 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from .. import TuningStep
+from ..tuning import TuningStep
 
 
 def tuning_plot(

@@ -9,7 +9,8 @@ import numpy as np
 import typer
 from jaxtyping import Array
 
-from .. import AbstractCode, AbstractStragglers, ExactStragglers, load_code
+from ..codes import AbstractCode, load_code
+from ..stragglers import AbstractStragglers, ExactStragglers
 
 Outputs: TypeAlias = Literal["logits", "probabilities"]
 

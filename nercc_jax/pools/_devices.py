@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .._workers import Model
+from ..inference import Model
 from ._desk import AbstractCrew, Desk, WorkerDied
 from ._faults import Faults
 from ._overdue import Overdue

@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias, get_args
 import jax
 import numpy as np
 
-from .._stragglers import AbstractLatency
+from ..stragglers import AbstractLatency
 
 FaultKind: TypeAlias = Literal["delay", "error", "nan", "hang", "death"]
 

@@ -12,10 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from .._codes import AbstractCode, Decoded, decode_groups
-from .._doubt import Doubt, assess
-from .._inference import in_groups, is_grouped
-from .._scheme import doubtful
+from ..codes import AbstractCode, Decoded, decode_groups
+from ..inference import in_groups, is_grouped
+from ..surrogates import Doubt, assess, doubtful
 from ._batch import Answers, Enough
 from ._pool import AbstractPool
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from .._codes import AbstractCode
+from ..codes import AbstractCode
 from ._batch import Enough
 from ._inference import PoolResult, pool_inference
 from ._pool import AbstractPool

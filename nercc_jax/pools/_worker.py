@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from .._workers import Model
+from ..inference import Model
 from ._faults import Faults, InjectedError
 
 Device: TypeAlias = Any  # `jax.Device`, which pyright does not take for a type

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from .._ordering import random_projection, short_path
+from ..inference import random_projection, short_path
 from ._coder import Coder
 from ._request import Query
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from .._codes import Uncoded
+from ..codes import Uncoded
 from ..pools import AbstractPool, Overdue
 from ._arrangement import Arranger
 from ._budget import Budget

@@ -19,10 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from .._codes import AbstractCode, Berrut, NeRCC, decode_groups
-from .._codes._berrut import berrut_matrix
-from .._splines import smoothing_matrix
+from ..codes import AbstractCode, Berrut, NeRCC, berrut_matrix, decode_groups
 from ..pools._inference import encode_on_host, shared_decoder
+from ..splines import smoothing_matrix
 from ._query_doubt import doubt_of, features_of
 
 # A spline's rows are one-hot to rounding.

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike, Bool, Float
 
-from .._evaluation import batched, cut_groups
-from .._forecast import Forecast
-from .._workers import Model, run_workers
+from ..evaluation import Forecast, batched, cut_groups
+from ..inference import Model, run_workers
 from ._coder import Coder
 from ._query_doubt import QueryDoubt, unknown
 from ._rehearsal import DRAWS, Rehearsal, make_observer

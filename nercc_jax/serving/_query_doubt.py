@@ -16,8 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 from scipy.special import expit
 
-from .._doubt import margin
-from .._logistic import logistic_regression
+from ..surrogates import logistic_regression, margin
 
 FEATURES = 5
 _SAMPLES = 20_000  # that the regression takes, at most

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._workers import Model
+from ..inference import Model
 
 # The names that the protocol gives to what a server adds to the model's own output.
 ADDED_OUTPUTS = ("exact", "expected_disagreement", "expected_error")

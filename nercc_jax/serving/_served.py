@@ -8,9 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from .._codes import AbstractCode
-from .._stragglers import TraceLatency
+from ..codes import AbstractCode
 from ..pools import AbstractPool, DevicePool, Fault, Faults, Overdue, RayPool
+from ..stragglers import TraceLatency
 from ._batcher import CodedBatcher
 from ._coder import Coder
 from ._fidelity import Fidelity

@@ -11,16 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nercc_jax import (
-    Berrut,
-    DevicePool,
-    Fault,
-    Faults,
-    NeRCC,
-    Replication,
-    TraceLatency,
-    Uncoded,
-)
+from nercc_jax import Berrut, DevicePool, NeRCC, Replication, Uncoded
+from nercc_jax.pools import Fault, Faults
 from nercc_jax.serving import (
     BatchingPolicy,
     CodedBatcher,
@@ -32,6 +24,7 @@ from nercc_jax.serving import (
     ServerClosing,
 )
 from nercc_jax.serving._query_doubt import QueryDoubt
+from nercc_jax.stragglers import TraceLatency
 
 # Every batcher compiles its decoder; most here are for the same code.
 pytestmark = pytest.mark.usefixtures("programs")

@@ -1,0 +1,55 @@
+"""BACC: encoding and decoding by Berrut's rational interpolant."""
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float
+
+from ..splines import gather_knots
+from ._barycentric import barycentric_matrix
+from ._code import AbstractCode, as_mask
+from ._points import Points, regression_points
+
+
+class Berrut(AbstractCode):
+    """Berrut approximated coded computing (BACC).
+
+    Both layers are Berrut's first rational interpolant, with weights of alternating sign along the
+    points in their order on the line. The decoder numbers the signs anew along the workers that
+    answered: with the original ones the interpolant has poles.
+
+    Source: Jahani-Nezhad and Maddah-Ali 2022 (points "chebyshev"); ApproxIFER, AAAI 2022 (points
+    "approxifer").
+    """
+
+    num_data: int = eqx.field(static=True)
+    num_workers: int = eqx.field(static=True)
+    alpha: Float[Array, " num_data"]
+    beta: Float[Array, " num_workers"]
+
+    def __init__(self, num_data: int, num_workers: int, *, points: Points = "chebyshev"):
+        """Points by layout name or as (alpha, beta), and errors: see `regression_points`."""
+        self.num_data, self.num_workers = num_data, num_workers
+        self.alpha, self.beta = regression_points(num_data, num_workers, points)
+
+    def encoder_matrix(self) -> Float[Array, "num_workers num_data"]:
+        return berrut_matrix(self.alpha, self.beta, jnp.ones(self.num_data, bool))
+
+    def decoder_matrix(
+        self, available: Bool[ArrayLike, " num_workers"]
+    ) -> Float[Array, "num_data num_workers"]:
+        available = as_mask(available, (self.num_workers,))
+        return berrut_matrix(self.beta, self.alpha, available)
+
+    def recovered(self, available: Bool[ArrayLike, " num_workers"]) -> Bool[Array, " num_data"]:
+        available = as_mask(available, (self.num_workers,))
+        return jnp.broadcast_to(jnp.any(available), (self.num_data,))
+
+
+def berrut_matrix(
+    points: Float[Array, " n"], at: Float[Array, " m"], available: Bool[Array, " n"]
+) -> Float[Array, "m n"]:
+    """The matrix of the interpolant on the available points, read at others."""
+    knots = gather_knots(points, available.astype(points.dtype))
+    signs = 1.0 - 2.0 * (jnp.arange(knots.t.shape[0]) % 2)
+    signs = jnp.where(knots.weights > 0, signs, 0).astype(points.dtype)
+    return knots.spread(barycentric_matrix(knots.t, signs, at))

@@ -1,0 +1,97 @@
+"""Codes to and from files: JSON that says what it is, with every number to the last bit."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+
+from ._berrut import Berrut
+from ._code import AbstractCode
+from ._lagrange import Lagrange
+from ._nercc import NeRCC
+from ._parity import Parity
+from ._replication import Replication, Uncoded
+
+_FORMAT = "nercc-jax code"
+_VERSION = 1
+# Numbers that codes got since: files without them mean the constructor's default.
+_LATER = {"exact"}
+_KINDS = {kind.__name__: kind for kind in (Berrut, Lagrange, NeRCC, Parity, Replication, Uncoded)}
+
+
+def save_code(path: str | Path, code: AbstractCode, about: Mapping[str, Any] | None = None) -> None:
+    """Writes a code as JSON: version, kind, numbers (points and lambdas), their dtype.
+
+    `about`, JSON values of the caller's choice, is kept beside it: what it was tuned on. Raises:
+    ValueError for a code that is none of this package's, or whose numbers are not finite, TypeError
+    where `about` is no JSON, OSError as `open` does.
+    """
+    kind = type(code).__name__
+    if _KINDS.get(kind) is not type(code):
+        raise ValueError(f"{kind} is none of the codes that files hold: {', '.join(_KINDS)}")
+    leaves = {field.name: getattr(code, field.name) for field in dataclasses.fields(code)}
+    arrays = {name: np.asarray(leaf) for name, leaf in leaves.items() if eqx.is_array(leaf)}
+    if broken := [name for name, value in arrays.items() if not np.isfinite(value).all()]:
+        raise ValueError(f"{', '.join(broken)} of this code are not finite")
+    numbers = leaves | {name: value.tolist() for name, value in arrays.items()}
+    content = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "code": kind,
+        "numbers": numbers,
+        "dtypes": {name: str(value.dtype) for name, value in arrays.items()},
+        "about": dict(about or {}),
+    }
+    text = json.dumps(content, indent=1, allow_nan=False)  # raises before the file is touched
+    Path(path).write_text(text + "\n")
+
+
+def load_code(path: str | Path) -> AbstractCode:
+    """The code that `save_code` wrote, with the same matrices to the last bit.
+
+    A code of float64 numbers loses digits where JAX's x64 is off. Raises: ValueError, naming the
+    file, where it is no such file, of a later version, or its numbers make no code; OSError as
+    `open` does.
+    """
+    content = _read(path)
+    kind = _KINDS.get(str(content["code"]))
+    if kind is None:
+        raise ValueError(f"{path} holds a {content['code']!r}; known: {', '.join(_KINDS)}")
+    try:
+        numbers = dict(content["numbers"])
+        for name, dtype in content["dtypes"].items():
+            numbers[name] = jnp.asarray(np.asarray(numbers[name], dtype))
+        fields = {field.name for field in dataclasses.fields(kind)}
+        if not fields - _LATER <= numbers.keys() <= fields:
+            raise ValueError(f"its numbers are {sorted(numbers)}, not {sorted(fields)}")
+        if "alpha" in numbers:
+            numbers["points"] = (numbers.pop("alpha"), numbers.pop("beta"))
+        return kind(**numbers)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds no sound {content['code']}: {error}") from error
+
+
+def code_card(path: str | Path) -> dict[str, Any]:
+    """What a file says of its code beside the numbers: `about`, as given to `save_code`."""
+    return _read(path)["about"]
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    try:
+        content = json.loads(Path(path).read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no JSON, so no file of a code: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise ValueError(f"{path} does not say 'format': {_FORMAT!r}: it is no file of a code")
+    if content.get("version") != _VERSION:
+        raise ValueError(
+            f"{path} is of version {content.get('version')}; this nercc-jax reads {_VERSION}"
+        )
+    if missing := {"code", "numbers", "dtypes", "about"} - content.keys():
+        raise ValueError(f"{path} lacks {sorted(missing)}")
+    return content

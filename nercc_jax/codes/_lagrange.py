@@ -1,0 +1,83 @@
+"""LCC: encoding and decoding by Lagrange polynomials."""
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float
+
+from ..splines import Knots, gather_knots
+from ._barycentric import barycentric_matrix
+from ._code import AbstractCode, as_mask
+from ._points import Points, regression_points
+
+
+class Lagrange(AbstractCode):
+    """Lagrange coded computing (LCC): exact for a polynomial model, hopeless for a network.
+
+    The encoder is the polynomial of degree K - 1 through the data points. For a model that is a
+    polynomial of degree `degree`, the answers lie on one of degree (K - 1) * degree, and any
+    `threshold` = (K - 1) * degree + 1 of them decode it exactly; with fewer, nothing is recovered.
+    Of more, the decoder takes `threshold` spread evenly over those that answered, which is the best
+    conditioned choice.
+
+    Source: Yu et al. 2019, "Lagrange Coded Computing".
+    """
+
+    num_data: int = eqx.field(static=True)
+    num_workers: int = eqx.field(static=True)
+    degree: int = eqx.field(static=True)
+    alpha: Float[Array, " num_data"]
+    beta: Float[Array, " num_workers"]
+
+    def __init__(
+        self, num_data: int, num_workers: int, *, degree: int = 1, points: Points = "chebyshev"
+    ):
+        """Points by layout name or as (alpha, beta): see `regression_points`.
+
+        Raises: ValueError as `regression_points` does, and for a degree whose threshold exceeds N.
+        """
+        self.num_data, self.num_workers, self.degree = num_data, num_workers, degree
+        self.alpha, self.beta = regression_points(num_data, num_workers, points)
+        if not isinstance(degree, int) or degree < 1 or self.threshold > num_workers:
+            raise ValueError(
+                f"degree {degree!r} does not fit: a positive integer with (num_data - 1) * degree "
+                f"+ 1 answers needed of {num_workers} workers does, for {num_data} data points"
+            )
+
+    @property
+    def threshold(self) -> int:
+        """How many answers decoding takes."""
+        return (self.num_data - 1) * self.degree + 1
+
+    def encoder_matrix(self) -> Float[Array, "num_workers num_data"]:
+        return barycentric_matrix(self.alpha, _lagrange_weights(self.alpha), self.beta)
+
+    def decoder_matrix(
+        self, available: Bool[ArrayLike, " num_workers"]
+    ) -> Float[Array, "num_data num_workers"]:
+        knots = self._heard(available)
+        # Filling knots lie beyond the last: where too few answered they keep the nodes distinct.
+        number = jnp.maximum(knots.number, self.threshold)
+        step = jnp.arange(self.threshold)
+        chosen = (step * (number - 1) + (self.threshold - 1) // 2) // max(self.threshold - 1, 1)
+        nodes = knots.t[chosen]
+        matrix = barycentric_matrix(nodes, _lagrange_weights(nodes), self.alpha)
+        on_knots = jnp.zeros((self.num_data, knots.t.shape[0]), matrix.dtype)
+        decoder = knots.spread(on_knots.at[:, chosen].set(matrix))
+        return jnp.where(knots.number >= self.threshold, decoder, 0)
+
+    def recovered(self, available: Bool[ArrayLike, " num_workers"]) -> Bool[Array, " num_data"]:
+        knots = self._heard(available)
+        return jnp.broadcast_to(knots.number >= self.threshold, (self.num_data,))
+
+    def _heard(self, available: Bool[ArrayLike, " num_workers"]) -> Knots:
+        available = as_mask(available, (self.num_workers,))
+        return gather_knots(self.beta, available.astype(self.beta.dtype))
+
+
+def _lagrange_weights(nodes: Float[Array, " n"]) -> Float[Array, " n"]:
+    """Barycentric weights 1 / prod_j (t_i - t_j), times a factor that keeps them in range."""
+    difference = nodes[:, None] - nodes
+    difference = jnp.where(jnp.eye(nodes.shape[0], dtype=bool), 1, difference)
+    size = -jnp.sum(jnp.log(jnp.abs(difference)), axis=1)
+    sign = jnp.prod(jnp.sign(difference), axis=1)
+    return sign * jnp.exp(size - jnp.max(size))

@@ -1,0 +1,80 @@
+"""ParM: sums of data points, on workers that run a model trained for sums."""
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
+
+from ._code import AbstractCode, as_mask
+from ._points import check_counts
+
+
+class Parity(AbstractCode):
+    """Parity models (ParM): what one missing worker of a group left open is a subtraction.
+
+    The first K workers run the served model on a data point each. With G = N - K, parity worker
+    K + g protects the group of the k = K / G data points g, g + G, g + 2G, ...: it gets their sum,
+    and runs the *parity model*, trained to map a sum of k inputs to the sum of the served model's k
+    outputs (`worker_models` is 0 for the first K workers, 1 for the others). A data point whose own
+    worker answered is exact. Otherwise, if the group's parity worker and all its other members
+    answered, it is the parity worker's answer minus theirs: as good as the parity model. It is lost
+    else.
+
+    A linear model is its own parity model, and exact. Source: Kosaian, Rashmi and Venkataraman,
+    SOSP 2019.
+    """
+
+    num_data: int = eqx.field(static=True)
+    num_workers: int = eqx.field(static=True)
+
+    def __init__(self, num_data: int, num_workers: int):
+        """Raises: ValueError unless there are parity workers, and K is a multiple of their
+        number."""
+        check_counts(num_data, num_workers)
+        parities = num_workers - num_data
+        if parities < 1 or num_data % parities:
+            raise ValueError(
+                f"{num_workers} workers for {num_data} data points leave {parities} for parities: "
+                "there must be 1 or more, and num_data a multiple of them"
+            )
+        self.num_data, self.num_workers = num_data, num_workers
+
+    @property
+    def k(self) -> int:
+        """How many data points a parity worker protects."""
+        return self.num_data // (self.num_workers - self.num_data)
+
+    @property
+    def worker_models(self) -> Int[np.ndarray, " num_workers"]:
+        return (np.arange(self.num_workers) >= self.num_data).astype(int)
+
+    def encoder_matrix(self) -> Float[Array, "num_workers num_data"]:
+        own = np.eye(self.num_data, dtype=bool)
+        return jnp.asarray(np.concatenate([own, self._protects()]), float)
+
+    def decoder_matrix(
+        self, available: Bool[ArrayLike, " num_workers"]
+    ) -> Float[Array, "num_data num_workers"]:
+        own, rebuilt = self._answered(available)
+        exact = np.eye(self.num_data, self.num_workers)
+        protects = self._protects().astype(float)
+        others = protects.T @ protects - np.eye(self.num_data)
+        subtraction = np.concatenate([-others, protects.T], axis=1)
+        rows = jnp.where(own[:, None], exact, jnp.where(rebuilt[:, None], subtraction, 0))
+        return rows.astype(float)
+
+    def recovered(self, available: Bool[ArrayLike, " num_workers"]) -> Bool[Array, " num_data"]:
+        own, rebuilt = self._answered(available)
+        return own | rebuilt
+
+    def _protects(self) -> Bool[np.ndarray, "parities num_data"]:
+        groups = self.num_workers - self.num_data
+        return np.arange(self.num_data) % groups == np.arange(groups)[:, None]
+
+    def _answered(self, available: ArrayLike) -> tuple[Bool[Array, " num_data"], ...]:
+        """Whose own worker answered; and which others the parity workers can rebuild."""
+        available = as_mask(available, (self.num_workers,))
+        own, parity = available[: self.num_data], available[self.num_data :]
+        protects = self._protects()
+        alone = jnp.sum(protects & ~own, axis=1) == 1
+        return own, ~own & jnp.any(protects & (alone & parity)[:, None], axis=0)

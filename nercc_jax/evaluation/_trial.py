@@ -1,0 +1,167 @@
+"""Codes on one objective: the same groups, the same straggler sets, no law drowned by another."""
+
+from collections.abc import Mapping
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
+
+from ..codes import AbstractCode, NeRCC, encode_groups
+from ..inference import Model, run_workers
+from ..stragglers import AbstractStragglers, straggler_sets
+from ._objective import Loss, nested_errors, original_predictions
+
+# Where the starting code makes no error at all, there is nothing to be relative to.
+_LEAST = 1e-30
+
+
+class Trial(eqx.Module):
+    """Groups and straggler sets on which codes are compared; `make_trial` makes one.
+
+    `x` are groups of data points, `originals` the model's own predictions of them (None: not yet
+    known), `available` straggler sets, `law` the number in `laws` of the law that each is from,
+    `scales` the error of a starting code under each law.
+    """
+
+    x: Float[Array, "groups num_data ..."]
+    originals: Float[Array, "groups num_data ..."] | None
+    available: Bool[Array, "sets num_workers"]
+    law: Int[Array, " sets"]
+    scales: Float[Array, " laws"]
+    laws: tuple[str, ...] = eqx.field(static=True)
+    loss: Loss = eqx.field(static=True)
+    order: float = eqx.field(static=True)
+
+    @eqx.filter_jit
+    def errors(self, model: Model, code: AbstractCode) -> Float[Array, " laws"]:
+        """A code's mean error under each law; sets in which it recovers nothing are left out."""
+        return _errors(self, model, code)[0]
+
+    @eqx.filter_jit
+    def objective(self, model: Model, code: AbstractCode) -> Float[Array, ""]:
+        """The power mean over laws of a code's error relative to the starting code's.
+
+        With r_l = errors / scales: (mean_l r_l^order)^(1/order). 1 for the starting code.
+        Differentiable in the code.
+        """
+        return relative_objective(self, model, code)
+
+
+def make_trial(
+    model: Model,
+    code: AbstractCode,
+    x: Float[ArrayLike, "groups num_data ..."],
+    stragglers: Mapping[str, AbstractStragglers],
+    *,
+    key: PRNGKeyArray,
+    num_sets: int = 32,
+    loss: Loss = "mse",
+    order: float = 1.0,
+) -> Trial:
+    """Draws what the nested objective averages over, and weighs laws by a starting code's errors.
+
+    For every law of `stragglers`, by name, `num_sets` sets are drawn, or all taken if they are
+    fewer. An error counts relative to that of `code` under the same law: with more stragglers
+    errors are a hundred times larger, and the plain mean would see nothing else. The higher the
+    `order` (1 or more), the more the objective looks at the law that gains least.
+
+    Raises: ValueError where there is no law, or an error of `code` is not finite.
+    """
+    if not stragglers:
+        raise ValueError("there are no laws of stragglers")
+    if not order >= 1:
+        raise ValueError(f"order must be 1 or more, not {order}")
+    x = jnp.asarray(x)
+    originals = eqx.filter_jit(original_predictions)(model, x)
+    available, law = draw_sets(stragglers, key, code.num_workers, num_sets)
+    laws = tuple(stragglers)
+    blank = Trial(x, originals, available, law, jnp.ones(len(laws)), laws, loss, float(order))
+    scales = blank.errors(model, code)
+    if not jnp.all(jnp.isfinite(scales)):
+        broken = {name: float(s) for name, s in zip(laws, scales, strict=True) if not s < jnp.inf}
+        raise ValueError(
+            f"the starting code's errors are {broken}: leave out laws under which nobody answers; "
+            "and the model must give finite answers on coded data points, mixtures of data points"
+        )
+    return eqx.tree_at(lambda t: t.scales, blank, scales)
+
+
+def draw_sets(
+    stragglers: Mapping[str, AbstractStragglers],
+    key: PRNGKeyArray,
+    num_workers: int,
+    at_most: int,
+) -> tuple[Bool[Array, "sets num_workers"], Int[Array, " sets"]]:
+    """Straggler sets of every law (all, if no more than `at_most`) and the number of their law."""
+    masks = [
+        straggler_sets(law, jax.random.fold_in(key, place), num_workers, at_most)
+        for place, law in enumerate(stragglers.values())
+    ]
+    return jnp.concatenate(masks), jnp.repeat(
+        jnp.arange(len(masks)), np.array([len(sets) for sets in masks])
+    )
+
+
+def relative_objective(trial: Trial, model: Model, code: AbstractCode) -> Float[Array, ""]:
+    """`Trial.objective` without its compilation."""
+    errors, told = _errors(trial, model, code)
+    relative = errors / jnp.maximum(trial.scales, _LEAST)
+    powers = jnp.where(told, jnp.where(told, relative, 1) ** trial.order, 0)
+    return (jnp.sum(powers) / jnp.maximum(jnp.sum(told), 1)) ** (1 / trial.order)
+
+
+def landscape(
+    model: Model,
+    code: NeRCC,
+    trial: Trial,
+    lambda_enc: Float[ArrayLike, " rows"],
+    lambda_dec: Float[ArrayLike, " columns"],
+) -> Float[Array, "rows columns"]:
+    """A trial's objective on a grid of the two lambdas, all else as in `code`.
+
+    What one would do without gradients, and a picture of what they descend. The decoder needs no
+    new answers, so the model runs on the coded data points once for each `lambda_enc`.
+    """
+    rows = [
+        _row(model, _with_lambdas(code, enc, 0.0), trial, jnp.asarray(lambda_dec, float))
+        for enc in np.asarray(lambda_enc)
+    ]
+    return jnp.stack(rows)
+
+
+@eqx.filter_jit
+def _row(
+    model: Model, code: NeRCC, trial: Trial, lambda_dec: Float[Array, " columns"]
+) -> Float[Array, " columns"]:
+    answers = run_workers(model, code, encode_groups(code, trial.x))
+
+    def known(batch: Array) -> Array:
+        return answers.reshape(batch.shape[0], *answers.shape[2:])
+
+    def cell(dec: Float[Array, ""]) -> Float[Array, ""]:
+        return relative_objective(trial, known, _with_lambdas(code, code.lambda_enc, dec))
+
+    return jax.lax.map(cell, lambda_dec)
+
+
+def _with_lambdas(code: NeRCC, lambda_enc: ArrayLike, lambda_dec: ArrayLike) -> NeRCC:
+    dtype = code.lambda_dec.dtype
+    values = (jnp.asarray(lambda_enc, dtype), jnp.asarray(lambda_dec, dtype))
+    return eqx.tree_at(lambda c: (c.lambda_enc, c.lambda_dec), code, values)
+
+
+def _errors(
+    trial: Trial, model: Model, code: AbstractCode
+) -> tuple[Float[Array, " laws"], Bool[Array, " laws"]]:
+    """The mean error under each law, and whether any of its sets recovers anything: NaN if not."""
+    errors = nested_errors(
+        model, code, trial.x, trial.available, loss=trial.loss, originals=trial.originals
+    )
+    told = jnp.any(jax.vmap(code.recovered)(trial.available), axis=1)
+    total, count = (
+        jax.ops.segment_sum(values, trial.law, len(trial.laws), indices_are_sorted=True)
+        for values in (jnp.where(told, errors, 0), told.astype(errors.dtype))
+    )
+    return jnp.where(count > 0, total / jnp.maximum(count, 1), jnp.nan), count > 0

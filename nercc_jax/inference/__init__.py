@@ -1,0 +1,29 @@
+"""Encode, model, decode: on one device, on a mesh, partly, in order, among liars."""
+
+from ._coded import coded_inference, coded_predictions, in_groups, is_grouped
+from ._ordering import Features, order_points, ordered, random_projection, short_path
+from ._partial import partial_inference
+from ._robust import RobustDecoded, RobustMethod, find_adversaries, robust_decode
+from ._spmd import place, slots
+from ._workers import Model, run_workers
+
+__all__ = [
+    "Features",
+    "Model",
+    "RobustDecoded",
+    "RobustMethod",
+    "coded_inference",
+    "coded_predictions",
+    "find_adversaries",
+    "in_groups",
+    "is_grouped",
+    "order_points",
+    "ordered",
+    "partial_inference",
+    "place",
+    "random_projection",
+    "robust_decode",
+    "run_workers",
+    "short_path",
+    "slots",
+]

@@ -1,0 +1,180 @@
+"""Partial results of one SPMD program: decode from the devices that are done, wait for no other."""
+
+import functools
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, ArrayLike, Bool, Float
+
+from ..codes import AbstractCode, Decoded, decode_groups
+from ._coded import as_groups
+from ._spmd import WORKERS, Placed, place, put, work
+from ._workers import Model
+
+_POLL_SECONDS = 2e-4  # models take milliseconds, a look at a device's answer some microseconds
+
+
+def partial_inference(
+    model: Model | Sequence[Model], code: AbstractCode, mesh: Mesh, *, max_behind: int = 2
+) -> Callable[..., Decoded]:
+    """A function `infer(x, *, number=None, deadline, grouped=False) -> Decoded`, which waits for
+    no slow device.
+
+    Workers are spread over the mesh's axis `workers`, as by `coded_inference(..., mesh=mesh)`, but
+    the program that encodes and runs the model moves nothing between them, so each device is done
+    when it is done. `infer` decodes as soon as the answers of `number` workers (all N unless given)
+    are there, or `deadline` seconds after the call from those that are there by then. A device's
+    answers come all at once: those of all its workers for all groups. `heard` tells the workers
+    that were used; one whose answer is there but not finite is a straggler.
+
+    x: (K, ...) or (groups, K, ...), floats; the result has groups accordingly. `grouped=True` says
+    that x is groups, which K groups of K data points would leave open. A group with a data
+    point that is not finite is NaN, and not `recovered`. Decoding runs on a CPU device outside the
+    mesh where there is one, else on a device that has answered.
+
+    A running XLA program cannot be cancelled: what is left behind runs to its end, and the next
+    program queues behind it (of CPU devices, all wait until it is done on all). So before it adds
+    one, a call waits until no device has more than `max_behind` of this function's programs
+    unfinished. Compiling, on the first call for a shape, takes from the deadline: warm up with a
+    long one. One caller at a time: it is not thread-safe.
+
+    Raises: ValueError where several processes run (they would have to wait for each other), the
+    mesh has no axis `workers`, an argument is out of range, or `number` answers recover nothing;
+    TimeoutError where devices have too much to do until the deadline, or what answered by then
+    recovers nothing.
+    """
+    if jax.process_count() > 1:
+        raise ValueError(f"partial results are for one process, not {jax.process_count()}")
+    if max_behind < 0:
+        raise ValueError(f"max_behind must be 0 or more, not {max_behind}")
+    placed = place(model, code, mesh)
+    program = _program(placed)
+    # On the host: wherever decoding runs, it must not touch a slow device.
+    code = jax.tree.map(np.asarray, code)
+    unfinished: list[Array] = []
+
+    def infer(
+        x: ArrayLike, *, number: int | None = None, deadline: float, grouped: bool = False
+    ) -> Decoded:
+        start = time.monotonic()
+        number = code.num_workers if number is None else number
+        if not 1 <= number <= code.num_workers:
+            raise ValueError(f"number must be 1 to {code.num_workers} workers, not {number}")
+        if not deadline > 0:
+            raise ValueError(f"deadline must be a positive number of seconds, not {deadline}")
+        masks = (*np.shape(x)[:grouped], code.num_workers)
+        x, _, grouped = as_groups(code, x, np.ones(masks, bool))
+
+        if not _wait(lambda: not _behind(unfinished, max_behind), start + deadline):
+            busy = sorted(device.id for device in _behind(unfinished, max_behind))
+            raise TimeoutError(
+                f"devices {busy} still have more than {max_behind} earlier programs to finish "
+                f"after {deadline} s"
+            )
+        with jax.set_mesh(placed.mesh):
+            y = program(put(x, NamedSharding(placed.mesh, PartitionSpec())))
+        unfinished.append(y)
+
+        arrivals = _Arrivals(placed, y)
+        enough = _wait(lambda: arrivals.look().sum() >= number, start + deadline)
+        there = arrivals.look()
+        answered = f"{there.sum()} of {code.num_workers} workers answered within {deadline} s"
+        if not there.any():
+            raise TimeoutError(answered)
+        with jax.set_mesh(Mesh([_decoding_device(placed.mesh, arrivals)], ("decoding",))):
+            decoded = _decode(code, arrivals.answers(), there, grouped)
+            # Nothing is recovered from broken data points either: then that is the result.
+            if not np.any(decoded.recovered) and not np.any(_recovered(code, there)):
+                error = ValueError if enough else TimeoutError
+                raise error(f"{answered}, from which no prediction can be recovered")
+        return decoded
+
+    return infer
+
+
+class _Arrivals:
+    """What has come back of a program's answers; never touches a shard that is not ready."""
+
+    def __init__(self, placed: Placed, y: Float[Array, "groups slots ..."]):
+        self._shape, self._dtype = (y.shape[0], placed.code.num_workers, *y.shape[2:]), y.dtype
+        self._waiting = [
+            (placed.slots.worker[shard.index[1]], shard.data) for shard in y.addressable_shards
+        ]
+        self._ready: list[tuple[np.ndarray, Array]] = []
+
+    def look(self) -> Bool[np.ndarray, " num_workers"]:
+        """Whose answers are there."""
+        ready = [data.is_ready() for _, data in self._waiting]
+        self._ready += [one for one, is_ready in zip(self._waiting, ready, strict=True) if is_ready]
+        self._waiting = [
+            one for one, is_ready in zip(self._waiting, ready, strict=True) if not is_ready
+        ]
+        there = np.zeros(self._shape[1], bool)
+        for workers, _ in self._ready:
+            there[workers] = True
+        return there
+
+    def answers(self) -> Float[np.ndarray, "groups num_workers ..."]:
+        """Those that were there at the last look, zeros elsewhere."""
+        y = np.zeros(self._shape, self._dtype)
+        for workers, data in self._ready:
+            y[:, workers] = data
+        return y
+
+    @property
+    def device(self) -> Any:
+        """The one with the lowest number that is done: decoding is compiled for each anew."""
+        return min((next(iter(data.devices())) for _, data in self._ready), key=lambda d: d.id)
+
+
+def _wait(condition: Callable[[], Any], until: float) -> bool:
+    """Whether the condition came true in time."""
+    while not condition():
+        if time.monotonic() >= until:
+            return False
+        time.sleep(_POLL_SECONDS)
+    return True
+
+
+def _behind(unfinished: list[Array], most: int) -> list[Any]:
+    """The devices on which more than so many programs are unfinished; forgets those that are."""
+    unfinished[:] = [y for y in unfinished if not y.is_ready()]  # pyright: ignore
+    shards = [shard for y in unfinished for shard in y.addressable_shards]
+    counts = Counter(shard.device for shard in shards if not shard.data.is_ready())
+    return [device for device, count in counts.items() if count > most]
+
+
+def _decoding_device(mesh: Mesh, arrivals: _Arrivals) -> Any:
+    try:
+        cpus = jax.local_devices(backend="cpu")
+    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
+        cpus = []
+    return next((cpu for cpu in cpus if cpu not in mesh.devices.flat), arrivals.device)
+
+
+def _program(placed: Placed) -> Callable[[Array], Float[Array, "groups slots ..."]]:
+    """Encodes and runs the model; returns at once, which `eqx.filter_jit` would not."""
+    arrays, static = eqx.partition(placed, eqx.is_array)
+    # Only along the workers' axis: each device of a worker gets the whole of its answers.
+    shares = NamedSharding(placed.mesh, PartitionSpec(None, WORKERS))
+    run = jax.jit(lambda arrays, x: work(eqx.combine(arrays, static), x, ()), out_shardings=shares)
+    return functools.partial(run, arrays)
+
+
+@eqx.filter_jit
+def _decode(code: AbstractCode, y: ArrayLike, there: ArrayLike, grouped: bool) -> Decoded:
+    y = jnp.asarray(y)
+    decoded = decode_groups(code, y, jnp.broadcast_to(there, y.shape[:2]))
+    return decoded if grouped else jax.tree.map(lambda leaf: leaf[0], decoded)
+
+
+@eqx.filter_jit
+def _recovered(code: AbstractCode, there: ArrayLike) -> Bool[Array, " num_data"]:
+    return code.recovered(there)

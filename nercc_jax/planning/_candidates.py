@@ -1,0 +1,202 @@
+"""Ways to serve queries that the planner compares, and those that take no code."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from ..codes import AbstractCode, NeRCC, Replication, Uncoded
+from ..evaluation import Estimate
+from ..stragglers import Latencies, Waiting, draw_groups, draw_hedged, last_prediction, own_workers
+
+PROMISED = 0.99  # quantile of the time to the last prediction
+EARLY = 0.9  # quantile of the latency, before which nothing is sent again
+
+_QUANTILES = (0.5, 0.75, 0.9, 0.95, 0.99)  # of the latency, after which hedging sends again
+_DRAWS = 20_000  # groups of queries
+_MISSED, _WIDER = 0.01, 2.576 / 1.960  # of intervals, and by how much they are wider than 95 %'s
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One way to serve the queries, and what it does.
+
+    `num_data` queries are coded together on `num_workers` workers, at the layout `points`, in the
+    order `order` ("pixels", "surrogate" or None). A group is decoded when `wait_for` workers have
+    answered, but not before `patience` seconds; predictions with more doubt than `limit` are sent
+    again as they came (None: none is). Hedging sends up to `copies` of a query, one every
+    `hedge_after` seconds.
+
+    `extra_work` is what is sent beyond one call a query, as a share: N/K - 1 and what is sent
+    again, `resent`. `disagreement` is the share of labels that differ from the model's own, lost
+    ones included, and `most_disagreement` what it is at most (see `at_most`); 0 for `exact` ones
+    whose predictions are all the model's own. `p50` and `p99` are of the seconds until the last of
+    the queries is answered. What is not `held_out` was only screened: on few straggler sets, and
+    its disagreement on the data that doubt is calibrated on.
+    """
+
+    system: str
+    num_data: int
+    num_workers: int
+    wait_for: int
+    patience: float
+    points: str | None
+    order: str | None
+    copies: int
+    hedge_after: float | None
+    limit: float | None
+    resent: float
+    extra_work: float
+    disagreement: Estimate
+    most_disagreement: float
+    p50: float
+    p99: float
+    exact: bool
+    held_out: bool
+
+    @property
+    def code(self) -> AbstractCode:
+        """The code, untuned."""
+        if self.points is not None:
+            return NeRCC(self.num_data, self.num_workers, points=self.points, exact=True)
+        if self.num_workers == self.num_data:
+            return Uncoded(self.num_data)
+        return Replication(self.num_data, self.num_workers)
+
+
+def feasible(candidate: Candidate, asked: Mapping[str, Any]) -> bool:
+    """Whether a candidate keeps to what was asked for, and was not only screened."""
+    workers = candidate.num_workers * asked["num_queries"] // candidate.num_data
+    return (
+        (candidate.held_out or candidate.exact)
+        and workers <= asked["max_workers"]
+        and candidate.extra_work <= asked["max_extra_work"] + 1e-9
+        and candidate.most_disagreement <= asked["max_disagreement"]
+    )
+
+
+# Without a code nothing depends on the data.
+
+
+def uncoded_systems(latencies: Latencies, asked: Mapping[str, Any]) -> Iterator[Candidate]:
+    """Uncoded, hedged and replicated: exact, or with lost predictions, which count as wrong."""
+    queries = asked["num_queries"]
+    shape = (number_of_draws(_DRAWS, 3 * queries), queries)
+    for copies, share in [(1, 0.0), *itertools.product((2, 3), _QUANTILES)]:
+        after = latencies.quantile(share) if copies > 1 else np.inf
+        there, sent = draw_hedged(latencies, copies, shape, after, copies)
+        resent = float(np.mean(sent)) - 1
+        yield make_candidate(
+            "hedged" if copies > 1 else "uncoded",
+            *(queries, queries, queries, 0.0),
+            times=np.max(there, axis=1),
+            copies=copies,
+            hedge_after=after if copies > 1 else None,
+            resent=resent,
+        )
+    early = latencies.quantile(EARLY)
+    for workers in (queries, *numbers_of_workers(queries, asked)):
+        yield from _replicated(latencies, queries, workers, early)
+
+
+def _replicated(
+    latencies: Latencies, queries: int, workers: int, early: float
+) -> Iterator[Candidate]:
+    held = own_workers(Replication(queries, workers))
+    system = "replication" if workers > queries else "uncoded"
+    shape = (number_of_draws(_DRAWS, workers), 1)
+    again = latencies.draw(7, (*shape, queries))
+
+    def draw(number: int, patience: float):
+        rule = Waiting(latencies.law, held, number, patience)
+        return draw_groups(rule, latencies, 8, shape)
+
+    if workers > queries:
+        yield make_candidate(
+            "replication", queries, workers, workers, 0.0, times=draw(workers, 0.0)[1][:, 0]
+        )
+    for number in waits(queries, workers):
+        for patience in (0.0, early):
+            _, end, own = draw(number, patience)
+            lost = own > end[..., None]
+            told = {"resent": float(np.mean(lost)), "limit": 0.0}
+            times = last_prediction(end, own, lost, again)
+            yield make_candidate(system, queries, workers, number, patience, times=times, **told)
+        late = float(np.quantile(draw(number, 0.0)[1], PROMISED))
+        _, end, own = draw(number, late)
+        wrong = np.mean(own > end[..., None], axis=(1, 2))
+        half = 1.96 * float(np.std(wrong)) / math.sqrt(len(wrong))
+        share = Estimate(float(np.mean(wrong)), half)
+        most = at_most(share, len(wrong) * queries)
+        told = {"disagreement": share, "most_disagreement": most, "exact": False}
+        yield make_candidate(system, queries, workers, number, late, times=end[:, 0], **told)
+
+
+def make_candidate(
+    system: str,
+    num_data: int,
+    num_workers: int,
+    wait_for: int,
+    patience: float,
+    *,
+    times: np.ndarray,
+    **told: Any,
+) -> Candidate:
+    defaults = {
+        "points": None,
+        "order": None,
+        "copies": 1,
+        "hedge_after": None,
+        "limit": None,
+        "resent": 0.0,
+        "disagreement": Estimate(0.0, 0.0),
+        "most_disagreement": 0.0,
+        "exact": True,
+        "held_out": True,
+    }
+    told = defaults | told
+    p50, p99 = (float(np.quantile(times, q)) for q in (0.5, PROMISED))
+    extra = num_workers / num_data - 1 + told["resent"]
+    return Candidate(
+        system=system,
+        num_data=num_data,
+        num_workers=num_workers,
+        wait_for=wait_for,
+        patience=float(patience),
+        extra_work=extra,
+        p50=p50,
+        p99=p99,
+        **told,
+    )
+
+
+def at_most(share: Estimate, points: int) -> float:
+    """What a share of so many data points is at most, with a probability of 99 %.
+
+    If it were 4.6 in as many, none would be seen with a probability of 1 %. One of up to twenty is
+    chosen by this, and 95 % would often choose one that was lucky.
+    """
+    return max(share.mean + _WIDER * share.half_width, -math.log(_MISSED) / points)
+
+
+def number_of_draws(wanted: int, workers: int) -> int:
+    """How many draws of so many workers are held at a time."""
+    return max(min(wanted, 4_000_000 // workers), 1000)
+
+
+def numbers_of_workers(num_data: int, asked: Mapping[str, Any]) -> list[int]:
+    """A third, two thirds and all of the redundancy that the budget allows."""
+    groups = asked["num_queries"] // num_data
+    most = min(int(num_data * (1 + asked["max_extra_work"]) + 1e-9), asked["max_workers"] // groups)
+    further = [math.ceil((most - num_data) * share / 3) for share in (1, 2, 3)]
+    return sorted({num_data + number for number in further if number > 0})
+
+
+def waits(num_data: int, num_workers: int) -> list[int]:
+    """Numbers of answers to wait for: all but 1, 2, 4, ... and N - K, a group's half at least."""
+    missing = {1, 2, 4, 8, 16, num_workers - num_data} - {0}
+    least = max(num_data // 2, 1)
+    return sorted({num_workers - number for number in missing if num_workers - number >= least})

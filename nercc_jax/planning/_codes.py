@@ -1,0 +1,318 @@
+"""NeRCC codes measured for the planner: screened on one half of the data, told by the other."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
+
+from ..codes import NeRCC, decode_groups
+from ..evaluation import CodedAnswers, Estimate, batched, cut_groups, own_outputs
+from ..inference import Model, order_points
+from ..stragglers import Latencies, Waiting, draw_groups, last_prediction, own_workers
+from ..surrogates import Doubt, assess, doubt_of
+from ._candidates import (
+    EARLY,
+    PROMISED,
+    Candidate,
+    at_most,
+    make_candidate,
+    number_of_draws,
+    numbers_of_workers,
+    waits,
+)
+
+# Straggler sets that each group meets: when screened, when held out, when doubt is calibrated.
+_SCREEN_SETS, TOLD_SETS, _DOUBT_SETS = 4, 48, 64
+_SCREEN_DRAWS, _TOLD_DRAWS = 5_000, 20_000
+# Of draws that must not be the same; what is compared with each other meets the same.
+_SEEDS = {"ends": 1, "again": 2, "screen": 3, "told": 4}
+_CHUNK = 512  # groups that are decoded at a time
+_ENOUGH, _MOST = 3, 10  # measured are those with the least p99: till so many do, and no more
+_STEP = math.log(1.03)  # in the logarithm of the p99, among which the cheaper comes first
+
+
+class Screened(NamedTuple):
+    """A code, a rule, and how it did at a first look."""
+
+    code: NeRCC
+    rule: Waiting
+    row: Candidate
+
+
+class Half:
+    """One half of the data: its groups in each order, and all workers' answers to each code."""
+
+    def __init__(
+        self,
+        model: Model,
+        x: ArrayLike,
+        buffer_size: int,
+        surrogate: Callable[[Array], Array] | None,
+        batch_size: int,
+    ):
+        self._run, self._batch_size = batched(model, batch_size), batch_size
+        self._buffer_size = buffer_size
+        self._surrogate = None if surrogate is None else batched(surrogate, batch_size)
+        groups = cut_groups(x, 1)
+        self.x = groups[:, 0]
+        self._originals = np.asarray(own_outputs(self._run, groups))
+        self._answers: dict[tuple[str | None, int], CodedAnswers] = {}
+
+    def answers(self, order: str | None, num_data: int) -> CodedAnswers:
+        """The model's answers on groups in this order."""
+        if (order, num_data) not in self._answers:
+            places = self._places(order, num_data)
+            self._answers[order, num_data] = CodedAnswers(
+                self._run, self.x[places], self._batch_size, self._originals[places]
+            )
+        return self._answers[order, num_data]
+
+    def _places(self, order: str | None, num_data: int) -> Int[np.ndarray, "groups num_data"]:
+        """Which data points are in which group."""
+        places = np.arange(len(self.x))
+        if order is not None:
+            features = None
+            if order == "surrogate":
+                assert self._surrogate is not None
+                features = self._surrogate(self.x)
+            size = self._buffer_size
+            x = jnp.asarray(self.x)
+            places = order_points(x, num_data, features=features, buffer_size=size)
+        whole = len(self.x) // num_data * num_data
+        return np.asarray(places)[:whole].reshape(-1, num_data)
+
+
+class Codes:
+    """The codes that a plan compares, under one law of latency.
+
+    `fastest` is the p99 of the best that takes no code: only faster ones are looked at.
+    """
+
+    def __init__(
+        self,
+        latencies: Latencies,
+        asked: Mapping[str, Any],
+        halves: tuple[Half, Half],
+        fastest: float,
+    ):
+        self._latencies, self._asked, self._fastest = latencies, asked, fastest
+        self._calibration, self._held_out = halves
+
+    def screen(
+        self, sizes: Sequence[int], layouts: Sequence[str], orders: Sequence[str | None]
+    ) -> list[Screened]:
+        """All codes and rules that might be faster, with few straggler sets on the first half."""
+        found = []
+        for num_data in sizes:
+            for num_workers in numbers_of_workers(num_data, self._asked):
+                for points in layouts:
+                    code = NeRCC(num_data, num_workers, points=points, exact=True)
+                    rules = list(self._rules(code))
+                    for order in orders:
+                        found += [
+                            self._look(code, rule, points, order, times) for rule, times in rules
+                        ]
+        return found
+
+    def _rules(self, code: NeRCC) -> Iterator[tuple[Waiting, np.ndarray]]:
+        """Rules by which a code may be faster, and times to the last prediction under them.
+
+        To wait until the p99 of the time in which enough answer makes that p99 no later, and most
+        others are in by then. One rule is always there, so that every code is shown.
+        """
+        early = self._latencies.quantile(EARLY)
+        own, numbers = own_workers(code), waits(code.num_data, code.num_workers)
+        for number in numbers:
+            late = self._ends(Waiting(self._latencies.law, own, number, 0.0))
+            late = float(np.quantile(late, PROMISED))
+            for patience in sorted({early, late}):
+                rule = Waiting(self._latencies.law, own, number, patience)
+                times = self._ends(rule)
+                shown = number == numbers[-1] and patience == late
+                if shown or np.quantile(times, PROMISED) < self._fastest:
+                    yield rule, times
+
+    def _ends(self, rule: Waiting, draws: int = _SCREEN_DRAWS) -> Float[np.ndarray, " draws"]:
+        """When the last of all groups ends, if nothing is sent again."""
+        return np.max(self._draw(rule, draws)[1], axis=1)
+
+    def _draw(self, rule: Waiting, draws: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        num_data, num_workers = rule.own.shape
+        groups = self._asked["num_queries"] // num_data
+        shape = (number_of_draws(draws, groups * num_workers), groups)
+        return draw_groups(rule, self._latencies, _SEEDS["ends"], shape)
+
+    def _look(
+        self, code: NeRCC, rule: Waiting, points: str, order: str | None, times: np.ndarray
+    ) -> Screened:
+        row = make_candidate(
+            f"NeRCC {points}",
+            *(code.num_data, code.num_workers, int(rule.number), float(rule.patience)),
+            times=times,
+            points=points,
+            order=order,
+            exact=False,
+            held_out=False,
+        )
+        wrong = self._seen(Screened(code, rule, row), self._calibration, "screen").wrong
+        return Screened(code, rule, _with(row, **_disagreement(wrong)))
+
+    def _seen(self, entry: Screened, half: Half, what: str, doubt: Doubt | None = None) -> "_Seen":
+        sets = _SCREEN_SETS if what == "screen" else TOLD_SETS
+        return _Seen(*entry, half, self._latencies, sets, _SEEDS[what], doubt)
+
+    def measure(
+        self, screened: Sequence[Screened], key: PRNGKeyArray
+    ) -> tuple[list[Candidate], dict[Candidate, Doubt]]:
+        """The most promising on the held-out half, as they are and with re-execution."""
+        wanted, most = (self._asked[n] for n in ("max_disagreement", "max_extra_work"))
+        fast = [s for s in screened if s.row.p99 < self._fastest and wanted > 0]
+        plain = [s for s in fast if s.row.disagreement.mean <= wanted]
+        rows: list[Candidate] = []
+        doubts: dict[Candidate, Doubt] = {}
+        for entry in _in_turn([(s.row.p99, s.row.extra_work, s) for s in plain], rows, wanted):
+            seen = self._seen(entry, self._held_out, "told")
+            times = self._ends(entry.rule, _TOLD_DRAWS)
+            rows.append(_with(entry.row, times, **_disagreement(seen.wrong), held_out=True))
+        again = [(*self._guess(s), s) for s in fast]
+        again = [g for g in again if g[0] < self._fastest and g[1] <= most]
+        told: list[Candidate] = []
+        for entry in _in_turn(again, told, wanted):
+            doubt, found = self._with_doubt(entry, key)
+            told += found
+            doubts |= dict.fromkeys(found, doubt)
+        return rows + told, doubts
+
+    def _guess(self, entry: Screened) -> tuple[float, float]:
+        """The p99 and the extra work, if thrice the wrong ones are sent again."""
+        _, end, own = self._draw(entry.rule, _SCREEN_DRAWS)
+        unknown = own > end[..., None]
+        share = 3 * entry.row.disagreement.mean
+        random = np.random.default_rng(0)
+        again = unknown & (random.random(own.shape) < share / max(np.mean(unknown), 1e-9))
+        seconds = self._latencies.draw(_SEEDS["again"], own.shape)
+        times = last_prediction(end, own, again, seconds)
+        return float(np.quantile(times, PROMISED)), entry.row.extra_work + share
+
+    def _with_doubt(self, entry: Screened, key: PRNGKeyArray) -> tuple[Doubt, list[Candidate]]:
+        """With re-execution of what is doubtful, for the disagreement wanted and for half of it."""
+        code, row, wanted = entry.code, entry.row, self._asked["max_disagreement"]
+        known = self._calibration.answers(row.order, row.num_data).forecast(code)
+        doubt = doubt_of(known, {"rule": entry.rule}, key, _DOUBT_SETS)
+        seen = self._seen(entry, self._held_out, "told", doubt)
+        groups = self._asked["num_queries"] // code.num_data
+        found = []
+        # With a limit of 0 all is sent again that has no answer of its own: replication does that.
+        for limit in sorted({doubt.limit(wanted), doubt.limit(wanted / 2)} - {0.0}):
+            again = seen.doubt > limit
+            times = seen.times(again, self._latencies, groups)
+            found.append(
+                _with(
+                    row,
+                    times,
+                    **_disagreement(seen.wrong & ~again),
+                    limit=limit,
+                    resent=float(np.mean(again)),
+                    held_out=True,
+                )
+            )
+        return doubt, found
+
+
+class _Seen:
+    """What became of one half's data points, (groups, sets, K), under a code and a rule.
+
+    `end` is when their group ended, `own` when their own answer comes; `wrong` are labels that
+    differ, `doubt` is 0 for answers of one's own and where it is not calibrated.
+    """
+
+    def __init__(
+        self,
+        code: NeRCC,
+        rule: Waiting,
+        row: Candidate,
+        half: Half,
+        latencies: Latencies,
+        sets: int,
+        seed: int,
+        doubt: Doubt | None,
+    ):
+        coded = half.answers(row.order, row.num_data)
+        answers, labels = coded.of(code), np.argmax(coded.originals, axis=-1)
+        mask, self.end, self.own = draw_groups(rule, latencies, seed, (len(labels), sets))
+        known = self.own <= self.end[..., None]
+        self.wrong, self.doubt = np.zeros(known.shape, bool), np.zeros(known.shape)
+        rows = np.argwhere(~known.all(axis=-1))
+        for start in range(0, len(rows), _CHUNK):
+            part = rows[start : start + _CHUNK]
+            group, index = np.resize(part, (_CHUNK, 2)).T
+            given, heard, wanted = map(
+                jnp.asarray, (answers[group], mask[group, index], labels[group])
+            )
+            told = _decode(code, given, heard, wanted, doubt)
+            for kept, new in zip((self.wrong, self.doubt), told, strict=True):
+                kept[tuple(part.T)] = np.asarray(new)[: len(part)]
+        self.wrong &= ~known
+        self.doubt[known] = 0
+
+    def times(
+        self, again: np.ndarray, latencies: Latencies, groups: int
+    ) -> Float[np.ndarray, " draws"]:
+        """When the last of so many groups' predictions is there, a few draws for each."""
+        order = np.random.default_rng(0).permutation(self.end.size)
+        order = np.tile(order[: order.size // groups * groups].reshape(-1, groups), (4, 1))
+        end = self.end.reshape(-1)[order]
+        own, again = (part.reshape(-1, part.shape[-1])[order] for part in (self.own, again))
+        seconds = latencies.draw(_SEEDS["again"], own.shape)
+        return last_prediction(end, own, again, seconds)
+
+
+@eqx.filter_jit
+def _decode(
+    code: NeRCC,
+    answers: Float[Array, "groups num_workers outputs"],
+    mask: Bool[Array, "groups num_workers"],
+    labels: Int[Array, "groups num_data"],
+    doubt: Doubt | None,
+) -> tuple[Array, Array]:
+    """Which labels differ, or are lost, and how doubtful they are; 0 without a doubt to say so."""
+    if doubt is None:
+        decoded, trust = decode_groups(code, answers, mask), jnp.zeros(labels.shape)
+    else:
+        decoded, deviation = assess(code, None, answers, mask)
+        trust = doubt(decoded.predictions, deviation)
+    return (jnp.argmax(decoded.predictions, axis=-1) != labels) | ~decoded.recovered, trust
+
+
+def _disagreement(wrong: Bool[np.ndarray, "groups sets num_data"]) -> dict[str, Any]:
+    """The share of labels that differ; groups are independent of each other, their sets are not."""
+    share = Estimate.over(np.mean(wrong, axis=(1, 2)).tolist())
+    most = at_most(share, wrong.shape[0] * wrong.shape[2])
+    return {"disagreement": share, "most_disagreement": most}
+
+
+def _in_turn(
+    entries: Sequence[tuple[float, float, Screened]], told: list[Candidate], wanted: float
+) -> Iterator[Screened]:
+    """By p99 and, where that is alike, by extra work; until enough of what is told will do."""
+    order = sorted(entries, key=lambda e: (round(math.log(e[0]) / _STEP), e[1], e[0]))
+    for _, _, entry in order[:_MOST]:
+        if sum(row.most_disagreement <= wanted for row in told) >= _ENOUGH:
+            return
+        yield entry
+
+
+def _with(row: Candidate, times: np.ndarray | None = None, **changes: Any) -> Candidate:
+    """The same candidate with other numbers."""
+    if times is not None:
+        changes |= {
+            "p50": float(np.quantile(times, 0.5)),
+            "p99": float(np.quantile(times, PROMISED)),
+        }
+    extra = row.num_workers / row.num_data - 1 + changes.get("resent", row.resent)
+    return dataclasses.replace(row, extra_work=extra, **changes)

@@ -1,0 +1,125 @@
+"""When a group is decoded, and when its last prediction is there: the planner's model of time.
+
+All that is sent at one moment takes independent draws of one latency law, and finds a worker that
+is free; what the master does itself takes no time here.
+"""
+
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from ..codes import AbstractCode, encoder_rows
+from ._laws import AbstractLatency, AbstractStragglers
+
+# A row of a spline's encoder that stands for a data point as it came does so to rounding.
+_ROUNDING = 1e-5
+_POOL = 1 << 20  # draws of the latency
+
+
+class Latencies:
+    """Draws of a law, many at a time: from a million that were drawn of it once.
+
+    JAX would compile the law's sampling for every shape. Raises: ValueError for a law that draws
+    what is no time.
+    """
+
+    def __init__(self, law: AbstractLatency, key: PRNGKeyArray):
+        self.law = law
+        self._pool = np.asarray(law.sample(key, (_POOL,)))
+        if not np.all(np.isfinite(self._pool) & (self._pool >= 0)):
+            raise ValueError(f"latencies must be finite, in seconds, 0 or more; {law} draws others")
+
+    def draw(self, seed: int, shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:
+        """Independent latencies in seconds, the same for the same seed."""
+        return self._pool[np.random.default_rng(seed).integers(0, _POOL, shape)]
+
+    def quantile(self, share: float) -> float:
+        return float(np.quantile(self._pool, share))
+
+
+class Waiting(AbstractStragglers):
+    """The rule "decode when `number` workers have answered, but not before `patience` seconds".
+
+    A group ends sooner if all its workers have answered, or each data point has an answer of its
+    own: `own[k, n]` says that worker n runs on data point k as it came (`own_workers`).
+    """
+
+    latency: AbstractLatency
+    own: Bool[Array, "num_data num_workers"] = eqx.field(converter=jnp.asarray)
+    number: Int[Array, ""] = eqx.field(converter=jnp.asarray)
+    patience: Float[Array, ""] = eqx.field(converter=lambda value: jnp.asarray(value, float))
+
+    def available(self, key: PRNGKeyArray, num_workers: int) -> Bool[Array, " num_workers"]:
+        if num_workers != self.own.shape[1]:
+            raise ValueError(f"this rule is for {self.own.shape[1]} workers, not {num_workers}")
+        return self.wait(self.latency.sample(key, (num_workers,)))[0]
+
+    def wait(
+        self, latencies: Float[Array, " num_workers"]
+    ) -> tuple[Bool[Array, " num_workers"], Float[Array, ""], Float[Array, " num_data"]]:
+        """The mask of the answers that are in at the end, when that is, and when each data point's
+        own answer comes (infinite where no worker runs on it)."""
+        return _wait(jnp, latencies, self.own, self.number, self.patience)
+
+
+def _wait(xp: Any, latencies: Any, own: Any, number: Any, patience: Any) -> tuple[Any, Any, Any]:
+    """`Waiting.wait` in NumPy or JAX, for latencies with any axes in front.
+
+    NumPy sorts many short rows several times faster than XLA does on a CPU.
+    """
+    arrivals = xp.sort(latencies, axis=-1)
+    own = xp.min(xp.where(own, latencies[..., None, :], xp.inf), axis=-1)
+    enough = xp.maximum(arrivals[..., number - 1], patience)
+    end = xp.minimum(xp.minimum(enough, arrivals[..., -1]), xp.max(own, axis=-1))
+    return latencies <= end[..., None], end, own
+
+
+def own_workers(code: AbstractCode) -> Bool[np.ndarray, "num_data num_workers"]:
+    """Which workers run on a data point as it came, and on which."""
+    matrix = encoder_rows(code)
+    unit = np.eye(code.num_data)
+    return np.abs(matrix - unit[:, None]).max(axis=-1) < _ROUNDING
+
+
+def draw_groups(
+    rule: Waiting, latencies: Latencies, seed: int, shape: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`Waiting.wait` of so many independent groups, each result with the axes `shape` in front."""
+    drawn = latencies.draw(seed, (*shape, rule.own.shape[1]))
+    patience = np.asarray(rule.patience, drawn.dtype)
+    return _wait(np, drawn, np.asarray(rule.own), int(rule.number), patience)
+
+
+def last_prediction(
+    end: Float[np.ndarray, "*draws groups"],
+    own: Float[np.ndarray, "*draws groups num_data"],
+    again: Bool[np.ndarray, "*draws groups num_data"],
+    seconds: Float[np.ndarray, "*draws groups num_data"],
+) -> Float[np.ndarray, "*draws"]:
+    """When the last prediction of several groups is there, that begin together.
+
+    `again` are the data points that are sent again, as they came, when their group ends; that takes
+    `seconds`, unless their own answer comes before.
+    """
+    there = np.minimum(own, end[..., None] + seconds)
+    late = np.max(np.where(again, there, 0), axis=-1)
+    return np.max(np.maximum(end, late), axis=-1)
+
+
+def draw_hedged(
+    latencies: Latencies, seed: int, shape: tuple[int, ...], after: float, copies: int
+) -> tuple[Float[np.ndarray, "..."], Int[np.ndarray, "..."]]:
+    """When queries are answered, and how many copies of each were sent.
+
+    Another copy of what is not answered goes out every `after` seconds, up to `copies` in all.
+    """
+    draws = latencies.draw(seed, (copies, *shape))
+    there, sent = draws[0], np.ones(shape, int)
+    for number in range(1, copies):
+        late = there > number * after
+        sent = sent + late
+        there = np.where(late, np.minimum(there, number * after + draws[number]), there)
+    return there, sent

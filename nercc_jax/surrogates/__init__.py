@@ -1,0 +1,23 @@
+"""Cheap models beside the coded one, doubt, and the scheme that joins them."""
+
+from ._doubt import Doubt, assess, calibrate_doubt, doubt_of, margin
+from ._logistic import logistic_regression
+from ._scheme import Assessed, Scheme, doubtful, reexecute, scheme_inference
+from ._surrogate import Surrogate, decode_with_surrogate, fit_surrogate
+
+__all__ = [
+    "Assessed",
+    "Doubt",
+    "Scheme",
+    "Surrogate",
+    "assess",
+    "calibrate_doubt",
+    "decode_with_surrogate",
+    "doubt_of",
+    "doubtful",
+    "fit_surrogate",
+    "logistic_regression",
+    "margin",
+    "reexecute",
+    "scheme_inference",
+]
