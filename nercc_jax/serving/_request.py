@@ -3,13 +3,10 @@
 import concurrent.futures
 import dataclasses
 import time
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-
-if TYPE_CHECKING:
-    from ._group import Group
 
 
 class QueueFull(RuntimeError):
@@ -126,6 +123,6 @@ class Query:
     def __init__(self, request: Request, place: int, x: np.ndarray):
         self.request, self.place = request, place
         self.x: np.ndarray | None = x
-        self.home: Group | None = None
+        self.home: Any = None  # a `Group`, which knows queries
         self.done = self.reexecuted = False
         self.waiting = True

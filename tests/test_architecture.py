@@ -1,0 +1,113 @@
+"""The house, read from its sources: rooms, faces, and imports that run in one direction."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import nercc_jax
+
+HOUSE = Path(nercc_jax.__file__).parent
+# From the bottom up: a room imports from those before it only.
+ROOMS = (
+    "splines",
+    "codes",
+    "stragglers",
+    "inference",
+    "evaluation",
+    "tuning",
+    "surrogates",
+    "planning",
+    "pools",
+    "serving",
+    "cli",
+)
+FILES = sorted(HOUSE.rglob("*.py"))
+# Longer files, without faces for all that others need of them: they have a plan of their own.
+LEFT = {"serving", "pools"}
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(HOUSE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+NAMES = {name_of(path) for path in FILES}
+
+
+def imports(path: Path) -> Iterator[tuple[str, str]]:
+    """(module within the house, imported name) of every import in a file, late ones included."""
+    package = name_of(path) if path.name == "__init__.py" else name_of(path).rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            assert not any(a.name.split(".")[0] == "nercc_jax" for a in node.names), path
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        if node.level == 0:
+            assert (node.module or "").split(".")[0] != "nercc_jax", f"{path}: import relatively"
+            continue
+        above = package.split(".")[: len(package.split(".")) - node.level + 1] if package else []
+        module = ".".join([*above, *(node.module or "").split(".")]).strip(".")
+        for alias in node.names:
+            inner = f"{module}.{alias.name}".strip(".")
+            yield (inner, "") if inner in NAMES else (module, alias.name)
+
+
+def room_of(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def test_the_rooms_are_those_of_the_plan():
+    rooms = {path.name for path in HOUSE.iterdir() if path.is_dir() and path.name[0] != "_"}
+    assert rooms == set(ROOMS)
+    assert {path.name for path in HOUSE.glob("*.py")} == {"__init__.py"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_imports_run_in_one_direction(path):
+    here = room_of(name_of(path))
+    for module, name in imports(path):
+        there = room_of(module)
+        if here == "":  # the first names that people need, from their rooms
+            assert there in ROOMS
+            assert "." not in module, f"{module}.{name}: from the room's face"
+        elif there != here:
+            assert there in ROOMS[: ROOMS.index(here)], f"{path} imports {module}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_what_is_private_to_a_room_stays_in_it(path):
+    here = room_of(name_of(path))
+    for module, name in imports(path):
+        if room_of(module) not in {here, *LEFT}:
+            assert "._" not in module, f"{path} imports {module}, which is no face"
+            assert not name.startswith("_"), f"{path} imports {module}.{name}"
+
+
+def test_no_two_files_import_each_other():
+    """Nor do longer circles exist."""
+    arrows = {name_of(path): {module for module, _ in imports(path)} for path in FILES}
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, f"a circle: {' -> '.join([*path, module])}"
+        if module not in done:
+            for other in arrows[module] - {module}:
+                visit(other, (*path, module))
+            done.add(module)
+
+    for module in arrows:
+        visit(module, ())
+
+
+def test_few_names_at_the_top():
+    names = [name for module, name in imports(HOUSE / "__init__.py") if name]
+    assert 15 <= len(names) <= 25
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_no_file_is_long(path):
+    if room_of(name_of(path)) not in LEFT:
+        assert len(path.read_text().splitlines()) <= 450
