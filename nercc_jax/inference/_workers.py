@@ -1,7 +1,7 @@
 """What workers do: run the models of a code on coded data points."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ..codes import AbstractCode
-
-Model: TypeAlias = Callable[..., Array]
+from ._models import Model, call_model
 
 
 def run_workers(
@@ -64,7 +63,7 @@ def _models(model: Model | Sequence[Model], kinds: np.ndarray) -> tuple[Model, .
 
 def _answers(model: Model, coded: Array, args: tuple) -> Array:
     batch = coded.reshape(-1, *coded.shape[2:])
-    y = model(batch, *args)
+    y = call_model(model, batch, *args)
     if not isinstance(y, jax.Array) or y.ndim < 1 or y.shape[0] != batch.shape[0]:
         got = y.shape if isinstance(y, jax.Array) else type(y).__name__
         raise ValueError(
