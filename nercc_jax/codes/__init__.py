@@ -1,6 +1,7 @@
 """Codes: two matrices each, regression points, and files."""
 
 from ._berrut import Berrut, berrut_matrix
+from ._checks import check_counts, check_positive
 from ._code import (
     AbstractCode,
     Decoded,
@@ -15,7 +16,6 @@ from ._code import (
 from ._files import code_card, load_code, save_code
 from ._lagrange import Lagrange
 from ._nercc import NeRCC
-from ._numbers import check_counts, check_positive
 from ._parity import Parity
 from ._points import LAYOUTS, Layout, check_count, coincident, copies, mean_gap, regression_points
 from ._replication import Replication, Uncoded
