@@ -554,7 +554,7 @@ def test_uncoded_loses_what_straggles():
         (lambda: NeRCC(4, 8, exact=1), "exact must be True or False, not 1"),
         (lambda: NeRCC(0, 8), "num_data must be a positive integer"),
         (lambda: Lagrange(4, 8, degree=3), "degree 3 does not fit.* 8 workers"),
-        (lambda: Lagrange(4, 8, degree=0), "degree 0 does not fit"),
+        (lambda: Lagrange(4, 8, degree=0), "degree must be a positive integer, not 0"),
         (lambda: Replication(4, 3), "need at least 4 workers, not 3"),
         (lambda: Parity(4, 4), "4 workers for 4 data points leave 0 for parities"),
         (lambda: Parity(5, 7), "leave 2 for parities.* num_data a multiple of them"),

@@ -497,7 +497,7 @@ def test_errors_come_before_anything_is_sent(call, message, untyped):
 
 
 def test_errors_in_a_pools_numbers(untyped):
-    with pytest.raises(ValueError, match="1 worker or more, not 0"):
+    with pytest.raises(ValueError, match="num_workers must be a positive integer, not 0"):
         DevicePool(itself, 0)
     with pytest.raises(ValueError, match="must be positive"):
         DevicePool(itself, 1, hang_timeout=0.0)

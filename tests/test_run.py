@@ -111,7 +111,7 @@ def test_a_batch_decoded_at_the_deadline_is_short(enough):
 def test_no_attempt_is_refused(untyped):
     with (
         DevicePool(linear, 2) as pool,
-        pytest.raises(ValueError, match="1 attempt or more, not 0"),
+        pytest.raises(ValueError, match="attempts must be a positive integer, not 0"),
     ):
         run_batches(pool, Replication(1, 2), [], attempts=0)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-import nercc_jax as nj
+from nercc_jax import stragglers as nj
 
 DRAWS = 4000
 

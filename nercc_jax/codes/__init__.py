@@ -1,7 +1,7 @@
 """Codes: two matrices each, regression points, and files."""
 
 from ._berrut import Berrut, berrut_matrix
-from ._checks import check_counts, check_positive
+from ._checks import check_count, check_counts, check_not_negative, check_positive
 from ._code import (
     AbstractCode,
     Decoded,
@@ -17,7 +17,7 @@ from ._files import code_card, load_code, save_code
 from ._lagrange import Lagrange
 from ._nercc import NeRCC
 from ._parity import Parity
-from ._points import LAYOUTS, Layout, check_count, coincident, copies, mean_gap, regression_points
+from ._points import LAYOUTS, Layout, coincident, copies, mean_gap, regression_points
 from ._replication import Replication, Uncoded
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "berrut_matrix",
     "check_count",
     "check_counts",
+    "check_not_negative",
     "check_positive",
     "code_card",
     "coincident",

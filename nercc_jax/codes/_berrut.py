@@ -6,6 +6,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 
 from ..splines import gather_knots
 from ._barycentric import barycentric_matrix
+from ._checks import check_counts
 from ._code import AbstractCode, as_mask
 from ._points import Points, regression_points
 
@@ -28,8 +29,9 @@ class Berrut(AbstractCode):
 
     def __init__(self, num_data: int, num_workers: int, *, points: Points = "chebyshev"):
         """Points by layout name or as (alpha, beta), and errors: see `regression_points`."""
-        self.num_data, self.num_workers = num_data, num_workers
-        self.alpha, self.beta = regression_points(num_data, num_workers, points)
+        counts = check_counts(num_data=num_data, num_workers=num_workers)
+        self.num_data, self.num_workers = counts
+        self.alpha, self.beta = regression_points(*counts, points)
 
     def encoder_matrix(self) -> Float[Array, "num_workers num_data"]:
         return berrut_matrix(self.alpha, self.beta, jnp.ones(self.num_data, bool))

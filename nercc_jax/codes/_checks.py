@@ -1,6 +1,29 @@
 """What arguments that are numbers may be."""
 
+import operator
+from typing import Any
+
 import numpy as np
+
+
+def check_count(name: str, value: Any, least: int = 1) -> int:
+    """The value as Python's integer, from NumPy's or JAX's as well.
+
+    Raises: ValueError for what is no integer (a bool is none), or less than `least`.
+    """
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = None
+    if count is None or isinstance(value, bool) or count < least:
+        wanted = "a positive integer" if least == 1 else f"an integer from {least} on"
+        raise ValueError(f"{name} must be {wanted}, not {value!r}")
+    return count
+
+
+def check_counts(**counts: Any) -> tuple[int, ...]:
+    """`check_count` of several, by name: all of them, in this order."""
+    return tuple(check_count(name, value) for name, value in counts.items())
 
 
 def check_positive(**numbers: float) -> None:
@@ -10,8 +33,8 @@ def check_positive(**numbers: float) -> None:
             raise ValueError(f"{name} must be positive and finite, not {value}")
 
 
-def check_counts(**counts: int) -> None:
-    """Raises: ValueError for what is no positive integer."""
-    for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, not {value!r}")
+def check_not_negative(**numbers: float) -> None:
+    """Raises: ValueError for what is negative or not finite."""
+    for name, value in numbers.items():
+        if not 0 <= value < np.inf:
+            raise ValueError(f"{name} must be 0 or positive, and finite, not {value}")

@@ -6,6 +6,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 
 from ..splines import Knots, gather_knots
 from ._barycentric import barycentric_matrix
+from ._checks import check_count, check_counts
 from ._code import AbstractCode, as_mask
 from ._points import Points, regression_points
 
@@ -35,12 +36,14 @@ class Lagrange(AbstractCode):
 
         Raises: ValueError as `regression_points` does, and for a degree whose threshold exceeds N.
         """
-        self.num_data, self.num_workers, self.degree = num_data, num_workers, degree
-        self.alpha, self.beta = regression_points(num_data, num_workers, points)
-        if not isinstance(degree, int) or degree < 1 or self.threshold > num_workers:
+        counts = check_counts(num_data=num_data, num_workers=num_workers)
+        self.num_data, self.num_workers = counts
+        self.degree = check_count("degree", degree)
+        self.alpha, self.beta = regression_points(*counts, points)
+        if self.threshold > self.num_workers:
             raise ValueError(
-                f"degree {degree!r} does not fit: a positive integer with (num_data - 1) * degree "
-                f"+ 1 answers needed of {num_workers} workers does, for {num_data} data points"
+                f"degree {degree} does not fit: (num_data - 1) * degree + 1 answers are needed, "
+                f"{self.threshold} for {num_data} data points, of {num_workers} workers"
             )
 
     @property

@@ -7,6 +7,7 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from ..splines import posterior_variance, process_variance, smoothing_matrix, smoothing_spline
+from ._checks import check_counts
 from ._code import AbstractCode, as_mask
 from ._points import Points, coincident, mean_gap, regression_points
 
@@ -73,8 +74,10 @@ class NeRCC(AbstractCode):
         """
         if not isinstance(exact, bool):
             raise ValueError(f"exact must be True or False, not {exact!r}")
-        self.num_data, self.num_workers, self.exact = num_data, num_workers, exact
-        self.alpha, self.beta = regression_points(num_data, num_workers, points)
+        counts = check_counts(num_data=num_data, num_workers=num_workers)
+        self.num_data, self.num_workers = counts
+        self.exact = exact
+        self.alpha, self.beta = regression_points(*counts, points)
         dtype = self.alpha.dtype
         exponent, ends = (4.0, 3000.0) if lambda_dec is None else (0.0, 0.0)
         if lambda_dec is None:

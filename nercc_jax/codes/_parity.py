@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
+from ._checks import check_counts
 from ._code import AbstractCode, as_mask
-from ._points import check_counts
 
 
 class Parity(AbstractCode):
@@ -30,7 +30,7 @@ class Parity(AbstractCode):
     def __init__(self, num_data: int, num_workers: int):
         """Raises: ValueError unless there are parity workers, and K is a multiple of their
         number."""
-        check_counts(num_data, num_workers)
+        num_data, num_workers = check_counts(num_data=num_data, num_workers=num_workers)
         parities = num_workers - num_data
         if parities < 1 or num_data % parities:
             raise ValueError(

@@ -12,6 +12,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
+from ._checks import check_counts
+
 Layout: TypeAlias = Literal["chebyshev", "approxifer", "uniform", "interleaved", "repeated"]
 Points: TypeAlias = str | tuple[ArrayLike | Sequence[float], ArrayLike | Sequence[float]]
 LAYOUTS: tuple[str, ...] = get_args(Layout)
@@ -41,7 +43,7 @@ def regression_points(
     Raises: ValueError for an unknown name, a share out of range, counts that a layout cannot serve,
     or given points that are of the wrong shape, out of range, not finite, or alphas that coincide.
     """
-    check_counts(num_data, num_workers)
+    num_data, num_workers = check_counts(num_data=num_data, num_workers=num_workers)
     if isinstance(points, str):
         alpha, beta = _layout(num_data, num_workers, points)
         return jnp.asarray(alpha, float), jnp.asarray(beta, float)
@@ -60,18 +62,6 @@ def regression_points(
     return alpha, beta
 
 
-def check_counts(num_data: int, num_workers: int) -> None:
-    """Raises: ValueError for numbers of data points and workers that no code can have."""
-    check_count("num_data", num_data)
-    check_count("num_workers", num_workers)
-
-
-def check_count(name: str, count: int) -> None:
-    """Raises: ValueError for what is no positive integer."""
-    if not isinstance(count, int | np.integer) or isinstance(count, bool) or count < 1:
-        raise ValueError(f"{name} must be a positive integer, not {count!r}")
-
-
 def copies(num_data: int, num_workers: int) -> Int[np.ndarray, " num_workers"]:
     """Which data point each worker holds a copy of: all once, then all again, ...
 
@@ -79,7 +69,7 @@ def copies(num_data: int, num_workers: int) -> Int[np.ndarray, " num_workers"]:
 
     Raises: ValueError for fewer workers than data points.
     """
-    check_counts(num_data, num_workers)
+    num_data, num_workers = check_counts(num_data=num_data, num_workers=num_workers)
     if num_workers < num_data:
         raise ValueError(
             f"{num_data} data points, each with a worker of its own, need at least {num_data} "

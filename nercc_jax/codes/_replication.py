@@ -5,8 +5,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
+from ._checks import check_count, check_counts
 from ._code import AbstractCode, as_mask
-from ._points import check_counts, copies
+from ._points import copies
 
 
 class Replication(AbstractCode):
@@ -22,8 +23,9 @@ class Replication(AbstractCode):
 
     def __init__(self, num_data: int, num_workers: int):
         """Raises: ValueError for fewer workers than data points."""
-        copies(num_data, num_workers)
-        self.num_data, self.num_workers = num_data, num_workers
+        counts = check_counts(num_data=num_data, num_workers=num_workers)
+        copies(*counts)  # says whether there are enough
+        self.num_data, self.num_workers = counts
 
     def encoder_matrix(self) -> Float[Array, "num_workers num_data"]:
         holds = copies(self.num_data, self.num_workers)
@@ -49,11 +51,11 @@ class Uncoded(AbstractCode):
 
     def __init__(self, num_data: int, num_workers: int | None = None):
         """Raises: ValueError for a number of workers other than that of data points."""
+        num_data = check_count("num_data", num_data)
         if num_workers not in (None, num_data):
             raise ValueError(
                 f"without a code, {num_data} data points take {num_data} workers, not {num_workers}"
             )
-        check_counts(num_data, num_data)
         self.num_data = self.num_workers = num_data
 
     def encoder_matrix(self) -> Float[Array, "num_workers num_data"]:

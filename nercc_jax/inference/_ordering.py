@@ -126,7 +126,7 @@ def random_projection(x: ArrayLike, size: int = 128) -> Float[Array, "points fea
     `size` numbers a data point is its own projection. Source: the count sketch (Charikar, Chen and
     Farach-Colton 2002), with regular buckets.
     """
-    check_count("size", size)
+    size = check_count("size", size)
     x = jnp.asarray(x)
     flat = x.reshape(len(x), -1).astype(jnp.promote_types(x.dtype, jnp.float32))
     number = flat.shape[1]
@@ -274,8 +274,8 @@ def _in_place(result: Any, back: Int[Array, " points"], grouped: bool) -> Any:
 
 def _whole_groups(num_data: int, buffer_size: int) -> int:
     """How many data points a buffer holds."""
-    check_count("num_data", num_data)
-    check_count("buffer_size", buffer_size)
+    num_data = check_count("num_data", num_data)
+    buffer_size = check_count("buffer_size", buffer_size)
     if buffer_size < num_data:
         raise ValueError(
             f"a buffer of {buffer_size} data points holds no group: buffer_size must be "

@@ -28,6 +28,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from ..codes import check_counts
 from ._batch import Batch, Failure, Task
 from ._overdue import Overdue
 
@@ -145,12 +146,11 @@ class Desk:
         hang_timeout: float,
         start_timeout: float,
     ):
-        if num_workers < 1:
-            raise ValueError(f"a pool has 1 worker or more, not {num_workers}")
-        if max_attempts < 1 or not hang_timeout > 0 or not start_timeout > 0:
+        num_workers, max_attempts = check_counts(num_workers=num_workers, max_attempts=max_attempts)
+        if not hang_timeout > 0 or not start_timeout > 0:
             raise ValueError(
-                f"max_attempts {max_attempts}, hang_timeout {hang_timeout} s and start_timeout "
-                f"{start_timeout} s must be positive"
+                f"hang_timeout {hang_timeout} s and start_timeout {start_timeout} s must be "
+                "positive"
             )
         self.num_workers, self.num_models = num_workers, num_models
         self._crew = crew

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from ..codes import AbstractCode
+from ..codes import AbstractCode, check_count
 from ._batch import Enough
 from ._inference import PoolResult, pool_inference
 from ._pool import AbstractPool
@@ -47,8 +47,7 @@ def run_batches(
     Raises: ValueError for fewer than one attempt, at once; for a batch or a number that does not
     fit, when its turn comes.
     """
-    if attempts < 1:
-        raise ValueError(f"a batch needs 1 attempt or more, not {attempts}")
+    attempts = check_count("attempts", attempts)
     infer = pool_inference(pool, code, with_status=True, grouped=True)
 
     def is_enough(available: np.ndarray) -> bool:

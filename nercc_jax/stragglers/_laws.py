@@ -7,13 +7,26 @@ Latencies are in seconds, whatever the unit of the numbers given.
 import abc
 import itertools
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray
+
+from ..codes import check_count, check_positive
+
+
+def _number(value: Any) -> int:
+    """A number of workers."""
+    return check_count("a number of workers", value, least=0)
+
+
+def _seconds(values: ArrayLike | Sequence[float]) -> Array:
+    return jnp.asarray(values, float)
 
 
 class AbstractStragglers(eqx.Module):
@@ -33,10 +46,7 @@ class AbstractStragglers(eqx.Module):
 class ExactStragglers(AbstractStragglers):
     """Exactly `number` workers at random, every set alike likely."""
 
-    number: int = eqx.field(static=True)
-
-    def __check_init__(self):
-        _check_number(self.number)
+    number: int = eqx.field(converter=_number, static=True)
 
     def available(self, key: PRNGKeyArray, num_workers: int) -> Bool[Array, " num_workers"]:
         _check_fits(self.number, num_workers)
@@ -60,7 +70,7 @@ class ExactStragglers(AbstractStragglers):
 class IndependentStragglers(AbstractStragglers):
     """Each worker with the same `probability`, independent of the others."""
 
-    probability: float = eqx.field(static=True)
+    probability: float = eqx.field(converter=float, static=True)
 
     def __check_init__(self):
         if not 0 <= self.probability <= 1:
@@ -77,10 +87,7 @@ class ContiguousStragglers(AbstractStragglers):
     an interpolating code.
     """
 
-    number: int = eqx.field(static=True)
-
-    def __check_init__(self):
-        _check_number(self.number)
+    number: int = eqx.field(converter=_number, static=True)
 
     def available(self, key: PRNGKeyArray, num_workers: int) -> Bool[Array, " num_workers"]:
         _check_fits(self.number, num_workers)
@@ -113,7 +120,7 @@ class ExponentialLatency(AbstractLatency):
     shift: float = 0.0
 
     def __check_init__(self):
-        _check_positive("scale", self.scale)
+        check_positive(scale=self.scale)
         if not self.shift >= 0:
             raise ValueError(f"shift must be 0 or positive, in seconds, not {self.shift}")
 
@@ -128,8 +135,7 @@ class LogNormalLatency(AbstractLatency):
     sigma: float
 
     def __check_init__(self):
-        _check_positive("median", self.median)
-        _check_positive("sigma", self.sigma)
+        check_positive(median=self.median, sigma=self.sigma)
 
     def sample(self, key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
         return self.median * jnp.exp(self.sigma * jax.random.normal(key, shape))
@@ -142,8 +148,7 @@ class ParetoLatency(AbstractLatency):
     shape: float
 
     def __check_init__(self):
-        _check_positive("minimum", self.minimum)
-        _check_positive("shape", self.shape)
+        check_positive(minimum=self.minimum, shape=self.shape)
 
     def sample(self, key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
         return self.minimum * jax.random.pareto(key, self.shape, shape)
@@ -152,7 +157,7 @@ class ParetoLatency(AbstractLatency):
 class TraceLatency(AbstractLatency):
     """Latencies drawn, with replacement, from measured ones in seconds."""
 
-    latencies: Float[Array, " samples"]
+    latencies: Float[Array, " samples"] = eqx.field(converter=_seconds)
 
     def __check_init__(self):
         values = np.asarray(self.latencies)
@@ -172,7 +177,7 @@ class TraceLatency(AbstractLatency):
             values = np.loadtxt(path, ndmin=1)
         except ValueError as error:
             raise ValueError(f"{path}: a latency trace has one number a line; {error}") from None
-        return cls(jnp.asarray(values))
+        return cls(values)
 
     def sample(self, key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
         return jax.random.choice(key, self.latencies, shape)
@@ -182,10 +187,7 @@ class WaitFor(AbstractStragglers):
     """The rule "decode when `number` workers have answered"."""
 
     latency: AbstractLatency
-    number: int = eqx.field(static=True)
-
-    def __check_init__(self):
-        _check_number(self.number)
+    number: int = eqx.field(converter=_number, static=True)
 
     def available(self, key: PRNGKeyArray, num_workers: int) -> Bool[Array, " num_workers"]:
         return self.wait(self.latency.sample(key, (num_workers,)))[0]
@@ -207,7 +209,8 @@ class WaitUntil(AbstractStragglers):
     deadline: float
 
     def __check_init__(self):
-        _check_positive("deadline", self.deadline)
+        if not self.deadline > 0:  # infinite: until all have answered
+            raise ValueError(f"deadline must be positive, not {self.deadline}")
 
     def available(self, key: PRNGKeyArray, num_workers: int) -> Bool[Array, " num_workers"]:
         return self.wait(self.latency.sample(key, (num_workers,)))[0]
@@ -229,16 +232,6 @@ def straggler_sets(
     return jax.vmap(lambda k: law.available(k, num_workers))(jax.random.split(key, at_most))
 
 
-def _check_number(number: int) -> None:
-    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
-        raise ValueError(f"a number of workers must be an integer from 0 on, not {number!r}")
-
-
 def _check_fits(number: int, num_workers: int) -> None:
     if number > num_workers:
         raise ValueError(f"{number} of {num_workers} workers: there are not that many")
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name} must be positive, not {value}")

@@ -1,0 +1,86 @@
+"""Numbers as they come: NumPy's are integers like Python's, and nothing else is."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nercc_jax import Berrut, ExactStragglers, Lagrange, NeRCC, Parity, Replication, Uncoded
+from nercc_jax.codes import check_count, check_counts, regression_points
+from nercc_jax.stragglers import (
+    ContiguousStragglers,
+    ExponentialLatency,
+    IndependentStragglers,
+    TraceLatency,
+    WaitFor,
+    straggler_sets,
+)
+
+
+@pytest.mark.parametrize("kind", [int, np.int32, np.int64, np.uint8, jnp.int32, np.array])
+def test_integers_of_all_kinds_become_pythons(kind):
+    counts = check_counts(first=kind(4), second=kind(7))
+    assert counts == (4, 7)
+    assert all(type(count) is int for count in counts)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.0, np.float32(2), True, np.True_, "3", None, [3]])
+def test_what_is_no_count_is_refused(value):
+    with pytest.raises(ValueError, match="size must be a positive integer, not"):
+        check_count("size", value)
+
+
+def test_a_count_from_zero_on():
+    assert check_count("size", np.int64(0), least=0) == 0
+    with pytest.raises(ValueError, match="size must be an integer from 0 on, not -1"):
+        check_count("size", -1, least=0)
+
+
+def static_numbers(module):
+    """All integers among a module's fields."""
+    numbers = [value for value in vars(module).values() if isinstance(value, int | np.integer)]
+    return [number for number in numbers if not isinstance(number, bool)]
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda k, n: NeRCC(k, n),
+        lambda k, n: NeRCC(k, n, points="mixed:0.5"),
+        lambda k, n: Berrut(k, n),
+        lambda k, n: Lagrange(k, n, degree=type(k)(2)),
+        lambda k, n: Replication(k, n),
+        lambda k, n: Parity(k, type(k)(6)),
+        lambda k, n: Uncoded(k),
+        lambda k, n: ExactStragglers(k),
+        lambda k, n: ContiguousStragglers(k),
+        lambda k, n: WaitFor(ExponentialLatency(1.0), k),
+    ],
+)
+def test_modules_take_numpys_integers_without_a_warning(build, untyped):
+    """Warnings are errors here: Equinox warns of arrays in static fields."""
+    plain, given = build(4, 9), build(np.int64(4), np.int64(9))
+    assert all(type(number) is int for number in static_numbers(given))
+    assert eqx.tree_equal(plain, given)
+    assert jax.tree.structure(plain) == jax.tree.structure(given), "one compilation serves both"
+
+
+def test_points_and_sets_of_numpys_integers(key, untyped):
+    alpha, beta = regression_points(np.int64(3), np.int32(5))
+    assert alpha.shape == (3,)
+    assert beta.shape == (5,)
+    sets = straggler_sets(ExactStragglers(np.int64(2)), key, np.int64(5), np.int64(64))
+    assert sets.shape == (10, 5)
+    assert type(IndependentStragglers(np.float64(0.25)).probability) is float
+
+
+def test_a_trace_from_a_list(key):
+    law = TraceLatency([0.1, 0.2])
+    drawn = np.asarray(law.sample(key, (2000,)))
+    np.testing.assert_allclose(np.unique(drawn), [0.1, 0.2], rtol=1e-6)
+    assert abs(np.mean(drawn) - 0.15) < 5 * 0.05 / np.sqrt(2000)
+    mask = jax.jit(lambda key: WaitFor(law, 3).available(key, 4))(key)
+    assert int(mask.sum()) == 3
+    with pytest.raises(ValueError, match="finite, non-negative"):
+        TraceLatency([0.1, -0.2])
