@@ -1,13 +1,16 @@
 """What models are refused: one data point at a time, training mode."""
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from nercc_jax import NeRCC, coded_inference
-from nercc_jax.inference import call_model
+from nercc_jax.inference import call_model, check_model
 
 K, N = 3, 5
 ONE = "takes one data point, not a batch of them: give jax.vmap"
@@ -56,3 +59,106 @@ def test_other_errors_of_a_model_are_its_own():
         call_model(broken, jnp.ones((3, 2)))
     with pytest.raises(RuntimeError, match="no memory left"):
         call_model(broken_on_values, jnp.ones((3, 2)))
+
+
+# Training mode.
+
+
+class Network(nnx.Module):
+    """Every kind of layer that has two modes."""
+
+    def __init__(self, rate=0.5, attention_rate=0.0):
+        rngs = nnx.Rngs(0)
+        self.layers = nnx.List([nnx.Linear(2, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs)])
+        self.drop = nnx.Dropout(rate, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(
+            2, 4, 4, dropout_rate=attention_rate, decode=False, rngs=rngs
+        )
+
+    def __call__(self, x):
+        return self.drop(self.layers[1](self.layers[0](x)))
+
+    def logits(self, x):
+        return self(x)
+
+
+def in_mode(model, **attributes):
+    """The model in evaluation mode, but for these attributes of all layers."""
+    model.eval()
+    model.set_attributes(**attributes)
+    return model
+
+
+DROPOUT = {"deterministic": False}
+BATCH_NORM = {"use_running_average": False}
+
+
+@pytest.mark.parametrize(
+    ("build", "layer"),
+    [
+        (lambda: in_mode(Network(), **DROPOUT), "Dropout at drop"),
+        (lambda: in_mode(Network(), **BATCH_NORM), r"BatchNorm at layers.*1"),
+        (lambda: in_mode(Network(0.0, 0.1), **DROPOUT), "MultiHeadAttention at attention"),
+    ],
+)
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda model: model,
+        lambda model: functools.partial(model.__call__),
+        lambda model: jax.tree_util.Partial(model),
+        lambda model: functools.partial(lambda model, x: model(x), model),
+        lambda model: model.__call__,
+        lambda model: jax.jit(jax.vmap(model)),
+        lambda model: nnx.jit(model),
+    ],
+)
+def test_flax_layers_in_training_mode_are_found(build, layer, wrap):
+    with pytest.raises(ValueError, match=f"in training mode: its {layer}.*model.eval"):
+        check_model(wrap(build()))
+
+
+def test_the_model_may_be_the_layer_itself():
+    with pytest.raises(ValueError, match=r"its BatchNorm answers.*model.eval"):
+        check_model(nnx.BatchNorm(2, rngs=nnx.Rngs(0)))
+
+
+def test_any_of_several_models_may_be_in_training_mode():
+    with pytest.raises(ValueError, match=r"its Dropout at \[1\].drop answers"):
+        check_model([jnp.tanh, in_mode(Network(), **DROPOUT)])
+
+
+def test_flax_layers_in_evaluation_mode_pass():
+    model = Network()
+    model.eval()
+    for each in (model, model.logits, jax.jit(model), functools.partial(model)):
+        check_model(each)
+    check_model(in_mode(Network(rate=0.0), **DROPOUT))  # nothing is dropped
+
+
+def equinox_network(layer, key):
+    return eqx.nn.Sequential([eqx.nn.Linear(2, 4, key=key), eqx.nn.Lambda(jnp.tanh), layer])
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        eqx.nn.Dropout(0.5),
+        eqx.nn.BatchNorm(4, "batch", mode="batch"),
+        eqx.nn.MultiheadAttention(1, 4, dropout_p=0.1, key=jax.random.key(0)),
+    ],
+)
+@pytest.mark.parametrize("wrap", [lambda m: m, jax.vmap, eqx.filter_vmap, eqx.filter_jit])
+def test_equinox_layers_in_training_mode_are_found(layer, wrap, key):
+    model = equinox_network(layer, key)
+    message = r"in training mode: its \w+ at .*layers\[2\].*eqx.nn.inference_mode"
+    with pytest.raises(ValueError, match=message):
+        check_model(wrap(model))
+    check_model(wrap(eqx.nn.inference_mode(model)))
+
+
+def test_other_callables_pass(mlp):
+    for model in (jnp.sin, np.tanh, len, mlp, jax.jit(jnp.sum), functools.partial(jnp.sum, axis=1)):
+        check_model(model)
+    check_model(equinox_network(eqx.nn.Dropout(0.0), jax.random.key(0)))
+    check_model(lambda x: x)

@@ -1,7 +1,7 @@
 """Encode, model, decode: on one device, on a mesh, partly, in order, among liars."""
 
 from ._coded import coded_inference, coded_predictions, in_groups, is_grouped
-from ._models import Model, call_model
+from ._models import Model, call_model, check_model
 from ._ordering import Features, order_points, ordered, random_projection, short_path
 from ._partial import partial_inference
 from ._robust import RobustDecoded, RobustMethod, find_adversaries, robust_decode
@@ -14,6 +14,7 @@ __all__ = [
     "RobustDecoded",
     "RobustMethod",
     "call_model",
+    "check_model",
     "coded_inference",
     "coded_predictions",
     "find_adversaries",

@@ -1,6 +1,8 @@
 """What a model must be: a callable on a batch."""
 
-from collections.abc import Callable
+import functools
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import equinox as eqx
@@ -8,6 +10,70 @@ import jax
 from jaxtyping import Array, PyTree
 
 Model: TypeAlias = Callable[..., Array]
+
+# Where functions keep the function, or the object, that they call.
+_INNER = ("func", "__self__", "__wrapped__")
+
+
+def check_model(model: Model | Sequence[Model]) -> None:
+    """Refuses a model, or several, that holds an Equinox or Flax NNX layer in training mode.
+
+    Dropout would draw at random, and batch norm would mix the data points of a batch. Layers are
+    looked for in modules, what those hold, and the functions around them (partial ones, bound
+    methods, what JAX's transformations make); not in closures.
+
+    Raises: ValueError that names the layer, and says how to put the model into evaluation mode.
+    """
+    for name, layer in _layers(model, "", {}):
+        if remedy := _remedy(layer):
+            raise ValueError(
+                f"the model is in training mode: its {type(layer).__name__}"
+                f"{f' at {name}' if name else ''} answers for a data point otherwise than it will "
+                f"when serving. Give the model in evaluation mode: {remedy}"
+            )
+
+
+def _layers(node: Any, name: str, seen: dict[int, Any]) -> Iterator[tuple[str, Any]]:
+    """All modules that a model holds, with their names in it; `seen` are nodes by their id."""
+    if id(node) in seen:
+        return
+    seen[id(node)] = node  # alive, so that no other gets its id
+    children: dict[str, Any] = {}
+    if _is_module(node):
+        yield name, node
+        children = {f".{field}": value for field, value in vars(node).items()}
+    elif isinstance(node, dict):
+        children = {f"[{key!r}]": value for key, value in node.items()}
+    elif isinstance(node, list | tuple):
+        children = {f"[{place}]": value for place, value in enumerate(node)}
+    for field, value in children.items():
+        yield from _layers(value, f"{name}{field}".lstrip("."), seen)
+    if callable(node) and not isinstance(node, type):
+        inner = [getattr(node, field, None) for field in _INNER]
+        if isinstance(node, functools.partial):
+            inner += [*node.args, *node.keywords.values()]
+        for value in inner:
+            yield from _layers(value, name, seen)
+
+
+def _is_module(node: Any) -> bool:
+    # Whoever has a module of Flax has imported it, which takes most of a second.
+    nnx = sys.modules.get("flax.nnx")
+    return isinstance(node, eqx.Module) or (nnx is not None and isinstance(node, nnx.Module))
+
+
+def _remedy(layer: Any) -> str | None:
+    """How a layer that is in training mode leaves it."""
+    if getattr(layer, "inference", None) is False and _drops(getattr(layer, "p", 1.0)):
+        return "eqx.nn.inference_mode(model)"
+    rates = [getattr(layer, name, 0.0) for name in ("rate", "dropout_rate")]
+    drops = getattr(layer, "deterministic", None) is False and any(map(_drops, rates))
+    averages = getattr(layer, "use_running_average", None) is False
+    return "model.eval()" if drops or averages else None
+
+
+def _drops(rate: Any) -> bool:
+    return not isinstance(rate, int | float) or rate > 0
 
 
 def call_model(model: Model, batch: PyTree, *args: Any) -> Any:
