@@ -2,6 +2,8 @@
 
 import importlib
 import os
+import pathlib
+import shutil
 import sys
 import warnings
 
@@ -12,6 +14,23 @@ import pytest
 
 # Must be set before the backend starts.
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+def pytest_configure(config):
+    """Compiled programs are kept on disk, between workers and runs: compiling is most of the time.
+
+    All of them, however quickly compiled: thousands of small ones come again in every file.
+    """
+    folder = config.cache.mkdir("programs")
+    if not hasattr(config, "workerinput") and _bytes_in(folder) > 1 << 30:
+        shutil.rmtree(folder)  # of older sources, mostly
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _bytes_in(folder) -> int:
+    return sum(entry.stat().st_size for entry in os.scandir(folder))
 
 
 @pytest.fixture
@@ -28,35 +47,26 @@ def dtype(request):
 
 @pytest.fixture(autouse=True)
 def forget_programs(request):
-    """Drops compiled programs now and then.
+    """Drops compiled programs before the kernel's limit on a process's memory maps is reached.
 
-    XLA maps memory for each, and the kernel allows a process 65,530 maps: the suite as one process
-    would die of it (`Aborted` in the compiler).
+    XLA maps memory for each program, and the kernel allows a process 65,530 maps: the suite as one
+    process would die of it (`Aborted` in the compiler). Counting takes 10 ms, so it is done now and
+    then; no test makes thousands of maps.
     """
     yield
     done = request.session.stash.get(_DONE, 0) + 1
     request.session.stash[_DONE] = done
-    if done % 50 == 0:
+    if done % 10 == 0 and _near_the_limit_of_maps():
         jax.clear_caches()
 
 
 _DONE = pytest.StashKey[int]()
+_MAPS, _LIMIT = pathlib.Path("/proc/self/maps"), pathlib.Path("/proc/sys/vm/max_map_count")
+_MAPS_ALLOWED = int(_LIMIT.read_text()) if _LIMIT.exists() else None
 
 
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    """For modules most of whose tests compile the same: programs are kept on disk, and found."""
-    wanted = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in wanted}
-    for name, value in wanted.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+def _near_the_limit_of_maps() -> bool:
+    return _MAPS_ALLOWED is not None and _MAPS.read_bytes().count(b"\n") > 0.6 * _MAPS_ALLOWED
 
 
 @pytest.fixture

@@ -619,7 +619,7 @@ def groups_of(number, seed):
     return np.random.default_rng(seed).normal(size=(number, 4, 6)).astype(np.float32)
 
 
-def test_doubtful_data_points_are_run_again(make, programs):
+def test_doubtful_data_points_are_run_again(make):
     x = groups_of(3, 3)
     with make(network, 3, example=x[:, 0]) as pool:
         result = doubtful_pool_inference(pool, 0.1)(x, 5, LONG)
@@ -639,7 +639,7 @@ def test_doubtful_data_points_are_run_again(make, programs):
     assert timing.total >= timing.wait + timing.reexecute
 
 
-def test_no_more_than_the_budget_is_run_again_the_most_doubtful_first(programs):
+def test_no_more_than_the_budget_is_run_again_the_most_doubtful_first():
     x = groups_of(1, 4)[0]
     with DevicePool(network, 4, example=x[:1]) as pool:
         result = doubtful_pool_inference(pool, 0.0, max_reexecution=0.5)(x, 7, LONG)
@@ -649,7 +649,7 @@ def test_no_more_than_the_budget_is_run_again_the_most_doubtful_first(programs):
         assert doubts[result.reexecuted].min() >= doubts[~result.reexecuted].max() - 1e-3
 
 
-def test_a_deadline_before_the_answer_leaves_what_was_decoded(programs):
+def test_a_deadline_before_the_answer_leaves_what_was_decoded():
     """Whatever is sent a second time hangs: the decoded ones are given, and say how doubtful."""
     x, opened, reached = groups_of(1, 5)[0], threading.Event(), threading.Event()
 
@@ -671,7 +671,7 @@ def test_a_deadline_before_the_answer_leaves_what_was_decoded(programs):
         np.testing.assert_allclose(result.doubt, doubts, atol=0.01)
 
 
-def test_stragglers_and_deaths_leave_no_data_point_without_an_answer(programs):
+def test_stragglers_and_deaths_leave_no_data_point_without_an_answer():
     faults = Faults(
         [
             Fault("delay", 0.2, latency=TraceLatency(jax.numpy.array([0.2]))),
@@ -694,7 +694,7 @@ def test_stragglers_and_deaths_leave_no_data_point_without_an_answer(programs):
     assert again > 5
 
 
-def test_of_two_answers_everything_is_doubted(programs):
+def test_of_two_answers_everything_is_doubted():
     """They lie on a straight line, which tells nothing of how far the path bends."""
     x = groups_of(1, 7)[0]
     gone = Faults([Fault("error", calls=range(2, 7))])  # one worker: the first two calls answer

@@ -26,9 +26,6 @@ from nercc_jax.serving import (
 from nercc_jax.serving._query_doubt import QueryDoubt
 from nercc_jax.stragglers import TraceLatency
 
-# Every batcher compiles its decoder; most here are for the same code.
-pytestmark = pytest.mark.usefixtures("programs")
-
 SHAPE, OUT = (6,), (3,)
 WEIGHTS = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
 LONG = 30.0  # seconds that nothing here takes, unless it hangs
