@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nercc_jax import NeRCC, coded_inference
+from nercc_jax import DevicePool, NeRCC, coded_inference
 from nercc_jax.inference import call_model, check_model
+from nercc_jax.serving import make_servable
 
 K, N = 3, 5
 ONE = "takes one data point, not a batch of them: give jax.vmap"
@@ -162,3 +163,25 @@ def test_other_callables_pass(mlp):
         check_model(model)
     check_model(equinox_network(eqx.nn.Dropout(0.0), jax.random.key(0)))
     check_model(lambda x: x)
+
+
+# Who asks.
+
+
+def open_pool(model):
+    with DevicePool(model, 2, example=np.zeros((1, 2), np.float32)):
+        pass
+
+
+def serve(model):
+    make_servable("network", model, (2,))
+
+
+@pytest.mark.parametrize("use", [open_pool, serve])
+def test_pools_and_servers_ask(use, mlp):
+    with pytest.raises(ValueError, match=r"its Dropout at drop .*model.eval"):
+        use(in_mode(Network(), **DROPOUT))
+    use(in_mode(Network()))
+    with pytest.raises((ValueError, RuntimeError), match=ONE):
+        use(mlp)
+    use(jax.vmap(mlp))

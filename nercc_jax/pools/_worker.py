@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from ..inference import Model
+from ..inference import Model, call_model, check_model
 from ._faults import Faults, InjectedError
 
 Device: TypeAlias = Any  # `jax.Device`, which pyright does not take for a type
@@ -45,7 +45,7 @@ def _bound(model: Model, device: Device) -> Callable[[np.ndarray], Any]:
 
     @jax.jit
     def call(arrays, batch):
-        return eqx.combine(arrays, rest)(batch)
+        return call_model(eqx.combine(arrays, rest), batch)
 
     return lambda batch: call(arrays, batch)
 
@@ -56,10 +56,14 @@ def x64_enabled() -> bool:
 
 
 def as_models(model: Model | Sequence[Model]) -> tuple[Model, ...]:
-    """One model, or the served and further ones, as a tuple. Raises: ValueError for none."""
+    """One model, or the served and further ones, as a tuple.
+
+    Raises: ValueError for none, or one in training mode.
+    """
     models = (model,) if callable(model) else tuple(model)
     if not models or not all(callable(model) for model in models):
         raise ValueError(f"workers need a model, a callable on a batch, or several: got {model!r}")
+    check_model(model)
     return models
 
 

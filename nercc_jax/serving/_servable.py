@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..inference import Model
+from ..inference import Model, call_model, check_model
 
 # The names that the protocol gives to what a server adds to the model's own output.
 ADDED_OUTPUTS = ("exact", "expected_disagreement", "expected_error")
@@ -56,11 +56,13 @@ def make_servable(
 ) -> Servable:
     """Traces the model on one query's shape to learn that of its answer.
 
-    Raises: ValueError where it does not run on it, or returns no float32 array with an axis B.
+    Raises: ValueError where it does not run on it, or returns no float32 array with an axis B, or
+    is in training mode.
     """
+    check_model(model)
     batch = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     try:
-        answer: Any = eqx.filter_eval_shape(model, batch)
+        answer: Any = eqx.filter_eval_shape(lambda x: call_model(model, x), batch)
     except Exception as error:
         first = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(
