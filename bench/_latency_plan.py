@@ -13,7 +13,7 @@ import numpy as np
 from scipy.stats import binom
 
 from nercc_jax import DevicePool
-from nercc_jax.cli._plan import latency_law
+from nercc_jax.cli._plan_report import latency_law
 from nercc_jax.cli._workload import answering
 from nercc_jax.evaluation import Estimate, batched
 from nercc_jax.inference import order_points

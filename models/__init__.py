@@ -1,40 +1,81 @@
 """The models that NeRCC is shown on, installed as `nercc_models`. Nothing here knows of coding."""
 
-from .data import Data as Data
-from .data import list_data as list_data
-from .data import load_data as load_data
-from .distillation import Distilled as Distilled
-from .distillation import StudentScore as StudentScore
-from .distillation import score_student as score_student
-from .hybrid import HybridViT as HybridViT
-from .hybrid import fold_stem as fold_stem
-from .hybrid import hybrid_vit_cifar as hybrid_vit_cifar
-from .lenet5 import LeNet5 as LeNet5
-from .pretrained import Pretrained as Pretrained
-from .pretrained import load_pretrained as load_pretrained
-from .pretrained import load_state_dict as load_state_dict
-from .registry import ParityModel as ParityModel
-from .registry import ReadyModel as ReadyModel
-from .registry import evaluate_model as evaluate_model
-from .registry import list_models as list_models
-from .registry import list_parity_models as list_parity_models
-from .registry import load_model as load_model
-from .registry import load_parity_model as load_parity_model
-from .registry import model_card as model_card
-from .registry import parity_card as parity_card
-from .repvgg import RepVGG as RepVGG
-from .repvgg import reparameterize as reparameterize
-from .repvgg import repvgg_cifar as repvgg_cifar
-from .scoring import Score as Score
-from .scoring import score as score
-from .students import Student as Student
-from .students import list_students as list_students
-from .students import load_student as load_student
-from .students import load_student_file as load_student_file
-from .students import multiplications as multiplications
-from .students import student_card as student_card
-from .vit import ViT as ViT
-from .vit import vit_base_patch16_224 as vit_base_patch16_224
-from .vit import vit_small_cifar as vit_small_cifar
-from .vit import vit_small_patch16_224 as vit_small_patch16_224
-from .vit import vit_tiny_patch16_224 as vit_tiny_patch16_224
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what there is, for readers and type checkers; `_WHERE` says it again
+    from .data import Data as Data
+    from .data import list_data as list_data
+    from .data import load_data as load_data
+    from .distillation import Distilled as Distilled
+    from .distillation import StudentScore as StudentScore
+    from .distillation import score_student as score_student
+    from .hybrid import HybridViT as HybridViT
+    from .hybrid import fold_stem as fold_stem
+    from .hybrid import hybrid_vit_cifar as hybrid_vit_cifar
+    from .lenet5 import LeNet5 as LeNet5
+    from .names import list_models as list_models
+    from .names import model_card as model_card
+    from .pretrained import Pretrained as Pretrained
+    from .pretrained import load_pretrained as load_pretrained
+    from .pretrained import load_state_dict as load_state_dict
+    from .registry import ParityModel as ParityModel
+    from .registry import ReadyModel as ReadyModel
+    from .registry import evaluate_model as evaluate_model
+    from .registry import list_parity_models as list_parity_models
+    from .registry import load_model as load_model
+    from .registry import load_parity_model as load_parity_model
+    from .registry import parity_card as parity_card
+    from .repvgg import RepVGG as RepVGG
+    from .repvgg import reparameterize as reparameterize
+    from .repvgg import repvgg_cifar as repvgg_cifar
+    from .scoring import Score as Score
+    from .scoring import score as score
+    from .students import Student as Student
+    from .students import list_students as list_students
+    from .students import load_student as load_student
+    from .students import load_student_file as load_student_file
+    from .students import multiplications as multiplications
+    from .students import student_card as student_card
+    from .vit import ViT as ViT
+    from .vit import vit_base_patch16_224 as vit_base_patch16_224
+    from .vit import vit_small_cifar as vit_small_cifar
+    from .vit import vit_small_patch16_224 as vit_small_patch16_224
+    from .vit import vit_tiny_patch16_224 as vit_tiny_patch16_224
+
+# Imported late: Flax and JAX take seconds, and to know a name needs neither.
+_WHERE = {
+    "data": "Data list_data load_data",
+    "distillation": "Distilled StudentScore score_student",
+    "hybrid": "HybridViT fold_stem hybrid_vit_cifar",
+    "lenet5": "LeNet5",
+    "names": "list_models model_card",
+    "pretrained": "Pretrained load_pretrained load_state_dict",
+    "registry": (
+        "ParityModel ReadyModel evaluate_model list_parity_models load_model "
+        "load_parity_model parity_card"
+    ),
+    "repvgg": "RepVGG reparameterize repvgg_cifar",
+    "scoring": "Score score",
+    "students": (
+        "Student list_students load_student load_student_file multiplications student_card"
+    ),
+    "vit": ("ViT vit_base_patch16_224 vit_small_cifar vit_small_patch16_224 vit_tiny_patch16_224"),
+}
+__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
+    name for names in _WHERE.values() for name in names.split()
+]
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, or a module, imported when it is first asked for."""
+    for place, names in _WHERE.items():
+        if name == place or name in names.split():
+            module = importlib.import_module(f".{place}", __name__)
+            globals()[name] = found = module if name == place else getattr(module, name)
+            return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_WHERE})

@@ -17,9 +17,10 @@ from .cards import made_on, store, write_card
 from .commands import add_folders, changed_options, given
 from .data import load_data
 from .distillation import Distilled, changed_image, distill, score_student
+from .names import WEIGHTS_DIR
 from .parity import fingerprint
 from .progress import progress_bar
-from .registry import WEIGHTS_DIR, ReadyModel, load_model
+from .registry import ReadyModel, load_model
 from .scoring import in_batches
 from .students import Plan, Student, as_student, multiplications, student_name
 from .weights import load_weights

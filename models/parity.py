@@ -28,16 +28,9 @@ from .cards import made_on, store, write_card
 from .checkpoints import Checkpoints
 from .commands import add_folders, changed_options, given
 from .data import Data, load_data
+from .names import WEIGHTS_DIR, list_models
 from .progress import progress_bar
-from .registry import (
-    WEIGHTS_DIR,
-    Outputs,
-    ParityModel,
-    ReadyModel,
-    list_models,
-    load_model,
-    parity_name,
-)
+from .registry import Outputs, ParityModel, ReadyModel, load_model, parity_name
 from .scoring import in_batches
 from .training import TrainState, batch_indices, cosine_schedule, run_epochs
 from .weights import load_weights

@@ -1,6 +1,5 @@
 """The shipped models by name, ready to run."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -11,15 +10,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from .data import load_data
+from .names import CODED, WEIGHTS_DIR, check_model_name, read_card
 from .recipes import RECIPES, Recipe
 from .scoring import Score, score
 from .weights import load_weights, num_parameters
 
 Outputs: TypeAlias = Literal["logits", "probabilities"]
-
-WEIGHTS_DIR = Path(__file__).parent / "weights"
-
-_CODED = "-coded"  # ends the names of models fine-tuned for coding
 
 
 class ReadyModel(eqx.Module):
@@ -83,27 +79,23 @@ class ParityModel(eqx.Module):
         return self.k * jax.nn.softmax(logits / (2 * self.k))
 
 
-def list_models(weights_dir: str | Path = WEIGHTS_DIR) -> tuple[str, ...]:
-    """The names that `load_model` knows: recipes, and after them their forms fine-tuned for coding
-    (`NAME-coded`), of those whose weights are in `weights_dir`."""
-    folder = Path(weights_dir)
-    names = (*RECIPES, *(f"{name}{_CODED}" for name in RECIPES))
-    return tuple(name for name in names if (folder / f"{name}.safetensors").is_file())
-
-
 def recipe_of(name: str) -> Recipe:
     """The recipe of a model, which its fine-tuned form shares."""
-    return RECIPES[name.removesuffix(_CODED)]
+    return RECIPES[name.removesuffix(CODED)]
 
 
 def load_model(name: str, *, weights_dir: str | Path = WEIGHTS_DIR) -> ReadyModel:
     """A shipped model with its trained weights; see `ReadyModel`.
 
+    To compile it, give JAX a function, `jax.jit(lambda images: model(images))`, or the model as an
+    argument: `eqx.filter_jit(lambda model, images: model(images))`. `jax.jit(model)` asks for the
+    hash of the model, and arrays have none.
+
     `weights_dir` is where a training of your own wrote `<name>.safetensors` and `<name>.json`.
     Raises `ValueError`, listing what exists, for an unknown name, and `ImportError` naming the
     extra when safetensors is missing.
     """
-    _check_name(name, weights_dir)
+    check_model_name(name, weights_dir)
     return _ready(recipe_of(name), name, weights_dir)
 
 
@@ -115,19 +107,9 @@ def _ready(recipe: Recipe, file: str, weights_dir: str | Path) -> ReadyModel:
         name=file,
         data=recipe.data,
         input_shape=recipe.input_shape,
-        classes=tuple(_card(file, weights_dir)["classes"]),
+        classes=tuple(read_card(file, weights_dir)["classes"]),
         preprocess=recipe.preprocess,
     )
-
-
-def model_card(name: str, *, weights_dir: str | Path = WEIGHTS_DIR) -> dict[str, Any]:
-    """How a shipped model was made, on which data, what it scores; the JSON beside its weights."""
-    _check_name(name, weights_dir)
-    return _card(name, weights_dir)
-
-
-def _card(file: str, weights_dir: str | Path) -> dict[str, Any]:
-    return json.loads((Path(weights_dir) / f"{file}.json").read_text())
 
 
 def parity_name(base: str, k: int, outputs: str) -> str:
@@ -138,7 +120,7 @@ def parity_name(base: str, k: int, outputs: str) -> str:
 def list_parity_models(weights_dir: str | Path = WEIGHTS_DIR) -> tuple[tuple[str, int, str], ...]:
     """The (base model's name, k, outputs) that `load_parity_model` knows."""
     files = sorted(Path(weights_dir).glob("*-parity-k*.json"))
-    cards = [_card(path.stem, weights_dir) for path in files]
+    cards = [read_card(path.stem, weights_dir) for path in files]
     return tuple((card["base"], card["k"], card["outputs"]) for card in cards)
 
 
@@ -157,7 +139,7 @@ def parity_card(
     name: str, k: int, outputs: str, *, weights_dir: str | Path = WEIGHTS_DIR
 ) -> dict[str, Any]:
     """How a shipped parity model was made and what it scores; the JSON beside its weights."""
-    return _card(_parity_file(name, k, outputs, weights_dir), weights_dir)
+    return read_card(_parity_file(name, k, outputs, weights_dir), weights_dir)
 
 
 def _parity_file(name: str, k: int, outputs: str, weights_dir: str | Path) -> str:
@@ -194,12 +176,3 @@ def blank_model(recipe: Recipe) -> nnx.Module:
         return model
 
     return nnx.eval_shape(build)
-
-
-def _check_name(name: str, weights_dir: str | Path) -> None:
-    known = list_models(weights_dir)
-    if name not in known:
-        raise ValueError(
-            f"There is no model {name!r} in {Path(weights_dir).resolve()}. "
-            f"Known: {', '.join(known) or 'none'}."
-        )

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from .registry import WEIGHTS_DIR
+from .names import WEIGHTS_DIR
 from .repvgg import RepVGG, reparameterize
 from .weights import load_weights, num_parameters
 

@@ -4,28 +4,61 @@ Queries become coded data points by one smoothing-spline regression, workers run
 those, and a second regression recovers all predictions from whichever workers answered.
 """
 
-from .codes import AbstractCode as AbstractCode
-from .codes import Berrut as Berrut
-from .codes import Lagrange as Lagrange
-from .codes import NeRCC as NeRCC
-from .codes import Parity as Parity
-from .codes import Replication as Replication
-from .codes import Uncoded as Uncoded
-from .codes import load_code as load_code
-from .codes import save_code as save_code
-from .evaluation import evaluate as evaluate
-from .evaluation import nested_objective as nested_objective
-from .inference import coded_inference as coded_inference
-from .planning import plan as plan
-from .pools import DevicePool as DevicePool
-from .pools import RayPool as RayPool
-from .pools import pool_inference as pool_inference
-from .stragglers import ExactStragglers as ExactStragglers
-from .stragglers import IndependentStragglers as IndependentStragglers
-from .surrogates import Scheme as Scheme
-from .surrogates import calibrate_doubt as calibrate_doubt
-from .surrogates import fit_surrogate as fit_surrogate
-from .surrogates import reexecute as reexecute
-from .tuning import parametrize as parametrize
-from .tuning import search_layout as search_layout
-from .tuning import tune as tune
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what there is, for readers and type checkers; `_WHERE` says it again
+    from .codes import AbstractCode as AbstractCode
+    from .codes import Berrut as Berrut
+    from .codes import Lagrange as Lagrange
+    from .codes import NeRCC as NeRCC
+    from .codes import Parity as Parity
+    from .codes import Replication as Replication
+    from .codes import Uncoded as Uncoded
+    from .codes import load_code as load_code
+    from .codes import save_code as save_code
+    from .evaluation import evaluate as evaluate
+    from .evaluation import nested_objective as nested_objective
+    from .inference import coded_inference as coded_inference
+    from .planning import plan as plan
+    from .pools import DevicePool as DevicePool
+    from .pools import RayPool as RayPool
+    from .pools import pool_inference as pool_inference
+    from .stragglers import ExactStragglers as ExactStragglers
+    from .stragglers import IndependentStragglers as IndependentStragglers
+    from .surrogates import Scheme as Scheme
+    from .surrogates import calibrate_doubt as calibrate_doubt
+    from .surrogates import fit_surrogate as fit_surrogate
+    from .surrogates import reexecute as reexecute
+    from .tuning import parametrize as parametrize
+    from .tuning import search_layout as search_layout
+    from .tuning import tune as tune
+
+# Imported late: JAX takes a second or two, and `nercc --help` needs none of it.
+_WHERE = {
+    "codes": ("AbstractCode Berrut Lagrange NeRCC Parity Replication Uncoded load_code save_code"),
+    "evaluation": "evaluate nested_objective",
+    "inference": "coded_inference",
+    "planning": "plan",
+    "pools": "DevicePool RayPool pool_inference",
+    "stragglers": "ExactStragglers IndependentStragglers",
+    "surrogates": "Scheme calibrate_doubt fit_surrogate reexecute",
+    "tuning": "parametrize search_layout tune",
+}
+__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
+    name for names in _WHERE.values() for name in names.split()
+]
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, or a room, imported when it is first asked for."""
+    for place, names in _WHERE.items():
+        if name == place or name in names.split():
+            module = importlib.import_module(f".{place}", __name__)
+            globals()[name] = found = module if name == place else getattr(module, name)
+            return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_WHERE})

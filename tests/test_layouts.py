@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import nercc_jax as nj
 from nercc_jax import search_layout
 from nercc_jax.cli._app import app
-from nercc_jax.cli._tune import _start
+from nercc_jax.cli._tune_job import start_code
 from nercc_jax.cli._tuning_plot import tuning_plot
 from nercc_jax.evaluation import draw_sets
 from nercc_jax.tuning import SEARCHED, split_groups
@@ -292,7 +292,7 @@ def test_the_command_searches_and_writes_what_it_found(tmp_path, monkeypatch):
     [("chebyshev", False), ("systematic:0.5", False), ("systematic:1", True), ("mixed:0.5", True)],
 )
 def test_the_command_starts_exact_where_every_data_point_has_a_worker(layout, exact):
-    start = _start(4, 10, layout)
+    start = start_code(4, 10, layout)
     assert start.exact is exact
     assert np.isin(start.alpha, start.beta).all() == exact
 

@@ -2,20 +2,13 @@
 
 import subprocess
 import sys
-import types
 
 import pytest
 
 import nercc_jax
 
-PUBLIC = [
-    name
-    for name, thing in vars(nercc_jax).items()
-    if not name.startswith("_") and not isinstance(thing, types.ModuleType)
-]
 
-
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", nercc_jax.__all__)
 def test_public_names_are_documented(name):
     thing = getattr(nercc_jax, name)
     assert thing.__doc__

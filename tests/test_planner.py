@@ -356,13 +356,13 @@ def test_what_does_not_fit_is_told(key, untyped, changes, message):
     ],
 )
 def test_laws_by_name(told, law):
-    from nercc_jax.cli._plan import latency_law
+    from nercc_jax.cli._plan_report import latency_law
 
     assert latency_law(told) == law
 
 
 def test_laws_of_stragglers_and_traces(tmp_path, key):
-    from nercc_jax.cli._plan import latency_law
+    from nercc_jax.cli._plan_report import latency_law
 
     draws = latency_law("stragglers:0.05:0.1:11").sample(key, (20_000,))
     assert np.mean(np.asarray(draws) > 0.3) == pytest.approx(0.1, abs=0.01)

@@ -13,7 +13,7 @@ from conftest import require
 from typer.testing import CliRunner
 
 from nercc_jax import DevicePool, NeRCC, Parity, Replication, coded_inference, save_code
-from nercc_jax.cli import _run as command
+from nercc_jax.cli import _run_job as command
 from nercc_jax.cli._app import app
 from nercc_jax.pools import Fault, Faults, run_batches
 from nercc_models import load_data, load_model

@@ -3,7 +3,8 @@
 import os
 import sys
 
-_EXTRA = ("matplotlib", "rich", "safetensors", "sklearn", "typer")
+from ._extras import missing_extra
+
 _INTERRUPTED = 130  # exit code after Ctrl-C
 
 
@@ -12,9 +13,10 @@ def main() -> None:
     try:
         from ._app import app
     except ModuleNotFoundError as error:
-        if error.name not in _EXTRA:
+        message = missing_extra(error)
+        if message is None:
             raise
-        sys.exit(f"nercc needs {error.name}, which is missing: pip install 'nercc-jax[demo]'")
+        sys.exit(message)
     try:
         app()
     except SystemExit as end:

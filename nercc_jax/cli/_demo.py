@@ -3,24 +3,17 @@
 from pathlib import Path
 from typing import Annotated
 
-import jax
 import typer
-from rich.console import Console
-from rich.progress import track
 
-from ..codes import AbstractCode, Berrut, Lagrange, NeRCC, Replication, load_code
-from ..evaluation import evaluate
 from ._errors import told_plainly
-from ._report import straggler_plot, straggler_table
-from ._workload import (
+from ._options import (
     DataDir,
     ModelName,
     NumData,
     NumWorkers,
     OutputsOption,
-    answering,
     check_folder,
-    straggler_laws,
+    check_shipped,
 )
 
 
@@ -51,6 +44,17 @@ def demo(
     """
     with told_plainly():
         check_folder("--plot", plot)
+        check_shipped(model)
+        # JAX takes a second or two: not for --help, nor for a word that is misspelt.
+        import jax
+        from rich.console import Console
+        from rich.progress import track
+
+        from ..codes import AbstractCode, Berrut, Lagrange, NeRCC, Replication, load_code
+        from ..evaluation import evaluate
+        from ._report import straggler_plot, straggler_table
+        from ._workload import answering, straggler_laws
+
         further: dict[str, AbstractCode] = {}
         if code is not None:
             further = {"tuned": load_code(code)}

@@ -2,16 +2,12 @@
 
 import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import numpy as np
 import typer
-from rich.console import Console
 
-from ..serving._servable import Servable, load_callable, make_servable
 from ._errors import told_plainly
-from ._progress import steps_bar
-from ._workload import DataDir, answering, check_folder, read_array
+from ._options import DataDir, check_folder, check_shipped
 
 
 def distill_command(
@@ -61,7 +57,14 @@ def distill_command(
             raise ValueError(f"--share {share} lies outside (0, 1]")
         if epochs < 1:
             raise ValueError(f"--epochs {epochs}: needs one or more")
-        served, x, test, about = _workload(model, weights, inputs, data_dir, seed)
+        if ":" not in model:
+            check_shipped(model)
+        # JAX takes a second or two: not for --help, nor for a word that is misspelt.
+        from rich.console import Console
+
+        from ._distill_job import distill_with_bar, find_workload
+
+        served, x, test, about = find_workload(model, weights, inputs, data_dir, seed)
         queries = max(2 * len(x), 4000) if queries is None else queries
         about |= {
             "num_queries": queries,
@@ -81,76 +84,6 @@ def distill_command(
             "batch_size": min(128, max(queries // 8, 1)),
             "seed": seed,
         }
-        told = _distill(console, served, x, test, share, output, about, options)
+        told = distill_with_bar(console, served, x, test, share, output, about, options)
         console.print(told, soft_wrap=True, highlight=False, markup=False)
         console.print(f"student: {output.resolve()}", soft_wrap=True, highlight=False)
-
-
-def _workload(
-    model: str, weights: Path | None, inputs: Path | None, data_dir: Path | None, seed: int
-) -> tuple[Servable, np.ndarray, np.ndarray, dict[str, Any]]:
-    """The model with its shapes, inputs to train on and to score on, and where they are from."""
-    own = ":" in model
-    given = None if inputs is None else _read(inputs)
-    if own and given is None:
-        raise ValueError(f"{model}: say what to train on with --inputs FILE.npy")
-    if weights is not None and not own:
-        raise ValueError(f"--weights is for a model of your own, module:function, not {model!r}")
-    network: Any = load_callable(model, weights) if own else answering(model, "logits")
-    if given is not None:
-        count = min(1000, len(given) // 10)
-        order = np.random.default_rng(seed).permutation(len(given))
-        x, test = given[np.sort(order[count:])], given[np.sort(order[:count])]
-        if count < 1:
-            raise ValueError(f"{inputs} has {len(given)} inputs: needs ten or more")
-        source = str(inputs)
-    else:
-        x, _ = network.images("train", data_dir, 1 << 30, seed)
-        test, _ = network.images("test", data_dir, 1000, seed)
-        source = network.network.data
-    served = make_servable(model.replace(":", "."), network, x.shape[1:])
-    return served, x, test, {"base": model, "data": source}
-
-
-def _read(path: Path) -> np.ndarray:
-    """A file's array, one data point a row, float32."""
-    if not path.is_file():
-        raise ValueError(f"--inputs {path}: there is no such file")
-    x = read_array(path, f"--inputs {path}")
-    if x.ndim < 2:
-        raise ValueError(f"--inputs {path} has shape {x.shape}: needs one input a row")
-    return x
-
-
-def _distill(
-    console: Console,
-    served: Servable,
-    x: np.ndarray,
-    test: np.ndarray,
-    share: float,
-    output: Path,
-    about: dict[str, Any],
-    options: dict[str, Any],
-) -> str:
-    """Trains and writes the student; returns what its card says."""
-    from flax import nnx
-
-    from nercc_models.distill import told, write_student
-    from nercc_models.distillation import distill
-    from nercc_models.students import multiplications, plan_within
-
-    cost = multiplications(served.model, served.shape)
-    plan = plan_within(share * cost, served.shape, served.outputs)
-    student = plan.build(nnx.Rngs(options["seed"]))
-    with steps_bar(console) as progress:
-        task = progress.add_task("the model's answers ...", total=None)
-
-        def on_step(step: int, total: int) -> None:
-            progress.update(task, completed=step, total=total)
-
-        def on_epoch(entry: dict[str, Any]) -> None:
-            described = f"agreement {entry['agreement']:.1%}, error {entry['relative_mse']:.3f}"
-            progress.update(task, description=described)
-
-        trained = distill(served.model, student, x, on_step=on_step, on_epoch=on_epoch, **options)
-    return told(write_student(output, served.model, plan, trained, test, about)[1])

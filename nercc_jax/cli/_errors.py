@@ -8,12 +8,16 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from ._extras import missing_extra
+
 
 @contextlib.contextmanager
 def told_plainly() -> Iterator[None]:
     """Turns the errors that our own code raises about input into a message and exit code 2."""
     try:
         yield
+    except ModuleNotFoundError as error:
+        fail(missing_extra(error) or str(error), 2)
     except (ValueError, OSError, ImportError) as error:
         fail(str(error), 2)
 

@@ -29,7 +29,7 @@ def models(
 
 
 def _run(names: list[str] | None, evaluate: bool, data_dir: Path | None) -> None:
-    from nercc_models import evaluate_model, list_models, model_card
+    from nercc_models.names import list_models, model_card
 
     console = Console()
     table = Table(box=box.SIMPLE_HEAD)
@@ -42,6 +42,8 @@ def _run(names: list[str] | None, evaluate: bool, data_dir: Path | None) -> None
         score = card["score"]
         correct, total = score["correct"], score["total"]
         if evaluate:
+            from nercc_models import evaluate_model
+
             now = evaluate_model(name, data_dir)
             correct, total = now.correct, now.total
         table.add_row(

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ._errors import fail, told_plainly
-from ._workload import Outputs
+from ._options import Outputs, check_shipped
 
 
 def serve_command(
@@ -111,6 +111,9 @@ def serve_command(
     """
     with told_plainly():
         _check_extra()
+        for each in model or ():
+            if ":" not in each:
+                check_shipped(each)
         from ..serving._settings import ModelSettings, read_settings
 
         shape = None if input_shape is None else _shape(input_shape)

@@ -1,29 +1,16 @@
 """What commands run codes on: a shipped model and images of its data set."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Any
 
 import equinox as eqx
 import jax
 import numpy as np
-import typer
 from jaxtyping import Array
 
 from ..codes import AbstractCode, load_code
 from ..stragglers import AbstractStragglers, ExactStragglers
-
-Outputs: TypeAlias = Literal["logits", "probabilities"]
-
-# The options that say what a command runs on.
-ModelName: TypeAlias = Annotated[
-    str, typer.Option(help="A shipped model; `nercc models` lists them.")
-]
-DataDir: TypeAlias = Annotated[
-    Path | None, typer.Option(help="Folder with the model's data set; not needed for the digits.")
-]
-NumData: TypeAlias = Annotated[int, typer.Option(help="K: data points coded together.")]
-NumWorkers: TypeAlias = Annotated[int, typer.Option(help="N: workers, each given a coded point.")]
-OutputsOption: TypeAlias = Annotated[Outputs, typer.Option(help="What workers return.")]
+from ._options import Outputs
 
 
 class Answering(eqx.Module):
@@ -94,9 +81,3 @@ def read_array(path: Path, told: str) -> np.ndarray:
             return np.lib.format.read_array(file, allow_pickle=False).astype(np.float32)
     except ValueError as error:
         raise ValueError(f"{told} is no array of numbers: {error}") from error
-
-
-def check_folder(option: str, path: Path) -> None:
-    """Raises: ValueError where the path's folder does not exist: before the work, not after it."""
-    if not path.parent.is_dir():
-        raise ValueError(f"{option} {path}: there is no folder {path.parent}")

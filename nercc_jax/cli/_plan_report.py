@@ -1,0 +1,197 @@
+"""What `nercc plan` reads and shows: laws of latency, a table, words, and a picture."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+from rich import box
+from rich.table import Table
+
+from ..planning import ALIKE, Candidate, Plan
+from ..stragglers import (
+    AbstractLatency,
+    ExponentialLatency,
+    LogNormalLatency,
+    ParetoLatency,
+    TraceLatency,
+)
+from ._options import LATENCIES
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+# By the number of numbers that a law takes, least and most.
+_LAWS = {
+    "lognormal": (LogNormalLatency, 2, 2),
+    "exponential": (ExponentialLatency, 1, 2),
+    "pareto": (ParetoLatency, 2, 2),
+}
+
+
+def latency_law(told: str) -> AbstractLatency:
+    """The law that an option names.
+
+    Raises: ValueError for another name, or numbers that do not fit; OSError for a trace that cannot
+    be read.
+    """
+    name, _, rest = told.partition(":")
+    if name == "trace" and rest:
+        return TraceLatency.from_file(rest)
+    try:
+        numbers = [float(number) for number in rest.split(":")]
+    except ValueError:
+        numbers = []
+    if name == "stragglers" and len(numbers) == 3:
+        return _stragglers(*numbers)
+    law, least, most = _LAWS.get(name, (None, 0, 0))
+    if law is None or not least <= len(numbers) <= most:
+        raise ValueError(f"--latency must be {LATENCIES}, not {told!r}")
+    return law(*numbers)
+
+
+def _stragglers(seconds: float, share: float, factor: float) -> TraceLatency:
+    if not (seconds > 0 and 0 <= share <= 1 and factor > 0):
+        raise ValueError(
+            f"--latency stragglers:{seconds}:{share}:{factor}: seconds and factor must be "
+            "positive, and the share between 0 and 1"
+        )
+    # No two calls take the same time, and a rule must not live on their doing so.
+    usual = seconds * np.linspace(0.95, 1.05, 100)
+    late = np.arange(100)[:, None] < round(100 * share)
+    return TraceLatency(jnp.asarray(np.where(late, factor * usual, usual).ravel()))
+
+
+def plan_table(found: Plan) -> Table:
+    """The fastest of each system at each size (`shown_rows`); dim where over the budget."""
+    table = Table(
+        title="The fastest within the budget of each system at each size, or the nearest to it",
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        padding=(0, 1, 0, 0),
+        caption="* recommended; dim: over the budget, too many labels differ, or only screened\n"
+        "wait: for so many answers, and so long; again: calls sent a second time;\n"
+        "extra: all calls beyond one a query; differ: labels, and at most so many;\n"
+        "p50, p99: until the last of the queries is answered",
+        caption_justify="left",
+    )
+    table.add_column("system", no_wrap=True)
+    for column in ("(N, K)", "wait\nms", "again\n%", "extra\n%", "differ\n%", "p50\nms", "p99\nms"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in shown_rows(found):
+        best = row == found.recommended
+        name = row.system + (f", {row.order}" if row.order else "") + " *" * best
+        style = "bold green" if best else "" if found.feasible(row) else "dim"
+        table.add_row(name, *_cells(row), style=style)
+    return table
+
+
+def shown_rows(found: Plan) -> list[Candidate]:
+    """One candidate for each system and size, with re-execution and without.
+
+    The fastest within the budget; where none is, the one with the fewest labels different, rather
+    one that was measured on held-out data than one that was only screened. The recommended is
+    always there.
+    """
+    best: dict[tuple, Candidate] = {}
+
+    def rank(row: Candidate) -> tuple:
+        if found.feasible(row):
+            return 0, row.p99
+        return 1 + (not row.held_out), row.most_disagreement, row.p99
+
+    for row in sorted(found.candidates, key=rank):
+        again = row.limit is not None
+        best.setdefault((row.system, row.num_workers, row.num_data, again), row)
+    best[(found.recommended.system, "recommended")] = found.recommended
+    return sorted(dict.fromkeys(best.values()), key=lambda r: (not found.feasible(r), r.p99))
+
+
+def _cells(row: Candidate) -> tuple[str, ...]:
+    wait = str(row.wait_for) + (f", {_ms(row.patience)}" if row.patience else "")
+    share = f"{100 * row.disagreement.mean:.2f}<{100 * row.most_disagreement:.2f}"
+    return (
+        f"({row.num_workers}, {row.num_data})",
+        wait,
+        f"{100 * row.resent:.1f}" if row.resent > 0 else "",
+        f"{100 * row.extra_work:.0f}",
+        "0" if row.exact else share,
+        _ms(row.p50),
+        _ms(row.p99),
+    )
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.{0 if seconds >= 0.1 else 1}f}"
+
+
+def plan_words(found: Plan, data: str) -> str:
+    """What is recommended, why, how to do it, and what the promise rests on: a line each."""
+    row, about = found.recommended, found.about
+    lines = [f"recommended: {found.reason}"]
+    if row.num_workers > row.num_data or row.limit is not None:
+        again = {None: "", 0.0: "; send again what has no answer"}
+        lines.append(
+            f"decode when {row.wait_for} of {row.num_workers} workers have answered, but not "
+            f"before {1e3 * row.patience:.3g} ms unless all have"
+            + again.get(row.limit, f"; send again what has more doubt than {row.limit}")
+        )
+    if row.hedge_after is not None:
+        lines.append(
+            f"send up to {row.copies} copies, one every {1e3 * row.hedge_after:.3g} ms of waiting"
+        )
+    lines.append(
+        f"codes were measured on {about['held_out_points']} held-out {data}, "
+        f"{about['straggler_sets']} straggler sets a group; planned in {about['seconds']} s"
+    )
+    return "\n".join(lines)
+
+
+def plan_plot(found: Plan, title: str, path: Path) -> None:
+    """Disagreement against extra work, a curve a system, of what is as fast as the recommended.
+
+    Candidates that were only screened are among them.
+    """
+    figure, axis = plt.subplots(figsize=(7.5, 4.6))
+    limit = (1 + ALIKE) * found.recommended.p99
+    systems = list(dict.fromkeys(row.system for row in found.candidates))
+    for colour, system in enumerate(systems):
+        rows = [row for row in found.candidates if row.system == system and row.p99 <= limit]
+        if rows:
+            axis.plot(*_envelope(rows), marker="o", ms=4, lw=1.3, color=f"C{colour}", label=system)
+    best = found.recommended
+    axis.plot(
+        best.extra_work,
+        100 * best.disagreement.mean,
+        *("k*",),
+        ms=13,
+        mfc="none",
+        label="recommended",
+    )
+    bounds = {"color": "#555555", "lw": 0.8, "ls": "--"}
+    axis.axhline(100 * found.asked["max_disagreement"], **bounds, label="at most, as asked")
+    axis.axvline(found.asked["max_extra_work"], **bounds)
+    # Logarithmic, with a place for none.
+    axis.set_yscale("symlog", linthresh=0.1)
+    axis.set(
+        xlabel="extra work: calls beyond one a query, as a share",
+        ylabel="labels that differ, in %",
+        ylim=(-0.01, 1.5 * axis.get_ylim()[1]),
+        title=f"{title}: p99 of {1e3 * limit:.3g} ms or less",
+    )
+    axis.legend(fontsize=8, loc="lower left")
+    axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _envelope(rows: Sequence[Candidate]) -> tuple[list[float], list[float]]:
+    """The least disagreement at each extra work or less."""
+    work, share = [], []
+    for row in sorted(rows, key=lambda row: (row.extra_work, row.disagreement.mean)):
+        if not share or 100 * row.disagreement.mean < share[-1]:
+            work.append(row.extra_work)
+            share.append(100 * row.disagreement.mean)
+    return work, share

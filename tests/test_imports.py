@@ -1,0 +1,66 @@
+"""What is imported when: a command that needs no numbers waits for no JAX."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import nercc_jax
+import nercc_models
+from nercc_models.names import TRAINED
+from nercc_models.recipes import RECIPES
+
+HEAVY = ("jax", "flax", "equinox", "optax", "matplotlib", "sklearn", "scipy")
+CODE = """
+import atexit, sys
+atexit.register(lambda: print("loaded:", *sorted({{m.split(".")[0] for m in sys.modules}})))
+sys.argv = ["nercc", *{arguments}]
+from nercc_jax.cli import main
+main()
+"""
+
+
+def run(arguments):
+    """Exit code, what was printed, and the packages loaded at the end, in a fresh process."""
+    command = [sys.executable, "-c", CODE.format(arguments=arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    told, _, loaded = done.stdout.partition("loaded:")
+    return done.returncode, told + done.stderr, set(loaded.split())
+
+
+@pytest.mark.parametrize("command", [[], *([n] for n in ("demo", "run", "tune", "plan", "models"))])
+def test_help_imports_no_jax(command):
+    code, told, loaded = run([*command, "--help"])
+    assert code == 0, told
+    assert "Usage" in told
+    assert not loaded & set(HEAVY)
+
+
+@pytest.mark.parametrize("command", ["demo", "run", "tune", "plan", "distill", "serve"])
+def test_an_unknown_model_is_refused_before_jax_is_imported(command):
+    code, told, loaded = run([command, "--model", "lenet6"])
+    assert code == 2
+    assert "There is no model 'lenet6'" in told
+    assert "lenet5-digits" in told
+    assert not loaded & {"jax", "flax"}
+
+
+def test_names_need_no_recipes_but_are_theirs():
+    assert tuple(RECIPES) == TRAINED
+
+
+@pytest.mark.parametrize("package", [nercc_jax, nercc_models])
+def test_what_type_checkers_see_is_what_there_is(package):
+    """The names are written twice: as imports for readers, and with their places for Python."""
+    tree = ast.parse(Path(package.__file__).read_text())
+    seen = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
+    told = {(node.module, alias.name) for node in seen for alias in node.names}
+    places = {(place, name) for place, names in package._WHERE.items() for name in names.split()}
+    assert told == places
+    for place, name in places:
+        assert getattr(package, name) is getattr(getattr(package, place), name)
+    assert set(package.__all__) <= set(dir(package))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = package.nothing
