@@ -17,6 +17,7 @@ from ..inference import in_groups, is_grouped
 from ..surrogates import Doubt, assess, doubtful
 from ._batch import Answers, Enough
 from ._pool import AbstractPool
+from ._worker import no_mesh, off_meshes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,7 @@ class PoolResult:
     reexecuted: Bool[np.ndarray, "*groups num_data"] | None = None
 
 
+@no_mesh()
 def pool_inference(
     pool: AbstractPool,
     code: AbstractCode,
@@ -86,12 +88,14 @@ def pool_inference(
     is not finite, before anything is sent; TimeoutError where no prediction can be recovered from
     what is in at the deadline; RuntimeError where no worker answers and none will.
     """
+    code, doubt = off_meshes((code, doubt))
     encoder = np.asarray(code.encoder_matrix())
     kinds = code.worker_models.tolist()
     everyone = jnp.ones(code.num_workers, bool)
     limit = _limit(code, doubt, max_disagreement, max_reexecution)
     decode: Any = shared_decoder(code) if doubt is None else shared_assessor(code, doubt)
 
+    @no_mesh()
     def infer(x: ArrayLike, enough: Enough | None = None, deadline: float = 60.0):
         begin = time.perf_counter()
         x, many = _groups(code, np.asarray(x), everyone, grouped)

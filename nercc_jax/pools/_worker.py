@@ -1,12 +1,15 @@
 """What runs at a worker, in whichever thread or process it lives."""
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jaxtyping import PyTree
 
 from ..inference import Model, call_model, check_model
 from ._faults import Faults, InjectedError
@@ -16,8 +19,32 @@ Device: TypeAlias = Any  # `jax.Device`, which pyright does not take for a type
 # Batches that programs are compiled for: one, several of different shapes, or none.
 Examples: TypeAlias = np.ndarray | Sequence[np.ndarray] | None
 
+_NO_MESH = Mesh(np.empty((), object), ())
+
 # Seconds that a worker hangs: longer than any pool waits.
 _FOREVER = 1e6
+
+
+@contextlib.contextmanager
+def no_mesh() -> Iterator[None]:
+    """Outside any mesh that the caller has set (`jax.set_mesh`).
+
+    A pool's arrays lie each on a device of its own choice, which is not that of a mesh.
+    """
+    with jax.set_mesh(_NO_MESH):
+        yield
+
+
+def off_meshes(tree: PyTree) -> PyTree:
+    """The tree with those arrays that lie on a mesh on one of its devices alone."""
+
+    def move(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or not isinstance(leaf.sharding, NamedSharding):
+            return leaf
+        first = min(leaf.sharding.addressable_devices, key=lambda device: device.id)
+        return jax.device_put(leaf, SingleDeviceSharding(first))
+
+    return jax.tree.map(move, tree)
 
 
 class Program:
@@ -30,18 +57,20 @@ class Program:
     def __init__(self, models: tuple[Model, ...], device: Device, compiled: bool):
         self._device = device
         self._x64 = x64_enabled()
-        self._calls = tuple(_bound(model, device) if compiled else model for model in models)
+        with no_mesh():
+            self._calls = tuple(_bound(model, device) if compiled else model for model in models)
 
     def __call__(self, kind: int, batch: np.ndarray) -> np.ndarray:
         """Model `kind`'s answers to a batch, on the host."""
-        with jax.enable_x64(self._x64), jax.default_device(self._device):
+        with no_mesh(), jax.enable_x64(self._x64), jax.default_device(self._device):
             return np.asarray(self._calls[kind](batch))
 
 
 def _bound(model: Model, device: Device) -> Callable[[np.ndarray], Any]:
     """The model as a compiled function whose arrays lie on the device."""
     arrays, rest = eqx.partition(model, eqx.is_array)
-    arrays = jax.device_put(arrays, device)
+    # A device alone would leave an array of an explicit mesh typed by that mesh.
+    arrays = jax.device_put(arrays, SingleDeviceSharding(device))
 
     @jax.jit
     def call(arrays, batch):
