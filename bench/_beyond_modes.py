@@ -18,10 +18,19 @@ from nercc_jax import (
     fit_surrogate,
     search_layout,
 )
-from nercc_jax.evaluation import CodedAnswers, Estimate, Forecast, all_answers, batched, draw_sets
+from nercc_jax.evaluation import (
+    Answers,
+    Estimate,
+    Forecast,
+    Recorder,
+    all_answers,
+    batched,
+    draw_sets,
+    mean_losses,
+)
 from nercc_jax.inference import order_points
-from nercc_jax.surrogates import Doubt, Surrogate, doubt_of
-from nercc_jax.surrogates._doubt import _observe
+from nercc_jax.surrogates import Doubt, Surrogate, doubt_of, observe
+from nercc_jax.tuning import Descent, LayoutTuning, Sampling
 
 Model = Callable[..., Array]
 
@@ -107,11 +116,11 @@ class Bench:
     def points(self, part: str, order: Order) -> np.ndarray:
         return self.groups(part, order).reshape(-1, *self.work.judge.shape[1:])
 
-    def answers(self, part: str, order: Order, model: str = "model") -> CodedAnswers:
+    def answers(self, part: str, order: Order, model: str = "model") -> Recorder:
         key = (order, part + model)
         if key not in self._known:
             run = batched(getattr(self.work, model), 256)
-            self._known[key] = CodedAnswers(run, self.groups(part, order), 256)
+            self._known[key] = Recorder(run, self.groups(part, order), 256)
         return self._known[key]
 
     # Modes.
@@ -120,7 +129,7 @@ class Bench:
         self, mode: str, code: AbstractCode, order: Order, part: str = "judge", **more: Any
     ) -> None:
         """A code by itself."""
-        known = self.answers(part, order).forecast(code)
+        known = self.answers(part, order).of(code)
         self._add(mode, _disagreements(known, self._masks), order, **more)
 
     def rivals(self, parity_model: Callable[[int], Model | None]) -> None:
@@ -129,8 +138,8 @@ class Bench:
         copies = Replication(cell.num_data, cell.num_workers)
         self.plain("replication", copies, order)
         given = self.answers("judge", order)
-        cheap = self.answers("judge", order, "student").originals
-        off = cheap.argmax(-1) != given.originals.argmax(-1)
+        cheap = self.answers("judge", order, "student").own
+        off = cheap.argmax(-1) != given.own.argmax(-1)
         lost = np.stack([~np.asarray(copies.recovered(mask)) for mask in self._masks])
         self._add("replication, else surrogate", (lost[:, None] & off).mean((1, 2)), order)
         self._add("surrogate alone", np.full(len(self._masks), off.mean()), order)
@@ -138,8 +147,8 @@ class Bench:
         if cell.num_data % parities == 0 and (model := parity_model(cell.num_data // parities)):
             code = Parity(cell.num_data, cell.num_workers)
             runs = [batched(each, 256) for each in (self.work.model, model)]
-            answers = all_answers(runs, code, self.groups("judge", order))
-            known = Forecast(code, answers, jnp.asarray(given.originals))
+            coded, form = all_answers(runs, code, self.groups("judge", order))
+            known = Answers(code, coded, jnp.asarray(given.own), form)
             self._add("ParM", _disagreements(known, self._masks), order)
 
     def published(self) -> NeRCC:
@@ -148,16 +157,17 @@ class Bench:
         given = self.answers("choose", Order())
         masks, _ = draw_sets(self.cell.law, jax.random.key(2), shape[1], self.work.sets)
         # The decoder alone differs, and all answers are there.
-        forecasts = [given.forecast(NeRCC(*shape, lambda_dec=value)) for value in PUBLISHED]
-        errors = [np.mean([each.error(mask) ** 2 for mask in masks]) for each in forecasts]
+        recorded = [given.of(NeRCC(*shape, lambda_dec=value)) for value in PUBLISHED]
+        errors = [np.mean(mean_losses(each, masks, ("mse",))) for each in recorded]
         return NeRCC(*shape, lambda_dec=float(PUBLISHED[int(np.nanargmin(errors))]))
 
     def search(self, order: Order, tune_best: int, steps: int) -> dict[str, NeRCC]:
         """The best code of each shown layout, and ("search") of all, for data in this order."""
         found = search_layout(
             self.work.model, self.points("choose", order), self.cell.num_data,
-            self.cell.num_workers, self.cell.law, key=jax.random.key(3), grouped=True,
-            num_sets=40, tune_best=tune_best, steps=steps,
+            self.cell.num_workers, self.cell.law, key=jax.random.key(3),
+            sampling=Sampling(held_out_share=0.5, held_out_sets=40, grouped=True),
+            tuning=LayoutTuning(best=tune_best, descent=Descent(steps)),
         )  # fmt: skip
         best: dict[str, Any] = {"search": found.candidates[0]}
         for candidate in found.best_of_layouts:
@@ -190,10 +200,10 @@ class Bench:
 
     def judge(self, code: NeRCC, surrogate: Surrogate | None, order: Order) -> Judged:
         """What the doubt, calibrated on its part, says of the part to judge, and what is so."""
-        own = self.answers("calibrate", order).forecast(code)
+        own = self.answers("calibrate", order).of(code)
         beside = None
         if surrogate is not None:
-            beside = self.answers("calibrate", order, "student").forecast(code)
+            beside = self.answers("calibrate", order, "student").of(code)
         doubt = doubt_of(own, self.cell.law, jax.random.key(5), 100, surrogate, beside)
         score, wrong = self._doubts("judge", order, code, surrogate, doubt)
         return Judged(score, wrong, score <= doubt.limit(WANTED))
@@ -221,13 +231,11 @@ class Bench:
         doubt: Doubt | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Each data point's doubt and whether it is wrong, under each set."""
-        own, cheap = self.answers(part, order), ()
+        beside = None
         if surrogate is not None:
-            student = self.answers(part, order, "student")
-            cheap = student.originals, student.of(code)
-        given = map(jnp.asarray, (own.of(code), own.originals, *cheap))
-        seen = _observe(code, surrogate, self._masks, *given, *(() if cheap else (None, None)))
-        features, sure, wrong = seen
+            beside = self.answers(part, order, "student").of(code)
+        own = self.answers(part, order).of(code)
+        features, sure, wrong = observe(own, surrogate, beside, self._masks)
         score = jnp.zeros(sure.shape) if doubt is None else doubt.of_features(features)
         return np.asarray(jnp.where(sure, 0, score)), np.asarray(wrong)
 
@@ -259,7 +267,8 @@ def _bins(
 
 
 def _disagreements(
-    known: Forecast, masks: Bool[Array, "sets num_workers"]
+    known: Answers, masks: Bool[Array, "sets num_workers"]
 ) -> Float[np.ndarray, " sets"]:
     """The share of labels that are not the model's own under each set; lost ones are wrong."""
-    return np.asarray([known.disagreement(mask) for mask in masks])
+    forecast = Forecast(known)
+    return np.asarray([forecast.disagreement(mask) for mask in masks])

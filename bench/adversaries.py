@@ -92,7 +92,7 @@ def _decode_each(code, y, most, method, constant):
             code, answers, jnp.ones(code.num_workers, bool), max_adversaries=most, method=method,
             rate_constant=constant,
         )  # fmt: skip
-        return got.predictions, got.suspected
+        return got.decoded.predictions, got.suspected
 
     return jax.vmap(decode)(y)
 
@@ -109,7 +109,7 @@ def robust(code: NeRCC, method: RobustMethod, together: bool = False) -> Method:
                 max_adversaries=most, method=method,
             )  # fmt: skip
             suspected = np.broadcast_to(got.suspected, y.shape[:2])
-            return np.moveaxis(np.asarray(got.predictions), 1, 0), suspected
+            return np.moveaxis(np.asarray(got.decoded.predictions), 1, 0), suspected
         predictions, suspected = _decode_each(code, y, jnp.asarray(most), method, RATE_CONSTANT)
         return np.asarray(predictions), np.asarray(suspected)
 

@@ -57,10 +57,9 @@ from _report import (
 )
 
 from nercc_jax import NeRCC
-from nercc_jax.codes import decode_groups, encode_groups
 
 # Where the sum of magnitudes in a decoder row exceeds it, decoding takes its careful way.
-from nercc_jax.codes._code import _AMPLIFICATION
+from nercc_jax.codes import AMPLIFICATION, decode_groups, encode_groups
 from nercc_jax.splines import smoothing_spline
 
 _SEED = 20240204
@@ -394,7 +393,7 @@ def careful_share(setting: Setting, sets: int) -> float:
     code, rng = setting.code(), np.random.default_rng(_SEED)
     rows = jax.jit(lambda m: jnp.max(jnp.sum(jnp.abs(code.decoder_matrix(m)), axis=1)))
     largest = [max(float(rows(m)) for m in setting.masks(rng)) for _ in range(sets)]
-    return float(np.mean(np.array(largest) > _AMPLIFICATION))
+    return float(np.mean(np.array(largest) > AMPLIFICATION))
 
 
 @dataclasses.dataclass(frozen=True)

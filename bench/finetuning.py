@@ -46,7 +46,7 @@ from nercc_jax import ExactStragglers, NeRCC, evaluate
 from nercc_jax.cli._workload import Answering, Outputs, answering
 from nercc_jax.evaluation import batched
 from nercc_jax.inference import order_points
-from nercc_jax.tuning import FineTuned, FineTuningStep, fine_tune
+from nercc_jax.tuning import Descent, FineTuned, FineTuningStep, Sampling, Target, fine_tune
 from nercc_models import ReadyModel, load_data, load_model, model_card, score
 from nercc_models.augmentation import Augmentation, augment
 from nercc_models.cards import made_on, store, write_card
@@ -132,9 +132,7 @@ def train(plan: Plan, data_dir: Path, folder: Path, log: Callable[[str], None]) 
     """Fine-tunes a shipped model on training images and writes its weights and card."""
     original = answering(plan.model, plan.outputs)
     x, labels = original.images("train", data_dir, plan.images, plan.seed)
-    losses: dict[str, Any] = {"loss": "cross_entropy"}
-    if plan.outputs == "probabilities":
-        losses = {"loss": sharp, "label_loss": surprise}
+    probabilities = plan.outputs == "probabilities"
     tuned = fine_tune(
         _fast(original),
         [NeRCC(k, n, points=layout) for n, k, _, layout in plan.settings],
@@ -142,17 +140,23 @@ def train(plan: Plan, data_dir: Path, folder: Path, log: Callable[[str], None]) 
         [ExactStragglers(s) for *_, s, _ in plan.settings],
         key=jax.random.key(plan.seed),
         labels=labels,
-        fidelity=plan.fidelity,
-        label_weight=plan.label_weight,
-        augment=_augmented(plan),
-        steps=plan.steps,
-        learning_rate=plan.learning_rate,
-        groups_per_step=plan.groups,
-        held_out=plan.held_out,
-        check_every=max(plan.steps // plan.checks, 1),
-        tolerance=plan.tolerance,
-        on_check=lambda step, model: _checkpoint(plan, step, model, log),
-        **losses,
+        criterion=sharp if probabilities else "cross_entropy",
+        target=Target(
+            fidelity=plan.fidelity,
+            label_weight=plan.label_weight,
+            label_criterion=surprise if probabilities else None,
+            tolerance=plan.tolerance,
+        ),
+        sampling=Sampling(
+            groups_per_step=plan.groups,
+            held_out_share=plan.held_out / len(x),
+            held_out_sets=8,
+            augment=_augmented(plan),
+        ),
+        descent=Descent(
+            plan.steps, plan.learning_rate, max(plan.steps // plan.checks, 1), patience=None
+        ),
+        on_step=lambda step, model: _checkpoint(plan, step, model, log),
     )
     _write(plan, tuned, folder, data_dir)
 
@@ -183,7 +187,9 @@ def _augmented(plan: Plan) -> Callable[[Array, PRNGKeyArray], Array]:
 def _checkpoint(
     plan: Plan, step: FineTuningStep, model: Answering, log: Callable[[str], None]
 ) -> None:
-    """Keeps what there is so far: a long run may be cut off."""
+    """Keeps what there is so far at each look: a long run may be cut off."""
+    if step.held_out is None:
+        return
     store(Path("checkpoints") / f"{plan.model}-coded", f"step-{step.step}", model.network.state)
     accuracy = f"{step.accuracy:.4f}" if step.accuracy is not None else "unknown"
     log(

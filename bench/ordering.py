@@ -33,7 +33,7 @@ from rich.table import Table
 
 from nercc_jax import ExactStragglers, NeRCC
 from nercc_jax.cli._workload import Outputs, answering
-from nercc_jax.codes._code import _AMPLIFICATION
+from nercc_jax.codes import AMPLIFICATION
 from nercc_jax.evaluation import Estimate, batched, cut_groups
 from nercc_jax.inference import order_points, random_projection, short_path
 from nercc_jax.inference._ordering import _distances, _nearest_neighbour
@@ -104,7 +104,7 @@ def matrices(layout: str, cell: Cell, sets: int) -> tuple[np.ndarray, np.ndarray
     masks = jnp.stack([law.available(jax.random.key(i), num_workers) for i in range(sets)])
     decoders = np.asarray(_decoders(code, masks))
     # Above it, decoding would not take the product with the matrix.
-    if np.abs(decoders).sum(axis=-1).max() > _AMPLIFICATION:
+    if np.abs(decoders).sum(axis=-1).max() > AMPLIFICATION:
         raise ValueError(f"{layout} points at {cell}: a decoder loses digits")
     encoder = np.asarray(code.encoder_matrix())
     if layout == "repeated" and not np.allclose(encoder, encoder.round(), atol=1e-5):

@@ -38,6 +38,7 @@ from nercc_jax import (
 )
 from nercc_jax.cli._workload import Answering, Outputs, answering
 from nercc_jax.evaluation import landscape, make_trial
+from nercc_jax.tuning import Descent
 from nercc_models import list_parity_models, load_parity_model
 
 HERE = Path(__file__).parent
@@ -132,8 +133,9 @@ def _codes(
     """All codes at this (N, K), those tuned that can be, on training images without labels."""
     shape = (setting.num_data, setting.num_workers)
     nercc, bacc = NeRCC(*shape), Berrut(*shape)
-    # Order 4: with tune's own 2, LeNet5's logits at (100, 20) lost 5 % at S = 80 to win at S = 0.
-    options: Any = {"key": jax.random.key(0), "points": True, "steps": size.steps, "order": 4.0}
+    # Power 4: with tune's own 2, LeNet5's logits at (100, 20) lost 5 % at S = 80 to win at S = 0.
+    options: Any = {"key": jax.random.key(0), "points": True, "power": 4.0}
+    options["descent"] = Descent(size.steps)
     tuned = tune(network, nercc, train, laws, **options)
     rival = tune(network, bacc, train, laws, **options)
     published = _best_of_grid(size, network, NeRCC(*shape, lambda_dec=0.0), train, laws)

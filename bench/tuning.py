@@ -56,7 +56,7 @@ from nercc_jax import NeRCC, tune
 from nercc_jax.cli._workload import Answering, Outputs, answering
 from nercc_jax.codes import encode_groups
 from nercc_jax.evaluation import Trial, landscape, make_trial
-from nercc_jax.tuning import Tuned
+from nercc_jax.tuning import Descent, Tuned
 
 _RESULTS = Path(__file__).parent / "results"
 _SETS = 20  # straggler sets a law on the yardstick
@@ -93,7 +93,7 @@ def run_setting(
     groups = test[: count * setting.num_data].reshape(count, setting.num_data, *test.shape[1:])
     laws = setting.laws(size.laws)
     key = jax.random.key(_YARDSTICK_SEED)
-    yardstick = make_trial(network, start, groups, laws, key=key, num_sets=_SETS, order=2.0)
+    yardstick = make_trial(network, start, groups, laws, key=key, num_sets=_SETS, power=2.0)
     published = NeRCC(setting.num_data, setting.num_workers, lambda_dec=0.0)
     grids = _grids(network, {"published": published, "ours": start}, yardstick, counter)
     log(", ".join(f"grid, {form}: {grids[form]['objective']:.4f}" for form in FORMS))
@@ -102,7 +102,8 @@ def run_setting(
     runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
     for kind in KINDS:
         for seed in range(size.seeds):
-            options = {"key": jax.random.key(seed), "points": kind == "points", "steps": steps}
+            options = {"key": jax.random.key(seed), "points": kind == "points"}
+            options["descent"] = Descent(steps)
             tuned, told = _timed(counter, tune, network, start, train, laws, **options)
             runs[kind].append(_run(network, yardstick, tuned, told))
             log(f"gradient, {kind}, seed {seed}: {runs[kind][-1]['objective']:.4f}")

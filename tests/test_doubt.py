@@ -8,9 +8,10 @@ import scipy.optimize
 from scipy.special import expit
 
 from nercc_jax import Berrut, ExactStragglers, NeRCC, calibrate_doubt
-from nercc_jax.evaluation import all_answers
-from nercc_jax.surrogates import Surrogate, logistic_regression
-from nercc_jax.surrogates._doubt import _calibrate, _observe
+from nercc_jax.evaluation import record_answers
+from nercc_jax.surrogates import Surrogate, logistic_regression, observe
+from nercc_jax.surrogates._calibration import regression
+from nercc_jax.surrogates._doubt import calibrate
 
 K, N, OUTPUTS = 4, 7, 4
 LAWS = {"three": ExactStragglers(3)}
@@ -37,16 +38,10 @@ CODES = {
 
 def seen(code, x, surrogate=None):
     """Features, sure and wrong ones of data points under all sets, and their doubts' inputs."""
-    groups = x.reshape(-1, K, 5)
-    originals = model(jnp.asarray(groups))
     masks = jnp.asarray(LAWS["three"].every_set(N, 100))
-    answers = all_answers((model,), code, groups)
-    cheap = cheap_coded = None
-    if surrogate is not None:
-        cheap = surrogate.model(jnp.asarray(groups))
-        cheap_coded = all_answers((surrogate.model,), code, groups)
-    seen = _observe(code, surrogate, masks, answers, originals, cheap, cheap_coded)
-    return [np.asarray(each) for each in seen]
+    own = record_answers(model, code, x)
+    beside = None if surrogate is None else record_answers(surrogate.model, code, x)
+    return [np.asarray(each) for each in observe(own, surrogate, beside, masks)]
 
 
 @pytest.mark.parametrize("code", CODES)
@@ -101,7 +96,7 @@ def test_the_risk_is_what_can_be_counted(dtype):
     features = np.stack([np.ones(20), feature], axis=-1).reshape(1, 5, 4, 2)
     sure = (np.arange(20) >= 18).reshape(1, 5, 4)
     wrong = np.isin(np.arange(20), [9, 14, 16, 17]).reshape(1, 5, 4)
-    doubt = _calibrate(features, sure, wrong)
+    doubt = calibrate(features, sure, wrong)
     assert doubt.weights[1] < 0
     assert doubt.levels[0] == doubt.risks[0] == 0
     np.testing.assert_allclose(doubt.shares[0], 0.9, atol=1e-6)
@@ -127,7 +122,7 @@ def test_the_correction_is_for_what_is_no_logistic_curve(dtype):
     true = np.where(feature > 0, 0.01, 0.4)
     wrong = (rng.uniform(size=feature.shape) < true).reshape(1, -1, 1)
     features = np.stack([np.ones_like(feature), feature], axis=-1).reshape(1, -1, 1, 2)
-    doubt = _calibrate(features, np.zeros(wrong.shape, bool), wrong)
+    doubt = calibrate(features, np.zeros(wrong.shape, bool), wrong)
     given = np.asarray([[1, -0.9], [1, -0.3], [1, 0.4], [1, 0.9]])
     line = expit(given @ np.asarray(doubt.weights))
     assert line[0] > 0.5
@@ -149,7 +144,7 @@ def test_where_hardly_anything_is_told_rounding_decides_nothing(told, dtype):
     wrong = rng.uniform(size=shape) < expit(told * feature)
     sure = rng.uniform(size=shape) < 0.5
     features = np.stack([np.ones(shape), -feature], axis=-1)
-    doubt = _calibrate(features, sure, wrong & ~sure)
+    doubt = calibrate(features, sure, wrong & ~sure)
     value = np.asarray(eqx.filter_jit(doubt.of_features)(jnp.asarray(features, float)))
     value = np.where(sure, 0, value)
     for limit in np.asarray(doubt.levels)[[0, 1, len(doubt.levels) // 2, -1]]:
@@ -157,6 +152,24 @@ def test_where_hardly_anything_is_told_rounding_decides_nothing(told, dtype):
         assert np.mean(value > limit) == pytest.approx(share, abs=5e-3)
         kept = np.mean(wrong & ~sure & (value <= limit))
         assert kept <= doubt.risks[np.searchsorted(np.asarray(doubt.levels), limit)] + 5e-3
+
+
+def test_what_a_group_is_told_does_not_come_from_itself():
+    """Other labels in a group change its own log-odds by the common shift and scale only."""
+    rng = np.random.default_rng(0)
+    features = np.column_stack([np.ones(300), rng.normal(size=(300, 3))])
+    group = np.repeat(np.arange(15), 20)
+    wrong = rng.uniform(size=300) < expit(features @ [-1.0, 1.0, -0.5, 0.2])
+    first, last = group == 0, group == 14
+    changed = np.where(first, ~wrong, wrong)
+    before, after = (regression(features, labels, group, 1.0, ())[1] for labels in (wrong, changed))
+
+    def unexplained(part):
+        line = np.polyfit(before[part], after[part], 1)
+        return np.abs(np.polyval(line, before[part]) - after[part]).max()
+
+    assert unexplained(first) < 1e-9
+    assert unexplained(last) > 1e-3, "to others they tell something"
 
 
 @pytest.mark.parametrize("slope", [-1.5, 1.5])

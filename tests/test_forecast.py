@@ -86,9 +86,9 @@ def expected(name, x, mask, served=model):
 def test_it_is_the_error_of_decoding(name, dtype):
     x = data(dtype)
     forecast = make_forecast(models(name), CODES[name], x)
-    assert forecast.answers.shape == (5, N, 4)
-    assert forecast.originals.shape == (5, K, 4)
-    assert forecast.answers.dtype == dtype
+    assert forecast.answers.coded.shape == (5, N, 4)
+    assert forecast.answers.own.shape == (5, K, 4)
+    assert forecast.answers.coded.dtype == dtype
     digits = {"float32": 1e-5, "float64": 1e-9 if name != "NeRCC" else 1e-6}[dtype]
     for mask in MASKS:
         error, disagreement = expected(name, x, mask)
@@ -119,7 +119,7 @@ def test_each_place_by_itself(name):
     forecast = make_forecast(models(name), code, x)
     groups = x[: len(x) // K * K].reshape(-1, K, 3)
     for mask in MASKS[:-1]:
-        decoded = [code.try_decode(jnp.asarray(y), mask) for y in forecast.answers]
+        decoded = [code.try_decode(jnp.asarray(y), mask) for y in forecast.answers.coded]
         predictions = np.stack([np.asarray(each.predictions) for each in decoded])
         recovered = np.stack([np.asarray(each.recovered) for each in decoded])
         own = np.asarray(model(groups))
@@ -141,7 +141,7 @@ def test_each_place_by_itself(name):
 def test_a_broken_answer_makes_a_straggler_in_its_group():
     x = data()
     forecast = make_forecast(broken_at_mixtures, CODES["NeRCC"], x)
-    broken = ~np.isfinite(forecast.answers).all(axis=2)
+    broken = ~np.isfinite(forecast.answers.coded).all(axis=2)
     assert broken.any()
     assert not broken.all(axis=1).any()
     for mask in MASKS[:4]:
@@ -153,8 +153,8 @@ def test_a_broken_answer_makes_a_straggler_in_its_group():
 
 def test_an_unavailable_workers_answer_does_not_matter():
     forecast = make_forecast(model, CODES["NeRCC"], data())
-    spoilt = forecast.answers.at[:, 1].set(jnp.nan).at[:, 4].set(jnp.inf)
-    other = eqx.tree_at(lambda f: f.answers, forecast, spoilt)
+    spoilt = forecast.answers.coded.at[:, 1].set(jnp.nan).at[:, 4].set(jnp.inf)
+    other = eqx.tree_at(lambda f: f.answers.coded, forecast, spoilt)
     np.testing.assert_allclose(other.error(MASKS[1]), forecast.error(MASKS[1]), rtol=1e-6)
 
 

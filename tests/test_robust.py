@@ -129,10 +129,10 @@ def test_gross_lies_leave_what_decoding_without_them_gives(layout, gone, dtype):
     got = robust_decode(code, lies(y, liars), mask(32, gone), max_adversaries=4)
     expected = code.try_decode(y, mask(32, [*gone, *liars]))
     assert np.flatnonzero(got.suspected).tolist() == liars
-    assert np.array_equal(got.heard, mask(32, [*gone, *liars]))
-    assert np.array_equal(got.predictions, expected.predictions)
-    assert np.all(got.recovered)
-    assert got.predictions.dtype == dtype
+    assert np.array_equal(got.decoded.heard, mask(32, [*gone, *liars]))
+    assert np.array_equal(got.decoded.predictions, expected.predictions)
+    assert np.all(got.decoded.recovered)
+    assert got.decoded.predictions.dtype == dtype
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -141,7 +141,7 @@ def test_without_adversaries_nobody_is_left_out(layout, dtype):
     y = honest(code, dtype)
     got = robust_decode(code, y, mask(32, (4, 5)), max_adversaries=10)
     assert not np.any(got.suspected)
-    assert np.array_equal(got.predictions, code.decode(y, mask(32, (4, 5))))
+    assert np.array_equal(got.decoded.predictions, code.decode(y, mask(32, (4, 5))))
 
 
 def test_equal_answers_accuse_nobody():
@@ -162,7 +162,7 @@ def test_rough_copies_accuse_nobody_and_outvote_liars(dtype):
     y[liars] = 5.0
     got = robust_decode(code, y, mask(32), max_adversaries=15)
     assert np.flatnonzero(got.suspected).tolist() == liars
-    assert np.array_equal(got.predictions, code.decode(y, mask(32, liars)))
+    assert np.array_equal(got.decoded.predictions, code.decode(y, mask(32, liars)))
 
 
 @settings(max_examples=30)
@@ -179,9 +179,9 @@ def test_no_more_are_left_out_than_asked_and_nobody_absent(seed, count, most, go
     available = mask(32, random.permutation(32)[:gone])
     got = robust_decode(code, y, available, max_adversaries=most)
     assert np.sum(got.suspected) <= min(most, max(available.sum() - 4, 0))
-    assert np.array_equal(got.heard | got.suspected, available)
-    assert not np.any(got.heard & got.suspected)
-    assert np.all(np.isfinite(got.predictions))
+    assert np.array_equal(got.decoded.heard | got.suspected, available)
+    assert not np.any(got.decoded.heard & got.suspected)
+    assert np.all(np.isfinite(got.decoded.predictions))
 
 
 @pytest.mark.parametrize("method", ["reject", "smooth"])
@@ -194,9 +194,9 @@ def test_broken_and_absent_answers_are_never_read(method):
     decode = functools.partial(robust_decode, code, max_adversaries=3, method=method)
     got = decode(broken, available)
     expected = decode(y, mask(32, (3, 11, 20)))
-    assert np.array_equal(got.heard, mask(32, (3, 11, 20)))
+    assert np.array_equal(got.decoded.heard, mask(32, (3, 11, 20)))
     assert not np.any(got.suspected)
-    assert np.array_equal(got.predictions, expected.predictions)
+    assert np.array_equal(got.decoded.predictions, expected.predictions)
 
 
 def test_a_huge_lie_hides_nobody():
@@ -212,9 +212,9 @@ def test_nobody_answered():
     y = honest(code, "float32")
     for method in ("reject", "smooth"):
         got = robust_decode(code, y, jnp.zeros(32, bool), max_adversaries=2, method=method)
-        assert np.all(np.isnan(got.predictions))
-        assert not np.any(got.recovered)
-        assert not np.any(got.heard | got.suspected)
+        assert np.all(np.isnan(got.decoded.predictions))
+        assert not np.any(got.decoded.recovered)
+        assert not np.any(got.decoded.heard | got.suspected)
 
 
 @pytest.mark.parametrize("adversaries", [0, 2, 6])
@@ -234,7 +234,7 @@ def test_smoothing_takes_the_papers_lambda(adversaries, dtype):
         )  # fmt: skip
         tolerance = {"float32": 2e-4, "float64": 1e-9}[dtype]
         np.testing.assert_allclose(
-            got.predictions[:, column], np.array(expected, float), atol=tolerance
+            got.decoded.predictions[:, column], np.array(expected, float), atol=tolerance
         )
 
 
@@ -246,9 +246,9 @@ def test_smoothing_trusts_no_answer_more_than_others():
     options = {"max_adversaries": 3, "method": "smooth", "rate_constant": 0.01}
     got = robust_decode(code, y, mask(32), **options)
     np.testing.assert_allclose(
-        got.predictions, robust_decode(plain, y, mask(32), **options).predictions, rtol=1e-4
+        got.decoded.predictions, robust_decode(plain, y, mask(32), **options).predictions, rtol=1e-4
     )
-    assert np.linalg.norm(got.predictions[2]) < 0.7 * np.linalg.norm(y[2])
+    assert np.linalg.norm(got.decoded.predictions[2]) < 0.7 * np.linalg.norm(y[2])
 
 
 def test_bounds():
@@ -263,8 +263,8 @@ def test_bounds():
     clipped = robust_decode(
         code, np.clip(lying, -1.5, 1.5), mask(32), max_adversaries=2, method="smooth"
     )
-    assert np.array_equal(smooth.predictions, clipped.predictions)
-    assert np.all(smooth.heard)
+    assert np.array_equal(smooth.decoded.predictions, clipped.predictions)
+    assert np.all(smooth.decoded.heard)
 
 
 def test_jit_vmap_and_one_compilation_for_every_mask():
@@ -282,7 +282,9 @@ def test_jit_vmap_and_one_compilation_for_every_mask():
     for group in range(3):
         alone = decode(code, y[group], masks[group])
         assert np.array_equal(alone.suspected, together.suspected[group])
-        np.testing.assert_allclose(alone.predictions, together.predictions[group], rtol=1e-4)
+        np.testing.assert_allclose(
+            alone.decoded.predictions, together.decoded.predictions[group], rtol=1e-4
+        )
     assert len(traces) == 1
     assert np.array_equal(np.sum(together.suspected, axis=1), [2, 2, 2])
 
@@ -296,7 +298,7 @@ def test_many_groups_judge_workers_together():
     y[[4, 19]] += 0.5 * np.sign(random.normal(size=y[[4, 19]].shape))
     got = robust_decode(code, y.astype("float32"), mask(32), max_adversaries=4, threshold=3.0)
     assert np.flatnonzero(got.suspected).tolist() == [4, 19]
-    assert got.predictions.shape == (8, 30, 4)
+    assert got.decoded.predictions.shape == (8, 30, 4)
 
 
 def test_predictions_are_differentiable_in_answers():

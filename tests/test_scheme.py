@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nercc_jax import ExactStragglers, NeRCC, Scheme, calibrate_doubt, coded_inference, reexecute
-from nercc_jax.surrogates import Assessed, Surrogate, doubtful, scheme_inference
+from nercc_jax.surrogates import Assessed, Surrogate, doubtful
 
 K, N, OUTPUTS = 4, 7, 3
 LAWS = {"three": ExactStragglers(3)}
@@ -25,35 +25,39 @@ def points(seed, groups=6):
     return np.random.default_rng(seed).normal(size=(groups * K, 2, 3)).astype("float32")
 
 
+def assess(model, scheme, **options):
+    return coded_inference(model, scheme, with_status=True, **options)
+
+
 CODE = NeRCC(K, N, lambda_dec=0.0, points="repeated")
 MASKS = np.random.default_rng(5).permuted(np.tile(np.arange(N) > 2, (6, 1)), axis=1)
 
 
 def test_without_extras_it_is_coded_inference():
     x = points(0)
-    assessed = scheme_inference(model, Scheme(CODE))(x, MASKS)
+    assessed = assess(model, Scheme(CODE))(x, MASKS)
     expected = coded_inference(model, CODE)(x.reshape(-1, K, 2, 3), MASKS)
-    np.testing.assert_array_equal(assessed.predictions, expected.reshape(-1, OUTPUTS))
-    assert assessed.recovered.all()
+    np.testing.assert_array_equal(assessed.decoded.predictions, expected.reshape(-1, OUTPUTS))
+    assert assessed.decoded.recovered.all()
     assert np.isnan(assessed.doubt).all()
-    np.testing.assert_array_equal(assessed.heard, MASKS)
-    one = scheme_inference(model, Scheme(CODE))(x, MASKS[0])
-    np.testing.assert_array_equal(one.heard, np.tile(MASKS[0], (6, 1)))
+    np.testing.assert_array_equal(assessed.decoded.heard, MASKS)
+    one = assess(model, Scheme(CODE))(x, MASKS[0])
+    np.testing.assert_array_equal(one.decoded.heard, np.tile(MASKS[0], (6, 1)))
 
 
 @pytest.mark.parametrize("order", [None, "pixels", "surrogate", model])
 def test_predictions_come_back_where_data_points_came(order):
     x = points(1)
     scheme = Scheme(CODE, Surrogate(rough, theta=0.5, kappa=1.0), order=order, buffer_size=3 * K)
-    everyone = scheme_inference(model, scheme)(x, np.ones(N, bool))
-    np.testing.assert_allclose(everyone.predictions, model(jnp.asarray(x)), atol=1e-5)
+    everyone = assess(model, scheme)(x, np.ones(N, bool))
+    np.testing.assert_allclose(everyone.decoded.predictions, model(jnp.asarray(x)), atol=1e-5)
     arranged = np.asarray(scheme.arrange(x))
     assert sorted(arranged[: 3 * K]) == list(range(3 * K)), "buffers are not mixed"
     by_hand = Scheme(CODE, scheme.surrogate)
-    expected = scheme_inference(model, by_hand)(x[arranged], MASKS)
-    assessed = scheme_inference(model, scheme)(x, MASKS)
+    expected = assess(model, by_hand)(x[arranged], MASKS)
+    assessed = assess(model, scheme)(x, MASKS)
     np.testing.assert_allclose(
-        np.asarray(assessed.predictions)[arranged], expected.predictions, atol=1e-5
+        np.asarray(assessed.decoded.predictions)[arranged], expected.decoded.predictions, atol=1e-5
     )
     np.testing.assert_allclose(
         np.asarray(assessed.deviation)[arranged], expected.deviation, atol=1e-4
@@ -67,13 +71,15 @@ def test_what_is_doubtful_becomes_the_models_own(key):
     doubt = calibrate_doubt(model, CODE, data[np.asarray(scheme.arrange(data))], LAWS, key=key)
     scheme = eqx.tree_at(lambda s: s.doubt, scheme, doubt, is_leaf=lambda leaf: leaf is None)
     x = points(3)
-    assessed = scheme_inference(model, scheme)(x, MASKS)
+    assessed = assess(model, scheme)(x, MASKS)
     own = np.asarray(model(jnp.asarray(x)))
     unsure = np.asarray(assessed.doubt) > 0
     assert 0 < unsure.sum() < len(x)
-    np.testing.assert_allclose(np.asarray(assessed.predictions)[~unsure], own[~unsure], atol=1e-5)
+    np.testing.assert_allclose(
+        np.asarray(assessed.decoded.predictions)[~unsure], own[~unsure], atol=1e-5
+    )
     fixed = reexecute(model, x, assessed)
-    np.testing.assert_allclose(fixed.predictions, own, atol=1e-5)
+    np.testing.assert_allclose(fixed.decoded.predictions, own, atol=1e-5)
     np.testing.assert_array_equal(fixed.doubt, np.zeros(len(x)))
     few = reexecute(model, x, assessed, share=2 / len(x))
     changed = np.flatnonzero(np.asarray(few.doubt) != np.asarray(assessed.doubt))
@@ -89,16 +95,16 @@ def test_without_any_answer_all_is_executed_again(key):
     x = points(4)
     masks = MASKS.copy()
     masks[2] = False
-    assessed = scheme_inference(model, Scheme(CODE, doubt=doubt))(x, masks)
+    assessed = assess(model, Scheme(CODE, doubt=doubt))(x, masks)
     lost = np.arange(len(x)) // K == 2
-    np.testing.assert_array_equal(assessed.recovered, ~lost)
-    assert np.isnan(np.asarray(assessed.predictions)[lost]).all()
+    np.testing.assert_array_equal(assessed.decoded.recovered, ~lost)
+    assert np.isnan(np.asarray(assessed.decoded.predictions)[lost]).all()
     np.testing.assert_array_equal(np.asarray(assessed.doubt)[lost], 1)
     assert set(doubtful(assessed.doubt, at_most=K)) == set(np.flatnonzero(lost))
     fixed = reexecute(model, x, assessed, limit=0.999)
-    assert fixed.recovered.all()
+    assert fixed.decoded.recovered.all()
     own = np.asarray(model(jnp.asarray(x)))
-    np.testing.assert_allclose(np.asarray(fixed.predictions)[lost], own[lost], atol=1e-5)
+    np.testing.assert_allclose(np.asarray(fixed.decoded.predictions)[lost], own[lost], atol=1e-5)
 
 
 def test_one_compilation_serves_every_mask():
@@ -108,7 +114,7 @@ def test_one_compilation_serves_every_mask():
         traces.append(x.shape)
         return model(x)
 
-    infer = scheme_inference(counted, Scheme(CODE))
+    infer = assess(counted, Scheme(CODE))
     for seed in range(4):
         infer(points(seed), np.roll(MASKS, seed, axis=1))
     assert len(traces) == 1
@@ -127,12 +133,13 @@ def test_one_compilation_serves_every_mask():
 )
 def test_input_errors(x, available, message, untyped):
     with pytest.raises(ValueError, match=message):
-        scheme_inference(model, Scheme(CODE))(x, available)
+        assess(model, Scheme(CODE))(x, available)
 
 
 def test_models_and_schemes_that_do_not_fit(untyped):
-    with pytest.raises(ValueError, match=r"must give a vector a data point, not shape \(2, 3\)"):
-        scheme_inference(lambda x: x, Scheme(CODE))(points(0), MASKS)
+    other = Scheme(CODE, Surrogate(lambda x: x))
+    with pytest.raises(ValueError, match=r"the surrogate gives outputs \(2, 3\), the model \(3,\)"):
+        assess(model, other)(points(0), MASKS)
     with pytest.raises(ValueError, match="order by 'surrogate' needs a surrogate"):
         Scheme(CODE, order="surrogate")
     with pytest.raises(ValueError, match="order must be 'pixels', 'surrogate' or a function"):
@@ -141,21 +148,17 @@ def test_models_and_schemes_that_do_not_fit(untyped):
 
 def test_what_cannot_be_executed_again(untyped):
     x = points(0)
-    assessed = scheme_inference(model, Scheme(CODE))(x, MASKS)
+    assessed = assess(model, Scheme(CODE))(x, MASKS)
     with pytest.raises(ValueError, match="doubt is NaN: calibrate"):
         reexecute(model, x, assessed)
-    sound = Assessed(
-        assessed.predictions,
-        assessed.heard,
-        assessed.recovered,
-        assessed.deviation,
-        jnp.ones(len(x)),
-    )
+    sound = Assessed(assessed.decoded, assessed.deviation, jnp.ones(len(x)))
     with pytest.raises(ValueError, match=r"share must be in \[0, 1\], not 1.5"):
         reexecute(model, x, sound, share=1.5)
     with pytest.raises(ValueError, match="must be 0 or positive"):
         reexecute(model, x, sound, limit=float("nan"))
-    with pytest.raises(ValueError, match=r"x has shape \(4, 2, 3\); assessed are 24"):
+    with pytest.raises(
+        ValueError, match=r"x has shape \(4, 2, 3\); assessed are data points \(24,\)"
+    ):
         reexecute(model, x[:4], sound)
     with pytest.raises(ValueError, match="own outputs are not finite"):
         reexecute(lambda x: jnp.full((len(x), OUTPUTS), jnp.nan), x, sound)

@@ -154,17 +154,17 @@ def disagreement_and_mse(code, surrogate, x, key):
     return np.mean(wrong), np.mean(square)
 
 
-@pytest.mark.parametrize("judge", ["disagreement", "mse"])
+@pytest.mark.parametrize("criterion", ["disagreement", "mse"])
 @pytest.mark.parametrize("cheap", [rough, useless])
-def test_what_is_found_is_no_worse_than_either(judge, cheap, key):
+def test_what_is_found_is_no_worse_than_either(criterion, cheap, key):
     code, x = CODES["exact"](), points(0)
-    found = fit_surrogate(model, cheap, code, x, LAWS, key=key, num_sets=100, judge=judge)
-    which = 0 if judge == "disagreement" else 1
+    found = fit_surrogate(model, cheap, code, x, LAWS, key=key, num_sets=100, criterion=criterion)
+    which = 0 if criterion == "disagreement" else 1
     best = disagreement_and_mse(code, found, x, key)[which]
     for theta, kappa in [(0.0, 0.0), (1.0, 0.0), (1.0, np.inf)]:
         other = Surrogate(cheap, theta=theta, kappa=kappa)
         assert best <= disagreement_and_mse(code, other, x, key)[which] + 1e-6
-    if cheap is useless and judge == "mse":
+    if cheap is useless and criterion == "mse":
         assert found.theta < 0.2
     if cheap is rough:
         alone = disagreement_and_mse(code, Surrogate(cheap, theta=0.0), x, key)[which]
@@ -180,7 +180,7 @@ def test_a_surrogate_that_is_the_model_leaves_no_error(key):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"judge": "labels"}, "judge must be one of disagreement, mse, not 'labels'"),
+        ({"criterion": "labels"}, "criterion must be 'disagreement' or 'mse', not 'labels'"),
         ({"stragglers": {}}, "there are no stragglers"),
         ({"code": Berrut(K, N)}, "Berrut is no regression"),
         ({"cheap_model": lambda x: model(x)[:, :2]}, "the surrogate gives 2 outputs, the model 3"),

@@ -2,11 +2,11 @@
 
 from ._candidates import Candidate, make_candidate, waits
 from ._codes import Codes, Half
-from ._plan import ALIKE, LAYOUTS, Plan, load_plan, plan
+from ._plan import ALIKE, PLANNED, Plan, load_plan, plan
 
 __all__ = [
     "ALIKE",
-    "LAYOUTS",
+    "PLANNED",
     "Candidate",
     "Codes",
     "Half",

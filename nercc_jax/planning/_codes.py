@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 
 from ..codes import NeRCC, decode_groups
-from ..evaluation import CodedAnswers, Estimate, batched, cut_groups, own_outputs
+from ..evaluation import Estimate, Recorder, batched, cut_groups, own_outputs
 from ..inference import Model, order_points
 from ..stragglers import Latencies, Waiting, draw_groups, last_prediction, own_workers
 from ..surrogates import Doubt, assess, doubt_of
@@ -60,15 +60,16 @@ class Half:
         self._surrogate = None if surrogate is None else batched(surrogate, batch_size)
         groups = cut_groups(x, 1)
         self.x = groups[:, 0]
-        self._originals = np.asarray(own_outputs(self._run, groups))
-        self._answers: dict[tuple[str | None, int], CodedAnswers] = {}
+        own, self._form = own_outputs(self._run, groups)
+        self._own = np.asarray(own)[:, 0]
+        self._answers: dict[tuple[str | None, int], Recorder] = {}
 
-    def answers(self, order: str | None, num_data: int) -> CodedAnswers:
+    def answers(self, order: str | None, num_data: int) -> Recorder:
         """The model's answers on groups in this order."""
         if (order, num_data) not in self._answers:
             places = self._places(order, num_data)
-            self._answers[order, num_data] = CodedAnswers(
-                self._run, self.x[places], self._batch_size, self._originals[places]
+            self._answers[order, num_data] = Recorder(
+                self._run, self.x[places], self._batch_size, (self._own[places], self._form)
             )
         return self._answers[order, num_data]
 
@@ -159,12 +160,14 @@ class Codes:
             exact=False,
             held_out=False,
         )
-        wrong = self._seen(Screened(code, rule, row), self._calibration, "screen").wrong
+        wrong = self._measured(Screened(code, rule, row), self._calibration, "screen").wrong
         return Screened(code, rule, _with(row, **_disagreement(wrong)))
 
-    def _seen(self, entry: Screened, half: Half, what: str, doubt: Doubt | None = None) -> "_Seen":
+    def _measured(
+        self, entry: Screened, half: Half, what: str, doubt: Doubt | None = None
+    ) -> "_Measured":
         sets = _SCREEN_SETS if what == "screen" else TOLD_SETS
-        return _Seen(*entry, half, self._latencies, sets, _SEEDS[what], doubt)
+        return _Measured(*entry, half, self._latencies, sets, _SEEDS[what], doubt)
 
     def measure(
         self, screened: Sequence[Screened], key: PRNGKeyArray
@@ -176,7 +179,7 @@ class Codes:
         rows: list[Candidate] = []
         doubts: dict[Candidate, Doubt] = {}
         for entry in _in_turn([(s.row.p99, s.row.extra_work, s) for s in plain], rows, wanted):
-            seen = self._seen(entry, self._held_out, "told")
+            seen = self._measured(entry, self._held_out, "told")
             times = self._ends(entry.rule, _TOLD_DRAWS)
             rows.append(_with(entry.row, times, **_disagreement(seen.wrong), held_out=True))
         again = [(*self._guess(s), s) for s in fast]
@@ -202,9 +205,9 @@ class Codes:
     def _with_doubt(self, entry: Screened, key: PRNGKeyArray) -> tuple[Doubt, list[Candidate]]:
         """With re-execution of what is doubtful, for the disagreement wanted and for half of it."""
         code, row, wanted = entry.code, entry.row, self._asked["max_disagreement"]
-        known = self._calibration.answers(row.order, row.num_data).forecast(code)
+        known = self._calibration.answers(row.order, row.num_data).of(code)
         doubt = doubt_of(known, {"rule": entry.rule}, key, _DOUBT_SETS)
-        seen = self._seen(entry, self._held_out, "told", doubt)
+        seen = self._measured(entry, self._held_out, "told", doubt)
         groups = self._asked["num_queries"] // code.num_data
         found = []
         # With a limit of 0 all is sent again that has no answer of its own: replication does that.
@@ -224,7 +227,7 @@ class Codes:
         return doubt, found
 
 
-class _Seen:
+class _Measured:
     """What became of one half's data points, (groups, sets, K), under a code and a rule.
 
     `end` is when their group ended, `own` when their own answer comes; `wrong` are labels that
@@ -243,7 +246,7 @@ class _Seen:
         doubt: Doubt | None,
     ):
         coded = half.answers(row.order, row.num_data)
-        answers, labels = coded.of(code), np.argmax(coded.originals, axis=-1)
+        answers, labels = np.asarray(coded.of(code).coded), np.argmax(coded.own, axis=-1)
         mask, self.end, self.own = draw_groups(rule, latencies, seed, (len(labels), sets))
         known = self.own <= self.end[..., None]
         self.wrong, self.doubt = np.zeros(known.shape, bool), np.zeros(known.shape)

@@ -20,7 +20,7 @@ from ..surrogates import Doubt, Scheme
 from ._candidates import Candidate, feasible, uncoded_systems
 from ._codes import TOLD_SETS, Codes, Half
 
-LAYOUTS = ("chebyshev", "interleaved", "repeated")
+PLANNED = ("chebyshev", "interleaved", "repeated")
 
 _FORMAT, _VERSION = "nercc-jax plan", 1
 # The p99 of two systems is told apart beyond this; among equals the cheaper is better.
@@ -44,7 +44,7 @@ class Plan:
     about: dict[str, Any]
 
     def scheme(self, surrogate: Callable[[Array], Array] | None = None) -> Scheme:
-        """The recommended system, to run by `scheme_inference`.
+        """The recommended system, to run by `coded_inference`.
 
         `surrogate`: the one that was planned with, where the recommended system orders by it.
 
@@ -69,6 +69,7 @@ class Plan:
         doubt = self.doubt and {
             field.name: np.asarray(getattr(self.doubt, field.name)).tolist()
             for field in dataclasses.fields(self.doubt)
+            if field.name != "form"  # plans are for vectors
         }
         content = {
             "format": _FORMAT,
@@ -92,7 +93,7 @@ def load_plan(path: str | Path) -> Plan:
         content = json.loads(Path(path).read_text())
         if content["format"] != _FORMAT or content["version"] != _VERSION:
             raise ValueError(f"it does not say 'format': {_FORMAT!r}, 'version': {_VERSION}")
-        doubt = content["doubt"] and {
+        doubt: Any = content["doubt"] and {
             name: jnp.asarray(value, float) for name, value in content["doubt"].items()
         }
         rows = tuple(_candidate(row) for row in content["candidates"])
@@ -123,7 +124,7 @@ def plan(
     max_extra_work: float = 1.5,
     max_disagreement: float = 0.005,
     num_data: Sequence[int] | None = None,
-    layouts: Sequence[str] = LAYOUTS,
+    layouts: Sequence[str] = PLANNED,
     surrogate: Callable[[Array], Array] | None = None,
     buffer_size: int | None = None,
     overhead: float = 0.0,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike, Bool, Float
 
-from ..evaluation import Forecast, batched, cut_groups
+from ..evaluation import Answers, Forecast, batched, cut_groups
 from ..inference import Model, run_workers
 from ._coder import Coder
 from ._query_doubt import QueryDoubt, unknown
@@ -205,6 +205,7 @@ class _Lessons:
         return self._expected[key]
 
     def _renew(self) -> None:
-        self._forecast = Forecast(self._code, *map(jnp.asarray, self.groups()))
+        answers, originals = map(jnp.asarray, self.groups())
+        self._forecast = Forecast(Answers(self._code, answers, originals))
         self._expected.clear()
         self._fresh = 0
