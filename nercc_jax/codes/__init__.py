@@ -4,46 +4,71 @@ from ._berrut import Berrut, berrut_matrix
 from ._checks import check_count, check_counts, check_not_negative, check_positive
 from ._code import (
     AbstractCode,
-    Decoded,
     as_mask,
     decode_groups,
     deviation,
     encode_groups,
+    encode_leaf,
     encoder_rows,
-    multiply,
     variances,
 )
+from ._decoding import AMPLIFICATION, Decoded, decode_sets, decode_vectors
 from ._files import code_card, load_code, save_code
 from ._lagrange import Lagrange
 from ._nercc import NeRCC
 from ._parity import Parity
 from ._points import LAYOUTS, Layout, coincident, copies, mean_gap, regression_points
+from ._products import multiply
 from ._replication import Replication, Uncoded
+from ._trees import (
+    Form,
+    alike_beside,
+    check_beside,
+    check_floats,
+    check_leading,
+    finite_points,
+    is_float,
+    join,
+    leaves_of,
+)
 
 __all__ = [
+    "AMPLIFICATION",
     "LAYOUTS",
     "AbstractCode",
     "Berrut",
     "Decoded",
+    "Form",
     "Lagrange",
     "Layout",
     "NeRCC",
     "Parity",
     "Replication",
     "Uncoded",
+    "alike_beside",
     "as_mask",
     "berrut_matrix",
+    "check_beside",
     "check_count",
     "check_counts",
+    "check_floats",
+    "check_leading",
     "check_not_negative",
     "check_positive",
     "code_card",
     "coincident",
     "copies",
     "decode_groups",
+    "decode_sets",
+    "decode_vectors",
     "deviation",
     "encode_groups",
+    "encode_leaf",
     "encoder_rows",
+    "finite_points",
+    "is_float",
+    "join",
+    "leaves_of",
     "load_code",
     "mean_gap",
     "multiply",

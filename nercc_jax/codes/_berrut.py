@@ -31,7 +31,7 @@ class Berrut(AbstractCode):
         """Points by layout name or as (alpha, beta), and errors: see `regression_points`."""
         counts = check_counts(num_data=num_data, num_workers=num_workers)
         self.num_data, self.num_workers = counts
-        self.alpha, self.beta = regression_points(*counts, points)
+        self.alpha, self.beta = regression_points(self.num_data, self.num_workers, points)
 
     def encoder_matrix(self) -> Float[Array, "num_workers num_data"]:
         return berrut_matrix(self.alpha, self.beta, jnp.ones(self.num_data, bool))

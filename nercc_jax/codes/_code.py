@@ -1,47 +1,55 @@
-"""The interface of all codes, and the one way in which a code decodes.
+"""The interface of all codes.
 
 A code is two matrices: the encoder E (N, K) and, for the workers that answered, the decoder D
-(K, N). What this module adds is what happens to answers that are missing or broken.
+(K, N). What happens to answers that are missing or broken is in `_decoding.py`.
 """
 
 import abc
+import inspect
 import warnings
-from typing import Literal, overload
+from typing import Any, Literal, TypeVar, overload
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
-# Above this sum of a decoder row's magnitudes the product with the matrix loses digits that the
-# regression itself keeps. Two close workers then carry the spline over a wide gap: their entries
-# are large and of opposite sign. 32 roundings of a unit are 2e-6 in float32.
-_AMPLIFICATION = 32.0
+from ._decoding import Decoded, decode_vectors
+from ._products import multiply
+from ._trees import (
+    check_beside,
+    check_floats,
+    check_leading,
+    finite_points,
+    is_float,
+    join,
+)
 
-# TPUs and GPUs would round the factors of a float32 product.
-_FULL = jax.lax.Precision.HIGHEST
-
-
-class Decoded(eqx.Module):
-    """Predictions, and what they rest on. With groups, every field has a leading axis.
-
-    `predictions` are NaN where `recovered` is false. `heard` are the workers whose answers were
-    used: available, and finite in every coordinate.
-    """
-
-    predictions: Float[Array, "..."]
-    heard: Bool[Array, "*groups num_workers"]
-    recovered: Bool[Array, "*groups num_data"]
+Code = TypeVar("Code", bound="AbstractCode")
 
 
 class AbstractCode(eqx.Module):
     """A coded-computing scheme for K data points (`num_data`) on N workers (`num_workers`).
 
-    All methods act on one group of K data points and can be jitted (`equinox.filter_jit` takes a
-    method as it is), differentiated and batched with `jax.vmap`. Tunable numbers (regression
-    points `alpha` and `beta`, where a code has them, and a code's own) are leaves of the pytree.
+    All methods act on one group of K data points and can be differentiated, and batched with
+    `jax.vmap`. Tunable numbers (regression points `alpha` and `beta`, where a code has them, and a
+    code's own) are leaves of the pytree. To jit, give the code as an argument or let Equinox do it;
+    `jax.jit(code.decode)` cannot work, since JAX wants to hash the method, and with it the arrays
+    that it is bound to:
+
+    >>> import equinox as eqx, jax, jax.numpy as jnp
+    >>> from nercc_jax import NeRCC
+    >>> code, mask = NeRCC(4, 7), jnp.arange(7) != 2
+    >>> y = code.encode(jnp.ones((4, 3)))
+    >>> eqx.filter_jit(code.decode)(y, mask).shape
+    (4, 3)
+    >>> jax.jit(lambda code, y, mask: code.decode(y, mask))(code, y, mask).shape
+    (4, 3)
+
+    A code of one's own has the two sizes and three methods: `encoder_matrix`, `decoder_matrix` and
+    `recovered`. The mask is traced, so shapes may not depend on it.
     """
 
     num_data: eqx.AbstractVar[int]
@@ -103,51 +111,83 @@ class AbstractCode(eqx.Module):
         there."""
         raise ValueError(f"{type(self).__name__} is no regression: it has no process variance")
 
-    def encode(self, x: Float[ArrayLike, "num_data ..."]) -> Float[Array, "num_workers ..."]:
+    def replace(self: Code, **numbers: Any) -> Code:
+        """The same code with other numbers: `code.replace(lambda_dec=1e-3)`.
+
+        Whatever the constructor takes may be given, and `alpha` or `beta` by themselves. Checked as
+        there; differentiable in the numbers.
+
+        Raises: ValueError for a number that the code does not have, and as the constructor does.
+        """
+        wanted = [name for name in inspect.signature(type(self)).parameters if name != "self"]
+        given = dict(numbers)
+        if "points" in wanted and "points" not in given:
+            given["points"] = (given.pop("alpha", self.alpha), given.pop("beta", self.beta))  # pyright: ignore
+        if unknown := given.keys() - set(wanted):
+            known = [*wanted, *(["alpha", "beta"] if "points" in wanted else [])]
+            raise ValueError(
+                f"{type(self).__name__} has no {', '.join(sorted(unknown))}: it has "
+                f"{', '.join(known)}"
+            )
+        return type(self)(**{n: given[n] if n in given else getattr(self, n) for n in wanted})
+
+    def encode(
+        self, x: PyTree[Shaped[ArrayLike, "num_data ..."]]
+    ) -> PyTree[Shaped[Array, "num_workers ..."]]:
         """The coded data points E @ x, for x of any trailing shape, in x's dtype.
 
-        Raises: ValueError where x is not K data points of a float dtype, or, outside jit, where
-        one is not finite: it would spoil every coded data point. Source: arXiv 2402.04377.
+        x may be a pytree of such arrays, coded leaf by leaf. A leaf that is no float (token ids, a
+        flag) cannot be mixed: it may stand beside the others if it is the same for all K data
+        points, and goes to all workers.
+
+        Raises: ValueError where x is not K data points, no leaf is a float, or, outside jit, where
+        one is not finite (it would spoil every coded data point), or what cannot be mixed differs.
+        Source: arXiv 2402.04377.
         """
-        x = self._batch("x", x, self.num_data, "data points")
+        x = jax.tree.map(jnp.asarray, x)
+        check_leading("x", x, (self.num_data,), "data points")
+        check_floats("x", x, beside=True)
         coded, finite = _encode(self, x)
-        if not isinstance(finite, Tracer) and not finite:
-            finite = jnp.isfinite(x.reshape(self.num_data, -1)).all(axis=1)
-            broken = np.flatnonzero(~np.asarray(finite))
-            raise ValueError(f"data points {broken.tolist()} are not finite: take them out")
+        if not isinstance(finite, Tracer):
+            check_beside("x", x, 1)
+            if not finite:
+                broken = np.flatnonzero(~np.asarray(finite_points(x, 1)))
+                raise ValueError(f"data points {broken.tolist()} are not finite: take them out")
         return coded
 
     @overload
     def decode(
         self,
-        y: Float[ArrayLike, "num_workers ..."],
+        y: PyTree[Float[ArrayLike, "num_workers ..."]],
         available: Bool[ArrayLike, " num_workers"],
         *,
         return_uncertainty: Literal[False] = False,
-    ) -> Float[Array, "num_data ..."]: ...
+    ) -> PyTree[Float[Array, "num_data ..."]]: ...
 
     @overload
     def decode(
         self,
-        y: Float[ArrayLike, "num_workers ..."],
+        y: PyTree[Float[ArrayLike, "num_workers ..."]],
         available: Bool[ArrayLike, " num_workers"],
         *,
         return_uncertainty: Literal[True],
-    ) -> tuple[Float[Array, "num_data ..."], Float[Array, " num_data"]]: ...
+    ) -> tuple[PyTree[Float[Array, "num_data ..."]], Float[Array, " num_data"]]: ...
 
     def decode(
         self,
-        y: Float[ArrayLike, "num_workers ..."],
+        y: PyTree[Float[ArrayLike, "num_workers ..."]],
         available: Bool[ArrayLike, " num_workers"],
         *,
         return_uncertainty: bool = False,
-    ) -> Array | tuple[Array, Array]:
+    ) -> PyTree | tuple[PyTree, Array]:
         """The predictions of all K data points from the available workers' answers y.
 
-        An unavailable worker's value never reaches the result. An available one that is not finite
-        makes its worker a straggler; outside jit a RuntimeWarning says which. Predictions that
-        cannot be recovered are NaN. Decoding takes one product with the matrix; a value that is not
-        finite, in an unavailable worker's place too, costs a second pass.
+        y may be a pytree of arrays (a dict of heads): one mask counts for all its leaves, and so do
+        the predictions come back. An unavailable worker's value reaches neither the result nor a
+        gradient. An available one that is not finite makes its worker a straggler; outside jit a
+        RuntimeWarning says which. Predictions that cannot be recovered are NaN. Decoding takes one
+        product with the matrix; a value that is not finite, in an unavailable worker's place too,
+        costs a second pass.
 
         With `return_uncertainty` also the standard deviation of each prediction (K,), in units of
         the outputs and alike for all of them: the spline is the posterior mean of a Gaussian
@@ -161,7 +201,7 @@ class AbstractCode(eqx.Module):
         Inside jit use `try_decode` for the status.
         """
         decoded = _try_decode(self, y, available)
-        if not isinstance(decoded.predictions, Tracer):
+        if not isinstance(decoded.heard, Tracer):
             available, heard = np.asarray(available), np.asarray(decoded.heard)
             broken = np.flatnonzero(available & ~heard)
             if not np.any(decoded.recovered):
@@ -178,131 +218,68 @@ class AbstractCode(eqx.Module):
                     stacklevel=3,
                 )
         if return_uncertainty:
-            flat = jnp.asarray(y).reshape(1, self.num_workers, -1)
-            return decoded.predictions, deviation(*variances(self, flat, decoded.heard[None]))[0]
+            flat, _ = join(jax.tree.map(jnp.asarray, y), 1)
+            spread = deviation(*variances(self, flat[None], decoded.heard[None]))[0]
+            return decoded.predictions, spread
         return decoded.predictions
 
     def try_decode(
-        self, y: Float[ArrayLike, "num_workers ..."], available: Bool[ArrayLike, " num_workers"]
+        self,
+        y: PyTree[Float[ArrayLike, "num_workers ..."]],
+        available: Bool[ArrayLike, " num_workers"],
     ) -> Decoded:
         """As `decode`, with the status beside the predictions and no exception for bad answers."""
         return _try_decode(self, y, available)
 
-    def _batch(self, name: str, value: ArrayLike, count: int, what: str) -> Array:
-        value = jnp.asarray(value)
-        if value.ndim < 1 or value.shape[0] != count:
-            raise ValueError(
-                f"{name} has shape {value.shape}; its first axis must be the {count} {what}"
-            )
-        if not jnp.issubdtype(value.dtype, jnp.floating):
-            raise ValueError(f"{name} is {value.dtype}: codes work on floats, so convert it first")
-        return value
-
-
-def multiply(
-    matrix: Float[Array, "... a b"], x: Float[Array, "... b m"]
-) -> Float[Array, "... a m"]:
-    """matrix @ x in x's precision, float32 at least."""
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-    matrix, x = matrix.astype(dtype), x.astype(dtype)
-    if matrix.ndim == 3 and matrix.shape[0] == 1:
-        # One group: XLA's CPU product is 30 % faster from a matrix that lies in memory by columns,
-        # and the barrier keeps it so (8 x 20 by 20 x 150,528; for 64 groups it is slower).
-        columns = jax.lax.optimization_barrier(matrix[0].T)
-        product = jax.lax.dot_general(columns, x[0], (((0,), (0,)), ((), ())), precision=_FULL)
-        return product[None]
-    return jnp.matmul(matrix, x, precision=_FULL)
-
 
 def encode_groups(
-    code: AbstractCode, x: Float[Array, "groups num_data ..."]
-) -> Float[Array, "groups num_workers ..."]:
-    """The coded data points of many groups, in x's dtype."""
-    coded = multiply(code.encoder_matrix(), x.reshape(*x.shape[:2], -1))
-    return coded.astype(x.dtype).reshape(x.shape[0], code.num_workers, *x.shape[2:])
+    code: AbstractCode, x: PyTree[Shaped[Array, "groups num_data ..."]]
+) -> PyTree[Shaped[Array, "groups num_workers ..."]]:
+    """The coded data points of many groups, in x's dtype.
+
+    What is no float is taken to be the same for all data points of a group: see `alike_beside`.
+    """
+    matrix = code.encoder_matrix()
+    return jax.tree.map(lambda leaf: encode_leaf(matrix, leaf), x)
+
+
+def encode_leaf(
+    matrix: Float[Array, "rows num_data"], x: Shaped[Array, "groups num_data ..."]
+) -> Shaped[Array, "groups rows ..."]:
+    """One leaf of groups times an encoder's matrix; what is no float, repeated for each row."""
+    shape = (x.shape[0], matrix.shape[0], *x.shape[2:])
+    if not is_float(x):
+        return jnp.broadcast_to(x[:, :1], shape)
+    return multiply(matrix, x.reshape(*x.shape[:2], -1)).astype(x.dtype).reshape(shape)
 
 
 def decode_groups(
     code: AbstractCode,
-    y: Float[Array, "groups num_workers ..."],
+    y: PyTree[Float[Array, "groups num_workers ..."]],
     available: Bool[Array, "groups num_workers"],
 ) -> Decoded:
-    """Decodes many groups, each with its own workers.
-
-    Nearly always every value that came back is finite, the decoder well conditioned and everything
-    recovered; then decoding is one product. So that is tried, and what it shows decides: a broken
-    value leaves its mark in every row of the product (0 * NaN is NaN), so one row tells all.
-    """
-    flat = y.reshape(*y.shape[:2], -1)
-    matrices = jax.vmap(code.decoder_matrix)(available)
-    product = multiply(matrices, flat)
-    recovered = jax.vmap(code.recovered)(available)
-    sound = jnp.all(jnp.isfinite(product[:, 0])) & jnp.all(recovered) & _well_conditioned(matrices)
-    result = Decoded(product, available, recovered)
-    decoded = _unless_sound(code, flat, available, result, sound)
-    predictions = decoded.predictions.reshape(*recovered.shape, *y.shape[2:])
-    return Decoded(predictions, decoded.heard, decoded.recovered)
-
-
-def _well_conditioned(matrices: Float[Array, "groups num_data num_workers"]) -> Bool[Array, ""]:
-    return jnp.max(jnp.sum(jnp.abs(matrices), axis=-1), initial=0) <= _AMPLIFICATION
-
-
-def _decode_carefully(code: AbstractCode, flat: Array, available: Array) -> Decoded:
-    """Decodes answers of which some may be broken, or whose matrix would lose digits."""
-    heard = available & jnp.all(jnp.isfinite(flat), axis=-1)
-    clean = jnp.where(heard[..., None], flat, 0)
-    matrices = jax.vmap(code.decoder_matrix)(heard)
-    recovered = jax.vmap(code.recovered)(heard)
-
-    def regress():
-        return jax.vmap(code.regress)(clean, heard).astype(
-            jnp.promote_types(flat.dtype, jnp.float32)
-        )
-
-    predictions = jax.lax.cond(
-        _well_conditioned(matrices), lambda: multiply(matrices, clean), regress
-    )
-    return Decoded(jnp.where(recovered[..., None], predictions, jnp.nan), heard, recovered)
-
-
-@jax.custom_jvp
-def _unless_sound(
-    code: AbstractCode, flat: Array, available: Array, result: Decoded, sound: Array
-) -> Decoded:
-    """The result where it is sound, else that of `_decode_carefully`.
-
-    A loop of no or one turn, not a `cond`: XLA passes a loop's buffers on, but copies a branch's
-    (150,528 coordinates from 20 workers on two CPU cores: 1.2 ms against 2.9 ms, of which the
-    product is 0.7 ms). Loops have no reverse derivative, hence the rule below.
-    """
-
-    def careful(state):
-        return _decode_carefully(code, flat, available), True
-
-    return jax.lax.while_loop(lambda state: ~state[1], careful, (result, sound))[0]
-
-
-@_unless_sound.defjvp
-def _unless_sound_jvp(primals, tangents):
-    def with_cond(code, flat, available, result, sound):
-        return jax.lax.cond(sound, lambda: result, lambda: _decode_carefully(code, flat, available))
-
-    return jax.jvp(with_cond, primals, tangents)
+    """Decodes many groups, each with its own workers. See `_decoding.py`."""
+    flat, form = join(y, 2)
+    decoded = decode_vectors(code, flat, available)
+    return Decoded(form.split(decoded.predictions), decoded.heard, decoded.recovered)
 
 
 @eqx.filter_jit
-def _encode(code: AbstractCode, x: Array) -> tuple[Array, Bool[Array, ""]]:
-    """The coded data points of one group, and whether they are finite: again, one row tells."""
-    coded = encode_groups(code, x[None])[0]
-    return coded, jnp.all(jnp.isfinite(coded[0]))
+def _encode(code: AbstractCode, x: PyTree) -> tuple[PyTree, Bool[Array, ""]]:
+    """The coded data points of one group, and whether they are finite: of what is not, every row of
+    the product tells."""
+    coded = encode_groups(code, jax.tree.map(lambda leaf: leaf[None], x))
+    coded = jax.tree.map(lambda leaf: leaf[0], coded)
+    return coded, finite_points(jax.tree.map(lambda leaf: leaf[:1], coded), 1)[0]
 
 
 @eqx.filter_jit
-def _try_decode(code: AbstractCode, y: ArrayLike, available: ArrayLike) -> Decoded:
-    y = code._batch("y", y, code.num_workers, "workers")
+def _try_decode(code: AbstractCode, y: PyTree, available: ArrayLike) -> Decoded:
+    y = jax.tree.map(jnp.asarray, y)
+    check_leading("y", y, (code.num_workers,), "workers")
+    check_floats("y", y)
     available = as_mask(available, (code.num_workers,))
-    decoded = decode_groups(code, y[None], available[None])
+    decoded = decode_groups(code, jax.tree.map(lambda leaf: leaf[None], y), available[None])
     return jax.tree.map(lambda leaf: leaf[0], decoded)
 
 

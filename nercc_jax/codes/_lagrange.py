@@ -39,7 +39,7 @@ class Lagrange(AbstractCode):
         counts = check_counts(num_data=num_data, num_workers=num_workers)
         self.num_data, self.num_workers = counts
         self.degree = check_count("degree", degree)
-        self.alpha, self.beta = regression_points(*counts, points)
+        self.alpha, self.beta = regression_points(self.num_data, self.num_workers, points)
         if self.threshold > self.num_workers:
             raise ValueError(
                 f"degree {degree} does not fit: (num_data - 1) * degree + 1 answers are needed, "

@@ -77,7 +77,7 @@ class NeRCC(AbstractCode):
         counts = check_counts(num_data=num_data, num_workers=num_workers)
         self.num_data, self.num_workers = counts
         self.exact = exact
-        self.alpha, self.beta = regression_points(*counts, points)
+        self.alpha, self.beta = regression_points(self.num_data, self.num_workers, points)
         dtype = self.alpha.dtype
         exponent, ends = (4.0, 3000.0) if lambda_dec is None else (0.0, 0.0)
         if lambda_dec is None:

@@ -1,25 +1,28 @@
 """Recorded answers, codes side by side, the nested objective, forecasts."""
 
-from ._answers import CodedAnswers
-from ._evaluation import (
-    Estimate,
-    Evaluation,
+from ._answers import (
+    Answers,
+    Recorder,
     all_answers,
     batched,
     cut_groups,
-    evaluate,
+    mean_losses,
     own_outputs,
+    record_answers,
 )
+from ._criteria import Criterion, point_criterion, same_labels
+from ._evaluation import Estimate, Evaluation, evaluate
 from ._forecast import Forecast, make_forecast
-from ._objective import Loss, nested_errors, nested_objective, point_loss
+from ._objective import nested_errors, nested_objective
 from ._trial import Trial, draw_sets, landscape, make_trial, relative_objective
 
 __all__ = [
-    "CodedAnswers",
+    "Answers",
+    "Criterion",
     "Estimate",
     "Evaluation",
     "Forecast",
-    "Loss",
+    "Recorder",
     "Trial",
     "all_answers",
     "batched",
@@ -29,9 +32,12 @@ __all__ = [
     "landscape",
     "make_forecast",
     "make_trial",
+    "mean_losses",
     "nested_errors",
     "nested_objective",
     "own_outputs",
-    "point_loss",
+    "point_criterion",
+    "record_answers",
     "relative_objective",
+    "same_labels",
 ]

@@ -1,45 +1,185 @@
-"""A model's answers to the coded data points of many codes on the same groups."""
+"""Recorded answers: what workers said, once, with the model's own predictions beside it.
 
-from collections.abc import Callable
+Answers do not depend on who straggles, so one record serves every straggler set: decode it under
+masks, and compare.
+"""
 
+from collections.abc import Callable, Sequence
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
-from ..codes import AbstractCode, encoder_rows, multiply
-from ._evaluation import own_outputs
-from ._forecast import Forecast
+from ..codes import (
+    AbstractCode,
+    Decoded,
+    Form,
+    check_floats,
+    decode_sets,
+    encode_groups,
+    encode_leaf,
+    encoder_rows,
+    join,
+    leaves_of,
+)
+from ..inference import Model, call_model, check_finite, check_model, run_workers
+from ._criteria import Criterion, point_criterion, same_labels
 
 
-class CodedAnswers:
-    """The model's answers to coded data points of some groups, each asked for once.
+class Answers(eqx.Module):
+    """All workers' answers to groups of data points, and the served model's own predictions.
 
-    `originals` are its outputs on the data points, (groups, K, outputs), `evaluations` how many
-    data points and coded ones it ran on.
+    Outputs of any shape, or pytrees of them, are joined to vectors; `form` is what they were.
+    """
+
+    code: AbstractCode
+    coded: Float[Array, "groups num_workers m"]
+    own: Float[Array, "groups num_data m"]
+    form: Form = eqx.field(static=True)
+
+    def __init__(
+        self,
+        code: AbstractCode,
+        coded: Float[Array, "groups num_workers m"],
+        own: Float[Array, "groups num_data m"],
+        form: Form | None = None,
+    ):
+        """Without a form, outputs are vectors."""
+        self.code, self.coded, self.own = code, coded, own
+        self.form = join(own, 2)[1] if form is None else form
+
+    def decode(self, available: Bool[Array, " num_workers"]) -> Decoded:
+        """What decoding makes of all groups when these workers answer; predictions are vectors."""
+        decoded = decode_sets(self.code, self.coded, available[None])
+        return jax.tree.map(lambda leaf: leaf[0], decoded)
+
+    def same_labels(
+        self, decoded: Float[Array, "*lead groups num_data m"]
+    ) -> Bool[Array, "*lead groups num_data"]:
+        """Which decoded labels are the model's own."""
+        decoded, own = jnp.broadcast_arrays(decoded, self.own)
+        return same_labels(self.form.split(decoded), self.form.split(own), decoded.ndim - 1)
+
+    def losses(
+        self, available: Bool[Array, "sets num_workers"], criterion: Criterion
+    ) -> Float[Array, " sets"]:
+        """The mean of a criterion over recovered data points, for each straggler set.
+
+        NaN for a set that loses all. Differentiable in code and answers. Raises: ValueError for an
+        unknown criterion.
+        """
+        decoded = decode_sets(self.code, self.coded, available)
+        recovered = decoded.recovered
+        # What is lost must not reach a gradient either.
+        filled = jnp.where(recovered[..., None], decoded.predictions, 0)
+        own = self.own.astype(filled.dtype)
+        of_points = jax.vmap(jax.vmap(point_criterion(criterion)))
+        losses = jax.vmap(lambda here: of_points(self.form.split(here), self.form.split(own)))
+        total = jnp.sum(jnp.where(recovered, losses(filled), 0), axis=(1, 2))
+        count = jnp.sum(recovered, axis=(1, 2))
+        return jnp.where(count > 0, total / jnp.maximum(count, 1), jnp.nan)
+
+    def scores(
+        self,
+        available: Bool[Array, " num_workers"],
+        labels: PyTree[Int[Array, "points ..."]] | None = None,
+    ) -> dict[str, Float[Array, ""]]:
+        """The metrics of `Evaluation` for one straggler set, the same for all groups."""
+        decoded = self.decode(available)
+        recovered = decoded.recovered
+        error = jnp.where(recovered[..., None], decoded.predictions - self.own, 0)
+        squared_norm = jnp.sum(error**2, axis=-1)
+        count = jnp.sum(recovered)  # 0 gives NaN errors: there is nothing to compare
+        score = {
+            "mse": jnp.sum(squared_norm) / count / self.own.shape[-1],
+            "rmse": jnp.sqrt(jnp.sum(squared_norm) / count),
+            "mean_l2": jnp.sum(jnp.sqrt(squared_norm)) / count,
+            "rel_acc": jnp.mean(recovered & self.same_labels(decoded.predictions)),
+            "lost": jnp.mean(~recovered),
+        }
+        if labels is not None:
+            right = [
+                jnp.argmax(part, axis=-1).reshape(label.shape) == label
+                for part, label in zip(
+                    jax.tree.leaves(self.form.split(decoded.predictions)),
+                    jax.tree.leaves(labels),
+                    strict=True,
+                )
+            ]
+            shape = recovered.shape
+            right = [jnp.all(part.reshape(*shape, -1), axis=-1) for part in right]
+            score["accuracy"] = jnp.mean(recovered & jnp.all(jnp.stack(right), axis=0))
+        return score
+
+
+@eqx.filter_jit
+def mean_losses(
+    answers: Answers,
+    available: Bool[Array, "sets num_workers"],
+    criteria: tuple[Criterion, ...],
+) -> Float[Array, "criteria sets"]:
+    """`Answers.losses` of several criteria, with one set's predictions in memory at a time."""
+
+    def of_set(mask: Array) -> Float[Array, " criteria"]:
+        return jnp.stack([answers.losses(mask[None], each)[0] for each in criteria])
+
+    return jax.lax.map(of_set, available).T
+
+
+def record_answers(
+    model: Model | Sequence[Model],
+    code: AbstractCode,
+    x: PyTree[Float[Array | np.ndarray, "points ..."]],
+    *,
+    batch_size: int = 256,
+) -> Answers:
+    """Runs a model on data points, coded and as they are, once for all straggler sets.
+
+    x: unlabelled data points in groups of K, in the order given; a remainder is left out. `model`
+    maps a batch (B, ...) to (B, outputs...), `batch_size` at a time, and is compiled; for a code
+    whose workers run several (`worker_models`) it is a sequence of such, the served model first.
+
+    Raises: ValueError where x fills no group, is no floats or not finite, the served model's
+    outputs on it are not finite, or the models are not those that the code's workers run.
+    """
+    groups = cut_groups(x, code.num_data)
+    runs = [batched(each, batch_size) for each in ((model,) if callable(model) else model)]
+    coded, form = all_answers(runs, code, groups)
+    own, _ = own_outputs(runs[0], groups)
+    return Answers(code, coded, own, form)
+
+
+class Recorder:
+    """A model's answers to the coded data points of many codes on the same groups.
+
+    Each is asked for once. `own` are its outputs on the data points, (groups, K, m), `evaluations`
+    how many data points and coded ones it ran on.
     """
 
     def __init__(
         self,
-        run: Callable[[ArrayLike], Array],
-        groups: Float[np.ndarray, "groups num_data ..."],
+        run: Callable[[PyTree], PyTree],
+        groups: PyTree[Shaped[np.ndarray, "groups num_data ..."]],
         batch_size: int,
-        originals: Float[np.ndarray, "groups num_data outputs"] | None = None,
+        own: tuple[Float[np.ndarray, "groups num_data m"], Form] | None = None,
     ):
-        """`run` is the model (`batched`), and runs on the data points unless `originals` are known.
+        """`run` is the model (`batched`), and runs on the data points unless its own are known.
 
-        Raises: ValueError where that is no finite vector for each.
+        Raises: ValueError where that is not finite.
         """
         self._run, self._groups, self._batch_size = run, groups, batch_size
+        self._shape = jax.tree.leaves(groups)[0].shape[:2]
         self.evaluations = 0
-        if originals is None:
-            originals = np.asarray(own_outputs(run, groups)).reshape(*groups.shape[:2], -1)
-            self.evaluations = groups.shape[0] * groups.shape[1]
-        self.originals = originals
-        own = map(_row_name, np.eye(groups.shape[1]))
-        self._known = {name: self.originals[:, place] for place, name in enumerate(own)}
+        if own is None:
+            self.evaluations = self._shape[0] * self._shape[1]
+        vectors, self.form = own_outputs(run, groups) if own is None else own
+        self.own = np.asarray(vectors)
+        names = map(_row_name, np.eye(self._shape[1]))
+        self._known = {name: self.own[:, place] for place, name in enumerate(names)}
 
-    def of(self, code: AbstractCode) -> Float[np.ndarray, "groups num_workers outputs"]:
+    def of(self, code: AbstractCode) -> Answers:
         """All workers' answers with this code."""
         rows = encoder_rows(code)
         names = [_row_name(row) for row in rows]
@@ -47,22 +187,99 @@ class CodedAnswers:
         if new:
             answers = self._ask(np.stack(list(new.values())))
             self._known |= {name: answers[:, place] for place, name in enumerate(new)}
-        return np.stack([self._known[name] for name in names], axis=1)
+        coded = np.stack([self._known[name] for name in names], axis=1)
+        return Answers(code, jnp.asarray(coded), jnp.asarray(self.own), self.form)
 
-    def forecast(self, code: AbstractCode) -> Forecast:
-        """What `make_forecast` makes of these groups in this order."""
-        return Forecast(code, jnp.asarray(self.of(code)), jnp.asarray(self.originals))
-
-    def _ask(self, rows: np.ndarray) -> Float[np.ndarray, "groups rows outputs"]:
+    def _ask(self, rows: np.ndarray) -> Float[np.ndarray, "groups rows m"]:
         """What the model makes of these combinations of every group's data points."""
-        self.evaluations += len(self._groups) * len(rows)
+        groups = self._shape[0]
+        self.evaluations += groups * len(rows)
         at_once = max(2 * self._batch_size // len(rows), 1)
         parts = []
-        for place in range(0, len(self._groups), at_once):
-            groups = self._groups[place : place + at_once]
-            coded = np.asarray(_combine(rows, groups.reshape(*groups.shape[:2], -1)))
-            parts.append(np.asarray(self._run(coded.reshape(-1, *groups.shape[2:]))))
-        return np.concatenate(parts).reshape(len(self._groups), len(rows), -1)
+        for place in range(0, groups, at_once):
+            part = jax.tree.map(lambda leaf: leaf[place : place + at_once], self._groups)  # noqa: B023
+            coded = _as_points(_combine(rows, part))
+            parts.append(np.asarray(join(self._run(coded), 1)[0]))
+        return np.concatenate(parts).reshape(groups, len(rows), -1)
+
+
+def cut_groups(x: PyTree, num_data: int) -> PyTree[Shaped[np.ndarray, "groups num_data ..."]]:
+    """Data points in groups of K, in the order given, without a remainder: (groups, K, ...).
+
+    Raises: ValueError where there is no group, or data points are no floats or not finite.
+    """
+    x = jax.tree.map(np.asarray, x)
+    sizes = {leaf.shape[:1] for _, leaf in leaves_of("x", x)}
+    if len(sizes) != 1 or () in sizes:
+        shapes = ", ".join(f"{label} {leaf.shape}" for label, leaf in leaves_of("x", x))
+        raise ValueError(f"x must be (points, ...), as many in every part: {shapes}")
+    points = sizes.pop()[0]
+    groups = points // num_data
+    if groups == 0:
+        raise ValueError(f"{points} data points fill no group of {num_data}")
+    check_floats("x", x, beside=True)
+    check_finite(x, 1)
+    return jax.tree.map(
+        lambda leaf: leaf[: groups * num_data].reshape(groups, num_data, *leaf.shape[1:]), x
+    )
+
+
+def own_outputs(
+    run: Callable[[PyTree], PyTree], groups: PyTree
+) -> tuple[Float[Array, "groups num_data m"], Form]:
+    """What the served model makes of the data points themselves, and in which form.
+
+    Raises: ValueError where that is not finite.
+    """
+    shape = jax.tree.leaves(groups)[0].shape[:2]
+    flat, form = join(run(_as_points(groups)), 1)
+    finite = np.isfinite(flat).all(axis=-1)
+    if not finite.all():
+        raise ValueError(
+            "the model's own outputs must be finite; they are not for data points "
+            f"{np.flatnonzero(~finite)[:10].tolist()}"
+        )
+    return flat.reshape(*shape, -1), form
+
+
+def batched(model: Model, batch_size: int) -> Callable[[PyTree], PyTree]:
+    """The model over any number of data points, in batches of one shape: one compilation.
+
+    Raises: ValueError for a model in training mode.
+    """
+    check_model(model)
+    compiled = eqx.filter_jit(lambda model, batch: call_model(model, batch))
+
+    def run(x: PyTree) -> PyTree:
+        x = jax.tree.map(np.asarray, x)
+        points = len(jax.tree.leaves(x)[0])
+
+        def pad(leaf: np.ndarray) -> np.ndarray:
+            return np.concatenate([leaf, np.repeat(leaf[-1:], -points % batch_size, axis=0)])
+
+        x = jax.tree.map(pad, x)
+        parts = [
+            compiled(
+                model,
+                jax.tree.map(lambda leaf: jnp.asarray(leaf[i : i + batch_size]), x),  # noqa: B023
+            )
+            for i in range(0, points, batch_size)
+        ]
+        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:points], *parts)
+
+    return run
+
+
+def all_answers(
+    models: Sequence[Model], code: AbstractCode, groups: PyTree
+) -> tuple[Float[Array, "groups num_workers m"], Form]:
+    """All workers' answers to groups, as vectors, and in which form they were."""
+    coded = eqx.filter_jit(encode_groups)(code, jax.tree.map(jnp.asarray, groups))
+    return join(run_workers(models, code, coded), 2)
+
+
+def _as_points(groups: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), groups)
 
 
 def _row_name(row: np.ndarray) -> bytes:
@@ -71,7 +288,5 @@ def _row_name(row: np.ndarray) -> bytes:
 
 
 @jax.jit
-def _combine(
-    rows: Float[Array, "rows num_data"], groups: Float[Array, "groups num_data m"]
-) -> Float[Array, "groups rows m"]:
-    return multiply(rows, groups).astype(groups.dtype)
+def _combine(rows: Float[Array, "rows num_data"], groups: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: encode_leaf(rows, leaf), groups)

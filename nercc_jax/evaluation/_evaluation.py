@@ -8,12 +8,15 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Int, PRNGKeyArray, PyTree, Shaped
 from scipy.special import stdtrit
 
-from ..codes import AbstractCode, decode_groups, encode_groups
-from ..inference import Model, run_workers
+from ..codes import AbstractCode, check_count, join, leaves_of
+from ..inference import Model
 from ..stragglers import AbstractStragglers
+from ._answers import Answers, all_answers, batched, cut_groups, own_outputs
+
+_CHANNEL = 1  # of a set's key: the mask takes the key itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +49,8 @@ class Evaluation:
     - `mse`: mean of (u - f)^2 over data points and outputs;
     - `rmse`: root of the mean squared L2 norm, sqrt(mean |u_k - f_k|^2);
     - `mean_l2`: mean L2 norm, mean |u_k - f_k| (the literature calls both RMSE);
-    - `rel_acc`: share of data points with argmax u_k = argmax f_k;
+    - `rel_acc`: share of data points with argmax u_k = argmax f_k (along the last axis of outputs;
+      with several such, or several parts, all of them);
     - `accuracy`: the same against the true labels; None without labels;
     - `lost`: share of data points that were not recovered. They count as wrong in `rel_acc` and
       `accuracy`, and are left out of the three errors.
@@ -67,14 +71,14 @@ class Evaluation:
 def evaluate(
     model: Model,
     codes: Mapping[str, AbstractCode],
-    x: Float[ArrayLike, "points ..."],
+    x: PyTree[Shaped[ArrayLike, "points ..."]],
     stragglers: Mapping[str, AbstractStragglers],
     *,
     key: PRNGKeyArray,
     num_sets: int = 20,
-    labels: Int[ArrayLike, " points"] | None = None,
+    labels: PyTree[Int[ArrayLike, "points ..."]] | None = None,
     further_models: Mapping[str, Sequence[Model]] | None = None,
-    channel: Callable[[Array, PRNGKeyArray], Array] | None = None,
+    channel: Callable[[PyTree, PRNGKeyArray], PyTree] | None = None,
     batch_size: int = 256,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> list[Evaluation]:
@@ -82,38 +86,38 @@ def evaluate(
 
     The data points are cut into groups of K in the order given; a remainder that fills no group is
     left out (see `num_data_points`). A straggler set is one mask for all groups, drawn from `key`,
-    and the same for all codes. The model, (B, ...) to (B, outputs), runs once on each data point
-    and coded data point, `batch_size` at a time. `further_models` are, by the name of a code whose
+    and the same for all codes. The model, (B, ...) to (B, outputs...), runs once on each data point
+    and coded data point, `batch_size` at a time; data points and outputs may be pytrees, and labels
+    then have a part for each part of the outputs. `further_models` are, by the name of a code whose
     workers run others beside it (`worker_models`), those others in order. `channel` is what happens
-    to all workers' answers (groups, N, outputs) on their way to the decoder, with a key of its own
-    for every set: noise, or another precision. `progress` may wrap the sequence of (law, set) pairs
-    to show a bar.
+    to all workers' answers (groups, N, outputs...) on their way to the decoder, with a key of its
+    own for every set: noise, or another precision. `progress` may wrap the sequence of (law, set)
+    pairs to show a bar.
 
     Raises: ValueError where the codes differ in K or N, fewer than K data points come, they are
-    no floats, they or the model's outputs on them are not finite, shapes do not agree, or the
-    further models are not those that the codes' workers run.
+    no floats, they or the model's outputs on them are not finite, shapes do not agree, the model is
+    in training mode, or the further models are not those that the codes' workers run.
     """
     num_data, num_workers = _common_size(codes)
     groups = cut_groups(x, num_data)
-    used = groups.shape[0] * num_data
-    if num_sets < 1:
-        raise ValueError(f"num_sets must be 1 or more, not {num_sets}")
-    if labels is not None and np.shape(labels) != np.shape(x)[:1]:
-        raise ValueError(
-            f"labels have shape {np.shape(labels)}; x has {np.shape(x)[0]} data points"
-        )
-    targets = None if labels is None else jnp.asarray(np.asarray(labels)[:used])
+    points = len(jax.tree.leaves(x)[0])
+    used = len(jax.tree.leaves(groups)[0]) * num_data
+    num_sets = check_count("num_sets", num_sets)
+    for label, leaf in [] if labels is None else leaves_of("labels", labels):
+        if np.shape(leaf)[:1] != (points,):
+            raise ValueError(f"{label} have shape {np.shape(leaf)}; x has {points} data points")
+    targets = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[:used]), labels)
 
     run = batched(model, batch_size)
-    originals = own_outputs(run, groups)
+    own, form = own_outputs(run, groups)
     further = {
         name: tuple(batched(other, batch_size) for other in others)
         for name, others in (further_models or {}).items()
     }
     if unknown := further.keys() - codes.keys():
         raise ValueError(f"further_models names {sorted(unknown)}; the codes are {list(codes)}")
-    answers = {
-        name: all_answers((run, *further.get(name, ())), code, groups)
+    recorded = {
+        name: Answers(code, all_answers((run, *further.get(name, ())), code, groups)[0], own, form)
         for name, code in codes.items()
     }
 
@@ -123,11 +127,10 @@ def evaluate(
         place = list(stragglers).index(law)
         draw = jax.random.fold_in(jax.random.fold_in(key, place), index)
         available = stragglers[law].available(draw, num_workers)
-        for name, code in codes.items():
-            received = answers[name]
+        for name, answers in recorded.items():
             if channel is not None:
-                received = _send(channel, received, jax.random.fold_in(draw, 1))
-            score = score_set(code, received, originals, targets, available)
+                answers = _send(channel, answers, jax.random.fold_in(draw, _CHANNEL))
+            score = _scores(answers, available, targets)
             scores.setdefault((name, law), []).append({m: float(v) for m, v in score.items()})
     return [
         Evaluation(
@@ -147,94 +150,21 @@ def _common_size(codes: Mapping[str, AbstractCode]) -> tuple[int, int]:
     return next(iter(sizes.values()))
 
 
-def cut_groups(x: ArrayLike, num_data: int) -> np.ndarray:
-    """Data points in groups of K, in the order given, without a remainder: (groups, K, ...).
-
-    Raises: ValueError where there is no group, or data points are no floats or not finite.
-    """
-    x = np.asarray(x)
-    groups = x.shape[0] // num_data
-    if groups == 0:
-        raise ValueError(f"{x.shape[0]} data points fill no group of {num_data}")
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"x is {x.dtype}: codes work on floats, so convert it first")
-    if not np.isfinite(x).all():
-        raise ValueError("data points must be finite: take out those that are not")
-    return x[: groups * num_data].reshape(groups, num_data, *x.shape[1:])
-
-
-def own_outputs(
-    run: Callable[[ArrayLike], Array], groups: np.ndarray
-) -> Float[Array, "points outputs"]:
-    """What the served model makes of the data points themselves.
-
-    Raises: ValueError where that is no finite vector for each.
-    """
-    originals = run(groups.reshape(-1, *groups.shape[2:]))
-    if originals.ndim != 2 or not np.isfinite(originals).all():
-        raise ValueError(
-            "the model must map data points to finite vectors (points, outputs): got shape "
-            f"{originals.shape}"
-        )
-    return originals
-
-
-def batched(model: Model, batch_size: int) -> Callable[[ArrayLike], Array]:
-    """The model over any number of data points, in batches of one shape: one compilation."""
-    compiled = eqx.filter_jit(model)
-
-    def run(x: ArrayLike) -> Array:
-        x = np.asarray(x)
-        pad = -x.shape[0] % batch_size
-        padded = np.concatenate([x, np.repeat(x[-1:], pad, axis=0)])
-        parts = [
-            compiled(jnp.asarray(padded[i : i + batch_size])) for i in range(0, len(x), batch_size)
-        ]
-        return jnp.concatenate(parts)[: x.shape[0]]
-
-    return run
-
-
-def all_answers(models: Sequence[Model], code: AbstractCode, groups: np.ndarray) -> Array:
-    """All workers' answers: they do not depend on who straggles."""
-    return run_workers(models, code, eqx.filter_jit(encode_groups)(code, jnp.asarray(groups)))
+@eqx.filter_jit
+def _send(
+    channel: Callable[[PyTree, PRNGKeyArray], PyTree], answers: Answers, key: PRNGKeyArray
+) -> Answers:
+    coded = answers.form.split(answers.coded)
+    received = channel(coded, key)
+    shapes = [jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (received, coded)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"the channel made {shapes[0]} of answers {shapes[1]}")
+    return eqx.tree_at(lambda known: known.coded, answers, join(received, 2)[0])
 
 
 @eqx.filter_jit
-def _send(channel: Callable[[Array, PRNGKeyArray], Array], answers: Array, key: PRNGKeyArray):
-    received = channel(answers, key)
-    if received.shape != answers.shape:
-        raise ValueError(f"the channel made {received.shape} of answers {answers.shape}")
-    return received
-
-
-@eqx.filter_jit
-def score_set(
-    code: AbstractCode,
-    answers: Float[Array, "groups num_workers outputs"],
-    originals: Float[Array, "points outputs"],
-    labels: Int[Array, " points"] | None,
-    available: Bool[Array, " num_workers"],
-) -> dict[str, Array]:
-    """The metrics of `Evaluation` for one straggler set, the same for all groups."""
-    masks = jnp.broadcast_to(available, answers.shape[:2])
-    decoded = decode_groups(code, answers, masks)
-    recovered = decoded.recovered.reshape(-1)
-    predictions = decoded.predictions.reshape(originals.shape)
-    error = jnp.where(recovered[:, None], predictions - originals, 0)
-    squared_norm = jnp.sum(error**2, axis=1)
-    count = jnp.sum(recovered)  # 0 gives NaN errors: there is nothing to compare
-    choice = jnp.argmax(predictions, axis=1)
-    score = {
-        "mse": jnp.sum(squared_norm) / count / originals.shape[1],
-        "rmse": jnp.sqrt(jnp.sum(squared_norm) / count),
-        "mean_l2": jnp.sum(jnp.sqrt(squared_norm)) / count,
-        "rel_acc": jnp.mean(recovered & (choice == jnp.argmax(originals, axis=1))),
-        "lost": jnp.mean(~recovered),
-    }
-    if labels is not None:
-        score["accuracy"] = jnp.mean(recovered & (choice == labels))
-    return score
+def _scores(answers: Answers, available: Array, labels: PyTree) -> dict[str, Array]:
+    return answers.scores(available, labels)
 
 
 def _estimates(scores: list[dict[str, float]]) -> dict[str, Any]:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
 
-from ..codes import AbstractCode, as_mask, decode_groups
+from ..codes import AbstractCode, as_mask
 from ..inference import Model
-from ._evaluation import all_answers, batched, cut_groups, own_outputs, score_set
+from ._answers import Answers, record_answers
 
 # Straggler sets whose verdict is remembered.
 _REMEMBERED = 4096
@@ -19,9 +19,8 @@ _REMEMBERED = 4096
 class Forecast(eqx.Module):
     """What decoding does to calibration data when these workers answer; `make_forecast` makes one.
 
-    `answers` are all workers' answers on groups of calibration data points, `originals` the served
-    model's own outputs on the data points themselves. Every method decodes the answers of the
-    workers of a mask. One compilation serves all masks.
+    `answers` are recorded on calibration data points. Every method decodes those of the workers of
+    a mask. One compilation serves all masks.
 
     It tells the mean over data like the calibration's: neither the error of the batch at hand, nor
     what depends on it. A disagreement p seen on n data points is known to sqrt(p (1 - p) / n) at
@@ -36,9 +35,7 @@ class Forecast(eqx.Module):
     0.6 ms with 25 groups, 1 to 2 with 100 (two CPU cores), a known one 0.01 to 0.04.
     """
 
-    code: AbstractCode
-    answers: Float[Array, "groups num_workers outputs"]
-    originals: Float[Array, "groups num_data outputs"]
+    answers: Answers
 
     def error(self, available: Bool[ArrayLike, " num_workers"]) -> Float[Array, ""]:
         """sqrt(mean |u_k - f_k|^2), the `rmse` of `Evaluation`, in units of the model's outputs.
@@ -50,7 +47,7 @@ class Forecast(eqx.Module):
         return _expect(self, available)[0]
 
     def disagreement(self, available: Bool[ArrayLike, " num_workers"]) -> Float[Array, ""]:
-        """The share of data points with argmax u_k other than argmax f_k: 1 - `rel_acc`.
+        """The share of data points whose label, argmax u_k, is not argmax f_k: 1 - `rel_acc`.
 
         Data points that are not recovered count as wrong.
 
@@ -95,8 +92,9 @@ class Forecast(eqx.Module):
             raise ValueError(f"max_disagreement must be in [0, 1), not {max_disagreement}")
         if max_error is not None and not max_error > 0:
             raise ValueError(f"max_error must be positive, not {max_error}")
-        num_workers = self.code.num_workers
-        points = self.originals.shape[0] * self.originals.shape[1]
+        num_workers = self.answers.code.num_workers
+        groups, num_data, _ = self.answers.own.shape
+        points = groups * num_data
         most = (max_disagreement or 0) * points + 1e-6
 
         @functools.lru_cache(maxsize=_REMEMBERED)
@@ -121,35 +119,25 @@ class Forecast(eqx.Module):
 def make_forecast(
     model: Model | Sequence[Model],
     code: AbstractCode,
-    x: Float[ArrayLike, "points ..."],
+    x: PyTree[Shaped[ArrayLike, "points ..."]],
     *,
     batch_size: int = 256,
 ) -> Forecast:
-    """Runs a model on calibration data, coded and uncoded, once for all straggler sets.
+    """Records a model's answers on calibration data, for a forecast under any straggler set.
 
     x: unlabelled data points as they will come, cut into groups of K in the order given (if queries
-    are put in order before they are coded, so must these be); a remainder is left out. `model` maps
-    (B, ...) to vectors (B, outputs), `batch_size` at a time, and is compiled; for a code whose
-    workers run several (`worker_models`) it is a sequence of such, the served model first.
-
-    An answer that is not finite makes its worker a straggler in that group, as in decoding.
-
-    Raises: ValueError where x fills no group, is no floats or not finite, the served model's
-    outputs on it are no finite vectors, or the models are not those that the code's workers run.
+    are put in order before they are coded, so must these be). Arguments, and errors, as in
+    `record_answers`. An answer that is not finite makes its worker a straggler in that group, as in
+    decoding.
     """
-    groups = cut_groups(x, code.num_data)
-    runs = [batched(each, batch_size) for each in ((model,) if callable(model) else model)]
-    answers = all_answers(runs, code, groups)
-    originals = own_outputs(runs[0], groups)
-    return Forecast(code, answers, originals.reshape(*groups.shape[:2], -1))
+    return Forecast(record_answers(model, code, x, batch_size=batch_size))
 
 
 @eqx.filter_jit
 def _expect(forecast: Forecast, available: Bool[ArrayLike, " num_workers"]) -> tuple[Array, ...]:
     """The error, the disagreement, and the share of data points that are lost."""
-    available = as_mask(available, (forecast.code.num_workers,))
-    originals = forecast.originals.reshape(-1, forecast.originals.shape[-1])
-    score = score_set(forecast.code, forecast.answers, originals, None, available)
+    available = as_mask(available, (forecast.answers.code.num_workers,))
+    score = forecast.answers.scores(available)
     return score["rmse"], 1 - score["rel_acc"], score["lost"]
 
 
@@ -157,11 +145,10 @@ def _expect(forecast: Forecast, available: Bool[ArrayLike, " num_workers"]) -> t
 def _expect_by_place(
     forecast: Forecast, available: Bool[ArrayLike, " num_workers"]
 ) -> tuple[Array, Array]:
-    code, answers, originals = forecast.code, forecast.answers, forecast.originals
-    available = as_mask(available, (code.num_workers,))
-    decoded = decode_groups(code, answers, jnp.broadcast_to(available, answers.shape[:2]))
+    answers = forecast.answers
+    decoded = answers.decode(as_mask(available, (answers.code.num_workers,)))
     recovered = decoded.recovered
-    square = jnp.sum((decoded.predictions - originals) ** 2, axis=-1, where=recovered[..., None])
+    square = jnp.sum((decoded.predictions - answers.own) ** 2, axis=-1, where=recovered[..., None])
     error = jnp.sqrt(jnp.sum(square, axis=0) / jnp.sum(recovered, axis=0))
-    same = jnp.argmax(decoded.predictions, axis=-1) == jnp.argmax(originals, axis=-1)
+    same = answers.same_labels(decoded.predictions)
     return error, 1 - jnp.mean(recovered & same, axis=0)

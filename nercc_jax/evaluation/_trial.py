@@ -6,12 +6,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
 
-from ..codes import AbstractCode, NeRCC, encode_groups
-from ..inference import Model, run_workers
+from ..codes import AbstractCode, NeRCC
+from ..inference import Model, check_model
 from ..stragglers import AbstractStragglers, straggler_sets
-from ._objective import Loss, nested_errors, original_predictions
+from ._criteria import Criterion
+from ._objective import nested_answers, nested_errors, original_predictions
 
 # Where the starting code makes no error at all, there is nothing to be relative to.
 _LEAST = 1e-30
@@ -25,25 +26,25 @@ class Trial(eqx.Module):
     `scales` the error of a starting code under each law.
     """
 
-    x: Float[Array, "groups num_data ..."]
-    originals: Float[Array, "groups num_data ..."] | None
+    x: PyTree[Shaped[Array, "groups num_data ..."]]
+    originals: PyTree[Float[Array, "groups num_data ..."]] | None
     available: Bool[Array, "sets num_workers"]
     law: Int[Array, " sets"]
     scales: Float[Array, " laws"]
     laws: tuple[str, ...] = eqx.field(static=True)
-    loss: Loss = eqx.field(static=True)
-    order: float = eqx.field(static=True)
+    criterion: Criterion = eqx.field(static=True)
+    power: float = eqx.field(static=True)
 
     @eqx.filter_jit
     def errors(self, model: Model, code: AbstractCode) -> Float[Array, " laws"]:
         """A code's mean error under each law; sets in which it recovers nothing are left out."""
-        return _errors(self, model, code)[0]
+        return _by_law(self, code, _errors(self, model, code))[0]
 
     @eqx.filter_jit
     def objective(self, model: Model, code: AbstractCode) -> Float[Array, ""]:
         """The power mean over laws of a code's error relative to the starting code's.
 
-        With r_l = errors / scales: (mean_l r_l^order)^(1/order). 1 for the starting code.
+        With r_l = errors / scales: (mean_l r_l^power)^(1/power). 1 for the starting code.
         Differentiable in the code.
         """
         return relative_objective(self, model, code)
@@ -52,32 +53,33 @@ class Trial(eqx.Module):
 def make_trial(
     model: Model,
     code: AbstractCode,
-    x: Float[ArrayLike, "groups num_data ..."],
+    x: PyTree[Shaped[ArrayLike, "groups num_data ..."]],
     stragglers: Mapping[str, AbstractStragglers],
     *,
     key: PRNGKeyArray,
     num_sets: int = 32,
-    loss: Loss = "mse",
-    order: float = 1.0,
+    criterion: Criterion = "mse",
+    power: float = 1.0,
 ) -> Trial:
     """Draws what the nested objective averages over, and weighs laws by a starting code's errors.
 
     For every law of `stragglers`, by name, `num_sets` sets are drawn, or all taken if they are
     fewer. An error counts relative to that of `code` under the same law: with more stragglers
     errors are a hundred times larger, and the plain mean would see nothing else. The higher the
-    `order` (1 or more), the more the objective looks at the law that gains least.
+    `power` (1 or more), the more the objective looks at the law that gains least.
 
     Raises: ValueError where there is no law, or an error of `code` is not finite.
     """
     if not stragglers:
         raise ValueError("there are no laws of stragglers")
-    if not order >= 1:
-        raise ValueError(f"order must be 1 or more, not {order}")
-    x = jnp.asarray(x)
+    if not power >= 1:
+        raise ValueError(f"power must be 1 or more, not {power}")
+    check_model(model)
+    x = jax.tree.map(jnp.asarray, x)
     originals = eqx.filter_jit(original_predictions)(model, x)
     available, law = draw_sets(stragglers, key, code.num_workers, num_sets)
     laws = tuple(stragglers)
-    blank = Trial(x, originals, available, law, jnp.ones(len(laws)), laws, loss, float(order))
+    blank = Trial(x, originals, available, law, jnp.ones(len(laws)), laws, criterion, float(power))
     scales = blank.errors(model, code)
     if not jnp.all(jnp.isfinite(scales)):
         broken = {name: float(s) for name, s in zip(laws, scales, strict=True) if not s < jnp.inf}
@@ -106,10 +108,14 @@ def draw_sets(
 
 def relative_objective(trial: Trial, model: Model, code: AbstractCode) -> Float[Array, ""]:
     """`Trial.objective` without its compilation."""
-    errors, told = _errors(trial, model, code)
+    return _relative(trial, code, _errors(trial, model, code))
+
+
+def _relative(trial: Trial, code: AbstractCode, errors: Float[Array, " sets"]) -> Float[Array, ""]:
+    errors, told = _by_law(trial, code, errors)
     relative = errors / jnp.maximum(trial.scales, _LEAST)
-    powers = jnp.where(told, jnp.where(told, relative, 1) ** trial.order, 0)
-    return (jnp.sum(powers) / jnp.maximum(jnp.sum(told), 1)) ** (1 / trial.order)
+    powers = jnp.where(told, jnp.where(told, relative, 1) ** trial.power, 0)
+    return (jnp.sum(powers) / jnp.maximum(jnp.sum(told), 1)) ** (1 / trial.power)
 
 
 def landscape(
@@ -135,13 +141,12 @@ def landscape(
 def _row(
     model: Model, code: NeRCC, trial: Trial, lambda_dec: Float[Array, " columns"]
 ) -> Float[Array, " columns"]:
-    answers = run_workers(model, code, encode_groups(code, trial.x))
-
-    def known(batch: Array) -> Array:
-        return answers.reshape(batch.shape[0], *answers.shape[2:])
+    answers = nested_answers(model, code, trial.x, trial.originals)
 
     def cell(dec: Float[Array, ""]) -> Float[Array, ""]:
-        return relative_objective(trial, known, _with_lambdas(code, code.lambda_enc, dec))
+        here = _with_lambdas(code, code.lambda_enc, dec)
+        told = eqx.tree_at(lambda known: known.code, answers, here)
+        return _relative(trial, here, told.losses(trial.available, trial.criterion))
 
     return jax.lax.map(cell, lambda_dec)
 
@@ -152,13 +157,21 @@ def _with_lambdas(code: NeRCC, lambda_enc: ArrayLike, lambda_dec: ArrayLike) -> 
     return eqx.tree_at(lambda c: (c.lambda_enc, c.lambda_dec), code, values)
 
 
-def _errors(
-    trial: Trial, model: Model, code: AbstractCode
+def _errors(trial: Trial, model: Model, code: AbstractCode) -> Float[Array, " sets"]:
+    return nested_errors(
+        model,
+        code,
+        trial.x,
+        trial.available,
+        criterion=trial.criterion,
+        originals=trial.originals,
+    )
+
+
+def _by_law(
+    trial: Trial, code: AbstractCode, errors: Float[Array, " sets"]
 ) -> tuple[Float[Array, " laws"], Bool[Array, " laws"]]:
     """The mean error under each law, and whether any of its sets recovers anything: NaN if not."""
-    errors = nested_errors(
-        model, code, trial.x, trial.available, loss=trial.loss, originals=trial.originals
-    )
     told = jnp.any(jax.vmap(code.recovered)(trial.available), axis=1)
     total, count = (
         jax.ops.segment_sum(values, trial.law, len(trial.laws), indices_are_sorted=True)

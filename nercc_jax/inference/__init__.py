@@ -1,6 +1,7 @@
 """Encode, model, decode: on one device, on a mesh, partly, in order, among liars."""
 
-from ._coded import coded_inference, coded_predictions, in_groups, is_grouped
+from ._coded import AbstractScheme, Work, coded_inference, coded_predictions
+from ._groups import as_groups, check_finite, in_groups, is_grouped
 from ._models import Model, call_model, check_model
 from ._ordering import Features, order_points, ordered, random_projection, short_path
 from ._partial import partial_inference
@@ -9,11 +10,15 @@ from ._spmd import place, slots
 from ._workers import run_workers
 
 __all__ = [
+    "AbstractScheme",
     "Features",
     "Model",
     "RobustDecoded",
     "RobustMethod",
+    "Work",
+    "as_groups",
     "call_model",
+    "check_finite",
     "check_model",
     "coded_inference",
     "coded_predictions",

@@ -1,58 +1,109 @@
 """Coded inference: encode, model, decode as one jitted program."""
 
+import abc
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, ArrayLike, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, PyTree, Shaped
 
-from ..codes import AbstractCode, Decoded, as_mask, decode_groups, encode_groups
-from ._spmd import spmd_inference
-from ._workers import Model, run_workers
+from ..codes import (
+    AbstractCode,
+    Decoded,
+    alike_beside,
+    as_mask,
+    decode_groups,
+    encode_groups,
+)
+from ._groups import as_groups, check_finite
+from ._models import Model, check_model
+from ._spmd import Placed, enter, place, place_inputs, spmd_answers, spmd_decoded
+from ._workers import run_workers
+
+# What becomes of groups of data points at the workers: all their answers, (groups, N, ...).
+Work: TypeAlias = Callable[[PyTree], PyTree]
+
+
+class AbstractScheme(eqx.Module):
+    """A code with what is added to it: another way from waiting data points to a result.
+
+    `infer` is pure, and part of one program with the workers. It returns an Equinox module whose
+    field `decoded` holds the predictions in the order in which the data points came; all its other
+    arrays have a first axis of points too, but for what is `heard`.
+    """
+
+    code: eqx.AbstractVar[AbstractCode]
+
+    @abc.abstractmethod
+    def infer(
+        self,
+        work: Work,
+        x: PyTree[Shaped[Array, "points ..."]],
+        available: Bool[Array, "groups num_workers"],
+    ) -> Any:
+        """Predictions of data points (whole groups of K), with what `work` makes of groups."""
 
 
 def coded_predictions(
     model: Model | Sequence[Model],
     code: AbstractCode,
-    x: Float[ArrayLike, "groups num_data ..."],
+    x: PyTree[Shaped[ArrayLike, "groups num_data ..."]],
     available: Bool[ArrayLike, "groups num_workers"],
     *args: Any,
 ) -> Decoded:
     """Encodes groups of K data points, runs the model on all coded ones at once, and decodes.
 
-    A pure function: jit it, and differentiate it in x, the code, the model and its arguments.
+    A pure function: jit it, and differentiate it in x, the code, the model and its arguments. x and
+    the model's answers may be pytrees. A group in which something that cannot be mixed (integers)
+    differs is not recovered.
+
     Models, and the errors raised for them: see `run_workers`. Source: arXiv 2402.04377, the three
     steps of NeRCC.
     """
-    coded = encode_groups(code, jnp.asarray(x))
-    y = run_workers(model, code, coded, *args)
-    return decode_groups(code, y, as_mask(available, coded.shape[:2]))
+    x = jax.tree.map(jnp.asarray, x)
+    y = run_workers(model, code, encode_groups(code, x), *args)
+    shape = jax.tree.leaves(y)[0].shape[:2]
+    return decode_groups(code, y, as_mask(available, shape) & alike_beside(x, 2)[:, None])
 
 
 def coded_inference(
     model: Model | Sequence[Model],
-    code: AbstractCode,
+    code: AbstractCode | AbstractScheme,
     *,
     with_status: bool = False,
+    grouped: bool | None = None,
     mesh: Mesh | None = None,
 ) -> Callable[..., Any]:
     """One jitted function `(x, available, *args) -> predictions` for a model behind a code.
 
-    x: (K, ...) for one group, or (groups, K, ...), of a float dtype; available: a mask (N,) for all
-    groups, or one per group (groups, N). Predictions are (K, ...) or (groups, K, ...) accordingly,
-    NaN where nothing can be recovered: in a group with a data point that is not finite, or where
-    no worker is available. `with_status=True` returns `Decoded`, which tells the workers that were
-    heard and the predictions that were recovered.
+    x: (K, ...) for one group, or (groups, K, ...), of a float dtype; `grouped` says which, unless
+    the axes do. available: a mask (N,) for all groups, or one per group (groups, N). Predictions
+    are (K, ...) or (groups, K, ...) accordingly, NaN where nothing can be recovered: in a group
+    with a data point that is not finite, or where no worker is available. `with_status=True`
+    returns `Decoded`, which tells the workers that were heard and the predictions that were
+    recovered.
+
+    >>> import jax.numpy as jnp
+    >>> from nercc_jax import NeRCC, coded_inference
+    >>> infer = coded_inference(lambda x: jnp.sin(x), NeRCC(4, 8))
+    >>> x = jnp.linspace(0, 1, 4)[:, None]
+    >>> bool(jnp.max(jnp.abs(infer(x, jnp.arange(8) != 3) - jnp.sin(x))) < 0.05)
+    True
+
+    Behind a **scheme** (`nercc_jax.Scheme`), x is (points, ...), any number of whole groups in any
+    order; masks are of groups as they are sent. With `grouped=True` x is (groups, K, ...).
+    `with_status=True` returns what the scheme tells beside predictions, such as its doubt.
 
     `model` is any callable on a batch. If it is a pytree (an Equinox or NNX module, a
     `jax.tree_util.Partial`), its arrays are arguments of the program, not constants in it. `args`
     are passed on to it: `model(batch, *args)`. A code whose workers run further models beside the
-    served one takes all of them, (served, further...).
+    served one takes all of them, (served, further...). Data points and answers may be pytrees of
+    arrays, each leaf with the axes above. A leaf of x that is no float cannot be mixed: it may
+    stand beside the others if it is the same for all data points of a group.
 
     With a `mesh` that has an axis `workers`, the coded data points are spread over that axis, any N
     on any number of devices, and the predictions come back on all of them. Arrays of the model and
@@ -60,77 +111,142 @@ def coded_inference(
     sharding (over a further axis, say), others are replicated. `args` are placed likewise, on each
     call. Several processes (`jax.distributed`) all call with the same x and mask.
 
-    One compilation serves every straggler set. Raises: ValueError for shapes and dtypes that do
-    not fit, before anything runs, and for a mesh without the axis.
+    One compilation serves every straggler set. Composes with jit, grad, vmap, with a mesh too.
+
+    Raises: ValueError for shapes and dtypes that do not fit, before anything runs; for a model in
+    training mode; for a mesh without the axis; and, behind a scheme, outside jit, for data points
+    that are not finite.
     """
-    run = functools.partial(_run, model, code)
-    if mesh is not None:
-        run = spmd_inference(model, code, mesh)
+    check_model(model)
+    scheme = code if isinstance(code, AbstractScheme) else None
+    inner = code.code if isinstance(code, AbstractScheme) else code
+    placed = None if mesh is None else place(model, inner, mesh)
+    infer: Callable[..., Any] = functools.partial(_infer, model, placed, inner, grouped)
+    if scheme is not None:
+        infer = functools.partial(_infer_scheme, model, placed, scheme, grouped or False)
 
-    def infer(x: ArrayLike, available: ArrayLike, *args: Any):
-        x, available, grouped = as_groups(code, x, available)
-        decoded = run(x, available, args, grouped)
-        return decoded if with_status else decoded.predictions
+    def run(x: PyTree, available: ArrayLike, *args: Any):
+        result: Any = infer(x, available, args)
+        if with_status:
+            return result
+        return (result if scheme is None else result.decoded).predictions
 
-    return infer
+    return run
+
+
+def _infer(
+    model: Model | Sequence[Model],
+    placed: Placed | None,
+    code: AbstractCode,
+    grouped: bool | None,
+    x: PyTree,
+    available: ArrayLike,
+    args: tuple,
+) -> Decoded:
+    x, available, grouped = as_groups(code, x, available, grouped)
+    if placed is None:
+        return _run(model, code, x, available, args, grouped)
+    inputs, shape = place_inputs(placed, x, available, args)
+    with enter(placed, inputs):
+        return _run_on_mesh(placed, *inputs, grouped, shape)
 
 
 @eqx.filter_jit
 def _run(
     model: Model | Sequence[Model],
     code: AbstractCode,
-    x: ArrayLike,
-    available: ArrayLike,
+    x: PyTree,
+    available: Array,
     args: tuple,
     grouped: bool,
 ) -> Decoded:
     decoded = coded_predictions(model, code, x, available, *args)
-    return decoded if grouped else jax.tree.map(lambda leaf: leaf[0], decoded)
+    return decoded if grouped else _first(decoded)
 
 
-def as_groups(
-    code: AbstractCode, x: ArrayLike, available: ArrayLike
-) -> tuple[ArrayLike, Array, bool]:
-    """The inputs of `coded_inference` as groups with a mask each, and whether x came as groups.
-
-    What is not on a device stays where it is. Raises: see there.
-    """
-    if not isinstance(x, jax.Array):
-        x = np.asarray(x)
-        x = x.astype(jax.dtypes.canonicalize_dtype(x.dtype), copy=False)
-    available = jnp.asarray(available)
-    grouped = is_grouped(code, x, available)
-    groups = in_groups(code, x, grouped)
-    masks = (len(groups), code.num_workers) if available.ndim == 2 else (code.num_workers,)
-    available = jnp.broadcast_to(as_mask(available, masks), (len(groups), code.num_workers))
-    return groups, available, grouped
+@eqx.filter_jit
+def _run_on_mesh(
+    placed: Placed,
+    x: PyTree,
+    available: Array,
+    args: tuple,
+    grouped: bool,
+    shape: tuple[int, ...] | None,
+) -> Decoded:
+    """`shape` is the data points' where x holds shares of their coordinates."""
+    if shape is None:
+        available = available & alike_beside(x, 2)[:, None]
+    decoded = spmd_decoded(placed, x, available, args, shape)
+    return decoded if grouped else _first(decoded)
 
 
-def in_groups(code: AbstractCode, x: Any, grouped: bool) -> Any:
-    """x as (groups, K, ...). Raises: ValueError where it is no floats, or empty."""
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"x is {x.dtype}: codes work on floats, so convert it first")
-    x = x if grouped else x[None]
-    if x.size == 0:
-        raise ValueError(f"x holds no group of {code.num_data} data points: shape {x.shape}")
-    return x
+def _infer_scheme(
+    model: Model | Sequence[Model],
+    placed: Placed | None,
+    scheme: AbstractScheme,
+    grouped: bool,
+    x: PyTree,
+    available: ArrayLike,
+    args: tuple,
+) -> Any:
+    x, available = _points(scheme.code, x, available, grouped)
+    if placed is None:
+        return _run_scheme(model, scheme, x, available, args, grouped)
+    inputs, _ = place_inputs(placed, x, available, (args, scheme), share=False)
+    with enter(placed, inputs):
+        x, available, (args, scheme) = inputs
+        return _run_scheme(placed, scheme, x, available, args, grouped)
 
 
-def is_grouped(code: AbstractCode, x: Array | np.ndarray, available: Array) -> bool:
-    """Whether x is many groups; said by the mask's shape, else by which axis has length K."""
-    single = x.ndim >= 1 and x.shape[0] == code.num_data
-    many = x.ndim >= 2 and x.shape[1] == code.num_data
-    if available.ndim == 2:
-        single = False
-    if single and many:
-        raise ValueError(
-            f"x of shape {x.shape} may be one group of {code.num_data} or {x.shape[0]} groups: "
-            "give a mask per group, (groups, N), or x as (1, K, ...)"
-        )
-    if not single and not many:
-        wanted = "(groups, K, ...)" if available.ndim == 2 else "(K, ...) or (groups, K, ...)"
-        raise ValueError(
-            f"x has shape {x.shape}, but with this code and mask it must be {wanted}, "
-            f"K = {code.num_data}"
-        )
-    return many
+@eqx.filter_jit
+def _run_scheme(
+    model: Model | Sequence[Model] | Placed,
+    scheme: AbstractScheme,
+    x: PyTree,
+    available: Array,
+    args: tuple,
+    grouped: bool,
+) -> Any:
+    code = scheme.code
+
+    def work(groups: PyTree) -> PyTree:
+        if isinstance(model, Placed):
+            return spmd_answers(model, groups, args)
+        return run_workers(model, code, encode_groups(code, groups), *args)
+
+    result = scheme.infer(work, x, available)
+    if not grouped:
+        return result
+    points, groups = len(jax.tree.leaves(x)[0]), len(available)
+
+    def by_group(leaf: Array) -> Array:
+        of_points = leaf.shape[:1] == (points,)
+        return leaf.reshape(groups, code.num_data, *leaf.shape[1:]) if of_points else leaf
+
+    heard = result.decoded.heard
+    result = jax.tree.map(by_group, result)
+    return eqx.tree_at(lambda r: r.decoded.heard, result, heard)
+
+
+def _points(
+    code: AbstractCode, x: PyTree, available: ArrayLike, grouped: bool
+) -> tuple[PyTree, Bool[Array, "groups num_workers"]]:
+    """Data points in a row, and a mask for each of their groups. Raises: as `coded_inference`."""
+    x = jax.tree.map(jnp.asarray, x)
+    if not grouped:
+        shapes = [leaf.shape for leaf in jax.tree.leaves(x)]
+        points = {shape[0] if shape else 0 for shape in shapes}
+        if len(points) != 1 or 0 in points or min(points) % code.num_data:
+            raise ValueError(
+                f"x of shape {', '.join(map(str, shapes))} is no whole groups of {code.num_data} "
+                "data points"
+            )
+        x = jax.tree.map(lambda leaf: leaf.reshape(-1, code.num_data, *leaf.shape[1:]), x)
+    groups, available, _ = as_groups(code, x, available, True)
+    points = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), groups)
+    check_finite(points, 1)
+    return points, available
+
+
+def _first(decoded: Decoded) -> Decoded:
+    return jax.tree.map(lambda leaf: leaf[0], decoded)

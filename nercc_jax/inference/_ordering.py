@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
-from ..codes import Decoded, check_count
+from ..codes import Decoded, check_count, is_float, join, leaves_of
+from ._groups import is_grouped
 
-Features: TypeAlias = Callable[[Array], Array] | Float[ArrayLike, "points ..."]
+Features: TypeAlias = Callable[[PyTree], PyTree] | Float[ArrayLike, "points ..."]
 
 # So many rows' distances are held at a time where there are many buffers.
 _AT_ONCE = 1024
@@ -50,13 +51,15 @@ def short_path(features: Float[ArrayLike, "n d"]) -> Int[Array, " n"]:
 
 
 def order_points(
-    x: ArrayLike,
+    x: PyTree,
     num_data: int,
     *,
     features: Features | None = None,
     buffer_size: int = 1024,
 ) -> Int[Array, " points"]:
     """The order in which to code waiting data points x, (points, ...), in groups of K.
+
+    x may be a pytree of such arrays.
 
     Within each buffer of `buffer_size` consecutive data points a short path is found (`short_path`)
     and cut into groups: `x[order].reshape(-1, K, ...)`. The larger the buffer, the more alike the
@@ -74,7 +77,7 @@ def order_points(
     Raises: ValueError for counts out of range, a buffer that holds no group, features that are not
     one row a data point, and, outside jit, features that are not finite.
     """
-    x = jnp.asarray(x)
+    x = jax.tree.map(jnp.asarray, x)
     order, finite = _order(x, features, _whole_groups(num_data, buffer_size))
     _check_finite(finite, "the features of data points")
     return order
@@ -86,12 +89,14 @@ def ordered(
     *,
     features: Features | None = None,
     buffer_size: int = 1024,
+    grouped: bool | None = None,
 ) -> Callable[..., Any]:
     """`coded_inference`'s function, with the data points ordered on their way in and back again.
 
     `(x, available, *args) -> predictions`, or `Decoded`, with the arguments and results of `infer`,
-    which must be for a code of K = `num_data`; arguments here as in `order_points`. The caller sees
-    nothing of the order: predictions, and `recovered`, are of the data points where they came.
+    which must be for a code of K = `num_data`; `grouped` as given there, the other arguments as in
+    `order_points`. The caller sees nothing of the order: predictions, and `recovered`, are of the
+    data points where they came.
 
     What belongs to workers belongs to the groups that are sent: groups are cut anew, so the g-th
     mask, and the g-th row of `heard`, is of the g-th group in the new order, not of the g-th group
@@ -105,20 +110,18 @@ def ordered(
     """
     size = _whole_groups(num_data, buffer_size)
 
-    def infer_ordered(x: ArrayLike, available: ArrayLike, *args: Any):
-        if not isinstance(x, jax.Array):
-            x = np.asarray(x)
-        grouped = _is_grouped(x, np.ndim(available), num_data)
-        shape = x.shape
-        flat = jnp.asarray(x).reshape(-1, *shape[2:]) if grouped else jnp.asarray(x)
+    def infer_ordered(x: PyTree, available: ArrayLike, *args: Any):
+        x = jax.tree.map(jnp.asarray, x)
+        many = is_grouped(num_data, x, np.ndim(available), grouped)
+        flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), x) if many else x
         sent, back = _there_and_back(flat, features, size)
-        result = infer(sent.reshape(shape), available, *args)
-        return _in_place(result, back, grouped)
+        sent = jax.tree.map(lambda row, leaf: row.reshape(leaf.shape), sent, x)
+        return _in_place(infer(sent, available, *args), back, many)
 
     return infer_ordered
 
 
-def random_projection(x: ArrayLike, size: int = 128) -> Float[Array, "points features"]:
+def random_projection(x: PyTree, size: int = 128) -> Float[Array, "points features"]:
     """Features without a model: sums of x's numbers with random signs, every `size`-th in one.
 
     Distances are kept in the mean over signs, up to about sqrt(2 / size) of themselves each. It
@@ -127,14 +130,15 @@ def random_projection(x: ArrayLike, size: int = 128) -> Float[Array, "points fea
     Farach-Colton 2002), with regular buckets.
     """
     size = check_count("size", size)
-    x = jnp.asarray(x)
-    flat = x.reshape(len(x), -1).astype(jnp.promote_types(x.dtype, jnp.float32))
+    leaves = [leaf for leaf in map(jnp.asarray, jax.tree.leaves(x)) if is_float(leaf)]
+    flat, _ = join(leaves, 1)
+    flat = flat.astype(jnp.promote_types(flat.dtype, jnp.float32))
     number = flat.shape[1]
     if number <= size:
         return flat
     signs = jax.random.rademacher(jax.random.key(0), (number,), flat.dtype)
     signed = jnp.pad(flat * signs, ((0, 0), (0, -number % size)))
-    return jnp.sum(signed.reshape(len(x), -1, size), axis=1)
+    return jnp.sum(signed.reshape(len(flat), -1, size), axis=1)
 
 
 @eqx.filter_jit
@@ -217,11 +221,12 @@ def _place_of_least(values: Float[Array, " n"]) -> Int[Array, ""]:
 
 @eqx.filter_jit
 def _order(
-    x: Array, features: Features | None, size: int
+    x: PyTree, features: Features | None, size: int
 ) -> tuple[Int[Array, " points"], Bool[Array, " points"]]:
     """The order in buffers of `size`, and which data points' features are finite."""
-    if x.ndim == 0 or len(x) == 0:
-        raise ValueError(f"x has shape {x.shape}: there are no data points to order")
+    for label, leaf in leaves_of("x", x):
+        if leaf.ndim == 0 or len(leaf) == 0:
+            raise ValueError(f"{label} has shape {leaf.shape}: there are no data points to order")
     rows = _rows(x, features)
     size = min(size, len(rows))
     count = len(rows) // size
@@ -237,26 +242,29 @@ def _order(
     return order, finite
 
 
-def _rows(x: Array, features: Features | None) -> Float[Array, "points features"]:
+def _rows(x: PyTree, features: Features | None) -> Float[Array, "points features"]:
     made = random_projection(x) if features is None else features
     if callable(made):
         made = made(x)
-    made = jnp.asarray(made)
-    if made.shape[:1] != x.shape[:1]:
-        raise ValueError(
-            f"features have shape {made.shape}; for x of shape {x.shape} they must be "
-            f"({len(x)}, ...)"
-        )
-    return made.reshape(len(x), -1).astype(jnp.promote_types(made.dtype, jnp.float32))
+    points = len(jax.tree.leaves(x)[0])
+    for label, leaf in leaves_of("features", made):
+        if jnp.shape(leaf)[:1] != (points,):
+            raise ValueError(
+                f"{label} have shape {jnp.shape(leaf)}; of {points} data points they must be "
+                f"({points}, ...)"
+            )
+    rows, _ = join(jax.tree.map(jnp.asarray, made), 1)
+    return rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
 
 
 @eqx.filter_jit
 def _there_and_back(
-    x: Array, features: Features | None, size: int
-) -> tuple[Array, Int[Array, " points"]]:
+    x: PyTree, features: Features | None, size: int
+) -> tuple[PyTree, Int[Array, " points"]]:
     """x in order, and where in that order each data point is."""
     order, _ = _order(x, features, size)
-    return x[order], jnp.zeros_like(order).at[order].set(jnp.arange(len(order)))
+    sent = jax.tree.map(lambda leaf: leaf[order], x)
+    return sent, jnp.zeros_like(order).at[order].set(jnp.arange(len(order)))
 
 
 @eqx.filter_jit
@@ -268,8 +276,9 @@ def _in_place(result: Any, back: Int[Array, " points"], grouped: bool) -> Any:
         return flat[back].reshape(values.shape)
 
     if not isinstance(result, Decoded):
-        return move(result)
-    return Decoded(move(result.predictions), result.heard, move(result.recovered))
+        return jax.tree.map(move, result)
+    predictions = jax.tree.map(move, result.predictions)
+    return Decoded(predictions, result.heard, move(result.recovered))
 
 
 def _whole_groups(num_data: int, buffer_size: int) -> int:
@@ -282,18 +291,6 @@ def _whole_groups(num_data: int, buffer_size: int) -> int:
             f"{num_data} or more"
         )
     return buffer_size // num_data * num_data
-
-
-def _is_grouped(x: Array | np.ndarray, mask_axes: int, num_data: int) -> bool:
-    """Whether x is many groups, as `coded_inference` tells it: by the mask, else by the axis."""
-    single = x.shape[:1] == (num_data,) and mask_axes != 2
-    many = x.shape[1:2] == (num_data,)
-    if single == many:
-        told = "may be one group or many: give a mask a group" if many else "is no groups"
-        raise ValueError(
-            f"x of shape {x.shape} {told}; it must be (K, ...) or (groups, K, ...), K = {num_data}"
-        )
-    return many
 
 
 def _check_finite(finite: Bool[Array, " n"], what: str) -> None:

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, ArrayLike, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
 
 from ..codes import AbstractCode, Decoded, decode_groups
-from ._coded import as_groups
+from ._groups import as_groups
+from ._models import check_model
 from ._spmd import WORKERS, Placed, place, put, work
 from ._workers import Model
 
@@ -22,10 +23,14 @@ _POLL_SECONDS = 2e-4  # models take milliseconds, a look at a device's answer so
 
 
 def partial_inference(
-    model: Model | Sequence[Model], code: AbstractCode, mesh: Mesh, *, max_behind: int = 2
+    model: Model | Sequence[Model],
+    code: AbstractCode,
+    mesh: Mesh,
+    *,
+    grouped: bool | None = None,
+    max_behind: int = 2,
 ) -> Callable[..., Decoded]:
-    """A function `infer(x, *, number=None, deadline, grouped=False) -> Decoded`, which waits for
-    no slow device.
+    """A function `infer(x, *, number=None, deadline) -> Decoded`, which waits for no slow device.
 
     Workers are spread over the mesh's axis `workers`, as by `coded_inference(..., mesh=mesh)`, but
     the program that encodes and runs the model moves nothing between them, so each device is done
@@ -34,10 +39,10 @@ def partial_inference(
     answers come all at once: those of all its workers for all groups. `heard` tells the workers
     that were used; one whose answer is there but not finite is a straggler.
 
-    x: (K, ...) or (groups, K, ...), floats; the result has groups accordingly. `grouped=True` says
-    that x is groups, which K groups of K data points would leave open. A group with a data
-    point that is not finite is NaN, and not `recovered`. Decoding runs on a CPU device outside the
-    mesh where there is one, else on a device that has answered.
+    x: (K, ...) or (groups, K, ...), floats, or a pytree of such; the result has groups accordingly.
+    `grouped` says which, unless the axes do. A group with a data point that is not finite is NaN,
+    and not `recovered`. Decoding runs on a CPU device outside the mesh where there is one, else on
+    a device that has answered.
 
     A running XLA program cannot be cancelled: what is left behind runs to its end, and the next
     program queues behind it (of CPU devices, all wait until it is done on all). So before it adds
@@ -46,7 +51,8 @@ def partial_inference(
     long one. One caller at a time: it is not thread-safe.
 
     Raises: ValueError where several processes run (they would have to wait for each other), the
-    mesh has no axis `workers`, an argument is out of range, or `number` answers recover nothing;
+    mesh has no axis `workers`, the model is in training mode, an argument is out of range, or
+    `number` answers recover nothing;
     TimeoutError where devices have too much to do until the deadline, or what answered by then
     recovers nothing.
     """
@@ -54,23 +60,21 @@ def partial_inference(
         raise ValueError(f"partial results are for one process, not {jax.process_count()}")
     if max_behind < 0:
         raise ValueError(f"max_behind must be 0 or more, not {max_behind}")
+    check_model(model)
     placed = place(model, code, mesh)
     program = _program(placed)
     # On the host: wherever decoding runs, it must not touch a slow device.
     code = jax.tree.map(np.asarray, code)
     unfinished: list[Array] = []
 
-    def infer(
-        x: ArrayLike, *, number: int | None = None, deadline: float, grouped: bool = False
-    ) -> Decoded:
+    def infer(x: PyTree, *, number: int | None = None, deadline: float) -> Decoded:
         start = time.monotonic()
         number = code.num_workers if number is None else number
         if not 1 <= number <= code.num_workers:
             raise ValueError(f"number must be 1 to {code.num_workers} workers, not {number}")
         if not deadline > 0:
             raise ValueError(f"deadline must be a positive number of seconds, not {deadline}")
-        masks = (*np.shape(x)[:grouped], code.num_workers)
-        x, _, grouped = as_groups(code, x, np.ones(masks, bool))
+        x, _, many = as_groups(code, x, np.ones(code.num_workers, bool), grouped)
 
         if not _wait(lambda: not _behind(unfinished, max_behind), start + deadline):
             busy = sorted(device.id for device in _behind(unfinished, max_behind))
@@ -79,8 +83,9 @@ def partial_inference(
                 f"after {deadline} s"
             )
         with jax.set_mesh(placed.mesh):
-            y = program(put(x, NamedSharding(placed.mesh, PartitionSpec())))
-        unfinished.append(y)
+            by = NamedSharding(placed.mesh, PartitionSpec())
+            y = program(jax.tree.map(lambda leaf: put(leaf, by), x))
+        unfinished.append(jax.tree.leaves(y)[0])  # a device's outputs are all there at once
 
         arrivals = _Arrivals(placed, y)
         enough = _wait(lambda: arrivals.look().sum() >= number, start + deadline)
@@ -89,7 +94,7 @@ def partial_inference(
         if not there.any():
             raise TimeoutError(answered)
         with jax.set_mesh(Mesh([_decoding_device(placed.mesh, arrivals)], ("decoding",))):
-            decoded = _decode(code, arrivals.answers(), there, grouped)
+            decoded = _decode(code, arrivals.answers(), there, many)
             # Nothing is recovered from broken data points either: then that is the result.
             if not np.any(decoded.recovered) and not np.any(_recovered(code, there)):
                 error = ValueError if enough else TimeoutError
@@ -102,36 +107,43 @@ def partial_inference(
 class _Arrivals:
     """What has come back of a program's answers; never touches a shard that is not ready."""
 
-    def __init__(self, placed: Placed, y: Float[Array, "groups slots ..."]):
-        self._shape, self._dtype = (y.shape[0], placed.code.num_workers, *y.shape[2:]), y.dtype
-        self._waiting = [
-            (placed.slots.worker[shard.index[1]], shard.data) for shard in y.addressable_shards
+    def __init__(self, placed: Placed, y: PyTree[Float[Array, "groups slots ..."]]):
+        leaves, self._structure = jax.tree.flatten(y)
+        workers = placed.code.num_workers
+        self._forms = [
+            ((leaf.shape[0], workers, *leaf.shape[2:]), np.dtype(leaf.dtype)) for leaf in leaves
         ]
-        self._ready: list[tuple[np.ndarray, Array]] = []
+        self._num_workers = workers
+        self._waiting = [
+            (placed.slots.worker[shards[0].index[1]], [shard.data for shard in shards])
+            for shards in zip(*(leaf.addressable_shards for leaf in leaves), strict=True)
+        ]
+        self._ready: list[tuple[np.ndarray, list[Array]]] = []
 
     def look(self) -> Bool[np.ndarray, " num_workers"]:
         """Whose answers are there."""
-        ready = [data.is_ready() for _, data in self._waiting]
+        ready = [all(part.is_ready() for part in parts) for _, parts in self._waiting]
         self._ready += [one for one, is_ready in zip(self._waiting, ready, strict=True) if is_ready]
         self._waiting = [
             one for one, is_ready in zip(self._waiting, ready, strict=True) if not is_ready
         ]
-        there = np.zeros(self._shape[1], bool)
+        there = np.zeros(self._num_workers, bool)
         for workers, _ in self._ready:
             there[workers] = True
         return there
 
-    def answers(self) -> Float[np.ndarray, "groups num_workers ..."]:
+    def answers(self) -> PyTree[Float[np.ndarray, "groups num_workers ..."]]:
         """Those that were there at the last look, zeros elsewhere."""
-        y = np.zeros(self._shape, self._dtype)
-        for workers, data in self._ready:
-            y[:, workers] = data
-        return y
+        leaves = [np.zeros(shape, dtype) for shape, dtype in self._forms]
+        for workers, parts in self._ready:
+            for leaf, part in zip(leaves, parts, strict=True):
+                leaf[:, workers] = part
+        return jax.tree.unflatten(self._structure, leaves)
 
     @property
     def device(self) -> Any:
         """The one with the lowest number that is done: decoding is compiled for each anew."""
-        return min((next(iter(data.devices())) for _, data in self._ready), key=lambda d: d.id)
+        return min((next(iter(parts[0].devices())) for _, parts in self._ready), key=lambda d: d.id)
 
 
 def _wait(condition: Callable[[], Any], until: float) -> bool:
@@ -159,7 +171,7 @@ def _decoding_device(mesh: Mesh, arrivals: _Arrivals) -> Any:
     return next((cpu for cpu in cpus if cpu not in mesh.devices.flat), arrivals.device)
 
 
-def _program(placed: Placed) -> Callable[[Array], Float[Array, "groups slots ..."]]:
+def _program(placed: Placed) -> Callable[[PyTree], PyTree[Float[Array, "groups slots ..."]]]:
     """Encodes and runs the model; returns at once, which `eqx.filter_jit` would not."""
     arrays, static = eqx.partition(placed, eqx.is_array)
     # Only along the workers' axis: each device of a worker gets the whole of its answers.
@@ -169,9 +181,10 @@ def _program(placed: Placed) -> Callable[[Array], Float[Array, "groups slots ...
 
 
 @eqx.filter_jit
-def _decode(code: AbstractCode, y: ArrayLike, there: ArrayLike, grouped: bool) -> Decoded:
-    y = jnp.asarray(y)
-    decoded = decode_groups(code, y, jnp.broadcast_to(there, y.shape[:2]))
+def _decode(code: AbstractCode, y: PyTree, there: ArrayLike, grouped: bool) -> Decoded:
+    y = jax.tree.map(jnp.asarray, y)
+    groups = len(jax.tree.leaves(y)[0])
+    decoded = decode_groups(code, y, jnp.broadcast_to(there, (groups, code.num_workers)))
     return decoded if grouped else jax.tree.map(lambda leaf: leaf[0], decoded)
 
 

@@ -6,9 +6,19 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
-from ..codes import AbstractCode, NeRCC, as_mask, decode_groups, multiply
+from ..codes import (
+    AbstractCode,
+    Decoded,
+    NeRCC,
+    as_mask,
+    check_floats,
+    check_leading,
+    decode_vectors,
+    join,
+    multiply,
+)
 from ..splines import gather_knots, smoothing_matrix
 
 RobustMethod: TypeAlias = Literal["reject", "smooth"]
@@ -34,21 +44,19 @@ _FEWEST = 4
 
 
 class RobustDecoded(eqx.Module):
-    """As `Decoded`, and who is suspected.
+    """What was decoded, and who is suspected.
 
-    `suspected` are the workers whose finite answers came in time and were left out; `heard` are
-    those whose answers were used.
+    `decoded.heard` are the workers whose answers were used, `suspected` those whose finite answers
+    came in time and were left out.
     """
 
-    predictions: Float[Array, "..."]
-    heard: Bool[Array, "*groups num_workers"]
-    recovered: Bool[Array, "*groups num_data"]
+    decoded: Decoded
     suspected: Bool[Array, "*groups num_workers"]
 
 
 def robust_decode(
     code: AbstractCode,
-    y: Float[ArrayLike, "num_workers ..."],
+    y: PyTree[Float[ArrayLike, "num_workers ..."]],
     available: Bool[ArrayLike, " num_workers"],
     *,
     max_adversaries: int | Int[Array, ""],
@@ -72,7 +80,8 @@ def robust_decode(
     Groups that the same workers answered judge them better together than each for itself: put them
     into a trailing axis, y (N, groups, ...), for predictions (K, groups, ...). Else `jax.vmap`
     over groups. One compilation for every mask; predictions are differentiable in y. An answer that
-    is not finite makes its worker a straggler, as in `try_decode`, whose status is returned.
+    is not finite makes its worker a straggler, as in `try_decode`, whose status is returned. y may
+    be a pytree of arrays, judged together.
 
     Arguments: `max_adversaries`, an array to have one compilation for any number, which is then not
     checked; `threshold`, how many times worse than the median answer one must fit to be left out by
@@ -176,7 +185,7 @@ def _positive(value: Float[Array, "*n"]) -> Float[Array, "*n"]:
 @eqx.filter_jit
 def _robust_decode(
     code: NeRCC,
-    y: ArrayLike,
+    y: PyTree,
     available: ArrayLike,
     max_adversaries: Int[Array, ""],
     method: RobustMethod,
@@ -184,22 +193,23 @@ def _robust_decode(
     rate_constant: Array,
     bounds: Array | None,
 ) -> RobustDecoded:
-    y = code._batch("y", y, code.num_workers, "workers")
-    flat = y.reshape(code.num_workers, -1)
+    y = jax.tree.map(jnp.asarray, y)
+    check_leading("y", y, (code.num_workers,), "workers")
+    check_floats("y", y)
+    flat, form = join(y, 1)
     answered = as_mask(available, (code.num_workers,)) & jnp.all(jnp.isfinite(flat), axis=1)
     flat = jnp.where(answered[:, None], flat, 0)
     if method == "reject":
         heard = answered & _within(flat, bounds)
         heard = heard & ~_rejected(code, flat, heard, max_adversaries, threshold)
-        decoded = decode_groups(code, jnp.where(heard[:, None], flat, 0)[None], heard[None])
+        decoded = decode_vectors(code, jnp.where(heard[:, None], flat, 0)[None], heard[None])
         predictions, recovered = decoded.predictions[0], decoded.recovered[0]
     else:
         heard, recovered = answered, code.recovered(answered)
         flat = flat if bounds is None else jnp.clip(flat, *bounds.astype(flat.dtype))
         matrix = _smooth_decoder(code, heard, rate_constant, max_adversaries)
         predictions = jnp.where(recovered[:, None], multiply(matrix, flat), jnp.nan)
-    predictions = predictions.reshape(code.num_data, *y.shape[1:])
-    return RobustDecoded(predictions, heard, recovered, answered & ~heard)
+    return RobustDecoded(Decoded(form.split(predictions), heard, recovered), answered & ~heard)
 
 
 def _within(flat: Float[Array, "n m"], bounds: Array | None) -> Bool[Array, " n"]:

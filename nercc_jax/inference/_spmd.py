@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
+from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Shaped
 
-from ..codes import AbstractCode, Decoded, decode_groups, multiply
+from ..codes import AbstractCode, Decoded, decode_vectors, encode_leaf, join
+from ._groups import any_tracer
 from ._workers import Model, run_models
 
 WORKERS = "workers"
@@ -129,60 +130,65 @@ def put(value: ArrayLike, sharding: Sharding) -> Array:
     return jax.make_array_from_callback(host.shape, sharding, host.__getitem__)
 
 
-def spmd_inference(
-    model: Model | Sequence[Model], code: AbstractCode, mesh: Mesh
-) -> Callable[..., Decoded]:
-    """`(x, available, args, grouped) -> Decoded` for inputs as `as_groups` makes them."""
-    placed = place(model, code, mesh)
+def place_inputs(
+    placed: Placed, x: PyTree, available: Array, args: PyTree, *, share: bool = True
+) -> tuple[tuple[PyTree, Array, PyTree], tuple[int, ...] | None]:
+    """Groups of data points, masks and arguments on the mesh.
 
-    def infer(
-        x: Float[Array | np.ndarray, "groups num_data ..."],
-        available: Bool[Array, "groups num_workers"],
-        args: tuple,
-        grouped: bool,
-    ) -> Decoded:
-        mesh, devices = placed.mesh, placed.devices
-        # Of d coordinates, all are K d numbers for each further device to receive, and then it
-        # encodes for its own workers. Shares are K d / D for each of D devices, which encode their
-        # share for all workers and exchange those: N d / D more.
-        shared = code.num_data * (devices - 1) > code.num_workers
-        shape = x.shape[2:]
-        if shared:
-            x = _padded(x.reshape(*x.shape[:2], -1), 2, devices)
-        x = put(x, NamedSharding(mesh, _BY_THIRD if shared else _REPLICATED))
-        available = put(available, NamedSharding(mesh, _REPLICATED))
-        # Another mesh of the caller's context would not do for the arrays on this one.
-        with contextlib.nullcontext() if isinstance(x, Tracer) else jax.set_mesh(mesh):
-            args = on_mesh(args, mesh)
-            return _run(placed, x, available, args, grouped, shape if shared else None)
-
-    return infer
+    Of d coordinates, all are K d numbers for each further device to receive, and then it encodes
+    for its own workers. Shares are K d / D for each of D devices, which encode their share for all
+    workers and exchange those: N d / D more. Where that is less, and x is one array, x becomes
+    vectors in shares, and the data points' shape is returned beside.
+    """
+    code, leaves, shape = placed.code, jax.tree.leaves(x), None
+    if share and len(leaves) == 1 and code.num_data * (placed.devices - 1) > code.num_workers:
+        shape = leaves[0].shape[2:]
+        x = jax.tree.map(
+            lambda leaf: _padded(leaf.reshape(*leaf.shape[:2], -1), 2, placed.devices), x
+        )
+    by = NamedSharding(placed.mesh, _REPLICATED if shape is None else _BY_THIRD)
+    x = jax.tree.map(lambda leaf: put(leaf, by), x)
+    available = put(available, NamedSharding(placed.mesh, _REPLICATED))
+    return (x, available, on_mesh(args, placed.mesh)), shape
 
 
-@eqx.filter_jit
-def _run(
-    placed: Placed,
-    x: Array,
-    available: Array,
-    args: tuple,
-    grouped: bool,
-    shape: tuple[int, ...] | None,
+def enter(placed: Placed, inputs: PyTree) -> contextlib.AbstractContextManager:
+    """The mesh as the context's: another one of the caller's would not do for arrays on this one.
+
+    Not where JAX traces anything of what goes in: then the context is no longer ours to set.
+    """
+    return contextlib.nullcontext() if any_tracer(placed, inputs) else jax.set_mesh(placed.mesh)
+
+
+def spmd_decoded(
+    placed: Placed, x: PyTree, available: Array, args: tuple, shape: tuple[int, ...] | None
 ) -> Decoded:
-    """`shape` is the data points' where x holds shares of their coordinates."""
+    """Coded inference on groups, for inputs of `place_inputs`; the result is on all devices."""
     y = work(placed, x, args, shape)
-    flat = y.reshape(*y.shape[:2], -1)
-    decode = _decode_by_group if y.shape[0] >= placed.devices else _decode_by_coordinate
-    decoded = decode(placed, flat, available)
-    decoded = jax.lax.with_sharding_constraint(decoded, NamedSharding(placed.mesh, _REPLICATED))
-    decoded = jax.tree.map(lambda leaf: leaf[: y.shape[0]] if grouped else leaf[0], decoded)
-    predictions = decoded.predictions[..., : flat.shape[2]]
-    predictions = predictions.reshape(*predictions.shape[:-1], *y.shape[2:])
+    flat, form = join(y, 2)
+    decode = _decode_by_group if flat.shape[0] >= placed.devices else _decode_by_coordinate
+    decoded = _everywhere(placed, decode(placed, flat, available))
+    decoded = jax.tree.map(lambda leaf: leaf[: flat.shape[0]], decoded)
+    predictions = form.split(decoded.predictions[..., : flat.shape[2]])
     return Decoded(predictions, decoded.heard, decoded.recovered)
 
 
+def spmd_answers(
+    placed: Placed, x: PyTree[Shaped[Array, "groups num_data ..."]], args: tuple
+) -> PyTree[Float[Array, "groups num_workers ..."]]:
+    """All workers' answers to groups, on all devices."""
+    y = work(placed, _everywhere(placed, x), args)
+    first = placed.slots.of_worker
+    return _everywhere(placed, jax.tree.map(lambda leaf: leaf[:, first], y))
+
+
+def _everywhere(placed: Placed, tree: PyTree) -> PyTree:
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(placed.mesh, _REPLICATED))
+
+
 def work(
-    placed: Placed, x: Array, args: tuple, shape: tuple[int, ...] | None = None
-) -> Float[Array, "groups slots ..."]:
+    placed: Placed, x: PyTree, args: tuple, shape: tuple[int, ...] | None = None
+) -> PyTree[Float[Array, "groups slots ..."]]:
     """The answers of all slots, on their devices, to groups of data points.
 
     x is (groups, K, ...), replicated, and nothing moves; or it is vectors, a share of their
@@ -193,12 +199,15 @@ def work(
 
     def of_device(arrays, encoder, x):
         model, args = eqx.combine(arrays, static)
-        coded = multiply(encoder, x.reshape(*x.shape[:2], -1)).astype(x.dtype)
+        coded = jax.tree.map(lambda leaf: encode_leaf(encoder, leaf), x)
         if shape is not None:
-            coded = jax.lax.all_to_all(coded, WORKERS, split_axis=1, concat_axis=2, tiled=True)
-            coded = coded[..., : math.prod(shape)]
-        coded = coded.reshape(*coded.shape[:2], *(x.shape[2:] if shape is None else shape))
+            coded = jax.tree.map(exchanged, coded)
         return run_models(model, kinds, coded, *args)
+
+    def exchanged(coded):
+        assert shape is not None
+        coded = jax.lax.all_to_all(coded, WORKERS, split_axis=1, concat_axis=2, tiled=True)
+        return coded[..., : math.prod(shape)].reshape(*coded.shape[:2], *shape)
 
     inputs = (_BY_FIRST, _REPLICATED) if shape is None else (_REPLICATED, _BY_THIRD)
     mapped = _on_each_device(placed, of_device, (_REPLICATED, *inputs), _BY_SECOND)
@@ -218,7 +227,7 @@ def _decode_by_group(placed: Placed, flat: Array, available: Array) -> Decoded:
 
     def of_device(arrays, flat, available):
         flat = jax.lax.all_to_all(flat, WORKERS, split_axis=0, concat_axis=1, tiled=True)
-        return decode_groups(eqx.combine(arrays, static), flat[:, first], available)
+        return decode_vectors(eqx.combine(arrays, static), flat[:, first], available)
 
     flat, available = (_padded(a, 0, placed.devices) for a in (flat, available))
     inputs = (_REPLICATED, _BY_SECOND, _BY_FIRST)
@@ -237,7 +246,7 @@ def _decode_by_coordinate(placed: Placed, flat: Array, available: Array) -> Deco
         flat = jax.lax.all_to_all(flat, WORKERS, split_axis=2, concat_axis=1, tiled=True)
         finite = jax.lax.all_gather(finite, WORKERS, axis=1, tiled=True)
         heard = available & finite[:, first]
-        decoded = decode_groups(eqx.combine(arrays, static), flat[:, first], heard)
+        decoded = decode_vectors(eqx.combine(arrays, static), flat[:, first], heard)
         return decoded.predictions, decoded.heard, decoded.recovered
 
     flat = _padded(flat, 2, placed.devices)

@@ -6,23 +6,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree, Shaped
 
-from ..codes import AbstractCode
+from ..codes import AbstractCode, is_float, leaves_of
 from ._models import Model, call_model
 
 
 def run_workers(
     model: Model | Sequence[Model],
     code: AbstractCode,
-    coded: Float[Array, "groups num_workers ..."],
+    coded: PyTree[Shaped[Array, "groups num_workers ..."]],
     *args: Any,
-) -> Float[Array, "groups num_workers ..."]:
+) -> PyTree[Float[Array, "groups num_workers ..."]]:
     """What all workers answer: each runs its own model on its coded data point of every group.
 
-    `model(batch, *args)` maps (B, ...) to (B, ...), floats, and is called once. For a code whose
-    workers run several (`worker_models`) it is a sequence of such, the served model first; each
-    is called once, on the coded data points of all its workers, with the same `args`.
+    `model(batch, *args)` maps (B, ...) to (B, ...), floats, and is called once; both may be pytrees
+    of such arrays. For a code whose workers run several (`worker_models`) it is a sequence of such,
+    the served model first; each is called once, on the coded data points of all its workers, with
+    the same `args`.
 
     Raises: ValueError where the number of models is not the code's, one returns another first axis
     or no floats, or their answers differ in shape.
@@ -33,20 +34,27 @@ def run_workers(
 def run_models(
     model: Model | Sequence[Model],
     kinds: Int[np.ndarray, " slots"],
-    coded: Float[Array, "groups slots ..."],
+    coded: PyTree[Shaped[Array, "groups slots ..."]],
     *args: Any,
-) -> Float[Array, "groups slots ..."]:
+) -> PyTree[Float[Array, "groups slots ..."]]:
     """As `run_workers`, for any places of work and which model runs in each of them."""
     models = _models(model, kinds)
     if len(models) == 1:
         return _answers(models[0], coded, args)
-    parts = [_answers(each, coded[:, kinds == kind], args) for kind, each in enumerate(models)]
-    shapes = [part.shape[2:] for part in parts]
-    if len(set(shapes)) != 1:
-        raise ValueError(f"the models' answers differ in shape, served model first: {shapes}")
+    parts = []
+    for kind, each in enumerate(models):
+        theirs = jax.tree.map(lambda leaf, kind=kind: leaf[:, kinds == kind], coded)
+        parts.append(_answers(each, theirs, args))
+    forms = [jax.tree.map(lambda leaf: leaf.shape[2:], part) for part in parts]
+    if any(form != forms[0] for form in forms):
+        raise ValueError(f"the models' answers differ in shape, served model first: {forms}")
     order = np.argsort(kinds, kind="stable")
-    answers = jnp.concatenate(parts, axis=1)
-    return answers if np.all(np.diff(order) == 1) else answers[:, np.argsort(order)]
+
+    def in_order(*leaves: Array) -> Array:
+        together = jnp.concatenate(leaves, axis=1)
+        return together if np.all(np.diff(order) == 1) else together[:, np.argsort(order)]
+
+    return jax.tree.map(in_order, *parts)
 
 
 def _models(model: Model | Sequence[Model], kinds: np.ndarray) -> tuple[Model, ...]:
@@ -61,15 +69,19 @@ def _models(model: Model | Sequence[Model], kinds: np.ndarray) -> tuple[Model, .
     return models
 
 
-def _answers(model: Model, coded: Array, args: tuple) -> Array:
-    batch = coded.reshape(-1, *coded.shape[2:])
+def _answers(model: Model, coded: PyTree, args: tuple) -> PyTree:
+    shape = jax.tree.leaves(coded)[0].shape[:2]
+    batch = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), coded)
+    size = shape[0] * shape[1]
     y = call_model(model, batch, *args)
-    if not isinstance(y, jax.Array) or y.ndim < 1 or y.shape[0] != batch.shape[0]:
-        got = y.shape if isinstance(y, jax.Array) else type(y).__name__
-        raise ValueError(
-            f"the model must map a batch of {batch.shape[0]} to an array of as many answers: for "
-            f"input {batch.shape} it returned {got}"
-        )
-    if not jnp.issubdtype(y.dtype, jnp.floating):
-        raise ValueError(f"the model returned {y.dtype}: codes work on floats, logits for labels")
-    return y.reshape(*coded.shape[:2], *y.shape[1:])
+    for label, leaf in leaves_of("the model's answer", y):
+        if not isinstance(leaf, jax.Array) or leaf.ndim < 1 or leaf.shape[0] != size:
+            got = leaf.shape if isinstance(leaf, jax.Array) else type(leaf).__name__
+            given = ", ".join(str(each.shape) for each in jax.tree.leaves(batch))
+            raise ValueError(
+                f"the model must map a batch of {size} to arrays of as many answers: for input "
+                f"{given}, {label} was {got}"
+            )
+        if not is_float(leaf):
+            raise ValueError(f"{label} was {leaf.dtype}: codes work on floats, logits for labels")
+    return jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), y)

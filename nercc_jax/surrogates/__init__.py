@@ -1,8 +1,8 @@
 """Cheap models beside the coded one, doubt, and the scheme that joins them."""
 
-from ._doubt import Doubt, assess, calibrate_doubt, doubt_of, margin
+from ._doubt import Doubt, assess, calibrate_doubt, doubt_of, margin, observe
 from ._logistic import logistic_regression
-from ._scheme import Assessed, Scheme, doubtful, reexecute, scheme_inference
+from ._scheme import Assessed, Scheme, doubtful, reexecute
 from ._surrogate import Surrogate, decode_with_surrogate, fit_surrogate
 
 __all__ = [
@@ -18,6 +18,6 @@ __all__ = [
     "fit_surrogate",
     "logistic_regression",
     "margin",
+    "observe",
     "reexecute",
-    "scheme_inference",
 ]

@@ -10,39 +10,25 @@ multiclass probability estimates"). The limit below which answers are given at o
 same data, by an upper bound of the risk (Bates et al. 2021, arXiv 2101.02703).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
-from scipy.optimize import isotonic_regression, root_scalar
+from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray, PyTree, Shaped
 from scipy.special import expit
-from scipy.special import logit as logit_of
 
-from ..codes import AbstractCode, Decoded, decode_groups, variances
+from ..codes import AbstractCode, Decoded, Form, decode_vectors, variances
 from ..codes import deviation as deviation_of
-from ..evaluation import Forecast, draw_sets, make_forecast
+from ..evaluation import Answers, draw_sets, record_answers
 from ..inference import Model
 from ..stragglers import AbstractStragglers
-from ._logistic import logistic_regression
-from ._surrogate import Surrogate, decode_with_surrogate
+from ._calibration import correction, regression, risks
+from ._surrogate import Surrogate, check_like, decode_with_surrogate
 
 _RATIOS = (1, 2)  # the features that must not raise the doubt
-_LEVELS = 512
-_LEAST = 1e-30
-_FOLDS = 5  # parts of the groups, for what they tell of each other
-_LEAST_SCALE = 0.1  # that is left of the regression's log-odds
-_FAR = 1000.0  # in log-odds
-# Bins of the correction, at most, and wrong labels that are expected in each, at least.
-_BINS, _EXPECTED = 32, 10
-_SUREST = 1 - 1e-6  # that something is wrong
-_SLOPE = 0.05  # of the regression's log-odds, left where bins are alike
-_DIGITS = 3  # of log-odds
-_ROUNDING = 1e-5  # of doubts, which float32 and another program round otherwise
-# Standard errors by which a risk may be more than what was counted.
-_ERRORS = 2.0
+_LEAST = 1e-30  # beside a margin and a deviation, whose logarithms are taken
 
 
 class Doubt(eqx.Module):
@@ -62,6 +48,7 @@ class Doubt(eqx.Module):
     levels: Float[Array, " levels"]
     risks: Float[Array, " levels"]
     shares: Float[Array, " levels"]
+    form: Form | None = eqx.field(static=True, default=None)
 
     def __call__(
         self,
@@ -71,12 +58,15 @@ class Doubt(eqx.Module):
     ) -> Float[Array, "*points"]:
         """The probability that a label is not the model's own, for data points of any shape.
 
+        Predictions are vectors; outputs of another shape, or several, are joined to such (`form`),
+        and then the doubt is whether any of their labels differs.
+
         0 where a prediction is a worker's answer to the data point itself, 1 where it is not
         finite. `cheap` are the surrogate's outputs, if it was calibrated with one.
 
         Raises: ValueError where `cheap` is missing, or is not wanted.
         """
-        features = _features(predictions, deviation, cheap)
+        features = _features(predictions, deviation, cheap, self.form)
         if features.shape[-1] != self.weights.shape[0]:
             wanted = "with" if cheap is None else "without"
             raise ValueError(f"this doubt was calibrated {wanted} a surrogate's outputs")
@@ -118,7 +108,7 @@ class Doubt(eqx.Module):
 def calibrate_doubt(
     model: Model,
     code: AbstractCode,
-    x: Float[ArrayLike, "points ..."],
+    x: PyTree[Shaped[ArrayLike, "points ..."]],
     stragglers: Mapping[str, AbstractStragglers],
     *,
     key: PRNGKeyArray,
@@ -138,26 +128,27 @@ def calibrate_doubt(
     """
     if not stragglers:
         raise ValueError("there are no stragglers to calibrate the doubt under")
-    own, beside = make_forecast(model, code, x, batch_size=batch_size), None
+    own, beside = record_answers(model, code, x, batch_size=batch_size), None
     if surrogate is not None:
-        beside = make_forecast(surrogate.model, code, x, batch_size=batch_size)
+        beside = record_answers(surrogate.model, code, x, batch_size=batch_size)
+        check_like(beside.form, own.form)
     return doubt_of(own, stragglers, key, num_sets, surrogate, beside)
 
 
 def doubt_of(
-    own: Forecast,
+    own: Answers,
     stragglers: Mapping[str, AbstractStragglers],
     key: PRNGKeyArray,
     num_sets: int,
     surrogate: Surrogate | None = None,
-    beside: Forecast | None = None,
+    beside: Answers | None = None,
 ) -> Doubt:
-    """`calibrate_doubt` on answers that are known: the model's, and beside them the surrogate's."""
-    code = own.code
-    cheap, cheap_coded = (None, None) if beside is None else (beside.originals, beside.answers)
-    masks, _ = draw_sets(stragglers, key, code.num_workers, num_sets)
-    seen = _observe(code, surrogate, masks, own.answers, own.originals, cheap, cheap_coded)
-    return _calibrate(*map(np.asarray, seen))
+    """`calibrate_doubt` on recorded answers: the model's, and beside them the surrogate's."""
+    masks, _ = draw_sets(stragglers, key, own.code.num_workers, num_sets)
+    seen = observe(own, surrogate, beside, masks)
+    form = None if own.form.is_vector else own.form
+    features, sure, wrong = map(np.asarray, seen)
+    return calibrate(features, sure, wrong, form)
 
 
 def assess(
@@ -173,27 +164,26 @@ def assess(
         assert cheap is not None
         assert cheap_coded is not None
         return decode_with_surrogate(code, surrogate, y, available, cheap, cheap_coded)
-    decoded = decode_groups(code, y, available)
+    decoded = decode_vectors(code, y, available)
     return decoded, deviation_of(*variances(code, y, decoded.heard))
 
 
 @eqx.filter_jit
-def _observe(
-    code: AbstractCode,
+def observe(
+    own: Answers,
     surrogate: Surrogate | None,
+    beside: Answers | None,
     masks: Bool[Array, "sets num_workers"],
-    answers: Float[Array, "groups num_workers m"],
-    originals: Float[Array, "groups num_data m"],
-    cheap: Float[Array, "groups num_data m"] | None,
-    cheap_coded: Float[Array, "groups num_workers m"] | None,
 ) -> tuple[Array, Array, Array]:
     """Each data point under each set: its features, whether it is sure, and whether it is wrong."""
+    cheap, cheap_coded = (None, None) if beside is None else (beside.own, beside.coded)
+    form = None if own.form.is_vector else own.form
 
     def of_set(mask):
-        available = jnp.broadcast_to(mask, answers.shape[:2])
-        decoded, deviation = assess(code, surrogate, answers, available, cheap, cheap_coded)
-        wrong = jnp.argmax(decoded.predictions, axis=-1) != jnp.argmax(originals, axis=-1)
-        features = _features(decoded.predictions, deviation, cheap)
+        available = jnp.broadcast_to(mask, own.coded.shape[:2])
+        decoded, deviation = assess(own.code, surrogate, own.coded, available, cheap, cheap_coded)
+        wrong = ~own.same_labels(decoded.predictions)
+        features = _features(decoded.predictions, deviation, cheap, form)
         return features, deviation == 0, wrong | ~decoded.recovered
 
     return jax.lax.map(of_set, masks)
@@ -203,6 +193,7 @@ def _features(
     predictions: Float[Array, "*points m"],
     deviation: Float[Array, "*points"],
     cheap: Float[Array, "*points m"] | None,
+    form: Form | None,
 ) -> Float[Array, "*points features"]:
     """What the logistic regression looks at, the constant first.
 
@@ -210,141 +201,73 @@ def _features(
     below one it counts differently, but never for more doubt. Then the margin's size; and of the
     surrogate, whether it is for the same label, and how far.
     """
-    size = jnp.log(margin(predictions) + _LEAST)
+    size = jnp.log(margin(predictions, form) + _LEAST)
     ratio = jnp.clip(size - jnp.log(deviation + _LEAST), -10, 10)
     features = [jnp.ones_like(ratio), jnp.minimum(ratio, 0), jnp.maximum(ratio, 0), size]
     if cheap is not None:
-        label = jnp.argmax(predictions, axis=-1, keepdims=True)
-        others = jnp.where(jnp.arange(cheap.shape[-1]) == label, -jnp.inf, cheap)
-        own = jnp.take_along_axis(cheap, label, axis=-1)[..., 0]
-        lead = own - jnp.max(others, axis=-1)
+        lead = _least_of_labels(_lead, form, predictions, cheap)
         features += [jnp.sign(lead), jnp.arcsinh(lead)]
     return jnp.nan_to_num(jnp.stack(features, axis=-1))
 
 
-def margin(predictions: Float[Array, "*points m"]) -> Float[Array, "*points"]:
-    """By how much the largest output leads the second; of a single output, how large it is."""
-    if predictions.shape[-1] == 1:
-        return jnp.abs(predictions[..., 0])
-    first, second = jnp.moveaxis(jax.lax.top_k(predictions, 2)[0], -1, 0)
+def margin(
+    predictions: Float[Array, "*points m"], form: Form | None = None
+) -> Float[Array, "*points"]:
+    """By how much the largest output leads the second; of a single output, how large it is.
+
+    Of predictions with several labels (`form`), the least.
+    """
+    return _least_of_labels(_margin, form, predictions)
+
+
+def _margin(outputs: Float[Array, "*labels m"]) -> Float[Array, "*labels"]:
+    if outputs.shape[-1] == 1:
+        return jnp.abs(outputs[..., 0])
+    first, second = jnp.moveaxis(jax.lax.top_k(outputs, 2)[0], -1, 0)
     return first - second
 
 
-def _calibrate(
+def _lead(
+    predictions: Float[Array, "*labels m"], cheap: Float[Array, "*labels m"]
+) -> Float[Array, "*labels"]:
+    """By how much the surrogate is for the predicted label."""
+    label = jnp.argmax(predictions, axis=-1, keepdims=True)
+    others = jnp.where(jnp.arange(cheap.shape[-1]) == label, -jnp.inf, cheap)
+    own = jnp.take_along_axis(cheap, label, axis=-1)[..., 0]
+    return own - jnp.max(others, axis=-1)
+
+
+def _least_of_labels(
+    of_labels: Callable[..., Array], form: Form | None, *vectors: Float[Array, "*points m"]
+) -> Float[Array, "*points"]:
+    """The least over all labels of a data point: one along the last axis of every part."""
+    if form is None:
+        return of_labels(*vectors)
+    axes = vectors[0].ndim - 1
+    least = []
+    for parts in zip(*(jax.tree.leaves(form.split(each)) for each in vectors), strict=True):
+        labelled = (part[..., None] if part.ndim == axes else part for part in parts)
+        found = of_labels(*labelled)
+        least.append(jnp.min(found.reshape(*found.shape[:axes], -1), axis=-1))
+    return jnp.min(jnp.stack(least), axis=0)
+
+
+def calibrate(
     features: Float[np.ndarray, "sets groups num_data features"],
     sure: Bool[np.ndarray, "sets groups num_data"],
     wrong: Bool[np.ndarray, "sets groups num_data"],
+    form: Form | None = None,
 ) -> Doubt:
+    """The doubt that is right about these data points: three steps, see `_calibration.py`."""
     # A data point is much the same under all sets: it counts as one in all, not as one in each.
     count = np.sum(~sure.all(axis=0)) / max(np.sum(~sure), 1)
     group = np.nonzero(~sure)[1]
-    weights, fresh = _regression(features[~sure].astype(np.float64), wrong[~sure], group, count)
-    knots, shifts = _correction(fresh, wrong[~sure], count)
+    weights, fresh = regression(
+        features[~sure].astype(np.float64), wrong[~sure], group, count, _RATIOS
+    )
+    knots, shifts = correction(fresh, wrong[~sure], count)
     logit = features @ weights
     doubt = np.where(sure, 0, expit(logit + np.interp(logit, knots, shifts)))
-    order = np.sort(doubt, axis=None)
-    known = int(np.sum(sure))
-    # Beyond the sure ones, every so many a level, above all that are the same but for rounding.
-    places = np.linspace(known, doubt.size - 1, _LEVELS).round().astype(int)
-    above = np.minimum(order[places[places < doubt.size]] * (1 + _ROUNDING), _SUREST)
-    levels = np.concatenate([[0.0], above])
-    counts = np.searchsorted(order, levels, side="right")
-    return Doubt(
-        weights=jnp.asarray(weights, float),
-        knots=jnp.asarray(knots, float),
-        shifts=jnp.asarray(shifts, float),
-        levels=jnp.asarray(levels, float),
-        risks=jnp.asarray(_risks(doubt, wrong, levels, counts > known), float),
-        shares=jnp.asarray(1 - counts / doubt.size, float),
-    )
-
-
-def _regression(
-    features: Float[np.ndarray, "samples features"],
-    wrong: Bool[np.ndarray, " samples"],
-    group: Int[np.ndarray, " samples"],
-    count: float,
-) -> tuple[Float[np.ndarray, " features"], Float[np.ndarray, " samples"]]:
-    """The regression's weights, and each sample's log-odds by what other groups tell.
-
-    A regression on few is too sure of itself on others. How much so is seen where it is made
-    without a part of the groups, and the log-odds are scaled by that (van Houwelingen and Le Cessie
-    1990, "Predictive value of statistical models").
-    """
-    weights = logistic_regression(features, wrong, _RATIOS, count)
-    logit = features @ weights
-    for fold in range(_FOLDS):
-        part = group % _FOLDS == fold
-        if not part.all():
-            others = logistic_regression(features[~part], wrong[~part], _RATIOS, count)
-            logit[part] = features[part] @ others
-    shift, scale = logistic_regression(np.stack([np.ones_like(logit), logit], axis=-1), wrong)
-    if len(wrong) and scale < _LEAST_SCALE:
-        # It tells hardly anything: some order is left, and the mean.
-        scale = _LEAST_SCALE
-        mean = (np.sum(wrong) + 0.5) / (len(wrong) + 1)
-        found = root_scalar(
-            lambda shift: np.mean(expit(scale * logit + shift)) - mean, bracket=(-_FAR, _FAR)
-        )
-        shift = found.root
-    return scale * weights + shift * np.eye(1, len(weights))[0], scale * logit + shift
-
-
-def _correction(
-    logit: Float[np.ndarray, " samples"], wrong: Bool[np.ndarray, " samples"], count: float
-) -> tuple[Float[np.ndarray, " bins"], Float[np.ndarray, " bins"]]:
-    """What to add to log-odds, where: so that as many are wrong as are said to be, bin by bin.
-
-    In each bin of the log-odds as many wrong ones are expected; each sample counts as `count`. Bins
-    in which fewer are wrong than in one below are given the share of both, but for a slope that
-    hardly matters: the order stays. There are always `_BINS` places, the last one several times.
-    """
-    # Those that are alike are in one bin, so that knots are never too close together.
-    logit = np.round(logit, _DIGITS)
-    order = np.argsort(logit, kind="stable")
-    logit, wrong = logit[order], wrong[order]
-    expected = expit(logit)
-    total = float(np.sum(expected))
-    number = int(np.clip(count * total / _EXPECTED, 1, _BINS))
-    place = np.minimum(np.cumsum(expected) / max(total, _LEAST) * number, number - 1).astype(int)
-    place = place[np.searchsorted(logit, logit)]
-    counts = np.bincount(place, minlength=number)
-    sums = [np.bincount(place, each, minlength=number) for each in (expected, wrong)]
-    counts, expected, seen = (each[counts > 0] for each in (counts, *sums))
-    if counts.size == 0:
-        return np.zeros(_BINS), np.zeros(_BINS)
-    # One more is expected, and seen: it weighs where there are hardly any.
-    more = (count * seen + 1) / (count * expected + 1)
-    share = np.minimum(more * expected / counts, _SUREST)
-    share = isotonic_regression(share, weights=counts).x
-    knots = logit_of(np.clip(expected / counts, _LEAST, _SUREST))
-    shifts = (1 - _SLOPE) * (logit_of(share) - knots)
-    fill = _BINS - len(knots)
-    return np.append(knots, knots[-1] + 1 + np.arange(fill)), np.pad(shifts, (0, fill), "edge")
-
-
-def _risks(
-    doubt: Float[np.ndarray, "sets groups num_data"],
-    wrong: Bool[np.ndarray, "sets groups num_data"],
-    levels: Float[np.ndarray, " levels"],
-    guesses: Bool[np.ndarray, " levels"],
-) -> Float[np.ndarray, " levels"]:
-    """An upper bound of the share that is wrong and has no more doubt than each level.
-
-    Groups are independent of each other, and straggler sets are; what is counted of one group under
-    all sets, and of one set in all groups, is not. `guesses` are levels with more than what is sure
-    below them: of those, one more is counted than was wrong.
-    """
-    sets, groups, _ = wrong.shape
-    of_set, of_group, _ = np.nonzero(wrong)
-    level = np.searchsorted(levels, doubt[wrong])
-    error = np.zeros(len(levels))
-    for owner, number in ((of_set, sets), (of_group, groups)):
-        counts = np.zeros((len(levels) + 1, number))
-        np.add.at(counts, (level, owner), number / wrong.size)
-        means = np.cumsum(counts[:-1], axis=0)
-        error += np.var(means, axis=1) / number
-    points = wrong.size / sets
-    total = np.cumsum(np.bincount(level, minlength=len(levels) + 1))[:-1] / sets
-    counted = (total + guesses) / (points + guesses)
-    return np.minimum(np.maximum.accumulate(counted + _ERRORS * np.sqrt(error)), 1)
+    levels, found, shares = risks(doubt, sure, wrong)
+    numbers = (weights, knots, shifts, levels, found, shares)
+    return Doubt(*(jnp.asarray(each, float) for each in numbers), form=form)

@@ -4,17 +4,41 @@ from collections.abc import Callable
 from typing import Literal
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
-from ..codes import AbstractCode, as_mask, encode_groups
-from ..inference import Features, Model, in_groups, order_points, run_workers
+from ..codes import AbstractCode, Decoded, alike_beside, encode_groups, join
+from ..inference import (
+    AbstractScheme,
+    Features,
+    Model,
+    Work,
+    check_model,
+    order_points,
+    run_workers,
+)
 from ._doubt import Doubt, assess
-from ._surrogate import Surrogate
+from ._surrogate import Surrogate, check_like
 
 
-class Scheme(eqx.Module):
+class Assessed(eqx.Module):
+    """Predictions of data points in the order in which they came, and how far to trust them.
+
+    Of `decoded`, `heard` are the workers that were used, a row for each group as it was sent;
+    predictions and `recovered` have a row for each data point. `deviation` is the standard
+    deviation in units of the outputs, infinite where nothing is told. `doubt` is the probability
+    that the label is not the model's own, NaN without a calibrated `Doubt`, 1 where nothing is
+    recovered (the prediction is NaN there). Of data points in groups, all have an axis of groups.
+    """
+
+    decoded: Decoded
+    deviation: Float[Array, "*points"]
+    doubt: Float[Array, "*points"]
+
+
+class Scheme(AbstractScheme):
     """How queries are answered by coded workers: a code, and what else is wanted.
 
     - `code`: for K data points on N workers.
@@ -24,13 +48,25 @@ class Scheme(eqx.Module):
     - `surrogate`: see `fit_surrogate`. `doubt`: see `calibrate_doubt`. Both are for one model, and
       for data in the order that the scheme has.
 
-    Raises: ValueError for an order by a surrogate that is not there.
+    `coded_inference(model, scheme)` carries it out:
+
+    >>> import jax.numpy as jnp
+    >>> from nercc_jax import NeRCC, Scheme, coded_inference
+    >>> scheme = Scheme(NeRCC(4, 8, points="interleaved"), order="pixels")
+    >>> infer = coded_inference(lambda x: jnp.sin(x), scheme, with_status=True)
+    >>> assessed = infer(jnp.linspace(0, 1, 12)[:, None], jnp.arange(8) != 3)
+    >>> assessed.decoded.predictions.shape, assessed.deviation.shape
+    ((12, 1), (12,))
+
+    The surrogate runs on all data points and coded data points: where it is cheap because workers
+    are far, on the master; its cost is yours to count. Raises: ValueError for an order by a
+    surrogate that is not there.
     """
 
     code: AbstractCode
     surrogate: Surrogate | None = None
     doubt: Doubt | None = None
-    order: Literal["pixels", "surrogate"] | Callable[[Array], Array] | None = eqx.field(
+    order: Literal["pixels", "surrogate"] | Callable[[PyTree], PyTree] | None = eqx.field(
         default=None
     )
     buffer_size: int = eqx.field(static=True, default=1024)
@@ -42,105 +78,60 @@ class Scheme(eqx.Module):
         if self.order == "surrogate" and self.surrogate is None:
             raise ValueError("order by 'surrogate' needs a surrogate")
 
-    def arrange(self, x: Float[ArrayLike, "points ..."]) -> Int[Array, " points"]:
+    def arrange(self, x: PyTree[Shaped[ArrayLike, "points ..."]]) -> Int[Array, " points"]:
         """The order in which these data points are coded: `x[order]` is cut into groups of K.
 
         What the surrogate and the doubt are fitted on must come in this order too. Raises:
         ValueError as `order_points` does.
         """
         cheap = None if self.surrogate is None else self.surrogate.model
-        return self._arrange(jnp.asarray(x), cheap)
+        return self._arrange(jax.tree.map(jnp.asarray, x), cheap)
 
-    def _arrange(self, x: Array, surrogate: Features | None) -> Int[Array, " points"]:
+    def _arrange(self, x: PyTree, surrogate: Features | None) -> Int[Array, " points"]:
         """`surrogate`: its outputs on x, or what makes them."""
         if self.order is None:
-            return jnp.arange(len(x))
+            return jnp.arange(len(jax.tree.leaves(x)[0]))
         features = None if isinstance(self.order, str) else self.order
         if self.order == "surrogate":
             features = surrogate
         return order_points(x, self.code.num_data, features=features, buffer_size=self.buffer_size)
 
+    def infer(
+        self,
+        work: Work,
+        x: PyTree[Shaped[Array, "points ..."]],
+        available: Bool[Array, "groups num_workers"],
+    ) -> Assessed:
+        """What `coded_inference` does with a scheme: a pure function of data points.
 
-class Assessed(eqx.Module):
-    """Predictions of data points in the order in which they came, and how far to trust them.
+        Raises: ValueError where the surrogate's outputs are not like the model's.
+        """
+        code, surrogate = self.code, self.surrogate
+        points = len(jax.tree.leaves(x)[0])
+        own = None if surrogate is None else surrogate.model(x)
+        order = self._arrange(x, own)
+        sent = jax.tree.map(lambda leaf: leaf[order].reshape(-1, code.num_data, *leaf.shape[1:]), x)
+        y, form = join(work(sent), 2)
+        available = available & alike_beside(sent, 2)[:, None]
+        cheap, cheap_coded = None, None
+        if surrogate is not None:
+            cheap, theirs = join(own, 1)
+            check_like(theirs, form)
+            cheap = cheap[order].reshape(*available.shape[:1], code.num_data, -1)
+            coded = encode_groups(code, sent)
+            cheap_coded, _ = join(run_workers(surrogate.model, code, coded), 2)
+        decoded, deviation = assess(code, surrogate, y, available, cheap, cheap_coded)
+        doubt = jnp.full(decoded.recovered.shape, jnp.nan, deviation.dtype)
+        if self.doubt is not None:
+            doubt = self.doubt(decoded.predictions, deviation, cheap)
 
-    `heard` are the workers that were used, a row for each group as it was sent. `deviation` is the
-    standard deviation in units of the outputs, infinite where nothing is told. `doubt` is the
-    probability that the label is not the model's own, NaN without a calibrated `Doubt`, 1 where
-    nothing is recovered (the prediction is NaN there).
-    """
+        def home(values: Array) -> Array:
+            values = values.reshape(points, *values.shape[2:])
+            return jnp.zeros_like(values).at[order].set(values)
 
-    predictions: Float[Array, "points m"]
-    heard: Bool[Array, "groups num_workers"]
-    recovered: Bool[Array, " points"]
-    deviation: Float[Array, " points"]
-    doubt: Float[Array, " points"]
-
-
-def scheme_inference(model: Model, scheme: Scheme) -> Callable[..., Assessed]:
-    """One jitted function `(x, available) -> Assessed` for a model behind a scheme.
-
-    x: (points, ...), any number of whole groups of K; available: a mask (N,) for all groups, or one
-    per group as they are sent, (groups, N). `model` is any callable from a batch to vectors
-    (B, outputs). The surrogate runs on all data points and coded data points: where it is cheap
-    because workers are far, on the master; its cost is yours to count.
-
-    One compilation serves every straggler set, and all x of one shape. Raises: ValueError for
-    shapes and dtypes that do not fit, and data points that are not finite, before anything runs.
-    """
-
-    def infer(x: ArrayLike, available: ArrayLike) -> Assessed:
-        x = jnp.asarray(x)
-        num_data, num_workers = scheme.code.num_data, scheme.code.num_workers
-        if x.ndim < 1 or len(x) == 0 or len(x) % num_data:
-            raise ValueError(f"x of shape {x.shape} is no whole groups of {num_data} data points")
-        finite = np.asarray(jnp.isfinite(x.reshape(len(x), -1)).all(axis=1))
-        if not finite.all():
-            broken = np.flatnonzero(~finite)
-            raise ValueError(f"data points {broken.tolist()} are not finite: take them out")
-        groups = len(in_groups(scheme.code, x.reshape(-1, num_data, *x.shape[1:]), True))
-        masks = (groups, num_workers) if jnp.ndim(available) == 2 else (num_workers,)
-        masks = jnp.broadcast_to(as_mask(available, masks), (groups, num_workers))
-        return _infer(model, scheme, x, masks)
-
-    return infer
-
-
-@eqx.filter_jit
-def _infer(model: Model, scheme: Scheme, x: Array, available: Array) -> Assessed:
-    code, surrogate = scheme.code, scheme.surrogate
-    own = None if surrogate is None else surrogate.model(x)
-    order = scheme._arrange(x, own)
-    sent = x[order].reshape(-1, code.num_data, *x.shape[1:])
-    coded = encode_groups(code, sent)
-    y = _vectors(run_workers(model, code, coded))
-    cheap, cheap_coded = None, None
-    if surrogate is not None:
-        assert own is not None
-        cheap = own[order].reshape(*sent.shape[:2], -1)
-        cheap_coded = run_workers(surrogate.model, code, coded)
-    decoded, deviation = assess(code, surrogate, y, available, cheap, cheap_coded)
-    doubt = jnp.full(decoded.recovered.shape, jnp.nan, deviation.dtype)
-    if scheme.doubt is not None:
-        doubt = scheme.doubt(decoded.predictions, deviation, cheap)
-
-    def home(values: Array) -> Array:
-        values = values.reshape(len(x), *values.shape[2:])
-        return jnp.zeros_like(values).at[order].set(values)
-
-    return Assessed(
-        home(decoded.predictions),
-        decoded.heard,
-        home(decoded.recovered),
-        home(deviation),
-        home(doubt),
-    )
-
-
-def _vectors(y: Float[Array, "groups num_workers ..."]) -> Float[Array, "groups num_workers m"]:
-    if y.ndim != 3:
-        raise ValueError(f"the model must give a vector a data point, not shape {y.shape[2:]}")
-    return y
+        predictions = form.split(home(decoded.predictions))
+        status = Decoded(predictions, decoded.heard, home(decoded.recovered))
+        return Assessed(status, home(deviation), home(doubt))
 
 
 def doubtful(
@@ -164,7 +155,7 @@ def doubtful(
 
 def reexecute(
     model: Model,
-    x: Float[ArrayLike, "points ..."],
+    x: PyTree[Shaped[ArrayLike, "..."]],
     assessed: Assessed,
     *,
     limit: float = 0.0,
@@ -175,25 +166,39 @@ def reexecute(
     Which they are: `doubtful`. Their predictions are the model's own, recovered and without a
     doubt. The model runs on powers of two, so that few programs are compiled.
 
-    Raises: ValueError as `doubtful` does, for a share outside [0, 1], and where x is not what was
-    assessed.
+    Raises: ValueError as `doubtful` does, for a share outside [0, 1], a model in training mode, and
+    where x is not what was assessed.
     """
-    x, points = np.asarray(x), len(assessed.doubt)
+    check_model(model)
+    lead = assessed.doubt.shape
+    x = jax.tree.map(np.asarray, x)
     if not 0 <= share <= 1:
         raise ValueError(f"share must be in [0, 1], not {share}")
-    if x.shape[:1] != (points,):
-        raise ValueError(f"x has shape {x.shape}; assessed are {points} data points")
-    chosen = doubtful(assessed.doubt, limit=limit, at_most=int(share * points))
+    for leaf in jax.tree.leaves(x):
+        if leaf.shape[: len(lead)] != lead:
+            raise ValueError(f"x has shape {leaf.shape}; assessed are data points {lead}")
+    points = assessed.doubt.size
+    chosen = doubtful(assessed.doubt.ravel(), limit=limit, at_most=int(share * points))
     if len(chosen) == 0:
         return assessed
     padded = np.resize(chosen, 1 << (len(chosen) - 1).bit_length())
-    own = eqx.filter_jit(model)(jnp.asarray(x[padded]))[: len(chosen)]
-    if not np.isfinite(own).all():
+
+    def few(leaf: np.ndarray) -> Array:
+        return jnp.asarray(leaf.reshape(points, *leaf.shape[len(lead) :])[padded])
+
+    own = eqx.filter_jit(model)(jax.tree.map(few, x))
+    own = jax.tree.map(lambda leaf: leaf[: len(chosen)], own)
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(own)):
         raise ValueError("the model's own outputs are not finite")
-    return Assessed(
-        assessed.predictions.at[chosen].set(own.astype(assessed.predictions.dtype)),
-        assessed.heard,
-        assessed.recovered.at[chosen].set(True),
-        assessed.deviation.at[chosen].set(0),
-        assessed.doubt.at[chosen].set(0),
+    places = np.unravel_index(chosen, lead)
+
+    def fill(values: Array, new: ArrayLike) -> Array:
+        return values.at[places].set(jnp.asarray(new).astype(values.dtype))
+
+    decoded = assessed.decoded
+    status = Decoded(
+        jax.tree.map(fill, decoded.predictions, own),
+        decoded.heard,
+        fill(decoded.recovered, True),
     )
+    return Assessed(status, fill(assessed.deviation, 0), fill(assessed.doubt, 0))

@@ -12,21 +12,19 @@ kappa the surrogate alone (ParM's approximate backup, Kosaian et al. 2019, secti
 """
 
 from collections.abc import Mapping
-from typing import Literal, TypeAlias, get_args
+from typing import Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray, PyTree, Shaped
 
-from ..codes import AbstractCode, Decoded, decode_groups, deviation, variances
-from ..evaluation import Forecast, draw_sets, make_forecast
+from ..codes import AbstractCode, Decoded, Form, decode_vectors, deviation, variances
+from ..evaluation import Answers, draw_sets, record_answers
 from ..inference import Model
 from ..stragglers import AbstractStragglers
-
-Judge: TypeAlias = Literal["disagreement", "mse"]
 
 _THETAS = np.linspace(0, 1, 9)
 # By the reciprocal of a typical posterior variance.
@@ -82,7 +80,7 @@ def decode_with_surrogate(
     Answers that are broken make stragglers, as in `AbstractCode.decode`.
     """
     residual = y - surrogate.theta * cheap_coded
-    decoded = decode_groups(code, residual, available)
+    decoded = decode_vectors(code, residual, available)
     variance, process = variances(code, residual, decoded.heard)
     predictions = _blend(surrogate.theta, surrogate.kappa, cheap, decoded.predictions, variance)
     kappa = jnp.where(jnp.isinf(surrogate.kappa), 0, surrogate.kappa)
@@ -109,41 +107,46 @@ def fit_surrogate(
     model: Model,
     cheap_model: Model,
     code: AbstractCode,
-    x: Float[ArrayLike, "points ..."],
+    x: PyTree[Shaped[ArrayLike, "points ..."]],
     stragglers: Mapping[str, AbstractStragglers],
     *,
     key: PRNGKeyArray,
     num_sets: int = 20,
-    judge: Judge = "disagreement",
+    criterion: Literal["disagreement", "mse"] = "disagreement",
     batch_size: int = 256,
 ) -> Surrogate:
     """The `Surrogate` of a cheap model whose theta and kappa do best on unlabelled data points.
 
     Both are searched on a grid through the nested objective: data points in groups of K, in the
     order given, under all laws' straggler sets, `num_sets` a law. The code alone and the surrogate
-    alone are on the grid, so that on these data neither is better than what is found. `judge` is
-    the mean squared error, or the share of labels that differ from the model's own (then the mean
-    squared error decides among equals).
+    alone are on the grid, so that on these data neither is better than what is found. `criterion`
+    is "mse", the mean squared error, or "disagreement", the share of labels that differ from the
+    model's own (then the mean squared error decides among equals).
 
     Raises: ValueError as `evaluate` does for the data, for a code that is no regression, without
     stragglers, and where the surrogate's outputs are not like the model's.
     """
-    if judge not in get_args(Judge):
-        raise ValueError(f"judge must be one of {', '.join(get_args(Judge))}, not {judge!r}")
+    if criterion not in ("disagreement", "mse"):
+        raise ValueError(f"criterion must be 'disagreement' or 'mse', not {criterion!r}")
     if not stragglers:
         raise ValueError("there are no stragglers to fit the surrogate to")
     cheap, own = (
-        make_forecast(each, code, x, batch_size=batch_size) for each in (cheap_model, model)
+        record_answers(each, code, x, batch_size=batch_size) for each in (cheap_model, model)
     )
-    outputs = [each.originals.shape[2] for each in (cheap, own)]
-    if outputs[0] != outputs[1]:
-        raise ValueError(f"the surrogate gives {outputs[0]} outputs, the model {outputs[1]}")
+    check_like(cheap.form, own.form)
     masks, _ = draw_sets(stragglers, key, code.num_workers, num_sets)
-    kappas = jnp.asarray(_KAPPAS / _typical_variance(code, masks), own.answers.dtype)
+    kappas = jnp.asarray(_KAPPAS / _typical_variance(code, masks), own.coded.dtype)
     grid = [jnp.asarray(axis).ravel() for axis in np.meshgrid(_THETAS, kappas, indexing="ij")]
     disagreement, mse = np.asarray(_scores(own, cheap, masks, *grid))
-    best = np.argmin(mse) if judge == "mse" else np.lexsort((mse, disagreement))[0]
+    best = np.argmin(mse) if criterion == "mse" else np.lexsort((mse, disagreement))[0]
     return Surrogate(cheap_model, theta=grid[0][best], kappa=grid[1][best])
+
+
+def check_like(cheap: Form, own: Form) -> None:
+    """Raises: ValueError where a surrogate's outputs are not like the model's."""
+    if (cheap.structure, cheap.shapes) != (own.structure, own.shapes):
+        theirs, ours = (jax.tree.unflatten(form.structure, form.shapes) for form in (cheap, own))
+        raise ValueError(f"the surrogate gives outputs {theirs}, the model {ours}")
 
 
 def _typical_variance(code: AbstractCode, masks: Bool[Array, "sets num_workers"]) -> float:
@@ -155,28 +158,26 @@ def _typical_variance(code: AbstractCode, masks: Bool[Array, "sets num_workers"]
 
 @eqx.filter_jit
 def _scores(
-    own: Forecast,
-    cheap: Forecast,
+    own: Answers,
+    cheap: Answers,
     masks: Bool[Array, "sets num_workers"],
     thetas: Float[Array, " candidates"],
     kappas: Float[Array, " candidates"],
 ) -> Float[Array, "2 candidates"]:
     """Each candidate's disagreement and mean squared error, over sets and data points."""
-    code, originals = own.code, own.originals
-    both = jnp.concatenate([own.answers, cheap.answers], axis=-1)
-    labels = jnp.argmax(originals, axis=-1)
+    both = jnp.concatenate([own.coded, cheap.coded], axis=-1)
+    together = eqx.tree_at(lambda known: known.coded, own, both)
 
     def of_set(mask):
-        decoded = decode_groups(code, both, jnp.broadcast_to(mask, both.shape[:2])).predictions
-        decoded, decoded_cheap = jnp.split(decoded, 2, axis=-1)
-        variance = code.posterior_variance(mask)
+        decoded, decoded_cheap = jnp.split(together.decode(mask).predictions, 2, axis=-1)
+        variance = own.code.posterior_variance(mask)
 
         def of_candidate(candidate):
             theta, kappa = candidate
             residual = decoded - theta * decoded_cheap
-            predictions = _blend(theta, kappa, cheap.originals, residual, variance)
-            wrong = jnp.mean(jnp.argmax(predictions, axis=-1) != labels)
-            return jnp.stack([wrong, jnp.mean((predictions - originals) ** 2)])
+            predictions = _blend(theta, kappa, cheap.own, residual, variance)
+            wrong = jnp.mean(~own.same_labels(predictions))
+            return jnp.stack([wrong, jnp.mean((predictions - own.own) ** 2)])
 
         return jax.lax.map(of_candidate, (thetas, kappas))
 

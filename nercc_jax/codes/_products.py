@@ -1,0 +1,34 @@
+"""Products of matrices with data, at full precision on every device."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+# TPUs and GPUs would round the factors of a float32 product.
+FULL = jax.lax.Precision.HIGHEST
+
+
+def multiply(
+    matrix: Float[Array, "... a b"], x: Float[Array, "... b m"]
+) -> Float[Array, "... a m"]:
+    """matrix @ x in x's precision, float32 at least."""
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    matrix, x = matrix.astype(dtype), x.astype(dtype)
+    if matrix.ndim == 3 and matrix.shape[0] == 1:
+        # One group: XLA's CPU product is 30 % faster from a matrix that lies in memory by columns,
+        # and the barrier keeps it so (8 x 20 by 20 x 150,528; for 64 groups it is slower).
+        columns = jax.lax.optimization_barrier(matrix[0].T)
+        product = jax.lax.dot_general(columns, x[0], (((0,), (0,)), ((), ())), precision=FULL)
+        return product[None]
+    return jnp.matmul(matrix, x, precision=FULL)
+
+
+def multiply_sets(
+    matrices: Float[Array, "sets a b"], x: Float[Array, "groups b m"]
+) -> Float[Array, "sets groups a m"]:
+    """Every matrix times every group, as one product of two matrices."""
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    product = jnp.tensordot(
+        matrices.astype(dtype), x.astype(dtype), axes=((2,), (1,)), precision=FULL
+    )
+    return jnp.moveaxis(product, 2, 1)

@@ -1,0 +1,136 @@
+"""Pytrees of arrays that share their first axes, as one array of vectors, and back.
+
+A code acts on every coordinate alike, so a data point or an answer may be any pytree of arrays: a
+dict of heads, an image with its metadata. Data points are encoded leaf by leaf; answers are joined,
+so that one mask tells of all leaves who was heard.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float, PyTree
+
+
+def leaves_of(name: str, tree: PyTree) -> Iterator[tuple[str, Any]]:
+    """Every leaf with what to call it: "x" for an array, "x['image']" in a dict.
+
+    Raises: ValueError for a tree without leaves.
+    """
+    found = jax.tree_util.tree_flatten_with_path(tree)[0]
+    if not found:
+        raise ValueError(f"{name} holds no array: {tree!r}")
+    for path, leaf in found:
+        yield name + jax.tree_util.keystr(path), leaf
+
+
+def is_float(leaf: Any) -> bool:
+    return bool(jnp.issubdtype(leaf.dtype, jnp.floating))
+
+
+def check_floats(name: str, tree: PyTree, *, beside: bool = False) -> None:
+    """Raises: ValueError for leaves that are no floats; with `beside`, where none is a float."""
+    named = list(leaves_of(name, tree))
+    if beside and any(is_float(leaf) for _, leaf in named):
+        return
+    for label, leaf in named:
+        if not is_float(leaf):
+            hint = "; token ids and labels cannot be mixed: code their embeddings" if beside else ""
+            raise ValueError(
+                f"{label} is {leaf.dtype}: codes work on floats, so convert it first{hint}"
+            )
+
+
+def check_leading(name: str, tree: PyTree, wanted: tuple[int, ...], what: str) -> None:
+    """Raises: ValueError where a leaf's first axes are not the wanted ones."""
+    for label, leaf in leaves_of(name, tree):
+        if leaf.shape[: len(wanted)] != wanted:
+            axes = "first axis" if len(wanted) == 1 else f"first {len(wanted)} axes"
+            size = wanted[0] if len(wanted) == 1 else wanted
+            raise ValueError(
+                f"{label} has shape {leaf.shape}; its {axes} must be the {size} {what}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How vectors were joined from a pytree's leaves: the tree, and each leaf's shape and dtype."""
+
+    structure: Any
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[str, ...]
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether it was one array of vectors."""
+        return self.structure == jax.tree.structure(0) and len(self.shapes[0]) == 1
+
+    def split(self, vectors: Float[Array, "*lead m"]) -> PyTree[Float[Array, "..."]]:
+        """The tree of vectors with any first axes, in the precision that came, float32 at least."""
+        parts = [vectors]
+        if len(self.shapes) > 1:
+            ends = np.cumsum([math.prod(shape) for shape in self.shapes])
+            parts = jnp.split(vectors, ends[:-1], axis=-1)
+            parts = [part.astype(d) for part, d in zip(parts, self.dtypes, strict=True)]
+        whole = [
+            part.reshape(*part.shape[:-1], *shape)
+            for part, shape in zip(parts, self.shapes, strict=True)
+        ]
+        return jax.tree.unflatten(self.structure, whole)
+
+
+def join(tree: PyTree, axes: int) -> tuple[Float[Array, "*lead m"], Form]:
+    """The leaves as vectors, side by side, and the way back.
+
+    `axes` are the first axes, which all leaves share.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    dtypes = [jnp.promote_types(leaf.dtype, jnp.float32) for leaf in leaves]
+    flat = [leaf.reshape(*leaf.shape[:axes], -1) for leaf in leaves]
+    if len(flat) > 1:
+        together = jnp.result_type(*dtypes)
+        flat = [jnp.concatenate([part.astype(together) for part in flat], axis=-1)]
+    shapes = tuple(leaf.shape[axes:] for leaf in leaves)
+    return flat[0], Form(structure, shapes, tuple(map(str, dtypes)))
+
+
+def finite_points(x: PyTree, axes: int) -> Bool[Array, "*lead"]:
+    """Which data points are finite in all their coordinates."""
+    found = [
+        jnp.all(jnp.isfinite(leaf.reshape(*leaf.shape[:axes], -1)), axis=-1)
+        for leaf in jax.tree.leaves(x)
+        if is_float(leaf)
+    ]
+    return jnp.all(jnp.stack(found), axis=0)
+
+
+def alike_beside(x: PyTree, axes: int) -> Bool[Array, "*groups"]:
+    """Whether what cannot be mixed (integers, booleans) is the same for a group's data points.
+
+    `axes` are the first axes, the last of them that of a group's data points.
+    """
+    lead = jax.tree.leaves(x)[0].shape[: axes - 1]
+    alike = jnp.ones(lead, bool)
+    for leaf in jax.tree.leaves(x):
+        if not is_float(leaf):
+            flat = leaf.reshape(*leaf.shape[:axes], -1)
+            alike &= jnp.all(flat == flat[..., :1, :], axis=(-2, -1))
+    return alike
+
+
+def check_beside(name: str, x: PyTree, axes: int) -> None:
+    """Raises: ValueError where what cannot be mixed differs within a group; not for tracers."""
+    for label, leaf in leaves_of(name, x):
+        if is_float(leaf) or isinstance(leaf, Tracer):
+            continue
+        if not np.all(alike_beside(np.asarray(leaf), axes)):
+            raise ValueError(
+                f"{label} is {leaf.dtype} and differs within a group: it cannot be mixed. It may "
+                "stand beside what is coded only if it is the same for all data points of a group; "
+                "else code what the model makes of it (embeddings), or serve it uncoded"
+            )

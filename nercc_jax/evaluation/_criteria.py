@@ -1,0 +1,69 @@
+"""What a decoded prediction is judged by against the model's own, by name or as a function."""
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PyTree
+
+CriterionName: TypeAlias = Literal["mse", "cross_entropy", "disagreement"]
+Criterion: TypeAlias = CriterionName | Callable[[PyTree, PyTree], Float[Array, ""]]
+
+
+def point_criterion(criterion: Criterion) -> Callable[[PyTree, PyTree], Float[Array, ""]]:
+    """A criterion of one data point, (decoded, original) -> scalar. Of predictions with several
+    parts (pytrees, heads) the named ones take the mean, but for "disagreement": in any part.
+
+    Raises: ValueError for an unknown name.
+    """
+    found: Any = _NAMED.get(criterion) if isinstance(criterion, str) else criterion
+    if not callable(found):
+        known = ", ".join(get_args(CriterionName))
+        raise ValueError(f"criterion must be one of {known} or a function, not {criterion!r}")
+    return found  # pyright: ignore[reportReturnType]
+
+
+def same_labels(decoded: PyTree, original: PyTree, axes: int) -> Bool[Array, "*lead"]:
+    """Whether all labels are the same: the largest outputs along the last axis of every leaf.
+
+    `axes` are the first axes, of data points.
+    """
+
+    def of_leaf(mine: Array, theirs: Array) -> Array:
+        if mine.ndim == axes:  # a single output has no label to lose
+            return jnp.ones(mine.shape, bool)
+        same = jnp.argmax(mine, axis=-1) == jnp.argmax(theirs, axis=-1)
+        return jnp.all(same.reshape(*same.shape[:axes], -1), axis=-1)
+
+    parts = jax.tree.leaves(jax.tree.map(of_leaf, decoded, original))
+    return jnp.all(jnp.stack(parts), axis=0)
+
+
+def _mean(of_leaf: Callable[[Array, Array], Array]) -> Callable[[PyTree, PyTree], Array]:
+    def mean(decoded: PyTree, original: PyTree) -> Float[Array, ""]:
+        return jnp.mean(jnp.stack(jax.tree.leaves(jax.tree.map(of_leaf, decoded, original))))
+
+    return mean
+
+
+def _mse(decoded: PyTree, original: PyTree) -> Float[Array, ""]:
+    """Over all outputs alike, in whatever leaf they are."""
+    squares = jax.tree.map(lambda mine, theirs: jnp.sum((mine - theirs) ** 2), decoded, original)
+    number = sum(leaf.size for leaf in jax.tree.leaves(original))
+    return jnp.sum(jnp.stack(jax.tree.leaves(squares))) / number
+
+
+def _cross_entropy(decoded: Array, original: Array) -> Float[Array, ""]:
+    wanted = jax.nn.log_softmax(original, axis=-1)
+    return jnp.mean(
+        jnp.sum(jnp.exp(wanted) * (wanted - jax.nn.log_softmax(decoded, axis=-1)), axis=-1)
+    )
+
+
+def _disagreement(decoded: PyTree, original: PyTree) -> Float[Array, ""]:
+    dtype = jnp.result_type(*jax.tree.leaves(decoded))
+    return (~same_labels(decoded, original, 0)).astype(dtype)
+
+
+_NAMED = {"mse": _mse, "cross_entropy": _mean(_cross_entropy), "disagreement": _disagreement}

@@ -1,0 +1,94 @@
+"""Data points in groups of K, and the masks of their workers, as they are given."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, ArrayLike, Bool, PyTree
+
+from ..codes import AbstractCode, as_mask, check_beside, check_floats, finite_points, leaves_of
+
+
+def as_groups(
+    code: AbstractCode, x: PyTree, available: ArrayLike, grouped: bool | None = None
+) -> tuple[PyTree, Bool[Array, "groups num_workers"], bool]:
+    """Data points as groups with a mask each, and whether they came as groups.
+
+    x: a pytree of arrays (K, ...) or (groups, K, ...); `grouped` says which, unless given the axes
+    do. available: a mask (N,) for all groups or one per group. What is not on a device stays where
+    it is.
+
+    Raises: ValueError for shapes and dtypes that do not fit, no group at all, and what cannot be
+    mixed and differs within a group.
+    """
+    x = jax.tree.map(_as_array, x)
+    available = jnp.asarray(available)
+    grouped = is_grouped(code.num_data, x, available.ndim, grouped)
+    groups = in_groups(code, x, grouped)
+    count = len(jax.tree.leaves(groups)[0])
+    masks = (count, code.num_workers) if available.ndim == 2 else (code.num_workers,)
+    available = jnp.broadcast_to(as_mask(available, masks), (count, code.num_workers))
+    return groups, available, grouped
+
+
+def in_groups(code: AbstractCode, x: PyTree, grouped: bool) -> PyTree:
+    """x as (groups, K, ...). Raises: ValueError where it cannot be coded, or is empty."""
+    check_floats("x", x, beside=True)
+    check_beside("x", x, 2 if grouped else 1)
+    x = x if grouped else jax.tree.map(lambda leaf: leaf[None], x)
+    for label, leaf in leaves_of("x", x):
+        if leaf.size == 0:
+            raise ValueError(f"{label} holds no group of {code.num_data} data points: {leaf.shape}")
+    if len({len(leaf) for leaf in jax.tree.leaves(x)}) > 1:
+        shapes = ", ".join(f"{label} {leaf.shape}" for label, leaf in leaves_of("x", x))
+        raise ValueError(f"the parts of x are of different numbers of groups: {shapes}")
+    return x
+
+
+def is_grouped(num_data: int, x: PyTree, mask_axes: int = 1, grouped: bool | None = None) -> bool:
+    """Whether x is many groups: as is said, else by the mask's axes, else by where K is.
+
+    Raises: ValueError where that does not tell, or x is neither.
+    """
+    shapes = [(label, leaf.shape) for label, leaf in leaves_of("x", x)]
+    single = all(shape[:1] == (num_data,) for _, shape in shapes) and mask_axes != 2
+    many = all(shape[1:2] == (num_data,) for _, shape in shapes)
+    told = ", ".join(f"{label} of shape {shape}" for label, shape in shapes)
+    if grouped is None and single and many:
+        raise ValueError(
+            f"{told} may be one group of {num_data} or {shapes[0][1][0]} groups: say which with "
+            "grouped=True or grouped=False, or give a mask per group, (groups, N)"
+        )
+    if grouped is not None:
+        single, many = single and not grouped, many and grouped
+    if not single and not many:
+        forms = {None: "(K, ...) or (groups, K, ...)", True: "(groups, K, ...)", False: "(K, ...)"}
+        wanted = forms[True if mask_axes == 2 else grouped]
+        raise ValueError(
+            f"{told}: with this code and mask it must be {wanted}, K = {num_data}"
+            + (", and one mask (N,)" if mask_axes == 2 and grouped is False else "")
+        )
+    return many
+
+
+def check_finite(x: PyTree, axes: int) -> None:
+    """Raises: ValueError that names the data points that are not finite; not for tracers."""
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(x)):
+        return
+    finite = np.asarray(finite_points(x, axes))
+    if not finite.all():
+        broken = np.argwhere(~finite) if axes > 1 else np.flatnonzero(~finite)
+        raise ValueError(f"data points {broken.tolist()} are not finite: take them out")
+
+
+def any_tracer(*trees: PyTree) -> bool:
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees))
+
+
+def _as_array(leaf: Any) -> Array | np.ndarray:
+    if isinstance(leaf, jax.Array):
+        return leaf
+    leaf = np.asarray(leaf)
+    return leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype), copy=False)
