@@ -93,46 +93,62 @@ def spline_with_end_prices(t, y, lambda_, end_weights, at, *, available=None) ->
 
         1/n sum |u(t_i) - y_i|^2 + lambda (int u''^2 + a u'(first)^2 + b u'(last)^2),
 
-    with (a, b) the end weights: between the outermost points some cubic spline with knots at the
-    points, not a natural one, in the basis 1, s, s^2, s^3, (s - s_i)^3_+; beyond them straight.
+    with (a, b) the end weights.
     """
     t, y, w = merge(t, y, available)
-    at, (a, b), lambda_ = exactly(at), exactly(end_weights), exactly([lambda_])[0]
-    n = len(t)
-    if n == 1:
+    at, lambda_ = exactly(at), exactly([lambda_])[0]
+    if len(t) == 1:
         return [y[0] for _ in at]
+    curve = TruncatedPowers(t)
+    rows = np.array([curve.row(0, knot) for knot in t])
+    weighted = rows * (np.array(w) / sum(w))[:, None]
+    left = weighted.T @ rows + lambda_ * curve.penalty(exactly(end_weights))
+    coefficients = eliminate(left, weighted.T @ np.array(y)[:, None])[:, 0]
+    return [curve.value(place, coefficients) for place in at]
 
-    def powers(order: int, s) -> list:
-        """The derivative of this order of all basis functions at s."""
+
+def eliminate(left, right):
+    """Gauss's elimination for a positive definite matrix; of arrays of mpmath numbers."""
+    rows, n = np.concatenate([left, right], axis=1), len(left)
+    for i in range(n):
+        rows[i] /= rows[i, i]
+        others = np.arange(n) != i
+        rows[others] -= np.outer(rows[others, i], rows[i])
+    return rows[:, n:]
+
+
+class TruncatedPowers:
+    """Cubic splines that are straight beyond two or more knots, but not natural at the outermost.
+
+    In the basis 1, s, s^2, s^3, (s - s_i)^3_+ with s = t - first and s_i the inner knots.
+    """
+
+    def __init__(self, knots: Sequence):
+        self._knots = exactly(knots)
+        self._inner = [knot - self._knots[0] for knot in self._knots[1:-1]]
+
+    def row(self, order: int, place):
+        """The derivative of this order of all basis functions at a place between the knots."""
+        s = place - self._knots[0]
         factor = [mp.mpf(1), mp.mpf(3), mp.mpf(6)][order]
         monomials = [mp.ff(p, order) * s ** max(p - order, 0) for p in range(4)]
-        return monomials + [factor * max(s - knot, 0) ** (3 - order) for knot in inner]
+        return np.array(monomials + [factor * max(s - k, 0) ** (3 - order) for k in self._inner])
 
-    inner = [knot - t[0] for knot in t[1:-1]]
-    size, span, total = n + 2, t[-1] - t[0], sum(w)
-    left, right = mp.mpf(0), mp.mpf(0)
-    for knot, value, weight in zip(t, y, w, strict=True):
-        row = mp.matrix(powers(0, knot - t[0]))
-        left, right = left + weight / total * row * row.T, right + weight / total * value * row
-    for price, s in ((a, mp.mpf(0)), (b, span)):
-        row = mp.matrix(powers(1, s))
-        left += lambda_ * price * row * row.T
-    # u'' is linear between knots, so that Simpson's rule is exact for its products.
-    for start, end in itertools.pairwise(t):
-        for share, place in ((1, start), (4, (start + end) / 2), (1, end)):
-            row = mp.matrix(powers(2, place - t[0]))
-            left += lambda_ * share * (end - start) / 6 * row * row.T
-    assert (left.rows, left.cols) == (size, size)
-    coefficients = mp.lu_solve(left, right)
+    def penalty(self, end_weights: Sequence):
+        """Of coefficients c: c' P c = int u''^2 + a u'(first)^2 + b u'(last)^2."""
+        ends = zip(end_weights, (self._knots[0], self._knots[-1]), strict=True)
+        parts = [(price, self.row(1, end)) for price, end in ends]
+        # u'' is linear between knots, so that Simpson's rule is exact for its products.
+        for start, end in itertools.pairwise(self._knots):
+            for share, place in ((1, start), (4, (start + end) / 2), (1, end)):
+                parts.append((share * (end - start) / 6, self.row(2, place)))
+        return sum(weight * np.outer(row, row) for weight, row in parts)
 
-    def u(order: int, s):
-        return mp.fdot(powers(order, s), coefficients)
-
-    def value(place):
-        inside = min(max(place, t[0]), t[-1])
-        return u(0, inside - t[0]) + (place - inside) * u(1, inside - t[0])
-
-    return [value(place) for place in at]
+    def value(self, place, coefficients):
+        """u at any place; of the curve, or of each of several (a column each)."""
+        inside = min(max(place, self._knots[0]), self._knots[-1])
+        slope = self.row(1, inside) @ coefficients
+        return self.row(0, inside) @ coefficients + (place - inside) * slope
 
 
 def mean_gap(points) -> float:

@@ -4,10 +4,12 @@ import itertools
 import warnings
 
 import equinox as eqx
+import extending
 import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
+import matrices
 import numpy as np
 import oracle
 import pytest
@@ -30,6 +32,7 @@ CODES = {
     "replication": lambda: Replication(K, N),
     "uncoded": lambda: Uncoded(K),
     "one-for-one": lambda: NeRCC(1, 1),
+    "moving-averages": lambda: extending.MovingAverages(K, N),
 }
 SPLINES = [name for name in CODES if name.startswith(("nercc", "berrut"))]
 EPS = {"float32": 1e-5, "float64": 1e-11}
@@ -76,17 +79,33 @@ def test_matrices(code, dtype):
     np.testing.assert_array_equal(code.decoder_matrix(missing)[lost], 0)
 
 
-@pytest.mark.parametrize("shape", [(), (3,), (2, 3, 1)])
-def test_encode_and_decode_are_the_matrices(code, shape, dtype):
-    x, y, mask = data(code, *shape), answers(code, *shape), everyone(code)
-    coded, decoded = code.encode(x), code.decode(y, mask)
+def check_against_matrices(code, shape, dtype):
+    x, y = data(code, *shape), answers(code, *shape)
+    coded, encoder = code.encode(x), matrices.encoder_matrix(code)
     assert coded.shape == (code.num_workers, *shape)
-    assert decoded.shape == (code.num_data, *shape)
-    assert coded.dtype == decoded.dtype == dtype
-    expected = np.tensordot(code.encoder_matrix(), x, 1)
+    expected = np.tensordot(encoder, np.asarray(x, float), 1)
     np.testing.assert_allclose(coded, expected, atol=EPS[dtype])
-    expected = np.tensordot(code.decoder_matrix(mask), y, 1)
-    np.testing.assert_allclose(decoded, expected, atol=10 * EPS[dtype])
+    np.testing.assert_allclose(code.encoder_matrix(), encoder, atol=EPS[dtype])
+    for mask in (everyone(code), all_but_one(code)):
+        decoder = matrices.decoder_matrix(code, mask)
+        kept = decoder.any(axis=1)
+        decoded = code.try_decode(y, mask)
+        assert decoded.predictions.shape == (code.num_data, *shape)
+        assert coded.dtype == decoded.predictions.dtype == dtype
+        np.testing.assert_array_equal(decoded.recovered, kept)
+        expected = np.tensordot(decoder, np.asarray(y, float), 1)[kept]
+        np.testing.assert_allclose(decoded.predictions[kept], expected, atol=10 * EPS[dtype])
+        np.testing.assert_allclose(code.decoder_matrix(mask), decoder, atol=10 * EPS[dtype])
+
+
+def test_encode_and_decode_are_the_matrices(code, dtype):
+    check_against_matrices(code, (3,), dtype)
+
+
+@pytest.mark.parametrize("shape", [(), (2, 3, 1)])
+@pytest.mark.parametrize("name", ["nercc", "parity"])
+def test_data_points_have_any_shape(name, shape):
+    check_against_matrices(CODES[name](), shape, "float32")
 
 
 def test_a_constant_model_is_decoded_exactly(code, dtype):
@@ -125,30 +144,38 @@ def test_no_answer_is_an_error_or_a_status(code):
         code.decode(y, none)
     with pytest.raises(ValueError, match="with values that are not finite; wait for more"):
         code.decode(jnp.full_like(y, jnp.nan), everyone(code))
-    status = eqx.filter_jit(code.try_decode)(y, none)
+    status = try_decode(code, y, none)
     assert not status.recovered.any()
     assert np.isnan(status.predictions).all()
-    assert np.isnan(eqx.filter_jit(code.decode)(y, none)).all()
+    assert np.isnan(decode(code, y, none)).all()
+
+
+# Codes of one kind differ in numbers only, and share these programs.
+encode = eqx.filter_jit(lambda code, x: code.encode(x))
+decode = eqx.filter_jit(lambda code, y, mask: code.decode(y, mask))
+try_decode = eqx.filter_jit(lambda code, y, mask: code.try_decode(y, mask))
+decode_each = eqx.filter_jit(lambda code, y, masks: jax.vmap(code.try_decode, (None, 0))(y, masks))
+
+
+@eqx.filter_jit
+@eqx.filter_grad
+def gradients(code_and_x, mask):
+    code, x = code_and_x
+    decoded = code.try_decode(jnp.sin(code.encode(x)), mask)
+    return jnp.sum(jnp.where(decoded.recovered[:, None], decoded.predictions, 0) ** 2)
 
 
 def test_jit_vmap_and_grad(code, dtype):
     x, masks = data(code, 2), np.stack([everyone(code), all_but_one(code)])
     y = answers(code, 2)
-    np.testing.assert_allclose(eqx.filter_jit(code.encode)(x), code.encode(x), atol=EPS[dtype])
-    batch = jax.vmap(code.try_decode, in_axes=(None, 0))(y, masks)
+    np.testing.assert_allclose(encode(code, x), code.encode(x), atol=EPS[dtype])
+    batch = decode_each(code, y, masks)
     for i, mask in enumerate(masks):
         single = code.try_decode(y, mask)
         np.testing.assert_array_equal(batch.recovered[i], single.recovered)
         np.testing.assert_allclose(batch.predictions[i], single.predictions, atol=10 * EPS[dtype])
-
-    def loss(code, x):
-        decoded = code.try_decode(jnp.sin(code.encode(x)), masks[1])
-        return jnp.sum(jnp.where(decoded.recovered[:, None], decoded.predictions, 0) ** 2)
-
-    gradient_code = eqx.filter_grad(loss)(code, x)
-    for leaf in jax.tree.leaves(gradient_code):
+    for leaf in jax.tree.leaves(gradients((code, x), masks[1])):
         assert np.isfinite(leaf).all()
-    assert np.isfinite(jax.grad(loss, argnums=1)(code, x)).all()
 
 
 def test_one_compilation_serves_every_mask(code):

@@ -190,6 +190,19 @@ def test_a_channel_has_a_key_of_its_own_for_every_set(x, key):
     assert rows[0].mse.half_width > 0
 
 
+def test_a_channels_key_is_not_the_masks(x, key):
+    """It spoils whom its key makes stragglers: who really is one would not be heard anyway."""
+    law = ExactStragglers(4)
+
+    def spoilt(answers, key):
+        return answers + jnp.where(law.available(key, 12), 0.0, 1.0)[:, None]
+
+    (row,) = evaluate(
+        model, {"copies": Replication(5, 12)}, x, {"4": law}, key=key, num_sets=60, channel=spoilt
+    )
+    assert row.mse.mean == pytest.approx(1 / 3, abs=0.1)
+
+
 def test_a_channel_keeps_shapes(x, key):
     with pytest.raises(ValueError, match="the channel made"):
         evaluate(model, CODES, x, LAWS, key=key, channel=lambda answers, key: answers[:, :, :1])

@@ -1,19 +1,24 @@
 """Tuning: free parameters and back, and the errors."""
 
+import dataclasses
 import itertools
+import textwrap
 
 import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import oracle
 import pytest
+from matrices import decoder_matrix, encoder_matrix
 
 import nercc_jax as nj
 from nercc_jax import parametrize
 from nercc_jax.codes import LAYOUTS
-from nercc_jax.tuning import split_groups
+from nercc_jax.evaluation import landscape, make_trial
+from nercc_jax.tuning import Descent, Sampling, split_points
 
 K, N = 3, 6
 
@@ -186,45 +191,62 @@ LAWS = {"0": nj.ExactStragglers(0), "2": nj.ExactStragglers(2)}
 
 
 @pytest.mark.parametrize(
-    ("laws", "order", "message"),
+    ("laws", "power", "message"),
     [
         ({}, 1.0, "there are no laws of stragglers"),
-        (LAWS, 0.5, "order must be 1 or more, not 0.5"),
-        (LAWS, float("nan"), "order must be 1 or more, not nan"),
+        (LAWS, 0.5, "power must be 1 or more, not 0.5"),
+        (LAWS, float("nan"), "power must be 1 or more, not nan"),
     ],
 )
-def test_trial_errors(laws, order, message, key):
+def test_trial_errors(laws, power, message, key):
     with pytest.raises(ValueError, match=message):
-        nj.make_trial(jnp.tanh, nj.NeRCC(K, N), np.zeros((2, K, 2)), laws, key=key, order=order)
+        make_trial(jnp.tanh, nj.NeRCC(K, N), np.zeros((2, K, 2)), laws, key=key, power=power)
 
 
 @pytest.mark.parametrize(
-    ("x", "change", "message"),
+    ("x", "message"),
     [
-        (np.zeros((2 * K - 1, 2)), {}, r"x has shape \(5, 2\): tuning needs two groups of 3"),
-        (np.full((20, 2), np.nan), {}, "data points must be finite"),
-        (np.zeros((20, 2)), {"steps": 0}, "steps must be a positive integer, not 0"),
-        (
-            np.zeros((20, 2)),
-            {"learning_rate": -1.0},
-            "learning_rate must be positive",
-        ),
-        (
-            np.zeros((20, 2)),
-            {"learning_rate": np.nan},
-            "positive and finite, not nan",
-        ),
-        (np.zeros((20, 2)), {"groups_per_step": 0}, "groups_per_step must be a positive integer"),
-        (np.zeros((20, 2)), {"sets_per_step": 0}, "sets_per_step must be a positive integer"),
-        (np.zeros((20, 2)), {"held_out_sets": 0}, "held_out_sets must be a positive integer"),
-        (np.zeros((20, 2)), {"check_every": 0}, "check_every must be a positive integer"),
-        (np.zeros((20, 2)), {"patience": 0}, "patience must be a positive integer"),
-        (np.zeros((20, 2)), {"held_out_share": 1.0}, "held_out_share must be between 0 and 1"),
+        (np.zeros((2 * K - 1, 2)), r"x has shape \(5, 2\): tuning needs two groups of 3"),
+        (np.full((20, 2), np.nan), r"data points \[0, .*\] are not finite"),
+        (np.zeros((20, 2), int), "x is int.*: codes work on floats"),
     ],
 )
-def test_tuning_errors(x, change, message, key):
+def test_tuning_errors(x, message, key):
     with pytest.raises(ValueError, match=message):
-        nj.tune(jnp.tanh, nj.NeRCC(K, N), x, LAWS, key=key, **change)
+        nj.tune(jnp.tanh, nj.NeRCC(K, N), x, LAWS, key=key)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Descent(steps=0), "steps must be a positive integer, not 0"),
+        (lambda: Descent(learning_rate=-1.0), "learning_rate must be positive"),
+        (lambda: Descent(learning_rate=np.nan), "positive and finite, not nan"),
+        (lambda: Descent(check_every=0), "check_every must be a positive integer"),
+        (lambda: Descent(patience=0), "patience must be a positive integer"),
+        (lambda: Sampling(groups_per_step=1.5), "groups_per_step must be a positive integer"),
+        (lambda: Sampling(sets_per_step=0), "sets_per_step must be a positive integer"),
+        (lambda: Sampling(held_out_sets=True), "held_out_sets must be a positive integer"),
+        (lambda: Sampling(buffer_size=0), "buffer_size must be a positive integer"),
+        (lambda: Sampling(held_out_share=1.0), "held_out_share must be between 0 and 1"),
+        (lambda: Sampling(grouped=True, order=len), "come grouped stay so: give no order"),
+    ],
+)
+def test_numbers_out_of_range(build, message, untyped):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_numpys_numbers_are_pythons(untyped):
+    descent, sampling = Descent(steps=np.int64(3)), Sampling(groups_per_step=np.int32(2))
+    assert type(descent.steps) is type(sampling.groups_per_step) is int
+    assert descent == Descent(steps=3)
+    assert Descent(patience=None).patience is None
+
+
+def test_a_model_in_training_mode_is_not_tuned(key):
+    with pytest.raises(ValueError, match=r"in training mode: its Dropout"):
+        nj.tune(nnx.Dropout(0.5, rngs=nnx.Rngs(0)), nj.NeRCC(K, N), DATA, LAWS, key=key)
 
 
 # -- Trials ----------------------------------------------------------------------------------------
@@ -244,11 +266,11 @@ def start():
 
 @pytest.fixture(scope="module")
 def trials(start):
-    """The same groups and sets at two orders."""
+    """The same groups and sets at two powers."""
     groups = DATA[:12].reshape(4, K, 2)
     return [
-        nj.make_trial(model, start, groups, LAWS, key=jax.random.key(0), num_sets=5, order=order)
-        for order in (1.0, 4.0)
+        make_trial(model, start, groups, LAWS, key=jax.random.key(0), num_sets=5, power=power)
+        for power in (1.0, 4.0)
     ]
 
 
@@ -258,7 +280,7 @@ def test_the_objective_is_the_power_mean_of_relative_errors(trials, start):
         assert trial.laws == tuple(LAWS)
         assert float(trial.objective(model, start)) == pytest.approx(1, rel=1e-5)
         relative = np.asarray(trial.errors(model, other)) / np.asarray(trial.scales)
-        expected = np.mean(relative**trial.order) ** (1 / trial.order)
+        expected = np.mean(relative**trial.power) ** (1 / trial.power)
         assert float(trial.objective(model, other)) == pytest.approx(expected, rel=1e-5)
     low, high = (float(trial.objective(model, other)) for trial in trials)
     assert high > low * 1.001
@@ -270,18 +292,28 @@ def test_a_law_with_few_sets_gives_all_of_them(trials):
     np.testing.assert_array_equal(trials[0].available.sum(axis=1), [N] + 5 * [N - 2])
 
 
+def plain_errors(trial, code):
+    """The mean squared error under each law by hand, in float64."""
+    x, weights = np.asarray(trial.x, float), WEIGHTS.astype(float)
+    originals, coded = (np.tanh(3 * points @ weights) for points in (x, encoder_matrix(code) @ x))
+    errors = np.array(
+        [np.mean((decoder_matrix(code, m) @ coded - originals) ** 2) for m in trial.available]
+    )
+    return np.array([errors[trial.law == law].mean() for law in range(len(trial.laws))])
+
+
 def test_the_landscape_is_the_objective_of_its_cells(trials, start):
     enc, dec = np.array([0.0, 1e-4]), np.array([0.0, 1e-6, 1e-2])
-    heights = nj.landscape(model, start, trials[1], enc, dec)
+    heights = landscape(model, start, trials[1], enc, dec)
     assert heights.shape == (2, 3)
-    for i, j in ((0, 1), (1, 2)):
+    for i, j in np.ndindex(heights.shape):
         cell = nj.NeRCC(
             K, N, lambda_enc=enc[i], lambda_dec=dec[j], gap_exponent=start.gap_exponent,
             end_penalty=start.end_penalty,
         )  # fmt: skip
-        assert float(heights[i, j]) == pytest.approx(
-            float(trials[1].objective(model, cell)), rel=1e-4
-        )
+        relative = plain_errors(trials[1], cell) / plain_errors(trials[1], start)
+        expected = np.mean(relative ** trials[1].order) ** (1 / trials[1].order)
+        np.testing.assert_allclose(heights[i, j], expected, rtol=1e-4)
 
 
 def test_what_cannot_be_compared_is_refused(start, key):
@@ -291,15 +323,16 @@ def test_what_cannot_be_compared_is_refused(start, key):
         return jnp.where(jnp.abs(x[:, :1]) > 0.5, jnp.nan, model(x))
 
     with pytest.raises(ValueError, match="finite answers on coded data points"):
-        nj.make_trial(broken, start, groups, LAWS, key=key, num_sets=5)
+        make_trial(broken, start, groups, LAWS, key=key, num_sets=5)
     laws = {"all": nj.ExactStragglers(0), "nobody": nj.ExactStragglers(N)}
     with pytest.raises(ValueError, match=r"'nobody'.*leave out laws under which nobody answers"):
-        nj.make_trial(model, start, groups, laws, key=key, num_sets=5)
+        make_trial(model, start, groups, laws, key=key, num_sets=5)
 
 
 # -- Tuning ----------------------------------------------------------------------------------------
 
-OPTIONS = {"steps": 12, "check_every": 4, "sets_per_step": 5, "held_out_sets": 10}
+SAMPLING = Sampling(sets_per_step=5, held_out_sets=10)
+OPTIONS = {"sampling": SAMPLING, "descent": Descent(steps=12, check_every=4)}
 
 
 @pytest.fixture(scope="module")
@@ -313,8 +346,9 @@ def runs(start):
 
     key = jax.random.key(3)
     moved = nj.tune(
-        counted, start, DATA, LAWS, key=key, points=True, on_step=steps.append, **OPTIONS
-    )
+        counted, start, DATA, LAWS, key=key, points=True,
+        on_step=lambda step, code: steps.append((step, code)), **OPTIONS,
+    )  # fmt: skip
     number = len(traces)
     fixed = nj.tune(model, start, DATA, LAWS, key=key, **OPTIONS)
     return moved, fixed, number, steps
@@ -334,13 +368,16 @@ def test_tuning_lowers_the_error_and_points_lower_it_further(runs, start):
 
 def test_the_tuned_code_is_better_on_other_data(runs, start):
     groups = np.random.default_rng(7).normal(size=(20, K, 2)).astype("float32")
-    trial = nj.make_trial(model, start, groups, LAWS, key=jax.random.key(9), num_sets=15)
+    trial = make_trial(model, start, groups, LAWS, key=jax.random.key(9), num_sets=15)
     assert float(trial.objective(model, runs[0].code)) < 0.97
 
 
 def test_every_step_is_told_and_counted(runs):
-    moved, _, _, steps = runs
+    moved, _, _, told = runs
+    steps = [step for step, _ in told]
     assert list(moved.history) == steps
+    for step, code in told:
+        assert float(code.lambda_dec) == step.parameters["lambda_dec"]
     assert [step.step for step in steps] == list(range(13))
     assert [step.step for step in steps if step.held_out is not None] == [0, 4, 8, 12]
     assert [step.objective is None for step in steps] == 12 * [False] + [True]
@@ -361,16 +398,17 @@ def test_one_seed_gives_one_code_to_the_last_bit(runs, start):
     for one, other in zip(jax.tree.leaves(again.code), jax.tree.leaves(runs[0].code), strict=True):
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
     other = nj.tune(
-        model, start, DATA, LAWS, key=jax.random.key(4), points=True, **OPTIONS | {"steps": 4}
-    )
+        model, start, DATA, LAWS, key=jax.random.key(4), points=True, sampling=SAMPLING,
+        descent=Descent(steps=4, check_every=4),
+    )  # fmt: skip
     assert not np.array_equal(other.code.beta, again.code.beta)
 
 
 def test_steps_that_are_not_finite_change_nothing_and_are_told():
     """One training point breaks the model, so the steps that draw it are rejected."""
     code, key = nj.Berrut(K, N), jax.random.key(0)
-    training, _ = split_groups(DATA, K, key, 0.25, grouped=False)
-    x = np.where((training[0] == DATA).all(axis=1, keepdims=True), np.float32(50), DATA)
+    training = split_points(DATA, K, Sampling(), jax.random.fold_in(key, 0)).training
+    x = np.where((training[:1] == DATA).all(axis=1, keepdims=True), np.float32(50), DATA)
 
     def fragile(x):
         return jnp.where(jnp.max(jnp.abs(x), axis=1, keepdims=True) > 8, jnp.nan, model(x))
@@ -378,8 +416,9 @@ def test_steps_that_are_not_finite_change_nothing_and_are_told():
     shifts = []
     with pytest.warns(RuntimeWarning, match=r"\d+ of 30 steps were rejected"):
         tuned = nj.tune(
-            fragile, code, x, LAWS, key=key, points=True, steps=30, check_every=1,
-            on_step=shifts.append, sets_per_step=5, held_out_sets=10, patience=31,
+            fragile, code, x, LAWS, key=key, points=True, sampling=SAMPLING,
+            descent=Descent(steps=30, check_every=1, patience=31),
+            on_step=lambda step, code: shifts.append(step),
         )  # fmt: skip
     assert 0 < tuned.rejected < 30
     assert tuned.objective < 1
@@ -394,8 +433,8 @@ def test_steps_that_are_not_finite_change_nothing_and_are_told():
 
 def test_tuning_stops_when_nothing_gets_better(key):
     tuned = nj.tune(
-        model, nj.Berrut(K, N), DATA, LAWS, key=key, points=True, steps=40, learning_rate=12.0,
-        check_every=1, patience=3, sets_per_step=5, held_out_sets=10,
+        model, nj.Berrut(K, N), DATA, LAWS, key=key, points=True, sampling=SAMPLING,
+        descent=Descent(steps=40, learning_rate=12.0, check_every=1, patience=3),
     )  # fmt: skip
     assert len(tuned.history) <= 6
     assert tuned.objective <= 1
@@ -421,13 +460,18 @@ def test_an_exact_code_stays_exact_and_glued_through_tuning(key):
 @pytest.mark.parametrize(("number", "share"), [(6, 0.25), (21, 0.25), (23, 0.9)])
 def test_groups_stay_together(number, share, key):
     x = np.arange(number, dtype="float32")
-    training, held = split_groups(x, K, key, share, grouped=True)
-    groups = np.concatenate([training, held])
+    sampling = Sampling(held_out_share=share, grouped=True)
+    split = split_points(x, K, sampling, key)
+    groups = np.concatenate([split.training, split.held]).reshape(-1, K)
     np.testing.assert_array_equal(groups[:, 1:], groups[:, :1] + [[1, 2]])
     assert sorted(groups[:, 0]) == list(range(0, number // K * K, K))
-    alone, held = split_groups(x, K, key, share, grouped=False)
-    assert alone.shape[1] == 1
-    assert sorted(np.concatenate([alone.ravel(), held.ravel()])) == list(x)
+    drawn, _ = sampling.draw(K, jnp.asarray(split.training), None, key)
+    np.testing.assert_array_equal(drawn[:, 1:], drawn[:, :1] + jnp.array([[1, 2]]))
+    assert set(np.asarray(drawn)[:, 0]) <= set(np.reshape(split.training, (-1, K))[:, 0])
+    alone = split_points(x, K, Sampling(held_out_share=share), key, labels=np.arange(number))
+    assert sorted(np.concatenate([alone.training, alone.held])) == list(x)
+    np.testing.assert_array_equal(alone.training, alone.training_labels)
+    np.testing.assert_array_equal(alone.held, alone.held_labels)
 
 
 def test_tuning_by_groups_never_mixes_them(key):
@@ -442,8 +486,66 @@ def test_tuning_by_groups_never_mixes_them(key):
         return jnp.where(whole, model(x[:, 1:]), jnp.nan)
 
     options = OPTIONS | {"key": key, "points": True}
-    tuned = nj.tune(fragile, nj.Berrut(K, N), x, LAWS, grouped=True, **options)
+    grouped = {"sampling": dataclasses.replace(SAMPLING, grouped=True)}
+    tuned = nj.tune(fragile, nj.Berrut(K, N), x, LAWS, **options | grouped)
     assert tuned.rejected == 0
     assert len(tuned.history) == 13
     with pytest.raises(ValueError, match="finite answers on coded data points"):
         nj.tune(fragile, nj.Berrut(K, N), x, LAWS, **options)
+
+
+# -- A loop of one's own ---------------------------------------------------------------------------
+
+
+def test_a_plain_loop_lowers_the_objective_and_keeps_lambdas_positive():
+    """optax over `parametrize`, with steps that take a lambda itself far below zero."""
+    groups = jnp.asarray(DATA[:24].reshape(8, K, 2))
+    masks = jnp.asarray(np.array([[1] * N, [1, 1, 0, 1, 0, 1], [0, 1, 1, 1, 1, 0]], bool))
+    start = nj.NeRCC(K, N, lambda_enc=1e-3, lambda_dec=1e-2, end_penalty=10.0)
+
+    def objective(code):
+        return nj.nested_objective(model, code, groups, masks)
+
+    free, rebuild = parametrize(start)
+    assert not any(name.endswith("_shifts") for name in free)
+    optimizer = optax.adam(1.0)
+
+    @jax.jit
+    def step(free, state):
+        slopes = jax.grad(lambda free: objective(rebuild(free)))(free)
+        updates, state = optimizer.update(slopes, state)
+        return optax.apply_updates(free, updates), state
+
+    state, seen = optimizer.init(free), []
+    for _ in range(25):
+        free, state = step(free, state)
+        seen.append(rebuild(free))
+    for name in ("lambda_enc", "lambda_dec", "end_penalty"):
+        values = np.array([float(getattr(code, name)) for code in seen])
+        assert (values > 0).all()
+        assert values.max() - values.min() > float(getattr(start, name)), f"{name} has gone far"
+    before, after = (plain_objective(code, groups, masks) for code in (start, seen[-1]))
+    assert after < 0.9 * before
+
+
+def test_the_loop_of_the_docstring_runs():
+    names: dict = {}
+    exec(textwrap.dedent(parametrize.__doc__.split("```python")[1].split("```")[0]), names)
+    arguments = (names["model"], names["x"], names["available"])
+    before, after = (
+        nj.nested_objective(arguments[0], code, *arguments[1:])
+        for code in (nj.NeRCC(4, 10), names["code"])
+    )
+    assert after < before
+    assert min(float(names["code"].lambda_enc), float(names["code"].lambda_dec)) > 0
+
+
+def plain_objective(code, groups, masks):
+    """With the code's matrices in NumPy and float64."""
+    encoder = np.asarray(code.encoder_matrix(), np.float64)
+    errors = []
+    for mask, group in itertools.product(masks, np.asarray(groups, np.float64)):
+        decoder = np.asarray(code.decoder_matrix(mask), np.float64)
+        decoded = decoder @ np.tanh(3 * (encoder @ group) @ WEIGHTS)
+        errors.append(np.mean((decoded - np.tanh(3 * group @ WEIGHTS)) ** 2))
+    return np.mean(errors)

@@ -1,0 +1,147 @@
+"""Both matrices of every code by the textbook, in float64: what the library's are compared with.
+
+They take a code's public numbers (alpha, beta, lambdas) and share nothing else with it. Splines are
+solved in many digits, the rest is plain NumPy.
+"""
+
+import functools
+
+import mpmath as mp
+import numpy as np
+import oracle
+
+from nercc_jax import Berrut, Lagrange, NeRCC, Parity
+
+# For lambda = 0, and for answers that a code keeps as they are. Normal equations square both, and
+# 150 digits have room for that.
+_SMALL, _HEAVY, _DIGITS = 1e-30, 1e30, 150
+
+
+def encoder_matrix(code) -> np.ndarray:
+    """(num_workers, num_data): what makes coded data points of data points."""
+    k, n = code.num_data, code.num_workers
+    if isinstance(code, NeRCC):
+        return spline_matrix(code.alpha, code.beta, float(code.lambda_enc) * k)
+    if isinstance(code, Berrut):
+        return berrut_matrix(code.alpha, code.beta)
+    if isinstance(code, Lagrange):
+        return lagrange_matrix(code.alpha, code.beta)
+    matrix = np.zeros((n, k))
+    for worker in range(n):
+        matrix[worker, _data_points_of(code, worker)] = 1
+    return matrix
+
+
+def decoder_matrix(code, available) -> np.ndarray:
+    """(num_data, num_workers): what makes predictions of answers; 0 where there is none."""
+    heard = np.flatnonzero(available)
+    matrix = np.zeros((code.num_data, code.num_workers))
+    if isinstance(code, NeRCC):
+        if heard.size:
+            matrix[:, heard] = _regression(code, np.asarray(available))
+    elif isinstance(code, Berrut):
+        if heard.size:
+            matrix[:, heard] = berrut_matrix(_float64(code.beta)[heard], code.alpha)
+    elif isinstance(code, Lagrange):
+        # Of more than the threshold, that many spread evenly along the line.
+        order = heard[np.argsort(_float64(code.beta)[heard], kind="stable")]
+        if order.size >= code.threshold:
+            taken = np.floor(np.linspace(0, order.size - 1, code.threshold) + 0.5).astype(int)
+            chosen = order[taken]
+            matrix[:, chosen] = lagrange_matrix(_float64(code.beta)[chosen], code.alpha)
+    else:
+        for data_point in range(code.num_data):
+            _subtract(code, data_point, heard, matrix[data_point])
+    return matrix
+
+
+def _regression(code, available) -> np.ndarray:
+    beta, alpha = _float64(code.beta), _float64(code.alpha)
+    used = beta[available]
+    growth = oracle.mean_gap(used) / oracle.mean_gap(beta)
+    mu = float(code.lambda_dec) * growth ** float(code.gap_exponent) * used.size
+    ends = float(code.end_penalty) * (1 - np.array([used.min(), used.max()]) ** 2)
+    own = np.isin(used, alpha) & code.exact
+    return spline_matrix(used, alpha, mu, tuple(ends), tuple(np.where(own, _HEAVY, 1.0).tolist()))
+
+
+def spline_matrix(t, at, mu, ends=(0.0, 0.0), weights=None) -> np.ndarray:
+    """(at, t): values at `at` of the minimiser over u of
+
+    sum_i w_i (u(t_i) - y_i)^2 + mu (int u''^2 + ends[0] u'(first)^2 + ends[1] u'(last)^2).
+    """
+    t, at = _float64(t), _float64(at)
+    weights = tuple(weights or [1.0] * len(t))
+    return _spline_matrix(tuple(t), tuple(at), float(mu), tuple(ends), weights)
+
+
+@functools.cache
+def _spline_matrix(t, at, mu, ends, weights) -> np.ndarray:
+    knots = sorted(set(t))
+    if len(knots) == 1:
+        return np.tile(np.asarray(weights) / sum(weights), (len(at), 1))
+    with mp.workdps(_DIGITS):
+        curve = oracle.TruncatedPowers(knots)
+        rows = np.array([curve.row(0, place) for place in oracle.exactly(t)])
+        weighted = rows * np.array(oracle.exactly(weights))[:, None]
+        penalty = curve.penalty(oracle.exactly(ends))
+        curves = oracle.eliminate(weighted.T @ rows + max(mu, _SMALL) * penalty, weighted.T)
+        values = [curve.value(place, curves) for place in oracle.exactly(at)]
+        return np.array(values, float)
+
+
+def berrut_matrix(points, at) -> np.ndarray:
+    """Berrut 1988, equation 1: sum_i s_i y_i / (x - t_i) / sum_i s_i / (x - t_i), s_i = (-1)^i.
+
+    Points that coincide are one, with the mean of what was observed there.
+    """
+    points, at = _float64(points), _float64(at)
+    knots, place, counts = np.unique(points, return_inverse=True, return_counts=True)
+    signs = (-1.0) ** np.arange(len(knots))
+    on_knots = np.array([_rational(knots, signs, x) for x in at])
+    return on_knots[:, place] / counts[place]
+
+
+def lagrange_matrix(points, at) -> np.ndarray:
+    """prod_(j != i) (x - t_j) / (t_i - t_j)."""
+    points, at = _float64(points), _float64(at)
+    matrix = np.ones((len(at), len(points)))
+    for i, own in enumerate(points):
+        for other in np.delete(points, i):
+            matrix[:, i] *= (at - other) / (own - other)
+    return matrix
+
+
+def _rational(knots, signs, x) -> np.ndarray:
+    if x in knots:
+        return (knots == x).astype(float)
+    terms = signs / (x - knots)
+    return terms / terms.sum()
+
+
+def _data_points_of(code, worker) -> list[int]:
+    """The data points whose sum a worker of replication, parity or no code gets."""
+    k, n = code.num_data, code.num_workers
+    if isinstance(code, Parity) and worker >= k:
+        return list(range(worker - k, k, n - k))
+    rounds, left = divmod(n, k)
+    if worker < rounds * k:
+        return [worker % k]
+    return [int((worker - rounds * k + 0.5) * k / left)]  # the last round, spread evenly
+
+
+def _subtract(code, data_point, heard, row):
+    """Fills in a row of the decoder: the first copy, else the parity without the others."""
+    k, sums = code.num_data, isinstance(code, Parity)
+    copies = [n for n in heard if (n < k or not sums) and _data_points_of(code, n) == [data_point]]
+    if copies:
+        row[copies[0]] = 1
+    elif sums:
+        parity = k + data_point % (code.num_workers - k)
+        others = [i for i in _data_points_of(code, parity) if i != data_point]
+        if {parity, *others} <= set(heard):
+            row[parity], row[others] = 1, -1
+
+
+def _float64(values) -> np.ndarray:
+    return np.asarray(values, np.float64)
