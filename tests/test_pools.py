@@ -57,7 +57,7 @@ def cluster():
     ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
-@pytest.fixture(params=["devices", "ray"])
+@pytest.fixture(params=["devices", pytest.param("ray", marks=pytest.mark.slow)])
 def make(request):
     """Makes a pool of either kind."""
     if request.param == "devices":
@@ -191,6 +191,7 @@ def test_a_delayed_answer_is_late_and_never_anothers(make):
             np.testing.assert_array_equal(batch.wait(deadline=SOON).values, 2 * points(4, 9))
 
 
+@pytest.mark.slow
 def test_killed_processes_are_replaced_one_after_the_other(cluster):
     with RayPool(itself, 3, example=points(1)[0]) as pool:
         for worker in range(3):
@@ -230,6 +231,7 @@ def test_workers_that_do_not_start(make):
         make(broken, 2, example=points(1)[0])
 
 
+@pytest.mark.slow
 def test_actors_that_do_not_start(cluster):
     with pytest.raises(RuntimeError, match=r"could not start: .*weights are not here"):
         RayPool(Unloadable(), 1, example=points(1)[0])

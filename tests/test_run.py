@@ -166,6 +166,7 @@ def ray_pool():
         yield pool
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [Replication(3, 6), NeRCC(3, 6)], ids=["replication", "nercc"])
 def test_killing_ray_workers_loses_no_batch_and_mixes_up_none(ray_pool, code):
     """What is guaranteed: every kill of a live worker is one death in the report, and no other."""
@@ -385,6 +386,7 @@ def test_a_code_with_further_models_is_refused(tmp_path):
     assert "Parity has workers that run other models" in result.output
 
 
+@pytest.mark.slow
 def test_ray_workers_that_die_on_trial(ray_pool, tmp_path):
     path = tmp_path / "result.npz"
     options = "--num-data 2 --num-workers 4 --points 40 --groups 2 --pool ray --death-rate 0.02"

@@ -21,6 +21,8 @@ from kserve import InferenceGRPCClient, InferenceRESTClient, RESTConfig
 
 from nercc_jax.serving._kserve import InferInput, InferRequest, RequestedOutput
 
+pytestmark = pytest.mark.slow
+
 CONFIG = """
 [defaults]
 input_shape = [4]

@@ -353,6 +353,7 @@ def test_readme_names_what_there_is():
 # Ray Serve
 
 
+@pytest.mark.slow
 def test_ray_serve_yaml_is_as_ray_wants_it():
     require("ray.serve", "ray-serve")
     from ray.serve.schema import ServeDeploySchema
@@ -378,6 +379,7 @@ def build(**arguments):
     return deployment, models, max_body_bytes
 
 
+@pytest.mark.slow
 def test_ray_application_takes_words_settings_and_files(tmp_path):
     deployment, (model,), _ = build(
         model="lenet5-digits", workers="5", deadline_s="2.5", input_shape="28,28,1"
@@ -408,6 +410,7 @@ def test_ray_application_takes_words_settings_and_files(tmp_path):
     assert model.pool == "devices"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -423,6 +426,7 @@ def test_ray_application_says_what_is_wrong(arguments, message):
         build(**arguments)
 
 
+@pytest.mark.slow
 def test_ray_replica_is_ill_without_workers():
     require("ray.serve", "ray-serve")
     from nercc_jax.cli.ray_serve import CodedServer
@@ -514,6 +518,7 @@ def body(number=1):
     return {"inputs": [tensor | {"data": [0.5] * (number * 1024)}]}
 
 
+@pytest.mark.slow
 def test_ray_serve_answers_as_the_model_itself(served):
     import numpy as np
 
@@ -536,6 +541,7 @@ def test_ray_serve_answers_as_the_model_itself(served):
     assert "nercc_requests_total" in httpx.get(f"{url}/metrics").text
 
 
+@pytest.mark.slow
 def test_readme_examples_run(served, tmp_path):
     """Against the same REST interface, wherever it runs."""
     for curl in [block for block in blocks("bash") if "curl" in block]:
@@ -564,6 +570,7 @@ def test_readme_examples_run(served, tmp_path):
     assert "True" in done.stdout.splitlines()[1]
 
 
+@pytest.mark.slow
 def test_readme_names_metrics_that_there_are(served):
     from prometheus_client.parser import text_string_to_metric_families
 
@@ -585,6 +592,7 @@ def test_readme_names_metrics_that_there_are(served):
         assert set(re.findall(r"`(\w+)`", meaning)) <= labels
 
 
+@pytest.mark.slow
 def test_ray_serve_drains_when_the_application_is_deleted(cluster, served):
     """The last of this file: the application is gone after it."""
     httpx = require("httpx", "serve")

@@ -22,6 +22,8 @@ from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceSt
 
 from nercc_jax.serving._kserve import messages
 
+pytestmark = pytest.mark.slow
+
 CONFIG = """
 max_body_bytes = 100000
 [defaults]

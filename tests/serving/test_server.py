@@ -23,6 +23,8 @@ from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceSt
 
 from nercc_jax.serving._kserve import messages
 
+pytestmark = pytest.mark.slow
+
 LIMIT = 10_000_000
 CONFIG = f"""
 max_body_bytes = {LIMIT}

@@ -21,6 +21,8 @@ from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceSt
 
 from nercc_jax.serving._kserve import messages
 
+pytestmark = pytest.mark.slow
+
 CONFIG = """
 drain_delay_s = {delay}
 drain_timeout_s = {timeout}

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from conftest import require
 
+pytestmark = pytest.mark.slow
+
 CLIENTS = 500
 SECONDS = 60.0
 WORKERS = 8

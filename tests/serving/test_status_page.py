@@ -5,6 +5,8 @@ import shutil
 import pytest
 from conftest import require
 
+pytestmark = pytest.mark.slow
+
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
