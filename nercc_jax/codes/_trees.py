@@ -66,6 +66,11 @@ class Form:
     dtypes: tuple[str, ...]
 
     @property
+    def size(self) -> int:
+        """The length of the vectors."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    @property
     def is_vector(self) -> bool:
         """Whether it was one array of vectors."""
         return self.structure == jax.tree.structure(0) and len(self.shapes[0]) == 1

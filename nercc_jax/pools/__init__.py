@@ -1,7 +1,7 @@
 """Pools of independent workers: who answers first is decoded."""
 
-from ._batch import Answers as Answers
 from ._batch import Batch as Batch
+from ._batch import BatchAnswers as BatchAnswers
 from ._batch import Failure as Failure
 from ._desk import PoolReport as PoolReport
 from ._desk import WorkerReport as WorkerReport

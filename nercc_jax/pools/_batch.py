@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable
 from typing import TypeAlias
 
+import jax
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, PyTree
 
 from ._overdue import Overdue
 
@@ -26,7 +27,7 @@ class Failure:
 
 
 @dataclasses.dataclass(frozen=True)
-class Answers:
+class BatchAnswers:
     """What was in when the wait ended.
 
     `values` are zero where no answer was in, and None where there was none at all; `seconds` count
@@ -34,7 +35,7 @@ class Answers:
     none; `waited` is from the batch's dispatch to the end of the wait.
     """
 
-    values: Float[np.ndarray, "num_points ..."] | None
+    values: PyTree[Float[np.ndarray, "num_points ..."]] | None
     available: Bool[np.ndarray, " num_points"]
     seconds: Float[np.ndarray, " num_points"]
     waited: float
@@ -60,7 +61,7 @@ class Task:
         "value",
     )
 
-    def __init__(self, batch: "Batch", point: int, kind: int, value: np.ndarray):
+    def __init__(self, batch: "Batch", point: int, kind: int, value: PyTree):
         self.batch, self.point, self.kind, self.value = batch, point, kind, value
         self.given = time.monotonic()
         self.attempts = 0
@@ -97,7 +98,7 @@ class Batch:
         self.failures: list[Failure] = []
         self.on_change = on_change
         self._on_forget = on_forget
-        self._values: list[np.ndarray | None] = [None] * num_points
+        self._values: list[PyTree | None] = [None] * num_points
         self._seconds = np.full(num_points, np.nan)
         self._changed = threading.Condition(lock)
         self._awaited = num_points
@@ -117,7 +118,7 @@ class Batch:
         """How many coded data points have been answered."""
         return self._count
 
-    def wait(self, enough: Enough | None = None, deadline: float = 60.0) -> Answers:
+    def wait(self, enough: Enough | None = None, deadline: float = 60.0) -> BatchAnswers:
         """Waits until the answers are enough, no more can come, or `deadline` seconds have passed.
 
         `enough` is a number of answers (all unless given), or a function of the mask of those that
@@ -166,7 +167,7 @@ class Batch:
         with self._changed:
             self.needed = 0
 
-    def answer(self, point: int) -> np.ndarray | None:
+    def answer(self, point: int) -> PyTree[np.ndarray] | None:
         """One coded data point's answer, if it is in."""
         return self._values[point]
 
@@ -185,14 +186,19 @@ class Batch:
             return False
         return task.settled or self.short <= 0
 
-    def _answers(self) -> Answers:
+    def _answers(self) -> BatchAnswers:
         some = next((value for value in self._values if value is not None), None)
         values = None
         if some is not None:
-            values = np.zeros((self.num_points, *some.shape), some.dtype)
+            values = jax.tree.map(
+                lambda leaf: np.zeros((self.num_points, *leaf.shape), leaf.dtype), some
+            )
             for point in np.flatnonzero(self.available):
-                values[point] = self._values[point]
-        return Answers(
+                for whole, part in zip(
+                    jax.tree.leaves(values), jax.tree.leaves(self._values[point]), strict=True
+                ):
+                    whole[point] = part
+        return BatchAnswers(
             values,
             self.available.copy(),
             self._seconds.copy(),
@@ -224,7 +230,7 @@ class Batch:
         if not task.settled:
             self.hopes += (task.fresh > 0) - before
 
-    def settle(self, task: Task, value: np.ndarray | None) -> None:
+    def settle(self, task: Task, value: PyTree | None) -> None:
         """Takes a task's answer, or that it has none."""
         self.hopes -= task.fresh > 0
         task.settled, task.value = True, _NOTHING  # it may be large, and the batch live on
@@ -237,17 +243,20 @@ class Batch:
         if self._count >= self._awaited or self._unsettled == 0:
             self._changed.notify_all()
 
-    def refusal(self, value: np.ndarray, size: int) -> str | None:
+    def refusal(self, value: PyTree[np.ndarray], size: int) -> str | None:
         """Why an answer cannot be one, if so."""
-        if value.ndim < 1 or value.shape[0] != size:
-            return f"{size} data points came back as an array of shape {value.shape}"
-        if not np.issubdtype(value.dtype, np.floating):
-            return f"the answer is {value.dtype}: codes work on floats"
+        leaves = jax.tree.leaves(value)
+        if not leaves:
+            return "the answer holds no array"
+        for leaf in leaves:
+            if leaf.ndim < 1 or leaf.shape[0] != size:
+                return f"{size} data points came back as an array of shape {leaf.shape}"
+            if not np.issubdtype(leaf.dtype, np.floating):
+                return f"the answer is {leaf.dtype}: codes work on floats"
         other = next((v for v in self._values if v is not None), value)
-        if other.shape[1:] != value.shape[1:]:
-            return (
-                f"each answer has shape {value.shape[1:]}, others of this batch {other.shape[1:]}"
-            )
-        if not np.isfinite(value).all():
+        forms = [jax.tree.map(lambda leaf: leaf.shape[1:], tree) for tree in (value, other)]
+        if forms[0] != forms[1]:
+            return f"each answer has shape {forms[0]}, others of this batch {forms[1]}"
+        if not all(np.isfinite(leaf).all() for leaf in leaves):
             return "the answer is not finite"
         return None

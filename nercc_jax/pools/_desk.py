@@ -26,7 +26,9 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeAlias
 
+import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from ..codes import check_counts
 from ._batch import Batch, Failure, Task
@@ -199,7 +201,7 @@ class Desk:
         self,
         batch: Batch,
         points: Sequence[int],
-        values: Iterable[np.ndarray],
+        values: Iterable[PyTree],
         kinds: Sequence[int],
     ) -> None:
         with self._lock:
@@ -532,7 +534,7 @@ def _refusal(task: Task, outcome: Any) -> str | None:
     """Why a worker's outcome is no answer, if so."""
     if isinstance(outcome, Exception):
         return _reason(outcome)
-    return task.batch.refusal(outcome, task.value.shape[0])
+    return task.batch.refusal(outcome, len(jax.tree.leaves(task.value)[0]))
 
 
 # The line of a traceback that says what was raised: frames are indented.

@@ -6,16 +6,15 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
-from ..codes import AbstractCode, Decoded, decode_groups
-from ..inference import in_groups, is_grouped
+from ..codes import AbstractCode, Decoded, decode_groups, is_float, join
+from ..inference import check_finite, in_groups, is_grouped
 from ..surrogates import Doubt, assess, doubtful
-from ._batch import Answers, Enough
+from ._batch import BatchAnswers, Enough
 from ._pool import AbstractPool
 from ._worker import no_mesh, off_meshes
 
@@ -49,7 +48,7 @@ class PoolResult:
     """
 
     decoded: Decoded
-    answers: Answers
+    answers: BatchAnswers
     timing: Timing
     doubt: Float[np.ndarray, "*groups num_data"] | None = None
     reexecuted: Bool[np.ndarray, "*groups num_data"] | None = None
@@ -68,8 +67,9 @@ def pool_inference(
 ) -> Callable[..., Any]:
     """One function `(x, enough=None, deadline=60.0) -> predictions` for a pool behind a code.
 
-    x: (K, ...) for one group, or (groups, K, ...), finite, of a float dtype; every worker gets its
-    coded data points of all groups as one batch. `enough` says when to decode: a number of answers
+    x: (K, ...) for one group, or (groups, K, ...), finite, of a float dtype, or a pytree of such as
+    for `coded_inference`; every worker gets its coded data points of all groups as one batch.
+    `enough` says when to decode: a number of answers
     (all N unless given), or a function of the mask, such as `Forecast.below`; `deadline` is in
     seconds, and what is in by then is decoded. Predictions are (K, ...) or (groups, K, ...), NaN
     where a data point cannot be recovered; `with_status=True` returns a `PoolResult`. `grouped`
@@ -91,15 +91,14 @@ def pool_inference(
     code, doubt = off_meshes((code, doubt))
     encoder = np.asarray(code.encoder_matrix())
     kinds = code.worker_models.tolist()
-    everyone = jnp.ones(code.num_workers, bool)
     limit = _limit(code, doubt, max_disagreement, max_reexecution)
     decode: Any = shared_decoder(code) if doubt is None else shared_assessor(code, doubt)
 
     @no_mesh()
-    def infer(x: ArrayLike, enough: Enough | None = None, deadline: float = 60.0):
+    def infer(x: PyTree, enough: Enough | None = None, deadline: float = 60.0):
         begin = time.perf_counter()
-        x, many = _groups(code, np.asarray(x), everyone, grouped)
-        coded = encode_on_host(encoder, x)
+        x, many = _groups(code, x, grouped)
+        coded = jax.tree.map(lambda leaf: encode_on_host(encoder, leaf), x)
         encoded = time.perf_counter()
         needed = None if enough is None or callable(enough) else operator.index(enough)
         with pool.dispatch(coded, kinds=kinds, needed=needed) as batch:
@@ -151,13 +150,13 @@ def _limit(
         )
     # Each says so where it does not fit: a code without a deviation, and a surrogate's doubt.
     code.posterior_variance(np.ones(code.num_workers, bool))
-    doubt(jnp.zeros(2), jnp.ones(()))
+    doubt(jnp.zeros(2 if doubt.form is None else doubt.form.size), jnp.ones(()))
     return doubt.limit(max_disagreement)
 
 
 def _reexecute(
     pool: AbstractPool,
-    x: Float[np.ndarray, "groups num_data ..."],
+    x: PyTree[Shaped[np.ndarray, "groups num_data ..."]],
     decoded: Decoded,
     doubt: Float[np.ndarray, "groups num_data"],
     chosen: Int[np.ndarray, " chosen"],
@@ -168,47 +167,47 @@ def _reexecute(
     if len(chosen) == 0 or seconds <= 0:
         return decoded, doubt, again
     # As many in a call as coded ones were, for which workers have compiled their program.
-    size = len(x)
+    size = len(doubt)
     rows = np.resize(chosen, -(-len(chosen) // size) * size).reshape(-1, size)
-    with pool.dispatch(x.reshape(-1, *x.shape[2:])[rows]) as batch:
+    points = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[rows], x)
+    with pool.dispatch(points) as batch:
         answers = batch.wait(deadline=seconds)
     if answers.values is None:
         return decoded, doubt, again
     places = np.unravel_index(rows[answers.available], doubt.shape)
-    predictions, recovered, doubt = (
-        np.array(each) for each in (decoded.predictions, decoded.recovered, doubt)
+
+    def filled(values: Any, new: Any) -> Any:
+        values = np.array(values)
+        values[places] = new
+        return values
+
+    own = jax.tree.map(lambda leaf: leaf[answers.available], answers.values)
+    status = Decoded(
+        jax.tree.map(filled, decoded.predictions, own),
+        decoded.heard,
+        filled(decoded.recovered, True),
     )
-    predictions[places] = answers.values[answers.available]
-    recovered[places], doubt[places], again[places] = True, 0, True
-    filled = eqx.tree_at(lambda d: (d.predictions, d.recovered), decoded, (predictions, recovered))
-    return filled, doubt, again
+    return status, filled(doubt, 0), filled(again, True)
 
 
-def _groups(
-    code: AbstractCode, x: np.ndarray, everyone: Array, grouped: bool | None
-) -> tuple[np.ndarray, bool]:
-    """x as (groups, K, ...), and whether it came so."""
-    if grouped is None:
-        grouped = is_grouped(code, x, everyone)
-    elif x.shape[int(grouped) : int(grouped) + 1] != (code.num_data,):
-        wanted = "(groups, K, ...)" if grouped else "(K, ...)"
-        raise ValueError(f"x has shape {x.shape}, but must be {wanted}, K = {code.num_data}")
-    x = in_groups(code, x, grouped)
-    x = x.astype(jax.dtypes.canonicalize_dtype(x.dtype), copy=False)
-    if not np.isfinite(x).all():
-        finite = np.isfinite(x.reshape(*x.shape[:2], -1)).all(axis=-1)
-        where = np.argwhere(~finite) if grouped else np.flatnonzero(~finite)
-        raise ValueError(f"data points {where.tolist()} are not finite: take them out")
-    return x, grouped
+def _groups(code: AbstractCode, x: PyTree, grouped: bool | None) -> tuple[PyTree, bool]:
+    """x as (groups, K, ...) on the host, and whether it came so."""
+    x = jax.tree.map(np.asarray, x)
+    many = is_grouped(code.num_data, x, 1, grouped)
+    check_finite(x, 2 if many else 1)
+    x = in_groups(code, x, many)
+    dtype = jax.dtypes.canonicalize_dtype
+    return jax.tree.map(lambda leaf: leaf.astype(dtype(leaf.dtype), copy=False), x), many
 
 
-def shared_decoder(code: AbstractCode) -> Callable[[np.ndarray, np.ndarray], Decoded]:
+def shared_decoder(code: AbstractCode) -> Callable[[PyTree, np.ndarray], Decoded]:
     """Decodes (N, groups, ...) answers that share a mask; the code is a constant of the program."""
 
     @jax.jit
     def decode(values, available):
-        masks = jnp.broadcast_to(available, (values.shape[1], code.num_workers))
-        return decode_groups(code, jnp.swapaxes(values, 0, 1), masks)
+        y = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), values)
+        groups = len(jax.tree.leaves(y)[0])
+        return decode_groups(code, y, jnp.broadcast_to(available, (groups, code.num_workers)))
 
     return decode
 
@@ -220,27 +219,29 @@ def shared_assessor(
 
     @jax.jit
     def judge(values, available):
-        masks = jnp.broadcast_to(available, (values.shape[1], code.num_workers))
-        y = jnp.swapaxes(values, 0, 1).reshape(*masks.shape, -1)
+        y, form = join(jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), values), 2)
+        masks = jnp.broadcast_to(available, (len(y), code.num_workers))
         decoded, deviation = assess(code, None, y, masks)
         doubts = doubt(decoded.predictions, deviation)
-        predictions = decoded.predictions.reshape(*doubts.shape, *values.shape[2:])
+        predictions = form.split(decoded.predictions)
         return Decoded(predictions, decoded.heard, decoded.recovered), doubts
 
     return judge
 
 
 def encode_on_host(
-    encoder: Float[np.ndarray, "num_workers num_data"], x: Float[np.ndarray, "groups num_data ..."]
-) -> Float[np.ndarray, "num_workers groups ..."]:
+    encoder: Float[np.ndarray, "num_workers num_data"], x: Shaped[np.ndarray, "groups num_data ..."]
+) -> Shaped[np.ndarray, "num_workers groups ..."]:
     """Coded data points, worker by worker: on the host, where x is and whence it is sent."""
     groups, num_data, *shape = x.shape
+    if not is_float(x):  # it is the same for all data points of a group, and goes to all workers
+        return np.broadcast_to(x[:, 0], (len(encoder), groups, *shape))
     flat = np.moveaxis(x.reshape(groups, num_data, -1), 1, 0).reshape(num_data, -1)
     coded = encoder.astype(x.dtype) @ flat
     return coded.reshape(len(encoder), groups, *shape)
 
 
-def _nobody(pool: AbstractPool, answers: Answers, deadline: float) -> Exception:
+def _nobody(pool: AbstractPool, answers: BatchAnswers, deadline: float) -> Exception:
     """The error for a batch without a single answer."""
     report = pool.report()
     seen = f"{report.busy} workers are busy, {report.starting} are started again"

@@ -4,8 +4,9 @@ import abc
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, PyTree, Shaped
 
 from ._batch import Batch
 from ._desk import Desk, PoolReport
@@ -29,7 +30,7 @@ class AbstractPool(abc.ABC):
 
     def dispatch(
         self,
-        coded: Float[Array | np.ndarray, "num_points batch ..."],
+        coded: PyTree[Shaped[Array | np.ndarray, "num_points batch ..."]],
         *,
         kinds: Sequence[int] | None = None,
         needed: int | None = None,
@@ -37,6 +38,7 @@ class AbstractPool(abc.ABC):
     ) -> Batch:
         """Sends each coded data point, a batch for one worker's model, and comes back at once.
 
+        Coded data points may be pytrees, whose leaves share the first two axes.
         `kinds` says which of the pool's models each runs, 0 for the served one (all unless given).
         `needed` is the number of answers that will do (all unless given): beyond it nothing is sent
         to a worker who could do something else. `copies` is how many workers may have the same
@@ -44,13 +46,18 @@ class AbstractPool(abc.ABC):
 
         Raises: ValueError where the pool is closed, or a number does not fit.
         """
-        values = np.asarray(coded)
-        if values.ndim < 2 or 0 in values.shape[:2]:
+        values = jax.tree.map(np.asarray, coded)
+        leaves, structure = jax.tree.flatten(values)
+        leads = {leaf.shape[:2] for leaf in leaves}
+        if len(leads) != 1 or len(min(leads)) < 2 or 0 in min(leads):
+            shapes = ", ".join(str(leaf.shape) for leaf in leaves)
             raise ValueError(
-                f"coded data points are (num_points, batch, ...), not of shape {values.shape}"
+                f"coded data points are (num_points, batch, ...), not of shape {shapes}"
             )
-        batch = self.open(len(values), needed=needed, copies=copies)
-        self.send(batch, range(len(values)), values, kinds=kinds)
+        number = len(leaves[0])
+        batch = self.open(number, needed=needed, copies=copies)
+        each = [jax.tree.unflatten(structure, parts) for parts in zip(*leaves, strict=True)]
+        self.send(batch, range(number), each, kinds=kinds)
         return batch
 
     def open(
@@ -76,7 +83,7 @@ class AbstractPool(abc.ABC):
         self,
         batch: Batch,
         points: Sequence[int],
-        values: Iterable[np.ndarray],
+        values: Iterable[PyTree],
         *,
         kinds: Sequence[int] | None = None,
     ) -> None:

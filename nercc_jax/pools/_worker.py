@@ -17,7 +17,7 @@ from ._faults import Faults, InjectedError
 Device: TypeAlias = Any  # `jax.Device`, which pyright does not take for a type
 
 # Batches that programs are compiled for: one, several of different shapes, or none.
-Examples: TypeAlias = np.ndarray | Sequence[np.ndarray] | None
+Examples: TypeAlias = PyTree | Sequence[PyTree] | None
 
 _NO_MESH = Mesh(np.empty((), object), ())
 
@@ -60,13 +60,13 @@ class Program:
         with no_mesh():
             self._calls = tuple(_bound(model, device) if compiled else model for model in models)
 
-    def __call__(self, kind: int, batch: np.ndarray) -> np.ndarray:
+    def __call__(self, kind: int, batch: PyTree) -> PyTree[np.ndarray]:
         """Model `kind`'s answers to a batch, on the host."""
         with no_mesh(), jax.enable_x64(self._x64), jax.default_device(self._device):
-            return np.asarray(self._calls[kind](batch))
+            return jax.tree.map(np.asarray, self._calls[kind](batch))
 
 
-def _bound(model: Model, device: Device) -> Callable[[np.ndarray], Any]:
+def _bound(model: Model, device: Device) -> Callable[[PyTree], Any]:
     """The model as a compiled function whose arrays lie on the device."""
     arrays, rest = eqx.partition(model, eqx.is_array)
     # A device alone would leave an array of an explicit mesh typed by that mesh.
@@ -108,9 +108,9 @@ def warm_up(programs: Sequence[Program], num_models: int, example: Examples) -> 
         try:
             for program in programs:
                 for kind in range(num_models):
-                    program(kind, np.asarray(batch))
+                    program(kind, jax.tree.map(np.asarray, batch))
         except Exception as error:
-            shape = np.shape(batch)
+            shape = ", ".join(str(np.shape(leaf)) for leaf in jax.tree.leaves(batch))
             raise RuntimeError(
                 f"the model does not run on a batch of shape {shape}: {error}"
             ) from error
@@ -136,7 +136,7 @@ class Worker:
         self._faults = faults.at(index, life)
         self._die, self._wait = die, wait
 
-    def __call__(self, kind: int, batch: np.ndarray) -> np.ndarray:
+    def __call__(self, kind: int, batch: PyTree) -> PyTree[np.ndarray]:
         """Answers a batch, unless a fault has it otherwise."""
         seconds, kinds = self._faults.next()
         if "death" in kinds:
@@ -148,4 +148,4 @@ class Worker:
         if "error" in kinds:
             raise InjectedError("injected on purpose")
         y = self._program(kind, batch)
-        return np.full_like(y, np.nan) if "nan" in kinds else y
+        return jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), y) if "nan" in kinds else y
