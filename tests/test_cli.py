@@ -70,7 +70,7 @@ def test_models_evaluates():
         ),
         (
             "tune",
-            ("--loss", "cross_entropy", "--outputs", "probabilities"),
+            ("--criterion", "cross_entropy", "--outputs", "probabilities"),
             "needs --outputs logits",
         ),
         ("tune", ("--max-stragglers", "20"), "leaves none of 20 workers"),

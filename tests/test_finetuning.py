@@ -14,8 +14,8 @@ import scipy.special
 from flax import nnx
 
 import nercc_jax as nj
-from nercc_jax.tuning import fine_tune
-from nercc_jax.tuning._fine_tune import _free, _Terms, _with
+from nercc_jax.tuning import Descent, Sampling, Target, fine_tune
+from nercc_jax.tuning._fine_tune import _free, _Goal, _with
 
 K, N, INPUTS, OUTPUTS = 3, 6, 4, 3
 RANDOM = np.random.default_rng(5)
@@ -60,13 +60,22 @@ def labels_of(x):
     return np.argmax(numpy_network(x), axis=1)
 
 
-QUICK: dict[str, Any] = {
-    "steps": 20,
-    "check_every": 10,
-    "held_out": 30,
-    "held_out_sets": 4,
-    "sets_per_step": 3,
-}
+HELD_OUT = 0.2  # 30 of 150 data points
+QUICK = Sampling(groups_per_step=4, sets_per_step=3, held_out_share=HELD_OUT, held_out_sets=4)
+
+
+def quick(steps=20, check_every=10, learning_rate=3e-4):
+    return Descent(steps, learning_rate, check_every, patience=None)
+
+
+def looks(seen):
+    """A callback that keeps the steps that were judged, with their models."""
+
+    def on_step(step, model):
+        if step.held_out is not None:
+            seen.append((step, model))
+
+    return on_step
 
 
 @functools.cache
@@ -74,8 +83,9 @@ def tuned():
     """One run that the tests look at, and what its caller saw."""
     seen = []
     result = fine_tune(
-        network(), CODE, X, ONE, key=jax.random.key(1), steps=150, learning_rate=1e-2,
-        check_every=50, held_out=30, tolerance=0.1, on_check=lambda *told: seen.append(told),
+        network(), CODE, X, ONE, key=jax.random.key(1), target=Target(tolerance=0.1),
+        sampling=Sampling(groups_per_step=4, held_out_share=HELD_OUT, held_out_sets=8),
+        descent=quick(150, 50, 1e-2), on_step=looks(seen),
     )  # fmt: skip
     return result, seen
 
@@ -101,27 +111,26 @@ def coded_outputs(code, x, available, model):
     return spline_matrix(beta[available], alpha, float(code.lambda_dec)) @ answers
 
 
-def _terms(loss="mse", order=None, buffer=None, augment=None, sets=1):
-    return _Terms(
-        loss, 0.7, 0.3, lambda y, label: -y[label], order, augment, groups=2, buffer=buffer,
-        sets=sets,
-    )  # fmt: skip
+def _goal(criterion="mse", order=None, buffer_size=None, augment=None, sets=1):
+    target = Target(fidelity=0.7, label_weight=0.3, label_criterion=lambda y, label: -y[label])
+    sampling = Sampling(2, sets, order=order, buffer_size=buffer_size, augment=augment)
+    return _Goal(criterion, target, sampling)
 
 
-@pytest.mark.parametrize(("loss", "labelled"), [("mse", False), ("cross_entropy", True)])
-def test_the_loss_is_coded_error_and_fidelity_and_labels(loss, labelled, dtype, key):
+@pytest.mark.parametrize(("criterion", "labelled"), [("mse", False), ("cross_entropy", True)])
+def test_the_objective_is_coded_error_and_fidelity_and_labels(criterion, labelled, dtype, key):
     code = nj.NeRCC(K, N, lambda_enc=0.0, lambda_dec=1e-3)
     x = X[: 2 * K].astype(dtype).reshape(2, K, INPUTS)
     labels = np.arange(2 * K) % OUTPUTS
     moved = eqx.tree_at(lambda m: m.second, network(dtype), jnp.asarray(SECOND.T[::-1].T, dtype))
-    terms = _terms(loss=loss, sets=20)
-    told = terms(
+    goal = _goal(criterion=criterion, sets=20)
+    told = goal(
         moved, network(dtype), code, ONE, jnp.asarray(x),
         jnp.asarray(labels).reshape(2, K) if labelled else None, key,
     )  # fmt: skip
 
     def point_loss(decoded, original):
-        if loss == "mse":
+        if criterion == "mse":
             return np.mean((decoded - original) ** 2, axis=-1)
         p, q = scipy.special.softmax(original, -1), scipy.special.softmax(decoded, -1)
         return scipy.special.rel_entr(p, q).sum(-1)
@@ -146,13 +155,13 @@ def test_the_gradient_in_the_parameters_is_that_of_finite_differences(key):
     with jax.enable_x64(True):
         code = nj.NeRCC(K, N, lambda_enc=0.0, lambda_dec=1e-3)
         x, model = jnp.asarray(X[:K], float)[None], network("float64")
-        terms = _terms(sets=20)
+        goal = _goal(sets=20)
         free = _free(model)
 
         @jax.jit
         def loss(parameters):
             moved = _with(model, free, parameters)
-            return terms(moved, network("float64"), code, ONE, x, jnp.array([[0, 1, 2]]), key)
+            return goal(moved, network("float64"), code, ONE, x, jnp.array([[0, 1, 2]]), key)
 
         here = [1.1 * jnp.asarray(FIRST), 0.9 * jnp.asarray(SECOND)]
         slopes = jax.jit(jax.grad(loss))(here)
@@ -171,8 +180,8 @@ def test_the_gradient_in_the_parameters_is_that_of_finite_differences(key):
 def test_ordered_buffers_are_cut_into_neighbours(buffer, key):
     """With points on a line and all of them in the buffer, groups are runs of the line."""
     x = jnp.asarray(np.random.default_rng(0).permutation(8 * K), float)[:, None]
-    terms = _terms(order=lambda batch: jnp.argsort(batch[:, 0]), buffer=buffer)
-    groups, labels = terms.draw(CODE, x, 2 * x[:, 0].astype(int), key)
+    sampling = Sampling(order=lambda batch: jnp.argsort(batch[:, 0]), buffer_size=buffer)
+    groups, labels = sampling.draw(K, x, 2 * x[:, 0].astype(int), key)
     assert groups.shape == (2, K, 1)
     np.testing.assert_array_equal(labels, 2 * groups[..., 0])
     flat = np.asarray(groups)[..., 0]
@@ -185,9 +194,9 @@ def test_ordered_buffers_are_cut_into_neighbours(buffer, key):
 
 def test_augmentation_changes_what_both_models_see(key):
     x = jnp.asarray(X[: 4 * K])
-    terms, plain = _terms(augment=lambda batch, key: batch + 10), _terms()
+    sampling, plain = Sampling(augment=lambda batch, key: batch + 10), Sampling()
     np.testing.assert_allclose(
-        terms.draw(CODE, x, None, key)[0], plain.draw(CODE, x, None, key)[0] + 10
+        sampling.draw(K, x, None, key)[0], plain.draw(K, x, None, key)[0] + 10
     )
 
 
@@ -215,16 +224,16 @@ def test_coded_predictions_come_nearer_and_clean_ones_stay():
 
 def test_the_result_is_the_best_of_the_allowed_looks():
     result, seen = tuned()
-    looks = [step for step in result.history if step.held_out is not None]
-    assert [step.step for step in looks] == [0, 50, 100, 150]
-    assert [step for step, _ in seen] == looks
-    assert (looks[0].held_out, looks[0].agreement) == (pytest.approx(1, rel=1e-5), 1.0)
-    allowed = [step for step in looks if step.agreement >= 0.9]
+    judged = [step for step in result.history if step.held_out is not None]
+    assert [step.step for step in judged] == [0, 50, 100, 150]
+    assert [step for step, _ in seen] == judged
+    assert (judged[0].held_out, judged[0].agreement) == (pytest.approx(1, rel=1e-5), 1.0)
+    allowed = [step for step in judged if step.agreement >= 0.9]
     assert result.objective == min(step.held_out for step in allowed)
-    place = [step.held_out for step in looks].index(result.objective)
+    place = [step.held_out for step in judged].index(result.objective)
     np.testing.assert_array_equal(result.model.first, seen[place][1].first)
-    assert result.agreement == looks[place].agreement
-    assert [step.loss is None for step in result.history] == 150 * [False] + [True]
+    assert result.agreement == judged[place].agreement
+    assert [step.objective is None for step in result.history] == 150 * [False] + [True]
     # Four groups a step; ten held out, judged before the first step and at four looks.
     assert result.differentiated == 150 * 4 * (K + N)
     assert result.evaluations == 150 * 4 * (2 * K + N) + 30 + 10 * (K + N) + 4 * (30 + 10 * N)
@@ -234,12 +243,13 @@ def test_the_result_is_the_best_of_the_allowed_looks():
 def test_a_model_that_has_changed_too_much_is_not_taken():
     seen = []
     result = fine_tune(
-        network(), CODE, X, ONE, key=jax.random.key(0), learning_rate=0.5, fidelity=0.0,
-        tolerance=0.0, on_check=lambda step, model: seen.append(step), **QUICK,
+        network(), CODE, X, ONE, key=jax.random.key(0), sampling=QUICK,
+        target=Target(fidelity=0.0, tolerance=0.0), descent=quick(learning_rate=0.5),
+        on_step=looks(seen),
     )  # fmt: skip
-    assert min(step.agreement for step in seen) < 1
+    assert min(step.agreement for step, _ in seen) < 1
     assert result.agreement == 1
-    taken = [step for step in seen if step.agreement == 1]
+    taken = [step for step, _ in seen if step.agreement == 1]
     assert result.objective == min(step.held_out for step in taken)
 
 
@@ -247,16 +257,16 @@ def test_with_labels_accuracy_decides_and_rises():
     """A model that knows little, and labels that a better one gave."""
     labels, seen = np.argmax(X @ TRUTH, axis=1), []
     result = fine_tune(
-        network(), CODE, X, ONE, key=jax.random.key(0), labels=labels, label_weight=3.0,
-        loss="cross_entropy", learning_rate=2e-2, tolerance=0.0,
-        on_check=lambda step, model: seen.append(model), **QUICK | {"steps": 60},
+        network(), CODE, X, ONE, key=jax.random.key(0), labels=labels, criterion="cross_entropy",
+        target=Target(label_weight=3.0, tolerance=0.0), sampling=QUICK,
+        descent=quick(60, learning_rate=2e-2), on_step=looks(seen),
     )  # fmt: skip
     assert result.original_accuracy is not None
     assert result.accuracy >= result.original_accuracy
     last = result.history[-1]
     assert last.accuracy > result.original_accuracy + 0.2
     assert last.agreement < 0.9  # which labels excuse
-    choice = np.argmax(np.asarray(seen[-1](jnp.asarray(X))), axis=1)
+    choice = np.argmax(np.asarray(seen[-1][1](jnp.asarray(X))), axis=1)
     assert np.mean(choice == labels) > np.mean(labels_of(X) == labels) + 0.2
 
 
@@ -264,8 +274,8 @@ def test_going_on_keeps_the_first_models_outputs_as_the_target():
     """From a spoilt model back to the original, which the fidelity term alone wants."""
     spoilt = eqx.tree_at(lambda m: m.second, network(), jnp.asarray(1.3 * SECOND, "float32"))
     result = fine_tune(
-        spoilt, CODE, X, ONE, key=jax.random.key(0), original=network(), fidelity=100.0,
-        learning_rate=1e-2, **QUICK | {"steps": 60},
+        spoilt, CODE, X, ONE, key=jax.random.key(0), sampling=QUICK,
+        target=Target(original=network(), fidelity=100.0), descent=quick(60, learning_rate=1e-2),
     )  # fmt: skip
     before, after = (np.mean((m(X) - numpy_network(X)) ** 2) for m in (spoilt, result.model))
     assert after < 0.2 * before
@@ -287,8 +297,8 @@ def test_codes_take_turns_with_laws_of_their_own(key):
         nj.NeRCC(3, 7, lambda_dec=0.0, points="interleaved"),
     ]
     result = fine_tune(
-        model, codes, X, [ONE, NOBODY], key=key, groups_per_step=4, tolerance=1.0,
-        learning_rate=1e-2, **QUICK | {"steps": 40, "check_every": 40},
+        model, codes, X, [ONE, NOBODY], key=key, target=Target(tolerance=1.0), sampling=QUICK,
+        descent=quick(40, 40, 1e-2),
     )  # fmt: skip
     assert result.objective < 1
     assert {4 * 5, 4 * 7, 4 * 2, 4 * 3} <= set(traces)
@@ -297,16 +307,15 @@ def test_codes_take_turns_with_laws_of_their_own(key):
 
 
 def test_one_seed_gives_one_model_to_the_last_bit():
-    options = QUICK | {"steps": 2, "check_every": 2, "tolerance": 1.0, "learning_rate": 1e-2}
     runs: list[Any] = []
     for seed in (3, 3, 4):
         fine_tune(
-            network(), CODE, X, ONE, key=jax.random.key(seed),
-            on_check=lambda step, model: runs.append(model), **options,
+            network(), CODE, X, ONE, key=jax.random.key(seed), target=Target(tolerance=1.0),
+            sampling=QUICK, descent=quick(2, 2, 1e-2), on_step=looks(runs),
         )  # fmt: skip
-    after = [np.asarray(model.first).tobytes() for model in runs[1::2]]
+    after = [np.asarray(model.first).tobytes() for _, model in runs[1::2]]
     assert after[0] == after[1] != after[2]
-    np.testing.assert_array_equal(runs[0].first, network().first)
+    np.testing.assert_array_equal(runs[0][1].first, network().first)
 
 
 # -- What is trained -------------------------------------------------------------------------------
@@ -330,10 +339,10 @@ def test_running_statistics_and_integers_stay(key):
     model.eval()
     seen = []
     fine_tune(
-        model, CODE, X, ONE, key=key, learning_rate=1e-2,
-        on_check=lambda step, model: seen.append(model), **QUICK,
+        model, CODE, X, ONE, key=key, sampling=QUICK, descent=quick(learning_rate=1e-2),
+        on_step=looks(seen),
     )  # fmt: skip
-    norm, after = model.norm, seen[-1].norm
+    norm, after = model.norm, seen[-1][1].norm
     np.testing.assert_array_equal(after.mean[...], norm.mean[...])
     np.testing.assert_array_equal(after.var[...], norm.var[...])
     assert np.all(np.asarray(after.scale[...]) != np.asarray(norm.scale[...]))
@@ -345,8 +354,18 @@ def test_running_statistics_and_integers_stay(key):
 def test_batch_statistics_are_refused(key):
     model = Normed()
     model.train()
+    with pytest.raises(ValueError, match=r"in training mode: its BatchNorm at norm"):
+        fine_tune(model, CODE, X, ONE, key=key, sampling=QUICK)
+
+    class Centred(Network):
+        """No layer says so, but answers depend on each other."""
+
+        def __call__(self, batch):
+            return super().__call__(batch - jnp.mean(batch, axis=0))
+
+    hidden = Centred(jnp.asarray(FIRST, "float32"), jnp.asarray(SECOND, "float32"), jnp.array(0))
     with pytest.raises(ValueError, match=r"depends on the others of its batch.*evaluation mode"):
-        fine_tune(model, CODE, X, ONE, key=key, **QUICK)
+        fine_tune(hidden, CODE, X, ONE, key=key, sampling=QUICK)
 
 
 def test_steps_that_are_not_finite_change_nothing_and_are_told():
@@ -365,15 +384,15 @@ def test_steps_that_are_not_finite_change_nothing_and_are_told():
     seen = []
     with pytest.warns(RuntimeWarning, match=r"\d+ of 20 steps were rejected"):
         result = fine_tune(
-            model, CODE, x, ONE, key=key, on_check=lambda *told: seen.append(told),
-            **QUICK | {"check_every": 1}, tolerance=1.0, learning_rate=1e-2,
+            model, CODE, x, ONE, key=key, target=Target(tolerance=1.0), sampling=QUICK,
+            descent=quick(20, 1, 1e-2), on_step=looks(seen),
         )  # fmt: skip
     assert 0 < result.rejected < 20
     assert result.objective < 1
     for (before, model), (_, later) in itertools.pairwise(seen):
         same = np.array_equal(model.first, later.first)
         assert same == before.rejected
-        assert np.isfinite(before.loss) != before.rejected
+        assert np.isfinite(before.objective) != before.rejected
         assert np.isfinite(later.first).all()
 
 
@@ -383,42 +402,45 @@ def test_steps_that_are_not_finite_change_nothing_and_are_told():
 @pytest.mark.parametrize(
     ("x", "change", "message"),
     [
-        (X[:32], {}, r"x has shape \(32, 4\), of which 30 are held out: groups have 3"),
-        (X, {"held_out": 2}, "of which 2 are held out"),
-        (np.full_like(X, np.inf), {}, "data points must be finite floats"),
+        (X[:5], {}, r"x has shape \(5, 4\): tuning needs two groups of 3"),
+        (np.full_like(X, np.inf), {}, "are not finite"),
         (X.astype(int), {}, "x is int"),
         (X, {"labels": np.zeros(3, int)}, r"labels have shape \(3,\); x has 150"),
-        (X, {"steps": 0}, "steps must be a positive integer, not 0"),
-        (X, {"groups_per_step": 1.5}, "groups_per_step must be a positive integer, not 1.5"),
-        (X, {"sets_per_step": 0}, "sets_per_step must be a positive integer"),
-        (X, {"held_out_sets": True}, "held_out_sets must be a positive integer, not True"),
-        (X, {"check_every": 0}, "check_every must be a positive integer"),
-        (X, {"learning_rate": 0.0}, "learning_rate must be positive and finite, not 0.0"),
-        (X, {"learning_rate": np.nan}, "learning_rate must be positive and finite, not nan"),
-        (X, {"fidelity": -1.0}, "fidelity must be 0 or positive, and finite, not -1.0"),
-        (X, {"label_weight": np.inf}, "label_weight must be 0 or positive, and finite"),
-        (X, {"tolerance": np.nan}, "tolerance must be 0 or positive"),
-        (X, {"loss": "brier"}, "loss must be one of mse, cross_entropy or a function"),
+        (X, {"criterion": "brier"}, "criterion must be one of mse, .* or a function"),
     ],
 )
 def test_bad_arguments(x, change, message, key, untyped):
     with pytest.raises(ValueError, match=message):
-        fine_tune(network(), CODE, x, ONE, key=key, **QUICK | change)
+        fine_tune(network(), CODE, x, ONE, key=key, sampling=QUICK, **change)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"fidelity": -1.0}, "fidelity must be 0 or positive, and finite, not -1.0"),
+        ({"label_weight": np.inf}, "label_weight must be 0 or positive, and finite"),
+        ({"weight_decay": -1e-4}, "weight_decay must be 0 or positive"),
+        ({"tolerance": np.nan}, "tolerance must be 0 or positive"),
+    ],
+)
+def test_bad_targets(numbers, message, untyped):
+    with pytest.raises(ValueError, match=message):
+        Target(**numbers)
 
 
 def test_codes_and_laws_must_pair(key):
     for codes, laws in (([], ONE), ([CODE, CODE], [ONE]), (CODE, [ONE, ONE])):
         with pytest.raises(ValueError, match=r"codes came with \d laws of stragglers"):
-            fine_tune(network(), codes, X, laws, key=key, **QUICK)
+            fine_tune(network(), codes, X, laws, key=key, sampling=QUICK)
     with pytest.raises(ValueError, match="Parity has workers that run other models"):
-        fine_tune(network(), nj.Parity(2, 3), X, ONE, key=key, **QUICK)
+        fine_tune(network(), nj.Parity(2, 3), X, ONE, key=key, sampling=QUICK)
 
 
 def test_models_that_cannot_be_tuned(key):
     with pytest.raises(ValueError, match="function has no array to train: give a pytree"):
-        fine_tune(lambda x: jnp.tanh(x), CODE, X, ONE, key=key, **QUICK)
+        fine_tune(lambda x: jnp.tanh(x), CODE, X, ONE, key=key, sampling=QUICK)
     broken = eqx.tree_at(lambda m: m.second, network(), jnp.full((16, OUTPUTS), jnp.nan))
-    with pytest.raises(ValueError, match="must map data points to finite vectors"):
-        fine_tune(broken, CODE, X, ONE, key=key, **QUICK)
+    with pytest.raises(ValueError, match="own outputs must be finite"):
+        fine_tune(broken, CODE, X, ONE, key=key, sampling=QUICK)
     with pytest.raises(ValueError, match="leave out laws under which nobody answers"):
-        fine_tune(network(), CODE, X, nj.ExactStragglers(N), key=key, **QUICK)
+        fine_tune(network(), CODE, X, nj.ExactStragglers(N), key=key, sampling=QUICK)

@@ -1,6 +1,6 @@
 """The search for a layout: against brute force, and as the command runs it."""
 
-import functools
+import dataclasses
 
 import equinox as eqx
 import jax
@@ -14,8 +14,9 @@ from nercc_jax import search_layout
 from nercc_jax.cli._app import app
 from nercc_jax.cli._tune_job import start_code
 from nercc_jax.cli._tuning_plot import tuning_plot
-from nercc_jax.evaluation import draw_sets
-from nercc_jax.tuning import SEARCHED, split_groups
+from nercc_jax.codes import code_card, regression_points
+from nercc_jax.evaluation import draw_sets, nested_errors
+from nercc_jax.tuning import SEARCHED, Descent, LayoutTuning, Sampling, TuningStep, split_points
 from nercc_jax.tuning._layouts import _plain_codes
 
 K, N = 4, 8
@@ -24,7 +25,9 @@ RNG = np.random.default_rng(0)
 FIRST, SECOND = (RNG.normal(size=size).astype("float32") for size in ((3, 8), (8, 4)))
 DATA = RNG.normal(size=(64, 3)).astype("float32")
 LAYOUTS = ("chebyshev", "interleaved", "repeated", "systematic:0.5")
-OPTIONS = {"layouts": LAYOUTS, "num_sets": 12}
+HALF = Sampling(held_out_share=0.5, held_out_sets=12)
+OPTIONS = {"layouts": LAYOUTS, "sampling": HALF}
+PLAIN = LayoutTuning(best=0)
 
 
 def model(x):
@@ -40,14 +43,18 @@ def told():
 @pytest.fixture(scope="module")
 def search(told):
     return search_layout(
-        model, DATA, K, N, LAWS, key=jax.random.key(1), tune_best=1, steps=10, check_every=5,
-        sets_per_step=4, held_out_sets=8, on_stage=told.append, on_step=told.append, **OPTIONS,
+        model, DATA, K, N, LAWS, key=jax.random.key(1), on_stage=told.append,
+        tuning=LayoutTuning(
+            best=1, sampling=Sampling(sets_per_step=4, held_out_sets=8),
+            descent=Descent(steps=10, check_every=5),
+            on_step=lambda step, code: told.append(step),
+        ), **OPTIONS,
     )  # fmt: skip
 
 
 def held_out(key):
     """The groups and straggler sets that the search decides on."""
-    _, groups = split_groups(DATA, K, key, 0.5, grouped=False)
+    groups = split_points(DATA, K, HALF, jax.random.fold_in(key, 0)).held.reshape(-1, K, 3)
     masks, law = draw_sets(LAWS, jax.random.fold_in(key, 2), N, 12)
     return groups, np.asarray(masks), np.asarray(law)
 
@@ -122,11 +129,11 @@ def test_a_coded_data_point_is_computed_once():
 
     layouts = ("interleaved", "mixed:0.5", "repeated", "mixed:1")
     search = search_layout(
-        counted, DATA, K, N, LAWS, key=jax.random.key(0), layouts=layouts, tune_best=0,
-        num_sets=12, batch_size=4,
+        counted, DATA, K, N, LAWS, key=jax.random.key(0), layouts=layouts, tuning=PLAIN,
+        sampling=HALF, batch_size=4,
     )  # fmt: skip
     jax.effects_barrier()
-    betas = [nj.regression_points(K, N, name)[1] for name in layouts]
+    betas = [regression_points(K, N, name)[1] for name in layouts]
     distinct = len(np.unique(np.round(np.concatenate(betas), 6)))
     assert distinct < N + 4
     groups = 8 + 8
@@ -137,12 +144,12 @@ def test_a_coded_data_point_is_computed_once():
 
 
 @pytest.mark.parametrize(
-    ("objective", "dtype"), [("mse", "float64"), ("cross_entropy", "float32")], indirect=["dtype"]
+    ("criterion", "dtype"), [("mse", "float64"), ("cross_entropy", "float32")], indirect=["dtype"]
 )
-def test_errors_count_relative_to_the_first_layout(objective, dtype):
+def test_errors_count_relative_to_the_first_layout(criterion, dtype):
     search = search_layout(
-        model, DATA.astype(dtype), K, N, LAWS, key=jax.random.key(0), objective=objective,
-        tune_best=0, **OPTIONS | {"layouts": LAYOUTS[:2]},
+        model, DATA.astype(dtype), K, N, LAWS, key=jax.random.key(0), criterion=criterion,
+        tuning=PLAIN, **OPTIONS | {"layouts": LAYOUTS[:2]},
     )  # fmt: skip
     plain = nj.NeRCC(K, N)
     (first,) = (
@@ -156,7 +163,9 @@ def test_errors_count_relative_to_the_first_layout(objective, dtype):
     ratios = []
     for place in (0, 1):
         one, other = (
-            nj.nested_errors(model, code, groups.astype(dtype), masks[law == place], loss=objective)
+            nested_errors(
+                model, code, groups.astype(dtype), masks[law == place], criterion=criterion
+            )
             for code in (best.code, plain)
         )
         ratios.append(np.mean(one) / np.mean(other))
@@ -166,7 +175,7 @@ def test_errors_count_relative_to_the_first_layout(objective, dtype):
 def test_one_key_gives_one_code():
     def run(seed):
         return search_layout(
-            model, DATA, K, N, LAWS, key=jax.random.key(seed), tune_best=0, **OPTIONS
+            model, DATA, K, N, LAWS, key=jax.random.key(seed), tuning=PLAIN, **OPTIONS
         )
 
     one, again, other = run(0), run(0), run(3)
@@ -184,8 +193,10 @@ def test_groups_stay_together():
         whole = jnp.abs(x[:, :1] - jnp.round(x[:, :1])) < 1e-3
         return jnp.where(whole, model(x[:, 1:]), jnp.nan)
 
-    options = {"key": jax.random.key(0), "tune_best": 0, **OPTIONS, "layouts": LAYOUTS[:2]}
-    search = search_layout(fragile, x, K, N, LAWS, grouped=True, **options)
+    options = {"key": jax.random.key(0), "tuning": PLAIN, **OPTIONS, "layouts": LAYOUTS[:2]}
+    search = search_layout(
+        fragile, x, K, N, LAWS, **options | {"sampling": dataclasses.replace(HALF, grouped=True)}
+    )
     assert all(np.isfinite(c.objective) for c in search.candidates)
     with pytest.raises(ValueError, match="finite answers on coded data points"):
         search_layout(fragile, x, K, N, LAWS, **options)
@@ -195,8 +206,8 @@ def test_groups_stay_together():
 def test_few_workers(num_data, num_workers):
     laws = {"some": nj.IndependentStragglers(0.3)}
     search = search_layout(
-        model, DATA[:24], num_data, num_workers, laws, key=jax.random.key(0), tune_best=0,
-        num_sets=6,
+        model, DATA[:24], num_data, num_workers, laws, key=jax.random.key(0), tuning=PLAIN,
+        sampling=dataclasses.replace(HALF, held_out_sets=6),
     )  # fmt: skip
     assert all(0 <= c.objective <= 1 for c in search.candidates)
     assert "chebyshev" in {c.layout for c in search.candidates}
@@ -213,8 +224,8 @@ def test_layouts_that_are_the_same_are_tried_once():
 def test_where_the_best_code_errs_by_rounding_nothing_is_tuned():
     """With all answers interpolation is exact, and there is nothing to be relative to."""
     search = search_layout(
-        model, DATA, K, N, {"0": nj.ExactStragglers(0)}, key=jax.random.key(0), objective="mse",
-        tune_best=1, layouts=("repeated",),
+        model, DATA, K, N, {"0": nj.ExactStragglers(0)}, key=jax.random.key(0), criterion="mse",
+        tuning=LayoutTuning(best=1), layouts=("repeated",),
     )  # fmt: skip
     assert float(search.code.lambda_dec) == 0 or search.code.exact
     assert search.candidates[0].objective < 1e-3 * search.candidates[-1].objective
@@ -231,16 +242,12 @@ def test_a_found_code_survives_its_file(search, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"objective": "accuracy"}, "objective must be one of mse, .*, not 'accuracy'"),
-        ({"loss": "disagreement"}, "loss must be one of mse, .* a function, not 'disagreement'"),
+        ({"criterion": "accuracy"}, "criterion must be one of mse, .*, not 'accuracy'"),
         ({"layouts": ()}, "there are no layouts to search"),
         ({"layouts": ("chebychev",)}, "points must be one of chebyshev"),
         ({"num_workers": 3}, "4 data points need at least 4 workers, not 3"),
         ({"stragglers": {}}, "there are no laws of stragglers"),
-        ({"order": 0.5}, "order must be 1 or more, not 0.5"),
-        ({"num_sets": 0}, "num_sets must be an integer from 1 on, not 0"),
-        ({"tune_best": -1}, "tune_best must be an integer from 0 on, not -1"),
-        ({"held_out_share": 0.0}, "held_out_share must be between 0 and 1"),
+        ({"power": 0.5}, "power must be 1 or more, not 0.5"),
         ({"x": DATA[:7]}, "two groups of 4 data points"),
     ],
 )
@@ -250,6 +257,14 @@ def test_errors(change, message, untyped):
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         search_layout(model, **arguments | change)
+
+
+def test_errors_of_how_layouts_are_tuned(untyped):
+    with pytest.raises(ValueError, match="best must be an integer from 0 on, not -1"):
+        LayoutTuning(best=-1)
+    unknown = LayoutTuning(criterion="brier")
+    with pytest.raises(ValueError, match="criterion must be one of mse, .*'brier'"):
+        search_layout(model, DATA, K, N, LAWS, key=jax.random.key(0), tuning=unknown)
 
 
 # -- The command -----------------------------------------------------------------------------------
@@ -268,7 +283,9 @@ def run(folder, *arguments):
 
 def test_the_command_searches_and_writes_what_it_found(tmp_path, monkeypatch):
     # Tuning takes long to compile, and another test has it.
-    untuned = functools.partial(search_layout, tune_best=0)
+    def untuned(*given, **options):
+        return search_layout(*given, **options | {"tuning": PLAIN})
+
     monkeypatch.setattr("nercc_jax.cli._layout_search.search_layout", untuned)
     result = run(tmp_path, "--layout", "search")
     assert result.exit_code == 0, result.output
@@ -282,7 +299,7 @@ def test_the_command_searches_and_writes_what_it_found(tmp_path, monkeypatch):
     ):
         assert word in result.output
     assert (tmp_path / "tune.png").read_bytes().startswith(b"\x89PNG")
-    assert nj.code_card(tmp_path / "code.json")["layout"].startswith("search: ")
+    assert code_card(tmp_path / "code.json")["layout"].startswith("search: ")
     code = nj.load_code(tmp_path / "code.json")
     assert (code.num_data, code.num_workers) == (3, 5)
 
@@ -299,7 +316,7 @@ def test_the_command_starts_exact_where_every_data_point_has_a_worker(layout, ex
 
 def test_a_run_that_keeps_lambda_enc_zero_can_be_drawn(tmp_path):
     numbers = {"lambda_enc": 0.0, "lambda_dec": 1e-6, "gap_exponent": 4.0}
-    history = [nj.TuningStep(step, 1.0, 0.9, False, numbers) for step in range(3)]
+    history = [TuningStep(step, 1.0, 0.9, False, numbers) for step in range(3)]
     grid = np.logspace(-9, 0, 4)
     tuning_plot(history, grid, np.ones((4, 4)), "exact", tmp_path / "tune.png")
     assert (tmp_path / "tune.png").read_bytes().startswith(b"\x89PNG")

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..stragglers import AbstractStragglers
-from ..tuning import Candidate, LayoutSearch, search_layout
+from ..tuning import LayoutCandidate, LayoutSearch, search_layout
 from ._workload import Answering
 
 
@@ -44,7 +44,7 @@ def found_layout(
     return search
 
 
-def _name(candidate: Candidate) -> str:
+def _name(candidate: LayoutCandidate) -> str:
     return f"{candidate.layout}, tuned" if candidate.tuned else candidate.layout
 
 

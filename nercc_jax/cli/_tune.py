@@ -40,7 +40,7 @@ def tune_command(
         bool,
         typer.Option("--points/--lambdas-only", help="Tune the regression points too, or not."),
     ] = True,
-    loss: Annotated[
+    criterion: Annotated[
         Literal["mse", "cross_entropy"] | None,
         typer.Option(
             help="Error of the values, or of the labels' distribution (logits only). Unless given, "
@@ -69,14 +69,15 @@ def tune_command(
     with told_plainly():
         check_folder("--output", output)
         check_folder("--plot", plot)
-        if loss == "cross_entropy" and outputs != "logits":
-            raise ValueError("--loss cross_entropy needs --outputs logits")
+        if criterion == "cross_entropy" and outputs != "logits":
+            raise ValueError("--criterion cross_entropy needs --outputs logits")
         check_shipped(model)
         # JAX takes a second or two: not for --help, nor for a word that is misspelt.
         import jax
         from rich.console import Console
 
         from ..codes import save_code
+        from ..tuning import Descent, LayoutTuning
         from ._tune_job import (
             compare,
             draw,
@@ -97,8 +98,8 @@ def tune_command(
         held, _ = network.images("test", data_dir, images, seed)
         console = Console()
         labels = searching and outputs == "logits"
-        options = {"points": points, "loss": loss or ("cross_entropy" if labels else "mse")}
-        options |= {"steps": steps, "key": jax.random.key(seed)}
+        chosen = criterion or ("cross_entropy" if labels else "mse")
+        key, descent = jax.random.key(seed), Descent(steps)
         about = {
             "model": model,
             "outputs": outputs,
@@ -106,17 +107,21 @@ def tune_command(
             "data_points": len(x),
             "layout": layout,
             "stragglers": f"{', '.join(laws)} of {num_workers} workers, each number alike",
-            "loss": options["loss"],
+            "criterion": chosen,
             "seed": seed,
             "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "command": "nercc tune",
         }
         if searching:
+            tuning = LayoutTuning(criterion=chosen, points=points, descent=descent)
             code, found = search_with_status(
-                console, network, x, num_data, num_workers, laws, plot, options
+                console, network, x, num_data, num_workers, laws, plot, key=key, tuning=tuning
             )
         else:
-            tuned = tune_with_bar(console, network, start, x, laws, **options)
+            tuned = tune_with_bar(
+                console, network, start, x, laws, descent,
+                key=key, points=points, criterion=chosen,
+            )  # fmt: skip
             code, found = tuned.code, tuned_words(tuned)
             draw(network, start, tuned, held, laws, model, seed, plot)
         save_code(output, code, about | found)

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..codes import AbstractCode, Berrut, NeRCC, Replication, coincident
 from ..evaluation import evaluate, landscape, make_trial
-from ..tuning import Tuned, TuningStep, tune
+from ..tuning import Descent, Tuned, TuningStep, tune
 from ._layout_search import found_layout
 from ._progress import steps_bar
 from ._report import straggler_table
@@ -28,22 +28,29 @@ def start_code(num_data: int, num_workers: int, layout: str) -> NeRCC:
 
 
 def tune_with_bar(
-    console, network, start: NeRCC, x, laws, steps: int, **options: Any
+    console, network, start: NeRCC, x, laws, descent: Descent, **options: Any
 ) -> Tuned[NeRCC]:
     with steps_bar(console) as progress:
-        task = progress.add_task("compiling ...", total=steps)
+        task = progress.add_task("compiling ...", total=descent.steps)
 
-        def on_step(step: TuningStep) -> None:
+        def on_step(step: TuningStep, code: NeRCC) -> None:
             progress.update(task, completed=step.step)
             if step.held_out is not None:
                 told = f"error {step.held_out:.3f} of the untuned code's"
                 progress.update(task, description=told)
 
-        return tune(network, start, x, laws, steps=steps, on_step=on_step, **options)
+        return tune(network, start, x, laws, descent=descent, on_step=on_step, **options)
 
 
 def search_with_status(
-    console, network: Answering, x, num_data: int, num_workers: int, laws, plot: Path, options
+    console,
+    network: Answering,
+    x,
+    num_data: int,
+    num_workers: int,
+    laws,
+    plot: Path,
+    **options: Any,
 ) -> tuple[NeRCC, dict[str, Any]]:
     """The code of the best layout, and what is to be said of it."""
     search = found_layout(console, network, x, num_data, num_workers, laws, plot, **options)

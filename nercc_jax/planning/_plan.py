@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
-from ..codes import check_counts, regression_points
+from ..codes import check_counts, check_not_negative, regression_points
 from ..evaluation import Estimate
-from ..inference import Model
+from ..inference import Model, check_model
 from ..stragglers import AbstractLatency, Latencies
 from ..surrogates import Doubt, Scheme
 from ._candidates import Candidate, feasible, uncoded_systems
@@ -171,18 +171,24 @@ def plan(
       next, in words.
 
     Raises: ValueError for numbers out of range, unknown layouts, latencies that are not finite or
-    negative, too few data points to fill a group in both halves, and data points or outputs that
-    are not finite.
+    negative, a model in training mode, too few data points to fill a group in both halves, and data
+    points or outputs that are not finite.
     """
     begin = time.perf_counter()
+    num_queries, max_workers, buffer_size = check_counts(
+        num_queries=num_queries,
+        max_workers=max_workers,
+        buffer_size=num_queries if buffer_size is None else buffer_size,
+    )
     asked = {
         "num_queries": num_queries,
         "max_workers": max_workers,
         "max_extra_work": float(max_extra_work),
         "max_disagreement": float(max_disagreement),
-        "buffer_size": num_queries if buffer_size is None else buffer_size,
+        "buffer_size": buffer_size,
         "overhead": float(overhead),
     }
+    check_model(model)
     _check(asked, np.shape(x))
     sizes = _sizes(num_data, num_queries)
     for layout in layouts:
@@ -227,7 +233,6 @@ def _in_halves(x: np.ndarray, key: PRNGKeyArray) -> list[np.ndarray]:
 
 
 def _check(asked: Mapping[str, Any], shape: tuple[int, ...]) -> None:
-    check_counts(**{name: asked[name] for name in ("num_queries", "max_workers", "buffer_size")})
     queries, workers = asked["num_queries"], asked["max_workers"]
     if workers < queries:
         raise ValueError(
@@ -238,10 +243,7 @@ def _check(asked: Mapping[str, Any], shape: tuple[int, ...]) -> None:
             f"buffer_size {asked['buffer_size']} is less than the {queries} queries that come "
             "together"
         )
-    if not 0 <= asked["max_extra_work"] < np.inf:
-        raise ValueError(f"max_extra_work must be 0 or positive, not {asked['max_extra_work']}")
-    if not 0 <= asked["overhead"] < np.inf:
-        raise ValueError(f"overhead must be 0 or positive, in seconds, not {asked['overhead']}")
+    check_not_negative(max_extra_work=asked["max_extra_work"], overhead=asked["overhead"])
     if not 0 <= asked["max_disagreement"] <= 1:
         raise ValueError(f"max_disagreement must be in [0, 1], not {asked['max_disagreement']}")
     if not shape or shape[0] < 2 * queries:

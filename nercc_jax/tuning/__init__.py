@@ -1,21 +1,28 @@
 """Gradient descent through the nested objective, and the search for a layout."""
 
-from ._fine_tune import FineTuned, FineTuningStep, fine_tune
-from ._layouts import SEARCHED, Candidate, LayoutSearch, search_layout
+from ._descent import Descent
+from ._fine_tune import FineTuned, FineTuningStep, Target, fine_tune
+from ._layouts import SEARCHED, LayoutCandidate, LayoutSearch, LayoutTuning, search_layout
 from ._parameters import parametrize
-from ._tune import Tuned, TuningStep, split_groups, tune
+from ._sampling import Sampling, Split, split_points
+from ._tune import Tuned, TuningStep, tune
 
 __all__ = [
     "SEARCHED",
-    "Candidate",
+    "Descent",
     "FineTuned",
     "FineTuningStep",
+    "LayoutCandidate",
     "LayoutSearch",
+    "LayoutTuning",
+    "Sampling",
+    "Split",
+    "Target",
     "Tuned",
     "TuningStep",
     "fine_tune",
     "parametrize",
     "search_layout",
-    "split_groups",
+    "split_points",
     "tune",
 ]

@@ -1,24 +1,156 @@
-"""What all gradient descents here do alike: a step that is not finite changes nothing."""
+"""The one gradient descent: steps, what is rejected, who judges, and the best that was seen."""
 
+import dataclasses
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
+
+from ..codes import check_count, check_positive
 
 
-def sound_step(
+@dataclasses.dataclass(frozen=True)
+class Descent:
+    """How long a descent goes on, how fast, and how often it is judged.
+
+    - `steps`: gradient steps, at most.
+    - `learning_rate`: the optimizer's at its highest; it falls to zero along a cosine.
+    - `check_every`: the held-out part judges every so many steps, and after the last.
+    - `patience`: stop after so many judgements without a better one; None: never.
+
+    Raises: ValueError for numbers out of range.
+    """
+
+    steps: int = 150
+    learning_rate: float = 0.3
+    check_every: int = 10
+    patience: int | None = 6
+
+    def __post_init__(self):
+        check_positive(learning_rate=self.learning_rate)
+        for name in ("steps", "check_every", "patience"):
+            value = getattr(self, name)
+            if name != "patience" or value is not None:
+                object.__setattr__(self, name, check_count(name, value))
+
+
+class Judgement(NamedTuple):
+    """What the held-out part says of parameters: the lower the objective, the better.
+
+    What is not `allowed` is never the best. `told` is for the records.
+    """
+
+    objective: float
+    allowed: bool = True
+    told: Any = None
+
+
+class Entry(NamedTuple):
+    """One step: its number, the objective on what it drew (None for the last entry, which is only
+    judged), whether it was rejected, the judgement if there was one, and what it started from."""
+
+    step: int
+    objective: float | None
+    rejected: bool
+    judgement: Judgement | None
+    parameters: PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Best:
+    """The best allowed parameters, None where nothing was better than the start that was given."""
+
+    parameters: PyTree | None
+    judgement: Judgement
+
+
+R = TypeVar("R")
+
+
+@dataclasses.dataclass(frozen=True)
+class History(Generic[R]):
+    """The records of all entries, the best, and how many judgements and steps there were."""
+
+    records: tuple[R, ...]
+    best: Best
+    judgements: int
+    steps: int
+
+
+def descend(
+    objectives: Sequence[Callable[..., Float[Array, ""]]],
+    parameters: PyTree,
+    arguments: tuple,
+    *,
+    descent: Descent,
+    optimizer: optax.GradientTransformation,
+    key: PRNGKeyArray,
+    judge: Callable[[PyTree], Judgement],
+    record: Callable[[Entry], R],
+    start: Judgement | None = None,
+) -> History[R]:
+    """Walks down `objective(parameters, *arguments, key)`; several objectives take turns.
+
+    Each is compiled once, with a key of its own in every step. A step whose objective or gradient
+    is not finite is rejected: it changes nothing, and a RuntimeWarning says how many there were.
+    `record` makes of each entry, as it comes, what the history keeps. `start` is the judgement of
+    what was there before `parameters`, if it is known: the best must be better.
+    """
+    optimizer = optax.apply_if_finite(optimizer, max_consecutive_errors=descent.steps)
+    turns = [_compiled(objective, optimizer) for objective in objectives]
+    state = optimizer.init(parameters)
+    best = None if start is None else Best(None, start)
+    records, judgements, stale, rejected, done = [], 0, 0, 0, 0
+    for number in range(descent.steps + 1):
+        here, judgement, value, sound = parameters, None, None, True
+        if number % descent.check_every == 0 or number == descent.steps:
+            judgement = judge(here)
+            judgements, stale = judgements + 1, stale + 1
+            if best is None or _better(judgement, best.judgement):
+                best, stale = Best(here, judgement), 0
+        ends = number == descent.steps or stale == descent.patience
+        if not ends:
+            value, sound, parameters, state = turns[number % len(turns)](
+                parameters, state, arguments, key, jnp.asarray(number)
+            )
+            value, done = float(value), done + 1
+            rejected += not sound
+        records.append(record(Entry(number, value, not sound, judgement, here)))
+        if ends:
+            break
+    assert best is not None
+    _warn_of_rejected(rejected, done)
+    return History(tuple(records), best, judgements, done)
+
+
+def _better(judgement: Judgement, best: Judgement) -> bool:
+    return judgement.allowed and judgement.objective < best.objective
+
+
+def _compiled(
+    objective: Callable[..., Float[Array, ""]], optimizer: optax.GradientTransformation
+) -> Callable[..., Any]:
+    @eqx.filter_jit
+    def step(parameters: PyTree, state: Any, arguments: tuple, key: PRNGKeyArray, number: Array):
+        drawn = jax.random.fold_in(key, number)
+        return _sound_step(optimizer, objective, parameters, state, (*arguments, drawn))
+
+    return step
+
+
+def _sound_step(
     optimizer: optax.GradientTransformation,
     objective: Callable[..., Float[Array, ""]],
     parameters: PyTree,
     state: Any,
-    *arguments: Any,
+    arguments: tuple,
 ) -> tuple[Float[Array, ""], Bool[Array, ""], PyTree, Any]:
-    """One step down `objective(parameters, *arguments)`, by an optimizer that leaves out what is
-    not finite (`optax.apply_if_finite`): its value, whether all was finite, parameters, state."""
+    """The objective, whether all was finite, and parameters and state after the step."""
     value, slopes = jax.value_and_grad(objective)(parameters, *arguments)
     # A broken objective must not move anything, whatever its gradient says.
     slopes = jax.tree.map(lambda slope: jnp.where(jnp.isfinite(value), slope, jnp.nan), slopes)
@@ -27,12 +159,11 @@ def sound_step(
     return value, jnp.all(jnp.stack(finite)), optax.apply_updates(parameters, updates), state
 
 
-def warn_of_rejected(rejected: int, steps: int, name: str) -> None:
-    """A RuntimeWarning, to the caller's caller, where steps were rejected; `name` is what was
-    descended."""
+def _warn_of_rejected(rejected: int, steps: int) -> None:
     if rejected:
         warnings.warn(
-            f"{rejected} of {steps} steps were rejected: their {name} or gradient was not finite",
+            f"{rejected} of {steps} steps were rejected: their objective or gradient was not "
+            "finite",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,  # the caller of `tune` or `fine_tune`
         )

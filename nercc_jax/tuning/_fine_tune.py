@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
@@ -12,14 +12,14 @@ import numpy as np
 import optax
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
-from ..codes import AbstractCode, Uncoded, check_counts, check_positive
-from ..evaluation import Loss, Trial, batched, cut_groups, make_trial, nested_objective, own_outputs
-from ..inference import Model
+from ..codes import AbstractCode, Uncoded, check_not_negative
+from ..evaluation import Criterion, Trial, batched, make_trial, nested_objective, own_outputs
+from ..inference import Model, check_model
 from ..stragglers import AbstractStragglers, straggler_sets
-from ._descent import sound_step, warn_of_rejected
+from ._descent import Descent, Entry, Judgement, descend
+from ._sampling import Sampling, Split, split_points
 
 M = TypeVar("M", bound=Model)
-Order = Callable[[Array], Int[Array, " points"]]
 
 _WARM_UP = 0.05  # of the steps
 _BATCH = 256  # how many held-out data points the model runs on at a time
@@ -30,19 +30,57 @@ _SAME = 1e-2
 
 
 @dataclasses.dataclass(frozen=True)
+class Target:
+    """What a model is to remain while it is fine-tuned: what it was, or better.
+
+    With f the original model and g the one that is tuned, each step's objective is
+
+        nested objective of g against f  +  fidelity * mean criterion(g(x), f(x))
+                                         +  label_weight * mean label_criterion(g(x), label),
+
+    the last with labels only: none are needed. The first term wants g to be smooth along the curve
+    through the data points, the second keeps g what f was (distillation).
+
+    - `original`: f, where it is not the model as it came: to go on with one tuned earlier.
+    - `label_criterion`: (outputs, label) to a scalar; without it the cross-entropy of outputs that
+      are logits.
+    - `weight_decay`: AdamW's, on matrices and kernels.
+    - `tolerance`: a model is allowed if its held-out accuracy is less by no more than this than the
+      original's; without labels, if no larger share of held-out labels has changed.
+
+    Raises: ValueError for numbers out of range.
+    """
+
+    original: Model | None = None
+    fidelity: float = 1.0
+    label_weight: float = 1.0
+    label_criterion: Callable[[Array, Array], Array] | None = None
+    weight_decay: float = 1e-4
+    tolerance: float = 0.003
+
+    def __post_init__(self):
+        check_not_negative(
+            fidelity=self.fidelity,
+            label_weight=self.label_weight,
+            weight_decay=self.weight_decay,
+            tolerance=self.tolerance,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class FineTuningStep:
-    """One step: its number and the loss on the groups it drew, None for the last entry.
+    """One step: its number and the objective on the groups it drew, None for the last entry.
 
     Those steps that looked tell how the model they started from does on the held-out data points:
     `held_out` is the nested objective relative to the original model's, `agreement` the share of
     labels (argmax) that are the original model's, `accuracy` that of true ones, where labels are
-    known. A `rejected` step had a loss or a gradient that was not finite, and changed nothing.
+    known. A `rejected` step had an objective or a gradient that was not finite: it changed nothing.
     """
 
     step: int
-    loss: float | None
+    objective: float | None
+    held_out: float | None
     rejected: bool
-    held_out: float | None = None
     agreement: float | None = None
     accuracy: float | None = None
 
@@ -80,35 +118,16 @@ def fine_tune(
     stragglers: AbstractStragglers | Sequence[AbstractStragglers],
     *,
     key: PRNGKeyArray,
-    original: Model | None = None,
     labels: Int[ArrayLike, " points"] | None = None,
-    loss: Loss = "mse",
-    fidelity: float = 1.0,
-    label_weight: float = 1.0,
-    label_loss: Callable[[Array, Array], Array] | None = None,
-    order: Order | None = None,
-    buffer: int | None = None,
-    augment: Callable[[Array, PRNGKeyArray], Array] | None = None,
-    steps: int = 1000,
-    learning_rate: float = 3e-4,
-    weight_decay: float = 1e-4,
-    groups_per_step: int = 4,
-    sets_per_step: int = 8,
-    held_out: int = 512,
-    held_out_sets: int = 8,
-    check_every: int = 100,
-    tolerance: float = 0.003,
-    on_check: Callable[[FineTuningStep, M], None] = lambda step, model: None,
+    criterion: Criterion = "mse",
+    target: Target = Target(),
+    sampling: Sampling = Sampling(groups_per_step=4, held_out_sets=8),  # noqa: B008
+    descent: Descent = Descent(1000, 3e-4, check_every=100, patience=None),  # noqa: B008
+    on_step: Callable[[FineTuningStep, M], None] = lambda step, model: None,
 ) -> FineTuned[M]:
     """Fine-tunes a model so that its coded predictions come nearer to its uncoded ones.
 
-    With f the original model and g the one that is tuned, each step's loss is
-
-        nested objective of g against f  +  fidelity * mean loss(g(x), f(x))
-                                         +  label_weight * mean label_loss(g(x), label),
-
-    the last with `labels` only: none are needed. The first term wants g to be smooth along the
-    curve through the data points, the second keeps g what f was (distillation).
+    The objective is that of `Target`.
 
     **Arguments:**
 
@@ -116,24 +135,16 @@ def fine_tune(
       trained; of Flax NNX variables only `nnx.Param`, so that running statistics stay. It must be
       in evaluation mode: a data point's answer may not depend on the others of its batch.
     - `codes`, `stragglers`: one code, or several, which take turns; one law for all of them, or
-      one for each. Straggler sets are drawn afresh in each step, `sets_per_step` of them.
-    - `x`: data points of which a random `held_out` judge the model every `check_every` steps, with
-      `held_out_sets` fixed straggler sets a code. From the others each step draws its groups.
-    - `original`: f, where it is not `model` as it came: to go on with a model tuned earlier.
-    - `loss`: as in `nested_errors`. `label_loss`: (outputs, label) to a scalar; without it the
-      cross-entropy of outputs that are logits.
-    - `order`, `buffer`: a step draws `buffer` data points (of a step's groups, unless given), puts
-      them in the order (a permutation) that `order` makes of them, cuts this into groups, and
-      takes `groups_per_step` of those at random. Held-out data points are ordered as one buffer.
-    - `augment`: random changes to a step's data points, with a key; f sees the changed ones.
-    - `learning_rate`, `weight_decay`: AdamW's; the first rises over a twentieth of the steps, then
-      falls to zero along a cosine. The gradient's norm is clipped at 1.
-    - `tolerance`: a model is allowed if its held-out accuracy is less by no more than this than
-      the original's; without labels, if no larger share of held-out labels has changed.
-    - `on_check`: called at each look, with its entry of the history and the model.
+      one for each. Straggler sets are drawn afresh in each step.
+    - `x`: data points. Some are held out and judge the model; from the others each step draws its
+      groups (see `Sampling`). With `augment`, the original model sees the changed ones too.
+    - `criterion`: as in `nested_errors`.
+    - `descent`: how long, how fast and how often judged. The learning rate is AdamW's; it rises
+      over a twentieth of the steps first. The gradient's norm is clipped at 1.
+    - `on_step`: called with each entry of the history as it comes, and the model it started from.
 
     The result is the allowed model with the best held-out objective, the one that came included,
-    and depends on `key` alone. A step whose loss or gradient is not finite is rejected; a
+    and depends on `key` alone. A step whose objective or gradient is not finite is rejected; a
     RuntimeWarning says how many were.
 
     Raises: ValueError for too few data points, data points or outputs that are not finite, numbers
@@ -142,64 +153,43 @@ def fine_tune(
     paths in the spirit of mixup (arXiv 1710.09412) and Coded-Smoothing (arXiv 2510.00253).
     """
     start = time.perf_counter()
-    check_positive(learning_rate=learning_rate)
-    _check_not_negative(
-        fidelity=fidelity,
-        label_weight=label_weight,
-        tolerance=tolerance,
-        weight_decay=weight_decay,
-    )
-    check_counts(
-        steps=steps,
-        groups_per_step=groups_per_step,
-        sets_per_step=sets_per_step,
-        held_out=held_out,
-        held_out_sets=held_out_sets,
-        check_every=check_every,
-    )
     pairs = _pair(codes, stragglers)
-    f = model if original is None else original
+    f = model if target.original is None else target.original
     key_split, key_judge, key_steps = jax.random.split(key, 3)
-    training, held, train_labels, held_labels = _split(x, labels, pairs, held_out, key_split)
-    _check_model(f, training)
-    judge = _Judge(f, pairs, held, held_labels, order, key_judge, held_out_sets, loss, tolerance)
+    most = max(code.num_data for code, _ in pairs)
+    split = split_points(x, most, sampling, key_split, labels)
+    _check_evaluation_mode(f, split.training)
+    judge = _Looks(f, pairs, split, sampling, key_judge, criterion, target.tolerance)
     free = _free(model)
-    parameters = [jax.tree.leaves(model)[place] for place in free]
-    optimizer = _optimizer(learning_rate, weight_decay, steps)
-    state = optimizer.init(parameters)
-    terms = _Terms(
-        loss, fidelity, label_weight, label_loss or _cross_entropy, order, augment,
-        groups_per_step, buffer, sets_per_step,
-    )  # fmt: skip
-    turns = [_make_step(terms, optimizer, free, *pair, len(training)) for pair in pairs]
-    points, labelled = jnp.asarray(training), _optional(train_labels)
+    goal = _Goal(criterion, target, sampling)
 
-    best, best_seen, history = model, None, []
-    for number in range(steps + 1):
-        here, seen = _with(model, free, parameters), None
-        if number % check_every == 0 or number == steps:
-            seen = judge(here)
-            if best_seen is None or (judge.allows(seen) and seen.held_out < best_seen.held_out):
-                best, best_seen = here, seen
-        value, sound = None, True
-        if number < steps:
-            value, sound, parameters, state = turns[number % len(turns)](
-                parameters, state, model, f, points, labelled, jax.random.fold_in(key_steps, number)
-            )
-        entry = FineTuningStep(number, None if value is None else float(value), not sound)
-        history.append(entry if seen is None else dataclasses.replace(entry, **vars(seen)))
-        if seen is not None:
-            on_check(history[-1], here)
-    assert best_seen is not None
-    warn_of_rejected(sum(step.rejected for step in history), steps, "loss")
-    evaluations, differentiated = _count(pairs, terms.groups, steps, len(training))
+    def record(entry: Entry) -> FineTuningStep:
+        told = {} if entry.judgement is None else entry.judgement.told._asdict()
+        held = None if entry.judgement is None else entry.judgement.objective
+        step = FineTuningStep(entry.step, entry.objective, held, entry.rejected, **told)
+        on_step(step, _with(model, free, entry.parameters))
+        return step
+
+    history = descend(
+        [goal.of_pair(free, *pair) for pair in pairs],
+        [jax.tree.leaves(model)[place] for place in free],
+        (model, f, jnp.asarray(split.training), _optional(split.training_labels)),
+        descent=descent,
+        optimizer=_optimizer(descent, target.weight_decay),
+        key=key_steps,
+        judge=lambda parameters: judge(_with(model, free, parameters)),
+        record=record,
+    )
+    best = history.best
+    evaluations, differentiated = _count(pairs, sampling, history.steps, len(split.training))
+    assert best.parameters is not None
     return FineTuned(
-        model=best,
-        objective=best_seen.held_out,
-        agreement=best_seen.agreement,
-        accuracy=best_seen.accuracy,
+        model=_with(model, free, best.parameters),
+        objective=best.judgement.objective,
+        agreement=best.judgement.told.agreement,
+        accuracy=best.judgement.told.accuracy,
         original_accuracy=judge.original_accuracy,
-        history=tuple(history),
+        history=history.records,
         evaluations=evaluations + judge.evaluations,
         differentiated=differentiated,
         seconds=time.perf_counter() - start,
@@ -209,77 +199,87 @@ def fine_tune(
 Pair = tuple[AbstractCode, AbstractStragglers]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Seen:
-    """What a look saw: see `FineTuningStep`."""
+class _Labels(NamedTuple):
+    """How many labels are right: see `FineTuningStep`."""
 
-    held_out: float
     agreement: float
     accuracy: float | None
 
 
-class _Judge:
+class _Looks:
     """The held-out data points, and what the original model makes of them."""
 
     def __init__(
         self,
         original: Model,
         pairs: Sequence[Pair],
-        held: np.ndarray,
-        labels: np.ndarray | None,
-        order: Order | None,
+        split: Split,
+        sampling: Sampling,
         key: PRNGKeyArray,
-        num_sets: int,
-        loss: Loss,
+        criterion: Criterion,
         tolerance: float,
     ):
-        self._held, self._labels, self._tolerance = held, labels, tolerance
+        self._held, self._labels, self._tolerance = split.held, split.held_labels, tolerance
         self._choice = self._choose(original)
-        ordered = held if order is None else held[np.asarray(order(jnp.asarray(held)))]
         self._trials: list[tuple[Trial, AbstractCode]] = []
         for place, (code, law) in enumerate(pairs):
-            groups = cut_groups(ordered, code.num_data)
-            draw = jax.random.fold_in(key, place)
             trial = make_trial(
-                original, code, groups, {"law": law}, key=draw, num_sets=num_sets, loss=loss
+                original,
+                code,
+                sampling.cut_held_out(split.held, code.num_data),
+                {"law": law},
+                key=jax.random.fold_in(key, place),
+                num_sets=sampling.held_out_sets,
+                criterion=criterion,
             )
             self._trials.append((trial, code))
-        self.original_accuracy = None if labels is None else float(np.mean(self._choice == labels))
+        right = self._right(self._choice)
+        self.original_accuracy = right.accuracy
         coded = [len(trial.x) * code.num_workers for trial, code in self._trials]
         own = [len(trial.x) * code.num_data for trial, code in self._trials]
-        self.evaluations = len(held) + sum(own) + sum(coded)
-        self._look = len(held) + sum(coded)
+        self.evaluations = len(self._held) + sum(own) + sum(coded)
+        self._look = len(self._held) + sum(coded)
 
-    def __call__(self, model: Model) -> _Seen:
+    def __call__(self, model: Model) -> Judgement:
         self.evaluations += self._look
         objectives = [float(trial.objective(model, code)) for trial, code in self._trials]
-        choice = self._choose(model)
-        accuracy = None if self._labels is None else float(np.mean(choice == self._labels))
-        return _Seen(float(np.mean(objectives)), float(np.mean(choice == self._choice)), accuracy)
+        right = self._right(self._choose(model))
+        return Judgement(float(np.mean(objectives)), self._allows(right), right)
 
-    def allows(self, seen: _Seen) -> bool:
+    def _allows(self, right: _Labels) -> bool:
         """Whether a model is, on the data points themselves, still as good as the original."""
-        if self.original_accuracy is None or seen.accuracy is None:
-            return seen.agreement >= 1 - self._tolerance
-        return seen.accuracy >= self.original_accuracy - self._tolerance
+        if self.original_accuracy is None or right.accuracy is None:
+            return right.agreement >= 1 - self._tolerance
+        return right.accuracy >= self.original_accuracy - self._tolerance
+
+    def _right(self, choice: np.ndarray) -> _Labels:
+        accuracy = None if self._labels is None else float(np.mean(choice == self._labels))
+        return _Labels(float(np.mean(choice == self._choice)), accuracy)
 
     def _choose(self, model: Model) -> np.ndarray:
         return np.argmax(np.asarray(batched(model, min(_BATCH, len(self._held)))(self._held)), -1)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Terms:
-    """What a step's loss is made of: see `fine_tune`."""
+class _Goal:
+    """What a step's objective is made of: see `Target`."""
 
-    loss: Loss
-    fidelity: float
-    label_weight: float
-    label_loss: Callable[[Array, Array], Array]
-    order: Order | None
-    augment: Callable[[Array, PRNGKeyArray], Array] | None
-    groups: int
-    buffer: int | None
-    sets: int
+    criterion: Criterion
+    target: Target
+    sampling: Sampling
+
+    def of_pair(
+        self, free: Sequence[int], code: AbstractCode, law: AbstractStragglers
+    ) -> Callable[..., Float[Array, ""]]:
+        """The objective, in the trained leaves, of one code under its law."""
+
+        def objective(parameters, model, original, x, labels, key) -> Float[Array, ""]:
+            key_draw, key_sets = jax.random.split(key)
+            drawn, wanted = self.sampling.draw(code.num_data, x, labels, key_draw)
+            moved = _with(model, free, parameters)
+            return self(moved, original, code, law, drawn, wanted, key_sets)
+
+        return objective
 
     def __call__(
         self,
@@ -291,84 +291,36 @@ class _Terms:
         labels: Int[Array, "groups num_data"] | None,
         key: PRNGKeyArray,
     ) -> Float[Array, ""]:
-        """The loss on groups of data points."""
+        """The objective on groups of data points."""
         flat = x.reshape(-1, *x.shape[2:])
         wanted = jax.lax.stop_gradient(original(flat)).reshape(*x.shape[:2], -1)
-        available = straggler_sets(law, key, code.num_workers, self.sets)
-        options: Any = {"loss": self.loss, "originals": wanted}
+        available = straggler_sets(law, key, code.num_workers, self.sampling.sets_per_step)
+        options: Any = {"criterion": self.criterion, "originals": wanted}
         coded = nested_objective(model, code, x, available, **options)
         clean = model(flat)
         # The clean term is the nested objective of a code that does nothing.
         identity = Uncoded(code.num_data, code.num_data)
         everyone = jnp.ones((1, code.num_data), bool)
         kept = nested_objective(lambda batch: clean, identity, x, everyone, **options)
-        total = coded + self.fidelity * kept
+        total = coded + self.target.fidelity * kept
         if labels is not None:
-            wrong = jax.vmap(self.label_loss)(clean, labels.reshape(-1))
-            total = total + self.label_weight * jnp.mean(wrong)
+            wrong = jax.vmap(self.target.label_criterion or _cross_entropy)
+            total = total + self.target.label_weight * jnp.mean(wrong(clean, labels.reshape(-1)))
         return total
 
-    def draw(
-        self, code: AbstractCode, training: Array, labels: Array | None, key: PRNGKeyArray
-    ) -> tuple[Array, Array | None]:
-        """A step's groups, and their labels."""
-        key_points, key_groups, key_augment = jax.random.split(key, 3)
-        groups = _affordable(self.groups, code, len(training))
-        buffer = groups * code.num_data
-        if self.buffer is not None:
-            buffer = min(max(self.buffer, buffer), len(training))
-        chosen = jax.random.choice(key_points, len(training), (buffer,), replace=False)
-        if self.order is not None:
-            chosen = chosen[self.order(training[chosen])]
-        cut = chosen[: buffer // code.num_data * code.num_data].reshape(-1, code.num_data)
-        cut = cut[jax.random.choice(key_groups, len(cut), (groups,), replace=False)]
-        x = training[cut]
-        if self.augment is not None:
-            flat = x.reshape(-1, *x.shape[2:])
-            x = self.augment(flat, key_augment).reshape(x.shape)
-        return x, None if labels is None else labels[cut]
 
-
-def _make_step(
-    terms: _Terms,
-    optimizer: optax.GradientTransformation,
-    free: Sequence[int],
-    code: AbstractCode,
-    law: AbstractStragglers,
-    num_training: int,
-) -> Callable[..., Any]:
-    """One compiled step: (parameters, state, model, original, data points, labels, key) -> (loss,
-    whether all was finite, parameters, state)."""
-
-    def objective(parameters: list[Array], model: Model, *arguments: Any) -> Float[Array, ""]:
-        return terms(_with(model, free, parameters), *arguments)
-
-    @eqx.filter_jit
-    def step(parameters, state, model, original, training, labels, key):
-        key_draw, key_sets = jax.random.split(key)
-        x, targets = terms.draw(code, training, labels, key_draw)
-        return sound_step(
-            *(optimizer, objective, parameters, state),
-            *(model, original, code, law, x, targets, key_sets),
-        )
-
-    return step
-
-
-def _optimizer(
-    learning_rate: float, weight_decay: float, steps: int
-) -> optax.GradientTransformation:
-    warm_up = max(round(_WARM_UP * steps), 1)
+def _optimizer(descent: Descent, weight_decay: float) -> optax.GradientTransformation:
+    warm_up = max(round(_WARM_UP * descent.steps), 1)
+    rate = descent.learning_rate
     schedule = optax.warmup_cosine_decay_schedule(
-        learning_rate / warm_up, learning_rate, warm_up, max(steps, warm_up + 1)
+        rate / warm_up, rate, warm_up, max(descent.steps, warm_up + 1)
     )
 
     def kernels(parameters: Any) -> Any:
         return jax.tree.map(lambda leaf: leaf.ndim > 1, parameters)
 
     adamw = optax.adamw(schedule, weight_decay=weight_decay, mask=kernels)
-    clipped = optax.chain(optax.clip_by_global_norm(1.0), adamw)
-    return optax.apply_if_finite(clipped, max_consecutive_errors=steps)
+    return optax.chain(optax.clip_by_global_norm(1.0), adamw)
 
 
 def _free(model: Model) -> tuple[int, ...]:
@@ -401,17 +353,16 @@ def _cross_entropy(logits: Array, label: Array) -> Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, label)
 
 
-def _affordable(groups: int, code: AbstractCode, num_training: int) -> int:
-    return min(groups, num_training // code.num_data)
-
-
-def _count(pairs: Sequence[Pair], groups: int, steps: int, num_training: int) -> tuple[int, int]:
+def _count(
+    pairs: Sequence[Pair], sampling: Sampling, steps: int, num_training: int
+) -> tuple[int, int]:
     """Data points and coded ones that all steps run a model on, and that they differentiate."""
     evaluations = differentiated = 0
     for place, (code, _) in enumerate(pairs):
-        turns = len(range(place, steps, len(pairs))) * _affordable(groups, code, num_training)
-        evaluations += turns * (2 * code.num_data + code.num_workers)
-        differentiated += turns * (code.num_data + code.num_workers)
+        turns = len(range(place, steps, len(pairs)))
+        groups = turns * sampling.groups(code.num_data, num_training)
+        evaluations += groups * (2 * code.num_data + code.num_workers)
+        differentiated += groups * (code.num_data + code.num_workers)
     return evaluations, differentiated
 
 
@@ -442,46 +393,14 @@ def _pair(
     return list(zip(codes, laws, strict=True))
 
 
-def _split(
-    x: ArrayLike,
-    labels: ArrayLike | None,
-    pairs: Sequence[Pair],
-    held_out: int,
-    key: PRNGKeyArray,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
-    """Data points to train on and those held out, and the labels of both."""
-    x = np.asarray(x)
-    most = max(code.num_data for code, _ in pairs)
-    if x.ndim < 1 or held_out < most or len(x) < held_out + most:
-        raise ValueError(
-            f"x has shape {x.shape}, of which {held_out} are held out: groups have {most} data "
-            "points, and both parts need one at least"
-        )
-    if not jnp.issubdtype(x.dtype, jnp.floating) or not np.isfinite(x).all():
-        raise ValueError(f"data points must be finite floats; x is {x.dtype}")
-    if labels is not None and np.shape(labels) != (len(x),):
-        raise ValueError(f"labels have shape {np.shape(labels)}; x has {len(x)} data points")
-    order = np.asarray(jax.random.permutation(key, len(x)))
-    first, rest = order[:held_out], order[held_out:]
-    targets = None if labels is None else np.asarray(labels)
-    if targets is None:
-        return x[rest], x[first], None, None
-    return x[rest], x[first], targets[rest], targets[first]
-
-
-def _check_model(model: Model, x: np.ndarray) -> None:
-    """Raises: ValueError where outputs are no finite vectors, or depend on the batch."""
+def _check_evaluation_mode(model: Model, x: np.ndarray) -> None:
+    """Raises: ValueError where outputs are not finite, or depend on the batch."""
+    check_model(model)
     few = x[:4]
-    together = np.asarray(own_outputs(batched(model, len(few)), few[None]))
-    alone = np.asarray(own_outputs(batched(model, 1), few[None, :1]))
+    together = np.asarray(own_outputs(batched(model, len(few)), few[None])[0])[0]
+    alone = np.asarray(own_outputs(batched(model, 1), few[None, :1])[0])[0]
     if np.max(np.abs(together[0] - alone[0])) > _SAME * np.max(np.abs(together)):
         raise ValueError(
             "the model's answer on a data point depends on the others of its batch: put it into "
             "evaluation mode, or fold its batch norms"
         )
-
-
-def _check_not_negative(**numbers: float) -> None:
-    for name, value in numbers.items():
-        if not 0 <= value < np.inf:
-            raise ValueError(f"{name} must be 0 or positive, and finite, not {value}")

@@ -19,7 +19,9 @@ Code = TypeVar("Code", bound=AbstractCode)
 _SAME = 1e-6
 
 
-def parametrize(code: Code, *, points: bool) -> tuple[Parameters, Callable[[Parameters], Code]]:
+def parametrize(
+    code: Code, *, points: bool = False
+) -> tuple[Parameters, Callable[[Parameters], Code]]:
     """A code's free parameters, unbounded numbers, and the function that makes them a code again.
 
     - "log_lambda_enc", "log_lambda_dec", "log_end_penalty": natural logarithms. A lambda of 0
@@ -35,6 +37,35 @@ def parametrize(code: Code, *, points: bool) -> tuple[Parameters, Callable[[Para
       `exact` code leaving is a jump of the objective, which no gradient sees: compare layouts.)
 
     A code has the parameters whose leaves it has. Raises: ValueError where that leaves none.
+
+    A descent of your own goes over these, not over the code's leaves: no step
+    makes a lambda negative, where it would have no slope and stay for ever.
+
+    ```python
+    import jax
+    import jax.numpy as jnp
+    import optax
+    from nercc_jax import NeRCC, nested_objective, parametrize
+
+    model = lambda x: jnp.tanh(3 * x)
+    x = jax.random.normal(jax.random.key(0), (8, 4, 2))  # groups of K = 4 data points
+    available = jnp.array([[True] * 10, [True] * 7 + [False] * 3])  # straggler sets
+
+    parameters, rebuild = parametrize(NeRCC(4, 10))
+    optimizer = optax.adam(0.3)
+    state = optimizer.init(parameters)
+
+    @jax.jit
+    def step(parameters, state):
+        objective = lambda parameters: nested_objective(model, rebuild(parameters), x, available)
+        value, slopes = jax.value_and_grad(objective)(parameters)
+        updates, state = optimizer.update(slopes, state)
+        return value, optax.apply_updates(parameters, updates), state
+
+    for _ in range(30):
+        value, parameters, state = step(parameters, state)
+    code = rebuild(parameters)
+    ```
     """
     leaves = {field.name: getattr(code, field.name) for field in dataclasses.fields(code)}
     free: Parameters = {}

@@ -1,0 +1,140 @@
+"""Which data points a descent sees: those held out, and the groups that each step draws."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, PRNGKeyArray, PyTree, Shaped
+
+from ..codes import check_count, leaves_of
+from ..evaluation import cut_groups
+
+# Data points (points, ...) to a permutation of them, and to changed ones.
+Order: TypeAlias = Callable[[Any], Int[Array, " points"]]
+Augment: TypeAlias = Callable[[Any, PRNGKeyArray], Any]
+
+_COUNTS = ("groups_per_step", "sets_per_step", "held_out_sets")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """What a step draws afresh, and what is held out, fixed, to judge.
+
+    - `groups_per_step`: groups of K data points; fewer where there are not that many.
+    - `sets_per_step`: straggler sets a law, each of which meets all the groups. A law with no more
+      sets than that gives all of them.
+    - `held_out_share`: the share of the data points, in whole groups, drawn at random, that judges
+      and is not trained on; `held_out_sets` are its straggler sets a law.
+    - `grouped`: every K data points in the order given are a group that stays together, in all of
+      this: for data points that come in an order that matters (a short path through them), whose
+      groups are what will be coded. A remainder that fills no group is left out.
+    - `order`, `buffer_size`: a step draws `buffer_size` data points (of its groups, unless given),
+      puts them in the order (a permutation) that `order` makes of them, cuts this into groups, and
+      takes as many as it needs at random. What is held out is ordered as one buffer.
+    - `augment`: random changes to a step's data points, (batch, key) to a batch.
+
+    Raises: ValueError for numbers out of range, and for an order of data points that are grouped.
+    """
+
+    groups_per_step: int = 2
+    sets_per_step: int = 8
+    held_out_share: float = 0.25
+    held_out_sets: int = 32
+    grouped: bool = False
+    order: Order | None = None
+    buffer_size: int | None = None
+    augment: Augment | None = None
+
+    def __post_init__(self):
+        for name in (*_COUNTS, *(() if self.buffer_size is None else ("buffer_size",))):
+            object.__setattr__(self, name, check_count(name, getattr(self, name)))
+        if not 0 < self.held_out_share < 1:
+            raise ValueError(f"held_out_share must be between 0 and 1, not {self.held_out_share}")
+        if self.grouped and (self.order is not None or self.buffer_size is not None):
+            raise ValueError("data points that come grouped stay so: give no order for them")
+
+    def groups(self, num_data: int, points: int) -> int:
+        """How many groups of K a step draws from so many data points."""
+        return min(self.groups_per_step, points // num_data)
+
+    def draw(
+        self, num_data: int, x: PyTree, labels: Array | None, key: PRNGKeyArray
+    ) -> tuple[PyTree[Shaped[Array, "groups num_data ..."]], Int[Array, "groups num_data"] | None]:
+        """A step's groups of data points (points, ...), and their labels."""
+        key_points, key_groups, key_augment = jax.random.split(key, 3)
+        points = len(jax.tree.leaves(x)[0])
+        groups = self.groups(num_data, points)
+        if self.grouped:
+            first = jax.random.choice(key_points, points // num_data, (groups,), replace=False)
+            places = first[:, None] * num_data + jnp.arange(num_data)
+        else:
+            size = groups * num_data
+            if self.buffer_size is not None:
+                size = min(max(self.buffer_size, size), points)
+            chosen = jax.random.choice(key_points, points, (size,), replace=False)
+            if self.order is not None:
+                chosen = chosen[self.order(jax.tree.map(lambda leaf: leaf[chosen], x))]
+            cut = chosen[: size // num_data * num_data].reshape(-1, num_data)
+            places = cut[jax.random.choice(key_groups, len(cut), (groups,), replace=False)]
+        drawn = jax.tree.map(lambda leaf: leaf[places.ravel()], x)
+        if self.augment is not None:
+            drawn = self.augment(drawn, key_augment)
+        drawn = jax.tree.map(lambda leaf: leaf.reshape(*places.shape, *leaf.shape[1:]), drawn)
+        return drawn, None if labels is None else labels[places]
+
+    def cut_held_out(self, held: PyTree, num_data: int) -> PyTree:
+        """The held-out data points in groups (groups, K, ...), as they are judged."""
+        if self.order is not None:
+            places = np.asarray(self.order(jax.tree.map(jnp.asarray, held)))
+            held = jax.tree.map(lambda leaf: leaf[places], held)
+        return cut_groups(held, num_data)
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Data points (points, ...) to train on and those held out, and the labels of both."""
+
+    training: PyTree
+    held: PyTree
+    training_labels: np.ndarray | None
+    held_labels: np.ndarray | None
+
+
+def split_points(
+    x: PyTree,
+    num_data: int,
+    sampling: Sampling,
+    key: PRNGKeyArray,
+    labels: Any = None,
+) -> Split:
+    """Holds out whole groups of K data points, at random; with `grouped` those that came so.
+
+    Raises: ValueError for fewer than two groups, data points that are no finite floats, and labels
+    that are not one for each.
+    """
+    x = jax.tree.map(np.asarray, x)
+    shapes = [leaf.shape for _, leaf in leaves_of("x", x)]
+    points = min((shape[0] if shape else 0) for shape in shapes)
+    groups = points // num_data
+    if groups < 2:
+        raise ValueError(
+            f"x has shape {', '.join(map(str, shapes))}: tuning needs two groups of {num_data} "
+            "data points at least, one of them held out"
+        )
+    cut_groups(x, num_data)  # says what is no float, or not finite
+    if labels is not None and np.shape(labels) != (points,):
+        raise ValueError(f"labels have shape {np.shape(labels)}; x has {points} data points")
+    size = num_data if sampling.grouped else 1
+    held = min(max(round(sampling.held_out_share * groups), 1), groups - 1)
+    order = np.asarray(jax.random.permutation(key, points // size))
+    places = (order[:, None] * size + np.arange(size)).ravel()
+    first, rest = places[: held * num_data], places[held * num_data :]
+
+    def take(tree: Any, chosen: np.ndarray) -> Any:
+        return jax.tree.map(lambda leaf: leaf[chosen], tree)
+
+    targets = None if labels is None else np.asarray(labels)
+    return Split(take(x, rest), take(x, first), take(targets, rest), take(targets, first))
