@@ -6,7 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nercc_jax import Berrut, ExactStragglers, Lagrange, NeRCC, Parity, Replication, Uncoded
+from nercc_jax import (
+    Berrut,
+    DevicePool,
+    ExactStragglers,
+    Lagrange,
+    NeRCC,
+    Parity,
+    Replication,
+    Uncoded,
+)
 from nercc_jax.codes import check_count, check_counts, regression_points
 from nercc_jax.stragglers import (
     ContiguousStragglers,
@@ -84,3 +93,11 @@ def test_a_trace_from_a_list(key):
     assert int(mask.sum()) == 3
     with pytest.raises(ValueError, match="finite, non-negative"):
         TraceLatency([0.1, -0.2])
+
+
+def test_a_pool_takes_numpys_integers(untyped):
+    with DevicePool(np.tanh, np.int64(2), max_attempts=np.int64(2), compiled=False) as pool:
+        batch = pool.dispatch(np.zeros((3, 1, 2), np.float32), needed=np.int64(3))
+        assert batch.wait(np.int64(3)).available.all()
+    with pytest.raises(ValueError, match="num_workers must be a positive integer, not True"):
+        DevicePool(np.tanh, True, compiled=False)

@@ -263,7 +263,7 @@ def test_errors_of_how_layouts_are_tuned(untyped):
     with pytest.raises(ValueError, match="best must be an integer from 0 on, not -1"):
         LayoutTuning(best=-1)
     unknown = LayoutTuning(criterion="brier")
-    with pytest.raises(ValueError, match="criterion must be one of mse, .*'brier'"):
+    with pytest.raises(ValueError, match=r"criterion must be one of mse, .*'brier'"):
         search_layout(model, DATA, K, N, LAWS, key=jax.random.key(0), tuning=unknown)
 
 

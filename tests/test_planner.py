@@ -327,7 +327,7 @@ def test_a_file_that_is_no_plan_says_so(tmp_path, content):
         ({"max_workers": 3}, "need 4 workers at least, not 3"),
         ({"max_workers": 6.5}, "max_workers must be a positive integer, not 6.5"),
         ({"max_extra_work": -0.1}, "max_extra_work must be 0 or positive, and finite, not -0.1"),
-        ({"max_extra_work": float("nan")}, "max_extra_work must be 0 or positive, and finite, not nan"),
+        ({"max_extra_work": float("nan")}, "max_extra_work must be 0 or positive, and finite"),
         ({"max_disagreement": 1.5}, r"max_disagreement must be in \[0, 1\], not 1.5"),
         ({"overhead": -1.0}, "overhead must be 0 or positive, and finite, not -1.0"),
         ({"buffer_size": 2}, "buffer_size 2 is less than the 4 queries"),

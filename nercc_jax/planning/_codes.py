@@ -30,7 +30,7 @@ from ._candidates import (
 _SCREEN_SETS, TOLD_SETS, _DOUBT_SETS = 4, 48, 64
 _SCREEN_DRAWS, _TOLD_DRAWS = 5_000, 20_000
 # Of draws that must not be the same; what is compared with each other meets the same.
-_SEEDS = {"ends": 1, "again": 2, "screen": 3, "told": 4}
+_SEEDS = {"shuffle": 0, "ends": 1, "again": 2, "screen": 3, "told": 4}
 _CHUNK = 512  # groups that are decoded at a time
 _ENOUGH, _MOST = 3, 10  # measured are those with the least p99: till so many do, and no more
 _STEP = math.log(1.03)  # in the logarithm of the p99, among which the cheaper comes first
@@ -196,7 +196,7 @@ class Codes:
         _, end, own = self._draw(entry.rule, _SCREEN_DRAWS)
         unknown = own > end[..., None]
         share = 3 * entry.row.disagreement.mean
-        random = np.random.default_rng(0)
+        random = np.random.default_rng(_SEEDS["shuffle"])
         again = unknown & (random.random(own.shape) < share / max(np.mean(unknown), 1e-9))
         seconds = self._latencies.draw(_SEEDS["again"], own.shape)
         times = last_prediction(end, own, again, seconds)
@@ -267,7 +267,7 @@ class _Measured:
         self, again: np.ndarray, latencies: Latencies, groups: int
     ) -> Float[np.ndarray, " draws"]:
         """When the last of so many groups' predictions is there, a few draws for each."""
-        order = np.random.default_rng(0).permutation(self.end.size)
+        order = np.random.default_rng(_SEEDS["shuffle"]).permutation(self.end.size)
         order = np.tile(order[: order.size // groups * groups].reshape(-1, groups), (4, 1))
         end = self.end.reshape(-1)[order]
         own, again = (part.reshape(-1, part.shape[-1])[order] for part in (self.own, again))
