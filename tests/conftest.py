@@ -33,6 +33,17 @@ def _bytes_in(folder) -> int:
     return sum(entry.stat().st_size for entry in os.scandir(folder))
 
 
+# Where numbers are the subject, both precisions run by default; elsewhere float64 is slow.
+NUMERICS = {"test_codes.py", "test_points.py", "test_posterior.py", "test_splines.py"}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        wide = "dtype" in item.fixturenames and item.callspec.params.get("dtype") == "float64"
+        if wide and item.path.name not in NUMERICS:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def key() -> jax.Array:
     return jax.random.key(20240204)

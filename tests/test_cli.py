@@ -123,6 +123,7 @@ def tuned(tmp_path_factory):
     return run("tune", *small.split(), *files), folder
 
 
+@pytest.mark.slow
 def test_tune_compares_draws_and_writes_a_code(tuned):
     result, folder = tuned
     assert result.exit_code == 0, result.output
@@ -134,6 +135,7 @@ def test_tune_compares_draws_and_writes_a_code(tuned):
     assert (code.num_data, code.num_workers) == (4, 8)
 
 
+@pytest.mark.slow
 def test_demo_takes_a_tuned_code(tuned, tmp_path):
     code, plot = tuned[1] / "code.json", tmp_path / "demo.png"
     options = ("--max-stragglers", "1", "--sets", "2", "--points", "80")

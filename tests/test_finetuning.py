@@ -192,6 +192,7 @@ def test_ordered_buffers_are_cut_into_neighbours(buffer, key):
         np.testing.assert_array_equal(flat[:, 0] % K, 0)
 
 
+@pytest.mark.slow
 def test_augmentation_changes_what_both_models_see(key):
     x = jnp.asarray(X[: 4 * K])
     sampling, plain = Sampling(augment=lambda batch, key: batch + 10), Sampling()
@@ -253,6 +254,7 @@ def test_a_model_that_has_changed_too_much_is_not_taken():
     assert result.objective == min(step.held_out for step in taken)
 
 
+@pytest.mark.slow
 def test_with_labels_accuracy_decides_and_rises():
     """A model that knows little, and labels that a better one gave."""
     labels, seen = np.argmax(X @ TRUTH, axis=1), []
@@ -270,6 +272,7 @@ def test_with_labels_accuracy_decides_and_rises():
     assert np.mean(choice == labels) > np.mean(labels_of(X) == labels) + 0.2
 
 
+@pytest.mark.slow
 def test_going_on_keeps_the_first_models_outputs_as_the_target():
     """From a spoilt model back to the original, which the fidelity term alone wants."""
     spoilt = eqx.tree_at(lambda m: m.second, network(), jnp.asarray(1.3 * SECOND, "float32"))
@@ -282,6 +285,7 @@ def test_going_on_keeps_the_first_models_outputs_as_the_target():
     assert result.history[0].held_out > 1.02
 
 
+@pytest.mark.slow
 def test_codes_take_turns_with_laws_of_their_own(key):
     """One code meets stragglers, the other none; and each compiles once."""
     traces = []
@@ -306,6 +310,7 @@ def test_codes_take_turns_with_laws_of_their_own(key):
     assert result.differentiated == 20 * 4 * (2 + 5) + 20 * 4 * (3 + 7)
 
 
+@pytest.mark.slow
 def test_one_seed_gives_one_model_to_the_last_bit():
     runs: list[Any] = []
     for seed in (3, 3, 4):

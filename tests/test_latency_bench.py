@@ -127,6 +127,7 @@ PLANS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLANS)
 def test_a_plan_is_carried_out(bench, name):
     """Three of ten calls straggle: hedging and re-execution make up for them, and decoding."""

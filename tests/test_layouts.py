@@ -172,6 +172,7 @@ def test_errors_count_relative_to_the_first_layout(criterion, dtype):
     assert best.objective == pytest.approx(np.mean(ratios), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_one_key_gives_one_code():
     def run(seed):
         return search_layout(
@@ -185,6 +186,7 @@ def test_one_key_gives_one_code():
         np.testing.assert_array_equal(mine, theirs)
 
 
+@pytest.mark.slow
 def test_groups_stay_together():
     """As in the tests of tuning: what mixes two groups breaks the model."""
     x = np.concatenate([np.repeat(np.arange(16.0), K)[:, None], DATA], axis=1).astype("float32")
@@ -221,6 +223,7 @@ def test_layouts_that_are_the_same_are_tried_once():
     assert {name for name, _ in _plain_codes(4, 8, SEARCHED)} == set(SEARCHED)
 
 
+@pytest.mark.slow
 def test_where_the_best_code_errs_by_rounding_nothing_is_tuned():
     """With all answers interpolation is exact, and there is nothing to be relative to."""
     search = search_layout(
@@ -281,6 +284,7 @@ def run(folder, *arguments):
     return CliRunner().invoke(app, ["tune", *small, *files, *arguments])
 
 
+@pytest.mark.slow
 def test_the_command_searches_and_writes_what_it_found(tmp_path, monkeypatch):
     # Tuning takes long to compile, and another test has it.
     def untuned(*given, **options):
@@ -314,6 +318,7 @@ def test_the_command_starts_exact_where_every_data_point_has_a_worker(layout, ex
     assert np.isin(start.alpha, start.beta).all() == exact
 
 
+@pytest.mark.slow
 def test_a_run_that_keeps_lambda_enc_zero_can_be_drawn(tmp_path):
     numbers = {"lambda_enc": 0.0, "lambda_dec": 1e-6, "gap_exponent": 4.0}
     history = [TuningStep(step, 1.0, 0.9, False, numbers) for step in range(3)]

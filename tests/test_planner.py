@@ -90,6 +90,7 @@ def test_with_a_heavy_tail_and_a_tight_budget_a_code_is_best(coded):
     assert best.p99 < 0.7 * min(others)
 
 
+@pytest.mark.slow
 def test_where_nothing_may_differ_only_exact_systems_are_left(exact):
     allowed = [row for row in exact.candidates if exact.feasible(row)]
     assert {row.system for row in allowed} == {"uncoded", "hedged", "replication"}
@@ -97,6 +98,7 @@ def test_where_nothing_may_differ_only_exact_systems_are_left(exact):
     assert exact.recommended.p99 < next(r.p99 for r in allowed if r.system == "uncoded")
 
 
+@pytest.mark.slow
 def test_without_any_budget_nothing_is_sent_twice(key):
     found = _plan(key, max_extra_work=0.0, overhead=2.0)
     assert 2.05 < found.recommended.p50 < found.recommended.p99 < 2.53
@@ -104,6 +106,7 @@ def test_without_any_budget_nothing_is_sent_twice(key):
     assert "nothing else keeps to the budget" in found.reason
 
 
+@pytest.mark.slow
 def test_everything_recommended_is_feasible_and_everything_faster_is_not(coded, exact):
     for found in (coded, exact):
         assert found.feasible(found.recommended)
@@ -188,6 +191,7 @@ def _keeps(row, seconds, wrong, calls):
         assert abs(seen.mean() - promised) <= 2 * error + 4 * seen.std() / np.sqrt(len(seen))
 
 
+@pytest.mark.slow
 def test_the_recommended_code_keeps_its_promise_on_fresh_data(coded):
     row = coded.recommended
     seconds, wrong, calls = _simulate(row, coded.doubt)
@@ -195,6 +199,7 @@ def test_the_recommended_code_keeps_its_promise_on_fresh_data(coded):
     assert wrong.mean() <= 0.02
 
 
+@pytest.mark.slow
 def test_replication_that_sends_again_keeps_its_promise(exact):
     rows = [r for r in exact.candidates if r.system == "replication" and r.limit is not None]
     row = min(rows, key=lambda row: row.p99)
@@ -203,6 +208,7 @@ def test_replication_that_sends_again_keeps_its_promise(exact):
     assert not wrong.any()
 
 
+@pytest.mark.slow
 def test_replication_that_loses_tells_how_many(exact):
     rows = [r for r in exact.candidates if r.system == "replication" and not r.exact]
     row = max(rows, key=lambda row: row.disagreement.mean)
@@ -210,6 +216,7 @@ def test_replication_that_loses_tells_how_many(exact):
     _keeps(row, *_simulate(row, None))
 
 
+@pytest.mark.slow
 def test_re_execution_keeps_its_promise_on_fresh_data(key):
     """Hedging is mostly faster, so a plan hardly shows it: here nothing stands against it."""
     asked = {"num_queries": 4, "max_workers": 5, "max_extra_work": 0.9, "max_disagreement": 0.02}
@@ -299,6 +306,7 @@ def test_numbers_to_wait_for_leave_half_a_group():
 # Files, schemes, errors.
 
 
+@pytest.mark.slow
 def test_a_plan_comes_back_from_its_file(coded, exact, tmp_path):
     for found in (coded, exact):
         found.save(tmp_path / "plan.json", {"model": "none"})
@@ -374,6 +382,7 @@ def test_laws_of_stragglers_and_traces(tmp_path, key):
             latency_law(wrong)
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_plan_and_a_picture(tmp_path):
     from nercc_jax.cli._app import app
 

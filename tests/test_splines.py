@@ -84,8 +84,12 @@ def errors(code, available, got, exact):
         yield float(abs(mp.mpf(float(value)) - reference) / scale)
 
 
+# One program a number of points: the extremes and what most use, and the rest where CI runs.
+SIZES = [4, 20, 200, *(pytest.param(n, marks=pytest.mark.slow) for n in (8, 60, 100))]
+
+
 @pytest.mark.parametrize("kind", ["chebyshev", "uniform", "random", "repeated"])
-@pytest.mark.parametrize("n", [4, 8, 20, 60, 100, 200])
+@pytest.mark.parametrize("n", SIZES)
 def test_decoding_is_accurate(n, kind, dtype):
     for code, y, available, exact in cases(n, kind, dtype):
         assert code.beta.dtype == dtype
@@ -93,7 +97,7 @@ def test_decoding_is_accurate(n, kind, dtype):
         assert worst < TOLERANCE[dtype], (float(code.lambda_dec), available)
 
 
-@pytest.mark.parametrize("n", [8, 100])
+@pytest.mark.parametrize("n", [pytest.param(8, marks=pytest.mark.slow), 100])
 def test_the_matrix_is_accurate_up_to_its_own_rounding(n, dtype):
     for code, y, available, exact in cases(n, "random", dtype):
         got = decode_with_matrix(code, np.where(available, y, 0), available)

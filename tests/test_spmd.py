@@ -217,6 +217,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 def test_two_processes():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -392,6 +392,7 @@ def test_all_steps_share_one_compilation(runs):
     assert runs[2] <= 8
 
 
+@pytest.mark.slow
 def test_one_seed_gives_one_code_to_the_last_bit(runs, start):
     again = nj.tune(model, start, DATA, LAWS, key=jax.random.key(3), points=True, **OPTIONS)
     assert jax.tree.structure(again.code) == jax.tree.structure(runs[0].code)
@@ -442,6 +443,7 @@ def test_tuning_stops_when_nothing_gets_better(key):
     assert min(last) >= tuned.objective
 
 
+@pytest.mark.slow
 def test_an_exact_code_stays_exact_and_glued_through_tuning(key):
     code = nj.NeRCC(K, N, points="mixed:0.4", exact=True)
     laws = {"2": LAWS["2"]}
@@ -474,6 +476,7 @@ def test_groups_stay_together(number, share, key):
     np.testing.assert_array_equal(alone.held, alone.held_labels)
 
 
+@pytest.mark.slow
 def test_tuning_by_groups_never_mixes_them(key):
     """All points of a group share a whole number; a mixture of groups shows and breaks the model.
 

@@ -193,6 +193,7 @@ def test_a_query_is_the_same_in_every_batch(key):
 # -- Learning --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["flax", "equinox"])
 def test_a_student_that_can_be_equal_becomes_equal(key, dtype, form):
     model = linear(key)
@@ -214,6 +215,7 @@ def test_a_student_that_can_be_equal_becomes_equal(key, dtype, form):
         np.testing.assert_array_equal(old, new, err_msg="the student that was given has changed")
 
 
+@pytest.mark.slow
 def test_mixing_pays_on_sums(key):
     """A model with a kink between two clusters, which only sums reach."""
     rng = np.random.default_rng(0)
@@ -233,6 +235,7 @@ def test_mixing_pays_on_sums(key):
     assert errors[1] < 0.2 * errors[0]
 
 
+@pytest.mark.slow
 def test_batch_statistics_are_learnt_and_folded(key):
     """A RepVGG student: what it does in inference follows the data, and ships in one branch."""
     plan = Plan("repvgg", (8, 8, 3), (4,), (8, 8), (1,))
@@ -258,6 +261,7 @@ def test_batch_statistics_are_learnt_and_folded(key):
     assert found.history[-1]["relative_mse"] < 0.5 * found.history[0]["relative_mse"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_and_runs_repeat(key, tmp_path):
     model, x = linear(key), points(key)
 
@@ -354,6 +358,7 @@ def test_a_student_survives_its_file(key, tmp_path):
         load_student_file(path)
 
 
+@pytest.mark.slow
 def test_the_training_command_writes_a_student_and_its_card(tmp_path, capsys):
     pytest.importorskip("rich")
     command = "lenet5-digits --num-queries 640 --epochs 2 --batch-size 64 --seed 4"
@@ -396,6 +401,7 @@ def run(tmp_path, monkeypatch):
     return lambda *arguments: CliRunner().invoke(app, ["distill", *arguments])
 
 
+@pytest.mark.slow
 def test_the_command_makes_a_student_of_ones_own_model(run, tmp_path):
     options = "--model own_scores:scores --inputs x.npy --epochs 10 --output s.safetensors"
     result = run(*options.split(), "--share", "0.2")
@@ -409,6 +415,7 @@ def test_the_command_makes_a_student_of_ones_own_model(run, tmp_path):
     assert student(jnp.ones((2, 3, 4))).shape == (2, 3)
 
 
+@pytest.mark.slow
 def test_the_command_makes_a_student_of_a_shipped_model(run, tmp_path):
     result = run("--queries", "600", "--epochs", "2", "--output", "s.safetensors")
     assert result.exit_code == 0, result.output
@@ -497,6 +504,7 @@ def test_a_student_is_a_pytree_with_gradients(name):
         assert np.any(np.asarray(leaf) != 0), f"no gradient reaches {jax.tree_util.keystr(path)}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list_students())
 def test_the_shipped_weights_agree_as_is_claimed(name):
     student, model, claimed = load_student(name), load_model(name), student_card(name)["score"]

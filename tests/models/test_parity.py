@@ -91,6 +91,7 @@ def test_the_score_is_what_it_says(base, digits, k, outputs):
     assert json.dumps(score.numbers())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outputs", ["logits", "probabilities"])
 def test_training_improves_on_the_base_model_and_repeats(base, digits, outputs):
     recipe = dataclasses.replace(short_recipe(), outputs=outputs)
@@ -108,6 +109,7 @@ def test_training_improves_on_the_base_model_and_repeats(base, digits, outputs):
     assert any(np.any(a != named_arrays(base.state)[n]) for n, a in arrays(trained).items())
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(base, digits, tmp_path):
     recipe, data = short_recipe(), digits[0]
     expected = train_parity(recipe, base, data)
@@ -141,6 +143,7 @@ def test_what_cannot_be_trained_is_refused(base, digits):
         score_parity(ParityModel(base, 2, "logits"), digits[1].take(slice(1)), np.zeros((1, 10)))
 
 
+@pytest.mark.slow
 def test_the_command_writes_weights_that_load_and_a_card(tmp_path, capsys):
     pytest.importorskip("rich")
     command = (
@@ -189,6 +192,7 @@ def test_the_card_says_what_is_there(which):
     assert all(eqx.is_array(leaf) for leaf in jax.tree.leaves(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", list_parity_models(), ids=str)
 def test_the_shipped_weights_score_what_is_claimed(which):
     base, parity, card = load_model(which[0]), load_parity_model(*which), parity_card(*which)

@@ -43,6 +43,7 @@ def arrays(trained):
 
 
 # In the first epoch, at a checkpoint, and in the second epoch between two checkpoints.
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [5, 16, STEPS_PER_EPOCH + 9])
 def test_interrupted_and_resumed_equals_uninterrupted(digits, tmp_path, stop):
     recipe = short_recipe()
@@ -82,6 +83,7 @@ def test_a_finished_run_is_returned_without_a_step(digits, tmp_path):
         train(other, *digits, checkpoint_dir=tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_may_start_from_the_weights_of_another(digits, tmp_path):
     recipe = dataclasses.replace(short_recipe(), epochs=1)
     first = train(recipe, *digits, checkpoint_dir=tmp_path)
@@ -181,6 +183,7 @@ def test_an_unknown_recipe_lists_the_known_ones():
         find_recipe("lenet")
 
 
+@pytest.mark.slow
 def test_the_command_writes_weights_that_load_and_a_card(tmp_path, capsys):
     pytest.importorskip("rich")
     pytest.importorskip("safetensors")
