@@ -10,7 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
 from ..codes import (
     AbstractCode,
@@ -131,7 +131,7 @@ def mean_losses(
 def record_answers(
     model: Model | Sequence[Model],
     code: AbstractCode,
-    x: PyTree[Float[Array | np.ndarray, "points ..."]],
+    x: PyTree[Shaped[ArrayLike, "points ..."]],
     *,
     batch_size: int = 256,
 ) -> Answers:

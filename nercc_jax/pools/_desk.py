@@ -54,7 +54,7 @@ class AbstractCrew(abc.ABC):
         """Begins a life of a worker, ending an earlier one that is still there."""
 
     @abc.abstractmethod
-    def send(self, worker: int, life: int, kind: int, batch: np.ndarray) -> None:
+    def send(self, worker: int, life: int, kind: int, batch: PyTree) -> None:
         """Gives a worker a batch for its model `kind`."""
 
     @abc.abstractmethod
@@ -395,7 +395,7 @@ class Desk:
 
     # What is sent, and when.
 
-    def _pump(self) -> list[tuple[int, int, int, np.ndarray]]:
+    def _pump(self) -> list[tuple[int, int, int, PyTree]]:
         """Gives free workers what batches cannot do without; oldest batches first."""
         sends = []
         for batch in self._batches:
@@ -430,7 +430,7 @@ class Desk:
             return self._idle[0] if self._idle else -1
         return next((worker for worker in self._idle if worker not in task.failed), -1)
 
-    def _assign(self, task: Task, worker: int) -> tuple[int, int, int, np.ndarray]:
+    def _assign(self, task: Task, worker: int) -> tuple[int, int, int, PyTree]:
         self._idle.remove(worker)
         seat = self._seats[worker]
         seat.task, seat.since, seat.overdue = task, time.monotonic(), False
@@ -443,7 +443,7 @@ class Desk:
             self._wake.notify_all()
         return worker, seat.life, task.kind, task.value
 
-    def _send(self, sends: Sequence[tuple[int, int, int, np.ndarray]]) -> None:
+    def _send(self, sends: Sequence[tuple[int, int, int, PyTree]]) -> None:
         """Outside the lock: workers answer meanwhile."""
         for send in sends:
             self._crew.send(*send)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
+from jaxtyping import PyTree
 
 from ..inference import Model
 from ._desk import AbstractCrew, Desk, WorkerDied
@@ -86,7 +86,7 @@ class _Threads(AbstractCrew):
         program = self._programs[worker % len(self._programs)]
         self._hands[worker] = _Hand(program, self._faults, worker, life, hear)
 
-    def send(self, worker: int, life: int, kind: int, batch: np.ndarray) -> None:
+    def send(self, worker: int, life: int, kind: int, batch: PyTree) -> None:
         self._hands[worker].inbox.put((life, kind, batch))
 
     def close(self) -> None:
@@ -139,7 +139,7 @@ class _Hand:
             self._hear(self._worker, self._life, WorkerDied("its thread ended"))
 
 
-def _outcome(worker: Worker, kind: int, batch: np.ndarray) -> np.ndarray | Exception:
+def _outcome(worker: Worker, kind: int, batch: PyTree) -> PyTree | Exception:
     try:
         return worker(kind, batch)
     except Exception as error:  # whatever a model raises is that answer's trouble, not the pool's

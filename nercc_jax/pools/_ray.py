@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
+from jaxtyping import PyTree
 
 from ..inference import Model
 from ._desk import AbstractCrew, Desk, WorkerDied
@@ -131,7 +131,7 @@ class _Actors(AbstractCrew):
         except Exception as error:
             hear(worker, life, error)
 
-    def send(self, worker: int, life: int, kind: int, batch: np.ndarray) -> None:
+    def send(self, worker: int, life: int, kind: int, batch: PyTree) -> None:
         hear = self._hears[worker]
         actor = self._actors.get((worker, life))
         if actor is None:
@@ -174,7 +174,7 @@ class _Actor:
         """Answers when the actor is ready."""
         return os.getpid()
 
-    def run(self, kind: int, batch: np.ndarray) -> np.ndarray:
+    def run(self, kind: int, batch: PyTree) -> PyTree:
         return self._worker(kind, batch)
 
     def wait_for_death(self) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
+from jaxtyping import PyTree
 
 from ..codes import AbstractCode, check_count
 from ._batch import Enough
@@ -32,7 +33,7 @@ class BatchOutcome:
 def run_batches(
     pool: AbstractPool,
     code: AbstractCode,
-    batches: Iterable[np.ndarray],
+    batches: Iterable[PyTree],
     *,
     enough: Enough | None = None,
     deadline: float = 60.0,
