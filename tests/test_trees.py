@@ -1,0 +1,244 @@
+"""Data points and answers that are pytrees: one matrix, one mask, every way of running.
+
+Each way is held against the same model on plain vectors, and what stands beside what is coded
+(integers, the same for a group) against its own value.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nercc_jax import (
+    Berrut,
+    DevicePool,
+    ExactStragglers,
+    NeRCC,
+    Replication,
+    Scheme,
+    calibrate_doubt,
+    coded_inference,
+    evaluate,
+    nested_objective,
+    pool_inference,
+    reexecute,
+)
+from nercc_jax.evaluation import make_forecast, nested_errors
+from nercc_jax.inference import ordered, partial_inference, robust_decode
+from nercc_jax.surrogates import Surrogate
+
+K, N, GROUPS = 3, 6, 2
+MASK = np.arange(N) != 2
+CODE = Berrut(K, N)
+random = np.random.default_rng(0)
+X = {
+    "image": random.normal(size=(GROUPS, K, 2, 2)).astype("float32"),
+    "meta": random.normal(size=(GROUPS, K, 3)).astype("float32"),
+    "task": np.repeat(np.array([[3], [5]], np.int32), K, axis=1),
+}
+FLAT = np.concatenate([X["image"].reshape(GROUPS, K, 4), X["meta"]], axis=-1)
+
+
+def heads(batch):
+    """A dict of heads, one of them a matrix."""
+    assert batch["task"].dtype == jnp.int32
+    image = batch["image"].reshape(-1, 4)
+    return {
+        "label": jnp.sin(image) + batch["meta"][:, :1] * batch["task"][:, None],
+        "box": jnp.tanh(batch["image"]),
+    }
+
+
+def vectors(task):
+    """The same on vectors, for a group with this task."""
+
+    def model(batch):
+        label = jnp.sin(batch[:, :4]) + batch[:, 4:5] * task
+        return jnp.concatenate([jnp.tanh(batch[:, :4]), label], axis=-1)
+
+    return model
+
+
+def expected(code, mask, group=None):
+    """Predictions (box, then label) of NumPy's product with the matrices, in float64."""
+    encoder = np.asarray(code.encoder_matrix(), np.float64)
+    decoder = np.asarray(code.decoder_matrix(mask), np.float64)
+    groups = range(GROUPS) if group is None else [group]
+    found = []
+    for g in groups:
+        y = vectors(float(X["task"][g, 0]))(jnp.asarray(encoder @ FLAT[g], jnp.float32))
+        found.append(decoder @ np.where(mask[:, None], y, 0))
+    return np.stack(found)
+
+
+def as_vectors(tree):
+    flat = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    lead = flat[0].ndim - 2  # of the box
+    return np.concatenate([leaf.reshape(*leaf.shape[:lead], -1) for leaf in flat], axis=-1)
+
+
+def points(x=X):
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), x)
+
+
+def mesh():
+    return jax.make_mesh((4,), ("workers",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def by_code():
+    return coded_inference(heads, CODE)(X, MASK)
+
+
+def by_mesh():
+    return coded_inference(heads, CODE, mesh=mesh())(X, MASK)
+
+
+def by_jit():
+    return jax.jit(coded_inference(heads, CODE))(X, MASK)
+
+
+def by_parts():
+    return partial_inference(heads, Replication(K, N), mesh())(X, deadline=60.0).predictions
+
+
+def by_order():
+    infer = coded_inference(heads, Replication(K, N), grouped=True)
+    return ordered(infer, K, features=lambda x: x["meta"], buffer_size=K)(X, np.ones(N, bool))
+
+
+def by_pool():
+    with DevicePool(heads, N) as pool:
+        result = pool_inference(pool, Replication(K, N), with_status=True)(X)
+    assert set(result.answers.values) == {"label", "box"}
+    return result.decoded.predictions
+
+
+def by_scheme():
+    return coded_inference(heads, Scheme(NeRCC(K, N, lambda_dec=0.0)), grouped=True)(X, MASK)
+
+
+def by_scheme_on_a_mesh():
+    scheme = Scheme(NeRCC(K, N, lambda_dec=0.0))
+    return coded_inference(heads, scheme, grouped=True, mesh=mesh())(X, MASK)
+
+
+WAYS = {
+    by_code: (CODE, MASK),
+    by_mesh: (CODE, MASK),
+    by_jit: (CODE, MASK),
+    by_order: (Replication(K, N), np.ones(N, bool)),
+    by_parts: (Replication(K, N), np.ones(N, bool)),
+    by_pool: (Replication(K, N), np.ones(N, bool)),
+    by_scheme: (NeRCC(K, N, lambda_dec=0.0), MASK),
+    by_scheme_on_a_mesh: (NeRCC(K, N, lambda_dec=0.0), MASK),
+}
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_every_way(way):
+    got = way()
+    assert got["label"].shape == (GROUPS, K, 4)
+    assert got["box"].shape == (GROUPS, K, 2, 2)
+    np.testing.assert_allclose(as_vectors(got), expected(*WAYS[way]), atol=2e-5)
+
+
+def test_one_mask_counts_for_all_leaves():
+    """What breaks in one head makes a straggler in all."""
+    y = {"a": jnp.ones((N, 2)), "b": jnp.ones((N, 3, 1)).at[4, 1, 0].set(jnp.nan)}
+    decoded = CODE.try_decode(y, np.ones(N, bool))
+    assert np.flatnonzero(~decoded.heard).tolist() == [4]
+    assert np.isfinite(decoded.predictions["a"]).all()
+    half = CODE.try_decode({"a": jnp.ones((N, 2), jnp.bfloat16), "b": jnp.ones((N, 1))}, MASK)
+    assert half.predictions["a"].dtype == half.predictions["b"].dtype == jnp.float32
+
+
+def test_what_cannot_be_mixed(untyped):
+    differs = {**X, "task": np.arange(GROUPS * K).reshape(GROUPS, K)}
+    message = (
+        r"x\['task'\] is int(32|64) and differs within a group: it cannot be mixed.*embeddings"
+    )
+    for infer in (coded_inference(heads, CODE), coded_inference(heads, CODE, mesh=mesh())):
+        with pytest.raises(ValueError, match=message):
+            infer(differs, MASK)
+    with pytest.raises(ValueError, match=message):
+        CODE.encode(jax.tree.map(lambda leaf: leaf[0], differs))
+    with pytest.raises(ValueError, match="token ids and labels cannot be mixed"):
+        coded_inference(heads, CODE)({"task": X["task"]}, MASK)
+    # Where JAX traces it, nobody can look: nothing is recovered, and nothing is silently wrong.
+    jitted = jax.jit(coded_inference(heads, CODE, with_status=True))
+    mixed = {**X, "task": np.array([[3, 3, 3], [1, 2, 3]], np.int32)}
+    decoded = jitted(mixed, MASK)
+    np.testing.assert_array_equal(decoded.recovered, [[True] * K, [False] * K])
+    assert np.isnan(as_vectors(decoded.predictions)[1]).all()
+
+
+def test_shapes_that_do_not_fit(untyped):
+    with pytest.raises(ValueError, match=r"x\['meta'\] of shape \(2, 2, 3\)"):
+        coded_inference(heads, CODE)({**X, "meta": X["meta"][:, :2]}, MASK)
+    with pytest.raises(
+        ValueError, match=r"y\['b'\] has shape \(5,\); its first axis must be the 6"
+    ):
+        CODE.decode({"a": np.ones(N), "b": np.ones(5)}, MASK)
+    with pytest.raises(ValueError, match="holds no array"):
+        CODE.encode({})
+
+
+def test_evaluation_and_the_objective():
+    one = jax.tree.map(lambda leaf: np.concatenate([leaf[:1]] * 4), X)
+    laws = {"one": ExactStragglers(1)}
+    key = jax.random.key(0)
+    tree = evaluate(heads, {"c": CODE}, points(one), laws, key=key, num_sets=3)[0]
+    task = float(X["task"][0, 0])
+    flat = np.concatenate([FLAT[:1]] * 4).reshape(-1, 7)
+    plain = evaluate(vectors(task), {"c": CODE}, flat, laws, key=key, num_sets=3)[0]
+    for metric in ("mse", "rmse", "mean_l2", "lost"):
+        np.testing.assert_allclose(
+            getattr(tree, metric).mean, getattr(plain, metric).mean, rtol=1e-4
+        )
+    forecast = make_forecast(heads, CODE, points(one))
+    np.testing.assert_allclose(forecast.error(MASK) ** 2 / 8, nested_objective(
+        heads, CODE, one, MASK[None]), rtol=1e-4)  # fmt: skip
+    # A data point keeps its labels if it keeps them all: along the last axis of every head.
+    own = heads(jax.tree.map(jnp.asarray, points(one)))
+    decoded = coded_inference(heads, CODE)(one, MASK)
+    same = [
+        (np.argmax(np.asarray(decoded[name]).reshape(own[name].shape), -1)
+         == np.argmax(own[name], -1)).reshape(len(flat), -1).all(axis=1)
+        for name in own
+    ]  # fmt: skip
+    wrong = nested_errors(heads, CODE, one, MASK[None], criterion="disagreement")
+    np.testing.assert_allclose(wrong, 1 - np.mean(np.logical_and(*same)), atol=1e-6)
+    labels = {name: np.argmax(own[name], -1) for name in own}
+    told = evaluate(heads, {"c": CODE}, points(one), laws, key=key, num_sets=3, labels=labels)[0]
+    assert told.accuracy.mean == told.rel_acc.mean
+
+
+def test_a_scheme_with_all_that_it_may_have():
+    one = jax.tree.map(lambda leaf: np.concatenate([leaf[:1]] * 20), X)
+    code = NeRCC(K, N, points="repeated")
+    surrogate = Surrogate(lambda b: jax.tree.map(lambda leaf: 0.9 * leaf, heads(b)), kappa=1.0)
+    laws, key = {"two": ExactStragglers(2)}, jax.random.key(0)
+    doubt = calibrate_doubt(heads, code, points(one), laws, key=key, surrogate=surrogate)
+    scheme = Scheme(code, surrogate, doubt, order="pixels")
+    mask = np.arange(N) > 1
+    assessed = coded_inference(heads, scheme, with_status=True)(points(one), mask)
+    own = heads(jax.tree.map(jnp.asarray, points(one)))
+    sure = np.asarray(assessed.doubt) == 0
+    assert 0 < sure.sum() < len(sure)
+    got = assessed.decoded.predictions
+    for name in own:
+        np.testing.assert_allclose(np.asarray(got[name])[sure], own[name][sure], atol=1e-5)
+    again = reexecute(heads, points(one), assessed)
+    for name in own:
+        np.testing.assert_allclose(again.decoded.predictions[name], own[name], atol=1e-5)
+
+
+def test_lies_are_found_in_any_head():
+    code = NeRCC(8, 32)
+    t = np.linspace(-1, 1, 8, dtype="float32")[:, None]
+    coded = code.encode(t)
+    y = {"a": jnp.sin(2 * coded), "b": jnp.cos(coded)[:, None]}
+    y["b"] = y["b"].at[7].add(5.0)
+    found = robust_decode(code, y, np.ones(32, bool), max_adversaries=2)
+    assert np.flatnonzero(found.suspected).tolist() == [7]
+    np.testing.assert_allclose(found.decoded.predictions["b"][:, 0], np.cos(t), atol=1e-3)
