@@ -6,8 +6,8 @@ Measures the disagreement (1 - RelAcc) of every mode for each model at each (N, 
 interval over straggler sets, the same for all. Whatever is chosen (lambdas, layouts, shrinkage,
 doubt) is chosen on other test images than those that judge: unlabelled, and as new to the model and
 its student as queries will be. Writes results/beyond.json and .png, and docs/beyond.md; `--page`
-writes the last two from what is there. An hour for a model on one core. Needs the data of
-design.md, section 6.
+writes the last two from what is there. An hour for a model on one core. Needs MNIST and
+CIFAR-10 as parquet files (`models/data.py` says where).
 """
 
 import argparse

@@ -6,7 +6,8 @@ results/latency.json, its picture and docs/latency.md; `--quick` runs a small ve
 `--only streams`, `codes` or `closed` runs one part, `--laws` some laws, and their results replace
 those in the file; `--page` writes the page again. `--plan FILE` carries out a plan of `nercc plan`
 on this process's devices, and adds what it promised and what was seen to
-results/latency-plan.json. Needs the data of design.md, section 6, and Ray.
+results/latency-plan.json. Needs MNIST and CIFAR-10 as
+parquet files (`models/data.py` says where), and Ray.
 """
 
 import argparse

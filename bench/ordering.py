@@ -10,8 +10,8 @@
 - Disagreement (1 - RelAcc) of NeRCC(K, N) as it is untuned, by features, buffer, layout, with its
   95 % interval over straggler sets; the same sets for all.
 
-Writes results/ordering.json and .png (--quick: ordering-quick.*). Needs the data of design.md,
-section 6.
+Writes results/ordering.json and .png (--quick: ordering-quick.*). Needs MNIST and CIFAR-10 as
+parquet files (`models/data.py` says where).
 """
 
 import argparse

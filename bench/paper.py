@@ -3,7 +3,8 @@
 `python bench/paper.py` runs everything (about an hour on two cores), `--quick` a small version of
 it, and `--only lenet5-mnist:100:20` one part, whose results replace those in the file. Writes
 results/paper.json, its pictures, and docs/results.md; `--page` writes the page again from the
-results that are there. Needs the data of design.md, section 6.
+results that are there. Needs MNIST and CIFAR-10 as
+parquet files (`models/data.py` says where).
 """
 
 import argparse

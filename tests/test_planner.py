@@ -274,7 +274,7 @@ def test_waiting_for_a_number_is_an_order_statistic(key):
 def test_a_group_ends_when_every_data_point_has_an_answer_of_its_own(dtype):
     code = Replication(2, 4)
     rule = Waiting(TAIL, own_workers(code), 4, 9.0)
-    mask, end, own = rule.wait(jnp.asarray([0.3, 0.9, 2.0, 0.4]))
+    mask, end, own = rule.outcome(jnp.asarray([0.3, 0.9, 2.0, 0.4]))
     np.testing.assert_allclose(end, 0.4)
     np.testing.assert_allclose(own, [0.3, 0.4])
     assert mask.tolist() == [True, False, False, True]

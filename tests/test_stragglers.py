@@ -76,14 +76,14 @@ def test_trace_errors(tmp_path, untyped):
 
 def test_rules(key):
     latencies = jnp.array([0.3, 0.1, 0.9, 0.2])
-    mask, waited = nj.WaitFor(nj.ExponentialLatency(1.0), 3).wait(latencies)
+    mask, waited = nj.WaitFor(nj.ExponentialLatency(1.0), 3).outcome(latencies)
     np.testing.assert_array_equal(mask, [True, True, False, True])
     np.testing.assert_allclose(waited, 0.3)
     rule = nj.WaitUntil(nj.ExponentialLatency(1.0), 0.25)
-    mask, waited = rule.wait(latencies)
+    mask, waited = rule.outcome(latencies)
     np.testing.assert_array_equal(mask, [False, True, False, True])
     np.testing.assert_allclose(waited, 0.25)
-    np.testing.assert_allclose(rule.wait(latencies / 10)[1], 0.09, rtol=1e-5)
+    np.testing.assert_allclose(rule.outcome(latencies / 10)[1], 0.09, rtol=1e-5)
     masks = draws(nj.WaitFor(nj.ParetoLatency(1.0, 1.1), 7), key)
     np.testing.assert_array_equal(masks.sum(axis=1), 7)
     share = draws(nj.WaitUntil(nj.ExponentialLatency(1.0), 1.0), key).mean()

@@ -9,11 +9,9 @@ against model errors in regression"; Wecker and Ansley 1983, JASA 78.
 """
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from ._root_information import covariances, solve
-from ._smoothing import averages, checked, fit, hermite_basis
+from ._fit import fit
 
 
 @jax.jit
@@ -35,21 +33,8 @@ def posterior_variance(
 
     Raises: ValueError where shapes do not agree.
     """
-    t, weights = checked(t, weights, available)
-    at = jnp.asarray(at, t.dtype)
-    knots, factor, mu = fit(t, weights, lambda_, end_weights)
-    covariance, forward, noise = (mu * each for each in covariances(factor))
-    forward = forward / mu
-    gap, inside, (left_value, left_slope, value, slope) = hermite_basis(knots.t, at)
-    here = jnp.stack([left_value, left_slope], -1)
-    there = jnp.stack([value, slope], -1) + jnp.einsum("ki,kij->kj", here, forward[gap])
-    known = _quadratic(there, covariance[gap + 1]) + _quadratic(here, noise[gap])
-    # Between two knots of known value and slope, integrated white noise still varies this much, and
-    # beyond the outermost with the distance.
-    h = knots.t[gap + 1] - knots.t[gap]
-    between = h * inside * (1 - inside)
-    beyond = jnp.maximum(jnp.maximum(knots.t[0] - at, at - knots.t[-1]), 0)
-    return jnp.where(knots.number > 1, known + (between**3 + beyond**3) / 3, jnp.inf)
+    found = fit(t, lambda_, weights=weights, available=available, end_weights=end_weights)
+    return found.variance(at)
 
 
 @jax.jit
@@ -70,16 +55,5 @@ def process_variance(
     two distinct points or fewer nothing tells it: infinite. Arguments as for `smoothing_spline`;
     mind that answers far from another make tau^2, like any scale, uncertain when they are few.
     """
-    t, weights = checked(t, weights, available)
-    knots, factor, mu = fit(t, weights, lambda_, end_weights)
-    means = averages(knots, t, weights, y)
-    shifts, _ = solve(factor, means)
-    # At the minimum the penalised squares are -(g - y)' W y, and W (g - y) sums to zero.
-    forces = knots.weights[:, None] * shifts / mu
-    energy = -jnp.sum(forces * (means - means[0]))
-    freedom = jnp.maximum(knots.number - 2, 0) * means.shape[1]
-    return jnp.where(freedom > 0, jnp.maximum(energy, 0) / jnp.maximum(freedom, 1), jnp.inf)
-
-
-def _quadratic(vector: Float[Array, "k 2"], matrix: Float[Array, "k 2 2"]) -> Float[Array, " k"]:
-    return jnp.einsum("ki,kij,kj->k", vector, matrix, vector)
+    found = fit(t, lambda_, weights=weights, available=available, end_weights=end_weights)
+    return found.process(y)

@@ -1,12 +1,11 @@
-"""Smoothing splines as linear operators: one fit behind two faces."""
+"""Smoothing splines as linear operators: a fit's two faces."""
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float
 
-from ._knots import Knots, gather_knots
-from ._root_information import RootInformation, factorize, solve
+from ._fit import fit, hermite
 
 
 class SmoothingSpline(eqx.Module):
@@ -23,7 +22,7 @@ class SmoothingSpline(eqx.Module):
     def evaluate(self, t: Float[ArrayLike, " k"]) -> Float[Array, "k *m"]:
         """The spline at the points t; straight lines beyond the outermost observed knots."""
         at = jnp.asarray(t, self.knots.dtype)
-        return _hermite(self.knots, self.values, self.slopes, at)
+        return hermite(self.knots, self.values, self.slopes, at)
 
 
 @jax.jit
@@ -59,12 +58,8 @@ def smoothing_spline(
     Source: arXiv 2402.04377, eqs. of the encoding and decoding regression; Green and Silverman
     1994, section 2.3.
     """
-    t, weights = checked(t, weights, available)
-    knots, factor, _ = fit(t, weights, lambda_, end_weights)
-    means = averages(knots, t, weights, y)
-    shifts, slopes = solve(factor, means)
-    shape = (-1, *jnp.shape(y)[1:])
-    return SmoothingSpline(knots.t, (means + shifts).reshape(shape), slopes.reshape(shape))
+    found = fit(t, lambda_, weights=weights, available=available, end_weights=end_weights)
+    return SmoothingSpline(found.knots.t, *found.values(y))
 
 
 @jax.jit
@@ -83,92 +78,5 @@ def smoothing_matrix(
     with the same points. Columns of unavailable observations are zero. Rows sum to one, unless
     nothing is available: then the matrix is zero. Arguments and source as there.
     """
-    t, weights = checked(t, weights, available)
-    at = jnp.asarray(at, t.dtype)
-    knots, factor, _ = fit(t, weights, lambda_, end_weights)
-
-    def predict(y):
-        means = knots.average(y)
-        shifts, slopes = solve(factor, means)
-        return _hermite(knots.t, means + shifts, slopes, at)
-
-    if at.shape[0] >= t.shape[0]:
-        return predict(jnp.eye(t.shape[0], dtype=t.dtype))
-    # Fewer rows than columns: run the same rotations backwards, a row at a time.
-    pull = jax.linear_transpose(predict, jax.ShapeDtypeStruct((t.shape[0], at.shape[0]), t.dtype))
-    return jnp.swapaxes(pull(jnp.eye(at.shape[0], dtype=t.dtype))[0], 0, 1)
-
-
-def checked(t, weights, available) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
-    """The points, and their weights with zeros for what is not available."""
-    t = jnp.asarray(t)
-    if t.ndim != 1 or t.shape[0] == 0 or not jnp.issubdtype(t.dtype, jnp.floating):
-        raise ValueError(f"points must be a float vector, not empty: got {t.dtype}{t.shape}")
-    weights = jnp.ones_like(t) if weights is None else jnp.asarray(weights, t.dtype)
-    available = jnp.ones(t.shape, bool) if available is None else jnp.asarray(available)
-    for name, value in (("weights", weights), ("available", available)):
-        if value.shape != t.shape:
-            raise ValueError(
-                f"{name} has shape {value.shape}; the {t.shape[0]} points need one each"
-            )
-    if available.dtype != bool:
-        raise ValueError(f"available must be a boolean mask, not {available.dtype}")
-    return t, jnp.where(available, weights, 0)
-
-
-def fit(t, weights, lambda_, end_weights) -> tuple[Knots, RootInformation, Float[Array, ""]]:
-    """The knots, the factor of their least-squares problem, and its penalty factor mu."""
-    knots = gather_knots(t, weights)
-    gaps, observed = jnp.diff(knots.t), knots.weights[1:] > 0
-    # Outside these bounds the fit is, to rounding, the interpolating spline and the straight line.
-    eps = jnp.finfo(t.dtype).eps
-    shortest = jnp.min(jnp.where(observed, gaps, 1))
-    span = jnp.sum(jnp.where(observed, gaps, 0))
-    low, high = jax.lax.stop_gradient((eps**2 * shortest**3, (1 + span**3) / eps))
-    total = jnp.sum(knots.weights)
-    mu = jnp.clip(jnp.asarray(lambda_, t.dtype), low, high) * jnp.where(total > 0, total, 1)
-    ends = jnp.zeros(2, t.dtype) if end_weights is None else jnp.asarray(end_weights, t.dtype)
-    if ends.shape != (2,):
-        raise ValueError(f"end_weights must be two, first and last, not of shape {ends.shape}")
-    slope_weights = jnp.zeros_like(knots.t).at[0].add(mu * ends[0])
-    slope_weights = slope_weights.at[jnp.maximum(knots.number - 1, 0)].add(mu * ends[1])
-    return knots, factorize(gaps, knots.weights, slope_weights, mu), mu
-
-
-def averages(knots: Knots, t, weights, y) -> Float[Array, "n m"]:
-    """The observations at each knot, without what is not available.
-
-    Raises: ValueError where they are not one for each point.
-    """
-    y = jnp.asarray(y)
-    if y.ndim < 1 or y.shape[0] != t.shape[0]:
-        raise ValueError(f"y has shape {y.shape}; its first axis must be the {t.shape[0]} points")
-    flat = jnp.where(weights[:, None] > 0, y.reshape(y.shape[0], -1), 0)
-    return knots.average(flat.astype(t.dtype))
-
-
-def hermite_basis(
-    t: Float[Array, " n"], at: Float[Array, " k"]
-) -> tuple[Int[Array, " k"], Float[Array, " k"], tuple[Float[Array, " k"], ...]]:
-    """The gap that each point lies in, how far into it (0 to 1), and what the value there is made
-    of: of the left knot's value and slope, and the right one's. Straight lines beyond the ends."""
-    gap = jnp.clip(jnp.searchsorted(t, at, side="right") - 1, 0, t.shape[0] - 2)
-    left, h = t[gap], t[gap + 1] - t[gap]
-    inside = jnp.clip((at - left) / h, 0, 1)
-    before, after = jnp.minimum(at - left, 0), jnp.maximum(at - left - h, 0)
-    s, r = inside, 1 - inside
-    basis = (
-        r * r * (1 + 2 * s),
-        s * r * r * h + before,
-        s * s * (1 + 2 * r),
-        after - s * s * r * h,
-    )
-    return gap, inside, basis
-
-
-def _hermite(t, values, slopes, at):
-    """The piecewise cubic with these values and slopes at the knots t; linear in both."""
-    gap, _, basis = hermite_basis(t, at)
-    column = (-1,) + (1,) * (values.ndim - 1)
-    b0, b1, b2, b3 = (b.reshape(column) for b in basis)
-    return b0 * values[gap] + b1 * slopes[gap] + b2 * values[gap + 1] + b3 * slopes[gap + 1]
+    found = fit(t, lambda_, weights=weights, available=available, end_weights=end_weights)
+    return found.matrix(at)

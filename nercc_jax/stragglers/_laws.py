@@ -190,9 +190,9 @@ class WaitFor(AbstractStragglers):
     number: int = eqx.field(converter=_number, static=True)
 
     def available(self, key: PRNGKeyArray, num_workers: int) -> Bool[Array, " num_workers"]:
-        return self.wait(self.latency.sample(key, (num_workers,)))[0]
+        return self.outcome(self.latency.sample(key, (num_workers,)))[0]
 
-    def wait(
+    def outcome(
         self, latencies: Float[Array, " num_workers"]
     ) -> tuple[Bool[Array, " num_workers"], Float[Array, ""]]:
         """The mask of the first `number` answers, and the seconds until they are in."""
@@ -213,9 +213,9 @@ class WaitUntil(AbstractStragglers):
             raise ValueError(f"deadline must be positive, not {self.deadline}")
 
     def available(self, key: PRNGKeyArray, num_workers: int) -> Bool[Array, " num_workers"]:
-        return self.wait(self.latency.sample(key, (num_workers,)))[0]
+        return self.outcome(self.latency.sample(key, (num_workers,)))[0]
 
-    def wait(
+    def outcome(
         self, latencies: Float[Array, " num_workers"]
     ) -> tuple[Bool[Array, " num_workers"], Float[Array, ""]]:
         """The mask of the answers within the deadline, and the seconds waited."""

@@ -55,9 +55,9 @@ class Waiting(AbstractStragglers):
     def available(self, key: PRNGKeyArray, num_workers: int) -> Bool[Array, " num_workers"]:
         if num_workers != self.own.shape[1]:
             raise ValueError(f"this rule is for {self.own.shape[1]} workers, not {num_workers}")
-        return self.wait(self.latency.sample(key, (num_workers,)))[0]
+        return self.outcome(self.latency.sample(key, (num_workers,)))[0]
 
-    def wait(
+    def outcome(
         self, latencies: Float[Array, " num_workers"]
     ) -> tuple[Bool[Array, " num_workers"], Float[Array, ""], Float[Array, " num_data"]]:
         """The mask of the answers that are in at the end, when that is, and when each data point's
@@ -66,7 +66,7 @@ class Waiting(AbstractStragglers):
 
 
 def _wait(xp: Any, latencies: Any, own: Any, number: Any, patience: Any) -> tuple[Any, Any, Any]:
-    """`Waiting.wait` in NumPy or JAX, for latencies with any axes in front.
+    """`Waiting.outcome` in NumPy or JAX, for latencies with any axes in front.
 
     NumPy sorts many short rows several times faster than XLA does on a CPU.
     """
@@ -87,7 +87,7 @@ def own_workers(code: AbstractCode) -> Bool[np.ndarray, "num_data num_workers"]:
 def draw_groups(
     rule: Waiting, latencies: Latencies, seed: int, shape: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`Waiting.wait` of so many independent groups, each result with the axes `shape` in front."""
+    """`Waiting.outcome` of many independent groups, each result with the axes `shape` in front."""
     drawn = latencies.draw(seed, (*shape, rule.own.shape[1]))
     patience = np.asarray(rule.patience, drawn.dtype)
     return _wait(np, drawn, np.asarray(rule.own), int(rule.number), patience)

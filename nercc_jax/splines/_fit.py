@@ -1,0 +1,166 @@
+"""One fit of a smoothing spline, and all that can be asked of it."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
+
+from ._knots import Knots, gather_knots
+from ._root_information import RootInformation, covariances, factorize, solve
+
+
+class Fit(eqx.Module):
+    """The spline regression at its points, before it has seen observations; `fit` makes one.
+
+    `factor` is that of the least-squares problem on the `knots`, `mu` its penalty: lambda times the
+    sum of the weights.
+    """
+
+    t: Float[Array, " n"]
+    weights: Float[Array, " n"]
+    knots: Knots
+    factor: RootInformation
+    mu: Float[Array, ""]
+
+    def values(
+        self, y: Float[ArrayLike, "n *m"]
+    ) -> tuple[Float[Array, "knots *m"], Float[Array, "knots *m"]]:
+        """The fitted spline's values and slopes at the knots."""
+        means = self._means(y)
+        shifts, slopes = solve(self.factor, means)
+        shape = (-1, *jnp.shape(y)[1:])
+        return (means + shifts).reshape(shape), slopes.reshape(shape)
+
+    def matrix(self, at: Float[ArrayLike, " k"]) -> Float[Array, "k n"]:
+        """The matrix from observations to the fitted spline at the points `at`."""
+        at = jnp.asarray(at, self.t.dtype)
+        number = self.t.shape[0]
+
+        def predict(y):
+            means = self.knots.average(y)
+            shifts, slopes = solve(self.factor, means)
+            return hermite(self.knots.t, means + shifts, slopes, at)
+
+        if at.shape[0] >= number:
+            return predict(jnp.eye(number, dtype=self.t.dtype))
+        # Fewer rows than columns: run the same rotations backwards, a row at a time.
+        pull = jax.linear_transpose(predict, jax.ShapeDtypeStruct((number, len(at)), self.t.dtype))
+        return jnp.swapaxes(pull(jnp.eye(at.shape[0], dtype=self.t.dtype))[0], 0, 1)
+
+    def variance(self, at: Float[ArrayLike, " k"]) -> Float[Array, " k"]:
+        """The posterior variance at the points `at`, by tau^2: see `posterior_variance`."""
+        at = jnp.asarray(at, self.t.dtype)
+        knots = self.knots
+        covariance, forward, noise = (self.mu * each for each in covariances(self.factor))
+        forward = forward / self.mu
+        gap, inside, (left_value, left_slope, value, slope) = hermite_basis(knots.t, at)
+        here = jnp.stack([left_value, left_slope], -1)
+        there = jnp.stack([value, slope], -1) + jnp.einsum("ki,kij->kj", here, forward[gap])
+        known = _quadratic(there, covariance[gap + 1]) + _quadratic(here, noise[gap])
+        # Between two knots of known value and slope, integrated white noise still varies this much,
+        # and beyond the outermost with the distance.
+        h = knots.t[gap + 1] - knots.t[gap]
+        between = h * inside * (1 - inside)
+        beyond = jnp.maximum(jnp.maximum(knots.t[0] - at, at - knots.t[-1]), 0)
+        return jnp.where(knots.number > 1, known + (between**3 + beyond**3) / 3, jnp.inf)
+
+    def process(self, y: Float[ArrayLike, "n *m"]) -> Float[Array, ""]:
+        """tau^2 as these observations tell it: see `process_variance`."""
+        means = self._means(y)
+        shifts, _ = solve(self.factor, means)
+        # At the minimum the penalised squares are -(g - y)' W y, and W (g - y) sums to zero.
+        forces = self.knots.weights[:, None] * shifts / self.mu
+        energy = -jnp.sum(forces * (means - means[0]))
+        freedom = jnp.maximum(self.knots.number - 2, 0) * means.shape[1]
+        return jnp.where(freedom > 0, jnp.maximum(energy, 0) / jnp.maximum(freedom, 1), jnp.inf)
+
+    def _means(self, y: Float[ArrayLike, "n *m"]) -> Float[Array, "knots m"]:
+        """The observations at each knot, without what is not available.
+
+        Raises: ValueError where they are not one for each point.
+        """
+        y, number = jnp.asarray(y), self.t.shape[0]
+        if y.ndim < 1 or y.shape[0] != number:
+            raise ValueError(f"y has shape {y.shape}; its first axis must be the {number} points")
+        flat = jnp.where(self.weights[:, None] > 0, y.reshape(number, -1), 0)
+        return self.knots.average(flat.astype(self.t.dtype))
+
+
+def fit(
+    t: Float[ArrayLike, " n"],
+    lambda_: Float[ArrayLike, ""],
+    *,
+    weights: Float[ArrayLike, " n"] | None = None,
+    available: Bool[ArrayLike, " n"] | None = None,
+    end_weights: Float[ArrayLike, "2"] | None = None,
+) -> Fit:
+    """The regression for these points; arguments and errors as for `smoothing_spline`."""
+    t, weights = _checked(t, weights, available)
+    knots = gather_knots(t, weights)
+    gaps, observed = jnp.diff(knots.t), knots.weights[1:] > 0
+    # Outside these bounds the fit is, to rounding, the interpolating spline and the straight line.
+    eps = jnp.finfo(t.dtype).eps
+    shortest = jnp.min(jnp.where(observed, gaps, 1))
+    span = jnp.sum(jnp.where(observed, gaps, 0))
+    low, high = jax.lax.stop_gradient((eps**2 * shortest**3, (1 + span**3) / eps))
+    total = jnp.sum(knots.weights)
+    mu = jnp.clip(jnp.asarray(lambda_, t.dtype), low, high) * jnp.where(total > 0, total, 1)
+    ends = jnp.zeros(2, t.dtype) if end_weights is None else jnp.asarray(end_weights, t.dtype)
+    if ends.shape != (2,):
+        raise ValueError(f"end_weights must be two, first and last, not of shape {ends.shape}")
+    slope_weights = jnp.zeros_like(knots.t).at[0].add(mu * ends[0])
+    slope_weights = slope_weights.at[jnp.maximum(knots.number - 1, 0)].add(mu * ends[1])
+    return Fit(t, weights, knots, factorize(gaps, knots.weights, slope_weights, mu), mu)
+
+
+def _checked(t, weights, available) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+    """The points, and their weights with zeros for what is not available."""
+    t = jnp.asarray(t)
+    if t.ndim != 1 or t.shape[0] == 0 or not jnp.issubdtype(t.dtype, jnp.floating):
+        raise ValueError(f"points must be a float vector, not empty: got {t.dtype}{t.shape}")
+    weights = jnp.ones_like(t) if weights is None else jnp.asarray(weights, t.dtype)
+    available = jnp.ones(t.shape, bool) if available is None else jnp.asarray(available)
+    for name, value in (("weights", weights), ("available", available)):
+        if value.shape != t.shape:
+            raise ValueError(
+                f"{name} has shape {value.shape}; the {t.shape[0]} points need one each"
+            )
+    if available.dtype != bool:
+        raise ValueError(f"available must be a boolean mask, not {available.dtype}")
+    return t, jnp.where(available, weights, 0)
+
+
+def hermite_basis(
+    t: Float[Array, " n"], at: Float[Array, " k"]
+) -> tuple[Int[Array, " k"], Float[Array, " k"], tuple[Float[Array, " k"], ...]]:
+    """The gap that each point lies in, how far into it (0 to 1), and what the value there is made
+    of: of the left knot's value and slope, and the right one's. Straight lines beyond the ends."""
+    gap = jnp.clip(jnp.searchsorted(t, at, side="right") - 1, 0, t.shape[0] - 2)
+    left, h = t[gap], t[gap + 1] - t[gap]
+    inside = jnp.clip((at - left) / h, 0, 1)
+    before, after = jnp.minimum(at - left, 0), jnp.maximum(at - left - h, 0)
+    s, r = inside, 1 - inside
+    basis = (
+        r * r * (1 + 2 * s),
+        s * r * r * h + before,
+        s * s * (1 + 2 * r),
+        after - s * s * r * h,
+    )
+    return gap, inside, basis
+
+
+def hermite(
+    t: Float[Array, " n"],
+    values: Float[Array, "n *m"],
+    slopes: Float[Array, "n *m"],
+    at: Float[Array, " k"],
+) -> Float[Array, "k *m"]:
+    """The piecewise cubic with these values and slopes at the knots t; linear in both."""
+    gap, _, basis = hermite_basis(t, at)
+    column = (-1,) + (1,) * (values.ndim - 1)
+    b0, b1, b2, b3 = (b.reshape(column) for b in basis)
+    return b0 * values[gap] + b1 * slopes[gap] + b2 * values[gap + 1] + b3 * slopes[gap + 1]
+
+
+def _quadratic(vector: Float[Array, "k 2"], matrix: Float[Array, "k 2 2"]) -> Float[Array, " k"]:
+    return jnp.einsum("ki,kij,kj->k", vector, matrix, vector)
