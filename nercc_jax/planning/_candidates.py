@@ -18,7 +18,7 @@ EARLY = 0.9  # quantile of the latency, before which nothing is sent again
 _QUANTILES = (0.5, 0.75, 0.9, 0.95, 0.99)  # of the latency, after which hedging sends again
 _DRAWS = 20_000  # groups of queries
 # Of draws that must not be the same; a number of copies is added to that of hedging.
-_SEEDS = {"hedged": 0, "again": 7, "groups": 8}
+_STREAMS = {"hedged": 0, "again": 7, "groups": 8}
 _MISSED, _WIDER = 0.01, 2.576 / 1.960  # of intervals, and by how much they are wider than 95 %'s
 
 
@@ -89,7 +89,7 @@ def uncoded_systems(latencies: Latencies, asked: Mapping[str, Any]) -> Iterator[
     shape = (number_of_draws(_DRAWS, 3 * queries), queries)
     for copies, share in [(1, 0.0), *itertools.product((2, 3), _QUANTILES)]:
         after = latencies.quantile(share) if copies > 1 else np.inf
-        there, sent = draw_hedged(latencies, _SEEDS["hedged"] + copies, shape, after, copies)
+        there, sent = draw_hedged(latencies, _STREAMS["hedged"] + copies, shape, after, copies)
         resent = float(np.mean(sent)) - 1
         yield make_candidate(
             "hedged" if copies > 1 else "uncoded",
@@ -110,11 +110,11 @@ def _replicated(
     held = own_workers(Replication(queries, workers))
     system = "replication" if workers > queries else "uncoded"
     shape = (number_of_draws(_DRAWS, workers), 1)
-    again = latencies.draw(_SEEDS["again"], (*shape, queries))
+    again = latencies.draw(_STREAMS["again"], (*shape, queries))
 
     def draw(number: int, patience: float):
         rule = Waiting(latencies.law, held, number, patience)
-        return draw_groups(rule, latencies, _SEEDS["groups"], shape)
+        return draw_groups(rule, latencies, _STREAMS["groups"], shape)
 
     if workers > queries:
         yield make_candidate(

@@ -30,7 +30,7 @@ from ._candidates import (
 _SCREEN_SETS, TOLD_SETS, _DOUBT_SETS = 4, 48, 64
 _SCREEN_DRAWS, _TOLD_DRAWS = 5_000, 20_000
 # Of draws that must not be the same; what is compared with each other meets the same.
-_SEEDS = {"shuffle": 0, "ends": 1, "again": 2, "screen": 3, "told": 4}
+_STREAMS = {"shuffle": 0, "ends": 1, "again": 2, "screen": 3, "told": 4}
 _CHUNK = 512  # groups that are decoded at a time
 _ENOUGH, _MOST = 3, 10  # measured are those with the least p99: till so many do, and no more
 _STEP = math.log(1.03)  # in the logarithm of the p99, among which the cheaper comes first
@@ -146,7 +146,7 @@ class Codes:
         num_data, num_workers = rule.own.shape
         groups = self._asked["num_queries"] // num_data
         shape = (number_of_draws(draws, groups * num_workers), groups)
-        return draw_groups(rule, self._latencies, _SEEDS["ends"], shape)
+        return draw_groups(rule, self._latencies, _STREAMS["ends"], shape)
 
     def _look(
         self, code: NeRCC, rule: Waiting, points: str, order: str | None, times: np.ndarray
@@ -167,7 +167,7 @@ class Codes:
         self, entry: Screened, half: Half, what: str, doubt: Doubt | None = None
     ) -> "_Measured":
         sets = _SCREEN_SETS if what == "screen" else TOLD_SETS
-        return _Measured(*entry, half, self._latencies, sets, _SEEDS[what], doubt)
+        return _Measured(*entry, half, self._latencies, sets, _STREAMS[what], doubt)
 
     def measure(
         self, screened: Sequence[Screened], key: PRNGKeyArray
@@ -196,9 +196,9 @@ class Codes:
         _, end, own = self._draw(entry.rule, _SCREEN_DRAWS)
         unknown = own > end[..., None]
         share = 3 * entry.row.disagreement.mean
-        random = np.random.default_rng(_SEEDS["shuffle"])
+        random = self._latencies.random(_STREAMS["shuffle"])
         again = unknown & (random.random(own.shape) < share / max(np.mean(unknown), 1e-9))
-        seconds = self._latencies.draw(_SEEDS["again"], own.shape)
+        seconds = self._latencies.draw(_STREAMS["again"], own.shape)
         times = last_prediction(end, own, again, seconds)
         return float(np.quantile(times, PROMISED)), entry.row.extra_work + share
 
@@ -242,12 +242,12 @@ class _Measured:
         half: Half,
         latencies: Latencies,
         sets: int,
-        seed: int,
+        stream: int,
         doubt: Doubt | None,
     ):
         coded = half.answers(row.order, row.num_data)
         answers, labels = np.asarray(coded.of(code).coded), np.argmax(coded.own, axis=-1)
-        mask, self.end, self.own = draw_groups(rule, latencies, seed, (len(labels), sets))
+        mask, self.end, self.own = draw_groups(rule, latencies, stream, (len(labels), sets))
         known = self.own <= self.end[..., None]
         self.wrong, self.doubt = np.zeros(known.shape, bool), np.zeros(known.shape)
         rows = np.argwhere(~known.all(axis=-1))
@@ -267,11 +267,11 @@ class _Measured:
         self, again: np.ndarray, latencies: Latencies, groups: int
     ) -> Float[np.ndarray, " draws"]:
         """When the last of so many groups' predictions is there, a few draws for each."""
-        order = np.random.default_rng(_SEEDS["shuffle"]).permutation(self.end.size)
+        order = latencies.random(_STREAMS["shuffle"]).permutation(self.end.size)
         order = np.tile(order[: order.size // groups * groups].reshape(-1, groups), (4, 1))
         end = self.end.reshape(-1)[order]
         own, again = (part.reshape(-1, part.shape[-1])[order] for part in (self.own, again))
-        seconds = latencies.draw(_SEEDS["again"], own.shape)
+        seconds = latencies.draw(_STREAMS["again"], own.shape)
         return last_prediction(end, own, again, seconds)
 
 

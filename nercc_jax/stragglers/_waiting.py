@@ -7,6 +7,7 @@ is free; what the master does itself takes no time here.
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
@@ -29,12 +30,17 @@ class Latencies:
     def __init__(self, law: AbstractLatency, key: PRNGKeyArray):
         self.law = law
         self._pool = np.asarray(law.sample(key, (_POOL,)))
+        self._seed = int(jax.random.bits(key))
         if not np.all(np.isfinite(self._pool) & (self._pool >= 0)):
             raise ValueError(f"latencies must be finite, in seconds, 0 or more; {law} draws others")
 
-    def draw(self, seed: int, shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:
-        """Independent latencies in seconds, the same for the same seed."""
-        return self._pool[np.random.default_rng(seed).integers(0, _POOL, shape)]
+    def random(self, stream: int) -> np.random.Generator:
+        """One of many independent streams of random numbers, all from the key."""
+        return np.random.default_rng([self._seed, stream])
+
+    def draw(self, stream: int, shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:
+        """Independent latencies in seconds, the same for the same stream."""
+        return self._pool[self.random(stream).integers(0, _POOL, shape)]
 
     def quantile(self, share: float) -> float:
         return float(np.quantile(self._pool, share))
@@ -85,10 +91,10 @@ def own_workers(code: AbstractCode) -> Bool[np.ndarray, "num_data num_workers"]:
 
 
 def draw_groups(
-    rule: Waiting, latencies: Latencies, seed: int, shape: tuple[int, ...]
+    rule: Waiting, latencies: Latencies, stream: int, shape: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`Waiting.outcome` of many independent groups, each result with the axes `shape` in front."""
-    drawn = latencies.draw(seed, (*shape, rule.own.shape[1]))
+    drawn = latencies.draw(stream, (*shape, rule.own.shape[1]))
     patience = np.asarray(rule.patience, drawn.dtype)
     return _wait(np, drawn, np.asarray(rule.own), int(rule.number), patience)
 
@@ -110,13 +116,13 @@ def last_prediction(
 
 
 def draw_hedged(
-    latencies: Latencies, seed: int, shape: tuple[int, ...], after: float, copies: int
+    latencies: Latencies, stream: int, shape: tuple[int, ...], after: float, copies: int
 ) -> tuple[Float[np.ndarray, "..."], Int[np.ndarray, "..."]]:
     """When queries are answered, and how many copies of each were sent.
 
     Another copy of what is not answered goes out every `after` seconds, up to `copies` in all.
     """
-    draws = latencies.draw(seed, (copies, *shape))
+    draws = latencies.draw(stream, (copies, *shape))
     there, sent = draws[0], np.ones(shape, int)
     for number in range(1, copies):
         late = there > number * after
