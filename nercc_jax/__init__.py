@@ -2,13 +2,22 @@
 
 Queries become coded data points by one smoothing-spline regression, workers run the model on
 those, and a second regression recovers all predictions from whichever workers answered.
+
+Here are the names that people start with. Everything else is public through its room:
+
+- `nercc_jax.splines`: smoothing splines as linear operators, and as posteriors.
+- `nercc_jax.codes`: two matrices each, regression points, files.
+- `nercc_jax.stragglers`: who answers in time; laws of latency and rules of waiting.
+- `nercc_jax.inference`: encode, model, decode; on a mesh, in part, in order, among liars.
+- `nercc_jax.evaluation`: recorded answers, codes side by side, the nested objective, forecasts.
+- `nercc_jax.tuning`: gradient descent through all of it, and the search for a layout.
+- `nercc_jax.surrogates`: cheap models beside the coded one, doubt, schemes.
+- `nercc_jax.planning`: which code, how many workers, or nothing.
+- `nercc_jax.pools`: workers that answer when they answer.
+- `nercc_jax.serving`: a server.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:  # what there is, for readers and type checkers; `_WHERE` says it again
-    from .codes import AbstractCode as AbstractCode
+from .codes import AbstractCode as AbstractCode
     from .codes import Berrut as Berrut
     from .codes import Lagrange as Lagrange
     from .codes import NeRCC as NeRCC

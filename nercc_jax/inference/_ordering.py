@@ -16,7 +16,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 from ..codes import Decoded, check_count, is_float, join, leaves_of
 from ._groups import is_grouped
 
-Features: TypeAlias = Callable[[PyTree], PyTree] | Float[ArrayLike, "points ..."]
+Features: TypeAlias = Callable[[PyTree], PyTree] | PyTree[Float[ArrayLike, "points ..."]]
 
 # So many rows' distances are held at a time where there are many buffers.
 _AT_ONCE = 1024
