@@ -17,7 +17,11 @@ Here are the names that people start with. Everything else is public through its
 - `nercc_jax.serving`: a server.
 """
 
-from .codes import AbstractCode as AbstractCode
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what there is, for readers and type checkers; `_WHERE` says it again
+    from .codes import AbstractCode as AbstractCode
     from .codes import Berrut as Berrut
     from .codes import Lagrange as Lagrange
     from .codes import NeRCC as NeRCC
