@@ -13,18 +13,31 @@ from scipy.special import logit as logit_of
 
 from ._logistic import logistic_regression
 
-_FOLDS = 5  # parts of the groups, for what they tell of each other
-_LEAST_SCALE = 0.1  # that is left of the regression's log-odds
-_FAR = 1000.0  # in log-odds
-# Bins of the correction, at most, and wrong labels that are expected in each, at least.
+# What the constants do was measured on a synthetic classifier, NeRCC (4, 7) with Chebyshev and with
+# repeated points, 35 straggler sets: calibrated on 100 or 400 groups (six draws), judged on 800
+# others. Figures are the mean over these of the worst of five bins, |log(observed / promised)|; of
+# the disagreement that was left of what was asked for (0.5 and 2 %); and of the share sent again.
+
+# Parts of the groups, for what they tell of each other. With 2, 5, 10: 0.057, 0.051, 0.054.
+_FOLDS = 5
+# What is left of the regression's log-odds, so that some order is. Less loses half of what may be
+# answered: with 0.0001, 0.1, 0.3 of what was asked for 0.27, 0.43, 0.44 was used.
+_LEAST_SCALE = 0.1
+_FAR = 1000.0  # in log-odds: where a root is looked for
+# Bins of the correction, at most, and wrong labels that are expected in each, at least. It hardly
+# matters: with 8, 32, 128 bins 0.052, 0.051, 0.051; with 3, 10, 30 expected 0.053, 0.051, 0.048.
 _BINS, _EXPECTED = 32, 10
 _SUREST = 1 - 1e-6  # that something is wrong
-_SLOPE = 0.05  # of the regression's log-odds, left where bins are alike
-_DIGITS = 3  # of log-odds
+# Of the regression's log-odds, left where bins are alike: without any, doubts tie, and a limit takes
+# all of a bin or none. With 0, 0.05, 0.2 of what was asked for 0.27, 0.43, 0.44 was used.
+_SLOPE = 0.05
+_DIGITS = 3  # of log-odds that are alike. With 1, 3, 6: 0.046, 0.051, 0.051
+# Where a limit may lie. With 64, 512, 4,096 of what was asked for 0.36, 0.43, 0.45 was used.
 _LEVELS = 512
 _ROUNDING = 1e-5  # of doubts, which float32 and another program round otherwise
-_LEAST = 1e-30
-# Standard errors by which a risk may be more than what was counted.
+_LEAST = 1e-30  # of what is divided by
+# Standard errors by which a risk may be more than what was counted. With 0, 1, 2, 3 more than was
+# asked for disagreed in 12, 4, 0, 0 % of the cases, and 58, 59, 59, 60 % were sent again for 0.5 %.
 _ERRORS = 2.0
 
 
