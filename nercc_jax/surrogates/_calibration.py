@@ -28,8 +28,8 @@ _FAR = 1000.0  # in log-odds: where a root is looked for
 # matters: with 8, 32, 128 bins 0.052, 0.051, 0.051; with 3, 10, 30 expected 0.053, 0.051, 0.048.
 _BINS, _EXPECTED = 32, 10
 _SUREST = 1 - 1e-6  # that something is wrong
-# Of the regression's log-odds, left where bins are alike: without any, doubts tie, and a limit takes
-# all of a bin or none. With 0, 0.05, 0.2 of what was asked for 0.27, 0.43, 0.44 was used.
+# Of the regression's log-odds, left where bins are alike: without any, doubts tie, and a limit
+# takes all of a bin or none. With 0, 0.05, 0.2 of what was asked for 0.27, 0.43, 0.44 was used.
 _SLOPE = 0.05
 _DIGITS = 3  # of log-odds that are alike. With 1, 3, 6: 0.046, 0.051, 0.051
 # Where a limit may lie. With 64, 512, 4,096 of what was asked for 0.36, 0.43, 0.45 was used.
