@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import textwrap
 
 import hypothesis
 import hypothesis.strategies as st
@@ -12,6 +11,7 @@ import numpy as np
 import optax
 import oracle
 import pytest
+from flax import nnx
 from matrices import decoder_matrix, encoder_matrix
 
 import nercc_jax as nj
@@ -312,7 +312,7 @@ def test_the_landscape_is_the_objective_of_its_cells(trials, start):
             end_penalty=start.end_penalty,
         )  # fmt: skip
         relative = plain_errors(trials[1], cell) / plain_errors(trials[1], start)
-        expected = np.mean(relative ** trials[1].order) ** (1 / trials[1].order)
+        expected = np.mean(relative ** trials[1].power) ** (1 / trials[1].power)
         np.testing.assert_allclose(heights[i, j], expected, rtol=1e-4)
 
 
@@ -526,21 +526,10 @@ def test_a_plain_loop_lowers_the_objective_and_keeps_lambdas_positive():
     for name in ("lambda_enc", "lambda_dec", "end_penalty"):
         values = np.array([float(getattr(code, name)) for code in seen])
         assert (values > 0).all()
-        assert values.max() - values.min() > float(getattr(start, name)), f"{name} has gone far"
+        # A step of Adam's is 1 of a logarithm, and would be 1 of the lambda itself.
+        assert np.abs(np.log(values / float(getattr(start, name)))).max() > 1
     before, after = (plain_objective(code, groups, masks) for code in (start, seen[-1]))
     assert after < 0.9 * before
-
-
-def test_the_loop_of_the_docstring_runs():
-    names: dict = {}
-    exec(textwrap.dedent(parametrize.__doc__.split("```python")[1].split("```")[0]), names)
-    arguments = (names["model"], names["x"], names["available"])
-    before, after = (
-        nj.nested_objective(arguments[0], code, *arguments[1:])
-        for code in (nj.NeRCC(4, 10), names["code"])
-    )
-    assert after < before
-    assert min(float(names["code"].lambda_enc), float(names["code"].lambda_dec)) > 0
 
 
 def plain_objective(code, groups, masks):
