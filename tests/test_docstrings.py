@@ -1,0 +1,39 @@
+"""Every example in a docstring runs, and prints what it says."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+
+import pytest
+
+# What needs an extra is imported by its own tests.
+ROOMS = ("codes", "splines", "stragglers", "inference", "evaluation", "tuning", "surrogates")
+ROOMS += ("planning", "pools")
+
+
+def examples():
+    for room in ROOMS:
+        package = importlib.import_module(f"nercc_jax.{room}")
+        for found in pkgutil.iter_modules(package.__path__, f"nercc_jax.{room}."):
+            module = importlib.import_module(found.name)
+            for example in doctest.DocTestFinder(exclude_empty=True).find(module, found.name):
+                if example.examples or "```python" in (example.docstring or ""):
+                    yield pytest.param(example, id=example.name.removeprefix("nercc_jax."))
+
+
+@pytest.mark.parametrize("example", [*examples()])
+def test_it_runs(example):
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    report = []
+    runner.run(example, out=report.append)
+    assert runner.failures == 0, "".join(report)
+    text = inspect.cleandoc(example.docstring)
+    for block in re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+        exec(compile(block, example.name, "exec"), {})
+
+
+def test_what_people_start_with_has_examples():
+    found = {param.id.rpartition(".")[2] for param in examples()}
+    assert found >= {"AbstractCode", "coded_inference", "Scheme", "parametrize"}
