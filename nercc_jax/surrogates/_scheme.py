@@ -58,6 +58,9 @@ class Scheme(AbstractScheme):
     >>> assessed.decoded.predictions.shape, assessed.deviation.shape
     ((12, 1), (12,))
 
+    What cannot be mixed (integers beside what is coded) must be the same for all data points that
+    are ordered together; a group in which it differs is not recovered.
+
     The surrogate runs on all data points and coded data points: where it is cheap because workers
     are far, on the master; its cost is yours to count. Raises: ValueError for an order by a
     surrogate that is not there.
