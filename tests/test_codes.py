@@ -626,7 +626,7 @@ def test_replace_keeps_what_is_not_named(untyped):
     slope = jax.grad(lambda dec: code.replace(lambda_dec=dec, exact=False).decoder_penalty(
         np.ones(N, bool)))(0.5)  # fmt: skip
     assert slope == 1
-    with pytest.raises(ValueError, match="NeRCC has no lamda: it has num_data, .*alpha, beta"):
+    with pytest.raises(ValueError, match=r"NeRCC has no lamda: it has num_data, .*alpha, beta"):
         code.replace(lamda=1.0)
     with pytest.raises(ValueError, match="lambda_dec must be 0 or positive, not -1"):
         code.replace(lambda_dec=-1.0)
