@@ -15,13 +15,13 @@ import pytest
 # Must be set before the backend starts.
 jax.config.update("jax_num_cpu_devices", 8)
 
-# Where numbers are the subject, both precisions run by default (elsewhere float64 is slow), and LLVM
-# optimises as it does for users.
+# Where numbers are the subject, both precisions run by default (elsewhere float64 is slow), and
+# LLVM optimises as it does for users.
 NUMERICS = {"test_codes.py", "test_points.py", "test_posterior.py", "test_splines.py"}
 
-# Compiling is most of the time. Four programs (decoding, its two gradients, one of them vmapped) took
-# XLA 23.8 s of CPU time, 16.1 s without its fusion emitters, and 9.2 s without most of LLVM's
-# optimisations, too. CI runs NUMERICS once more as users compile. JAX after 0.10 aborts at the flag.
+# Compiling is most of the time. Four programs (decoding, its two gradients, one of them vmapped)
+# took XLA 23.8 s of CPU time, 16.1 s without its fusion emitters, and 9.2 s without most of LLVM's
+# optimisations, too. CI runs NUMERICS once more as users compile. JAX 0.12 aborts at the flag.
 AS_USERS_DO = os.environ.get("NERCC_COMPILE_AS_USERS_DO") == "1"
 if not AS_USERS_DO and jax.__version_info__ < (0, 11):
     flags = os.environ.get("XLA_FLAGS", "")

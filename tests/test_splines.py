@@ -111,11 +111,12 @@ def test_agrees_with_scipy(dtype):
     t, y = np.sort(rng.uniform(-1, 1, 30)).astype(dtype), rng.normal(size=(30, 2)).astype(dtype)
     at = np.linspace(t[0], t[-1], 50).astype(dtype)  # theirs continues as a cubic beyond
     for lambda_ in (1e-6, 1e-3):
-        theirs = scipy.interpolate.make_smoothing_spline(
-            t.astype(float), y.astype(float), lam=30 * lambda_
-        )
         ours = smoothing_spline(t, jnp.asarray(y), lambda_).evaluate(at)
-        np.testing.assert_allclose(ours, theirs(at), atol=100 * TOLERANCE[dtype])
+        for column, values in enumerate(y.T.astype(float)):
+            theirs = scipy.interpolate.make_smoothing_spline(
+                t.astype(float), values, lam=30 * lambda_
+            )
+            np.testing.assert_allclose(ours[:, column], theirs(at), atol=100 * TOLERANCE[dtype])
 
 
 def test_limits(dtype):
