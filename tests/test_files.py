@@ -63,9 +63,9 @@ def test_the_file_says_what_it_is(tmp_path):
     assert (content["numbers"]["num_data"], content["numbers"]["num_workers"]) == (K, N)
     assert np.float32(content["numbers"]["lambda_dec"]) == np.float32(ODD["lambda_dec"])
     assert set(content["dtypes"]) == {"alpha", "beta", *ODD}
-    assert nj.code_card(path) == about
+    assert nj.codes.code_card(path) == about
     nj.save_code(str(path), CODES["uncoded"]())
-    assert nj.code_card(str(path)) == {}
+    assert nj.codes.code_card(str(path)) == {}
     assert isinstance(nj.load_code(str(path)), nj.Uncoded), "written over"
 
 
@@ -149,7 +149,7 @@ def test_a_file_that_is_no_code(changes, message, tmp_path, untyped):
 def test_another_file(content, message, tmp_path):
     path = tmp_path / "thing.json"
     path.write_bytes(content)
-    for read in (nj.load_code, nj.code_card):
+    for read in (nj.load_code, nj.codes.code_card):
         with pytest.raises(ValueError, match=rf"thing\.json {message}"):
             read(path)
 

@@ -111,7 +111,7 @@ def plain_errors(code, models, x, masks, loss):
 
 # Compiled once for each code, precision and loss. A spline's program takes long to compile, so that
 # what does not depend on the code is tested with a cheap one.
-compiled_errors = eqx.filter_jit(nj.nested_errors)
+compiled_errors = eqx.filter_jit(nj.evaluation.nested_errors)
 compiled_objective = eqx.filter_jit(nj.nested_objective)
 
 
@@ -183,10 +183,10 @@ def test_known_originals_are_taken(dtype):
         asked.append(batch.shape[0])
         return model(batch)
 
-    plain = nj.nested_errors(counting, code, x, MASKS)
+    plain = nj.evaluation.nested_errors(counting, code, x, MASKS)
     assert sorted(asked) == [GROUPS * K, GROUPS * N]
     asked.clear()
-    known = nj.nested_errors(counting, code, x, MASKS, originals=originals)
+    known = nj.evaluation.nested_errors(counting, code, x, MASKS, originals=originals)
     assert asked == [GROUPS * N]
     np.testing.assert_allclose(known, plain, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     shifted = nj.nested_objective(model, code, x, MASKS[:1], originals=originals + 10)
@@ -197,7 +197,7 @@ def test_the_mean_over_all_sets_is_the_expectation(key):
     with jax.enable_x64(True):
         code = CODES["nercc"]()
         x = groups_of(code)
-        every = nj.straggler_sets(nj.ExactStragglers(2), key, N, 100)
+        every = nj.stragglers.straggler_sets(nj.ExactStragglers(2), key, N, 100)
         got = compiled_objective(model, code, x, every)
         expected, count = 0.0, 0
         for gone in itertools.combinations(range(N), 2):
@@ -207,7 +207,7 @@ def test_the_mean_over_all_sets_is_the_expectation(key):
         np.testing.assert_allclose(got, expected / count, rtol=1e-10)
         keys = jax.random.split(key, 3)
         drawn = jnp.concatenate(
-            [nj.straggler_sets(nj.IndependentStragglers(0.2), k, N, 7) for k in keys]
+            [nj.stragglers.straggler_sets(nj.IndependentStragglers(0.2), k, N, 7) for k in keys]
         )
         np.testing.assert_allclose(
             compiled_objective(model, code, x, drawn),
@@ -326,7 +326,7 @@ def test_gradients_are_finite_in_float32(layout):
 def test_errors(change, message, untyped):
     given = {"x": np.zeros((2, K, 2)), "available": MASKS, **change}
     x, masks = given.pop("x"), given.pop("available")
-    for function in (nj.nested_errors, nj.nested_objective):
+    for function in (nj.evaluation.nested_errors, nj.nested_objective):
         with pytest.raises(ValueError, match=message):
             # All that is checked are shapes and names.
             eqx.filter_eval_shape(function, model, nj.Berrut(K, N), x, masks, **given)
@@ -334,4 +334,4 @@ def test_errors(change, message, untyped):
 
 def test_a_missing_model_is_told():
     with pytest.raises(ValueError, match="the workers of this code run 2 models, but 1 came"):
-        nj.nested_errors(model, nj.Parity(6, 7), groups_of(nj.Parity(6, 7)), MASKS)
+        nj.evaluation.nested_errors(model, nj.Parity(6, 7), groups_of(nj.Parity(6, 7)), MASKS)
