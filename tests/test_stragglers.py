@@ -34,7 +34,7 @@ def test_independent(key):
 
 
 def test_contiguous(key):
-    masks = draws(nj.stragglers.ContiguousStragglers(4), key)
+    masks = draws(room.ContiguousStragglers(4), key)
     np.testing.assert_array_equal((~masks).sum(axis=1), 4)
     starts = (~masks).argmax(axis=1)
     np.testing.assert_array_equal(masks[np.arange(DRAWS), starts + 3], False)
@@ -44,10 +44,10 @@ def test_contiguous(key):
 @pytest.mark.parametrize(
     ("law", "reference"),
     [
-        (nj.stragglers.ExponentialLatency(0.2), scipy.stats.expon(scale=0.2)),
-        (nj.stragglers.ExponentialLatency(0.2, shift=1.0), scipy.stats.expon(loc=1.0, scale=0.2)),
-        (nj.stragglers.LogNormalLatency(0.1, sigma=0.5), scipy.stats.lognorm(0.5, scale=0.1)),
-        (nj.stragglers.ParetoLatency(0.1, shape=1.5), scipy.stats.pareto(1.5, scale=0.1)),
+        (room.ExponentialLatency(0.2), scipy.stats.expon(scale=0.2)),
+        (room.ExponentialLatency(0.2, shift=1.0), scipy.stats.expon(loc=1.0, scale=0.2)),
+        (room.LogNormalLatency(0.1, sigma=0.5), scipy.stats.lognorm(0.5, scale=0.1)),
+        (room.ParetoLatency(0.1, shape=1.5), scipy.stats.pareto(1.5, scale=0.1)),
     ],
 )
 def test_latency_laws(law, reference, key):
@@ -58,7 +58,7 @@ def test_latency_laws(law, reference, key):
 def test_traces(tmp_path, key):
     path = tmp_path / "trace.txt"
     path.write_text("# seconds\n0.1\n0.2\n0.7\n")
-    sample = np.asarray(nj.stragglers.TraceLatency.from_file(path).sample(key, (1000,)))
+    sample = np.asarray(room.TraceLatency.from_file(path).sample(key, (1000,)))
     values, counts = np.unique(sample, return_counts=True)
     np.testing.assert_allclose(values, [0.1, 0.2, 0.7], rtol=1e-6)
     assert counts.min() > 250
@@ -68,25 +68,25 @@ def test_trace_errors(tmp_path, untyped):
     path = tmp_path / "trace.txt"
     path.write_text("0.1\nslow\n")
     with pytest.raises(ValueError, match=r"trace\.txt: a latency trace has one number a line"):
-        nj.stragglers.TraceLatency.from_file(path)
+        room.TraceLatency.from_file(path)
     for bad in ([], [[0.1]], [-1.0], [np.nan]):
         with pytest.raises(ValueError, match="finite, non-negative seconds"):
-            nj.stragglers.TraceLatency(np.array(bad))
+            room.TraceLatency(np.array(bad))
 
 
 def test_rules(key):
     latencies = jnp.array([0.3, 0.1, 0.9, 0.2])
-    mask, waited = nj.stragglers.WaitFor(nj.stragglers.ExponentialLatency(1.0), 3).outcome(latencies)
+    mask, waited = room.WaitFor(room.ExponentialLatency(1.0), 3).outcome(latencies)
     np.testing.assert_array_equal(mask, [True, True, False, True])
     np.testing.assert_allclose(waited, 0.3)
-    rule = nj.stragglers.WaitUntil(nj.stragglers.ExponentialLatency(1.0), 0.25)
+    rule = room.WaitUntil(room.ExponentialLatency(1.0), 0.25)
     mask, waited = rule.outcome(latencies)
     np.testing.assert_array_equal(mask, [False, True, False, True])
     np.testing.assert_allclose(waited, 0.25)
     np.testing.assert_allclose(rule.outcome(latencies / 10)[1], 0.09, rtol=1e-5)
-    masks = draws(nj.stragglers.WaitFor(nj.stragglers.ParetoLatency(1.0, 1.1), 7), key)
+    masks = draws(room.WaitFor(room.ParetoLatency(1.0, 1.1), 7), key)
     np.testing.assert_array_equal(masks.sum(axis=1), 7)
-    share = draws(nj.stragglers.WaitUntil(nj.stragglers.ExponentialLatency(1.0), 1.0), key).mean()
+    share = draws(room.WaitUntil(room.ExponentialLatency(1.0), 1.0), key).mean()
     np.testing.assert_allclose(share, 1 - np.exp(-1), atol=0.01)
 
 
@@ -105,7 +105,7 @@ def as_sets(masks):
 def test_every_set_of_exactly_s(number, key):
     law, count = nj.ExactStragglers(number), math.comb(7, number)
     expected = {frozenset(gone) for gone in itertools.combinations(range(7), number)}
-    for masks in (law.every_set(7, count), nj.stragglers.straggler_sets(law, key, 7, count)):
+    for masks in (law.every_set(7, count), room.straggler_sets(law, key, 7, count)):
         assert masks.shape == (count, 7)
         assert masks.dtype == bool
         assert len(set(as_sets(masks))) == count
@@ -114,41 +114,41 @@ def test_every_set_of_exactly_s(number, key):
 
 @pytest.mark.parametrize("number", [0, 2, 7])
 def test_every_contiguous_set(number, key):
-    law = nj.stragglers.ContiguousStragglers(number)
+    law = room.ContiguousStragglers(number)
     expected = [frozenset(range(start, start + number)) for start in range(8 - number)]
-    for masks in (law.every_set(7, 8 - number), nj.stragglers.straggler_sets(law, key, 7, 8)):
+    for masks in (law.every_set(7, 8 - number), room.straggler_sets(law, key, 7, 8)):
         assert as_sets(masks) == expected
 
 
 @pytest.mark.parametrize(
-    ("law", "count"), [(nj.ExactStragglers(2), 21), (nj.stragglers.ContiguousStragglers(2), 6)]
+    ("law", "count"), [(nj.ExactStragglers(2), 21), (room.ContiguousStragglers(2), 6)]
 )
 def test_more_sets_than_wanted_are_drawn(law, count, key):
     assert law.every_set(7, count - 1) is None
     assert law.every_set(7, count) is not None
-    drawn = nj.stragglers.straggler_sets(law, key, 7, count - 1)
+    drawn = room.straggler_sets(law, key, 7, count - 1)
     assert drawn.shape == (count - 1, 7)
     np.testing.assert_array_equal((~drawn).sum(axis=1), 2)
     assert len(set(as_sets(drawn))) > 1
-    np.testing.assert_array_equal(drawn, nj.stragglers.straggler_sets(law, key, 7, count - 1))
-    other = nj.stragglers.straggler_sets(law, jax.random.fold_in(key, 1), 7, count - 1)
+    np.testing.assert_array_equal(drawn, room.straggler_sets(law, key, 7, count - 1))
+    other = room.straggler_sets(law, jax.random.fold_in(key, 1), 7, count - 1)
     assert as_sets(other) != as_sets(drawn)
 
 
 def test_a_law_that_cannot_be_listed_is_drawn(key):
     for law in (
         nj.IndependentStragglers(0.3),
-        nj.stragglers.WaitFor(nj.stragglers.ExponentialLatency(1.0), 5),
-        nj.stragglers.WaitUntil(nj.stragglers.ExponentialLatency(1.0), 1.0),
+        room.WaitFor(room.ExponentialLatency(1.0), 5),
+        room.WaitUntil(room.ExponentialLatency(1.0), 1.0),
     ):
         assert law.every_set(3, 10**9) is None
-    masks = nj.stragglers.straggler_sets(nj.IndependentStragglers(0.3), key, 12, DRAWS)
+    masks = room.straggler_sets(nj.IndependentStragglers(0.3), key, 12, DRAWS)
     assert masks.shape == (DRAWS, 12)
     np.testing.assert_allclose((~masks).mean(axis=0), 0.3, atol=0.04)
 
 
 def test_sets_of_more_stragglers_than_workers():
-    for law in (nj.ExactStragglers(5), nj.stragglers.ContiguousStragglers(5)):
+    for law in (nj.ExactStragglers(5), room.ContiguousStragglers(5)):
         with pytest.raises(ValueError, match="5 of 4 workers"):
             law.every_set(4, 100)
 
@@ -159,14 +159,20 @@ def test_sets_of_more_stragglers_than_workers():
         (lambda key: nj.ExactStragglers(-1), "an integer from 0 on, not -1"),
         (lambda key: nj.ExactStragglers(1.5), "an integer from 0 on, not 1.5"),
         (lambda key: nj.ExactStragglers(5).available(key, 4), "5 of 4 workers"),
-        (lambda key: nj.stragglers.ContiguousStragglers(5).available(key, 4), "5 of 4 workers"),
-        (lambda key: nj.stragglers.WaitFor(nj.stragglers.ExponentialLatency(1.0), 5).available(key, 4), "5 of 4 workers"),
+        (lambda key: room.ContiguousStragglers(5).available(key, 4), "5 of 4 workers"),
+        (
+            lambda key: room.WaitFor(room.ExponentialLatency(1.0), 5).available(key, 4),
+            "5 of 4 workers",
+        ),
         (lambda key: nj.IndependentStragglers(1.5), r"probability must be in \[0, 1\]"),
-        (lambda key: nj.stragglers.ExponentialLatency(0.0), "scale must be positive"),
-        (lambda key: nj.stragglers.ExponentialLatency(1.0, shift=-1.0), "shift must be 0 or positive"),
-        (lambda key: nj.stragglers.LogNormalLatency(1.0, np.nan), "sigma must be positive"),
-        (lambda key: nj.stragglers.ParetoLatency(1.0, -2.0), "shape must be positive"),
-        (lambda key: nj.stragglers.WaitUntil(nj.stragglers.ExponentialLatency(1.0), 0.0), "deadline must be positive"),
+        (lambda key: room.ExponentialLatency(0.0), "scale must be positive"),
+        (lambda key: room.ExponentialLatency(1.0, shift=-1.0), "shift must be 0 or positive"),
+        (lambda key: room.LogNormalLatency(1.0, np.nan), "sigma must be positive"),
+        (lambda key: room.ParetoLatency(1.0, -2.0), "shape must be positive"),
+        (
+            lambda key: room.WaitUntil(room.ExponentialLatency(1.0), 0.0),
+            "deadline must be positive",
+        ),
     ],
 )
 def test_errors(build, message, key, untyped):
