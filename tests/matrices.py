@@ -1,7 +1,8 @@
 """Both matrices of every code by the textbook, in float64: what the library's are compared with.
 
 They take a code's public numbers (alpha, beta, lambdas) and share nothing else with it. Splines are
-solved in many digits, the rest is plain NumPy.
+solved in many digits, the rest is plain NumPy. A code that is none of the package's is defined by
+its own matrices: these are taken.
 """
 
 import functools
@@ -10,11 +11,12 @@ import mpmath as mp
 import numpy as np
 import oracle
 
-from nercc_jax import Berrut, Lagrange, NeRCC, Parity
+from nercc_jax import Berrut, Lagrange, NeRCC, Parity, Replication, Uncoded
 
 # For lambda = 0, and for answers that a code keeps as they are. Normal equations square both, and
 # 150 digits have room for that.
 _SMALL, _HEAVY, _DIGITS = 1e-30, 1e30, 150
+_SUMS = (Parity, Replication, Uncoded)  # whose workers get sums of data points
 
 
 def encoder_matrix(code) -> np.ndarray:
@@ -26,6 +28,8 @@ def encoder_matrix(code) -> np.ndarray:
         return berrut_matrix(code.alpha, code.beta)
     if isinstance(code, Lagrange):
         return lagrange_matrix(code.alpha, code.beta)
+    if not isinstance(code, _SUMS):
+        return _float64(code.encoder_matrix())
     matrix = np.zeros((n, k))
     for worker in range(n):
         matrix[worker, _data_points_of(code, worker)] = 1
@@ -49,6 +53,8 @@ def decoder_matrix(code, available) -> np.ndarray:
             taken = np.floor(np.linspace(0, order.size - 1, code.threshold) + 0.5).astype(int)
             chosen = order[taken]
             matrix[:, chosen] = lagrange_matrix(_float64(code.beta)[chosen], code.alpha)
+    elif not isinstance(code, _SUMS):
+        return _float64(code.decoder_matrix(available))
     else:
         for data_point in range(code.num_data):
             _subtract(code, data_point, heard, matrix[data_point])
