@@ -72,26 +72,31 @@ def dtype(request):
 
 @pytest.fixture(autouse=True)
 def forget_programs(request):
-    """Drops compiled programs before the kernel's limit on a process's memory maps is reached.
+    """Drops compiled programs before there are too many; they come back from the disk.
 
     XLA maps memory for each program, and the kernel allows a process 65,530 maps: the suite as one
-    process would die of it (`Aborted` in the compiler). Counting takes 10 ms, so it is done now and
-    then; no test makes thousands of maps.
+    process would die of it (`Aborted` in the compiler). And a process's memory grows to 5 GB, of
+    which every core of the machine runs one. Counting takes 10 ms, so it is done now and then.
     """
     yield
     done = request.session.stash.get(_DONE, 0) + 1
     request.session.stash[_DONE] = done
-    if done % 10 == 0 and _near_the_limit_of_maps():
+    if done % 10 == 0 and _too_many_programs():
         jax.clear_caches()
 
 
 _DONE = pytest.StashKey[int]()
-_MAPS, _LIMIT = pathlib.Path("/proc/self/maps"), pathlib.Path("/proc/sys/vm/max_map_count")
-_MAPS_ALLOWED = int(_LIMIT.read_text()) if _LIMIT.exists() else None
+_PROCESS, _LIMIT = pathlib.Path("/proc/self"), pathlib.Path("/proc/sys/vm/max_map_count")
+_MAPS = int(_LIMIT.read_text()) if _LIMIT.exists() else None
+_BYTES = 3 << 30
 
 
-def _near_the_limit_of_maps() -> bool:
-    return _MAPS_ALLOWED is not None and _MAPS.read_bytes().count(b"\n") > 0.6 * _MAPS_ALLOWED
+def _too_many_programs() -> bool:
+    if _MAPS is None:
+        return False
+    resident = int((_PROCESS / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    maps = (_PROCESS / "maps").read_bytes().count(b"\n")
+    return resident > _BYTES or maps > 0.6 * _MAPS
 
 
 @pytest.fixture

@@ -240,10 +240,10 @@ def test_input_errors(x, mask, message, untyped):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (lambda b: b.sum(), r"as many answers: for input \(20, 3\) it returned \(\)"),
-        (lambda b: b[:7], r"a batch of 20 to an array of as many answers"),
-        (lambda b: {"logits": b}, "it returned dict"),
-        (lambda b: b.argmax(axis=1), "the model returned int32: codes work on floats"),
+        (lambda b: b.sum(), r"for input \(20, 3\), the model's answer was \(\)"),
+        (lambda b: b[:7], r"a batch of 20 to arrays of as many answers"),
+        (lambda b: {"logits": b[:7]}, r"answer\['logits'\] was \(7, 3\)"),
+        (lambda b: b.argmax(axis=1), "answer was int32: codes work on floats"),
     ],
 )
 def test_model_errors(bad, message, untyped):

@@ -308,9 +308,12 @@ def test_gradients_are_finite_in_float32(layout):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": np.zeros((2, K + 1, 2))}, rf"x must be \(groups, {K}, ...\), not of shape \(2, 4"),
+        (
+            {"x": np.zeros((2, K + 1, 2))},
+            rf"x has shape \(2, {K + 1}, 2\); its first 2 axes must be",
+        ),
         ({"x": np.zeros((0, K, 2))}, "x must be"),
-        ({"x": np.zeros(K)}, "x must be"),
+        ({"x": np.zeros(K)}, "its first 2 axes must be"),
         ({"available": MASKS[0]}, rf"available must be masks \(sets, {N}\), not bool\(7,\)"),
         ({"available": MASKS[:, :-1]}, r"not bool\(5, 6\)"),
         ({"available": MASKS.astype(float)}, r"not float\d\d"),

@@ -360,7 +360,10 @@ ROWS = np.ones((8, 3), np.float32)
         (lambda: random_projection(ROWS, 0), "size must be a positive integer, not 0"),
         (lambda: ordered(model, 4)(ROWS, np.ones(N, bool)), "must be"),
         (lambda: ordered(model, 4)(ROWS[:4], np.ones((1, N), bool)), r"\(groups, K, \.\.\.\)"),
-        (lambda: ordered(model, 4)(np.ones((4, 4, 2)), np.ones(N, bool)), "one group or many"),
+        (
+            lambda: ordered(model, 4)(np.ones((4, 4, 2)), np.ones(N, bool)),
+            "may be one group of 4 or 4 groups",
+        ),
         (lambda: ordered(model, 4, buffer_size=2), "a buffer of 2 data points holds no group"),
     ],
 )

@@ -130,8 +130,9 @@ def random_projection(x: PyTree, size: int = 128) -> Float[Array, "points featur
     Farach-Colton 2002), with regular buckets.
     """
     size = check_count("size", size)
-    leaves = [leaf for leaf in map(jnp.asarray, jax.tree.leaves(x)) if is_float(leaf)]
-    flat, _ = join(leaves, 1)
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(x)]
+    # Token ids say nothing by their size; but bytes of an image by themselves do.
+    flat, _ = join([leaf for leaf in leaves if is_float(leaf)] or leaves, 1)
     flat = flat.astype(jnp.promote_types(flat.dtype, jnp.float32))
     number = flat.shape[1]
     if number <= size:
