@@ -52,7 +52,11 @@ def _bytes_in(folder) -> int:
 
 
 def pytest_collection_modifyitems(items):
+    lines = pathlib.Path(__file__).with_name("slow.txt").read_text().splitlines()
+    listed = {f"tests/{line}" for line in lines if not line.startswith("#")}
     for item in items:
+        if item.nodeid in listed:
+            item.add_marker(pytest.mark.slow)
         wide = "dtype" in item.fixturenames and item.callspec.params.get("dtype") == "float64"
         if wide and item.path.name not in NUMERICS - {"test_codes.py"}:  # a contract, mostly
             item.add_marker(pytest.mark.slow)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from nercc_jax import stragglers as nj
+import nercc_jax as nj
+from nercc_jax import stragglers as room
 
 DRAWS = 4000
 

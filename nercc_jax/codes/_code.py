@@ -75,6 +75,7 @@ class AbstractCode(eqx.Module):
         """The matrix D for these workers: predictions are D @ y.
 
         Columns of unavailable workers and rows of data points that are not recovered are zero.
+        Raises: ValueError for what is no mask of N workers (`as_mask` says so).
         """
 
     @abc.abstractmethod

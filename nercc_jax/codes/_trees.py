@@ -106,12 +106,11 @@ def join(tree: PyTree, axes: int) -> tuple[Float[Array, "*lead m"], Form]:
 
 def finite_points(x: PyTree, axes: int) -> Bool[Array, "*lead"]:
     """Which data points are finite in all their coordinates."""
-    found = [
-        jnp.all(jnp.isfinite(leaf.reshape(*leaf.shape[:axes], -1)), axis=-1)
-        for leaf in jax.tree.leaves(x)
-        if is_float(leaf)
-    ]
-    return jnp.all(jnp.stack(found), axis=0)
+    finite = jnp.ones(jax.tree.leaves(x)[0].shape[:axes], bool)
+    for leaf in jax.tree.leaves(x):
+        if is_float(leaf):
+            finite &= jnp.all(jnp.isfinite(leaf.reshape(*leaf.shape[:axes], -1)), axis=-1)
+    return finite
 
 
 def alike_beside(x: PyTree, axes: int) -> Bool[Array, "*groups"]:

@@ -131,9 +131,10 @@ def random_projection(x: PyTree, size: int = 128) -> Float[Array, "points featur
     """
     size = check_count("size", size)
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(x)]
-    # Token ids say nothing by their size; but bytes of an image by themselves do.
-    flat, _ = join([leaf for leaf in leaves if is_float(leaf)] or leaves, 1)
-    flat = flat.astype(jnp.promote_types(flat.dtype, jnp.float32))
+    # Token ids beside say nothing by their size; bytes of an image by themselves do.
+    leaves = [leaf for leaf in leaves if is_float(leaf)] or leaves
+    wide = [leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in leaves]
+    flat, _ = join(wide, 1)
     number = flat.shape[1]
     if number <= size:
         return flat

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -182,10 +183,10 @@ def _reexecute(
         return values
 
     own = jax.tree.map(lambda leaf: leaf[answers.available], answers.values)
-    status = Decoded(
-        jax.tree.map(filled, decoded.predictions, own),
-        decoded.heard,
-        filled(decoded.recovered, True),
+    status = eqx.tree_at(
+        lambda d: (d.predictions, d.recovered),
+        decoded,
+        (jax.tree.map(filled, decoded.predictions, own), filled(decoded.recovered, True)),
     )
     return status, filled(doubt, 0), filled(again, True)
 
@@ -194,10 +195,10 @@ def _groups(code: AbstractCode, x: PyTree, grouped: bool | None) -> tuple[PyTree
     """x as (groups, K, ...) on the host, and whether it came so."""
     x = jax.tree.map(np.asarray, x)
     many = is_grouped(code.num_data, x, 1, grouped)
+    groups = in_groups(code, x, many)
     check_finite(x, 2 if many else 1)
-    x = in_groups(code, x, many)
     dtype = jax.dtypes.canonicalize_dtype
-    return jax.tree.map(lambda leaf: leaf.astype(dtype(leaf.dtype), copy=False), x), many
+    return jax.tree.map(lambda leaf: leaf.astype(dtype(leaf.dtype), copy=False), groups), many
 
 
 def shared_decoder(code: AbstractCode) -> Callable[[PyTree, np.ndarray], Decoded]:
