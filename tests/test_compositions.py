@@ -114,7 +114,7 @@ def test_codes(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["nercc", "nercc-exact", "berrut"])
+@pytest.mark.parametrize("name", ["nercc", "berrut"])  # an exact code jumps where a beta moves
 def test_derivatives_in_the_codes_numbers_are_central_differences(name):
     with jax.enable_x64(True):
         code = CODES[name]()
@@ -138,7 +138,7 @@ def test_derivatives_in_the_codes_numbers_are_central_differences(name):
             up, down = (np.array(flat) for _ in range(2))
             up[place] += width
             down[place] -= width
-            if not (np.abs(up) <= np.maximum(np.abs(flat), 1)).all() or value == 0:
+            if abs(value) in (0.0, 1.0):
                 continue  # an end of the range, where there is one side only
             expected = (plain(up) - plain(down)) / (2 * width)
             np.testing.assert_allclose(slope[place], expected, rtol=1e-4, atol=1e-5)

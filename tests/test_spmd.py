@@ -196,7 +196,8 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]))
 from flax import nnx
-from nercc_jax import Berrut, coded_inference, partial_inference
+from nercc_jax import Berrut, coded_inference
+from nercc_jax.inference import partial_inference
 
 code = Berrut(4, 10)
 network = nnx.Linear(5, 3, rngs=nnx.Rngs(0))
