@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import require
 
 import nercc_jax
 import nercc_models
@@ -40,6 +41,8 @@ def test_help_imports_no_jax(command):
 
 @pytest.mark.parametrize("command", ["demo", "run", "tune", "plan", "distill", "serve"])
 def test_an_unknown_model_is_refused_before_jax_is_imported(command):
+    if command == "serve":
+        require("kserve", "serve")
     code, told, loaded = run([command, "--model", "lenet6"])
     assert code == 2
     assert "There is no model 'lenet6'" in told

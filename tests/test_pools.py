@@ -485,7 +485,7 @@ def test_many_threads_at_one_pool():
         (lambda pool: pool.dispatch(points(2)).wait(deadline=0.0), "a positive number of seconds"),
         (lambda pool: pool.dispatch(points(2), kinds=[0, 1]), r"run 1 model\(s\), but 2 are asked"),
         (lambda pool: pool.send(pool.open(2), [2], points(1)), "point 2 of 2 is not there"),
-        (lambda pool: pool_inference(pool, NeRCC(2, 4))(np.ones((3, 1))), r"x has shape \(3, 1\)"),
+        (lambda pool: pool_inference(pool, NeRCC(2, 4))(np.ones((3, 1))), r"x of shape \(3, 1\)"),
         (lambda pool: pool_inference(pool, NeRCC(2, 4))(np.ones((2, 1), int)), "x is int64"),
         (
             lambda pool: pool_inference(pool, NeRCC(2, 4))(np.array([[1.0], [np.nan]])),

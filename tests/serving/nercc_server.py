@@ -14,7 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+from conftest import require
+
+httpx = require("httpx", "serve-test")
 
 # Bounds on hanging, not on speed: a start compiles for seconds, and the cores may be busy.
 STARTS, ENDS = 300.0, 120.0

@@ -12,11 +12,11 @@ import triton_calls
 from conftest import require
 from nercc_server import ENDS, running
 
+httpx = require("httpx", "serve-test")
+grpc = require("grpc", "serve-test")
 require("nercc_jax.serving._kserve", "serve")
 require("tritonclient", "serve-test")
 
-import grpc
-import httpx
 from kserve import InferenceGRPCClient, InferenceRESTClient, RESTConfig
 
 from nercc_jax.serving._kserve import InferInput, InferRequest, RequestedOutput

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import grpc
 import numpy as np
 import pytest
 from conftest import require
@@ -15,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nercc_server import ENDS, Server
 
+grpc = require("grpc", "serve-test")
 require("nercc_jax.serving._kserve", "serve")
 require("schemathesis", "serve-test")
 

@@ -8,11 +8,11 @@ import json
 import math
 import zlib
 
-import httpx
 import numpy as np
 import pytest
 from conftest import require
 
+httpx = require("httpx", "serve-test")
 require("nercc_jax.serving._kserve", "serve")
 
 from prometheus_client import CollectorRegistry

@@ -10,13 +10,13 @@ import socket
 import zlib
 from pathlib import Path
 
-import grpc
-import httpx
 import numpy as np
 import pytest
 from conftest import require
 from nercc_server import ENDS, patience, running
 
+httpx = require("httpx", "serve-test")
+grpc = require("grpc", "serve-test")
 require("nercc_jax.serving._kserve", "serve")
 
 from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceStub
