@@ -4,11 +4,12 @@ Nearly always every value that came back is finite, the decoder well conditioned
 recovered; then decoding is one product. So that is tried, and what it shows decides: a broken
 value leaves its mark in every row of the product (0 * NaN is NaN), so one row tells all.
 
-The derivative is that of the plain product: the decoder's matrix for the workers that were heard
-times their answers, zeros where nobody was heard. So a straggler's value reaches no gradient, and
-no branch or loop is ever differentiated.
+The derivative is that of the careful way, whose derivative is the plain product's: the decoder's
+matrix for the workers that were heard times their answers, zeros where nobody was heard. So a
+straggler's value reaches no gradient, and no branch or loop is ever differentiated.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -54,11 +55,13 @@ def decode_vectors(
     available: Bool[Array, "groups num_workers"],
 ) -> Decoded:
     """Decodes the answers of many groups, each with its own workers."""
-    fixed, answers = jax.lax.stop_gradient((code, y))
-    matrices = _matrices(fixed, available)
-    attempt = Decoded(multiply(matrices, answers), available, _recovered(fixed, available))
-    decoded = _unless_sound(attempt, matrices, lambda: _carefully(fixed, answers, available))
-    return _with_derivative(_slope, code, y, decoded)
+
+    def quickly(code: Decoder, y: Array, available: Array) -> Decoded:
+        matrices = _matrices(code, available)
+        attempt = Decoded(multiply(matrices, y), available, _recovered(code, available))
+        return _unless_sound(attempt, matrices, lambda: _carefully(code, y, available))
+
+    return _derived(quickly, _carefully)(code, y, available)
 
 
 def decode_sets(
@@ -69,25 +72,49 @@ def decode_sets(
     """Decodes the answers of all groups under each straggler set: leading axes (sets, groups).
 
     Each set's matrix is made once. An answer that is not finite makes its worker a straggler in its
-    own group only, as everywhere; if there is one, the groups get matrices of their own.
+    own group only, as everywhere; if there is one, or for a derivative, the groups get matrices of
+    their own.
     """
-    fixed, answers = jax.lax.stop_gradient((code, y))
-    matrices = _matrices(fixed, available)
-    shape = (len(available), len(y))
-    attempt = Decoded(
-        multiply_sets(matrices, answers),
-        jnp.broadcast_to(available[:, None], (*shape, available.shape[1])),
-        jnp.broadcast_to(_recovered(fixed, available)[:, None], (*shape, matrices.shape[1])),
-    )
 
-    def carefully() -> Decoded:
-        def of_set(mask: Array) -> Decoded:
-            return _carefully(fixed, answers, jnp.broadcast_to(mask, y.shape[:2]))
+    def of_set(code: Decoder, y: Array, mask: Array) -> Decoded:
+        return _carefully(code, y, jnp.broadcast_to(mask, y.shape[:2]))
 
-        return jax.lax.map(of_set, available)
+    def quickly(code: Decoder, y: Array, available: Array) -> Decoded:
+        matrices = _matrices(code, available)
+        shape = (len(available), len(y))
+        attempt = Decoded(
+            multiply_sets(matrices, y),
+            jnp.broadcast_to(available[:, None], (*shape, available.shape[1])),
+            jnp.broadcast_to(_recovered(code, available)[:, None], (*shape, matrices.shape[1])),
+        )
+        one_by_one = functools.partial(jax.lax.map, functools.partial(of_set, code, y))
+        return _unless_sound(attempt, matrices, lambda: one_by_one(available))
 
-    decoded = _unless_sound(attempt, matrices, carefully)
-    return _with_derivative(_slope_of_sets, code, y, decoded)
+    return _derived(quickly, jax.vmap(of_set, (None, None, 0)))(code, y, available)
+
+
+def _derived(
+    quickly: Callable[..., Decoded], carefully: Callable[..., Decoded]
+) -> Callable[..., Decoded]:
+    """The quick way, with the derivative of the careful one, in the code and the answers."""
+
+    def decode(code: Decoder, y: Array, available: Array) -> Decoded:
+        leaves, rest = eqx.partition(code, eqx.is_array)
+
+        @jax.custom_jvp
+        def of_leaves(leaves, y, available):
+            return quickly(eqx.combine(leaves, rest), y, available)
+
+        @of_leaves.defjvp
+        def _(primals, tangents):
+            def way(leaves, y, available):
+                return carefully(eqx.combine(leaves, rest), y, available)
+
+            return jax.jvp(way, primals, tangents)
+
+        return of_leaves(leaves, y, available)
+
+    return decode
 
 
 def _matrices(
@@ -125,46 +152,32 @@ def _carefully(code: Decoder, y: Array, available: Array) -> Decoded:
     """Decodes answers of which some may be broken, or whose matrix would lose digits."""
     heard = available & jnp.all(jnp.isfinite(y), axis=-1)
     clean = jnp.where(heard[..., None], y, 0)
-    matrices, recovered = _matrices(code, heard), _recovered(code, heard)
-
-    def regress():
-        return jax.vmap(code.regress)(clean, heard).astype(jnp.promote_types(y.dtype, jnp.float32))
-
-    predictions = jax.lax.cond(
-        _well_conditioned(matrices), lambda: multiply(matrices, clean), regress
-    )
+    recovered = _recovered(code, heard)
+    predictions = _accurately(code, heard, _matrices(code, heard), clean)
     return Decoded(jnp.where(recovered[..., None], predictions, jnp.nan), heard, recovered)
 
 
-def _with_derivative(slope: Callable[..., Array], code: Decoder, y: Array, decoded: Decoded):
-    """The predictions as they are, with the derivative of `slope(code, y, heard)` in code and y."""
+def _accurately(
+    code: Decoder,
+    heard: Bool[Array, "groups num_workers"],
+    matrices: Float[Array, "groups num_data num_workers"],
+    clean: Float[Array, "groups num_workers m"],
+) -> Float[Array, "groups num_data m"]:
+    """The product of matrices and finite answers, by the regression itself where that is better;
+    with the product's derivative."""
+    # As arguments: what `custom_jvp` would close over must not be traced.
     leaves, rest = eqx.partition(code, eqx.is_array)
 
     @jax.custom_jvp
-    def attach(leaves, y, predictions, heard, recovered):
-        return predictions
+    def product(leaves, heard, matrices, clean):
+        def regress():
+            decoded = jax.vmap(eqx.combine(leaves, rest).regress)(clean, heard)
+            return decoded.astype(jnp.promote_types(clean.dtype, jnp.float32))
 
-    @attach.defjvp
+        return jax.lax.cond(_well_conditioned(matrices), lambda: multiply(matrices, clean), regress)
+
+    @product.defjvp
     def _(primals, tangents):
-        leaves, y, predictions, heard, recovered = primals
-        useful = (heard if heard.ndim == y.ndim - 1 else jnp.any(heard, axis=0))[..., None]
-        clean, clean_dot = jnp.where(useful, y, 0), jnp.where(useful, tangents[1], 0)
+        return product(*primals), jax.jvp(multiply, primals[2:], tangents[2:])[1]
 
-        def plain(leaves, y):
-            return slope(eqx.combine(leaves, rest), y, heard).astype(predictions.dtype)
-
-        _, change = jax.jvp(plain, (leaves, clean), (tangents[0], clean_dot))
-        return predictions, jnp.where(recovered[..., None], change, 0)
-
-    predictions = attach(leaves, y, decoded.predictions, decoded.heard, decoded.recovered)
-    return Decoded(predictions, decoded.heard, decoded.recovered)
-
-
-def _slope(code: Decoder, y: Array, heard: Bool[Array, "groups num_workers"]) -> Array:
-    return multiply(_matrices(code, heard), y)
-
-
-def _slope_of_sets(code: Decoder, y: Array, heard: Bool[Array, "sets groups num_workers"]) -> Array:
-    """With a matrix for each group under each set: whether one a set would do is known by running
-    only, and a `cond` in a derivative has no transpose under `jax.vmap`."""
-    return jax.vmap(lambda here: _slope(code, y, here))(heard)
+    return product(leaves, heard, matrices, clean)
