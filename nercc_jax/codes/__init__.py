@@ -1,7 +1,7 @@
 """Codes: two matrices each, regression points, and files."""
 
 from ._berrut import Berrut, berrut_matrix
-from ._checks import check_count, check_counts, check_not_negative, check_positive
+from ._checks import check_count, check_counts, check_fields, check_not_negative, check_positive
 from ._code import (
     AbstractCode,
     as_mask,
@@ -10,6 +10,7 @@ from ._code import (
     encode_groups,
     encode_leaf,
     encoder_rows,
+    joined_answers,
     variances,
 )
 from ._decoding import AMPLIFICATION, Decoded, decode_sets, decode_vectors
@@ -24,12 +25,15 @@ from ._trees import (
     Form,
     alike_beside,
     check_beside,
+    check_finite,
     check_floats,
     check_leading,
     finite_points,
+    groups_of,
     is_float,
     join,
     leaves_of,
+    points_of,
 )
 
 __all__ = [
@@ -51,6 +55,8 @@ __all__ = [
     "check_beside",
     "check_count",
     "check_counts",
+    "check_fields",
+    "check_finite",
     "check_floats",
     "check_leading",
     "check_not_negative",
@@ -66,12 +72,15 @@ __all__ = [
     "encode_leaf",
     "encoder_rows",
     "finite_points",
+    "groups_of",
     "is_float",
     "join",
+    "joined_answers",
     "leaves_of",
     "load_code",
     "mean_gap",
     "multiply",
+    "points_of",
     "regression_points",
     "save_code",
     "variances",

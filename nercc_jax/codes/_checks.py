@@ -26,6 +26,12 @@ def check_counts(**counts: Any) -> tuple[int, ...]:
     return tuple(check_count(name, value) for name, value in counts.items())
 
 
+def check_fields(record: Any, *names: str, least: int = 1) -> None:
+    """`check_count` of a frozen dataclass's own fields, which become Python's integers."""
+    for name in names:
+        object.__setattr__(record, name, check_count(name, getattr(record, name), least))
+
+
 def check_positive(**numbers: float) -> None:
     """Raises: ValueError for what is not positive and finite."""
     for name, value in numbers.items():

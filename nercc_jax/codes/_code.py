@@ -19,7 +19,9 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 from ._decoding import Decoded, decode_vectors
 from ._products import multiply
 from ._trees import (
+    Form,
     check_beside,
+    check_finite,
     check_floats,
     check_leading,
     finite_points,
@@ -152,8 +154,7 @@ class AbstractCode(eqx.Module):
         if not isinstance(finite, Tracer):
             check_beside("x", x, 1)
             if not finite:
-                broken = np.flatnonzero(~np.asarray(finite_points(x, 1)))
-                raise ValueError(f"data points {broken.tolist()} are not finite: take them out")
+                check_finite(x, 1)  # says which
         return coded
 
     @overload
@@ -219,7 +220,7 @@ class AbstractCode(eqx.Module):
                     stacklevel=3,
                 )
         if return_uncertainty:
-            flat, _ = join(jax.tree.map(jnp.asarray, y), 1)
+            flat, _ = joined_answers(self, y)
             spread = deviation(*variances(self, flat[None], decoded.heard[None]))[0]
             return decoded.predictions, spread
         return decoded.predictions
@@ -276,12 +277,22 @@ def _encode(code: AbstractCode, x: PyTree) -> tuple[PyTree, Bool[Array, ""]]:
 
 @eqx.filter_jit
 def _try_decode(code: AbstractCode, y: PyTree, available: ArrayLike) -> Decoded:
+    flat, form = joined_answers(code, y)
+    available = as_mask(available, (code.num_workers,))
+    decoded = decode_vectors(code, flat[None], available[None])
+    decoded = jax.tree.map(lambda leaf: leaf[0], decoded)
+    return Decoded(form.split(decoded.predictions), decoded.heard, decoded.recovered)
+
+
+def joined_answers(code: AbstractCode, y: PyTree) -> tuple[Float[Array, "num_workers m"], Form]:
+    """One group's answers as vectors, and in which form they came.
+
+    Raises: ValueError where they are not one for each worker, or no floats.
+    """
     y = jax.tree.map(jnp.asarray, y)
     check_leading("y", y, (code.num_workers,), "workers")
     check_floats("y", y)
-    available = as_mask(available, (code.num_workers,))
-    decoded = decode_groups(code, jax.tree.map(lambda leaf: leaf[None], y), available[None])
-    return jax.tree.map(lambda leaf: leaf[0], decoded)
+    return join(y, 1)
 
 
 @eqx.filter_jit

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree, Shaped
 
 
 def leaves_of(name: str, tree: PyTree) -> Iterator[tuple[str, Any]]:
@@ -104,6 +104,16 @@ def join(tree: PyTree, axes: int) -> tuple[Float[Array, "*lead m"], Form]:
     return flat[0], Form(structure, shapes, tuple(map(str, dtypes)))
 
 
+def points_of(groups: PyTree[Shaped[Array | np.ndarray, "groups size ..."]]) -> PyTree:
+    """The data points of all groups in a row: (groups * K, ...)."""
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), groups)
+
+
+def groups_of(points: PyTree[Shaped[Array | np.ndarray, "points ..."]], num_data: int) -> PyTree:
+    """Data points in a row as groups (groups, K, ...), which they fill."""
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, num_data, *leaf.shape[1:]), points)
+
+
 def finite_points(x: PyTree, axes: int) -> Bool[Array, "*lead"]:
     """Which data points are finite in all their coordinates."""
     finite = jnp.ones(jax.tree.leaves(x)[0].shape[:axes], bool)
@@ -111,6 +121,16 @@ def finite_points(x: PyTree, axes: int) -> Bool[Array, "*lead"]:
         if is_float(leaf):
             finite &= jnp.all(jnp.isfinite(leaf.reshape(*leaf.shape[:axes], -1)), axis=-1)
     return finite
+
+
+def check_finite(x: PyTree, axes: int) -> None:
+    """Raises: ValueError that names the data points that are not finite; not for tracers."""
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(x)):
+        return
+    finite = np.asarray(finite_points(x, axes))
+    if not finite.all():
+        broken = np.argwhere(~finite) if axes > 1 else np.flatnonzero(~finite)
+        raise ValueError(f"data points {broken.tolist()} are not finite: take them out")
 
 
 def alike_beside(x: PyTree, axes: int) -> Bool[Array, "*groups"]:

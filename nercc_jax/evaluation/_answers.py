@@ -16,16 +16,19 @@ from ..codes import (
     AbstractCode,
     Decoded,
     Form,
+    check_finite,
     check_floats,
     decode_sets,
     encode_groups,
     encode_leaf,
     encoder_rows,
+    groups_of,
     join,
     leaves_of,
+    points_of,
 )
-from ..inference import Model, call_model, check_finite, check_model, run_workers
-from ._criteria import Criterion, point_criterion, same_labels
+from ..inference import Model, call_model, check_model, run_workers
+from ._criteria import Criterion, labels_of, point_criterion, same_labels
 
 
 class Answers(eqx.Module):
@@ -60,7 +63,9 @@ class Answers(eqx.Module):
     ) -> Bool[Array, "*lead groups num_data"]:
         """Which decoded labels are the model's own."""
         decoded, own = jnp.broadcast_arrays(decoded, self.own)
-        return same_labels(self.form.split(decoded), self.form.split(own), decoded.ndim - 1)
+        axes = decoded.ndim - 1
+        mine, theirs = (labels_of(self.form.split(each), axes) for each in (decoded, own))
+        return same_labels(mine, theirs, axes)
 
     def losses(
         self, available: Bool[Array, "sets num_workers"], criterion: Criterion
@@ -100,17 +105,9 @@ class Answers(eqx.Module):
             "lost": jnp.mean(~recovered),
         }
         if labels is not None:
-            right = [
-                jnp.argmax(part, axis=-1).reshape(label.shape) == label
-                for part, label in zip(
-                    jax.tree.leaves(self.form.split(decoded.predictions)),
-                    jax.tree.leaves(labels),
-                    strict=True,
-                )
-            ]
-            shape = recovered.shape
-            right = [jnp.all(part.reshape(*shape, -1), axis=-1) for part in right]
-            score["accuracy"] = jnp.mean(recovered & jnp.all(jnp.stack(right), axis=0))
+            labels = groups_of(labels, recovered.shape[1])
+            found = labels_of(self.form.split(decoded.predictions), 2)
+            score["accuracy"] = jnp.mean(recovered & same_labels(found, labels, 2))
         return score
 
 
@@ -198,7 +195,7 @@ class Recorder:
         parts = []
         for place in range(0, groups, at_once):
             part = jax.tree.map(lambda leaf: leaf[place : place + at_once], self._groups)  # noqa: B023
-            coded = _as_points(_combine(rows, part))
+            coded = points_of(_combine(rows, part))
             parts.append(np.asarray(join(self._run(coded), 1)[0]))
         return np.concatenate(parts).reshape(groups, len(rows), -1)
 
@@ -219,9 +216,7 @@ def cut_groups(x: PyTree, num_data: int) -> PyTree[Shaped[np.ndarray, "groups nu
         raise ValueError(f"{points} data points fill no group of {num_data}")
     check_floats("x", x, beside=True)
     check_finite(x, 1)
-    return jax.tree.map(
-        lambda leaf: leaf[: groups * num_data].reshape(groups, num_data, *leaf.shape[1:]), x
-    )
+    return groups_of(jax.tree.map(lambda leaf: leaf[: groups * num_data], x), num_data)
 
 
 def own_outputs(
@@ -232,7 +227,7 @@ def own_outputs(
     Raises: ValueError where that is not finite.
     """
     shape = jax.tree.leaves(groups)[0].shape[:2]
-    flat, form = join(run(_as_points(groups)), 1)
+    flat, form = join(run(points_of(groups)), 1)
     finite = np.isfinite(flat).all(axis=-1)
     if not finite.all():
         raise ValueError(
@@ -248,7 +243,7 @@ def batched(model: Model, batch_size: int) -> Callable[[PyTree], PyTree]:
     Raises: ValueError for a model in training mode.
     """
     check_model(model)
-    compiled = eqx.filter_jit(lambda model, batch: call_model(model, batch))
+    compiled = eqx.filter_jit(call_model)
 
     def run(x: PyTree) -> PyTree:
         x = jax.tree.map(np.asarray, x)
@@ -276,10 +271,6 @@ def all_answers(
     """All workers' answers to groups, as vectors, and in which form they were."""
     coded = eqx.filter_jit(encode_groups)(code, jax.tree.map(jnp.asarray, groups))
     return join(run_workers(models, code, coded), 2)
-
-
-def _as_points(groups: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), groups)
 
 
 def _row_name(row: np.ndarray) -> bytes:

@@ -5,7 +5,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 CriterionName: TypeAlias = Literal["mse", "cross_entropy", "disagreement"]
 Criterion: TypeAlias = CriterionName | Callable[[PyTree, PyTree], Float[Array, ""]]
@@ -24,20 +24,26 @@ def point_criterion(criterion: Criterion) -> Callable[[PyTree, PyTree], Float[Ar
     return found  # pyright: ignore[reportReturnType]
 
 
-def same_labels(decoded: PyTree, original: PyTree, axes: int) -> Bool[Array, "*lead"]:
-    """Whether all labels are the same: the largest outputs along the last axis of every leaf.
+def labels_of(outputs: PyTree, axes: int) -> PyTree[Int[Array, "..."]]:
+    """The labels of data points: the largest outputs along the last axis of every part.
 
-    `axes` are the first axes, of data points.
+    `axes` are the first axes, of data points; an output without any other has no label to lose: 0.
     """
 
-    def of_leaf(mine: Array, theirs: Array) -> Array:
-        if mine.ndim == axes:  # a single output has no label to lose
-            return jnp.ones(mine.shape, bool)
-        same = jnp.argmax(mine, axis=-1) == jnp.argmax(theirs, axis=-1)
-        return jnp.all(same.reshape(*same.shape[:axes], -1), axis=-1)
+    def of_leaf(leaf: Array) -> Array:
+        return jnp.argmax(leaf if leaf.ndim > axes else leaf[..., None], axis=-1)
 
-    parts = jax.tree.leaves(jax.tree.map(of_leaf, decoded, original))
-    return jnp.all(jnp.stack(parts), axis=0)
+    return jax.tree.map(of_leaf, outputs)
+
+
+def same_labels(labels: PyTree, others: PyTree, axes: int) -> Bool[Array, "*lead"]:
+    """Whether all labels of data points are the same; `axes` as in `labels_of`."""
+
+    same = [
+        jnp.all((mine.reshape(theirs.shape) == theirs).reshape(*theirs.shape[:axes], -1), axis=-1)
+        for mine, theirs in zip(jax.tree.leaves(labels), jax.tree.leaves(others), strict=True)
+    ]
+    return jnp.all(jnp.stack(same), axis=0)
 
 
 def _mean(of_leaf: Callable[[Array, Array], Array]) -> Callable[[PyTree, PyTree], Array]:
@@ -63,7 +69,7 @@ def _cross_entropy(decoded: Array, original: Array) -> Float[Array, ""]:
 
 def _disagreement(decoded: PyTree, original: PyTree) -> Float[Array, ""]:
     dtype = jnp.result_type(*jax.tree.leaves(decoded))
-    return (~same_labels(decoded, original, 0)).astype(dtype)
+    return (~same_labels(labels_of(decoded, 0), labels_of(original, 0), 0)).astype(dtype)
 
 
 _NAMED = {"mse": _mse, "cross_entropy": _mean(_cross_entropy), "disagreement": _disagreement}

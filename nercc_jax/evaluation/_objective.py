@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
 
-from ..codes import AbstractCode, check_leading, encode_groups, join
+from ..codes import AbstractCode, check_leading, encode_groups, groups_of, join, points_of
 from ..inference import Model, call_model, run_workers
 from ._answers import Answers
 from ._criteria import Criterion
@@ -99,6 +99,4 @@ def original_predictions(
 ) -> PyTree[Float[Array, "groups num_data ..."]]:
     """The served model's own predictions of uncoded groups."""
     served = model if callable(model) else model[0]
-    shape = jax.tree.leaves(x)[0].shape[:2]
-    y = call_model(served, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), x))
-    return jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), y)
+    return groups_of(call_model(served, points_of(x)), jax.tree.leaves(x)[0].shape[1])

@@ -1,7 +1,7 @@
 """Encode, model, decode: on one device, on a mesh, partly, in order, among liars."""
 
 from ._coded import AbstractScheme, Work, coded_inference, coded_predictions
-from ._groups import as_groups, check_finite, in_groups, is_grouped
+from ._groups import group_points
 from ._models import Model, call_model, check_model
 from ._ordering import Features, order_points, ordered, random_projection, short_path
 from ._partial import partial_inference
@@ -16,15 +16,12 @@ __all__ = [
     "RobustDecoded",
     "RobustMethod",
     "Work",
-    "as_groups",
     "call_model",
-    "check_finite",
     "check_model",
     "coded_inference",
     "coded_predictions",
     "find_adversaries",
-    "in_groups",
-    "is_grouped",
+    "group_points",
     "order_points",
     "ordered",
     "partial_inference",

@@ -16,10 +16,13 @@ from ..codes import (
     Decoded,
     alike_beside,
     as_mask,
+    check_finite,
     decode_groups,
     encode_groups,
+    groups_of,
+    points_of,
 )
-from ._groups import as_groups, check_finite
+from ._groups import as_groups
 from ._models import Model, check_model
 from ._spmd import Placed, enter, place, place_inputs, spmd_answers, spmd_decoded
 from ._workers import run_workers
@@ -241,9 +244,9 @@ def _points(
                 f"x of shape {', '.join(map(str, shapes))} is no whole groups of {code.num_data} "
                 "data points"
             )
-        x = jax.tree.map(lambda leaf: leaf.reshape(-1, code.num_data, *leaf.shape[1:]), x)
+        x = groups_of(x, code.num_data)
     groups, available, _ = as_groups(code, x, available, True)
-    points = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), groups)
+    points = points_of(groups)
     check_finite(points, 1)
     return points, available
 

@@ -1,14 +1,12 @@
 """Data points in groups of K, and the masks of their workers, as they are given."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, PyTree
 
-from ..codes import AbstractCode, as_mask, check_beside, check_floats, finite_points, leaves_of
+from ..codes import AbstractCode, as_mask, check_beside, check_floats, leaves_of
 
 
 def as_groups(
@@ -16,26 +14,31 @@ def as_groups(
 ) -> tuple[PyTree, Bool[Array, "groups num_workers"], bool]:
     """Data points as groups with a mask each, and whether they came as groups.
 
-    x: a pytree of arrays (K, ...) or (groups, K, ...); `grouped` says which, unless given the axes
-    do. available: a mask (N,) for all groups or one per group. What is not on a device stays where
-    it is.
-
-    Raises: ValueError for shapes and dtypes that do not fit, no group at all, and what cannot be
-    mixed and differs within a group.
+    x, and errors: see `group_points`. available: a mask (N,) for all groups or one per group.
     """
-    x = jax.tree.map(_as_array, x)
     available = jnp.asarray(available)
-    grouped = is_grouped(code.num_data, x, available.ndim, grouped)
-    groups = in_groups(code, x, grouped)
+    groups, grouped = group_points(code, x, grouped, available.ndim)
     count = len(jax.tree.leaves(groups)[0])
     masks = (count, code.num_workers) if available.ndim == 2 else (code.num_workers,)
     available = jnp.broadcast_to(as_mask(available, masks), (count, code.num_workers))
     return groups, available, grouped
 
 
-def in_groups(code: AbstractCode, x: PyTree, grouped: bool) -> PyTree:
-    """x as (groups, K, ...). Raises: ValueError where it cannot be coded, or is empty."""
+def group_points(
+    code: AbstractCode, x: PyTree, grouped: bool | None = None, mask_axes: int = 1
+) -> tuple[PyTree, bool]:
+    """Data points as groups (groups, K, ...), and whether they came so.
+
+    x: a pytree of arrays (K, ...) or (groups, K, ...); `grouped` says which, unless given the axes
+    do, of x or of the mask. What is not on a device stays where it is.
+
+    Raises: ValueError for shapes and dtypes that do not fit, no group at all, and what cannot be
+    mixed and differs within a group.
+    """
+    x = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf), x)
     check_floats("x", x, beside=True)
+    x = jax.tree.map(_in_working_precision, x)
+    grouped = is_grouped(code.num_data, x, mask_axes, grouped)
     check_beside("x", x, 2 if grouped else 1)
     x = x if grouped else jax.tree.map(lambda leaf: leaf[None], x)
     for label, leaf in leaves_of("x", x):
@@ -44,7 +47,7 @@ def in_groups(code: AbstractCode, x: PyTree, grouped: bool) -> PyTree:
     if len({len(leaf) for leaf in jax.tree.leaves(x)}) > 1:
         shapes = ", ".join(f"{label} {leaf.shape}" for label, leaf in leaves_of("x", x))
         raise ValueError(f"the parts of x are of different numbers of groups: {shapes}")
-    return x
+    return x, grouped
 
 
 def is_grouped(num_data: int, x: PyTree, mask_axes: int = 1, grouped: bool | None = None) -> bool:
@@ -73,22 +76,11 @@ def is_grouped(num_data: int, x: PyTree, mask_axes: int = 1, grouped: bool | Non
     return many
 
 
-def check_finite(x: PyTree, axes: int) -> None:
-    """Raises: ValueError that names the data points that are not finite; not for tracers."""
-    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(x)):
-        return
-    finite = np.asarray(finite_points(x, axes))
-    if not finite.all():
-        broken = np.argwhere(~finite) if axes > 1 else np.flatnonzero(~finite)
-        raise ValueError(f"data points {broken.tolist()} are not finite: take them out")
-
-
 def any_tracer(*trees: PyTree) -> bool:
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees))
 
 
-def _as_array(leaf: Any) -> Array | np.ndarray:
+def _in_working_precision(leaf: Array | np.ndarray) -> Array | np.ndarray:
     if isinstance(leaf, jax.Array):
         return leaf
-    leaf = np.asarray(leaf)
     return leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype), copy=False)

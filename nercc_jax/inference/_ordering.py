@@ -13,7 +13,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
-from ..codes import Decoded, check_count, is_float, join, leaves_of
+from ..codes import Decoded, check_count, is_float, join, leaves_of, points_of
 from ._groups import is_grouped
 
 Features: TypeAlias = Callable[[PyTree], PyTree] | PyTree[Float[ArrayLike, "points ..."]]
@@ -113,7 +113,7 @@ def ordered(
     def infer_ordered(x: PyTree, available: ArrayLike, *args: Any):
         x = jax.tree.map(jnp.asarray, x)
         many = is_grouped(num_data, x, np.ndim(available), grouped)
-        flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), x) if many else x
+        flat = points_of(x) if many else x
         sent, back = _there_and_back(flat, features, size)
         sent = jax.tree.map(lambda row, leaf: row.reshape(leaf.shape), sent, x)
         return _in_place(infer(sent, available, *args), back, many)
@@ -274,7 +274,7 @@ def _in_place(result: Any, back: Int[Array, " points"], grouped: bool) -> Any:
     """Predictions, or `Decoded`, in the places that their data points had."""
 
     def move(values: Array) -> Array:
-        flat = values.reshape(-1, *values.shape[2:]) if grouped else values
+        flat = points_of(values) if grouped else values
         return flat[back].reshape(values.shape)
 
     if not isinstance(result, Decoded):

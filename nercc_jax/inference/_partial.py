@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
 
 from ..codes import AbstractCode, Decoded, decode_groups
-from ._groups import as_groups
+from ._groups import group_points
 from ._models import check_model
 from ._spmd import WORKERS, Placed, place, put, work
 from ._workers import Model
@@ -74,7 +74,7 @@ def partial_inference(
             raise ValueError(f"number must be 1 to {code.num_workers} workers, not {number}")
         if not deadline > 0:
             raise ValueError(f"deadline must be a positive number of seconds, not {deadline}")
-        x, _, many = as_groups(code, x, np.ones(code.num_workers, bool), grouped)
+        x, many = group_points(code, x, grouped)
 
         if not _wait(lambda: not _behind(unfinished, max_behind), start + deadline):
             busy = sorted(device.id for device in _behind(unfinished, max_behind))

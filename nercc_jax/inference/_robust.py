@@ -13,10 +13,8 @@ from ..codes import (
     Decoded,
     NeRCC,
     as_mask,
-    check_floats,
-    check_leading,
     decode_vectors,
-    join,
+    joined_answers,
     multiply,
 )
 from ..splines import gather_knots, smoothing_matrix
@@ -193,10 +191,7 @@ def _robust_decode(
     rate_constant: Array,
     bounds: Array | None,
 ) -> RobustDecoded:
-    y = jax.tree.map(jnp.asarray, y)
-    check_leading("y", y, (code.num_workers,), "workers")
-    check_floats("y", y)
-    flat, form = join(y, 1)
+    flat, form = joined_answers(code, y)
     answered = as_mask(available, (code.num_workers,)) & jnp.all(jnp.isfinite(flat), axis=1)
     flat = jnp.where(answered[:, None], flat, 0)
     if method == "reject":

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree, Shaped
 
-from ..codes import AbstractCode, is_float, leaves_of
+from ..codes import AbstractCode, is_float, leaves_of, points_of
 from ._models import Model, call_model
 
 
@@ -71,7 +71,7 @@ def _models(model: Model | Sequence[Model], kinds: np.ndarray) -> tuple[Model, .
 
 def _answers(model: Model, coded: PyTree, args: tuple) -> PyTree:
     shape = jax.tree.leaves(coded)[0].shape[:2]
-    batch = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), coded)
+    batch = points_of(coded)
     size = shape[0] * shape[1]
     y = call_model(model, batch, *args)
     for label, leaf in leaves_of("the model's answer", y):

@@ -12,8 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
-from ..codes import AbstractCode, Decoded, decode_groups, is_float, join
-from ..inference import check_finite, in_groups, is_grouped
+from ..codes import (
+    AbstractCode,
+    Decoded,
+    check_finite,
+    decode_groups,
+    is_float,
+    join,
+    points_of,
+)
+from ..inference import group_points
 from ..surrogates import Doubt, assess, doubtful
 from ._batch import BatchAnswers, Enough
 from ._pool import AbstractPool
@@ -70,11 +78,11 @@ def pool_inference(
 
     x: (K, ...) for one group, or (groups, K, ...), finite, of a float dtype, or a pytree of such as
     for `coded_inference`; every worker gets its coded data points of all groups as one batch.
-    `enough` says when to decode: a number of answers
-    (all N unless given), or a function of the mask, such as `Forecast.below`; `deadline` is in
-    seconds, and what is in by then is decoded. Predictions are (K, ...) or (groups, K, ...), NaN
-    where a data point cannot be recovered; `with_status=True` returns a `PoolResult`. `grouped`
-    says whether x comes as groups; unless given, the axis of length K tells, if only one has it.
+    `enough` says when to decode: a number of answers (all N unless given), or a function of the
+    mask, such as `Forecast.below`; `deadline` is in seconds, and what is in by then is decoded.
+    Predictions are (K, ...) or (groups, K, ...), NaN where a data point cannot be recovered;
+    `with_status=True` returns a `PoolResult`. `grouped` says whether x comes as groups; unless
+    given, the axis of length K tells, if only one has it.
 
     With a `doubt` (`calibrate_doubt`), data points whose label is too doubtful for
     `max_disagreement` in the mean are sent to the pool again, themselves, and their predictions are
@@ -170,7 +178,7 @@ def _reexecute(
     # As many in a call as coded ones were, for which workers have compiled their program.
     size = len(doubt)
     rows = np.resize(chosen, -(-len(chosen) // size) * size).reshape(-1, size)
-    points = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[rows], x)
+    points = jax.tree.map(lambda leaf: leaf[rows], points_of(x))
     with pool.dispatch(points) as batch:
         answers = batch.wait(deadline=seconds)
     if answers.values is None:
@@ -193,12 +201,9 @@ def _reexecute(
 
 def _groups(code: AbstractCode, x: PyTree, grouped: bool | None) -> tuple[PyTree, bool]:
     """x as (groups, K, ...) on the host, and whether it came so."""
-    x = jax.tree.map(np.asarray, x)
-    many = is_grouped(code.num_data, x, 1, grouped)
-    groups = in_groups(code, x, many)
-    check_finite(x, 2 if many else 1)
-    dtype = jax.dtypes.canonicalize_dtype
-    return jax.tree.map(lambda leaf: leaf.astype(dtype(leaf.dtype), copy=False), groups), many
+    groups, many = group_points(code, jax.tree.map(np.asarray, x), grouped)
+    check_finite(groups if many else jax.tree.map(lambda leaf: leaf[0], groups), 2 if many else 1)
+    return groups, many
 
 
 def shared_decoder(code: AbstractCode) -> Callable[[PyTree, np.ndarray], Decoded]:

@@ -177,13 +177,12 @@ def observe(
 ) -> tuple[Array, Array, Array]:
     """Each data point under each set: its features, whether it is sure, and whether it is wrong."""
     cheap, cheap_coded = (None, None) if beside is None else (beside.own, beside.coded)
-    form = None if own.form.is_vector else own.form
 
     def of_set(mask):
         available = jnp.broadcast_to(mask, own.coded.shape[:2])
         decoded, deviation = assess(own.code, surrogate, own.coded, available, cheap, cheap_coded)
         wrong = ~own.same_labels(decoded.predictions)
-        features = _features(decoded.predictions, deviation, cheap, form)
+        features = _features(decoded.predictions, deviation, cheap, own.form)
         return features, deviation == 0, wrong | ~decoded.recovered
 
     return jax.lax.map(of_set, masks)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
-from ..codes import AbstractCode, Decoded, alike_beside, encode_groups, join
+from ..codes import AbstractCode, Decoded, alike_beside, encode_groups, groups_of, join
 from ..inference import (
     AbstractScheme,
     Features,
@@ -113,7 +113,7 @@ class Scheme(AbstractScheme):
         points = len(jax.tree.leaves(x)[0])
         own = None if surrogate is None else surrogate.model(x)
         order = self._arrange(x, own)
-        sent = jax.tree.map(lambda leaf: leaf[order].reshape(-1, code.num_data, *leaf.shape[1:]), x)
+        sent = groups_of(jax.tree.map(lambda leaf: leaf[order], x), code.num_data)
         y, form = join(work(sent), 2)
         available = available & alike_beside(sent, 2)[:, None]
         cheap, cheap_coded = None, None

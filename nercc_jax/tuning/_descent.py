@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from ..codes import check_count, check_positive
+from ..codes import check_fields, check_positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +33,9 @@ class Descent:
 
     def __post_init__(self):
         check_positive(learning_rate=self.learning_rate)
-        for name in ("steps", "check_every", "patience"):
-            value = getattr(self, name)
-            if name != "patience" or value is not None:
-                object.__setattr__(self, name, check_count(name, value))
+        check_fields(self, "steps", "check_every")
+        if self.patience is not None:
+            check_fields(self, "patience")
 
 
 class Judgement(NamedTuple):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 
-from ..codes import Form, NeRCC, check_count, coincident
+from ..codes import Form, NeRCC, check_fields, coincident
 from ..evaluation import Criterion, Recorder, batched, draw_sets, mean_losses, point_criterion
 from ..inference import Model, check_model
 from ..stragglers import AbstractStragglers
@@ -59,7 +59,7 @@ class LayoutTuning:
     on_step: Callable[[TuningStep, NeRCC], None] = lambda step, code: None
 
     def __post_init__(self):
-        object.__setattr__(self, "best", check_count("best", self.best, least=0))
+        check_fields(self, "best", least=0)
 
 
 @dataclasses.dataclass(frozen=True)

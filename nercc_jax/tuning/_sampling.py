@@ -9,14 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree, Shaped
 
-from ..codes import check_count, leaves_of
+from ..codes import check_fields, leaves_of
 from ..evaluation import cut_groups
 
 # Data points (points, ...) to a permutation of them, and to changed ones.
 Order: TypeAlias = Callable[[Any], Int[Array, " points"]]
 Augment: TypeAlias = Callable[[Any, PRNGKeyArray], Any]
-
-_COUNTS = ("groups_per_step", "sets_per_step", "held_out_sets")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +47,9 @@ class Sampling:
     augment: Augment | None = None
 
     def __post_init__(self):
-        for name in (*_COUNTS, *(() if self.buffer_size is None else ("buffer_size",))):
-            object.__setattr__(self, name, check_count(name, getattr(self, name)))
+        check_fields(self, "groups_per_step", "sets_per_step", "held_out_sets")
+        if self.buffer_size is not None:
+            check_fields(self, "buffer_size")
         if not 0 < self.held_out_share < 1:
             raise ValueError(f"held_out_share must be between 0 and 1, not {self.held_out_share}")
         if self.grouped and (self.order is not None or self.buffer_size is not None):
