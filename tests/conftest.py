@@ -15,23 +15,18 @@ import pytest
 # Must be set before the backend starts.
 jax.config.update("jax_num_cpu_devices", 8)
 
-# Where numbers are the subject, both precisions run by default (elsewhere float64 is slow), and
-# LLVM optimises as it does for users.
+# Where numbers are the subject, both precisions run by default; elsewhere float64 is slow.
 NUMERICS = {"test_codes.py", "test_points.py", "test_posterior.py", "test_splines.py"}
 
 # Compiling is most of the time. Four programs (decoding, its two gradients, one of them vmapped)
 # took XLA 23.8 s of CPU time, 16.1 s without its fusion emitters, and 9.2 s without most of LLVM's
-# optimisations, too. CI runs NUMERICS once more as users compile. JAX 0.12 aborts at the flag.
+# optimisations, too; as one piece, a seventh less. CI runs NUMERICS once more as users compile.
+# JAX 0.12 aborts at the flags.
 AS_USERS_DO = os.environ.get("NERCC_COMPILE_AS_USERS_DO") == "1"
 if not AS_USERS_DO and jax.__version_info__ < (0, 11):
-    flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compile_quickly(request):
-    quickly = not AS_USERS_DO and request.path.name not in NUMERICS
-    jax.config.update("jax_disable_most_optimizations", quickly)
+    plain = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {plain}"
+jax.config.update("jax_disable_most_optimizations", not AS_USERS_DO)
 
 
 def pytest_configure(config):
