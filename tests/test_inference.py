@@ -55,7 +55,8 @@ def test_status(x, masks):
 def test_a_worker_that_breaks_costs_only_itself(x, masks):
     """A model that fails on some coded points, in one group."""
     code = NeRCC(K, N)
-    limit = float(jnp.sort(jnp.abs(jax.vmap(code.encode)(x)).max(axis=2).ravel())[-2])
+    sizes = jnp.sort(jnp.abs(jax.vmap(code.encode)(x)).max(axis=2).ravel())
+    limit = float(jnp.mean(sizes[-2:]))  # between the two largest: no rounding decides
 
     def fragile(batch):
         broken = jnp.abs(batch).max(axis=1, keepdims=True) > limit
