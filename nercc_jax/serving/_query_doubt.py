@@ -117,6 +117,7 @@ def calibrate(
     # A query is much the same under all sets: it counts as one in all, not as one in each.
     count = min(number / max(len(flat), 1), 1.0)
     weights = logistic_regression(flat, wrong[told][thin], count=count).astype(np.float32)
-    doubt = np.where(told, expit(features @ weights), 1).astype(np.float32)
+    doubt = np.ones(told.shape, np.float32)
+    doubt[told] = expit(features[told] @ weights)
     least = np.min(np.where(wrong, doubt, np.inf), axis=1)
     return QueryDoubt(weights, np.sort(least[np.isfinite(least)]), doubt[:, -1], number)
