@@ -9,12 +9,12 @@ from ._code import (
     deviation,
     encode_groups,
     encode_leaf,
-    encoder_rows,
     joined_answers,
     variances,
 )
-from ._decoding import AMPLIFICATION, Decoded, decode_sets, decode_vectors
+from ._decoding import AMPLIFICATION, Decoded, Matrices, decode_sets, decode_vectors
 from ._files import code_card, load_code, save_code
+from ._kept import Lookups, encoder_rows, kept_matrices, known_decoders, known_encoder
 from ._lagrange import Lagrange
 from ._nercc import NeRCC
 from ._parity import Parity
@@ -45,6 +45,8 @@ __all__ = [
     "Form",
     "Lagrange",
     "Layout",
+    "Lookups",
+    "Matrices",
     "NeRCC",
     "Parity",
     "Replication",
@@ -76,6 +78,9 @@ __all__ = [
     "is_float",
     "join",
     "joined_answers",
+    "kept_matrices",
+    "known_decoders",
+    "known_encoder",
     "leaves_of",
     "load_code",
     "mean_gap",

@@ -16,7 +16,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
-from ._decoding import Decoded, decode_vectors
+from ._decoding import Decoded, Matrices, decode_vectors
+from ._kept import known_decoders, known_encoder
 from ._products import multiply
 from ._trees import (
     Form,
@@ -150,7 +151,7 @@ class AbstractCode(eqx.Module):
         x = jax.tree.map(jnp.asarray, x)
         check_leading("x", x, (self.num_data,), "data points")
         check_floats("x", x, beside=True)
-        coded, finite = _encode(self, x)
+        coded, finite = _encode(self, x, known_encoder(self))
         if not isinstance(finite, Tracer):
             check_beside("x", x, 1)
             if not finite:
@@ -202,7 +203,7 @@ class AbstractCode(eqx.Module):
         prediction can be recovered, and with `return_uncertainty` for a code that is no regression.
         Inside jit use `try_decode` for the status.
         """
-        decoded = _try_decode(self, y, available)
+        decoded = self.try_decode(y, available)
         if not isinstance(decoded.heard, Tracer):
             available, heard = np.asarray(available), np.asarray(decoded.heard)
             broken = np.flatnonzero(available & ~heard)
@@ -231,17 +232,19 @@ class AbstractCode(eqx.Module):
         available: Bool[ArrayLike, " num_workers"],
     ) -> Decoded:
         """As `decode`, with the status beside the predictions and no exception for bad answers."""
-        return _try_decode(self, y, available)
+        return _try_decode(self, y, available, known_decoders(self, available))
 
 
 def encode_groups(
-    code: AbstractCode, x: PyTree[Shaped[Array, "groups num_data ..."]]
+    code: AbstractCode,
+    x: PyTree[Shaped[Array, "groups num_data ..."]],
+    matrix: Float[ArrayLike, "num_workers num_data"] | None = None,
 ) -> PyTree[Shaped[Array, "groups num_workers ..."]]:
-    """The coded data points of many groups, in x's dtype.
+    """The coded data points of many groups, in x's dtype; `matrix` is the encoder's, if made.
 
     What is no float is taken to be the same for all data points of a group: see `alike_beside`.
     """
-    matrix = code.encoder_matrix()
+    matrix = code.encoder_matrix() if matrix is None else jnp.asarray(matrix)
     return jax.tree.map(lambda leaf: encode_leaf(matrix, leaf), x)
 
 
@@ -259,27 +262,32 @@ def decode_groups(
     code: AbstractCode,
     y: PyTree[Float[Array, "groups num_workers ..."]],
     available: Bool[Array, "groups num_workers"],
+    given: Matrices | None = None,
 ) -> Decoded:
-    """Decodes many groups, each with its own workers. See `_decoding.py`."""
+    """Decodes many groups, each with its own workers. See `decode_vectors`."""
     flat, form = join(y, 2)
-    decoded = decode_vectors(code, flat, available)
+    decoded = decode_vectors(code, flat, available, given)
     return Decoded(form.split(decoded.predictions), decoded.heard, decoded.recovered)
 
 
 @eqx.filter_jit
-def _encode(code: AbstractCode, x: PyTree) -> tuple[PyTree, Bool[Array, ""]]:
+def _encode(
+    code: AbstractCode, x: PyTree, matrix: ArrayLike | None
+) -> tuple[PyTree, Bool[Array, ""]]:
     """The coded data points of one group, and whether they are finite: of what is not, every row of
     the product tells."""
-    coded = encode_groups(code, jax.tree.map(lambda leaf: leaf[None], x))
+    coded = encode_groups(code, jax.tree.map(lambda leaf: leaf[None], x), matrix)
     coded = jax.tree.map(lambda leaf: leaf[0], coded)
     return coded, finite_points(jax.tree.map(lambda leaf: leaf[:1], coded), 1)[0]
 
 
 @eqx.filter_jit
-def _try_decode(code: AbstractCode, y: PyTree, available: ArrayLike) -> Decoded:
+def _try_decode(
+    code: AbstractCode, y: PyTree, available: ArrayLike, given: Matrices | None
+) -> Decoded:
     flat, form = joined_answers(code, y)
     available = as_mask(available, (code.num_workers,))
-    decoded = decode_vectors(code, flat[None], available[None])
+    decoded = decode_vectors(code, flat[None], available[None], given)
     decoded = jax.tree.map(lambda leaf: leaf[0], decoded)
     return Decoded(form.split(decoded.predictions), decoded.heard, decoded.recovered)
 
@@ -326,13 +334,3 @@ def as_mask(available: ArrayLike, shape: tuple[int, ...]) -> Bool[Array, "..."]:
             f"not {available.dtype}{available.shape}"
         )
     return available
-
-
-def encoder_rows(code: AbstractCode) -> Float[np.ndarray, "num_workers num_data"]:
-    """The encoder's matrix, compiled once for all codes of one size."""
-    return np.asarray(_encoder_matrix(code))
-
-
-@eqx.filter_jit
-def _encoder_matrix(code: AbstractCode) -> Float[Array, "num_workers num_data"]:
-    return code.encoder_matrix()

@@ -16,7 +16,8 @@ from typing import Any, Protocol, runtime_checkable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+import numpy as np
+from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
 
 from ._products import multiply, multiply_sets
 
@@ -38,6 +39,13 @@ class Decoded(eqx.Module):
     recovered: Bool[Array, "..."]
 
 
+class Matrices(eqx.Module):
+    """What decoding asks of a code, for the straggler set of each group, or of all groups."""
+
+    decoder: Float[Array | np.ndarray, "sets num_data num_workers"]
+    recovered: Bool[Array | np.ndarray, "sets num_data"]
+
+
 @runtime_checkable
 class Decoder(Protocol):
     """What decoding asks of a code; `AbstractCode` has it."""
@@ -53,19 +61,25 @@ def decode_vectors(
     code: Decoder,
     y: Float[Array, "groups num_workers m"],
     available: Bool[Array, "groups num_workers"],
+    given: Matrices | None = None,
 ) -> Decoded:
-    """Decodes the answers of many groups, each with its own workers."""
+    """Decodes the answers of many groups, each with its own workers.
 
-    def quickly(code: Decoder, y: Array, available: Array) -> Decoded:
-        matrices = _matrices(code, available)
-        attempt = Decoded(multiply(matrices, y), available, _recovered(code, available))
+    `given` are the matrices of these workers where they are made already. A derivative makes them
+    again, since it is the code's too; so does an answer that is not finite, for those heard.
+    """
+
+    def quickly(code: Decoder, y: Array, available: Array, given: Matrices | None) -> Decoded:
+        made = _matrices(code, available) if given is None else given
+        recovered = jnp.broadcast_to(made.recovered, (len(y), made.recovered.shape[1]))
+        attempt = Decoded(multiply(jnp.asarray(made.decoder), y), available, recovered)
         return _unless(
-            _sound(attempt, matrices),
+            _sound(attempt, made.decoder),
             lambda: attempt,
             lambda: _in_the_loop(code, y, available),
         )
 
-    return _derived(quickly, _carefully, code, y, available)
+    return _derived(quickly, _carefully, code, y, available, given)
 
 
 def decode_sets(
@@ -85,15 +99,15 @@ def decode_sets(
     def everywhere(mask: Array) -> Array:
         return jnp.broadcast_to(mask, y.shape[:2])
 
-    def quickly(code: Decoder, y: Array, available: Array) -> Decoded:
-        matrices = _matrices(code, available)
+    def quickly(code: Decoder, y: Array, available: Array, given: None) -> Decoded:
+        made = _matrices(code, available)
         attempt = Decoded(
-            multiply_sets(matrices, y),
+            multiply_sets(made.decoder, y),
             jnp.broadcast_to(available[:, None], (*shape, available.shape[1])),
-            jnp.broadcast_to(_recovered(code, available)[:, None], (*shape, matrices.shape[1])),
+            jnp.broadcast_to(made.recovered[:, None], (*shape, made.recovered.shape[1])),
         )
         return _unless(
-            _sound(attempt, matrices),
+            _sound(attempt, made.decoder),
             lambda: attempt,
             lambda: jax.lax.map(lambda mask: _in_the_loop(code, y, everywhere(mask)), available),
         )
@@ -110,38 +124,33 @@ def _derived(
     code: Decoder,
     y: Array,
     available: Array,
+    given: Matrices | None = None,
 ) -> Decoded:
     """The quick way, with the derivative of the careful one, in the code and the answers."""
     # As an argument: what `custom_jvp` closes over must not be traced.
     leaves, rest = eqx.partition(code, eqx.is_array)
 
     @jax.custom_jvp
-    def decode(leaves, y, available):
-        return quickly(eqx.combine(leaves, rest), y, available)
+    def decode(leaves, y, available, given):
+        return quickly(eqx.combine(leaves, rest), y, available, given)
 
     @decode.defjvp
     def _(primals, tangents):
         def way(leaves, y, available):
             return carefully(eqx.combine(leaves, rest), y, available)
 
-        return jax.jvp(way, primals, tangents)
+        return jax.jvp(way, primals[:3], tangents[:3])
 
-    return decode(leaves, y, available)
-
-
-def _matrices(
-    code: Decoder, available: Bool[Array, "sets num_workers"]
-) -> Float[Array, "sets num_data num_workers"]:
-    return jax.vmap(code.decoder_matrix)(available)
+    return decode(leaves, y, available, given)
 
 
-def _recovered(
-    code: Decoder, available: Bool[Array, "sets num_workers"]
-) -> Bool[Array, "sets num_data"]:
-    return jax.vmap(code.recovered)(available)
+def _matrices(code: Decoder, available: Bool[Array, "sets num_workers"]) -> Matrices:
+    return Matrices(
+        *jax.vmap(lambda mask: (code.decoder_matrix(mask), code.recovered(mask)))(available)
+    )
 
 
-def _sound(attempt: Decoded, matrices: Array) -> Bool[Array, ""]:
+def _sound(attempt: Decoded, matrices: ArrayLike) -> Bool[Array, ""]:
     """Whether decoding is what one product made of it."""
     finite = jnp.all(jnp.isfinite(attempt.predictions[..., 0, :]))
     return finite & jnp.all(attempt.recovered) & _well_conditioned(matrices)
@@ -163,7 +172,7 @@ def _unless(
     )[0]
 
 
-def _well_conditioned(matrices: Float[Array, "groups num_data num_workers"]) -> Bool[Array, ""]:
+def _well_conditioned(matrices: Float[ArrayLike, "sets num_data num_workers"]) -> Bool[Array, ""]:
     return jnp.max(jnp.sum(jnp.abs(matrices), axis=-1), initial=0) <= AMPLIFICATION
 
 
@@ -173,9 +182,10 @@ def _carefully(
     """Decodes answers of which some may be broken, or whose matrix would lose digits."""
     heard = available & jnp.all(jnp.isfinite(y), axis=-1)
     clean = jnp.where(heard[..., None], y, 0)
-    recovered = _recovered(code, heard)
-    predictions = _accurately(code, heard, _matrices(code, heard), clean, choose)
-    return Decoded(jnp.where(recovered[..., None], predictions, jnp.nan), heard, recovered)
+    made = _matrices(code, heard)
+    predictions = _accurately(code, heard, made.decoder, clean, choose)
+    predictions = jnp.where(made.recovered[..., None], predictions, jnp.nan)
+    return Decoded(predictions, heard, made.recovered)
 
 
 # Within a loop's turn a `cond` makes no product that is not wanted: 4.7 ms against 7.8 as above.

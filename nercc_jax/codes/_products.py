@@ -11,16 +11,22 @@ FULL = jax.lax.Precision.HIGHEST
 def multiply(
     matrix: Float[Array, "... a b"], x: Float[Array, "... b m"]
 ) -> Float[Array, "... a m"]:
-    """matrix @ x in x's precision, float32 at least."""
+    """matrix @ x in x's precision, float32 at least; one matrix may be for many groups."""
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     matrix, x = matrix.astype(dtype), x.astype(dtype)
-    if matrix.ndim == 3 and matrix.shape[0] == 1:
-        # One group: XLA's CPU product is 30 % faster from a matrix that lies in memory by columns,
-        # and the barrier keeps it so (8 x 20 by 20 x 150,528; for 64 groups it is slower).
-        columns = jax.lax.optimization_barrier(matrix[0].T)
+    if x.ndim != 3 or matrix[..., 0, 0].size != 1:
+        return jnp.matmul(matrix, x, precision=FULL)
+    matrix = matrix.reshape(matrix.shape[-2:])
+    if x.shape[0] == 1:
+        # XLA's CPU product is 30 % faster from a matrix that lies in memory by columns, and the
+        # barrier keeps it so (8 x 20 by 20 x 150,528; for 64 groups it is slower).
+        columns = jax.lax.optimization_barrier(matrix.T)
         product = jax.lax.dot_general(columns, x[0], (((0,), (0,)), ((), ())), precision=FULL)
         return product[None]
-    return jnp.matmul(matrix, x, precision=FULL)
+    # Left to itself, XLA makes one product of it, and moves the data for that: 1.9 ms against 0.3
+    # for 8 x 20 by 64 x 20 x 1,000 on two CPU cores.
+    each = jnp.broadcast_to(matrix, (x.shape[0], *matrix.shape))
+    return jax.lax.dot_general(each, x, (((2,), (1,)), ((0,), (0,))), precision=FULL)
 
 
 def multiply_sets(

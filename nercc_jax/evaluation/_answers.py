@@ -24,6 +24,7 @@ from ..codes import (
     encoder_rows,
     groups_of,
     join,
+    known_encoder,
     leaves_of,
     points_of,
 )
@@ -269,7 +270,9 @@ def all_answers(
     models: Sequence[Model], code: AbstractCode, groups: PyTree
 ) -> tuple[Float[Array, "groups num_workers m"], Form]:
     """All workers' answers to groups, as vectors, and in which form they were."""
-    coded = eqx.filter_jit(encode_groups)(code, jax.tree.map(jnp.asarray, groups))
+    coded = eqx.filter_jit(encode_groups)(
+        code, jax.tree.map(jnp.asarray, groups), known_encoder(code)
+    )
     return join(run_workers(models, code, coded), 2)
 
 

@@ -14,12 +14,16 @@ from jaxtyping import Array, ArrayLike, Bool, PyTree, Shaped
 from ..codes import (
     AbstractCode,
     Decoded,
+    Matrices,
     alike_beside,
     as_mask,
     check_finite,
     decode_groups,
     encode_groups,
     groups_of,
+    is_float,
+    known_decoders,
+    known_encoder,
     points_of,
 )
 from ._groups import as_groups
@@ -67,10 +71,25 @@ def coded_predictions(
     Models, and the errors raised for them: see `run_workers`. Source: arXiv 2402.04377, the three
     steps of NeRCC.
     """
+    return _predictions(model, code, x, available, args)
+
+
+def _predictions(
+    model: Model | Sequence[Model],
+    code: AbstractCode,
+    x: PyTree,
+    available: ArrayLike,
+    args: tuple,
+    encoder: ArrayLike | None = None,
+    given: Matrices | None = None,
+) -> Decoded:
+    """`coded_predictions`, with the code's matrices where they are made already."""
     x = jax.tree.map(jnp.asarray, x)
-    y = run_workers(model, code, encode_groups(code, x), *args)
-    shape = jax.tree.leaves(y)[0].shape[:2]
-    return decode_groups(code, y, as_mask(available, shape) & alike_beside(x, 2)[:, None])
+    y = run_workers(model, code, encode_groups(code, x, encoder), *args)
+    available = as_mask(available, jax.tree.leaves(y)[0].shape[:2])
+    if all(map(is_float, jax.tree.leaves(x))):
+        return decode_groups(code, y, available, given)
+    return decode_groups(code, y, available & alike_beside(x, 2)[:, None])
 
 
 def coded_inference(
@@ -146,10 +165,11 @@ def _infer(
     available: ArrayLike,
     args: tuple,
 ) -> Decoded:
+    given = known_decoders(code, available)
     x, available, grouped = as_groups(code, x, available, grouped)
     if placed is None:
-        return _run(model, code, x, available, args, grouped)
-    inputs, shape = place_inputs(placed, x, available, args)
+        return _run(model, code, x, available, args, grouped, known_encoder(code), given)
+    inputs, shape = place_inputs(placed, x, available, args, given)
     with enter(placed, inputs):
         return _run_on_mesh(placed, *inputs, grouped, shape)
 
@@ -162,8 +182,10 @@ def _run(
     available: Array,
     args: tuple,
     grouped: bool,
+    encoder: ArrayLike | None,
+    given: Matrices | None,
 ) -> Decoded:
-    decoded = coded_predictions(model, code, x, available, *args)
+    decoded = _predictions(model, code, x, available, args, encoder, given)
     return decoded if grouped else _first(decoded)
 
 
@@ -173,13 +195,14 @@ def _run_on_mesh(
     x: PyTree,
     available: Array,
     args: tuple,
+    given: Matrices | None,
     grouped: bool,
     shape: tuple[int, ...] | None,
 ) -> Decoded:
     """`shape` is the data points' where x holds shares of their coordinates."""
-    if shape is None:
-        available = available & alike_beside(x, 2)[:, None]
-    decoded = spmd_decoded(placed, x, available, args, shape)
+    if not all(map(is_float, jax.tree.leaves(x))):
+        available, given = available & alike_beside(x, 2)[:, None], None
+    decoded = spmd_decoded(placed, x, available, args, shape, given)
     return decoded if grouped else _first(decoded)
 
 
@@ -194,11 +217,11 @@ def _infer_scheme(
 ) -> Any:
     x, available = _points(scheme.code, x, available, grouped)
     if placed is None:
-        return _run_scheme(model, scheme, x, available, args, grouped)
+        return _run_scheme(model, scheme, x, available, args, grouped, known_encoder(scheme.code))
     inputs, _ = place_inputs(placed, x, available, (args, scheme), share=False)
     with enter(placed, inputs):
-        x, available, (args, scheme) = inputs
-        return _run_scheme(placed, scheme, x, available, args, grouped)
+        x, available, (args, scheme), _ = inputs
+        return _run_scheme(placed, scheme, x, available, args, grouped, None)
 
 
 @eqx.filter_jit
@@ -209,13 +232,14 @@ def _run_scheme(
     available: Array,
     args: tuple,
     grouped: bool,
+    encoder: ArrayLike | None,
 ) -> Any:
     code = scheme.code
 
     def work(groups: PyTree) -> PyTree:
         if isinstance(model, Placed):
             return spmd_answers(model, groups, args)
-        return run_workers(model, code, encode_groups(code, groups), *args)
+        return run_workers(model, code, encode_groups(code, groups, encoder), *args)
 
     result = scheme.infer(work, x, available)
     if not grouped:

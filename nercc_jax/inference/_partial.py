@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
 
-from ..codes import AbstractCode, Decoded, decode_groups
+from ..codes import AbstractCode, Decoded, Matrices, decode_groups, known_decoders
 from ._groups import group_points
 from ._models import check_model
 from ._spmd import WORKERS, Placed, place, put, work
@@ -94,7 +94,8 @@ def partial_inference(
         if not there.any():
             raise TimeoutError(answered)
         with jax.set_mesh(Mesh([_decoding_device(placed.mesh, arrivals)], ("decoding",))):
-            decoded = _decode(code, arrivals.answers(), there, many)
+            given = known_decoders(code, there)
+            decoded = _decode(code, arrivals.answers(), there, many, given)
             # Nothing is recovered from broken data points either: then that is the result.
             if not np.any(decoded.recovered) and not np.any(_recovered(code, there)):
                 error = ValueError if enough else TimeoutError
@@ -181,10 +182,13 @@ def _program(placed: Placed) -> Callable[[PyTree], PyTree[Float[Array, "groups s
 
 
 @eqx.filter_jit
-def _decode(code: AbstractCode, y: PyTree, there: ArrayLike, grouped: bool) -> Decoded:
+def _decode(
+    code: AbstractCode, y: PyTree, there: ArrayLike, grouped: bool, given: Matrices | None
+) -> Decoded:
     y = jax.tree.map(jnp.asarray, y)
     groups = len(jax.tree.leaves(y)[0])
-    decoded = decode_groups(code, y, jnp.broadcast_to(there, (groups, code.num_workers)))
+    masks = jnp.broadcast_to(there, (groups, code.num_workers))
+    decoded = decode_groups(code, y, masks, given)
     return decoded if grouped else jax.tree.map(lambda leaf: leaf[0], decoded)
 
 

@@ -19,7 +19,15 @@ from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Shaped
 
-from ..codes import AbstractCode, Decoded, decode_vectors, encode_leaf, join
+from ..codes import (
+    AbstractCode,
+    Decoded,
+    Matrices,
+    decode_vectors,
+    encode_leaf,
+    join,
+    known_encoder,
+)
 from ._groups import any_tracer
 from ._workers import Model, run_models
 
@@ -95,7 +103,9 @@ def place(model: Model | Sequence[Model], code: AbstractCode, mesh: Mesh) -> Pla
     # Axes of every type become automatic: models need not know that they are sharded.
     mesh = Mesh(mesh.devices, mesh.axis_names)
     workers = slots(code.worker_models, mesh.shape[WORKERS]).worker
-    encoder = put(code.encoder_matrix()[workers], NamedSharding(mesh, _REPLICATED))
+    encoder = known_encoder(code)
+    encoder = code.encoder_matrix() if encoder is None else encoder
+    encoder = put(encoder[workers], NamedSharding(mesh, _REPLICATED))
     return Placed(on_mesh(model, mesh), on_mesh(code, mesh), encoder, mesh)
 
 
@@ -131,9 +141,15 @@ def put(value: ArrayLike, sharding: Sharding) -> Array:
 
 
 def place_inputs(
-    placed: Placed, x: PyTree, available: Array, args: PyTree, *, share: bool = True
-) -> tuple[tuple[PyTree, Array, PyTree], tuple[int, ...] | None]:
-    """Groups of data points, masks and arguments on the mesh.
+    placed: Placed,
+    x: PyTree,
+    available: Array,
+    args: PyTree,
+    given: Matrices | None = None,
+    *,
+    share: bool = True,
+) -> tuple[tuple[PyTree, Array, PyTree, Matrices | None], tuple[int, ...] | None]:
+    """Groups of data points, masks, arguments and decoders' matrices on the mesh.
 
     Of d coordinates, all are K d numbers for each further device to receive, and then it encodes
     for its own workers. Shares are K d / D for each of D devices, which encode their share for all
@@ -149,7 +165,7 @@ def place_inputs(
     by = NamedSharding(placed.mesh, _REPLICATED if shape is None else _BY_THIRD)
     x = jax.tree.map(lambda leaf: put(leaf, by), x)
     available = put(available, NamedSharding(placed.mesh, _REPLICATED))
-    return (x, available, on_mesh(args, placed.mesh)), shape
+    return (x, available, *on_mesh((args, given), placed.mesh)), shape
 
 
 def enter(placed: Placed, inputs: PyTree) -> contextlib.AbstractContextManager:
@@ -161,13 +177,18 @@ def enter(placed: Placed, inputs: PyTree) -> contextlib.AbstractContextManager:
 
 
 def spmd_decoded(
-    placed: Placed, x: PyTree, available: Array, args: tuple, shape: tuple[int, ...] | None
+    placed: Placed,
+    x: PyTree,
+    available: Array,
+    args: tuple,
+    shape: tuple[int, ...] | None,
+    given: Matrices | None,
 ) -> Decoded:
     """Coded inference on groups, for inputs of `place_inputs`; the result is on all devices."""
     y = work(placed, x, args, shape)
     flat, form = join(y, 2)
     decode = _decode_by_group if flat.shape[0] >= placed.devices else _decode_by_coordinate
-    decoded = _everywhere(placed, decode(placed, flat, available))
+    decoded = _everywhere(placed, decode(placed, flat, available, given))
     decoded = jax.tree.map(lambda leaf: leaf[: flat.shape[0]], decoded)
     predictions = form.split(decoded.predictions[..., : flat.shape[2]])
     return Decoded(predictions, decoded.heard, decoded.recovered)
@@ -221,38 +242,44 @@ def work(
 # 158 / 23 / 190. By group, the decoder's matrices are shared too, and it needs a group a device.
 
 
-def _decode_by_group(placed: Placed, flat: Array, available: Array) -> Decoded:
+def _decode_by_group(
+    placed: Placed, flat: Array, available: Array, given: Matrices | None
+) -> Decoded:
     arrays, static = eqx.partition(placed.code, eqx.is_array)
     first = placed.slots.of_worker
 
-    def of_device(arrays, flat, available):
+    def of_device(arrays, flat, available, given):
         flat = jax.lax.all_to_all(flat, WORKERS, split_axis=0, concat_axis=1, tiled=True)
-        return decode_vectors(eqx.combine(arrays, static), flat[:, first], available)
+        return decode_vectors(eqx.combine(arrays, static), flat[:, first], available, given)
 
-    flat, available = (_padded(a, 0, placed.devices) for a in (flat, available))
-    inputs = (_REPLICATED, _BY_SECOND, _BY_FIRST)
-    return _on_each_device(placed, of_device, inputs, _BY_FIRST)(arrays, flat, available)
+    by_group = given is not None and len(given.recovered) > 1
+    shared = (flat, available, given) if by_group else (flat, available)
+    flat, available, *rest = jax.tree.map(lambda a: _padded(a, 0, placed.devices), shared)
+    given = rest[0] if by_group else given
+    inputs = (_REPLICATED, _BY_SECOND, _BY_FIRST, _BY_FIRST if by_group else _REPLICATED)
+    return _on_each_device(placed, of_device, inputs, _BY_FIRST)(arrays, flat, available, given)
 
 
-def _decode_by_coordinate(placed: Placed, flat: Array, available: Array) -> Decoded:
+def _decode_by_coordinate(
+    placed: Placed, flat: Array, available: Array, given: Matrices | None
+) -> Decoded:
     arrays, static = eqx.partition(placed.code, eqx.is_array)
     first = placed.slots.of_worker
 
-    def of_device(arrays, flat, available):
-        # No device sees whether an answer is finite elsewhere, so that is told, and what is broken
-        # goes no further: then each decodes its coordinates as any others.
+    def of_device(arrays, flat, available, given):
+        # What is broken in one coordinate is so in all: no device sees those of the others.
         finite = jnp.all(jnp.isfinite(flat), axis=-1)
-        flat = jnp.where(finite[..., None], flat, 0)
+        flat = jnp.where(finite[..., None], flat, jnp.nan)
         flat = jax.lax.all_to_all(flat, WORKERS, split_axis=2, concat_axis=1, tiled=True)
-        finite = jax.lax.all_gather(finite, WORKERS, axis=1, tiled=True)
-        heard = available & finite[:, first]
-        decoded = decode_vectors(eqx.combine(arrays, static), flat[:, first], heard)
+        code = eqx.combine(arrays, static)
+        decoded = decode_vectors(code, flat[:, first], available, given)
         return decoded.predictions, decoded.heard, decoded.recovered
 
     flat = _padded(flat, 2, placed.devices)
-    inputs = (_REPLICATED, _BY_SECOND, _REPLICATED)
+    inputs = (_REPLICATED, _BY_SECOND, _REPLICATED, _REPLICATED)
     outputs = (_BY_THIRD, _REPLICATED, _REPLICATED)
-    return Decoded(*_on_each_device(placed, of_device, inputs, outputs)(arrays, flat, available))
+    decode = _on_each_device(placed, of_device, inputs, outputs)
+    return Decoded(*decode(arrays, flat, available, given))
 
 
 def _on_each_device(placed: Placed, function: Callable, inputs: Any, outputs: Any) -> Callable:

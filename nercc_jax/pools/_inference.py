@@ -17,8 +17,10 @@ from ..codes import (
     Decoded,
     check_finite,
     decode_groups,
+    encoder_rows,
     is_float,
     join,
+    known_decoders,
     points_of,
 )
 from ..inference import group_points
@@ -98,7 +100,7 @@ def pool_inference(
     what is in at the deadline; RuntimeError where no worker answers and none will.
     """
     code, doubt = off_meshes((code, doubt))
-    encoder = np.asarray(code.encoder_matrix())
+    encoder = encoder_rows(code)
     kinds = code.worker_models.tolist()
     limit = _limit(code, doubt, max_disagreement, max_reexecution)
     decode: Any = shared_decoder(code) if doubt is None else shared_assessor(code, doubt)
@@ -210,12 +212,13 @@ def shared_decoder(code: AbstractCode) -> Callable[[PyTree, np.ndarray], Decoded
     """Decodes (N, groups, ...) answers that share a mask; the code is a constant of the program."""
 
     @jax.jit
-    def decode(values, available):
+    def decode(values, available, given):
         y = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), values)
         groups = len(jax.tree.leaves(y)[0])
-        return decode_groups(code, y, jnp.broadcast_to(available, (groups, code.num_workers)))
+        masks = jnp.broadcast_to(available, (groups, code.num_workers))
+        return decode_groups(code, y, masks, given)
 
-    return decode
+    return lambda values, available: decode(values, available, known_decoders(code, available))
 
 
 def shared_assessor(
@@ -224,15 +227,15 @@ def shared_assessor(
     """As `shared_decoder`, with each prediction's doubt."""
 
     @jax.jit
-    def judge(values, available):
+    def judge(values, available, given):
         y, form = join(jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), values), 2)
         masks = jnp.broadcast_to(available, (len(y), code.num_workers))
-        decoded, deviation = assess(code, None, y, masks)
+        decoded, deviation = assess(code, None, y, masks, given=given)
         doubts = doubt(decoded.predictions, deviation)
         predictions = form.split(decoded.predictions)
         return Decoded(predictions, decoded.heard, decoded.recovered), doubts
 
-    return judge
+    return lambda values, available: judge(values, available, known_decoders(code, available))
 
 
 def encode_on_host(

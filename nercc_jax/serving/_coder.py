@@ -19,7 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from ..codes import AbstractCode, Berrut, NeRCC, berrut_matrix, decode_groups
+from ..codes import (
+    AbstractCode,
+    Berrut,
+    Matrices,
+    NeRCC,
+    berrut_matrix,
+    decode_groups,
+    encoder_rows,
+    known_decoders,
+)
 from ..pools._inference import encode_on_host, shared_decoder
 from ..splines import smoothing_matrix
 from ._query_doubt import doubt_of, features_of
@@ -124,16 +133,22 @@ class Coder:
         num_workers, rows, *out = values.shape
         filled = np.zeros((num_workers, width, int(np.prod(out))), values.dtype)
         filled[:, :rows] = values.reshape(num_workers, rows, -1)
-        predictions, recovered, doubt = map(np.asarray, self._assess(filled, mask, weights))
+        given = known_decoders(self.code, mask)
+        predictions, recovered, doubt = map(np.asarray, self._assess(filled, mask, weights, given))
         predictions = predictions.reshape(width, self.num_data, *out)[:rows, self._order]
         return predictions, recovered[self._order], doubt[:rows, self._order]
 
-    def _assessed(self, values: Array, mask: Array, weights: Array) -> tuple[Array, Array, Array]:
-        predictions, recovered, features, told = self.judge(values, mask)
+    def _assessed(
+        self, values: Array, mask: Array, weights: Array, given: Matrices | None
+    ) -> tuple[Array, Array, Array]:
+        predictions, recovered, features, told = self.judge(values, mask, given)
         return predictions, recovered, doubt_of(features, told, weights)
 
     def judge(
-        self, values: Float[Array, "num_workers rows m"], mask: Bool[Array, " num_workers"]
+        self,
+        values: Float[Array, "num_workers rows m"],
+        mask: Bool[Array, " num_workers"],
+        given: Matrices | None = None,
     ) -> tuple[
         Float[Array, "rows num_data m"],
         Bool[Array, " num_data"],
@@ -142,7 +157,8 @@ class Coder:
     ]:
         """Predictions by place, which are recovered, and what their doubt is told by; in jit."""
         num_workers, rows, outputs = values.shape
-        decoded = decode_groups(self.code, values.reshape(1, num_workers, -1), mask[None])
+        y = values.reshape(1, num_workers, -1)
+        decoded = decode_groups(self.code, y, mask[None], given)
         predictions = decoded.predictions.reshape(self.num_data, rows, outputs).swapaxes(0, 1)
         # All rows share the workers, so the spline is factorised once.
         heard = decoded.heard[0]
@@ -185,7 +201,7 @@ def few_encoders(
     elif isinstance(code, Berrut):
         encoder = functools.partial(berrut_matrix, code.alpha, code.beta)
     else:
-        full = np.asarray(code.encoder_matrix())[:, order]
+        full = encoder_rows(code)[:, order]
         repeats = (np.eye(few)[np.arange(code.num_data) % few] for few in _counts(code))
         return [full @ each for each in repeats]
     through = jax.jit(lambda present: encoder(available=present))  # one program for all

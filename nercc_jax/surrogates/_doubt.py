@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray, PyTree, Shaped
 from scipy.special import expit
 
-from ..codes import AbstractCode, Decoded, Form, decode_vectors, variances
+from ..codes import AbstractCode, Decoded, Form, Matrices, decode_vectors, variances
 from ..codes import deviation as deviation_of
 from ..evaluation import Answers, draw_sets, record_answers
 from ..inference import Model
@@ -158,13 +158,14 @@ def assess(
     available: Bool[Array, "groups num_workers"],
     cheap: Float[Array, "groups num_data m"] | None = None,
     cheap_coded: Float[Array, "groups num_workers m"] | None = None,
+    given: Matrices | None = None,
 ) -> tuple[Decoded, Float[Array, "groups num_data"]]:
     """Predictions of groups and their standard deviations, with a surrogate or without."""
     if surrogate is not None:
         assert cheap is not None
         assert cheap_coded is not None
-        return decode_with_surrogate(code, surrogate, y, available, cheap, cheap_coded)
-    decoded = decode_vectors(code, y, available)
+        return decode_with_surrogate(code, surrogate, y, available, cheap, cheap_coded, given)
+    decoded = decode_vectors(code, y, available, given)
     return decoded, deviation_of(*variances(code, y, decoded.heard))
 
 

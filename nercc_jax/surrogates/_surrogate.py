@@ -21,7 +21,15 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray, PyTree, Shaped
 
-from ..codes import AbstractCode, Decoded, Form, decode_vectors, deviation, variances
+from ..codes import (
+    AbstractCode,
+    Decoded,
+    Form,
+    Matrices,
+    decode_vectors,
+    deviation,
+    variances,
+)
 from ..evaluation import Answers, draw_sets, record_answers
 from ..inference import Model
 from ..stragglers import AbstractStragglers
@@ -69,6 +77,7 @@ def decode_with_surrogate(
     available: Bool[Array, "groups num_workers"],
     cheap: Float[Array, "groups num_data m"],
     cheap_coded: Float[Array, "groups num_workers m"],
+    given: Matrices | None = None,
 ) -> tuple[Decoded, Float[Array, "groups num_data"]]:
     """The predictions of groups, and their standard deviations in units of the outputs.
 
@@ -80,7 +89,7 @@ def decode_with_surrogate(
     Answers that are broken make stragglers, as in `AbstractCode.decode`.
     """
     residual = y - surrogate.theta * cheap_coded
-    decoded = decode_vectors(code, residual, available)
+    decoded = decode_vectors(code, residual, available, given)
     variance, process = variances(code, residual, decoded.heard)
     predictions = _blend(surrogate.theta, surrogate.kappa, cheap, decoded.predictions, variance)
     kappa = jnp.where(jnp.isinf(surrogate.kappa), 0, surrogate.kappa)

@@ -1,0 +1,164 @@
+"""Matrices that are made once: a code's encoder, and its decoder for each straggler set.
+
+They depend on the code and on who answered, never on data. So where a code is known before a
+program runs, its matrices are made beforehand and are arguments of the program: the regression's
+loops over knots would be a thousand launches on a GPU in each call, the model's twenty. They are
+made on the host's CPU, wherever the code lies: the numbers are few, and a loop is nothing there.
+"""
+
+import collections
+import dataclasses
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
+
+from ._decoding import Matrices
+
+# Of one code's decoders: 4,096 of (100, 20), 340 of (100, 240).
+_MOST_BYTES = 1 << 25
+# A call with more straggler sets than this makes its matrices itself, all at once: one by one on
+# the host they would take longer (0.3 ms each), and so many differ that few come again.
+_FEW = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Lookups:
+    """How often a decoder's matrix was there, how often it had to be made, how many are kept."""
+
+    hits: int
+    misses: int
+    kept: int
+
+
+class KeptMatrices:
+    """One code's matrices; threads may share it."""
+
+    def __init__(self, code: Any):
+        # A copy: what keeps the code itself alive would keep its own entry alive.
+        self._code = jax.tree.map(_on_host, code)
+        self._x64 = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
+        self._encoder: np.ndarray | None = None
+        self._decoders: collections.OrderedDict[bytes, Matrices] = collections.OrderedDict()
+        self._hits = self._misses = 0
+        self._lock = threading.Lock()
+
+    @property
+    def lookups(self) -> Lookups:
+        return Lookups(self._hits, self._misses, len(self._decoders))
+
+    def encoder(self) -> Float[np.ndarray, "num_workers num_data"]:
+        with self._lock:
+            if self._encoder is None:
+                self._encoder = self._made(_encoder, self._code)
+            return self._encoder
+
+    def decoders(self, available: Bool[np.ndarray, "groups num_workers"]) -> Matrices | None:
+        """For these straggler sets, once if they are all the same; None if they are many."""
+        names = [row.tobytes() for row in available]
+        sets = dict(zip(names, available, strict=True))
+        if not 1 <= len(sets) <= _FEW:
+            return None
+        found = {name: self._decoder(name, mask) for name, mask in sets.items()}
+        if len(found) == 1:
+            return found[names[0]]
+        each = [found[name] for name in names]
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *each)
+
+    def _decoder(self, name: bytes, mask: Bool[np.ndarray, " num_workers"]) -> Matrices:
+        with self._lock:
+            found = self._decoders.get(name)
+            if found is not None:
+                self._hits += 1
+                self._decoders.move_to_end(name)
+                return found
+            self._misses += 1
+        made = self._made(_decoder, self._code, mask)
+        with self._lock:
+            self._decoders[name] = made
+            while (
+                len(self._decoders) * made.decoder.nbytes > _MOST_BYTES and len(self._decoders) > 1
+            ):
+                self._decoders.popitem(last=False)
+        return made
+
+    def _made(self, make: Any, *args: Any) -> Any:
+        """What `make` gives, as NumPy's arrays.
+
+        In a thread of its own: whatever the caller's thread is in the midst of (a trace, a mesh, a
+        device of choice) is none of this program's business.
+        """
+
+        def run() -> PyTree[np.ndarray]:
+            with jax.enable_x64(self._x64), jax.default_device(_host()):
+                return jax.tree.map(np.asarray, make(*args))
+
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(run).result()
+
+
+def known_decoders(code: Any, available: ArrayLike) -> Matrices | None:
+    """The decoder's matrices for a mask, or one for each group, where code and masks are known."""
+    if isinstance(available, Tracer):
+        return None
+    kept, masks = kept_matrices(code), np.atleast_2d(np.asarray(available))
+    fits = masks.dtype == bool and masks.shape[1:] == (code.num_workers,)
+    return kept.decoders(masks) if kept is not None and fits else None
+
+
+def known_encoder(code: Any) -> np.ndarray | None:
+    """The encoder's matrix, where the code is known."""
+    kept = kept_matrices(code)
+    return None if kept is None else kept.encoder()
+
+
+def encoder_rows(code: Any) -> Float[np.ndarray, "num_workers num_data"]:
+    """The encoder's matrix of a code that is known."""
+    known = known_encoder(code)
+    return np.asarray(code.encoder_matrix()) if known is None else known
+
+
+def kept_matrices(code: Any) -> KeptMatrices | None:
+    """A code's matrices, or None while JAX traces the code: then they are part of its program."""
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(code)):
+        return None
+    place = id(code), jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
+    found = _KEPT.get(place)
+    if found is None:
+        # Codes have no hash (their arrays have none), so it goes by which object it is.
+        weakref.finalize(code, _KEPT.pop, place, None).atexit = False
+        found = _KEPT.setdefault(place, KeptMatrices(code))
+    return found
+
+
+_KEPT: dict[tuple[int, bool], KeptMatrices] = {}
+
+
+def _on_host(leaf: Any) -> Any:
+    numbers = eqx.is_array(leaf) and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return np.asarray(leaf) if numbers else leaf
+
+
+def _host() -> Any:
+    """The CPU; the default device where JAX_PLATFORMS leaves it out."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
+
+
+@eqx.filter_jit
+def _encoder(code: Any) -> Array:
+    return code.encoder_matrix()
+
+
+@eqx.filter_jit
+def _decoder(code: Any, mask: Array) -> Matrices:
+    return Matrices(code.decoder_matrix(mask)[None], code.recovered(mask)[None])
