@@ -14,7 +14,14 @@ from ._code import (
 )
 from ._decoding import AMPLIFICATION, Decoded, Matrices, decode_sets, decode_vectors
 from ._files import code_card, load_code, save_code
-from ._kept import Lookups, encoder_rows, kept_matrices, known_decoders, known_encoder
+from ._kept import (
+    Lookups,
+    encoder_rows,
+    kept_matrices,
+    known_decoders,
+    known_encoder,
+    x64_enabled,
+)
 from ._lagrange import Lagrange
 from ._nercc import NeRCC
 from ._parity import Parity
@@ -89,4 +96,5 @@ __all__ = [
     "regression_points",
     "save_code",
     "variances",
+    "x64_enabled",
 ]

@@ -44,7 +44,7 @@ class KeptMatrices:
     def __init__(self, code: Any):
         # A copy: what keeps the code itself alive would keep its own entry alive.
         self._code = jax.tree.map(_on_host, code)
-        self._x64 = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
+        self._x64 = x64_enabled()
         self._encoder: np.ndarray | None = None
         self._decoders: collections.OrderedDict[bytes, Matrices] = collections.OrderedDict()
         self._hits = self._misses = 0
@@ -129,7 +129,7 @@ def kept_matrices(code: Any) -> KeptMatrices | None:
     """A code's matrices, or None while JAX traces the code: then they are part of its program."""
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(code)):
         return None
-    place = id(code), jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
+    place = id(code), x64_enabled()
     found = _KEPT.get(place)
     if found is None:
         # Codes have no hash (their arrays have none), so it goes by which object it is.
@@ -139,6 +139,11 @@ def kept_matrices(code: Any) -> KeptMatrices | None:
 
 
 _KEPT: dict[tuple[int, bool], KeptMatrices] = {}
+
+
+def x64_enabled() -> bool:
+    """Whether this thread works in float64."""
+    return bool(jax.config.jax_enable_x64)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _on_host(leaf: Any) -> Any:

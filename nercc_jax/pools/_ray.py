@@ -12,12 +12,13 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
+from ..codes import x64_enabled
 from ..inference import Model
 from ._desk import AbstractCrew, Desk, WorkerDied
 from ._faults import Faults
 from ._overdue import Overdue
 from ._pool import AbstractPool
-from ._worker import Examples, Program, Worker, as_models, warm_up, x64_enabled
+from ._worker import Examples, Program, Worker, as_models, warm_up
 
 
 class RayPool(AbstractPool):

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jaxtyping import PyTree
 
+from ..codes import x64_enabled
 from ..inference import Model, call_model, check_model
 from ._faults import Faults, InjectedError
 
@@ -77,11 +78,6 @@ def _bound(model: Model, device: Device) -> Callable[[PyTree], Any]:
         return call_model(eqx.combine(arrays, rest), batch)
 
     return lambda batch: call(arrays, batch)
-
-
-def x64_enabled() -> bool:
-    """Whether this thread works in float64."""
-    return bool(jax.config.jax_enable_x64)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def as_models(model: Model | Sequence[Model]) -> tuple[Model, ...]:

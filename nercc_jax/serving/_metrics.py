@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metr
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from ..codes import AbstractCode, kept_matrices
 from ..pools import AbstractPool
 from ..pools._desk import WorkerState
 from ._policy import Measure
@@ -32,9 +33,9 @@ class Meters:
         def make(kind: Any, name: str, what: str, *labels: str, **options: Any) -> Any:
             return kind(f"nercc_{name}", what, ("model", *labels), registry=registry, **options)
 
-        collector = _Pools()
+        collector = _Reports()
         registry.register(collector)
-        self.pools = collector.pools
+        self.served = collector.served
         self.requests = make(Counter, "requests", "Requests by how they ended.", "outcome")
         self.queries = make(Counter, "queries", "Queries by how they were answered.", "answer")
         self.latency = make(
@@ -89,7 +90,7 @@ class Meters:
 class Meter:
     """One model's: `observe` is what a batcher tells."""
 
-    def __init__(self, meters: Meters, model: str, pool: AbstractPool, num_workers: int):
+    def __init__(self, meters: Meters, model: str, pool: AbstractPool, code: AbstractCode):
         self._lock = threading.Lock()
         self._outcomes = {o: meters.requests.labels(model, o) for o in OUTCOMES}
         self._answers = {a: meters.queries.labels(model, a) for a in ANSWERS}
@@ -114,8 +115,8 @@ class Meter:
         # For the status page.
         self._totals: collections.Counter[str] = collections.Counter()
         self._recent: collections.deque[tuple[float, float]] = collections.deque(maxlen=_MOST)
-        self._heard = np.zeros(num_workers + 1, int)
-        meters.pools[model] = pool
+        self._heard = np.zeros(code.num_workers + 1, int)
+        meters.served[model] = pool, code
 
     def observe(self, what: Measure, number: int | float) -> None:
         """Takes a measurement, from any thread."""
@@ -198,14 +199,14 @@ def _latencies(recent: list[tuple[float, float]]) -> dict[str, Any]:
     }
 
 
-class _Pools(Collector):
-    """What all pools report, as it is when somebody asks."""
+class _Reports(Collector):
+    """What all pools and codes report, as it is when somebody asks."""
 
     def __init__(self):
-        self.pools: dict[str, AbstractPool] = {}  # by model
+        self.served: dict[str, tuple[AbstractPool, AbstractCode]] = {}  # by model
 
     def collect(self) -> Iterator[Metric]:
-        reports = {model: pool.report() for model, pool in self.pools.items()}
+        reports = {model: pool.report() for model, (pool, _) in self.served.items()}
         workers = GaugeMetricFamily("nercc_workers", "Workers by state.", labels=["model", "state"])
         calls = CounterMetricFamily(
             "nercc_worker_calls", "Calls by what came of them.", labels=["model", "result"]
@@ -222,6 +223,17 @@ class _Pools(Collector):
                 calls.add_metric([model, result], number)
         yield workers
         yield calls
+        lookups = CounterMetricFamily(
+            "nercc_decoder_lookups",
+            "Decoders' matrices that were kept (hit) or had to be made (miss).",
+            labels=["model", "result"],
+        )
+        for model, (_, code) in self.served.items():
+            kept = kept_matrices(code)
+            if kept is not None:
+                lookups.add_metric([model, "hit"], kept.lookups.hits)
+                lookups.add_metric([model, "miss"], kept.lookups.misses)
+        yield lookups
         for name, what, field in (
             ("worker_deaths", "Workers lost and replaced.", "deaths"),
             ("worker_hung", "Workers that hung, of those.", "hung"),

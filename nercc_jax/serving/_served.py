@@ -46,7 +46,7 @@ class ServedModel:
             fidelity.calibrate(servable.model, servable.calibration)
             _check(fidelity, self._coder, policy.max_disagreement)
         self.pool = _open_pool(servable, settings)
-        self._meter = Meter(meters, servable.name, self.pool, code.num_workers)
+        self._meter = Meter(meters, servable.name, self.pool, code)
         self._batcher = CodedBatcher(
             self.pool,
             self._coder,

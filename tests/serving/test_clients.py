@@ -310,4 +310,9 @@ def test_answers_say_what_they_rest_on(server):
     assert server.count("queries_total", model="rack", answer="decoded") == decoded
     assert counted["stragglers"] > 0
     assert counted["groups"] > 0
+    looked_up = [
+        server.count("decoder_lookups_total", model="rack", result=result)
+        for result in ("hit", "miss")
+    ]
+    assert all(looked_up), "one rack straggles: its straggler set comes again"
     assert sum(server.status("rack")["heard"]["counts"]) > 0
