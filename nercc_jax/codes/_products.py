@@ -14,7 +14,8 @@ def multiply(
     """matrix @ x in x's precision, float32 at least; one matrix may be for many groups."""
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     matrix, x = matrix.astype(dtype), x.astype(dtype)
-    if x.ndim != 3 or matrix[..., 0, 0].size != 1:
+    one = matrix.ndim == 2 or matrix.shape[0] == 1
+    if x.ndim != 3 or not one or (matrix.ndim == 2 and x.shape[0] == 1):
         return jnp.matmul(matrix, x, precision=FULL)
     matrix = matrix.reshape(matrix.shape[-2:])
     if x.shape[0] == 1:
