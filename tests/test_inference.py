@@ -18,8 +18,8 @@ def model(x):
 
 
 @pytest.fixture
-def x(dtype):
-    return jnp.asarray(np.random.default_rng(0).normal(size=(6, K, 3)).astype(dtype))
+def x():
+    return jnp.asarray(np.random.default_rng(0).normal(size=(6, K, 3)).astype("float32"))
 
 
 @pytest.fixture
@@ -28,7 +28,8 @@ def masks():
 
 
 @pytest.mark.parametrize("code", [NeRCC(K, N), Berrut(K, N), Replication(K, N)], ids=type)
-def test_it_is_encode_model_decode(code, x, masks):
+def test_it_is_encode_model_decode(code, dtype, masks):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(6, K, 3)).astype(dtype))
     infer = coded_inference(model, code)
     grouped = infer(x, masks)
     assert grouped.shape == (6, K, 2)
