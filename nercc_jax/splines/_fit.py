@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from ._knots import Knots, gather_knots
-from ._root_information import RootInformation, covariances, factorize, solve
+from ._root_information import RootInformation, covariances, factorize, product, solve
 
 
 class Fit(eqx.Module):
@@ -55,7 +55,7 @@ class Fit(eqx.Module):
         forward = forward / self.mu
         gap, inside, (left_value, left_slope, value, slope) = hermite_basis(knots.t, at)
         here = jnp.stack([left_value, left_slope], -1)
-        there = jnp.stack([value, slope], -1) + jnp.einsum("ki,kij->kj", here, forward[gap])
+        there = jnp.stack([value, slope], -1) + product(here[:, None], forward[gap])[:, 0]
         known = _quadratic(there, covariance[gap + 1]) + _quadratic(here, noise[gap])
         # Between two knots of known value and slope, integrated white noise still varies this much,
         # and beyond the outermost with the distance.
@@ -163,4 +163,4 @@ def hermite(
 
 
 def _quadratic(vector: Float[Array, "k 2"], matrix: Float[Array, "k 2 2"]) -> Float[Array, " k"]:
-    return jnp.einsum("ki,kij,kj->k", vector, matrix, vector)
+    return product(product(vector[:, None], matrix), vector[..., None])[:, 0, 0]

@@ -171,19 +171,24 @@ def covariances(
     a0, a1, a2, a3 = jnp.moveaxis(factor.value_row, -1, 0)
     b0, b1, b2 = jnp.moveaxis(factor.slope_row, -1, 0)
     inverse = _triangle_inverse(a0, a1, b0, zero)
-    forward = -inverse @ jnp.stack([jnp.stack([a2, a3], -1), jnp.stack([b1, b2], -1)], -2)
-    noise = inverse @ jnp.swapaxes(inverse, -1, -2)
+    forward = -product(inverse, jnp.stack([jnp.stack([a2, a3], -1), jnp.stack([b1, b2], -1)], -2))
+    noise = product(inverse, jnp.swapaxes(inverse, -1, -2))
     a, b, d = (factor.last[i] for i in range(3))
     last = _triangle_inverse(a, b, d, jnp.zeros_like(a))
 
     def backward(covariance, gap):
         forward, noise = gap
-        covariance = forward @ covariance @ forward.T + noise
+        covariance = product(product(forward, covariance), forward.T) + noise
         return covariance, covariance
 
-    final = last @ last.T
+    final = product(last, last.T)
     _, others = jax.lax.scan(backward, final, (forward, noise), reverse=True)
     return jnp.concatenate([others, final[None]]), forward, noise
+
+
+def product(a: Float[Array, "*n i j"], b: Float[Array, "*n j k"]) -> Float[Array, "*n i k"]:
+    """The product of small matrices, as sums: a device's matrix unit may round their entries."""
+    return jnp.sum(a[..., :, :, None] * b[..., None, :, :], axis=-2)
 
 
 def _triangle_inverse(a: Array, b: Array, d: Array, zero: Array) -> Float[Array, "*gaps 2 2"]:
