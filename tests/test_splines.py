@@ -146,7 +146,7 @@ def test_few_observations(lambda_, dtype):
     two = jnp.array([True, False, False, False, True, False])
     got = smoothing_spline(t, y, lambda_, available=two).evaluate(at)[:, 0]
     expected = 4 * (t[0] - at) / (t[0] - t[4])
-    np.testing.assert_allclose(got, expected, atol=20 * jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=40 * jnp.finfo(dtype).eps)  # up to 4.4
     none = smoothing_matrix(t, at, lambda_, available=jnp.zeros(6, bool))
     np.testing.assert_array_equal(none, 0)
 
