@@ -15,11 +15,14 @@ from ._code import (
 from ._decoding import AMPLIFICATION, Decoded, Matrices, decode_sets, decode_vectors
 from ._files import code_card, load_code, save_code
 from ._kept import (
+    Known,
     Lookups,
+    alike_only,
     encoder_rows,
     kept_matrices,
     known_decoders,
     known_encoder,
+    known_matrices,
     x64_enabled,
 )
 from ._lagrange import Lagrange
@@ -30,7 +33,6 @@ from ._products import multiply
 from ._replication import Replication, Uncoded
 from ._trees import (
     Form,
-    alike_beside,
     check_beside,
     check_finite,
     check_floats,
@@ -50,6 +52,7 @@ __all__ = [
     "Berrut",
     "Decoded",
     "Form",
+    "Known",
     "Lagrange",
     "Layout",
     "Lookups",
@@ -58,7 +61,7 @@ __all__ = [
     "Parity",
     "Replication",
     "Uncoded",
-    "alike_beside",
+    "alike_only",
     "as_mask",
     "berrut_matrix",
     "check_beside",
@@ -88,6 +91,7 @@ __all__ = [
     "kept_matrices",
     "known_decoders",
     "known_encoder",
+    "known_matrices",
     "leaves_of",
     "load_code",
     "mean_gap",

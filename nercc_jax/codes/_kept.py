@@ -20,15 +20,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
+from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
 
 from ._decoding import Matrices
+from ._trees import alike_beside, is_float
 
 # Of one code's decoders: 4,096 of (100, 20), 340 of (100, 240).
 _MOST_BYTES = 1 << 25
 # A call with more straggler sets than this makes its matrices itself, all at once: one by one on
 # the host they would take longer (0.3 ms each), and so many differ that few come again.
 _FEW = 4
+
+
+class Known(eqx.Module):
+    """A code's matrices that are there before a program runs; None where the program makes them."""
+
+    encoder: Float[ArrayLike, "num_workers num_data"] | None = None
+    decoders: Matrices | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +68,9 @@ class KeptMatrices:
 
     def encoder(self) -> Float[np.ndarray, "num_workers num_data"]:
         with self._lock:
-            if self._encoder is None:
-                self._encoder = self._made(_encoder)
-            return self._encoder
+            encoder = self._made(_encoder) if self._encoder is None else self._encoder
+            self._encoder = encoder
+            return encoder
 
     def decoders(self, available: Bool[np.ndarray, "groups num_workers"]) -> Matrices | None:
         """For these straggler sets, once if they are all the same; None if they are many."""
@@ -96,6 +104,22 @@ class KeptMatrices:
     def _made(self, make: Any, *args: Any) -> Any:
         """What `make` gives, as NumPy's arrays."""
         return _plainly(lambda: jax.tree.map(np.asarray, make(self._static, self._arrays, *args)))
+
+
+def known_matrices(code: Any, available: ArrayLike) -> Known:
+    """The encoder's where the code is known, and the decoder's where the masks are known, too."""
+    return Known(known_encoder(code), known_decoders(code, available))
+
+
+def alike_only(
+    x: PyTree[Shaped[Array, "groups num_data ..."]],
+    available: Bool[Array, "groups num_workers"],
+    given: Matrices | None,
+) -> tuple[Bool[Array, "groups num_workers"], Matrices | None]:
+    """Masks without the groups in which something beside differs, and their matrices if given."""
+    if all(map(is_float, jax.tree.leaves(x))):
+        return available, given
+    return available & alike_beside(x, 2)[:, None], None
 
 
 def known_decoders(code: Any, available: ArrayLike) -> Matrices | None:
@@ -158,7 +182,7 @@ def _plainly(run: Callable[[], Any]) -> Any:
         return thread.submit(run_there).result()
 
 
-def _on_host(leaf: Array | np.ndarray) -> Array:
+def _on_host(leaf: Array | np.ndarray) -> Array | np.ndarray:
     """An array on the CPU, and computed with there; as it is where JAX_PLATFORMS leaves it out."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return leaf

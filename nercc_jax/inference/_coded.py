@@ -14,16 +14,15 @@ from jaxtyping import Array, ArrayLike, Bool, PyTree, Shaped
 from ..codes import (
     AbstractCode,
     Decoded,
+    Known,
     Matrices,
-    alike_beside,
+    alike_only,
     as_mask,
     check_finite,
     decode_groups,
     encode_groups,
     groups_of,
-    is_float,
-    known_decoders,
-    known_encoder,
+    known_matrices,
     points_of,
 )
 from ._groups import as_groups
@@ -51,8 +50,12 @@ class AbstractScheme(eqx.Module):
         work: Work,
         x: PyTree[Shaped[Array, "points ..."]],
         available: Bool[Array, "groups num_workers"],
+        known: Known,
     ) -> Any:
-        """Predictions of data points (whole groups of K), with what `work` makes of groups."""
+        """Predictions of data points (whole groups of K), with what `work` makes of groups.
+
+        `known` are the code's matrices where they are made already: the decoder's for these masks.
+        """
 
 
 def coded_predictions(
@@ -71,7 +74,7 @@ def coded_predictions(
     Models, and the errors raised for them: see `run_workers`. Source: arXiv 2402.04377, the three
     steps of NeRCC.
     """
-    return _predictions(model, code, x, available, args)
+    return _predictions(model, code, x, available, args, Known())
 
 
 def _predictions(
@@ -80,16 +83,12 @@ def _predictions(
     x: PyTree,
     available: ArrayLike,
     args: tuple,
-    encoder: ArrayLike | None = None,
-    given: Matrices | None = None,
+    known: Known,
 ) -> Decoded:
-    """`coded_predictions`, with the code's matrices where they are made already."""
     x = jax.tree.map(jnp.asarray, x)
-    y = run_workers(model, code, encode_groups(code, x, encoder), *args)
+    y = run_workers(model, code, encode_groups(code, x, known.encoder), *args)
     available = as_mask(available, jax.tree.leaves(y)[0].shape[:2])
-    if all(map(is_float, jax.tree.leaves(x))):
-        return decode_groups(code, y, available, given)
-    return decode_groups(code, y, available & alike_beside(x, 2)[:, None])
+    return decode_groups(code, y, *alike_only(x, available, known.decoders))
 
 
 def coded_inference(
@@ -167,11 +166,11 @@ def _infer(
     available: ArrayLike,
     args: tuple,
 ) -> Decoded:
-    given = known_decoders(code, available)
+    known = known_matrices(code, available)
     x, available, grouped = as_groups(code, x, available, grouped)
     if placed is None:
-        return _run(model, code, x, available, args, grouped, known_encoder(code), given)
-    inputs, shape = place_inputs(placed, x, available, args, given)
+        return _run(model, code, x, available, args, grouped, known)
+    inputs, shape = place_inputs(placed, x, available, args, known.decoders)
     with enter(placed, inputs):
         return _run_on_mesh(placed, *inputs, grouped, shape)
 
@@ -184,10 +183,9 @@ def _run(
     available: Array,
     args: tuple,
     grouped: bool,
-    encoder: ArrayLike | None,
-    given: Matrices | None,
+    known: Known,
 ) -> Decoded:
-    decoded = _predictions(model, code, x, available, args, encoder, given)
+    decoded = _predictions(model, code, x, available, args, known)
     return decoded if grouped else _first(decoded)
 
 
@@ -202,8 +200,7 @@ def _run_on_mesh(
     shape: tuple[int, ...] | None,
 ) -> Decoded:
     """`shape` is the data points' where x holds shares of their coordinates."""
-    if not all(map(is_float, jax.tree.leaves(x))):
-        available, given = available & alike_beside(x, 2)[:, None], None
+    available, given = alike_only(x, available, given)
     decoded = spmd_decoded(placed, x, available, args, shape, given)
     return decoded if grouped else _first(decoded)
 
@@ -217,13 +214,14 @@ def _infer_scheme(
     available: ArrayLike,
     args: tuple,
 ) -> Any:
+    known = known_matrices(scheme.code, available)
     x, available = _points(scheme.code, x, available, grouped)
     if placed is None:
-        return _run_scheme(model, scheme, x, available, args, grouped, known_encoder(scheme.code))
-    inputs, _ = place_inputs(placed, x, available, (args, scheme), share=False)
+        return _run_scheme(model, scheme, x, available, args, grouped, known)
+    inputs, _ = place_inputs(placed, x, available, (args, scheme, known), share=False)
     with enter(placed, inputs):
-        x, available, (args, scheme), _ = inputs
-        return _run_scheme(placed, scheme, x, available, args, grouped, None)
+        x, available, (args, scheme, known), _ = inputs
+        return _run_scheme(placed, scheme, x, available, args, grouped, known)
 
 
 @eqx.filter_jit
@@ -234,16 +232,16 @@ def _run_scheme(
     available: Array,
     args: tuple,
     grouped: bool,
-    encoder: ArrayLike | None,
+    known: Known,
 ) -> Any:
     code = scheme.code
 
     def work(groups: PyTree) -> PyTree:
         if isinstance(model, Placed):
             return spmd_answers(model, groups, args)
-        return run_workers(model, code, encode_groups(code, groups, encoder), *args)
+        return run_workers(model, code, encode_groups(code, groups, known.encoder), *args)
 
-    result = scheme.infer(work, x, available)
+    result = scheme.infer(work, x, available, known)
     if not grouped:
         return result
     points, groups = len(jax.tree.leaves(x)[0]), len(available)

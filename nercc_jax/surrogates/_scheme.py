@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
-from ..codes import AbstractCode, Decoded, alike_beside, encode_groups, groups_of, join
+from ..codes import AbstractCode, Decoded, Known, alike_only, encode_groups, groups_of, join
 from ..inference import (
     AbstractScheme,
     Features,
@@ -104,6 +104,7 @@ class Scheme(AbstractScheme):
         work: Work,
         x: PyTree[Shaped[Array, "points ..."]],
         available: Bool[Array, "groups num_workers"],
+        known: Known,
     ) -> Assessed:
         """What `coded_inference` does with a scheme: a pure function of data points.
 
@@ -115,15 +116,15 @@ class Scheme(AbstractScheme):
         order = self._arrange(x, own)
         sent = groups_of(jax.tree.map(lambda leaf: leaf[order], x), code.num_data)
         y, form = join(work(sent), 2)
-        available = available & alike_beside(sent, 2)[:, None]
+        available, given = alike_only(sent, available, known.decoders)
         cheap, cheap_coded = None, None
         if surrogate is not None:
             cheap, theirs = join(own, 1)
             check_like(theirs, form)
             cheap = cheap[order].reshape(*available.shape[:1], code.num_data, -1)
-            coded = encode_groups(code, sent)
+            coded = encode_groups(code, sent, known.encoder)
             cheap_coded, _ = join(run_workers(surrogate.model, code, coded), 2)
-        decoded, deviation = assess(code, surrogate, y, available, cheap, cheap_coded)
+        decoded, deviation = assess(code, surrogate, y, available, cheap, cheap_coded, given)
         doubt = jnp.full(decoded.recovered.shape, jnp.nan, deviation.dtype)
         if self.doubt is not None:
             doubt = self.doubt(decoded.predictions, deviation, cheap)
