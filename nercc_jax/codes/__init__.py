@@ -12,12 +12,18 @@ from ._code import (
     joined_answers,
     variances,
 )
-from ._decoding import AMPLIFICATION, Decoded, Matrices, decode_sets, decode_vectors
+from ._decoding import (
+    AMPLIFICATION,
+    Decoded,
+    Matrices,
+    alike_only,
+    decode_sets,
+    decode_vectors,
+)
 from ._files import code_card, load_code, save_code
 from ._kept import (
     Known,
     Lookups,
-    alike_only,
     encoder_rows,
     kept_matrices,
     known_decoders,

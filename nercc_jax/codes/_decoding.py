@@ -17,9 +17,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree, Shaped
 
 from ._products import multiply, multiply_sets
+from ._trees import alike_beside, is_float
 
 # Above this sum of a decoder row's magnitudes the product with the matrix loses digits that the
 # regression itself keeps. Two close workers then carry the spline over a wide gap: their entries
@@ -119,6 +120,17 @@ def decode_sets(
         return jax.vmap(lambda mask: _carefully(code, y, everywhere(mask)))(available)
 
     return _derived(quickly, carefully, code, y, available)
+
+
+def alike_only(
+    x: PyTree[Shaped[Array, "groups num_data ..."]],
+    available: Bool[Array, "groups num_workers"],
+    given: Matrices | None,
+) -> tuple[Bool[Array, "groups num_workers"], Matrices | None]:
+    """Masks without the groups in which something beside differs, and their matrices if given."""
+    if all(map(is_float, jax.tree.leaves(x))):
+        return available, given
+    return available & alike_beside(x, 2)[:, None], None
 
 
 def _derived(

@@ -20,10 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
+from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
 
 from ._decoding import Matrices
-from ._trees import alike_beside, is_float
 
 # Of one code's decoders: 4,096 of (100, 20), 340 of (100, 240).
 _MOST_BYTES = 1 << 25
@@ -109,17 +108,6 @@ class KeptMatrices:
 def known_matrices(code: Any, available: ArrayLike) -> Known:
     """The encoder's where the code is known, and the decoder's where the masks are known, too."""
     return Known(known_encoder(code), known_decoders(code, available))
-
-
-def alike_only(
-    x: PyTree[Shaped[Array, "groups num_data ..."]],
-    available: Bool[Array, "groups num_workers"],
-    given: Matrices | None,
-) -> tuple[Bool[Array, "groups num_workers"], Matrices | None]:
-    """Masks without the groups in which something beside differs, and their matrices if given."""
-    if all(map(is_float, jax.tree.leaves(x))):
-        return available, given
-    return available & alike_beside(x, 2)[:, None], None
 
 
 def known_decoders(code: Any, available: ArrayLike) -> Matrices | None:

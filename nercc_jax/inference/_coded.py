@@ -132,9 +132,10 @@ def coded_inference(
     sharding (over a further axis, say), others are replicated. `args` are placed likewise, on each
     call. Several processes (`jax.distributed`) all call with the same x and mask.
 
-    One compilation serves every straggler set. The encoder's matrix is made once, on the host's
-    CPU, and so is the decoder's for each mask that is given outside jit, if no more than a few of a
-    call differ: the last thousands are kept. Composes with jit, grad, vmap, with a mesh too.
+    One compilation serves every straggler set; groups with sets of their own take another one, and
+    more than a few different sets in a call a third. The encoder's matrix is made once, on the
+    host's CPU, and so is the decoder's for each mask that is given outside jit, unless a call has
+    many: the last thousands are kept. Composes with jit, grad, vmap, with a mesh too.
 
     Raises: ValueError for shapes and dtypes that do not fit, before anything runs; for a model in
     training mode; for a mesh without the axis; and, behind a scheme, outside jit, for data points
