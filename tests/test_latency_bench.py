@@ -132,8 +132,9 @@ PLANS = {
 def test_a_plan_is_carried_out(bench, name):
     """Three of ten calls straggle: hedging and re-execution make up for them, and decoding."""
     plan = Plan((), PLANS[name], "", None, {"num_queries": 4, "buffer_size": 4}, {})
-    # Longer than a busy machine makes anyone wait: patience grows with the times that it sees.
-    slow = Fault("delay", 0.3, latency=TraceLatency(jnp.array([2.0])))
+    again = name in ("hedged", "lost again")
+    # Those do not wait for stragglers, on a busy machine neither; patience grows with what it sees.
+    slow = Fault("delay", 0.3, latency=TraceLatency(jnp.array([2.0 if again else 0.6])))
     with DevicePool(_linear, 40, example=IMAGES[:1], faults=Faults((slow,))) as pool:
         server = bench["plan"].PlanServer(pool, plan)
         served = [server.serve(IMAGES[first : first + 4]) for first in range(0, 24, 4)]
@@ -142,7 +143,7 @@ def test_a_plan_is_carried_out(bench, name):
     least = PLANS[name].num_workers * 4 // PLANS[name].num_data
     sent = [one.sent for one in served]
     assert all(one.seconds > 0 for one in served)
-    if name in ("hedged", "lost again"):
+    if again:
         assert min(sent) >= least
         assert max(sent) > least
     else:
