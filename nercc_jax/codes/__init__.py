@@ -24,6 +24,7 @@ from ._files import code_card, load_code, save_code
 from ._kept import (
     Known,
     Lookups,
+    encoder_of,
     encoder_rows,
     kept_matrices,
     known_decoders,
@@ -39,6 +40,7 @@ from ._products import multiply
 from ._replication import Replication, Uncoded
 from ._trees import (
     Form,
+    any_tracer,
     check_beside,
     check_finite,
     check_floats,
@@ -68,6 +70,7 @@ __all__ = [
     "Replication",
     "Uncoded",
     "alike_only",
+    "any_tracer",
     "as_mask",
     "berrut_matrix",
     "check_beside",
@@ -88,6 +91,7 @@ __all__ = [
     "deviation",
     "encode_groups",
     "encode_leaf",
+    "encoder_of",
     "encoder_rows",
     "finite_points",
     "groups_of",

@@ -23,6 +23,7 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
 
 from ._decoding import Matrices
+from ._trees import any_tracer
 
 # Of one code's decoders: 4,096 of (100, 20), 340 of (100, 240).
 _MOST_BYTES = 1 << 25
@@ -125,15 +126,20 @@ def known_encoder(code: Any) -> np.ndarray | None:
     return None if kept is None else kept.encoder()
 
 
+def encoder_of(code: Any) -> Float[Array | np.ndarray, "num_workers num_data"]:
+    """The encoder's matrix: kept where the code is known, else part of the program."""
+    known = known_encoder(code)
+    return code.encoder_matrix() if known is None else known
+
+
 def encoder_rows(code: Any) -> Float[np.ndarray, "num_workers num_data"]:
     """The encoder's matrix of a code that is known."""
-    known = known_encoder(code)
-    return np.asarray(code.encoder_matrix()) if known is None else known
+    return np.asarray(encoder_of(code))
 
 
 def kept_matrices(code: Any) -> KeptMatrices | None:
     """A code's matrices, or None while JAX traces the code: then they are part of its program."""
-    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(code)):
+    if any_tracer(code):
         return None
     place = id(code), x64_enabled()
     found = _KEPT.get(place)

@@ -29,6 +29,10 @@ def leaves_of(name: str, tree: PyTree) -> Iterator[tuple[str, Any]]:
         yield name + jax.tree_util.keystr(path), leaf
 
 
+def any_tracer(*trees: PyTree) -> bool:
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees))
+
+
 def is_float(leaf: Any) -> bool:
     return bool(jnp.issubdtype(leaf.dtype, jnp.floating))
 
@@ -125,7 +129,7 @@ def finite_points(x: PyTree, axes: int) -> Bool[Array, "*lead"]:
 
 def check_finite(x: PyTree, axes: int) -> None:
     """Raises: ValueError that names the data points that are not finite; not for tracers."""
-    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(x)):
+    if any_tracer(x):
         return
     finite = np.asarray(finite_points(x, axes))
     if not finite.all():

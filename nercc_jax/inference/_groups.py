@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, PyTree
 
 from ..codes import AbstractCode, as_mask, check_beside, check_floats, leaves_of
@@ -74,10 +73,6 @@ def is_grouped(num_data: int, x: PyTree, mask_axes: int = 1, grouped: bool | Non
             + (", and one mask (N,)" if mask_axes == 2 and grouped is False else "")
         )
     return many
-
-
-def any_tracer(*trees: PyTree) -> bool:
-    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees))
 
 
 def _in_working_precision(leaf: Array | np.ndarray) -> Array | np.ndarray:

@@ -93,8 +93,8 @@ def partial_inference(
         answered = f"{there.sum()} of {code.num_workers} workers answered within {deadline} s"
         if not there.any():
             raise TimeoutError(answered)
+        given = known_decoders(code, there)
         with jax.set_mesh(Mesh([_decoding_device(placed.mesh, arrivals)], ("decoding",))):
-            given = known_decoders(code, there)
             decoded = _decode(code, arrivals.answers(), there, many, given)
             # Nothing is recovered from broken data points either: then that is the result.
             if not np.any(decoded.recovered) and not np.any(_recovered(code, there)):

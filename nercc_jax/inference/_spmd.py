@@ -23,12 +23,12 @@ from ..codes import (
     AbstractCode,
     Decoded,
     Matrices,
+    any_tracer,
     decode_vectors,
     encode_leaf,
+    encoder_of,
     join,
-    known_encoder,
 )
-from ._groups import any_tracer
 from ._workers import Model, run_models
 
 WORKERS = "workers"
@@ -103,9 +103,7 @@ def place(model: Model | Sequence[Model], code: AbstractCode, mesh: Mesh) -> Pla
     # Axes of every type become automatic: models need not know that they are sharded.
     mesh = Mesh(mesh.devices, mesh.axis_names)
     workers = slots(code.worker_models, mesh.shape[WORKERS]).worker
-    encoder = known_encoder(code)
-    encoder = code.encoder_matrix() if encoder is None else encoder
-    encoder = put(encoder[workers], NamedSharding(mesh, _REPLICATED))
+    encoder = put(encoder_of(code)[workers], NamedSharding(mesh, _REPLICATED))
     return Placed(on_mesh(model, mesh), on_mesh(code, mesh), encoder, mesh)
 
 
@@ -252,10 +250,11 @@ def _decode_by_group(
         flat = jax.lax.all_to_all(flat, WORKERS, split_axis=0, concat_axis=1, tiled=True)
         return decode_vectors(eqx.combine(arrays, static), flat[:, first], available, given)
 
+    def padded(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf: _padded(leaf, 0, placed.devices), tree)
+
     by_group = given is not None and len(given.recovered) > 1
-    shared = (flat, available, given) if by_group else (flat, available)
-    flat, available, *rest = jax.tree.map(lambda a: _padded(a, 0, placed.devices), shared)
-    given = rest[0] if by_group else given
+    flat, available, given = padded(flat), padded(available), padded(given) if by_group else given
     inputs = (_REPLICATED, _BY_SECOND, _BY_FIRST, _BY_FIRST if by_group else _REPLICATED)
     return _on_each_device(placed, of_device, inputs, _BY_FIRST)(arrays, flat, available, given)
 
