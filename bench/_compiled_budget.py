@@ -1,0 +1,94 @@
+"""What compiled programs may cost, and whether they keep to it."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+BUDGET_FILE = Path(__file__).with_name("compiled_budget.json")
+
+# What is counted for each program, and may have a limit.
+COUNTS = ("launches", "worst", "loops", "open_loops", "temp_bytes", "cycles", "collectives")
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One compiled program, or why there is none (`error`).
+
+    `loops` are those whose turns the program fixes (`turns`), as over knots; `open_loops` those
+    whose turns depend on data. `launches` are made when all answers are sound, `worst` when not.
+    """
+
+    compile_s: float
+    launches: int = 0
+    worst: int = 0
+    loops: int = 0
+    open_loops: int = 0
+    turns: tuple[int, ...] = ()
+    temp_bytes: int = 0
+    cycles: int = 0
+    collectives: int = 0
+    rounded: int = 0
+    float64: bool = False
+    callbacks: tuple[str, ...] = ()
+    error: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """A program's limits by count, and `times`: at most so many launches as others by name."""
+
+    limits: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    times: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+Budgets = Mapping[str, Budget]
+
+
+def load_budgets(platform: str, path: Path = BUDGET_FILE) -> Budgets:
+    """The platform's budgets by program. Raises: ValueError for a limit on what is not counted."""
+    return {
+        name: read_budget(name, written)
+        for name, written in json.loads(path.read_text())[platform].items()
+    }
+
+
+def read_budget(name: str, written: Mapping[str, Any]) -> Budget:
+    """A budget as it is written in the file: counts, and `times`."""
+    limits = {count: limit for count, limit in written.items() if count != "times"}
+    if unknown := limits.keys() - set(COUNTS):
+        raise ValueError(
+            f"the budget of {name} limits {', '.join(sorted(unknown))}; there are "
+            f"{', '.join(COUNTS)}, and times"
+        )
+    return Budget(limits, written.get("times", {}))
+
+
+def failures(name: str, budget: Budget, measured: Mapping[str, Measured]) -> Iterator[str]:
+    """In words, all in which the program is not as it should be; nothing where it is.
+
+    What no program may have needs no budget: float64, callbacks, products that a device rounds.
+    """
+    found = measured[name]
+    if found.error is not None:
+        yield f"does not compile: {found.error}"
+        return
+    if found.float64:
+        yield "float64"
+    if found.callbacks:
+        yield f"callbacks: {', '.join(found.callbacks)}"
+    if found.rounded:
+        yield f"{found.rounded} products below full precision"
+    for count, limit in budget.limits.items():
+        if (value := getattr(found, count)) > limit:
+            yield f"{count.replace('_', ' ')} {value:,} > {limit:,}"
+    for other, times in budget.times.items():
+        yield from _beyond(found, other, times, measured.get(other))
+
+
+def _beyond(found: Measured, other: str, times: float, base: Measured | None) -> Iterator[str]:
+    if base is None or base.error is not None:
+        yield f"launches cannot be compared: {other} was not compiled"
+    elif found.launches > times * base.launches:
+        yield f"launches {found.launches:,} > {times} x {base.launches:,} of {other}"

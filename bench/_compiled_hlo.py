@@ -1,0 +1,290 @@
+"""What an optimised XLA program launches, read off its text: kernels, loops, TPU cycles.
+
+On a GPU each instruction outside of a fusion is a kernel launch, and each turn of a loop launches
+its body again. These, not bytes or operations, are what small programs take: 2.5 microseconds a
+launch, and about 10 for a predicate that the host must wait for.
+"""
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+# What is bookkeeping, or the end of what was counted where it starts.
+_FREE = frozenset(
+    [
+        "parameter",
+        "constant",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "after-all",
+        "add-dependency",
+        "domain",
+        "opt-barrier",
+        "partition-id",
+        "replica-id",
+        "get-dimension-size",
+        "async-update",
+    ]
+)
+_DONE = "-done"
+_COLLECTIVES = [
+    "all-gather",
+    "all-reduce",
+    "all-to-all",
+    "collective-broadcast",
+    "collective-permute",
+    "ragged-all-to-all",
+    "reduce-scatter",
+]
+_HOST = frozenset({"infeed", "outfeed"})
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+)(?: \(.*\) -> .*)?\s*\{\s*$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_OPCODE = re.compile(r"([a-z][\w\-]*)\(")
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TURNS = re.compile(r'"known_trip_count":\{"n":"?(\d+)')
+_CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
+_PRODUCT = re.compile(r"stablehlo\.(dot|dot_general|convolution)\b")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation; `rest` is what follows its type, from the opcode on."""
+
+    name: str
+    type: str
+    opcode: str
+    rest: str
+
+    def calls(self, attribute: str) -> str | None:
+        """The computation that the attribute names (`body`, `to_apply`, ...)."""
+        found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.rest)
+        return found.group(1) if found else None
+
+    @property
+    def branches(self) -> list[str]:
+        """A conditional's computations, however it names them."""
+        found = _BRANCHES.search(self.rest)
+        if found:
+            return [name.strip().lstrip("%") for name in found.group(1).split(",")]
+        both = self.calls("true_computation"), self.calls("false_computation")
+        return [name for name in both if name is not None]
+
+    @property
+    def target(self) -> str:
+        """What a custom call calls."""
+        found = _TARGET.search(self.rest)
+        return found.group(1) if found else ""
+
+    @property
+    def cycles(self) -> int:
+        """XLA:TPU's own estimate; 0 for what it gives none, such as scalar work."""
+        found = _CYCLES.search(self.rest)
+        return int(found.group(1)) if found else 0
+
+    @property
+    def is_free(self) -> bool:
+        return self.opcode in _FREE or self.opcode.endswith(_DONE)
+
+    @property
+    def is_collective(self) -> bool:
+        return self.opcode.removesuffix("-start") in _COLLECTIVES
+
+    @property
+    def is_callback(self) -> bool:
+        """Whether the host must act for it."""
+        transfer = self.opcode in ("send", "recv") and "is_host_transfer=true" in self.rest
+        return self.opcode in _HOST or transfer or "callback" in self.target.lower()
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """A program: computations by name, and which of them is run."""
+
+    computations: Mapping[str, Sequence[Instruction]]
+    entry: str
+
+    @property
+    def instructions(self) -> Iterator[Instruction]:
+        """All of them, within fusions and untaken branches too."""
+        return (one for computation in self.computations.values() for one in computation)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """A `while`: its turns (None where data decide) and the launches of one turn.
+
+    `depth` counts the loops around it.
+    """
+
+    turns: int | None
+    launches: int
+    depth: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What running a computation takes.
+
+    `launches` are those where data decide for the least: a loop of unknown length makes no turn, a
+    conditional takes its cheapest branch. That is decoding when every answer is sound. `worst` are
+    those of one turn and the dearest branch. `cycles` go with `launches`.
+    """
+
+    launches: int = 0
+    worst: int = 0
+    cycles: int = 0
+    loops: tuple[Loop, ...] = ()
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(
+            self.launches + other.launches,
+            self.worst + other.worst,
+            self.cycles + other.cycles,
+            self.loops + other.loops,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What is checked of an optimised program."""
+
+    cost: Cost
+    collectives: int
+    float64: bool
+    callbacks: tuple[str, ...]
+
+    @property
+    def counted_loops(self) -> tuple[Loop, ...]:
+        """Loops whose turns the program fixes: over knots, mostly."""
+        return tuple(loop for loop in self.cost.loops if loop.turns is not None)
+
+    @property
+    def open_loops(self) -> tuple[Loop, ...]:
+        """Loops whose turns depend on data."""
+        return tuple(loop for loop in self.cost.loops if loop.turns is None)
+
+
+def summarise(text: str) -> Summary:
+    """What the optimised HLO `compiled.as_text()` takes."""
+    module = parse(text)
+    each = list(module.instructions)
+    return Summary(
+        cost=cost(module, module.entry),
+        collectives=sum(one.is_collective for one in each),
+        float64=any(re.search(r"\b(f64|c128)\[", one.type) for one in each),
+        callbacks=tuple(
+            sorted(Counter(one.target or one.opcode for one in each if one.is_callback))
+        ),
+    )
+
+
+def rounded_products(stablehlo: str) -> list[str]:
+    """Lines of `lowered.as_text()` with a product whose factors a device may round.
+
+    Without full precision a TPU takes bfloat16 factors, and a GPU may take TF32.
+    """
+    lines = (line.strip() for line in stablehlo.splitlines() if _PRODUCT.search(line))
+    return [line for line in lines if not is_full(line)]
+
+
+def is_full(product: str) -> bool:
+    """Whether a product's line asks for full precision, or is of integers."""
+    whole = re.search(r"-> tensor<(?:\d+x)*u?i\d+>", product)
+    return whole is not None or bool(
+        re.search(r"\[HIGHEST, HIGHEST\]|precision HIGHEST>, #stablehlo<precision HIGHEST", product)
+    )
+
+
+def parse(text: str) -> Module:
+    """Raises: ValueError where the text has no entry computation."""
+    computations: dict[str, list[Instruction]] = {}
+    entry, inside = None, None
+    for line in text.splitlines():
+        if not line.startswith((" ", "\t")):
+            found = None if line.startswith("HloModule") else _COMPUTATION.match(line)
+            inside = None
+            if found:
+                inside = computations.setdefault(found.group(2), [])
+                entry = found.group(2) if found.group(1) else entry
+            continue
+        found = _INSTRUCTION.match(line)
+        if found and inside is not None:
+            type_, rest = _type_and_rest(found.group(2))
+            opcode = _OPCODE.match(rest)
+            if opcode:
+                inside.append(Instruction(found.group(1), type_, opcode.group(1), rest))
+    if entry is None:
+        raise ValueError("no ENTRY computation: this is no optimised HLO")
+    return Module(computations, entry)
+
+
+def cost(module: Module, computation: str, depth: int = 0) -> Cost:
+    """What running the computation once takes."""
+    total = Cost()
+    for one in module.computations[computation]:
+        if not one.is_free:
+            total += _cost_of(module, one, depth)
+    return total
+
+
+def turns(module: Module, loop: Instruction) -> int | None:
+    """How often a `while` turns: as XLA found, or as its condition plainly says; else None."""
+    found = _TURNS.search(loop.rest)
+    if found:
+        return int(found.group(1))
+    # A counter from 0 against one constant. Anything more (`and`, a flag) is for data to decide.
+    each = list(_reached(module, loop.calls("condition")))
+    opcodes = {one.opcode for one in each}
+    bounds = [
+        int(found.group(1))
+        for one in each
+        if one.type.startswith("s32[]") and (found := re.match(r"constant\((\d+)\)", one.rest))
+    ]
+    if len(bounds) == 1 and "compare" in opcodes and not opcodes & {"and", "or", "not", "reduce"}:
+        return bounds[0]
+    return None
+
+
+def _cost_of(module: Module, one: Instruction, depth: int) -> Cost:
+    if one.opcode == "while":
+        return _cost_of_loop(module, one, depth)
+    if one.opcode == "conditional":
+        each = [cost(module, branch, depth) for branch in one.branches]
+        least = min(each, key=lambda branch: branch.launches)
+        loops = tuple(loop for branch in each for loop in branch.loops)
+        worst = max(branch.worst for branch in each)
+        return Cost(1 + least.launches, 1 + worst, one.cycles + least.cycles, loops)
+    called = one.calls("to_apply") if one.opcode == "call" else None
+    if called is not None:
+        return cost(module, called, depth)
+    return Cost(1, 1, one.cycles)
+
+
+def _cost_of_loop(module: Module, loop: Instruction, depth: int) -> Cost:
+    body, count = loop.calls("body"), turns(module, loop)
+    turn = Cost() if body is None else cost(module, body, depth + 1)
+    loops = (Loop(count, turn.launches, depth), *turn.loops)
+    if count is None:  # its predicate is looked at once at least, twice where it turns
+        return Cost(1, 2 + turn.worst, 0, loops)
+    return Cost(count * turn.launches, count * turn.worst, count * turn.cycles, loops)
+
+
+def _reached(module: Module, computation: str | None) -> Iterator[Instruction]:
+    """A computation's instructions, and those of its fusions."""
+    for one in module.computations.get(computation or "", ()):
+        yield one
+        yield from _reached(module, one.calls("calls"))
+
+
+def _type_and_rest(text: str) -> tuple[str, str]:
+    """`(f32[2]{0}, s32[]) while(...)` apart. A layout may hold parentheses, a tuple's type spaces."""
+    depth = 0
+    for place, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if letter == " " and depth == 0:
+            return text[:place], text[place + 1 :]
+    return text, ""
