@@ -9,7 +9,21 @@ from typing import Any
 BUDGET_FILE = Path(__file__).with_name("compiled_budget.json")
 
 # What is counted for each program, and may have a limit.
-COUNTS = ("launches", "worst", "loops", "open_loops", "temp_bytes", "cycles", "collectives")
+COUNTS = (
+    "launches",
+    "worst",
+    "loops",
+    "open_loops",
+    "temp_bytes",
+    "cycles",
+    "collectives",
+    "rounded",
+)
+_WORDS = {
+    "open_loops": "loops that depend on data",
+    "temp_bytes": "temporary bytes",
+    "rounded": "products below full precision",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +31,9 @@ class Measured:
     """One compiled program, or why there is none (`error`).
 
     `loops` are those whose turns the program fixes (`turns`), as over knots; `open_loops` those
-    whose turns depend on data. `launches` are made when all answers are sound, `worst` when not.
+    whose turns depend on data; `sources` and `open_sources` count what they come from. `launches`
+    are made when all answers are sound, `worst` when not. `rounded` are products whose factors a
+    device may round.
     """
 
     compile_s: float
@@ -26,6 +42,8 @@ class Measured:
     loops: int = 0
     open_loops: int = 0
     turns: tuple[int, ...] = ()
+    sources: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    open_sources: Mapping[str, int] = dataclasses.field(default_factory=dict)
     temp_bytes: int = 0
     cycles: int = 0
     collectives: int = 0
@@ -68,7 +86,8 @@ def read_budget(name: str, written: Mapping[str, Any]) -> Budget:
 def failures(name: str, budget: Budget, measured: Mapping[str, Measured]) -> Iterator[str]:
     """In words, all in which the program is not as it should be; nothing where it is.
 
-    What no program may have needs no budget: float64, callbacks, products that a device rounds.
+    What no program may have needs no budget: float64, callbacks, and products that a device rounds
+    but for as many as the budget allows (a model's own).
     """
     found = measured[name]
     if found.error is not None:
@@ -78,13 +97,18 @@ def failures(name: str, budget: Budget, measured: Mapping[str, Measured]) -> Ite
         yield "float64"
     if found.callbacks:
         yield f"callbacks: {', '.join(found.callbacks)}"
-    if found.rounded:
-        yield f"{found.rounded} products below full precision"
-    for count, limit in budget.limits.items():
+    for count, limit in {"rounded": 0, **budget.limits}.items():
         if (value := getattr(found, count)) > limit:
-            yield f"{count.replace('_', ' ')} {value:,} > {limit:,}"
+            yield f"{_WORDS.get(count, count)} {value:,} > {limit:,}{_sources(count, found)}"
     for other, times in budget.times.items():
         yield from _beyond(found, other, times, measured.get(other))
+
+
+def _sources(count: str, found: Measured) -> str:
+    sources = {"loops": found.sources, "open_loops": found.open_sources}.get(count)
+    if not sources:
+        return ""
+    return f" ({', '.join(f'{number} {source}' for source, number in sources.items())})"
 
 
 def _beyond(found: Measured, other: str, times: float, base: Measured | None) -> Iterator[str]:

@@ -2,34 +2,31 @@
 
 On a GPU each instruction outside of a fusion is a kernel launch, and each turn of a loop launches
 its body again. These, not bytes or operations, are what small programs take: 2.5 microseconds a
-launch, and about 10 for a predicate that the host must wait for.
+launch, and about 10 for a predicate that the host must wait for. Counts are of instructions: a sort
+of many numbers, or a library's call, is one here and may launch several kernels.
 """
 
 import dataclasses
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-# What is bookkeeping, or the end of what was counted where it starts.
-_FREE = frozenset(
-    [
-        "parameter",
-        "constant",
-        "tuple",
-        "get-tuple-element",
-        "bitcast",
-        "after-all",
-        "add-dependency",
-        "domain",
-        "opt-barrier",
-        "partition-id",
-        "replica-id",
-        "get-dimension-size",
-        "async-update",
-    ]
-)
-_DONE = "-done"
-_COLLECTIVES = [
+# What is bookkeeping. What ends here (`-done`) was counted where it starts.
+_FREE = {
+    "add-dependency",
+    "after-all",
+    "async-update",
+    "bitcast",
+    "constant",
+    "domain",
+    "get-dimension-size",
+    "get-tuple-element",
+    "opt-barrier",
+    "parameter",
+    "partition-id",
+    "replica-id",
+    "tuple",
+}
+_COLLECTIVES = {
     "all-gather",
     "all-reduce",
     "all-to-all",
@@ -37,8 +34,8 @@ _COLLECTIVES = [
     "collective-permute",
     "ragged-all-to-all",
     "reduce-scatter",
-]
-_HOST = frozenset({"infeed", "outfeed"})
+}
+_HOST = {"infeed", "outfeed"}
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+)(?: \(.*\) -> .*)?\s*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
@@ -47,6 +44,7 @@ _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TURNS = re.compile(r'"known_trip_count":\{"n":"?(\d+)')
 _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
+_SOURCE = re.compile(r'op_name="([^"]*)"')
 _PRODUCT = re.compile(r"stablehlo\.(dot|dot_general|convolution)\b")
 
 
@@ -86,8 +84,21 @@ class Instruction:
         return int(found.group(1)) if found else 0
 
     @property
+    def source(self) -> str:
+        """The primitive that it comes from, after the last jitted function around that.
+
+        A loop need not have been written as one: XLA makes one of a scatter, too.
+        """
+        found = _SOURCE.search(self.rest)
+        if not found:
+            return self.name
+        around, _, primitive = found.group(1).rpartition("/")
+        jitted = re.findall(r"jit\((\w+)\)", around)
+        return f"{jitted[-1]}/{primitive}" if jitted else primitive
+
+    @property
     def is_free(self) -> bool:
-        return self.opcode in _FREE or self.opcode.endswith(_DONE)
+        return self.opcode in _FREE or self.opcode.endswith("-done")
 
     @property
     def is_collective(self) -> bool:
@@ -115,14 +126,11 @@ class Module:
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """A `while`: its turns (None where data decide) and the launches of one turn.
-
-    `depth` counts the loops around it.
-    """
+    """A `while`: its turns (None where data decide), the launches of one turn, and its source."""
 
     turns: int | None
     launches: int
-    depth: int = 0
+    source: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,9 +184,7 @@ def summarise(text: str) -> Summary:
         cost=cost(module, module.entry),
         collectives=sum(one.is_collective for one in each),
         float64=any(re.search(r"\b(f64|c128)\[", one.type) for one in each),
-        callbacks=tuple(
-            sorted(Counter(one.target or one.opcode for one in each if one.is_callback))
-        ),
+        callbacks=tuple(sorted({one.target or one.opcode for one in each if one.is_callback})),
     )
 
 
@@ -189,6 +195,11 @@ def rounded_products(stablehlo: str) -> list[str]:
     """
     lines = (line.strip() for line in stablehlo.splitlines() if _PRODUCT.search(line))
     return [line for line in lines if not is_full(line)]
+
+
+def has_float64(stablehlo: str) -> bool:
+    """Whether `lowered.as_text()` has it; a TPU's compiler makes pairs of float32 of it later."""
+    return re.search(r"[<x]f64>", stablehlo) is not None
 
 
 def is_full(product: str) -> bool:
@@ -222,12 +233,12 @@ def parse(text: str) -> Module:
     return Module(computations, entry)
 
 
-def cost(module: Module, computation: str, depth: int = 0) -> Cost:
+def cost(module: Module, computation: str) -> Cost:
     """What running the computation once takes."""
     total = Cost()
     for one in module.computations[computation]:
         if not one.is_free:
-            total += _cost_of(module, one, depth)
+            total += _cost_of(module, one)
     return total
 
 
@@ -249,25 +260,25 @@ def turns(module: Module, loop: Instruction) -> int | None:
     return None
 
 
-def _cost_of(module: Module, one: Instruction, depth: int) -> Cost:
+def _cost_of(module: Module, one: Instruction) -> Cost:
     if one.opcode == "while":
-        return _cost_of_loop(module, one, depth)
+        return _cost_of_loop(module, one)
     if one.opcode == "conditional":
-        each = [cost(module, branch, depth) for branch in one.branches]
+        each = [cost(module, branch) for branch in one.branches]
         least = min(each, key=lambda branch: branch.launches)
         loops = tuple(loop for branch in each for loop in branch.loops)
         worst = max(branch.worst for branch in each)
         return Cost(1 + least.launches, 1 + worst, one.cycles + least.cycles, loops)
     called = one.calls("to_apply") if one.opcode == "call" else None
     if called is not None:
-        return cost(module, called, depth)
+        return cost(module, called)
     return Cost(1, 1, one.cycles)
 
 
-def _cost_of_loop(module: Module, loop: Instruction, depth: int) -> Cost:
+def _cost_of_loop(module: Module, loop: Instruction) -> Cost:
     body, count = loop.calls("body"), turns(module, loop)
-    turn = Cost() if body is None else cost(module, body, depth + 1)
-    loops = (Loop(count, turn.launches, depth), *turn.loops)
+    turn = Cost() if body is None else cost(module, body)
+    loops = (Loop(count, turn.launches, loop.source), *turn.loops)
     if count is None:  # its predicate is looked at once at least, twice where it turns
         return Cost(1, 2 + turn.worst, 0, loops)
     return Cost(count * turn.launches, count * turn.worst, count * turn.cycles, loops)
@@ -281,7 +292,7 @@ def _reached(module: Module, computation: str | None) -> Iterator[Instruction]:
 
 
 def _type_and_rest(text: str) -> tuple[str, str]:
-    """`(f32[2]{0}, s32[]) while(...)` apart. A layout may hold parentheses, a tuple's type spaces."""
+    """`(f32[2]{0}, s32[]) while(...)` apart: layouts have parentheses, too, and tuples spaces."""
     depth = 0
     for place, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
