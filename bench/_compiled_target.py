@@ -4,6 +4,7 @@ Nothing here runs what it compiles. The environment must be set before jax is im
 """
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import os
 import time
@@ -32,7 +33,7 @@ def prepare(platform: str) -> None:
     if not any(importlib.util.find_spec(module) for module in modules):
         raise ImportError(
             f"compiling for {platform} needs {' or '.join(modules)}, which is missing: "
-            f"pip install '{package}==0.10.2'"
+            f"pip install '{package}=={importlib.metadata.version('jax')}'"
         )
     os.environ.update(_ENVIRONMENT[platform])
 

@@ -284,6 +284,16 @@ def test_what_does_not_compile_is_told(bench):
     assert found.error == "TypeError: no tiles"
 
 
+def test_a_row_shows_counts_beside_their_limits(bench):
+    budget = bench.budget.Budget({"launches": 110, "open_loops": 1})
+    numbers = {"launches": 777, "loops": 3, "turns": (5, 19, 19), "open_loops": 1}
+    shown = bench.command.cells("p", bench.budget.Measured(2.0, **numbers), budget, True)
+    assert shown[:5] == ["p", "2.0 s", "777/110", "0", "1 x 5, 2 x 19, 1 open"]
+    assert shown[-1] == "FAILS"
+    failed = bench.command.cells("p", bench.budget.Measured(2.0, error="no"), budget, True)
+    assert bench.command.row(failed).split() == ["p", "2.0", "s", "FAILS"]
+
+
 def test_a_missing_compiler_names_what_to_install(bench, monkeypatch):
     monkeypatch.setattr(bench.target.importlib.util, "find_spec", lambda name: None)
     for platform, package in {"tpu": r"jax\[tpu\]", "cuda": r"jax\[cuda12\]"}.items():
@@ -296,7 +306,8 @@ def test_updates_add_and_leave_budgets_alone(bench, monkeypatch, tmp_path):
     monkeypatch.setattr(bench.command, "_PLUGINS", {"tpu": ()})
     before = bench.budget.BUDGET_FILE.read_bytes()
     for name in ("one", "two"):
-        path = bench.command.write_results("tpu", {name: bench.budget.Measured(1.0, launches=3)})
+        found = {name: bench.budget.Measured(1.0, launches=3)}
+        path = bench.command.write_results("tpu", "TPU v5 lite", found)
     written = json.loads(path.read_text())
     assert list(written["programs"]) == ["one", "two"]
     assert written["programs"]["one"]["launches"] == 3
