@@ -36,7 +36,7 @@ from nercc_jax.cli._workload import Outputs, answering
 from nercc_jax.codes import AMPLIFICATION
 from nercc_jax.evaluation import Estimate, batched, cut_groups
 from nercc_jax.inference import order_points, random_projection, short_path
-from nercc_jax.inference._ordering import _distances, _nearest_neighbour
+from nercc_jax.inference._paths import distances_of, nearest_neighbour
 
 RESULTS = Path(__file__).parent / "results"
 MODELS: dict[str, Outputs] = {"lenet5-mnist": "logits", "repvgg-cifar10": "probabilities"}
@@ -145,7 +145,7 @@ def nearest(rows: jax.Array) -> jax.Array:
     """`short_path` without 2-opt."""
     centred = rows - jnp.mean(rows, axis=0)
     start = jnp.argmax(jnp.sum(centred**2, axis=1))
-    return _nearest_neighbour(_distances(centred), start)
+    return nearest_neighbour(distances_of(centred), start)
 
 
 WAYS: dict[str, Callable[[Any], Any]] = {

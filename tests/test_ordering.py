@@ -1,14 +1,10 @@
 """Ordering: short paths, buffers cut into groups, and predictions back where they belong."""
 
-import itertools
-
 import equinox as eqx
-import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import strategies
 
 from nercc_jax import Berrut, NeRCC, Replication, Uncoded, coded_inference
 from nercc_jax.codes import Decoded
@@ -20,20 +16,6 @@ K, N = 4, 10
 def distances(rows):
     rows = np.asarray(rows, np.float64)
     return np.linalg.norm(rows[:, None] - rows, axis=-1)
-
-
-def length(rows, order):
-    return distances(rows)[np.asarray(order)[:-1], np.asarray(order)[1:]].sum()
-
-
-def nearest_neighbour(rows):
-    """From the row farthest from the mean, as `short_path` starts."""
-    apart = distances(rows)
-    order = [int(np.argmax(np.linalg.norm(rows - rows.mean(axis=0), axis=1)))]
-    while len(order) < len(rows):
-        left = [row for row in range(len(rows)) if row not in order]
-        order.append(min(left, key=lambda row: apart[order[-1], row]))
-    return order
 
 
 def is_permutation(order, n):
@@ -49,111 +31,12 @@ def x():
     return jnp.asarray(np.random.default_rng(0).normal(size=(6, K, 3)).astype("float32"))
 
 
-# Shapes are few: each is a compilation.
-@hypothesis.given(
-    strategies.lists(strategies.integers(-1000, 1000), min_size=12, max_size=12, unique=True)
-)
-def test_points_on_a_line_are_sorted(places):
-    """On a line the shortest path is known."""
-    rows = np.outer(places, [3.0, -4.0, 12.0]) + 7
-    walked = np.asarray(places)[np.asarray(short_path(rows.astype(np.float32)))]
-    assert np.all(np.diff(walked) > 0) or np.all(np.diff(walked) < 0)
-
-
-def test_it_is_near_the_shortest_of_all_paths(dtype):
-    """Against all 5,040 paths: a tenth longer at most in the mean, and often the shortest."""
-    paths = np.array(list(itertools.permutations(range(7))))
-    random = np.random.default_rng(1)
-    ratios = []
-    for _ in range(40):
-        rows = random.normal(size=(7, 2)).astype(dtype)
-        least = distances(rows)[paths[:, :-1], paths[:, 1:]].sum(axis=1).min()
-        ratios.append(length(rows, short_path(rows)) / least)
-    assert min(ratios) > 1 - 1e-5
-    assert np.mean(ratios) < 1.05
-    assert np.mean(np.array(ratios) < 1 + 1e-5) > 0.5
-
-
-@pytest.mark.parametrize("d", [2, 10])
-def test_two_opt_shortens_the_nearest_neighbours_path(d):
-    random = np.random.default_rng(2)
-    ratios = []
-    for _ in range(10):
-        rows = random.normal(size=(60, d)).astype(np.float32)
-        order = short_path(rows)
-        assert is_permutation(order, 60)
-        ratios.append(length(rows, order) / length(rows, nearest_neighbour(rows)))
-    assert max(ratios) < 1 + 1e-5, "it never makes the path longer"
-    assert np.mean(ratios) < 0.97
-
-
-def test_turning_round_removes_a_crossing():
-    """Nearest neighbours make a path that one turn makes the shortest there is."""
-    rows = np.array([[1, 1], [-8, 9], [9, 6], [3, 5], [-6, -4]], np.float32)
-    assert nearest_neighbour(rows) == [1, 3, 0, 4, 2]
-    shortest = min(itertools.permutations(range(5)), key=lambda path: length(rows, path))
-    assert length(rows, [1, 3, 0, 4, 2]) > 1.3 * length(rows, shortest)
-    np.testing.assert_array_equal(short_path(rows), [1, 4, 0, 3, 2])
-
-
-def test_alike_rows_lie_side_by_side():
-    random = np.random.default_rng(3)
-    cluster = np.arange(60) % 5
-    centres = 50 * random.normal(size=(5, 8))
-    rows = (centres[cluster] + random.normal(size=(60, 8))).astype(np.float32)
-    assert np.count_nonzero(np.diff(cluster[np.asarray(short_path(rows))])) == 4
-    twins = np.repeat(random.normal(size=(20, 8)), 3, axis=0).astype(np.float32)
-    twins = twins[random.permutation(60)]
-    steps = np.diff(twins[np.asarray(short_path(twins))], axis=0)
-    assert np.count_nonzero(np.any(steps != 0, axis=1)) == 19
-
-
-@pytest.mark.parametrize("n", [1, 2, 3])
-def test_few_or_equal_rows(n):
-    assert is_permutation(short_path(np.arange(2.0 * n, dtype=np.float32).reshape(n, 2)), n)
-    assert is_permutation(short_path(np.ones((n, 2), np.float32)), n)
-    assert is_permutation(short_path(np.ones((n, 0), np.float32)), n)
-
-
-def test_size_and_place_do_not_matter(dtype):
-    rows = np.random.default_rng(4).integers(-50, 50, size=(30, 4)).astype(dtype)
-    order = short_path(rows)
-    np.testing.assert_array_equal(short_path(rows * dtype_power(dtype)), order)
-    np.testing.assert_array_equal(short_path(rows / dtype_power(dtype)), order)
-    assert length(rows, short_path(rows + 1024)) == pytest.approx(length(rows, order), rel=0.02)
-
-
-def dtype_power(dtype):
-    """A power of two whose square is out of range."""
-    return np.asarray(2.0**100 if dtype == "float32" else 2.0**600, dtype)
-
-
-def test_half_precision_rows():
-    rows = np.random.default_rng(5).normal(size=(30, 4)).astype(jnp.bfloat16)
-    np.testing.assert_array_equal(short_path(rows), short_path(rows.astype(np.float32)))
-
-
-def test_transforms(dtype):
-    rows = np.random.default_rng(6).normal(size=(3, 20, 4)).astype(dtype)
-    each = [short_path(group) for group in rows]
-    np.testing.assert_array_equal(jax.vmap(short_path)(rows), each)
-    np.testing.assert_array_equal(jax.jit(short_path)(rows[0]), each[0])
-    along = jax.grad(lambda rows: jnp.sum(rows[short_path(rows)][:5] ** 2))(jnp.asarray(rows[0]))
-    expected = np.zeros_like(rows[0])
-    first = np.asarray(each[0][:5])
-    expected[first] = 2 * rows[0][first]
-    np.testing.assert_allclose(along, expected, rtol=1e-6)
-
-
 @pytest.mark.parametrize("broken", [np.nan, np.inf])
 def test_broken_rows(broken, untyped):
     rows = np.random.default_rng(7).normal(size=(12, 3)).astype(np.float32)
     rows[[2, 5], 1] = broken
     with pytest.raises(ValueError, match=r"rows of features are not finite: 2, 5; take them out"):
         short_path(rows)
-    order = np.asarray(jax.jit(short_path)(rows))
-    assert is_permutation(order, 12)
-    assert set(order[-2:].tolist()) == {2, 5}
     with pytest.raises(ValueError, match=r"features of data points are not finite: 2, 5"):
         order_points(rows, 4)
 

@@ -3,8 +3,9 @@
 from ._coded import AbstractScheme, Work, coded_inference, coded_predictions
 from ._groups import group_points
 from ._models import Model, call_model, check_model
-from ._ordering import Features, order_points, ordered, random_projection, short_path
+from ._ordering import Features, order_points, ordered, random_projection
 from ._partial import partial_inference
+from ._paths import short_path
 from ._robust import RobustDecoded, RobustMethod, find_adversaries, robust_decode
 from ._spmd import place, slots
 from ._workers import run_workers

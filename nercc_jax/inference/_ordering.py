@@ -10,44 +10,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from ..codes import Decoded, check_count, is_float, join, leaves_of, points_of
 from ._groups import is_grouped
+from ._paths import check_finite, short_paths
 
 Features: TypeAlias = Callable[[PyTree], PyTree] | PyTree[Float[ArrayLike, "points ..."]]
-
-# So many rows' distances are held at a time where there are many buffers.
-_AT_ONCE = 1024
-
-# A shorter path must be so by more than distances are rounded.
-_TOLERANCE = 1e-5
-
-
-def short_path(features: Float[ArrayLike, "n d"]) -> Int[Array, " n"]:
-    """An order of the rows in which the path through them, from one to the next, is short.
-
-    The length is the sum of Euclidean distances between neighbours; the path is open. It starts at
-    the row farthest from the mean and goes on to the nearest row not yet visited; then 2-opt turns
-    stretches of it round, beginning at the longest steps, until each step has been tried, or 2n
-    were. O(n^2) time and memory: 1,024 rows of 128 features take about 20 ms on two CPU cores.
-    Batch it with `jax.vmap`. One compilation serves all features of one shape.
-
-    Rows that are alike lie side by side. Inside jit, rows that are not finite come last.
-
-    Raises: ValueError for what is no matrix of floats with a row, and, outside jit, where a row is
-    not finite. Source: nearest neighbour and 2-opt are those of the travelling salesman (Croes
-    1958).
-    """
-    features = jnp.asarray(features)
-    if features.ndim != 2 or len(features) == 0:
-        raise ValueError(f"features must be (n, d) with n of 1 or more, not {features.shape}")
-    if not jnp.issubdtype(features.dtype, jnp.floating):
-        raise ValueError(f"features are {features.dtype}: convert them to floats first")
-    order, finite = _short_path(features)
-    _check_finite(finite, "rows of features")
-    return order
 
 
 def order_points(
@@ -79,7 +48,7 @@ def order_points(
     """
     x = jax.tree.map(jnp.asarray, x)
     order, finite = _order(x, features, _whole_groups(num_data, buffer_size))
-    _check_finite(finite, "the features of data points")
+    check_finite(finite, "the features of data points")
     return order
 
 
@@ -144,84 +113,6 @@ def random_projection(x: PyTree, size: int = 128) -> Float[Array, "points featur
 
 
 @eqx.filter_jit
-def _short_path(features: Array) -> tuple[Int[Array, " n"], Bool[Array, " n"]]:
-    """The path, and which rows are finite."""
-    # An order has no derivative, and loops of unknown length have none in reverse.
-    features = jax.lax.stop_gradient(features)
-    features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
-    finite = jnp.all(jnp.isfinite(features), axis=1)
-    rows = jnp.where(finite[:, None], features, 0)
-    largest = jnp.max(jnp.abs(rows), initial=0)
-    rows = rows / jnp.where(largest > 0, largest, 1)  # sums and squares must not overflow
-    centred = jnp.where(finite[:, None], rows - jnp.mean(rows, axis=0), 0)
-    distances = _distances(centred)
-    start = _place_of_least(-jnp.sum(centred**2, axis=1))
-    order = _two_opt(distances, _nearest_neighbour(distances, start))
-    return order[jnp.argsort(~finite[order], stable=True)], finite
-
-
-def _distances(rows: Float[Array, "n d"]) -> Float[Array, "n n"]:
-    gram = jnp.matmul(rows, rows.T, precision=jax.lax.Precision.HIGHEST)
-    square = jnp.diagonal(gram)
-    return jnp.sqrt(jnp.maximum(square[:, None] + square - 2 * gram, 0))
-
-
-def _nearest_neighbour(distances: Float[Array, "n n"], start: Int[Array, ""]) -> Int[Array, " n"]:
-    def step(state, _):
-        here, visited = state
-        visited = visited.at[here].set(jnp.inf)
-        return (_place_of_least(distances[here] + visited), visited), here
-
-    nobody = jnp.zeros_like(distances[0])
-    return jax.lax.scan(step, (start, nobody), length=len(distances))[1]
-
-
-def _two_opt(distances: Float[Array, "n n"], order: Int[Array, " n"]) -> Int[Array, " n"]:
-    """Turns stretches of the path round while that makes it shorter.
-
-    The path is closed by a row at distance 0 from all, before its first and after its last row, so
-    that its ends are no exception. Step e leads from place e to e + 1. To turn places i+1..j round
-    replaces the steps i and j by those between p_i and p_j, and p_(i+1) and p_(j+1). One trial
-    takes the longest step i that is `untried`, new or not yet looked at, with its best partner j.
-    Shorter steps have less to give, so the path is good long before the last trial.
-    """
-    n = len(order)
-    distances = jnp.pad(distances, ((0, 1), (0, 1)))
-    path = jnp.pad(order, 1, constant_values=n)
-    place, step = jnp.arange(n + 2), jnp.arange(n + 1)
-
-    def trial(state):
-        number, path, length, untried = state
-        i = _place_of_least(jnp.where(untried, -length, jnp.inf))
-        new = distances[path[i]][path[:-1]] + distances[path[i + 1]][path[1:]]
-        change = jnp.where(step == i, 0, new - length[i] - length)
-        j = _place_of_least(change)
-        better = change[j] < -_TOLERANCE * length[i]
-        first = jnp.where(better, jnp.minimum(i, j), i)
-        last = jnp.where(better, jnp.maximum(i, j), i)
-        turned = jnp.where((place > first) & (place <= last), first + last + 1 - place, place)
-        path = path[turned]
-        inner = jnp.where((step > first) & (step < last), first + last - step, step)
-        ends = jnp.stack([first, last])
-        length = length[inner].at[ends].set(distances[path[ends], path[ends + 1]])
-        return number + 1, path, length, untried[inner].at[ends].set(better)
-
-    def unfinished(state):
-        number, _, _, untried = state
-        return (number < 2 * n) & jnp.any(untried)
-
-    everything = jnp.ones(n + 1, bool)
-    start = (0, path, distances[path[:-1], path[1:]], everything)
-    return jax.lax.while_loop(unfinished, trial, start)[1][1:-1]
-
-
-def _place_of_least(values: Float[Array, " n"]) -> Int[Array, ""]:
-    """`argmin`, of which XLA makes slow code on a CPU: 1,024 values in 2 us instead of 9."""
-    place = jnp.arange(len(values))
-    return jnp.min(jnp.where(values == jnp.min(values), place, len(values) - 1))
-
-
-@eqx.filter_jit
 def _order(
     x: PyTree, features: Features | None, size: int
 ) -> tuple[Int[Array, " points"], Bool[Array, " points"]]:
@@ -233,14 +124,13 @@ def _order(
     size = min(size, len(rows))
     count = len(rows) // size
     whole = rows[: count * size].reshape(count, size, -1)
-    together = max(_AT_ONCE // size, 1)
-    order, finite = jax.lax.map(_short_path, whole, batch_size=together if together > 1 else None)
+    order, finite = short_paths(whole)
     order = (order + size * jnp.arange(count)[:, None]).reshape(-1)
     finite = finite.reshape(-1)
     if count * size < len(rows):
-        last, last_finite = _short_path(rows[count * size :])
-        order = jnp.concatenate([order, count * size + last])
-        finite = jnp.concatenate([finite, last_finite])
+        last, last_finite = short_paths(rows[None, count * size :])
+        order = jnp.concatenate([order, count * size + last[0]])
+        finite = jnp.concatenate([finite, last_finite[0]])
     return order, finite
 
 
@@ -293,10 +183,3 @@ def _whole_groups(num_data: int, buffer_size: int) -> int:
             f"{num_data} or more"
         )
     return buffer_size // num_data * num_data
-
-
-def _check_finite(finite: Bool[Array, " n"], what: str) -> None:
-    if not isinstance(finite, Tracer) and not np.all(finite):
-        broken = np.flatnonzero(~np.asarray(finite))
-        shown = ", ".join(map(str, broken[:10])) + (", ..." if broken.size > 10 else "")
-        raise ValueError(f"{what} are not finite: {shown}; take them out")
