@@ -202,9 +202,9 @@ def test_both_ways_find_paths_equally_short(d):
 
 @pytest.mark.parametrize("together", [2, 3, 5])
 def test_buffers_are_searched_each_by_itself(find, on_cpu, together, monkeypatch):
-    """However many there are at a time, with a rest or without."""
+    """However many there are at a time, with a rest or without; with many equal distances."""
     size = MANY + together  # a program of its own
-    rows = np.random.default_rng(11).normal(size=(5, size, 3)).astype(np.float32)
+    rows = np.random.default_rng(11).integers(3, size=(5, size, 3)).astype(np.float32)
     monkeypatch.setattr(_paths, "_ROWS", together * size)
     monkeypatch.setattr(_paths, "_BYTES", together * 4 * size**2)
     orders, finite = short_paths(jnp.asarray(rows), on_cpu)

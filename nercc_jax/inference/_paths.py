@@ -244,9 +244,11 @@ def _rounds(number: int, body: Callable[[Any, Any], Any], state: Any) -> Any:
 
 
 def _link_best(distances: Float[Array, "buffers n n"], pieces: _Pieces) -> _Pieces:
+    """Where two pieces are the nearest of each other: each by the better of its ends."""
     least, partner = _nearest(distances, _can_link(pieces, distances.shape[:2]))
-    row = jnp.arange(len(least))
-    link = least, row ^ partner, jnp.minimum(row, partner)  # the same from both sides
+    row, n = jnp.arange(len(least)), distances.shape[1]
+    # The same from both sides, and of equal distances no two.
+    link = least, (row % n) ^ (partner % n), jnp.minimum(row, partner)
     best = (least < jnp.inf) & ~_is_before(tuple(part[pieces.end] for part in link), link)
     return _linked(pieces, best & best[partner] & (partner[partner] == row), partner)
 
@@ -254,6 +256,7 @@ def _link_best(distances: Float[Array, "buffers n n"], pieces: _Pieces) -> _Piec
 def _link_asking(
     distances: Float[Array, "buffers n n"], pieces: _Pieces, lots: Bool[Array, " rows"]
 ) -> _Pieces:
+    """Where a piece drawn is the nearest of those that ask another, which is not drawn."""
     shape, end, row = distances.shape[:2], pieces.end, jnp.arange(len(pieces.end))
     asking, asked = _pairs(lots[pieces.head], shape)
     least, partner = _nearest(distances, _can_link(pieces, shape) & asking & ~asked)
