@@ -95,14 +95,19 @@ def mean_gap(points: Float[Array, " n"], available: Bool[Array, " n"]) -> Float[
     Differentiable in the points, but for those at -1 or 1, whose derivative is taken as zero: the
     angle has none there.
     """
-    number = jnp.sum(available)
-    slot = jnp.arange(points.shape[0])
-    angles = jnp.sort(jnp.where(available, _angle(points), jnp.inf))
-    last = angles[jnp.maximum(number - 1, 0)]
-    angles = jnp.where(slot < number, angles, last)
-    ends = angles[0] ** 2 + (jnp.pi - last) ** 2
-    gap = (jnp.sum(jnp.diff(angles) ** 2) + 2 * ends) / jnp.pi
-    return jnp.where(number > 0, gap, 2 * jnp.pi)
+    angles, place = _angle(points), jnp.arange(points.shape[0])
+    here, there = angles[:, None], angles[None, :]
+    # Each with each, not sorted: on an accelerator, and in its derivative, that is one kernel.
+    later = (there > here) | ((there == here) & (place > place[:, None]))
+    follows = available & available[:, None] & later
+    steps = jnp.min(jnp.where(follows, there - here, jnp.inf), axis=1)
+    steps = jnp.where(steps < jnp.inf, steps, 0)
+    first = jnp.min(angles, where=available, initial=jnp.inf)
+    last = jnp.max(angles, where=available, initial=-jnp.inf)
+    some = jnp.any(available)
+    ends = jnp.where(some, first, 0) ** 2 + jnp.where(some, jnp.pi - last, 0) ** 2
+    gap = (jnp.sum(steps**2) + 2 * ends) / jnp.pi
+    return jnp.where(some, gap, 2 * jnp.pi)
 
 
 def _angle(t: Float[Array, " n"]) -> Float[Array, " n"]:
