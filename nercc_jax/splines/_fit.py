@@ -1,12 +1,21 @@
 """One fit of a smoothing spline, and all that can be asked of it."""
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from ._knots import Knots, gather_knots
-from ._root_information import RootInformation, covariances, factorize, product, solve
+from ._dissection import Dissection, dissect
+from ._knots import COMPARED_WITH_ALL, Knots, gather_knots
+from ._root_information import RootInformation, factorize
+
+Answer = TypeVar("Answer")
+
+# Set by tests to hold `by_platform` to one way: whether in parallel.
+forced: bool | None = None
 
 
 class Fit(eqx.Module):
@@ -19,7 +28,7 @@ class Fit(eqx.Module):
     t: Float[Array, " n"]
     weights: Float[Array, " n"]
     knots: Knots
-    factor: RootInformation
+    factor: RootInformation | Dissection
     mu: Float[Array, ""]
 
     def values(
@@ -27,7 +36,7 @@ class Fit(eqx.Module):
     ) -> tuple[Float[Array, "knots *m"], Float[Array, "knots *m"]]:
         """The fitted spline's values and slopes at the knots."""
         means = self._means(y)
-        shifts, slopes = solve(self.factor, means)
+        shifts, slopes = self.factor.solve(means)
         shape = (-1, *jnp.shape(y)[1:])
         return (means + shifts).reshape(shape), slopes.reshape(shape)
 
@@ -36,27 +45,27 @@ class Fit(eqx.Module):
         at = jnp.asarray(at, self.t.dtype)
         number = self.t.shape[0]
 
-        def predict(y):
-            means = self.knots.average(y)
-            shifts, slopes = solve(self.factor, means)
+        def predict(means):
+            shifts, slopes = self.factor.solve(means)
             return hermite(self.knots.t, means + shifts, slopes, at)
 
+        if isinstance(self.factor, Dissection) and number**2 <= COMPARED_WITH_ALL:
+            return predict(self.knots.averages())
         if at.shape[0] >= number:
-            return predict(jnp.eye(number, dtype=self.t.dtype))
+            return predict(self.knots.average(jnp.eye(number, dtype=self.t.dtype)))
         # Fewer rows than columns: run the same rotations backwards, a row at a time.
-        pull = jax.linear_transpose(predict, jax.ShapeDtypeStruct((number, len(at)), self.t.dtype))
+        y = jax.ShapeDtypeStruct((number, len(at)), self.t.dtype)
+        pull = jax.linear_transpose(lambda y: predict(self.knots.average(y)), y)
         return jnp.swapaxes(pull(jnp.eye(at.shape[0], dtype=self.t.dtype))[0], 0, 1)
 
     def variance(self, at: Float[ArrayLike, " k"]) -> Float[Array, " k"]:
         """The posterior variance at the points `at`, by tau^2: see `posterior_variance`."""
         at = jnp.asarray(at, self.t.dtype)
         knots = self.knots
-        covariance, forward, noise = (self.mu * each for each in covariances(self.factor))
-        forward = forward / self.mu
-        gap, inside, (left_value, left_slope, value, slope) = hermite_basis(knots.t, at)
-        here = jnp.stack([left_value, left_slope], -1)
-        there = jnp.stack([value, slope], -1) + product(here[:, None], forward[gap])[:, 0]
-        known = _quadratic(there, covariance[gap + 1]) + _quadratic(here, noise[gap])
+        gap, inside, basis = hermite_basis(knots.t, at)
+        left_value, left_slope, value, slope = jnp.sqrt(self.mu) * jnp.stack(basis)
+        left, right = jnp.stack([left_value, left_slope]), jnp.stack([value, slope])
+        known = self.factor.variance(gap, left, right)
         # Between two knots of known value and slope, integrated white noise still varies this much,
         # and beyond the outermost with the distance.
         h = knots.t[gap + 1] - knots.t[gap]
@@ -67,7 +76,7 @@ class Fit(eqx.Module):
     def process(self, y: Float[ArrayLike, "n *m"]) -> Float[Array, ""]:
         """tau^2 as these observations tell it: see `process_variance`."""
         means = self._means(y)
-        shifts, _ = solve(self.factor, means)
+        shifts, _ = self.factor.solve(means)
         # At the minimum the penalised squares are -(g - y)' W y, and W (g - y) sums to zero.
         forces = self.knots.weights[:, None] * shifts / self.mu
         energy = -jnp.sum(forces * (means - means[0]))
@@ -93,11 +102,18 @@ def fit(
     weights: Float[ArrayLike, " n"] | None = None,
     available: Bool[ArrayLike, " n"] | None = None,
     end_weights: Float[ArrayLike, "2"] | None = None,
+    in_parallel: bool = False,
 ) -> Fit:
-    """The regression for these points; arguments and errors as for `smoothing_spline`."""
+    """The regression for these points; arguments and errors as for `smoothing_spline`.
+
+    Knots are eliminated one after the other, or `in_parallel`: the same to rounding.
+    """
     t, weights = _checked(t, weights, available)
-    knots = gather_knots(t, weights)
-    gaps, observed = jnp.diff(knots.t), knots.weights[1:] > 0
+    knots = gather_knots(t, weights, in_place=in_parallel)
+    counts, slot = knots.weights > 0, jnp.arange(len(knots.t))
+    first, last = knots.shown[0], knots.shown[-1]
+    gaps = knots.t[1:] - knots.t[knots.shown[:-1]]
+    observed = counts[1:] & (slot[1:] > first)
     # Outside these bounds the fit is, to rounding, the interpolating spline and the straight line.
     eps = jnp.finfo(t.dtype).eps
     shortest = jnp.min(jnp.where(observed, gaps, 1))
@@ -108,9 +124,28 @@ def fit(
     ends = jnp.zeros(2, t.dtype) if end_weights is None else jnp.asarray(end_weights, t.dtype)
     if ends.shape != (2,):
         raise ValueError(f"end_weights must be two, first and last, not of shape {ends.shape}")
-    slope_weights = jnp.zeros_like(knots.t).at[0].add(mu * ends[0])
-    slope_weights = slope_weights.at[jnp.maximum(knots.number - 1, 0)].add(mu * ends[1])
-    return Fit(t, weights, knots, factorize(gaps, knots.weights, slope_weights, mu), mu)
+    slope_weights = mu * (
+        jnp.where(slot == first, ends[0], 0) + jnp.where(slot == last, ends[1], 0)
+    )
+    factor = (dissect if in_parallel else factorize)(
+        jnp.diff(knots.t), knots.weights, slope_weights, mu
+    )
+    return Fit(t, weights, knots, factor, mu)
+
+
+def by_platform(question: Callable[[Fit], Answer], *arguments, **options) -> Answer:
+    """What a `fit` of these arguments answers, its knots eliminated as suits the platform.
+
+    A CPU compiles and runs one knot after the other faster; an accelerator launches kernels for
+    each.
+    """
+
+    def ask(in_parallel: bool) -> Answer:
+        return question(fit(*arguments, **options, in_parallel=in_parallel))
+
+    if forced is not None:
+        return ask(forced)
+    return jax.lax.platform_dependent(cpu=lambda: ask(False), default=lambda: ask(True))
 
 
 def _checked(t, weights, available) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
@@ -135,7 +170,11 @@ def hermite_basis(
 ) -> tuple[Int[Array, " k"], Float[Array, " k"], tuple[Float[Array, " k"], ...]]:
     """The gap that each point lies in, how far into it (0 to 1), and what the value there is made
     of: of the left knot's value and slope, and the right one's. Straight lines beyond the ends."""
-    gap = jnp.clip(jnp.searchsorted(t, at, side="right") - 1, 0, t.shape[0] - 2)
+    few = t.shape[0] * at.shape[0] <= COMPARED_WITH_ALL
+    gap = (
+        jnp.searchsorted(t, at, side="right", method="compare_all" if few else "scan_unrolled") - 1
+    )
+    gap = jnp.clip(gap, 0, t.shape[0] - 2)
     left, h = t[gap], t[gap + 1] - t[gap]
     inside = jnp.clip((at - left) / h, 0, 1)
     before, after = jnp.minimum(at - left, 0), jnp.maximum(at - left - h, 0)
@@ -160,7 +199,3 @@ def hermite(
     column = (-1,) + (1,) * (values.ndim - 1)
     b0, b1, b2, b3 = (b.reshape(column) for b in basis)
     return b0 * values[gap] + b1 * slopes[gap] + b2 * values[gap + 1] + b3 * slopes[gap + 1]
-
-
-def _quadratic(vector: Float[Array, "k 2"], matrix: Float[Array, "k 2 2"]) -> Float[Array, " k"]:
-    return product(product(vector[:, None], matrix), vector[..., None])[:, 0, 0]

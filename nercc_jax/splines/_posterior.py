@@ -11,7 +11,7 @@ against model errors in regression"; Wecker and Ansley 1983, JASA 78.
 import jax
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from ._fit import fit
+from ._fit import by_platform
 
 
 @jax.jit
@@ -33,8 +33,14 @@ def posterior_variance(
 
     Raises: ValueError where shapes do not agree.
     """
-    found = fit(t, lambda_, weights=weights, available=available, end_weights=end_weights)
-    return found.variance(at)
+    return by_platform(
+        lambda found: found.variance(at),
+        t,
+        lambda_,
+        weights=weights,
+        available=available,
+        end_weights=end_weights,
+    )
 
 
 @jax.jit
@@ -55,5 +61,11 @@ def process_variance(
     two distinct points or fewer nothing tells it: infinite. Arguments as for `smoothing_spline`;
     mind that answers far from another make tau^2, like any scale, uncertain when they are few.
     """
-    found = fit(t, lambda_, weights=weights, available=available, end_weights=end_weights)
-    return found.process(y)
+    return by_platform(
+        lambda found: found.process(y),
+        t,
+        lambda_,
+        weights=weights,
+        available=available,
+        end_weights=end_weights,
+    )

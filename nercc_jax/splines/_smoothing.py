@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from ._fit import fit, hermite
+from ._fit import by_platform, hermite
 
 
 class SmoothingSpline(eqx.Module):
@@ -58,8 +58,14 @@ def smoothing_spline(
     Source: arXiv 2402.04377, eqs. of the encoding and decoding regression; Green and Silverman
     1994, section 2.3.
     """
-    found = fit(t, lambda_, weights=weights, available=available, end_weights=end_weights)
-    return SmoothingSpline(found.knots.t, *found.values(y))
+    return by_platform(
+        lambda found: SmoothingSpline(found.knots.t, *found.values(y)),
+        t,
+        lambda_,
+        weights=weights,
+        available=available,
+        end_weights=end_weights,
+    )
 
 
 @jax.jit
@@ -78,5 +84,11 @@ def smoothing_matrix(
     with the same points. Columns of unavailable observations are zero. Rows sum to one, unless
     nothing is available: then the matrix is zero. Arguments and source as there.
     """
-    found = fit(t, lambda_, weights=weights, available=available, end_weights=end_weights)
-    return found.matrix(at)
+    return by_platform(
+        lambda found: found.matrix(at),
+        t,
+        lambda_,
+        weights=weights,
+        available=available,
+        end_weights=end_weights,
+    )
