@@ -143,12 +143,11 @@ def test_a_coded_data_point_is_computed_once():
     assert {c.layout for c in search.candidates} == {"interleaved", "mixed:0.5", "repeated"}, "once"
 
 
-@pytest.mark.parametrize(
-    ("criterion", "dtype"), [("mse", "float64"), ("cross_entropy", "float32")], indirect=["dtype"]
-)
-def test_errors_count_relative_to_the_first_layout(criterion, dtype):
+@pytest.mark.parametrize("dtype", ["float64"], indirect=True)
+def test_errors_count_relative_to_the_first_layout(dtype):
+    """Of cross-entropy; the mean squared error is searched with below, and in float32."""
     search = search_layout(
-        model, DATA.astype(dtype), K, N, LAWS, key=jax.random.key(0), criterion=criterion,
+        model, DATA.astype(dtype), K, N, LAWS, key=jax.random.key(0), criterion="cross_entropy",
         tuning=PLAIN, **OPTIONS | {"layouts": LAYOUTS[:2]},
     )  # fmt: skip
     plain = nj.NeRCC(K, N)
@@ -160,15 +159,12 @@ def test_errors_count_relative_to_the_first_layout(criterion, dtype):
     assert first.objective == pytest.approx(1, rel=1e-5)
     groups, masks, law = held_out(jax.random.key(0))
     best = search.candidates[0]
-    ratios = []
-    for place in (0, 1):
-        one, other = (
-            nested_errors(
-                model, code, groups.astype(dtype), masks[law == place], criterion=criterion
-            )
-            for code in (best.code, plain)
-        )
-        ratios.append(np.mean(one) / np.mean(other))
+    errors = eqx.filter_jit(nested_errors)
+    one, other = (
+        np.asarray(errors(model, code, groups.astype(dtype), masks, criterion="cross_entropy"))
+        for code in (best.code, plain)
+    )
+    ratios = [np.mean(one[law == place]) / np.mean(other[law == place]) for place in (0, 1)]
     assert best.objective == pytest.approx(np.mean(ratios), rel=1e-3)
 
 
