@@ -57,13 +57,20 @@ def cluster():
     ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
-@pytest.fixture(params=["devices", pytest.param("ray", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["devices", pytest.param("ray", marks=pytest.mark.slow)])
 def make(request):
     """Makes a pool of either kind."""
     if request.param == "devices":
         return functools.partial(DevicePool, devices=jax.local_devices())
     request.getfixturevalue("cluster")
     return RayPool
+
+
+@pytest.fixture(scope="module")
+def networks(make):
+    """Workers for all that only ask them: an actor takes seconds to start."""
+    with make(network, 4, example=np.zeros((2, 6), np.float32)) as pool:
+        yield pool
 
 
 def points(count, number=0, width=3):
@@ -86,31 +93,30 @@ def soon(condition):
 
 
 @pytest.mark.parametrize("code", [NeRCC(K, N), Berrut(5, 7)], ids=["NeRCC(8, 20)", "BACC(5, 7)"])
-def test_all_ways_of_running_agree(code, make):
+def test_all_ways_of_running_agree(code, networks):
     """Sharded, unsharded and on a pool: the same predictions for the same mask."""
     x = np.random.default_rng(0).normal(size=(2, code.num_data, 6)).astype(np.float32)
     mesh = jax.make_mesh((8,), ("workers",))
     unsharded = coded_inference(network, code)
     sharded = coded_inference(network, code, mesh=mesh)
-    with make(network, 4, example=x[:, 0]) as pool:
-        infer = pool_inference(pool, code, with_status=True)
-        for enough in (None, code.num_workers - 3, 2):
-            result = infer(x, enough)
-            mask = result.answers.available
-            assert mask.sum() >= (enough or code.num_workers)
-            expected = unsharded(x, mask)
-            np.testing.assert_allclose(result.decoded.predictions, expected, atol=1e-5)
-            np.testing.assert_allclose(sharded(x, mask), expected, atol=1e-5)
+    infer = pool_inference(networks, code, with_status=True)
+    for enough in (None, code.num_workers - 3, 2):
+        result = infer(x, enough)
+        mask = result.answers.available
+        assert mask.sum() >= (enough or code.num_workers)
+        expected = unsharded(x, mask)
+        np.testing.assert_allclose(result.decoded.predictions, expected, atol=1e-5)
+        np.testing.assert_allclose(sharded(x, mask), expected, atol=1e-5)
 
 
-def test_a_set_of_answers_is_decoded_as_that_set(make):
+def test_a_set_of_answers_is_decoded_as_that_set(networks):
     """Points that were never sent are stragglers that are known beforehand."""
     code = NeRCC(K, N)
     x = np.random.default_rng(0).normal(size=(K, 6)).astype(np.float32)
     coded = np.asarray(code.encode(x))[:, None]
     gone = {0, 7, 8, 19}
-    with make(network, 3, example=coded[0]) as pool, pool.open(N) as batch:
-        pool.send(batch, kept := [n for n in range(N) if n not in gone], coded[kept])
+    with networks.open(N) as batch:
+        networks.send(batch, kept := [n for n in range(N) if n not in gone], coded[kept])
         answers = batch.wait(len(kept), SOON)
         assert not answers.failures
         assert set(np.flatnonzero(~answers.available)) == gone
@@ -621,10 +627,9 @@ def groups_of(number, seed):
     return np.random.default_rng(seed).normal(size=(number, 4, 6)).astype(np.float32)
 
 
-def test_doubtful_data_points_are_run_again(make):
+def test_doubtful_data_points_are_run_again(networks):
     x = groups_of(3, 3)
-    with make(network, 3, example=x[:, 0]) as pool:
-        result = doubtful_pool_inference(pool, 0.1)(x, 5, LONG)
+    result = doubtful_pool_inference(networks, 0.1)(x, 5, LONG)
     exact = np.asarray(network(x.reshape(-1, 6))).reshape(3, 4, 2)
     for group in range(3):
         decoded, doubts = by_hand(x[group], result.answers.available)
