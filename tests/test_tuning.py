@@ -392,7 +392,6 @@ def test_all_steps_share_one_compilation(runs):
     assert runs[2] <= 8
 
 
-@pytest.mark.slow
 def test_one_seed_gives_one_code_to_the_last_bit(runs, start):
     again = nj.tune(model, start, DATA, LAWS, key=jax.random.key(3), points=True, **OPTIONS)
     assert jax.tree.structure(again.code) == jax.tree.structure(runs[0].code)

@@ -42,12 +42,16 @@ def arrays(trained):
     return {name: np.asarray(a) for name, a in named_arrays(nnx.state(trained.model)).items()}
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(digits):
+    return train(short_recipe(), *digits)
+
+
 # In the first epoch, at a checkpoint, and in the second epoch between two checkpoints.
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [5, 16, STEPS_PER_EPOCH + 9])
-def test_interrupted_and_resumed_equals_uninterrupted(digits, tmp_path, stop):
-    recipe = short_recipe()
-    expected = train(recipe, *digits)
+def test_interrupted_and_resumed_equals_uninterrupted(digits, uninterrupted, tmp_path, stop):
+    recipe, expected = short_recipe(), uninterrupted
 
     def interrupt(step, total):
         assert total == 2 * STEPS_PER_EPOCH
