@@ -1,4 +1,4 @@
-"""A minute of 500 clients while workers straggle and are killed: nobody is lost or mixed up."""
+"""Half a minute of 500 clients, while workers straggle and die: nobody is lost or mixed up."""
 
 import asyncio
 import os
@@ -13,9 +13,9 @@ from conftest import require
 pytestmark = pytest.mark.slow
 
 CLIENTS = 500
-SECONDS = 60.0
+SECONDS = 30.0
 WORKERS = 8
-KILL_EVERY = 3.0
+KILL_EVERY = 2.0
 STRAGGLERS = 0.15
 HANG = 60.0  # seconds after which a client takes its request to be lost
 
@@ -146,7 +146,7 @@ def memory_of(server):
     return psutil.Process(server.process.pid).memory_info().rss / 2**20
 
 
-def test_a_minute_of_trouble(server):
+def test_half_a_minute_of_trouble(server):
     clients = Clients(server.url)
     memory = []
     kills = 0
