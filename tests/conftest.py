@@ -20,14 +20,16 @@ NUMERICS = {"test_codes.py", "test_points.py", "test_posterior.py", "test_spline
 
 # Compiling is most of the time. Four programs (decoding, its two gradients, one of them vmapped)
 # took XLA 23.8 s of CPU time, 16.1 s without its fusion emitters, and 9.2 s without most of LLVM's
-# optimisations, too; as one piece, a seventh less. CI runs the tests of splines, and the codes'
-# main ones, once more as users compile. JAX 0.12 aborts at the first flag; the second gains it
-# nothing.
+# optimisations, too; as one piece, a seventh less. CI runs accuracy and gradients in float32 once
+# more as users compile. JAX 0.12 aborts at the first flag; the second gains it nothing.
 AS_USERS_DO = os.environ.get("NERCC_COMPILE_AS_USERS_DO") == "1"
 if not AS_USERS_DO and jax.__version_info__ < (0, 11):
     plain = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {plain}"
 jax.config.update("jax_disable_most_optimizations", not AS_USERS_DO)
+if not AS_USERS_DO:
+    # Of processes that tests start, too: a server took 18 s of CPU time until it listened, then 12.
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 
 @pytest.fixture(autouse=True)
