@@ -37,6 +37,10 @@ def run_command(
     workers: Annotated[
         int | None, typer.Option(help="Workers in the pool, spare ones or fewer; N unless given.")
     ] = None,
+    worker_dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"] | None,
+        typer.Option(help="What workers run in; what they are sent, and weights, are cast to it."),
+    ] = None,
     wait_for: Annotated[
         int | None,
         typer.Option(help="Decode at so many answers; 85 % of N unless given, but at least K."),
@@ -114,9 +118,13 @@ def run_command(
         enough: Any = number
         if max_disagreement is not None:
             with console.status(f"calibrating on {CALIBRATION:,} training images ..."):
-                enough = enough_by_forecast(network, chosen, data_dir, max_disagreement, seed)
+                enough = enough_by_forecast(
+                    network, chosen, data_dir, max_disagreement, seed, worker_dtype
+                )
         count = chosen.num_workers if workers is None else workers
-        with open_pool(console, pool, network, count, job, faults, deadline) as opened:
+        with open_pool(
+            console, pool, network, count, job, faults, deadline, worker_dtype
+        ) as opened:
             told = f"{model}, {len(job.rows):,} data points of {split!r}, {describe(chosen)}; "
             until = describe_rule(number, max_disagreement)
             console.print(

@@ -118,11 +118,16 @@ def answers_to_wait_for(
 
 
 def enough_by_forecast(
-    network: Answering, code: AbstractCode, data_dir: Path | None, limit: float, seed: int
+    network: Answering,
+    code: AbstractCode,
+    data_dir: Path | None,
+    limit: float,
+    seed: int,
+    worker_dtype: str | None,
 ) -> Any:
     """Raises: ValueError where not even all workers' answers are expected to be good enough."""
     x, _ = network.images("train", data_dir, CALIBRATION, seed)
-    forecast = make_forecast(network, code, x)
+    forecast = make_forecast(network, code, x, worker_dtype=worker_dtype)
     enough = forecast.below(max_disagreement=limit)
     everyone = np.ones(code.num_workers, bool)
     if not enough(everyone):
@@ -159,10 +164,12 @@ def open_pool(
     job: Job,
     faults: Faults,
     deadline: float,
+    worker_dtype: str | None,
 ) -> AbstractPool:
     """The pool, compiled for the run's batches. Exits with code 1 where it does not start."""
     make = RayPool if kind == "ray" else DevicePool
     options: Any = {"faults": faults, "hang_timeout": max((ATTEMPTS - 1) * deadline, _HANG)}
+    options["worker_dtype"] = worker_dtype
     try:
         with console.status(f"starting {count} workers ({kind}) ..."):
             return make(network, count, example=job.example(), **options)

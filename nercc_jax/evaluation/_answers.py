@@ -10,6 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
 from ..codes import (
@@ -28,7 +29,15 @@ from ..codes import (
     leaves_of,
     points_of,
 )
-from ..inference import Model, call_model, check_model, run_workers
+from ..inference import (
+    Conditions,
+    Model,
+    call_model,
+    cast_model,
+    check_model,
+    current_conditions,
+    run_workers,
+)
 from ._criteria import Criterion, labels_of, point_criterion, same_labels
 
 
@@ -36,12 +45,14 @@ class Answers(eqx.Module):
     """All workers' answers to groups of data points, and the served model's own predictions.
 
     Outputs of any shape, or pytrees of them, are joined to vectors; `form` is what they were.
+    `conditions`, where they are known, are those of `coded`.
     """
 
     code: AbstractCode
     coded: Float[Array, "groups num_workers m"]
     own: Float[Array, "groups num_data m"]
     form: Form = eqx.field(static=True)
+    conditions: Conditions = eqx.field(static=True)
 
     def __init__(
         self,
@@ -49,10 +60,12 @@ class Answers(eqx.Module):
         coded: Float[Array, "groups num_workers m"],
         own: Float[Array, "groups num_data m"],
         form: Form | None = None,
+        conditions: Conditions = Conditions(),  # noqa: B008, it is frozen
     ):
         """Without a form, outputs are vectors."""
         self.code, self.coded, self.own = code, coded, own
         self.form = join(own, 2)[1] if form is None else form
+        self.conditions = conditions
 
     def decode(self, available: Bool[Array, " num_workers"]) -> Decoded:
         """What decoding makes of all groups when these workers answer; predictions are vectors."""
@@ -132,21 +145,26 @@ def record_answers(
     x: PyTree[Shaped[ArrayLike, "points ..."]],
     *,
     batch_size: int = 256,
+    worker_dtype: DTypeLike | None = None,
 ) -> Answers:
     """Runs a model on data points, coded and as they are, once for all straggler sets.
 
     x: unlabelled data points in groups of K, in the order given; a remainder is left out. `model`
     maps a batch (B, ...) to (B, outputs...), `batch_size` at a time, and is compiled; for a code
     whose workers run several (`worker_models`) it is a sequence of such, the served model first.
+    With a `worker_dtype` coded data points are answered in that (`cast_model`), while the model's
+    own outputs, which all is compared with, stay as they are.
 
     Raises: ValueError where x fills no group, is no floats or not finite, the served model's
-    outputs on it are not finite, or the models are not those that the code's workers run.
+    outputs on it are not finite, or the models are not those that the code's workers run; for a
+    `worker_dtype` that is none.
     """
     groups = cut_groups(x, code.num_data)
-    runs = [batched(each, batch_size) for each in ((model,) if callable(model) else model)]
+    models = (model,) if callable(model) else tuple(model)
+    runs = [batched(each, batch_size) for each in cast_model(models, worker_dtype)]
     coded, form = all_answers(runs, code, groups)
-    own, _ = own_outputs(runs[0], groups)
-    return Answers(code, coded, own, form)
+    own, _ = own_outputs(batched(models[0], batch_size), groups)
+    return Answers(code, coded, own, form, current_conditions(worker_dtype))
 
 
 class Recorder:
@@ -186,7 +204,8 @@ class Recorder:
             answers = self._ask(np.stack(list(new.values())))
             self._known |= {name: answers[:, place] for place, name in enumerate(new)}
         coded = np.stack([self._known[name] for name in names], axis=1)
-        return Answers(code, jnp.asarray(coded), jnp.asarray(self.own), self.form)
+        own, here = jnp.asarray(self.own), current_conditions()
+        return Answers(code, jnp.asarray(coded), own, self.form, here)
 
     def _ask(self, rows: np.ndarray) -> Float[np.ndarray, "groups rows m"]:
         """What the model makes of these combinations of every group's data points."""

@@ -8,11 +8,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Int, PRNGKeyArray, PyTree, Shaped
 from scipy.special import stdtrit
 
 from ..codes import AbstractCode, check_count, join, leaves_of
-from ..inference import Model
+from ..inference import Model, cast_model
 from ..stragglers import AbstractStragglers
 from ._answers import Answers, all_answers, batched, cut_groups, own_outputs
 
@@ -80,6 +81,7 @@ def evaluate(
     further_models: Mapping[str, Sequence[Model]] | None = None,
     channel: Callable[[PyTree, PRNGKeyArray], PyTree] | None = None,
     batch_size: int = 256,
+    worker_dtype: DTypeLike | None = None,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> list[Evaluation]:
     """Evaluates codes by name under laws of stragglers by name: a row for each pair.
@@ -91,8 +93,9 @@ def evaluate(
     then have a part for each part of the outputs. `further_models` are, by the name of a code whose
     workers run others beside it (`worker_models`), those others in order. `channel` is what happens
     to all workers' answers (groups, N, outputs...) on their way to the decoder, with a key of its
-    own for every set: noise, or another precision. `progress` may wrap the sequence of (law, set)
-    pairs to show a bar.
+    own for every set: noise, or fewer bits. With a `worker_dtype` coded data points are answered in
+    that (`cast_model`), and compared with the model as it is. `progress` may wrap the sequence of
+    (law, set) pairs to show a bar.
 
     Raises: ValueError where the codes differ in K or N, fewer than K data points come, they are
     no floats, they or the model's outputs on them are not finite, shapes do not agree, the model is
@@ -108,10 +111,10 @@ def evaluate(
             raise ValueError(f"{label} have shape {np.shape(leaf)}; x has {points} data points")
     targets = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[:used]), labels)
 
-    run = batched(model, batch_size)
-    own, form = own_outputs(run, groups)
+    own, form = own_outputs(batched(model, batch_size), groups)
+    run = batched(cast_model(model, worker_dtype), batch_size)
     further = {
-        name: tuple(batched(other, batch_size) for other in others)
+        name: tuple(batched(other, batch_size) for other in cast_model(tuple(others), worker_dtype))
         for name, others in (further_models or {}).items()
     }
     if unknown := further.keys() - codes.keys():

@@ -2,21 +2,23 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
 
 from ..codes import AbstractCode, as_mask
-from ..inference import Model
+from ..inference import AbstractCalibrated, Conditions, Model
 from ._answers import Answers, record_answers
 
 # Straggler sets whose verdict is remembered.
 _REMEMBERED = 4096
 
 
-class Forecast(eqx.Module):
+class Forecast(AbstractCalibrated):
     """What decoding does to calibration data when these workers answer; `make_forecast` makes one.
 
     `answers` are recorded on calibration data points. Every method decodes those of the workers of
@@ -36,6 +38,10 @@ class Forecast(eqx.Module):
     """
 
     answers: Answers
+
+    def calibrated_under(self) -> Conditions:
+        """At which precision, and where, the answers were made: a pool says if its own differ."""
+        return self.answers.conditions
 
     def error(self, available: Bool[ArrayLike, " num_workers"]) -> Float[Array, ""]:
         """sqrt(mean |u_k - f_k|^2), the `rmse` of `Evaluation`, in units of the model's outputs.
@@ -113,7 +119,20 @@ class Forecast(eqx.Module):
             return bool(mask.any()) and decide(mask.tobytes())
 
         enough(np.ones(num_workers, bool))
-        return enough
+        return _ForecastRule(enough, self.answers.conditions)
+
+
+class _ForecastRule(AbstractCalibrated):
+    """What `Forecast.below` returns."""
+
+    enough: Callable[[np.ndarray], bool] = eqx.field(static=True)
+    conditions: Conditions = eqx.field(static=True)
+
+    def calibrated_under(self) -> Conditions:
+        return self.conditions
+
+    def __call__(self, mask: np.ndarray) -> bool:
+        return self.enough(mask)
 
 
 def make_forecast(
@@ -122,6 +141,7 @@ def make_forecast(
     x: PyTree[Shaped[ArrayLike, "points ..."]],
     *,
     batch_size: int = 256,
+    worker_dtype: DTypeLike | None = None,
 ) -> Forecast:
     """Records a model's answers on calibration data, for a forecast under any straggler set.
 
@@ -130,7 +150,8 @@ def make_forecast(
     `record_answers`. An answer that is not finite makes its worker a straggler in that group, as in
     decoding.
     """
-    return Forecast(record_answers(model, code, x, batch_size=batch_size))
+    options: Any = {"batch_size": batch_size, "worker_dtype": worker_dtype}
+    return Forecast(record_answers(model, code, x, **options))
 
 
 @eqx.filter_jit

@@ -9,6 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, PyTree, Shaped
 
 from ..codes import (
@@ -25,8 +26,10 @@ from ..codes import (
     known_matrices,
     points_of,
 )
+from ._conditions import check_conditions, current_conditions
 from ._groups import as_groups
 from ._models import Model, check_model
+from ._precision import cast_model
 from ._spmd import Placed, enter, place, place_inputs, spmd_answers, spmd_decoded
 from ._workers import run_workers
 
@@ -98,6 +101,7 @@ def coded_inference(
     with_status: bool = False,
     grouped: bool | None = None,
     mesh: Mesh | None = None,
+    worker_dtype: DTypeLike | None = None,
 ) -> Callable[..., Any]:
     """One jitted function `(x, available, *args) -> predictions` for a model behind a code.
 
@@ -132,21 +136,31 @@ def coded_inference(
     sharding (over a further axis, say), others are replicated. `args` are placed likewise, on each
     call. Several processes (`jax.distributed`) all call with the same x and mask.
 
+    With a `worker_dtype`, such as "bfloat16" or "float16", workers run in that: coded data points
+    are cast to it, and so are `args` and, once, here, the arrays of the model, as far as
+    `cast_model` reaches them (not those that a function closes over); answers are decoded in
+    float32. It costs some RelAcc (`bench/precision.py`). The encoder, the decoder and what a scheme
+    adds stay as they are; what it has calibrated at another precision, or on another platform,
+    says so here, by a `CalibrationWarning`.
+
     One compilation serves every straggler set; groups with sets of their own take another one, and
     more than a few different sets in a call a third. The encoder's matrix is made once, on the
     host's CPU, and so is the decoder's for each mask that is given outside jit, unless a call has
     many: the last thousands are kept. Composes with jit, grad, vmap, with a mesh too.
 
     Raises: ValueError for shapes and dtypes that do not fit, before anything runs; for a model in
-    training mode; for a mesh without the axis; and, behind a scheme, outside jit, for data points
-    that are not finite.
+    training mode, or one that cannot be cast; for a mesh without the axis; and, behind a scheme,
+    outside jit, for data points that are not finite.
     """
     check_model(model)
     scheme = code if isinstance(code, AbstractScheme) else None
     inner = code.code if isinstance(code, AbstractScheme) else code
+    model = cast_model(model, worker_dtype)
     placed = None if mesh is None else place(model, inner, mesh)
     infer: Callable[..., Any] = functools.partial(_infer, model, placed, inner, grouped)
     if scheme is not None:
+        platform = None if mesh is None else mesh.devices.flat[0].platform
+        check_conditions(scheme, current_conditions(worker_dtype, platform))
         infer = functools.partial(_infer_scheme, model, placed, scheme, grouped or False)
 
     def run(x: PyTree, available: ArrayLike, *args: Any):

@@ -24,7 +24,7 @@ def check_model(model: Model | Sequence[Model]) -> None:
 
     Raises: ValueError that names the layer, and says how to put the model into evaluation mode.
     """
-    for name, layer in _layers(model, "", {}):
+    for name, layer in modules_of(model):
         if remedy := _remedy(layer):
             raise ValueError(
                 f"the model is in training mode: its {type(layer).__name__}"
@@ -33,8 +33,13 @@ def check_model(model: Model | Sequence[Model]) -> None:
             )
 
 
+def modules_of(model: Any) -> Iterator[tuple[str, Any]]:
+    """All modules that a model holds, with their names in it; where, see `check_model`."""
+    yield from _layers(model, "", {})
+
+
 def _layers(node: Any, name: str, seen: dict[int, Any]) -> Iterator[tuple[str, Any]]:
-    """All modules that a model holds, with their names in it; `seen` are nodes by their id."""
+    """`modules_of` a node by this name; `seen` are nodes by their id."""
     if id(node) in seen:
         return
     seen[id(node)] = node  # alive, so that no other gets its id

@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
 
 from ..codes import AbstractCode, Decoded, Matrices, decode_groups, known_decoders
 from ._groups import group_points
 from ._models import check_model
+from ._precision import cast_model
 from ._spmd import WORKERS, Placed, place, put, work
 from ._workers import Model
 
@@ -29,6 +31,7 @@ def partial_inference(
     *,
     grouped: bool | None = None,
     max_behind: int = 2,
+    worker_dtype: DTypeLike | None = None,
 ) -> Callable[..., Decoded]:
     """A function `infer(x, *, number=None, deadline) -> Decoded`, which waits for no slow device.
 
@@ -50,6 +53,8 @@ def partial_inference(
     unfinished. Compiling, on the first call for a shape, takes from the deadline: warm up with a
     long one. One caller at a time: it is not thread-safe.
 
+    Workers may run in another precision, `worker_dtype`: see `coded_inference`.
+
     Raises: ValueError where several processes run (they would have to wait for each other), the
     mesh has no axis `workers`, the model is in training mode, an argument is out of range, or
     `number` answers recover nothing;
@@ -61,7 +66,7 @@ def partial_inference(
     if max_behind < 0:
         raise ValueError(f"max_behind must be 0 or more, not {max_behind}")
     check_model(model)
-    placed = place(model, code, mesh)
+    placed = place(cast_model(model, worker_dtype), code, mesh)
     program = _program(placed)
     # On the host: wherever decoding runs, it must not touch a slow device.
     code = jax.tree.map(np.asarray, code)

@@ -29,6 +29,7 @@ from ..codes import (
     encoder_of,
     join,
 )
+from ._precision import cast_floats, worker_dtype_of
 from ._workers import Model, run_models
 
 WORKERS = "workers"
@@ -213,12 +214,13 @@ def work(
     x is (groups, K, ...), replicated, and nothing moves; or it is vectors, a share of their
     coordinates on each device, of data points of that `shape`.
     """
-    kinds = placed.slots.kinds
+    kinds, dtype = placed.slots.kinds, worker_dtype_of(placed.model)
     arrays, static = eqx.partition((placed.model, args), eqx.is_array)
 
     def of_device(arrays, encoder, x):
         model, args = eqx.combine(arrays, static)
         coded = jax.tree.map(lambda leaf: encode_leaf(encoder, leaf), x)
+        coded = cast_floats(coded, dtype)  # before it is sent
         if shape is not None:
             coded = jax.tree.map(exchanged, coded)
         return run_models(model, kinds, coded, *args)

@@ -14,7 +14,7 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from ..codes import check_counts, check_not_negative, regression_points
 from ..evaluation import Estimate
-from ..inference import Model, check_model
+from ..inference import Conditions, Model, check_model
 from ..stragglers import AbstractLatency, Latencies
 from ..surrogates import Doubt, Scheme
 from ._candidates import Candidate, feasible, uncoded_systems
@@ -69,7 +69,7 @@ class Plan:
         doubt = self.doubt and {
             field.name: np.asarray(getattr(self.doubt, field.name)).tolist()
             for field in dataclasses.fields(self.doubt)
-            if field.name != "form"  # plans are for vectors
+            if field.name not in ("form", "conditions")  # plans are for vectors
         }
         content = {
             "format": _FORMAT,
@@ -79,6 +79,7 @@ class Plan:
             "asked": self.asked,
             "about": self.about | dict(about or {}),
             "doubt": doubt,
+            "conditions": self.doubt and dataclasses.asdict(self.doubt.conditions),
             "candidates": rows,
         }
         Path(path).write_text(json.dumps(content, indent=1) + "\n")
@@ -86,6 +87,9 @@ class Plan:
 
 def load_plan(path: str | Path) -> Plan:
     """The plan that `Plan.save` wrote.
+
+    Of files that do not say at which precision and where their doubt was calibrated, its
+    `conditions` are "unknown", and so it warns of none.
 
     Raises: ValueError, naming the file, where it holds none; OSError as `open` does.
     """
@@ -96,12 +100,13 @@ def load_plan(path: str | Path) -> Plan:
         doubt: Any = content["doubt"] and {
             name: jnp.asarray(value, float) for name, value in content["doubt"].items()
         }
+        conditions = Conditions(**(content.get("conditions") or {}))
         rows = tuple(_candidate(row) for row in content["candidates"])
         return Plan(
             rows,
             _candidate(content["recommended"]),
             content["reason"],
-            Doubt(**doubt) if doubt else None,
+            Doubt(**doubt, conditions=conditions) if doubt else None,
             content["asked"],
             content["about"],
         )

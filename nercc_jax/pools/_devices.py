@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from ..inference import Model
+from ..inference import UNKNOWN, Model, check_worker_dtype, current_conditions
 from ._desk import AbstractCrew, Desk, WorkerDied
 from ._faults import Faults
 from ._overdue import Overdue
@@ -32,6 +33,7 @@ class DevicePool(AbstractPool):
         devices: Sequence[Device] | None = None,
         example: Examples = None,
         compiled: bool = True,
+        worker_dtype: DTypeLike | None = None,
         faults: Faults | None = None,
         overdue: Overdue | None = None,
         max_attempts: int = 3,
@@ -49,17 +51,26 @@ class DevicePool(AbstractPool):
                 compiled for them before the pool is ready. Without, the first batches wait for the
                 compiler.
             compiled: False for a model that is no JAX function.
+            worker_dtype: what workers run in, "bfloat16" or another floating dtype of up to 32
+                bits: their inputs are cast before they are sent, and the models' arrays once, as
+                far as `cast_model` reaches; answers come in float32. The model's own answers, of
+                what is run again, are the workers', too.
             faults: what goes wrong on purpose.
             overdue: when a task counts as overdue (`Overdue`).
             max_attempts: how many workers are tried for a coded data point that fails.
             hang_timeout: seconds after which a worker that has not answered is replaced.
             start_timeout: seconds until all workers must be ready.
 
-        Raises: ValueError for numbers that are not positive; RuntimeError where a model does not
+        Raises: ValueError for numbers that are not positive, and a model that cannot be cast;
+        RuntimeError where a model does not
         run on the example.
         """
         devices = list(jax.local_devices() if devices is None else devices)
-        models = as_models(model)
+        models = as_models(model, worker_dtype)
+        self._worker_dtype = check_worker_dtype(worker_dtype)
+        platforms = {device.platform for device in devices[:num_workers]}
+        platform = platforms.pop() if len(platforms) == 1 else UNKNOWN
+        self._conditions = current_conditions(worker_dtype, platform)
         programs = [Program(models, device, compiled) for device in devices[:num_workers]]
         warm_up(programs, len(models), example)
         self._desk = Desk(

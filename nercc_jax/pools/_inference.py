@@ -23,7 +23,7 @@ from ..codes import (
     known_decoders,
     points_of,
 )
-from ..inference import group_points
+from ..inference import check_conditions, group_points
 from ..surrogates import Doubt, assess, doubtful
 from ._batch import BatchAnswers, Enough
 from ._pool import AbstractPool
@@ -92,6 +92,9 @@ def pool_inference(
     data points of a call. That is hedged as all the pool does. What has no such answer when the
     deadline comes stays as decoded; `PoolResult.doubt` tells how doubtful it is.
 
+    What was calibrated under other `conditions` than the pool's (a doubt, a forecast's rule) says
+    so by a `CalibrationWarning`.
+
     The encoder and the decoder are compiled here, once, for every straggler set.
 
     Raises: ValueError for a doubt without `max_disagreement` or the reverse, shares outside [0, 1],
@@ -99,6 +102,7 @@ def pool_inference(
     is not finite, before anything is sent; TimeoutError where no prediction can be recovered from
     what is in at the deadline; RuntimeError where no worker answers and none will.
     """
+    check_conditions(doubt, pool.conditions)
     code, doubt = off_meshes((code, doubt))
     encoder = encoder_rows(code)
     kinds = code.worker_models.tolist()
@@ -111,6 +115,7 @@ def pool_inference(
         x, many = _groups(code, x, grouped)
         coded = jax.tree.map(lambda leaf: encode_on_host(encoder, leaf), x)
         encoded = time.perf_counter()
+        check_conditions(enough, pool.conditions)
         needed = None if enough is None or callable(enough) else operator.index(enough)
         with pool.dispatch(coded, kinds=kinds, needed=needed) as batch:
             sent = time.perf_counter()

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, PyTree, Shaped
 
+from ..inference import Conditions, cast_floats
 from ._batch import Batch
 from ._desk import Desk, PoolReport
 from ._overdue import Overdue
@@ -22,6 +23,18 @@ class AbstractPool(abc.ABC):
     """
 
     _desk: Desk
+    _worker_dtype: str | None = None
+    _conditions: Conditions = Conditions()
+
+    @property
+    def worker_dtype(self) -> str | None:
+        """What coded data points are cast to before they are sent; None: they go as they are."""
+        return self._worker_dtype
+
+    @property
+    def conditions(self) -> Conditions:
+        """At which precision workers answer, and on what; to compare calibrations with."""
+        return self._conditions
 
     @property
     def num_workers(self) -> int:
@@ -94,7 +107,8 @@ class AbstractPool(abc.ABC):
         """
         if kinds is None:
             kinds = [0] * len(points)
-        self._desk.add(batch, points, values, kinds)
+        cast = (cast_floats(value, self._worker_dtype) for value in values)
+        self._desk.add(batch, points, cast, kinds)
 
     def report(self) -> PoolReport:
         """What the pool has seen so far."""

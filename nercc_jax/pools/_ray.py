@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from ..codes import x64_enabled
-from ..inference import Model
+from ..inference import UNKNOWN, Model, check_worker_dtype, current_conditions, matmul_precision
 from ._desk import AbstractCrew, Desk, WorkerDied
 from ._faults import Faults
 from ._overdue import Overdue
@@ -37,6 +38,7 @@ class RayPool(AbstractPool):
         *,
         example: Examples = None,
         compiled: bool = True,
+        worker_dtype: DTypeLike | None = None,
         actor_options: Mapping[str, Any] | None = None,
         faults: Faults | None = None,
         overdue: Overdue | None = None,
@@ -63,8 +65,10 @@ class RayPool(AbstractPool):
                 warnings.simplefilter("ignore", RuntimeWarning)
                 ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         options = {"num_cpus": 0} | dict(actor_options or {})
-        models = as_models(model)
-        load = ray.put((models, example, compiled, faults or Faults(), x64_enabled()))
+        models = as_models(model, worker_dtype)
+        self._worker_dtype = check_worker_dtype(worker_dtype)
+        precision = x64_enabled(), matmul_precision()
+        load = ray.put((models, example, compiled, faults or Faults(), precision))
         self._crew = _Actors(load, options, owner)
         self._desk = Desk(
             self._crew,
@@ -75,6 +79,7 @@ class RayPool(AbstractPool):
             hang_timeout=hang_timeout,
             start_timeout=start_timeout,
         )
+        self._conditions = current_conditions(worker_dtype, self._crew.platform())
 
     def processes(self) -> list[int | None]:
         """The process id of each worker, on whatever machine it is; None while it is replaced."""
@@ -104,6 +109,7 @@ class _Actors(AbstractCrew):
         self._actors: dict[tuple[int, int], Any] = {}  # by worker and life
         self._hears: dict[int, Callable[[int, int, Any], None]] = {}
         self._pids: dict[int, int] = {}
+        self._platforms: dict[int, str] = {}
         self._starts = concurrent.futures.ThreadPoolExecutor(1, "nercc-ray")
 
     def start(self, worker: int, life: int, hear: Callable[[int, int, Any], None]) -> None:
@@ -115,7 +121,7 @@ class _Actors(AbstractCrew):
             if isinstance(outcome, Exception):
                 hear(worker, life, RuntimeError(_last_line(future.exception())))
                 return
-            self._pids[worker] = outcome
+            self._pids[worker], self._platforms[worker] = outcome
             hear(worker, life, None)
 
         def died(future) -> None:
@@ -155,6 +161,11 @@ class _Actors(AbstractCrew):
         # Not of `_actors`, which lacks a worker for a moment while it is replaced.
         return [self._pids.get(worker) for worker in sorted(self._hears)]
 
+    def platform(self) -> str:
+        """The platform of all workers, where it is one."""
+        found = set(self._platforms.values())
+        return found.pop() if len(found) == 1 else UNKNOWN
+
     def _kill(self, worker: int) -> None:
         self._pids.pop(worker, None)
         for one in [one for one in self._actors if one[0] == worker]:
@@ -165,15 +176,16 @@ class _Actor:
     """What runs in a worker's process."""
 
     def __init__(self, load: Any, worker: int, life: int):
-        models, example, compiled, faults, x64 = load
+        models, example, compiled, faults, (x64, products) = load
         jax.config.update("jax_enable_x64", x64)
+        jax.config.update("jax_default_matmul_precision", products)
         program = Program(models, jax.local_devices()[0], compiled)
         warm_up([program], len(models), example)
         self._worker = Worker(program, faults, worker, life, _die)
 
-    def process(self) -> int:
-        """Answers when the actor is ready."""
-        return os.getpid()
+    def process(self) -> tuple[int, str]:
+        """Answers when the actor is ready: with its process id, and JAX's platform there."""
+        return os.getpid(), jax.default_backend()
 
     def run(self, kind: int, batch: PyTree) -> PyTree:
         return self._worker(kind, batch)

@@ -9,10 +9,19 @@ import equinox as eqx
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from ..codes import x64_enabled
-from ..inference import Model, call_model, check_model
+from ..codes import is_float, x64_enabled
+from ..inference import (
+    Model,
+    call_model,
+    cast_floats,
+    cast_model,
+    check_model,
+    matmul_precision,
+    worker_dtype_of,
+)
 from ._faults import Faults, InjectedError
 
 Device: TypeAlias = Any  # `jax.Device`, which pyright does not take for a type
@@ -52,19 +61,32 @@ class Program:
     """The models of a worker, served one first, with their arrays on one device.
 
     `compiled=False` calls them as they are: for a model that is no JAX function, such as a remote
-    endpoint. Precision is that of the thread that makes the program, whichever thread calls it.
+    endpoint. Precision (x64, and of products) is that of the thread that makes the program,
+    whichever thread calls it.
     """
 
     def __init__(self, models: tuple[Model, ...], device: Device, compiled: bool):
-        self._device = device
-        self._x64 = x64_enabled()
+        self._device, self._dtype = device, worker_dtype_of(models)
+        self._x64, self._products = x64_enabled(), matmul_precision()
         with no_mesh():
             self._calls = tuple(_bound(model, device) if compiled else model for model in models)
 
     def __call__(self, kind: int, batch: PyTree) -> PyTree[np.ndarray]:
-        """Model `kind`'s answers to a batch, on the host."""
-        with no_mesh(), jax.enable_x64(self._x64), jax.default_device(self._device):
-            return jax.tree.map(np.asarray, self._calls[kind](batch))
+        """Model `kind`'s answers to a batch, on the host, in float32 at least."""
+        batch = cast_floats(batch, self._dtype)
+        with contextlib.ExitStack() as here:
+            here.enter_context(no_mesh())
+            here.enter_context(jax.enable_x64(self._x64))
+            here.enter_context(jax.default_matmul_precision(self._products))
+            here.enter_context(jax.default_device(self._device))
+            return jax.tree.map(_on_host, self._calls[kind](batch))
+
+
+def _on_host(answer: Any) -> np.ndarray:
+    """What NumPy has no name for (bfloat16) the host would not know for a float."""
+    answer = np.asarray(answer)
+    short = is_float(answer) and answer.dtype.itemsize < 4
+    return answer.astype(np.float32) if short else answer
 
 
 def _bound(model: Model, device: Device) -> Callable[[PyTree], Any]:
@@ -80,16 +102,18 @@ def _bound(model: Model, device: Device) -> Callable[[PyTree], Any]:
     return lambda batch: call(arrays, batch)
 
 
-def as_models(model: Model | Sequence[Model]) -> tuple[Model, ...]:
-    """One model, or the served and further ones, as a tuple.
+def as_models(
+    model: Model | Sequence[Model], worker_dtype: DTypeLike | None = None
+) -> tuple[Model, ...]:
+    """One model, or the served and further ones, as a tuple, in the workers' dtype.
 
-    Raises: ValueError for none, or one in training mode.
+    Raises: ValueError for none, one in training mode, or one that cannot be cast.
     """
     models = (model,) if callable(model) else tuple(model)
     if not models or not all(callable(model) for model in models):
         raise ValueError(f"workers need a model, a callable on a batch, or several: got {model!r}")
     check_model(model)
-    return models
+    return cast_model(models, worker_dtype)
 
 
 def warm_up(programs: Sequence[Program], num_models: int, example: Examples) -> None:

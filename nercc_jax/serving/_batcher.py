@@ -25,6 +25,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ..codes import Uncoded
+from ..inference import warn_if_other
 from ..pools import AbstractPool, Overdue
 from ._arrangement import Arranger
 from ._budget import Budget
@@ -86,6 +87,7 @@ class CodedBatcher:
         self._coder = coder
         self._alone = Coder(Uncoded(1), (coder.kinds[0],))
         self.fidelity = fidelity or Fidelity(coder)
+        warn_if_other("the fidelity", self.fidelity.conditions, pool.conditions)
         self._enough = _enough(coder, policy)
         self._overdue = Overdue(0.5, policy.patience)
         self._budget = Budget(policy.max_reexecution)

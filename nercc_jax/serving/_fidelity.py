@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import ArrayLike, Bool, Float
 
 from ..evaluation import Answers, Forecast, batched, cut_groups
-from ..inference import Model, run_workers
+from ..inference import Conditions, Model, cast_model, current_conditions, run_workers
 from ._coder import Coder
 from ._query_doubt import QueryDoubt, unknown
 from ._rehearsal import DRAWS, Rehearsal, make_observer
@@ -46,6 +47,7 @@ class Fidelity:
 
     def __init__(self, coder: Coder):
         self._coder = coder
+        self.conditions = Conditions()  # of the calibration
         observe = make_observer(coder) if coder.doubts else None
         self._lessons = {
             few: _Lessons(coder, Rehearsal(coder, few, observe) if observe and few > 1 else None)
@@ -53,12 +55,22 @@ class Fidelity:
         }
         self._audits: collections.deque[bool] = collections.deque(maxlen=_AUDITS)
 
-    def calibrate(self, model: Model | Sequence[Model], x: Float[ArrayLike, "points ..."]) -> None:
+    def calibrate(
+        self,
+        model: Model | Sequence[Model],
+        x: Float[ArrayLike, "points ..."],
+        *,
+        worker_dtype: DTypeLike | None = None,
+    ) -> None:
         """Runs the model on unlabelled data points, coded and uncoded, in groups of every size.
+
+        `worker_dtype` as the pool's workers have it, for both: a query's own answer is a worker's.
+        The batcher warns of a pool whose `conditions` are others.
 
         Raises: ValueError where x fills no group, or is no floats or not finite.
         """
-        models = (model,) if callable(model) else tuple(model)
+        models = cast_model((model,) if callable(model) else tuple(model), worker_dtype)
+        self.conditions = current_conditions(worker_dtype)
         run = eqx.filter_jit(run_workers)
         for few in range(2, self._coder.num_data + 1):
             number = _GROUPS if few == self._coder.num_data else _SHORT

@@ -43,7 +43,9 @@ class ServedModel:
         self._coder = Coder(code)
         fidelity = Fidelity(self._coder)
         if servable.calibration is not None and self._coder.guesses:
-            fidelity.calibrate(servable.model, servable.calibration)
+            fidelity.calibrate(
+                servable.model, servable.calibration, worker_dtype=settings.worker_dtype
+            )
             _check(fidelity, self._coder, policy.max_disagreement)
         self.pool = _open_pool(servable, settings)
         self._meter = Meter(meters, servable.name, self.pool, code)
@@ -126,6 +128,7 @@ def _open_pool(servable: Servable, settings: ModelSettings) -> AbstractPool:
         "example": [
             np.zeros((size, *servable.shape), np.float32) for size in settings.policy().batch_sizes
         ],
+        "worker_dtype": settings.worker_dtype,
         "faults": _faults(settings),
         "overdue": Overdue(0.5, settings.patience),
         "max_attempts": settings.max_attempts,

@@ -68,6 +68,9 @@ class ModelSettings(BaseModel):
         default=None, ge=1, description="Workers in the pool; N unless set."
     )
     actor_options: dict[str, Any] = Field(default={}, description="Of Ray actors: num_gpus, ...")
+    worker_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        default=None, description="Workers run in it, on inputs and weights that are cast to it."
+    )
     max_attempts: int = Field(default=3, ge=1)
     hang_timeout_s: float = Field(default=60.0, gt=0)
 

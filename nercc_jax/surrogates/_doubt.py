@@ -10,19 +10,22 @@ multiclass probability estimates"). The limit below which answers are given at o
 same data, by an upper bound of the risk (Bates et al. 2021, arXiv 2101.02703).
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray, PyTree, Shaped
 from scipy.special import expit
 
 from ..codes import AbstractCode, Decoded, Form, Matrices, decode_vectors, variances
 from ..codes import deviation as deviation_of
 from ..evaluation import Answers, draw_sets, record_answers
-from ..inference import Model
+from ..inference import AbstractCalibrated, Conditions, Model
 from ..stragglers import AbstractStragglers
 from ._calibration import correction, regression, risks
 from ._surrogate import Surrogate, check_like, decode_with_surrogate
@@ -31,7 +34,7 @@ _RATIOS = (1, 2)  # the features that must not raise the doubt
 _LEAST = 1e-30  # beside a margin and a deviation, whose logarithms are taken
 
 
-class Doubt(eqx.Module):
+class Doubt(AbstractCalibrated):
     """A calibrated score of predictions, made by `calibrate_doubt`.
 
     `weights` are the logistic regression's, and `shifts` what is added to its log-odds, at `knots`
@@ -39,7 +42,8 @@ class Doubt(eqx.Module):
     of all data points that differ from the model's own if those with no more doubt are answered at
     once, and all others by the model itself: counted on the calibration data, with one more wrong
     one than there were, and two standard errors more. `shares` are what the model must answer
-    itself.
+    itself. `conditions` are those of the answers, unknown where none were recorded: used under
+    others, `coded_inference` and `pool_inference` warn (`CalibrationWarning`).
     """
 
     weights: Float[Array, " features"]
@@ -49,6 +53,10 @@ class Doubt(eqx.Module):
     risks: Float[Array, " levels"]
     shares: Float[Array, " levels"]
     form: Form | None = eqx.field(static=True, default=None)
+    conditions: Conditions = eqx.field(static=True, default=Conditions())
+
+    def calibrated_under(self) -> Conditions:
+        return self.conditions
 
     def __call__(
         self,
@@ -115,6 +123,7 @@ def calibrate_doubt(
     surrogate: Surrogate | None = None,
     num_sets: int = 100,
     batch_size: int = 256,
+    worker_dtype: DTypeLike | None = None,
 ) -> Doubt:
     """Measures, on unlabelled data points, how likely labels of decoded predictions are wrong.
 
@@ -123,14 +132,18 @@ def calibrate_doubt(
     much). All groups meet all laws' straggler sets, `num_sets` a law. A thousand data points tell
     disagreement down to 0.1 %.
 
-    Raises: ValueError as `evaluate` does for the data, for a code that is no regression, and
-    without stragglers.
+    `worker_dtype` as workers will have it: their answers then differ from the model's own, which
+    they are compared with, by rounding, too, even where a prediction is an answer itself.
+
+    Raises: ValueError as `evaluate` does for the data, for a code that is no regression, without
+    stragglers, and for a `worker_dtype` that is none.
     """
     if not stragglers:
         raise ValueError("there are no stragglers to calibrate the doubt under")
-    own, beside = record_answers(model, code, x, batch_size=batch_size), None
+    options: Any = {"batch_size": batch_size}
+    own, beside = record_answers(model, code, x, worker_dtype=worker_dtype, **options), None
     if surrogate is not None:
-        beside = record_answers(surrogate.model, code, x, batch_size=batch_size)
+        beside = record_answers(surrogate.model, code, x, **options)
         check_like(beside.form, own.form)
     return doubt_of(own, stragglers, key, num_sets, surrogate, beside)
 
@@ -148,7 +161,8 @@ def doubt_of(
     seen = observe(own, surrogate, beside, masks)
     form = None if own.form.is_vector else own.form
     features, sure, wrong = map(np.asarray, seen)
-    return calibrate(features, sure, wrong, form)
+    doubt = calibrate(features, sure, wrong, form)
+    return dataclasses.replace(doubt, conditions=own.conditions)
 
 
 def assess(
@@ -270,4 +284,5 @@ def calibrate(
     doubt = np.where(sure, 0, expit(logit + np.interp(logit, knots, shifts)))
     levels, found, shares = risks(doubt, sure, wrong)
     numbers = (weights, knots, shifts, levels, found, shares)
-    return Doubt(*(jnp.asarray(each, float) for each in numbers), form=form)
+    arrays: Any = (jnp.asarray(each, float) for each in numbers)
+    return Doubt(*arrays, form=form)
