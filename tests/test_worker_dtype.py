@@ -1,0 +1,441 @@
+"""Workers at another precision, and calibrations that say so where theirs was another."""
+
+import dataclasses
+import functools
+import json
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from conftest import require
+from flax import nnx
+from jax.sharding import Mesh
+
+from nercc_jax import (
+    Berrut,
+    DevicePool,
+    ExactStragglers,
+    NeRCC,
+    Parity,
+    RayPool,
+    Scheme,
+    calibrate_doubt,
+    coded_inference,
+    evaluate,
+    pool_inference,
+)
+from nercc_jax.evaluation import Estimate, make_forecast, nested_objective, record_answers
+from nercc_jax.inference import (
+    CalibrationWarning,
+    Conditions,
+    cast_model,
+    current_conditions,
+    partial_inference,
+)
+from nercc_jax.planning import Candidate, Plan, load_plan
+from nercc_jax.serving import CodedBatcher, Coder, Fidelity
+
+K, N, OUTPUTS = 3, 7, 1000
+CODE = Berrut(K, N)  # quickly compiled, and decoded as all others
+REGRESSION = NeRCC(K, N)
+RANDOM = np.random.default_rng(7)
+WEIGHTS = RANDOM.normal(size=(5, OUTPUTS)).astype("float32") / 2
+X = RANDOM.normal(size=(2, K, 5)).astype("float32")
+MASK = np.arange(N) != 2
+BFLOAT16 = ml_dtypes.bfloat16
+
+
+class Linear(eqx.Module):
+    weights: jax.Array
+    places: jax.Array  # no float: stays
+
+    def __call__(self, x):
+        assert x.dtype == self.weights.dtype, "they would be promoted"
+        return jnp.tanh(x @ self.weights)[:, self.places]
+
+    def doubled(self, x):
+        return 2 * self(x)
+
+
+class Layer(nnx.Module):
+    def __init__(self):
+        self.linear = nnx.Linear(5, OUTPUTS, rngs=nnx.Rngs(0))
+        self.linear.kernel[...] = jnp.asarray(WEIGHTS)
+        self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(1))
+
+    def __call__(self, x):
+        y = self.dropout(self.linear(x))
+        assert y.dtype == x.dtype
+        return jnp.tanh(y)
+
+
+def linear():
+    return Linear(jnp.asarray(WEIGHTS), jnp.arange(OUTPUTS))
+
+
+def layer():
+    module = Layer()
+    module.eval()
+    return module
+
+
+def by_argument(x, weights, number):
+    assert x.dtype == weights.dtype
+    assert number.dtype == jnp.int32
+    return jnp.tanh(x @ weights)
+
+
+def closed(x):
+    return jnp.tanh(x @ WEIGHTS)  # promoted: only the inputs are rounded
+
+
+def rounded(values, dtype):
+    return np.asarray(values, np.float32).astype(dtype).astype(np.float32)
+
+
+def by_hand(x, dtype, weights=WEIGHTS):
+    """Predictions by matrices in float64: inputs and weights are rounded, products are not."""
+    encoder = np.asarray(CODE.encoder_matrix(), np.float64)
+    coded = rounded(np.einsum("nk,gkd->gnd", encoder, x), dtype)
+    answers = np.tanh(coded.astype(np.float64) @ rounded(weights, dtype).astype(np.float64))
+    return np.asarray(CODE.decoder_matrix(MASK), np.float64) @ answers
+
+
+# A product of five in bfloat16, and the tangent: some roundings of 2^-9, times the decoder's row
+# sums. Of float16 2^-12.
+BOUND = {"bfloat16": 3e-2, "float16": 4e-3, "float32": 1e-5}
+DTYPES = {"bfloat16": BFLOAT16, "float16": np.float16, "float32": np.float32}
+
+
+def check(predictions, dtype, **options):
+    assert predictions.dtype == jnp.float32
+    error = np.abs(np.asarray(predictions) - by_hand(X, DTYPES[dtype], **options)).max()
+    assert error < BOUND[dtype]
+    if dtype != "float32":
+        exact = np.abs(np.asarray(predictions) - by_hand(X, np.float32, **options)).max()
+        assert exact > BOUND[dtype] / 300, "it ran in float32"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("make", [linear, layer])
+def test_modules_run_in_it(make, dtype):
+    predictions = coded_inference(make(), CODE, worker_dtype=dtype)(X, MASK)
+    check(predictions, dtype)
+
+
+def test_weights_as_arguments():
+    infer = coded_inference(by_argument, CODE, worker_dtype=jnp.bfloat16)
+    check(infer(X, MASK, jnp.asarray(WEIGHTS), jnp.arange(3, dtype=jnp.int32)), "bfloat16")
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda module: functools.partial(lambda module, x: module(x), module),
+        lambda module: module.__call__,
+        lambda module: jax.tree_util.Partial(lambda module, x: module(x), module),
+        lambda module: eqx.filter_jit(module),
+    ],
+    ids=["partial", "method", "Partial", "filter_jit"],
+)
+def test_functions_of_modules(wrap):
+    answers = cast_model(wrap(linear()), "bfloat16")(X[0])
+    assert answers.dtype == jnp.float32
+    np.testing.assert_array_equal(answers, rounded(answers, BFLOAT16))
+
+
+def test_what_a_function_closes_over_stays():
+    coded = cast_model(closed, "bfloat16")(X[0])
+    expected = np.tanh(rounded(X[0], BFLOAT16) @ WEIGHTS)
+    np.testing.assert_allclose(coded, expected, atol=1e-6)
+
+
+def test_pytrees_and_integers_beside():
+    seen = {}
+
+    def model(batch, weights):
+        seen.update({name: leaf.dtype for name, leaf in batch.items()})
+        logits = batch["x"] @ weights
+        return {"logits": logits, "mean": logits.mean(axis=1).astype(jnp.float16)}
+
+    x = {"x": X, "scale": np.full((2, K), 4, np.int32), "flag": np.ones((2, K), bool)}
+    told = coded_inference(model, CODE, worker_dtype="bfloat16")(x, MASK, jnp.asarray(WEIGHTS))
+    assert seen == {"x": jnp.bfloat16, "scale": jnp.int32, "flag": jnp.bool_}
+    assert told["logits"].shape == (2, K, OUTPUTS)
+    assert {leaf.dtype for leaf in jax.tree.leaves(told)} == {jnp.dtype("float32")}
+
+
+def test_jit_and_vmap_agree():
+    infer = coded_inference(linear(), CODE, worker_dtype="bfloat16")
+    expected = np.asarray(infer(X, MASK))
+    np.testing.assert_allclose(jax.jit(infer)(X, MASK), expected, atol=2e-2)
+    mapped = jax.vmap(lambda x: infer(x, MASK))(jnp.asarray(X))
+    np.testing.assert_allclose(mapped, expected, atol=2e-2)
+
+
+@pytest.mark.slow
+def test_a_scheme_runs_in_it():
+    infer, schemed = (
+        coded_inference(linear(), each, worker_dtype="bfloat16")
+        for each in (REGRESSION, Scheme(REGRESSION))
+    )
+    expected = np.asarray(infer(X, MASK))
+    flat = schemed(X.reshape(-1, 5), MASK)
+    np.testing.assert_allclose(flat, expected.reshape(-1, OUTPUTS), atol=2e-2)
+
+
+def test_gradients_are_those_of_float32_but_for_rounding():
+    def loss(model, x, dtype):
+        return jnp.mean(coded_inference(model, CODE, worker_dtype=dtype)(x, MASK)[..., :20] ** 2)
+
+    for place in (0, 1):
+        by, plain = (
+            eqx.filter_grad(lambda both, dtype=dtype: loss(*both, dtype))(
+                (linear(), jnp.asarray(X))
+            )[place]
+            for dtype in ("bfloat16", None)
+        )
+        by, plain = (np.asarray(jax.tree.leaves(each)[0]) for each in (by, plain))
+        assert by.dtype == np.float32
+        scale = np.abs(plain).max()
+        assert 0 < np.abs(by - plain).max() < 0.05 * scale
+
+
+def test_the_objective_and_its_slope():
+    model = cast_model(Linear(jnp.asarray(WEIGHTS[:, :4]), jnp.arange(4)), "bfloat16")
+    own = np.asarray(by_argument(X, jnp.asarray(WEIGHTS[:, :4]), jnp.arange(3)))
+
+    @jax.jit
+    @jax.value_and_grad
+    def slope(x):
+        return nested_objective(model, CODE, x, MASK[None], originals=own)
+
+    value, gradient = slope(jnp.asarray(X))
+    assert value > 0
+    assert gradient.dtype == jnp.float32
+    assert np.abs(gradient).max() > 0
+
+
+@pytest.mark.parametrize("make", [linear, layer])
+def test_on_a_mesh(make):
+    mesh = Mesh(np.array(jax.devices()), ("workers",))
+    infer = coded_inference(make(), CODE, mesh=mesh, worker_dtype="bfloat16")
+    check(infer(X, MASK), "bfloat16")
+
+
+def test_a_mesh_exchanges_the_narrow_numbers():
+    mesh = Mesh(np.array(jax.devices()), ("workers",))
+    infer = coded_inference(linear(), CODE, mesh=mesh, worker_dtype="bfloat16")
+    text = jax.jit(infer).lower(jnp.asarray(X), jnp.asarray(MASK)).as_text()
+    exchanged = [line for line in text.splitlines() if "all_to_all" in line and "5x" not in line]
+    assert any("xbf16>" in line for line in exchanged)
+
+
+def test_partial_results():
+    mesh = Mesh(np.array(jax.devices()[:4]), ("workers",))
+    decoded = partial_inference(linear(), CODE, mesh, worker_dtype="bfloat16")(X, deadline=60.0)
+    plain = partial_inference(linear(), CODE, mesh)(X, deadline=60.0)
+    difference = np.abs(np.asarray(decoded.predictions) - np.asarray(plain.predictions)).max()
+    assert decoded.predictions.dtype == np.float32
+    assert 1e-4 < difference < 3e-2
+
+
+def test_several_models():
+    code = Parity(2, 3)
+    models = (linear(), Linear(jnp.asarray(2 * WEIGHTS), jnp.arange(OUTPUTS)))
+    infer = coded_inference(models, code, worker_dtype="bfloat16", grouped=True)
+    told = infer(X[:, :2], np.ones(3, bool))
+    expected = np.tanh(rounded(X[:, :2], BFLOAT16) @ rounded(WEIGHTS, BFLOAT16))
+    np.testing.assert_allclose(told, expected, atol=1e-2)
+
+
+# Pools.
+
+
+def test_a_pool_of_threads():
+    seen = []
+
+    def remote(batch):  # no JAX function
+        seen.append(batch.dtype)
+        return np.tanh(batch.astype(np.float32) @ rounded(WEIGHTS, BFLOAT16))
+
+    with DevicePool(remote, 2, compiled=False, worker_dtype="bfloat16") as pool:
+        assert pool.worker_dtype == "bfloat16"
+        coded = pool_inference(pool, CODE, with_status=True)(X)
+    assert set(seen) == {np.dtype(BFLOAT16)}
+    assert coded.answers.values.dtype == np.float32
+    with DevicePool(linear(), 2, example=X[:, 0], worker_dtype="bfloat16") as pool:
+        told = pool_inference(pool, CODE)(X)
+    np.testing.assert_allclose(told, coded.decoded.predictions, atol=3e-2)
+
+
+def test_a_pool_of_a_model_that_answers_in_bfloat16():
+    with DevicePool(lambda x: x.astype(jnp.bfloat16), 2) as pool:
+        assert pool_inference(pool, CODE)(X).dtype == np.float32
+
+
+def test_a_pool_keeps_its_makers_precision_of_products():
+    seen = []
+
+    def model(x):
+        seen.append(jax.config.jax_default_matmul_precision)
+        return x
+
+    with jax.default_matmul_precision("highest"):
+        pool = DevicePool(model, 1)
+    with pool:
+        pool_inference(pool, CODE)(X)
+        assert seen == ["highest"]
+        assert pool.conditions.matmul_precision == "highest"
+
+
+@pytest.mark.slow
+def test_a_pool_of_processes():
+    require("ray", "ray")
+    # Of this file's classes actors know nothing.
+    model = eqx.filter_vmap(eqx.nn.MLP(5, OUTPUTS, 8, 1, key=jax.random.key(0)))
+    with RayPool(model, 2, example=X[:, 0], worker_dtype="bfloat16") as pool:
+        told = pool_inference(pool, CODE)(X)
+        assert pool.conditions == Conditions("bfloat16", "cpu", "default")
+    expected = coded_inference(model, CODE, worker_dtype="bfloat16")(X, np.ones(N, bool))
+    np.testing.assert_allclose(told, expected, atol=2e-2)
+
+
+# Errors.
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float64", "complex64", "bf16", bool, float], ids=str)
+def test_no_other_dtype(dtype, untyped):
+    for use in (
+        lambda: coded_inference(closed, CODE, worker_dtype=dtype),
+        lambda: DevicePool(closed, 1, worker_dtype=dtype),
+        lambda: record_answers(closed, CODE, X[0], worker_dtype=dtype),
+    ):
+        with pytest.raises(ValueError, match="worker_dtype must be a floating dtype of at most 32"):
+            use()
+
+
+@pytest.mark.parametrize("wrap", [jax.vmap, jax.jit], ids=["vmap", "jit"])
+def test_a_module_within_a_function_is_told(wrap):
+    module = eqx.nn.Linear(5, 3, key=jax.random.key(0))
+    with pytest.raises(ValueError, match=r"the arrays of Linear cannot be cast to bfloat16"):
+        coded_inference(wrap(module), CODE, worker_dtype="bfloat16")
+    coded_inference(eqx.filter_vmap(module), CODE, worker_dtype="bfloat16")
+
+
+def test_answers_beyond_float16_make_stragglers():
+    infer = coded_inference(lambda x: 100 * x, CODE, worker_dtype="float16", with_status=True)
+    decoded = infer(np.full((K, 5), 1e3, np.float32), MASK)
+    assert not decoded.heard.any()
+
+
+# What is calibrated, and where.
+
+LAWS = {"two": ExactStragglers(2)}
+FEW = RANDOM.normal(size=(90, 5)).astype("float32")
+
+
+def small():
+    return Linear(jnp.asarray(WEIGHTS[:, :4]), jnp.arange(4))
+
+
+@pytest.fixture(scope="module")
+def doubts():
+    key = jax.random.key(0)
+    return {
+        dtype: calibrate_doubt(
+            small(), REGRESSION, FEW, LAWS, key=key, num_sets=4, worker_dtype=dtype
+        )
+        for dtype in (None, "bfloat16")
+    }
+
+
+def test_conditions_are_recorded(doubts):
+    assert doubts[None].conditions == Conditions("float32", "cpu", "default")
+    assert doubts["bfloat16"].conditions == current_conditions("bfloat16")
+    assert doubts[None].conditions == current_conditions()
+    with jax.default_matmul_precision("highest"):
+        assert record_answers(small(), CODE, FEW).conditions.matmul_precision == "highest"
+    with jax.enable_x64(True):
+        assert current_conditions().dtype == "float64"
+
+
+def test_own_answers_stay_in_float32():
+    plain, cast = (
+        record_answers(small(), CODE, FEW, worker_dtype=dtype) for dtype in (None, "bfloat16")
+    )
+    np.testing.assert_array_equal(plain.own, cast.own)
+    assert 0 < np.abs(plain.coded - cast.coded).max() < 2e-2
+    rows = evaluate(
+        small(), {"BACC": CODE}, FEW, LAWS, key=jax.random.key(1), num_sets=2,
+        worker_dtype="bfloat16",
+    )  # fmt: skip
+    assert rows[0].rel_acc.mean > 0.5
+
+
+def test_a_scheme_with_anothers_doubt_says_so(doubts):
+    scheme = Scheme(REGRESSION, doubt=doubts[None])
+    coded_inference(small(), scheme)
+    told = r"Doubt was calibrated on answers of float32 workers .* is used with bfloat16 workers"
+    with pytest.warns(CalibrationWarning, match=told):
+        coded_inference(small(), scheme, worker_dtype="bfloat16")
+    right = Scheme(REGRESSION, doubt=doubts["bfloat16"])
+    coded_inference(small(), right, worker_dtype="bfloat16")
+    with pytest.warns(CalibrationWarning, match="Calibrate again"):
+        coded_inference(small(), right)
+
+
+def test_another_platform_says_so(doubts):
+    there = Conditions("float32", "tpu", "default")
+    elsewhere = dataclasses.replace(doubts[None], conditions=there)
+    with pytest.warns(CalibrationWarning, match="platform tpu.*platform cpu"):
+        coded_inference(small(), Scheme(REGRESSION, doubt=elsewhere))
+
+
+def test_a_pool_with_anothers_doubt_or_forecast_says_so(doubts):
+    rule = make_forecast(small(), CODE, FEW).below(max_disagreement=0.99)
+    cast = make_forecast(small(), CODE, FEW, worker_dtype="bfloat16").below(max_disagreement=0.99)
+    with DevicePool(small(), 2, worker_dtype="bfloat16") as pool:
+        with pytest.warns(CalibrationWarning, match="Doubt was"):
+            pool_inference(pool, REGRESSION, doubt=doubts[None], max_disagreement=0.1)
+        pool_inference(pool, REGRESSION, doubt=doubts["bfloat16"], max_disagreement=0.1)
+        infer = pool_inference(pool, CODE)
+        infer(X, cast)
+        with pytest.warns(CalibrationWarning, match="ForecastRule was"):
+            infer(X, rule)
+
+
+@pytest.mark.slow
+def test_a_servers_calibration_elsewhere_says_so():
+    coder = Coder(NeRCC(2, 4, points="interleaved"))
+    fidelity = Fidelity(coder)
+    fidelity.calibrate(small(), FEW, worker_dtype="float16")
+    with (
+        DevicePool(small(), 4, worker_dtype="bfloat16") as pool,
+        pytest.warns(CalibrationWarning, match="float16 workers.*bfloat16 workers"),
+        CodedBatcher(pool, coder, (5,), (4,), fidelity=fidelity) as batcher,
+    ):
+        answer = batcher.submit(FEW[:1], deadline=60.0).result().values
+    np.testing.assert_array_equal(answer, cast_model(small(), "bfloat16")(FEW[:1]))
+
+
+def test_a_plan_keeps_its_doubts_conditions(tmp_path, doubts):
+    numbers = {name: 0.0 for name in ("resent", "extra_work", "most_disagreement", "p50", "p99")}
+    flags = {"points": "chebyshev", "order": None, "hedge_after": None, "limit": None}
+    flags |= {"exact": False, "held_out": True}
+    none = Estimate(0.0, 0.0)
+    best = Candidate("NeRCC", K, N, N, 0.0, copies=1, disagreement=none, **numbers, **flags)
+    plan = Plan((best,), best, "why", doubts["bfloat16"], {"buffer_size": 8}, {})
+    path = tmp_path / "plan.json"
+    plan.save(path)
+    assert load_plan(path).doubt.conditions == doubts["bfloat16"].conditions
+    content = json.loads(path.read_text())
+    del content["conditions"]  # as files were before
+    path.write_text(json.dumps(content))
+    old = load_plan(path).doubt
+    assert old.conditions == Conditions()
+    assert "unknown workers on platform unknown" in str(old.conditions)
+    coded_inference(small(), Scheme(REGRESSION, doubt=old), worker_dtype="bfloat16")
