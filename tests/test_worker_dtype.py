@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import require
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 
 from nercc_jax import (
     Berrut,
@@ -324,6 +324,30 @@ def test_a_module_within_a_function_is_told(wrap):
     with pytest.raises(ValueError, match=r"the arrays of Linear cannot be cast to bfloat16"):
         coded_inference(wrap(module), CODE, worker_dtype="bfloat16")
     coded_inference(eqx.filter_vmap(module), CODE, worker_dtype="bfloat16")
+
+
+def test_a_module_that_is_no_pytree_is_told():
+    class Plain(nnx.Module, pytree=False):
+        def __init__(self):
+            self.linear = nnx.Linear(5, 3, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.linear(x)
+
+    with pytest.raises(ValueError, match="the arrays of Plain cannot be cast"):
+        cast_model(Plain(), "bfloat16")
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_under_a_mesh_of_the_callers(kind):
+    mesh = jax.make_mesh((8,), ("workers",), axis_types=(kind,))
+    with jax.set_mesh(mesh), DevicePool(linear(), 2, worker_dtype="bfloat16") as pool:
+        told = pool_inference(pool, CODE)(X)
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "workers"))
+    model = eqx.tree_at(lambda m: m.weights, linear(), jax.device_put(WEIGHTS, spread))
+    assert cast_model(model, "bfloat16").func.weights.sharding.is_equivalent_to(spread, 2)
+    expected = np.asarray(coded_inference(linear(), CODE, worker_dtype="bfloat16")(X, MASK | True))
+    np.testing.assert_allclose(told, expected, atol=2e-2)
 
 
 def test_answers_beyond_float16_make_stragglers():

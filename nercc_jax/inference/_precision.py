@@ -51,8 +51,8 @@ def cast_model(model: Model | Sequence[Model], dtype: DTypeLike | None) -> Any:
     straggler of its worker. The gain is half the bytes to send and to keep, and on accelerators
     faster products; CPUs are slower. `bench/precision.py` measures what it costs in labels.
 
-    None: the model as it is. Raises: ValueError for another dtype, and for a module within a
-    function that JAX made of it (`jax.vmap(model)`), where it cannot be cast.
+    None: the model as it is. Raises: ValueError for another dtype, and for a module that is no
+    pytree, or within a function that JAX made of it (`jax.vmap(model)`), where it cannot be cast.
 
     >>> import equinox as eqx, jax, jax.numpy as jnp
     >>> linear = eqx.nn.Linear(2, 3, key=jax.random.key(0))
@@ -67,11 +67,12 @@ def cast_model(model: Model | Sequence[Model], dtype: DTypeLike | None) -> Any:
         return tuple(cast_model(each, dtype) for each in model)
     cast = _cast(model, wanted)
     for name, module in modules_of(cast):
-        if any(leaf.dtype != wanted for leaf in jax.tree.leaves(module) if _floats(leaf)):
+        leaves = jax.tree.leaves(module)  # the module itself if it is no pytree
+        if any(each is module or (_floats(each) and each.dtype != wanted) for each in leaves):
             raise ValueError(
                 f"the arrays of {type(module).__name__}{f' at {name}' if name else ''} cannot be "
-                f"cast to {wanted}: they are within a function that was made of it. Give the "
-                "module, or eqx.filter_vmap(module) for one of single data points"
+                f"cast to {wanted}: they are within a function that was made of it, or it is no "
+                "pytree. Give the module, or eqx.filter_vmap(module) for one of single data points"
             )
     return CastModel(cast, wanted)
 

@@ -51,6 +51,7 @@ MODEL = {
     "pool": "ray",
     "workers": 5,
     "actor_options": {"num_gpus": 0.5},
+    "worker_dtype": "bfloat16",
     "max_attempts": 2,
     "hang_timeout_s": 7.5,
     "max_batch_size": 16,
