@@ -20,8 +20,11 @@ from nercc_jax.codes import AbstractCode, Known, Matrices, decode_groups, encode
 from nercc_jax.inference import order_points
 from nercc_jax.inference._coded import _run, _run_on_mesh
 from nercc_jax.inference._spmd import WORKERS, Placed, place_inputs
-from nercc_jax.splines import smoothing_spline
+from nercc_jax.splines import _fit, smoothing_spline
 from nercc_models.lenet5 import INPUT_SHAPE, LeNet5
+
+# With CPUs only, fits are traced for them alone.
+_fit.way = "platform"
 
 _CLASSES = 10
 _FEATURES = 128
@@ -165,8 +168,15 @@ PROGRAMS: dict[str, Callable[[Devices], Program]] = {
 
 # Left out of a quick check: what takes the compiler longest, and smaller ones of them show as well.
 SLOW = {
+    "try_decode (20, 8) x 64 groups",
+    "try_decode (20, 8), matrix given",
+    "try_decode (100, 20)",
     "try_decode (100, 20) x 64 groups",
+    "LeNet5 (20, 8), mask traced",
     "LeNet5 (20, 8) x 64 groups, mask traced",
     "LeNet5 (20, 8) x 64 groups, mask known",
+    "LeNet5 (20, 8) x 64 groups, 4 devices",
     "smoothing_spline 1,000,000",
+    "order_points 16 x 1,024",
+    "nested_objective (20, 8), gradient",
 }

@@ -1,43 +1,47 @@
 """Fits as accelerators make them, on a CPU: the suite of `test_splines`, and against the filter."""
 
+import contextlib
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_posterior as posterior
 import test_splines as suite
 
 from nercc_jax import NeRCC
-from nercc_jax.splines import _dissection, _fit
+from nercc_jax.splines import _dissection, _fit, posterior_variance
 
 KINDS = ["chebyshev", "uniform", "random", "repeated"]
 
 
-@pytest.fixture(scope="class")
-def as_on_accelerators():
-    """`by_platform` held to one way; what was compiled for the other must not come back."""
+@contextlib.contextmanager
+def held_to(way):
+    """Fits are made this way; what was traced for another must not come back."""
     jax.clear_caches()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_fit, "forced", True)
+        patch.setattr(_fit, "way", way)
         yield
     jax.clear_caches()
 
 
-def ask(t, lambda_, y, at, available, end_weights, in_parallel):
+@pytest.fixture(scope="class")
+def as_on_accelerators():
+    with held_to("in parallel"):
+        yield
+
+
+def ask(t, lambda_, y, at, available, end_weights, rows):
     """All that can be asked of a fit."""
-    found = _fit.fit(
-        t, lambda_, available=available, end_weights=end_weights, in_parallel=in_parallel
-    )
+    found = _fit.fit(t, lambda_, available=available, end_weights=end_weights, rows=rows)
     values, slopes = found.values(y)
     at_knots = _fit.hermite(found.knots.t, values, slopes, jnp.asarray(at))
     return at_knots, found.matrix(at), found.variance(at), found.process(y)
 
 
-@functools.partial(jax.jit, static_argnames="in_parallel")
-def answers(*arguments, in_parallel):
-    return ask(*arguments, in_parallel)
+@functools.partial(jax.jit, static_argnames="rows")
+def answers(*arguments, rows):
+    return ask(*arguments, rows)
 
 
 def problems(n, lambdas):
@@ -51,11 +55,11 @@ def problems(n, lambdas):
             yield t, np.float32(lambda_), y, at, available, np.array([0.3, 2.0], "float32")
 
 
-@pytest.mark.parametrize("n", [2, 9])
-def test_both_ways_give_the_same(n):
+@pytest.mark.parametrize(("n", "rows"), [(2, _fit.ROWS), (9, _fit.ROWS), (9, _fit.ROWS_TPU)])
+def test_both_ways_give_the_same(n, rows):
     """Coincident points, prices at the ends, few and no observations, all lambdas."""
     for arguments in problems(n, (0, 1e-6, 1e-2, np.inf)):
-        one, other = (answers(*arguments, in_parallel=way) for way in (False, True))
+        one, other = (answers(*arguments, rows=each) for each in (None, rows))
         for a, b in zip(one, other, strict=True):
             scale = np.max(np.abs(np.where(np.isfinite(a), a, 1)), initial=1)
             np.testing.assert_allclose(b, a, rtol=1e-4, atol=4e-6 * scale)
@@ -68,17 +72,17 @@ def test_both_ways_have_the_same_gradients():
     available = np.arange(6) != 2
     with jax.enable_x64(True):
 
-        @functools.partial(jax.jit, static_argnames="in_parallel")
-        def gradients(t, lambda_, y, ends, in_parallel):
+        @functools.partial(jax.jit, static_argnames="rows")
+        def gradients(t, lambda_, y, ends, rows):
             def total(t, lambda_, y, ends):
-                found = ask(t, lambda_, y, at, available, ends, in_parallel)
+                found = ask(t, lambda_, y, at, available, ends, rows)
                 return sum(jnp.sum(each) for each in found)
 
             return jax.grad(total, argnums=(0, 1, 2, 3))(t, lambda_, y, ends)
 
         for lambda_ in (1e-8, 1e-3):
             one, other = (
-                gradients(t, np.asarray(lambda_), y, ends, in_parallel=way) for way in (False, True)
+                gradients(t, np.asarray(lambda_), y, ends, rows=rows) for rows in (None, _fit.ROWS)
             )
             for a, b in zip(one, other, strict=True):
                 np.testing.assert_allclose(b, a, rtol=1e-6, atol=1e-9 * np.max(np.abs(a)))
@@ -89,10 +93,10 @@ def test_few_columns_of_many_knots_are_solved_as_others(monkeypatch):
     gaps, weights = jnp.asarray(rng.uniform(0.05, 0.2, 20)), jnp.asarray(rng.uniform(0, 2, 21))
     y = jnp.asarray(rng.normal(size=(21, 2)))
     problem = gaps, weights, 0.1 * weights, jnp.asarray(1e-3)
-    usual = jax.jit(lambda: _dissection.dissect(*problem).solve(y))()
+    usual = jax.jit(lambda: _dissection.dissect(*problem, _fit.ROWS).solve(y))()
     monkeypatch.setattr(_dissection, "_MANY_KNOTS", 8)
     monkeypatch.setattr(_dissection, "_ROWS_AT_ONCE", 16)
-    in_parts = jax.jit(lambda: _dissection.dissect(*problem).solve(y))()
+    in_parts = jax.jit(lambda: _dissection.dissect(*problem, _fit.ROWS).solve(y))()
     for a, b in zip(usual, in_parts, strict=True):
         np.testing.assert_allclose(b, a, rtol=0, atol=1e-5)
 
@@ -100,19 +104,30 @@ def test_few_columns_of_many_knots_are_solved_as_others(monkeypatch):
 def test_no_loop_is_left():
     t, y = jnp.linspace(-1, 1, 20), jnp.ones((20, 1))
     arguments = t, jnp.float32(1e-3), y, t[:4], jnp.ones(20, bool), jnp.zeros(2)
-    text = str(jax.make_jaxpr(lambda *a: ask(*a, True))(*arguments))
+    text = str(jax.make_jaxpr(lambda *a: ask(*a, _fit.ROWS))(*arguments))
     assert "scan" not in text
     assert "while" not in text
-    assert "scan" in str(jax.make_jaxpr(lambda *a: ask(*a, False))(*arguments))
+    assert "scan" in str(jax.make_jaxpr(lambda *a: ask(*a, None))(*arguments))
 
 
 def test_the_platform_chooses():
     """A program for a TPU or a GPU has no loop over knots, one for a CPU has."""
     code = NeRCC(3, 6)
-    lowered = jax.jit(lambda mask: code.decoder_matrix(mask)).trace(jnp.ones(6, bool))
-    for platform, loops in (("cpu", True), ("tpu", False), ("cuda", False)):
-        text = lowered.lower(lowering_platforms=(platform,)).as_text()
-        assert ("stablehlo.while" in text) == loops, platform
+    with held_to("platform"):
+        lowered = jax.jit(lambda mask: code.decoder_matrix(mask)).trace(jnp.ones(6, bool))
+        for platform, loops in (("cpu", True), ("tpu", False), ("cuda", False)):
+            text = lowered.lower(lowering_platforms=(platform,)).as_text()
+            assert ("stablehlo.while" in text) == loops, platform
+
+
+def test_with_cpus_only_nothing_else_is_traced():
+    t, mask = jnp.linspace(-1, 1, 9), jnp.ones(9, bool)
+    jax.clear_caches()
+    text = str(
+        jax.make_jaxpr(lambda t, mask: posterior_variance(t, t, 1e-3, available=mask))(t, mask)
+    )
+    assert "platform_index" not in text
+    assert "scan" in text
 
 
 def test_nothing_is_read_where_nothing_is_available():
@@ -120,7 +135,7 @@ def test_nothing_is_read_where_nothing_is_available():
     y = jnp.where(mask, jnp.arange(5.0), jnp.nan)[:, None]
     at = jnp.array([0.0, 0.5])
     arguments = t, 1e-3, y, at, mask, jnp.zeros(2)
-    one, other = (answers(*arguments, in_parallel=way) for way in (False, True))
+    one, other = (answers(*arguments, rows=rows) for rows in (None, _fit.ROWS))
     for a, b in zip(one, other, strict=True):
         np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-6)
 
@@ -131,7 +146,7 @@ class TestSuite:
     """What the filter's fits promise."""
 
     @pytest.mark.parametrize("kind", KINDS)
-    @pytest.mark.parametrize("n", [4, 20, 100, 200])
+    @pytest.mark.parametrize("n", [4, 20, 200])
     def test_decoding_is_accurate(self, n, kind):
         suite.test_decoding_is_accurate(n, kind, "float32")
 
@@ -140,21 +155,12 @@ class TestSuite:
         with jax.enable_x64(True):
             suite.test_decoding_is_accurate(20, kind, "float64")
 
-    def test_the_matrix_is_accurate_up_to_its_own_rounding(self):
-        suite.test_the_matrix_is_accurate_up_to_its_own_rounding(100, "float32")
-
     def test_limits(self):
         suite.test_limits("float32")
 
     @pytest.mark.parametrize("lambda_", [0.0, np.inf])
     def test_few_observations(self, lambda_):
         suite.test_few_observations(lambda_, "float32")
-
-    def test_small_things(self):
-        suite.test_a_single_point("float32")
-        suite.test_weights_are_repetitions("float32")
-        suite.test_points_an_ulp_apart_are_one("float32")
-        suite.test_trailing_shapes_and_vmap("float32")
 
     def test_large_n_stays_accurate(self):
         suite.test_large_n_stays_accurate("float32")
@@ -163,21 +169,6 @@ class TestSuite:
     def test_a_price_on_end_slopes_is_accurate(self, end_weights):
         suite.test_a_price_on_end_slopes_is_accurate(9, end_weights, "float32")
 
-    def test_end_price_gradients_match_the_oracle(self):
-        suite.test_end_price_gradients_match_the_oracle()
-
-    def test_gradients(self):
-        suite.test_gradients_match_the_oracle("interleaved", 1e-4, 1e-12)
-        suite.test_coincident_workers_move_as_one()
-
     @pytest.mark.parametrize("lambda_", [0.0, 1e2])
     def test_gradients_are_finite_in_float32(self, lambda_):
-        suite.test_gradients_are_finite_in_float32(lambda_, "repeated")
-
-    def test_the_posterior(self, key):
-        posterior.test_outside_and_with_few_answers("float32")
-        posterior.test_coincident_answers_are_one("float32")
-        posterior.test_a_heavy_answer_is_certain("float32")
-        posterior.test_end_weights_make_the_ends_surer("float32")
-        posterior.test_missing_answers_are_never_read("float32")
-        posterior.test_process_variance_is_restricted_maximum_likelihood(1e-3, "float32", key)
+        suite.test_gradients_are_finite_in_float32("repeated", lambda_)

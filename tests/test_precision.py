@@ -16,6 +16,7 @@ from nercc_jax.codes import variances
 from nercc_jax.evaluation import nested_objective
 from nercc_jax.inference import robust_decode
 from nercc_jax.splines import (
+    _fit,
     posterior_variance,
     process_variance,
     smoothing_matrix,
@@ -79,6 +80,16 @@ PROGRAMS = {
     **{f"decode, {name}": decoding(code) for name, code in CODES.items()},
     "gradient": gradient(CODES["nercc"]),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def with_accelerators():
+    """As where there are devices: with CPUs only, no other way is traced."""
+    jax.clear_caches()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_fit, "way", "platform")
+        yield
+    jax.clear_caches()
 
 
 def lowered(program, arguments):

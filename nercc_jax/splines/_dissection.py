@@ -36,10 +36,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ._root_information import root
-
-# So many rows may join two knots before a QR makes four of them: fewer kernels, and a third of the
-# time to compile, of making it on every level.
-_MOST_ROWS = 16
+from ._small import back, diagonal, forth, product_of, triangle_of
 
 # From so many knots, with so few columns of data, right-hand sides are not kept in general form,
 # rows are fewer, and so many are worked on at a time: n = 1e6 took 2.6 GB on an H100.
@@ -66,7 +63,7 @@ class Dissection(eqx.Module):
     """QR factors of one spline's least-squares problem: its levels, and its two outermost knots.
 
     `triangle` is the factor for (g, v) of the last knot and of the first, and `turn` makes its
-    right-hand sides. `problem` are the arguments of `dissect`.
+    right-hand sides. `problem` are the arguments of `dissect` but for `most`.
     """
 
     problem: tuple[Array, Array, Array, Array]
@@ -89,7 +86,7 @@ class Dissection(eqx.Module):
             right, y = made[2:], y[::2]
         missed = jnp.concatenate([y[:1] - y[1:], jnp.zeros_like(y[:1])])
         given = jnp.concatenate([missed, right[:, 0]])
-        ends = _back(self.triangle, jnp.sum(self.turn[..., None] * given, axis=1))
+        ends = back(self.triangle, jnp.sum(self.turn[..., None] * given, axis=1))
         return _substituted(ends, known, number)
 
     def variance(
@@ -113,7 +110,7 @@ class Dissection(eqx.Module):
             passed = jnp.stack(value_row) * by_value + jnp.stack(slope_row) * by_slope
             left = jnp.where(here, 0, left) - passed[:2]
             right = jnp.where(here, right, 0) - passed[2:]
-        ends = _forth(self.triangle, jnp.concatenate([right, left]))
+        ends = forth(self.triangle, jnp.concatenate([right, left]))
         return total + jnp.sum(ends**2, axis=0)
 
 
@@ -122,14 +119,18 @@ def dissect(
     weights: Float[Array, " n"],
     slope_weights: Float[Array, " n"],
     mu: Float[Array, ""],
+    most: int,
 ) -> Dissection:
-    """The factors for knots as in `_root_information.factorize`."""
+    """The factors for knots as in `_root_information.factorize`.
+
+    At most so many rows join two knots before a QR makes four of them.
+    """
     problem = gaps, weights, slope_weights, mu
     gaps, own = _filled(gaps, weights, slope_weights)
     rows, levels = jnp.zeros((0, 4, len(gaps)), gaps.dtype), []
     while len(gaps) > 1:
         data = _data_unknown(free=2, rows=2 * len(rows), knots=len(gaps) // 2, dtype=gaps.dtype)
-        known, rows = _eliminate(mu, gaps, own[:, 1::2], rows, data)
+        known, rows = _eliminate(mu, gaps, own[:, 1::2], rows, data, most)
         turn = jnp.concatenate([known[:, 6:], rows[:, 4:]])
         levels.append(Level(known[0, :6], known[1, 1:6], turn, _uneven(gaps)))
         gaps, own, rows = gaps[::2] + gaps[1::2], own[:, ::2], rows[:, :4]
@@ -146,6 +147,10 @@ def _solve_at_once(
     y: Float[Array, "n m"],
 ) -> tuple[Float[Array, "n m"], Float[Array, "n m"]]:
     """`dissect(...).solve(y)`, for these right-hand sides only, and in parts of the knots."""
+
+    def eliminate(gaps, own, rows, missed, right):
+        return _eliminate(mu, gaps, own, rows, _data_known(2, missed, right), _FEWER_ROWS)
+
     number = len(y)
     gaps, own = _filled(gaps, weights, slope_weights)
     columns = jnp.pad(y.T, ((0, 0), (0, len(gaps) + 1 - number)), mode="edge")
@@ -157,7 +162,7 @@ def _solve_at_once(
             _uneven(gaps)[:, None], columns[:, :-1:2], columns[:, 1::2], columns[:, 2::2]
         )
         known, made = _in_parts(
-            lambda *part: _eliminate(mu, *part[:3], _data_known(2, *part[3:]), _FEWER_ROWS),
+            eliminate,
             (gaps, own[:, 1::2], rows, missed, right),
             len(gaps) // 2,
             _ROWS_AT_ONCE // (4 + 2 * len(rows)),
@@ -167,7 +172,7 @@ def _solve_at_once(
         gaps, own, columns = gaps[::2] + gaps[1::2], own[:, ::2], columns[:, ::2]
     missed = jnp.stack([columns[:, :1] - columns[:, 1:], jnp.zeros_like(columns[:, :1])])
     triangle, made = _ends(mu, gaps, own, rows, _data_known(4, missed, right, halves=False))
-    return _substituted(_back(_determined(triangle, weights), made), found, number)
+    return _substituted(back(_determined(triangle, weights), made), found, number)
 
 
 class _Data(NamedTuple):
@@ -226,7 +231,7 @@ def _eliminate(
     own: Float[Array, "2 knots"],
     rows: Float[Array, "rows 4 gaps"],
     data: _Data,
-    most: int = _MOST_ROWS,
+    most: int,
 ) -> tuple[Float[Array, "2 _ knots"], Float[Array, "left _ knots"]]:
     """Takes every second knot out; `own` are its observations' weights, rows those of its gaps.
 
@@ -235,7 +240,7 @@ def _eliminate(
     before, after = gaps[::2], gaps[1::2]
     left, right = rows[..., ::2], rows[..., 1::2]
     none = jnp.zeros_like(left[:, :2])
-    of_knot = jnp.concatenate([_diagonal(own), right[:, :2], left[:, 2:]])
+    of_knot = jnp.concatenate([diagonal(own), right[:, :2], left[:, 2:]])
     of_others = jnp.concatenate(
         [
             jnp.zeros((2, 4, len(before)), gaps.dtype),
@@ -245,7 +250,7 @@ def _eliminate(
     )
     prior = _bridge(before, after, mu), _cubic(before, after)
     known, rows = _condition(*prior, of_knot, of_others, data)
-    return known, rows if len(rows) <= most else _triangle(rows, 4)[0]
+    return known, rows if len(rows) <= most else triangle_of(rows, 4)[0]
 
 
 def _ends(
@@ -264,10 +269,10 @@ def _ends(
     precision = jnp.stack([jnp.stack([shear, -shear * gap / 2]), jnp.stack([none, bend])])
     line = jnp.stack([jnp.stack([one, gap]), jnp.stack([none, one])])
     nothing = jnp.zeros((2, 2, 1), own.dtype)
-    of_last = jnp.concatenate([_diagonal(own[:, 1:]), nothing, rows[:, 2:]])
-    of_first = jnp.concatenate([nothing, _diagonal(own[:, :1]), rows[:, :2]])
+    of_last = jnp.concatenate([diagonal(own[:, 1:]), nothing, rows[:, 2:]])
+    of_first = jnp.concatenate([nothing, diagonal(own[:, :1]), rows[:, :2]])
     known, rest = _condition(precision, line, of_last, of_first, data)
-    rest = jnp.pad(_triangle(rest, 2)[0], ((0, 0), (2, 0), (0, 0)))
+    rest = jnp.pad(triangle_of(rest, 2)[0], ((0, 0), (2, 0), (0, 0)))
     found = jnp.concatenate([known, rest])[..., 0]
     return found[:, :4], found[:, 4:]
 
@@ -290,9 +295,9 @@ def _condition(
     # observations are, where these are the larger.
     stiff = jnp.sum(of_knot[:, 0] ** 2, axis=0) < precision[0, 0] ** 2
     base, start = jnp.where(stiff, mean, 0), jnp.where(stiff, missed, 0)
-    prior = [-_product(precision, mean - base), _product(precision, missed - start)]
-    rows = [of_others + _product(of_knot, base), right - _product(of_knot, start)]
-    known, rest = _triangle(
+    prior = [-product_of(precision, mean - base), product_of(precision, missed - start)]
+    rows = [of_others + product_of(of_knot, base), right - product_of(of_knot, start)]
+    known, rest = triangle_of(
         jnp.concatenate(
             [
                 jnp.concatenate([precision, *prior, jnp.zeros_like(shared[:2])], axis=1),
@@ -304,7 +309,7 @@ def _condition(
     own, by_others, right, shared = jnp.split(
         known, np.cumsum([2, mean.shape[1], missed.shape[1]]), axis=1
     )
-    known = [own, by_others - _product(own, base), right + _product(own, start), shared]
+    known = [own, by_others - product_of(own, base), right + product_of(own, start), shared]
     return jnp.concatenate(known, axis=1), rest
 
 
@@ -386,72 +391,9 @@ def _substituted(
     return found[:number, 0], found[:number, 1]
 
 
-def _product(
-    a: Float[Array, "i j knots"], b: Float[Array, "j k knots"]
-) -> Float[Array, "i k knots"]:
-    return jnp.sum(a[:, :, None] * b[None], axis=1)
-
-
-def _diagonal(values: Float[Array, "2 knots"]) -> Float[Array, "2 2 knots"]:
-    return jnp.eye(2, dtype=values.dtype)[..., None] * values
-
-
-def _triangle(
-    rows: Float[Array, "rows columns knots"], size: int
-) -> tuple[Float[Array, "size columns knots"], Float[Array, "left _ knots"]]:
-    """QR of the first `size` columns: the triangle's rows, and the rest without these columns."""
-    made = []
-    for place in range(size):
-        pivot, rows = _column(rows)
-        made.append(jnp.pad(pivot, ((place, 0), (0, 0))))
-    return jnp.stack(made), rows
-
-
-def _column(
-    rows: Float[Array, "rows columns knots"],
-) -> tuple[Float[Array, "columns knots"], Float[Array, "rows-1 columns-1 knots"]]:
-    """Rotates all rows' first entries into the first row; returns it, and the others without them.
-
-    That is one Givens rotation after the other, in closed form: after k of them the first row is
-    sum_{i<=k} a_i row_i / l_k, where a_i are the first entries and l_k^2 = sum_{i<=k} a_i^2.
-    """
-    entries = rows[:, 0]
-    upto = np.tril(np.ones((len(rows), len(rows)), bool))[..., None, None]
-    moments = jnp.sum(jnp.where(upto, entries[:, None] * rows, 0), axis=1)
-    square = moments[:, 0]
-    some = square > 0
-    # Two `where`s, or the gradient of sqrt at zero is infinite.
-    length = jnp.sqrt(jnp.where(some, square, 1))
-    turned = jnp.where(some[:, None], moments / length[:, None], rows[:1])
-    cosine = jnp.where(some[1:], jnp.where(some[:-1], length[:-1], 0) / length[1:], 1)
-    sine = jnp.where(some[1:], entries[1:] / length[1:], 0)
-    others = cosine[:, None] * rows[1:, 1:] - sine[:, None] * turned[:-1, 1:]
-    return turned[-1], others
-
-
 def _interleaved(
     outer: Float[Array, "_ 2 m"], inner: Float[Array, "knots 2 m"]
 ) -> Float[Array, "both 2 m"]:
     """outer[0], inner[0], outer[1], inner[1], ..., the last of outer."""
     pairs = jnp.stack([outer[:-1], inner], axis=1).reshape(-1, *outer.shape[1:])
     return jnp.concatenate([pairs, outer[-1:]])
-
-
-def _back(triangle: Float[Array, "4 4"], right: Float[Array, "4 m"]) -> Float[Array, "4 m"]:
-    """Solves with the upper triangle."""
-    found: list[Array] = []
-    for i in reversed(range(4)):
-        rest = right[i] - sum(
-            triangle[i, j] * x for j, x in zip(range(i + 1, 4), found, strict=True)
-        )
-        found.insert(0, rest / triangle[i, i])
-    return jnp.stack(found)
-
-
-def _forth(triangle: Float[Array, "4 4"], right: Float[Array, "4 k"]) -> Float[Array, "4 k"]:
-    """Solves with the upper triangle's transpose."""
-    found: list[Array] = []
-    for i in range(4):
-        rest = right[i] - sum(triangle[j, i] * x for j, x in enumerate(found))
-        found.append(rest / triangle[i, i])
-    return jnp.stack(found)

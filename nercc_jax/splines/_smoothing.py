@@ -53,6 +53,9 @@ def smoothing_spline(
 
     With one observation the fit is a constant. With none it is zero; callers must know that case.
 
+    On a CPU knots are eliminated one after the other, elsewhere in parallel, without a loop: the
+    same to rounding. A program that a process without an accelerator compiles for one has the loop.
+
     Raises: ValueError where shapes do not agree.
 
     Source: arXiv 2402.04377, eqs. of the encoding and decoding regression; Green and Silverman
