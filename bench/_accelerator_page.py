@@ -224,7 +224,7 @@ def _machine(run: Mapping[str, Any]) -> str:
         "",
         f"{environment['device']}; {environment['cpu']}, {environment['cores']} cores; Python "
         f"{environment['python']}, {versions}; {environment['date'][:10]}, load average "
-        f"{environment['load_average'][0]:.1f} before and "
+        f"of the last run {environment['load_average'][0]:.1f} before and "
         f"{environment['load_average_after'][0]:.1f} after.",
         "",
         "Compiled programs, all parts of a case in turn, each call until its result is ready: "
@@ -251,14 +251,15 @@ def _inference(run: Mapping[str, Any]) -> str:
     rows = []
     for row in _cases(run, "inference"):
         parts = row["parts"]
-        cells = [_ms(parts["bare, K"]), _ms(parts["bare, N"]), _share(parts["bare, N"])]
+        cells = [str(parts[_GIVEN]["repeats"]), _ms(parts["bare, K"])]
+        cells += [_ms(parts["bare, N"]), _share(parts["bare, N"])]
         for mask in (_GIVEN, _TRACED):
             by = parts[mask]["by"]
             cells += [_ms(parts[mask]), f"{by['bare, N']:.2f}", f"{by['bare, K']:.2f}"]
         rows.append(
             [row["subject"], str(row["groups"]), row["dtype"], *cells, _share(parts[_GIVEN])]
         )
-    heads = ["model (N, K)", "groups", "dtype", "bare, K", "bare, N", "share"]
+    heads = ["model (N, K)", "groups", "dtype", "rounds", "bare, K", "bare, N", "share"]
     heads += ["mask given", "by N", "by K", "mask traced", "by N", "by K", "share, given"]
     return "\n".join(
         [
@@ -266,9 +267,12 @@ def _inference(run: Mapping[str, Any]) -> str:
             "",
             "The bare model on each group's K data points, and on as many as there are coded ones, "
             "N; then the code around it: with one mask for all groups that is known before the "
-            "program runs, and with a mask for each group that is an argument. By: times the bare "
-            "model's median. Weights are random; RepVGG in its deploy form. bfloat16 is the "
-            "model's, data points and coding stay float32.",
+            "program runs, and with a mask for each group that is an argument. *By*: times what "
+            "the bare model took in the same round, median over rounds. Coded inference has all of "
+            "the bare model on N points in it, so what is below 1 is the noise of the machine, and "
+            "what is above by as little may be. Weights are random; the models for 32 x 32 pixels "
+            "are built as the shipped ones for CIFAR-10, RepVGG in its deploy form. bfloat16 is "
+            "the model's; data points and coding stay float32.",
             "",
             *_table(heads, rows),
         ]
@@ -327,8 +331,8 @@ def _left_out(run: Mapping[str, Any]) -> str:
         [
             "### Left out",
             "",
-            f"Three rounds of these would take longer than {run['seconds']:g} s on this machine, "
-            "or their data too much memory.",
+            "On this machine three rounds of these would take longer than `--seconds` (10 unless "
+            "given), or their data more than `--gigabytes`; larger ones are not tried then.",
             "",
             *_table(["case", "why"], rows),
         ]
@@ -373,7 +377,9 @@ def _ms(part: Mapping[str, Any]) -> str:
 
 
 def _share(part: Mapping[str, Any]) -> str:
-    return f"{100 * part['share']:.2g} % {part['limit'][0]}" if part["least_s"] else "-"
+    percent = 100 * part["share"]
+    shown = f"{percent:.0f}" if percent >= 10 else f"{percent:.2g}"
+    return f"{shown} % {part['limit'][0]}" if part["least_s"] else "-"
 
 
 def _range(values: Sequence[float]) -> str:
@@ -429,7 +435,7 @@ def _draw_overhead(axes: Any, run: Mapping[str, Any]) -> None:
     axes.set_yticks(places, labels, fontsize=8)
     axes.axvline(1, color="black", lw=0.8)
     axes.set(xlabel="times the bare model on the same N points")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="lower left", framealpha=1)
     environment = run["environment"]
     where = f"{environment['cores']} CPU cores" if _is_cpu(run) else environment["device"]
     axes.set_title(f"Coded inference, (N, K) x groups: {where}", fontsize=10)

@@ -11,8 +11,9 @@ arguments and results, each moved once, at the device's limits (its data sheet's
 
 A case that takes longer than `--seconds` for three rounds of its parts, or more than `--gigabytes`,
 is left out, and so are larger ones of its family; the results say so. Results are added to those of
-the same device; `--page` writes docs/accelerators.md and the picture without timing anything, with
-what `bench/compiled.py --update` counted for devices that are not there.
+the same device, and with `--only` held against the same limits. `--page` writes the page,
+docs/accelerators.md, and its picture without timing anything, with what
+`bench/compiled.py --update` counted for devices that are not there.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from _compiled_hlo import summarise
 from _report import Contender, Timing, clock, environment, interleaved, warmed, write_json
 
 RESULTS = Path(__file__).parent / "results"
+FILE = "accelerator.json"
 PAGE = Path(__file__).parents[1] / "docs" / "accelerators.md"
 _PACKAGES = ("nercc-jax", "jax", "jaxlib", "equinox", "flax", "numpy")
 _ROUNDS = (3, 31)  # of a case's parts, at least and at most
@@ -100,7 +102,8 @@ def measure(case: Case, limits: Limits, seconds: float) -> dict[str, Any]:
         spent += clock(built[name].call)
         if _ROUNDS[0] * spent > seconds:
             raise TooLarge(
-                f"{_ROUNDS[0]} rounds up to its part '{name}' take {_ROUNDS[0] * spent:.0f} s"
+                f"{_ROUNDS[0]} rounds up to its part '{name}' take {_ROUNDS[0] * spent:.0f} s, "
+                f"more than {seconds:g}"
             )
     rounds = int(np.clip(seconds / (2 * spent), *_ROUNDS))  # each call is warmed
     quick = spent < 0.1
@@ -183,6 +186,12 @@ def add_results(path: Path, run: Mapping[str, Any]) -> dict[str, Any]:
     return content
 
 
+def kept_limits(path: Path, label: str) -> Limits | None:
+    """Those that the device's other cases were held against."""
+    runs = json.loads(path.read_text())["runs"] if path.exists() else {}
+    return Limits(**runs[label]["limits"]) if label in runs else None
+
+
 def write_page(results: Path, page: Path) -> None:
     try:
         from _accelerator_page import write
@@ -211,7 +220,8 @@ def main() -> None:
     if not options.page:
         device = jax.devices()[0]
         start = environment(_PACKAGES)
-        limits = limits_of(device)
+        whole = options.only == ["*"]
+        limits = (not whole and kept_limits(results / FILE, start["device"])) or limits_of(device)
         print(f"{start['device']}: {limits}")
         every = cases(sorted(options.groups), options.dtypes)
         chosen = [c for c in every if any(fnmatch.fnmatchcase(c.name, p) for p in options.only)]
@@ -221,10 +231,9 @@ def main() -> None:
         run = {
             "environment": start | after,
             "limits": dataclasses.asdict(limits),
-            "seconds": options.seconds,
             "cases": found,
         }
-        add_results(results / "accelerator.json", run)
+        add_results(results / FILE, run)
     write_page(results, page)
     print(f"wrote {page}")
 

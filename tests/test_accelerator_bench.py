@@ -105,7 +105,7 @@ def _results(device):
     large = {**row, "subject": "ViT", "left_out": "it takes 99 s"}
     limits = {"bandwidth": 1e9, "float32": 1e9, "default": 1e9, "bfloat16": 1e9, "source": "a test"}
     cases = {"small": {**row, "parts": parts}, "large": large}
-    return {"environment": environment, "limits": limits, "seconds": 5.0, "cases": cases}
+    return {"environment": environment, "limits": limits, "cases": cases}
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def folder(tmp_path):
     before = {"commit": "d2854f6", "platforms": {"cuda": old, "tpu": {"programs": {}}}}
     (tmp_path / "compiled-before.json").write_text(json.dumps(before))
     new = {"launches": 40, "loops": 0, "open_loops": 1, "cycles": 0, "temp_bytes": 2_000_000}
-    programs = {name: new, "broken": {**new, "error": "no"}}
+    programs = {name: new, "uncompiled": {**new, "error": "no"}}
     now = {"environment": {"versions": {"jax": "0"}}, "programs": programs}
     (tmp_path / "compiled-cuda.json").write_text(json.dumps(now))
     return tmp_path
@@ -143,7 +143,7 @@ def test_the_page_says_what_is_a_time_and_what_is_a_count(bench, folder, device,
     assert (
         "| LeNet5 (20, 8), mask traced | 1,000 | 40 | 2.51 ms | 110 µs | 16 + 1 | 0 + 1 |" in text
     )
-    assert "broken" not in text
+    assert "uncompiled" not in text
     assert "| large | it takes 99 s |" in text
     assert (folder / "accelerator.png").stat().st_size > 0
 
@@ -157,6 +157,8 @@ def test_results_of_a_device_are_added_to_its_own(bench, tmp_path):
     content = bench.command.add_results(path, _results("gpu: a card"))
     assert set(content["runs"]["cpu: cpu"]["cases"]) == {"small", "large", "other"}
     assert set(content["runs"]) == {"cpu: cpu", "gpu: a card"}
+    assert bench.command.kept_limits(path, "cpu: cpu").source == "a test"
+    assert bench.command.kept_limits(path, "cpu: another") is None
 
 
 def test_the_page_is_written_before_anything_was_timed(bench, tmp_path):
