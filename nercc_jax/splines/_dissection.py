@@ -149,7 +149,8 @@ def _solve_at_once(
     """`dissect(...).solve(y)`, for these right-hand sides only, and in parts of the knots."""
 
     def eliminate(gaps, own, rows, missed, right):
-        return _eliminate(mu, gaps, own, rows, _data_known(2, missed, right), _FEWER_ROWS)
+        data = _data_known(2, missed, right[..., 1::2], right[..., ::2])
+        return _eliminate(mu, gaps, own, rows, data, _FEWER_ROWS)
 
     number = len(y)
     gaps, own = _filled(gaps, weights, slope_weights)
@@ -171,7 +172,7 @@ def _solve_at_once(
         rows, right = made[:, :4], made[:, 4:]
         gaps, own, columns = gaps[::2] + gaps[1::2], own[:, ::2], columns[:, ::2]
     missed = jnp.stack([columns[:, :1] - columns[:, 1:], jnp.zeros_like(columns[:, :1])])
-    triangle, made = _ends(mu, gaps, own, rows, _data_known(4, missed, right, halves=False))
+    triangle, made = _ends(mu, gaps, own, rows, _data_known(4, missed, right))
     return _substituted(back(_determined(triangle, weights), made), found, number)
 
 
@@ -197,16 +198,12 @@ def _data_unknown(*, free: int, rows: int, knots: int, dtype: Any) -> _Data:
 
 
 def _data_known(
-    free: int,
-    missed: Float[Array, "2 m knots"],
-    right: Float[Array, "rows m _"],
-    *,
-    halves: bool = True,
+    free: int, missed: Float[Array, "2 m knots"], *right: Float[Array, "_ m knots"]
 ) -> _Data:
-    sides = [right[..., 1::2], right[..., ::2]] if halves else [right]
+    """These right-hand sides, block by block: the first `free` rows have none."""
     none = jnp.zeros((free, *missed.shape[1:]), missed.dtype)
-    right = jnp.concatenate([none, *sides])
-    return _Data(missed, right, right[:, :0])
+    columns = jnp.concatenate([none, *right])
+    return _Data(missed, columns, columns[:, :0])
 
 
 def _filled(
