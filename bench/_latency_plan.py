@@ -88,10 +88,12 @@ class _Run:
                 now = server._clock() - start
                 if now > _DEADLINE:
                     break
-                self._hear(batch)
+                # One look at who answered: an answer that came between two would be heard by neither.
+                available = np.array(batch.available)
+                self._hear(batch, available)
                 self._hedge(batch, now)
                 for group in np.flatnonzero(~self._decided).tolist():
-                    self._look(batch, group, now)
+                    self._look(batch, available, group, now)
                 if not self._pending.any():
                     break
                 wait = self._next_look(now) - (server._clock() - start)
@@ -113,9 +115,9 @@ class _Run:
     def _give(self, query: int, label: int) -> None:
         self._labels[query], self._pending[query] = label, False
 
-    def _hear(self, batch: Batch) -> None:
+    def _hear(self, batch: Batch, available: np.ndarray) -> None:
         """Answers to queries as they came."""
-        for place in np.flatnonzero(batch.available).tolist():
+        for place in np.flatnonzero(available).tolist():
             if place >= self._first:
                 query = (place - self._first) % len(self._x)
             else:
@@ -139,10 +141,10 @@ class _Run:
             self._copies += 1
             self._send(batch, place + late, self._x[late])
 
-    def _look(self, batch: Batch, group: int, now: float) -> None:
+    def _look(self, batch: Batch, available: np.ndarray, group: int, now: float) -> None:
         """Decodes a group when its rule says so, and sends again what is doubtful."""
         row, queries = self._row, slice(group * self._k, (group + 1) * self._k)
-        mask = batch.available[group * self._workers : (group + 1) * self._workers].copy()
+        mask = available[group * self._workers : (group + 1) * self._workers]
         enough = mask.sum() >= row.wait_for and now >= row.patience
         if not (enough or mask.all()) or row.hedge_after is not None:
             return
