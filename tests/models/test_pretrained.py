@@ -44,12 +44,12 @@ def require(package):
         pytest.skip(reason)
 
 
-def ten_images():
-    """Ten images (10, 256, 256, 3) of ImageNet; noise of that shape on a machine without them."""
+def some_images():
+    """Four images (4, 256, 256, 3) of ImageNet; noise of that shape on a machine without them."""
     try:
-        return load_data("imagenet1k-sample", "validation", data_dir=DATA_DIR, limit=10).images
+        return load_data("imagenet1k-sample", "validation", data_dir=DATA_DIR, limit=4).images
     except (FileNotFoundError, ImportError):
-        shape = (10, 256, 256, 3)
+        shape = (4, 256, 256, 3)
         return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
@@ -71,7 +71,7 @@ def randomize(torch, model):
 
 
 class Original(NamedTuple):
-    """A timm model by name, what it answers to ten images, and the files of its weights."""
+    """A timm model by name, what it answers to some images, and the files of its weights."""
 
     name: str
     module: object
@@ -95,7 +95,7 @@ def original(request, tmp_path_factory):
     torch.manual_seed(0)
     module = timm.create_model(request.param).eval()
     randomize(torch, module)
-    images = preprocessing_of(request.param)(ten_images())
+    images = preprocessing_of(request.param)(some_images())
     with torch.no_grad():
         logits = module(to_torch(torch, images)).numpy()
     folder = tmp_path_factory.mktemp(request.param)
@@ -217,7 +217,7 @@ def test_lenet5_equals_pytorchs(tmp_path, wrapper, record_property):
 def test_preprocessing_is_timms(name, size):
     timm, torch = require("timm"), require("torch")
     image_module = require("PIL.Image")
-    images = [image_module.fromarray(image) for image in ten_images()[:3]]
+    images = [image_module.fromarray(image) for image in some_images()[:3]]
     if size is not None:
         images = [image.resize(size[::-1], image_module.Resampling.BICUBIC) for image in images]
     config = timm.data.resolve_data_config(timm.get_pretrained_cfg(name).to_dict())
