@@ -88,7 +88,7 @@ class _Run:
                 now = server._clock() - start
                 if now > _DEADLINE:
                     break
-                # One look at who answered: an answer that came between two would be heard by neither.
+                # One look for both: an answer between two looks would be heard by neither.
                 available = np.array(batch.available)
                 self._hear(batch, available)
                 self._hedge(batch, now)
