@@ -1,5 +1,6 @@
 """Eight CPU devices, both precisions, a fixed key. Warnings are errors (pyproject.toml)."""
 
+import ctypes
 import gc
 import importlib
 import os
@@ -96,24 +97,34 @@ def forget_programs(request):
     which every core of the machine runs one. Counting takes 10 ms, so it is done now and then.
     """
     yield
-    done = request.session.stash.get(_DONE, 0) + 1
-    request.session.stash[_DONE] = done
-    if done % 10 == 0 and _too_many_programs():
+    stash = request.session.stash
+    done = stash[_DONE] = stash.get(_DONE, 0) + 1
+    if done % 10 == 0 and _too_many_programs(stash.get(_ROOM, _BYTES)):
         jax.clear_caches()
+        gc.collect()
+        if _TRIM is not None:
+            _TRIM(0)
+        # What stays is no reason to forget everything again ten tests later.
+        stash[_ROOM] = max(_BYTES, _resident() + _MORE)
 
 
-_DONE = pytest.StashKey[int]()
+_DONE, _ROOM = pytest.StashKey[int](), pytest.StashKey[int]()
 _PROCESS, _LIMIT = pathlib.Path("/proc/self"), pathlib.Path("/proc/sys/vm/max_map_count")
 _MAPS = int(_LIMIT.read_text()) if _LIMIT.exists() else None
-_BYTES = 3 << 30
+_BYTES, _MORE = 3 << 30, 1 << 30
+# glibc's, which gives free memory back.
+_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
 
 
-def _too_many_programs() -> bool:
+def _resident() -> int:
+    return int((_PROCESS / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _too_many_programs(room: int) -> bool:
     if _MAPS is None:
         return False
-    resident = int((_PROCESS / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     maps = (_PROCESS / "maps").read_bytes().count(b"\n")
-    return resident > _BYTES or maps > 0.6 * _MAPS
+    return _resident() > room or maps > 0.6 * _MAPS
 
 
 @pytest.fixture
