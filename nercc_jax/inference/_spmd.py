@@ -239,7 +239,10 @@ def work(
 # moves N m numbers to each, exchanging shares and gathering predictions (N + K) m / D + K m. Eight
 # CPU devices on two cores, N = 20, K = 8, in ms, gathered / by coordinate / by group: 1 group of 10
 # coordinates 2.1 / 2.7 / 3.0; 64 of 10 7.6 / 7.4 / 4.1; 64 of 1,000 144 / 25 / 10; 1 of 150,528
-# 158 / 23 / 190. By group, the decoder's matrices are shared too, and it needs a group a device.
+# 158 / 23 / 190. By group, the decoder's matrices are shared too, and it needs a group a device. By
+# coordinate there are fewer groups than devices, and each device makes the matrices of traced masks
+# for itself: one device would take as long while others wait, and then have to send them. (Those of
+# known masks are made once, on the host: `given`.)
 
 
 def _decode_by_group(
