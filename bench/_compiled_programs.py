@@ -176,6 +176,7 @@ SLOW = {
     "LeNet5 (20, 8) x 64 groups, mask traced",
     "LeNet5 (20, 8) x 64 groups, mask known",
     "LeNet5 (20, 8) x 64 groups, 4 devices",
+    "smoothing_spline 10,000",
     "smoothing_spline 1,000,000",
     "order_points 16 x 1,024",
     "nested_objective (20, 8), gradient",

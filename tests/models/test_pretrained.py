@@ -26,7 +26,7 @@ from nercc_models.repvgg import repvgg
 from nercc_models.vit import ViT
 
 DATA_DIR = Path(__file__).parents[3] / "shared" / "data"
-REPVGG_NAMES = ("repvgg_a0", "repvgg_a2", "repvgg_b0")
+REPVGG_NAMES = ("repvgg_a0", "repvgg_b0")
 VIT_NAMES = ("vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224")
 # Of the largest logit, in float32, where rounding makes 1e-6. The issue asks for 1e-4: that is near
 # to what the approximate GELU makes (1e-4), and more than LayerNorm with epsilon 1e-5 (1e-5).
@@ -247,7 +247,7 @@ def test_every_name_is_one_of_timms(name):
     )
 
 
-@pytest.mark.parametrize("size", ["a1", "b1", "b2", "b3"])
+@pytest.mark.parametrize("size", ["a1", "a2", "b1", "b2", "b3"])
 def test_the_other_sizes_have_timms_arrays(size):
     torch, timm = require("torch"), require("timm")
     with torch.device("meta"):  # shapes without numbers: b3 has 123 million
