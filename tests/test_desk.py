@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from nercc_jax.pools import Overdue
-from nercc_jax.pools._desk import AbstractCrew, Desk, WorkerDied
+from nercc_jax.pools._crew import AbstractCrew, WorkerDied
+from nercc_jax.pools._desk import Desk
 
 
 class Script(AbstractCrew):

@@ -3,8 +3,6 @@
 from ._batch import Batch as Batch
 from ._batch import BatchAnswers as BatchAnswers
 from ._batch import Failure as Failure
-from ._desk import PoolReport as PoolReport
-from ._desk import WorkerReport as WorkerReport
 from ._devices import DevicePool as DevicePool
 from ._faults import Episodes as Episodes
 from ._faults import Fault as Fault
@@ -16,5 +14,8 @@ from ._inference import pool_inference as pool_inference
 from ._overdue import Overdue as Overdue
 from ._pool import AbstractPool as AbstractPool
 from ._ray import RayPool as RayPool
+from ._report import PoolReport as PoolReport
+from ._report import WorkerReport as WorkerReport
+from ._report import WorkerState as WorkerState
 from ._run import BatchOutcome as BatchOutcome
 from ._run import run_batches as run_batches

@@ -16,15 +16,12 @@ The rules:
   from waiting for a straggler while others are free.
 """
 
-import abc
 import collections
-import dataclasses
 import logging
-import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,106 +29,17 @@ from jaxtyping import PyTree
 
 from ..codes import check_counts
 from ._batch import Batch, Failure, Task
-from ._overdue import Overdue
+from ._crew import AbstractCrew, WorkerDied, reason_of
+from ._overdue import Limits, Overdue
+from ._report import PoolReport, WorkerReport
+from ._report import WorkerState as WorkerState
+from ._seat import Seat
 
 _LOG = logging.getLogger(__name__)
-
-
-class WorkerDied(Exception):
-    """A worker is gone, with what it had in hand."""
-
-
-class AbstractCrew(abc.ABC):
-    """How the workers of a pool are started, reached and ended.
-
-    A worker has lives, numbered from 0. `hear(worker, life, outcome)` is to be called once a life
-    when the worker is ready, with None, and once for each task sent, with the answer or an
-    exception, `WorkerDied` if the life is over. None of these methods may block.
-    """
-
-    @abc.abstractmethod
-    def start(self, worker: int, life: int, hear: Callable[[int, int, Any], None]) -> None:
-        """Begins a life of a worker, ending an earlier one that is still there."""
-
-    @abc.abstractmethod
-    def send(self, worker: int, life: int, kind: int, batch: PyTree) -> None:
-        """Gives a worker a batch for its model `kind`."""
-
-    @abc.abstractmethod
-    def close(self) -> None:
-        """Ends all workers."""
-
-
-WorkerState: TypeAlias = Literal["idle", "busy", "overdue", "starting"]
-
-
-@dataclasses.dataclass(frozen=True)
-class WorkerReport:
-    """What one worker does now, for how many seconds it has had a task in hand, and its deaths."""
-
-    state: WorkerState
-    busy_seconds: float
-    deaths: int
-
-
-@dataclasses.dataclass(frozen=True)
-class PoolReport:
-    """What a pool has seen so far, and what its workers do now.
-
-    `deaths` counts workers lost, hung ones and failed starts included: each is replaced, at once
-    or, after a failed start, after a pause that grows. `errors` are answers that were exceptions or
-    none (not finite, of the wrong shape); `late` ones came after their batch was forgotten, or
-    second. `seconds` is the workers' time that `sent` tasks took, and `wasted_seconds` what of it
-    went into answers that nobody used. `workers` tells of each worker.
-    """
-
-    num_workers: int
-    idle: int
-    busy: int
-    starting: int
-    sent: int
-    answered: int
-    late: int
-    errors: int
-    deaths: int
-    hung: int
-    copies: int
-    seconds: float
-    wasted_seconds: float
-    workers: tuple[WorkerReport, ...]
-
-    @property
-    def deaths_by_worker(self) -> tuple[int, ...]:
-        return tuple(worker.deaths for worker in self.workers)
-
-
-@dataclasses.dataclass
-class _Seat:
-    """A worker's place."""
-
-    life: int = 0
-    ready: bool = False
-    task: Task | None = None
-    since: float = 0.0
-    overdue: bool = False
-    deaths: int = 0
-    failed_starts: int = 0  # lives that ended before it was ready, one after the other
-    start_at: float = np.inf  # when the next life begins
-
-    @property
-    def state(self) -> WorkerState:
-        if not self.ready:
-            return "starting"
-        if self.task is None:
-            return "idle"
-        return "overdue" if self.overdue else "busy"
-
 
 _STARTS = 3  # failed starts of a worker that a new pool takes before it gives up
 # Seconds until a worker that did not start is started again, doubled each time, and at most.
 _PAUSE, _LONGEST = 0.1, 10.0
-_WINDOW = 256  # service times that the running quantile looks at
-_REFRESH = 16  # answers between two looks
 
 
 class Desk:
@@ -160,11 +68,10 @@ class Desk:
         self._max_attempts, self._hang_timeout = max_attempts, hang_timeout
         self._lock = threading.RLock()
         self._wake = threading.Condition(self._lock)  # time, and workers that are ready
-        self._seats = [_Seat() for _ in range(num_workers)]
+        self._seats = [Seat() for _ in range(num_workers)]
         self._idle: collections.deque[int] = collections.deque()
         self._batches: dict[Batch, None] = {}  # open ones that may want to send, in order
-        self._times: collections.deque[float] = collections.deque(maxlen=_WINDOW)
-        self._limits = {overdue: np.inf}  # seconds after which tasks are overdue, by rule
+        self._limits = Limits(overdue)
         self._counts: collections.Counter[str] = collections.Counter()
         self._seconds = self._wasted = 0.0
         self._closed = False
@@ -222,8 +129,7 @@ class Desk:
             for point, value, kind in zip(points, values, kinds, strict=True):
                 batch.add(Task(batch, point, kind, value))
             self._batches[batch] = None
-            if batch.overdue not in self._limits:
-                self._limits[batch.overdue] = self._limit(batch.overdue)
+            self._limits.follow(batch.overdue)
             # At first everything goes to whoever is free: redundancy is sent while it is cheap.
             sends = []
             while self._idle and batch.waiting and (worker := self._whom(batch.waiting[0])) >= 0:
@@ -298,7 +204,7 @@ class Desk:
     def _ready(self, worker: int, outcome: Any) -> None:
         seat = self._seats[worker]
         if isinstance(outcome, Exception):
-            self._trouble = f"worker {worker} could not start: {_reason(outcome)}"
+            self._trouble = f"worker {worker} could not start: {reason_of(outcome)}"
             self._bury(worker, self._trouble)
             return
         seat.ready, seat.failed_starts = True, 0
@@ -451,21 +357,8 @@ class Desk:
     # Time.
 
     def _observe(self, seconds: float) -> None:
-        self._times.append(seconds)
-        self._counts["observed"] += 1
-        # Often at first, until every rule has seen enough to have a limit.
-        if self._counts["observed"] % _REFRESH and not np.isinf(max(self._limits.values())):
-            return
-        before = self._limits
-        self._limits = {overdue: self._limit(overdue) for overdue in before}
-        if any(self._limits[overdue] < limit for overdue, limit in before.items()):
+        if self._limits.observe(seconds):
             self._wake.notify_all()
-
-    def _limit(self, overdue: Overdue) -> float:
-        """The seconds after which this rule has a task overdue, for now."""
-        if len(self._times) < overdue.least:
-            return np.inf
-        return overdue.factor * float(np.quantile(self._times, overdue.quantile))
 
     def _watch_time(self) -> None:
         """Marks tasks that are overdue, and replaces workers that hang."""
@@ -533,17 +426,5 @@ def _tell(what: str, callback: Callable[..., None], *args: Any) -> None:
 def _refusal(task: Task, outcome: Any) -> str | None:
     """Why a worker's outcome is no answer, if so."""
     if isinstance(outcome, Exception):
-        return _reason(outcome)
+        return reason_of(outcome)
     return task.batch.refusal(outcome, len(jax.tree.leaves(task.value)[0]))
-
-
-# The line of a traceback that says what was raised: frames are indented.
-_RAISED = re.compile(r"[A-Za-z_][\w.]*(: |$)")
-
-
-def _reason(error: Exception) -> str:
-    """One line: what was raised, and where XLA wraps a traceback, what that says at its end."""
-    text = str(error)
-    _, traceback, raised = text.rpartition("Traceback (most recent call last):")
-    lines = [line for line in raised.splitlines() if _RAISED.match(line)] if traceback else []
-    return lines[0] if lines else f"{type(error).__name__}: {text}".splitlines()[0]

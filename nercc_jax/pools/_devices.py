@@ -10,7 +10,8 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from ..inference import UNKNOWN, Model, check_worker_dtype, current_conditions
-from ._desk import AbstractCrew, Desk, WorkerDied
+from ._crew import AbstractCrew, WorkerDied
+from ._desk import Desk
 from ._faults import Faults
 from ._overdue import Overdue
 from ._pool import AbstractPool

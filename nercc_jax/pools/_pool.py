@@ -10,8 +10,9 @@ from jaxtyping import Array, PyTree, Shaped
 
 from ..inference import Conditions, cast_floats
 from ._batch import Batch
-from ._desk import Desk, PoolReport
+from ._desk import Desk
 from ._overdue import Overdue
+from ._report import PoolReport
 
 
 class AbstractPool(abc.ABC):

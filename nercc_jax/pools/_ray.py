@@ -15,7 +15,8 @@ from jaxtyping import PyTree
 
 from ..codes import x64_enabled
 from ..inference import UNKNOWN, Model, check_worker_dtype, current_conditions, matmul_precision
-from ._desk import AbstractCrew, Desk, WorkerDied
+from ._crew import AbstractCrew, WorkerDied
+from ._desk import Desk
 from ._faults import Faults
 from ._overdue import Overdue
 from ._pool import AbstractPool
