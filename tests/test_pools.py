@@ -489,6 +489,9 @@ def test_many_threads_at_one_pool():
         (lambda pool: pool.dispatch(points(2), copies=0), "1 copy or more, not 0"),
         (lambda pool: pool.dispatch(points(2)).wait(3), "wait for 1 to 2 answers, not 3"),
         (lambda pool: pool.dispatch(points(2)).wait(deadline=0.0), "a positive number of seconds"),
+        (lambda pool: pool.dispatch(points(2)).wait(deadline=np.nan), "of seconds, not nan"),
+        (lambda pool: pool.dispatch(points(2)).wait(deadline=-np.inf), "of seconds, not -inf"),
+        (lambda pool: pool_inference(pool, NeRCC(2, 4))(np.ones((2, 1)), None, np.nan), "not nan"),
         (lambda pool: pool.dispatch(points(2), kinds=[0, 1]), r"run 1 model\(s\), but 2 are asked"),
         (lambda pool: pool.send(pool.open(2), [2], points(1)), "point 2 of 2 is not there"),
         (lambda pool: pool_inference(pool, NeRCC(2, 4))(np.ones((3, 1))), r"x of shape \(3, 1\)"),
@@ -502,6 +505,25 @@ def test_many_threads_at_one_pool():
 def test_errors_come_before_anything_is_sent(call, message, untyped):
     with DevicePool(itself, 1, compiled=False) as pool, pytest.raises(ValueError, match=message):
         call(pool)
+
+
+def test_a_wait_without_an_end(gate, monkeypatch):
+    """Threads refuse to sleep for centuries, so what is that long is slept in pieces."""
+    monkeypatch.setattr("nercc_jax.pools._batch.LONGEST_SLEEP", 0.01)
+    with gated(gate, 1, hang_timeout=1e300, start_timeout=np.inf) as pool:
+        batches = [pool.dispatch(points(1) + np.float32(13)) for _ in range(2)]
+        with ThreadPoolExecutor(2) as executor:
+            waits = executor.map(lambda batch, end: batch.wait(None, end), batches, (1e300, np.inf))
+            assert gate.reached.wait(SOON)
+            gate.opened.set()
+            assert all(answers.available.all() for answers in waits)
+
+
+def test_a_delay_without_an_end_is_no_error():
+    """It would be an OverflowError, told as the model's."""
+    faults = Faults([Fault("delay", latency=TraceLatency(jax.numpy.array([1e30])))])
+    with DevicePool(itself, 1, compiled=False, faults=faults) as pool:
+        assert not pool.dispatch(points(1)).wait(deadline=0.2).failures
 
 
 def test_errors_in_a_pools_numbers(untyped):

@@ -116,6 +116,14 @@ def test_no_attempt_is_refused(untyped):
         run_batches(pool, Replication(1, 2), [], attempts=0)
 
 
+def test_a_run_without_a_deadline_is_refused_at_once(untyped):
+    with (
+        DevicePool(linear, 2) as pool,
+        pytest.raises(ValueError, match="a positive number of seconds, not nan"),
+    ):
+        run_batches(pool, Replication(1, 2), [], deadline=np.nan)
+
+
 # Workers die for good while it runs.
 
 

@@ -16,6 +16,10 @@ from ._overdue import Overdue
 # When to stop waiting: this many answers are in, or these answers are enough.
 Enough: TypeAlias = int | np.integer | Callable[[np.ndarray], bool]
 
+# Seconds of one sleep at most, however long a wait may last: threading raises OverflowError where
+# it is asked for centuries.
+LONGEST_SLEEP = 60.0
+
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
@@ -126,7 +130,7 @@ class Batch:
         again, for more.
 
         Raises: ValueError for a number that is not from 1 to the number of coded data points, or a
-        deadline that is not positive.
+        deadline that is not positive; it may be infinite.
         """
         if enough is None:
             enough = self.num_points
@@ -134,9 +138,7 @@ class Batch:
             enough = operator.index(enough)  # NumPy's integers too
         if isinstance(enough, int) and not 1 <= enough <= self.num_points:
             raise ValueError(f"wait for 1 to {self.num_points} answers, not {enough}")
-        if not deadline > 0:
-            raise ValueError(f"a deadline is a positive number of seconds, not {deadline}")
-        end = time.monotonic() + deadline
+        end = time.monotonic() + check_deadline(deadline)
         while True:
             with self._changed:
                 seen = self._count
@@ -156,7 +158,7 @@ class Batch:
                     if left <= 0:
                         break
                     self._awaited = min(self._awaited, number)
-                    self._changed.wait(left)
+                    self._changed.wait(min(left, LONGEST_SLEEP))
 
     def forget(self) -> None:
         """Drops what is not sent, and lets answers that still come go. Does nothing twice."""
@@ -260,3 +262,10 @@ class Batch:
         if not all(np.isfinite(leaf).all() for leaf in leaves):
             return "the answer is not finite"
         return None
+
+
+def check_deadline(seconds: float) -> float:
+    """The seconds. Raises: ValueError where they are not positive (NaN is not)."""
+    if not seconds > 0:
+        raise ValueError(f"a deadline is a positive number of seconds, not {seconds}")
+    return seconds

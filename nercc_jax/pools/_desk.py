@@ -28,7 +28,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ..codes import check_counts
-from ._batch import Batch, Failure, Task
+from ._batch import LONGEST_SLEEP, Batch, Failure, Task
 from ._crew import AbstractCrew, WorkerDied, reason_of
 from ._overdue import Limits, Overdue
 from ._report import PoolReport, WorkerReport
@@ -389,7 +389,7 @@ class Desk:
                 sends = self._pump()
                 if not sends:
                     self._look = now + due
-                    self._wake.wait(None if np.isinf(due) else max(due, 1e-4))
+                    self._wake.wait(min(max(due, 1e-4), LONGEST_SLEEP))
             self._send(sends)
 
     def _await_start(self, timeout: float) -> None:
@@ -402,7 +402,7 @@ class Desk:
                     ready = sum(seat.ready for seat in self._seats)
                     what = self._trouble or f"the others had not after {timeout} s"
                     break
-                self._wake.wait(left)
+                self._wake.wait(min(left, LONGEST_SLEEP))
             else:
                 return
         self.close()

@@ -25,7 +25,7 @@ from ..codes import (
 )
 from ..inference import check_conditions, group_points
 from ..surrogates import Doubt, assess, doubtful
-from ._batch import BatchAnswers, Enough
+from ._batch import BatchAnswers, Enough, check_deadline
 from ._pool import AbstractPool
 from ._worker import no_mesh, off_meshes
 
@@ -99,8 +99,9 @@ def pool_inference(
 
     Raises: ValueError for a doubt without `max_disagreement` or the reverse, shares outside [0, 1],
     a doubt that wants a surrogate, and a code that is no regression; for an x that does not fit or
-    is not finite, before anything is sent; TimeoutError where no prediction can be recovered from
-    what is in at the deadline; RuntimeError where no worker answers and none will.
+    is not finite, and a deadline that is not positive, before anything is sent; TimeoutError where
+    no prediction can be recovered from what is in at the deadline; RuntimeError where no worker
+    answers and none will.
     """
     check_conditions(doubt, pool.conditions)
     code, doubt = off_meshes((code, doubt))
@@ -112,6 +113,7 @@ def pool_inference(
     @no_mesh()
     def infer(x: PyTree, enough: Enough | None = None, deadline: float = 60.0):
         begin = time.perf_counter()
+        deadline = check_deadline(deadline)
         x, many = _groups(code, x, grouped)
         coded = jax.tree.map(lambda leaf: encode_on_host(encoder, leaf), x)
         encoded = time.perf_counter()

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ..codes import AbstractCode, check_count
-from ._batch import Enough
+from ._batch import Enough, check_deadline
 from ._inference import PoolResult, pool_inference
 from ._pool import AbstractPool
 
@@ -45,10 +45,10 @@ def run_batches(
     own deadline in seconds; what is lost then is told in its outcome, and the next batch follows.
     `enough` as in `pool_inference`. A pool whose workers die goes on with their replacements.
 
-    Raises: ValueError for fewer than one attempt, at once; for a batch or a number that does not
-    fit, when its turn comes.
+    Raises: ValueError for fewer than one attempt, or a deadline that is not positive, at once; for
+    a batch or a number that does not fit, when its turn comes.
     """
-    attempts = check_count("attempts", attempts)
+    attempts, deadline = check_count("attempts", attempts), check_deadline(deadline)
     infer = pool_inference(pool, code, with_status=True, grouped=True)
 
     def is_enough(available: np.ndarray) -> bool:

@@ -31,7 +31,7 @@ Examples: TypeAlias = PyTree | Sequence[PyTree] | None
 
 _NO_MESH = Mesh(np.empty((), object), ())
 
-# Seconds that a worker hangs: longer than any pool waits.
+# Seconds that a worker hangs: longer than any pool waits, and no longer than threads can.
 _FOREVER = 1e6
 
 
@@ -164,7 +164,7 @@ class Worker:
         if "hang" in kinds:
             self._wait(_FOREVER)
         if seconds > 0:
-            self._wait(seconds)
+            self._wait(min(seconds, _FOREVER))
         if "error" in kinds:
             raise InjectedError("injected on purpose")
         y = self._program(kind, batch)
