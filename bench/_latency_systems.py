@@ -30,7 +30,7 @@ from nercc_jax.stragglers import ExponentialLatency, ParetoLatency, TraceLatency
 
 # The pool's models: the served one, and ParM's for k = 2 and 4.
 PARITIES = (2, 4)
-P95 = Overdue(0.95, 1.0)
+P95 = Overdue(0.95, 1.0, floor=0.0)
 
 
 # Found by the grid of `latency.py --rules`; the same for every system, and for tuned hedging.
@@ -38,7 +38,7 @@ PATIENCE = 1.4
 FILL = 2.0
 
 # A task out for longer is overdue: what its batch has waiting, or a copy of it, is sent.
-_HEDGED = Overdue(0.5, PATIENCE)
+_HEDGED = Overdue(0.5, PATIENCE, floor=0.0)
 # (N, K) of the interleaved codes.
 INTERLEAVED = ((10, 8), (12, 8), (16, 8), (6, 4), (8, 4))
 # A copy sent after 1.4 service times answers at 2.4: only what it did not rescue is decoded.
@@ -69,12 +69,13 @@ def rule_systems(codes: "Codes") -> tuple[System, ...]:
     alone = Uncoded(1)
     made = [
         System("equal resources", alone),
-        System("hedging, p90", alone, copies=2, overdue=Overdue(0.9, 1.0)),
+        System("hedging, p90", alone, copies=2, overdue=Overdue(0.9, 1.0, floor=0.0)),
         _parity(2, 0.0),
     ]
     for factor in (1.2, 1.4, 1.8):
+        overdue = Overdue(0.5, factor, floor=0.0)
         made += [
-            System(f"hedging, {factor} x median", alone, copies=2, overdue=Overdue(0.5, factor)),
+            System(f"hedging, {factor} x median", alone, copies=2, overdue=overdue),
             _parity(2, factor),
             _interleaved(codes.interleaved[12, 8], patience=factor),
         ]

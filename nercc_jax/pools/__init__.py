@@ -11,6 +11,7 @@ from ._faults import InjectedError as InjectedError
 from ._inference import PoolResult as PoolResult
 from ._inference import Timing as Timing
 from ._inference import pool_inference as pool_inference
+from ._overdue import AnswerTimes as AnswerTimes
 from ._overdue import Overdue as Overdue
 from ._pool import AbstractPool as AbstractPool
 from ._ray import RayPool as RayPool

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, PyTree
 
-from ._overdue import Overdue
+from ._overdue import AnswerTimes
 
 # When to stop waiting: this many answers are in, or these answers are enough.
 Enough: TypeAlias = int | np.integer | Callable[[np.ndarray], bool]
@@ -62,17 +62,24 @@ class Task:
         "point",
         "running",
         "settled",
+        "size",
         "value",
     )
 
     def __init__(self, batch: "Batch", point: int, kind: int, value: PyTree):
         self.batch, self.point, self.kind, self.value = batch, point, kind, value
+        self.size = len(jax.tree.leaves(value)[0])  # data points
         self.given = time.monotonic()
         self.attempts = 0
         self.failed: set[int] = set()  # workers that it went wrong with
         self.running = 0  # workers that have it in hand
         self.fresh = 0  # those of them that are not overdue
         self.settled = False
+
+    @property
+    def limit(self) -> float:
+        """Seconds after which a worker is overdue with it."""
+        return self.batch.times.limit(self.size)
 
 
 class Batch:
@@ -89,12 +96,12 @@ class Batch:
         num_points: int,
         needed: int,
         copies: int,
-        overdue: Overdue,
+        times: AnswerTimes,
         on_change: Callable[["Batch"], None] | None,
         on_forget: Callable[["Batch"], None],
     ):
         self.num_points, self.needed, self.copies = num_points, needed, copies
-        self.overdue = overdue
+        self.times = times
         self.open = True
         self.waiting: list[Task] = []
         self.tasks: dict[int, Task] = {}

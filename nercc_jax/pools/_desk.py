@@ -10,10 +10,10 @@ The rules:
 - What finds no free worker waits. It is sent as long as its batch may otherwise not get the number
   of answers it needs; coded data points beyond that number are not worth a worker that the next
   batch could use.
-- A task is *overdue* when it has taken longer than the pool's running quantile of service times,
-  times a factor. It no longer counts among those that a batch may hope for: what waits is sent in
-  its place, or a copy of itself if its batch allows copies. That is hedging, and what keeps a batch
-  from waiting for a straggler while others are free.
+- A task is *overdue* when it has taken longer than the running service times of batches of its size
+  allow (`Overdue`). It no longer counts among those that a batch may hope for: what waits is sent
+  in its place, or a copy of itself if its batch allows copies. That is hedging, and what keeps a
+  batch from waiting for a straggler while others are free.
 """
 
 import collections
@@ -23,14 +23,13 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import PyTree
 
 from ..codes import check_counts
 from ._batch import LONGEST_SLEEP, Batch, Failure, Task
 from ._crew import AbstractCrew, WorkerDied, reason_of
-from ._overdue import Limits, Overdue
+from ._overdue import AnswerTimes, Overdue
 from ._report import PoolReport, WorkerReport
 from ._report import WorkerState as WorkerState
 from ._seat import Seat
@@ -71,7 +70,7 @@ class Desk:
         self._seats = [Seat() for _ in range(num_workers)]
         self._idle: collections.deque[int] = collections.deque()
         self._batches: dict[Batch, None] = {}  # open ones that may want to send, in order
-        self._limits = Limits(overdue)
+        self._times = {overdue: AnswerTimes(overdue)}
         self._counts: collections.Counter[str] = collections.Counter()
         self._seconds = self._wasted = 0.0
         self._closed = False
@@ -100,9 +99,8 @@ class Desk:
             raise ValueError(f"a batch of {num_points} needs 1 to as many answers, not {needed}")
         if copies < 1:
             raise ValueError(f"a coded data point has 1 copy or more, not {copies}")
-        if overdue is None:
-            overdue = self._overdue
-        return Batch(self._lock, num_points, needed, copies, overdue, on_change, self._forget)
+        times = self._times_under(overdue or self._overdue)
+        return Batch(self._lock, num_points, needed, copies, times, on_change, self._forget)
 
     def add(
         self,
@@ -129,7 +127,6 @@ class Desk:
             for point, value, kind in zip(points, values, kinds, strict=True):
                 batch.add(Task(batch, point, kind, value))
             self._batches[batch] = None
-            self._limits.follow(batch.overdue)
             # At first everything goes to whoever is free: redundancy is sent while it is cheap.
             sends = []
             while self._idle and batch.waiting and (worker := self._whom(batch.waiting[0])) >= 0:
@@ -221,13 +218,13 @@ class Desk:
         self._idle.append(worker)
         self._seconds += spent
         if not batch.open or task.settled:
-            self._observe(spent)
+            self._observe(task.size, spent)
             self._counts["late"] += 1
             self._wasted += spent
             return
         refused = _refusal(task, outcome)
         if refused is None:
-            self._observe(spent)
+            self._observe(task.size, spent)
             self._counts["answered"] += 1
             batch.settle(task, outcome)
         else:
@@ -344,8 +341,7 @@ class Desk:
         task.running += 1
         task.batch.hope(task, 1)
         self._counts["sent"] += 1
-        limit = self._limits[task.batch.overdue]
-        if seat.since + min(limit, self._hang_timeout) < self._look:
+        if seat.since + min(task.limit, self._hang_timeout) < self._look:
             self._wake.notify_all()
         return worker, seat.life, task.kind, task.value
 
@@ -356,8 +352,16 @@ class Desk:
 
     # Time.
 
-    def _observe(self, seconds: float) -> None:
-        if self._limits.observe(seconds):
+    def _times_under(self, overdue: Overdue) -> AnswerTimes:
+        """The running times that a rule looks at: all batches of a rule share them."""
+        with self._lock:
+            if overdue not in self._times:
+                self._times[overdue] = self._times[self._overdue].under(overdue)
+            return self._times[overdue]
+
+    def _observe(self, size: int, seconds: float) -> None:
+        fell = [times.add(size, seconds) for times in self._times.values()]
+        if any(fell):
             self._wake.notify_all()
 
     def _watch_time(self) -> None:
@@ -379,7 +383,7 @@ class Desk:
                         self._counts["hung"] += 1
                         self._bury(worker, f"no answer within {self._hang_timeout} s: it hangs")
                         continue
-                    limit = self._limits[seat.task.batch.overdue]
+                    limit = seat.task.limit
                     if age < limit:
                         due = min(due, limit - age)
                     elif not seat.overdue:
@@ -427,4 +431,4 @@ def _refusal(task: Task, outcome: Any) -> str | None:
     """Why a worker's outcome is no answer, if so."""
     if isinstance(outcome, Exception):
         return reason_of(outcome)
-    return task.batch.refusal(outcome, len(jax.tree.leaves(task.value)[0]))
+    return task.batch.refusal(outcome, task.size)

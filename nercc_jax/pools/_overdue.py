@@ -2,10 +2,9 @@
 
 import collections
 import dataclasses
+import math
 
-import numpy as np
-
-_WINDOW = 256  # service times that the running quantile looks at
+_WINDOW = 256  # answers of a size that a running quantile looks at
 _REFRESH = 16  # answers between two looks
 
 
@@ -13,14 +12,18 @@ _REFRESH = 16  # answers between two looks
 class Overdue:
     """When a task is overdue: after `factor` times this `quantile` of recent service times.
 
-    Hedging as published waits for the 95th percentile: `Overdue(0.95, 1.0)`. Where more than one in
-    twenty straggles that quantile is a straggler's own time, so the default looks at the median.
-    Until `least` answers are in, nothing is overdue.
+    Those of batches of its size count, and it is never less than the quantile and `floor` seconds:
+    on a busy machine the calls of a model that takes a millisecond differ by more than that, and
+    nobody straggles. Hedging as published waits for the 95th percentile:
+    `Overdue(0.95, 1.0, floor=0.0)`. Where more than one in twenty straggles that quantile is a
+    straggler's own time, so the default looks at the median. Until `least` answers are in, nothing
+    is overdue.
     """
 
     quantile: float = 0.5
     factor: float = 3.0
     least: int = 20
+    floor: float = 0.005
 
     def __post_init__(self):
         if not 0 < self.quantile < 1 or not self.factor > 0:
@@ -28,37 +31,60 @@ class Overdue:
                 f"a quantile in (0, 1) and a positive factor are needed, not {self.quantile} "
                 f"and {self.factor}"
             )
+        if not 0 <= self.floor < math.inf:
+            raise ValueError(f"floor is a number of seconds from 0 on, not {self.floor}")
 
 
-class Limits:
-    """Recent service times, and the seconds after which each rule has a task overdue."""
+class AnswerTimes:
+    """How long answers take, by the size of their batch, and from when on one is late.
 
-    def __init__(self, overdue: Overdue):
-        self._times: collections.deque[float] = collections.deque(maxlen=_WINDOW)
-        self._limits = {overdue: np.inf}
-        self._seen = 0
+    Of a size that has not been seen often enough the others tell a bound: it takes no longer than a
+    larger one, nor, in proportion, than a smaller one. Not for several threads at once.
+    """
 
-    def __getitem__(self, overdue: Overdue) -> float:
-        return self._limits[overdue]
+    def __init__(self, overdue: Overdue | None = None):
+        self.overdue = overdue or Overdue()
+        self._times: dict[int, collections.deque[float]] = {}
+        self._seen: collections.Counter[int] = collections.Counter()
+        # By size, where enough is known.
+        self._medians: dict[int, float] = {}
+        self._quantiles: dict[int, float] = {}
 
-    def follow(self, overdue: Overdue) -> None:
-        """Keeps this rule's limit, too."""
-        if overdue not in self._limits:
-            self._limits[overdue] = self._limit(overdue)
-
-    def observe(self, seconds: float) -> bool:
-        """Takes a service time; whether a limit fell."""
-        self._times.append(seconds)
-        self._seen += 1
-        # Often at first, until every rule has seen enough to have a limit.
-        if self._seen % _REFRESH and not np.isinf(max(self._limits.values())):
+    def add(self, size: int, seconds: float) -> bool:
+        """Takes the seconds of an answer to `size` data points; whether a limit fell by that."""
+        times = self._times.setdefault(size, collections.deque(maxlen=_WINDOW))
+        times.append(seconds)
+        self._seen[size] += 1
+        before = self._quantiles.get(size, math.inf)
+        if len(times) < self.overdue.least or (before < math.inf and self._seen[size] % _REFRESH):
             return False
-        before = self._limits
-        self._limits = {overdue: self._limit(overdue) for overdue in before}
-        return any(self._limits[overdue] < limit for overdue, limit in before.items())
+        ordered = sorted(times)
+        self._medians[size] = ordered[len(ordered) // 2]
+        self._quantiles[size] = ordered[int(self.overdue.quantile * len(ordered))]
+        return self._quantiles[size] < before
 
-    def _limit(self, overdue: Overdue) -> float:
-        """The seconds after which this rule has a task overdue, for now."""
-        if len(self._times) < overdue.least:
-            return np.inf
-        return overdue.factor * float(np.quantile(self._times, overdue.quantile))
+    def median(self, size: int) -> float:
+        """Seconds that an answer to `size` data points takes; infinite until enough is known."""
+        return _bound(self._medians, size)
+
+    def limit(self, size: int) -> float:
+        """Seconds after which an answer to `size` data points is late; infinite at first."""
+        usual = _bound(self._quantiles, size)
+        return max(self.overdue.factor * usual, usual + self.overdue.floor)
+
+    def under(self, overdue: Overdue) -> "AnswerTimes":
+        """What these have seen, looked at by another rule."""
+        other = AnswerTimes(overdue)
+        for size, times in self._times.items():
+            for seconds in times:
+                other.add(size, seconds)
+        return other
+
+
+def _bound(known: dict[int, float], size: int) -> float:
+    """By size, the number of this one, or what it cannot be above."""
+    found = known.get(size)
+    if found is not None:
+        return found
+    bounds = (seconds * max(1.0, size / other) for other, seconds in known.items())
+    return min(bounds, default=math.inf)
