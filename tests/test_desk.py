@@ -1,46 +1,11 @@
 """The desk's rules of who gets what, with workers that only do what the test says."""
 
-import collections
-import threading
-
 import numpy as np
 import pytest
+from desks import Script, dispatch, make_desk, open_desks
 
 from nercc_jax.pools import Overdue
-from nercc_jax.pools._crew import AbstractCrew, WorkerDied
-from nercc_jax.pools._desk import Desk
-
-
-class Script(AbstractCrew):
-    """Workers on paper: `sent` is what each has in hand; the test answers for them."""
-
-    def __init__(self, refuse=()):
-        self.sent = {}
-        self.lives = collections.Counter()
-        self.refuse = refuse  # workers that never start
-        self.closed = False
-
-    def start(self, worker, life, hear):
-        self.hear = hear
-        self.lives[worker] += 1
-        outcome = OSError("no such host") if worker in self.refuse else None
-        # From a thread of its own, as all crews do: the desk is busy with this call.
-        threading.Thread(target=hear, args=(worker, life, outcome)).start()
-
-    def send(self, worker, life, kind, batch):
-        assert worker not in self.sent, "a busy worker was given work"
-        self.sent[worker] = (life, int(batch[0, 0]))
-
-    def close(self):
-        self.closed = True
-
-    def answer(self, worker, outcome=None):
-        life, point = self.sent.pop(worker)
-        self.hear(worker, life, np.full((1, 1), float(point)) if outcome is None else outcome)
-
-    @property
-    def points(self):
-        return {worker: point for worker, (_, point) in self.sent.items()}
+from nercc_jax.pools._crew import WorkerDied
 
 
 @pytest.fixture
@@ -50,27 +15,8 @@ def crew():
 
 @pytest.fixture
 def open_desk(crew):
-    desks = []
-
-    def make(num_workers, **options):
-        defaults = {
-            "overdue": Overdue(least=10**6),
-            "max_attempts": 3,
-            "hang_timeout": 60.0,
-            "start_timeout": 30.0,
-        }
-        desks.append(Desk(crew, num_workers, 1, **(defaults | options)))
-        return desks[-1]
-
-    yield make
-    for desk in desks:
-        desk.close()
-
-
-def dispatch(desk, count, needed=None, copies=2):
-    batch = desk.open(count, needed, copies, None, None)
-    desk.add(batch, range(count), np.arange(count, dtype=float)[:, None, None], [0] * count)
-    return batch
+    with open_desks(crew) as make:
+        yield make
 
 
 def test_one_task_a_worker_and_the_rest_as_they_become_free(crew, open_desk):
@@ -170,7 +116,7 @@ def test_a_second_copy_that_comes_first_wins(crew, open_desk):
 
 
 def test_workers_that_do_not_start_again_are_tried_until_they_do(crew, open_desk, monkeypatch):
-    monkeypatch.setattr("nercc_jax.pools._desk._PAUSE", 0.001)
+    monkeypatch.setattr("nercc_jax.pools._supervision._PAUSE", 0.001)
     desk = open_desk(2)
     crew.refuse = {0, 1}
     batch = dispatch(desk, 3)
@@ -191,11 +137,10 @@ def test_workers_that_do_not_start_again_are_tried_until_they_do(crew, open_desk
 
 def test_a_crew_that_does_not_start():
     crew = Script(refuse={1})
-    options = {"overdue": Overdue(), "max_attempts": 1, "hang_timeout": 1.0}
     with pytest.raises(
         RuntimeError, match=r"1 of 2 workers started; worker 1 could not start: OSE"
     ):
-        Desk(crew, 2, 1, start_timeout=30.0, **options)
+        make_desk(crew, 2)
     assert crew.closed
 
 

@@ -395,7 +395,7 @@ def test_a_callback_that_fails_costs_no_worker(caplog):
             pool.send(batch, range(3), points(3))
             assert batch.wait(np.int64(3), SOON).available.all()
         soon(lambda: pool.report().idle == 1)
-        assert pool.report().deaths == 0
+        assert (pool.report().deaths, pool.report().internal_errors) == (0, 3)
     assert "on_change of a batch of 3 failed" in caplog.text
 
 

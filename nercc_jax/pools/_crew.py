@@ -17,7 +17,8 @@ class AbstractCrew(abc.ABC):
 
     A worker has lives, numbered from 0. `hear(worker, life, outcome)` is to be called once a life
     when the worker is ready, with None, and once for each task sent, with the answer or an
-    exception, `WorkerDied` if the life is over. None of these methods may block.
+    exception, `WorkerDied` if the life is over. None of these methods may block. Where `start`
+    raises it has failed, and where `send` does the worker is dead.
     """
 
     @abc.abstractmethod
@@ -37,7 +38,7 @@ class AbstractCrew(abc.ABC):
 _RAISED = re.compile(r"[A-Za-z_][\w.]*(: |$)")
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """One line: what was raised, and where XLA wraps a traceback, what that says at its end."""
     text = str(error)
     _, traceback, raised = text.rpartition("Traceback (most recent call last):")

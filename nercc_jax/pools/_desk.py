@@ -10,6 +10,9 @@ The rules:
 - What finds no free worker waits. It is sent as long as its batch may otherwise not get the number
   of answers it needs; coded data points beyond that number are not worth a worker that the next
   batch could use.
+- What goes wrong in a step that is not the desk's own (a crew's, a callback's) is logged and
+  counted, and a start is tried again. Where its own steps fail the pool is broken: all that is open
+  fails at once, and the pool says so.
 - A task is *overdue* when it has taken longer than the running service times of batches of its size
   allow (`Overdue`). It no longer counts among those that a batch may hope for: what waits is sent
   in its place, or a copy of itself if its batch allows copies. That is hedging, and what keeps a
@@ -17,28 +20,24 @@ The rules:
 """
 
 import collections
-import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import numpy as np
 from jaxtyping import PyTree
 
 from ..codes import check_counts
 from ._batch import LONGEST_SLEEP, Batch, Failure, Task
 from ._crew import AbstractCrew, WorkerDied, reason_of
 from ._overdue import AnswerTimes, Overdue
-from ._report import PoolReport, WorkerReport
+from ._report import PoolReport
 from ._report import WorkerState as WorkerState
 from ._seat import Seat
-
-_LOG = logging.getLogger(__name__)
+from ._supervision import Guard, Watcher, pause_after
 
 _STARTS = 3  # failed starts of a worker that a new pool takes before it gives up
-# Seconds until a worker that did not start is started again, doubled each time, and at most.
-_PAUSE, _LONGEST = 0.1, 10.0
 
 
 class Desk:
@@ -64,9 +63,10 @@ class Desk:
         self.num_workers, self.num_models = num_workers, num_models
         self._crew = crew
         self._overdue = overdue
-        self._max_attempts, self._hang_timeout = max_attempts, hang_timeout
+        self._max_attempts = max_attempts
+        self._hang_timeout, self._start_timeout = hang_timeout, start_timeout
         self._lock = threading.RLock()
-        self._wake = threading.Condition(self._lock)  # time, and workers that are ready
+        self._started = threading.Condition(self._lock)  # or did not
         self._seats = [Seat() for _ in range(num_workers)]
         self._idle: collections.deque[int] = collections.deque()
         self._batches: dict[Batch, None] = {}  # open ones that may want to send, in order
@@ -74,14 +74,17 @@ class Desk:
         self._counts: collections.Counter[str] = collections.Counter()
         self._seconds = self._wasted = 0.0
         self._closed = False
-        self._look = np.inf  # when time is looked at next
-        self._trouble: str | None = None
+        self._broken: str | None = None
+        self._look_at = -math.inf  # when the watcher looks next
+        self._start_trouble: str | None = None
         self._on_idle: Callable[[], None] | None = None
-        for worker in range(num_workers):
-            crew.start(worker, 0, self._hear)
-        self._watch = threading.Thread(target=self._watch_time, name="nercc-desk", daemon=True)
-        self._watch.start()
-        self._await_start(start_timeout)
+        self._guard = Guard()
+        self._watcher = Watcher("nercc-desk", self._look, self._guard, self._watch_ended)
+        with self._lock:
+            for worker in range(num_workers):
+                self._start(worker)
+        self._watcher.start()
+        self._await_start()
 
     # What pools offer.
 
@@ -145,19 +148,23 @@ class Desk:
                 busy=busy,
                 starting=len(self._seats) - ready,
                 **{name: count[name] for name in _COUNTED},
+                internal_errors=self._guard.errors,
                 seconds=self._seconds,
                 wasted_seconds=self._wasted,
-                workers=tuple(
-                    WorkerReport(
-                        seat.state, 0.0 if seat.task is None else now - seat.since, seat.deaths
-                    )
-                    for seat in self._seats
-                ),
+                workers=tuple(seat.report(now) for seat in self._seats),
             )
 
     @property
     def idle(self) -> int:
         return len(self._idle)
+
+    @property
+    def heartbeat(self) -> float:
+        return self._watcher.heartbeat
+
+    @property
+    def trouble(self) -> str | None:
+        return "this pool is closed" if self._closed else self._broken
 
     def on_idle(self, callback: Callable[[], None]) -> None:
         self._on_idle = callback
@@ -170,43 +177,47 @@ class Desk:
             self._closed = True
             for batch in list(self._batches):
                 self._give_up(batch, "the pool was closed")
-            self._wake.notify_all()
+        self._watcher.close()
         self._crew.close()
-        self._watch.join(timeout=5)
 
     # What happens.
 
     def _hear(self, worker: int, life: int, outcome: Any) -> None:
         """A worker is ready, has answered, failed or died."""
+        try:
+            self._enter(worker, life, outcome)
+        except Exception as error:  # the books may be wrong, and nobody else notice
+            self._guard.count(f"hearing of worker {worker}")
+            self._break(f"hearing of worker {worker} failed: {reason_of(error)}")
+
+    def _enter(self, worker: int, life: int, outcome: Any) -> None:
         with self._lock:
             seat = self._seats[worker]
-            if self._closed or life != seat.life:
+            if self.trouble is not None or life != seat.life:
                 return  # of a life that is over
             batch = seat.task.batch if seat.task is not None else None
-            if isinstance(outcome, WorkerDied):
-                self._bury(worker, str(outcome))
-            elif not seat.ready:
+            if not seat.ready:
                 self._ready(worker, outcome)
+            elif isinstance(outcome, WorkerDied):
+                self._bury(worker, str(outcome))
             elif seat.task is not None:
                 self._settle(worker, outcome)
             sends = self._pump()
-            changed = batch is not None and batch.open
             free = bool(self._idle)
         self._send(sends)
-        if batch is not None and changed and batch.on_change is not None:
-            _tell(f"on_change of a batch of {batch.num_points}", batch.on_change, batch)
+        if batch is not None:
+            self._tell_of(batch)
         if free and self._on_idle is not None:
-            _tell("on_idle", self._on_idle)
+            self._guard.run("on_idle", self._on_idle)
 
     def _ready(self, worker: int, outcome: Any) -> None:
         seat = self._seats[worker]
         if isinstance(outcome, Exception):
-            self._trouble = f"worker {worker} could not start: {reason_of(outcome)}"
-            self._bury(worker, self._trouble)
+            self._fail_start(worker, outcome)
             return
-        seat.ready, seat.failed_starts = True, 0
+        seat.ready, seat.failed_starts, seat.start_at = True, 0, math.inf
         self._idle.append(worker)
-        self._wake.notify_all()
+        self._started.notify_all()
 
     def _settle(self, worker: int, outcome: Any) -> None:
         seat = self._seats[worker]
@@ -214,15 +225,16 @@ class Desk:
         assert task is not None
         batch = task.batch
         spent = time.monotonic() - seat.since
+        late = not batch.open or task.settled
+        refused = None if late else self._refusal(task, outcome)
         self._release(worker)
         self._idle.append(worker)
         self._seconds += spent
-        if not batch.open or task.settled:
+        if late:
             self._observe(task.size, spent)
             self._counts["late"] += 1
             self._wasted += spent
             return
-        refused = _refusal(task, outcome)
         if refused is None:
             self._observe(task.size, spent)
             self._counts["answered"] += 1
@@ -246,20 +258,30 @@ class Desk:
         elif seat.ready:
             self._idle.remove(worker)
         failed = seat.failed_starts = 0 if seat.ready else seat.failed_starts + 1
-        seat.ready = False
+        seat.ready = seat.begun = False
         seat.life += 1
         seat.deaths += 1
         self._counts["deaths"] += 1
         if failed:
-            seat.start_at = time.monotonic() + min(2.0**failed * _PAUSE, _LONGEST)
+            seat.start_at = time.monotonic() + pause_after(failed)
+            self._plan(seat.start_at)
         else:
-            self._restart(worker)
-        self._wake.notify_all()
+            self._start(worker)
+        self._started.notify_all()
 
-    def _restart(self, worker: int) -> None:
+    def _start(self, worker: int) -> None:
+        """Begins a worker's next life, which is over unless it is ready in time."""
         seat = self._seats[worker]
-        seat.start_at = np.inf
-        self._crew.start(worker, seat.life, self._hear)
+        seat.begun, seat.start_at = True, time.monotonic() + self._start_timeout
+        what = f"starting worker {worker}"
+        error = self._guard.run(what, self._crew.start, worker, seat.life, self._hear)
+        if error is not None:
+            self._fail_start(worker, error)
+
+    def _fail_start(self, worker: int, error: Exception) -> None:
+        told = str(error) if isinstance(error, WorkerDied) else reason_of(error)
+        self._start_trouble = f"worker {worker} could not start: {told}"
+        self._bury(worker, self._start_trouble)
 
     def _try_again(self, worker: int, task: Task, reason: str) -> None:
         batch = task.batch
@@ -341,14 +363,16 @@ class Desk:
         task.running += 1
         task.batch.hope(task, 1)
         self._counts["sent"] += 1
-        if seat.since + min(task.limit, self._hang_timeout) < self._look:
-            self._wake.notify_all()
+        self._plan(seat.due(self._hang_timeout))
         return worker, seat.life, task.kind, task.value
 
     def _send(self, sends: Sequence[tuple[int, int, int, PyTree]]) -> None:
         """Outside the lock: workers answer meanwhile."""
-        for send in sends:
-            self._crew.send(*send)
+        for worker, life, *task in sends:
+            what = f"sending to worker {worker}"
+            error = self._guard.run(what, self._crew.send, worker, life, *task)
+            if error is not None:
+                self._hear(worker, life, WorkerDied(f"it cannot be reached: {reason_of(error)}"))
 
     # Time.
 
@@ -362,73 +386,109 @@ class Desk:
     def _observe(self, size: int, seconds: float) -> None:
         fell = [times.add(size, seconds) for times in self._times.values()]
         if any(fell):
-            self._wake.notify_all()
+            self._plan(self._next_look())
 
-    def _watch_time(self) -> None:
-        """Marks tasks that are overdue, and replaces workers that hang."""
-        while True:
-            with self._wake:
-                if self._closed:
-                    return
-                now = time.monotonic()
-                due = np.inf
-                for worker, seat in enumerate(self._seats):
-                    if seat.start_at <= now:
-                        self._restart(worker)
-                    due = min(due, seat.start_at - now)
-                    if seat.task is None:
-                        continue
-                    age = now - seat.since
-                    if age >= self._hang_timeout:
-                        self._counts["hung"] += 1
-                        self._bury(worker, f"no answer within {self._hang_timeout} s: it hangs")
-                        continue
-                    limit = seat.task.limit
-                    if age < limit:
-                        due = min(due, limit - age)
-                    elif not seat.overdue:
-                        seat.overdue = True
-                        seat.task.batch.hope(seat.task, -1)
-                    due = min(due, self._hang_timeout - age)
-                sends = self._pump()
-                if not sends:
-                    self._look = now + due
-                    self._wake.wait(min(max(due, 1e-4), LONGEST_SLEEP))
-            self._send(sends)
+    def _look(self) -> float:
+        """What is due: tasks that are overdue, workers that hang or are to be started."""
+        with self._lock:
+            if self.trouble is not None:
+                return math.inf
+            now = time.monotonic()
+            self._look_at = -math.inf  # nobody needs to wake the watcher now
+            failed = [
+                self._attend(worker, now)
+                for worker, seat in enumerate(self._seats)
+                if seat.due(self._hang_timeout) <= now
+            ]
+            sends = self._pump()
+            self._look_at = self._next_look()
+        self._send(sends)
+        for batch in failed:
+            if batch is not None:
+                self._tell_of(batch)
+        return self._look_at
 
-    def _await_start(self, timeout: float) -> None:
-        end = time.monotonic() + timeout
-        with self._wake:
+    def _attend(self, worker: int, now: float) -> Batch | None:
+        """Does what is due of a worker. Returns the batch whose task failed by that, if any."""
+        seat = self._seats[worker]
+        if seat.task is None and seat.begun:
+            late = WorkerDied(f"it was not ready within {self._start_timeout} s")
+            self._fail_start(worker, late)
+        elif seat.task is None:
+            self._start(worker)
+        elif now - seat.since >= self._hang_timeout:
+            batch = seat.task.batch
+            self._counts["hung"] += 1
+            self._bury(worker, f"no answer within {self._hang_timeout} s: it hangs")
+            return batch
+        else:
+            seat.overdue = True
+            seat.task.batch.hope(seat.task, -1)
+        return None
+
+    def _next_look(self) -> float:
+        return min(seat.due(self._hang_timeout) for seat in self._seats)
+
+    def _plan(self, at: float) -> None:
+        """Wakes the watcher if this is earlier than it would look."""
+        if at < self._look_at:
+            self._look_at = at
+            self._watcher.wake()
+
+    def _await_start(self) -> None:
+        end = time.monotonic() + self._start_timeout
+        with self._started:
             while not all(seat.ready for seat in self._seats):
                 left = end - time.monotonic()
                 failed = max(seat.failed_starts for seat in self._seats)
-                if failed >= _STARTS or left <= 0:
+                if failed >= _STARTS or left <= 0 or self._broken:
                     ready = sum(seat.ready for seat in self._seats)
-                    what = self._trouble or f"the others had not after {timeout} s"
+                    late = f"the others had not after {self._start_timeout} s"
+                    what = self._broken or self._start_trouble or late
                     break
-                self._wake.wait(min(left, LONGEST_SLEEP))
+                self._started.wait(min(left, LONGEST_SLEEP))
             else:
                 return
         self.close()
         raise RuntimeError(f"{ready} of {len(self._seats)} workers started; {what}")
 
+    # What must not go wrong.
+
+    def _watch_ended(self) -> None:
+        self._break("the pool's watcher ended, so nobody would replace workers that hang")
+
+    def _break(self, reason: str) -> None:
+        """Nothing more can be answered: all that is open fails at once."""
+        with self._lock:
+            if self.trouble is not None:
+                return
+            self._broken = f"this pool is broken: {reason}"
+            batches = list(self._batches)
+            for batch in batches:
+                self._guard.run("giving up a batch", self._give_up, batch, self._broken)
+            self._started.notify_all()
+        for batch in batches:
+            self._tell_of(batch)
+
+    def _tell_of(self, batch: Batch) -> None:
+        if batch.open and batch.on_change is not None:
+            what = f"on_change of a batch of {batch.num_points}"
+            self._guard.run(what, batch.on_change, batch)
+
+    def _refusal(self, task: Task, outcome: Any) -> str | None:
+        """Why a worker's outcome is no answer, if so."""
+        if isinstance(outcome, Exception):
+            return reason_of(outcome)
+        try:
+            return task.batch.refusal(outcome, task.size)
+        except Exception as error:  # no array at all, for example
+            return f"the answer cannot be read: {reason_of(error)}"
+
     def _check_open(self) -> None:
         if self._closed:
             raise ValueError("this pool is closed: make a new one")
+        if self._broken is not None:
+            raise RuntimeError(f"{self._broken}; make a new one")
 
 
 _COUNTED = ("sent", "answered", "late", "errors", "deaths", "hung", "copies")
-
-
-def _tell(what: str, callback: Callable[..., None], *args: Any) -> None:
-    try:
-        callback(*args)
-    except Exception:  # the caller's trouble: the worker that answered goes on
-        _LOG.exception("%s failed", what)
-
-
-def _refusal(task: Task, outcome: Any) -> str | None:
-    """Why a worker's outcome is no answer, if so."""
-    if isinstance(outcome, Exception):
-        return reason_of(outcome)
-    return task.batch.refusal(outcome, task.size)

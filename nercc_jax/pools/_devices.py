@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from ..inference import UNKNOWN, Model, check_worker_dtype, current_conditions
-from ._crew import AbstractCrew, WorkerDied
+from ._crew import AbstractCrew, WorkerDied, reason_of
 from ._desk import Desk
 from ._faults import Faults
 from ._overdue import Overdue
@@ -137,6 +137,7 @@ class _Hand:
         self.inbox.put(None)
 
     def _work(self) -> None:
+        end = "its thread ended"
         try:
             worker = Worker(
                 self._program, self._faults, self._worker, self._life, _die, self._ended.wait
@@ -148,7 +149,11 @@ class _Hand:
                     self._hear(self._worker, self._life, _outcome(worker, kind, batch))
                 del item, batch  # it may be large, and the next may not come soon
         except _Death:
-            self._hear(self._worker, self._life, WorkerDied("its thread ended"))
+            pass
+        except BaseException as error:  # a model may have exited
+            end += f": {reason_of(error)}"
+        finally:  # who was told to end is not listened to
+            self._hear(self._worker, self._life, WorkerDied(end))
 
 
 def _outcome(worker: Worker, kind: int, batch: PyTree) -> PyTree | Exception:

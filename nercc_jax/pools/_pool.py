@@ -58,7 +58,8 @@ class AbstractPool(abc.ABC):
         to a worker who could do something else. `copies` is how many workers may have the same
         coded data point in hand, when the first is overdue and the batch is short of answers.
 
-        Raises: ValueError where the pool is closed, or a number does not fit.
+        Raises: ValueError where the pool is closed, or a number does not fit; RuntimeError where it
+        is broken (`trouble`).
         """
         values = jax.tree.map(np.asarray, coded)
         leaves, structure = jax.tree.flatten(values)
@@ -104,7 +105,7 @@ class AbstractPool(abc.ABC):
         """Sends some coded data points of an open batch; `values` are (batch, ...) for each.
 
         Raises: ValueError where the batch has been forgotten, a point was sent before or is not
-        there, or the pool is closed.
+        there, or the pool is closed; RuntimeError where it is broken (`trouble`).
         """
         if kinds is None:
             kinds = [0] * len(points)
@@ -114,6 +115,20 @@ class AbstractPool(abc.ABC):
     def report(self) -> PoolReport:
         """What the pool has seen so far."""
         return self._desk.report()
+
+    @property
+    def trouble(self) -> str | None:
+        """Why no answer will come any more, in words; None where the pool works.
+
+        It is closed, or one of its own threads failed. What is open has then failed, and what is
+        sent is refused. Workers that die, hang or do not start are no such trouble.
+        """
+        return self._desk.trouble
+
+    @property
+    def heartbeat(self) -> float:
+        """The monotonic time at which the pool last looked after its workers: every second."""
+        return self._desk.heartbeat
 
     @property
     def idle(self) -> int:

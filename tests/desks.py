@@ -1,0 +1,89 @@
+"""Desks whose workers are on paper: they do what a test says, and nothing else."""
+
+import collections
+import contextlib
+import threading
+
+import numpy as np
+
+from nercc_jax.pools import Overdue
+from nercc_jax.pools._crew import AbstractCrew
+from nercc_jax.pools._desk import Desk
+
+
+class Script(AbstractCrew):
+    """Workers on paper: `sent` is what each has in hand; the test answers for them."""
+
+    def __init__(self, refuse=()):
+        self.sent = {}
+        self.lives = collections.Counter()
+        self.refuse = refuse  # workers that never start
+        self.starting = None  # called with a worker at its start, which it may spoil
+        self.closed = False
+        self.mistakes = []
+        self._ready = set()
+
+    def start(self, worker, life, hear):
+        self.hear = hear
+        self.lives[worker] += 1
+        if self.starting is not None:
+            self.starting(worker)
+        # From a thread of its own, as all crews do: the desk is busy with this call.
+        threading.Thread(target=self._begin, args=(worker, life)).start()
+
+    def _begin(self, worker, life):
+        if worker in self.refuse:
+            self.hear(worker, life, OSError("no such host"))
+            return
+        self._ready.add((worker, life))
+        self.hear(worker, life, None)
+
+    def send(self, worker, life, kind, batch):
+        if self.sent.get(worker, (None, None))[0] == life:
+            self.mistakes.append(f"worker {worker} was busy, and was given work")
+        if (worker, life) not in self._ready:
+            self.mistakes.append(f"worker {worker} was not there, and was given work")
+        self.sent[worker] = (life, int(batch[0, 0]))
+
+    def close(self):
+        self.closed = True
+
+    def answer(self, worker, outcome=None):
+        life, point = self.sent.pop(worker)
+        self.hear(worker, life, np.full((1, 1), float(point)) if outcome is None else outcome)
+
+    @property
+    def points(self):
+        return {worker: point for worker, (_, point) in self.sent.items()}
+
+
+def make_desk(crew, num_workers, **options):
+    """A desk at which nothing is overdue and nobody hangs, unless options say so."""
+    defaults = {
+        "overdue": Overdue(least=10**6),
+        "max_attempts": 3,
+        "hang_timeout": 60.0,
+        "start_timeout": 30.0,
+    }
+    return Desk(crew, num_workers, 1, **(defaults | options))
+
+
+@contextlib.contextmanager
+def open_desks(crew):
+    """Gives `make_desk` for this crew; closes its desks, none of which may have made a mistake."""
+    desks = []
+
+    def make(num_workers, **options):
+        desks.append(make_desk(crew, num_workers, **options))
+        return desks[-1]
+
+    yield make
+    for desk in desks:
+        desk.close()
+    assert not crew.mistakes
+
+
+def dispatch(desk, count, needed=None, copies=2):
+    batch = desk.open(count, needed, copies, None, None)
+    desk.add(batch, range(count), np.arange(count, dtype=float)[:, None, None], [0] * count)
+    return batch
