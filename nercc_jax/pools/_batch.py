@@ -4,7 +4,7 @@ import dataclasses
 import operator
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import jax
@@ -94,12 +94,18 @@ class Batch:
         self,
         lock: threading.RLock,
         num_points: int,
-        needed: int,
+        needed: int | None,
         copies: int,
         times: AnswerTimes,
         on_change: Callable[["Batch"], None] | None,
         on_forget: Callable[["Batch"], None],
     ):
+        if needed is None:
+            needed = num_points
+        if not 1 <= needed <= num_points:
+            raise ValueError(f"a batch of {num_points} needs 1 to as many answers, not {needed}")
+        if copies < 1:
+            raise ValueError(f"a coded data point has 1 copy or more, not {copies}")
         self.num_points, self.needed, self.copies = num_points, needed, copies
         self.times = times
         self.open = True
@@ -226,6 +232,19 @@ class Batch:
     def over(self) -> bool:
         """Whether every coded data point that was sent has its answer, or will never have one."""
         return self._unsettled == 0
+
+    def check_new(self, points: Sequence[int]) -> None:
+        """Raises: ValueError where one of these cannot be sent."""
+        if not self.open:
+            raise ValueError("this batch has been forgotten: nothing more can be sent")
+        sent = set(self.tasks)
+        for point in points:
+            if point in sent or not 0 <= point < self.num_points:
+                raise ValueError(
+                    f"coded data point {point} of {self.num_points} is not there, or has been sent "
+                    "already"
+                )
+            sent.add(point)
 
     def add(self, task: Task) -> None:
         """Takes a task that is to be sent."""

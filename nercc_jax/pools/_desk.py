@@ -31,7 +31,8 @@ from jaxtyping import PyTree
 from ..codes import check_counts
 from ._batch import LONGEST_SLEEP, Batch, Failure, Task
 from ._crew import AbstractCrew, WorkerDied, reason_of
-from ._overdue import AnswerTimes, Overdue
+from ._outbox import Outbox
+from ._overdue import Overdue, TimesByRule
 from ._report import PoolReport
 from ._report import WorkerState as WorkerState
 from ._seat import Seat
@@ -68,9 +69,8 @@ class Desk:
         self._lock = threading.RLock()
         self._started = threading.Condition(self._lock)  # or did not
         self._seats = [Seat() for _ in range(num_workers)]
-        self._idle: collections.deque[int] = collections.deque()
-        self._batches: dict[Batch, None] = {}  # open ones that may want to send, in order
-        self._times = {overdue: AnswerTimes(overdue)}
+        self._outbox = Outbox(self._seats)
+        self._times = TimesByRule(overdue)
         self._counts: collections.Counter[str] = collections.Counter()
         self._seconds = self._wasted = 0.0
         self._closed = False
@@ -96,13 +96,8 @@ class Desk:
         on_change: Callable[[Batch], None] | None,
         overdue: Overdue | None,
     ) -> Batch:
-        if needed is None:
-            needed = num_points
-        if not 1 <= needed <= num_points:
-            raise ValueError(f"a batch of {num_points} needs 1 to as many answers, not {needed}")
-        if copies < 1:
-            raise ValueError(f"a coded data point has 1 copy or more, not {copies}")
-        times = self._times_under(overdue or self._overdue)
+        with self._lock:
+            times = self._times.under(overdue or self._overdue)
         return Batch(self._lock, num_points, needed, copies, times, on_change, self._forget)
 
     def add(
@@ -112,28 +107,22 @@ class Desk:
         values: Iterable[PyTree],
         kinds: Sequence[int],
     ) -> None:
+        if any(not 0 <= kind < self.num_models for kind in kinds):
+            raise ValueError(
+                f"the workers of this pool run {self.num_models} model(s), but {max(kinds) + 1} "
+                "are asked for: give the pool all models of the code, served one first"
+            )
+        # Outside the lock: values may be cast while they are taken.
+        tasks = [Task(batch, *each) for each in zip(points, kinds, values, strict=True)]
         with self._lock:
             self._check_open()
-            if not batch.open:
-                raise ValueError("this batch has been forgotten: nothing more can be sent")
-            for point in points:
-                if not 0 <= point < batch.num_points or point in batch.tasks:
-                    raise ValueError(
-                        f"coded data point {point} of {batch.num_points} is not there, or has "
-                        "been sent already"
-                    )
-            if any(not 0 <= kind < self.num_models for kind in kinds):
-                raise ValueError(
-                    f"the workers of this pool run {self.num_models} model(s), but {max(kinds) + 1}"
-                    " are asked for: give the pool all models of the code, served one first"
-                )
-            for point, value, kind in zip(points, values, kinds, strict=True):
-                batch.add(Task(batch, point, kind, value))
-            self._batches[batch] = None
-            # At first everything goes to whoever is free: redundancy is sent while it is cheap.
+            batch.check_new(points)
+            for task in tasks:
+                batch.add(task)
+            self._outbox.batches[batch] = None
             sends = []
-            while self._idle and batch.waiting and (worker := self._whom(batch.waiting[0])) >= 0:
-                sends.append(self._assign(batch.waiting.pop(0), worker))
+            while (chosen := self._outbox.first(batch)) is not None:
+                sends.append(self._assign(*chosen))
         self._send(sends)
 
     def report(self) -> PoolReport:
@@ -148,6 +137,7 @@ class Desk:
                 busy=busy,
                 starting=len(self._seats) - ready,
                 **{name: count[name] for name in _COUNTED},
+                copies=self._outbox.copies,
                 internal_errors=self._guard.errors,
                 seconds=self._seconds,
                 wasted_seconds=self._wasted,
@@ -156,7 +146,7 @@ class Desk:
 
     @property
     def idle(self) -> int:
-        return len(self._idle)
+        return self._outbox.idle
 
     @property
     def heartbeat(self) -> float:
@@ -175,7 +165,7 @@ class Desk:
             if self._closed:
                 return
             self._closed = True
-            for batch in list(self._batches):
+            for batch in list(self._outbox.batches):
                 self._give_up(batch, "the pool was closed")
         self._watcher.close()
         self._crew.close()
@@ -203,7 +193,7 @@ class Desk:
             elif seat.task is not None:
                 self._settle(worker, outcome)
             sends = self._pump()
-            free = bool(self._idle)
+            free = self._outbox.idle > 0
         self._send(sends)
         if batch is not None:
             self._tell_of(batch)
@@ -216,7 +206,7 @@ class Desk:
             self._fail_start(worker, outcome)
             return
         seat.ready, seat.failed_starts, seat.start_at = True, 0, math.inf
-        self._idle.append(worker)
+        self._outbox.free(worker)
         self._started.notify_all()
 
     def _settle(self, worker: int, outcome: Any) -> None:
@@ -228,7 +218,7 @@ class Desk:
         late = not batch.open or task.settled
         refused = None if late else self._refusal(task, outcome)
         self._release(worker)
-        self._idle.append(worker)
+        self._outbox.free(worker)
         self._seconds += spent
         if late:
             self._observe(task.size, spent)
@@ -255,8 +245,7 @@ class Desk:
             self._release(worker)
             if task.batch.open and not task.settled:
                 self._try_again(worker, task, reason)
-        elif seat.ready:
-            self._idle.remove(worker)
+        self._outbox.take(worker)
         failed = seat.failed_starts = 0 if seat.ready else seat.failed_starts + 1
         seat.ready = seat.begun = False
         seat.life += 1
@@ -310,53 +299,25 @@ class Desk:
                 batch.failures.append(Failure(-1, task.point, reason))
                 batch.settle(task, None)
         batch.waiting.clear()
-        self._batches.pop(batch, None)
+        self._outbox.batches.pop(batch, None)
 
     def _forget(self, batch: Batch) -> None:
         with self._lock:
             batch.open = False
             batch.waiting.clear()
-            self._batches.pop(batch, None)
+            self._outbox.batches.pop(batch, None)
 
     # What is sent, and when.
 
     def _pump(self) -> list[tuple[int, int, int, PyTree]]:
         """Gives free workers what batches cannot do without; oldest batches first."""
         sends = []
-        for batch in self._batches:
-            if not self._idle:
-                break
-            while batch.short > 0 and self._idle and (task := self._next(batch)) is not None:
-                sends.append(self._assign(task, self._whom(task)))
+        while (chosen := self._outbox.next()) is not None:
+            sends.append(self._assign(*chosen))
         return sends
 
-    def _next(self, batch: Batch) -> Task | None:
-        for number, task in enumerate(batch.waiting):
-            if self._whom(task) >= 0:
-                return batch.waiting.pop(number)
-        late = [
-            seat.task
-            for seat in self._seats
-            if seat.task is not None
-            and seat.task.batch is batch
-            and seat.overdue
-            and not seat.task.settled
-            and seat.task.running < batch.copies
-            and self._whom(seat.task) >= 0
-        ]
-        if not late:
-            return None
-        self._counts["copies"] += 1
-        return min(late, key=lambda task: (task.running, task.given))
-
-    def _whom(self, task: Task) -> int:
-        """A free worker that has not failed the task, or -1; any, when all have."""
-        if len(task.failed) == len(self._seats):
-            return self._idle[0] if self._idle else -1
-        return next((worker for worker in self._idle if worker not in task.failed), -1)
-
     def _assign(self, task: Task, worker: int) -> tuple[int, int, int, PyTree]:
-        self._idle.remove(worker)
+        self._outbox.take(worker)
         seat = self._seats[worker]
         seat.task, seat.since, seat.overdue = task, time.monotonic(), False
         task.attempts += 1
@@ -376,16 +337,8 @@ class Desk:
 
     # Time.
 
-    def _times_under(self, overdue: Overdue) -> AnswerTimes:
-        """The running times that a rule looks at: all batches of a rule share them."""
-        with self._lock:
-            if overdue not in self._times:
-                self._times[overdue] = self._times[self._overdue].under(overdue)
-            return self._times[overdue]
-
     def _observe(self, size: int, seconds: float) -> None:
-        fell = [times.add(size, seconds) for times in self._times.values()]
-        if any(fell):
+        if self._times.add(size, seconds):
             self._plan(self._next_look())
 
     def _look(self) -> float:
@@ -463,7 +416,7 @@ class Desk:
             if self.trouble is not None:
                 return
             self._broken = f"this pool is broken: {reason}"
-            batches = list(self._batches)
+            batches = list(self._outbox.batches)
             for batch in batches:
                 self._guard.run("giving up a batch", self._give_up, batch, self._broken)
             self._started.notify_all()
@@ -491,4 +444,4 @@ class Desk:
             raise RuntimeError(f"{self._broken}; make a new one")
 
 
-_COUNTED = ("sent", "answered", "late", "errors", "deaths", "hung", "copies")
+_COUNTED = ("sent", "answered", "late", "errors", "deaths", "hung")

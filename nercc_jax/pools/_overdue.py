@@ -81,6 +81,25 @@ class AnswerTimes:
         return other
 
 
+class TimesByRule:
+    """One pool's answer times, under every rule that one of its batches has."""
+
+    def __init__(self, overdue: Overdue):
+        self._times = {overdue: AnswerTimes(overdue)}
+
+    def under(self, overdue: Overdue) -> AnswerTimes:
+        """The running times that all batches of a rule look at; a new rule's know the past."""
+        if overdue not in self._times:
+            first = next(iter(self._times.values()))
+            self._times[overdue] = first.under(overdue)
+        return self._times[overdue]
+
+    def add(self, size: int, seconds: float) -> bool:
+        """As `AnswerTimes.add`, for each."""
+        fell = [times.add(size, seconds) for times in self._times.values()]
+        return any(fell)
+
+
 def _bound(known: dict[int, float], size: int) -> float:
     """By size, the number of this one, or what it cannot be above."""
     found = known.get(size)

@@ -1,0 +1,74 @@
+"""What waits to be sent, who is free, and who gets what."""
+
+from collections.abc import Sequence
+
+from ._batch import Batch, Task
+from ._seat import Seat
+
+
+class Outbox:
+    """Open batches in the order in which they came, and idle workers in that in which they did.
+
+    The longest idle comes first, so that one slow worker gets no more than its share. Each stands
+    here once, whatever happens to it. For one thread at a time.
+    """
+
+    def __init__(self, seats: Sequence[Seat]):
+        self.batches: dict[Batch, None] = {}  # those that may want to send
+        self.copies = 0  # second ones given out
+        self._seats = seats
+        self._idle: dict[int, None] = {}
+
+    @property
+    def idle(self) -> int:
+        """How many workers are free."""
+        return len(self._idle)
+
+    def free(self, worker: int) -> None:
+        """A worker has nothing in hand."""
+        self._idle[worker] = None
+
+    def take(self, worker: int) -> None:
+        """A worker is free no more; it may not have been."""
+        self._idle.pop(worker, None)
+
+    def first(self, batch: Batch) -> tuple[Task, int] | None:
+        """A new batch's next task, and a free worker: redundancy is sent while it is cheap."""
+        if not self._idle or not batch.waiting:
+            return None
+        worker = self._whom(batch.waiting[0])
+        return None if worker is None else (batch.waiting.pop(0), worker)
+
+    def next(self) -> tuple[Task, int] | None:
+        """What a batch cannot do without, and a free worker for it; the oldest batch first."""
+        for batch in self.batches:
+            if not self._idle:
+                return None
+            if batch.short > 0 and (found := self._task(batch)) is not None:
+                return found
+        return None
+
+    def _task(self, batch: Batch) -> tuple[Task, int] | None:
+        """One that waits, or a copy of one that is overdue."""
+        for number, task in enumerate(batch.waiting):
+            if (worker := self._whom(task)) is not None:
+                return batch.waiting.pop(number), worker
+        late = [
+            (seat.task, worker)
+            for seat in self._seats
+            if seat.task is not None
+            and seat.task.batch is batch
+            and seat.overdue
+            and not seat.task.settled
+            and seat.task.running < batch.copies
+            and (worker := self._whom(seat.task)) is not None
+        ]
+        if not late:
+            return None
+        self.copies += 1
+        return min(late, key=lambda pair: (pair[0].running, pair[0].given))
+
+    def _whom(self, task: Task) -> int | None:
+        """A free worker that has not failed the task; any, when all have."""
+        failed = task.failed if len(task.failed) < len(self._seats) else ()
+        return next((worker for worker in self._idle if worker not in failed), None)
