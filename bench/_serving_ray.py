@@ -31,23 +31,24 @@ def main(port: int, replicas: int, batch: int, base: float, rate: float, delay: 
     class Model:
         def __init__(self):
             import jax
-            import jax.numpy as jnp
 
             from nercc_jax.cli._workload import answering
-            from nercc_jax.pools import Fault, Faults
+            from nercc_jax.pools import Faults
             from nercc_jax.pools._worker import Program, Worker, warm_up
             from nercc_jax.serving import make_servable
-            from nercc_jax.stragglers import TraceLatency
 
             model = answering("lenet5-digits", "logits")
             self.servable = make_servable("lenet5-digits", model, model.network.input_shape)
             program = Program((model,), jax.local_devices()[0], True)
             sizes = [1 << power for power in range(batch.bit_length())]
             warm_up([program], 1, [np.zeros((n, *self.servable.shape), np.float32) for n in sizes])
-            laws = [Fault("delay", latency=TraceLatency(jnp.array([base])))]
-            if rate:
-                laws.append(Fault("delay", rate, latency=TraceLatency(jnp.array([delay]))))
-            self.worker = Worker(program, Faults(laws, seed=os.getpid()), 0, 0, lambda: None)
+            faults = Faults.on_trial(
+                service_delay=base,
+                straggler_rate=rate,
+                straggler_delay=delay,
+                seed=os.getpid(),
+            )
+            self.worker = Worker(program, faults, 0, 0, lambda: None)
             self.busy = asyncio.Lock()
 
         async def __call__(self, request: Request) -> Response:

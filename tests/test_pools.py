@@ -563,6 +563,18 @@ def test_delays_follow_their_law():
     assert both.next() == (0.5, set())
 
 
+def test_faults_on_trial():
+    options = {"straggler_rate": 0.25, "straggler_delay": 2.0, "death_rate": 0.125, "seed": 5}
+    law = Faults.on_trial(service_delay=0.5, **options).at(0, 0)
+    drawn = [law.next() for _ in range(2000)]
+    assert {seconds for seconds, _ in drawn} == {0.5, 2.5}
+    assert 0.2 < np.mean([seconds > 1 for seconds, _ in drawn]) < 0.3
+    assert 0.1 < np.mean([kinds == {"death"} for _, kinds in drawn]) < 0.15
+    assert Faults.on_trial(seed=5) == Faults([], 5), "nothing is asked for"
+    with pytest.raises(ValueError, match=r"probability must be in \[0, 1\], not 1.5"):
+        Faults.on_trial(death_rate=1.5)
+
+
 def test_faults_of_some_workers_and_calls():
     fault = Fault("nan", workers=(1, 2), calls=(0, 3))
     assert strikes(fault, 5, worker=0) == [(0.0, set())] * 5

@@ -23,13 +23,11 @@ from ..pools import (
     AbstractPool,
     BatchOutcome,
     DevicePool,
-    Fault,
     Faults,
     PoolReport,
     RayPool,
     run_batches,
 )
-from ..stragglers import TraceLatency
 from ._errors import fail
 from ._options import CALIBRATION, check_positive
 from ._results import Results
@@ -144,12 +142,8 @@ def make_faults(rate: float, delay: float, death_rate: float, seed: int) -> Faul
         if not 0 <= value <= 1:
             raise ValueError(f"{option} is a share of the calls, from 0 to 1, not {value}")
     check_positive("--straggler-delay", delay)
-    return Faults(
-        [
-            Fault("delay", rate, latency=TraceLatency(jnp.array([delay]))),
-            Fault("death", death_rate),
-        ],
-        seed=seed,
+    return Faults.on_trial(
+        straggler_rate=rate, straggler_delay=delay, death_rate=death_rate, seed=seed
     )
 
 

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, TypeAlias, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from ..stragglers import AbstractLatency
+from ..stragglers import AbstractLatency, TraceLatency
 
 FaultKind: TypeAlias = Literal["delay", "error", "nan", "hang", "death"]
 
@@ -92,6 +93,33 @@ class Faults:
 
     faults: Sequence[Fault] = ()
     seed: int = 0
+
+    @classmethod
+    def on_trial(
+        cls,
+        *,
+        service_delay: float = 0.0,
+        straggler_rate: float = 0.0,
+        straggler_delay: float = 1.0,
+        death_rate: float = 0.0,
+        seed: int = 0,
+    ) -> "Faults":
+        """What a command or server is tried with: calls that take longer, straggle, or kill.
+
+        Every call takes `service_delay` seconds longer, the share `straggler_rate` of them another
+        `straggler_delay` seconds, and in the share `death_rate` the worker dies.
+
+        Raises: ValueError for a share outside [0, 1], or seconds that are negative or not finite.
+        """
+        always = 1.0 if service_delay else 0.0
+        faults = [
+            Fault("delay", share, latency=TraceLatency(jnp.array([seconds])))
+            for share, seconds in ((always, service_delay), (straggler_rate, straggler_delay))
+            if share
+        ]
+        if death_rate:
+            faults.append(Fault("death", death_rate))
+        return cls(faults, seed)
 
     def at(self, worker: int, life: int) -> "WorkerFaults":
         """The faults of one worker in one of its lives (0 for the first)."""
