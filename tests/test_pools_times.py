@@ -44,7 +44,7 @@ def test_nothing_is_late_before_enough_is_known():
 
 def test_noise_is_not_lateness():
     """Half as long again is nothing, where a call takes a millisecond."""
-    assert seen(s1=0.001).limit(1) == pytest.approx(0.006)
+    assert seen(s1=0.001).limit(1) == pytest.approx(0.011)
     assert seen(Overdue(0.5, 1.5, least=4, floor=0.0), s1=0.001).limit(1) == pytest.approx(0.0015)
     assert seen(s1=1.0).limit(1) == pytest.approx(1.5)
 
