@@ -5,7 +5,7 @@ import operator
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -68,7 +68,8 @@ class Task:
 
     def __init__(self, batch: "Batch", point: int, kind: int, value: PyTree):
         self.batch, self.point, self.kind, self.value = batch, point, kind, value
-        self.size = len(jax.tree.leaves(value)[0])  # data points
+        first = value if isinstance(value, np.ndarray) else jax.tree.leaves(value)[0]
+        self.size = len(first)  # data points
         self.given = time.monotonic()
         self.attempts = 0
         self.failed: set[int] = set()  # workers that it went wrong with
@@ -117,6 +118,7 @@ class Batch:
         self._on_forget = on_forget
         self._values: list[PyTree | None] = [None] * num_points
         self._seconds = np.full(num_points, np.nan)
+        self._form: Any = None  # of an answer, but for the number of data points
         self._changed = threading.Condition(lock)
         self._awaited = num_points
         self._count = 0
@@ -237,14 +239,15 @@ class Batch:
         """Raises: ValueError where one of these cannot be sent."""
         if not self.open:
             raise ValueError("this batch has been forgotten: nothing more can be sent")
-        sent = set(self.tasks)
+        seen = set()
         for point in points:
-            if point in sent or not 0 <= point < self.num_points:
+            sent = point in self.tasks or point in seen
+            if sent or not 0 <= point < self.num_points:
                 raise ValueError(
                     f"coded data point {point} of {self.num_points} is not there, or has been sent "
                     "already"
                 )
-            sent.add(point)
+            seen.add(point)
 
     def add(self, task: Task) -> None:
         """Takes a task that is to be sent."""
@@ -273,20 +276,21 @@ class Batch:
 
     def refusal(self, value: PyTree[np.ndarray], size: int) -> str | None:
         """Why an answer cannot be one, if so."""
-        leaves = jax.tree.leaves(value)
+        leaves, structure = jax.tree.flatten(value)
         if not leaves:
             return "the answer holds no array"
         for leaf in leaves:
             if leaf.ndim < 1 or leaf.shape[0] != size:
                 return f"{size} data points came back as an array of shape {leaf.shape}"
-            if not np.issubdtype(leaf.dtype, np.floating):
+            if leaf.dtype.kind != "f":
                 return f"the answer is {leaf.dtype}: codes work on floats"
-        other = next((v for v in self._values if v is not None), value)
-        forms = [jax.tree.map(lambda leaf: leaf.shape[1:], tree) for tree in (value, other)]
-        if forms[0] != forms[1]:
+        form = structure, [leaf.shape[1:] for leaf in leaves]
+        if self._form is not None and self._form != form:
+            forms = [jax.tree.unflatten(*each) for each in (form, self._form)]
             return f"each answer has shape {forms[0]}, others of this batch {forms[1]}"
         if not all(np.isfinite(leaf).all() for leaf in leaves):
             return "the answer is not finite"
+        self._form = form  # of all, as of the first
         return None
 
 

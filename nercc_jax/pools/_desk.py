@@ -76,6 +76,7 @@ class Desk:
         self._closed = False
         self._broken: str | None = None
         self._look_at = -math.inf  # when the watcher looks next
+        self._early = False  # whether it is to be woken for that
         self._start_trouble: str | None = None
         self._on_idle: Callable[[], None] | None = None
         self._guard = Guard()
@@ -115,7 +116,9 @@ class Desk:
         # Outside the lock: values may be cast while they are taken.
         tasks = [Task(batch, *each) for each in zip(points, kinds, values, strict=True)]
         with self._lock:
-            self._check_open()
+            if self.trouble is not None:
+                kind = ValueError if self._closed else RuntimeError
+                raise kind(f"{self.trouble}: make a new one")
             batch.check_new(points)
             for task in tasks:
                 batch.add(task)
@@ -328,12 +331,15 @@ class Desk:
         return worker, seat.life, task.kind, task.value
 
     def _send(self, sends: Sequence[tuple[int, int, int, PyTree]]) -> None:
-        """Outside the lock: workers answer meanwhile."""
+        """Outside the lock, for which neither workers nor the watcher need to wait then."""
         for worker, life, *task in sends:
             what = f"sending to worker {worker}"
             error = self._guard.run(what, self._crew.send, worker, life, *task)
             if error is not None:
                 self._hear(worker, life, WorkerDied(f"it cannot be reached: {reason_of(error)}"))
+        if self._early:
+            self._early = False
+            self._watcher.wake()
 
     # Time.
 
@@ -383,10 +389,9 @@ class Desk:
         return min(seat.due(self._hang_timeout) for seat in self._seats)
 
     def _plan(self, at: float) -> None:
-        """Wakes the watcher if this is earlier than it would look."""
+        """Has the watcher woken if this is earlier than it would look."""
         if at < self._look_at:
-            self._look_at = at
-            self._watcher.wake()
+            self._look_at, self._early = at, True
 
     def _await_start(self) -> None:
         end = time.monotonic() + self._start_timeout
@@ -401,6 +406,7 @@ class Desk:
                     break
                 self._started.wait(min(left, LONGEST_SLEEP))
             else:
+                self._outbox.order()
                 return
         self.close()
         raise RuntimeError(f"{ready} of {len(self._seats)} workers started; {what}")
@@ -436,12 +442,6 @@ class Desk:
             return task.batch.refusal(outcome, task.size)
         except Exception as error:  # no array at all, for example
             return f"the answer cannot be read: {reason_of(error)}"
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ValueError("this pool is closed: make a new one")
-        if self._broken is not None:
-            raise RuntimeError(f"{self._broken}; make a new one")
 
 
 _COUNTED = ("sent", "answered", "late", "errors", "deaths", "hung")

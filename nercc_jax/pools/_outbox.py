@@ -32,6 +32,10 @@ class Outbox:
         """A worker is free no more; it may not have been."""
         self._idle.pop(worker, None)
 
+    def order(self) -> None:
+        """Puts idle workers in order, whoever came first: a seed means the same in each run."""
+        self._idle = dict.fromkeys(sorted(self._idle))
+
     def first(self, batch: Batch) -> tuple[Task, int] | None:
         """A new batch's next task, and a free worker: redundancy is sent while it is cheap."""
         if not self._idle or not batch.waiting:
@@ -71,4 +75,6 @@ class Outbox:
     def _whom(self, task: Task) -> int | None:
         """A free worker that has not failed the task; any, when all have."""
         failed = task.failed if len(task.failed) < len(self._seats) else ()
+        if not failed:
+            return next(iter(self._idle), None)
         return next((worker for worker in self._idle if worker not in failed), None)
