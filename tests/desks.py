@@ -3,12 +3,22 @@
 import collections
 import contextlib
 import threading
+import time
 
 import numpy as np
 
 from nercc_jax.pools import Overdue
 from nercc_jax.pools._crew import AbstractCrew
 from nercc_jax.pools._desk import Desk
+
+SOON = 60.0  # seconds that nothing here should need
+
+
+def soon(condition):
+    end = time.monotonic() + SOON
+    while not condition():
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.002)
 
 
 class Script(AbstractCrew):
@@ -52,6 +62,10 @@ class Script(AbstractCrew):
         life, point = self.sent.pop(worker)
         self.hear(worker, life, np.full((1, 1), float(point)) if outcome is None else outcome)
 
+    def answer_all(self):
+        for worker in list(self.sent):
+            self.answer(worker)
+
     @property
     def points(self):
         return {worker: point for worker, (_, point) in self.sent.items()}
@@ -70,7 +84,7 @@ def make_desk(crew, num_workers, **options):
 
 @contextlib.contextmanager
 def open_desks(crew):
-    """Gives `make_desk` for this crew; closes its desks, none of which may have made a mistake."""
+    """Gives `make_desk` for this crew; closes its desks, whose books must be right in the end."""
     desks = []
 
     def make(num_workers, **options):
@@ -80,6 +94,8 @@ def open_desks(crew):
     yield make
     for desk in desks:
         desk.close()
+        report = desk.report()
+        assert report.deaths == sum(report.deaths_by_worker)
     assert not crew.mistakes
 
 

@@ -1,8 +1,11 @@
 """The desk's rules of who gets what, with workers that only do what the test says."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
-from desks import Script, dispatch, make_desk, open_desks
+from desks import SOON, Script, dispatch, make_desk, open_desks, soon
 
 from nercc_jax.pools import Overdue
 from nercc_jax.pools._crew import WorkerDied
@@ -30,6 +33,22 @@ def test_one_task_a_worker_and_the_rest_as_they_become_free(crew, open_desk):
         crew.answer(worker)
     assert sorted(order) == list(range(5))
     np.testing.assert_array_equal(batch.wait().values[:, 0, 0], np.arange(5))
+
+
+def test_workers_stand_in_order_whoever_was_ready_first(crew, open_desk):
+    """So that faults on purpose strike the same data points in each run."""
+    begin, begun = crew._begin, [threading.Event() for _ in range(4)]
+    begun[3].set()
+
+    def after_the_next(worker, life):
+        assert begun[worker + 1].wait(SOON)
+        begin(worker, life)
+        begun[worker].set()
+
+    crew._begin = after_the_next
+    desk = open_desk(3)
+    dispatch(desk, 3)
+    assert crew.points == {0: 0, 1: 1, 2: 2}
 
 
 def test_what_is_beyond_need_is_not_sent_to_one_that_becomes_free(crew, open_desk):
@@ -84,6 +103,23 @@ def test_a_dead_workers_task_goes_on_and_its_old_life_is_not_heard(crew, open_de
     assert crew.lives[worker] == 2
 
 
+def test_an_idle_worker_that_dies_and_restarts_gets_one_task(crew, open_desk):
+    """It is in the list of idle ones once, and not while it is away."""
+    desk = open_desk(2)
+    crew.refuse = {0}
+    crew.hear(0, 0, WorkerDied("killed"))
+    assert desk.idle == 1
+    batch = dispatch(desk, 4)
+    assert set(crew.sent) == {1}
+    crew.refuse = ()
+    soon(lambda: set(crew.sent) == {0, 1})
+    assert desk.idle == 0
+    for worker in (0, 1, 0, 1):
+        crew.answer(worker)
+    assert batch.available.all()
+    assert desk.idle == 2
+
+
 def test_attempts_are_counted(crew, open_desk):
     desk = open_desk(2, max_attempts=2)
     batch = dispatch(desk, 1)
@@ -113,6 +149,61 @@ def test_a_second_copy_that_comes_first_wins(crew, open_desk):
     assert batch.answer(0) == 0.0
     report = desk.report()
     assert (report.copies, report.late, report.errors) == (1, 1, 0)
+
+
+def open_hasty_desk(open_desk, crew):
+    """Two workers, whose tasks are overdue after a few milliseconds."""
+    desk = open_desk(2, overdue=Overdue(0.5, 1.0, least=4))
+    for _ in range(2):
+        with dispatch(desk, 2):
+            crew.answer(0)
+            crew.answer(1)
+    return desk
+
+
+def test_what_a_copy_may_bring_is_hoped_for_once(crew, open_desk):
+    """The overdue original answers before its copy: that leaves nothing to hope for."""
+    desk = open_hasty_desk(open_desk, crew)
+    batch = desk.open(2, None, 2, None, None)
+    desk.add(batch, [0], [np.zeros((1, 1))], [0])
+    (original,) = crew.sent
+    soon(lambda: len(crew.sent) == 2)
+    desk.add(batch, [1], [np.ones((1, 1))], [0])
+    crew.answer(original)
+    assert crew.points == {original: 1, 1 - original: 0}, "two are needed, one is in"
+    crew.answer(original)
+    assert batch.available.all()
+
+
+def test_a_task_is_overdue_by_the_times_of_its_size(crew, open_desk):
+    desk = open_desk(3, overdue=Overdue(0.5, 1.0, least=4))
+    for _ in range(4):
+        desk._times.add(1, 0.001)
+        desk._times.add(8, 10.0)
+    batch = desk.open(2, None, 2, None, None)
+    desk.add(batch, [0, 1], [np.zeros((1, 1)), np.ones((8, 1))], [0, 0])
+    soon(lambda: len(crew.sent) == 3)
+    assert sorted(crew.points.values()) == [0, 0, 1]
+    (larger,) = (worker for worker, point in crew.points.items() if point == 1)
+    assert desk.report().workers[larger].state == "busy"
+
+
+@pytest.mark.parametrize("numbers", [(1, 3), (3, 1)])
+def test_two_threads_wait_for_different_numbers(crew, open_desk, numbers):
+    """Each is told when its own is reached, whoever asked first."""
+    desk = open_desk(3)
+    batch = dispatch(desk, 3)
+    with ThreadPoolExecutor(2) as executor:
+        waits = {}
+        for number in numbers:
+            waits[number] = executor.submit(batch.wait, number, SOON)
+            soon(lambda: len(batch._changed._waiters) == len(waits))
+        crew.answer(0)
+        assert waits[1].result(SOON / 2).available.sum() == 1
+        assert not waits[3].done()
+        crew.answer(1)
+        crew.answer(2)
+        assert waits[3].result(SOON / 2).available.all()
 
 
 def test_workers_that_do_not_start_again_are_tried_until_they_do(crew, open_desk, monkeypatch):

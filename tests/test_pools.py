@@ -1,12 +1,12 @@
 """Pools of workers: one contract for all of them, the desk's rules, and faults on purpose."""
 
+import dataclasses
 import functools
 import logging
 import os
 import signal
 import sys
 import threading
-import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import require
+from desks import SOON, soon
 
 from nercc_jax import (
     Berrut,
@@ -31,7 +32,6 @@ from nercc_jax.stragglers import ExponentialLatency, TraceLatency
 from nercc_jax.surrogates import Doubt
 
 K, N = 8, 20
-SOON = 60.0  # seconds that nothing here should need
 
 
 def network(batch):
@@ -80,13 +80,6 @@ def points(count, number=0, width=3):
         + 100 * number
         + np.zeros((1, 1, width), np.float32)
     )
-
-
-def soon(condition):
-    end = time.monotonic() + SOON
-    while not condition():
-        assert time.monotonic() < end, "it did not come to pass"
-        time.sleep(0.01)
 
 
 # Every pool.
@@ -494,6 +487,7 @@ def test_many_threads_at_one_pool():
         (lambda pool: pool_inference(pool, NeRCC(2, 4))(np.ones((2, 1)), None, np.nan), "not nan"),
         (lambda pool: pool.dispatch(points(2), kinds=[0, 1]), r"run 1 model\(s\), but 2 are asked"),
         (lambda pool: pool.send(pool.open(2), [2], points(1)), "point 2 of 2 is not there"),
+        (lambda pool: pool.send(pool.open(2), [1, 1], points(2)), "has been sent already"),
         (lambda pool: pool_inference(pool, NeRCC(2, 4))(np.ones((3, 1))), r"x of shape \(3, 1\)"),
         (lambda pool: pool_inference(pool, NeRCC(2, 4))(np.ones((2, 1), int)), "x is int64"),
         (
@@ -561,6 +555,28 @@ def test_delays_follow_their_law():
     assert drawn == strikes(Fault("delay", latency=ExponentialLatency(0.5)))
     both = Faults([Fault("delay", latency=TraceLatency(jax.numpy.array([0.25])))] * 2).at(0, 0)
     assert both.next() == (0.5, set())
+
+
+def test_delays_differ_by_life_and_by_fault():
+    """A worker that comes back is not as slow as before, and two laws do not move as one."""
+    fault = Fault("delay", latency=ExponentialLatency(0.5))
+    first = strikes(fault, 50)
+    assert not {seconds for seconds, _ in first} & {
+        seconds for seconds, _ in strikes(fault, 50, life=1)
+    }
+    both = Faults([fault, fault]).at(0, 0)
+    sums = np.array([both.next()[0] for _ in range(50)])
+    others = sums - [seconds for seconds, _ in first]
+    assert not np.isclose(others, [seconds for seconds, _ in first]).any()
+
+
+def test_what_strikes_some_calls_shifts_no_other_faults_draws():
+    error, nan = Fault("error", 0.5), Fault("nan", 0.5)
+    rare = dataclasses.replace(error, calls=(0,))
+    often, seldom = (Faults([first, nan]).at(0, 0) for first in (error, rare))
+    drawn = [("nan" in often.next()[1], "nan" in seldom.next()[1]) for _ in range(100)]
+    assert all(one == other for one, other in drawn)
+    assert 20 < sum(one for one, _ in drawn) < 80
 
 
 def test_faults_on_trial():
@@ -678,6 +694,14 @@ def test_doubtful_data_points_are_run_again(networks):
     timing = result.timing
     assert timing.reexecute > 0
     assert timing.total >= timing.wait + timing.reexecute
+
+
+def test_any_disagreement_may_be_allowed(networks):
+    """1 is a share like any other, and the last one: nothing is run again."""
+    result = doubtful_pool_inference(networks, 1.0)(groups_of(3, 3), 5, LONG)
+    assert not result.reexecuted.any()
+    assert result.doubt.max() > 0.1
+    assert result.timing.reexecute < result.timing.total
 
 
 def test_no_more_than_the_budget_is_run_again_the_most_doubtful_first():

@@ -5,13 +5,13 @@ import time
 
 import numpy as np
 import pytest
-from desks import Script, dispatch, make_desk, open_desks
+from desks import SOON, Script, dispatch, make_desk, open_desks, soon
 
 from nercc_jax import DevicePool
+from nercc_jax.pools import Fault, Faults
 from nercc_jax.pools._crew import WorkerDied
 from nercc_jax.pools._supervision import pause_after
-
-SOON = 60.0  # seconds that nothing here should need
+from nercc_jax.stragglers import AbstractLatency
 
 
 @pytest.fixture
@@ -31,20 +31,13 @@ def quickly(monkeypatch):
     monkeypatch.setattr("nercc_jax.pools._supervision._LONGEST", 0.01)
 
 
-def soon(condition):
-    end = time.monotonic() + SOON
-    while not condition():
-        assert time.monotonic() < end, "it did not come to pass"
-        time.sleep(0.002)
-
-
 def refuse(worker):
     raise RuntimeError("can't start new thread")
 
 
 def test_a_start_that_raises_is_tried_again(crew, open_desk):
     """The watcher's thread died of it, and hung workers were never replaced again."""
-    desk = open_desk(2, hang_timeout=0.05)
+    desk = open_desk(2, hang_timeout=0.1, max_attempts=10**6)
     crew.starting = refuse
     batch = dispatch(desk, 2)
     soon(lambda: min(worker.failed_starts for worker in desk.report().workers) >= 3)
@@ -54,10 +47,7 @@ def test_a_start_that_raises_is_tried_again(crew, open_desk):
     assert report.internal_errors >= 6
     assert desk.trouble is None
     crew.starting = None
-    for point in range(2):
-        soon(lambda point=point: point in crew.points.values())
-        crew.answer(next(worker for worker, given in crew.points.items() if given == point))
-    assert batch.available.all()
+    soon(lambda: crew.answer_all() or batch.available.all())
     soon(lambda: desk.idle == 2)
     assert [worker.failed_starts for worker in desk.report().workers] == [0, 0]
 
@@ -69,16 +59,15 @@ def test_a_crew_whose_starts_raise_is_no_pool(crew):
 
 
 def test_a_worker_that_never_gets_ready_is_started_again(crew, open_desk):
-    desk = open_desk(1, start_timeout=0.5)
+    desk = open_desk(1)
+    desk._start_timeout = 0.05
     crew._begin = lambda worker, life: None
     batch = dispatch(desk, 1)
     crew.answer(0, WorkerDied("killed"))
     soon(lambda: crew.lives[0] >= 4)
     assert desk.report().workers[0].failed_starts >= 2
     del crew._begin
-    soon(lambda: crew.sent)
-    crew.answer(0)
-    assert batch.available.all()
+    soon(lambda: crew.answer_all() or batch.available.all())
 
 
 def test_a_worker_that_cannot_be_sent_to_is_dead(crew, open_desk):
@@ -125,12 +114,14 @@ def test_a_turn_of_the_watcher_that_fails_is_not_its_last(crew, open_desk, monke
 
     monkeypatch.setattr(desk, "_attend", fail_once)
     dispatch(desk, 1)
-    soon(lambda: desk.report().hung == 1)
+    soon(lambda: desk.report().hung)
     assert desk.report().internal_errors == 1
     assert "a turn of nercc-desk failed" in caplog.text
     assert desk.trouble is None
 
 
+# Python takes that for a thread's way to end, pytest for an error.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_pool_whose_watcher_is_gone_fails_at_once_and_says_so(crew, open_desk):
     def end_thread(worker):
         raise SystemExit
@@ -148,23 +139,25 @@ def test_a_pool_whose_watcher_is_gone_fails_at_once_and_says_so(crew, open_desk)
     assert told.wait(SOON)
     assert watched.lost(0)
     assert "the pool's watcher ended" in desk.trouble
-    with pytest.raises(RuntimeError, match=r"this pool is broken: .*; make a new one"):
+    with pytest.raises(RuntimeError, match=r"this pool is broken: .*: make a new one"):
         dispatch(desk, 1)
 
 
 def test_books_that_fail_while_a_worker_is_heard_break_the_pool(crew, open_desk, monkeypatch):
-    def fail():
+    def fail(worker, outcome):
         raise KeyError("no such batch")
 
     desk = open_desk(2)
     batch = dispatch(desk, 4)
-    monkeypatch.setattr(desk, "_pump", fail)
+    crew.answer(0)
+    monkeypatch.setattr(desk, "_settle", fail)
     crew.answer(0)
     answers = batch.wait(deadline=SOON)
     assert answers.available.sum() == 1, "what was in is not lost"
     assert "hearing of worker 0 failed: KeyError" in desk.trouble
     assert desk.report().internal_errors == 1
-    crew.answer(1)  # and is not listened to
+    crew.answer(1)
+    assert desk.report().internal_errors == 1, "nobody is listened to any more"
 
 
 def test_who_is_lost_by_hanging_is_told_at_once(crew, open_desk):
@@ -212,6 +205,18 @@ def test_a_model_that_ends_its_thread_costs_a_worker_and_no_answer():
         np.testing.assert_array_equal(answers.values, 2 * x)
         assert answers.failures[0].reason == "its thread ended: SystemExit: 3"
         assert pool.report().deaths == 1
+
+
+class Unreadable(AbstractLatency):
+    def sample(self, key, shape):
+        raise OSError("there is no such trace")
+
+
+def test_a_thread_that_fails_before_it_is_ready_says_why():
+    """The pool waited for it until its time was up, and knew nothing."""
+    faults = Faults([Fault("delay", latency=Unreadable())])
+    with pytest.raises(RuntimeError, match="could not start: its thread ended: OSError: there is"):
+        DevicePool(lambda batch: batch, 1, compiled=False, faults=faults)
 
 
 def test_a_pool_tells_how_it_is():

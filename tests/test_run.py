@@ -1,11 +1,13 @@
 """Runs over a data set: nothing lost, nothing mixed up, whatever happens to the workers."""
 
 import csv
+import dataclasses
 import os
 import signal
 import threading
 import time
 
+import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -332,6 +334,32 @@ def test_what_is_lost_is_nan_and_told(tmp_path):
     assert np.isnan(rows["predictions"]).all()
     assert (rows["predicted"] == -1).all()
     assert not rows["heard"].any()
+
+
+def test_what_is_recovered_of_a_batch_is_told_and_why_the_rest_is_not(tmp_path, monkeypatch):
+    """A lost row rests on nobody's answers; the trouble is told though the last batch went well."""
+
+    def spoilt(*arguments, **options):
+        first, *others = run_batches(*arguments, **options)
+        decoded = first.result.decoded
+        recovered = np.array([[True, False, True, True], [False] * 4])
+        decoded = eqx.tree_at(lambda each: each.recovered, decoded, recovered)
+        result = dataclasses.replace(first.result, decoded=decoded)
+        yield dataclasses.replace(first, result=result, trouble="the network was down")
+        yield from others
+
+    monkeypatch.setattr(command, "run_batches", spoilt)
+    path = tmp_path / "result.npz"
+    result = run(*SMALL, "--points", "16", "--output", str(path))
+    assert result.exit_code == 1
+    assert "5 of 16 data points were lost after 3 attempts" in result.output
+    assert "the last trouble: the network was down" in result.output
+    rows = load(path)
+    lost = np.isin(np.arange(16), [1, 4, 5, 6, 7])
+    np.testing.assert_array_equal(rows["recovered"], ~lost)
+    assert not rows["heard"][lost].any()
+    assert (rows["heard"][~lost].sum(axis=1) >= 6).all()
+    assert (rows["predicted"] == -1).tolist() == lost.tolist()
 
 
 def test_a_forecast_decides(tmp_path):
