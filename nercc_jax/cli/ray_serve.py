@@ -15,7 +15,8 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.process_collector import ProcessCollector
 from ray import serve
 
-from ..serving._server import Plane, make_app
+from ..serving._plane import Plane
+from ..serving._rest import make_app
 from ..serving._settings import ModelSettings, ServerSettings, read_settings
 from ._serving_models import start_models
 

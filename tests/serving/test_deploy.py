@@ -64,7 +64,8 @@ def settings_of(monkeypatch, arguments, environment):
 def app_of(settings):
     from prometheus_client import CollectorRegistry
 
-    from nercc_jax.serving._server import Plane, make_app
+    from nercc_jax.serving._plane import Plane
+    from nercc_jax.serving._rest import make_app
 
     return make_app(Plane({}), settings, CollectorRegistry())
 

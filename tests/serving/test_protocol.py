@@ -22,6 +22,7 @@ from nercc_jax.serving import Reply, make_servable
 from nercc_jax.serving import _request as errors
 from nercc_jax.serving._kserve import InferInput, InferRequest, InvalidInput, messages
 from nercc_jax.serving._metrics import Meters
+from nercc_jax.serving._plane import Plane
 from nercc_jax.serving._protocol import (
     TooLarge,
     UnsupportedEncoding,
@@ -35,8 +36,8 @@ from nercc_jax.serving._protocol import (
     response_of,
     write_response,
 )
+from nercc_jax.serving._rest import make_app
 from nercc_jax.serving._served import ServedModel
-from nercc_jax.serving._server import Plane, make_app
 from nercc_jax.serving._settings import ModelSettings, read_settings
 
 

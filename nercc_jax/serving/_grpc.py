@@ -1,0 +1,53 @@
+"""The gRPC face: kserve's service, and errors as statuses."""
+
+import logging
+from typing import Any
+
+import grpc
+from grpc_interceptor import AsyncExceptionToStatusInterceptor
+
+from ._kserve import InferenceServicer, messages
+from ._plane import Plane
+from ._protocol import VERSION, plain_parameters
+from ._statuses import STATUS, words_of
+
+_LOG = logging.getLogger(__name__)
+
+
+class Service(InferenceServicer):
+    """kserve's service, and what it leaves out: versions, the access log."""
+
+    def __init__(self, plane: Plane):
+        self._plane = plane
+        InferenceServicer.__init__(self, plane, plane)  # pyright: ignore[reportArgumentType]
+
+    async def ModelReady(self, request: Any, context: Any) -> messages.ModelReadyResponse:
+        self._plane.find(request.name, request.version or VERSION)
+        return await InferenceServicer.ModelReady(self, request, context)
+
+    async def ModelMetadata(self, request: Any, context: Any) -> messages.ModelMetadataResponse:
+        self._plane.find(request.name, request.version or VERSION)
+        answer = await InferenceServicer.ModelMetadata(self, request, context)
+        answer.versions.append(VERSION)
+        return answer
+
+    async def ModelInfer(self, request: Any, context: Any) -> messages.ModelInferResponse:
+        with self._plane.watch(request.model_name) as line:
+            self._plane.find(request.model_name, request.model_version or VERSION)
+            answer = await InferenceServicer.ModelInfer(self, request, context)
+            line.update({"id": answer.id}, **plain_parameters(answer.parameters))
+        return answer
+
+
+class Errors(AsyncExceptionToStatusInterceptor):
+    """Errors as gRPC statuses."""
+
+    async def handle_exception(
+        self, ex: Exception, request_or_iterator: Any, context: Any, method_name: str
+    ) -> Any:
+        if type(ex) in STATUS:
+            await context.abort(STATUS[type(ex)][1], words_of(ex))
+        if isinstance(ex, grpc.aio.AbortError):
+            raise ex
+        _LOG.exception("a gRPC call failed", extra={"method": method_name})
+        await context.abort(grpc.StatusCode.INTERNAL, "internal error: see the server's log")

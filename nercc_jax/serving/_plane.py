@@ -1,0 +1,104 @@
+"""The plane of control: what both faces of the server ask, and all that it says of itself."""
+
+import contextlib
+import importlib.metadata
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ._kserve import InferRequest, InferResponse, ModelNotFound
+from ._protocol import VERSION, input_types, output_types
+from ._served import ServedModel
+from ._statuses import INVALID, words_of
+
+_LOG = logging.getLogger(__name__)
+
+
+class Plane:
+    """What both faces ask: kserve's services call these methods, by these names."""
+
+    def __init__(self, models: Mapping[str, ServedModel], access_log: bool = False):
+        self.models = dict(models)
+        self.access_log = access_log
+        self.draining = False
+        self.started = time.monotonic()
+
+    @property
+    def model_registry(self) -> "Plane":
+        return self
+
+    def get_models(self) -> Mapping[str, ServedModel]:
+        return self.models
+
+    def metadata(self) -> dict[str, Any]:
+        version = importlib.metadata.version("nercc-jax")
+        return {"name": "nercc_jax", "version": version, "extensions": ["binary_tensor_data"]}
+
+    async def live(self) -> dict[str, str]:
+        return {"status": "alive"}
+
+    async def ready(self) -> bool:
+        return not self.draining
+
+    async def model_ready(self, model_name: str, *_: Any) -> bool:
+        self.find(model_name)
+        return not self.draining
+
+    async def model_metadata(self, model_name: str) -> dict[str, Any]:
+        servable = self.find(model_name).servable
+        return {
+            "name": model_name,
+            "versions": [VERSION],
+            "platform": "nercc_jax",
+            "inputs": input_types(servable),
+            "outputs": output_types(servable),
+        }
+
+    async def infer(
+        self, model_name: str, request: InferRequest, headers: Any = None
+    ) -> tuple[InferResponse, dict[str, str]]:
+        return await self.find(model_name).infer(request), {}
+
+    def find(self, name: str, version: str = VERSION) -> ServedModel:
+        if name not in self.models:
+            raise ModelNotFound(name)
+        if version != VERSION:
+            raise ModelNotFound(f"{name}, version {version}")
+        return self.models[name]
+
+    @contextlib.contextmanager
+    def watch(self, model_name: str) -> Iterator[dict[str, Any]]:
+        """Counts a request that is invalid; logs each with what is put here, if that is wished."""
+        line: dict[str, Any] = {"model": model_name}
+        begin = time.monotonic()
+        try:
+            yield line
+        except BaseException as error:  # a client that goes away cancels its call
+            if isinstance(error, INVALID) and model_name in self.models:
+                self.models[model_name].count_invalid()
+            line["error"] = words_of(error)
+            raise
+        finally:
+            if self.access_log:
+                line["seconds"] = round(time.monotonic() - begin, 6)
+                _LOG.info("not answered" if "error" in line else "answered", extra=line)
+
+    def status(self) -> dict[str, Any]:
+        """All that the status page shows."""
+        about = self.metadata()
+        return {
+            "server": {
+                "name": about["name"],
+                "version": about["version"],
+                "state": "draining" if self.draining else "serving",
+                "uptime_s": time.monotonic() - self.started,
+            },
+            "models": [model.status() for model in self.models.values()],
+        }
+
+    async def load(self, model_name: str) -> Any:
+        """Of the model repository extension, which this server does not have."""
+        raise NotImplementedError("models are configured when the server starts")
+
+    unload = load

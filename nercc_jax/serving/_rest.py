@@ -1,0 +1,161 @@
+"""The REST face: the Open Inference Protocol, the status page, metrics."""
+
+import asyncio
+import importlib.resources
+from collections.abc import Mapping
+from typing import Any
+
+import fastapi
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from prometheus_client import CollectorRegistry, exposition
+from pydantic import BaseModel
+from starlette.requests import ClientDisconnect
+
+from ._kserve import ServerNotReady, V2Endpoints, bodies
+from ._plane import Plane
+from ._protocol import VERSION, TooLarge, decompress, read_request, write_response
+from ._settings import ServerSettings
+from ._statuses import STATUS, words_of
+
+# JSON of this size is read by another thread, so that other requests go on.
+_LARGE = 2**18
+
+# nginx's status for a client that went away while it sent its request.
+_CLOSED = 499
+
+
+def make_app(
+    plane: Plane, settings: ServerSettings, registry: CollectorRegistry
+) -> fastapi.FastAPI:
+    """The REST face as an ASGI application: for this server, Ray Serve, or any other."""
+    app = fastapi.FastAPI(
+        title="nercc_jax",
+        description="Coded inference by the Open Inference Protocol (V2).",
+        version=plane.metadata()["version"],
+        redoc_url=None,
+    )
+    _add_protocol(app, plane, settings)
+    page = importlib.resources.files("nercc_jax.serving").joinpath("status.html").read_text()
+
+    @app.get("/", include_in_schema=False)
+    async def show_page() -> HTMLResponse:
+        return HTMLResponse(page)
+
+    @app.get("/status", include_in_schema=False)
+    async def status() -> JSONResponse:
+        return JSONResponse(plane.status(), headers={"cache-control": "no-store"})
+
+    @app.get("/metrics", include_in_schema=False)
+    async def metrics(request: fastapi.Request) -> Response:
+        write, content_type = exposition.choose_encoder(request.headers.get("accept", ""))
+        return Response(write(registry), headers={"content-type": content_type})
+
+    async def tell(request: fastapi.Request, error: Exception) -> Response:
+        status, _ = STATUS[type(error)]
+        headers = {"retry-after": "1"} if status in (429, 503) else None
+        return JSONResponse({"error": words_of(error)}, status, headers)
+
+    async def tell_nobody(request: fastapi.Request, error: Exception) -> Response:
+        return Response(status_code=_CLOSED)
+
+    for kind in STATUS:
+        app.add_exception_handler(kind, tell)
+    app.add_exception_handler(ClientDisconnect, tell_nobody)
+    return app
+
+
+class _Error(BaseModel):
+    error: str
+
+
+def _add_protocol(app: fastapi.FastAPI, plane: Plane, settings: ServerSettings) -> None:
+    endpoints = V2Endpoints(plane)  # pyright: ignore[reportArgumentType]
+    missing: dict[int | str, dict[str, Any]] = {404: {"model": _Error}, 503: {"model": _Error}}
+    for path, endpoint, answer in (
+        ("/v2", endpoints.metadata, bodies.ServerMetadataResponse),
+        ("/v2/health/live", endpoints.live, bodies.ServerLiveResponse),
+        ("/v2/health/ready", endpoints.ready, bodies.ServerReadyResponse),
+        ("/v2/models", endpoints.models, bodies.ListModelsResponse),
+    ):
+        app.add_api_route(path, endpoint, response_model=answer, responses={503: {"model": _Error}})
+
+    async def model_metadata(model_name: str, version: str = VERSION) -> Any:
+        plane.find(model_name, version)
+        return await plane.model_metadata(model_name)
+
+    async def model_ready(model_name: str, version: str = VERSION) -> Any:
+        plane.find(model_name, version)
+        if not await plane.model_ready(model_name):
+            raise ServerNotReady("It is draining.")
+        return {"name": model_name, "ready": True}
+
+    async def infer(request: fastapi.Request, model_name: str, version: str = VERSION) -> Response:
+        with plane.watch(model_name) as line:
+            plane.find(model_name, version)
+            body = await _read_body(request, settings.max_body_bytes)
+            length = request.headers.get("inference-header-content-length")
+            if len(body) > _LARGE and length is None:
+                asked = await asyncio.to_thread(read_request, body, length, model_name)
+            else:
+                asked = read_request(body, length, model_name)
+            response, _ = await plane.infer(model_name, asked)
+            line.update({"id": response.id}, **response.parameters or {})
+            content, headers = write_response(response)
+        return Response(content, headers=dict(headers))
+
+    errors = {status: {"model": _Error} for status, _ in STATUS.values() if status != 501}
+    schema = bodies.InferenceRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+    _define(app, schema.pop("$defs"))
+    body = {"content": {"application/json": {"schema": schema}}, "required": True}
+    for path in ("/v2/models/{model_name}", "/v2/models/{model_name}/versions/{version}"):
+        shown = "versions" not in path
+        app.add_api_route(
+            path,
+            model_metadata,
+            response_model=bodies.ModelMetadataResponse,
+            responses=missing,
+            include_in_schema=shown,
+        )
+        app.add_api_route(
+            f"{path}/ready",
+            model_ready,
+            response_model=bodies.ModelReadyResponse,
+            responses=missing,
+            include_in_schema=shown,
+        )
+        app.add_api_route(
+            f"{path}/infer",
+            infer,
+            methods=["POST"],
+            response_class=JSONResponse,
+            responses={200: {"model": bodies.InferenceResponse}, **errors},
+            openapi_extra={"requestBody": body},
+            include_in_schema=shown,
+        )
+
+
+def _define(app: fastapi.FastAPI, schemas: Mapping[str, Any]) -> None:
+    """Adds what a schema that FastAPI did not make refers to."""
+    describe = app.openapi
+
+    def describe_all() -> dict[str, Any]:
+        described = describe()
+        described["components"]["schemas"] |= schemas
+        return described
+
+    app.openapi = describe_all
+
+
+async def _read_body(request: fastapi.Request, limit: int) -> bytes:
+    """The body, decompressed. Raises: `TooLarge` before more than the limit is held."""
+    announced = request.headers.get("content-length", "0")
+    if not announced.isdigit() or int(announced) > limit:
+        raise TooLarge(f"the body has {announced} bytes; at most {limit} are taken")
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > limit:
+            raise TooLarge(f"the body has more than {limit} bytes")
+        parts.append(part)
+    body = parts[0] if len(parts) == 1 else b"".join(parts)
+    return decompress(body, request.headers.get("content-encoding"), limit)
