@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ._kserve import InferRequest, InferResponse, ModelNotFound
-from ._protocol import VERSION, input_types, output_types
+from ._protocol import VERSION, input_types, limits, output_types
 from ._served import ServedModel
 from ._statuses import INVALID, words_of
 
@@ -46,13 +46,15 @@ class Plane:
         return not self.draining
 
     async def model_metadata(self, model_name: str) -> dict[str, Any]:
-        servable = self.find(model_name).servable
+        model = self.find(model_name)
+        servable = model.servable
         return {
             "name": model_name,
             "versions": [VERSION],
             "platform": "nercc_jax",
             "inputs": input_types(servable),
             "outputs": output_types(servable),
+            "parameters": limits(model.settings),
         }
 
     async def infer(

@@ -4,6 +4,9 @@ import dataclasses
 import math
 from typing import Literal, TypeAlias
 
+# Seconds that a request may wait at most, whoever asks: no wait is without a bound.
+MAX_DEADLINE_S = 3600.0
+
 
 @dataclasses.dataclass(frozen=True)
 class BatchingPolicy:
@@ -15,7 +18,7 @@ class BatchingPolicy:
     - `batch_wait_timeout_s`: seconds after which a group that is not full is completed without
       waiting for more queries. (Of a code that sends no query as it came, nothing is sent before.)
     - `max_queue_size`: queries that may wait to be sent; more are refused at once.
-    - `deadline_s`: seconds that a request has unless it says otherwise.
+    - `deadline_s`: seconds that a request has unless it says otherwise; at most an hour.
     - `patience`: a coded data point straggles once it is out for so many times the running median
       of answer times. What straggles is decoded, or sent again.
     - `wait_for`: how many answers of a group are enough to decode, if nothing better is known;
@@ -55,12 +58,13 @@ class BatchingPolicy:
             )
         if not (
             0 <= self.batch_wait_timeout_s < math.inf
-            and 0 < self.deadline_s < math.inf
+            and 0 < self.deadline_s <= MAX_DEADLINE_S
             and self.patience > 0
         ):
             raise ValueError(
                 f"batch_wait_timeout_s {self.batch_wait_timeout_s} must be 0 or more, deadline_s "
-                f"{self.deadline_s} and patience {self.patience} positive"
+                f"{self.deadline_s} from above 0 to {MAX_DEADLINE_S:g}, and patience "
+                f"{self.patience} positive"
             )
         if self.max_disagreement is not None and not 0 <= self.max_disagreement < 1:
             raise ValueError(f"max_disagreement must be in [0, 1), not {self.max_disagreement}")

@@ -4,6 +4,7 @@ kserve has the messages' types and writes them. Reading REST bodies is done here
 turns each binary number into a Python object, and trusts what it reads.
 """
 
+import math
 import uuid
 import zlib
 from collections.abc import Mapping
@@ -22,8 +23,10 @@ from ._kserve import (
     RequestedOutput,
     bodies,
 )
+from ._policy import MAX_DEADLINE_S
 from ._request import Reply
 from ._servable import ADDED_OUTPUTS, Servable
+from ._settings import ModelSettings
 
 INPUT = "input"
 VERSION = "1"
@@ -34,7 +37,7 @@ _MICROSECONDS, _MILLISECONDS = 1e6, 1e3
 
 
 class TooLarge(Exception):
-    """A body is larger than the server takes."""
+    """A body or a batch is larger than the server takes."""
 
 
 class UnsupportedEncoding(Exception):
@@ -133,11 +136,11 @@ def read_request(body: bytes, json_length: str | None, model: str) -> InferReque
     )
 
 
-def queries_of(request: InferRequest, servable: Servable) -> np.ndarray:
+def queries_of(request: InferRequest, servable: Servable, most: float = math.inf) -> np.ndarray:
     """The request's queries, (B, *shape) in float32.
 
     Raises: InvalidInput for anything but one tensor of the name, type and shape that the metadata
-    says.
+    says; `TooLarge` where B is more than `most`, for which there would never be room.
     """
     wanted = f"one input {INPUT!r}, FP32, of shape {list_shape(servable.shape)}"
     if len(request.inputs) != 1 or request.inputs[0].name != INPUT:
@@ -149,6 +152,10 @@ def queries_of(request: InferRequest, servable: Servable) -> np.ndarray:
         raise InvalidInput(f"{servable.name} takes {wanted}, not {given.datatype}")
     if len(shape) != len(servable.shape) + 1 or shape[1:] != servable.shape or shape[0] < 1:
         raise InvalidInput(f"{servable.name} takes {wanted}, not of shape {list(shape)}")
+    if shape[0] > most:
+        raise TooLarge(
+            f"{shape[0]} queries in one request; the queue of {servable.name} holds {most}"
+        )
     if given._raw_data is not None:
         if len(given._raw_data) != 4 * np.prod(shape, dtype=object):
             raise InvalidInput(
@@ -184,9 +191,11 @@ def demands(request: InferRequest) -> tuple[float | None, bool]:
         if name not in parameters or (name == "timeout" and parameters[name] == 0):
             continue
         value = parameters[name]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e15:
+        most = unit * MAX_DEADLINE_S
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
             raise InvalidInput(
-                f"parameter {name} must be a positive number (an integer by gRPC), not {value!r}"
+                f"parameter {name} must be a positive number up to {most:.0f}, an hour (an integer "
+                f"by gRPC), not {value!r}"
             )
         deadline = value / unit
     return deadline, exact
@@ -259,6 +268,15 @@ def output_types(servable: Servable) -> list[dict[str, Any]]:
         {"name": name, "datatype": datatype, "shape": shape}
         for name, (datatype, shape) in types.items()
     ]
+
+
+def limits(settings: ModelSettings) -> dict[str, float]:
+    """What a model takes of one request: the metadata's parameters."""
+    return {
+        "nercc_max_queries": settings.max_queue_size,
+        "nercc_deadline_ms": _MILLISECONDS * settings.deadline_s,
+        "nercc_max_deadline_ms": _MILLISECONDS * MAX_DEADLINE_S,
+    }
 
 
 def list_shape(shape: tuple[int, ...]) -> list[int]:

@@ -1,8 +1,9 @@
 """The REST face: the Open Inference Protocol, the status page, metrics."""
 
 import asyncio
+import contextlib
 import importlib.resources
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import fastapi
@@ -10,6 +11,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CollectorRegistry, exposition
 from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive
 
 from ._kserve import ServerNotReady, V2Endpoints, bodies
 from ._plane import Plane
@@ -20,7 +22,7 @@ from ._statuses import STATUS, words_of
 # JSON of this size is read by another thread, so that other requests go on.
 _LARGE = 2**18
 
-# nginx's status for a client that went away while it sent its request.
+# nginx's status for a client that went away before it was answered.
 _CLOSED = 499
 
 
@@ -68,6 +70,10 @@ class _Error(BaseModel):
     error: str
 
 
+class _ModelMetadata(bodies.ModelMetadataResponse):
+    parameters: dict[str, float]
+
+
 def _add_protocol(app: fastapi.FastAPI, plane: Plane, settings: ServerSettings) -> None:
     endpoints = V2Endpoints(plane)  # pyright: ignore[reportArgumentType]
     missing: dict[int | str, dict[str, Any]] = {404: {"model": _Error}, 503: {"model": _Error}}
@@ -98,7 +104,8 @@ def _add_protocol(app: fastapi.FastAPI, plane: Plane, settings: ServerSettings) 
                 asked = await asyncio.to_thread(read_request, body, length, model_name)
             else:
                 asked = read_request(body, length, model_name)
-            response, _ = await plane.infer(model_name, asked)
+            async with _while_connected(request.receive):
+                response, _ = await plane.infer(model_name, asked)
             line.update({"id": response.id}, **response.parameters or {})
             content, headers = write_response(response)
         return Response(content, headers=dict(headers))
@@ -112,7 +119,7 @@ def _add_protocol(app: fastapi.FastAPI, plane: Plane, settings: ServerSettings) 
         app.add_api_route(
             path,
             model_metadata,
-            response_model=bodies.ModelMetadataResponse,
+            response_model=_ModelMetadata,
             responses=missing,
             include_in_schema=shown,
         )
@@ -159,3 +166,33 @@ async def _read_body(request: fastapi.Request, limit: int) -> bytes:
         parts.append(part)
     body = parts[0] if len(parts) == 1 else b"".join(parts)
     return decompress(body, request.headers.get("content-encoding"), limit)
+
+
+@contextlib.asynccontextmanager
+async def _while_connected(receive: Receive) -> AsyncIterator[None]:
+    """Ends what is done inside once the client has gone away: nobody waits for it.
+
+    Raises: ClientDisconnect then.
+    """
+    asker = asyncio.current_task()
+    assert asker is not None
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        asker.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+        if gone:  # just when it was done
+            await asyncio.sleep(0)  # to be cancelled here
+    except asyncio.CancelledError:
+        if not gone or asker.uncancel():  # by somebody else
+            raise
+        raise ClientDisconnect from None
+    finally:
+        watcher.cancel()

@@ -73,11 +73,11 @@ class ServedModel:
         )
 
     async def infer(self, request: InferRequest) -> InferResponse:
-        """Answers a request. Raises: InvalidInput, and what `CodedBatcher.submit` says."""
+        """Answers a request. Raises: InvalidInput, TooLarge, what `CodedBatcher.submit` says."""
         try:
             check_outputs(request, self.servable)
             deadline, exact = demands(request)
-            queries = queries_of(request, self.servable)
+            queries = queries_of(request, self.servable, self.settings.max_queue_size)
             future = self._batcher.submit(queries, deadline=deadline, exact=exact)
         except ValueError as error:  # InvalidInput is one
             raise InvalidInput(str(error)) from error

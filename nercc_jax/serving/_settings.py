@@ -28,7 +28,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from ._policy import BatchingPolicy
+from ._policy import MAX_DEADLINE_S, BatchingPolicy
 
 _POLICY = BatchingPolicy()
 
@@ -77,7 +77,12 @@ class ModelSettings(BaseModel):
     max_batch_size: int = _POLICY.max_batch_size
     batch_wait_timeout_s: float = _POLICY.batch_wait_timeout_s
     max_queue_size: int = _POLICY.max_queue_size
-    deadline_s: float = Field(default=_POLICY.deadline_s, allow_inf_nan=False)
+    deadline_s: float = Field(
+        default=_POLICY.deadline_s,
+        gt=0,
+        le=MAX_DEADLINE_S,
+        description="Of a request that does not say.",
+    )
     patience: float = _POLICY.patience
     wait_for: int | None = _POLICY.wait_for
     max_disagreement: float | None = Field(

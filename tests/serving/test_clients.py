@@ -163,7 +163,7 @@ def test_triton_learns_what_there_is(triton):
             "nercc_deadline_ms must be a positive number",
         ),
         ({"parameters": {"nercc_exact": "yes"}}, "400", "INVALID_ARGUMENT", "must be a boolean"),
-        ({"x": np.zeros((101, 4)), "model": "slow"}, "429", "RESOURCE_EXHAUSTED", "holds 100"),
+        ({"x": np.zeros((101, 4)), "model": "slow"}, "413", "RESOURCE_EXHAUSTED", "holds 100"),
     ],
 )
 def test_triton_is_told_what_is_wrong(triton, options, status, code, words):
@@ -263,7 +263,7 @@ def test_kserve_learns_what_is_ready(kserve):
             "within 0.05 s",
         ),
         ({"parameters": {"nercc_exact": "yes"}}, 400, "INVALID_ARGUMENT", "must be a boolean"),
-        ({"x": np.zeros((101, 4)), "model": "slow"}, 429, "RESOURCE_EXHAUSTED", "holds 100"),
+        ({"x": np.zeros((101, 4)), "model": "slow"}, 413, "RESOURCE_EXHAUSTED", "holds 100"),
     ],
 )
 def test_kserve_is_told_what_is_wrong(kserve, options, status, code, words):

@@ -23,6 +23,7 @@ from nercc_jax.serving import _request as errors
 from nercc_jax.serving._kserve import InferInput, InferRequest, InvalidInput, messages
 from nercc_jax.serving._metrics import Meters
 from nercc_jax.serving._plane import Plane
+from nercc_jax.serving._policy import MAX_DEADLINE_S
 from nercc_jax.serving._protocol import (
     TooLarge,
     UnsupportedEncoding,
@@ -256,6 +257,8 @@ def asked(**parameters):
         ({"timeout": 250_000}, (0.25, False)),
         ({"timeout": 0}, (None, False)),  # Triton's clients say so for none
         ({"timeout": 9_000_000, "nercc_deadline_ms": 250}, (0.25, False)),
+        ({"nercc_deadline_ms": 3_600_000}, (MAX_DEADLINE_S, False)),
+        ({"timeout": 3_600_000_000}, (MAX_DEADLINE_S, False)),
     ],
 )
 def test_deadline_and_exactness(parameters, expected):
@@ -272,6 +275,8 @@ def test_deadline_and_exactness(parameters, expected):
         ({"nercc_deadline_ms": True}, "must be a positive number"),
         ({"nercc_deadline_ms": "250"}, "must be a positive number"),
         ({"nercc_deadline_ms": 1e300}, "must be a positive number"),
+        ({"nercc_deadline_ms": 9e14}, "nercc_deadline_ms must be .* up to 3600000, an hour"),
+        ({"timeout": 3_600_000_001}, "timeout must be .* up to 3600000000, an hour"),
         ({"timeout": -1}, "timeout must be a positive number"),
     ],
 )
@@ -323,6 +328,12 @@ def test_outputs_that_are_not_there_are_refused(names):
     request = read_request(body(outputs=[{"name": name} for name in names]), None, "digits")
     with pytest.raises(InvalidInput, match=r"has outputs \['output', 'exact', "):
         check_outputs(request, SERVABLE)
+
+
+def test_a_batch_that_would_never_fit_is_refused():
+    assert len(queries_of(read_request(body(), None, "digits"), SERVABLE, 2)) == 2
+    with pytest.raises(TooLarge, match="2 queries in one request; the queue of digits holds 1"):
+        queries_of(read_request(body(), None, "digits"), SERVABLE, 1)
 
 
 def test_metadata_names_what_goes_in_and_out():
@@ -494,6 +505,49 @@ def test_errors_are_statuses_with_their_reason(error, status):
     assert answer.json() == {"error": "a reason"}
     assert answer.headers.get("retry-after") == ("1" if status in (429, 503) else None)
     assert model.invalid == (status == 400)
+
+
+class Waits(Fails):
+    """A model that answers nobody, and says who has come and gone."""
+
+    def __init__(self):
+        super().__init__(None)
+        self.told = []
+
+    async def infer(self, request):
+        self.told.append("came")
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            self.told.append("gone")
+            raise
+
+
+def test_a_client_that_goes_away_while_it_waits_is_not_computed_for():
+    model = Waits()
+
+    async def main():
+        app = make_app(Plane({"digits": model}), read_settings(None), CollectorRegistry())
+        parts = [{"type": "http.request", "body": body()}, {"type": "http.disconnect"}]
+        path = "/v2/models/digits/infer"
+        scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode()}
+        scope |= {"headers": [], "query_string": b"", "http_version": "1.1", "scheme": "http"}
+
+        async def receive():
+            while len(parts) == 1 and model.told != ["came"]:
+                await asyncio.sleep(0)
+            return parts.pop(0)
+
+        sent = []
+
+        async def send(part):
+            sent.append(part)
+
+        await app(scope, receive, send)
+        return sent[0]["status"]
+
+    assert asyncio.run(asyncio.wait_for(main(), 60)) == 499
+    assert model.told == ["came", "gone"]
 
 
 def test_a_server_that_drains_says_so_everywhere():

@@ -208,6 +208,11 @@ def test_metadata_of_a_model(server, stub, version):
     assert about["inputs"] == [{"name": "input", "datatype": "FP32", "shape": [-1, 4]}]
     assert about["outputs"][0] == {"name": "scores", "datatype": "FP32", "shape": [-1, 5]}
     assert server.http.get(f"{path}/ready").json() == {"name": "own.from_weights", "ready": True}
+    assert about["parameters"] == {
+        "nercc_max_queries": 1024,
+        "nercc_deadline_ms": 10_000,
+        "nercc_max_deadline_ms": 3_600_000,
+    }
     asked = {"name": "own.from_weights", "version": version}
     by_grpc = stub.ModelMetadata(messages.ModelMetadataRequest(**asked))
     assert list(by_grpc.versions) == ["1"]
@@ -247,13 +252,14 @@ INVALID = grpc.StatusCode.INVALID_ARGUMENT
         ({"outputs": ["exact", "exact"]}, 400, INVALID, "each once"),
         ({"parameters": {"nercc_exact": "yes"}}, 400, INVALID, "must be a boolean, not 'yes'"),
         ({"parameters": {"nercc_deadline_ms": -1}}, 400, INVALID, "must be a positive number"),
+        ({"parameters": {"nercc_deadline_ms": 9 * 10**14}}, 400, INVALID, "up to 3600000, an hour"),
         ({"model": "nothing"}, 404, grpc.StatusCode.NOT_FOUND, "nothing"),
         ({"model_version": "2"}, 404, grpc.StatusCode.NOT_FOUND, "version 2"),
         (
             {"model": "slow", "data": [0] * 20, "shape": [5, 4]},
-            429,
+            413,
             grpc.StatusCode.RESOURCE_EXHAUSTED,
-            "5 more came; the queue holds 4",
+            "5 queries in one request; the queue of slow holds 4",
         ),
         (
             {"model": "moody", "data": [-1, 2, 3, 4]},
@@ -396,17 +402,56 @@ def test_a_client_that_goes_away_is_no_error(server, raw):
     assert {line["level"] for line in server.log()[lines:]} == {"INFO"}
 
 
-def test_a_grpc_call_that_is_cancelled_is_dropped(server, stub):
-    before = server.count("requests_total", model="slow", outcome="cancelled")
-    call = stub.ModelInfer.future(message(model="slow"))
+def ask_by_rest(server, data):
+    """Asks the slow model; what makes the client go away."""
+    tensor = {"name": "input", "datatype": "FP32", "shape": np.shape(data), "data": data}
+    content = json.dumps({"inputs": [tensor]}).encode()
+    connection = socket.create_connection(("127.0.0.1", server.http_port), ENDS)
+    head = f"POST /v2/models/slow/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}"
+    connection.sendall(head.encode() + b"\r\n\r\n" + content)
+    return connection.close
+
+
+def ask_by_grpc(server, data):
+    channel = grpc.insecure_channel(server.grpc)
+    asked = message(model="slow", data=data, shape=np.shape(data))
+    GRPCInferenceServiceStub(channel).ModelInfer.future(asked)
+    return channel.close
+
+
+@pytest.mark.parametrize("ask", [ask_by_rest, ask_by_grpc])
+def test_a_client_that_goes_away_while_it_waits_is_dropped(server, ask):
+    def ended():
+        outcomes = ("cancelled", "ok")
+        return [server.count("requests_total", model="slow", outcome=each) for each in outcomes]
+
+    cancelled, ok = ended()
+    go_away = ask(server, [[1.0] * 4] * 4)
     for _ in patience(ENDS):
         if server.status("slow")["queue"]["in_flight"]:
             break
-    call.cancel()
+    go_away()
     for _ in patience(ENDS):
-        if server.count("requests_total", model="slow", outcome="cancelled") == before + 1:
+        if not server.status("slow")["queue"]["in_flight"]:
             break
+    assert ended() == [cancelled + 1, ok]
     assert server.status("slow")["queue"] == {"waiting": 0, "max": 4, "in_flight": 0}
+
+
+def test_a_queue_that_is_full_is_told_by_both_faces(server, stub):
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        answered = thread.submit(server.infer, "slow", [1.0] * 16)
+        for _ in patience(ENDS):
+            if server.status("slow")["queue"]["waiting"]:
+                break
+        answer = server.infer("slow", [1.0] * 16)
+        assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+        assert "4 more came; the queue holds 4" in answer.json()["error"]
+        with pytest.raises(grpc.RpcError) as error:
+            stub.ModelInfer(message(model="slow", data=[1.0] * 16, shape=[4, 4]))
+        assert error.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert answered.result(ENDS).status_code == 200
+    assert server.count("requests_total", model="slow", outcome="queue_full") == 2
 
 
 def test_a_deadline_of_the_grpc_client_is_kept(server, stub):
@@ -475,7 +520,7 @@ def test_metrics_and_status_agree_with_what_was_sent(server, stub):
 
 def test_errors_are_counted_by_what_they_are(server):
     def counted():
-        found = {"invalid": "double", "queue_full": "slow", "deadline": "slow", "failed": "moody"}
+        found = {"invalid": "double", "deadline": "slow", "failed": "moody"}
         return {
             outcome: server.count("requests_total", model=model, outcome=outcome)
             for outcome, model in found.items()
@@ -483,7 +528,6 @@ def test_errors_are_counted_by_what_they_are(server):
 
     before = counted()
     server.infer("double", [1, 2, 3])
-    server.infer("slow", [0] * 20)
     server.infer("slow", [0] * 4, parameters={"nercc_deadline_ms": 20})
     server.infer("moody", [-1] * 4)
     assert counted() == {outcome: number + 1 for outcome, number in before.items()}
