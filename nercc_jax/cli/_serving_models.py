@@ -47,7 +47,7 @@ def start_models(
 def servable_of(settings: ModelSettings) -> Servable:
     """The model that the settings name."""
     assert settings.model is not None
-    name = settings.name or settings.model
+    name = settings.served_name
     if ":" not in settings.model:
         network = answering(settings.model, settings.outputs)
         x, _ = (
@@ -65,7 +65,7 @@ def servable_of(settings: ModelSettings) -> Servable:
         calibration = read_array(settings.calibration, str(settings.calibration))
     output_name = settings.output_name or "output"
     return make_servable(
-        settings.name or settings.model.replace(":", "."),
+        name,
         model,
         shape,
         output_name=output_name,

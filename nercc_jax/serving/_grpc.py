@@ -9,7 +9,7 @@ from grpc_interceptor import AsyncExceptionToStatusInterceptor
 from ._kserve import InferenceServicer, messages
 from ._plane import Plane
 from ._protocol import VERSION, plain_parameters
-from ._statuses import STATUS, words_of
+from ._statuses import INTERNAL, STATUS, words_of
 
 _LOG = logging.getLogger(__name__)
 
@@ -50,4 +50,4 @@ class Errors(AsyncExceptionToStatusInterceptor):
         if isinstance(ex, grpc.aio.AbortError):
             raise ex
         _LOG.exception("a gRPC call failed", extra={"method": method_name})
-        await context.abort(grpc.StatusCode.INTERNAL, "internal error: see the server's log")
+        await context.abort(grpc.StatusCode.INTERNAL, INTERNAL)

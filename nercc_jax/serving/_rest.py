@@ -10,6 +10,7 @@ import fastapi
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CollectorRegistry, exposition
 from pydantic import BaseModel
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
@@ -17,7 +18,7 @@ from ._kserve import ServerNotReady, V2Endpoints, bodies
 from ._plane import Plane
 from ._protocol import VERSION, TooLarge, decompress, read_request, write_response
 from ._settings import ServerSettings
-from ._statuses import STATUS, words_of
+from ._statuses import INTERNAL, STATUS, words_of
 
 # JSON of this size is read by another thread, so that other requests go on.
 _LARGE = 2**18
@@ -60,9 +61,19 @@ def make_app(
     async def tell_nobody(request: fastapi.Request, error: Exception) -> Response:
         return Response(status_code=_CLOSED)
 
+    async def tell_wrong_way(request: fastapi.Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        told = f"{request.method} {request.url.path}: {error.detail}"
+        return JSONResponse({"error": told}, error.status_code, error.headers)
+
+    async def tell_unexpected(request: fastapi.Request, error: Exception) -> Response:
+        return JSONResponse({"error": INTERNAL}, 500)  # and the server raises it, to be logged
+
     for kind in STATUS:
         app.add_exception_handler(kind, tell)
     app.add_exception_handler(ClientDisconnect, tell_nobody)
+    app.add_exception_handler(HTTPException, tell_wrong_way)
+    app.add_exception_handler(Exception, tell_unexpected)
     return app
 
 

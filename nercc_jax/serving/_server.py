@@ -56,6 +56,7 @@ class Server:
                 port=settings.http_port,
                 log_config=None,
                 access_log=False,
+                ws="none",
                 lifespan="off",
                 timeout_keep_alive=65,
                 # Ours ends first, see `_drain`.

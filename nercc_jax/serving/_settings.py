@@ -40,7 +40,8 @@ class ModelSettings(BaseModel):
 
     model: str | None = Field(default=None, description="A shipped model, or module:function.")
     name: str | None = Field(
-        default=None, description="What clients call it; as `model` unless set."
+        default=None,
+        description="What clients call it; unless set as `model`, with a dot for a colon.",
     )
     weights: Path | None = Field(
         default=None, description="Given to module:function, which makes a model."
@@ -113,6 +114,11 @@ class ModelSettings(BaseModel):
     def _check(self) -> "ModelSettings":
         self.policy()
         return self
+
+    @property
+    def served_name(self) -> str:
+        """What clients call it. No colon: behind one, some proxies look for a verb."""
+        return self.name or str(self.model).replace(":", ".")
 
     def policy(self) -> BatchingPolicy:
         limit = self.max_disagreement
@@ -192,7 +198,7 @@ class ServerSettings(BaseSettings):
             raise ValueError("there is no model to serve: --model, NERCC_MODELS or [[models]]")
         if any(model.model is None for model in models):
             raise ValueError("each of the models needs `model`: a shipped one, or module:function")
-        names = [model.name or str(model.model).replace(":", ".") for model in models]
+        names = [model.served_name for model in models]
         if len(set(names)) < len(names):
             raise ValueError(f"models must have different names (`name`), not {names}")
         return models

@@ -25,6 +25,9 @@ STATUS: Mapping[type[Exception], tuple[int, grpc.StatusCode]] = {
 # Whoever asks has made a mistake.
 INVALID = (InvalidInput, TooLarge, UnsupportedEncoding)
 
+# What clients are told of everything else.
+INTERNAL = "internal error: see the server's log"
+
 
 def words_of(error: BaseException) -> str:
     return str(error) or type(error).__name__

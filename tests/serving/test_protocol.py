@@ -40,6 +40,7 @@ from nercc_jax.serving._protocol import (
 from nercc_jax.serving._rest import make_app
 from nercc_jax.serving._served import ServedModel
 from nercc_jax.serving._settings import ModelSettings, read_settings
+from nercc_jax.serving._statuses import INTERNAL
 
 
 def double(x):
@@ -505,6 +506,49 @@ def test_errors_are_statuses_with_their_reason(error, status):
     assert answer.json() == {"error": "a reason"}
     assert answer.headers.get("retry-after") == ("1" if status in (429, 503) else None)
     assert model.invalid == (status == 400)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "words"),
+    [
+        ("GET", "/nothing", 404, "GET /nothing: Not Found"),
+        ("POST", "/v2/models/digits/nothing", 404, "POST /v2/models/digits/nothing: Not Found"),
+        ("GET", "/v2/models/digits/infer", 405, "GET /v2/models/digits/infer: Method Not Allowed"),
+        ("DELETE", "/v2", 405, "DELETE /v2: Method Not Allowed"),
+        ("PUT", "/metrics", 405, "PUT /metrics: Method Not Allowed"),
+    ],
+)
+def test_ways_that_there_are_not_are_errors_of_the_protocol(method, path, status, words):
+    answer = call(Plane({"digits": Fails(RuntimeError())}), method, path)
+    assert (answer.status_code, answer.json()) == (status, {"error": words})
+    assert answer.headers["content-type"] == "application/json"
+    if status == 405:
+        assert answer.headers["allow"]
+
+
+def test_what_nobody_expected_is_an_error_of_the_protocol_and_is_logged():
+    """The application raises it, for the server around it to log."""
+    told = []
+
+    async def main():
+        app = make_app(
+            Plane({"digits": Fails(KeyError("a bug"))}), read_settings(None), CollectorRegistry()
+        )
+
+        async def logged(scope, receive, send):
+            try:
+                await app(scope, receive, send)
+            except Exception as error:
+                told.append(error)
+
+        transport = httpx.ASGITransport(logged)
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+            return await client.post("/v2/models/digits/infer", content=body())
+
+    answer = asyncio.run(main())
+    assert (answer.status_code, answer.json()) == (500, {"error": INTERNAL})
+    assert answer.headers["content-type"] == "application/json"
+    assert [repr(error) for error in told] == ["KeyError('a bug')"]
 
 
 class Waits(Fails):

@@ -196,6 +196,23 @@ def test_other_variables_of_ours_are_left_alone(monkeypatch):
     assert read_settings(None).model_dump() == ServerSettings().model_dump()
 
 
+@pytest.mark.parametrize(
+    ("told", "served"),
+    [
+        ({"model": "lenet5-digits"}, "lenet5-digits"),
+        ({"model": "package.own:double"}, "package.own.double"),
+        ({"model": "own:double", "name": "mine"}, "mine"),
+    ],
+)
+def test_a_models_name_is_as_its_documentation_says(told, served):
+    settings = ModelSettings(**told, input_shape=(4,))
+    assert settings.served_name == served
+    about = str(ModelSettings.model_fields["name"].description)
+    assert "unless set as `model`, with a dot for a colon" in about
+    if told["model"] == "own:double":
+        assert _serving_models.servable_of(settings).name == served
+
+
 # The command.
 
 
