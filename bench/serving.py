@@ -206,7 +206,7 @@ _CACHE = {
 
 
 class _Server:
-    """A server's process, from "listening" to its end."""
+    """A server's process, from "ready" to its end."""
 
     def __init__(self, system: System, rate: float):
         self._nercc = system.settings is not None
@@ -255,9 +255,10 @@ class _Server:
         told = []
         for line in output:
             told.append(line)
-            if "listening" in line:
-                if self._nercc:
-                    self.port = json.loads(line)["http_port"]
+            if self._nercc and '"ready"' in line:
+                self.port = json.loads(line)["http_port"]
+                break
+            if not self._nercc and "listening" in line:
                 break
         else:
             raise RuntimeError("the server did not start: " + "".join(told[-5:]))

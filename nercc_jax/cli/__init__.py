@@ -5,7 +5,7 @@ import sys
 
 from ._extras import missing_extra
 
-_INTERRUPTED = 130  # exit code after Ctrl-C
+_INTERRUPTED = (130, 143)  # exit codes after Ctrl-C and SIGTERM
 
 
 def main() -> None:
@@ -20,9 +20,9 @@ def main() -> None:
     try:
         app()
     except SystemExit as end:
-        if end.code == _INTERRUPTED:
+        if end.code in _INTERRUPTED:
             # Python's own end would crash where JAX was interrupted while compiling (0.10).
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(_INTERRUPTED)
+            os._exit(end.code)  # pyright: ignore[reportArgumentType]
         raise

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from ._compiled import keep_programs
 from ._errors import fail, told_plainly
 from ._options import Outputs, check_shipped
 
@@ -101,13 +102,42 @@ def serve_command(
     log_format: Annotated[
         Literal["json", "text"] | None, typer.Option(help="Of the log, on stderr; json.")
     ] = None,
+    max_connections: Annotated[
+        int | None, typer.Option(help="Of REST, and calls by gRPC; more are refused; 2000.")
+    ] = None,
+    max_header_bytes: Annotated[
+        int | None, typer.Option(help="Of one request's head, about; 32768.")
+    ] = None,
+    max_body_bytes: Annotated[
+        int | None, typer.Option(help="Of one request, decompressed; 67108864.")
+    ] = None,
+    max_json_bytes: Annotated[
+        int | None, typer.Option(help="Of one request, without its binary tensors; 8388608.")
+    ] = None,
+    max_bytes_in_flight: Annotated[
+        int | None, typer.Option(help="Of all requests that are in hand; 536870912.")
+    ] = None,
+    head_timeout_s: Annotated[
+        float | None, typer.Option(help="To send a request's head; 10.")
+    ] = None,
+    body_timeout_s: Annotated[
+        float | None, typer.Option(help="To send a request's body; 60.")
+    ] = None,
+    compilation_cache: Annotated[
+        bool | None,
+        typer.Option(
+            help="Whether compiled programs are kept, in JAX_COMPILATION_CACHE_DIR or the user's "
+            "cache folder; they are."
+        ),
+    ] = None,
 ) -> None:
     """Serve models behind a code: Open Inference Protocol, REST and gRPC.
 
     Clients' queries are coded in groups; one whose worker straggles is decoded
     from the others' answers, and its response says so. All settings can also
     be given by environment (NERCC_...) and file; flags come first. SIGTERM
-    answers what was accepted, and ends.
+    answers what was accepted, and ends. It listens at once, and says that it is
+    ready once its models are compiled.
     """
     with told_plainly():
         _check_extra()
@@ -147,6 +177,14 @@ def serve_command(
             "http_port": http_port,
             "grpc_port": grpc_port,
             "log_format": log_format,
+            "max_connections": max_connections,
+            "max_header_bytes": max_header_bytes,
+            "max_body_bytes": max_body_bytes,
+            "max_json_bytes": max_json_bytes,
+            "max_bytes_in_flight": max_bytes_in_flight,
+            "head_timeout_s": head_timeout_s,
+            "body_timeout_s": body_timeout_s,
+            "compilation_cache": compilation_cache,
             "models": [{"model": each} for each in model] if model else None,
             "defaults": flags or None,
         }
@@ -160,19 +198,20 @@ def serve_command(
         if any(each.pool == "ray" for each in chosen) and importlib.util.find_spec("ray") is None:
             raise ImportError("--pool ray needs Ray: pip install 'nercc-jax[ray]'")
         _start_log(settings.log_format, settings.log_level)
-        # Until the server listens and drains; as a container's first process it would be ignored.
+        if settings.compilation_cache:
+            keep_programs()
+        # Until the server listens; as a container's first process it would be ignored.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         from prometheus_client import CollectorRegistry
 
         from ..serving._server import Server
-        from ._serving_models import start_models
+        from ._serving_models import StartFailed, starts_of
 
         registry = CollectorRegistry()
         try:
-            served = start_models(chosen, registry)
-        except RuntimeError as error:
+            Server(starts_of(chosen, registry), settings, registry).run()
+        except StartFailed as error:
             fail(str(error), 1)
-        Server(served, settings, registry).run()
 
 
 def _check_extra() -> None:

@@ -1,7 +1,8 @@
 """From a server's settings to what it serves: shipped models, your own, and their codes."""
 
 import contextlib
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ from prometheus_client import CollectorRegistry
 from ..codes import AbstractCode, Berrut, NeRCC, Replication, Uncoded, load_code
 from ..serving import Servable, make_servable
 from ..serving._metrics import Meters
+from ..serving._phases import phase
 from ..serving._servable import load_callable
 from ..serving._served import ServedModel
 from ..serving._settings import ModelSettings
+from ._options import check_shipped
 from ._workload import answering, load_plain_code, read_array
 
 # Codes tuned for shipped models by `nercc tune --layout interleaved`.
@@ -21,27 +24,62 @@ _CODES = Path(__file__).parent / "codes"
 _CALIBRATION = 1024
 
 
+class StartFailed(RuntimeError):
+    """The workers of a model did not start."""
+
+
+def starts_of(
+    chosen: Sequence[ModelSettings], registry: CollectorRegistry
+) -> dict[str, Callable[[], ServedModel]]:
+    """What starts each model with its workers, by name; their metrics go to the registry.
+
+    It raises ValueError for settings that do not fit, and `StartFailed`. What can be seen to be
+    wrong without loading a model is found here.
+
+    Raises: ValueError.
+    """
+    meters = Meters(registry)
+    for settings in chosen:
+        _check_files(settings)
+    return {
+        settings.served_name: functools.partial(_start, settings, code_of(settings), meters)
+        for settings in chosen
+    }
+
+
 def start_models(
     chosen: Sequence[ModelSettings], registry: CollectorRegistry
 ) -> dict[str, ServedModel]:
-    """All models with their workers, ready to answer, by name; their metrics go to the registry.
+    """All models, ready to answer, by name. What had started is closed if another does not.
 
-    Raises: ValueError for settings that do not fit; RuntimeError where workers do not start. What
-    had started is then closed.
+    Raises: ValueError for settings that do not fit; `StartFailed`.
     """
-    meters = Meters(registry)
     served: dict[str, ServedModel] = {}
     with contextlib.ExitStack() as undo:
-        for settings in chosen:
-            servable = servable_of(settings)
-            name = servable.name
-            try:
-                served[name] = ServedModel(servable, code_of(settings), settings, meters)
-            except RuntimeError as error:
-                raise RuntimeError(f"the workers of {name} did not start: {error}") from error
+        for name, start in starts_of(chosen, registry).items():
+            served[name] = start()
             undo.callback(served[name].close, 0.0)
         undo.pop_all()
     return served
+
+
+def _check_files(settings: ModelSettings) -> None:
+    assert settings.model is not None
+    if ":" not in settings.model:
+        check_shipped(settings.model)
+    for name, path in (("weights", settings.weights), ("calibration", settings.calibration)):
+        if path is not None and not path.exists():
+            raise ValueError(f"{settings.served_name}: there are no {name} at {path}")
+
+
+def _start(settings: ModelSettings, code: AbstractCode, meters: Meters) -> ServedModel:
+    name = settings.served_name
+    with phase("loading", name):
+        servable = servable_of(settings)
+    try:
+        return ServedModel(servable, code, settings, meters)
+    except RuntimeError as error:
+        raise StartFailed(f"the workers of {name} did not start: {error}") from error
 
 
 def servable_of(settings: ModelSettings) -> Servable:

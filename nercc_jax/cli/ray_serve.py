@@ -21,7 +21,8 @@ from ..serving._settings import ModelSettings, ServerSettings, read_settings
 from ._serving_models import start_models
 
 # What the application takes of a server's settings; Ray Serve itself listens, and logs.
-_TAKEN = ("models", "defaults", "max_body_bytes", "drain_timeout_s")
+_OF_REQUESTS = ("max_body_bytes", "max_json_bytes", "max_bytes_in_flight", "body_timeout_s")
+_TAKEN = ("models", "defaults", "drain_timeout_s", *_OF_REQUESTS)
 _ENDING = 10.0  # seconds for the workers to end, after everything is answered
 
 
@@ -29,8 +30,9 @@ def app(args: dict[str, Any]) -> serve.Application:
     """The application, for `serve run` and for a configuration file.
 
     Arguments are the settings of `nercc serve`: `model`, anything that a model is told (it goes for
-    all models), `models` and `defaults` as in a TOML file, `max_body_bytes`, `drain_timeout_s`, and
-    `config`, the path of such a file. Models run on Ray actors unless `pool` says otherwise.
+    all models), `models` and `defaults` as in a TOML file, the limits of bodies and the drain
+    timeout as there, and `config`, the path of such a file. Models run on Ray actors unless `pool`
+    says otherwise.
 
     There is one replica: groups are made of the queries that come to one process, and a second one
     would have half of them and as many workers again. Give the models more workers instead.
@@ -53,25 +55,25 @@ def app(args: dict[str, Any]) -> serve.Application:
         graceful_shutdown_timeout_s=settings.drain_timeout_s + _ENDING,
         graceful_shutdown_wait_loop_s=0.5,
     )
-    return deployment.bind(chosen, settings.max_body_bytes)
+    return deployment.bind(chosen, {name: getattr(settings, name) for name in _OF_REQUESTS})
 
 
 @serve.ingress()
 class CodedServer:
     """What the replica's process runs."""
 
-    async def __init__(self, models: Sequence[ModelSettings], max_body_bytes: int):
-        self._settings = read_settings(None, max_body_bytes=max_body_bytes)
+    async def __init__(self, models: Sequence[ModelSettings], limits: Mapping[str, Any]):
+        settings = read_settings(None, **limits)
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
         # By another thread, so that Serve hears meanwhile that the replica lives.
         served = await asyncio.to_thread(start_models, models, self._registry)
-        self._plane = Plane(served)
+        self._plane = Plane(served, settings)
         gc.collect()
         gc.freeze()  # as in `Server.serve`
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return make_app(self._plane, self._settings, self._registry)
+        return make_app(self._plane, self._registry)
 
     async def check_health(self) -> None:
         """Serve starts the replica anew after three failures, 10 seconds apart."""

@@ -6,7 +6,7 @@ from typing import Any
 import grpc
 from grpc_interceptor import AsyncExceptionToStatusInterceptor
 
-from ._kserve import InferenceServicer, messages
+from ._kserve import InferenceServicer, add_service, messages
 from ._plane import Plane
 from ._protocol import VERSION, plain_parameters
 from ._statuses import INTERNAL, STATUS, words_of
@@ -22,7 +22,7 @@ class Service(InferenceServicer):
         InferenceServicer.__init__(self, plane, plane)  # pyright: ignore[reportArgumentType]
 
     async def ModelReady(self, request: Any, context: Any) -> messages.ModelReadyResponse:
-        self._plane.find(request.name, request.version or VERSION)
+        self._plane.check(request.name, request.version or VERSION)
         return await InferenceServicer.ModelReady(self, request, context)
 
     async def ModelMetadata(self, request: Any, context: Any) -> messages.ModelMetadataResponse:
@@ -32,7 +32,8 @@ class Service(InferenceServicer):
         return answer
 
     async def ModelInfer(self, request: Any, context: Any) -> messages.ModelInferResponse:
-        with self._plane.watch(request.model_name) as line:
+        with self._plane.watch(request.model_name) as line, self._plane.intake.hold() as take:
+            take(request.ByteSize())
             self._plane.find(request.model_name, request.model_version or VERSION)
             answer = await InferenceServicer.ModelInfer(self, request, context)
             line.update({"id": answer.id}, **plain_parameters(answer.parameters))
@@ -51,3 +52,22 @@ class Errors(AsyncExceptionToStatusInterceptor):
             raise ex
         _LOG.exception("a gRPC call failed", extra={"method": method_name})
         await context.abort(grpc.StatusCode.INTERNAL, INTERNAL)
+
+
+def make_server(plane: Plane) -> grpc.aio.Server:
+    """The gRPC face, which listens nowhere yet."""
+    settings = plane.settings
+    server = grpc.aio.server(
+        interceptors=[Errors()],
+        options=[
+            ("grpc.max_receive_message_length", settings.max_body_bytes),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.max_metadata_size", settings.max_header_bytes),
+            ("grpc.absolute_max_metadata_size", settings.max_header_bytes),
+            ("grpc.server_handshake_timeout_ms", int(1000 * settings.head_timeout_s)),
+            ("grpc.so_reuseport", 0),
+        ],
+        maximum_concurrent_rpcs=settings.max_connections,
+    )
+    add_service(Service(plane), server)
+    return server

@@ -4,12 +4,14 @@ import contextlib
 import importlib.metadata
 import logging
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
-from ._kserve import InferRequest, InferResponse, ModelNotFound
+from ._intake import Intake
+from ._kserve import InferRequest, InferResponse, ModelNotFound, ServerNotReady
 from ._protocol import VERSION, input_types, limits, output_types
 from ._served import ServedModel
+from ._settings import ServerSettings
 from ._statuses import INVALID, words_of
 
 _LOG = logging.getLogger(__name__)
@@ -18,9 +20,17 @@ _LOG = logging.getLogger(__name__)
 class Plane:
     """What both faces ask: kserve's services call these methods, by these names."""
 
-    def __init__(self, models: Mapping[str, ServedModel], access_log: bool = False):
+    def __init__(
+        self,
+        models: Mapping[str, ServedModel],
+        settings: ServerSettings,
+        starting: Sequence[str] = (),
+    ):
+        """`starting`: names of further models, which are put into `models` once they answer."""
         self.models = dict(models)
-        self.access_log = access_log
+        self.settings = settings
+        self.names = (*models, *starting)
+        self.intake = Intake(settings.max_bytes_in_flight)
         self.draining = False
         self.started = time.monotonic()
 
@@ -28,8 +38,8 @@ class Plane:
     def model_registry(self) -> "Plane":
         return self
 
-    def get_models(self) -> Mapping[str, ServedModel]:
-        return self.models
+    def get_models(self) -> Mapping[str, Any]:
+        return dict.fromkeys(self.names)  # their names are asked for
 
     def metadata(self) -> dict[str, Any]:
         version = importlib.metadata.version("nercc-jax")
@@ -39,11 +49,10 @@ class Plane:
         return {"status": "alive"}
 
     async def ready(self) -> bool:
-        return not self.draining
+        return self.state == "serving"
 
     async def model_ready(self, model_name: str, *_: Any) -> bool:
-        self.find(model_name)
-        return not self.draining
+        return model_name in self.models and not self.draining
 
     async def model_metadata(self, model_name: str) -> dict[str, Any]:
         model = self.find(model_name)
@@ -62,12 +71,25 @@ class Plane:
     ) -> tuple[InferResponse, dict[str, str]]:
         return await self.find(model_name).infer(request), {}
 
-    def find(self, name: str, version: str = VERSION) -> ServedModel:
-        if name not in self.models:
+    def check(self, name: str, version: str = VERSION) -> None:
+        """Raises: ModelNotFound where there is no such model, nor will be."""
+        if name not in self.names:
             raise ModelNotFound(name)
         if version != VERSION:
             raise ModelNotFound(f"{name}, version {version}")
+
+    def find(self, name: str, version: str = VERSION) -> ServedModel:
+        """Raises: ModelNotFound; ServerNotReady while the model is started."""
+        self.check(name, version)
+        if name not in self.models:
+            raise ServerNotReady(f"{name} is being started: come again later.")
         return self.models[name]
+
+    @property
+    def state(self) -> Literal["starting", "serving", "draining"]:
+        if self.draining:
+            return "draining"
+        return "serving" if len(self.models) == len(self.names) else "starting"
 
     @contextlib.contextmanager
     def watch(self, model_name: str) -> Iterator[dict[str, Any]]:
@@ -82,7 +104,7 @@ class Plane:
             line["error"] = words_of(error)
             raise
         finally:
-            if self.access_log:
+            if self.settings.access_log:
                 line["seconds"] = round(time.monotonic() - begin, 6)
                 _LOG.info("not answered" if "error" in line else "answered", extra=line)
 
@@ -93,10 +115,10 @@ class Plane:
             "server": {
                 "name": about["name"],
                 "version": about["version"],
-                "state": "draining" if self.draining else "serving",
+                "state": self.state,
                 "uptime_s": time.monotonic() - self.started,
             },
-            "models": [model.status() for model in self.models.values()],
+            "models": [self.models[name].status() for name in self.names if name in self.models],
         }
 
     async def load(self, model_name: str) -> Any:

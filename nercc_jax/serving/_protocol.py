@@ -4,7 +4,7 @@ kserve has the messages' types and writes them. Reading REST bodies is done here
 turns each binary number into a Python object, and trusts what it reads.
 """
 
-import math
+import sys
 import uuid
 import zlib
 from collections.abc import Mapping
@@ -38,6 +38,10 @@ _MICROSECONDS, _MILLISECONDS = 1e6, 1e3
 
 class TooLarge(Exception):
     """A body or a batch is larger than the server takes."""
+
+
+class BodyTimeout(Exception):
+    """A body did not come in time."""
 
 
 class UnsupportedEncoding(Exception):
@@ -80,21 +84,35 @@ def decompress(body: bytes, encoding: str | None, limit: int) -> bytes:
     return plain
 
 
+def json_size(size: int, json_length: str | None, limit: int = sys.maxsize) -> int:
+    """How many of a body's bytes are JSON: `json_length`, if binary tensors follow it.
+
+    Raises: InvalidInput where it is no such length; `TooLarge` where it is above the limit.
+    """
+    length = size
+    if json_length is not None:
+        # Python refuses to read a number of thousands of digits.
+        short = json_length.isascii() and json_length.isdigit() and len(json_length) < 20
+        if not short or int(json_length) > size:
+            raise InvalidInput(
+                f"Inference-Header-Content-Length {json_length[:20]!r} is no length within the "
+                f"body's {size} bytes"
+            )
+        length = int(json_length)
+    if length > limit:
+        raise TooLarge(
+            f"{length} bytes of JSON; at most {limit} are taken: send large tensors as binary data "
+            "(the protocol's extension: binary_data_size)"
+        )
+    return length
+
+
 def read_request(body: bytes, json_length: str | None, model: str) -> InferRequest:
     """A REST body: JSON, which ends at `json_length` if binary tensors follow it.
 
     Raises: InvalidInput where it is neither.
     """
-    head = body
-    if json_length is not None:
-        # Python refuses to read a number of thousands of digits.
-        short = json_length.isascii() and json_length.isdigit() and len(json_length) < 20
-        if not short or int(json_length) > len(body):
-            raise InvalidInput(
-                f"Inference-Header-Content-Length {json_length[:20]!r} is no length within the "
-                f"body's {len(body)} bytes"
-            )
-        head = body[: int(json_length)]
+    head = body if json_length is None else body[: json_size(len(body), json_length)]
     try:
         request = _Request.model_validate(orjson.loads(head))
     except orjson.JSONDecodeError as error:
@@ -136,7 +154,7 @@ def read_request(body: bytes, json_length: str | None, model: str) -> InferReque
     )
 
 
-def queries_of(request: InferRequest, servable: Servable, most: float = math.inf) -> np.ndarray:
+def queries_of(request: InferRequest, servable: Servable, most: int = sys.maxsize) -> np.ndarray:
     """The request's queries, (B, *shape) in float32.
 
     Raises: InvalidInput for anything but one tensor of the name, type and shape that the metadata
@@ -270,7 +288,7 @@ def output_types(servable: Servable) -> list[dict[str, Any]]:
     ]
 
 
-def limits(settings: ModelSettings) -> dict[str, float]:
+def limits(settings: ModelSettings) -> dict[str, int | float]:
     """What a model takes of one request: the metadata's parameters."""
     return {
         "nercc_max_queries": settings.max_queue_size,

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import importlib.resources
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import fastapi
@@ -14,22 +14,32 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
-from ._kserve import ServerNotReady, V2Endpoints, bodies
+from ._kserve import InferRequest, ServerNotReady, V2Endpoints, bodies
 from ._plane import Plane
-from ._protocol import VERSION, TooLarge, decompress, read_request, write_response
+from ._protocol import (
+    VERSION,
+    BodyTimeout,
+    TooLarge,
+    decompress,
+    json_size,
+    read_request,
+    write_response,
+)
 from ._settings import ServerSettings
 from ._statuses import INTERNAL, STATUS, words_of
 
 # JSON of this size is read by another thread, so that other requests go on.
 _LARGE = 2**18
 
+_AGAIN = {"retry-after": "1"}
+# Of errors. After 408 nobody reads the rest of the body.
+_HEADERS = {408: {"connection": "close"}, 429: _AGAIN, 503: _AGAIN}
+
 # nginx's status for a client that went away before it was answered.
 _CLOSED = 499
 
 
-def make_app(
-    plane: Plane, settings: ServerSettings, registry: CollectorRegistry
-) -> fastapi.FastAPI:
+def make_app(plane: Plane, registry: CollectorRegistry) -> fastapi.FastAPI:
     """The REST face as an ASGI application: for this server, Ray Serve, or any other."""
     app = fastapi.FastAPI(
         title="nercc_jax",
@@ -37,26 +47,37 @@ def make_app(
         version=plane.metadata()["version"],
         redoc_url=None,
     )
-    _add_protocol(app, plane, settings)
+    _add_protocol(app, plane)
+    _add_pages(app, plane, registry)
+    _add_errors(app)
+    return app
+
+
+def _add_pages(app: fastapi.FastAPI, plane: Plane, registry: CollectorRegistry) -> None:
     page = importlib.resources.files("nercc_jax.serving").joinpath("status.html").read_text()
 
     @app.get("/", include_in_schema=False)
     async def show_page() -> HTMLResponse:
         return HTMLResponse(page)
 
+    # What is told is put together by other threads: it takes milliseconds.
+
     @app.get("/status", include_in_schema=False)
     async def status() -> JSONResponse:
-        return JSONResponse(plane.status(), headers={"cache-control": "no-store"})
+        told = await asyncio.to_thread(plane.status)
+        return JSONResponse(told, headers={"cache-control": "no-store"})
 
     @app.get("/metrics", include_in_schema=False)
     async def metrics(request: fastapi.Request) -> Response:
         write, content_type = exposition.choose_encoder(request.headers.get("accept", ""))
-        return Response(write(registry), headers={"content-type": content_type})
+        content = await asyncio.to_thread(write, registry)
+        return Response(content, headers={"content-type": content_type})
 
+
+def _add_errors(app: fastapi.FastAPI) -> None:
     async def tell(request: fastapi.Request, error: Exception) -> Response:
         status, _ = STATUS[type(error)]
-        headers = {"retry-after": "1"} if status in (429, 503) else None
-        return JSONResponse({"error": words_of(error)}, status, headers)
+        return JSONResponse({"error": words_of(error)}, status, _HEADERS.get(status))
 
     async def tell_nobody(request: fastapi.Request, error: Exception) -> Response:
         return Response(status_code=_CLOSED)
@@ -74,7 +95,6 @@ def make_app(
     app.add_exception_handler(ClientDisconnect, tell_nobody)
     app.add_exception_handler(HTTPException, tell_wrong_way)
     app.add_exception_handler(Exception, tell_unexpected)
-    return app
 
 
 class _Error(BaseModel):
@@ -85,7 +105,7 @@ class _ModelMetadata(bodies.ModelMetadataResponse):
     parameters: dict[str, float]
 
 
-def _add_protocol(app: fastapi.FastAPI, plane: Plane, settings: ServerSettings) -> None:
+def _add_protocol(app: fastapi.FastAPI, plane: Plane) -> None:
     endpoints = V2Endpoints(plane)  # pyright: ignore[reportArgumentType]
     missing: dict[int | str, dict[str, Any]] = {404: {"model": _Error}, 503: {"model": _Error}}
     for path, endpoint, answer in (
@@ -107,14 +127,9 @@ def _add_protocol(app: fastapi.FastAPI, plane: Plane, settings: ServerSettings) 
         return {"name": model_name, "ready": True}
 
     async def infer(request: fastapi.Request, model_name: str, version: str = VERSION) -> Response:
-        with plane.watch(model_name) as line:
+        with plane.watch(model_name) as line, plane.intake.hold() as take:
             plane.find(model_name, version)
-            body = await _read_body(request, settings.max_body_bytes)
-            length = request.headers.get("inference-header-content-length")
-            if len(body) > _LARGE and length is None:
-                asked = await asyncio.to_thread(read_request, body, length, model_name)
-            else:
-                asked = read_request(body, length, model_name)
+            asked = await _read(request, model_name, plane.settings, take)
             async with _while_connected(request.receive):
                 response, _ = await plane.infer(model_name, asked)
             line.update({"id": response.id}, **response.parameters or {})
@@ -164,19 +179,45 @@ def _define(app: fastapi.FastAPI, schemas: Mapping[str, Any]) -> None:
     app.openapi = describe_all
 
 
-async def _read_body(request: fastapi.Request, limit: int) -> bytes:
-    """The body, decompressed. Raises: `TooLarge` before more than the limit is held."""
+async def _read(
+    request: fastapi.Request, model: str, settings: ServerSettings, take: Callable[[int], None]
+) -> InferRequest:
+    """The request's message. What takes long is done by another thread.
+
+    Raises: what `_read_body`, `decompress`, `json_size` and `read_request` do.
+    """
+    length = request.headers.get("inference-header-content-length")
+    encoding = request.headers.get("content-encoding")
+    body = await _read_body(request, settings, take)
+    if encoding is not None:
+        packed = len(body)
+        body = await asyncio.to_thread(decompress, body, encoding, settings.max_body_bytes)
+        take(max(len(body) - packed, 0))
+    if json_size(len(body), length, settings.max_json_bytes) > _LARGE:
+        return await asyncio.to_thread(read_request, body, length, model)
+    return read_request(body, length, model)
+
+
+async def _read_body(
+    request: fastapi.Request, settings: ServerSettings, take: Callable[[int], None]
+) -> bytes:
+    """The body as it comes. Raises: `TooLarge`, `Overloaded`, `BodyTimeout` before it is held."""
+    limit, seconds = settings.max_body_bytes, settings.body_timeout_s
     announced = request.headers.get("content-length", "0")
     if not announced.isdigit() or int(announced) > limit:
         raise TooLarge(f"the body has {announced} bytes; at most {limit} are taken")
     parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > limit:
-            raise TooLarge(f"the body has more than {limit} bytes")
-        parts.append(part)
-    body = parts[0] if len(parts) == 1 else b"".join(parts)
-    return decompress(body, request.headers.get("content-encoding"), limit)
+    try:
+        async with asyncio.timeout(seconds):
+            async for part in request.stream():
+                take(len(part))
+                size += len(part)
+                if size > limit:
+                    raise TooLarge(f"the body has more than {limit} bytes")
+                parts.append(part)
+    except TimeoutError as error:
+        raise BodyTimeout(f"the body did not come within {seconds:g} s") from error
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 @contextlib.asynccontextmanager

@@ -16,6 +16,7 @@ from ._coder import Coder
 from ._fidelity import Fidelity
 from ._kserve import InferRequest, InferResponse, InvalidInput
 from ._metrics import Meter, Meters
+from ._phases import phase
 from ._protocol import check_outputs, demands, queries_of, response_of
 from ._servable import Servable
 from ._settings import ModelSettings
@@ -43,21 +44,24 @@ class ServedModel:
         self._coder = Coder(code)
         fidelity = Fidelity(self._coder)
         if servable.calibration is not None and self._coder.guesses:
-            fidelity.calibrate(
-                servable.model, servable.calibration, worker_dtype=settings.worker_dtype
-            )
+            with phase("calibrating", servable.name):
+                fidelity.calibrate(
+                    servable.model, servable.calibration, worker_dtype=settings.worker_dtype
+                )
             _check(fidelity, self._coder, policy.max_disagreement)
-        self.pool = _open_pool(servable, settings)
+        with phase("starting workers", servable.name):
+            self.pool = _open_pool(servable, settings)
         self._meter = Meter(meters, servable.name, self.pool, code)
-        self._batcher = CodedBatcher(
-            self.pool,
-            self._coder,
-            servable.shape,
-            servable.outputs,
-            policy=policy,
-            fidelity=fidelity,
-            observe=self._meter.observe,
-        )
+        with phase("compiling", servable.name):
+            self._batcher = CodedBatcher(
+                self.pool,
+                self._coder,
+                servable.shape,
+                servable.outputs,
+                policy=policy,
+                fidelity=fidelity,
+                observe=self._meter.observe,
+            )
         self._meter.waiting.set_function(lambda: self._batcher.waiting)
         _LOG.info(
             "model is ready",

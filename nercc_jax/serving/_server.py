@@ -1,4 +1,4 @@
-"""The server's life: it listens with both faces, drains at a signal, and closes its models.
+"""The server's life: it listens with both faces, starts its models, drains at a signal.
 
 kserve's messages, health and metadata endpoints and gRPC service; an application of our own around
 them, because kserve's own server maps an overload to 500, unloads models before it drains, and
@@ -7,19 +7,22 @@ always listens on all interfaces.
 
 import asyncio
 import contextlib
+import functools
 import gc
 import logging
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import grpc
 import uvicorn
 from prometheus_client import CollectorRegistry
 from prometheus_client.process_collector import ProcessCollector
 
-from ._grpc import Errors, Service
-from ._kserve import add_service
+from ._grpc import make_server
+from ._http import BoundedHttp
 from ._plane import Plane
 from ._rest import make_app
 from ._served import ServedModel
@@ -38,25 +41,27 @@ class Server:
 
     def __init__(
         self,
-        models: Mapping[str, ServedModel],
+        starts: Mapping[str, Callable[[], ServedModel]],
         settings: ServerSettings,
         registry: CollectorRegistry,
     ):
-        self.settings = settings
-        self.plane = Plane(models, settings.access_log)
-        self._open = dict(models)  # not yet closed
+        """`starts` has for each model's name what starts it, which may take minutes."""
+        self.settings, self.starts = settings, dict(starts)
+        self.plane = Plane({}, settings, list(starts))
+        self._open: dict[str, ServedModel] = {}  # not yet closed
         with contextlib.suppress(ValueError):  # already there, in a server that was made anew
             ProcessCollector(registry=registry)
-        self.app = make_app(self.plane, settings, registry)
+        self.app = make_app(self.plane, registry)
         self.http_port = self.grpc_port = 0  # known once it listens
         self._http = uvicorn.Server(
             uvicorn.Config(
                 self.app,
                 host=settings.host,
                 port=settings.http_port,
+                http=functools.partial(BoundedHttp, settings),  # pyright: ignore[reportArgumentType]
+                ws="none",
                 log_config=None,
                 access_log=False,
-                ws="none",
                 lifespan="off",
                 timeout_keep_alive=65,
                 # Ours ends first, see `_drain`.
@@ -67,51 +72,106 @@ class Server:
         self._http.capture_signals = contextlib.nullcontext  # pyright: ignore[reportAttributeAccessIssue]
         self._grpc: grpc.aio.Server | None = None
         self._at_once = False
+        self._signal: signal.Signals | None = None
+        self._started = False
 
     def run(self) -> None:
-        """Serves until SIGTERM or SIGINT, then drains."""
+        """Serves until SIGTERM or SIGINT, then drains.
+
+        Raises: what `serve` does; SystemExit, with a shell's code, where a signal came before all
+        models had started. A thread may be starting one still.
+        """
         asyncio.run(self.serve())
+        if self._signal is not None and not self._started:
+            raise SystemExit(128 + self._signal)
 
     async def serve(self) -> None:
-        """Serves until `stop`, or a signal if this is the main thread's loop; closes the models.
+        """Listens, starts the models, serves until `stop`, or a signal if this is the main thread's
+        loop; then drains, and closes the models.
 
-        Raises: OSError where a port is taken.
+        Raises: OSError where a port is taken; what starting a model does.
         """
+        http = asyncio.create_task(self._serve_http())
         try:
-            http = asyncio.create_task(self._serve_http())
             with self._catching_signals():
                 while not self._http.started and not http.done():
                     await asyncio.sleep(0.01)
                 if not http.done():
-                    await self._listen()
-                while not self.plane.draining and not http.done():
-                    await asyncio.sleep(_TICK)
-                if not http.done():
-                    await self._drain(http)
+                    await self._answer(http)
             await http
         finally:
             await self._close_models()
 
+    async def _answer(self, http: asyncio.Task) -> None:
+        try:
+            await self._listen()
+            await self._start_models()
+            while not self.plane.draining and not http.done():
+                await asyncio.sleep(_TICK)
+        except BaseException:
+            self._at_once = True
+            raise
+        finally:
+            await self._drain(http)
+
     def stop(self) -> None:
         """Begins to drain: what has been accepted is answered, nothing new is. Twice: at once."""
-        self._at_once = self.plane.draining
+        self._at_once = self.plane.draining or not self.plane.models
         self.plane.draining = True
         _LOG.info("ending at once" if self._at_once else "draining")
 
     async def _listen(self) -> None:
+        """Uvicorn does already."""
         self.http_port = self._http.servers[0].sockets[0].getsockname()[1]
-        await self._start_grpc()
+        if self.settings.grpc_port is not None:
+            server = make_server(self.plane)
+            address = f"{self.settings.host}:{self.settings.grpc_port}"
+            try:
+                self.grpc_port = server.add_insecure_port(address)
+            except RuntimeError as error:
+                raise OSError(f"cannot listen on {address}: is the port taken?") from error
+            await server.start()
+            self._grpc = server
+        _LOG.info("listening", extra=self._address())
+
+    def _address(self) -> dict[str, Any]:
+        return {
+            "host": self.settings.host,
+            "http_port": self.http_port,
+            "grpc_port": self.grpc_port if self._grpc else None,
+        }
+
+    async def _start_models(self) -> None:
+        """By a thread of its own; meanwhile clients are told to come again."""
+        begin = time.monotonic()
+        failures: list[BaseException] = []
+        thread = threading.Thread(
+            target=self._start_each, args=(failures,), name="nercc-start", daemon=True
+        )
+        thread.start()
+        while thread.is_alive() and not self.plane.draining:
+            await asyncio.sleep(_TICK)
+        if failures:
+            raise failures[0]
+        if len(self.plane.models) < len(self.starts):  # it drains
+            return
+        self._started = True
         gc.collect()
         gc.freeze()  # JAX leaves so many objects that collecting them stops all for 0.2 s
-        _LOG.info(
-            "listening",
-            extra={
-                "host": self.settings.host,
-                "http_port": self.http_port,
-                "grpc_port": self.grpc_port if self._grpc else None,
-                "models": list(self.plane.models),
-            },
-        )
+        seconds = round(time.monotonic() - begin, 3)
+        models = list(self.plane.models)
+        _LOG.info("ready", extra={**self._address(), "models": models, "seconds": seconds})
+
+    def _start_each(self, failures: list[BaseException]) -> None:
+        try:
+            for name, start in self.starts.items():
+                if self.plane.draining:
+                    return
+                self._open[name] = self.plane.models[name] = start()
+                if self.plane.draining:  # the others may have been closed by now
+                    self._close(name)
+        except BaseException as error:
+            failures.append(error)
 
     async def _drain(self, http: asyncio.Task) -> None:
         """Says that it is not ready; then takes nothing new; whoever waits too long is told."""
@@ -142,9 +202,13 @@ class Server:
 
     async def _close_models(self) -> None:
         """Nobody waits by now but for whom draining was too short."""
-        while self._open:
-            name, model = self._open.popitem()
-            await asyncio.to_thread(model.close, 0.0)
+        for name in list(self._open):
+            await asyncio.to_thread(self._close, name)
+
+    def _close(self, name: str) -> None:
+        model = self._open.pop(name, None)
+        if model is not None:
+            model.close(0.0)
             _LOG.info("model is closed", extra={"model": name})
 
     async def _serve_http(self) -> None:
@@ -154,38 +218,20 @@ class Server:
             address = f"{self.settings.host}:{self.settings.http_port}"
             raise OSError(f"cannot listen on {address}: is the port taken?") from None
 
-    async def _start_grpc(self) -> None:
-        if self.settings.grpc_port is None:
-            return
-        limit = self.settings.max_body_bytes
-        server = grpc.aio.server(
-            interceptors=[Errors()],
-            options=[
-                ("grpc.max_receive_message_length", limit),
-                ("grpc.max_send_message_length", -1),
-                ("grpc.so_reuseport", 0),
-            ],
-        )
-        add_service(Service(self.plane), server)
-        address = f"{self.settings.host}:{self.settings.grpc_port}"
-        try:
-            self.grpc_port = server.add_insecure_port(address)
-        except RuntimeError as error:
-            self._http.should_exit = True
-            raise OSError(f"cannot listen on {address}: is the port taken?") from error
-        await server.start()
-        self._grpc = server
-
     @contextlib.contextmanager
     def _catching_signals(self) -> Iterator[None]:
         loop = asyncio.get_running_loop()
         caught = []
         with contextlib.suppress(ValueError, RuntimeError):  # not the main thread
             for each in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(each, self.stop)
+                loop.add_signal_handler(each, self._interrupt, each)
                 caught.append(each)
         try:
             yield
         finally:
             for each in caught:
                 loop.remove_signal_handler(each)
+
+    def _interrupt(self, which: signal.Signals) -> None:
+        self._signal = which
+        self.stop()

@@ -162,8 +162,24 @@ class ServerSettings(BaseSettings):
     grpc_port: Annotated[int | None, BeforeValidator(_none)] = Field(
         default=8001, ge=0, le=65535, description="'none': no gRPC."
     )
+    max_connections: int = Field(
+        default=2000, ge=1, description="Of REST; and calls by gRPC; more are refused."
+    )
+    max_header_bytes: int = Field(default=2**15, ge=2**10, description="Of one request, about.")
     max_body_bytes: int = Field(
         default=64 * 2**20, gt=0, description="Of one request, decompressed."
+    )
+    max_json_bytes: int = Field(
+        default=8 * 2**20, gt=0, description="Of one request, without its binary tensors."
+    )
+    max_bytes_in_flight: int = Field(
+        default=2**29, gt=0, description="Of all requests that are read or answered at a time."
+    )
+    head_timeout_s: float = Field(
+        default=10.0, gt=0, le=MAX_DEADLINE_S, description="To send a request's head."
+    )
+    body_timeout_s: float = Field(
+        default=60.0, gt=0, le=MAX_DEADLINE_S, description="To send a request's body."
     )
     drain_delay_s: float = Field(
         default=0.0, ge=0, description="After SIGTERM: not ready, but answering, for so long."
@@ -174,8 +190,22 @@ class ServerSettings(BaseSettings):
     log_format: Literal["json", "text"] = "json"
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     access_log: bool = Field(default=False, description="A line for each request.")
+    compilation_cache: bool = Field(
+        default=True,
+        description="Compiled programs are kept in the user's cache folder, unless "
+        "JAX_COMPILATION_CACHE_DIR names another.",
+    )
     defaults: ModelSettings = ModelSettings()
     models: list[ModelSettings] = []
+
+    @model_validator(mode="after")
+    def _check(self) -> "ServerSettings":
+        if self.max_body_bytes > self.max_bytes_in_flight:
+            raise ValueError(
+                f"max_body_bytes {self.max_body_bytes} must not be more than max_bytes_in_flight "
+                f"{self.max_bytes_in_flight}"
+            )
+        return self
 
     @classmethod
     def settings_customise_sources(

@@ -77,7 +77,7 @@ def command(*arguments: str) -> list[str]:
 
 
 class Server:
-    """Starts in a folder, where `own.py` is, and waits until it listens."""
+    """Starts in a folder, where `own.py` is, and waits until it is ready."""
 
     def __init__(self, folder: Path, *arguments: str, config: str | None = None, **told: str):
         (folder / "own.py").write_text(MODELS)
@@ -95,7 +95,7 @@ class Server:
                 stderr=log,
             )
         try:
-            line = self.wait_for("listening", STARTS)
+            line = self.wait_for("ready", STARTS)
         except BaseException:
             self.kill()
             raise

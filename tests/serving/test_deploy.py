@@ -50,10 +50,11 @@ def settings_of(monkeypatch, arguments, environment):
 
     found = []
     monkeypatch.setattr(_serve, "_start_log", lambda *_: None)
-    monkeypatch.setattr(_serving_models, "start_models", lambda *_: {})
+    monkeypatch.setattr(_serve, "keep_programs", lambda: None)
+    monkeypatch.setattr(_serving_models, "starts_of", lambda *_: {})
     stub = types.SimpleNamespace(run=lambda: None)
     monkeypatch.setattr(
-        _server, "Server", lambda _models, settings, _registry: found.append(settings) or stub
+        _server, "Server", lambda _starts, settings, _registry: found.append(settings) or stub
     )
     environment = {name: value for name, value in environment.items() if name.startswith("NERCC_")}
     result = CliRunner().invoke(_app.app, ["serve", *arguments], env=environment)
@@ -67,7 +68,7 @@ def app_of(settings):
     from nercc_jax.serving._plane import Plane
     from nercc_jax.serving._rest import make_app
 
-    return make_app(Plane({}), settings, CollectorRegistry())
+    return make_app(Plane({}, settings), CollectorRegistry())
 
 
 def get(app, path):
@@ -376,8 +377,8 @@ def build(**arguments):
     from nercc_jax.cli.ray_serve import app
 
     deployment = app(arguments)._bound_deployment
-    models, max_body_bytes = deployment.init_args
-    return deployment, models, max_body_bytes
+    models, limits = deployment.init_args
+    return deployment, models, limits
 
 
 @pytest.mark.slow
@@ -400,12 +401,12 @@ def test_ray_application_takes_words_settings_and_files(tmp_path):
         models = [{model = "lenet5-digits"}, {name = "b", model = "a:b", pool = "devices"}]
         """
     )
-    deployment, models, max_body_bytes = build(config=str(file), workers=3)
+    deployment, models, limits = build(config=str(file), workers=3)
     assert [(each.model, each.pool, each.workers, each.num_workers) for each in models] == [
         ("lenet5-digits", "ray", 3, 6),
         ("a:b", "devices", 3, 6),
     ]
-    assert max_body_bytes == 1000
+    assert limits["max_body_bytes"] == 1000
     assert deployment._deployment_config.graceful_shutdown_timeout_s > 100
     _, (model,), _ = build(model="a:b", defaults={"pool": "devices"})
     assert model.pool == "devices"

@@ -479,9 +479,13 @@ class Fails(ServedModel):
         self.invalid += 1
 
 
+def plane_of(model, **told):
+    return Plane({"digits": model}, read_settings(None, **told))
+
+
 def call(plane, method, path, **options):
     async def main():
-        app = make_app(plane, read_settings(None), CollectorRegistry())
+        app = make_app(plane, CollectorRegistry())
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
             return await client.request(method, path, **options)
@@ -501,7 +505,7 @@ def call(plane, method, path, **options):
 )
 def test_errors_are_statuses_with_their_reason(error, status):
     model = Fails(error)
-    answer = call(Plane({"digits": model}), "POST", "/v2/models/digits/infer", content=body())
+    answer = call(plane_of(model), "POST", "/v2/models/digits/infer", content=body())
     assert answer.status_code == status
     assert answer.json() == {"error": "a reason"}
     assert answer.headers.get("retry-after") == ("1" if status in (429, 503) else None)
@@ -519,7 +523,7 @@ def test_errors_are_statuses_with_their_reason(error, status):
     ],
 )
 def test_ways_that_there_are_not_are_errors_of_the_protocol(method, path, status, words):
-    answer = call(Plane({"digits": Fails(RuntimeError())}), method, path)
+    answer = call(plane_of(Fails(RuntimeError())), method, path)
     assert (answer.status_code, answer.json()) == (status, {"error": words})
     assert answer.headers["content-type"] == "application/json"
     if status == 405:
@@ -531,9 +535,7 @@ def test_what_nobody_expected_is_an_error_of_the_protocol_and_is_logged():
     told = []
 
     async def main():
-        app = make_app(
-            Plane({"digits": Fails(KeyError("a bug"))}), read_settings(None), CollectorRegistry()
-        )
+        app = make_app(plane_of(Fails(KeyError("a bug"))), CollectorRegistry())
 
         async def logged(scope, receive, send):
             try:
@@ -571,7 +573,7 @@ def test_a_client_that_goes_away_while_it_waits_is_not_computed_for():
     model = Waits()
 
     async def main():
-        app = make_app(Plane({"digits": model}), read_settings(None), CollectorRegistry())
+        app = make_app(plane_of(model), CollectorRegistry())
         parts = [{"type": "http.request", "body": body()}, {"type": "http.disconnect"}]
         path = "/v2/models/digits/infer"
         scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode()}
@@ -595,7 +597,7 @@ def test_a_client_that_goes_away_while_it_waits_is_not_computed_for():
 
 
 def test_a_server_that_drains_says_so_everywhere():
-    plane = Plane({"digits": Fails(RuntimeError())})
+    plane = plane_of(Fails(RuntimeError()))
     assert call(plane, "GET", "/v2/health/ready").status_code == 200
     assert call(plane, "GET", "/v2/models/digits/ready").status_code == 200
     plane.draining = True
@@ -612,7 +614,7 @@ def test_a_model_that_is_closed_refuses_with_503_and_counts_it():
     before = asyncio.run(model.infer(request))
     np.testing.assert_array_equal(before.outputs[0].data, double(np.array(DATA, np.float32)))
     model.close(0.0)
-    answer = call(Plane({"digits": model}), "POST", "/v2/models/digits/infer", content=body())
+    answer = call(plane_of(model), "POST", "/v2/models/digits/infer", content=body())
     assert answer.status_code == 503
     assert "shutting down" in answer.json()["error"]
 

@@ -28,12 +28,19 @@ SERVER = {
     "host": "0.0.0.0",
     "http_port": 9000,
     "grpc_port": 9001,
+    "max_connections": 77,
+    "max_header_bytes": 2000,
     "max_body_bytes": 1000,
+    "max_json_bytes": 500,
+    "max_bytes_in_flight": 100_000_000,
+    "head_timeout_s": 4.5,
+    "body_timeout_s": 5.5,
     "drain_delay_s": 1.5,
     "drain_timeout_s": 2.5,
     "log_format": "text",
     "log_level": "DEBUG",
     "access_log": True,
+    "compilation_cache": False,
 }
 MODEL = {
     "model": "own:double",
@@ -75,6 +82,7 @@ FLAGS = {
     "service_delay_s": "--service-delay",
     "straggler_delay_s": "--straggler-delay",
     "ordering": "--no-ordering",
+    "compilation_cache": "--no-compilation-cache",
 }
 ONE = [{"model": "own:double", "input_shape": [4]}]
 
@@ -88,10 +96,13 @@ def never_serve(monkeypatch):
     """In these tests' own process nothing serves; the log and the signals stay pytest's."""
 
     def run(server):
+        for start in server.starts.values():
+            start()
         raise Told(server)
 
     monkeypatch.setattr("nercc_jax.serving._server.Server.run", run)
     monkeypatch.setattr(_serve, "_start_log", lambda *_: None)
+    monkeypatch.setattr(_serve, "keep_programs", lambda: None)
     monkeypatch.setattr(_serve.signal, "signal", lambda *_: None)
 
 
@@ -229,7 +240,7 @@ def told(monkeypatch):
         raise Told(chosen)
 
     monkeypatch.setattr("nercc_jax.serving._settings.read_settings", remember)
-    monkeypatch.setattr(_serving_models, "start_models", start)
+    monkeypatch.setattr(_serving_models, "starts_of", start)
 
     def run(*arguments, **variables):
         result = CliRunner().invoke(app, ["serve", *arguments], env=variables)
@@ -309,6 +320,16 @@ def refused(message, *arguments, **variables):
         ("http_port = 70000", "http_port: input should be less than or equal to 65535, not 70000"),
         ("htp_port = 1", "htp_port: there is no such setting"),
         ("host = 1\naccess_log = 7", "access_log: input should be a valid boolean"),
+        ("head_timeout_s = 0", "head_timeout_s: input should be greater than 0, not 0"),
+        ("body_timeout_s = inf", "body_timeout_s: input should be less than or equal to 3600"),
+        (
+            "max_header_bytes = 10",
+            "max_header_bytes: input should be greater than or equal to 1024",
+        ),
+        (
+            "max_bytes_in_flight = 9",
+            "max_body_bytes 67108864 must not be more than max_bytes_in_fl",
+        ),
         ('log_level = "LOUD"', "log_level: input should be 'DEBUG', 'INFO'"),
         ("defaults = 7", "defaults: input should be"),
         ("[defaults]\nnum_dat = 3", "defaults.num_dat: there is no such setting"),
@@ -370,6 +391,7 @@ OWN = ("--model", "own:double", "--input-shape", "4")
         (("--input-shape", "4,x"), "--input-shape is positive numbers with commas"),
         (("--input-shape", "0"), "--input-shape is positive numbers with commas"),
         (("--model", "nothing"), "no model 'nothing'"),
+        (("--max-json-bytes", "0"), "max_json_bytes: input should be greater than 0, not 0"),
         (("--model", "own:"), "named module:function, not 'own:'"),
         (("--model", "own:nothing"), "own:nothing: module 'own' has no attribute 'nothing'"),
         (("--model", "nothing:x:"), "nothing:x:: No module named 'nothing'"),
@@ -396,7 +418,7 @@ def test_arguments_that_are_wrong_are_told_in_one_sentence(arguments, message, m
 
 @pytest.mark.parametrize(("face", "log"), [("HTTP", "text"), ("GRPC", "json")])
 def test_a_port_that_is_taken_is_told_in_one_sentence(face, log):
-    """After the log, which is for people or for machines."""
+    """Before anything is loaded; after the log, which is for people or for machines."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -413,7 +435,7 @@ def test_a_port_that_is_taken_is_told_in_one_sentence(face, log):
     *lines, last = result.stderr.strip().splitlines()
     assert last == f"error: cannot listen on 127.0.0.1:{port}: is the port taken?"
     assert "Traceback" not in result.stderr
-    assert any("model is ready" in line for line in lines)
+    assert "loading" not in result.stderr
     if log == "json":
         assert all(json.loads(line)["level"] for line in lines)
     else:

@@ -106,7 +106,7 @@ def test_what_was_accepted_is_answered(start, threads, which):
     assert [call.result(ENDS) for call in calls] == expected
     assert server.wait() == 0
     log = [line["message"] for line in server.log()]
-    assert log.index("listening") < log.index("draining")
+    assert log.index("listening") < log.index("ready") < log.index("draining")
     assert log.count("model is closed") == 2
     assert {line["level"] for line in server.log()} == {"INFO"}
     with pytest.raises(httpx.ConnectError):
@@ -190,7 +190,10 @@ def test_signals_end_a_start(tmp_path, which, code):
     late = "import pathlib, time\npathlib.Path('begun').touch()\ntime.sleep(500)\n"
     (tmp_path / "late.py").write_text(late)
     told = command("--model", "late:model", "--input-shape", "4")
-    process = subprocess.Popen(told, cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL)
+    ports = {"NERCC_HTTP_PORT": "0", "NERCC_GRPC_PORT": "0"}
+    process = subprocess.Popen(
+        told, cwd=tmp_path, env=environment(**ports), stderr=subprocess.DEVNULL
+    )
     try:
         for _ in patience(STARTS):
             if (tmp_path / "begun").exists():

@@ -1,0 +1,55 @@
+"""Compiled programs are kept between runs: to compile them is most of a start's time."""
+
+import hashlib
+import logging
+import os
+import platform
+from pathlib import Path
+
+_LOG = logging.getLogger(__name__)
+
+
+def keep_programs() -> None:
+    """Tells JAX, here and in processes that are started from here, to keep what it compiles.
+
+    In the folder JAX_COMPILATION_CACHE_DIR, or else in the user's cache folder, if there is one
+    that can be written to. Before JAX compiles anything.
+    """
+    import jax
+
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    folder = _cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        _LOG.info(
+            "compiled programs are not kept", extra={"folder": str(folder), "why": str(error)}
+        )
+        return
+    told = {
+        "jax_compilation_cache_dir": str(folder),
+        # Also the many that compile within a second: together they are the most.
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in told.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
+    _LOG.info("compiled programs are kept", extra={"folder": str(folder)})
+
+
+def _cache_folder() -> Path:
+    """One for each kind of processor: homes are shared, and programs are made for one."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    processor = hashlib.sha256(_processor().encode()).hexdigest()[:8]
+    return Path(base) / "nercc_jax" / f"programs-{processor}"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    told = ("vendor_id", "model name", "flags", "Features", "CPU part")
+    return "".join(sorted({line for line in lines if line.startswith(told)}))

@@ -1,0 +1,264 @@
+"""What clients may send, and how slowly: whoever goes too far is told, and harms nobody."""
+
+# ruff: noqa: E402 (`require` comes before what needs it)
+
+import contextlib
+import gzip
+import json
+import threading
+
+import numpy as np
+import pytest
+from conftest import require
+
+httpx = require("httpx", "serve-test")
+grpc = require("grpc", "serve-test")
+require("nercc_jax.serving._kserve", "serve")
+
+from in_process import Doubles, body, connect, is_cut_off, post, read_answer, serving
+from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceStub
+from nercc_server import ENDS, patience
+
+from nercc_jax.serving import _rest
+from nercc_jax.serving._intake import Intake, Overloaded
+from nercc_jax.serving._kserve import messages
+
+SOON, LATE = 0.2, 500.0  # seconds: of a limit that is tried, and of those that are not
+HALF = b"POST /v2/models/digits/infer HTTP/1.1\r\nHost: x\r\nX-Half"
+MOST = 4000  # bytes of a head
+
+
+@pytest.fixture(scope="module")
+def server():
+    limits = {
+        "head_timeout_s": SOON,
+        "body_timeout_s": SOON,
+        "max_header_bytes": MOST,
+        "max_body_bytes": 100_000,
+        "max_json_bytes": 10_000,
+    }
+    with serving(Doubles(), **limits) as server:
+        yield server
+
+
+def is_fine(server, connection=None):
+    """It answers, on this connection or another."""
+    with contextlib.ExitStack() as stack:
+        connection = connection or stack.enter_context(connect(server))
+        connection.sendall(post(body()))
+        status, _, told = read_answer(connection)
+        assert (status, told["outputs"][0]["data"]) == (200, [2, 4, 6, 8])
+    return True
+
+
+# Heads.
+
+
+@pytest.mark.parametrize("sent", [HALF, b"\r\n", b"P"])
+@pytest.mark.parametrize("before", [False, True], ids=["", "after an answer"])
+def test_half_a_head_is_told_and_cut_off(server, sent, before):
+    with connect(server) as connection:
+        if before:
+            assert is_fine(server, connection)
+        connection.sendall(sent)
+        status, headers, told = read_answer(connection)
+        assert (status, headers["connection"]) == (408, "close")
+        assert told == {"error": "the request's head did not come within 0.2 s"}
+        assert connection.recv(1) == b""
+    assert is_fine(server)
+
+
+def test_a_head_that_comes_drop_by_drop_is_cut_off(server):
+    with connect(server) as connection:
+        connection.sendall(HALF)
+        assert is_cut_off(connection, b"x")
+
+
+def test_half_a_head_behind_a_request_does_not_cost_its_answer():
+    model = Doubles(at_once=False)
+    with serving(model, head_timeout_s=SOON) as server, connect(server) as connection:
+        connection.sendall(post(body()) + HALF)
+        threading.Timer(3 * SOON, model.may_answer.set).start()
+        assert [read_answer(connection)[0] for _ in range(2)] == [200, 408]
+
+
+TOO_LARGE = {"error": f"the head has more than {MOST} bytes"}
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET /v2 HTTP/1.1\r\nX-Long: " + b"x" * 2 * MOST + b"\r\n\r\n",
+        b"GET /v2 HTTP/1.1\r\n" + b"X-Many: x\r\n" * MOST + b"\r\n",
+        b"GET /" + b"x" * 2 * MOST + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /v2 HTTP/1.1\r\nX-Without-End: " + b"x" * 2 * MOST,
+        b"GET /" + b"x" * 2 * MOST,
+        post(
+            b"2\r\nhi\r\n0\r\n" + b"X-Trailer: x\r\n" * MOST, "Transfer-Encoding: chunked"
+        ).replace(b"Content-Length", b"X-Length"),
+    ],
+    ids=["one long header", "many", "a long path", "without end", "a path without", "trailers"],
+)
+def test_a_large_head_is_told_and_cut_off(server, head):
+    with connect(server) as connection:
+        connection.sendall(head)
+        status, headers, told = read_answer(connection)
+        assert (status, headers["connection"], told) == (431, "close", TOO_LARGE)
+        assert is_cut_off(connection)
+    assert is_fine(server)
+
+
+def test_what_is_no_http_is_an_error_of_the_protocol(server):
+    with connect(server) as connection:
+        connection.sendall(b"\x16\x03\x01\x02\x00\x01\r\n\r\n")
+        assert read_answer(connection)[::2] == (400, {"error": "the request is no HTTP"})
+        assert is_cut_off(connection)
+
+
+# Bodies.
+
+
+@pytest.mark.parametrize("drip", [b"", b" "], ids=["stuck", "drop by drop"])
+def test_a_body_that_does_not_come_is_told_and_cut_off(server, drip):
+    with connect(server) as connection:
+        connection.sendall(post(b"{", length=90_000))
+        if drip:
+            assert is_cut_off(connection, drip)
+            return
+        status, headers, told = read_answer(connection)
+        assert (status, headers["connection"]) == (408, "close")
+        assert told == {"error": "the body did not come within 0.2 s"}
+        assert is_cut_off(connection)
+    assert server.plane.intake.held == 0
+
+
+def test_a_body_that_comes_on_after_it_was_refused_is_cut_off(server):
+    with connect(server) as connection:
+        connection.sendall(post(b"x" * 100, length=10**9))
+        status, _, told = read_answer(connection)
+        assert (status, told["error"]) == (
+            413,
+            "the body has 1000000000 bytes; at most 100000 are taken",
+        )
+        assert is_cut_off(connection, b"x")
+    assert is_fine(server)
+
+
+def test_a_body_in_tiny_chunks_is_cut_off(server):
+    with connect(server) as connection:
+        connection.sendall(post(b"", "Transfer-Encoding: chunked").replace(b"Content-L", b"X-L"))
+        assert is_cut_off(connection, b"1;" + b"x" * 1000 + b"\r\nx\r\n")
+    assert is_fine(server)
+
+
+def ask(server, content, **headers):
+    url = f"http://127.0.0.1:{server.http_port}/v2/models/digits/infer"
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    return httpx.post(url, content=content, headers=headers, timeout=ENDS, trust_env=False)
+
+
+def test_large_json_is_refused_in_favour_of_binary(server):
+    answer = ask(server, body() + b" " * 10_000)
+    assert answer.status_code == 413
+    assert "at most 10000 are taken: send large tensors as binary data" in answer.json()["error"]
+    packed = ask(server, gzip.compress(body() + b" " * 10_000), content_encoding="gzip")
+    assert (packed.status_code, packed.json()["error"]) == (413, answer.json()["error"])
+    x = np.ones((1000, 4), "<f4")
+    tensor = {"name": "input", "datatype": "FP32", "shape": x.shape}
+    tensor |= {"parameters": {"binary_data_size": x.nbytes}}
+    asked = {"inputs": [tensor], "parameters": {"binary_data_output": True}}
+    head = json.dumps(asked).encode()
+    told = {"inference_header_content_length": str(len(head))}
+    assert ask(server, head + x.tobytes(), **told).status_code == 200
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_what_takes_long_to_read_is_read_by_another_thread(server, packed, monkeypatch):
+    threads = []
+    monkeypatch.setattr(_rest, "_LARGE", 1000)
+    name = "decompress" if packed else "read_request"
+    real = getattr(_rest, name)
+
+    def watched(*arguments):
+        threads.append(threading.current_thread().name)
+        return real(*arguments)
+
+    monkeypatch.setattr(_rest, name, watched)
+    content = body() if packed else body() + b" " * 2000
+    told = {"content_encoding": "gzip"} if packed else {}
+    assert ask(server, gzip.compress(content) if packed else content, **told).status_code == 200
+    (thread,) = threads
+    assert thread.startswith("asyncio_")  # of the pool that the loop hands work to
+
+
+# All together.
+
+
+def test_connections_have_a_limit():
+    with serving(Doubles(), max_connections=2, head_timeout_s=LATE) as server:
+        with connect(server) as first, connect(server) as second:
+            first.sendall(HALF)
+            assert is_fine(server, second)
+            with connect(server) as third:
+                status, headers, told = read_answer(third)
+                assert (status, headers["connection"]) == (503, "close")
+                assert told == {"error": "there are 2 connections: come again later"}
+                assert is_cut_off(third)
+            assert is_fine(server, second)
+        for _ in patience(ENDS):
+            if not server._http.server_state.connections:
+                break
+        assert is_fine(server)
+
+
+def test_bytes_in_flight_have_a_limit():
+    model = Doubles(at_once=False)
+    limits = {"max_body_bytes": 1000, "max_bytes_in_flight": 1500, "body_timeout_s": LATE}
+    with serving(model, grpc_port=0, **limits) as server:
+        held = server.plane.intake
+        with connect(server) as stuck:
+            stuck.sendall(post(b" " * 900, length=1000))
+            for _ in patience(ENDS):
+                if held.held == 900:
+                    break
+            answer = ask(server, body() + b" " * 800)
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+            assert "900 bytes" in answer.json()["error"]
+            request = messages.ModelInferRequest(model_name="digits", id="x" * 800)
+            with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+                with pytest.raises(grpc.RpcError) as error:
+                    GRPCInferenceServiceStub(channel).ModelInfer(request, timeout=ENDS)
+                assert error.value.code() == grpc.StatusCode.UNAVAILABLE
+            # What waits for its answer counts, too.
+            with connect(server) as waits:
+                waits.sendall(post(body()))
+                for _ in patience(ENDS):
+                    if held.held == 900 + len(body()):
+                        break
+                assert model.came == 1
+                model.may_answer.set()
+                assert read_answer(waits)[0] == 200
+        for _ in patience(ENDS):
+            if held.held == 0:
+                break
+        assert ask(server, body() + b" " * 800).status_code == 200
+        assert held.held == 0
+
+
+def test_what_is_unpacked_counts(server, monkeypatch):
+    monkeypatch.setattr(server.plane, "intake", Intake(1000))
+    packed = gzip.compress(body() + b" " * 2000)
+    assert len(packed) < 500
+    assert ask(server, packed, content_encoding="gzip").status_code == 503
+    assert server.plane.intake.held == 0
+
+
+def test_an_intake_gives_back_what_it_held():
+    intake = Intake(10)
+    with intake.hold() as take:
+        take(6)
+        with intake.hold() as other, pytest.raises(Overloaded, match="6 bytes and 5 more came"):
+            other(5)
+        take(4)
+        assert intake.held == 10
+    assert intake.held == 0

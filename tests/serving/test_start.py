@@ -1,0 +1,171 @@
+"""How a server starts: it listens at once, says that it is not ready, and answers once it is."""
+
+# ruff: noqa: E402 (`require` comes before what needs it)
+
+import socket
+import threading
+
+import pytest
+from conftest import require
+
+httpx = require("httpx", "serve-test")
+grpc = require("grpc", "serve-test")
+require("nercc_jax.serving._kserve", "serve")
+
+from in_process import Doubles, body, listening
+from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceStub
+from nercc_server import ENDS, patience
+
+from nercc_jax.cli import _compiled
+from nercc_jax.serving._kserve import messages
+
+
+class Starts:
+    """A model that starts when it may."""
+
+    def __init__(self):
+        self.model, self.begun, self.may = Doubles(), threading.Event(), threading.Event()
+
+    def __call__(self):
+        self.begun.set()
+        assert self.may.wait(ENDS)
+        return self.model
+
+
+def http(server):
+    return httpx.Client(
+        base_url=f"http://127.0.0.1:{server.http_port}", timeout=ENDS, trust_env=False
+    )
+
+
+def infer(client, model):
+    return client.post(f"/v2/models/{model}/infer", content=body())
+
+
+def ready(client, path="/v2/health/ready"):
+    return any(client.get(path).status_code == 200 for _ in patience(ENDS))
+
+
+def test_it_says_by_rest_that_it_starts():
+    start = Starts()
+    with listening({"digits": start}) as server, http(server) as client:
+        assert client.get("/v2/health/live").json() == {"live": True}
+        assert client.get("/v2/models").json() == {"models": ["digits"]}
+        for path in ("/v2/health/ready", "/v2/models/digits/ready", "/v2/models/digits"):
+            answer = client.get(path)
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+            assert list(answer.json()) == ["error"]
+        answer = infer(client, "digits")
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        assert "digits is being started" in answer.json()["error"]
+        assert infer(client, "nothing").status_code == 404
+        status = client.get("/status").json()
+        assert (status["server"]["state"], status["models"]) == ("starting", [])
+        start.may.set()
+        assert ready(client)
+        assert infer(client, "digits").status_code == 200
+        assert client.get("/status").json()["server"]["state"] == "serving"
+    assert start.model.closed
+
+
+def test_it_says_by_grpc_that_it_starts():
+    start = Starts()
+    with listening({"digits": start}, grpc_port=0) as server:
+        for _ in patience(ENDS):
+            if server.grpc_port:
+                break
+        with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+            stub = GRPCInferenceServiceStub(channel)
+            assert stub.ServerLive(messages.ServerLiveRequest(), timeout=ENDS).live
+            assert not stub.ServerReady(messages.ServerReadyRequest()).ready
+            asked = messages.ModelReadyRequest(name="digits")
+            assert not stub.ModelReady(asked).ready
+            request = messages.ModelInferRequest(model_name="digits")
+            with pytest.raises(grpc.RpcError) as error:
+                stub.ModelInfer(request, timeout=ENDS)
+            assert error.value.code() == grpc.StatusCode.UNAVAILABLE
+            start.may.set()
+            for _ in patience(ENDS):
+                if stub.ServerReady(messages.ServerReadyRequest()).ready:
+                    break
+            assert stub.ModelReady(asked).ready
+
+
+def test_a_model_answers_while_another_starts():
+    first, second = Starts(), Starts()
+    first.may.set()
+    with listening({"first": first, "second": second}) as server, http(server) as client:
+        assert ready(client, "/v2/models/first/ready")
+        assert infer(client, "first").status_code == 200
+        assert infer(client, "second").status_code == 503
+        assert client.get("/v2/health/ready").status_code == 503
+        second.may.set()
+        assert ready(client)
+
+
+def test_a_start_that_fails_ends_it_with_the_reason():
+    first = Starts()
+    first.may.set()
+
+    def fails():
+        raise ValueError("no such model")
+
+    with listening({"first": first, "second": fails}) as server:
+        for _ in patience(ENDS):
+            if server.ended:
+                break
+    assert str(server.ended) == "no such model"
+    assert first.model.closed
+    with pytest.raises(OSError, match="refused"):
+        socket.create_connection(("127.0.0.1", server.http_port), ENDS)
+
+
+def test_a_model_that_starts_after_the_end_is_closed():
+    start = Starts()
+    with listening({"digits": start}):
+        assert start.begun.wait(ENDS)
+    assert not start.model.closed
+    start.may.set()
+    for _ in patience(ENDS):
+        if start.model.closed:
+            break
+    assert start.model.closed
+
+
+# Compiled programs.
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What JAX is told; the environment is as it was afterwards."""
+    told = {}
+    monkeypatch.setattr("jax.config.update", told.__setitem__)
+    for name in ("DIR", "MIN_COMPILE_TIME_SECS", "MIN_ENTRY_SIZE_BYTES"):
+        kind = "COMPILATION" if name == "DIR" else "PERSISTENT"
+        monkeypatch.setenv(f"JAX_{kind}_CACHE_{name}", "")
+    return told
+
+
+def test_programs_are_kept_in_the_users_cache(told, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    _compiled.keep_programs()
+    (folder,) = (tmp_path / "nercc_jax").iterdir()
+    assert told["jax_compilation_cache_dir"] == str(folder)
+    assert told["jax_persistent_cache_min_compile_time_secs"] == 0
+    # Workers in processes of their own read the environment.
+    assert _compiled.os.environ["JAX_COMPILATION_CACHE_DIR"] == str(folder)
+
+
+def test_programs_are_kept_where_the_user_says(told, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
+    _compiled.keep_programs()
+    assert not told
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_cache_folder_programs_are_not_kept(told, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    _compiled.keep_programs()
+    assert not told
