@@ -6,13 +6,17 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from ._compiled import keep_programs
+from ._config import as_toml
 from ._errors import fail, told_plainly
 from ._options import Outputs, check_shipped
+
+if TYPE_CHECKING:
+    from ..serving._settings import ModelSettings
 
 
 def serve_command(
@@ -102,6 +106,12 @@ def serve_command(
     log_format: Annotated[
         Literal["json", "text"] | None, typer.Option(help="Of the log, on stderr; json.")
     ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only say whether the settings fit, and end.")
+    ] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Only print the settings as TOML, and end.")
+    ] = False,
     max_connections: Annotated[
         int | None, typer.Option(help="Of REST, and calls by gRPC; more are refused; 2000.")
     ] = None,
@@ -197,6 +207,12 @@ def serve_command(
         chosen = [ModelSettings(**flags).over(each) for each in settings.resolved()]
         if any(each.pool == "ray" for each in chosen) and importlib.util.find_spec("ray") is None:
             raise ImportError("--pool ray needs Ray: pip install 'nercc-jax[ray]'")
+        if print_config:
+            typer.echo(as_toml(settings, chosen))
+            return
+        if check:
+            _check(chosen)
+            return
         _start_log(settings.log_format, settings.log_level)
         if settings.compilation_cache:
             keep_programs()
@@ -212,6 +228,15 @@ def serve_command(
             Server(starts_of(chosen, registry), settings, registry).run()
         except StartFailed as error:
             fail(str(error), 1)
+
+
+def _check(chosen: "list[ModelSettings]") -> None:
+    """Loads the models, but starts no workers. Raises: ValueError where something does not fit."""
+    from ._serving_models import check_model
+
+    for settings in chosen:
+        check_model(settings)
+        typer.echo(f"{settings.served_name} can be served")
 
 
 def _check_extra() -> None:

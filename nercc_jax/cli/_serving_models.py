@@ -63,6 +63,13 @@ def start_models(
     return served
 
 
+def check_model(settings: ModelSettings) -> None:
+    """All that can be seen without workers. Raises: ValueError where something does not fit."""
+    _check_files(settings)
+    code_of(settings)
+    servable_of(settings)
+
+
 def _check_files(settings: ModelSettings) -> None:
     assert settings.model is not None
     if ":" not in settings.model:

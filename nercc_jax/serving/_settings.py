@@ -8,7 +8,10 @@ num_workers = 8
 model = "lenet5-digits"
 """
 
+import os
+import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -237,10 +240,12 @@ class ServerSettings(BaseSettings):
 def read_settings(file: Path | None, **told: Any) -> ServerSettings:
     """Settings from flags (`told`), the environment and a file.
 
-    Raises: ValueError for a file that is not there, unknown names and values out of range.
+    Raises: ValueError for a file that is not there, names that are unknown, of variables, too, and
+    values out of range.
     """
     if file is not None and not file.is_file():
         raise ValueError(f"there is no configuration file {file}")
+    _check_variables(os.environ)
 
     class FromFile(ServerSettings):  # pydantic-settings takes the file's path from the class
         model_config = SettingsConfigDict(toml_file=file)
@@ -253,6 +258,25 @@ def read_settings(file: Path | None, **told: Any) -> ServerSettings:
         raise ValueError(f"{error}: {error.__cause__}") from error
     except ValidationError as error:
         raise ValueError(_in_words(error)) from error
+
+
+# Variables with our prefix that are not the server's: of the tests, and those that Kubernetes gives
+# containers beside a service whose name begins so.
+_TESTS = {"NERCC_REQUIRE_EXTRAS", "NERCC_COMPILE_AS_USERS_DO"}
+_KUBERNETES = re.compile(
+    r"NERCC_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP)(_\w+)?)"
+)
+
+
+def _check_variables(environment: Mapping[str, str]) -> None:
+    """Raises: ValueError for a variable that looks like a setting, and is none."""
+    for name, value in environment.items():
+        setting = name.removeprefix("NERCC_").lower().partition("__")[0]
+        theirs = _KUBERNETES.fullmatch(name) or value.startswith(("tcp://", "udp://"))
+        if not name.startswith("NERCC_") or name in _TESTS or theirs:
+            continue
+        if setting not in ServerSettings.model_fields:
+            raise ValueError(f"the environment has {name}: there is no such setting")
 
 
 def _in_words(error: ValidationError) -> str:

@@ -144,11 +144,14 @@ def test_a_body_that_comes_on_after_it_was_refused_is_cut_off(server):
     assert is_fine(server)
 
 
-def test_a_body_in_tiny_chunks_is_cut_off(server):
-    with connect(server) as connection:
+def test_a_body_in_tiny_chunks_is_told_and_cut_off():
+    limits = {"max_body_bytes": 1000, "max_header_bytes": 2000, "body_timeout_s": LATE}
+    with serving(Doubles(), **limits) as server, connect(server) as connection:
         connection.sendall(post(b"", "Transfer-Encoding: chunked").replace(b"Content-L", b"X-L"))
-        assert is_cut_off(connection, b"1;" + b"x" * 1000 + b"\r\nx\r\n")
-    assert is_fine(server)
+        connection.sendall((b"1;" + b"x" * 1000 + b"\r\nx\r\n") * 20)
+        status, _, told = read_answer(connection)
+        assert (status, told["error"]) == (413, "the body is sent in too small chunks")
+        assert is_cut_off(connection)
 
 
 def ask(server, content, **headers):

@@ -84,6 +84,8 @@ FLAGS = {
     "ordering": "--no-ordering",
     "compilation_cache": "--no-compilation-cache",
 }
+# Flags that are no settings.
+ELSEWHERE = {"config", "check", "print_config"}
 ONE = [{"model": "own:double", "input_shape": [4]}]
 
 
@@ -202,8 +204,20 @@ def test_grpc_can_be_left_out(how, monkeypatch):
     assert read_settings(write({"grpc_port": "none"} if how == "file" else {})).grpc_port is None
 
 
-def test_other_variables_of_ours_are_left_alone(monkeypatch):
-    monkeypatch.setenv("NERCC_REQUIRE_EXTRAS", "1")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("NERCC_REQUIRE_EXTRAS", "1"),
+        # Kubernetes, beside services named nercc and nercc-predictor.
+        ("NERCC_SERVICE_HOST", "10.0.0.1"),
+        ("NERCC_PORT", "tcp://10.0.0.1:80"),
+        ("NERCC_PREDICTOR_SERVICE_PORT_HTTP", "80"),
+        ("NERCC_PREDICTOR_PORT_80_TCP_ADDR", "10.0.0.1"),
+        ("NERCCC", "1"),
+    ],
+)
+def test_variables_of_others_are_left_alone(name, value, monkeypatch):
+    monkeypatch.setenv(name, value)
     assert read_settings(None).model_dump() == ServerSettings().model_dump()
 
 
@@ -260,11 +274,11 @@ def flags():
 
 
 def test_flags_are_settings():
-    assert set(flags()) <= set(SERVER) | set(MODEL) | {"config"}
+    assert set(flags()) <= set(SERVER) | set(MODEL) | ELSEWHERE
     assert {"model", "http_port", "max_reexecution", "ordering", "death_rate"} <= set(flags())
 
 
-@pytest.mark.parametrize("name", [name for name in flags() if name not in ("config", "model")])
+@pytest.mark.parametrize("name", [name for name in flags() if name not in ELSEWHERE | {"model"}])
 def test_every_flag_comes_before_environment_and_file(name, told):
     value = {**SERVER, **MODEL}[name]
     flag = FLAGS.get(name, f"--{name.replace('_', '-')}")
@@ -365,6 +379,9 @@ def test_a_file_that_is_wrong_is_told_in_one_sentence(content, message):
         ("DEFAULTS__NUM_DATA", "0", "defaults.num_data: input should be greater than or equal"),
         ("DEFAULTS__INPUT_SHAPE", "[four]", "input_shape"),
         ("DEFAULTS__NUM_DAT", "3", "defaults.num_dat: there is no such setting"),
+        ("HTP_PORT", "80", "the environment has NERCC_HTP_PORT: there is no such setting"),
+        ("DEFAULT__NUM_DATA", "3", "the environment has NERCC_DEFAULT__NUM_DATA: there is no such"),
+        ("NUM_DATA", "3", "the environment has NERCC_NUM_DATA: there is no such setting"),
     ],
 )
 def test_a_variable_that_is_wrong_is_told_in_one_sentence(name, value, message):
@@ -441,6 +458,30 @@ def test_a_port_that_is_taken_is_told_in_one_sentence(face, log):
     else:
         form = r"\d{4}-\d\d-\d\d [:,\d]{12} [A-Z]+ [\w.]+: .+"
         assert all(re.fullmatch(form, line) for line in lines), lines
+
+
+@pytest.mark.parametrize("told", [{}, {"grpc_port": None}, SERVER])
+def test_the_printed_configuration_is_what_was_told(told, tmp_path):
+    path = write({k: toml_none(v) for k, v in told.items()}, {"num_data": 3}, [MODEL, ONE[0]])
+    code, printed = run("--config", str(path), "--print-config", "--num-workers", "9")
+    assert code == 0
+    (tmp_path / "printed.toml").write_text(printed)
+    again, first = read_settings(Path("printed.toml")), read_settings(path)
+    exclude = {"models", "defaults"}
+    assert again.model_dump(exclude=exclude) == first.model_dump(exclude=exclude)
+    expected = [ModelSettings(num_workers=9).over(model).model_dump() for model in first.resolved()]
+    assert [model.model_dump() for model in again.resolved()] == expected
+    assert {model["num_workers"] for model in expected} == {9}
+
+
+def toml_none(value):
+    return "none" if value is None else value
+
+
+def test_settings_can_be_checked_only():
+    code, output = run(*OWN, "--check")
+    assert (code, output) == (0, "own.double can be served\n")
+    refused("own:nothing: module 'own' has no attribute", "--model", "own:nothing", "--check")
 
 
 def test_missing_extras_are_named(monkeypatch):
