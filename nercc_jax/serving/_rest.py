@@ -105,7 +105,35 @@ class _ModelMetadata(bodies.ModelMetadataResponse):
     parameters: dict[str, float]
 
 
+_PATHS = ("/v2/models/{model_name}", "/v2/models/{model_name}/versions/{version}")
+
+
+def _add_inference(app: fastapi.FastAPI, plane: Plane) -> Callable[..., Any]:
+    """Plain routes, before all others: FastAPI's take a fifth of a small request's time.
+
+    Returns what answers, for FastAPI to describe.
+    """
+
+    async def infer(request: fastapi.Request, model_name: str, version: str = VERSION) -> Response:
+        with plane.watch(model_name) as line, plane.intake.hold() as take:
+            plane.find(model_name, version)
+            asked = await _read(request, model_name, plane.settings, take)
+            async with _while_connected(request.receive):
+                response, _ = await plane.infer(model_name, asked)
+            line.update({"id": response.id}, **response.parameters or {})
+            content, headers = write_response(response)
+        return Response(content, headers=dict(headers))
+
+    async def infer_plainly(request: fastapi.Request) -> Response:
+        return await infer(request, **request.path_params)
+
+    for path in _PATHS:
+        app.add_route(f"{path}/infer", infer_plainly, methods=["POST"], include_in_schema=False)
+    return infer
+
+
 def _add_protocol(app: fastapi.FastAPI, plane: Plane) -> None:
+    infer = _add_inference(app, plane)
     endpoints = V2Endpoints(plane)  # pyright: ignore[reportArgumentType]
     missing: dict[int | str, dict[str, Any]] = {404: {"model": _Error}, 503: {"model": _Error}}
     for path, endpoint, answer in (
@@ -126,21 +154,11 @@ def _add_protocol(app: fastapi.FastAPI, plane: Plane) -> None:
             raise ServerNotReady("It is draining.")
         return {"name": model_name, "ready": True}
 
-    async def infer(request: fastapi.Request, model_name: str, version: str = VERSION) -> Response:
-        with plane.watch(model_name) as line, plane.intake.hold() as take:
-            plane.find(model_name, version)
-            asked = await _read(request, model_name, plane.settings, take)
-            async with _while_connected(request.receive):
-                response, _ = await plane.infer(model_name, asked)
-            line.update({"id": response.id}, **response.parameters or {})
-            content, headers = write_response(response)
-        return Response(content, headers=dict(headers))
-
     errors = {status: {"model": _Error} for status, _ in STATUS.values() if status != 501}
     schema = bodies.InferenceRequest.model_json_schema(ref_template="#/components/schemas/{model}")
     _define(app, schema.pop("$defs"))
     body = {"content": {"application/json": {"schema": schema}}, "required": True}
-    for path in ("/v2/models/{model_name}", "/v2/models/{model_name}/versions/{version}"):
+    for path in _PATHS:
         shown = "versions" not in path
         app.add_api_route(
             path,
@@ -156,7 +174,7 @@ def _add_protocol(app: fastapi.FastAPI, plane: Plane) -> None:
             responses=missing,
             include_in_schema=shown,
         )
-        app.add_api_route(
+        app.add_api_route(  # for the description; see `_add_inference`
             f"{path}/infer",
             infer,
             methods=["POST"],

@@ -413,10 +413,9 @@ def ask_by_rest(server, data):
 
 
 def ask_by_grpc(server, data):
-    channel = grpc.insecure_channel(server.grpc)
     asked = message(model="slow", data=data, shape=np.shape(data))
-    GRPCInferenceServiceStub(channel).ModelInfer.future(asked)
-    return channel.close
+    stub = GRPCInferenceServiceStub(grpc.insecure_channel(server.grpc))
+    return stub.ModelInfer.future(asked).cancel
 
 
 @pytest.mark.parametrize("ask", [ask_by_rest, ask_by_grpc])
