@@ -261,10 +261,24 @@ def _start_log(log_format: str, level: str) -> None:
             )
         )
     else:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        handler.setFormatter(_WithFields("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     # gRPC's core would write lines of its own; what matters of them is told by exceptions.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     logging.basicConfig(level=level, handlers=[handler], force=True)
+    # Uvicorn's word for each step of its life says less than ours; JAX misses TPUs everywhere.
+    for name in ("uvicorn", "jax._src.xla_bridge"):
+        logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLevelName(level)))
+
+
+class _WithFields(logging.Formatter):
+    """For people: what was told beside the message comes after it."""
+
+    usual = frozenset(vars(logging.makeLogRecord({}))) | {"asctime", "message"}
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        fields = [(name, value) for name, value in vars(record).items() if name not in self.usual]
+        text = logging.Formatter.formatMessage(self, record)
+        return " ".join([text, *(f"{name}={value}" for name, value in fields)])
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -4,6 +4,7 @@
 
 import inspect
 import json
+import logging
 import os
 import re
 import socket
@@ -138,6 +139,12 @@ def write(server=(), defaults=(), models=()):
 
 def as_read(name, value):
     return getattr(ModelSettings(**{name: value}), name)
+
+
+def test_the_log_for_people_has_all_fields():
+    record = logging.makeLogRecord({"msg": "it %s", "args": ("works",), "model": "a", "seconds": 2})
+    text = _serve._WithFields("%(levelname)s: %(message)s").format(record)
+    assert text == "Level None: it works model=a seconds=2"
 
 
 # One source after the other.
