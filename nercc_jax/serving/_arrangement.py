@@ -1,5 +1,6 @@
 """Queries that go out together, arranged so that those coded beside each other are alike."""
 
+import time
 from collections.abc import Sequence
 
 import jax
@@ -26,11 +27,15 @@ class Arranger:
         self._coder, self._shape = coder, tuple(shape)
         self._sizes = [coder.num_data << power for power in range(rows.bit_length())]
         self._path = jax.jit(lambda x: short_path(random_projection(x)))
+        self.seconds = 0.0  # that the longest path takes, once it is compiled
 
     def compile(self) -> None:
         """So that no query waits for it."""
         for size in self._sizes:
             self._path(np.zeros((size, *self._shape), np.float32)).block_until_ready()
+        begin = time.perf_counter()
+        self._through(list(np.zeros((self._sizes[-1], *self._shape), np.float32)))
+        self.seconds = time.perf_counter() - begin
 
     def deal(self, queries: Sequence[Query], sizes: Sequence[int], place: int) -> list[list[Query]]:
         """Deals queries to cells of these sizes, which take a group's places from `place` on.

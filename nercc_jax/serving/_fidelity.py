@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from ._rehearsal import DRAWS, Rehearsal, make_observer
 # fewer than which it tells nothing.
 _GROUPS, _SHORT, _LEAST = 256, 128, 32
 _AT_ONCE = 2  # rehearsals with each group that comes, while there are any to be made
+_MASKS = 4096  # sets of workers whose error is remembered
 _AUDITS = 1000  # decoded queries that the running audit looks at
 
 
@@ -34,6 +36,17 @@ class Audit:
     disagreement: float
 
 
+class Expected(NamedTuple):
+    """What is to be expected of each query of a group; NaN where it is not known.
+
+    `disagreement` and `error` as in a `Reply`; `fresh`: nothing came since that would tell more.
+    """
+
+    disagreement: Float[np.ndarray, " queries"]
+    error: Float[np.ndarray, " queries"]
+    fresh: bool
+
+
 class Fidelity:
     """The error to expect of each query of a group: before it is decoded, and with what came of it.
 
@@ -41,8 +54,10 @@ class Fidelity:
     calibration groups decoded from the same workers. Afterwards, a query's own margin and deviation
     tell more (`doubt`; see `_rehearsal.py`). The groups come from data given beforehand, and from
     traffic: a group all of whose coded data points were answered, the queries themselves among
-    them, shows what decoding from fewer would have made of it. The oldest is replaced. Not
-    thread-safe: it belongs to the batcher's thread.
+    them, shows what decoding from fewer would have made of it. The oldest is replaced.
+
+    One thread at a time may teach it (`calibrate`, `learn`, `foresee`), which takes its time; all
+    may read what it knew last (`hungry`, `doubt`, `expect`), which takes none.
     """
 
     def __init__(self, coder: Coder):
@@ -83,6 +98,19 @@ class Fidelity:
             for group, own in zip(answers, originals, strict=True):
                 lessons.add(group.reshape(len(group), -1), self._coder.by_place(own))
             lessons.rehearse(DRAWS)
+            for mask in self._one_missing(few):
+                self.foresee(few, mask)
+
+    def _one_missing(self, few: int) -> list[Bool[np.ndarray, " num_workers"]]:
+        """The answers to a group of so many when one query has none of its own: the usual sets."""
+        layout = self._coder.layout(few)
+        sent = np.zeros(self._coder.num_workers, bool)
+        sent[np.concatenate([*self._coder.first[:few], layout.extras]).astype(int)] = True
+        masks = [sent]
+        for own in layout.own:
+            masks.append(sent.copy())
+            masks[-1][own] = False
+        return [mask for mask in masks if mask.any()]
 
     def compile(self, outputs: Sequence[int]) -> None:
         """Compiles the forecast for a model's outputs, so that no query waits for that."""
@@ -90,7 +118,7 @@ class Fidelity:
         full = self._coder.num_data
         blank = _Lessons(self._coder, self._lessons[full].rehearsal)
         blank.add(zeros, zeros[:full])
-        blank.expect(np.ones(self._coder.num_workers, bool))
+        blank.foresee(np.ones(self._coder.num_workers, bool))
         if blank.rehearsal is not None:
             blank.rehearsal.compile(*blank.groups())
 
@@ -119,15 +147,25 @@ class Fidelity:
         """
         return self._lessons[queries].doubt
 
-    def expect(
-        self, queries: int, mask: Bool[np.ndarray, " num_workers"]
-    ) -> tuple[Float[np.ndarray, " queries"], Float[np.ndarray, " queries"]]:
-        """Each query's expected disagreement and error, decoded from these workers, or NaN."""
+    def foresee(self, queries: int, mask: Bool[np.ndarray, " num_workers"]) -> None:
+        """Finds what is to be expected of groups of so many, decoded from these workers."""
+        if self._lessons[queries].known >= _LEAST and mask.any():
+            self._lessons[queries].foresee(mask)
+
+    def expect(self, queries: int, mask: Bool[np.ndarray, " num_workers"]) -> Expected:
+        """What was found of that last, if anything."""
+        nothing = np.full(queries, np.nan)
         if self._lessons[queries].known < _LEAST or not mask.any():
-            return np.full(queries, np.nan), np.full(queries, np.nan)
-        disagreement, error = self._lessons[queries].expect(mask)
-        order = self._coder.in_order
-        return order(disagreement)[:queries], order(error)[:queries]
+            return Expected(nothing, nothing, True)
+        found = self._lessons[queries].expected.get(mask.tobytes())
+        if found is None:
+            return Expected(nothing, nothing, False)
+        disagreement, error = (self._coder.in_order(part)[:queries] for part in found[:2])
+        return Expected(disagreement, error, found[2] == self._lessons[queries].forecasts)
+
+    def known(self) -> tuple[int, int]:
+        """How many full groups it has seen, and from how many on it tells something."""
+        return min(self._lessons[self._coder.num_data].known, _GROUPS), _LEAST
 
     def audit(self, decoded: np.ndarray, own: np.ndarray) -> bool:
         """Takes a decoded answer and the model's own that came late; whether the labels agree."""
@@ -153,7 +191,10 @@ class _Lessons:
         self._answers: np.ndarray | None = None
         self._originals: np.ndarray | None = None
         self._forecast: Forecast | None = None
-        self._expected: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
+        self.forecasts = 0  # that were made
+        # By mask: disagreement and error by place, and which forecast says so. Least recently made
+        # first; each is put in as a whole, so that others may read meanwhile.
+        self.expected: dict[bytes, tuple[np.ndarray, np.ndarray, int]] = {}
 
     def add(self, answers: np.ndarray, originals: np.ndarray) -> None:
         if self._answers is None or self._originals is None:
@@ -204,20 +245,15 @@ class _Lessons:
             self.doubt = self.rehearsal.calibrate(known)
             self._due = self.known + min(self.known, _GROUPS)
 
-    def expect(self, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def foresee(self, mask: np.ndarray) -> None:
         if self._forecast is None or self._fresh >= _GROUPS:
-            self._renew()
-        key = mask.tobytes()
-        if key not in self._expected:
-            assert self._forecast is not None
-            error, disagreement = map(np.asarray, self._forecast.by_place(mask))
-            # Jeffreys' estimate: none wrong among n does not say that none ever will be.
-            number = min(self.known, _GROUPS)
-            self._expected[key] = (disagreement * number + 0.5) / (number + 1), error
-        return self._expected[key]
-
-    def _renew(self) -> None:
-        answers, originals = map(jnp.asarray, self.groups())
-        self._forecast = Forecast(Answers(self._code, answers, originals))
-        self._expected.clear()
-        self._fresh = 0
+            self._forecast = Forecast(Answers(self._code, *map(jnp.asarray, self.groups())))
+            self.forecasts += 1
+            self._fresh = 0
+        error, disagreement = map(np.asarray, self._forecast.by_place(mask))
+        # Jeffreys' estimate: none wrong among n does not say that none ever will be.
+        number = min(self.known, _GROUPS)
+        disagreement = (disagreement * number + 0.5) / (number + 1)
+        while len(self.expected) >= _MASKS:
+            del self.expected[next(iter(self.expected))]
+        self.expected[mask.tobytes()] = disagreement, error, self.forecasts

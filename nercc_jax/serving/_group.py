@@ -1,7 +1,7 @@
 """Queries coded together, and what is known of them."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -66,16 +66,16 @@ class Group:
         """Those of them that are not answered."""
         return self.sent & ~self.mask
 
-    def take(self, cell: Cell) -> None:
-        """The next cell comes."""
+    def take(self, cell: Cell, tell: Callable[[], None]) -> None:
+        """The next cell comes; `tell` is called when one of its queries is over elsewhere."""
         self.cells.append(cell)
         self.rows = max(self.rows, len(cell.queries))
         for query in cell.queries:
-            query.home = query.home or self
+            query.tell_home = query.tell_home or tell
 
-    def open_queries(self, cells: Iterable[int]) -> Iterator[tuple[int, int, Query]]:
-        """The queries of these cells that somebody waits for: cell, row, query."""
-        for number in cells:
+    def open_queries(self, cells: Iterable[int] | None = None) -> Iterator[tuple[int, int, Query]]:
+        """The queries of these cells (all) that somebody waits for: cell, row, query."""
+        for number in range(len(self.cells)) if cells is None else cells:
             for row, query in enumerate(self.cells[number].queries):
                 if not query.done:
                     yield number, row, query

@@ -72,6 +72,15 @@ class Meters:
         )
         self.encode = make(Histogram, "encode_seconds", "Encoding a group.", buckets=_SHORT)
         self.decode = make(Histogram, "decode_seconds", "Decoding a group.", buckets=_SHORT)
+        self.learn = make(
+            Histogram,
+            "learn_seconds",
+            "Learning from groups, beside the queries.",
+            buckets=_SECONDS,
+        )
+        self.internal = make(
+            Counter, "internal_errors", "Failures of the server itself, told in its log."
+        )
         self.reexecutions = make(Counter, "reexecutions", "Queries sent a second time.")
         self.over_budget = make(
             Counter, "over_budget", "Doubtful queries answered as decoded: the budget was spent."
@@ -99,6 +108,7 @@ class Meter:
             "straggler": meters.stragglers.labels(model),
             "reexecution": meters.reexecutions.labels(model),
             "over_budget": meters.over_budget.labels(model),
+            "internal_error": meters.internal.labels(model),
         }
         self._histograms = {
             "queue_seconds": meters.queued.labels(model),
@@ -107,6 +117,7 @@ class Meter:
             "order_seconds": meters.order.labels(model),
             "encode_seconds": meters.encode.labels(model),
             "decode_seconds": meters.decode.labels(model),
+            "learn_seconds": meters.learn.labels(model),
             "workers_heard": meters.heard.labels(model),
             "expected_disagreement": meters.expected.labels(model),
         }

@@ -103,6 +103,10 @@ Measure: TypeAlias = Literal[
     "straggler",
     "reexecution",
     "over_budget",
+    # Of the learning that goes on beside, a turn of it.
+    "learn_seconds",
+    # Something of ours failed, which should not.
+    "internal_error",
     "audit_same",
     "audit_other",
 ]

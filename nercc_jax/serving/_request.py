@@ -3,7 +3,7 @@
 import concurrent.futures
 import dataclasses
 import time
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -115,14 +115,15 @@ class Request:
 class Query:
     """One data point of a request.
 
-    `done`: nobody waits for it; `waiting`: it is in a queue; `home`: the first group it was in.
+    `done`: nobody waits for it; `waiting`: it is in a lane; `tell_home`: tells the first group it
+    was in that something happened to it elsewhere.
     """
 
-    __slots__ = ("done", "home", "place", "reexecuted", "request", "waiting", "x")
+    __slots__ = ("done", "place", "reexecuted", "request", "tell_home", "waiting", "x")
 
     def __init__(self, request: Request, place: int, x: np.ndarray):
         self.request, self.place = request, place
         self.x: np.ndarray | None = x
-        self.home: Any = None  # a `Group`, which knows queries
+        self.tell_home: Callable[[], None] | None = None
         self.done = self.reexecuted = False
         self.waiting = True

@@ -1,7 +1,6 @@
 """The batcher, with workers that answer when the test says so."""
 
 import concurrent.futures
-import contextlib
 import gc
 import threading
 import time
@@ -10,6 +9,22 @@ import weakref
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from batching import (
+    INTERLEAVED,
+    LONG,
+    OUT,
+    PATIENCE,
+    SERVICE,
+    SHAPE,
+    WEIGHTS,
+    Gates,
+    count,
+    knowing,
+    model,
+    queries,
+    serving,
+    settled,
+)
 
 from nercc_jax import Berrut, DevicePool, NeRCC, Replication, Uncoded
 from nercc_jax.pools import Fault, Faults
@@ -23,101 +38,9 @@ from nercc_jax.serving import (
     QueueFull,
     ServerClosing,
 )
+from nercc_jax.serving._health import Health
 from nercc_jax.serving._query_doubt import QueryDoubt
 from nercc_jax.stragglers import TraceLatency
-
-SHAPE, OUT = (6,), (3,)
-WEIGHTS = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
-LONG = 30.0  # seconds that nothing here takes, unless it hangs
-# Of calls where it matters who straggles: longer than threads of a busy machine wait for a turn.
-SERVICE, PATIENCE = 0.03, 4.0
-INTERLEAVED = NeRCC(4, 8, points="interleaved", lambda_dec=0.0)
-
-
-def model(x):
-    return np.tanh(x @ WEIGHTS)
-
-
-def queries(number, seed=1):
-    """Different ones; the first coordinate tells which."""
-    x = np.random.default_rng(seed).normal(size=(number, *SHAPE)).astype(np.float32)
-    x[:, 0] = np.linspace(-1, 1, number) if number > 1 else 0.5
-    return x
-
-
-class Gates:
-    """A model whose calls take a little, and wait while the test holds back what is in them."""
-
-    def __init__(self, seconds=0.0):
-        self._seconds = seconds
-        self._lock = threading.Lock()
-        self._held: list[tuple[np.ndarray, threading.Event, list[int]]] = []
-        self.calls: list[np.ndarray] = []
-
-    def hold(self, x, calls=10**6):
-        """Holds back the first calls with this very data point in them."""
-        event = threading.Event()
-        self._held.append((x, event, [calls]))
-        return event
-
-    def __call__(self, batch):
-        with self._lock:
-            self.calls.append(batch)
-            waits = []
-            for x, event, left in self._held:
-                if left[0] and (np.abs(batch - x) < 1e-6).all(axis=1).any():
-                    left[0] -= 1
-                    waits.append(event)
-        time.sleep(self._seconds)
-        for event in waits:
-            assert event.wait(LONG)
-        return model(batch)
-
-
-@contextlib.contextmanager
-def serving(code, run=model, *, workers=12, faults=None, warm=True, fidelity=None, **policy):
-    """A batcher on a pool of threads; warm: it knows how long answers take."""
-    seen = []
-    usual = {"max_batch_size": 1, "batch_wait_timeout_s": 0.02, "deadline_s": LONG}
-    policy = usual | {"ordering": False} | policy  # tests say which query is where
-    with DevicePool(run, workers, compiled=False, faults=faults) as pool:
-        coder = Coder(code)
-        with CodedBatcher(
-            pool,
-            coder,
-            SHAPE,
-            OUT,
-            policy=BatchingPolicy(**policy),
-            fidelity=fidelity and fidelity(coder),
-            observe=lambda what, number: seen.append((what, number)),
-        ) as batcher:
-            batcher.test_coder, batcher.test_seen = coder, seen  # pyright: ignore
-            if warm:  # medians of a millisecond or so, which stragglers are told from
-                for each in queries(24, seed=99):
-                    batcher.submit(each[None]).result(LONG)
-                settled(batcher)
-            seen.clear()
-            yield batcher
-
-
-def knowing(coder):
-    """A fidelity that has seen enough: groups are sent as they are when nothing is to be learnt."""
-    fidelity = Fidelity(coder)
-    fidelity.calibrate(lambda x: jnp.tanh(jnp.asarray(x) @ WEIGHTS), queries(400))
-    return fidelity
-
-
-def settled(batcher):
-    """Waits until nothing is left of what was submitted."""
-    end = time.monotonic() + LONG
-    while batcher._groups or batcher.waiting or batcher.in_flight:
-        assert time.monotonic() < end, "a group was never closed"
-        time.sleep(0.01)
-
-
-def count(batcher, what):
-    return sum(1 for each, _ in batcher.test_seen if each == what)
-
 
 SYSTEMATIC = {
     "interleaved": INTERLEAVED,
@@ -373,6 +296,27 @@ def test_exact_queries_are_hedged_and_never_decoded():
         event.set()
 
 
+def test_exact_queries_take_their_turn():
+    """Who came first goes first, exact or not: neither starves the other."""
+    gates = Gates()
+    code = NeRCC(1, 2, points="interleaved", lambda_dec=0.0)
+    with serving(code, gates, workers=1, copies=1, patience=1e6) as batcher:
+        x = queries(10)
+        gates.calls.clear()
+        event = gates.hold(x[0])
+        futures = [batcher.submit(x[:1])]
+        while not gates.calls:
+            time.sleep(0.001)
+        exact = [False, True, True, False, True, True, True, False, True]
+        for each, alone in zip(x[1:], exact, strict=True):
+            futures.append(batcher.submit(each[None], exact=alone))
+        event.set()
+        for future in futures:
+            future.result(LONG)
+        order = [int(np.argmin(np.abs(x - call[0]).sum(axis=1))) for call in gates.calls]
+        assert list(dict.fromkeys(order)) == list(range(10))
+
+
 def test_batches_grow_while_workers_are_busy():
     gates = Gates()
     with serving(Uncoded(1), gates, workers=1, max_batch_size=8, copies=1) as batcher:
@@ -410,7 +354,7 @@ def test_bad_queries(x, what, untyped):
 
 def test_bad_deadlines_and_policies(untyped):
     with serving(Uncoded(1), warm=False) as batcher:
-        for deadline in (0, -1, np.nan, np.inf):
+        for deadline in (0, -1, np.nan, np.inf, 3601.0, 9e11):
             with pytest.raises(ValueError, match="positive number of seconds"):
                 batcher.submit(queries(1), deadline=deadline)
     for bad in (
@@ -418,6 +362,7 @@ def test_bad_deadlines_and_policies(untyped):
         {"max_queue_size": 0},
         {"copies": 0},
         {"deadline_s": 0},
+        {"deadline_s": 9e11},
         {"patience": np.nan},
         {"batch_wait_timeout_s": -1},
         {"max_disagreement": 1.0},
@@ -534,17 +479,25 @@ def test_closing_tells_those_that_waited_too_long():
 
 
 def test_all_workers_gone_and_back():
-    """While nobody is there requests wait, until their deadlines; then they are answered again."""
-    dying = Faults([Fault("death", calls=range(2))], seed=1)
+    """While nobody answers requests fail, and say why; once workers live on, all are answered."""
+    dying = Faults([Fault("death", calls=range(6))], seed=1)
     with serving(INTERLEAVED, workers=2, faults=dying, warm=False) as batcher:
         replies = [batcher.submit(each[None]) for each in queries(12)]
-        for future, wanted in zip(replies, model(queries(12)), strict=True):
-            error = future.exception(LONG)
-            if error is None:
+        failed = [future for future in replies if future.exception(LONG) is not None]
+        assert failed
+        for future in failed:
+            assert isinstance(future.exception(), InferenceFailed)
+            assert "thread ended" in str(future.exception())
+        end = time.monotonic() + LONG
+        answered = 0
+        while answered < 12:
+            assert time.monotonic() < end, "nobody came back"
+            future = batcher.submit(queries(12)[answered : answered + 1])
+            if future.exception(LONG) is None:
+                wanted = model(queries(12)[answered])
                 np.testing.assert_allclose(future.result().values[0], wanted, atol=1e-6)
-            else:
-                assert isinstance(error, InferenceFailed)
-                assert "thread ended" in str(error)
+                answered += 1
+        assert batcher.health() == Health(True, True)
 
 
 def test_storm():

@@ -1,0 +1,186 @@
+"""What becomes of queries whose own workers straggle: decoded, or sent again."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from ._budget import Budget
+from ._coder import Coder
+from ._group import Group
+from ._policy import BatchingPolicy
+from ._request import Answer, Query
+from ._tutor import Tutor
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """A decoded answer, and whose it is: a group's cell and row."""
+
+    cell: int
+    row: int
+    answer: Answer
+
+
+class Rescue:
+    """Decides by a policy and by what a tutor knows. It changes nothing but what a group counts."""
+
+    def __init__(
+        self,
+        coder: Coder,
+        policy: BatchingPolicy,
+        tutor: Tutor,
+        observe: Callable[[Any, float], Any],
+    ):
+        """Raises: ValueError for a policy that does not fit the code."""
+        self._coder, self._policy, self._tutor, self._observe = coder, policy, tutor, observe
+        self._budget = Budget(policy.max_reexecution)
+        self.enough = _enough(coder, policy)
+
+    def earn(self) -> None:
+        """A query goes out for the first time."""
+        self._budget.earn(1)
+
+    def rescue(self, group: Group, late: np.ndarray) -> tuple[list[Given], list[Query]]:
+        """The answers to give now, and the queries to send again; `late` are not waited for."""
+        hopeless = [
+            number
+            for number, cell in enumerate(group.cells)
+            if cell.pending and not (group.sent & ~late)[group.layout.own[number]].any()
+        ]
+        if not hopeless:
+            return [], []
+        self._observe("straggler", (late & ~group.counted).sum())
+        group.counted |= late
+        last = not (group.out & ~late).any()
+        answers = int(group.mask.sum())
+        ready = self._coder.systematic or answers >= self.enough or last
+        good: list[Given] = []
+        best: list[Given] = []
+        if answers and ready and self._coder.guesses:
+            good, best = self._decode(group, hopeless, last)
+        if not last:
+            return good, []
+        more, again = self._send_again(group, hopeless, good, best)
+        return good + more, again
+
+    def _decode(
+        self, group: Group, hopeless: list[int], last: bool
+    ) -> tuple[list[Given], list[Given]]:
+        """Of these cells: answers that may be given, and the best there are to other queries.
+
+        That may be nothing: no answer was sound, or it was not worth the decoding.
+        """
+        few, wanted = len(group.cells), self._policy.max_disagreement
+        expected = self._tutor.expect(few, group.mask)
+        limit = None  # of a query's own doubt
+        if wanted is None:
+            good = np.full(few, self._enough_for(group, last))
+        elif self._coder.doubts:
+            limit = self._tutor.fidelity.doubt(few).limit(wanted)
+            good = np.full(few, limit >= 0)
+        else:
+            good = expected.disagreement <= wanted
+        if not (good[hopeless].any() or (last and self._policy.max_reexecution is not None)):
+            return [], []
+        begin = time.perf_counter()
+        predictions, sound, doubt = self.predict(group.values(), group.mask, few)
+        self._observe("decode_seconds", time.perf_counter() - begin)
+        self._observe("workers_heard", int(group.mask.sum()))
+        good = np.broadcast_to(good if limit is None else doubt <= limit, doubt.shape)
+        doubt = np.where(np.isnan(doubt), expected.disagreement, doubt)
+        basis = int(group.sent.sum()), int(group.mask.sum())
+        found: tuple[list[Given], list[Given]] = [], []
+        for number, row, _ in group.open_queries(hopeless):
+            if sound[row, number]:
+                told = float(doubt[row, number]), float(expected.error[number])
+                answer = Answer(predictions[row, number], False, *basis, *told)
+                found[not good[row, number]].append(Given(number, row, answer))
+        return found
+
+    def predict(
+        self, values: np.ndarray, mask: np.ndarray, queries: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Predictions by row and place, whether they are sound, and how doubtful (NaN: unknown).
+
+        A code may have lost a query, and a sum of large answers overflowed.
+        """
+        width = self._policy.max_batch_size
+        if self._coder.doubts:
+            weights = self._tutor.fidelity.doubt(queries).weights
+            predictions, recovered, doubt = self._coder.assess(values, mask, width, weights)
+        else:
+            predictions, recovered = self._coder.decode(values, mask, width)
+            doubt = np.full(predictions.shape[:2], np.nan)
+        sound = recovered & np.isfinite(predictions).reshape(*doubt.shape, -1).all(axis=-1)
+        return predictions[:, :queries], sound[:, :queries], doubt[:, :queries]
+
+    def _enough_for(self, group: Group, last: bool) -> bool:
+        """Whether there are answers enough to decode, by their number alone."""
+        answers = int(group.mask.sum())
+        enough, least = self.enough, min(group.coder.num_data, self.enough)
+        if group.coder.systematic:
+            redundancy = int(group.sent.sum()) - len(group.cells)
+            enough = enough if group.full else len(group.cells) + redundancy // 2
+            least = max(len(group.cells) - 2, 1)
+        return answers >= enough or (last and answers >= least)
+
+    def _send_again(
+        self, group: Group, cells: list[int], good: list[Given], best: list[Given]
+    ) -> tuple[list[Given], list[Query]]:
+        """What is sent again, once each, the most doubtful first, and beyond the budget the best.
+
+        Without hedging only what will have no answer is.
+        """
+        if self._policy.copies == 1:
+            cells = [number for number in cells if _is_gone(group, number)]
+        known = {(given.cell, given.row): given for given in best}
+        over = {(given.cell, given.row) for given in good}
+        left = [
+            (cell, row, query)
+            for cell, row, query in group.open_queries(cells)
+            if not query.reexecuted and (cell, row) not in over
+        ]
+        given, again = [], []
+        for cell, row, query in sorted(left, key=lambda each: _certainty(known.get(each[:2]))):
+            answer = known.get((cell, row))
+            if answer is not None and not self._budget.affords():
+                self._observe("over_budget", 1)
+                given.append(answer)
+                continue
+            self._budget.spend()
+            query.reexecuted = True
+            self._observe("reexecution", 1)
+            again.append(query)
+        return given, again
+
+
+def _is_gone(group: Group, cell: int) -> bool:
+    """Whether a cell's own coded data points will have no answer."""
+    assert group.batch is not None
+    points: Iterable[int] = group.layout.own[cell].tolist()
+    return all(group.batch.abandoned(point) for point in points if group.sent[point])
+
+
+def _certainty(given: Given | None) -> float:
+    """What can be answered least comes first; of what nothing is known yet, one is as good."""
+    if given is None:
+        return -1.0
+    disagreement = given.answer.disagreement
+    return 0.0 if math.isnan(disagreement) else 1 - disagreement
+
+
+def _enough(coder: Coder, policy: BatchingPolicy) -> int:
+    """How many answers of a full group are enough to decode, if nothing better is known."""
+    num_data, num_workers = coder.num_data, coder.num_workers
+    enough = policy.wait_for
+    if enough is None and coder.systematic:
+        enough = num_workers - (num_workers - num_data) // 2
+    elif enough is None:
+        enough = min(max(num_workers * 85 // 100, num_data), num_workers)
+    if not 1 <= enough <= num_workers:
+        raise ValueError(f"wait_for must be from 1 to N = {num_workers}, not {enough}")
+    return enough

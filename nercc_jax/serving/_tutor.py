@@ -1,0 +1,83 @@
+"""Learning beside the batcher: the thread that answers queries does nothing else."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from ._fidelity import Expected, Fidelity
+
+_LOG = logging.getLogger(__name__)
+
+# Of the time, that learning may take: programs of JAX keep all cores of a CPU busy.
+_SHARE = 0.1
+# Seconds that it rests at most, and that it waits for something to learn from.
+_LONGEST = 10.0
+
+
+class Tutor:
+    """A thread that teaches a `Fidelity`, whose results others read while it works.
+
+    Its inbox has a slot for a group and one for a set of answers that nobody knows yet. What comes
+    while both are taken replaces what is there: traffic has more to tell than there is time for.
+    """
+
+    def __init__(self, fidelity: Fidelity, observe: Callable[[Any, float], Any]):
+        self.fidelity, self._observe = fidelity, observe
+        self._lesson: tuple[np.ndarray, np.ndarray] | None = None
+        self._asked: tuple[int, np.ndarray] | None = None
+        self._came, self._closing = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="nercc-tutor", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def teach(
+        self,
+        answers: Float[np.ndarray, "num_workers ..."],
+        originals: Float[np.ndarray, "queries ..."],
+    ) -> None:
+        """A group for `Fidelity.learn`. Comes back at once."""
+        self._lesson = answers, originals
+        self._came.set()
+
+    def expect(self, queries: int, mask: Bool[np.ndarray, " num_workers"]) -> Expected:
+        """`Fidelity.expect`; what is not known yet is NaN, and will be known soon."""
+        expected = self.fidelity.expect(queries, mask)
+        if not expected.fresh:
+            self._asked = queries, mask.copy()
+            self._came.set()
+        return expected
+
+    def close(self) -> None:
+        self._closing.set()
+        self._came.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            if not self._came.wait(_LONGEST):
+                continue
+            self._came.clear()
+            begin = time.monotonic()
+            try:
+                self._learn()
+            except Exception:
+                # What was known stays; the next group may do better.
+                _LOG.exception("learning from a group failed")
+                self._observe("internal_error", 1)
+            seconds = time.monotonic() - begin
+            self._observe("learn_seconds", seconds)
+            self._closing.wait(min(seconds * (1 / _SHARE - 1), _LONGEST))
+
+    def _learn(self) -> None:
+        lesson, self._lesson = self._lesson, None
+        asked, self._asked = self._asked, None
+        if lesson is not None:
+            self.fidelity.learn(*lesson)
+        if asked is not None:
+            self.fidelity.foresee(*asked)

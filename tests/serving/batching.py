@@ -1,0 +1,103 @@
+"""A batcher whose workers answer when the test says so."""
+
+import contextlib
+import threading
+import time
+
+import jax.numpy as jnp
+import numpy as np
+
+from nercc_jax import DevicePool, NeRCC
+from nercc_jax.serving import BatchingPolicy, CodedBatcher, Coder, Fidelity
+
+SHAPE, OUT = (6,), (3,)
+WEIGHTS = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
+LONG = 30.0  # seconds that nothing here takes, unless it hangs
+# Of calls where it matters who straggles: longer than threads of a busy machine wait for a turn.
+SERVICE, PATIENCE = 0.03, 4.0
+INTERLEAVED = NeRCC(4, 8, points="interleaved", lambda_dec=0.0)
+
+
+def model(x):
+    return np.tanh(x @ WEIGHTS)
+
+
+def queries(number, seed=1):
+    """Different ones; the first coordinate tells which."""
+    x = np.random.default_rng(seed).normal(size=(number, *SHAPE)).astype(np.float32)
+    x[:, 0] = np.linspace(-1, 1, number) if number > 1 else 0.5
+    return x
+
+
+class Gates:
+    """A model whose calls take a little, and wait while the test holds back what is in them."""
+
+    def __init__(self, seconds=0.0):
+        self._seconds = seconds
+        self._lock = threading.Lock()
+        self._held: list[tuple[np.ndarray, threading.Event, list[int]]] = []
+        self.calls: list[np.ndarray] = []
+
+    def hold(self, x, calls=10**6):
+        """Holds back the first calls with this very data point in them."""
+        event = threading.Event()
+        self._held.append((x, event, [calls]))
+        return event
+
+    def __call__(self, batch):
+        with self._lock:
+            self.calls.append(batch)
+            waits = []
+            for x, event, left in self._held:
+                if left[0] and (np.abs(batch - x) < 1e-6).all(axis=1).any():
+                    left[0] -= 1
+                    waits.append(event)
+        time.sleep(self._seconds)
+        for event in waits:
+            assert event.wait(LONG)
+        return model(batch)
+
+
+@contextlib.contextmanager
+def serving(code, run=model, *, workers=12, faults=None, warm=True, fidelity=None, **policy):
+    """A batcher on a pool of threads; warm: it knows how long answers take."""
+    seen = []
+    usual = {"max_batch_size": 1, "batch_wait_timeout_s": 0.02, "deadline_s": LONG}
+    policy = usual | {"ordering": False} | policy  # tests say which query is where
+    with DevicePool(run, workers, compiled=False, faults=faults) as pool:
+        coder = Coder(code)
+        with CodedBatcher(
+            pool,
+            coder,
+            SHAPE,
+            OUT,
+            policy=BatchingPolicy(**policy),
+            fidelity=fidelity and fidelity(coder),
+            observe=lambda what, number: seen.append((what, number)),
+        ) as batcher:
+            batcher.test_coder, batcher.test_seen = coder, seen  # pyright: ignore
+            if warm:  # medians of a millisecond or so, which stragglers are told from
+                for each in queries(24, seed=99):
+                    batcher.submit(each[None]).result(LONG)
+                settled(batcher)
+            seen.clear()
+            yield batcher
+
+
+def knowing(coder):
+    """A fidelity that has seen enough: groups are sent as they are when nothing is to be learnt."""
+    fidelity = Fidelity(coder)
+    fidelity.calibrate(lambda x: jnp.tanh(jnp.asarray(x) @ WEIGHTS), queries(400))
+    return fidelity
+
+
+def settled(batcher):
+    """Waits until nothing is left of what was submitted."""
+    end = time.monotonic() + LONG
+    while batcher._sender.groups or batcher.waiting or batcher.in_flight:
+        assert time.monotonic() < end, "a group was never closed"
+        time.sleep(0.01)
+
+
+def count(batcher, what):
+    return sum(1 for each, _ in batcher.test_seen if each == what)

@@ -1,0 +1,200 @@
+"""What fails within the batcher is told at once, and its health tells the truth."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+from batching import INTERLEAVED, LONG, count, knowing, model, queries, serving, settled
+
+from nercc_jax import Uncoded
+from nercc_jax.serving import Fidelity, InferenceFailed, _health
+from nercc_jax.serving._health import Health
+from nercc_jax.serving._rescue import Rescue
+
+FINE = Health(True, True)
+
+
+def becomes(batcher, expected, seconds=5.0):
+    """Waits until health is that."""
+    end = time.monotonic() + seconds
+    while (health := batcher.health()) != expected and not expected(health):
+        assert time.monotonic() < end, f"its health is {health}"
+        time.sleep(0.01)
+    return health
+
+
+def is_(live, ready):
+    return lambda health: (health.live, health.ready) == (live, ready)
+
+
+@pytest.mark.parametrize("step", ["dispatch", "complete"])
+def test_a_step_that_fails_is_told_at_once_and_the_next_works(step, monkeypatch):
+    with serving(INTERLEAVED) as batcher:
+        whole, left = getattr(batcher._sender, step), [1]
+
+        def fails(*args, **options):
+            result = whole(*args, **options) if step == "dispatch" else None
+            if batcher._sender.taken and left[0]:
+                left[0] -= 1
+                raise RuntimeError("a bug of ours")
+            return result if step == "dispatch" else whole(*args, **options)
+
+        monkeypatch.setattr(batcher._sender, step, fails)
+        with pytest.raises(InferenceFailed, match="internal error: a bug of ours"):
+            batcher.submit(queries(4)).result(5.0)
+        assert count(batcher, "internal_error") == count(batcher, "request_failed") == 1
+        np.testing.assert_allclose(
+            batcher.submit(queries(4)).result(LONG).values, model(queries(4)), atol=1e-6
+        )
+        settled(batcher)
+        assert batcher.health() == FINE
+
+
+def test_a_group_that_cannot_be_decided_is_told_at_once(monkeypatch):
+    def fails(self, group, late):
+        raise RuntimeError("a bug of ours")
+
+    release = threading.Event()
+
+    def held(batch):
+        assert release.wait(LONG)
+        return model(batch)
+
+    with serving(INTERLEAVED, held, warm=False) as batcher:
+        with monkeypatch.context() as patched:
+            patched.setattr(Rescue, "rescue", fails)
+            future = batcher.submit(queries(3))
+            with pytest.raises(InferenceFailed, match="a bug of ours"):
+                future.result(5.0)
+        release.set()
+        assert batcher.submit(queries(3)).result(LONG).exact.all()
+        settled(batcher)
+
+
+def test_a_thread_that_dies_fails_what_is_open_and_what_comes(monkeypatch):
+    release = threading.Event()
+
+    def held(batch):
+        assert release.wait(LONG)
+        return model(batch)
+
+    with serving(Uncoded(1), held, warm=False) as batcher:
+        future = batcher.submit(queries(2))
+
+        def dies(now):
+            raise SystemExit("no memory, say")
+
+        monkeypatch.setattr(batcher, "_look", dies)
+        with pytest.raises(InferenceFailed, match="the batcher has failed: no memory, say"):
+            future.result(5.0)
+        with pytest.raises(InferenceFailed, match="has failed"):
+            batcher.submit(queries(1))
+        assert batcher.health() == Health(False, False, "the batcher has failed: no memory, say")
+        assert count(batcher, "internal_error") == 1
+        release.set()
+
+
+def test_a_stuck_thread_is_not_alive(monkeypatch):
+    monkeypatch.setattr(_health, "_STUCK", 0.2)
+    monkeypatch.setattr("nercc_jax.serving._batcher._LONGEST_WAIT", 0.05)
+    release = threading.Event()
+    with serving(Uncoded(1), warm=False) as batcher:
+        becomes(batcher, is_(True, True))
+        monkeypatch.setattr(batcher, "_look", lambda now: release.wait(LONG))
+        assert "is stuck" in becomes(batcher, is_(False, False)).trouble
+        release.set()
+        becomes(batcher, is_(True, True))
+
+
+def test_who_answers_nobody_is_not_ready_until_it_does():
+    broken = threading.Event()
+
+    def sometimes(batch):
+        if broken.is_set():
+            raise RuntimeError("out of order")
+        return model(batch)
+
+    with serving(INTERLEAVED, sometimes) as batcher:
+        assert batcher.health() == FINE
+        broken.set()
+        for each in queries(4):
+            with pytest.raises(InferenceFailed):
+                batcher.submit(each[None], exact=True).result(LONG)
+        assert "out of order" in becomes(batcher, is_(True, False)).trouble
+        failed = count(batcher, "request_failed")
+        broken.clear()
+        becomes(batcher, is_(True, True))  # nobody asks but itself
+        assert count(batcher, "request_failed") == failed == 4
+        assert count(batcher, "request_ok") == 0, "questions of its own are not counted"
+
+
+def test_who_answers_nothing_for_long_is_not_ready(monkeypatch):
+    monkeypatch.setattr(_health, "_SILENT", 0.2)
+    monkeypatch.setattr("nercc_jax.serving._batcher._LONGEST_WAIT", 0.05)
+    release = threading.Event()
+
+    def held(batch):
+        assert release.wait(LONG)
+        return model(batch)
+
+    with serving(Uncoded(1), held, warm=False) as batcher:
+        future = batcher.submit(queries(1))
+        assert "no answer for" in becomes(batcher, is_(True, False)).trouble
+        release.set()
+        future.result(LONG)
+        becomes(batcher, is_(True, True))
+
+
+# Learning goes on beside.
+
+
+def test_nobody_waits_for_learning(monkeypatch):
+    learning, release = threading.Event(), threading.Event()
+
+    def slow(self, answers, originals):
+        learning.set()
+        assert release.wait(LONG)
+
+    monkeypatch.setattr(Fidelity, "learn", slow)
+    with serving(INTERLEAVED, warm=False) as batcher:
+        batcher.submit(queries(4)).result(LONG)
+        assert learning.wait(LONG), "a group all of whose answers came is a lesson"
+        for _ in range(20):
+            batcher.submit(queries(4)).result(LONG)
+        assert not release.is_set()
+        release.set()
+
+
+def test_learning_that_fails_is_counted_and_nothing_else(monkeypatch):
+    def fails(self, answers, originals):
+        raise RuntimeError("a bug of ours")
+
+    monkeypatch.setattr(Fidelity, "learn", fails)
+    with serving(INTERLEAVED, warm=False) as batcher:
+        end = time.monotonic() + LONG
+        while not count(batcher, "internal_error"):
+            assert time.monotonic() < end
+            batcher.submit(queries(4)).result(LONG)
+        assert batcher.submit(queries(4)).result(LONG).exact.all()
+        assert batcher.health() == FINE
+
+
+def test_a_set_of_answers_that_is_new_is_looked_up_beside():
+    with serving(INTERLEAVED, fidelity=knowing, warm=False) as batcher:
+        mask = np.zeros(INTERLEAVED.num_workers, bool)
+        mask[[0, 5]] = True
+        tutor = batcher._tutor
+        first = tutor.expect(4, mask)
+        assert np.isnan(first.disagreement).all()
+        end = time.monotonic() + LONG
+        while np.isnan(tutor.expect(4, mask).error).any():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        again = Fidelity(batcher.test_coder)
+        again.calibrate(model, queries(400))
+        again.foresee(4, mask)
+        np.testing.assert_allclose(
+            tutor.expect(4, mask).error, again.expect(4, mask).error, rtol=1e-4
+        )
+        assert (SHAPE, OUT) == ((6,), (3,))
