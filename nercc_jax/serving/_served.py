@@ -1,6 +1,7 @@
 """A model with its workers, its code and its batcher: what the server has for each name."""
 
 import asyncio
+import dataclasses
 import logging
 import time
 from typing import Any
@@ -14,6 +15,7 @@ from ..stragglers import TraceLatency
 from ._batcher import CodedBatcher
 from ._coder import Coder
 from ._fidelity import Fidelity
+from ._health import Health
 from ._kserve import InferRequest, InferResponse, InvalidInput
 from ._metrics import Meter, Meters
 from ._phases import phase
@@ -91,6 +93,30 @@ class ServedModel:
         """Counts a request that was refused, here or where it was read."""
         self._meter.observe("request_invalid", 1)
 
+    def health(self) -> Health:
+        """Whether it is alive, and would answer a query now."""
+        return self._batcher.health()
+
+    def hints(self) -> list[str]:
+        """Why things are not as they should be, in words; also why nothing is decoded."""
+        batcher, coder = self._batcher, self._coder
+        health = batcher.health()
+        hints = [] if health.trouble is None else [health.trouble]
+        workers, overdue = self.pool.num_workers, self.pool.report().workers
+        if all(worker.state == "overdue" for worker in overdue):
+            hints.append(f"all {workers} workers are overdue")
+        if coder.guesses and batcher.policy.max_disagreement is not None:
+            known, needed = batcher.fidelity.known()
+            if known < needed:
+                hints.append(f"no estimate yet: {known} of {needed} groups; nothing is decoded")
+        if batcher.waiting and not self.pool.idle:
+            hints.append(
+                "the pool is saturated: queries wait for a worker, none is spare for codes"
+            )
+        if workers < coder.num_workers:
+            hints.append(f"{workers} workers for {coder.num_workers} coded data points of a group")
+        return hints
+
     def status(self) -> dict[str, Any]:
         report = self.pool.report()
         audit = self._batcher.fidelity.audited()
@@ -103,6 +129,8 @@ class ServedModel:
         code = self._coder.code
         return {
             "name": self.servable.name,
+            "health": dataclasses.asdict(self.health()),
+            "hints": self.hints(),
             "code": {
                 "name": type(code).__name__,
                 "num_data": code.num_data,
