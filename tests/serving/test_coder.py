@@ -200,7 +200,9 @@ def test_what_is_expected_is_what_happens(calibrated, queries):
         predictions, _ = coder.decode(np.where(mask[:, None, None], answers, 0), mask, len(x))
         wrong = predictions[:, place].argmax(-1) != own[:, place].argmax(-1)
         error = np.sqrt(np.mean(np.sum((predictions[:, place] - own[:, place]) ** 2, axis=-1)))
-        disagreement, expected_error = fidelity.expect(queries, mask)
+        fidelity.foresee(queries, mask)
+        disagreement, expected_error, fresh = fidelity.expect(queries, mask)
+        assert fresh
         assert len(disagreement) == queries
         spread = 4 * np.sqrt(max(wrong.mean(), 0.02) / (64 if queries < 4 else 256))
         assert abs(disagreement[place] - wrong.mean()) < spread
@@ -209,7 +211,7 @@ def test_what_is_expected_is_what_happens(calibrated, queries):
 
 def test_nothing_wrong_among_a_few_is_not_never(calibrated):
     coder, fidelity = calibrated
-    disagreement, error = fidelity.expect(4, np.ones(coder.num_workers, bool))
+    disagreement, error, _ = fidelity.expect(4, np.ones(coder.num_workers, bool))
     assert (error < 1e-3).all()
     np.testing.assert_allclose(disagreement, 0.5 / 257, rtol=1e-5)
 
@@ -219,7 +221,8 @@ def test_nothing_is_known_at_first_and_then_learnt():
     fidelity = Fidelity(coder)
     mask = np.ones(coder.num_workers, bool)
     mask[coder.first[0]] = False
-    assert np.isnan(fidelity.expect(4, mask)).all()
+    assert np.isnan(fidelity.expect(4, mask).disagreement).all()
+    assert fidelity.known() == (0, 32)
     assert fidelity.hungry(4)
     assert not fidelity.hungry(1)
     x = np.random.default_rng(5).normal(size=(300, 4, 4)).astype(np.float32)
@@ -228,11 +231,26 @@ def test_nothing_is_known_at_first_and_then_learnt():
         fidelity.learn(group, own)
     assert not fidelity.hungry(4)
     assert fidelity.hungry(3)
+    assert not fidelity.expect(4, mask).fresh, "nobody has looked it up"
+    fidelity.foresee(4, mask)
     taught = fidelity.expect(4, mask)
+    assert taught.fresh
     given = Fidelity(coder)
     given.calibrate(tanh, np.random.default_rng(6).normal(size=(1200, 4)).astype(np.float32))
-    np.testing.assert_allclose(taught[0], given.expect(4, mask)[0], atol=0.15)
-    assert np.isnan(fidelity.expect(4, np.zeros(coder.num_workers, bool))).all()
+    usual = np.ones(coder.num_workers, bool)
+    for mask in (usual, usual & (np.arange(coder.num_workers) != coder.first[2][0])):
+        assert given.expect(4, mask).fresh, "calibration looks up the usual ones"
+    fidelity.foresee(4, mask)
+    found, wanted = fidelity.expect(4, mask), given.expect(4, mask)
+    np.testing.assert_allclose(found.disagreement, wanted.disagreement, atol=0.15)
+    nobody = fidelity.expect(4, np.zeros(coder.num_workers, bool))
+    assert np.isnan(nobody.disagreement).all()
+    # New groups come, so what was found is looked up anew; it is told until then.
+    for group, own in zip(answers, np.asarray(tanh(x)), strict=True):
+        fidelity.learn(group, own)
+    fidelity.foresee(4, usual)
+    assert not fidelity.expect(4, mask).fresh
+    np.testing.assert_array_equal(fidelity.expect(4, mask).disagreement, found.disagreement)
 
 
 def test_codes_that_cannot_guess_want_no_lessons():
