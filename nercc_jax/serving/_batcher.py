@@ -8,7 +8,6 @@ good enough, sent again. Of any other code a group is sent when it is full. What
 is arranged so that queries beside each other are alike; nothing waits for that.
 """
 
-import collections
 import concurrent.futures
 import contextlib
 import heapq
@@ -25,12 +24,12 @@ import numpy as np
 from jaxtyping import Float
 
 from ..inference import warn_if_other
-from ..pools import AbstractPool
+from ..pools import AbstractPool, AnswerTimes, Overdue
 from ._arrangement import Arranger
 from ._coder import Coder
 from ._fidelity import Fidelity
 from ._group import Group
-from ._health import Health
+from ._health import STUCK, Health
 from ._lanes import Lanes
 from ._ledger import Ledger, words
 from ._policy import MAX_DEADLINE_S, BatchingPolicy, Measure
@@ -48,8 +47,6 @@ from ._tutor import Tutor
 
 _LOG = logging.getLogger(__name__)
 
-_WINDOW = 256  # answer times that a running median looks at
-_LEAST = 20  # of them, before anything is given up
 # Groups that may be kept after their queries are answered, to hear what their stragglers say, and
 # for how many median answer times (but at least a second).
 _LINGERING, _LINGER = 256, 20
@@ -100,7 +97,8 @@ class CodedBatcher:
         self._lanes = Lanes(policy.max_queue_size)
         self._ledger = Ledger(self._lanes, self._observe)
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._times = _AnswerTimes()
+        self._overdue = Overdue(0.5, policy.patience)
+        self._times = AnswerTimes(self._overdue)
         self._sender = Sender(
             pool,
             coder,
@@ -109,7 +107,8 @@ class CodedBatcher:
             policy=policy,
             fidelity=self.fidelity,
             enough=self._rescue.enough,
-            answer_time=lambda: self._times.longest,
+            overdue=self._overdue,
+            answer_time=lambda: self._times.median(policy.max_batch_size),
             observe=self._observe,
             tell=self._tell_of,
         )
@@ -165,11 +164,14 @@ class CodedBatcher:
 
     def health(self) -> Health:
         """Whether it is alive, and would answer a query now."""
-        trouble = self._ledger.trouble(self._times.longest)
+        trouble = self._ledger.trouble(self._times.median(self.policy.max_batch_size))
         if trouble is not None:
             return trouble
-        if not self._thread.is_alive():
-            return Health(False, False, "the batcher has ended")
+        if self._pool.trouble is not None:
+            return Health(False, False, self._pool.trouble)
+        silence = time.monotonic() - self._pool.heartbeat
+        if silence > STUCK:
+            return Health(False, False, f"the pool is stuck for {silence:.0f} s")
         report = self._pool.report()
         if report.starting == report.num_workers:
             return Health(True, False, f"none of {report.num_workers} workers is ready")
@@ -235,12 +237,10 @@ class CodedBatcher:
             arranger.compile()
         if not self._coder.guesses:
             return  # nothing is ever decoded
-        values = np.zeros((self._coder.num_workers, 1, *self._out), np.float32)
         everyone = np.ones(self._coder.num_workers, bool)
-        self._rescue.predict(values, everyone, self._coder.num_data)
+        zeros = np.zeros((len(everyone), 1, *self._out), np.float32)
+        self._rescue.predict(zeros, everyone, self._coder.num_data)
         self.fidelity.compile(self._out)
-
-    # The thread.
 
     def _run(self) -> None:
         try:
@@ -404,7 +404,7 @@ class CodedBatcher:
     def _late(self, group: Group, now: float) -> np.ndarray:
         """Coded data points that are not waited for: they straggle, or will have no answer."""
         assert group.batch is not None
-        limit = self.policy.patience * self._times.median(group.rows)
+        limit = self._times.limit(group.rows)
         late = group.out & (now - group.sent_at >= limit)
         for point in np.flatnonzero(group.out & ~late).tolist():
             late[point] = group.batch.abandoned(point)
@@ -442,34 +442,8 @@ class CodedBatcher:
         elif group.linger_until < math.inf:
             due = group.linger_until
         elif group.coder is not self._sender.alone:
-            limit = self.policy.patience * self._times.median(group.rows)
-            ends = group.sent_at[group.out] + limit
+            ends = group.sent_at[group.out] + self._times.limit(group.rows)
             due = float(np.min(ends[ends > now], initial=math.inf))
         if due < math.inf and due != group.look_at:
             group.look_at = max(due, now) + 1e-4
             heapq.heappush(self._looks, (group.look_at, next(self._numbers), group))
-
-
-class _AnswerTimes:
-    """Running medians of the seconds from sending to hearing, by batch size."""
-
-    def __init__(self):
-        self._times: dict[int, collections.deque[float]] = {}
-        self._medians: dict[int, float] = {}
-        self._seen = 0
-
-    def add(self, size: int, seconds: float) -> None:
-        times = self._times.setdefault(size, collections.deque(maxlen=_WINDOW))
-        times.append(seconds)
-        self._seen += 1
-        if len(times) >= _LEAST and (self._seen % 16 == 0 or size not in self._medians):
-            self._medians[size] = float(np.median(times))
-
-    @property
-    def longest(self) -> float:
-        """Of any size; infinite before enough is seen."""
-        return max(self._medians.values(), default=math.inf)
-
-    def median(self, size: int) -> float:
-        """Of this size, or the longest of any size if it has not been seen enough."""
-        return self._medians.get(size, self.longest)

@@ -247,7 +247,8 @@ class _Lessons:
 
     def foresee(self, mask: np.ndarray) -> None:
         if self._forecast is None or self._fresh >= _GROUPS:
-            self._forecast = Forecast(Answers(self._code, *map(jnp.asarray, self.groups())))
+            answers, originals = map(jnp.asarray, self.groups())
+            self._forecast = Forecast(Answers(self._code, answers, originals))
             self.forecasts += 1
             self._fresh = 0
         error, disagreement = map(np.asarray, self._forecast.by_place(mask))

@@ -6,7 +6,7 @@ import time
 
 # Seconds after which a thread that has not turned is taken for stuck, and without an answer while
 # queries wait, for a batcher of little use; models that take long get so many answer times.
-_STUCK, _SILENT, _ANSWER_TIMES = 5.0, 3.0, 5
+STUCK, _SILENT, _ANSWER_TIMES = 5.0, 3.0, 5
 # Queries without an answer, one after the other, that make a batcher ask itself; and how often.
 _SUSPICIOUS, _ASK_EVERY = 3, 1.0
 
@@ -57,7 +57,7 @@ class Pulse:
     def trouble(self, answer_time: float) -> Health | None:
         """What is wrong, if anything; models take `answer_time` seconds, inf if not known."""
         now = time.monotonic()
-        if now - self.beat > _STUCK:
+        if now - self.beat > STUCK:
             return Health(False, False, f"the batcher is stuck for {now - self.beat:.0f} s")
         slow = _ANSWER_TIMES * answer_time if answer_time < math.inf else 0.0
         if now - self._since > max(_SILENT, slow):

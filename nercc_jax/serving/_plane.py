@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from ._health import Health
 from ._intake import Intake
 from ._kserve import InferRequest, InferResponse, ModelNotFound, ServerNotReady
 from ._protocol import VERSION, input_types, limits, output_types
@@ -46,13 +47,30 @@ class Plane:
         return {"name": "nercc_jax", "version": version, "extensions": ["binary_tensor_data"]}
 
     async def live(self) -> dict[str, str]:
+        """Raises: ServerNotReady where starting it anew would help, and nothing else."""
+        for name, health in self._health():
+            if not health.live:
+                raise ServerNotReady(f"{name}: {health.trouble}")
         return {"status": "alive"}
 
     async def ready(self) -> bool:
-        return self.state == "serving"
+        return self.state == "serving" and all(health.ready for _, health in self._health())
 
     async def model_ready(self, model_name: str, *_: Any) -> bool:
-        return model_name in self.models and not self.draining
+        if self.draining or model_name not in self.models:
+            return False
+        return self.models[model_name].health().ready
+
+    def trouble(self, model_name: str) -> str:
+        """Why a model is not ready."""
+        if self.draining:
+            return "It is draining."
+        if model_name not in self.models:
+            return "It is being started."
+        return self.models[model_name].health().trouble or "It is ready again."
+
+    def _health(self) -> Iterator[tuple[str, Health]]:
+        return ((name, model.health()) for name, model in list(self.models.items()))
 
     async def model_metadata(self, model_name: str) -> dict[str, Any]:
         model = self.find(model_name)

@@ -151,7 +151,7 @@ def _add_protocol(app: fastapi.FastAPI, plane: Plane) -> None:
     async def model_ready(model_name: str, version: str = VERSION) -> Any:
         plane.find(model_name, version)
         if not await plane.model_ready(model_name):
-            raise ServerNotReady("It is draining.")
+            raise ServerNotReady(plane.trouble(model_name))
         return {"name": model_name, "ready": True}
 
     errors = {status: {"model": _Error} for status, _ in STATUS.values() if status != 501}

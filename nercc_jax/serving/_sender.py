@@ -40,18 +40,21 @@ class Sender:
         policy: BatchingPolicy,
         fidelity: Fidelity,
         enough: int,
+        overdue: Overdue,
         answer_time: Callable[[], float],
         observe: Callable[[Any, float], Any],
         tell: Callable[[Group], None],
     ):
-        """`enough`: answers of a group that will do. `answer_time()`: seconds that one takes,
-        inf if not known. `tell(group)` is called, from any thread, when something happens to one.
+        """`enough`: answers of a group that will do. `overdue`: when a copy is sent.
+
+        `answer_time()`: seconds that an answer takes, inf if not known. `tell(group)` is called,
+        from any thread, when something happens to a group.
         """
         self._pool, self._coder, self._lanes, self._arranger = pool, coder, lanes, arranger
         self._policy, self._fidelity, self._enough = policy, fidelity, enough
         self._answer_time, self._observe, self._tell = answer_time, observe, tell
         self.alone = Coder(Uncoded(1), (coder.kinds[0],))
-        self._overdue = Overdue(0.5, policy.patience)
+        self._overdue = overdue
         self.filling: Group | None = None
         self.groups: set[Group] = set()
         self.taken: list[Query] = []

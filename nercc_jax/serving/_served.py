@@ -195,7 +195,7 @@ def _check(fidelity: Fidelity, coder: Coder, limit: float | None) -> None:
         kept, found = again <= _MOST_AGAIN, f"{100 * again:.0f} % of the queries"
     else:
         everyone = np.ones(coder.num_workers, bool)
-        disagreement, _ = fidelity.expect(coder.num_data, everyone)
+        disagreement = fidelity.expect(coder.num_data, everyone).disagreement
         kept, found = bool((disagreement <= limit).all()), "every query"
     if not kept:
         raise ValueError(

@@ -96,7 +96,7 @@ def test_a_thread_that_dies_fails_what_is_open_and_what_comes(monkeypatch):
 
 
 def test_a_stuck_thread_is_not_alive(monkeypatch):
-    monkeypatch.setattr(_health, "_STUCK", 0.2)
+    monkeypatch.setattr(_health, "STUCK", 0.2)
     monkeypatch.setattr("nercc_jax.serving._batcher._LONGEST_WAIT", 0.05)
     release = threading.Event()
     with serving(Uncoded(1), warm=False) as batcher:
