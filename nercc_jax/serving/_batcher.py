@@ -362,7 +362,7 @@ class CodedBatcher:
             place = int(group.layout.place_of[point])
             # What is coded may have waited for a worker; that tells nothing of how long it took.
             if place >= 0 or not group.coder.systematic:
-                self._times.add(len(value), now - group.sent_at[point])
+                self._times.add(len(value), now - float(group.sent_at[point]))
             if place >= 0:
                 self._hear_own(group, place, value, now)
         self._decide(group, now)

@@ -13,6 +13,7 @@ from nercc_server import ENDS, patience
 from prometheus_client import CollectorRegistry
 
 from nercc_jax.serving import Reply, make_servable
+from nercc_jax.serving._health import Health
 from nercc_jax.serving._protocol import queries_of, response_of
 from nercc_jax.serving._served import ServedModel
 from nercc_jax.serving._server import Server
@@ -25,6 +26,7 @@ class Doubles(ServedModel):
     """Answers at once, or once it may; knows who came, who was cancelled, and whether it closed."""
 
     servable, settings = SERVABLE, ModelSettings(model="digits")
+    is_well = Health(True, True)
 
     def __init__(self, at_once: bool = True):
         self.may_answer = threading.Event()
@@ -32,6 +34,9 @@ class Doubles(ServedModel):
             self.may_answer.set()
         self.came = self.cancelled = self.invalid = 0
         self.closed = False
+
+    def health(self):
+        return self.is_well
 
     async def infer(self, request):
         x = queries_of(request, self.servable)

@@ -20,6 +20,7 @@ from prometheus_client import CollectorRegistry
 from nercc_jax import Uncoded
 from nercc_jax.serving import Reply, make_servable
 from nercc_jax.serving import _request as errors
+from nercc_jax.serving._health import Health
 from nercc_jax.serving._kserve import InferInput, InferRequest, InvalidInput, messages
 from nercc_jax.serving._metrics import Meters
 from nercc_jax.serving._plane import Plane
@@ -471,6 +472,10 @@ class Fails(ServedModel):
 
     def __init__(self, error):
         self.error, self.invalid = error, 0
+        self.is_well = Health(True, True)
+
+    def health(self):
+        return self.is_well
 
     async def infer(self, request):
         raise self.error
@@ -604,6 +609,22 @@ def test_a_server_that_drains_says_so_everywhere():
     for path in ("/v2/health/ready", "/v2/models/digits/ready"):
         assert call(plane, "GET", path).status_code == 503
     assert call(plane, "GET", "/v2/health/live").json() == {"live": True}
+
+
+def test_both_faces_tell_health():
+    model = Fails(RuntimeError())
+    plane = plane_of(model)
+    model.is_well = Health(True, False, "no worker is ready")
+    assert call(plane, "GET", "/v2/health/ready").status_code == 503
+    told = call(plane, "GET", "/v2/models/digits/ready")
+    assert told.status_code == 503
+    assert "no worker is ready" in told.json()["error"]
+    assert call(plane, "GET", "/v2/health/live").status_code == 200
+    assert not asyncio.run(plane.ready())  # what gRPC's face asks
+    model.is_well = Health(False, False, "the batcher is stuck")
+    told = call(plane, "GET", "/v2/health/live")
+    assert told.status_code == 503
+    assert "stuck" in told.json()["error"]
 
 
 def test_a_model_that_is_closed_refuses_with_503_and_counts_it():
