@@ -71,6 +71,19 @@ def test_older_batches_come_first(crew, open_desk):
     assert second.over
 
 
+def test_a_batch_that_was_answered_whole_may_send_more(crew, open_desk):
+    desk = open_desk(1)
+    batch = desk.open(2, None, 1, None, None)
+    desk.add(batch, [0], [np.zeros((1, 1))], [0])
+    crew.answer(0)
+    other = dispatch(desk, 2)
+    desk.add(batch, [1], [np.ones((1, 1))], [0])
+    for _ in range(3):
+        crew.answer(0)
+    assert other.over
+    assert batch.available.all()
+
+
 def test_a_forgotten_batch_sends_nothing_more_and_its_answers_are_late(crew, open_desk):
     desk = open_desk(1)
     batch = dispatch(desk, 3)

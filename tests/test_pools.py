@@ -484,7 +484,6 @@ def test_many_threads_at_one_pool():
         (lambda pool: pool.dispatch(points(2)).wait(deadline=0.0), "a positive number of seconds"),
         (lambda pool: pool.dispatch(points(2)).wait(deadline=np.nan), "of seconds, not nan"),
         (lambda pool: pool.dispatch(points(2)).wait(deadline=-np.inf), "of seconds, not -inf"),
-        (lambda pool: pool_inference(pool, NeRCC(2, 4))(np.ones((2, 1)), None, np.nan), "not nan"),
         (lambda pool: pool.dispatch(points(2), kinds=[0, 1]), r"run 1 model\(s\), but 2 are asked"),
         (lambda pool: pool.send(pool.open(2), [2], points(1)), "point 2 of 2 is not there"),
         (lambda pool: pool.send(pool.open(2), [1, 1], points(2)), "has been sent already"),
@@ -499,6 +498,14 @@ def test_many_threads_at_one_pool():
 def test_errors_come_before_anything_is_sent(call, message, untyped):
     with DevicePool(itself, 1, compiled=False) as pool, pytest.raises(ValueError, match=message):
         call(pool)
+
+
+def test_nothing_is_sent_without_a_deadline(untyped):
+    with DevicePool(itself, 1, compiled=False) as pool:
+        infer = pool_inference(pool, NeRCC(2, 4))
+        with pytest.raises(ValueError, match="a positive number of seconds, not nan"):
+            infer(np.ones((2, 1), np.float32), deadline=np.nan)
+        assert pool.report().sent == 0
 
 
 def test_a_wait_without_an_end(gate, monkeypatch):

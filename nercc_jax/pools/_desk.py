@@ -122,7 +122,7 @@ class Desk:
             batch.check_new(points)
             for task in tasks:
                 batch.add(task)
-            self._outbox.batches[batch] = None
+            self._outbox.open(batch)
             sends = []
             while (chosen := self._outbox.first(batch)) is not None:
                 sends.append(self._assign(*chosen))
@@ -301,14 +301,12 @@ class Desk:
             if not task.settled:
                 batch.failures.append(Failure(-1, task.point, reason))
                 batch.settle(task, None)
-        batch.waiting.clear()
-        self._outbox.batches.pop(batch, None)
+        self._outbox.close(batch)
 
     def _forget(self, batch: Batch) -> None:
         with self._lock:
             batch.open = False
-            batch.waiting.clear()
-            self._outbox.batches.pop(batch, None)
+            self._outbox.close(batch)
 
     # What is sent, and when.
 

@@ -14,10 +14,21 @@ class Outbox:
     """
 
     def __init__(self, seats: Sequence[Seat]):
-        self.batches: dict[Batch, None] = {}  # those that may want to send
+        self.batches: dict[Batch, None] = {}  # open ones
+        self._wanting: dict[Batch, None] = {}  # those of them that may want to send
         self.copies = 0  # second ones given out
         self._seats = seats
         self._idle: dict[int, None] = {}
+
+    def open(self, batch: Batch) -> None:
+        """A batch has something to send."""
+        self.batches[batch] = self._wanting[batch] = None
+
+    def close(self, batch: Batch) -> None:
+        """A batch sends nothing more, whatever it has; it may not be open."""
+        batch.waiting.clear()
+        self.batches.pop(batch, None)
+        self._wanting.pop(batch, None)
 
     @property
     def idle(self) -> int:
@@ -45,10 +56,10 @@ class Outbox:
 
     def next(self) -> tuple[Task, int] | None:
         """What a batch cannot do without, and a free worker for it; the oldest batch first."""
-        for batch in self.batches:
-            if not self._idle:
-                return None
-            if batch.short > 0 and (found := self._task(batch)) is not None:
+        for batch in tuple(self._wanting) if self._idle else ():
+            if batch.over or not batch.needed:  # a server keeps hundreds, to hear their stragglers
+                del self._wanting[batch]
+            elif batch.short > 0 and (found := self._task(batch)) is not None:
                 return found
         return None
 
