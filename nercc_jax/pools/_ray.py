@@ -61,10 +61,7 @@ class RayPool(AbstractPool):
         ray = _ray()
         owner = not ray.is_initialized()
         if owner:
-            with warnings.catch_warnings():
-                # Of os.fork, which Ray follows by exec at once: no thread of JAX is missed.
-                warnings.simplefilter("ignore", RuntimeWarning)
-                ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            _start_ray()
         options = {"num_cpus": 0} | dict(actor_options or {})
         models = as_models(model, worker_dtype)
         self._worker_dtype = check_worker_dtype(worker_dtype)
@@ -93,6 +90,37 @@ def _ray():
     except ImportError as error:
         raise ImportError("RayPool needs Ray: pip install 'nercc-jax[ray]'") from error
     return ray
+
+
+def _start_ray() -> None:
+    """Starts a Ray of our own.
+
+    Linux kills Ray's processes when the thread ends that started them, and then Ray ends ours. So
+    that is the main thread, or one that does nothing else for good: pools may be made by any.
+    """
+
+    def start() -> None:
+        with warnings.catch_warnings():
+            # Of os.fork, which Ray follows by exec at once: no thread of JAX is missed.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            _ray().init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+
+    if threading.current_thread() is threading.main_thread():
+        start()
+        return
+    started: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+    def stay() -> None:
+        try:
+            start()
+        except BaseException as error:
+            started.set_exception(error)
+            return
+        started.set_result(None)
+        threading.Event().wait()
+
+    threading.Thread(target=stay, name="nercc-ray", daemon=True).start()
+    started.result()
 
 
 class _Actors(AbstractCrew):

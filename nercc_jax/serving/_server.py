@@ -30,6 +30,7 @@ from ._settings import ServerSettings
 
 _LOG = logging.getLogger(__name__)
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Seconds between looks at whether the server shall end.
 _TICK = 0.02
 # How long the last errors have to reach their clients, once draining has taken too long.
@@ -156,6 +157,7 @@ class Server:
         if len(self.plane.models) < len(self.starts):  # it drains
             return
         self._started = True
+        self._catch_signals()  # Ray, once it has started, catches them itself
         gc.collect()
         gc.freeze()  # JAX leaves so many objects that collecting them stops all for 0.2 s
         seconds = round(time.monotonic() - begin, 3)
@@ -220,17 +222,19 @@ class Server:
 
     @contextlib.contextmanager
     def _catching_signals(self) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
-        caught = []
-        with contextlib.suppress(ValueError, RuntimeError):  # not the main thread
-            for each in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(each, self._interrupt, each)
-                caught.append(each)
+        self._catch_signals()
         try:
             yield
         finally:
-            for each in caught:
+            loop = asyncio.get_running_loop()
+            for each in _SIGNALS:
                 loop.remove_signal_handler(each)
+
+    def _catch_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(ValueError, RuntimeError):  # not the main thread
+            for each in _SIGNALS:
+                loop.add_signal_handler(each, self._interrupt, each)
 
     def _interrupt(self, which: signal.Signals) -> None:
         self._signal = which

@@ -74,6 +74,7 @@ def server(tmp_path):
         NERCC_DEFAULTS__DEATH_RATE="0.005",
         NERCC_DEFAULTS__HANG_TIMEOUT_S="3",
         NERCC_DEFAULTS__MAX_QUEUE_SIZE="256",
+        NERCC_DEFAULTS__MAX_DISAGREEMENT="1",  # nothing is known of such a model beforehand
     )
     server.folder = tmp_path
     yield server

@@ -553,6 +553,8 @@ def test_openmetrics_are_served_to_those_who_ask(server):
 NUMBER, MAYBE = (int, float), (int, float, type(None))
 STATUS = {
     "name": str,
+    "health": {"live": bool, "ready": bool, "trouble": (str, type(None))},
+    "hints": list,
     "code": {"name": str, "num_data": int, "num_workers": int},
     "pool": {"kind": str, "num_workers": int},
     "workers": [{"state": str, "deaths": int, "busy_s": NUMBER}],
