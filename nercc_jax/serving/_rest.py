@@ -206,6 +206,7 @@ async def _read(
     """
     length = request.headers.get("inference-header-content-length")
     encoding = request.headers.get("content-encoding")
+    _check_announced(request.headers, settings)
     body = await _read_body(request, settings, take)
     if encoding is not None:
         packed = len(body)
@@ -216,14 +217,20 @@ async def _read(
     return read_request(body, length, model)
 
 
+def _check_announced(headers: Mapping[str, str], settings: ServerSettings) -> None:
+    """What can be seen before the body is read. Raises: `TooLarge`."""
+    announced, limit = headers.get("content-length", "0"), settings.max_body_bytes
+    if not announced.isdigit() or int(announced) > limit:
+        raise TooLarge(f"the body has {announced} bytes; at most {limit} are taken")
+    if "content-encoding" not in headers and "inference-header-content-length" not in headers:
+        json_size(int(announced), None, settings.max_json_bytes)
+
+
 async def _read_body(
     request: fastapi.Request, settings: ServerSettings, take: Callable[[int], None]
 ) -> bytes:
     """The body as it comes. Raises: `TooLarge`, `Overloaded`, `BodyTimeout` before it is held."""
     limit, seconds = settings.max_body_bytes, settings.body_timeout_s
-    announced = request.headers.get("content-length", "0")
-    if not announced.isdigit() or int(announced) > limit:
-        raise TooLarge(f"the body has {announced} bytes; at most {limit} are taken")
     parts, size = [], 0
     try:
         async with asyncio.timeout(seconds):
@@ -258,8 +265,6 @@ async def _while_connected(receive: Receive) -> AsyncIterator[None]:
     watcher = asyncio.create_task(watch())
     try:
         yield
-        if gone:  # just when it was done
-            await asyncio.sleep(0)  # to be cancelled here
     except asyncio.CancelledError:
         if not gone or asker.uncancel():  # by somebody else
             raise

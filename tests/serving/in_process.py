@@ -115,16 +115,14 @@ def post(content: bytes, *headers: str, length: int | None = None) -> bytes:
 
 def read_answer(connection: socket.socket) -> tuple[int, dict[str, str], Any]:
     """The next answer on it: its status, headers and JSON."""
-    received = b""
-    while b"\r\n\r\n" not in received:
-        part = connection.recv(65536)
-        assert part, f"cut off after {received!r}"
-        received += part
-    head, _, content = received.partition(b"\r\n\r\n")
-    first, *lines = head.decode().split("\r\n")
+    head = b""
+    while not head.endswith(b"\r\n\r\n"):  # and not a byte more, which may be another's
+        part = connection.recv(1)
+        assert part, f"cut off after {head!r}"
+        head += part
+    first, *lines = head.decode().strip().split("\r\n")
     headers = dict(line.lower().split(": ", 1) for line in lines)
-    while len(content) < int(headers["content-length"]):
-        content += connection.recv(65536)
+    content = connection.recv(int(headers["content-length"]), socket.MSG_WAITALL)
     assert headers["content-type"] == "application/json"
     return int(first.split()[1]), headers, json.loads(content)
 

@@ -568,7 +568,7 @@ class Waits(Fails):
     async def infer(self, request):
         self.told.append("came")
         try:
-            await asyncio.Event().wait()
+            await asyncio.sleep(30)
         except asyncio.CancelledError:
             self.told.append("gone")
             raise
@@ -597,7 +597,7 @@ def test_a_client_that_goes_away_while_it_waits_is_not_computed_for():
         await app(scope, receive, send)
         return sent[0]["status"]
 
-    assert asyncio.run(asyncio.wait_for(main(), 60)) == 499
+    assert asyncio.run(main()) == 499
     assert model.told == ["came", "gone"]
 
 
