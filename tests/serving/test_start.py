@@ -121,8 +121,9 @@ def test_a_start_that_fails_ends_it_with_the_reason():
 
 
 def test_a_model_that_starts_after_the_end_is_closed():
+    """The end comes at once: no load balancer has to notice."""
     start = Starts()
-    with listening({"digits": start}):
+    with listening({"digits": start}, drain_delay_s=500.0):
         assert start.begun.wait(ENDS)
     assert not start.model.closed
     start.may.set()
