@@ -245,7 +245,7 @@ def _check_extra() -> None:
         raise ImportError(f"nercc serve needs {', '.join(missing)}: pip install 'nercc-jax[serve]'")
 
 
-_NEEDED = ("kserve", "prometheus_client", "pydantic_settings", "pythonjsonlogger")
+_NEEDED = ("grpc_health", "kserve", "prometheus_client", "pydantic_settings", "pythonjsonlogger")
 
 
 def _start_log(log_format: str, level: str) -> None:

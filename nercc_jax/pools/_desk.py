@@ -34,7 +34,6 @@ from ._crew import AbstractCrew, WorkerDied, reason_of
 from ._outbox import Outbox
 from ._overdue import Overdue, TimesByRule
 from ._report import PoolReport
-from ._report import WorkerState as WorkerState
 from ._seat import Seat
 from ._supervision import Guard, Watcher, pause_after
 

@@ -12,8 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from ..codes import AbstractCode, kept_matrices
-from ..pools import AbstractPool
-from ..pools._desk import WorkerState
+from ..pools import AbstractPool, WorkerState
 from ._policy import Measure
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)

@@ -6,12 +6,10 @@ import logging
 import time
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from ..codes import AbstractCode
-from ..pools import AbstractPool, DevicePool, Fault, Faults, Overdue, RayPool
-from ..stragglers import TraceLatency
+from ..pools import AbstractPool, DevicePool, Faults, Overdue, RayPool
 from ._batcher import CodedBatcher
 from ._coder import Coder
 from ._fidelity import Fidelity
@@ -102,9 +100,11 @@ class ServedModel:
         batcher, coder = self._batcher, self._coder
         health = batcher.health()
         hints = [] if health.trouble is None else [health.trouble]
-        workers, overdue = self.pool.num_workers, self.pool.report().workers
-        if all(worker.state == "overdue" for worker in overdue):
+        workers, report = self.pool.num_workers, self.pool.report()
+        if all(worker.state == "overdue" for worker in report.workers):
             hints.append(f"all {workers} workers are overdue")
+        if report.internal_errors:
+            hints.append(f"the pool had {report.internal_errors} errors of its own: see the log")
         if coder.guesses and batcher.policy.max_disagreement is not None:
             known, needed = batcher.fidelity.known()
             if known < needed:
@@ -161,7 +161,13 @@ def _open_pool(servable: Servable, settings: ModelSettings) -> AbstractPool:
             np.zeros((size, *servable.shape), np.float32) for size in settings.policy().batch_sizes
         ],
         "worker_dtype": settings.worker_dtype,
-        "faults": _faults(settings),
+        "faults": Faults.on_trial(
+            service_delay=settings.service_delay_s,
+            straggler_rate=settings.straggler_rate,
+            straggler_delay=settings.straggler_delay_s,
+            death_rate=settings.death_rate,
+            seed=settings.fault_seed,
+        ),
         "overdue": Overdue(0.5, settings.patience),
         "max_attempts": settings.max_attempts,
         "hang_timeout": settings.hang_timeout_s,
@@ -170,19 +176,6 @@ def _open_pool(servable: Servable, settings: ModelSettings) -> AbstractPool:
     if settings.pool == "ray":
         return RayPool(servable.model, number, actor_options=settings.actor_options, **options)
     return DevicePool(servable.model, number, **options)
-
-
-def _faults(settings: ModelSettings) -> Faults:
-    faults = []
-    for rate, seconds in (
-        (1.0 if settings.service_delay_s else 0.0, settings.service_delay_s),
-        (settings.straggler_rate, settings.straggler_delay_s),
-    ):
-        if rate:
-            faults.append(Fault("delay", rate, latency=TraceLatency(jnp.array([seconds]))))
-    if settings.death_rate:
-        faults.append(Fault("death", settings.death_rate))
-    return Faults(faults, settings.fault_seed)
 
 
 def _check(fidelity: Fidelity, coder: Coder, limit: float | None) -> None:

@@ -493,7 +493,9 @@ def test_settings_can_be_checked_only():
 
 def test_missing_extras_are_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    refused("kserve, prometheus_client, pydantic_settings, pythonjsonlogger: pip install")
+    refused(
+        "grpc_health, kserve, prometheus_client, pydantic_settings, pythonjsonlogger: pip install"
+    )
 
 
 def test_a_missing_ray_is_named_with_its_extra(monkeypatch):
