@@ -151,13 +151,14 @@ class Server:
         )
         thread.start()
         while thread.is_alive() and not self.plane.draining:
+            self._catch_signals()
             await asyncio.sleep(_TICK)
+        self._catch_signals()
         if failures:
             raise failures[0]
         if len(self.plane.models) < len(self.starts):  # it drains
             return
         self._started = True
-        self._catch_signals()  # Ray, once it has started, catches them itself
         gc.collect()
         gc.freeze()  # JAX leaves so many objects that collecting them stops all for 0.2 s
         seconds = round(time.monotonic() - begin, 3)
@@ -231,6 +232,7 @@ class Server:
                 loop.remove_signal_handler(each)
 
     def _catch_signals(self) -> None:
+        """Anew while models start: Ray, when it does, takes SIGTERM for a crash of its own."""
         loop = asyncio.get_running_loop()
         with contextlib.suppress(ValueError, RuntimeError):  # not the main thread
             for each in _SIGNALS:
