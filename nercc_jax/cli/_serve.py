@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -228,6 +229,19 @@ def serve_command(
             Server(starts_of(chosen, registry), settings, registry).run()
         except StartFailed as error:
             fail(str(error), 1)
+        _leave()
+
+
+def _leave() -> None:
+    """Ends the process at once where a hung worker's thread is in a model's hands still.
+
+    Python's own end stops such a thread when it comes back from compiled code, and XLA aborts then.
+    """
+    if any(thread.name.startswith("nercc-worker-") for thread in threading.enumerate()):
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _check(chosen: "list[ModelSettings]") -> None:
