@@ -31,7 +31,7 @@ from ._fidelity import Fidelity
 from ._group import Group
 from ._health import STUCK, Health
 from ._lanes import Lanes
-from ._ledger import Ledger, words
+from ._ledger import Ledger
 from ._policy import MAX_DEADLINE_S, BatchingPolicy, Measure
 from ._request import (
     Answer,
@@ -40,6 +40,7 @@ from ._request import (
     Reply,
     Request,
     ServerClosing,
+    words_of,
 )
 from ._rescue import Rescue
 from ._sender import Sender
@@ -179,9 +180,9 @@ class CodedBatcher:
 
     def close(self, drain: float = 0.0) -> None:
         """Takes no more, answers what it has for up to `drain` seconds, and fails the rest."""
-        self._ledger.closing = True
+        self._ledger.shut()
         self._inbox.put(_NUDGE)
-        self._ledger.shut(drain)
+        self._ledger.wait(drain)
         self._stopped = True
         self._inbox.put(_NUDGE)
         self._thread.join()
@@ -293,7 +294,7 @@ class CodedBatcher:
             elif isinstance(owed, Request):
                 requests.add(owed)
             for request in requests:
-                self._ledger.fail(request, InferenceFailed(f"internal error: {words(error)}"))
+                self._ledger.fail(request, InferenceFailed(f"internal error: {words_of(error)}"))
 
     def _ask(self) -> None:
         """A question of its own, of zeros: so that it is known when workers answer again."""

@@ -11,7 +11,8 @@ from ._grpc_health import HealthService
 from ._kserve import InferenceServicer, add_service, messages
 from ._plane import Plane
 from ._protocol import VERSION, plain_parameters
-from ._statuses import INTERNAL, STATUS, words_of
+from ._request import words_of
+from ._statuses import INTERNAL, STATUS
 
 _LOG = logging.getLogger(__name__)
 

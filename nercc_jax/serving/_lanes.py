@@ -2,7 +2,6 @@
 
 import collections
 import threading
-from collections.abc import Iterable
 from typing import TypeAlias
 
 from ._request import Query, Request
@@ -81,7 +80,7 @@ class Lanes:
     def _sweep(self) -> None:
         if self._dead:
             for lane in (self.again, self.exact, self.coded):
-                alive: Iterable[Query] = [query for query in lane if not query.done]
+                alive = [query for query in lane if not query.done]
                 lane.clear()
                 lane.extend(alive)
             self._dead = 0

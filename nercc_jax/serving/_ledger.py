@@ -17,11 +17,12 @@ from ._request import (
     QueueFull,
     Request,
     ServerClosing,
+    words_of,
 )
 
 
 class Ledger:
-    """What callers are owed. `accept`, `wait` and `trouble` are for any thread, `shut` for one."""
+    """What callers are owed. `accept`, `shut`, `wait` and `trouble` are for any thread."""
 
     def __init__(self, lanes: Lanes, observe: Callable[[Any, float], Any]):
         self._lanes, self._observe = lanes, observe
@@ -85,7 +86,7 @@ class Ledger:
             return
         self._drop(request)
         if request is self._question:
-            self.pulse.sick = words(error)
+            self.pulse.sick = words_of(error)
         else:
             late = isinstance(error, DeadlineExceeded)
             what = "request_deadline" if late else "request_failed"
@@ -99,16 +100,20 @@ class Ledger:
             self._observe("request_cancelled", now - request.arrived)
             self._drop(request)
 
-    def shut(self, drain: float) -> None:
-        """Takes no more, and waits up to `drain` seconds until all have ended."""
+    def shut(self) -> None:
+        """Takes no more."""
         with self._settled:
             self.closing = True
-            self._settled.wait_for(lambda: not self.open, drain)
+
+    def wait(self, seconds: float) -> None:
+        """Until all have ended, but no longer."""
+        with self._settled:
+            self._settled.wait_for(lambda: not self.open, seconds)
 
     def break_off(self, error: BaseException) -> None:
         """The batcher's thread ends: who waits is told, and whoever comes."""
         with self._settled:
-            self.broken = f"the batcher has failed: {words(error)}"
+            self.broken = f"the batcher has failed: {words_of(error)}"
             left, self.open = self.open, set()
             self._settled.notify_all()
         for request in left:
@@ -139,10 +144,6 @@ class Ledger:
             self.open.discard(request)
             if not self.open:
                 self._settled.notify_all()
-
-
-def words(error: BaseException) -> str:
-    return str(error) or type(error).__name__
 
 
 def _resolve(settle: Callable[[Any], None], outcome: Any) -> None:

@@ -11,9 +11,10 @@ from ._health import Health
 from ._intake import Intake
 from ._kserve import InferRequest, InferResponse, ModelNotFound, ServerNotReady
 from ._protocol import VERSION, input_types, limits, output_types
+from ._request import words_of
 from ._served import ServedModel
 from ._settings import ServerSettings
-from ._statuses import INVALID, words_of
+from ._statuses import INVALID
 
 _LOG = logging.getLogger(__name__)
 

@@ -127,3 +127,8 @@ class Query:
         self.tell_home: Callable[[], None] | None = None
         self.done = self.reexecuted = False
         self.waiting = True
+
+
+def words_of(error: BaseException) -> str:
+    """What is told of an error."""
+    return str(error) or type(error).__name__

@@ -25,8 +25,9 @@ from ._protocol import (
     read_request,
     write_response,
 )
+from ._request import words_of
 from ._settings import ServerSettings
-from ._statuses import INTERNAL, STATUS, words_of
+from ._statuses import INTERNAL, STATUS
 
 # JSON of this size is read by another thread, so that other requests go on.
 _LARGE = 2**18

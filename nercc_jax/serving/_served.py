@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..codes import AbstractCode
-from ..pools import AbstractPool, DevicePool, Faults, Overdue, RayPool
+from ..pools import AbstractPool, DevicePool, Faults, Overdue, PoolReport, RayPool
 from ._batcher import CodedBatcher
 from ._coder import Coder
 from ._fidelity import Fidelity
@@ -95,12 +95,10 @@ class ServedModel:
         """Whether it is alive, and would answer a query now."""
         return self._batcher.health()
 
-    def hints(self) -> list[str]:
+    def _hints(self, health: Health, report: PoolReport) -> list[str]:
         """Why things are not as they should be, in words; also why nothing is decoded."""
-        batcher, coder = self._batcher, self._coder
-        health = batcher.health()
+        batcher, coder, workers = self._batcher, self._coder, self.pool.num_workers
         hints = [] if health.trouble is None else [health.trouble]
-        workers, report = self.pool.num_workers, self.pool.report()
         if all(worker.state == "overdue" for worker in report.workers):
             hints.append(f"all {workers} workers are overdue")
         if report.internal_errors:
@@ -118,7 +116,7 @@ class ServedModel:
         return hints
 
     def status(self) -> dict[str, Any]:
-        report = self.pool.report()
+        health, report = self.health(), self.pool.report()
         audit = self._batcher.fidelity.audited()
         counted = self._meter.status()
         counted["totals"]["deaths"] = report.deaths
@@ -129,8 +127,8 @@ class ServedModel:
         code = self._coder.code
         return {
             "name": self.servable.name,
-            "health": dataclasses.asdict(self.health()),
-            "hints": self.hints(),
+            "health": dataclasses.asdict(health),
+            "hints": self._hints(health, report),
             "code": {
                 "name": type(code).__name__,
                 "num_data": code.num_data,

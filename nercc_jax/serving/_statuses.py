@@ -30,7 +30,3 @@ INVALID = (InvalidInput, BodyTimeout, TooLarge, UnsupportedEncoding)
 
 # What clients are told of everything else.
 INTERNAL = "internal error: see the server's log"
-
-
-def words_of(error: BaseException) -> str:
-    return str(error) or type(error).__name__
