@@ -2,10 +2,12 @@
 
     python bench/_serving_load.py QUERIES.npz URL open RATE SECONDS SEED
     python bench/_serving_load.py QUERIES.npz URL closed CLIENTS SECONDS SEED
+    python bench/_serving_load.py QUERIES.npz URL paced CLIENTS SECONDS SEED
 
 Open loop: single queries arrive as a Poisson stream, whatever the server does, and latency counts
 from the scheduled arrival. Closed loop: each client sends its next query when it has an answer,
-which tells throughput. Prints what became of them as JSON.
+which tells throughput. Paced: each asks every `PERIOD` seconds, if it has its answer by then.
+Prints what became of them as JSON.
 """
 
 import asyncio
@@ -19,6 +21,7 @@ import numpy as np
 import orjson
 
 _TIMEOUT = 20.0  # seconds until a client gives up
+PERIOD = 0.1
 
 
 class Load:
@@ -99,6 +102,18 @@ class Load:
 
         await asyncio.gather(*(client(number) for number in range(int(clients))))
 
+    async def paced(self, session, clients: float, seconds: float, seed: int) -> None:
+        begin = time.monotonic()
+        phases = np.random.default_rng(seed).random(int(clients))
+
+        async def client(number: int) -> None:
+            for step in range(int(seconds / PERIOD)):
+                due = begin + (step + phases[number]) * PERIOD
+                await asyncio.sleep(max(due - time.monotonic(), 0))
+                await self.ask(session, seed + number * 7919 + step, time.monotonic())
+
+        await asyncio.gather(*(client(number) for number in range(int(clients))))
+
 
 async def main(path: str, url: str, loop: str, amount: float, seconds: float, seed: int) -> None:
     with np.load(path) as data:
@@ -106,8 +121,8 @@ async def main(path: str, url: str, loop: str, amount: float, seconds: float, se
     connector = aiohttp.TCPConnector(limit=0)
     timeout = aiohttp.ClientTimeout(total=_TIMEOUT)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-        run = load.open_loop if loop == "open" else load.closed_loop
-        await run(session, amount, seconds, seed)
+        runs = {"open": load.open_loop, "closed": load.closed_loop, "paced": load.paced}
+        await runs[loop](session, amount, seconds, seed)
     latency, same, exact = np.array(load.rows, float).T
     result: dict[str, Any] = {
         "latency": latency.round(6).tolist(),
