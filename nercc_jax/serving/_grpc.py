@@ -8,6 +8,7 @@ from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 from grpc_interceptor import AsyncExceptionToStatusInterceptor
 
 from ._grpc_health import HealthService
+from ._grpc_triton import add_extensions
 from ._kserve import InferenceServicer, add_service, messages
 from ._plane import Plane
 from ._protocol import VERSION, plain_parameters
@@ -73,5 +74,6 @@ def make_server(plane: Plane) -> grpc.aio.Server:
         maximum_concurrent_rpcs=settings.max_connections,
     )
     add_service(Service(plane), server)
+    add_extensions(plane, server)
     add_HealthServicer_to_server(HealthService(plane), server)
     return server

@@ -41,10 +41,10 @@ class Ledger:
                 self._observe("request_failed", 0.0)
                 raise InferenceFailed(self.broken)
             if self.closing:
-                self._observe("request_draining", 1)
+                self._observe("request_draining", 0.0)
                 raise ServerClosing("no more requests are taken: the server is shutting down")
             if not self._lanes.admit(number):
-                self._observe("request_queue_full", 1)
+                self._observe("request_queue_full", 0.0)
                 raise QueueFull(
                     f"{self._lanes.waiting} queries wait and {number} more came; the queue holds "
                     f"{self._lanes.most}: come again later, or with fewer at once"
@@ -116,11 +116,13 @@ class Ledger:
             self.broken = f"the batcher has failed: {words_of(error)}"
             left, self.open = self.open, set()
             self._settled.notify_all()
+        now = time.monotonic()
+        counts = [("request_failed", now - request.arrived) for request in left]
         for request in left:
             _resolve(request.future.set_exception, InferenceFailed(self.broken))
-        for what in ("internal_error", *["request_failed"] * len(left)):
+        for what, number in (("internal_error", 1), *counts):
             with contextlib.suppress(Exception):  # it may be what failed
-                self._observe(what, 1)
+                self._observe(what, number)
 
     def trouble(self, answer_time: float) -> Health | None:
         """What is wrong, if anything; models take `answer_time` seconds, inf if not known."""

@@ -1,9 +1,10 @@
 """What is counted and measured of one model: for Prometheus, and for the status page."""
 
 import collections
+import dataclasses
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 import numpy as np
@@ -23,6 +24,17 @@ _MOST = 50_000  # ... unless there are more
 
 OUTCOMES = ("ok", "invalid", "queue_full", "deadline", "failed", "cancelled", "draining")
 ANSWERS = ("exact", "decoded", "reexecuted")
+
+
+@dataclasses.dataclass(frozen=True)
+class Spent:
+    """How often something happened, and the seconds that it took in all."""
+
+    count: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: "Spent") -> "Spent":
+        return Spent(self.count + other.count, self.seconds + other.seconds)
 
 
 class Meters:
@@ -122,8 +134,10 @@ class Meter:
         }
         self._latency = meters.latency.labels(model)
         self.waiting = meters.waiting.labels(model)
-        # For the status page.
+        # For the status page, and Triton's statistics.
         self._totals: collections.Counter[str] = collections.Counter()
+        self._seconds: collections.defaultdict[str, float] = collections.defaultdict(float)
+        self.last_answer = 0.0  # by the clock on the wall, 0: none yet
         self._recent: collections.deque[tuple[float, float]] = collections.deque(maxlen=_MOST)
         self._heard = np.zeros(code.num_workers + 1, int)
         meters.served[model] = pool, code
@@ -135,12 +149,15 @@ class Meter:
 
     def _take(self, what: str, number: float) -> None:
         kind, _, detail = what.partition("_")
-        if kind == "request":
+        if kind == "request" or detail == "seconds":
             self._totals[what] += 1
+            self._seconds[what] += number
+        if kind == "request":
             self._outcomes[detail].inc()
             if detail == "ok":
                 self._latency.observe(number)
                 self._recent.append((time.monotonic(), number))
+                self.last_answer = time.time()
         elif kind == "query":
             self._totals[what] += int(number)
             self._answers[detail].inc(number)
@@ -160,6 +177,17 @@ class Meter:
                 self._totals["expected"] += 1
                 self._totals["expected_sum"] += number  # pyright: ignore[reportArgumentType]
             self._histograms[what].observe(number)
+
+    def spent(self) -> Mapping[str, Spent]:
+        """By measure, of requests and of what takes seconds."""
+        with self._lock:
+            return {what: Spent(self._totals[what], s) for what, s in self._seconds.items()}
+
+    @property
+    def answered(self) -> int:
+        """Queries, however they were."""
+        with self._lock:
+            return sum(self._totals[f"query_{answer}"] for answer in ANSWERS)
 
     def status(self) -> dict[str, Any]:
         """The parts of a model's status that are counted here."""

@@ -15,6 +15,7 @@ from ._request import words_of
 from ._served import ServedModel
 from ._settings import ServerSettings
 from ._statuses import INVALID
+from ._triton import EXTENSIONS, configuration
 
 _LOG = logging.getLogger(__name__)
 
@@ -45,7 +46,8 @@ class Plane:
 
     def metadata(self) -> dict[str, Any]:
         version = importlib.metadata.version("nercc-jax")
-        return {"name": "nercc_jax", "version": version, "extensions": ["binary_tensor_data"]}
+        extensions = ["binary_tensor_data", *EXTENSIONS]
+        return {"name": "nercc_jax", "version": version, "extensions": extensions}
 
     async def live(self) -> dict[str, str]:
         """Raises: ServerNotReady where starting it anew would help, and nothing else."""
@@ -84,6 +86,19 @@ class Plane:
             "outputs": output_types(servable),
             "parameters": limits(model.settings),
         }
+
+    def configuration(self, model_name: str, version: str = VERSION) -> dict[str, Any]:
+        """By Triton's extension. Raises: what `find` does."""
+        model = self.find(model_name, version)
+        return configuration(model.servable, model.settings)
+
+    def statistics(self, model_name: str = "", version: str = VERSION) -> dict[str, Any]:
+        """By Triton's extension: of one model, or of all that are started.
+
+        Raises: what `find` does.
+        """
+        models = [self.find(model_name, version)] if model_name else list(self.models.values())
+        return {"model_stats": [model.statistics() for model in models]}
 
     async def infer(
         self, model_name: str, request: InferRequest, headers: Any = None

@@ -79,12 +79,12 @@ class BatchingPolicy:
 
 # What is measured, and what its number is: seconds, a count, or a share.
 Measure: TypeAlias = Literal[
-    # Requests by how they ended, with their seconds.
+    # Requests by how they ended, with their seconds, ...
     "request_ok",
     "request_deadline",
     "request_failed",
     "request_cancelled",
-    # Refused before they were requests.
+    # ... and 0 for those refused before they were requests.
     "request_queue_full",
     "request_draining",
     "request_invalid",

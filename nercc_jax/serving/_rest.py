@@ -149,12 +149,23 @@ def _add_protocol(app: fastapi.FastAPI, plane: Plane) -> None:
         plane.find(model_name, version)
         return await plane.model_metadata(model_name)
 
+    async def model_config(model_name: str, version: str = VERSION) -> dict[str, Any]:
+        return plane.configuration(model_name, version)
+
+    async def model_statistics(model_name: str, version: str = VERSION) -> dict[str, Any]:
+        return plane.statistics(model_name, version)
+
+    async def all_statistics() -> dict[str, Any]:
+        return plane.statistics()
+
     async def model_ready(model_name: str, version: str = VERSION) -> Any:
         plane.find(model_name, version)
         if not await plane.model_ready(model_name):
             raise ServerNotReady(plane.trouble(model_name))
         return {"name": model_name, "ready": True}
 
+    # Before the models' own: one called `stats` has no metadata here.
+    app.add_api_route("/v2/models/stats", all_statistics, responses={503: {"model": _Error}})
     errors = {status: {"model": _Error} for status, _ in STATUS.values() if status != 501}
     schema = bodies.InferenceRequest.model_json_schema(ref_template="#/components/schemas/{model}")
     _define(app, schema.pop("$defs"))
@@ -168,6 +179,10 @@ def _add_protocol(app: fastapi.FastAPI, plane: Plane) -> None:
             responses=missing,
             include_in_schema=shown,
         )
+        for name, endpoint in (("config", model_config), ("stats", model_statistics)):
+            app.add_api_route(
+                f"{path}/{name}", endpoint, responses=missing, include_in_schema=shown
+            )
         app.add_api_route(
             f"{path}/ready",
             model_ready,

@@ -20,6 +20,7 @@ from ._phases import phase
 from ._protocol import check_outputs, demands, queries_of, response_of
 from ._servable import Servable
 from ._settings import ModelSettings
+from ._triton import statistics
 
 _LOG = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ class ServedModel:
 
     def count_invalid(self) -> None:
         """Counts a request that was refused, here or where it was read."""
-        self._meter.observe("request_invalid", 1)
+        self._meter.observe("request_invalid", 0.0)
 
     def health(self) -> Health:
         """Whether it is alive, and would answer a query now."""
@@ -146,6 +147,10 @@ class ServedModel:
             },
             **counted,
         }
+
+    def statistics(self) -> dict[str, Any]:
+        """What Triton's extension tells of it."""
+        return statistics(self.servable, self._meter, self.pool.report())
 
     def close(self, drain: float) -> None:
         """Answers what was accepted for up to `drain` seconds; then the workers end."""

@@ -5,6 +5,9 @@
 import asyncio
 import concurrent.futures
 import multiprocessing
+import re
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -182,6 +185,59 @@ def test_triton_may_ask_for_exact_answers(triton, server):
     answer = triton(triton_calls.infer, "rack", x, parameters={"nercc_exact": True})
     assert answer["outputs"]["exact"].all()
     np.testing.assert_array_equal(answer["outputs"]["output"], 2 * x[:, :3])
+
+
+def test_triton_is_told_how_a_model_is_set_up(triton):
+    told = triton(triton_calls.ask, "get_model_config", "rack", "1")
+    told = told if triton.face == "http" else told["config"]
+    assert (told["name"], told["backend"], told["max_batch_size"]) == ("rack", "nercc_jax", 1024)
+    types = {each["name"]: each["data_type"] for each in told["output"]}
+    assert (types["output"], types["exact"]) == ("TYPE_FP32", "TYPE_BOOL")
+    assert [int(each) for each in told["input"][0]["dims"]] == [4]  # strings by gRPC's JSON
+    assert told["dynamic_batching"]["preferred_batch_size"] == [1]
+
+
+def test_triton_learns_what_was_done(triton):
+    def told():
+        (stats,) = triton(triton_calls.ask, "get_inference_statistics", "slow")["model_stats"]
+        return stats["inference_stats"], int(stats["inference_count"])
+
+    def count(stats, name, key="count"):
+        return int(stats[name].get(key, 0))
+
+    before, inferences = told()
+    triton(triton_calls.infer, "slow", numbers(2))
+    refused = triton(triton_calls.infer, "slow", numbers(1), parameters={"nercc_exact": "yes"})
+    assert refused["message"]
+    after, now = told()
+    assert now == inferences + 2
+    for name, more in {"success": 1, "fail": 1, "queue": 1, "compute_infer": 2}.items():
+        assert count(after, name) == count(before, name) + more, name
+    seconds = (count(after, "success", "ns") - count(before, "success", "ns")) / 1e9
+    assert 0.8 <= seconds < ENDS  # two calls of 0.4 s, one after the other
+    everyone = triton(triton_calls.ask, "get_inference_statistics")["model_stats"]
+    assert [each["name"] for each in everyone] == ["double", "rack", "slow"]
+
+
+@pytest.mark.parametrize("face", ["http", "grpc"])
+def test_perf_analyzer_runs_to_its_end(server, face):
+    """Triton's own, which reads metadata, configuration and statistics before and after."""
+    wheel = require("perf_analyzer", "perf")
+    # Its script gives 0 whatever happens.
+    program = Path(wheel.__file__).with_name("bin") / "perf_analyzer"
+    address = {"http": f"127.0.0.1:{server.http_port}", "grpc": server.grpc}[face]
+    told = ["-m", "rack", "-u", address, "-i", face, "--service-kind", "triton", "-b", "2"]
+    asked = server.count("requests_total", model="rack", outcome="ok")
+    done = subprocess.run(
+        [program, *told, "--concurrency-range", "2", "--request-count", "20"],
+        capture_output=True,
+        text=True,
+        timeout=ENDS,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"Client:\s+Request count: 20\b", done.stdout), done.stdout
+    assert re.search(r"Server:\s+Inference count: (3[89]|[4-9]\d)\b", done.stdout), done.stdout
+    assert server.count("requests_total", model="rack", outcome="ok") >= asked + 20
 
 
 # kserve's.

@@ -192,7 +192,8 @@ def test_health_and_metadata(server, stub):
     assert server.http.get("/v2/health/ready").json() == {"ready": True}
     assert server.http.get("/v2/models").json() == {"models": NAMES}
     about = server.http.get("/v2").json()
-    assert (about["name"], about["extensions"]) == ("nercc_jax", ["binary_tensor_data"])
+    assert about["name"] == "nercc_jax"
+    assert about["extensions"] == ["binary_tensor_data", "model_configuration", "statistics"]
     by_grpc = stub.ServerMetadata(messages.ServerMetadataRequest())
     assert (by_grpc.name, by_grpc.version) == ("nercc_jax", about["version"])
     assert stub.ServerLive(messages.ServerLiveRequest()).live

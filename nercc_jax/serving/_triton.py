@@ -1,0 +1,77 @@
+"""Triton's extensions of the protocol: a model's configuration, and its statistics."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..pools import PoolReport
+from ._metrics import Meter, Spent
+from ._protocol import VERSION, input_types, output_types
+from ._servable import Servable
+from ._settings import ModelSettings
+
+# What the server's metadata call them.
+EXTENSIONS = ("model_configuration", "statistics")
+
+
+def configuration(servable: Servable, settings: ModelSettings) -> dict[str, Any]:
+    """As Triton's model configuration says it; what has no counterpart here is left out.
+
+    `max_batch_size` is of one request, as `nercc_max_queries` in the metadata;
+    `preferred_batch_size` are those that workers get.
+    """
+    policy = settings.policy()
+    return {
+        "name": servable.name,
+        "platform": "nercc_jax",
+        "backend": "nercc_jax",
+        "max_batch_size": policy.max_queue_size,
+        "input": [_tensor(each) for each in input_types(servable)],
+        "output": [_tensor(each) for each in output_types(servable)],
+        "dynamic_batching": {
+            "preferred_batch_size": list(policy.batch_sizes),
+            "max_queue_delay_microseconds": round(1e6 * policy.batch_wait_timeout_s),
+        },
+    }
+
+
+def statistics(servable: Servable, meter: Meter, report: PoolReport) -> dict[str, Any]:
+    """As Triton's statistics say it: how often something happened, and how long it took in all.
+
+    `success` are requests that were answered, `fail` all others (the time of those refused at once
+    is not measured). `queue` is from a request's arrival until its first query is sent. Of groups:
+    `compute_input` is encoding, `compute_output` decoding. `compute_infer` are the workers' calls,
+    coded ones and copies included, so it may be more than requests took; `execution_count` are
+    those that answered in time. There is no cache, and nothing is told by batch size.
+    """
+    spent = meter.spent()
+    none = Spent()
+    failed = [spent[each] for each in spent if each.startswith("request_") and each != "request_ok"]
+    calls = report.answered + report.late + report.errors
+    durations = {
+        "success": spent.get("request_ok", none),
+        "fail": sum(failed, none),
+        "queue": spent.get("queue_seconds", none),
+        "compute_input": spent.get("encode_seconds", none),
+        "compute_infer": Spent(calls, report.seconds),
+        "compute_output": spent.get("decode_seconds", none),
+        "cache_hit": none,
+        "cache_miss": none,
+    }
+    return {
+        "name": servable.name,
+        "version": VERSION,
+        "last_inference": round(1e3 * meter.last_answer),
+        "inference_count": meter.answered,
+        "execution_count": report.answered,
+        "inference_stats": {
+            name: {"count": each.count, "ns": round(1e9 * each.seconds)}
+            for name, each in durations.items()
+        },
+        "batch_stats": [],
+    }
+
+
+def _tensor(told: Mapping[str, Any]) -> dict[str, Any]:
+    """A tensor of the metadata, less the axis of the batch."""
+    kind = {"BYTES": "STRING"}.get(told["datatype"], told["datatype"])
+    return {"name": told["name"], "data_type": f"TYPE_{kind}", "dims": told["shape"][1:]}
