@@ -18,6 +18,7 @@ from ray import serve
 from ..serving._plane import Plane
 from ..serving._rest import make_app
 from ..serving._settings import ModelSettings, ServerSettings, read_settings
+from ..serving._telemetry import telemetry_by_environment
 from ._serving_models import start_models
 
 # What the application takes of a server's settings; Ray Serve itself listens, and logs.
@@ -68,7 +69,8 @@ class CodedServer:
         ProcessCollector(registry=self._registry)
         # By another thread, so that Serve hears meanwhile that the replica lives.
         served = await asyncio.to_thread(start_models, models, self._registry)
-        self._plane = Plane(served, settings)
+        self._telemetry = telemetry_by_environment()
+        self._plane = Plane(served, settings, telemetry=self._telemetry)
         gc.collect()
         gc.freeze()  # as in `Server.serve`
 
@@ -85,6 +87,8 @@ class CodedServer:
         """Serve has waited until everything was answered."""
         for model in self._plane.models.values():
             await asyncio.to_thread(model.close, 0.0)
+        if self._telemetry is not None:
+            await asyncio.to_thread(self._telemetry.close)
 
 
 def _settings(args: Mapping[str, Any]) -> ServerSettings:

@@ -33,6 +33,7 @@ from ._health import STUCK, Health
 from ._lanes import Lanes
 from ._ledger import Ledger
 from ._policy import MAX_DEADLINE_S, BatchingPolicy, Measure
+from ._record import Record
 from ._request import (
     Answer,
     DeadlineExceeded,
@@ -91,9 +92,8 @@ class CodedBatcher:
         warn_if_other("the fidelity", self.fidelity.conditions, pool.conditions)
         self._tutor = Tutor(self.fidelity, self._observe)
         self._rescue = Rescue(coder, policy, self._tutor, self._observe)
-        arranger: Arranger | None = None
-        if policy.ordering and coder.curved:
-            arranger = Arranger(coder, shape, policy.max_batch_size)
+        ordered = policy.ordering and coder.curved
+        arranger = Arranger(coder, shape, policy.max_batch_size) if ordered else None
         self._compile(arranger)
         self._lanes = Lanes(policy.max_queue_size)
         self._ledger = Ledger(self._lanes, self._observe)
@@ -130,11 +130,12 @@ class CodedBatcher:
         *,
         deadline: float | None = None,
         exact: bool = False,
+        record: Record | None = None,
     ) -> concurrent.futures.Future[Reply]:
         """Takes B queries, and comes back at once; the future has the `Reply`, or says why not.
 
         `deadline` is in seconds from now. `exact`: the model's own answers only, hedged if a worker
-        straggles. Cancelling the future drops what has not been sent.
+        straggles. `record`: of what becomes of it. Cancelling the future drops what is not sent.
 
         Raises: ValueError where x is not B finite queries, or the deadline is not positive or more
         than an hour; `QueueFull` and `ServerClosing`; `InferenceFailed` once the batcher is broken.
@@ -147,7 +148,7 @@ class CodedBatcher:
                 f"a deadline is a positive number of seconds, {MAX_DEADLINE_S:g} at most, not "
                 f"{deadline:g}"
             )
-        request = Request(x, self._out, deadline, exact)
+        request = Request(x, self._out, deadline, exact, record)
         self._ledger.accept(request)
         request.future.add_done_callback(lambda future: self._cancelled(request))
         self._inbox.put(request)
@@ -352,14 +353,13 @@ class CodedBatcher:
     # Answers come, or do not.
 
     def _hear(self, group: Group, now: float) -> None:
-        if group.closed:
-            return
         batch = group.batch
-        assert batch is not None
+        if group.closed or batch is None:
+            return
         for point in np.flatnonzero(batch.available & ~group.mask).tolist():
             value = batch.answer(point)
             assert value is not None
-            group.answers[point], group.mask[point] = value, True
+            group.hear(point, value, now)
             place = int(group.layout.place_of[point])
             # What is coded may have waited for a worker; that tells nothing of how long it took.
             if place >= 0 or not group.coder.systematic:

@@ -7,6 +7,7 @@ import numpy as np
 
 from ..pools import Batch
 from ._coder import Coder
+from ._record import GroupRecord
 from ._request import Query
 
 
@@ -47,6 +48,7 @@ class Group:
         self.closed = False
         self.look_at = np.inf
         self.linger_until = np.inf
+        self.record: GroupRecord | None = None  # if somebody wants to know
 
     @property
     def full(self) -> bool:
@@ -72,6 +74,16 @@ class Group:
         self.rows = max(self.rows, len(cell.queries))
         for query in cell.queries:
             query.tell_home = query.tell_home or tell
+            request = query.request
+            if request.record is not None:
+                self.record = self.record or GroupRecord()
+                request.record.enter(self.record, query.place, request.arrived)
+
+    def hear(self, point: int, answer: np.ndarray, now: float) -> None:
+        """A coded data point is answered."""
+        self.answers[point], self.mask[point] = answer, True
+        if self.record is not None:
+            self.record.heard(point, now)
 
     def open_queries(self, cells: Iterable[int] | None = None) -> Iterator[tuple[int, int, Query]]:
         """The queries of these cells (all) that somebody waits for: cell, row, query."""

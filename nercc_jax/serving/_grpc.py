@@ -11,7 +11,7 @@ from ._grpc_health import HealthService
 from ._grpc_triton import add_extensions
 from ._kserve import InferenceServicer, add_service, messages
 from ._plane import Plane
-from ._protocol import VERSION, plain_parameters
+from ._protocol import VERSION
 from ._request import words_of
 from ._statuses import INTERNAL, STATUS
 
@@ -36,12 +36,13 @@ class Service(InferenceServicer):
         return answer
 
     async def ModelInfer(self, request: Any, context: Any) -> messages.ModelInferResponse:
-        with self._plane.watch(request.model_name) as line, self._plane.intake.hold() as take:
+        def metadata() -> dict[str, Any]:
+            return dict(context.invocation_metadata() or ())
+
+        with self._plane.watch(request.model_name, metadata), self._plane.intake.hold() as take:
             take(request.ByteSize())
             self._plane.find(request.model_name, request.model_version or VERSION)
-            answer = await InferenceServicer.ModelInfer(self, request, context)
-            line.update({"id": answer.id}, **plain_parameters(answer.parameters))
-        return answer
+            return await InferenceServicer.ModelInfer(self, request, context)
 
 
 class Errors(AsyncExceptionToStatusInterceptor):

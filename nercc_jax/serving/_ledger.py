@@ -77,6 +77,7 @@ class Ledger:
             reply = request.reply(time.monotonic())
             if asked:
                 self._observe("request_ok", reply.seconds)
+                self._observe("compute_seconds", reply.seconds - reply.queued)
             self._settle(request)
             _resolve(request.future.set_result, reply)
 

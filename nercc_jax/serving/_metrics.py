@@ -22,7 +22,10 @@ _SHARES = (1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 _RECENT = 60.0  # seconds that the status page's latencies cover, ...
 _MOST = 50_000  # ... unless there are more
 
-OUTCOMES = ("ok", "invalid", "queue_full", "deadline", "failed", "cancelled", "draining")
+OUTCOMES = (
+    *("ok", "deadline", "failed", "cancelled"),
+    *("invalid", "overloaded", "queue_full", "draining"),
+)
 ANSWERS = ("exact", "decoded", "reexecuted")
 
 
@@ -57,6 +60,12 @@ class Meters:
         )
         self.queued = make(
             Histogram, "queue_seconds", "From arrival until sent to a worker.", buckets=_SECONDS
+        )
+        self.computed = make(
+            Histogram,
+            "compute_seconds",
+            "From then until answered, of requests that were.",
+            buckets=_SECONDS,
         )
         self.waiting = make(Gauge, "queue_queries", "Queries that wait to be sent.")
         self.fill = make(
@@ -123,6 +132,7 @@ class Meter:
         }
         self._histograms = {
             "queue_seconds": meters.queued.labels(model),
+            "compute_seconds": meters.computed.labels(model),
             "batch_size": meters.batch.labels(model),
             "group_fill": meters.fill.labels(model),
             "order_seconds": meters.order.labels(model),

@@ -2,22 +2,23 @@
 
 import contextlib
 import importlib.metadata
-import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from ._health import Health
 from ._intake import Intake
+from ._journal import Journal
 from ._kserve import InferRequest, InferResponse, ModelNotFound, ServerNotReady
 from ._protocol import VERSION, input_types, limits, output_types
+from ._record import current
 from ._request import words_of
 from ._served import ServedModel
 from ._settings import ServerSettings
-from ._statuses import INVALID
+from ._statuses import OUTCOME, REFUSED
+from ._telemetry import Telemetry
 from ._triton import EXTENSIONS, configuration
-
-_LOG = logging.getLogger(__name__)
 
 
 class Plane:
@@ -28,12 +29,14 @@ class Plane:
         models: Mapping[str, ServedModel],
         settings: ServerSettings,
         starting: Sequence[str] = (),
+        telemetry: Telemetry | None = None,
     ):
         """`starting`: names of further models, which are put into `models` once they answer."""
         self.models = dict(models)
         self.settings = settings
         self.names = (*models, *starting)
         self.intake = Intake(settings.max_bytes_in_flight)
+        self.journal = Journal(settings.request_log_rate, telemetry)
         self.draining = False
         self.started = time.monotonic()
 
@@ -103,6 +106,8 @@ class Plane:
     async def infer(
         self, model_name: str, request: InferRequest, headers: Any = None
     ) -> tuple[InferResponse, dict[str, str]]:
+        if (record := current.get()) is not None:
+            record.id = request.id = request.id or uuid.uuid4().hex
         return await self.find(model_name).infer(request), {}
 
     def check(self, name: str, version: str = VERSION) -> None:
@@ -126,21 +131,22 @@ class Plane:
         return "serving" if len(self.models) == len(self.names) else "starting"
 
     @contextlib.contextmanager
-    def watch(self, model_name: str) -> Iterator[dict[str, Any]]:
-        """Counts a request that is invalid; logs each with what is put here, if that is wished."""
-        line: dict[str, Any] = {"model": model_name}
-        begin = time.monotonic()
+    def watch(self, model_name: str, headers: Callable[[], Mapping[str, str]]) -> Iterator[None]:
+        """Counts a request that is refused, and tells the journal of each."""
+        record = self.journal.open(model_name, headers)
+        outcome = "ok"
         try:
-            yield line
+            yield
         except BaseException as error:  # a client that goes away cancels its call
-            if isinstance(error, INVALID) and model_name in self.models:
-                self.models[model_name].count_invalid()
-            line["error"] = words_of(error)
+            outcome = OUTCOME.get(type(error), "failed")
+            if outcome in REFUSED and model_name in self.models:
+                self.models[model_name].count(REFUSED[outcome])
+            if record is not None:
+                record.error = words_of(error)
             raise
         finally:
-            if self.settings.access_log:
-                line["seconds"] = round(time.monotonic() - begin, 6)
-                _LOG.info("not answered" if "error" in line else "answered", extra=line)
+            if record is not None:
+                self.journal.close(record, outcome)
 
     def status(self) -> dict[str, Any]:
         """All that the status page shows."""

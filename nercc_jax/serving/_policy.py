@@ -88,11 +88,13 @@ Measure: TypeAlias = Literal[
     "request_queue_full",
     "request_draining",
     "request_invalid",
+    "request_overloaded",
     # Queries by how they were answered.
     "query_exact",
     "query_decoded",
     "query_reexecuted",
     "queue_seconds",
+    "compute_seconds",
     "batch_size",
     "group_fill",
     "order_seconds",

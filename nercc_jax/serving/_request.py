@@ -8,6 +8,8 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from ._record import Record
+
 
 class QueueFull(RuntimeError):
     """More queries wait than may: come again later."""
@@ -66,8 +68,16 @@ class Answer:
 class Request:
     """B queries that came and are answered together. Only the batcher's thread changes it."""
 
-    def __init__(self, x: np.ndarray, out: tuple[int, ...], deadline: float, exact: bool):
+    def __init__(
+        self,
+        x: np.ndarray,
+        out: tuple[int, ...],
+        deadline: float,
+        exact: bool,
+        record: Record | None = None,
+    ):
         size = len(x)
+        self.record = record
         self.future: concurrent.futures.Future[Reply] = concurrent.futures.Future()
         self.arrived = time.monotonic()
         self.deadline = deadline  # seconds from arrival
@@ -90,6 +100,9 @@ class Request:
         self._exact[place], self._again[place] = answer.exact, query.reexecuted
         self._asked[place], self._heard[place] = answer.asked, answer.heard
         self._expected[:, place] = answer.disagreement, answer.error
+        if self.record is not None:
+            kind = "reexecuted" if query.reexecuted else "exact"
+            self.record.answers[place] = kind if answer.exact else "decoded"
         self._left -= 1
         return self._left == 0
 

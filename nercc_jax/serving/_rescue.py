@@ -53,7 +53,7 @@ class Rescue:
         ]
         if not hopeless:
             return [], []
-        self._observe("straggler", (late & ~group.counted).sum())
+        self._observe("straggler", int((late & ~group.counted).sum()))
         group.counted |= late
         last = not (group.out & ~late).any()
         answers = int(group.mask.sum())
@@ -86,9 +86,10 @@ class Rescue:
             good = expected.disagreement <= wanted
         if not (good[hopeless].any() or (last and self._policy.max_reexecution is not None)):
             return [], []
-        begin = time.perf_counter()
+        begin = time.monotonic()
         predictions, sound, doubt = self.predict(group.values(), group.mask, few)
-        self._observe("decode_seconds", time.perf_counter() - begin)
+        decoded = time.monotonic()
+        self._observe("decode_seconds", decoded - begin)
         self._observe("workers_heard", int(group.mask.sum()))
         good = np.broadcast_to(good if limit is None else doubt <= limit, doubt.shape)
         doubt = np.where(np.isnan(doubt), expected.disagreement, doubt)
@@ -99,6 +100,10 @@ class Rescue:
                 told = float(doubt[row, number]), float(expected.error[number])
                 answer = Answer(predictions[row, number], False, *basis, *told)
                 found[not good[row, number]].append(Given(number, row, answer))
+        if group.record is not None:
+            group.record.add("decode", begin, decoded, answers=basis[1])
+            sure, doubtful = map(len, found)
+            group.record.add("doubt", decoded, time.monotonic(), sure=sure, doubtful=doubtful)
         return found
 
     def predict(
@@ -153,6 +158,8 @@ class Rescue:
                 continue
             self._budget.spend()
             query.reexecuted = True
+            if query.request.record is not None:
+                query.request.record.send_again(query.place)
             self._observe("reexecution", 1)
             again.append(query)
         return given, again

@@ -116,12 +116,11 @@ def _add_inference(app: fastapi.FastAPI, plane: Plane) -> Callable[..., Any]:
     """
 
     async def infer(request: fastapi.Request, model_name: str, version: str = VERSION) -> Response:
-        with plane.watch(model_name) as line, plane.intake.hold() as take:
+        with plane.watch(model_name, lambda: request.headers), plane.intake.hold() as take:
             plane.find(model_name, version)
             asked = await _read(request, model_name, plane.settings, take)
             async with _while_connected(request.receive):
                 response, _ = await plane.infer(model_name, asked)
-            line.update({"id": response.id}, **response.parameters or {})
             content, headers = write_response(response)
         return Response(content, headers=dict(headers))
 

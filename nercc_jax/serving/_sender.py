@@ -91,9 +91,12 @@ class Sender:
         hungry = self._fidelity.hungry(queries)
         points = np.flatnonzero(~group.sent) if hungry else group.layout.extras
         if len(points) and (group.pending or hungry):
-            begin = time.perf_counter()
+            begin = time.monotonic()
             coded = coder.encode(group.inputs(), points)
-            self._observe("encode_seconds", time.perf_counter() - begin)
+            end = time.monotonic()
+            self._observe("encode_seconds", end - begin)
+            if group.record is not None:
+                group.record.add("encode", begin, end, queries=queries, points=len(points))
             self._send(group, points, coded, now)
         group.inputs_sent()
 
@@ -170,6 +173,8 @@ class Sender:
     ) -> None:
         assert group.batch is not None
         group.sent_at[points] = now
+        if group.record is not None:
+            group.record.sent(points.tolist(), now)
         values = list(values)
         for value in values:
             self._observe("batch_size", len(value))

@@ -4,7 +4,7 @@ import asyncio
 import dataclasses
 import logging
 import time
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from ._kserve import InferRequest, InferResponse, InvalidInput
 from ._metrics import Meter, Meters
 from ._phases import phase
 from ._protocol import check_outputs, demands, queries_of, response_of
+from ._record import current
 from ._servable import Servable
 from ._settings import ModelSettings
 from ._triton import statistics
@@ -83,14 +84,16 @@ class ServedModel:
             check_outputs(request, self.servable)
             deadline, exact = demands(request)
             queries = queries_of(request, self.servable, self.settings.max_queue_size)
-            future = self._batcher.submit(queries, deadline=deadline, exact=exact)
+            future = self._batcher.submit(
+                queries, deadline=deadline, exact=exact, record=current.get()
+            )
         except ValueError as error:  # InvalidInput is one
             raise InvalidInput(str(error)) from error
         return response_of(await asyncio.wrap_future(future), request, self.servable)
 
-    def count_invalid(self) -> None:
+    def count(self, refusal: Literal["request_invalid", "request_overloaded"]) -> None:
         """Counts a request that was refused, here or where it was read."""
-        self._meter.observe("request_invalid", 0.0)
+        self._meter.observe(refusal, 0.0)
 
     def health(self) -> Health:
         """Whether it is alive, and would answer a query now."""

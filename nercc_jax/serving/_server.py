@@ -27,6 +27,7 @@ from ._plane import Plane
 from ._rest import make_app
 from ._served import ServedModel
 from ._settings import ServerSettings
+from ._telemetry import Telemetry, telemetry_by_environment
 
 _LOG = logging.getLogger(__name__)
 
@@ -45,10 +46,16 @@ class Server:
         starts: Mapping[str, Callable[[], ServedModel]],
         settings: ServerSettings,
         registry: CollectorRegistry,
+        telemetry: Telemetry | None = None,
     ):
-        """`starts` has for each model's name what starts it, which may take minutes."""
+        """`starts` has for each model's name what starts it, which may take minutes; `telemetry`
+        traces requests, and is closed at the end: unless given, as OpenTelemetry's variables say.
+
+        Raises: ImportError where they ask for packages that are not there.
+        """
         self.settings, self.starts = settings, dict(starts)
-        self.plane = Plane({}, settings, list(starts))
+        self._telemetry = telemetry or telemetry_by_environment()
+        self.plane = Plane({}, settings, list(starts), self._telemetry)
         self._open: dict[str, ServedModel] = {}  # not yet closed
         with contextlib.suppress(ValueError):  # already there, in a server that was made anew
             ProcessCollector(registry=registry)
@@ -102,6 +109,8 @@ class Server:
             await http
         finally:
             await self._close_models()
+            if self._telemetry is not None:
+                await asyncio.to_thread(self._telemetry.close)
 
     async def _answer(self, http: asyncio.Task) -> None:
         try:

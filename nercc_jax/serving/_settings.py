@@ -192,7 +192,9 @@ class ServerSettings(BaseSettings):
     )
     log_format: Literal["json", "text"] = "json"
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    access_log: bool = Field(default=False, description="A line for each request.")
+    request_log_rate: float = Field(
+        default=0.0, ge=0, le=1, description="Share of the requests that the log has a line of."
+    )
     compilation_cache: bool = Field(
         default=True,
         description="Compiled programs are kept in the user's cache folder, unless "

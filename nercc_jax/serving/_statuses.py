@@ -1,8 +1,11 @@
 """What errors are to clients: a status of either face, and words."""
 
+import asyncio
 from collections.abc import Mapping
+from typing import Literal
 
 import grpc
+from starlette.requests import ClientDisconnect
 
 from ._intake import Overloaded
 from ._kserve import InvalidInput, ModelNotFound, ServerNotReady
@@ -25,8 +28,28 @@ STATUS: Mapping[type[Exception], tuple[int, grpc.StatusCode]] = {
     DeadlineExceeded: (504, grpc.StatusCode.DEADLINE_EXCEEDED),
 }
 
-# Whoever asks has made a mistake.
-INVALID = (InvalidInput, BodyTimeout, TooLarge, UnsupportedEncoding)
+# How a request ended that an error ends, in metrics and the log; any other error: it failed.
+OUTCOME: Mapping[type[BaseException], str] = {
+    InvalidInput: "invalid",
+    BodyTimeout: "invalid",
+    TooLarge: "invalid",
+    UnsupportedEncoding: "invalid",
+    ModelNotFound: "not_found",
+    ServerNotReady: "not_ready",
+    Overloaded: "overloaded",
+    QueueFull: "queue_full",
+    ServerClosing: "draining",
+    DeadlineExceeded: "deadline",
+    InferenceFailed: "failed",
+    ClientDisconnect: "cancelled",
+    asyncio.CancelledError: "cancelled",
+}
+
+# Those that a model's batcher does not see, so that the faces count them, by what is counted.
+REFUSED: Mapping[str, Literal["request_invalid", "request_overloaded"]] = {
+    "invalid": "request_invalid",
+    "overloaded": "request_overloaded",
+}
 
 # What clients are told of everything else.
 INTERNAL = "internal error: see the server's log"

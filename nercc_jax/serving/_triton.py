@@ -38,22 +38,23 @@ def statistics(servable: Servable, meter: Meter, report: PoolReport) -> dict[str
     """As Triton's statistics say it: how often something happened, and how long it took in all.
 
     `success` are requests that were answered, `fail` all others (the time of those refused at once
-    is not measured). `queue` is from a request's arrival until its first query is sent. Of groups:
-    `compute_input` is encoding, `compute_output` decoding. `compute_infer` are the workers' calls,
-    coded ones and copies included, so it may be more than requests took; `execution_count` are
-    those that answered in time. There is no cache, and nothing is told by batch size.
+    is not measured). `queue` is from a request's arrival until its first query is sent, and
+    `compute_infer` from then until it is answered. Encoding and decoding are within that, and of
+    groups: so `compute_input` and `compute_output`, which count as often (`perf_analyzer` insists),
+    have no time. `execution_count` are workers' calls, coded ones and copies included, that
+    answered in time. There is no cache, and nothing is told by batch size.
     """
     spent = meter.spent()
     none = Spent()
     failed = [spent[each] for each in spent if each.startswith("request_") and each != "request_ok"]
-    calls = report.answered + report.late + report.errors
+    computed = spent.get("compute_seconds", none)
     durations = {
         "success": spent.get("request_ok", none),
         "fail": sum(failed, none),
         "queue": spent.get("queue_seconds", none),
-        "compute_input": spent.get("encode_seconds", none),
-        "compute_infer": Spent(calls, report.seconds),
-        "compute_output": spent.get("decode_seconds", none),
+        "compute_input": Spent(computed.count),
+        "compute_infer": computed,
+        "compute_output": Spent(computed.count),
         "cache_hit": none,
         "cache_miss": none,
     }

@@ -32,7 +32,8 @@ class Doubles(ServedModel):
         self.may_answer = threading.Event()
         if at_once:
             self.may_answer.set()
-        self.came = self.cancelled = self.invalid = 0
+        self.came = self.cancelled = 0
+        self.refused = []
         self.closed = False
 
     def health(self):
@@ -51,8 +52,8 @@ class Doubles(ServedModel):
         reply = Reply(2 * x, ones > 0, ones < 1, ones, ones, zeros, zeros, queued=0.0, seconds=0.0)
         return response_of(reply, request, self.servable)
 
-    def count_invalid(self):
-        self.invalid += 1
+    def count(self, refusal):
+        self.refused.append(refusal)
 
     def status(self):
         return {"name": "digits"}
@@ -62,10 +63,12 @@ class Doubles(ServedModel):
 
 
 @contextlib.contextmanager
-def listening(starts: Mapping[str, Callable[[], ServedModel]], **told: Any) -> Iterator[Server]:
+def listening(
+    starts: Mapping[str, Callable[[], ServedModel]], telemetry: Any = None, **told: Any
+) -> Iterator[Server]:
     """A server that listens; how `run` ended is its attribute `ended` then."""
     usual = {"http_port": 0, "grpc_port": None, "drain_timeout_s": 1.0}
-    server = Server(starts, read_settings(None, **usual | told), CollectorRegistry())
+    server = Server(starts, read_settings(None, **usual | told), CollectorRegistry(), telemetry)
     server.ended = None
 
     def run():

@@ -235,6 +235,7 @@ def test_bytes_in_flight_have_a_limit():
                 with pytest.raises(grpc.RpcError) as error:
                     GRPCInferenceServiceStub(channel).ModelInfer(request, timeout=ENDS)
                 assert error.value.code() == grpc.StatusCode.UNAVAILABLE
+            assert model.refused == ["request_overloaded"] * 2
             # What waits for its answer counts, too.
             with connect(server) as waits:
                 waits.sendall(post(body()))

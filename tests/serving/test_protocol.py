@@ -471,7 +471,7 @@ class Fails(ServedModel):
     servable = SERVABLE
 
     def __init__(self, error):
-        self.error, self.invalid = error, 0
+        self.error, self.refused = error, []
         self.is_well = Health(True, True)
 
     def health(self):
@@ -480,8 +480,8 @@ class Fails(ServedModel):
     async def infer(self, request):
         raise self.error
 
-    def count_invalid(self):
-        self.invalid += 1
+    def count(self, refusal):
+        self.refused.append(refusal)
 
 
 def plane_of(model, **told):
@@ -514,7 +514,7 @@ def test_errors_are_statuses_with_their_reason(error, status):
     assert answer.status_code == status
     assert answer.json() == {"error": "a reason"}
     assert answer.headers.get("retry-after") == ("1" if status in (429, 503) else None)
-    assert model.invalid == (status == 400)
+    assert model.refused == ["request_invalid"] * (status == 400)
 
 
 @pytest.mark.parametrize(

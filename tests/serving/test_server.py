@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 LIMIT = 10_000_000
 CONFIG = f"""
 max_body_bytes = {LIMIT}
-access_log = true
+request_log_rate = 1
 [defaults]
 scheme = "uncoded"
 input_shape = [4]
@@ -62,6 +62,8 @@ name = "untouched"
 NAMES = ["double", "moody", "own.from_weights", "slow", "counted", "untouched"]
 MATRIX = np.arange(20, dtype=np.float32).reshape(4, 5)
 ROOT = Path(__file__).parents[2]
+OUTCOMES = ("ok", "deadline", "failed", "cancelled")
+OUTCOMES += ("invalid", "overloaded", "queue_full", "draining")
 
 
 @pytest.fixture(scope="module")
@@ -473,8 +475,7 @@ def test_every_label_is_there_from_the_start(server):
             if sample == f"nercc_{name}" and ("model", "untouched") in labels
         }
 
-    outcomes = ("ok", "invalid", "queue_full", "deadline", "failed", "cancelled", "draining")
-    assert values("requests_total", "outcome") == dict.fromkeys(outcomes, 0)
+    assert values("requests_total", "outcome") == dict.fromkeys(OUTCOMES, 0)
     answers = ("exact", "decoded", "reexecuted")
     assert values("queries_total", "answer") == dict.fromkeys(answers, 0)
     assert values("audited_total", "label") == {"same": 0, "other": 0}
@@ -563,9 +564,7 @@ STATUS = {
     "totals": {
         "requests": int,
         "queries": {"exact": int, "decoded": int, "reexecuted": int},
-        "errors": dict.fromkeys(
-            ("invalid", "queue_full", "deadline", "failed", "cancelled", "draining"), int
-        ),
+        "errors": dict.fromkeys(sorted(set(OUTCOMES) - {"ok"}), int),
         "groups": int,
         "stragglers": int,
         "reexecutions": int,
@@ -636,16 +635,20 @@ def test_every_request_is_a_line_of_json_if_that_is_wished(server, stub):
         (line,) = [line for line in lines if line.get("id") == name]
         assert line["message"] == "answered"
         assert (line["model"], line["level"]) == ("double", "INFO")
-        assert line["nercc_exact"] is True
-        assert 0 < line["seconds"] < ENDS
+        assert (line["outcome"], line["answers"]) == ("ok", ["exact"])
+        assert 0 < line["queue_ms"] < line["ms"] < 1e3 * ENDS
+        (group,) = line["groups"]
+        assert group.pop("group") > 0
+        assert group == {"queries": [0], "shared_with": [], "asked": 1, "heard": 1}
         assert line["time"]
     refused = [line for line in lines if line["message"] == "not answered"]
+    assert [line["outcome"] for line in refused[-2:]] == ["invalid", "invalid"]
     assert "not of shape [0, 4]" in refused[-2]["error"]
     assert "not of shape [7]" in refused[-1]["error"]
 
 
 def test_without_the_wish_there_are_no_lines_of_requests(tmp_path):
-    config = CONFIG.split("[[models]]")[0].replace("access_log = true", "") + (
+    config = CONFIG.split("[[models]]")[0].replace("request_log_rate = 1", "") + (
         '[[models]]\nmodel = "own:double"\n'
     )
     with running(tmp_path, config=config, NERCC_GRPC_PORT="none") as server:

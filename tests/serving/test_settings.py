@@ -40,7 +40,7 @@ SERVER = {
     "drain_timeout_s": 2.5,
     "log_format": "text",
     "log_level": "DEBUG",
-    "access_log": True,
+    "request_log_rate": 0.5,
     "compilation_cache": False,
 }
 MODEL = {
@@ -340,7 +340,7 @@ def refused(message, *arguments, **variables):
         ('http_port = "x"', "http_port: input should be a valid integer"),
         ("http_port = 70000", "http_port: input should be less than or equal to 65535, not 70000"),
         ("htp_port = 1", "htp_port: there is no such setting"),
-        ("host = 1\naccess_log = 7", "access_log: input should be a valid boolean"),
+        ("host = 1\nrequest_log_rate = 2", "request_log_rate: input should be less than or equal"),
         ("head_timeout_s = 0", "head_timeout_s: input should be greater than 0, not 0"),
         ("body_timeout_s = inf", "body_timeout_s: input should be less than or equal to 3600"),
         (

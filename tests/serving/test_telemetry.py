@@ -1,0 +1,290 @@
+"""What is told of single requests: lines of the log, and OpenTelemetry's spans."""
+
+# ruff: noqa: E402 (`require` comes before what needs it)
+
+import concurrent.futures
+import http.server
+import logging
+import socket
+import sys
+import threading
+
+import pytest
+from conftest import require
+from in_process import listening
+from nercc_server import ENDS, patience
+
+httpx = require("httpx", "serve-test")
+grpc = require("grpc", "serve-test")
+require("nercc_jax.serving._kserve", "serve")
+require("opentelemetry.exporter.otlp.proto.http", "telemetry")
+
+from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceStub
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace.sampling import ALWAYS_ON, ParentBased, Sampler
+from opentelemetry.trace import StatusCode
+from prometheus_client import CollectorRegistry
+
+from nercc_jax import NeRCC, Uncoded
+from nercc_jax.serving import make_servable
+from nercc_jax.serving._journal import Journal
+from nercc_jax.serving._kserve import messages
+from nercc_jax.serving._metrics import Meters
+from nercc_jax.serving._served import ServedModel
+from nercc_jax.serving._settings import ModelSettings
+from nercc_jax.serving._telemetry import Telemetry, telemetry_by_environment
+
+pytestmark = pytest.mark.slow
+
+TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+TRACEPARENT = f"00-{TRACE}-{PARENT}-01"
+UNSAMPLED = f"00-{TRACE}-{PARENT}-00"
+JOURNAL = "nercc_jax.serving._journal"
+
+
+def start(name, code):
+    """A model three in ten of whose calls straggle. Groups wait to be filled for long."""
+    usual = {"max_batch_size": 1, "batch_wait_timeout_s": 0.5, "ordering": False}
+    faults = {"straggler_rate": 0.3, "straggler_delay_s": 0.3, "max_disagreement": 1}
+    settings = ModelSettings(workers=4, **usual | faults)
+    servable = make_servable(name, lambda x: 2 * x, (4,))
+    return ServedModel(servable, code, settings, Meters(CollectorRegistry()))
+
+
+@pytest.fixture(scope="module")
+def spans():
+    return InMemorySpanExporter()
+
+
+@pytest.fixture(scope="module")
+def server(spans):
+    """`decodes` decodes whatever straggles, `repeats` sends it again."""
+    provider = TracerProvider(sampler=ParentBased(ALWAYS_ON))
+    provider.add_span_processor(SimpleSpanProcessor(spans))
+    starts = {
+        "decodes": lambda: start("decodes", NeRCC(2, 4, points="interleaved", lambda_dec=0.0)),
+        "repeats": lambda: start("repeats", Uncoded(2)),
+    }
+    told = {"grpc_port": 0, "request_log_rate": 1.0, "telemetry": Telemetry(provider)}
+    with listening(starts, **told) as server:
+        for _ in patience(ENDS):
+            if server.plane.state == "serving":
+                break
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def lines(caplog, spans):
+    """The log's lines of requests, by id."""
+    spans.clear()
+    caplog.set_level(logging.INFO, logger=JOURNAL)
+    return lambda: {each.id: each for each in caplog.records if each.name == JOURNAL}
+
+
+def ask(server, model, name, count=1, **headers):
+    tensor = {"name": "input", "datatype": "FP32", "shape": [count, 4], "data": [0.5] * 4 * count}
+    url = f"http://127.0.0.1:{server.http_port}/v2/models/{model}/infer"
+    told = {"id": name, "inputs": [tensor]}
+    return httpx.post(url, json=told, headers=headers, timeout=ENDS, trust_env=False)
+
+
+def ask_by_grpc(server, model, name, metadata):
+    request = messages.ModelInferRequest(model_name=model, id=name)
+    tensor = request.inputs.add(name="input", datatype="FP32", shape=[1, 4])
+    tensor.contents.fp32_contents.extend([0.5] * 4)
+    with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+        stub = GRPCInferenceServiceStub(channel)
+        return stub.ModelInfer(request, timeout=ENDS, metadata=metadata)
+
+
+def family(spans, name):
+    """A request's span and its children, once they are all there."""
+    for _ in patience(ENDS):
+        ended = spans.get_finished_spans()
+        roots = [s for s in ended if (s.attributes or {}).get("nercc.request_id") == name]
+        if roots:
+            (root,) = roots
+            return root, [s for s in ended if s.parent and s.parent.span_id == root.context.span_id]
+    raise AssertionError(f"no span of {name}")
+
+
+def test_the_log_says_who_shared_a_group(server, lines):
+    assert ask(server, "decodes", "two", count=2).status_code == 200
+    (alone,) = lines()["two"].groups
+    assert (alone["queries"], alone["shared_with"]) == ([0, 1], [])
+    with concurrent.futures.ThreadPoolExecutor(2) as clients:
+        names = ("first", "second")
+        done = list(clients.map(lambda name: ask(server, "decodes", name), names))
+    assert [each.status_code for each in done] == [200, 200]
+    told = {name: lines()[name].groups[0] for name in names}
+    # Whoever was answered before the other came did not share anything until then.
+    assert told["first"]["group"] == told["second"]["group"] > alone["group"]
+    shared = [each for name in names for each in told[name]["shared_with"]]
+    assert shared
+    assert set(shared) <= set(names)
+    for each in told.values():
+        assert each["queries"] == [0]
+        assert 1 <= each["heard"] <= each["asked"] <= 4
+    line = lines()["first"]
+    assert (line.model, line.outcome) == ("decodes", "ok")
+    assert 0 < line.queue_ms < line.ms < 1e3 * ENDS
+    assert len(line.trace_id) == 32
+
+
+def test_the_log_says_what_was_not_answered(server, lines):
+    assert ask(server, "decodes", "wrong", count=0).status_code == 400
+    line = lines()["wrong"]
+    assert (line.outcome, line.answers, line.groups, line.queue_ms) == ("invalid", [], [], None)
+    assert "not of shape [0, 4]" in line.error
+
+
+def test_a_request_belongs_to_the_trace_of_who_asked(server, spans):
+    assert ask(server, "decodes", "rest", traceparent=TRACEPARENT).status_code == 200
+    ask_by_grpc(server, "decodes", "grpc", (("traceparent", TRACEPARENT),))
+    for name in ("rest", "grpc"):
+        root, children = family(spans, name)
+        assert f"{root.context.trace_id:032x}" == TRACE
+        assert f"{root.parent.span_id:016x}" == PARENT
+        assert (root.name, root.attributes["nercc.outcome"]) == ("infer decodes", "ok")
+        assert {"queue", "worker call"} <= {child.name for child in children}
+        for child in children:
+            assert child.context.trace_id == root.context.trace_id
+            # Others' queries of the same group may have been sent before it came.
+            assert child.start_time <= child.end_time <= root.end_time
+            assert child.name != "queue" or root.start_time <= child.start_time
+
+
+@pytest.mark.parametrize(
+    ("model", "answer", "names"),
+    [
+        ("decodes", "decoded", {"queue", "encode", "worker call", "decode", "doubt"}),
+        ("repeats", "reexecuted", {"queue", "worker call", "send again"}),
+    ],
+)
+def test_spans_say_what_a_straggler_did(server, spans, lines, model, answer, names):
+    for number in range(60):
+        name = f"{model}-{number}"
+        assert ask(server, model, name, count=2).status_code == 200
+        if answer in lines()[name].answers:
+            break
+    else:
+        raise AssertionError("nothing ever straggled")
+    root, children = family(spans, name)
+    assert names <= {child.name for child in children}
+    assert root.attributes[f"nercc.queries_{answer}"] >= 1
+    calls = [child for child in children if child.name == "worker call"]
+    groups = lines()[name].groups
+    assert len(calls) == sum(group["asked"] for group in groups)
+    over = [child.attributes["nercc.over"] for child in calls]
+    assert over.count(True) == sum(group["heard"] for group in groups)
+    assert not all(over) or model == "repeats"  # the straggler's own is still out
+
+
+def test_a_failed_request_is_an_error_of_its_span(server, spans):
+    assert ask(server, "decodes", "bad", count=0).status_code == 400
+    root, children = family(spans, "bad")
+    assert root.status.status_code == StatusCode.ERROR
+    assert root.attributes["nercc.outcome"] == "invalid"
+    assert not children
+
+
+def test_what_the_client_does_not_sample_is_not_traced(server, spans):
+    assert ask(server, "decodes", "quiet", traceparent=UNSAMPLED).status_code == 200
+    assert ask(server, "decodes", "loud", traceparent=TRACEPARENT).status_code == 200
+    family(spans, "loud")
+    told = {(span.attributes or {}).get("nercc.request_id") for span in spans.get_finished_spans()}
+    assert "quiet" not in told
+
+
+class Broken(Sampler):
+    def should_sample(self, *_, **__):
+        raise RuntimeError("a sampler that fails")
+
+    def get_description(self):
+        return "broken"
+
+
+def test_no_request_fails_for_its_spans(caplog):
+    telemetry = Telemetry(TracerProvider(sampler=Broken()))
+    journal = Journal(0.0, telemetry)
+    record = journal.open("digits", dict)
+    assert record is not None
+    journal.close(record, "ok")
+    telemetry.close()
+    assert "a request is not traced" in caplog.text
+
+
+def test_a_share_of_the_requests_is_logged(lines):
+    assert Journal(0.0).open("digits", dict) is None
+    journal = Journal(0.25)
+    for number in range(400):
+        record = journal.open("digits", dict)
+        record.id = str(number)
+        journal.close(record, "ok")
+    assert 50 < len(lines()) < 150
+
+
+@pytest.fixture
+def bare(monkeypatch):
+    for name in ("SDK_DISABLED", "TRACES_EXPORTER", "EXPORTER_OTLP_ENDPOINT"):
+        monkeypatch.delenv(f"OTEL_{name}", raising=False)
+    return monkeypatch
+
+
+def test_nothing_is_traced_unless_an_endpoint_is_named(bare):
+    assert telemetry_by_environment() is None
+    bare.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+    bare.setenv("OTEL_SDK_DISABLED", "true")
+    assert telemetry_by_environment() is None
+
+
+def test_packages_that_are_missing_are_named(bare):
+    bare.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+    bare.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
+    with pytest.raises(ImportError, match=r"OTLP_ENDPOINT is set, .*nercc-jax\[telemetry\]"):
+        telemetry_by_environment()
+
+
+def test_spans_reach_a_collector(bare):
+    came = []
+
+    class Collector(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            content = self.rfile.read(int(self.headers["content-length"]))
+            came.append((self.path, content))
+            self.send_response(200)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Collector) as collector:
+        threading.Thread(target=collector.serve_forever, daemon=True).start()
+        bare.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector.server_port}")
+        telemetry = telemetry_by_environment()
+        journal = Journal(0.0, telemetry)
+        journal.close(journal.open("digits", dict), "ok")
+        telemetry.close()
+        collector.shutdown()
+    ((path, content),) = came
+    assert path == "/v1/traces"
+    (told,) = ExportTraceServiceRequest.FromString(content).resource_spans
+    named = {each.key: each.value.string_value for each in told.resource.attributes}
+    assert named["service.name"] == "nercc_jax"
+    assert [span.name for span in told.scope_spans[0].spans] == ["infer digits"]
+
+
+def test_a_collector_that_does_not_answer_keeps_nobody(bare):
+    bare.setattr("nercc_jax.serving._telemetry._LAST", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        bare.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", address)
+        telemetry = telemetry_by_environment()
+        journal = Journal(0.0, telemetry)
+        journal.close(journal.open("digits", dict), "ok")
+        telemetry.close()
+        assert telemetry._thread.is_alive(), "the server's end waited for the collector"
