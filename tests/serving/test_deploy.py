@@ -352,6 +352,22 @@ def test_readme_names_what_there_is():
     assert set(re.findall(r"`(--[\w-]+)", README)) <= options | elsewhere
 
 
+# nginx.conf
+
+
+def test_the_proxy_reaches_the_server_and_takes_as_much():
+    from nercc_jax.serving._policy import MAX_DEADLINE_S
+    from nercc_jax.serving._settings import ServerSettings
+
+    text, settings = (DEPLOY / "nginx.conf").read_text(), ServerSettings()
+    ports = re.findall(rf"server {re.escape(settings.host)}:(\d+);", text)
+    assert ports == [str(settings.http_port), str(settings.grpc_port)]
+    assert f"client_max_body_size {settings.max_body_bytes // 2**20}m;" in text
+    for face in ("proxy", "grpc"):
+        assert f"{face}_read_timeout {MAX_DEADLINE_S:.0f}s;" in text
+    assert "location /inference.GRPCInferenceService/ {" in text
+
+
 # Ray Serve
 
 
