@@ -101,6 +101,17 @@ def test_no_two_files_import_each_other():
         visit(module, ())
 
 
+def test_a_served_model_knows_no_protocol():
+    """Whoever embeds one, or reads it, needs none."""
+    arrows = {name_of(path): {module for module, _ in imports(path)} for path in FILES}
+    needed, left = set(), {"serving._served"}
+    while left:
+        needed |= left
+        left = set().union(*(arrows.get(module, set()) for module in left)) - needed
+    assert "serving._batcher" in needed
+    assert not needed & {"serving._kserve", "serving._protocol", "serving._plane"}
+
+
 def test_few_names_at_the_top():
     names = [name for module, name in imports(HOUSE / "__init__.py") if name]
     assert 15 <= len(names) <= 25

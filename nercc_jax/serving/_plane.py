@@ -10,15 +10,24 @@ from typing import Any, Literal
 from ._health import Health
 from ._intake import Intake
 from ._journal import Journal
-from ._kserve import InferRequest, InferResponse, ModelNotFound, ServerNotReady
-from ._protocol import VERSION, input_types, limits, output_types
+from ._kserve import InferRequest, InferResponse, InvalidInput, ModelNotFound, ServerNotReady
+from ._protocol import (
+    VERSION,
+    check_outputs,
+    demands,
+    input_types,
+    limits,
+    output_types,
+    queries_of,
+    response_of,
+)
 from ._record import current
 from ._request import words_of
 from ._served import ServedModel
 from ._settings import ServerSettings
 from ._statuses import OUTCOME, REFUSED
 from ._telemetry import Telemetry
-from ._triton import EXTENSIONS, configuration
+from ._triton import EXTENSIONS, configuration, statistics
 
 
 class Plane:
@@ -101,14 +110,25 @@ class Plane:
         Raises: what `find` does.
         """
         models = [self.find(model_name, version)] if model_name else list(self.models.values())
-        return {"model_stats": [model.statistics() for model in models]}
+        told = [statistics(m.servable, m.meter, m.pool.report()) for m in models]
+        return {"model_stats": told}
 
     async def infer(
         self, model_name: str, request: InferRequest, headers: Any = None
     ) -> tuple[InferResponse, dict[str, str]]:
+        """Answers a request. Raises: InvalidInput, `TooLarge`, what `ServedModel.infer` does."""
         if (record := current.get()) is not None:
             record.id = request.id = request.id or uuid.uuid4().hex
-        return await self.find(model_name).infer(request), {}
+        model = self.find(model_name)
+        servable = model.servable
+        check_outputs(request, servable)
+        deadline, exact = demands(request)
+        queries = queries_of(request, servable, model.settings.max_queue_size)
+        try:
+            reply = await model.infer(queries, deadline=deadline, exact=exact)
+        except ValueError as error:
+            raise InvalidInput(str(error)) from error
+        return response_of(reply, request, servable), {}
 
     def check(self, name: str, version: str = VERSION) -> None:
         """Raises: ModelNotFound where there is no such model, nor will be."""

@@ -7,6 +7,7 @@ import time
 from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import Float
 
 from ..codes import AbstractCode
 from ..pools import AbstractPool, DevicePool, Faults, Overdue, PoolReport, RayPool
@@ -14,14 +15,12 @@ from ._batcher import CodedBatcher
 from ._coder import Coder
 from ._fidelity import Fidelity
 from ._health import Health
-from ._kserve import InferRequest, InferResponse, InvalidInput
 from ._metrics import Meter, Meters
 from ._phases import phase
-from ._protocol import check_outputs, demands, queries_of, response_of
 from ._record import current
+from ._request import Reply
 from ._servable import Servable
 from ._settings import ModelSettings
-from ._triton import statistics
 
 _LOG = logging.getLogger(__name__)
 
@@ -30,7 +29,7 @@ _MOST_AGAIN = 0.9
 
 
 class ServedModel:
-    """Takes requests of the protocol, and answers them."""
+    """Takes queries, and answers them; the faces know the protocol."""
 
     def __init__(
         self, servable: Servable, code: AbstractCode, settings: ModelSettings, meters: Meters
@@ -53,7 +52,7 @@ class ServedModel:
             _check(fidelity, self._coder, policy.max_disagreement)
         with phase("starting workers", servable.name):
             self.pool = _open_pool(servable, settings)
-        self._meter = Meter(meters, servable.name, self.pool, code)
+        self.meter = Meter(meters, servable.name, self.pool, code)
         with phase("compiling", servable.name):
             self._batcher = CodedBatcher(
                 self.pool,
@@ -62,9 +61,9 @@ class ServedModel:
                 servable.outputs,
                 policy=policy,
                 fidelity=fidelity,
-                observe=self._meter.observe,
+                observe=self.meter.observe,
             )
-        self._meter.waiting.set_function(lambda: self._batcher.waiting)
+        self.meter.waiting.set_function(lambda: self._batcher.waiting)
         _LOG.info(
             "model is ready",
             extra={
@@ -78,22 +77,23 @@ class ServedModel:
             },
         )
 
-    async def infer(self, request: InferRequest) -> InferResponse:
-        """Answers a request. Raises: InvalidInput, TooLarge, what `CodedBatcher.submit` says."""
-        try:
-            check_outputs(request, self.servable)
-            deadline, exact = demands(request)
-            queries = queries_of(request, self.servable, self.settings.max_queue_size)
-            future = self._batcher.submit(
-                queries, deadline=deadline, exact=exact, record=current.get()
-            )
-        except ValueError as error:  # InvalidInput is one
-            raise InvalidInput(str(error)) from error
-        return response_of(await asyncio.wrap_future(future), request, self.servable)
+    async def infer(
+        self,
+        queries: Float[np.ndarray, "batch ..."],
+        *,
+        deadline: float | None = None,
+        exact: bool = False,
+    ) -> Reply:
+        """Answers queries: arguments and errors are those of `CodedBatcher.submit`.
+
+        Cancelling it drops what has not been sent.
+        """
+        future = self._batcher.submit(queries, deadline=deadline, exact=exact, record=current.get())
+        return await asyncio.wrap_future(future)
 
     def count(self, refusal: Literal["request_invalid", "request_overloaded"]) -> None:
         """Counts a request that was refused, here or where it was read."""
-        self._meter.observe(refusal, 0.0)
+        self.meter.observe(refusal, 0.0)
 
     def health(self) -> Health:
         """Whether it is alive, and would answer a query now."""
@@ -122,7 +122,7 @@ class ServedModel:
     def status(self) -> dict[str, Any]:
         health, report = self.health(), self.pool.report()
         audit = self._batcher.fidelity.audited()
-        counted = self._meter.status()
+        counted = self.meter.status()
         counted["totals"]["deaths"] = report.deaths
         counted["fidelity"] |= {
             "audited": audit.number,
@@ -150,10 +150,6 @@ class ServedModel:
             },
             **counted,
         }
-
-    def statistics(self) -> dict[str, Any]:
-        """What Triton's extension tells of it."""
-        return statistics(self.servable, self._meter, self.pool.report())
 
     def close(self, drain: float) -> None:
         """Answers what was accepted for up to `drain` seconds; then the workers end."""

@@ -21,7 +21,7 @@ from nercc_jax import Uncoded
 from nercc_jax.serving import Reply, make_servable
 from nercc_jax.serving import _request as errors
 from nercc_jax.serving._health import Health
-from nercc_jax.serving._kserve import InferInput, InferRequest, InvalidInput, messages
+from nercc_jax.serving._kserve import InferRequest, InvalidInput, messages
 from nercc_jax.serving._metrics import Meters
 from nercc_jax.serving._plane import Plane
 from nercc_jax.serving._policy import MAX_DEADLINE_S
@@ -468,7 +468,7 @@ def test_a_reply_by_grpc():
 class Fails(ServedModel):
     """A model that does."""
 
-    servable = SERVABLE
+    servable, settings = SERVABLE, ModelSettings(model="digits")
 
     def __init__(self, error):
         self.error, self.refused = error, []
@@ -477,7 +477,7 @@ class Fails(ServedModel):
     def health(self):
         return self.is_well
 
-    async def infer(self, request):
+    async def infer(self, queries, **demanded):
         raise self.error
 
     def count(self, refusal):
@@ -558,6 +558,32 @@ def test_what_nobody_expected_is_an_error_of_the_protocol_and_is_logged():
     assert [repr(error) for error in told] == ["KeyError('a bug')"]
 
 
+class Remembers(Fails):
+    """A model that keeps what it was asked."""
+
+    def __init__(self):
+        super().__init__(None)
+        self.asked = []
+
+    async def infer(self, queries, **demanded):
+        self.asked.append((queries, demanded))
+        return reply()
+
+
+def test_a_model_is_asked_in_plain_words_and_its_reply_becomes_a_message():
+    model = Remembers()
+    path = "/v2/models/digits/infer"
+    content = body(parameters={"nercc_exact": True, "nercc_deadline_ms": 250}, id="mine")
+    answer = call(plane_of(model), "POST", path, content=content)
+    ((queries, demanded),) = model.asked
+    np.testing.assert_array_equal(queries, DATA)
+    assert demanded == {"deadline": 0.25, "exact": True}
+    assert (answer.json()["id"], answer.json()["outputs"][0]["data"]) == ("mine", [*range(6)])
+    wrong = body(parameters={"nercc_exact": 1})
+    assert call(plane_of(model), "POST", path, content=wrong).status_code == 400
+    assert len(model.asked) == 1
+
+
 class Waits(Fails):
     """A model that answers nobody, and says who has come and gone."""
 
@@ -565,7 +591,7 @@ class Waits(Fails):
         super().__init__(None)
         self.told = []
 
-    async def infer(self, request):
+    async def infer(self, queries, **demanded):
         self.told.append("came")
         try:
             await asyncio.sleep(30)
@@ -631,9 +657,8 @@ def test_a_model_that_is_closed_refuses_with_503_and_counts_it():
     registry = CollectorRegistry()
     settings = ModelSettings(scheme="uncoded", workers=1, max_batch_size=1)
     model = ServedModel(SERVABLE, Uncoded(1), settings, Meters(registry))
-    request = InferRequest("digits", [InferInput("input", [2, 2, 2], "FP32", DATA)])
-    before = asyncio.run(model.infer(request))
-    np.testing.assert_array_equal(before.outputs[0].data, double(np.array(DATA, np.float32)))
+    x = np.array(DATA, np.float32)
+    np.testing.assert_array_equal(asyncio.run(model.infer(x)).values, double(x))
     model.close(0.0)
     answer = call(plane_of(model), "POST", "/v2/models/digits/infer", content=body())
     assert answer.status_code == 503
