@@ -41,7 +41,8 @@ def main(port: int, replicas: int, batch: int, base: float, rate: float, delay: 
             self.servable = make_servable("lenet5-digits", model, model.network.input_shape)
             program = Program((model,), jax.local_devices()[0], True)
             sizes = [1 << power for power in range(batch.bit_length())]
-            warm_up([program], 1, [np.zeros((n, *self.servable.shape), np.float32) for n in sizes])
+            shape = self.servable.inputs.shape
+            warm_up([program], 1, [np.zeros((n, *shape), np.float32) for n in sizes])
             faults = Faults.on_trial(
                 service_delay=base,
                 straggler_rate=rate,

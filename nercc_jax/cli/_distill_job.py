@@ -34,6 +34,11 @@ def find_workload(
         test, _ = network.images("test", data_dir, 1000, seed)
         source = network.network.data
     served = make_servable(model.replace(":", "."), network, x.shape[1:])
+    if served.uncodable or not served.outputs.alone:
+        raise ValueError(
+            f"{served.name} must return one float32 array, for a student to learn, not "
+            f"{'; '.join(map(str, served.outputs.parts))}"
+        )
     return served, x, test, {"base": model, "data": source}
 
 
@@ -64,8 +69,8 @@ def distill_with_bar(
     from nercc_models.distillation import distill
     from nercc_models.students import multiplications, plan_within
 
-    cost = multiplications(served.model, served.shape)
-    plan = plan_within(share * cost, served.shape, served.outputs)
+    cost = multiplications(served.model, served.inputs.shape)
+    plan = plan_within(share * cost, served.inputs.shape, served.outputs.shape)
     student = plan.build(nnx.Rngs(options["seed"]))
     with steps_bar(console) as progress:
         task = progress.add_task("the model's answers ...", total=None)

@@ -39,7 +39,7 @@ def serve_command(
     workers: Annotated[int | None, typer.Option(help="Workers of each model; N.")] = None,
     scheme: Annotated[
         Literal["nercc", "berrut", "replication", "uncoded"] | None,
-        typer.Option(help="How queries are coded; nercc."),
+        typer.Option(help="How queries are coded; nercc, or uncoded for what cannot be coded."),
     ] = None,
     num_data: Annotated[int | None, typer.Option(help="K: queries coded together; 4.")] = None,
     num_workers: Annotated[
@@ -59,11 +59,21 @@ def serve_command(
         Path | None, typer.Option(help="Given to module:function, which then makes the model.")
     ] = None,
     input_shape: Annotated[
-        str | None, typer.Option(help="Of one query of module:function: 28,28,1.")
+        str | None,
+        typer.Option(
+            help="Of one query of module:function: 28,28,1; by name where it takes a dict of "
+            "arrays: image=28,28,1,meta=4."
+        ),
+    ] = None,
+    input_datatype: Annotated[
+        str | None,
+        typer.Option(help="Of its inputs, FP32: INT64, or by name: ids=INT64,mask=BOOL."),
     ] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option(help="Unlabelled inputs (.npy) for module:function's error estimate."),
+        typer.Option(
+            help="Unlabelled inputs for module:function's error estimate: .npy, or .npz by name."
+        ),
     ] = None,
     max_batch_size: Annotated[
         int | None, typer.Option(help="Queries in one worker call, at most; 8.")
@@ -157,7 +167,6 @@ def serve_command(
                 check_shipped(each)
         from ..serving._settings import ModelSettings, read_settings
 
-        shape = None if input_shape is None else _shape(input_shape)
         flags = {
             "pool": pool,
             "workers": workers,
@@ -168,7 +177,8 @@ def serve_command(
             "code": code,
             "outputs": outputs,
             "weights": weights,
-            "input_shape": shape,
+            "input_shape": input_shape,
+            "input_datatype": input_datatype,
             "calibration": calibration,
             "max_batch_size": max_batch_size,
             "batch_wait_timeout_s": batch_wait_timeout_s,
@@ -293,13 +303,3 @@ class _WithFields(logging.Formatter):
         fields = [(name, value) for name, value in vars(record).items() if name not in self.usual]
         text = logging.Formatter.formatMessage(self, record)
         return " ".join([text, *(f"{name}={value}" for name, value in fields)])
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    try:
-        shape = tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        shape = ()
-    if not shape or min(shape) < 1:
-        raise ValueError(f"--input-shape is positive numbers with commas, 28,28,1, not {text!r}")
-    return shape

@@ -15,11 +15,13 @@ from ..serving._phases import phase
 from ..serving._servable import load_callable
 from ..serving._served import ServedModel
 from ..serving._settings import ModelSettings
+from ..serving._signature import FLOAT
 from ._options import check_shipped
-from ._workload import answering, load_plain_code, read_array
+from ._workload import answering, load_plain_code, read_arrays
 
 # Codes tuned for shipped models by `nercc tune --layout interleaved`.
 _CODES = Path(__file__).parent / "codes"
+UNCODED = Uncoded(1)
 # Training images that the error estimate of a shipped model is calibrated on.
 _CALIBRATION = 1024
 
@@ -66,8 +68,8 @@ def start_models(
 def check_model(settings: ModelSettings) -> None:
     """All that can be seen without workers. Raises: ValueError where something does not fit."""
     _check_files(settings)
-    code_of(settings)
-    servable_of(settings)
+    code = code_of(settings)
+    fitting_code(code, settings, servable_of(settings))
 
 
 def _check_files(settings: ModelSettings) -> None:
@@ -83,6 +85,7 @@ def _start(settings: ModelSettings, code: AbstractCode, meters: Meters) -> Serve
     name = settings.served_name
     with phase("loading", name):
         servable = servable_of(settings)
+        code = fitting_code(code, settings, servable)
     try:
         return ServedModel(servable, code, settings, meters)
     except RuntimeError as error:
@@ -107,14 +110,30 @@ def servable_of(settings: ModelSettings) -> Servable:
         raise ValueError(f"{settings.model}: say the shape of one query with --input-shape")
     calibration = None
     if settings.calibration is not None:
-        calibration = read_array(settings.calibration, str(settings.calibration))
-    output_name = settings.output_name or "output"
+        calibration = read_arrays(settings.calibration, str(settings.calibration))
     return make_servable(
         name,
         model,
         shape,
-        output_name=output_name,
+        datatype=settings.input_datatype or getattr(model, "input_datatype", FLOAT),
+        output_name=settings.output_name or "output",
         calibration=calibration,
+    )
+
+
+def fitting_code(code: AbstractCode, settings: ModelSettings, servable: Servable) -> AbstractCode:
+    """The code, or none where inputs or outputs cannot be coded and none was asked for.
+
+    Raises: ValueError where one was.
+    """
+    if servable.uncodable is None or code.num_data == 1:
+        return code
+    if settings.code is None and settings.scheme is None:
+        return UNCODED
+    asked = f"scheme {settings.scheme!r}" if settings.code is None else f"code {settings.code}"
+    raise ValueError(
+        f"{servable.name} cannot have {asked}: {servable.uncodable}. Say scheme = 'uncoded' (or "
+        "'replication') for it, or nothing; or serve what follows its embedding, which takes floats"
     )
 
 
@@ -129,7 +148,7 @@ def code_of(settings: ModelSettings) -> AbstractCode:
     if settings.code is not None:
         return load_plain_code(settings.code, str(settings.code))
     if settings.scheme == "uncoded":
-        return Uncoded(1)
+        return UNCODED
     if settings.scheme == "replication":
         return Replication(1, max(n // k, 1))  # each query by itself: no group to wait for
     if settings.scheme == "berrut":

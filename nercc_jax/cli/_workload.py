@@ -1,5 +1,6 @@
 """What commands run codes on: a shipped model and images of its data set."""
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,17 @@ def straggler_laws(
             f"--max-stragglers {max_stragglers} leaves none of {num_workers} workers to answer"
         )
     return {str(s): ExactStragglers(s) for s in range(max_stragglers + 1)}
+
+
+def read_arrays(path: Path, told: str) -> np.ndarray | dict[str, np.ndarray]:
+    """A .npy file's array, or those of an .npz file by name, as `read_array`."""
+    if path.suffix != ".npz":
+        return read_array(path, told)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name].astype(np.float32) for name in file.files}
+    except (ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{told} has no arrays of numbers by name: {error}") from error
 
 
 def read_array(path: Path, told: str) -> np.ndarray:

@@ -98,8 +98,6 @@ def _settings(args: Mapping[str, Any]) -> ServerSettings:
         told["models"] = [{"model": told.pop("model")}]
     defaults = dict(told.get("defaults", {}))
     defaults |= {name: told.pop(name) for name in list(told) if name in ModelSettings.model_fields}
-    if isinstance(defaults.get("input_shape"), str):
-        defaults["input_shape"] = defaults["input_shape"].split(",")
     unknown = sorted(set(told) - set(_TAKEN))
     if unknown:
         raise ValueError(

@@ -10,7 +10,7 @@ from ._answers import (
     own_outputs,
     record_answers,
 )
-from ._criteria import Criterion, point_criterion, same_labels
+from ._criteria import Criterion, labels_of, point_criterion, same_labels
 from ._evaluation import Estimate, Evaluation, evaluate
 from ._forecast import Forecast, make_forecast
 from ._objective import nested_errors, nested_objective
@@ -29,6 +29,7 @@ __all__ = [
     "cut_groups",
     "draw_sets",
     "evaluate",
+    "labels_of",
     "landscape",
     "make_forecast",
     "make_trial",

@@ -100,6 +100,7 @@ class Batch:
         times: AnswerTimes,
         on_change: Callable[["Batch"], None] | None,
         on_forget: Callable[["Batch"], None],
+        floats: bool = True,
     ):
         if needed is None:
             needed = num_points
@@ -108,7 +109,7 @@ class Batch:
         if copies < 1:
             raise ValueError(f"a coded data point has 1 copy or more, not {copies}")
         self.num_points, self.needed, self.copies = num_points, needed, copies
-        self.times = times
+        self.times, self._floats = times, floats
         self.open = True
         self.waiting: list[Task] = []
         self.tasks: dict[int, Task] = {}
@@ -282,7 +283,7 @@ class Batch:
         for leaf in leaves:
             if leaf.ndim < 1 or leaf.shape[0] != size:
                 return f"{size} data points came back as an array of shape {leaf.shape}"
-            if leaf.dtype.kind != "f":
+            if self._floats and leaf.dtype.kind != "f":
                 return f"the answer is {leaf.dtype}: codes work on floats"
         form = structure, [leaf.shape[1:] for leaf in leaves]
         if self._form is not None and self._form != form:

@@ -95,10 +95,12 @@ class Desk:
         copies: int,
         on_change: Callable[[Batch], None] | None,
         overdue: Overdue | None,
+        floats: bool = True,
     ) -> Batch:
         with self._lock:
             times = self._times.under(overdue or self._overdue)
-        return Batch(self._lock, num_points, needed, copies, times, on_change, self._forget)
+        forget = self._forget
+        return Batch(self._lock, num_points, needed, copies, times, on_change, forget, floats)
 
     def add(
         self,

@@ -83,16 +83,18 @@ class AbstractPool(abc.ABC):
         copies: int = 2,
         on_change: Callable[[Batch], Any] | None = None,
         overdue: Overdue | None = None,
+        floats: bool = True,
     ) -> Batch:
         """A batch of coded data points that are sent one after the other, as they become known.
 
         `on_change(batch)` is called after each answer, or failure, from one of the pool's threads:
         it must be quick, and must not wait for the batch. `overdue` is when this batch's coded data
-        points are overdue (the pool's unless given). Numbers as in `dispatch`: a client that waits
+        points are overdue (the pool's unless given). `floats`: answers must be, to be decoded; one
+        that is not is a failure. Numbers as in `dispatch`: a client that waits
         for more answers than `needed` may have to wait for stragglers, as the rest is only sent if
         a worker is free at once, or something is overdue.
         """
-        return self._desk.open(num_points, needed, copies, on_change, overdue)
+        return self._desk.open(num_points, needed, copies, on_change, overdue, floats)
 
     def send(
         self,

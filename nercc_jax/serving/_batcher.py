@@ -21,7 +21,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jax.typing import DTypeLike
+from jaxtyping import Shaped
 
 from ..inference import warn_if_other
 from ..pools import AbstractPool, AnswerTimes, Overdue
@@ -44,6 +45,7 @@ from ._request import (
     words_of,
 )
 from ._rescue import Rescue
+from ._rows import CODED, Rows
 from ._sender import Sender
 from ._tutor import Tutor
 
@@ -72,20 +74,28 @@ class CodedBatcher:
         shape: Sequence[int],
         outputs: Sequence[int],
         *,
+        dtypes: tuple[DTypeLike, DTypeLike] = (np.float32, np.float32),
         policy: BatchingPolicy | None = None,
         fidelity: Fidelity | None = None,
         observe: Callable[[Measure, float], Any] | None = None,
     ):
         """Compiles the decoder for every batch size, and starts.
 
-        `shape` is that of one query, `outputs` that of its answer. `observe(what, number)` is told
-        of all that happens; it must be quick. `fidelity` may be calibrated beforehand; the batcher
-        goes on with it.
+        `shape` is that of one query, `outputs` that of its answer, `dtypes` are theirs: others than
+        float32 cannot be coded. `observe(what, number)` is told of all that happens; it must be
+        quick. `fidelity` may be calibrated beforehand; the batcher goes on with it.
 
-        Raises: ValueError for a policy that does not fit the code.
+        Raises: ValueError for a policy, or dtypes, that do not fit the code.
         """
+        self._queries = Rows(tuple(shape), np.dtype(dtypes[0]))
+        self._answers = Rows(tuple(outputs), np.dtype(dtypes[1]))
+        if coder.num_data > 1 and {self._queries.dtype, self._answers.dtype} != {CODED}:
+            raise ValueError(
+                f"queries are {self._queries.dtype} and answers {self._answers.dtype}: only "
+                "float32 can be coded, so give a Coder(Uncoded(1))"
+            )
         self.policy = policy = policy or BatchingPolicy()
-        self._pool, self._shape, self._out = pool, tuple(shape), tuple(outputs)
+        self._pool = pool
         self._observe = observe or (lambda what, number: None)
         self._coder = coder
         self.fidelity = fidelity or Fidelity(coder)
@@ -108,6 +118,7 @@ class CodedBatcher:
             policy=policy,
             fidelity=self.fidelity,
             enough=self._rescue.enough,
+            floats=self._answers.dtype == CODED,
             overdue=self._overdue,
             answer_time=lambda: self._times.median(policy.max_batch_size),
             observe=self._observe,
@@ -126,7 +137,7 @@ class CodedBatcher:
 
     def submit(
         self,
-        x: Float[np.ndarray, "batch ..."],
+        x: Shaped[np.ndarray, "batch ..."],
         *,
         deadline: float | None = None,
         exact: bool = False,
@@ -141,14 +152,14 @@ class CodedBatcher:
         than an hour; `QueueFull` and `ServerClosing`; `InferenceFailed` once the batcher is broken.
         The future: `DeadlineExceeded`, `InferenceFailed`, `ServerClosing`.
         """
-        x = self._checked(x)
+        x = self._queries.check(x)
         deadline = self.policy.deadline_s if deadline is None else deadline
         if not 0 < deadline <= MAX_DEADLINE_S:
             raise ValueError(
                 f"a deadline is a positive number of seconds, {MAX_DEADLINE_S:g} at most, not "
                 f"{deadline:g}"
             )
-        request = Request(x, self._out, deadline, exact, record)
+        request = Request(x, self._answers.zeros(len(x)), deadline, exact, record)
         self._ledger.accept(request)
         request.future.add_done_callback(lambda future: self._cancelled(request))
         self._inbox.put(request)
@@ -197,25 +208,6 @@ class CodedBatcher:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def _checked(self, x: np.ndarray) -> np.ndarray:
-        x = np.asarray(x)
-        if x.ndim != len(self._shape) + 1 or x.shape[1:] != self._shape or not len(x):
-            raise ValueError(
-                f"queries must come as an array of shape (B, {', '.join(map(str, self._shape))}) "
-                f"with B of 1 or more, not {x.shape}"
-            )
-        if not np.issubdtype(x.dtype, np.floating):
-            raise ValueError(f"queries are {x.dtype}: codes work on floats, so convert them first")
-        # In float32, in which workers run: what is too large for it is infinite.
-        with np.errstate(over="ignore"):
-            x = np.ascontiguousarray(x, np.float32)
-        if not np.isfinite(x).all():
-            finite = np.isfinite(x.reshape(len(x), -1)).all(axis=1)
-            raise ValueError(
-                f"queries {np.flatnonzero(~finite).tolist()} are not finite in float32"
-            )
-        return x
-
     def _cancelled(self, request: Request) -> None:
         if request.future.cancelled():
             self._inbox.put(request)
@@ -240,9 +232,9 @@ class CodedBatcher:
         if not self._coder.guesses:
             return  # nothing is ever decoded
         everyone = np.ones(self._coder.num_workers, bool)
-        zeros = np.zeros((len(everyone), 1, *self._out), np.float32)
+        zeros = self._answers.zeros(len(everyone))[:, None]
         self._rescue.predict(zeros, everyone, self._coder.num_data)
-        self.fidelity.compile(self._out)
+        self.fidelity.compile(self._answers.shape)
 
     def _run(self) -> None:
         try:
@@ -299,7 +291,7 @@ class CodedBatcher:
 
     def _ask(self) -> None:
         """A question of its own, of zeros: so that it is known when workers answer again."""
-        question = Request(np.zeros((1, *self._shape), np.float32), self._out, _QUESTION, True)
+        question = Request(self._queries.zeros(1), self._answers.zeros(1), _QUESTION, True)
         if self._ledger.ask(question):
             self._take_request(question, time.monotonic())
 
@@ -431,8 +423,10 @@ class CodedBatcher:
                 group.linger_until = now + max(1.0, _LINGER * median if median < math.inf else 0)
             if group.linger_until < math.inf:
                 return
-        if group.coder is self._coder and (lesson := group.lesson()) is not None:
-            self._tutor.teach(*lesson)
+        if group.coder is self._coder and self._coder.guesses:
+            lesson = group.lesson()
+            if lesson is not None:
+                self._tutor.teach(*lesson)
         self._sender.end(group)
 
     def _plan(self, group: Group, now: float) -> None:

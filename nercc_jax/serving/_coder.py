@@ -17,11 +17,12 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
 from ..codes import (
     AbstractCode,
     Berrut,
+    Form,
     Matrices,
     NeRCC,
     berrut_matrix,
@@ -29,6 +30,7 @@ from ..codes import (
     encoder_rows,
     known_decoders,
 )
+from ..evaluation import labels_of, same_labels
 from ..pools._inference import encode_on_host, shared_decoder
 from ..splines import smoothing_matrix
 from ._query_doubt import doubt_of, features_of
@@ -62,9 +64,14 @@ class Coder:
     are decoded the better, the more alike those at neighbouring alphas are.
     """
 
-    def __init__(self, code: AbstractCode, models: Sequence[int] = (0,)):
-        """`models` are the pool's for the code's `worker_models`, the served one first."""
-        self.code = code
+    def __init__(
+        self, code: AbstractCode, models: Sequence[int] = (0,), *, form: Form | None = None
+    ):
+        """`models` are the pool's for the code's `worker_models`, the served one first.
+
+        `form`: of what answers are joined, where each part has a label of its own.
+        """
+        self.code, self.form = code, form
         self.num_data, self.num_workers = code.num_data, code.num_workers
         self.kinds = [models[kind] for kind in code.worker_models]
         self._order = _spread(code)
@@ -94,9 +101,9 @@ class Coder:
         return Layout(matrix, place_of, _own(place_of, queries), extras)
 
     def encode(
-        self, x: Float[np.ndarray, "rows queries ..."], points: Int[np.ndarray, " points"]
-    ) -> Float[np.ndarray, "points rows ..."]:
-        """Some coded data points of `rows` groups that share workers."""
+        self, x: Shaped[np.ndarray, "rows queries ..."], points: Int[np.ndarray, " points"]
+    ) -> Shaped[np.ndarray, "points rows ..."]:
+        """Some coded data points of `rows` groups that share workers: of one query each, copies."""
         return encode_on_host(self.layout(x.shape[1]).matrix[points], x)
 
     def decode(
@@ -165,7 +172,19 @@ class Coder:
         y = jnp.where(heard[:, None, None], values, 0).swapaxes(0, 1)
         roughness = jax.vmap(lambda row: self.code.process_variance(row, heard))(y)
         variance = self.code.posterior_variance(heard)
-        return predictions, decoded.recovered[0], *features_of(predictions, roughness, variance)
+        found = features_of(predictions, roughness, variance, self.form)
+        return predictions, decoded.recovered[0], *found
+
+    def same_labels(
+        self, decoded: Float[Array, "*lead m"], own: Float[Array, "*lead m"]
+    ) -> Bool[Array, "*lead"]:
+        """Whether answers have the same label, or all of several; in jit."""
+        axes = decoded.ndim - 1
+
+        def labels(answers: Array) -> PyTree:
+            return labels_of(answers if self.form is None else self.form.split(answers), axes)
+
+        return same_labels(labels(decoded), labels(own), axes)
 
     def places(self, queries: int) -> Int[np.ndarray, " queries"]:
         """Which alphas so many queries stand at."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -68,6 +69,7 @@ class Fidelity:
             few: _Lessons(coder, Rehearsal(coder, few, observe) if observe and few > 1 else None)
             for few in range(1, coder.num_data + 1)
         }
+        self._agree = jax.jit(coder.same_labels)
         self._audits: collections.deque[bool] = collections.deque(maxlen=_AUDITS)
 
     def calibrate(
@@ -119,6 +121,7 @@ class Fidelity:
         blank = _Lessons(self._coder, self._lessons[full].rehearsal)
         blank.add(zeros, zeros[:full])
         blank.foresee(np.ones(self._coder.num_workers, bool))
+        self._agree(zeros[0], zeros[0])
         if blank.rehearsal is not None:
             blank.rehearsal.compile(*blank.groups())
 
@@ -169,7 +172,7 @@ class Fidelity:
 
     def audit(self, decoded: np.ndarray, own: np.ndarray) -> bool:
         """Takes a decoded answer and the model's own that came late; whether the labels agree."""
-        agree = bool(np.argmax(decoded) == np.argmax(own))
+        agree = bool(self._agree(decoded.ravel(), own.ravel()))
         self._audits.append(not agree)
         return agree
 
@@ -183,7 +186,7 @@ class _Lessons:
     """Groups of one size: the last `_GROUPS` of them."""
 
     def __init__(self, coder: Coder, rehearsal: Rehearsal | None):
-        self._code, self.rehearsal = coder.code, rehearsal
+        self._code, self._form, self.rehearsal = coder.code, coder.form, rehearsal
         self.known = 0
         self.doubt = unknown()
         self._due, self._left = _LEAST, 0  # groups at the next doubt, and rehearsals until then
@@ -248,7 +251,7 @@ class _Lessons:
     def foresee(self, mask: np.ndarray) -> None:
         if self._forecast is None or self._fresh >= _GROUPS:
             answers, originals = map(jnp.asarray, self.groups())
-            self._forecast = Forecast(Answers(self._code, answers, originals))
+            self._forecast = Forecast(Answers(self._code, answers, originals, self._form))
             self.forecasts += 1
             self._fresh = 0
         error, disagreement = map(np.asarray, self._forecast.by_place(mask))

@@ -14,6 +14,7 @@ from ._kserve import InferRequest, InferResponse, InvalidInput, ModelNotFound, S
 from ._protocol import (
     VERSION,
     check_outputs,
+    coding,
     demands,
     input_types,
     limits,
@@ -96,7 +97,7 @@ class Plane:
             "platform": "nercc_jax",
             "inputs": input_types(servable),
             "outputs": output_types(servable),
-            "parameters": limits(model.settings),
+            "parameters": limits(model.settings) | coding(model.uncoded),
         }
 
     def configuration(self, model_name: str, version: str = VERSION) -> dict[str, Any]:

@@ -4,10 +4,11 @@ kserve has the messages' types and writes them. Reading REST bodies is done here
 turns each binary number into a Python object, and trusts what it reads.
 """
 
+import math
 import sys
 import uuid
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,13 +28,21 @@ from ._policy import MAX_DEADLINE_S
 from ._request import Reply
 from ._servable import ADDED_OUTPUTS, Servable
 from ._settings import ModelSettings
+from ._signature import Tensor
 
-INPUT = "input"
 VERSION = "1"
 # What the protocol says for a probability or an error that is not known: JSON has no NaN.
 UNKNOWN = -1.0
 
 _MICROSECONDS, _MILLISECONDS = 1e6, 1e3
+
+# By kind of dtype: kinds of what NumPy makes of JSON that will do, and what to call it.
+_IN_JSON = {
+    "f": ("fiu", "numbers"),
+    "i": ("iu", "whole numbers"),
+    "u": ("iu", "whole numbers"),
+    "b": ("b", "booleans"),
+}
 
 
 class TooLarge(Exception):
@@ -154,43 +163,58 @@ def read_request(body: bytes, json_length: str | None, model: str) -> InferReque
     )
 
 
-def queries_of(request: InferRequest, servable: Servable, most: int = sys.maxsize) -> np.ndarray:
-    """The request's queries, (B, *shape) in float32.
+def queries_of(
+    request: InferRequest, servable: Servable, most: int = sys.maxsize
+) -> np.ndarray | dict[str, np.ndarray]:
+    """The request's queries: (B, *shape), or such by name where the model takes a dict of arrays.
 
-    Raises: InvalidInput for anything but one tensor of the name, type and shape that the metadata
+    Raises: InvalidInput for anything but tensors of the names, types and shapes that the metadata
     says; `TooLarge` where B is more than `most`, for which there would never be room.
     """
-    wanted = f"one input {INPUT!r}, FP32, of shape {list_shape(servable.shape)}"
-    if len(request.inputs) != 1 or request.inputs[0].name != INPUT:
-        names = [each.name for each in request.inputs]
-        raise InvalidInput(f"{servable.name} takes {wanted}, not inputs {names}")
-    given = request.inputs[0]
-    shape = tuple(given.shape)
-    if given.datatype != "FP32":
-        raise InvalidInput(f"{servable.name} takes {wanted}, not {given.datatype}")
-    if len(shape) != len(servable.shape) + 1 or shape[1:] != servable.shape or shape[0] < 1:
-        raise InvalidInput(f"{servable.name} takes {wanted}, not of shape {list(shape)}")
-    if shape[0] > most:
+    inputs = servable.inputs
+    given = {each.name: each for each in request.inputs}
+    try:
+        inputs.check_names([each.name for each in request.inputs])
+        arrays = {each.name: _read_tensor(given[each.name], each) for each in inputs.parts}
+        inputs.check_sizes(arrays)
+    except ValueError as error:
+        raise InvalidInput(str(error)) from error
+    some = arrays[inputs.parts[0].name]
+    if len(some) > most:
         raise TooLarge(
-            f"{shape[0]} queries in one request; the queue of {servable.name} holds {most}"
+            f"{len(some)} queries in one request; the queue of {servable.name} holds {most}"
         )
+    return some if inputs.alone else arrays
+
+
+def _read_tensor(given: InferInput, wanted: Tensor) -> np.ndarray:
+    """Raises: ValueError where it is another."""
+    shape, dtype = tuple(given.shape), wanted.sent
+    if given.datatype != wanted.datatype:
+        raise ValueError(f"the model takes {wanted}, not {given.datatype}")
+    if len(shape) != len(wanted.shape) + 1 or shape[1:] != wanted.shape or shape[0] < 1:
+        raise ValueError(f"the model takes {wanted}, not of shape {list(shape)}")
     if given._raw_data is not None:
-        if len(given._raw_data) != 4 * np.prod(shape, dtype=object):
-            raise InvalidInput(
-                f"shape {list(shape)} takes {4 * np.prod(shape, dtype=object)} bytes of FP32, but "
-                f"{len(given._raw_data)} came"
+        size = dtype.itemsize * math.prod(shape)
+        if len(given._raw_data) != size:
+            raise ValueError(
+                f"shape {list(shape)} takes {size} bytes of {wanted.datatype}, but "
+                f"{len(given._raw_data)} came for {wanted.name!r}"
             )
-        return np.frombuffer(given._raw_data, "<f4").reshape(shape)
+        array = np.frombuffer(given._raw_data, np.uint8 if dtype.kind == "b" else dtype)
+        return (array != 0 if dtype.kind == "b" else array).reshape(shape)
     try:
         # Nulls would become NaN, strings and booleans numbers.
         numbers = np.array(given.data)
-        if numbers.dtype.kind not in "fiu":
-            raise ValueError("not all of it are numbers")
+        kinds, what = _IN_JSON[dtype.kind]
+        if numbers.dtype.kind not in kinds:
+            raise ValueError(f"not all of it are {what}")
         with np.errstate(over="ignore"):
-            return numbers.astype(np.float32).reshape(shape)
+            # What does not fit into integers is refused with the names of the queries, later.
+            return (numbers.astype(dtype) if dtype.kind == "f" else numbers).reshape(shape)
     except (ValueError, OverflowError, TypeError) as error:
-        raise InvalidInput(
-            f"the data do not make a tensor of shape {list(shape)}: {error}"
+        raise ValueError(
+            f"the data of {wanted.name!r} do not make a tensor of shape {list(shape)}: {error}"
         ) from error
 
 
@@ -224,8 +248,11 @@ def response_of(reply: Reply, request: InferRequest, servable: Servable) -> Infe
 
     Raises: InvalidInput where an output is asked for that there is not; see `check_outputs`.
     """
+    values = reply.values
+    if servable.outputs.alone:
+        values = {servable.outputs.parts[0].name: values}
     tensors = {
-        servable.output_name: ("FP32", reply.values),
+        **{part.name: (part.datatype, values[part.name]) for part in servable.outputs.parts},
         "exact": ("BOOL", reply.exact),
         "expected_disagreement": ("FP32", _known(reply.expected_disagreement)),
         "expected_error": ("FP32", _known(reply.expected_error)),
@@ -276,15 +303,18 @@ def check_outputs(request: InferRequest, servable: Servable) -> None:
 
 
 def input_types(servable: Servable) -> list[dict[str, Any]]:
-    return [{"name": INPUT, "datatype": "FP32", "shape": list_shape(servable.shape)}]
+    return _types(servable.inputs.parts)
 
 
 def output_types(servable: Servable) -> list[dict[str, Any]]:
-    types = dict.fromkeys(ADDED_OUTPUTS, ("FP32", [-1])) | {"exact": ("BOOL", [-1])}
-    types = {servable.output_name: ("FP32", list_shape(servable.outputs))} | types
+    added = (Tensor(name, "BOOL" if name == "exact" else "FP32", ()) for name in ADDED_OUTPUTS)
+    return _types((*servable.outputs.parts, *added))
+
+
+def _types(tensors: Iterable[Tensor]) -> list[dict[str, Any]]:
     return [
-        {"name": name, "datatype": datatype, "shape": shape}
-        for name, (datatype, shape) in types.items()
+        {"name": each.name, "datatype": each.datatype, "shape": each.batch_shape}
+        for each in tensors
     ]
 
 
@@ -297,8 +327,11 @@ def limits(settings: ModelSettings) -> dict[str, int | float]:
     }
 
 
-def list_shape(shape: tuple[int, ...]) -> list[int]:
-    return [-1, *shape]
+def coding(uncoded: str | None) -> dict[str, bool | str]:
+    """Whether queries are coded, and if not, why: the metadata's parameters."""
+    if uncoded is None:
+        return {"nercc_coded": True}
+    return {"nercc_coded": False, "nercc_uncoded": uncoded}
 
 
 def write_response(response: InferResponse) -> tuple[bytes, Mapping[str, str]]:

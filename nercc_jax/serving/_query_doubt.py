@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 from scipy.special import expit
 
+from ..codes import Form
 from ..surrogates import logistic_regression, margin
 
 FEATURES = 5
@@ -73,16 +74,18 @@ def features_of(
     predictions: Float[Array, "rows num_data m"],
     roughness: Float[Array, " rows"],
     variance: Float[Array, " num_data"],
+    form: Form | None = None,
 ) -> tuple[Float[Array, "rows num_data features"], Bool[Array, "rows num_data"]]:
     """What the regression looks at, and where that tells anything.
 
-    One answer tells nothing, and two no roughness, which is a feature of its own.
+    One answer tells nothing, and two no roughness, which is a feature of its own. Of predictions
+    with several labels (`form`) the least sure one tells.
     """
     told = jnp.isfinite(predictions).all(axis=-1) & jnp.isfinite(variance)
     rough = jnp.isfinite(roughness) & (roughness > 0)
     features = [
         jnp.ones(()),
-        jnp.log(margin(jnp.where(told[..., None], predictions, 0)) + _TINY),
+        jnp.log(margin(jnp.where(told[..., None], predictions, 0), form) + _TINY),
         jnp.log(jnp.where(rough, roughness, 1))[:, None] / 2,
         jnp.log(jnp.where(told, variance, 1) + _TINY) / 2,
         ~rough[:, None],

@@ -88,7 +88,6 @@ def make_observer(coder: Coder) -> Callable[..., tuple[np.ndarray, ...]]:
     @jax.jit
     def observe(answers, originals, mask):
         predictions, _, features, told = coder.judge(jnp.swapaxes(answers, 0, 1), mask)
-        wrong = jnp.argmax(predictions, axis=-1) != jnp.argmax(originals, axis=-1)
-        return features, told, wrong
+        return features, told, ~coder.same_labels(predictions, originals)
 
     return lambda *arguments: tuple(np.asarray(each) for each in observe(*arguments))

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, PyTree, Shaped
 
 from ._record import Record
 
@@ -39,10 +39,11 @@ class Reply:
     the mean over calibration data decoded from the same workers. `expected_error` is the root of
     the mean squared distance to the model's answer, in units of its outputs, always such a mean.
     They are 0 for exact answers and NaN where nothing is known yet. `queued` and `seconds` are how
-    long the first query waited to be sent, and how long the request took.
+    long the first query waited to be sent, and how long the request took. `values` are an array, or
+    a dict of such from a model that returns several.
     """
 
-    values: Float[np.ndarray, "batch ..."]
+    values: PyTree[Shaped[np.ndarray, "batch ..."]]
     exact: Bool[np.ndarray, " batch"]
     reexecuted: Bool[np.ndarray, " batch"]
     asked: Int[np.ndarray, " batch"]
@@ -71,11 +72,12 @@ class Request:
     def __init__(
         self,
         x: np.ndarray,
-        out: tuple[int, ...],
+        values: np.ndarray,
         deadline: float,
         exact: bool,
         record: Record | None = None,
     ):
+        """`values` are filled in as queries are answered."""
         size = len(x)
         self.record = record
         self.future: concurrent.futures.Future[Reply] = concurrent.futures.Future()
@@ -86,7 +88,7 @@ class Request:
         self.queued = False
         self.queries = [Query(self, place, row) for place, row in enumerate(x)]
         self._left = size
-        self._values = np.zeros((size, *out), np.float32)
+        self._values = values
         self._exact = np.ones(size, bool)
         self._again = np.zeros(size, bool)
         self._asked = np.zeros(size, int)

@@ -103,7 +103,7 @@ class _Error(BaseModel):
 
 
 class _ModelMetadata(bodies.ModelMetadataResponse):
-    parameters: dict[str, float]
+    parameters: dict[str, bool | float | str]
 
 
 _PATHS = ("/v2/models/{model_name}", "/v2/models/{model_name}/versions/{version}")

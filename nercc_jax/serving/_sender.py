@@ -40,12 +40,15 @@ class Sender:
         policy: BatchingPolicy,
         fidelity: Fidelity,
         enough: int,
+        floats: bool,
         overdue: Overdue,
         answer_time: Callable[[], float],
         observe: Callable[[Any, float], Any],
         tell: Callable[[Group], None],
     ):
-        """`enough`: answers of a group that will do. `overdue`: when a copy is sent.
+        """`enough`: answers of a group that will do. `floats`: they are.
+
+        `overdue`: when a copy is sent.
 
         `answer_time()`: seconds that an answer takes, inf if not known. `tell(group)` is called,
         from any thread, when something happens to a group.
@@ -54,7 +57,7 @@ class Sender:
         self._policy, self._fidelity, self._enough = policy, fidelity, enough
         self._answer_time, self._observe, self._tell = answer_time, observe, tell
         self.alone = Coder(Uncoded(1), (coder.kinds[0],))
-        self._overdue = overdue
+        self._overdue, self._floats = overdue, floats
         self.filling: Group | None = None
         self.groups: set[Group] = set()
         self.taken: list[Query] = []
@@ -161,6 +164,7 @@ class Sender:
             copies=self._policy.copies if coder is self.alone else 1,
             on_change=lambda batch: self._tell(group),
             overdue=self._overdue,
+            floats=self._floats,
         )
         self.groups.add(group)
         return group

@@ -1,80 +1,145 @@
-"""A model as a server has it: a callable on a batch, its shapes, and what they are called."""
+"""A model as a server has it: a callable on a batch, its tensors, and what they are called."""
 
 import dataclasses
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ..inference import Model, call_model, check_model
+from ._signature import DTYPES, FLOAT, RowModel, Tensor, Tensors
 
+# What the only input of a model is called.
+INPUT = "input"
 # The names that the protocol gives to what a server adds to the model's own output.
 ADDED_OUTPUTS = ("exact", "expected_disagreement", "expected_error")
+
+# Of one query; by name where the model takes a dict of arrays.
+Shapes = Sequence[int] | Mapping[str, Sequence[int]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Servable:
-    """What is served under a name.
+    """What is served under a name; `make_servable` makes it.
 
-    `model` maps (B, *shape) to (B, *outputs), both float32. `calibration` are unlabelled inputs
-    (points, *shape) for the error estimate, or None: then it is learnt from what is served.
+    `model` maps rows of its inputs, (B, ...), to rows of its outputs (see `_signature.py`).
+    `calibration` are such rows of unlabelled inputs for the error estimate, or None: then it is
+    learnt from what is served.
     """
 
     name: str
     model: Model
-    shape: tuple[int, ...]
-    outputs: tuple[int, ...]
-    output_name: str = "output"
+    inputs: Tensors
+    outputs: Tensors
     calibration: np.ndarray | None = None
 
     def __post_init__(self):
         if not self.name or "/" in self.name:
             raise ValueError(f"a model's name is not empty and has no slash, not {self.name!r}")
-        if self.output_name in ADDED_OUTPUTS:
-            raise ValueError(f"an output cannot be called {self.output_name!r}: the server's is")
-        calibration = self.calibration
-        if calibration is not None and calibration.shape[1:] != self.shape:
-            raise ValueError(
-                f"{self.name}: calibration data has shape {calibration.shape}, but the model takes "
-                f"(points, {', '.join(map(str, self.shape))})"
-            )
+        names = self.outputs.names
+        for name in names:
+            if not name or name in ADDED_OUTPUTS:
+                raise ValueError(f"an output cannot be called {name!r}: the server's is")
+        if len(set(names)) < len(names):
+            raise ValueError(f"{self.name}: outputs must have different names, not {names}")
+
+    @property
+    def uncodable(self) -> str | None:
+        """Why no code can be used, if so: it is served with everything else."""
+        for what, tensors in (("input", self.inputs), ("output", self.outputs)):
+            if tensors.uncodable is not None:
+                return f"{what} {tensors.uncodable}"
+        return None
 
 
 def make_servable(
     name: str,
     model: Model,
-    shape: Sequence[int],
+    shape: Shapes,
     *,
+    datatype: str | Mapping[str, str] = FLOAT,
     output_name: str = "output",
-    calibration: np.ndarray | None = None,
+    calibration: np.ndarray | Mapping[str, np.ndarray] | None = None,
 ) -> Servable:
-    """Traces the model on one query's shape to learn that of its answer.
+    """Traces the model on one query to learn what its answer is.
 
-    Raises: ValueError where it does not run on it, or returns no float32 array with an axis B, or
-    is in training mode.
+    `shape` is that of one query. A model of several inputs takes a dict of arrays: then it is a
+    dict of shapes, and so may be `datatype`, the protocol's words ("FP32", "INT64", ...).
+    `calibration` is an array (points, *shape), or a dict of such.
+
+    A model that returns one array has one output, `output_name`. Of a dict of arrays, or a tuple
+    with named fields, each is an output of its name; of any other tuple they are `output_name` with
+    their places, `output_0`, `output_1`; of what is nested, the names with dots between.
+
+    Raises: ValueError where it does not run on it, or returns anything but float32, integers and
+    booleans with an axis B, or is in training mode; where `datatype` or `calibration` do not fit.
     """
     check_model(model)
-    batch = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    inputs = _inputs(name, shape, datatype)
+    batch = _example(inputs)
     try:
         answer: Any = eqx.filter_eval_shape(lambda x: call_model(model, x), batch)
     except Exception as error:
         first = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(
-            f"{name} does not run on a batch of shape {batch.shape} (float32): {first}"
-        ) from error
-    answer_shape = getattr(answer, "shape", None)
-    if not answer_shape or answer_shape[0] != 1 or answer.dtype != jnp.float32:
-        raise ValueError(
-            f"{name} must map a batch (B, {', '.join(map(str, shape))}) to a float32 array "
-            f"(B, ...); for B = 1 it returned {answer}"
-        )
-    return Servable(name, model, tuple(shape), answer_shape[1:], output_name, calibration)
+        raise ValueError(f"{name} does not run on a batch of {inputs}: {first}") from error
+    outputs = _outputs(name, answer, output_name)
+    if not (inputs.alone and outputs.alone):
+        model = RowModel(model, inputs, outputs)
+    try:
+        rows = None if calibration is None else inputs.pack(calibration)
+    except ValueError as error:
+        raise ValueError(f"{name}: calibration data do not fit: {error}") from error
+    return Servable(name, model, inputs, outputs, rows)
+
+
+def _inputs(name: str, shape: Shapes, datatype: str | Mapping[str, str]) -> Tensors:
+    alone = not isinstance(shape, Mapping)
+    shapes: Mapping[str, Sequence[int]] = {INPUT: shape} if alone else shape  # pyright: ignore
+    words = dict.fromkeys(shapes, datatype) if isinstance(datatype, str) else datatype
+    unknown = [each for each in words if each not in shapes]
+    if unknown or not shapes:
+        raise ValueError(f"{name}: inputs {list(shapes)} have shapes, but {unknown} have none")
+    try:
+        parts = (Tensor(n, words.get(n, FLOAT), tuple(each)) for n, each in shapes.items())
+        return Tensors(tuple(parts), alone)
+    except ValueError as error:
+        raise ValueError(f"{name}: input {error}") from error
+
+
+def _example(inputs: Tensors) -> Any:
+    """One query, of shapes only."""
+    each = {p.name: jax.ShapeDtypeStruct((1, *p.shape), p.dtype) for p in inputs.parts}
+    return each[INPUT] if inputs.alone else each
+
+
+def _outputs(name: str, answer: Any, output_name: str) -> Tensors:
+    words = {dtype: word for word, dtype in DTYPES.items()}
+    found = jax.tree_util.tree_flatten_with_path(answer)[0]
+    parts = []
+    for path, leaf in found:
+        shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
+        called = _name_of(path, output_name)
+        if not shape or shape[0] != 1 or dtype not in words:
+            raise ValueError(
+                f"{name} must map a batch of B queries to arrays (B, ...) of float32, integers or "
+                f"booleans; for B = 1, {called!r} was {leaf}"
+            )
+        parts.append(Tensor(called, words[np.dtype(dtype)], shape[1:]))
+    if not parts:
+        raise ValueError(f"{name} must map a batch to arrays; it returned {answer}")
+    return Tensors(tuple(parts), alone=not found[0][0])
+
+
+def _name_of(path: tuple[Any, ...], output_name: str) -> str:
+    if not path:
+        return output_name
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    return f"{output_name}_{name}" if isinstance(path[0], jax.tree_util.SequenceKey) else name
 
 
 def load_callable(spec: str, weights: Path | None) -> Callable[..., Any]:

@@ -4,10 +4,11 @@ import asyncio
 import dataclasses
 import logging
 import time
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Shaped
 
 from ..codes import AbstractCode
 from ..pools import AbstractPool, DevicePool, Faults, Overdue, PoolReport, RayPool
@@ -29,20 +30,30 @@ _MOST_AGAIN = 0.9
 
 
 class ServedModel:
-    """Takes queries, and answers them; the faces know the protocol."""
+    """Takes queries, and answers them; the faces know the protocol.
+
+    `uncoded`: why nothing is coded, if so.
+    """
+
+    uncoded: str | None = None
 
     def __init__(
         self, servable: Servable, code: AbstractCode, settings: ModelSettings, meters: Meters
     ):
         """Starts the workers and compiles everything, so that no request waits for the compiler.
 
-        Raises: ValueError where calibration shows that the code cannot keep `max_disagreement`;
-        RuntimeError where the workers do not start.
+        Raises: ValueError for a code where nothing can be coded (`Servable.uncodable`), or where
+        calibration shows that it cannot keep `max_disagreement`; RuntimeError where the workers do
+        not start.
         """
         policy = settings.policy()
+        if code.num_data == 1:
+            self.uncoded = servable.uncodable or f"it is served by {type(code).__name__}"
+        elif servable.uncodable is not None:
+            raise ValueError(f"{type(code).__name__} for {servable.name}: {servable.uncodable}")
         self.servable, self.settings = servable, settings
         begin = time.monotonic()
-        self._coder = Coder(code)
+        self._coder = Coder(code, form=servable.outputs.form)
         fidelity = Fidelity(self._coder)
         if servable.calibration is not None and self._coder.guesses:
             with phase("calibrating", servable.name):
@@ -57,8 +68,9 @@ class ServedModel:
             self._batcher = CodedBatcher(
                 self.pool,
                 self._coder,
-                servable.shape,
-                servable.outputs,
+                servable.inputs.shape,
+                servable.outputs.shape,
+                dtypes=(servable.inputs.dtype, servable.outputs.dtype),
                 policy=policy,
                 fidelity=fidelity,
                 observe=self.meter.observe,
@@ -71,6 +83,7 @@ class ServedModel:
                 "code": type(code).__name__,
                 "num_data": code.num_data,
                 "num_workers": code.num_workers,
+                "uncoded": self.uncoded,
                 "pool": settings.pool,
                 "workers": self.pool.num_workers,
                 "seconds": round(time.monotonic() - begin, 3),
@@ -79,17 +92,25 @@ class ServedModel:
 
     async def infer(
         self,
-        queries: Float[np.ndarray, "batch ..."],
+        queries: Shaped[np.ndarray, "batch ..."] | Mapping[str, Shaped[np.ndarray, "batch ..."]],
         *,
         deadline: float | None = None,
         exact: bool = False,
     ) -> Reply:
-        """Answers queries: arguments and errors are those of `CodedBatcher.submit`.
+        """Answers queries: an array, or such by name where the model takes a dict of arrays.
 
-        Cancelling it drops what has not been sent.
+        The reply's values are an array or a dict of such, as the model returns. Other arguments,
+        and errors, are those of `CodedBatcher.submit`. Cancelling it drops what has not been sent.
         """
+        inputs, outputs = self.servable.inputs, self.servable.outputs
+        # Of one array of floats the batcher itself says what does not fit.
+        if isinstance(queries, Mapping) or not inputs.plain:
+            queries = inputs.pack(queries)
         future = self._batcher.submit(queries, deadline=deadline, exact=exact, record=current.get())
-        return await asyncio.wrap_future(future)
+        reply = await asyncio.wrap_future(future)
+        if outputs.alone:
+            return reply
+        return dataclasses.replace(reply, values=outputs.named(reply.values))
 
     def count(self, refusal: Literal["request_invalid", "request_overloaded"]) -> None:
         """Counts a request that was refused, here or where it was read."""
@@ -115,6 +136,8 @@ class ServedModel:
             hints.append(
                 "the pool is saturated: queries wait for a worker, none is spare for codes"
             )
+        if self.servable.uncodable is not None:
+            hints.append(f"nothing is coded: {self.servable.uncodable}")
         if workers < coder.num_workers:
             hints.append(f"{workers} workers for {coder.num_workers} coded data points of a group")
         return hints
@@ -158,9 +181,10 @@ class ServedModel:
 
 
 def _open_pool(servable: Servable, settings: ModelSettings) -> AbstractPool:
+    inputs = servable.inputs
     options: Any = {
         "example": [
-            np.zeros((size, *servable.shape), np.float32) for size in settings.policy().batch_sizes
+            np.zeros((size, *inputs.shape), inputs.dtype) for size in settings.policy().batch_sizes
         ],
         "worker_dtype": settings.worker_dtype,
         "faults": Faults.on_trial(

@@ -36,6 +36,42 @@ from ._policy import MAX_DEADLINE_S, BatchingPolicy
 _POLICY = BatchingPolicy()
 
 
+def _shape(value: Any) -> Any:
+    """Of one input, or of several by name: 28,28,1, or image=28,28,1,meta=4 where it is text."""
+    if isinstance(value, str):
+        value = _by_name(value)
+    if isinstance(value, Mapping):
+        return {name: _axes(each) for name, each in value.items()}
+    return None if value is None else _axes(value or None)
+
+
+def _axes(value: Any) -> tuple[int, ...]:
+    texts = [str(each).strip() for each in value] if isinstance(value, list | tuple) else [""]
+    if not all(text.isdecimal() and int(text) for text in texts):
+        raise ValueError(f"positive numbers with commas are needed, 28,28,1, not {value!r}")
+    return tuple(map(int, texts))
+
+
+def _datatype(value: Any) -> Any:
+    """Of all inputs, or of some by name: INT64, or ids=INT64,mask=BOOL where it is text."""
+    if not isinstance(value, str) or "=" not in value:
+        return value
+    return {name: "".join(each) for name, each in _by_name(value).items()}
+
+
+def _by_name(text: str) -> Any:
+    """What stands between commas, by the names before it, if there are any."""
+    found: dict[str, list[str]] = {}
+    name = ""
+    for part in text.split(","):
+        before, equals, after = part.rpartition("=")
+        name = before.strip() if equals else name
+        found.setdefault(name, []).extend([after.strip()] if after.strip() or not equals else [])
+    if len(found) > 1 and "" in found:
+        raise ValueError(f"all inputs are named, or none is, not {text!r}")
+    return found.get("", found)
+
+
 class ModelSettings(BaseModel):
     """One model: what it is, how it is coded, and who runs it. Unset: `defaults`, or as here."""
 
@@ -49,19 +85,33 @@ class ModelSettings(BaseModel):
     weights: Path | None = Field(
         default=None, description="Given to module:function, which makes a model."
     )
-    input_shape: tuple[int, ...] | None = Field(
-        default=None, description="Of one query, without the batch."
+    input_shape: Annotated[
+        tuple[int, ...] | dict[str, tuple[int, ...]] | None, BeforeValidator(_shape)
+    ] = Field(
+        default=None,
+        description="Of one query of module:function, without the batch: 28,28,1; by name where it "
+        "takes a dict: image=28,28,1,meta=4.",
     )
-    output_name: str | None = None
+    input_datatype: Annotated[str | dict[str, str] | None, BeforeValidator(_datatype)] = Field(
+        default=None,
+        description="FP32 unless set: INT64, or by name, ids=INT64,mask=BOOL. Others than FP32 are "
+        "served uncoded.",
+    )
+    output_name: str | None = Field(
+        default=None, description="Of the only output; of several without names, before places."
+    )
     outputs: Literal["logits", "probabilities"] = Field(
         default="logits", description="Of a shipped model."
     )
     calibration: Path | None = Field(
         default=None,
-        description="Unlabelled inputs as .npy, (points, *input_shape), for error estimates.",
+        description="Unlabelled inputs for error estimates: .npy, (points, *input_shape), or .npz "
+        "by name.",
     )
 
-    scheme: Literal["nercc", "berrut", "replication", "uncoded"] = "nercc"
+    scheme: Literal["nercc", "berrut", "replication", "uncoded"] | None = Field(
+        default=None, description="nercc unless set, and uncoded for what cannot be coded."
+    )
     num_data: int = Field(default=4, ge=1, description="K.")
     num_workers: int = Field(default=8, ge=1, description="N.")
     points: Literal["interleaved", "repeated", "chebyshev", "uniform"] = "interleaved"

@@ -12,7 +12,7 @@ CODE = NeRCC(4, 8, points="interleaved", lambda_dec=0.0)
 
 
 def queries(x):
-    return Request(np.asarray(x, np.float32), (2,), 1.0, False).queries
+    return Request(np.asarray(x, np.float32), np.zeros((len(x), 2)), 1.0, False).queries
 
 
 def arranger(code=CODE, shape=(3,), rows=4):

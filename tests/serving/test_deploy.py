@@ -110,7 +110,8 @@ def test_server_toml_shows_every_setting_with_its_default():
     assert keys == ModelSettings.model_fields.keys()
     assert every.keys() == ServerSettings.model_fields.keys()
     assert server.models[1].input_shape == (28, 28, 1)
-    assert len(server.resolved()) == 2
+    assert server.models[2].input_shape == {"ids": (128,), "image": (28, 28, 1)}
+    assert len(server.resolved()) == 3
 
 
 # The container

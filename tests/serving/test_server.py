@@ -215,6 +215,8 @@ def test_metadata_of_a_model(server, stub, version):
         "nercc_max_queries": 1024,
         "nercc_deadline_ms": 10_000,
         "nercc_max_deadline_ms": 3_600_000,
+        "nercc_coded": False,
+        "nercc_uncoded": "it is served by Uncoded",
     }
     asked = {"name": "own.from_weights", "version": version}
     by_grpc = stub.ModelMetadata(messages.ModelMetadataRequest(**asked))

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 require("pydantic_settings", "serve")
 require("nercc_jax.serving._kserve", "serve")
 
+from nercc_jax import NeRCC, save_code
 from nercc_jax.cli import _serve, _serving_models
 from nercc_jax.cli._app import app
 from nercc_jax.serving._settings import ModelSettings, ServerSettings, read_settings
@@ -48,6 +49,7 @@ MODEL = {
     "name": "mine",
     "weights": "weights.npy",
     "input_shape": [2, 3],
+    "input_datatype": "INT64",
     "output_name": "scores",
     "outputs": "probabilities",
     "calibration": "points.npy",
@@ -412,8 +414,14 @@ OWN = ("--model", "own:double", "--input-shape", "4")
         (("--num-data", "0"), "num_data: input should be greater than or equal to 1, not 0"),
         (("--deadline-s", "-1"), "deadline_s: input should be greater than 0, not -1"),
         (("--deadline-s", "9e14"), "deadline_s: input should be less than or equal to 3600"),
-        (("--input-shape", "4,x"), "--input-shape is positive numbers with commas"),
-        (("--input-shape", "0"), "--input-shape is positive numbers with commas"),
+        (("--input-shape", "4,x"), "input_shape: positive numbers with commas are needed"),
+        (("--input-shape", "0"), "input_shape: positive numbers with commas are needed"),
+        (("--input-shape", "a=4,b=x"), "input_shape: positive numbers with commas are needed"),
+        (("--input-shape", "4,b=4"), "input_shape: all inputs are named, or none is, not '4,b=4'"),
+        ((*OWN, "--input-datatype", "BYTES"), "input 'input' cannot be BYTES: JAX, which runs mod"),
+        ((*OWN, "--input-datatype", "ids=INT64"), "inputs ['input'] have shapes, but ['ids'] have"),
+        ((*OWN, "--input-datatype", "INT64", "--scheme", "nercc"), "cannot have scheme 'nercc'"),
+        ((*OWN, "--input-datatype", "INT8", "--code", "code.json"), "cannot have code code.json"),
         (("--model", "nothing"), "no model 'nothing'"),
         (("--max-json-bytes", "0"), "max_json_bytes: input should be greater than 0, not 0"),
         (("--model", "own:"), "named module:function, not 'own:'"),
@@ -422,11 +430,15 @@ OWN = ("--model", "own:double", "--input-shape", "4")
         (("--model", "own:double"), "say the shape of one query with --input-shape"),
         (("--model", "own:constant", "--input-shape", "4"), "is a int, not a callable"),
         (("--model", "own:double", "--input-shape", "5"), "own.double does not run on a batch"),
-        (("--model", "own:twice", "--input-shape", "4"), "must map a batch (B, 4) to a float32"),
+        (
+            ("--model", "own:twice", "--input-shape", "4"),
+            "'output' was ShapeDtypeStruct",
+        ),
         ((*OWN, "--weights", "nothing.npy"), "there are no weights at nothing.npy"),
         ((*OWN, "--calibration", "nothing.npy"), "nothing.npy"),
         ((*OWN, "--calibration", "words.txt"), "words.txt is no array of numbers"),
-        ((*OWN, "--calibration", "flat.npy"), "calibration data has shape (5,), but the model"),
+        ((*OWN, "--calibration", "flat.npy"), "calibration data do not fit: the model takes"),
+        ((*OWN, "--calibration", "one.npz"), "of shape [-1, 4], not arrays by name ['x']"),
         ((*OWN, "--code", "nothing.json"), "nothing.json"),
         ((*OWN, "--code", "words.txt"), "words.txt"),
         ((*OWN, "--num-data", "8", "--num-workers", "4"), "need at least 8 workers, not 4"),
@@ -434,10 +446,50 @@ OWN = ("--model", "own:double", "--input-shape", "4")
 )
 def test_arguments_that_are_wrong_are_told_in_one_sentence(arguments, message, monkeypatch):
     Path("words.txt").write_text("words")
-    Path("own.py").write_text(MODELS + "\n\ndef twice(x):\n    return x, x\n")
+    Path("own.py").write_text(MODELS + "\n\ndef twice(x):\n    return x.astype('float16')\n")
     monkeypatch.delitem(__import__("sys").modules, "own", raising=False)
     save(flat=np.zeros(5))
+    np.savez("one.npz", x=np.zeros((5, 4)))
+    save_code("code.json", NeRCC(2, 4))
     refused(message, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "table", "expected"),
+    [
+        ("28,28,1", [28, 28, 1], (28, 28, 1)),
+        ("a=28, 28,b=4", {"a": [28, 28], "b": [4]}, {"a": (28, 28), "b": (4,)}),
+        ("age=,meta=4", {"age": [], "meta": [4]}, {"age": (), "meta": (4,)}),
+    ],
+)
+def test_shapes_by_name(text, table, expected, monkeypatch):
+    for told in (text, table):
+        assert ModelSettings(input_shape=told).input_shape == expected
+    assert read_settings(write(defaults={"input_shape": table})).defaults.input_shape == expected
+    monkeypatch.setenv("NERCC_DEFAULTS__INPUT_SHAPE", text)
+    assert read_settings(None).defaults.input_shape == expected
+
+
+def test_datatypes_by_name():
+    told = ModelSettings(input_datatype="ids=INT64,mask=BOOL").input_datatype
+    assert told == {"ids": "INT64", "mask": "BOOL"}
+
+
+@pytest.mark.parametrize(
+    ("told", "code"),
+    [
+        ({}, "Uncoded"),
+        ({"scheme": "uncoded"}, "Uncoded"),
+        ({"scheme": "replication"}, "Replication"),
+        ({"input_datatype": None}, "NeRCC"),
+    ],
+)
+def test_what_cannot_be_coded_is_served_uncoded_unless_it_was_asked_for(told, code):
+    told = {"model": "own:double", "input_shape": "4", "input_datatype": "INT64", **told}
+    settings = ModelSettings(**told)
+    servable = _serving_models.servable_of(settings)
+    fitting = _serving_models.fitting_code(_serving_models.code_of(settings), settings, servable)
+    assert type(fitting).__name__ == code
 
 
 @pytest.mark.parametrize(("face", "log"), [("HTTP", "text"), ("GRPC", "json")])
