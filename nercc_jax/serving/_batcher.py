@@ -141,12 +141,14 @@ class CodedBatcher:
         *,
         deadline: float | None = None,
         exact: bool = False,
+        high: bool = False,
         record: Record | None = None,
     ) -> concurrent.futures.Future[Reply]:
         """Takes B queries, and comes back at once; the future has the `Reply`, or says why not.
 
         `deadline` is in seconds from now. `exact`: the model's own answers only, hedged if a worker
-        straggles. `record`: of what becomes of it. Cancelling the future drops what is not sent.
+        straggles. `high`: of high priority, ahead of ordinary queries (`priority_lead_s`).
+        `record`: of what becomes of it. Cancelling the future drops what is not sent.
 
         Raises: ValueError where x is not B finite queries, or the deadline is not positive or more
         than an hour; `QueueFull` and `ServerClosing`; `InferenceFailed` once the batcher is broken.
@@ -159,8 +161,11 @@ class CodedBatcher:
                 f"a deadline is a positive number of seconds, {MAX_DEADLINE_S:g} at most, not "
                 f"{deadline:g}"
             )
-        request = Request(x, self._answers.zeros(len(x)), deadline, exact, record)
+        lead = self.policy.priority_lead_s if high else 0.0
+        request = Request(x, self._answers.zeros(len(x)), deadline, exact, lead, record)
         self._ledger.accept(request)
+        if high:
+            self._observe("high_priority", len(x))
         request.future.add_done_callback(lambda future: self._cancelled(request))
         self._inbox.put(request)
         return request.future

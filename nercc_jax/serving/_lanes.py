@@ -2,15 +2,64 @@
 
 import collections
 import threading
-from typing import TypeAlias
+from collections.abc import Iterable
 
 from ._request import Query, Request
 
-Lane: TypeAlias = collections.deque[Query]
+
+class Lane:
+    """Queries by turn: when their requests came, those of high priority earlier by their lead.
+
+    So one of high priority goes ahead of the ordinary ones that came at most the lead before it,
+    and an ordinary one waits for no others than those that come within the lead after it: it cannot
+    starve.
+    """
+
+    def __init__(self):
+        self._high: collections.deque[Query] = collections.deque()
+        self._ordinary: collections.deque[Query] = collections.deque()
+
+    def __len__(self) -> int:
+        return len(self._high) + len(self._ordinary)
+
+    def _next(self) -> collections.deque[Query]:
+        """The one that has the first query; each is in the order of its turns by itself."""
+        high, ordinary = self._high, self._ordinary
+        if high and ordinary:
+            return min(ordinary, high, key=lambda queries: queries[0].request.turn)
+        return high or ordinary
+
+    @property
+    def first(self) -> Query:
+        return self._next()[0]
+
+    @property
+    def since(self) -> float:
+        """When the request came that has waited longest."""
+        return min(
+            queries[0].request.arrived for queries in (self._high, self._ordinary) if queries
+        )
+
+    def put(self, request: Request) -> None:
+        (self._high if request.high else self._ordinary).extend(request.queries)
+
+    def put_first(self, queries: Iterable[Query]) -> None:
+        """Ahead of all, whatever their turn."""
+        self._ordinary.extendleft(reversed([*queries]))
+
+    def pop(self) -> Query:
+        return self._next().popleft()
+
+    def sweep(self) -> None:
+        """Leaves out those that are over."""
+        for queries in (self._high, self._ordinary):
+            alive = [query for query in queries if not query.done]
+            queries.clear()
+            queries.extend(alive)
 
 
 class Lanes:
-    """Those sent again go ahead of all; of the rest, those go next whose first has waited longest.
+    """Those sent again go ahead of all; of the rest, those go next whose first one's turn it is.
 
     Queries to be answered exactly travel alone, others in groups, so they stand in lanes of their
     own. `waiting` and `admit` are for any thread, all else for the batcher's.
@@ -18,9 +67,7 @@ class Lanes:
 
     def __init__(self, most: int):
         """`most`: how many may wait. Those sent again are counted, but never refused."""
-        self.again: Lane = collections.deque()
-        self.exact: Lane = collections.deque()
-        self.coded: Lane = collections.deque()
+        self.again, self.exact, self.coded = Lane(), Lane(), Lane()
         self.most, self.waiting = most, 0
         self._lock = threading.Lock()
         self._dead = 0  # queries in a lane that nobody waits for
@@ -34,13 +81,13 @@ class Lanes:
 
     def put(self, request: Request) -> None:
         """A request that was admitted."""
-        (self.exact if request.exact_only else self.coded).extend(request.queries)
+        (self.exact if request.exact_only else self.coded).put(request)
 
     def put_again(self, queries: list[Query]) -> None:
         for query in queries:
             query.waiting = True
         self._count(len(queries))
-        self.again.extendleft(reversed(queries))
+        self.again.put_first(queries)
 
     def next(self, *, held: bool = False) -> Lane | None:
         """The lane that is to be served; `held`: not that of the coded ones."""
@@ -50,7 +97,7 @@ class Lanes:
         lanes = [lane for lane in (self.exact, self.coded) if lane]
         if held and self.coded:
             lanes.remove(self.coded)
-        return min(lanes, key=lambda lane: lane[0].request.arrived, default=None)
+        return min(lanes, key=lambda lane: lane.first.request.turn, default=None)
 
     def share(self, lane: Lane, workers: int) -> int:
         """How many of these workers are a lane's, by how many wait in it; one at least."""
@@ -58,7 +105,7 @@ class Lanes:
         return max(workers * len(lane) // max(everyone, 1), 1)
 
     def pop(self, lane: Lane) -> Query:
-        query = lane.popleft()
+        query = lane.pop()
         self._leave(query)
         return query
 
@@ -80,7 +127,5 @@ class Lanes:
     def _sweep(self) -> None:
         if self._dead:
             for lane in (self.again, self.exact, self.coded):
-                alive = [query for query in lane if not query.done]
-                lane.clear()
-                lane.extend(alive)
+                lane.sweep()
             self._dead = 0

@@ -52,6 +52,7 @@ class Meters:
         self.served = collector.served
         self.requests = make(Counter, "requests", "Requests by how they ended.", "outcome")
         self.queries = make(Counter, "queries", "Queries by how they were answered.", "answer")
+        self.high = make(Counter, "high_priority_queries", "Queries that came with high priority.")
         self.latency = make(
             Histogram,
             "request_seconds",
@@ -125,6 +126,7 @@ class Meter:
         self._answers = {a: meters.queries.labels(model, a) for a in ANSWERS}
         self._audits = {label: meters.audited.labels(model, label) for label in ("same", "other")}
         self._counters = {
+            "high_priority": meters.high.labels(model),
             "straggler": meters.stragglers.labels(model),
             "reexecution": meters.reexecutions.labels(model),
             "over_budget": meters.over_budget.labels(model),

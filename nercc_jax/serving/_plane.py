@@ -123,10 +123,10 @@ class Plane:
         model = self.find(model_name)
         servable = model.servable
         check_outputs(request, servable)
-        deadline, exact = demands(request)
+        demanded = demands(request)
         queries = queries_of(request, servable, model.settings.max_queue_size)
         try:
-            reply = await model.infer(queries, deadline=deadline, exact=exact)
+            reply = await model.infer(queries, **demanded)
         except ValueError as error:
             raise InvalidInput(str(error)) from error
         return response_of(reply, request, servable), {}

@@ -19,6 +19,8 @@ class BatchingPolicy:
       waiting for more queries. (Of a code that sends no query as it came, nothing is sent before.)
     - `max_queue_size`: queries that may wait to be sent; more are refused at once.
     - `deadline_s`: seconds that a request has unless it says otherwise; at most an hour.
+    - `priority_lead_s`: seconds that queries of high priority go ahead of others: before those that
+      came up to so long earlier, and behind those that have waited longer. 0: nobody does.
     - `patience`: a coded data point straggles once it is out for so many times the running median
       of answer times. What straggles is decoded, or sent again.
     - `wait_for`: how many answers of a group are enough to decode, if nothing better is known;
@@ -42,6 +44,7 @@ class BatchingPolicy:
     batch_wait_timeout_s: float = 0.01
     max_queue_size: int = 1024
     deadline_s: float = 10.0
+    priority_lead_s: float = 1.0
     patience: float = 1.5
     wait_for: int | None = None
     max_disagreement: float | None = None
@@ -66,6 +69,8 @@ class BatchingPolicy:
                 f"{self.deadline_s} from above 0 to {MAX_DEADLINE_S:g}, and patience "
                 f"{self.patience} positive"
             )
+        if not 0 <= self.priority_lead_s < math.inf:
+            raise ValueError(f"priority_lead_s must be 0 or more, not {self.priority_lead_s}")
         if self.max_disagreement is not None and not 0 <= self.max_disagreement < 1:
             raise ValueError(f"max_disagreement must be in [0, 1), not {self.max_disagreement}")
         if self.max_reexecution is not None and not 0 <= self.max_reexecution <= 1:
@@ -93,6 +98,7 @@ Measure: TypeAlias = Literal[
     "query_exact",
     "query_decoded",
     "query_reexecuted",
+    "high_priority",
     "queue_seconds",
     "compute_seconds",
     "batch_size",

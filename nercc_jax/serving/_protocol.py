@@ -5,14 +5,17 @@ turns each binary number into a Python object, and trusts what it reads.
 """
 
 import math
+import struct
 import sys
 import uuid
 import zlib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import orjson
+from google.protobuf.message import Message
+from google.protobuf.unknown_fields import UnknownFieldSet
 from pydantic import BaseModel, ValidationError
 
 from ._kserve import (
@@ -218,11 +221,20 @@ def _read_tensor(given: InferInput, wanted: Tensor) -> np.ndarray:
         ) from error
 
 
-def demands(request: InferRequest) -> tuple[float | None, bool]:
-    """The request's deadline in seconds, and whether answers must be exact.
+class Demands(TypedDict):
+    """How a request is to be answered: what `ServedModel.infer` takes beside queries."""
+
+    deadline: float | None
+    exact: bool
+    high: bool
+
+
+def demands(request: InferRequest) -> Demands:
+    """The request's deadline in seconds, whether answers must be exact, or go ahead of others'.
 
     Parameters `nercc_exact` (a boolean), `nercc_deadline_ms`, and Triton's `timeout` in
-    microseconds. Raises: InvalidInput where they are something else.
+    microseconds and `priority`, 1 or 2 (0: none is said). Raises: InvalidInput where they are
+    something else.
     """
     parameters = plain_parameters(request.parameters or {})
     exact = parameters.get("nercc_exact", False)
@@ -236,11 +248,14 @@ def demands(request: InferRequest) -> tuple[float | None, bool]:
         most = unit * MAX_DEADLINE_S
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
             raise InvalidInput(
-                f"parameter {name} must be a positive number up to {most:.0f}, an hour (an integer "
-                f"by gRPC), not {value!r}"
+                f"parameter {name} must be a positive number up to {most:.0f}, an hour, not "
+                f"{value!r}"
             )
         deadline = value / unit
-    return deadline, exact
+    priority = parameters.get("priority", 0)
+    if isinstance(priority, bool) or priority not in (0, 1, 2):
+        raise InvalidInput(f"parameter priority must be 1 (high) or 2 (as usual), not {priority!r}")
+    return {"deadline": deadline, "exact": exact, "high": priority == 1}
 
 
 def response_of(reply: Reply, request: InferRequest, servable: Servable) -> InferResponse:
@@ -351,7 +366,7 @@ def _known(values: np.ndarray) -> np.ndarray:
 
 
 def plain_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters without what gRPC wraps them in; None for kinds that kserve's messages lack."""
+    """Parameters without what gRPC wraps them in."""
     return {key: _plain(value) for key, value in parameters.items()}
 
 
@@ -360,4 +375,14 @@ def _plain(value: Any) -> Any:
     if which is None:
         return value
     kind = which("parameter_choice")
-    return None if kind is None else getattr(value, kind)
+    return _of_triton(value) if kind is None else getattr(value, kind)
+
+
+def _of_triton(value: Message) -> Any:
+    """Triton's messages have two kinds more than kserve's: doubles, and unsigned integers."""
+    for field in UnknownFieldSet(value):
+        if field.field_number == 4 and isinstance(field.data, int):
+            return struct.unpack("<d", struct.pack("<Q", field.data))[0]
+        if field.field_number == 5:
+            return field.data
+    return None

@@ -75,13 +75,15 @@ class Request:
         values: np.ndarray,
         deadline: float,
         exact: bool,
+        lead: float = 0.0,
         record: Record | None = None,
     ):
-        """`values` are filled in as queries are answered."""
+        """`values` are filled in as queries are answered. `lead`: seconds that it goes ahead."""
         size = len(x)
         self.record = record
         self.future: concurrent.futures.Future[Reply] = concurrent.futures.Future()
         self.arrived = time.monotonic()
+        self.high, self.turn = lead > 0, self.arrived - lead
         self.deadline = deadline  # seconds from arrival
         self.sent = np.inf  # when its first query was
         self.exact_only = exact

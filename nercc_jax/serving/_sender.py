@@ -132,7 +132,7 @@ class Sender:
         """A group goes out when K queries wait, or fewer have waited for long enough."""
         num_data, lane = self._coder.num_data, self._lanes.coded
         number = len(lane)
-        due = lane[0].request.arrived + self._policy.batch_wait_timeout_s
+        due = lane.since + self._policy.batch_wait_timeout_s
         if number < num_data and now < due and not at_once:
             self.wake = due
             return []

@@ -96,6 +96,7 @@ class ServedModel:
         *,
         deadline: float | None = None,
         exact: bool = False,
+        high: bool = False,
     ) -> Reply:
         """Answers queries: an array, or such by name where the model takes a dict of arrays.
 
@@ -106,7 +107,9 @@ class ServedModel:
         # Of one array of floats the batcher itself says what does not fit.
         if isinstance(queries, Mapping) or not inputs.plain:
             queries = inputs.pack(queries)
-        future = self._batcher.submit(queries, deadline=deadline, exact=exact, record=current.get())
+        future = self._batcher.submit(
+            queries, deadline=deadline, exact=exact, high=high, record=current.get()
+        )
         reply = await asyncio.wrap_future(future)
         if outputs.alone:
             return reply

@@ -137,6 +137,12 @@ class ModelSettings(BaseModel):
         le=MAX_DEADLINE_S,
         description="Of a request that does not say.",
     )
+    priority_lead_s: float = Field(
+        default=_POLICY.priority_lead_s,
+        ge=0,
+        le=MAX_DEADLINE_S,
+        description="Requests of high priority go ahead of those that came up to so long earlier.",
+    )
     patience: float = _POLICY.patience
     wait_for: int | None = _POLICY.wait_for
     max_disagreement: float | None = Field(
@@ -180,6 +186,7 @@ class ModelSettings(BaseModel):
             batch_wait_timeout_s=self.batch_wait_timeout_s,
             max_queue_size=self.max_queue_size,
             deadline_s=self.deadline_s,
+            priority_lead_s=self.priority_lead_s,
             patience=self.patience,
             wait_for=self.wait_for,
             max_disagreement=None if limit is None or limit >= 1 else limit,

@@ -39,7 +39,9 @@ from nercc_jax.serving import (
     ServerClosing,
 )
 from nercc_jax.serving._health import Health
+from nercc_jax.serving._lanes import Lane, Lanes
 from nercc_jax.serving._query_doubt import QueryDoubt
+from nercc_jax.serving._request import Request
 from nercc_jax.stragglers import TraceLatency
 
 SYSTEMATIC = {
@@ -315,6 +317,72 @@ def test_exact_queries_take_their_turn():
             future.result(LONG)
         order = [int(np.argmin(np.abs(x - call[0]).sum(axis=1))) for call in gates.calls]
         assert list(dict.fromkeys(order)) == list(range(10))
+
+
+@pytest.mark.parametrize(
+    ("lead", "kinds", "expected"),
+    [
+        # o: ordinary, h: of high priority, H: and exact. All come within the lead.
+        (LONG, "oohoHo", [2, 4, 0, 1, 3, 5]),
+        # None does, since it is nothing; or the ordinary ones have waited for longer.
+        (0.0, "oohoHo", [0, 1, 2, 3, 4, 5]),
+        (0.3, "oo-hoHo", [0, 1, 2, 4, 3, 5]),
+    ],
+)
+@pytest.mark.parametrize("code", [NeRCC(1, 2, points="interleaved", lambda_dec=0.0), Uncoded(1)])
+def test_queries_of_high_priority_go_ahead_but_nobody_starves(lead, kinds, expected, code):
+    gates = Gates()
+    policy = {"priority_lead_s": lead, "copies": 1, "patience": 1e6}
+    with serving(code, gates, workers=1, **policy) as batcher:
+        x = queries(7)
+        gates.calls.clear()
+        event = gates.hold(x[6])
+        futures = [batcher.submit(x[6:])]
+        while not gates.calls:
+            time.sleep(0.001)
+        for kind in kinds:
+            if kind == "-":
+                time.sleep(2 * lead)
+                continue
+            each = x[len(futures) - 1 : len(futures)]
+            futures.append(batcher.submit(each, high=kind in "hH", exact=kind == "H"))
+        event.set()
+        for future in futures:
+            future.result(LONG)
+        order = [int(np.argmin(np.abs(x - call[0]).sum(axis=1))) for call in gates.calls[1:]]
+        assert list(dict.fromkeys(order)) == expected
+        highest = [number for what, number in batcher.test_seen if what == "high_priority"]
+        assert highest == [1, 1]
+
+
+def test_what_is_sent_again_goes_ahead_of_high_priority():
+    first, high = (Request(queries(2), np.zeros((2, 3)), 1.0, False, lead) for lead in (0.0, 1.0))
+    lanes = Lanes(4)
+    assert lanes.admit(4)
+    lanes.put(first)
+    again = lanes.pop(lanes.coded)
+    lanes.put(high)
+    lanes.put_again([again])
+    order = []
+    while lane := lanes.next():
+        order.append(lanes.pop(lane))
+    assert order == [again, *high.queries, first.queries[1]]
+    assert lanes.waiting == 0
+
+
+def test_a_stream_of_high_priority_leaves_an_ordinary_query_its_turn():
+    """However fast they come: it waits for those of the lead, and no others."""
+    lane = Lane()
+    ordinary = Request(queries(1), np.zeros((1, 3)), 1.0, False)
+    lane.put(ordinary)
+    taken = []
+    for number in range(1, 100):
+        high = Request(queries(1), np.zeros((1, 3)), 1.0, False, lead=1.0)
+        high.arrived = ordinary.arrived + number / 10
+        high.turn = high.arrived - 1.0
+        lane.put(high)
+        taken.append(lane.pop().request)
+    assert taken.index(ordinary) in (9, 10)  # rounding
 
 
 def test_batches_grow_while_workers_are_busy():

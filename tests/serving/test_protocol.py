@@ -251,20 +251,24 @@ def asked(**parameters):
 @pytest.mark.parametrize(
     ("parameters", "expected"),
     [
-        ({}, (None, False)),
-        ({"nercc_exact": True}, (None, True)),
-        ({"nercc_exact": False, "priority": 3}, (None, False)),
-        ({"nercc_deadline_ms": 250}, (0.25, False)),
-        ({"nercc_deadline_ms": 0.5}, (0.0005, False)),
-        ({"timeout": 250_000}, (0.25, False)),
-        ({"timeout": 0}, (None, False)),  # Triton's clients say so for none
-        ({"timeout": 9_000_000, "nercc_deadline_ms": 250}, (0.25, False)),
-        ({"nercc_deadline_ms": 3_600_000}, (MAX_DEADLINE_S, False)),
-        ({"timeout": 3_600_000_000}, (MAX_DEADLINE_S, False)),
+        ({}, {}),
+        ({"nercc_exact": True}, {"exact": True}),
+        ({"nercc_exact": False, "other": 3}, {}),
+        ({"nercc_deadline_ms": 250}, {"deadline": 0.25}),
+        ({"nercc_deadline_ms": 0.5}, {"deadline": 0.0005}),
+        ({"timeout": 250_000}, {"deadline": 0.25}),
+        ({"timeout": 0}, {}),  # Triton's clients say so for none
+        ({"timeout": 9_000_000, "nercc_deadline_ms": 250}, {"deadline": 0.25}),
+        ({"nercc_deadline_ms": 3_600_000}, {"deadline": MAX_DEADLINE_S}),
+        ({"timeout": 3_600_000_000}, {"deadline": MAX_DEADLINE_S}),
+        ({"priority": 1}, {"high": True}),
+        ({"priority": 2}, {}),
+        ({"priority": 0}, {}),  # Triton's for the default
     ],
 )
-def test_deadline_and_exactness(parameters, expected):
-    assert demands(asked(**parameters)) == expected
+def test_deadline_exactness_and_priority(parameters, expected):
+    usual = {"deadline": None, "exact": False, "high": False}
+    assert demands(asked(**parameters)) == usual | expected
 
 
 @pytest.mark.parametrize(
@@ -280,6 +284,10 @@ def test_deadline_and_exactness(parameters, expected):
         ({"nercc_deadline_ms": 9e14}, "nercc_deadline_ms must be .* up to 3600000, an hour"),
         ({"timeout": 3_600_000_001}, "timeout must be .* up to 3600000000, an hour"),
         ({"timeout": -1}, "timeout must be a positive number"),
+        ({"priority": 3}, r"priority must be 1 \(high\) or 2 \(as usual\), not 3"),
+        ({"priority": -1}, "priority must be 1"),
+        ({"priority": True}, "priority must be 1"),
+        ({"priority": "high"}, "priority must be 1"),
     ],
 )
 def test_parameters_of_the_wrong_kind_are_refused(parameters, message):
@@ -303,17 +311,21 @@ def by_grpc(raw=None, outputs=(), **parameters):
 
 
 def test_grpc_parameters_are_unwrapped():
-    request = by_grpc(nercc_exact=("bool_param", True), nercc_deadline_ms=("int64_param", 250))
-    assert demands(request) == (0.25, True)
+    parameters = {"nercc_deadline_ms": ("int64_param", 250), "priority": ("int64_param", 1)}
+    request = by_grpc(nercc_exact=("bool_param", True), **parameters)
+    assert demands(request) == {"deadline": 0.25, "exact": True, "high": True}
 
 
-def test_a_grpc_parameter_of_a_kind_that_kserve_does_not_know_is_refused():
-    """Triton's messages have `double_param`, which reaches kserve's as a parameter of no kind."""
+def test_grpc_parameters_of_kinds_that_only_triton_knows_are_read():
+    """`double_param` and `uint64_param`, which its client takes for priorities."""
     wire = messages.ModelInferRequest()
-    wire.parameters["nercc_deadline_ms"].MergeFromString(b"\x21" + np.float64(250).tobytes())
+    wire.parameters["nercc_deadline_ms"].MergeFromString(b"\x21" + np.float64(0.5).tobytes())
+    wire.parameters["priority"].MergeFromString(b"\x28\x01")
     request = by_grpc()
     request.parameters = wire.parameters
-    with pytest.raises(InvalidInput, match="an integer by gRPC"):
+    assert demands(request) == {"deadline": 0.0005, "exact": False, "high": True}
+    wire.parameters["nercc_exact"].MergeFromString(b"\x3a\x01a")  # nobody's kind
+    with pytest.raises(InvalidInput, match="nercc_exact must be a boolean, not None"):
         demands(request)
 
 
@@ -577,7 +589,7 @@ def test_a_model_is_asked_in_plain_words_and_its_reply_becomes_a_message():
     answer = call(plane_of(model), "POST", path, content=content)
     ((queries, demanded),) = model.asked
     np.testing.assert_array_equal(queries, DATA)
-    assert demanded == {"deadline": 0.25, "exact": True}
+    assert demanded == {"deadline": 0.25, "exact": True, "high": False}
     assert (answer.json()["id"], answer.json()["outputs"][0]["data"]) == ("mine", [*range(6)])
     wrong = body(parameters={"nercc_exact": 1})
     assert call(plane_of(model), "POST", path, content=wrong).status_code == 400

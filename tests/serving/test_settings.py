@@ -68,6 +68,7 @@ MODEL = {
     "batch_wait_timeout_s": 0.5,
     "max_queue_size": 10,
     "deadline_s": 3.5,
+    "priority_lead_s": 1.5,
     "patience": 2.5,
     "wait_for": 6,
     "max_disagreement": 0.25,

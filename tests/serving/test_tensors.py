@@ -214,6 +214,17 @@ def test_what_is_not_finite_is_told_by_name(server):
     assert told == "'meta': queries [1] are not finite in float32"
 
 
+def test_priority_by_every_face(ask):
+    def counted():
+        return REGISTRY.get_sample_value("nercc_high_priority_queries_total", {"model": "heads"})
+
+    before = counted()
+    for priority in (1, 2, 0):
+        assert ask("heads", X, FLOATS, priority=priority)["exact"].shape == (2,)
+    assert counted() == before + 2
+    assert "priority must be 1 (high) or 2 (as usual), not 3" in ask("heads", X, FLOATS, priority=3)
+
+
 @pytest.fixture
 def http(server):
     address = f"http://127.0.0.1:{server.http_port}"
