@@ -191,10 +191,12 @@ def test_a_failed_request_is_an_error_of_its_span(server, spans):
     assert not children
 
 
-def test_what_the_client_does_not_sample_is_not_traced(server, spans):
+def test_what_the_client_does_not_sample_is_not_traced(server, spans, lines):
     assert ask(server, "decodes", "quiet", traceparent=UNSAMPLED).status_code == 200
     assert ask(server, "decodes", "loud", traceparent=TRACEPARENT).status_code == 200
     family(spans, "loud")
+    assert lines()["loud"].trace_id == TRACE
+    assert not hasattr(lines()["quiet"], "trace_id")
     told = {(span.attributes or {}).get("nercc.request_id") for span in spans.get_finished_spans()}
     assert "quiet" not in told
 
