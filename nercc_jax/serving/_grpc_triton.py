@@ -47,6 +47,8 @@ _MESSAGES: Mapping[str, Mapping[str, tuple[int, str]]] = {
     "ModelDynamicBatching": {
         "preferred_batch_size": (1, "repeated int32"),
         "max_queue_delay_microseconds": (2, "uint64"),
+        "priority_levels": (4, "uint64"),
+        "default_priority_level": (5, "uint64"),
     },
     "ModelStatisticsRequest": _NAMED,
     "ModelStatisticsResponse": {"model_stats": (1, "repeated ModelStatistics")},

@@ -10,7 +10,7 @@ from ._servable import Servable
 from ._settings import ModelSettings
 
 # What the server's metadata call them.
-EXTENSIONS = ("model_configuration", "statistics")
+EXTENSIONS = ("model_configuration", "schedule_policy", "statistics")
 
 
 def configuration(servable: Servable, settings: ModelSettings) -> dict[str, Any]:
@@ -30,6 +30,8 @@ def configuration(servable: Servable, settings: ModelSettings) -> dict[str, Any]
         "dynamic_batching": {
             "preferred_batch_size": list(policy.batch_sizes),
             "max_queue_delay_microseconds": round(1e6 * policy.batch_wait_timeout_s),
+            "priority_levels": 2,
+            "default_priority_level": 2,
         },
     }
 

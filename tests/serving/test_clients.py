@@ -194,7 +194,9 @@ def test_triton_is_told_how_a_model_is_set_up(triton):
     types = {each["name"]: each["data_type"] for each in told["output"]}
     assert (types["output"], types["exact"]) == ("TYPE_FP32", "TYPE_BOOL")
     assert [int(each) for each in told["input"][0]["dims"]] == [4]  # strings by gRPC's JSON
-    assert told["dynamic_batching"]["preferred_batch_size"] == [1]
+    batching = told["dynamic_batching"]
+    assert batching["preferred_batch_size"] == [1]
+    assert (int(batching["priority_levels"]), int(batching["default_priority_level"])) == (2, 2)
 
 
 def test_triton_learns_what_was_done(triton):

@@ -62,6 +62,7 @@ name = "untouched"
 NAMES = ["double", "moody", "own.from_weights", "slow", "counted", "untouched"]
 MATRIX = np.arange(20, dtype=np.float32).reshape(4, 5)
 ROOT = Path(__file__).parents[2]
+EXTENSIONS = ["model_configuration", "schedule_policy", "statistics"]
 OUTCOMES = ("ok", "deadline", "failed", "cancelled")
 OUTCOMES += ("invalid", "overloaded", "queue_full", "draining")
 
@@ -195,7 +196,7 @@ def test_health_and_metadata(server, stub):
     assert server.http.get("/v2/models").json() == {"models": NAMES}
     about = server.http.get("/v2").json()
     assert about["name"] == "nercc_jax"
-    assert about["extensions"] == ["binary_tensor_data", "model_configuration", "statistics"]
+    assert about["extensions"] == ["binary_tensor_data", *EXTENSIONS]
     by_grpc = stub.ServerMetadata(messages.ServerMetadataRequest())
     assert (by_grpc.name, by_grpc.version) == ("nercc_jax", about["version"])
     assert stub.ServerLive(messages.ServerLiveRequest()).live
