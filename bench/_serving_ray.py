@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from typing import Any
 
 import numpy as np
 
@@ -63,7 +64,7 @@ def main(port: int, replicas: int, batch: int, base: float, rate: float, delay: 
 
             length = request.headers.get("inference-header-content-length")
             asked = read_request(await request.body(), length, "lenet5-digits")
-            x = queries_of(asked, self.servable)
+            x: Any = queries_of(asked, self.servable)
             y = await (self.together(x) if batch > 1 else self.call(x))
             ones, zeros = np.ones(len(y), int), np.zeros(len(y))
             reply = Reply(y, ones > 0, ones < 0, ones, ones, zeros, zeros, 0.0, 0.0)
