@@ -19,7 +19,7 @@ from ._health import Health
 from ._metrics import Meter, Meters
 from ._phases import phase
 from ._record import current
-from ._request import Reply
+from ._request import InferenceFailed, Reply
 from ._servable import Servable
 from ._settings import ModelSettings
 
@@ -113,7 +113,12 @@ class ServedModel:
         reply = await asyncio.wrap_future(future)
         if outputs.alone:
             return reply
-        return dataclasses.replace(reply, values=outputs.named(reply.values))
+        values = outputs.named(reply.values)
+        # In bytes the pool sees no floats, of which it refuses those that are not finite.
+        for name, array in values.items():
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise InferenceFailed(f"the model's output {name!r} is not finite")
+        return dataclasses.replace(reply, values=values)
 
     def count(self, refusal: Literal["request_invalid", "request_overloaded"]) -> None:
         """Counts a request that was refused, here or where it was read."""

@@ -356,17 +356,17 @@ def test_queries_of_high_priority_go_ahead_but_nobody_starves(lead, kinds, expec
 
 
 def test_what_is_sent_again_goes_ahead_of_high_priority():
-    first, high = (Request(queries(2), np.zeros((2, 3)), 1.0, False, lead) for lead in (0.0, 1.0))
-    lanes = Lanes(4)
-    assert lanes.admit(4)
+    first, high = (Request(queries(3), np.zeros((3, 3)), 1.0, False, lead) for lead in (0.0, 1.0))
+    lanes = Lanes(6)
+    assert lanes.admit(6)
     lanes.put(first)
-    again = lanes.pop(lanes.coded)
+    again = [lanes.pop(lanes.coded) for _ in range(2)]
     lanes.put(high)
-    lanes.put_again([again])
+    lanes.put_again(again)
     order = []
     while lane := lanes.next():
         order.append(lanes.pop(lane))
-    assert order == [again, *high.queries, first.queries[1]]
+    assert order == [*again, *high.queries, first.queries[2]]
     assert lanes.waiting == 0
 
 
