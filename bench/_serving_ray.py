@@ -40,17 +40,17 @@ def main(port: int, replicas: int, batch: int, base: float, rate: float, delay: 
 
             model = answering("lenet5-digits", "logits")
             self.servable = make_servable("lenet5-digits", model, model.network.input_shape)
-            program = Program((model,), jax.local_devices()[0], True)
+            self.program = Program((model,), jax.local_devices()[0], True)
             sizes = [1 << power for power in range(batch.bit_length())]
             shape = self.servable.inputs.shape
-            warm_up([program], 1, [np.zeros((n, *shape), np.float32) for n in sizes])
+            warm_up([self.program], 1, [np.zeros((n, *shape), np.float32) for n in sizes])
             faults = Faults.on_trial(
                 service_delay=base,
                 straggler_rate=rate,
                 straggler_delay=delay,
                 seed=os.getpid(),
             )
-            self.worker = Worker(program, faults, 0, 0, lambda: None)
+            self.worker = Worker(self.program, faults, 0, 0, lambda: None)
             self.busy = asyncio.Lock()
 
         async def __call__(self, request: Request) -> Response:
@@ -80,7 +80,11 @@ def main(port: int, replicas: int, batch: int, base: float, rate: float, delay: 
 
         async def call(self, x: np.ndarray) -> np.ndarray:
             async with self.busy:
-                return await asyncio.to_thread(self.worker, 0, x)
+                return await asyncio.to_thread(self.run, x)
+
+        def run(self, x: np.ndarray) -> np.ndarray:
+            with self.program.at_home():
+                return self.worker(0, x)
 
     ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     serve.start(

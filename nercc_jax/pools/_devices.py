@@ -142,18 +142,23 @@ class _Hand:
             worker = Worker(
                 self._program, self._faults, self._worker, self._life, _die, self._ended.wait
             )
-            self._hear(self._worker, self._life, None)
-            while (item := self.inbox.get()) is not None and not self._ended.is_set():
-                life, kind, batch = item
-                if life == self._life:
-                    self._hear(self._worker, self._life, _outcome(worker, kind, batch))
-                del item, batch  # it may be large, and the next may not come soon
+            with self._program.at_home():
+                self._hear(self._worker, self._life, None)
+                self._answer(worker)
         except _Death:
             pass
         except BaseException as error:  # a model may have exited
             end += f": {reason_of(error)}"
         finally:  # who was told to end is not listened to
             self._hear(self._worker, self._life, WorkerDied(end))
+
+    def _answer(self, worker: Worker) -> None:
+        """Batches as they come, until it is told to end."""
+        while (item := self.inbox.get()) is not None and not self._ended.is_set():
+            life, kind, batch = item
+            if life == self._life:
+                self._hear(self._worker, self._life, _outcome(worker, kind, batch))
+            del item, batch  # it may be large, and the next may not come soon
 
 
 def _outcome(worker: Worker, kind: int, batch: PyTree) -> PyTree | Exception:

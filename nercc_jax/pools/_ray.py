@@ -208,16 +208,17 @@ class _Actor:
         models, example, compiled, faults, (x64, products) = load
         jax.config.update("jax_enable_x64", x64)
         jax.config.update("jax_default_matmul_precision", products)
-        program = Program(models, jax.local_devices()[0], compiled)
-        warm_up([program], len(models), example)
-        self._worker = Worker(program, faults, worker, life, _die)
+        self._program = Program(models, jax.local_devices()[0], compiled)
+        warm_up([self._program], len(models), example)
+        self._worker = Worker(self._program, faults, worker, life, _die)
 
     def process(self) -> tuple[int, str]:
         """Answers when the actor is ready: with its process id, and JAX's platform there."""
         return os.getpid(), jax.default_backend()
 
     def run(self, kind: int, batch: PyTree) -> PyTree:
-        return self._worker(kind, batch)
+        with self._program.at_home():
+            return self._worker(kind, batch)
 
     def wait_for_death(self) -> None:
         """Never answers: the caller hears when this process is gone."""

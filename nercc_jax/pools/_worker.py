@@ -71,21 +71,36 @@ class Program:
         with no_mesh():
             self._calls = tuple(_bound(model, device) if compiled else model for model in models)
 
+    @contextlib.contextmanager
+    def at_home(self) -> Iterator[None]:
+        """On the program's device and at its precision, which are settings of a thread.
+
+        For calls to be made inside: a worker's thread stays, since to come and go takes a tenth of
+        a small model's time.
+        """
+        with (
+            no_mesh(),
+            jax.enable_x64(self._x64),
+            jax.default_matmul_precision(self._products),
+            jax.default_device(self._device),
+        ):
+            yield
+
     def __call__(self, kind: int, batch: PyTree) -> PyTree[np.ndarray]:
-        """Model `kind`'s answers to a batch, on the host, in float32 at least."""
-        batch = cast_floats(batch, self._dtype)
-        with contextlib.ExitStack() as here:
-            here.enter_context(no_mesh())
-            here.enter_context(jax.enable_x64(self._x64))
-            here.enter_context(jax.default_matmul_precision(self._products))
-            here.enter_context(jax.default_device(self._device))
-            return jax.tree.map(_on_host, self._calls[kind](batch))
+        """Model `kind`'s answers to a batch, on the host, in float32 at least. Only `at_home`."""
+        return _on_host(self._calls[kind](cast_floats(batch, self._dtype)))
 
 
-def _on_host(answer: Any) -> np.ndarray:
+def _on_host(answer: PyTree) -> PyTree[np.ndarray]:
+    # A tree of one leaf, most often, which is quicker known than taken apart.
+    one = isinstance(answer, jax.Array)
+    return _array_on_host(answer) if one else jax.tree.map(_array_on_host, answer)
+
+
+def _array_on_host(answer: Any) -> np.ndarray:
     """What NumPy has no name for (bfloat16) the host would not know for a float."""
     answer = np.asarray(answer)
-    short = is_float(answer) and answer.dtype.itemsize < 4
+    short = answer.dtype.itemsize < 4 and is_float(answer)
     return answer.astype(np.float32) if short else answer
 
 
@@ -94,12 +109,14 @@ def _bound(model: Model, device: Device) -> Callable[[PyTree], Any]:
     arrays, rest = eqx.partition(model, eqx.is_array)
     # A device alone would leave an array of an explicit mesh typed by that mesh.
     arrays = jax.device_put(arrays, SingleDeviceSharding(device))
+    # A list: to take a model apart, which Python does, takes as long as a small one's run.
+    leaves, structure = jax.tree.flatten(arrays)
 
     @jax.jit
-    def call(arrays, batch):
-        return call_model(eqx.combine(arrays, rest), batch)
+    def call(leaves, batch):
+        return call_model(eqx.combine(jax.tree.unflatten(structure, leaves), rest), batch)
 
-    return lambda batch: call(arrays, batch)
+    return lambda batch: call(leaves, batch)
 
 
 def as_models(
@@ -127,8 +144,9 @@ def warm_up(programs: Sequence[Program], num_models: int, example: Examples) -> 
     for batch in examples:
         try:
             for program in programs:
-                for kind in range(num_models):
-                    program(kind, jax.tree.map(np.asarray, batch))
+                with program.at_home():
+                    for kind in range(num_models):
+                        program(kind, jax.tree.map(np.asarray, batch))
         except Exception as error:
             shape = ", ".join(str(np.shape(leaf)) for leaf in jax.tree.leaves(batch))
             raise RuntimeError(
@@ -137,7 +155,7 @@ def warm_up(programs: Sequence[Program], num_models: int, example: Examples) -> 
 
 
 class Worker:
-    """A program, and the faults that strike it on purpose.
+    """A program, and the faults that strike it on purpose. To be called where the program is home.
 
     `wait(seconds)` sleeps and is true if the worker was told to end meanwhile; `die()` ends the
     worker as its pool's workers die.

@@ -402,9 +402,9 @@ class CodedBatcher:
     def _late(self, group: Group, now: float) -> np.ndarray:
         """Coded data points that are not waited for: they straggle, or will have no answer."""
         assert group.batch is not None
-        limit = self._times.limit(group.rows)
-        late = group.out & (now - group.sent_at >= limit)
-        for point in np.flatnonzero(group.out & ~late).tolist():
+        out = group.out
+        late = out & (now - group.sent_at >= self._times.limit(group.rows))
+        for point in np.flatnonzero(out & ~late).tolist():
             late[point] = group.batch.abandoned(point)
         return late
 
@@ -428,10 +428,9 @@ class CodedBatcher:
                 group.linger_until = now + max(1.0, _LINGER * median if median < math.inf else 0)
             if group.linger_until < math.inf:
                 return
-        if group.coder is self._coder and self._coder.guesses:
-            lesson = group.lesson()
-            if lesson is not None:
-                self._tutor.teach(*lesson)
+        learns = group.coder is self._coder and self._coder.guesses and self._tutor.curious
+        if learns and (lesson := group.lesson()) is not None:
+            self._tutor.teach(*lesson)
         self._sender.end(group)
 
     def _plan(self, group: Group, now: float) -> None:

@@ -46,6 +46,8 @@ class Rescue:
 
     def rescue(self, group: Group, late: np.ndarray) -> tuple[list[Given], list[Query]]:
         """The answers to give now, and the queries to send again; `late` are not waited for."""
+        if self._coder.systematic and not late.any():
+            return [], []  # who waits has a worker of its own, which is quick to see
         hopeless = [
             number
             for number, cell in enumerate(group.cells)

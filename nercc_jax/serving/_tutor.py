@@ -22,8 +22,9 @@ _LONGEST = 10.0
 class Tutor:
     """A thread that teaches a `Fidelity`, whose results others read while it works.
 
-    Its inbox has a slot for a group and one for a set of answers that nobody knows yet. What comes
-    while both are taken replaces what is there: traffic has more to tell than there is time for.
+    Its inbox has a slot for a group and one for a set of answers that nobody knows yet. While they
+    are taken no other group is wanted, and another set takes the old one's place: traffic has more
+    to tell than there is time for.
     """
 
     def __init__(self, fidelity: Fidelity, observe: Callable[[Any, float], Any]):
@@ -35,6 +36,11 @@ class Tutor:
 
     def start(self) -> None:
         self._thread.start()
+
+    @property
+    def curious(self) -> bool:
+        """Whether a group is wanted. To make one of what came, and to wake a thread, takes time."""
+        return self._lesson is None
 
     def teach(
         self,
