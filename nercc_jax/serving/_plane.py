@@ -23,7 +23,7 @@ from ._protocol import (
     response_of,
 )
 from ._record import current
-from ._request import words_of
+from ._request import Reply, words_of
 from ._served import ServedModel
 from ._settings import ServerSettings
 from ._statuses import OUTCOME, REFUSED
@@ -117,19 +117,22 @@ class Plane:
     async def infer(
         self, model_name: str, request: InferRequest, headers: Any = None
     ) -> tuple[InferResponse, dict[str, str]]:
+        """Answers a request by gRPC. Raises: what `find` and `answer` do."""
+        model = self.find(model_name)
+        reply = await self.answer(model, request)
+        return response_of(reply, request, model.servable), {}
+
+    async def answer(self, model: ServedModel, request: InferRequest) -> Reply:
         """Answers a request. Raises: InvalidInput, `TooLarge`, what `ServedModel.infer` does."""
         if (record := current.get()) is not None:
             record.id = request.id = request.id or uuid.uuid4().hex
-        model = self.find(model_name)
-        servable = model.servable
-        check_outputs(request, servable)
+        check_outputs(request, model.servable)
         demanded = demands(request)
-        queries = queries_of(request, servable, model.settings.max_queue_size)
+        queries = queries_of(request, model.servable, model.settings.max_queue_size)
         try:
-            reply = await model.infer(queries, **demanded)
+            return await model.infer(queries, **demanded)
         except ValueError as error:
             raise InvalidInput(str(error)) from error
-        return response_of(reply, request, servable), {}
 
     def check(self, name: str, version: str = VERSION) -> None:
         """Raises: ModelNotFound where there is no such model, nor will be."""

@@ -1,9 +1,8 @@
 """The REST face: the Open Inference Protocol, the status page, metrics."""
 
 import asyncio
-import contextlib
 import importlib.resources
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import fastapi
@@ -11,33 +10,12 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CollectorRegistry, exposition
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
-from starlette.types import Receive
 
-from ._kserve import InferRequest, ServerNotReady, V2Endpoints, bodies
+from ._inference import Inference, answer_to
+from ._kserve import ServerNotReady, V2Endpoints, bodies
 from ._plane import Plane
-from ._protocol import (
-    VERSION,
-    BodyTimeout,
-    TooLarge,
-    decompress,
-    json_size,
-    read_request,
-    write_response,
-)
-from ._request import words_of
-from ._settings import ServerSettings
+from ._protocol import VERSION
 from ._statuses import INTERNAL, STATUS
-
-# JSON of this size is read by another thread, so that other requests go on.
-_LARGE = 2**18
-
-_AGAIN = {"retry-after": "1"}
-# Of errors. After 408 nobody reads the rest of the body.
-_HEADERS = {408: {"connection": "close"}, 429: _AGAIN, 503: _AGAIN}
-
-# nginx's status for a client that went away before it was answered.
-_CLOSED = 499
 
 
 def make_app(plane: Plane, registry: CollectorRegistry) -> fastapi.FastAPI:
@@ -51,6 +29,7 @@ def make_app(plane: Plane, registry: CollectorRegistry) -> fastapi.FastAPI:
     _add_protocol(app, plane)
     _add_pages(app, plane, registry)
     _add_errors(app)
+    app.add_middleware(Inference, plane=plane)  # pyright: ignore[reportArgumentType]
     return app
 
 
@@ -77,11 +56,7 @@ def _add_pages(app: fastapi.FastAPI, plane: Plane, registry: CollectorRegistry) 
 
 def _add_errors(app: fastapi.FastAPI) -> None:
     async def tell(request: fastapi.Request, error: Exception) -> Response:
-        status, _ = STATUS[type(error)]
-        return JSONResponse({"error": words_of(error)}, status, _HEADERS.get(status))
-
-    async def tell_nobody(request: fastapi.Request, error: Exception) -> Response:
-        return Response(status_code=_CLOSED)
+        return answer_to(error)
 
     async def tell_wrong_way(request: fastapi.Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -93,7 +68,6 @@ def _add_errors(app: fastapi.FastAPI) -> None:
 
     for kind in STATUS:
         app.add_exception_handler(kind, tell)
-    app.add_exception_handler(ClientDisconnect, tell_nobody)
     app.add_exception_handler(HTTPException, tell_wrong_way)
     app.add_exception_handler(Exception, tell_unexpected)
 
@@ -109,31 +83,7 @@ class _ModelMetadata(bodies.ModelMetadataResponse):
 _PATHS = ("/v2/models/{model_name}", "/v2/models/{model_name}/versions/{version}")
 
 
-def _add_inference(app: fastapi.FastAPI, plane: Plane) -> Callable[..., Any]:
-    """Plain routes, before all others: FastAPI's take a fifth of a small request's time.
-
-    Returns what answers, for FastAPI to describe.
-    """
-
-    async def infer(request: fastapi.Request, model_name: str, version: str = VERSION) -> Response:
-        with plane.watch(model_name, lambda: request.headers), plane.intake.hold() as take:
-            plane.find(model_name, version)
-            asked = await _read(request, model_name, plane.settings, take)
-            async with _while_connected(request.receive):
-                response, _ = await plane.infer(model_name, asked)
-            content, headers = write_response(response)
-        return Response(content, headers=dict(headers))
-
-    async def infer_plainly(request: fastapi.Request) -> Response:
-        return await infer(request, **request.path_params)
-
-    for path in _PATHS:
-        app.add_route(f"{path}/infer", infer_plainly, methods=["POST"], include_in_schema=False)
-    return infer
-
-
 def _add_protocol(app: fastapi.FastAPI, plane: Plane) -> None:
-    infer = _add_inference(app, plane)
     endpoints = V2Endpoints(plane)  # pyright: ignore[reportArgumentType]
     missing: dict[int | str, dict[str, Any]] = {404: {"model": _Error}, 503: {"model": _Error}}
     for path, endpoint, answer in (
@@ -163,6 +113,9 @@ def _add_protocol(app: fastapi.FastAPI, plane: Plane) -> None:
             raise ServerNotReady(plane.trouble(model_name))
         return {"name": model_name, "ready": True}
 
+    async def infer(model_name: str, version: str = VERSION) -> None:
+        """For the description and its errors: `Inference` answers before it comes to this."""
+
     # Before the models' own: one called `stats` has no metadata here.
     app.add_api_route("/v2/models/stats", all_statistics, responses={503: {"model": _Error}})
     errors = {status: {"model": _Error} for status, _ in STATUS.values() if status != 501}
@@ -189,7 +142,7 @@ def _add_protocol(app: fastapi.FastAPI, plane: Plane) -> None:
             responses=missing,
             include_in_schema=shown,
         )
-        app.add_api_route(  # for the description; see `_add_inference`
+        app.add_api_route(
             f"{path}/infer",
             infer,
             methods=["POST"],
@@ -210,79 +163,3 @@ def _define(app: fastapi.FastAPI, schemas: Mapping[str, Any]) -> None:
         return described
 
     app.openapi = describe_all
-
-
-async def _read(
-    request: fastapi.Request, model: str, settings: ServerSettings, take: Callable[[int], None]
-) -> InferRequest:
-    """The request's message. What takes long is done by another thread.
-
-    Raises: what `_read_body`, `decompress`, `json_size` and `read_request` do.
-    """
-    length = request.headers.get("inference-header-content-length")
-    encoding = request.headers.get("content-encoding")
-    _check_announced(request.headers, settings)
-    body = await _read_body(request, settings, take)
-    if encoding is not None:
-        packed = len(body)
-        body = await asyncio.to_thread(decompress, body, encoding, settings.max_body_bytes)
-        take(max(len(body) - packed, 0))
-    if json_size(len(body), length, settings.max_json_bytes) > _LARGE:
-        return await asyncio.to_thread(read_request, body, length, model)
-    return read_request(body, length, model)
-
-
-def _check_announced(headers: Mapping[str, str], settings: ServerSettings) -> None:
-    """What can be seen before the body is read. Raises: `TooLarge`."""
-    announced, limit = headers.get("content-length", "0"), settings.max_body_bytes
-    if not announced.isdigit() or int(announced) > limit:
-        raise TooLarge(f"the body has {announced} bytes; at most {limit} are taken")
-    if "content-encoding" not in headers and "inference-header-content-length" not in headers:
-        json_size(int(announced), None, settings.max_json_bytes)
-
-
-async def _read_body(
-    request: fastapi.Request, settings: ServerSettings, take: Callable[[int], None]
-) -> bytes:
-    """The body as it comes. Raises: `TooLarge`, `Overloaded`, `BodyTimeout` before it is held."""
-    limit, seconds = settings.max_body_bytes, settings.body_timeout_s
-    parts, size = [], 0
-    try:
-        async with asyncio.timeout(seconds):
-            async for part in request.stream():
-                take(len(part))
-                size += len(part)
-                if size > limit:
-                    raise TooLarge(f"the body has more than {limit} bytes")
-                parts.append(part)
-    except TimeoutError as error:
-        raise BodyTimeout(f"the body did not come within {seconds:g} s") from error
-    return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-@contextlib.asynccontextmanager
-async def _while_connected(receive: Receive) -> AsyncIterator[None]:
-    """Ends what is done inside once the client has gone away: nobody waits for it.
-
-    Raises: ClientDisconnect then.
-    """
-    asker = asyncio.current_task()
-    assert asker is not None
-    gone = False
-
-    async def watch() -> None:
-        nonlocal gone
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        gone = True
-        asker.cancel()
-
-    watcher = asyncio.create_task(watch())
-    try:
-        yield
-    except asyncio.CancelledError:
-        if not gone or asker.uncancel():  # by somebody else
-            raise
-        raise ClientDisconnect from None
-    finally:
-        watcher.cancel()

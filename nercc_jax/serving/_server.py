@@ -70,6 +70,7 @@ class Server:
                 ws="none",
                 log_config=None,
                 access_log=False,
+                proxy_headers=False,  # nothing asks whom a proxy speaks for
                 lifespan="off",
                 timeout_keep_alive=65,
                 # Ours ends first, see `_drain`.

@@ -19,7 +19,7 @@ from in_process import Doubles, body, connect, is_cut_off, post, read_answer, se
 from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceStub
 from nercc_server import ENDS, patience
 
-from nercc_jax.serving import _rest
+from nercc_jax.serving import _inference
 from nercc_jax.serving._intake import Intake, Overloaded
 from nercc_jax.serving._kserve import messages
 
@@ -181,15 +181,15 @@ def test_large_json_is_refused_in_favour_of_binary(server):
 @pytest.mark.parametrize("packed", [True, False])
 def test_what_takes_long_to_read_is_read_by_another_thread(server, packed, monkeypatch):
     threads = []
-    monkeypatch.setattr(_rest, "_LARGE", 1000)
+    monkeypatch.setattr(_inference, "_LARGE", 1000)
     name = "decompress" if packed else "read_request"
-    real = getattr(_rest, name)
+    real = getattr(_inference, name)
 
     def watched(*arguments):
         threads.append(threading.current_thread().name)
         return real(*arguments)
 
-    monkeypatch.setattr(_rest, name, watched)
+    monkeypatch.setattr(_inference, name, watched)
     content = body() if packed else body() + b" " * 2000
     told = {"content_encoding": "gzip"} if packed else {}
     assert ask(server, gzip.compress(content) if packed else content, **told).status_code == 200

@@ -36,7 +36,7 @@ from nercc_jax.serving._protocol import (
     queries_of,
     read_request,
     response_of,
-    write_response,
+    write_reply,
 )
 from nercc_jax.serving._rest import make_app
 from nercc_jax.serving._served import ServedModel
@@ -379,7 +379,7 @@ def reply(disagreement=(0.0, 0.25), error=(0.0, 1.5)):
 
 def rest(**more):
     request = read_request(body(**more), None, "digits")
-    return write_response(response_of(reply(), request, SERVABLE))
+    return write_reply(reply(), request, SERVABLE)
 
 
 def test_a_reply_in_json():
@@ -419,7 +419,7 @@ def test_a_request_without_an_id_gets_one_of_its_own():
 def test_what_is_not_known_is_minus_one():
     request = read_request(body(), None, "digits")
     unknown = reply((0.0, math.nan), (0.0, math.nan))
-    answer = json.loads(write_response(response_of(unknown, request, SERVABLE))[0])
+    answer = json.loads(write_reply(unknown, request, SERVABLE)[0])
     assert answer["outputs"][2]["data"] == [0.0, -1.0]
     assert answer["parameters"]["nercc_expected_error"] == 0.0  # the largest that is known
 
