@@ -1,6 +1,7 @@
 """What is imported when: a command that needs no numbers waits for no JAX."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from conftest import require
 
 import nercc_jax
+import nercc_jax.serving
 import nercc_models
 from nercc_models.names import TRAINED
 from nercc_models.recipes import RECIPES
@@ -36,6 +38,16 @@ def test_help_imports_no_jax(command):
     code, told, loaded = run([*command, "--help"])
     assert code == 0, told
     assert "Usage" in told
+    assert not loaded & {*HEAVY, "pydantic_settings"}
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--http-port", "70000"]])
+def test_a_servers_settings_need_no_jax(arguments):
+    """So that what is wrong with them is told within a second."""
+    require("kserve", "serve")
+    code, told, loaded = run(["serve", *arguments])
+    assert code == (0 if arguments == ["--help"] else 2), told
+    assert "SIGTERM" in told or "http_port: input should be" in told
     assert not loaded & set(HEAVY)
 
 
@@ -54,7 +66,7 @@ def test_names_need_no_recipes_but_are_theirs():
     assert tuple(RECIPES) == TRAINED
 
 
-@pytest.mark.parametrize("package", [nercc_jax, nercc_models])
+@pytest.mark.parametrize("package", [nercc_jax, nercc_jax.serving, nercc_models])
 def test_what_type_checkers_see_is_what_there_is(package):
     """The names are written twice: as imports for readers, and with their places for Python."""
     tree = ast.parse(Path(package.__file__).read_text())
@@ -63,7 +75,8 @@ def test_what_type_checkers_see_is_what_there_is(package):
     places = {(place, name) for place, names in package._WHERE.items() for name in names.split()}
     assert told == places
     for place, name in places:
-        assert getattr(package, name) is getattr(getattr(package, place), name)
+        module = importlib.import_module(f".{place}", package.__name__)
+        assert getattr(package, name) is getattr(module, name)
     assert set(package.__all__) <= set(dir(package))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = package.nothing

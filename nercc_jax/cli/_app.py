@@ -21,5 +21,7 @@ app.command("distill")(distill_command)
 app.command()(models)
 app.command("plan")(plan_command)
 app.command("run")(run_command)
-app.command("serve")(serve_command)
+app.command("serve", add_help_option=False, context_settings={"ignore_unknown_options": True})(
+    serve_command
+)
 app.command("tune")(tune_command)

@@ -13,7 +13,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -34,6 +34,11 @@ from pydantic_settings import (
 from ._policy import MAX_DEADLINE_S, BatchingPolicy
 
 _POLICY = BatchingPolicy()
+
+
+def _none(value: Any) -> Any:
+    """TOML has no null, and the environment has only strings."""
+    return None if value == "none" else value
 
 
 def _shape(value: Any) -> Any:
@@ -72,10 +77,31 @@ def _by_name(text: str) -> Any:
     return found.get("", found)
 
 
+def _table(value: Any) -> Any:
+    """From text, as in a file: {num_gpus = 0.5}."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return tomllib.loads(f"table = {value}")["table"]
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(
+            f"a table as in TOML is needed, {{num_gpus = 0.5}}, not {value!r}"
+        ) from error
+
+
 class ModelSettings(BaseModel):
     """One model: what it is, how it is coded, and who runs it. Unset: `defaults`, or as here."""
 
     model_config = ConfigDict(extra="forbid")
+    # Of `nercc serve --help`: the first setting of each panel, and what it is called.
+    panels: ClassVar[dict[str, str]] = {
+        "model": "Model",
+        "scheme": "Code",
+        "pool": "Workers",
+        "max_batch_size": "Queue and batching",
+        "patience": "Stragglers",
+        "service_delay_s": "Faults on trial",
+    }
 
     model: str | None = Field(default=None, description="A shipped model, or module:function.")
     name: str | None = Field(
@@ -83,7 +109,7 @@ class ModelSettings(BaseModel):
         description="What clients call it; unless set as `model`, with a dot for a colon.",
     )
     weights: Path | None = Field(
-        default=None, description="Given to module:function, which makes a model."
+        default=None, description="Given to module:function, which then makes the model."
     )
     input_shape: Annotated[
         tuple[int, ...] | dict[str, tuple[int, ...]] | None, BeforeValidator(_shape)
@@ -101,36 +127,55 @@ class ModelSettings(BaseModel):
         default=None, description="Of the only output; of several without names, before places."
     )
     outputs: Literal["logits", "probabilities"] = Field(
-        default="logits", description="Of a shipped model."
+        default="logits", description="What a shipped model returns."
     )
     calibration: Path | None = Field(
         default=None,
-        description="Unlabelled inputs for error estimates: .npy, (points, *input_shape), or .npz "
-        "by name.",
+        description="Unlabelled inputs of module:function for the error estimate: .npy, (points, "
+        "*input_shape), or .npz by name.",
     )
 
     scheme: Literal["nercc", "berrut", "replication", "uncoded"] | None = Field(
-        default=None, description="nercc unless set, and uncoded for what cannot be coded."
+        default=None,
+        description="How queries are coded; nercc unless set, and uncoded for what cannot be.",
     )
-    num_data: int = Field(default=4, ge=1, description="K.")
-    num_workers: int = Field(default=8, ge=1, description="N.")
-    points: Literal["interleaved", "repeated", "chebyshev", "uniform"] = "interleaved"
+    num_data: int = Field(default=4, ge=1, description="K: queries coded together.")
+    num_workers: int = Field(default=8, ge=1, description="N: coded data points of K queries.")
+    points: Literal["interleaved", "repeated", "chebyshev", "uniform"] = Field(
+        default="interleaved", description="Where the regression points lie."
+    )
     code: Path | None = Field(default=None, description="A code that `nercc tune` wrote, instead.")
 
-    pool: Literal["devices", "ray"] = "devices"
-    workers: int | None = Field(
-        default=None, ge=1, description="Workers in the pool; N unless set."
+    pool: Literal["devices", "ray"] = Field(
+        default="devices", description="Threads on this process's devices, or Ray actors."
     )
-    actor_options: dict[str, Any] = Field(default={}, description="Of Ray actors: num_gpus, ...")
+    workers: int | None = Field(
+        default=None, ge=1, description="Workers of each model; N unless set."
+    )
+    actor_options: Annotated[dict[str, Any], BeforeValidator(_table)] = Field(
+        default={}, description="Of Ray actors: {num_gpus = 0.5}."
+    )
     worker_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         default=None, description="Workers run in it, on inputs and weights that are cast to it."
     )
-    max_attempts: int = Field(default=3, ge=1)
-    hang_timeout_s: float = Field(default=60.0, gt=0)
+    max_attempts: int = Field(
+        default=3, ge=1, description="Workers that may fail at a data point before it is lost."
+    )
+    hang_timeout_s: float = Field(
+        default=60.0, gt=0, description="A worker that takes longer hangs, and is replaced."
+    )
 
-    max_batch_size: int = _POLICY.max_batch_size
-    batch_wait_timeout_s: float = _POLICY.batch_wait_timeout_s
-    max_queue_size: int = _POLICY.max_queue_size
+    max_batch_size: int = Field(
+        default=_POLICY.max_batch_size,
+        description="Queries in one worker call, at most; a power of two.",
+    )
+    batch_wait_timeout_s: float = Field(
+        default=_POLICY.batch_wait_timeout_s,
+        description="How long a group waits for more queries.",
+    )
+    max_queue_size: int = Field(
+        default=_POLICY.max_queue_size, description="Queries that may wait; more are refused."
+    )
     deadline_s: float = Field(
         default=_POLICY.deadline_s,
         gt=0,
@@ -143,31 +188,46 @@ class ModelSettings(BaseModel):
         le=MAX_DEADLINE_S,
         description="Requests of high priority go ahead of those that came up to so long earlier.",
     )
-    patience: float = _POLICY.patience
-    wait_for: int | None = _POLICY.wait_for
+    ordering: bool = Field(
+        default=_POLICY.ordering,
+        description="Whether queries that go out together lie beside their like.",
+    )
+
+    patience: float = Field(
+        default=_POLICY.patience,
+        description="Who takes so many times the median straggles.",
+    )
+    wait_for: int | None = Field(
+        default=_POLICY.wait_for,
+        description="Answers of a group that will do where no error is estimated; by the code "
+        "unless set.",
+    )
     max_disagreement: float | None = Field(
         default=0.05,
-        description="Of stragglers' queries, in the mean; 1 takes what `wait_for` answers give.",
+        description="The share of stragglers' queries whose label may differ from the model's own, "
+        "in the mean; what is too doubtful for that is sent again. 1 takes what `wait_for` answers "
+        "give.",
     )
     max_reexecution: float | None = Field(
-        default=_POLICY.max_reexecution, description="Share of the queries sent again for doubt."
+        default=_POLICY.max_reexecution,
+        description="The share of all queries that may be sent again for doubt; any unless set.",
     )
-    ordering: bool = Field(
-        default=_POLICY.ordering, description="Queries that go out together lie beside their like."
+    copies: int = Field(
+        default=_POLICY.copies,
+        description="Workers that may have the same query in hand when the first straggles.",
     )
-    copies: int = _POLICY.copies
 
     service_delay_s: float = Field(
-        default=0.0, ge=0, description="On trial: every call takes longer."
+        default=0.0, ge=0, description="Seconds that every call takes longer."
     )
     straggler_rate: float = Field(
-        default=0.0, ge=0, le=1, description="On trial: calls that straggle ..."
+        default=0.0, ge=0, le=1, description="The share of calls that straggle ..."
     )
-    straggler_delay_s: float = Field(default=1.0, gt=0, description="... and by how much.")
+    straggler_delay_s: float = Field(default=1.0, gt=0, description="... and by how many seconds.")
     death_rate: float = Field(
-        default=0.0, ge=0, le=1, description="On trial: calls that kill the worker."
+        default=0.0, ge=0, le=1, description="The share of calls in which the worker dies."
     )
-    fault_seed: int = 0
+    fault_seed: int = Field(default=0, description="The same seed, the same faults.")
 
     @model_validator(mode="after")
     def _check(self) -> "ModelSettings":
@@ -203,11 +263,6 @@ class ModelSettings(BaseModel):
         return ModelSettings(**told)
 
 
-def _none(value: Any) -> Any:
-    """TOML has no null, and the environment has only strings."""
-    return None if value == "none" else value
-
-
 class ServerSettings(BaseSettings):
     """The whole server."""
 
@@ -216,16 +271,29 @@ class ServerSettings(BaseSettings):
         env_nested_delimiter="__",
         extra="forbid",
     )
+    panels: ClassVar[dict[str, str]] = {
+        "host": "Addresses",
+        "max_connections": "Limits",
+        "compilation_cache": "Start and end",
+        "log_format": "Log",
+    }
 
-    host: str = Field(default="127.0.0.1", description="0.0.0.0 listens on all interfaces.")
-    http_port: int = Field(default=8000, ge=0, le=65535, description="0: any that is free.")
+    host: str = Field(
+        default="127.0.0.1", description="To listen on; 0.0.0.0 is all of the machine's."
+    )
+    http_port: int = Field(
+        default=8000, ge=0, le=65535, description="REST, status page, metrics; 0: any free one."
+    )
     grpc_port: Annotated[int | None, BeforeValidator(_none)] = Field(
-        default=8001, ge=0, le=65535, description="'none': no gRPC."
+        default=8001, ge=0, le=65535, description="gRPC; 0: any free one, none: no gRPC."
     )
+
     max_connections: int = Field(
-        default=2000, ge=1, description="Of REST; and calls by gRPC; more are refused."
+        default=2000, ge=1, description="Of REST, and calls by gRPC; more are refused."
     )
-    max_header_bytes: int = Field(default=2**15, ge=2**10, description="Of one request, about.")
+    max_header_bytes: int = Field(
+        default=2**15, ge=2**10, description="Of one request's head, about."
+    )
     max_body_bytes: int = Field(
         default=64 * 2**20, gt=0, description="Of one request, decompressed."
     )
@@ -241,22 +309,29 @@ class ServerSettings(BaseSettings):
     body_timeout_s: float = Field(
         default=60.0, gt=0, le=MAX_DEADLINE_S, description="To send a request's body."
     )
+
+    compilation_cache: bool = Field(
+        default=True,
+        description="Whether compiled programs are kept, in JAX_COMPILATION_CACHE_DIR or the "
+        "user's cache folder.",
+    )
     drain_delay_s: float = Field(
         default=0.0, ge=0, description="After SIGTERM: not ready, but answering, for so long."
     )
     drain_timeout_s: float = Field(
         default=30.0, ge=0, description="Then: for what has been accepted."
     )
-    log_format: Literal["json", "text"] = "json"
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+    log_format: Literal["json", "text"] = Field(
+        default="json", description="Of the log, on stderr."
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        default="INFO", description="What is less than that is not logged."
+    )
     request_log_rate: float = Field(
         default=0.0, ge=0, le=1, description="Share of the requests that the log has a line of."
     )
-    compilation_cache: bool = Field(
-        default=True,
-        description="Compiled programs are kept in the user's cache folder, unless "
-        "JAX_COMPILATION_CACHE_DIR names another.",
-    )
+
     defaults: ModelSettings = ModelSettings()
     models: list[ModelSettings] = []
 

@@ -16,7 +16,6 @@ import warnings
 from pathlib import Path
 
 import pytest
-import typer
 from conftest import require
 
 ROOT = Path(__file__).parents[2]
@@ -345,10 +344,9 @@ def test_readme_names_what_there_is():
         re.findall(r"^\|.*?\[[^|]*\|", README, re.MULTILINE)
         and re.findall(r"\]\(([\w.-]+)\)", README)
     )
-    from nercc_jax.cli._app import app
+    from nercc_jax.cli._serve import command_with_options
 
-    command = typer.main.get_command(app)
-    options = {name for each in command.commands["serve"].params for name in each.opts}
+    options = {name for each in command_with_options().params for name in each.opts}
     elsewhere = {"--format", "--stop-timeout"}
     assert set(re.findall(r"`(--[\w-]+)", README)) <= options | elsewhere
 

@@ -2,7 +2,6 @@
 
 # ruff: noqa: E402 (`require` comes before what needs it)
 
-import inspect
 import json
 import logging
 import os
@@ -81,13 +80,6 @@ MODEL = {
     "death_rate": 0.75,
     "fault_seed": 11,
 }
-# Flags that are not called as the setting is.
-FLAGS = {
-    "service_delay_s": "--service-delay",
-    "straggler_delay_s": "--straggler-delay",
-    "ordering": "--no-ordering",
-    "compilation_cache": "--no-compilation-cache",
-}
 # Flags that are no settings.
 ELSEWHERE = {"config", "check", "print_config"}
 ONE = [{"model": "own:double", "input_shape": [4]}]
@@ -145,7 +137,8 @@ def as_read(name, value):
 
 
 def test_the_log_for_people_has_all_fields():
-    record = logging.makeLogRecord({"msg": "it %s", "args": ("works",), "model": "a", "seconds": 2})
+    told = {"msg": "it %s", "args": ("works",), "model": "a", "_ray_clock": 1, "seconds": 2}
+    record = logging.makeLogRecord(told)
     text = _serve._WithFields("%(levelname)s: %(message)s").format(record)
     assert text == "Level None: it works model=a seconds=2"
 
@@ -275,26 +268,18 @@ def told(monkeypatch):
     return run
 
 
-def flags():
-    """Names of settings that have a flag."""
-    parameters = inspect.signature(_serve.serve_command).parameters
-    by_flag = {flag: name for name, flag in FLAGS.items()}
-    flags = [f"--{name.replace('_', '-')}" for name in parameters]
-    return [by_flag.get(flag, flag[2:].replace("-", "_")) for flag in flags]
+def test_every_setting_has_a_flag():
+    flags = [option.name for option in _serve.command_with_options().params]
+    assert sorted(flags) == sorted([*SERVER, *MODEL, *ELSEWHERE])
 
 
-def test_flags_are_settings():
-    assert set(flags()) <= set(SERVER) | set(MODEL) | ELSEWHERE
-    assert {"model", "http_port", "max_reexecution", "ordering", "death_rate"} <= set(flags())
-
-
-@pytest.mark.parametrize("name", [name for name in flags() if name not in ELSEWHERE | {"model"}])
+@pytest.mark.parametrize("name", [name for name in SERVER | MODEL if name != "model"])
 def test_every_flag_comes_before_environment_and_file(name, told):
     value = {**SERVER, **MODEL}[name]
-    flag = FLAGS.get(name, f"--{name.replace('_', '-')}")
-    text = [",".join(map(str, value)) if isinstance(value, list) else str(value)]
+    flag = f"--{name.replace('_', '-')}"
+    text = [",".join(map(str, value)) if isinstance(value, list) else toml(value).strip('"')]
     if isinstance(value, bool):
-        text = []
+        flag, text = flag if value else f"--no-{flag[2:]}", []
     if name in SERVER:
         other, variable = getattr(ServerSettings(), name), f"NERCC_{name.upper()}"
         path = write({name: other}, models=ONE)
@@ -305,12 +290,13 @@ def test_every_flag_comes_before_environment_and_file(name, told):
     others = {} if other is None else {name: other}
     if name == "input_shape":
         others = {name: [4]}
-    path = write(defaults=others, models=[{"model": "a:b"} | others, {"model": "c:d"}])
+    models = [{"model": "a:b"} | others, {"model": "c:d"}][: 1 if name == "name" else 2]
+    path = write(defaults=others, models=models)
     variables = {
         f"NERCC_DEFAULTS__{n.upper()}": json.dumps(v).strip('"') for n, v in others.items()
     }
     _, chosen = told("--config", str(path), flag, *text, **variables)
-    assert [getattr(model, name) for model in chosen] == [as_read(name, value)] * 2
+    assert [getattr(model, name) for model in chosen] == [as_read(name, value)] * len(models)
 
 
 def test_models_by_flag_replace_those_of_the_file(told):
@@ -423,6 +409,8 @@ OWN = ("--model", "own:double", "--input-shape", "4")
         ((*OWN, "--input-datatype", "ids=INT64"), "inputs ['input'] have shapes, but ['ids'] have"),
         ((*OWN, "--input-datatype", "INT64", "--scheme", "nercc"), "cannot have scheme 'nercc'"),
         ((*OWN, "--input-datatype", "INT8", "--code", "code.json"), "cannot have code code.json"),
+        (("--actor-options", "{x"), "actor_options: a table as in TOML is needed"),
+        (("--grpc-port", "any"), "grpc_port: input should be a valid integer"),
         (("--model", "nothing"), "no model 'nothing'"),
         (("--max-json-bytes", "0"), "max_json_bytes: input should be greater than 0, not 0"),
         (("--model", "own:"), "named module:function, not 'own:'"),
@@ -557,7 +545,20 @@ def test_a_missing_ray_is_named_with_its_extra(monkeypatch):
     refused("pip install 'nercc-jax[ray]'", *OWN, "--pool", "ray")
 
 
-def test_help():
+@pytest.mark.parametrize("settings", [ModelSettings, ServerSettings])
+def test_help_says_what_each_setting_is_and_what_it_is_unless_set(settings, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
     code, output = run("--help")
     assert code == 0
     assert "SIGTERM" in output
+    lines, titles = output.splitlines(), settings.panels.values()
+    assert next(line.split()[1] for line in lines if line.startswith("╭")) == "Options"
+    assert all(any(f"─ {title} ─" in line for line in lines) for title in titles)
+    for name, field in settings.model_fields.items():
+        if name in ("model", "models", "defaults"):
+            continue
+        (line,) = (line for line in lines if f"--{name.replace('_', '-')} " in line)
+        assert field.description in line
+        default = f"no-{name.replace('_', '-')}" if field.default is False else field.default
+        default = name.replace("_", "-") if field.default is True else default
+        assert f"[default: {default}]" in line or default in (None, {})
