@@ -16,6 +16,7 @@ from ._batcher import CodedBatcher
 from ._coder import Coder
 from ._fidelity import Fidelity
 from ._health import Health
+from ._hints import HintLog, hints_of
 from ._metrics import Meter, Meters
 from ._phases import phase
 from ._record import current
@@ -76,6 +77,10 @@ class ServedModel:
                 observe=self.meter.observe,
             )
         self.meter.waiting.set_function(lambda: self._batcher.waiting)
+        self._hint_log = HintLog(
+            servable.name, lambda: self._hints(self.health(), self.pool.report())
+        )
+        self._hint_log.start()
         _LOG.info(
             "model is ready",
             extra={
@@ -129,26 +134,8 @@ class ServedModel:
         return self._batcher.health()
 
     def _hints(self, health: Health, report: PoolReport) -> list[str]:
-        """Why things are not as they should be, in words; also why nothing is decoded."""
-        batcher, coder, workers = self._batcher, self._coder, self.pool.num_workers
-        hints = [] if health.trouble is None else [health.trouble]
-        if all(worker.state == "overdue" for worker in report.workers):
-            hints.append(f"all {workers} workers are overdue")
-        if report.internal_errors:
-            hints.append(f"the pool had {report.internal_errors} errors of its own: see the log")
-        if coder.guesses and batcher.policy.max_disagreement is not None:
-            known, needed = batcher.fidelity.known()
-            if known < needed:
-                hints.append(f"no estimate yet: {known} of {needed} groups; nothing is decoded")
-        if batcher.waiting and not self.pool.idle:
-            hints.append(
-                "the pool is saturated: queries wait for a worker, none is spare for codes"
-            )
-        if self.servable.uncodable is not None:
-            hints.append(f"nothing is coded: {self.servable.uncodable}")
-        if workers < coder.num_workers:
-            hints.append(f"{workers} workers for {coder.num_workers} coded data points of a group")
-        return hints
+        uncodable = self.servable.uncodable
+        return hints_of(self._batcher, self._coder, self.pool, health, report, uncodable)
 
     def status(self) -> dict[str, Any]:
         health, report = self.health(), self.pool.report()
@@ -184,6 +171,7 @@ class ServedModel:
 
     def close(self, drain: float) -> None:
         """Answers what was accepted for up to `drain` seconds; then the workers end."""
+        self._hint_log.close()
         self._batcher.close(drain)
         self.pool.close()
 

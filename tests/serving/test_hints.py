@@ -1,0 +1,68 @@
+"""Hints for the log: each is told once when it has lasted, and once when it is over."""
+
+import logging
+
+import pytest
+from desks import soon
+
+from nercc_jax.serving import _hints
+
+
+@pytest.fixture
+def hear(monkeypatch, caplog):
+    """Gives looks to a log of hints, one after the other; what was logged by each."""
+    monkeypatch.setattr(_hints, "_BEGINS", 2)
+    monkeypatch.setattr(_hints, "_ENDS", 3)
+    caplog.set_level(logging.INFO)
+    log = _hints.HintLog("digits", list)
+
+    def hear(*looks):
+        told = []
+        for hints in looks:
+            caplog.clear()
+            log.hear(hints)
+            assert all(record.model == "digits" for record in caplog.records)
+            told.append([record.message for record in caplog.records])
+        return told
+
+    return hear
+
+
+def test_a_hint_is_told_once_whatever_its_numbers(hear):
+    told = hear(*([f"no estimate yet: {known} of 32 groups"] for known in range(5)))
+    assert told == [[], ["hint: no estimate yet: 1 of 32 groups"], [], [], []]
+
+
+def test_what_comes_and_goes_is_not_told(hear):
+    assert hear(["full"], [], ["full"], [], ["full"]) == [[]] * 5
+
+
+def test_the_end_of_a_hint_is_told_once_it_has_lasted(hear):
+    hear(["full"], ["full"])
+    assert hear([], [], ["full"], [], []) == [[]] * 5
+    assert hear([], []) == [["over: full"], []]
+    assert hear(["full"], ["full"]) == [[], ["hint: full"]]
+
+
+def test_hints_do_not_hide_each_other(hear):
+    assert hear(["a"], ["a", "b"], ["b"], ["b"]) == [[], ["hint: a"], ["hint: b"], []]
+    assert hear(["b"]) == [["over: a"]]
+
+
+def test_a_look_that_fails_is_logged_and_the_next_works(monkeypatch, caplog):
+    monkeypatch.setattr(_hints, "_LOOK", 0.01)
+    monkeypatch.setattr(_hints, "_BEGINS", 1)
+    caplog.set_level(logging.INFO)
+    failing = [True]
+
+    def look():
+        if failing:
+            failing.pop()
+            raise RuntimeError("a bug of ours")
+        return ["full"]
+
+    log = _hints.HintLog("digits", look)
+    log.start()
+    soon(lambda: "hint: full" in caplog.text)
+    log.close()
+    assert "looking for hints failed" in caplog.text
