@@ -82,6 +82,22 @@ def key() -> jax.Array:
     return jax.random.key(20240204)
 
 
+@pytest.fixture
+def crew():
+    """Workers on paper, and `open_desk` makes desks for them: see `desks.py`."""
+    from desks import Script  # late, as all that imports nercc_jax: the run-time type checks
+
+    return Script()
+
+
+@pytest.fixture
+def open_desk(crew):
+    from desks import open_desks
+
+    with open_desks(crew) as make:
+        yield make
+
+
 @pytest.fixture(params=["float32", "float64"])
 def dtype(request):
     """The working precision; float32 runs as users run it, with x64 disabled."""

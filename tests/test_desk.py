@@ -5,21 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from desks import SOON, Script, dispatch, make_desk, open_desks, soon
+from desks import SOON, Script, dispatch, make_desk, soon
 
 from nercc_jax.pools import Overdue
 from nercc_jax.pools._crew import WorkerDied
-
-
-@pytest.fixture
-def crew():
-    return Script()
-
-
-@pytest.fixture
-def open_desk(crew):
-    with open_desks(crew) as make:
-        yield make
 
 
 def test_one_task_a_worker_and_the_rest_as_they_become_free(crew, open_desk):
@@ -186,6 +175,26 @@ def test_what_a_copy_may_bring_is_hoped_for_once(crew, open_desk):
     assert crew.points == {original: 1, 1 - original: 0}, "two are needed, one is in"
     crew.answer(original)
     assert batch.available.all()
+
+
+def test_a_copy_is_hoped_for_though_its_overdue_original_fails(crew, open_desk):
+    desk = open_hasty_desk(open_desk, crew)
+    batch, send = desk.open(2, 1, 2, None, None), crew.send
+
+    def send_in_time(*task):
+        send(*task)
+        if len(crew.sent) == 2:
+            batch.times._limits.clear()  # the copy is not overdue, however slow the machine is
+
+    crew.send = send_in_time
+    desk.add(batch, [0], [np.zeros((1, 1))], [0])
+    (original,) = crew.sent
+    soon(lambda: len(crew.sent) == 2)
+    desk.add(batch, [1], [np.ones((1, 1))], [0])
+    crew.answer(original, OSError("lost"))
+    assert crew.points == {1 - original: 0}, "one is needed, and one is on its way"
+    crew.answer(1 - original)
+    assert batch.available.tolist() == [True, False]
 
 
 def test_a_task_is_overdue_by_the_times_of_its_size(crew, open_desk):

@@ -5,24 +5,13 @@ import time
 
 import numpy as np
 import pytest
-from desks import SOON, Script, dispatch, make_desk, open_desks, soon
+from desks import SOON, dispatch, make_desk, soon
 
 from nercc_jax import DevicePool
 from nercc_jax.pools import Fault, Faults
 from nercc_jax.pools._crew import WorkerDied
 from nercc_jax.pools._supervision import pause_after
 from nercc_jax.stragglers import AbstractLatency
-
-
-@pytest.fixture
-def crew():
-    return Script()
-
-
-@pytest.fixture
-def open_desk(crew):
-    with open_desks(crew) as make:
-        yield make
 
 
 @pytest.fixture(autouse=True)

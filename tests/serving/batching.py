@@ -16,6 +16,10 @@ LONG = 30.0  # seconds that nothing here takes, unless it hangs
 # Of calls where it matters who straggles: longer than threads of a busy machine wait for a turn.
 SERVICE, PATIENCE = 0.03, 4.0
 INTERLEAVED = NeRCC(4, 8, points="interleaved", lambda_dec=0.0)
+# By hand, of that code: which coded data point each query of a group is, and which are sent when
+# the group is complete, one for each query: the nearest to its alpha. On the half circle, whose
+# angles are even, alphas are at 22.5, 67.5, ... degrees, the others of the betas at 45, 82.5, ...
+OWN, EXTRAS = (1, 3, 0, 2), (5, 7, 4, 6)
 
 
 def model(x):
@@ -27,6 +31,17 @@ def queries(number, seed=1):
     x = np.random.default_rng(seed).normal(size=(number, *SHAPE)).astype(np.float32)
     x[:, 0] = np.linspace(-1, 1, number) if number > 1 else 0.5
     return x
+
+
+class Held:
+    """A model that answers nobody until it is released."""
+
+    def __init__(self):
+        self.release = threading.Event()
+
+    def __call__(self, batch):
+        assert self.release.wait(LONG)
+        return model(batch)
 
 
 class Gates:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import grpc
 import numpy as np
 from nercc_server import ENDS, patience
 from prometheus_client import CollectorRegistry
@@ -100,6 +101,16 @@ def serving(model: Doubles, **told: Any) -> Iterator[Server]:
 
 def connect(server: Server) -> socket.socket:
     return socket.create_connection(("127.0.0.1", server.http_port), ENDS)
+
+
+@contextlib.contextmanager
+def channel(server: Server) -> Iterator[grpc.Channel]:
+    """To its gRPC, once it listens there."""
+    for _ in patience(ENDS):
+        if server.grpc_port:
+            break
+    with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+        yield channel
 
 
 def body(data: Any = (1, 2, 3, 4), **more: Any) -> bytes:

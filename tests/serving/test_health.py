@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from batching import INTERLEAVED, LONG, count, knowing, model, queries, serving, settled
+from batching import INTERLEAVED, LONG, Held, count, knowing, model, queries, serving, settled
 
 from nercc_jax import Uncoded
 from nercc_jax.serving import Fidelity, InferenceFailed, _health
@@ -55,30 +55,20 @@ def test_a_group_that_cannot_be_decided_is_told_at_once(monkeypatch):
     def fails(self, group, late):
         raise RuntimeError("a bug of ours")
 
-    release = threading.Event()
-
-    def held(batch):
-        assert release.wait(LONG)
-        return model(batch)
-
+    held = Held()
     with serving(INTERLEAVED, held, warm=False) as batcher:
         with monkeypatch.context() as patched:
             patched.setattr(Rescue, "rescue", fails)
             future = batcher.submit(queries(3))
             with pytest.raises(InferenceFailed, match="a bug of ours"):
                 future.result(5.0)
-        release.set()
+        held.release.set()
         assert batcher.submit(queries(3)).result(LONG).exact.all()
         settled(batcher)
 
 
 def test_a_thread_that_dies_fails_what_is_open_and_what_comes(monkeypatch):
-    release = threading.Event()
-
-    def held(batch):
-        assert release.wait(LONG)
-        return model(batch)
-
+    held = Held()
     with serving(Uncoded(1), held, warm=False) as batcher:
         future = batcher.submit(queries(2))
 
@@ -92,7 +82,7 @@ def test_a_thread_that_dies_fails_what_is_open_and_what_comes(monkeypatch):
             batcher.submit(queries(1))
         assert batcher.health() == Health(False, False, "the batcher has failed: no memory, say")
         assert count(batcher, "internal_error") == 1
-        release.set()
+        held.release.set()
 
 
 def test_a_stuck_thread_is_not_alive(monkeypatch):
@@ -132,16 +122,11 @@ def test_who_answers_nobody_is_not_ready_until_it_does():
 def test_who_answers_nothing_for_long_is_not_ready(monkeypatch):
     monkeypatch.setattr(_health, "_SILENT", 0.2)
     monkeypatch.setattr("nercc_jax.serving._batcher._LONGEST_WAIT", 0.05)
-    release = threading.Event()
-
-    def held(batch):
-        assert release.wait(LONG)
-        return model(batch)
-
+    held = Held()
     with serving(Uncoded(1), held, warm=False) as batcher:
         future = batcher.submit(queries(1))
         assert "no answer for" in becomes(batcher, is_(True, False)).trouble
-        release.set()
+        held.release.set()
         future.result(LONG)
         becomes(batcher, is_(True, True))
 

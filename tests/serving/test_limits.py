@@ -15,7 +15,7 @@ httpx = require("httpx", "serve-test")
 grpc = require("grpc", "serve-test")
 require("nercc_jax.serving._kserve", "serve")
 
-from in_process import Doubles, body, connect, is_cut_off, post, read_answer, serving
+from in_process import Doubles, body, channel, connect, is_cut_off, post, read_answer, serving
 from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceStub
 from nercc_server import ENDS, patience
 
@@ -231,9 +231,9 @@ def test_bytes_in_flight_have_a_limit():
             assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
             assert "900 bytes" in answer.json()["error"]
             request = messages.ModelInferRequest(model_name="digits", id="x" * 800)
-            with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+            with channel(server) as there:
                 with pytest.raises(grpc.RpcError) as error:
-                    GRPCInferenceServiceStub(channel).ModelInfer(request, timeout=ENDS)
+                    GRPCInferenceServiceStub(there).ModelInfer(request, timeout=ENDS)
                 assert error.value.code() == grpc.StatusCode.UNAVAILABLE
             assert model.refused == ["request_overloaded"] * 2
             # What waits for its answer counts, too.

@@ -14,7 +14,7 @@ require("nercc_jax.serving._kserve", "serve")
 
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
-from in_process import Doubles, body, listening
+from in_process import Doubles, body, channel, listening
 from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceStub
 from nercc_server import ENDS, patience
 
@@ -72,54 +72,46 @@ def test_it_says_by_rest_that_it_starts():
 
 def test_it_says_by_grpc_that_it_starts():
     start = Starts()
-    with listening({"digits": start}, grpc_port=0) as server:
+    with listening({"digits": start}, grpc_port=0) as server, channel(server) as there:
+        stub = GRPCInferenceServiceStub(there)
+        assert stub.ServerLive(messages.ServerLiveRequest(), timeout=ENDS).live
+        assert not stub.ServerReady(messages.ServerReadyRequest()).ready
+        asked = messages.ModelReadyRequest(name="digits")
+        assert not stub.ModelReady(asked).ready
+        request = messages.ModelInferRequest(model_name="digits")
+        with pytest.raises(grpc.RpcError) as error:
+            stub.ModelInfer(request, timeout=ENDS)
+        assert error.value.code() == grpc.StatusCode.UNAVAILABLE
+        start.may.set()
         for _ in patience(ENDS):
-            if server.grpc_port:
+            if stub.ServerReady(messages.ServerReadyRequest()).ready:
                 break
-        with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
-            stub = GRPCInferenceServiceStub(channel)
-            assert stub.ServerLive(messages.ServerLiveRequest(), timeout=ENDS).live
-            assert not stub.ServerReady(messages.ServerReadyRequest()).ready
-            asked = messages.ModelReadyRequest(name="digits")
-            assert not stub.ModelReady(asked).ready
-            request = messages.ModelInferRequest(model_name="digits")
-            with pytest.raises(grpc.RpcError) as error:
-                stub.ModelInfer(request, timeout=ENDS)
-            assert error.value.code() == grpc.StatusCode.UNAVAILABLE
-            start.may.set()
-            for _ in patience(ENDS):
-                if stub.ServerReady(messages.ServerReadyRequest()).ready:
-                    break
-            assert stub.ModelReady(asked).ready
+        assert stub.ModelReady(asked).ready
 
 
 def test_grpcs_own_health_service_tells_every_change():
     start = Starts()
-    with listening({"digits": start}, grpc_port=0) as server:
-        for _ in patience(ENDS):
-            if server.grpc_port:
-                break
-        with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
-            stub = HealthStub(channel)
-            watched = {
-                name: stub.Watch(HealthCheckRequest(service=name), timeout=ENDS)
-                for name in ("", "digits", "nothing")
-            }
-            told = {name: [next(watch).status] for name, watch in watched.items()}
-            for name in ("", "digits", "inference.GRPCInferenceService"):
-                asked = HealthCheckRequest(service=name)
-                assert stub.Check(asked, timeout=ENDS).status == HealthCheckResponse.NOT_SERVING
-            with pytest.raises(grpc.RpcError) as error:
-                stub.Check(HealthCheckRequest(service="nothing"), timeout=ENDS)
-            assert error.value.code() == grpc.StatusCode.NOT_FOUND
-            start.may.set()
-            for name in ("", "digits"):
-                told[name].append(next(watched[name]).status)
-            asked = HealthCheckRequest(service="digits")
-            assert stub.Check(asked, timeout=ENDS).status == HealthCheckResponse.SERVING
-            server.stop()
-            for name, watch in watched.items():
-                told[name] += [each.status for each in watch]  # which end by themselves
+    with listening({"digits": start}, grpc_port=0) as server, channel(server) as there:
+        stub = HealthStub(there)
+        watched = {
+            name: stub.Watch(HealthCheckRequest(service=name), timeout=ENDS)
+            for name in ("", "digits", "nothing")
+        }
+        told = {name: [next(watch).status] for name, watch in watched.items()}
+        for name in ("", "digits", "inference.GRPCInferenceService"):
+            asked = HealthCheckRequest(service=name)
+            assert stub.Check(asked, timeout=ENDS).status == HealthCheckResponse.NOT_SERVING
+        with pytest.raises(grpc.RpcError) as error:
+            stub.Check(HealthCheckRequest(service="nothing"), timeout=ENDS)
+        assert error.value.code() == grpc.StatusCode.NOT_FOUND
+        start.may.set()
+        for name in ("", "digits"):
+            told[name].append(next(watched[name]).status)
+        asked = HealthCheckRequest(service="digits")
+        assert stub.Check(asked, timeout=ENDS).status == HealthCheckResponse.SERVING
+        server.stop()
+        for name, watch in watched.items():
+            told[name] += [each.status for each in watch]  # which end by themselves
     changes = [HealthCheckResponse.NOT_SERVING, HealthCheckResponse.SERVING]
     changes += changes[:1]
     unknown = [HealthCheckResponse.SERVICE_UNKNOWN]
