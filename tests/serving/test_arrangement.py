@@ -1,14 +1,18 @@
 """Queries that go out together are put beside their like."""
 
+import time
+
+import batching
 import numpy as np
 import pytest
+from batching import INTERLEAVED, LONG, count, serving, settled
 
 from nercc_jax import Berrut, NeRCC
-from nercc_jax.serving import Coder
+from nercc_jax.serving import Coder, _sender
 from nercc_jax.serving._arrangement import Arranger
 from nercc_jax.serving._request import Request
 
-CODE = NeRCC(4, 8, points="interleaved", lambda_dec=0.0)
+CODE = INTERLEAVED
 
 
 def queries(x):
@@ -89,3 +93,30 @@ def test_nothing_compiles_once_it_is_compiled():
         x = np.random.default_rng(number).normal(size=(number, 5, 2))
         assert sorted(ready.path(queries(x))) == list(range(number))
     assert ready._path._cache_size() == programs
+
+
+@pytest.mark.parametrize(
+    ("seconds", "share", "ordered"), [(0.0, 0.0, False), (LONG, 0.0, True), (0.0, 1e9, True)]
+)
+def test_what_takes_long_to_order_goes_out_as_it_comes(seconds, share, ordered, monkeypatch):
+    """The thread that answers orders: no longer than this, or this share of an answer's time."""
+    monkeypatch.setattr(_sender, "_ORDERING", seconds)
+    monkeypatch.setattr(_sender, "_ORDERING_SHARE", share)
+    with serving(CODE, workers=8, ordering=True) as batcher:
+        batcher.submit(batching.queries(8)).result(LONG)
+        settled(batcher)
+        assert bool(count(batcher, "order_seconds")) == ordered
+
+
+def test_what_ordering_takes_is_measured_by_the_most_that_are_ordered(monkeypatch):
+    """As of images: when it is compiled, before there is anything to be late."""
+    ready = arranger(rows=4)
+    path = ready._path
+
+    def slow(x):
+        time.sleep(0.01 * len(x))
+        return path(x)
+
+    monkeypatch.setattr(ready, "_path", slow)
+    ready.compile()
+    assert ready.seconds >= 0.01 * 4 * CODE.num_data
