@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from batching import (
+    EXTRAS,
     INTERLEAVED,
     LONG,
     OUT,
+    OWN,
     PATIENCE,
     SERVICE,
     SHAPE,
@@ -99,13 +101,13 @@ def test_full_groups_are_what_the_code_makes_of_them(code):
         np.testing.assert_allclose(single.values, model(x[:1]), atol=1e-6)
 
 
-def decoded_by_hand(code, coder, x, missing, points):
-    """What decoding `missing` from these coded data points gives, by the code's own methods."""
-    order = coder._order[: len(x)]
+def decoded_by_hand(x, missing):
+    """What decoding `missing` from all others gives, by the code's own methods."""
+    code, number, order = INTERLEAVED, len(x), np.array(OWN[: len(x)])
     smaller = NeRCC(len(x), code.num_workers, points=(code.alpha[order], code.beta))
     answers = model(np.asarray(smaller.encode(x)))
     mask = np.zeros(code.num_workers, bool)
-    mask[points] = True
+    mask[[*np.delete(order, missing), *EXTRAS[:number]]] = True
     answers[~mask] = np.nan
     return np.asarray(code.decode(answers, mask))[order[missing]]
 
@@ -115,37 +117,32 @@ def test_a_straggler_is_decoded_from_the_others(number):
     """Of full groups, and of short ones, which get a smaller code on the same workers' points."""
     gates = Gates(SERVICE)
     with serving(INTERLEAVED, gates, wait_for=1, patience=PATIENCE, fidelity=knowing) as batcher:
-        coder, x = batcher.test_coder, queries(number)
+        x = queries(number)
         event = gates.hold(x[1])
         reply = batcher.submit(x).result(LONG)
         others = np.delete(np.arange(number), 1)
         assert reply.exact.tolist() == [place != 1 for place in range(number)]
         np.testing.assert_allclose(reply.values[others], model(x[others]), atol=1e-6)
-        extras = coder.layout(number).extras
         heard = int(reply.heard[1])
         event.set()
         settled(batcher)
         assert batcher.fidelity.audited().number == 1
         assert count(batcher, "audit_same") + count(batcher, "audit_other") == 1
         assert count(batcher, "query_decoded") == 1
-        assert reply.asked[1] == number + len(extras)
+        assert reply.asked[1] == 2 * number
         # All that was sent but the straggler, unless decoding was earlier than some answers.
-        own = [int(coder.first[place][0]) for place in others]
-        if heard == number - 1 + len(extras):
-            wanted = decoded_by_hand(INTERLEAVED, coder, x, 1, [*own, *extras])
-            np.testing.assert_allclose(reply.values[1], wanted, atol=1e-4)
+        if heard == 2 * number - 1:
+            np.testing.assert_allclose(reply.values[1], decoded_by_hand(x, 1), atol=1e-4)
 
 
 def test_all_answers_but_the_stragglers_are_waited_for():
     gates = Gates(SERVICE)
     with serving(INTERLEAVED, gates, wait_for=7, patience=PATIENCE) as batcher:
-        coder, x = batcher.test_coder, queries(4)
+        x = queries(4)
         event = gates.hold(x[2])
         reply = batcher.submit(x).result(LONG)
         assert reply.heard[2] == 7
-        own = [int(coder.first[place][0]) for place in (0, 1, 3)]
-        wanted = decoded_by_hand(INTERLEAVED, coder, x, 2, [*own, *coder.layout(4).extras])
-        np.testing.assert_allclose(reply.values[2], wanted, atol=1e-4)
+        np.testing.assert_allclose(reply.values[2], decoded_by_hand(x, 2), atol=1e-4)
         event.set()
 
 
@@ -202,12 +199,12 @@ BY_MARGIN = QueryDoubt(
 )
 
 
-def sure_and_doubtful():
-    """16 queries: the even ones much alike, with a large margin, the odd ones with a small one."""
+def of_two_kinds(even, odd):
+    """16 queries, much alike: the even ones with about this margin, the odd ones with the other."""
     some = queries(400, seed=7)
     first, second = np.sort(model(some), axis=1)[:, :-3:-1].T
     noise = 1e-3 * np.random.default_rng(8).normal(size=(16, *SHAPE))
-    kinds = some[[np.argmax(first - second), np.argmin(first - second)] * 8]
+    kinds = some[[np.argmin(np.abs(first - second - margin)) for margin in (even, odd)] * 8]
     return (kinds + noise).astype(np.float32)
 
 
@@ -220,7 +217,7 @@ def test_each_query_is_judged_by_itself(budget, monkeypatch):
     with serving(
         INTERLEAVED, gates, workers=8, max_batch_size=2, patience=PATIENCE, **policy
     ) as batcher:
-        x = sure_and_doubtful()
+        x = of_two_kinds(2.0, 0.0)
         event = gates.hold(x[2], calls=1)
         reply = batcher.submit(x).result(LONG)
         others = np.delete(np.arange(16), [2, 3])
@@ -236,6 +233,24 @@ def test_each_query_is_judged_by_itself(budget, monkeypatch):
         settled(batcher)
         audits = count(batcher, "audit_same") + count(batcher, "audit_other")
         assert audits == 1 + (budget == 0), "what was given out is compared with what comes late"
+
+
+@pytest.mark.parametrize("doubtful", [2, 3])
+def test_a_budget_for_one_is_spent_on_the_more_doubtful(doubtful, monkeypatch):
+    monkeypatch.setattr(Fidelity, "doubt", lambda self, queries: BY_MARGIN)
+    gates = Gates(SERVICE)
+    # 24 queries have come before these 16: that is worth 1.2 of them.
+    policy = {"max_disagreement": 0.001, "max_reexecution": 0.03, "max_batch_size": 2}
+    with serving(INTERLEAVED, gates, workers=8, patience=PATIENCE, **policy) as batcher:
+        x = of_two_kinds(*((0.0, 0.06) if doubtful == 2 else (0.06, 0.0)))
+        event = gates.hold(x[2], calls=1)
+        reply = batcher.submit(x).result(LONG)
+        event.set()
+        assert np.flatnonzero(reply.reexecuted).tolist() == [doubtful]
+        other = 5 - doubtful
+        assert not reply.exact[other]
+        assert reply.expected_disagreement[other] > 0.5, "it is doubtful, too"
+        assert count(batcher, "reexecution") == count(batcher, "over_budget") == 1
 
 
 def test_what_cannot_be_decoded_is_sent_again_whatever_the_budget():

@@ -56,10 +56,29 @@ def test_layouts(name):
         # The rest comes once, and no more of it for each query than in a full group.
         assert len(set(first) | set(layout.extras)) == len(first) + len(layout.extras)
         if coder.systematic:
-            most = (coder.num_workers - coder.num_data) * queries / coder.num_data
-            assert len(layout.extras) <= np.ceil(most)
+            share = (coder.num_workers - coder.num_data) * queries / coder.num_data
+            assert len(layout.extras) == np.ceil(share)
         else:
             assert len(layout.extras) == coder.num_workers
+
+
+@pytest.mark.parametrize(
+    ("code", "extras"),
+    [
+        ("interleaved", [[5], [5, 7], [5, 7, 4], [5, 7, 4, 6]]),
+        # For each query two fifths of one, rounded up: as many as would do for all of them.
+        ("interleaved, few more", [[5], [5], [5, 1], [5, 1], [5, 6]]),
+    ],
+)
+def test_extras_are_those_nearest_to_the_queries(code, extras):
+    """By hand, on the half circle, whose angles are even.
+
+    (5, 7): alphas, and betas 0 to 4, at 18, 54, 90, 126 and 162 degrees, beta 5 at 72 and 6 at 144.
+    Queries come to 90, 18, 162, 126, 54.
+    """
+    coder = coder_of(code)
+    found = [coder.layout(queries).extras.tolist() for queries in range(1, coder.num_data + 1)]
+    assert found == extras
 
 
 @pytest.mark.parametrize("queries", [2, 3, 4])

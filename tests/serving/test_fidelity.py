@@ -5,15 +5,15 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from batching import EXTRAS, INTERLEAVED, OWN
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nercc_jax import NeRCC
 from nercc_jax.serving import Coder, Fidelity
 from nercc_jax.serving._budget import Budget
 from nercc_jax.serving._query_doubt import QueryDoubt, calibrate, unknown
 
-CODE = NeRCC(4, 8, points="interleaved", lambda_dec=0.0)
+CODE = INTERLEAVED
 WEIGHTS = np.random.default_rng(2).normal(size=(4, 3)).astype(np.float32)
 
 
@@ -40,15 +40,14 @@ def test_no_more_is_wrong_than_was_asked_for(known, queries):
     x = data(400 * queries, 4).reshape(400, queries, 4)
     answers = np.asarray(model(coder.encode(x, np.arange(8))))
     own = np.asarray(model(x)).argmax(-1)
-    layout, random = coder.layout(queries), np.random.default_rng(5)
-    redundancy = len(layout.extras)
-    sent = np.concatenate([*coder.first[:queries], layout.extras])
+    random, redundancy = np.random.default_rng(5), queries
+    sent = np.array([*OWN[:queries], *EXTRAS[:queries]])
     doubt = fidelity.doubt(queries)
     limits = {share: doubt.limit(share) for share in (0.3, 0.1, 0.03)}
     wrong, doubts, errors = {share: [] for share in limits}, [], []
     sets = list(itertools.product(range(queries), range(redundancy), range(4)))
     for place, more, _ in sets:
-        others = random.permutation(np.setdiff1d(sent, layout.own[place]))
+        others = random.permutation(np.setdiff1d(sent, OWN[place]))
         heard = len(others) - more
         open_ = {share: np.ones(len(x), bool) for share in limits}
         for number in (heard - 2, heard - 1, heard):
@@ -75,7 +74,7 @@ def test_sure_ones_are_right_more_often_than_a_place_is(known):
     coder, fidelity = known
     x = data(1600, 6).reshape(400, 4, 4)
     mask = np.ones(8, bool)
-    mask[coder.first[0]] = False
+    mask[OWN[0]] = False
     answers = np.asarray(model(coder.encode(x, np.arange(8))))
     given = np.where(mask[:, None, None], answers, 0)
     predictions, _, doubt = coder.assess(given, mask, len(x), fidelity.doubt(4).weights)
