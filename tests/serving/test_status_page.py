@@ -25,7 +25,7 @@ def server(tmp_path_factory):
         "8",
         "--straggler-rate",
         "0.1",
-        "--straggler-delay",
+        "--straggler-delay-s",
         "0.2",
     )
     yield server
@@ -49,6 +49,18 @@ def page():
         page.on("pageerror", lambda error: page.trouble.append(str(error)))
         yield page
         browser.close()
+
+
+def test_the_log_tells_why_nothing_is_decoded(server):
+    from nercc_server import ENDS, patience
+
+    for _ in patience(ENDS):
+        hints = [line for line in server.log() if line["message"].startswith("hint: ")]
+        if hints:
+            break
+    (hint,) = hints
+    assert hint["message"] == "hint: no estimate yet: 0 of 32 groups; nothing is decoded"
+    assert (hint["level"], hint["model"]) == ("INFO", "own.double")
 
 
 def test_numbers_move(server, page, tmp_path):
@@ -83,6 +95,97 @@ def test_numbers_move(server, page, tmp_path):
     )
     assert max(bars) > 50
     assert page.trouble == []
+
+
+@pytest.fixture
+def shown(server, page):
+    """Shows what a server would tell whose model's status is what a test makes of it."""
+    told = server.http.get("/status").json()
+    (model,) = told["models"]
+
+    def show(width=1280):
+        page.set_viewport_size({"width": width, "height": 900})
+        page.route("**/status", lambda route: route.fulfill(json=told))
+        page.goto(server.url)
+        page.wait_for_selector("[data-model]")
+        return page
+
+    yield model, show
+    page.unroute("**/status")
+    page.set_viewport_size({"width": 1280, "height": 900})
+    assert page.trouble == []
+
+
+def overdue(model):
+    for worker in model["workers"]:
+        worker["state"] = "overdue"
+
+
+def without_workers(model):
+    for number, worker in enumerate(model["workers"]):
+        worker["state"] = "starting" if number % 2 else "overdue"
+
+
+def not_ready(model):
+    model["health"] |= {"ready": False, "trouble": "no answer for 4 s while queries wait"}
+
+
+def unknown(model):
+    model["health"] = None
+
+
+@pytest.mark.parametrize("change", [overdue, without_workers, not_ready, unknown])
+def test_it_is_not_green_unless_somebody_would_answer(shown, change):
+    model, show = shown
+    change(model)
+    page = show()
+    page.wait_for_selector("html[data-state=troubled]")
+    assert page.locator("#state").inner_text() in ("no worker answers", "not ready")
+
+
+def test_why_nothing_is_decoded_is_told(shown):
+    model, show = shown
+    model["hints"] = ["no estimate yet: 3 of 32 groups", "the pool is saturated"]
+    hints = show().locator(".hints li")
+    assert hints.all_inner_texts() == model["hints"]
+    assert hints.first.is_visible()
+
+
+def forget(value):
+    """The same, with no number known."""
+    if isinstance(value, dict):
+        return {name: forget(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [forget(each) for each in value]
+    return None if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def test_what_is_unknown_is_not_shown_as_nothing(shown):
+    model, show = shown
+    bounds = model["latency"]["bounds_ms"]
+    for part in ("code", "workers", "queue", "totals", "latency", "heard", "fidelity"):
+        model[part] = forget(model[part])
+    model["latency"]["bounds_ms"] = bounds
+    page = show()
+    fields = page.locator("[data-field][data-value]").all_inner_texts()
+    assert len(fields) > 15
+    assert set(fields) == {"–"}
+    assert page.locator(".legend span").last.inner_text() == "† deaths: –"
+    errors = page.locator("[data-error]").all_inner_texts()
+    assert errors
+    assert all(text.endswith(" –") for text in errors)
+    assert page.locator("svg text", has_text="no data").count() == 2
+
+
+def test_on_a_phone_workers_and_errors_come_first(shown):
+    _, show = shown
+    page = show(width=390)
+
+    def top(panel):
+        return page.locator(panel).bounding_box()["y"]
+
+    assert top(".workers") < top(".errors") < top(".traffic") < top(".latency")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 def test_a_lost_server_is_told(server, page):
