@@ -564,13 +564,14 @@ def test_delays_follow_their_law():
     assert both.next() == (0.5, set())
 
 
-def test_delays_differ_by_life_and_by_fault():
-    """A worker that comes back is not as slow as before, and two laws do not move as one."""
+def test_delays_differ_by_worker_life_and_fault():
+    """A worker that comes back is not as slow as before, and two do not move as one."""
     fault = Fault("delay", latency=ExponentialLatency(0.5))
     first = strikes(fault, 50)
-    assert not {seconds for seconds, _ in first} & {
-        seconds for seconds, _ in strikes(fault, 50, life=1)
-    }
+    for other in ({"life": 1}, {"worker": 1}):
+        assert not {seconds for seconds, _ in first} & {
+            seconds for seconds, _ in strikes(fault, 50, **other)
+        }
     both = Faults([fault, fault]).at(0, 0)
     sums = np.array([both.next()[0] for _ in range(50)])
     others = sums - [seconds for seconds, _ in first]

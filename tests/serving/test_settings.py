@@ -194,6 +194,12 @@ def test_sources_are_put_together_setting_by_setting(monkeypatch):
     assert settings.log_level == "DEBUG"
 
 
+@pytest.mark.parametrize(("told", "limit"), [(0.25, 0.25), (1.0, None), (None, None)])
+def test_any_disagreement_may_be_allowed(told, limit):
+    """1 is a share like any other, and the last one: then answers are decoded whatever they are."""
+    assert ModelSettings(max_disagreement=told).policy().max_disagreement == limit
+
+
 def test_models_come_before_defaults_even_where_they_say_what_is_usual():
     usual = ModelSettings().num_workers
     path = write(defaults={"num_workers": 5}, models=[ONE[0] | {"num_workers": usual}])
