@@ -272,6 +272,24 @@ def test_nothing_is_known_at_first_and_then_learnt():
     np.testing.assert_array_equal(fidelity.expect(4, mask).disagreement, found.disagreement)
 
 
+def test_what_is_expected_follows_a_model_that_changes():
+    """Of the same workers: at first all answers are alike, and decoded without an error."""
+    coder = coder_of("BACC")
+    fidelity, mask = Fidelity(coder), np.arange(coder.num_workers) != 2
+    x = np.random.default_rng(7).normal(size=(300, coder.num_data, 4)).astype(np.float32)
+    coded = coder.encode(x, np.arange(coder.num_workers)).swapaxes(0, 1)
+    errors = []
+    for model in (lambda x: 0 * tanh(x) + 1, tanh):
+        for answers, own in zip(np.asarray(model(coded)), np.asarray(model(x)), strict=True):
+            fidelity.learn(answers, own)
+        fidelity.foresee(coder.num_data, mask)
+        found = fidelity.expect(coder.num_data, mask)
+        assert found.fresh
+        errors.append(found.error)
+    assert (errors[0] < 1e-5).all()
+    assert (errors[1] > 0.05).all()
+
+
 def test_codes_that_cannot_guess_want_no_lessons():
     for name in ("replication", "uncoded"):
         coder = coder_of(name)
