@@ -347,7 +347,7 @@ def test_readme_names_what_there_is():
     from nercc_jax.cli._serve import command_with_options
 
     options = {name for each in command_with_options().params for name in each.opts}
-    elsewhere = {"--format", "--stop-timeout"}
+    elsewhere = {"--format", "--stop-timeout", "--input-data"}
     assert set(re.findall(r"`(--[\w-]+)", README)) <= options | elsewhere
 
 
