@@ -341,8 +341,9 @@ class CodedBatcher:
             self._guard(self._decide, filling, now, owed=filling)
 
     def _dispatch(self, now: float) -> None:
+        # Nothing can have come of them yet.
         for group in self._sender.dispatch(now, at_once=self._ledger.closing):
-            self._guard(self._decide, group, now, owed=group)
+            self._guard(self._plan, group, now, owed=group)
         for query in self._sender.taken:
             if not query.reexecuted:
                 self._rescue.earn()

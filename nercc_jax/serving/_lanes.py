@@ -40,6 +40,9 @@ class Lane:
             queries[0].request.arrived for queries in (self._high, self._ordinary) if queries
         )
 
+    def __bool__(self) -> bool:
+        return bool(self._high or self._ordinary)
+
     def put(self, request: Request) -> None:
         (self._high if request.high else self._ordinary).extend(request.queries)
 
@@ -92,17 +95,19 @@ class Lanes:
     def next(self, *, held: bool = False) -> Lane | None:
         """The lane that is to be served; `held`: not that of the coded ones."""
         self._sweep()
+        if not self.waiting:
+            return None
         if self.again:
             return self.again
-        lanes = [lane for lane in (self.exact, self.coded) if lane]
-        if held and self.coded:
-            lanes.remove(self.coded)
-        return min(lanes, key=lambda lane: lane.first.request.turn, default=None)
+        exact, coded = bool(self.exact), bool(self.coded) and not held
+        if exact and coded:
+            return min(self.exact, self.coded, key=lambda lane: lane.first.request.turn)
+        return self.exact if exact else self.coded if coded else None
 
     def share(self, lane: Lane, workers: int) -> int:
         """How many of these workers are a lane's, by how many wait in it; one at least."""
-        everyone = sum(map(len, (self.again, self.exact, self.coded)))
-        return max(workers * len(lane) // max(everyone, 1), 1)
+        own, everyone = len(lane), len(self.again) + len(self.exact) + len(self.coded)
+        return max(workers * own // everyone, 1) if own < everyone else workers
 
     def pop(self, lane: Lane) -> Query:
         query = lane.pop()

@@ -35,9 +35,10 @@ class Rows:
             return np.ascontiguousarray(x)
         if not np.issubdtype(x.dtype, np.floating):
             raise ValueError(f"queries are {x.dtype}: codes work on floats, so convert them first")
-        # In float32, in which workers run: what is too large for it is infinite.
-        with np.errstate(over="ignore"):
-            x = np.ascontiguousarray(x, self.dtype)
+        if x.dtype != self.dtype:  # in which workers run: what is too large for it is infinite
+            with np.errstate(over="ignore"):
+                x = x.astype(self.dtype)
+        x = np.ascontiguousarray(x)
         if not np.isfinite(x).all():
             finite = np.isfinite(x.reshape(len(x), -1)).all(axis=1)
             raise ValueError(

@@ -193,10 +193,10 @@ class Sender:
     def _cells(self, lane: Lane, now: float) -> list[Cell]:
         """The next batches for all workers that a lane may have: what goes into groups' places."""
         sizes: list[int] = []
-        for idle in range(self._lanes.share(lane, self._pool.idle), 0, -1):
-            left = len(lane) - sum(sizes)
-            if left:
-                sizes.append(self._size(left, idle))
+        left, idle = len(lane), self._lanes.share(lane, self._pool.idle)
+        while left and idle:
+            sizes.append(self._size(left, idle))
+            left, idle = left - sizes[-1], idle - 1
         queries = [self._pop(lane, now) for _ in range(sum(sizes))]
         return self._deal(queries, sizes, 0 if self.filling is None else len(self.filling.cells))
 
