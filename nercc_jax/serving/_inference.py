@@ -4,9 +4,9 @@ It stands in front of FastAPI, whose routing and layers take as long as all that
 """
 
 import asyncio
-import contextlib
 import re
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
@@ -24,9 +24,9 @@ from ._protocol import (
     read_request,
     write_reply,
 )
-from ._request import words_of
+from ._request import Reply, words_of
 from ._settings import ServerSettings
-from ._statuses import STATUS
+from ._statuses import INTERNAL, STATUS
 
 _PATH = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
 
@@ -46,7 +46,10 @@ _CLOSED = 499
 
 
 class Inference:
-    """Answers inference requests, and leaves all others to the application behind it."""
+    """Answers inference requests, and leaves all others to the application behind it.
+
+    What nobody expected is told as an error of the protocol, and raised.
+    """
 
     def __init__(self, app: ASGIApp, plane: Plane):
         self._app, self._plane = app, plane
@@ -63,13 +66,15 @@ class Inference:
     async def _answer(
         self, name: str, version: str, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        headers = Headers(scope=scope)
         try:
-            content, told = await self._infer(name, version, headers, receive)
+            content, told = await self._infer(name, version, scope, receive)
         except ClientDisconnect:
             await Response(status_code=_CLOSED)(scope, receive, send)
         except tuple(STATUS) as error:
             await answer_to(error)(scope, receive, send)
+        except Exception:
+            await JSONResponse({"error": INTERNAL}, 500)(scope, receive, send)
+            raise  # for the server around it to log
         else:
             told["content-length"] = str(len(content))
             lines = [(key.encode(), value.encode()) for key, value in told.items()]
@@ -77,14 +82,13 @@ class Inference:
             await send({"type": "http.response.body", "body": content})
 
     async def _infer(
-        self, name: str, version: str, headers: Headers, receive: Receive
+        self, name: str, version: str, scope: Scope, receive: Receive
     ) -> tuple[bytes, dict[str, str]]:
         plane = self._plane
-        with plane.watch(name, lambda: headers), plane.intake.hold() as take:
+        with plane.watch(name, lambda: Headers(scope=scope)), plane.intake.hold() as take:
             model = plane.find(name, version)
-            request = await _read(headers, receive, name, plane.settings, take)
-            async with _while_connected(receive):
-                reply = await plane.answer(model, request)
+            request = await _read(scope, receive, name, plane.settings, take)
+            reply = await _while_connected(receive, plane.answer(model, request))
             return write_reply(reply, request, model.servable)
 
 
@@ -95,7 +99,7 @@ def answer_to(error: Exception) -> Response:
 
 
 async def _read(
-    headers: Headers,
+    scope: Scope,
     receive: Receive,
     model: str,
     settings: ServerSettings,
@@ -105,9 +109,13 @@ async def _read(
 
     Raises: what `_read_body`, `decompress`, `json_size` and `read_request` do.
     """
-    length = headers.get("inference-header-content-length")
-    encoding = headers.get("content-encoding")
-    _check_announced(headers, settings)
+    headers = dict(scope["headers"])
+    length, encoding = (
+        None if name not in headers else headers[name].decode("latin-1")
+        for name in (b"inference-header-content-length", b"content-encoding")
+    )
+    announced = headers.get(b"content-length", b"0")
+    _check_announced(announced, length is None and encoding is None, settings)
     body = await _read_body(receive, settings, take)
     if encoding is not None:
         packed = len(body)
@@ -118,12 +126,13 @@ async def _read(
     return read_request(body, length, model)
 
 
-def _check_announced(headers: Mapping[str, str], settings: ServerSettings) -> None:
-    """What can be seen before the body is read. Raises: `TooLarge`."""
-    announced, limit = headers.get("content-length", "0"), settings.max_body_bytes
+def _check_announced(announced: bytes, json: bool, settings: ServerSettings) -> None:
+    """What can be seen before the body is read; `json`: it is nothing else. Raises: `TooLarge`."""
+    limit = settings.max_body_bytes
     if not announced.isdigit() or int(announced) > limit:
-        raise TooLarge(f"the body has {announced} bytes; at most {limit} are taken")
-    if "content-encoding" not in headers and "inference-header-content-length" not in headers:
+        told = announced.decode("latin-1")
+        raise TooLarge(f"the body has {told} bytes; at most {limit} are taken")
+    if json:
         json_size(int(announced), None, settings.max_json_bytes)
 
 
@@ -153,11 +162,10 @@ async def _read_body(
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-@contextlib.asynccontextmanager
-async def _while_connected(receive: Receive) -> AsyncIterator[None]:
-    """Ends what is done inside once the client has gone away: nobody waits for it.
+async def _while_connected(receive: Receive, answer: Coroutine[Any, Any, Reply]) -> Reply:
+    """The answer, which is given up once the client has gone away: nobody waits for it.
 
-    Raises: ClientDisconnect then.
+    Raises: ClientDisconnect then; what making the answer does.
     """
     asker = asyncio.current_task()
     assert asker is not None
@@ -177,7 +185,7 @@ async def _while_connected(receive: Receive) -> AsyncIterator[None]:
 
     soon = asyncio.get_running_loop().call_later(_PATIENCE, start)
     try:
-        yield
+        return await answer
     except asyncio.CancelledError:
         if not gone or asker.uncancel():  # by somebody else
             raise

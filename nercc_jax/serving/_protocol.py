@@ -328,8 +328,8 @@ def _outputs(
     tensors = {
         **{part.name: (part.datatype, values[part.name]) for part in servable.outputs.parts},
         "exact": ("BOOL", reply.exact),
-        "expected_disagreement": ("FP32", _known(reply.expected_disagreement)),
-        "expected_error": ("FP32", _known(reply.expected_error)),
+        "expected_disagreement": ("FP32", np.float32(_known(reply.expected_disagreement))),
+        "expected_error": ("FP32", np.float32(_known(reply.expected_error))),
     }
     asked = request.request_outputs
     return tensors if not asked else {each.name: tensors[each.name] for each in asked}
@@ -344,16 +344,18 @@ def _added(reply: Reply) -> dict[str, Any]:
         "nercc_reexecuted": sum(reply.reexecuted.tolist()),
         "nercc_workers_asked": sum(reply.asked.tolist()),
         "nercc_workers_heard": sum(reply.heard.tolist()),
-        "nercc_expected_disagreement": max(_known(reply.expected_disagreement).tolist()),
-        "nercc_expected_error": max(_known(reply.expected_error).tolist()),
+        "nercc_expected_disagreement": max(_known(reply.expected_disagreement)),
+        "nercc_expected_error": max(_known(reply.expected_error)),
         "nercc_queue_ms": 1e3 * reply.queued,
     }
 
 
 def check_outputs(request: InferRequest, servable: Servable) -> None:
     """Raises: InvalidInput where an output is asked for that there is not, or twice."""
+    if not request.request_outputs:
+        return
     known = [output["name"] for output in output_types(servable)]
-    names = [output.name for output in request.request_outputs or ()]
+    names = [output.name for output in request.request_outputs]
     unknown = [name for name in names if name not in known]
     if unknown or len(set(names)) < len(names):
         raise InvalidInput(f"{servable.name} has outputs {known}, each once, not {names}")
@@ -391,8 +393,8 @@ def coding(uncoded: str | None) -> dict[str, bool | str]:
     return {"nercc_coded": False, "nercc_uncoded": uncoded}
 
 
-def _known(values: np.ndarray) -> np.ndarray:
-    return np.where(np.isnan(values), UNKNOWN, values).astype(np.float32)
+def _known(values: np.ndarray) -> list[float]:
+    return [UNKNOWN if math.isnan(value) else value for value in values.tolist()]
 
 
 def plain_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:

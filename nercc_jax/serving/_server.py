@@ -23,6 +23,7 @@ from prometheus_client.process_collector import ProcessCollector
 
 from ._grpc import make_server
 from ._http import BoundedHttp
+from ._inference import Inference
 from ._plane import Plane
 from ._rest import make_app
 from ._served import ServedModel
@@ -59,11 +60,12 @@ class Server:
         self._open: dict[str, ServedModel] = {}  # not yet closed
         with contextlib.suppress(ValueError):  # already there, in a server that was made anew
             ProcessCollector(registry=registry)
-        self.app = make_app(self.plane, registry)
+        # In front of FastAPI's own layers, too, which its middleware comes behind.
+        app = Inference(make_app(self.plane, registry), self.plane)
         self.http_port = self.grpc_port = 0  # known once it listens
         self._http = uvicorn.Server(
             uvicorn.Config(
-                self.app,
+                app,
                 host=settings.host,
                 port=settings.http_port,
                 http=functools.partial(BoundedHttp, settings),  # pyright: ignore[reportArgumentType]
