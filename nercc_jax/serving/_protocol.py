@@ -328,8 +328,8 @@ def _outputs(
     tensors = {
         **{part.name: (part.datatype, values[part.name]) for part in servable.outputs.parts},
         "exact": ("BOOL", reply.exact),
-        "expected_disagreement": ("FP32", np.float32(_known(reply.expected_disagreement))),
-        "expected_error": ("FP32", np.float32(_known(reply.expected_error))),
+        "expected_disagreement": ("FP32", _tensor(reply.expected_disagreement)),
+        "expected_error": ("FP32", _tensor(reply.expected_error)),
     }
     asked = request.request_outputs
     return tensors if not asked else {each.name: tensors[each.name] for each in asked}
@@ -395,6 +395,10 @@ def coding(uncoded: str | None) -> dict[str, bool | str]:
 
 def _known(values: np.ndarray) -> list[float]:
     return [UNKNOWN if math.isnan(value) else value for value in values.tolist()]
+
+
+def _tensor(values: np.ndarray) -> np.ndarray:
+    return np.array(_known(values), np.float32)
 
 
 def plain_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
