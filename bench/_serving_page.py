@@ -20,12 +20,15 @@ _CODED = "coded (8, 4)"
 _PLAIN = "uncoded"
 
 
-def write_page(results: Mapping[str, Any], folder: Path, page: Path) -> None:
-    """Writes the page, and the picture it shows."""
+def write_page(
+    results: Mapping[str, Any], price: Mapping[str, Any], folder: Path, page: Path
+) -> None:
+    """Writes the page, and the picture it shows. `price` is what `_serving_price.py` found."""
     rates = sorted({row["straggler_rate"] for row in results["rows"]})
     _picture(results, rates, folder / "serving.png")
     sections = [_head(results), _systems(results), _verdict(results, rates), _throughput(results)]
     sections += [_table(results, rate) for rate in rates]
+    sections.append(_price(price))
     sections += [_doubt(json.loads((folder / "query_doubt.json").read_text()))]
     page.write_text("\n\n".join(section.strip() for section in sections) + "\n")
 
@@ -52,6 +55,75 @@ Machine: {env["cpu"]}, {env["cores"]} cores, Python {env["python"]}, {versions};
 {env["date"][:10]}. What differs by a tenth is noise. Ray Serve's proxy and routers share
 the two cores with its replicas and the load, which bounds it here more than it would on a larger
 machine.
+"""
+
+
+_MODELS = {
+    "lenet5-digits": "LeNet5, 8 x 8 x 1 to 10",
+    "wide": "two layers, 64 to 1,000",
+    "images": "patches, 224 x 224 x 3 to 1,000",
+}
+# The cells that were asked for, as shares of the bare handler's requests a second.
+_ASKED = {("uncoded", 8): 0.75, ("coded (8, 4)", 8): 0.45, ("uncoded", 1): 0.5,
+          ("coded (8, 4)", 1): 0.35}  # fmt: skip
+
+
+def _price(price: Mapping[str, Any]) -> str:
+    """What the server costs where no worker sleeps and nothing straggles."""
+    env = price["environment"]
+    names = list(price["systems"])
+    closed = [row for row in price["rows"] if row["loop"] == "closed"]
+    lines = [f"| model | clients | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
+    for row in closed:
+        bare = np.array(row["rates"]["bare"])
+        cells = [f"{np.median(bare):,.0f}/s"]
+        for name in names[1:]:
+            rates = np.array(row["rates"][name])
+            share = rates / bare
+            cells.append(
+                f"{np.median(rates):,.0f}/s: **{np.median(share):.2f}** "
+                f"[{share.min():.2f}, {share.max():.2f}]"
+            )
+        lines.append(f"| {_MODELS[row['model']]} | {row['clients']} | {' | '.join(cells)} |")
+    asked = ", ".join(
+        f"{name} at least {share} with {clients} client{'s' * (clients > 1)}"
+        for (name, clients), share in _ASKED.items()
+    )
+    paced = [row for row in price["rows"] if row["loop"] == "paced"]
+    tails = [f"| model | {' | '.join(names)} | coded / uncoded |", "|---" * (len(names) + 2) + "|"]
+    for row in paced:
+        by_round = {name: np.array(told) for name, told in row["p99_ms_by_round"].items()}
+        ratio = by_round["coded (8, 4)"] / by_round["uncoded"]
+        cells = [
+            f"{row['p50_ms'][name]:.1f}, {row['p99_ms'][name]:.1f} "
+            f"[{by_round[name].min():.1f}, {by_round[name].max():.1f}]"
+            for name in names
+        ]
+        cells.append(f"**{np.median(ratio):.2f}** [{ratio.min():.2f}, {ratio.max():.2f}]")
+        tails.append(f"| {_MODELS[row['model']]} | {' | '.join(cells)} |")
+    told = [f"- **{name}**: {words}." for name, words in price["systems"].items()]
+    number = min(min(row["queries"].values()) for row in paced)
+    errors = sum(row["errors"] for row in price["rows"])
+    return f"""
+## What the server itself costs
+
+No worker sleeps, nothing straggles, no machine stands for another: workers are threads of the
+server's process, and {env["cores"]} cores ({env["cpu"]}, {env["date"][:10]}) have the server, the
+model and the load. Models have random weights but for LeNet5. All servers stand side by side and
+are asked in turn, {price["rounds"]} rounds of {price["seconds"]:g} s; {errors} requests failed.
+
+{chr(10).join(told)}
+
+Requests a second of a closed loop, single queries, binary tensors: medians over rounds. **Bold**:
+the share of the bare handler's of the same round, median and range (asked of LeNet5: {asked}).
+
+{chr(10).join(lines)}
+
+p50 and p99 in ms of {price["paced"]["clients"]} clients that ask every
+{1e3 * price["paced"]["period_s"]:.0f} ms each ({number:,} queries or more a cell), in brackets
+p99 by round. **Bold**: coded p99 by uncoded's of the same round (asked: at most 2).
+
+{chr(10).join(tails)}
 """
 
 
