@@ -55,12 +55,7 @@ def main(port: int, replicas: int, batch: int, base: float, rate: float, delay: 
 
         async def __call__(self, request: Request) -> Response:
             from nercc_jax.serving import Reply
-            from nercc_jax.serving._protocol import (
-                queries_of,
-                read_request,
-                response_of,
-                write_response,
-            )
+            from nercc_jax.serving._protocol import queries_of, read_request, write_reply
 
             length = request.headers.get("inference-header-content-length")
             asked = read_request(await request.body(), length, "lenet5-digits")
@@ -68,8 +63,8 @@ def main(port: int, replicas: int, batch: int, base: float, rate: float, delay: 
             y = await (self.together(x) if batch > 1 else self.call(x))
             ones, zeros = np.ones(len(y), int), np.zeros(len(y))
             reply = Reply(y, ones > 0, ones < 0, ones, ones, zeros, zeros, 0.0, 0.0)
-            content, headers = write_response(response_of(reply, asked, self.servable))
-            return Response(content, headers=dict(headers))
+            content, headers = write_reply(reply, asked, self.servable)
+            return Response(content, headers=headers)
 
         @serve.batch(max_batch_size=max(batch, 1), batch_wait_timeout_s=0.0)
         async def together(self, queries: list[np.ndarray]) -> list[np.ndarray]:
