@@ -20,11 +20,8 @@ from nercc_jax.codes import AbstractCode, Known, Matrices, decode_groups, encode
 from nercc_jax.inference import order_points
 from nercc_jax.inference._coded import _run, _run_on_mesh
 from nercc_jax.inference._spmd import WORKERS, Placed, place_inputs
-from nercc_jax.splines import _fit, smoothing_spline
+from nercc_jax.splines import smoothing_spline
 from nercc_models.lenet5 import INPUT_SHAPE, LeNet5
-
-# With CPUs only, fits are traced for them alone.
-_fit.way = "platform"
 
 _CLASSES = 10
 _FEATURES = 128

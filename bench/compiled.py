@@ -172,6 +172,10 @@ def main() -> int:
         sys.exit(f"bench/compiled.py: {error}")
     from _compiled_programs import PROGRAMS, SLOW
 
+    from nercc_jax.splines import _fit
+
+    _fit.way = "platform"  # with CPUs only, fits are traced for them alone
+
     budgets = load_budgets(options.platform, options.budget)
     names = [name for name in PROGRAMS if not (options.quick and name in SLOW)]
     names = chosen(names, options.only, budgets)

@@ -443,7 +443,10 @@ def test_the_command_makes_a_student_of_a_shipped_model(run, tmp_path):
         ("--model own_scores:scores --inputs words.npy", "words.npy is no array of numbers"),
         ("--model own_scores:scores --inputs row.npy", "has shape (9,): needs one input a row"),
         ("--model own_scores:scores --inputs few.npy", "has 5 inputs: needs ten or more"),
-        ("--inputs x.npy", "does not run on a batch of shape (1, 3, 4)"),
+        (
+            "--inputs x.npy",
+            "does not run on a batch of one input 'input', FP32, of shape [-1, 3, 4]",
+        ),
     ],
 )
 def test_errors_are_one_sentence(run, options, message):
