@@ -4,6 +4,7 @@ import importlib.util
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from pathlib import Path
@@ -102,6 +103,7 @@ def _read(
 def _run(settings: "ServerSettings", chosen: "list[ModelSettings]") -> None:
     """Serves until the end. Raises: ValueError and OSError where something does not fit."""
     _start_log(settings.log_format, settings.log_level)
+    _check_ports(settings)
     if settings.compilation_cache:
         keep_programs()
     # Until the server listens; as a container's first process it would be ignored.
@@ -117,6 +119,21 @@ def _run(settings: "ServerSettings", chosen: "list[ModelSettings]") -> None:
     except StartFailed as error:
         fail(str(error), 1)
     _leave()
+
+
+def _check_ports(settings: "ServerSettings") -> None:
+    """Whether they can be listened on: told before JAX and the server are imported, for seconds.
+
+    Raises: OSError where one cannot.
+    """
+    for port in filter(None, (settings.http_port, settings.grpc_port)):
+        try:
+            family, *_, address = socket.getaddrinfo(
+                settings.host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            socket.create_server(address, family=family).close()
+        except OSError as error:
+            raise OSError(f"cannot listen on {settings.host}:{port}: is the port taken?") from error
 
 
 def _leave() -> None:

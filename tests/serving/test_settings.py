@@ -507,6 +507,7 @@ def test_a_port_that_is_taken_is_told_in_one_sentence(face, log):
     assert last == f"error: cannot listen on 127.0.0.1:{port}: is the port taken?"
     assert "Traceback" not in result.stderr
     assert "loading" not in result.stderr
+    assert "programs are kept" not in result.stderr  # which is said once JAX is there
     if log == "json":
         assert all(json.loads(line)["level"] for line in lines)
     else:
