@@ -1,5 +1,7 @@
 """A server in a thread of the tests' own process, around a model that computes nothing."""
 
+# ruff: noqa: E402 (`require` comes before what needs it)
+
 import asyncio
 import contextlib
 import json
@@ -8,9 +10,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import grpc
 import numpy as np
+from conftest import require
 from nercc_server import ENDS, patience
+
+require("grpc", "serve-test")
+require("nercc_jax.serving._kserve", "serve")
+
+import grpc
 from prometheus_client import CollectorRegistry
 
 from nercc_jax.serving import Reply, make_servable
