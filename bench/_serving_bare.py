@@ -47,14 +47,15 @@ def make_app(model: Any) -> fastapi.FastAPI:
 
 
 def main(name: str) -> None:
-    from _serving_price import load
+    from _serving_price import model_of
 
-    model, shape = load(name)
+    model, shape = model_of(name)
     jax.block_until_ready(eqx.filter_jit(model)(np.zeros((1, *shape), np.float32)))
     config = uvicorn.Config(make_app(model), port=0, log_level="warning", access_log=False)
     server = uvicorn.Server(config)
     sockets = [config.bind_socket()]
-    print(json.dumps({"message": "ready", "http_port": sockets[0].getsockname()[1]}), flush=True)
+    told = {"message": "ready", "http_port": sockets[0].getsockname()[1]}
+    print(json.dumps(told), file=sys.stderr, flush=True)
     server.run(sockets=sockets)
 
 

@@ -6,13 +6,9 @@ of them alike, and a round's ratio is of neighbours in time.
 """
 
 import contextlib
-import json
 import os
-import signal
-import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +17,7 @@ import equinox as eqx
 import numpy as np
 from _report import environment
 from _serving_load import PERIOD
+from _serving_process import load, nercc_serve, running
 
 HERE = Path(__file__).parent
 MODELS = ("lenet5-digits", "wide", "images")
@@ -40,7 +37,7 @@ PACED = 8  # clients that ask at a pace
 PACKAGES = ("jax", "jaxlib", "numpy", "fastapi", "uvicorn", "kserve", "aiohttp", "nercc-jax")
 
 
-def load(name: str) -> tuple[Any, tuple[int, ...]]:
+def model_of(name: str) -> tuple[Any, tuple[int, ...]]:
     """A model on a batch, and one query's shape."""
     import _serving_models
 
@@ -62,8 +59,8 @@ def measure_price(seconds: float, rounds: int) -> dict[str, Any]:
             urls = {name: stack.enter_context(_serve(model, name)) for name in SYSTEMS}
             for url in urls.values():
                 for clients in (1, 8):
-                    _load(queries, url, "closed", clients, 3.0, 99)
-                _load(queries, url, "paced", PACED, 3.0, 99)
+                    load(queries, url, "closed", clients, 3.0, 99)
+                load(queries, url, "paced", PACED, 3.0, 99)
             rows += [_throughput(model, queries, urls, n, seconds, rounds) for n in CLIENTS]
             rows.append(_tail(model, queries, urls, 2 * seconds, rounds))
     return {
@@ -84,7 +81,7 @@ def _throughput(
     errors = 0
     for seed in range(rounds):
         for name in _turn(urls, seed):
-            result = _load(queries, urls[name], "closed", clients, seconds, seed)
+            result = load(queries, urls[name], "closed", clients, seconds, seed)
             answered = sum(each is not None for each in result["latency"])
             errors += len(result["latency"]) - answered
             rates[name].append(answered / seconds)
@@ -101,7 +98,7 @@ def _tail(
     errors, exact = 0, {name: [] for name in urls}
     for seed in range(rounds):
         for name in _turn(urls, seed):
-            result = _load(queries, urls[name], "paced", PACED, seconds, seed)
+            result = load(queries, urls[name], "paced", PACED, seconds, seed)
             answered = [each for each in result["latency"] if each is not None]
             errors += len(result["latency"]) - len(answered)
             rounds_of[name].append(answered)
@@ -144,65 +141,27 @@ def _tell(
 
 
 def _write_queries(name: str, path: Path) -> None:
-    model, shape = load(name)
+    model, shape = model_of(name)
     rng = np.random.default_rng(0)
     queries = rng.normal(size=(32, *shape)).astype(np.float32)
     np.savez(path, queries=queries, labels=np.asarray(eqx.filter_jit(model)(queries)).argmax(1))
 
 
-def _load(
-    queries: Path, url: str, loop: str, clients: int, seconds: float, seed: int
-) -> dict[str, Any]:
-    command = [sys.executable, str(HERE / "_serving_load.py"), str(queries), url, loop]
-    command += [str(clients), str(seconds), str(seed)]
-    done = subprocess.run(command, check=True, capture_output=True, timeout=seconds + 120)
-    return json.loads(done.stdout)
-
-
 @contextlib.contextmanager
 def _serve(model: str, system: str) -> Iterator[str]:
-    """A server's process, from "ready" to its end; gives where it is asked."""
-    settings, told, served = SYSTEMS[system], {}, model
+    """A server's process; gives where it is asked."""
+    settings, served = SYSTEMS[system], model
     if settings is None:
-        command = [sys.executable, str(HERE / "_serving_bare.py"), model]
+        command, told = [sys.executable, str(HERE / "_serving_bare.py"), model], {}
     else:
-        shipped = "-" in model
-        served = model if shipped else f"_serving_models:{model}"
-        command = [str(Path(sys.executable).parent / "nercc"), "serve", "--model", served]
-        if not shipped:
-            _, shape = load(model)
-            command += ["--input-shape", ",".join(map(str, shape))]
-        told = {f"NERCC_DEFAULTS__{key.upper()}": str(value) for key, value in settings.items()}
-        told |= {"NERCC_HTTP_PORT": "0", "NERCC_GRPC_PORT": "0"}
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(
-        command,
-        env=os.environ | told,
-        cwd=HERE,
-        stdout=pipe if settings is None else None,
-        stderr=None if settings is None else pipe,
-        text=True,
-    )
-    output = process.stdout if settings is None else process.stderr
-    assert output is not None
-    lines = []
-    for line in output:
-        lines.append(line)
-        if '"ready"' in line:
-            break
-    else:
-        raise RuntimeError(f"{system} did not start: " + "".join(lines[-5:]))
-    port = json.loads(lines[-1])["http_port"]
-    threading.Thread(target=output.read, daemon=True).start()  # the pipe must not fill up
-    try:
+        if "-" not in model:  # shipped ones have a dash
+            _, shape = model_of(model)
+            served = f"_serving_models:{model}"
+            settings = settings | {"input_shape": ",".join(map(str, shape))}
+        command, told = nercc_serve(served, settings)
+    with running(command, told) as port:
         name = served.replace(":", ".")
         yield f"http://127.0.0.1:{port}/v2/models/{name}/infer"
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
 
 
 if __name__ == "__main__":  # to look at while the server is worked on

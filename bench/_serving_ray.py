@@ -7,6 +7,7 @@ A replica works on one call at a time. With BATCH over 1 it takes what waits for
 """
 
 import asyncio
+import json
 import logging
 import os
 import signal
@@ -87,7 +88,8 @@ def main(port: int, replicas: int, batch: int, base: float, rate: float, delay: 
         logging_config={"enable_access_log": False},
     )
     serve.run(Model.bind(), name="bench", route_prefix="/")
-    print("listening", flush=True)
+    told = {"message": "ready", "http_port": port}
+    print(json.dumps(told), file=sys.stderr, flush=True)
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     while not stop.is_set():

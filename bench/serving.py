@@ -13,16 +13,15 @@ for many machines. What the server itself costs is measured without, by `_servin
 """
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import json
-import os
-import signal
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ import numpy as np
 from _report import block_bootstrap, environment, write_json
 from _serving_page import write_page
 from _serving_price import measure_price
+from _serving_process import load, nercc_serve, running
 
 from nercc_models import load_data, load_model
 
@@ -160,12 +160,13 @@ def _write_queries(path: Path) -> int:
 
 def _cell(system: System, rate: float, queries: Path, seconds: float) -> dict[str, Any]:
     """One system under one law: an open loop for latency, without stragglers also a closed one."""
-    with _Server(system, rate) as server:
-        ask = [str(queries), server.url]
-        _load(ask, "open", LOAD, min(5.0, seconds), 99)  # warm: medians, estimates, connections
-        before = server.calls()
-        result = _load(ask, "open", LOAD, seconds, 1)
-        after = server.calls()
+    with _serve(system, rate) as port:
+        url = f"http://127.0.0.1:{port}/v2/models/{MODEL}/infer"
+        ask = functools.partial(load, queries, url)
+        ask("open", LOAD, min(5.0, seconds), 99)  # warm: medians, estimates, connections
+        before = _calls(system, port)
+        result = ask("open", LOAD, seconds, 1)
+        after = _calls(system, port)
         latency = np.array([np.inf if t is None else t for t in result["latency"]])
         exact, same = np.array(result["exact"]), np.array(result["same"])
         row = {
@@ -182,9 +183,7 @@ def _cell(system: System, rate: float, queries: Path, seconds: float) -> dict[st
             "calls_per_query": (after - before) / len(latency) if after else None,
         }
         if rate == 0:
-            parts = [
-                _load(ask, "closed", CLIENTS, max(seconds / 6, 2.0), seed) for seed in range(3)
-            ]
+            parts = [ask("closed", CLIENTS, max(seconds / 6, 2.0), seed) for seed in range(3)]
             answered = [sum(t is not None for t in part["latency"]) for part in parts]
             row["throughput"] = [count / max(seconds / 6, 2.0) for count in answered]
         return row
@@ -201,13 +200,6 @@ def _intervals(latency: np.ndarray) -> dict[str, list[float]]:
     return {f"p{name}": list(pair) for (name, _), pair in zip(_SHARES, ends, strict=True)}
 
 
-def _load(ask: list[str], loop: str, amount: float, seconds: float, seed: int) -> dict[str, Any]:
-    command = [sys.executable, str(HERE / "_serving_load.py"), *ask]
-    command += [loop, str(amount), str(seconds), str(seed)]
-    done = subprocess.run(command, check=True, capture_output=True, timeout=seconds + 120)
-    return json.loads(done.stdout)
-
-
 # Programs are compiled once, not again by every worker of every server.
 _CACHE = {
     "JAX_COMPILATION_CACHE_DIR": str(Path(tempfile.gettempdir()) / "nercc-bench-cache"),
@@ -215,76 +207,36 @@ _CACHE = {
 }
 
 
-class _Server:
-    """A server's process, from "ready" to its end."""
+@contextlib.contextmanager
+def _serve(system: System, rate: float) -> Iterator[int]:
+    """A system's process; gives its port."""
+    if system.settings is not None:
+        settings = {
+            "pool": "ray",
+            "workers": WORKERS,
+            "service_delay_s": SERVICE,
+            "straggler_rate": rate,
+            "straggler_delay_s": STRAGGLE,
+            "max_batch_size": BATCH,
+            **system.settings,
+        }
+        command, told = nercc_serve(MODEL, settings)
+    else:
+        command, told = [sys.executable, str(HERE / "_serving_ray.py"), "8765", str(WORKERS)], {}
+        command += [str(system.ray_batch), str(SERVICE), str(rate), str(STRAGGLE)]
+    with running(command, told | _CACHE) as port:
+        yield port
+    time.sleep(2)  # Ray's processes end
 
-    def __init__(self, system: System, rate: float):
-        self._nercc = system.settings is not None
-        if system.settings is not None:
-            settings = {
-                "pool": "ray",
-                "workers": WORKERS,
-                "service_delay_s": SERVICE,
-                "straggler_rate": rate,
-                "straggler_delay_s": STRAGGLE,
-                "max_batch_size": BATCH,
-                **system.settings,
-            }
-            told = {f"NERCC_DEFAULTS__{key.upper()}": str(value) for key, value in settings.items()}
-            told |= {"NERCC_HTTP_PORT": "0", "NERCC_GRPC_PORT": "0"}
-            command = [str(Path(sys.executable).parent / "nercc"), "serve", "--model", MODEL]
-        else:
-            self.port, told = 8765, {}
-            command = [sys.executable, str(HERE / "_serving_ray.py"), str(self.port), str(WORKERS)]
-            command += [str(system.ray_batch), str(SERVICE), str(rate), str(STRAGGLE)]
-        self._process = subprocess.Popen(
-            command,
-            env=os.environ | told | _CACHE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE if self._nercc else subprocess.DEVNULL,
-            text=True,
-        )
-        self._await()
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/v2/models/{MODEL}/infer"
-
-    def calls(self) -> int:
-        """Calls that workers got so far; 0 where the server does not say."""
-        if not self._nercc:
-            return 0
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=10) as answer:
-            lines = answer.read().decode().splitlines()
-        count = [line for line in lines if line.startswith("nercc_batch_size_count")]
-        return int(float(count[0].split()[-1]))
-
-    def _await(self) -> None:
-        output = self._process.stderr if self._nercc else self._process.stdout
-        assert output is not None
-        told = []
-        for line in output:
-            told.append(line)
-            if self._nercc and '"ready"' in line:
-                self.port = json.loads(line)["http_port"]
-                break
-            if not self._nercc and "listening" in line:
-                break
-        else:
-            raise RuntimeError("the server did not start: " + "".join(told[-5:]))
-        if self._nercc:  # the pipe must not fill up
-            threading.Thread(target=output.read, daemon=True).start()
-
-    def __enter__(self) -> "_Server":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._process.send_signal(signal.SIGTERM)
-        try:
-            self._process.wait(60)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-        time.sleep(2)  # Ray's processes end
+def _calls(system: System, port: int) -> int:
+    """Calls that workers got so far; 0 where the server does not say."""
+    if system.settings is None:
+        return 0
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    count = [line for line in lines if line.startswith("nercc_batch_size_count")]
+    return int(float(count[0].split()[-1]))
 
 
 def _tell(row: dict[str, Any]) -> None:

@@ -1,0 +1,64 @@
+"""Servers and load as processes of their own, for serving.py."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+_ENDS = 60.0  # seconds that a server may take to end
+
+
+def nercc_serve(model: str, settings: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:
+    """The command that serves a model, and the variables that it is told by."""
+    told = {f"NERCC_DEFAULTS__{key.upper()}": str(value) for key, value in settings.items()}
+    told |= {"NERCC_HTTP_PORT": "0", "NERCC_GRPC_PORT": "0"}
+    return [str(Path(sys.executable).parent / "nercc"), "serve", "--model", model], told
+
+
+@contextlib.contextmanager
+def running(command: Sequence[str], told: Mapping[str, str] | None = None) -> Iterator[int]:
+    """A server's process, from a line with "ready" and its port, to its end. Gives the port.
+
+    Raises: RuntimeError where it does not start.
+    """
+    process = subprocess.Popen(
+        command,
+        env=os.environ | (told or {}),
+        cwd=HERE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    output = process.stderr
+    assert output is not None
+    lines = []
+    try:
+        for line in output:
+            lines.append(line)
+            if '"ready"' in line:
+                break
+        else:
+            raise RuntimeError(f"{command} did not start: " + "".join(lines[-5:]))
+        threading.Thread(target=output.read, daemon=True).start()  # the pipe must not fill up
+        yield json.loads(lines[-1])["http_port"]
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(_ENDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def load(queries: Path, url: str, loop: str, amount: float, seconds: float, seed: int) -> Any:
+    """What became of a load, by `_serving_load.py`."""
+    command = [sys.executable, str(HERE / "_serving_load.py"), str(queries), url, loop]
+    command += [str(amount), str(seconds), str(seed)]
+    done = subprocess.run(command, check=True, capture_output=True, timeout=seconds + 120)
+    return json.loads(done.stdout)
