@@ -133,7 +133,7 @@ def _check_ports(settings: "ServerSettings") -> None:
             )[0]
             socket.create_server(address, family=family).close()
         except OSError as error:
-            raise OSError(f"cannot listen on {settings.host}:{port}: is the port taken?") from error
+            raise settings.cannot_listen(port) from error
 
 
 def _leave() -> None:

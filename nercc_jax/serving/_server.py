@@ -60,7 +60,8 @@ class Server:
         self._open: dict[str, ServedModel] = {}  # not yet closed
         with contextlib.suppress(ValueError):  # already there, in a server that was made anew
             ProcessCollector(registry=registry)
-        # In front of FastAPI's own layers, too, which its middleware comes behind.
+        # In front of FastAPI's own layers, too. Ray Serve needs the application as FastAPI has it:
+        # it looks at its routes, and adds handlers of its own errors.
         app = Inference(make_app(self.plane, registry), self.plane)
         self.http_port = self.grpc_port = 0  # known once it listens
         self._http = uvicorn.Server(
@@ -142,7 +143,7 @@ class Server:
             try:
                 self.grpc_port = server.add_insecure_port(address)
             except RuntimeError as error:
-                raise OSError(f"cannot listen on {address}: is the port taken?") from error
+                raise self.settings.cannot_listen(self.settings.grpc_port) from error
             await server.start()
             self._grpc = server
         _LOG.info("listening", extra=self._address())
@@ -230,8 +231,7 @@ class Server:
         try:
             await self._http.serve()
         except SystemExit:  # uvicorn has told the log why
-            address = f"{self.settings.host}:{self.settings.http_port}"
-            raise OSError(f"cannot listen on {address}: is the port taken?") from None
+            raise self.settings.cannot_listen(self.settings.http_port) from None
 
     @contextlib.contextmanager
     def _catching_signals(self) -> Iterator[None]:

@@ -355,6 +355,10 @@ class ServerSettings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
+    def cannot_listen(self, port: int) -> OSError:
+        """What is raised where one of the ports cannot be listened on."""
+        return OSError(f"cannot listen on {self.host}:{port}: is the port taken?")
+
     def resolved(self) -> list[ModelSettings]:
         """Every model's settings, defaults filled in.
 
