@@ -51,6 +51,8 @@ def _shape(value: Any) -> Any:
 
 
 def _axes(value: Any) -> tuple[int, ...]:
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = [value]  # what is made of a variable whose text is one number
     texts = [str(each).strip() for each in value] if isinstance(value, list | tuple) else [""]
     if not all(text.isdecimal() and int(text) for text in texts):
         raise ValueError(f"positive numbers with commas are needed, 28,28,1, not {value!r}")

@@ -455,6 +455,7 @@ def test_arguments_that_are_wrong_are_told_in_one_sentence(arguments, message, m
         ("28,28,1", [28, 28, 1], (28, 28, 1)),
         ("a=28, 28,b=4", {"a": [28, 28], "b": [4]}, {"a": (28, 28), "b": (4,)}),
         ("age=,meta=4", {"age": [], "meta": [4]}, {"age": (), "meta": (4,)}),
+        ("64", [64], (64,)),
     ],
 )
 def test_shapes_by_name(text, table, expected, monkeypatch):
