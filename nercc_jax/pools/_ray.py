@@ -84,12 +84,22 @@ class RayPool(AbstractPool):
         return self._crew.processes()
 
 
+_log = logging.getLogger(__name__)
+
+# On a busy machine Ray's head may need longer than Ray waits for it (30 s for its port).
+_RAY_STARTS = 3
+
+
 def _ray():
     try:
         import ray
     except ImportError as error:
         raise ImportError("RayPool needs Ray: pip install 'nercc-jax[ray]'") from error
     return ray
+
+
+def _init() -> None:
+    _ray().init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
 
 
 def _start_ray() -> None:
@@ -103,7 +113,13 @@ def _start_ray() -> None:
         with warnings.catch_warnings():
             # Of os.fork, which Ray follows by exec at once: no thread of JAX is missed.
             warnings.simplefilter("ignore", RuntimeWarning)
-            _ray().init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            for _ in range(_RAY_STARTS - 1):
+                try:
+                    return _init()
+                except Exception as error:
+                    _log.warning("Ray did not start, and is started again: %s", _last_line(error))
+                    _ray().shutdown()
+            _init()
 
     if threading.current_thread() is threading.main_thread():
         start()

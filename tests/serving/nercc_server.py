@@ -107,7 +107,10 @@ class Server:
     def log(self) -> list[dict[str, Any]]:
         """All lines that are complete. Fails where one is no JSON object."""
         lines = self._stderr.read_text().splitlines(keepends=True)
-        log = [json.loads(line) for line in lines if line.endswith("\n")]
+        try:
+            log = [json.loads(line) for line in lines if line.endswith("\n")]
+        except ValueError as error:
+            raise AssertionError(f"no JSON in the log:\n{''.join(lines)}") from error
         assert all(isinstance(line, dict) for line in log)
         return log
 
