@@ -180,7 +180,7 @@ def ray_pool():
 @pytest.mark.parametrize(
     ("code", "number", "kills"),
     # Decoding is what the second adds: the pool's own part is the first's.
-    [(Replication(3, 6), 1000, 12), (NeRCC(3, 6), 250, 3)],
+    [(Replication(3, 6), 400, 4), (NeRCC(3, 6), 100, 1)],
     ids=["replication", "nercc"],
 )
 def test_killing_ray_workers_loses_no_batch_and_mixes_up_none(ray_pool, code, number, kills):
