@@ -73,7 +73,7 @@ def make(request):
 @pytest.fixture(scope="module")
 def networks(make):
     """Workers for all that only ask them: an actor takes seconds to start."""
-    with make(network, 4, example=np.zeros((2, 6), np.float32)) as pool:
+    with make(network, 3, example=np.zeros((2, 6), np.float32)) as pool:
         yield pool
 
 
@@ -246,7 +246,7 @@ def test_workers_that_do_not_start(make):
     with pytest.raises(
         RuntimeError, match=r"does not run on a batch of shape \(1, 3\): cannot mult"
     ):
-        make(broken, 2, example=points(1)[0])
+        make(broken, 1, example=points(1)[0])
 
 
 @pytest.mark.slow
