@@ -50,6 +50,25 @@ def test_what_is_beyond_need_is_not_sent_to_one_that_becomes_free(crew, open_des
     assert len(crew.sent) == 2, "one failed, so another was sent"
 
 
+def test_what_would_slow_down_others_is_told(crew, open_desk, monkeypatch):
+    """Of four workers on three cores; who is overdue slows down nobody."""
+    monkeypatch.setattr(crew, "room", lambda busy: 3 - busy)
+    desk = open_desk(4, overdue=Overdue(least=1, floor=0.0))
+    assert (desk.idle, desk.spare) == (4, 3)
+    dispatch(desk, 1)
+    crew.answer(*crew.sent)  # now it is known how long one takes, which is no time
+    dispatch(desk, 2, copies=1)
+    soon(lambda: [worker.state for worker in desk.report().workers].count("overdue") == 2)
+    assert (desk.idle, desk.spare) == (2, 2)
+    crew.answer_all()
+    monkeypatch.setattr(crew, "room", lambda busy: 1 - busy)
+    assert desk.spare == 1
+    late = open_desk(4)
+    dispatch(late, 2)
+    assert (late.idle, late.spare) == (2, 0)
+    crew.answer_all()
+
+
 def test_older_batches_come_first(crew, open_desk):
     desk = open_desk(1)
     first, second = dispatch(desk, 2), dispatch(desk, 2)

@@ -385,6 +385,17 @@ def test_an_overdue_point_goes_to_another_worker_too(gate):
         once.opened.set()
 
 
+@pytest.mark.parametrize(
+    ("options", "spare"),
+    [({}, 2), ({"compiled": False}, 4), ({"faults": Faults([Fault("error", 0.0)])}, 4)],
+)
+def test_threads_share_the_hosts_cores(options, spare, monkeypatch):
+    """But for what is no JAX function, and where faults let them stand for other machines."""
+    monkeypatch.setattr("nercc_jax.pools._devices._cores", lambda: 2)
+    with DevicePool(lambda x: x, 4, **options) as pool:
+        assert (pool.idle, pool.spare) == (4, spare)
+
+
 def test_points_go_out_one_after_the_other_and_changes_are_told():
     told = threading.Semaphore(0)
     with DevicePool(itself, 2, compiled=False) as pool:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from prometheus_client import CollectorRegistry
 
 from ..codes import AbstractCode, Berrut, NeRCC, Replication, Uncoded, load_code
@@ -16,6 +17,7 @@ from ..serving._servable import load_callable
 from ..serving._served import ServedModel
 from ..serving._settings import ModelSettings
 from ..serving._signature import FLOAT
+from ._calibration_file import calibration_file
 from ._options import check_shipped
 from ._workload import answering, load_plain_code, read_arrays
 
@@ -87,7 +89,7 @@ def _start(settings: ModelSettings, code: AbstractCode, meters: Meters) -> Serve
         servable = servable_of(settings)
         code = fitting_code(code, settings, servable)
     try:
-        return ServedModel(servable, code, settings, meters)
+        return ServedModel(servable, code, settings, meters, calibration_file(settings, code))
     except RuntimeError as error:
         raise StartFailed(f"the workers of {name} did not start: {error}") from error
 
@@ -98,9 +100,7 @@ def servable_of(settings: ModelSettings) -> Servable:
     name = settings.served_name
     if ":" not in settings.model:
         network = answering(settings.model, settings.outputs)
-        x, _ = (
-            network.images("train", None, _CALIBRATION, 0) if _has_data(network) else (None, None)
-        )
+        x = functools.partial(_images, network) if _has_data(network) else None
         shape = network.network.input_shape
         output_name = settings.output_name or settings.outputs
         return make_servable(name, network, shape, output_name=output_name, calibration=x)
@@ -135,6 +135,11 @@ def fitting_code(code: AbstractCode, settings: ModelSettings, servable: Servable
         f"{servable.name} cannot have {asked}: {servable.uncodable}. Say scheme = 'uncoded' (or "
         "'replication') for it, or nothing; or serve what follows its embedding, which takes floats"
     )
+
+
+def _images(network: Any) -> np.ndarray:
+    """What a shipped model is calibrated on."""
+    return network.images("train", None, _CALIBRATION, 0)[0]
 
 
 def _has_data(network: Any) -> bool:

@@ -16,6 +16,9 @@ from ._overdue import AnswerTimes
 # When to stop waiting: this many answers are in, or these answers are enough.
 Enough: TypeAlias = int | np.integer | Callable[[np.ndarray], bool]
 
+# Why an answer is none, None where it is one.
+Refuse: TypeAlias = Callable[[PyTree[np.ndarray]], str | None]
+
 # Seconds of one sleep at most, however long a wait may last: threading raises OverflowError where
 # it is asked for centuries.
 LONGEST_SLEEP = 60.0
@@ -100,7 +103,7 @@ class Batch:
         times: AnswerTimes,
         on_change: Callable[["Batch"], None] | None,
         on_forget: Callable[["Batch"], None],
-        floats: bool = True,
+        refuse: Refuse,
     ):
         if needed is None:
             needed = num_points
@@ -109,7 +112,7 @@ class Batch:
         if copies < 1:
             raise ValueError(f"a coded data point has 1 copy or more, not {copies}")
         self.num_points, self.needed, self.copies = num_points, needed, copies
-        self.times, self._floats = times, floats
+        self.times, self._refuse = times, refuse
         self.open = True
         self.waiting: list[Task] = []
         self.tasks: dict[int, Task] = {}
@@ -119,6 +122,7 @@ class Batch:
         self._on_forget = on_forget
         self._values: list[PyTree | None] = [None] * num_points
         self._seconds = np.full(num_points, np.nan)
+        self.workers: dict[int, int] = {}  # who answered, by coded data point
         self._form: Any = None  # of an answer, but for the number of data points
         self._changed = threading.Condition(lock)
         self._awaited = num_points
@@ -262,13 +266,13 @@ class Batch:
         if not task.settled:
             self.hopes += (task.fresh > 0) - before
 
-    def settle(self, task: Task, value: PyTree | None) -> None:
-        """Takes a task's answer, or that it has none."""
+    def settle(self, task: Task, value: PyTree | None, worker: int = -1) -> None:
+        """Takes a task's answer, and who gave it, or that it has none."""
         self.hopes -= task.fresh > 0
         task.settled, task.value = True, _NOTHING  # it may be large, and the batch live on
         self._unsettled -= 1
         if value is not None:
-            self._values[task.point] = value
+            self._values[task.point], self.workers[task.point] = value, worker
             self._seconds[task.point] = time.monotonic() - task.given
             self.available[task.point] = True
             self._count += 1
@@ -283,16 +287,24 @@ class Batch:
         for leaf in leaves:
             if leaf.ndim < 1 or leaf.shape[0] != size:
                 return f"{size} data points came back as an array of shape {leaf.shape}"
-            if self._floats and leaf.dtype.kind != "f":
-                return f"the answer is {leaf.dtype}: codes work on floats"
         form = structure, [leaf.shape[1:] for leaf in leaves]
         if self._form is not None and self._form != form:
             forms = [jax.tree.unflatten(*each) for each in (form, self._form)]
             return f"each answer has shape {forms[0]}, others of this batch {forms[1]}"
-        if not all(np.isfinite(leaf).all() for leaf in leaves):
+        refused = self._refuse(value)
+        if refused is None:
+            self._form = form  # of all, as of the first
+        return refused
+
+
+def refuse_odd(answer: PyTree[np.ndarray]) -> str | None:
+    """Why an answer cannot be decoded, if so."""
+    for leaf in jax.tree.leaves(answer):
+        if leaf.dtype.kind != "f":
+            return f"the answer is {leaf.dtype}: codes work on floats"
+        if not np.isfinite(leaf).all():
             return "the answer is not finite"
-        self._form = form  # of all, as of the first
-        return None
+    return None
 
 
 def check_deadline(seconds: float) -> float:

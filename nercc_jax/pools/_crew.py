@@ -1,6 +1,7 @@
 """How the workers of a pool are reached, whatever they are."""
 
 import abc
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +29,10 @@ class AbstractCrew(abc.ABC):
     @abc.abstractmethod
     def send(self, worker: int, life: int, kind: int, batch: PyTree) -> None:
         """Gives a worker a batch for its model `kind`."""
+
+    def room(self, busy: int) -> float:
+        """How many more could work beside so many and not slow them down: all, elsewhere."""
+        return math.inf
 
     @abc.abstractmethod
     def close(self) -> None:

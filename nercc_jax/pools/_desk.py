@@ -29,7 +29,7 @@ from typing import Any
 from jaxtyping import PyTree
 
 from ..codes import check_counts
-from ._batch import LONGEST_SLEEP, Batch, Failure, Task
+from ._batch import LONGEST_SLEEP, Batch, Failure, Refuse, Task, refuse_odd
 from ._crew import AbstractCrew, WorkerDied, reason_of
 from ._outbox import Outbox
 from ._overdue import Overdue, TimesByRule
@@ -68,7 +68,7 @@ class Desk:
         self._lock = threading.RLock()
         self._started = threading.Condition(self._lock)  # or did not
         self._seats = [Seat() for _ in range(num_workers)]
-        self._outbox = Outbox(self._seats)
+        self._outbox = Outbox(self._seats, crew.room)
         self._times = TimesByRule(overdue)
         self._counts: collections.Counter[str] = collections.Counter()
         self._seconds = self._wasted = 0.0
@@ -95,12 +95,12 @@ class Desk:
         copies: int,
         on_change: Callable[[Batch], None] | None,
         overdue: Overdue | None,
-        floats: bool = True,
+        refuse: Refuse = refuse_odd,
     ) -> Batch:
         with self._lock:
             times = self._times.under(overdue or self._overdue)
         forget = self._forget
-        return Batch(self._lock, num_points, needed, copies, times, on_change, forget, floats)
+        return Batch(self._lock, num_points, needed, copies, times, on_change, forget, refuse)
 
     def add(
         self,
@@ -151,6 +151,10 @@ class Desk:
     @property
     def idle(self) -> int:
         return self._outbox.idle
+
+    @property
+    def spare(self) -> int:
+        return self._outbox.spare
 
     @property
     def heartbeat(self) -> float:
@@ -232,7 +236,7 @@ class Desk:
         if refused is None:
             self._observe(task.size, spent)
             self._counts["answered"] += 1
-            batch.settle(task, outcome)
+            batch.settle(task, outcome, worker)
         else:
             self._counts["errors"] += 1
             self._wasted += spent

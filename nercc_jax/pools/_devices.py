@@ -1,5 +1,7 @@
 """A pool of threads on the devices of this process."""
 
+import math
+import os
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -74,8 +76,11 @@ class DevicePool(AbstractPool):
         self._conditions = current_conditions(worker_dtype, platform)
         programs = [Program(models, device, compiled) for device in devices[:num_workers]]
         warm_up(programs, len(models), example)
+        faults = faults or Faults()
+        # Faults on purpose let two cores stand for many machines.
+        shared = compiled and platform == "cpu" and not faults.faults
         self._desk = Desk(
-            _Threads(programs, faults or Faults()),
+            _Threads(programs, faults, _cores() if shared else math.inf),
             num_workers,
             len(models),
             overdue=overdue or Overdue(),
@@ -88,8 +93,9 @@ class DevicePool(AbstractPool):
 class _Threads(AbstractCrew):
     """A thread a worker, each with a queue of its own that holds one task at most."""
 
-    def __init__(self, programs: Sequence[Program], faults: Faults):
-        self._programs, self._faults = programs, faults
+    def __init__(self, programs: Sequence[Program], faults: Faults, cores: float):
+        """`cores`: that all share; infinite where nobody can tell who slows down whom."""
+        self._programs, self._faults, self._cores = programs, faults, cores
         self._hands: dict[int, _Hand] = {}
 
     def start(self, worker: int, life: int, hear: Callable[[int, int, Any], None]) -> None:
@@ -100,6 +106,9 @@ class _Threads(AbstractCrew):
 
     def send(self, worker: int, life: int, kind: int, batch: PyTree) -> None:
         self._hands[worker].inbox.put((life, kind, batch))
+
+    def room(self, busy: int) -> float:
+        return self._cores - busy
 
     def close(self) -> None:
         for hand in self._hands.values():
@@ -166,6 +175,13 @@ def _outcome(worker: Worker, kind: int, batch: PyTree) -> PyTree | Exception:
         return worker(kind, batch)
     except Exception as error:  # whatever a model raises is that answer's trouble, not the pool's
         return error
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _die() -> None:

@@ -1,6 +1,6 @@
 """What waits to be sent, who is free, and who gets what."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ._batch import Batch, Task
 from ._seat import Seat
@@ -13,11 +13,12 @@ class Outbox:
     here once, whatever happens to it. For one thread at a time.
     """
 
-    def __init__(self, seats: Sequence[Seat]):
+    def __init__(self, seats: Sequence[Seat], room: Callable[[int], float]):
+        """`room(busy)`: how many more could work beside so many and not slow them down."""
         self.batches: dict[Batch, None] = {}  # open ones
         self._wanting: dict[Batch, None] = {}  # those of them that may want to send
         self.copies = 0  # second ones given out
-        self._seats = seats
+        self._seats, self._room = seats, room
         self._idle: dict[int, None] = {}
 
     def open(self, batch: Batch) -> None:
@@ -34,6 +35,12 @@ class Outbox:
     def idle(self) -> int:
         """How many workers are free."""
         return len(self._idle)
+
+    @property
+    def spare(self) -> int:
+        """How many of those could work and slow down nobody who is not overdue anyway."""
+        busy = [seat for seat in self._seats if seat.task and not seat.overdue]
+        return int(max(min(self.idle, self._room(len(busy))), 0))
 
     def free(self, worker: int) -> None:
         """A worker has nothing in hand."""

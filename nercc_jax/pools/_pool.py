@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, PyTree, Shaped
 
 from ..inference import Conditions, cast_floats
-from ._batch import Batch
+from ._batch import Batch, Refuse, refuse_odd
 from ._desk import Desk
 from ._overdue import Overdue
 from ._report import PoolReport
@@ -83,18 +83,19 @@ class AbstractPool(abc.ABC):
         copies: int = 2,
         on_change: Callable[[Batch], Any] | None = None,
         overdue: Overdue | None = None,
-        floats: bool = True,
+        refuse: Refuse = refuse_odd,
     ) -> Batch:
         """A batch of coded data points that are sent one after the other, as they become known.
 
         `on_change(batch)` is called after each answer, or failure, from one of the pool's threads:
         it must be quick, and must not wait for the batch. `overdue` is when this batch's coded data
-        points are overdue (the pool's unless given). `floats`: answers must be, to be decoded; one
-        that is not is a failure. Numbers as in `dispatch`: a client that waits
-        for more answers than `needed` may have to wait for stragglers, as the rest is only sent if
-        a worker is free at once, or something is overdue.
+        points are overdue (the pool's unless given). `refuse(answer)` says why it is none, if so,
+        and the worker has failed: unless given, what is not finite floats cannot be decoded.
+        Numbers as in `dispatch`: a client that waits for more answers than `needed` may have to
+        wait for stragglers, as the rest is only sent if a worker is free at once, or something is
+        overdue.
         """
-        return self._desk.open(num_points, needed, copies, on_change, overdue, floats)
+        return self._desk.open(num_points, needed, copies, on_change, overdue, refuse)
 
     def send(
         self,
@@ -136,6 +137,14 @@ class AbstractPool(abc.ABC):
     def idle(self) -> int:
         """How many workers have nothing in hand, at this moment."""
         return self._desk.idle
+
+    @property
+    def spare(self) -> int:
+        """How many of those could take something without slowing down what others have in hand.
+
+        Threads share their host's cores; what is overdue is not counted as work.
+        """
+        return self._desk.spare
 
     def on_idle(self, callback: Callable[[], Any]) -> None:
         """Has `callback()` called whenever a worker is left without a task: one listener a pool.

@@ -25,7 +25,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Shaped
 
 from ..inference import warn_if_other
-from ..pools import AbstractPool, AnswerTimes, Overdue
+from ..pools import AbstractPool, AnswerTimes, Overdue, Refuse, refuse_odd
 from ._arrangement import Arranger
 from ._coder import Coder
 from ._fidelity import Fidelity
@@ -77,6 +77,7 @@ class CodedBatcher:
         dtypes: tuple[DTypeLike, DTypeLike] = (np.float32, np.float32),
         policy: BatchingPolicy | None = None,
         fidelity: Fidelity | None = None,
+        refuse: Refuse = refuse_odd,
         observe: Callable[[Measure, float], Any] | None = None,
     ):
         """Compiles the decoder for every batch size, and starts.
@@ -116,9 +117,9 @@ class CodedBatcher:
             self._lanes,
             arranger,
             policy=policy,
-            fidelity=self.fidelity,
+            hungry=self._tutor.hungry,
             enough=self._rescue.enough,
-            floats=self._answers.dtype == CODED,
+            refuse=refuse,
             overdue=self._overdue,
             answer_time=lambda: self._times.median(policy.max_batch_size),
             observe=self._observe,
@@ -357,7 +358,7 @@ class CodedBatcher:
         for point in np.flatnonzero(batch.available & ~group.mask).tolist():
             value = batch.answer(point)
             assert value is not None
-            group.hear(point, value, now)
+            group.hear(point, value, now, batch.workers[point])
             place = int(group.layout.place_of[point])
             # What is coded may have waited for a worker; that tells nothing of how long it took.
             if place >= 0 or not group.coder.systematic:

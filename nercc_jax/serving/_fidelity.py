@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import equinox as eqx
@@ -21,7 +21,9 @@ from ._rehearsal import DRAWS, Rehearsal, make_observer
 # Groups that a forecast rests on, of each size; those of smaller ones that calibration makes; and
 # fewer than which it tells nothing.
 _GROUPS, _SHORT, _LEAST = 256, 128, 32
-_AT_ONCE = 2  # rehearsals with each group that comes, while there are any to be made
+# Rehearsals with each group that comes, while there are any to be made, and of how many groups:
+# of 256 with 1,000 outputs one keeps all cores busy for so long that queries would feel it.
+_AT_ONCE, _FEW = 2, 32
 _MASKS = 4096  # sets of workers whose error is remembered
 _AUDITS = 1000  # decoded queries that the running audit looks at
 
@@ -123,7 +125,20 @@ class Fidelity:
         blank.foresee(np.ones(self._coder.num_workers, bool))
         self._agree(zeros[0], zeros[0])
         if blank.rehearsal is not None:
-            blank.rehearsal.compile(*blank.groups())
+            blank.rehearsal.compile(*blank.groups(_FEW))
+
+    def state(self) -> dict[str, np.ndarray]:
+        """All that calibration told, by name."""
+        lessons = self._lessons.items()
+        return {f"{few} {name}": x for few, each in lessons for name, x in each.state().items()}
+
+    def restore(self, state: Mapping[str, np.ndarray], conditions: Conditions) -> None:
+        """Takes the `state` of one that was calibrated for the same code under these conditions."""
+        self.conditions = conditions
+        for few, lessons in self._lessons.items():
+            own = {name.partition(" ")[2]: x for name, x in state.items() if _size(name) == few}
+            if own:
+                lessons.restore(own)
 
     def hungry(self, queries: int) -> bool:
         """Whether groups of so many queries are wanted: nothing can be told of them yet."""
@@ -187,7 +202,7 @@ class _Lessons:
 
     def __init__(self, coder: Coder, rehearsal: Rehearsal | None):
         self._code, self._form, self.rehearsal = coder.code, coder.form, rehearsal
-        self.known = 0
+        self.known = self._turn = 0
         self.doubt = unknown()
         self._due, self._left = _LEAST, 0  # groups at the next doubt, and rehearsals until then
         self._fresh = 0  # groups that came since the forecast was made
@@ -208,16 +223,41 @@ class _Lessons:
         self.known += 1
         self._fresh += 1
 
+    def state(self) -> dict[str, np.ndarray]:
+        if self._answers is None or self._originals is None:
+            return {}
+        known = min(self.known, _GROUPS)
+        return {
+            "answers": self._answers[:known],
+            "originals": self._originals[:known],
+            "masks": np.array([np.frombuffer(mask, bool) for mask in self.expected]),
+            "disagreement": np.array([each[0] for each in self.expected.values()]),
+            "error": np.array([each[1] for each in self.expected.values()]),
+            **{name: np.asarray(part) for name, part in vars(self.doubt).items()},
+        }
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        for answers, originals in zip(state["answers"], state["originals"], strict=True):
+            self.add(answers, originals)
+        tables = (state[name] for name in ("masks", "disagreement", "error"))
+        for mask, disagreement, error in zip(*tables, strict=True):
+            self.expected[mask.tobytes()] = disagreement, error, self.forecasts
+        self.doubt = QueryDoubt(
+            state["weights"], state["wrong"], state["last"], int(state["number"])
+        )
+        self._due = self.known + _GROUPS
+
     @property
     def enough(self) -> bool:
         """Whether there is enough to tell something of each query."""
         return self.known >= _LEAST and (self.rehearsal is None or self.doubt.number > 0)
 
-    def groups(self) -> tuple[np.ndarray, np.ndarray]:
-        """All of them: always so many, that programs are compiled once. Few come several times."""
+    def groups(self, number: int = _GROUPS) -> tuple[np.ndarray, np.ndarray]:
+        """The next so many, in turn; fewer come several times, that programs are compiled once."""
         assert self._answers is not None
         assert self._originals is not None
-        chosen = np.arange(_GROUPS) % min(self.known, _GROUPS)
+        chosen = (self._turn + np.arange(number)) % min(self.known, _GROUPS)
+        self._turn = (self._turn + number) % _GROUPS
         return self._answers[chosen], self._originals[chosen]
 
     def rehearse(self, draws: int) -> None:
@@ -241,12 +281,13 @@ class _Lessons:
             self._left = DRAWS
         if not self._left:
             return
-        known, self._left = min(self.known, _GROUPS), self._left - _AT_ONCE
+        self._left -= _AT_ONCE
+        known = min(self.known, _GROUPS)
         for _ in range(_AT_ONCE):
-            self.rehearsal.draw(*self.groups(), known)
+            self.rehearsal.draw(*self.groups(_FEW), min(known, _FEW))
         if not self._left:
             self.doubt = self.rehearsal.calibrate(known)
-            self._due = self.known + min(self.known, _GROUPS)
+            self._due = self.known + known
 
     def foresee(self, mask: np.ndarray) -> None:
         if self._forecast is None or self._fresh >= _GROUPS:
@@ -261,3 +302,8 @@ class _Lessons:
         while len(self.expected) >= _MASKS:
             del self.expected[next(iter(self.expected))]
         self.expected[mask.tobytes()] = disagreement, error, self.forecasts
+
+
+def _size(name: str) -> int:
+    """Of the groups that a part of a state is about."""
+    return int(name.partition(" ")[0])

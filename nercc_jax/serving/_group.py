@@ -79,11 +79,11 @@ class Group:
                 self.record = self.record or GroupRecord()
                 request.record.enter(self.record, query.place, request.arrived)
 
-    def hear(self, point: int, answer: np.ndarray, now: float) -> None:
+    def hear(self, point: int, answer: np.ndarray, now: float, worker: int) -> None:
         """A coded data point is answered."""
         self.answers[point], self.mask[point] = answer, True
         if self.record is not None:
-            self.record.heard(point, now)
+            self.record.heard(point, now, worker)
 
     def open_queries(self, cells: Iterable[int] | None = None) -> Iterator[tuple[int, int, Query]]:
         """The queries of these cells (all) that somebody waits for: cell, row, query."""

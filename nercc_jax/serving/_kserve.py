@@ -1,13 +1,55 @@
 """What we use of kserve, which reads the process's command line as its own when it is imported.
 
 With `nercc serve --config server.toml` it would end the process: to its parser `--config` is short
-for `--configure_logging`. So it is imported here only, behind its back.
+for `--configure_logging`. So it is imported here only, behind its back. Nor is pandas imported with
+it, for most of a second: kserve names it in one annotation, and uses it where we do not.
 """
 
+import contextlib
+import importlib.util
 import sys
+import types
+from collections.abc import Iterator
+from typing import Any
 
-_argv, sys.argv = sys.argv, sys.argv[:1]
-try:
+
+class _Later(types.ModuleType):
+    """A module that is imported once something of it is used, but not while it stands for it."""
+
+    def __getattr__(self, name: str) -> Any:
+        if sys.modules.get(self.__name__) is self:
+            raise AttributeError(name)
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+@contextlib.contextmanager
+def _later(name: str, **annotations: Any) -> Iterator[None]:
+    """Within it, `import name` gives a module that has these for annotations, and nothing else."""
+    if name in sys.modules:
+        yield
+        return
+    later = _Later(name)
+    later.__spec__ = importlib.util.find_spec(name)
+    vars(later).update(annotations)
+    sys.modules[name] = later
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+        for each in annotations:
+            delattr(later, each)
+
+
+@contextlib.contextmanager
+def _without_arguments() -> Iterator[None]:
+    own, sys.argv = sys.argv, sys.argv[:1]
+    try:
+        yield
+    finally:
+        sys.argv = own
+
+
+with _without_arguments(), _later("pandas", DataFrame=object):
     from kserve.errors import InvalidInput as InvalidInput
     from kserve.errors import ModelNotFound as ModelNotFound
     from kserve.errors import ServerNotReady as ServerNotReady
@@ -23,7 +65,5 @@ try:
     from kserve.protocol.infer_type import RequestedOutput as RequestedOutput
     from kserve.protocol.rest import v2_datamodels as bodies
     from kserve.protocol.rest.v2_endpoints import V2Endpoints as V2Endpoints
-finally:
-    sys.argv = _argv
 
 __all__ = ["add_service", "bodies", "messages"]

@@ -69,16 +69,20 @@ class Lanes:
     """
 
     def __init__(self, most: int):
-        """`most`: how many may wait. Those sent again are counted, but never refused."""
+        """`most`: how many may wait; those of high priority find room for a quarter more.
+
+        Those sent again are counted, but never refused.
+        """
         self.again, self.exact, self.coded = Lane(), Lane(), Lane()
         self.most, self.waiting = most, 0
         self._lock = threading.Lock()
         self._dead = 0  # queries in a lane that nobody waits for
 
-    def admit(self, number: int) -> bool:
+    def admit(self, number: int, *, high: bool = False) -> bool:
         """Whether there is room for so many queries; if so, it is theirs from now on."""
+        most = self.most + high * -(-self.most // 4)
         with self._lock:
-            admitted = self.waiting + number <= self.most
+            admitted = self.waiting + number <= most
             self.waiting += number * admitted
         return admitted
 

@@ -43,7 +43,7 @@ class Ledger:
             if self.closing:
                 self._observe("request_draining", 0.0)
                 raise ServerClosing("no more requests are taken: the server is shutting down")
-            if not self._lanes.admit(number):
+            if not self._lanes.admit(number, high=request.high):
                 self._observe("request_queue_full", 0.0)
                 raise QueueFull(
                     f"{self._lanes.waiting} queries wait and {number} more came; the queue holds "

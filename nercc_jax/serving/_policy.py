@@ -17,7 +17,8 @@ class BatchingPolicy:
       powers of two, for which everything is compiled ahead.
     - `batch_wait_timeout_s`: seconds after which a group that is not full is completed without
       waiting for more queries. (Of a code that sends no query as it came, nothing is sent before.)
-    - `max_queue_size`: queries that may wait to be sent; more are refused at once.
+    - `max_queue_size`: queries that may wait to be sent; more are refused at once. (Of high
+      priority a quarter more may.)
     - `deadline_s`: seconds that a request has unless it says otherwise; at most an hour.
     - `priority_lead_s`: seconds that queries of high priority go ahead of others: before those that
       came up to so long earlier, and behind those that have waited longer. 0: nobody does.

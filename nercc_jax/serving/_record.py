@@ -37,9 +37,10 @@ class GroupRecord:
         for point in points:
             self.calls[point] = Step("worker call", now, None, self._about(point=point))
 
-    def heard(self, point: int, now: float) -> None:
+    def heard(self, point: int, now: float, worker: int) -> None:
         if point in self.calls:  # not sent before somebody wanted to know
-            self.calls[point] = dataclasses.replace(self.calls[point], end=now)
+            details = self._about(point=point, worker=worker)
+            self.calls[point] = dataclasses.replace(self.calls[point], end=now, details=details)
 
     def add(self, name: str, begin: float, end: float, **details: Any) -> None:
         self.steps.append(Step(name, begin, end, self._about(**details)))

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 
 from ..codes import Uncoded
-from ..pools import AbstractPool, Overdue
+from ..pools import AbstractPool, Overdue, Refuse
 from ._arrangement import Arranger
 from ._coder import Coder
-from ._fidelity import Fidelity
 from ._group import Cell, Group
 from ._lanes import Lane, Lanes
 from ._policy import BatchingPolicy
@@ -38,15 +37,17 @@ class Sender:
         arranger: Arranger | None,
         *,
         policy: BatchingPolicy,
-        fidelity: Fidelity,
+        hungry: Callable[[int], bool],
         enough: int,
-        floats: bool,
+        refuse: Refuse,
         overdue: Overdue,
         answer_time: Callable[[], float],
         observe: Callable[[Any, float], Any],
         tell: Callable[[Group], None],
     ):
-        """`enough`: answers of a group that will do. `floats`: they are.
+        """`hungry(queries)`: whether all answers to a group of so many are wanted, to learn from.
+
+        `enough`: answers of a group that will do. `refuse`: those that are none.
 
         `overdue`: when a copy is sent.
 
@@ -54,10 +55,10 @@ class Sender:
         from any thread, when something happens to a group.
         """
         self._pool, self._coder, self._lanes, self._arranger = pool, coder, lanes, arranger
-        self._policy, self._fidelity, self._enough = policy, fidelity, enough
+        self._policy, self._hungry, self._enough = policy, hungry, enough
         self._answer_time, self._observe, self._tell = answer_time, observe, tell
         self.alone = Coder(Uncoded(1), (coder.kinds[0],))
-        self._overdue, self._floats = overdue, floats
+        self._overdue, self._refuse = overdue, refuse
         self.filling: Group | None = None
         self.groups: set[Group] = set()
         self.taken: list[Query] = []
@@ -91,8 +92,9 @@ class Sender:
         coder, queries = self._coder, len(group.cells)
         group.layout = coder.layout(queries)
         self._observe("group_fill", queries / coder.num_data)
-        hungry = self._fidelity.hungry(queries)
-        points = np.flatnonzero(~group.sent) if hungry else group.layout.extras
+        hungry = self._hungry(queries)
+        # Redundancy for one query is not worth to slow down others.
+        points = np.flatnonzero(~group.sent) if hungry else group.layout.extras[: self._room()]
         if len(points) and (group.pending or hungry):
             begin = time.monotonic()
             coded = coder.encode(group.inputs(), points)
@@ -102,6 +104,10 @@ class Sender:
                 group.record.add("encode", begin, end, queries=queries, points=len(points))
             self._send(group, points, coded, now)
         group.inputs_sent()
+
+    def _room(self) -> int:
+        """Coded data points that may be sent: of a code that mixes queries, all."""
+        return self._pool.spare if self._coder.systematic else self._coder.num_workers
 
     def end(self, group: Group) -> None:
         """A group is over, whatever is still on its way."""
@@ -164,7 +170,7 @@ class Sender:
             copies=self._policy.copies if coder is self.alone else 1,
             on_change=lambda batch: self._tell(group),
             overdue=self._overdue,
-            floats=self._floats,
+            refuse=self._refuse,
         )
         self.groups.add(group)
         return group
@@ -205,9 +211,7 @@ class Sender:
 
     def _deal(self, queries: list[Query], sizes: list[int], place: int) -> list[Cell]:
         """Cells of these sizes, which make up all queries, for a group's places from `place` on."""
-        if self._arranger is None or self._arranger.seconds > max(
-            _ORDERING, _ORDERING_SHARE * self._answer_time()
-        ):
+        if self._arranger is None or self._arranger.seconds > self._most_ordering():
             rest = iter(queries)
             dealt = [list(itertools.islice(rest, size)) for size in sizes]
         else:
@@ -215,6 +219,11 @@ class Sender:
             dealt = self._arranger.deal(queries, sizes, place)
             self._observe("order_seconds", time.perf_counter() - begin)
         return [_cell(each) for each in dealt]
+
+    def _most_ordering(self) -> float:
+        """Seconds; where it is not known how long answers take, they may be quick."""
+        known = self._answer_time()
+        return max(_ORDERING, _ORDERING_SHARE * known if known < math.inf else 0.0)
 
     def _pop(self, lane: Lane, now: float) -> Query:
         query = self._lanes.pop(lane)

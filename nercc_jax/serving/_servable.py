@@ -28,15 +28,15 @@ class Servable:
     """What is served under a name; `make_servable` makes it.
 
     `model` maps rows of its inputs, (B, ...), to rows of its outputs (see `_signature.py`).
-    `calibration` are such rows of unlabelled inputs for the error estimate, or None: then it is
-    learnt from what is served.
+    `calibration` are such rows of unlabelled inputs for the error estimate, or what gives them, or
+    None: then it is learnt from what is served.
     """
 
     name: str
     model: Model
     inputs: Tensors
     outputs: Tensors
-    calibration: np.ndarray | None = None
+    calibration: np.ndarray | Callable[[], np.ndarray] | None = None
 
     def __post_init__(self):
         if not self.name or "/" in self.name:
@@ -64,13 +64,14 @@ def make_servable(
     *,
     datatype: str | Mapping[str, str] = FLOAT,
     output_name: str = "output",
-    calibration: np.ndarray | Mapping[str, np.ndarray] | None = None,
+    calibration: np.ndarray | Mapping[str, np.ndarray] | Callable[[], np.ndarray] | None = None,
 ) -> Servable:
     """Traces the model on one query to learn what its answer is.
 
     `shape` is that of one query. A model of several inputs takes a dict of arrays: then it is a
     dict of shapes, and so may be `datatype`, the protocol's words ("FP32", "INT64", ...).
-    `calibration` is an array (points, *shape), or a dict of such.
+    `calibration` is an array (points, *shape), or a dict of such; or a function that gives rows as
+    the model has them, called when they are needed.
 
     A model that returns one array has one output, `output_name`. Of a dict of arrays, or a tuple
     with named fields, each is an output of its name; of any other tuple they are `output_name` with
@@ -91,7 +92,8 @@ def make_servable(
     if not (inputs.alone and outputs.alone):
         model = RowModel(model, inputs, outputs)
     try:
-        rows = None if calibration is None else inputs.pack(calibration)
+        ready = calibration is None or callable(calibration)
+        rows = calibration if ready else inputs.pack(calibration)
     except ValueError as error:
         raise ValueError(f"{name}: calibration data do not fit: {error}") from error
     return Servable(name, model, inputs, outputs, rows)

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -18,10 +19,11 @@ from ._coder import Coder
 from ._fidelity import Fidelity
 from ._health import Health
 from ._hints import HintLog, hints_of
+from ._kept import calibrate
 from ._metrics import Meter, Meters
 from ._phases import phase
 from ._record import current
-from ._request import InferenceFailed, Reply
+from ._request import Reply
 from ._servable import Servable
 from ._settings import ModelSettings
 
@@ -40,9 +42,16 @@ class ServedModel:
     uncoded: str | None = None
 
     def __init__(
-        self, servable: Servable, code: AbstractCode, settings: ModelSettings, meters: Meters
+        self,
+        servable: Servable,
+        code: AbstractCode,
+        settings: ModelSettings,
+        meters: Meters,
+        kept: Path | None = None,
     ):
         """Starts the workers and compiles everything, so that no request waits for the compiler.
+
+        `kept`: where what calibration told is kept between starts, if it is.
 
         Raises: ValueError for a code where nothing can be coded (`Servable.uncodable`), or where
         calibration shows that it cannot keep `max_disagreement`; RuntimeError where the workers do
@@ -59,9 +68,7 @@ class ServedModel:
         fidelity = Fidelity(self._coder)
         if servable.calibration is not None and self._coder.guesses:
             with phase("calibrating", servable.name):
-                fidelity.calibrate(
-                    servable.model, servable.calibration, worker_dtype=settings.worker_dtype
-                )
+                calibrate(fidelity, servable, settings.worker_dtype, kept)
             _check(fidelity, self._coder, policy.max_disagreement)
         with phase("starting workers", servable.name):
             self.pool = _open_pool(servable, settings)
@@ -75,6 +82,7 @@ class ServedModel:
                 dtypes=(servable.inputs.dtype, servable.outputs.dtype),
                 policy=policy,
                 fidelity=fidelity,
+                refuse=servable.outputs.refuse,
                 observe=self.meter.observe,
             )
         self.meter.waiting.set_function(lambda: self._batcher.waiting)
@@ -119,12 +127,7 @@ class ServedModel:
         reply = await _result(future)
         if outputs.alone:
             return reply
-        values = outputs.named(reply.values)
-        # In bytes the pool sees no floats, of which it refuses those that are not finite.
-        for name, array in values.items():
-            if array.dtype.kind == "f" and not np.isfinite(array).all():
-                raise InferenceFailed(f"the model's output {name!r} is not finite")
-        return dataclasses.replace(reply, values=values)
+        return dataclasses.replace(reply, values=outputs.named(reply.values))
 
     def count(self, refusal: Literal["request_invalid", "request_overloaded"]) -> None:
         """Counts a request that was refused, here or where it was read."""

@@ -314,8 +314,8 @@ class ServerSettings(BaseSettings):
 
     compilation_cache: bool = Field(
         default=True,
-        description="Whether compiled programs are kept, in JAX_COMPILATION_CACHE_DIR or the "
-        "user's cache folder.",
+        description="Whether compiled programs, and calibrations, are kept, in "
+        "JAX_COMPILATION_CACHE_DIR or the user's cache folder.",
     )
     drain_delay_s: float = Field(
         default=0.0, ge=0, description="After SIGTERM: not ready, but answering, for so long."

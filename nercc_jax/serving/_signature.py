@@ -186,6 +186,13 @@ class Tensors:
             told = ", ".join(f"{name!r} has {len(array)}" for name, array in arrays.items())
             raise ValueError(f"all inputs have as many queries, their first axis, but {told}")
 
+    def refuse(self, rows: np.ndarray) -> str | None:
+        """Why these are no answers, if so: the first output that is not finite."""
+        for name, array in self.named(rows).items():
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                return f"the model's output {name!r} is not finite"
+        return None
+
     def named(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Rows, on the host, as arrays by name."""
         return dict(zip(self.names, self._split(rows, _view), strict=True))

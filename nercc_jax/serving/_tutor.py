@@ -14,7 +14,7 @@ from ._fidelity import Expected, Fidelity
 _LOG = logging.getLogger(__name__)
 
 # Of the time, that learning may take: programs of JAX keep all cores of a CPU busy.
-_SHARE = 0.1
+_SHARE = 0.005
 # Seconds that it rests at most, and that it waits for something to learn from.
 _LONGEST = 10.0
 
@@ -41,6 +41,10 @@ class Tutor:
     def curious(self) -> bool:
         """Whether a group is wanted. To make one of what came, and to wake a thread, takes time."""
         return self._lesson is None
+
+    def hungry(self, queries: int) -> bool:
+        """Whether all answers to a group of so many are wanted: nothing is known of such yet."""
+        return self.curious and self.fidelity.hungry(queries)
 
     def teach(
         self,

@@ -44,6 +44,7 @@ from nercc_jax.serving._health import Health
 from nercc_jax.serving._lanes import Lane, Lanes
 from nercc_jax.serving._query_doubt import QueryDoubt
 from nercc_jax.serving._request import Request
+from nercc_jax.serving._tutor import Tutor
 from nercc_jax.stragglers import TraceLatency
 
 SYSTEMATIC = {
@@ -482,6 +483,54 @@ def test_a_full_queue_refuses_at_once_and_then_takes_again():
         waiting.result(LONG)
         batcher.submit(x[5:8]).result(LONG)
         assert count(batcher, "request_queue_full") == 2
+
+
+def test_a_full_queue_has_room_for_high_priority():
+    lanes = Lanes(4)
+    assert lanes.admit(4)
+    assert not lanes.admit(1)
+    assert lanes.admit(1, high=True), "a quarter more"
+    assert not lanes.admit(1, high=True)
+    gates = Gates()
+    with serving(Uncoded(1), gates, workers=1, max_queue_size=1, copies=1) as batcher:
+        event = gates.hold(queries(1)[0])
+        first = batcher.submit(queries(1))
+        while batcher.waiting:
+            time.sleep(0.001)
+        waiting = batcher.submit(queries(2)[1:])
+        with pytest.raises(QueueFull):
+            batcher.submit(queries(2)[:1])
+        high = batcher.submit(queries(2)[:1], high=True)
+        event.set()
+        for future in (first, waiting, high):
+            future.result(LONG)
+
+
+@pytest.mark.parametrize("spare", [8, 1, 0])
+def test_redundancy_slows_nobody_down(spare, monkeypatch):
+    """The first of what would be sent, while others have something in hand."""
+    gates = Gates()
+    with serving(INTERLEAVED, gates, fidelity=knowing, batch_wait_timeout_s=LONG) as batcher:
+        monkeypatch.setattr(batcher._pool._desk._outbox, "_room", lambda busy: spare)
+        x = queries(4)
+        events = [gates.hold(each) for each in x]
+        future = batcher.submit(x)
+        while not any(group.cells[0].x is None for group in batcher._sender.groups):
+            time.sleep(0.001)  # until all is sent
+        (group,) = batcher._sender.groups
+        sent = np.flatnonzero(group.sent).tolist()
+        for event in events:
+            event.set()
+        future.result(LONG)
+        assert sent == sorted([*OWN, *EXTRAS[:spare]])
+
+
+def test_all_answers_are_wanted_only_while_there_is_time_to_learn():
+    tutor = Tutor(Fidelity(Coder(INTERLEAVED)), lambda what, number: None)
+    assert tutor.hungry(4)
+    assert not tutor.hungry(1)
+    tutor.teach(np.zeros((8, 3)), np.zeros((4, 3)))  # it has not begun
+    assert not tutor.hungry(4)
 
 
 def test_deadlines_say_so_and_leave_nothing_behind():

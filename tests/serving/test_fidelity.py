@@ -101,6 +101,28 @@ def test_a_doubt_is_learnt_from_traffic():
     assert fidelity.doubt(1).number == 0
 
 
+def test_traffic_is_rehearsed_a_little_at_a_time(monkeypatch):
+    """All groups at once keep every core busy, for longer than queries should wait."""
+    coder = Coder(CODE)
+    fidelity = Fidelity(coder)
+    x = data(4 * 100, 7).reshape(100, 4, 4)
+    answers = np.asarray(model(coder.encode(x, np.arange(8)))).swapaxes(0, 1)
+    rehearsal = fidelity._lessons[4].rehearsal
+    assert rehearsal is not None
+    observe, seen = rehearsal._observe, []
+
+    def record(*arguments):
+        seen.append(arguments[0].copy())
+        return observe(*arguments)
+
+    monkeypatch.setattr(rehearsal, "_observe", record)
+    for group, own in zip(answers, np.asarray(model(x)), strict=True):
+        fidelity.learn(group, own)
+    assert {len(groups) for groups in seen} == {32}
+    looked_at = {group.tobytes() for groups in seen for group in groups}
+    assert len(looked_at) >= 64, "each in its turn"
+
+
 @pytest.mark.parametrize("queries", [4, 3])
 def test_a_doubt_is_learnt_where_calibration_was_too_short(queries):
     """Groups are wanted until it is known, so that it will be."""

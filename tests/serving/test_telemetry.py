@@ -179,6 +179,8 @@ def test_spans_say_what_a_straggler_did(server, spans, lines, model, answer, nam
     groups = lines()[name].groups
     assert len(calls) == sum(group["asked"] for group in groups)
     over = [child.attributes["nercc.over"] for child in calls]
+    workers = [child.attributes.get("nercc.worker") for child in calls]
+    assert [worker is not None and worker >= 0 for worker in workers] == over
     # One more may have come between the decoding and the reply.
     assert over.count(True) >= sum(group["heard"] for group in groups)
     assert not all(over) or model == "repeats"  # the straggler's own is still out

@@ -183,11 +183,14 @@ def test_integers_are_served_exactly(ask):
     assert found["output"].tolist() == [[2.0]]
 
 
+SCALED = "the model's output 'scaled'"
+
+
 def test_no_answer_that_is_not_finite_is_given(ask):
-    """Among integers, too, where the pool does not see it."""
+    """Among integers, too, where the pool sees bytes: it is tried at others first."""
     x = {"ids": np.full((1, 5), 10**6), "mask": np.ones((1, 5), bool)}
     told = ask("tokens", {**x, "scale": np.full(1, 3e38, "<f4")}, WORDS)
-    assert told == "the model's output 'scaled' is not finite"
+    assert told == f"a query got no answer: 3 workers failed, the last: {SCALED} is not finite"
 
 
 X, ONES = pictures(2), np.ones((2, 4), np.int8)

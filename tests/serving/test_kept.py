@@ -1,0 +1,123 @@
+"""What calibration told is kept between starts: the same is known, and nothing is run for it."""
+
+# ruff: noqa: E402 (`require` comes before what needs it)
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from batching import INTERLEAVED
+from conftest import require
+
+require("pydantic_settings", "serve")
+
+from nercc_jax import NeRCC
+from nercc_jax.cli._calibration_file import calibration_file
+from nercc_jax.serving import Coder, Fidelity, make_servable
+from nercc_jax.serving._kept import calibrate
+from nercc_jax.serving._settings import ModelSettings
+
+WEIGHTS = np.random.default_rng(2).normal(size=(4, 3)).astype(np.float32)
+FULL = np.ones(8, bool)
+
+
+class Rows:
+    """Calibration data, and how often they were asked for."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def __call__(self):
+        self.asked += 1
+        return np.random.default_rng(3).normal(size=(256, 4)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def told():
+    """A servable, and what its calibration told."""
+    servable = make_servable("tanh", lambda x: jnp.tanh(3 * x @ WEIGHTS), (4,), calibration=Rows())
+    fidelity = Fidelity(Coder(INTERLEAVED))
+    calibrate(fidelity, servable, None, None)
+    return servable, fidelity
+
+
+def test_what_was_told_is_told_again_without_the_data(told, tmp_path):
+    servable, fidelity = told
+    path = tmp_path / "folder" / "kept.npz"
+    calibrate(Fidelity(Coder(INTERLEAVED)), servable, None, path)
+    asked = servable.calibration.asked
+    kept = Fidelity(Coder(INTERLEAVED))
+    calibrate(kept, servable, None, path)
+    assert servable.calibration.asked == asked
+    assert kept.conditions == fidelity.conditions
+    assert kept.known() == fidelity.known()
+    for few in (2, 3, 4):
+        for name, value in vars(fidelity.doubt(few)).items():
+            np.testing.assert_array_equal(vars(kept.doubt(few))[name], value)
+        assert not kept.hungry(few)
+        one_missing = fidelity._one_missing(few)[1]
+        for found, expected in zip(
+            kept.expect(few, one_missing), fidelity.expect(few, one_missing), strict=True
+        ):
+            np.testing.assert_array_equal(found, expected)
+        # And of workers that calibration did not think of, from the same groups.
+        for each in (kept, fidelity):
+            each.foresee(few, FULL)
+        np.testing.assert_array_equal(
+            kept.expect(few, FULL).error, fidelity.expect(few, FULL).error
+        )
+
+
+def test_a_file_that_is_broken_is_made_anew(told, tmp_path):
+    servable, fidelity = told
+    path = tmp_path / "kept.npz"
+    for content in (b"", b"PK\x03\x04 half of it"):
+        path.write_bytes(content)
+        asked = servable.calibration.asked
+        again = Fidelity(Coder(INTERLEAVED))
+        calibrate(again, servable, None, path)
+        assert servable.calibration.asked == asked + 1
+        assert again.known() == fidelity.known()
+        assert path.stat().st_size > 1000
+    assert [each.name for each in tmp_path.iterdir()] == ["kept.npz"]
+
+
+def test_where_nothing_can_be_written_nothing_is_kept(told, tmp_path):
+    servable, fidelity = told
+    (tmp_path / "file").touch()
+    again = Fidelity(Coder(INTERLEAVED))
+    calibrate(again, servable, None, tmp_path / "file" / "kept.npz")
+    assert again.known() == fidelity.known()
+
+
+def test_its_name_has_all_that_it_depends_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    usual = {"model": "lenet5-digits"}
+    code = NeRCC(4, 8)
+    path = calibration_file(ModelSettings(**usual), code)
+    assert path is not None
+    assert path.parent == tmp_path / "calibrations"
+    assert path == calibration_file(ModelSettings(**usual), NeRCC(4, 8))
+    others = {
+        calibration_file(ModelSettings(**(usual | more)), other)
+        for more, other in (
+            ({}, NeRCC(4, 8, lambda_dec=0.1)),
+            ({}, NeRCC(4, 9)),
+            ({"model": "lenet5-mnist"}, code),
+            ({"outputs": "probabilities"}, code),
+            ({"worker_dtype": "bfloat16"}, code),
+        )
+    }
+    assert len(others) == 5
+    assert path not in others
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "another")
+    assert calibration_file(ModelSettings(**usual), code) != path
+
+
+@pytest.mark.parametrize(
+    ("folder", "model"),
+    [("", "lenet5-digits"), ("gs://there", "lenet5-digits"), ("here", "my:own")],
+)
+def test_not_all_is_kept(folder, model, monkeypatch):
+    """What your own model computes cannot be told from its name."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", folder)
+    assert calibration_file(ModelSettings(model=model), NeRCC(4, 8)) is None
