@@ -3,6 +3,8 @@
 # ruff: noqa: E402 (`require` comes before what needs it)
 
 import socket
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -158,6 +160,28 @@ def test_a_model_that_starts_after_the_end_is_closed():
         if start.model.closed:
             break
     assert start.model.closed
+
+
+# What a start does without.
+
+
+_LATER = """
+import sys
+sys.argv.append("--config")
+from nercc_jax.serving._kserve import InferInput, InferRequest
+assert sys.argv[-1] == "--config"
+assert "pandas" not in sys.modules
+given = InferInput("x", [2], "FP32", [1.0, 2.0])
+print(InferRequest("m", [given]).as_dataframe().x.tolist(), sys.modules["pandas"].__name__)
+"""
+
+
+@pytest.mark.slow
+def test_kserve_has_pandas_once_it_uses_it():
+    done = subprocess.run(
+        [sys.executable, "-c", _LATER], capture_output=True, text=True, timeout=ENDS
+    )
+    assert done.stdout == "[1.0, 2.0] pandas\n", done.stderr
 
 
 # Compiled programs.
