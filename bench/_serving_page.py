@@ -59,7 +59,7 @@ machine.
 
 
 _MODELS = {
-    "lenet5-digits": "LeNet5, 8 x 8 x 1 to 10",
+    "lenet5-digits": "LeNet5, 32 x 32 x 1 to 10",
     "wide": "two layers, 64 to 1,000",
     "images": "patches, 224 x 224 x 3 to 1,000",
 }

@@ -93,7 +93,7 @@ class Sender:
         group.layout = coder.layout(queries)
         self._observe("group_fill", queries / coder.num_data)
         hungry = self._hungry(queries)
-        # Redundancy for one query is not worth to slow down others.
+        # Redundancy for one query is not worth slowing down others.
         points = np.flatnonzero(~group.sent) if hungry else group.layout.extras[: self._room()]
         if len(points) and (group.pending or hungry):
             begin = time.monotonic()
