@@ -391,7 +391,7 @@ def test_an_overdue_point_goes_to_another_worker_too(gate):
 )
 def test_threads_share_the_hosts_cores(options, spare, monkeypatch):
     """But for what is no JAX function, and where faults let them stand for other machines."""
-    monkeypatch.setattr("nercc_jax.pools._devices._cores", lambda: 2)
+    monkeypatch.setattr("nercc_jax.pools._devices._cores", lambda: 2.0)
     with DevicePool(lambda x: x, 4, **options) as pool:
         assert (pool.idle, pool.spare) == (4, spare)
 

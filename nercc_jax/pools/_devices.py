@@ -177,11 +177,11 @@ def _outcome(worker: Worker, kind: int, batch: PyTree) -> PyTree | Exception:
         return error
 
 
-def _cores() -> int:
+def _cores() -> float:
     """Those that this process may use."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return float(len(os.sched_getaffinity(0)))
+    return float(os.cpu_count() or 1)
 
 
 def _die() -> None:
