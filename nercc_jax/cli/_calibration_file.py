@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ..codes import AbstractCode
+from ..codes import AbstractCode, x64_enabled
 from ..inference import current_conditions
 from ..serving._settings import ModelSettings
 
@@ -38,7 +38,7 @@ def _parts(settings: ModelSettings, code: AbstractCode) -> Iterator[bytes]:
     """The model, its code, how it runs, and the programs that make use of them."""
     leaves, structure = jax.tree.flatten(code)
     conditions = current_conditions(settings.worker_dtype)
-    yield repr((settings.outputs, conditions, jax.config.jax_enable_x64, structure)).encode()
+    yield repr((settings.outputs, conditions, x64_enabled(), structure)).encode()
     for leaf in leaves:
         yield np.asarray(leaf).tobytes()
     for package in _SOURCES:

@@ -92,8 +92,11 @@ def make_servable(
     if not (inputs.alone and outputs.alone):
         model = RowModel(model, inputs, outputs)
     try:
-        ready = calibration is None or callable(calibration)
-        rows = calibration if ready else inputs.pack(calibration)
+        rows = (
+            calibration
+            if calibration is None or callable(calibration)
+            else inputs.pack(calibration)
+        )
     except ValueError as error:
         raise ValueError(f"{name}: calibration data do not fit: {error}") from error
     return Servable(name, model, inputs, outputs, rows)
