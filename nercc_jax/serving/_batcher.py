@@ -101,7 +101,7 @@ class CodedBatcher:
         self._coder = coder
         self.fidelity = fidelity or Fidelity(coder)
         warn_if_other("the fidelity", self.fidelity.conditions, pool.conditions)
-        self._tutor = Tutor(self.fidelity, self._observe)
+        self._tutor = Tutor(self.fidelity, self._answers.shape, self._observe)
         self._rescue = Rescue(coder, policy, self._tutor, self._observe)
         ordered = policy.ordering and coder.curved
         arranger = Arranger(coder, shape, policy.max_batch_size) if ordered else None

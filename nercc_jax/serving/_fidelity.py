@@ -117,13 +117,19 @@ class Fidelity:
         return [mask for mask in masks if mask.any()]
 
     def compile(self, outputs: Sequence[int]) -> None:
-        """Compiles the forecast for a model's outputs, so that no query waits for that."""
+        """Compiles `audit` for a model's outputs, so that no query waits for that."""
+        zeros = np.zeros(int(np.prod(outputs)), np.float32)
+        self._agree(zeros, zeros)
+
+    def compile_lessons(self, outputs: Sequence[int]) -> None:
+        """Compiles `learn` and `foresee`, which takes seconds: on the thread that teaches."""
+        if not self._coder.guesses:
+            return  # nothing is ever decoded
         zeros = np.zeros((self._coder.num_workers, int(np.prod(outputs))), np.float32)
         full = self._coder.num_data
         blank = _Lessons(self._coder, self._lessons[full].rehearsal)
         blank.add(zeros, zeros[:full])
         blank.foresee(np.ones(self._coder.num_workers, bool))
-        self._agree(zeros[0], zeros[0])
         if blank.rehearsal is not None:
             blank.rehearsal.compile(*blank.groups(_FEW))
 

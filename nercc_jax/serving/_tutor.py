@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,8 +27,11 @@ class Tutor:
     to tell than there is time for.
     """
 
-    def __init__(self, fidelity: Fidelity, observe: Callable[[Any, float], Any]):
-        self.fidelity, self._observe = fidelity, observe
+    def __init__(
+        self, fidelity: Fidelity, outputs: Sequence[int], observe: Callable[[Any, float], Any]
+    ):
+        """`outputs`: the shape of a query's answer."""
+        self.fidelity, self._outputs, self._observe = fidelity, outputs, observe
         self._lesson: tuple[np.ndarray, np.ndarray] | None = None
         self._asked: tuple[int, np.ndarray] | None = None
         self._came, self._closing = threading.Event(), threading.Event()
@@ -69,20 +72,27 @@ class Tutor:
         self._thread.join()
 
     def _run(self) -> None:
+        # Seconds, which no query has to wait for.
+        self._try(lambda: self.fidelity.compile_lessons(self._outputs))
         while not self._closing.is_set():
             if not self._came.wait(_LONGEST):
                 continue
             self._came.clear()
-            begin = time.monotonic()
-            try:
-                self._learn()
-            except Exception:
-                # What was known stays; the next group may do better.
-                _LOG.exception("learning from a group failed")
-                self._observe("internal_error", 1)
-            seconds = time.monotonic() - begin
-            self._observe("learn_seconds", seconds)
+            seconds = self._try(self._learn)
             self._closing.wait(min(seconds * (1 / _SHARE - 1), _LONGEST))
+
+    def _try(self, step: Callable[[], None]) -> float:
+        """Does it, and returns the seconds that it took."""
+        begin = time.monotonic()
+        try:
+            step()
+        except Exception:
+            # What was known stays; the next group may do better.
+            _LOG.exception("learning from a group failed")
+            self._observe("internal_error", 1)
+        seconds = time.monotonic() - begin
+        self._observe("learn_seconds", seconds)
+        return seconds
 
     def _learn(self) -> None:
         lesson, self._lesson = self._lesson, None
