@@ -29,7 +29,7 @@ from nercc_jax.evaluation import (
     mean_losses,
 )
 from nercc_jax.inference import order_points
-from nercc_jax.surrogates import Doubt, Surrogate, doubt_of, observe
+from nercc_jax.surrogates import Doubt, Surrogate, doubt_of, observe, outputs_of
 from nercc_jax.tuning import Descent, LayoutTuning, Sampling
 
 Model = Callable[..., Array]
@@ -203,7 +203,7 @@ class Bench:
         own = self.answers("calibrate", order).of(code)
         beside = None
         if surrogate is not None:
-            beside = self.answers("calibrate", order, "student").of(code)
+            beside = outputs_of(self.answers("calibrate", order, "student").of(code))
         doubt = doubt_of(own, self.cell.law, jax.random.key(5), 100, surrogate, beside)
         score, wrong = self._doubts("judge", order, code, surrogate, doubt)
         return Judged(score, wrong, score <= doubt.limit(WANTED))
@@ -233,7 +233,7 @@ class Bench:
         """Each data point's doubt and whether it is wrong, under each set."""
         beside = None
         if surrogate is not None:
-            beside = self.answers(part, order, "student").of(code)
+            beside = outputs_of(self.answers(part, order, "student").of(code))
         own = self.answers(part, order).of(code)
         features, sure, wrong = observe(own, surrogate, beside, self._masks)
         score = jnp.zeros(sure.shape) if doubt is None else doubt.of_features(features)

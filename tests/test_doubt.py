@@ -9,7 +9,7 @@ from scipy.special import expit
 
 from nercc_jax import Berrut, ExactStragglers, NeRCC, calibrate_doubt
 from nercc_jax.evaluation import record_answers
-from nercc_jax.surrogates import Surrogate, logistic_regression, observe
+from nercc_jax.surrogates import Surrogate, expect_points, logistic_regression, observe
 from nercc_jax.surrogates._calibration import regression
 from nercc_jax.surrogates._doubt import calibrate
 
@@ -40,7 +40,7 @@ def seen(code, x, surrogate=None):
     """Features, sure and wrong ones of data points under all sets, and their doubts' inputs."""
     masks = jnp.asarray(LAWS["three"].every_set(N, 100))
     own = record_answers(model, code, x)
-    beside = None if surrogate is None else record_answers(surrogate.model, code, x)
+    beside = None if surrogate is None else expect_points(surrogate, code, x)
     return [np.asarray(each) for each in observe(own, surrogate, beside, masks)]
 
 

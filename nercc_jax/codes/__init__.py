@@ -21,6 +21,13 @@ from ._decoding import (
     decode_vectors,
 )
 from ._files import code_card, load_code, save_code
+from ._grouped import (
+    GroupPoints,
+    check_has_points,
+    copies_of_doubtful,
+    following_points,
+    has_points,
+)
 from ._kept import (
     Known,
     Lookups,
@@ -60,6 +67,7 @@ __all__ = [
     "Berrut",
     "Decoded",
     "Form",
+    "GroupPoints",
     "Known",
     "Lagrange",
     "Layout",
@@ -79,12 +87,14 @@ __all__ = [
     "check_fields",
     "check_finite",
     "check_floats",
+    "check_has_points",
     "check_leading",
     "check_not_negative",
     "check_positive",
     "code_card",
     "coincident",
     "copies",
+    "copies_of_doubtful",
     "decode_groups",
     "decode_sets",
     "decode_vectors",
@@ -94,7 +104,9 @@ __all__ = [
     "encoder_of",
     "encoder_rows",
     "finite_points",
+    "following_points",
     "groups_of",
+    "has_points",
     "is_float",
     "join",
     "joined_answers",

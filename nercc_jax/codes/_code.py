@@ -238,9 +238,10 @@ class AbstractCode(eqx.Module):
 def encode_groups(
     code: AbstractCode,
     x: PyTree[Shaped[Array, "groups num_data ..."]],
-    matrix: Float[ArrayLike, "num_workers num_data"] | None = None,
+    matrix: Float[ArrayLike, "*groups num_workers num_data"] | None = None,
 ) -> PyTree[Shaped[Array, "groups num_workers ..."]]:
-    """The coded data points of many groups, in x's dtype; `matrix` is the encoder's, if made.
+    """The coded data points of many groups, in x's dtype; `matrix` is the encoder's, if made, or
+    one for each group.
 
     What is no float is taken to be the same for all data points of a group: see `alike_beside`.
     """
@@ -249,10 +250,11 @@ def encode_groups(
 
 
 def encode_leaf(
-    matrix: Float[Array, "rows num_data"], x: Shaped[Array, "groups num_data ..."]
+    matrix: Float[Array, "*groups rows num_data"], x: Shaped[Array, "groups num_data ..."]
 ) -> Shaped[Array, "groups rows ..."]:
-    """One leaf of groups times an encoder's matrix; what is no float, repeated for each row."""
-    shape = (x.shape[0], matrix.shape[0], *x.shape[2:])
+    """One leaf of groups times an encoder's matrix, or each group's; what is no float, repeated for
+    each row."""
+    shape = (x.shape[0], matrix.shape[-2], *x.shape[2:])
     if not is_float(x):
         return jnp.broadcast_to(x[:, :1], shape)
     return multiply(matrix, x.reshape(*x.shape[:2], -1)).astype(x.dtype).reshape(shape)

@@ -13,6 +13,7 @@ from ._answers import (
 from ._criteria import Criterion, labels_of, point_criterion, same_labels
 from ._evaluation import Estimate, Evaluation, evaluate
 from ._forecast import Forecast, make_forecast
+from ._functions import coverage, recall, relative_rmse, row_errors
 from ._objective import nested_errors, nested_objective
 from ._trial import Trial, draw_sets, landscape, make_trial, relative_objective
 
@@ -26,6 +27,7 @@ __all__ = [
     "Trial",
     "all_answers",
     "batched",
+    "coverage",
     "cut_groups",
     "draw_sets",
     "evaluate",
@@ -38,7 +40,10 @@ __all__ = [
     "nested_objective",
     "own_outputs",
     "point_criterion",
+    "recall",
     "record_answers",
     "relative_objective",
+    "relative_rmse",
+    "row_errors",
     "same_labels",
 ]

@@ -33,8 +33,9 @@ from ._precision import cast_model
 from ._spmd import Placed, enter, place, place_inputs, spmd_answers, spmd_decoded
 from ._workers import run_workers
 
-# What becomes of groups of data points at the workers: all their answers, (groups, N, ...).
-Work: TypeAlias = Callable[[PyTree], PyTree]
+# What becomes of groups of data points at the workers: all their answers, (groups, N, ...). Beside
+# the groups it takes their encoders, (groups, N, K), or None for the code's.
+Work: TypeAlias = Callable[[PyTree, Array | None], PyTree]
 
 
 class AbstractScheme(eqx.Module):
@@ -251,10 +252,11 @@ def _run_scheme(
 ) -> Any:
     code = scheme.code
 
-    def work(groups: PyTree) -> PyTree:
+    def work(groups: PyTree, encoders: Array | None) -> PyTree:
         if isinstance(model, Placed):
-            return spmd_answers(model, groups, args)
-        return run_workers(model, code, encode_groups(code, groups, known.encoder), *args)
+            return spmd_answers(model, groups, args, encoders)
+        encoder = known.encoder if encoders is None else encoders
+        return run_workers(model, code, encode_groups(code, groups, encoder), *args)
 
     result = scheme.infer(work, x, available, known)
     if not grouped:

@@ -194,10 +194,13 @@ def spmd_decoded(
 
 
 def spmd_answers(
-    placed: Placed, x: PyTree[Shaped[Array, "groups num_data ..."]], args: tuple
+    placed: Placed,
+    x: PyTree[Shaped[Array, "groups num_data ..."]],
+    args: tuple,
+    encoders: Float[Array, "groups num_workers num_data"] | None = None,
 ) -> PyTree[Float[Array, "groups num_workers ..."]]:
-    """All workers' answers to groups, on all devices."""
-    y = work(placed, _everywhere(placed, x), args)
+    """All workers' answers to groups, on all devices; `encoders` are the groups' own, if any."""
+    y = work(placed, _everywhere(placed, x), args, encoders=encoders)
     first = placed.slots.of_worker
     return _everywhere(placed, jax.tree.map(lambda leaf: leaf[:, first], y))
 
@@ -207,12 +210,16 @@ def _everywhere(placed: Placed, tree: PyTree) -> PyTree:
 
 
 def work(
-    placed: Placed, x: PyTree, args: tuple, shape: tuple[int, ...] | None = None
+    placed: Placed,
+    x: PyTree,
+    args: tuple,
+    shape: tuple[int, ...] | None = None,
+    encoders: Float[Array, "groups num_workers num_data"] | None = None,
 ) -> PyTree[Float[Array, "groups slots ..."]]:
     """The answers of all slots, on their devices, to groups of data points.
 
     x is (groups, K, ...), replicated, and nothing moves; or it is vectors, a share of their
-    coordinates on each device, of data points of that `shape`.
+    coordinates on each device, of data points of that `shape`. `encoders` are the groups' own.
     """
     kinds, dtype = placed.slots.kinds, worker_dtype_of(placed.model)
     arrays, static = eqx.partition((placed.model, args), eqx.is_array)
@@ -230,9 +237,12 @@ def work(
         coded = jax.lax.all_to_all(coded, WORKERS, split_axis=1, concat_axis=2, tiled=True)
         return coded[..., : math.prod(shape)].reshape(*coded.shape[:2], *shape)
 
-    inputs = (_BY_FIRST, _REPLICATED) if shape is None else (_REPLICATED, _BY_THIRD)
+    encoder, by = placed.encoder, _BY_FIRST
+    if encoders is not None:
+        encoder, by = encoders[:, placed.slots.worker], _BY_SECOND
+    inputs = (by, _REPLICATED) if shape is None else (_REPLICATED, _BY_THIRD)
     mapped = _on_each_device(placed, of_device, (_REPLICATED, *inputs), _BY_SECOND)
-    return mapped(arrays, placed.encoder, x)
+    return mapped(arrays, encoder, x)
 
 
 # Decoding is shared as well: gathering all N answers on each device and decoding them everywhere

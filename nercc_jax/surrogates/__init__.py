@@ -1,23 +1,61 @@
-"""Cheap models beside the coded one, doubt, and the scheme that joins them."""
+"""Cheap models and learners beside the coded one, doubt, and the scheme that joins them."""
 
+from ._bars import ErrorBars, bars_from, bars_of
+from ._calibrate_bars import calibrate_bars
 from ._doubt import Doubt, assess, calibrate_doubt, doubt_of, margin, observe
+from ._expected import (
+    AbstractExpectation,
+    AbstractSurrogate,
+    Expected,
+    Outputs,
+    joined_outputs,
+    outputs_of,
+)
+from ._fit_learner import LearnerCriterion, LeftOut, fit_learner, leave_one_out, tune_learner
+from ._kernels import Kernel
+from ._learner import Learner, start_learner
+from ._learner_files import load_learner, save_learner
 from ._logistic import logistic_regression
-from ._scheme import Assessed, Scheme, doubtful, reexecute
-from ._surrogate import Surrogate, decode_with_surrogate, fit_surrogate
+from ._reexecute import Assessed, doubtful, error_bars, reexecute
+from ._scheme import Prepared, Scheme
+from ._surrogate import Surrogate, decode_with_surrogate, expect_points, fit_surrogate
 
 __all__ = [
+    "AbstractExpectation",
+    "AbstractSurrogate",
     "Assessed",
     "Doubt",
+    "ErrorBars",
+    "Expected",
+    "Kernel",
+    "Learner",
+    "LearnerCriterion",
+    "LeftOut",
+    "Outputs",
+    "Prepared",
     "Scheme",
     "Surrogate",
     "assess",
+    "bars_from",
+    "bars_of",
+    "calibrate_bars",
     "calibrate_doubt",
     "decode_with_surrogate",
     "doubt_of",
     "doubtful",
+    "error_bars",
+    "expect_points",
+    "fit_learner",
     "fit_surrogate",
+    "joined_outputs",
+    "leave_one_out",
+    "load_learner",
     "logistic_regression",
     "margin",
     "observe",
+    "outputs_of",
     "reexecute",
+    "save_learner",
+    "start_learner",
+    "tune_learner",
 ]

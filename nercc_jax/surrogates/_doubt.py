@@ -28,7 +28,8 @@ from ..evaluation import Answers, draw_sets, record_answers
 from ..inference import AbstractCalibrated, Conditions, Model
 from ..stragglers import AbstractStragglers
 from ._calibration import correction, regression, risks
-from ._surrogate import Surrogate, check_like, decode_with_surrogate
+from ._expected import AbstractExpectation, AbstractSurrogate, check_like
+from ._surrogate import decode_with_surrogate, expect_points
 
 _RATIOS = (1, 2)  # the features that must not raise the doubt
 _LEAST = 1e-30  # beside a margin and a deviation, whose logarithms are taken
@@ -120,7 +121,7 @@ def calibrate_doubt(
     stragglers: Mapping[str, AbstractStragglers],
     *,
     key: PRNGKeyArray,
-    surrogate: Surrogate | None = None,
+    surrogate: AbstractSurrogate | None = None,
     num_sets: int = 100,
     batch_size: int = 256,
     worker_dtype: DTypeLike | None = None,
@@ -143,7 +144,7 @@ def calibrate_doubt(
     options: Any = {"batch_size": batch_size}
     own, beside = record_answers(model, code, x, worker_dtype=worker_dtype, **options), None
     if surrogate is not None:
-        beside = record_answers(surrogate.model, code, x, **options)
+        beside = expect_points(surrogate, code, x, **options)
         check_like(beside.form, own.form)
     return doubt_of(own, stragglers, key, num_sets, surrogate, beside)
 
@@ -153,10 +154,10 @@ def doubt_of(
     stragglers: Mapping[str, AbstractStragglers],
     key: PRNGKeyArray,
     num_sets: int,
-    surrogate: Surrogate | None = None,
-    beside: Answers | None = None,
+    surrogate: AbstractSurrogate | None = None,
+    beside: AbstractExpectation | None = None,
 ) -> Doubt:
-    """`calibrate_doubt` on recorded answers: the model's, and beside them the surrogate's."""
+    """`calibrate_doubt` on recorded answers, and beside them what the surrogate expects."""
     masks, _ = draw_sets(stragglers, key, own.code.num_workers, num_sets)
     seen = observe(own, surrogate, beside, masks)
     form = None if own.form.is_vector else own.form
@@ -167,18 +168,16 @@ def doubt_of(
 
 def assess(
     code: AbstractCode,
-    surrogate: Surrogate | None,
+    surrogate: AbstractSurrogate | None,
     y: Float[Array, "groups num_workers m"],
     available: Bool[Array, "groups num_workers"],
-    cheap: Float[Array, "groups num_data m"] | None = None,
-    cheap_coded: Float[Array, "groups num_workers m"] | None = None,
+    expectation: AbstractExpectation | None = None,
     given: Matrices | None = None,
 ) -> tuple[Decoded, Float[Array, "groups num_data"]]:
     """Predictions of groups and their standard deviations, with a surrogate or without."""
     if surrogate is not None:
-        assert cheap is not None
-        assert cheap_coded is not None
-        return decode_with_surrogate(code, surrogate, y, available, cheap, cheap_coded, given)
+        assert expectation is not None
+        return decode_with_surrogate(code, surrogate, y, available, expectation, given)
     decoded = decode_vectors(code, y, available, given)
     return decoded, deviation_of(*variances(code, y, decoded.heard))
 
@@ -186,16 +185,16 @@ def assess(
 @eqx.filter_jit
 def observe(
     own: Answers,
-    surrogate: Surrogate | None,
-    beside: Answers | None,
+    surrogate: AbstractSurrogate | None,
+    beside: AbstractExpectation | None,
     masks: Bool[Array, "sets num_workers"],
 ) -> tuple[Array, Array, Array]:
     """Each data point under each set: its features, whether it is sure, and whether it is wrong."""
-    cheap, cheap_coded = (None, None) if beside is None else (beside.own, beside.coded)
 
     def of_set(mask):
         available = jnp.broadcast_to(mask, own.coded.shape[:2])
-        decoded, deviation = assess(own.code, surrogate, own.coded, available, cheap, cheap_coded)
+        decoded, deviation = assess(own.code, surrogate, own.coded, available, beside)
+        cheap = None if beside is None else beside.after(own.coded, available).own
         wrong = ~own.same_labels(decoded.predictions)
         features = _features(decoded.predictions, deviation, cheap, own.form)
         return features, deviation == 0, wrong | ~decoded.recovered

@@ -1,41 +1,46 @@
 """A code with all that goes beyond it: order, encode, run, decode with a surrogate, doubt."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
-from ..codes import AbstractCode, Decoded, Known, alike_only, encode_groups, groups_of, join
-from ..inference import (
-    AbstractScheme,
-    Features,
-    Model,
-    Work,
-    check_model,
-    order_points,
-    run_workers,
+from ..codes import (
+    AbstractCode,
+    Decoded,
+    GroupPoints,
+    Known,
+    alike_only,
+    check_has_points,
+    copies_of_doubtful,
+    encode_groups,
+    following_points,
+    groups_of,
+    has_points,
+    join,
 )
+from ..inference import AbstractScheme, Work, order_points
+from ._bars import ErrorBars
 from ._doubt import Doubt, assess
-from ._surrogate import Surrogate, check_like
+from ._expected import AbstractExpectation, AbstractSurrogate, check_like, outputs_of_groups
+from ._learner import features_of
+from ._reexecute import Assessed
 
 
-class Assessed(eqx.Module):
-    """Predictions of data points in the order in which they came, and how far to trust them.
+class Prepared(eqx.Module):
+    """What a scheme decides before anything is sent.
 
-    Of `decoded`, `heard` are the workers that were used, a row for each group as it was sent;
-    predictions and `recovered` have a row for each data point. `deviation` is the standard
-    deviation in units of the outputs, infinite where nothing is told. `doubt` is the probability
-    that the label is not the model's own, NaN without a calibrated `Doubt`, 1 where nothing is
-    recovered (the prediction is NaN there). Of data points in groups, all have an axis of groups.
+    `order` is that of the data points in their groups. `points` are the regression points of each
+    group, None where all have the code's. `busy` are the workers that have something to do, None
+    for all of them.
     """
 
-    decoded: Decoded
-    deviation: Float[Array, "*points"]
-    doubt: Float[Array, "*points"]
+    order: Int[Array, " points"]
+    points: GroupPoints | None = None
+    busy: Bool[Array, "groups num_workers"] | None = None
 
 
 class Scheme(AbstractScheme):
@@ -45,8 +50,17 @@ class Scheme(AbstractScheme):
     - `order`: what data points are ordered by, over buffers of `buffer_size` (see `order_points`):
       "pixels" for a projection of the data points themselves, "surrogate" for the surrogate's
       outputs, or a function of a batch of them. None: they stay as they come.
-    - `surrogate`: see `fit_surrogate`. `doubt`: see `calibrate_doubt`. Both are for one model, and
-      for data in the order that the scheme has.
+    - `surrogate`: a cheap model (`fit_surrogate`), or a learner from past answers (`fit_learner`).
+    - `doubt`: see `calibrate_doubt`; `bars`: see `calibrate_bars`. They are for one model, and for
+      data in the order that the scheme has.
+    - `follow`: regression points as far apart as the data points are, group by group: in "inputs",
+      or in a function of a batch of them (features, or the one parameter that they differ by).
+      None: the code's.
+    - `redundancy`: "code" leaves the redundant workers to the code; "doubtful" gives them copies of
+      those data points that the surrogate could tell least of, group by group. None: "doubtful"
+      where the surrogate says how far it may be off (a learner does) and the code is NeRCC.
+    - `budget`: with "doubtful", the mean number of workers of a group: more where there is more
+      doubt, up to N. None: always N.
 
     `coded_inference(model, scheme)` carries it out:
 
@@ -63,16 +77,20 @@ class Scheme(AbstractScheme):
 
     The surrogate runs on all data points and coded data points: where it is cheap because workers
     are far, on the master; its cost is yours to count. Raises: ValueError for an order by a
-    surrogate that is not there.
+    surrogate that is not there, a redundancy that it cannot place, points that the code has not.
     """
 
     code: AbstractCode
-    surrogate: Surrogate | None = None
+    surrogate: AbstractSurrogate | None = None
     doubt: Doubt | None = None
     order: Literal["pixels", "surrogate"] | Callable[[PyTree], PyTree] | None = eqx.field(
         default=None
     )
     buffer_size: int = eqx.field(static=True, default=1024)
+    bars: ErrorBars | None = None
+    follow: Literal["inputs"] | Callable[[PyTree], PyTree] | None = eqx.field(default=None)
+    redundancy: Literal["code", "doubtful"] | None = eqx.field(static=True, default=None)
+    budget: float | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):
         named = isinstance(self.order, str)
@@ -80,6 +98,25 @@ class Scheme(AbstractScheme):
             raise ValueError(f"order must be 'pixels', 'surrogate' or a function: {self.order!r}")
         if self.order == "surrogate" and self.surrogate is None:
             raise ValueError("order by 'surrogate' needs a surrogate")
+        if isinstance(self.follow, str) and self.follow != "inputs":
+            raise ValueError(f"follow must be 'inputs' or a function, not {self.follow!r}")
+        if self.redundancy not in (None, "code", "doubtful"):
+            raise ValueError(f"redundancy must be 'code' or 'doubtful', not {self.redundancy!r}")
+        told = self.surrogate is not None and self.surrogate.tells_deviation
+        if self.redundancy == "doubtful" and not told:
+            raise ValueError("copies of what is doubtful need a surrogate that tells it: a learner")
+        if self.budget is not None and not self.places_copies:
+            raise ValueError("a budget is for redundancy='doubtful'")
+        if self.follow is not None or self.places_copies:
+            check_has_points(self.code)
+
+    @property
+    def places_copies(self) -> bool:
+        """Whether the redundant workers get copies of doubtful data points."""
+        if self.redundancy is not None:
+            return self.redundancy == "doubtful"
+        told = self.surrogate is not None and self.surrogate.tells_deviation
+        return told and has_points(self.code) and self.code.num_workers > self.code.num_data
 
     def arrange(self, x: PyTree[Shaped[ArrayLike, "points ..."]]) -> Int[Array, " points"]:
         """The order in which these data points are coded: `x[order]` is cut into groups of K.
@@ -87,17 +124,37 @@ class Scheme(AbstractScheme):
         What the surrogate and the doubt are fitted on must come in this order too. Raises:
         ValueError as `order_points` does.
         """
-        cheap = None if self.surrogate is None else self.surrogate.model
-        return self._arrange(jax.tree.map(jnp.asarray, x), cheap)
-
-    def _arrange(self, x: PyTree, surrogate: Features | None) -> Int[Array, " points"]:
-        """`surrogate`: its outputs on x, or what makes them."""
+        x = jax.tree.map(jnp.asarray, x)
         if self.order is None:
             return jnp.arange(len(jax.tree.leaves(x)[0]))
         features = None if isinstance(self.order, str) else self.order
         if self.order == "surrogate":
-            features = surrogate
+            assert self.surrogate is not None
+            features = self.surrogate.outputs
         return order_points(x, self.code.num_data, features=features, buffer_size=self.buffer_size)
+
+    def prepare(self, x: PyTree[Shaped[Array, "points ..."]]) -> Prepared:
+        """What is decided of data points (whole groups of K) before they are sent; pure."""
+        order, code = self.arrange(x), self.code
+        if self.follow is None and not self.places_copies:
+            return Prepared(order)
+        groups = self._groups(x, order)
+        shape = (len(jax.tree.leaves(groups)[0]), code.num_data)
+        points: Any = code
+        alpha, beta = (
+            jnp.broadcast_to(each, (shape[0], len(each))) for each in (points.alpha, points.beta)
+        )
+        if self.follow is not None:
+            where = None if isinstance(self.follow, str) else self.follow
+            places = outputs_of_groups(lambda batch: features_of(where, batch), groups)
+            alpha, beta = jax.vmap(lambda each: following_points(code, each))(places)
+        busy = None
+        if self.places_copies:
+            assert self.surrogate is not None
+            deviation = self.surrogate.deviation_before(groups)
+            holds, busy = copies_of_doubtful(deviation, code.num_workers, budget=self.budget)
+            beta = jnp.take_along_axis(alpha, holds, axis=1)
+        return Prepared(order, GroupPoints(alpha, beta, exact=self.places_copies), busy)
 
     def infer(
         self,
@@ -110,24 +167,47 @@ class Scheme(AbstractScheme):
 
         Raises: ValueError where the surrogate's outputs are not like the model's.
         """
-        code, surrogate = self.code, self.surrogate
-        points = len(jax.tree.leaves(x)[0])
-        own = None if surrogate is None else surrogate.model(x)
-        order = self._arrange(x, own)
-        sent = groups_of(jax.tree.map(lambda leaf: leaf[order], x), code.num_data)
-        y, form = join(work(sent), 2)
+        prepared = self.prepare(x)
+        y = work(self.groups(x, prepared), self.encoders(prepared))
+        return self.conclude(x, prepared, y, available, known)
+
+    def encoders(self, prepared: Prepared) -> Float[Array, "groups num_workers num_data"] | None:
+        """Each group's encoder, None where all have the code's."""
+        return None if prepared.points is None else prepared.points.encoders(self.code)
+
+    def conclude(
+        self,
+        x: PyTree[Shaped[Array, "points ..."]],
+        prepared: Prepared,
+        y: PyTree[Float[Array, "groups num_workers ..."]],
+        available: Bool[Array, "groups num_workers"],
+        known: Known,
+    ) -> Assessed:
+        """What these answers tell of the data points, back in the order in which they came; pure.
+
+        Raises: ValueError where the surrogate's outputs are not like the model's.
+        """
+        code, surrogate, order = self.code, self.surrogate, prepared.order
+        sent = self._groups(x, order)
+        vectors, form = join(y, 2)
+        available = available if prepared.busy is None else available & prepared.busy
         available, given = alike_only(sent, available, known.decoders)
-        cheap, cheap_coded = None, None
+        expectation = None
         if surrogate is not None:
-            cheap, theirs = join(own, 1)
-            check_like(theirs, form)
-            cheap = cheap[order].reshape(*available.shape[:1], code.num_data, -1)
-            coded = encode_groups(code, sent, known.encoder)
-            cheap_coded, _ = join(run_workers(surrogate.model, code, coded), 2)
-        decoded, deviation = assess(code, surrogate, y, available, cheap, cheap_coded, given)
+            encoder = known.encoder if prepared.points is None else self.encoders(prepared)
+            expectation = surrogate.expect(sent, encode_groups(code, sent, encoder))
+            check_like(expectation.form, form)
+        if prepared.points is None:
+            decoded, deviation = assess(code, surrogate, vectors, available, expectation, given)
+        else:
+            decoded, deviation = assess_each(
+                code, prepared.points, surrogate, vectors, available, expectation
+            )
+        cheap = None if expectation is None else expectation.after(vectors, available).own
         doubt = jnp.full(decoded.recovered.shape, jnp.nan, deviation.dtype)
         if self.doubt is not None:
             doubt = self.doubt(decoded.predictions, deviation, cheap)
+        points = len(order)
 
         def home(values: Array) -> Array:
             values = values.reshape(points, *values.shape[2:])
@@ -137,72 +217,29 @@ class Scheme(AbstractScheme):
         status = Decoded(predictions, decoded.heard, home(decoded.recovered))
         return Assessed(status, home(deviation), home(doubt))
 
+    def groups(
+        self, x: PyTree[Shaped[Array, "points ..."]], prepared: Prepared
+    ) -> PyTree[Shaped[Array, "groups num_data ..."]]:
+        """The data points in their groups, as they are coded."""
+        return self._groups(x, prepared.order)
 
-def doubtful(
-    doubt: Float[ArrayLike, " points"], *, limit: float = 0.0, at_most: int | None = None
-) -> Int[np.ndarray, " _"]:
-    """The data points to answer by the model itself: those with more doubt than `limit`.
-
-    The most doubtful first, and no more than `at_most` of them. `limit` is `Doubt.limit`'s for a
-    wanted disagreement; 0 takes all that are not certain.
-
-    Raises: ValueError for a doubt that is NaN, a negative limit or number.
-    """
-    doubt = np.asarray(doubt)
-    if np.isnan(doubt).any():
-        raise ValueError("doubt is NaN: calibrate the scheme's doubt with `calibrate_doubt`")
-    if not limit >= 0 or (at_most is not None and at_most < 0):
-        raise ValueError(f"limit {limit} and at_most {at_most} must be 0 or positive")
-    order = np.argsort(-doubt, kind="stable")
-    return order[: int(np.sum(doubt > limit))][:at_most]
+    def _groups(self, x: PyTree, order: Int[Array, " points"]) -> PyTree:
+        return groups_of(jax.tree.map(lambda leaf: leaf[order], x), self.code.num_data)
 
 
-def reexecute(
-    model: Model,
-    x: PyTree[Shaped[ArrayLike, "..."]],
-    assessed: Assessed,
-    *,
-    limit: float = 0.0,
-    share: float = 1.0,
-) -> Assessed:
-    """Answers what is doubtful by the model itself: no more than that `share` of the data points.
+def assess_each(
+    code: AbstractCode,
+    points: GroupPoints,
+    surrogate: AbstractSurrogate | None,
+    y: Float[Array, "groups num_workers m"],
+    available: Bool[Array, "groups num_workers"],
+    expectation: AbstractExpectation | None,
+) -> tuple[Decoded, Float[Array, "groups num_data"]]:
+    """As `assess`, where each group has regression points of its own."""
 
-    Which they are: `doubtful`. Their predictions are the model's own, recovered and without a
-    doubt. The model runs on powers of two, so that few programs are compiled.
+    def of_group(own, y, available, expectation):
+        one = jax.tree.map(lambda leaf: leaf[None], (y, available, expectation))
+        found = assess(own.of(code), surrogate, *one)
+        return jax.tree.map(lambda leaf: leaf[0], found)
 
-    Raises: ValueError as `doubtful` does, for a share outside [0, 1], a model in training mode, and
-    where x is not what was assessed.
-    """
-    check_model(model)
-    lead = assessed.doubt.shape
-    x = jax.tree.map(np.asarray, x)
-    if not 0 <= share <= 1:
-        raise ValueError(f"share must be in [0, 1], not {share}")
-    for leaf in jax.tree.leaves(x):
-        if leaf.shape[: len(lead)] != lead:
-            raise ValueError(f"x has shape {leaf.shape}; assessed are data points {lead}")
-    points = assessed.doubt.size
-    chosen = doubtful(assessed.doubt.ravel(), limit=limit, at_most=int(share * points))
-    if len(chosen) == 0:
-        return assessed
-    padded = np.resize(chosen, 1 << (len(chosen) - 1).bit_length())
-
-    def few(leaf: np.ndarray) -> Array:
-        return jnp.asarray(leaf.reshape(points, *leaf.shape[len(lead) :])[padded])
-
-    own = eqx.filter_jit(model)(jax.tree.map(few, x))
-    own = jax.tree.map(lambda leaf: leaf[: len(chosen)], own)
-    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(own)):
-        raise ValueError("the model's own outputs are not finite")
-    places = np.unravel_index(chosen, lead)
-
-    def fill(values: Array, new: ArrayLike) -> Array:
-        return values.at[places].set(jnp.asarray(new).astype(values.dtype))
-
-    decoded = assessed.decoded
-    status = Decoded(
-        jax.tree.map(fill, decoded.predictions, own),
-        decoded.heard,
-        fill(decoded.recovered, True),
-    )
-    return Assessed(status, fill(assessed.deviation, 0), fill(assessed.doubt, 0))
+    return jax.vmap(of_group)(points, y, available, expectation)

@@ -1,0 +1,87 @@
+"""Error bars that cover what they say: measured by how errors compare with deviations.
+
+The ratio of a data point's error (the root mean square over its outputs) and its deviation has some
+distribution, whatever the model. A quantile of it on held-out data points, times the deviation, is
+a bar that covers as many errors of others like them (split conformal prediction: Lei et al. 2018,
+"Distribution-free predictive inference for regression").
+"""
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ..inference import AbstractCalibrated, Conditions
+from ._fit_learner import leave_one_out
+from ._learner import Learner
+
+_LEVELS = 1024  # of coverage, at most, that are kept
+
+
+class ErrorBars(AbstractCalibrated):
+    """By how much to multiply a deviation so that so many errors are within; see `calibrate_bars`.
+
+    `factors` are quantiles of error by deviation at the `coverages`, both increasing.
+    """
+
+    coverages: Float[Array, " levels"]
+    factors: Float[Array, " levels"]
+    conditions: Conditions = eqx.field(static=True, default=Conditions())
+
+    def calibrated_under(self) -> Conditions:
+        return self.conditions
+
+    def __call__(
+        self, deviation: Float[Array, "*points"], coverage: float = 0.9
+    ) -> Float[Array, "*points"]:
+        """The bars: 0 where a prediction is an answer itself, infinite where nothing is known.
+
+        Raises: ValueError for a coverage outside (0, 1).
+        """
+        factor = self.factor(coverage)
+        return jnp.where(deviation == 0, 0, deviation * factor)
+
+    def factor(self, coverage: float) -> Float[Array, ""]:
+        """Infinite for a coverage that too few data points were seen for."""
+        if not 0 < coverage < 1:
+            raise ValueError(f"coverage must be a share between 0 and 1, not {coverage}")
+        place = jnp.searchsorted(self.coverages, coverage)
+        factors = jnp.append(self.factors, jnp.inf)
+        return factors[place]
+
+
+def bars_of(learner: Learner) -> ErrorBars:
+    """The error bars of a learner, by what it makes of each pair of its window without that pair.
+
+    They hold for data points like those. Raises: ValueError for a learner that knows nothing.
+    """
+    if not np.any(learner.filled):
+        raise ValueError("this learner knows nothing: there are no errors to go by")
+    return bars_from(np.where(learner.filled, _left_out(learner), np.nan))
+
+
+def bars_from(
+    ratios: Float[np.ndarray, "..."],
+    conditions: Conditions = Conditions(),  # noqa: B008, it is frozen
+) -> ErrorBars:
+    """The bars by errors over deviations; NaN ones do not count.
+
+    Raises: ValueError where there are none.
+    """
+    ratios = np.sort(ratios[~np.isnan(ratios)])
+    if ratios.size == 0:
+        raise ValueError(
+            "all predictions are exact or none is known: there is nothing to calibrate"
+        )
+    # The k-th of n covers k / (n + 1) of others.
+    places = np.unique(
+        np.linspace(0, ratios.size - 1, min(_LEVELS, ratios.size)).round().astype(int)
+    )
+    coverages = (places + 1) / (ratios.size + 1)
+    return ErrorBars(jnp.asarray(coverages, float), jnp.asarray(ratios[places], float), conditions)
+
+
+@eqx.filter_jit
+def _left_out(learner: Learner) -> Float[Array, " capacity"]:
+    out = leave_one_out(learner.kernel, learner.inputs, learner.residuals, learner.filled)
+    return jnp.sqrt(jnp.mean(out.errors**2, axis=1)) / learner.deviation_of(out.variance)

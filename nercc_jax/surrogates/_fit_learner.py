@@ -1,0 +1,293 @@
+"""A learner's kernel, found on what it already knows: by the errors of leaving each pair out.
+
+The error at a pair that is left out, and its variance, have a closed form (Rasmussen and Williams
+2006, equations 5.12):
+
+    y_i - mean_i = (A^-1 (r - c))_i / (A^-1)_ii,     variance_i = 1 / (A^-1)_ii,
+
+so one factor judges a kernel on all pairs, and gradients run through it. First a grid of widths and
+noises for each shape, then gradient descent from its best.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias, get_args
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
+
+from ..codes import Form, check_count, multiply
+from ..evaluation import labels_of
+from ._kernels import Kernel, Shape
+from ._learner import Function, Learner, start_learner
+from ._whitening import whiten
+
+LearnerCriterion: TypeAlias = Literal["density", "mse", "labels"]
+Widths: TypeAlias = Literal["one", "each"] | Sequence[int]
+
+_SHAPES: tuple[Shape, ...] = ("squared_exponential", "matern52")
+_NOISES = (1e-6, 1e-4, 1e-2)
+_WIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)  # times those of the kernel that is there
+_LEAST_NOISE, _LEAST_LINEAR = 1e-7, 1e-6  # whose logarithms are walked on
+_SHARPNESS = 4.0  # of labels: outputs' spreads that make one label e times as likely
+_LEARNING_RATE = 0.1
+
+
+class LeftOut(eqx.Module):
+    """What a kernel makes of each pair when it is left out: prediction less answer, and variance in
+    units of the process's, noise included; 0 and 1 where the window is not filled."""
+
+    errors: Float[Array, "rows m"]
+    variance: Float[Array, " rows"]
+
+
+def leave_one_out(
+    kernel: Kernel,
+    inputs: Float[Array, "rows features"],
+    residuals: Float[Array, "rows m"],
+    filled: Bool[Array, " rows"],
+) -> LeftOut:
+    """The errors of leaving each pair out; differentiable in the kernel."""
+    count = jnp.maximum(jnp.sum(filled), 1)
+    centred = jnp.where(filled[:, None], residuals - jnp.sum(residuals, axis=0) / count, 0)
+    eye = jnp.eye(len(filled), dtype=bool)
+    covariance = jnp.where(filled[:, None] & filled, kernel(inputs, inputs), 0)
+    diagonal = jnp.where(filled, kernel.variance(inputs) + kernel.noise, 1)
+    whitening, _ = whiten(jnp.where(eye, diagonal, covariance))
+    precision = jnp.sum(whitening**2, axis=0)
+    weights = multiply(whitening.T, multiply(whitening, centred))
+    return LeftOut(-weights / precision[:, None], 1 / precision)
+
+
+def fit_learner(
+    x: PyTree[Shaped[ArrayLike, "pairs ..."]],
+    y: PyTree[Float[ArrayLike, "pairs ..."]],
+    *,
+    capacity: int = 1024,
+    features: Function | None = None,
+    prior: Function | None = None,
+    version: str = "",
+    criterion: LearnerCriterion = "density",
+    shapes: Sequence[Shape] = _SHAPES,
+    widths: Widths = "one",
+    linear: bool = False,
+    steps: int = 60,
+    rows: int = 512,
+) -> Learner:
+    """A learner of these pairs, its kernel tuned on them: `start_learner`, then `tune_learner`.
+
+    >>> import jax.numpy as jnp
+    >>> from nercc_jax.surrogates import fit_learner
+    >>> x = jnp.linspace(-1, 1, 40)[:, None]
+    >>> learner = fit_learner(x, jnp.sin(3 * x), capacity=64)
+    >>> mean, deviation = learner.predict(jnp.array([[0.33]]))
+    >>> bool(abs(mean - jnp.sin(0.99)) < 0.01)
+    True
+    """
+    learner = start_learner(
+        x, y, capacity=capacity, features=features, prior=prior, kernel=shapes[0], version=version
+    )
+    return tune_learner(
+        learner,
+        criterion=criterion,
+        shapes=shapes,
+        widths=widths,
+        linear=linear,
+        steps=steps,
+        rows=rows,
+    )
+
+
+def tune_learner(
+    learner: Learner,
+    *,
+    criterion: LearnerCriterion = "density",
+    shapes: Sequence[Shape] = _SHAPES,
+    widths: Widths = "one",
+    linear: bool = False,
+    steps: int = 60,
+    rows: int = 512,
+) -> Learner:
+    """The same learner with the kernel that does best on its own window, each pair left out.
+
+    - `criterion`: "density", the log predictive density, which is right about deviations too;
+      "mse", the squared error; "labels", the log loss of the largest output's place.
+    - `shapes`: the kernels to choose from. `linear`: with a straight line beside them.
+    - `widths`: "one" for all features, "each" its own, or for each feature which one it has.
+    - `steps` of gradient descent from the best of a grid; 0 leaves it at that.
+    - `rows`: judged on so many pairs, evenly from the window; the time grows with their cube.
+
+    Its `scale` becomes the one with which squared errors are, in the mean, what deviations say. It
+    is not for inside jit: choosing is not traced. Compiled once for a window's and a kernel's size.
+
+    Raises: ValueError for an unknown criterion or shape, widths that do not fit, fewer than three
+    pairs.
+    """
+    if criterion not in get_args(LearnerCriterion):
+        known = ", ".join(get_args(LearnerCriterion))
+        raise ValueError(f"criterion must be one of {known}, not {criterion!r}")
+    check_count("rows", rows, 3)
+    filled = np.flatnonzero(np.asarray(learner.filled))
+    if len(filled) < 3:
+        raise ValueError(f"{len(filled)} pairs tell nothing of a kernel: three at least")
+    number = min(rows, learner.capacity)
+    chosen = filled[np.linspace(0, len(filled) - 1, min(number, len(filled))).round().astype(int)]
+    empty = np.setdiff1d(np.arange(learner.capacity), chosen)[: number - len(chosen)]
+    order = jnp.asarray(np.concatenate([chosen, empty]).astype(np.int32))
+    mask = jnp.arange(number) < len(chosen)
+    starts = [_regrouped(learner.kernel, shape, widths, linear) for shape in shapes]
+    found = [_tuned(start, learner, order, mask, criterion, steps) for start in starts]
+    best = int(np.argmin([float(jnp.nan_to_num(value, nan=np.inf)) for value, *_ in found]))
+    _, kernel, scale = found[best]
+    return learner.with_kernel(kernel, scale)
+
+
+def _regrouped(kernel: Kernel, shape: Shape, widths: Widths, linear: bool) -> Kernel:
+    """The kernel to start from: of this shape, with these groups of widths."""
+    features = len(kernel.centre)
+    if isinstance(widths, str):
+        if widths not in ("one", "each"):
+            raise ValueError(f"widths must be 'one', 'each' or groups, not {widths!r}")
+        groups = np.zeros(features, int) if widths == "one" else np.arange(features)
+    else:
+        groups = np.asarray(widths, int)
+    if groups.shape != (features,) or (features and groups.min() < 0):
+        raise ValueError(f"widths must group {features} features by 0, 1, ..., not {widths}")
+    each = np.log(np.asarray(kernel.widths, np.float64))[np.asarray(kernel.groups)]
+    number = int(groups.max(initial=0)) + 1
+    counts = np.maximum(np.bincount(groups, minlength=number), 1)
+    means = np.exp(np.bincount(groups, each, minlength=number) / counts)
+    return Kernel(
+        shape,
+        centre=kernel.centre,
+        unit=kernel.unit,
+        widths=means,
+        groups=groups,
+        linear=max(float(kernel.linear), 0.1) if linear else 0.0,
+        noise=kernel.noise,
+    )
+
+
+@eqx.filter_jit
+def _tuned(
+    start: Kernel,
+    learner: Learner,
+    order: Array,
+    mask: Bool[Array, " rows"],
+    criterion: LearnerCriterion,
+    steps: int,
+) -> tuple[Array, Kernel, Array]:
+    """The best objective that was seen, its kernel, and the scale that its errors ask for."""
+    inputs, residuals = learner.inputs[order], learner.residuals[order]
+    outputs = residuals if learner.priors is None else residuals + learner.priors[order]
+
+    def judge(free: dict[str, Array]) -> Array:
+        out = leave_one_out(_kernel(start, free), inputs, residuals, mask)
+        if criterion == "labels":
+            return _log_loss(out.errors, outputs, mask, learner.form, jnp.exp(free["sharpness"]))
+        return _density(out, residuals, mask) if criterion == "density" else _mse(out, mask)
+
+    first = _free(start)
+    grid = [
+        first
+        | {
+            "widths": first["widths"] + np.log(width),
+            "noise": jnp.full_like(first["noise"], np.log(noise)),
+        }
+        for width in _WIDTHS
+        for noise in _NOISES
+    ]
+    candidates = jax.tree.map(lambda *leaves: jnp.stack(leaves), *grid)
+    values = jax.lax.map(judge, candidates)
+    place = jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))
+    state = jax.tree.map(lambda leaf: leaf[place], candidates), values[place]
+    best, value = _descend(judge, *state, steps)
+    kernel = _kernel(start, best)
+    out = leave_one_out(kernel, inputs, residuals, mask)
+    spread = jnp.maximum(_variance(residuals, mask), jnp.finfo(inputs.dtype).tiny)
+    square = jnp.mean(out.errors**2, axis=1) / out.variance
+    return value, kernel, jnp.sqrt(jnp.mean(square, where=mask) / spread)
+
+
+def _descend(judge: Any, start: PyTree, value: Array, steps: int) -> tuple[PyTree, Array]:
+    """The best parameters of so many steps, and what they were judged.
+
+    Not by `tuning`'s descent, which compiles its step for each call: windows change, and their
+    kernels are tuned again and again.
+    """
+    if steps == 0:
+        return start, value
+    schedule = optax.cosine_decay_schedule(_LEARNING_RATE, steps)
+    optimizer = optax.apply_if_finite(optax.adam(schedule), max_consecutive_errors=steps)
+
+    def step(state, _):
+        here, moments, best, least = state
+        found, slopes = jax.value_and_grad(judge)(here)
+        better = found < least
+        best = jax.tree.map(lambda new, old: jnp.where(better, new, old), here, best)
+        updates, moments = optimizer.update(slopes, moments, here)
+        here = optax.apply_updates(here, updates)
+        return (here, moments, best, jnp.where(better, found, least)), None
+
+    state = (start, optimizer.init(start), start, value)
+    (_, _, best, least), _ = jax.lax.scan(step, state, None, length=steps)
+    return best, least
+
+
+def _free(kernel: Kernel) -> dict[str, Array]:
+    """The kernel's numbers as what gradient descent walks on."""
+    return {
+        "widths": jnp.log(kernel.widths),
+        "noise": jnp.log(kernel.noise),
+        "linear": jnp.log(kernel.linear + _LEAST_LINEAR),
+        "sharpness": jnp.full((), np.log(_SHARPNESS), kernel.noise.dtype),
+    }
+
+
+def _kernel(start: Kernel, free: dict[str, Array]) -> Kernel:
+    """The kernel with these numbers; one without a linear part keeps none."""
+    linear = jnp.where(start.linear > 0, jnp.exp(free["linear"]), 0)
+    noise = jnp.exp(free["noise"]) + _LEAST_NOISE
+    return eqx.tree_at(
+        lambda kernel: (kernel.widths, kernel.linear, kernel.noise),
+        start,
+        (jnp.exp(free["widths"]), linear, noise),
+    )
+
+
+def _variance(residuals: Array, mask: Array) -> Array:
+    """The variance of all residuals about their own outputs' means."""
+    count = jnp.maximum(jnp.sum(mask), 1)
+    mean = jnp.sum(residuals, axis=0, where=mask[:, None]) / count
+    return jnp.sum(jnp.where(mask[:, None], (residuals - mean) ** 2, 0)) / residuals[0].size / count
+
+
+def _mse(out: LeftOut, mask: Array) -> Array:
+    return jnp.log(jnp.mean(jnp.mean(out.errors**2, axis=1), where=mask))
+
+
+def _density(out: LeftOut, residuals: Array, mask: Array) -> Array:
+    """Minus the log predictive density, its process variance the best there is, but for constants;
+    for all outputs one."""
+    spread = jnp.maximum(_variance(residuals, mask), jnp.finfo(residuals.dtype).tiny)
+    square = jnp.mean(out.errors**2, axis=1) / out.variance / spread
+    return jnp.log(jnp.mean(square, where=mask)) + jnp.mean(jnp.log(out.variance), where=mask)
+
+
+def _log_loss(
+    errors: Array, outputs: Array, mask: Array, form: Form, sharpness: Array
+) -> Float[Array, ""]:
+    """How unlikely the answers' own labels are, by a softmax of what is predicted."""
+    spread = jnp.sqrt(_variance(outputs, mask))
+    losses = []
+    predicted, wanted = form.split((outputs + errors) / spread), form.split(outputs)
+    labels = labels_of(wanted, 1)
+    for part, label in zip(jax.tree.leaves(predicted), jax.tree.leaves(labels), strict=True):
+        part = part if part.ndim > 1 else part[:, None]
+        likely = jax.nn.log_softmax(sharpness * part, axis=-1)
+        found = jnp.take_along_axis(likely, label[..., None], axis=-1)[..., 0]
+        losses.append(-jnp.mean(found.reshape(len(found), -1), axis=1))
+    return jnp.mean(jnp.mean(jnp.stack(losses), axis=0), where=mask)

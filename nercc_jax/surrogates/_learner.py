@@ -1,0 +1,410 @@
+"""A learner from past answers: regression over inputs on a window of pairs (input, answer).
+
+With the window's features H and residuals r = y - m(x) of its answers, the learner says of a point
+
+    mean(x) = m(x) + c + k(x, H) A^-1 (r - c),   A = k(H, H) + noise,
+    variance(x) = scale^2 spread^2 (k(x, x) + noise - k(x, H) A^-1 k(H, x)),
+
+a Gaussian process's posterior, m the prior mean and c the mean residual. spread^2 is the variance
+of the residuals and `scale` what leave-one-out errors ask for (`fit_learner`). The equations are
+solved for the points that are asked for, not for the outputs: of those there may be thousands.
+
+Source: Rasmussen and Williams 2006, "Gaussian Processes for Machine Learning", section 2.2.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
+
+from ..codes import (
+    Form,
+    check_count,
+    check_floats,
+    finite_points,
+    is_float,
+    join,
+    multiply,
+)
+from ._conditioning import Conditioned
+from ._expected import AbstractSurrogate, check_like, outputs_of_groups
+from ._kernels import Kernel, Shape, root
+from ._surrogate import trust
+from ._whitening import error_of, replace_rows, solve, whiten
+from ._window import length_of, one_row, turn, written
+
+# Beyond this share of the window a new factor is cheaper than replacing its rows.
+_MANY = 0.25
+# Of what a solution is off by before it is refined, once, which squares it.
+_ERROR = 1e-2
+
+Function = Callable[[PyTree], PyTree]
+L = TypeVar("L", bound="Learner")
+
+
+class Learner(AbstractSurrogate):
+    """What past answers tell about new data points: a pytree, bounded, forgetting what is old.
+
+    >>> import jax.numpy as jnp
+    >>> from nercc_jax.surrogates import start_learner
+    >>> x = jnp.linspace(-1, 1, 20)[:, None]
+    >>> learner = start_learner(x, jnp.sin(3 * x), capacity=64)
+    >>> learner = learner.update(x + 0.05, jnp.sin(3 * (x + 0.05)))
+    >>> mean, deviation = learner.predict(jnp.array([[0.33]]))
+    >>> mean.shape, deviation.shape
+    ((1, 1), (1,))
+
+    - `features`: what tells of a data point how alike it is to others: a function of a batch (a
+      projection, a student's outputs or inner layer), None for the data points' own floats.
+    - `prior`: the mean before any answer, a function of a batch with the model's outputs (a
+      student); None for none. The mean of what is left over is taken off besides.
+    - `kernel`, `scale`: tuned by `fit_learner`.
+    - `theta`, `kappa`: how a code's decoding is mixed with it, see `Surrogate`. By default kappa is
+      infinite: the learner alone, which knows the group's answers as well as the window's.
+    - `version`: of the model whose answers these are. Answers of another are refused.
+
+    `update` and `predict` are pure and may be jitted, vmapped and differentiated. `filled` says
+    which rows of the window hold a pair, `place` which is next, `jitter` how much had to be added
+    to the noise so that float32 could factorise, `error` how far the factor was off when it was
+    last looked at (what is above 0.01 is made anew at once).
+    """
+
+    features: Function | None
+    prior: Function | None
+    kernel: Kernel
+    scale: Float[Array, ""]
+    theta: Float[Array, ""]
+    kappa: Float[Array, ""]
+    inputs: Float[Array, "capacity features"]
+    residuals: Float[Array, "capacity m"]
+    priors: Float[Array, "capacity m"] | None
+    filled: Bool[Array, " capacity"]
+    place: Int[Array, ""]
+    covariance: Float[Array, "capacity capacity"]
+    whitening: Float[Array, "capacity capacity"]
+    jitter: Float[Array, ""]
+    error: Float[Array, ""]
+    form: Form = eqx.field(static=True)
+    version: str = eqx.field(static=True)
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        form: Form,
+        *,
+        capacity: int = 1024,
+        features: Function | None = None,
+        prior: Function | None = None,
+        theta: Float[ArrayLike, ""] = 1.0,
+        kappa: Float[ArrayLike, ""] = np.inf,
+        version: str = "",
+    ):
+        """One that knows nothing yet; `start_learner` makes kernel and form of the first pairs.
+
+        `form` is the outputs' (`join`). Raises: ValueError for a capacity that is no positive
+        integer.
+        """
+        capacity = check_count("capacity", capacity)
+        self.features, self.prior, self.kernel = features, prior, kernel
+        self.form, self.version = form, str(version)
+        self.theta, self.kappa = trust(theta, kappa)
+        dtype = kernel.centre.dtype
+        outputs = jnp.result_type(jnp.float32, *form.dtypes)
+        self.scale = jnp.ones((), dtype)
+        self.inputs = jnp.zeros((capacity, len(kernel.centre)), dtype)
+        self.residuals = jnp.zeros((capacity, form.size), outputs)
+        self.priors = None if prior is None else jnp.zeros_like(self.residuals)
+        self.filled, self.place = jnp.zeros(capacity, bool), jnp.zeros((), jnp.int32)
+        self.covariance = self.whitening = jnp.eye(capacity, dtype=dtype)
+        self.jitter = self.error = jnp.zeros((), dtype)
+
+    @property
+    def capacity(self) -> int:
+        """How many pairs the window holds at most."""
+        return len(self.filled)
+
+    @property
+    def size(self) -> Int[Array, ""]:
+        """How many pairs it holds."""
+        return jnp.sum(self.filled)
+
+    def update(
+        self: L,
+        x: PyTree[Shaped[Array, "pairs ..."]],
+        y: PyTree[Float[Array, "pairs ..."]],
+        observed: Bool[Array, " pairs"] | None = None,
+        *,
+        version: str | None = None,
+    ) -> L:
+        """The learner that knows these pairs, too, in place of its oldest.
+
+        `observed` masks them: what is not observed, or is not finite, is left out, whatever its
+        value. Coded data points with their answers are pairs like any other. Shapes say what is
+        compiled, not how many are observed.
+
+        Raises: ValueError where `version` is another than the learner's (see `restart`), and where
+        x and y are not like what the learner holds.
+        """
+        if version is not None and version != self.version:
+            raise ValueError(
+                f"these are answers of version {version!r}; the learner knows version "
+                f"{self.version!r}: start anew with `learner.restart({version!r})`"
+            )
+        x, y = jax.tree.map(jnp.asarray, (x, y))
+        z, r, priors, observed = self._pairs(x, y, observed)
+        places, count, source = turn(observed, self.place, self.capacity)
+        fresh = jnp.arange(len(places)) < count
+        rows = (places, fresh, source)
+        inputs, residuals = written(self.inputs, z, *rows), written(self.residuals, r, *rows)
+        filled = self.filled.at[places].max(fresh)
+        learned = eqx.tree_at(
+            lambda learner: (learner.inputs, learner.residuals, learner.filled, learner.place),
+            self,
+            (inputs, residuals, filled, (self.place + count) % self.capacity),
+        )
+        if priors is not None and self.priors is not None:
+            known = written(self.priors, priors, *rows)
+            learned = eqx.tree_at(lambda learner: learner.priors, learned, known)
+        if len(places) > _MANY * self.capacity:
+            return learned.refreshed()
+        return learned._replaced(places)
+
+    def predict(
+        self, x: PyTree[Shaped[ArrayLike, "points ..."]]
+    ) -> tuple[PyTree[Float[Array, "points ..."]], Float[Array, " points"]]:
+        """The mean, in the model's outputs' form, and the standard deviation of each data point.
+
+        The deviation is in units of the outputs, the root of the mean square over all of them, and
+        of an answer (noise included). Infinite with nothing to learn from: then the mean is the
+        prior's, or 0.
+        """
+        x = jax.tree.map(jnp.asarray, x)
+        z = features_of(self.features, x)
+        mean, covariance = self.window_posterior(z[:, None])
+        variance = jnp.maximum(covariance[:, 0, 0], 0) + self.kernel.noise
+        mean = mean[:, 0]
+        if self.prior is not None:
+            mean = mean + join(self.prior(x), 1)[0]
+        return self.form.split(mean), self.deviation_of(variance)
+
+    @property
+    def tells_deviation(self) -> bool:
+        return True
+
+    def deviation_before(
+        self, x: PyTree[Shaped[Array, "groups num_data ..."]]
+    ) -> Float[Array, "groups num_data"]:
+        return outputs_of_groups(lambda points: self.predict(points)[1], x)
+
+    def outputs(self, x: PyTree[Shaped[Array, "points ..."]]) -> PyTree[Float[Array, "points ..."]]:
+        return self.predict(x)[0]
+
+    def expect(
+        self,
+        x: PyTree[Shaped[Array, "groups num_data ..."]],
+        coded: PyTree[Shaped[Array, "groups num_workers ..."]],
+    ) -> Conditioned:
+        x, coded = jax.tree.map(jnp.asarray, (x, coded))
+        together = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), x, coded)
+        z = outputs_of_groups(lambda points: features_of(self.features, points), together)
+        mean, covariance = self.window_posterior(z)
+        if self.prior is not None:
+            prior, form = join(outputs_of_groups(self.prior, together), 2)
+            check_like(form, self.form)
+            mean = mean + prior
+        groups = len(z)
+        noise, unit = self.kernel.noise, self.deviation_of(jnp.ones(()))
+        noise, unit = (jnp.broadcast_to(each, (groups,)) for each in (noise, unit))
+        return Conditioned(mean, covariance, noise, unit, self.form)
+
+    def window_posterior(
+        self, z: Float[Array, "groups points features"]
+    ) -> tuple[Float[Array, "groups points m"], Float[Array, "groups points points"]]:
+        """What the window tells of points in groups, by their features: the residuals' mean, and
+        their covariance within each group, without noise and in units of the process's variance."""
+        groups, points, features = z.shape
+        cross = self.kernel(self.inputs, z.reshape(-1, features)) * self.filled[:, None]
+        weights = solve(self.covariance, self.whitening, cross)
+        total = jnp.sum(weights, axis=0)[:, None]  # unfilled rows have none
+        mean = multiply(weights.T, self.residuals) + (1 - total) * self._centre()
+        # Above the variance by the square of what the weights are off by, never below.
+        twice = 2 * cross - multiply(self.covariance, weights)
+        weights, twice = (
+            jnp.moveaxis(each.reshape(-1, groups, points), 0, 2) for each in (weights, twice)
+        )
+        known = multiply(weights, jnp.swapaxes(twice, 1, 2))
+        covariance = jax.vmap(self.kernel)(z, z) - (known + jnp.swapaxes(known, 1, 2)) / 2
+        return mean.reshape(groups, points, -1), covariance
+
+    def spread(self) -> Float[Array, ""]:
+        """The residuals' standard deviation over the window, all outputs together; NaN for none."""
+        square = jnp.where(self.filled[:, None], (self.residuals - self._centre()) ** 2, 0)
+        count = self.size * self.residuals.shape[1]
+        return jnp.where(self.size > 0, root(jnp.sum(square) / jnp.maximum(count, 1)), jnp.nan)
+
+    def deviation_of(self, variance: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The standard deviation of outputs from a share of the process's variance, 0 or more."""
+        return jnp.where(self.size > 0, self.scale * self.spread() * root(variance), jnp.inf)
+
+    def with_kernel(self: L, kernel: Kernel, scale: Float[ArrayLike, ""] = 1.0) -> L:
+        """The same window seen with another kernel."""
+        numbers = kernel, jnp.asarray(scale, self.scale.dtype)
+        changed = eqx.tree_at(lambda learner: (learner.kernel, learner.scale), self, numbers)
+        return changed.refreshed()
+
+    def restart(self: L, version: str) -> L:
+        """A learner like this one that knows nothing yet, for another version of the model."""
+        fresh = type(self)(
+            self.kernel,
+            self.form,
+            capacity=self.capacity,
+            features=self.features,
+            prior=self.prior,
+            theta=self.theta,
+            kappa=self.kappa,
+            version=version,
+        )
+        return eqx.tree_at(lambda learner: learner.scale, fresh, self.scale)
+
+    def refreshed(self: L) -> L:
+        """The same, with its covariances and their factor made anew."""
+        both = self.filled[:, None] & self.filled
+        diagonal = jnp.where(self.filled, self.kernel.variance(self.inputs) + self.kernel.noise, 1)
+        eye = jnp.eye(self.capacity, dtype=bool)
+        covariance = jnp.where(both, self.kernel(self.inputs, self.inputs), 0)
+        covariance = jnp.where(eye, diagonal, covariance)
+        whitening, jitter = whiten(jax.lax.stop_gradient(covariance))
+        covariance = covariance + jitter * eye
+        return self._with_factor(covariance, whitening, jitter, jnp.zeros_like(self.error))
+
+    def _replaced(self: L, places: Int[Array, " b"]) -> L:
+        """The same after these rows were written, with their covariances and the factor."""
+        known = self.filled[:, None] & self.filled[places]
+        own = jnp.arange(self.capacity)[:, None] == places
+        new = self.inputs[places]
+        columns = jnp.where(known, self.kernel(self.inputs, new), 0)
+        diagonal = jnp.where(
+            self.filled[places], self.kernel.variance(new) + self.kernel.noise + self.jitter, 1
+        )
+        columns = jnp.where(own, diagonal, columns)
+        whitening, more = replace_rows(
+            jax.lax.stop_gradient(self.whitening), jax.lax.stop_gradient(columns), places
+        )
+        columns = columns + more * own
+        covariance = self.covariance.at[:, places].set(columns).at[places].set(columns.T)
+        error = error_of(*jax.lax.stop_gradient((covariance, whitening)), places)
+        kept = self._with_factor(covariance, whitening, self.jitter + more, error)
+        return jax.lax.cond(error <= _ERROR, lambda: kept, lambda: kept.refreshed())
+
+    def _with_factor(self: L, *numbers: Array) -> L:
+        return eqx.tree_at(
+            lambda learner: (
+                learner.covariance,
+                learner.whitening,
+                learner.jitter,
+                learner.error,
+            ),
+            self,
+            numbers,
+        )
+
+    def _pairs(
+        self, x: PyTree, y: PyTree, observed: Bool[Array, " pairs"] | None
+    ) -> tuple[Array, Array, Array | None, Bool[Array, " pairs"]]:
+        """Features, residuals, priors, and which are observed and finite; zeros elsewhere."""
+        check_like(self.form, join(y, 1)[1])
+        pairs = length_of("y", y)
+        if length_of("x", x) != pairs:
+            raise ValueError(f"x are {length_of('x', x)} data points, y {pairs} answers")
+        sound = finite_points(x, 1) & finite_points(y, 1)
+        observed = sound if observed is None else sound & jnp.asarray(observed)
+
+        def clean(leaf: Array) -> Array:
+            mask = observed.reshape(-1, *[1] * (leaf.ndim - 1))
+            return jnp.where(mask, leaf, jnp.zeros_like(leaf)) if is_float(leaf) else leaf
+
+        x, y = jax.tree.map(clean, (x, y))
+        z, r = features_of(self.features, x), join(y, 1)[0]
+        if z.shape[1:] != self.inputs.shape[1:]:
+            raise ValueError(
+                f"x have {z.shape[1]} features; the learner knows {self.inputs.shape[1]}"
+            )
+        priors = None
+        if self.prior is not None:
+            priors, form = join(self.prior(x), 1)
+            check_like(form, self.form)
+            r = r - priors
+        observed = observed & jnp.all(jnp.isfinite(z), axis=1) & jnp.all(jnp.isfinite(r), axis=1)
+        rows = jax.tree.map(lambda leaf: jnp.where(observed[:, None], leaf, 0), (z, r, priors))
+        return *rows, observed
+
+    def _centre(self) -> Float[Array, " m"]:
+        """The mean residual; 0 for none."""
+        return jnp.sum(self.residuals, axis=0, where=self.filled[:, None]) / jnp.maximum(
+            self.size, 1
+        )
+
+
+def start_learner(
+    x: PyTree[Shaped[ArrayLike, "pairs ..."]],
+    y: PyTree[Float[ArrayLike, "pairs ..."]],
+    *,
+    capacity: int = 1024,
+    features: Function | None = None,
+    prior: Function | None = None,
+    kernel: Kernel | Shape = "matern52",
+    version: str = "",
+) -> Learner:
+    """A learner of these pairs, not tuned; there may be none (`x[:0]`, `y[:0]`), which tell shapes.
+
+    A kernel by name is centred on them, its units are the features' spread, and its one width the
+    square root of their number. Pairs that are not finite are left out. `fit_learner` tunes, too.
+
+    Raises: ValueError for a capacity that is no positive integer, x and y of different lengths,
+    outputs that are no floats, a prior with other outputs, a kernel for other features.
+    """
+    x, y = jax.tree.map(jnp.asarray, (x, y))
+    check_floats("y", y)
+    pairs = length_of("y", y)
+    if length_of("x", x) != pairs:
+        raise ValueError(f"x are {length_of('x', x)} data points, y {pairs} answers")
+    form = join(one_row(y), 1)[1]
+    z = features_of(features, x if pairs else one_row(x))[:pairs]
+    kernel = kernel if isinstance(kernel, Kernel) else first_kernel(kernel, z)
+    if kernel.centre.shape != z.shape[1:]:
+        raise ValueError(f"the kernel is for {len(kernel.centre)} features, not {z.shape[1]}")
+    learner = Learner(
+        kernel, form, capacity=capacity, features=features, prior=prior, version=version
+    )
+    return learner.update(x, y) if pairs else learner
+
+
+def features_of(
+    features: Function | None, x: PyTree[Shaped[Array, "points ..."]]
+) -> Float[Array, "points d"]:
+    """The features of data points, side by side: their own floats without a function."""
+    found = x if features is None else features(x)
+    floats = [leaf for leaf in jax.tree.leaves(found) if is_float(leaf)]
+    if not floats:
+        raise ValueError("there is no float among the data points to learn by: give `features`")
+    vectors = join(floats, 1)[0]
+    return vectors.astype(jnp.promote_types(vectors.dtype, jnp.float32))
+
+
+def first_kernel(shape: Shape, z: Float[Array, "pairs features"]) -> Kernel:
+    """A kernel before it is tuned: centred, its units the features' spread, one width for all."""
+    features = z.shape[1]
+    finite = jnp.all(jnp.isfinite(z), axis=1)
+    count = jnp.maximum(jnp.sum(finite), 1)
+    z = jnp.where(finite[:, None], z, 0)
+    centre = jnp.sum(z, axis=0) / count
+    spread = jnp.sqrt(jnp.sum(jnp.where(finite[:, None], (z - centre) ** 2, 0), axis=0) / count)
+    typical = jnp.sqrt(jnp.mean(spread**2)) if features else jnp.ones(())
+    # A feature that hardly varies here may vary later: its unit is not 0.
+    unit = jnp.where(typical > 0, jnp.maximum(spread, 1e-3 * typical), 1)
+    width = float(np.sqrt(max(features, 1)))
+    return Kernel(shape, centre=centre, unit=unit, widths=[width])

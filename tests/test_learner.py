@@ -1,0 +1,266 @@
+"""The learner from past answers, against a Gaussian process in float64 by NumPy."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.spatial.distance import cdist
+
+from nercc_jax.surrogates import (
+    Kernel,
+    fit_learner,
+    leave_one_out,
+    load_learner,
+    save_learner,
+    start_learner,
+    tune_learner,
+)
+from nercc_jax.surrogates._whitening import factorize
+
+CAPACITY, B = 48, 6
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(120, 3))
+EPS = {"float32": 1e-3, "float64": 1e-8}
+
+
+def model(x):
+    return jnp.stack([jnp.sin(2 * x[:, 0]) * x[:, 1], jnp.cos(x.sum(1))], axis=1)
+
+
+def rough(x):
+    return 0.5 * model(x)
+
+
+@eqx.filter_jit
+def update(learner, x, y, observed):
+    return learner.update(x, y, observed)
+
+
+@eqx.filter_jit
+def predict(learner, x):
+    return learner.predict(x)
+
+
+SHAPES = {
+    "squared_exponential": lambda r: np.exp(-(r**2) / 2),
+    "matern32": lambda r: (1 + np.sqrt(3) * r) * np.exp(-np.sqrt(3) * r),
+    "matern52": lambda r: (1 + np.sqrt(5) * r + 5 * r**2 / 3) * np.exp(-np.sqrt(5) * r),
+}
+
+
+def exact(kernel, x, y, at, prior=lambda x: 0 * np.asarray(model(x))):
+    """Mean and deviation of the posterior, dense and in float64."""
+    unit, centre, widths = (
+        np.float64(each) for each in (kernel.unit, kernel.centre, kernel.widths)
+    )
+    scaled = [(np.float64(z) - centre) / (unit * widths[kernel.groups]) for z in (x, at)]
+
+    def covariance(a, b):
+        return SHAPES[kernel.shape](cdist(a, b)) + float(kernel.linear) * a @ b.T
+
+    residual = np.float64(y) - np.float64(prior(x))
+    mean = residual.mean(axis=0)
+    noise = float(kernel.noise)
+    own = covariance(scaled[0], scaled[0]) + noise * np.eye(len(x))
+    cross = covariance(*scaled)
+    weights = np.linalg.solve(own, cross)
+    variance = np.diag(covariance(scaled[1], scaled[1])) - np.sum(weights * cross, axis=0) + noise
+    spread = np.mean((residual - mean) ** 2)
+    predicted = np.float64(prior(at)) + mean + weights.T @ (residual - mean)
+    return predicted, np.sqrt(variance * spread)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_it_is_the_posterior_of_the_last_that_were_observed(shape, dtype):
+    x = jnp.asarray(X, dtype)
+    kernel = Kernel(
+        shape, centre=x.mean(0), unit=x.std(0), widths=[1.0, 2.0], groups=[0, 1, 1],
+        linear=0.3 if shape == "matern52" else 0.0, noise=1e-3,
+    )  # fmt: skip
+    learner = start_learner(x[:B], model(x[:B]), capacity=CAPACITY, kernel=kernel)
+    seen = list(range(B))
+    for place in range(B, len(X) - B, B):  # more than the window holds
+        here = np.arange(place, place + B)
+        observed = RNG.uniform(size=B) < 0.8
+        # What is not observed may be anything.
+        y = model(x[here]).at[~observed].set(jnp.nan)
+        learner = update(learner, x[here].at[~observed].set(jnp.inf), y, jnp.ones(B, bool))
+        seen += here[observed].tolist()
+    assert len(seen) > CAPACITY == learner.size
+    last, at = np.array(seen[-CAPACITY:]), x[-B:]
+    mean, deviation = predict(learner, at)
+    assert mean.dtype == deviation.dtype == dtype
+    wanted, wanted_deviation = exact(kernel, x[last], model(x[last]), at)
+    np.testing.assert_allclose(mean, wanted, atol=EPS[dtype])
+    np.testing.assert_allclose(deviation, wanted_deviation, rtol=EPS[dtype])
+    # What was replaced row by row is what would be made anew.
+    fresh = learner.refreshed()
+    np.testing.assert_allclose(learner.covariance, fresh.covariance, atol=EPS[dtype] / 100)
+    assert learner.error < 1e-2
+    assert learner.jitter == 0
+
+
+def test_a_prior_carries_what_it_can_and_features_are_what_tells():
+    x = jnp.asarray(X, float)
+    learner = start_learner(x[:40], model(x[:40]), capacity=64, prior=rough, features=jnp.sin)
+    mean, _ = learner.predict(x[40:50])
+    kernel = learner.kernel
+    wanted, _ = exact(kernel, jnp.sin(x[:40]), model(x[:40]) - rough(x[:40]), jnp.sin(x[40:50]))
+    np.testing.assert_allclose(mean, wanted + rough(x[40:50]), atol=1e-3)
+    far = 1e4 * jnp.ones((1, 3))
+    alone = start_learner(x[:40], model(x[:40]), prior=rough, capacity=64).predict(far)[0]
+    rest = jnp.mean(model(x[:40]) - rough(x[:40]), axis=0)
+    np.testing.assert_allclose(alone, rough(far) + rest, atol=1e-4)
+
+
+def test_outputs_may_be_any_tree():
+    x = jnp.asarray(X[:20], float)
+    y = {"a": model(x), "b": jnp.sin(x[:, 0])}
+    learner = start_learner({"image": x, "id": jnp.arange(20)}, y, capacity=32)
+    mean, deviation = learner.predict({"image": x[:5] + 0.1, "id": jnp.arange(5)})
+    assert mean["a"].shape == (5, 2)
+    assert mean["b"].shape == deviation.shape == (5,)
+    both = start_learner(x, jnp.column_stack([model(x), jnp.sin(x[:, 0])]), capacity=32)
+    joined, same = both.predict(x[:5] + 0.1)
+    np.testing.assert_allclose(jnp.column_stack([mean["a"], mean["b"]]), joined, atol=1e-6)
+    np.testing.assert_allclose(deviation, same, rtol=1e-5)
+
+
+def test_it_knows_nothing_at_first_and_after_another_version():
+    x = jnp.asarray(X[:10], float)
+    learner = start_learner(x[:0], model(x[:0]), capacity=32)
+    mean, deviation = learner.predict(x)
+    np.testing.assert_array_equal(mean, 0)
+    np.testing.assert_array_equal(deviation, np.inf)
+    learner = learner.update(x, model(x), version="")
+    with pytest.raises(ValueError, match="answers of version '2'; the learner knows version ''"):
+        learner.update(x, model(x), version="2")
+    again = learner.restart("2").update(x, model(x), version="2")
+    np.testing.assert_allclose(again.predict(x)[0], learner.predict(x)[0], atol=1e-5)
+    assert learner.restart("2").size == 0
+
+
+def test_the_same_pair_many_times_and_no_noise_raise_the_jitter_and_say_so():
+    """Float32 cannot factorise this; the answer stays finite and right."""
+    x = jnp.tile(jnp.asarray(X[:4], jnp.float32), (8, 1))
+    kernel = Kernel("squared_exponential", centre=jnp.zeros(3), widths=[3.0], noise=1e-12)
+    learner = start_learner(x, model(x), capacity=32, kernel=kernel)
+    assert 0 < learner.jitter < 1e-3
+    mean, deviation = learner.predict(x[:4])
+    np.testing.assert_allclose(mean, model(x[:4]), atol=1e-2)
+    assert np.all(deviation < 0.05)
+    learner = update(learner, x[:B], model(x[:B]), jnp.ones(B, bool))  # a few rows of it
+    np.testing.assert_allclose(learner.predict(x[:4])[0], model(x[:4]), atol=1e-2)
+    broken, jitter = factorize(jnp.full((3, 3), jnp.nan))
+    assert np.isnan(jnp.diagonal(broken)).any()
+    assert jitter != 0
+
+
+def test_derivatives_are_those_of_the_posterior():
+    """In float64, by finite differences: of queries, past answers, past inputs and the kernel."""
+    with jax.enable_x64(True):
+        x = jnp.asarray(X, jnp.float64)
+        learner = start_learner(x[:40], model(x[:40]), capacity=CAPACITY)
+
+        def told(shift):
+            y = model(x[40 : 40 + B]) + shift[1] * jnp.arange(B)[:, None]
+            after = learner.update(x[40 : 40 + B] + shift[2] * jnp.arange(B)[:, None], y)
+            mean, deviation = after.predict(x[60:63] + shift[0])
+            return jnp.sum(mean[:, 0]) + 3 * jnp.sum(deviation)
+
+        slope = jax.jit(jax.grad(told))(jnp.zeros(3))
+        steps = 1e-5 * np.eye(3)
+        told = jax.jit(told)
+        wanted = [(told(step) - told(-step)) / 2e-5 for step in jnp.asarray(steps)]
+        np.testing.assert_allclose(slope, wanted, rtol=1e-5)
+
+        def of_width(width):
+            kernel = eqx.tree_at(lambda k: k.widths, learner.kernel, width[None])
+            return jnp.sum(learner.with_kernel(kernel).predict(x[60:63])[0][:, 0])
+
+        slope = jax.grad(of_width)(jnp.asarray(1.5))
+        difference = (of_width(jnp.asarray(1.5 + 1e-5)) - of_width(jnp.asarray(1.5 - 1e-5))) / 2e-5
+        np.testing.assert_allclose(slope, difference, rtol=1e-5)
+
+
+def test_left_out_is_left_out():
+    x = jnp.asarray(X[:12], float)
+    y = model(x)
+    learner = start_learner(x, y, capacity=16)
+    found = leave_one_out(learner.kernel, learner.inputs, learner.residuals, learner.filled)
+    centred = y - y.mean(axis=0)  # the mean stays that of all
+    for row in range(12):
+        others = np.arange(12) != row
+        a, b = learner.kernel(x[others], x[others]), learner.kernel(x[others], x[row : row + 1])
+        weights = np.linalg.solve(np.float64(a) + float(learner.kernel.noise) * np.eye(11), b)
+        error = weights.T @ np.float64(centred[others]) - centred[row]
+        variance = 1 + float(learner.kernel.noise) - np.sum(weights * b)
+        np.testing.assert_allclose(found.errors[row], error[0], atol=1e-3)
+        np.testing.assert_allclose(found.variance[row], variance, rtol=1e-2)
+    np.testing.assert_array_equal(found.errors[12:], 0)
+
+
+@pytest.mark.parametrize("criterion", ["density", "mse", "labels"])
+def test_tuning_does_better_on_others_and_deviations_say_how_well(criterion):
+    rng = np.random.default_rng(3)
+    x = jnp.asarray(rng.uniform(-1, 1, size=(96 + 60, 4)), float)
+
+    def wave(x):  # the last two coordinates tell nothing
+        return jnp.stack([jnp.sin(4 * x[:, 0]), jnp.cos(3 * x[:, 1]), x[:, 0] * x[:, 1]], axis=1)
+
+    before = start_learner(x[:96], wave(x[:96]), capacity=96)
+    options = {"criterion": criterion, "widths": "each", "steps": 40}
+    after = tune_learner(before, **options)
+
+    def judge(learner):
+        mean, deviation = learner.predict(x[96:])
+        error = jnp.sqrt(jnp.mean((mean - wave(x[96:])) ** 2, axis=1))
+        labels = jnp.mean(jnp.argmax(mean, axis=1) != jnp.argmax(wave(x[96:]), axis=1))
+        return (
+            float(jnp.sqrt(jnp.mean(error**2))),
+            float(labels),
+            float(jnp.mean(error / deviation)),
+        )
+
+    rmse, wrong, ratio = judge(after)
+    assert rmse < 0.4 * judge(before)[0]
+    assert wrong <= judge(before)[1]
+    assert 0.3 < ratio < 1.5
+    assert after.kernel.widths[2] > 2 * after.kernel.widths[0]
+
+
+def test_a_file_holds_it(tmp_path):
+    x = jnp.asarray(X[:20], float)
+    learner = fit_learner(x, model(x), capacity=32, prior=rough, version="a", steps=2)
+    path = tmp_path / "learner.safetensors"
+    save_learner(path, learner, {"of": "a test"})
+    loaded = load_learner(path, prior=rough, version="a")
+    for mine, theirs in zip(learner.predict(x + 0.1), loaded.predict(x + 0.1), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5)
+    assert loaded.version == "a"
+    with pytest.raises(ValueError, match="learned from version 'a' of the model, not 'b'"):
+        load_learner(path, prior=rough, version="b")
+    with pytest.raises(ValueError, match="was made with `prior`: load it so"):
+        load_learner(path)
+    path.write_bytes(b"no such file")
+    with pytest.raises(ValueError, match="is no safetensors file"):
+        load_learner(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"capacity": 0}, "capacity must be a positive integer"),
+        ({"y": jnp.ones((3, 2))}, "x are 4 data points, y 3 answers"),
+        ({"y": jnp.ones((4, 2), int)}, "y is int"),
+        ({"x": jnp.ones((4, 3), int)}, "no float among the data points"),
+        ({"kernel": "linear"}, "a kernel's shape must be one of squared_exponential, matern32"),
+        ({"kernel": Kernel(centre=jnp.zeros(2))}, "the kernel is for 2 features, not 3"),
+        ({"prior": lambda x: x}, "the surrogate gives outputs"),
+    ],
+)
+def test_wrong_use(change, message, untyped):
+    arguments = {"x": jnp.ones((4, 3)), "y": jnp.ones((4, 2))} | change
+    with pytest.raises(ValueError, match=message):
+        start_learner(arguments.pop("x"), arguments.pop("y"), **arguments)
