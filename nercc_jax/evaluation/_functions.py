@@ -2,13 +2,13 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
 from ..codes import check_count, join
 
 
 def relative_rmse(
-    decoded: PyTree[Float[Array, "points ..."]], own: PyTree[Float[Array, "points ..."]]
+    decoded: PyTree[Float[ArrayLike, "points ..."]], own: PyTree[Float[ArrayLike, "points ..."]]
 ) -> Float[Array, ""]:
     """The root mean square error by the standard deviation of the function's own outputs.
 
@@ -21,7 +21,7 @@ def relative_rmse(
 
 
 def row_errors(
-    decoded: PyTree[Float[Array, "points ..."]], own: PyTree[Float[Array, "points ..."]]
+    decoded: PyTree[Float[ArrayLike, "points ..."]], own: PyTree[Float[ArrayLike, "points ..."]]
 ) -> Float[Array, " points"]:
     """Each data point's error: the root mean square over its outputs, as deviations have it."""
     decoded, own = _vectors(decoded, own)
@@ -29,14 +29,15 @@ def row_errors(
 
 
 def coverage(
-    decoded: PyTree[Float[Array, "points ..."]],
-    own: PyTree[Float[Array, "points ..."]],
-    bar: Float[Array, " points"],
+    decoded: PyTree[Float[ArrayLike, "points ..."]],
+    own: PyTree[Float[ArrayLike, "points ..."]],
+    bar: Float[ArrayLike, " points"],
 ) -> Float[Array, ""]:
     """The share of data points whose error is within its bar, of those that are not exact (0).
 
     NaN where all are. Raises: ValueError where shapes differ.
     """
+    bar = jnp.asarray(bar)
     within, uncertain = row_errors(decoded, own) <= bar, bar > 0
     return jnp.mean(within, where=uncertain)
 
@@ -66,6 +67,7 @@ def _nearest(points: Array, others: Array, number: int) -> Int[Array, "points nu
 
 
 def _vectors(decoded: PyTree, own: PyTree) -> tuple[Array, Array]:
+    decoded, own = jax.tree.map(jnp.asarray, (decoded, own))
     (decoded, form), (own, other) = join(decoded, 1), join(own, 1)
     if (form.structure, form.shapes) != (other.structure, other.shapes):
         raise ValueError(f"decoded outputs have shapes {form.shapes}, the model's {other.shapes}")

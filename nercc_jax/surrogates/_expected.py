@@ -119,10 +119,10 @@ def outputs_of_groups(
 
 def outputs_of(answers: Answers) -> Outputs:
     """A fixed model's recorded answers as what it expects."""
-    return Outputs(answers.own, answers.coded, answers.form)
+    return Outputs(own=answers.own, coded=answers.coded, form=answers.form)
 
 
 def joined_outputs(own: PyTree, coded: PyTree) -> Outputs:
     """A fixed model's outputs on groups and on their coded data points."""
     vectors, form = join(own, 2)
-    return Outputs(vectors, join(coded, 2)[0], form)
+    return Outputs(own=vectors, coded=join(coded, 2)[0], form=form)

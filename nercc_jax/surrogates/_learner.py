@@ -34,13 +34,11 @@ from ._conditioning import Conditioned
 from ._expected import AbstractSurrogate, check_like, outputs_of_groups
 from ._kernels import Kernel, Shape, root
 from ._surrogate import trust
-from ._whitening import error_of, replace_rows, solve, whiten
+from ._whitening import ERROR, error_of, replace_rows, solve, soundly_whitened
 from ._window import length_of, one_row, turn, written
 
 # Beyond this share of the window a new factor is cheaper than replacing its rows.
 _MANY = 0.25
-# Of what a solution is off by before it is refined, once, which squares it.
-_ERROR = 1e-2
 
 Function = Callable[[PyTree], PyTree]
 L = TypeVar("L", bound="Learner")
@@ -69,8 +67,8 @@ class Learner(AbstractSurrogate):
 
     `update` and `predict` are pure and may be jitted, vmapped and differentiated. `filled` says
     which rows of the window hold a pair, `place` which is next, `jitter` how much had to be added
-    to the noise so that float32 could factorise, `error` how far the factor was off when it was
-    last looked at (what is above 0.01 is made anew at once).
+    to the noise so that float32 could solve, `error` by how much of its right side a solution
+    missed it before it was refined, when last looked at (above 0.01 the factor is made anew).
     """
 
     features: Function | None
@@ -219,7 +217,7 @@ class Learner(AbstractSurrogate):
         groups = len(z)
         noise, unit = self.kernel.noise, self.deviation_of(jnp.ones(()))
         noise, unit = (jnp.broadcast_to(each, (groups,)) for each in (noise, unit))
-        return Conditioned(mean, covariance, noise, unit, self.form)
+        return Conditioned(mean=mean, covariance=covariance, noise=noise, unit=unit, form=self.form)
 
     def window_posterior(
         self, z: Float[Array, "groups points features"]
@@ -272,14 +270,17 @@ class Learner(AbstractSurrogate):
 
     def refreshed(self: L) -> L:
         """The same, with its covariances and their factor made anew."""
+        return self._with_factor(*self._factored())
+
+    def _factored(self) -> tuple[Array, Array, Array, Array]:
+        """The window's covariances, their whitening matrix, jitter and error."""
         both = self.filled[:, None] & self.filled
         diagonal = jnp.where(self.filled, self.kernel.variance(self.inputs) + self.kernel.noise, 1)
         eye = jnp.eye(self.capacity, dtype=bool)
         covariance = jnp.where(both, self.kernel(self.inputs, self.inputs), 0)
         covariance = jnp.where(eye, diagonal, covariance)
-        whitening, jitter = whiten(jax.lax.stop_gradient(covariance))
-        covariance = covariance + jitter * eye
-        return self._with_factor(covariance, whitening, jitter, jnp.zeros_like(self.error))
+        whitening, jitter, error = soundly_whitened(jax.lax.stop_gradient(covariance))
+        return covariance + jitter * eye, whitening, jitter, error
 
     def _replaced(self: L, places: Int[Array, " b"]) -> L:
         """The same after these rows were written, with their covariances and the factor."""
@@ -296,9 +297,11 @@ class Learner(AbstractSurrogate):
         )
         columns = columns + more * own
         covariance = self.covariance.at[:, places].set(columns).at[places].set(columns.T)
-        error = error_of(*jax.lax.stop_gradient((covariance, whitening)), places)
-        kept = self._with_factor(covariance, whitening, self.jitter + more, error)
-        return jax.lax.cond(error <= _ERROR, lambda: kept, lambda: kept.refreshed())
+        error = error_of(*jax.lax.stop_gradient((covariance, whitening)))
+        kept = (covariance, whitening, self.jitter + more, error)
+        return self._with_factor(
+            *jax.lax.cond(error <= ERROR, lambda: kept, lambda: self._factored())
+        )
 
     def _with_factor(self: L, *numbers: Array) -> L:
         return eqx.tree_at(
@@ -321,10 +324,10 @@ class Learner(AbstractSurrogate):
         if length_of("x", x) != pairs:
             raise ValueError(f"x are {length_of('x', x)} data points, y {pairs} answers")
         sound = finite_points(x, 1) & finite_points(y, 1)
-        observed = sound if observed is None else sound & jnp.asarray(observed)
+        known = sound if observed is None else sound & jnp.asarray(observed)
 
         def clean(leaf: Array) -> Array:
-            mask = observed.reshape(-1, *[1] * (leaf.ndim - 1))
+            mask = known.reshape(-1, *[1] * (leaf.ndim - 1))
             return jnp.where(mask, leaf, jnp.zeros_like(leaf)) if is_float(leaf) else leaf
 
         x, y = jax.tree.map(clean, (x, y))
@@ -338,9 +341,9 @@ class Learner(AbstractSurrogate):
             priors, form = join(self.prior(x), 1)
             check_like(form, self.form)
             r = r - priors
-        observed = observed & jnp.all(jnp.isfinite(z), axis=1) & jnp.all(jnp.isfinite(r), axis=1)
-        rows = jax.tree.map(lambda leaf: jnp.where(observed[:, None], leaf, 0), (z, r, priors))
-        return *rows, observed
+        known = known & jnp.all(jnp.isfinite(z), axis=1) & jnp.all(jnp.isfinite(r), axis=1)
+        rows = jax.tree.map(lambda leaf: jnp.where(known[:, None], leaf, 0), (z, r, priors))
+        return *rows, known
 
     def _centre(self) -> Float[Array, " m"]:
         """The mean residual; 0 for none."""

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
 from ..codes import (
@@ -38,9 +39,9 @@ class Prepared(eqx.Module):
     for all of them.
     """
 
-    order: Int[Array, " points"]
+    order: Int[Array | np.ndarray, " points"]
     points: GroupPoints | None = None
-    busy: Bool[Array, "groups num_workers"] | None = None
+    busy: Bool[Array | np.ndarray, "groups num_workers"] | None = None
 
 
 class Scheme(AbstractScheme):
@@ -218,12 +219,12 @@ class Scheme(AbstractScheme):
         return Assessed(status, home(deviation), home(doubt))
 
     def groups(
-        self, x: PyTree[Shaped[Array, "points ..."]], prepared: Prepared
-    ) -> PyTree[Shaped[Array, "groups num_data ..."]]:
+        self, x: PyTree[Shaped[Array | np.ndarray, "points ..."]], prepared: Prepared
+    ) -> PyTree[Shaped[Array | np.ndarray, "groups num_data ..."]]:
         """The data points in their groups, as they are coded."""
         return self._groups(x, prepared.order)
 
-    def _groups(self, x: PyTree, order: Int[Array, " points"]) -> PyTree:
+    def _groups(self, x: PyTree, order: Array | np.ndarray) -> PyTree:
         return groups_of(jax.tree.map(lambda leaf: leaf[order], x), self.code.num_data)
 
 

@@ -140,7 +140,7 @@ def decode_with_surrogate(
     return Decoded(predictions, decoded.heard, recovered), spread
 
 
-def _code_share(kappa: Array, variance: Array) -> Float[Array, "groups num_data"]:
+def _code_share(kappa: Array, variance: Float[Array, "*points"]) -> Float[Array, "*points"]:
     """rho = 1 / (1 + kappa v), where either may be infinite: nothing shrinks what is known, nor
     without a kappa."""
     known, told = variance == 0, jnp.isfinite(variance)

@@ -12,11 +12,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ..codes import multiply
 
 _FIRST, _FACTOR, _TRIES = 4.0, 8.0, 24  # of epsilon times the diagonal; 8^24 makes all diagonal
+# By how much of its right side a solution may miss it before it is refined, once, which squares it.
+ERROR = 1e-2
+_PROBES = 8  # right sides that this is looked at for
 
 
 def whiten(
@@ -30,6 +34,38 @@ def whiten(
     factor, jitter = factorize(covariance)
     eye = jnp.eye(len(covariance), dtype=covariance.dtype)
     return jax.lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True), jitter
+
+
+def soundly_whitened(
+    covariance: Float[Array, "n n"],
+) -> tuple[Float[Array, "n n"], Float[Array, ""], Float[Array, ""]]:
+    """As `whiten`, but what is added is enough for solutions to be right, not only finite; and how
+    far they are off before they are refined (`error_of`). It has no derivative.
+    """
+    size = len(covariance)
+    eye = jnp.eye(size, dtype=covariance.dtype)
+    unit = jnp.finfo(covariance.dtype).eps * jnp.max(jnp.diagonal(covariance), initial=0)
+
+    def attempt(jitter: Array) -> tuple[Array, Array]:
+        shifted = covariance + jitter * eye
+        factor = jax.lax.linalg.cholesky(shifted, symmetrize_input=False)
+        inverse = jax.lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
+        whitening = jnp.tril(inverse)
+        return whitening, error_of(shifted, whitening)
+
+    def fails(state: tuple[Array, Array, Array, Array]) -> Array:
+        _, error, _, tries = state
+        return ~(error <= ERROR) & (tries < _TRIES)
+
+    def again(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        _, _, jitter, tries = state
+        jitter = jnp.maximum(jitter * _FACTOR, unit * _FIRST)
+        return *attempt(jitter), jitter, tries + 1
+
+    none = jnp.zeros_like(unit)
+    start = (*attempt(none), none, jnp.zeros((), int))
+    whitening, error, jitter, _ = jax.lax.while_loop(fails, again, start)
+    return whitening, jitter, error
 
 
 @jax.custom_jvp
@@ -124,15 +160,14 @@ def solve(
     return jax.lax.custom_linear_solve(times, right, inverse, symmetric=True)
 
 
-def error_of(
-    covariance: Float[Array, "n n"],
-    whitening: Float[Array, "n n"],
-    places: Int[Array, " b"],
-) -> Float[Array, ""]:
-    """How far these columns of A W' W are from the unit matrix's: what refining is to take away."""
-    found = multiply(covariance, multiply(whitening.T, whitening[:, places]))
-    unit = jax.nn.one_hot(places, len(covariance), axis=0, dtype=found.dtype)
-    return jnp.max(jnp.sqrt(jnp.sum((found - unit) ** 2, axis=0)), initial=0)
+def error_of(covariance: Float[Array, "n n"], whitening: Float[Array, "n n"]) -> Float[Array, ""]:
+    """By how much of their right sides solutions miss these, before they are refined: the worst of
+    some that are as smooth as covariances are. (Of a unit vector, A times the solution is mostly
+    rounding, however good the factor is.)"""
+    draws = np.random.default_rng(0).normal(size=(len(covariance), _PROBES))
+    right = multiply(covariance, jnp.asarray(draws, covariance.dtype))
+    missed = right - multiply(covariance, _twice(whitening, right))
+    return jnp.max(jnp.linalg.norm(missed, axis=0) / jnp.linalg.norm(right, axis=0))
 
 
 def _twice(whitening: Float[Array, "n n"], vectors: Float[Array, "n q"]) -> Float[Array, "n q"]:
