@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,9 +23,10 @@ from ..codes import (
     points_of,
 )
 from ..inference import check_conditions, group_points
-from ..surrogates import Doubt, assess, doubtful
+from ..surrogates import Doubt, ErrorBars, Scheme, assess, doubtful, error_bars
 from ._batch import BatchAnswers, Enough, check_deadline
 from ._pool import AbstractPool
+from ._schemes import Judged, Sent, scheme_steps
 from ._worker import no_mesh, off_meshes
 
 
@@ -53,9 +53,10 @@ class Timing:
 class PoolResult:
     """Predictions with their status, the answers they rest on, and the time it took.
 
-    With a `Doubt`, `doubt` is the probability that a label is not the model's own, and `reexecuted`
-    says which predictions are the model's own because they were run again (their doubt is 0);
-    without, both are None. `answers` are those to coded data points.
+    With a `Doubt`, `doubt` is the probability that a label is not the model's own; of a scheme,
+    `deviation` is how far predictions may be off, in units of the outputs. `reexecuted` says which
+    predictions are the model's own because they were run again (their doubt and deviation are 0).
+    What there is none of is None. `answers` are those to coded data points.
     """
 
     decoded: Decoded
@@ -63,18 +64,21 @@ class PoolResult:
     timing: Timing
     doubt: Float[np.ndarray, "*groups num_data"] | None = None
     reexecuted: Bool[np.ndarray, "*groups num_data"] | None = None
+    deviation: Float[np.ndarray, "*groups num_data"] | None = None
 
 
 @no_mesh()
 def pool_inference(
     pool: AbstractPool,
-    code: AbstractCode,
+    code: AbstractCode | Scheme,
     *,
     with_status: bool = False,
     grouped: bool | None = None,
     doubt: Doubt | None = None,
     max_disagreement: float | None = None,
     max_reexecution: float = 1.0,
+    tolerance: float | None = None,
+    coverage: float = 0.9,
 ) -> Callable[..., Any]:
     """One function `(x, enough=None, deadline=60.0) -> predictions` for a pool behind a code.
 
@@ -92,59 +96,73 @@ def pool_inference(
     data points of a call. That is hedged as all the pool does. What has no such answer when the
     deadline comes stays as decoded; `PoolResult.doubt` tells how doubtful it is.
 
+    A `Scheme` in the code's place is carried out: its order (over all data points of a call), its
+    surrogate or learner, where its redundant workers are, its doubt and its error bars. With a
+    `tolerance`, in units of the outputs, data points whose error bar (with this `coverage`) is
+    larger are sent again as above.
+
     What was calibrated under other `conditions` than the pool's (a doubt, a forecast's rule) says
     so by a `CalibrationWarning`.
 
     The encoder and the decoder are compiled here, once, for every straggler set.
 
-    Raises: ValueError for a doubt without `max_disagreement` or the reverse, shares outside [0, 1],
-    a doubt that wants a surrogate, and a code that is no regression; for an x that does not fit or
+    Raises: ValueError for a doubt without `max_disagreement` or the reverse, or beside a scheme, a
+    tolerance without a scheme or beside a `max_disagreement`, shares outside [0, 1], a doubt that
+    wants a surrogate, and a code that is no regression; for an x that does not fit or
     is not finite, and a deadline that is not positive, before anything is sent; TimeoutError where
     no prediction can be recovered from what is in at the deadline; RuntimeError where no worker
     answers and none will.
     """
-    check_conditions(doubt, pool.conditions)
-    code, doubt = off_meshes((code, doubt))
-    encoder = encoder_rows(code)
-    kinds = code.worker_models.tolist()
-    limit = _limit(code, doubt, max_disagreement, max_reexecution)
-    decode: Any = shared_decoder(code) if doubt is None else shared_assessor(code, doubt)
+    bars = None
+    if isinstance(code, Scheme):
+        scheme = off_meshes(code)
+        plain, bars = scheme.code, scheme.bars
+        check_conditions((scheme.doubt, bars), pool.conditions)
+        limit = _scheme_limit(scheme, doubt, max_disagreement, max_reexecution, tolerance)
+        send, judge = scheme_steps(scheme)
+    elif tolerance is not None:
+        raise ValueError("a tolerance wants error bars: give a `Scheme` in the code's place")
+    else:
+        check_conditions(doubt, pool.conditions)
+        plain, doubt = off_meshes((code, doubt))
+        limit = _limit(plain, doubt, max_disagreement, max_reexecution)
+        send, judge = _code_steps(plain, doubt)
+    kinds = plain.worker_models.tolist()
 
     @no_mesh()
     def infer(x: PyTree, enough: Enough | None = None, deadline: float = 60.0):
         begin = time.perf_counter()
         deadline = check_deadline(deadline)
-        x, many = _groups(code, x, grouped)
-        coded = jax.tree.map(lambda leaf: encode_on_host(encoder, leaf), x)
+        x, many = _groups(plain, x, grouped)
+        outgoing = send(x)
         encoded = time.perf_counter()
         check_conditions(enough, pool.conditions)
         needed = None if enough is None or callable(enough) else operator.index(enough)
-        with pool.dispatch(coded, kinds=kinds, needed=needed) as batch:
+        with pool.dispatch(outgoing.coded, kinds=kinds, needed=needed) as batch:
             sent = time.perf_counter()
             answers = batch.wait(enough, deadline)
         waited = time.perf_counter()
         if answers.values is None:
             raise _nobody(pool, answers, deadline)
-        decoded, doubts, again = decode(answers.values, answers.available), None, None
-        if doubt is not None:
-            decoded, doubts = decoded
-        decoded, doubts = jax.tree.map(np.asarray, (decoded, doubts))
+        judged = judge(outgoing, answers.values, answers.available)
+        decoded, again = judged.decoded, None
         if not np.any(decoded.recovered):
             raise TimeoutError(
                 f"no prediction can be recovered from the {answers.available.sum()} of "
-                f"{code.num_workers} answers that were in after {deadline} s"
+                f"{plain.num_workers} answers that were in after {deadline} s"
             )
         end = time.perf_counter()
-        if doubts is not None:
-            most = int(max_reexecution * doubts.size)
-            chosen = doubtful(doubts.ravel(), limit=limit, at_most=most)
-            left = deadline - (end - sent)
-            decoded, doubts, again = _reexecute(pool, x, decoded, doubts, chosen, left)
+        score = _score(judged, bars, max_disagreement, tolerance, coverage)
+        if score is not None:
+            most = int(max_reexecution * score.size)
+            chosen = doubtful(score.ravel(), limit=limit, at_most=most)
+            judged, again = _reexecute(pool, x, judged, chosen, deadline - (end - sent))
         if not many:
-            decoded, doubts, again = jax.tree.map(lambda leaf: leaf[0], (decoded, doubts, again))
+            judged, again = jax.tree.map(lambda leaf: leaf[0], (judged, again))
+        decoded, doubts, deviation = judged
         last = time.perf_counter() - end
         timing = Timing(encoded - begin, sent - encoded, waited - sent, end - waited, last)
-        result = PoolResult(decoded, answers, timing, doubts, again)
+        result = PoolResult(decoded, answers, timing, doubts, again, deviation)
         return result if with_status else decoded.predictions
 
     return infer
@@ -172,27 +190,66 @@ def _limit(
     return doubt.limit(max_disagreement)
 
 
+def _scheme_limit(
+    scheme: Scheme,
+    doubt: Doubt | None,
+    max_disagreement: float | None,
+    max_reexecution: float,
+    tolerance: float | None,
+) -> float:
+    """How much of a scheme's doubt, or of its error bars, is too much to answer at once."""
+    if doubt is not None:
+        raise ValueError("a scheme has its own doubt: Scheme(code, doubt=...)")
+    everything = _limit(scheme.code, None, None, max_reexecution)
+    if tolerance is not None:
+        if max_disagreement is not None or not tolerance >= 0:
+            raise ValueError(
+                f"a tolerance must be 0 or positive, and without max_disagreement: {tolerance}"
+            )
+        return tolerance
+    if max_disagreement is None:
+        return everything
+    if scheme.doubt is None:
+        raise ValueError("max_disagreement wants a doubt: Scheme(code, doubt=...)")
+    return scheme.doubt.limit(max_disagreement)
+
+
+def _score(
+    judged: Judged,
+    bars: ErrorBars | None,
+    max_disagreement: float | None,
+    tolerance: float | None,
+    coverage: float,
+) -> Float[np.ndarray, "groups num_data"] | None:
+    """What says which data points are too doubtful; None where nothing is to be run again."""
+    if tolerance is not None:
+        assert judged.deviation is not None
+        bar = np.asarray(error_bars(jnp.asarray(judged.deviation), bars, coverage))
+        return np.where(judged.decoded.recovered, bar, np.inf)
+    return judged.doubt if max_disagreement is not None else None
+
+
 def _reexecute(
     pool: AbstractPool,
     x: PyTree[Shaped[np.ndarray, "groups num_data ..."]],
-    decoded: Decoded,
-    doubt: Float[np.ndarray, "groups num_data"],
+    judged: Judged,
     chosen: Int[np.ndarray, " chosen"],
     seconds: float,
-) -> tuple[Decoded, Float[np.ndarray, "groups num_data"], Bool[np.ndarray, "groups num_data"]]:
+) -> tuple[Judged, Bool[np.ndarray, "groups num_data"]]:
     """Has the pool run these data points themselves: what is known then, and which were in time."""
-    again = np.zeros(doubt.shape, bool)
+    decoded = judged.decoded
+    again = np.zeros(decoded.recovered.shape, bool)
     if len(chosen) == 0 or seconds <= 0:
-        return decoded, doubt, again
+        return judged, again
     # As many in a call as coded ones were, for which workers have compiled their program.
-    size = len(doubt)
+    size = len(again)
     rows = np.resize(chosen, -(-len(chosen) // size) * size).reshape(-1, size)
     points = jax.tree.map(lambda leaf: leaf[rows], points_of(x))
     with pool.dispatch(points) as batch:
         answers = batch.wait(deadline=seconds)
     if answers.values is None:
-        return decoded, doubt, again
-    places = np.unravel_index(rows[answers.available], doubt.shape)
+        return judged, again
+    places = np.unravel_index(rows[answers.available], again.shape)
 
     def filled(values: Any, new: Any) -> Any:
         values = np.array(values)
@@ -200,12 +257,13 @@ def _reexecute(
         return values
 
     own = jax.tree.map(lambda leaf: leaf[answers.available], answers.values)
-    status = eqx.tree_at(
-        lambda d: (d.predictions, d.recovered),
-        decoded,
-        (jax.tree.map(filled, decoded.predictions, own), filled(decoded.recovered, True)),
+    status = Decoded(
+        jax.tree.map(filled, decoded.predictions, own),
+        decoded.heard,
+        filled(decoded.recovered, True),
     )
-    return status, filled(doubt, 0), filled(again, True)
+    sure = (None if each is None else filled(each, 0) for each in judged[1:])
+    return Judged(status, *sure), filled(again, True)
 
 
 def _groups(code: AbstractCode, x: PyTree, grouped: bool | None) -> tuple[PyTree, bool]:
@@ -213,6 +271,25 @@ def _groups(code: AbstractCode, x: PyTree, grouped: bool | None) -> tuple[PyTree
     groups, many = group_points(code, jax.tree.map(np.asarray, x), grouped)
     check_finite(groups if many else jax.tree.map(lambda leaf: leaf[0], groups), 2 if many else 1)
     return groups, many
+
+
+def _code_steps(
+    code: AbstractCode, doubt: Doubt | None
+) -> tuple[Callable[[PyTree], Sent], Callable[[Sent, PyTree, np.ndarray], Judged]]:
+    """As `scheme_steps`, for a code by itself, and a doubt."""
+    encoder = encoder_rows(code)
+    decode = shared_decoder(code)
+    assessor = None if doubt is None else shared_assessor(code, doubt)
+
+    def send(x: PyTree) -> Sent:
+        return Sent(jax.tree.map(lambda leaf: encode_on_host(encoder, leaf), x))
+
+    def judge(_: Sent, values: PyTree, available: np.ndarray) -> Judged:
+        if assessor is None:
+            return Judged(jax.tree.map(np.asarray, decode(values, available)))
+        return Judged(*jax.tree.map(np.asarray, assessor(values, available)))
+
+    return send, judge
 
 
 def shared_decoder(code: AbstractCode) -> Callable[[PyTree, np.ndarray], Decoded]:
