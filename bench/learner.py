@@ -1,0 +1,100 @@
+"""What a learner from past answers costs: taking in a group's answers, and answering queries.
+
+    python bench/learner.py [--quick] [--repeats N]
+
+One `update` with 32 pairs and one `predict` for 32 queries, together and by themselves, for
+windows and numbers of outputs that users have, beside making the factor anew. Each is compiled
+once, by turns; the count of compilations is checked.
+
+Writes results/learner.json (--quick: learner-quick.json).
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from _report import CompileCounter, Contender, environment, interleaved, write_json
+from _settings import PACKAGES
+
+from nercc_jax.surrogates import Learner, start_learner
+
+RESULTS = Path(__file__).parent / "results"
+QUERIES, FEATURES = 32, 16
+CASES = ((512, 10), (1024, 10), (1024, 1000), (2048, 10), (4096, 10))  # window, outputs
+COUNTER = CompileCounter()
+
+
+@eqx.filter_jit
+def update(learner: Learner, x: jax.Array, y: jax.Array) -> Learner:
+    return learner.update(x, y)
+
+
+@eqx.filter_jit
+def predict(learner: Learner, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return learner.predict(x)
+
+
+@eqx.filter_jit
+def both(learner: Learner, x: jax.Array, y: jax.Array, queries: jax.Array) -> Any:
+    learner = learner.update(x, y)
+    return learner, learner.predict(queries)
+
+
+@eqx.filter_jit
+def refreshed(learner: Learner) -> Learner:
+    return learner.refreshed()
+
+
+def case(window: int, outputs: int, repeats: int) -> dict[str, Any]:
+    """Seconds of each, on a window that is full."""
+    keys = jax.random.split(jax.random.key(window + outputs), 3)
+    weights = jax.random.normal(keys[0], (FEATURES, outputs)) / 4
+    x = jax.random.normal(keys[1], (window, FEATURES))
+    learner = start_learner(x, jnp.sin(x @ weights), capacity=window)
+    fresh = jax.random.normal(keys[2], (QUERIES, FEATURES))
+    answers, queries = jnp.sin(fresh @ weights), fresh + 0.1
+
+    def ready(call: Any, *args: Any) -> Contender:
+        return Contender(lambda: jax.block_until_ready(call(*args)))
+
+    contenders = {
+        "update": ready(update, learner, fresh, answers),
+        "predict": ready(predict, learner, queries),
+        "update and predict": ready(both, learner, fresh, answers, queries),
+        "factor anew": ready(refreshed, learner),
+    }
+    for contender in contenders.values():
+        contender.call()
+    before = COUNTER.compilations
+    timings = interleaved(contenders, repeats)
+    after = update(learner, fresh, answers)
+    return {
+        "window": window,
+        "outputs": outputs,
+        "queries": QUERIES,
+        "compiled_again": COUNTER.compilations - before,
+        "error": float(after.error),
+        **{name: timing.summary() for name, timing in timings.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one small window, few repeats")
+    parser.add_argument("--repeats", type=int, default=100)
+    options = parser.parse_args()
+    cases = ((256, 10),) if options.quick else CASES
+    rows = [case(*each, 5 if options.quick else options.repeats) for each in cases]
+    for row in rows:
+        told = (f"{name} {1e3 * row[name]['median_s']:.1f} ms" for name in row if " " in name)
+        alone = (f"{name} {1e3 * row[name]['median_s']:.1f} ms" for name in ("update", "predict"))
+        print(f"{row['window']} x {row['outputs']}: {', '.join([*alone, *told])}", flush=True)
+    name = "learner-quick.json" if options.quick else "learner.json"
+    write_json(RESULTS / name, {"environment": environment(PACKAGES), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
