@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -257,10 +258,10 @@ def _reexecute(
         return values
 
     own = jax.tree.map(lambda leaf: leaf[answers.available], answers.values)
-    status = Decoded(
-        jax.tree.map(filled, decoded.predictions, own),
-        decoded.heard,
-        filled(decoded.recovered, True),
+    status = eqx.tree_at(
+        lambda d: (d.predictions, d.recovered),
+        decoded,
+        (jax.tree.map(filled, decoded.predictions, own), filled(decoded.recovered, True)),
     )
     sure = (None if each is None else filled(each, 0) for each in judged[1:])
     return Judged(status, *sure), filled(again, True)
