@@ -1,0 +1,279 @@
+"""Functions that are smooth in their inputs, and real: what functions.py is about.
+
+Each is a plain function of a batch. Simulators draw their inputs; networks have rows of data, of
+which one part is for choosing and another for judging.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from nercc_models import load_data, load_model, load_student
+
+Function = Callable[[Array], Array]
+Drawing = Callable[[np.random.Generator, int], np.ndarray]
+
+SIMULATORS = ("Lotka-Volterra", "epidemic", "Burgers", "Fisher", "elliptic")
+EMBEDDINGS = ("digits", "CIFAR-10")
+NAMES = (*SIMULATORS, *EMBEDDINGS, "diabetes")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A function, and where its inputs come from.
+
+    - `pools`: the rows for choosing and for judging, or how to draw inputs where there is no end.
+    - `features`: what a learner goes by, None for the inputs.
+    - `kernel`: options of `fit_learner`, the same for all cells.
+    """
+
+    name: str
+    about: str
+    function: Function
+    pools: tuple[np.ndarray, np.ndarray] | Drawing
+    features: Function | None = None
+    kernel: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def inputs(self, judging: bool, seed: int, count: int) -> np.ndarray:
+        """So many inputs, the same for a seed; those for judging are none of those for choosing."""
+        random = np.random.default_rng((seed, judging))
+        if callable(self.pools):
+            return self.pools(random, count).astype(np.float32)
+        pool = self.pools[judging]
+        return pool[random.permutation(len(pool))[:count]]
+
+
+def load(name: str, data_dir: Path) -> Case:
+    """A case by name, its network trained or loaded."""
+    makers: dict[str, Callable[[], Case]] = {
+        "Lotka-Volterra": _lotka_volterra,
+        "epidemic": _epidemic,
+        "Burgers": _burgers,
+        "Fisher": _fisher,
+        "elliptic": _elliptic,
+        "digits": _digits,
+        "CIFAR-10": lambda: _cifar10(data_dir),
+        "diabetes": _diabetes,
+    }
+    return makers[name]()
+
+
+def within(*ranges: tuple[float, float]) -> Drawing:
+    """Parameters uniform in these ranges."""
+    low, high = np.asarray(ranges).T
+    return lambda random, count: random.uniform(low, high, (count, len(ranges)))
+
+
+def runge_kutta(slope: Callable[[Array], Array], start: Array, step: float, steps: int) -> Array:
+    """The states after each step, (steps, *start.shape)."""
+
+    def advance(y: Array, _: None) -> tuple[Array, Array]:
+        a = slope(y)
+        b = slope(y + step / 2 * a)
+        c = slope(y + step / 2 * b)
+        d = slope(y + step * c)
+        y = y + step / 6 * (a + 2 * b + 2 * c + d)
+        return y, y
+
+    return jax.lax.scan(advance, start, None, length=steps)[1]
+
+
+def lotka_volterra(p: Float[Array, "batch 4"]) -> Float[Array, "batch 40"]:
+    """Prey and predators at 20 times up to 8, by growth, capture, gain and death."""
+    growth, capture, gain, death = p.T
+
+    def slope(y: Array) -> Array:
+        prey, predators = y
+        met = prey * predators
+        return jnp.stack([growth * prey - capture * met, gain * met - death * predators])
+
+    start = jnp.stack([jnp.ones_like(growth), jnp.full_like(growth, 0.8)])
+    states = runge_kutta(slope, start, 0.02, 400)[19::20]
+    return states.transpose(2, 0, 1).reshape(len(p), -1)
+
+
+def _lotka_volterra() -> Case:
+    ranges = within((0.8, 1.6), (0.4, 1.2), (0.3, 0.9), (0.6, 1.4))
+    about = "an ordinary differential equation; 4 parameters, 40 outputs"
+    return Case("Lotka-Volterra", about, lotka_volterra, ranges)
+
+
+def epidemic(p: Float[Array, "batch 5"]) -> Float[Array, "batch 40"]:
+    """The shares that are exposed and infectious on 20 days (SEIR with waning immunity)."""
+    contacts, incubation, recovery, waning, seed = p.T
+
+    def slope(y: Array) -> Array:
+        exposed, infectious, immune = y
+        susceptible = 1 - exposed - infectious - immune
+        caught = contacts * susceptible * infectious
+        return jnp.stack(
+            [
+                caught - exposed / incubation,
+                exposed / incubation - infectious / recovery,
+                infectious / recovery - waning * immune,
+            ]
+        )
+
+    start = jnp.stack([seed, seed / 2, jnp.zeros_like(seed)])
+    states = runge_kutta(slope, start, 0.5, 240)[11::12, :2]
+    return states.transpose(2, 0, 1).reshape(len(p), -1)
+
+
+def _epidemic() -> Case:
+    ranges = within((0.3, 0.8), (2.0, 6.0), (4.0, 10.0), (0.0, 0.02), (0.002, 0.02))
+    about = "SEIR, an ordinary differential equation; 5 parameters, 40 outputs"
+    return Case("epidemic", about, epidemic, ranges)
+
+
+def burgers(c: Float[Array, "batch 6"]) -> Float[Array, "batch 32"]:
+    """The velocity at time 1 on 32 places of a circle, viscosity 0.03, from three waves.
+
+    Spectral, dealiased; the heat part is exact, the rest by the midpoint rule.
+    """
+    n, viscosity, steps = 64, 0.03, 200
+    x = jnp.arange(n) * 2 * jnp.pi / n
+    start = sum(
+        (c[:, 2 * k : 2 * k + 1] * jnp.sin((k + 1) * x) / (k + 1))
+        + (c[:, 2 * k + 1 : 2 * k + 2] * jnp.cos((k + 1) * x) / (k + 1))
+        for k in range(3)
+    )
+    wave = jnp.fft.rfftfreq(n, 1 / n)
+    step = 1 / steps
+    half = jnp.exp(-viscosity * wave**2 * step / 2)
+
+    def transport(w: Array) -> Array:
+        u = jnp.fft.irfft(w * (wave < n / 3), n, axis=1)
+        return -0.5j * wave * jnp.fft.rfft(u * u, axis=1)
+
+    def advance(w: Array, _: None) -> tuple[Array, None]:
+        middle = half * (w + step / 2 * transport(w))
+        return half * (half * w + step * transport(middle)), None
+
+    end, _ = jax.lax.scan(advance, jnp.fft.rfft(start, axis=1), None, length=steps)
+    return jnp.fft.irfft(end, n, axis=1)[:, ::2]
+
+
+def _burgers() -> Case:
+    about = "a partial differential equation with shocks; 6 coefficients, 32 outputs"
+    return Case("Burgers", about, burgers, within(*[(-1.0, 1.0)] * 6))
+
+
+def fisher(p: Float[Array, "batch 5"]) -> Float[Array, "batch 32"]:
+    """A population's density at time 4 on 32 places: it grows, spreads and drifts from a hump."""
+    growth, diffusion, drift, place, width = (column[:, None] for column in p.T)
+    n, steps = 64, 400
+    x = (jnp.arange(n) + 0.5) / n
+    start = 0.8 * jnp.exp(-(((x - place) / width) ** 2) / 2)
+
+    def slope(u: Array) -> Array:
+        before, after = jnp.roll(u, 1, axis=1), jnp.roll(u, -1, axis=1)
+        spread = diffusion * (before - 2 * u + after) * n**2
+        return growth * u * (1 - u) + spread - drift * (after - before) * n / 2
+
+    return runge_kutta(slope, start, 4 / steps, steps)[-1][:, ::2]
+
+
+def _fisher() -> Case:
+    ranges = within((0.3, 1.5), (0.0005, 0.004), (-0.05, 0.05), (0.35, 0.65), (0.03, 0.1))
+    about = "Fisher and KPP's reaction, diffusion and drift; 5 parameters, 32 outputs"
+    return Case("Fisher", about, fisher, ranges)
+
+
+def elliptic(z: Float[Array, "batch 10"]) -> Float[Array, "batch 20"]:
+    """u of -(a u')' = 1, u = 0 at both ends, on 20 places; log a is a sum of ten random waves."""
+    n = 100
+    s = (jnp.arange(n) + 0.5) / n
+    wave = jnp.arange(z.shape[1]) + 0.5
+    resistance = jnp.exp(
+        -0.6 * z @ (jnp.sqrt(2) * jnp.sin(jnp.pi * wave[:, None] * s) / wave[:, None])
+    )
+    flow, load = jnp.cumsum(resistance, axis=1) / n, jnp.cumsum(s * resistance, axis=1) / n
+    return (load[:, -1:] / flow[:, -1:] * flow - load)[:, 4::5]
+
+
+def _elliptic() -> Case:
+    about = "an elliptic equation with a random coefficient; 10 normal numbers, 20 outputs"
+    return Case("elliptic", about, elliptic, lambda random, count: random.normal(size=(count, 10)))
+
+
+class Embedding(eqx.Module):
+    """A shipped network up to its last layer; of data points in one row, as they were stored."""
+
+    network: Any
+    last: str = eqx.field(static=True)
+    shape: tuple[int, ...] = eqx.field(static=True)
+    preprocess: Function | None = eqx.field(static=True, default=None)
+
+    def __call__(self, x: Float[Array, "batch d"]) -> Float[Array, "batch m"]:
+        from flax import nnx
+
+        network: Any = nnx.merge(self.network.graphdef, self.network.state)
+        setattr(network, self.last, lambda inner: inner)
+        x = x.reshape(len(x), *self.shape)
+        return network(x if self.preprocess is None else self.preprocess(x))
+
+
+def _digits() -> Case:
+    data = load_data("digits", "train").images
+    rows = np.random.default_rng(0).permutation(data.reshape(len(data), -1).astype(np.float32))
+    model = load_model("lenet5-digits")
+    function = Embedding(model, "fc3", data.shape[1:], model.preprocess)
+    about = "the 84 numbers before LeNet5's last layer, of scikit-learn's digits; 64 pixels"
+    third = len(rows) // 3
+    return Case("digits", about, function, (rows[:third], rows[third:]))
+
+
+def _cifar10(data_dir: Path) -> Case:
+    model, student = load_model("repvgg-cifar10"), load_student("repvgg-cifar10")
+    images = load_data("cifar10", "test", data_dir=data_dir).shuffled(0).images
+    x = np.asarray(model.preprocess(images))
+    rows, shape = x.reshape(len(x), -1), x.shape[1:]
+    about = "RepVGG's inner layer of CIFAR-10's test images, 3,072 pixels; the learner goes by its "
+    about += "student's inner layer"
+    function, features = Embedding(model, "head", shape), Embedding(student, "head", shape)
+    return Case("CIFAR-10", about, function, (rows[:2000], rows[2000:]), features)
+
+
+def _diabetes() -> Case:
+    from sklearn.datasets import load_diabetes
+
+    x, target = load_diabetes(return_X_y=True)
+    x, target = ((each - each.mean(0)) / each.std(0) for each in (x, target))
+    rows = np.random.default_rng(0).permutation(x.astype(np.float32))
+    network = train(x.astype(np.float32), target.astype(np.float32))
+    about = (
+        "a network of 2 x 64 units, trained on scikit-learn's diabetes data; 10 inputs, 1 output"
+    )
+    return Case("diabetes", about, network, (rows[:140], rows[140:]))
+
+
+def train(x: np.ndarray, target: np.ndarray, *, steps: int = 400) -> Function:
+    """A regression network, by Adam with weight decay, all rows at once."""
+    network = eqx.nn.MLP(x.shape[1], 1, 64, 2, jnp.tanh, key=jax.random.key(0))
+    optimizer = optax.adamw(3e-3, weight_decay=1e-2)
+
+    def loss(network: eqx.nn.MLP) -> Array:
+        return jnp.mean((jax.vmap(network)(x)[:, 0] - target) ** 2)
+
+    @eqx.filter_jit
+    def descend(network: eqx.nn.MLP) -> eqx.nn.MLP:
+        numbers, fixed = eqx.partition(network, eqx.is_array)
+
+        def step(state, _):
+            numbers, moments = state
+            slopes = eqx.filter_grad(loss)(eqx.combine(numbers, fixed))
+            updates, moments = optimizer.update(slopes, moments, numbers)
+            return (eqx.apply_updates(numbers, updates), moments), None
+
+        (numbers, _), _ = jax.lax.scan(step, (numbers, optimizer.init(numbers)), None, length=steps)
+        return eqx.combine(numbers, fixed)
+
+    return jax.vmap(descend(network))

@@ -1,0 +1,340 @@
+"""What functions.py measures of one function: every system, on the same inputs and stragglers."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from _functions_cases import EMBEDDINGS, Case
+from jaxtyping import Array, Bool, Float
+
+from nercc_jax import Berrut, NeRCC, Scheme, fit_surrogate
+from nercc_jax.codes import Known, encode_groups, known_encoder
+from nercc_jax.evaluation import recall, row_errors
+from nercc_jax.stragglers import AbstractStragglers, ContiguousStragglers, ExactStragglers
+from nercc_jax.surrogates import Assessed, Kernel, Learner, bars_of, fit_learner, start_learner
+
+NUM_DATA = 20
+COVERAGE = 0.9
+LAMBDAS = (0.0, *np.logspace(-9, -1, 5))  # of the decoder, for what is tuned
+LAYOUTS = ("interleaved", "chebyshev", "mixed:0.5")
+KERNELS: dict[str, dict[str, Any]] = {
+    "one width": {},
+    "one width and a line": {"linear": True},
+    "a width each": {"widths": "each"},
+    "a width each and a line": {"widths": "each", "linear": True},
+}
+WIDTHS_FOR = 16  # features at most that have a width each
+RIVALS = (
+    "BACC",
+    "NeRCC, published",
+    "NeRCC, tuned",
+    "NeRCC, following points",
+    "copies, else the mean",
+    "copies, else the nearest",
+    "copies, else a GP over the group",
+)
+ALONE = "learner, no redundancy"
+RANDOM, DOUBTFUL = "learner, copies of random points", "learner, copies of the most doubtful"
+CODED = tuple(f"learner, {layout}" for layout in LAYOUTS)
+MIXED = "learner and code, as fit_surrogate mixes them"
+LEARNERS = (ALONE, RANDOM, DOUBTFUL, *CODED, MIXED)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    name: str
+    num_workers: int
+    law: AbstractStragglers
+
+
+CELLS = (
+    Cell("(24, 20, 2)", 24, ExactStragglers(2)),
+    Cell("(24, 20, 4)", 24, ExactStragglers(4)),
+    Cell("(30, 20, 5)", 30, ExactStragglers(5)),
+    Cell("(30, 20, rack of 6)", 30, ContiguousStragglers(6)),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Past answers, groups that are judged, straggler sets that each of them meets, and draws of
+    all of these: for choosing, for judging."""
+
+    history: int = 120
+    groups: int = 8
+    sets: int = 6
+    chosen: int = 3
+    judged: int = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """Past pairs and points to be judged, with the function's own outputs."""
+
+    past: np.ndarray
+    past_outputs: Float[Array, "past m"]
+    x: np.ndarray
+    own: Float[Array, "points m"]
+    others: Float[Array, "others m"] | None
+    seed: int
+
+    def masks(self, cell: Cell, sets: int) -> Bool[Array, "sets groups num_workers"]:
+        """Each group has its own stragglers."""
+        groups = len(self.x) // NUM_DATA
+        keys = jax.random.split(jax.random.key(self.seed), sets * groups)
+        drawn = jax.vmap(lambda key: cell.law.available(key, cell.num_workers))(keys)
+        return drawn.reshape(sets, groups, cell.num_workers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbers:
+    """What a system did on one draw: RMSE by the outputs' spread, of the uncertain ones the share
+    within their bars and how many, recall@10."""
+
+    rmse: float
+    covered: float | None = None
+    uncertain: int = 0
+    recall: float | None = None
+
+
+class Bench:
+    """One function's measurements. What is chosen is chosen on draws of their own."""
+
+    def __init__(self, case: Case, size: Size, log: Callable[[str], Any]):
+        self.case, self.size, self.log = case, size, log
+        self.function = eqx.filter_jit(case.function)
+        self._choosing = [self._draw(False, seed) for seed in range(size.chosen)]
+        self._judging = [self._draw(True, seed) for seed in range(size.judged)]
+        self.kernel, self.kernels = self._choose_kernel()
+        self._learners = {id(draw): self.learner(draw) for draw in self.draws(None)}
+        self._codes: dict[str, NeRCC] = {}
+
+    def draws(self, judging: bool | None) -> list[Draw]:
+        both = {True: self._judging, False: self._choosing}
+        return [*self._choosing, *self._judging] if judging is None else both[judging]
+
+    def learner(self, draw: Draw, kernel: str | None = None) -> Learner:
+        """What the past answers of a draw teach."""
+        return fit_learner(
+            draw.past,
+            draw.past_outputs,
+            capacity=len(draw.past),
+            features=self.case.features,
+            **KERNELS[kernel or self.kernel],
+        )
+
+    def measure(self, cell: Cell, *, judging: bool) -> dict[str, list[Numbers]]:
+        """All systems in one cell, a row for each draw."""
+        found: dict[str, list[Numbers]] = {}
+        for draw in self.draws(judging):
+            for name, numbers in self._systems(cell, draw):
+                found.setdefault(name, []).append(numbers)
+        return found
+
+    def prepare(self, cell: Cell) -> None:
+        """Finds what is chosen for a cell: NeRCC's lambda and layout, and how to mix."""
+        for name, order, layouts, follow in (
+            ("NeRCC, published", None, ("chebyshev",), None),
+            ("NeRCC, tuned", "pixels", (*LAYOUTS, "repeated"), None),
+            ("NeRCC, following points", "pixels", ("interleaved", "chebyshev"), "inputs"),
+        ):
+            codes = [_nercc(cell, layout, value) for layout in layouts for value in LAMBDAS]
+            schemes = [Scheme(code, order=order, follow=follow) for code in codes]
+            self._codes[name] = codes[int(np.argmin([self._chosen(cell, s) for s in schemes]))]
+        draw = self._choosing[0]
+        self._mixed = fit_surrogate(
+            self.function,
+            self._learners[id(draw)],
+            _nercc(cell, LAYOUTS[0]),
+            draw.x,
+            {"law": cell.law},
+            key=jax.random.key(0),
+            num_sets=8,
+            criterion="mse",
+        )
+
+    def chosen(self) -> dict[str, Any]:
+        """What was chosen in the cell that was prepared last, in words and numbers."""
+        told = {name: {"lambda_dec": float(code.lambda_dec)} for name, code in self._codes.items()}
+        mixed = {"theta": float(self._mixed.theta), "kappa": float(self._mixed.kappa)}
+        return told | {MIXED: mixed}
+
+    def decode(
+        self, scheme: Scheme, x: np.ndarray, masks: Bool[Array, "sets groups num_workers"]
+    ) -> Assessed:
+        """What a scheme makes of data points under each straggler set; workers answer once."""
+        known = Known(known_encoder(scheme.code))
+        prepared, coded = _send(scheme, jnp.asarray(x), known)
+        return _conclude(scheme, jnp.asarray(x), prepared, self._answers(coded), masks, known)
+
+    def _draw(self, judging: bool, seed: int) -> Draw:
+        size = self.size
+        x = self.case.inputs(judging, seed, size.history + size.groups * NUM_DATA + 1000)
+        others = None
+        if self.case.name in EMBEDDINGS:
+            others = self.outputs(x[size.history + size.groups * NUM_DATA :])
+        x = x[: size.history + size.groups * NUM_DATA]
+        # The rows of data for choosing may be few.
+        history = min(size.history, len(x) * 3 // 5)
+        past, x = x[:history], x[history:]
+        x = x[: len(x) // NUM_DATA * NUM_DATA]
+        seed = 2 * seed + judging
+        return Draw(past, self.outputs(past), x, self.outputs(x), others, seed)
+
+    def outputs(self, x: np.ndarray | Array) -> Float[Array, "points m"]:
+        """The function's outputs, computed in batches of one size."""
+        rows, batch = len(x), 256
+        x = jnp.concatenate([jnp.asarray(x), jnp.zeros((-rows % batch, *x.shape[1:]))])
+        parts = [self.function(x[start : start + batch]) for start in range(0, len(x), batch)]
+        return jnp.concatenate(parts)[:rows]
+
+    def _answers(self, coded: Array) -> Array:
+        groups, workers = coded.shape[:2]
+        answers = self.outputs(coded.reshape(groups * workers, *coded.shape[2:]))
+        return answers.reshape(groups, workers, -1)
+
+    def _choose_kernel(self) -> tuple[str, dict[str, float]]:
+        """The kernel with the least error on what the learner was not told, and all errors."""
+        errors = {}
+        draws = self._choosing
+        few = draws[0].x.shape[1] <= WIDTHS_FOR and self.case.features is None
+        for kernel in KERNELS if few else [name for name in KERNELS if "each" not in name]:
+            told = [self.learner(draw, kernel).predict(draw.x)[0] for draw in draws]
+            errors[kernel] = float(np.mean(list(map(_rmse, told, draws))))
+        return min(errors, key=lambda kernel: errors[kernel]), errors
+
+    def _chosen(self, cell: Cell, scheme: Scheme) -> float:
+        """A scheme's error where things are chosen."""
+        draws = self._choosing
+        told = [self.decode(scheme, d.x, d.masks(cell, self.size.sets)) for d in draws]
+        errors = [_rmse(each.decoded.predictions, d) for each, d in zip(told, draws, strict=True)]
+        return float(np.nan_to_num(np.mean(errors), nan=np.inf))
+
+    def _systems(self, cell: Cell, draw: Draw) -> Iterator[tuple[str, Numbers]]:
+        masks = draw.masks(cell, self.size.sets)
+        for name, code, options in (
+            ("BACC", Berrut(NUM_DATA, cell.num_workers), {}),
+            ("NeRCC, published", self._codes["NeRCC, published"], {}),
+            ("NeRCC, tuned", self._codes["NeRCC, tuned"], {"order": "pixels"}),
+            (
+                "NeRCC, following points",
+                self._codes["NeRCC, following points"],
+                {"order": "pixels", "follow": "inputs"},
+            ),
+        ):
+            told = self.decode(Scheme(code, **options), draw.x, masks)
+            yield name, self._numbers(told.decoded.predictions, draw)
+        copies = _nercc(cell, "repeated")
+        kernel = self._learners[id(self._choosing[0])].kernel
+        held = np.argmax(np.asarray(copies.encoder_matrix()), axis=1)
+        answered = np.any((held[:, None] == np.arange(NUM_DATA)) & masks[..., None], axis=-2)
+        filled = _filled(draw.x, draw.own, jnp.asarray(answered), kernel, self.case.features)
+        for name, predictions in zip(RIVALS[4:], filled, strict=True):
+            yield name, self._numbers(predictions, draw)
+        learner = self._learners[id(draw)]
+        mixed = eqx.tree_at(
+            lambda one: (one.theta, one.kappa), learner, (self._mixed.theta, self._mixed.kappa)
+        )
+        alone = NeRCC(NUM_DATA, NUM_DATA, points="interleaved", lambda_dec=0.0)
+        plain = {"redundancy": "code"}
+        schemes = {
+            ALONE: Scheme(alone, learner, **plain),
+            RANDOM: Scheme(copies, learner, **plain),
+            DOUBTFUL: Scheme(_nercc(cell, "interleaved"), learner, redundancy="doubtful"),
+            **{
+                name: Scheme(_nercc(cell, layout), learner, **plain, order="pixels")
+                for name, layout in zip(CODED, LAYOUTS, strict=True)
+            },
+            MIXED: Scheme(_nercc(cell, LAYOUTS[0]), mixed, **plain, order="pixels"),
+        }
+        bars = bars_of(learner)
+        for name, scheme in schemes.items():
+            told = self.decode(scheme, draw.x, masks[..., : scheme.code.num_workers])
+            bar = bars(told.deviation, COVERAGE)
+            yield name, self._numbers(told.decoded.predictions, draw, bar)
+
+    def _numbers(
+        self,
+        predictions: Float[Array, "sets points m"],
+        draw: Draw,
+        bar: Float[Array, "sets points"] | None = None,
+    ) -> Numbers:
+        found = Numbers(_rmse(predictions, draw))
+        if bar is not None:
+            own = jnp.broadcast_to(draw.own, predictions.shape)
+            within = np.asarray(jax.vmap(row_errors)(predictions, own) <= bar)
+            uncertain = np.asarray(bar) > 0
+            share = float(np.mean(within[uncertain])) if uncertain.any() else None
+            found = dataclasses.replace(found, covered=share, uncertain=int(uncertain.sum()))
+        if draw.others is not None:
+            share = _recall(predictions, draw.own, draw.others)
+            found = dataclasses.replace(found, recall=float(share))
+        return found
+
+
+def picked(chosen: Mapping[str, list[Numbers]]) -> str:
+    """The system with the least error where things are chosen."""
+    return min(chosen, key=lambda name: np.mean([numbers.rmse for numbers in chosen[name]]))
+
+
+def _nercc(cell: Cell, layout: str, lambda_dec: float = 0.0) -> NeRCC:
+    return NeRCC(NUM_DATA, cell.num_workers, points=layout, lambda_dec=lambda_dec)
+
+
+def _rmse(predictions: Float[Array, "*sets points m"], draw: Draw) -> float:
+    """By the spread of the function's own outputs, over all sets, data points and outputs."""
+    own = np.asarray(draw.own, np.float64)
+    error = np.mean((np.asarray(predictions, np.float64) - own) ** 2)
+    return float(np.sqrt(error / np.mean((own - own.mean(axis=0)) ** 2)))
+
+
+@jax.jit
+def _recall(predictions: Array, own: Array, others: Array) -> Array:
+    return jnp.mean(jax.lax.map(lambda each: recall(each, own, others), predictions))
+
+
+@eqx.filter_jit
+def _send(scheme: Scheme, x: Array, known: Known) -> tuple[Any, Array]:
+    prepared = scheme.prepare(x)
+    encoders = scheme.encoders(prepared)
+    encoders = known.encoder if encoders is None else encoders
+    return prepared, encode_groups(scheme.code, scheme.groups(x, prepared), encoders)
+
+
+@eqx.filter_jit
+def _conclude(
+    scheme: Scheme, x: Array, prepared: Any, y: Array, masks: Array, known: Known
+) -> Assessed:
+    return jax.lax.map(lambda mask: scheme.conclude(x, prepared, y, mask, known), masks)
+
+
+@eqx.filter_jit
+def _filled(
+    x: Array,
+    own: Float[Array, "points m"],
+    answered: Bool[Array, "sets groups num_data"],
+    kernel: Kernel,
+    features: Callable[[Array], Array] | None,
+) -> tuple[Array, Array, Array]:
+    """Lost copies filled in by their groups' answers: the mean, the nearest, a Gaussian process."""
+    x = jnp.asarray(x).reshape(-1, NUM_DATA, x.shape[-1])
+    own = own.reshape(-1, NUM_DATA, own.shape[-1])
+    start = start_learner(x[0, :0], own[0, :0], capacity=NUM_DATA, features=features, kernel=kernel)
+
+    def of_group(x: Array, own: Array, answered: Array) -> tuple[Array, Array, Array]:
+        seen = answered[:, None]
+        mean = jnp.mean(own, axis=0, where=seen)
+        square = jnp.sum((x[:, None] - x) ** 2, axis=-1)
+        nearest = own[jnp.argmin(jnp.where(answered, square, jnp.inf), axis=1)]
+        process = start.update(x, own, answered).predict(x)[0]
+        return tuple(jnp.where(seen, own, told) for told in (mean, nearest, process))
+
+    def of_set(answered: Array) -> tuple[Array, Array, Array]:
+        told = jax.vmap(of_group)(x, own, answered)
+        return tuple(each.reshape(-1, own.shape[-1]) for each in told)
+
+    return jax.lax.map(of_set, answered)

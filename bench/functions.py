@@ -1,0 +1,129 @@
+"""Functions that are smooth in their inputs: what a learner from past answers is worth to a code.
+
+    python bench/functions.py [--only NAME ...] [--quick] [--page] [--data-dir FOLDER]
+
+For eight real functions, four cells of workers and stragglers: codes, copies with what fills their
+gaps, a learner with and without redundancy, and what is picked on other data. Judged by RMSE
+relative to the outputs' spread, by how many errors are within 90 % bars, and by recall@10 for
+embeddings; over ten draws of past answers, inputs and stragglers, with 95 % intervals. Writes
+results/functions.json and .png, and docs/functions.md; `--page` writes the last two from what is
+there. CIFAR-10 needs its parquet file (`models/data.py` says where).
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import _functions_page
+import jax
+import jax.numpy as jnp
+import numpy as np
+from _functions_cases import NAMES, SIMULATORS, Case, load
+from _functions_systems import CELLS, LEARNERS, NUM_DATA, Bench, Draw, Numbers, Size, picked
+from _report import environment, write_json
+from _settings import PACKAGES
+from rich.console import Console
+
+from nercc_jax import NeRCC, Scheme
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+PAGE = HERE.parent / "docs" / "functions.md"
+QUICK = Size(groups=2, sets=2, chosen=1, judged=2)
+
+
+def main() -> None:
+    options = _parse()
+    console = Console(emoji=False)
+    path = RESULTS / ("functions-quick.json" if options.quick else "functions.json")
+    size = QUICK if options.quick else Size()
+    for name in [] if options.page else options.only or NAMES:
+        start = time.perf_counter()
+        case = load(name, options.data_dir)
+        told = measure(case, size, console.log)
+        told |= {"seconds": round(time.perf_counter() - start, 1)}
+        told |= {"environment": environment(PACKAGES), "size": dataclasses.asdict(size)}
+        results = json.loads(path.read_text()) if path.exists() else {}
+        write_json(path, results | {name: told})
+        console.log(f"{name}: {told['seconds']} s")
+        jax.clear_caches()  # XLA maps memory for every program
+    if not options.quick:
+        _functions_page.write(json.loads(path.read_text()), PAGE, RESULTS / "functions.png")
+        console.print(f"page: {PAGE}")
+    console.print(f"results: {path}")
+
+
+def measure(case: Case, size: Size, log: Any) -> dict[str, Any]:
+    """All cells of one function, and its sweep where there is a parameter to sweep."""
+    bench = Bench(case, size, log)
+    told: dict[str, Any] = {"about": case.about, "kernel": bench.kernel, "kernels": bench.kernels}
+    told["cells"] = cells = {}
+    for cell in CELLS:
+        bench.prepare(cell)
+        chosen = bench.measure(cell, judging=False)
+        judged = bench.measure(cell, judging=True)
+        learners = {name: chosen[name] for name in LEARNERS}
+        cells[cell.name] = {
+            "picked": picked(learners),
+            "picked of all": picked(chosen),
+            "chosen": bench.chosen(),
+            "systems": {name: _columns(rows) for name, rows in judged.items()},
+        }
+        log(f"{case.name} {cell.name}: {cells[cell.name]['picked']}")
+    if case.name in SIMULATORS:
+        told["sweep"] = sweep(bench)
+    return told
+
+
+def sweep(bench: Bench) -> dict[str, list[float]]:
+    """RMSE of sweeps of the first parameter in 20 steps, with the code's points and others."""
+    code = NeRCC(NUM_DATA, CELLS[0].num_workers, points="interleaved", lambda_dec=0.0)
+    schemes = {"fixed points": Scheme(code), "following points": Scheme(code, follow=swept)}
+    found: dict[str, list[float]] = {name: [] for name in schemes}
+    for seed in range(bench.size.judged):
+        x = bench.case.inputs(True, seed, bench.size.groups * NUM_DATA)
+        value = np.sort(x[:, 0].reshape(-1, NUM_DATA), axis=1).ravel()
+        x = np.tile(x.mean(axis=0), (len(x), 1)).astype(np.float32)
+        x[:, 0] = value
+        own = bench.outputs(x)
+        draw = Draw(x[:0], own[:0], x, own, None, seed)
+        masks = draw.masks(CELLS[0], bench.size.sets)
+        for name, scheme in schemes.items():
+            predictions = bench.decode(scheme, x, masks).decoded.predictions
+            found[name].append(_by_groups(predictions, own))
+    return found
+
+
+def swept(x: jax.Array) -> jax.Array:
+    """The parameter that a sweep's points differ by."""
+    return x[:, :1]
+
+
+def _by_groups(predictions: jax.Array, own: jax.Array) -> float:
+    """RMSE by the spread within the sweeps, each about its own mean."""
+    own = jnp.reshape(own, (-1, NUM_DATA, own.shape[-1]))
+    error = jnp.reshape(predictions, (-1, *own.shape)) - own
+    spread = own - jnp.mean(own, axis=1, keepdims=True)
+    return float(jnp.sqrt(jnp.mean(error**2) / jnp.mean(spread**2)))
+
+
+def _columns(rows: list[Numbers]) -> dict[str, list[Any]]:
+    """A list for each number, with an entry for each draw; those that are not there left out."""
+    columns = {name: [getattr(row, name) for row in rows] for name in vars(rows[0])}
+    return {name: values for name, values in columns.items() if any(values)}
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="*", choices=NAMES)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--page", action="store_true", help="only write the page again")
+    parser.add_argument("--data-dir", type=Path, default=HERE.parent.parent / "shared" / "data")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

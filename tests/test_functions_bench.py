@@ -1,0 +1,132 @@
+"""The functions benchmark: its numbers for one function against NumPy, by hand, and its page."""
+
+import importlib
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import require
+
+BENCH = Path(__file__).parents[1] / "bench"
+NUM_DATA = 20
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """bench/functions.py and its neighbours, which import each other."""
+    require("matplotlib", "demo")
+    sys.path.insert(0, str(BENCH))
+    parts = {name: f"_functions_{name}" for name in ("cases", "systems", "page")}
+    parts |= {"command": "functions"}
+    yield SimpleNamespace(**{key: importlib.import_module(name) for key, name in parts.items()})
+    sys.path.remove(str(BENCH))
+
+
+def _wave(x):
+    return jnp.stack([jnp.sin(x[:, 0] + x[:, 1]), x[:, 0] * x[:, 1]], axis=1)
+
+
+def _case(bench):
+    return bench.cases.Case("wave", "a wave", _wave, bench.cases.within((-1, 1), (-1, 1)))
+
+
+def _relative(predictions, own):
+    spread = np.mean((own - own.mean(axis=0)) ** 2)
+    return np.sqrt(np.mean((predictions - own) ** 2) / spread)
+
+
+def test_lost_copies_by_hand(bench):
+    random = np.random.default_rng(0)
+    x = random.uniform(-1, 1, (2 * NUM_DATA, 2)).astype(np.float32)
+    own = np.asarray(_wave(x))
+    answered = random.random((3, 2, NUM_DATA)) < 0.8
+    kernel = bench.systems.Kernel("squared_exponential", centre=np.zeros(2), noise=1e-4)
+    found = bench.systems._filled(x, jnp.asarray(own), jnp.asarray(answered), kernel, None)
+    wanted = [np.empty((3, 2 * NUM_DATA, 2)) for _ in found]
+    for s in range(3):
+        for g in range(2):
+            rows = slice(g * NUM_DATA, (g + 1) * NUM_DATA)
+            points, outputs, seen = x[rows].astype(float), own[rows], answered[s, g]
+            square = ((points[:, None] - points) ** 2).sum(-1)
+            told = np.exp(-square[:, seen] / 2)
+            covariance = told[seen] + 1e-4 * np.eye(seen.sum())
+            mean = outputs[seen].mean(0)
+            process = mean + told @ np.linalg.solve(covariance, outputs[seen] - mean)
+            nearest = outputs[seen][square[:, seen].argmin(1)]
+            for place, filled in enumerate((mean, nearest, process)):
+                wanted[place][s, rows] = np.where(seen[:, None], outputs, filled)
+    for ours, theirs in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-4)
+
+
+def test_interval_is_students(bench):
+    from scipy.stats import ttest_1samp
+
+    values = np.array([0.1, 0.3, 0.2, 0.7])
+    mean, half = bench.page.mean_and_half_width(values)
+    low, high = ttest_1samp(values, 0).confidence_interval(0.95)
+    assert (mean - half, mean + half) == pytest.approx((low, high))
+    assert bench.page.ratio(values, 2 * values) == pytest.approx((0.5, 0.5, 0.5))
+
+
+@pytest.mark.slow
+def test_one_function_by_hand(bench, tmp_path):
+    size = bench.systems.Size(history=30, groups=2, sets=2, chosen=1, judged=2)
+    case, cell = _case(bench), bench.systems.CELLS[0]
+    found = bench.systems.Bench(case, size, print)
+    found.prepare(cell)
+    rows = found.measure(cell, judging=True)
+    assert set(rows) == {*bench.systems.RIVALS, *bench.systems.LEARNERS}
+    for draw, numbers in zip(found.draws(True), rows[bench.systems.ALONE], strict=True):
+        kernel = found.learner(draw).kernel
+        masks = np.asarray(draw.masks(cell, size.sets))[..., :NUM_DATA]
+        told = [_posterior(kernel, draw, mask) for mask in masks]
+        assert numbers.rmse == pytest.approx(
+            _relative(np.stack(told), np.asarray(draw.own)), rel=0.03
+        )
+        assert numbers.uncertain == np.sum(~masks)
+    told = {
+        "picked": bench.systems.ALONE,
+        "systems": {n: bench.command._columns(r) for n, r in rows.items()},
+    }
+    results = {"wave": {"about": case.about, "kernel": found.kernel, "seconds": 1.0}}
+    results["wave"]["cells"] = {each.name: told for each in bench.systems.CELLS}
+    results["wave"]["size"] = vars(size)
+    results["wave"]["environment"] = bench.command.environment(("jax",))
+    results["wave"]["sweep"] = bench.command.sweep(found)
+    bench.page.write(results, tmp_path / "page.md", tmp_path / "page.png")
+    page = (tmp_path / "page.md").read_text()
+    wanted = bench.page.mean_and_half_width([n.rmse for n in rows[bench.systems.ALONE]])
+    assert "{:.3f} ± {:.3f}".format(*wanted) in page
+    assert (tmp_path / "page.png").exists()
+
+
+def _posterior(kernel, draw, mask):
+    """Each group's posterior given past answers and its own, in float64."""
+    x, own = draw.x.astype(float), np.asarray(draw.own, float)
+    past, outputs = draw.past.astype(float), np.asarray(draw.past_outputs, float)
+    centre, noise, predictions = outputs.mean(axis=0), float(kernel.noise), own.copy()
+    for g, seen in enumerate(mask):
+        rows = np.arange(g * NUM_DATA, (g + 1) * NUM_DATA)
+        known = np.concatenate([past, x[rows[seen]]])
+        y = np.concatenate([outputs, own[rows[seen]]]) - centre
+        covariance = _covariance(kernel, known, known) + noise * np.eye(len(known))
+        told = _covariance(kernel, x[rows[~seen]], known) @ np.linalg.solve(covariance, y)
+        predictions[rows[~seen]] = centre + told
+    return predictions
+
+
+def _covariance(kernel, a, b):
+    unit = (
+        np.asarray(kernel.unit, float) * np.asarray(kernel.widths, float)[np.asarray(kernel.groups)]
+    )
+    a, b = ((each - np.asarray(kernel.centre, float)) / unit for each in (a, b))
+    r = np.sqrt(((a[:, None] - b) ** 2).sum(-1))
+    if kernel.shape == "squared_exponential":
+        shape = np.exp(-(r**2) / 2)
+    else:
+        shape = (1 + np.sqrt(5) * r + 5 * r**2 / 3) * np.exp(-np.sqrt(5) * r)
+    return shape + float(kernel.linear) * a @ b.T
