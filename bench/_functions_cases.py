@@ -23,7 +23,7 @@ Drawing = Callable[[np.random.Generator, int], np.ndarray]
 
 SIMULATORS = ("Lotka-Volterra", "epidemic", "Burgers", "Fisher", "elliptic")
 EMBEDDINGS = ("digits", "CIFAR-10")
-NAMES = (*SIMULATORS, *EMBEDDINGS, "diabetes")
+NAMES = (*SIMULATORS, "diabetes", *EMBEDDINGS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,6 @@ class Case:
 
     - `pools`: the rows for choosing and for judging, or how to draw inputs where there is no end.
     - `features`: what a learner goes by, None for the inputs.
-    - `kernel`: options of `fit_learner`, the same for all cells.
     """
 
     name: str
@@ -40,7 +39,11 @@ class Case:
     function: Function
     pools: tuple[np.ndarray, np.ndarray] | Drawing
     features: Function | None = None
-    kernel: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def least(self) -> float:
+        """How many rows there are at least, for choosing and for judging."""
+        return np.inf if callable(self.pools) else min(map(len, self.pools))
 
     def inputs(self, judging: bool, seed: int, count: int) -> np.ndarray:
         """So many inputs, the same for a seed; those for judging are none of those for choosing."""
@@ -222,10 +225,10 @@ class Embedding(eqx.Module):
 
 
 def _digits() -> Case:
-    data = load_data("digits", "train").images
-    rows = np.random.default_rng(0).permutation(data.reshape(len(data), -1).astype(np.float32))
-    model = load_model("lenet5-digits")
-    function = Embedding(model, "fc3", data.shape[1:], model.preprocess)
+    images = np.concatenate([load_data("digits", split).images for split in ("train", "test")])
+    images = np.random.default_rng(0).permutation(images).astype(np.float32)
+    rows, model = images.reshape(len(images), -1), load_model("lenet5-digits")
+    function = Embedding(model, "fc3", images.shape[1:], model.preprocess)
     about = "the 84 numbers before LeNet5's last layer, of scikit-learn's digits; 64 pixels"
     third = len(rows) // 3
     return Case("digits", about, function, (rows[:third], rows[third:]))
@@ -252,7 +255,7 @@ def _diabetes() -> Case:
     about = (
         "a network of 2 x 64 units, trained on scikit-learn's diabetes data; 10 inputs, 1 output"
     )
-    return Case("diabetes", about, network, (rows[:140], rows[140:]))
+    return Case("diabetes", about, network, (rows[::2], rows[1::2]))
 
 
 def train(x: np.ndarray, target: np.ndarray, *, steps: int = 400) -> Function:

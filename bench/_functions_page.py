@@ -80,7 +80,7 @@ and the same stragglers: {size["judged"]} draws of {size["history"]} past answer
 squares over all rows, exact ones included, divided by the standard deviation of the function's own
 outputs: 1 is answering with the mean. ± is half of the 95 % interval over draws (Student's t; those
 of digits, CIFAR-10 and diabetes share rows, so that theirs are too narrow). Whatever is chosen
-(kernel, layout, lambda, which system is *picked*) was chosen on {size["chosen"]} further draws, of
+(layout, lambda, which system is *picked*) was chosen on {size["chosen"]} further draws, of
 other rows; a kernel's numbers are tuned on each draw's past answers alone, each left out in turn.
 
 {env["device"]}, {env["cores"]} cores, Python {env["python"]}, {versions}; {minutes:.0f} minutes."""
@@ -239,13 +239,12 @@ code, and points as far apart as the parameter's values. By the spread within th
 
 def _chosen(results: Results) -> str:
     rows = [
-        [f, told["kernel"], *(told["cells"][cell.name]["picked"] for cell in CELLS)]
-        for f, told in results.items()
+        [f, *(told["cells"][cell.name]["picked"] for cell in CELLS)] for f, told in results.items()
     ]
     return f"""\
 ## What was picked
 
-{_grid(["", "kernel", *(cell.name for cell in CELLS)], rows)}"""
+{_grid(["", *(cell.name for cell in CELLS)], rows)}"""
 
 
 def _grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -11,26 +11,29 @@ import numpy as np
 from _functions_cases import EMBEDDINGS, Case
 from jaxtyping import Array, Bool, Float
 
-from nercc_jax import Berrut, NeRCC, Scheme, fit_surrogate
-from nercc_jax.codes import Known, encode_groups, known_encoder
+from nercc_jax import AbstractCode, Berrut, NeRCC, Scheme, fit_surrogate
+from nercc_jax.codes import Known, decode_vectors, encode_groups, known_encoder
 from nercc_jax.evaluation import recall, row_errors
+from nercc_jax.inference import order_points
 from nercc_jax.stragglers import AbstractStragglers, ContiguousStragglers, ExactStragglers
 from nercc_jax.surrogates import Assessed, Kernel, Learner, bars_of, fit_learner, start_learner
 
+Masks = Bool[Array, "sets groups num_workers"]
+Told = tuple[Float[Array, "sets points m"], Float[Array, "sets points"]]
+
 NUM_DATA = 20
 COVERAGE = 0.9
-LAMBDAS = (0.0, *np.logspace(-9, -1, 5))  # of the decoder, for what is tuned
+LAMBDAS = (0.0, 1e-9, 1e-6, 1e-4, 1e-2)  # of the decoder, for what is tuned
 LAYOUTS = ("interleaved", "chebyshev", "mixed:0.5")
-KERNELS: dict[str, dict[str, Any]] = {
-    "one width": {},
-    "one width and a line": {"linear": True},
-    "a width each": {"widths": "each"},
-    "a width each and a line": {"widths": "each", "linear": True},
-}
-WIDTHS_FOR = 16  # features at most that have a width each
+# A width for each of a few inputs, one for all pixels; a straight line beside it.
+WIDE = 16
+# Inputs and outputs of simulators are filled up with zeros to one size, so that all share compiled
+# programs. Zeros change no distance, and no error by the outputs' spread.
+OUTPUTS = 40
+PUBLISHED = "NeRCC, published"
 RIVALS = (
     "BACC",
-    "NeRCC, published",
+    PUBLISHED,
     "NeRCC, tuned",
     "NeRCC, following points",
     "copies, else the mean",
@@ -73,16 +76,20 @@ class Size:
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-    """Past pairs and points to be judged, with the function's own outputs."""
+    """Past pairs and points to be judged, with the function's own outputs.
+
+    `order` makes a short path of the points: what is coded, where an order helps, is coded in it.
+    """
 
     past: np.ndarray
     past_outputs: Float[Array, "past m"]
     x: np.ndarray
     own: Float[Array, "points m"]
+    order: np.ndarray
     others: Float[Array, "others m"] | None
     seed: int
 
-    def masks(self, cell: Cell, sets: int) -> Bool[Array, "sets groups num_workers"]:
+    def masks(self, cell: Cell, sets: int) -> Masks:
         """Each group has its own stragglers."""
         groups = len(self.x) // NUM_DATA
         keys = jax.random.split(jax.random.key(self.seed), sets * groups)
@@ -106,25 +113,26 @@ class Bench:
 
     def __init__(self, case: Case, size: Size, log: Callable[[str], Any]):
         self.case, self.size, self.log = case, size, log
-        self.function = eqx.filter_jit(case.function)
+        self.function = filled_up(case)
         self._choosing = [self._draw(False, seed) for seed in range(size.chosen)]
         self._judging = [self._draw(True, seed) for seed in range(size.judged)]
-        self.kernel, self.kernels = self._choose_kernel()
         self._learners = {id(draw): self.learner(draw) for draw in self.draws(None)}
         self._codes: dict[str, NeRCC] = {}
+        self._mixture: Learner | None = None
 
     def draws(self, judging: bool | None) -> list[Draw]:
         both = {True: self._judging, False: self._choosing}
         return [*self._choosing, *self._judging] if judging is None else both[judging]
 
-    def learner(self, draw: Draw, kernel: str | None = None) -> Learner:
+    def learner(self, draw: Draw) -> Learner:
         """What the past answers of a draw teach."""
         return fit_learner(
             draw.past,
             draw.past_outputs,
             capacity=len(draw.past),
             features=self.case.features,
-            **KERNELS[kernel or self.kernel],
+            widths="each" if draw.past.shape[1] <= WIDE else "one",
+            linear=True,
         )
 
     def measure(self, cell: Cell, *, judging: bool) -> dict[str, list[Numbers]]:
@@ -137,53 +145,65 @@ class Bench:
 
     def prepare(self, cell: Cell) -> None:
         """Finds what is chosen for a cell: NeRCC's lambda and layout, and how to mix."""
-        for name, order, layouts, follow in (
-            ("NeRCC, published", None, ("chebyshev",), None),
-            ("NeRCC, tuned", "pixels", (*LAYOUTS, "repeated"), None),
-            ("NeRCC, following points", "pixels", ("interleaved", "chebyshev"), "inputs"),
+        for name, layouts, told in (
+            (PUBLISHED, ("chebyshev",), self.decode_plain),
+            ("NeRCC, tuned", (*LAYOUTS, "repeated"), self.decode_ordered),
         ):
             codes = [_nercc(cell, layout, value) for layout in layouts for value in LAMBDAS]
-            schemes = [Scheme(code, order=order, follow=follow) for code in codes]
-            self._codes[name] = codes[int(np.argmin([self._chosen(cell, s) for s in schemes]))]
-        draw = self._choosing[0]
-        self._mixed = fit_surrogate(
-            self.function,
-            self._learners[id(draw)],
-            _nercc(cell, LAYOUTS[0]),
-            draw.x,
-            {"law": cell.law},
-            key=jax.random.key(0),
-            num_sets=8,
-            criterion="mse",
-        )
+            errors = [self._chosen(cell, code, told) for code in codes]
+            self._codes[name] = codes[int(np.argmin(errors))]
+        if self._mixture is None:
+            draw = self._choosing[0]
+            self._mixture = fit_surrogate(
+                self.function,
+                self._learners[id(draw)],
+                _nercc(cell, LAYOUTS[0]),
+                draw.x[draw.order],
+                {"law": cell.law},
+                key=jax.random.key(0),
+                num_sets=8,
+                criterion="mse",
+            )
 
     def chosen(self) -> dict[str, Any]:
-        """What was chosen in the cell that was prepared last, in words and numbers."""
+        """What was chosen in the cell that was prepared last, in numbers."""
+        assert self._mixture is not None
         told = {name: {"lambda_dec": float(code.lambda_dec)} for name, code in self._codes.items()}
-        mixed = {"theta": float(self._mixed.theta), "kappa": float(self._mixed.kappa)}
+        mixed = {"theta": float(self._mixture.theta), "kappa": float(self._mixture.kappa)}
         return told | {MIXED: mixed}
 
-    def decode(
-        self, scheme: Scheme, x: np.ndarray, masks: Bool[Array, "sets groups num_workers"]
-    ) -> Assessed:
-        """What a scheme makes of data points under each straggler set; workers answer once."""
-        known = Known(known_encoder(scheme.code))
-        prepared, coded = _send(scheme, jnp.asarray(x), known)
-        return _conclude(scheme, jnp.asarray(x), prepared, self._answers(coded), masks, known)
+    def decode(self, scheme: Scheme, draw: Draw, masks: Masks, *, ordered: bool = False) -> Told:
+        """What a scheme makes of the points under each straggler set; workers answer once."""
+        order = draw.order if ordered else np.arange(len(draw.x))
+        known, x = Known(known_encoder(scheme.code)), jnp.asarray(draw.x[order])
+        prepared, coded = _send(scheme, x, known)
+        told = _conclude(scheme, x, prepared, self._answers(coded), masks, known)
+        home = np.argsort(order)
+        return told.decoded.predictions[:, home], told.deviation[:, home]
+
+    def decode_plain(self, code: AbstractCode, draw: Draw, masks: Masks) -> Array:
+        """The predictions of a code by itself, as the points come."""
+        groups = jnp.asarray(draw.x).reshape(-1, NUM_DATA, draw.x.shape[-1])
+        return _decode(code, self._answers(encode_groups(code, groups, known_encoder(code))), masks)
+
+    def decode_ordered(self, code: AbstractCode, draw: Draw, masks: Masks) -> Array:
+        """The same, with the points in their order."""
+        there = dataclasses.replace(draw, x=draw.x[draw.order])
+        return self.decode_plain(code, there, masks)[:, np.argsort(draw.order)]
 
     def _draw(self, judging: bool, seed: int) -> Draw:
-        size = self.size
-        x = self.case.inputs(judging, seed, size.history + size.groups * NUM_DATA + 1000)
-        others = None
-        if self.case.name in EMBEDDINGS:
-            others = self.outputs(x[size.history + size.groups * NUM_DATA :])
-        x = x[: size.history + size.groups * NUM_DATA]
-        # The rows of data for choosing may be few.
-        history = min(size.history, len(x) * 3 // 5)
-        past, x = x[:history], x[history:]
-        x = x[: len(x) // NUM_DATA * NUM_DATA]
-        seed = 2 * seed + judging
-        return Draw(past, self.outputs(past), x, self.outputs(x), others, seed)
+        size, more = self.size, 1000 if self.case.name in EMBEDDINGS else 0
+        groups = int(min(size.groups, (self.case.least - size.history) // NUM_DATA))
+        ends = np.cumsum([size.history, groups * NUM_DATA, more])
+        past, x, others, _ = np.split(self.inputs(judging, seed, int(ends[-1])), ends)
+        order = np.asarray(order_points(x, NUM_DATA))
+        outputs = [self.outputs(part) if len(part) else None for part in (past, x, others)]
+        return Draw(past, outputs[0], x, outputs[1], order, outputs[2], 2 * seed + judging)
+
+    def inputs(self, judging: bool, seed: int, count: int) -> np.ndarray:
+        """As the case's, filled up."""
+        x = self.case.inputs(judging, seed, count)
+        return np.pad(x, ((0, 0), (0, max(WIDE - x.shape[1], 0))))
 
     def outputs(self, x: np.ndarray | Array) -> Float[Array, "points m"]:
         """The function's outputs, computed in batches of one size."""
@@ -197,37 +217,25 @@ class Bench:
         answers = self.outputs(coded.reshape(groups * workers, *coded.shape[2:]))
         return answers.reshape(groups, workers, -1)
 
-    def _choose_kernel(self) -> tuple[str, dict[str, float]]:
-        """The kernel with the least error on what the learner was not told, and all errors."""
-        errors = {}
-        draws = self._choosing
-        few = draws[0].x.shape[1] <= WIDTHS_FOR and self.case.features is None
-        for kernel in KERNELS if few else [name for name in KERNELS if "each" not in name]:
-            told = [self.learner(draw, kernel).predict(draw.x)[0] for draw in draws]
-            errors[kernel] = float(np.mean(list(map(_rmse, told, draws))))
-        return min(errors, key=lambda kernel: errors[kernel]), errors
-
-    def _chosen(self, cell: Cell, scheme: Scheme) -> float:
-        """A scheme's error where things are chosen."""
-        draws = self._choosing
-        told = [self.decode(scheme, d.x, d.masks(cell, self.size.sets)) for d in draws]
-        errors = [_rmse(each.decoded.predictions, d) for each, d in zip(told, draws, strict=True)]
+    def _chosen(self, cell: Cell, code: NeRCC, told: Callable[..., Array]) -> float:
+        """A code's error where things are chosen."""
+        errors = [
+            _rmse(told(code, draw, draw.masks(cell, self.size.sets)), draw)
+            for draw in self._choosing
+        ]
         return float(np.nan_to_num(np.mean(errors), nan=np.inf))
 
     def _systems(self, cell: Cell, draw: Draw) -> Iterator[tuple[str, Numbers]]:
         masks = draw.masks(cell, self.size.sets)
-        for name, code, options in (
-            ("BACC", Berrut(NUM_DATA, cell.num_workers), {}),
-            ("NeRCC, published", self._codes["NeRCC, published"], {}),
-            ("NeRCC, tuned", self._codes["NeRCC, tuned"], {"order": "pixels"}),
-            (
-                "NeRCC, following points",
-                self._codes["NeRCC, following points"],
-                {"order": "pixels", "follow": "inputs"},
-            ),
+        tuned = self._codes["NeRCC, tuned"]
+        following = Scheme(_nercc(cell, "interleaved"), follow="inputs")
+        for name, predictions in (
+            ("BACC", self.decode_plain(Berrut(NUM_DATA, cell.num_workers), draw, masks)),
+            (PUBLISHED, self.decode_plain(self._codes[PUBLISHED], draw, masks)),
+            ("NeRCC, tuned", self.decode_ordered(tuned, draw, masks)),
+            ("NeRCC, following points", self.decode(following, draw, masks, ordered=True)[0]),
         ):
-            told = self.decode(Scheme(code, **options), draw.x, masks)
-            yield name, self._numbers(told.decoded.predictions, draw)
+            yield name, self._numbers(predictions, draw)
         copies = _nercc(cell, "repeated")
         kernel = self._learners[id(self._choosing[0])].kernel
         held = np.argmax(np.asarray(copies.encoder_matrix()), axis=1)
@@ -236,9 +244,9 @@ class Bench:
         for name, predictions in zip(RIVALS[4:], filled, strict=True):
             yield name, self._numbers(predictions, draw)
         learner = self._learners[id(draw)]
-        mixed = eqx.tree_at(
-            lambda one: (one.theta, one.kappa), learner, (self._mixed.theta, self._mixed.kappa)
-        )
+        assert self._mixture is not None
+        numbers = self._mixture.theta, self._mixture.kappa
+        mixed = eqx.tree_at(lambda one: (one.theta, one.kappa), learner, numbers)
         alone = NeRCC(NUM_DATA, NUM_DATA, points="interleaved", lambda_dec=0.0)
         plain = {"redundancy": "code"}
         schemes = {
@@ -246,16 +254,16 @@ class Bench:
             RANDOM: Scheme(copies, learner, **plain),
             DOUBTFUL: Scheme(_nercc(cell, "interleaved"), learner, redundancy="doubtful"),
             **{
-                name: Scheme(_nercc(cell, layout), learner, **plain, order="pixels")
+                name: Scheme(_nercc(cell, layout), learner, **plain)
                 for name, layout in zip(CODED, LAYOUTS, strict=True)
             },
-            MIXED: Scheme(_nercc(cell, LAYOUTS[0]), mixed, **plain, order="pixels"),
+            MIXED: Scheme(_nercc(cell, LAYOUTS[0]), mixed, **plain),
         }
         bars = bars_of(learner)
         for name, scheme in schemes.items():
-            told = self.decode(scheme, draw.x, masks[..., : scheme.code.num_workers])
-            bar = bars(told.deviation, COVERAGE)
-            yield name, self._numbers(told.decoded.predictions, draw, bar)
+            heard, ordered = masks[..., : scheme.code.num_workers], name in (*CODED, MIXED)
+            predictions, deviation = self.decode(scheme, draw, heard, ordered=ordered)
+            yield name, self._numbers(predictions, draw, bars(deviation, COVERAGE))
 
     def _numbers(
         self,
@@ -274,6 +282,18 @@ class Bench:
             share = _recall(predictions, draw.own, draw.others)
             found = dataclasses.replace(found, recall=float(share))
         return found
+
+
+def filled_up(case: Case) -> Callable[[Array], Array]:
+    """The function as it is measured: compiled, of inputs and with outputs that are filled up."""
+    width = case.inputs(False, 0, 1).shape[1]
+
+    @eqx.filter_jit
+    def function(x: Float[Array, "batch wide"]) -> Float[Array, "batch m"]:
+        y = case.function(x[:, :width])
+        return jnp.pad(y, ((0, 0), (0, max(OUTPUTS - y.shape[1], 0))))
+
+    return function
 
 
 def picked(chosen: Mapping[str, list[Numbers]]) -> str:
@@ -310,6 +330,15 @@ def _conclude(
     scheme: Scheme, x: Array, prepared: Any, y: Array, masks: Array, known: Known
 ) -> Assessed:
     return jax.lax.map(lambda mask: scheme.conclude(x, prepared, y, mask, known), masks)
+
+
+@eqx.filter_jit
+def _decode(code: AbstractCode, y: Array, masks: Array) -> Array:
+    def of_set(mask: Array) -> Array:
+        predictions = decode_vectors(code, y, mask).predictions
+        return predictions.reshape(-1, y.shape[-1])
+
+    return jax.lax.map(of_set, masks)
 
 
 @eqx.filter_jit

@@ -49,7 +49,6 @@ def main() -> None:
         results = json.loads(path.read_text()) if path.exists() else {}
         write_json(path, results | {name: told})
         console.log(f"{name}: {told['seconds']} s")
-        jax.clear_caches()  # XLA maps memory for every program
     if not options.quick:
         _functions_page.write(json.loads(path.read_text()), PAGE, RESULTS / "functions.png")
         console.print(f"page: {PAGE}")
@@ -59,7 +58,7 @@ def main() -> None:
 def measure(case: Case, size: Size, log: Any) -> dict[str, Any]:
     """All cells of one function, and its sweep where there is a parameter to sweep."""
     bench = Bench(case, size, log)
-    told: dict[str, Any] = {"about": case.about, "kernel": bench.kernel, "kernels": bench.kernels}
+    told: dict[str, Any] = {"about": case.about}
     told["cells"] = cells = {}
     for cell in CELLS:
         bench.prepare(cell)
@@ -84,16 +83,15 @@ def sweep(bench: Bench) -> dict[str, list[float]]:
     schemes = {"fixed points": Scheme(code), "following points": Scheme(code, follow=swept)}
     found: dict[str, list[float]] = {name: [] for name in schemes}
     for seed in range(bench.size.judged):
-        x = bench.case.inputs(True, seed, bench.size.groups * NUM_DATA)
+        x = bench.inputs(True, seed, bench.size.groups * NUM_DATA)
         value = np.sort(x[:, 0].reshape(-1, NUM_DATA), axis=1).ravel()
         x = np.tile(x.mean(axis=0), (len(x), 1)).astype(np.float32)
         x[:, 0] = value
         own = bench.outputs(x)
-        draw = Draw(x[:0], own[:0], x, own, None, seed)
+        draw = Draw(x[:0], own[:0], x, own, np.arange(len(x)), None, seed)
         masks = draw.masks(CELLS[0], bench.size.sets)
         for name, scheme in schemes.items():
-            predictions = bench.decode(scheme, x, masks).decoded.predictions
-            found[name].append(_by_groups(predictions, own))
+            found[name].append(_by_groups(bench.decode(scheme, draw, masks)[0], own))
     return found
 
 
