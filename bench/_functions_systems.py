@@ -1,6 +1,7 @@
 """What functions.py measures of one function: every system, on the same inputs and stragglers."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -92,9 +93,8 @@ class Draw:
     def masks(self, cell: Cell, sets: int) -> Masks:
         """Each group has its own stragglers."""
         groups = len(self.x) // NUM_DATA
-        keys = jax.random.split(jax.random.key(self.seed), sets * groups)
-        drawn = jax.vmap(lambda key: cell.law.available(key, cell.num_workers))(keys)
-        return drawn.reshape(sets, groups, cell.num_workers)
+        keys = jax.random.split(jax.random.key(self.seed), (sets, groups))
+        return _available(cell.law, keys, cell.num_workers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +149,9 @@ class Bench:
             (PUBLISHED, ("chebyshev",), self.decode_plain),
             ("NeRCC, tuned", (*LAYOUTS, "repeated"), self.decode_ordered),
         ):
-            codes = [_nercc(cell, layout, value) for layout in layouts for value in LAMBDAS]
+            codes = [
+                _nercc(cell.num_workers, layout, value) for layout in layouts for value in LAMBDAS
+            ]
             errors = [self._chosen(cell, code, told) for code in codes]
             self._codes[name] = codes[int(np.argmin(errors))]
         if self._mixture is None:
@@ -157,7 +159,7 @@ class Bench:
             self._mixture = fit_surrogate(
                 self.function,
                 self._learners[id(draw)],
-                _nercc(cell, LAYOUTS[0]),
+                _nercc(cell.num_workers, LAYOUTS[0]),
                 draw.x[draw.order],
                 {"law": cell.law},
                 key=jax.random.key(0),
@@ -228,18 +230,20 @@ class Bench:
     def _systems(self, cell: Cell, draw: Draw) -> Iterator[tuple[str, Numbers]]:
         masks = draw.masks(cell, self.size.sets)
         tuned = self._codes["NeRCC, tuned"]
-        following = Scheme(_nercc(cell, "interleaved"), follow="inputs")
+        following = Scheme(_nercc(cell.num_workers, "interleaved"), follow="inputs")
         for name, predictions in (
-            ("BACC", self.decode_plain(Berrut(NUM_DATA, cell.num_workers), draw, masks)),
+            ("BACC", self.decode_plain(_bacc(cell.num_workers), draw, masks)),
             (PUBLISHED, self.decode_plain(self._codes[PUBLISHED], draw, masks)),
             ("NeRCC, tuned", self.decode_ordered(tuned, draw, masks)),
             ("NeRCC, following points", self.decode(following, draw, masks, ordered=True)[0]),
         ):
             yield name, self._numbers(predictions, draw)
-        copies = _nercc(cell, "repeated")
+        copies = _nercc(cell.num_workers, "repeated")
         kernel = self._learners[id(self._choosing[0])].kernel
-        held = np.argmax(np.asarray(copies.encoder_matrix()), axis=1)
-        answered = np.any((held[:, None] == np.arange(NUM_DATA)) & masks[..., None], axis=-2)
+        held = np.argmax(np.asarray(known_encoder(copies)), axis=1)
+        answered = np.any(
+            (held[:, None] == np.arange(NUM_DATA)) & np.asarray(masks)[..., None], axis=-2
+        )
         filled = _filled(draw.x, draw.own, jnp.asarray(answered), kernel, self.case.features)
         for name, predictions in zip(RIVALS[4:], filled, strict=True):
             yield name, self._numbers(predictions, draw)
@@ -247,17 +251,19 @@ class Bench:
         assert self._mixture is not None
         numbers = self._mixture.theta, self._mixture.kappa
         mixed = eqx.tree_at(lambda one: (one.theta, one.kappa), learner, numbers)
-        alone = NeRCC(NUM_DATA, NUM_DATA, points="interleaved", lambda_dec=0.0)
+        alone = _nercc(NUM_DATA, "interleaved")
         plain = {"redundancy": "code"}
         schemes = {
             ALONE: Scheme(alone, learner, **plain),
             RANDOM: Scheme(copies, learner, **plain),
-            DOUBTFUL: Scheme(_nercc(cell, "interleaved"), learner, redundancy="doubtful"),
+            DOUBTFUL: Scheme(
+                _nercc(cell.num_workers, "interleaved"), learner, redundancy="doubtful"
+            ),
             **{
-                name: Scheme(_nercc(cell, layout), learner, **plain)
+                name: Scheme(_nercc(cell.num_workers, layout), learner, **plain)
                 for name, layout in zip(CODED, LAYOUTS, strict=True)
             },
-            MIXED: Scheme(_nercc(cell, LAYOUTS[0]), mixed, **plain),
+            MIXED: Scheme(_nercc(cell.num_workers, LAYOUTS[0]), mixed, **plain),
         }
         bars = bars_of(learner)
         for name, scheme in schemes.items():
@@ -301,8 +307,19 @@ def picked(chosen: Mapping[str, list[Numbers]]) -> str:
     return min(chosen, key=lambda name: np.mean([numbers.rmse for numbers in chosen[name]]))
 
 
-def _nercc(cell: Cell, layout: str, lambda_dec: float = 0.0) -> NeRCC:
-    return NeRCC(NUM_DATA, cell.num_workers, points=layout, lambda_dec=lambda_dec)
+@eqx.filter_jit
+def _available(law: AbstractStragglers, keys: Array, num_workers: int) -> Masks:
+    return jax.vmap(jax.vmap(lambda key: law.available(key, num_workers)))(keys)
+
+
+@functools.cache  # with a code, its matrices are kept
+def _nercc(num_workers: int, layout: str, lambda_dec: float = 0.0) -> NeRCC:
+    return NeRCC(NUM_DATA, num_workers, points=layout, lambda_dec=lambda_dec)
+
+
+@functools.cache
+def _bacc(num_workers: int) -> Berrut:
+    return Berrut(NUM_DATA, num_workers)
 
 
 def _rmse(predictions: Float[Array, "*sets points m"], draw: Draw) -> float:
