@@ -248,8 +248,8 @@ def _cifar10(data_dir: Path) -> Case:
 def _diabetes() -> Case:
     from sklearn.datasets import load_diabetes
 
-    x, target = load_diabetes(return_X_y=True)
-    x, target = ((each - each.mean(0)) / each.std(0) for each in (x, target))
+    data: Any = load_diabetes()
+    x, target = ((each - each.mean(0)) / each.std(0) for each in (data.data, data.target))
     rows = np.random.default_rng(0).permutation(x.astype(np.float32))
     network = train(x.astype(np.float32), target.astype(np.float32))
     about = (
@@ -263,8 +263,10 @@ def train(x: np.ndarray, target: np.ndarray, *, steps: int = 400) -> Function:
     network = eqx.nn.MLP(x.shape[1], 1, 64, 2, jnp.tanh, key=jax.random.key(0))
     optimizer = optax.adamw(3e-3, weight_decay=1e-2)
 
+    rows = jnp.asarray(x)
+
     def loss(network: eqx.nn.MLP) -> Array:
-        return jnp.mean((jax.vmap(network)(x)[:, 0] - target) ** 2)
+        return jnp.mean((jax.vmap(network)(rows)[:, 0] - target) ** 2)
 
     @eqx.filter_jit
     def descend(network: eqx.nn.MLP) -> eqx.nn.MLP:

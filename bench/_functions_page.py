@@ -39,9 +39,9 @@ def write(results: Results, page: Path, picture: Path) -> None:
     page.write_text("\n\n".join(section.strip() for section in sections if section) + "\n")
 
 
-def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
+def mean_and_half_width(draws: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """The mean over draws and half of its 95 % interval, by Student's t."""
-    values = np.asarray(values, float)
+    values = np.asarray(draws, float)
     if len(values) < 2:
         return float(values.mean()), float("nan")
     error = values.std(ddof=1) / np.sqrt(len(values))
@@ -52,7 +52,8 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float,
     """The ratio of two systems' errors over draws, and its 95 % interval: of the logarithms, draw
     by draw, since both met the same."""
     middle, half = mean_and_half_width(np.log(ours) - np.log(theirs))
-    return tuple(float(np.exp(middle + shift * half)) for shift in (0, -1, 1))
+    low, high = np.exp(middle - half), np.exp(middle + half)
+    return float(np.exp(middle)), float(low), float(high)
 
 
 def of_system(results: Results, function: str, cell: str, system: str, number: str) -> list[float]:

@@ -199,8 +199,9 @@ class Bench:
         ends = np.cumsum([size.history, groups * NUM_DATA, more])
         past, x, others, _ = np.split(self.inputs(judging, seed, int(ends[-1])), ends)
         order = np.asarray(order_points(x, NUM_DATA))
-        outputs = [self.outputs(part) if len(part) else None for part in (past, x, others)]
-        return Draw(past, outputs[0], x, outputs[1], order, outputs[2], 2 * seed + judging)
+        found = self.outputs(others) if more else None
+        seed = 2 * seed + judging
+        return Draw(past, self.outputs(past), x, self.outputs(x), order, found, seed)
 
     def inputs(self, judging: bool, seed: int, count: int) -> np.ndarray:
         """As the case's, filled up."""
@@ -244,7 +245,9 @@ class Bench:
         answered = np.any(
             (held[:, None] == np.arange(NUM_DATA)) & np.asarray(masks)[..., None], axis=-2
         )
-        filled = _filled(draw.x, draw.own, jnp.asarray(answered), kernel, self.case.features)
+        filled = _filled(
+            jnp.asarray(draw.x), draw.own, jnp.asarray(answered), kernel, self.case.features
+        )
         for name, predictions in zip(RIVALS[4:], filled, strict=True):
             yield name, self._numbers(predictions, draw)
         learner = self._learners[id(draw)]
@@ -252,7 +255,7 @@ class Bench:
         numbers = self._mixture.theta, self._mixture.kappa
         mixed = eqx.tree_at(lambda one: (one.theta, one.kappa), learner, numbers)
         alone = _nercc(NUM_DATA, "interleaved")
-        plain = {"redundancy": "code"}
+        plain: dict[str, Any] = {"redundancy": "code"}
         schemes = {
             ALONE: Scheme(alone, learner, **plain),
             RANDOM: Scheme(copies, learner, **plain),
@@ -365,13 +368,13 @@ def _filled(
     answered: Bool[Array, "sets groups num_data"],
     kernel: Kernel,
     features: Callable[[Array], Array] | None,
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, ...]:
     """Lost copies filled in by their groups' answers: the mean, the nearest, a Gaussian process."""
-    x = jnp.asarray(x).reshape(-1, NUM_DATA, x.shape[-1])
+    x = x.reshape(-1, NUM_DATA, x.shape[-1])
     own = own.reshape(-1, NUM_DATA, own.shape[-1])
     start = start_learner(x[0, :0], own[0, :0], capacity=NUM_DATA, features=features, kernel=kernel)
 
-    def of_group(x: Array, own: Array, answered: Array) -> tuple[Array, Array, Array]:
+    def of_group(x: Array, own: Array, answered: Array) -> tuple[Array, ...]:
         seen = answered[:, None]
         mean = jnp.mean(own, axis=0, where=seen)
         square = jnp.sum((x[:, None] - x) ** 2, axis=-1)
@@ -379,7 +382,7 @@ def _filled(
         process = start.update(x, own, answered).predict(x)[0]
         return tuple(jnp.where(seen, own, told) for told in (mean, nearest, process))
 
-    def of_set(answered: Array) -> tuple[Array, Array, Array]:
+    def of_set(answered: Array) -> tuple[Array, ...]:
         told = jax.vmap(of_group)(x, own, answered)
         return tuple(each.reshape(-1, own.shape[-1]) for each in told)
 

@@ -45,7 +45,9 @@ def test_lost_copies_by_hand(bench):
     own = np.asarray(_wave(x))
     answered = random.random((3, 2, NUM_DATA)) < 0.8
     kernel = bench.systems.Kernel("squared_exponential", centre=np.zeros(2), noise=1e-4)
-    found = bench.systems._filled(x, jnp.asarray(own), jnp.asarray(answered), kernel, None)
+    found = bench.systems._filled(
+        jnp.asarray(x), jnp.asarray(own), jnp.asarray(answered), kernel, None
+    )
     wanted = [np.empty((3, 2 * NUM_DATA, 2)) for _ in found]
     for s in range(3):
         for g in range(2):
