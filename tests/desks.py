@@ -14,8 +14,8 @@ from nercc_jax.pools._desk import Desk
 SOON = 60.0  # seconds that nothing here should need
 
 
-def soon(condition):
-    end = time.monotonic() + SOON
+def soon(condition, seconds=SOON):
+    end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come to pass"
         time.sleep(0.002)
@@ -48,12 +48,18 @@ class Script(AbstractCrew):
         self._ready.add((worker, life))
         self.hear(worker, life, None)
 
+    def parcel(self, batch):
+        return batch
+
     def send(self, worker, life, kind, batch):
         if self.sent.get(worker, (None, None))[0] == life:
             self.mistakes.append(f"worker {worker} was busy, and was given work")
         if (worker, life) not in self._ready:
             self.mistakes.append(f"worker {worker} was not there, and was given work")
         self.sent[worker] = (life, int(batch[0, 0]))
+
+    def lacking(self):
+        return None
 
     def close(self):
         self.closed = True

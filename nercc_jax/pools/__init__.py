@@ -17,6 +17,9 @@ from ._overdue import AnswerTimes as AnswerTimes
 from ._overdue import Overdue as Overdue
 from ._pool import AbstractPool as AbstractPool
 from ._ray import RayPool as RayPool
+from ._ray_cluster import join_ray as join_ray
+from ._ray_cluster import leave_ray as leave_ray
+from ._ray_cluster import ray_is_lost as ray_is_lost
 from ._report import PoolReport as PoolReport
 from ._report import WorkerReport as WorkerReport
 from ._report import WorkerState as WorkerState

@@ -18,7 +18,7 @@ class AbstractCrew(abc.ABC):
 
     A worker has lives, numbered from 0. `hear(worker, life, outcome)` is to be called once a life
     when the worker is ready, with None, and once for each task sent, with the answer or an
-    exception, `WorkerDied` if the life is over. None of these methods may block. Where `start`
+    exception, `WorkerDied` if the life is over. Only `lacking` and `close` may block. Where `start`
     raises it has failed, and where `send` does the worker is dead.
     """
 
@@ -27,12 +27,20 @@ class AbstractCrew(abc.ABC):
         """Begins a life of a worker, ending an earlier one that is still there."""
 
     @abc.abstractmethod
-    def send(self, worker: int, life: int, kind: int, batch: PyTree) -> None:
+    def parcel(self, batch: PyTree) -> Any:
+        """What `send` is to be given for a batch: made once, however often that is sent."""
+
+    @abc.abstractmethod
+    def send(self, worker: int, life: int, kind: int, batch: Any) -> None:
         """Gives a worker a batch for its model `kind`."""
 
     def room(self, busy: int) -> float:
         """How many more could work beside so many and not slow them down: all, elsewhere."""
         return math.inf
+
+    @abc.abstractmethod
+    def lacking(self) -> str | None:
+        """What workers that have not started may be waiting for, if that is known; may block."""
 
     @abc.abstractmethod
     def close(self) -> None:

@@ -29,15 +29,14 @@ from typing import Any
 from jaxtyping import PyTree
 
 from ..codes import check_counts
-from ._batch import LONGEST_SLEEP, Batch, Failure, Refuse, Task, refuse_odd
+from ._batch import Batch, Failure, Refuse, Task, refuse_odd
 from ._crew import AbstractCrew, WorkerDied, reason_of
 from ._outbox import Outbox
 from ._overdue import Overdue, TimesByRule
 from ._report import PoolReport
 from ._seat import Seat
+from ._startup import StartUp
 from ._supervision import Guard, Watcher, pause_after
-
-_STARTS = 3  # failed starts of a worker that a new pool takes before it gives up
 
 
 class Desk:
@@ -53,6 +52,7 @@ class Desk:
         max_attempts: int,
         hang_timeout: float,
         start_timeout: float,
+        min_workers: int | None = None,
     ):
         num_workers, max_attempts = check_counts(num_workers=num_workers, max_attempts=max_attempts)
         if not hang_timeout > 0 or not start_timeout > 0:
@@ -66,8 +66,8 @@ class Desk:
         self._max_attempts = max_attempts
         self._hang_timeout, self._start_timeout = hang_timeout, start_timeout
         self._lock = threading.RLock()
-        self._started = threading.Condition(self._lock)  # or did not
         self._seats = [Seat() for _ in range(num_workers)]
+        self._startup = StartUp(self._lock, self._seats, min_workers, crew.lacking)
         self._outbox = Outbox(self._seats, crew.room)
         self._times = TimesByRule(overdue)
         self._counts: collections.Counter[str] = collections.Counter()
@@ -76,7 +76,6 @@ class Desk:
         self._broken: str | None = None
         self._look_at = -math.inf  # when the watcher looks next
         self._early = False  # whether it is to be woken for that
-        self._start_trouble: str | None = None
         self._on_idle: Callable[[], None] | None = None
         self._guard = Guard()
         self._watcher = Watcher("nercc-desk", self._look, self._guard, self._watch_ended)
@@ -84,7 +83,12 @@ class Desk:
             for worker in range(num_workers):
                 self._start(worker)
         self._watcher.start()
-        self._await_start()
+        reason = self._startup.wait(lambda: self._broken, start_timeout)
+        if reason is not None:
+            self.close()
+            raise RuntimeError(reason)
+        with self._lock:
+            self._outbox.order()
 
     # What pools offer.
 
@@ -116,6 +120,8 @@ class Desk:
             )
         # Outside the lock: values may be cast while they are taken.
         tasks = [Task(batch, *each) for each in zip(points, kinds, values, strict=True)]
+        for task in tasks:
+            task.value = self._crew.parcel(task.value)
         with self._lock:
             if self.trouble is not None:
                 kind = ValueError if self._closed else RuntimeError
@@ -167,6 +173,17 @@ class Desk:
     def on_idle(self, callback: Callable[[], None]) -> None:
         self._on_idle = callback
 
+    def renew(self, worker: int) -> bool:
+        """Begins a new life of a worker, if it is idle: its crew finds it a better place."""
+        with self._lock:
+            seat = self._seats[worker]
+            if self.trouble is not None or not seat.ready or seat.task is not None:
+                return False
+            self._outbox.take(worker)
+            seat.ready, seat.life = False, seat.life + 1
+            self._start(worker)
+        return True
+
     def close(self) -> None:
         """Ends the workers; batches that still wait come back with what they have."""
         with self._lock:
@@ -215,7 +232,7 @@ class Desk:
             return
         seat.ready, seat.failed_starts, seat.start_at = True, 0, math.inf
         self._outbox.free(worker)
-        self._started.notify_all()
+        self._startup.told()
 
     def _settle(self, worker: int, outcome: Any) -> None:
         seat = self._seats[worker]
@@ -264,7 +281,7 @@ class Desk:
             self._plan(seat.start_at)
         else:
             self._start(worker)
-        self._started.notify_all()
+        self._startup.told()
 
     def _start(self, worker: int) -> None:
         """Begins a worker's next life, which is over unless it is ready in time."""
@@ -277,8 +294,8 @@ class Desk:
 
     def _fail_start(self, worker: int, error: Exception) -> None:
         told = str(error) if isinstance(error, WorkerDied) else reason_of(error)
-        self._start_trouble = f"worker {worker} could not start: {told}"
-        self._bury(worker, self._start_trouble)
+        self._startup.trouble = f"worker {worker} could not start: {told}"
+        self._bury(worker, self._startup.trouble)
 
     def _try_again(self, worker: int, task: Task, reason: str) -> None:
         batch = task.batch
@@ -315,14 +332,14 @@ class Desk:
 
     # What is sent, and when.
 
-    def _pump(self) -> list[tuple[int, int, int, PyTree]]:
+    def _pump(self) -> list[tuple[int, int, int, Any]]:
         """Gives free workers what batches cannot do without; oldest batches first."""
         sends = []
         while (chosen := self._outbox.next()) is not None:
             sends.append(self._assign(*chosen))
         return sends
 
-    def _assign(self, task: Task, worker: int) -> tuple[int, int, int, PyTree]:
+    def _assign(self, task: Task, worker: int) -> tuple[int, int, int, Any]:
         self._outbox.take(worker)
         seat = self._seats[worker]
         seat.task, seat.since, seat.overdue = task, time.monotonic(), False
@@ -333,7 +350,7 @@ class Desk:
         self._plan(seat.due(self._hang_timeout))
         return worker, seat.life, task.kind, task.value
 
-    def _send(self, sends: Sequence[tuple[int, int, int, PyTree]]) -> None:
+    def _send(self, sends: Sequence[tuple[int, int, int, Any]]) -> None:
         """Outside the lock, for which neither workers nor the watcher need to wait then."""
         for worker, life, *task in sends:
             what = f"sending to worker {worker}"
@@ -396,24 +413,6 @@ class Desk:
         if at < self._look_at:
             self._look_at, self._early = at, True
 
-    def _await_start(self) -> None:
-        end = time.monotonic() + self._start_timeout
-        with self._started:
-            while not all(seat.ready for seat in self._seats):
-                left = end - time.monotonic()
-                failed = max(seat.failed_starts for seat in self._seats)
-                if failed >= _STARTS or left <= 0 or self._broken:
-                    ready = sum(seat.ready for seat in self._seats)
-                    late = f"the others had not after {self._start_timeout} s"
-                    what = self._broken or self._start_trouble or late
-                    break
-                self._started.wait(min(left, LONGEST_SLEEP))
-            else:
-                self._outbox.order()
-                return
-        self.close()
-        raise RuntimeError(f"{ready} of {len(self._seats)} workers started; {what}")
-
     # What must not go wrong.
 
     def _watch_ended(self) -> None:
@@ -428,7 +427,7 @@ class Desk:
             batches = list(self._outbox.batches)
             for batch in batches:
                 self._guard.run("giving up a batch", self._give_up, batch, self._broken)
-            self._started.notify_all()
+            self._startup.told()
         for batch in batches:
             self._tell_of(batch)
 

@@ -104,11 +104,17 @@ class _Threads(AbstractCrew):
         program = self._programs[worker % len(self._programs)]
         self._hands[worker] = _Hand(program, self._faults, worker, life, hear)
 
+    def parcel(self, batch: PyTree) -> PyTree:
+        return batch
+
     def send(self, worker: int, life: int, kind: int, batch: PyTree) -> None:
         self._hands[worker].inbox.put((life, kind, batch))
 
     def room(self, busy: int) -> float:
         return self._cores - busy
+
+    def lacking(self) -> None:
+        """Threads start at once."""
 
     def close(self) -> None:
         for hand in self._hands.values():

@@ -1,6 +1,7 @@
 """The interface of all pools: coded data points go out, answers and a mask come back."""
 
 import abc
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -127,6 +128,16 @@ class AbstractPool(abc.ABC):
         sent is refused. Workers that die, hang or do not start are no such trouble.
         """
         return self._desk.trouble
+
+    @property
+    def alarm(self) -> str | None:
+        """What will end the pool unless somebody mends it, in words; None where all is well."""
+        return None
+
+    @property
+    def ends_at(self) -> float:
+        """The monotonic time at which that ends this process, where it does: else infinite."""
+        return math.inf
 
     @property
     def heartbeat(self) -> float:
