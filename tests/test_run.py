@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import os
 import signal
 import threading
@@ -325,7 +326,7 @@ def test_what_is_lost_is_nan_and_told(tmp_path):
     path = tmp_path / "result.npz"
     options = "--batches 2 --straggler-rate 1 --straggler-delay 60 --deadline 0.1"
     result = run(*SMALL, *options.split(), "--output", str(path))
-    assert result.exit_code == 1
+    assert result.exit_code == 3
     assert "16 of 16 data points were lost after 3 attempts" in result.output
     assert "no worker answered within 0.1 s" in result.output
     assert "Traceback" not in result.output
@@ -351,7 +352,7 @@ def test_what_is_recovered_of_a_batch_is_told_and_why_the_rest_is_not(tmp_path, 
     monkeypatch.setattr(command, "run_batches", spoilt)
     path = tmp_path / "result.npz"
     result = run(*SMALL, "--points", "16", "--output", str(path))
-    assert result.exit_code == 1
+    assert result.exit_code == 3
     assert "5 of 16 data points were lost after 3 attempts" in result.output
     assert "the last trouble: the network was down" in result.output
     rows = load(path)
@@ -383,6 +384,56 @@ def test_ctrl_c_writes_what_is_done(tmp_path, monkeypatch):
     assert result.exit_code == 130
     assert "interrupted: 16 of 30 data points are done" in result.output
     assert load(path)["recovered"].tolist() == [True] * 16
+    refused = run(*SMALL, "--output", str(path))
+    assert refused.exit_code == 2
+    assert "has the parts of an earlier run: give --resume" in refused.output
+
+
+def test_a_run_goes_on_where_it_ended(tmp_path, monkeypatch, small):
+    """After whatever end: what was written is not computed again."""
+    path = tmp_path / "result.npz"
+
+    def dying(*arguments, **options):
+        outcomes = run_batches(*arguments, **options)
+        yield next(outcomes)
+        raise MemoryError
+
+    monkeypatch.setattr(command, "run_batches", dying)
+    for _ in range(2):  # a batch each
+        assert run(*SMALL, "--resume", "--output", str(path)).exit_code == 1
+    assert not path.exists()
+    seen = []
+
+    def counted(*arguments, **options):
+        for outcome in run_batches(*arguments, **options):
+            seen.append(outcome.number)
+            yield outcome
+
+    monkeypatch.setattr(command, "run_batches", counted)
+    other = run(*SMALL[:-1], "1", "--resume", "--output", str(path))
+    assert other.exit_code == 2
+    assert "groups was 2 and is 1" in other.output
+    result = run(*SMALL, "--resume", "--output", str(path))
+    assert result.exit_code == 0, result.output
+    assert "16 data points are done already" in result.output
+    assert len(seen) == 2  # of four
+    rows, whole = load(path), load(small[1])
+    for name in ("index", "batch", "label", "predicted", "recovered"):
+        np.testing.assert_array_equal(rows[name], whole[name])
+    assert not [each for each in tmp_path.iterdir() if each != path]
+
+
+def test_a_folder_has_the_parts_and_a_manifest(tmp_path):
+    folder = tmp_path / "results"
+    result = run(*SMALL, "--output", str(folder))
+    assert result.exit_code == 0, result.output
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["complete"]
+    parts = [load(folder / part["file"]) for part in manifest["parts"]]
+    np.testing.assert_array_equal(np.concatenate([each["index"] for each in parts]), np.arange(30))
+    again = run(*SMALL, "--resume", "--output", str(folder))  # there is nothing left to do
+    assert again.exit_code == 0, again.output
+    assert "30 data points are done already" in again.output
 
 
 @pytest.mark.parametrize(

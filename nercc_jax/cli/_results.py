@@ -1,6 +1,7 @@
 """The result of a run over a data set: a row for each data point, and the file it becomes."""
 
 import csv
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 
 from ..pools import BatchOutcome
 
-FILES = (".npz", ".csv")
+FILES = (".npz", ".csv")  # or a folder, of parts
 
 
 class Results:
@@ -28,45 +29,72 @@ class Results:
         self._predictions = np.full((len(rows), outputs), np.nan, np.float32)
         self._recovered = np.zeros(len(rows), bool)
         self._heard = np.zeros((len(rows), workers), bool)
-        self._done = 0
+        self._done = np.zeros(len(rows), bool)
 
     def __len__(self) -> int:
-        return self._done
+        return int(self._done.sum())
 
-    def add(self, outcome: BatchOutcome) -> int:
-        """Takes the next batch. Returns how many rows it brought: what filled it is left out."""
-        start = self._done
-        self._done = stop = min(start + self._batch_size, len(self._index))
+    def add(self, batch: int, outcome: BatchOutcome) -> int:
+        """Takes a batch. Returns how many rows it has: what filled it is left out."""
+        rows = self._rows(batch)
+        count = rows.stop - rows.start
+        self._done[rows] = True
         if outcome.result is not None:
             decoded = outcome.result.decoded
             groups, num_data = decoded.recovered.shape
             heard = np.repeat(np.asarray(decoded.heard), num_data, axis=0)
             predictions = np.asarray(decoded.predictions).reshape(groups * num_data, -1)
-            self._predictions[start:stop] = predictions[: stop - start]
-            self._recovered[start:stop] = np.ravel(decoded.recovered)[: stop - start]
-            self._heard[start:stop] = heard[: stop - start]
-            self._heard[start:stop] &= self._recovered[start:stop, None]
-        return stop - start
+            self._predictions[rows] = predictions[:count]
+            self._recovered[rows] = np.ravel(decoded.recovered)[:count]
+            self._heard[rows] = heard[:count]
+            self._heard[rows] &= self._recovered[rows, None]
+        return count
+
+    def take(self, batches: Sequence[int], arrays: Mapping[str, np.ndarray]) -> None:
+        """Takes what `rows_of` gave of these batches in another process."""
+        rows = np.concatenate([np.r_[self._rows(batch)] for batch in batches])
+        self._predictions[rows] = arrays["predictions"]
+        self._recovered[rows] = arrays["recovered"]
+        self._heard[rows] = arrays["heard"]
+        self._done[rows] = True
+
+    def rows_of(self, batches: Sequence[int]) -> dict[str, np.ndarray]:
+        """The rows of some batches, one after the other, as arrays by name."""
+        rows = np.concatenate([np.r_[self._rows(batch)] for batch in batches])
+        return {
+            "index": self._index[rows],
+            "predictions": self._predictions[rows],
+            "recovered": self._recovered[rows],
+            "heard": self._heard[rows],
+        }
+
+    def unfinished(self, batches: int) -> list[int]:
+        """Which of so many batches are not recovered whole."""
+        return [each for each in range(batches) if not self._recovered[self._rows(each)].all()]
+
+    def _rows(self, batch: int) -> slice:
+        start = batch * self._batch_size
+        return slice(start, min(start + self._batch_size, len(self._index)))
 
     @property
     def index(self) -> Int[np.ndarray, " done"]:
-        return self._index[: self._done]
+        return self._index[self._done]
 
     @property
     def batch(self) -> Int[np.ndarray, " done"]:
-        return np.arange(self._done) // self._batch_size
+        return np.flatnonzero(self._done) // self._batch_size
 
     @property
     def predictions(self) -> Float[np.ndarray, "done outputs"]:
-        return self._predictions[: self._done]
+        return self._predictions[self._done]
 
     @property
     def recovered(self) -> Bool[np.ndarray, " done"]:
-        return self._recovered[: self._done]
+        return self._recovered[self._done]
 
     @property
     def heard(self) -> Bool[np.ndarray, "done num_workers"]:
-        return self._heard[: self._done]
+        return self._heard[self._done]
 
     @property
     def predicted(self) -> Int[np.ndarray, " done"]:
@@ -80,9 +108,12 @@ class Results:
 
 
 def check_kind(path: Path) -> None:
-    """Raises: ValueError for a file that `write_results` cannot write."""
-    if path.suffix not in FILES:
-        raise ValueError(f"--output {path}: a result file ends in {' or '.join(FILES)}")
+    """Raises: ValueError for what is no folder, and no file that `write_results` can write."""
+    if path.suffix not in ("", *FILES):
+        raise ValueError(
+            f"--output {path}: a result file ends in {' or '.join(FILES)}; a folder, which gets "
+            "parts and a manifest, has no ending"
+        )
 
 
 def write_results(path: Path, results: Results, labels: Int[np.ndarray, " points"]) -> None:

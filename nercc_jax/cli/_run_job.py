@@ -1,10 +1,10 @@
 """What `nercc run` does: the data points to go over, the pool, the batches, the summary."""
 
-import contextlib
 import dataclasses
+import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import numpy as np
 from jaxtyping import Int
 from rich import box
 from rich.console import Console
+from rich.highlighter import NullHighlighter
+from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -22,22 +24,23 @@ from ..evaluation import batched, make_forecast
 from ..pools import (
     AbstractPool,
     BatchOutcome,
-    DevicePool,
     Faults,
     PoolReport,
-    RayPool,
     run_batches,
 )
 from ._errors import fail
 from ._options import CALIBRATION, check_positive
+from ._result_parts import Parts
 from ._results import Results
-from ._workload import Answering, load_plain_code
+from ._workload import Answering, Points, load_plain_code
 
 # How often a batch is dispatched before its data points are lost.
 ATTEMPTS = 3
 # A worker is taken to hang when all attempts but one are over: the last finds new ones if all hung.
 # But not sooner than this many seconds: it may straggle, and a new one needs its time too.
 _HANG = 10.0
+PARTIAL = 3  # the exit code of a run that has results, but not all
+_LAST_WORDS = 10.0  # seconds to end a run by itself, before something else does
 _COMPARED = 1000  # data points that are compared with the model
 
 
@@ -72,24 +75,20 @@ class Job:
 
 
 def make_job(
-    network: Answering,
+    source: Points,
     code: AbstractCode,
-    split: str,
-    data_dir: Path | None,
     points: int | None,
     batches: int | None,
     groups: int,
 ) -> Job:
     """Rows in the split's order, from the start again where it ends before the batches do."""
-    from nercc_models import load_data
-
     batch_size = groups * code.num_data
-    data = load_data(network.network.data, split, data_dir=data_dir, limit=points)
-    number = math.ceil(len(data.labels) / batch_size) if batches is None else batches
-    filled = np.arange(number * batch_size) % len(data.labels)
-    rows = filled[: len(data.labels)] if batches is None else filled
-    preprocess = network.network.preprocess
-    return Job(data.images, data.labels, preprocess, groups, rows, filled.reshape(number, -1))
+    labels = source.labels[:points]
+    number = math.ceil(len(labels) / batch_size) if batches is None else batches
+    filled = np.arange(number * batch_size) % len(labels)
+    rows = filled[: len(labels)] if batches is None else filled
+    batched_rows = filled.reshape(number, -1)
+    return Job(source.images[:points], labels, source.preprocess, groups, rows, batched_rows)
 
 
 def chosen_code(path: Path | None, num_data: int, num_workers: int) -> AbstractCode:
@@ -152,6 +151,7 @@ def make_faults(rate: float, delay: float, death_rate: float, seed: int) -> Faul
 
 def open_pool(
     console: Console,
+    make: Callable[..., AbstractPool],
     kind: str,
     network: Answering,
     count: int,
@@ -161,7 +161,6 @@ def open_pool(
     worker_dtype: str | None,
 ) -> AbstractPool:
     """The pool, compiled for the run's batches. Exits with code 1 where it does not start."""
-    make = RayPool if kind == "ray" else DevicePool
     options: Any = {"faults": faults, "hang_timeout": max((ATTEMPTS - 1) * deadline, _HANG)}
     options["worker_dtype"] = worker_dtype
     try:
@@ -185,6 +184,8 @@ class _Seen:
     rows: int = 0
     # Of the first batch, which waits for the compiler.
     first: tuple[float, int] = (0.0, 0)
+    stopped: str | None = None  # why it ended before its time
+    interrupted: bool = False  # by Ctrl-C
 
     def add(self, outcome: BatchOutcome, rows: int, num_workers: int) -> None:
         self.seconds = time.monotonic() - self.start
@@ -200,13 +201,13 @@ class _Seen:
 
     @property
     def mean_stragglers(self) -> float:
-        return self.stragglers / self.batches
+        return self.stragglers / max(self.batches, 1)
 
     @property
     def speed(self) -> float:
         """Data points a second, of all batches but the first if there are others."""
         seconds, rows = self.first if self.batches > 1 else (0.0, 0)
-        return (self.rows - rows) / (self.seconds - seconds)
+        return (self.rows - rows) / max(self.seconds - seconds, 1e-9)
 
 
 def run_job(
@@ -215,25 +216,38 @@ def run_job(
     code: AbstractCode,
     job: Job,
     results: Results,
+    parts: Parts,
     enough: Any,
     deadline: float,
-) -> tuple[_Seen, bool]:
-    """Runs the batches into the results; what was seen, and whether Ctrl-C ended it."""
+) -> _Seen:
+    """Runs the batches that are not done into the results, and these into their parts."""
     seen = _Seen()
-    x = (job.batch(rows) for rows in job.batches)
-    with _bar(console) as progress, contextlib.suppress(KeyboardInterrupt):
+    left = results.unfinished(len(job.batches))
+    x = (job.batch(job.batches[batch]) for batch in left)
+    with _bar(console) as progress:
         task = progress.add_task("", total=len(job.rows), seen="compiling ...")
-        for outcome in run_batches(
-            pool, code, x, enough=enough, deadline=deadline, attempts=ATTEMPTS
-        ):
-            rows = results.add(outcome)
-            seen.add(outcome, rows, code.num_workers)
-            told = (
-                f"{seen.speed:,.0f} points/s, {seen.mean_stragglers:.1f} stragglers a batch, "
-                f"{pool.report().deaths} deaths"
-            )
-            progress.update(task, advance=rows, seen=told)
-    return seen, seen.batches < len(job.batches)
+        progress.advance(task, len(results))
+        try:
+            for outcome in run_batches(
+                pool, code, x, enough=enough, deadline=deadline, attempts=ATTEMPTS
+            ):
+                batch = left[outcome.number]
+                rows = results.add(batch, outcome)
+                parts.add(batch)
+                seen.add(outcome, rows, code.num_workers)
+                told = (
+                    f"{seen.speed:,.0f} points/s, {seen.mean_stragglers:.1f} stragglers a batch, "
+                    f"{pool.report().deaths} deaths"
+                )
+                progress.update(task, advance=rows, seen=told)
+                if pool.ends_at - time.monotonic() < _LAST_WORDS:
+                    seen.stopped = "stopped before Ray ends this process, whose head is gone"
+                    break
+        except KeyboardInterrupt:
+            seen.stopped, seen.interrupted = "interrupted", True
+        finally:
+            parts.flush(complete=not results.unfinished(len(job.batches)))
+    return seen
 
 
 def _bar(console: Console) -> Progress:
@@ -247,6 +261,14 @@ def _bar(console: Console) -> Progress:
 
 
 # Telling of it.
+
+
+def show_pools(console: Console) -> None:
+    """What pools log, such as which Ray was joined, is shown, a line each."""
+    log = logging.getLogger("nercc_jax.pools")
+    shown: Any = {"show_time": False, "show_level": False, "show_path": False}
+    log.handlers[:] = [RichHandler(console=console, highlighter=NullHighlighter(), **shown)]
+    log.setLevel(logging.INFO)
 
 
 def describe(code: AbstractCode) -> str:
@@ -312,14 +334,15 @@ def _agreement(network: Answering, job: Job, results: Results) -> tuple[int, int
     return int(np.sum(own == results.predicted[some])), len(some)
 
 
-def conclude(results: Results, seen: _Seen, job: Job, interrupted: bool) -> None:
-    """Exits with 130 after Ctrl-C, with 1 where data points were lost."""
-    if interrupted:
-        written = "are done" if len(results) else "are done, and no file is written"
-        fail(f"interrupted: {len(results):,} of {len(job.rows):,} data points {written}", 130)
+def conclude(results: Results, seen: _Seen, job: Job, folder: Path) -> None:
+    """Exits with 130 after Ctrl-C, with 3 where data points are missing or lost."""
+    resume = f"; {folder} has what is done, and --resume goes on from there"
+    if seen.stopped is not None:
+        count = f"{len(results):,} of {len(job.rows):,} data points are done"
+        fail(f"{seen.stopped}: {count}{resume}", 130 if seen.interrupted else PARTIAL)
     if results.lost:
         fail(
             f"{results.lost:,} of {len(results):,} data points were lost after {ATTEMPTS} "
-            f"attempts and are NaN in the result; the last trouble: {seen.trouble}",
-            1,
+            f"attempts and are NaN in the result{resume}; the last trouble: {seen.trouble}",
+            PARTIAL,
         )

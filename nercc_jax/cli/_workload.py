@@ -1,6 +1,8 @@
 """What commands run codes on: a shipped model and images of its data set."""
 
+import dataclasses
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,39 @@ class Answering(eqx.Module):
         data = load_data(self.network.data, split, data_dir=data_dir)
         chosen = np.random.default_rng(seed).permutation(len(data.labels))[:count]
         return np.asarray(self.network.preprocess(data.images[chosen])), data.labels[chosen]
+
+
+@dataclasses.dataclass(frozen=True)
+class Points:
+    """Data points as they are kept, what makes inputs of them, and labels, -1 if not known."""
+
+    name: str
+    images: np.ndarray
+    labels: np.ndarray
+    preprocess: Callable[[np.ndarray], Any]
+
+
+def points_of(network: Answering, split: str, data_dir: Path | None) -> Points:
+    """A split of a shipped model's data set."""
+    from nercc_models import load_data
+
+    data = load_data(network.network.data, split, data_dir=data_dir)
+    return Points(split, data.images, data.labels, network.network.preprocess)
+
+
+def own_points(path: Path) -> Points:
+    """Of a .npy file. Raises: ValueError where it holds none."""
+    found = read_array(path, f"--data {path}")
+    if found.ndim < 2 or not len(found):
+        raise ValueError(f"--data {path}: (points, *shape of one) is needed, not {found.shape}")
+    return Points(path.name, found, np.full(len(found), -1), np.asarray)
+
+
+def load_callable(model: str, weights: Path | None) -> Any:
+    """A model of one's own, as `nercc serve` finds it."""
+    from ..serving._servable import load_callable as load
+
+    return load(model, weights)
 
 
 def answering(model: str, outputs: Outputs) -> Answering:

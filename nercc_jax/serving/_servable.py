@@ -147,6 +147,12 @@ def _name_of(path: tuple[Any, ...], output_name: str) -> str:
     return f"{output_name}_{name}" if isinstance(path[0], jax.tree_util.SequenceKey) else name
 
 
+def look_here() -> None:
+    """Has modules looked for in the working directory, too."""
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+
+
 def load_callable(spec: str, weights: Path | None) -> Callable[..., Any]:
     """What `module:name` says: a model, or with weights a function of their path that makes one.
 
@@ -157,8 +163,7 @@ def load_callable(spec: str, weights: Path | None) -> Callable[..., Any]:
     module_name, _, attribute = spec.partition(":")
     if not module_name or not attribute:
         raise ValueError(f"a model of your own is named module:function, not {spec!r}")
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
+    look_here()
     try:
         found: Any = importlib.import_module(module_name)
         for part in attribute.split("."):

@@ -1,0 +1,145 @@
+"""Which Ray a command's workers run on, and what is sent along to them."""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import sys
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# Set where `ray job submit` runs us, which has sent a folder of its own.
+_SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+# Never sent along with the folder of a model, whatever .gitignore says.
+_EXCLUDED = [".git", ".venv", "venv", "__pycache__"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RayJob:
+    """Ray's head, and what goes to its nodes: folders, modules, or all of a runtime environment.
+
+    Raises: ValueError for what is not there.
+    """
+
+    address: str | None = None
+    working_dir: Path | None = None
+    py_modules: Sequence[Path] = ()
+    runtime_env: Path | None = None
+
+    def __post_init__(self):
+        for option, path in (
+            ("--working-dir", self.working_dir),
+            ("--runtime-env", self.runtime_env),
+            *(("--py-modules", each) for each in self.py_modules),
+        ):
+            if path is not None and "://" not in str(path) and not path.exists():
+                raise ValueError(f"{option} {path}: there is no such file or folder")
+
+    def told(self) -> dict[str, Any]:
+        """Ray's runtime environment, as far as somebody has said what is in it."""
+        found = {} if self.runtime_env is None else _read(self.runtime_env)
+        if self.working_dir is not None:
+            found["working_dir"] = str(self.working_dir)
+        if self.py_modules:
+            found["py_modules"] = [str(each) for each in self.py_modules]
+        return found
+
+    def connect(self, models: Sequence[str]) -> None:
+        """Makes this process part of that Ray.
+
+        Unless something else is said, the folders of those models (`module:function`) go along
+        that are not installed, as far as other machines could want them.
+
+        Raises: ConnectionError where there is none, ValueError where it takes no such environment.
+        """
+        from ..pools import join_ray
+        from ..serving._servable import look_here
+
+        look_here()
+        told = self.told()
+        sent = {"working_dir", "py_modules"} & told.keys() or _SUBMITTED in os.environ
+        join_ray(self.address, told, told if sent else own_folders(models) | told)
+
+
+def leave_accelerators() -> None:
+    """Keeps this process's own JAX on the CPU, where nobody says otherwise.
+
+    Its workers are processes of their own: it would take most of an accelerator's memory from one.
+    """
+    import jax
+
+    if not os.environ.get("JAX_PLATFORMS"):
+        jax.config.update("jax_platforms", "cpu")
+
+
+def end_at_once(code: int) -> None:
+    """Ends this process where Ray's head is gone: its own end would wait for that for a minute."""
+    from ..pools import ray_is_lost
+
+    if ray_is_lost():
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def own_folders(models: Sequence[str]) -> dict[str, Any]:
+    """What a runtime environment sends of the modules of models that are not installed."""
+    found: dict[Path, Path] = {}  # a module by its folder
+    for each in models:
+        name = each.partition(":")[0].partition(".")[0]
+        if ":" in each and (path := _own_module(name)) is not None:
+            found[path.parent] = path
+    if not found:
+        return {}
+    first, *others = found
+    sent: dict[str, Any] = {"working_dir": str(first), "excludes": _EXCLUDED}
+    if others:
+        sent["py_modules"] = [str(found[each]) for each in others]
+    return sent
+
+
+def _own_module(name: str) -> Path | None:
+    """The file or folder of a module that is not installed."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None or name in importlib.metadata.packages_distributions():
+        return None
+    path = Path(spec.origin).resolve()
+    path = path.parent if spec.submodule_search_locations else path
+    return None if {"site-packages", "dist-packages"} & set(path.parts) else path
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A runtime environment's file. Raises: ValueError where it cannot be read."""
+    text = path.read_text()
+    try:
+        if path.suffix == ".toml":
+            found: Any = tomllib.loads(text)
+        elif path.suffix == ".json":
+            found = json.loads(text)
+        else:
+            import yaml  # which Ray brings
+
+            found = yaml.safe_load(text)
+    except ValueError as error:  # of TOML and JSON
+        raise ValueError(f"--runtime-env {path}: {error}") from error
+    if not isinstance(found, Mapping):
+        raise ValueError(f"--runtime-env {path}: a table is needed, not {found!r}")
+    return dict(found)
+
+
+def actor_options(cpus: float | None, gpus: float | None, resources: str | None) -> dict[str, Any]:
+    """Ray's options of an actor. Raises: ValueError for resources that are no table."""
+    told: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus}
+    if resources is not None:
+        try:
+            told["resources"] = tomllib.loads(f"table = {resources}")["table"]
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(
+                f"--worker-resources: a table is needed, '{{TPU = 4}}', not {resources!r}"
+            ) from error
+    return {name: value for name, value in told.items() if value is not None}

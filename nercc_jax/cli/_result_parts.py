@@ -1,0 +1,108 @@
+"""Results as they come: a part for every second's batches in a folder, and one manifest of them.
+
+A part is a file that appears whole or not at all, and the manifest names those that count. So
+whatever ends a run, what it had written is there, and `nercc run --resume` computes the rest.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from ._results import Results
+
+_MANIFEST = "manifest.json"
+_EVERY = 1.0  # seconds between two parts, at least
+
+
+def parts_folder(output: Path) -> Path:
+    """Where the parts of a result lie: beside a file, or the output itself where it is a folder."""
+    return output if not output.suffix else output.with_name(f"{output.name}.parts")
+
+
+def check_parts(output: Path, resume: bool) -> None:
+    """Raises: ValueError where there are parts and none are wanted, or the reverse."""
+    folder = parts_folder(output)
+    found = (folder / _MANIFEST).is_file()
+    if found and not resume:
+        raise ValueError(
+            f"{folder} has the parts of an earlier run: give --resume to go on with it, or remove "
+            "the folder"
+        )
+    if folder.exists() and not found and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there, and is no result of `nercc run`")
+
+
+class Parts:
+    """The folder of one run. `settings` is all that its numbers depend on."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any], results: Results):
+        """Takes what an earlier run has written into the results.
+
+        Raises: ValueError where that was another run.
+        """
+        self._folder, self._results = folder, results
+        self._manifest: dict[str, Any] = {"settings": settings, "complete": False, "parts": []}
+        if (folder / _MANIFEST).is_file():
+            earlier = json.loads((folder / _MANIFEST).read_text())
+            _check_same(folder, earlier["settings"], settings)
+            self._manifest = earlier | {"complete": False}
+            for part in earlier["parts"]:
+                with np.load(folder / part["file"]) as file:
+                    results.take(part["batches"], dict(file))
+        self._pending: list[int] = []
+        self._written = time.monotonic()
+
+    def add(self, batch: int) -> None:
+        """A batch is in the results; it is written soon."""
+        self._pending.append(batch)
+        if time.monotonic() - self._written >= _EVERY:
+            self.flush()
+
+    def flush(self, complete: bool = False) -> None:
+        """Writes what is not written."""
+        self._folder.mkdir(exist_ok=True)
+        if self._pending:
+            name = f"part-{len(self._manifest['parts']):06d}.npz"
+            arrays: Any = self._results.rows_of(self._pending)
+            _write(self._folder / name, lambda file: np.savez(file, **arrays))
+            self._manifest["parts"].append({"file": name, "batches": self._pending})
+        self._manifest["complete"] = complete
+        text = json.dumps(self._manifest).encode()
+        _write(self._folder / _MANIFEST, lambda file: file.write(text))
+        self._pending, self._written = [], time.monotonic()
+
+    def remove(self) -> None:
+        shutil.rmtree(self._folder)
+
+
+def fingerprint(path: Path | None) -> str | None:
+    """Of a file's content, for the settings of a run."""
+    return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def _check_same(folder: Path, earlier: dict[str, Any], now: dict[str, Any]) -> None:
+    other = [
+        f"{name} was {earlier.get(name)!r} and is {now.get(name)!r}"
+        for name in sorted(earlier.keys() | now.keys())
+        if earlier.get(name) != now.get(name)
+    ]
+    if other:
+        raise ValueError(
+            f"{folder} holds another run, with which --resume cannot go on: {'; '.join(other)}"
+        )
+
+
+def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """A file that is there whole, on disk, or not at all."""
+    with (beside := path.with_name(f".{path.name}")).open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
