@@ -1,5 +1,6 @@
 """`nercc serve`: a coded prediction server."""
 
+import functools
 import importlib.util
 import logging
 import os
@@ -16,6 +17,7 @@ from ._compiled import keep_programs
 from ._config import as_toml
 from ._errors import fail, told_plainly
 from ._options import check_shipped
+from ._ray_job import RayJob, end_at_once, leave_accelerators
 
 if TYPE_CHECKING:
     from ..serving._settings import ModelSettings, ServerSettings
@@ -102,8 +104,11 @@ def _read(
 
 def _run(settings: "ServerSettings", chosen: "list[ModelSettings]") -> None:
     """Serves until the end. Raises: ValueError and OSError where something does not fit."""
+    job = RayJob(settings.address, settings.working_dir, settings.py_modules, settings.runtime_env)
     _start_log(settings.log_format, settings.log_level)
     _check_ports(settings)
+    if all(each.pool == "ray" for each in chosen):
+        leave_accelerators()
     if settings.compilation_cache:
         keep_programs()
     # Until the server listens; as a container's first process it would be ignored.
@@ -115,9 +120,11 @@ def _run(settings: "ServerSettings", chosen: "list[ModelSettings]") -> None:
 
     registry = CollectorRegistry()
     try:
-        Server(starts_of(chosen, registry), settings, registry).run()
+        join = functools.cache(lambda: job.connect([str(each.model) for each in chosen]))
+        Server(starts_of(chosen, registry, join), settings, registry).run()
     except StartFailed as error:
         fail(str(error), 1)
+    end_at_once(0)
     _leave()
 
 

@@ -33,12 +33,15 @@ class StartFailed(RuntimeError):
 
 
 def starts_of(
-    chosen: Sequence[ModelSettings], registry: CollectorRegistry
+    chosen: Sequence[ModelSettings],
+    registry: CollectorRegistry,
+    join: Callable[[], Any] = lambda: None,
 ) -> dict[str, Callable[[], ServedModel]]:
     """What starts each model with its workers, by name; their metrics go to the registry.
 
-    It raises ValueError for settings that do not fit, and `StartFailed`. What can be seen to be
-    wrong without loading a model is found here.
+    `join()` is called before a model whose workers are Ray's. A start raises ValueError for
+    settings that do not fit, what `join` does, and `StartFailed`. What can be seen to be wrong
+    without loading a model is found here.
 
     Raises: ValueError.
     """
@@ -46,7 +49,7 @@ def starts_of(
     for settings in chosen:
         _check_files(settings)
     return {
-        settings.served_name: functools.partial(_start, settings, code_of(settings), meters)
+        settings.served_name: functools.partial(_start, settings, code_of(settings), meters, join)
         for settings in chosen
     }
 
@@ -83,8 +86,13 @@ def _check_files(settings: ModelSettings) -> None:
             raise ValueError(f"{settings.served_name}: there are no {name} at {path}")
 
 
-def _start(settings: ModelSettings, code: AbstractCode, meters: Meters) -> ServedModel:
+def _start(
+    settings: ModelSettings, code: AbstractCode, meters: Meters, join: Callable[[], Any]
+) -> ServedModel:
     name = settings.served_name
+    if settings.pool == "ray":
+        with phase("joining Ray", name):
+            join()
     with phase("loading", name):
         servable = servable_of(settings)
         code = fitting_code(code, settings, servable)

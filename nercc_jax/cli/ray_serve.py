@@ -2,6 +2,7 @@
 
 serve run nercc_jax.cli.ray_serve:app model=lenet5-digits workers=8
 serve run docs/deploy/ray-serve.yaml
+NERCC_MODELS='[{"model": "lenet5-digits"}]' serve build nercc_jax.cli.ray_serve:application
 """
 
 import asyncio
@@ -18,12 +19,13 @@ from ray import serve
 from ..serving._plane import Plane
 from ..serving._rest import make_app
 from ..serving._settings import ModelSettings, ServerSettings, read_settings
-from ..serving._telemetry import telemetry_by_environment
+from ..serving._telemetry import Telemetry, telemetry_by_environment
 from ._serving_models import start_models
 
 # What the application takes of a server's settings; Ray Serve itself listens, and logs.
 _OF_REQUESTS = ("max_body_bytes", "max_json_bytes", "max_bytes_in_flight", "body_timeout_s")
 _TAKEN = ("models", "defaults", "drain_timeout_s", *_OF_REQUESTS)
+_CHECK_EVERY, _CHECK_TIMEOUT = 2.0, 15.0  # seconds: a replica's health
 _ENDING = 10.0  # seconds for the workers to end, after everything is answered
 
 
@@ -35,8 +37,9 @@ def app(args: dict[str, Any]) -> serve.Application:
     timeout as there, and `config`, the path of such a file. Models run on Ray actors unless `pool`
     says otherwise.
 
-    There is one replica: groups are made of the queries that come to one process, and a second one
-    would have half of them and as many workers again. Give the models more workers instead.
+    There is one replica unless the configuration's `deployments` say `num_replicas`: groups are
+    made of the queries that come to one process, and each replica has workers of its own. Two go
+    on where one is killed; for speed, give the models more workers instead.
 
     Raises: ValueError for arguments that are not known, or out of range.
     """
@@ -52,6 +55,9 @@ def app(args: dict[str, Any]) -> serve.Application:
         CodedServer,
         name="CodedServer",
         num_replicas=1,
+        # A replica that is killed is noticed by the next of these, and started anew.
+        health_check_period_s=_CHECK_EVERY,
+        health_check_timeout_s=_CHECK_TIMEOUT,
         max_ongoing_requests=calls + 100,  # metrics, status and health
         graceful_shutdown_timeout_s=settings.drain_timeout_s + _ENDING,
         graceful_shutdown_wait_loop_s=0.5,
@@ -62,6 +68,9 @@ def app(args: dict[str, Any]) -> serve.Application:
 @serve.ingress()
 class CodedServer:
     """What the replica's process runs."""
+
+    _plane: Plane | None = None
+    _telemetry: Telemetry | None = None
 
     async def __init__(self, models: Sequence[ModelSettings], limits: Mapping[str, Any]):
         settings = read_settings(None, **limits)
@@ -75,20 +84,29 @@ class CodedServer:
         gc.freeze()  # as in `Server.serve`
 
     def __serve_build_asgi_app__(self) -> FastAPI:
+        assert self._plane is not None
         return make_app(self._plane, self._registry)
 
     async def check_health(self) -> None:
-        """Serve starts the replica anew after three failures, 10 seconds apart."""
-        for name, model in self._plane.models.items():
+        """Serve starts the replica anew after three failures."""
+        for name, model in ({} if self._plane is None else self._plane.models).items():
             if all(worker.state == "starting" for worker in model.pool.report().workers):
                 raise RuntimeError(f"{name}: none of its workers is ready")
 
     async def __del__(self) -> None:
-        """Serve has waited until everything was answered."""
-        for model in self._plane.models.values():
+        """Serve has waited until everything was answered; or it never started."""
+        plane, self._plane = self._plane, None
+        for model in () if plane is None else plane.models.values():
             await asyncio.to_thread(model.close, 0.0)
         if self._telemetry is not None:
             await asyncio.to_thread(self._telemetry.close)
+
+
+def __getattr__(name: str) -> serve.Application:
+    """`application` is `app` by the environment alone (NERCC_MODELS), for `serve build`."""
+    if name != "application":
+        raise AttributeError(f"{__name__} has no {name}")
+    return app({})
 
 
 def _settings(args: Mapping[str, Any]) -> ServerSettings:

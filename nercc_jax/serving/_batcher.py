@@ -30,7 +30,7 @@ from ._arrangement import Arranger
 from ._coder import Coder
 from ._fidelity import Fidelity
 from ._group import Group
-from ._health import STUCK, Health
+from ._health import Health, health_of_pool
 from ._lanes import Lanes
 from ._ledger import Ledger
 from ._policy import MAX_DEADLINE_S, BatchingPolicy, Measure
@@ -186,15 +186,7 @@ class CodedBatcher:
         trouble = self._ledger.trouble(self._times.median(self.policy.max_batch_size))
         if trouble is not None:
             return trouble
-        if self._pool.trouble is not None:
-            return Health(False, False, self._pool.trouble)
-        silence = time.monotonic() - self._pool.heartbeat
-        if silence > STUCK:
-            return Health(False, False, f"the pool is stuck for {silence:.0f} s")
-        report = self._pool.report()
-        if report.starting == report.num_workers:
-            return Health(True, False, f"none of {report.num_workers} workers is ready")
-        return Health(True, True)
+        return health_of_pool(self._pool, self._coder)
 
     def close(self, drain: float = 0.0) -> None:
         """Takes no more, answers what it has for up to `drain` seconds, and fails the rest."""

@@ -4,6 +4,9 @@ import dataclasses
 import math
 import time
 
+from ..pools import AbstractPool
+from ._coder import Coder
+
 # Seconds after which a thread that has not turned is taken for stuck, and without an answer while
 # queries wait, for a batcher of little use; models that take long get so many answer times.
 STUCK, _SILENT, _ANSWER_TIMES = 5.0, 3.0, 5
@@ -18,6 +21,29 @@ class Health:
     live: bool
     ready: bool
     trouble: str | None = None
+
+
+def health_of_pool(pool: AbstractPool, coder: Coder) -> Health:
+    """Whether its workers would answer a group now.
+
+    That takes as many as the code needs answers, if it has a worker for each coded data point.
+    """
+    if pool.trouble is not None:
+        return Health(False, False, pool.trouble)
+    silence = time.monotonic() - pool.heartbeat
+    if silence > STUCK:
+        return Health(False, False, f"the pool is stuck for {silence:.0f} s")
+    if pool.alarm is not None:
+        return Health(True, False, pool.alarm)
+    report = pool.report()
+    ready = report.num_workers - report.starting
+    least = coder.num_data if report.num_workers >= coder.num_workers else 1
+    if ready == 0:
+        return Health(True, False, f"none of {report.num_workers} workers is ready")
+    if ready < least:
+        few = f"{ready} of {report.num_workers} workers are ready"
+        return Health(True, False, f"{few}, and a group needs answers of {least}")
+    return Health(True, True)
 
 
 class Pulse:

@@ -71,7 +71,7 @@ class ServedModel:
                 calibrate(fidelity, servable, settings.worker_dtype, kept)
             _check(fidelity, self._coder, policy.max_disagreement)
         with phase("starting workers", servable.name):
-            self.pool = _open_pool(servable, settings)
+            self.pool = _open_pool(servable, code, settings)
         self.meter = Meter(meters, servable.name, self.pool, code)
         with phase("compiling", servable.name):
             self._batcher = CodedBatcher(
@@ -202,7 +202,7 @@ async def _result(future: concurrent.futures.Future[Reply]) -> Reply:
     return future.result()
 
 
-def _open_pool(servable: Servable, settings: ModelSettings) -> AbstractPool:
+def _open_pool(servable: Servable, code: AbstractCode, settings: ModelSettings) -> AbstractPool:
     inputs = servable.inputs
     options: Any = {
         "example": [
@@ -222,7 +222,14 @@ def _open_pool(servable: Servable, settings: ModelSettings) -> AbstractPool:
     }
     number = settings.workers or settings.num_workers
     if settings.pool == "ray":
-        return RayPool(servable.model, number, actor_options=settings.actor_options, **options)
+        return RayPool(
+            servable.model,
+            number,
+            actor_options=settings.ray_options(),
+            max_per_node=code.num_workers - code.num_data or None,
+            min_workers=min(code.num_data, number),
+            **options,
+        )
     return DevicePool(servable.model, number, **options)
 
 

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import gc
 import logging
+import math
 import signal
 import threading
 import time
@@ -121,12 +122,19 @@ class Server:
             await self._listen()
             await self._start_models()
             while not self.plane.draining and not http.done():
+                if self._must_end():
+                    self.stop()
                 await asyncio.sleep(_TICK)
         except BaseException:
             self._at_once = True
             raise
         finally:
             await self._drain(http)
+
+    def _must_end(self) -> bool:
+        """Whether something will end this process soon: it answers what it has before that."""
+        ends_at = min((each.pool.ends_at for each in self._open.values()), default=math.inf)
+        return ends_at - time.monotonic() < self.settings.drain_timeout_s + 2 * _LAST_WORDS
 
     def stop(self) -> None:
         """Begins to drain: what has been accepted is answered, nothing new is. Twice: at once."""

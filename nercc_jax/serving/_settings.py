@@ -32,63 +32,9 @@ from pydantic_settings import (
 )
 
 from ._policy import MAX_DEADLINE_S, BatchingPolicy
+from ._settings_text import datatype, none, paths, shape, table
 
 _POLICY = BatchingPolicy()
-
-
-def _none(value: Any) -> Any:
-    """TOML has no null, and the environment has only strings."""
-    return None if value == "none" else value
-
-
-def _shape(value: Any) -> Any:
-    """Of one input, or of several by name: 28,28,1, or image=28,28,1,meta=4 where it is text."""
-    if isinstance(value, str):
-        value = _by_name(value)
-    if isinstance(value, Mapping):
-        return {name: _axes(each) for name, each in value.items()}
-    return None if value is None else _axes(value or None)
-
-
-def _axes(value: Any) -> tuple[int, ...]:
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = [value]  # what is made of a variable whose text is one number
-    texts = [str(each).strip() for each in value] if isinstance(value, list | tuple) else [""]
-    if not all(text.isdecimal() and int(text) for text in texts):
-        raise ValueError(f"positive numbers with commas are needed, 28,28,1, not {value!r}")
-    return tuple(map(int, texts))
-
-
-def _datatype(value: Any) -> Any:
-    """Of all inputs, or of some by name: INT64, or ids=INT64,mask=BOOL where it is text."""
-    if not isinstance(value, str) or "=" not in value:
-        return value
-    return {name: "".join(each) for name, each in _by_name(value).items()}
-
-
-def _by_name(text: str) -> Any:
-    """What stands between commas, by the names before it, if there are any."""
-    found: dict[str, list[str]] = {}
-    name = ""
-    for part in text.split(","):
-        before, equals, after = part.rpartition("=")
-        name = before.strip() if equals else name
-        found.setdefault(name, []).extend([after.strip()] if after.strip() or not equals else [])
-    if len(found) > 1 and "" in found:
-        raise ValueError(f"all inputs are named, or none is, not {text!r}")
-    return found.get("", found)
-
-
-def _table(value: Any) -> Any:
-    """From text, as in a file: {num_gpus = 0.5}."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return tomllib.loads(f"table = {value}")["table"]
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(
-            f"a table as in TOML is needed, {{num_gpus = 0.5}}, not {value!r}"
-        ) from error
 
 
 class ModelSettings(BaseModel):
@@ -114,13 +60,13 @@ class ModelSettings(BaseModel):
         default=None, description="Given to module:function, which then makes the model."
     )
     input_shape: Annotated[
-        tuple[int, ...] | dict[str, tuple[int, ...]] | None, BeforeValidator(_shape)
+        tuple[int, ...] | dict[str, tuple[int, ...]] | None, BeforeValidator(shape)
     ] = Field(
         default=None,
         description="Of one query of module:function, without the batch: 28,28,1; by name where it "
         "takes a dict: image=28,28,1,meta=4.",
     )
-    input_datatype: Annotated[str | dict[str, str] | None, BeforeValidator(_datatype)] = Field(
+    input_datatype: Annotated[str | dict[str, str] | None, BeforeValidator(datatype)] = Field(
         default=None,
         description="FP32 unless set: INT64, or by name, ids=INT64,mask=BOOL. Others than FP32 are "
         "served uncoded.",
@@ -154,8 +100,21 @@ class ModelSettings(BaseModel):
     workers: int | None = Field(
         default=None, ge=1, description="Workers of each model; N unless set."
     )
-    actor_options: Annotated[dict[str, Any], BeforeValidator(_table)] = Field(
-        default={}, description="Of Ray actors: {num_gpus = 0.5}."
+    worker_cpus: float | None = Field(
+        default=None,
+        ge=0,
+        description="Of Ray's, that an actor takes; half of one or less unless set.",
+    )
+    worker_gpus: float | None = Field(
+        default=None,
+        ge=0,
+        description="Of Ray's, that an actor takes; one, or an equal part, where there are GPUs.",
+    )
+    worker_resources: Annotated[dict[str, float], BeforeValidator(table)] = Field(
+        default={}, description="Further ones of Ray's, that an actor takes: {TPU = 4}."
+    )
+    actor_options: Annotated[dict[str, Any], BeforeValidator(table)] = Field(
+        default={}, description="Others of Ray's options of actors: {max_concurrency = 3}."
     )
     worker_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         default=None, description="Workers run in it, on inputs and weights that are cast to it."
@@ -241,6 +200,13 @@ class ModelSettings(BaseModel):
         """What clients call it. No colon: behind one, some proxies look for a verb."""
         return self.name or str(self.model).replace(":", ".")
 
+    def ray_options(self) -> dict[str, Any]:
+        """Of a worker that is an actor."""
+        taken = {"num_cpus": self.worker_cpus, "num_gpus": self.worker_gpus}
+        taken = {name: amount for name, amount in taken.items() if amount is not None}
+        named = {"resources": self.worker_resources} if self.worker_resources else {}
+        return self.actor_options | taken | named
+
     def policy(self) -> BatchingPolicy:
         limit = self.max_disagreement
         return BatchingPolicy(
@@ -276,6 +242,7 @@ class ServerSettings(BaseSettings):
     panels: ClassVar[dict[str, str]] = {
         "host": "Addresses",
         "max_connections": "Limits",
+        "address": "Ray",
         "compilation_cache": "Start and end",
         "log_format": "Log",
     }
@@ -286,7 +253,7 @@ class ServerSettings(BaseSettings):
     http_port: int = Field(
         default=8000, ge=0, le=65535, description="REST, status page, metrics; 0: any free one."
     )
-    grpc_port: Annotated[int | None, BeforeValidator(_none)] = Field(
+    grpc_port: Annotated[int | None, BeforeValidator(none)] = Field(
         default=8001, ge=0, le=65535, description="gRPC; 0: any free one, none: no gRPC."
     )
 
@@ -310,6 +277,23 @@ class ServerSettings(BaseSettings):
     )
     body_timeout_s: float = Field(
         default=60.0, gt=0, le=MAX_DEADLINE_S, description="To send a request's body."
+    )
+
+    address: str | None = Field(
+        default=None,
+        description="Of the Ray of actors: HOST:6379, ray://HOST:10001, auto or local; unless set "
+        "RAY_ADDRESS, what runs on this machine, or a new one.",
+    )
+    working_dir: Path | None = Field(
+        default=None,
+        description="Sent to Ray's nodes; the folder of a module:function that is not installed "
+        "unless set.",
+    )
+    py_modules: Annotated[list[Path], BeforeValidator(paths)] = Field(
+        default=[], description="Modules that are sent to Ray's nodes, with commas."
+    )
+    runtime_env: Path | None = Field(
+        default=None, description="A file with Ray's runtime environment: .yaml, .json, .toml."
     )
 
     compilation_cache: bool = Field(

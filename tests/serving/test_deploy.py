@@ -428,6 +428,30 @@ def test_ray_application_takes_words_settings_and_files(tmp_path):
 
 
 @pytest.mark.slow
+def test_ray_application_without_arguments_is_as_the_environment_says(monkeypatch):
+    """`serve build` takes no others."""
+    require("ray.serve", "ray-serve")
+    from ray import serve
+    from ray.serve._private.utils import import_attr
+
+    monkeypatch.setenv("NERCC_MODELS", '[{"model": "lenet5-digits", "workers": 3}]')
+    application = import_attr("nercc_jax.cli.ray_serve:application")
+    assert isinstance(application, serve.Application)
+    (model,) = application._bound_deployment.init_args[0]
+    assert (model.model, model.pool, model.workers) == ("lenet5-digits", "ray", 3)
+
+
+@pytest.mark.slow
+def test_a_replica_that_never_started_ends_quietly():
+    require("ray.serve", "ray-serve")
+    from nercc_jax.cli.ray_serve import CodedServer
+
+    replica = types.SimpleNamespace(_plane=None, _telemetry=None)
+    asyncio.run(CodedServer.check_health(replica))
+    asyncio.run(CodedServer.__del__(replica))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -543,7 +567,7 @@ def test_ray_serve_answers_as_the_model_itself(served):
     from nercc_models import load_model
 
     url = f"http://{served.address}"
-    assert len(alive("_Actor")) == 3
+    assert len(alive("Actor")) == 3
     (model,) = httpx.get(f"{url}/status").json()["models"]
     assert model["pool"] == {"kind": "ray", "num_workers": 3}
     answer = httpx.post(f"{url}/v2/models/lenet5-digits/infer", json=body(3), timeout=SOON).json()
@@ -628,5 +652,5 @@ def test_ray_serve_drains_when_the_application_is_deleted(cluster, served):
     client.join(SOON)
     assert [answer.status_code for answer in answers] == [200]
     assert not alive("ServeReplica")
-    until(lambda: not alive("_Actor"))
+    until(lambda: not alive("Actor"))
     assert httpx.get(f"{url}/v2/health/ready").status_code == 404

@@ -2,6 +2,7 @@
 
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
@@ -13,6 +14,29 @@ from nercc_jax.serving._health import Health
 from nercc_jax.serving._rescue import Rescue
 
 FINE = Health(True, True)
+
+
+@pytest.mark.parametrize(
+    ("workers", "starting", "alarm", "ready", "told"),
+    [
+        (8, 0, None, True, None),
+        (8, 4, None, True, None),
+        (8, 5, None, False, "3 of 8 workers are ready, and a group needs answers of 4"),
+        (8, 8, None, False, "none of 8 workers is ready"),
+        (3, 2, None, True, None),  # each runs several coded data points
+        (8, 0, "the head is gone", False, "the head is gone"),
+    ],
+)
+def test_it_is_ready_while_a_group_can_be_answered(workers, starting, alarm, ready, told, untyped):
+    pool = types.SimpleNamespace(
+        trouble=None,
+        heartbeat=time.monotonic(),
+        alarm=alarm,
+        report=lambda: types.SimpleNamespace(num_workers=workers, starting=starting),
+    )
+    coder = types.SimpleNamespace(num_data=4, num_workers=8)
+    health = _health.health_of_pool(pool, coder)
+    assert health == Health(True, ready, told)
 
 
 def becomes(batcher, expected, seconds=5.0):

@@ -41,6 +41,10 @@ SERVER = {
     "log_format": "text",
     "log_level": "DEBUG",
     "request_log_rate": 0.5,
+    "address": "local",
+    "working_dir": "folder",
+    "py_modules": ["own.py", "folder"],
+    "runtime_env": "env.yaml",
     "compilation_cache": False,
 }
 MODEL = {
@@ -59,7 +63,10 @@ MODEL = {
     "code": "code.json",
     "pool": "ray",
     "workers": 5,
-    "actor_options": {"num_gpus": 0.5},
+    "worker_cpus": 0.75,
+    "worker_gpus": 0.5,
+    "worker_resources": {"TPU": 4.0},
+    "actor_options": {"max_task_retries": 1},
     "worker_dtype": "bfloat16",
     "max_attempts": 2,
     "hang_timeout_s": 7.5,
@@ -108,6 +115,8 @@ def never_serve(monkeypatch):
 def alone(monkeypatch, tmp_path):
     """A working directory with models of ours, and nothing in the environment."""
     (tmp_path / "own.py").write_text(MODELS)
+    (tmp_path / "env.yaml").write_text("env_vars: {A: b}")
+    (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path)
     for name in os.environ:
         if name.startswith("NERCC_"):
@@ -130,6 +139,10 @@ def write(server=(), defaults=(), models=()):
     path = Path("server.toml")
     path.write_text("\n".join(lines))
     return path
+
+
+def as_variable(value):
+    return json.dumps(value) if isinstance(value, list | dict) else str(value)
 
 
 def as_read(name, value):
@@ -157,10 +170,12 @@ def test_the_tables_have_every_setting():
 @pytest.mark.parametrize("name", SERVER)
 def test_server_settings_by_file_environment_and_argument(name, monkeypatch):
     value, default = SERVER[name], getattr(ServerSettings(), name)
-    assert getattr(read_settings(write({name: value})), name) == value
-    monkeypatch.setenv(f"NERCC_{name.upper()}", str(value))
-    assert getattr(read_settings(None), name) == value
-    assert getattr(read_settings(write({name: default})), name) == value  # before the file
+    expected = getattr(ServerSettings(**{name: value}), name)
+    assert getattr(read_settings(write({name: value})), name) == expected
+    monkeypatch.setenv(f"NERCC_{name.upper()}", as_variable(value))
+    assert getattr(read_settings(None), name) == expected
+    if default is not None:
+        assert getattr(read_settings(write({name: default})), name) == expected  # before the file
     assert getattr(read_settings(None, **{name: default}), name) == default  # after flags
 
 
@@ -175,8 +190,7 @@ def test_model_settings_by_file_and_environment(name, monkeypatch):
     assert found(read_settings(write(defaults={name: value}))) == expected
     (of_one,) = read_settings(write(models=[{"model": "m", name: value}])).models
     assert getattr(of_one, name) == expected
-    told = json.dumps(value) if isinstance(value, list | dict) else str(value)
-    monkeypatch.setenv(f"NERCC_DEFAULTS__{name.upper()}", told)
+    monkeypatch.setenv(f"NERCC_DEFAULTS__{name.upper()}", as_variable(value))
     assert found(read_settings(None)) == expected
     if default is not None:
         assert found(read_settings(write(defaults={name: default}))) == expected
@@ -259,7 +273,7 @@ def told(monkeypatch):
         read["server"] = read_settings(*arguments, **options)
         return read["server"]
 
-    def start(chosen, registry):
+    def start(chosen, registry, join):
         raise Told(chosen)
 
     monkeypatch.setattr("nercc_jax.serving._settings.read_settings", remember)
@@ -288,9 +302,11 @@ def test_every_flag_comes_before_environment_and_file(name, told):
         flag, text = flag if value else f"--no-{flag[2:]}", []
     if name in SERVER:
         other, variable = getattr(ServerSettings(), name), f"NERCC_{name.upper()}"
-        path = write({name: other}, models=ONE)
-        server, _ = told("--config", str(path), flag, *text, **{variable: str(other)})
-        assert getattr(server, name) == value
+        others = {} if other is None else {name: other}
+        path = write(others, models=ONE)
+        variables = {variable: as_variable(other)} if others else {}
+        server, _ = told("--config", str(path), flag, *text, **variables)
+        assert getattr(server, name) == getattr(ServerSettings(**{name: value}), name)
         return
     other = getattr(ModelSettings(), name)
     others = {} if other is None else {name: other}
@@ -569,4 +585,4 @@ def test_help_says_what_each_setting_is_and_what_it_is_unless_set(settings, monk
         assert field.description in line
         default = f"no-{name.replace('_', '-')}" if field.default is False else field.default
         default = name.replace("_", "-") if field.default is True else default
-        assert f"[default: {default}]" in line or default in (None, {})
+        assert f"[default: {default}]" in line or default in (None, {}, [])

@@ -127,7 +127,7 @@ def workers_of(server):
     found = []
     for process in psutil.process_iter(["pid", "name", "cmdline"]):
         line = " ".join(process.info["cmdline"] or [])
-        if line.startswith("ray::_Actor"):
+        if line.startswith("ray::Actor"):
             parents = {parent.pid for parent in process.parents()}
             if server.process.pid in parents or _raylet_of(server, process):
                 found.append(process.info["pid"])
