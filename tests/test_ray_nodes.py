@@ -1,0 +1,238 @@
+"""Which node a worker is given, when it moves, whether the head is there: without a Ray."""
+
+import math
+import pickle
+import socket
+import subprocess
+import sys
+import time
+import warnings
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import require
+
+from nercc_jax.pools._ray_head import HeadProbe
+from nercc_jax.pools._ray_nodes import (
+    Node,
+    choose_node,
+    crowding,
+    demand_of,
+    node_to_leave,
+)
+from nercc_jax.pools._ray_watch import Moves, NodeWatch
+
+
+def nodes(*cpus, **others):
+    return [
+        Node(f"n{number}", f"10.0.0.{number}", {"CPU": float(each), **others})
+        for number, each in enumerate(cpus)
+    ]
+
+
+HALF = {"CPU": 0.5}
+
+
+def placed(found, demand, workers):
+    """How many workers each node gets, one after the other."""
+    held: dict[str, int] = {}
+    for _ in range(workers):
+        node = choose_node(found, demand, held)
+        if node is None:
+            break
+        held[node.id] = held.get(node.id, 0) + 1
+    return [held.get(node.id, 0) for node in found]
+
+
+@pytest.mark.parametrize(
+    ("cpus", "demand", "workers", "expected"),
+    [
+        ((4, 4, 4, 4), HALF, 20, [5, 5, 5, 5]),
+        ((1, 8, 8), HALF, 12, [2, 5, 5]),  # the small one is full
+        ((0, 8, 8), HALF, 12, [0, 6, 6]),  # a head that is to do no work
+        ((2, 2), HALF, 10, [4, 4]),  # the others wait
+        ((1, 1), {}, 5, [3, 2]),
+        ((4, 4), {"CPU": 0.5, "GPU": 1.0}, 4, [0, 0]),
+    ],
+)
+def test_workers_are_spread_as_nodes_have_room(cpus, demand, workers, expected):
+    assert placed(nodes(*cpus), demand, workers) == expected
+
+
+def test_gpus_count_as_well():
+    found = [*nodes(8), Node("g", "10.0.0.9", {"CPU": 8.0, "GPU": 2.0})]
+    assert placed(found, {"CPU": 0.5, "GPU": 0.25}, 10) == [0, 8]
+    assert demand_of({"num_cpus": 0, "num_gpus": 1, "resources": {"TPU": 4}}) == {
+        "GPU": 1.0,
+        "TPU": 4.0,
+    }
+
+
+def test_a_worker_moves_where_that_makes_them_even():
+    found = nodes(8, 8, 8)
+    assert node_to_leave(found, HALF, {"n0": 6, "n1": 5}) == "n0"
+    assert node_to_leave(found, HALF, {"n0": 4, "n1": 4, "n2": 3}) is None
+    # A node that is gone has none; nor is a worker moved where there is no room.
+    assert node_to_leave(nodes(8), HALF, {"n0": 6}) is None
+    assert node_to_leave(nodes(8, 0), HALF, {"n0": 6}) is None
+
+
+def test_crowded_nodes_are_told():
+    assert crowding({"a": 5, "b": 5, "c": 5, "d": 5}, 12) is None
+    told = crowding({"a": 10, "b": 10}, 8)
+    assert told is not None
+    assert "one of 2 node(s) holds 10 of 20 workers" in told
+    assert "3 nodes with room for 8 workers" in told
+
+
+def test_moves_are_one_at_a_time_and_not_while_workers_start():
+    moved, settled = [], [False]
+    moves = Moves(lambda: 3, lambda worker: not moved.append(worker), every=0.0)
+    probe = HeadProbe("127.0.0.1:1")
+    probe.look = lambda: None
+    told = []
+    watch = NodeWatch(probe, lambda: settled[0], lambda: told.append(True), moves)
+    watch.look()
+    assert not moved
+    settled[0] = True
+    watch.look()
+    watch.look()
+    assert moved == [3, 3]
+    assert told == [True]
+    slow = Moves(lambda: 3, lambda worker: not moved.append(worker), every=1e3)
+    slow.move()
+    assert len(moved) == 2
+
+
+def test_a_head_that_is_gone_is_noticed(monkeypatch, caplog):
+    monkeypatch.setattr("nercc_jax.pools._ray_head._EVERY", 0.0)
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "30")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        probe = HeadProbe(f"127.0.0.1:{port}")
+        probe.look()
+        assert probe.alarm is None
+        assert math.isinf(probe.ends_at)
+    probe.look()
+    assert not probe.gone  # one may be lost
+    probe.look()
+    assert probe.gone
+    assert f"Ray's head at 127.0.0.1:{port} does not answer" in str(probe.alarm)
+    assert time.monotonic() < probe.ends_at < time.monotonic() + 30
+    with socket.create_server(("127.0.0.1", port)):
+        probe.look()
+    assert probe.alarm is None
+    assert "Ray's head answers again" in caplog.text
+
+
+# What goes to workers.
+
+READER = """
+import pickle, sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+packed = pickle.load(open(sys.argv[1], "rb"))
+models, x = packed.unpack()
+pickle.dump(([jax.device_get(each(x)) for each in models],
+             [len(jax.tree.leaves(each)) for each in models]), open(sys.argv[2], "wb"))
+"""
+
+
+def own_models():
+    """Of classes that no other process can import."""
+
+    class Base(eqx.Module):
+        scale: float = 2.0
+
+        def __call__(self, x):
+            return self.scale * x
+
+    class Own(Base):
+        w: jax.Array
+        name: str = eqx.field(static=True)
+
+        def __init__(self, w):
+            self.w, self.name = w, "own"
+
+        def __call__(self, x):
+            return super().__call__(x @ self.w)
+
+    class Plain(eqx.Module):
+        w: jax.Array
+        b: jax.Array = eqx.field(converter=jnp.asarray, default=0.5)
+
+        def __call__(self, x):
+            return x @ self.w + self.b
+
+    w = jnp.arange(6.0).reshape(2, 3)
+    half = w.astype(jnp.bfloat16)
+    weak = jnp.asarray(3.0)
+    return [Own(w), Plain(w), lambda x: x @ half.astype(jnp.float32) * weak]
+
+
+def test_own_classes_are_pytrees_at_workers_too(tmp_path):
+    require("ray", "ray")
+    from nercc_jax.pools._ray_weights import pack
+
+    models, x = own_models(), np.ones((2, 2), np.float32)
+    packed = pack((models, x))
+    # Beside the rest, and each once, whoever holds it.
+    assert sorted(each.nbytes for each in packed.arrays) == [2 * 6, 4 * 4, 4 * 6]
+    (tmp_path / "packed").write_bytes(pickle.dumps(packed))
+    script = [sys.executable, "-c", READER, str(tmp_path / "packed"), str(tmp_path / "read")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of fork
+        subprocess.run(script, check=True, timeout=120)
+    answers, leaves = pickle.loads((tmp_path / "read").read_bytes())
+    for answer, model in zip(answers, models, strict=True):
+        np.testing.assert_allclose(answer, model(x), rtol=1e-6)
+    assert leaves == [len(jax.tree.leaves(each)) for each in models]
+
+
+def test_what_cannot_be_sent_is_told():
+    require("ray", "ray")
+    from nercc_jax.pools._ray_weights import pack
+
+    lock = __import__("threading").Lock()
+    with pytest.raises(ValueError, match="by pickle: cannot pickle"):
+        pack(lambda x: (lock, x))
+
+
+# What goes along.
+
+
+def test_a_model_that_is_not_installed_has_its_folder_sent_along(tmp_path, monkeypatch):
+    from nercc_jax.cli._ray_job import RayJob, own_folders
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "nercc_alone.py").touch()
+    (tmp_path / "b" / "nercc_package").mkdir(parents=True)
+    (tmp_path / "b" / "nercc_package" / "__init__.py").touch()
+    for folder in ("a", "b"):
+        monkeypatch.syspath_prepend(str(tmp_path / folder))
+    sent = own_folders(["nercc_alone:model", "lenet5-digits", "jax.numpy:sin", "nercc_jax:x"])
+    assert sent["working_dir"] == str(tmp_path / "a")
+    assert "py_modules" not in sent
+    both = own_folders(["nercc_alone:model", "nercc_package.inner:model"])
+    assert both["py_modules"] == [str(tmp_path / "b" / "nercc_package")]
+    assert own_folders(["lenet5-digits"]) == {}
+
+    (tmp_path / "env.yaml").write_text("env_vars: {A: b}\nworking_dir: elsewhere")
+    job = RayJob(working_dir=tmp_path / "a", runtime_env=tmp_path / "env.yaml")
+    assert job.told() == {"env_vars": {"A": "b"}, "working_dir": str(tmp_path / "a")}
+    with pytest.raises(ValueError, match="--py-modules /nowhere: there is no such"):
+        RayJob(py_modules=[tmp_path.__class__("/nowhere")])
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])
+def test_where_no_ray_is_that_is_told_at_once(address):
+    ray = require("ray", "ray")
+    from nercc_jax.pools import join_ray
+
+    if ray.is_initialized():
+        pytest.skip("this process is part of a Ray")
+    with pytest.raises(ConnectionError, match=f"no Ray at {address}: .*Does its head run"):
+        join_ray(address)

@@ -1,0 +1,69 @@
+"""docs/cluster.md names what there is."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import require
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "cluster.md").read_text()
+
+
+def commands():
+    blocks = re.findall(r"^```bash\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line]
+
+
+def options_of(command):
+    """Of one of our commands, by its help's own list."""
+    import typer
+
+    from nercc_jax.cli._app import app
+
+    if command == "serve":
+        require("kserve", "serve")
+        from nercc_jax.cli._serve import command_with_options
+
+        parameters = command_with_options().params
+    else:
+        parameters = typer.main.get_command(app).commands[command].params
+    return {name for each in parameters for name in each.opts}
+
+
+@pytest.mark.parametrize("line", commands())
+def test_commands_have_the_options_that_they_are_given(line):
+    words = shlex.split(line)
+    if words[0] == "ray":
+        scripts = require("ray.scripts.scripts", "ray")
+        known = scripts.cli.commands[words[1]]
+        if words[1] == "start":
+            known.make_context("start", words[2:])
+            return
+        assert words[1:3] == ["job", "submit"]
+        words = words[words.index("--") + 1 :]
+    assert words[0] == "nercc"
+    told = {word for word in words[2:] if word.startswith("--")}
+    assert told
+    assert told <= options_of(words[1])
+
+
+def test_the_page_names_options_files_and_tables_that_there_are():
+    known = options_of("run") | options_of("serve")
+    assert set(re.findall(r"`(--[\w-]+)", PAGE)) <= known | {"--hang-timeout-s"}
+    for link in re.findall(r"\]\((?!http)([\w./-]+)(?:#[\w-]+)?\)", PAGE):
+        assert (ROOT / "docs" / link).exists(), link
+    codes = dict(re.findall(r"^\| (\d+) \| (.+?) \|$", PAGE, re.MULTILINE))
+    assert codes.keys() == {"0", "1", "2", "3", "130"}
+
+
+def test_the_tables_are_the_measured_ones():
+    found = json.loads((ROOT / "bench" / "results" / "cluster.json").read_text())
+    assert "after" in found
+    for label, measured in found.items():
+        for row in measured["rows"]:
+            times = f"{row['p50_ms']:.0f} | {row['p99_ms']:.0f} | {row['max_ms']:.0f}"
+            line = f"| {label} | {row['stretch']} | {times} | {100 * row['exact']:.1f} %"
+            assert line in PAGE, line

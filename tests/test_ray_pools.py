@@ -1,0 +1,96 @@
+"""A Ray of our own: whose models come from a script, shared by two pools, gone with the last."""
+
+import contextlib
+import functools
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import require
+from desks import SOON
+from flax import nnx
+
+from nercc_jax import RayPool
+
+pytestmark = pytest.mark.slow
+
+PAGE = (Path(__file__).parents[1] / "docs" / "cluster.md").read_text()
+X = np.random.default_rng(0).normal(size=(2, 4)).astype(np.float32)
+
+
+def own_models():
+    """As a script or a notebook has them: classes that nobody can import, closures."""
+
+    class Equinox(eqx.Module):
+        w: jax.Array
+        scale: float = eqx.field(static=True)
+
+        def __call__(self, x):
+            return self.scale * jnp.tanh(x @ self.w)
+
+    class Nnx(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(4, 3, rngs=rngs)
+
+        def __call__(self, x):
+            return jnp.tanh(self.linear(x))
+
+    class Linen(nn.Module):
+        width: int
+
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(self.width)(x)
+
+    key = jax.random.key(0)
+    w = jax.random.normal(key, (4, 3))
+    module, linen = Nnx(nnx.Rngs(0)), Linen(3)
+    variables = linen.init(key, X)
+    return (
+        Equinox(w, 2.0),
+        module,
+        functools.partial(linen.apply, variables),
+        lambda x: module(x) @ w.T,
+    )
+
+
+def test_models_of_a_script_run_and_two_pools_share_a_ray():
+    ray = require("ray", "ray")
+    models = own_models()
+    with warnings.catch_warnings(), contextlib.ExitStack() as second:
+        warnings.simplefilter("ignore")  # of fork, which Ray follows by exec
+        with RayPool(models, 2, example=X, address="local") as pool:
+            other = second.enter_context(RayPool(models[0], 1, min_workers=1))
+            points = np.stack([X] * len(models))
+            with pool.dispatch(points, kinds=range(len(models))) as batch:
+                # Answers of one batch have one shape.
+                assert batch.wait(deadline=SOON).failures
+            for kind, model in enumerate(models):
+                with pool.dispatch(X[None], kinds=[kind]) as batch:
+                    answers = batch.wait(deadline=SOON)
+                assert answers.values is not None, answers.failures
+                np.testing.assert_allclose(answers.values[0], model(X), atol=1e-5)
+        assert ray.is_initialized()
+        with other.dispatch(X[None]) as batch:
+            np.testing.assert_allclose(batch.wait(deadline=SOON).values[0], models[0](X), atol=1e-5)
+    assert not ray.is_initialized()
+
+
+def test_the_pages_example_runs_as_a_notebook_would():
+    """From a `__main__` without a file."""
+    (example,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    example = example.replace("RayPool(net, 3,", 'RayPool(net, 3, address="local",')
+    example += "\nprint(np.abs(predictions - net(x)).max())"
+    done = subprocess.run(
+        [sys.executable, "-"], input=example, capture_output=True, text=True, timeout=2 * SOON
+    )
+    assert done.returncode == 0, done.stderr
+    assert 0 <= float(done.stdout.splitlines()[-1]) < 1
