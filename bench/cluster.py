@@ -41,13 +41,13 @@ def cluster_of(nodes):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of fork
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-        cluster.nodes = [
+        found = [
             cluster.add_node(num_cpus=8, node_ip_address=f"127.0.0.{number + 2}")
             for number in range(nodes)
         ]
         reset_ray_address()  # nobody else is to join it
     try:
-        yield cluster
+        yield cluster, found
     finally:
         cluster.shutdown()
 
@@ -81,18 +81,17 @@ def processes_of(node):
     return [raylet, *raylet.children(recursive=True)]
 
 
-def workers_by_node(cluster):
-    """Of the head and each node, how many of its processes are workers of a pool."""
-    nodes = [cluster.head_node, *cluster.nodes]
+def workers_by_node(nodes):
+    """Of each node, how many of its processes are workers of a pool."""
     named = [[" ".join(each.cmdline()) for each in processes_of(node)] for node in nodes]
     return [
         sum(name.startswith(("ray::Actor", "ray::_Actor")) for name in names) for names in named
     ]
 
 
-def fullest(cluster):
+def fullest(nodes):
     """The node with the most workers: the worst that can happen."""
-    return cluster.nodes[int(np.argmax(workers_by_node(cluster)[1:]))]
+    return nodes[int(np.argmax(workers_by_node(nodes)))]
 
 
 def strike(node, what):
@@ -143,22 +142,22 @@ def cell(name, seen, placed):
     return row
 
 
-def measure(cluster, seconds, rate):
+def measure(head, nodes, seconds, rate):
     """A row for each stretch."""
     rows = []
 
     def run(name):
-        placed = workers_by_node(cluster)
+        placed = workers_by_node([head, *nodes])
         rows.append(cell(name, asyncio.run(stretch(seconds, rate)), placed))
 
     asyncio.run(stretch(5.0, rate))  # it learns how long answers take
     run("undisturbed")
-    first = fullest(cluster)
+    first = fullest(nodes)
     strike(first, signal.SIGKILL)
-    cluster.nodes.remove(first)
+    nodes.remove(first)
     run("a node is killed")
     run("after that")
-    second = fullest(cluster)
+    second = fullest(nodes)
     strike(second, signal.SIGSTOP)
     run("a node is frozen")
     strike(second, signal.SIGCONT)
@@ -167,14 +166,14 @@ def measure(cluster, seconds, rate):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--label", default="after")
     parser.add_argument("--seconds", type=float, default=15.0, help="of a stretch")
     parser.add_argument("--rate", type=float, default=20.0, help="queries a second")
     parser.add_argument("--output", type=Path)
     told = parser.parse_args()
-    with cluster_of(3) as cluster, server_on(cluster):
-        rows = measure(cluster, told.seconds, told.rate)
+    with cluster_of(3) as (cluster, nodes), server_on(cluster):
+        rows = measure(cluster.head_node, nodes, told.seconds, told.rate)
     if told.output is not None:
         found = json.loads(told.output.read_text()) if told.output.is_file() else {}
         about = {"rate": told.rate, "seconds": told.seconds, "environment": environment(PACKAGES)}

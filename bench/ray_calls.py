@@ -31,7 +31,7 @@ def answer(batch):
 
 def bare(actors, points):
     """As whoever cannot wait for all would do it: arguments as they are, answers by futures."""
-    done, left, answers = threading.Event(), [len(points)], [None] * len(points)
+    done, left, answers = threading.Event(), [len(points)], list(points)
 
     def heard(place, future):
         answers[place] = future.result()
@@ -62,7 +62,7 @@ def seconds_of(function, seconds):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--workers", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=3.0, help="of a measurement")
     parser.add_argument("--rounds", type=int, default=3)
