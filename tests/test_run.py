@@ -418,7 +418,8 @@ def test_a_run_goes_on_where_it_ended(tmp_path, monkeypatch, small):
     assert "16 data points are done already" in result.output
     assert len(seen) == 2  # of four
     rows, whole = load(path), load(small[1])
-    for name in ("index", "batch", "label", "predicted", "recovered"):
+    # Who answers in time, and so what is predicted, differs between runs.
+    for name in ("index", "batch", "label", "recovered"):
         np.testing.assert_array_equal(rows[name], whole[name])
     assert not [each for each in tmp_path.iterdir() if each != path]
 
