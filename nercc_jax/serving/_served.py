@@ -133,6 +133,11 @@ class ServedModel:
         """Counts a request that was refused, here or where it was read."""
         self.meter.observe(refusal, 0.0)
 
+    @property
+    def ends_at(self) -> float:
+        """The monotonic time at which something ends this process; infinite for nothing."""
+        return self.pool.ends_at
+
     def health(self) -> Health:
         """Whether it is alive, and would answer a query now."""
         return self._batcher.health()

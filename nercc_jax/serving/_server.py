@@ -133,7 +133,7 @@ class Server:
 
     def _must_end(self) -> bool:
         """Whether something will end this process soon: it answers what it has before that."""
-        ends_at = min((each.pool.ends_at for each in self._open.values()), default=math.inf)
+        ends_at = min((each.ends_at for each in self._open.values()), default=math.inf)
         return ends_at - time.monotonic() < self.settings.drain_timeout_s + 2 * _LAST_WORDS
 
     def stop(self) -> None:
