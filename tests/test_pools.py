@@ -387,7 +387,7 @@ def test_an_overdue_point_goes_to_another_worker_too(gate):
 
 @pytest.mark.parametrize(
     ("options", "spare"),
-    [({}, 2), ({"compiled": False}, 4), ({"faults": Faults([Fault("error", 0.0)])}, 4)],
+    [({}, 2), ({"compiled": False}, np.inf), ({"faults": Faults([Fault("error", 0.0)])}, np.inf)],
 )
 def test_threads_share_the_hosts_cores(options, spare, monkeypatch):
     """But for what is no JAX function, and where faults let them stand for other machines."""

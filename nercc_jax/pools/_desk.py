@@ -159,7 +159,7 @@ class Desk:
         return self._outbox.idle
 
     @property
-    def spare(self) -> int:
+    def spare(self) -> float:
         return self._outbox.spare
 
     @property

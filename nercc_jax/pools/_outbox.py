@@ -1,5 +1,6 @@
 """What waits to be sent, who is free, and who gets what."""
 
+import math
 from collections.abc import Callable, Sequence
 
 from ._batch import Batch, Task
@@ -37,10 +38,14 @@ class Outbox:
         return len(self._idle)
 
     @property
-    def spare(self) -> int:
-        """How many of those could work and slow down nobody who is not overdue anyway."""
+    def spare(self) -> float:
+        """How many of those could work and slow down nobody who is not overdue anyway.
+
+        Infinite where workers do not slow each other down at all.
+        """
         busy = [seat for seat in self._seats if seat.task and not seat.overdue]
-        return int(max(min(self.idle, self._room(len(busy))), 0))
+        room = self._room(len(busy))
+        return float(room if room == math.inf else max(min(self.idle, room), 0))
 
     def free(self, worker: int) -> None:
         """A worker has nothing in hand."""

@@ -150,10 +150,11 @@ class AbstractPool(abc.ABC):
         return self._desk.idle
 
     @property
-    def spare(self) -> int:
+    def spare(self) -> float:
         """How many of those could take something without slowing down what others have in hand.
 
-        Threads share their host's cores; what is overdue is not counted as work.
+        Threads share their host's cores; what is overdue is not counted as work. Infinite where
+        workers share nothing: then what waits for them slows nobody down, either.
         """
         return self._desk.spare
 

@@ -107,7 +107,8 @@ class Sender:
 
     def _room(self) -> int:
         """Coded data points that may be sent: of a code that mixes queries, all."""
-        return self._pool.spare if self._coder.systematic else self._coder.num_workers
+        most = self._coder.num_workers
+        return int(min(self._pool.spare, most)) if self._coder.systematic else most
 
     def end(self, group: Group) -> None:
         """A group is over, whatever is still on its way."""
