@@ -18,7 +18,6 @@ from ..codes import (
     check_finite,
     decode_groups,
     encoder_rows,
-    is_float,
     join,
     known_decoders,
     points_of,
@@ -26,6 +25,7 @@ from ..codes import (
 from ..inference import check_conditions, group_points
 from ..surrogates import Doubt, ErrorBars, Scheme, assess, doubtful, error_bars
 from ._batch import BatchAnswers, Enough, check_deadline
+from ._encoding import encode_on_host
 from ._pool import AbstractPool
 from ._schemes import Judged, Sent, scheme_steps
 from ._worker import no_mesh, off_meshes
@@ -321,18 +321,6 @@ def shared_assessor(
         return Decoded(predictions, decoded.heard, decoded.recovered), doubts
 
     return lambda values, available: judge(values, available, known_decoders(code, available))
-
-
-def encode_on_host(
-    encoder: Float[np.ndarray, "num_workers num_data"], x: Shaped[np.ndarray, "groups num_data ..."]
-) -> Shaped[np.ndarray, "num_workers groups ..."]:
-    """Coded data points, worker by worker: on the host, where x is and whence it is sent."""
-    groups, num_data, *shape = x.shape
-    if not is_float(x):  # it is the same for all data points of a group, and goes to all workers
-        return np.broadcast_to(x[:, 0], (len(encoder), groups, *shape))
-    flat = np.moveaxis(x.reshape(groups, num_data, -1), 1, 0).reshape(num_data, -1)
-    coded = encoder.astype(x.dtype) @ flat
-    return coded.reshape(len(encoder), groups, *shape)
 
 
 def _nobody(pool: AbstractPool, answers: BatchAnswers, deadline: float) -> Exception:

@@ -1,7 +1,7 @@
 """A scheme on a pool: what it decides before coded data points are sent, and after answers came."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
 
-from ..codes import Decoded, Known, is_float, known_decoders, known_encoder, points_of
+from ..codes import Decoded, Known, known_decoders, known_encoder, points_of
 from ..surrogates import Prepared, Scheme
+from ._encoding import encode_on_host
 
 
 class Judged(NamedTuple):
@@ -44,7 +45,7 @@ def scheme_steps(
         prepared, encoders = _prepare(scheme, points)
         rows = np.asarray(encoder if encoders is None else encoders)
         groups = scheme.groups(points, jax.tree.map(np.asarray, prepared))
-        return Sent(jax.tree.map(lambda leaf: _encode(rows, leaf), groups), points, prepared)
+        return Sent(jax.tree.map(lambda leaf: encode_on_host(rows, leaf), groups), points, prepared)
 
     def judge(sent: Sent, values: PyTree, available: Bool[np.ndarray, " num_workers"]) -> Judged:
         assert sent.prepared is not None
@@ -86,15 +87,3 @@ def _conclude(
     predictions = jax.tree.map(by_group, decoded.predictions)
     status = Decoded(predictions, decoded.heard, by_group(decoded.recovered))
     return status, by_group(assessed.doubt), by_group(assessed.deviation)
-
-
-def _encode(
-    rows: Float[np.ndarray, "*groups num_workers num_data"],
-    x: Shaped[np.ndarray, "groups num_data ..."],
-) -> Shaped[Any, "num_workers groups ..."]:
-    """Coded data points, worker by worker; `rows` may be each group's own."""
-    groups, num_data, *shape = x.shape
-    if not is_float(x):
-        return np.broadcast_to(x[:, 0], (rows.shape[-2], groups, *shape))
-    coded = np.matmul(rows.astype(x.dtype), x.reshape(groups, num_data, -1))
-    return np.moveaxis(coded, 1, 0).reshape(-1, groups, *shape)

@@ -31,7 +31,8 @@ from ..codes import (
     known_decoders,
 )
 from ..evaluation import labels_of, same_labels
-from ..pools._inference import encode_on_host, shared_decoder
+from ..pools._encoding import encode_on_host
+from ..pools._inference import shared_decoder
 from ..splines import smoothing_matrix
 from ._query_doubt import doubt_of, features_of
 
