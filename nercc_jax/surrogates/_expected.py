@@ -82,8 +82,11 @@ class AbstractSurrogate(eqx.Module):
         self,
         x: PyTree[Shaped[Array, "groups num_data ..."]],
         coded: PyTree[Shaped[Array, "groups num_workers ..."]],
+        own: PyTree[Float[Array, "groups num_data ..."]] | None = None,
     ) -> AbstractExpectation:
-        """What it makes of groups of data points and of their coded ones."""
+        """What it makes of groups of data points and of their coded ones.
+
+        `own`: its `outputs` on the data points, where they are there already."""
 
 
 class Outputs(AbstractExpectation):

@@ -205,7 +205,9 @@ class Learner(AbstractSurrogate):
         self,
         x: PyTree[Shaped[Array, "groups num_data ..."]],
         coded: PyTree[Shaped[Array, "groups num_workers ..."]],
+        own: PyTree[Float[Array, "groups num_data ..."]] | None = None,
     ) -> Conditioned:
+        # Means by themselves do not do: data points go with their group's answers.
         x, coded = jax.tree.map(jnp.asarray, (x, coded))
         together = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), x, coded)
         z = outputs_of_groups(lambda points: features_of(self.features, points), together)

@@ -23,7 +23,7 @@ from ..codes import (
     has_points,
     join,
 )
-from ..inference import AbstractScheme, Work, order_points
+from ..inference import AbstractScheme, Features, Work, order_points
 from ._bars import ErrorBars
 from ._doubt import Doubt, assess
 from ._expected import AbstractExpectation, AbstractSurrogate, check_like, outputs_of_groups
@@ -34,12 +34,14 @@ from ._reexecute import Assessed
 class Prepared(eqx.Module):
     """What a scheme decides before anything is sent.
 
-    `order` is that of the data points in their groups. `points` are the regression points of each
-    group, None where all have the code's. `busy` are the workers that have something to do, None
-    for all of them.
+    `order` is that of the data points in their groups, and `own` the surrogate's outputs on them
+    as they came, where they are ordered by those. `points` are the regression points of each group,
+    None where all have the code's. `busy` are the workers that have something to do, None for all
+    of them.
     """
 
     order: Int[Array | np.ndarray, " points"]
+    own: PyTree[Float[Array | np.ndarray, "points ..."]] | None = None
     points: GroupPoints | None = None
     busy: Bool[Array | np.ndarray, "groups num_workers"] | None = None
 
@@ -125,21 +127,28 @@ class Scheme(AbstractScheme):
         What the surrogate and the doubt are fitted on must come in this order too. Raises:
         ValueError as `order_points` does.
         """
-        x = jax.tree.map(jnp.asarray, x)
+        cheap = None if self.surrogate is None else self.surrogate.outputs
+        return self._arrange(jax.tree.map(jnp.asarray, x), cheap)
+
+    def _arrange(self, x: PyTree, surrogate: Features | None) -> Int[Array, " points"]:
+        """`surrogate`: its outputs on x, or what makes them."""
         if self.order is None:
             return jnp.arange(len(jax.tree.leaves(x)[0]))
         features = None if isinstance(self.order, str) else self.order
         if self.order == "surrogate":
-            assert self.surrogate is not None
-            features = self.surrogate.outputs
+            features = surrogate
         return order_points(x, self.code.num_data, features=features, buffer_size=self.buffer_size)
 
     def prepare(self, x: PyTree[Shaped[Array, "points ..."]]) -> Prepared:
         """What is decided of data points (whole groups of K) before they are sent; pure."""
-        order, code = self.arrange(x), self.code
+        code, surrogate = self.code, self.surrogate
+        own = None
+        if surrogate is not None and self.order == "surrogate":
+            own = surrogate.outputs(x)  # once, for the order and for the decoding
+        arranged = Prepared(self._arrange(x, own), own)
         if self.follow is None and not self.places_copies:
-            return Prepared(order)
-        groups = self._groups(x, order)
+            return arranged
+        groups = self.groups(x, arranged)
         shape = (len(jax.tree.leaves(groups)[0]), code.num_data)
         points: Any = code
         alpha, beta = (
@@ -151,11 +160,12 @@ class Scheme(AbstractScheme):
             alpha, beta = jax.vmap(lambda each: following_points(code, each))(places)
         busy = None
         if self.places_copies:
-            assert self.surrogate is not None
-            deviation = self.surrogate.deviation_before(groups)
+            assert surrogate is not None
+            deviation = surrogate.deviation_before(groups)
             holds, busy = copies_of_doubtful(deviation, code.num_workers, budget=self.budget)
             beta = jnp.take_along_axis(alpha, holds, axis=1)
-        return Prepared(order, GroupPoints(alpha, beta, exact=self.places_copies), busy)
+        placed = GroupPoints(alpha, beta, exact=self.places_copies)
+        return Prepared(arranged.order, own, placed, busy)
 
     def infer(
         self,
@@ -189,14 +199,15 @@ class Scheme(AbstractScheme):
         Raises: ValueError where the surrogate's outputs are not like the model's.
         """
         code, surrogate, order = self.code, self.surrogate, prepared.order
-        sent = self._groups(x, order)
+        sent = self.groups(x, prepared)
         vectors, form = join(y, 2)
         available = available if prepared.busy is None else available & prepared.busy
         available, given = alike_only(sent, available, known.decoders)
         expectation = None
         if surrogate is not None:
             encoder = known.encoder if prepared.points is None else self.encoders(prepared)
-            expectation = surrogate.expect(sent, encode_groups(code, sent, encoder))
+            own = None if prepared.own is None else self.groups(prepared.own, prepared)
+            expectation = surrogate.expect(sent, encode_groups(code, sent, encoder), own)
             check_like(expectation.form, form)
         if prepared.points is None:
             decoded, deviation = assess(code, surrogate, vectors, available, expectation, given)
@@ -221,11 +232,8 @@ class Scheme(AbstractScheme):
     def groups(
         self, x: PyTree[Shaped[Array | np.ndarray, "points ..."]], prepared: Prepared
     ) -> PyTree[Shaped[Array | np.ndarray, "groups num_data ..."]]:
-        """The data points in their groups, as they are coded."""
-        return self._groups(x, prepared.order)
-
-    def _groups(self, x: PyTree, order: Array | np.ndarray) -> PyTree:
-        return groups_of(jax.tree.map(lambda leaf: leaf[order], x), self.code.num_data)
+        """The data points, or what belongs to each, in their groups, as they are coded."""
+        return groups_of(jax.tree.map(lambda leaf: leaf[prepared.order], x), self.code.num_data)
 
 
 def assess_each(

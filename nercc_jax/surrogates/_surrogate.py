@@ -81,8 +81,10 @@ class Surrogate(AbstractSurrogate):
         self,
         x: PyTree[Shaped[Array, "groups num_data ..."]],
         coded: PyTree[Shaped[Array, "groups num_workers ..."]],
+        own: PyTree[Float[Array, "groups num_data ..."]] | None = None,
     ) -> Outputs:
-        return joined_outputs(*(outputs_of_groups(self.model, each) for each in (x, coded)))
+        own = outputs_of_groups(self.model, x) if own is None else own
+        return joined_outputs(own, outputs_of_groups(self.model, coded))
 
 
 def trust(
