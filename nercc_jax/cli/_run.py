@@ -147,6 +147,7 @@ def run_command(
         from rich.console import Console
 
         from ..pools import DevicePool, RayPool, leave_ray
+        from ..serving._servable import load_callable
         from ._result_parts import Parts, check_parts, fingerprint, parts_folder
         from ._results import Results, check_kind, write_results
         from ._run_job import (
@@ -163,14 +164,14 @@ def run_command(
             show_pools,
             summary,
         )
-        from ._workload import answering, load_callable, own_points, points_of
+        from ._workload import answering, own_points, points_of
 
         check_kind(output)
         check_parts(output, resume)
         faults = make_faults(straggler_rate, straggler_delay, death_rate, seed)
         chosen = chosen_code(code, num_data, num_workers)
         number = answers_to_wait_for(chosen, wait_for, max_disagreement)
-        network = load_callable(model, None) if data else answering(model, outputs)
+        network: Any = load_callable(model, None) if data else answering(model, outputs)
         source = own_points(data) if data else points_of(network, split, data_dir)
         job = make_job(source, chosen, points, batches, groups)
         console = Console()

@@ -63,13 +63,6 @@ def own_points(path: Path) -> Points:
     return Points(path.name, found, np.full(len(found), -1), np.asarray)
 
 
-def load_callable(model: str, weights: Path | None) -> Any:
-    """A model of one's own, as `nercc serve` finds it."""
-    from ..serving._servable import load_callable as load
-
-    return load(model, weights)
-
-
 def answering(model: str, outputs: Outputs) -> Answering:
     """A shipped model by name."""
     from nercc_models import load_model

@@ -10,8 +10,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray, PyTree, Shaped
 
-from ..codes import AbstractCode, Known, encode_groups, join, known_encoder, points_of
-from ..evaluation import cut_groups, draw_sets
+from ..codes import AbstractCode, Known, encode_groups, known_encoder, points_of
+from ..evaluation import cut_groups, draw_sets, row_errors
 from ..inference import Model, cast_model, current_conditions, run_workers
 from ..stragglers import AbstractStragglers
 from ._bars import ErrorBars, bars_from
@@ -62,13 +62,12 @@ def _ratios(
     groups, encoders = scheme.groups(x, prepared), scheme.encoders(prepared)
     encoders = encoder if encoders is None else encoders
     y = run_workers(workers, scheme.code, encode_groups(scheme.code, groups, encoders))
-    own, _ = join(served(x), 1)
+    own = served(x)
 
     def of_set(mask):
         available = jnp.broadcast_to(mask, (len(jax.tree.leaves(groups)[0]), len(mask)))
         assessed = scheme.conclude(x, prepared, y, available, Known(encoder))
-        decoded, _ = join(assessed.decoded.predictions, 1)
-        error, deviation = jnp.sqrt(jnp.mean((decoded - own) ** 2, axis=-1)), assessed.deviation
+        error, deviation = row_errors(assessed.decoded.predictions, own), assessed.deviation
         counts = (deviation > 0) & jnp.isfinite(deviation) & assessed.decoded.recovered
         return jnp.where(counts, error / jnp.where(counts, deviation, 1), jnp.nan)
 

@@ -24,11 +24,6 @@ class Conditioned(AbstractExpectation):
     unit: Float[Array, " groups"]
     form: Form = eqx.field(static=True)
 
-    def before(self, num_data: int) -> Float[Array, "groups num_data"]:
-        """The deviations of data points before any of the group's answers, noise included."""
-        variance = jnp.diagonal(self.covariance, axis1=1, axis2=2)[:, :num_data]
-        return self.unit[:, None] * root(jnp.maximum(variance, 0) + self.noise[:, None])
-
     def given(
         self,
         y: Float[Array, "groups num_workers m"],
