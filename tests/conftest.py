@@ -1,5 +1,6 @@
 """Eight CPU devices, both precisions, a fixed key. Warnings are errors (pyproject.toml)."""
 
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -8,6 +9,7 @@ import pathlib
 import re
 import shutil
 import sys
+import types
 import warnings
 
 import hypothesis
@@ -150,6 +152,15 @@ def untyped():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@contextlib.contextmanager
+def bench_modules(**modules: str):
+    """Modules of bench/ by these names; there they import each other, as scripts do."""
+    folder = str(pathlib.Path(__file__).parents[1] / "bench")
+    sys.path.insert(0, folder)
+    yield types.SimpleNamespace(**{n: importlib.import_module(m) for n, m in modules.items()})
+    sys.path.remove(folder)
 
 
 def require(module: str, extra: str):

@@ -1,29 +1,22 @@
 """The accelerator benchmark: its smallest case is timed, and its page says what is a time."""
 
 import dataclasses
-import importlib
 import json
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import require
-
-BENCH = Path(__file__).parents[1] / "bench"
+from conftest import bench_modules, require
 
 
 @pytest.fixture(scope="module")
 def bench():
     """bench/accelerator.py and its neighbours, which import each other."""
     require("matplotlib", "demo")
-    sys.path.insert(0, str(BENCH))
     parts = {name: f"_accelerator_{name}" for name in ("cases", "limits", "page")}
-    parts |= {"command": "accelerator"}
-    yield SimpleNamespace(**{key: importlib.import_module(name) for key, name in parts.items()})
-    sys.path.remove(str(BENCH))
+    with bench_modules(command="accelerator", **parts) as found:
+        yield found
 
 
 def _limits(bench):

@@ -1,26 +1,20 @@
 """The check of compiled programs: what it counts in a program's text, and its verdicts."""
 
-import importlib
 import json
-import sys
-from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
-
-BENCH = Path(__file__).parents[1] / "bench"
+from conftest import bench_modules
 
 
 @pytest.fixture(scope="module")
 def bench():
     """bench/compiled.py and its neighbours, which import each other."""
-    sys.path.insert(0, str(BENCH))
     names = ("hlo", "budget", "programs", "target")
-    parts = {name: importlib.import_module(f"_compiled_{name}") for name in names}
-    yield SimpleNamespace(command=importlib.import_module("compiled"), **parts)
-    sys.path.remove(str(BENCH))
+    parts = {name: f"_compiled_{name}" for name in names}
+    with bench_modules(command="compiled", **parts) as found:
+        yield found
 
 
 def program(entry, rest=""):

@@ -1,26 +1,19 @@
 """The convergence benchmark: its slopes, its verdicts, and its expectation over noise."""
 
-import importlib
-import sys
-from pathlib import Path
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import require
+from conftest import bench_modules, require
 
 from nercc_jax import Berrut
-
-BENCH = Path(__file__).parents[1] / "bench"
 
 
 @pytest.fixture(scope="module")
 def bench():
     """bench/_convergence.py, which imports its neighbours as scripts do."""
     require("matplotlib", "demo")
-    sys.path.insert(0, str(BENCH))
-    yield importlib.import_module("_convergence")
-    sys.path.remove(str(BENCH))
+    with bench_modules(convergence="_convergence") as found:
+        yield found.convergence
 
 
 SIZES = (20, 100, 500, 2000)

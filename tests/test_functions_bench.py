@@ -1,17 +1,11 @@
 """The functions benchmark: its numbers for one function against NumPy, by hand, and its page."""
 
-import importlib
-import sys
-from pathlib import Path
-from types import SimpleNamespace
-
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import require
+from conftest import bench_modules, require
 
-BENCH = Path(__file__).parents[1] / "bench"
 NUM_DATA = 20
 
 
@@ -19,11 +13,9 @@ NUM_DATA = 20
 def bench():
     """bench/functions.py and its neighbours, which import each other."""
     require("matplotlib", "demo")
-    sys.path.insert(0, str(BENCH))
     parts = {name: f"_functions_{name}" for name in ("cases", "systems", "page")}
-    parts |= {"command": "functions"}
-    yield SimpleNamespace(**{key: importlib.import_module(name) for key, name in parts.items()})
-    sys.path.remove(str(BENCH))
+    with bench_modules(command="functions", **parts) as found:
+        yield found
 
 
 def _wave(x):

@@ -1,30 +1,24 @@
 """The latency benchmark's client: every code's queries are answered, exactly where they can be."""
 
-import importlib
-import sys
-from pathlib import Path
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import bench_modules
 
 from nercc_jax import Berrut, DevicePool, NeRCC, Parity, Replication, Uncoded
 from nercc_jax.planning import Plan, make_candidate
 from nercc_jax.pools import Episodes, Fault, Faults, Overdue
 from nercc_jax.stragglers import TraceLatency
 
-BENCH = Path(__file__).parents[1] / "bench"
 IMAGES = np.random.default_rng(0).normal(size=(40, 3, 2)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
 def bench():
     """bench/_latency_stream.py and its neighbours, which import each other."""
-    sys.path.insert(0, str(BENCH))
-    yield {
-        name: importlib.import_module(f"_latency_{name}") for name in ("stream", "systems", "plan")
-    }
-    sys.path.remove(str(BENCH))
+    names = ("stream", "systems", "plan")
+    with bench_modules(**{name: f"_latency_{name}" for name in names}) as found:
+        yield vars(found)
 
 
 def _linear(batch):
