@@ -45,7 +45,7 @@ def arranged(arranger: Arranger, x: np.ndarray, few: int) -> tuple[np.ndarray, l
     """Queries as the groups of `ROWS` rows that a server makes of them, and seconds for each."""
     groups, seconds = [], []
     for part in x.reshape(-1, ROWS * few, *x.shape[1:]):
-        queries = Request(part, np.zeros((len(part), 1)), 1.0, False).queries
+        queries = Request(part, np.zeros((len(part), 1)), 0.0, 1.0, False).queries
         begin = time.perf_counter()
         cells = arranger.deal(queries, [ROWS] * few, 0)
         seconds.append(time.perf_counter() - begin)

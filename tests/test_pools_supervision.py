@@ -159,7 +159,7 @@ def test_who_is_lost_by_hanging_is_told_at_once(crew, open_desk):
 
 
 def test_the_heart_beats_while_there_is_nothing_to_do(crew, open_desk, monkeypatch):
-    monkeypatch.setattr("nercc_jax.pools._supervision.BEAT", 0.01)
+    monkeypatch.setattr("nercc_jax.pools._clock.BEAT", 0.01)
     desk = open_desk(1)
     soon(lambda: desk.idle == 1)
     for _ in range(2):

@@ -3,7 +3,6 @@
 import dataclasses
 import operator
 import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -11,6 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, PyTree
 
+from ._clock import AbstractClock
 from ._overdue import AnswerTimes
 
 # When to stop waiting: this many answers are in, or these answers are enough.
@@ -18,10 +18,6 @@ Enough: TypeAlias = int | np.integer | Callable[[np.ndarray], bool]
 
 # Why an answer is none, None where it is one.
 Refuse: TypeAlias = Callable[[PyTree[np.ndarray]], str | None]
-
-# Seconds of one sleep at most, however long a wait may last: threading raises OverflowError where
-# it is asked for centuries.
-LONGEST_SLEEP = 60.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +69,7 @@ class Task:
         self.batch, self.point, self.kind, self.value = batch, point, kind, value
         first = value if isinstance(value, np.ndarray) else jax.tree.leaves(value)[0]
         self.size = len(first)  # data points
-        self.given = time.monotonic()
+        self.given = batch.clock.now()
         self.attempts = 0
         self.failed: set[int] = set()  # workers that it went wrong with
         self.running = 0  # workers that have it in hand
@@ -86,6 +82,15 @@ class Task:
         return self.batch.times.limit(self.size)
 
 
+@dataclasses.dataclass(frozen=True)
+class Books:
+    """What batches of a pool share: its lock, its clock, and who is told that one is forgotten."""
+
+    lock: threading.RLock
+    clock: AbstractClock
+    forget: Callable[["Batch"], None]
+
+
 class Batch:
     """Coded data points dispatched together, or one after the other, and their answers.
 
@@ -96,13 +101,12 @@ class Batch:
 
     def __init__(
         self,
-        lock: threading.RLock,
+        books: Books,
         num_points: int,
         needed: int | None,
         copies: int,
         times: AnswerTimes,
         on_change: Callable[["Batch"], None] | None,
-        on_forget: Callable[["Batch"], None],
         refuse: Refuse,
     ):
         if needed is None:
@@ -119,17 +123,17 @@ class Batch:
         self.available = np.zeros(num_points, bool)
         self.failures: list[Failure] = []
         self.on_change = on_change
-        self._on_forget = on_forget
+        self.clock, self._on_forget = books.clock, books.forget
         self._values: list[PyTree | None] = [None] * num_points
         self._seconds = np.full(num_points, np.nan)
         self.workers: dict[int, int] = {}  # who answered, by coded data point
         self._form: Any = None  # of an answer, but for the number of data points
-        self._changed = threading.Condition(lock)
+        self._changed = threading.Condition(books.lock)
         self._awaited = num_points
         self._count = 0
         self._unsettled = 0
         self.hopes = 0
-        self._start = time.monotonic()
+        self._start = self.clock.now()
 
     def __enter__(self) -> "Batch":
         return self
@@ -158,14 +162,14 @@ class Batch:
             enough = operator.index(enough)  # NumPy's integers too
         if isinstance(enough, int) and not 1 <= enough <= self.num_points:
             raise ValueError(f"wait for 1 to {self.num_points} answers, not {enough}")
-        end = time.monotonic() + check_deadline(deadline)
+        end = self.clock.now() + check_deadline(deadline)
         while True:
             with self._changed:
                 seen = self._count
                 number = enough if isinstance(enough, int) else seen + 1
                 if isinstance(enough, int) and seen >= enough:
                     return self._answers()
-                if self._unsettled == 0 or time.monotonic() >= end:
+                if self._unsettled == 0 or self.clock.now() >= end:
                     return self._answers()
                 mask = self.available.copy()
             # Outside the lock: a forecast takes its time, and answers come in meanwhile.
@@ -174,11 +178,11 @@ class Batch:
                     return self._answers()
             with self._changed:
                 while self._count < number and self._unsettled:
-                    left = end - time.monotonic()
+                    left = end - self.clock.now()
                     if left <= 0:
                         break
                     self._awaited = min(self._awaited, number)
-                    self._changed.wait(min(left, LONGEST_SLEEP))
+                    self.clock.wait(self._changed, left)
 
     def forget(self) -> None:
         """Drops what is not sent, and lets answers that still come go. Does nothing twice."""
@@ -224,7 +228,7 @@ class Batch:
             values,
             self.available.copy(),
             self._seconds.copy(),
-            time.monotonic() - self._start,
+            self.clock.now() - self._start,
             tuple(self.failures),
         )
 
@@ -273,7 +277,7 @@ class Batch:
         self._unsettled -= 1
         if value is not None:
             self._values[task.point], self.workers[task.point] = value, worker
-            self._seconds[task.point] = time.monotonic() - task.given
+            self._seconds[task.point] = self.clock.now() - task.given
             self.available[task.point] = True
             self._count += 1
         if self._count >= self._awaited or self._unsettled == 0:

@@ -22,14 +22,14 @@ The rules:
 import collections
 import math
 import threading
-import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from jaxtyping import PyTree
 
 from ..codes import check_counts
-from ._batch import Batch, Failure, Refuse, Task, refuse_odd
+from ._batch import Batch, Books, Failure, Refuse, Task, refuse_odd
+from ._clock import WALL, AbstractClock
 from ._crew import AbstractCrew, WorkerDied, reason_of
 from ._outbox import Outbox
 from ._overdue import Overdue, TimesByRule
@@ -53,6 +53,7 @@ class Desk:
         hang_timeout: float,
         start_timeout: float,
         min_workers: int | None = None,
+        clock: AbstractClock = WALL,
     ):
         num_workers, max_attempts = check_counts(num_workers=num_workers, max_attempts=max_attempts)
         if not hang_timeout > 0 or not start_timeout > 0:
@@ -61,13 +62,13 @@ class Desk:
                 "positive"
             )
         self.num_workers, self.num_models = num_workers, num_models
-        self._crew = crew
+        self._crew, self.clock = crew, clock
         self._overdue = overdue
         self._max_attempts = max_attempts
         self._hang_timeout, self._start_timeout = hang_timeout, start_timeout
         self._lock = threading.RLock()
         self._seats = [Seat() for _ in range(num_workers)]
-        self._startup = StartUp(self._lock, self._seats, min_workers, crew.lacking)
+        self._startup = StartUp(self._lock, self._seats, min_workers, crew.lacking, clock)
         self._outbox = Outbox(self._seats, crew.room)
         self._times = TimesByRule(overdue)
         self._counts: collections.Counter[str] = collections.Counter()
@@ -78,7 +79,7 @@ class Desk:
         self._early = False  # whether it is to be woken for that
         self._on_idle: Callable[[], None] | None = None
         self._guard = Guard()
-        self._watcher = Watcher("nercc-desk", self._look, self._guard, self._watch_ended)
+        self._watcher = Watcher("nercc-desk", self._look, self._guard, self._watch_ended, clock)
         with self._lock:
             for worker in range(num_workers):
                 self._start(worker)
@@ -103,8 +104,8 @@ class Desk:
     ) -> Batch:
         with self._lock:
             times = self._times.under(overdue or self._overdue)
-        forget = self._forget
-        return Batch(self._lock, num_points, needed, copies, times, on_change, forget, refuse)
+        books = Books(self._lock, self.clock, self._forget)
+        return Batch(books, num_points, needed, copies, times, on_change, refuse)
 
     def add(
         self,
@@ -140,7 +141,7 @@ class Desk:
             busy = sum(seat.task is not None for seat in self._seats)
             ready = sum(seat.ready for seat in self._seats)
             count = self._counts
-            now = time.monotonic()
+            now = self.clock.now()
             return PoolReport(
                 num_workers=len(self._seats),
                 idle=ready - busy,
@@ -239,7 +240,7 @@ class Desk:
         task = seat.task
         assert task is not None
         batch = task.batch
-        spent = time.monotonic() - seat.since
+        spent = self.clock.now() - seat.since
         late = not batch.open or task.settled
         refused = None if late else self._refusal(task, outcome)
         self._release(worker)
@@ -264,7 +265,7 @@ class Desk:
         seat = self._seats[worker]
         task = seat.task
         if task is not None:
-            spent = time.monotonic() - seat.since
+            spent = self.clock.now() - seat.since
             self._seconds += spent
             self._wasted += spent
             self._release(worker)
@@ -277,7 +278,7 @@ class Desk:
         seat.deaths += 1
         self._counts["deaths"] += 1
         if failed:
-            seat.start_at = time.monotonic() + pause_after(failed)
+            seat.start_at = self.clock.now() + pause_after(failed)
             self._plan(seat.start_at)
         else:
             self._start(worker)
@@ -286,7 +287,7 @@ class Desk:
     def _start(self, worker: int) -> None:
         """Begins a worker's next life, which is over unless it is ready in time."""
         seat = self._seats[worker]
-        seat.begun, seat.start_at = True, time.monotonic() + self._start_timeout
+        seat.begun, seat.start_at = True, self.clock.now() + self._start_timeout
         what = f"starting worker {worker}"
         error = self._guard.run(what, self._crew.start, worker, seat.life, self._hear)
         if error is not None:
@@ -342,7 +343,7 @@ class Desk:
     def _assign(self, task: Task, worker: int) -> tuple[int, int, int, Any]:
         self._outbox.take(worker)
         seat = self._seats[worker]
-        seat.task, seat.since, seat.overdue = task, time.monotonic(), False
+        seat.task, seat.since, seat.overdue = task, self.clock.now(), False
         task.attempts += 1
         task.running += 1
         task.batch.hope(task, 1)
@@ -372,7 +373,7 @@ class Desk:
         with self._lock:
             if self.trouble is not None:
                 return math.inf
-            now = time.monotonic()
+            now = self.clock.now()
             self._look_at = -math.inf  # nobody needs to wake the watcher now
             failed = [
                 self._attend(worker, now)

@@ -11,6 +11,7 @@ from jaxtyping import Array, PyTree, Shaped
 
 from ..inference import Conditions, cast_floats
 from ._batch import Batch, Refuse, refuse_odd
+from ._clock import AbstractClock
 from ._desk import Desk
 from ._overdue import Overdue
 from ._report import PoolReport
@@ -37,6 +38,11 @@ class AbstractPool(abc.ABC):
     def conditions(self) -> Conditions:
         """At which precision workers answer, and on what; to compare calibrations with."""
         return self._conditions
+
+    @property
+    def clock(self) -> AbstractClock:
+        """The time by which it lives, and who serves on it."""
+        return self._desk.clock
 
     @property
     def num_workers(self) -> int:

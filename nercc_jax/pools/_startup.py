@@ -2,9 +2,9 @@
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Sequence
 
+from ._clock import AbstractClock
 from ._seat import Seat
 
 _LOG = logging.getLogger(__name__)
@@ -25,6 +25,7 @@ class StartUp:
         seats: Sequence[Seat],
         least: int | None,
         lacking: Callable[[], str | None],
+        clock: AbstractClock,
     ):
         """`least` workers will do to begin with: all if None. Raises: ValueError for another."""
         least = len(seats) if least is None else least
@@ -32,7 +33,7 @@ class StartUp:
             raise ValueError(
                 f"min_workers is from 1 to {len(seats)}, the number of workers, not {least}"
             )
-        self._changed = threading.Condition(lock)
+        self._changed, self._clock = threading.Condition(lock), clock
         self._seats, self._least, self._lacking = seats, least, lacking
         self.trouble: str | None = None  # of the last worker that could not start
 
@@ -42,10 +43,10 @@ class StartUp:
     def wait(self, broken: Callable[[], str | None], timeout: float) -> str | None:
         """Waits until `least` workers are ready. Returns why they are not, after `timeout` s or
         where they will not be."""
-        begin = time.monotonic()
+        begin = self._clock.now()
         tell = begin + _TELL
         while True:
-            now = time.monotonic()
+            now = self._clock.now()
             with self._changed:
                 ready = sum(seat.ready for seat in self._seats)
                 if ready >= self._least:
@@ -53,7 +54,7 @@ class StartUp:
                 if max(seat.failed_starts for seat in self._seats) >= _STARTS or broken():
                     return self._reason(ready, broken() or self.trouble)
                 if now < min(tell, begin + timeout):
-                    self._changed.wait(min(tell, begin + timeout) - now)
+                    self._clock.wait(self._changed, min(tell, begin + timeout) - now)
                     continue
             missing = self._lacking()  # takes its time: without the lock
             if now >= begin + timeout:

@@ -1,17 +1,17 @@
-"""Steps that may fail, and a thread that goes on whatever one of its steps does."""
+"""Steps that may fail, and turns that go on whatever one of them does."""
 
 import logging
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
+from ._clock import WALL, AbstractClock
+
 _LOG = logging.getLogger(__name__)
 
-BEAT = 1.0  # seconds between two looks at most: no heartbeat is much older while all is well
-_SHORTEST = 1e-4
 # Seconds until what failed is tried again, doubled each time, and at most.
 _PAUSE, _LONGEST = 0.1, 10.0
+_LAST_TURN = 5.0  # seconds that closing waits for it
 
 
 def pause_after(failures: int) -> float:
@@ -43,46 +43,40 @@ class Guard:
 
 
 class Watcher:
-    """Calls `look` again and again, from a thread of its own, until it is closed.
+    """Calls `look` again and again, by a clock, until it is closed.
 
-    `look()` says at which monotonic time it wants its next turn; `wake` makes that now. After a
-    turn that fails (which the guard counts) the next one comes after a pause that grows. Should the
-    thread end nevertheless, its last act is to call `end`.
+    `look()` says at which time it wants its next turn; `wake` makes that now. After a turn that
+    fails (which the guard counts) the next one comes after a pause that grows. Should the turns end
+    nevertheless, the last act is to call `end`.
     """
 
-    def __init__(self, name: str, look: Callable[[], float], guard: Guard, end: Callable[[], Any]):
-        self._look, self._guard, self._end = look, guard, end
-        self._closed = False
-        self._woken = threading.Event()
-        self.heartbeat = time.monotonic()  # of the last turn
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def wake(self) -> None:
-        self._woken.set()
+    def __init__(
+        self,
+        name: str,
+        look: Callable[[], float],
+        guard: Guard,
+        end: Callable[[], Any],
+        clock: AbstractClock = WALL,
+    ):
+        self._look, self._guard, self._end, self._clock = look, guard, end, clock
+        self._name, self._failures = name, 0
+        self.heartbeat = clock.now()  # of the last turn
+        self._turns = clock.turns(name, self._turn)
+        self.start, self.wake = self._turns.start, self._turns.wake
 
     def close(self) -> None:
-        """Ends the thread; waits a few seconds for a turn that is under way."""
-        self._closed = True
-        self._woken.set()
-        if self._thread.is_alive() and self._thread is not threading.current_thread():
-            self._thread.join(timeout=5)
+        """Takes no more turns; waits a few seconds for one that is under way."""
+        self._turns.close(_LAST_TURN)
 
-    def _run(self) -> None:
-        failures = 0
+    def _turn(self) -> float:
+        self.heartbeat = self._clock.now()
         try:
-            while not self._closed:
-                self.heartbeat = time.monotonic()
-                try:
-                    due, failures = self._look(), 0
-                except Exception:
-                    failures += 1
-                    due = self.heartbeat + pause_after(failures)
-                    self._guard.count(f"a turn of {self._thread.name}")
-                self._woken.wait(min(max(due - time.monotonic(), _SHORTEST), BEAT))
-                self._woken.clear()
-        finally:
-            if not self._closed:
-                self._end()
+            due, self._failures = self._look(), 0
+            return due
+        except Exception:
+            self._failures += 1
+            self._guard.count(f"a turn of {self._name}")
+            return self.heartbeat + pause_after(self._failures)
+        except BaseException:
+            self._end()
+            raise

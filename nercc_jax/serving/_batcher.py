@@ -8,15 +8,12 @@ good enough, sent again. Of any other code a group is sent when it is full. What
 is arranged so that queries beside each other are alike; nothing waits for that.
 """
 
+import collections
 import concurrent.futures
-import contextlib
 import heapq
 import itertools
 import logging
 import math
-import queue
-import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -55,7 +52,6 @@ _LOG = logging.getLogger(__name__)
 # for how many median answer times (but at least a second).
 _LINGERING, _LINGER = 256, 20
 _STALE = 256  # deadlines of requests that have been answered, before they are swept out
-_LONGEST_WAIT = 1.0  # seconds without a turn of the thread: health looks at how long ago it was
 _QUESTION = 5.0  # seconds that a question of its own may take
 _NUDGE = object()
 
@@ -96,19 +92,19 @@ class CodedBatcher:
                 "float32 can be coded, so give a Coder(Uncoded(1))"
             )
         self.policy = policy = policy or BatchingPolicy()
-        self._pool = pool
+        self._pool, self._clock = pool, pool.clock
         self._observe = observe or (lambda what, number: None)
         self._coder = coder
         self.fidelity = fidelity or Fidelity(coder)
         warn_if_other("the fidelity", self.fidelity.conditions, pool.conditions)
-        self._tutor = Tutor(self.fidelity, self._answers.shape, self._observe)
-        self._rescue = Rescue(coder, policy, self._tutor, self._observe)
+        self._tutor = Tutor(self.fidelity, self._answers.shape, self._observe, pool.clock)
+        self._rescue = Rescue(coder, policy, self._tutor, self._observe, pool.clock)
         ordered = policy.ordering and coder.curved
         arranger = Arranger(coder, shape, policy.max_batch_size) if ordered else None
         self._compile(arranger)
         self._lanes = Lanes(policy.max_queue_size)
-        self._ledger = Ledger(self._lanes, self._observe)
-        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._ledger = Ledger(self._lanes, self._observe, pool.clock)
+        self._inbox: collections.deque[Any] = collections.deque()
         self._overdue = Overdue(0.5, policy.patience)
         self._times = AnswerTimes(self._overdue)
         self._sender = Sender(
@@ -128,11 +124,11 @@ class CodedBatcher:
         self._looks: list[tuple[float, int, Group]] = []
         self._deadlines: list[tuple[float, int, Request]] = []
         self._numbers = itertools.count()
-        self._stopped = self._nudged = False
+        self._nudged = False
+        self._turns = pool.clock.turns("nercc-batcher", self._run)
         self._tutor.start()
         pool.on_idle(self._nudge)
-        self._thread = threading.Thread(target=self._run, name="nercc-batcher", daemon=True)
-        self._thread.start()
+        self._turns.start()
 
     # What callers see.
 
@@ -163,12 +159,13 @@ class CodedBatcher:
                 f"{deadline:g}"
             )
         lead = self.policy.priority_lead_s if high else 0.0
-        request = Request(x, self._answers.zeros(len(x)), deadline, exact, lead, record)
+        arrived, values = self._clock.now(), self._answers.zeros(len(x))
+        request = Request(x, values, arrived, deadline, exact, lead, record)
         self._ledger.accept(request)
         if high:
             self._observe("high_priority", len(x))
         request.future.add_done_callback(lambda future: self._cancelled(request))
-        self._inbox.put(request)
+        self._put(request)
         return request.future
 
     @property
@@ -191,11 +188,9 @@ class CodedBatcher:
     def close(self, drain: float = 0.0) -> None:
         """Takes no more, answers what it has for up to `drain` seconds, and fails the rest."""
         self._ledger.shut()
-        self._inbox.put(_NUDGE)
+        self._turns.wake()
         self._ledger.wait(drain)
-        self._stopped = True
-        self._inbox.put(_NUDGE)
-        self._thread.join()
+        self._turns.close()
         self._tutor.close()
         for request in list(self._ledger.open):
             self._ledger.fail(request, ServerClosing("the server shut down before it could answer"))
@@ -208,21 +203,25 @@ class CodedBatcher:
 
     def _cancelled(self, request: Request) -> None:
         if request.future.cancelled():
-            self._inbox.put(request)
+            self._put(request)
 
     # From any thread.
+
+    def _put(self, item: Any) -> None:
+        self._inbox.append(item)
+        self._turns.wake()
 
     def _nudge(self) -> None:
         """A worker is free."""
         if self.waiting and not self._nudged:
             self._nudged = True
-            self._inbox.put(_NUDGE)
+            self._put(_NUDGE)
 
     def _tell_of(self, group: Group) -> None:
         """Something happened to a group: once, until it is looked at."""
         if not group.heard:
             group.heard = True
-            self._inbox.put(group)
+            self._put(group)
 
     def _compile(self, arranger: Arranger | None) -> None:
         if arranger is not None:
@@ -234,22 +233,24 @@ class CodedBatcher:
         self._rescue.predict(zeros, everyone, self._coder.num_data)
         self.fidelity.compile(self._answers.shape)
 
-    def _run(self) -> None:
+    def _run(self) -> float:
+        """A turn, and when the next one is due."""
         try:
-            while not self._stopped:
-                self._turn()
+            self._turn()
         except BaseException as error:
             _LOG.exception("the batcher ends")
             self._ledger.break_off(error)
-
-    def _turn(self) -> None:
-        due = min(
+            self._turns.close()
+        return min(
             self._sender.wake,
             self._looks[0][0] if self._looks else math.inf,
             self._deadlines[0][0] if self._deadlines else math.inf,
         )
-        for item in self._receive(due):
-            self._guard(self._take, item, time.monotonic(), owed=item)
+
+    def _turn(self) -> None:
+        for _ in range(len(self._inbox)):  # of what comes meanwhile, the next turn takes care
+            item = self._inbox.popleft()
+            self._guard(self._take, item, self._clock.now(), owed=item)
         pulse = self._ledger.pulse
         now = pulse.turn(bool(self._ledger.open))
         self._guard(self._look, now)
@@ -257,16 +258,6 @@ class CodedBatcher:
         self._sender.taken.clear()
         if pulse.asks(now):
             self._guard(self._ask)
-
-    def _receive(self, due: float) -> list[Any]:
-        """Everything that has come; waits for something, but no longer than until `due`."""
-        timeout = min(max(due - time.monotonic(), 0), _LONGEST_WAIT)
-        items = []
-        with contextlib.suppress(queue.Empty):
-            items.append(self._inbox.get(timeout=timeout))
-            while True:
-                items.append(self._inbox.get_nowait())
-        return items
 
     def _guard(self, step: Callable[..., None], *args: Any, owed: Any = None) -> None:
         """One step that fails does not end the thread, and whom it concerns is told at once.
@@ -289,9 +280,10 @@ class CodedBatcher:
 
     def _ask(self) -> None:
         """A question of its own, of zeros: so that it is known when workers answer again."""
-        question = Request(self._queries.zeros(1), self._answers.zeros(1), _QUESTION, True)
+        now, zeros = self._clock.now(), (self._queries.zeros(1), self._answers.zeros(1))
+        question = Request(*zeros, now, _QUESTION, True)
         if self._ledger.ask(question):
-            self._take_request(question, time.monotonic())
+            self._take_request(question, now)
 
     def _take(self, item: Any, now: float) -> None:
         if isinstance(item, Group):

@@ -2,9 +2,8 @@
 
 import dataclasses
 import math
-import time
 
-from ..pools import AbstractPool
+from ..pools import AbstractClock, AbstractPool
 from ._coder import Coder
 
 # Seconds after which a thread that has not turned is taken for stuck, and without an answer while
@@ -30,7 +29,7 @@ def health_of_pool(pool: AbstractPool, coder: Coder) -> Health:
     """
     if pool.trouble is not None:
         return Health(False, False, pool.trouble)
-    silence = time.monotonic() - pool.heartbeat
+    silence = pool.clock.now() - pool.heartbeat
     if silence > STUCK:
         return Health(False, False, f"the pool is stuck for {silence:.0f} s")
     if pool.alarm is not None:
@@ -49,8 +48,9 @@ def health_of_pool(pool: AbstractPool, coder: Coder) -> Health:
 class Pulse:
     """What is seen of answers. The batcher's thread changes it, others ask."""
 
-    def __init__(self):
-        self.beat = time.monotonic()  # of the batcher's thread
+    def __init__(self, clock: AbstractClock):
+        self._clock = clock
+        self.beat = clock.now()  # of the batcher's thread
         self._since = math.inf  # when somebody began to wait, since when nobody was answered
         self._failed = 0  # queries, one after the other
         self._asked = 0.0
@@ -58,7 +58,7 @@ class Pulse:
 
     def turn(self, open_: bool) -> float:
         """The thread goes round; whether requests are open. Gives the time."""
-        now = self.beat = time.monotonic()
+        now = self.beat = self._clock.now()
         if not open_:
             self._since = math.inf
         elif math.isinf(self._since):
@@ -82,7 +82,7 @@ class Pulse:
 
     def trouble(self, answer_time: float) -> Health | None:
         """What is wrong, if anything; models take `answer_time` seconds, inf if not known."""
-        now = time.monotonic()
+        now = self._clock.now()
         if now - self.beat > STUCK:
             return Health(False, False, f"the batcher is stuck for {now - self.beat:.0f} s")
         slow = _ANSWER_TIMES * answer_time if answer_time < math.inf else 0.0

@@ -3,10 +3,10 @@
 import concurrent.futures
 import contextlib
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
+from ..pools import AbstractClock
 from ._health import Health, Pulse
 from ._lanes import Lanes
 from ._request import (
@@ -24,11 +24,11 @@ from ._request import (
 class Ledger:
     """What callers are owed. `accept`, `shut`, `wait` and `trouble` are for any thread."""
 
-    def __init__(self, lanes: Lanes, observe: Callable[[Any, float], Any]):
-        self._lanes, self._observe = lanes, observe
+    def __init__(self, lanes: Lanes, observe: Callable[[Any, float], Any], clock: AbstractClock):
+        self._lanes, self._observe, self._clock = lanes, observe, clock
         self._settled = threading.Condition()
         self.open: set[Request] = set()
-        self.pulse = Pulse()
+        self.pulse = Pulse(clock)
         self.closing = False
         self.broken: str | None = None
         self._question: Request | None = None  # the batcher's own: not counted
@@ -74,7 +74,7 @@ class Ledger:
             kind = "query_reexecuted" if query.reexecuted else "query_exact"
             self._observe(kind if answer.exact else "query_decoded", 1)
         if request.answer(query, answer):
-            reply = request.reply(time.monotonic())
+            reply = request.reply(self._clock.now())
             if asked:
                 self._observe("request_ok", reply.seconds)
                 self._observe("compute_seconds", reply.seconds - reply.queued)
@@ -91,7 +91,7 @@ class Ledger:
         else:
             late = isinstance(error, DeadlineExceeded)
             what = "request_deadline" if late else "request_failed"
-            self._observe(what, time.monotonic() - request.arrived)
+            self._observe(what, self._clock.now() - request.arrived)
             self.pulse.failed()
         _resolve(request.future.set_exception, error)
 
@@ -108,8 +108,10 @@ class Ledger:
 
     def wait(self, seconds: float) -> None:
         """Until all have ended, but no longer."""
+        end = self._clock.now() + seconds
         with self._settled:
-            self._settled.wait_for(lambda: not self.open, seconds)
+            while self.open and (left := end - self._clock.now()) > 0:
+                self._clock.wait(self._settled, left)
 
     def break_off(self, error: BaseException) -> None:
         """The batcher's thread ends: who waits is told, and whoever comes."""
@@ -117,7 +119,7 @@ class Ledger:
             self.broken = f"the batcher has failed: {words_of(error)}"
             left, self.open = self.open, set()
             self._settled.notify_all()
-        now = time.monotonic()
+        now = self._clock.now()
         counts = [("request_failed", now - request.arrived) for request in left]
         for request in left:
             _resolve(request.future.set_exception, InferenceFailed(self.broken))

@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import dataclasses
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -73,16 +72,20 @@ class Request:
         self,
         x: np.ndarray,
         values: np.ndarray,
+        arrived: float,
         deadline: float,
         exact: bool,
         lead: float = 0.0,
         record: Record | None = None,
     ):
-        """`values` are filled in as queries are answered. `lead`: seconds that it goes ahead."""
+        """`values` are filled in as queries are answered. `lead`: seconds that it goes ahead.
+
+        It `arrived` then, by the batcher's clock.
+        """
         size = len(x)
         self.record = record
         self.future: concurrent.futures.Future[Reply] = concurrent.futures.Future()
-        self.arrived = time.monotonic()
+        self.arrived = arrived
         self.high, self.turn = lead > 0, self.arrived - lead
         self.deadline = deadline  # seconds from arrival
         self.sent = np.inf  # when its first query was

@@ -2,12 +2,12 @@
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
+from ..pools import AbstractClock
 from ._budget import Budget
 from ._coder import Coder
 from ._group import Group
@@ -34,8 +34,10 @@ class Rescue:
         policy: BatchingPolicy,
         tutor: Tutor,
         observe: Callable[[Any, float], Any],
+        clock: AbstractClock,
     ):
         """Raises: ValueError for a policy that does not fit the code."""
+        self._clock = clock
         self._coder, self._policy, self._tutor, self._observe = coder, policy, tutor, observe
         self._budget = Budget(policy.max_reexecution)
         self.enough = _enough(coder, policy)
@@ -88,9 +90,9 @@ class Rescue:
             good = expected.disagreement <= wanted
         if not (good[hopeless].any() or (last and self._policy.max_reexecution is not None)):
             return [], []
-        begin = time.monotonic()
+        begin = self._clock.now()
         predictions, sound, doubt = self.predict(group.values(), group.mask, few)
-        decoded = time.monotonic()
+        decoded = self._clock.now()
         self._observe("decode_seconds", decoded - begin)
         self._observe("workers_heard", int(group.mask.sum()))
         good = np.broadcast_to(good if limit is None else doubt <= limit, doubt.shape)
@@ -105,7 +107,7 @@ class Rescue:
         if group.record is not None:
             group.record.add("decode", begin, decoded, answers=basis[1])
             sure, doubtful = map(len, found)
-            group.record.add("doubt", decoded, time.monotonic(), sure=sure, doubtful=doubtful)
+            group.record.add("doubt", decoded, self._clock.now(), sure=sure, doubtful=doubtful)
         return found
 
     def predict(

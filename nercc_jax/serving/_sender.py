@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -58,7 +57,7 @@ class Sender:
         self._policy, self._hungry, self._enough = policy, hungry, enough
         self._answer_time, self._observe, self._tell = answer_time, observe, tell
         self.alone = Coder(Uncoded(1), (coder.kinds[0],))
-        self._overdue, self._refuse = overdue, refuse
+        self._overdue, self._refuse, self._clock = overdue, refuse, pool.clock
         self.filling: Group | None = None
         self.groups: set[Group] = set()
         self.taken: list[Query] = []
@@ -96,9 +95,9 @@ class Sender:
         # Redundancy for one query is not worth slowing down others.
         points = np.flatnonzero(~group.sent) if hungry else group.layout.extras[: self._room()]
         if len(points) and (group.pending or hungry):
-            begin = time.monotonic()
+            begin = self._clock.now()
             coded = coder.encode(group.inputs(), points)
-            end = time.monotonic()
+            end = self._clock.now()
             self._observe("encode_seconds", end - begin)
             if group.record is not None:
                 group.record.add("encode", begin, end, queries=queries, points=len(points))
@@ -216,9 +215,9 @@ class Sender:
             rest = iter(queries)
             dealt = [list(itertools.islice(rest, size)) for size in sizes]
         else:
-            begin = time.perf_counter()
+            begin = self._clock.now()
             dealt = self._arranger.deal(queries, sizes, place)
-            self._observe("order_seconds", time.perf_counter() - begin)
+            self._observe("order_seconds", self._clock.now() - begin)
         return [_cell(each) for each in dealt]
 
     def _most_ordering(self) -> float:

@@ -1,22 +1,21 @@
 """Learning beside the batcher: the thread that answers queries does nothing else."""
 
 import logging
-import threading
-import time
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
 
+from ..pools import AbstractClock
 from ._fidelity import Expected, Fidelity
 
 _LOG = logging.getLogger(__name__)
 
 # Of the time, that learning may take: programs of JAX keep all cores of a CPU busy.
 _SHARE = 0.005
-# Seconds that it rests at most, and that it waits for something to learn from.
-_LONGEST = 10.0
+_LONGEST = 10.0  # seconds that it rests at most
 
 
 class Tutor:
@@ -28,17 +27,20 @@ class Tutor:
     """
 
     def __init__(
-        self, fidelity: Fidelity, outputs: Sequence[int], observe: Callable[[Any, float], Any]
+        self,
+        fidelity: Fidelity,
+        outputs: Sequence[int],
+        observe: Callable[[Any, float], Any],
+        clock: AbstractClock,
     ):
         """`outputs`: the shape of a query's answer."""
         self.fidelity, self._outputs, self._observe = fidelity, outputs, observe
         self._lesson: tuple[np.ndarray, np.ndarray] | None = None
         self._asked: tuple[int, np.ndarray] | None = None
-        self._came, self._closing = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._run, name="nercc-tutor", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
+        self._clock, self._rests_until = clock, -math.inf
+        self._compiled = False
+        self._turns = clock.turns("nercc-tutor", self._turn)
+        self.start = self._turns.start
 
     @property
     def curious(self) -> bool:
@@ -56,41 +58,42 @@ class Tutor:
     ) -> None:
         """A group for `Fidelity.learn`. Comes back at once."""
         self._lesson = answers, originals
-        self._came.set()
+        self._turns.wake()
 
     def expect(self, queries: int, mask: Bool[np.ndarray, " num_workers"]) -> Expected:
         """`Fidelity.expect`; what is not known yet is NaN, and will be known soon."""
         expected = self.fidelity.expect(queries, mask)
         if not expected.fresh:
             self._asked = queries, mask.copy()
-            self._came.set()
+            self._turns.wake()
         return expected
 
     def close(self) -> None:
-        self._closing.set()
-        self._came.set()
-        self._thread.join()
+        self._turns.close()
 
-    def _run(self) -> None:
-        # Seconds, which no query has to wait for.
-        self._try(lambda: self.fidelity.compile_lessons(self._outputs))
-        while not self._closing.is_set():
-            if not self._came.wait(_LONGEST):
-                continue
-            self._came.clear()
+    def _turn(self) -> float:
+        if not self._compiled:
+            # Seconds, which no query has to wait for.
+            self._try(lambda: self.fidelity.compile_lessons(self._outputs))
+            self._compiled = True
+        if self._lesson is None and self._asked is None:
+            return math.inf
+        if self._clock.now() >= self._rests_until:
             seconds = self._try(self._learn)
-            self._closing.wait(min(seconds * (1 / _SHARE - 1), _LONGEST))
+            rest = min(seconds * (1 / _SHARE - 1), _LONGEST)
+            self._rests_until = self._clock.now() + rest
+        return self._rests_until
 
     def _try(self, step: Callable[[], None]) -> float:
         """Does it, and returns the seconds that it took."""
-        begin = time.monotonic()
+        begin = self._clock.now()
         try:
             step()
         except Exception:
             # What was known stays; the next group may do better.
             _LOG.exception("learning from a group failed")
             self._observe("internal_error", 1)
-        seconds = time.monotonic() - begin
+        seconds = self._clock.now() - begin
         self._observe("learn_seconds", seconds)
         return seconds
 

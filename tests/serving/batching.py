@@ -9,6 +9,7 @@ import numpy as np
 
 from nercc_jax import DevicePool, NeRCC
 from nercc_jax.serving import BatchingPolicy, CodedBatcher, Coder, Fidelity
+from nercc_jax.serving._query_doubt import QueryDoubt
 
 SHAPE, OUT = (6,), (3,)
 WEIGHTS = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
@@ -20,6 +21,14 @@ INTERLEAVED = NeRCC(4, 8, points="interleaved", lambda_dec=0.0)
 # the group is complete, one for each query: the nearest to its alpha. On the half circle, whose
 # angles are even, alphas are at 22.5, 67.5, ... degrees, the others of the betas at 45, 82.5, ...
 OWN, EXTRAS = (1, 3, 0, 2), (5, 7, 4, 6)
+
+# A margin of 0.1 or less is doubtful, whatever else is known.
+BY_MARGIN = QueryDoubt(
+    np.array([2 * np.log(0.1), -2, 0, 0, 0], np.float32),
+    wrong=np.full(100, 0.5, np.float32),
+    last=np.linspace(0, 1, 200, dtype=np.float32),
+    number=10**6,
+)
 
 
 def model(x):

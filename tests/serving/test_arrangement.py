@@ -16,7 +16,7 @@ CODE = INTERLEAVED
 
 
 def queries(x):
-    return Request(np.asarray(x, np.float32), np.zeros((len(x), 2)), 1.0, False).queries
+    return Request(np.asarray(x, np.float32), np.zeros((len(x), 2)), 0.0, 1.0, False).queries
 
 
 def arranger(code=CODE, shape=(3,), rows=4):

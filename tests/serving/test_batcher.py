@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from batching import (
+    BY_MARGIN,
     EXTRAS,
     INTERLEAVED,
     LONG,
@@ -30,6 +31,7 @@ from batching import (
 
 from nercc_jax import Berrut, DevicePool, NeRCC, Replication, Uncoded
 from nercc_jax.pools import Fault, Faults
+from nercc_jax.pools._clock import WALL
 from nercc_jax.serving import (
     BatchingPolicy,
     CodedBatcher,
@@ -42,7 +44,6 @@ from nercc_jax.serving import (
 )
 from nercc_jax.serving._health import Health
 from nercc_jax.serving._lanes import Lane, Lanes
-from nercc_jax.serving._query_doubt import QueryDoubt
 from nercc_jax.serving._request import Request
 from nercc_jax.serving._tutor import Tutor
 from nercc_jax.stragglers import TraceLatency
@@ -189,15 +190,6 @@ def test_what_is_expected_to_be_right_is_decoded():
         assert 0 < reply.expected_disagreement[0] <= 0.05
         assert reply.expected_error[0] > 0
         event.set()
-
-
-# A margin of 0.1 or less is doubtful, whatever else is known.
-BY_MARGIN = QueryDoubt(
-    np.array([2 * np.log(0.1), -2, 0, 0, 0], np.float32),
-    wrong=np.full(100, 0.5, np.float32),
-    last=np.linspace(0, 1, 200, dtype=np.float32),
-    number=10**6,
-)
 
 
 def of_two_kinds(even, odd):
@@ -375,7 +367,9 @@ def test_queries_of_high_priority_go_ahead_but_nobody_starves(lead, kinds, expec
 
 
 def test_what_is_sent_again_goes_ahead_of_high_priority():
-    first, high = (Request(queries(3), np.zeros((3, 3)), 1.0, False, lead) for lead in (0.0, 1.0))
+    first, high = (
+        Request(queries(3), np.zeros((3, 3)), 0.0, 1.0, False, lead) for lead in (0.0, 1.0)
+    )
     lanes = Lanes(6)
     assert lanes.admit(6)
     lanes.put(first)
@@ -392,11 +386,11 @@ def test_what_is_sent_again_goes_ahead_of_high_priority():
 def test_a_stream_of_high_priority_leaves_an_ordinary_query_its_turn():
     """However fast they come: it waits for those of the lead, and no others."""
     lane = Lane()
-    ordinary = Request(queries(1), np.zeros((1, 3)), 1.0, False)
+    ordinary = Request(queries(1), np.zeros((1, 3)), time.monotonic(), 1.0, False)
     lane.put(ordinary)
     taken = []
     for number in range(1, 100):
-        high = Request(queries(1), np.zeros((1, 3)), 1.0, False, lead=1.0)
+        high = Request(queries(1), np.zeros((1, 3)), time.monotonic(), 1.0, False, lead=1.0)
         high.arrived = ordinary.arrived + number / 10
         high.turn = high.arrived - 1.0
         lane.put(high)
@@ -526,7 +520,7 @@ def test_redundancy_slows_nobody_down(spare, monkeypatch):
 
 
 def test_all_answers_are_wanted_only_while_there_is_time_to_learn():
-    tutor = Tutor(Fidelity(Coder(INTERLEAVED)), (3,), lambda what, number: None)
+    tutor = Tutor(Fidelity(Coder(INTERLEAVED)), (3,), lambda what, number: None, WALL)
     assert tutor.hungry(4)
     assert not tutor.hungry(1)
     tutor.teach(np.zeros((8, 3)), np.zeros((4, 3)))  # it has not begun

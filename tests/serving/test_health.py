@@ -9,6 +9,7 @@ import pytest
 from batching import INTERLEAVED, LONG, Held, count, knowing, model, queries, serving, settled
 
 from nercc_jax import Uncoded
+from nercc_jax.pools._clock import WALL
 from nercc_jax.serving import Fidelity, InferenceFailed, _health
 from nercc_jax.serving._health import Health
 from nercc_jax.serving._rescue import Rescue
@@ -30,7 +31,8 @@ FINE = Health(True, True)
 def test_it_is_ready_while_a_group_can_be_answered(workers, starting, alarm, ready, told, untyped):
     pool = types.SimpleNamespace(
         trouble=None,
-        heartbeat=time.monotonic(),
+        clock=WALL,
+        heartbeat=WALL.now(),
         alarm=alarm,
         report=lambda: types.SimpleNamespace(num_workers=workers, starting=starting),
     )
@@ -111,7 +113,7 @@ def test_a_thread_that_dies_fails_what_is_open_and_what_comes(monkeypatch):
 
 def test_a_stuck_thread_is_not_alive(monkeypatch):
     monkeypatch.setattr(_health, "STUCK", 0.2)
-    monkeypatch.setattr("nercc_jax.serving._batcher._LONGEST_WAIT", 0.05)
+    monkeypatch.setattr("nercc_jax.pools._clock.BEAT", 0.05)
     release = threading.Event()
     with serving(Uncoded(1), warm=False) as batcher:
         becomes(batcher, is_(True, True))
@@ -145,7 +147,7 @@ def test_who_answers_nobody_is_not_ready_until_it_does():
 
 def test_who_answers_nothing_for_long_is_not_ready(monkeypatch):
     monkeypatch.setattr(_health, "_SILENT", 0.2)
-    monkeypatch.setattr("nercc_jax.serving._batcher._LONGEST_WAIT", 0.05)
+    monkeypatch.setattr("nercc_jax.pools._clock.BEAT", 0.05)
     held = Held()
     with serving(Uncoded(1), held, warm=False) as batcher:
         future = batcher.submit(queries(1))
