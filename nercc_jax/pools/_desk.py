@@ -396,7 +396,7 @@ class Desk:
             self._fail_start(worker, late)
         elif seat.task is None:
             self._start(worker)
-        elif now - seat.since >= self._hang_timeout:
+        elif seat.since + self._hang_timeout <= now:  # as `Seat.due` has it, to the last digit
             batch = seat.task.batch
             self._counts["hung"] += 1
             self._bury(worker, f"no answer within {self._hang_timeout} s: it hangs")

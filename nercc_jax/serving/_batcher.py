@@ -254,10 +254,10 @@ class CodedBatcher:
         pulse = self._ledger.pulse
         now = pulse.turn(bool(self._ledger.open))
         self._guard(self._look, now)
-        self._guard(self._dispatch, now)
-        self._sender.taken.clear()
         if pulse.asks(now):
             self._guard(self._ask)
+        self._guard(self._dispatch, now)
+        self._sender.taken.clear()
 
     def _guard(self, step: Callable[..., None], *args: Any, owed: Any = None) -> None:
         """One step that fails does not end the thread, and whom it concerns is told at once.
