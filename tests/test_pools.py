@@ -647,17 +647,17 @@ def test_episodes_are_the_same_everywhere_and_as_long_as_they_should_be():
     assert 9.5 < np.mean(np.diff(start)) < 10.5
 
 
-def test_a_rack_is_slow_together(monkeypatch):
+def test_a_rack_is_slow_together():
     fault = Fault(
         "delay",
         workers=(0, 1),
         latency=TraceLatency(jax.numpy.array([1.0])),
         episodes=Episodes(every=10.0, lasting=5.0, origin=0.0),
     )
-    laws = [Faults([fault]).at(worker, 0) for worker in range(3)]
+    now = 0.0
+    laws = [Faults([fault]).at(worker, 0, lambda: now) for worker in range(3)]
     slow = []
-    for now in np.arange(0.0, 200.0, 0.5).tolist():
-        monkeypatch.setattr("nercc_jax.pools._faults.time.time", lambda now=now: now)
+    for now in np.arange(0.0, 200.0, 0.5).tolist():  # noqa: B007
         slow.append([law.next()[0] > 0 for law in laws])
     slow = np.array(slow)
     np.testing.assert_array_equal(slow[:, 0], slow[:, 1])

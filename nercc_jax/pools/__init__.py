@@ -26,3 +26,5 @@ from ._report import WorkerReport as WorkerReport
 from ._report import WorkerState as WorkerState
 from ._run import BatchOutcome as BatchOutcome
 from ._run import run_batches as run_batches
+from ._simulated import SimulatedClock as SimulatedClock
+from ._simulated import SimulatedPool as SimulatedPool

@@ -6,7 +6,7 @@ meet a real one: the worker is busy while it sleeps, and gone when it dies.
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, TypeAlias, get_args
 
 import jax
@@ -121,15 +121,15 @@ class Faults:
             faults.append(Fault("death", death_rate))
         return cls(faults, seed)
 
-    def at(self, worker: int, life: int) -> "WorkerFaults":
-        """The faults of one worker in one of its lives (0 for the first)."""
-        return WorkerFaults(self, worker, life)
+    def at(self, worker: int, life: int, time: Callable[[], float] = time.time) -> "WorkerFaults":
+        """The faults of one worker in one of its lives (0 for the first), episodes by `time()`."""
+        return WorkerFaults(self, worker, life, time)
 
 
 class WorkerFaults:
     """What strikes the calls of one worker, one after the other."""
 
-    def __init__(self, faults: Faults, worker: int, life: int):
+    def __init__(self, faults: Faults, worker: int, life: int, time: Callable[[], float]):
         mine = [
             (number, fault)
             for number, fault in enumerate(faults.faults)
@@ -141,7 +141,7 @@ class WorkerFaults:
             _draws(fault.latency, faults.seed, number, worker, life) for number, fault in mine
         ]
         self._spells = [
-            _Spells(fault.episodes) if fault.episodes is not None else None
+            _Spells(fault.episodes, time) if fault.episodes is not None else None
             for fault in self._faults
         ]
         self._call = 0
@@ -175,12 +175,12 @@ def _draws(latency: AbstractLatency | None, seed: int, *numbers: int) -> np.ndar
 class _Spells:
     """Whether a spell is on, asked at times that do not go back."""
 
-    def __init__(self, episodes: Episodes):
-        self._coming = episodes.spells()
+    def __init__(self, episodes: Episodes, time: Callable[[], float]):
+        self._time, self._coming = time, episodes.spells()
         self._start, self._end = next(self._coming)
 
     def now(self) -> bool:
-        time_now = time.time()
+        time_now = self._time()
         while self._end <= time_now:
             self._start, self._end = next(self._coming)
         return self._start <= time_now

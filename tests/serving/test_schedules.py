@@ -1,0 +1,247 @@
+"""Random schedules under a simulated clock: whatever happens, and in whichever order, holds.
+
+A schedule is a seed: requests that come alone and together, with and without deadlines, high ones,
+exact ones, some cancelled; workers that are slow, hang, die, raise, answer NaN, or answer when they
+have long been replaced. After each event the books of batcher and pool are counted anew. A seed
+that fails fails again: `play(SEED)`.
+"""
+
+import math
+
+import numpy as np
+import pytest
+from batching import BY_MARGIN, INTERLEAVED, OUT, SHAPE, model
+
+from nercc_jax import Berrut, Replication, Uncoded
+from nercc_jax.pools import Fault, Faults, Overdue, SimulatedClock, SimulatedPool
+from nercc_jax.serving import (
+    BatchingPolicy,
+    CodedBatcher,
+    Coder,
+    DeadlineExceeded,
+    Fidelity,
+    InferenceFailed,
+    QueueFull,
+)
+
+SECONDS = 0.02  # that an answer takes
+HANG = 1.0  # seconds until a worker is replaced
+# Seconds by which a turn may come after what it is due for: a group is looked at a little later.
+LATE = 1e-3
+CODES = (Uncoded(1), Replication(3, 6), INTERLEAVED, Berrut(3, 5))
+
+
+class Studied(Fidelity):
+    """One that learns nothing more: a schedule must not depend on those played before it."""
+
+    def compile_lessons(self, outputs):
+        pass
+
+    def hungry(self, queries):
+        return False
+
+    def learn(self, answers, originals):
+        pass
+
+    def doubt(self, queries):
+        return BY_MARGIN
+
+
+@pytest.fixture(scope="module")
+def coders():
+    found = [Coder(code) for code in CODES]
+    return [(coder, Studied(coder)) for coder in found]
+
+
+def draw_faults(random):
+    """What goes wrong, and how often: sometimes nothing, sometimes nearly everything."""
+    each = []
+    for kind in ("error", "nan", "hang", "death"):
+        if random.random() < 0.4:
+            each.append(Fault(kind, random.choice([0.02, 0.2, 0.6])))
+    return Faults(each, seed=int(random.integers(2**31)))
+
+
+class Schedule:
+    """One life of a batcher, and all that its callers see."""
+
+    def __init__(self, seed, coders):
+        self.random = random = np.random.default_rng(seed)
+        self.coder, fidelity = coders[random.integers(len(coders))]
+        self.clock, self.slow = SimulatedClock(), random.choice([0.0, 0.1, 0.6])
+        self.pool = SimulatedPool(
+            model,
+            int(random.integers(1, 9)),
+            seconds=self.seconds,
+            clock=self.clock,
+            faults=draw_faults(random),
+            start_seconds=random.choice([0.0, 0.3, 3.0]),
+            overdue=Overdue(factor=1.5, least=5),
+            max_attempts=int(random.integers(1, 4)),
+            hang_timeout=HANG,
+        )
+        self.policy = BatchingPolicy(
+            max_batch_size=4,  # for which decoders are compiled, once for all schedules
+            batch_wait_timeout_s=random.choice([0.0, 0.05]),
+            max_queue_size=int(random.choice([6, 200])),
+            deadline_s=random.choice([0.3, 5.0]),
+            max_disagreement=random.choice([None, 0.01]),
+            max_reexecution=random.choice([None, 0.1]),
+            copies=int(random.integers(1, 4)),
+            ordering=False,
+        )
+        self.seen = {"reexecution": 0, "internal_error": 0}
+        self.batcher = CodedBatcher(
+            self.pool,
+            self.coder,
+            SHAPE,
+            OUT,
+            policy=self.policy,
+            fidelity=fidelity,
+            observe=self.observe,
+        )
+        self.first = 0  # queries that went out for the first time
+        self.count_first(self.batcher._lanes)
+        self.submitted = []
+        self.ended = []  # a number of a request each time that one ends
+
+    def seconds(self, size):
+        """Of a call: most take as long as others, some longer, few until they are given up."""
+        usual = SECONDS * (1 + size / 8)
+        if self.random.random() >= self.slow:
+            return usual
+        longest = self.random.choice([5 * SECONDS, 2 * HANG], p=[0.8, 0.2])
+        return usual + self.random.uniform(0, longest)
+
+    def count_first(self, lanes):
+        pop = lanes.pop
+
+        def counting(lane):
+            query = pop(lane)
+            self.first += not query.reexecuted
+            return query
+
+        lanes.pop = counting
+
+    def observe(self, what, number):
+        if what in self.seen:
+            self.seen[what] += number
+
+    def plan(self):
+        """Requests at random times, in bursts, and who goes away again."""
+        random, when = self.random, 0.0
+        for _ in range(random.integers(1, 25)):
+            when += random.choice([0.0, SECONDS / 3, 1.0], p=[0.5, 0.45, 0.05]) * random.random()
+            self.clock.at(when, self.come)
+
+    def come(self):
+        random = self.random
+        x = random.normal(size=(random.choice([1, 2, 7], p=[0.8, 0.15, 0.05]), *SHAPE))
+        number, arrived = len(self.submitted), self.clock.now()
+        deadline = random.choice([self.policy.deadline_s, 0.05, 2.0], p=[0.7, 0.1, 0.2])
+        ways = {"exact": random.random() < 0.2, "high": random.random() < 0.2}
+        try:
+            future = self.batcher.submit(x.astype(np.float32), deadline=deadline, **ways)
+        except QueueFull:
+            return
+        self.submitted.append((x.astype(np.float32), future, arrived + deadline, ways["exact"]))
+        future.add_done_callback(lambda future: self.ended.append(number))
+        if random.random() < 0.1:
+            self.clock.at(arrived + random.choice([0.0, SECONDS]), future.cancel)
+
+    def run(self):
+        self.plan()
+        end = 20.0  # all deadlines, and all that is kept to hear stragglers, are over by then
+        while self.clock.next <= end:
+            self.clock.step()
+            self.check_answers()
+            if self.clock.next > self.clock.now():  # all that is to happen at this moment has
+                self.check_books()
+        self.check_end()
+        self.batcher.close()
+        self.pool.close()
+
+    def check_answers(self):
+        """One end each, the model's own answers to its own queries, no later than promised."""
+        assert len(set(self.ended)) == len(self.ended), "a request ended twice"
+        for number in self.ended[getattr(self, "_checked", 0) :]:
+            x, future, end, exact = self.submitted[number]
+            if future.cancelled():
+                continue
+            assert self.clock.now() <= end + LATE, "it came after its deadline"
+            if (error := future.exception()) is not None:
+                assert isinstance(error, DeadlineExceeded | InferenceFailed)
+                assert not str(error).startswith("internal"), error
+                continue
+            reply = future.result()
+            own = model(x)
+            assert np.array_equal(reply.values[reply.exact], own[reply.exact]), "swapped"
+            assert np.isfinite(reply.values).all()
+            assert reply.exact.all() or not exact
+        self._checked = len(self.ended)
+
+    def check_books(self):
+        batcher, desk, now = self.batcher, self.pool._desk, self.clock.now()
+        assert not self.seen["internal_error"]
+        assert not desk._guard.errors
+        for request in batcher._ledger.open:
+            assert now <= request.arrived + request.deadline + LATE, "forgotten at its deadline"
+        # The queue.
+        lanes = batcher._lanes
+        stand = [
+            query
+            for lane in (lanes.again, lanes.exact, lanes.coded)
+            for queue in (lane._high, lane._ordinary)
+            for query in queue
+        ]
+        waiting = [query for query in stand if query.waiting]
+        assert lanes.waiting == len(waiting), "the queue's count is wrong"
+        assert not any(query.done for query in waiting)
+        held = math.inf > batcher._sender.wake and not (lanes.again or lanes.exact)
+        assert not waiting or not self.pool.idle or held, "a query waits beside an idle worker"
+        if (share := self.policy.max_reexecution) is not None:
+            left = share * self.first - self.seen["reexecution"]
+            assert math.isclose(batcher._rescue._budget._left, left, abs_tol=1e-9), "the budget"
+        # The desk.
+        idle = {w for w, seat in enumerate(desk._seats) if seat.ready and seat.task is None}
+        assert set(desk._outbox._idle) == idle
+        running = [seat.task for seat in desk._seats if seat.task is not None]
+        for batch in desk._outbox.batches:
+            fresh = [
+                seat.task
+                for seat in desk._seats
+                if seat.task is not None and seat.task.batch is batch and not seat.overdue
+            ]
+            assert batch.hopes == len({task for task in fresh if not task.settled})
+            for task in batch.tasks.values():
+                assert task.running == running.count(task)
+
+    def check_end(self):
+        batcher, desk = self.batcher, self.pool._desk
+        assert len(self.ended) == len(self.submitted), "a request was forgotten"
+        question = batcher._ledger._question
+        assert batcher._ledger.open <= {question}
+        if batcher._ledger.open:
+            return  # it still asks whether somebody answers
+        assert not batcher._sender.groups
+        assert not batcher.waiting
+        assert not desk._outbox.batches
+        assert all(seat.task is None for seat in desk._seats)
+
+
+def play(seed, coders):
+    try:
+        Schedule(seed, coders).run()
+    except AssertionError as error:
+        raise AssertionError(f"schedule {seed}: {error}") from error
+
+
+def test_a_hundred_schedules(coders):
+    for seed in range(100):
+        play(seed, coders)
+
+
+@pytest.mark.slow
+def test_ten_thousand_schedules(coders):
+    for seed in range(100, 10_000):
+        play(seed, coders)

@@ -1,0 +1,136 @@
+"""A simulated pool does what a pool does, by a clock that jumps."""
+
+import threading
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nercc_jax import DevicePool, NeRCC, pool_inference
+from nercc_jax.pools import Episodes, Fault, Faults, Overdue, SimulatedClock, SimulatedPool
+from nercc_jax.stragglers import TraceLatency
+
+X = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
+POINTS = np.arange(5.0)[:, None, None]
+
+
+def double(x):
+    return 2 * x
+
+
+def paper(num_workers=5, model=double, seconds=lambda size: 1.0, **options):
+    return SimulatedPool(model, num_workers, seconds=seconds, **options)
+
+
+def delay(seconds, **where):
+    return Fault("delay", latency=TraceLatency(jnp.array([seconds])), **where)
+
+
+def test_it_decodes_what_a_pool_of_threads_does():
+    code = NeRCC(4, 8)
+    with paper(8, np.tanh) as pool, DevicePool(jnp.tanh, 8) as other:
+        found = pool_inference(pool, code, with_status=True)(X[None]).decoded.predictions
+        same = pool_inference(other, code, with_status=True)(X[None]).decoded.predictions
+    np.testing.assert_allclose(found, same, atol=1e-5)
+
+
+def test_time_goes_on_while_somebody_waits_and_only_then():
+    with paper() as pool, pool.dispatch(POINTS) as batch:
+        assert pool.clock.now() == 0
+        got = batch.wait(deadline=10.0)
+        assert got.available.all()
+        assert got.waited == pool.clock.now() == 1.0
+        np.testing.assert_array_equal(got.values, 2 * POINTS)
+
+
+def test_a_deadline_is_the_clocks():
+    with paper(seconds=lambda size: 500.0 * size, hang_timeout=1e9) as pool:
+        assert not pool.dispatch(POINTS).wait(deadline=300.0).available.any()
+        assert pool.clock.now() == 300
+        assert pool.dispatch(POINTS).wait(deadline=1e3).available.all()
+
+
+def test_what_is_late_is_replaced_and_what_waits_finds_a_worker():
+    """Worker 0 never answers; its point is answered by another, after the hang time."""
+    faults = Faults([Fault("hang", workers=[0])])
+    with paper(2, faults=faults, hang_timeout=10.0) as pool:
+        got = pool.dispatch(POINTS).wait(deadline=100.0)
+        assert got.available.all()
+        assert got.waited == 11.0
+        report = pool.report()
+        assert (report.hung, report.deaths, report.sent) == (1, 1, 6)
+
+
+@pytest.mark.parametrize("kind", ["death", "error", "nan"])
+def test_faults_strike_as_elsewhere(kind):
+    faults = Faults([Fault(kind, workers=[0], calls=[0])])
+    with paper(faults=faults, start_seconds=2.0) as pool:
+        got = pool.dispatch(POINTS).wait(deadline=100.0)
+        assert got.available.all()
+        assert [failure.point for failure in got.failures] == [0]
+        assert pool.report().deaths == (kind == "death")
+
+
+def test_an_error_of_the_model_is_that_answers_trouble():
+    def fails(x):
+        if x[0, 0] == 3:
+            raise ValueError("three")
+        return x
+
+    with paper(model=fails) as pool:
+        got = pool.dispatch(POINTS).wait(deadline=100.0)
+    assert got.available.tolist() == [True, True, True, False, True]
+    assert "three" in got.failures[0].reason
+
+
+def test_a_copy_is_sent_when_a_rule_says_so():
+    """Twenty answers of a second each; then one takes a minute: its copy goes out after two."""
+    faults = Faults([delay(59.0, workers=[0], calls=[4])])
+    with paper(5, faults=faults, overdue=Overdue(0.5, 2.0, least=20)) as pool:
+        for _ in range(4):
+            pool.dispatch(POINTS).wait(deadline=10.0)
+        assert pool.dispatch(POINTS).wait(deadline=100.0).waited == 3.0
+        assert pool.report().copies == 1
+
+
+def test_racks_are_slow_by_the_clock():
+    spells = Episodes(every=1000.0, lasting=500.0, origin=0.0)
+    slow = [spell for _, spell in zip(range(20), spells.spells(), strict=False)]
+    with paper(1, faults=Faults([delay(1.0, episodes=spells)])) as pool:
+        seen = []
+        for _ in range(600):
+            begin = pool.clock.now()
+            took = pool.dispatch(POINTS[:1]).wait(deadline=10.0).waited
+            seen.append((took > 1.5) == any(start <= begin < end for start, end in slow))
+        assert all(seen)
+
+
+def test_a_run_is_the_same_each_time():
+    def run():
+        faults = Faults([delay(3.0, probability=0.3), Fault("death", 0.1)], seed=7)
+        with paper(3, faults=faults) as pool:
+            waits = [pool.dispatch(POINTS).wait(3, deadline=50.0) for _ in range(20)]
+            return [(got.waited, *got.available) for got in waits], pool.report()
+
+    assert run() == run()
+
+
+def test_what_nobody_will_end_is_told():
+    with paper(1) as pool:
+        pool.dispatch(POINTS[:1]).wait(deadline=2.0)
+    clock = SimulatedClock()
+    with pytest.raises(RuntimeError, match="nothing is planned"):
+        clock.wait(threading.Condition(), float("inf"))
+
+
+def test_events_come_in_time_and_those_of_a_moment_in_order():
+    clock, seen = SimulatedClock(), []
+    clock.at(2.0, lambda: seen.append("c"))
+    clock.at(1.0, lambda: seen.append("a"))
+    clock.at(1.0, lambda: clock.at(0.0, lambda: seen.append("b")))
+    clock.run(1.5)
+    assert seen == ["a", "b"]
+    assert clock.now() == 1.5
+    clock.run(5.0)
+    assert seen == ["a", "b", "c"]
+    assert clock.next == float("inf")
