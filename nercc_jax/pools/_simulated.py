@@ -38,7 +38,7 @@ class SimulatedClock(AbstractClock):
 
     def at(self, when: float, event: Callable[[], Any]) -> None:
         """Plans `event()` for that time, or for now if it has passed."""
-        heapq.heappush(self._events, (max(when, self._now), next(self._numbers), event))
+        heapq.heappush(self._events, (max(float(when), self._now), next(self._numbers), event))
 
     @property
     def next(self) -> float:

@@ -81,16 +81,16 @@ class Schedule:
             seconds=self.seconds,
             clock=self.clock,
             faults=draw_faults(random),
-            start_seconds=random.choice([0.0, 0.3, 3.0]),
+            start_seconds=float(random.choice([0.0, 0.3, 3.0])),
             overdue=Overdue(factor=1.5, least=5),
             max_attempts=int(random.integers(1, 4)),
             hang_timeout=HANG,
         )
         self.policy = BatchingPolicy(
             max_batch_size=4,  # for which decoders are compiled, once for all schedules
-            batch_wait_timeout_s=random.choice([0.0, 0.05]),
+            batch_wait_timeout_s=float(random.choice([0.0, 0.05])),
             max_queue_size=int(random.choice([6, 200])),
-            deadline_s=random.choice([0.3, 5.0]),
+            deadline_s=float(random.choice([0.3, 5.0])),
             max_disagreement=random.choice([None, 0.01]),
             max_reexecution=random.choice([None, 0.1]),
             copies=int(random.integers(1, 4)),
@@ -144,7 +144,7 @@ class Schedule:
         random = self.random
         x = random.normal(size=(random.choice([1, 2, 7], p=[0.8, 0.15, 0.05]), *SHAPE))
         number, arrived = len(self.submitted), self.clock.now()
-        deadline = random.choice([self.policy.deadline_s, 0.05, 2.0], p=[0.7, 0.1, 0.2])
+        deadline = float(random.choice([self.policy.deadline_s, 0.05, 2.0], p=[0.7, 0.1, 0.2]))
         ways = {"exact": random.random() < 0.2, "high": random.random() < 0.2}
         try:
             future = self.batcher.submit(x.astype(np.float32), deadline=deadline, **ways)
@@ -243,14 +243,14 @@ def play(seeds, coders):
             raise AssertionError(f"schedule {seed}: {error}") from error
 
 
-def test_a_hundred_schedules(coders):
-    play(range(100), coders)
+def test_a_few_schedules(coders):
+    play(range(40), coders)
 
 
 @pytest.mark.slow
 def test_ten_thousand_schedules():
     """In a process of its own, as users run it: without types checked at every call."""
-    command = [sys.executable, __file__, "100", "10000"]
+    command = [sys.executable, __file__, "0", "10000"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
