@@ -14,11 +14,11 @@ from nercc_jax.pools._desk import Desk
 SOON = 60.0  # seconds that nothing here should need
 
 
-def soon(condition, seconds=SOON):
+def soon(condition, seconds=SOON, every=0.002):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come to pass"
-        time.sleep(0.002)
+        time.sleep(every)
 
 
 class Script(AbstractCrew):

@@ -274,6 +274,7 @@ def test_a_crew_that_does_not_start():
         RuntimeError, match=r"1 of 2 workers started; worker 1 could not start: OSE"
     ):
         make_desk(crew, 2)
+    assert crew.lives == {0: 1, 1: 3}
     assert crew.closed
 
 

@@ -67,7 +67,7 @@ def test_models_of_a_script_run_and_two_pools_share_a_ray():
     models = own_models()
     with warnings.catch_warnings(), contextlib.ExitStack() as second:
         warnings.simplefilter("ignore")  # of fork, which Ray follows by exec
-        with RayPool(models, 2, example=X, address="local") as pool:
+        with RayPool(models, 1, example=X, address="local") as pool:
             other = second.enter_context(RayPool(models[0], 1, min_workers=1))
             points = np.stack([X] * len(models))
             with pool.dispatch(points, kinds=range(len(models))) as batch:
@@ -87,7 +87,7 @@ def test_models_of_a_script_run_and_two_pools_share_a_ray():
 def test_the_pages_example_runs_as_a_notebook_would():
     """From a `__main__` without a file."""
     (example,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-    example = example.replace("RayPool(net, 3,", 'RayPool(net, 3, address="local",')
+    example = example.replace("RayPool(net, 3,", 'RayPool(net, 1, address="local",')
     example += "\nprint(np.abs(predictions - net(x)).max())"
     done = subprocess.run(
         [sys.executable, "-"], input=example, capture_output=True, text=True, timeout=2 * SOON

@@ -105,7 +105,7 @@ def test_a_batch_decoded_at_the_deadline_is_short(enough):
     faults = Faults([Fault("hang", workers=[0])])
     code = NeRCC(2, 6)
     with DevicePool(linear, 6, faults=faults, example=np.zeros((1, 1), np.float32)) as pool:
-        (outcome,) = run_batches(pool, code, numbered(1, 1, 2), enough=enough, deadline=1.0)
+        (outcome,) = run_batches(pool, code, numbered(1, 1, 2), enough=enough, deadline=3.0)
         assert outcome.short
         assert outcome.result.answers.available.sum() == 5
         assert outcome.attempts == 1
@@ -173,7 +173,7 @@ def ray_pool():
     def model(batch):  # goes to the workers by value: they cannot import this file
         return jnp.concatenate([3 * batch + 1, -batch], axis=1)
 
-    with RayPool(model, 6, example=np.zeros((2, 1), np.float32)) as pool:
+    with RayPool(model, 3, example=np.zeros((2, 1), np.float32)) as pool:
         yield pool
 
 
@@ -181,7 +181,7 @@ def ray_pool():
 @pytest.mark.parametrize(
     ("code", "number", "kills"),
     # Decoding is what the second adds: the pool's own part is the first's.
-    [(Replication(3, 6), 400, 4), (NeRCC(3, 6), 100, 1)],
+    [(Replication(3, 6), 200, 2), (NeRCC(3, 6), 100, 1)],
     ids=["replication", "nercc"],
 )
 def test_killing_ray_workers_loses_no_batch_and_mixes_up_none(ray_pool, code, number, kills):
@@ -482,8 +482,9 @@ def test_a_code_with_further_models_is_refused(tmp_path):
 @pytest.mark.slow
 def test_ray_workers_that_die_on_trial(ray_pool, tmp_path):
     path = tmp_path / "result.npz"
-    options = "--num-data 2 --num-workers 4 --points 40 --groups 2 --pool ray --death-rate 0.02"
+    options = "--num-data 2 --num-workers 4 --workers 2 --points 40 --groups 2 --pool ray"
+    options += " --death-rate 0.02"
     result = run(*options.split(), "--output", str(path))
     assert result.exit_code == 0, result.output
-    assert "4 workers (ray)" in result.output
+    assert "2 workers (ray)" in result.output
     assert load(path)["recovered"].all()

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import require
 from flax import nnx
 from jax.sharding import AxisType, Mesh
 
@@ -20,7 +19,6 @@ from nercc_jax import (
     ExactStragglers,
     NeRCC,
     Parity,
-    RayPool,
     Scheme,
     calibrate_doubt,
     coded_inference,
@@ -290,18 +288,6 @@ def test_a_pool_keeps_its_makers_precision_of_products():
         pool_inference(pool, CODE)(X)
         assert seen == ["highest"]
         assert pool.conditions.matmul_precision == "highest"
-
-
-@pytest.mark.slow
-def test_a_pool_of_processes():
-    require("ray", "ray")
-    # Of this file's classes actors know nothing.
-    model = eqx.filter_vmap(eqx.nn.MLP(5, OUTPUTS, 8, 1, key=jax.random.key(0)))
-    with RayPool(model, 2, example=X[:, 0], worker_dtype="bfloat16") as pool:
-        told = pool_inference(pool, CODE)(X)
-        assert pool.conditions == Conditions("bfloat16", "cpu", "default")
-    expected = coded_inference(model, CODE, worker_dtype="bfloat16")(X, np.ones(N, bool))
-    np.testing.assert_allclose(told, expected, atol=2e-2)
 
 
 # Errors.

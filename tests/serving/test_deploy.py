@@ -507,8 +507,8 @@ def served(cluster, tmp_path_factory, free_port):
     config = yaml_of("ray-serve.yaml")
     config["http_options"] |= {"host": "127.0.0.1", "port": free_port}
     (application,) = config["applications"]
-    # Three workers, and little to compile. Calls take half a second, to have something to drain.
-    application["args"]["defaults"] |= {"workers": 3, "max_batch_size": 1, "service_delay_s": 0.5}
+    # Two workers, and little to compile. Calls take half a second, to have something to drain.
+    application["args"]["defaults"] |= {"workers": 2, "max_batch_size": 1, "service_delay_s": 0.5}
     file = tmp_path_factory.mktemp("deploy") / "ray-serve.yaml"
     file.write_text(require("yaml", "ray-serve").safe_dump(config))
     address = cluster.get_runtime_context().gcs_address
@@ -567,9 +567,9 @@ def test_ray_serve_answers_as_the_model_itself(served):
     from nercc_models import load_model
 
     url = f"http://{served.address}"
-    assert len(alive("Actor")) == 3
+    assert len(alive("Actor")) == 2
     (model,) = httpx.get(f"{url}/status").json()["models"]
-    assert model["pool"] == {"kind": "ray", "num_workers": 3}
+    assert model["pool"] == {"kind": "ray", "num_workers": 2}
     answer = httpx.post(f"{url}/v2/models/lenet5-digits/infer", json=body(3), timeout=SOON).json()
     outputs = {each["name"]: each for each in answer["outputs"]}
     assert outputs["exact"]["data"] == [True] * 3
