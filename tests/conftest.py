@@ -68,15 +68,26 @@ def _bytes_in(folder) -> int:
     return sum(entry.stat().st_size for entry in os.scandir(folder))
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     lines = pathlib.Path(__file__).with_name("slow.txt").read_text().splitlines()
     listed = {f"tests/{line}" for line in lines if not line.startswith("#")}
+    seen, kept, others = set(), [], []
     for item in items:
-        if item.nodeid in listed:
+        function = item.nodeid.partition("[")[0]
+        wide = _is_wide(item)
+        if item.nodeid in listed or (wide and item.path.name not in NUMERICS - {"test_codes.py"}):
             item.add_marker(pytest.mark.slow)
-        wide = "dtype" in item.fixturenames and item.callspec.params.get("dtype") == "float64"
-        if wide and item.path.name not in NUMERICS - {"test_codes.py"}:  # a contract, mostly
-            item.add_marker(pytest.mark.slow)
+        # Elsewhere float64 is the same source with another dtype: one case of each test shows it.
+        repeats = wide and item.path.name not in NUMERICS and function in seen
+        (others if repeats else kept).append(item)
+        if wide:
+            seen.add(function)
+    items[:] = kept
+    config.hook.pytest_deselected(items=others)
+
+
+def _is_wide(item) -> bool:
+    return "dtype" in item.fixturenames and item.callspec.params.get("dtype") == "float64"
 
 
 @pytest.fixture

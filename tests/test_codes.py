@@ -39,12 +39,13 @@ EPS = {"float32": 1e-5, "float64": 1e-11}
 
 
 # Other sizes and points make other programs of the same source: in float64 one of each class, and
-# of the ways that NeRCC's matrices are made, tells as much.
+# of the ways that NeRCC's matrices are made, tells as much. What follows from the matrices, or asks
+# who was heard, does so in either precision.
 WIDE = ("nercc", "nercc-interleaved", "berrut", "lagrange-quadratic", "parity", "replication")
-every_code = pytest.mark.parametrize(
-    ("code", "dtype"),
-    [(name, "float32") for name in CODES] + [(name, "float64") for name in WIDE],
-    indirect=True,
+IN_FLOAT32 = [(name, "float32") for name in CODES]
+every_code = pytest.mark.parametrize(("code", "dtype"), IN_FLOAT32, indirect=True)
+in_both_precisions = pytest.mark.parametrize(
+    ("code", "dtype"), IN_FLOAT32 + [(name, "float64") for name in WIDE], indirect=True
 )
 
 
@@ -109,7 +110,7 @@ def check_against_matrices(code, shape, dtype):
         np.testing.assert_allclose(code.decoder_matrix(mask), decoder, atol=10 * EPS[dtype])
 
 
-@every_code
+@in_both_precisions
 def test_encode_and_decode_are_the_matrices(code, dtype):
     check_against_matrices(code, (3,), dtype)
 
@@ -213,7 +214,7 @@ def test_one_compilation_serves_every_mask(code):
     assert len(traces) == 1
 
 
-@every_code
+@in_both_precisions
 def test_low_precision_answers_are_decoded_in_float32(code):
     y = answers(code, 2).astype(jnp.bfloat16)
     decoded = code.decode(y, everyone(code))

@@ -145,12 +145,12 @@ def test_nothing_is_read_where_nothing_is_available():
 class TestSuite:
     """What the filter's fits promise."""
 
+    # Few knots are compared with the filter's above, and very many follow.
     @pytest.mark.parametrize("kind", KINDS)
-    @pytest.mark.parametrize("n", [4, 20, 200])
-    def test_decoding_is_accurate(self, n, kind):
-        suite.test_decoding_is_accurate(n, kind, "float32")
+    def test_decoding_is_accurate(self, kind):
+        suite.test_decoding_is_accurate(20, kind, "float32")
 
-    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("kind", ["random", "repeated"])
     def test_decoding_is_accurate_in_float64(self, kind):
         with jax.enable_x64(True):
             suite.test_decoding_is_accurate(20, kind, "float64")

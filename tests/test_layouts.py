@@ -200,16 +200,16 @@ def test_groups_stay_together():
         search_layout(fragile, x, K, N, LAWS, **options)
 
 
-@pytest.mark.parametrize(("num_data", "num_workers"), [(1, 1), (3, 4)])
-def test_few_workers(num_data, num_workers):
+def test_one_worker_will_do():
+    """Of few workers more, the command's search below has five for three."""
     laws = {"some": nj.IndependentStragglers(0.3)}
     search = search_layout(
-        model, DATA[:24], num_data, num_workers, laws, key=jax.random.key(0), tuning=PLAIN,
+        model, DATA[:24], 1, 1, laws, key=jax.random.key(0), tuning=PLAIN,
         sampling=dataclasses.replace(HALF, held_out_sets=6),
     )  # fmt: skip
     assert all(0 <= c.objective <= 1 for c in search.candidates)
     assert "chebyshev" in {c.layout for c in search.candidates}
-    assert (search.code.num_data, search.code.num_workers) == (num_data, num_workers)
+    assert (search.code.num_data, search.code.num_workers) == (1, 1)
 
 
 def test_layouts_that_are_the_same_are_tried_once():

@@ -40,16 +40,8 @@ def decoding(code):
     return lambda code, y, mask: code.try_decode(y, mask), (code, y, mask)
 
 
-def gradient(code):
-    decode, (code, y, mask) = decoding(code)
-
-    def total(code, y):
-        return jnp.sum(decode(code, y, mask).predictions ** 2)
-
-    return jax.grad(total, (0, 1), allow_int=True), (code, y)
-
-
 def objective(code):
+    """Its gradient has those of encoding and of decoding, in the code and in the answers."""
     x, masks = jnp.ones((2, 4, 3)), jnp.ones((3, code.num_workers), bool)
 
     def error(code):
@@ -78,7 +70,6 @@ PROGRAMS = {
         for name, c in CODES.items()
     },
     **{f"decode, {name}": decoding(code) for name, code in CODES.items()},
-    "gradient": gradient(CODES["nercc"]),
 }
 
 
