@@ -22,12 +22,11 @@ from nercc_models.pretrained import (
     load_state_dict,
     read_state_dict,
 )
-from nercc_models.repvgg import repvgg
-from nercc_models.vit import ViT
+from nercc_models.vit import Attention, ViT
 
 DATA_DIR = Path(__file__).parents[3] / "shared" / "data"
-REPVGG_NAMES = ("repvgg_a0", "repvgg_b0")
-VIT_NAMES = ("vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224")
+# One of each kind is computed; the others are the same classes in other sizes.
+COMPUTED = ("repvgg_a0", "vit_tiny_patch16_224")
 # Of the largest logit, in float32, where rounding makes 1e-6. The issue asks for 1e-4: that is near
 # to what the approximate GELU makes (1e-4), and more than LayerNorm with epsilon 1e-5 (1e-5).
 TOLERANCE = 5e-6
@@ -89,7 +88,7 @@ def save_both(torch, module, folder):
     torch.save(module.state_dict(), folder / "model.pth")
 
 
-@pytest.fixture(scope="module", params=(*REPVGG_NAMES, *VIT_NAMES))
+@pytest.fixture(scope="module", params=COMPUTED)
 def original(request, tmp_path_factory):
     torch, timm = require("torch"), require("timm")
     torch.manual_seed(0)
@@ -102,7 +101,7 @@ def original(request, tmp_path_factory):
     save_both(torch, module, folder)
     yield Original(request.param, module, np.asarray(images), logits, folder)
     for path in folder.iterdir():
-        path.unlink()  # 350 MB each for the base ViT
+        path.unlink()
 
 
 def preprocessing_of(name):
@@ -144,7 +143,7 @@ def test_logits_equal_timms(original, record_property):
 
 
 def test_folded_logits_equal_timms(original, record_property, tmp_path):
-    if original.name not in REPVGG_NAMES:
+    if not original.name.startswith("repvgg"):
         pytest.skip(f"{original.name} has no deploy form")
     model, _ = load_pretrained(original.name, original.folder / "model.safetensors", deploy=True)
     assert_same_logits(model, original, record_property)
@@ -247,12 +246,13 @@ def test_every_name_is_one_of_timms(name):
     )
 
 
-@pytest.mark.parametrize("size", ["a1", "a2", "b1", "b2", "b3"])
-def test_the_other_sizes_have_timms_arrays(size):
+@pytest.mark.parametrize("name", [n for n in PRETRAINED_NAMES if n not in ("lenet5", *COMPUTED)])
+def test_the_other_sizes_have_timms_arrays(name):
     torch, timm = require("torch"), require("timm")
-    with torch.device("meta"):  # shapes without numbers: b3 has 123 million
-        module = timm.create_model(f"repvgg_{size}")
-    model = nnx.eval_shape(lambda: repvgg(size, rngs=nnx.Rngs(0)))
+    with torch.device("meta"):  # shapes without numbers: repvgg_b3 has 123 million
+        module = timm.create_model(name)
+    entry = _ENTRIES[name]
+    model = nnx.eval_shape(lambda: entry.build(rngs=nnx.Rngs(0), **dict(entry.options)))
     shapes = {
         key: tensor.shape
         for key, tensor in module.state_dict().items()
@@ -261,6 +261,9 @@ def test_the_other_sizes_have_timms_arrays(size):
     slots = _slots(model, nnx.state(model))
     assert {slot.key: slot.shape for slot in slots} == shapes
     assert num_parameters(model) == sum(p.numel() for p in module.parameters())
+    # What no shape tells: into how many heads a token's numbers are cut.
+    ours = [module.num_heads for _, module in nnx.iter_modules(model) if type(module) is Attention]
+    assert ours == [block.attn.num_heads for block in getattr(module, "blocks", ())]
 
 
 # What follows needs no PyTorch.
