@@ -1,4 +1,7 @@
-"""Half a minute of 500 clients, while workers straggle and die: nobody is lost or mixed up."""
+"""500 clients, while workers straggle and die: nobody is lost or mixed up.
+
+Half an hour of it: NERCC_SOAK_SECONDS=1800 pytest -m slow tests/serving/test_soak.py
+"""
 
 import asyncio
 import os
@@ -13,7 +16,7 @@ from conftest import require
 pytestmark = pytest.mark.slow
 
 CLIENTS = 500
-SECONDS = 30.0
+SECONDS = float(os.environ.get("NERCC_SOAK_SECONDS", "16"))
 WORKERS = 8
 KILL_EVERY = 2.0
 STRAGGLERS = 0.15
@@ -146,7 +149,7 @@ def memory_of(server):
     return psutil.Process(server.process.pid).memory_info().rss / 2**20
 
 
-def test_half_a_minute_of_trouble(server):
+def test_trouble_under_full_load(server):
     clients = Clients(server.url)
     memory = []
     kills = 0
@@ -171,7 +174,7 @@ def test_half_a_minute_of_trouble(server):
     print(f"kills {kills}, memory {[round(m) for m in memory]}")
 
     assert status == 0
-    assert kills >= 3
+    assert kills >= 2
     assert clients.lost == 0
     assert clients.swapped == 0
     answered = clients.exact + clients.approximate
