@@ -185,7 +185,10 @@ def gradients(code_and_x, mask):
     return jnp.sum(jnp.where(decoded.recovered[:, None], decoded.predictions, 0) ** 2)
 
 
-@every_code
+# With few workers the gradient is the same program in another size, which takes long to compile.
+@pytest.mark.parametrize(
+    ("code", "dtype"), [each for each in IN_FLOAT32 if "few-workers" not in each[0]], indirect=True
+)
 def test_jit_vmap_and_grad(code, dtype):
     x, masks = data(code, 2), np.stack([everyone(code), all_but_one(code)])
     y = answers(code, 2)
@@ -411,6 +414,7 @@ def test_berrut_where_points_coincide(dtype):
     )
     assert np.abs(code.encoder_matrix()).sum(axis=1).max() < 10
 
+    @jax.jit
     def entry(shift):
         alpha, beta = jnp.array([-0.5, 0.25, 0.75]), jnp.array([-1.0, 0.25, 0.0, 1.0])
         return Berrut(3, 4, points=(alpha, beta.at[1].add(shift))).encoder_matrix()[1]

@@ -43,9 +43,7 @@ def test_a_code_comes_back_to_the_last_bit(name, dtype, tmp_path):
     for ours, theirs in zip(jax.tree.leaves(loaded), jax.tree.leaves(code), strict=True):
         assert ours.dtype == theirs.dtype == dtype
         np.testing.assert_array_equal(ours, theirs)
-    np.testing.assert_array_equal(loaded.encoder_matrix(), code.encoder_matrix())
-    for mask in (np.ones(code.num_workers, bool), np.arange(code.num_workers) != 1):
-        np.testing.assert_array_equal(loaded.decoder_matrix(mask), code.decoder_matrix(mask))
+    # Its matrices are functions of these, compiled for a second or two each.
     np.testing.assert_array_equal(loaded.worker_models, code.worker_models)
 
 

@@ -181,6 +181,7 @@ def test_derivatives_are_those_of_the_posterior():
         wanted = [(told(step) - told(-step)) / 2e-5 for step in jnp.asarray(steps)]
         np.testing.assert_allclose(slope, wanted, rtol=1e-5)
 
+        @jax.jit
         def of_width(width):
             kernel = eqx.tree_at(lambda k: k.widths, learner.kernel, width[None])
             return jnp.sum(learner.with_kernel(kernel).predict(x[60:63])[0][:, 0])
@@ -203,7 +204,7 @@ def test_transformations_compose():
 
         queries, shift = x[60:63], jnp.asarray(0.1)
         slopes = jax.jit(jax.vmap(jax.grad(told), in_axes=(0, None)))(queries, shift)
-        one = jax.grad(told)
+        one = jax.jit(jax.grad(told))
         np.testing.assert_allclose(slopes[1], one(queries[1], shift), rtol=1e-6, atol=1e-9)
         along = jnp.asarray([1.0, -1.0, 0.5])
         _, curvature = jax.jvp(lambda q: one(q, shift), (queries[0],), (along,))

@@ -11,7 +11,7 @@ import subprocess
 import numpy as np
 import pytest
 from conftest import require
-from nercc_server import ENDS, STARTS, Server, command, environment, patience, running
+from nercc_server import ENDS, STARTS, Server, command, environment, patience
 
 httpx = require("httpx", "serve-test")
 grpc = require("grpc", "serve-test")
@@ -50,9 +50,9 @@ def start(tmp_path):
     """Starts servers that take this long to answer, and ends what is left of them."""
     with contextlib.ExitStack() as ends:
 
-        def start(service=0.3, delay=0.0, timeout=60.0):
+        def start(service=0.3, delay=0.0, timeout=60.0, **ports):
             config = CONFIG.format(service=service, delay=delay, timeout=timeout)
-            server = Server(tmp_path, config=config)
+            server = Server(tmp_path, config=config, **ports)
             ends.callback(server.kill)
             return server
 
@@ -96,6 +96,7 @@ def accepted(server, calls, model="slow"):
 
 
 def test_what_was_accepted_is_answered(start, threads):
+    """And another server starts at once on the same ports: no address is in use."""
     server = start()
     calls = [threads.submit(by_rest, server, number) for number in range(CALLS)]
     calls += [threads.submit(by_grpc, server, number) for number in range(CALLS)]
@@ -110,6 +111,10 @@ def test_what_was_accepted_is_answered(start, threads):
     assert {line["level"] for line in server.log()} == {"INFO"}
     with pytest.raises(httpx.ConnectError):
         by_rest(server, 0)
+    ports = {"NERCC_HTTP_PORT": str(server.http_port), "NERCC_GRPC_PORT": str(server.grpc_port)}
+    again = start(**ports)
+    assert (again.http_port, again.grpc_port) == (server.http_port, server.grpc_port)
+    assert by_rest(again, 1) == (200, 2.0)
 
 
 def test_it_says_that_it_drains_and_answers_meanwhile(start):
@@ -196,14 +201,3 @@ def test_signals_end_a_start(tmp_path, which, code):
     finally:
         process.kill()
         process.wait()
-
-
-def test_it_starts_again_on_the_same_port(tmp_path):
-    """Right after one that ended under load: no address in use, nothing left behind."""
-    config = CONFIG.format(service=0.1, delay=0.2, timeout=60)
-    with running(tmp_path, config=config) as server:
-        assert by_rest(server, 1) == (200, 2.0)
-        ports = {"NERCC_HTTP_PORT": str(server.http_port), "NERCC_GRPC_PORT": str(server.grpc_port)}
-    with running(tmp_path, config=config, **ports) as again:
-        assert again.http_port == server.http_port
-        assert by_rest(again, 1) == (200, 2.0)

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 CLIENTS = 500
 SECONDS = float(os.environ.get("NERCC_SOAK_SECONDS", "16"))
-WORKERS = 8
+WORKERS = 6
 KILL_EVERY = 2.0
 STRAGGLERS = 0.15
 HANG = 60.0  # seconds after which a client takes its request to be lost
