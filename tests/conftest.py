@@ -20,7 +20,7 @@ import pytest
 # Must be set before the backend starts.
 jax.config.update("jax_num_cpu_devices", 8)
 
-# Where numbers are the subject, both precisions run by default; elsewhere float64 is slow.
+# Where numbers are the subject, both precisions run by default; elsewhere one case, a slow one.
 NUMERICS = {"test_codes.py", "test_points.py", "test_posterior.py", "test_splines.py"}
 
 # Compiling is most of the time. Four programs (decoding, its two gradients, one of them vmapped)

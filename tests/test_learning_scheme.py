@@ -118,35 +118,28 @@ def test_copies_of_the_doubtful_are_the_default_and_what_is_answered_is_exact(le
 def test_what_straggles_reaches_nothing(learner):
     scheme = Scheme(NeRCC(K, N, points="interleaved"), learner)
     x = jnp.asarray(points(4))
-
-    masks = np.tile(np.arange(N) > 0, (GROUPS, 1))
+    others, everyone = np.tile(np.arange(N) > 0, (GROUPS, 1)), np.ones((GROUPS, N), bool)
 
     @jax.jit  # one program for all values
-    def told(x, w, value):
-        def broken(batch):  # worker 0 of each group, which straggles
+    def told(x, w, value, masks):
+        def broken(batch):  # worker 0 of each group
             y = jnp.sin(batch @ w)
             return jnp.where(jnp.arange(len(batch))[:, None] % N == 0, value, y)
 
         return coded_inference(broken, scheme)(x, masks)
 
     w = jnp.asarray(_WEIGHTS[0], x.dtype)
-    clean = told(x, w, 0.0)
+    clean = told(x, w, 0.0, others)
     for value in (jnp.nan, jnp.inf, 1e30):
-        np.testing.assert_array_equal(told(x, w, value), clean)
-    slope = jax.grad(lambda x, w: told(x, w, jnp.nan).sum(), argnums=(0, 1))(x, w)
+        np.testing.assert_array_equal(told(x, w, value, others), clean)
+    slope = jax.grad(lambda x, w: told(x, w, jnp.nan, others).sum(), argnums=(0, 1))(x, w)
     assert all(np.isfinite(leaf).all() for leaf in slope)
     step = 1e-2 * jnp.ones_like(w)
-    difference = (told(x, w + step, 0.0).sum() - told(x, w - step, 0.0).sum()) / 2e-2
-    np.testing.assert_allclose(slope[1].sum(), difference, rtol=0.05)
+    above, below = (told(x, w + shift, 0.0, others).sum() for shift in (step, -step))
+    np.testing.assert_allclose(slope[1].sum(), (above - below) / 2e-2, rtol=0.05)
 
     # A broken answer that is not known to be late makes its worker a straggler.
-    def late(batch):
-        y = jnp.sin(batch @ w)
-        return jnp.where(jnp.arange(len(batch))[:, None] % N == 0, jnp.nan, y)
-
-    np.testing.assert_allclose(
-        coded_inference(late, scheme)(x, jnp.ones((GROUPS, N), bool)), clean, atol=1e-5
-    )
+    np.testing.assert_allclose(told(x, w, jnp.nan, everyone), clean, atol=1e-5)
 
 
 def test_the_best_of_several_is_found(learner, key):
