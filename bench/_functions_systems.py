@@ -17,7 +17,15 @@ from nercc_jax.codes import Known, decode_vectors, encode_groups, known_encoder
 from nercc_jax.evaluation import recall, row_errors
 from nercc_jax.inference import order_points
 from nercc_jax.stragglers import AbstractStragglers, ContiguousStragglers, ExactStragglers
-from nercc_jax.surrogates import Assessed, Kernel, Learner, bars_of, fit_learner, start_learner
+from nercc_jax.surrogates import (
+    Assessed,
+    Kernel,
+    Learner,
+    LearnerTuning,
+    bars_of,
+    fit_learner,
+    start_learner,
+)
 
 Masks = Bool[Array, "sets groups num_workers"]
 Told = tuple[Float[Array, "sets points m"], Float[Array, "sets points"]]
@@ -117,6 +125,9 @@ class Bench:
         self._choosing = [self._draw(False, seed) for seed in range(size.chosen)]
         self._judging = [self._draw(True, seed) for seed in range(size.judged)]
         self._learners = {id(draw): self.learner(draw) for draw in self.draws(None)}
+        self._bars = {
+            id(draw): bars_of(self._learners[id(draw)], self.tuning()) for draw in self.draws(None)
+        }
         self._codes: dict[str, NeRCC] = {}
         self._mixture: Learner | None = None
 
@@ -131,9 +142,13 @@ class Bench:
             draw.past_outputs,
             capacity=len(draw.past),
             features=self.case.features,
-            widths="each" if draw.past.shape[1] <= WIDE else "one",
-            linear=True,
+            tuning=self.tuning(),
         )
+
+    def tuning(self) -> LearnerTuning:
+        """How kernels are found: with a width for each of a few inputs."""
+        few = self.inputs(False, 0, 1).shape[1] <= WIDE
+        return LearnerTuning(widths="each" if few else "one")
 
     def measure(self, cell: Cell, *, judging: bool) -> dict[str, list[Numbers]]:
         """All systems in one cell, a row for each draw."""
@@ -268,7 +283,7 @@ class Bench:
             },
             MIXED: Scheme(_nercc(cell.num_workers, LAYOUTS[0]), mixed, **plain),
         }
-        bars = bars_of(learner)
+        bars = self._bars[id(draw)]
         for name, scheme in schemes.items():
             heard, ordered = masks[..., : scheme.code.num_workers], name in (*CODED, MIXED)
             predictions, deviation = self.decode(scheme, draw, heard, ordered=ordered)

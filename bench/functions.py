@@ -32,6 +32,7 @@ from nercc_jax import NeRCC, Scheme
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 PAGE = HERE.parent / "docs" / "functions.md"
+ENDS = (0, -1, 1, -2)  # of a sweep: what is lost there has neighbours on one side only
 QUICK = Size(groups=2, sets=2, chosen=1, judged=2)
 
 
@@ -77,21 +78,41 @@ def measure(case: Case, size: Size, log: Any) -> dict[str, Any]:
     return told
 
 
-def sweep(bench: Bench) -> dict[str, list[float]]:
-    """RMSE of sweeps of the first parameter in 20 steps, with the code's points and others."""
-    code = NeRCC(NUM_DATA, CELLS[0].num_workers, points="interleaved", lambda_dec=0.0)
-    schemes = {"fixed points": Scheme(code), "following points": Scheme(code, follow=swept)}
-    found: dict[str, list[float]] = {name: [] for name in schemes}
-    for seed in range(bench.size.judged):
-        x = bench.inputs(True, seed, bench.size.groups * NUM_DATA)
+def sweep(bench: Bench) -> dict[str, Any]:
+    """RMSE of sweeps of the first parameter in 20 steps, draw by draw, with the code's points and
+    others; which of those that follow is picked is chosen on other sweeps."""
+    alpha = np.asarray(NeRCC(NUM_DATA, NUM_DATA, points="interleaved").alpha)
+    ends = alpha, np.concatenate([alpha, alpha[list(ENDS)]])
+    schemes = {
+        "fixed points": _sweeping("interleaved", None),
+        "following points": _sweeping("interleaved", swept),
+        "following points, the ends copied": _sweeping(ends, swept),
+    }
+    chosen, judged = (
+        {name: _errors(bench, scheme, judging) for name, scheme in schemes.items()}
+        for judging in (False, True)
+    )
+    following = [name for name, scheme in schemes.items() if scheme.follow is not None]
+    return {"picked": min(following, key=lambda name: np.mean(chosen[name])), "rmse": judged}
+
+
+def _sweeping(points: Any, follow: Any) -> Scheme:
+    code = NeRCC(NUM_DATA, CELLS[0].num_workers, points=points, lambda_dec=0.0)
+    return Scheme(code, follow=follow)
+
+
+def _errors(bench: Bench, scheme: Scheme, judging: bool) -> list[float]:
+    """A scheme's error on sweeps, draw by draw."""
+    found = []
+    for seed in range(bench.size.judged if judging else bench.size.chosen):
+        x = bench.inputs(judging, seed, bench.size.groups * NUM_DATA)
         value = np.sort(x[:, 0].reshape(-1, NUM_DATA), axis=1).ravel()
         x = np.tile(x.mean(axis=0), (len(x), 1)).astype(np.float32)
         x[:, 0] = value
         own = bench.outputs(x)
-        draw = Draw(x[:0], own[:0], x, own, np.arange(len(x)), None, seed)
+        draw = Draw(x[:0], own[:0], x, own, np.arange(len(x)), None, 2 * seed + judging)
         masks = draw.masks(CELLS[0], bench.size.sets)
-        for name, scheme in schemes.items():
-            found[name].append(_by_groups(bench.decode(scheme, draw, masks)[0], own))
+        found.append(_by_groups(bench.decode(scheme, draw, masks)[0], own))
     return found
 
 

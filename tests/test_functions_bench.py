@@ -97,6 +97,7 @@ def test_page_of_what_is_there(bench, tmp_path):
         c.name: {"picked": bench.systems.ALONE, "systems": errors} for c in bench.systems.CELLS
     }
     told = {"about": "a wave", "cells": cells, "seconds": 1.0, "size": vars(bench.systems.Size())}
+    told["sweep"] = {"picked": "b", "rmse": {"a": [0.1, 0.3], "b": [0.001, 0.002]}}
     told["environment"] = bench.command.environment(("jax",))
     bench.page.write({"wave": told}, tmp_path / "page.md", tmp_path / "page.png")
     page = (tmp_path / "page.md").read_text()
@@ -104,6 +105,8 @@ def test_page_of_what_is_there(bench, tmp_path):
     assert f"| picked | **{mean:.3f} ± {half:.3f}** |" in page
     assert "20% of the error" in " ".join(page.split())
     assert "a quarter on 1 of 1" in page
+    assert "| a sweep's error at most 0.002 with following points | yes | of all |" in page
+    assert "| a | 0.2000 ±" in page and "| b | **0.0015 ±" in page
     assert "Not measured yet: Lotka-Volterra" in page
     assert (tmp_path / "page.png").exists()
 

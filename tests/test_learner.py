@@ -6,9 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.spatial.distance import cdist
+from scipy.stats import norm
 
 from nercc_jax.surrogates import (
     Kernel,
+    LearnerTuning,
+    bars_of,
     fit_learner,
     leave_one_out,
     load_learner,
@@ -21,6 +24,7 @@ from nercc_jax.surrogates._whitening import factorize
 CAPACITY, B = 48, 6
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(120, 3))
+FEW = LearnerTuning(steps=2)
 EPS = {"float32": 1e-3, "float64": 1e-8}
 
 
@@ -239,8 +243,7 @@ def test_tuning_does_better_on_others_and_deviations_say_how_well(criterion):
         return jnp.stack([jnp.sin(4 * x[:, 0]), jnp.cos(3 * x[:, 1]), x[:, 0] * x[:, 1]], axis=1)
 
     before = start_learner(x[:96], wave(x[:96]), capacity=96)
-    options = {"criterion": criterion, "widths": "each", "steps": 40}
-    after = tune_learner(before, **options)
+    after = tune_learner(before, LearnerTuning(criterion, steps=40))
 
     def judge(learner):
         mean, deviation = learner.predict(x[96:])
@@ -259,9 +262,47 @@ def test_tuning_does_better_on_others_and_deviations_say_how_well(criterion):
     assert after.kernel.widths[2] > 2 * after.kernel.widths[0]
 
 
+def test_bars_are_of_pairs_that_the_kernel_was_not_tuned_on():
+    """Of outputs that are noise alone, what has a width for each input finds much in its pairs."""
+    rng = np.random.default_rng(0)
+    tuning = LearnerTuning(shapes=("squared_exponential",), steps=20)
+    covered = []
+    for _ in range(8):
+        x, y = rng.normal(size=(32, 8)), rng.normal(size=(32, 1))
+        learner = fit_learner(jnp.asarray(x, float), jnp.asarray(y, float), tuning=tuning)
+        mean, deviation = learner.predict(jnp.asarray(rng.normal(size=(500, 8)), float))
+        for bars in (bars_of(learner, tuning), bars_of(learner, None)):
+            bar = np.asarray(bars(deviation, 0.9))
+            # A fresh output is standard normal: its error's share within the bar is known.
+            low, high = norm.cdf(mean[:, 0] - bar), norm.cdf(mean[:, 0] + bar)
+            covered.append(np.mean(high - low))
+    fresh, tuned = np.mean(np.reshape(covered, (8, 2)), axis=0)
+    assert 0.87 <= fresh <= 0.95
+    assert tuned < fresh - 0.03
+    with pytest.raises(ValueError, match="folds must be an integer from 2 on, not 1"):
+        bars_of(learner, folds=1)
+    with pytest.raises(ValueError, match="this learner knows nothing"):
+        bars_of(learner.restart("b"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"criterion": "rmse"}, "criterion must be one of density, mse, labels, not 'rmse'"),
+        ({"shapes": ("cubic",)}, "a kernel's shape must be one of"),
+        ({"widths": "all"}, "widths must be 'one', 'each' or groups, not 'all'"),
+        ({"rows": 2}, "rows must be an integer from 3 on"),
+        ({"widths": (0, 1)}, "widths must group 3 features"),
+    ],
+)
+def test_wrong_tuning(change, message, untyped):
+    with pytest.raises(ValueError, match=message):
+        fit_learner(jnp.asarray(X[:4]), model(X[:4]), tuning=LearnerTuning(**change))
+
+
 def test_a_file_holds_it(tmp_path):
     x = jnp.asarray(X[:20], float)
-    learner = fit_learner(x, model(x), capacity=32, prior=rough, version="a", steps=2)
+    learner = fit_learner(x, model(x), capacity=32, prior=rough, version="a", tuning=FEW)
     path = tmp_path / "learner.safetensors"
     save_learner(path, learner, {"of": "a test"})
     loaded = load_learner(path, prior=rough, version="a")

@@ -1,5 +1,6 @@
 """A scheme whose surrogate learns: the posterior of window and group, and its error bars."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +21,7 @@ from nercc_jax import (
 from nercc_jax.evaluation import coverage, recall, relative_rmse, row_errors
 from nercc_jax.surrogates import (
     Kernel,
+    LearnerTuning,
     Surrogate,
     bars_of,
     calibrate_bars,
@@ -49,7 +51,7 @@ def points(seed, groups=GROUPS):
 @pytest.fixture(scope="module")
 def learner():
     x = points(10, 20)
-    return fit_learner(x, model(x), capacity=128, steps=20)
+    return fit_learner(x, model(x), capacity=128, tuning=LearnerTuning(steps=20))
 
 
 def infer(scheme, **options):
@@ -184,6 +186,18 @@ def test_bars_cover_what_they_say_and_a_tolerance_is_kept(learner, key):
         bars(assessed.deviation, 1.0)
     with pytest.raises(ValueError, match="error bars go with a tolerance"):
         reexecute(model, x, assessed, bars=bars)
+
+
+def test_bars_of_a_mixture_cover_what_they_say(learner, key):
+    mixed = eqx.tree_at(lambda found: found.kappa, learner, jnp.asarray(3.0))
+    scheme = Scheme(NeRCC(K, N, points="interleaved"), mixed, redundancy="code")
+    bars = calibrate_bars(model, scheme, points(30, 30), LAWS, key=key, num_sets=20)
+    x = points(31, 40)
+    masks = np.random.default_rng(2).permuted(np.tile(np.arange(N) > 2, (40, 1)), axis=1)
+    assessed = infer(scheme)(x, masks)
+    bar = bars(assessed.deviation, 0.9)
+    covered = coverage(assessed.decoded.predictions, model(jnp.asarray(x)), bar)
+    assert abs(covered - 0.9) < 0.06
 
 
 def test_doubt_order_and_a_mesh_go_with_it(learner, key):

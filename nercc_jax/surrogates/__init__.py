@@ -11,7 +11,14 @@ from ._expected import (
     joined_outputs,
     outputs_of,
 )
-from ._fit_learner import LearnerCriterion, LeftOut, fit_learner, leave_one_out, tune_learner
+from ._fit_learner import (
+    LearnerCriterion,
+    LearnerTuning,
+    LeftOut,
+    fit_learner,
+    leave_one_out,
+    tune_learner,
+)
 from ._kernels import Kernel
 from ._learner import Learner, start_learner
 from ._learner_files import load_learner, save_learner
@@ -30,6 +37,7 @@ __all__ = [
     "Kernel",
     "Learner",
     "LearnerCriterion",
+    "LearnerTuning",
     "LeftOut",
     "Outputs",
     "Prepared",

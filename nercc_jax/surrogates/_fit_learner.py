@@ -9,6 +9,7 @@ so one factor judges a kernel on all pairs, and gradients run through it. First 
 noises for each shape, then gradient descent from its best.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -17,18 +18,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
 from ..codes import Form, check_count, multiply
 from ..evaluation import labels_of
-from ._kernels import Kernel, Shape
+from ._kernels import Kernel, Shape, check_shape
 from ._learner import Function, Learner, start_learner
 from ._whitening import whiten
 
 LearnerCriterion: TypeAlias = Literal["density", "mse", "labels"]
 Widths: TypeAlias = Literal["one", "each"] | Sequence[int]
 
-_SHAPES: tuple[Shape, ...] = ("squared_exponential", "matern52")
 _NOISES = (1e-6, 1e-4, 1e-2)
 _WIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)  # times those of the kernel that is there
 _LEAST_NOISE, _LEAST_LINEAR = 1e-7, 1e-6  # whose logarithms are walked on
@@ -66,6 +66,40 @@ def leave_one_out(
     return LeftOut(-weights / precision[:, None], 1 / precision)
 
 
+@dataclasses.dataclass(frozen=True)
+class LearnerTuning:
+    """How a learner's kernel is found on its own window.
+
+    - `criterion`: "density", the log predictive density, which is right about deviations too;
+      "mse", the squared error; "labels", the log loss of the largest output's place.
+    - `shapes`: the kernels to choose from. `linear`: with a straight line beside them.
+    - `widths`: "one" for all features, "each" its own, or for each feature which one it has.
+    - `steps` of gradient descent from the best of a grid; 0 leaves it at that.
+    - `rows`: judged on so many pairs, evenly from the window; the time grows with their cube.
+
+    Raises: ValueError for an unknown criterion or shape, widths by an unknown name, fewer than
+    three rows.
+    """
+
+    criterion: LearnerCriterion = "density"
+    shapes: Sequence[Shape] = ("squared_exponential", "matern52")
+    widths: Widths = "each"
+    linear: bool = True
+    steps: int = 60
+    rows: int = 512
+
+    def __post_init__(self):
+        if self.criterion not in get_args(LearnerCriterion):
+            known = ", ".join(get_args(LearnerCriterion))
+            raise ValueError(f"criterion must be one of {known}, not {self.criterion!r}")
+        for shape in self.shapes:
+            check_shape(shape)
+        if isinstance(self.widths, str) and self.widths not in ("one", "each"):
+            raise ValueError(f"widths must be 'one', 'each' or groups, not {self.widths!r}")
+        check_count("steps", self.steps, 0)
+        check_count("rows", self.rows, 3)
+
+
 def fit_learner(
     x: PyTree[Shaped[ArrayLike, "pairs ..."]],
     y: PyTree[Float[ArrayLike, "pairs ..."]],
@@ -74,12 +108,7 @@ def fit_learner(
     features: Function | None = None,
     prior: Function | None = None,
     version: str = "",
-    criterion: LearnerCriterion = "density",
-    shapes: Sequence[Shape] = _SHAPES,
-    widths: Widths = "each",
-    linear: bool = True,
-    steps: int = 60,
-    rows: int = 512,
+    tuning: LearnerTuning = LearnerTuning(),
 ) -> Learner:
     """A learner of these pairs, its kernel tuned on them: `start_learner`, then `tune_learner`.
 
@@ -92,69 +121,66 @@ def fit_learner(
     True
     """
     learner = start_learner(
-        x, y, capacity=capacity, features=features, prior=prior, kernel=shapes[0], version=version
+        x, y, capacity=capacity, features=features, prior=prior, version=version
     )
-    return tune_learner(
-        learner,
-        criterion=criterion,
-        shapes=shapes,
-        widths=widths,
-        linear=linear,
-        steps=steps,
-        rows=rows,
-    )
+    return tune_learner(learner, tuning)
 
 
 def tune_learner(
     learner: Learner,
-    *,
-    criterion: LearnerCriterion = "density",
-    shapes: Sequence[Shape] = _SHAPES,
-    widths: Widths = "each",
-    linear: bool = True,
-    steps: int = 60,
-    rows: int = 512,
+    tuning: LearnerTuning = LearnerTuning(),
 ) -> Learner:
     """The same learner with the kernel that does best on its own window, each pair left out.
 
-    - `criterion`: "density", the log predictive density, which is right about deviations too;
-      "mse", the squared error; "labels", the log loss of the largest output's place.
-    - `shapes`: the kernels to choose from. `linear`: with a straight line beside them.
-    - `widths`: "one" for all features, "each" its own, or for each feature which one it has.
-    - `steps` of gradient descent from the best of a grid; 0 leaves it at that.
-    - `rows`: judged on so many pairs, evenly from the window; the time grows with their cube.
-
     Its `scale` becomes the one with which squared errors are, in the mean, what deviations say. It
-    is not for inside jit: choosing is not traced. Compiled once for a window's and a kernel's size.
+    is not for inside jit: choosing is not traced. Compiled once for a kernel's size and for the
+    next power of two of the pairs.
 
-    Raises: ValueError for an unknown criterion or shape, widths that do not fit, fewer than three
-    pairs.
+    Raises: ValueError for widths that do not fit the features, fewer than three pairs.
     """
-    if criterion not in get_args(LearnerCriterion):
-        known = ", ".join(get_args(LearnerCriterion))
-        raise ValueError(f"criterion must be one of {known}, not {criterion!r}")
-    check_count("rows", rows, 3)
-    filled = np.flatnonzero(np.asarray(learner.filled))
-    if len(filled) < 3:
-        raise ValueError(f"{len(filled)} pairs tell nothing of a kernel: three at least")
-    number = min(rows, learner.capacity)
-    chosen = filled[np.linspace(0, len(filled) - 1, min(number, len(filled))).round().astype(int)]
-    empty = np.setdiff1d(np.arange(learner.capacity), chosen)[: number - len(chosen)]
-    order = jnp.asarray(np.concatenate([chosen, empty]).astype(np.int32))
-    mask = jnp.arange(number) < len(chosen)
-    starts = [_regrouped(learner.kernel, shape, widths, linear) for shape in shapes]
-    found = [_tuned(start, learner, order, mask, criterion, steps) for start in starts]
+    pairs = np.flatnonzero(np.asarray(learner.filled))
+    return learner.with_kernel(*find_kernel(learner, learner.kernel, pairs, tuning))
+
+
+def find_kernel(
+    learner: Learner, start: Kernel, pairs: Int[np.ndarray, " pairs"], tuning: LearnerTuning
+) -> tuple[Kernel, Float[Array, ""]]:
+    """The kernel that does best on these rows of the window, and its scale: see `tune_learner`.
+
+    The grid has widths by those of `start`."""
+    if len(pairs) < 3:
+        raise ValueError(f"{len(pairs)} pairs tell nothing of a kernel: three at least")
+    number = min(tuning.rows, len(pairs))
+    chosen = pairs[np.linspace(0, len(pairs) - 1, number).round().astype(int)]
+    size = min(tuning.rows, 1 << (number - 1).bit_length())
+    order = np.resize(chosen, size)
+    known = _Known(
+        learner.inputs[order],
+        learner.residuals[order],
+        None if learner.priors is None else learner.priors[order],
+        jnp.arange(size) < number,
+        learner.form,
+    )
+    starts = [_regrouped(start, shape, tuning.widths, tuning.linear) for shape in tuning.shapes]
+    found = [_tuned(each, known, tuning.criterion, tuning.steps) for each in starts]
     best = int(np.argmin([float(jnp.nan_to_num(value, nan=np.inf)) for value, *_ in found]))
-    _, kernel, scale = found[best]
-    return learner.with_kernel(kernel, scale)
+    return found[best][1:]
+
+
+class _Known(eqx.Module):
+    """Pairs to tune on, as a learner's window has them."""
+
+    inputs: Float[Array, "rows features"]
+    residuals: Float[Array, "rows m"]
+    priors: Float[Array, "rows m"] | None
+    filled: Bool[Array, " rows"]
+    form: Form = eqx.field(static=True)
 
 
 def _regrouped(kernel: Kernel, shape: Shape, widths: Widths, linear: bool) -> Kernel:
     """The kernel to start from: of this shape, with these groups of widths."""
     features = len(kernel.centre)
     if isinstance(widths, str):
-        if widths not in ("one", "each"):
-            raise ValueError(f"widths must be 'one', 'each' or groups, not {widths!r}")
         groups = np.zeros(features, int) if widths == "one" else np.arange(features)
     else:
         groups = np.asarray(widths, int)
@@ -177,23 +203,18 @@ def _regrouped(kernel: Kernel, shape: Shape, widths: Widths, linear: bool) -> Ke
 
 @eqx.filter_jit
 def _tuned(
-    start: Kernel,
-    learner: Learner,
-    order: Array,
-    mask: Bool[Array, " rows"],
-    criterion: LearnerCriterion,
-    steps: int,
+    start: Kernel, known: _Known, criterion: LearnerCriterion, steps: int
 ) -> tuple[Array, Kernel, Array]:
     """The best objective that was seen, its kernel, and the scale that its errors ask for."""
-    inputs, residuals = learner.inputs[order], learner.residuals[order]
-    outputs = residuals if learner.priors is None else residuals + learner.priors[order]
+    inputs, residuals, mask = known.inputs, known.residuals, known.filled
+    outputs = residuals if known.priors is None else residuals + known.priors
 
     def judge(free: dict[str, Array]) -> Array:
         out = leave_one_out(_kernel(start, free), inputs, residuals, mask)
         unlike = jnp.sum((free["widths"] - jnp.mean(free["widths"])) ** 2)
         price = _PRICE * unlike / jnp.maximum(jnp.sum(mask), 1)
         if criterion == "labels":
-            loss = _log_loss(out.errors, outputs, mask, learner.form, jnp.exp(free["sharpness"]))
+            loss = _log_loss(out.errors, outputs, mask, known.form, jnp.exp(free["sharpness"]))
         else:
             loss = _density(out, residuals, mask) if criterion == "density" else _mse(out, mask)
         return loss + price

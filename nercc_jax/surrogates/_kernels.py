@@ -54,9 +54,7 @@ class Kernel(eqx.Module):
         Raises: ValueError for an unknown shape, groups that do not fit, a unit, widths or a noise
         that are not positive, a negative `linear`.
         """
-        if shape not in SHAPES:
-            raise ValueError(f"a kernel's shape must be one of {', '.join(SHAPES)}, not {shape!r}")
-        self.shape = shape
+        self.shape = check_shape(shape)
         self.centre = jnp.asarray(centre, float)
         self.unit = jnp.broadcast_to(jnp.asarray(unit, float), self.centre.shape)
         self.widths = jnp.asarray(widths, float)
@@ -94,6 +92,20 @@ class Kernel(eqx.Module):
 
     def _scaled(self, a: Float[Array, "p features"]) -> Float[Array, "p features"]:
         return (a - self.centre) / (self.unit * self.widths[self.groups])
+
+
+def wide_kernel(
+    shape: Shape, centre: Float[Array, " features"], unit: Float[Array, " features"]
+) -> Kernel:
+    """A kernel before it is tuned: one width for all features, the square root of their number."""
+    return Kernel(shape, centre=centre, unit=unit, widths=[float(np.sqrt(max(len(centre), 1)))])
+
+
+def check_shape(shape: str) -> str:
+    """The same. Raises: ValueError for an unknown one."""
+    if shape not in SHAPES:
+        raise ValueError(f"a kernel's shape must be one of {', '.join(SHAPES)}, not {shape!r}")
+    return shape
 
 
 def _check(name: str, value: Array, wanted: str, sound: Callable[[np.ndarray], np.ndarray]) -> None:

@@ -32,7 +32,7 @@ from ..codes import (
 )
 from ._conditioning import Conditioned
 from ._expected import AbstractSurrogate, check_like, outputs_of_groups
-from ._kernels import Kernel, Shape, root
+from ._kernels import Kernel, Shape, root, wide_kernel
 from ._surrogate import trust
 from ._whitening import ERROR, error_of, replace_rows, solve, soundly_whitened
 from ._window import length_of, one_row, turn, written
@@ -274,15 +274,8 @@ class Learner(AbstractSurrogate):
         """The same, with its covariances and their factor made anew."""
         return self._with_factor(*self._factored())
 
-    def _factored(self) -> tuple[Array, Array, Array, Array]:
-        """The window's covariances, their whitening matrix, jitter and error."""
-        both = self.filled[:, None] & self.filled
-        diagonal = jnp.where(self.filled, self.kernel.variance(self.inputs) + self.kernel.noise, 1)
-        eye = jnp.eye(self.capacity, dtype=bool)
-        covariance = jnp.where(both, self.kernel(self.inputs, self.inputs), 0)
-        covariance = jnp.where(eye, diagonal, covariance)
-        whitening, jitter, error = soundly_whitened(jax.lax.stop_gradient(covariance))
-        return covariance + jitter * eye, whitening, jitter, error
+    def _factored(self) -> tuple[Array, ...]:
+        return _factored(self.kernel, self.inputs, self.filled)
 
     def _replaced(self: L, places: Int[Array, " b"]) -> L:
         """The same after these rows were written, with their covariances and the factor."""
@@ -385,7 +378,25 @@ def start_learner(
     learner = Learner(
         kernel, form, capacity=capacity, features=features, prior=prior, version=version
     )
-    return learner.update(x, y) if pairs else learner
+    return _updated(learner, x, y) if pairs else learner
+
+
+@eqx.filter_jit
+def _updated(learner: L, x: PyTree, y: PyTree) -> L:
+    return learner.update(x, y)
+
+
+@eqx.filter_jit
+def _factored(
+    kernel: Kernel, inputs: Float[Array, "capacity features"], filled: Bool[Array, " capacity"]
+) -> tuple[Array, Array, Array, Array]:
+    """A window's covariances, their whitening matrix, jitter and error."""
+    both = filled[:, None] & filled
+    diagonal = jnp.where(filled, kernel.variance(inputs) + kernel.noise, 1)
+    eye = jnp.eye(len(filled), dtype=bool)
+    covariance = jnp.where(eye, diagonal, jnp.where(both, kernel(inputs, inputs), 0))
+    whitening, jitter, error = soundly_whitened(jax.lax.stop_gradient(covariance))
+    return covariance + jitter * eye, whitening, jitter, error
 
 
 def features_of(
@@ -411,5 +422,4 @@ def first_kernel(shape: Shape, z: Float[Array, "pairs features"]) -> Kernel:
     typical = jnp.sqrt(jnp.mean(spread**2)) if features else jnp.ones(())
     # A feature that hardly varies here may vary later: its unit is not 0.
     unit = jnp.where(typical > 0, jnp.maximum(spread, 1e-3 * typical), 1)
-    width = float(np.sqrt(max(features, 1)))
-    return Kernel(shape, centre=centre, unit=unit, widths=[width])
+    return wide_kernel(shape, centre, unit)
