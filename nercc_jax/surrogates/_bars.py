@@ -61,9 +61,10 @@ def bars_of(
     """The error bars of a learner, by what it makes of each pair of its window without that pair.
 
     A kernel fits the pairs that it was tuned on better than others. So the window is cut into
-    `folds`, at random, and those of each are judged by a kernel that is tuned on the others alone,
-    as `tuning` says: give what `fit_learner` was given, or None for a kernel that was not tuned on
-    these pairs. It takes as long as tuning so many times.
+    `folds`, at random, and the errors in each are those of a kernel that is tuned on the others
+    alone, as `tuning` says: give what `fit_learner` was given, or None for a kernel that was not
+    tuned on these pairs. They are compared with the deviations that the learner itself has there,
+    as new ones will be. It takes as long as tuning so many times.
 
     They hold for data points like those, and for the learner alone (an infinite kappa): a mixture
     with a code wants `calibrate_bars`. Raises: ValueError for a learner that knows nothing, fewer
@@ -72,15 +73,16 @@ def bars_of(
     pairs = np.flatnonzero(np.asarray(learner.filled))
     if len(pairs) == 0:
         raise ValueError("this learner knows nothing: there are no errors to go by")
+    errors, deviations = _left_out(learner, learner.kernel)
     if tuning is None:
-        return bars_from(np.asarray(_left_out(learner, learner.kernel, learner.scale))[pairs])
+        return bars_from(np.asarray(errors / deviations)[pairs])
     folds = min(check_count("folds", folds, 2), len(pairs))
     start = wide_kernel("matern52", learner.kernel.centre, learner.kernel.unit)
-    ratios = []
+    honest = np.full(learner.capacity, np.nan)
     for held in np.array_split(np.random.default_rng(0).permutation(pairs), folds):
-        found = find_kernel(learner, start, np.setdiff1d(pairs, held), tuning)
-        ratios.append(np.asarray(_left_out(learner, *found))[held])
-    return bars_from(np.concatenate(ratios))
+        kernel, _ = find_kernel(learner, start, np.setdiff1d(pairs, held), tuning)
+        honest[held] = np.asarray(_left_out(learner, kernel)[0])[held]
+    return bars_from(honest / np.asarray(deviations))
 
 
 def bars_from(
@@ -106,9 +108,8 @@ def bars_from(
 
 @eqx.filter_jit
 def _left_out(
-    learner: Learner, kernel: Kernel, scale: Float[Array, ""]
-) -> Float[Array, " capacity"]:
-    """Errors by deviations of the window's pairs, each left out, with this kernel."""
+    learner: Learner, kernel: Kernel
+) -> tuple[Float[Array, " capacity"], Float[Array, " capacity"]]:
+    """Errors and deviations of the window's pairs, each left out, with this kernel."""
     out = leave_one_out(kernel, learner.inputs, learner.residuals, learner.filled)
-    deviation = scale * learner.spread() * jnp.sqrt(out.variance)
-    return jnp.sqrt(jnp.mean(out.errors**2, axis=1)) / deviation
+    return jnp.sqrt(jnp.mean(out.errors**2, axis=1)), learner.deviation_of(out.variance)

@@ -152,21 +152,7 @@ class Learner(AbstractSurrogate):
                 f"these are answers of version {version!r}; the learner knows version "
                 f"{self.version!r}: start anew with `learner.restart({version!r})`"
             )
-        x, y = jax.tree.map(jnp.asarray, (x, y))
-        z, r, priors, observed = self._pairs(x, y, observed)
-        places, count, source = turn(observed, self.place, self.capacity)
-        fresh = jnp.arange(len(places)) < count
-        rows = (places, fresh, source)
-        inputs, residuals = written(self.inputs, z, *rows), written(self.residuals, r, *rows)
-        filled = self.filled.at[places].max(fresh)
-        learned = eqx.tree_at(
-            lambda learner: (learner.inputs, learner.residuals, learner.filled, learner.place),
-            self,
-            (inputs, residuals, filled, (self.place + count) % self.capacity),
-        )
-        if priors is not None and self.priors is not None:
-            known = written(self.priors, priors, *rows)
-            learned = eqx.tree_at(lambda learner: learner.priors, learned, known)
+        learned, places = self._written(*jax.tree.map(jnp.asarray, (x, y)), observed)
         if len(places) > _MANY * self.capacity:
             return learned.refreshed()
         return learned._replaced(places)
@@ -221,6 +207,7 @@ class Learner(AbstractSurrogate):
         noise, unit = (jnp.broadcast_to(each, (groups,)) for each in (noise, unit))
         return Conditioned(mean=mean, covariance=covariance, noise=noise, unit=unit, form=self.form)
 
+    @eqx.filter_jit
     def window_posterior(
         self, z: Float[Array, "groups points features"]
     ) -> tuple[Float[Array, "groups points m"], Float[Array, "groups points points"]]:
@@ -273,6 +260,26 @@ class Learner(AbstractSurrogate):
     def refreshed(self: L) -> L:
         """The same, with its covariances and their factor made anew."""
         return self._with_factor(*self._factored())
+
+    def _written(
+        self: L, x: PyTree, y: PyTree, observed: Bool[Array, " pairs"] | None = None
+    ) -> tuple[L, Int[Array, " b"]]:
+        """The learner with these pairs in its window, and where; its factor is still the old."""
+        z, r, priors, observed = self._pairs(x, y, observed)
+        places, count, source = turn(observed, self.place, self.capacity)
+        fresh = jnp.arange(len(places)) < count
+        rows = (places, fresh, source)
+        inputs, residuals = written(self.inputs, z, *rows), written(self.residuals, r, *rows)
+        filled = self.filled.at[places].max(fresh)
+        learned = eqx.tree_at(
+            lambda learner: (learner.inputs, learner.residuals, learner.filled, learner.place),
+            self,
+            (inputs, residuals, filled, (self.place + count) % self.capacity),
+        )
+        if priors is not None and self.priors is not None:
+            known = written(self.priors, priors, *rows)
+            learned = eqx.tree_at(lambda learner: learner.priors, learned, known)
+        return learned, places
 
     def _factored(self) -> tuple[Array, ...]:
         return _factored(self.kernel, self.inputs, self.filled)
@@ -378,12 +385,12 @@ def start_learner(
     learner = Learner(
         kernel, form, capacity=capacity, features=features, prior=prior, version=version
     )
-    return _updated(learner, x, y) if pairs else learner
+    return _filled(learner, x, y).refreshed() if pairs else learner
 
 
 @eqx.filter_jit
-def _updated(learner: L, x: PyTree, y: PyTree) -> L:
-    return learner.update(x, y)
+def _filled(learner: L, x: PyTree, y: PyTree) -> L:
+    return learner._written(x, y)[0]
 
 
 @eqx.filter_jit
