@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -150,25 +151,22 @@ class Bench:
         few = self.inputs(False, 0, 1).shape[1] <= WIDE
         return LearnerTuning(widths="each" if few else "one")
 
-    def measure(self, cell: Cell, *, judging: bool) -> dict[str, list[Numbers]]:
-        """All systems in one cell, a row for each draw."""
+    def measure(
+        self, cell: Cell, *, judging: bool, rivals: bool = True
+    ) -> dict[str, list[Numbers]]:
+        """All systems in one cell, or the learners alone; a row for each draw."""
         found: dict[str, list[Numbers]] = {}
         for draw in self.draws(judging):
-            for name, numbers in self._systems(cell, draw):
+            masks = draw.masks(cell, self.size.sets)
+            systems = [self._rivals(cell, draw, masks)] if rivals else []
+            for name, numbers in itertools.chain(*systems, self._learning(cell, draw, masks)):
                 found.setdefault(name, []).append(numbers)
         return found
 
-    def prepare(self, cell: Cell) -> None:
+    def prepare(self, cell: Cell, *, rivals: bool = True) -> None:
         """Finds what is chosen for a cell: NeRCC's lambda and layout, and how to mix."""
-        for name, layouts, told in (
-            (PUBLISHED, ("chebyshev",), self.decode_plain),
-            ("NeRCC, tuned", (*LAYOUTS, "repeated"), self.decode_ordered),
-        ):
-            codes = [
-                _nercc(cell.num_workers, layout, value) for layout in layouts for value in LAMBDAS
-            ]
-            errors = [self._chosen(cell, code, told) for code in codes]
-            self._codes[name] = codes[int(np.argmin(errors))]
+        if rivals:
+            self._choose_codes(cell)
         if self._mixture is None:
             draw = self._choosing[0]
             self._mixture = fit_surrogate(
@@ -235,6 +233,17 @@ class Bench:
         answers = self.outputs(coded.reshape(groups * workers, *coded.shape[2:]))
         return answers.reshape(groups, workers, -1)
 
+    def _choose_codes(self, cell: Cell) -> None:
+        for name, layouts, told in (
+            (PUBLISHED, ("chebyshev",), self.decode_plain),
+            ("NeRCC, tuned", (*LAYOUTS, "repeated"), self.decode_ordered),
+        ):
+            codes = [
+                _nercc(cell.num_workers, layout, value) for layout in layouts for value in LAMBDAS
+            ]
+            errors = [self._chosen(cell, code, told) for code in codes]
+            self._codes[name] = codes[int(np.argmin(errors))]
+
     def _chosen(self, cell: Cell, code: NeRCC, told: Callable[..., Array]) -> float:
         """A code's error where things are chosen."""
         errors = [
@@ -243,8 +252,7 @@ class Bench:
         ]
         return float(np.nan_to_num(np.mean(errors), nan=np.inf))
 
-    def _systems(self, cell: Cell, draw: Draw) -> Iterator[tuple[str, Numbers]]:
-        masks = draw.masks(cell, self.size.sets)
+    def _rivals(self, cell: Cell, draw: Draw, masks: Masks) -> Iterator[tuple[str, Numbers]]:
         tuned = self._codes["NeRCC, tuned"]
         following = Scheme(_nercc(cell.num_workers, "interleaved"), follow="inputs")
         for name, predictions in (
@@ -265,7 +273,9 @@ class Bench:
         )
         for name, predictions in zip(RIVALS[4:], filled, strict=True):
             yield name, self._numbers(predictions, draw)
-        learner = self._learners[id(draw)]
+
+    def _learning(self, cell: Cell, draw: Draw, masks: Masks) -> Iterator[tuple[str, Numbers]]:
+        copies, learner = _nercc(cell.num_workers, "repeated"), self._learners[id(draw)]
         assert self._mixture is not None
         numbers = self._mixture.theta, self._mixture.kappa
         mixed = eqx.tree_at(lambda one: (one.theta, one.kappa), learner, numbers)

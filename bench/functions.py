@@ -1,6 +1,7 @@
 """Functions that are smooth in their inputs: what a learner from past answers is worth to a code.
 
-    python bench/functions.py [--only NAME ...] [--quick] [--page] [--data-dir FOLDER]
+    python bench/functions.py [--only NAME ...] [--quick] [--page] [--learners]
+        [--data-dir FOLDER]
 
 For eight real functions, four cells of workers and stragglers: codes, copies with what fills their
 gaps, a learner with and without redundancy, and what is picked on other data. Judged by RMSE
@@ -14,6 +15,7 @@ import argparse
 import dataclasses
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _functions_cases import NAMES, SIMULATORS, Case, load
-from _functions_systems import CELLS, LEARNERS, NUM_DATA, Bench, Draw, Numbers, Size, picked
+from _functions_systems import CELLS, NUM_DATA, Bench, Cell, Draw, Numbers, Size, picked
 from _report import environment, write_json
 from _settings import PACKAGES
 from rich.console import Console
@@ -44,7 +46,8 @@ def main() -> None:
     for name in [] if options.page else options.only or NAMES:
         start = time.perf_counter()
         case = load(name, options.data_dir)
-        told = measure(case, size, console.log)
+        results = json.loads(path.read_text()) if path.exists() else {}
+        told = measure(case, size, console.log, results[name] if options.learners else None)
         told |= {"seconds": round(time.perf_counter() - start, 1)}
         told |= {"environment": environment(PACKAGES), "size": dataclasses.asdict(size)}
         results = json.loads(path.read_text()) if path.exists() else {}
@@ -56,26 +59,34 @@ def main() -> None:
     console.print(f"results: {path}")
 
 
-def measure(case: Case, size: Size, log: Any) -> dict[str, Any]:
-    """All cells of one function, and its sweep where there is a parameter to sweep."""
+def measure(
+    case: Case, size: Size, log: Any, known: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """All cells of one function, and its sweep where there is a parameter to sweep.
+
+    With what is known of it, the learners alone are judged again."""
     bench = Bench(case, size, log)
     told: dict[str, Any] = {"about": case.about}
     told["cells"] = cells = {}
     for cell in CELLS:
-        bench.prepare(cell)
-        chosen = bench.measure(cell, judging=False)
-        judged = bench.measure(cell, judging=True)
-        learners = {name: chosen[name] for name in LEARNERS}
-        cells[cell.name] = {
-            "picked": picked(learners),
-            "picked of all": picked(chosen),
-            "chosen": bench.chosen(),
-            "systems": {name: _columns(rows) for name, rows in judged.items()},
-        }
+        cells[cell.name] = _measured(bench, cell, known and known["cells"][cell.name])
         log(f"{case.name} {cell.name}: {cells[cell.name]['picked']}")
     if case.name in SIMULATORS:
         told["sweep"] = sweep(bench)
     return told
+
+
+def _measured(bench: Bench, cell: Cell, known: Mapping[str, Any] | None) -> dict[str, Any]:
+    """One cell; with what is known of it, as `measure`."""
+    bench.prepare(cell, rivals=known is None)
+    chosen = bench.measure(cell, judging=False, rivals=False)
+    judged = bench.measure(cell, judging=True, rivals=known is None)
+    before = {"chosen": {}, "systems": {}} if known is None else known
+    return {
+        "picked": picked(chosen),
+        "chosen": before["chosen"] | bench.chosen(),
+        "systems": before["systems"] | {name: _columns(rows) for name, rows in judged.items()},
+    }
 
 
 def sweep(bench: Bench) -> dict[str, Any]:
@@ -140,6 +151,11 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--only", nargs="*", choices=NAMES)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--page", action="store_true", help="only write the page again")
+    parser.add_argument(
+        "--learners",
+        action="store_true",
+        help="keep the rivals that are there",
+    )
     parser.add_argument("--data-dir", type=Path, default=HERE.parent.parent / "shared" / "data")
     return parser.parse_args()
 
