@@ -33,7 +33,7 @@ Results = Mapping[str, Any]
 def write(results: Results, page: Path, picture: Path) -> None:
     """Writes the page, and the picture it shows."""
     _picture(results, picture)
-    sections = [_head(results), _answer(results), _asked(results)]
+    sections = [_head(results), _answer(results), _asked(results), _missed(results)]
     sections += [_cell(results, cell.name) for cell in CELLS]
     sections += [_coverage(results), _recall(results), _sweep(results), _chosen(results)]
     page.write_text("\n\n".join(section.strip() for section in sections if section) + "\n")
@@ -158,6 +158,21 @@ def _asked(results: Results) -> str:
     rows.append((text, not missed, f"not of {', '.join(missed)}" if missed else "of all"))
     lines = [f"| {text} | {'yes' if yes else '**no**'} | {told} |" for text, yes, told in rows]
     return "\n".join(["## What was asked", "", "| | reached | |", "|---|---|---|", *lines])
+
+
+def _missed(results: Results) -> str:
+    """Where a quarter of the nearest's error is missed, and what the past answers tell there."""
+    cell = CELLS[0].name
+    alone = {f: float(np.mean(of_system(results, f, cell, ALONE, "rmse"))) for f in results}
+    missed = [f for f in results if _versus(results, f, cell, NEAREST)[0] > QUARTER]
+    others = [value for f, value in alone.items() if f not in missed]
+    if not missed or not others:
+        return ""
+    told = ", ".join(f"{alone[f]:.3f} on {f}" for f in missed)
+    return f"""\
+A quarter is missed where past answers tell too little: without any redundancy the learner's error
+is {told}; on the others {min(others):.3f} to {max(others):.3f}. Copies take away what they copy,
+and leave the rest."""
 
 
 def _cell(results: Results, cell: str) -> str:
