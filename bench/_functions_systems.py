@@ -127,7 +127,7 @@ class Bench:
         self._judging = [self._draw(True, seed) for seed in range(size.judged)]
         self._learners = {id(draw): self.learner(draw) for draw in self.draws(None)}
         self._bars = {
-            id(draw): bars_of(self._learners[id(draw)], self.tuning()) for draw in self.draws(None)
+            id(draw): bars_of(self._learners[id(draw)], self.tuning()) for draw in self._judging
         }
         self._codes: dict[str, NeRCC] = {}
         self._mixture: Learner | None = None
@@ -293,11 +293,12 @@ class Bench:
             },
             MIXED: Scheme(_nercc(cell.num_workers, LAYOUTS[0]), mixed, **plain),
         }
-        bars = self._bars[id(draw)]
+        bars = self._bars.get(id(draw))
         for name, scheme in schemes.items():
             heard, ordered = masks[..., : scheme.code.num_workers], name in (*CODED, MIXED)
             predictions, deviation = self.decode(scheme, draw, heard, ordered=ordered)
-            yield name, self._numbers(predictions, draw, bars(deviation, COVERAGE))
+            bar = None if bars is None else bars(deviation, COVERAGE)
+            yield name, self._numbers(predictions, draw, bar)
 
     def _numbers(
         self,

@@ -6,6 +6,8 @@ a bar that covers as many errors of others like them (split conformal prediction
 "Distribution-free predictive inference for regression").
 """
 
+import dataclasses
+
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
@@ -64,7 +66,7 @@ def bars_of(
     `folds`, at random, and the errors in each are those of a kernel that is tuned on the others
     alone, as `tuning` says: give what `fit_learner` was given, or None for a kernel that was not
     tuned on these pairs. They are compared with the deviations that the learner itself has there,
-    as new ones will be. It takes as long as tuning so many times.
+    as new ones will be. Only the learner's own shape of kernel is tuned, so many times.
 
     They hold for data points like those, and for the learner alone (an infinite kappa): a mixture
     with a code wants `calibrate_bars`. Raises: ValueError for a learner that knows nothing, fewer
@@ -77,7 +79,9 @@ def bars_of(
     if tuning is None:
         return bars_from(np.asarray(errors / deviations)[pairs])
     folds = min(check_count("folds", folds, 2), len(pairs))
-    start = wide_kernel("matern52", learner.kernel.centre, learner.kernel.unit)
+    own = learner.kernel
+    tuning = dataclasses.replace(tuning, shapes=(own.shape,))
+    start = wide_kernel(own.shape, own.centre, own.unit)
     honest = np.full(learner.capacity, np.nan)
     for held in np.array_split(np.random.default_rng(0).permutation(pairs), folds):
         kernel, _ = find_kernel(learner, start, np.setdiff1d(pairs, held), tuning)

@@ -95,7 +95,7 @@ class Kernel(eqx.Module):
 
 
 def wide_kernel(
-    shape: Shape, centre: Float[Array, " features"], unit: Float[Array, " features"]
+    shape: str, centre: Float[Array, " features"], unit: Float[Array, " features"]
 ) -> Kernel:
     """A kernel before it is tuned: one width for all features, the square root of their number."""
     return Kernel(shape, centre=centre, unit=unit, widths=[float(np.sqrt(max(len(centre), 1)))])
