@@ -30,7 +30,7 @@ class Kernel(eqx.Module):
     of what the kernel does not explain. Widths, `linear` and `noise` are what `fit_learner` tunes.
     """
 
-    shape: str = eqx.field(static=True)
+    shape: Shape = eqx.field(static=True)
     groups: Int[Array, " features"]
     centre: Float[Array, " features"]
     unit: Float[Array, " features"]
@@ -95,13 +95,13 @@ class Kernel(eqx.Module):
 
 
 def wide_kernel(
-    shape: str, centre: Float[Array, " features"], unit: Float[Array, " features"]
+    shape: Shape, centre: Float[Array, " features"], unit: Float[Array, " features"]
 ) -> Kernel:
     """A kernel before it is tuned: one width for all features, the square root of their number."""
     return Kernel(shape, centre=centre, unit=unit, widths=[float(np.sqrt(max(len(centre), 1)))])
 
 
-def check_shape(shape: str) -> str:
+def check_shape(shape: Shape) -> Shape:
     """The same. Raises: ValueError for an unknown one."""
     if shape not in SHAPES:
         raise ValueError(f"a kernel's shape must be one of {', '.join(SHAPES)}, not {shape!r}")
