@@ -286,6 +286,7 @@ class CodedBatcher:
             self._take_request(question, now)
 
     def _take(self, item: Any, now: float) -> None:
+        self._expire(now)  # however long a turn is; and who was told so by others is not answered
         if isinstance(item, Group):
             item.heard = False
             self._hear(item, now)
@@ -304,8 +305,8 @@ class CodedBatcher:
         if request.future.cancelled():
             self._ledger.cancel(request, now)
 
-    def _look(self, now: float) -> None:
-        """What is due: deadlines, groups to be completed, stragglers to be given up."""
+    def _expire(self, now: float) -> None:
+        """Tells those whose deadlines have passed."""
         if len(self._deadlines) > 2 * self.in_flight + _STALE:
             self._deadlines = [each for each in self._deadlines if each[2] in self._ledger.open]
             heapq.heapify(self._deadlines)
@@ -316,6 +317,10 @@ class CodedBatcher:
                 f"{self._pool.idle} of {self._pool.num_workers} workers are idle"
             )
             self._ledger.fail(request, DeadlineExceeded(why))
+
+    def _look(self, now: float) -> None:
+        """What is due: deadlines, groups to be completed, stragglers to be given up."""
+        self._expire(now)
         while self._looks and self._looks[0][0] <= now:
             due, _, group = heapq.heappop(self._looks)
             if due == group.look_at and not group.closed:

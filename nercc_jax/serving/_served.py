@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
 import dataclasses
 import logging
 import time
@@ -23,7 +24,7 @@ from ._kept import calibrate
 from ._metrics import Meter, Meters
 from ._phases import phase
 from ._record import current
-from ._request import Reply
+from ._request import DeadlineExceeded, Reply
 from ._servable import Servable
 from ._settings import ModelSettings
 
@@ -31,6 +32,8 @@ _LOG = logging.getLogger(__name__)
 
 # A share of queries to be sent again above which a code is of no use.
 _MOST_AGAIN = 0.9
+# Seconds beyond a deadline in which the batcher may say itself that it has passed, and why.
+_GRACE = 0.25
 
 
 class ServedModel:
@@ -116,15 +119,17 @@ class ServedModel:
 
         The reply's values are an array or a dict of such, as the model returns. Other arguments,
         and errors, are those of `CodedBatcher.submit`. Cancelling it drops what has not been sent.
+        The deadline is kept whatever the batcher's thread does.
         """
         inputs, outputs = self.servable.inputs, self.servable.outputs
         # Of one array of floats the batcher itself says what does not fit.
         if isinstance(queries, Mapping) or not inputs.plain:
             queries = inputs.pack(queries)
+        deadline = self._batcher.policy.deadline_s if deadline is None else deadline
         future = self._batcher.submit(
             queries, deadline=deadline, exact=exact, high=high, record=current.get()
         )
-        reply = await _result(future)
+        reply = await _result(future, deadline)
         if outputs.alone:
             return reply
         return dataclasses.replace(reply, values=outputs.named(reply.values))
@@ -185,8 +190,11 @@ class ServedModel:
         self.pool.close()
 
 
-async def _result(future: concurrent.futures.Future[Reply]) -> Reply:
-    """`asyncio.wrap_future` at half its price, which is a twentieth of a small request's."""
+async def _result(future: concurrent.futures.Future[Reply], deadline: float) -> Reply:
+    """`asyncio.wrap_future` at half its price, which is a twentieth of a small request's.
+
+    The event loop tells that the deadline has passed where the batcher should have, and has not.
+    """
     loop = asyncio.get_running_loop()
     done = loop.create_future()
 
@@ -198,12 +206,20 @@ async def _result(future: concurrent.futures.Future[Reply]) -> Reply:
         if not loop.is_closed():
             loop.call_soon_threadsafe(wake)
 
+    def expire() -> None:
+        late = DeadlineExceeded(f"not answered within {deadline:g} s: the batcher is busy")
+        with contextlib.suppress(concurrent.futures.InvalidStateError):  # it was, just now
+            future.set_exception(late)
+
+    timer = loop.call_later(deadline + _GRACE, expire)
     future.add_done_callback(tell)
     try:
         await done
     except asyncio.CancelledError:
         future.cancel()
         raise
+    finally:
+        timer.cancel()
     return future.result()
 
 

@@ -1,0 +1,83 @@
+"""Deadlines are kept by whoever is awake: a batcher that is held up costs nobody more than that."""
+
+import concurrent.futures
+import threading
+
+import grpc
+import httpx
+import pytest
+from in_process import SERVABLE, body, channel, listening
+from nercc_server import ENDS, patience
+from prometheus_client import CollectorRegistry
+
+from nercc_jax import Uncoded
+from nercc_jax.serving._kserve import messages
+from nercc_jax.serving._metrics import Meters
+from nercc_jax.serving._served import ServedModel
+from nercc_jax.serving._settings import ModelSettings
+
+HELD = 10.0  # seconds, unless it is released
+
+
+@pytest.fixture
+def model():
+    settings = ModelSettings(model="digits", scheme="uncoded", workers=2)
+    model = ServedModel(SERVABLE, Uncoded(1), settings, Meters(CollectorRegistry()))
+    yield model
+    model.close(0.0)
+
+
+def by_rest(server, seconds):
+    url = f"http://127.0.0.1:{server.http_port}/v2/models/digits/infer"
+    content = body(parameters={"nercc_deadline_ms": 1000 * seconds})
+    answer = httpx.post(url, content=content, timeout=ENDS, trust_env=False)
+    return answer.status_code, answer.json().get("error")
+
+
+def by_grpc(server, seconds):
+    request = messages.ModelInferRequest(model_name="digits")
+    request.parameters["timeout"].int64_param = int(1e6 * seconds)  # Triton's
+    tensor = request.inputs.add(name="input", datatype="FP32", shape=[1, 4])
+    tensor.contents.fp32_contents.extend([1, 2, 3, 4])
+    with channel(server) as connection:
+        ask = connection.unary_unary(
+            "/inference.GRPCInferenceService/ModelInfer",
+            request_serializer=messages.ModelInferRequest.SerializeToString,
+            response_deserializer=messages.ModelInferResponse.FromString,
+        )
+        try:
+            ask(request, timeout=ENDS)
+        except grpc.RpcError as error:
+            return error.code(), error.details()
+        return grpc.StatusCode.OK, None
+
+
+def test_a_batcher_that_is_held_up_is_not_waited_for(model, monkeypatch):
+    held, release = threading.Event(), threading.Event()
+
+    def hold(now):
+        held.set()
+        release.wait(HELD)
+
+    late = "not answered within 0.3 s: the batcher is busy"
+    with (
+        listening({"digits": lambda: model}, grpc_port=0) as server,
+        concurrent.futures.ThreadPoolExecutor() as clients,
+        monkeypatch.context() as patched,
+    ):
+        for _ in patience(ENDS):
+            if server.plane.state == "serving":
+                break
+        patched.setattr(model._batcher, "_dispatch", hold)
+        asked = [clients.submit(ask, server, 0.3) for ask in (by_rest, by_grpc)]
+        told = [each.result(ENDS) for each in asked]
+        assert held.is_set()
+        assert told == [(504, late), (grpc.StatusCode.DEADLINE_EXCEEDED, late)]
+        assert not release.is_set()
+        assert model.status()["queue"]["in_flight"] == 2, "its thread is held still"
+        patched.undo()
+        release.set()
+        assert by_rest(server, 30.0) == (200, None)
+        totals = model.status()["totals"]
+        assert totals["errors"]["deadline"] == 2
+        assert totals["queries"]["exact"] == 1, "who was told that it is late is not answered"
