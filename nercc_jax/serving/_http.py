@@ -32,8 +32,8 @@ class BoundedHttp(HttpToolsProtocol):
 
     # Uvicorn's, and the loop's.
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        HttpToolsProtocol.connection_made(self, transport)  # pyright: ignore[reportArgumentType]
+    def connection_made(self, transport: Any) -> None:  # uvloop's is none of asyncio's classes
+        HttpToolsProtocol.connection_made(self, transport)
         most = self._settings.max_connections
         if len(self.connections) > most:
             self._refuse(503, f"there are {most} connections: come again later")

@@ -194,7 +194,7 @@ def test_what_takes_long_to_read_is_read_by_another_thread(server, packed, monke
     told = {"content_encoding": "gzip"} if packed else {}
     assert ask(server, gzip.compress(content) if packed else content, **told).status_code == 200
     (thread,) = threads
-    assert thread.startswith("asyncio_")  # of the pool that the loop hands work to
+    assert thread.startswith(("asyncio_", "uvloop_"))  # of the pool that the loop hands work to
 
 
 # All together.
