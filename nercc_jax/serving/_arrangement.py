@@ -1,5 +1,6 @@
 """Queries that go out together, arranged so that those coded beside each other are alike."""
 
+import math
 import timeit
 from collections.abc import Sequence
 
@@ -29,7 +30,7 @@ class Arranger:
         self._coder, self._shape = coder, tuple(shape)
         self._sizes = [coder.num_data << power for power in range(rows.bit_length())]
         self._path = jax.jit(lambda x: short_path(random_projection(x)))
-        self.seconds = 0.0  # that the longest path takes, once it is compiled
+        self.seconds = math.inf  # that the longest path takes, once it is compiled
 
     def compile(self) -> None:
         """So that no query waits for it."""

@@ -97,11 +97,13 @@ class CodedBatcher:
         self._coder = coder
         self.fidelity = fidelity or Fidelity(coder)
         warn_if_other("the fidelity", self.fidelity.conditions, pool.conditions)
-        self._tutor = Tutor(self.fidelity, self._answers.shape, self._observe, pool.clock)
-        self._rescue = Rescue(coder, policy, self._tutor, self._observe, pool.clock)
         ordered = policy.ordering and coder.curved
         arranger = Arranger(coder, shape, policy.max_batch_size) if ordered else None
-        self._compile(arranger)
+        # Queries go out as they come until then.
+        prepare = (lambda: None) if arranger is None else arranger.compile
+        self._tutor = Tutor(self.fidelity, self._answers.shape, self._observe, pool.clock, prepare)
+        self._rescue = Rescue(coder, policy, self._tutor, self._observe, pool.clock)
+        self._compile()
         self._lanes = Lanes(policy.max_queue_size)
         self._ledger = Ledger(self._lanes, self._observe, pool.clock)
         self._inbox: collections.deque[Any] = collections.deque()
@@ -223,9 +225,7 @@ class CodedBatcher:
             group.heard = True
             self._put(group)
 
-    def _compile(self, arranger: Arranger | None) -> None:
-        if arranger is not None:
-            arranger.compile()
+    def _compile(self) -> None:
         if not self._coder.guesses:
             return  # nothing is ever decoded
         everyone = np.ones(self._coder.num_workers, bool)

@@ -32,9 +32,10 @@ class Tutor:
         outputs: Sequence[int],
         observe: Callable[[Any, float], Any],
         clock: AbstractClock,
+        first: Callable[[], None],
     ):
-        """`outputs`: the shape of a query's answer."""
-        self.fidelity, self._outputs, self._observe = fidelity, outputs, observe
+        """`outputs`: the shape of a query's answer. `first` is done before there is any lesson."""
+        self.fidelity, self._outputs, self._observe, self._first = fidelity, outputs, observe, first
         self._lesson: tuple[np.ndarray, np.ndarray] | None = None
         self._asked: tuple[int, np.ndarray] | None = None
         self._clock, self._rests_until = clock, -math.inf
@@ -74,6 +75,7 @@ class Tutor:
     def _turn(self) -> float:
         if not self._compiled:
             # Seconds, which no query has to wait for.
+            self._try(self._first)
             self._try(lambda: self.fidelity.compile_lessons(self._outputs))
             self._compiled = True
         if self._lesson is None and self._asked is None:

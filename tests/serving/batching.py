@@ -1,6 +1,7 @@
 """A batcher whose workers answer when the test says so."""
 
 import contextlib
+import math
 import threading
 import time
 
@@ -100,6 +101,8 @@ def serving(code, run=model, *, workers=12, faults=None, warm=True, fidelity=Non
             observe=lambda what, number: seen.append((what, number)),
         ) as batcher:
             batcher.test_coder, batcher.test_seen = coder, seen  # pyright: ignore
+            if (arranger := batcher._sender._arranger) is not None:
+                until(lambda: math.isfinite(arranger.seconds), 300.0)  # it is compiled
             if warm:  # medians of a millisecond or so, which stragglers are told from
                 for each in queries(24, seed=99):
                     batcher.submit(each[None]).result(LONG)
@@ -117,9 +120,13 @@ def knowing(coder):
 
 def settled(batcher):
     """Waits until nothing is left of what was submitted."""
-    end = time.monotonic() + LONG
-    while batcher._sender.groups or batcher.waiting or batcher.in_flight:
-        assert time.monotonic() < end, "a group was never closed"
+    until(lambda: not (batcher._sender.groups or batcher.waiting or batcher.in_flight))
+
+
+def until(true, seconds=LONG):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it never came to be so"
         time.sleep(0.01)
 
 

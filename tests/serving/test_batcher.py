@@ -520,7 +520,10 @@ def test_redundancy_slows_nobody_down(spare, monkeypatch):
 
 
 def test_all_answers_are_wanted_only_while_there_is_time_to_learn():
-    tutor = Tutor(Fidelity(Coder(INTERLEAVED)), (3,), lambda what, number: None, WALL)
+    def do_nothing(*_):
+        pass
+
+    tutor = Tutor(Fidelity(Coder(INTERLEAVED)), (3,), do_nothing, WALL, do_nothing)
     assert tutor.hungry(4)
     assert not tutor.hungry(1)
     tutor.teach(np.zeros((8, 3)), np.zeros((4, 3)))  # it has not begun
