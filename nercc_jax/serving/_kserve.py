@@ -1,8 +1,8 @@
 """What we use of kserve, which reads the process's command line as its own when it is imported.
 
 With `nercc serve --config server.toml` it would end the process: to its parser `--config` is short
-for `--configure_logging`. So it is imported here only, behind its back. Nor is pandas imported with
-it, for most of a second: kserve names it in one annotation, and uses it where we do not.
+for `--configure_logging`. So it is imported here only, behind its back. Nor are pandas and the
+client of Kubernetes imported with it, for more than a second: kserve uses them where we do not.
 """
 
 import contextlib
@@ -23,20 +23,20 @@ class _Later(types.ModuleType):
 
 
 @contextlib.contextmanager
-def _later(name: str, **annotations: Any) -> Iterator[None]:
-    """Within it, `import name` gives a module that has these for annotations, and nothing else."""
+def _later(name: str, **parts: Any) -> Iterator[None]:
+    """Within it, `import name` gives a module that has these parts, and nothing else."""
     if name in sys.modules:
         yield
         return
     later = _Later(name)
     later.__spec__ = importlib.util.find_spec(name)
-    vars(later).update(annotations)
+    vars(later).update(parts)
     sys.modules[name] = later
     try:
         yield
     finally:
         del sys.modules[name]
-        for each in annotations:
+        for each in parts:
             delattr(later, each)
 
 
@@ -49,7 +49,13 @@ def _without_arguments() -> Iterator[None]:
         sys.argv = own
 
 
-with _without_arguments(), _later("pandas", DataFrame=object):
+_KUBERNETES = {name: _Later(f"kubernetes.{name}") for name in ("client", "config", "watch")}
+
+with (
+    _without_arguments(),
+    _later("pandas", DataFrame=object),  # in an annotation
+    _later("kubernetes", **_KUBERNETES),
+):
     from kserve.errors import InvalidInput as InvalidInput
     from kserve.errors import ModelNotFound as ModelNotFound
     from kserve.errors import ServerNotReady as ServerNotReady
