@@ -6,15 +6,14 @@ whatever ends a run, what it had written is there, and `nercc run --resume` comp
 
 import hashlib
 import json
-import os
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
+from ..codes import write_whole
 from ._results import Results
 
 _MANIFEST = "manifest.json"
@@ -71,11 +70,11 @@ class Parts:
         if self._pending:
             name = f"part-{len(self._manifest['parts']):06d}.npz"
             arrays: Any = self._results.rows_of(self._pending)
-            _write(self._folder / name, lambda file: np.savez(file, **arrays))
+            write_whole(self._folder / name, lambda file: np.savez(file, **arrays))
             self._manifest["parts"].append({"file": name, "batches": self._pending})
         self._manifest["complete"] = complete
         text = json.dumps(self._manifest).encode()
-        _write(self._folder / _MANIFEST, lambda file: file.write(text))
+        write_whole(self._folder / _MANIFEST, lambda file: file.write(text))
         self._pending, self._written = [], time.monotonic()
 
     def remove(self) -> None:
@@ -97,12 +96,3 @@ def _check_same(folder: Path, earlier: dict[str, Any], now: dict[str, Any]) -> N
         raise ValueError(
             f"{folder} holds another run, with which --resume cannot go on: {'; '.join(other)}"
         )
-
-
-def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """A file that is there whole, on disk, or not at all."""
-    with (beside := path.with_name(f".{path.name}")).open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)

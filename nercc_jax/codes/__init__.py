@@ -59,6 +59,7 @@ from ._trees import (
     leaves_of,
     points_of,
 )
+from ._whole import write_whole
 
 __all__ = [
     "AMPLIFICATION",
@@ -122,5 +123,6 @@ __all__ = [
     "regression_points",
     "save_code",
     "variances",
+    "write_whole",
     "x64_enabled",
 ]

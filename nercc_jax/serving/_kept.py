@@ -1,13 +1,13 @@
 """What calibration told, kept in a file between starts: to find it takes seconds of each."""
 
 import contextlib
-import os
 import zipfile
 from pathlib import Path
 
 import numpy as np
 from jax.typing import DTypeLike
 
+from ..codes import write_whole
 from ..inference import current_conditions
 from ._fidelity import Fidelity
 from ._servable import Servable
@@ -30,7 +30,10 @@ def calibrate(
     assert x is not None
     fidelity.calibrate(servable.model, x() if callable(x) else x, worker_dtype=worker_dtype)
     if kept is not None:
-        _write(kept, fidelity.state())
+        state = fidelity.state()
+        with contextlib.suppress(OSError):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(kept, lambda file: np.savez(file, **state))  # pyright: ignore[reportArgumentType]
 
 
 def _read(path: Path) -> dict[str, np.ndarray] | None:
@@ -39,13 +42,3 @@ def _read(path: Path) -> dict[str, np.ndarray] | None:
             return {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         return None
-
-
-def _write(path: Path, state: dict[str, np.ndarray]) -> None:
-    """As a whole, or not at all: another server may start at the same moment."""
-    part = path.with_name(f"{path.name}.{os.getpid()}")
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            np.savez(file, **state)  # pyright: ignore[reportArgumentType]
-        part.replace(path)
