@@ -162,6 +162,15 @@ def test_a_head_that_dies_takes_nothing_with_it(cluster, tmp_path):
         runner = None
         try:
             soon(lambda: ready() or server.poll() is not None, STARTS, every=0.2)
+            # It is frozen, and goes on.
+            head = cluster.head_node.all_processes["gcs_server"][0].process
+            head.send_signal(signal.SIGSTOP)
+            soon(lambda: not ready(), every=0.2)
+            answer = httpx.post(infer, json={"inputs": [tensor]}, timeout=SOON)
+            assert answer.status_code == 200, answer.text
+            head.send_signal(signal.SIGCONT)
+            soon(ready, every=0.2)
+            assert server.poll() is None
             runner = subprocess.Popen([*run, *own, *slow, *output], **told)
             soon(lambda: parts.exists() or runner.poll() is not None, STARTS)
             cluster.head_node.kill_gcs_server()
@@ -178,6 +187,7 @@ def test_a_head_that_dies_takes_nothing_with_it(cluster, tmp_path):
             if runner is not None:
                 runner.kill()
     text = (tmp_path / "log").read_text()
+    assert "takes connections and says nothing, as a process that is stopped" in text
     assert "does not answer: workers go on, none is replaced" in text
     assert "stopped before Ray ends this process" in text
     written = json.loads(parts.read_text())["parts"]

@@ -1,10 +1,12 @@
 """Which node a worker is given, when it moves, whether the head is there: without a Ray."""
 
+import contextlib
 import math
 import pickle
 import socket
 import subprocess
 import sys
+import threading
 import time
 import warnings
 
@@ -107,10 +109,30 @@ def test_moves_are_one_at_a_time_and_not_while_workers_start():
     assert len(moved) == 2
 
 
-def test_a_head_that_is_gone_is_noticed(monkeypatch, caplog):
+@contextlib.contextmanager
+def answering(server):
+    """Somebody who is awake behind a socket that listens."""
+
+    def answer():
+        with contextlib.suppress(OSError):  # it was closed
+            while True:
+                # Who asked may have gone.
+                with server.accept()[0] as connection, contextlib.suppress(OSError):
+                    assert connection.recv(100).startswith(b"PRI * HTTP/2.0")
+                    connection.sendall(bytes((0, 0, 0, 4, 0, 0, 0, 0, 0)))
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    yield
+    server.shutdown(socket.SHUT_RDWR)
+    thread.join()
+
+
+def test_a_head_that_is_gone_or_frozen_is_noticed(monkeypatch, caplog):
     monkeypatch.setattr("nercc_jax.pools._ray_head._EVERY", 0.0)
+    monkeypatch.setattr("nercc_jax.pools._ray_head._PROBE", 0.2)
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "30")
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    with socket.create_server(("127.0.0.1", 0)) as server, answering(server):
         port = server.getsockname()[1]
         probe = HeadProbe(f"127.0.0.1:{port}")
         probe.look()
@@ -122,9 +144,14 @@ def test_a_head_that_is_gone_is_noticed(monkeypatch, caplog):
     assert probe.gone
     assert f"Ray's head at 127.0.0.1:{port} does not answer" in str(probe.alarm)
     assert time.monotonic() < probe.ends_at < time.monotonic() + 30
-    with socket.create_server(("127.0.0.1", port)):
+    with socket.create_server(("127.0.0.1", port)) as server:  # whose process does not run
         probe.look()
-    assert probe.alarm is None
+        assert probe.gone
+        assert f"head at 127.0.0.1:{port} takes connections and says nothing" in str(probe.alarm)
+        assert math.isinf(probe.ends_at), "Ray does not notice"
+        with answering(server):
+            probe.look()
+            assert probe.alarm is None
     assert "Ray's head answers again" in caplog.text
 
 
