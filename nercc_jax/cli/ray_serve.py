@@ -7,6 +7,7 @@ NERCC_MODELS='[{"model": "lenet5-digits"}]' serve build nercc_jax.cli.ray_serve:
 
 import asyncio
 import gc
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,11 @@ from ..serving._settings import ModelSettings, ServerSettings, read_settings
 from ..serving._telemetry import Telemetry, telemetry_by_environment
 from ._serving_models import start_models
 
-# What the application takes of a server's settings; Ray Serve itself listens, and logs.
-_OF_REQUESTS = ("max_body_bytes", "max_json_bytes", "max_bytes_in_flight", "body_timeout_s")
+# What the application takes of a server's settings; Ray Serve itself listens, and keeps the log.
+_OF_REQUESTS = (
+    *("max_body_bytes", "max_json_bytes", "max_bytes_in_flight", "body_timeout_s"),
+    "request_log_rate",
+)
 _TAKEN = ("models", "defaults", "drain_timeout_s", *_OF_REQUESTS)
 _CHECK_EVERY, _CHECK_TIMEOUT = 2.0, 15.0  # seconds: a replica's health
 _ENDING = 10.0  # seconds for the workers to end, after everything is answered
@@ -33,9 +37,9 @@ def app(args: dict[str, Any]) -> serve.Application:
     """The application, for `serve run` and for a configuration file.
 
     Arguments are the settings of `nercc serve`: `model`, anything that a model is told (it goes for
-    all models), `models` and `defaults` as in a TOML file, the limits of bodies and the drain
-    timeout as there, and `config`, the path of such a file. Models run on Ray actors unless `pool`
-    says otherwise.
+    all models), `models` and `defaults` as in a TOML file, the limits of bodies, the drain timeout
+    and the share of requests that the log has a line of as there, and `config`, the path of such a
+    file. Models run on Ray actors unless `pool` says otherwise.
 
     There is one replica unless the configuration's `deployments` say `num_replicas`: groups are
     made of the queries that come to one process, and each replica has workers of its own. Two go
@@ -73,6 +77,7 @@ class CodedServer:
     _telemetry: Telemetry | None = None
 
     async def __init__(self, models: Sequence[ModelSettings], limits: Mapping[str, Any]):
+        _log_by_serve()
         settings = read_settings(None, **limits)
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
@@ -100,6 +105,13 @@ class CodedServer:
             await asyncio.to_thread(model.close, 0.0)
         if self._telemetry is not None:
             await asyncio.to_thread(self._telemetry.close)
+
+
+def _log_by_serve() -> None:
+    """Our lines go where Serve's own do, and at its level; else those of INFO would go nowhere."""
+    ours, serves = logging.getLogger("nercc_jax"), logging.getLogger("ray.serve")
+    ours.handlers, ours.propagate = serves.handlers, False
+    ours.setLevel(serves.getEffectiveLevel())
 
 
 def __getattr__(name: str) -> serve.Application:

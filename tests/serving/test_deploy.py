@@ -506,9 +506,12 @@ def served(cluster, tmp_path_factory, free_port):
     """The file's application, smaller and slower, on a free port."""
     config = yaml_of("ray-serve.yaml")
     config["http_options"] |= {"host": "127.0.0.1", "port": free_port}
+    logs = tmp_path_factory.mktemp("logs")
+    config["logging_config"]["logs_dir"] = str(logs)
     (application,) = config["applications"]
     # Two workers, and little to compile. Calls take half a second, to have something to drain.
     application["args"]["defaults"] |= {"workers": 2, "max_batch_size": 1, "service_delay_s": 0.5}
+    application["args"]["request_log_rate"] = 1.0
     file = tmp_path_factory.mktemp("deploy") / "ray-serve.yaml"
     file.write_text(require("yaml", "ray-serve").safe_dump(config))
     address = cluster.get_runtime_context().gcs_address
@@ -523,7 +526,7 @@ def served(cluster, tmp_path_factory, free_port):
     until(lambda: status(cluster, name) not in ("NOT_STARTED", "DEPLOYING"))
     state = cluster.serve.status().applications[name]
     assert state.status == "RUNNING", state
-    return types.SimpleNamespace(name=name, address=f"localhost:{free_port}")
+    return types.SimpleNamespace(name=name, address=f"localhost:{free_port}", logs=logs)
 
 
 @pytest.fixture(scope="module")
@@ -580,6 +583,10 @@ def test_ray_serve_answers_as_the_model_itself(served):
     assert wrong.status_code == 400
     assert "error" in wrong.json()
     assert "nercc_requests_total" in httpx.get(f"{url}/metrics").text
+    (log,) = served.logs.glob("replica_*")
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    told = [line for line in lines if line["message"] == "answered"]
+    assert [(line["outcome"], line["answers"]) for line in told] == [("ok", ["exact"] * 3)]
 
 
 @pytest.mark.slow
