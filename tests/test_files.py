@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import nercc_jax as nj
-from nercc_jax.codes import LAYOUTS
+from nercc_jax.codes import LAYOUTS, write_whole
 
 K, N = 3, 7
 # No short decimal says these.
@@ -194,3 +194,19 @@ def test_what_cannot_be_saved_leaves_the_file_alone(code, about, error, message,
     with pytest.raises(error, match=message):
         nj.save_code(path, code(), about)
     assert path.read_text() == "mine"
+
+
+def test_a_file_is_there_whole_or_as_it_was(tmp_path):
+    path = tmp_path / "numbers"
+    write_whole(path, lambda file: file.write(b"one"))
+
+    def fails(file):
+        file.write(b"t")
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"):
+        write_whole(path, fails)
+    assert path.read_bytes() == b"one"
+    write_whole(path, lambda file: file.write(b"two"))
+    assert path.read_bytes() == b"two"
+    assert list(tmp_path.iterdir()) == [path]

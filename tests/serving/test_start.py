@@ -170,18 +170,20 @@ import sys
 sys.argv.append("--config")
 from nercc_jax.serving._kserve import InferInput, InferRequest
 assert sys.argv[-1] == "--config"
-assert "pandas" not in sys.modules
+assert not {"pandas", "kubernetes", "kubernetes.client"} & sys.modules.keys()
 given = InferInput("x", [2], "FP32", [1.0, 2.0])
 print(InferRequest("m", [given]).as_dataframe().x.tolist(), sys.modules["pandas"].__name__)
+from kserve.api import creds_utils
+print(creds_utils.client.V1Secret.__name__)
 """
 
 
 @pytest.mark.slow
-def test_kserve_has_pandas_once_it_uses_it():
+def test_kserve_has_pandas_and_kubernetes_once_it_uses_them():
     done = subprocess.run(
         [sys.executable, "-c", _LATER], capture_output=True, text=True, timeout=ENDS
     )
-    assert done.stdout == "[1.0, 2.0] pandas\n", done.stderr
+    assert done.stdout == "[1.0, 2.0] pandas\nV1Secret\n", done.stderr
 
 
 # Compiled programs.
