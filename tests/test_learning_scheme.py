@@ -255,3 +255,17 @@ def test_recall_and_what_does_not_fit(learner, untyped):
         Scheme(CODE, follow="pixels")
     with pytest.raises(ValueError, match="the surrogate gives outputs"):
         coded_inference(lambda x: x, Scheme(CODE, learner))(points(0), MASKS)
+
+
+def test_doubt_is_of_the_scheme_as_it_runs(learner, key):
+    """With its order and copies: who is sure under each straggler, the doubt has counted."""
+    x, scheme = points(29, 4), Scheme(CODE, learner, order="pixels")
+    law = {"1": ExactStragglers(1)}
+    doubt = calibrate_doubt(model, scheme, x, law, key=key, num_sets=N)
+    run = infer(scheme)
+    told = [run(x, mask) for mask in ~np.eye(N, dtype=bool)]
+    unsure = np.mean([np.asarray(each.deviation) != 0 for each in told])
+    assert 0 < unsure < 1
+    assert doubt.share(0.0) == pytest.approx(unsure, abs=1e-6)
+    with pytest.raises(ValueError, match="a scheme has its own surrogate"):
+        calibrate_doubt(model, scheme, x, law, key=key, surrogate=learner)

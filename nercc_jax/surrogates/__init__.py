@@ -2,7 +2,8 @@
 
 from ._bars import ErrorBars, bars_from, bars_of
 from ._calibrate_bars import calibrate_bars
-from ._doubt import Doubt, assess, calibrate_doubt, doubt_of, margin, observe
+from ._calibrate_doubt import calibrate_doubt
+from ._doubt import Doubt, assess, doubt_of, margin, observe
 from ._expected import (
     AbstractExpectation,
     AbstractSurrogate,
@@ -19,9 +20,10 @@ from ._fit_learner import (
     leave_one_out,
     tune_learner,
 )
+from ._fit_scheme import Lesson, fit_scheme
 from ._kernels import Kernel
 from ._learner import Learner, start_learner
-from ._learner_files import load_learner, save_learner
+from ._learner_files import learner_card, load_learner, save_learner
 from ._logistic import logistic_regression
 from ._reexecute import Assessed, doubtful, error_bars, reexecute
 from ._scheme import Prepared, Scheme
@@ -39,6 +41,7 @@ __all__ = [
     "LearnerCriterion",
     "LearnerTuning",
     "LeftOut",
+    "Lesson",
     "Outputs",
     "Prepared",
     "Scheme",
@@ -54,8 +57,10 @@ __all__ = [
     "error_bars",
     "expect_points",
     "fit_learner",
+    "fit_scheme",
     "fit_surrogate",
     "joined_outputs",
+    "learner_card",
     "leave_one_out",
     "load_learner",
     "logistic_regression",

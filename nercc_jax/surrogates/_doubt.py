@@ -18,18 +18,17 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
-from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from scipy.special import expit
 
 from ..codes import AbstractCode, Decoded, Form, Matrices, decode_vectors, variances
 from ..codes import deviation as deviation_of
-from ..evaluation import Answers, draw_sets, record_answers
-from ..inference import AbstractCalibrated, Conditions, Model
+from ..evaluation import Answers, draw_sets
+from ..inference import AbstractCalibrated, Conditions
 from ..stragglers import AbstractStragglers
 from ._calibration import correction, regression, risks
-from ._expected import AbstractExpectation, AbstractSurrogate, check_like
-from ._surrogate import decode_with_surrogate, expect_points
+from ._expected import AbstractExpectation, AbstractSurrogate
+from ._surrogate import decode_with_surrogate
 
 _RATIOS = (1, 2)  # the features that must not raise the doubt
 _LEAST = 1e-30  # beside a margin and a deviation, whose logarithms are taken
@@ -75,7 +74,7 @@ class Doubt(AbstractCalibrated):
 
         Raises: ValueError where `cheap` is missing, or is not wanted.
         """
-        features = _features(predictions, deviation, cheap, self.form)
+        features = features_of_doubt(predictions, deviation, cheap, self.form)
         if features.shape[-1] != self.weights.shape[0]:
             wanted = "with" if cheap is None else "without"
             raise ValueError(f"this doubt was calibrated {wanted} a surrogate's outputs")
@@ -114,41 +113,6 @@ class Doubt(AbstractCalibrated):
         return float(self.shares[place])
 
 
-def calibrate_doubt(
-    model: Model,
-    code: AbstractCode,
-    x: PyTree[Shaped[ArrayLike, "points ..."]],
-    stragglers: Mapping[str, AbstractStragglers],
-    *,
-    key: PRNGKeyArray,
-    surrogate: AbstractSurrogate | None = None,
-    num_sets: int = 100,
-    batch_size: int = 256,
-    worker_dtype: DTypeLike | None = None,
-) -> Doubt:
-    """Measures, on unlabelled data points, how likely labels of decoded predictions are wrong.
-
-    x: data points as they will come, in groups of K (if queries are put in order before they are
-    coded, so must these be; and those that the code or the surrogate was tuned on will promise too
-    much). All groups meet all laws' straggler sets, `num_sets` a law. A thousand data points tell
-    disagreement down to 0.1 %.
-
-    `worker_dtype` as workers will have it: their answers then differ from the model's own, which
-    they are compared with, by rounding, too, even where a prediction is an answer itself.
-
-    Raises: ValueError as `evaluate` does for the data, for a code that is no regression, without
-    stragglers, and for a `worker_dtype` that is none.
-    """
-    if not stragglers:
-        raise ValueError("there are no stragglers to calibrate the doubt under")
-    options: Any = {"batch_size": batch_size}
-    own, beside = record_answers(model, code, x, worker_dtype=worker_dtype, **options), None
-    if surrogate is not None:
-        beside = expect_points(surrogate, code, x, **options)
-        check_like(beside.form, own.form)
-    return doubt_of(own, stragglers, key, num_sets, surrogate, beside)
-
-
 def doubt_of(
     own: Answers,
     stragglers: Mapping[str, AbstractStragglers],
@@ -164,6 +128,20 @@ def doubt_of(
     features, sure, wrong = map(np.asarray, seen)
     doubt = calibrate(features, sure, wrong, form)
     return dataclasses.replace(doubt, conditions=own.conditions)
+
+
+def doubt_of_predictions(
+    predictions: Float[Array, "points m"],
+    deviation: Float[Array, " points"],
+    own: Float[Array, "points m"],
+) -> Doubt:
+    """The doubt of a surrogate's predictions by themselves, on points whose answers are known."""
+    told = features_of_doubt(predictions, deviation, predictions, None)
+    differ = jnp.argmax(predictions, axis=-1) != jnp.argmax(own, axis=-1)
+    features, sure, wrong = (
+        np.asarray(each)[None, :, None] for each in (told, deviation == 0, differ)
+    )
+    return calibrate(features, sure, wrong)
 
 
 def assess(
@@ -196,13 +174,13 @@ def observe(
         decoded, deviation = assess(own.code, surrogate, own.coded, available, beside)
         cheap = None if beside is None else beside.after(own.coded, available).own
         wrong = ~own.same_labels(decoded.predictions)
-        features = _features(decoded.predictions, deviation, cheap, own.form)
+        features = features_of_doubt(decoded.predictions, deviation, cheap, own.form)
         return features, deviation == 0, wrong | ~decoded.recovered
 
     return jax.lax.map(of_set, masks)
 
 
-def _features(
+def features_of_doubt(
     predictions: Float[Array, "*points m"],
     deviation: Float[Array, "*points"],
     cheap: Float[Array, "*points m"] | None,

@@ -69,6 +69,27 @@ def load_learner(
     of another version, or functions are given that it was made without, or the reverse; OSError as
     `open` does.
     """
+    header, arrays = _read(path)
+    if version is not None and header["version"] != version:
+        raise ValueError(
+            f"{path} learned from version {header['version']!r} of the model, not {version!r}"
+        )
+    for name, given in (("features", features), ("prior", prior)):
+        if header[name] != str(given is not None):
+            wanted = "without" if given is not None else "with"
+            raise ValueError(f"{path} was made {wanted} `{name}`: load it so")
+    try:
+        return _learner(header, arrays, y, features, prior)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds no sound learner: {error}") from error
+
+
+def learner_card(path: str | Path) -> dict[str, Any]:
+    """What a file says of its learner beside it: `about`, as given to `save_learner`."""
+    return json.loads(_read(path)[0]["about"])
+
+
+def _read(path: str | Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     _needs_safetensors()
     from safetensors import SafetensorError, safe_open
 
@@ -84,18 +105,7 @@ def load_learner(
         raise ValueError(
             f"{path} is of format {header.get('format_version')}; this nercc-jax reads {_VERSION}"
         )
-    if version is not None and header["version"] != version:
-        raise ValueError(
-            f"{path} learned from version {header['version']!r} of the model, not {version!r}"
-        )
-    for name, given in (("features", features), ("prior", prior)):
-        if header[name] != str(given is not None):
-            wanted = "without" if given is not None else "with"
-            raise ValueError(f"{path} was made {wanted} `{name}`: load it so")
-    try:
-        return _learner(header, arrays, y, features, prior)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} holds no sound learner: {error}") from error
+    return header, arrays
 
 
 def _needs_safetensors() -> None:

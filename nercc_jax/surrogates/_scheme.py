@@ -12,6 +12,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 from ..codes import (
     AbstractCode,
     Decoded,
+    Form,
     GroupPoints,
     Known,
     alike_only,
@@ -44,6 +45,17 @@ class Prepared(eqx.Module):
     own: PyTree[Float[Array | np.ndarray, "points ..."]] | None = None
     points: GroupPoints | None = None
     busy: Bool[Array | np.ndarray, "groups num_workers"] | None = None
+
+
+class Judged(eqx.Module):
+    """Predictions of groups as they were sent, as vectors, with their deviations.
+
+    `cheap` is what the surrogate makes of them after the answers, `form` that of the outputs."""
+
+    decoded: Decoded
+    deviation: Float[Array, "groups num_data"]
+    cheap: Float[Array, "groups num_data m"] | None
+    form: Form = eqx.field(static=True)
 
 
 class Scheme(AbstractScheme):
@@ -198,7 +210,31 @@ class Scheme(AbstractScheme):
 
         Raises: ValueError where the surrogate's outputs are not like the model's.
         """
-        code, surrogate, order = self.code, self.surrogate, prepared.order
+        judged = self.judge(x, prepared, y, available, known)
+        decoded, deviation = judged.decoded, judged.deviation
+        doubt = jnp.full(decoded.recovered.shape, jnp.nan, deviation.dtype)
+        if self.doubt is not None:
+            doubt = self.doubt(decoded.predictions, deviation, judged.cheap)
+        points = len(prepared.order)
+
+        def home(values: Array) -> Array:
+            values = values.reshape(points, *values.shape[2:])
+            return jnp.zeros_like(values).at[prepared.order].set(values)
+
+        predictions = judged.form.split(home(decoded.predictions))
+        status = Decoded(predictions, decoded.heard, home(decoded.recovered))
+        return Assessed(status, home(deviation), home(doubt))
+
+    def judge(
+        self,
+        x: PyTree[Shaped[Array, "points ..."]],
+        prepared: Prepared,
+        y: PyTree[Float[Array, "groups num_workers ..."]],
+        available: Bool[Array, "groups num_workers"],
+        known: Known,
+    ) -> Judged:
+        """What these answers tell of the groups as they were sent; pure. Raises as `conclude`."""
+        code, surrogate = self.code, self.surrogate
         sent = self.groups(x, prepared)
         vectors, form = join(y, 2)
         available = available if prepared.busy is None else available & prepared.busy
@@ -216,18 +252,7 @@ class Scheme(AbstractScheme):
                 code, prepared.points, surrogate, vectors, available, expectation
             )
         cheap = None if expectation is None else expectation.after(vectors, available).own
-        doubt = jnp.full(decoded.recovered.shape, jnp.nan, deviation.dtype)
-        if self.doubt is not None:
-            doubt = self.doubt(decoded.predictions, deviation, cheap)
-        points = len(order)
-
-        def home(values: Array) -> Array:
-            values = values.reshape(points, *values.shape[2:])
-            return jnp.zeros_like(values).at[order].set(values)
-
-        predictions = form.split(home(decoded.predictions))
-        status = Decoded(predictions, decoded.heard, home(decoded.recovered))
-        return Assessed(status, home(deviation), home(doubt))
+        return Judged(decoded, deviation, cheap, form)
 
     def groups(
         self, x: PyTree[Shaped[Array | np.ndarray, "points ..."]], prepared: Prepared
