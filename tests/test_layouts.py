@@ -15,7 +15,7 @@ from nercc_jax.cli._app import app
 from nercc_jax.cli._tune_job import start_code
 from nercc_jax.cli._tuning_plot import tuning_plot
 from nercc_jax.codes import code_card, regression_points
-from nercc_jax.evaluation import draw_sets, nested_errors
+from nercc_jax.evaluation import Recorder, draw_sets, nested_errors
 from nercc_jax.tuning import SEARCHED, Descent, LayoutTuning, Sampling, TuningStep, split_points
 from nercc_jax.tuning._layouts import _plain_codes
 
@@ -335,3 +335,59 @@ def test_the_command_tells_of_layouts_that_are_none(layout, message, tmp_path):
     assert result.exit_code == 2
     assert message in result.output
     assert "Traceback" not in result.output
+
+
+SWEEP = Sampling(held_out_share=0.5, held_out_sets=8, grouped=True)
+
+
+def bend(x):
+    return jnp.concatenate([jnp.sin(3 * x[:, :1]), jnp.cos(2 * x[:, :1])], axis=1)
+
+
+def first_input(x):
+    return x[:, :1]
+
+
+@pytest.fixture(scope="module")
+def sweeps():
+    """Groups along one parameter in uneven steps; and in even ones, beside a number that jumps."""
+    random = np.random.default_rng(4)
+    uneven = np.sort(random.uniform(-1, 1, (8, 8)), axis=1) ** 3
+    even = np.broadcast_to(np.linspace(-1, 1, 8), (8, 8))
+    jumping = np.stack([even, 5 * random.normal(size=(8, 8)) ** 3], axis=-1)
+    return {
+        "uneven": uneven.reshape(-1, 1).astype("float32"),
+        "jumping": jumping.reshape(-1, 2).astype("float32"),
+    }
+
+
+@pytest.mark.parametrize(("data", "helps"), [("uneven", True), ("jumping", False)])
+def test_points_follow_the_data_where_that_is_measured_to_help(sweeps, data, helps):
+    found = search_layout(
+        bend, sweeps[data], 8, 10, {"2": nj.ExactStragglers(2)}, key=jax.random.key(0),
+        layouts=("interleaved",), criterion="mse", tuning=PLAIN, sampling=SWEEP,
+        follow=("inputs",),
+    )  # fmt: skip
+    best = {follow: min(c.objective for c in found.candidates if c.follow == follow)
+            for follow in (None, "inputs")}  # fmt: skip
+    assert found.follow == ("inputs" if helps else None)
+    assert (best["inputs"] < 0.5 * best[None]) == helps
+    assert len(found.best_of_layouts) == 2
+
+
+def test_following_candidates_are_judged_as_a_scheme_runs_them(sweeps):
+    code, groups = nj.NeRCC(8, 10, points="interleaved"), sweeps["jumping"].reshape(8, 8, 2)
+    recorder = Recorder(jax.jit(bend), groups, 64)
+    answers = recorder.following(code, recorder.coordinates(first_input))
+    mask = jnp.arange(10) % 4 != 1
+    infer = nj.coded_inference(bend, nj.Scheme(code, follow=first_input), with_status=True)
+    expected = infer(groups.reshape(-1, 2), mask).decoded.predictions.reshape(8, 8, 2)
+    np.testing.assert_allclose(answers.decode(mask).predictions, expected, atol=1e-5)
+    again = recorder.evaluations
+    recorder.following(code, recorder.coordinates(first_input))
+    assert recorder.evaluations == again
+
+
+def test_what_cannot_be_followed_is_refused(untyped):
+    with pytest.raises(ValueError, match="follow has 'inputs' or functions, not 'pixels'"):
+        search_layout(model, DATA, K, N, LAWS, key=jax.random.key(0), follow=("pixels",), **OPTIONS)

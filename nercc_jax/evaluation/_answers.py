@@ -17,13 +17,16 @@ from ..codes import (
     AbstractCode,
     Decoded,
     Form,
+    GroupPoints,
     check_finite,
     check_floats,
     decode_sets,
     encode_groups,
     encode_leaf,
     encoder_rows,
+    following_points,
     groups_of,
+    is_float,
     join,
     known_encoder,
     leaves_of,
@@ -45,7 +48,8 @@ class Answers(eqx.Module):
     """All workers' answers to groups of data points, and the served model's own predictions.
 
     Outputs of any shape, or pytrees of them, are joined to vectors; `form` is what they were.
-    `conditions`, where they are known, are those of `coded`.
+    `conditions`, where they are known, are those of `coded`. `points` are the groups' regression
+    points, where they are not the code's.
     """
 
     code: AbstractCode
@@ -53,6 +57,7 @@ class Answers(eqx.Module):
     own: Float[Array, "groups num_data m"]
     form: Form = eqx.field(static=True)
     conditions: Conditions = eqx.field(static=True)
+    points: GroupPoints | None
 
     def __init__(
         self,
@@ -61,16 +66,28 @@ class Answers(eqx.Module):
         own: Float[Array, "groups num_data m"],
         form: Form | None = None,
         conditions: Conditions = Conditions(),  # noqa: B008, it is frozen
+        points: GroupPoints | None = None,
     ):
         """Without a form, outputs are vectors."""
-        self.code, self.coded, self.own = code, coded, own
+        self.code, self.coded, self.own, self.points = code, coded, own, points
         self.form = join(own, 2)[1] if form is None else form
         self.conditions = conditions
 
     def decode(self, available: Bool[Array, " num_workers"]) -> Decoded:
         """What decoding makes of all groups when these workers answer; predictions are vectors."""
-        decoded = decode_sets(self.code, self.coded, available[None])
+        decoded = self.decode_sets(available[None])
         return jax.tree.map(lambda leaf: leaf[0], decoded)
+
+    def decode_sets(self, available: Bool[Array, "sets num_workers"]) -> Decoded:
+        """`decode` for each straggler set, whose axis comes first."""
+        if self.points is None:
+            return decode_sets(self.code, self.coded, available)
+
+        def of_group(own: GroupPoints, coded: Array) -> Decoded:
+            decoded = decode_sets(own.of(self.code), coded[None], available)
+            return jax.tree.map(lambda leaf: leaf[:, 0], decoded)
+
+        return jax.vmap(of_group, out_axes=1)(self.points, self.coded)
 
     def same_labels(
         self, decoded: Float[Array, "*lead groups num_data m"]
@@ -89,7 +106,7 @@ class Answers(eqx.Module):
         NaN for a set that loses all. Differentiable in code and answers. Raises: ValueError for an
         unknown criterion.
         """
-        decoded = decode_sets(self.code, self.coded, available)
+        decoded = self.decode_sets(available)
         recovered = decoded.recovered
         # What is lost must not reach a gradient either.
         filled = jnp.where(recovered[..., None], decoded.predictions, 0)
@@ -194,6 +211,7 @@ class Recorder:
         self.own = np.asarray(vectors)
         names = map(_row_name, np.eye(self._shape[1]))
         self._known = {name: self.own[:, place] for place, name in enumerate(names)}
+        self._following: dict[bytes, np.ndarray] = {}
 
     def of(self, code: AbstractCode) -> Answers:
         """All workers' answers with this code."""
@@ -207,17 +225,41 @@ class Recorder:
         own, here = jnp.asarray(self.own), current_conditions()
         return Answers(code, jnp.asarray(coded), own, self.form, here)
 
-    def _ask(self, rows: np.ndarray) -> Float[np.ndarray, "groups rows m"]:
-        """What the model makes of these combinations of every group's data points."""
-        groups = self._shape[0]
-        self.evaluations += groups * len(rows)
-        at_once = max(2 * self._batch_size // len(rows), 1)
+    def following(
+        self, code: AbstractCode, coordinates: Float[np.ndarray, "groups num_data d"]
+    ) -> Answers:
+        """As `of`, with points as far apart as these are, group by group (`following_points`)."""
+        places = jnp.asarray(coordinates)
+        points = GroupPoints(*jax.vmap(lambda each: following_points(code, each))(places))
+        rows = np.asarray(eqx.filter_jit(GroupPoints.encoders)(points, code))
+        if (name := _row_name(rows)) not in self._following:
+            self._following[name] = self._ask(rows)
+        coded, own = jnp.asarray(self._following[name]), jnp.asarray(self.own)
+        return Answers(code, coded, own, self.form, current_conditions(), points)
+
+    def coordinates(
+        self, function: Callable[[PyTree], PyTree] | None
+    ) -> Float[np.ndarray, "groups num_data d"]:
+        """Where the data points are: what a function of a batch says, or their own floats."""
+        flat = jax.tree.map(jnp.asarray, points_of(self._groups))
+        found = flat if function is None else function(flat)
+        leaves = [leaf for _, leaf in leaves_of("coordinates", found) if is_float(leaf)]
+        return np.asarray(join(leaves, 1)[0]).reshape(*self._shape, -1)
+
+    def _ask(
+        self, rows: Float[np.ndarray, "*groups rows num_data"]
+    ) -> Float[np.ndarray, "groups rows m"]:
+        """What the model makes of combinations of every group's data points, or each group's."""
+        groups, number = self._shape[0], rows.shape[-2]
+        self.evaluations += groups * number
+        at_once = max(2 * self._batch_size // number, 1)
         parts = []
         for place in range(0, groups, at_once):
-            part = jax.tree.map(lambda leaf: leaf[place : place + at_once], self._groups)  # noqa: B023
-            coded = points_of(_combine(rows, part))
+            here = slice(place, place + at_once)
+            part = jax.tree.map(lambda leaf: leaf[here], self._groups)  # noqa: B023
+            coded = points_of(_combine(rows if rows.ndim == 2 else rows[here], part))
             parts.append(np.asarray(join(self._run(coded), 1)[0]))
-        return np.concatenate(parts).reshape(groups, len(rows), -1)
+        return np.concatenate(parts).reshape(groups, number, -1)
 
 
 def cut_groups(x: PyTree, num_data: int) -> PyTree[Shaped[np.ndarray, "groups num_data ..."]]:
@@ -301,5 +343,5 @@ def _row_name(row: np.ndarray) -> bytes:
 
 
 @jax.jit
-def _combine(rows: Float[Array, "rows num_data"], groups: PyTree) -> PyTree:
+def _combine(rows: Float[Array, "*groups rows num_data"], groups: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: encode_leaf(rows, leaf), groups)

@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import equinox as eqx
 import jax
@@ -20,6 +20,8 @@ from ._sampling import Sampling, split_points
 from ._tune import TuningStep, tune
 
 SearchCriterion: TypeAlias = Literal["mse", "cross_entropy", "disagreement"]
+# What points follow: data points' own floats, or a function of a batch of them.
+Follow: TypeAlias = Literal["inputs"] | Callable[[Any], Any]
 
 # The plain ones first: a mixture whose points are theirs is left out.
 SEARCHED = (
@@ -68,7 +70,8 @@ class LayoutCandidate:
 
     `layout` is the name of the layout that its points are of, or, if `tuned`, were of at the start.
     `objective` is what the search went by, `disagreement` the share of labels that differ from the
-    model's own (1 - RelAcc), the mean over laws.
+    model's own (1 - RelAcc), the mean over laws. With `follow` the points follow the data, group by
+    group, as a `Scheme` has it.
     """
 
     layout: str
@@ -76,6 +79,7 @@ class LayoutCandidate:
     tuned: bool
     objective: float
     disagreement: float
+    follow: Follow | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,11 +99,18 @@ class LayoutSearch:
         return self.candidates[0].code
 
     @property
+    def follow(self) -> Follow | None:
+        """What the best candidate's points follow: `Scheme(search.code, follow=search.follow)`."""
+        return self.candidates[0].follow
+
+    @property
     def best_of_layouts(self) -> tuple[LayoutCandidate, ...]:
-        """The best untuned candidate of each layout, and the tuned ones; the best first."""
-        firsts: dict[tuple[str, bool], LayoutCandidate] = {}
+        """The best untuned candidate of each layout, and the tuned ones; the best first.
+
+        Those that follow the data are by themselves."""
+        firsts: dict[Any, LayoutCandidate] = {}
         for candidate in self.candidates:
-            firsts.setdefault((candidate.layout, candidate.tuned), candidate)
+            firsts.setdefault((candidate.layout, candidate.tuned, candidate.follow), candidate)
         return tuple(firsts.values())
 
 
@@ -112,6 +123,7 @@ def search_layout(
     *,
     key: PRNGKeyArray,
     layouts: Sequence[str] = SEARCHED,
+    follow: Sequence[Follow] = (),
     criterion: SearchCriterion = "disagreement",
     power: float = 1.0,
     sampling: Sampling = Sampling(held_out_share=0.5, held_out_sets=64),  # noqa: B008
@@ -136,6 +148,10 @@ def search_layout(
     - `stragglers`: laws by name; one code is sought for all of them.
     - `layouts`: names as in `regression_points`; one whose points K and N make those of another
       before it is left out.
+    - `follow`: what points may follow besides, "inputs" or functions of a batch (features, the one
+      parameter that data points differ by): every code is judged as it is, and with its points as
+      far apart as the data points are in each of these. That helps where the order is a path
+      through them, and hurts where it is none. Tuning is of the points as they are.
     - `criterion`: "mse", "cross_entropy" (outputs that are logits), or "disagreement", the share of
       labels that differ; the power mean over laws, with `power` as in `make_trial`. Errors count
       relative to the first layout's untuned code, but "disagreement" as it is.
@@ -149,6 +165,8 @@ def search_layout(
     start = time.perf_counter()
     slope = tuning.criterion or ("cross_entropy" if criterion == "disagreement" else criterion)
     _check(criterion, slope, layouts, stragglers, power)
+    if wrong := [each for each in follow if isinstance(each, str) and each != "inputs"]:
+        raise ValueError(f"follow has 'inputs' or functions, not {wrong[0]!r}")
     check_model(model)
     plain = _plain_codes(num_data, num_workers, layouts)
     split = split_points(x, num_data, sampling, jax.random.fold_in(key, _SPLIT))
@@ -181,7 +199,11 @@ def search_layout(
             evaluations += tuned.evaluations
     on_stage(f"judging {len(candidates)} codes on held-out groups")
     second = score(split.held, _HELD_OUT_SETS)
-    judged = [LayoutCandidate(*named, *second.of(named[1])) for named in candidates]
+    judged = [
+        LayoutCandidate(*named, *second.of(named[1], each), each)
+        for named in candidates
+        for each in (None, *follow)
+    ]
     evaluations += first.recorder.evaluations + second.recorder.evaluations
     judged.sort(key=lambda candidate: candidate.objective)
     return LayoutSearch(tuple(judged), evaluations, time.perf_counter() - start)
@@ -247,6 +269,7 @@ class _Scores:
         """
         self.recorder, self._criteria, self._power = recorder, criteria, power
         self._laws = laws
+        self._places: dict[Any, np.ndarray] = {}  # coordinates of the data points
         available, law = sets
         answering = np.asarray(jnp.any(available, axis=1))  # where nobody answers there is nothing
         self._available, self._law = available[answering], np.asarray(law)[answering]
@@ -261,9 +284,9 @@ class _Scores:
         if criteria[0] != "disagreement":
             self._scales = np.maximum(errors, np.finfo(errors.dtype).tiny)
 
-    def of(self, code: NeRCC) -> tuple[float, float]:
+    def of(self, code: NeRCC, follow: Follow | None = None) -> tuple[float, float]:
         """The objective, infinite where an answer is not finite, and the disagreement."""
-        errors, _, disagreements = self._errors(code)
+        errors, _, disagreements = self._errors(code, follow)
         objective = np.mean((errors / self._scales) ** self._power) ** (1 / self._power)
         return float(objective) if np.isfinite(objective) else np.inf, float(disagreements.mean())
 
@@ -274,9 +297,17 @@ class _Scores:
         erring = self._errors(code)[1] > _ROUNDING * cost
         return [name for name, errs in zip(self._laws, erring, strict=True) if errs]
 
-    def _errors(self, code: NeRCC) -> Float[np.ndarray, "criteria laws"]:
+    def _errors(
+        self, code: NeRCC, follow: Follow | None = None
+    ) -> Float[np.ndarray, "criteria laws"]:
         """The mean of both criteria, and of labels that differ, under each law."""
-        answers = self.recorder.of(code)
+        if follow is None:
+            answers = self.recorder.of(code)
+        else:
+            if follow not in self._places:
+                function = None if isinstance(follow, str) else follow
+                self._places[follow] = self.recorder.coordinates(function)
+            answers = self.recorder.following(code, self._places[follow])
         if not np.isfinite(answers.coded).all():
             return np.full((3, len(self._laws)), np.nan)
         criteria = (*self._criteria, "disagreement")
