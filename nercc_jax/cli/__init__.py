@@ -3,6 +3,7 @@
 import os
 import sys
 
+from ._background import at_work
 from ._extras import missing_extra
 
 _INTERRUPTED = (130, 143)  # exit codes after Ctrl-C and SIGTERM
@@ -20,9 +21,9 @@ def main() -> None:
     try:
         app()
     except SystemExit as end:
-        if end.code in _INTERRUPTED:
-            # Python's own end would crash where JAX was interrupted while compiling (0.10).
+        if end.code in _INTERRUPTED or at_work():
+            # Python's own end would crash where JAX is interrupted while compiling (0.10).
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(end.code)  # pyright: ignore[reportArgumentType]
+            os._exit(end.code or 0)  # pyright: ignore[reportArgumentType]
         raise

@@ -40,6 +40,12 @@ def check_folder(option: str, path: Path) -> None:
         raise ValueError(f"{option} {path}: there is no folder {path.parent}")
 
 
+def check_file(option: str, path: Path) -> None:
+    """Raises: ValueError where there is no such file."""
+    if not path.is_file():
+        raise ValueError(f"{option} {path}: there is no such file")
+
+
 def check_positive(*options: Any) -> None:
     """Options and values in turn. Raises: ValueError for one that is given and not positive."""
     for option, value in zip(options[::2], options[1::2], strict=True):

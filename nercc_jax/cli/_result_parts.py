@@ -1,4 +1,4 @@
-"""Results as they come: a part for every second's batches in a folder, and one manifest of them.
+"""Results as they come: a part for every second's in a folder, and one manifest of them.
 
 A part is a file that appears whole or not at all, and the manifest names those that count. So
 whatever ends a run, what it had written is there, and `nercc run --resume` computes the rest.
@@ -8,13 +8,13 @@ import hashlib
 import json
 import shutil
 import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from ..codes import write_whole
-from ._results import Results
 
 _MANIFEST = "manifest.json"
 _EVERY = 1.0  # seconds between two parts, at least
@@ -38,10 +38,22 @@ def check_parts(output: Path, resume: bool) -> None:
         raise ValueError(f"{folder} is there, and is no result of `nercc run`")
 
 
+@runtime_checkable
+class PartResults(Protocol):
+    """Results of pieces by number, such as batches, which become arrays by name and come back."""
+
+    def rows_of(self, pieces: Sequence[int], /) -> dict[str, np.ndarray]:
+        """What is known of these."""
+        ...
+
+    def take(self, arrays: Mapping[str, np.ndarray], /) -> None:
+        """Takes what `rows_of` gave in another process."""
+
+
 class Parts:
     """The folder of one run. `settings` is all that its numbers depend on."""
 
-    def __init__(self, folder: Path, settings: dict[str, Any], results: Results):
+    def __init__(self, folder: Path, settings: dict[str, Any], results: PartResults):
         """Takes what an earlier run has written into the results.
 
         Raises: ValueError where that was another run.
@@ -54,13 +66,13 @@ class Parts:
             self._manifest = earlier | {"complete": False}
             for part in earlier["parts"]:
                 with np.load(folder / part["file"]) as file:
-                    results.take(part["batches"], dict(file))
+                    results.take(dict(file))
         self._pending: list[int] = []
         self._written = time.monotonic()
 
-    def add(self, batch: int) -> None:
-        """A batch is in the results; it is written soon."""
-        self._pending.append(batch)
+    def add(self, pieces: Iterable[int]) -> None:
+        """These are in the results; they are written soon."""
+        self._pending.extend(pieces)
         if time.monotonic() - self._written >= _EVERY:
             self.flush()
 
@@ -71,11 +83,23 @@ class Parts:
             name = f"part-{len(self._manifest['parts']):06d}.npz"
             arrays: Any = self._results.rows_of(self._pending)
             write_whole(self._folder / name, lambda file: np.savez(file, **arrays))
-            self._manifest["parts"].append({"file": name, "batches": self._pending})
+            self._manifest["parts"].append({"file": name})
         self._manifest["complete"] = complete
         text = json.dumps(self._manifest).encode()
         write_whole(self._folder / _MANIFEST, lambda file: file.write(text))
         self._pending, self._written = [], time.monotonic()
+
+    def keep(self, name: str, file: str, write: Callable[[Path], Any]) -> None:
+        """Puts another file beside the parts, which the manifest has under this name."""
+        self._folder.mkdir(exist_ok=True)
+        write(beside := self._folder / f".{file}")
+        beside.replace(self._folder / file)
+        self._manifest[name] = file
+        self.flush()
+
+    def kept(self, name: str) -> Path | None:
+        """The file that was kept under this name."""
+        return self._folder / self._manifest[name] if name in self._manifest else None
 
     def remove(self) -> None:
         shutil.rmtree(self._folder)

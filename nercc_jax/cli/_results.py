@@ -50,9 +50,9 @@ class Results:
             self._heard[rows] &= self._recovered[rows, None]
         return count
 
-    def take(self, batches: Sequence[int], arrays: Mapping[str, np.ndarray]) -> None:
-        """Takes what `rows_of` gave of these batches in another process."""
-        rows = np.concatenate([np.r_[self._rows(batch)] for batch in batches])
+    def take(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Takes what `rows_of` gave of some batches in another process."""
+        rows = np.concatenate([np.r_[self._rows(batch)] for batch in arrays["batches"].tolist()])
         self._predictions[rows] = arrays["predictions"]
         self._recovered[rows] = arrays["recovered"]
         self._heard[rows] = arrays["heard"]
@@ -62,6 +62,7 @@ class Results:
         """The rows of some batches, one after the other, as arrays by name."""
         rows = np.concatenate([np.r_[self._rows(batch)] for batch in batches])
         return {
+            "batches": np.asarray(batches),
             "index": self._index[rows],
             "predictions": self._predictions[rows],
             "recovered": self._recovered[rows],

@@ -1,6 +1,5 @@
 """`nercc run`: coded batch inference over a data set on a pool of workers."""
 
-import functools
 import importlib.util
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,9 +10,9 @@ from ._errors import told_plainly
 from ._options import (
     CALIBRATION,
     DataDir,
-    NumData,
     NumWorkers,
     OutputsOption,
+    check_file,
     check_folder,
     check_positive,
     check_shipped,
@@ -23,15 +22,41 @@ from ._ray_job import RayJob, actor_options, end_at_once, leave_accelerators
 
 def run_command(
     model: Annotated[
-        str, typer.Option(help="A shipped model, or module:function, which takes --data.")
+        str,
+        typer.Option(help="A shipped model, or module:function, which takes --data or --inputs."),
     ] = "lenet5-digits",
     data: Annotated[
         Path | None,
-        typer.Option(help="Data points of module:function: .npy, (points, *shape of one)."),
+        typer.Option(help="Data points of a classifier: .npy, (points, *shape of one)."),
     ] = None,
+    inputs: Annotated[
+        Path | None,
+        typer.Option(
+            help="Inputs of any function of a batch, a simulator's, say: .npy, .npz, .csv or "
+            ".parquet, a row each.",
+            rich_help_panel="Functions",
+        ),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="How far a row may be off, in units of the outputs (root mean square over them): "
+            "whose error bar is larger is computed.",
+            rich_help_panel="Functions",
+        ),
+    ] = None,
+    coverage: Annotated[
+        float,
+        typer.Option(
+            help="The share of errors that error bars cover.", rich_help_panel="Functions"
+        ),
+    ] = 0.9,
     data_dir: DataDir = None,
     split: Annotated[str, typer.Option(help="The data set's split to go over.")] = "test",
-    num_data: NumData = 8,
+    num_data: Annotated[
+        int | None,
+        typer.Option(help="K: data points coded together: 8; with --inputs nine tenths of N."),
+    ] = None,
     num_workers: NumWorkers = 20,
     code: Annotated[
         Path | None,
@@ -96,13 +121,19 @@ def run_command(
         float | None,
         typer.Option(
             help="Instead: decode once no larger share of labels is expected to differ from the "
-            f"model's own, by {CALIBRATION:,} training images."
+            f"model's own, by {CALIBRATION:,} training images; with --inputs by what is computed."
         ),
     ] = None,
     deadline: Annotated[
         float, typer.Option(help="Seconds after which a batch is decoded from what is in.")
     ] = 30.0,
-    groups: Annotated[int, typer.Option(help="Groups of K data points in a batch.")] = 1,
+    groups: Annotated[
+        int | None,
+        typer.Option(
+            help="Groups of K data points in a batch: 1; with --inputs as many as take a quarter "
+            "of a second."
+        ),
+    ] = None,
     points: Annotated[
         int | None, typer.Option(help="Data points to use, at most; the whole split unless given.")
     ] = None,
@@ -120,7 +151,10 @@ def run_command(
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the faults and of the calibration.")] = 0,
     output: Annotated[
-        Path, typer.Option(help="Result file, .npz or .csv, or a folder for parts of it.")
+        Path,
+        typer.Option(
+            help="Result file, .npz, .csv or with --inputs .parquet, or a folder for parts of it."
+        ),
     ] = Path("nercc-run.npz"),
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a run that ended before its time.")
@@ -135,7 +169,7 @@ def run_command(
     """
     with told_plainly():
         check_folder("--output", output)
-        check_model(model, data, max_disagreement)
+        check_model(model, data, inputs, max_disagreement)
         check_positive("--groups", groups, "--points", points, "--batches", batches)
         check_positive("--workers", workers, "--deadline", deadline)
         if pool == "ray" and importlib.util.find_spec("ray") is None:
@@ -144,109 +178,99 @@ def run_command(
         if pool == "ray":
             leave_accelerators()
         # JAX takes a second or two: not for --help, nor for a word that is misspelt.
-        from rich.console import Console
+        from ..pools import leave_ray
+        from ._run_pool import ChosenPool, make_faults
 
-        from ..pools import DevicePool, RayPool, leave_ray
-        from ..serving._servable import load_callable
-        from ._result_parts import Parts, check_parts, fingerprint, parts_folder
-        from ._results import Results, check_kind, write_results
-        from ._run_job import (
-            answers_to_wait_for,
-            chosen_code,
-            conclude,
-            describe,
-            describe_rule,
-            enough_by_forecast,
-            make_faults,
-            make_job,
-            open_pool,
-            run_job,
-            show_pools,
-            summary,
+        chosen = ChosenPool(
+            pool,
+            workers,
+            job_of_ray,
+            actor_options(worker_cpus, worker_gpus, worker_resources) if pool == "ray" else {},
+            make_faults(straggler_rate, straggler_delay, death_rate, seed),
+            deadline,
+            worker_dtype,
         )
-        from ._workload import answering, own_points, points_of
-
-        check_kind(output)
-        check_parts(output, resume)
-        faults = make_faults(straggler_rate, straggler_delay, death_rate, seed)
-        chosen = chosen_code(code, num_data, num_workers)
-        number = answers_to_wait_for(chosen, wait_for, max_disagreement)
-        network: Any = load_callable(model, None) if data else answering(model, outputs)
-        source = own_points(data) if data else points_of(network, split, data_dir)
-        job = make_job(source, chosen, points, batches, groups)
-        console = Console()
-        enough: Any = number
-        if max_disagreement is not None:
-            with console.status(f"calibrating on {CALIBRATION:,} training images ..."):
-                enough = enough_by_forecast(
-                    network, chosen, data_dir, max_disagreement, seed, worker_dtype
-                )
-        count = chosen.num_workers if workers is None else workers
-        size, num_outputs = job.batches.shape[1], job.num_outputs(network)
-        results = Results(job.rows, size, num_outputs, chosen.num_workers)
-        folder = parts_folder(output)
-        parts = Parts(
-            folder,
-            {
-                "model": model,
-                "outputs": outputs,
-                "data": fingerprint(data) or split,
-                "rows": len(job.rows),
-                "points": len(job.labels),
-                "groups": groups,
-                "code": fingerprint(code) or describe(chosen),
-                "worker_dtype": worker_dtype,
-            },
-            results,
-        )
-        kind: Any = DevicePool
-        if pool == "ray":
-            show_pools(console)
-            job_of_ray.connect([model])
-            kind = functools.partial(
-                RayPool,
-                actor_options=actor_options(worker_cpus, worker_gpus, worker_resources),
-                max_per_node=chosen.num_workers - chosen.num_data or None,
-                min_workers=min(chosen.num_data, count),
-            )
-        with open_pool(
-            console, kind, pool, network, count, job, faults, deadline, worker_dtype
-        ) as opened:
-            told = (
-                f"{model}, {len(job.rows):,} data points of {source.name!r}, {describe(chosen)}; "
-            )
-            until = describe_rule(number, max_disagreement)
-            console.print(
-                f"{told}{count} workers ({pool}); decoding {until}, or after {deadline:g} s",
-                soft_wrap=True,
-            )
-            if len(results):
-                console.print(f"{len(results):,} data points are done already")
-            seen = run_job(console, opened, chosen, job, results, parts, enough, deadline)
-            report = opened.report()
-        if len(results):
-            if output != folder:
-                write_results(output, results, job.labels)
-            console.print(summary(network, chosen, job, results, seen, report))
-            console.print(f"results: {output.resolve()}", soft_wrap=True)
         try:
-            conclude(results, seen, job, folder)
+            if inputs is not None:
+                from ._run_rows import RowOptions, run_function
+
+                refuse("--inputs", code=code, batches=batches, worker_dtype=worker_dtype)
+                run_function(
+                    RowOptions(
+                        model=model,
+                        inputs=inputs,
+                        tolerance=tolerance,
+                        max_disagreement=max_disagreement,
+                        coverage=coverage,
+                        num_data=num_data,
+                        num_workers=num_workers,
+                        wait_for=wait_for,
+                        groups=groups,
+                        points=points,
+                        seed=seed,
+                    ),
+                    chosen,
+                    output,
+                    resume,
+                )
+            else:
+                from ._run_data import DataOptions, run_data
+
+                refuse("a shipped model or --data", tolerance=tolerance)
+                run_data(
+                    DataOptions(
+                        model=model,
+                        data=data,
+                        data_dir=data_dir,
+                        split=split,
+                        outputs=outputs,
+                        code=code,
+                        num_data=8 if num_data is None else num_data,
+                        num_workers=num_workers,
+                        wait_for=wait_for,
+                        max_disagreement=max_disagreement,
+                        groups=1 if groups is None else groups,
+                        points=points,
+                        batches=batches,
+                        seed=seed,
+                    ),
+                    chosen,
+                    output,
+                    resume,
+                )
         except typer.Exit as end:
             end_at_once(end.exit_code)
             raise
-        if output != folder:
-            parts.remove()
         if pool == "ray":
             leave_ray()
 
 
-def check_model(model: str, data: Path | None, max_disagreement: float | None) -> None:
+def refuse(beside: str, **options: Any) -> None:
+    """Raises: ValueError for an option that was given and is not for what it stands beside."""
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"--{name.replace('_', '-')} does not go with {beside}")
+
+
+def check_model(
+    model: str, data: Path | None, inputs: Path | None, max_disagreement: float | None
+) -> None:
     """Raises: ValueError for a model or data that do not go together, before JAX is imported."""
+    given = []
+    for option, path in (("--data", data), ("--inputs", inputs)):
+        if path is not None:
+            check_file(option, path)
+            given.append(option)
+    if len(given) > 1:
+        raise ValueError("give --data, of a classifier, or --inputs, of any function, not both")
     if ":" not in model:
         check_shipped(model)
-        if data is not None:
-            raise ValueError("--data is for a model of your own: --model module:function")
-    elif data is None:
-        raise ValueError(f"--model {model}: say with --data, a .npy file, what it is to run on")
-    elif max_disagreement is not None:
+        if given:
+            raise ValueError(f"{given[0]} is for a model of your own: --model module:function")
+    elif not given:
+        raise ValueError(
+            f"--model {model}: say what it is to run on: --inputs, of any function, or --data, of "
+            "a classifier"
+        )
+    elif data is not None and max_disagreement is not None:
         raise ValueError("--max-disagreement is estimated on a shipped model's training images")

@@ -1,10 +1,9 @@
 """What `nercc run` does: the data points to go over, the pool, the batches, the summary."""
 
 import dataclasses
-import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,6 @@ import numpy as np
 from jaxtyping import Int
 from rich import box
 from rich.console import Console
-from rich.highlighter import NullHighlighter
-from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -24,23 +21,18 @@ from ..evaluation import batched, make_forecast
 from ..pools import (
     AbstractPool,
     BatchOutcome,
-    Faults,
     PoolReport,
     run_batches,
 )
 from ._errors import fail
-from ._options import CALIBRATION, check_positive
+from ._options import CALIBRATION
 from ._result_parts import Parts
 from ._results import Results
+from ._run_pool import ATTEMPTS
 from ._workload import Answering, Points, load_plain_code
 
-# How often a batch is dispatched before its data points are lost.
-ATTEMPTS = 3
-# A worker is taken to hang when all attempts but one are over: the last finds new ones if all hung.
-# But not sooner than this many seconds: it may straggle, and a new one needs its time too.
-_HANG = 10.0
 PARTIAL = 3  # the exit code of a run that has results, but not all
-_LAST_WORDS = 10.0  # seconds to end a run by itself, before something else does
+LAST_WORDS = 10.0  # seconds to end a run by itself, before something else does
 _COMPARED = 1000  # data points that are compared with the model
 
 
@@ -136,38 +128,7 @@ def enough_by_forecast(
     return enough
 
 
-def make_faults(rate: float, delay: float, death_rate: float, seed: int) -> Faults:
-    for option, value in (("--straggler-rate", rate), ("--death-rate", death_rate)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{option} is a share of the calls, from 0 to 1, not {value}")
-    check_positive("--straggler-delay", delay)
-    return Faults.on_trial(
-        straggler_rate=rate, straggler_delay=delay, death_rate=death_rate, seed=seed
-    )
-
-
 # Running it.
-
-
-def open_pool(
-    console: Console,
-    make: Callable[..., AbstractPool],
-    kind: str,
-    network: Answering,
-    count: int,
-    job: Job,
-    faults: Faults,
-    deadline: float,
-    worker_dtype: str | None,
-) -> AbstractPool:
-    """The pool, compiled for the run's batches. Exits with code 1 where it does not start."""
-    options: Any = {"faults": faults, "hang_timeout": max((ATTEMPTS - 1) * deadline, _HANG)}
-    options["worker_dtype"] = worker_dtype
-    try:
-        with console.status(f"starting {count} workers ({kind}) ..."):
-            return make(network, count, example=job.example(), **options)
-    except RuntimeError as error:
-        fail(f"the pool did not start: {error}", 1)
 
 
 @dataclasses.dataclass
@@ -233,14 +194,14 @@ def run_job(
             ):
                 batch = left[outcome.number]
                 rows = results.add(batch, outcome)
-                parts.add(batch)
+                parts.add([batch])
                 seen.add(outcome, rows, code.num_workers)
                 told = (
                     f"{seen.speed:,.0f} points/s, {seen.mean_stragglers:.1f} stragglers a batch, "
                     f"{pool.report().deaths} deaths"
                 )
                 progress.update(task, advance=rows, seen=told)
-                if pool.ends_at - time.monotonic() < _LAST_WORDS:
+                if pool.ends_at - time.monotonic() < LAST_WORDS:
                     seen.stopped = "stopped before Ray ends this process, whose head is gone"
                     break
         except KeyboardInterrupt:
@@ -261,14 +222,6 @@ def _bar(console: Console) -> Progress:
 
 
 # Telling of it.
-
-
-def show_pools(console: Console) -> None:
-    """What pools log, such as which Ray was joined, is shown, a line each."""
-    log = logging.getLogger("nercc_jax.pools")
-    shown: Any = {"show_time": False, "show_level": False, "show_path": False}
-    log.handlers[:] = [RichHandler(console=console, highlighter=NullHighlighter(), **shown)]
-    log.setLevel(logging.INFO)
 
 
 def describe(code: AbstractCode) -> str:
@@ -306,7 +259,7 @@ def _told(network, code, job, results, seen, report) -> Iterator[tuple[str, str]
     yield "stragglers", f"{mean} a batch, by the time of decoding"
     yield "late answers", f"{report.late:,}"
     yield "errors", f"{report.errors:,}"
-    yield "deaths", _deaths(report)
+    yield "deaths", deaths_told(report)
     yield "batches sent again", f"{seen.retried:,}"
     yield "short batches", f"{seen.short:,} (decoded at the deadline, from too few answers)"
     yield "lost data points", f"{results.lost:,}"
@@ -315,7 +268,7 @@ def _told(network, code, job, results, seen, report) -> Iterator[tuple[str, str]
     yield "RelAcc", f"{share}: {same:,} of {compared:,} labels are the model's own"
 
 
-def _deaths(report: PoolReport) -> str:
+def deaths_told(report: PoolReport) -> str:
     if not report.deaths:
         return "0"
     by_worker = ", ".join(

@@ -24,7 +24,13 @@ from ._ray_cluster import ray_is_lost as ray_is_lost
 from ._report import PoolReport as PoolReport
 from ._report import WorkerReport as WorkerReport
 from ._report import WorkerState as WorkerState
+from ._rows import AbstractRound as AbstractRound
+from ._rows import ComputedRows as ComputedRows
+from ._rows import RowCoder as RowCoder
+from ._rows import RowFunction as RowFunction
+from ._rows import Rows as Rows
 from ._run import BatchOutcome as BatchOutcome
 from ._run import run_batches as run_batches
+from ._schemes import Goal as Goal
 from ._simulated import SimulatedClock as SimulatedClock
 from ._simulated import SimulatedPool as SimulatedPool

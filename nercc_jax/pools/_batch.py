@@ -22,11 +22,15 @@ Refuse: TypeAlias = Callable[[PyTree[np.ndarray]], str | None]
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """A worker that did not answer a coded data point, and why."""
+    """A worker that did not answer a coded data point, and why.
+
+    `raised`: the model raised, or its answer was none; else the worker died, or hung.
+    """
 
     worker: int
     point: int
     reason: str
+    raised: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -258,7 +258,7 @@ class Desk:
         else:
             self._counts["errors"] += 1
             self._wasted += spent
-            self._try_again(worker, task, refused)
+            self._try_again(worker, task, refused, raised=True)
 
     def _bury(self, worker: int, reason: str) -> None:
         """A worker is gone: its task goes to another, and it gets a new life."""
@@ -298,9 +298,9 @@ class Desk:
         self._startup.trouble = f"worker {worker} could not start: {told}"
         self._bury(worker, self._startup.trouble)
 
-    def _try_again(self, worker: int, task: Task, reason: str) -> None:
+    def _try_again(self, worker: int, task: Task, reason: str, raised: bool = False) -> None:
         batch = task.batch
-        batch.failures.append(Failure(worker, task.point, reason))
+        batch.failures.append(Failure(worker, task.point, reason, raised))
         task.failed.add(worker)
         if task.running:
             return  # a copy of it is still on its way

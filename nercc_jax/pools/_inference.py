@@ -23,11 +23,11 @@ from ..codes import (
     points_of,
 )
 from ..inference import check_conditions, group_points
-from ..surrogates import Doubt, ErrorBars, Scheme, assess, doubtful, error_bars
+from ..surrogates import Doubt, Scheme, assess, doubtful
 from ._batch import BatchAnswers, Enough, check_deadline
 from ._encoding import encode_on_host
 from ._pool import AbstractPool
-from ._schemes import Judged, Sent, scheme_steps
+from ._schemes import Goal, Judged, Sent, scheme_steps
 from ._worker import no_mesh, off_meshes
 
 
@@ -128,7 +128,7 @@ def pool_inference(
         plain, doubt = off_meshes((code, doubt))
         limit = _limit(plain, doubt, max_disagreement, max_reexecution)
         send, judge = _code_steps(plain, doubt)
-    kinds = plain.worker_models.tolist()
+    kinds, goal = plain.worker_models.tolist(), Goal(tolerance, max_disagreement, coverage)
 
     @no_mesh()
     def infer(x: PyTree, enough: Enough | None = None, deadline: float = 60.0):
@@ -153,7 +153,7 @@ def pool_inference(
                 f"{plain.num_workers} answers that were in after {deadline} s"
             )
         end = time.perf_counter()
-        score = _score(judged, bars, max_disagreement, tolerance, coverage)
+        score = goal.score(bars, judged)
         if score is not None:
             most = int(max_reexecution * score.size)
             chosen = doubtful(score.ravel(), limit=limit, at_most=most)
@@ -213,21 +213,6 @@ def _scheme_limit(
     if scheme.doubt is None:
         raise ValueError("max_disagreement wants a doubt: Scheme(code, doubt=...)")
     return scheme.doubt.limit(max_disagreement)
-
-
-def _score(
-    judged: Judged,
-    bars: ErrorBars | None,
-    max_disagreement: float | None,
-    tolerance: float | None,
-    coverage: float,
-) -> Float[np.ndarray, "groups num_data"] | None:
-    """What says which data points are too doubtful; None where nothing is to be run again."""
-    if tolerance is not None:
-        assert judged.deviation is not None
-        bar = np.asarray(error_bars(jnp.asarray(judged.deviation), bars, coverage))
-        return np.where(judged.decoded.recovered, bar, np.inf)
-    return judged.doubt if max_disagreement is not None else None
 
 
 def _reexecute(

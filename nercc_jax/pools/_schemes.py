@@ -1,5 +1,6 @@
 """A scheme on a pool: what it decides before coded data points are sent, and after answers came."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
 
 from ..codes import Decoded, Known, known_decoders, known_encoder, points_of
-from ..surrogates import Prepared, Scheme
+from ..surrogates import ErrorBars, Prepared, Scheme, error_bars
 from ._encoding import encode_on_host
 
 
@@ -22,12 +23,37 @@ class Judged(NamedTuple):
     deviation: Float[np.ndarray, "groups num_data"] | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Goal:
+    """When a prediction is good enough: its error bar within a tolerance, or few labels wrong.
+
+    Neither: all are. `coverage` is the error bars'.
+    """
+
+    tolerance: float | None = None
+    max_disagreement: float | None = None
+    coverage: float = 0.9
+
+    def score(
+        self, bars: ErrorBars | None, judged: Judged
+    ) -> Float[np.ndarray, "groups num_data"] | None:
+        """What says how doubtful each is; None where nothing does."""
+        if self.tolerance is None:
+            return judged.doubt if self.max_disagreement is not None else None
+        assert judged.deviation is not None
+        bar = np.asarray(error_bars(jnp.asarray(judged.deviation), bars, self.coverage))
+        return np.where(judged.decoded.recovered, bar, np.inf)
+
+
 class Sent(NamedTuple):
-    """What workers get, worker by worker, and, of a scheme, what it was made from."""
+    """What workers get, worker by worker, and, of a scheme, what it was made from.
+
+    `encoders` are the groups' own, where they have such."""
 
     coded: PyTree[Shaped[np.ndarray, "num_workers groups ..."]]
     points: PyTree[Shaped[np.ndarray, "points ..."]] | None = None
     prepared: Prepared | None = None
+    encoders: Float[np.ndarray, "groups num_workers num_data"] | None = None
 
 
 def scheme_steps(
@@ -45,9 +71,12 @@ def scheme_steps(
         prepared, encoders = _prepare(scheme, points)
         rows = np.asarray(encoder if encoders is None else encoders)
         groups = scheme.groups(points, jax.tree.map(np.asarray, prepared))
-        return Sent(jax.tree.map(lambda leaf: encode_on_host(rows, leaf), groups), points, prepared)
+        coded = jax.tree.map(lambda leaf: encode_on_host(rows, leaf), groups)
+        return Sent(coded, points, prepared, None if encoders is None else rows)
 
-    def judge(sent: Sent, values: PyTree, available: Bool[np.ndarray, " num_workers"]) -> Judged:
+    def judge(
+        sent: Sent, values: PyTree, available: Bool[np.ndarray, "*groups num_workers"]
+    ) -> Judged:
         assert sent.prepared is not None
         given = None if sent.prepared.points is not None else known_decoders(code, available)
         known = Known(encoder, given)
