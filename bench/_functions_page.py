@@ -144,10 +144,14 @@ def _asked(results: Results) -> str:
     ]
     text = "copies of the most doubtful never worse than random ones beyond the interval"
     rows.append((text, not worse, ", ".join(worse) or "in no cell"))
-    shares = {f: _covered(results, f, first, PICKED) for f in results}
-    off = [f"{f} {v[0]:.0%}" for f, v in shares.items() if not COVERED[0] <= v[0] <= COVERED[1]]
+    shares = {f: _covered(results, f, first, PICKED)[0] for f in results}
+    known = {f: share for f, share in shares.items() if np.isfinite(share)}
+    off = [f"{f} {v:.0%}" for f, v in known.items() if not COVERED[0] <= v <= COVERED[1]]
+    left = [f for f in results if f not in known]
+    told = [f"not of {', '.join(off)}"] if off else []
+    told += [f"not measured anew of {', '.join(left)}"] if left else []
     text = "90 % bars cover 87 to 93 % of what is picked at " + first
-    rows.append((text, not off, f"not of {', '.join(off)}" if off else "of all"))
+    rows.append((text, not (off or left), "; ".join(told) or "of all"))
     sweeps = {
         f: np.mean(told["sweep"]["rmse"][told["sweep"]["picked"]])
         for f, told in results.items()
@@ -199,6 +203,8 @@ def _table(results: Results, cell: str, systems: Sequence[str]) -> str:
 def _coverage(results: Results) -> str:
     def entry(function: str, cell: str, system: str) -> str:
         mean, half = _covered(results, function, cell, system)
+        if not np.isfinite(mean):
+            return "not measured"
         return f"{100 * mean:.1f} ± {100 * half:.1f}"
 
     rows = [
@@ -290,7 +296,8 @@ def _ratio(
 
 
 def _covered(results: Results, function: str, cell: str, system: str) -> tuple[float, float]:
-    return mean_and_half_width(of_system(results, function, cell, system, "covered"))
+    shares = of_system(results, function, cell, system, "covered")
+    return mean_and_half_width(shares) if shares else (float("nan"), float("nan"))
 
 
 def _picture(results: Results, path: Path) -> None:
