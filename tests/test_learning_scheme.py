@@ -30,6 +30,7 @@ from nercc_jax.surrogates import (
 )
 
 K, N, GROUPS = 6, 9, 5
+TUNING = LearnerTuning(steps=20)
 _WEIGHTS = np.random.default_rng(0).normal(size=(2, 3, 4))
 LAWS = {"three": ExactStragglers(3)}
 CODE = NeRCC(K, N, lambda_dec=0.0, points="repeated")
@@ -51,7 +52,7 @@ def points(seed, groups=GROUPS):
 @pytest.fixture(scope="module")
 def learner():
     x = points(10, 20)
-    return fit_learner(x, model(x), capacity=128, tuning=LearnerTuning(steps=20))
+    return fit_learner(x, model(x), capacity=128, tuning=TUNING)
 
 
 def infer(scheme, **options):
@@ -170,7 +171,7 @@ def test_bars_cover_what_they_say_and_a_tolerance_is_kept(learner, key):
     for share in (0.5, 0.9):
         bar = bars(assessed.deviation, share)
         assert abs(coverage(assessed.decoded.predictions, own, bar) - share) < 0.12
-        by_window = bars_of(learner)(assessed.deviation, share)
+        by_window = bars_of(learner, TUNING)(assessed.deviation, share)
         assert abs(coverage(assessed.decoded.predictions, own, by_window) - share) < 0.2
     assert np.all(np.asarray(bars(assessed.deviation, 0.9999)[assessed.deviation > 0]) == np.inf)
     bar = np.asarray(bars(assessed.deviation, 0.9))
@@ -219,7 +220,7 @@ def test_doubt_order_and_a_mesh_go_with_it(learner, key):
 
 def test_a_pool_carries_it_out(learner):
     x = points(24).reshape(GROUPS, K, 3)
-    scheme = Scheme(CODE, learner, order="pixels", bars=bars_of(learner))
+    scheme = Scheme(CODE, learner, order="pixels", bars=bars_of(learner, TUNING))
     with DevicePool(model, N, example=x[0, :1]) as pool:
         pooled = pool_inference(pool, scheme, with_status=True)(x)
         within = pool_inference(pool, scheme, with_status=True, tolerance=0.0)(x, N - 3)
