@@ -152,7 +152,8 @@ class Learner(AbstractSurrogate):
                 f"these are answers of version {version!r}; the learner knows version "
                 f"{self.version!r}: start anew with `learner.restart({version!r})`"
             )
-        learned, places = self._written(*jax.tree.map(jnp.asarray, (x, y)), observed)
+        x, y = jax.tree.map(jnp.asarray, (x, y))
+        learned, places = self._written(x, y, observed)
         if len(places) > _MANY * self.capacity:
             return learned.refreshed()
         return learned._replaced(places)
