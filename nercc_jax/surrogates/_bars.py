@@ -68,6 +68,9 @@ def bars_of(
     tuned on these pairs. They are compared with the deviations that the learner itself has there,
     as new ones will be. Only the learner's own shape of kernel is tuned, so many times.
 
+    Where a function is known almost to rounding, kernels of the folds and the learner's differ too
+    much, and the bars may be far off: there `calibrate_bars` serves.
+
     They hold for data points like those, and for the learner alone (an infinite kappa): a mixture
     with a code wants `calibrate_bars`. Raises: ValueError for a learner that knows nothing, fewer
     than two folds, and too few pairs to tune a kernel on.
