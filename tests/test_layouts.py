@@ -371,7 +371,8 @@ def test_points_follow_the_data_where_that_is_measured_to_help(sweeps, data, hel
     best = {follow: min(c.objective for c in found.candidates if c.follow == follow)
             for follow in (None, "inputs")}  # fmt: skip
     assert found.follow == ("inputs" if helps else None)
-    assert (best["inputs"] < 0.5 * best[None]) == helps
+    assert (best["inputs"] < 0.75 * best[None]) == helps
+    assert (best["inputs"] > best[None]) != helps
     assert len(found.best_of_layouts) == 2
 
 
