@@ -39,6 +39,7 @@ except ImportError:
 _LOG = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_ELSEWHERE = ValueError, RuntimeError  # where signals are told of: not in the main thread
 # Seconds between looks at whether the server shall end.
 _TICK = 0.02
 # How long the last errors have to reach their clients, once draining has taken too long.
@@ -254,13 +255,14 @@ class Server:
             yield
         finally:
             loop = asyncio.get_running_loop()
-            for each in _SIGNALS:
-                loop.remove_signal_handler(each)
+            with contextlib.suppress(*_ELSEWHERE):
+                for each in _SIGNALS:
+                    loop.remove_signal_handler(each)
 
     def _catch_signals(self) -> None:
         """Anew while models start: Ray, when it does, takes SIGTERM for a crash of its own."""
         loop = asyncio.get_running_loop()
-        with contextlib.suppress(ValueError, RuntimeError):  # not the main thread
+        with contextlib.suppress(*_ELSEWHERE):
             for each in _SIGNALS:
                 loop.add_signal_handler(each, self._interrupt, each)
 
