@@ -292,7 +292,7 @@ def test_a_run_with_stragglers_and_deaths_that_is_killed_and_goes_on(folder):
     tolerance, rows = 0.1, 1500
     x = np.random.default_rng(0).uniform(-1, 1, (rows, 3))
     np.save("x.npy", x)
-    asked = "--pool ray --address local --num-workers 8 --worker-cpus 0.1 --output results"
+    asked = "--pool ray --address local --num-workers 5 --worker-cpus 0.1 --output results"
     faults = "--straggler-rate 0.05 --straggler-delay 1 --death-rate 0.005"
     told = command(
         *("--model", "nercc_own_rows:slow", "--tolerance", str(tolerance)),
