@@ -110,6 +110,7 @@ class Schedule:
         self.count_first(self.batcher._lanes)
         self.submitted = []
         self.ended = []  # a number of a request each time that one ends
+        self.checked = 0  # of those, how many were looked at
 
     def seconds(self, size):
         """Of a call: most take as long as others, some longer, few until they are given up."""
@@ -170,7 +171,7 @@ class Schedule:
     def check_answers(self):
         """One end each, the model's own answers to its own queries, no later than promised."""
         assert len(set(self.ended)) == len(self.ended), "a request ended twice"
-        for number in self.ended[getattr(self, "_checked", 0) :]:
+        for number in self.ended[self.checked :]:
             x, future, end, exact = self.submitted[number]
             if future.cancelled():
                 continue
@@ -184,7 +185,7 @@ class Schedule:
             assert np.array_equal(reply.values[reply.exact], own[reply.exact]), "swapped"
             assert np.isfinite(reply.values).all()
             assert reply.exact.all() or not exact
-        self._checked = len(self.ended)
+        self.checked = len(self.ended)
 
     def check_books(self):
         batcher, desk, now = self.batcher, self.pool._desk, self.clock.now()
