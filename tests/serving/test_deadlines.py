@@ -1,13 +1,19 @@
 """Deadlines are kept by whoever is awake: a batcher that is held up costs nobody more than that."""
 
+# ruff: noqa: E402 (`require` comes before what needs it)
+
 import concurrent.futures
 import threading
 
-import grpc
-import httpx
 import pytest
-from in_process import SERVABLE, body, channel, listening
+from conftest import require
 from nercc_server import ENDS, patience
+
+httpx = require("httpx", "serve-test")
+grpc = require("grpc", "serve-test")
+require("nercc_jax.serving._kserve", "serve")
+
+from in_process import SERVABLE, body, channel, listening
 from prometheus_client import CollectorRegistry
 
 from nercc_jax import Uncoded
