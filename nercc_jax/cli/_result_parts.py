@@ -90,10 +90,9 @@ class Parts:
         self._pending, self._written = [], time.monotonic()
 
     def keep(self, name: str, file: str, write: Callable[[Path], Any]) -> None:
-        """Puts another file beside the parts, which the manifest has under this name."""
+        """Has another file written beside the parts, whole; the manifest has it under this name."""
         self._folder.mkdir(exist_ok=True)
-        write(beside := self._folder / f".{file}")
-        beside.replace(self._folder / file)
+        write(self._folder / file)
         self._manifest[name] = file
         self.flush()
 

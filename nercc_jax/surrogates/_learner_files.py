@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..codes import join
+from ..codes import join, write_whole
 from ._kernels import Kernel
 from ._learner import Function, Learner
 from ._window import one_row
@@ -30,10 +30,11 @@ def save_learner(
 
     Functions (`features`, `prior`) are not written: `load_learner` asks for them again. `about`,
     JSON values of the caller's choice, is kept beside it. Raises: TypeError where `about` is no
-    JSON, OSError as `open` does, ImportError without the package safetensors.
+    JSON, OSError as `open` does (the file is as before then), ImportError without the package
+    safetensors.
     """
     _needs_safetensors()
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     window = {name: getattr(learner, name) for name in _WINDOW}
     kernel = {f"kernel.{name}": getattr(learner.kernel, name) for name in _KERNEL}
@@ -48,7 +49,8 @@ def save_learner(
         "outputs": json.dumps([learner.form.shapes, learner.form.dtypes]),
         "about": json.dumps(dict(about or {}), allow_nan=False),
     }
-    save_file(arrays, Path(path), metadata=header)
+    content = save(arrays, metadata=header)
+    write_whole(Path(path), lambda file: file.write(content))
 
 
 def load_learner(
