@@ -9,9 +9,8 @@ from scipy.special import expit
 
 from nercc_jax import Berrut, ExactStragglers, NeRCC, calibrate_doubt
 from nercc_jax.evaluation import record_answers
-from nercc_jax.surrogates import Surrogate, expect_points, logistic_regression, observe
+from nercc_jax.surrogates import Surrogate, doubt_from, expect_points, logistic_regression, observe
 from nercc_jax.surrogates._calibration import regression
-from nercc_jax.surrogates._doubt import calibrate
 
 K, N, OUTPUTS = 4, 7, 4
 LAWS = {"three": ExactStragglers(3)}
@@ -98,7 +97,7 @@ def test_the_risk_is_what_can_be_counted(dtype):
     features = np.stack([np.ones(20), feature], axis=-1).reshape(1, 5, 4, 2)
     sure = (np.arange(20) >= 18).reshape(1, 5, 4)
     wrong = np.isin(np.arange(20), [9, 14, 16, 17]).reshape(1, 5, 4)
-    doubt = calibrate(features, sure, wrong)
+    doubt = doubt_from(features, sure, wrong)
     assert doubt.weights[1] < 0
     assert doubt.levels[0] == doubt.risks[0] == 0
     np.testing.assert_allclose(doubt.shares[0], 0.9, atol=1e-6)
@@ -124,7 +123,7 @@ def test_the_correction_is_for_what_is_no_logistic_curve(dtype):
     true = np.where(feature > 0, 0.01, 0.4)
     wrong = (rng.uniform(size=feature.shape) < true).reshape(1, -1, 1)
     features = np.stack([np.ones_like(feature), feature], axis=-1).reshape(1, -1, 1, 2)
-    doubt = calibrate(features, np.zeros(wrong.shape, bool), wrong)
+    doubt = doubt_from(features, np.zeros(wrong.shape, bool), wrong)
     given = np.asarray([[1, -0.9], [1, -0.3], [1, 0.4], [1, 0.9]])
     line = expit(given @ np.asarray(doubt.weights))
     assert line[0] > 0.5
@@ -146,7 +145,7 @@ def test_where_hardly_anything_is_told_rounding_decides_nothing(told, dtype):
     wrong = rng.uniform(size=shape) < expit(told * feature)
     sure = rng.uniform(size=shape) < 0.5
     features = np.stack([np.ones(shape), -feature], axis=-1)
-    doubt = calibrate(features, sure, wrong & ~sure)
+    doubt = doubt_from(features, sure, wrong & ~sure)
     value = np.asarray(eqx.filter_jit(doubt.of_features)(jnp.asarray(features, float)))
     value = np.where(sure, 0, value)
     for limit in np.asarray(doubt.levels)[[0, 1, len(doubt.levels) // 2, -1]]:

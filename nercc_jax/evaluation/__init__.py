@@ -10,7 +10,7 @@ from ._answers import (
     own_outputs,
     record_answers,
 )
-from ._criteria import Criterion, labels_of, point_criterion, same_labels
+from ._criteria import Criterion, agree_on_labels, labels_of, point_criterion, same_labels
 from ._evaluation import Estimate, Evaluation, evaluate
 from ._forecast import Forecast, make_forecast
 from ._functions import coverage, recall, relative_rmse, row_errors
@@ -25,6 +25,7 @@ __all__ = [
     "Forecast",
     "Recorder",
     "Trial",
+    "agree_on_labels",
     "all_answers",
     "batched",
     "coverage",

@@ -5,7 +5,9 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
+
+from ..codes import Form
 
 CriterionName: TypeAlias = Literal["mse", "cross_entropy", "disagreement"]
 Criterion: TypeAlias = CriterionName | Callable[[PyTree, PyTree], Float[Array, ""]]
@@ -44,6 +46,21 @@ def same_labels(labels: PyTree, others: PyTree, axes: int) -> Bool[Array, "*lead
         for mine, theirs in zip(jax.tree.leaves(labels), jax.tree.leaves(others), strict=True)
     ]
     return jnp.all(jnp.stack(same), axis=0)
+
+
+def agree_on_labels(
+    vectors: Float[ArrayLike, "*points m"],
+    others: Float[ArrayLike, "*points m"],
+    form: Form | None = None,
+) -> Bool[Array, "*points"]:
+    """Whether outputs, as vectors, have the same label; where `form` splits them, all labels."""
+    vectors, others = jnp.asarray(vectors), jnp.asarray(others)
+    axes = vectors.ndim - 1
+
+    def labels(outputs: Array) -> PyTree:
+        return labels_of(outputs if form is None else form.split(outputs), axes)
+
+    return same_labels(labels(vectors), labels(others), axes)
 
 
 def _mean(of_leaf: Callable[[Array, Array], Array]) -> Callable[[PyTree, PyTree], Array]:

@@ -3,7 +3,16 @@
 from ._bars import ErrorBars, bars_from, bars_of
 from ._calibrate_bars import calibrate_bars
 from ._calibrate_doubt import calibrate_doubt
-from ._doubt import Doubt, assess, doubt_of, margin, observe
+from ._doubt import (
+    Doubt,
+    assess,
+    doubt_from,
+    doubt_of,
+    doubt_of_predictions,
+    features_of_doubt,
+    margin,
+    observe,
+)
 from ._expected import (
     AbstractExpectation,
     AbstractSurrogate,
@@ -25,6 +34,7 @@ from ._kernels import Kernel
 from ._learner import Learner, start_learner
 from ._learner_files import learner_card, load_learner, save_learner
 from ._logistic import logistic_regression
+from ._projection import Projection, principal_components
 from ._reexecute import Assessed, doubtful, error_bars, reexecute
 from ._scheme import Prepared, Scheme
 from ._surrogate import Surrogate, decode_with_surrogate, expect_points, fit_surrogate
@@ -44,6 +54,7 @@ __all__ = [
     "Lesson",
     "Outputs",
     "Prepared",
+    "Projection",
     "Scheme",
     "Surrogate",
     "assess",
@@ -52,10 +63,13 @@ __all__ = [
     "calibrate_bars",
     "calibrate_doubt",
     "decode_with_surrogate",
+    "doubt_from",
     "doubt_of",
+    "doubt_of_predictions",
     "doubtful",
     "error_bars",
     "expect_points",
+    "features_of_doubt",
     "fit_learner",
     "fit_scheme",
     "fit_surrogate",
@@ -67,6 +81,7 @@ __all__ = [
     "margin",
     "observe",
     "outputs_of",
+    "principal_components",
     "reexecute",
     "save_learner",
     "start_learner",

@@ -15,7 +15,7 @@ from ..codes import AbstractCode, Form, Known, encode_groups, join, known_encode
 from ..evaluation import cut_groups, draw_sets, labels_of, record_answers, same_labels
 from ..inference import Model, cast_model, check_model, current_conditions, run_workers
 from ..stragglers import AbstractStragglers
-from ._doubt import Doubt, calibrate, doubt_of, features_of_doubt
+from ._doubt import Doubt, doubt_from, doubt_of, features_of_doubt
 from ._expected import AbstractSurrogate, check_like
 from ._scheme import Scheme
 from ._surrogate import expect_points
@@ -78,7 +78,7 @@ def _of_scheme(
     workers = cast_model(model, worker_dtype)
     form, seen = _observe(model, workers, scheme, x, masks, known_encoder(scheme.code))
     features, sure, wrong = map(np.asarray, seen)
-    doubt = calibrate(features, sure, wrong, None if form.is_vector else form)
+    doubt = doubt_from(features, sure, wrong, None if form.is_vector else form)
     return dataclasses.replace(doubt, conditions=current_conditions(worker_dtype))
 
 

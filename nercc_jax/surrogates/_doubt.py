@@ -18,12 +18,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray
 from scipy.special import expit
 
 from ..codes import AbstractCode, Decoded, Form, Matrices, decode_vectors, variances
 from ..codes import deviation as deviation_of
-from ..evaluation import Answers, draw_sets
+from ..evaluation import Answers, agree_on_labels, draw_sets
 from ..inference import AbstractCalibrated, Conditions
 from ..stragglers import AbstractStragglers
 from ._calibration import correction, regression, risks
@@ -126,22 +126,26 @@ def doubt_of(
     seen = observe(own, surrogate, beside, masks)
     form = None if own.form.is_vector else own.form
     features, sure, wrong = map(np.asarray, seen)
-    doubt = calibrate(features, sure, wrong, form)
+    doubt = doubt_from(features, sure, wrong, form)
     return dataclasses.replace(doubt, conditions=own.conditions)
 
 
 def doubt_of_predictions(
-    predictions: Float[Array, "points m"],
-    deviation: Float[Array, " points"],
-    own: Float[Array, "points m"],
+    predictions: Float[ArrayLike, "points m"],
+    deviation: Float[ArrayLike, " points"],
+    own: Float[ArrayLike, "points m"],
+    form: Form | None = None,
 ) -> Doubt:
-    """The doubt of a surrogate's predictions by themselves, on points whose answers are known."""
-    told = features_of_doubt(predictions, deviation, predictions, None)
-    differ = jnp.argmax(predictions, axis=-1) != jnp.argmax(own, axis=-1)
+    """The doubt of a surrogate's predictions by themselves, on points whose answers are known.
+
+    Called with them as `cheap`, too. Raises: ValueError for too few points to tell anything."""
+    predictions, deviation, own = map(jnp.asarray, (predictions, deviation, own))
+    told = features_of_doubt(predictions, deviation, predictions, form)
+    differ = ~agree_on_labels(predictions, own, form)
     features, sure, wrong = (
         np.asarray(each)[None, :, None] for each in (told, deviation == 0, differ)
     )
-    return calibrate(features, sure, wrong)
+    return doubt_from(features, sure, wrong, form)
 
 
 def assess(
@@ -243,13 +247,16 @@ def _least_of_labels(
     return jnp.min(jnp.stack(least), axis=0)
 
 
-def calibrate(
+def doubt_from(
     features: Float[np.ndarray, "sets groups num_data features"],
     sure: Bool[np.ndarray, "sets groups num_data"],
     wrong: Bool[np.ndarray, "sets groups num_data"],
     form: Form | None = None,
 ) -> Doubt:
-    """The doubt that is right about these data points: three steps, see `_calibration.py`."""
+    """The doubt that is right about these data points, by what it looks at (`features_of_doubt`).
+
+    Whether they are `sure`, whatever it looks at, and whether the label was wrong. Three steps, see
+    `_calibration.py`."""
     # A data point is much the same under all sets: it counts as one in all, not as one in each.
     count = np.sum(~sure.all(axis=0)) / max(np.sum(~sure), 1)
     group = np.nonzero(~sure)[1]

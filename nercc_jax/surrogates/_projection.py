@@ -1,0 +1,55 @@
+"""Features of data points with many floats: their principal components."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float, PyTree, Shaped
+
+from ..codes import check_count, is_float, join, multiply
+
+
+class Projection(eqx.Module):
+    """The place of data points along some directions; `features` of a learner.
+
+    `centre` is taken off, `directions` are orthonormal.
+    """
+
+    centre: Float[Array, " floats"]
+    directions: Float[Array, "floats features"]
+
+    def __call__(self, x: PyTree[Shaped[Array, "points ..."]]) -> Float[Array, "points features"]:
+        return multiply(_floats(x) - self.centre, self.directions)
+
+
+def principal_components(
+    x: PyTree[Shaped[ArrayLike, "points ..."]], number: int = 64
+) -> Projection:
+    """The directions in which these data points differ most: as many, or all that there are.
+
+    What is no float does not count. Raises: ValueError for no float, for fewer than two data
+    points, and for a number that is not positive.
+    """
+    number = check_count("number", number)
+    floats = np.asarray(_floats(jax.tree.map(jnp.asarray, x)), np.float64)
+    check_count("data points", len(floats), 2)
+    centre = floats.mean(axis=0)
+    deviations = floats - centre
+    few = min(number, *floats.shape)
+    # By whichever of the two products is smaller.
+    if len(floats) <= floats.shape[1]:
+        values, vectors = np.linalg.eigh(deviations @ deviations.T)
+        vectors = deviations.T @ vectors[:, ::-1]
+        values = values[::-1]
+        kept = values[:few] > 1e-10 * values[0]
+        directions = vectors[:, :few][:, kept] / np.sqrt(values[:few][kept])
+    else:
+        directions = np.linalg.eigh(deviations.T @ deviations)[1][:, ::-1][:, :few]
+    return Projection(jnp.asarray(centre, jnp.float32), jnp.asarray(directions, jnp.float32))
+
+
+def _floats(x: PyTree[Shaped[Array, "points ..."]]) -> Float[Array, "points floats"]:
+    floats = [leaf for leaf in jax.tree.leaves(x) if is_float(leaf)]
+    if not floats:
+        raise ValueError("there is no float among the data points")
+    return join(floats, 1)[0]
