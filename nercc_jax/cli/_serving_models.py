@@ -10,7 +10,7 @@ import numpy as np
 from prometheus_client import CollectorRegistry
 
 from ..codes import AbstractCode, Berrut, NeRCC, Replication, Uncoded, load_code
-from ..serving import Servable, make_servable
+from ..serving import Predictor, Servable, make_servable
 from ..serving._metrics import Meters
 from ..serving._phases import phase
 from ..serving._servable import load_callable
@@ -74,7 +74,9 @@ def check_model(settings: ModelSettings) -> None:
     """All that can be seen without workers. Raises: ValueError where something does not fit."""
     _check_files(settings)
     code = code_of(settings)
-    fitting_code(code, settings, servable_of(settings))
+    servable = servable_of(settings)
+    fitting_code(code, settings, servable)
+    predictor_of(settings, servable)
 
 
 def _check_files(settings: ModelSettings) -> None:
@@ -97,7 +99,8 @@ def _start(
         servable = servable_of(settings)
         code = fitting_code(code, settings, servable)
     try:
-        return ServedModel(servable, code, settings, meters, calibration_file(settings, code))
+        kept, predictor = calibration_file(settings, code), predictor_of(settings, servable)
+        return ServedModel(servable, code, settings, meters, kept, predictor)
     except RuntimeError as error:
         raise StartFailed(f"the workers of {name} did not start: {error}") from error
 
@@ -127,6 +130,38 @@ def servable_of(settings: ModelSettings) -> Servable:
         output_name=settings.output_name or "output",
         calibration=calibration,
     )
+
+
+def predictor_of(settings: ModelSettings, servable: Servable) -> Predictor | None:
+    """What answers from what is known, by the setting `surrogate`.
+
+    Raises: ValueError where there is no such surrogate, or nothing can be predicted.
+    """
+    asked, name = settings.surrogate, servable.name
+    if asked in (None, "none"):
+        return None
+    if servable.uncodable is not None:
+        raise ValueError(f"{name} cannot have a surrogate: {servable.uncodable}")
+    if asked == "learn":
+        return Predictor()
+    if ":" in asked:
+        found = load_callable(asked, None)
+    elif asked == "student" or asked.endswith(".safetensors"):
+        if settings.outputs != "logits":
+            raise ValueError(f"{name}: students give logits, and the model {settings.outputs}")
+        from nercc_models import load_student, load_student_file
+
+        try:
+            own = asked == "student"
+            found = load_student(str(settings.model)) if own else load_student_file(asked)
+        except FileNotFoundError as error:
+            raise ValueError(f"{name}: {error}") from error
+    else:
+        raise ValueError(
+            f"{name}: surrogate is learn, student, none, a .safetensors file of `nercc distill` or "
+            f"module:function, not {asked!r}"
+        )
+    return Predictor(servable.on_rows(found))
 
 
 def fitting_code(code: AbstractCode, settings: ModelSettings, servable: Servable) -> AbstractCode:

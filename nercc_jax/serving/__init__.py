@@ -10,6 +10,7 @@ if TYPE_CHECKING:  # what there is, for readers and type checkers; `_WHERE` says
     from ._fidelity import Fidelity as Fidelity
     from ._policy import BatchingPolicy as BatchingPolicy
     from ._policy import Measure as Measure
+    from ._predictor import Predictor as Predictor
     from ._request import DeadlineExceeded as DeadlineExceeded
     from ._request import InferenceFailed as InferenceFailed
     from ._request import QueueFull as QueueFull
@@ -24,6 +25,7 @@ _WHERE = {
     "_coder": "Coder",
     "_fidelity": "Audit Fidelity",
     "_policy": "BatchingPolicy Measure",
+    "_predictor": "Predictor",
     "_request": "DeadlineExceeded InferenceFailed QueueFull Reply ServerClosing",
     "_servable": "Servable make_servable",
 }

@@ -10,8 +10,6 @@ is arranged so that queries beside each other are alike; nothing waits for that.
 
 import collections
 import concurrent.futures
-import heapq
-import itertools
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -23,14 +21,17 @@ from jaxtyping import Shaped
 
 from ..inference import warn_if_other
 from ..pools import AbstractPool, AnswerTimes, Overdue, Refuse, refuse_odd
+from ._agenda import Agenda
 from ._arrangement import Arranger
 from ._coder import Coder
 from ._fidelity import Fidelity
-from ._group import Group
+from ._foresight import Foresight
+from ._group import Group, Guess
 from ._health import Health, health_of_pool
 from ._lanes import Lanes
 from ._ledger import Ledger
 from ._policy import MAX_DEADLINE_S, BatchingPolicy, Measure
+from ._predictor import Predictor
 from ._record import Record
 from ._request import (
     Answer,
@@ -44,6 +45,7 @@ from ._request import (
 from ._rescue import Rescue
 from ._rows import CODED, Rows
 from ._sender import Sender
+from ._study import Goal
 from ._tutor import Tutor
 
 _LOG = logging.getLogger(__name__)
@@ -51,7 +53,6 @@ _LOG = logging.getLogger(__name__)
 # Groups that may be kept after their queries are answered, to hear what their stragglers say, and
 # for how many median answer times (but at least a second).
 _LINGERING, _LINGER = 256, 20
-_STALE = 256  # deadlines of requests that have been answered, before they are swept out
 _QUESTION = 5.0  # seconds that a question of its own may take
 _NUDGE = object()
 
@@ -73,6 +74,7 @@ class CodedBatcher:
         dtypes: tuple[DTypeLike, DTypeLike] = (np.float32, np.float32),
         policy: BatchingPolicy | None = None,
         fidelity: Fidelity | None = None,
+        predictor: Predictor | None = None,
         refuse: Refuse = refuse_odd,
         observe: Callable[[Measure, float], Any] | None = None,
     ):
@@ -80,9 +82,11 @@ class CodedBatcher:
 
         `shape` is that of one query, `outputs` that of its answer, `dtypes` are theirs: others than
         float32 cannot be coded. `observe(what, number)` is told of all that happens; it must be
-        quick. `fidelity` may be calibrated beforehand; the batcher goes on with it.
+        quick. `fidelity` may be calibrated beforehand; the batcher goes on with it. A `predictor`
+        answers queries from what is known beside their groups; what is wrong of both together
+        stays below the policy's `max_disagreement`.
 
-        Raises: ValueError for a policy, or dtypes, that do not fit the code.
+        Raises: ValueError for a policy, or dtypes, that do not fit the code or the predictor.
         """
         self._queries = Rows(tuple(shape), np.dtype(dtypes[0]))
         self._answers = Rows(tuple(outputs), np.dtype(dtypes[1]))
@@ -91,6 +95,8 @@ class CodedBatcher:
                 f"queries are {self._queries.dtype} and answers {self._answers.dtype}: only "
                 "float32 can be coded, so give a Coder(Uncoded(1))"
             )
+        elif predictor is not None and {self._queries.dtype, self._answers.dtype} != {CODED}:
+            raise ValueError("only float32 can be predicted")
         self.policy = policy = policy or BatchingPolicy()
         self._pool, self._clock = pool, pool.clock
         self._observe = observe or (lambda what, number: None)
@@ -102,12 +108,18 @@ class CodedBatcher:
         # Queries go out as they come until then.
         prepare = (lambda: None) if arranger is None else arranger.compile
         self._tutor = Tutor(self.fidelity, self._answers.shape, self._observe, pool.clock, prepare)
-        self._rescue = Rescue(coder, policy, self._tutor, self._observe, pool.clock)
+        self._predictor = predictor
+        share = policy.shared_by(coder.guesses + (predictor is not None))
+        if predictor is not None:
+            goal, width = Goal(share.max_disagreement, share.tolerance), policy.max_batch_size
+            predictor.attach(goal, width, coder.form, self._observe, pool.clock)
+        foresight = Foresight(predictor, self._answers.shape, self._observe, pool.clock)
+        self._rescue = Rescue(coder, share, self._tutor, foresight, self._observe, pool.clock)
         self._compile()
         self._lanes = Lanes(policy.max_queue_size)
         self._ledger = Ledger(self._lanes, self._observe, pool.clock)
         self._inbox: collections.deque[Any] = collections.deque()
-        self._overdue = Overdue(0.5, policy.patience)
+        self._overdue = Overdue(policy.quantile, policy.patience)
         self._times = AnswerTimes(self._overdue)
         self._sender = Sender(
             pool,
@@ -116,6 +128,7 @@ class CodedBatcher:
             arranger,
             policy=policy,
             hungry=self._tutor.hungry,
+            foresight=foresight,
             enough=self._rescue.enough,
             refuse=refuse,
             overdue=self._overdue,
@@ -123,12 +136,12 @@ class CodedBatcher:
             observe=self._observe,
             tell=self._tell_of,
         )
-        self._looks: list[tuple[float, int, Group]] = []
-        self._deadlines: list[tuple[float, int, Request]] = []
-        self._numbers = itertools.count()
+        self._agenda = Agenda()
         self._nudged = False
         self._turns = pool.clock.turns("nercc-batcher", self._run)
-        self._tutor.start()
+        self._learners = [each for each in (self._tutor, predictor) if each is not None]
+        for each in self._learners:
+            each.start()
         pool.on_idle(self._nudge)
         self._turns.start()
 
@@ -183,9 +196,7 @@ class CodedBatcher:
     def health(self) -> Health:
         """Whether it is alive, and would answer a query now."""
         trouble = self._ledger.trouble(self._times.median(self.policy.max_batch_size))
-        if trouble is not None:
-            return trouble
-        return health_of_pool(self._pool, self._coder)
+        return health_of_pool(self._pool, self._coder) if trouble is None else trouble
 
     def close(self, drain: float = 0.0) -> None:
         """Takes no more, answers what it has for up to `drain` seconds, and fails the rest."""
@@ -193,7 +204,8 @@ class CodedBatcher:
         self._turns.wake()
         self._ledger.wait(drain)
         self._turns.close()
-        self._tutor.close()
+        for each in self._learners:
+            each.close()
         for request in list(self._ledger.open):
             self._ledger.fail(request, ServerClosing("the server shut down before it could answer"))
 
@@ -241,11 +253,7 @@ class CodedBatcher:
             _LOG.exception("the batcher ends")
             self._ledger.break_off(error)
             self._turns.close()
-        return min(
-            self._sender.wake,
-            self._looks[0][0] if self._looks else math.inf,
-            self._deadlines[0][0] if self._deadlines else math.inf,
-        )
+        return min(self._sender.wake, self._agenda.next)
 
     def _turn(self) -> None:
         for _ in range(len(self._inbox)):  # of what comes meanwhile, the next turn takes care
@@ -300,18 +308,13 @@ class CodedBatcher:
         if not request.queued:
             request.queued = True
             self._lanes.put(request)
-            end = request.arrived + request.deadline
-            heapq.heappush(self._deadlines, (end, next(self._numbers), request))
+            self._agenda.promise(request)
         if request.future.cancelled():
             self._ledger.cancel(request, now)
 
     def _expire(self, now: float) -> None:
         """Tells those whose deadlines have passed."""
-        if len(self._deadlines) > 2 * self.in_flight + _STALE:
-            self._deadlines = [each for each in self._deadlines if each[2] in self._ledger.open]
-            heapq.heapify(self._deadlines)
-        while self._deadlines and self._deadlines[0][0] <= now:
-            request = heapq.heappop(self._deadlines)[2]
+        for request in self._agenda.expired(now, self._ledger.open, self.in_flight):
             why = (
                 f"not answered within {request.deadline:g} s: {self.waiting} queries wait, "
                 f"{self._pool.idle} of {self._pool.num_workers} workers are idle"
@@ -321,11 +324,8 @@ class CodedBatcher:
     def _look(self, now: float) -> None:
         """What is due: deadlines, groups to be completed, stragglers to be given up."""
         self._expire(now)
-        while self._looks and self._looks[0][0] <= now:
-            due, _, group = heapq.heappop(self._looks)
-            if due == group.look_at and not group.closed:
-                group.look_at = math.inf
-                self._guard(self._decide, group, now, owed=group)
+        for group in self._agenda.due(now):
+            self._guard(self._decide, group, now, owed=group)
         filling = self._sender.filling
         if self._ledger.closing and filling is not None:
             self._guard(self._decide, filling, now, owed=filling)
@@ -361,11 +361,22 @@ class CodedBatcher:
         own = group.layout.own[place]
         asked, heard = int(group.sent[own].sum()), int(group.mask[own].sum())
         for row, query in enumerate(group.cells[place].queries):
-            self._ledger.give(query, Answer(value[row], True, asked, heard), now)
-            decoded = group.decoded.pop((place, row), None)
-            if decoded is not None:
-                agree = self.fidelity.audit(decoded, value[row])
-                self._observe("audit_same" if agree else "audit_other", 1)
+            guess = group.guessed.pop((place, row), None)
+            if guess is not None:
+                self._audit(guess.answer, value[row])
+            x = query.x if guess is None else guess.x
+            if self._predictor is not None and x is not None:
+                self._predictor.hear(x, value[row])
+            self._ledger.give(query, Answer(value[row], "exact", asked, heard), now)
+
+    def _audit(self, given: Answer, own: np.ndarray) -> None:
+        """The model's own answer came after all."""
+        if given.way == "predicted":
+            assert self._predictor is not None
+            right = self._predictor.audit(given, own)
+        else:
+            right = self.fidelity.audit(given.value, own)
+        self._observe("audit_same" if right else "audit_other", 1)
 
     def _decide(self, group: Group, now: float) -> None:
         """Decodes what is time to decode, sends again what cannot be, ends what is answered."""
@@ -380,9 +391,10 @@ class CodedBatcher:
         elif group.pending:
             given, again = self._rescue.rescue(group, self._late(group, now))
             for each in given:
-                group.decoded[each.cell, each.row] = each.answer.value
-                self._observe("expected_disagreement", each.answer.disagreement)
                 query = group.cells[each.cell].queries[each.row]
+                if query.x is not None:
+                    group.guessed[each.cell, each.row] = Guess(each.answer, query.x)
+                self._observe("expected_disagreement", each.answer.disagreement)
                 self._ledger.give(query, each.answer, now)
             self._lanes.put_again(again)
         if not group.pending:
@@ -434,6 +446,4 @@ class CodedBatcher:
         elif group.coder is not self._sender.alone:
             ends = group.sent_at[group.out] + self._times.limit(group.rows)
             due = float(np.min(ends[ends > now], initial=math.inf))
-        if due < math.inf and due != group.look_at:
-            group.look_at = max(due, now) + 1e-4
-            heapq.heappush(self._looks, (group.look_at, next(self._numbers), group))
+        self._agenda.look(group, due, now)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Shaped
 
 from ..codes import (
     AbstractCode,
@@ -30,7 +30,7 @@ from ..codes import (
     encoder_rows,
     known_decoders,
 )
-from ..evaluation import labels_of, same_labels
+from ..evaluation import agree_on_labels
 from ..pools._encoding import encode_on_host
 from ..pools._inference import shared_decoder
 from ..splines import smoothing_matrix
@@ -180,12 +180,7 @@ class Coder:
         self, decoded: Float[Array, "*lead m"], own: Float[Array, "*lead m"]
     ) -> Bool[Array, "*lead"]:
         """Whether answers have the same label, or all of several; in jit."""
-        axes = decoded.ndim - 1
-
-        def labels(answers: Array) -> PyTree:
-            return labels_of(answers if self.form is None else self.form.split(answers), axes)
-
-        return same_labels(labels(decoded), labels(own), axes)
+        return agree_on_labels(decoded, own, self.form)
 
     def places(self, queries: int) -> Int[np.ndarray, " queries"]:
         """Which alphas so many queries stand at."""

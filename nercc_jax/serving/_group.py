@@ -2,13 +2,28 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
 from ..pools import Batch
 from ._coder import Coder
 from ._record import GroupRecord
-from ._request import Query
+from ._request import Answer, Query
+
+
+class Foreseen(NamedTuple):
+    """A predictor's answer to a query before it is answered, and whether it may be given out."""
+
+    answer: Answer
+    sure: bool
+
+
+class Guess(NamedTuple):
+    """An answer that was not the model's own, and the query that it was given to."""
+
+    answer: Answer
+    x: np.ndarray
 
 
 @dataclasses.dataclass
@@ -42,8 +57,10 @@ class Group:
         self.sent_at = np.full(coder.num_workers, np.nan)
         self.answers: list[np.ndarray | None] = [None] * coder.num_workers
         self.counted = np.zeros(coder.num_workers, bool)  # as stragglers
-        # What was given out, by cell and row: to be compared, should the model's own answer come.
-        self.decoded: dict[tuple[int, int], np.ndarray] = {}
+        # By cell and row: what was said of a query before it was answered, ...
+        self.foreseen: dict[tuple[int, int], Foreseen] = {}
+        # ... and what was given out: to be compared, should the model's own answer come.
+        self.guessed: dict[tuple[int, int], Guess] = {}
         self.heard = False  # something came that the batcher has not looked at
         self.closed = False
         self.look_at = np.inf

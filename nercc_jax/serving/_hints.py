@@ -10,6 +10,7 @@ from ..pools import AbstractPool, PoolReport
 from ._batcher import CodedBatcher
 from ._coder import Coder
 from ._health import Health
+from ._predictor import Predictor
 
 _LOG = logging.getLogger(__name__)
 
@@ -46,6 +47,19 @@ def hints_of(
             f"{pool.num_workers} workers for {coder.num_workers} coded data points of a group"
         )
     return hints
+
+
+def hints_of_predictor(predictor: Predictor) -> list[str]:
+    """Why it answers nothing, if so."""
+    known, needed = predictor.progress()
+    if predictor.state == "drifted":
+        why = "predictions went wrong more often than promised"
+        return [f"{why}: {known} of {needed} answers are known anew; nothing is predicted"]
+    if predictor.state == "learning":
+        return [f"still learning: {known} of {needed} answers; nothing is predicted"]
+    if predictor.share == 0:
+        return ["the surrogate is sure of no query: nothing is predicted"]
+    return []
 
 
 class HintLog:

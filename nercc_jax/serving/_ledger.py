@@ -71,8 +71,7 @@ class Ledger:
         request = query.request
         asked = request is not self._question
         if asked:
-            kind = "query_reexecuted" if query.reexecuted else "query_exact"
-            self._observe(kind if answer.exact else "query_decoded", 1)
+            self._observe(f"query_{query.way_of(answer)}", 1)
         if request.answer(query, answer):
             reply = request.reply(self._clock.now())
             if asked:

@@ -26,7 +26,7 @@ OUTCOMES = (
     *("ok", "deadline", "failed", "cancelled"),
     *("invalid", "overloaded", "queue_full", "draining"),
 )
-ANSWERS = ("exact", "decoded", "reexecuted")
+ANSWERS = ("exact", "decoded", "predicted", "reexecuted")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,14 +93,20 @@ class Meters:
         )
         self.encode = make(Histogram, "encode_seconds", "Encoding a group.", buckets=_SHORT)
         self.decode = make(Histogram, "decode_seconds", "Decoding a group.", buckets=_SHORT)
+        self.predict = make(
+            Histogram, "predict_seconds", "Predicting a group's queries.", buckets=_SHORT
+        )
         self.learn = make(
             Histogram,
             "learn_seconds",
-            "Learning from groups, beside the queries.",
+            "Learning from answers, beside the queries.",
             buckets=_SECONDS,
         )
         self.internal = make(
             Counter, "internal_errors", "Failures of the server itself, told in its log."
+        )
+        self.drifts = make(
+            Counter, "drifts", "Times that predictions were wrong more often than promised."
         )
         self.reexecutions = make(Counter, "reexecutions", "Queries sent a second time.")
         self.over_budget = make(
@@ -109,11 +115,14 @@ class Meters:
         self.expected = make(
             Histogram,
             "expected_disagreement",
-            "Probability that a decoded query's label is not the model's own.",
+            "Probability that the label of a decoded or predicted query is not the model's own.",
             buckets=_SHARES,
         )
         self.audited = make(
-            Counter, "audited", "Decoded queries whose own worker answered later.", "label"
+            Counter,
+            "audited",
+            "Decoded or predicted queries that were answered later, too.",
+            "label",
         )
 
 
@@ -130,6 +139,7 @@ class Meter:
             "straggler": meters.stragglers.labels(model),
             "reexecution": meters.reexecutions.labels(model),
             "over_budget": meters.over_budget.labels(model),
+            "drift": meters.drifts.labels(model),
             "internal_error": meters.internal.labels(model),
         }
         self._histograms = {
@@ -140,6 +150,7 @@ class Meter:
             "order_seconds": meters.order.labels(model),
             "encode_seconds": meters.encode.labels(model),
             "decode_seconds": meters.decode.labels(model),
+            "predict_seconds": meters.predict.labels(model),
             "learn_seconds": meters.learn.labels(model),
             "workers_heard": meters.heard.labels(model),
             "expected_disagreement": meters.expected.labels(model),
@@ -214,6 +225,7 @@ class Meter:
         answers = {answer: total(f"query_{answer}") for answer in ANSWERS}
         expected = total("expected")
         number = sum(answers.values())
+        guessed = answers["decoded"] + answers["predicted"]
         return {
             "totals": {
                 "requests": sum(total(f"request_{outcome}") for outcome in OUTCOMES),
@@ -226,7 +238,7 @@ class Meter:
             "latency": _latencies(recent),
             "heard": {"counts": heard},
             "fidelity": {
-                "decoded_share": answers["decoded"] / number if number else None,
+                "decoded_share": guessed / number if number else None,
                 "expected_disagreement": totals["expected_sum"] / expected if expected else None,
             },
         }

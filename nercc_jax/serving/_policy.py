@@ -22,8 +22,9 @@ class BatchingPolicy:
     - `deadline_s`: seconds that a request has unless it says otherwise; at most an hour.
     - `priority_lead_s`: seconds that queries of high priority go ahead of others: before those that
       came up to so long earlier, and behind those that have waited longer. 0: nobody does.
-    - `patience`: a coded data point straggles once it is out for so many times the running median
-      of answer times. What straggles is decoded, or sent again.
+    - `patience`: a coded data point straggles once it is out for so many times the running
+      `quantile` (the median) of answer times. What straggles is decoded, or sent again. Hedging as
+      published has the quantile 0.95 and the patience 1.
     - `wait_for`: how many answers of a group are enough to decode, if nothing better is known;
       unless given, 85 % of N but at least K, or half of the redundancy for interleaved codes.
     - `max_disagreement`: of the queries whose own worker straggles (or that have none), this share
@@ -32,6 +33,12 @@ class BatchingPolicy:
       doubtful waits for more answers, and is sent again once none are to come. (A code that is no
       regression tells no deviation: there the mean over queries at its place decides for a query.)
       None: decode as soon as `wait_for` answers are in, whatever is expected.
+    - `tolerance`: for functions, with a predictor: a straggler's query is answered by it where that
+      is off by no more, in units of the outputs, in nine of ten cases. Then nothing is decoded.
+    - `redundancy`: "always" sends what a code has beyond the queries themselves while workers are
+      free; "doubtful" only where a predictor could not answer for one of a group's queries: copies
+      of those alone, where the code has copies. None is sent before the predictor knows enough.
+    - `max_redundancy`: with "doubtful", send no more than this share of the queries for that.
     - `max_reexecution`: send no more than this share of all queries again because they are
       doubtful; beyond it what is best known is given out, with its doubt. None: no bound. (What
       cannot be decoded at all is sent again in any case, and counts.)
@@ -47,9 +54,13 @@ class BatchingPolicy:
     deadline_s: float = 10.0
     priority_lead_s: float = 1.0
     patience: float = 1.5
+    quantile: float = 0.5
     wait_for: int | None = None
     max_disagreement: float | None = None
     max_reexecution: float | None = None
+    tolerance: float | None = None
+    redundancy: Literal["always", "doubtful"] = "always"
+    max_redundancy: float | None = None
     ordering: bool = True
     copies: int = 2
 
@@ -70,12 +81,26 @@ class BatchingPolicy:
                 f"{self.deadline_s} from above 0 to {MAX_DEADLINE_S:g}, and patience "
                 f"{self.patience} positive"
             )
+        if not 0 < self.quantile < 1:
+            raise ValueError(f"quantile must be between 0 and 1, not {self.quantile}")
         if not 0 <= self.priority_lead_s < math.inf:
             raise ValueError(f"priority_lead_s must be 0 or more, not {self.priority_lead_s}")
         if self.max_disagreement is not None and not 0 <= self.max_disagreement < 1:
             raise ValueError(f"max_disagreement must be in [0, 1), not {self.max_disagreement}")
+        if self.tolerance is not None and not 0 < self.tolerance < math.inf:
+            raise ValueError(f"tolerance must be positive, not {self.tolerance}")
+        if self.redundancy not in ("always", "doubtful"):
+            raise ValueError(f"redundancy must be 'always' or 'doubtful', not {self.redundancy!r}")
+        if self.max_redundancy is not None and not self.max_redundancy >= 0:
+            raise ValueError(f"max_redundancy must be 0 or more, not {self.max_redundancy}")
         if self.max_reexecution is not None and not 0 <= self.max_reexecution <= 1:
             raise ValueError(f"max_reexecution must be in [0, 1], not {self.max_reexecution}")
+
+    def shared_by(self, ways: int) -> "BatchingPolicy":
+        """The same where answers are guessed in several ways, which share what may be wrong."""
+        if self.max_disagreement is None or ways < 2:
+            return self
+        return dataclasses.replace(self, max_disagreement=self.max_disagreement / ways)
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
@@ -98,6 +123,7 @@ Measure: TypeAlias = Literal[
     # Queries by how they were answered.
     "query_exact",
     "query_decoded",
+    "query_predicted",
     "query_reexecuted",
     "high_priority",
     "queue_seconds",
@@ -112,10 +138,13 @@ Measure: TypeAlias = Literal[
     "straggler",
     "reexecution",
     "over_budget",
+    "predict_seconds",
     # Of the learning that goes on beside, a turn of it.
     "learn_seconds",
     # Something of ours failed, which should not.
     "internal_error",
+    # Predictions went wrong more often than was promised.
+    "drift",
     "audit_same",
     "audit_other",
 ]

@@ -341,6 +341,7 @@ def _added(reply: Reply) -> dict[str, Any]:
     return {
         "nercc_exact": all(exact),
         "nercc_approximate": exact.count(False),
+        "nercc_predicted": sum(reply.predicted.tolist()),
         "nercc_reexecuted": sum(reply.reexecuted.tolist()),
         "nercc_workers_asked": sum(reply.asked.tolist()),
         "nercc_workers_heard": sum(reply.heard.tolist()),

@@ -3,11 +3,14 @@
 import concurrent.futures
 import dataclasses
 from collections.abc import Callable
+from typing import Literal, TypeAlias
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, PyTree, Shaped
 
 from ._record import Record
+
+Way: TypeAlias = Literal["exact", "decoded", "predicted"]
 
 
 class QueueFull(RuntimeError):
@@ -33,17 +36,20 @@ class Reply:
     `exact`: the model's own answer to the query itself; otherwise it was decoded from the answers
     to coded data points. `asked` and `heard` are the workers that had been given the query or a
     coded data point of its group, and those that had answered, when it was answered; `reexecuted`
-    ones were sent a second time. `expected_disagreement` is the probability that a decoded answer's
-    label is not the model's own: by its margin and deviation, or, for codes that are no regression,
-    the mean over calibration data decoded from the same workers. `expected_error` is the root of
-    the mean squared distance to the model's answer, in units of its outputs, always such a mean.
-    They are 0 for exact answers and NaN where nothing is known yet. `queued` and `seconds` are how
-    long the first query waited to be sent, and how long the request took. `values` are an array, or
-    a dict of such from a model that returns several.
+    ones were sent a second time, and `predicted` ones answered from what was known beside their
+    group's answers (`Predictor`). `expected_disagreement` is the probability that the label is not
+    the model's own: by margin and deviation, or, for codes that are no regression, the mean over
+    calibration data decoded from the same workers. `expected_error` is in units of the outputs:
+    decoded, the root of the mean squared distance to the model's answers over such data; predicted,
+    how far it is off at most in nine of ten cases. They are 0 for exact answers and NaN where
+    nothing is known yet. `queued` and `seconds` are how long the first query waited to be sent, and
+    how long the request took. `values` are an array, or a dict of such from a model that returns
+    several.
     """
 
     values: PyTree[Shaped[np.ndarray, "batch ..."]]
     exact: Bool[np.ndarray, " batch"]
+    predicted: Bool[np.ndarray, " batch"]
     reexecuted: Bool[np.ndarray, " batch"]
     asked: Int[np.ndarray, " batch"]
     heard: Int[np.ndarray, " batch"]
@@ -55,10 +61,10 @@ class Reply:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """One query's part of a reply."""
+    """One query's part of a reply, and in which way it came."""
 
     value: np.ndarray
-    exact: bool
+    way: Way
     asked: int
     heard: int
     disagreement: float = 0.0
@@ -94,7 +100,7 @@ class Request:
         self.queries = [Query(self, place, row) for place, row in enumerate(x)]
         self._left = size
         self._values = values
-        self._exact = np.ones(size, bool)
+        self._exact, self._predicted = np.ones(size, bool), np.zeros(size, bool)
         self._again = np.zeros(size, bool)
         self._asked = np.zeros(size, int)
         self._heard = np.zeros(size, int)
@@ -104,12 +110,12 @@ class Request:
         """Takes one query's answer; whether it was the last that was missing."""
         place = query.place
         self._values[place] = answer.value
-        self._exact[place], self._again[place] = answer.exact, query.reexecuted
+        self._exact[place], self._again[place] = answer.way == "exact", query.reexecuted
+        self._predicted[place] = answer.way == "predicted"
         self._asked[place], self._heard[place] = answer.asked, answer.heard
         self._expected[:, place] = answer.disagreement, answer.error
         if self.record is not None:
-            kind = "reexecuted" if query.reexecuted else "exact"
-            self.record.answers[place] = kind if answer.exact else "decoded"
+            self.record.answers[place] = query.way_of(answer)
         self._left -= 1
         return self._left == 0
 
@@ -117,6 +123,7 @@ class Request:
         return Reply(
             self._values,
             self._exact,
+            self._predicted,
             self._again,
             self._asked,
             self._heard,
@@ -147,6 +154,10 @@ class Query:
         self.tell_home: Callable[[], None] | None = None
         self.done = self.reexecuted = False
         self.waiting = True
+
+    def way_of(self, answer: Answer) -> str:
+        """How it was answered: in the answer's way, or, a second time, "reexecuted"."""
+        return "reexecuted" if answer.way == "exact" and self.reexecuted else answer.way
 
 
 def words_of(error: BaseException) -> str:

@@ -1,8 +1,8 @@
-"""What becomes of queries whose own workers straggle: decoded, or sent again."""
+"""What becomes of queries whose own workers straggle: foreseen, decoded, or sent again."""
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from ..pools import AbstractClock
 from ._budget import Budget
 from ._coder import Coder
+from ._foresight import Foresight
 from ._group import Group
 from ._policy import BatchingPolicy
 from ._request import Answer, Query
@@ -18,7 +19,7 @@ from ._tutor import Tutor
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-    """A decoded answer, and whose it is: a group's cell and row."""
+    """An answer that is not the model's own, and whose it is: a group's cell and row."""
 
     cell: int
     row: int
@@ -33,13 +34,18 @@ class Rescue:
         coder: Coder,
         policy: BatchingPolicy,
         tutor: Tutor,
+        foresight: Foresight,
         observe: Callable[[Any, float], Any],
         clock: AbstractClock,
     ):
         """Raises: ValueError for a policy that does not fit the code."""
         self._clock = clock
         self._coder, self._policy, self._tutor, self._observe = coder, policy, tutor, observe
+        self._foresight = foresight
         self._budget = Budget(policy.max_reexecution)
+        # How far decoded answers are off in units of the outputs, nobody says: they are none.
+        functions = policy.max_disagreement is None and policy.tolerance is not None
+        self._wanted = 0.0 if functions else policy.max_disagreement
         self.enough = _enough(coder, policy)
 
     def earn(self) -> None:
@@ -62,23 +68,31 @@ class Rescue:
         last = not (group.out & ~late).any()
         answers = int(group.mask.sum())
         ready = self._coder.systematic or answers >= self.enough or last
-        good: list[Given] = []
+        good = self._foreseen(group, hopeless) if late.any() else []
         best: list[Given] = []
         if answers and ready and self._coder.guesses:
-            good, best = self._decode(group, hopeless, last)
+            over = {(given.cell, given.row) for given in good}
+            more, best = self._decode(group, hopeless, last, over)
+            good += more
         if not last:
             return good, []
         more, again = self._send_again(group, hopeless, good, best)
         return good + more, again
 
+    def _foreseen(self, group: Group, hopeless: list[int]) -> list[Given]:
+        """Of these cells: what is known, and sure enough, beside the group's answers."""
+        found = self._foresight.of(group, hopeless)
+        return [Given(*place, each.answer) for place, each in found.items() if each.sure]
+
     def _decode(
-        self, group: Group, hopeless: list[int], last: bool
+        self, group: Group, hopeless: list[int], last: bool, over: Container[tuple[int, int]]
     ) -> tuple[list[Given], list[Given]]:
         """Of these cells: answers that may be given, and the best there are to other queries.
 
-        That may be nothing: no answer was sound, or it was not worth the decoding.
+        Those that are `over` need none. There may be nothing: no answer was sound, or it was not
+        worth the decoding.
         """
-        few, wanted = len(group.cells), self._policy.max_disagreement
+        few, wanted = len(group.cells), self._wanted
         expected = self._tutor.expect(few, group.mask)
         limit = None  # of a query's own doubt
         if wanted is None:
@@ -100,9 +114,9 @@ class Rescue:
         basis = int(group.sent.sum()), int(group.mask.sum())
         found: tuple[list[Given], list[Given]] = [], []
         for number, row, _ in group.open_queries(hopeless):
-            if sound[row, number]:
+            if sound[row, number] and (number, row) not in over:
                 told = float(doubt[row, number]), float(expected.error[number])
-                answer = Answer(predictions[row, number], False, *basis, *told)
+                answer = Answer(predictions[row, number], "decoded", *basis, *told)
                 found[not good[row, number]].append(Given(number, row, answer))
         if group.record is not None:
             group.record.add("decode", begin, decoded, answers=basis[1])

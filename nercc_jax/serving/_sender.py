@@ -6,11 +6,14 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from ..codes import Uncoded
 from ..pools import AbstractPool, Overdue, Refuse
 from ._arrangement import Arranger
+from ._budget import Budget
 from ._coder import Coder
+from ._foresight import Foresight
 from ._group import Cell, Group
 from ._lanes import Lane, Lanes
 from ._policy import BatchingPolicy
@@ -37,6 +40,7 @@ class Sender:
         *,
         policy: BatchingPolicy,
         hungry: Callable[[int], bool],
+        foresight: Foresight,
         enough: int,
         refuse: Refuse,
         overdue: Overdue,
@@ -55,6 +59,7 @@ class Sender:
         """
         self._pool, self._coder, self._lanes, self._arranger = pool, coder, lanes, arranger
         self._policy, self._hungry, self._enough = policy, hungry, enough
+        self._foresight, self._budget = foresight, Budget(policy.max_redundancy)
         self._answer_time, self._observe, self._tell = answer_time, observe, tell
         self.alone = Coder(Uncoded(1), (coder.kinds[0],))
         self._overdue, self._refuse, self._clock = overdue, refuse, pool.clock
@@ -93,7 +98,7 @@ class Sender:
         self._observe("group_fill", queries / coder.num_data)
         hungry = self._hungry(queries)
         # Redundancy for one query is not worth slowing down others.
-        points = np.flatnonzero(~group.sent) if hungry else group.layout.extras[: self._room()]
+        points = np.flatnonzero(~group.sent) if hungry else self._extras(group)
         if len(points) and (group.pending or hungry):
             begin = self._clock.now()
             coded = coder.encode(group.inputs(), points)
@@ -103,6 +108,21 @@ class Sender:
                 group.record.add("encode", begin, end, queries=queries, points=len(points))
             self._send(group, points, coded, now)
         group.inputs_sent()
+
+    def _extras(self, group: Group) -> Int[np.ndarray, " points"]:
+        """What goes out beyond the queries themselves."""
+        points = group.layout.extras[: self._room()]
+        if self._policy.redundancy == "always" or not len(points):
+            return points
+        doubted = self._foresight.doubted(group)
+        # Of copies, those of what is doubted; what mixes queries serves all of them.
+        places = group.layout.place_of[points]
+        wanted = points[np.isin(places, list(doubted)) | ((places < 0) & bool(doubted))]
+        few = 0
+        while few < len(wanted) and self._budget.affords():
+            self._budget.spend()
+            few += 1
+        return wanted[:few]
 
     def _room(self) -> int:
         """Coded data points that may be sent: of a code that mixes queries, all."""
@@ -228,6 +248,8 @@ class Sender:
     def _pop(self, lane: Lane, now: float) -> Query:
         query = self._lanes.pop(lane)
         self.taken.append(query)
+        if not query.reexecuted:
+            self._budget.earn(1)
         if math.isinf(query.request.sent):
             query.request.sent = now
             self._observe("queue_seconds", now - query.request.arrived)

@@ -48,6 +48,11 @@ class Servable:
         if len(set(names)) < len(names):
             raise ValueError(f"{self.name}: outputs must have different names, not {names}")
 
+    def on_rows(self, model: Model) -> Model:
+        """Another model of the same inputs and outputs, as `model` is."""
+        alone = self.inputs.alone and self.outputs.alone
+        return model if alone else RowModel(model, self.inputs, self.outputs)
+
     @property
     def uncodable(self) -> str | None:
         """Why no code can be used, if so: it is served with everything else."""

@@ -19,10 +19,11 @@ from ._batcher import CodedBatcher
 from ._coder import Coder
 from ._fidelity import Fidelity
 from ._health import Health
-from ._hints import HintLog, hints_of
+from ._hints import HintLog, hints_of, hints_of_predictor
 from ._kept import calibrate
 from ._metrics import Meter, Meters
 from ._phases import phase
+from ._predictor import Predictor
 from ._record import current
 from ._request import DeadlineExceeded, Reply
 from ._servable import Servable
@@ -51,10 +52,12 @@ class ServedModel:
         settings: ModelSettings,
         meters: Meters,
         kept: Path | None = None,
+        predictor: Predictor | None = None,
     ):
         """Starts the workers and compiles everything, so that no request waits for the compiler.
 
-        `kept`: where what calibration told is kept between starts, if it is.
+        `kept`: where what calibration told is kept between starts, if it is. `predictor`: see
+        `CodedBatcher`.
 
         Raises: ValueError for a code where nothing can be coded (`Servable.uncodable`), or where
         calibration shows that it cannot keep `max_disagreement`; RuntimeError where the workers do
@@ -66,6 +69,7 @@ class ServedModel:
         elif servable.uncodable is not None:
             raise ValueError(f"{type(code).__name__} for {servable.name}: {servable.uncodable}")
         self.servable, self.settings = servable, settings
+        self._predictor = predictor
         begin = time.monotonic()
         self._coder = Coder(code, form=servable.outputs.form)
         fidelity = Fidelity(self._coder)
@@ -85,6 +89,7 @@ class ServedModel:
                 dtypes=(servable.inputs.dtype, servable.outputs.dtype),
                 policy=policy,
                 fidelity=fidelity,
+                predictor=predictor,
                 refuse=servable.outputs.refuse,
                 observe=self.meter.observe,
             )
@@ -149,7 +154,8 @@ class ServedModel:
 
     def _hints(self, health: Health, report: PoolReport) -> list[str]:
         uncodable = self.servable.uncodable
-        return hints_of(self._batcher, self._coder, self.pool, health, report, uncodable)
+        hints = hints_of(self._batcher, self._coder, self.pool, health, report, uncodable)
+        return hints if self._predictor is None else hints + hints_of_predictor(self._predictor)
 
     def status(self) -> dict[str, Any]:
         health, report = self.health(), self.pool.report()
@@ -170,6 +176,7 @@ class ServedModel:
                 "num_data": code.num_data,
                 "num_workers": code.num_workers,
             },
+            "predictor": None if self._predictor is None else self._predictor.status(),
             "pool": {"kind": self.settings.pool, "num_workers": self.pool.num_workers},
             "workers": [
                 {"state": worker.state, "deaths": worker.deaths, "busy_s": worker.busy_seconds}
@@ -237,7 +244,7 @@ def _open_pool(servable: Servable, code: AbstractCode, settings: ModelSettings) 
             death_rate=settings.death_rate,
             seed=settings.fault_seed,
         ),
-        "overdue": Overdue(0.5, settings.patience),
+        "overdue": Overdue(settings.quantile, settings.patience),
         "max_attempts": settings.max_attempts,
         "hang_timeout": settings.hang_timeout_s,
     }

@@ -48,6 +48,7 @@ class ModelSettings(BaseModel):
         "pool": "Workers",
         "max_batch_size": "Queue and batching",
         "patience": "Stragglers",
+        "surrogate": "What is known",
         "service_delay_s": "Faults on trial",
     }
 
@@ -158,6 +159,9 @@ class ModelSettings(BaseModel):
         default=_POLICY.patience,
         description="Who takes so many times the median straggles.",
     )
+    quantile: float = Field(
+        default=_POLICY.quantile, description="Of answer times, instead of the median."
+    )
     wait_for: int | None = Field(
         default=_POLICY.wait_for,
         description="Answers of a group that will do where no error is estimated; by the code "
@@ -176,6 +180,27 @@ class ModelSettings(BaseModel):
     copies: int = Field(
         default=_POLICY.copies,
         description="Workers that may have the same query in hand when the first straggles.",
+    )
+
+    surrogate: str | None = Field(
+        default=None,
+        description="What answers a straggler's query where it is sure enough: `learn`, a learner "
+        "from what is served; `student`, the shipped one; a file that `nercc distill` wrote; or "
+        "module:function, with the model's outputs. `none`, or unset: nothing does.",
+    )
+    tolerance: float | None = Field(
+        default=_POLICY.tolerance,
+        description="For functions: a surrogate answers where it is off by no more, in units of "
+        "the outputs, in nine of ten cases. Then nothing is decoded.",
+    )
+    redundancy: Literal["always", "doubtful"] = Field(
+        default=_POLICY.redundancy,
+        description="What a code has beyond the queries goes out always, or only where the "
+        "surrogate could not answer.",
+    )
+    max_redundancy: float | None = Field(
+        default=_POLICY.max_redundancy,
+        description="With doubtful: calls for that, as a share of all queries; any unless set.",
     )
 
     service_delay_s: float = Field(
@@ -209,6 +234,8 @@ class ModelSettings(BaseModel):
 
     def policy(self) -> BatchingPolicy:
         limit = self.max_disagreement
+        if self.tolerance is not None and "max_disagreement" not in self.model_fields_set:
+            limit = None  # a function's outputs are no label
         return BatchingPolicy(
             max_batch_size=self.max_batch_size,
             batch_wait_timeout_s=self.batch_wait_timeout_s,
@@ -216,11 +243,15 @@ class ModelSettings(BaseModel):
             deadline_s=self.deadline_s,
             priority_lead_s=self.priority_lead_s,
             patience=self.patience,
+            quantile=self.quantile,
             wait_for=self.wait_for,
             max_disagreement=None if limit is None or limit >= 1 else limit,
             max_reexecution=self.max_reexecution,
             ordering=self.ordering,
             copies=self.copies,
+            tolerance=self.tolerance,
+            redundancy=self.redundancy,
+            max_redundancy=self.max_redundancy,
         )
 
     def over(self, defaults: "ModelSettings") -> "ModelSettings":

@@ -57,7 +57,7 @@ class Doubles(ServedModel):
             self.cancelled += 1
             raise
         zeros, ones = np.zeros(len(queries)), np.ones(len(queries), int)
-        told = (ones > 0, ones < 1, ones, ones, zeros, zeros)
+        told = (ones > 0, ones < 1, ones < 1, ones, ones, zeros, zeros)
         return Reply(2 * queries, *told, queued=0.0, seconds=0.0)
 
     def count(self, refusal):

@@ -367,6 +367,7 @@ def reply(disagreement=(0.0, 0.25), error=(0.0, 1.5)):
     return Reply(
         VALUES,
         np.array([True, False]),
+        np.array([False, True]),
         np.array([True, False]),
         np.array([1, 8]),
         np.array([1, 6]),
@@ -400,6 +401,7 @@ def test_a_reply_in_json():
     assert answer["parameters"] == {
         "nercc_exact": False,
         "nercc_approximate": 1,
+        "nercc_predicted": 1,
         "nercc_reexecuted": 1,
         "nercc_workers_asked": 9,
         "nercc_workers_heard": 7,

@@ -1,0 +1,62 @@
+"""What a predictor says of a group's queries: looked up once for each."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..pools import AbstractClock
+from ._group import Foreseen, Group
+from ._predictor import Predictor
+from ._request import Answer
+
+
+class Foresight:
+    """Asks the predictor of a batcher, if there is one."""
+
+    def __init__(
+        self,
+        predictor: Predictor | None,
+        outputs: Sequence[int],
+        observe: Callable[[Any, float], Any],
+        clock: AbstractClock,
+    ):
+        self._predictor, self._outputs = predictor, tuple(outputs)
+        self._observe, self._clock = observe, clock
+
+    def of(self, group: Group, cells: Iterable[int]) -> dict[tuple[int, int], Foreseen]:
+        """By cell and row, of these cells' queries that somebody waits for; none before it knows.
+
+        A query is asked about once: what is learned meanwhile is hardly more.
+        """
+        if self._predictor is None or self._predictor.state != "answering":
+            return {}
+        waiting = list(group.open_queries(cells))
+        new = [each for each in waiting if each[:2] not in group.foreseen]
+        if new:
+            begin = self._clock.now()
+            found = self._predictor.predict(np.stack([_inputs(query.x) for *_, query in new]))
+            end = self._clock.now()
+            self._observe("predict_seconds", end - begin)
+            if found is None:
+                return {}
+            basis = int(group.sent.sum()), int(group.mask.sum())
+            for place, (cell, row, _) in enumerate(new):
+                value = found.values[place].reshape(self._outputs)
+                told = float(found.doubt[place]), float(found.bar[place])
+                answer = Answer(value, "predicted", *basis, *told)
+                group.foreseen[cell, row] = Foreseen(answer, bool(found.sure[place]))
+            if group.record is not None:
+                sure = int(found.sure.sum())
+                group.record.add("predict", begin, end, sure=sure, doubtful=len(new) - sure)
+        return {each[:2]: group.foreseen[each[:2]] for each in waiting}
+
+    def doubted(self, group: Group) -> set[int]:
+        """The cells that have a query whose answer would not be known."""
+        cells = range(len(group.cells))
+        return {cell for (cell, _), foreseen in self.of(group, cells).items() if not foreseen.sure}
+
+
+def _inputs(x: np.ndarray | None) -> np.ndarray:
+    assert x is not None, "queries that somebody waits for have their inputs"
+    return x

@@ -1,0 +1,238 @@
+"""Answers from what is known: when they are given, how right they are, and when they stop."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nercc_jax import Replication, Uncoded
+from nercc_jax.pools import SimulatedClock, SimulatedPool
+from nercc_jax.serving import BatchingPolicy, CodedBatcher, Coder, Predictor
+from nercc_jax.serving._known import Predictions
+from nercc_jax.serving._request import Answer
+from nercc_jax.surrogates import principal_components
+
+SHAPE, OUT = (4,), (3,)
+WEIGHTS = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+SERVICE = 0.05
+
+
+def model(x):
+    """Smooth, so that past answers tell much of others."""
+    return np.tanh(x @ WEIGHTS)
+
+
+def turned(x):
+    """Another one: every label is the next one's."""
+    return np.roll(model(x), 1, axis=-1)
+
+
+class Traffic:
+    """A stream of queries before simulated workers, of which some straggle by ten times."""
+
+    def __init__(self, predictor, policy, code=None, share=0.1, observe=None):
+        self.random, self.clock = np.random.default_rng(1), SimulatedClock()
+        self.model, self.share, self.drifts = model, share, 0
+        self.pool = SimulatedPool(
+            lambda x: self.model(x), 24, seconds=self.seconds, clock=self.clock
+        )
+        self.batcher = CodedBatcher(
+            self.pool,
+            Coder(code or Uncoded(1)),
+            SHAPE,
+            OUT,
+            policy=policy,
+            predictor=predictor,
+            observe=self.observe,
+        )
+
+    def seconds(self, size):
+        straggles = self.random.random() < self.share
+        return SERVICE * (self.random.uniform(0.95, 1.05) + 10 * straggles)
+
+    def observe(self, what, number):
+        self.drifts += what == "drift"
+        assert what != "internal_error"
+
+    def send(self, number, **options):
+        """So many queries, one by one: each with its latency, its reply, and the label it had."""
+        told, begin = [], self.clock.now()
+
+        def come(x):
+            arrived, own = self.clock.now(), self.model(x)
+            future = self.batcher.submit(x, **options)
+            future.add_done_callback(
+                lambda future: told.append((self.clock.now() - arrived, future.result(), own))
+            )
+
+        for place in range(number):
+            x = self.random.normal(size=(1, *SHAPE)).astype(np.float32)
+            self.clock.at(begin + place / 150, lambda x=x: come(x))
+        self.clock.run(begin + number / 150 + 20 * SERVICE)
+        assert len(told) == number
+        return told
+
+    def calls(self):
+        report = self.pool.report()
+        return report.answered + report.late
+
+
+def labels_right(told):
+    return np.mean([reply.values[0].argmax() == own.argmax() for _, reply, own in told])
+
+
+def test_stragglers_are_answered_as_soon_as_they_are_noticed():
+    predictor = Predictor()
+    traffic = Traffic(predictor, BatchingPolicy(patience=1.4, max_disagreement=0.1))
+    early = traffic.send(300)
+    assert predictor.state == "learning"
+    assert not any(reply.predicted[0] for _, reply, _ in early)
+    assert labels_right(early) == 1
+    traffic.send(700)
+    assert predictor.state == "answering"
+    before, told = traffic.calls(), traffic.send(1000)
+    seconds = np.array([seconds for seconds, *_ in told])
+    predicted = [each for each in told if each[1].predicted[0]]
+    # A tenth straggles. Nearly all of them are known: no call more, and no one waits for another.
+    assert len(predicted) > 60
+    assert traffic.calls() - before < 1010
+    assert np.quantile(seconds, 0.99) < 1.5 * SERVICE
+    assert labels_right(predicted) >= 0.9
+    for _, reply, _ in predicted:
+        assert not reply.exact[0]
+        assert 0 < reply.expected_disagreement[0] <= 0.1
+        assert reply.expected_error[0] > 0
+    # Exact ones are the model's own, whatever is known.
+    assert not any(reply.predicted[0] for _, reply, _ in traffic.send(200, exact=True))
+
+
+def test_when_the_world_changes_nothing_is_predicted_until_it_is_known_anew():
+    predictor = Predictor(capacity=256)  # forgets quickly
+    traffic = Traffic(predictor, BatchingPolicy(patience=1.4, max_disagreement=0.1))
+    traffic.send(800)
+    assert predictor.state == "answering"
+    traffic.model = turned
+    told = traffic.send(200)
+    assert traffic.drifts >= 1
+    assert predictor.status()["drifts"] == traffic.drifts
+    wrong = sum(reply.values[0].argmax() != own.argmax() for _, reply, own in told)
+    assert 0 < wrong <= 12, "of twenty stragglers; what was given out stops within 100 queries"
+    traffic.send(1500)
+    assert predictor.state == "answering"
+    assert labels_right(traffic.send(500)) >= 0.97
+
+
+@pytest.mark.parametrize(
+    ("student", "answers"),
+    [
+        (lambda x: jnp.tanh(x @ WEIGHTS) + 0.01, True),
+        (lambda x: 3 * jnp.roll(jnp.tanh(x @ WEIGHTS), 1, axis=-1), False),
+    ],
+)
+def test_a_student_answers_once_it_has_shown_that_it_is_right(student, answers):
+    predictor = Predictor(student)
+    traffic = Traffic(predictor, BatchingPolicy(patience=1.4, max_disagreement=0.05))
+    assert not any(reply.predicted[0] for _, reply, _ in traffic.send(120))
+    told = traffic.send(500)
+    assert any(reply.predicted[0] for _, reply, _ in told) == answers
+    assert labels_right(told) >= 0.99
+    assert (predictor.share > 0.9) == answers
+
+
+def test_functions_are_answered_within_a_tolerance():
+    predictor = Predictor()
+    traffic = Traffic(predictor, BatchingPolicy(patience=1.4, tolerance=0.05))
+    traffic.send(1000)
+    told = [each for each in traffic.send(1000) if each[1].predicted[0]]
+    errors = [np.sqrt(np.mean((reply.values[0] - own) ** 2)) for _, reply, own in told]
+    assert len(told) > 20
+    assert np.mean(np.array(errors) <= 0.05) >= 0.9
+    assert all(reply.expected_error[0] <= 0.05 for _, reply, _ in told)
+    assert all(np.isnan(reply.expected_disagreement[0]) for _, reply, _ in told)
+
+
+class Says(Predictor):
+    """One that knows all from the first: it doubts those whose first number is positive."""
+
+    audited = ()
+
+    @property
+    def state(self):
+        return "answering"
+
+    def predict(self, x):
+        sure = x[:, 0] <= 0
+        return Predictions(model(x) + 1e-3, np.where(sure, 0.01, 0.9), np.zeros(len(x)), sure)
+
+    def hear(self, x, own):
+        assert np.allclose(model(x[None])[0], own), "a lesson about another query"
+
+    def audit(self, given, own):
+        self.audited = (*self.audited, np.abs(given.value - own).max())
+        return True
+
+
+def test_what_is_doubted_goes_out_twice_from_the_start_and_all_else_once():
+    policy = BatchingPolicy(patience=1.4, max_disagreement=0.1, redundancy="doubtful")
+    traffic = Traffic(Says(), policy, code=Replication(1, 2), share=0.0)
+    traffic.send(400)
+    assert 550 < traffic.calls() < 650
+    few = BatchingPolicy(
+        patience=1.4, max_disagreement=0.1, redundancy="doubtful", max_redundancy=0.1
+    )
+    traffic = Traffic(Says(), few, code=Replication(1, 2), share=0.0)
+    traffic.send(400)
+    assert 430 <= traffic.calls() <= 441
+
+
+def test_late_answers_audit_what_was_given_to_the_same_query():
+    predictor = Says()
+    policy = BatchingPolicy(patience=1.4, max_disagreement=0.1, max_batch_size=8)
+    traffic = Traffic(predictor, policy)
+    traffic.send(400)
+    assert len(predictor.audited) > 10
+    assert max(predictor.audited) < 2e-3
+
+
+def test_what_was_given_out_and_was_wrong_stops_it_at_once():
+    predictor = Predictor()
+    traffic = Traffic(predictor, BatchingPolicy(patience=1.4, max_disagreement=0.05))
+    traffic.send(800)
+    assert predictor.state == "answering"
+    # Those that straggle may be unlike the others: exams do not see them.
+    x = np.ones((1, *SHAPE), np.float32)
+    for _ in range(40):
+        predictor.audit(Answer(model(x)[0], "predicted", 1, 0), turned(x)[0])
+    assert predictor.state == "drifted"
+    assert predictor.predict(x) is None
+
+
+def test_arguments():
+    with pytest.raises(ValueError, match="max_disagreement or tolerance"):
+        Traffic(Predictor(), BatchingPolicy())
+    used = Predictor()
+    Traffic(used, BatchingPolicy(max_disagreement=0.1))
+    with pytest.raises(ValueError, match="another batcher's"):
+        Traffic(used, BatchingPolicy(max_disagreement=0.1))
+    with pytest.raises(ValueError, match="capacity"):
+        Predictor(capacity=100)
+    for wrong in ({"tolerance": 0.0}, {"quantile": 1.0}, {"max_redundancy": -1.0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            BatchingPolicy(**wrong)
+
+
+def test_principal_components_are_those_of_the_covariance():
+    random = np.random.default_rng(0)
+    x = random.normal(size=(40, 6)) @ random.normal(size=(6, 6))
+    for rows in (x, x[:5]):
+        found = principal_components(rows.astype(np.float32), 3)
+        deviations = rows - rows.mean(axis=0)
+        values, vectors = np.linalg.eigh(deviations.T @ deviations)
+        np.testing.assert_allclose(
+            np.abs(np.asarray(found.directions)), np.abs(vectors[:, ::-1][:, :3]), atol=1e-4
+        )
+        np.testing.assert_allclose(
+            np.sum(np.asarray(found(jnp.asarray(rows, jnp.float32))) ** 2, axis=0),
+            values[::-1][:3],
+            rtol=1e-3,
+        )
+    assert principal_components(x[:3].astype(np.float32)).directions.shape == (6, 2)
