@@ -8,7 +8,13 @@ import pytest
 
 from nercc_jax import Berrut, NeRCC, Replication, Uncoded, coded_inference
 from nercc_jax.codes import Decoded
-from nercc_jax.inference import order_points, ordered, random_projection, short_path
+from nercc_jax.inference import (
+    order_points,
+    ordered,
+    projection_on_host,
+    random_projection,
+    short_path,
+)
 
 K, N = 4, 10
 
@@ -110,6 +116,13 @@ def test_a_projection_keeps_distances(number, dtype):
     np.testing.assert_array_equal(np.abs(matrix).sum(axis=1), 1)
     np.testing.assert_allclose(features, points @ matrix, atol=1e-4)
     assert -0.1 < matrix.sum() / number < 0.1
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 40), (8, 8, 3)])
+def test_the_hosts_projection_is_the_same(shape):
+    points = np.random.default_rng(0).normal(size=(3, *shape)).astype(np.float32)
+    found = np.stack([projection_on_host(shape, 64)(point) for point in points])
+    np.testing.assert_allclose(found, random_projection(points, 64), atol=1e-5)
 
 
 def test_few_numbers_are_their_own_projection():

@@ -13,7 +13,13 @@ from ._conditions import (
 )
 from ._groups import group_points
 from ._models import Model, call_model, check_model
-from ._ordering import Features, order_points, ordered, random_projection
+from ._ordering import (
+    Features,
+    order_points,
+    ordered,
+    projection_on_host,
+    random_projection,
+)
 from ._partial import partial_inference
 from ._paths import short_path
 from ._precision import cast_floats, cast_model, check_worker_dtype, worker_dtype_of
@@ -48,6 +54,7 @@ __all__ = [
     "ordered",
     "partial_inference",
     "place",
+    "projection_on_host",
     "random_projection",
     "robust_decode",
     "run_workers",

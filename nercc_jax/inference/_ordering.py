@@ -3,13 +3,15 @@
 The splines run through the data points in their order, so the order decides how rough they are.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from ..codes import Decoded, check_count, is_float, join, leaves_of, points_of
@@ -107,9 +109,37 @@ def random_projection(x: PyTree, size: int = 128) -> Float[Array, "points featur
     number = flat.shape[1]
     if number <= size:
         return flat
-    signs = jax.random.rademacher(jax.random.key(0), (number,), flat.dtype)
+    signs = _signs(number, flat.dtype)
     signed = jnp.pad(flat * signs, ((0, 0), (0, -number % size)))
     return jnp.sum(signed.reshape(len(flat), -1, size), axis=1)
+
+
+def _signs(number: int, dtype: DTypeLike) -> Float[Array, " number"]:
+    return jax.random.rademacher(jax.random.key(0), (number,), dtype)
+
+
+def projection_on_host(
+    shape: Sequence[int], size: int = 128
+) -> Callable[[Float[np.ndarray, "..."]], Float[np.ndarray, " features"]]:
+    """`random_projection` of one data point of this shape in float32, by NumPy.
+
+    For those that are on the host and come one by one: an image of 224 x 224 x 3 takes 0.05 ms.
+    """
+    number = math.prod(shape)
+    if number <= size:
+        return np.ravel
+    signs = np.zeros(number + -number % size, np.float32)
+    signs[:number] = _signs(number, jnp.float32)
+    signs = signs.reshape(-1, size)
+
+    def project(x: Float[np.ndarray, "..."]) -> Float[np.ndarray, " features"]:
+        flat = np.ravel(x)
+        if number % size:
+            flat = np.pad(flat, (0, -number % size))
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.einsum("ij,ij->j", flat.reshape(signs.shape), signs)
+
+    return project
 
 
 @eqx.filter_jit

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from ..inference import random_projection, short_path
+from ..inference import projection_on_host, short_path
 from ._coder import Coder
 from ._request import Query
 
@@ -16,27 +16,33 @@ from ._request import Query
 _FEWEST = 3
 # How often the longest path is timed.
 _TIMED = 5
+# Doublings from one number of queries that there is a program for to the next.
+_STEP = 3
 
 
 class Arranger:
     """Puts queries into the places of groups along a short path through them.
 
     Distances are those of random projections (`random_projection`): queries are compared as they
-    come, without a model. Programs are compiled for a few numbers of queries; others are filled up.
+    come, without a model. Programs are compiled for a few numbers of queries, whatever their shape;
+    others are filled up.
     """
 
     def __init__(self, coder: Coder, shape: Sequence[int], rows: int):
         """For groups of up to `rows` rows; the longest path goes through as many as one holds."""
-        self._coder, self._shape = coder, tuple(shape)
-        self._sizes = [coder.num_data << power for power in range(rows.bit_length())]
-        self._path = jax.jit(lambda x: short_path(random_projection(x)))
+        self._coder = coder
+        powers = {*range(0, rows.bit_length(), _STEP), rows.bit_length() - 1}
+        self._sizes = [coder.num_data << power for power in sorted(powers)]
+        self._project = projection_on_host(shape)
+        self._path = jax.jit(short_path)
+        self._zeros = np.zeros(tuple(shape), np.float32)
         self.seconds = math.inf  # that the longest path takes, once it is compiled
 
     def compile(self) -> None:
         """So that no query waits for it."""
         for size in self._sizes:
-            self._path(np.zeros((size, *self._shape), np.float32)).block_until_ready()
-        x = list(np.zeros((self._sizes[-1], *self._shape), np.float32))
+            self._through([self._zeros] * size)
+        x = [self._zeros] * self._sizes[-1]
         # The quickest of a few: one that other programs held up would end ordering for good.
         self.seconds = min(timeit.repeat(lambda: self._through(x), repeat=_TIMED, number=1))
 
@@ -71,9 +77,10 @@ class Arranger:
 
     def _through(self, x: Sequence[np.ndarray | None]) -> Int[np.ndarray, " n"]:
         size = next(size for size in self._sizes if size >= len(x))
+        features = [self._project(each) for each in x if each is not None]
         # What is not finite comes last in the path: what fills up, and among it, in any order,
         # queries whose projection overflows.
-        filled = np.full((size, *self._shape), np.nan, np.float32)
-        filled[: len(x)] = x
+        filled = np.full((size, *features[0].shape), np.nan, np.float32)
+        filled[: len(x)] = features
         order = np.asarray(self._path(filled))
         return order[order < len(x)]

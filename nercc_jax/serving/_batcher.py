@@ -78,7 +78,7 @@ class CodedBatcher:
         refuse: Refuse = refuse_odd,
         observe: Callable[[Measure, float], Any] | None = None,
     ):
-        """Compiles the decoder for every batch size, and starts.
+        """Compiles what it needs for every batch size, and starts.
 
         `shape` is that of one query, `outputs` that of its answer, `dtypes` are theirs: others than
         float32 cannot be coded. `observe(what, number)` is told of all that happens; it must be
@@ -105,9 +105,7 @@ class CodedBatcher:
         warn_if_other("the fidelity", self.fidelity.conditions, pool.conditions)
         ordered = policy.ordering and coder.curved
         arranger = Arranger(coder, shape, policy.max_batch_size) if ordered else None
-        # Queries go out as they come until then.
-        prepare = (lambda: None) if arranger is None else arranger.compile
-        self._tutor = Tutor(self.fidelity, self._answers.shape, self._observe, pool.clock, prepare)
+        self._tutor = Tutor(self.fidelity, self._observe, pool.clock)
         self._predictor = predictor
         share = policy.shared_by(coder.guesses + (predictor is not None))
         if predictor is not None:
@@ -115,7 +113,7 @@ class CodedBatcher:
             predictor.attach(goal, width, coder.form, self._observe, pool.clock)
         foresight = Foresight(predictor, self._answers.shape, self._observe, pool.clock)
         self._rescue = Rescue(coder, share, self._tutor, foresight, self._observe, pool.clock)
-        self._compile()
+        self._compile(arranger)
         self._lanes = Lanes(policy.max_queue_size)
         self._ledger = Ledger(self._lanes, self._observe, pool.clock)
         self._inbox: collections.deque[Any] = collections.deque()
@@ -237,13 +235,16 @@ class CodedBatcher:
             group.heard = True
             self._put(group)
 
-    def _compile(self) -> None:
+    def _compile(self, arranger: Arranger | None) -> None:
+        """All that coding runs: what compiles later does so at the cost of whoever asks then."""
+        if arranger is not None:
+            arranger.compile()
         if not self._coder.guesses:
             return  # nothing is ever decoded
         everyone = np.ones(self._coder.num_workers, bool)
         zeros = self._answers.zeros(len(everyone))[:, None]
         self._rescue.predict(zeros, everyone, self._coder.num_data)
-        self.fidelity.compile(self._answers.shape)
+        self.fidelity.compile(self._answers.shape, self.policy.max_batch_size)
 
     def _run(self) -> float:
         """A turn, and when the next one is due."""

@@ -13,6 +13,7 @@ behind K = 4, N = 8 and one's own worker missing, 0.0 % of labels change, agains
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,15 @@ class Layout:
     extras: Int[np.ndarray, " extras"]
 
 
+class Look(NamedTuple):
+    """What was decoded, by place, and of a code with a doubt what that is told by (`judge`)."""
+
+    predictions: Shaped[np.ndarray, "rows num_data ..."]
+    recovered: Bool[np.ndarray, " num_data"]
+    features: Float[np.ndarray, "rows num_data features"] | None = None
+    told: Bool[np.ndarray, "rows num_data"] | None = None
+
+
 class Coder:
     """A code, the layout of a group of each size, and its decoder.
 
@@ -76,7 +86,8 @@ class Coder:
         self.num_data, self.num_workers = code.num_data, code.num_workers
         self.kinds = [models[kind] for kind in code.worker_models]
         self._order = _spread(code)
-        self._decode, self._assess = shared_decoder(code), jax.jit(self._assessed)
+        self._decode, self._judge = shared_decoder(code), jax.jit(self.judge)
+        self.agree = jax.jit(self.same_labels)
         matrices = few_encoders(code, self._order)
         own = _own(_place_of(matrices[-1]), self.num_data)
         self.systematic = all(len(points) for points in own)
@@ -113,18 +124,9 @@ class Coder:
         mask: Bool[np.ndarray, " num_workers"],
         width: int,
     ) -> tuple[Float[np.ndarray, "rows num_data ..."], Bool[np.ndarray, " num_data"]]:
-        """Predictions in the queries' order, and which are recovered.
-
-        All rows share the workers, so they are more coordinates of one group. Filled up with zeros
-        to `width` rows, so that one compiled program does for any number up to it.
-        """
-        num_workers, rows, *out = values.shape
-        flat = np.zeros((num_workers, width, *out), values.dtype)
-        flat[:, :rows] = values
-        decoded = self._decode(flat.reshape(num_workers, 1, -1), mask)
-        predictions = np.asarray(decoded.predictions).reshape(self.num_data, -1, *out)
-        predictions = np.swapaxes(predictions, 0, 1)[:rows, self._order]
-        return predictions, np.asarray(decoded.recovered)[0, self._order]
+        """Predictions in the queries' order, and which are recovered; `width` as for `look`."""
+        predictions, recovered = self._decoded(values, mask, width)
+        return predictions[:, self._order], recovered[self._order]
 
     def assess(
         self,
@@ -138,19 +140,62 @@ class Coder:
         Float[np.ndarray, "rows num_data"],
     ]:
         """As `decode`, and each prediction's doubt, by a `QueryDoubt`'s weights: see `doubts`."""
-        num_workers, rows, *out = values.shape
-        filled = np.zeros((num_workers, width, int(np.prod(out))), values.dtype)
-        filled[:, :rows] = values.reshape(num_workers, rows, -1)
-        given = known_decoders(self.code, mask)
-        predictions, recovered, doubt = map(np.asarray, self._assess(filled, mask, weights, given))
-        predictions = predictions.reshape(width, self.num_data, *out)[:rows, self._order]
-        return predictions, recovered[self._order], doubt[:rows, self._order]
+        found = self.look(values, mask, width)
+        assert found.features is not None
+        assert found.told is not None
+        doubt = doubt_of(found.features, found.told, weights)[:, self._order]
+        return found.predictions[:, self._order], found.recovered[self._order], doubt
 
-    def _assessed(
-        self, values: Array, mask: Array, weights: Array, given: Matrices | None
-    ) -> tuple[Array, Array, Array]:
-        predictions, recovered, features, told = self.judge(values, mask, given)
-        return predictions, recovered, doubt_of(features, told, weights)
+    def look(
+        self,
+        values: Float[np.ndarray, "num_workers rows ..."],
+        mask: Bool[np.ndarray, " num_workers"],
+        width: int,
+    ) -> Look:
+        """Decodes by place, and looks at what there is to doubt in that.
+
+        All rows share the workers, so they are more coordinates of one group. Filled up with zeros
+        to `width` rows, so that one compiled program does for any number up to it.
+        """
+        if not self.doubts:
+            return Look(*self._decoded(values, mask, width))
+        _, rows, *out = values.shape
+        filled = _filled(values, width).reshape(self.num_workers, width, -1)
+        given = known_decoders(self.code, mask)
+        found = self._judge(filled, mask, given)
+        predictions, recovered, features, told = map(np.asarray, found)
+        predictions = predictions.reshape(width, self.num_data, *out)
+        return Look(predictions[:rows], recovered, features[:rows], told[:rows])
+
+    def compare(
+        self,
+        answers: Float[np.ndarray, "groups num_workers m"],
+        originals: Float[np.ndarray, "groups num_data m"],
+        mask: Bool[np.ndarray, " num_workers"],
+        width: int,
+    ) -> tuple[Look, Bool[np.ndarray, "groups num_data"]]:
+        """`look` at groups' answers, and whether the labels are those of the originals, by place.
+
+        It is what `look` has compiled for the width, and nearly nothing beside that.
+        """
+        found = self.look(answers.swapaxes(0, 1), mask, width)
+        predictions, originals = (
+            _filled(each.swapaxes(0, 1), width).swapaxes(0, 1)
+            for each in (found.predictions, originals)
+        )
+        return found, np.asarray(self.agree(predictions, originals))[: len(answers)]
+
+    def _decoded(
+        self,
+        values: Float[np.ndarray, "num_workers rows ..."],
+        mask: Bool[np.ndarray, " num_workers"],
+        width: int,
+    ) -> tuple[Float[np.ndarray, "rows num_data ..."], Bool[np.ndarray, " num_data"]]:
+        _, rows, *out = values.shape
+        flat = _filled(values, width).reshape(self.num_workers, 1, -1)
+        decoded = self._decode(flat, mask)
+        predictions = np.asarray(decoded.predictions).reshape(self.num_data, width, *out)
+        return np.swapaxes(predictions, 0, 1)[:rows], np.asarray(decoded.recovered)[0]
 
     def judge(
         self,
@@ -202,6 +247,15 @@ class Coder:
         places = np.zeros((self.num_data, *queries.shape[1:]), queries.dtype)
         places[self._order[: len(queries)]] = queries
         return places
+
+
+def _filled(x: Shaped[np.ndarray, "a rows ..."], width: int) -> Shaped[np.ndarray, "a width ..."]:
+    """x with zeros for further rows."""
+    if x.shape[1] == width:
+        return x
+    filled = np.zeros((len(x), width, *x.shape[2:]), x.dtype)
+    filled[:, : x.shape[1]] = x
+    return filled
 
 
 def few_encoders(

@@ -2,27 +2,25 @@
 
 import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import ArrayLike, Bool, Float
 
-from ..evaluation import Answers, Forecast, batched, cut_groups
+from ..evaluation import batched, cut_groups
 from ..inference import Conditions, Model, cast_model, current_conditions, run_workers
 from ._coder import Coder
 from ._query_doubt import QueryDoubt, unknown
-from ._rehearsal import DRAWS, Rehearsal, make_observer
+from ._rehearsal import DRAWS, Rehearsal
 
 # Groups that a forecast rests on, of each size; those of smaller ones that calibration makes; and
 # fewer than which it tells nothing.
 _GROUPS, _SHORT, _LEAST = 256, 128, 32
-# Rehearsals with each group that comes, while there are any to be made, and of how many groups:
-# of 256 with 1,000 outputs one keeps all cores busy for so long that queries would feel it.
+# Rehearsals with each group that comes, while there are any to be made, and of how many groups.
 _AT_ONCE, _FEW = 2, 32
 _MASKS = 4096  # sets of workers whose error is remembered
 _AUDITS = 1000  # decoded queries that the running audit looks at
@@ -59,19 +57,19 @@ class Fidelity:
     traffic: a group all of whose coded data points were answered, the queries themselves among
     them, shows what decoding from fewer would have made of it. The oldest is replaced.
 
-    One thread at a time may teach it (`calibrate`, `learn`, `foresee`), which takes its time; all
-    may read what it knew last (`hungry`, `doubt`, `expect`), which takes none.
+    One thread at a time may teach it (`calibrate`, `learn`, `foresee`), which takes its time, or by
+    steps of a few milliseconds (`learn_by_steps`, `foresee_by_steps`) between which it may rest;
+    all may read what it knew last (`hungry`, `doubt`, `expect`), which takes none.
     """
 
     def __init__(self, coder: Coder):
         self._coder = coder
         self.conditions = Conditions()  # of the calibration
-        observe = make_observer(coder) if coder.doubts else None
+        self._width = _GROUPS  # that a step looks at, at most
         self._lessons = {
-            few: _Lessons(coder, Rehearsal(coder, few, observe) if observe and few > 1 else None)
+            few: _Lessons(coder, Rehearsal(coder, few) if coder.doubts and few > 1 else None)
             for few in range(1, coder.num_data + 1)
         }
-        self._agree = jax.jit(coder.same_labels)
         self._audits: collections.deque[bool] = collections.deque(maxlen=_AUDITS)
 
     def calibrate(
@@ -102,8 +100,8 @@ class Fidelity:
             for group, own in zip(answers, originals, strict=True):
                 lessons.add(group.reshape(len(group), -1), self._coder.by_place(own))
             lessons.rehearse(DRAWS)
-            for mask in self._one_missing(few):
-                self.foresee(few, mask)
+            for mask in self._one_missing(few) if lessons.known >= _LEAST else ():
+                _do(lessons.foresee(mask, _GROUPS))
 
     def _one_missing(self, few: int) -> list[Bool[np.ndarray, " num_workers"]]:
         """The answers to a group of so many when one query has none of its own: the usual sets."""
@@ -116,22 +114,20 @@ class Fidelity:
             masks[-1][own] = False
         return [mask for mask in masks if mask.any()]
 
-    def compile(self, outputs: Sequence[int]) -> None:
-        """Compiles `audit` for a model's outputs, so that no query waits for that."""
-        zeros = np.zeros(int(np.prod(outputs)), np.float32)
-        self._agree(zeros, zeros)
+    def compile(self, outputs: Sequence[int], width: int) -> None:
+        """Compiles for a model's outputs, so that no query waits for that.
 
-    def compile_lessons(self, outputs: Sequence[int]) -> None:
-        """Compiles `learn` and `foresee`, which takes seconds: on the thread that teaches."""
+        `width`: the rows of a group that are decoded at once, at most. Lessons go by the same
+        program, so many groups at a step: then a step is no longer than a decoding, and there is
+        nothing more to compile, which would hold up whoever asks meanwhile.
+        """
+        self._width = width
         if not self._coder.guesses:
             return  # nothing is ever decoded
-        zeros = np.zeros((self._coder.num_workers, int(np.prod(outputs))), np.float32)
-        full = self._coder.num_data
-        blank = _Lessons(self._coder, self._lessons[full].rehearsal)
-        blank.add(zeros, zeros[:full])
-        blank.foresee(np.ones(self._coder.num_workers, bool))
-        if blank.rehearsal is not None:
-            blank.rehearsal.compile(*blank.groups(_FEW))
+        zeros = np.zeros((1, self._coder.num_workers, int(np.prod(outputs))), np.float32)
+        everyone = np.ones(self._coder.num_workers, bool)
+        self._coder.compare(zeros, zeros[:, : self._coder.num_data], everyone, width)
+        self._coder.agree(zeros[0, 0], zeros[0, 0])
 
     def state(self) -> dict[str, np.ndarray]:
         """All that calibration told, by name."""
@@ -158,11 +154,19 @@ class Fidelity:
         originals: Float[np.ndarray, "queries ..."],
     ) -> None:
         """Takes a group: all workers' answers, and the model's own to the queries."""
+        _do(self.learn_by_steps(answers, originals))
+
+    def learn_by_steps(
+        self,
+        answers: Float[np.ndarray, "num_workers ..."],
+        originals: Float[np.ndarray, "queries ..."],
+    ) -> Iterator[None]:
+        """`learn`, a step each time that it is asked for the next."""
         answers = answers.reshape(len(answers), -1)
         originals = originals.reshape(len(originals), -1)
         lessons = self._lessons[len(originals)]
         lessons.add(answers, self._coder.by_place(originals))
-        lessons.rehearse_a_little()
+        return lessons.rehearse_a_little(self._width)
 
     def doubt(self, queries: int) -> QueryDoubt:
         """How far decoded queries are to be doubted, in groups of so many.
@@ -173,8 +177,14 @@ class Fidelity:
 
     def foresee(self, queries: int, mask: Bool[np.ndarray, " num_workers"]) -> None:
         """Finds what is to be expected of groups of so many, decoded from these workers."""
+        _do(self.foresee_by_steps(queries, mask))
+
+    def foresee_by_steps(
+        self, queries: int, mask: Bool[np.ndarray, " num_workers"]
+    ) -> Iterator[None]:
+        """`foresee`, a step each time that it is asked for the next."""
         if self._lessons[queries].known >= _LEAST and mask.any():
-            self._lessons[queries].foresee(mask)
+            yield from self._lessons[queries].foresee(mask, self._width)
 
     def expect(self, queries: int, mask: Bool[np.ndarray, " num_workers"]) -> Expected:
         """What was found of that last, if anything."""
@@ -193,7 +203,7 @@ class Fidelity:
 
     def audit(self, decoded: np.ndarray, own: np.ndarray) -> bool:
         """Takes a decoded answer and the model's own that came late; whether the labels agree."""
-        agree = bool(self._agree(decoded.ravel(), own.ravel()))
+        agree = bool(self._coder.agree(decoded.ravel(), own.ravel()))
         self._audits.append(not agree)
         return agree
 
@@ -207,17 +217,16 @@ class _Lessons:
     """Groups of one size: the last `_GROUPS` of them."""
 
     def __init__(self, coder: Coder, rehearsal: Rehearsal | None):
-        self._code, self._form, self.rehearsal = coder.code, coder.form, rehearsal
+        self._coder, self.rehearsal = coder, rehearsal
         self.known = self._turn = 0
         self.doubt = unknown()
         self._due, self._left = _LEAST, 0  # groups at the next doubt, and rehearsals until then
-        self._fresh = 0  # groups that came since the forecast was made
+        self._fresh = 0  # groups that came since then
         self._answers: np.ndarray | None = None
         self._originals: np.ndarray | None = None
-        self._forecast: Forecast | None = None
-        self.forecasts = 0  # that were made
-        # By mask: disagreement and error by place, and which forecast says so. Least recently made
-        # first; each is put in as a whole, so that others may read meanwhile.
+        self.forecasts = 0  # how often what is expected began to be found anew
+        # By mask: disagreement and error by place, and since when (`forecasts`). Least recently
+        # made first; each is put in as a whole, so that others may read meanwhile.
         self.expected: dict[bytes, tuple[np.ndarray, np.ndarray, int]] = {}
 
     def add(self, answers: np.ndarray, originals: np.ndarray) -> None:
@@ -272,12 +281,12 @@ class _Lessons:
             return
         known = min(self.known, _GROUPS)
         for _ in range(draws):
-            self.rehearsal.draw(*self.groups(), known)
+            _do(self.rehearsal.draw(*self.groups(), known, _GROUPS))
         self.doubt = self.rehearsal.calibrate(known)
         self._due = self.known + _GROUPS
 
-    def rehearse_a_little(self) -> None:
-        """Finds the doubt anew as groups come, a part with each, so that no query waits long.
+    def rehearse_a_little(self, width: int) -> Iterator[None]:
+        """Finds the doubt anew as groups come, a part with each, step by step.
 
         At first whenever their number has doubled.
         """
@@ -290,24 +299,40 @@ class _Lessons:
         self._left -= _AT_ONCE
         known = min(self.known, _GROUPS)
         for _ in range(_AT_ONCE):
-            self.rehearsal.draw(*self.groups(_FEW), min(known, _FEW))
+            yield from self.rehearsal.draw(*self.groups(_FEW), min(known, _FEW), width)
         if not self._left:
             self.doubt = self.rehearsal.calibrate(known)
             self._due = self.known + known
 
-    def foresee(self, mask: np.ndarray) -> None:
-        if self._forecast is None or self._fresh >= _GROUPS:
-            answers, originals = map(jnp.asarray, self.groups())
-            self._forecast = Forecast(Answers(self._code, answers, originals, self._form))
+    def foresee(self, mask: np.ndarray, width: int) -> Iterator[None]:
+        assert self._answers is not None
+        assert self._originals is not None
+        if not self.forecasts or self._fresh >= _GROUPS:
             self.forecasts += 1
             self._fresh = 0
-        error, disagreement = map(np.asarray, self._forecast.by_place(mask))
-        # Jeffreys' estimate: none wrong among n does not say that none ever will be.
         number = min(self.known, _GROUPS)
-        disagreement = (disagreement * number + 0.5) / (number + 1)
+        square, wrong = np.zeros((2, self._coder.num_data))
+        recovered = np.ones(self._coder.num_data, bool)
+        for begin in range(0, number, width):
+            some = slice(begin, min(begin + width, number))
+            own = self._originals[some]
+            found, same = self._coder.compare(self._answers[some], own, mask, width)
+            recovered = found.recovered  # it is the mask that tells
+            square += np.sum((found.predictions - own) ** 2, axis=(0, 2), dtype=float)
+            wrong += np.sum(~(recovered & same), axis=0)
+            yield
+        error = np.where(recovered, np.sqrt(square / number), np.nan)
+        # Jeffreys' estimate: none wrong among n does not say that none ever will be.
+        disagreement = (wrong + 0.5) / (number + 1)
         while len(self.expected) >= _MASKS:
             del self.expected[next(iter(self.expected))]
         self.expected[mask.tobytes()] = disagreement, error, self.forecasts
+
+
+def _do(steps: Iterable[None]) -> None:
+    """Takes all of them at once."""
+    for _ in steps:
+        pass
 
 
 def _size(name: str) -> int:

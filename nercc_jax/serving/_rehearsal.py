@@ -6,10 +6,8 @@ Sets of stragglers differ, so that one doubt serves them all, in the mean over s
 """
 
 import collections
-from collections.abc import Callable
+from collections.abc import Iterator
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
@@ -26,29 +24,36 @@ _PLACES = 4  # of a group's queries that are looked at for each set
 class Rehearsal:
     """The rehearsals of groups of `queries`, the last `DRAWS` of them."""
 
-    def __init__(self, coder: Coder, queries: int, observe: Callable):
-        """`observe` is the coder's `make_observer`, compiled once for groups of all sizes."""
-        self._coder, self._queries, self._observe = coder, queries, observe
+    def __init__(self, coder: Coder, queries: int):
+        self._coder, self._queries = coder, queries
         self._random, self._number = np.random.default_rng(queries), 0
         self._seen: collections.deque[tuple[np.ndarray, ...]] = collections.deque(maxlen=DRAWS)
-
-    def compile(self, answers: np.ndarray, originals: np.ndarray) -> None:
-        """For groups like these, so that no query waits for it."""
-        self._observe(answers, originals, np.ones(self._coder.num_workers, bool))
 
     def draw(
         self,
         answers: Float[np.ndarray, "groups num_workers m"],
         originals: Float[np.ndarray, "groups num_data m"],
         known: int,
-    ) -> None:
-        """One set of stragglers, for all groups; the first `known` count, others fill up."""
+        width: int,
+    ) -> Iterator[None]:
+        """One set of stragglers, for all groups; the first `known` count, others fill up.
+
+        Each step looks at so many of the groups at once (`Coder.compare`).
+        """
         looks = self._draw_looks()
         layout = self._coder.layout(self._queries)
         missing = [place for place, own in enumerate(layout.own) if not looks[-1, own].any()]
         missing = self._random.permutation(missing)[:_PLACES]
         places = self._coder.places(self._queries)[missing]
-        seen = [self._observe(answers, originals, mask) for mask in looks]
+        seen = []
+        for mask in looks:
+            parts = []
+            for begin in range(0, len(answers), width):
+                some = slice(begin, begin + width)
+                found, same = self._coder.compare(answers[some], originals[some], mask, width)
+                parts.append((found.features, found.told, ~same))
+                yield
+            seen.append([np.concatenate(part) for part in zip(*parts, strict=True)])
         # (looks, groups, places, ...) becomes (groups and places, looks, ...).
         self._seen.append(
             tuple(
@@ -80,14 +85,3 @@ class Rehearsal:
         for look, mask in enumerate(looks):
             mask[others[: max(heard - (_LOOKS - 1 - look), 1)]] = True
         return looks
-
-
-def make_observer(coder: Coder) -> Callable[..., tuple[np.ndarray, ...]]:
-    """Of groups' answers, originals and a mask: features, where they tell, and what is wrong."""
-
-    @jax.jit
-    def observe(answers, originals, mask):
-        predictions, _, features, told = coder.judge(jnp.swapaxes(answers, 0, 1), mask)
-        return features, told, ~coder.same_labels(predictions, originals)
-
-    return lambda *arguments: tuple(np.asarray(each) for each in observe(*arguments))

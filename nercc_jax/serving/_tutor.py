@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,13 @@ from ._fidelity import Expected, Fidelity
 
 _LOG = logging.getLogger(__name__)
 
-# Of the time, that learning may take: programs of JAX keep all cores of a CPU busy.
+# Of the time, that learning may take: programs of JAX keep all cores of a CPU busy. It rests within
+# a lesson, too, so that what it does at once is short: once its steps have taken so many seconds
+# more than their share.
 _SHARE = 0.005
-_LONGEST = 10.0  # seconds that it rests at most
+_AT_ONCE = 0.01
+_LONGEST = 10.0  # seconds of rest that one step costs at most
+_END = object()  # of steps
 
 
 class Tutor:
@@ -29,17 +33,14 @@ class Tutor:
     def __init__(
         self,
         fidelity: Fidelity,
-        outputs: Sequence[int],
         observe: Callable[[Any, float], Any],
         clock: AbstractClock,
-        first: Callable[[], None],
     ):
-        """`outputs`: the shape of a query's answer. `first` is done before there is any lesson."""
-        self.fidelity, self._outputs, self._observe, self._first = fidelity, outputs, observe, first
+        self.fidelity, self._observe = fidelity, observe
         self._lesson: tuple[np.ndarray, np.ndarray] | None = None
         self._asked: tuple[int, np.ndarray] | None = None
-        self._clock, self._rests_until = clock, -math.inf
-        self._compiled = False
+        self._steps: Iterator[None] | None = None  # of what it is about
+        self._clock, self._paid_until = clock, -math.inf  # when its share makes up for its steps
         self._turns = clock.turns("nercc-tutor", self._turn)
         self.start = self._turns.start
 
@@ -73,18 +74,18 @@ class Tutor:
         self._turns.close()
 
     def _turn(self) -> float:
-        if not self._compiled:
-            # Seconds, which no query has to wait for.
-            self._try(self._first)
-            self._try(lambda: self.fidelity.compile_lessons(self._outputs))
-            self._compiled = True
-        if self._lesson is None and self._asked is None:
+        if self._steps is None and self._lesson is None and self._asked is None:
             return math.inf
-        if self._clock.now() >= self._rests_until:
-            seconds = self._try(self._learn)
-            rest = min(seconds * (1 / _SHARE - 1), _LONGEST)
-            self._rests_until = self._clock.now() + rest
-        return self._rests_until
+        if self._clock.now() >= self._next:
+            seconds = self._try(self._step)
+            since = max(self._paid_until, self._clock.now())
+            self._paid_until = since + min(seconds * (1 / _SHARE - 1), _LONGEST)
+        return max(self._next, self._clock.now())
+
+    @property
+    def _next(self) -> float:
+        """When the next step may begin."""
+        return self._paid_until - _AT_ONCE / _SHARE
 
     def _try(self, step: Callable[[], None]) -> float:
         """Does it, and returns the seconds that it took."""
@@ -99,10 +100,15 @@ class Tutor:
         self._observe("learn_seconds", seconds)
         return seconds
 
-    def _learn(self) -> None:
+    def _step(self) -> None:
+        self._steps = self._steps or self._learn()
+        if next(self._steps, _END) is _END:
+            self._steps = None
+
+    def _learn(self) -> Iterator[None]:
         lesson, self._lesson = self._lesson, None
         asked, self._asked = self._asked, None
         if lesson is not None:
-            self.fidelity.learn(*lesson)
+            yield from self.fidelity.learn_by_steps(*lesson)
         if asked is not None:
-            self.fidelity.foresee(*asked)
+            yield from self.fidelity.foresee_by_steps(*asked)

@@ -1,7 +1,6 @@
 """A batcher whose workers answer when the test says so."""
 
 import contextlib
-import math
 import threading
 import time
 
@@ -101,8 +100,6 @@ def serving(code, run=model, *, workers=12, faults=None, warm=True, fidelity=Non
             observe=lambda what, number: seen.append((what, number)),
         ) as batcher:
             batcher.test_coder, batcher.test_seen = coder, seen  # pyright: ignore
-            if (arranger := batcher._sender._arranger) is not None:
-                until(lambda: math.isfinite(arranger.seconds), 300.0)  # it is compiled
             if warm:  # medians of a millisecond or so, which stragglers are told from
                 for each in queries(24, seed=99):
                     batcher.submit(each[None]).result(LONG)

@@ -1,6 +1,5 @@
 """Queries that go out together are put beside their like."""
 
-import threading
 import time
 
 import batching
@@ -124,22 +123,3 @@ def test_what_ordering_takes_is_measured_by_the_most_that_are_ordered(monkeypatc
     monkeypatch.setattr(ready, "_path", slow)
     ready.compile()
     assert ready.seconds >= 0.01 * 4 * CODE.num_data
-
-
-def test_a_batcher_answers_before_it_can_order(monkeypatch):
-    """To compile what orders takes seconds, which nobody waits for; nor for where that fails."""
-    compiling, release = threading.Event(), threading.Event()
-
-    def slow(self):
-        compiling.set()
-        assert release.wait(LONG)
-        raise MemoryError("no room for so many programs")
-
-    monkeypatch.setattr(Arranger, "compile", slow)
-    monkeypatch.setattr(batching, "until", lambda *_: None)
-    with serving(CODE, workers=8, ordering=True, warm=False) as batcher:
-        assert compiling.wait(LONG)
-        assert batcher.submit(batching.queries(8)).result(LONG).exact.all()
-        assert not count(batcher, "order_seconds")
-        release.set()
-        assert batcher.submit(batching.queries(8)).result(LONG).exact.all()

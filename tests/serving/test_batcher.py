@@ -523,7 +523,7 @@ def test_all_answers_are_wanted_only_while_there_is_time_to_learn():
     def do_nothing(*_):
         pass
 
-    tutor = Tutor(Fidelity(Coder(INTERLEAVED)), (3,), do_nothing, WALL, do_nothing)
+    tutor = Tutor(Fidelity(Coder(INTERLEAVED)), do_nothing, WALL)
     assert tutor.hungry(4)
     assert not tutor.hungry(1)
     tutor.teach(np.zeros((8, 3)), np.zeros((4, 3)))  # it has not begun

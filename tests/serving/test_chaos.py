@@ -31,16 +31,16 @@ import numpy as np
 
 from nercc_jax.serving import Fidelity
 
-learn = Fidelity.learn
+learn = Fidelity.learn_by_steps
 
 
 def sometimes(self, *lesson):
     if random.random() < 0.2:
         raise RuntimeError("learning failed")
-    learn(self, *lesson)
+    return learn(self, *lesson)
 
 
-Fidelity.learn = sometimes
+Fidelity.learn_by_steps = sometimes
 
 
 def answer(x):

@@ -101,26 +101,35 @@ def test_a_doubt_is_learnt_from_traffic():
     assert fidelity.doubt(1).number == 0
 
 
-def test_traffic_is_rehearsed_a_little_at_a_time(monkeypatch):
-    """All groups at once keep every core busy, for longer than queries should wait."""
+@pytest.mark.parametrize("width", [8, 64])
+def test_traffic_is_rehearsed_a_little_at_a_time(width, monkeypatch):
+    """By what decodes, as many groups at once; all of them would keep every core busy for long."""
     coder = Coder(CODE)
     fidelity = Fidelity(coder)
+    fidelity.compile((3,), width)
+    programs = coder._judge._cache_size(), coder.agree._cache_size()
     x = data(4 * 100, 7).reshape(100, 4, 4)
     answers = np.asarray(model(coder.encode(x, np.arange(8)))).swapaxes(0, 1)
-    rehearsal = fidelity._lessons[4].rehearsal
-    assert rehearsal is not None
-    observe, seen = rehearsal._observe, []
+    compare, seen = coder.compare, []
 
     def record(*arguments):
         seen.append(arguments[0].copy())
-        return observe(*arguments)
+        return compare(*arguments)
 
-    monkeypatch.setattr(rehearsal, "_observe", record)
+    monkeypatch.setattr(coder, "compare", record)
     for group, own in zip(answers, np.asarray(model(x)), strict=True):
-        fidelity.learn(group, own)
-    assert {len(groups) for groups in seen} == {32}
+        before = len(seen)
+        for step, _ in enumerate(fidelity.learn_by_steps(group, own)):
+            assert len(seen) == before + step + 1
+    assert fidelity.doubt(4).number
+    mask = np.arange(8) != 3
+    for step, _ in enumerate(fidelity.foresee_by_steps(4, mask)):
+        assert step < 100 / width
+    assert fidelity.expect(4, mask).fresh
+    assert {len(groups) for groups in seen} == {min(width, 32), 100 % width or width, width}
     looked_at = {group.tobytes() for groups in seen for group in groups}
     assert len(looked_at) >= 64, "each in its turn"
+    assert (coder._judge._cache_size(), coder.agree._cache_size()) == programs
 
 
 @pytest.mark.parametrize("queries", [4, 3])

@@ -10,7 +10,7 @@ from batching import INTERLEAVED, LONG, Held, count, knowing, model, queries, se
 
 from nercc_jax import Uncoded
 from nercc_jax.pools._clock import WALL
-from nercc_jax.serving import Fidelity, InferenceFailed, _health
+from nercc_jax.serving import Fidelity, InferenceFailed, _health, _tutor
 from nercc_jax.serving._health import Health
 from nercc_jax.serving._rescue import Rescue
 
@@ -166,8 +166,9 @@ def test_nobody_waits_for_learning(monkeypatch):
     def slow(self, answers, originals):
         learning.set()
         assert release.wait(LONG)
+        return iter(())
 
-    monkeypatch.setattr(Fidelity, "learn", slow)
+    monkeypatch.setattr(Fidelity, "learn_by_steps", slow)
     with serving(INTERLEAVED, warm=False) as batcher:
         batcher.submit(queries(4)).result(LONG)
         assert learning.wait(LONG), "a group all of whose answers came is a lesson"
@@ -181,7 +182,7 @@ def test_learning_that_fails_is_counted_and_nothing_else(monkeypatch):
     def fails(self, answers, originals):
         raise RuntimeError("a bug of ours")
 
-    monkeypatch.setattr(Fidelity, "learn", fails)
+    monkeypatch.setattr(Fidelity, "learn_by_steps", fails)
     with serving(INTERLEAVED, warm=False) as batcher:
         end = time.monotonic() + LONG
         while not count(batcher, "internal_error"):
@@ -191,7 +192,30 @@ def test_learning_that_fails_is_counted_and_nothing_else(monkeypatch):
         assert batcher.health() == FINE
 
 
-def test_a_set_of_answers_that_is_new_is_looked_up_beside():
+def test_a_lesson_rests_between_its_steps(monkeypatch):
+    """However much there is to do of one group, what is asked meanwhile waits for a step of it."""
+    turns, lessons, end = [], [], time.monotonic() + LONG
+
+    def steps(self, answers, originals):
+        lessons.append(len(originals))
+        for _ in range(3):
+            time.sleep(0.005)
+            turns.append(time.monotonic())
+            yield
+
+    monkeypatch.setattr(_tutor, "_SHARE", 0.1)
+    monkeypatch.setattr(_tutor, "_AT_ONCE", 0.0)
+    monkeypatch.setattr(Fidelity, "learn_by_steps", steps)
+    with serving(INTERLEAVED, warm=False) as batcher:
+        while len(turns) < 6:
+            assert time.monotonic() < end
+            batcher.submit(queries(4)).result(LONG)
+    assert lessons[:2] == [4, 4]
+    assert min(np.diff(turns)) > 0.04, "nine times what a step takes"
+
+
+def test_a_set_of_answers_that_is_new_is_looked_up_beside(monkeypatch):
+    monkeypatch.setattr(_tutor, "_SHARE", 1.0)
     with serving(INTERLEAVED, fidelity=knowing, warm=False) as batcher:
         mask = np.zeros(INTERLEAVED.num_workers, bool)
         mask[[0, 5]] = True

@@ -38,14 +38,11 @@ CODES = (Uncoded(1), Replication(1, 2), Replication(3, 6), INTERLEAVED, Berrut(3
 class Studied(Fidelity):
     """One that learns nothing more: a schedule must not depend on those played before it."""
 
-    def compile_lessons(self, outputs):
-        pass
-
     def hungry(self, queries):
         return False
 
-    def learn(self, answers, originals):
-        pass
+    def learn_by_steps(self, answers, originals):
+        return iter(())
 
     def doubt(self, queries):
         return BY_MARGIN
