@@ -99,7 +99,8 @@ def _price(price: Mapping[str, Any]) -> str:
             f"[{by_round[name].min():.1f}, {by_round[name].max():.1f}]"
             for name in names
         ]
-        cells.append(f"**{np.median(ratio):.2f}** [{ratio.min():.2f}, {ratio.max():.2f}]")
+        pooled = row["p99_ms"]["coded (8, 4)"] / row["p99_ms"]["uncoded"]
+        cells.append(f"**{pooled:.2f}** [{ratio.min():.2f}, {ratio.max():.2f}]")
         tails.append(f"| {_MODELS[row['model']]} | {' | '.join(cells)} |")
     told = [f"- **{name}**: {words}." for name, words in price["systems"].items()]
     number = min(min(row["queries"].values()) for row in paced)
@@ -121,7 +122,8 @@ the share of the bare handler's of the same round, median and range (asked of Le
 
 p50 and p99 in ms of {price["paced"]["clients"]} clients that ask every
 {1e3 * price["paced"]["period_s"]:.0f} ms each ({number:,} queries or more a cell), in brackets
-p99 by round. **Bold**: coded p99 by uncoded's of the same round (asked: at most 2).
+p99 by round ({len(paced[0]["p99_ms_by_round"]["bare"])} rounds). **Bold**: coded p99 by uncoded's,
+of all rounds together, and in brackets round by round (asked: at most 2).
 
 {chr(10).join(tails)}
 """
