@@ -8,6 +8,7 @@ NERCC_MODELS='[{"model": "lenet5-digits"}]' serve build nercc_jax.cli.ray_serve:
 import asyncio
 import gc
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,10 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 from prometheus_client.process_collector import ProcessCollector
 from ray import serve
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ..serving._arrival import HEADER
 from ..serving._plane import Plane
 from ..serving._rest import make_app
 from ..serving._settings import ModelSettings, ServerSettings, read_settings
@@ -105,6 +109,26 @@ class CodedServer:
             await asyncio.to_thread(model.close, 0.0)
         if self._telemetry is not None:
             await asyncio.to_thread(self._telemetry.close)
+
+
+def stamp() -> list[Middleware]:
+    """For Serve's proxies, which tell replicas by this when a request came: deadlines count thence.
+
+    They call it where their nodes are started with the variable
+    RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=nercc_jax.cli.ray_serve.stamp.
+    """
+    return [Middleware(_Stamp)]
+
+
+class _Stamp:
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and all(name != HEADER for name, _ in scope["headers"]):
+            stamp = HEADER, f"t={time.time():.6f}".encode()
+            scope = {**scope, "headers": [*scope["headers"], stamp]}
+        await self._app(scope, receive, send)
 
 
 def _log_by_serve() -> None:

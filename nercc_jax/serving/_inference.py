@@ -5,6 +5,7 @@ It stands in front of FastAPI, whose routing and layers take as long as all that
 
 import asyncio
 import re
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -13,6 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ._arrival import under_way
 from ._kserve import InferRequest
 from ._plane import Plane
 from ._protocol import (
@@ -88,7 +90,8 @@ class Inference:
         with plane.watch(name, lambda: Headers(scope=scope)), plane.intake.hold() as take:
             model = plane.find(name, version)
             request = await _read(scope, receive, name, plane.settings, take)
-            reply = await _while_connected(receive, plane.answer(model, request))
+            before = under_way(scope["headers"], time.time())
+            reply = await _while_connected(receive, plane.answer(model, request, before))
             return write_reply(reply, request, model.servable)
 
 

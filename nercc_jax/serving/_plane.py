@@ -23,7 +23,7 @@ from ._protocol import (
     response_of,
 )
 from ._record import current
-from ._request import Reply, words_of
+from ._request import DeadlineExceeded, Reply, words_of
 from ._served import ServedModel
 from ._settings import ServerSettings
 from ._statuses import OUTCOME, REFUSED
@@ -122,12 +122,17 @@ class Plane:
         reply = await self.answer(model, request)
         return response_of(reply, request, model.servable), {}
 
-    async def answer(self, model: ServedModel, request: InferRequest) -> Reply:
-        """Answers a request. Raises: InvalidInput, `TooLarge`, what `ServedModel.infer` does."""
+    async def answer(self, model: ServedModel, request: InferRequest, before: float = 0.0) -> Reply:
+        """Answers a request, which was under way for some seconds before, of its deadline.
+
+        Raises: InvalidInput, `TooLarge`, what `ServedModel.infer` does.
+        """
         if (record := current.get()) is not None:
             record.id = request.id = request.id or uuid.uuid4().hex
         check_outputs(request, model.servable)
         demanded = demands(request)
+        if before > 0:
+            demanded["deadline"] = _left(model, demanded["deadline"], before)
         queries = queries_of(request, model.servable, model.settings.max_queue_size)
         try:
             return await model.infer(queries, **demanded)
@@ -190,3 +195,15 @@ class Plane:
         raise NotImplementedError("models are configured when the server starts")
 
     unload = load
+
+
+def _left(model: ServedModel, deadline: float | None, before: float) -> float:
+    """Seconds that are left of a request's deadline. Raises: DeadlineExceeded where none are."""
+    deadline = model.settings.deadline_s if deadline is None else deadline
+    if before >= deadline:
+        model.count("request_deadline")
+        raise DeadlineExceeded(
+            f"its {deadline:g} s had passed before it came: it was under way for {before:.3f} s, "
+            "by the proxy's X-Request-Start"
+        )
+    return deadline - before

@@ -139,7 +139,9 @@ class ServedModel:
             return reply
         return dataclasses.replace(reply, values=outputs.named(reply.values))
 
-    def count(self, refusal: Literal["request_invalid", "request_overloaded"]) -> None:
+    def count(
+        self, refusal: Literal["request_invalid", "request_overloaded", "request_deadline"]
+    ) -> None:
         """Counts a request that was refused, here or where it was read."""
         self.meter.observe(refusal, 0.0)
 

@@ -4,6 +4,7 @@
 
 import concurrent.futures
 import threading
+import time
 
 import pytest
 from conftest import require
@@ -13,10 +14,11 @@ httpx = require("httpx", "serve-test")
 grpc = require("grpc", "serve-test")
 require("nercc_jax.serving._kserve", "serve")
 
-from in_process import SERVABLE, body, channel, listening
+from in_process import SERVABLE, Doubles, body, channel, listening, serving
 from prometheus_client import CollectorRegistry
 
 from nercc_jax import Uncoded
+from nercc_jax.serving._arrival import under_way
 from nercc_jax.serving._kserve import messages
 from nercc_jax.serving._metrics import Meters
 from nercc_jax.serving._served import ServedModel
@@ -87,3 +89,61 @@ def test_a_batcher_that_is_held_up_is_not_waited_for(model, monkeypatch):
         totals = model.status()["totals"]
         assert totals["errors"]["deadline"] == 2
         assert totals["queries"]["exact"] == 1, "who was told that it is late is not answered"
+
+
+NOW = 1_795_000_000.25  # in 2026
+
+
+@pytest.mark.parametrize(
+    ("told", "seconds"),
+    [
+        ("1794999998.750", 1.5),  # nginx's $msec
+        ("t=1794999998.750", 1.5),
+        ("1794999998750", 1.5),  # Heroku
+        ("t=1794999998750000", 1.5),  # Apache's %t
+        (" t=1794999999 ", 1.25),
+        ("t=1794999998.750 D=3", 0.0),
+        ("yesterday", 0.0),
+        ("", 0.0),
+        ("-1794999998", 0.0),
+        ("9" * 400, 0.0),
+        ("t=1795000060", 0.0),  # a clock that goes fast
+        ("t=1794990000", 0.0),  # ... and one that is hours behind
+    ],
+)
+def test_proxies_tell_when_a_request_came(told, seconds):
+    headers = [(b"host", b"x"), (b"x-request-start", told.encode())]
+    assert under_way(headers, NOW) == pytest.approx(seconds, abs=1e-6)
+    assert under_way(headers[:1], NOW) == 0
+
+
+class Listens(Doubles):
+    """Knows how long it was given."""
+
+    async def infer(self, queries, **demanded):
+        self.deadline = demanded["deadline"]
+        return await super().infer(queries, **demanded)
+
+
+def test_deadlines_count_from_the_proxy():
+    model = Listens()
+    with serving(model) as server:
+
+        def ask(before, **parameters):
+            return httpx.post(
+                f"http://127.0.0.1:{server.http_port}/v2/models/digits/infer",
+                content=body(parameters=parameters),
+                headers={} if before is None else {"X-Request-Start": f"t={time.time() - before}"},
+                timeout=ENDS,
+                trust_env=False,
+            )
+
+        assert ask(None, nercc_deadline_ms=3000).status_code == 200
+        assert model.deadline == 3
+        assert ask(40, nercc_deadline_ms=100_000).status_code == 200
+        assert 50 < model.deadline < 60.01
+        usual = model.settings.deadline_s
+        answer = ask(usual + 1)
+        assert answer.status_code == 504
+        assert f"its {usual:g} s had passed before it came" in answer.json()["error"]
+        assert (model.came, model.refused) == (2, ["request_deadline"])
