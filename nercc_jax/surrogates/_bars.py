@@ -11,11 +11,11 @@ import dataclasses
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from ..codes import check_count
 from ..inference import AbstractCalibrated, Conditions
-from ._fit_learner import LearnerTuning, find_kernel, leave_one_out
+from ._fit_learner import LearnerTuning, find_kernel
 from ._kernels import Kernel, wide_kernel
 from ._learner import Learner
 
@@ -58,18 +58,19 @@ def bars_of(
     learner: Learner,
     tuning: LearnerTuning | None = LearnerTuning(),  # noqa: B008, it is frozen
     *,
-    folds: int = 5,
+    folds: int = 10,
 ) -> ErrorBars:
     """The error bars of a learner, by what it makes of each pair of its window without that pair.
 
-    A kernel fits the pairs that it was tuned on better than others. So the window is cut into
-    `folds`, at random, and the errors in each are those of a kernel that is tuned on the others
-    alone, as `tuning` says: give what `fit_learner` was given, or None for a kernel that was not
-    tuned on these pairs. They are compared with the deviations that the learner itself has there,
-    as new ones will be. Only the learner's own shape of kernel is tuned, so many times.
+    A kernel fits the pairs that it was tuned on better than others, and its deviations are those of
+    its own noise and scale. So the window is cut into `folds`, at random; the pairs of each are
+    predicted, as new data points are, by a learner that knows the others alone, its kernel tuned on
+    them as `tuning` says, and every error is divided by the deviation that this same learner has
+    there. Give what `fit_learner` was given, or None for a kernel that was not tuned on these
+    pairs. Only the learner's own shape of kernel is tuned, so many times.
 
-    Where a function is known almost to rounding, kernels of the folds and the learner's differ too
-    much, and the bars may be far off: there `calibrate_bars` serves.
+    Where a function is known almost to rounding, how well float32 solves differs from kernel to
+    kernel, and errors and deviations with it: the bars may be far off, and `calibrate_bars` serves.
 
     They hold for data points like those, and for the learner alone (an infinite kappa): a mixture
     with a code wants `calibrate_bars`. Raises: ValueError for a learner that knows nothing, fewer
@@ -78,18 +79,19 @@ def bars_of(
     pairs = np.flatnonzero(np.asarray(learner.filled))
     if len(pairs) == 0:
         raise ValueError("this learner knows nothing: there are no errors to go by")
-    errors, deviations = _left_out(learner, learner.kernel)
-    if tuning is None:
-        return bars_from(np.asarray(errors / deviations)[pairs])
     folds = min(check_count("folds", folds, 2), len(pairs))
     own = learner.kernel
-    tuning = dataclasses.replace(tuning, shapes=(own.shape,))
     start = wide_kernel(own.shape, own.centre, own.unit)
-    honest = np.full(learner.capacity, np.nan)
+    ratios = np.full(learner.capacity, np.nan)
     for held in np.array_split(np.random.default_rng(0).permutation(pairs), folds):
-        kernel, _ = find_kernel(learner, start, np.setdiff1d(pairs, held), tuning)
-        honest[held] = np.asarray(_left_out(learner, kernel)[0])[held]
-    return bars_from(honest / np.asarray(deviations))
+        numbers = own, learner.scale
+        if tuning is not None:
+            alike = dataclasses.replace(tuning, shapes=(own.shape,))
+            numbers = find_kernel(learner, start, np.setdiff1d(pairs, held), alike)
+        others = np.asarray(learner.filled).copy()
+        others[held] = False
+        ratios[held] = np.asarray(_ratios(learner, *numbers, jnp.asarray(others)))[held]
+    return bars_from(ratios)
 
 
 def bars_from(
@@ -114,9 +116,13 @@ def bars_from(
 
 
 @eqx.filter_jit
-def _left_out(
-    learner: Learner, kernel: Kernel
-) -> tuple[Float[Array, " capacity"], Float[Array, " capacity"]]:
-    """Errors and deviations of the window's pairs, each left out, with this kernel."""
-    out = leave_one_out(kernel, learner.inputs, learner.residuals, learner.filled)
-    return jnp.sqrt(jnp.mean(out.errors**2, axis=1)), learner.deviation_of(out.variance)
+def _ratios(
+    learner: Learner, kernel: Kernel, scale: Float[Array, ""], others: Bool[Array, " capacity"]
+) -> Float[Array, " capacity"]:
+    """The window's errors by deviations, as a learner has them that knows only the others; NaN
+    where it knows nothing."""
+    known = eqx.tree_at(lambda learner: learner.filled, learner, others).with_kernel(kernel, scale)
+    mean, covariance = known.window_posterior(learner.inputs[:, None])
+    error = jnp.sqrt(jnp.mean((mean[:, 0] - learner.residuals) ** 2, axis=1))
+    deviation = known.deviation_of(jnp.maximum(covariance[:, 0, 0], 0) + kernel.noise)
+    return jnp.where(jnp.isfinite(deviation), error / deviation, jnp.nan)
