@@ -67,7 +67,8 @@ def _head(results: Results) -> str:
     first = next(iter(results.values()))
     env, size = first["environment"], first["size"]
     versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
-    minutes = sum(told["seconds"] for told in results.values()) / 60
+    cells = [cell for told in results.values() for cell in told["cells"].values()]
+    minutes = sum(cell["seconds"] for cell in cells) / 60
     functions = "\n".join(f"- **{name}**: {told['about']}." for name, told in results.items())
     left = [name for name in NAMES if name not in results]
     missing = f"\n\nNot measured yet: {', '.join(left)}." if left else ""
@@ -216,8 +217,8 @@ def _coverage(results: Results) -> str:
 ## Error bars
 
 Per cent of the errors that are within their 90 % bars (`bars_of`: calibrated on the past answers
-alone, each left out and judged by a kernel that was tuned without the fifth of them that it is in),
-of the rows that are not exact.
+alone, each tenth of them by a learner that was tuned on the others and knows no more), of the rows
+that are not exact.
 
 {_grid(["", *results], rows)}"""
 

@@ -1,7 +1,7 @@
 """Functions that are smooth in their inputs: what a learner from past answers is worth to a code.
 
-    python bench/functions.py [--only NAME ...] [--quick] [--page] [--learners]
-        [--data-dir FOLDER]
+    python bench/functions.py [--only NAME ...] [--cells CELL ...] [--quick] [--page]
+        [--learners] [--data-dir FOLDER]
 
 For eight real functions, four cells of workers and stragglers: codes, copies with what fills their
 gaps, a learner with and without redundancy, and what is picked on other data. Judged by RMSE
@@ -44,36 +44,47 @@ def main() -> None:
     path = RESULTS / ("functions-quick.json" if options.quick else "functions.json")
     size = QUICK if options.quick else Size()
     for name in [] if options.page else options.only or NAMES:
-        start = time.perf_counter()
-        case = load(name, options.data_dir)
-        results = json.loads(path.read_text()) if path.exists() else {}
-        told = measure(case, size, console.log, results[name] if options.learners else None)
-        told |= {"seconds": round(time.perf_counter() - start, 1)}
-        told |= {"environment": environment(PACKAGES), "size": dataclasses.asdict(size)}
-        results = json.loads(path.read_text()) if path.exists() else {}
-        write_json(path, results | {name: told})
-        console.log(f"{name}: {told['seconds']} s")
+        measure(load(name, options.data_dir), size, options, path, console.log)
     if not options.quick:
-        _functions_page.write(json.loads(path.read_text()), PAGE, RESULTS / "functions.png")
+        _functions_page.write(_read(path), PAGE, RESULTS / "functions.png")
         console.print(f"page: {PAGE}")
     console.print(f"results: {path}")
 
 
-def measure(
-    case: Case, size: Size, log: Any, known: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """All cells of one function, and its sweep where there is a parameter to sweep.
+def measure(case: Case, size: Size, options: argparse.Namespace, path: Path, log: Any) -> None:
+    """Some cells of one function, or all, and its sweep where there is a parameter to sweep; what
+    is measured is on disk at once.
 
-    With what is known of it, the learners alone are judged again."""
+    With `learners` the learners alone are judged again."""
+    start = time.perf_counter()
     bench = Bench(case, size, log)
-    told: dict[str, Any] = {"about": case.about}
-    told["cells"] = cells = {}
     for cell in CELLS:
-        cells[cell.name] = _measured(bench, cell, known and known["cells"][cell.name])
-        log(f"{case.name} {cell.name}: {cells[cell.name]['picked']}")
-    if case.name in SIMULATORS:
-        told["sweep"] = sweep(bench)
-    return told
+        if options.cells and cell.name not in options.cells:
+            continue
+        known = _read(path)[case.name]["cells"][cell.name] if options.learners else None
+        measured = _measured(bench, cell, known)
+        log(f"{case.name} {cell.name}: {measured['picked']}")
+        start = _keep(path, case, size, {"cells": {cell.name: measured}}, start)
+    if case.name in SIMULATORS and not options.cells:
+        _keep(path, case, size, {"sweep": sweep(bench)}, start)
+
+
+def _keep(path: Path, case: Case, size: Size, found: dict[str, Any], start: float) -> float:
+    """Writes what was found beside what is there already, with how long it took."""
+    now = time.perf_counter()
+    results = _read(path)
+    told = results.setdefault(case.name, {})
+    told |= {"about": case.about, "size": dataclasses.asdict(size)}
+    told |= {"environment": environment(PACKAGES)}
+    for part in found.get("cells", {}).values():
+        part["seconds"] = round(now - start, 1)
+    told |= found | {"cells": told.get("cells", {}) | found.get("cells", {})}
+    write_json(path, results)
+    return now
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _measured(bench: Bench, cell: Cell, known: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -149,6 +160,7 @@ def _columns(rows: list[Numbers]) -> dict[str, list[Any]]:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", choices=NAMES)
+    parser.add_argument("--cells", nargs="*", choices=[cell.name for cell in CELLS])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--page", action="store_true", help="only write the page again")
     parser.add_argument(

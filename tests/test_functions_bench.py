@@ -94,9 +94,10 @@ def test_page_of_what_is_there(bench, tmp_path):
     errors = {name: {"rmse": [0.1, 0.2], "covered": [0.9, 0.9]} for name in names}
     errors[bench.systems.ALONE]["rmse"] = [0.02, 0.04]
     cells = {
-        c.name: {"picked": bench.systems.ALONE, "systems": errors} for c in bench.systems.CELLS
+        c.name: {"picked": bench.systems.ALONE, "systems": errors, "seconds": 1.0}
+        for c in bench.systems.CELLS
     }
-    told = {"about": "a wave", "cells": cells, "seconds": 1.0, "size": vars(bench.systems.Size())}
+    told = {"about": "a wave", "cells": cells, "size": vars(bench.systems.Size())}
     told["sweep"] = {"picked": "b", "rmse": {"a": [0.1, 0.3], "b": [0.001, 0.002]}}
     told["environment"] = bench.command.environment(("jax",))
     bench.page.write({"wave": told}, tmp_path / "page.md", tmp_path / "page.png")
