@@ -165,6 +165,8 @@ packed = pickle.load(open(sys.argv[1], "rb"))
 models, x = packed.unpack()
 pickle.dump(([jax.device_get(each(x)) for each in models],
              [len(jax.tree.leaves(each)) for each in models]), open(sys.argv[2], "wb"))
+# A worker starts again wherever one dies: what it has no use for, it does not import.
+assert not {"scipy", "optax", "flax"} & set(sys.modules), sorted(sys.modules)
 """
 
 

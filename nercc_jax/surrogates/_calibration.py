@@ -8,8 +8,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.special import expit
-from scipy.special import logit as logit_of
 
 from ._logistic import logistic_regression
 
@@ -66,7 +64,8 @@ def regression(
         # It tells hardly anything: some order is left, and the mean.
         scale = _LEAST_SCALE
         mean = (np.sum(wrong) + 0.5) / (len(wrong) + 1)
-        from scipy.optimize import root_scalar  # a quarter of the package's import time
+        from scipy.optimize import root_scalar  # late: a quarter of the package's import time
+        from scipy.special import expit
 
         found = root_scalar(
             lambda shift: np.mean(expit(scale * logit + shift)) - mean, bracket=(-_FAR, _FAR)
@@ -84,6 +83,10 @@ def correction(
     in which fewer are wrong than in one below are given the share of both, but for a slope that
     hardly matters: the order stays. There are always `_BINS` places, the last one several times.
     """
+    from scipy.optimize import isotonic_regression  # late, as above
+    from scipy.special import expit
+    from scipy.special import logit as logit_of
+
     # Those that are alike are in one bin, so that knots are never too close together.
     logit = np.round(logit, _DIGITS)
     order = np.argsort(logit, kind="stable")
@@ -101,8 +104,6 @@ def correction(
     # One more is expected, and seen: it weighs where there are hardly any.
     more = (count * seen + 1) / (count * expected + 1)
     share = np.minimum(more * expected / counts, _SUREST)
-    from scipy.optimize import isotonic_regression  # late, as above
-
     share = isotonic_regression(share, weights=counts).x
     knots = logit_of(np.clip(expected / counts, _LEAST, _SUREST))
     shifts = (1 - _SLOPE) * (logit_of(share) - knots)

@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray
-from scipy.special import expit
 
 from ..codes import AbstractCode, Decoded, Form, Matrices, decode_vectors, variances
 from ..codes import deviation as deviation_of
@@ -257,6 +256,8 @@ def doubt_from(
 
     Whether they are `sure`, whatever it looks at, and whether the label was wrong. Three steps, see
     `_calibration.py`."""
+    from scipy.special import expit  # late: a fifth of a worker's import time
+
     # A data point is much the same under all sets: it counts as one in all, not as one in each.
     count = np.sum(~sure.all(axis=0)) / max(np.sum(~sure), 1)
     group = np.nonzero(~sure)[1]

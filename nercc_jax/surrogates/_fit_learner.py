@@ -17,7 +17,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
 from ..codes import Form, check_count, multiply
@@ -249,6 +248,8 @@ def _descend(judge: Any, start: PyTree, value: Array, steps: int) -> tuple[PyTre
     """
     if steps == 0:
         return start, value
+    import optax  # late: workers import this file, and tune nothing
+
     schedule = optax.cosine_decay_schedule(_LEARNING_RATE, steps)
     optimizer = optax.apply_if_finite(optax.adam(schedule), max_consecutive_errors=steps)
 

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float
-from scipy.special import expit
 
 # A feature that hardly varies tells nothing. Of the weights: steps, how long one may be (in any of
 # them), and how short the last one; how often a step that leads up is halved.
@@ -48,6 +47,8 @@ def _minimum(
     counts: Float[np.ndarray, " samples"],
     falling: Bool[np.ndarray, " features"],
 ) -> Float[np.ndarray, " features"]:
+    from scipy.special import expit  # late: a fifth of a worker's import time
+
     ridge = np.append(0.0, np.ones(z.shape[1] - 1))
 
     def loss(weights: np.ndarray) -> float:

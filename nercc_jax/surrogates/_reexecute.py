@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Shaped
-from scipy.special import ndtri
 
 from ..codes import Decoded
 from ..inference import Model, check_model
@@ -118,6 +117,8 @@ def error_bars(
         return bars(deviation, coverage)
     if not 0 < coverage < 1:
         raise ValueError(f"coverage must be a share between 0 and 1, not {coverage}")
+    from scipy.special import ndtri  # late: a fifth of a worker's import time
+
     return deviation * float(ndtri((1 + coverage) / 2))
 
 
