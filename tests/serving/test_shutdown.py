@@ -117,8 +117,8 @@ def test_what_was_accepted_is_answered(start, threads):
     assert by_rest(again, 1) == (200, 2.0)
 
 
-def test_it_says_that_it_drains_and_answers_meanwhile(start):
-    """Until a second signal ends it at once."""
+def test_it_says_that_it_drains_and_answers_meanwhile(start, threads):
+    """Until a second signal ends it at once, whoever waits."""
     server = start(service=0.0, delay=FOREVER)
     channel = grpc.insecure_channel(server.grpc)
     stub = GRPCInferenceServiceStub(channel)
@@ -135,29 +135,8 @@ def test_it_says_that_it_drains_and_answers_meanwhile(start):
     assert by_rest(server, 3) == (200, 6.0)
     assert by_grpc(server, 4) == (200, 8.0)
     channel.close()
-    server.signal()
-    assert server.wait() == 0
-
-
-def test_whoever_waits_longer_than_draining_takes_is_told(start, threads):
-    server = start(service=FOREVER, timeout=0.5)
-    calls = [threads.submit(ask, server, 1) for ask in (by_rest, by_grpc) for _ in range(3)]
-    accepted(server, 6)
-    server.signal(signal.SIGINT)  # as any other
-    told = [call.result(ENDS) for call in calls]
-    assert [status for status, _ in told] == [503] * 3 + [grpc.StatusCode.UNAVAILABLE] * 3
-    assert {words for _, words in told} == {"the server shut down before it could answer"}
-    assert server.wait() == 0
-    log = [line["message"] for line in server.log()]
-    assert log.count("model is closed") == 2
-
-
-def test_a_second_signal_ends_it_at_once(start, threads):
-    server = start(FOREVER, timeout=FOREVER)
-    calls = [threads.submit(ask, server, 1) for ask in (by_rest, by_grpc)]
-    accepted(server, 2)
-    server.signal()
-    server.wait_for("draining")
+    calls = [threads.submit(ask, server, -1, "hangs") for ask in (by_rest, by_grpc)]
+    accepted(server, 2, "hangs")
     server.signal()
     assert server.wait() == 0
     for call in calls:  # told, or cut off
@@ -165,9 +144,12 @@ def test_a_second_signal_ends_it_at_once(start, threads):
             assert call.result(ENDS)[0] != 200
 
 
-def test_a_model_that_hangs_and_connections_that_are_stuck_do_not_keep_it_alive(start, threads):
-    server = start(timeout=0.5)
-    call = threads.submit(by_rest, server, -1, "hangs")
+def test_whoever_waits_longer_than_draining_takes_is_told(start, threads):
+    """Neither a model that hangs nor connections that are stuck keep the server alive."""
+    server = start(service=FOREVER, timeout=0.5)
+    calls = [threads.submit(ask, server, 1) for ask in (by_rest, by_grpc) for _ in range(3)]
+    accepted(server, 6)
+    hanging = threads.submit(by_rest, server, -1, "hangs")
     accepted(server, 1, "hangs")
     with contextlib.ExitStack() as connections:
         for sent in (b"", b"GET /v2 HTTP/1.1\r\n", b"POST /v2/models/slow/infer HTTP/1.1\r\n"):
@@ -177,9 +159,14 @@ def test_a_model_that_hangs_and_connections_that_are_stuck_do_not_keep_it_alive(
                 sent += b"Host: x\r\nContent-Length: 1000\r\n\r\n{"
             connection.sendall(sent)
         assert server.http.get("/v2").status_code == 200  # and this one stays open
-        server.signal()
-        assert call.result(ENDS)[0] == 503
+        server.signal(signal.SIGINT)  # as any other
+        told = [call.result(ENDS) for call in calls]
+        assert [status for status, _ in told] == [503] * 3 + [grpc.StatusCode.UNAVAILABLE] * 3
+        assert {words for _, words in told} == {"the server shut down before it could answer"}
+        assert hanging.result(ENDS)[0] == 503
         assert server.wait() == 0
+    log = [line["message"] for line in server.log()]
+    assert log.count("model is closed") == 2
 
 
 @pytest.mark.parametrize(("which", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
