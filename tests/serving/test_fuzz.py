@@ -16,7 +16,6 @@ from nercc_server import ENDS, Server
 
 grpc = require("grpc", "serve-test")
 require("nercc_jax.serving._kserve", "serve")
-require("schemathesis", "serve-test")
 
 from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceStub
 
@@ -59,6 +58,7 @@ def stub(server):
 
 def test_schemathesis_finds_nothing(server, tmp_path):
     """By the server's own description of its REST face."""
+    require("schemathesis", "serve-test")
     told = '[parameters]\nmodel_name = "double"\nversion = "1"\n'
     (tmp_path / "schemathesis.toml").write_text(told)
     before = server.count("requests_total", model="double", outcome="invalid")
