@@ -17,6 +17,15 @@ import jax
 import jaxtyping
 import pytest
 
+# The longest files with slow tests, to begin with: what is begun last, one worker ends alone. Those
+# that wait for processes and those that compile take turns, for two workers to have one of each.
+LONGEST = (
+    *("test_ray_cluster.py", "test_layouts.py", "test_schedules.py", "test_compositions.py"),
+    *("test_run_rows.py", "test_deploy.py", "test_splines.py", "test_soak.py", "test_tuning.py"),
+    *("test_ray_pools.py", "test_cli.py", "test_pools.py", "test_learning_scheme.py"),
+)
+FIRST = {name: place for place, name in enumerate(LONGEST)}
+
 # Must be set before the backend starts.
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -82,7 +91,7 @@ def pytest_collection_modifyitems(config, items):
         (others if repeats else kept).append(item)
         if wide:
             seen.add(function)
-    items[:] = kept
+    items[:] = sorted(kept, key=lambda item: FIRST.get(item.path.name, len(FIRST)))
     config.hook.pytest_deselected(items=others)
 
 
