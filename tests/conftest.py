@@ -49,6 +49,9 @@ if not AS_USERS_DO:
     gc.set_threshold(50_000, 20, 100)
     jax.config.update("jax_traceback_in_locations_limit", 0)
 
+# Ray's workers have the lowest priority but four: beside a test that compiles they would get a
+# thirtieth of a core, and take minutes to import JAX.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 # Without optimisation a fit of 100 knots is off by 1.02e-5 in float32: more than is promised.
 LARGE = re.compile(r"[\[-](100|200)[\]-]|large_n")
