@@ -98,6 +98,8 @@ def doubt_of(
     weights: Float[np.ndarray, " features"],
 ) -> Float[np.ndarray, "rows num_data"]:
     """The probability that the label is not the model's own: 1 where nothing is told."""
+    from scipy.special import expit  # late, as in `calibrate`
+
     return np.where(told, expit(features @ weights), np.float32(1))
 
 

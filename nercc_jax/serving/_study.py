@@ -38,6 +38,7 @@ from ._request import Answer
 AT_ONCE, FIRST, AGAIN = 32, 256, 1024
 # Exams that calibration looks at, at most and at least, and by what share more there are next time.
 _EXAMS, LEAST, _MORE = 2048, 128, 0.25
+_REFRESH = 256  # answers between two factors that are made anew, so that rounding does not add up
 _FEATURES = 64  # principal components, where there are more floats
 _COVERAGE = 0.9  # of error bars
 # What is watched for drift: so many at most, and by how many standard deviations of their number
@@ -128,6 +129,8 @@ class Study:
         if isinstance(self._surrogate, Learner):
             self._surrogate = _updated(self._surrogate, x, own)
             self._learned += len(x)
+            if self._learned % _REFRESH == 0:
+                self._surrogate = self._surrogate.refreshed()
             if self._learned == AGAIN:
                 # Its deviations are others now: exams by the old ones tell nothing of them. Until
                 # there are enough, the learner as it was answers.
@@ -226,4 +229,4 @@ def _updated(
 _agree = eqx.filter_jit(agree_on_labels)
 # One width for all features, from a grid: of 256 pairs, many widths tell nothing, and on LeNet5's
 # answers descent finds nothing better (93.1 % of labels from 1,024 of them either way).
-_TUNING = LearnerTuning(widths="one", rows=FIRST, steps=0)
+_TUNING = LearnerTuning(widths="one", rows=FIRST, steps=0, least_noise=1e-4)

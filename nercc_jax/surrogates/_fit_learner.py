@@ -30,7 +30,7 @@ Widths: TypeAlias = Literal["one", "each"] | Sequence[int]
 
 _NOISES = (1e-6, 1e-4, 1e-2)
 _WIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)  # times those of the kernel that is there
-_LEAST_NOISE, _LEAST_LINEAR = 1e-7, 1e-6  # whose logarithms are walked on
+_LEAST_LINEAR = 1e-6  # whose logarithm is walked on
 _SHARPNESS = 4.0  # of labels: outputs' spreads that make one label e times as likely
 _LEARNING_RATE = 0.1
 # Of how unlike logarithms of widths are, by pair: as if their deviation were expected to be 0.7. So
@@ -75,9 +75,12 @@ class LearnerTuning:
     - `widths`: "one" for all features, "each" its own, or for each feature which one it has.
     - `steps` of gradient descent from the best of a grid; 0 leaves it at that.
     - `rows`: judged on so many pairs, evenly from the window; the time grows with their cube.
+    - `least_noise`: no kernel has less, in units of the process's variance. Of a function that is
+      known almost to rounding, a long window's equations are too much for float32 with less than
+      1e-4: its errors grow as the window turns.
 
     Raises: ValueError for an unknown criterion or shape, widths by an unknown name, fewer than
-    three rows.
+    three rows, a least noise that is not positive.
     """
 
     criterion: LearnerCriterion = "density"
@@ -86,6 +89,7 @@ class LearnerTuning:
     linear: bool = True
     steps: int = 60
     rows: int = 512
+    least_noise: float = 1e-7
 
     def __post_init__(self):
         if self.criterion not in get_args(LearnerCriterion):
@@ -97,6 +101,8 @@ class LearnerTuning:
             raise ValueError(f"widths must be 'one', 'each' or groups, not {self.widths!r}")
         check_count("steps", self.steps, 0)
         check_count("rows", self.rows, 3)
+        if not 0 < self.least_noise < 1:
+            raise ValueError(f"least_noise must be between 0 and 1, not {self.least_noise}")
 
 
 def fit_learner(
@@ -161,7 +167,8 @@ def find_kernel(
         learner.form,
     )
     starts = [_regrouped(start, shape, tuning.widths, tuning.linear) for shape in tuning.shapes]
-    found = [_tuned(each, known, tuning.criterion, tuning.steps) for each in starts]
+    least = jnp.asarray(tuning.least_noise, start.noise.dtype)
+    found = [_tuned(each, known, tuning.criterion, tuning.steps, least) for each in starts]
     best = int(np.argmin([float(jnp.nan_to_num(value, nan=np.inf)) for value, *_ in found]))
     return found[best][1:]
 
@@ -202,14 +209,18 @@ def _regrouped(kernel: Kernel, shape: Shape, widths: Widths, linear: bool) -> Ke
 
 @eqx.filter_jit
 def _tuned(
-    start: Kernel, known: _Known, criterion: LearnerCriterion, steps: int
+    start: Kernel,
+    known: _Known,
+    criterion: LearnerCriterion,
+    steps: int,
+    least_noise: Float[Array, ""],
 ) -> tuple[Array, Kernel, Array]:
     """The best objective that was seen, its kernel, and the scale that its errors ask for."""
     inputs, residuals, mask = known.inputs, known.residuals, known.filled
     outputs = residuals if known.priors is None else residuals + known.priors
 
     def judge(free: dict[str, Array]) -> Array:
-        out = leave_one_out(_kernel(start, free), inputs, residuals, mask)
+        out = leave_one_out(_kernel(start, free, least_noise), inputs, residuals, mask)
         unlike = jnp.sum((free["widths"] - jnp.mean(free["widths"])) ** 2)
         price = _PRICE * unlike / jnp.maximum(jnp.sum(mask), 1)
         if criterion == "labels":
@@ -233,7 +244,7 @@ def _tuned(
     place = jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))
     state = jax.tree.map(lambda leaf: leaf[place], candidates), values[place]
     best, value = _descend(judge, *state, steps)
-    kernel = _kernel(start, best)
+    kernel = _kernel(start, best, least_noise)
     out = leave_one_out(kernel, inputs, residuals, mask)
     spread = jnp.maximum(_variance(residuals, mask), jnp.finfo(inputs.dtype).tiny)
     square = jnp.mean(out.errors**2, axis=1) / out.variance
@@ -277,10 +288,10 @@ def _free(kernel: Kernel) -> dict[str, Array]:
     }
 
 
-def _kernel(start: Kernel, free: dict[str, Array]) -> Kernel:
+def _kernel(start: Kernel, free: dict[str, Array], least_noise: Array) -> Kernel:
     """The kernel with these numbers; one without a linear part keeps none."""
     linear = jnp.where(start.linear > 0, jnp.exp(free["linear"]), 0)
-    noise = jnp.exp(free["noise"]) + _LEAST_NOISE
+    noise = jnp.exp(free["noise"]) + least_noise
     return eqx.tree_at(
         lambda kernel: (kernel.widths, kernel.linear, kernel.noise),
         start,

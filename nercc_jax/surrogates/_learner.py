@@ -34,11 +34,15 @@ from ._conditioning import Conditioned
 from ._expected import AbstractSurrogate, check_like, outputs_of_groups
 from ._kernels import Kernel, Shape, root, wide_kernel
 from ._surrogate import trust
-from ._whitening import ERROR, error_of, replace_rows, solve, soundly_whitened
+from ._whitening import error_of, replace_rows, solve, soundly_whitened
 from ._window import length_of, one_row, turn, written
 
 # Beyond this share of the window a new factor is cheaper than replacing its rows.
 _MANY = 0.25
+# By how much of its right side a solution may miss it before a factor whose rows were replaced is
+# made anew. Its error grows from one replacement to the next, at 0.01 within a few of them to where
+# two labels in three were wrong (a smooth function of four numbers, noise 1e-4, 32 rows at once).
+_WORN = 1e-3
 
 Function = Callable[[PyTree], PyTree]
 L = TypeVar("L", bound="Learner")
@@ -68,7 +72,7 @@ class Learner(AbstractSurrogate):
     `update` and `predict` are pure and may be jitted, vmapped and differentiated. `filled` says
     which rows of the window hold a pair, `place` which is next, `jitter` how much had to be added
     to the noise so that float32 could solve, `error` by how much of its right side a solution
-    missed it before it was refined, when last looked at (above 0.01 the factor is made anew).
+    missed it before it was refined, when last looked at (above 0.001 the factor is made anew).
     """
 
     features: Function | None
@@ -303,7 +307,7 @@ class Learner(AbstractSurrogate):
         error = error_of(*jax.lax.stop_gradient((covariance, whitening)))
         kept = (covariance, whitening, self.jitter + more, error)
         return self._with_factor(
-            *jax.lax.cond(error <= ERROR, lambda: kept, lambda: self._factored())
+            *jax.lax.cond(error <= _WORN, lambda: kept, lambda: self._factored())
         )
 
     def _with_factor(self: L, *numbers: Array) -> L:
