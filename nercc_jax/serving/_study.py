@@ -42,8 +42,8 @@ _REFRESH = 256  # answers between two factors that are made anew, so that roundi
 _FEATURES = 64  # principal components, where there are more floats
 _COVERAGE = 0.9  # of error bars
 # What is watched for drift: so many at most, and by how many standard deviations of their number
-# more may fail than was promised before it is none of chance. Looked at some twenty times an hour,
-# it errs less than once in a year.
+# more may fail than was promised before it is none of chance: a normal distribution passes that
+# once in 300,000 times.
 _WATCHED, _CHANCE = 512, 4.5
 
 
@@ -201,7 +201,7 @@ class Study:
         )
         # The k-th of n ratios covers k / (n + 1) of others: see `ErrorBars`.
         with np.errstate(divide="ignore", invalid="ignore"):
-            ratios = np.sort(error / deviation)
+            ratios = np.sort(np.where(error > 0, error / deviation, 0))
         factor = float(ratios[min(math.ceil(_COVERAGE * (len(ratios) + 1)), len(ratios)) - 1])
         wanted, tolerance = self._goal.max_disagreement, self._goal.tolerance
         doubt, limit, share, promised = None, 1.0, 1.0, 0.0
@@ -210,7 +210,7 @@ class Study:
             doubt = doubt_from(features[one], np.zeros_like(other)[one], other[one], self._form)
             limit = doubt.limit(wanted)
             share = 1 - doubt.share(limit)
-            promised = wanted / max(share, wanted)
+            promised = wanted / share if share > 0 else 0.0
         if tolerance is not None:
             share *= float(np.mean(factor * deviation <= tolerance))
             promised += 1 - _COVERAGE

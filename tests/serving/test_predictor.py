@@ -236,3 +236,12 @@ def test_principal_components_are_those_of_the_covariance():
             rtol=1e-3,
         )
     assert principal_components(x[:3].astype(np.float32)).directions.shape == (6, 2)
+
+
+def test_a_promise_of_nothing_wrong_is_kept_by_giving_nothing_out():
+    predictor = Predictor(lambda x: jnp.tanh(x @ WEIGHTS))  # however good it is
+    traffic = Traffic(predictor, BatchingPolicy(patience=1.4, max_disagreement=0.0))
+    told = traffic.send(260)
+    assert not any(reply.predicted[0] for _, reply, _ in told)
+    assert labels_right(told) == 1
+    assert predictor.share == 0
