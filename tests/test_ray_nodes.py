@@ -94,7 +94,6 @@ def test_moves_are_one_at_a_time_and_not_while_workers_start():
     moved, settled = [], [False]
     moves = Moves(lambda: 3, lambda worker: not moved.append(worker), every=0.0)
     probe = HeadProbe("127.0.0.1:1")
-    probe.look = lambda: None
     told = []
     watch = NodeWatch(probe, lambda: settled[0], lambda: told.append(True), moves)
     watch.look()

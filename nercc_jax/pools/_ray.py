@@ -15,7 +15,7 @@ from ._pool import AbstractPool
 from ._ray_cluster import MEMBERSHIP
 from ._ray_crew import Actors
 from ._ray_nodes import by_node, crowding, worker_options
-from ._ray_watch import Moves, NodeWatch
+from ._ray_watch import HeadWatch, Moves, NodeWatch
 from ._ray_weights import pack
 from ._supervision import Guard, Watcher
 from ._worker import Examples, as_models
@@ -106,8 +106,12 @@ class RayPool(AbstractPool):
         self._max_per_node = max_per_node
         moves = Moves(self._crew.misplaced, self._desk.renew, rebalance_every)
         watch = NodeWatch(self._probe, self._settled, self._tell, moves)
-        self._watcher = Watcher("nercc-nodes", watch.look, Guard(), lambda: None)
-        self._watcher.start()
+        looks = {"nercc-head": HeadWatch(self._probe).look, "nercc-nodes": watch.look}
+        self._watchers = [
+            Watcher(name, look, Guard(), lambda: None) for name, look in looks.items()
+        ]
+        for each in self._watchers:
+            each.start()
 
     def processes(self) -> list[int | None]:
         """The process id of each worker, on whatever machine it is; None while it is replaced."""
@@ -129,7 +133,8 @@ class RayPool(AbstractPool):
         """Ends the workers. Who still waits gets what is in."""
         if self._open:
             self._open = False
-            self._watcher.close()
+            for each in self._watchers:
+                each.close()
             self._desk.close()
             MEMBERSHIP.leave()
 

@@ -34,11 +34,22 @@ class Moves:
             self._due = 0.0  # it was busy
 
 
-class NodeWatch:
-    """Looks at the head, and once all workers are ready, where they lie.
+class HeadWatch:
+    """Looks at the head, by turns of its own: what asks Ray itself waits for a head that is frozen.
 
-    The first time, that is told. `look` is a turn of a `Watcher`.
+    `look` is a turn of a `Watcher`, as `NodeWatch`'s is.
     """
+
+    def __init__(self, probe: HeadProbe):
+        self._probe = probe
+
+    def look(self) -> float:
+        self._probe.look()
+        return time.monotonic() + _EVERY
+
+
+class NodeWatch:
+    """Looks, once all workers are ready, where they lie; the first time, that is told."""
 
     def __init__(
         self, probe: HeadProbe, settled: Callable[[], bool], tell: Callable[[], None], moves: Moves
@@ -47,7 +58,6 @@ class NodeWatch:
         self._tell: Callable[[], None] | None = tell
 
     def look(self) -> float:
-        self._probe.look()
         # Without a head, Ray's answer about nodes would be waited for until it ends us.
         if not self._probe.gone and self._settled():
             if self._tell is not None:
