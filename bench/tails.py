@@ -1,0 +1,297 @@
+"""Tails of a stream of single queries: what `CodedBatcher` makes of stragglers, and its rivals.
+
+    python bench/tails.py [--only PATTERN ...] [--queries NUMBER] [--real] [--page]
+
+Every cell is `CodedBatcher` as it is shipped, before workers on paper (`SimulatedPool`): a clock
+that jumps, so that an hour of traffic takes a minute, and the same each time. `--real` runs some
+cells before threads that sleep (`DevicePool`), for what is seen on paper to be held against. Both
+go into results/tails.json, cell by cell, and docs/tails.md with its picture is written anew.
+`--only 'lenet5/5 %/*'` names cells: work/law/system. Needs MNIST and CIFAR-10 as parquet files
+(`models/data.py` says where).
+"""
+
+import argparse
+import collections
+import dataclasses
+import fnmatch
+import gc
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import _tails_page
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from _latency_systems import Law
+from _report import block_bootstrap, environment, write_json
+from _tails_systems import System, Work, laws, parity_model, systems, works
+
+from nercc_jax.pools import AbstractPool, DevicePool, Fault, Faults, SimulatedPool
+from nercc_jax.serving import CodedBatcher, Coder, Reply
+from nercc_jax.stragglers import TraceLatency
+from nercc_models import load_model
+
+RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parent.parent / "docs" / "tails.md"
+PACKAGES = ("jax", "jaxlib", "numpy", "equinox")
+WARM_UP = 2000  # queries that are not judged: what learns, learns from them
+_BLOCK, _ROUNDS = 100, 400  # queries that the bootstrap keeps together, and its rounds
+_COUNTED = ("predict_seconds", "audit_same", "audit_other", "drift", "reexecution")
+_WIDTH = 8  # rows that the model is compiled for
+# The grounds that both are tried on.
+REAL = ("hedged, 1.4 x median", "two copies", "known, else hedged")
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """Workers, seconds of a call, queries a second."""
+
+    workers: int = 28
+    base: float = 0.05
+    rate: float = 130.0
+    queries: int = 20_000
+
+    def at(self, share: float) -> "Load":
+        """So much of the workers' time asked for, if every query is called once."""
+        return dataclasses.replace(self, rate=share * self.workers / self.base)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="*", default=["*"], metavar="PATTERN")
+    parser.add_argument("--queries", type=int, default=Load.queries)
+    parser.add_argument("--real", action="store_true")
+    parser.add_argument("--page", action="store_true", help="write the page again")
+    parser.add_argument("--data-dir", type=Path, default=None)
+    options = parser.parse_args()
+    path = RESULTS / "tails.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    if not options.page:
+        for name, make in works(options.data_dir).items():
+            _run(name, make, options, found, path)
+    _tails_page.write(found, PAGE, RESULTS)
+
+
+def _run(
+    name: str,
+    make: Callable[[], Work],
+    options: argparse.Namespace,
+    found: dict[str, Any],
+    path: Path,
+) -> None:
+    load = Load(queries=options.queries)
+    chosen = laws(load.base, load.workers)
+    loads = {"": load, ", load 50 %": load.at(0.5), ", load 80 %": load.at(0.8)}
+    work = None
+    for law_name, law in chosen.items():
+        for told, heavier in loads.items():
+            if told and law_name != "5 %":
+                continue
+            wanted = _matching(options.only, name, law_name + told)
+            if not wanted:
+                continue
+            work = work or make()
+            for system in systems(work, law_name):
+                cell = f"{name}/{law_name}{told}/{system.name}"
+                if not any(fnmatch.fnmatch(system.name, pattern) for pattern in wanted):
+                    continue
+                if options.real and system.name not in REAL:
+                    continue
+                ground = "real" if options.real else "paper"
+                told_of = serve(work, system, law, heavier, real=options.real)
+                found.setdefault(ground, {})[cell] = told_of
+                found["about"] = {
+                    "environment": environment(PACKAGES),
+                    "load": dataclasses.asdict(load),
+                    "laws": {each.name: each.words for each in chosen.values()},
+                    "warm_up": WARM_UP,
+                }
+                write_json(path, found)
+                print(ground, cell, _told(told_of), flush=True)
+
+
+def _matching(patterns: list[str], *parts: str) -> list[str]:
+    """Of patterns with slashes whose first parts match these, the last parts."""
+    found = []
+    for pattern in patterns:
+        *first, last = (pattern.split("/") + ["*"] * 3)[:3]
+        if all(fnmatch.fnmatch(part, each) for part, each in zip(parts, first, strict=True)):
+            found.append(last)
+    return found
+
+
+def serve(work: Work, system: System, law: Law, load: Load, *, real: bool) -> dict[str, Any]:
+    """One cell: a Poisson stream, each query's seconds, and what it was answered with."""
+    random = np.random.default_rng(0)
+    arrivals = np.cumsum(random.exponential(1 / load.rate, load.queries))
+    # In one order again and again: what is asked twice is long forgotten.
+    order = np.resize(np.random.default_rng(1).permutation(len(work.queries)), load.queries)
+    pool = _pool(work, system, law, load, real=real)
+    counts: collections.Counter[str] = collections.Counter()
+
+    def observe(what: str, number: float) -> None:
+        if what in _COUNTED:
+            counts[what] += 1
+
+    predictor = None if system.predictor is None else system.predictor()
+    begin = time.time()
+    with (
+        pool,
+        CodedBatcher(
+            pool,
+            Coder(system.code, system.models),
+            work.queries.shape[1:],
+            work.answers.shape[1:],
+            policy=system.policy,
+            predictor=predictor,
+            observe=observe,
+        ) as batcher,
+    ):
+        outcomes = Outcomes(work, order, batcher, pool)
+        (outcomes.stream if real else outcomes.plan)(arrivals)
+        report = pool.report()
+    student = counts["predict_seconds"] if system.policy.redundancy == "always" else load.queries
+    extra = work.student_calls * student / load.queries if predictor is not None else 0.0
+    return outcomes.summary() | {
+        "calls": (report.sent / load.queries) + extra,
+        "audited": counts["audit_same"] + counts["audit_other"],
+        "audited_other": counts["audit_other"],
+        "drifts": counts["drift"],
+        "again": counts["reexecution"] / load.queries,
+        "seconds": round(time.time() - begin, 1),
+    }
+
+
+def _pool(work: Work, system: System, law: Law, load: Load, *, real: bool) -> AbstractPool:
+    table = {x.tobytes(): y for x, y in zip(work.queries, work.answers, strict=True)}
+
+    def served(batch: Any) -> np.ndarray:
+        rows = np.asarray(batch, np.float32)
+        known = [table.get(row.tobytes()) for row in rows]
+        if all(each is not None for each in known):
+            return np.stack([each for each in known if each is not None])
+        return _mixed(rows)
+
+    def _mixed(rows: np.ndarray) -> np.ndarray:
+        return np.asarray(served_model(jnp.asarray(_wide(rows))))[: len(rows)]
+
+    served_model = _model(work)
+    models: list[Any] = [served]
+    if len(system.models) > 1:
+        parity = parity_model(work)
+        models.append(lambda batch: parity(_wide(batch))[: len(batch)])
+    hangs = any(fault.kind == "hang" for fault in law.faults)
+    options: dict[str, Any] = {"hang_timeout": 1.0 if hangs else 600.0}
+    if real:
+        base = Fault("delay", latency=TraceLatency(jnp.array([load.base])))
+        faults = Faults((base, *law.faults), seed=7)
+        return DevicePool(models, load.workers, faults=faults, **options)
+    noise = np.random.default_rng(2)
+    return SimulatedPool(
+        models,
+        load.workers,
+        seconds=lambda size: load.base + noise.exponential(0.0005),
+        faults=Faults(law.faults, seed=7),
+        **options,
+    )
+
+
+def _wide(rows: np.ndarray) -> np.ndarray:
+    return rows[np.arange(_WIDTH) % len(rows)]
+
+
+def _model(work: Work) -> Any:
+    """For coded data points, which are no queries: compiled when one comes."""
+    return None if work.model is None else eqx.filter_jit(load_model(work.model))
+
+
+class Outcomes:
+    """What became of each query."""
+
+    def __init__(self, work: Work, order: np.ndarray, batcher: CodedBatcher, pool: AbstractPool):
+        self._work, self._order, self._batcher, self._pool = work, order, batcher, pool
+        self.seconds = np.full(len(order), np.nan)
+        self.right = np.zeros(len(order), bool)
+        self.predicted, self.decoded = np.zeros(len(order), bool), np.zeros(len(order), bool)
+        self.ended = 0
+
+    def plan(self, arrivals: np.ndarray) -> None:
+        """By a clock that jumps."""
+        clock: Any = self._pool.clock
+        for number, when in enumerate(arrivals):
+            clock.at(when, lambda number=number, when=when: self._send(number, when))
+        while self.ended < len(arrivals):
+            clock.step()
+
+    def stream(self, arrivals: np.ndarray) -> None:
+        """As time goes by; latencies count from the scheduled arrival."""
+        gc.collect()
+        gc.freeze()
+        begin = self._pool.clock.now()
+        for number, when in enumerate(arrivals):
+            left = begin + when - self._pool.clock.now()
+            if left > 0:
+                time.sleep(left)
+            self._send(number, begin + when)
+        while self.ended < len(arrivals):
+            time.sleep(0.01)
+        gc.unfreeze()
+
+    def _send(self, number: int, scheduled: float) -> None:
+        place = self._order[number]
+        future = self._batcher.submit(self._work.queries[place][None])
+        future.add_done_callback(lambda future: self._hear(number, scheduled, future))
+
+    def _hear(self, number: int, scheduled: float, future: Any) -> None:
+        self.ended += 1
+        if future.exception() is not None:
+            return
+        reply: Reply = future.result()
+        self.seconds[number] = self._pool.clock.now() - scheduled
+        value, own = reply.values[0], self._work.answers[self._order[number]]
+        if self._work.tolerance is None:
+            self.right[number] = value.argmax() == own.argmax()
+        else:
+            self.right[number] = np.sqrt(np.mean((value - own) ** 2)) <= self._work.tolerance
+        self.predicted[number] = reply.predicted[0]
+        self.decoded[number] = not reply.exact[0] and not reply.predicted[0]
+
+    def summary(self) -> dict[str, Any]:
+        judged = slice(WARM_UP, None)
+        seconds = self.seconds[judged]
+        lost = int(np.isnan(seconds).sum())
+        seconds = np.nan_to_num(seconds, nan=60.0)
+
+        def numbers(values: np.ndarray) -> np.ndarray:
+            p50, p99, p999 = np.quantile(values, (0.5, 0.99, 0.999))
+            return np.array([1e3 * p50, 1e3 * p99, 1e3 * p999, p99 / p50, p999 / p50])
+
+        now, low, high = block_bootstrap([seconds], numbers, block=_BLOCK, rounds=_ROUNDS)
+        names = ("p50_ms", "p99_ms", "p999_ms", "p99_by_p50", "p999_by_p50")
+        intervals = {
+            name: [round(float(each[i]), 3) for each in (now, low, high)]
+            for i, name in enumerate(names)
+        }
+        return intervals | {
+            "queries": len(seconds),
+            "lost": lost,
+            "right": float(self.right[judged].mean()),
+            "predicted": float(self.predicted[judged].mean()),
+            "decoded": float(self.decoded[judged].mean()),
+        }
+
+
+def _told(cell: dict[str, Any]) -> str:
+    return (
+        f"p50 {cell['p50_ms'][0]:.0f} ms, p99 {cell['p99_by_p50'][0]:.2f}, p99.9 "
+        f"{cell['p999_by_p50'][0]:.2f} times; {cell['calls']:.3f} calls, right "
+        f"{100 * cell['right']:.2f} %, predicted {100 * cell['predicted']:.1f} %, decoded "
+        f"{100 * cell['decoded']:.1f} %, lost {cell['lost']}; {cell['seconds']} s"
+    )
+
+
+if __name__ == "__main__":
+    main()
