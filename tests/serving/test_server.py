@@ -479,7 +479,7 @@ def test_every_label_is_there_from_the_start(server):
         }
 
     assert values("requests_total", "outcome") == dict.fromkeys(OUTCOMES, 0)
-    answers = ("exact", "decoded", "reexecuted")
+    answers = ("exact", "decoded", "predicted", "reexecuted")
     assert values("queries_total", "answer") == dict.fromkeys(answers, 0)
     assert values("audited_total", "label") == {"same": 0, "other": 0}
     assert values("worker_calls_total", "result") == {"answered": 0, "late": 0, "error": 0}
@@ -516,7 +516,8 @@ def test_metrics_and_status_agree_with_what_was_sent(server, stub):
     assert count("worker_calls_total", result="answered") == calls
     status = server.status("counted")
     assert status["totals"]["requests"] == 10
-    assert status["totals"]["queries"] == {"exact": 11, "decoded": 0, "reexecuted": 0}
+    none = dict.fromkeys(("decoded", "predicted", "reexecuted"), 0)
+    assert status["totals"]["queries"] == {"exact": 11} | none
     assert status["totals"]["errors"]["invalid"] == 6
     assert status["latency"]["number"] == sum(status["latency"]["counts"]) == 4
     assert 0 < status["latency"]["p50_ms"] <= status["latency"]["p999_ms"]
@@ -561,12 +562,13 @@ STATUS = {
     "health": {"live": bool, "ready": bool, "trouble": (str, type(None))},
     "hints": list,
     "code": {"name": str, "num_data": int, "num_workers": int},
+    "predictor": (dict, type(None)),
     "pool": {"kind": str, "num_workers": int},
     "workers": [{"state": str, "deaths": int, "busy_s": NUMBER}],
     "queue": {"waiting": int, "max": int, "in_flight": int},
     "totals": {
         "requests": int,
-        "queries": {"exact": int, "decoded": int, "reexecuted": int},
+        "queries": dict.fromkeys(("exact", "decoded", "predicted", "reexecuted"), int),
         "errors": dict.fromkeys(sorted(set(OUTCOMES) - {"ok"}), int),
         "groups": int,
         "stragglers": int,
