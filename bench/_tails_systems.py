@@ -49,7 +49,6 @@ class System:
     policy: BatchingPolicy
     predictor: Callable[[], Predictor] | None = None
     models: tuple[int, ...] = (0,)
-    rival: bool = True
 
 
 def works(data_dir: Path) -> dict[str, Callable[[], Work]]:
@@ -93,8 +92,7 @@ WANTED = {"15 %": 0.065}
 
 def systems(work: Work, law: str) -> tuple[System, ...]:
     """All that are compared on this work under a law, the simplest first."""
-    labels = work.wanted is not None
-    wanted = WANTED.get(law, work.wanted) if labels else None
+    wanted = None if work.wanted is None else WANTED.get(law, work.wanted)
     base = {"deadline_s": DEADLINE, "ordering": False, "max_batch_size": 8}
     hedged = BatchingPolicy(patience=PATIENCE, **base)
     three = dataclasses.replace(hedged, copies=3)
@@ -114,18 +112,16 @@ def systems(work: Work, law: str) -> tuple[System, ...]:
         found.append(System("ParM, k = 2", Parity(2, 3), patient, models=(0, 1)))
         code = load_code(CODES / "latency-lenet5-mnist-6-4-interleaved.json")
         assert isinstance(code, NeRCC)
-        found.append(System("NeRCC (6, 4)", code, patient, rival=False))
-    knows = _predictor(work)
+        found.append(System("NeRCC (6, 4)", code, patient))
+
+    def knows() -> Predictor:
+        return Predictor(work.student)
+
     ours = [
-        System("known, else hedged", Uncoded(1), known_once, knows, rival=False),
-        System("known, doubtful twice", Replication(1, 2), known, knows, rival=False),
+        System("known, else hedged", Uncoded(1), known_once, knows),
+        System("known, doubtful twice", Replication(1, 2), known, knows),
     ]
-    assert labels or work.tolerance is not None
     return (*found, *ours)
-
-
-def _predictor(work: Work) -> Callable[[], Predictor]:
-    return lambda: Predictor(work.student)
 
 
 def parity_model(work: Work) -> Any:

@@ -87,7 +87,8 @@ class Coder:
         self.kinds = [models[kind] for kind in code.worker_models]
         self._order = _spread(code)
         self._decode, self._judge = shared_decoder(code), jax.jit(self.judge)
-        self.agree = jax.jit(self.same_labels)
+        # Whether answers have the same label, or all of several.
+        self.agree = jax.jit(functools.partial(agree_on_labels, form=form))
         matrices = few_encoders(code, self._order)
         own = _own(_place_of(matrices[-1]), self.num_data)
         self.systematic = all(len(points) for points in own)
@@ -220,12 +221,6 @@ class Coder:
         variance = self.code.posterior_variance(heard)
         found = features_of(predictions, roughness, variance, self.form)
         return predictions, decoded.recovered[0], *found
-
-    def same_labels(
-        self, decoded: Float[Array, "*lead m"], own: Float[Array, "*lead m"]
-    ) -> Bool[Array, "*lead"]:
-        """Whether answers have the same label, or all of several; in jit."""
-        return agree_on_labels(decoded, own, self.form)
 
     def places(self, queries: int) -> Int[np.ndarray, " queries"]:
         """Which alphas so many queries stand at."""

@@ -112,15 +112,16 @@ class Predictor:
     @property
     def share(self) -> float:
         """Of the queries, those that it would answer, by the last exams."""
-        known = None if self._study is None else self._study.known
+        assert self._study is not None
+        known = self._study.known
         return known.share if known is not None and self.state == "answering" else 0.0
 
     def status(self) -> dict[str, Any]:
         """For a server's status."""
+        assert self._study is not None
         known, needed = self.progress()
-        drifts = 0 if self._study is None else self._study.drifts
         told = {"state": self.state, "known": known, "needed": needed}
-        return told | {"share": self.share, "drifts": drifts}
+        return told | {"share": self.share, "drifts": self._study.drifts}
 
     def progress(self) -> tuple[int, int]:
         """Answers that it has learned from or been examined by, and how many it needs."""

@@ -25,7 +25,7 @@ from ..surrogates import (
     AbstractSurrogate,
     Learner,
     LearnerTuning,
-    doubt_from,
+    doubt_of_points,
     principal_components,
     start_learner,
     tune_learner,
@@ -38,7 +38,6 @@ from ._request import Answer
 AT_ONCE, FIRST, AGAIN = 32, 256, 1024
 # Exams that calibration looks at, at most and at least, and by what share more there are next time.
 _EXAMS, LEAST, _MORE = 2048, 128, 0.25
-_REFRESH = 256  # answers between two factors that are made anew, so that rounding does not add up
 _FEATURES = 64  # principal components, where there are more floats
 _COVERAGE = 0.9  # of error bars
 # What is watched for drift: so many at most, and by how many standard deviations of their number
@@ -129,8 +128,6 @@ class Study:
         if isinstance(self._surrogate, Learner):
             self._surrogate = _updated(self._surrogate, x, own)
             self._learned += len(x)
-            if self._learned % _REFRESH == 0:
-                self._surrogate = self._surrogate.refreshed()
             if self._learned == AGAIN:
                 # Its deviations are others now: exams by the old ones tell nothing of them. Until
                 # there are enough, the learner as it was answers.
@@ -206,8 +203,7 @@ class Study:
         wanted, tolerance = self._goal.max_disagreement, self._goal.tolerance
         doubt, limit, share, promised = None, 1.0, 1.0, 0.0
         if wanted is not None:
-            one = (None, slice(None), None)  # a set of stragglers, groups of one data point
-            doubt = doubt_from(features[one], np.zeros_like(other)[one], other[one], self._form)
+            doubt = doubt_of_points(features, np.zeros_like(other), other, self._form)
             limit = doubt.limit(wanted)
             share = 1 - doubt.share(limit)
             promised = wanted / share if share > 0 else 0.0

@@ -141,9 +141,18 @@ def doubt_of_predictions(
     predictions, deviation, own = map(jnp.asarray, (predictions, deviation, own))
     told = features_of_doubt(predictions, deviation, predictions, form)
     differ = ~agree_on_labels(predictions, own, form)
-    features, sure, wrong = (
-        np.asarray(each)[None, :, None] for each in (told, deviation == 0, differ)
-    )
+    features, sure, wrong = map(np.asarray, (told, deviation == 0, differ))
+    return doubt_of_points(features, sure, wrong, form)
+
+
+def doubt_of_points(
+    features: Float[np.ndarray, "points features"],
+    sure: Bool[np.ndarray, " points"],
+    wrong: Bool[np.ndarray, " points"],
+    form: Form | None = None,
+) -> Doubt:
+    """`doubt_from` of data points that are no groups, each seen once."""
+    features, sure, wrong = (each[None, :, None] for each in (features, sure, wrong))
     return doubt_from(features, sure, wrong, form)
 
 

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PyTree, Shaped
 
-from ..codes import check_count, is_float, join, multiply
+from ..codes import check_count, multiply
+from ._learner import features_of
 
 
 class Projection(eqx.Module):
@@ -19,7 +20,7 @@ class Projection(eqx.Module):
     directions: Float[Array, "floats features"]
 
     def __call__(self, x: PyTree[Shaped[Array, "points ..."]]) -> Float[Array, "points features"]:
-        return multiply(_floats(x) - self.centre, self.directions)
+        return multiply(features_of(None, x) - self.centre, self.directions)
 
 
 def principal_components(
@@ -31,7 +32,7 @@ def principal_components(
     points, and for a number that is not positive.
     """
     number = check_count("number", number)
-    floats = np.asarray(_floats(jax.tree.map(jnp.asarray, x)), np.float64)
+    floats = np.asarray(features_of(None, jax.tree.map(jnp.asarray, x)), np.float64)
     check_count("data points", len(floats), 2)
     centre = floats.mean(axis=0)
     deviations = floats - centre
@@ -46,10 +47,3 @@ def principal_components(
     else:
         directions = np.linalg.eigh(deviations.T @ deviations)[1][:, ::-1][:, :few]
     return Projection(jnp.asarray(centre, jnp.float32), jnp.asarray(directions, jnp.float32))
-
-
-def _floats(x: PyTree[Shaped[Array, "points ..."]]) -> Float[Array, "points floats"]:
-    floats = [leaf for leaf in jax.tree.leaves(x) if is_float(leaf)]
-    if not floats:
-        raise ValueError("there is no float among the data points")
-    return join(floats, 1)[0]
