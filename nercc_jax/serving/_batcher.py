@@ -45,7 +45,6 @@ from ._request import (
 from ._rescue import Rescue
 from ._rows import CODED, Rows
 from ._sender import Sender
-from ._study import Goal
 from ._tutor import Tutor
 
 _LOG = logging.getLogger(__name__)
@@ -95,8 +94,6 @@ class CodedBatcher:
                 f"queries are {self._queries.dtype} and answers {self._answers.dtype}: only "
                 "float32 can be coded, so give a Coder(Uncoded(1))"
             )
-        elif predictor is not None and {self._queries.dtype, self._answers.dtype} != {CODED}:
-            raise ValueError("only float32 can be predicted")
         self.policy = policy = policy or BatchingPolicy()
         self._pool, self._clock = pool, pool.clock
         self._observe = observe or (lambda what, number: None)
@@ -108,10 +105,8 @@ class CodedBatcher:
         self._tutor = Tutor(self.fidelity, self._observe, pool.clock)
         self._predictor = predictor
         share = policy.shared_by(coder.guesses + (predictor is not None))
-        if predictor is not None:
-            goal, width = Goal(share.max_disagreement, share.tolerance), policy.max_batch_size
-            predictor.attach(goal, width, coder.form, self._observe, pool.clock)
-        foresight = Foresight(predictor, self._answers.shape, self._observe, pool.clock)
+        rows = self._queries, self._answers
+        foresight = Foresight(predictor, coder, share, rows, self._observe, pool.clock)
         self._rescue = Rescue(coder, share, self._tutor, foresight, self._observe, pool.clock)
         self._compile(arranger)
         self._lanes = Lanes(policy.max_queue_size)

@@ -1,14 +1,18 @@
 """What a predictor says of a group's queries: looked up once for each."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
 from ..pools import AbstractClock
+from ._coder import Coder
 from ._group import Foreseen, Group
+from ._policy import BatchingPolicy
 from ._predictor import Predictor
 from ._request import Answer
+from ._rows import CODED, Rows
+from ._study import Goal
 
 
 class Foresight:
@@ -17,12 +21,29 @@ class Foresight:
     def __init__(
         self,
         predictor: Predictor | None,
-        outputs: Sequence[int],
+        coder: Coder,
+        policy: BatchingPolicy,
+        rows: tuple[Rows, Rows],
         observe: Callable[[Any, float], Any],
         clock: AbstractClock,
     ):
-        self._predictor, self._outputs = predictor, tuple(outputs)
+        """Of queries and answers that are such rows.
+
+        Raises: ValueError where these, or the policy, do not fit the predictor, or its absence.
+        """
+        self._predictor, self._outputs = predictor, rows[1].shape
         self._observe, self._clock = observe, clock
+        if predictor is None:
+            if policy.redundancy == "doubtful" or policy.tolerance is not None:
+                raise ValueError(
+                    "redundancy 'doubtful' and a tolerance need a predictor (`--surrogate`): "
+                    "nothing else tells what is doubtful, or how far off"
+                )
+            return
+        if {each.dtype for each in rows} != {CODED}:
+            raise ValueError(f"only float32 can be predicted, not {[str(r.dtype) for r in rows]}")
+        goal = Goal(policy.max_disagreement, policy.tolerance)
+        predictor.attach(goal, policy.max_batch_size, coder.form, observe, clock)
 
     def of(self, group: Group, cells: Iterable[int]) -> dict[tuple[int, int], Foreseen]:
         """By cell and row, of these cells' queries that somebody waits for; none before it knows.

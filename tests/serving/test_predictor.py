@@ -213,6 +213,9 @@ def test_arguments():
     Traffic(used, BatchingPolicy(max_disagreement=0.1))
     with pytest.raises(ValueError, match="another batcher's"):
         Traffic(used, BatchingPolicy(max_disagreement=0.1))
+    for alone in ({"tolerance": 0.1}, {"redundancy": "doubtful"}):
+        with pytest.raises(ValueError, match="need a predictor"):
+            Traffic(None, BatchingPolicy(**alone))
     with pytest.raises(ValueError, match="capacity"):
         Predictor(capacity=100)
     for wrong in ({"tolerance": 0.0}, {"quantile": 1.0}, {"max_redundancy": -1.0}):
