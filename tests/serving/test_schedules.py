@@ -240,7 +240,9 @@ class Schedule:
         # The desk.
         idle = {w for w, seat in enumerate(desk._seats) if seat.ready and seat.task is None}
         assert set(desk._outbox._idle) == idle
-        running = [seat.task for seat in desk._seats if seat.task is not None]
+        busy = [seat for seat in desk._seats if seat.task is not None]
+        assert all(now <= seat.since + HANG + LATE for seat in busy), "it hangs, and nobody saw"
+        running = [seat.task for seat in busy]
         for batch in desk._outbox.batches:
             fresh = [
                 seat.task
@@ -261,7 +263,6 @@ class Schedule:
         assert not batcher._sender.groups
         assert not batcher.waiting
         assert not desk._outbox.batches
-        assert all(seat.task is None for seat in desk._seats)
 
 
 def play(seeds, coders):
