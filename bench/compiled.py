@@ -172,9 +172,12 @@ def main() -> int:
         sys.exit(f"bench/compiled.py: {error}")
     from _compiled_programs import PROGRAMS, SLOW
 
+    from nercc_jax.inference import _paths
     from nercc_jax.splines import _fit
 
-    _fit.way = "platform"  # with CPUs only, fits are traced for them alone
+    # With CPUs only, fits and paths are traced for them alone.
+    _fit.way = "platform"
+    _paths.cpus_only = lambda: False
 
     budgets = load_budgets(options.platform, options.budget)
     names = [name for name in PROGRAMS if not (options.quick and name in SLOW)]

@@ -98,9 +98,9 @@ def doubt_of(
     weights: Float[np.ndarray, " features"],
 ) -> Float[np.ndarray, "rows num_data"]:
     """The probability that the label is not the model's own: 1 where nothing is told."""
-    from scipy.special import expit  # late, as in `calibrate`
-
-    return np.where(told, expit(features @ weights), np.float32(1))
+    # SciPy's `expit`, without its import: a server's first look at its decoder would wait for it.
+    likely = np.exp(-np.logaddexp(np.float32(0), -(features @ weights)))
+    return np.where(told, likely, np.float32(1))
 
 
 def calibrate(

@@ -189,6 +189,7 @@ class Server:
         self._started = True
         gc.collect()
         gc.freeze()  # JAX leaves so many objects that collecting them stops all for 0.2 s
+        gc.enable()  # `nercc serve` starts without
         seconds = round(time.monotonic() - begin, 3)
         models = list(self.plane.models)
         _LOG.info("ready", extra={**self._address(), "models": models, "seconds": seconds})
