@@ -99,7 +99,8 @@ def doubt_of(
 ) -> Float[np.ndarray, "rows num_data"]:
     """The probability that the label is not the model's own: 1 where nothing is told."""
     # SciPy's `expit`, without its import: a server's first look at its decoder would wait for it.
-    likely = np.exp(-np.logaddexp(np.float32(0), -(features @ weights)))
+    with np.errstate(invalid="ignore"):  # weights are NaN before anything is known
+        likely = np.exp(-np.logaddexp(np.float32(0), -(features @ weights)))
     return np.where(told, likely, np.float32(1))
 
 
