@@ -428,6 +428,31 @@ def test_ray_application_takes_words_settings_and_files(tmp_path):
 
 
 @pytest.mark.slow
+def test_serves_proxy_tells_when_a_request_came():
+    """As a proxy before it has told already, if there is one."""
+    require("ray.serve", "ray-serve")
+    from nercc_jax.cli.ray_serve import stamp
+    from nercc_jax.serving._arrival import under_way
+
+    came = []
+
+    async def replica(scope, receive, send):
+        came.append(scope.get("headers"))
+
+    [middleware] = stamp()
+    proxy = middleware.cls(replica, *middleware.args, **middleware.kwargs)
+    begin = time.time()
+    own, earlier = (b"host", b"here"), (b"x-request-start", b"t=%.6f" % (begin - 7))
+    for headers in ([own], [own, earlier]):
+        asyncio.run(proxy({"type": "http", "headers": headers}, None, None))
+    asyncio.run(proxy({"type": "lifespan"}, None, None))
+    assert came[0][0] == own
+    assert 3 <= under_way(came[0], time.time() + 3) < 3 + SOON
+    assert came[1] == [own, earlier]
+    assert came[2] is None
+
+
+@pytest.mark.slow
 def test_ray_application_without_arguments_is_as_the_environment_says(monkeypatch):
     """`serve build` takes no others."""
     require("ray.serve", "ray-serve")
