@@ -168,11 +168,13 @@ def test_bars_cover_what_they_say_and_a_tolerance_is_kept(learner, key):
     masks = np.random.default_rng(1).permuted(np.tile(np.arange(N) > 2, (40, 1)), axis=1)
     assessed = infer(scheme)(x, masks)
     own = model(jnp.asarray(x))
-    # `bars_of` is not judged here: of this function, which is known almost to rounding, its bars
-    # that should cover half of the errors covered 98 % of new ones, and a quarter after decoding.
+    # Bars of the window are for what is predicted by it alone. With a kernel's noise below what
+    # float32 solves, those that should cover half of this function's errors covered 98 %.
+    by_window, (alone, deviation) = bars_of(learner, TUNING), learner.predict(x)
     for share in (0.5, 0.9):
         bar = bars(assessed.deviation, share)
         assert abs(coverage(assessed.decoded.predictions, own, bar) - share) < 0.12
+        assert abs(coverage(alone, own, by_window(deviation, share)) - share) < 0.15
     assert np.all(np.asarray(bars(assessed.deviation, 0.9999)[assessed.deviation > 0]) == np.inf)
     bar = np.asarray(bars(assessed.deviation, 0.9))
     tolerance = float(np.median(bar[bar > 0]))
@@ -210,17 +212,12 @@ def test_doubt_order_and_a_mesh_go_with_it(learner, key):
     assert np.isfinite(assessed.doubt).all()
     assert (np.asarray(assessed.doubt)[np.asarray(assessed.deviation) == 0] == 0).all()
     on_mesh = infer(scheme, mesh=mesh)(x, MASKS)
-    # Float32 rounds otherwise there: who gets a copy may change where two are as doubtful, and of
-    # this function, which is known almost to rounding, what is decoded differs by several of its
-    # deviations (0.06 of 0.01 was seen). Both are as near to the model.
+    # Float32 rounds otherwise there: who gets a copy may change where two are as doubtful, and what
+    # is hardly known differs by about what is doubted.
     deviations = np.stack([assessed.deviation, on_mesh.deviation])
     assert np.mean((deviations[0] == 0) == (deviations[1] == 0)) >= 0.9
-    own = model(jnp.asarray(x))
-    one, other = (
-        np.sqrt(np.mean((each.decoded.predictions - own) ** 2)) for each in (assessed, on_mesh)
-    )
-    assert other <= 4 * one
-    assert other < 0.02 * np.std(own)
+    apart = np.abs(assessed.decoded.predictions - on_mesh.decoded.predictions).max(axis=1)
+    assert (apart <= 5 * deviations.sum(axis=0) + 1e-4).all()
 
 
 def test_a_pool_carries_it_out(learner):

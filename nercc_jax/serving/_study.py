@@ -225,4 +225,4 @@ def _updated(
 _agree = eqx.filter_jit(agree_on_labels)
 # One width for all features, from a grid: of 256 pairs, many widths tell nothing, and on LeNet5's
 # answers descent finds nothing better (93.1 % of labels from 1,024 of them either way).
-_TUNING = LearnerTuning(widths="one", rows=FIRST, steps=0, least_noise=1e-4)
+_TUNING = LearnerTuning(widths="one", rows=FIRST, steps=0)

@@ -75,9 +75,10 @@ class LearnerTuning:
     - `widths`: "one" for all features, "each" its own, or for each feature which one it has.
     - `steps` of gradient descent from the best of a grid; 0 leaves it at that.
     - `rows`: judged on so many pairs, evenly from the window; the time grows with their cube.
-    - `least_noise`: no kernel has less, in units of the process's variance. Of a function that is
-      known almost to rounding, a long window's equations are too much for float32 with less than
-      1e-4: its errors grow as the window turns.
+    - `least_noise`: no kernel has less, in units of the process's variance. None: a unit in the
+      last place of 1 for each row of the window, which is what roundings of its covariances may add
+      up to (1e-4 for 1,024 rows in float32). With less, predictions of a function that is known
+      almost to rounding are rounding, by as much as the kernel has it, and grow as a window turns.
 
     Raises: ValueError for an unknown criterion or shape, widths by an unknown name, fewer than
     three rows, a least noise that is not positive.
@@ -89,7 +90,7 @@ class LearnerTuning:
     linear: bool = True
     steps: int = 60
     rows: int = 512
-    least_noise: float = 1e-7
+    least_noise: float | None = None
 
     def __post_init__(self):
         if self.criterion not in get_args(LearnerCriterion):
@@ -101,7 +102,7 @@ class LearnerTuning:
             raise ValueError(f"widths must be 'one', 'each' or groups, not {self.widths!r}")
         check_count("steps", self.steps, 0)
         check_count("rows", self.rows, 3)
-        if not 0 < self.least_noise < 1:
+        if self.least_noise is not None and not 0 < self.least_noise < 1:
             raise ValueError(f"least_noise must be between 0 and 1, not {self.least_noise}")
 
 
@@ -167,7 +168,10 @@ def find_kernel(
         learner.form,
     )
     starts = [_regrouped(start, shape, tuning.widths, tuning.linear) for shape in tuning.shapes]
-    least = jnp.asarray(tuning.least_noise, start.noise.dtype)
+    least = tuning.least_noise
+    if least is None:
+        least = learner.capacity * jnp.finfo(start.noise.dtype).eps
+    least = jnp.asarray(least, start.noise.dtype)
     found = [_tuned(each, known, tuning.criterion, tuning.steps, least) for each in starts]
     best = int(np.argmin([float(jnp.nan_to_num(value, nan=np.inf)) for value, *_ in found]))
     return found[best][1:]
