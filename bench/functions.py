@@ -34,7 +34,7 @@ from nercc_jax import NeRCC, Scheme
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 PAGE = HERE.parent / "docs" / "functions.md"
-ENDS = (0, -1, 1, -2)  # of a sweep: what is lost there has neighbours on one side only
+SWEEPS = 100  # the first seed of sweeps: of none that points were tried out on
 QUICK = Size(groups=2, sets=2, chosen=1, judged=2)
 
 
@@ -102,14 +102,24 @@ def _measured(bench: Bench, cell: Cell, known: Mapping[str, Any] | None) -> dict
 
 def sweep(bench: Bench) -> dict[str, Any]:
     """RMSE of sweeps of the first parameter in 20 steps, draw by draw, with the code's points and
-    others; which of those that follow is picked is chosen on other sweeps."""
+    others; which of those that follow is picked is chosen on as many other sweeps.
+
+    At the ends of a sweep what is lost has neighbours on one side only, so the redundant workers
+    may have points there: copies, or between the last two."""
     alpha = np.asarray(NeRCC(NUM_DATA, NUM_DATA, points="interleaved").alpha)
-    ends = alpha, np.concatenate([alpha, alpha[list(ENDS)]])
+    last, next_to_it = alpha[[0, -1]], alpha[[1, -2]]
+    beside = {
+        "the last two copied": (last, next_to_it),
+        "the last copied twice": (last, last),
+        "the last copied, and one halfway": (last, (last + next_to_it) / 2),
+    }
     schemes = {
         "fixed points": _sweeping("interleaved", None),
         "following points": _sweeping("interleaved", swept),
-        "following points, the ends copied": _sweeping(ends, swept),
     }
+    for name, ends in beside.items():
+        points = alpha, np.concatenate([alpha, *ends])
+        schemes[f"following points, {name}"] = _sweeping(points, swept)
     chosen, judged = (
         {name: _errors(bench, scheme, judging) for name, scheme in schemes.items()}
         for judging in (False, True)
@@ -126,7 +136,7 @@ def _sweeping(points: Any, follow: Any) -> Scheme:
 def _errors(bench: Bench, scheme: Scheme, judging: bool) -> list[float]:
     """A scheme's error on sweeps, draw by draw."""
     found = []
-    for seed in range(bench.size.judged if judging else bench.size.chosen):
+    for seed in range(SWEEPS, SWEEPS + bench.size.judged):
         x = bench.inputs(judging, seed, bench.size.groups * NUM_DATA)
         value = np.sort(x[:, 0].reshape(-1, NUM_DATA), axis=1).ravel()
         x = np.tile(x.mean(axis=0), (len(x), 1)).astype(np.float32)
