@@ -1,0 +1,71 @@
+"""What the demo's picture must not do: bars beyond 0 and 1, names of curves that are not there."""
+
+import numpy as np
+import pytest
+from conftest import require
+
+from nercc_jax.evaluation import Estimate, Evaluation
+
+LAWS = ("0", "2", "4")
+MSE = {"NeRCC": (0.1, 0.2, 0.4), "BACC": (0.2, 0.3, 0.5), "LCC": (3.0, 1e5, 1e7)}
+MSE |= {"replication": (0.0, 0.0, 0.0)}
+SHARES = {"NeRCC": (1.0, 0.99, 0.8), "BACC": (1.0, 0.98, 0.79), "LCC": (0.9, 0.5, 0.02)}
+SHARES |= {"replication": (1.0, 0.995, 0.81)}
+
+
+def rows():
+    def estimate(mean):
+        return Estimate(mean, 0.1 * mean + 0.05)
+
+    return [
+        Evaluation(
+            code, law, estimate(MSE[code][i]), estimate(0.0), estimate(0.0),
+            estimate(SHARES[code][i]), None, estimate(0.0), 8, 4,
+        )
+        for i, law in enumerate(LAWS)
+        for code in MSE
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def draw():
+    require("matplotlib", "demo")
+    require("rich", "demo")
+    import matplotlib.pyplot as plt
+
+    from nercc_jax.cli._report import straggler_curves
+
+    figure, axis = plt.subplots()
+
+    def curves(metric, **options):
+        straggler_curves(axis, rows(), metric, metric, **options)
+        return axis
+
+    yield curves
+    plt.close(figure)
+
+
+def names(axis):
+    return {text.get_text(): text.xyann[1] for text in axis.texts}
+
+
+def test_intervals_of_shares_stay_within_0_and_1(draw):
+    axis = draw("rel_acc", logarithmic=False)
+    ends = np.concatenate([path.vertices[:, 1] for c in axis.collections for path in c.get_paths()])
+    assert len(ends) == 2 * len(LAWS) * len(SHARES)
+    assert ends.min() >= 0
+    assert ends.max() <= 1
+    assert {*names(axis)} == {*SHARES}
+
+
+def test_only_curves_that_are_there_are_named_and_apart(draw):
+    axis = draw("mse", logarithmic=True)
+    found = names(axis)
+    assert {*found} == {"NeRCC", "BACC", "LCC, off the scale"}
+    assert np.diff(sorted(found.values())).min() > 0.04  # a line of text
+    assert "replication" in axis.get_title(loc="left")
+    top = axis.get_ylim()[1]
+    assert top < 1e5
+    for code, line in zip(MSE, axis.lines[::3], strict=False):
+        shown = np.asarray(line.get_ydata(), float)
+        assert np.sum(shown > top) == (code == "LCC")  # it leaves, and does not come back
