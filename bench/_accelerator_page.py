@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from _report import write_markdown
 
 LAUNCH_S, PREDICATE_S = 2.5e-6, 10e-6
 # 197 Tflop/s of four units of 128 x 128 multipliers.
@@ -28,7 +29,7 @@ def write(folder: Path, page: Path) -> None:
     runs.sort(key=_is_cpu)
     before, now = load_before(folder), {name: load_now(folder, name) for name in _PLATFORMS}
     _picture(runs, before, now, folder / "accelerator.png")
-    page.write_text("\n\n".join(s.strip() for s in _sections(runs, before, now)) + "\n")
+    write_markdown(page, "\n\n".join(s.strip() for s in _sections(runs, before, now)))
 
 
 def load_before(folder: Path) -> Mapping[str, Any]:

@@ -9,6 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from _report import answer_first, write_markdown
 
 ATTACKS = {
     "noise": "noise",
@@ -24,11 +25,11 @@ def write(results: Mapping[str, Any], page: Path, picture: Path) -> None:
     """Writes the page and the picture it shows."""
     _picture(results, picture)
     parts = results["parts"]
-    sections = [_head(results), _reading(results), "![Error against adversaries](../bench/results/"
-                f"{picture.name})"]  # fmt: skip
+    shown = f"![Error against adversaries](../bench/results/{picture.name})"
+    sections = answer_first(_head(results), _reading(results), shown)
     sections += [_part(name, part) for name, part in parts.items()]
     sections.append(_rate(results["rate"]))
-    page.write_text("\n\n".join(section.strip() for section in sections) + "\n")
+    write_markdown(page, "\n\n".join(section.strip() for section in sections))
 
 
 def _head(results: Mapping[str, Any]) -> str:

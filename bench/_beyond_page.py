@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+from _report import answer_first, write_markdown
 
 RIVALS = ("replication", "replication, else surrogate", "surrogate alone", "ParM")
 _UNORDERED, _ORDERED = "no order", "surrogate, buffer 1024"
@@ -27,9 +28,9 @@ _SHOWN = (
 def write(results: Mapping[str, Any], page: Path, picture: Path) -> None:
     results = _in_order(results)
     _draw(results, picture)
-    lines = [_HEAD, f"![disagreement]({_relative(picture, page)})", ""]
-    lines += ["## The best mode beside the published method and replication", ""]
-    lines += _summary(results)
+    best = ["## The best mode beside the published method and replication", ""]
+    best += [*_summary(results), "", f"![disagreement]({_relative(picture, page)})"]
+    lines = ["\n\n".join(answer_first(_HEAD, "\n".join(best)))]
     lines += ["", "## What the doubt promises", "", _DOUBT, ""]
     lines += _promises(results)
     lines += _coding_friendly(picture.parent / "finetuning.json")
@@ -37,7 +38,7 @@ def write(results: Mapping[str, Any], page: Path, picture: Path) -> None:
     for model, told in results.items():
         lines += ["", f"## {model}: every mode", "", *_about(told), ""]
         lines += _table(told["cells"])
-    page.write_text("\n".join(lines).rstrip() + "\n")
+    write_markdown(page, "\n".join(lines))
 
 
 def _in_order(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,12 +57,14 @@ def _workers(cell: str) -> int:
 
 _HEAD = """# Past the paper
 
-Written by `bench/beyond.py`; do not edit. Disagreement (1 - RelAcc) in per cent: the share of data
-points whose decoded label is not the model's own, mean over straggler sets with the half width of
-its 95 % interval. A lost prediction counts as wrong. Columns are (N, K, S): workers, data points of
-a group, stragglers, any S of the N alike likely. All modes met the same sets. Lambdas, layouts,
-shrinkage and doubts were chosen on other test images than those judged, without labels: what is
-chosen on images that a model or its student was trained on promises too much.
+Written by `bench/beyond.py` from [its results](../bench/results/beyond.json); do not edit.
+
+Disagreement (1 - RelAcc) in per cent: the share of data points whose decoded label is not the
+model's own, mean over straggler sets with the half width of its 95 % interval. A lost prediction
+counts as wrong. Columns are (N, K, S): workers, data points of a group, stragglers, any S of the N
+alike likely. All modes met the same sets. Lambdas, layouts, shrinkage and doubts were chosen on
+other test images than those judged, without labels: what is chosen on images that a model or its
+student was trained on promises too much.
 
 - *published*: the paper's points, interpolating encoder, lambda_dec the best of thirteen by MSE.
 - *interleaved*, *repeated*, *chebyshev*: the layout with the best of its decoders; *search*: what

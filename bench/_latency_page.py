@@ -9,6 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from _report import answer_first, write_markdown
 from matplotlib import ticker
 
 # What NeRCC is compared with, by how the systems' names begin.
@@ -42,7 +43,8 @@ def write(results: Mapping[str, Any], page: Path, folder: Path) -> None:
     if "streams" in results:
         streams = results["streams"]
         _picture(streams["cells"], folder / "latency.png")
-        sections += [_head(streams), _verdict(streams), _tables(streams), _health(streams)]
+        sections += answer_first(_head(streams), _verdict(streams))
+        sections += [_tables(streams), _health(streams)]
     if "codes" in results:
         sections.append(_codes(results["codes"]))
     if "rules" in results:
@@ -50,7 +52,7 @@ def write(results: Mapping[str, Any], page: Path, folder: Path) -> None:
     if "closed" in results:
         sections.append(_closed(results["closed"]))
     page.parent.mkdir(exist_ok=True)
-    page.write_text("\n\n".join(section.strip() for section in sections) + "\n")
+    write_markdown(page, "\n\n".join(section.strip() for section in sections))
 
 
 def _head(streams: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from _report import answer_first, write_markdown
 from _settings import Setting
 
 from nercc_jax.cli._report import straggler_curves
@@ -30,7 +31,8 @@ def write(results: dict[str, Any], tuning: dict[str, Any] | None, page: Path, fo
     parts = results["parts"]
     for name, part in parts.items():
         _picture(part, folder / f"paper-{_slug(name)}.png")
-    sections = [_head(parts), _claims(parts), _replication(parts), _parity(parts), _noise(parts)]
+    sections = answer_first(_head(parts), _claims(parts), _replication(parts))
+    sections += [_parity(parts), _noise(parts)]
     if tuning is not None:
         import tuning as bench_tuning
 
@@ -41,7 +43,7 @@ def write(results: dict[str, Any], tuning: dict[str, Any] | None, page: Path, fo
         sections.append(f"{section}\n\n![Convergence](../bench/results/convergence.png)")
     sections += [_part(name, part) for name, part in parts.items()]
     page.parent.mkdir(exist_ok=True)
-    page.write_text("\n\n".join(section.strip() for section in sections) + "\n")
+    write_markdown(page, "\n\n".join(section.strip() for section in sections))
 
 
 def _head(parts: Mapping[str, Any]) -> str:

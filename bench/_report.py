@@ -1,4 +1,4 @@
-"""What benchmarks share: interleaved timing, a count of compilations, the machine, JSON."""
+"""What benchmarks share: interleaved timing, a count of compilations, the machine, JSON, pages."""
 
 import dataclasses
 import datetime
@@ -16,6 +16,7 @@ import numpy as np
 
 _COMPILE_EVENTS = "/jax/core/compile/"
 _BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
+_RUN, _OPEN_ROWS = "## What was run", 12  # of pages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,3 +163,25 @@ def _cpu_model() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def write_markdown(page: Path, text: str) -> None:
+    """Writes a page; behind its answer, long tables are behind a line that opens them."""
+    answer, run, rest = text.strip().rpartition(_RUN)
+    rest = "\n\n".join(_folded(block) for block in rest.split("\n\n"))
+    page.write_text(f"{answer}{run}{rest}\n")
+
+
+def answer_first(head: str, *answer: str) -> list[str]:
+    """A page's sections: title and source, the answer, and what was run, the rest of its head."""
+    title, source, run = head.strip().split("\n\n", 2)
+    return [title, source, *answer, f"{_RUN}\n\n{run}"]
+
+
+def _folded(block: str) -> str:
+    lines = block.splitlines()
+    if not all(line.startswith("|") for line in lines) or len(lines) <= 2 + _OPEN_ROWS:
+        return block
+    heads = [cell.strip() for cell in lines[0].strip("|").split("|")]
+    told = ", ".join(head for head in heads if head)
+    return f"<details><summary>{len(lines) - 2} rows: {told}</summary>\n\n{block}\n\n</details>"

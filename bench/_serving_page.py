@@ -13,6 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from _report import answer_first, write_markdown
 from matplotlib import ticker
 
 Row = Mapping[str, Any]
@@ -26,11 +27,12 @@ def write_page(
     """Writes the page, and the picture it shows. `price` is what `_serving_price.py` found."""
     rates = sorted({row["straggler_rate"] for row in results["rows"]})
     _picture(results, rates, folder / "serving.png")
-    sections = [_head(results), _systems(results), _verdict(results, rates), _throughput(results)]
+    about = f"{_head(results)}\n\n{_systems(results)}"
+    sections = [*answer_first(about, _verdict(results, rates)), _throughput(results)]
     sections += [_table(results, rate) for rate in rates]
     sections.append(_price(price))
     sections += [_doubt(json.loads((folder / "query_doubt.json").read_text()))]
-    page.write_text("\n\n".join(section.strip() for section in sections) + "\n")
+    write_markdown(page, "\n\n".join(section.strip() for section in sections))
 
 
 def _head(results: Mapping[str, Any]) -> str:
