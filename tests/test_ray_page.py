@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from commands import options_of
 from conftest import require
 
 ROOT = Path(__file__).parents[1]
@@ -15,22 +16,6 @@ PAGE = (ROOT / "docs" / "cluster.md").read_text()
 def commands():
     blocks = re.findall(r"^```bash\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
     return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line]
-
-
-def options_of(command):
-    """Of one of our commands, by its help's own list."""
-    import typer
-
-    from nercc_jax.cli._app import app
-
-    if command == "serve":
-        require("kserve", "serve")
-        from nercc_jax.cli._serve import command_with_options
-
-        parameters = command_with_options().params
-    else:
-        parameters = typer.main.get_command(app).commands[command].params
-    return {name for each in parameters for name in each.opts}
 
 
 @pytest.mark.parametrize("line", commands())

@@ -1,0 +1,43 @@
+"""docs/serve.md: its model is served by its command, and its clients are answered."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import require
+from nercc_server import Server
+
+PAGE = (Path(__file__).parents[2] / "docs" / "serve.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.slow
+def test_the_model_of_the_page_is_served_to_its_clients(tmp_path):
+    require("tritonclient", "serve-test")
+    (shop,) = (block for block in blocks("python") if block.startswith("# shop.py"))
+    (client,) = (block for block in blocks("python") if "tritonclient" in block)
+    (curl,) = (block for block in blocks("bash") if block.startswith("curl"))
+    (serve,) = (line for block in blocks("bash") for line in block.splitlines() if "shop:" in line)
+    (tmp_path / "shop.py").write_text(shop)
+    server = Server(tmp_path, *shlex.split(serve)[2:])
+    try:
+        told = subprocess.run(
+            ["bash", "-c", curl.replace("localhost:8000", f"127.0.0.1:{server.http_port}")],
+            capture_output=True, text=True, timeout=60, check=True,
+        )  # fmt: skip
+        assert '"output"' in told.stdout, told
+        told = subprocess.run(
+            [sys.executable, "-c", client.replace("localhost:8001", server.grpc)],
+            capture_output=True, text=True, timeout=60, check=True,
+        )  # fmt: skip
+        labels, exact, doubts = told.stdout.splitlines()
+        assert len(labels.strip("[]").split()) == len(doubts.strip("[]").split()) == 4
+        assert "True" in exact or "False" in exact
+    finally:
+        server.kill()

@@ -1,0 +1,39 @@
+"""The API reference has every public name, once."""
+
+import importlib
+import inspect
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[1] / "docs"
+ROOMS = ("codes", "splines", "stragglers", "inference", "evaluation", "tuning", "surrogates")
+ROOMS += ("planning", "pools", "serving")
+MODULES = (*(f"nercc_jax.{room}" for room in ROOMS), "nercc_models")
+
+
+@pytest.fixture
+def entries(monkeypatch):
+    """The site's own reading of a page: names by module."""
+    pytest.importorskip("sphinx")
+    monkeypatch.syspath_prepend(str(DOCS))
+    return importlib.import_module("_site.entries")
+
+
+def public(module):
+    names = getattr(module, "__all__", None) or [
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_") and not inspect.ismodule(value)
+    ]
+    return sorted(names)
+
+
+def test_every_public_name_has_its_entry_once(entries):
+    found: dict[str, list[str]] = {}
+    for page in (DOCS / "api").glob("*.md"):
+        for module, names in entries.entries_of(page.read_text()).items():
+            found[module] = found.get(module, []) + names
+    assert sorted(found) == sorted(MODULES)
+    for module, names in found.items():
+        assert sorted(names) == public(importlib.import_module(module)), module
