@@ -82,7 +82,7 @@ class NeRCC(AbstractCode):
         dtype = self.alpha.dtype
         exponent, ends = (4.0, 3000.0) if lambda_dec is None else (0.0, 0.0)
         if lambda_dec is None:
-            lambda_dec = _smoothing_length(self.alpha, self.beta) ** 4
+            lambda_dec = jnp.power(_smoothing_length(self.alpha, self.beta), 4)
         exponent = exponent if gap_exponent is None else gap_exponent
         ends = ends if end_penalty is None else end_penalty
         largest = float(jnp.finfo(dtype).max)
