@@ -169,6 +169,7 @@ class ModelSettings(BaseModel):
     )
     max_disagreement: float | None = Field(
         default=0.05,
+        le=1,
         description="The share of stragglers' queries whose label may differ from the model's own, "
         "in the mean; what is too doubtful for that is sent again. 1 takes what `wait_for` answers "
         "give.",

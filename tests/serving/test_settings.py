@@ -378,6 +378,7 @@ def refused(message, *arguments, **variables):
         ("[defaults]\ndeadline_s = 0", "deadline_s: input should be greater than 0, not 0"),
         ("[defaults]\nmax_queue_size = 0", "max_queue_size 0"),
         ("[defaults]\nmax_disagreement = -0.5", "max_disagreement must be in [0, 1), not -0.5"),
+        ("[defaults]\nmax_disagreement = 7", "max_disagreement: input should be less than"),
         ("[defaults]\nmax_reexecution = 1.5", "max_reexecution must be in [0, 1], not 1.5"),
         ("[defaults]\ndeath_rate = 2", "death_rate: input should be less than or equal to 1"),
         ('[defaults]\nscheme = "lcc"', "scheme: input should be 'nercc', 'berrut'"),
