@@ -58,7 +58,7 @@ def measure_price(seconds: float, rounds: int) -> dict[str, Any]:
     for model in MODELS:
         with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
             queries = Path(folder) / "queries.npz"
-            _write_queries(model, queries)
+            write_queries(model, queries)
             urls = {name: stack.enter_context(_serve(model, name)) for name in SYSTEMS}
             for url in urls.values():
                 for clients in (1, 8):
@@ -144,7 +144,7 @@ def _tell(
     print(f"{row['model']:14} {row['loop']} {row['clients']}: {', '.join(cells)}", flush=True)
 
 
-def _write_queries(name: str, path: Path) -> None:
+def write_queries(name: str, path: Path) -> None:
     model, shape = model_of(name)
     rng = np.random.default_rng(0)
     queries = rng.normal(size=(32, *shape)).astype(np.float32)

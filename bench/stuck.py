@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import psutil
 from _report import environment, write_json
-from _serving_price import _write_queries
+from _serving_price import write_queries
 from _serving_process import load, nercc_serve, running
 
 RESULTS = Path(__file__).parent / "results" / "stuck.json"
@@ -44,7 +44,7 @@ def main() -> None:
     told["NERCC_ADDRESS"] = "local"
     with tempfile.TemporaryDirectory() as folder, running(command, told) as port:
         queries = Path(folder) / "queries.npz"
-        _write_queries(MODEL, queries)
+        write_queries(MODEL, queries)
         url = f"http://127.0.0.1:{port}/v2/models/{MODEL}/infer"
         load(queries, url, "closed", BUSY, 5.0, 99)  # it learns how long answers take
         rows = [_stretch("all answer", queries, url, seconds)]
@@ -58,15 +58,12 @@ def main() -> None:
 
 def _worker() -> psutil.Process:
     """One of the pool's processes."""
-    named = [(each, " ".join(each.cmdline())) for each in _below(psutil.Process())]
-    found = [each for each, name in named if name.startswith(("ray::Actor", "ray::_Actor"))]
+    below = psutil.Process().children(recursive=True)
+    actors = ("ray::Actor", "ray::_Actor")
+    found = [each for each in below if " ".join(each.cmdline()).startswith(actors)]
     if len(found) != WORKERS:
         sys.exit(f"bench/stuck.py: {len(found)} workers' processes, not {WORKERS}")
     return found[0]
-
-
-def _below(process: psutil.Process) -> list[psutil.Process]:
-    return [each for each in process.children(recursive=True) if each.is_running()]
 
 
 def _stretch(name: str, queries: Path, url: str, seconds: float) -> dict[str, Any]:

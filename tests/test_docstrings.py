@@ -4,9 +4,9 @@ import doctest
 import importlib
 import inspect
 import pkgutil
-import re
 
 import pytest
+from pages import blocks
 
 # What needs an extra is imported by its own tests.
 ROOMS = ("codes", "splines", "stragglers", "inference", "evaluation", "tuning", "surrogates")
@@ -30,7 +30,7 @@ def test_it_runs(example):
     runner.run(example, out=report.append)
     assert runner.failures == 0, "".join(report)
     text = inspect.cleandoc(example.docstring)
-    for block in re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+    for block in blocks(text, "python"):
         exec(compile(block, example.name, "exec"), {})
 
 

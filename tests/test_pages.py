@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import options_of
 from conftest import require
+from pages import blocks, options_of
 
 ROOT = Path(__file__).parents[1]
 ELSEWHERE = {"docs/extending.md", "docs/deploy/README.md"}
@@ -23,7 +23,7 @@ NEEDS_SERVER = "import tritonclient"
 
 def python_of(page: Path) -> str:
     """A page's blocks as one program; comments keep their places."""
-    found = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    found = blocks(page.read_text(), "python")
     return "\n\n".join(block for block in found if NEEDS_SERVER not in block)
 
 
@@ -65,8 +65,7 @@ def test_there_are_pages_to_run():
 def commands():
     """Ours in all pages' blocks, with the page."""
     for name, page in FOUND.items():
-        text = page.read_text()
-        for block in re.findall(r"^```bash[^\n]*\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+        for block in blocks(page.read_text(), r"bash[^\n]*"):
             for line in block.replace("\\\n", " ").splitlines():
                 if found := re.match(r"(?:\S*/)?nercc (\w.*)", line):
                     yield name, found[1]

@@ -6,16 +6,16 @@ import shlex
 from pathlib import Path
 
 import pytest
-from commands import options_of
 from conftest import require
+from pages import blocks, options_of
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "cluster.md").read_text()
 
 
 def commands():
-    blocks = re.findall(r"^```bash\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-    return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line]
+    lines = "".join(blocks(PAGE, "bash")).splitlines()
+    return [line.split("#")[0].strip() for line in lines if line]
 
 
 @pytest.mark.parametrize("line", commands())

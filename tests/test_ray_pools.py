@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import re
 import subprocess
 import sys
 import warnings
@@ -17,6 +16,7 @@ import pytest
 from conftest import require
 from desks import SOON
 from flax import nnx
+from pages import blocks
 
 from nercc_jax import RayPool
 
@@ -86,7 +86,7 @@ def test_models_of_a_script_run_and_two_pools_share_a_ray():
 
 def test_the_pages_example_runs_as_a_notebook_would():
     """From a `__main__` without a file."""
-    (example,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    (example,) = blocks(PAGE, "python")
     example = example.replace("RayPool(net, 3,", 'RayPool(net, 1, address="local",')
     example += "\nprint(np.abs(predictions - net(x)).max())"
     done = subprocess.run(

@@ -15,7 +15,6 @@ MODULES = (*(f"nercc_jax.{room}" for room in ROOMS), "nercc_models")
 @pytest.fixture
 def entries(monkeypatch):
     """The site's own reading of a page: names by module."""
-    pytest.importorskip("sphinx")
     monkeypatch.syspath_prepend(str(DOCS))
     return importlib.import_module("_site.entries")
 

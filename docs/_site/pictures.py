@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
@@ -40,11 +41,7 @@ def decoder_curve(
     `own` (K,) are the model's own outputs of the data points, which nobody has computed.
     """
     figure, axis = plt.subplots(figsize=(7.2, 3.4), layout="constrained")
-    first, last = (pick(np.asarray(code.beta)[available]) for pick in (np.min, np.max))
-    ends = code.end_penalty * (1 - np.array([first, last]) ** 2)
-    curve = smoothing_spline(
-        code.beta, answers, code.decoder_penalty(available), available=available, end_weights=ends
-    )
+    curve = smoothing_spline(code.beta, answers, **code._decoding(jnp.asarray(available)))
     decoded = np.asarray(code.decode(answers, available))
     axis.plot(_ALONG, np.asarray(curve.evaluate(_ALONG)), color=CURVE, zorder=1)
     beta, alpha = np.asarray(code.beta), np.asarray(code.alpha)

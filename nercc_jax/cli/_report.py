@@ -141,13 +141,14 @@ def _name_curves(axis: Axes, ends: Mapping[str, tuple[float, float]]) -> None:
     placed: list[float] = []
     for code in order:
         placed.append(max(heights[code], placed[-1] + room if placed else 0.0))
-    over = max(placed, default=0.0) - 1
+    above = 1.0
     for place in reversed(range(len(placed))):  # what went over the edge pushes the others down
-        above = placed[place + 1] - room if place + 1 < len(placed) else 1.0
-        placed[place] = min(placed[place], above) if over > 0 else placed[place]
+        placed[place] = min(placed[place], above)
+        above = placed[place] - room
     for code, height in zip(order, placed, strict=True):
         x, y = ends[code]
         left = y >= axis.get_ylim()[1]  # it leaves by the top
+        colour = _style(code).get("color", "black")
         axis.annotate(
             f"{code}, off the scale" if left else code,
             xy=(x, y),
@@ -155,14 +156,8 @@ def _name_curves(axis: Axes, ends: Mapping[str, tuple[float, float]]) -> None:
             textcoords="axes fraction",
             va="center",
             fontsize=9,
-            color=_style(code).get("color", "black"),
-            arrowprops={
-                "arrowstyle": "-",
-                "color": _style(code).get("color", "black"),
-                "lw": 0.6,
-                "alpha": 0.6,
-                "shrinkB": 3,
-            },
+            color=colour,
+            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6, "alpha": 0.6, "shrinkB": 3},
             annotation_clip=False,
         )
 

@@ -116,14 +116,11 @@ def calibrate(
     from the least doubt on that it had at any look at which its label was: that bounds the share of
     wrong ones from above, and grows with the limit.
     """
-    from scipy.special import expit  # late: a fifth of a worker's import time
-
     thin = slice(None, None, -(-told.size // _SAMPLES))
     flat = features[told][thin].astype(np.float64)
     # A query is much the same under all sets: it counts as one in all, not as one in each.
     count = min(number / max(len(flat), 1), 1.0)
     weights = logistic_regression(flat, wrong[told][thin], count=count).astype(np.float32)
-    doubt = np.ones(told.shape, np.float32)
-    doubt[told] = expit(features[told] @ weights)
+    doubt = doubt_of(features, told, weights)
     least = np.min(np.where(wrong, doubt, np.inf), axis=1)
     return QueryDoubt(weights, np.sort(least[np.isfinite(least)]), doubt[:, -1], number)

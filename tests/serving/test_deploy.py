@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from conftest import require
+from pages import blocks
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "docs" / "deploy"
@@ -280,13 +281,9 @@ def test_resources_are_what_kubernetes_understands(inference_service):
 # README
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}[^\n]*\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-
-
 COMMANDS = [
     line
-    for block in blocks("bash")
+    for block in blocks(README, r"bash[^\n]*")
     for line in block.replace("\\\n", " ").splitlines()
     if line.split()[0] in ("pip", "nercc", "serve", "podman", "kubectl", "prometheus")
 ]
@@ -617,7 +614,7 @@ def test_ray_serve_answers_as_the_model_itself(served):
 @pytest.mark.slow
 def test_readme_examples_run(served, tmp_path):
     """Against the same REST interface, wherever it runs."""
-    for curl in [block for block in blocks("bash") if "curl" in block]:
+    for curl in [block for block in blocks(README, r"bash[^\n]*") if "curl" in block]:
         script = curl.replace("localhost:8000", served.address).replace(
             "python ", f"{sys.executable} "
         )
@@ -630,7 +627,7 @@ def test_readme_examples_run(served, tmp_path):
         )
         assert '"logits"' in done.stdout
     require("tritonclient", "serve-test")
-    (example,) = blocks("python")
+    (example,) = blocks(README, r"python[^\n]*")
     assert "localhost:8000" in example
     done = subprocess.run(
         [sys.executable, "-c", example.replace("localhost:8000", served.address)],

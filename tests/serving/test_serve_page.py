@@ -1,6 +1,5 @@
 """docs/serve.md: its model is served by its command, and its clients are answered."""
 
-import re
 import shlex
 import subprocess
 import sys
@@ -9,21 +8,19 @@ from pathlib import Path
 import pytest
 from conftest import require
 from nercc_server import Server
+from pages import blocks
 
 PAGE = (Path(__file__).parents[2] / "docs" / "serve.md").read_text()
-
-
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.slow
 def test_the_model_of_the_page_is_served_to_its_clients(tmp_path):
     require("tritonclient", "serve-test")
-    (shop,) = (block for block in blocks("python") if block.startswith("# shop.py"))
-    (client,) = (block for block in blocks("python") if "tritonclient" in block)
-    (curl,) = (block for block in blocks("bash") if block.startswith("curl"))
-    (serve,) = (line for block in blocks("bash") for line in block.splitlines() if "shop:" in line)
+    python, bash = blocks(PAGE, "python"), blocks(PAGE, "bash")
+    (shop,) = (block for block in python if block.startswith("# shop.py"))
+    (client,) = (block for block in python if "tritonclient" in block)
+    (curl,) = (block for block in bash if block.startswith("curl"))
+    (serve,) = (line for block in bash for line in block.splitlines() if "shop:" in line)
     (tmp_path / "shop.py").write_text(shop)
     server = Server(tmp_path, *shlex.split(serve)[2:])
     try:
