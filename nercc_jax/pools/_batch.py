@@ -50,6 +50,12 @@ class BatchAnswers:
 
 
 _NOTHING = np.empty(0)
+_ARRAY = jax.tree.structure(0)  # of a single array
+
+
+def arrays_of(tree: PyTree) -> list[Any]:
+    """A pytree's leaves. Most are one array, and JAX takes longer for that than all else here."""
+    return [tree] if type(tree) is np.ndarray else jax.tree.leaves(tree)
 
 
 class Task:
@@ -71,8 +77,7 @@ class Task:
 
     def __init__(self, batch: "Batch", point: int, kind: int, value: PyTree):
         self.batch, self.point, self.kind, self.value = batch, point, kind, value
-        first = value if isinstance(value, np.ndarray) else jax.tree.leaves(value)[0]
-        self.size = len(first)  # data points
+        self.size = len(arrays_of(value)[0])  # data points
         self.given = batch.clock.now()
         self.attempts = 0
         self.failed: set[int] = set()  # workers that it went wrong with
@@ -223,10 +228,9 @@ class Batch:
             values = jax.tree.map(
                 lambda leaf: np.zeros((self.num_points, *leaf.shape), leaf.dtype), some
             )
+            wholes = arrays_of(values)
             for point in np.flatnonzero(self.available):
-                for whole, part in zip(
-                    jax.tree.leaves(values), jax.tree.leaves(self._values[point]), strict=True
-                ):
+                for whole, part in zip(wholes, arrays_of(self._values[point]), strict=True):
                     whole[point] = part
         return BatchAnswers(
             values,
@@ -289,12 +293,13 @@ class Batch:
 
     def refusal(self, value: PyTree[np.ndarray], size: int) -> str | None:
         """Why an answer cannot be one, if so."""
-        leaves, structure = jax.tree.flatten(value)
+        leaves = arrays_of(value)
         if not leaves:
             return "the answer holds no array"
         for leaf in leaves:
             if leaf.ndim < 1 or leaf.shape[0] != size:
                 return f"{size} data points came back as an array of shape {leaf.shape}"
+        structure = _ARRAY if leaves[0] is value else jax.tree.structure(value)
         form = structure, [leaf.shape[1:] for leaf in leaves]
         if self._form is not None and self._form != form:
             forms = [jax.tree.unflatten(*each) for each in (form, self._form)]
@@ -307,7 +312,7 @@ class Batch:
 
 def refuse_odd(answer: PyTree[np.ndarray]) -> str | None:
     """Why an answer cannot be decoded, if so."""
-    for leaf in jax.tree.leaves(answer):
+    for leaf in arrays_of(answer):
         if leaf.dtype.kind != "f":
             return f"the answer is {leaf.dtype}: codes work on floats"
         if not np.isfinite(leaf).all():

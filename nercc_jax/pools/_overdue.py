@@ -96,8 +96,10 @@ class TimesByRule:
 
     def add(self, size: int, seconds: float) -> bool:
         """As `AnswerTimes.add`, for each."""
-        fell = [times.add(size, seconds) for times in self._times.values()]
-        return any(fell)
+        fell = False
+        for times in self._times.values():
+            fell |= times.add(size, seconds)
+        return fell
 
 
 def _bound(known: dict[int, float], size: int) -> float:

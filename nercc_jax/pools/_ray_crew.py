@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 from jaxtyping import PyTree
 
 from ..inference import UNKNOWN
+from ._batch import arrays_of
 from ._crew import AbstractCrew, WorkerDied
 from ._ray_actor import Actor, Whereabouts, cannot_import
 from ._ray_cluster import last_line, ray_module
@@ -115,7 +115,7 @@ class Actors(AbstractCrew):
         return self._make.options(scheduling_strategy=affinity)
 
     def parcel(self, batch: PyTree) -> Any:
-        large = sum(leaf.nbytes for leaf in jax.tree.leaves(batch)) > _LARGE
+        large = sum(leaf.nbytes for leaf in arrays_of(batch)) > _LARGE
         return _Parcel(batch) if large else batch
 
     def send(self, worker: int, life: int, kind: int, batch: Any) -> None:
@@ -215,11 +215,16 @@ def _reason(error: BaseException | None) -> str:
 
 def _result(future: Any) -> Any:
     """The answer, or the exception in its place, a death as `WorkerDied`."""
-    if future.cancelled():
-        return WorkerDied("Ray gave the call up")
-    error = future.exception()
-    if error is None:
+    try:
         return future.result()
+    except concurrent.futures.CancelledError:
+        return WorkerDied("Ray gave the call up")
+    except Exception as error:
+        return _as_told(error)
+
+
+def _as_told(error: Exception) -> Exception:
+    """What Ray raised, as the desk knows it."""
     from ray.exceptions import RayActorError, RayTaskError
 
     if isinstance(error, RayTaskError):

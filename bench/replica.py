@@ -1,0 +1,150 @@
+"""Two replicas of the Ray Serve application, of which one is killed: what clients see.
+
+    python bench/replica.py [--output bench/results/replica.json]
+
+A Ray of this machine, LeNet5 behind two replicas with two workers each, single images as a stream,
+latency counted from the scheduled arrival. A row is a stretch of the stream: undisturbed, and from
+the moment in which the process of one replica is killed (SIGKILL); and how long it took until Serve
+had two replicas again that are ready, with all their workers.
+"""
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import httpx
+import numpy as np
+from _report import environment, write_json
+
+MODEL = "lenet5-digits"
+PACKAGES = ("jax", "numpy", "ray", "nercc-jax")
+TIMEOUT = 60.0  # seconds of a client: as Serve's own limit in docs/deploy/ray-serve.yaml
+WORKERS = 2  # of a replica
+REPLICAS = 2
+
+
+def alive(class_name):
+    """The process ids of actors that live, by the name of their class."""
+    from ray._private import state
+
+    actors = [each for each in state.actors().values() if each["State"] == "ALIVE"]
+    return [each["Pid"] for each in actors if each["ActorClassName"].split(":")[0] == class_name]
+
+
+def running():
+    """How many replicas take requests."""
+    from ray import serve
+    from ray.serve._private.common import ReplicaState
+
+    (deployment,) = serve.status().applications["nercc"].deployments.values()
+    return deployment.replica_states.get(ReplicaState.RUNNING, 0)
+
+
+def whole(but=()):
+    replicas = set(alive("ServeReplica")) - set(but)
+    complete = len(replicas) == REPLICAS and len(alive("Actor")) == REPLICAS * WORKERS
+    return complete and running() == REPLICAS
+
+
+async def stretch(url, seconds, rate):
+    """Sends a query at each tick; (latency in s, status) of each."""
+    x = np.random.default_rng(0).uniform(size=1024).round(3).tolist()
+    tensor = {"name": "input", "datatype": "FP32", "shape": [1, 32, 32, 1], "data": x}
+    seen = []
+    async with httpx.AsyncClient(timeout=TIMEOUT) as client:
+
+        async def ask(due):
+            try:
+                answer = await client.post(url, json={"inputs": [tensor]})
+                seen.append((time.monotonic() - due, answer.status_code))
+            except httpx.HTTPError as error:
+                seen.append((time.monotonic() - due, type(error).__name__))
+
+        start, tasks = time.monotonic(), []
+        for number in range(int(seconds * rate)):
+            due = start + number / rate
+            await asyncio.sleep(max(due - time.monotonic(), 0.0))
+            tasks.append(asyncio.create_task(ask(due)))
+        await asyncio.gather(*tasks)
+    return seen
+
+
+def cell(name, seen):
+    times = np.array([1e3 * seconds for seconds, status in seen if status == 200])
+    wrong = [str(status) for _, status in seen if status != 200]
+    return {
+        "stretch": name,
+        "queries": len(seen),
+        "errors": {status: wrong.count(status) for status in sorted(set(wrong))},
+        "p50_ms": round(float(np.median(times)), 1),
+        "p99_ms": round(float(np.quantile(times, 0.99)), 1),
+        "max_ms": round(float(times.max()), 1),
+    }
+
+
+def killed(url, seconds, rate):
+    """The stretch in which a replica dies, and the seconds until there are two again."""
+    took = []
+
+    def watch(victim, begin):
+        while not whole(but=[victim]):
+            time.sleep(0.2)
+        took.append(time.monotonic() - begin)
+
+    victim = alive("ServeReplica")[0]
+    watcher = threading.Thread(target=watch, args=(victim, time.monotonic()), daemon=True)
+    os.kill(victim, signal.SIGKILL)
+    watcher.start()
+    row = cell("a replica is killed", asyncio.run(stretch(url, seconds, rate)))
+    watcher.join(TIMEOUT)
+    return row | {"whole_again_s": round(took[0], 1) if took else None}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=30.0, help="of a stretch")
+    parser.add_argument("--rate", type=float, default=10.0, help="queries a second")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path)
+    told = parser.parse_args()
+    warnings.simplefilter("ignore")  # of fork, which Ray follows by exec
+    import ray
+    from ray import serve
+
+    from nercc_jax.cli.ray_serve import app
+
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    serve.start(http_options={"host": "127.0.0.1", "port": port, "request_timeout_s": TIMEOUT})
+    application = app({"model": MODEL, "workers": WORKERS, "scheme": "uncoded"})
+    deployment = application._bound_deployment.options(num_replicas=REPLICAS)
+    arguments = application._bound_deployment.init_args
+    serve.run(deployment.bind(*arguments), name="nercc", route_prefix="/")
+    while not whole():
+        time.sleep(0.2)
+    url = f"http://127.0.0.1:{port}/v2/models/{MODEL}/infer"
+    rows = []
+    for number in range(told.rounds):
+        rows.append(cell("undisturbed", asyncio.run(stretch(url, told.seconds / 3, told.rate))))
+        rows.append(killed(url, told.seconds, told.rate))
+        for row in rows[-2:]:
+            print(json.dumps({"round": number, **row}), flush=True)
+    serve.shutdown()
+    ray.shutdown()
+    if told.output is not None:
+        about = {"rate": told.rate, "replicas": REPLICAS, "workers": WORKERS}
+        write_json(told.output, about | {"rows": rows, "environment": environment(PACKAGES)})
+
+
+if __name__ == "__main__":
+    main()
