@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 
 from nercc_jax import (
     AbstractCode,
@@ -125,11 +126,11 @@ def test_derivatives_in_the_codes_numbers_are_central_differences(name):
         code = CODES[name]()
         y = jnp.asarray(np.random.default_rng(0).normal(size=(2, code.num_workers, 2)))
         leaves, rest = eqx.partition(code, eqx.is_inexact_array)
-        flat, back = jax.flatten_util.ravel_pytree(leaves)
+        flat, back = ravel_pytree(leaves)
         # Of one way: `test_codes` holds the others to it.
         gradient = eqx.filter_jit(eqx.filter_grad(several))
         slopes = gradient(code, spoil(y, MASKS, np.nan), MASKS)
-        slope, _ = jax.flatten_util.ravel_pytree(eqx.filter(slopes, eqx.is_inexact_array))
+        slope, _ = ravel_pytree(eqx.filter(slopes, eqx.is_inexact_array))
         matrices = jax.jit(
             lambda flat: jax.vmap(eqx.combine(back(flat), rest).decoder_matrix)(MASKS)
         )

@@ -106,7 +106,9 @@ class Answers(eqx.Module):
         NaN for a set that loses all. Differentiable in code and answers. Raises: ValueError for an
         unknown criterion.
         """
-        decoded = self.decode_sets(available)
+        return self._losses(self.decode_sets(available), criterion)
+
+    def _losses(self, decoded: Decoded, criterion: Criterion) -> Float[Array, " sets"]:
         recovered = decoded.recovered
         # What is lost must not reach a gradient either.
         filled = jnp.where(recovered[..., None], decoded.predictions, 0)
@@ -151,7 +153,8 @@ def mean_losses(
     """`Answers.losses` of several criteria, with one set's predictions in memory at a time."""
 
     def of_set(mask: Array) -> Float[Array, " criteria"]:
-        return jnp.stack([answers.losses(mask[None], each)[0] for each in criteria])
+        decoded = answers.decode_sets(mask[None])
+        return jnp.stack([answers._losses(decoded, each)[0] for each in criteria])
 
     return jax.lax.map(of_set, available).T
 
