@@ -1,4 +1,7 @@
-"""Matrices that are made once: that they are, that it shows nowhere else, and has a bound."""
+"""Matrices that are made once: that they are, that it shows nowhere else, and has a bound.
+
+Where a program is compiled around them the code is BACC's, whose own is small.
+"""
 
 import gc
 import threading
@@ -59,7 +62,7 @@ def test_an_encoder_is_made_once(monkeypatch):
 @pytest.mark.parametrize("count", [1, 2, 4, 5, 9])
 def test_groups_with_sets_of_their_own(count):
     """Few different sets are looked up, many are made at once in the program: all the same."""
-    code = NeRCC(3, 6)
+    code = Berrut(3, 6)
     masks = ~np.eye(6, dtype=bool)[np.arange(9) % count % 6]
     masks[8] &= OTHER if count == 9 else True
     x = np.random.default_rng(1).normal(size=(9, 3, 4)).astype("float32")
@@ -72,7 +75,7 @@ def test_groups_with_sets_of_their_own(count):
 
 @pytest.mark.parametrize("way", ["eager", "jit", "vmap", "grad", "scan", "checkpoint", "code"])
 def test_whatever_is_traced(way):
-    code = NeRCC(3, 6)
+    code = Berrut(3, 6)
     run = infer(code)
     if way == "grad":
         got = jax.grad(lambda x: jnp.sum(run(x, MASK)))(jnp.asarray(X))
@@ -94,7 +97,7 @@ def test_whatever_is_traced(way):
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_under_the_callers_mesh(kind):
-    code = NeRCC(3, 6)
+    code = Berrut(3, 6)
     mesh = jax.make_mesh((4,), ("workers",), axis_types=(kind,))
     with jax.set_mesh(mesh):
         np.testing.assert_allclose(infer(code)(X, MASK), by_hand(code, MASK), atol=1e-5)
@@ -110,7 +113,7 @@ def test_under_the_callers_mesh(kind):
 @pytest.mark.parametrize("mesh", [False, True])
 def test_a_broken_answer_still_makes_a_straggler(mesh):
     """The matrix that was looked up is not for whom was heard then."""
-    code = NeRCC(3, 6)
+    code = Berrut(3, 6)
     mesh = jax.make_mesh((4,), ("workers",)) if mesh else None
 
     def model(x):  # worker 3's first coordinate alone, or NaN wherever it is
