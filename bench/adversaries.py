@@ -37,7 +37,8 @@ from _report import environment, write_json
 from _settings import PACKAGES, Setting
 
 from nercc_jax import AbstractCode, Berrut, NeRCC, Replication
-from nercc_jax.cli._workload import Outputs, answering
+from nercc_jax.cli._options import Outputs
+from nercc_jax.cli._workload import answering
 from nercc_jax.codes import copies
 from nercc_jax.evaluation import Estimate, all_answers, batched, cut_groups, own_outputs
 from nercc_jax.inference import RobustMethod, robust_decode

@@ -26,7 +26,8 @@ from _settings import PACKAGES
 from rich.console import Console
 
 from nercc_jax import NeRCC
-from nercc_jax.cli._workload import Answering, Outputs, answering
+from nercc_jax.cli._options import Outputs
+from nercc_jax.cli._workload import Answering, answering
 from nercc_models import (
     list_models,
     list_parity_models,

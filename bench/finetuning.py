@@ -43,7 +43,8 @@ from flax import nnx
 from jaxtyping import Array, PRNGKeyArray
 
 from nercc_jax import ExactStragglers, NeRCC, evaluate
-from nercc_jax.cli._workload import Answering, Outputs, answering
+from nercc_jax.cli._options import Outputs
+from nercc_jax.cli._workload import Answering, answering
 from nercc_jax.evaluation import batched
 from nercc_jax.inference import order_points
 from nercc_jax.tuning import Descent, FineTuned, FineTuningStep, Sampling, Target, fine_tune

@@ -32,7 +32,8 @@ from rich.console import Console
 from rich.table import Table
 
 from nercc_jax import ExactStragglers, NeRCC
-from nercc_jax.cli._workload import Outputs, answering
+from nercc_jax.cli._options import Outputs
+from nercc_jax.cli._workload import answering
 from nercc_jax.codes import AMPLIFICATION
 from nercc_jax.evaluation import Estimate, batched, cut_groups
 from nercc_jax.inference import order_points, random_projection, short_path

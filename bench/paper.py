@@ -37,7 +37,8 @@ from nercc_jax import (
     save_code,
     tune,
 )
-from nercc_jax.cli._workload import Answering, Outputs, answering
+from nercc_jax.cli._options import Outputs
+from nercc_jax.cli._workload import Answering, answering
 from nercc_jax.evaluation import landscape, make_trial
 from nercc_jax.tuning import Descent
 from nercc_models import list_parity_models, load_parity_model

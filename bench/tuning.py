@@ -53,7 +53,8 @@ from _report import CompileCounter, environment, write_json
 from _settings import GRID, NUMBERS, PACKAGES, PAPER, Setting
 
 from nercc_jax import NeRCC, tune
-from nercc_jax.cli._workload import Answering, Outputs, answering
+from nercc_jax.cli._options import Outputs
+from nercc_jax.cli._workload import Answering, answering
 from nercc_jax.codes import encode_groups
 from nercc_jax.evaluation import Trial, landscape, make_trial
 from nercc_jax.tuning import Descent, Tuned

@@ -22,7 +22,7 @@ import pytest
 LONGEST = (
     *("test_ray_cluster.py", "test_layouts.py", "test_schedules.py", "test_compositions.py"),
     *("test_run_rows.py", "test_deploy.py", "test_splines.py", "test_soak.py", "test_tuning.py"),
-    *("test_ray_pools.py", "test_cli.py", "test_pools.py", "test_learning_scheme.py"),
+    *("test_ray_pools.py", "test_own_models.py", "test_pools.py", "test_learning_scheme.py"),
 )
 FIRST = {name: place for place, name in enumerate(LONGEST)}
 

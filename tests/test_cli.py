@@ -6,9 +6,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from nercc_jax import load_code
 from nercc_jax.cli._app import app
-from nercc_jax.codes import code_card
 
 
 def run(*arguments):
@@ -113,33 +111,3 @@ def test_a_missing_extra_is_named():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 1
     assert "pip install 'nercc-jax[demo]'" in result.stderr
-
-
-@pytest.fixture(scope="module")
-def tuned(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tune")
-    small = "--num-data 4 --num-workers 8 --max-stragglers 2 --images 120 --sets 3 --steps 8"
-    files = ("--output", str(folder / "code.json"), "--plot", str(folder / "tune.png"))
-    return run("tune", *small.split(), *files), folder
-
-
-@pytest.mark.slow
-def test_tune_compares_draws_and_writes_a_code(tuned):
-    result, folder = tuned
-    assert result.exit_code == 0, result.output
-    for word in ("untuned", "tuned", "BACC", "MSE", "RelAcc", "lambda_dec", "8 steps"):
-        assert word in result.output
-    assert (folder / "tune.png").read_bytes().startswith(b"\x89PNG")
-    assert code_card(folder / "code.json")["model"] == "lenet5-digits"
-    code = load_code(folder / "code.json")
-    assert (code.num_data, code.num_workers) == (4, 8)
-
-
-@pytest.mark.slow
-def test_demo_takes_a_tuned_code(tuned, tmp_path):
-    code, plot = tuned[1] / "code.json", tmp_path / "demo.png"
-    options = ("--max-stragglers", "1", "--sets", "2", "--points", "80")
-    result = run("demo", "--code", str(code), "--plot", str(plot), *options)
-    assert result.exit_code == 0, result.output
-    assert "tuned" in result.output
-    assert "K=4, N=8" in result.output

@@ -382,23 +382,6 @@ def test_laws_of_stragglers_and_traces(tmp_path, key):
             latency_law(wrong)
 
 
-@pytest.mark.slow
-def test_the_command_writes_a_plan_and_a_picture(tmp_path):
-    from nercc_jax.cli._app import app
-
-    arguments = "plan --latency stragglers:0.05:0.08:10 --queries 4 --workers 5 --budget 0.25"
-    arguments += " --images 96 --max-disagreement 0.2 --layouts interleaved"
-    arguments += f" --output-dir {tmp_path}/a/b"
-    result = CliRunner().invoke(app, arguments.split())
-    assert result.exit_code == 0, result.output
-    for word in ("uncoded", "hedged", "NeRCC interleaved", "recommended:", "*"):
-        assert word in result.output
-    assert (tmp_path / "a/b/plan.png").read_bytes().startswith(b"\x89PNG")
-    back = load_plan(tmp_path / "a/b/plan.json")
-    assert back.about["latency"] == "stragglers:0.05:0.08:10"
-    assert back.feasible(back.recommended)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from nercc_jax import DevicePool
 from nercc_jax.cli._app import app
-from nercc_jax.cli._row_inputs import read_inputs
+from nercc_jax.cli._inputs import read_inputs
 from nercc_jax.pools import ComputedRows, Faults, RowFunction
 
 # As users write them: NumPy, which JAX cannot trace.
@@ -225,21 +225,21 @@ def test_inputs_that_do_not_fit_are_told_by_their_option(tmp_path, name, content
     ("arguments", "message"),
     [
         ("--model a:b --inputs no.npy", "--inputs no.npy: there is no such file"),
-        ("--model a:b --data no.npy", "--data no.npy: there is no such file"),
-        ("--model a:b --inputs x.npy --data x.npy", "--data, of a classifier, or --inputs"),
-        ("--model a:b", "say what it is to run on: --inputs"),
-        ("--inputs x.npy", "--inputs is for a model of your own"),
-        ("--model a:b --inputs x.npy", "--inputs needs --tolerance"),
+        ("--model nercc_own_rows:swing", "say what it is to run on with --inputs"),
+        ("--inputs x.npy --weights x.npy", "--weights is for a model of your own"),
+        ("--model a:b --weights no.npy", "there are no weights at no.npy"),
         ("--model a:b --inputs x.npy --tolerance nan", "--tolerance must be 0 or positive"),
-        ("--model a:b --inputs x.npy --tolerance 1 --max-disagreement 0.1", "--inputs needs"),
+        ("--model a:b --inputs x.npy --tolerance 1 --max-disagreement 0.1", "not both"),
         ("--model a:b --inputs x.npy --max-disagreement 2", "--max-disagreement must be in [0, 1]"),
         ("--model a:b --inputs x.npy --tolerance 1 --coverage 1", "--coverage is a share"),
         ("--model a:b --inputs x.npy --tolerance 1 --num-data 21", "from 1 to N = 20, not 21"),
         ("--model a:b --inputs x.npy --tolerance 1 --wait-for 21", "--wait-for must be from 1"),
-        ("--model a:b --inputs x.npy --tolerance 1 --batches 2", "--batches does not go with"),
+        (
+            "--model a:b --inputs x.npy --tolerance 1 --batches 2",
+            "go with --tolerance",
+        ),
         ("--model a:b --inputs x.npy --tolerance 1 --output x.txt", ".npz, .csv or .parquet"),
         ("--model nercc_own_rows:no --inputs x.npy --tolerance 1", "no attribute 'no'"),
-        ("--tolerance 1", "--tolerance does not go with a shipped model or --data"),
     ],
 )
 def test_errors_are_one_sentence(folder, arguments, message):

@@ -5,6 +5,7 @@ import typer
 from ._demo import demo
 from ._distill import distill_command
 from ._models import models
+from ._new_model import new_model_command
 from ._plan import plan_command
 from ._run import run_command
 from ._serve import serve_command
@@ -19,6 +20,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command("distill")(distill_command)
 app.command()(models)
+app.command("new-model")(new_model_command)
 app.command("plan")(plan_command)
 app.command("run")(run_command)
 app.command("serve", add_help_option=False, context_settings={"ignore_unknown_options": True})(

@@ -7,24 +7,14 @@ from typing import Annotated
 import typer
 
 from ._errors import told_plainly
-from ._options import DataDir, check_folder, check_shipped
+from ._options import DataDir, Inputs, ModelName, Weights, check_folder, check_model
 
 
 def distill_command(
-    model: Annotated[
-        str, typer.Option(help="A shipped model (`nercc models` lists them), or module:function.")
-    ] = "lenet5-digits",
+    model: ModelName = "lenet5-digits",
+    weights: Weights = None,
+    inputs: Inputs = None,
     data_dir: DataDir = None,
-    inputs: Annotated[
-        Path | None,
-        typer.Option(
-            help="Unlabelled inputs (.npy), one a row, as the model takes them; needed for "
-            "module:function, instead of the data set for a shipped model."
-        ),
-    ] = None,
-    weights: Annotated[
-        Path | None, typer.Option(help="Given to module:function, which then makes the model.")
-    ] = None,
     share: Annotated[
         float,
         typer.Option(help="The student's multiplications as a share of the model's, at most."),
@@ -45,7 +35,7 @@ def distill_command(
 ) -> None:
     """Train a cheap student to answer as a model does, on the model's own scale.
 
-    Needs no labels. A tenth of the inputs, 1,000 at most, is kept to measure how often student and
+    Needs no labels. A fifth of the inputs, 1,000 at most, is kept to measure how often student and
     model agree; of a shipped model it is the test images. `nercc_models.load_student_file` reads
     the student back.
     """
@@ -57,14 +47,13 @@ def distill_command(
             raise ValueError(f"--share {share} lies outside (0, 1]")
         if epochs < 1:
             raise ValueError(f"--epochs {epochs}: needs one or more")
-        if ":" not in model:
-            check_shipped(model)
+        check_model(model, weights, inputs)
         # JAX takes a second or two: not for --help, nor for a word that is misspelt.
         from rich.console import Console
 
-        from ._distill_job import distill_with_bar, find_workload
+        from ._distill_job import distill_with_bar, find_base
 
-        served, x, test, about = find_workload(model, weights, inputs, data_dir, seed)
+        served, x, test, about = find_base(model, weights, inputs, data_dir, seed)
         queries = max(2 * len(x), 4000) if queries is None else queries
         about |= {
             "num_queries": queries,

@@ -6,50 +6,26 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from ..serving._servable import Servable, load_callable, make_servable
+from ..serving import Servable, make_servable
 from ._progress import steps_bar
-from ._workload import answering, read_array
+from ._workload import find_workload
 
 
-def find_workload(
+def find_base(
     model: str, weights: Path | None, inputs: Path | None, data_dir: Path | None, seed: int
 ) -> tuple[Servable, np.ndarray, np.ndarray, dict[str, Any]]:
     """The model with its shapes, inputs to train on and to score on, and where they are from."""
-    own = ":" in model
-    given = None if inputs is None else _read(inputs)
-    if own and given is None:
-        raise ValueError(f"{model}: say what to train on with --inputs FILE.npy")
-    if weights is not None and not own:
-        raise ValueError(f"--weights is for a model of your own, module:function, not {model!r}")
-    network: Any = load_callable(model, weights) if own else answering(model, "logits")
-    if given is not None:
-        count = min(1000, len(given) // 10)
-        order = np.random.default_rng(seed).permutation(len(given))
-        x, test = given[np.sort(order[count:])], given[np.sort(order[:count])]
-        if count < 1:
-            raise ValueError(f"{inputs} has {len(given)} inputs: needs ten or more")
-        source = str(inputs)
-    else:
-        x, _ = network.images("train", data_dir, 1 << 30, seed)
-        test, _ = network.images("test", data_dir, 1000, seed)
-        source = network.network.data
-    served = make_servable(model.replace(":", "."), network, x.shape[1:])
+    found = find_workload(model, weights=weights, inputs=inputs, data_dir=data_dir)
+    x, test = found.points("train", 1 << 30, seed), found.points("test", 1000, seed)
+    if not len(test):
+        raise ValueError(f"{found.source} has {len(x)} inputs: needs five or more")
+    served = make_servable(model.rpartition("/")[2].replace(":", "."), found.model, x.shape[1:])
     if served.uncodable or not served.outputs.alone:
         raise ValueError(
             f"{served.name} must return one float32 array, for a student to learn, not "
             f"{'; '.join(map(str, served.outputs.parts))}"
         )
-    return served, x, test, {"base": model, "data": source}
-
-
-def _read(path: Path) -> np.ndarray:
-    """A file's array, one data point a row, float32."""
-    if not path.is_file():
-        raise ValueError(f"--inputs {path}: there is no such file")
-    x = read_array(path, f"--inputs {path}")
-    if x.ndim < 2:
-        raise ValueError(f"--inputs {path} has shape {x.shape}: needs one input a row")
-    return x
+    return served, x, test, {"base": model, "data": found.source}
 
 
 def distill_with_bar(

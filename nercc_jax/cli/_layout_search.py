@@ -13,14 +13,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ..inference import Model
 from ..stragglers import AbstractStragglers
 from ..tuning import LayoutCandidate, LayoutSearch, search_layout
-from ._workload import Answering
 
 
 def found_layout(
     console: Console,
-    network: Answering,
+    network: Model,
     x: np.ndarray,
     num_data: int,
     num_workers: int,

@@ -6,17 +6,44 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 import typer
 
-Outputs: TypeAlias = Literal["logits", "probabilities"]
+from ._own_models import HUB, check_weights, hub_name, is_own
+
+Outputs: TypeAlias = Literal["logits", "probabilities"]  # of a classifier
+Returned: TypeAlias = Literal["logits", "probabilities", "values"]
 
 ModelName: TypeAlias = Annotated[
-    str, typer.Option(help="A shipped model; `nercc models` lists them.")
+    str,
+    typer.Option(
+        help="A shipped model (`nercc models` lists them), module:name of yours (`nercc new-model` "
+        "writes one), or hf:owner/name."
+    ),
+]
+Weights: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        help="Given to module:name, which then makes the model: a file, a folder, or "
+        "hf:owner/name/file."
+    ),
+]
+Inputs: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        help="Data points without labels, as the model takes them: .npy, .npz, .csv or .parquet, "
+        "one a row. Unless given: the shipped model's data set, or example_inputs() of the module."
+    ),
 ]
 DataDir: TypeAlias = Annotated[
     Path | None, typer.Option(help="Folder with the model's data set; not needed for the digits.")
 ]
 NumData: TypeAlias = Annotated[int, typer.Option(help="K: data points coded together.")]
 NumWorkers: TypeAlias = Annotated[int, typer.Option(help="N: workers, each given a coded point.")]
-OutputsOption: TypeAlias = Annotated[Outputs, typer.Option(help="What workers return.")]
+OutputsOption: TypeAlias = Annotated[
+    Returned,
+    typer.Option(
+        help="What workers return: a classifier's logits, their softmax, or values, which have no "
+        "labels."
+    ),
+]
 
 # The forms of a law of latency, in seconds.
 LATENCIES = (
@@ -32,6 +59,23 @@ def check_shipped(model: str) -> None:
     from nercc_models.names import check_model_name
 
     check_model_name(model)
+
+
+def check_model(model: str, weights: Path | None, inputs: Path | None) -> None:
+    """What can be seen of them before JAX is imported.
+
+    Raises: ValueError where there is no such model, or file.
+    """
+    if model.startswith(HUB):
+        hub_name(model)
+    elif not is_own(model):
+        check_shipped(model)
+    if weights is not None:
+        if not is_own(model):
+            raise ValueError(f"--weights is for a model of your own, module:name, not {model!r}")
+        check_weights(model, weights)
+    if inputs is not None:
+        check_file("--inputs", inputs)
 
 
 def check_folder(option: str, path: Path) -> None:

@@ -7,13 +7,23 @@ from typing import Annotated
 import typer
 
 from ._errors import told_plainly
-from ._options import LATENCIES, DataDir, ModelName, OutputsOption, check_shipped
+from ._options import (
+    LATENCIES,
+    DataDir,
+    Inputs,
+    ModelName,
+    OutputsOption,
+    Weights,
+    check_model,
+)
 
 _WIDTH = 92  # that the table needs
 
 
 def plan_command(
     model: ModelName = "lenet5-digits",
+    weights: Weights = None,
+    inputs: Inputs = None,
     data_dir: DataDir = None,
     latency: Annotated[
         str,
@@ -49,9 +59,7 @@ def plan_command(
         str, typer.Option(help="NeRCC's layouts, separated by commas, as in `nercc tune`.")
     ] = "chebyshev,interleaved,repeated",
     outputs: OutputsOption = "logits",
-    images: Annotated[
-        int, typer.Option(min=1, help="Unlabelled images to measure on, at most.")
-    ] = 2000,
+    images: Annotated[int, typer.Option(min=1, help="Data points to measure on, at most.")] = 2000,
     split: Annotated[
         str, typer.Option(help="Their split; on what a model was trained on, it promises too much.")
     ] = "train",
@@ -62,28 +70,34 @@ def plan_command(
 ) -> None:
     """Plan how to serve a model: coded, replicated, hedged, or plainly.
 
-    Measures all of them within a budget of workers, on images without their labels, and recommends
+    Measures all of them within a budget of workers, on data points without labels, and recommends
     the one whose last prediction is there soonest (p99) with few enough labels different from the
     model's own.
     """
     with told_plainly():
-        check_shipped(model)
+        check_model(model, weights, inputs)
+        if outputs == "values":
+            raise ValueError(
+                "a plan keeps labels, and --outputs values have none: see `nercc run --tolerance`"
+            )
         # JAX takes a second or two: not for --help, nor for a word that is misspelt.
         import jax
         from rich.console import Console
 
         from ..planning import plan
         from ._plan_report import latency_law, plan_plot, plan_table, plan_words
-        from ._workload import answering
+        from ._workload import find_workload
 
         law = latency_law(latency)
         output_dir.mkdir(parents=True, exist_ok=True)  # fails before the work, not after it
-        network = answering(model, outputs)
-        x, _ = network.images(split, data_dir, images, seed)
+        workload = find_workload(
+            model, weights=weights, inputs=inputs, data_dir=data_dir, outputs=outputs
+        )
+        x = workload.points(split, images, seed)
         console = Console()
         with console.status("planning ...") as status:
             found = plan(
-                network,
+                workload.model,
                 x,
                 law,
                 key=jax.random.key(seed),
@@ -100,14 +114,14 @@ def plan_command(
         about = {
             "model": model,
             "outputs": outputs,
-            "data": f"{network.network.data}, {split}",
+            "data": f"{workload.source}, {split}",
             "latency": latency,
             "seed": seed,
             "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
         found.save(file, about)
         Console(width=max(console.width, _WIDTH)).print(plan_table(found))
-        told = plan_words(found, f"{about['data']} images")
+        told = plan_words(found, f"{about['data']}")
         console.print(told, soft_wrap=True, highlight=False, markup=False)
         plan_plot(found, f"{model}, {latency}, {queries} queries", picture)
         console.print(f"plan: {file.resolve()}\npicture: {picture.resolve()}", soft_wrap=True)

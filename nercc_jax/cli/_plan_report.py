@@ -142,7 +142,7 @@ def plan_words(found: Plan, data: str) -> str:
             f"send up to {row.copies} copies, one every {1e3 * row.hedge_after:.3g} ms of waiting"
         )
     lines.append(
-        f"codes were measured on {about['held_out_points']} held-out {data}, "
+        f"codes were measured on {about['held_out_points']} held-out data points of {data}, "
         f"{about['straggler_sets']} straggler sets a group; planned in {about['seconds']} s"
     )
     return "\n".join(lines)

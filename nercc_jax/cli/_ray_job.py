@@ -57,7 +57,7 @@ class RayJob:
         Raises: ConnectionError where there is none, ValueError where it takes no such environment.
         """
         from ..pools import join_ray
-        from ..serving._servable import look_here
+        from ._own_models import look_here
 
         look_here()
         told = self.told()

@@ -105,8 +105,10 @@ class Parts:
 
 
 def fingerprint(path: Path | None) -> str | None:
-    """Of a file's content, for the settings of a run."""
-    return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    """Of a file's content, for the settings of a run; of anything else its name."""
+    if path is None or not path.is_file():
+        return None if path is None else str(path)
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _check_same(folder: Path, earlier: dict[str, Any], now: dict[str, Any]) -> None:

@@ -10,52 +10,42 @@ from ._errors import told_plainly
 from ._options import (
     CALIBRATION,
     DataDir,
+    Inputs,
+    ModelName,
     NumWorkers,
     OutputsOption,
-    check_file,
+    Weights,
     check_folder,
+    check_model,
     check_positive,
-    check_shipped,
 )
+from ._own_models import is_shipped
 from ._ray_job import RayJob, actor_options, end_at_once, leave_accelerators
 
 
 def run_command(
-    model: Annotated[
-        str,
-        typer.Option(help="A shipped model, or module:function, which takes --data or --inputs."),
-    ] = "lenet5-digits",
-    data: Annotated[
-        Path | None,
-        typer.Option(help="Data points of a classifier: .npy, (points, *shape of one)."),
-    ] = None,
-    inputs: Annotated[
-        Path | None,
-        typer.Option(
-            help="Inputs of any function of a batch, a simulator's, say: .npy, .npz, .csv or "
-            ".parquet, a row each.",
-            rich_help_panel="Functions",
-        ),
-    ] = None,
+    model: ModelName = "lenet5-digits",
+    weights: Weights = None,
+    inputs: Inputs = None,
     tolerance: Annotated[
         float | None,
         typer.Option(
-            help="How far a row may be off, in units of the outputs (root mean square over them): "
-            "whose error bar is larger is computed.",
-            rich_help_panel="Functions",
+            help="Of any function, a simulator's, say: how far a row may be off, in units of the "
+            "outputs (root mean square over them). Whose error bar is larger is computed; 0: all.",
+            rich_help_panel="Row by row",
         ),
     ] = None,
     coverage: Annotated[
         float,
         typer.Option(
-            help="The share of errors that error bars cover.", rich_help_panel="Functions"
+            help="The share of errors that error bars cover.", rich_help_panel="Row by row"
         ),
     ] = 0.9,
     data_dir: DataDir = None,
     split: Annotated[str, typer.Option(help="The data set's split to go over.")] = "test",
     num_data: Annotated[
         int | None,
-        typer.Option(help="K: data points coded together: 8; with --inputs nine tenths of N."),
+        typer.Option(help="K: data points coded together: 8; row by row nine tenths of N."),
     ] = None,
     num_workers: NumWorkers = 20,
     code: Annotated[
@@ -121,7 +111,8 @@ def run_command(
         float | None,
         typer.Option(
             help="Instead: decode once no larger share of labels is expected to differ from the "
-            f"model's own, by {CALIBRATION:,} training images; with --inputs by what is computed."
+            f"model's own, by {CALIBRATION:,} training images; of a model of your own row by row, "
+            "by what is computed."
         ),
     ] = None,
     deadline: Annotated[
@@ -130,7 +121,7 @@ def run_command(
     groups: Annotated[
         int | None,
         typer.Option(
-            help="Groups of K data points in a batch: 1; with --inputs as many as take a quarter "
+            help="Groups of K data points in a batch: 1; row by row as many as take a quarter "
             "of a second."
         ),
     ] = None,
@@ -153,7 +144,7 @@ def run_command(
     output: Annotated[
         Path,
         typer.Option(
-            help="Result file, .npz, .csv or with --inputs .parquet, or a folder for parts of it."
+            help="Result file, .npz, .csv or row by row .parquet, or a folder for parts of it."
         ),
     ] = Path("nercc-run.npz"),
     resume: Annotated[
@@ -162,14 +153,17 @@ def run_command(
 ) -> None:
     """Coded inference over a data set on a pool; workers may straggle or die while it runs.
 
-    Each batch is encoded, sent to the workers, and decoded once enough answered.
+    Each batch is encoded, sent to the workers, and decoded once enough answered; or, with a
+    tolerance, each row is computed or known well enough.
     One that cannot be recovered is sent again. Results are written as they come:
     --resume goes on after any end. Exit codes: 0 all is done, 1 nothing is, 2 an
     option does not fit, 3 a part is missing or lost, 130 Ctrl-C.
     """
     with told_plainly():
         check_folder("--output", output)
-        check_model(model, data, inputs, max_disagreement)
+        check_model(model, weights, inputs)
+        own = inputs is not None or not is_shipped(model)
+        by_row = tolerance is not None or (own and max_disagreement is not None)
         check_positive("--groups", groups, "--points", points, "--batches", batches)
         check_positive("--workers", workers, "--deadline", deadline)
         if pool == "ray" and importlib.util.find_spec("ray") is None:
@@ -191,14 +185,19 @@ def run_command(
             worker_dtype,
         )
         try:
-            if inputs is not None:
+            if by_row:
                 from ._run_rows import RowOptions, run_function
 
-                refuse("--inputs", code=code, batches=batches, worker_dtype=worker_dtype)
+                beside = "--tolerance" if max_disagreement is None else "--max-disagreement"
+                refuse(beside, code=code, batches=batches, worker_dtype=worker_dtype)
                 run_function(
                     RowOptions(
                         model=model,
+                        weights=weights,
                         inputs=inputs,
+                        data_dir=data_dir,
+                        split=split,
+                        outputs=outputs,
                         tolerance=tolerance,
                         max_disagreement=max_disagreement,
                         coverage=coverage,
@@ -216,11 +215,11 @@ def run_command(
             else:
                 from ._run_data import DataOptions, run_data
 
-                refuse("a shipped model or --data", tolerance=tolerance)
                 run_data(
                     DataOptions(
                         model=model,
-                        data=data,
+                        weights=weights,
+                        inputs=inputs,
                         data_dir=data_dir,
                         split=split,
                         outputs=outputs,
@@ -250,27 +249,3 @@ def refuse(beside: str, **options: Any) -> None:
     for name, value in options.items():
         if value is not None:
             raise ValueError(f"--{name.replace('_', '-')} does not go with {beside}")
-
-
-def check_model(
-    model: str, data: Path | None, inputs: Path | None, max_disagreement: float | None
-) -> None:
-    """Raises: ValueError for a model or data that do not go together, before JAX is imported."""
-    given = []
-    for option, path in (("--data", data), ("--inputs", inputs)):
-        if path is not None:
-            check_file(option, path)
-            given.append(option)
-    if len(given) > 1:
-        raise ValueError("give --data, of a classifier, or --inputs, of any function, not both")
-    if ":" not in model:
-        check_shipped(model)
-        if given:
-            raise ValueError(f"{given[0]} is for a model of your own: --model module:function")
-    elif not given:
-        raise ValueError(
-            f"--model {model}: say what it is to run on: --inputs, of any function, or --data, of "
-            "a classifier"
-        )
-    elif data is not None and max_disagreement is not None:
-        raise ValueError("--max-disagreement is estimated on a shipped model's training images")

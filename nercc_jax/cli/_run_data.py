@@ -6,8 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..serving._servable import load_callable
-from ._options import CALIBRATION, Outputs
+from ._options import CALIBRATION, Returned
 from ._result_parts import Parts, check_parts, fingerprint, parts_folder
 from ._results import Results, check_kind, write_results
 from ._run_job import (
@@ -22,7 +21,7 @@ from ._run_job import (
     summary,
 )
 from ._run_pool import ChosenPool
-from ._workload import answering, own_points, points_of
+from ._workload import find_workload
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +29,11 @@ class DataOptions:
     """The command's options, by their names."""
 
     model: str
-    data: Path | None
+    weights: Path | None
+    inputs: Path | None
     data_dir: Path | None
     split: str
-    outputs: Outputs
+    outputs: Returned
     code: Path | None
     num_data: int
     num_workers: int
@@ -51,9 +51,15 @@ def run_data(asked: DataOptions, pool: ChosenPool, output: Path, resume: bool) -
     check_parts(output, resume)
     chosen = chosen_code(asked.code, asked.num_data, asked.num_workers)
     number = answers_to_wait_for(chosen, asked.wait_for, asked.max_disagreement)
-    data, model = asked.data, asked.model
-    network: Any = load_callable(model, None) if data else answering(model, asked.outputs)
-    source = own_points(data) if data else points_of(network, asked.split, asked.data_dir)
+    model = asked.model
+    workload = find_workload(
+        model,
+        weights=asked.weights,
+        inputs=asked.inputs,
+        data_dir=asked.data_dir,
+        outputs=asked.outputs,
+    )
+    network, source = workload.model, workload.rows(asked.split)
     job = make_job(source, chosen, asked.points, asked.batches, asked.groups)
     console = Console()
     enough: Any = number
@@ -74,8 +80,9 @@ def run_data(asked: DataOptions, pool: ChosenPool, output: Path, resume: bool) -
         folder,
         {
             "model": model,
+            "weights": fingerprint(asked.weights),
             "outputs": asked.outputs,
-            "data": fingerprint(data) or asked.split,
+            "data": workload.told(asked.split),
             "rows": len(job.rows),
             "points": len(job.labels),
             "groups": asked.groups,

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from ..codes import AbstractCode, NeRCC
 from ..evaluation import batched, make_forecast
+from ..inference import Model
 from ..pools import (
     AbstractPool,
     BatchOutcome,
@@ -62,7 +63,7 @@ class Job:
         """(groups, ...), what a worker gets at once."""
         return self.batch(self.batches[0])[:, 0]
 
-    def num_outputs(self, network: Answering) -> int:
+    def num_outputs(self, network: Model) -> int:
         return jax.eval_shape(network, jnp.asarray(self.inputs(self.rows[:1]))).shape[-1]
 
 
@@ -236,7 +237,7 @@ def describe_rule(number: int | None, max_disagreement: float | None) -> str:
 
 
 def summary(
-    network: Answering,
+    network: Model,
     code: AbstractCode,
     job: Job,
     results: Results,
@@ -280,7 +281,7 @@ def deaths_told(report: PoolReport) -> str:
     return f"{report.deaths:,}{hung} ({by_worker})"
 
 
-def _agreement(network: Answering, job: Job, results: Results) -> tuple[int, int]:
+def _agreement(network: Model, job: Job, results: Results) -> tuple[int, int]:
     """In how many of at most `_COMPARED` rows, evenly spread, the label is the model's own."""
     some = np.unique(np.linspace(0, len(results) - 1, _COMPARED).astype(int))
     own = np.asarray(batched(network, 256)(job.inputs(results.index[some]))).argmax(axis=1)

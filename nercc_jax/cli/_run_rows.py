@@ -8,14 +8,14 @@ from rich.console import Console
 
 from ..codes import NeRCC
 from ..pools import Goal, RowFunction
-from ..serving._servable import load_callable
 from ._errors import fail
+from ._options import Returned
 from ._result_parts import Parts, check_parts, fingerprint, parts_folder
-from ._row_inputs import read_inputs
 from ._row_job import RowJob, RowRun, run_rows, summary
 from ._row_results import RowResults, check_row_file, write_rows
 from ._run_job import PARTIAL, answers_to_wait_for
 from ._run_pool import ATTEMPTS, ChosenPool
+from ._workload import find_workload
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,11 @@ class RowOptions:
     """The command's options, by their names."""
 
     model: str
-    inputs: Path
+    weights: Path | None
+    inputs: Path | None
+    data_dir: Path | None
+    split: str
+    outputs: Returned
     tolerance: float | None
     max_disagreement: float | None
     coverage: float
@@ -38,8 +42,8 @@ class RowOptions:
         """Raises: ValueError unless one of the two is asked for, and may be."""
         if (self.tolerance is None) == (self.max_disagreement is None):
             raise ValueError(
-                "--inputs needs --tolerance, in units of the outputs (0: all rows are computed), "
-                "or --max-disagreement, where the outputs are scores of labels"
+                "give --tolerance, in units of the outputs (0: all rows are computed), or "
+                "--max-disagreement, where the outputs are scores of labels, not both"
             )
         if self.tolerance is not None and not 0 <= self.tolerance < np.inf:
             raise ValueError(f"--tolerance must be 0 or positive, not {self.tolerance}")
@@ -69,13 +73,22 @@ def run_function(asked: RowOptions, pool: ChosenPool, output: Path, resume: bool
     check_parts(output, resume)
     number = answers_to_wait_for(code, asked.wait_for, None)
     assert number is not None
-    function = RowFunction(load_callable(asked.model, None))
-    x = read_inputs(asked.inputs)[: asked.points]
+    workload = find_workload(
+        asked.model,
+        weights=asked.weights,
+        inputs=asked.inputs,
+        data_dir=asked.data_dir,
+        outputs=asked.outputs,
+        traced=False,
+    )
+    function, source = RowFunction(workload.model), workload.rows(asked.split)
+    x = np.asarray(source.preprocess(source.images[: asked.points]))
     job = RowJob.shuffled(x, asked.seed, code, goal, number, asked.groups, pool.deadline)
     results, folder = RowResults(len(x)), parts_folder(output)
     settings = {
         "model": asked.model,
-        "inputs": fingerprint(asked.inputs),
+        "weights": fingerprint(asked.weights),
+        "inputs": workload.told(asked.split),
         "rows": len(x),
         "tolerance": asked.tolerance,
         "max_disagreement": asked.max_disagreement,
@@ -88,7 +101,7 @@ def run_function(asked: RowOptions, pool: ChosenPool, output: Path, resume: bool
     console = Console()
     with pool.open(console, function, asked.model, code, compiled=False) as opened:
         console.print(
-            f"{asked.model}, {len(x):,} rows of {asked.inputs.name!r}, {_wanted(goal)}; "
+            f"{asked.model}, {len(x):,} rows of {source.name!r}, {_wanted(goal)}; "
             f"{pool.count(code)} workers ({pool.kind})",
             soft_wrap=True,
         )

@@ -17,7 +17,7 @@ import typer
 from ._compiled import keep_programs
 from ._config import as_toml
 from ._errors import fail, told_plainly
-from ._options import check_shipped
+from ._options import check_model
 from ._ray_job import RayJob, end_at_once, leave_accelerators
 
 if TYPE_CHECKING:
@@ -57,8 +57,8 @@ def _serve(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="A shipped model, or module:function; several are served side by side. "
-            "lenet5-digits unless the environment or --config names others.",
+            help="A shipped model, module:name of yours, or hf:owner/name; several are served side "
+            "by side. lenet5-digits unless the environment or --config names others.",
             rich_help_panel="Model",
         ),
     ] = None,
@@ -74,8 +74,7 @@ def _serve(
     """`flags` are settings of the server and of all models, by name: those that are told."""
     with told_plainly():
         for each in model or ():
-            if ":" not in each:
-                check_shipped(each)
+            check_model(each, None, None)
         settings, chosen = _read(model, config, flags)
         if print_config:
             typer.echo(as_toml(settings, chosen))

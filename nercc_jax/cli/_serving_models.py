@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from prometheus_client import CollectorRegistry
 
@@ -13,13 +14,14 @@ from ..codes import AbstractCode, Berrut, NeRCC, Replication, Uncoded, load_code
 from ..serving import Predictor, Servable, make_servable
 from ..serving._metrics import Meters
 from ..serving._phases import phase
-from ..serving._servable import load_callable
 from ..serving._served import ServedModel
 from ..serving._settings import ModelSettings
 from ..serving._signature import FLOAT
 from ._calibration_file import calibration_file
-from ._options import check_shipped
-from ._workload import answering, load_plain_code, read_arrays
+from ._inputs import read_named_inputs
+from ._options import check_model as check_files
+from ._own_models import example_inputs, is_own, is_shipped, load_callable
+from ._workload import find_model, load_plain_code
 
 # Codes tuned for shipped models by `nercc tune --layout interleaved`.
 _CODES = Path(__file__).parent / "codes"
@@ -81,11 +83,10 @@ def check_model(settings: ModelSettings) -> None:
 
 def _check_files(settings: ModelSettings) -> None:
     assert settings.model is not None
-    if ":" not in settings.model:
-        check_shipped(settings.model)
-    for name, path in (("weights", settings.weights), ("calibration", settings.calibration)):
-        if path is not None and not path.exists():
-            raise ValueError(f"{settings.served_name}: there are no {name} at {path}")
+    try:
+        check_files(settings.model, settings.weights, settings.inputs)
+    except ValueError as error:
+        raise ValueError(f"{settings.served_name}: {error}") from error
 
 
 def _start(
@@ -109,27 +110,40 @@ def servable_of(settings: ModelSettings) -> Servable:
     """The model that the settings name."""
     assert settings.model is not None
     name = settings.served_name
-    if ":" not in settings.model:
-        network = answering(settings.model, settings.outputs)
-        x = functools.partial(_images, network) if _has_data(network) else None
-        shape = network.network.input_shape
-        output_name = settings.output_name or settings.outputs
-        return make_servable(name, network, shape, output_name=output_name, calibration=x)
-    model = load_callable(settings.model, settings.weights)
-    shape = settings.input_shape or getattr(model, "input_shape", None)
+    model = find_model(settings.model, settings.weights, settings.outputs)
+    inputs: Any = _inputs(settings, model)
+    shape = settings.input_shape or getattr(model, "input_shape", None) or _row_shape(inputs)
     if shape is None:
-        raise ValueError(f"{settings.model}: say the shape of one query with --input-shape")
-    calibration = None
-    if settings.calibration is not None:
-        calibration = read_arrays(settings.calibration, str(settings.calibration))
+        raise ValueError(
+            f"{settings.model}: say the shape of one query with --input-shape, or give --inputs"
+        )
+    output_name = settings.outputs if is_shipped(settings.model) else "output"
     return make_servable(
         name,
         model,
         shape,
         datatype=settings.input_datatype or getattr(model, "input_datatype", FLOAT),
-        output_name=settings.output_name or "output",
-        calibration=calibration,
+        output_name=settings.output_name or output_name,
+        calibration=inputs,
     )
+
+
+def _inputs(settings: ModelSettings, model: Any) -> Any:
+    """Unlabelled inputs, or what gives them; None where there are none."""
+    name = str(settings.model)
+    if settings.inputs is not None:
+        return read_named_inputs(settings.inputs)
+    if is_shipped(name):
+        return functools.partial(_images, model) if _has_data(model) else None
+    found = example_inputs(name) if is_own(name) else None
+    return None if found is None else jax.tree.map(lambda x: np.asarray(x, np.float32), found)
+
+
+def _row_shape(inputs: Any) -> Any:
+    """None where there are no inputs."""
+    if isinstance(inputs, dict):
+        return {name: each.shape[1:] for name, each in inputs.items()}
+    return None if inputs is None else inputs.shape[1:]
 
 
 def predictor_of(settings: ModelSettings, servable: Servable) -> Predictor | None:

@@ -9,17 +9,21 @@ import typer
 from ._errors import told_plainly
 from ._options import (
     DataDir,
+    Inputs,
     ModelName,
     NumData,
     NumWorkers,
     OutputsOption,
+    Weights,
     check_folder,
-    check_shipped,
+    check_model,
 )
 
 
 def tune_command(
     model: ModelName = "lenet5-digits",
+    weights: Weights = None,
+    inputs: Inputs = None,
     data_dir: DataDir = None,
     num_data: NumData = 8,
     num_workers: NumWorkers = 20,
@@ -52,7 +56,7 @@ def tune_command(
     sets: Annotated[
         int, typer.Option(help="Straggler sets for each number of them, to compare on.")
     ] = 20,
-    images: Annotated[int, typer.Option(help="Images to tune on, and to compare on.")] = 1000,
+    images: Annotated[int, typer.Option(help="Data points to tune on, and to compare on.")] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
     output: Annotated[Path, typer.Option(help="Where to write the tuned code.")] = Path(
         "nercc-tuned.json"
@@ -63,15 +67,17 @@ def tune_command(
 ) -> None:
     """Tune a code for a model by gradient descent through encoder, model and decoder.
 
-    Uses training images, without their labels. Prints the errors before and after on test images,
-    and writes the tuned code for `nercc demo --code`.
+    Uses data points without their labels. Prints the errors before and after on others, and
+    writes the tuned code for `nercc demo --code`.
     """
     with told_plainly():
         check_folder("--output", output)
         check_folder("--plot", plot)
         if criterion == "cross_entropy" and outputs != "logits":
             raise ValueError("--criterion cross_entropy needs --outputs logits")
-        check_shipped(model)
+        if layout == "search" and outputs == "values":
+            raise ValueError("--layout search goes by labels, and --outputs values have none")
+        check_model(model, weights, inputs)
         # JAX takes a second or two: not for --help, nor for a word that is misspelt.
         import jax
         from rich.console import Console
@@ -86,16 +92,19 @@ def tune_command(
             tune_with_bar,
             tuned_words,
         )
-        from ._workload import answering, straggler_laws
+        from ._workload import find_workload, straggler_laws
 
         laws = straggler_laws(num_data, num_workers, max_stragglers)
         searching = layout == "search"
         start = start_code(num_data, num_workers, "chebyshev" if searching else layout)
         if start.exact:
             laws.pop("0")  # without stragglers there is nothing to tune
-        network = answering(model, outputs)
-        x, _ = network.images("train", data_dir, images, seed)
-        held, _ = network.images("test", data_dir, images, seed)
+        workload = find_workload(
+            model, weights=weights, inputs=inputs, data_dir=data_dir, outputs=outputs
+        )
+        network = workload.model
+        x = workload.points("train", images, seed)
+        held = workload.points("test", images, seed)
         console = Console()
         labels = searching and outputs == "logits"
         chosen = criterion or ("cross_entropy" if labels else "mse")
@@ -103,7 +112,7 @@ def tune_command(
         about = {
             "model": model,
             "outputs": outputs,
-            "data": network.network.data,
+            "data": workload.source,
             "data_points": len(x),
             "layout": layout,
             "stragglers": f"{', '.join(laws)} of {num_workers} workers, each number alike",

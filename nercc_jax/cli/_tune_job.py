@@ -9,12 +9,12 @@ import numpy as np
 
 from ..codes import AbstractCode, Berrut, NeRCC, Replication, coincident
 from ..evaluation import evaluate, landscape, make_trial
+from ..inference import Model
 from ..tuning import Descent, Tuned, TuningStep, tune
 from ._layout_search import found_layout
 from ._progress import steps_bar
 from ._report import straggler_table
 from ._tuning_plot import tuning_plot
-from ._workload import Answering
 
 # The picture's grid of both lambdas.
 _GRID = np.logspace(-12, 0, 13)
@@ -44,7 +44,7 @@ def tune_with_bar(
 
 def search_with_status(
     console,
-    network: Answering,
+    network: Model,
     x,
     num_data: int,
     num_workers: int,
@@ -72,10 +72,12 @@ def compare(console, network, start: NeRCC, code: NeRCC, held, laws, sets, seed,
         codes["replication"] = Replication(start.num_data, start.num_workers)
     rows = evaluate(network, codes, held, laws, key=jax.random.key(seed), num_sets=sets)
     console.print(
-        f"\nOn {rows[0].num_data_points} test images that it was not tuned on, {sets} straggler "
+        f"\nOn {rows[0].num_data_points} data points that it was not tuned on, {sets} straggler "
         "sets for each number S of stragglers; mean ± 95 % interval; * marks a row's best."
     )
     console.print(straggler_table(rows, "mse", f"MSE of decoded {outputs}", best="min"))
+    if outputs == "values":
+        return
     title = "RelAcc in %: same label as the model's own"
     console.print(straggler_table(rows, "rel_acc", title, best="max", scale=100))
 
@@ -93,7 +95,7 @@ def tuned_words(tuned: Tuned[NeRCC]) -> dict[str, Any]:
 
 
 def draw(
-    network: Answering, start: NeRCC, tuned: Tuned, held, laws, model: str, seed: int, plot: Path
+    network: Model, start: NeRCC, tuned: Tuned, held, laws, model: str, seed: int, plot: Path
 ) -> None:
     groups = held[: len(held) // start.num_data * start.num_data][: 16 * start.num_data]
     groups = groups.reshape(-1, start.num_data, *held.shape[1:])

@@ -1,7 +1,10 @@
-"""What commands run codes on: a shipped model and images of its data set."""
+"""What commands run codes on: a model and its data points.
+
+A shipped model with its data set, or any other (`_own_models.py`) with inputs of a file.
+"""
 
 import dataclasses
-import zipfile
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,19 +15,29 @@ import numpy as np
 from jaxtyping import Array
 
 from ..codes import AbstractCode, load_code
+from ..inference import call_model, check_model
 from ..stragglers import AbstractStragglers, ExactStragglers
-from ._options import Outputs
+from ._inputs import read_inputs
+from ._options import Returned
+from ._own_models import EXAMPLES, example_inputs, is_own, is_shipped, load_callable, load_hub
+
+_HELD = 1000  # inputs kept apart, at most: a fifth of fewer
 
 
 class Answering(eqx.Module):
     """A network as workers run it: its logits, or their softmax."""
 
     network: Any
-    outputs: Outputs = eqx.field(static=True)
+    outputs: Returned = eqx.field(static=True)
 
     def __call__(self, batch: Array) -> Array:
         logits = self.network(batch)
         return jax.nn.softmax(logits) if self.outputs == "probabilities" else logits
+
+    @property
+    def input_shape(self) -> tuple[int, ...] | None:
+        """Of one data point, where the network tells it."""
+        return getattr(self.network, "input_shape", None)
 
     def images(
         self, split: str, data_dir: Path | None, count: int, seed: int
@@ -55,15 +68,112 @@ def points_of(network: Answering, split: str, data_dir: Path | None) -> Points:
     return Points(split, data.images, data.labels, network.network.preprocess)
 
 
-def own_points(path: Path) -> Points:
-    """Of a .npy file. Raises: ValueError where it holds none."""
-    found = read_array(path, f"--data {path}")
-    if found.ndim < 2 or not len(found):
-        raise ValueError(f"--data {path}: (points, *shape of one) is needed, not {found.shape}")
-    return Points(path.name, found, np.full(len(found), -1), np.asarray)
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """A model as workers run it, and its data points: of its data set, or `x`, one a row.
+
+    `source` is what the data points are called. Of `x`, "test" is a fifth, `_HELD` at most, the
+    same for all commands, and "train" the others.
+    """
+
+    name: str
+    model: Any
+    source: str
+    x: np.ndarray | None
+    data_dir: Path | None
+
+    def points(self, split: str, count: int, seed: int) -> np.ndarray:
+        """At most so many of a split, shuffled. Raises: ValueError for one that is not there."""
+        if self.x is None:
+            return self.model.images(split, self.data_dir, count, seed)[0]
+        if split not in ("train", "test"):
+            raise ValueError(f"of {self.source} there are the splits train and test, not {split!r}")
+        order = np.random.default_rng(0).permutation(len(self.x))
+        held = min(_HELD, len(order) // 5)
+        rows = order[:held] if split == "test" else order[held:]
+        return self.x[np.random.default_rng(seed).permutation(rows)[:count]]
+
+    def told(self, split: str) -> str:
+        """What says which data points those of a split are."""
+        if self.x is None:
+            return split
+        return hashlib.sha256(np.ascontiguousarray(self.x).tobytes()).hexdigest()
+
+    def rows(self, split: str) -> Points:
+        """All of a split in their order; all of `x`."""
+        if self.x is None:
+            return points_of(self.model, split, self.data_dir)
+        return Points(Path(self.source).name, self.x, np.full(len(self.x), -1), np.asarray)
 
 
-def answering(model: str, outputs: Outputs) -> Answering:
+def find_workload(
+    name: str,
+    *,
+    weights: Path | None = None,
+    inputs: Path | None = None,
+    data_dir: Path | None = None,
+    outputs: Returned = "logits",
+    traced: bool = True,
+) -> Workload:
+    """What the options of that name mean. `traced`: whether JAX must be able to trace the model.
+
+    Inputs are float32, or as the file has them where nothing is traced.
+
+    Raises: ValueError where there is no such model, no inputs are known, or the model does not run
+    on them; ImportError naming an extra.
+    """
+    model = find_model(name, weights, outputs)
+    if inputs is None and is_shipped(name):
+        return Workload(name, model, model.network.data, None, data_dir)
+    x, source = own_inputs(name, inputs)
+    if traced:
+        x = x.astype(np.float32)
+        _check_runs(name, model, x)
+    return Workload(name, model, source, x, None)
+
+
+def find_model(name: str, weights: Path | None, outputs: Returned) -> Any:
+    """The model that an option names, as workers run it. Raises: as `find_workload`."""
+    if is_shipped(name):
+        return answering(name, outputs)
+    network = load_callable(name, weights) if is_own(name) else load_hub(name)
+    return Answering(network, outputs) if outputs == "probabilities" else network
+
+
+def own_inputs(name: str, path: Path | None) -> tuple[np.ndarray, str]:
+    """Data points, one a row, and where they are from. Raises: ValueError where there are none."""
+    if path is not None:
+        return read_inputs(path), str(path)
+    found = example_inputs(name) if is_own(name) else None
+    if found is None:
+        module = f", or give its module {EXAMPLES}()" if is_own(name) else ""
+        raise ValueError(f"--model {name}: say what it is to run on with --inputs FILE{module}")
+    x = np.asarray(found)
+    if x.ndim < 2 or not x.size or x.dtype.kind not in "biuf":
+        raise ValueError(
+            f"{EXAMPLES}() of {name} gave {x.dtype} of shape {x.shape}: numbers, "
+            "(rows, *shape of one), are needed"
+        )
+    return x, f"{EXAMPLES}() of {name.partition(':')[0]}"
+
+
+def _check_runs(name: str, model: Any, x: np.ndarray) -> None:
+    """Raises: ValueError where JAX cannot run it on a batch of `x`, or it gives no rows."""
+    check_model(model)
+    one = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
+    try:
+        answer: Any = eqx.filter_eval_shape(lambda batch: call_model(model, batch), one)
+    except Exception as error:
+        first = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(
+            f"{name} does not run on a batch of shape {one.shape}, which JAX traces (`nercc run "
+            f"--tolerance` traces nothing): {first}"
+        ) from error
+    if getattr(answer, "shape", ())[:1] != (1,) or len(answer.shape) < 2:
+        raise ValueError(f"{name} must give an array, a row for each of a batch, not {answer}")
+
+
+def answering(model: str, outputs: Returned) -> Answering:
     """A shipped model by name."""
     from nercc_models import load_model
 
@@ -98,26 +208,3 @@ def straggler_laws(
             f"--max-stragglers {max_stragglers} leaves none of {num_workers} workers to answer"
         )
     return {str(s): ExactStragglers(s) for s in range(max_stragglers + 1)}
-
-
-def read_arrays(path: Path, told: str) -> np.ndarray | dict[str, np.ndarray]:
-    """A .npy file's array, or those of an .npz file by name, as `read_array`."""
-    if path.suffix != ".npz":
-        return read_array(path, told)
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name].astype(np.float32) for name in file.files}
-    except (ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{told} has no arrays of numbers by name: {error}") from error
-
-
-def read_array(path: Path, told: str) -> np.ndarray:
-    """A .npy file's array, float32; `told` names it in errors.
-
-    Raises: ValueError where it holds no numbers, OSError as `open` does.
-    """
-    try:
-        with path.open("rb") as file:
-            return np.lib.format.read_array(file, allow_pickle=False).astype(np.float32)
-    except ValueError as error:
-        raise ValueError(f"{told} is no array of numbers: {error}") from error

@@ -1,10 +1,7 @@
 """A model as a server has it: a callable on a batch, its tensors, and what they are called."""
 
 import dataclasses
-import importlib
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -150,35 +147,3 @@ def _name_of(path: tuple[Any, ...], output_name: str) -> str:
         return output_name
     name = jax.tree_util.keystr(path, simple=True, separator=".")
     return f"{output_name}_{name}" if isinstance(path[0], jax.tree_util.SequenceKey) else name
-
-
-def look_here() -> None:
-    """Has modules looked for in the working directory, too."""
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-
-
-def load_callable(spec: str, weights: Path | None) -> Callable[..., Any]:
-    """What `module:name` says: a model, or with weights a function of their path that makes one.
-
-    Modules are looked for in the working directory too.
-
-    Raises: ValueError where there is none, or it cannot be called.
-    """
-    module_name, _, attribute = spec.partition(":")
-    if not module_name or not attribute:
-        raise ValueError(f"a model of your own is named module:function, not {spec!r}")
-    look_here()
-    try:
-        found: Any = importlib.import_module(module_name)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{spec}: {error}") from error
-    if weights is not None:
-        if not weights.exists():
-            raise ValueError(f"{spec}: there are no weights at {weights}")
-        found = found(weights)
-    if not callable(found):
-        raise ValueError(f"{spec} is a {type(found).__name__}, not a callable on a batch")
-    return found

@@ -52,20 +52,22 @@ class ModelSettings(BaseModel):
         "service_delay_s": "Faults on trial",
     }
 
-    model: str | None = Field(default=None, description="A shipped model, or module:function.")
+    model: str | None = Field(
+        default=None, description="A shipped one, module:name of yours, or hf:owner/name."
+    )
     name: str | None = Field(
         default=None,
         description="What clients call it; unless set as `model`, with a dot for a colon.",
     )
     weights: Path | None = Field(
-        default=None, description="Given to module:function, which then makes the model."
+        default=None, description="Given to module:name, which makes the model; a path, or hf:."
     )
     input_shape: Annotated[
         tuple[int, ...] | dict[str, tuple[int, ...]] | None, BeforeValidator(shape)
     ] = Field(
         default=None,
-        description="Of one query of module:function, without the batch: 28,28,1; by name where it "
-        "takes a dict: image=28,28,1,meta=4.",
+        description="Of one query without the batch: 28,28,1; of a dict image=28,28,1,meta=4. "
+        "Unless set, that of the inputs.",
     )
     input_datatype: Annotated[str | dict[str, str] | None, BeforeValidator(datatype)] = Field(
         default=None,
@@ -76,12 +78,12 @@ class ModelSettings(BaseModel):
         default=None, description="Of the only output; of several without names, before places."
     )
     outputs: Literal["logits", "probabilities"] = Field(
-        default="logits", description="What a shipped model returns."
+        default="logits", description="What is served: logits, or their softmax."
     )
-    calibration: Path | None = Field(
+    inputs: Path | None = Field(
         default=None,
-        description="Unlabelled inputs of module:function for the error estimate: .npy, (points, "
-        "*input_shape), or .npz by name.",
+        description="Unlabelled inputs for the error estimate: .npy, (points, *input_shape), or "
+        ".npz by name. Unless set, example_inputs() of the module, if it has that.",
     )
 
     scheme: Literal["nercc", "berrut", "replication", "uncoded"] | None = Field(
@@ -223,8 +225,8 @@ class ModelSettings(BaseModel):
 
     @property
     def served_name(self) -> str:
-        """What clients call it. No colon: behind one, some proxies look for a verb."""
-        return self.name or str(self.model).replace(":", ".")
+        """What clients call it. No slash, and no colon: some proxies look for a verb behind one."""
+        return self.name or str(self.model).rpartition("/")[2].replace(":", ".")
 
     def ray_options(self) -> dict[str, Any]:
         """Of a worker that is an actor."""

@@ -1,0 +1,98 @@
+"""Which model an option means: a shipped one, `module:name` of yours, or one of the hub.
+
+The one contract of all commands; docs/own-models.md tells it, and `nercc new-model` writes a file
+that keeps to it.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HUB = "hf:"  # begins what lies on Hugging Face's hub
+EXAMPLES = "example_inputs"  # of a module with a model: what commands take without --inputs
+
+
+def is_own(model: str) -> bool:
+    """Whether it is `module:name`."""
+    return ":" in model and not model.startswith(HUB)
+
+
+def is_shipped(model: str) -> bool:
+    """Whether it is one of ours, by its name."""
+    return ":" not in model
+
+
+def look_here() -> None:
+    """Has modules looked for in the working directory, too."""
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+
+
+def load_callable(spec: str, weights: Path | None) -> Callable[..., Any]:
+    """What `module:name` says: a model, or with weights a function of their path that makes one.
+
+    Modules are looked for in the working directory too. Weights may lie on the hub,
+    `hf:owner/name/file`.
+
+    Raises: ValueError where there is none, or it cannot be called.
+    """
+    module_name, _, attribute = spec.partition(":")
+    if not module_name or not attribute:
+        raise ValueError(f"a model of your own is named module:function, not {spec!r}")
+    try:
+        found: Any = _module(module_name)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{spec}: {error}") from error
+    if weights is not None:
+        found = found(_local(spec, weights))
+    if not callable(found):
+        raise ValueError(f"{spec} is a {type(found).__name__}, not a callable on a batch")
+    return found
+
+
+def example_inputs(spec: str) -> Any:
+    """What the module of a model says that it may be run on; None where it says nothing."""
+    found = getattr(_module(spec.partition(":")[0]), EXAMPLES, None)
+    return found() if callable(found) else found
+
+
+def check_weights(spec: str, weights: Path) -> None:
+    """Raises: ValueError where there are none."""
+    if not str(weights).startswith(HUB) and not weights.exists():
+        raise ValueError(f"{spec}: there are no weights at {weights}")
+
+
+def load_hub(spec: str) -> Any:
+    """The model `hf:owner/name`. Raises: ValueError and ImportError, as `load_hub_model`."""
+    from nercc_models import load_hub_model
+
+    return load_hub_model(hub_name(spec))
+
+
+def hub_name(spec: str) -> str:
+    """Raises: ValueError unless it is `hf:owner/name`."""
+    name = spec.removeprefix(HUB)
+    if name.count("/") != 1 or not all(name.split("/")):
+        raise ValueError(f"a model of Hugging Face's hub is named hf:owner/name, not {spec!r}")
+    return name
+
+
+def _module(name: str) -> Any:
+    look_here()
+    return importlib.import_module(name)
+
+
+def _local(spec: str, weights: Path) -> Path:
+    check_weights(spec, weights)
+    if not str(weights).startswith(HUB):
+        return weights
+    from nercc_models import hub_file
+
+    owner, name, *file = str(weights).removeprefix(HUB).split("/")
+    if not file:
+        raise ValueError(f"weights on Hugging Face's hub are named hf:owner/name/file: {weights}")
+    return hub_file(f"{owner}/{name}", "/".join(file))

@@ -1,0 +1,163 @@
+"""A model of one's own in every command, by what `nercc new-model` writes."""
+
+import os
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import require
+from typer.testing import CliRunner
+
+from nercc_jax import load_code
+from nercc_jax.cli._app import app
+from nercc_jax.cli._workload import find_workload
+from nercc_jax.codes import code_card
+from nercc_jax.planning import load_plan
+
+MODEL = "their_model:model"
+PARTS = """
+import numpy as np
+
+def model(batch):
+    return batch @ np.eye(3, 2, dtype="float32")
+
+def by_hand(batch):
+    return np.asarray(batch)
+
+def load(path):
+    return lambda batch: batch * np.load(path)
+
+def example_inputs():
+    return np.arange(30.0).reshape(10, 3)
+"""
+
+
+def run(*arguments):
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, list(arguments))
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where a user works: a model as `nercc new-model` writes it, and a module by hand."""
+    before, path = os.getcwd(), tmp_path_factory.mktemp("own")
+    os.chdir(path)
+    (path / "own_parts.py").write_text(PARTS)
+    assert "nercc demo --model their_model:model" in run("new-model", "their_model.py")
+    yield path
+    os.chdir(before)
+    sys.path[:] = [each for each in sys.path if each != str(path)]
+
+
+def test_what_is_there_is_not_written_over(folder):
+    for name, message in (("their_model.py", "is left as it is"), ("my-model.py", "of a module")):
+        result = CliRunner().invoke(app, ["new-model", name])
+        assert result.exit_code == 2
+        assert message in result.output
+
+
+def test_inputs_are_parted_alike_for_all_commands(folder):
+    workload = find_workload("own_parts:model")
+    train, test = workload.points("train", 100, 1), workload.points("test", 100, 2)
+    assert (train.shape, test.shape) == ((8, 3), (2, 3))
+    np.testing.assert_array_equal(np.sort([*train[:, 0], *test[:, 0]]), 3 * np.arange(10))
+    np.testing.assert_array_equal(np.sort(workload.points("test", 9, 3), 0), np.sort(test, 0))
+    np.testing.assert_array_equal(workload.rows("all").images, np.arange(30).reshape(10, 3))
+    np.save("x.npy", np.ones((7, 3)))
+    own = find_workload("own_parts:model", inputs=folder / "x.npy")
+    assert own.points("train", 9, 0).shape == (6, 3)
+
+
+def test_outputs_are_as_asked(folder):
+    x = jnp.eye(3)
+    logits, shares = (
+        find_workload("own_parts:model", outputs=outputs).model(x)
+        for outputs in ("values", "probabilities")
+    )
+    np.testing.assert_allclose(
+        shares, np.exp(logits) / np.exp(logits).sum(1, keepdims=True), rtol=1e-5
+    )
+    np.save("w.npy", 3.0)
+    model = find_workload("own_parts:load", weights=folder / "w.npy").model
+    np.testing.assert_array_equal(model(x), 3 * x)
+
+
+def test_what_jax_cannot_trace_is_told_and_runs_row_by_row(folder):
+    with pytest.raises(ValueError, match=r"by_hand does not run on a batch of shape \(1, 3\)"):
+        find_workload("own_parts:by_hand")
+    assert find_workload("own_parts:by_hand", traced=False).x is not None
+
+
+# -- The template in every command: one test after the other, on what the last one wrote. ----------
+
+
+@pytest.mark.slow
+def test_the_template_says_what_it_recognises_and_writes_weights(folder):
+    done = subprocess.run([sys.executable, "their_model.py"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split()[0]) > 95
+    assert (folder / "their_model.safetensors").exists()
+
+
+@pytest.fixture(scope="module")
+def tuned(folder):
+    small = "--num-data 4 --num-workers 8 --max-stragglers 2 --images 120 --sets 3 --steps 8"
+    return run("tune", "--model", MODEL, *small.split())
+
+
+@pytest.mark.slow
+def test_tune_compares_draws_and_writes_a_code(tuned, folder):
+    for word in ("untuned", "tuned", "BACC", "MSE", "RelAcc", "lambda_dec", "8 steps"):
+        assert word in tuned
+    assert (folder / "nercc-tune.png").read_bytes().startswith(b"\x89PNG")
+    card = code_card(folder / "nercc-tuned.json")
+    assert (card["model"], card["data"]) == (MODEL, "example_inputs() of their_model")
+    code = load_code(folder / "nercc-tuned.json")
+    assert (code.num_data, code.num_workers) == (4, 8)
+
+
+@pytest.mark.slow
+def test_demo_takes_a_tuned_code_and_weights(tuned, folder):
+    small = "--weights their_model.safetensors --max-stragglers 1 --sets 2 --points 80"
+    options = ("--code", "nercc-tuned.json", "--plot", "demo.png", *small.split())
+    told = run("demo", "--model", "their_model:load", *options)
+    assert "tuned" in told
+    assert "K=4, N=8" in told
+    assert "RelAcc" in told
+
+
+@pytest.mark.slow
+def test_plan_writes_a_plan_and_a_picture(folder):
+    arguments = "--latency stragglers:0.05:0.08:10 --queries 4 --workers 5 --budget 0.25"
+    arguments += " --images 96 --max-disagreement 0.2 --layouts interleaved --output-dir a/b"
+    told = run("plan", "--model", MODEL, *arguments.split())
+    for word in ("uncoded", "hedged", "NeRCC interleaved", "recommended:", "*"):
+        assert word in told
+    assert (folder / "a/b/plan.png").read_bytes().startswith(b"\x89PNG")
+    back = load_plan(folder / "a/b/plan.json")
+    assert back.about["latency"] == "stragglers:0.05:0.08:10"
+    assert back.feasible(back.recommended)
+
+
+@pytest.mark.slow
+def test_run_decodes_batches_or_computes_rows(folder):
+    small = "--num-data 2 --num-workers 4 --points 40 --groups 4"
+    assert "RelAcc" in run("run", "--model", MODEL, *small.split(), "--output", "batches.npz")
+    with np.load("batches.npz") as found:
+        assert found["predictions"].shape == (40, 10)
+        assert found["recovered"].all()
+    run("run", "--model", MODEL, "--points", "40", "--tolerance", "0", "--output", "rows.npz")
+    with np.load("rows.npz") as found:
+        assert found["exact"].all()
+
+
+@pytest.mark.slow
+def test_distill_and_serve_take_it(folder):
+    small = "--queries 200 --epochs 1 --output s.safetensors"
+    assert f"agrees with {MODEL} on" in run("distill", "--model", MODEL, *small.split())
+    require("pydantic_settings", "serve")
+    told = run("serve", "--check", "--model", MODEL, "--surrogate", "s.safetensors")
+    assert "their_model.model can be served" in told
