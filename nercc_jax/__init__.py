@@ -47,6 +47,8 @@ if TYPE_CHECKING:  # what there is, for readers and type checkers; `_WHERE` says
     from .tuning import search_layout as search_layout
     from .tuning import tune as tune
 
+__version__ = "0.1.0"
+
 # Imported late: JAX takes a second or two, and `nercc --help` needs none of it.
 _WHERE = {
     "codes": ("AbstractCode Berrut Lagrange NeRCC Parity Replication Uncoded load_code save_code"),

@@ -1,7 +1,13 @@
 """What holds for the package as a whole."""
 
+import importlib.metadata
+import re
+import runpy
 import subprocess
 import sys
+import tomllib
+import types
+from pathlib import Path
 
 import pytest
 
@@ -37,3 +43,44 @@ def test_importing_needs_only_the_core():
         "nercc_models",
     }
     assert not optional & set(loaded.stdout.split())
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_version_is_told_by_all():
+    done = subprocess.run(
+        [Path(sys.executable).with_name("nercc"), "--version"], capture_output=True, text=True
+    )
+    versions = {done.stdout.split()[-1], importlib.metadata.version("nercc-jax")}
+    assert versions == {nercc_jax.__version__}
+
+
+def test_every_package_is_shipped():
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    found = {path.parent.name for path in (ROOT / "nercc_jax").glob("*/__init__.py")}
+    names = {"nercc_jax", "nercc_models", *(f"nercc_jax.{each}" for each in found)}
+    assert set(packages["packages"]) == names
+
+
+@pytest.mark.parametrize("home", [None, "https://example.org/them/it"])
+def test_readme_has_no_link_that_leads_nowhere(home, monkeypatch):
+    """On PyPI, and wherever else it is read without the folder it lies in."""
+    told = {}
+    fake = types.SimpleNamespace(setup=lambda **given: told.update(given))
+    monkeypatch.setitem(sys.modules, "setuptools", fake)
+    for name, value in (("NERCC_HOME", home), ("NERCC_TAG", "v1")):
+        monkeypatch.delenv(name, raising=False)
+        if home is not None:
+            monkeypatch.setenv(name, value)
+    runpy.run_path(str(ROOT / "setup.py"))
+    text = told["long_description"]
+    links = re.findall(r"\]\(([^)]*)\)", text)
+    assert links
+    assert all(link.startswith("https://") for link in links)
+    assert "```bash\n" in text
+    if home is not None:
+        assert f"]({home}/raw/v1/docs/how-it-works.png)" in text
+        assert told["project_urls"]["Documentation"] == "https://them.github.io/it"
+        kept = {link.removeprefix(f"{home}/blob/v1/") for link in links if "/blob/" in link}
+        assert all((ROOT / link).exists() for link in kept)

@@ -1,5 +1,8 @@
 """All commands under one name."""
 
+import importlib.metadata
+from typing import Annotated
+
 import typer
 
 from ._demo import demo
@@ -14,9 +17,26 @@ from ._tune import tune_command
 app = typer.Typer(
     help="Coded computing for model serving: no straggler slows a batch down.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"nercc {importlib.metadata.version('nercc-jax')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Say which."),
+    ] = False,
+) -> None:
+    pass
+
+
 app.command()(demo)
 app.command("distill")(distill_command)
 app.command()(models)
