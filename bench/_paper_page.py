@@ -13,8 +13,7 @@ import numpy as np
 from _report import answer_first, write_markdown
 from _settings import Setting
 
-from nercc_jax.cli._report import straggler_curves
-from nercc_jax.evaluation import Estimate, Evaluation
+from nercc_jax.evaluation import Estimate, Evaluation, straggler_curves
 from nercc_models import list_parity_models, parity_card
 
 # Average gains over BACC that the follow-up reports (arXiv 2406.00300): RMSE in %, RelAcc in

@@ -12,8 +12,8 @@ if TYPE_CHECKING:  # what there is, for readers and type checkers; `_WHERE` says
     from .distillation import score_student as score_student
     from .hub import HubModel as HubModel
     from .hub import TorchModel as TorchModel
-    from .hub import hub_file as hub_file
     from .hub import load_hub_model as load_hub_model
+    from .hub_files import hub_file as hub_file
     from .hybrid import HybridViT as HybridViT
     from .hybrid import fold_stem as fold_stem
     from .hybrid import hybrid_vit_cifar as hybrid_vit_cifar
@@ -51,7 +51,8 @@ if TYPE_CHECKING:  # what there is, for readers and type checkers; `_WHERE` says
 _WHERE = {
     "data": "Data list_data load_data",
     "distillation": "Distilled StudentScore score_student",
-    "hub": "HubModel TorchModel hub_file load_hub_model",
+    "hub": "HubModel TorchModel load_hub_model",
+    "hub_files": "hub_file",
     "hybrid": "HybridViT fold_stem hybrid_vit_cifar",
     "lenet5": "LeNet5",
     "names": "list_models model_card",

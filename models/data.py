@@ -7,12 +7,15 @@ Face `datasets` keeps its own copy of what it read from the hub.
 import contextlib
 import dataclasses
 import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int32, Real
+
+from .hub_files import hub_answers
 
 _CIFAR10_CLASSES = (
     *("airplane", "automobile", "bird", "cat", "deer"),
@@ -190,9 +193,13 @@ def _open_parquet(name: str, split: str, data_dir: str | Path | None) -> tuple[A
         return table, source.classes
     if source.hub is None:
         raise FileNotFoundError(
-            f"The data set {name!r} is not on the hub: give data_dir=..., a folder that holds "
-            f"{name}/{source.files[split]}*.parquet (columns: image bytes, label)."
+            f"The data set {name!r} is not on the hub: give data_dir=... (--data-dir), a folder "
+            f"that holds {name}/{source.files[split]}*.parquet (columns: image bytes, label)."
         )
+    if not hub_answers():
+        # Before it is imported: it would try for half a minute, and then look in its cache.
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
     datasets = _import_datasets()
     try:
         return datasets.load_dataset(source.hub, split=source.files[split]), source.classes
@@ -200,7 +207,7 @@ def _open_parquet(name: str, split: str, data_dir: str | Path | None) -> tuple[A
         raise FileNotFoundError(
             f"The data set {name!r} was looked for on the Hugging Face hub as {source.hub!r} "
             f"(and in the cache of `datasets`), without success: {type(error).__name__}: {error} "
-            f"Without network, give data_dir=..., a folder that holds "
+            f"Without network, give data_dir=... (--data-dir), a folder that holds "
             f"{name}/{source.files[split]}*.parquet."
         ) from error
 

@@ -1,12 +1,7 @@
-"""Models of Hugging Face's hub by name: timm's architectures, in JAX where we have them.
-
-Files are kept where `huggingface_hub` keeps them (HF_HOME), and are taken from there without a
-network.
-"""
+"""Models of Hugging Face's hub by name: timm's architectures, in JAX where we have them."""
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -15,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from .hub_files import hub_file
 from .pretrained import PRETRAINED_NAMES, Preprocessing, load_pretrained
 
 
@@ -66,27 +62,6 @@ class TorchModel:
         channels_first = np.ascontiguousarray(np.moveaxis(np.asarray(images, np.float32), -1, 1))
         with torch.inference_mode():
             return self._module(torch.from_numpy(channels_first)).float().numpy()
-
-
-def hub_file(repository: str, file: str) -> Path:
-    """Where a file of `owner/name` lies on this machine, fetched if it does not yet.
-
-    Raises: ImportError naming the extra; ValueError where it is not there or cannot be had.
-    """
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise ImportError(
-            "Hugging Face's hub needs huggingface_hub: pip install 'nercc-jax[hub]'"
-        ) from error
-    try:
-        return Path(huggingface_hub.hf_hub_download(repository, file))
-    except Exception as error:  # of many kinds, by httpx and by the hub
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"{file} of {repository!r} cannot be had from Hugging Face's hub: {first} Without a "
-            "network it has to lie in the hub's cache (HF_HOME)."
-        ) from error
 
 
 def load_hub_model(repository: str) -> HubModel | TorchModel:

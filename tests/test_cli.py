@@ -55,7 +55,7 @@ def test_models_evaluates():
         ("demo", ("--num-workers", "6"), "at least as many workers"),
         ("demo", ("--plot", "/no/such/folder/x.png"), "there is no folder"),
         ("demo", ("--points", "3"), "3 data points fill no group of 8"),
-        ("demo", ("--sets", "0"), "num_sets must be a positive integer, not 0"),
+        ("demo", ("--sets", "0"), "--sets"),
         (
             "tune",
             ("--output", "/no/such/folder/code.json"),

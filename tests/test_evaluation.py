@@ -15,7 +15,7 @@ from nercc_jax import (
     Replication,
     evaluate,
 )
-from nercc_jax.evaluation import Estimate
+from nercc_jax.evaluation import Estimate, Evaluation, Evaluations
 
 WEIGHTS = np.random.default_rng(5).normal(size=(3, 4)).astype("float32")
 CODES = {"NeRCC": NeRCC(5, 12), "BACC": Berrut(5, 12), "copies": Replication(5, 12)}
@@ -205,3 +205,36 @@ def test_a_channels_key_is_not_the_masks(x, key):
 def test_a_channel_keeps_shapes(x, key):
     with pytest.raises(ValueError, match="the channel made"):
         evaluate(model, CODES, x, LAWS, key=key, channel=lambda answers, key: answers[:, :, :1])
+
+
+@pytest.mark.parametrize("values", [[1.0, 1.0, 0.2], [0.0, 0.0, 0.1], [0.5, 0.6, 0.4, 0.5]])
+def test_shares_lie_within_their_bounds(values):
+    """Wilson's interval by its formula, for n trials whose half width is z sqrt(p q / n)."""
+    estimate = Estimate.over(values)
+    low, high = estimate.interval(share=True)
+    assert 0 <= low <= estimate.mean <= high <= 1
+    p, z = estimate.mean, 1.96
+    n = p * (1 - p) * z**2 / estimate.half_width**2
+    centre, reach = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    expected = np.array([centre - reach, centre + reach]) / (1 + z**2 / n)
+    np.testing.assert_allclose((low, high), expected, rtol=1e-9, atol=1e-12)
+    assert estimate.interval() == (p - estimate.half_width, p + estimate.half_width)
+
+
+def test_rows_are_a_table_and_a_picture():
+    pandas, matplotlib = pytest.importorskip("pandas"), pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    estimates = {name: Estimate(0.5, 0.7) for name in ("mse", "rmse", "mean_l2", "rel_acc", "lost")}
+    rows = Evaluations(
+        Evaluation("a<b", law, **estimates, accuracy=None, num_data_points=8, num_sets=3)
+        for law in ("0", "1")
+    )
+    frame = rows.to_pandas()
+    assert isinstance(frame, pandas.DataFrame)
+    assert frame["mse_low"][0] == pytest.approx(-0.2)
+    assert frame["rel_acc_low"][1] > 0
+    assert "accuracy" not in frame
+    html = rows._repr_html_()
+    assert "<td>a&lt;b</td>" in html
+    assert html.count("<tr>") == 3
+    assert [axis.get_ylabel() for axis in rows.plot().axes] == ["mse", "rel_acc"]

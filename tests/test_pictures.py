@@ -33,7 +33,7 @@ def draw():
     require("rich", "demo")
     import matplotlib.pyplot as plt
 
-    from nercc_jax.cli._report import straggler_curves
+    from nercc_jax.evaluation import straggler_curves
 
     figure, axis = plt.subplots()
 

@@ -1,10 +1,12 @@
 """All commands under one name."""
 
 import importlib.metadata
+import sys
 from typing import Annotated
 
 import typer
 
+from ._compiled import keep_programs_of_commands
 from ._demo import demo
 from ._distill import distill_command
 from ._models import models
@@ -21,10 +23,11 @@ app = typer.Typer(
 )
 
 
-def _print_version(asked: bool) -> None:
+def _print_version(asked: bool) -> bool:
     if asked:
         typer.echo(f"nercc {importlib.metadata.version('nercc-jax')}")
         raise typer.Exit
+    return asked
 
 
 @app.callback()
@@ -33,8 +36,17 @@ def _options(
         bool,
         typer.Option("--version", callback=_print_version, is_eager=True, help="Say which."),
     ] = False,
+    compilation_cache: Annotated[
+        bool,
+        typer.Option(
+            help="Whether compiled programs are kept, in JAX_COMPILATION_CACHE_DIR or the user's "
+            "cache folder, nercc_jax. Of `serve` it is a setting."
+        ),
+    ] = True,
 ) -> None:
-    pass
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
+    if compilation_cache and command != "serve":
+        keep_programs_of_commands()
 
 
 app.command()(demo)

@@ -1,10 +1,13 @@
 """Compiled programs are kept between runs: to compile them is most of a start's time."""
 
+import contextlib
 import hashlib
 import logging
 import os
 import platform
+import sys
 from pathlib import Path
+from typing import Any
 
 _LOG = logging.getLogger(__name__)
 
@@ -27,16 +30,33 @@ def keep_programs() -> None:
             "compiled programs are not kept", extra={"folder": str(folder), "why": str(error)}
         )
         return
-    told = {
+    for name, value in _told(folder).items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
+    _LOG.info("compiled programs are kept", extra={"folder": str(folder)})
+
+
+def keep_programs_of_commands() -> None:
+    """As `keep_programs`, by the environment alone: JAX is not imported for a command's help.
+
+    Where JAX is imported already, whoever did that says what is kept.
+    """
+    if "jax" in sys.modules or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    folder = _cache_folder()
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ.update({name.upper(): str(value) for name, value in _told(folder).items()})
+
+
+def _told(folder: Path) -> dict[str, Any]:
+    """JAX's settings."""
+    return {
         "jax_compilation_cache_dir": str(folder),
         # Also the many that compile within a second: together they are the most.
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
-    for name, value in told.items():
-        jax.config.update(name, value)
-        os.environ[name.upper()] = str(value)
-    _LOG.info("compiled programs are kept", extra={"folder": str(folder)})
 
 
 def _cache_folder() -> Path:

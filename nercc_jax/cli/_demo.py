@@ -33,13 +33,16 @@ def demo(
     max_stragglers: Annotated[
         int | None, typer.Option(help="Stragglers go from 0 to this; N - K unless given.")
     ] = None,
-    sets: Annotated[int, typer.Option(help="Random straggler sets for each number of them.")] = 20,
-    points: Annotated[int, typer.Option(help="Data points to use, at most.")] = 1000,
+    sets: Annotated[int, typer.Option(min=1, help="Random straggler sets of each size.")] = 20,
+    points: Annotated[int, typer.Option(min=1, help="Data points to use, at most.")] = 1000,
     outputs: OutputsOption = "logits",
     seed: Annotated[int, typer.Option(help="Seed of the data order and the stragglers.")] = 0,
     plot: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path(
         "nercc-demo.png"
     ),
+    output: Annotated[
+        Path | None, typer.Option(help="Where to write the table's numbers, as JSON.")
+    ] = None,
 ) -> None:
     """Encode, infer under stragglers, decode, compare: NeRCC beside BACC, LCC and replication.
 
@@ -48,15 +51,17 @@ def demo(
     """
     with told_plainly():
         check_folder("--plot", plot)
+        check_folder("--output", output)
         check_model(model, weights, inputs)
         # JAX takes a second or two: not for --help, nor for a word that is misspelt.
         import jax
         from rich.console import Console
-        from rich.progress import track
 
         from ..codes import AbstractCode, Berrut, Lagrange, NeRCC, Replication, load_code
         from ..evaluation import evaluate
+        from ._progress import evaluating
         from ._report import straggler_plot, straggler_table
+        from ._tables import print_whole, write_json
         from ._workload import find_workload, straggler_laws
 
         further: dict[str, AbstractCode] = {}
@@ -82,25 +87,31 @@ def demo(
         x = workload.points("test", points, seed)
 
         console = Console()
-        rows = evaluate(
-            workload.model,
-            codes,
-            x,
-            laws,
-            key=jax.random.key(seed),
-            num_sets=sets,
-            progress=lambda pairs: track(pairs, description="straggler sets", console=console),
-        )
+        with evaluating(console) as progress:
+            rows = evaluate(
+                workload.model,
+                codes,
+                x,
+                laws,
+                key=jax.random.key(seed),
+                num_sets=sets,
+                progress=progress,
+            )
         used = rows[0].num_data_points
         what = f"{model}, K={num_data}, N={num_workers}, {used} data points x {sets} straggler sets"
-        console.print(f"\n{what}; mean ± 95 % interval over the sets; * marks a row's best.")
+        console.print(f"\n{what}; means and 95 % intervals over the sets; * marks a row's best.")
         # What replication recovers is exact: it has no error to compare, but lost predictions.
         approximate = [row for row in rows if row.code != "replication"]
-        console.print(straggler_table(approximate, "mse", f"MSE of decoded {outputs}", best="min"))
+        print_whole(
+            console, straggler_table(approximate, "mse", f"MSE of decoded {outputs}", best="min")
+        )
         panels = {"mse": (f"MSE of {outputs}", True)}
         if outputs != "values":
             title = "RelAcc in %: same label as the model's own; lost predictions count as wrong"
-            console.print(straggler_table(rows, "rel_acc", title, best="max", scale=100))
+            print_whole(console, straggler_table(rows, "rel_acc", title, best="max"))
             panels["rel_acc"] = ("RelAcc", False)
         straggler_plot(rows, panels, what, plot)
         console.print(f"picture: {plot.resolve()}", soft_wrap=True)
+        about = {"model": model, "data": workload.source, "outputs": outputs, "seed": seed}
+        about |= {"num_data": num_data, "num_workers": num_workers}
+        write_json(console, output, about, rows.records())

@@ -9,6 +9,8 @@ import typer
 from ._errors import told_plainly
 from ._options import DataDir, Inputs, ModelName, Weights, check_folder, check_model
 
+_LOW = 0.7  # agreement with the model below which a student is warned of
+
 
 def distill_command(
     model: ModelName = "lenet5-digits",
@@ -51,7 +53,7 @@ def distill_command(
         # JAX takes a second or two: not for --help, nor for a word that is misspelt.
         from rich.console import Console
 
-        from ._distill_job import distill_with_bar, find_base
+        from ._distill_job import distill_with_bar, find_base, read_agreement
 
         served, x, test, about = find_base(model, weights, inputs, data_dir, seed)
         queries = max(2 * len(x), 4000) if queries is None else queries
@@ -75,4 +77,13 @@ def distill_command(
         }
         told = distill_with_bar(console, served, x, test, share, output, about, options)
         console.print(told, soft_wrap=True, highlight=False, markup=False)
+        agreement = read_agreement(output)
+        if agreement < _LOW:
+            console.print(
+                f"[yellow]warning:[/yellow] it agrees in {agreement:.0%} of cases only, and will "
+                "mislead whoever answers with it: give more --inputs and --queries, more --epochs, "
+                "or a larger --share",
+                soft_wrap=True,
+                highlight=False,
+            )
         console.print(f"student: {output.resolve()}", soft_wrap=True, highlight=False)

@@ -1,5 +1,6 @@
 """What `nercc distill` does: the model and its inputs, training with a bar, the card."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,11 @@ def find_base(
             f"{'; '.join(map(str, served.outputs.parts))}"
         )
     return served, x, test, {"base": model, "data": found.source}
+
+
+def read_agreement(output: Path) -> float:
+    """On inputs that a written student was not trained on, by its card."""
+    return json.loads(output.with_suffix(".json").read_text())["score"]["agreement"]
 
 
 def distill_with_bar(

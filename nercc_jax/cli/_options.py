@@ -35,8 +35,10 @@ Inputs: TypeAlias = Annotated[
 DataDir: TypeAlias = Annotated[
     Path | None, typer.Option(help="Folder with the model's data set; not needed for the digits.")
 ]
-NumData: TypeAlias = Annotated[int, typer.Option(help="K: data points coded together.")]
-NumWorkers: TypeAlias = Annotated[int, typer.Option(help="N: workers, each given a coded point.")]
+NumData: TypeAlias = Annotated[int, typer.Option(min=1, help="K: data points coded together.")]
+NumWorkers: TypeAlias = Annotated[
+    int, typer.Option(min=1, help="N: workers, each given a coded point.")
+]
 OutputsOption: TypeAlias = Annotated[
     Returned,
     typer.Option(
@@ -78,9 +80,9 @@ def check_model(model: str, weights: Path | None, inputs: Path | None) -> None:
         check_file("--inputs", inputs)
 
 
-def check_folder(option: str, path: Path) -> None:
+def check_folder(option: str, path: Path | None) -> None:
     """Raises: ValueError where the path's folder does not exist: before the work, not after it."""
-    if not path.parent.is_dir():
+    if path is not None and not path.parent.is_dir():
         raise ValueError(f"{option} {path}: there is no folder {path.parent}")
 
 

@@ -1,42 +1,23 @@
-"""Evaluations as a table and as a picture."""
+"""Evaluations as a table, and as a picture's file."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axes import Axes
 from rich import box
 from rich.table import Table
 
-from ..evaluation import Estimate, Evaluation
-
-# One colour a code, the same in every picture; what loses predictions is dashed.
-_STYLES = {
-    "tuned": {"color": "#cc79a7", "marker": "D"},
-    "NeRCC tuned": {"color": "#cc79a7", "marker": "D"},
-    "NeRCC": {"color": "#0072b2", "marker": "o"},
-    "NeRCC untuned": {"color": "#0072b2", "marker": "o"},
-    "NeRCC published": {"color": "#56b4e9", "marker": "o", "markerfacecolor": "white"},
-    "BACC": {"color": "#d55e00", "marker": "s"},
-    "ApproxIFER": {"color": "#e69f00", "marker": "v"},
-    "BACC tuned": {"color": "#a05000", "marker": "s", "markerfacecolor": "white"},
-    "LCC": {"color": "#009e73", "marker": "^"},
-    "replication": {"color": "#555555", "marker": "x", "linestyle": "--"},
-    "ParM": {"color": "#000000", "marker": "+", "linestyle": "--"},
-}
+from ..evaluation import SHARES, Estimate, Evaluation, straggler_figure
 
 
-def straggler_table(
-    rows: Sequence[Evaluation], metric: str, title: str, *, best: str, scale: int = 1
-) -> Table:
+def straggler_table(rows: Sequence[Evaluation], metric: str, title: str, *, best: str) -> Table:
     """One metric of each code (columns) under each law (rows), the best of a row in bold with *.
 
-    Values are multiplied by `scale`, 1 or 100. `best` is "min" or "max". A code that lost
+    Shares are in %, with the ends of their intervals. `best` is "min" or "max". A code that lost
     predictions cannot win on an error that leaves them out; the last columns tell the share, in %,
     that each code lost that lost any.
     """
@@ -45,137 +26,31 @@ def straggler_table(
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
     table.add_column("S", justify="right")
     for code in codes:
-        table.add_column(code, justify="right")
+        table.add_column(code, justify="right", no_wrap=True)
     losers = [code for code in codes if any(by_pair[law, code].lost.mean > 0 for law in laws)]
     for code in losers:
-        table.add_column(f"lost by\n{code}", justify="right")
+        table.add_column(f"lost by\n{code}", justify="right", no_wrap=True)
     for law in laws:
         cells = [by_pair[law, code] for code in codes]
         winner = _winner(cells, metric, best)
         lost = (f"{100 * by_pair[law, code].lost.mean:.1f}" for code in losers)
-        table.add_row(law, *(_cell(row, metric, scale, row in winner) for row in cells), *lost)
+        table.add_row(law, *(_cell(row, metric, row in winner) for row in cells), *lost)
     return table
 
 
 def straggler_plot(
     rows: Sequence[Evaluation], panels: Mapping[str, tuple[str, bool]], title: str, path: Path
 ) -> None:
-    """A picture with a panel for each metric {name: (label, logarithmic)}, with intervals."""
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(6.2 * len(panels), 4.4), squeeze=False, layout="constrained"
-    )
-    for axis, (metric, (label, logarithmic)) in zip(axes[0], panels.items(), strict=True):
-        straggler_curves(axis, rows, metric, label, logarithmic=logarithmic)
-    figure.suptitle(title, fontsize=10)
+    """A picture's file with a panel for each metric {name: (label, logarithmic)}."""
+    figure = straggler_figure(rows, panels, title)
     figure.savefig(path, dpi=150)
     plt.close(figure)
-
-
-def straggler_curves(
-    axis: Axes, rows: Sequence[Evaluation], metric: str, label: str, *, logarithmic: bool
-) -> None:
-    """One metric of each code against the number of stragglers, with intervals.
-
-    Each curve has its name at its right end. A logarithmic metric is an error: a code without any
-    is named and not drawn, and one that explodes leaves the panel by its upper edge, where its name
-    stands. Another is a share, and intervals end at 0 and 1.
-    """
-    laws, codes = _axes(rows)
-    places = np.array([float(law) for law in laws])
-    apart = np.diff(places).min() if len(places) > 1 else 1.0
-    top = _top(rows, metric, codes) if logarithmic else np.inf
-    ends: dict[str, tuple[float, float]] = {}
-    for number, code in enumerate(codes):
-        estimates = [getattr(row, metric) for row in rows if row.code == code]
-        mean = np.array([e.mean for e in estimates])
-        half = np.nan_to_num([e.half_width for e in estimates])
-        if logarithmic:
-            mean = np.where(mean > 0, mean, np.nan)
-            below, above = np.minimum(half, 0.9 * mean), half
-        else:
-            below, above = np.minimum(half, mean), np.minimum(half, 1 - mean)
-        if np.isnan(mean).all():
-            continue
-        # Side by side: intervals would hide each other.
-        dodged = places + 0.4 * apart * ((number + 0.5) / len(codes) - 0.5)
-        bars = np.nan_to_num(np.maximum([below, above], 0))
-        over = mean > top
-        bars[:, over] = 0
-        mean = np.where(np.cumsum(over) > 1, np.nan, mean)  # the line goes on to the first
-        axis.errorbar(dodged, mean, bars, capsize=2, lw=1.4, ms=4, **_style(code))
-        ends[code] = _end(dodged, mean, top)
-    axis.set(xlabel="stragglers", ylabel=label, yscale="log" if logarithmic else "linear")
-    if np.isfinite(top):
-        axis.set_ylim(top=top)
-    axis.margins(x=0.03)
-    axis.grid(alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
-    if without := ", ".join(code for code in codes if code not in ends):
-        axis.set_title(
-            f"no errors, or all lost: {without}", fontsize=9, loc="left", color="#555555"
-        )
-    _name_curves(axis, ends)
-
-
-def _top(rows: Sequence[Evaluation], metric: str, codes: Sequence[str]) -> float:
-    """Where a panel of errors ends: a code that explodes must not press the others together."""
-    tops = _maxima(rows, metric, codes)
-    return min(max(tops), 100 * float(np.median(tops))) * 2 if len(tops) > 1 else np.inf
-
-
-def _end(places: np.ndarray, mean: np.ndarray, top: float) -> tuple[float, float]:
-    """Where a curve ends within the panel: its last point, or where it leaves by the top."""
-    known = ~np.isnan(mean)
-    places, mean = places[known], mean[known]
-    over = np.flatnonzero(mean > top)
-    return (float(places[over[0]]), top) if len(over) else (float(places[-1]), float(mean[-1]))
-
-
-def _name_curves(axis: Axes, ends: Mapping[str, tuple[float, float]]) -> None:
-    """Names beside the curves' ends, apart from each other, each joined to its own."""
-    axis.autoscale_view()  # the limits are not known before
-    to_panel = axis.transData + axis.transAxes.inverted()
-    heights = {code: float(to_panel.transform(end)[1]) for code, end in ends.items()}
-    order = sorted(heights, key=lambda code: heights[code])
-    room = 1 / max(len(order), 14)  # a line of text
-    placed: list[float] = []
-    for code in order:
-        placed.append(max(heights[code], placed[-1] + room if placed else 0.0))
-    above = 1.0
-    for place in reversed(range(len(placed))):  # what went over the edge pushes the others down
-        placed[place] = min(placed[place], above)
-        above = placed[place] - room
-    for code, height in zip(order, placed, strict=True):
-        x, y = ends[code]
-        left = y >= axis.get_ylim()[1]  # it leaves by the top
-        colour = _style(code).get("color", "black")
-        axis.annotate(
-            f"{code}, off the scale" if left else code,
-            xy=(x, y),
-            xytext=(1.03, height),
-            textcoords="axes fraction",
-            va="center",
-            fontsize=9,
-            color=colour,
-            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6, "alpha": 0.6, "shrinkB": 3},
-            annotation_clip=False,
-        )
 
 
 def _axes(rows: Sequence[Evaluation]) -> tuple[list[str], list[str]]:
     return list(dict.fromkeys(r.stragglers for r in rows)), list(
         dict.fromkeys(r.code for r in rows)
     )
-
-
-def _maxima(rows: Sequence[Evaluation], metric: str, codes: Sequence[str]) -> list[float]:
-    """The largest mean of each code that has a positive one."""
-    means = {code: [getattr(r, metric).mean for r in rows if r.code == code] for code in codes}
-    return [top for values in means.values() if (top := np.nanmax(values)) > 0]
-
-
-def _style(code: str) -> dict[str, Any]:
-    return _STYLES.get(code, {"marker": "."})
 
 
 def _winner(cells: Sequence[Evaluation], metric: str, best: str) -> list[Evaluation]:
@@ -188,13 +63,25 @@ def _winner(cells: Sequence[Evaluation], metric: str, best: str) -> list[Evaluat
     return [row for row, mean in zip(candidates, means, strict=True) if mean == top]
 
 
-def _cell(row: Evaluation, metric: str, scale: int, wins: bool) -> str:
+def _cell(row: Evaluation, metric: str, wins: bool) -> str:
     estimate: Estimate = getattr(row, metric)
     if np.isnan(estimate.mean):
         return "-"
-    write = _number if scale == 1 else "{:.1f}".format
-    text = f"{write(scale * estimate.mean)} ±{write(scale * estimate.half_width)}"
+    if metric in SHARES:
+        text = _share(estimate)
+    else:
+        text = f"{_number(estimate.mean)} ±{_number(estimate.half_width)}"
     return f"[bold green]{text}*[/bold green]" if wins else text
+
+
+def _share(estimate: Estimate) -> str:
+    """In %: the mean, and where it may lie."""
+    low, high = (100 * end for end in estimate.interval(share=True))
+    mean = f"{100 * estimate.mean:.1f}"
+    if not high - low >= 0.1:
+        return mean
+    digits = 0 if high - low >= 3 else 1
+    return f"{mean} {low:.{digits}f}–{high:.{digits}f}"
 
 
 def _number(value: float) -> str:

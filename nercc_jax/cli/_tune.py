@@ -52,15 +52,20 @@ def tune_command(
         ),
     ] = None,
     outputs: OutputsOption = "logits",
-    steps: Annotated[int, typer.Option(help="Gradient steps, at most.")] = 150,
+    steps: Annotated[int, typer.Option(min=1, help="Gradient steps, at most.")] = 150,
     sets: Annotated[
-        int, typer.Option(help="Straggler sets for each number of them, to compare on.")
+        int, typer.Option(min=1, help="Straggler sets for each number of them, to compare on.")
     ] = 20,
-    images: Annotated[int, typer.Option(help="Data points to tune on, and to compare on.")] = 1000,
+    images: Annotated[
+        int, typer.Option(min=1, help="Data points to tune on, and to compare on.")
+    ] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
     output: Annotated[Path, typer.Option(help="Where to write the tuned code.")] = Path(
         "nercc-tuned.json"
     ),
+    numbers: Annotated[
+        Path | None, typer.Option(help="Where to write the table's numbers, as JSON.")
+    ] = None,
     plot: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path(
         "nercc-tune.png"
     ),
@@ -73,6 +78,7 @@ def tune_command(
     with told_plainly():
         check_folder("--output", output)
         check_folder("--plot", plot)
+        check_folder("--numbers", numbers)
         if criterion == "cross_entropy" and outputs != "logits":
             raise ValueError("--criterion cross_entropy needs --outputs logits")
         if layout == "search" and outputs == "values":
@@ -84,6 +90,7 @@ def tune_command(
 
         from ..codes import save_code
         from ..tuning import Descent, LayoutTuning
+        from ._tables import write_json
         from ._tune_job import (
             compare,
             draw,
@@ -132,9 +139,11 @@ def tune_command(
                 key=key, points=points, criterion=chosen,
             )  # fmt: skip
             code, found = tuned.code, tuned_words(tuned)
-            draw(network, start, tuned, held, laws, model, seed, plot)
+            with console.status("the objective's landscape, for the picture ..."):
+                draw(network, start, tuned, held, laws, model, seed, plot)
         save_code(output, code, about | found)
-        compare(console, network, start, code, held, laws, sets, seed, outputs)
+        rows = compare(console, network, start, code, held, laws, sets, seed, outputs)
+        write_json(console, numbers, about, rows.records())
         for name, value in found.items():
             console.print(f"{name}: {value}", soft_wrap=True)
         console.print(f"tuned code: {output.resolve()}\npicture: {plot.resolve()}", soft_wrap=True)

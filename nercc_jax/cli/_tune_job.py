@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..codes import AbstractCode, Berrut, NeRCC, Replication, coincident
-from ..evaluation import evaluate, landscape, make_trial
+from ..evaluation import Evaluations, evaluate, landscape, make_trial
 from ..inference import Model
 from ..tuning import Descent, Tuned, TuningStep, tune
 from ._layout_search import found_layout
-from ._progress import steps_bar
+from ._progress import evaluating, steps_bar
 from ._report import straggler_table
+from ._tables import print_whole
 from ._tuning_plot import tuning_plot
 
 # The picture's grid of both lambdas.
@@ -61,7 +62,9 @@ def search_with_status(
     }
 
 
-def compare(console, network, start: NeRCC, code: NeRCC, held, laws, sets, seed, outputs) -> None:
+def compare(
+    console, network, start: NeRCC, code: NeRCC, held, laws, sets, seed, outputs
+) -> Evaluations:
     codes: dict[str, AbstractCode] = {
         "untuned": start,
         "tuned": code,
@@ -70,16 +73,19 @@ def compare(console, network, start: NeRCC, code: NeRCC, held, laws, sets, seed,
     }
     if start.num_workers >= start.num_data:
         codes["replication"] = Replication(start.num_data, start.num_workers)
-    rows = evaluate(network, codes, held, laws, key=jax.random.key(seed), num_sets=sets)
+    with evaluating(console) as progress:
+        key = jax.random.key(seed)
+        rows = evaluate(network, codes, held, laws, key=key, num_sets=sets, progress=progress)
     console.print(
         f"\nOn {rows[0].num_data_points} data points that it was not tuned on, {sets} straggler "
-        "sets for each number S of stragglers; mean ± 95 % interval; * marks a row's best."
+        "sets for each number S of stragglers; means and 95 % intervals; * marks a row's best."
     )
-    console.print(straggler_table(rows, "mse", f"MSE of decoded {outputs}", best="min"))
+    print_whole(console, straggler_table(rows, "mse", f"MSE of decoded {outputs}", best="min"))
     if outputs == "values":
-        return
+        return rows
     title = "RelAcc in %: same label as the model's own"
-    console.print(straggler_table(rows, "rel_acc", title, best="max", scale=100))
+    print_whole(console, straggler_table(rows, "rel_acc", title, best="max"))
+    return rows
 
 
 def tuned_words(tuned: Tuned[NeRCC]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ A code is two matrices: the encoder E (N, K) and, for the workers that answered,
 """
 
 import abc
+import dataclasses
 import inspect
 import warnings
 from typing import Any, Literal, TypeVar, overload
@@ -57,6 +58,12 @@ class AbstractCode(eqx.Module):
 
     num_data: eqx.AbstractVar[int]
     num_workers: eqx.AbstractVar[int]
+
+    def __repr__(self) -> str:
+        """Its numbers, as far as they are known, where Equinox has shapes."""
+        fields = (field.name for field in dataclasses.fields(self) if field.repr)
+        told = (f"{name}={_told(getattr(self, name))}" for name in fields)
+        return f"{type(self).__name__}({', '.join(told)})"
 
     @property
     def worker_models(self) -> Int[np.ndarray, " num_workers"]:
@@ -336,3 +343,17 @@ def as_mask(available: ArrayLike, shape: tuple[int, ...]) -> Bool[Array, "..."]:
             f"not {available.dtype}{available.shape}"
         )
     return available
+
+
+_SHOWN = 8  # of the numbers of an array
+
+
+def _told(value: Any) -> str:
+    if not eqx.is_array(value) or isinstance(value, Tracer):
+        return eqx.tree_pformat(value)
+    if value.ndim == 0:
+        return f"{value.item():.4g}"
+    if value.ndim > 1:
+        return eqx.tree_pformat(value)
+    numbers = [f"{each:.3g}" for each in np.asarray(value)[:_SHOWN]]
+    return f"[{', '.join(numbers)}{', ...' if len(value) > _SHOWN else ''}]"

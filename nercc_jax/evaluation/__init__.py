@@ -11,17 +11,20 @@ from ._answers import (
     record_answers,
 )
 from ._criteria import Criterion, agree_on_labels, labels_of, point_criterion, same_labels
-from ._evaluation import Estimate, Evaluation, evaluate
+from ._evaluation import SHARES, Estimate, Evaluation, Evaluations, evaluate
 from ._forecast import Forecast, make_forecast
 from ._functions import coverage, recall, relative_rmse, row_errors
 from ._objective import nested_errors, nested_objective
+from ._pictures import straggler_curves, straggler_figure
 from ._trial import Trial, draw_sets, landscape, make_trial, relative_objective
 
 __all__ = [
+    "SHARES",
     "Answers",
     "Criterion",
     "Estimate",
     "Evaluation",
+    "Evaluations",
     "Forecast",
     "Recorder",
     "Trial",
@@ -47,4 +50,6 @@ __all__ = [
     "relative_rmse",
     "row_errors",
     "same_labels",
+    "straggler_curves",
+    "straggler_figure",
 ]

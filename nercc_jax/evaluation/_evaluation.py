@@ -1,6 +1,7 @@
 """Codes side by side: the same data points, the same stragglers, the same metrics."""
 
 import dataclasses
+import html
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,23 @@ class Estimate:
         error = np.std(values, ddof=1) / np.sqrt(count)
         return cls(mean, float(stdtrit(count - 1, 0.975) * error))
 
+    def interval(self, *, share: bool = False) -> tuple[float, float]:
+        """The 95 % interval's ends: mean - half width, mean + half width.
+
+        Of a `share`, Wilson's: of so many independent trials as would have this half width, and
+        within [0, 1]. NaN for a single set.
+        """
+        mean, half = self.mean, self.half_width
+        spread = mean * (1 - mean)
+        if not share:
+            return mean - half, mean + half
+        if not half > 0 or not spread > 0:
+            return max(mean - half, 0.0), min(mean + half, 1.0)
+        ratio = half**2 / spread  # z^2 / n in Wilson's formula
+        centre = (mean + ratio / 2) / (1 + ratio)
+        reach = np.sqrt(half**2 + ratio**2 / 4) / (1 + ratio)
+        return float(max(centre - reach, 0.0)), float(min(centre + reach, 1.0))
+
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
@@ -70,6 +88,64 @@ class Evaluation:
     num_sets: int
 
 
+SHARES = ("rel_acc", "accuracy", "lost")
+_METRICS = ("mse", "rmse", "mean_l2", *SHARES)
+
+
+class Evaluations(list[Evaluation]):
+    """What `evaluate` gives: a list of rows, which is a table and a picture, too."""
+
+    def records(self) -> list[dict[str, Any]]:
+        """A flat dict a row: each metric with its interval, `mse`, `mse_low`, `mse_high`."""
+        return [_record(row) for row in self]
+
+    def to_pandas(self) -> Any:
+        """A pandas DataFrame of `records`. Raises: ImportError where there is no pandas."""
+        import pandas  # pyright: ignore[reportMissingImports, reportMissingModuleSource]
+
+        return pandas.DataFrame(self.records())
+
+    def plot(self, metrics: Sequence[str] = ("mse", "rel_acc"), title: str = "") -> Any:
+        """A matplotlib figure, a panel for each metric, a curve for each code over the laws.
+
+        Laws are named by numbers of stragglers there. Raises: ImportError where there is no
+        matplotlib (`nercc-jax[demo]`), ValueError for other names of laws.
+        """
+        from ._pictures import straggler_figure
+
+        panels = {metric: (metric, metric not in SHARES) for metric in metrics}
+        return straggler_figure(self, panels, title)
+
+    def _repr_html_(self) -> str:
+        return _as_html(self.records())
+
+
+def _record(row: Evaluation) -> dict[str, Any]:
+    record: dict[str, Any] = {"code": row.code, "stragglers": row.stragglers}
+    for metric in _METRICS:
+        estimate = getattr(row, metric)
+        if estimate is not None:
+            low, high = estimate.interval(share=metric in SHARES)
+            record |= {metric: estimate.mean, f"{metric}_low": low, f"{metric}_high": high}
+    return record | {"num_data_points": row.num_data_points, "num_sets": row.num_sets}
+
+
+def _as_html(records: list[dict[str, Any]]) -> str:
+    """The means, with intervals when the pointer is on them."""
+    names = [name for name in records[0] if f"{name}_low" in records[0]] if records else []
+    head = "".join(f"<th>{name}</th>" for name in ("code", "stragglers", *names))
+    body = ""
+    for record in records:
+        cells = "".join(
+            f'<td title="{record[f"{name}_low"]:.4g} to {record[f"{name}_high"]:.4g}">'
+            f"{record[name]:.4g}</td>"
+            for name in names
+        )
+        who = "".join(f"<td>{html.escape(record[name])}</td>" for name in ("code", "stragglers"))
+        body += f"<tr>{who}{cells}</tr>"
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
 def evaluate(
     model: Model,
     codes: Mapping[str, AbstractCode],
@@ -84,7 +160,7 @@ def evaluate(
     batch_size: int = 256,
     worker_dtype: DTypeLike | None = None,
     progress: Callable[[Iterable], Iterable] = iter,
-) -> list[Evaluation]:
+) -> Evaluations:
     """Evaluates codes by name under laws of stragglers by name: a row for each pair.
 
     The data points are cut into groups of K in the order given; a remainder that fills no group is
@@ -136,13 +212,13 @@ def evaluate(
                 answers = _send(channel, answers, jax.random.fold_in(draw, _CHANNEL))
             score = _scores(answers, available, targets)
             scores.setdefault((name, law), []).append({m: float(v) for m, v in score.items()})
-    return [
+    return Evaluations(
         Evaluation(
             name, law, **_estimates(scores[name, law]), num_data_points=used, num_sets=num_sets
         )
         for law in stragglers
         for name in codes
-    ]
+    )
 
 
 def _common_size(codes: Mapping[str, AbstractCode]) -> tuple[int, int]:
