@@ -72,7 +72,8 @@ class LearnerTuning:
     - `criterion`: "density", the log predictive density, which is right about deviations too;
       "mse", the squared error; "labels", the log loss of the largest output's place.
     - `shapes`: the kernels to choose from. `linear`: with a straight line beside them.
-    - `widths`: "one" for all features, "each" its own, or for each feature which one it has.
+    - `widths`: "one" for all features, "each" its own, or for each feature which one it has. Where
+      features share one, their units are either their own spreads or all the same.
     - `steps` of gradient descent from the best of a grid; 0 leaves it at that.
     - `rows`: judged on so many pairs, evenly from the window; the time grows with their cube.
     - `least_noise`: no kernel has less, in units of the process's variance. None: a unit in the
@@ -167,7 +168,11 @@ def find_kernel(
         jnp.arange(size) < number,
         learner.form,
     )
-    starts = [_regrouped(start, shape, tuning.widths, tuning.linear) for shape in tuning.shapes]
+    starts = [
+        _regrouped(kernel, shape, tuning.widths, tuning.linear)
+        for kernel in _with_units(start, tuning.widths)
+        for shape in tuning.shapes
+    ]
     least = tuning.least_noise
     if least is None:
         least = learner.capacity * jnp.finfo(start.noise.dtype).eps
@@ -185,6 +190,19 @@ class _Known(eqx.Module):
     priors: Float[Array, "rows m"] | None
     filled: Bool[Array, " rows"]
     form: Form = eqx.field(static=True)
+
+
+def _with_units(kernel: Kernel, widths: Widths) -> list[Kernel]:
+    """The kernel with its own units, and with one for all features where they share widths.
+
+    By the spread of each, a pixel at the edge that hardly ever varies counts as much as one in the
+    middle (64 pixels of digits, 138 pairs: error by spread .37, .30 with one unit); numbers of
+    different kinds need it. What is better is seen."""
+    unit = np.asarray(kernel.unit)
+    if (isinstance(widths, str) and widths == "each") or not unit.size or np.ptp(unit) == 0:
+        return [kernel]
+    one = jnp.full_like(kernel.unit, np.sqrt(np.mean(np.float64(unit) ** 2)))
+    return [kernel, eqx.tree_at(lambda kernel: kernel.unit, kernel, one)]
 
 
 def _regrouped(kernel: Kernel, shape: Shape, widths: Widths, linear: bool) -> Kernel:
