@@ -193,27 +193,33 @@ class _Known(eqx.Module):
 
 
 def _with_units(kernel: Kernel, widths: Widths) -> list[Kernel]:
-    """The kernel with its own units, and with one for all features where they share widths.
+    """The kernel with its own units, and with one for all features that share a width.
 
     By the spread of each, a pixel at the edge that hardly ever varies counts as much as one in the
     middle (64 pixels of digits, 138 pairs: error by spread .37, .30 with one unit); numbers of
     different kinds need it. What is better is seen."""
-    unit = np.asarray(kernel.unit)
-    if (isinstance(widths, str) and widths == "each") or not unit.size or np.ptp(unit) == 0:
+    groups, unit = _groups(kernel, widths), np.asarray(kernel.unit, np.float64)
+    counts = np.maximum(np.bincount(groups), 1)
+    one = np.sqrt(np.bincount(groups, unit**2) / counts)[groups]
+    if np.allclose(one, unit, rtol=1e-5):
         return [kernel]
-    one = jnp.full_like(kernel.unit, np.sqrt(np.mean(np.float64(unit) ** 2)))
-    return [kernel, eqx.tree_at(lambda kernel: kernel.unit, kernel, one)]
+    return [kernel, eqx.tree_at(lambda k: k.unit, kernel, jnp.asarray(one, kernel.unit.dtype))]
+
+
+def _groups(kernel: Kernel, widths: Widths) -> Int[np.ndarray, " features"]:
+    """Which width each feature has. Raises: ValueError for groups that do not fit."""
+    features = len(kernel.centre)
+    if isinstance(widths, str):
+        return np.zeros(features, int) if widths == "one" else np.arange(features)
+    groups = np.asarray(widths, int)
+    if groups.shape != (features,) or (features and groups.min() < 0):
+        raise ValueError(f"widths must group {features} features by 0, 1, ..., not {widths}")
+    return groups
 
 
 def _regrouped(kernel: Kernel, shape: Shape, widths: Widths, linear: bool) -> Kernel:
     """The kernel to start from: of this shape, with these groups of widths."""
-    features = len(kernel.centre)
-    if isinstance(widths, str):
-        groups = np.zeros(features, int) if widths == "one" else np.arange(features)
-    else:
-        groups = np.asarray(widths, int)
-    if groups.shape != (features,) or (features and groups.min() < 0):
-        raise ValueError(f"widths must group {features} features by 0, 1, ..., not {widths}")
+    groups = _groups(kernel, widths)
     each = np.log(np.asarray(kernel.widths, np.float64))[np.asarray(kernel.groups)]
     number = int(groups.max(initial=0)) + 1
     counts = np.maximum(np.bincount(groups, minlength=number), 1)
