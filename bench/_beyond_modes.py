@@ -95,7 +95,7 @@ class Bench:
     def __init__(self, work: Workload, cell: Cell, log: Callable[[str], Any]):
         self.work, self.cell, self.log = work, cell, log
         self.rows: list[dict[str, Any]] = []
-        self._masks, _ = draw_sets(cell.law, jax.random.key(1), cell.num_workers, work.sets)
+        self.masks, _ = draw_sets(cell.law, jax.random.key(1), cell.num_workers, work.sets)
         self._student = batched(work.student, 256)
         self._known: dict[tuple[Order, str], Any] = {}
 
@@ -130,7 +130,7 @@ class Bench:
     ) -> None:
         """A code by itself."""
         known = self.answers(part, order).of(code)
-        self._add(mode, _disagreements(known, self._masks), order, **more)
+        self.add(mode, _disagreements(known, self.masks), order, **more)
 
     def rivals(self, parity_model: Callable[[int], Model | None]) -> None:
         """Replication, alone and with the surrogate behind it; ParM; the surrogate alone."""
@@ -140,16 +140,16 @@ class Bench:
         given = self.answers("judge", order)
         cheap = self.answers("judge", order, "student").own
         off = cheap.argmax(-1) != given.own.argmax(-1)
-        lost = np.stack([~np.asarray(copies.recovered(mask)) for mask in self._masks])
-        self._add("replication, else surrogate", (lost[:, None] & off).mean((1, 2)), order)
-        self._add("surrogate alone", np.full(len(self._masks), off.mean()), order)
+        lost = np.stack([~np.asarray(copies.recovered(mask)) for mask in self.masks])
+        self.add("replication, else surrogate", (lost[:, None] & off).mean((1, 2)), order)
+        self.add("surrogate alone", np.full(len(self.masks), off.mean()), order)
         parities = cell.num_workers - cell.num_data
         if cell.num_data % parities == 0 and (model := parity_model(cell.num_data // parities)):
             code = Parity(cell.num_data, cell.num_workers)
             runs = [batched(each, 256) for each in (self.work.model, model)]
             coded, form = all_answers(runs, code, self.groups("judge", order))
             known = Answers(code, coded, jnp.asarray(given.own), form)
-            self._add("ParM", _disagreements(known, self._masks), order)
+            self.add("ParM", _disagreements(known, self.masks), order)
 
     def published(self) -> NeRCC:
         """The paper's points, and the better of a grid of lambda_dec by its objective, the MSE."""
@@ -211,13 +211,13 @@ class Bench:
     def tell(self, mode: str, judged: Judged, order: Order, **more: Any) -> None:
         """As it is, with the most doubtful 5 % executed again, and with as many as are needed."""
         score, wrong, kept = judged
-        self._add(mode, wrong.mean((1, 2)), order, **more, bins=_bins(score, wrong))
+        self.add(mode, wrong.mean((1, 2)), order, **more, bins=_bins(score, wrong))
         flat_score, flat_wrong = score.reshape(len(score), -1), wrong.reshape(len(wrong), -1)
         ranked = np.take_along_axis(flat_wrong, np.argsort(-flat_score, axis=1), axis=1)
         again = int(SHARE * ranked.shape[1])
         rest = ranked[:, again:].sum(1) / ranked.shape[1]
-        self._add(f"{mode}, {SHARE:.0%} again", rest, order, **more, again=SHARE)
-        self._add(
+        self.add(f"{mode}, {SHARE:.0%} again", rest, order, **more, again=SHARE)
+        self.add(
             f"{mode}, at most {WANTED:.1%}", (wrong & kept).mean((1, 2)), order,
             **more, again=float(1 - kept.mean()), promised=WANTED,
         )  # fmt: skip
@@ -235,11 +235,11 @@ class Bench:
         if surrogate is not None:
             beside = outputs_of(self.answers(part, order, "student").of(code))
         own = self.answers(part, order).of(code)
-        features, sure, wrong = observe(own, surrogate, beside, self._masks)
+        features, sure, wrong = observe(own, surrogate, beside, self.masks)
         score = jnp.zeros(sure.shape) if doubt is None else doubt.of_features(features)
         return np.asarray(jnp.where(sure, 0, score)), np.asarray(wrong)
 
-    def _add(self, mode: str, wrong: np.ndarray, order: Order, **more: Any) -> None:
+    def add(self, mode: str, wrong: np.ndarray, order: Order, **more: Any) -> None:
         estimate = Estimate.over([float(each) for each in wrong])
         self.rows.append(
             {"mode": mode, "order": order.name, "disagreement": estimate.mean,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+from _beyond_learners_page import learners
 from _report import answer_first, write_markdown
 
 RIVALS = ("replication", "replication, else surrogate", "surrogate alone", "ParM")
@@ -33,6 +34,7 @@ def write(results: Mapping[str, Any], page: Path, picture: Path) -> None:
     lines = ["\n\n".join(answer_first(_HEAD, "\n".join(best)))]
     lines += ["", "## What the doubt promises", "", _DOUBT, ""]
     lines += _promises(results)
+    lines += learners(results)
     lines += _coding_friendly(picture.parent / "finetuning.json")
     lines += _cost_of_ordering(picture.parent / "ordering.json")
     for model, told in results.items():
@@ -45,7 +47,7 @@ def _in_order(results: Mapping[str, Any]) -> dict[str, Any]:
     """Models by name and cells by the number of workers, whatever was measured first."""
     ordered = {model: dict(results[model]) for model in sorted(results)}
     for told in ordered.values():
-        for part in ("cells", "promises"):
+        for part in ("cells", "promises", "learners"):
             cells = told.get(part, {})
             told[part] = {name: cells[name] for name in sorted(cells, key=_workers, reverse=True)}
     return ordered

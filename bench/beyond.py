@@ -1,6 +1,7 @@
 """Past the paper: ordering, layouts, a surrogate, doubt and training, beside replication and ParM.
 
-    python bench/beyond.py [--only MODEL] [--cells 60:20:20 ...] [--quick] [--data-dir FOLDER]
+    python bench/beyond.py [--only MODEL] [--cells 60:20:20 ...] [--parts PART ...] [--quick]
+        [--page] [--data-dir FOLDER]
 
 Measures the disagreement (1 - RelAcc) of every mode for each model at each (N, K, S), with its 95 %
 interval over straggler sets, the same for all. Whatever is chosen (lambdas, layouts, shrinkage,
@@ -20,6 +21,7 @@ from typing import Any
 import _beyond_page
 import jax
 import numpy as np
+from _beyond_learners import Learners, learn, learners
 from _beyond_modes import Bench, Cell, Judged, Order, Workload
 from _report import environment, write_json
 from _settings import PACKAGES
@@ -67,7 +69,7 @@ class Size:
     steps: int = 60
 
 
-PARTS = ("cells", "promises")
+PARTS = ("cells", "promises", "learners")
 
 # What a doubt promises is told by many labels that are wrong. LeNet5's student gives so few that
 # the 5,000 test images do not do.
@@ -95,16 +97,22 @@ def main() -> None:
                     continue
                 start = time.perf_counter()
                 bench = Bench(work, cell, console.log)
-                measure = promises if part == "promises" else every_mode
-                measure(bench, name, outputs, size)
+                if part == "learners":
+                    with_learners(bench, name, not options.no_student)
+                else:
+                    measure = promises if part == "promises" else every_mode
+                    measure(bench, name, outputs, size)
                 seconds = round(time.perf_counter() - start, 1)
                 # Another process may have measured another model by now.
                 results = _read(path)
                 told = results.setdefault(name, {})
                 told |= {"outputs": outputs, "student": student_card(name)}
-                told |= {"environment": environment(PACKAGES)}
+                here = environment(PACKAGES)
+                if part != "learners":
+                    told["environment"] = here
                 told.setdefault(part, {})[cell.name] = {
-                    "rows": bench.rows, "size": vars(own_size), "seconds": seconds
+                    "rows": bench.rows, "size": vars(own_size), "seconds": seconds,
+                    "environment": here,
                 }  # fmt: skip
                 write_json(path, results)
                 console.log(f"{name} {cell.name}: {part} in {seconds} s")
@@ -147,6 +155,16 @@ def promises(bench: Bench, name: str, outputs: Outputs, size: Size) -> None:
             both = [half.judge(code, helper, order) for half in halves]
             judged = Judged(*(np.concatenate(part, axis=1) for part in zip(*both, strict=True)))
             bench.tell(mode, judged, order, **more)
+
+
+LEARNED: dict[str, Learners] = {}  # by model: all cells have the same
+
+
+def with_learners(bench: Bench, name: str, with_student: bool) -> None:
+    """A learner from past answers, without a student and with it."""
+    if name not in LEARNED:
+        LEARNED[name] = learn(bench, Answering(load_student(name), "logits"))
+    learners(bench, LEARNED[name], with_student)
 
 
 def every_mode(bench: Bench, name: str, outputs: Outputs, size: Size) -> None:
@@ -200,6 +218,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--only", choices=list(MODELS))
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
     parser.add_argument("--cells", nargs="*", type=_cell_name, help="as in 60:20:20")
+    parser.add_argument("--no-student", action="store_true", help="of learners, those without")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--page", action="store_true", help="only write the page again")
     parser.add_argument("--data-dir", type=Path, default=HERE.parent.parent / "shared" / "data")

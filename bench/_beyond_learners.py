@@ -1,0 +1,176 @@
+"""What a learner from past answers adds in beyond.py's cells: without a student, and beside it."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from _beyond_modes import Bench, Order
+from jaxtyping import Array, Bool, Float
+
+from nercc_jax import NeRCC, Scheme, fit_surrogate
+from nercc_jax.codes import Known, encode_groups, known_encoder
+from nercc_jax.evaluation import batched, draw_sets
+from nercc_jax.inference import Model
+from nercc_jax.surrogates import (
+    Kernel,
+    Learner,
+    LearnerTuning,
+    Prepared,
+    assess,
+    principal_components,
+    start_learner,
+    tune_learner,
+)
+from nercc_jax.surrogates._scheme import assess_each
+
+PAST = 1000  # answers that a learner knows
+ROWS = 256  # that kernels are judged by
+COMPONENTS = 64  # of the pixels, that it goes by
+LAYOUTS = ("repeated", "interleaved")
+ALONE, BESIDE, STUDENT = "learner", "student and learner", "student"
+DOUBTFUL = "copies of the most doubtful"
+
+
+class Learners(NamedTuple):
+    """One that goes by pixels, and one of what the student leaves over."""
+
+    alone: Learner
+    beside: Learner
+
+
+def learn(bench: Bench, logits: Model) -> Learners:
+    """Both learners, of answers by which the other modes are chosen. `logits` are the student's."""
+    past = bench.points("choose", Order())[:PAST]
+    own = bench.answers("choose", Order()).own
+    answers = own.reshape(-1, own.shape[-1])[:PAST]
+    pixels = principal_components(past, COMPONENTS)
+    groups = [0] * own.shape[-1] + [1] * COMPONENTS
+
+    def both(x: Array) -> Array:
+        return jnp.concatenate([logits(x), pixels(x)], axis=1)
+
+    return Learners(
+        _learner(past, answers, pixels, None, [0] * COMPONENTS),
+        _learner(past, answers, both, bench.work.student, groups),
+    )
+
+
+def learners(bench: Bench, known: Learners, with_student: bool = True) -> None:
+    """The learner by itself, ordered by pixels; the student with one and without, in two orders.
+
+    The scheme that each is part of is chosen on images that calibrate doubts, which no learner
+    knows. None are judged.
+    """
+    student = bench.work.student
+    _tell_best(bench, ALONE, [known.alone], Order("pixels", 1024))
+    for order in (Order(), Order("surrogate", 1024)) if with_student else ():
+        _tell_best(bench, STUDENT, [student], order)
+        _tell_best(bench, BESIDE, [student, known.beside], order)
+
+
+def _learner(
+    x: np.ndarray, y: np.ndarray, features: Any, prior: Any, groups: Sequence[int]
+) -> Learner:
+    """Of these pairs, tuned for labels. Features of a group have one unit: how far a principal
+    component spreads says how much it tells."""
+    z = np.concatenate([np.asarray(features(part)) for part in np.array_split(x, 8)])
+    names = np.asarray(groups)
+    unit = np.sqrt([z[:, names == name].var(axis=0).mean() for name in names])
+    kernel = Kernel(centre=z.mean(axis=0), unit=unit, widths=[float(np.sqrt(z.shape[1]))])
+    start = start_learner(x, y, capacity=1024, features=features, prior=prior, kernel=kernel)
+    return tune_learner(start, LearnerTuning("labels", widths=groups, rows=ROWS))
+
+
+def _tell_best(
+    bench: Bench, mode: str, candidates: Sequence[Model | Learner], order: Order
+) -> None:
+    """The scheme with the fewest wrong labels where it is chosen, judged."""
+    law, num_workers = bench.cell.law, bench.cell.num_workers
+    masks, _ = draw_sets(law, jax.random.key(6), num_workers, bench.work.sets)
+    choices: list[tuple[float, str, Scheme]] = []
+    schemes = [*_mixed(bench, candidates, order), *_doubtful(bench, candidates)]
+    for name, scheme in schemes:
+        wrong = float(_wrong(bench, scheme, order, "calibrate", masks).mean())
+        choices.append((wrong, name, scheme))
+    _, name, scheme = min(choices, key=lambda choice: choice[0])
+    told = ", ".join(f"{name} {100 * wrong:.2f}" for wrong, name, _ in choices)
+    wrong = _wrong(bench, scheme, order, "judge", bench.masks)
+    bench.log(f"{bench.cell.name} {mode}, {order.name}: {told}; judged {100 * wrong.mean():.2f} %")
+    bench.add(mode, wrong, order, layout=name)
+
+
+def _mixed(
+    bench: Bench, candidates: Sequence[Model | Learner], order: Order
+) -> list[tuple[str, Scheme]]:
+    """Layouts, with the best of the candidates, mixed as does best."""
+    cell, found = bench.cell, []
+    for layout in LAYOUTS:
+        code = NeRCC(cell.num_data, cell.num_workers, points=layout)
+        surrogate = fit_surrogate(
+            bench.work.model, candidates, code, bench.points("calibrate", order), cell.law,
+            key=jax.random.key(4), num_sets=bench.work.sets,
+        )  # fmt: skip
+        found.append((layout, Scheme(code, surrogate, redundancy="code")))
+    return found
+
+
+def _doubtful(bench: Bench, candidates: Sequence[Model | Learner]) -> list[tuple[str, Scheme]]:
+    """Copies of what a learner doubts most."""
+    code = NeRCC(bench.cell.num_data, bench.cell.num_workers, points="interleaved")
+    return [
+        (DOUBTFUL, Scheme(code, learner, redundancy="doubtful"))
+        for learner in candidates
+        if isinstance(learner, Learner)
+    ]
+
+
+def _wrong(
+    bench: Bench,
+    scheme: Scheme,
+    order: Order,
+    part: str,
+    masks: Bool[np.ndarray | Array, "sets num_workers"],
+) -> Float[np.ndarray, " sets"]:
+    """The share of labels that are not the model's own under each set; workers answer once."""
+    x = jnp.asarray(bench.points(part, order))
+    known = Known(known_encoder(scheme.code))
+    prepared, coded = _send(scheme, x, known)
+    run = batched(bench.work.model, 256)
+    y = jnp.asarray(run(coded.reshape(-1, *coded.shape[2:]))).reshape(*coded.shape[:2], -1)
+    own = jnp.asarray(bench.answers(part, order).own).reshape(len(x), -1)
+    return np.asarray(_differ(scheme, x, prepared, y, own, jnp.asarray(masks), known))
+
+
+@eqx.filter_jit
+def _send(scheme: Scheme, x: Array, known: Known) -> tuple[Prepared, Array]:
+    prepared = scheme.prepare(x)
+    encoders = scheme.encoders(prepared)
+    encoders = known.encoder if encoders is None else encoders
+    return prepared, encode_groups(scheme.code, scheme.groups(x, prepared), encoders)
+
+
+@eqx.filter_jit
+def _differ(
+    scheme: Scheme, x: Array, prepared: Prepared, y: Array, own: Array, masks: Array, known: Known
+) -> Float[Array, " sets"]:
+    """As `scheme.judge` under each set, but what is expected of the images is made once."""
+    code, surrogate, points = scheme.code, scheme.surrogate, prepared.points
+    assert surrogate is not None
+    sent = scheme.groups(x, prepared)
+    encoders = known.encoder if points is None else scheme.encoders(prepared)
+    expectation = surrogate.expect(sent, encode_groups(code, sent, encoders))
+    own = own.reshape(*sent.shape[:2], -1)
+
+    def of_set(mask: Array) -> Array:
+        available = jnp.broadcast_to(mask, y.shape[:2])
+        if points is None:
+            decoded, _ = assess(code, surrogate, y, available, expectation)
+        else:
+            decoded, _ = assess_each(code, points, surrogate, y, available, expectation)
+        same = jnp.argmax(decoded.predictions, axis=-1) == jnp.argmax(own, axis=-1)
+        return jnp.mean(~(same & decoded.recovered))
+
+    return jax.lax.map(of_set, masks)
