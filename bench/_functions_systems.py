@@ -76,13 +76,14 @@ CELLS = (
 @dataclasses.dataclass(frozen=True)
 class Size:
     """Past answers, groups that are judged, straggler sets that each of them meets, and draws of
-    all of these: for choosing, for judging."""
+    all of these: for choosing, for judging; sweeps of one parameter, as many for each."""
 
     history: int = 120
     groups: int = 8
     sets: int = 6
     chosen: int = 3
     judged: int = 10
+    sweeps: int = 40
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Functions that are smooth in their inputs: what a learner from past answers is worth to a code.
 
-    python bench/functions.py [--only NAME ...] [--cells CELL ...] [--quick] [--page]
-        [--learners] [--data-dir FOLDER]
+    python bench/functions.py [--only NAME ...] [--cells CELL ...] [--draws N] [--quick] [--page]
+        [--learners] [--sweeps] [--data-dir FOLDER]
 
 For eight real functions, four cells of workers and stragglers: codes, copies with what fills their
 gaps, a learner with and without redundancy, and what is picked on other data. Judged by RMSE
@@ -35,14 +35,14 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 PAGE = HERE.parent / "docs" / "functions.md"
 SWEEPS = 100  # the first seed of sweeps: of none that points were tried out on
-QUICK = Size(groups=2, sets=2, chosen=1, judged=2)
+QUICK = Size(groups=2, sets=2, chosen=1, judged=2, sweeps=2)
 
 
 def main() -> None:
     options = _parse()
     console = Console(emoji=False)
     path = RESULTS / ("functions-quick.json" if options.quick else "functions.json")
-    size = QUICK if options.quick else Size()
+    size = QUICK if options.quick else Size(judged=options.draws)
     for name in [] if options.page else options.only or NAMES:
         measure(load(name, options.data_dir), size, options, path, console.log)
     if not options.quick:
@@ -57,8 +57,8 @@ def measure(case: Case, size: Size, options: argparse.Namespace, path: Path, log
 
     With `learners` the learners alone are judged again."""
     start = time.perf_counter()
-    bench = Bench(case, size, log)
-    for cell in CELLS:
+    bench = Bench(case, dataclasses.replace(size, judged=0) if options.sweeps else size, log)
+    for cell in [] if options.sweeps else CELLS:
         if options.cells and cell.name not in options.cells:
             continue
         known = _read(path)[case.name]["cells"][cell.name] if options.learners else None
@@ -66,7 +66,7 @@ def measure(case: Case, size: Size, options: argparse.Namespace, path: Path, log
         log(f"{case.name} {cell.name}: {measured['picked']}")
         start = _keep(path, case, size, {"cells": {cell.name: measured}}, start)
     if case.name in SIMULATORS and not options.cells:
-        _keep(path, case, size, {"sweep": sweep(bench)}, start)
+        _keep(path, case, size, {"sweep": sweep(bench) | {"draws": size.sweeps}}, start)
 
 
 def _keep(path: Path, case: Case, size: Size, found: dict[str, Any], start: float) -> float:
@@ -74,7 +74,9 @@ def _keep(path: Path, case: Case, size: Size, found: dict[str, Any], start: floa
     now = time.perf_counter()
     results = _read(path)
     told = results.setdefault(case.name, {})
-    told |= {"about": case.about, "size": dataclasses.asdict(size)}
+    told |= {"about": case.about}
+    if "cells" in found or "size" not in told:
+        told["size"] = dataclasses.asdict(size)
     told |= {"environment": environment(PACKAGES)}
     for part in found.get("cells", {}).values():
         part["seconds"] = round(now - start, 1)
@@ -136,7 +138,7 @@ def _sweeping(points: Any, follow: Any) -> Scheme:
 def _errors(bench: Bench, scheme: Scheme, judging: bool) -> list[float]:
     """A scheme's error on sweeps, draw by draw."""
     found = []
-    for seed in range(SWEEPS, SWEEPS + bench.size.judged):
+    for seed in range(SWEEPS, SWEEPS + bench.size.sweeps):
         x = bench.inputs(judging, seed, bench.size.groups * NUM_DATA)
         value = np.sort(x[:, 0].reshape(-1, NUM_DATA), axis=1).ravel()
         x = np.tile(x.mean(axis=0), (len(x), 1)).astype(np.float32)
@@ -171,6 +173,8 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", choices=NAMES)
     parser.add_argument("--cells", nargs="*", choices=[cell.name for cell in CELLS])
+    parser.add_argument("--draws", type=int, default=Size().judged, help="to judge by")
+    parser.add_argument("--sweeps", action="store_true", help="sweeps alone")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--page", action="store_true", help="only write the page again")
     parser.add_argument(

@@ -262,6 +262,20 @@ def test_tuning_does_better_on_others_and_deviations_say_how_well(criterion):
     assert after.kernel.widths[2] > 2 * after.kernel.widths[0]
 
 
+def test_features_of_one_width_have_one_unit_where_that_tells_more():
+    tuning = LearnerTuning(shapes=("squared_exponential",), widths="one", steps=2)
+    rng = np.random.default_rng(4)
+    told, idle = rng.uniform(-1, 1, size=(2, 48, 2))
+    y = jnp.asarray(np.sin(3 * told), float)
+
+    def ratio(x):  # of the largest and the least unit
+        unit = fit_learner(jnp.asarray(x, float), y, capacity=48, tuning=tuning).kernel.unit
+        return float(jnp.max(unit) / jnp.min(unit))
+
+    assert ratio(np.hstack([told, 0.05 * idle])) == pytest.approx(1)  # what hardly varies is idle
+    assert ratio(told * [1, 100]) > 50  # of different kinds, both tell
+
+
 def test_bars_are_of_pairs_that_the_kernel_was_not_tuned_on():
     """Of outputs that are noise alone, what has a width for each input finds much in its pairs."""
     rng = np.random.default_rng(0)
