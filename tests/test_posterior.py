@@ -153,3 +153,17 @@ def test_one_compilation_serves_every_mask():
     for missing in range(5):
         posterior_variance(t, t[:3], 0.0, available=np.arange(12) != missing)
     assert posterior_variance._cache_size() <= before + 1
+
+
+def test_groups_of_groups_of_groups():
+    """As sets, groups and coordinates are: it ended the process, by a fault of jaxlib's."""
+    t = jnp.linspace(-1.0, 1.0, 24)
+    masks = np.random.default_rng(0).random((4, 10, 1, 24)) < 0.8
+
+    def of_mask(mask):
+        return posterior_variance(t, t[:20], 1e-4, available=mask)
+
+    found = jax.jit(jax.vmap(jax.vmap(jax.vmap(of_mask))))(masks)
+    one = jax.jit(of_mask)
+    for place in ((0, 0, 0), (3, 9, 0)):
+        np.testing.assert_allclose(found[place], one(masks[place]), rtol=1e-4)

@@ -21,6 +21,8 @@ Source: Bierman 1977, "Factorization Methods for Discrete Sequential Estimation"
 Wecker and Ansley 1983, JASA 78 (smoothing splines as state-space models).
 """
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -195,8 +197,13 @@ def factorize(
 
 
 def product(a: Float[Array, "*n i j"], b: Float[Array, "*n j k"]) -> Float[Array, "*n i k"]:
-    """The product of small matrices, as sums: a device's matrix unit may round their entries."""
-    return jnp.sum(a[..., :, :, None] * b[..., None, :, :], axis=-2)
+    """The product of small matrices, as sums: a device's matrix unit may round their entries.
+
+    Term by term: under three vmaps a sum along an axis would be of seven, of which jaxlib 0.10's
+    code for CPUs dies (a segmentation fault in its YNNPACK).
+    """
+    terms = [a[..., :, j, None] * b[..., j, None, :] for j in range(a.shape[-1])]
+    return functools.reduce(jnp.add, terms)
 
 
 def _triangle_inverse(a: Array, b: Array, d: Array, zero: Array) -> Float[Array, "*gaps 2 2"]:
