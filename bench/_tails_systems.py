@@ -17,7 +17,7 @@ from nercc_jax.serving import BatchingPolicy, Predictor
 from nercc_models import load_data, load_model, load_parity_model, load_student, student_card
 
 CODES = Path(__file__).parent / "results" / "codes"
-PATIENCE = 1.4
+PATIENCE = 1.35
 DEADLINE = 60.0
 
 
@@ -104,7 +104,7 @@ def systems(work: Work, law: str) -> tuple[System, ...]:
         System("as it comes", Uncoded(1), dataclasses.replace(hedged, copies=1)),
         System("hedged, p95", Uncoded(1), BatchingPolicy(quantile=0.95, patience=1.0, **base)),
         System("hedged, p90", Uncoded(1), BatchingPolicy(quantile=0.9, patience=1.0, **base)),
-        System("hedged, 1.4 x median", Uncoded(1), three),
+        System(f"hedged, {PATIENCE} x median", Uncoded(1), three),
         System("two copies", Replication(1, 2), three),
     ]
     if work.model == "lenet5-mnist":

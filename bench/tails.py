@@ -42,7 +42,7 @@ _BLOCK, _ROUNDS = 100, 400  # queries that the bootstrap keeps together, and its
 _COUNTED = ("predict_seconds", "audit_same", "audit_other", "drift", "reexecution")
 _WIDTH = 8  # rows that the model is compiled for
 # The grounds that both are tried on.
-REAL = ("hedged, 1.4 x median", "two copies", "known, else hedged")
+REAL = ("hedged, 1.35 x median", "two copies", "known, else hedged")
 
 
 @dataclasses.dataclass(frozen=True)
