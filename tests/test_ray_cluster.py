@@ -24,7 +24,8 @@ from nercc_jax.pools._ray_nodes import lacking, live_nodes, worker_options
 
 pytestmark = pytest.mark.slow
 
-NODES, CPUS, WORKERS = 4, 2, 8
+NODES, CPUS = 4, 2
+WORKERS = int(os.environ.get("NERCC_CLUSTER_WORKERS", "8"))  # 20 take some minutes
 STARTS = 300.0  # seconds for JAX to be imported so many times, where the cores are busy
 
 
@@ -81,6 +82,7 @@ def test_workers_lie_apart_and_nothing_is_lost(cluster):
     """Eight lie two on each of four nodes, with the model; one freezes, one dies, one comes."""
     import nercc_own_model
 
+    every, fewer = ([len(part) for part in np.array_split(range(WORKERS), n)] for n in (4, 3))
     ray = require("ray", "ray")
     with RayPool(
         nercc_own_model.model,
@@ -88,11 +90,11 @@ def test_workers_lie_apart_and_nothing_is_lost(cluster):
         example=np.zeros((2, 1), np.float32),
         address=cluster.address,
         runtime_env={"working_dir": str(cluster.folder)},
-        max_per_node=2,
+        max_per_node=WORKERS // NODES,
         rebalance_every=1.0,
-        min_workers=4,
+        min_workers=WORKERS // 2,
     ) as pool:
-        soon(lambda: by_node(pool) == [2] * NODES, STARTS)
+        soon(lambda: by_node(pool) == sorted(every), STARTS)
         answers = Answers(pool)
         answers.go_on()
         # All of a node's processes stop while they have work, and go on.
@@ -103,7 +105,7 @@ def test_workers_lie_apart_and_nothing_is_lost(cluster):
         # All of another's die.
         strike(lost, signal.SIGKILL)
         answers.go_on()
-        soon(lambda: by_node(pool) == [2, 3, 3])
+        soon(lambda: by_node(pool) == sorted(fewer), STARTS)
         answers.go_on()
         # A node is added: workers move to it, and meanwhile it goes on.
         new = cluster.add_node(num_cpus=CPUS, num_gpus=2, node_ip_address="127.0.0.9")
