@@ -458,7 +458,7 @@ def test_a_folder_has_the_parts_and_a_manifest(tmp_path):
         ("--death-rate -0.1", "--death-rate is a share of the calls"),
         ("--split nothing", "has no split 'nothing'"),
         ("--model nothing", "nothing"),
-        ("--num-workers 0", "0"),
+        ("--num-workers 0", "'--num-workers': Input should be greater"),
         ("--code /no/such/code.json", "/no/such/code.json"),
         ("--pool threads", "threads"),
     ],

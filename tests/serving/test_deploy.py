@@ -19,6 +19,8 @@ import pytest
 from conftest import require
 from pages import blocks
 
+from nercc_jax import __version__
+
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "docs" / "deploy"
 README = (DEPLOY / "README.md").read_text()
@@ -147,7 +149,8 @@ def test_containerfile_installs_what_there_is():
     for source in [each for files in build_files for each in files]:
         assert (ROOT / source).exists(), source
     copied = {each for files in build_files for each in files}
-    needed = {"pyproject.toml", PROJECT["readme"], *PROJECT["license-files"], "nercc_jax", "models"}
+    described = {"pyproject.toml", "setup.py", "README.md", *PROJECT["license-files"]}
+    needed = {*described, "nercc_jax", "models"}
     assert needed <= copied
     install = next(value for word, value in build if word == "RUN")
     target = re.search(r"pip install .*'\.\[(.*)\]'", install)
@@ -233,7 +236,7 @@ def test_inference_service_serves_what_the_container_does(inference_service, mon
     image = re.search(r"-t (\S+) ", (DEPLOY / "Containerfile").read_text())
     assert image
     assert container.image == image[1]
-    assert container.image.split(":")[1] == PROJECT["version"]
+    assert container.image.split(":")[1] == __version__
     assert container.security_context.run_as_non_root
 
 
@@ -308,7 +311,7 @@ def test_readme_commands_name_what_there_is(command, monkeypatch):
         monkeypatch.chdir(ROOT)
         settings_of(monkeypatch, words[2:], {})
     elif words[:2] == ["podman", "run"]:
-        image = words.index(f"nercc-jax:{PROJECT['version']}")
+        image = words.index(f"nercc-jax:{__version__}")
         settings = settings_of(monkeypatch, words[image + 1 :], image_environment())
         published = [int(each.split(":")[1]) for each in words if re.fullmatch(r"\d+:\d+", each)]
         assert published == [settings.http_port, settings.grpc_port]
