@@ -142,7 +142,7 @@ def test_a_head_that_dies_takes_nothing_with_it(cluster, tmp_path):
     own = ["--pool", "ray", "--address", cluster.address, "--worker-gpus", "0"]
     code = ["--num-data", "2", "--num-workers", "4"]
     model = ["--model", "nercc_own_model:model"]
-    run = [nercc, "run", *model, "--data", str(tmp_path / "points.npy"), *code]
+    run = [nercc, "run", *model, "--inputs", str(tmp_path / "points.npy"), *code]
     slow = ["--straggler-rate", "1", "--straggler-delay", "0.4", "--workers", "2"]
     output = ["--output", str(tmp_path / "result.npz")]
     port = free_port()
