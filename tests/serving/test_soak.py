@@ -191,4 +191,6 @@ def test_trouble_under_full_load(server):
     assert max(memory[half:]) < max(memory[:half]) + 100
     log = server.log()
     assert any(line["message"] == "draining" for line in log)
-    assert not [line for line in log if "failed" in line["message"]]
+    # A Ray that is slow to start on a busy machine is started again.
+    told = [line["message"] for line in log if not line["message"].startswith("Ray did not start")]
+    assert not [message for message in told if "failed" in message]
