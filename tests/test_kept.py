@@ -212,6 +212,7 @@ def test_a_users_code_with_a_key():
     code = Drawn(3, 6, jax.random.key(0))
     np.testing.assert_allclose(code.decode(code.encode(X), MASK), X, atol=1e-4)
     assert kept_matrices(code).lookups.misses == 1
+    assert repr(code).startswith("Drawn(num_data=3, num_workers=6, key=")
 
 
 def test_what_a_code_raises_comes_through(untyped):

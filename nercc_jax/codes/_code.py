@@ -348,12 +348,20 @@ def as_mask(available: ArrayLike, shape: tuple[int, ...]) -> Bool[Array, "..."]:
 _SHOWN = 8  # of the numbers of an array
 
 
+def _is_at_hand(array: Any) -> bool:
+    """Whether its numbers can be read: not of a tracer, a random key, what was given away (donated)
+    or lies on other hosts."""
+    if not isinstance(array, jax.Array):
+        return True
+    if isinstance(array, Tracer) or jnp.issubdtype(array.dtype, jax.dtypes.extended):
+        return False
+    return array.is_fully_addressable and not array.is_deleted()
+
+
 def _told(value: Any) -> str:
-    if not eqx.is_array(value) or isinstance(value, Tracer):
+    if not eqx.is_array(value) or value.ndim > 1 or not _is_at_hand(value):
         return eqx.tree_pformat(value)
     if value.ndim == 0:
         return f"{value.item():.4g}"
-    if value.ndim > 1:
-        return eqx.tree_pformat(value)
     numbers = [f"{each:.3g}" for each in np.asarray(value)[:_SHOWN]]
     return f"[{', '.join(numbers)}{', ...' if len(value) > _SHOWN else ''}]"
