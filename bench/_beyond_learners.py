@@ -11,7 +11,7 @@ from _beyond_modes import Bench, Order
 from jaxtyping import Array, Bool, Float
 
 from nercc_jax import NeRCC, Scheme, fit_surrogate
-from nercc_jax.codes import Known, encode_groups, known_encoder
+from nercc_jax.codes import known_encoder
 from nercc_jax.evaluation import batched, draw_sets
 from nercc_jax.inference import Model
 from nercc_jax.surrogates import (
@@ -136,32 +136,22 @@ def _wrong(
 ) -> Float[np.ndarray, " sets"]:
     """The share of labels that are not the model's own under each set; workers answer once."""
     x = jnp.asarray(bench.points(part, order))
-    known = Known(known_encoder(scheme.code))
-    prepared, coded = _send(scheme, x, known)
+    prepared, coded = eqx.filter_jit(scheme.send)(x, known_encoder(scheme.code))
     run = batched(bench.work.model, 256)
     y = jnp.asarray(run(coded.reshape(-1, *coded.shape[2:]))).reshape(*coded.shape[:2], -1)
     own = jnp.asarray(bench.answers(part, order).own).reshape(len(x), -1)
-    return np.asarray(_differ(scheme, x, prepared, y, own, jnp.asarray(masks), known))
-
-
-@eqx.filter_jit
-def _send(scheme: Scheme, x: Array, known: Known) -> tuple[Prepared, Array]:
-    prepared = scheme.prepare(x)
-    encoders = scheme.encoders(prepared)
-    encoders = known.encoder if encoders is None else encoders
-    return prepared, encode_groups(scheme.code, scheme.groups(x, prepared), encoders)
+    return np.asarray(_differ(scheme, x, prepared, coded, y, own, jnp.asarray(masks)))
 
 
 @eqx.filter_jit
 def _differ(
-    scheme: Scheme, x: Array, prepared: Prepared, y: Array, own: Array, masks: Array, known: Known
+    scheme: Scheme, x: Array, prepared: Prepared, coded: Array, y: Array, own: Array, masks: Array
 ) -> Float[Array, " sets"]:
     """As `scheme.judge` under each set, but what is expected of the images is made once."""
     code, surrogate, points = scheme.code, scheme.surrogate, prepared.points
     assert surrogate is not None
     sent = scheme.groups(x, prepared)
-    encoders = known.encoder if points is None else scheme.encoders(prepared)
-    expectation = surrogate.expect(sent, encode_groups(code, sent, encoders))
+    expectation = surrogate.expect(sent, coded)
     own = own.reshape(*sent.shape[:2], -1)
 
     def of_set(mask: Array) -> Array:

@@ -196,7 +196,7 @@ class Bench:
         """What a scheme makes of the points under each straggler set; workers answer once."""
         order = draw.order if ordered else np.arange(len(draw.x))
         known, x = Known(known_encoder(scheme.code)), jnp.asarray(draw.x[order])
-        prepared, coded = _send(scheme, x, known)
+        prepared, coded = eqx.filter_jit(scheme.send)(x, known.encoder)
         told = _conclude(scheme, x, prepared, self._answers(coded), masks, known)
         home = np.argsort(order)
         return told.decoded.predictions[:, home], told.deviation[:, home]
@@ -370,14 +370,6 @@ def _rmse(predictions: Float[Array, "*sets points m"], draw: Draw) -> float:
 @jax.jit
 def _recall(predictions: Array, own: Array, others: Array) -> Array:
     return jnp.mean(jax.lax.map(lambda each: recall(each, own, others), predictions))
-
-
-@eqx.filter_jit
-def _send(scheme: Scheme, x: Array, known: Known) -> tuple[Any, Array]:
-    prepared = scheme.prepare(x)
-    encoders = scheme.encoders(prepared)
-    encoders = known.encoder if encoders is None else encoders
-    return prepared, encode_groups(scheme.code, scheme.groups(x, prepared), encoders)
 
 
 @eqx.filter_jit

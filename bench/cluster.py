@@ -24,6 +24,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import psutil
+from _cluster_stream import latencies, stretch
 from _report import environment, write_json
 from ray._common.utils import reset_ray_address
 from ray.cluster_utils import Cluster
@@ -32,6 +33,7 @@ PORT = 18571
 URL = f"http://127.0.0.1:{PORT}"
 INFER = f"{URL}/v2/models/lenet5-digits/infer"
 PACKAGES = ("jax", "numpy", "ray", "nercc-jax")
+TIMEOUT = 30.0  # seconds of a client
 STARTS = 240.0  # seconds for the server at most
 SERVE = ["serve", "--model", "lenet5-digits", "--pool", "ray", "--grpc-port", "none"]
 
@@ -100,42 +102,13 @@ def strike(node, what):
             process.send_signal(what)
 
 
-async def stretch(seconds, rate):
-    """Sends a query at each tick; (latency in s, status, whether it is exact) of each."""
-    x = np.random.default_rng(0).uniform(size=1024).round(3).tolist()
-    tensor = {"name": "input", "datatype": "FP32", "shape": [1, 32, 32, 1], "data": x}
-    seen = []
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(timeout=30.0, limits=limits) as client:
-
-        async def ask(due):
-            try:
-                answer = await client.post(INFER, json={"inputs": [tensor]})
-                outputs = {each["name"]: each["data"] for each in answer.json().get("outputs", [])}
-                exact = bool(outputs.get("exact", [False])[0])
-                seen.append((time.monotonic() - due, answer.status_code, exact))
-            except httpx.HTTPError as error:
-                seen.append((time.monotonic() - due, type(error).__name__, False))
-
-        start, tasks = time.monotonic(), []
-        for number in range(int(seconds * rate)):
-            due = start + number / rate
-            await asyncio.sleep(max(due - time.monotonic(), 0.0))
-            tasks.append(asyncio.create_task(ask(due)))
-        await asyncio.gather(*tasks)
-    return seen
-
-
 def cell(name, seen, placed):
-    times = np.array([1e3 * seconds for seconds, status, _ in seen if status == 200])
     row = {
         "stretch": name,
         "workers_by_node": placed,
         "queries": len(seen),
         "errors": sum(status != 200 for _, status, _ in seen),
-        "p50_ms": round(float(np.median(times)), 1),
-        "p99_ms": round(float(np.quantile(times, 0.99)), 1),
-        "max_ms": round(float(times.max()), 1),
+        **latencies(seen),
         "exact": round(sum(exact for *_, exact in seen) / len(seen), 4),
     }
     print(json.dumps(row), flush=True)
@@ -148,9 +121,9 @@ def measure(head, nodes, seconds, rate):
 
     def run(name):
         placed = workers_by_node([head, *nodes])
-        rows.append(cell(name, asyncio.run(stretch(seconds, rate)), placed))
+        rows.append(cell(name, asyncio.run(stretch(INFER, seconds, rate, TIMEOUT)), placed))
 
-    asyncio.run(stretch(5.0, rate))  # it learns how long answers take
+    asyncio.run(stretch(INFER, 5.0, rate, TIMEOUT))  # it learns how long answers take
     run("undisturbed")
     first = fullest(nodes)
     strike(first, signal.SIGKILL)

@@ -20,8 +20,7 @@ import time
 import warnings
 from pathlib import Path
 
-import httpx
-import numpy as np
+from _cluster_stream import latencies, stretch
 from _report import environment, write_json
 
 MODEL = "lenet5-digits"
@@ -54,39 +53,13 @@ def whole(but=()):
     return complete and running() == REPLICAS
 
 
-async def stretch(url, seconds, rate):
-    """Sends a query at each tick; (latency in s, status) of each."""
-    x = np.random.default_rng(0).uniform(size=1024).round(3).tolist()
-    tensor = {"name": "input", "datatype": "FP32", "shape": [1, 32, 32, 1], "data": x}
-    seen = []
-    async with httpx.AsyncClient(timeout=TIMEOUT) as client:
-
-        async def ask(due):
-            try:
-                answer = await client.post(url, json={"inputs": [tensor]})
-                seen.append((time.monotonic() - due, answer.status_code))
-            except httpx.HTTPError as error:
-                seen.append((time.monotonic() - due, type(error).__name__))
-
-        start, tasks = time.monotonic(), []
-        for number in range(int(seconds * rate)):
-            due = start + number / rate
-            await asyncio.sleep(max(due - time.monotonic(), 0.0))
-            tasks.append(asyncio.create_task(ask(due)))
-        await asyncio.gather(*tasks)
-    return seen
-
-
 def cell(name, seen):
-    times = np.array([1e3 * seconds for seconds, status in seen if status == 200])
-    wrong = [str(status) for _, status in seen if status != 200]
+    wrong = [str(status) for _, status, _ in seen if status != 200]
     return {
         "stretch": name,
         "queries": len(seen),
         "errors": {status: wrong.count(status) for status in sorted(set(wrong))},
-        "p50_ms": round(float(np.median(times)), 1),
-        "p99_ms": round(float(np.quantile(times, 0.99)), 1),
-        "max_ms": round(float(times.max()), 1),
+        **latencies(seen),
     }
 
 
@@ -103,7 +76,7 @@ def killed(url, seconds, rate):
     watcher = threading.Thread(target=watch, args=(victim, time.monotonic()), daemon=True)
     os.kill(victim, signal.SIGKILL)
     watcher.start()
-    row = cell("a replica is killed", asyncio.run(stretch(url, seconds, rate)))
+    row = cell("a replica is killed", asyncio.run(stretch(url, seconds, rate, TIMEOUT)))
     watcher.join(TIMEOUT)
     return row | {"whole_again_s": round(took[0], 1) if took else None}
 
@@ -135,7 +108,9 @@ def main():
     url = f"http://127.0.0.1:{port}/v2/models/{MODEL}/infer"
     rows = []
     for number in range(told.rounds):
-        rows.append(cell("undisturbed", asyncio.run(stretch(url, told.seconds / 3, told.rate))))
+        rows.append(
+            cell("undisturbed", asyncio.run(stretch(url, told.seconds / 3, told.rate, TIMEOUT)))
+        )
         rows.append(killed(url, told.seconds, told.rate))
         for row in rows[-2:]:
             print(json.dumps({"round": number, **row}), flush=True)

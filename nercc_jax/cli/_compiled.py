@@ -24,15 +24,14 @@ def keep_programs() -> None:
         return
     folder = _cache_folder()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        told = _tell_processes(folder)
     except OSError as error:
         _LOG.info(
             "compiled programs are not kept", extra={"folder": str(folder), "why": str(error)}
         )
         return
-    for name, value in _told(folder).items():
+    for name, value in told.items():
         jax.config.update(name, value)
-        os.environ[name.upper()] = str(value)
     _LOG.info("compiled programs are kept", extra={"folder": str(folder)})
 
 
@@ -43,20 +42,24 @@ def keep_programs_of_commands() -> None:
     """
     if "jax" in sys.modules or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
-    folder = _cache_folder()
     with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        os.environ.update({name.upper(): str(value) for name, value in _told(folder).items()})
+        _tell_processes(_cache_folder())
 
 
-def _told(folder: Path) -> dict[str, Any]:
-    """JAX's settings."""
-    return {
+def _tell_processes(folder: Path) -> dict[str, Any]:
+    """Makes the folder, and leaves JAX's settings in the environment. Returns them.
+
+    Raises: OSError where it cannot be made.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    told = {
         "jax_compilation_cache_dir": str(folder),
         # Also the many that compile within a second: together they are the most.
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
+    os.environ.update({name.upper(): str(value) for name, value in told.items()})
+    return told
 
 
 def _cache_folder() -> Path:

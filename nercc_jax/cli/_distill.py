@@ -53,7 +53,9 @@ def distill_command(
         # JAX takes a second or two: not for --help, nor for a word that is misspelt.
         from rich.console import Console
 
-        from ._distill_job import distill_with_bar, find_base, read_agreement
+        from nercc_models.distill import told
+
+        from ._distill_job import distill_with_bar, find_base
 
         served, x, test, about = find_base(model, weights, inputs, data_dir, seed)
         queries = max(2 * len(x), 4000) if queries is None else queries
@@ -75,9 +77,9 @@ def distill_command(
             "batch_size": min(128, max(queries // 8, 1)),
             "seed": seed,
         }
-        told = distill_with_bar(console, served, x, test, share, output, about, options)
-        console.print(told, soft_wrap=True, highlight=False, markup=False)
-        agreement = read_agreement(output)
+        card = distill_with_bar(console, served, x, test, share, output, about, options)
+        console.print(told(card), soft_wrap=True, highlight=False, markup=False)
+        agreement = card["score"]["agreement"]
         if agreement < _LOW:
             console.print(
                 f"[yellow]warning:[/yellow] it agrees in {agreement:.0%} of cases only, and will "

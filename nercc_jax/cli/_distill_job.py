@@ -1,6 +1,5 @@
 """What `nercc distill` does: the model and its inputs, training with a bar, the card."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +28,6 @@ def find_base(
     return served, x, test, {"base": model, "data": found.source}
 
 
-def read_agreement(output: Path) -> float:
-    """On inputs that a written student was not trained on, by its card."""
-    return json.loads(output.with_suffix(".json").read_text())["score"]["agreement"]
-
-
 def distill_with_bar(
     console: Console,
     served: Servable,
@@ -43,11 +37,11 @@ def distill_with_bar(
     output: Path,
     about: dict[str, Any],
     options: dict[str, Any],
-) -> str:
-    """Trains and writes the student; returns what its card says."""
+) -> dict[str, Any]:
+    """Trains and writes the student; returns its card."""
     from flax import nnx
 
-    from nercc_models.distill import told, write_student
+    from nercc_models.distill import write_student
     from nercc_models.distillation import distill
     from nercc_models.students import multiplications, plan_within
 
@@ -65,4 +59,4 @@ def distill_with_bar(
             progress.update(task, description=described)
 
         trained = distill(served.model, student, x, on_step=on_step, on_epoch=on_epoch, **options)
-    return told(write_student(output, served.model, plan, trained, test, about)[1])
+    return write_student(output, served.model, plan, trained, test, about)[1]

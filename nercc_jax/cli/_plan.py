@@ -17,8 +17,6 @@ from ._options import (
     check_model,
 )
 
-_WIDTH = 92  # that the table needs
-
 
 def plan_command(
     model: ModelName = "lenet5-digits",
@@ -86,6 +84,7 @@ def plan_command(
 
         from ..planning import plan
         from ._plan_report import latency_law, plan_plot, plan_table, plan_words
+        from ._tables import print_whole
         from ._workload import find_workload
 
         law = latency_law(latency)
@@ -120,8 +119,8 @@ def plan_command(
             "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
         found.save(file, about)
-        Console(width=max(console.width, _WIDTH)).print(plan_table(found))
-        told = plan_words(found, f"{about['data']}")
+        print_whole(console, plan_table(found))
+        told = plan_words(found, about["data"])
         console.print(told, soft_wrap=True, highlight=False, markup=False)
         plan_plot(found, f"{model}, {latency}, {queries} queries", picture)
         console.print(f"plan: {file.resolve()}\npicture: {picture.resolve()}", soft_wrap=True)

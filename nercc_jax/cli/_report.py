@@ -11,7 +11,7 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from ..evaluation import SHARES, Estimate, Evaluation, straggler_figure
+from ..evaluation import SHARES, Estimate, Evaluation, laws_and_codes, straggler_figure
 
 
 def straggler_table(rows: Sequence[Evaluation], metric: str, title: str, *, best: str) -> Table:
@@ -21,7 +21,7 @@ def straggler_table(rows: Sequence[Evaluation], metric: str, title: str, *, best
     predictions cannot win on an error that leaves them out; the last columns tell the share, in %,
     that each code lost that lost any.
     """
-    laws, codes = _axes(rows)
+    laws, codes = laws_and_codes(rows)
     by_pair = {(row.stragglers, row.code): row for row in rows}
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
     table.add_column("S", justify="right")
@@ -45,12 +45,6 @@ def straggler_plot(
     figure = straggler_figure(rows, panels, title)
     figure.savefig(path, dpi=150)
     plt.close(figure)
-
-
-def _axes(rows: Sequence[Evaluation]) -> tuple[list[str], list[str]]:
-    return list(dict.fromkeys(r.stragglers for r in rows)), list(
-        dict.fromkeys(r.code for r in rows)
-    )
 
 
 def _winner(cells: Sequence[Evaluation], metric: str, best: str) -> list[Evaluation]:

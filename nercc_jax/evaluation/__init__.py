@@ -15,7 +15,7 @@ from ._evaluation import SHARES, Estimate, Evaluation, Evaluations, evaluate
 from ._forecast import Forecast, make_forecast
 from ._functions import coverage, recall, relative_rmse, row_errors
 from ._objective import nested_errors, nested_objective
-from ._pictures import straggler_curves, straggler_figure
+from ._pictures import laws_and_codes, straggler_curves, straggler_figure
 from ._trial import Trial, draw_sets, landscape, make_trial, relative_objective
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "evaluate",
     "labels_of",
     "landscape",
+    "laws_and_codes",
     "make_forecast",
     "make_trial",
     "mean_losses",

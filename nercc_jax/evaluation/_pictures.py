@@ -49,7 +49,7 @@ def straggler_curves(
     is named and not drawn, and one that explodes leaves the panel by its upper edge, where its name
     stands. Another is a share, and intervals end at 0 and 1.
     """
-    laws, codes = _axes(rows)
+    laws, codes = laws_and_codes(rows)
     places = np.array([float(law) for law in laws])
     apart = np.diff(places).min() if len(places) > 1 else 1.0
     top = _top(rows, metric, codes) if logarithmic else np.inf
@@ -132,7 +132,8 @@ def _name_curves(axis: "Axes", ends: Mapping[str, tuple[float, float]]) -> None:
         )
 
 
-def _axes(rows: Sequence[Any]) -> tuple[list[str], list[str]]:
+def laws_and_codes(rows: Sequence[Any]) -> tuple[list[str], list[str]]:
+    """The names that evaluations have, each once, in their order."""
     return list(dict.fromkeys(r.stragglers for r in rows)), list(
         dict.fromkeys(r.code for r in rows)
     )

@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray, PyTree, Shaped
 
-from ..codes import AbstractCode, Known, encode_groups, known_encoder, points_of
+from ..codes import AbstractCode, Known, known_encoder, points_of
 from ..evaluation import cut_groups, draw_sets, row_errors
 from ..inference import Model, cast_model, current_conditions, run_workers
 from ..stragglers import AbstractStragglers
@@ -58,14 +58,12 @@ def _ratios(
     encoder: ArrayLike | None,
 ) -> Float[Array, "sets points"]:
     """Errors by deviations; NaN where a prediction is exact, lost, or nothing is said of it."""
-    prepared = scheme.prepare(x)
-    groups, encoders = scheme.groups(x, prepared), scheme.encoders(prepared)
-    encoders = encoder if encoders is None else encoders
-    y = run_workers(workers, scheme.code, encode_groups(scheme.code, groups, encoders))
+    prepared, coded = scheme.send(x, encoder)
+    y = run_workers(workers, scheme.code, coded)
     own = served(x)
 
     def of_set(mask):
-        available = jnp.broadcast_to(mask, (len(jax.tree.leaves(groups)[0]), len(mask)))
+        available = jnp.broadcast_to(mask, (len(jax.tree.leaves(coded)[0]), len(mask)))
         assessed = scheme.conclude(x, prepared, y, available, Known(encoder))
         error, deviation = row_errors(assessed.decoded.predictions, own), assessed.deviation
         counts = (deviation > 0) & jnp.isfinite(deviation) & assessed.decoded.recovered

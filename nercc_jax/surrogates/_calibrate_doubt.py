@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, PRNGKeyArray, PyTree, Shaped
 
-from ..codes import AbstractCode, Form, Known, encode_groups, join, known_encoder, points_of
+from ..codes import AbstractCode, Form, Known, join, known_encoder, points_of
 from ..evaluation import cut_groups, draw_sets, labels_of, record_answers, same_labels
 from ..inference import Model, cast_model, check_model, current_conditions, run_workers
 from ..stragglers import AbstractStragglers
@@ -92,10 +92,8 @@ def _observe(
     encoder: ArrayLike | None,
 ) -> tuple[Form, tuple[Array, Array, Array]]:
     """As `observe`, of a scheme as it is carried out, and the outputs' form."""
-    prepared = scheme.prepare(x)
-    groups, encoders = scheme.groups(x, prepared), scheme.encoders(prepared)
-    encoders = encoder if encoders is None else encoders
-    y = run_workers(workers, scheme.code, encode_groups(scheme.code, groups, encoders))
+    prepared, coded = scheme.send(x, encoder)
+    y = run_workers(workers, scheme.code, coded)
     own, form = join(scheme.groups(model(x), prepared), 2)
     wanted = labels_of(form.split(own), 2)
 

@@ -194,6 +194,18 @@ class Scheme(AbstractScheme):
         y = work(self.groups(x, prepared), self.encoders(prepared))
         return self.conclude(x, prepared, y, available, known)
 
+    def send(
+        self, x: PyTree[Shaped[Array, "points ..."]], encoder: ArrayLike | None
+    ) -> tuple[Prepared, PyTree[Float[Array, "groups num_workers ..."]]]:
+        """What is decided, and the coded data points; pure. `encoder` is the code's, as
+        `known_encoder` has it."""
+        prepared = self.prepare(x)
+        return prepared, self._coded(self.groups(x, prepared), prepared, encoder)
+
+    def _coded(self, groups: PyTree, prepared: Prepared, encoder: ArrayLike | None) -> PyTree:
+        own = self.encoders(prepared)
+        return encode_groups(self.code, groups, encoder if own is None else own)
+
     def encoders(self, prepared: Prepared) -> Float[Array, "groups num_workers num_data"] | None:
         """Each group's encoder, None where all have the code's."""
         return None if prepared.points is None else prepared.points.encoders(self.code)
@@ -241,9 +253,9 @@ class Scheme(AbstractScheme):
         available, given = alike_only(sent, available, known.decoders)
         expectation = None
         if surrogate is not None:
-            encoder = known.encoder if prepared.points is None else self.encoders(prepared)
+            coded = self._coded(sent, prepared, known.encoder)
             own = None if prepared.own is None else self.groups(prepared.own, prepared)
-            expectation = surrogate.expect(sent, encode_groups(code, sent, encoder), own)
+            expectation = surrogate.expect(sent, coded, own)
             check_like(expectation.form, form)
         if prepared.points is None:
             decoded, deviation = assess(code, surrogate, vectors, available, expectation, given)
