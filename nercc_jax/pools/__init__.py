@@ -5,6 +5,7 @@ from ._batch import BatchAnswers as BatchAnswers
 from ._batch import Failure as Failure
 from ._batch import Refuse as Refuse
 from ._batch import refuse_odd as refuse_odd
+from ._calls import Call as Call
 from ._clock import AbstractClock as AbstractClock
 from ._devices import DevicePool as DevicePool
 from ._faults import Episodes as Episodes

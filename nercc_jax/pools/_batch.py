@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, PyTree
 
 from ._clock import AbstractClock
+from ._crew import reason_of
 from ._overdue import AnswerTimes
 
 # When to stop waiting: this many answers are in, or these answers are enough.
@@ -291,8 +292,16 @@ class Batch:
         if self._count >= self._awaited or self._unsettled == 0:
             self._changed.notify_all()
 
-    def refusal(self, value: PyTree[np.ndarray], size: int) -> str | None:
-        """Why an answer cannot be one, if so."""
+    def refusal(self, outcome: Any, size: int) -> str | None:
+        """Why what a worker made of `size` data points is no answer, if so."""
+        if isinstance(outcome, Exception):
+            return reason_of(outcome)
+        try:
+            return self._odd(outcome, size)
+        except Exception as error:  # no array at all, for example
+            return f"the answer cannot be read: {reason_of(error)}"
+
+    def _odd(self, value: PyTree[np.ndarray], size: int) -> str | None:
         leaves = arrays_of(value)
         if not leaves:
             return "the answer holds no array"

@@ -29,6 +29,7 @@ from jaxtyping import PyTree
 
 from ..codes import check_counts
 from ._batch import Batch, Books, Failure, Refuse, Task, refuse_odd
+from ._calls import KEPT, Call
 from ._clock import WALL, AbstractClock
 from ._crew import AbstractCrew, WorkerDied, reason_of
 from ._outbox import Outbox
@@ -71,6 +72,7 @@ class Desk:
         self._startup = StartUp(self._lock, self._seats, min_workers, crew.lacking, clock)
         self._outbox = Outbox(self._seats, crew.room)
         self._times = TimesByRule(overdue)
+        self._calls: collections.deque[Call] = collections.deque(maxlen=KEPT)
         self._counts: collections.Counter[str] = collections.Counter()
         self._seconds = self._wasted = 0.0
         self._closed = False
@@ -154,6 +156,10 @@ class Desk:
                 wasted_seconds=self._wasted,
                 workers=tuple(seat.report(now) for seat in self._seats),
             )
+
+    def calls(self) -> list[Call]:
+        with self._lock:
+            return list(self._calls)
 
     @property
     def idle(self) -> int:
@@ -242,17 +248,16 @@ class Desk:
         batch = task.batch
         spent = self.clock.now() - seat.since
         late = not batch.open or task.settled
-        refused = None if late else self._refusal(task, outcome)
+        refused = None if late else batch.refusal(outcome, task.size)
         self._release(worker)
         self._outbox.free(worker)
         self._seconds += spent
+        if refused is None:
+            self._observe(worker, task.size, spent)
         if late:
-            self._observe(task.size, spent)
             self._counts["late"] += 1
             self._wasted += spent
-            return
-        if refused is None:
-            self._observe(task.size, spent)
+        elif refused is None:
             self._counts["answered"] += 1
             batch.settle(task, outcome, worker)
         else:
@@ -364,7 +369,8 @@ class Desk:
 
     # Time.
 
-    def _observe(self, size: int, seconds: float) -> None:
+    def _observe(self, worker: int, size: int, seconds: float) -> None:
+        self._calls.append(Call(self.clock.now() - seconds, seconds, size, worker))
         if self._times.add(size, seconds):
             self._plan(self._next_look())
 
@@ -398,6 +404,7 @@ class Desk:
             self._start(worker)
         elif seat.since + self._hang_timeout <= now:  # as `Seat.due` has it, to the last digit
             batch = seat.task.batch
+            self._calls.append(Call(seat.since, now - seat.since, seat.task.size, worker))
             self._counts["hung"] += 1
             self._bury(worker, f"no answer within {self._hang_timeout} s: it hangs")
             return batch
@@ -436,15 +443,6 @@ class Desk:
         if batch.open and batch.on_change is not None:
             what = f"on_change of a batch of {batch.num_points}"
             self._guard.run(what, batch.on_change, batch)
-
-    def _refusal(self, task: Task, outcome: Any) -> str | None:
-        """Why a worker's outcome is no answer, if so."""
-        if isinstance(outcome, Exception):
-            return reason_of(outcome)
-        try:
-            return task.batch.refusal(outcome, task.size)
-        except Exception as error:  # no array at all, for example
-            return f"the answer cannot be read: {reason_of(error)}"
 
 
 _COUNTED = ("sent", "answered", "late", "errors", "deaths", "hung")

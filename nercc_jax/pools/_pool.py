@@ -11,6 +11,7 @@ from jaxtyping import Array, PyTree, Shaped
 
 from ..inference import Conditions, cast_floats
 from ._batch import Batch, Refuse, refuse_odd
+from ._calls import Call
 from ._clock import AbstractClock
 from ._desk import Desk
 from ._overdue import Overdue
@@ -125,6 +126,10 @@ class AbstractPool(abc.ABC):
     def report(self) -> PoolReport:
         """What the pool has seen so far."""
         return self._desk.report()
+
+    def calls(self) -> list[Call]:
+        """The latest calls that were answered, or given up as hanging: as they ended, 4,096."""
+        return self._desk.calls()
 
     @property
     def trouble(self) -> str | None:

@@ -20,10 +20,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Shaped
 
 from ..inference import warn_if_other
-from ..pools import AbstractPool, AnswerTimes, Overdue, Refuse, refuse_odd
+from ..pools import AbstractPool, AnswerTimes, Refuse, refuse_odd
 from ._agenda import Agenda
 from ._arrangement import Arranger
 from ._coder import Coder
+from ._controller import controller_of
 from ._fidelity import Fidelity
 from ._foresight import Foresight
 from ._group import Group, Guess
@@ -96,7 +97,9 @@ class CodedBatcher:
             )
         self.policy = policy = policy or BatchingPolicy()
         self._pool, self._clock = pool, pool.clock
-        self._observe = observe or (lambda what, number: None)
+        observe = observe or (lambda what, number: None)
+        self.controller = controller_of(policy, coder, pool, predictor, observe)
+        self._observe = self.controller.observe
         self._coder = coder
         self.fidelity = fidelity or Fidelity(coder)
         warn_if_other("the fidelity", self.fidelity.conditions, pool.conditions)
@@ -112,8 +115,7 @@ class CodedBatcher:
         self._lanes = Lanes(policy.max_queue_size)
         self._ledger = Ledger(self._lanes, self._observe, pool.clock)
         self._inbox: collections.deque[Any] = collections.deque()
-        self._overdue = Overdue(policy.quantile, policy.patience)
-        self._times = AnswerTimes(self._overdue)
+        self._times = AnswerTimes(self.controller.setting.overdue)
         self._sender = Sender(
             pool,
             coder,
@@ -124,7 +126,7 @@ class CodedBatcher:
             foresight=foresight,
             enough=self._rescue.enough,
             refuse=refuse,
-            overdue=self._overdue,
+            setting=self.controller.setting,
             answer_time=lambda: self._times.median(policy.max_batch_size),
             observe=self._observe,
             tell=self._tell_of,
@@ -132,8 +134,9 @@ class CodedBatcher:
         self._agenda = Agenda()
         self._nudged = False
         self._turns = pool.clock.turns("nercc-batcher", self._run)
-        self._learners = [each for each in (self._tutor, predictor) if each is not None]
-        for each in self._learners:
+        beside = self._tutor, self.controller, predictor
+        self._beside = [each for each in beside if each is not None]
+        for each in self._beside:
             each.start()
         pool.on_idle(self._nudge)
         self._turns.start()
@@ -197,7 +200,7 @@ class CodedBatcher:
         self._turns.wake()
         self._ledger.wait(drain)
         self._turns.close()
-        for each in self._learners:
+        for each in self._beside:
             each.close()
         for request in list(self._ledger.open):
             self._ledger.fail(request, ServerClosing("the server shut down before it could answer"))
@@ -255,6 +258,8 @@ class CodedBatcher:
         for _ in range(len(self._inbox)):  # of what comes meanwhile, the next turn takes care
             item = self._inbox.popleft()
             self._guard(self._take, item, self._clock.now(), owed=item)
+        if (setting := self.controller.setting) is not self._sender.setting:
+            self._sender.setting, self._times = setting, self._times.under(setting.overdue)
         pulse = self._ledger.pulse
         now = pulse.turn(bool(self._ledger.open))
         self._guard(self._look, now)

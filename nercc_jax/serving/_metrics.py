@@ -108,6 +108,9 @@ class Meters:
         self.drifts = make(
             Counter, "drifts", "Times that predictions were wrong more often than promised."
         )
+        self.policy_changes = make(
+            Counter, "policy_changes", "Times that another patience or redundancy was picked."
+        )
         self.reexecutions = make(Counter, "reexecutions", "Queries sent a second time.")
         self.over_budget = make(
             Counter, "over_budget", "Doubtful queries answered as decoded: the budget was spent."
@@ -140,6 +143,7 @@ class Meter:
             "reexecution": meters.reexecutions.labels(model),
             "over_budget": meters.over_budget.labels(model),
             "drift": meters.drifts.labels(model),
+            "policy_change": meters.policy_changes.labels(model),
             "internal_error": meters.internal.labels(model),
         }
         self._histograms = {

@@ -42,6 +42,10 @@ class BatchingPolicy:
     - `max_reexecution`: send no more than this share of all queries again because they are
       doubtful; beyond it what is best known is given out, with its doubt. None: no bound. (What
       cannot be decoded at all is sent again in any case, and counts.)
+    - `max_calls`: calls a query that may be spent in the mean (of batches, rows). Then patience and
+      redundancy are not fixed, but picked as queries are served, by the tail that is measured: see
+      `Controller`. Of what is said here redundancy is the most, and hardly more queries straggle
+      than by this patience. None: as is said here.
     - `ordering`: arrange queries that go out together so that those coded beside each other are
       alike. Queries are compared as they come, and none waits for it.
     - `copies`: workers that may have the same query in hand, when it is to be answered exactly, or
@@ -61,6 +65,7 @@ class BatchingPolicy:
     tolerance: float | None = None
     redundancy: Literal["always", "doubtful"] = "always"
     max_redundancy: float | None = None
+    max_calls: float | None = None
     ordering: bool = True
     copies: int = 2
 
@@ -93,6 +98,10 @@ class BatchingPolicy:
             raise ValueError(f"redundancy must be 'always' or 'doubtful', not {self.redundancy!r}")
         if self.max_redundancy is not None and not self.max_redundancy >= 0:
             raise ValueError(f"max_redundancy must be 0 or more, not {self.max_redundancy}")
+        if self.max_calls is not None and not 1 <= self.max_calls < math.inf:
+            raise ValueError(
+                f"max_calls must be 1 or more, the call of each query, not {self.max_calls}"
+            )
         if self.max_reexecution is not None and not 0 <= self.max_reexecution <= 1:
             raise ValueError(f"max_reexecution must be in [0, 1], not {self.max_reexecution}")
 
@@ -145,6 +154,8 @@ Measure: TypeAlias = Literal[
     "internal_error",
     # Predictions went wrong more often than was promised.
     "drift",
+    # Another patience or redundancy was picked.
+    "policy_change",
     "audit_same",
     "audit_other",
 ]

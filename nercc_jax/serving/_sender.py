@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from ..codes import Uncoded
-from ..pools import AbstractPool, Overdue, Refuse
+from ..pools import AbstractPool, Refuse
 from ._arrangement import Arranger
 from ._budget import Budget
 from ._coder import Coder
@@ -18,6 +18,7 @@ from ._group import Cell, Group
 from ._lanes import Lane, Lanes
 from ._policy import BatchingPolicy
 from ._request import Query
+from ._tails import Setting
 
 # Ordering takes the batcher's time, so it is left out where it takes more seconds than this, and
 # more than this share of the time that an answer takes.
@@ -29,6 +30,7 @@ class Sender:
 
     `filling` is the group that has room, `groups` all that are not over, `wake` when one that waits
     to be filled is due. `taken` are the queries that came out of their lanes since it was cleared.
+    `setting`, which may be changed, is when a copy is sent, and what beyond the queries themselves.
     """
 
     def __init__(
@@ -43,7 +45,7 @@ class Sender:
         foresight: Foresight,
         enough: int,
         refuse: Refuse,
-        overdue: Overdue,
+        setting: Setting,
         answer_time: Callable[[], float],
         observe: Callable[[Any, float], Any],
         tell: Callable[[Group], None],
@@ -51,8 +53,6 @@ class Sender:
         """`hungry(queries)`: whether all answers to a group of so many are wanted, to learn from.
 
         `enough`: answers of a group that will do. `refuse`: those that are none.
-
-        `overdue`: when a copy is sent.
 
         `answer_time()`: seconds that an answer takes, inf if not known. `tell(group)` is called,
         from any thread, when something happens to a group.
@@ -62,7 +62,8 @@ class Sender:
         self._foresight, self._budget = foresight, Budget(policy.max_redundancy)
         self._answer_time, self._observe, self._tell = answer_time, observe, tell
         self.alone = Coder(Uncoded(1), (coder.kinds[0],))
-        self._overdue, self._refuse, self._clock = overdue, refuse, pool.clock
+        self._refuse, self._clock = refuse, pool.clock
+        self.setting = setting
         self.filling: Group | None = None
         self.groups: set[Group] = set()
         self.taken: list[Query] = []
@@ -112,8 +113,10 @@ class Sender:
     def _extras(self, group: Group) -> Int[np.ndarray, " points"]:
         """What goes out beyond the queries themselves."""
         points = group.layout.extras[: self._room()]
-        if self._policy.redundancy == "always" or not len(points):
+        if self.setting.redundancy == "always" or not len(points):
             return points
+        if self.setting.redundancy == "none":
+            return points[:0]
         doubted = self._foresight.doubted(group)
         # Of copies, those of what is doubted; what mixes queries serves all of them.
         places = group.layout.place_of[points]
@@ -189,7 +192,7 @@ class Sender:
             needed=coder.num_data if coder.systematic else self._enough,
             copies=self._policy.copies if coder is self.alone else 1,
             on_change=lambda batch: self._tell(group),
-            overdue=self._overdue,
+            overdue=self.setting.overdue,
             refuse=self._refuse,
         )
         self.groups.add(group)

@@ -178,6 +178,7 @@ class ServedModel:
                 "num_data": code.num_data,
                 "num_workers": code.num_workers,
             },
+            "policy": self._batcher.controller.status(),
             "predictor": None if self._predictor is None else self._predictor.status(),
             "pool": {"kind": self.settings.pool, "num_workers": self.pool.num_workers},
             "workers": [

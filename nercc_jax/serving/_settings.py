@@ -8,6 +8,7 @@ num_workers = 8
 model = "lenet5-digits"
 """
 
+import dataclasses
 import os
 import re
 import tomllib
@@ -205,6 +206,11 @@ class ModelSettings(BaseModel):
         default=_POLICY.max_redundancy,
         description="With doubtful: calls for that, as a share of all queries; any unless set.",
     )
+    max_calls: float | None = Field(
+        default=_POLICY.max_calls,
+        description="Calls a query that may be spent: then patience and redundancy are picked by "
+        "the tail that is measured, again and again. Fixed unless set.",
+    )
 
     service_delay_s: float = Field(
         default=0.0, ge=0, description="Seconds that every call takes longer."
@@ -239,23 +245,9 @@ class ModelSettings(BaseModel):
         limit = self.max_disagreement
         if self.tolerance is not None and "max_disagreement" not in self.model_fields_set:
             limit = None  # a function's outputs are no label
-        return BatchingPolicy(
-            max_batch_size=self.max_batch_size,
-            batch_wait_timeout_s=self.batch_wait_timeout_s,
-            max_queue_size=self.max_queue_size,
-            deadline_s=self.deadline_s,
-            priority_lead_s=self.priority_lead_s,
-            patience=self.patience,
-            quantile=self.quantile,
-            wait_for=self.wait_for,
-            max_disagreement=None if limit is None or limit >= 1 else limit,
-            max_reexecution=self.max_reexecution,
-            ordering=self.ordering,
-            copies=self.copies,
-            tolerance=self.tolerance,
-            redundancy=self.redundancy,
-            max_redundancy=self.max_redundancy,
-        )
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(BatchingPolicy)}
+        fields["max_disagreement"] = None if limit is None or limit >= 1 else limit
+        return BatchingPolicy(**fields)
 
     def over(self, defaults: "ModelSettings") -> "ModelSettings":
         """These settings, with `defaults` where nothing was set."""

@@ -9,6 +9,7 @@ that fails fails again: `python tests/serving/test_schedules.py 7 8` plays numbe
 import math
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -25,6 +26,8 @@ from nercc_jax.serving import (
     InferenceFailed,
     Predictor,
     QueueFull,
+    _controller,
+    _tails,
 )
 from nercc_jax.serving._known import Predictions
 
@@ -119,6 +122,7 @@ class Schedule:
             max_reexecution=random.choice([None, 0.1]),
             copies=int(random.integers(1, 4)),
             ordering=False,
+            max_calls=1.5 if self.coder.systematic and random.random() < 0.3 else None,
         )
         self.seen = {"reexecution": 0, "internal_error": 0}
         self.batcher = CodedBatcher(
@@ -182,6 +186,11 @@ class Schedule:
             self.clock.at(arrived + random.choice([0.0, SECONDS]), future.cancel)
 
     def run(self):
+        # What is picked, if something is, changes every few queries.
+        with mock.patch.object(_controller, "_EVERY", 3), mock.patch.object(_tails, "_LEAST", 3):
+            self._run()
+
+    def _run(self):
         self.plan()
         end = 20.0  # all deadlines, and all that is kept to hear stragglers, are over by then
         while self.clock.next <= end:

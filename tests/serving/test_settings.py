@@ -82,6 +82,7 @@ MODEL = {
     "tolerance": 0.5,
     "redundancy": "doubtful",
     "max_redundancy": 0.5,
+    "max_calls": 1.5,
     "max_disagreement": 0.25,
     "max_reexecution": 0.125,
     "ordering": False,

@@ -1,0 +1,215 @@
+"""Settings that are picked by the tail: what is foreseen, what is picked, and what it costs."""
+
+import logging
+
+import numpy as np
+import pytest
+from batching import INTERLEAVED
+from traffic import SERVICE, Traffic, labels_right, model
+
+from nercc_jax import Berrut, Replication, Uncoded
+from nercc_jax.pools import Call, Overdue, SimulatedPool
+from nercc_jax.serving import BatchingPolicy, Coder, Predictor
+from nercc_jax.serving._controller import Controller
+from nercc_jax.serving._known import Predictions
+from nercc_jax.serving._tails import Replay, Setting, replay_of
+
+REPLICATION = Coder(Replication(1, 2))
+MEDIAN = Overdue(0.5, 1.5, floor=0.0)
+
+
+def foresee(replay, redundancy, known, overdue=MEDIAN, extra=1):
+    return replay.foresee(Setting(overdue, redundancy), known=known, extra=extra, extra_calls=1.0)
+
+
+def test_a_tail_is_that_of_calls_played_again():
+    own = np.ones(10_000)
+    own[:30] = 11.0  # of which the 20 and more that tails look at are some
+    copies = np.full((2, 10_000), 2.0)
+    replay = Replay(own, copies, np.full(10_000, 0.5), 0.05)
+    hedged = foresee(replay, "none", 0.0)
+    assert hedged.tail == pytest.approx(1.5 + 2.0)
+    assert hedged.calls == pytest.approx(1 + 30 / 10_000)
+    assert hedged.late == pytest.approx(30 / 10_000)
+    known = foresee(replay, "none", 0.6)
+    assert (known.tail, known.calls) == (pytest.approx(1.5), 1.0)
+    # Half of the queries are drawn as known or not: here all alike.
+    assert foresee(replay, "doubtful", 0.6).calls == 1.0
+    doubted = foresee(replay, "doubtful", 0.4)
+    assert (doubted.tail, doubted.calls) == (pytest.approx(2.0), pytest.approx(2 + 30 / 10_000))
+    assert foresee(replay, "always", 0.6) == foresee(replay, "always", 0.6)
+    assert foresee(replay, "always", 0.6).tail == pytest.approx(1.5)
+    late = foresee(replay, "none", 0.0, Overdue(0.5, 20.0, floor=0.0))
+    assert (late.tail, late.calls) == (pytest.approx(11.0), 1.0)
+    # A floor of 50 ms is one median more than it.
+    floored = foresee(replay, "none", 0.0, Overdue(0.5, 1.5, floor=0.05))
+    assert floored.tail == pytest.approx(2.0 + 2.0)
+
+
+def test_copies_are_other_workers_calls_of_the_same_time():
+    calls = [Call(float(i), 0.1 if i % 4 else 1.0, 1, i % 4) for i in range(400)]
+    calls += [Call(i + 0.5, 0.4, 8, i % 4) for i in range(40)]  # larger ones take longer
+    calls += [Call(0.1, 7.0, 2, 0)]  # of its size nothing is known
+    replay = replay_of(calls, 2, workers=4, seed=0)
+    assert replay.median == pytest.approx(0.1)
+    assert set(np.round(replay.own, 6)) == {1.0, 10.0}
+    slow = replay.own > 5
+    assert (replay.copies[:, slow] == 1).all(), "worker 0 is not its own copy"
+    assert (replay.copies[:, ~slow] > 5).any()
+    assert replay_of(calls[:10], 2, workers=4, seed=0) is None
+    # What is slow together stays together: a copy is as slow as its query.
+    together = [Call(float(i), 1.0 if 200 <= i < 400 else 0.1, 1, i % 4) for i in range(600)]
+    replay = replay_of(together, 1, workers=4, seed=0)
+    assert np.mean(replay.own == replay.copies[0]) > 0.97
+
+
+class Sure(Predictor):
+    """One that knows a share of all queries from the first."""
+
+    share = 0.7
+
+    @property
+    def state(self):
+        return "answering" if self.share else "drifted"
+
+    def predict(self, x):
+        sure = x[:, 0] <= 0.5  # seven of ten
+        return Predictions(model(x), np.where(sure, 0.01, 0.9), np.zeros(len(x)), sure)
+
+    def hear(self, x, own):
+        pass
+
+    def audit(self, given, own):
+        return True
+
+
+class Looks:
+    """A controller by itself, before calls that a law has made."""
+
+    def __init__(self, most, predictor=None, code=REPLICATION, copies=3):
+        policy = BatchingPolicy(patience=1.5, copies=copies, max_calls=most)
+        self.pool = SimulatedPool(model, 24, seconds=lambda size: SERVICE)
+        self.pool.calls = lambda: self.calls
+        self.told, self.random = [], np.random.default_rng(0)
+        self.controller = Controller(policy, code, self.pool, predictor, self.hear)
+        self.controller.start()
+
+    def hear(self, what, number):
+        self.told.append(what)
+
+    def look(self, share, times=1.0, copies=0.0, **ended):
+        """Thousand queries: calls straggle by this share, and queries took so many times more."""
+        clock = self.pool.clock
+        base = self.random.normal(1, 0.01, 4000) + 10 * (self.random.random(4000) < share)
+        begin = clock.now() - 3.0 + np.arange(4000) / 1000
+        workers = self.random.integers(0, 24, 4000)
+        rows = zip(begin, SERVICE * base, workers, strict=True)
+        self.calls = [Call(float(s), float(t), 1, int(w)) for s, t, w in rows]
+        clock.run(clock.now() + 1.0)
+        for number in range(1100):
+            late = number % 50 == 0
+            self.controller.observe("request_ok", SERVICE * (times if late else 1.0))
+        for what, number in ({"query_exact": 1100} | ended).items():
+            self.controller.observe(what, number)
+        clock.run(clock.now())
+        assert "internal_error" not in self.told
+        return self.controller.setting
+
+
+@pytest.mark.parametrize(
+    ("most", "known", "redundancy"),
+    [
+        (1.05, 0.7, "none"),
+        (1.4, 0.7, "doubtful"),
+        (2.2, 0.7, "doubtful"),
+        (1.2, 0.0, "none"),
+        (2.2, 0.0, "always"),
+    ],
+)
+def test_what_may_be_spent_buys_the_shortest_tail(most, known, redundancy, caplog):
+    predictor = Sure()
+    predictor.share = known
+    looks = Looks(most, predictor)
+    with caplog.at_level(logging.INFO):
+        setting = looks.look(0.05)
+    assert setting.redundancy == redundancy
+    # As many straggle by 1.2 times the median as by the policy's patience.
+    assert setting.overdue.factor * setting.overdue.quantile < 1.5
+    assert looks.told.count("policy_change") == 1
+    assert "p99.9 of" in looks.controller.status()["reason"]
+    assert [each.message[:20] for each in caplog.records] == ["policy: late after 1"]
+    assert looks.look(0.05) == setting, "nothing has changed"
+
+
+def test_when_nothing_is_known_any_more_it_hedges_again():
+    predictor = Sure()
+    looks = Looks(1.4, predictor)
+    assert looks.look(0.05).redundancy == "doubtful"
+    predictor.share = 0.0
+    assert looks.look(0.05).redundancy == "none"
+
+
+def test_no_more_may_straggle_than_by_the_patience_where_answers_are_known():
+    looks = Looks(1.4, Sure())
+    looks.random = Noisy()
+    assert looks.look(0.05).overdue.factor == 1.35
+    without = Looks(1.4)
+    without.random = Noisy()
+    assert without.look(0.05).overdue.factor < 1.35, "hedging costs no labels"
+
+
+class Noisy(np.random.Generator):
+    """Every tenth call takes 1.3 times the usual."""
+
+    def __init__(self):
+        super().__init__(np.random.PCG64(0))
+
+    def normal(self, loc, scale, size):
+        return np.where(self.random(size) < 0.1, 1.3, 1.0) + super().normal(0, scale, size)
+
+
+def test_what_was_foreseen_and_did_not_come_true_is_given_up_and_tried_again_later():
+    looks = Looks(2.2)
+    assert looks.look(0.05).redundancy == "always"
+    # Workers are busy, hardly a copy is sent: p99 is three times what was foreseen.
+    assert looks.look(0.05, times=4.0).redundancy == "none"
+    seen = {looks.look(0.05, times=2.2).redundancy for _ in range(60)}
+    assert seen == {"none", "always"}
+
+
+def test_what_costs_more_than_was_foreseen_is_given_up():
+    looks = Looks(2.01)
+    looks.look(0.05)
+    assert looks.controller.setting.redundancy == "always"
+    looks.controller._since -= 2.5  # more than three calls a query are counted since then
+    assert looks.look(0.05).redundancy == "none"
+
+
+def test_what_is_decoded_shows_when_it_is_tried():
+    looks = Looks(2.2, code=Coder(INTERLEAVED))
+    assert looks.look(0.05).redundancy == "always"
+    told = looks.look(0.05, times=3.6, query_decoded=2, reexecution=48)
+    assert told.redundancy == "none"
+    assert looks.controller._decoded < 0.1
+
+
+def test_traffic_is_served_by_what_is_picked():
+    policy = BatchingPolicy(
+        patience=1.5, copies=3, max_calls=1.4, max_disagreement=0.1, ordering=False
+    )
+    traffic = Traffic(Sure(), policy, code=Replication(1, 2), share=0.05)
+    traffic.send(600)
+    assert traffic.batcher.controller.setting.redundancy == "doubtful"
+    before, told = traffic.calls(), traffic.send(300)
+    assert 1.2 < (traffic.calls() - before) / 300 < 1.4  # three of ten twice
+    assert np.quantile([seconds for seconds, *_ in told], 0.99) < 1.5 * SERVICE
+    assert labels_right(told) == 1
+
+
+def test_arguments():
+    with pytest.raises(ValueError, match="max_calls must be 1 or more"):
+        BatchingPolicy(max_calls=0.9)
+    with pytest.raises(ValueError, match="sends queries as they came"):
+        Traffic(None, BatchingPolicy(max_calls=1.1), code=Berrut(3, 5))
+    traffic = Traffic(None, BatchingPolicy(), code=Uncoded(1))
+    assert traffic.batcher.controller.status() is None

@@ -1,0 +1,70 @@
+"""A stream of queries before workers on paper, some of which straggle."""
+
+import numpy as np
+
+from nercc_jax import Uncoded
+from nercc_jax.pools import SimulatedClock, SimulatedPool
+from nercc_jax.serving import CodedBatcher, Coder
+
+SHAPE, OUT = (4,), (3,)
+WEIGHTS = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+SERVICE = 0.05
+
+
+def model(x):
+    """Smooth, so that past answers tell much of others."""
+    return np.tanh(x @ WEIGHTS)
+
+
+class Traffic:
+    """A stream of queries before simulated workers, of which some straggle by ten times."""
+
+    def __init__(self, predictor, policy, code=None, share=0.1, rate=150):
+        self.random, self.clock = np.random.default_rng(1), SimulatedClock()
+        self.model, self.share, self.rate, self.drifts = model, share, rate, 0
+        self.pool = SimulatedPool(
+            lambda x: self.model(x), 24, seconds=self.seconds, clock=self.clock
+        )
+        self.batcher = CodedBatcher(
+            self.pool,
+            Coder(code or Uncoded(1)),
+            SHAPE,
+            OUT,
+            policy=policy,
+            predictor=predictor,
+            observe=self.observe,
+        )
+
+    def seconds(self, size):
+        straggles = self.random.random() < self.share
+        return SERVICE * (self.random.uniform(0.95, 1.05) + 10 * straggles)
+
+    def observe(self, what, number):
+        self.drifts += what == "drift"
+        assert what != "internal_error"
+
+    def send(self, number, **options):
+        """So many queries, one by one: each with its latency, its reply, and the label it had."""
+        told, begin = [], self.clock.now()
+
+        def come(x):
+            arrived, own = self.clock.now(), self.model(x)
+            future = self.batcher.submit(x, **options)
+            future.add_done_callback(
+                lambda future: told.append((self.clock.now() - arrived, future.result(), own))
+            )
+
+        for place in range(number):
+            x = self.random.normal(size=(1, *SHAPE)).astype(np.float32)
+            self.clock.at(begin + place / self.rate, lambda x=x: come(x))
+        self.clock.run(begin + number / self.rate + 20 * SERVICE)
+        assert len(told) == number
+        return told
+
+    def calls(self):
+        report = self.pool.report()
+        return report.answered + report.late
+
+
+def labels_right(told):
+    return np.mean([reply.values[0].argmax() == own.argmax() for _, reply, own in told])
