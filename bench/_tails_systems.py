@@ -6,13 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
-from _latency_systems import Law
-from _latency_systems import laws as usual_laws
 
-from nercc_jax import AbstractCode, NeRCC, Parity, Replication, Uncoded, load_code
-from nercc_jax.pools import Episodes, Fault
+from nercc_jax import (
+    AbstractCode,
+    Berrut,
+    ExactStragglers,
+    NeRCC,
+    Parity,
+    Replication,
+    Uncoded,
+    load_code,
+    save_code,
+    tune,
+)
 from nercc_jax.serving import BatchingPolicy, Predictor
 from nercc_models import load_data, load_model, load_parity_model, load_student, student_card
 
@@ -27,7 +36,7 @@ class Work:
 
     `wanted` is the share of stragglers' labels that may be another, by law where it is another
     than usual; or None with a `tolerance`: then answers may be off by so much. `student` costs
-    `student_calls` of a call.
+    `student_calls` of a call. `training()`: others of `model`, to tune codes on.
     """
 
     name: str
@@ -38,6 +47,7 @@ class Work:
     student: Any = None
     student_calls: float = 0.0
     model: str | None = None
+    training: Callable[[], np.ndarray] = lambda: np.zeros(0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +73,20 @@ def works(data_dir: Path) -> dict[str, Callable[[], Work]]:
 
 def _classifier(name: str, data_dir: Path, wanted: float, student: bool = True) -> Work:
     network = load_model(name)
-    x = np.asarray(network.preprocess(load_data(network.data, "test", data_dir=data_dir).images))
+    data = network.data
+    x = np.asarray(network.preprocess(load_data(data, "test", data_dir=data_dir).images))
     y = _in_batches(network, x)
     cheap = load_student(name) if student else None
     card = student_card(name)
     share = card["multiplications"] / card["base_multiplications"]
-    return Work(name, x.astype(np.float32), y, wanted, None, cheap, share * student, model=name)
+
+    def training() -> np.ndarray:
+        images = load_data(data, "train", data_dir=data_dir).images
+        chosen = np.random.default_rng(0).permutation(len(images))[:1000]
+        return np.asarray(network.preprocess(images[chosen]))
+
+    queries = x.astype(np.float32)
+    return Work(name, queries, y, wanted, None, cheap, share * student, name, training)
 
 
 def _function(data_dir: Path) -> Work:
@@ -86,6 +104,11 @@ def _in_batches(function: Any, x: np.ndarray, size: int = 100) -> np.ndarray:
     return np.concatenate(parts).astype(np.float32)
 
 
+# Calls a query that a policy which picks by the measured tail may spend.
+MAX_CALLS = (1.1, 1.35)
+# Queries of ParM's groups, for which parity models were trained; (N, K) of interleaved codes.
+PARITIES = (2, 4)
+INTERLEAVED = ((6, 4), (8, 4))
 # Half a per cent of all labels where 5 % straggle, one where 15 % do.
 WANTED = {"15 %": 0.065}
 
@@ -108,11 +131,15 @@ def systems(work: Work, law: str) -> tuple[System, ...]:
         System("two copies", Replication(1, 2), three),
     ]
     if work.model == "lenet5-mnist":
+        # A group is filled up within two service times.
         patient = dataclasses.replace(hedged, batch_wait_timeout_s=2.0 * 0.055)
-        found.append(System("ParM, k = 2", Parity(2, 3), patient, models=(0, 1)))
-        code = load_code(CODES / "latency-lenet5-mnist-6-4-interleaved.json")
-        assert isinstance(code, NeRCC)
-        found.append(System("NeRCC (6, 4)", code, patient))
+        for place, k in enumerate(PARITIES, start=1):
+            found.append(System(f"ParM, k = {k}", Parity(k, k + 1), patient, models=(0, place)))
+        found += [
+            System(f"NeRCC ({n}, {k})", tuned_code(work, n, k), patient) for n, k in INTERLEAVED
+        ]
+        ten = dataclasses.replace(patient, wait_for=10)
+        found.append(System("BACC (12, 8)", Berrut(8, 12), ten))
 
     def knows() -> Predictor:
         return Predictor(work.student)
@@ -121,23 +148,39 @@ def systems(work: Work, law: str) -> tuple[System, ...]:
         System("known, else hedged", Uncoded(1), known_once, knows),
         System("known, doubtful twice", Replication(1, 2), known, knows),
     ]
+    for most in MAX_CALLS:
+        picked = dataclasses.replace(known_once, max_calls=most)
+        ours.append(System(f"picked, {most:g} calls", Replication(1, 2), picked, knows))
     return (*found, *ours)
 
 
-def parity_model(work: Work) -> Any:
-    """ParM's parity model of two queries, on the host."""
-    run = eqx.filter_jit(load_parity_model(str(work.model), 2, "logits"))
-    return lambda x: np.asarray(run(jnp.asarray(x)))
+def parity_models(work: Work) -> list[Any]:
+    """ParM's parity models, on the host."""
+
+    def on_host(k: int) -> Any:
+        run = eqx.filter_jit(load_parity_model(str(work.model), k, "logits"))
+        return lambda x: np.asarray(run(jnp.asarray(x)))
+
+    return [on_host(k) for k in PARITIES]
 
 
-def laws(base: float, workers: int) -> dict[str, Law]:
-    """By name. A rack that dies loses what it has in hand, and comes back."""
-    found = {law.name: law for law in usual_laws(base, workers)}
-    rack = tuple(range(workers // 4))
-    found["rack dies"] = Law(
-        "rack dies",
-        f"{len(rack)} of the {workers} workers hang together for 2 s every 20 s, on average, and "
-        "come back a second later",
-        (Fault("hang", 1.0, workers=rack, episodes=Episodes(20.0, 2.0, seed=77, origin=0.0)),),
-    )
-    return found
+def tuned_code(work: Work, num_workers: int, num_data: int) -> NeRCC:
+    """An interleaved code with points by gradient descent for up to four stragglers, or its file.
+
+    Queries go out as they came: tuning walks on log lambda_enc, which is 0 in the end.
+    """
+    path = CODES / f"{work.model}-{num_workers}-{num_data}-interleaved.json"
+    if path.exists():
+        code = load_code(path)
+        assert isinstance(code, NeRCC)
+        return code
+    start = NeRCC(num_data, num_workers, points="interleaved", lambda_dec=0.0)
+    # Without stragglers it is exact already.
+    most = min(4, num_workers - num_data)
+    stragglers = {str(s): ExactStragglers(s) for s in range(1, most + 1)}
+    model, x = load_model(str(work.model)), jnp.asarray(work.training())
+    code = tune(model, start, x, stragglers, key=jax.random.key(0), points=True).code
+    code = code.replace(lambda_enc=0.0)
+    about = {"model": work.model, "outputs": "logits", "stragglers": list(stragglers)}
+    save_code(path, code, about)
+    return code

@@ -25,9 +25,9 @@ import _tails_page
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from _latency_systems import Law
+from _laws import Law, laws
 from _report import block_bootstrap, environment, write_json
-from _tails_systems import System, Work, laws, parity_model, systems, works
+from _tails_systems import System, Work, parity_models, systems, works
 
 from nercc_jax.pools import AbstractPool, DevicePool, Fault, Faults, SimulatedPool
 from nercc_jax.serving import CodedBatcher, Coder, Reply
@@ -181,8 +181,7 @@ def _pool(work: Work, system: System, law: Law, load: Load, *, real: bool) -> Ab
     served_model = _model(work)
     models: list[Any] = [served]
     if len(system.models) > 1:
-        parity = parity_model(work)
-        models.append(lambda batch: parity(_wide(batch))[: len(batch)])
+        models += [_narrow(parity) for parity in parity_models(work)]
     hangs = any(fault.kind == "hang" for fault in law.faults)
     options: dict[str, Any] = {"hang_timeout": 1.0 if hangs else 600.0}
     if real:
@@ -197,6 +196,11 @@ def _pool(work: Work, system: System, law: Law, load: Load, *, real: bool) -> Ab
         faults=Faults(law.faults, seed=7),
         **options,
     )
+
+
+def _narrow(model: Any) -> Any:
+    """Of few rows, compiled for more."""
+    return lambda batch: model(_wide(batch))[: len(batch)]
 
 
 def _wide(rows: np.ndarray) -> np.ndarray:

@@ -157,7 +157,7 @@ def plan(
     the other half with straggler sets of their own; of those that keep to `max_disagreement` there,
     by the end of their 99 % interval, one is recommended. To be chosen from several flatters it:
     expect its mean, but not that end, to be somewhat exceeded on data that chose nothing
-    (`bench/latency.py --plan` measures on such). Of a thousand data points 0.9 % can be promised at
+    (`bench/plan.py` measures on such). Of a thousand data points 0.9 % can be promised at
     best, of two thousand 0.5 %: none wrong of the half that is held out.
 
     - `model`: maps (B, ...) to vectors (B, outputs), and is compiled.

@@ -1,6 +1,14 @@
-"""A plan of `nercc plan` carried out before a real pool: what it promised beside what is seen."""
+"""A plan of `nercc plan` carried out before a real pool: what it promised beside what is seen.
 
+    python bench/plan.py nercc-plan/plan.json [--batches 500]
+
+What is seen goes beside others into results/plan.json. Needs the plan's data set as parquet files
+(`models/data.py` says where), unless it comes with a package.
+"""
+
+import argparse
 import dataclasses
+import json
 import queue
 import time
 from collections.abc import Callable
@@ -10,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from _report import environment, write_json
 from scipy.stats import binom
 
 from nercc_jax import DevicePool
@@ -22,6 +31,8 @@ from nercc_jax.pools import AbstractPool, Batch, Fault, Faults
 from nercc_jax.stragglers import own_workers
 from nercc_jax.surrogates import assess
 
+RESULTS = Path(__file__).parent / "results" / "plan.json"
+PACKAGES = ("jax", "jaxlib", "numpy", "equinox", "flax")
 _WARM_UP = 5  # batches that are not counted
 _DEADLINE = 60.0  # seconds after which a batch is given up
 
@@ -240,3 +251,20 @@ def run_plan(path: Path, data_dir: Path | None, batches: int) -> dict[str, Any]:
             "extra_work": float(sent),
         },
     }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("plan", type=Path)
+    parser.add_argument("--batches", type=int, default=500, help="of queries")
+    parser.add_argument("--data-dir", type=Path, default=None)
+    told = parser.parse_args()
+    seen = run_plan(told.plan, told.data_dir, told.batches)
+    print(json.dumps(seen, indent=1))
+    name = ", ".join(str(seen["about"][part]) for part in ("model", "latency", "seed"))
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    write_json(RESULTS, found | {name: {"environment": environment(PACKAGES)} | seen})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Laws by which workers straggle in benchmarks of tails."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from nercc_jax.pools import Episodes, Fault
+from nercc_jax.stragglers import ExponentialLatency, ParetoLatency, TraceLatency
+
+
+@dataclasses.dataclass(frozen=True)
+class Law:
+    """How workers straggle, beside the base delay of every call."""
+
+    name: str
+    words: str
+    faults: tuple[Fault, ...]
+
+
+def laws(base: float, num_workers: int) -> dict[str, Law]:
+    """By name, in units of the base service time. A rack that dies loses what it has in hand."""
+    tenfold = TraceLatency(jnp.array([10 * base]))
+    rack = tuple(range(num_workers // 4))
+    independent = [
+        Law(
+            f"{share} %",
+            f"each call independently, with probability {share} %: 10 service times more",
+            (Fault("delay", share / 100, latency=tenfold),),
+        )
+        for share in (1, 5, 15)
+    ]
+    pareto = Law(
+        "5 %, Pareto",
+        "each call independently, with probability 5 %: a Pareto tail (5 service times at least, "
+        "shape 1.5) more",
+        (Fault("delay", 0.05, latency=ParetoLatency(5 * base, 1.5)),),
+    )
+    sticky = Law(
+        "slow workers",
+        "each worker by itself has spells (2 s on average, every 20 s) in which each of its calls "
+        "takes an exponential time, 10 service times on average, more",
+        tuple(
+            Fault(
+                "delay",
+                workers=(worker,),
+                latency=ExponentialLatency(10 * base),
+                episodes=Episodes(20.0, 2.0, seed=worker, origin=0.0),
+            )
+            for worker in range(num_workers)
+        ),
+    )
+    rack_law = Law(
+        "slow rack",
+        f"{len(rack)} of the {num_workers} workers together have spells (1 s on average, every "
+        "5 s) in which their calls take 10 service times more; every system meets the same spells",
+        (
+            Fault(
+                "delay",
+                workers=rack,
+                latency=tenfold,
+                episodes=Episodes(5.0, 1.0, seed=1005, origin=0.0),
+            ),
+        ),
+    )
+    rack_dies = Law(
+        "rack dies",
+        f"{len(rack)} of the {num_workers} workers hang together for 2 s every 20 s, on average, "
+        "and come back a second later",
+        (Fault("hang", 1.0, workers=rack, episodes=Episodes(20.0, 2.0, seed=77, origin=0.0)),),
+    )
+    found = (*independent, pareto, sticky, rack_law, rack_dies)
+    return {law.name: law for law in found}
