@@ -120,7 +120,7 @@ def replay_of(calls: Sequence[Call], copies: int, workers: int, seed: int) -> Re
             near[same] = (own[same] + steps) % len(times)
         drawn.append(times[near])
     median = known[min(known)]
-    return Replay(times[own], np.stack(drawn), random.random(len(own)), median)
+    return Replay(times[own], np.reshape(drawn, (copies, len(own))), random.random(len(own)), median)
 
 
 def shoulder_of(seconds: Sequence[float]) -> float:

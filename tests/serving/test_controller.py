@@ -141,6 +141,10 @@ def test_what_may_be_spent_buys_the_shortest_tail(most, known, redundancy, caplo
     assert looks.look(0.05) == setting, "nothing has changed"
 
 
+def test_without_hedging_there_are_no_copies_to_foresee():
+    assert Looks(1.4, code=Coder(Uncoded(1)), copies=1).look(0.05).redundancy == "none"
+
+
 def test_when_nothing_is_known_any_more_it_hedges_again():
     predictor = Sure()
     looks = Looks(1.4, predictor)
