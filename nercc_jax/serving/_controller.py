@@ -20,9 +20,9 @@ Observe: TypeAlias = Callable[[Measure, float], Any]
 _PATIENCE, _HEDGING = (1.2, 1.35, 1.5, 2.0, 3.0), ((0.9, 1.0), (0.95, 1.0))
 # Queries between two looks; requests, and stragglers' queries, that tell what came of a setting.
 _EVERY, _TOLD, _TELLING = 500, 1000, 20
-# Settings are alike whose tails, or calls, differ by less: the cheaper is better, what is there
-# best.
-_ALIKE, _ALIKE_CALLS = 0.03, 0.01
+# Settings are alike whose p99.9, p99, or calls, differ by less: the cheaper is better, what is
+# there best. Of p99 it is more, of which all redundancy would always buy a little.
+_ALIKE, _ALIKE_P99, _ALIKE_CALLS = 0.03, 0.25, 0.01
 # More queries may straggle than by the policy's own patience: by so much, of them and of all.
 _MORE_LATE, _LATE_OF_ALL = 0.1, 0.001
 # What reality made of what was foreseen is forgotten at each look, by half in some 11,000 queries:
@@ -65,8 +65,9 @@ class Controller:
 
     Each setting's tail is foreseen by replaying the pool's latest calls, and corrected by what came
     of that redundancy when it was tried last. Of those that cost no more than `max_calls`, and by
-    which hardly more queries straggle than by the policy's own patience, that with the shortest
-    tail is taken; of such as are alike, the cheapest. Hedging is always among them.
+    which hardly more queries straggle than by the policy's own patience, that with the least p99.9
+    is taken; of such as are alike, that with the least p99, and then the cheapest. Hedging is
+    always among them.
     """
 
     def __init__(
@@ -162,8 +163,9 @@ class Controller:
         # If all cost more than may be spent, the cheapest.
         least = min(self._cost(each, foreseen) for each in fair)
         allowed = [e for e in fair if self._cost(e, foreseen) <= max(self._most, least)]
-        best = min(self._tail(each, foreseen) for each in allowed)
-        alike = [e for e in allowed if self._tail(e, foreseen) <= best * (1 + _ALIKE)]
+        # Where p99.9 cannot be helped, p99 may.
+        alike = _least(allowed, lambda each: self._tail(each, foreseen), _ALIKE)
+        alike = _least(alike, lambda each: foreseen[each].shoulder, _ALIKE_P99)
         cheapest = min(self._cost(each, foreseen) for each in alike)
         if now in alike and self._cost(now, foreseen) <= cheapest + _ALIKE_CALLS:
             return
@@ -226,6 +228,15 @@ class Controller:
         self._begin()
         self._told("policy_change", 1)
         _LOG.info("policy: %s", reason)
+
+
+def _least(
+    settings: list[Setting], number: Callable[[Setting], float], alike: float
+) -> list[Setting]:
+    """Those whose number is as little as the least, or more by no larger a share."""
+    numbers = [number(setting) for setting in settings]
+    most = min(numbers) * (1 + alike)
+    return [each for each, it in zip(settings, numbers, strict=True) if it <= most]
 
 
 def _words(setting: Setting) -> str:

@@ -119,8 +119,8 @@ def replay_of(calls: Sequence[Call], copies: int, workers: int, seed: int) -> Re
             steps = random.integers(copy * workers, (copy + 1) * workers, int(same.sum())) + 1
             near[same] = (own[same] + steps) % len(times)
         drawn.append(times[near])
-    median = known[min(known)]
-    return Replay(times[own], np.reshape(drawn, (copies, len(own))), random.random(len(own)), median)
+    copied = np.reshape(drawn, (copies, len(own)))
+    return Replay(times[own], copied, random.random(len(own)), known[min(known)])
 
 
 def shoulder_of(seconds: Sequence[float]) -> float:

@@ -145,6 +145,12 @@ def test_without_hedging_there_are_no_copies_to_foresee():
     assert Looks(1.4, code=Coder(Uncoded(1)), copies=1).look(0.05).redundancy == "none"
 
 
+def test_where_p999_cannot_be_helped_p99_is():
+    # Of two copies both straggle too often; the 95th percentile is a straggler's own time.
+    setting = Looks(1.4, code=Coder(Uncoded(1)), copies=2).look(0.06)
+    assert setting.overdue.quantile < 0.95
+
+
 def test_when_nothing_is_known_any_more_it_hedges_again():
     predictor = Sure()
     looks = Looks(1.4, predictor)
