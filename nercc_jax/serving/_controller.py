@@ -28,6 +28,7 @@ _MORE_LATE, _LATE_OF_ALL = 0.1, 0.001
 # What reality made of what was foreseen is forgotten at each look, by half in some 11,000 queries:
 # load comes and goes.
 _FORGET, _WORST = 0.97, 5.0
+_SHARE = 0.02  # of the time, that looking may take
 
 
 def controller_of(
@@ -104,6 +105,7 @@ class Controller:
         self._factors: dict[Redundancy, tuple[float, float]] = {}  # of tails, and of calls
         self._decoded = 1.0  # share of stragglers' queries that redundancy is good for, till tried
         self._queries = self._looked_at = self._looks = 0
+        self._rests_until = -math.inf
         self._begin()
         self._turns = pool.clock.turns("nercc-controller", self._turn)
         self.start, self.close = self._turns.start, self._turns.close
@@ -132,14 +134,19 @@ class Controller:
         }
 
     def _turn(self) -> float:
-        if self._queries >= self._looked_at + _EVERY:
-            self._looked_at, self._looks = self._queries, self._looks + 1
-            try:
-                self._look()
-            except Exception:
-                # What is set stays; the next look may do better.
-                _LOG.exception("picking a setting failed")
-                self._told("internal_error", 1)
+        if self._queries < self._looked_at + _EVERY:
+            return math.inf
+        now = self._pool.clock.now()
+        if now < self._rests_until:
+            return self._rests_until
+        self._looked_at, self._looks = self._queries, self._looks + 1
+        try:
+            self._look()
+        except Exception:
+            # What is set stays; the next look may do better.
+            _LOG.exception("picking a setting failed")
+            self._told("internal_error", 1)
+        self._rests_until = now + (self._pool.clock.now() - now) / _SHARE
         return math.inf
 
     def _look(self) -> None:
@@ -199,7 +206,8 @@ class Controller:
         given = self._ended["query_decoded"] + self._ended["query_predicted"]
         queries = self._ended.total() - again
         # Of more calls than are kept it is not known how many there were.
-        cost = sum(sent) / queries / foreseen.calls if len(sent) < len(calls) else 1.0
+        told = queries and len(sent) < len(calls)
+        cost = sum(sent) / queries / foreseen.calls if told else 1.0
         redundancy = self.setting.redundancy
         self._factors[redundancy] = min(max(tail, 1.0), _WORST), min(max(cost, 1.0), _WORST)
         if redundancy == "always" and given + again >= _TELLING:
