@@ -371,7 +371,15 @@ def test_what_the_uncertainty_is_without_enough_answers(dtype):
     np.testing.assert_array_equal(with_broken, without)
 
 
-@pytest.mark.parametrize("name", ["berrut", "lagrange-quadratic", "parity", "replication"])
+@pytest.mark.parametrize("code", [Uncoded(3), Replication(3, 5)])
+def test_copies_tell_all_of_a_data_point_or_nothing(code):
+    mask = np.arange(code.num_workers) % 3 != 1
+    decoded, deviation = code.decode(answers(code), mask, return_uncertainty=True)
+    np.testing.assert_array_equal(deviation, [0, np.inf, 0])
+    np.testing.assert_array_equal(decoded[::2], answers(code)[:3:2])
+
+
+@pytest.mark.parametrize("name", ["berrut", "lagrange-quadratic", "parity"])
 def test_what_is_no_regression_has_no_uncertainty(name, untyped):
     code = CODES[name]()
     with pytest.raises(ValueError, match="is no regression: it has no posterior variance"):

@@ -11,7 +11,9 @@ from nercc_jax import (
     DevicePool,
     ExactStragglers,
     NeRCC,
+    Replication,
     Scheme,
+    Uncoded,
     calibrate_doubt,
     coded_inference,
     fit_surrogate,
@@ -57,6 +59,25 @@ def learner():
 
 def infer(scheme, **options):
     return coded_inference(model, scheme, with_status=True, **options)
+
+
+@pytest.mark.parametrize("code", [Uncoded(2), Replication(2, 4)])
+def test_without_a_regression_the_surrogate_answers_for_what_is_lost(code, learner):
+    stragglers = {"one": ExactStragglers(1)}
+    fitted = fit_surrogate(model, learner, code, points(11), stragglers, key=jax.random.key(0))
+    x, mask = jnp.asarray(points(12, 1)), np.arange(code.num_workers) % 2 != 1
+    lost = np.arange(K) % 2 == 1
+    for surrogate in (fitted, Surrogate(lambda x: model(x) + 0.5)):
+        told = infer(Scheme(code, surrogate=surrogate))(x, mask)
+        assert told.decoded.recovered.all()
+        predictions, cheap = told.decoded.predictions, surrogate.theta * surrogate.outputs(x)
+        np.testing.assert_allclose(predictions[~lost], model(x)[~lost], atol=1e-6)
+        # A learner has learned from the group's answers, too.
+        exactly = 0.1 if surrogate is fitted else 1e-5
+        np.testing.assert_allclose(predictions[lost], cheap[lost], atol=exactly)
+        deviation = np.asarray(told.deviation)
+        assert (deviation[~lost] == 0).all()
+        assert (np.isfinite(deviation[lost]) == surrogate.tells_deviation).all()
 
 
 def test_decoding_is_the_posterior_of_window_and_group():

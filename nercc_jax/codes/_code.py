@@ -108,8 +108,8 @@ class AbstractCode(eqx.Module):
         """How uncertain these workers' answers leave each prediction, whatever they are.
 
         The variance of the data points' predictions given the answers, in units of the process's
-        (`process_variance`): a code that is a regression has it. 0 where a prediction is an answer
-        itself; infinite where the answers tell nothing. Raises: ValueError for a code
+        (`process_variance`): a code that is a regression has it, and copies. 0 where a prediction
+        is an answer itself; infinite where the answers tell nothing. Raises: ValueError for a code
         that has none.
         """
         raise ValueError(f"{type(self).__name__} is no regression: it has no posterior variance")

@@ -42,6 +42,16 @@ class Replication(AbstractCode):
     def recovered(self, available: Bool[ArrayLike, " num_workers"]) -> Bool[Array, " num_data"]:
         return jnp.any(self.decoder_matrix(available) > 0, axis=1)
 
+    def posterior_variance(
+        self, available: Bool[ArrayLike, " num_workers"]
+    ) -> Float[Array, " num_data"]:
+        return nothing_or_all(self.recovered(available))
+
+    def process_variance(
+        self, y: Float[Array, "num_workers m"], available: Bool[Array, " num_workers"]
+    ) -> Float[Array, ""]:
+        return jnp.array(jnp.inf, y.dtype)
+
 
 class Uncoded(AbstractCode):
     """One worker a data point and nothing else: whatever straggles is lost."""
@@ -68,3 +78,18 @@ class Uncoded(AbstractCode):
 
     def recovered(self, available: Bool[ArrayLike, " num_workers"]) -> Bool[Array, " num_data"]:
         return as_mask(available, (self.num_workers,))
+
+    def posterior_variance(
+        self, available: Bool[ArrayLike, " num_workers"]
+    ) -> Float[Array, " num_data"]:
+        return nothing_or_all(self.recovered(available))
+
+    def process_variance(
+        self, y: Float[Array, "num_workers m"], available: Bool[Array, " num_workers"]
+    ) -> Float[Array, ""]:
+        return jnp.array(jnp.inf, y.dtype)
+
+
+def nothing_or_all(recovered: Bool[Array, " num_data"]) -> Float[Array, " num_data"]:
+    """Posterior variances where an answer tells all of its data point, and nothing of others."""
+    return jnp.where(recovered, 0.0, jnp.inf)

@@ -123,7 +123,8 @@ def decode_with_surrogate(
     residual = y - surrogate.theta * expected.coded
     decoded = decode_vectors(code, residual, available, given)
     variance, process = variances(code, residual, decoded.heard)
-    rho = _code_share(surrogate.kappa, variance)
+    # Where no answer tells a data point there is no code to go by, whatever kappa says.
+    rho = jnp.where(decoded.recovered, _code_share(surrogate.kappa, variance), 0)
     predictions = _blend(surrogate.theta, rho, expected.own, decoded.predictions)
     recovered = jnp.isfinite(predictions).all(axis=-1)
     if expected.deviation is None:
