@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 from typer.testing import CliRunner
 
-from nercc_jax import NeRCC, Replication, plan
+from nercc_jax import NeRCC, Replication, coded_inference, plan
 from nercc_jax.inference import order_points
 from nercc_jax.planning import Codes, Half, load_plan, waits
 from nercc_jax.stragglers import (
@@ -401,3 +401,39 @@ def test_the_command_tells_plainly_what_is_wrong(tmp_path, untyped, arguments, m
     assert result.exit_code == 2, result.output
     assert message in result.output
     assert not list(tmp_path.iterdir())
+
+
+def test_a_surrogate_answers_stragglers_where_it_is_sure(key):
+    """Nine of ten labels are known: the tail is that of patience, and the promise is kept."""
+
+    def cheap(x):
+        x = jnp.asarray(x)
+        return _model(x) + jnp.where(x[:, :1] > 0.55, 1.0, 0.0) * jnp.array([-3.0, 0.0, 3.0])
+
+    options = {"max_disagreement": 0.01, "layouts": ("interleaved",), "surrogate": cheap}
+    found = _plan(key, count=1600, **options)
+    best = found.recommended
+    assert best.system == "known, else hedged"
+    hedged = min(r.p99 for r in found.candidates if r.exact and found.feasible(r))
+    assert best.p99 < 0.7 * hedged
+    assert "re-execution" not in found.reason
+    # Data and calls that planned nothing.
+    x = jnp.asarray(_data(4000, seed=5))
+    doubt = found.doubt(cheap(x), jnp.full(len(x), jnp.inf), cheap(x))
+    sure = np.asarray(doubt) <= best.limit
+    wrong = np.argmax(np.asarray(cheap(x)), axis=1) != np.argmax(np.asarray(_model(x)), axis=1)
+    late = 0.08
+    assert 0.05 < np.mean(wrong) < 0.3
+    assert late * np.mean(sure & wrong) <= best.most_disagreement <= 0.01
+    assert best.resent == pytest.approx(late * np.mean(~sure), abs=0.01)
+    # The same as a scheme: what is lost is answered by the surrogate, and is as doubtful.
+    with pytest.raises(ValueError, match="answers by it"):
+        found.scheme()
+    infer = coded_inference(_model, found.scheme(cheap), with_status=True)
+    told = infer(x[:8], jnp.arange(QUERIES) != 1)
+    lost = np.arange(8) % QUERIES == 1
+    np.testing.assert_allclose(told.decoded.predictions[lost], cheap(x[:8])[lost], atol=1e-5)
+    np.testing.assert_allclose(told.doubt[lost], doubt[:8][lost], atol=1e-5)
+    # One that is always wrong is asked in vain.
+    worse = _plan(key, count=1600, **options | {"surrogate": lambda x: -cheap(x)})
+    assert worse.recommended.p99 > 0.9 * hedged

@@ -15,8 +15,8 @@ from ..stragglers import Latencies, Waiting, draw_groups, draw_hedged, last_pred
 PROMISED = 0.99  # quantile of the time to the last prediction
 EARLY = 0.9  # quantile of the latency, before which nothing is sent again
 
-_QUANTILES = (0.5, 0.75, 0.9, 0.95, 0.99)  # of the latency, after which hedging sends again
-_DRAWS = 20_000  # groups of queries
+QUANTILES = (0.5, 0.75, 0.9, 0.95, 0.99)  # of the latency, after which hedging sends again
+DRAWS = 20_000  # groups of queries
 # Of draws that must not be the same; a number of copies is added to that of hedging.
 _STREAMS = {"hedged": 0, "again": 7, "groups": 8}
 _MISSED, _WIDER = 0.01, 2.576 / 1.960  # of intervals, and by how much they are wider than 95 %'s
@@ -86,8 +86,8 @@ def feasible(candidate: Candidate, asked: Mapping[str, Any]) -> bool:
 def uncoded_systems(latencies: Latencies, asked: Mapping[str, Any]) -> Iterator[Candidate]:
     """Uncoded, hedged and replicated: exact, or with lost predictions, which count as wrong."""
     queries = asked["num_queries"]
-    shape = (number_of_draws(_DRAWS, 3 * queries), queries)
-    for copies, share in [(1, 0.0), *itertools.product((2, 3), _QUANTILES)]:
+    shape = (number_of_draws(DRAWS, 3 * queries), queries)
+    for copies, share in [(1, 0.0), *itertools.product((2, 3), QUANTILES)]:
         after = latencies.quantile(share) if copies > 1 else np.inf
         there, sent = draw_hedged(latencies, _STREAMS["hedged"] + copies, shape, after, copies)
         resent = float(np.mean(sent)) - 1
@@ -109,7 +109,7 @@ def _replicated(
 ) -> Iterator[Candidate]:
     held = own_workers(Replication(queries, workers))
     system = "replication" if workers > queries else "uncoded"
-    shape = (number_of_draws(_DRAWS, workers), 1)
+    shape = (number_of_draws(DRAWS, workers), 1)
     again = latencies.draw(_STREAMS["again"], (*shape, queries))
 
     def draw(number: int, patience: float):

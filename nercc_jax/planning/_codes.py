@@ -10,11 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 
-from ..codes import NeRCC, decode_groups
-from ..evaluation import Estimate, Recorder, batched, cut_groups, own_outputs
+from ..codes import Form, NeRCC, decode_groups, join
+from ..evaluation import (
+    Estimate,
+    Recorder,
+    agree_on_labels,
+    batched,
+    cut_groups,
+    own_outputs,
+)
 from ..inference import Model, order_points
 from ..stragglers import Latencies, Waiting, draw_groups, last_prediction, own_workers
-from ..surrogates import Doubt, assess, doubt_of
+from ..surrogates import Doubt, assess, doubt_of, features_of_doubt
 from ._candidates import (
     EARLY,
     PROMISED,
@@ -42,6 +49,17 @@ class Screened(NamedTuple):
     code: NeRCC
     rule: Waiting
     row: Candidate
+
+
+class SurrogateExam(NamedTuple):
+    """What a surrogate makes of data points without any answer, and whether its label is wrong.
+
+    `features` are what a doubt looks at; `form` that of the outputs, None of plain vectors.
+    """
+
+    features: Float[np.ndarray, "points features"]
+    wrong: Bool[np.ndarray, " points"]
+    form: Form | None
 
 
 class Half:
@@ -72,6 +90,15 @@ class Half:
                 self._run, self.x[places], self._batch_size, (self._own[places], self._form)
             )
         return self._answers[order, num_data]
+
+    def examine_surrogate(self) -> SurrogateExam:
+        """As a scheme sees it where nothing of a data point is answered: of infinite deviation."""
+        assert self._surrogate is not None
+        cheap = join(self._surrogate(self.x), 1)[0]
+        form = None if self._form.is_vector else self._form
+        features = features_of_doubt(cheap, jnp.full(len(cheap), jnp.inf), cheap, form)
+        wrong = ~agree_on_labels(cheap, jnp.asarray(self._own), form)
+        return SurrogateExam(np.asarray(features), np.asarray(wrong), form)
 
     def _places(self, order: str | None, num_data: int) -> Int[np.ndarray, "groups num_data"]:
         """Which data points are in which group."""

@@ -16,9 +16,10 @@ from ..codes import check_counts, check_not_negative, regression_points
 from ..evaluation import Estimate
 from ..inference import Conditions, Model, check_model
 from ..stragglers import AbstractLatency, Latencies
-from ..surrogates import Doubt, Scheme
+from ..surrogates import Doubt, Scheme, Surrogate
 from ._candidates import Candidate, feasible, uncoded_systems
 from ._codes import TOLD_SETS, Codes, Half
+from ._known import KNOWN, known_systems
 
 PLANNED = ("chebyshev", "interleaved", "repeated")
 
@@ -46,15 +47,19 @@ class Plan:
     def scheme(self, surrogate: Callable[[Array], Array] | None = None) -> Scheme:
         """The recommended system, to run by `coded_inference`.
 
-        `surrogate`: the one that was planned with, where the recommended system orders by it.
+        `surrogate`: the one that was planned with, where the recommended system orders by it, or
+        answers stragglers' queries by it.
 
         Raises: ValueError where that is missing.
         """
         ordered, code = self.recommended.order, self.recommended.code
-        if ordered == "surrogate" and surrogate is None:
-            raise ValueError("this plan orders by a surrogate: give it")
+        known = self.recommended.system == KNOWN
+        if (ordered == "surrogate" or known) and surrogate is None:
+            raise ValueError("this plan orders by a surrogate, or answers by it: give it")
         order = surrogate if ordered == "surrogate" else "pixels" if ordered else None
-        return Scheme(code, doubt=self.doubt, order=order, buffer_size=self.asked["buffer_size"])
+        beside = Surrogate(surrogate) if known and surrogate is not None else None
+        size = self.asked["buffer_size"]
+        return Scheme(code, surrogate=beside, doubt=self.doubt, order=order, buffer_size=size)
 
     def feasible(self, candidate: Candidate) -> bool:
         """Whether a candidate keeps to what was asked for, and is known well enough to say so."""
@@ -140,8 +145,10 @@ def plan(
 
     Compared are: one worker a query ("uncoded"); another copy for what is not answered after a
     quantile of the latency, the quantile chosen ("hedged"); copies from the start ("replication");
-    and NeRCC codes, with and without ordering. What a group of workers has not answered in time
-    counts as wrong, or is decoded, or is sent again; of decoded ones, only those in doubt are.
+    what a surrogate, where there is one, is sure enough of, and copies of the rest ("known, else
+    hedged"); and NeRCC codes, with and without ordering. What a group of workers has not answered
+    in time counts as wrong, or is decoded, or is sent again; of decoded ones, only those in doubt
+    are.
     Recommended is the least p99 among those within the budget; of what is within 3 % of it, the
     least extra work, and then the least disagreement.
 
@@ -168,7 +175,7 @@ def plan(
       most such a share of labels may differ.
     - `num_data`: numbers of queries to code together, divisors of `num_queries`; all of them and
       half of them unless given. `layouts`: NeRCC's, as in `regression_points`. `surrogate`: a
-      cheap model to order by.
+      cheap model to order by, and to answer by.
     - `buffer_size`: how many waiting queries are ordered at a time; those that come together unless
       given. How long queries wait for others is not counted. `overhead`: seconds, measured or
       guessed, that are added to the time of every system.
@@ -202,19 +209,24 @@ def plan(
     latencies = Latencies(latency, keys[0])
     on_stage("systems without a code")
     exact = list(uncoded_systems(latencies, asked))
+    doubts: dict[Candidate, Doubt] = {}
     fastest = min(row.p99 for row in exact if row.exact and feasible(row, asked))
     on_stage("the model's own answers")
     halves = [
         Half(model, part, asked["buffer_size"], surrogate, batch_size)
         for part in _in_halves(np.asarray(x), keys[1])
     ]
+    known: list[Candidate] = []
+    if surrogate is not None:
+        known, doubts = known_systems(latencies, asked, (halves[0], halves[1]))
     codes = Codes(latencies, asked, (halves[0], halves[1]), fastest)
     on_stage("screening codes")
     orders = (None, "pixels") + (() if surrogate is None else ("surrogate",))
     screened = codes.screen(sizes, layouts, orders)
     on_stage("measuring on held-out data")
-    coded, doubts = codes.measure(screened, keys[2])
-    found = (*exact, *coded, *(entry.row for entry in screened))
+    coded, of_codes = codes.measure(screened, keys[2])
+    doubts |= of_codes
+    found = (*exact, *known, *coded, *(entry.row for entry in screened))
     rows = tuple(_later(row, asked["overhead"]) for row in found)
     best = _best(rows, asked)
     about = {
@@ -291,7 +303,7 @@ def _reason(best: Candidate, rows: Sequence[Candidate], asked: Mapping[str, Any]
 
 def _words(row: Candidate) -> str:
     size = "" if row.num_workers == row.num_data else f" ({row.num_workers}, {row.num_data})"
-    again = " with re-execution" if row.limit is not None else ""
+    again = " with re-execution" if row.limit is not None and row.system != KNOWN else ""
     return f"{row.system}{size}{again}"
 
 

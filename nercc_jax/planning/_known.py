@@ -1,0 +1,62 @@
+"""Stragglers' queries answered by a surrogate where it is sure enough, and the rest hedged."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from ..evaluation import Estimate
+from ..stragglers import Latencies, draw_hedged
+from ..surrogates import Doubt, doubt_of_points
+from ._candidates import DRAWS, QUANTILES, Candidate, at_most, make_candidate, number_of_draws
+from ._codes import Half
+
+KNOWN = "known, else hedged"
+
+_STREAM, _CHOSEN = 9, 10  # of draws: of latencies, and of data points
+_COPIES = 3  # that a query whose answer is not known may have
+
+
+def known_systems(
+    latencies: Latencies, asked: Mapping[str, Any], halves: tuple[Half, Half]
+) -> tuple[list[Candidate], dict[Candidate, Doubt]]:
+    """For each patience what a surrogate makes of it; judged on the half that set no limit.
+
+    Doubt has what a surrogate tells without answers; it is a scheme's with `Uncoded`, too.
+    """
+    calibration, held_out = (half.examine_surrogate() for half in halves)
+    no_answers = np.zeros_like(calibration.wrong)
+    doubt = doubt_of_points(calibration.features, no_answers, calibration.wrong, calibration.form)
+    doubts = np.asarray(doubt.of_features(jnp.asarray(held_out.features)))
+    queries = asked["num_queries"]
+    shape = (number_of_draws(DRAWS, _COPIES * queries), queries)
+    own = latencies.draw(_STREAM, (_COPIES, *shape))[0]
+    point = latencies.random(_CHOSEN).integers(0, len(doubts), shape)
+    found: dict[Candidate, Doubt] = {}
+    for share in QUANTILES:
+        after = latencies.quantile(share)
+        late = float(np.mean(own > after))
+        if not late:
+            continue
+        there, sent = draw_hedged(latencies, _STREAM, shape, after, _COPIES)
+        wanted = min(asked["max_disagreement"] / late, 1.0)
+        # Half of what may be wrong leaves room for chance on the other half.
+        for limit in sorted({doubt.limit(wanted), doubt.limit(wanted / 2)} - {0.0}):
+            sure = doubts <= limit
+            known = (own > after) & sure[point]
+            wrongly = Estimate.over((sure & held_out.wrong).astype(float).tolist())
+            row = make_candidate(
+                KNOWN,
+                *(queries, queries, queries, 0.0),
+                times=np.max(np.where(known, after, there), axis=1),
+                copies=_COPIES,
+                hedge_after=after,
+                limit=limit,
+                resent=float(np.mean(np.where(known, 1, sent))) - 1,
+                disagreement=Estimate(late * wrongly.mean, late * wrongly.half_width),
+                most_disagreement=late * at_most(wrongly, len(doubts)),
+                exact=False,
+            )
+            found[row] = doubt
+    return list(found), found
