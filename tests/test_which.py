@@ -1,0 +1,131 @@
+"""The figures of docs/which.md are those of the results that it links to."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+HERE = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def page():
+    return " ".join((HERE / "docs/which.md").read_text().split())
+
+
+def read(name):
+    return json.loads((HERE / f"bench/results/{name}.json").read_text())
+
+
+def test_of_servers(page):
+    price = next(
+        row
+        for row in read("serving_price")["rows"]
+        if (row["model"], row["loop"], row["clients"]) == ("lenet5-digits", "closed", 8)
+    )
+    bare, uncoded, coded = (
+        np.array(price["rates"][name]) for name in ("bare", "uncoded", "coded (8, 4)")
+    )
+    plain, ours = np.median(uncoded / bare), np.median(coded / bare)  # round by round
+    told = f"{plain:.2f} of a bare handler's requests a second uncoded, {ours:.2f} coded"
+    assert f"{told}, LeNet5 with 8 clients" in page
+    rows = {r["system"]: r for r in read("serving")["rows"] if r["straggler_rate"] == 0.05}
+    hedged, plain, copies = (rows[name] for name in ("hedged", "uncoded", "replication (2, 1)"))
+    assert f"p99 of {hedged['p99_ms']:.0f} ms against {plain['p99_ms']:.0f} uncoded" in page
+    told = f"{copies['p99_ms']:.0f} ms at the same, at {copies['calls_per_query']:.2f} calls a"
+    assert told in page
+
+
+def test_of_streams(page):
+    cells = read("latency")["streams"]["cells"]
+
+    def p(law, system):
+        return f"{cells[law][system]['p99.9']['ms']:.0f}"
+
+    parm = cells["1 %"]["ParM, k = 4"]
+    told = f"p99.9 of {parm['p99.9']['ms']:.0f} ms at {parm['sent_per_query']:.2f} calls"
+    few, many = p("1 %", "NeRCC (6, 4)"), p("1 %", "NeRCC (8, 4)")
+    assert f"{told}, {few} to {many} for NeRCC" in page
+    rack = cells["slow rack"]
+    ours = rack["NeRCC (8, 4)"]
+    labels, calls = 100 * ours["rel_acc"], ours["sent_per_query"]
+    told = f"p99.9 of {ours['p99.9']['ms']:.0f} ms at {labels:.2f} % of the labels and {calls:.2f}"
+    assert f"{told} calls a query" in page
+    hedging = min(cell["p99.9"]["ms"] for name, cell in rack.items() if name.startswith("hedging"))
+    others = min(
+        cell["p99.9"]["ms"] for name, cell in rack.items() if name.startswith(("repl", "ParM"))
+    )
+    assert f"the best hedging has {hedging:.0f}, copies and ParM {others:.0f} and more" in page
+
+
+def test_of_what_is_known(page):
+    cells = read("tails")["paper"]
+
+    def told(system):
+        cell = cells[f"lenet5/5 %/{system}"]
+        return f"{cell['p999_by_p50'][0]:.2f}", f"{cell['calls']:.2f}", cell
+
+    known, calls, cell = told("known, else hedged")
+    assert f"p99.9 is {known} times the median at {calls} calls a query, " in page
+    assert f"{100 * cell['right']:.2f} % of the labels the model's own" in page
+    hedged = min((told(f"hedged, {how}") for how in ("p95", "p90", "1.35 x median")), key=by_tail)
+    copies = told("two copies")
+    assert (
+        f"hedging {hedged[0]} times at {hedged[1]}, two copies {copies[0]} at {copies[1]}" in page
+    )
+
+
+def by_tail(told):
+    return float(told[0])
+
+
+def test_of_codes_and_copies(page):
+    models = {"LeNet5": "lenet5-mnist", "RepVGG": "repvgg-cifar10", "ViT": "vit-cifar10"}
+    beyond = read("beyond")
+    last, none = "surrogate, buffer 1024", "no order"
+    for words, mode, order in (
+        ("as published", "published", none),
+        ("plain copies", "replication", none),
+        ("repeated points, ordered, with a student", "with surrogate", last),
+        ("the same, the most doubtful 5 % run again", "with surrogate, 5% again", last),
+        ("plain copies, lost ones answered by the student", "replication, else surrogate", none),
+    ):
+        row = page.partition(f"| {words} |")[2].split("|")[:3]
+        for cell, model in zip(row, models.values(), strict=True):
+            found = next(
+                100 * each["disagreement"]
+                for each in beyond[model]["cells"]["(24, 20, 2)"]["rows"]
+                if (each["mode"], each["order"]) == (mode, order)
+            )
+            digits = len(cell.strip(" %").partition(".")[2])
+            assert cell.strip() == f"{found:.{digits}f} %", (words, model)
+
+
+def test_of_plans(page):
+    sure, code = read("latency-plan").values()
+    seen, promised = (f"{sure[key]['p99_ms']:.0f}" for key in ("seen", "promised"))
+    assert f"had a p99 of {seen} ms, of {promised} promised" in page
+    seen, promised = (f"{code[key]['p99_ms']:.0f}" for key in ("seen", "promised"))
+    assert f"with {seen} ms of {promised} promised" in page
+    wrong, half = 100 * code["seen"]["disagreement"], 100 * code["seen"]["half_width"]
+    most = 100 * code["promised"]["most_disagreement"]
+    assert f"{wrong:.1f} ± {half:.1f} % of the labels of new digits differed" in page
+    assert f"it had promised {most:.1f} %" in page
+
+
+@pytest.mark.parametrize(
+    ("results", "told", "here"),
+    [
+        ("results", "**139 of 140 cells**", "below BACC's in 139 of 140 cells"),
+        ("beyond", "was kept in 36 of 36 rows", "in all 36 cases measured"),
+        (
+            "adversaries",
+            "repeated NeRCC, reject: fewer in 1, as many in 10, more in 1",
+            "keeps as many labels in 10 of 12 cells, fewer in 1, more in 1",
+        ),
+    ],
+)
+def test_of_pages_that_are_generated(page, results, told, here):
+    assert told in " ".join((HERE / f"docs/{results}.md").read_text().split())
+    assert here in page
