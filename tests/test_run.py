@@ -272,8 +272,22 @@ def test_run_tells_what_it_saw(small):
         "RelAcc",
         "labels are the model's own",
         str(path),
+        str(path.with_suffix(".summary.json")),
     ):
         assert word in result.output
+
+
+def test_the_summary_is_a_file_too(small):
+    told = json.loads(small[1].with_suffix(".summary.json").read_text())
+    assert (told["model"], told["code"]) == ("lenet5-digits", "NeRCC with K=4, N=8")
+    assert (told["data_points"], told["batches"], told["lost"]) == (30, 4, 0)
+    assert told["deaths_by_worker"] == [0] * 8
+    rows = load(small[1])
+    assert told["stragglers_per_batch"] * 4 == np.sum(~rows["heard"][[0, 8, 16, 24]])
+    own = load_model("lenet5-digits")
+    images = own.preprocess(load_data("digits", "test", limit=30).images)
+    same = np.sum(np.asarray(own(images)).argmax(axis=1) == rows["predicted"])
+    assert (told["same_labels"], told["compared"]) == (same, 30)
 
 
 def test_the_result_is_what_coded_inference_makes_of_the_workers_heard(small):

@@ -119,6 +119,9 @@ def test_rows_are_what_the_function_gives_to_the_bit(folder, function):
     assert not rows["deviation"].any()
     assert not rows["bar"].any()
     assert not (folder / "y.npz.parts").exists()
+    told = json.loads((folder / "y.summary.json").read_text())
+    assert (told["rows_done"], told["computed"], told["decoded"]) == (50, 50, 0)
+    assert told["learned_from"] is None
 
 
 def test_what_the_function_gives_is_kept_though_it_be_nan(folder):

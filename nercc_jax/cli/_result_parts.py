@@ -25,6 +25,11 @@ def parts_folder(output: Path) -> Path:
     return output if not output.suffix else output.with_name(f"{output.name}.parts")
 
 
+def summary_file(output: Path) -> Path:
+    """Where the summary's numbers lie: beside a file, or in the output where it is a folder."""
+    return output / "summary.json" if not output.suffix else output.with_suffix(".summary.json")
+
+
 def check_parts(output: Path, resume: bool) -> None:
     """Raises: ValueError where there are parts and none are wanted, or the reverse."""
     folder = parts_folder(output)

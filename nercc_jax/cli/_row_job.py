@@ -8,10 +8,8 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from ..codes import NeRCC
 from ..pools import AbstractPool, AbstractRound, ComputedRows, Goal, PoolReport, RowCoder
@@ -19,7 +17,7 @@ from ..surrogates import Lesson
 from ._result_parts import Parts
 from ._row_results import RowResults
 from ._row_tutor import Tutor, load_lesson, save_lesson
-from ._run_job import LAST_WORDS, deaths_told
+from ._run_job import LAST_WORDS, deaths_told, pool_numbers
 from ._run_pool import ATTEMPTS
 
 _ROUND = 2.0  # seconds of a round in which all rows are computed
@@ -274,37 +272,42 @@ def _seen(run: RowRun, results: RowResults) -> str:
     return f"{told}; {run.speed:,.1f} rows/s"
 
 
-def summary(run: RowRun, job: RowJob, results: RowResults, report: PoolReport) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_header=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for name, value in _told(run, job, results, report):
-        table.add_row(name, value)
-    return table
-
-
-def _told(
-    run: RowRun, job: RowJob, results: RowResults, report: PoolReport
-) -> Iterator[tuple[str, str]]:
+def numbers_of(run: RowRun, job: RowJob, results: RowResults, report: PoolReport) -> dict[str, Any]:
+    """What the run has met, by name."""
     exact, done = results.exact, results.done
-    seconds = time.monotonic() - run.begin
-    yield "rows", f"{done.sum():,} of {len(results):,}, {seconds:.1f} s, {run.speed:,.1f} rows/s"
-    yield "computed", f"{exact.sum():,}"
-    if odd := int(np.sum(~np.isfinite(results.vectors[exact]).all(axis=1))):
+    decoded, bars = done & ~exact, job.goal.tolerance is not None
+    return {
+        "rows_done": int(done.sum()),
+        "seconds": time.monotonic() - run.begin,
+        "rows_per_second": run.speed,
+        "computed": int(exact.sum()),
+        "not_finite": int(np.sum(~np.isfinite(results.vectors[exact]).all(axis=1))),
+        "decoded": int(decoded.sum()),
+        "largest_bar": float(results.score[decoded].max()) if bars and decoded.any() else None,
+        "learned_from": None if run.learned is None else run.learned.pairs,
+        "known_share": run.known,
+        **pool_numbers(report),
+        "lost": len(run.lost),
+    }
+
+
+def told(
+    numbers: dict[str, Any], run: RowRun, job: RowJob, results: RowResults, report: PoolReport
+) -> Iterator[tuple[str, str]]:
+    """The same for a person."""
+    done = f"{numbers['rows_done']:,} of {len(results):,}, {numbers['seconds']:.1f} s"
+    yield "rows", f"{done}, {numbers['rows_per_second']:,.1f} rows/s"
+    yield "computed", f"{numbers['computed']:,}"
+    if odd := numbers["not_finite"]:
         yield "of them not finite", f"{odd:,}, as the function gave them"
-    decoded = done & ~exact
-    yield "decoded", f"{decoded.sum():,}{_largest(job, results, decoded)}"
+    bar = numbers["largest_bar"]
+    largest = "" if bar is None else f", the largest error bar {bar:.3g}"
+    yield "decoded", f"{numbers['decoded']:,}{largest}"
     yield "learner", _learner_told(run, job, results)
     yield "late answers", f"{report.late:,}"
     yield "errors", f"{report.errors:,}"
     yield "deaths", deaths_told(report)
     yield "lost", f"{len(run.lost):,}"
-
-
-def _largest(job: RowJob, results: RowResults, decoded: np.ndarray) -> str:
-    if not decoded.any() or job.goal.tolerance is None:
-        return ""
-    return f", the largest error bar {results.score[decoded].max():.3g}"
 
 
 def _learner_told(run: RowRun, job: RowJob, results: RowResults) -> str:

@@ -144,7 +144,8 @@ def run_command(
     output: Annotated[
         Path,
         typer.Option(
-            help="Result file, .npz, .csv or row by row .parquet, or a folder for parts of it."
+            help="Result file, .npz, .csv or row by row .parquet, or a folder for parts of it; the "
+            "summary's numbers lie beside it, NAME.summary.json, or in the folder."
         ),
     ] = Path("nercc-run.npz"),
     resume: Annotated[

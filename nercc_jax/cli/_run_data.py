@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from ._options import CALIBRATION, Returned
-from ._result_parts import Parts, check_parts, fingerprint, parts_folder
+from ._result_parts import Parts, check_parts, fingerprint, parts_folder, summary_file
 from ._results import Results, check_kind, write_results
 from ._run_job import (
     answers_to_wait_for,
@@ -17,10 +17,12 @@ from ._run_job import (
     describe_rule,
     enough_by_forecast,
     make_job,
+    numbers_of,
     run_job,
-    summary,
+    told,
 )
 from ._run_pool import ChosenPool
+from ._tables import summary_table, write_json
 from ._workload import find_workload
 
 
@@ -76,26 +78,23 @@ def run_data(asked: DataOptions, pool: ChosenPool, output: Path, resume: bool) -
     size, num_outputs = job.batches.shape[1], job.num_outputs(network)
     results = Results(job.rows, size, num_outputs, chosen.num_workers)
     folder = parts_folder(output)
-    parts = Parts(
-        folder,
-        {
-            "model": model,
-            "weights": fingerprint(asked.weights),
-            "outputs": asked.outputs,
-            "data": workload.told(asked.split),
-            "rows": len(job.rows),
-            "points": len(job.labels),
-            "groups": asked.groups,
-            "code": fingerprint(asked.code) or describe(chosen),
-            "worker_dtype": pool.worker_dtype,
-        },
-        results,
-    )
+    settings = {
+        "model": model,
+        "weights": fingerprint(asked.weights),
+        "outputs": asked.outputs,
+        "data": workload.told(asked.split),
+        "rows": len(job.rows),
+        "points": len(job.labels),
+        "groups": asked.groups,
+        "code": fingerprint(asked.code) or describe(chosen),
+        "worker_dtype": pool.worker_dtype,
+    }
+    parts = Parts(folder, settings, results)
     with pool.open(console, network, model, chosen, example=job.example()) as opened:
-        told = f"{model}, {len(job.rows):,} data points of {source.name!r}, {describe(chosen)}; "
+        what = f"{model}, {len(job.rows):,} data points of {source.name!r}, {describe(chosen)}; "
         until = describe_rule(number, asked.max_disagreement)
         console.print(
-            f"{told}{pool.count(chosen)} workers ({pool.kind}); decoding {until}, or after "
+            f"{what}{pool.count(chosen)} workers ({pool.kind}); decoding {until}, or after "
             f"{pool.deadline:g} s",
             soft_wrap=True,
         )
@@ -106,8 +105,10 @@ def run_data(asked: DataOptions, pool: ChosenPool, output: Path, resume: bool) -
     if len(results):
         if output != folder:
             write_results(output, results, job.labels)
-        console.print(summary(network, chosen, job, results, seen, report))
+        numbers = numbers_of(network, chosen, job, results, seen, report)
+        console.print(summary_table(told(numbers, report)))
         console.print(f"results: {output.resolve()}", soft_wrap=True)
+        write_json(console, summary_file(output), settings | numbers)
     conclude(results, seen, job, folder)
     if output != folder:
         parts.remove()

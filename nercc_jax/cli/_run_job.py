@@ -11,10 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from ..codes import AbstractCode, NeRCC
 from ..evaluation import batched, make_forecast
@@ -236,35 +234,60 @@ def describe_rule(number: int | None, max_disagreement: float | None) -> str:
     return f"once {share} are expected to differ from the model's own"
 
 
-def summary(
+def numbers_of(
     network: Model,
     code: AbstractCode,
     job: Job,
     results: Results,
     seen: _Seen,
     report: PoolReport,
-) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_header=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for name, value in _told(network, code, job, results, seen, report):
-        table.add_row(name, value)
-    return table
+) -> dict[str, Any]:
+    """What the run has met, by name."""
+    same, compared = _agreement(network, job, results)
+    return {
+        "data_points": seen.rows,
+        "batches": seen.batches,
+        "seconds": seen.seconds,
+        "first_batch_seconds": seen.first[0],
+        "points_per_second": seen.speed,
+        "workers": code.num_workers,
+        "stragglers_per_batch": seen.mean_stragglers,
+        **pool_numbers(report),
+        "batches_sent_again": seen.retried,
+        "short_batches": seen.short,
+        "lost": results.lost,
+        "compared": compared,
+        "same_labels": same,
+    }
 
 
-def _told(network, code, job, results, seen, report) -> Iterator[tuple[str, str]]:
-    yield "data points", f"{seen.rows:,} in {seen.batches:,} batches, {seen.seconds:.1f} s"
-    first = f"after {seen.first[0]:.1f} s for the first batch"
-    yield "speed", f"{seen.speed:,.0f} points/s, {first}"
-    mean = f"{seen.mean_stragglers:.2f} of {code.num_workers}"
+def pool_numbers(report: PoolReport) -> dict[str, Any]:
+    """What a pool has met, by name."""
+    return {
+        "late_answers": report.late,
+        "errors": report.errors,
+        "deaths": report.deaths,
+        "deaths_by_worker": [int(deaths) for deaths in report.deaths_by_worker],
+        "hung": report.hung,
+    }
+
+
+def told(numbers: dict[str, Any], report: PoolReport) -> Iterator[tuple[str, str]]:
+    """The same for a person."""
+    batches = f"{numbers['batches']:,} batches, {numbers['seconds']:.1f} s"
+    yield "data points", f"{numbers['data_points']:,} in {batches}"
+    first = f"after {numbers['first_batch_seconds']:.1f} s for the first batch"
+    yield "speed", f"{numbers['points_per_second']:,.0f} points/s, {first}"
+    mean = f"{numbers['stragglers_per_batch']:.2f} of {numbers['workers']}"
     yield "stragglers", f"{mean} a batch, by the time of decoding"
     yield "late answers", f"{report.late:,}"
     yield "errors", f"{report.errors:,}"
     yield "deaths", deaths_told(report)
-    yield "batches sent again", f"{seen.retried:,}"
-    yield "short batches", f"{seen.short:,} (decoded at the deadline, from too few answers)"
-    yield "lost data points", f"{results.lost:,}"
-    same, compared = _agreement(network, job, results)
+    yield "batches sent again", f"{numbers['batches_sent_again']:,}"
+    short = "decoded at the deadline, from too few answers"
+    yield "short batches", f"{numbers['short_batches']:,} ({short})"
+    yield "lost data points", f"{numbers['lost']:,}"
+    same, compared = numbers["same_labels"], numbers["compared"]
     share = f"{100 * same / compared:.1f} %"
     yield "RelAcc", f"{share}: {same:,} of {compared:,} labels are the model's own"
 

@@ -10,11 +10,12 @@ from ..codes import NeRCC
 from ..pools import Goal, RowFunction
 from ._errors import fail
 from ._options import Returned
-from ._result_parts import Parts, check_parts, fingerprint, parts_folder
-from ._row_job import RowJob, RowRun, run_rows, summary
+from ._result_parts import Parts, check_parts, fingerprint, parts_folder, summary_file
+from ._row_job import RowJob, RowRun, numbers_of, run_rows, told
 from ._row_results import RowResults, check_row_file, write_rows
 from ._run_job import PARTIAL, answers_to_wait_for
 from ._run_pool import ATTEMPTS, ChosenPool
+from ._tables import summary_table, write_json
 from ._workload import find_workload
 
 
@@ -118,8 +119,10 @@ def run_function(asked: RowOptions, pool: ChosenPool, output: Path, resume: bool
     if results.predictions is not None:
         if output != folder:
             write_rows(output, results, "bar" if goal.max_disagreement is None else "doubt")
-        console.print(summary(run, job, results, report))
+        numbers = numbers_of(run, job, results, report)
+        console.print(summary_table(told(numbers, run, job, results, report)))
         console.print(f"results: {output.resolve()}", soft_wrap=True)
+        write_json(console, summary_file(output), settings | numbers)
     _conclude(run, results, folder, stopped)
     if output != folder:
         parts.remove()
