@@ -436,7 +436,7 @@ def _draw_overhead(axes: Any, run: Mapping[str, Any]) -> None:
     axes.set_yticks(places, labels, fontsize=8)
     axes.axvline(1, color="black", lw=0.8)
     axes.set(xlabel="times the bare model on the same N points")
-    axes.legend(fontsize=8, loc="lower left", framealpha=1)
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=2)
     environment = run["environment"]
     where = f"{environment['cores']} CPU cores" if _is_cpu(run) else environment["device"]
     axes.set_title(f"Coded inference, (N, K) x groups: {where}", fontsize=10)

@@ -11,6 +11,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from _report import answer_first, write_markdown
 
+from nercc_jax.evaluation import system_look
+
 ATTACKS = {
     "noise": "noise",
     "flip": "sign flip",
@@ -19,6 +21,7 @@ ATTACKS = {
 }
 TOGETHER, MEDIAN = "NeRCC, reject, groups together", "replication, median"
 RATE_METHODS = {"smooth": "smooth", "reject": "reject", "plain": "NeRCC"}
+_LOOKS = {"smooth": "NeRCC, smooth", "reject": "NeRCC, reject", "plain": "NeRCC"}
 
 
 def write(results: Mapping[str, Any], page: Path, picture: Path) -> None:
@@ -243,7 +246,7 @@ def _picture(results: Mapping[str, Any], path: Path) -> None:
                     [r["adversaries"] for r in some],
                     [max(100 * r["disagreement"]["mean"], 0.01) for r in some],
                     yerr=[100 * r["disagreement"]["half_width"] for r in some],
-                    marker="o", markersize=3, label=method,
+                    markersize=4, label=method, **system_look(method),
                 )  # fmt: skip
             panel.set(yscale="log", title=f"{name}: {words}", xlabel="adversaries")
             panel.title.set_fontsize(8)
@@ -253,7 +256,7 @@ def _picture(results: Mapping[str, Any], path: Path) -> None:
         for method, words in RATE_METHODS.items():
             curve = _curve(results["rate"], method, a)
             errors = [p["mse"]["mean"] for p in curve]
-            panel.plot(x, errors, marker="o", markersize=3, label=words)
+            panel.plot(x, errors, markersize=4, label=words, **system_look(_LOOKS[method]))
         curve = _curve(results["rate"], "smooth", a)
         share = np.array([p["adversaries"] / p["num_workers"] for p in curve]) ** 1.2
         panel.plot(x, share / share[0] * curve[0]["mse"]["mean"], "k:", label="N^(6(a-1)/5)")

@@ -9,20 +9,23 @@ import matplotlib.pyplot as plt
 from _beyond_learners_page import learners
 from _report import answer_first, write_markdown
 
-RIVALS = ("replication", "replication, else surrogate", "surrogate alone", "ParM")
+from nercc_jax.evaluation import system_look
+
+_RESCUED = "replication, else surrogate"
+RIVALS = ("replication", _RESCUED, "surrogate alone", "ParM")
 _UNORDERED, _ORDERED = "no order", "surrogate, buffer 1024"
 _OURS = ("with surrogate", _ORDERED)
 _AGAIN = ("with surrogate, 5% again", _ORDERED)
 
-# What the picture shows: (mode, order, label, marker).
+# What the picture shows: (mode, order, label, what it looks like).
 _SHOWN = (
-    ("published", _UNORDERED, "NeRCC as published", "o"),
-    ("published", _ORDERED, "published, ordered", "s"),
-    ("replication", _UNORDERED, "replication", "x"),
-    ("replication, else surrogate", _UNORDERED, "replication, else surrogate", "+"),
-    ("search", _ORDERED, "searched layout, ordered", "^"),
-    ("with surrogate", _ORDERED, "searched, ordered, surrogate", "D"),
-    ("with surrogate, 5% again", _ORDERED, "the same, 5 % executed again", "*"),
+    ("published", _UNORDERED, "NeRCC as published", "NeRCC published"),
+    ("published", _ORDERED, "published, ordered", "published, ordered"),
+    ("replication", _UNORDERED, "replication", "replication"),
+    (_RESCUED, _UNORDERED, _RESCUED, _RESCUED),
+    ("search", _ORDERED, "searched layout, ordered", "searched layout"),
+    ("with surrogate", _ORDERED, "searched, ordered, surrogate", "scheme"),
+    (_AGAIN[0], _ORDERED, "the same, 5 % executed again", "scheme, doubtful again"),
 )
 
 
@@ -290,11 +293,11 @@ def _draw(results: Mapping[str, Any], path: Path) -> None:
     )
     for axis, (model, told) in zip(axes[0], results.items(), strict=True):
         names = list(told["cells"])
-        for mode, order, label, marker in _SHOWN:
+        for mode, order, label, alike in _SHOWN:
             found = [_find(told["cells"][name]["rows"], mode, order) for name in names]
             # None wrong has no place on a logarithmic axis: it is drawn at its floor.
             height = [max(100 * row["disagreement"], 5e-3) if row else None for row in found]
-            axis.plot(names, height, marker=marker, label=label, linewidth=1)
+            axis.plot(names, height, label=label, linewidth=1, **system_look(alike))
         axis.set_title(model)
         axis.set_yscale("log")
         axis.tick_params(axis="x", rotation=30)

@@ -56,7 +56,7 @@ from jaxtyping import Array, Bool, Float
 
 from nercc_jax import AbstractCode, Berrut, NeRCC
 from nercc_jax.codes import encode_groups
-from nercc_jax.evaluation import Estimate
+from nercc_jax.evaluation import Estimate, system_look
 from nercc_models import Data, load_data, load_model
 
 _SEED = 0
@@ -475,8 +475,10 @@ def _curves_of(subject: Subject, plan: Plan, progress: Callable[[str], object]) 
     return {"output_rms": output_rms, "curves": curves}
 
 
-_COLOURS = {_NERCC: "#0072b2", _BACC: "#d55e00", _APPROXIFER: "#e69f00"}
-_MARKERS = {_NERCC: "o", _BACC: "s", _APPROXIFER: "^"}
+_LOOKS = {
+    code: system_look(alike)
+    for code, alike in ((_NERCC, "NeRCC"), (_BACC, "BACC"), (_APPROXIFER, "ApproxIFER"))
+}
 _DASHES = {_ANY: (0, (6, 3)), _BACC_ANY: (0, (6, 3)), _INDEPENDENT: (0, (1, 2))}
 
 
@@ -521,16 +523,14 @@ def _draw(panel: Any, curves: Sequence[Mapping[str, Any]]) -> None:
             np.array([point[name] for point in curve["points"]])
             for name in ("num_workers", "mean", "half_width")
         )
-        colour, marker = _COLOURS[curve["code"]], _MARKERS[curve["code"]]
         # A log axis has no room for an interval that reaches zero.
         down = np.minimum(half_width, 0.9 * mean)
         panel.errorbar(
             *(n, mean, (down, half_width)),
-            color=colour,
-            marker=marker,
             ms=4,
             lw=1.2,
             elinewidth=0.8,
+            **_LOOKS[curve["code"]],
         )
     panel.set(xscale="log", yscale="log")
     low, high = panel.get_ylim()
@@ -557,14 +557,11 @@ def _draw_bound(panel: Any, curve: Mapping[str, Any], bound: Mapping[str, Any]) 
     points = [p for p in curve["points"] if p["num_workers"] >= curve["large"]["first"]]
     n = np.array([point["num_workers"] for point in points], float)
     line = points[0]["mean"] * (n / n[0]) ** bound["slope"]
-    panel.plot(n, line, color=_COLOURS[curve["code"]], lw=0.9, ls=_DASHES[bound["source"]])
+    panel.plot(n, line, lw=0.9, ls=_DASHES[bound["source"]], color=_LOOKS[curve["code"]]["color"])
 
 
 def _legend(figure: Any) -> None:
-    lines = [
-        Line2D([], [], color=_COLOURS[code], marker=_MARKERS[code], ms=4, label=code)
-        for code in _COLOURS
-    ]
+    lines = [Line2D([], [], ms=4, label=code, **look) for code, look in _LOOKS.items()]
     lines += [
         Line2D([], [], color="black", lw=0.9, ls=_DASHES[_ANY], label="bound's slope, any S"),
         Line2D(

@@ -13,19 +13,17 @@ from _functions_cases import NAMES
 from _functions_systems import ALONE, CELLS, DOUBTFUL, LEARNERS, RANDOM, RIVALS
 from scipy.stats import t as student_t
 
+from nercc_jax.evaluation import system_look
+
 NEAREST, PUBLISHED, PICKED = "copies, else the nearest", "NeRCC, published", "picked"
 # What is asked: of issue 18.
 QUARTER, HALF, GAIN, MOST = 0.25, 0.5, 0.8, 6
 COVERED = (0.87, 0.93)
 SWEEP = 0.002
-_STYLES = {
-    PUBLISHED: ("#9467bd", "v"),
-    NEAREST: ("#8c564b", "s"),
-    "copies, else a GP over the group": ("#ff7f0e", "^"),
-    ALONE: ("#999999", "x"),
-    RANDOM: ("#2ca02c", "D"),
-    PICKED: ("#1f77b4", "o"),
-}
+# What the picture shows, and as what.
+_SHOWN = {
+    name: name for name in (PUBLISHED, NEAREST, "copies, else a GP over the group", ALONE, RANDOM)
+} | {PICKED: "scheme"}
 
 Results = Mapping[str, Any]
 
@@ -337,12 +335,11 @@ def _covered(results: Results, function: str, cell: str, system: str) -> tuple[f
 def _picture(results: Results, path: Path) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharex=True, sharey=True)
     for axis, cell in zip(axes.flat, CELLS, strict=True):
-        for system, (colour, marker) in _STYLES.items():
+        for system, alike in _SHOWN.items():
+            look = system_look(alike) | {"linestyle": "none"}
             values = [of_system(results, f, cell.name, system, "rmse") for f in results]
             means, halves = zip(*map(mean_and_half_width, values), strict=True)
-            axis.errorbar(
-                range(len(means)), means, halves, label=system, color=colour, marker=marker, ls=""
-            )
+            axis.errorbar(range(len(means)), means, halves, label=system, **look)
         axis.set(title=cell.name, yscale="log")
         axis.grid(axis="y", alpha=0.3)
     for axis in axes[1]:

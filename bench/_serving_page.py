@@ -16,6 +16,8 @@ import numpy as np
 from _report import answer_first, write_markdown
 from matplotlib import ticker
 
+from nercc_jax.evaluation import system_look
+
 Row = Mapping[str, Any]
 _CODED = "coded (8, 4)"
 _PLAIN = "uncoded"
@@ -315,7 +317,7 @@ def _picture(results: Mapping[str, Any], rates: list[float], path: Path) -> None
             row = _cells(results, rate).get(name)
             if row is None:
                 continue
-            colour = "#1f77b4" if name.startswith("coded") else "#777777"
+            colour = system_look(name)["color"]
             for quantile, marker in (("p50", "|"), ("p99", "o"), ("p999", "^")):
                 low, high = row["intervals_ms"][quantile]
                 axis.plot([low, high], [height, height], color=colour, lw=1.5)

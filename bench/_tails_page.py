@@ -11,22 +11,24 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from _report import answer_first, write_markdown
 
-# Colours that the colour-blind tell apart (Okabe and Ito), and a marker each.
-_LOOKS = {
-    "as it comes": ("#999999", "x"),
-    "hedged, p95": ("#E69F00", "v"),
-    "hedged, p90": ("#E69F00", "^"),
-    "hedged, 1.35 x median": ("#E69F00", "s"),
-    "two copies": ("#CC79A7", "D"),
-    "ParM, k = 2": ("#009E73", "P"),
-    "ParM, k = 4": ("#009E73", "p"),
-    "BACC (12, 8)": ("#D55E00", "d"),
-    "NeRCC (6, 4)": ("#56B4E9", "o"),
-    "NeRCC (8, 4)": ("#56B4E9", "h"),
-    "known, else hedged": ("#0072B2", "*"),
-    "known, doubtful twice": ("#0072B2", "X"),
-    "picked, 1.1 calls": ("#000000", "*"),
-    "picked, 1.35 calls": ("#000000", "X"),
+from nercc_jax.evaluation import system_look
+
+# In the order of tables, and what pictures know them by.
+_SYSTEMS = {
+    "as it comes": "as it comes",
+    "hedged, p95": "hedged, p95",
+    "hedged, p90": "hedged",
+    "hedged, 1.35 x median": "hedged, 1.35 x median",
+    "two copies": "two copies",
+    "ParM, k = 2": "ParM",
+    "ParM, k = 4": "ParM, k = 4",
+    "BACC (12, 8)": "BACC",
+    "NeRCC (6, 4)": "NeRCC",
+    "NeRCC (8, 4)": "NeRCC (8, 4)",
+    "known, else hedged": "scheme",
+    "known, doubtful twice": "scheme, doubtful again",
+    "picked, 1.1 calls": "picked, 1.1 calls",
+    "picked, 1.35 calls": "picked, 1.35 calls",
 }
 _OURS = (
     "picked, 1.1 calls",
@@ -65,7 +67,7 @@ def _by_law(cells: Cells) -> dict[tuple[str, str], dict[str, Mapping[str, Any]]]
         work, law, system = name.split("/")
         found.setdefault((work, law), {})[system] = cell
     return {
-        key: {name: by_system[name] for name in _LOOKS if name in by_system}
+        key: {name: by_system[name] for name in _SYSTEMS if name in by_system}
         for key, by_system in sorted(found.items(), key=lambda each: list(_WORKS).index(each[0][0]))
     }
 
@@ -235,21 +237,12 @@ def _draw(paper: Mapping[tuple[str, str], Any], path: Path) -> None:
         axis.axis("off")
     for axis, ((work, law), cells) in zip(axes.flat, paper.items(), strict=False):
         for name, cell in cells.items():
-            colour, marker = _LOOKS[name]
+            look = system_look(_SYSTEMS[name]) | {"linestyle": "none"}
             now, low, high = cell["p999_by_p50"]
-            axis.plot(
-                [cell["calls"]] * 2, [low, high], color=colour, linewidth=1, alpha=0.6, zorder=1
-            )
-            axis.plot(
-                cell["calls"],
-                now,
-                marker=marker,
-                color=colour,
-                markersize=9 if name in _OURS else 6,
-                linestyle="none",
-                label=name,
-                zorder=2,
-            )
+            calls, bar = cell["calls"], {"color": look["color"], "lw": 1, "alpha": 0.6}
+            axis.plot([calls] * 2, [low, high], zorder=1, **bar)
+            size = 9 if name in _OURS else 6
+            axis.plot(calls, now, markersize=size, label=name, zorder=2, **look)
         axis.set_title(f"{work}: {law}", fontsize=9, loc="left")
         axis.set_yscale("log")
         axis.set_ylim(0.95, None)
@@ -272,7 +265,7 @@ def _draw(paper: Mapping[tuple[str, str], Any], path: Path) -> None:
     for axis in axes.flat:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             shown.setdefault(label, handle)
-    names = [name for name in _LOOKS if name in shown]
+    names = [name for name in _SYSTEMS if name in shown]
     figure.legend(
         [shown[name] for name in names],
         names,

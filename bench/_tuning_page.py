@@ -13,6 +13,8 @@ import numpy as np
 from _settings import Setting
 from matplotlib.ticker import FormatStrFormatter
 
+from nercc_jax.evaluation import system_look
+
 FORMS = ("published", "ours")  # of the code that the grid is over
 KINDS = ("lambdas", "points")  # of gradient tuning
 BACKWARD = 2  # evaluations that a gradient counts as, beside the one it differentiates
@@ -163,7 +165,8 @@ def _listed(values: Iterable[Any]) -> str:
 
 
 def picture(results: Mapping[str, Any], path: Path) -> None:
-    """Every setting's objectives, and below the grids of our form with the gradient's way."""
+    """Every setting's objectives, and below the grids of our form with the gradient's way, the
+    objective cut at so many times its least."""
     parts = list(results["parts"].values())
     size = (2.9 * max(3, len(parts)), 7.2)
     figure = plt.figure(figsize=size, layout="constrained")
@@ -172,27 +175,30 @@ def picture(results: Mapping[str, Any], path: Path) -> None:
     for column, part in enumerate(parts):
         panel = figure.add_subplot(plan[1, column])
         shades = _draw_landscape(panel, part)
-        figure.colorbar(shades, ax=panel, location="bottom", shrink=0.9)
+        bar = figure.colorbar(shades, ax=panel, location="bottom", shrink=0.9)
+        bar.set_label("log10 objective", fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
+# What is compared, and as what it is drawn.
 _MARKS = {
-    "grid, published form": ("s", "#d55e00"),
-    "grid, our form": ("D", "#e69f00"),
-    "gradient": ("o", "#0072b2"),
-    "gradient, with points": ("^", "#009e73"),
+    "grid, published form": "NeRCC published",
+    "grid, our form": "NeRCC",
+    "gradient": "NeRCC tuned, lambdas only",
+    "gradient, with points": "NeRCC tuned",
 }
 
 
 def _draw_objectives(panel: Any, parts: Sequence[Mapping[str, Any]]) -> None:
-    for offset, (label, (marker, colour)) in enumerate(_MARKS.items()):
+    for offset, (label, alike) in enumerate(_MARKS.items()):
         for place, part in enumerate(parts):
             grids = [[part["grids"][form]] for form in FORMS]
             runs = (grids + [part["gradient"][kind] for kind in KINDS])[offset]
             values, at = [run["objective"] for run in runs], place + 0.16 * (offset - 1.5)
             told = {"label": label} if place == 0 else {}
-            panel.plot([at] * len(values), values, marker=marker, color=colour, ms=7, **told)
+            look = system_look(alike) | {"linestyle": "none"}
+            panel.plot([at] * len(values), values, ms=7, **look, **told)
     panel.axhline(1, color="#555555", lw=0.9, ls="--", label="untuned")
     panel.set_yscale("log")
     panel.yaxis.set_major_formatter(FormatStrFormatter("%.2g"))
@@ -201,7 +207,7 @@ def _draw_objectives(panel: Any, parts: Sequence[Mapping[str, Any]]) -> None:
     panel.set_ylabel("objective on test images / the untuned code's")
     panel.set_title("each point a seed; the grids' best picked on the test images", fontsize=10)
     panel.grid(axis="y", which="both", alpha=0.25)
-    panel.legend(fontsize=9, ncols=5)
+    panel.legend(fontsize=9, ncols=5, loc="upper left", bbox_to_anchor=(0, -0.07), frameon=False)
 
 
 def _draw_landscape(panel: Any, part: Mapping[str, Any]) -> Any:
@@ -218,7 +224,6 @@ def _draw_landscape(panel: Any, part: Mapping[str, Any]) -> Any:
     panel.plot(*end, marker="*", color="#d55e00", ms=11)
     panel.set(xscale="log", yscale="log", xlabel="lambda_enc", ylabel="lambda_dec")
     name = Setting(**part["setting"]).words
-    panel.set_title(f"{name}: log10 objective, cut at {_CUT:g}x,\nof our form's grid (lowest: 0)"
-                    " and the gradient's way", fontsize=7)  # fmt: skip
+    panel.set_title(name, fontsize=8)
     panel.tick_params(labelsize=7)
     return shades

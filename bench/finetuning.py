@@ -45,7 +45,7 @@ from jaxtyping import Array, PRNGKeyArray
 from nercc_jax import ExactStragglers, NeRCC, evaluate
 from nercc_jax.cli._options import Outputs
 from nercc_jax.cli._workload import Answering, answering
-from nercc_jax.evaluation import batched
+from nercc_jax.evaluation import batched, system_look
 from nercc_jax.inference import order_points
 from nercc_jax.tuning import Descent, FineTuned, FineTuningStep, Sampling, Target, fine_tune
 from nercc_models import ReadyModel, load_data, load_model, model_card, score
@@ -347,7 +347,8 @@ def picture(results: Mapping[str, Any], path: Path) -> None:
         groups = [(layout, order) for layout in LAYOUTS for order in ORDERS]
         width = 0.8 / len(groups)
         for place, (layout, order) in enumerate(groups):
-            for form, face in zip(FORMS, ("none", f"C{place // 2}"), strict=True):
+            colour = system_look(layout)["color"]
+            for form, face in zip(FORMS, ("none", colour), strict=True):
                 told = [disagreement(part[outputs], c, layout, order, form) for c in CELLS]
                 known = [(i, t) for i, t in enumerate(told) if t is not None]
                 if not known:
@@ -357,7 +358,7 @@ def picture(results: Mapping[str, Any], path: Path) -> None:
                     [t[0] for _, t in known],
                     [t[1] for _, t in known],
                     fmt="os"[order == "ordered"],
-                    color=f"C{place // 2}",
+                    color=colour,
                     markerfacecolor=face,
                     label=f"{layout}, {order}" if form == "fine-tuned" else None,
                 )
@@ -365,8 +366,9 @@ def picture(results: Mapping[str, Any], path: Path) -> None:
         axis.set_yscale("log")
         axis.set_ylabel("disagreement with its own labels, %")
         axis.set_title(f"{model}, {outputs}: open before, filled after", fontsize=10)
-        axis.legend(fontsize=7)
-    figure.tight_layout()
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    figure.legend(handles, labels, fontsize=8, ncols=6, loc="lower center", frameon=False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

@@ -3,7 +3,6 @@
 .venv/bin/python docs/_site/pictures.py
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from nercc_jax import NeRCC
+from nercc_jax.evaluation import batch_figure
+from nercc_jax.evaluation._looks import CODED, DATA, FOUND, LOST
 from nercc_jax.splines import smoothing_spline
 
-# Okabe and Ito's colours, told apart by colour-blind readers too.
-DATA, CODED, LOST, FOUND, CURVE = "#0072b2", "#009e73", "#d55e00", "#cc79a7", "#999999"
+CURVE = "#999999"
 _ALONG = np.linspace(-1, 1, 400)
 
 
@@ -59,71 +59,6 @@ def decoder_curve(
     return figure
 
 
-def coded_batch(
-    images: np.ndarray,
-    coded: np.ndarray,
-    available: np.ndarray,
-    decoded: Sequence[Any],
-    own: Sequence[Any],
-) -> Figure:
-    """K images, the N mixtures that workers get, lost ones crossed out, and K decoded labels."""
-    count, workers = len(images), len(coded)
-    columns = max(workers // 2, count)
-    figure = plt.figure(figsize=(8.2, 5.6))
-    size, left = 0.92 / columns, 0.04
-    rows = {"data": 0.775, "first": 0.485, "second": 0.305, "labels": 0.06}
-
-    def place(column: float, row: str) -> Axes:
-        box = (left + column * size, rows[row], 0.92 * size, 0.92 * size * 8.2 / 5.6)
-        axis = figure.add_axes(box)
-        axis.set(xticks=[], yticks=[])
-        return axis
-
-    offset = (columns - count) / 2
-    for column, image in enumerate(images):
-        _show(place(offset + column, "data"), image, images, DATA)
-    half = (workers + 1) // 2
-    for number, image in enumerate(coded):
-        row, column = ("first", number) if number < half else ("second", number - half)
-        axis = place((columns - half) / 2 + column, row)
-        _show(axis, image, images, CODED if available[number] else LOST)
-        if not available[number]:
-            axis.plot([0, 1], [0, 1], color=LOST, lw=2.5, transform=axis.transAxes)
-            axis.plot([0, 1], [1, 0], color=LOST, lw=2.5, transform=axis.transAxes)
-    for column, (label, true) in enumerate(zip(decoded, own, strict=True)):
-        axis = place(offset + column, "labels")
-        same = label == true
-        axis.text(
-            0.5, 0.5, str(label), size=22, ha="center", va="center", transform=axis.transAxes,
-            color="black" if same else LOST,
-        )  # fmt: skip
-        _frame(axis, FOUND if same else LOST)
-        if not same:
-            axis.set_xlabel(f"model: {true}", color=LOST, size=9)
-    lost, kept = int(np.sum(~available)), sum(a == b for a, b in zip(decoded, own, strict=True))
-    for text, height in (
-        (f"{count} images", 0.94),
-        (f"{workers} coded images, one a worker; {lost} workers straggle", 0.655),
-        (
-            f"{count} labels, from the {workers - lost} answers that came: "
-            f"{'all' if kept == count else kept} as the model's own",
-            0.235,
-        ),
-    ):
-        figure.text(0.5, height, text, ha="center", va="center", size=12)
-    return figure
-
-
-def _show(axis: Axes, image: np.ndarray, scale: np.ndarray, colour: str) -> None:
-    axis.imshow(image, cmap="gray_r", vmin=scale.min(), vmax=scale.max())
-    _frame(axis, colour)
-
-
-def _frame(axis: Axes, colour: str) -> None:
-    for spine in axis.spines.values():
-        spine.set(edgecolor=colour, linewidth=2)
-
-
 def _finish(axis: Axes, along: str, what: str) -> None:
     axis.set(xlabel=along, ylabel=what)
     axis.spines[["top", "right"]].set_visible(False)
@@ -148,7 +83,7 @@ def main() -> None:
     code = NeRCC(8, 20)
     available = ~np.isin(np.arange(20), [3, 8, 13, 17])
     found = digits(code, available)
-    figure = coded_batch(
+    figure = batch_figure(
         found["x"][..., 0], found["coded"][..., 0], available,
         found["decoded"].argmax(-1), found["own"].argmax(-1),
     )  # fmt: skip

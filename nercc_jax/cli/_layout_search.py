@@ -13,6 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ..evaluation import system_look
 from ..inference import Model
 from ..stragglers import AbstractStragglers
 from ..tuning import LayoutCandidate, LayoutSearch, search_layout
@@ -74,7 +75,8 @@ def _draw(search: LayoutSearch, title: str, path: Path) -> None:
     shown = search.best_of_layouts[::-1]
     figure, axis = plt.subplots(figsize=(7, 1 + 0.35 * len(shown)))
     shares = [100 * candidate.disagreement for candidate in shown]
-    colours = ["#cc79a7" if candidate.tuned else "#0072b2" for candidate in shown]
+    names = ("NeRCC tuned" if candidate.tuned else "NeRCC" for candidate in shown)
+    colours = [system_look(name)["color"] for name in names]
     axis.barh([_name(candidate) for candidate in shown], shares, color=colours)
     axis.set(xlabel="labels that differ from the model's own, in %, held-out groups", title=title)
     figure.tight_layout()

@@ -14,8 +14,14 @@ from ._criteria import Criterion, agree_on_labels, labels_of, point_criterion, s
 from ._evaluation import SHARES, Estimate, Evaluation, Evaluations, evaluate
 from ._forecast import Forecast, make_forecast
 from ._functions import coverage, recall, relative_rmse, row_errors
+from ._looks import system_look
 from ._objective import nested_errors, nested_objective
-from ._pictures import laws_and_codes, straggler_curves, straggler_figure
+from ._pictures import (
+    batch_figure,
+    laws_and_codes,
+    straggler_curves,
+    straggler_figure,
+)
 from ._trial import Trial, draw_sets, landscape, make_trial, relative_objective
 
 __all__ = [
@@ -30,6 +36,7 @@ __all__ = [
     "Trial",
     "agree_on_labels",
     "all_answers",
+    "batch_figure",
     "batched",
     "coverage",
     "cut_groups",
@@ -53,4 +60,5 @@ __all__ = [
     "same_labels",
     "straggler_curves",
     "straggler_figure",
+    "system_look",
 ]

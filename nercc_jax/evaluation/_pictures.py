@@ -1,40 +1,32 @@
-"""Pictures of evaluations: curves over the number of stragglers, the same colours everywhere."""
+"""Pictures of evaluations: curves over the number of stragglers, each as `_looks` has it."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ._looks import CODED, DATA, FOUND, LOST, system_look
+
 if TYPE_CHECKING:  # which takes a second to import, and only pictures need it
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# One colour a code, the same in every picture; what loses predictions is dashed.
-_STYLES = {
-    "tuned": {"color": "#cc79a7", "marker": "D"},
-    "NeRCC tuned": {"color": "#cc79a7", "marker": "D"},
-    "NeRCC": {"color": "#0072b2", "marker": "o"},
-    "NeRCC untuned": {"color": "#0072b2", "marker": "o"},
-    "NeRCC published": {"color": "#56b4e9", "marker": "o", "markerfacecolor": "white"},
-    "BACC": {"color": "#d55e00", "marker": "s"},
-    "ApproxIFER": {"color": "#e69f00", "marker": "v"},
-    "BACC tuned": {"color": "#a05000", "marker": "s", "markerfacecolor": "white"},
-    "LCC": {"color": "#009e73", "marker": "^"},
-    "replication": {"color": "#555555", "marker": "x", "linestyle": "--"},
-    "ParM": {"color": "#000000", "marker": "+", "linestyle": "--"},
-}
-
 
 def straggler_figure(
-    rows: Sequence[Any], panels: Mapping[str, tuple[str, bool]], title: str
+    rows: Sequence[Any],
+    panels: Mapping[str, tuple[str, bool]],
+    title: str,
+    into: Any = None,
 ) -> "Figure":
-    """A panel for each metric {name: (label, logarithmic)}, with intervals."""
+    """A panel for each metric {name: (label, logarithmic)}, with intervals.
+
+    `into` is a part of another figure to draw it in.
+    """
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(6.2 * len(panels), 4.4), squeeze=False, layout="constrained"
-    )
-    for axis, (metric, (label, logarithmic)) in zip(axes[0], panels.items(), strict=True):
+    figure = into or plt.figure(figsize=(6.2 * len(panels), 4.4), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (metric, (label, logarithmic)) in zip(axes, panels.items(), strict=True):
         straggler_curves(axis, rows, metric, label, logarithmic=logarithmic)
     figure.suptitle(title, fontsize=10)
     return figure
@@ -72,7 +64,7 @@ def straggler_curves(
         over = mean > top
         bars[:, over] = 0
         mean = np.where(np.cumsum(over) > 1, np.nan, mean)  # the line goes on to the first
-        axis.errorbar(dodged, mean, bars, capsize=2, lw=1.4, ms=4, **_style(code))
+        axis.errorbar(dodged, mean, bars, capsize=2, lw=1.4, ms=4, **system_look(code))
         ends[code] = _end(dodged, mean, top)
     axis.set(xlabel="stragglers", ylabel=label, yscale="log" if logarithmic else "linear")
     if np.isfinite(top):
@@ -118,7 +110,7 @@ def _name_curves(axis: "Axes", ends: Mapping[str, tuple[float, float]]) -> None:
     for code, height in zip(order, placed, strict=True):
         x, y = ends[code]
         left = y >= axis.get_ylim()[1]  # it leaves by the top
-        colour = _style(code).get("color", "black")
+        colour = system_look(code)["color"]
         axis.annotate(
             f"{code}, off the scale" if left else code,
             xy=(x, y),
@@ -127,9 +119,89 @@ def _name_curves(axis: "Axes", ends: Mapping[str, tuple[float, float]]) -> None:
             va="center",
             fontsize=9,
             color=colour,
-            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6, "alpha": 0.6, "shrinkB": 3},
+            arrowprops={
+                "arrowstyle": "-", "color": colour, "lw": 0.6, "alpha": 0.6,
+                "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 3,
+            },
             annotation_clip=False,
-        )
+        )  # fmt: skip
+
+
+def batch_figure(
+    images: np.ndarray,
+    coded: np.ndarray,
+    available: np.ndarray,
+    decoded: Sequence[Any],
+    own: Sequence[Any],
+    into: Any = None,
+) -> "Figure":
+    """K images, the N mixtures that workers get, lost ones crossed out, and K decoded labels.
+
+    `images` are (K, height, width) in grey, or (K, height, width, 3); `coded` likewise, N of them;
+    `available` (N,); `decoded` and `own` are K labels, to be drawn as text. `into` is a part of
+    another figure to draw it in.
+    """
+    import matplotlib.pyplot as plt
+
+    count, workers = len(images), len(coded)
+    columns = max((workers + 1) // 2, count, 10)
+    figure = into or plt.figure(figsize=(8.2, 5.6))
+    wide = figure.bbox.width / figure.bbox.height
+    scale = figure.bbox.width / figure.dpi / 8.2  # of the letters
+    size, left = 0.92 / columns, 0.04
+    rows = {"data": 0.775, "first": 0.485, "second": 0.305, "labels": 0.06}
+
+    def place(column: float, row: str) -> "Axes":
+        box = (left + column * size, rows[row], 0.92 * size, 0.92 * size * wide)
+        axis = figure.add_axes(box)
+        axis.set(xticks=[], yticks=[])
+        return axis
+
+    offset = (columns - count) / 2
+    for column, image in enumerate(images):
+        _show(place(offset + column, "data"), image, images, DATA)
+    half = (workers + 1) // 2
+    for number, image in enumerate(coded):
+        row, column = ("first", number) if number < half else ("second", number - half)
+        axis = place((columns - half) / 2 + column, row)
+        _show(axis, image, images, CODED if available[number] else LOST)
+        if not available[number]:
+            axis.plot([0, 1], [0, 1], color=LOST, lw=2.5, transform=axis.transAxes)
+            axis.plot([0, 1], [1, 0], color=LOST, lw=2.5, transform=axis.transAxes)
+    for column, (label, true) in enumerate(zip(decoded, own, strict=True)):
+        axis = place(offset + column, "labels")
+        same = label == true
+        axis.text(
+            0.5, 0.5, str(label), size=scale * min(22, 220 / columns), ha="center", va="center",
+            color="black" if same else LOST, transform=axis.transAxes,
+        )  # fmt: skip
+        _frame(axis, FOUND if same else LOST)
+        if not same:
+            axis.set_xlabel(f"model: {true}", color=LOST, size=9 * scale)
+    lost, kept = int(np.sum(~available)), sum(a == b for a, b in zip(decoded, own, strict=True))
+    for text, height in (
+        (f"{count} images", 0.94),
+        (f"{workers} coded images, one a worker; {lost} workers straggle", 0.655),
+        (
+            f"{count} labels, from the {workers - lost} answers that came: "
+            f"{'all' if kept == count else kept} as the model's own",
+            0.235,
+        ),
+    ):
+        figure.text(0.5, height, text, ha="center", va="center", size=max(12 * scale, 9))
+    return figure
+
+
+def _show(axis: "Axes", image: np.ndarray, scale: np.ndarray, colour: str) -> None:
+    low, high = scale.min(), scale.max()
+    shown = np.clip((image - low) / max(high - low, 1e-12), 0, 1)
+    axis.imshow(shown, cmap="gray_r", vmin=0, vmax=1)
+    _frame(axis, colour)
+
+
+def _frame(axis: "Axes", colour: str) -> None:
+    for spine in axis.spines.values():
+        spine.set(edgecolor=colour, linewidth=2)
 
 
 def laws_and_codes(rows: Sequence[Any]) -> tuple[list[str], list[str]]:
@@ -143,7 +215,3 @@ def _maxima(rows: Sequence[Any], metric: str, codes: Sequence[str]) -> list[floa
     """The largest mean of each code that has a positive one."""
     means = {code: [getattr(r, metric).mean for r in rows if r.code == code] for code in codes}
     return [top for values in means.values() if (top := np.nanmax(values)) > 0]
-
-
-def _style(code: str) -> dict[str, Any]:
-    return _STYLES.get(code, {"marker": "."})

@@ -1,0 +1,90 @@
+"""How systems look: a colour and a marker each, the same in every picture of this project."""
+
+from typing import Any
+
+# Okabe and Ito's colours, and of Tol's muted ones where those are spent: colour-blind readers tell
+# apart what stands in one picture. What loses predictions is dashed.
+_BLUE, _SKY, _PINK, _WINE, _PURPLE = "#0072b2", "#56b4e9", "#cc79a7", "#882255", "#aa4499"
+_RED, _BROWN, _ORANGE, _OLIVE = "#d55e00", "#a05000", "#e69f00", "#999933"
+_GREEN, _TEAL, _INDIGO = "#009e73", "#44aa99", "#332288"
+_GREY, _LIGHT, _BLACK = "#555555", "#999999", "#000000"
+
+# Of one batch: data points, coded ones, those that are lost, and what is decoded.
+DATA, CODED, LOST, FOUND = _BLUE, _GREEN, _RED, _PINK
+
+
+def _open(color: str, marker: str) -> dict[str, Any]:
+    return {"color": color, "marker": marker, "markerfacecolor": "white"}
+
+
+def _filled(color: str, marker: str) -> dict[str, Any]:
+    return {"color": color, "marker": marker}
+
+
+def _lossy(color: str, marker: str) -> dict[str, Any]:
+    return {"color": color, "marker": marker, "linestyle": "--"}
+
+
+_LOOKS = {
+    # The method: untuned, as published, tuned; then what is added to it.
+    "NeRCC": _filled(_BLUE, "o"),
+    "coded": _filled(_BLUE, "o"),
+    "NeRCC published": _open(_SKY, "o"),
+    "NeRCC, published": _open(_SKY, "o"),
+    "published, ordered": _filled(_SKY, "o"),
+    "tuned": _filled(_PINK, "D"),
+    "NeRCC tuned": _filled(_PINK, "D"),
+    "NeRCC tuned, lambdas only": _open(_PINK, "D"),
+    "searched layout": _filled(_PURPLE, "D"),
+    "scheme": _filled(_WINE, "*"),
+    "scheme, doubtful again": _filled(_WINE, "X"),
+    "NeRCC, reject": _filled(_TEAL, "v"),
+    "NeRCC, reject, groups together": _filled(_GREEN, "^"),
+    "NeRCC, smooth": _filled(_INDIGO, "p"),
+    "repeated NeRCC, reject": _filled(_PURPLE, "D"),
+    "chebyshev": _filled(_BLUE, "o"),
+    "interleaved": _filled(_TEAL, "o"),
+    "repeated": _filled(_PURPLE, "o"),
+    # Other codes.
+    "BACC": _filled(_RED, "s"),
+    "BACC tuned": _open(_BROWN, "s"),
+    "BACC, median": _filled(_BROWN, "d"),
+    "ApproxIFER": _filled(_ORANGE, "v"),
+    "LCC": _filled(_GREEN, "^"),
+    "ParM": _lossy(_BLACK, "P"),
+    # Copies, and copies on suspicion.
+    "replication": _lossy(_GREY, "x"),
+    "two copies": _lossy(_GREY, "x"),
+    "replication, else surrogate": _lossy(_GREY, "+"),
+    "copies, else the nearest": _lossy(_GREY, "x"),
+    "copies, else a GP": _lossy(_GREY, "^"),
+    "hedg": _filled(_OLIVE, "^"),
+    "hedged, p95": _filled(_OLIVE, "v"),
+    "hedging, p95": _filled(_OLIVE, "v"),
+    "hedged, 1.35 x median": _filled(_OLIVE, "s"),
+    "hedging, 1.4 x median, 3 copies": _filled(_OLIVE, "s"),
+    # What answers from past answers.
+    "learner": _filled(_TEAL, "d"),
+    "learner, no redundancy": _open(_TEAL, "d"),
+    # Nothing, or no code.
+    "uncoded": _filled(_LIGHT, "."),
+    "as it comes": _filled(_LIGHT, "."),
+    "equal resources": _filled(_LIGHT, "1"),
+    "Ray Serve": _filled(_INDIGO, "h"),
+}
+
+
+def system_look(system: str) -> dict[str, Any]:
+    """How a system is drawn: matplotlib's `color` and `marker`, and a few more of a line.
+
+    By the longest of the names that are known here that its name begins with: "ParM, k = 2" looks
+    as "ParM" does. What is not known is a black dot.
+
+    ```python
+    from nercc_jax.evaluation import system_look
+
+    print(system_look("BACC (12, 8)"))  # {'color': '#d55e00', 'marker': 's'}
+    ```
+    """
+    known = [name for name in _LOOKS if system.startswith(name)]
+    return dict(_LOOKS[max(known, key=len)]) if known else _filled(_BLACK, ".")
