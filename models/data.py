@@ -227,8 +227,8 @@ def _find_parquet(name: str, stem: str, data_dir: Path) -> list[Path]:
     message = f"No data set {name!r} was found. Looked for:\n{places}"
     if hub is not None:
         message += (
-            f"\nLeave data_dir out to get {hub!r} from the Hugging Face hub, or store its files "
-            f"there: hf download --repo-type dataset {hub} --local-dir {data_dir / name}"
+            f"\nLeave data_dir (--data-dir) out to get {hub!r} from Hugging Face's hub, or store "
+            f"its files there: hf download --repo-type dataset {hub} --local-dir {data_dir / name}"
         )
     raise FileNotFoundError(message)
 

@@ -40,8 +40,10 @@ def hub_file(repository: str, file: str) -> Path:
         ) from error
     try:
         cached = huggingface_hub.try_to_load_from_cache(repository, file)
-        if isinstance(cached, str) and not hub_answers():
-            return Path(cached)
+        if not hub_answers():  # which its own client finds out after half a minute
+            if isinstance(cached, str):
+                return Path(cached)
+            raise ConnectionError("it does not answer.")
         return Path(huggingface_hub.hf_hub_download(repository, file))
     except Exception as error:  # of many kinds, by httpx and by the hub
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

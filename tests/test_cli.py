@@ -22,7 +22,8 @@ def demo(tmp_path_factory):
 def test_demo_prints_a_table_and_draws_a_picture(demo):
     result, plot = demo
     assert result.exit_code == 0, result.output
-    for word in ("NeRCC", "BACC", "LCC", "replication", "MSE", "RelAcc", "K=8, N=20", "*"):
+    words = ("NeRCC", "BACC", "LCC", "replication", "MSE", "RelAcc", "K=8, N=20", "*")
+    for word in (*words, "Labels kept against work", "scheme, doubtful 5 % again"):
         assert word in result.output
     assert str(plot) in result.output
     assert plot.read_bytes().startswith(b"\x89PNG")
@@ -73,13 +74,37 @@ def test_models_evaluates():
         ),
         ("tune", ("--max-stragglers", "20"), "leaves none of 20 workers"),
         ("tune", ("--max-stragglers", "-1"), "--max-stragglers -1"),
+        ("tune", ("--layout", "chebishev"), "--layout chebishev: points must be one of"),
+        ("tune", ("--images", "3"), "3 data points fill no 2 groups of 8: those that --images 3"),
+        ("tune", ("--num-workers", "1", "--num-data", "1"), "--num-workers 1: without stragglers"),
+        ("plan", ("--workers", "0"), "--workers must be positive, not 0"),
+        ("plan", ("--budget", "-1"), "--budget must be 0 or positive, not -1"),
+        ("plan", ("--layouts", "none"), "--layouts none: points must be one of"),
+        ("plan", ("--latency", "trace:no.txt"), "--latency trace:no.txt: no.txt not found"),
+        ("distill", ("--mixed", "3"), "--mixed 3.0 lies outside [0, 1]"),
+        ("run", ("--split", "tset"), "--split tset: The data set 'digits' has no split"),
+        ("demo", ("--code", "no.json"), "--code no.json: no.json: No such file"),
+        ("demo", ("--outputs", "logit"), "'logit' is not one of 'logits'"),
+        ("demo", ("--num-data", "eight"), "'eight'"),
+        ("demo", ("--num-data", "0"), "0"),
     ],
 )
 def test_errors_are_one_sentence(command, arguments, message):
     result = run(command, *arguments)
     assert result.exit_code == 2
     assert message in result.output
-    assert "Traceback" not in result.output
+    for word in ("Traceback", "Value error", "unable to parse"):
+        assert word not in result.output
+
+
+def test_a_module_that_cannot_be_imported_is_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nercc_broken.py").write_text("def model(x:")
+    (tmp_path / "nercc_raises.py").write_text("raise KeyError('weights')")
+    for name, message in (("broken", "SyntaxError: "), ("raises", "KeyError: 'weights'")):
+        result = run("demo", "--model", f"nercc_{name}:model")
+        assert result.exit_code == 2
+        assert f"--model nercc_{name}:model: {message}" in result.output
 
 
 def test_a_file_that_is_no_code_is_told(tmp_path):

@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
-from ._compiled import keep_programs_of_commands
+from ._compiled import compile_plainly, keep_programs_of_commands
 from ._demo import demo
 from ._distill import distill_command
+from ._errors import PlainCommand
 from ._models import models
 from ._new_model import new_model_command
 from ._plan import plan_command
@@ -47,15 +48,20 @@ def _options(
     command = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
     if compilation_cache and command != "serve":
         keep_programs_of_commands()
+    if command in ("demo", "tune"):
+        compile_plainly()
 
 
-app.command()(demo)
-app.command("distill")(distill_command)
-app.command()(models)
-app.command("new-model")(new_model_command)
-app.command("plan")(plan_command)
-app.command("run")(run_command)
+for name, command in (
+    ("demo", demo),
+    ("distill", distill_command),
+    ("models", models),
+    ("new-model", new_model_command),
+    ("plan", plan_command),
+    ("run", run_command),
+    ("tune", tune_command),
+):
+    app.command(name, cls=PlainCommand)(command)
 app.command("serve", add_help_option=False, context_settings={"ignore_unknown_options": True})(
     serve_command
 )
-app.command("tune")(tune_command)

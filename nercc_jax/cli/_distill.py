@@ -7,7 +7,15 @@ from typing import Annotated
 import typer
 
 from ._errors import told_plainly
-from ._options import DataDir, Inputs, ModelName, Weights, check_folder, check_model
+from ._options import (
+    DataDir,
+    Inputs,
+    ModelName,
+    Weights,
+    check_folder,
+    check_model,
+    check_positive,
+)
 
 _LOW = 0.7  # agreement with the model below which a student is warned of
 
@@ -47,8 +55,9 @@ def distill_command(
         check_folder("--output", output)
         if not 0 < share <= 1:
             raise ValueError(f"--share {share} lies outside (0, 1]")
-        if epochs < 1:
-            raise ValueError(f"--epochs {epochs}: needs one or more")
+        check_positive("--epochs", epochs, "--queries", queries, "--learning-rate", learning_rate)
+        if not 0 <= mixed <= 1:
+            raise ValueError(f"--mixed {mixed} lies outside [0, 1]")
         check_model(model, weights, inputs)
         # JAX takes a second or two: not for --help, nor for a word that is misspelt.
         from rich.console import Console

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 import typer
 
+from ._errors import of_option
 from ._own_models import HUB, check_weights, hub_name, is_own
 
 Outputs: TypeAlias = Literal["logits", "probabilities"]  # of a classifier
@@ -60,7 +61,8 @@ def check_shipped(model: str) -> None:
     to import JAX and the models takes seconds."""
     from nercc_models.names import check_model_name
 
-    check_model_name(model)
+    with of_option("--model"):
+        check_model_name(model)
 
 
 def check_model(model: str, weights: Path | None, inputs: Path | None) -> None:

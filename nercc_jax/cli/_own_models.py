@@ -40,30 +40,38 @@ def load_callable(spec: str, weights: Path | None) -> Callable[..., Any]:
     """
     module_name, _, attribute = spec.partition(":")
     if not module_name or not attribute:
-        raise ValueError(f"a model of your own is named module:function, not {spec!r}")
-    try:
-        found: Any = _module(module_name)
-        for part in attribute.split("."):
+        raise ValueError(f"--model: one of your own is named module:function, not {spec!r}")
+    found: Any = _module(spec)
+    for part in attribute.split("."):
+        try:
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{spec}: {error}") from error
+        except AttributeError as error:
+            raise ValueError(f"--model {spec}: {error}") from error
     if weights is not None:
-        found = found(_local(spec, weights))
+        path = _local(spec, weights)
+        try:
+            found = found(path)
+        except Exception as error:
+            raise ValueError(f"--weights {weights}: {spec} raises {_first_line(error)}") from error
     if not callable(found):
-        raise ValueError(f"{spec} is a {type(found).__name__}, not a callable on a batch")
+        kind = type(found).__name__
+        raise ValueError(f"--model {spec} is a {kind}, not a callable on a batch")
     return found
 
 
 def example_inputs(spec: str) -> Any:
     """What the module of a model says that it may be run on; None where it says nothing."""
-    found = getattr(_module(spec.partition(":")[0]), EXAMPLES, None)
-    return found() if callable(found) else found
+    found = getattr(_module(spec), EXAMPLES, None)
+    try:
+        return found() if callable(found) else found
+    except Exception as error:
+        raise ValueError(f"--model {spec}: {EXAMPLES}() raises {_first_line(error)}") from error
 
 
 def check_weights(spec: str, weights: Path) -> None:
     """Raises: ValueError where there are none."""
     if not str(weights).startswith(HUB) and not weights.exists():
-        raise ValueError(f"{spec}: there are no weights at {weights}")
+        raise ValueError(f"--weights {weights}: there are no weights at {weights}")
 
 
 def load_hub(spec: str) -> Any:
@@ -77,13 +85,22 @@ def hub_name(spec: str) -> str:
     """Raises: ValueError unless it is `hf:owner/name`."""
     name = spec.removeprefix(HUB)
     if name.count("/") != 1 or not all(name.split("/")):
-        raise ValueError(f"a model of Hugging Face's hub is named hf:owner/name, not {spec!r}")
+        raise ValueError(f"--model: one of Hugging Face's hub is named hf:owner/name, not {spec!r}")
     return name
 
 
-def _module(name: str) -> Any:
+def _module(spec: str) -> Any:
+    """Of `module:name`. Raises: ValueError where it cannot be imported, whatever it raises."""
     look_here()
-    return importlib.import_module(name)
+    try:
+        return importlib.import_module(spec.partition(":")[0])
+    except Exception as error:
+        told = str(error) if isinstance(error, ImportError) else _first_line(error)
+        raise ValueError(f"--model {spec}: {told}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _local(spec: str, weights: Path) -> Path:

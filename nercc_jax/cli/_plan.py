@@ -1,12 +1,13 @@
 """`nercc plan`: which code for a model and its workers, or none, measured on unlabelled data."""
 
 import datetime
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ._errors import told_plainly
+from ._errors import of_option, told_plainly
 from ._options import (
     LATENCIES,
     DataDir,
@@ -15,6 +16,7 @@ from ._options import (
     OutputsOption,
     Weights,
     check_model,
+    check_positive,
 )
 
 
@@ -62,9 +64,10 @@ def plan_command(
         str, typer.Option(help="Their split; on what a model was trained on, it promises too much.")
     ] = "train",
     seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
-    output_dir: Annotated[Path, typer.Option(help="Where to write plan.json and plan.png.")] = Path(
-        "nercc-plan"
-    ),
+    output: Annotated[
+        Path,
+        typer.Option("--output", "--output-dir", help="Folder to write plan.json and plan.png to."),
+    ] = Path("nercc-plan"),
 ) -> None:
     """Plan how to serve a model: coded, replicated, hedged, or plainly.
 
@@ -74,6 +77,12 @@ def plan_command(
     """
     with told_plainly():
         check_model(model, weights, inputs)
+        check_positive("--workers", workers, "--queries", queries, "--buffer", buffer)
+        if not 0 <= max_disagreement <= 1:
+            raise ValueError(f"--max-disagreement is a share from 0 to 1, not {max_disagreement}")
+        for option, value in (("--budget", budget), ("--overhead", overhead)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{option} must be 0 or positive, not {value}")
         if outputs == "values":
             raise ValueError(
                 "a plan keeps labels, and --outputs values have none: see `nercc run --tolerance`"
@@ -82,13 +91,17 @@ def plan_command(
         import jax
         from rich.console import Console
 
+        from ..codes import regression_points
         from ..planning import plan
         from ._plan_report import latency_law, plan_plot, plan_table, plan_words
         from ._tables import print_whole
         from ._workload import find_workload
 
+        with of_option(f"--layouts {layouts}"):
+            for layout in layouts.split(","):
+                regression_points(2, 4, layout)
         law = latency_law(latency)
-        output_dir.mkdir(parents=True, exist_ok=True)  # fails before the work, not after it
+        output.mkdir(parents=True, exist_ok=True)  # fails before the work, not after it
         workload = find_workload(
             model, weights=weights, inputs=inputs, data_dir=data_dir, outputs=outputs
         )
@@ -109,7 +122,7 @@ def plan_command(
                 overhead=overhead,
                 on_stage=lambda stage: status.update(f"{stage} ..."),
             )
-        file, picture = output_dir / "plan.json", output_dir / "plan.png"
+        file, picture = output / "plan.json", output / "plan.png"
         about = {
             "model": model,
             "outputs": outputs,

@@ -9,6 +9,7 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
+from ..evaluation import system_look
 from ..planning import ALIKE, Candidate, Plan
 from ..stragglers import (
     AbstractLatency,
@@ -17,6 +18,7 @@ from ..stragglers import (
     ParetoLatency,
     TraceLatency,
 )
+from ._errors import of_option
 from ._options import LATENCIES
 
 matplotlib.use("Agg")
@@ -38,7 +40,8 @@ def latency_law(told: str) -> AbstractLatency:
     """
     name, _, rest = told.partition(":")
     if name == "trace" and rest:
-        return TraceLatency.from_file(rest)
+        with of_option(f"--latency {told}"):
+            return TraceLatency.from_file(rest)
     try:
         numbers = [float(number) for number in rest.split(":")]
     except ValueError:
@@ -48,7 +51,8 @@ def latency_law(told: str) -> AbstractLatency:
     law, least, most = _LAWS.get(name, (None, 0, 0))
     if law is None or not least <= len(numbers) <= most:
         raise ValueError(f"--latency must be {LATENCIES}, not {told!r}")
-    return law(*numbers)
+    with of_option(f"--latency {told}"):
+        return law(*numbers)
 
 
 def _stragglers(seconds: float, share: float, factor: float) -> TraceLatency:
@@ -156,10 +160,10 @@ def plan_plot(found: Plan, title: str, path: Path) -> None:
     figure, axis = plt.subplots(figsize=(7.5, 4.6))
     limit = (1 + ALIKE) * found.recommended.p99
     systems = list(dict.fromkeys(row.system for row in found.candidates))
-    for colour, system in enumerate(systems):
+    for system in systems:
         rows = [row for row in found.candidates if row.system == system and row.p99 <= limit]
         if rows:
-            axis.plot(*_envelope(rows), marker="o", ms=4, lw=1.3, color=f"C{colour}", label=system)
+            axis.plot(*_envelope(rows), ms=4, lw=1.3, label=system, **system_look(system))
     best = found.recommended
     axis.plot(
         best.extra_work,

@@ -5,10 +5,12 @@ import gc
 import importlib.util
 import logging
 import os
+import re
 import signal
 import socket
 import sys
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +18,7 @@ import typer
 
 from ._compiled import keep_programs
 from ._config import as_toml
-from ._errors import fail, told_plainly
+from ._errors import PlainCommand, fail, told_plainly
 from ._options import check_model
 from ._ray_job import RayJob, end_at_once, leave_accelerators
 
@@ -49,7 +51,7 @@ def command_with_options() -> Any:
     from ._serve_options import with_settings
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(help=serve_command.__doc__)(with_settings(_serve))
+    app.command(help=serve_command.__doc__, cls=PlainCommand)(with_settings(_serve))
     return typer.main.get_command(app)
 
 
@@ -98,7 +100,10 @@ def _read(
         told["models"] = [{"model": each} for each in names]
     if of_all:
         told["defaults"] = of_all
-    settings = read_settings(config, **told)
+    try:
+        settings = read_settings(config, **told)
+    except ValueError as error:
+        raise ValueError(_by_flags(str(error), (*told, *of_all))) from error
     if not settings.models:
         settings.models = [ModelSettings(model="lenet5-digits")]
     # Flags come before what a file says of one model, too.
@@ -106,6 +111,14 @@ def _read(
     if any(each.pool == "ray" for each in chosen) and importlib.util.find_spec("ray") is None:
         raise ImportError("--pool ray needs Ray: pip install 'nercc-jax[ray]'")
     return settings, chosen
+
+
+def _by_flags(told: str, names: Iterable[str]) -> str:
+    """What is wrong, with the flags' own names for the settings that the command line has."""
+    for name in names:
+        flag = f"--{name.replace('_', '-')}: "
+        told = re.sub(rf"(?:(?<=; )|^)(?:defaults\.)?{name}: ", flag, told)
+    return told
 
 
 def _run(settings: "ServerSettings", chosen: "list[ModelSettings]") -> None:

@@ -210,7 +210,7 @@ def code_of(settings: ModelSettings) -> AbstractCode:
     """The code that the settings name; for a shipped model a tuned one, if it comes with us."""
     k, n = settings.num_data, settings.num_workers
     if settings.code is not None:
-        return load_plain_code(settings.code, str(settings.code))
+        return load_plain_code(settings.code, f"--code {settings.code}")
     if settings.scheme == "uncoded":
         return UNCODED
     if settings.scheme == "replication":

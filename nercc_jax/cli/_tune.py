@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from ._errors import told_plainly
+from ._compiled import compile_quickly
+from ._errors import of_option, told_plainly
 from ._options import (
     DataDir,
     Inputs,
@@ -99,19 +100,27 @@ def tune_command(
             tune_with_bar,
             tuned_words,
         )
-        from ._workload import find_workload, straggler_laws
+        from ._workload import enough, find_workload, straggler_laws
 
         laws = straggler_laws(num_data, num_workers, max_stragglers)
         searching = layout == "search"
-        start = start_code(num_data, num_workers, "chebyshev" if searching else layout)
+        with of_option(f"--layout {layout}"):
+            start = start_code(num_data, num_workers, "chebyshev" if searching else layout)
         if start.exact:
             laws.pop("0")  # without stragglers there is nothing to tune
+        if not laws:
+            raise ValueError(
+                f"--num-workers {num_workers}: without stragglers, and with a worker for each data "
+                "point, there is nothing to tune; say --max-stragglers"
+            )
         workload = find_workload(
             model, weights=weights, inputs=inputs, data_dir=data_dir, outputs=outputs
         )
         network = workload.model
-        x = workload.points("train", images, seed)
-        held = workload.points("test", images, seed)
+        kept = workload.source, num_data
+        x = enough(workload.points("train", images, seed), *kept, 2, f"--images {images}")
+        held = enough(workload.points("test", images, seed), *kept, 1, f"--images {images}")
+        compile_quickly(network, x, (6 * steps + images) * num_workers)
         console = Console()
         labels = searching and outputs == "logits"
         chosen = criterion or ("cross_entropy" if labels else "mse")

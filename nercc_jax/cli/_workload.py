@@ -17,6 +17,7 @@ from jaxtyping import Array
 from ..codes import AbstractCode, load_code
 from ..inference import call_model, check_model
 from ..stragglers import AbstractStragglers, ExactStragglers
+from ._errors import of_option
 from ._inputs import read_inputs
 from ._options import Returned
 from ._own_models import EXAMPLES, example_inputs, is_own, is_shipped, load_callable, load_hub
@@ -64,7 +65,10 @@ def points_of(network: Answering, split: str, data_dir: Path | None) -> Points:
     """A split of a shipped model's data set."""
     from nercc_models import load_data
 
-    data = load_data(network.network.data, split, data_dir=data_dir)
+    try:
+        data = load_data(network.network.data, split, data_dir=data_dir)
+    except ValueError as error:
+        raise ValueError(f"--split {split}: {error}") from error
     return Points(split, data.images, data.labels, network.network.preprocess)
 
 
@@ -87,7 +91,7 @@ class Workload:
         if self.x is None:
             return self.model.images(split, self.data_dir, count, seed)[0]
         if split not in ("train", "test"):
-            raise ValueError(f"of {self.source} there are the splits train and test, not {split!r}")
+            raise ValueError(f"--split {split}: of {self.source} there are train and test")
         order = np.random.default_rng(0).permutation(len(self.x))
         held = min(_HELD, len(order) // 5)
         rows = order[:held] if split == "test" else order[held:]
@@ -128,7 +132,7 @@ def find_workload(
     x, source = own_inputs(name, inputs)
     if traced:
         x = x.astype(np.float32)
-        _check_runs(name, model, x)
+        _check_runs(name, model, x, source)
     return Workload(name, model, source, x, None)
 
 
@@ -151,13 +155,13 @@ def own_inputs(name: str, path: Path | None) -> tuple[np.ndarray, str]:
     x = np.asarray(found)
     if x.ndim < 2 or not x.size or x.dtype.kind not in "biuf":
         raise ValueError(
-            f"{EXAMPLES}() of {name} gave {x.dtype} of shape {x.shape}: numbers, "
+            f"--model {name}: {EXAMPLES}() gave {x.dtype} of shape {x.shape}: numbers, "
             "(rows, *shape of one), are needed"
         )
     return x, f"{EXAMPLES}() of {name.partition(':')[0]}"
 
 
-def _check_runs(name: str, model: Any, x: np.ndarray) -> None:
+def _check_runs(name: str, model: Any, x: np.ndarray, source: str) -> None:
     """Raises: ValueError where JAX cannot run it on a batch of `x`, or it gives no rows."""
     check_model(model)
     one = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
@@ -166,11 +170,12 @@ def _check_runs(name: str, model: Any, x: np.ndarray) -> None:
     except Exception as error:
         first = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(
-            f"{name} does not run on a batch of shape {one.shape}, which JAX traces (`nercc run "
-            f"--tolerance` traces nothing): {first}"
+            f"--model {name} does not run on a batch of shape {one.shape}, of {source}, which JAX "
+            f"traces (`nercc run --tolerance` traces nothing): {first}"
         ) from error
     if getattr(answer, "shape", ())[:1] != (1,) or len(answer.shape) < 2:
-        raise ValueError(f"{name} must give an array, a row for each of a batch, not {answer}")
+        told = f"--model {name} must give an array, a row for each of a batch"
+        raise ValueError(f"{told}, not {answer}")
 
 
 def answering(model: str, outputs: Returned) -> Answering:
@@ -185,13 +190,26 @@ def load_plain_code(path: Path, told: str) -> AbstractCode:
 
     Raises: ValueError for a code whose workers run further models beside it, and as `load_code`.
     """
-    code = load_code(path)
+    with of_option(told):
+        code = load_code(path)
     if code.worker_models.any():
         raise ValueError(
             f"{told}: {type(code).__name__} has workers that run other models; here all run the "
             "served one"
         )
     return code
+
+
+def enough(x: np.ndarray, source: str, num_data: int, groups: int, option: str) -> np.ndarray:
+    """These data points. Raises: ValueError, saying what to change, where they fill no group, or
+    not so many."""
+    if len(x) < groups * num_data:
+        what = f"no group of {num_data}" if groups == 1 else f"no {groups} groups of {num_data}"
+        raise ValueError(
+            f"{len(x)} data points fill {what}: those that {option} leaves of {source}; ask for "
+            "more of them, or for a smaller --num-data"
+        )
+    return x
 
 
 def straggler_laws(

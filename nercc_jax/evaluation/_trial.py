@@ -35,19 +35,24 @@ class Trial(eqx.Module):
     criterion: Criterion = eqx.field(static=True)
     power: float = eqx.field(static=True)
 
-    @eqx.filter_jit
     def errors(self, model: Model, code: AbstractCode) -> Float[Array, " laws"]:
         """A code's mean error under each law; sets in which it recovers nothing are left out."""
-        return _by_law(self, code, _errors(self, model, code))[0]
+        return _judged(self, model, code)[0]
 
-    @eqx.filter_jit
     def objective(self, model: Model, code: AbstractCode) -> Float[Array, ""]:
         """The power mean over laws of a code's error relative to the starting code's.
 
         With r_l = errors / scales: (mean_l r_l^power)^(1/power). 1 for the starting code.
         Differentiable in the code.
         """
-        return relative_objective(self, model, code)
+        return _relative(self, *_judged(self, model, code))
+
+
+@eqx.filter_jit  # one program for errors and objectives: seconds to compile
+def _judged(
+    trial: Trial, model: Model, code: AbstractCode
+) -> tuple[Float[Array, " laws"], Bool[Array, " laws"]]:
+    return _by_law(trial, code, _errors(trial, model, code))
 
 
 def make_trial(
@@ -108,11 +113,13 @@ def draw_sets(
 
 def relative_objective(trial: Trial, model: Model, code: AbstractCode) -> Float[Array, ""]:
     """`Trial.objective` without its compilation."""
-    return _relative(trial, code, _errors(trial, model, code))
+    return _relative(trial, *_by_law(trial, code, _errors(trial, model, code)))
 
 
-def _relative(trial: Trial, code: AbstractCode, errors: Float[Array, " sets"]) -> Float[Array, ""]:
-    errors, told = _by_law(trial, code, errors)
+@eqx.filter_jit
+def _relative(
+    trial: Trial, errors: Float[Array, " laws"], told: Bool[Array, " laws"]
+) -> Float[Array, ""]:
     relative = errors / jnp.maximum(trial.scales, _LEAST)
     powers = jnp.where(told, jnp.where(told, relative, 1) ** trial.power, 0)
     return (jnp.sum(powers) / jnp.maximum(jnp.sum(told), 1)) ** (1 / trial.power)
@@ -146,7 +153,8 @@ def _row(
     def cell(dec: Float[Array, ""]) -> Float[Array, ""]:
         here = _with_lambdas(code, code.lambda_enc, dec)
         told = eqx.tree_at(lambda known: known.code, answers, here)
-        return _relative(trial, here, told.losses(trial.available, trial.criterion))
+        losses = told.losses(trial.available, trial.criterion)
+        return _relative(trial, *_by_law(trial, here, losses))
 
     return jax.lax.map(cell, lambda_dec)
 

@@ -433,7 +433,7 @@ def test_the_command_makes_a_student_of_a_shipped_model(run, tmp_path):
         ("--output none/s.safetensors", "there is no folder none"),
         ("--share 0", "--share 0.0 lies outside (0, 1]"),
         ("--share 0.0001", "too cheap to be worth a student"),
-        ("--epochs 0", "--epochs 0: needs one or more"),
+        ("--epochs 0", "--epochs must be positive, not 0"),
         ("--queries 0", "0 queries"),
         ("--mixed 2 --queries 600", "mixed=2.0"),
         ("--weights w.npz", "--weights is for a model of your own"),
