@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from ._errors import told_plainly
+from ._compiled import compile_quickly
+from ._errors import of_option, told_plainly
 from ._options import (
     DataDir,
     Inputs,
@@ -55,18 +56,21 @@ def demo(
         check_model(model, weights, inputs)
         # JAX takes a second or two: not for --help, nor for a word that is misspelt.
         import jax
+        import numpy as np
         from rich.console import Console
 
         from ..codes import AbstractCode, Berrut, Lagrange, NeRCC, Replication, load_code
         from ..evaluation import evaluate
+        from ._demo_work import draw_kept, kept_labels, kept_table, shipped_queries
         from ._progress import evaluating
-        from ._report import straggler_plot, straggler_table
+        from ._report import draw_batch, straggler_plot, straggler_table
         from ._tables import print_whole, write_json
-        from ._workload import find_workload, straggler_laws
+        from ._workload import enough, find_workload, straggler_laws
 
         further: dict[str, AbstractCode] = {}
         if code is not None:
-            further = {"tuned": load_code(code)}
+            with of_option(f"--code {code}"):
+                further = {"tuned": load_code(code)}
             num_data, num_workers = further["tuned"].num_data, further["tuned"].num_workers
         if num_workers < num_data:
             raise ValueError(
@@ -85,6 +89,8 @@ def demo(
             model, weights=weights, inputs=inputs, data_dir=data_dir, outputs=outputs
         )
         x = workload.points("test", points, seed)
+        x = enough(x, workload.source, num_data, 1, f"--points {points}")
+        compile_quickly(workload.model, x, 20 * len(x))
 
         console = Console()
         with evaluating(console) as progress:
@@ -110,8 +116,19 @@ def demo(
             title = "RelAcc in %: same label as the model's own; lost predictions count as wrong"
             print_whole(console, straggler_table(rows, "rel_acc", title, best="max"))
             panels["rel_acc"] = ("RelAcc", False)
-        straggler_plot(rows, panels, what, plot)
+        work, queries = [], shipped_queries(workload, model, num_data, points, seed)
+        if queries is not None:
+            with console.status("labels kept against work: compiling, then data points ..."):
+                work = kept_labels(queries, num_data, num_workers, seed)
+            print_whole(console, kept_table(work))
+        above = []
+        if outputs != "values" and x.ndim == 4 and x.shape[-1] in (1, 3):
+            available = np.random.default_rng(seed).permutation(num_workers) >= num_workers // 5
+            above = [draw_batch(workload.model, codes["NeRCC"], x[:num_data], available)]
+        above += [draw_kept(work)] if work else []
+        straggler_plot(rows, panels, what, plot, above)
         console.print(f"picture: {plot.resolve()}", soft_wrap=True)
         about = {"model": model, "data": workload.source, "outputs": outputs, "seed": seed}
         about |= {"num_data": num_data, "num_workers": num_workers}
+        about |= {"labels_kept": [row.record() for row in work]}
         write_json(console, output, about, rows.records())

@@ -1,7 +1,8 @@
 """Evaluations as a table, and as a picture's file."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -11,7 +12,17 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from ..evaluation import SHARES, Estimate, Evaluation, laws_and_codes, straggler_figure
+from ..codes import AbstractCode
+from ..evaluation import (
+    SHARES,
+    Estimate,
+    Evaluation,
+    batch_figure,
+    batched,
+    laws_and_codes,
+    straggler_figure,
+)
+from ..inference import Model
 
 
 def straggler_table(rows: Sequence[Evaluation], metric: str, title: str, *, best: str) -> Table:
@@ -39,12 +50,46 @@ def straggler_table(rows: Sequence[Evaluation], metric: str, title: str, *, best
 
 
 def straggler_plot(
-    rows: Sequence[Evaluation], panels: Mapping[str, tuple[str, bool]], title: str, path: Path
+    rows: Sequence[Evaluation],
+    panels: Mapping[str, tuple[str, bool]],
+    title: str,
+    path: Path,
+    above: Sequence[Callable[[Any], Any]] = (),
 ) -> None:
-    """A picture's file with a panel for each metric {name: (label, logarithmic)}."""
-    figure = straggler_figure(rows, panels, title)
+    """A picture's file with a panel for each metric {name: (label, logarithmic)}.
+
+    Each of `above` draws into a part of the figure over them, side by side.
+    """
+    lines = 1 + bool(above)
+    width = 6.2 * max(len(panels), len(above))
+    figure = plt.figure(figsize=(width, 4.4 * lines), layout="constrained")
+    *first, last = figure.subfigures(lines, 1, squeeze=False)[:, 0]
+    for part, draw in zip(
+        [each for line in first for each in line.subfigures(1, len(above), squeeze=False)[0]],
+        above,
+        strict=True,
+    ):
+        draw(part)
+    straggler_figure(rows, panels, title, last)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def draw_batch(
+    model: Model, code: AbstractCode, x: np.ndarray, available: np.ndarray
+) -> Callable[[Any], Any]:
+    """Draws one batch's way: K images, N coded ones, K labels.
+
+    `x` are (K, height, width, 1 or 3), as the model takes them; what is shown is in their range.
+    """
+    coded = np.asarray(code.encode(x))
+    run = batched(model, len(coded))
+    own, answers = np.asarray(run(x)), np.asarray(run(coded))
+    decoded = np.asarray(code.decode(answers, available))
+    images, mixtures = (each[..., 0] if each.shape[-1] == 1 else each for each in (x, coded))
+    return lambda part: batch_figure(
+        images, mixtures, available, decoded.argmax(-1), own.argmax(-1), part
+    )
 
 
 def _winner(cells: Sequence[Evaluation], metric: str, best: str) -> list[Evaluation]:

@@ -1,0 +1,203 @@
+"""The end of `nercc demo`: labels kept against work done, with all that is beside the code."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from rich import box
+from rich.table import Table
+
+from ..codes import AbstractCode, Berrut, NeRCC, Replication
+from ..evaluation import Estimate, batched, system_look
+from ..inference import AbstractScheme, Model, coded_inference, order_points
+from ..stragglers import IndependentStragglers
+from ..surrogates import Scheme, calibrate_doubt, fit_surrogate, reexecute
+from ._workload import Answering, Workload
+
+RATE = 0.1  # of the workers, each by itself
+_AGAIN = 0.05  # of the data points: the most doubtful, which the model answers itself
+_SETS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """Labels that a system keeps, as a share, and the model's calls that it takes for a query."""
+
+    system: str
+    look: str
+    workers: int
+    calls: float
+    kept: Estimate
+
+    def record(self) -> dict[str, Any]:
+        low, high = self.kept.interval(share=True)
+        told = {"system": self.system, "workers": self.workers, "calls": self.calls}
+        return told | {"kept": self.kept.mean, "kept_low": low, "kept_high": high}
+
+
+@dataclasses.dataclass(frozen=True)
+class Queries:
+    """A model, its student and what that costs of it, and data points: to fit the surrogate to, and
+    to calibrate the doubt on and judge by, a half each."""
+
+    model: Model
+    student: Model
+    cost: float
+    fit: np.ndarray
+    test: np.ndarray
+
+
+def shipped_queries(
+    workload: Workload, model: str, num_data: int, count: int, seed: int
+) -> Queries | None:
+    """Those of a shipped model with a student; None for any other, and for few data points."""
+    from nercc_models import list_students, load_student, student_card
+
+    if workload.x is not None or model not in list_students() or workload.model.outputs == "values":
+        return None
+    test, card = workload.points("test", count, seed), student_card(model)
+    if len(test) < 4 * num_data:
+        return None
+    return Queries(
+        workload.model,
+        Answering(load_student(model), workload.model.outputs),
+        card["multiplications"] / card["base_multiplications"],
+        workload.points("train", count, seed),
+        test,
+    )
+
+
+def kept_labels(queries: Queries, num_data: int, num_workers: int, seed: int) -> list[Kept]:
+    """The published method and its rivals, and a scheme on few workers, under the same law."""
+    judge = queries.test[len(queries.test) // 2 :]
+    judge = judge[: len(judge) // num_data * num_data]
+    own = np.asarray(batched(queries.model, 256)(judge)).argmax(-1)
+    few, many = num_data + max(num_data // 4, 1), num_workers
+
+    def kept(infer: Callable[[np.ndarray], np.ndarray], workers: int) -> Estimate:
+        draw = np.random.default_rng(seed)
+        shares = []
+        for _ in range(_SETS):
+            masks = draw.random((len(judge) // num_data, workers)) >= RATE
+            shares.append(float(np.mean(infer(masks) == own)))
+        return Estimate.over(shares)
+
+    def labels(code: AbstractCode | AbstractScheme) -> Callable[[np.ndarray], np.ndarray]:
+        grouped = judge.reshape(-1, num_data, *judge.shape[1:])
+        infer = coded_inference(queries.model, code, grouped=True)
+        return lambda masks: _labels(infer(grouped, masks)).ravel()
+
+    return [
+        # Known without being run: what straggles is lost, or exact.
+        Kept("one worker a query", "uncoded", num_data, 1.0, Estimate(1 - RATE, 0.0)),
+        Kept("lost calls again, later", "hedging", num_data, 1 + RATE, Estimate(1.0, 0.0)),
+        *(
+            Kept(name, look, code.num_workers, code.num_workers / num_data, kept(labels(code), n))
+            for name, look, code in (
+                ("two copies", "replication", Replication(num_data, 2 * num_data)),
+                ("BACC", "BACC", Berrut(num_data, many)),
+                ("NeRCC as published", "NeRCC published", NeRCC(num_data, many, lambda_dec=0.0)),
+            )
+            for n in (code.num_workers,)
+        ),
+        *_with_scheme(queries, judge, own, NeRCC(num_data, few, points="repeated"), kept, seed),
+    ]
+
+
+def _with_scheme(
+    queries: Queries,
+    judge: np.ndarray,
+    own: np.ndarray,
+    code: NeRCC,
+    kept: Callable[..., Estimate],
+    seed: int,
+) -> Iterator[Kept]:
+    laws = {"stragglers": IndependentStragglers(RATE)}
+    keys = jax.random.split(jax.random.key(seed))
+    student = batched(queries.student, 256)
+
+    def arranged(x: np.ndarray) -> np.ndarray:
+        return x[np.asarray(order_points(x, code.num_data, features=np.asarray(student(x))))]
+
+    surrogate = fit_surrogate(
+        queries.model, queries.student, code, arranged(queries.fit), laws, key=keys[0]
+    )
+    calibrate = arranged(queries.test[: len(queries.test) // 2])
+    doubt = calibrate_doubt(
+        queries.model, code, calibrate, laws, key=keys[1], surrogate=surrogate, num_sets=20
+    )
+    infer = coded_inference(
+        queries.model, Scheme(code, surrogate, doubt, order="surrogate"), with_status=True
+    )
+    workers, calls = code.num_workers, code.num_workers / code.num_data + queries.cost
+
+    def labels(masks: np.ndarray) -> np.ndarray:
+        return _labels(infer(judge, masks).decoded.predictions)
+
+    def again(masks: np.ndarray) -> np.ndarray:
+        sure = reexecute(queries.model, judge, infer(judge, masks), share=_AGAIN)
+        return _labels(sure.decoded.predictions)
+
+    yield Kept("scheme", "scheme", workers, calls, kept(labels, workers))
+    name, look = "scheme, doubtful 5 % again", "scheme, doubtful again"
+    yield Kept(name, look, workers, calls + _AGAIN, kept(again, workers))
+
+
+def _labels(predictions: Any) -> np.ndarray:
+    """The largest output's place; -1 of what is lost."""
+    found = np.asarray(predictions)
+    return np.where(np.isfinite(found).all(-1), found.argmax(-1), -1)
+
+
+def kept_table(rows: Sequence[Kept]) -> Table:
+    title = (
+        f"Labels kept against work, where {100 * RATE:g} % of the workers straggle. What is called "
+        "again is exact, and\ncomes a call later. A scheme: repeated points, alike queries side by "
+        "side, the shipped student beside\nthe code, and a doubt that says what to run again"
+    )
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("system", no_wrap=True)
+    for name in ("workers", "calls a query", "labels kept, %"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        low, high = (100 * end for end in row.kept.interval(share=True))
+        between = f" {low:.1f}–{high:.1f}" if high > low else ""
+        kept = f"{100 * row.kept.mean:.1f}{between}"
+        table.add_row(row.system, str(row.workers), f"{row.calls:.2f}", kept)
+    return table
+
+
+def draw_kept(rows: Sequence[Kept]) -> Callable[[Any], Any]:
+    """Draws labels kept against calls a query."""
+
+    def draw(part: Any) -> None:
+        axis = part.subplots()
+        left = [row for row in sorted(rows, key=lambda row: row.calls) if row.calls < 1.75]
+        for row in rows:
+            low, high = (100 * end for end in row.kept.interval(share=True))
+            here = row.calls, 100 * row.kept.mean
+            ends = [[max(here[1] - low, 0)], [max(high - here[1], 0)]]
+            look: dict[str, Any] = system_look(row.look) | {"linestyle": "none"}
+            axis.errorbar(*here, ends, ms=8, capsize=2, **look)
+            # Names of what costs little stand below it, stepwise: no line crosses another's name.
+            step = 0.3 + 0.12 * left.index(row) if row in left else None
+            high_up = here[1] > 95
+            where = (here[0] + 0.02, step) if step is not None and high_up else (12, 0)
+            name: dict[str, Any] = {"xytext": where, "color": look["color"], "fontsize": 9}
+            if where != (12, 0):
+                line = {"arrowstyle": "-", "color": look["color"], "lw": 0.6, "relpos": (0, 0.5)}
+                name |= {"textcoords": axis.get_xaxis_transform(), "arrowprops": line}
+            elif row in left:
+                name |= {"textcoords": "offset points"}
+            else:
+                name |= {"xytext": (-12, 0), "textcoords": "offset points", "ha": "right"}
+            axis.annotate(row.system, here, va="center", **name)
+        axis.set(xlabel="calls of the model a query", ylabel="labels kept, %")
+        axis.margins(x=0.05, y=0.08)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_title(f"{100 * RATE:g} % of the workers straggle", fontsize=10)
+
+    return draw
