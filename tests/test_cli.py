@@ -3,10 +3,14 @@
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from nercc_jax.cli._app import app
+from nercc_jax.cli._compiled import compile_quickly
 
 
 def run(*arguments):
@@ -136,3 +140,21 @@ def test_a_missing_extra_is_named():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 1
     assert "pip install 'nercc-jax[demo]'" in result.stderr
+
+
+def test_only_models_with_little_to_do_are_compiled_quickly(monkeypatch):
+    told = []
+    monkeypatch.setattr(jax.config, "update", lambda name, value: told.append(name))
+    x = np.ones((4, 100), np.float32)
+
+    def product(batch):
+        return batch @ jnp.ones((100, 10))
+
+    def loop(batch):
+        return jax.lax.fori_loop(0, 3, lambda _, x: x + 1, batch)
+
+    compile_quickly(product, x, 10**9)
+    compile_quickly(loop, x, 10)
+    assert not told
+    compile_quickly(product, x, 10**6)
+    assert told == ["jax_disable_most_optimizations"]

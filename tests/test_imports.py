@@ -47,7 +47,7 @@ def test_a_servers_settings_need_no_jax(arguments):
     require("kserve", "serve")
     code, told, loaded = run(["serve", *arguments])
     assert code == (0 if arguments == ["--help"] else 2), told
-    assert "SIGTERM" in told or "http_port: input should be" in told
+    assert "SIGTERM" in told or "--http-port: input should be" in told
     assert not loaded & set(HEAVY)
 
 

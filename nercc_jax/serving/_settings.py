@@ -437,7 +437,6 @@ def _in_words(error: ValidationError) -> str:
         if fault["type"] == "extra_forbidden":
             what = "there is no such setting"
         elif fault["type"] != "value_error":
-            wanted = what.partition(", unable to parse")[0]
-            what = f"{wanted[:1].lower()}{wanted[1:]}, not {fault['input']!r}"
+            what = f"{what[:1].lower()}{what[1:].partition(', unable')[0]}, not {fault['input']!r}"
         faults.append(f"{where}: {what}")
     return "; ".join(faults)
