@@ -29,6 +29,7 @@ _LOOKS = {
     # The method: untuned, as published, tuned; then what is added to it.
     "NeRCC": _filled(_BLUE, "o"),
     "coded": _filled(_BLUE, "o"),
+    "NeRCC (8, 4)": _filled(_BLUE, "h"),
     "NeRCC published": _open(_SKY, "o"),
     "NeRCC, published": _open(_SKY, "o"),
     "published, ordered": _filled(_SKY, "o"),
@@ -38,6 +39,8 @@ _LOOKS = {
     "searched layout": _filled(_PURPLE, "D"),
     "scheme": _filled(_WINE, "*"),
     "scheme, doubtful again": _filled(_WINE, "X"),
+    "picked, 1.1 calls": _open(_WINE, "*"),
+    "picked, 1.35 calls": _open(_WINE, "X"),
     "NeRCC, reject": _filled(_TEAL, "v"),
     "NeRCC, reject, groups together": _filled(_GREEN, "^"),
     "NeRCC, smooth": _filled(_INDIGO, "p"),
@@ -52,6 +55,7 @@ _LOOKS = {
     "ApproxIFER": _filled(_ORANGE, "v"),
     "LCC": _filled(_GREEN, "^"),
     "ParM": _lossy(_BLACK, "P"),
+    "ParM, k = 4": _lossy(_BLACK, "p"),
     # Copies, and copies on suspicion.
     "replication": _lossy(_GREY, "x"),
     "two copies": _lossy(_GREY, "x"),
@@ -62,7 +66,6 @@ _LOOKS = {
     "hedged, p95": _filled(_OLIVE, "v"),
     "hedging, p95": _filled(_OLIVE, "v"),
     "hedged, 1.35 x median": _filled(_OLIVE, "s"),
-    "hedging, 1.4 x median, 3 copies": _filled(_OLIVE, "s"),
     # What answers from past answers.
     "learner": _filled(_TEAL, "d"),
     "learner, no redundancy": _open(_TEAL, "d"),
