@@ -9,7 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from _report import answer_first, write_markdown
+from _report import answer_first, share, write_markdown
 
 from nercc_jax.evaluation import system_look
 
@@ -49,8 +49,8 @@ edit.
 A of N = 100 workers answer wrongly, within the range of honest answers (logits: the largest on
 training images, either sign; probabilities: 0 to 1), the same workers for all groups of K = 20
 test images. Each cell has {part["num_data_points"]:,} images, {part["size"]["sets"]} sets of liars
-and no stragglers; ± is a 95 % interval over the sets. MSE is the mean of (decoded - the model's
-own)^2, disagreement the share of images whose label differs from the model's own.
+and no stragglers; ± and brackets are 95 % intervals over the sets. MSE is the mean of (decoded -
+the model's own)^2, disagreement the share of images whose label differs from the model's own.
 
 - **noise**: Gaussian of three times the outputs' root mean square, added, clipped to the range.
   **sign flip**: low + high - y. **worst**: every output moved by 1/8, 1/4 or all of the way to
@@ -175,8 +175,7 @@ def _part(name: str, part: Mapping[str, Any]) -> str:
 def _cell(row: Mapping[str, Any]) -> str:
     mse, off = row["mse"], row["disagreement"]
     return (
-        f"{mse['mean']:.3g} ± {mse['half_width']:.2g} "
-        f"({100 * off['mean']:.2f} ± {100 * off['half_width']:.2f})"
+        f"{mse['mean']:.3g} ± {mse['half_width']:.2g} ({share(off['mean'], off['half_width'], 2)})"
     )
 
 

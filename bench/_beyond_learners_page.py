@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from _report import share
+
 Row = Mapping[str, Any]
 
 _PIXELS, _ORDERED, _UNORDERED = "pixels, buffer 1024", "surrogate, buffer 1024", "no order"
@@ -88,4 +90,4 @@ def _apart(ours: Row, theirs: Row) -> bool:
 
 
 def _percent(row: Row) -> str:
-    return f"{100 * row['disagreement']:.2f} ± {100 * row['half_width']:.2f}"
+    return share(row["disagreement"], row["half_width"], 2)

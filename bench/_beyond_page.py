@@ -7,7 +7,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from _beyond_learners_page import learners
-from _report import answer_first, write_markdown
+from _report import answer_first, share, write_markdown
 
 from nercc_jax.evaluation import system_look
 
@@ -65,7 +65,7 @@ _HEAD = """# Past the paper
 Written by `bench/beyond.py` from [its results](../bench/results/beyond.json); do not edit.
 
 Disagreement (1 - RelAcc) in per cent: the share of data points whose decoded label is not the
-model's own, mean over straggler sets with the half width of its 95 % interval. A lost prediction
+model's own, mean over straggler sets with the ends of its 95 % interval. A lost prediction
 counts as wrong. Columns are (N, K, S): workers, data points of a group, stragglers, any S of the N
 alike likely. All modes met the same sets. Lambdas, layouts, shrinkage and doubts were chosen on
 other test images than those judged, without labels: what is chosen on images that a model or its
@@ -121,7 +121,7 @@ def _find(rows: Iterable[Mapping[str, Any]], mode: str, order: str) -> Mapping[s
 def _percent(row: Mapping[str, Any] | None) -> str:
     if row is None:
         return ""
-    return f"{100 * row['disagreement']:.2f} ± {100 * row['half_width']:.2f}"
+    return share(row["disagreement"], row["half_width"], 2)
 
 
 def _ratio(a: float, b: float) -> str:

@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from _functions_cases import NAMES
 from _functions_systems import ALONE, CELLS, DOUBTFUL, LEARNERS, RANDOM, RIVALS
+from _report import share
 from scipy.stats import t as student_t
 
 from nercc_jax.evaluation import system_look
@@ -81,8 +82,9 @@ Groups of 20 data points go to N workers, of which some straggle. Every system m
 and the same stragglers: {_draws(results)} of {size["history"]} past answers,
 {size["groups"]} groups, and {size["sets"]} straggler sets for each group. Errors are root mean
 squares over all rows, exact ones included, divided by the standard deviation of the function's own
-outputs: 1 is answering with the mean. ± is half of the 95 % interval over draws (Student's t; those
-of digits, CIFAR-10 and diabetes share rows, so that theirs are too narrow). Whatever is chosen
+outputs: 1 is answering with the mean. ± is half of the 95 % interval over draws, brackets are one
+(Student's t, of shares Wilson's; draws of digits, CIFAR-10 and diabetes share rows, so that theirs
+are too narrow). Whatever is chosen
 (layout, lambda, points of a sweep, which system is *picked*) was chosen on {size["chosen"]} further
 draws, of other rows; a kernel's numbers are tuned on each draw's past answers alone, each
 left out in turn.
@@ -156,11 +158,11 @@ def _asked(results: Results) -> str:
     text = "copies of the most doubtful never worse than random ones beyond the interval"
     rows.append((text, not worse, ", ".join(worse) or "in no cell"))
     shares = {f: _covered(results, f, first, PICKED) for f in results}
-    known = {f: share for f, share in shares.items() if np.isfinite(share[0])}
+    known = {f: covered for f, covered in shares.items() if np.isfinite(covered[0])}
     off = [
-        f"{f} {100 * share:.1f} ± {100 * half:.1f} %"
-        for f, (share, half) in known.items()
-        if not COVERED[0] <= share <= COVERED[1]
+        f"{f} {share(mean, half, 1)} %"
+        for f, (mean, half) in known.items()
+        if not COVERED[0] <= mean <= COVERED[1]
     ]
     left = [f for f in results if f not in known]
     told = [f"not of {', '.join(off)}"] if off else []
@@ -231,7 +233,7 @@ def _coverage(results: Results) -> str:
         mean, half = _covered(results, function, cell, system)
         if not np.isfinite(mean):
             return "not measured"
-        return f"{100 * mean:.1f} ± {100 * half:.1f}"
+        return share(mean, half, 1)
 
     rows = [
         [f"{cell.name}, {system}", *(entry(f, cell.name, system) for f in results)]
@@ -255,8 +257,7 @@ def _recall(results: Results) -> str:
         return ""
 
     def entry(function: str, cell: str, system: str) -> str:
-        mean, half = mean_and_half_width(of_system(results, function, cell, system, "recall"))
-        return f"{100 * mean:.1f} ± {100 * half:.1f}"
+        return share(*mean_and_half_width(of_system(results, function, cell, system, "recall")), 1)
 
     systems = (PUBLISHED, "NeRCC, tuned", NEAREST, ALONE, RANDOM, DOUBTFUL, PICKED)
     header = ["", *(f"{f} {cell.name}" for f in functions for cell in CELLS)]

@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from nercc_jax.evaluation import Estimate
+
 _COMPILE_EVENTS = "/jax/core/compile/"
 _BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
 _RUN, _OPEN_ROWS = "## What was run", 12  # of pages
@@ -163,6 +165,14 @@ def _cpu_model() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def share(mean: float, half_width: float, digits: int) -> str:
+    """In %, with the ends of its 95 % interval, which stay within 0 and 100; where it has one."""
+    ends = Estimate(mean, half_width).interval(share=True)
+    low, high = (f"{100 * end:.{digits}f}" for end in ends)
+    told = f"{100 * mean:.{digits}f}"
+    return f"{told} [{low}, {high}]" if half_width > 0 else told
 
 
 def write_markdown(page: Path, text: str) -> None:
