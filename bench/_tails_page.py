@@ -13,23 +13,23 @@ from _report import answer_first, write_markdown
 
 from nercc_jax.evaluation import system_look
 
-# In the order of tables, and what pictures know them by.
-_SYSTEMS = {
-    "as it comes": "as it comes",
-    "hedged, p95": "hedged, p95",
-    "hedged, p90": "hedged",
-    "hedged, 1.35 x median": "hedged, 1.35 x median",
-    "two copies": "two copies",
-    "ParM, k = 2": "ParM",
-    "ParM, k = 4": "ParM, k = 4",
-    "BACC (12, 8)": "BACC",
-    "NeRCC (6, 4)": "NeRCC",
-    "NeRCC (8, 4)": "NeRCC (8, 4)",
-    "known, else hedged": "scheme",
-    "known, doubtful twice": "scheme, doubtful again",
-    "picked, 1.1 calls": "picked, 1.1 calls",
-    "picked, 1.35 calls": "picked, 1.35 calls",
-}
+# In the order of tables.
+_SYSTEMS = (
+    "as it comes",
+    "hedged, p95",
+    "hedged, p90",
+    "hedged, 1.35 x median",
+    "two copies",
+    "ParM, k = 2",
+    "ParM, k = 4",
+    "BACC (12, 8)",
+    "NeRCC (6, 4)",
+    "NeRCC (8, 4)",
+    "known, else hedged",
+    "known, doubtful twice",
+    "picked, 1.1 calls",
+    "picked, 1.35 calls",
+)
 _OURS = (
     "picked, 1.1 calls",
     "picked, 1.35 calls",
@@ -237,7 +237,7 @@ def _draw(paper: Mapping[tuple[str, str], Any], path: Path) -> None:
         axis.axis("off")
     for axis, ((work, law), cells) in zip(axes.flat, paper.items(), strict=False):
         for name, cell in cells.items():
-            look = system_look(_SYSTEMS[name]) | {"linestyle": "none"}
+            look = system_look(name) | {"linestyle": "none"}
             now, low, high = cell["p999_by_p50"]
             calls, bar = cell["calls"], {"color": look["color"], "lw": 1, "alpha": 0.6}
             axis.plot([calls] * 2, [low, high], zorder=1, **bar)

@@ -39,6 +39,8 @@ _LOOKS = {
     "searched layout": _filled(_PURPLE, "D"),
     "scheme": _filled(_WINE, "*"),
     "scheme, doubtful again": _filled(_WINE, "X"),
+    "known, else hedged": _filled(_WINE, "*"),
+    "known, doubtful twice": _filled(_WINE, "X"),
     "picked, 1.1 calls": _open(_WINE, "*"),
     "picked, 1.35 calls": _open(_WINE, "X"),
     "NeRCC, reject": _filled(_TEAL, "v"),
