@@ -39,10 +39,11 @@ def tuning_plot(
     second.semilogy(places, path_enc, color="#009e73", label="lambda_enc")
     second.semilogy(places, path_dec, color="#d55e00", label="lambda_dec, all answering")
     second.set(xlabel="step", title="lambdas")
-    second.legend(fontsize=8, loc="lower left")
     twin = second.twinx()
-    twin.plot(places, exponent, color="#cc79a7", ls=":", label="gap exponent (right)")
-    twin.legend(fontsize=8, loc="upper right")
+    lines = twin.plot(places, exponent, color="#cc79a7", ls=":", label="gap exponent (right)")
+    # Below: curves go through every corner.
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15), "ncols": 3, "frameon": False}
+    second.legend(handles=[*second.lines, *lines], fontsize=8, **below)
 
     shown = np.clip(landscape, None, 10 * np.nanmin(landscape))
     colours = third.pcolormesh(
