@@ -162,6 +162,10 @@ def test_the_same_pair_many_times_and_no_noise_raise_the_jitter_and_say_so():
     assert np.all(deviation < 0.05)
     learner = update(learner, x[:B], model(x[:B]), jnp.ones(B, bool))  # a few rows of it
     np.testing.assert_allclose(learner.predict(x[:4])[0], model(x[:4]), atol=1e-2)
+    # No row has more of it than others: the factor was made anew.
+    fresh = learner.refreshed()
+    assert learner.jitter == pytest.approx(float(fresh.jitter), rel=1e-5)
+    np.testing.assert_allclose(learner.covariance, fresh.covariance, atol=1e-6)
     broken, jitter = factorize(jnp.full((3, 3), jnp.nan))
     assert np.isnan(jnp.diagonal(broken)).any()
     assert jitter != 0

@@ -22,7 +22,8 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 from ..codes import Form, check_count, multiply
 from ..evaluation import labels_of
 from ._kernels import Kernel, Shape, check_shape
-from ._learner import Function, Learner, start_learner
+from ._learner import Learner, start_learner
+from ._pairs import Function
 from ._whitening import whiten
 
 LearnerCriterion: TypeAlias = Literal["density", "mse", "labels"]
@@ -59,10 +60,31 @@ def leave_one_out(
     eye = jnp.eye(len(filled), dtype=bool)
     covariance = jnp.where(filled[:, None] & filled, kernel(inputs, inputs), 0)
     diagonal = jnp.where(filled, kernel.variance(inputs) + kernel.noise, 1)
-    whitening, _ = whiten(jnp.where(eye, diagonal, covariance))
-    precision = jnp.sum(whitening**2, axis=0)
-    weights = multiply(whitening.T, multiply(whitening, centred))
+    weights, precision = _weighed(jnp.where(eye, diagonal, covariance), centred)
     return LeftOut(-weights / precision[:, None], 1 / precision)
+
+
+@jax.custom_jvp
+def _weighed(
+    covariance: Float[Array, "rows rows"], residuals: Float[Array, "rows m"]
+) -> tuple[Float[Array, "rows m"], Float[Array, " rows"]]:
+    """A^-1 R, and the diagonal of A^-1."""
+    whitening, _ = whiten(covariance)
+    weights = multiply(whitening.T, multiply(whitening, residuals))
+    return weights, jnp.sum(whitening**2, axis=0)
+
+
+@_weighed.defjvp
+def _(primals, tangents):
+    """P (dR - dA P R) and the diagonal of -P dA P, P = A^-1: by products, where the derivative of
+    the factor takes solutions one after the other."""
+    whitening, _ = whiten(primals[0])
+    inverse = multiply(whitening.T, whitening)
+    weights = multiply(whitening.T, multiply(whitening, primals[1]))
+    change, along = tangents
+    step = multiply(inverse, along - multiply(change, weights))
+    diagonal = -jnp.sum(multiply(inverse, change) * inverse, axis=1)
+    return (weights, jnp.sum(whitening**2, axis=0)), (step, diagonal)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +177,39 @@ def find_kernel(
     """The kernel that does best on these rows of the window, and its scale: see `tune_learner`.
 
     The grid has widths by those of `start`."""
+    known, least = _known(learner, pairs, tuning)
+    starts = [
+        _regrouped(kernel, shape, tuning.widths, tuning.linear)
+        for kernel in _with_units(start, tuning.widths)
+        for shape in tuning.shapes
+    ]
+    found = [_tuned(each, known, tuning.criterion, tuning.steps, least) for each in starts]
+    best = int(np.argmin([float(jnp.nan_to_num(value, nan=np.inf)) for value, *_ in found]))
+    return found[best][1:]
+
+
+def find_kernels(
+    learners: Learner, start: Kernel, pairs: Int[np.ndarray, " pairs"], tuning: LearnerTuning
+) -> tuple[Kernel, Float[Array, " learners"]]:
+    """As `find_kernel` for learners side by side (arrays with a first axis of them) of the same
+    inputs: kernels of the shape and the groups of `start`, whose widths the grid goes by."""
+    own, least = eqx.filter_vmap(lambda one: _known(one, pairs, tuning))(learners)
+    return _each_tuned(start, own, tuning.criterion, tuning.steps, least)
+
+
+@eqx.filter_jit
+def _each_tuned(
+    start: Kernel, known: "_Known", criterion: LearnerCriterion, steps: int, least: Array
+) -> tuple[Kernel, Array]:
+    return eqx.filter_vmap(lambda own, few: _tuned(start, own, criterion, steps, few)[1:])(
+        known, least
+    )
+
+
+def _known(
+    learner: Learner, pairs: Int[np.ndarray, " pairs"], tuning: LearnerTuning
+) -> tuple["_Known", Float[Array, ""]]:
+    """The pairs to tune on, and the least noise. Raises: ValueError for fewer than three."""
     if len(pairs) < 3:
         raise ValueError(f"{len(pairs)} pairs tell nothing of a kernel: three at least")
     number = min(tuning.rows, len(pairs))
@@ -168,18 +223,11 @@ def find_kernel(
         jnp.arange(size) < number,
         learner.form,
     )
-    starts = [
-        _regrouped(kernel, shape, tuning.widths, tuning.linear)
-        for kernel in _with_units(start, tuning.widths)
-        for shape in tuning.shapes
-    ]
     least = tuning.least_noise
+    dtype = learner.kernel.noise.dtype
     if least is None:
-        least = learner.capacity * jnp.finfo(start.noise.dtype).eps
-    least = jnp.asarray(least, start.noise.dtype)
-    found = [_tuned(each, known, tuning.criterion, tuning.steps, least) for each in starts]
-    best = int(np.argmin([float(jnp.nan_to_num(value, nan=np.inf)) for value, *_ in found]))
-    return found[best][1:]
+        least = learner.capacity * jnp.finfo(dtype).eps
+    return known, jnp.asarray(least, dtype)
 
 
 class _Known(eqx.Module):

@@ -12,7 +12,6 @@ solved for the points that are asked for, not for the outputs: of those there ma
 Source: Rasmussen and Williams 2006, "Gaussian Processes for Machine Learning", section 2.2.
 """
 
-from collections.abc import Callable
 from typing import TypeVar
 
 import equinox as eqx
@@ -25,16 +24,15 @@ from ..codes import (
     Form,
     check_count,
     check_floats,
-    finite_points,
-    is_float,
     join,
     multiply,
 )
 from ._conditioning import Conditioned
 from ._expected import AbstractSurrogate, check_like, outputs_of_groups
 from ._kernels import Kernel, Shape, root, wide_kernel
+from ._pairs import Function, features_of, pairs_of
 from ._surrogate import trust
-from ._whitening import error_of, replace_rows, solve, soundly_whitened
+from ._whitening import condition, replace_rows, sound_or_anew, soundly_whitened
 from ._window import length_of, one_row, turn, written
 
 # Beyond this share of the window a new factor is cheaper than replacing its rows.
@@ -45,7 +43,6 @@ _MANY = 0.25
 # noise 1e-4, 32 rows at once: then it is made anew once in ten to twenty times).
 _WORN = 1e-4
 
-Function = Callable[[PyTree], PyTree]
 L = TypeVar("L", bound="Learner")
 
 
@@ -220,17 +217,13 @@ class Learner(AbstractSurrogate):
         """What the window tells of points in groups, by their features: the residuals' mean, and
         their covariance within each group, without noise and in units of the process's variance."""
         groups, points, features = z.shape
-        cross = self.kernel(self.inputs, z.reshape(-1, features)) * self.filled[:, None]
-        weights = solve(self.covariance, self.whitening, cross)
-        total = jnp.sum(weights, axis=0)[:, None]  # unfilled rows have none
-        mean = multiply(weights.T, self.residuals) + (1 - total) * self._centre()
-        # Above the variance by the square of what the weights are off by, never below.
-        twice = 2 * cross - multiply(self.covariance, weights)
-        weights, twice = (
-            jnp.moveaxis(each.reshape(-1, groups, points), 0, 2) for each in (weights, twice)
+        cross = self.kernel(z.reshape(-1, features), self.inputs) * self.filled
+        weights, known = condition(
+            self.covariance, jax.lax.stop_gradient(self.whitening), cross, groups
         )
-        known = multiply(weights, jnp.swapaxes(twice, 1, 2))
-        covariance = jax.vmap(self.kernel)(z, z) - (known + jnp.swapaxes(known, 1, 2)) / 2
+        total = jnp.sum(weights, axis=1)[:, None]  # unfilled rows have none
+        mean = multiply(weights, self.residuals) + (1 - total) * self._centre()
+        covariance = jax.vmap(self.kernel)(z, z) - known
         return mean.reshape(groups, points, -1), covariance
 
     def spread(self) -> Float[Array, ""]:
@@ -271,8 +264,12 @@ class Learner(AbstractSurrogate):
         self: L, x: PyTree, y: PyTree, observed: Bool[Array, " pairs"] | None = None
     ) -> tuple[L, Int[Array, " b"]]:
         """The learner with these pairs in its window, and where; its factor is still the old."""
-        z, r, priors, observed = self._pairs(x, y, observed)
-        places, count, source = turn(observed, self.place, self.capacity)
+        z, r, priors, known = pairs_of(self.features, self.prior, self.form, x, y, observed)
+        if z.shape[1:] != self.inputs.shape[1:]:
+            raise ValueError(
+                f"x have {z.shape[1]} features; the learner knows {self.inputs.shape[1]}"
+            )
+        places, count, source = turn(known, self.place, self.capacity)
         fresh = jnp.arange(len(places)) < count
         rows = (places, fresh, source)
         inputs, residuals = written(self.inputs, z, *rows), written(self.residuals, r, *rows)
@@ -303,13 +300,13 @@ class Learner(AbstractSurrogate):
         whitening, more = replace_rows(
             jax.lax.stop_gradient(self.whitening), jax.lax.stop_gradient(columns), places
         )
-        columns = columns + more * own
         covariance = self.covariance.at[:, places].set(columns).at[places].set(columns.T)
-        error = error_of(*jax.lax.stop_gradient((covariance, whitening)))
-        kept = (covariance, whitening, self.jitter + more, error)
-        return self._with_factor(
-            *jax.lax.cond(error <= _WORN, lambda: kept, lambda: self._factored())
+        whitening, jitter, error = sound_or_anew(
+            *jax.lax.stop_gradient((covariance, whitening, self.jitter)), more == 0, _WORN
         )
+        own = jnp.arange(self.capacity)
+        covariance = covariance.at[own, own].add(jax.lax.stop_gradient(jitter - self.jitter))
+        return self._with_factor(covariance, whitening, jitter, error)
 
     def _with_factor(self: L, *numbers: Array) -> L:
         return eqx.tree_at(
@@ -322,36 +319,6 @@ class Learner(AbstractSurrogate):
             self,
             numbers,
         )
-
-    def _pairs(
-        self, x: PyTree, y: PyTree, observed: Bool[Array, " pairs"] | None
-    ) -> tuple[Array, Array, Array | None, Bool[Array, " pairs"]]:
-        """Features, residuals, priors, and which are observed and finite; zeros elsewhere."""
-        check_like(self.form, join(y, 1)[1])
-        pairs = length_of("y", y)
-        if length_of("x", x) != pairs:
-            raise ValueError(f"x are {length_of('x', x)} data points, y {pairs} answers")
-        sound = finite_points(x, 1) & finite_points(y, 1)
-        known = sound if observed is None else sound & jnp.asarray(observed)
-
-        def clean(leaf: Array) -> Array:
-            mask = known.reshape(-1, *[1] * (leaf.ndim - 1))
-            return jnp.where(mask, leaf, jnp.zeros_like(leaf)) if is_float(leaf) else leaf
-
-        x, y = jax.tree.map(clean, (x, y))
-        z, r = features_of(self.features, x), join(y, 1)[0]
-        if z.shape[1:] != self.inputs.shape[1:]:
-            raise ValueError(
-                f"x have {z.shape[1]} features; the learner knows {self.inputs.shape[1]}"
-            )
-        priors = None
-        if self.prior is not None:
-            priors, form = join(self.prior(x), 1)
-            check_like(form, self.form)
-            r = r - priors
-        known = known & jnp.all(jnp.isfinite(z), axis=1) & jnp.all(jnp.isfinite(r), axis=1)
-        rows = jax.tree.map(lambda leaf: jnp.where(known[:, None], leaf, 0), (z, r, priors))
-        return *rows, known
 
     def _centre(self) -> Float[Array, " m"]:
         """The mean residual; 0 for none."""
@@ -410,18 +377,6 @@ def _factored(
     covariance = jnp.where(eye, diagonal, jnp.where(both, kernel(inputs, inputs), 0))
     whitening, jitter, error = soundly_whitened(jax.lax.stop_gradient(covariance))
     return covariance + jitter * eye, whitening, jitter, error
-
-
-def features_of(
-    features: Function | None, x: PyTree[Shaped[Array, "points ..."]]
-) -> Float[Array, "points d"]:
-    """The features of data points, side by side: their own floats without a function."""
-    found = x if features is None else features(x)
-    floats = [leaf for leaf in jax.tree.leaves(found) if is_float(leaf)]
-    if not floats:
-        raise ValueError("there is no float among the data points to learn by: give `features`")
-    vectors = join(floats, 1)[0]
-    return vectors.astype(jnp.promote_types(vectors.dtype, jnp.float32))
 
 
 def first_kernel(shape: Shape, z: Float[Array, "pairs features"]) -> Kernel:

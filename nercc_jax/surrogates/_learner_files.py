@@ -13,7 +13,8 @@ import numpy as np
 
 from ..codes import join, write_whole
 from ._kernels import Kernel
-from ._learner import Function, Learner
+from ._learner import Learner
+from ._pairs import Function
 from ._window import one_row
 
 _FORMAT = "nercc-jax learner"

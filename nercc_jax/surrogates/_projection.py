@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PyTree, Shaped
 
 from ..codes import check_count, multiply
-from ._learner import features_of
+from ._pairs import features_of
 
 
 class Projection(eqx.Module):

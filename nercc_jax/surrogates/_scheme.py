@@ -28,7 +28,7 @@ from ..inference import AbstractScheme, Features, Work, order_points
 from ._bars import ErrorBars
 from ._doubt import Doubt, assess
 from ._expected import AbstractExpectation, AbstractSurrogate, check_like, outputs_of_groups
-from ._learner import features_of
+from ._pairs import features_of
 from ._reexecute import Assessed
 
 

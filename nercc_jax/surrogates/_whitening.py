@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ..codes import multiply
 
@@ -70,6 +70,27 @@ def soundly_whitened(
     return whitening, jitter, error
 
 
+def sound_or_anew(
+    covariance: Float[Array, "n n"],
+    whitening: Float[Array, "n n"],
+    jitter: Float[Array, ""],
+    finished: Bool[Array, ""],
+    most: float,
+) -> tuple[Float[Array, "n n"], Float[Array, ""], Float[Array, ""]]:
+    """This whitening matrix, the jitter that is in its covariances, and its error; all made anew,
+    as `soundly_whitened` does without that jitter, where it is not `finished` or its error is more
+    than `most`. It has no derivative.
+    """
+    error = error_of(covariance, whitening)
+
+    def anew() -> tuple[Array, Array, Array]:
+        eye = jnp.eye(len(covariance), dtype=covariance.dtype)
+        return soundly_whitened(covariance - jitter * eye)
+
+    sound = finished & (error <= most)
+    return jax.lax.cond(sound, lambda: (whitening, jitter, error), anew)
+
+
 @jax.custom_jvp
 def factorize(
     covariance: Float[Array, "n n"],
@@ -117,13 +138,15 @@ def replace_rows(
     count = len(places)
     reflected = _reflect(whitening, whitening[:, places])
     # Of the first rows nothing is kept, and the others have nothing to do with the old columns.
-    kept = reflected[count:].at[:, places].set(0)
+    # Masked, not cut: of what takes time here most is going through memory.
+    rows, old = jnp.arange(len(whitening)) < count, jnp.zeros(len(whitening), bool)
+    kept = jnp.where(rows[:, None] | old.at[places].set(True), 0, reflected)
     cross = multiply(kept, columns.at[places].set(0))
-    across = _transposed(cross)
+    across = _by_rows(_by_rows(cross).T)
     own = columns[places] - multiply(across, cross)
     inverse, jitter = whiten((own + own.T) / 2)
-    fresh = -multiply(inverse, multiply(across, kept))
-    return jnp.concatenate([fresh.at[:, places].set(inverse), kept]), jitter
+    fresh = -multiply(inverse, _by_rows(multiply(across, kept)))
+    return kept.at[:count].set(fresh.at[:, places].set(inverse)), jitter
 
 
 def _reflect(whitening: Float[Array, "n n"], panel: Float[Array, "n b"]) -> Float[Array, "n n"]:
@@ -133,33 +156,72 @@ def _reflect(whitening: Float[Array, "n n"], panel: Float[Array, "n b"]) -> Floa
     their scales and S the upper half of V' V.
     """
     packed, scales = jnp.linalg.qr(panel, mode="raw")
-    packed = packed.T
-    count = panel.shape[1]
-    vectors = jnp.tril(packed, -1) + jnp.eye(*packed.shape, dtype=packed.dtype)
-    upper = jnp.triu(multiply(vectors.T, vectors), 1)
+    rows = jnp.triu(packed, 1) + jnp.eye(*packed.shape, dtype=packed.dtype)
+    upper = jnp.triu(multiply(rows, rows.T), 1)
     middle = jax.lax.linalg.triangular_solve(
-        jnp.eye(count, dtype=packed.dtype) + scales[:, None] * upper,
+        jnp.eye(len(rows), dtype=packed.dtype) + scales[:, None] * upper,
         jnp.diag(scales),
         left_side=True,
     )
-    across = multiply(middle.T, multiply(_transposed(vectors), whitening))
-    return whitening - multiply(vectors, across)
+    across = multiply(middle.T, _by_rows(multiply(rows, whitening)))
+    return whitening - multiply(rows.T, across)
 
 
-def solve(
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def condition(
     covariance: Float[Array, "n n"],
     whitening: Float[Array, "n n"],
-    right: Float[Array, "n q"],
-) -> Float[Array, "n q"]:
-    """A^-1 B, refined once against A. Differentiable in A and B as the exact solution is."""
+    cross: Float[Array, "q n"],
+    groups: int,
+) -> tuple[Float[Array, "q n"], Float[Array, "groups points points"]]:
+    """The weights B A^-1 of points in groups, a row each, and B A^-1 B' within each group.
+
+    The solution F is refined once, by what it misses, R = B - F A, and G = R W' W; then
+    B A^-1 B' = F (B + R)' + R A^-1 R', in which G is right to the third order: five products with a
+    large matrix, not six. Differentiable in A and B as the exact solution is.
+    """
+    first = _twice(cross, whitening)
+    missed = cross - _by_rows(multiply(first, covariance))
+    more = _twice(missed, whitening)
+    known = _within(groups, first, cross + missed) + _within(groups, more, missed)
+    return first + more, (known + jnp.swapaxes(known, 1, 2)) / 2
+
+
+@condition.defjvp
+def _(groups, primals, tangents):
+    """dW = (dB - W dA) A^-1 of weights W, and W dB' + dB W' - W dA W'."""
+    covariance, whitening, _ = primals
+    weights, known = condition(*primals, groups)
+    change, _, along = tangents
+    turned = multiply(weights, change)
+    step = _solve(covariance, whitening, along - turned)
+    once = _within(groups, weights, along)
+    both = once + jnp.swapaxes(once, 1, 2) - _within(groups, weights, turned)
+    return (weights, known), (step, both)
+
+
+def _within(
+    groups: int, left: Float[Array, "q n"], right: Float[Array, "q n"]
+) -> Float[Array, "groups points points"]:
+    """left right', of rows in the same group."""
+    left, right = (each.reshape(groups, -1, each.shape[1]) for each in (left, right))
+    return multiply(left, jnp.swapaxes(right, 1, 2))
+
+
+def _solve(
+    covariance: Float[Array, "n n"],
+    whitening: Float[Array, "n n"],
+    right: Float[Array, "q n"],
+) -> Float[Array, "q n"]:
+    """B A^-1, refined once against A. Differentiable in A and B as the exact solution is."""
     whitening = jax.lax.stop_gradient(whitening)
 
-    def times(vectors: Array) -> Array:
-        return multiply(covariance, vectors)
+    def times(rows: Array) -> Array:
+        return multiply(rows, covariance)
 
-    def inverse(_, vectors: Array) -> Array:
-        first = _twice(whitening, vectors)
-        return first + _twice(whitening, vectors - times(first))
+    def inverse(_, rows: Array) -> Array:
+        first = _twice(rows, whitening)
+        return first + _twice(rows - times(first), whitening)
 
     return jax.lax.custom_linear_solve(times, right, inverse, symmetric=True)
 
@@ -168,20 +230,18 @@ def error_of(covariance: Float[Array, "n n"], whitening: Float[Array, "n n"]) ->
     """By how much of their right sides solutions miss these, before they are refined: the worst of
     some that are as smooth as covariances are. (Of a unit vector, A times the solution is mostly
     rounding, however good the factor is.)"""
-    draws = np.random.default_rng(0).normal(size=(len(covariance), _PROBES))
-    right = multiply(covariance, jnp.asarray(draws, covariance.dtype))
-    missed = right - multiply(covariance, _twice(whitening, right))
-    return jnp.max(jnp.linalg.norm(missed, axis=0) / jnp.linalg.norm(right, axis=0))
+    draws = np.random.default_rng(0).normal(size=(_PROBES, len(covariance)))
+    right = _by_rows(multiply(jnp.asarray(draws, covariance.dtype), covariance))
+    missed = right - _by_rows(multiply(_twice(right, whitening), covariance))
+    return jnp.max(jnp.linalg.norm(missed, axis=1) / jnp.linalg.norm(right, axis=1))
 
 
-def _twice(whitening: Float[Array, "n n"], vectors: Float[Array, "n q"]) -> Float[Array, "n q"]:
-    inner = _transposed(multiply(whitening, vectors))
-    return _transposed(multiply(inner, whitening))
+def _twice(rows: Float[Array, "q n"], whitening: Float[Array, "n n"]) -> Float[Array, "q n"]:
+    """rows W' W."""
+    return _by_rows(multiply(_by_rows(multiply(rows, whitening.T)), whitening))
 
 
-def _transposed(vectors: Float[Array, "n q"]) -> Float[Array, "q n"]:
-    """The transpose, made by itself. Left to itself, XLA folds it into the products beside it, and
-    a large matrix that is not read row by row takes its CPU code five times as long (n = 1,024, 32
-    vectors, two cores: 3.8 ms, 0.8 with this)."""
-    here = with_layout_constraint(vectors, _BY_ROWS)
-    return with_layout_constraint(here.T, _BY_ROWS)
+def _by_rows(rows: Float[Array, "q n"]) -> Float[Array, "q n"]:
+    """The same, row by row in memory. Left to itself, XLA has products of few rows with a large
+    matrix by columns, and its CPU code takes five times as long (n = 1,024, two cores)."""
+    return with_layout_constraint(rows, _BY_ROWS)
