@@ -26,6 +26,7 @@ from nercc_jax.surrogates import (
     LearnerTuning,
     Surrogate,
     bars_of,
+    bars_of_scheme,
     calibrate_bars,
     fit_learner,
     start_learner,
@@ -219,9 +220,20 @@ def test_bars_of_a_mixture_cover_what_they_say(learner, key):
     x = points(31, 40)
     masks = np.random.default_rng(2).permuted(np.tile(np.arange(N) > 2, (40, 1)), axis=1)
     assessed = infer(scheme)(x, masks)
-    bar = bars(assessed.deviation, 0.9)
-    covered = coverage(assessed.decoded.predictions, model(jnp.asarray(x)), bar)
-    assert abs(covered - 0.9) < 0.06
+
+    # By the pairs that taught it, too: each group of them by what the others tell.
+    def fit(x, y):
+        again = start_learner(x, y, capacity=learner.capacity, kernel=learner.kernel)
+        return eqx.tree_at(lambda found: found.scale, again, learner.scale)
+
+    past = points(10, 20)
+    crossed = bars_of_scheme(model, scheme, past, model(past), LAWS, fit, key=key, folds=4)
+    for each in (bars, crossed):
+        bar = each(assessed.deviation, 0.9)
+        covered = coverage(assessed.decoded.predictions, model(jnp.asarray(x)), bar)
+        assert abs(covered - 0.9) < 0.06
+    with pytest.raises(ValueError, match="two groups at least"):
+        bars_of_scheme(model, scheme, past[:K], model(past[:K]), LAWS, fit, key=key)
 
 
 def test_doubt_order_and_a_mesh_go_with_it(learner, key):

@@ -1,8 +1,9 @@
 """Cheap models and learners beside the coded one, doubt, and the scheme that joins them."""
 
 from ._bars import ErrorBars, bars_from, bars_of
-from ._calibrate_bars import calibrate_bars
+from ._calibrate_bars import bars_of_scheme, calibrate_bars
 from ._calibrate_doubt import calibrate_doubt
+from ._components import ComponentLearner, fit_components
 from ._doubt import (
     Doubt,
     assess,
@@ -44,6 +45,7 @@ __all__ = [
     "AbstractExpectation",
     "AbstractSurrogate",
     "Assessed",
+    "ComponentLearner",
     "Doubt",
     "ErrorBars",
     "Expected",
@@ -61,6 +63,7 @@ __all__ = [
     "assess",
     "bars_from",
     "bars_of",
+    "bars_of_scheme",
     "calibrate_bars",
     "calibrate_doubt",
     "decode_with_surrogate",
@@ -72,6 +75,7 @@ __all__ = [
     "error_bars",
     "expect_points",
     "features_of_doubt",
+    "fit_components",
     "fit_learner",
     "fit_scheme",
     "fit_surrogate",

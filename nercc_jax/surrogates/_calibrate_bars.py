@@ -1,6 +1,6 @@
 """Error bars of a whole scheme, measured as it is used."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -10,12 +10,14 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray, PyTree, Shaped
 
-from ..codes import AbstractCode, Known, known_encoder, points_of
+from ..codes import AbstractCode, Known, check_count, known_encoder, points_of
 from ..evaluation import cut_groups, draw_sets, row_errors
 from ..inference import Model, cast_model, current_conditions, run_workers
 from ..stragglers import AbstractStragglers
 from ._bars import ErrorBars, bars_from
-from ._scheme import Scheme
+from ._expected import AbstractSurrogate
+from ._scheme import Prepared, Scheme
+from ._window import length_of
 
 
 def calibrate_bars(
@@ -32,7 +34,7 @@ def calibrate_bars(
 
     x: data points as they will come; a learner must not have learned from them, nor anything be
     tuned on them. All groups meet all laws' straggler sets, `num_sets` a law, each answered once.
-    Of a learner alone, `bars_of` needs no further data.
+    Of a learner, `bars_of` and `bars_of_scheme` need no further data.
 
     Raises: ValueError without stragglers, where x fills no group, is no floats or not finite, for a
     code that is no regression, and where under all straggler sets all is exact.
@@ -44,26 +46,97 @@ def calibrate_bars(
     masks, _ = draw_sets(stragglers, key, scheme.code.num_workers, num_sets)
     served = model if callable(model) else model[0]
     workers = cast_model(model if callable(model) else tuple(model), worker_dtype)
-    ratios = _ratios(served, workers, scheme, x, masks, known_encoder(scheme.code))
+    ratios = _ratios(workers, scheme, x, _served(served, x), masks)
     return bars_from(np.asarray(ratios), current_conditions(worker_dtype))
 
 
-@eqx.filter_jit
+def bars_of_scheme(
+    model: Model | Sequence[Model],
+    scheme: Scheme,
+    x: PyTree[Shaped[ArrayLike, "pairs ..."]],
+    y: PyTree[Float[ArrayLike, "pairs ..."]],
+    stragglers: Mapping[str, AbstractStragglers],
+    fit: Callable[[PyTree, PyTree], AbstractSurrogate],
+    *,
+    key: PRNGKeyArray,
+    num_sets: int = 20,
+    folds: int = 10,
+) -> ErrorBars:
+    """The error bars of a scheme with a learner, by the very pairs that taught it.
+
+    What is decoded with a group's own answers, and what is left when the most doubtful are copied,
+    has other errors by its deviations than what a learner says by itself, which is what `bars_of`
+    goes by. So the pairs are cut into groups of K, in the order given (as the scheme will send
+    them), these into `folds`; for each fold `fit(x, y)` makes a learner of all other pairs, and the
+    scheme with that learner in place of its own decodes the fold's groups under all laws' straggler
+    sets, `num_sets` a law. The model runs on the groups' coded data points: where they are copies,
+    nothing new is asked of it, else N - K queries a group or more.
+
+    Raises: ValueError as `calibrate_bars` does, for fewer than two groups or folds.
+    """
+    if not stragglers:
+        raise ValueError("there are no stragglers to calibrate the error bars under")
+    x, y = jax.tree.map(jnp.asarray, (x, y))
+    size = scheme.code.num_data
+    groups = len(jax.tree.leaves(cut_groups(x, size))[0])
+    folds = min(check_count("folds", folds, 2), groups)
+    if folds < 2:
+        raise ValueError(f"one group of {size} cannot be told by others: give two groups at least")
+    masks, _ = draw_sets(stragglers, key, scheme.code.num_workers, num_sets)
+    workers = model if callable(model) else tuple(model)
+    ratios = []
+    for part in np.array_split(np.arange(groups), folds):
+        held = np.concatenate([np.arange(size) + size * group for group in part])
+        others = np.setdiff1d(np.arange(length_of("y", y)), held)
+        fitted = fit(*jax.tree.map(lambda leaf: leaf[others], (x, y)))  # noqa: B023
+        if scheme.surrogate is not None:
+            numbers = scheme.surrogate.theta, scheme.surrogate.kappa
+            fitted = eqx.tree_at(lambda one: (one.theta, one.kappa), fitted, numbers)
+        told = eqx.tree_at(lambda one: one.surrogate, scheme, fitted, is_leaf=lambda n: n is None)
+        rows, own = jax.tree.map(lambda leaf: leaf[held], (x, y))  # noqa: B023
+        ratios.append(np.ravel(_ratios(workers, told, rows, own, masks)))
+    return bars_from(np.concatenate(ratios), current_conditions(None))
+
+
 def _ratios(
-    served: Model,
     workers: Any,
     scheme: Scheme,
     x: PyTree,
+    own: PyTree,
+    masks: Bool[Array, "sets num_workers"],
+) -> Float[Array, "sets points"]:
+    """Errors by deviations; NaN where a prediction is exact, lost, or nothing is said of it."""
+    encoder = known_encoder(scheme.code)
+    # Three programs: the model's is the same for all schemes that send alike shapes.
+    prepared, coded = eqx.filter_jit(scheme.send)(x, encoder)
+    y = _answers(workers, scheme.code, coded)
+    return _judged(scheme, x, prepared, y, own, masks, encoder)
+
+
+@eqx.filter_jit
+def _served(model: Model, x: PyTree) -> PyTree:
+    return model(x)
+
+
+@eqx.filter_jit
+def _answers(workers: Any, code: AbstractCode, coded: PyTree) -> PyTree:
+    return run_workers(workers, code, coded)
+
+
+@eqx.filter_jit
+def _judged(
+    scheme: Scheme,
+    x: PyTree,
+    prepared: Prepared,
+    y: PyTree,
+    own: PyTree,
     masks: Bool[Array, "sets num_workers"],
     encoder: ArrayLike | None,
 ) -> Float[Array, "sets points"]:
-    """Errors by deviations; NaN where a prediction is exact, lost, or nothing is said of it."""
-    prepared, coded = scheme.send(x, encoder)
-    y = run_workers(workers, scheme.code, coded)
-    own = served(x)
+    groups = len(jax.tree.leaves(y)[0])
 
     def of_set(mask):
-        available = jnp.broadcast_to(mask, (len(jax.tree.leaves(coded)[0]), len(mask)))
+        available = jnp.broadcast_to(mask, (groups, len(mask)))
         assessed = scheme.conclude(x, prepared, y, available, Known(encoder))
         error, deviation = row_errors(assessed.decoded.predictions, own), assessed.deviation
         counts = (deviation > 0) & jnp.isfinite(deviation) & assessed.decoded.recovered

@@ -29,29 +29,51 @@ class Conditioned(AbstractExpectation):
         y: Float[Array, "groups num_workers m"],
         heard: Bool[Array, "groups num_workers"],
     ) -> Expected:
-        mean, variance = jax.vmap(_given)(self.mean, self.covariance, self.noise, y, heard)
+        known, white = jax.vmap(whiten_group)(self.covariance, self.noise, heard)
+        return self.told(known, white, y, heard)
+
+    def told(
+        self,
+        known: Float[Array, "groups num_workers points"],
+        white: Float[Array, "groups num_workers num_workers"],
+        y: Float[Array, "groups num_workers m"],
+        heard: Bool[Array, "groups num_workers"],
+    ) -> Expected:
+        """As `given`, of groups that are whitened already (`whiten_group`)."""
+        mean, variance = jax.vmap(_told)(
+            self.mean, self.covariance, self.noise, known, white, y, heard
+        )
         num_data = mean.shape[1] - y.shape[1]
         deviation = self.unit[:, None] * root(variance[:, :num_data])
         return Expected(mean[:, :num_data], mean[:, num_data:], deviation)
 
 
-def _given(
+def whiten_group(
+    covariance: Float[Array, "points points"],
+    noise: Float[Array, ""],
+    heard: Bool[Array, " num_workers"],
+) -> tuple[Float[Array, "num_workers points"], Float[Array, "num_workers num_workers"]]:
+    """With L the factor of the heard answers' covariances, L^-1 of their covariances with all
+    points, and L^-1."""
+    num_workers = len(heard)
+    cross = jnp.where(heard[:, None], covariance[-num_workers:], 0)
+    own = jnp.where(heard, cross[:, -num_workers:], 0) + jnp.diag(jnp.where(heard, noise, 1))
+    factor, _ = factorize(own)
+    right = jnp.concatenate([cross, jnp.eye(num_workers, dtype=cross.dtype)], axis=1)
+    both = jax.lax.linalg.triangular_solve(factor, right, left_side=True, lower=True)
+    return both[:, : len(covariance)], both[:, len(covariance) :]
+
+
+def _told(
     mean: Float[Array, "points m"],
     covariance: Float[Array, "points points"],
     noise: Float[Array, ""],
+    known: Float[Array, "num_workers points"],
+    white: Float[Array, "num_workers num_workers"],
     y: Float[Array, "num_workers m"],
     heard: Bool[Array, " num_workers"],
 ) -> tuple[Float[Array, "points m"], Float[Array, " points"]]:
     """One group's posterior mean and variance, noise included."""
-    num_data = len(mean) - len(y)
-    cross = jnp.where(heard[:, None], covariance[num_data:], 0)
-    own = jnp.where(heard, cross[:, num_data:], 0) + jnp.diag(jnp.where(heard, noise, 1))
-    factor, _ = factorize(own)
-    residual = jnp.where(heard[:, None], y.astype(mean.dtype) - mean[num_data:], 0)
-    right = jnp.concatenate([cross.astype(mean.dtype), residual], axis=1)
-    white = jax.lax.linalg.triangular_solve(
-        factor.astype(right.dtype), right, left_side=True, lower=True
-    )
-    known, told = white[:, : len(mean)], white[:, len(mean) :]
+    residual = jnp.where(heard[:, None], y.astype(mean.dtype) - mean[-len(heard) :], 0)
     variance = jnp.maximum(jnp.diagonal(covariance) - jnp.sum(known**2, axis=0), 0) + noise
-    return mean + multiply(known.T, told), variance
+    return mean + multiply(known.T, multiply(white, residual)), variance

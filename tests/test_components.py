@@ -1,0 +1,107 @@
+"""A learner with a kernel for each principal component, against NumPy in float64."""
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.spatial.distance import cdist
+
+from nercc_jax import NeRCC, Scheme, coded_inference
+from nercc_jax.evaluation import relative_rmse
+from nercc_jax.surrogates import LearnerTuning, fit_components, fit_learner
+
+K, N = 6, 9
+TUNING = LearnerTuning(shapes=("squared_exponential",), steps=20)
+RNG = np.random.default_rng(0)
+X = RNG.uniform(-1, 1, size=(80 + 2 * K, 2)).astype("float32")
+PAST, NEW = X[:80], X[80:]
+SCALES = np.array([3.0, 1.0, 0.3, 0.1])
+MIXED = np.linalg.qr(RNG.normal(size=(4, 4)))[0]
+
+
+def model(x):
+    """Four waves of different length in orthogonal directions."""
+    waves = [jnp.sin(scale * x[:, 0] + x[:, 1]) for scale in (1.0, 5.0, 2.0, 8.0)]
+    return jnp.stack(waves, axis=1) * SCALES @ MIXED
+
+
+def offset(x):
+    return 2.0 + 0 * model(x)
+
+
+@pytest.fixture(scope="module")
+def learner():
+    known = PAST[:-K]
+    return fit_components(known, model(known), number=3, capacity=80, prior=offset, tuning=TUNING)
+
+
+def exact(learner, x, y, at, centred):
+    """Mean and deviation of the posterior, each component by itself; `centred` says which rows the
+    means and spreads are of."""
+    v = np.float64(learner.directions)
+    residual = np.float64(y) - 2.0
+    rest = residual - residual @ v @ v.T
+    mean, square = 2.0, 0.0
+    parts = [(residual[:, None] @ v[:, i : i + 1], learner.own, i) for i in range(v.shape[1])]
+    for targets, one, i in [*((t[:, 0], one, i) for t, one, i in parts), (rest, learner.rest, ...)]:
+        kernel, scale = one.kernel, float(one.scale[i])
+        widths = np.float64(kernel.unit[i] * kernel.widths[i][kernel.groups[i]])
+        a, b = ((z - np.float64(kernel.centre[i])) / widths for z in (np.float64(x), at))
+
+        def covariance(p, q, linear=float(kernel.linear[i])):
+            return np.exp(-(cdist(p, q) ** 2) / 2) + linear * p @ q.T
+
+        noise, centre = float(kernel.noise[i]), targets[centred].mean(0)
+        spread = np.mean((targets[centred] - centre) ** 2)
+        cross = covariance(a, b)
+        weights = np.linalg.solve(covariance(a, a) + noise * np.eye(len(a)), cross)
+        told = centre + weights.T @ (targets - centre)
+        variance = np.diag(covariance(b, b)) - np.sum(weights * cross, axis=0) + noise
+        along, share = (told, 1) if i is ... else (told @ v[:, i : i + 1].T, 1 / len(v))
+        mean, square = mean + along, square + share * scale**2 * spread * variance
+    return mean, np.sqrt(square)
+
+
+def test_it_is_each_components_posterior(learner):
+    after = eqx.filter_jit(lambda one, x, y: one.update(x, y))(
+        learner, jnp.asarray(PAST[-K:]), model(PAST[-K:])
+    )
+    assert after.size == 80 == after.capacity
+    mean, deviation = after.predict(NEW)
+    wanted, wanted_deviation = exact(after, PAST, model(PAST), NEW, slice(None))
+    np.testing.assert_allclose(mean, wanted, atol=2e-3)
+    np.testing.assert_allclose(deviation, wanted_deviation, rtol=0.02)
+    # Of a group, the answers that were heard are pairs, too.
+    coded = jnp.asarray(NEW[:N][None])
+    heard = np.arange(N) != 2
+    expected = after.expect(jnp.asarray(NEW[None, -K:]), coded)
+    told = expected.after(model(coded[0])[None], jnp.asarray(heard[None]))
+    both = np.concatenate([PAST, NEW[:N][heard]])
+    wanted, wanted_deviation = exact(after, both, model(both), NEW[-K:], slice(80))
+    np.testing.assert_allclose(told.own[0], wanted, atol=2e-3)
+    np.testing.assert_allclose(told.deviation[0], wanted_deviation, rtol=0.05)
+
+
+def test_waves_of_different_length_want_different_kernels(learner):
+    known = PAST[:-K]
+    one = fit_learner(known, model(known), capacity=80, prior=offset, tuning=TUNING)
+    own = model(jnp.asarray(NEW))
+    apart = relative_rmse(learner.outputs(jnp.asarray(NEW)), own)
+    assert apart < 0.7 * relative_rmse(one.outputs(jnp.asarray(NEW)), own)
+    # It is a surrogate like any other: redundancy goes where it doubts most.
+    scheme = Scheme(NeRCC(K, N, points="interleaved"), learner)
+    assert scheme.places_copies
+    available = np.ones((2, N), bool)
+    available[:, :2] = False
+    decoded = coded_inference(model, scheme)(NEW, available)
+    assert relative_rmse(decoded, own) < apart
+
+
+def test_what_it_cannot_be_made_of():
+    x = PAST[:20]
+    with pytest.raises(ValueError, match="no components"):
+        fit_components(x, model(x)[:, :1])
+    with pytest.raises(ValueError, match="has no labels"):
+        fit_components(x, model(x), tuning=LearnerTuning("labels"))
+    with pytest.raises(ValueError, match="number must be"):
+        fit_components(x, model(x), number=0)
