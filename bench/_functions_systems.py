@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _functions_cases import EMBEDDINGS, Case
-from jaxtyping import Array, Bool, Float
+from _functions_rivals import NUM_DATA, lost_copies
+from jaxtyping import Array, ArrayLike, Bool, Float
 
 from nercc_jax import AbstractCode, Berrut, NeRCC, Scheme, fit_surrogate
 from nercc_jax.codes import Known, decode_vectors, encode_groups, known_encoder
@@ -20,19 +21,19 @@ from nercc_jax.evaluation import recall, row_errors
 from nercc_jax.inference import order_points
 from nercc_jax.stragglers import AbstractStragglers, ContiguousStragglers, ExactStragglers
 from nercc_jax.surrogates import (
+    AbstractSurrogate,
     Assessed,
+    ErrorBars,
     Kernel,
-    Learner,
     LearnerTuning,
-    bars_of,
+    bars_of_scheme,
+    fit_components,
     fit_learner,
-    start_learner,
 )
 
 Masks = Bool[Array, "sets groups num_workers"]
 Told = tuple[Float[Array, "sets points m"], Float[Array, "sets points"]]
 
-NUM_DATA = 20
 COVERAGE = 0.9
 LAMBDAS = (0.0, 1e-9, 1e-6, 1e-4, 1e-2)  # of the decoder, for what is tuned
 LAYOUTS = ("interleaved", "chebyshev", "mixed:0.5")
@@ -55,6 +56,7 @@ ALONE = "learner, no redundancy"
 RANDOM, DOUBTFUL = "learner, copies of random points", "learner, copies of the most doubtful"
 CODED = tuple(f"learner, {layout}" for layout in LAYOUTS)
 MIXED = "learner and code, as fit_surrogate mixes them"
+ONE, EACH = "one for all outputs", "one for each principal component"
 LEARNERS = (ALONE, RANDOM, DOUBTFUL, *CODED, MIXED)
 
 
@@ -127,42 +129,67 @@ class Bench:
         self.function = filled_up(case)
         self._choosing = [self._draw(False, seed) for seed in range(size.chosen)]
         self._judging = [self._draw(True, seed) for seed in range(size.judged)]
-        self._learners = {id(draw): self.learner(draw) for draw in self.draws(None)}
-        self._bars = {
-            id(draw): bars_of(self._learners[id(draw)], self.tuning()) for draw in self._judging
+        self.kernels, self._kernel = self._choose_kernels()
+        self._learners = {
+            id(draw): self.fit(draw.past, draw.past_outputs) for draw in self.draws(None)
         }
+        self._fitted: dict[bytes, AbstractSurrogate] = {}
         self._codes: dict[str, NeRCC] = {}
-        self._mixture: Learner | None = None
+        self._mixture: AbstractSurrogate | None = None
         self._said: dict[bytes, Array] = {}
 
     def draws(self, judging: bool | None) -> list[Draw]:
         both = {True: self._judging, False: self._choosing}
         return [*self._choosing, *self._judging] if judging is None else both[judging]
 
-    def learner(self, draw: Draw) -> Learner:
-        """What the past answers of a draw teach."""
-        return fit_learner(
-            draw.past,
-            draw.past_outputs,
-            capacity=len(draw.past),
-            features=self.case.features,
-            tuning=self.tuning(),
+    def fit(self, x: ArrayLike, y: ArrayLike, kernels: str | None = None) -> AbstractSurrogate:
+        """What past answers teach, with the kernels that were chosen, or with those that are named;
+        a width for each of a few inputs."""
+        kernels = self.picked_kernels if kernels is None else kernels
+        few = self.inputs(False, 0, 1).shape[1] <= WIDE
+        tuning = LearnerTuning(widths="each" if few else "one")
+        if kernels == EACH:  # of one shape, so that all draws share compiled programs
+            tuning = dataclasses.replace(tuning, shapes=("matern52",))
+        return (fit_learner if kernels == ONE else fit_components)(
+            x, y, capacity=self.size.history, features=self.case.features, tuning=tuning
         )
 
-    def tuning(self) -> LearnerTuning:
-        """How kernels are found: with a width for each of a few inputs."""
-        few = self.inputs(False, 0, 1).shape[1] <= WIDE
-        return LearnerTuning(widths="each" if few else "one")
+    @property
+    def picked_kernels(self) -> str:
+        return min(self.kernels, key=lambda name: self.kernels[name])
+
+    def _choose_kernels(self) -> tuple[dict[str, float], Kernel]:
+        """One kernel for all outputs, or one for each component: the errors of both where things
+        are chosen, of points that none of their answers tell of; and one kernel of the first kind,
+        for a rival."""
+        varied = np.ptp(np.asarray(self._choosing[0].past_outputs), axis=0) > 0
+        kinds = (ONE, EACH) if varied.sum() > 1 else (ONE,)
+        found = {
+            kind: [self.fit(draw.past, draw.past_outputs, kind) for draw in self._choosing]
+            for kind in kinds
+        }
+        errors = {
+            kind: np.mean(
+                [
+                    _rmse(learner.outputs(jnp.asarray(draw.x)), draw)
+                    for learner, draw in zip(learners, self._choosing, strict=True)
+                ]
+            )
+            for kind, learners in found.items()
+        }
+        plain: Any = found[ONE][0]
+        return {kind: float(error) for kind, error in errors.items()}, plain.kernel
 
     def measure(
-        self, cell: Cell, *, judging: bool, rivals: bool = True
+        self, cell: Cell, *, judging: bool, rivals: bool = True, bars: Collection[str] = ()
     ) -> dict[str, list[Numbers]]:
-        """All systems in one cell, or the learners alone; a row for each draw."""
+        """All systems in one cell, or the learners alone; a row for each draw. Those in `bars` are
+        judged by their error bars, too."""
         found: dict[str, list[Numbers]] = {}
         for draw in self.draws(judging):
             masks = draw.masks(cell, self.size.sets)
             systems = [self._rivals(cell, draw, masks)] if rivals else []
-            for name, numbers in itertools.chain(*systems, self._learning(cell, draw, masks)):
+            for name, numbers in itertools.chain(*systems, self._learning(cell, draw, masks, bars)):
                 found.setdefault(name, []).append(numbers)
         return found
 
@@ -272,18 +299,19 @@ class Bench:
         ):
             yield name, self._numbers(predictions, draw)
         copies = _nercc(cell.num_workers, "repeated")
-        kernel = self._learners[id(self._choosing[0])].kernel
         held = np.argmax(np.asarray(known_encoder(copies)), axis=1)
         answered = np.any(
             (held[:, None] == np.arange(NUM_DATA)) & np.asarray(masks)[..., None], axis=-2
         )
-        filled = _filled(
-            jnp.asarray(draw.x), draw.own, jnp.asarray(answered), kernel, self.case.features
+        filled = lost_copies(
+            jnp.asarray(draw.x), draw.own, jnp.asarray(answered), self._kernel, self.case.features
         )
         for name, predictions in zip(RIVALS[4:], filled, strict=True):
             yield name, self._numbers(predictions, draw)
 
-    def _learning(self, cell: Cell, draw: Draw, masks: Masks) -> Iterator[tuple[str, Numbers]]:
+    def _learning(
+        self, cell: Cell, draw: Draw, masks: Masks, bars: Collection[str]
+    ) -> Iterator[tuple[str, Numbers]]:
         copies, learner = _nercc(cell.num_workers, "repeated"), self._learners[id(draw)]
         assert self._mixture is not None
         numbers = self._mixture.theta, self._mixture.kappa
@@ -302,12 +330,30 @@ class Bench:
             },
             MIXED: Scheme(_nercc(cell.num_workers, LAYOUTS[0]), mixed, **plain),
         }
-        bars = self._bars.get(id(draw))
         for name, scheme in schemes.items():
             heard, ordered = masks[..., : scheme.code.num_workers], name in (*CODED, MIXED)
             predictions, deviation = self.decode(scheme, draw, heard, ordered=ordered)
-            bar = None if bars is None else bars(deviation, COVERAGE)
+            bar = None
+            if name in bars:
+                bar = self._bars(cell, scheme, draw, ordered=ordered)(deviation, COVERAGE)
             yield name, self._numbers(predictions, draw, bar)
+
+    def _bars(self, cell: Cell, scheme: Scheme, draw: Draw, *, ordered: bool) -> ErrorBars:
+        """A scheme's error bars, by the past answers alone: what is decoded of each group of them
+        by a learner of the others."""
+        past = np.asarray(draw.past)
+        order = np.asarray(order_points(past, NUM_DATA)) if ordered else np.arange(len(past))
+        return bars_of_scheme(
+            self.function, scheme, past[order], draw.past_outputs[order], {"law": cell.law},
+            self._fit_once, key=jax.random.key(draw.seed),
+        )  # fmt: skip
+
+    def _fit_once(self, x: Any, y: Any) -> AbstractSurrogate:
+        """As `fit`: the folds of a draw are the same for all schemes and cells."""
+        key = hashlib.sha256(np.asarray(x).tobytes()).digest()
+        if key not in self._fitted:
+            self._fitted[key] = self.fit(x, y)
+        return self._fitted[key]
 
     def _numbers(
         self,
@@ -386,31 +432,3 @@ def _decode(code: AbstractCode, y: Array, masks: Array) -> Array:
         return predictions.reshape(-1, y.shape[-1])
 
     return jax.lax.map(of_set, masks)
-
-
-@eqx.filter_jit
-def _filled(
-    x: Array,
-    own: Float[Array, "points m"],
-    answered: Bool[Array, "sets groups num_data"],
-    kernel: Kernel,
-    features: Callable[[Array], Array] | None,
-) -> tuple[Array, ...]:
-    """Lost copies filled in by their groups' answers: the mean, the nearest, a Gaussian process."""
-    x = x.reshape(-1, NUM_DATA, x.shape[-1])
-    own = own.reshape(-1, NUM_DATA, own.shape[-1])
-    start = start_learner(x[0, :0], own[0, :0], capacity=NUM_DATA, features=features, kernel=kernel)
-
-    def of_group(x: Array, own: Array, answered: Array) -> tuple[Array, ...]:
-        seen = answered[:, None]
-        mean = jnp.mean(own, axis=0, where=seen)
-        square = jnp.sum((x[:, None] - x) ** 2, axis=-1)
-        nearest = own[jnp.argmin(jnp.where(answered, square, jnp.inf), axis=1)]
-        process = start.update(x, own, answered).predict(x)[0]
-        return tuple(jnp.where(seen, own, told) for told in (mean, nearest, process))
-
-    def of_set(answered: Array) -> tuple[Array, ...]:
-        told = jax.vmap(of_group)(x, own, answered)
-        return tuple(each.reshape(-1, own.shape[-1]) for each in told)
-
-    return jax.lax.map(of_set, answered)

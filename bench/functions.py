@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _functions_cases import NAMES, SIMULATORS, Case, load
-from _functions_systems import CELLS, NUM_DATA, Bench, Cell, Draw, Numbers, Size, picked
+from _functions_systems import ALONE, CELLS, NUM_DATA, Bench, Cell, Draw, Numbers, Size, picked
 from _report import environment, write_json
 from _settings import PACKAGES
 from rich.console import Console
@@ -93,10 +93,12 @@ def _measured(bench: Bench, cell: Cell, known: Mapping[str, Any] | None) -> dict
     """One cell; with what is known of it, as `measure`."""
     bench.prepare(cell, rivals=known is None)
     chosen = bench.measure(cell, judging=False, rivals=False)
-    judged = bench.measure(cell, judging=True, rivals=known is None)
+    name = picked(chosen)
+    judged = bench.measure(cell, judging=True, rivals=known is None, bars={ALONE, name})
     before = {"chosen": {}, "systems": {}} if known is None else known
     return {
-        "picked": picked(chosen),
+        "picked": name,
+        "kernels": bench.kernels,
         "chosen": before["chosen"] | bench.chosen(),
         "systems": before["systems"] | {name: _columns(rows) for name, rows in judged.items()},
     }

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from conftest import bench_modules, require
 
+from nercc_jax.surrogates import bars_of
+
 NUM_DATA = 20
 
 
@@ -37,7 +39,7 @@ def test_lost_copies_by_hand(bench):
     own = np.asarray(_wave(x))
     answered = random.random((3, 2, NUM_DATA)) < 0.8
     kernel = bench.systems.Kernel("squared_exponential", centre=np.zeros(2), noise=1e-4)
-    found = bench.systems._filled(
+    found = bench.systems.lost_copies(
         jnp.asarray(x), jnp.asarray(own), jnp.asarray(answered), kernel, None
     )
     wanted = [np.empty((3, 2 * NUM_DATA, 2)) for _ in found]
@@ -73,14 +75,14 @@ def test_one_function_by_hand(bench):
     found = systems.Bench(_case(bench), size, print)
     (draw,) = found.draws(True)
     masks = draw.masks(systems.CELLS[1], size.sets)[..., :NUM_DATA]
-    learner = found.learner(draw)
+    learner = found.fit(draw.past, draw.past_outputs, systems.ONE)
     # With the noise that so smooth a function is tuned to, rounding would be most of the error.
     noisy = eqx.tree_at(lambda kernel: kernel.noise, learner.kernel, jnp.asarray(1e-4))
     learner = learner.with_kernel(noisy)
     code = systems._nercc(NUM_DATA, "interleaved")
     scheme = systems.Scheme(code, learner, redundancy="code")
     predictions, deviation = found.decode(scheme, draw, masks)
-    numbers = found._numbers(predictions, draw, systems.bars_of(learner)(deviation))
+    numbers = found._numbers(predictions, draw, bars_of(learner)(deviation))
     heard, own = np.asarray(masks).reshape(size.sets, -1), np.asarray(draw.own)
     told = np.stack([_posterior(learner.kernel, draw, mask) for mask in np.asarray(masks)])
     assert numbers.uncertain == np.sum(~heard)
