@@ -85,6 +85,7 @@ def test_models_evaluates():
         ("plan", ("--budget", "-1"), "--budget must be 0 or positive, not -1"),
         ("plan", ("--layouts", "none"), "--layouts none: points must be one of"),
         ("plan", ("--latency", "trace:no.txt"), "--latency trace:no.txt: no.txt not found"),
+        ("plan", ("--surrogate", "studnet"), "--surrogate: 'studnet' is no surrogate"),
         ("distill", ("--mixed", "3"), "--mixed 3.0 lies outside [0, 1]"),
         ("run", ("--split", "tset"), "--split tset: The data set 'digits' has no split"),
         ("demo", ("--code", "no.json"), "--code no.json: no.json: No such file"),

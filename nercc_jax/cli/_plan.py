@@ -58,6 +58,13 @@ def plan_command(
     layouts: Annotated[
         str, typer.Option(help="NeRCC's layouts, separated by commas, as in `nercc tune`.")
     ] = "chebyshev,interleaved,repeated",
+    surrogate: Annotated[
+        str | None,
+        typer.Option(
+            help="What codes may be ordered by, and stragglers' queries answered by: `student`, a "
+            "file that `nercc distill` wrote, or module:function."
+        ),
+    ] = None,
     outputs: OutputsOption = "logits",
     images: Annotated[int, typer.Option(min=1, help="Data points to measure on, at most.")] = 2000,
     split: Annotated[
@@ -94,12 +101,17 @@ def plan_command(
         from ..codes import regression_points
         from ..planning import plan
         from ._plan_report import latency_law, plan_plot, plan_table, plan_words
+        from ._surrogates import find_surrogate
         from ._tables import print_whole
         from ._workload import find_workload
 
         with of_option(f"--layouts {layouts}"):
             for layout in layouts.split(","):
                 regression_points(2, 4, layout)
+        cheap = None
+        if surrogate is not None:
+            with of_option("--surrogate"):
+                cheap = find_surrogate(surrogate, model, outputs)
         law = latency_law(latency)
         output.mkdir(parents=True, exist_ok=True)  # fails before the work, not after it
         workload = find_workload(
@@ -118,6 +130,7 @@ def plan_command(
                 max_extra_work=budget,
                 max_disagreement=max_disagreement,
                 layouts=tuple(layouts.split(",")),
+                surrogate=cheap,
                 buffer_size=buffer,
                 overhead=overhead,
                 on_stage=lambda stage: status.update(f"{stage} ..."),
@@ -128,6 +141,7 @@ def plan_command(
             "outputs": outputs,
             "data": f"{workload.source}, {split}",
             "latency": latency,
+            "surrogate": surrogate,
             "seed": seed,
             "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }

@@ -20,7 +20,8 @@ from ..serving._signature import FLOAT
 from ._calibration_file import calibration_file
 from ._inputs import read_named_inputs
 from ._options import check_model as check_files
-from ._own_models import example_inputs, is_own, is_shipped, load_callable
+from ._own_models import example_inputs, is_own, is_shipped
+from ._surrogates import find_surrogate
 from ._workload import find_model, load_plain_code
 
 # Codes tuned for shipped models by `nercc tune --layout interleaved`.
@@ -160,23 +161,10 @@ def predictor_of(settings: ModelSettings, servable: Servable) -> Predictor | Non
         raise ValueError(f"{name} cannot have a surrogate: {servable.uncodable}")
     if asked == "learn":
         return Predictor()
-    if ":" in asked:
-        found = load_callable(asked, None)
-    elif asked == "student" or asked.endswith(".safetensors"):
-        if settings.outputs != "logits":
-            raise ValueError(f"{name}: students give logits, and the model {settings.outputs}")
-        from nercc_models import load_student, load_student_file
-
-        try:
-            own = asked == "student"
-            found = load_student(str(settings.model)) if own else load_student_file(asked)
-        except FileNotFoundError as error:
-            raise ValueError(f"{name}: {error}") from error
-    else:
-        raise ValueError(
-            f"{name}: surrogate is learn, student, none, a .safetensors file of `nercc distill` or "
-            f"module:function, not {asked!r}"
-        )
+    try:
+        found = find_surrogate(asked, str(settings.model), settings.outputs)
+    except ValueError as error:
+        raise ValueError(f"the surrogate of {name}: {error}; or learn, or none") from error
     return Predictor(servable.on_rows(found))
 
 
