@@ -88,7 +88,7 @@ def draw_batch(
     decoded = np.asarray(code.decode(answers, available))
     images, mixtures = (each[..., 0] if each.shape[-1] == 1 else each for each in (x, coded))
     return lambda part: batch_figure(
-        images, mixtures, available, decoded.argmax(-1), own.argmax(-1), part
+        images, mixtures, available, decoded.argmax(-1).tolist(), own.argmax(-1).tolist(), part
     )
 
 

@@ -79,15 +79,18 @@ class Telemetry:
             number = sum(each == answer for each in record.answers.values())
             span.set_attribute(f"nercc.queries_{answer}", number)
         within = self._trace.set_span_in_context(span)
-        steps = sorted(record.steps(), key=lambda step: step.begin)
+        # Of what it shared with others some may go on, or begin, since it ended.
+        steps = [step for step in record.steps() if _at(step.begin, record) <= end]
+        steps = sorted(steps, key=lambda step: step.begin)
         span.set_attribute("nercc.steps_left_out", max(len(steps) - _MOST_STEPS, 0))
         for step in itertools.islice(steps, _MOST_STEPS):
             about = {f"nercc.{name}": value for name, value in step.details.items()}
-            about["nercc.over"] = step.end is not None
+            over = step.end is not None and _at(step.end, record) <= end
+            about["nercc.over"] = over
             child = self._tracer.start_span(
                 step.name, within, start_time=_at(step.begin, record), attributes=about
             )
-            child.end(end if step.end is None else _at(step.end, record))
+            child.end(_at(step.end, record) if over and step.end is not None else end)
         if record.error is not None:
             code = self._trace.StatusCode.ERROR
             span.set_status(self._trace.Status(code, record.error))

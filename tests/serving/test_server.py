@@ -562,6 +562,7 @@ STATUS = {
     "health": {"live": bool, "ready": bool, "trouble": (str, type(None))},
     "hints": list,
     "code": {"name": str, "num_data": int, "num_workers": int},
+    "policy": (dict, type(None)),
     "predictor": (dict, type(None)),
     "pool": {"kind": str, "num_workers": int},
     "workers": [{"state": str, "deaths": int, "busy_s": NUMBER}],

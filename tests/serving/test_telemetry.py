@@ -33,6 +33,7 @@ from nercc_jax.serving import make_servable
 from nercc_jax.serving._journal import Journal
 from nercc_jax.serving._kserve import messages
 from nercc_jax.serving._metrics import Meters
+from nercc_jax.serving._record import GroupRecord, Record
 from nercc_jax.serving._served import ServedModel
 from nercc_jax.serving._settings import ModelSettings
 from nercc_jax.serving._telemetry import Telemetry, telemetry_by_environment
@@ -139,6 +140,26 @@ def test_the_log_says_what_was_not_answered(server, lines):
     line = lines()["wrong"]
     assert (line.outcome, line.answers, line.groups, line.queue_ms) == ("invalid", [], [], None)
     assert "not of shape [0, 4]" in line.error
+
+
+def test_what_a_group_does_after_a_request_has_ended_is_not_in_its_trace():
+    """Spans are made later, by another thread: others' calls may have ended, or begun, by then."""
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    telemetry, record, group = Telemetry(provider), Record("model", False), GroupRecord()
+    record.span = telemetry.begin(record, {})
+    group.sent([0], record.arrived)
+    record.enter(group, 0, record.arrived)
+    group.heard(0, record.arrived + 60.0, 1)
+    group.add("decode", record.arrived + 60.0, record.arrived + 61.0)
+    telemetry.end(record, "ok")
+    telemetry.close()
+    *children, root = exporter.get_finished_spans()
+    assert {child.name: child.attributes["nercc.over"] for child in children} == {
+        "queue": True,
+        "worker call": False,
+    }
+    assert all(child.end_time <= root.end_time for child in children)
 
 
 def test_a_request_belongs_to_the_trace_of_who_asked(server, spans):
