@@ -186,8 +186,8 @@ def _pool(work: Work, system: System, law: Law, load: Load, *, real: bool) -> Ab
     options: dict[str, Any] = {"hang_timeout": 1.0 if hangs else 600.0}
     if real:
         base = Fault("delay", latency=TraceLatency(jnp.array([load.base])))
-        faults = Faults((base, *law.faults), seed=7)
-        return DevicePool(models, load.workers, faults=faults, **options)
+        faults = Faults((base, *map(_from_now, law.faults)), seed=7)
+        return DevicePool(models, load.workers, compiled=False, faults=faults, **options)
     noise = np.random.default_rng(2)
     return SimulatedPool(
         models,
@@ -196,6 +196,14 @@ def _pool(work: Work, system: System, law: Law, load: Load, *, real: bool) -> Ab
         faults=Faults(law.faults, seed=7),
         **options,
     )
+
+
+def _from_now(fault: Fault) -> Fault:
+    """Its spells, if it has some, counted from now on."""
+    if fault.episodes is None:
+        return fault
+    episodes = dataclasses.replace(fault.episodes, origin=time.time())
+    return dataclasses.replace(fault, episodes=episodes)
 
 
 def _narrow(model: Any) -> Any:

@@ -24,8 +24,9 @@ from nercc_jax.pools._ray_nodes import lacking, live_nodes, worker_options
 
 pytestmark = pytest.mark.slow
 
-NODES, CPUS = 4, 2
 WORKERS = int(os.environ.get("NERCC_CLUSTER_WORKERS", "8"))  # 20 take some minutes
+# Three of the nodes have room for all workers, half a CPU each.
+NODES, CPUS = 4, -(-WORKERS // 6)
 STARTS = 300.0  # seconds for JAX to be imported so many times, where the cores are busy
 
 
