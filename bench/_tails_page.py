@@ -120,7 +120,7 @@ def _answer(paper: Mapping[tuple[str, str], Any]) -> str:
         "**What should I use?** Where a good share of answers can be known, let the server answer "
         "stragglers' queries itself, and pick its patience by the tail that it sees: "
         "`nercc serve --scheme replication --surrogate learn --max-calls 1.1` (or `student`). Of "
-        "what is below, that has the shortest tail but for two copies of everything where 1 % "
+        "what is below, that has the shortest tail but for two copies of everything where few "
         "straggle, at hardly a call more. Where nothing is known, the same command hedges.",
         "",
         "| work and law | hedged, best of three | two copies | picked, 1.1 calls | its labels | "
@@ -146,7 +146,7 @@ def _answer(paper: Mapping[tuple[str, str], Any]) -> str:
         ]
         lines.append(" | ".join([f"| {work}, {law}", *numbers]) + " |")
     lines.append("")
-    lines.append("p99.9 by p50, and calls a query. " + _losses(paper))
+    lines.append("p99.9 by p50, and calls a query. " + _losses(paper) + _worse_picks(paper))
     return "\n".join(lines)
 
 
@@ -167,6 +167,23 @@ def _losses(paper: Mapping[tuple[str, str], Any]) -> str:
     if not worse:
         return "Nowhere is a rival's p99.9 below all of ours beyond the intervals."
     return "A rival's p99.9 is below all of ours, beyond the intervals: " + "; ".join(worse) + "."
+
+
+def _worse_picks(paper: Mapping[tuple[str, str], Any]) -> str:
+    """Where what was chosen by hand has a shorter tail than what was picked."""
+    worse = [
+        f"{work}, {law}"
+        for (work, law), cells in paper.items()
+        if _OURS[0] in cells
+        and any(
+            cells[name]["p999_by_p50"][2] < cells[_OURS[0]]["p999_by_p50"][1]
+            for name in _OURS[2:]
+            if name in cells and cells[name]["calls"] <= cells[_OURS[0]]["calls"] + 0.1
+        )
+    ]
+    if not worse:
+        return ""
+    return " What was chosen by hand beats what was picked, at as many calls: " + "; ".join(worse)
 
 
 def _short(cell: Mapping[str, Any] | None) -> str:

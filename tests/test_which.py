@@ -48,8 +48,15 @@ def test_of_what_is_known(page):
         rivals = [told(law, f"hedged, {how}") for how in ("p95", "p90", "1.35 x median")]
         return min(rivals, key=lambda rival: float(rival[0]))
 
-    known, calls, right = told("5 %", "known, else hedged")
-    assert f"p99.9 is {known} times the median at {calls} calls a query, {right} % of" in page
+    picked, calls, right = told("5 %", "picked, 1.1 calls")
+    assert f"p99.9 is {picked} times the median at {calls} calls a query, {right} % of" in page
+    known, _, right = told("5 %", "known, else hedged")
+    assert f"(by hand, {known} times and {right} %)" in page
+    (parm, work, right), (nercc, _, kept) = (
+        told("5 %", s) for s in ("ParM, k = 2", "NeRCC (6, 4)")
+    )
+    assert f"p99.9 of {parm} times the median at {work} calls a query, {right} % of" in page
+    assert f"NeRCC (6, 4) has {nercc} with {kept} %" in page
     (tail, calls, _), (copies, work, _) = hedged("5 %"), told("5 %", "two copies")
     assert f"hedging {tail} times at {calls}, two copies {copies} at {work}" in page
     known, calls, right = told("slow rack", "known, else hedged")
