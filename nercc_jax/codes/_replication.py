@@ -10,7 +10,21 @@ from ._code import AbstractCode, as_mask
 from ._points import copies
 
 
-class Replication(AbstractCode):
+class AbstractCopies(AbstractCode):
+    """Workers run on data points as they came: an answer tells all of one, nothing of others."""
+
+    def posterior_variance(
+        self, available: Bool[ArrayLike, " num_workers"]
+    ) -> Float[Array, " num_data"]:
+        return jnp.where(self.recovered(available), 0.0, jnp.inf)
+
+    def process_variance(
+        self, y: Float[Array, "num_workers m"], available: Bool[Array, " num_workers"]
+    ) -> Float[Array, ""]:
+        return jnp.array(jnp.inf, y.dtype)
+
+
+class Replication(AbstractCopies):
     """Each worker computes a copy of one data point; the first copy that answers is taken.
 
     The copies are dealt in rounds, the last one spread evenly: for K dividing N, worker n gets data
@@ -42,18 +56,8 @@ class Replication(AbstractCode):
     def recovered(self, available: Bool[ArrayLike, " num_workers"]) -> Bool[Array, " num_data"]:
         return jnp.any(self.decoder_matrix(available) > 0, axis=1)
 
-    def posterior_variance(
-        self, available: Bool[ArrayLike, " num_workers"]
-    ) -> Float[Array, " num_data"]:
-        return nothing_or_all(self.recovered(available))
 
-    def process_variance(
-        self, y: Float[Array, "num_workers m"], available: Bool[Array, " num_workers"]
-    ) -> Float[Array, ""]:
-        return jnp.array(jnp.inf, y.dtype)
-
-
-class Uncoded(AbstractCode):
+class Uncoded(AbstractCopies):
     """One worker a data point and nothing else: whatever straggles is lost."""
 
     num_data: int = eqx.field(static=True)
@@ -78,18 +82,3 @@ class Uncoded(AbstractCode):
 
     def recovered(self, available: Bool[ArrayLike, " num_workers"]) -> Bool[Array, " num_data"]:
         return as_mask(available, (self.num_workers,))
-
-    def posterior_variance(
-        self, available: Bool[ArrayLike, " num_workers"]
-    ) -> Float[Array, " num_data"]:
-        return nothing_or_all(self.recovered(available))
-
-    def process_variance(
-        self, y: Float[Array, "num_workers m"], available: Bool[Array, " num_workers"]
-    ) -> Float[Array, ""]:
-        return jnp.array(jnp.inf, y.dtype)
-
-
-def nothing_or_all(recovered: Bool[Array, " num_data"]) -> Float[Array, " num_data"]:
-    """Posterior variances where an answer tells all of its data point, and nothing of others."""
-    return jnp.where(recovered, 0.0, jnp.inf)

@@ -20,15 +20,14 @@ from ..codes import Form, check_count, check_floats, join, multiply
 from ._conditioning import Conditioned, whiten_group
 from ._expected import (
     AbstractExpectation,
-    AbstractSurrogate,
+    AbstractLearner,
     Expected,
-    check_like,
     outputs_of_groups,
 )
 from ._fit_learner import LearnerTuning, find_kernel, find_kernels, tune_learner
 from ._kernels import root
 from ._learner import Learner, start_learner
-from ._pairs import Function, features_of, pairs_of
+from ._pairs import Function, features_of, pairs_of, prior_of_groups
 from ._window import one_row
 
 # A component with less of the variance is left to the rest: by its root, what is cut off has an
@@ -36,7 +35,7 @@ from ._window import one_row
 _LEAST_SHARE = 1e-4
 
 
-class ComponentLearner(AbstractSurrogate):
+class ComponentLearner(AbstractLearner):
     """What past answers tell about new data points, with a kernel for each principal component.
 
     `own` are the learners of the components, arrays with a first axis of them; `rest` is that of
@@ -99,18 +98,6 @@ class ComponentLearner(AbstractSurrogate):
             mean = mean + join(self.prior(x), 1)[0]
         return self.form.split(mean), _together(deviation, apart, self.form.size)
 
-    @property
-    def tells_deviation(self) -> bool:
-        return True
-
-    def deviation_before(
-        self, x: PyTree[Shaped[Array, "groups num_data ..."]]
-    ) -> Float[Array, "groups num_data"]:
-        return outputs_of_groups(lambda points: self.predict(points)[1], x)
-
-    def outputs(self, x: PyTree[Shaped[Array, "points ..."]]) -> PyTree[Float[Array, "points ..."]]:
-        return self.predict(x)[0]
-
     def expect(
         self,
         x: PyTree[Shaped[Array, "groups num_data ..."]],
@@ -124,8 +111,7 @@ class ComponentLearner(AbstractSurrogate):
         prior = None
         if self.prior is not None:
             together = jax.tree.map(lambda *both: jnp.concatenate(both, axis=1), x, coded)
-            prior, form = join(outputs_of_groups(self.prior, together), 2)
-            check_like(form, self.form)
+            prior = prior_of_groups(self.prior, together, self.form)
         apart = eqx.filter_vmap(lambda one: one.expect(*z), out_axes=eqx.if_array(1))(self.own)
         directions = jnp.broadcast_to(self.directions, (len(z[0]), *self.directions.shape))
         return ExpectedComponents(

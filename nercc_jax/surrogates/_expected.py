@@ -5,7 +5,7 @@ import abc
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree, Shaped
+from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
 
 from ..codes import Form, join
 from ..evaluation import Answers
@@ -87,6 +87,28 @@ class AbstractSurrogate(eqx.Module):
         """What it makes of groups of data points and of their coded ones.
 
         `own`: its `outputs` on the data points, where they are there already."""
+
+
+class AbstractLearner(AbstractSurrogate):
+    """A surrogate that learned from past answers, and so tells how far it may be off."""
+
+    @abc.abstractmethod
+    def predict(
+        self, x: PyTree[Shaped[ArrayLike, "points ..."]]
+    ) -> tuple[PyTree[Float[Array, "points ..."]], Float[Array, " points"]]:
+        """The mean, in the model's outputs' form, and the standard deviation of each data point."""
+
+    @property
+    def tells_deviation(self) -> bool:
+        return True
+
+    def deviation_before(
+        self, x: PyTree[Shaped[Array, "groups num_data ..."]]
+    ) -> Float[Array, "groups num_data"]:
+        return outputs_of_groups(lambda points: self.predict(points)[1], x)
+
+    def outputs(self, x: PyTree[Shaped[Array, "points ..."]]) -> PyTree[Float[Array, "points ..."]]:
+        return self.predict(x)[0]
 
 
 class Outputs(AbstractExpectation):

@@ -28,9 +28,9 @@ from ..codes import (
     multiply,
 )
 from ._conditioning import Conditioned
-from ._expected import AbstractSurrogate, check_like, outputs_of_groups
+from ._expected import AbstractLearner, outputs_of_groups
 from ._kernels import Kernel, Shape, root, wide_kernel
-from ._pairs import Function, features_of, pairs_of
+from ._pairs import Function, features_of, pairs_of, prior_of_groups
 from ._surrogate import trust
 from ._whitening import condition, replace_rows, sound_or_anew, soundly_whitened
 from ._window import length_of, one_row, turn, written
@@ -46,7 +46,7 @@ _WORN = 1e-4
 L = TypeVar("L", bound="Learner")
 
 
-class Learner(AbstractSurrogate):
+class Learner(AbstractLearner):
     """What past answers tell about new data points: a pytree, bounded, forgetting what is old.
 
     >>> import jax.numpy as jnp
@@ -178,18 +178,6 @@ class Learner(AbstractSurrogate):
             mean = mean + join(self.prior(x), 1)[0]
         return self.form.split(mean), self.deviation_of(variance)
 
-    @property
-    def tells_deviation(self) -> bool:
-        return True
-
-    def deviation_before(
-        self, x: PyTree[Shaped[Array, "groups num_data ..."]]
-    ) -> Float[Array, "groups num_data"]:
-        return outputs_of_groups(lambda points: self.predict(points)[1], x)
-
-    def outputs(self, x: PyTree[Shaped[Array, "points ..."]]) -> PyTree[Float[Array, "points ..."]]:
-        return self.predict(x)[0]
-
     def expect(
         self,
         x: PyTree[Shaped[Array, "groups num_data ..."]],
@@ -202,9 +190,7 @@ class Learner(AbstractSurrogate):
         z = outputs_of_groups(lambda points: features_of(self.features, points), together)
         mean, covariance = self.window_posterior(z)
         if self.prior is not None:
-            prior, form = join(outputs_of_groups(self.prior, together), 2)
-            check_like(form, self.form)
-            mean = mean + prior
+            mean = mean + prior_of_groups(self.prior, together, self.form)
         groups = len(z)
         noise, unit = self.kernel.noise, self.deviation_of(jnp.ones(()))
         noise, unit = (jnp.broadcast_to(each, (groups,)) for each in (noise, unit))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree, Shaped
 
 from ..codes import Form, finite_points, is_float, join
-from ._expected import check_like
+from ._expected import check_like, outputs_of_groups
 from ._window import length_of
 
 Function = Callable[[PyTree], PyTree]
@@ -55,6 +55,15 @@ def pairs_of(
     known = known & jnp.all(jnp.isfinite(z), axis=1) & jnp.all(jnp.isfinite(r), axis=1)
     z, r, priors = jax.tree.map(lambda leaf: jnp.where(known[:, None], leaf, 0), (z, r, priors))
     return Pairs(z, r, priors, known)
+
+
+def prior_of_groups(
+    prior: Function, groups: PyTree[Shaped[Array, "groups size ..."]], form: Form
+) -> Float[Array, "groups size m"]:
+    """What the prior makes of groups. Raises: ValueError for outputs that are not of this form."""
+    priors, found = join(outputs_of_groups(prior, groups), 2)
+    check_like(found, form)
+    return priors
 
 
 def features_of(
