@@ -34,6 +34,10 @@ class Overdue:
         if not 0 <= self.floor < math.inf:
             raise ValueError(f"floor is a number of seconds from 0 on, not {self.floor}")
 
+    def after(self, usual: float) -> float:
+        """Seconds after which a task is overdue, where the quantile of service times is `usual`."""
+        return max(self.factor * usual, usual + self.floor)
+
 
 class AnswerTimes:
     """How long answers take, by the size of their batch, and from when on one is late.
@@ -61,7 +65,7 @@ class AnswerTimes:
         ordered = sorted(times)
         self._medians[size] = ordered[len(ordered) // 2]
         usual = ordered[int(self.overdue.quantile * len(ordered))]
-        self._limits[size] = max(self.overdue.factor * usual, usual + self.overdue.floor)
+        self._limits[size] = self.overdue.after(usual)
         return self._limits[size] < before
 
     def median(self, size: int) -> float:

@@ -71,8 +71,8 @@ class Replay:
         copies of a query go out with it, and with all of it a query costs `extra_calls` more.
         """
         overdue = setting.overdue
-        usual = float(np.quantile(self.own, overdue.quantile))
-        limit = max(overdue.factor * usual, usual + overdue.floor / self.median)
+        usual = self.median * float(np.quantile(self.own, overdue.quantile))
+        limit = overdue.after(usual) / self.median
         sure = self.draws < known
         twice = {"none": np.zeros_like(sure), "doubtful": ~sure, "always": np.ones_like(sure)}
         first, doubled = self.own, twice[setting.redundancy]

@@ -6,6 +6,7 @@ Each is made after its request was answered, by a thread of its own, from the re
 import importlib.metadata
 import itertools
 import logging
+import math
 import os
 import queue
 import threading
@@ -85,12 +86,12 @@ class Telemetry:
         span.set_attribute("nercc.steps_left_out", max(len(steps) - _MOST_STEPS, 0))
         for step in itertools.islice(steps, _MOST_STEPS):
             about = {f"nercc.{name}": value for name, value in step.details.items()}
-            over = step.end is not None and _at(step.end, record) <= end
-            about["nercc.over"] = over
+            ended = math.inf if step.end is None else _at(step.end, record)
+            about["nercc.over"] = ended <= end
             child = self._tracer.start_span(
                 step.name, within, start_time=_at(step.begin, record), attributes=about
             )
-            child.end(_at(step.end, record) if over and step.end is not None else end)
+            child.end(int(min(ended, end)))
         if record.error is not None:
             code = self._trace.StatusCode.ERROR
             span.set_status(self._trace.Status(code, record.error))
