@@ -155,13 +155,8 @@ def systems(work: Work, law: str) -> tuple[System, ...]:
 
 
 def parity_models(work: Work) -> list[Any]:
-    """ParM's parity models, on the host."""
-
-    def on_host(k: int) -> Any:
-        run = eqx.filter_jit(load_parity_model(str(work.model), k, "logits"))
-        return lambda x: np.asarray(run(jnp.asarray(x)))
-
-    return [on_host(k) for k in PARITIES]
+    """ParM's parity models, compiled when they are called."""
+    return [eqx.filter_jit(load_parity_model(str(work.model), k, "logits")) for k in PARITIES]
 
 
 def tuned_code(work: Work, num_workers: int, num_data: int) -> NeRCC:

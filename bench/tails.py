@@ -173,12 +173,11 @@ def _pool(work: Work, system: System, law: Law, load: Load, *, real: bool) -> Ab
         known = [table.get(row.tobytes()) for row in rows]
         if all(each is not None for each in known):
             return np.stack([each for each in known if each is not None])
-        return _mixed(rows)
+        return mixed(rows)  # coded data points, which are no queries
 
-    def _mixed(rows: np.ndarray) -> np.ndarray:
-        return np.asarray(served_model(jnp.asarray(_wide(rows))))[: len(rows)]
-
-    served_model = _model(work)
+    # Compiled when some come; of a function, none do.
+    model = None if work.model is None else eqx.filter_jit(load_model(work.model))
+    mixed = _narrow(model)
     models: list[Any] = [served]
     if len(system.models) > 1:
         models += [_narrow(parity) for parity in parity_models(work)]
@@ -206,18 +205,14 @@ def _from_now(fault: Fault) -> Fault:
     return dataclasses.replace(fault, episodes=episodes)
 
 
-def _narrow(model: Any) -> Any:
-    """Of few rows, compiled for more."""
-    return lambda batch: model(_wide(batch))[: len(batch)]
+def _narrow(model: Any) -> Callable[[np.ndarray], np.ndarray]:
+    """A model of few rows on the host, compiled for more."""
 
+    def run(rows: np.ndarray) -> np.ndarray:
+        wide = rows[np.arange(_WIDTH) % len(rows)]
+        return np.asarray(model(jnp.asarray(wide)))[: len(rows)]
 
-def _wide(rows: np.ndarray) -> np.ndarray:
-    return rows[np.arange(_WIDTH) % len(rows)]
-
-
-def _model(work: Work) -> Any:
-    """For coded data points, which are no queries: compiled when one comes."""
-    return None if work.model is None else eqx.filter_jit(load_model(work.model))
+    return run
 
 
 class Outcomes:

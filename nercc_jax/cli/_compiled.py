@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
+_FEW = 2e11  # operations, which take some seconds on two cores
+
 
 def keep_programs() -> None:
     """Tells JAX, here and in processes that are started from here, to keep what it compiles.
@@ -82,10 +84,6 @@ def compile_quickly(model: Callable[..., Any], x: "np.ndarray", rows: int) -> No
     cost: Any = lowered.cost_analysis() or {}
     if "stablehlo.while" not in lowered.as_text() and rows * cost.get("flops", math.inf) <= _FEW:
         jax.config.update("jax_disable_most_optimizations", True)
-
-
-# Operations that take some seconds on two cores.
-_FEW = 2e11
 
 
 def _tell_processes(folder: Path) -> dict[str, Any]:

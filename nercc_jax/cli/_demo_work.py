@@ -89,18 +89,18 @@ def kept_labels(queries: Queries, num_data: int, num_workers: int, seed: int) ->
         infer = coded_inference(queries.model, code, grouped=True)
         return lambda masks: _labels(infer(grouped, masks)).ravel()
 
+    published = NeRCC(num_data, many, lambda_dec=0.0)
     return [
         # Known without being run: what straggles is lost, or exact.
         Kept("one worker a query", "uncoded", num_data, 1.0, Estimate(1 - RATE, 0.0)),
         Kept("lost calls again, later", "hedging", num_data, 1 + RATE, Estimate(1.0, 0.0)),
         *(
-            Kept(name, look, code.num_workers, code.num_workers / num_data, kept(labels(code), n))
-            for name, look, code in (
-                ("two copies", "replication", Replication(num_data, 2 * num_data)),
-                ("BACC", "BACC", Berrut(num_data, many)),
-                ("NeRCC as published", "NeRCC published", NeRCC(num_data, many, lambda_dec=0.0)),
+            Kept(name, look, n, n / num_data, kept(labels(code), n))
+            for name, look, n, code in (
+                ("two copies", "replication", 2 * num_data, Replication(num_data, 2 * num_data)),
+                ("BACC", "BACC", many, Berrut(num_data, many)),
+                ("NeRCC as published", "NeRCC published", many, published),
             )
-            for n in (code.num_workers,)
         ),
         *_with_scheme(queries, judge, own, NeRCC(num_data, few, points="repeated"), kept, seed),
     ]
@@ -181,19 +181,18 @@ def draw_kept(rows: Sequence[Kept]) -> Callable[[Any], Any]:
             ends = [[max(here[1] - low, 0)], [max(high - here[1], 0)]]
             look: dict[str, Any] = system_look(row.look) | {"linestyle": "none"}
             axis.errorbar(*here, ends, ms=8, capsize=2, **look)
-            # Names of what costs little stand below it, stepwise: no line crosses another's name.
-            step = 0.3 + 0.12 * left.index(row) if row in left else None
-            high_up = here[1] > 95
-            where = (here[0] + 0.02, step) if step is not None and high_up else (12, 0)
-            name: dict[str, Any] = {"xytext": where, "color": look["color"], "fontsize": 9}
-            if where != (12, 0):
+            name: dict[str, Any]
+            if row in left and here[1] > 95:
+                # Stepwise below what costs little: no line crosses another's name.
+                step = 0.3 + 0.12 * left.index(row)
                 line = {"arrowstyle": "-", "color": look["color"], "lw": 0.6, "relpos": (0, 0.5)}
-                name |= {"textcoords": axis.get_xaxis_transform(), "arrowprops": line}
+                name = {"xytext": (here[0] + 0.02, step), "arrowprops": line}
+                name["textcoords"] = axis.get_xaxis_transform()
             elif row in left:
-                name |= {"textcoords": "offset points"}
+                name = {"xytext": (12, 0), "textcoords": "offset points"}
             else:
-                name |= {"xytext": (-12, 0), "textcoords": "offset points", "ha": "right"}
-            axis.annotate(row.system, here, va="center", **name)
+                name = {"xytext": (-12, 0), "textcoords": "offset points", "ha": "right"}
+            axis.annotate(row.system, here, va="center", color=look["color"], fontsize=9, **name)
         axis.set(xlabel="calls of the model a query", ylabel="labels kept, %")
         axis.margins(x=0.05, y=0.08)
         axis.grid(alpha=0.3)

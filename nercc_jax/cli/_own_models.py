@@ -30,7 +30,7 @@ def look_here() -> None:
         sys.path.insert(0, str(Path.cwd()))
 
 
-def load_callable(spec: str, weights: Path | None) -> Callable[..., Any]:
+def load_callable(spec: str, weights: Path | None, option: str = "--model") -> Callable[..., Any]:
     """What `module:name` says: a model, or with weights a function of their path that makes one.
 
     Modules are looked for in the working directory too. Weights may lie on the hub,
@@ -40,13 +40,13 @@ def load_callable(spec: str, weights: Path | None) -> Callable[..., Any]:
     """
     module_name, _, attribute = spec.partition(":")
     if not module_name or not attribute:
-        raise ValueError(f"--model: one of your own is named module:function, not {spec!r}")
-    found: Any = _module(spec)
+        raise ValueError(f"{option}: one of your own is named module:function, not {spec!r}")
+    found: Any = _module(spec, option)
     for part in attribute.split("."):
         try:
             found = getattr(found, part)
         except AttributeError as error:
-            raise ValueError(f"--model {spec}: {error}") from error
+            raise ValueError(f"{option} {spec}: {error}") from error
     if weights is not None:
         path = _local(spec, weights)
         try:
@@ -55,7 +55,7 @@ def load_callable(spec: str, weights: Path | None) -> Callable[..., Any]:
             raise ValueError(f"--weights {weights}: {spec} raises {_first_line(error)}") from error
     if not callable(found):
         kind = type(found).__name__
-        raise ValueError(f"--model {spec} is a {kind}, not a callable on a batch")
+        raise ValueError(f"{option} {spec} is a {kind}, not a callable on a batch")
     return found
 
 
@@ -89,14 +89,14 @@ def hub_name(spec: str) -> str:
     return name
 
 
-def _module(spec: str) -> Any:
+def _module(spec: str, option: str = "--model") -> Any:
     """Of `module:name`. Raises: ValueError where it cannot be imported, whatever it raises."""
     look_here()
     try:
         return importlib.import_module(spec.partition(":")[0])
     except Exception as error:
         told = str(error) if isinstance(error, ImportError) else _first_line(error)
-        raise ValueError(f"--model {spec}: {told}") from error
+        raise ValueError(f"{option} {spec}: {told}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -110,8 +110,7 @@ def plan_command(
                 regression_points(2, 4, layout)
         cheap = None
         if surrogate is not None:
-            with of_option("--surrogate"):
-                cheap = find_surrogate(surrogate, model, outputs)
+            cheap = find_surrogate(surrogate, model, outputs)
         law = latency_law(latency)
         output.mkdir(parents=True, exist_ok=True)  # fails before the work, not after it
         workload = find_workload(

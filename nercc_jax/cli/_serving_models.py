@@ -164,7 +164,7 @@ def predictor_of(settings: ModelSettings, servable: Servable) -> Predictor | Non
     try:
         found = find_surrogate(asked, str(settings.model), settings.outputs)
     except ValueError as error:
-        raise ValueError(f"the surrogate of {name}: {error}; or learn, or none") from error
+        raise ValueError(f"{name}: {error}; or learn, or none") from error
     return Predictor(servable.on_rows(found))
 
 

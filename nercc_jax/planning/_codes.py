@@ -1,6 +1,7 @@
 """NeRCC codes measured for the planner: screened on one half of the data, told by the other."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from ..codes import Form, NeRCC, decode_groups, join
 from ..evaluation import (
@@ -91,10 +92,15 @@ class Half:
             )
         return self._answers[order, num_data]
 
+    @functools.cached_property
+    def _cheap(self) -> PyTree[Float[Array, "points ..."]]:
+        """The surrogate's outputs."""
+        assert self._surrogate is not None
+        return self._surrogate(self.x)
+
     def examine_surrogate(self) -> SurrogateExam:
         """As a scheme sees it where nothing of a data point is answered: of infinite deviation."""
-        assert self._surrogate is not None
-        cheap = join(self._surrogate(self.x), 1)[0]
+        cheap = join(self._cheap, 1)[0]
         form = None if self._form.is_vector else self._form
         features = features_of_doubt(cheap, jnp.full(len(cheap), jnp.inf), cheap, form)
         wrong = ~agree_on_labels(cheap, jnp.asarray(self._own), form)
@@ -106,8 +112,7 @@ class Half:
         if order is not None:
             features = None
             if order == "surrogate":
-                assert self._surrogate is not None
-                features = self._surrogate(self.x)
+                features = self._cheap
             size = self._buffer_size
             x = jnp.asarray(self.x)
             places = order_points(x, num_data, features=features, buffer_size=size)
