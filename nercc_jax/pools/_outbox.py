@@ -81,14 +81,11 @@ class Outbox:
             if (worker := self._whom(task)) is not None:
                 return batch.waiting.pop(number), worker
         late = [
-            (seat.task, worker)
-            for seat in self._seats
-            if seat.task is not None
-            and seat.task.batch is batch
-            and seat.overdue
-            and not seat.task.settled
-            and seat.task.running < batch.copies
-            and (worker := self._whom(seat.task)) is not None
+            (task, worker)
+            for task in batch.tasks.values()
+            if task.fresh < task.running < batch.copies
+            and not task.settled
+            and (worker := self._whom(task)) is not None
         ]
         if not late:
             return None
