@@ -333,7 +333,7 @@ class Desk:
 
     def _forget(self, batch: Batch) -> None:
         with self._lock:
-            batch.open = False
+            batch.end()
             self._outbox.close(batch)
 
     # What is sent, and when.
@@ -440,9 +440,10 @@ class Desk:
             self._tell_of(batch)
 
     def _tell_of(self, batch: Batch) -> None:
-        if batch.open and batch.on_change is not None:
+        on_change = batch.on_change  # it has none once it is forgotten
+        if on_change is not None:
             what = f"on_change of a batch of {batch.num_points}"
-            self._guard.run(what, batch.on_change, batch)
+            self._guard.run(what, on_change, batch)
 
 
 _COUNTED = ("sent", "answered", "late", "errors", "deaths", "hung")

@@ -175,7 +175,7 @@ class CodedBatcher:
         self._ledger.accept(request)
         if high:
             self._observe("high_priority", len(x))
-        request.future.add_done_callback(lambda future: self._cancelled(request))
+        request.on_cancel(self._put)
         self._put(request)
         return request.future
 
@@ -210,10 +210,6 @@ class CodedBatcher:
 
     def __exit__(self, *_) -> None:
         self.close()
-
-    def _cancelled(self, request: Request) -> None:
-        if request.future.cancelled():
-            self._put(request)
 
     # From any thread.
 

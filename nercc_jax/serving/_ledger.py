@@ -66,8 +66,9 @@ class Ledger:
             return
         self._lanes.drop(query)
         self.pulse.answered(now)
-        if query.reexecuted and query.tell_home is not None:
-            query.tell_home()  # its first group need not wait for it
+        tell_home = query.take_tell_home()
+        if query.reexecuted:
+            tell_home()  # its first group need not wait for it
         request = query.request
         asked = request is not self._question
         if asked:
@@ -138,8 +139,7 @@ class Ledger:
         for query in request.queries:
             if not query.done:
                 self._lanes.drop(query)
-                if query.tell_home is not None:
-                    query.tell_home()
+                query.take_tell_home()()
         self._settle(request)
 
     def _settle(self, request: Request) -> None:

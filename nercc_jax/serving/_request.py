@@ -2,8 +2,9 @@
 
 import concurrent.futures
 import dataclasses
+import weakref
 from collections.abc import Callable
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, PyTree, Shaped
@@ -106,6 +107,17 @@ class Request:
         self._heard = np.zeros(size, int)
         self._expected = np.zeros((2, size))
 
+    def on_cancel(self, tell: Callable[["Request"], Any]) -> None:
+        """`tell(self)` is called, from any thread, if somebody cancels its future."""
+        known = weakref.ref(self)  # it holds the future: what is over must go by itself
+
+        def ended(future: concurrent.futures.Future[Reply]) -> None:
+            request = known()
+            if request is not None and future.cancelled():
+                tell(request)
+
+        self.future.add_done_callback(ended)
+
     def answer(self, query: "Query", answer: Answer) -> bool:
         """Takes one query's answer; whether it was the last that was missing."""
         place = query.place
@@ -155,9 +167,21 @@ class Query:
         self.done = self.reexecuted = False
         self.waiting = True
 
+    def take_tell_home(self) -> Callable[[], None]:
+        """`tell_home`, which it has no more: it holds the group, and the group the query.
+
+        What is over must go by itself: to look for garbage stops a server's threads.
+        """
+        tell, self.tell_home = self.tell_home, None
+        return tell or _tell_nobody
+
     def way_of(self, answer: Answer) -> str:
         """How it was answered: in the answer's way, or, a second time, "reexecuted"."""
         return "reexecuted" if answer.way == "exact" and self.reexecuted else answer.way
+
+
+def _tell_nobody() -> None:
+    """It was in no group."""
 
 
 def words_of(error: BaseException) -> str:
