@@ -237,7 +237,8 @@ def _agreement(found: Mapping[str, Any]) -> str:
         return ""
     return (
         "## On paper and before real workers\n\n"
-        f"The same cells before threads that sleep (`DevicePool`), on two cores; ms, real / paper. "
+        "The same cells before threads that sleep (`DevicePool`), on two cores, judged after "
+        f"{found['about']['real_warm_up']:,} queries: learning takes time there. ms, real / paper. "
         f"Within 15 % in all three: {close} of {counted}.\n\n"
         "| cell | queries | p50 | p99 | p99.9 |\n|---|---|---|---|---|\n" + "\n".join(rows)
     )
