@@ -25,6 +25,7 @@ _SYSTEMS = (
     "BACC (12, 8)",
     "NeRCC (6, 4)",
     "NeRCC (8, 4)",
+    "surrogate alone",
     "known, else hedged",
     "known, doubtful twice",
     "picked, 1.1 calls",
@@ -91,14 +92,17 @@ law says otherwise, and {counted} are judged after {about["warm_up"]:,} from whi
 No query comes again before 2,000 others. The model's answers are real, and so is all that is
 predicted, decoded and learned; the time that this takes on the host is not in the latencies (some
 milliseconds a straggler). Brackets are 95 % intervals by bootstrap over stretches of 100 queries;
-one seed a cell. Calls count all that was sent, and a student's own work by its multiplications.
+one seed a cell. Calls count all that was sent, and a student's own work by its multiplications;
+queries that wait share a call, so under load there may be fewer calls than queries.
 
 - **as it comes**: whichever worker is free; nothing is done about stragglers.
 - **hedged**: a copy, and again one, once the last is out for longer than the running 95th or 90th
-  percentile (and 10 ms), or 1.35 times the running median.
+  percentile (and 10 ms), or 1.35 times the running median; no budget caps its copies.
 - **two copies** of every query, hedged besides. **ParM**: a parity query for every two, or four.
 - **NeRCC (6, 4), (8, 4)**: interleaved, tuned; stragglers are decoded, whatever the doubt.
   **BACC (12, 8)**: decoded once ten have answered; no query goes out as it came.
+- **surrogate alone**: what was learned, or the student, answers each straggler's query, whatever
+  the doubt (ParM's authors call it a cheap backup).
 - **known, else hedged** (`--surrogate learn`, or `student`): a query that is out for 1.35 times the
   median is answered by what was learned (or the student) where that is sure enough; the rest is
   hedged. **doubtful twice**: those that it would not be sure of go out twice from the start.

@@ -144,6 +144,10 @@ def systems(work: Work, law: str) -> tuple[System, ...]:
     def knows() -> Predictor:
         return Predictor(work.student)
 
+    if wanted is not None:
+        # ParM's cheap backup: whatever its doubt.
+        any_label = dataclasses.replace(known_once, max_disagreement=0.999)
+        found.append(System("surrogate alone", Uncoded(1), any_label, knows))
     ours = [
         System("known, else hedged", Uncoded(1), known_once, knows),
         System("known, doubtful twice", Replication(1, 2), known, knows),

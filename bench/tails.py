@@ -60,6 +60,11 @@ class Load:
         """So much of the workers' time asked for, if every query is called once."""
         return dataclasses.replace(self, rate=share * self.workers / self.base)
 
+    def before(self, workers: int, queries: int) -> "Load":
+        """So many queries before so many workers, of which each gets as many a second."""
+        rate = self.rate * workers / self.workers
+        return dataclasses.replace(self, workers=workers, rate=rate, queries=queries)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -86,7 +91,12 @@ def _run(
 ) -> None:
     load = Load(queries=options.queries)
     chosen = laws(load.base, load.workers)
-    loads = {"": load, ", load 50 %": load.at(0.5), ", load 80 %": load.at(0.8)}
+    loads = {
+        "": load,
+        ", load 50 %": load.at(0.5),
+        ", load 80 %": load.at(0.8),
+        ", 1,000 workers": load.before(1000, 50 * load.queries),
+    }
     work = None
     for law_name, law in chosen.items():
         for told, heavier in loads.items():

@@ -71,6 +71,7 @@ _LOOKS = {
     # What answers from past answers.
     "learner": _filled(_TEAL, "d"),
     "learner, no redundancy": _open(_TEAL, "d"),
+    "surrogate alone": _open(_TEAL, "d"),
     # Nothing, or no code.
     "uncoded": _filled(_LIGHT, "."),
     "as it comes": _filled(_LIGHT, "."),
