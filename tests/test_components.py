@@ -8,7 +8,16 @@ from scipy.spatial.distance import cdist
 
 from nercc_jax import NeRCC, Scheme, coded_inference
 from nercc_jax.evaluation import relative_rmse
-from nercc_jax.surrogates import LearnerTuning, fit_components, fit_learner
+from nercc_jax.serving._study import AT_ONCE, LEAST, Goal, Study
+from nercc_jax.surrogates import (
+    ComponentLearner,
+    LearnerTuning,
+    fit_components,
+    fit_learner,
+    load_learner,
+    save_learner,
+    tune_components,
+)
 
 K, N = 6, 9
 TUNING = LearnerTuning(shapes=("squared_exponential",), steps=20)
@@ -33,6 +42,11 @@ def offset(x):
 def learner():
     known = PAST[:-K]
     return fit_components(known, model(known), number=3, capacity=80, prior=offset, tuning=TUNING)
+
+
+@eqx.filter_jit
+def predict(learner, x):
+    return learner.predict(x)
 
 
 def exact(learner, x, y, at, centred):
@@ -105,3 +119,42 @@ def test_what_it_cannot_be_made_of():
         fit_components(x, model(x), tuning=LearnerTuning("labels"))
     with pytest.raises(ValueError, match="number must be"):
         fit_components(x, model(x), number=0)
+
+
+def test_files(learner, tmp_path):
+    pytest.importorskip("safetensors")
+    path = tmp_path / "learner.safetensors"
+    mixed = eqx.tree_at(lambda one: one.kappa, learner, jnp.asarray(3.0))
+    save_learner(path, mixed)
+    loaded = load_learner(path, prior=offset)
+    assert isinstance(loaded, ComponentLearner)
+    assert float(loaded.kappa) == 3.0
+    for mine, theirs in zip(predict(learner, NEW), predict(loaded, NEW), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=2e-4)
+    with pytest.raises(ValueError, match="was made with `prior`: load it so"):
+        load_learner(path)
+
+
+def test_tuning_what_is_tuned_changes_nothing_and_what_is_not_a_lot(learner):
+    again = tune_components(learner, TUNING)
+    for mine, theirs in zip(predict(learner, NEW), predict(again, NEW), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=2e-2)
+    wide = eqx.tree_at(lambda one: one.own.kernel.widths, learner, learner.own.kernel.widths * 30)
+    wide = eqx.tree_at(
+        lambda one: one.own, wide, eqx.filter_vmap(lambda o: o.refreshed())(wide.own)
+    )
+    errors = [relative_rmse(predict(one, NEW)[0], model(NEW)) for one in (wide, again)]
+    assert float(errors[1]) < 0.5 * float(errors[0])
+
+
+def test_a_server_learns_by_it_and_goes_by_its_deviations(learner):
+    study = Study(learner, Goal(max_disagreement=None, tolerance=1.0))
+    x = np.random.default_rng(1).uniform(-1, 1, (LEAST, 2)).astype("float32")
+    own = np.asarray(model(x), "float32")
+    for start in range(0, LEAST, AT_ONCE):
+        study.take(x[start : start + AT_ONCE], own[start : start + AT_ONCE])
+    assert study.known is not None
+    # A bar is a factor of its deviation, and of all that it was examined by it has learned.
+    np.testing.assert_allclose(study.known.factor, 1.645, atol=0.8)
+    learned = study.known.surrogate.rest.place - learner.rest.place
+    assert int(learned) % learner.capacity == LEAST % learner.capacity

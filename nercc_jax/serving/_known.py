@@ -9,7 +9,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Shaped
 
 from ..codes import Form, join
 from ..evaluation import agree_on_labels, row_errors
-from ..surrogates import AbstractSurrogate, Doubt, Learner, features_of_doubt
+from ..surrogates import AbstractLearner, AbstractSurrogate, Doubt, features_of_doubt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _judged(
 ) -> tuple[Float[Array, "queries m"], Float[Array, " queries"], Float[Array, " queries"]]:
     """A surrogate's outputs as vectors, its deviations, 1 where it tells none, and doubts."""
     x = jnp.asarray(x)
-    if isinstance(surrogate, Learner):
+    if isinstance(surrogate, AbstractLearner):
         mean, deviation = surrogate.predict(x)
     else:
         mean, deviation = surrogate.outputs(x), jnp.ones(len(x))

@@ -22,12 +22,15 @@ from jaxtyping import ArrayLike, Float, Shaped
 from ..codes import Form
 from ..evaluation import agree_on_labels
 from ..surrogates import (
+    AbstractLearner,
     AbstractSurrogate,
+    ComponentLearner,
     Learner,
     LearnerTuning,
     doubt_of_points,
     principal_components,
     start_learner,
+    tune_components,
     tune_learner,
 )
 from ._known import Exam, Known, examine
@@ -111,7 +114,7 @@ class Study:
 
     def progress(self) -> tuple[int, int]:
         """Answers that it has learned from or been examined by, and how many it needs."""
-        begins = self._surrogate is None or isinstance(self._surrogate, Learner)
+        begins = self._surrogate is None or isinstance(self._surrogate, AbstractLearner)
         needed = LEAST + FIRST * begins
         done = min(self._learned, FIRST) * begins + len(self._first) + self._count
         return needed if self.known is not None else min(done, needed), needed
@@ -125,13 +128,13 @@ class Study:
                 self._first = []
             return
         self._examine(x, own)
-        if isinstance(self._surrogate, Learner):
+        if isinstance(self._surrogate, AbstractLearner):
             self._surrogate = _updated(self._surrogate, x, own)
             self._learned += len(x)
             if self._learned == AGAIN:
                 # Its deviations are others now: exams by the old ones tell nothing of them. Until
                 # there are enough, the learner as it was answers.
-                self._surrogate, self._in_step = tune_learner(self._surrogate, _TUNING), False
+                self._surrogate, self._in_step = _tuned(self._surrogate), False
                 self._start_anew()
             elif self.known is not None and self._in_step:
                 self.known = dataclasses.replace(self.known, surrogate=self._surrogate)
@@ -217,9 +220,16 @@ class Study:
 
 @eqx.filter_jit
 def _updated(
-    learner: Learner, x: Shaped[ArrayLike, "pairs ..."], own: Float[ArrayLike, "pairs m"]
-) -> Learner:
+    learner: AbstractLearner, x: Shaped[ArrayLike, "pairs ..."], own: Float[ArrayLike, "pairs m"]
+) -> AbstractLearner:
     return learner.update(jnp.asarray(x), jnp.asarray(own))
+
+
+def _tuned(learner: AbstractLearner) -> AbstractLearner:
+    """Its kernels found anew on what it knows by now."""
+    if isinstance(learner, ComponentLearner):
+        return tune_components(learner, _TUNING)
+    return tune_learner(learner, _TUNING) if isinstance(learner, Learner) else learner
 
 
 _agree = eqx.filter_jit(agree_on_labels)

@@ -3,7 +3,7 @@
 from ._bars import ErrorBars, bars_from, bars_of
 from ._calibrate_bars import bars_of_scheme, calibrate_bars
 from ._calibrate_doubt import calibrate_doubt
-from ._components import ComponentLearner, fit_components
+from ._components import ComponentLearner, fit_components, tune_components
 from ._doubt import (
     Doubt,
     assess,
@@ -17,6 +17,7 @@ from ._doubt import (
 )
 from ._expected import (
     AbstractExpectation,
+    AbstractLearner,
     AbstractSurrogate,
     Expected,
     Outputs,
@@ -43,6 +44,7 @@ from ._surrogate import Surrogate, decode_with_surrogate, expect_points, fit_sur
 
 __all__ = [
     "AbstractExpectation",
+    "AbstractLearner",
     "AbstractSurrogate",
     "Assessed",
     "ComponentLearner",
@@ -91,5 +93,6 @@ __all__ = [
     "reexecute",
     "save_learner",
     "start_learner",
+    "tune_components",
     "tune_learner",
 ]

@@ -24,7 +24,7 @@ from ._expected import (
     Expected,
     outputs_of_groups,
 )
-from ._fit_learner import LearnerTuning, find_kernel, find_kernels, tune_learner
+from ._fit_learner import LearnerTuning, find_kernel, find_kernels
 from ._kernels import root
 from ._learner import Learner, start_learner
 from ._pairs import Function, features_of, pairs_of, prior_of_groups
@@ -75,7 +75,7 @@ class ComponentLearner(AbstractLearner):
         *,
         version: str | None = None,
     ) -> "ComponentLearner":
-        """As `Learner.update`; the directions stay what they are."""
+        """See `AbstractLearner`; the directions stay what they are."""
         x, y = jax.tree.map(jnp.asarray, (x, y))
         z, r, _, known = pairs_of(self.features, self.prior, self.form, x, y, observed)
         along, left = self._cut(r)
@@ -203,8 +203,7 @@ def fit_components(
     positive, and for outputs of which there is only one, or that are all alike.
     """
     check_count("number", number)
-    if tuning.criterion == "labels":
-        raise ValueError("a component of the outputs has no labels: tune by 'density' or 'mse'")
+    _check_criterion(tuning)
     x, y = jax.tree.map(jnp.asarray, (x, y))
     check_floats("y", y)
     form = join(one_row(y), 1)[1]
@@ -212,19 +211,11 @@ def fit_components(
     z, r = z[known], r[known]
     directions = _directions(np.asarray(r, np.float64), number)
     along, left = _cut(r, directions)
-    # All start from the kernel that does best for all outputs together, and need half as far.
-    kernel = tune_learner(start_learner(z, r, capacity=capacity), tuning).kernel
-    near = dataclasses.replace(tuning, shapes=(kernel.shape,), steps=tuning.steps // 2)
-    rest = start_learner(z, left, capacity=capacity, kernel=kernel, version=version)
+    rest = start_learner(z, left, capacity=capacity, version=version)
     own = eqx.filter_vmap(
-        lambda t: start_learner(z, t[:, None], capacity=capacity, kernel=kernel), in_axes=1
+        lambda t: start_learner(z, t[:, None], capacity=capacity, kernel=rest.kernel), in_axes=1
     )(along)
-    pairs = np.flatnonzero(np.asarray(rest.filled))
-    own = eqx.filter_vmap(lambda one, found, scale: one.with_kernel(found, scale))(
-        own, *find_kernels(own, kernel, pairs, near)
-    )
-    rest = rest.with_kernel(*find_kernel(rest, kernel, pairs, near))
-    return ComponentLearner(
+    learner = ComponentLearner(
         features=features,
         prior=prior,
         directions=directions,
@@ -234,6 +225,35 @@ def fit_components(
         kappa=rest.kappa,
         form=form,
     )
+    return tune_components(learner, tuning)
+
+
+def tune_components(
+    learner: ComponentLearner,
+    tuning: LearnerTuning = LearnerTuning(),  # noqa: B008, it is frozen
+) -> ComponentLearner:
+    """The same learner with the kernels that do best on its own window: see `tune_learner`.
+
+    The directions of the components stay what they are. Raises: ValueError as `tune_learner` does,
+    and for tuning by labels.
+    """
+    _check_criterion(tuning)
+    rest, own = learner.rest, learner.own
+    pairs = np.flatnonzero(np.asarray(rest.filled))
+    # All start from the kernel that does best for all outputs together, and need half as far.
+    along = multiply(own.residuals[..., 0].T, learner.directions.T)
+    whole = eqx.tree_at(lambda one: one.residuals, rest, rest.residuals + along)
+    kernel, _ = find_kernel(whole, whole.kernel, pairs, tuning)
+    near = dataclasses.replace(tuning, shapes=(kernel.shape,), steps=tuning.steps // 2)
+    found = find_kernels(own, kernel, pairs, near)
+    own = eqx.filter_vmap(lambda one, kernel, scale: one.with_kernel(kernel, scale))(own, *found)
+    rest = rest.with_kernel(*find_kernel(rest, kernel, pairs, near))
+    return eqx.tree_at(lambda one: (one.own, one.rest), learner, (own, rest))
+
+
+def _check_criterion(tuning: LearnerTuning) -> None:
+    if tuning.criterion == "labels":
+        raise ValueError("a component of the outputs has no labels: tune by 'density' or 'mse'")
 
 
 def _directions(

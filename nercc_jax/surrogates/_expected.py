@@ -1,6 +1,7 @@
 """What decoding asks of a surrogate, whatever it is: a fixed model, or a learner."""
 
 import abc
+from typing import TypeVar
 
 import equinox as eqx
 import jax
@@ -10,6 +11,8 @@ from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
 from ..codes import Form, join
 from ..evaluation import Answers
 from ..inference import Model
+
+L = TypeVar("L", bound="AbstractLearner")
 
 
 class Expected(eqx.Module):
@@ -91,6 +94,25 @@ class AbstractSurrogate(eqx.Module):
 
 class AbstractLearner(AbstractSurrogate):
     """A surrogate that learned from past answers, and so tells how far it may be off."""
+
+    @abc.abstractmethod
+    def update(
+        self: L,
+        x: PyTree[Shaped[Array, "pairs ..."]],
+        y: PyTree[Float[Array, "pairs ..."]],
+        observed: Bool[Array, " pairs"] | None = None,
+        *,
+        version: str | None = None,
+    ) -> L:
+        """The learner that knows these pairs, too, in place of its oldest.
+
+        `observed` masks them: what is not observed, or is not finite, is left out, whatever its
+        value. Coded data points with their answers are pairs like any other. Shapes say what is
+        compiled, not how many are observed.
+
+        Raises: ValueError where `version` is another than the learner's, and where x and y are not
+        like what the learner holds.
+        """
 
     @abc.abstractmethod
     def predict(

@@ -142,15 +142,7 @@ class Learner(AbstractLearner):
         *,
         version: str | None = None,
     ) -> L:
-        """The learner that knows these pairs, too, in place of its oldest.
-
-        `observed` masks them: what is not observed, or is not finite, is left out, whatever its
-        value. Coded data points with their answers are pairs like any other. Shapes say what is
-        compiled, not how many are observed.
-
-        Raises: ValueError where `version` is another than the learner's (see `restart`), and where
-        x and y are not like what the learner holds.
-        """
+        """See `AbstractLearner`; for answers of another version, `restart`."""
         if version is not None and version != self.version:
             raise ValueError(
                 f"these are answers of version {version!r}; the learner knows version "

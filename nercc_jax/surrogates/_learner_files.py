@@ -2,7 +2,7 @@
 
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..codes import join, write_whole
+from ..codes import Form, join, write_whole
+from ._components import ComponentLearner
 from ._kernels import Kernel
 from ._learner import Learner
 from ._pairs import Function
+from ._surrogate import trust as sound_trust
 from ._window import one_row
 
 _FORMAT = "nercc-jax learner"
@@ -22,12 +24,17 @@ _VERSION = "1"
 # The covariances and their factor are made anew from these.
 _WINDOW = ("inputs", "residuals", "priors", "filled", "place", "scale")
 _KERNEL = ("groups", "centre", "unit", "widths", "linear", "noise")
+_TRUST = ("theta", "kappa")
+# What a component has for itself: the rest of its window is that of all.
+_OWN = ("residuals", "scale")
 
 
 def save_learner(
-    path: str | Path, learner: Learner, about: Mapping[str, Any] | None = None
+    path: str | Path,
+    learner: Learner | ComponentLearner,
+    about: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a learner: its window, its kernel, and the version of the model it learned from.
+    """Writes a learner: its window, its kernels, and the version of the model it learned from.
 
     Functions (`features`, `prior`) are not written: `load_learner` asks for them again. `about`,
     JSON values of the caller's choice, is kept beside it. Raises: TypeError where `about` is no
@@ -37,13 +44,18 @@ def save_learner(
     _needs_safetensors()
     from safetensors.numpy import save
 
-    window = {name: getattr(learner, name) for name in _WINDOW}
-    kernel = {f"kernel.{name}": getattr(learner.kernel, name) for name in _KERNEL}
-    arrays = {n: np.asarray(leaf) for n, leaf in (window | kernel).items() if leaf is not None}
+    whole = learner if isinstance(learner, Learner) else learner.rest
+    parts = (
+        _named(learner, _TRUST) | _named(whole, _WINDOW) | _named(whole.kernel, _KERNEL, "kernel")
+    )
+    if isinstance(learner, ComponentLearner):
+        parts |= {"directions": learner.directions} | _named(learner.own, _OWN, "own")
+        parts |= _named(learner.own.kernel, _KERNEL, "own.kernel")
+    arrays = {name: np.asarray(leaf) for name, leaf in parts.items() if leaf is not None}
     header = {
         "format": _FORMAT,
         "format_version": _VERSION,
-        "shape": learner.kernel.shape,
+        "shape": whole.kernel.shape,
         "version": learner.version,
         "features": str(learner.features is not None),
         "prior": str(learner.prior is not None),
@@ -54,6 +66,10 @@ def save_learner(
     write_whole(Path(path), lambda file: file.write(content))
 
 
+def _named(of: Any, names: Sequence[str], prefix: str = "") -> dict[str, Any]:
+    return {f"{prefix}.{name}" if prefix else name: getattr(of, name) for name in names}
+
+
 def load_learner(
     path: str | Path,
     y: Any = None,
@@ -61,7 +77,7 @@ def load_learner(
     features: Function | None = None,
     prior: Function | None = None,
     version: str | None = None,
-) -> Learner:
+) -> Learner | ComponentLearner:
     """The learner that `save_learner` wrote, predicting as it did but for rounding.
 
     `features` and `prior` as it was made with. `y`: any answers as the model gives them, for a
@@ -122,9 +138,42 @@ def _learner(
     y: Any,
     features: Function | None,
     prior: Function | None,
-) -> Learner:
-    numbers = {name: arrays[f"kernel.{name}"] for name in _KERNEL}
-    kernel = Kernel(header["shape"], **numbers)  # pyright: ignore[reportArgumentType]
+) -> Learner | ComponentLearner:
+    form = _form(header, y)
+    trust: dict[str, Any] = {name: arrays[name] for name in _TRUST if name in arrays}
+    named = {"shape": header["shape"], "version": header["version"]}
+    if "directions" not in arrays:
+        return _plain(arrays, form, features=features, prior=prior, **named, **trust)
+    directions = arrays["directions"]
+    number = directions.shape[-1]
+    if directions.shape != (form.size, number) or not np.isfinite(directions).all():
+        raise ValueError(f"directions of {form.size} outputs have shape {directions.shape}")
+    rest = _plain(arrays, _form_of_rows(form.size), **named)
+    window = {name: arrays[name] for name in _WINDOW if name in arrays}
+    each = {name.removeprefix("own."): a for name, a in arrays.items() if name.startswith("own.")}
+    own = [
+        _plain(
+            window | {name: array[i] for name, array in each.items()},
+            _form_of_rows(1),
+            shape=header["shape"],
+        )
+        for i in range(number)
+    ]
+    theta, kappa = sound_trust(**trust)
+    return ComponentLearner(
+        features=features,
+        prior=prior,
+        directions=jnp.asarray(directions),
+        own=jax.tree.map(lambda *leaves: jnp.stack(leaves), *own),
+        rest=rest,
+        theta=theta,
+        kappa=kappa,
+        form=form,
+    )
+
+
+def _form(header: dict[str, str], y: Any) -> Form:
+    """The outputs' form. Raises: ValueError where it cannot be known, or `y` has another."""
     shapes, dtypes = json.loads(header["outputs"])
     if y is None:
         if len(shapes) != 1:
@@ -133,14 +182,18 @@ def _learner(
     form = join(one_row(jax.tree.map(jnp.asarray, y)), 1)[1]
     if [list(shape) for shape in form.shapes] != shapes:
         raise ValueError(f"its outputs have shapes {shapes}, `y` {form.shapes}")
-    learner = Learner(
-        kernel,
-        form,
-        capacity=len(arrays["filled"]),
-        features=features,
-        prior=prior,
-        version=header["version"],
-    )
+    return form
+
+
+def _form_of_rows(size: int) -> Form:
+    return join(jnp.zeros((1, size)), 1)[1]
+
+
+def _plain(arrays: Mapping[str, np.ndarray], form: Form, *, shape: str, **options: Any) -> Learner:
+    """A learner of these arrays. Raises: ValueError where they are not like its own or finite."""
+    numbers: dict[str, Any] = {name: arrays[f"kernel.{name}"] for name in _KERNEL}
+    kernel = Kernel(shape, **numbers)  # pyright: ignore[reportArgumentType]
+    learner = Learner(kernel, form, capacity=len(arrays["filled"]), **options)
     fields = [name for name in _WINDOW if getattr(learner, name) is not None]
     for name in fields:
         if arrays[name].shape != getattr(learner, name).shape:
