@@ -182,16 +182,16 @@ class Bench:
 
     def measure(
         self, cell: Cell, *, judging: bool, rivals: bool = True, bars: Collection[str] = ()
-    ) -> dict[str, list[Numbers]]:
-        """All systems in one cell, or the learners alone; a row for each draw. Those in `bars` are
-        judged by their error bars, too."""
+    ) -> Iterator[dict[str, list[Numbers]]]:
+        """All systems in one cell, or the learners alone; a row for each draw, told after each of
+        them. Those in `bars` are judged by their error bars, too."""
         found: dict[str, list[Numbers]] = {}
         for draw in self.draws(judging):
             masks = draw.masks(cell, self.size.sets)
             systems = [self._rivals(cell, draw, masks)] if rivals else []
             for name, numbers in itertools.chain(*systems, self._learning(cell, draw, masks, bars)):
                 found.setdefault(name, []).append(numbers)
-        return found
+            yield found
 
     def prepare(self, cell: Cell, *, rivals: bool = True) -> None:
         """Finds what is chosen for a cell: NeRCC's lambda and layout, and how to mix (the same for

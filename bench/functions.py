@@ -15,7 +15,7 @@ import argparse
 import dataclasses
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,46 +62,46 @@ def measure(case: Case, size: Size, options: argparse.Namespace, path: Path, log
         if options.cells and cell.name not in options.cells:
             continue
         known = _read(path)[case.name]["cells"][cell.name] if options.learners else None
-        measured = _measured(bench, cell, known)
-        log(f"{case.name} {cell.name}: {measured['picked']}")
-        start = _keep(path, case, size, {"cells": {cell.name: measured}}, start)
+        for told in _measured(bench, cell, known):
+            told["seconds"] = round(time.perf_counter() - start, 1)
+            _keep(path, case, size, {"cells": {cell.name: told}})
+        log(f"{case.name} {cell.name}: measured in {time.perf_counter() - start:.0f} s")
+        start = time.perf_counter()
     if case.name in SIMULATORS and not options.cells:
-        _keep(path, case, size, {"sweep": sweep(bench) | {"draws": size.sweeps}}, start)
+        _keep(path, case, size, {"sweep": sweep(bench) | {"draws": size.sweeps}})
 
 
-def _keep(path: Path, case: Case, size: Size, found: dict[str, Any], start: float) -> float:
-    """Writes what was found beside what is there already, with how long it took."""
-    now = time.perf_counter()
+def _keep(path: Path, case: Case, size: Size, found: dict[str, Any]) -> None:
+    """Writes what was found beside what is there already."""
     results = _read(path)
     told = results.setdefault(case.name, {})
     told |= {"about": case.about}
     if "cells" in found or "size" not in told:
         told["size"] = dataclasses.asdict(size)
     told |= {"environment": environment(PACKAGES)}
-    for part in found.get("cells", {}).values():
-        part["seconds"] = round(now - start, 1)
     told |= found | {"cells": told.get("cells", {}) | found.get("cells", {})}
     write_json(path, results)
-    return now
 
 
 def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _measured(bench: Bench, cell: Cell, known: Mapping[str, Any] | None) -> dict[str, Any]:
-    """One cell; with what is known of it, as `measure`."""
+def _measured(
+    bench: Bench, cell: Cell, known: Mapping[str, Any] | None
+) -> Iterator[dict[str, Any]]:
+    """One cell, told after each draw; with what is known of it, as `measure`."""
     bench.prepare(cell, rivals=known is None)
-    chosen = bench.measure(cell, judging=False, rivals=False)
+    *_, chosen = bench.measure(cell, judging=False, rivals=False)
     name = picked(chosen)
-    judged = bench.measure(cell, judging=True, rivals=known is None, bars={ALONE, name})
     before = {"chosen": {}, "systems": {}} if known is None else known
-    return {
-        "picked": name,
-        "kernels": bench.kernels,
-        "chosen": before["chosen"] | bench.chosen(),
-        "systems": before["systems"] | {name: _columns(rows) for name, rows in judged.items()},
-    }
+    for judged in bench.measure(cell, judging=True, rivals=known is None, bars={ALONE, name}):
+        yield {
+            "picked": name,
+            "kernels": bench.kernels,
+            "chosen": before["chosen"] | bench.chosen(),
+            "systems": before["systems"] | {name: _columns(rows) for name, rows in judged.items()},
+        }
 
 
 def sweep(bench: Bench) -> dict[str, Any]:

@@ -237,8 +237,9 @@ def error_of(covariance: Float[Array, "n n"], whitening: Float[Array, "n n"]) ->
 
 
 def _twice(rows: Float[Array, "q n"], whitening: Float[Array, "n n"]) -> Float[Array, "q n"]:
-    """rows W' W."""
-    return _by_rows(multiply(_by_rows(multiply(rows, whitening.T)), whitening))
+    """rows W' W. The first product by columns, W rows': as rows W' it takes half as long again."""
+    first = multiply(whitening, _by_rows(rows.T))
+    return _by_rows(multiply(_by_rows(_by_rows(first).T), whitening))
 
 
 def _by_rows(rows: Float[Array, "q n"]) -> Float[Array, "q n"]:
