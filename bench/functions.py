@@ -109,7 +109,7 @@ def sweep(bench: Bench) -> dict[str, Any]:
     others; which of those that follow is picked is chosen on as many other sweeps.
 
     At the ends of a sweep what is lost has neighbours on one side only, so the redundant workers
-    may have points there: copies, or between the last two."""
+    may have points there: copies, between the last two, or a step beyond the sweep."""
     alpha = np.asarray(NeRCC(NUM_DATA, NUM_DATA, points="interleaved").alpha)
     last, next_to_it = alpha[[0, -1]], alpha[[1, -2]]
     beside = {
@@ -124,6 +124,10 @@ def sweep(bench: Bench) -> dict[str, Any]:
     for name, ends in beside.items():
         points = alpha, np.concatenate([alpha, *ends])
         schemes[f"following points, {name}"] = _sweeping(points, swept)
+    inner = 0.9 * alpha / np.abs(alpha).max()  # a mean step of room at each end
+    ends = inner[[0, -1]]
+    points = inner, np.concatenate([inner, ends, np.sign(ends)])
+    schemes["following points, the last copied, and one beyond"] = _sweeping(points, swept)
     chosen, judged = (
         {name: _errors(bench, scheme, judging) for name, scheme in schemes.items()}
         for judging in (False, True)

@@ -4,14 +4,18 @@
 
 One `update` with 32 pairs and one `predict` for 32 queries, together and by themselves, for
 windows and numbers of outputs that users have, beside making the factor anew. Each is compiled
-once, by turns; the count of compilations is checked.
+once, by turns; the count of compilations is checked. LAPACK runs on one thread, as under `nercc`,
+unless OPENBLAS_NUM_THREADS says otherwise.
 
 Writes results/learner.json (--quick: learner-quick.json).
 """
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before JAX is imported
 
 import equinox as eqx
 import jax
@@ -93,7 +97,8 @@ def main() -> None:
         alone = (f"{name} {1e3 * row[name]['median_s']:.1f} ms" for name in ("update", "predict"))
         print(f"{row['window']} x {row['outputs']}: {', '.join([*alone, *told])}", flush=True)
     name = "learner-quick.json" if options.quick else "learner.json"
-    write_json(RESULTS / name, {"environment": environment(PACKAGES), "rows": rows})
+    told = environment(PACKAGES) | {"lapack_threads": os.environ["OPENBLAS_NUM_THREADS"]}
+    write_json(RESULTS / name, {"environment": told, "rows": rows})
 
 
 if __name__ == "__main__":

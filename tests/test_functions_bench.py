@@ -102,12 +102,19 @@ def test_page_of_what_is_there(bench, tmp_path):
     told = {"about": "a wave", "cells": cells, "size": vars(bench.systems.Size())}
     told["sweep"] = {"picked": "b", "rmse": {"a": [0.1, 0.3], "b": [0.001, 0.002]}}
     told["environment"] = bench.command.environment(("jax",))
-    bench.page.write({"wave": told}, tmp_path / "page.md", tmp_path / "page.png")
+    # Of another function one cell is there, with the learners on more draws.
+    first = bench.systems.CELLS[0].name
+    more = {name: {"rmse": [0.02, 0.04, 0.1]} for name in bench.systems.LEARNERS}
+    part = {"cells": {first: cells[first] | {"systems": errors | more}}}
+    results = {"wave": told, "ramp": told | part | {"sweep": told["sweep"]}}
+    bench.page.write(results, tmp_path / "page.md", tmp_path / "page.png")
     page = (tmp_path / "page.md").read_text()
     mean, half = bench.page.mean_and_half_width([0.02, 0.04])
     assert f"| picked | **{mean:.3f} ± {half:.3f}** |" in page
     assert "20% of the error" in " ".join(page.split())
-    assert "a quarter on 1 of 1" in page
+    assert "a quarter on 2 of 2" in page
+    assert "ramp at (24, 20, 4)" in page
+    assert f"(3 of ramp at {first})" in page
     assert "| a sweep's error at most 0.002 with following points | yes | of all |" in page
     assert "| a | 0.2000 ±" in page
     assert "| b | **0.0015 ±" in page

@@ -6,7 +6,11 @@ from typing import Annotated
 
 import typer
 
-from ._compiled import compile_plainly, keep_programs_of_commands
+from ._compiled import (
+    compile_plainly,
+    keep_lapack_to_one_thread,
+    keep_programs_of_commands,
+)
 from ._demo import demo
 from ._distill import distill_command
 from ._errors import PlainCommand
@@ -50,6 +54,7 @@ def _options(
         keep_programs_of_commands()
     if command in ("demo", "tune"):
         compile_plainly()
+    keep_lapack_to_one_thread()
 
 
 for name, command in (
