@@ -231,6 +231,12 @@ def _rate(rate: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _where(part: str) -> str:
+    """lenet5-mnist:100:20, as it is told."""
+    model, workers, data = part.split(":")
+    return f"{model} (N = {workers}, K = {data})"
+
+
 def _picture(results: Mapping[str, Any], path: Path) -> None:
     """A row of attacks for each network, and the rate below."""
     parts = results["parts"]
@@ -247,9 +253,9 @@ def _picture(results: Mapping[str, Any], path: Path) -> None:
                     yerr=[100 * r["disagreement"]["half_width"] for r in some],
                     markersize=4, label=method, **system_look(method),
                 )  # fmt: skip
-            panel.set(yscale="log", title=f"{name}: {words}", xlabel="adversaries")
+            panel.set(yscale="log", title=f"{_where(name)}\n{words}", xlabel="adversaries")
             panel.title.set_fontsize(8)
-        row[0].set_ylabel("disagreement, % (0 at 0.01)")
+        row[0].set_ylabel("labels not the model's own, %\n(none of them: 0.01)")
     for panel, a in zip(panels[-1], _exponents(results["rate"]), strict=True):
         x = [p["num_workers"] for p in _curve(results["rate"], "smooth", a)]
         for method, words in RATE_METHODS.items():
@@ -259,7 +265,9 @@ def _picture(results: Mapping[str, Any], path: Path) -> None:
         curve = _curve(results["rate"], "smooth", a)
         share = np.array([p["adversaries"] / p["num_workers"] for p in curve]) ** 1.2
         panel.plot(x, share / share[0] * curve[0]["mse"]["mean"], "k:", label="N^(6(a-1)/5)")
-        panel.set(xscale="log", yscale="log", title=f"rate, A = N^{a}", xlabel="workers")
+        panel.set(
+            xscale="log", yscale="log", title=f"rate, A = N^{a} adversaries", xlabel="workers"
+        )
         panel.title.set_fontsize(8)
     panels[-1][0].set_ylabel("MSE")
     panels[-1][0].legend(fontsize=7)

@@ -387,12 +387,12 @@ def _picture(results: Results, path: Path) -> None:
             values = [of_system(results, f, cell.name, system, "rmse") for f in results]
             means, halves = zip(*map(mean_and_half_width, values), strict=True)
             axis.errorbar(range(len(means)), means, halves, label=system, **look)
-        axis.set(title=cell.name, yscale="log")
+        axis.set(title=f"(N, K, S) = {cell.name}", yscale="log")
         axis.grid(axis="y", alpha=0.3)
     for axis in axes[1]:
         axis.set_xticks(range(len(results)), list(results), rotation=30, ha="right")
     for axis in axes[:, 0]:
-        axis.set_ylabel("RMSE by the outputs' spread")
+        axis.set_ylabel("RMSE / the outputs' spread")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), ncols=3, loc="lower center")
     figure.tight_layout(rect=(0, 0.09, 1, 1))
     figure.savefig(path, dpi=100)

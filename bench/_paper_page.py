@@ -272,8 +272,11 @@ def _picture(part: Mapping[str, Any], path: Path) -> None:
         rows = list(_rows(part, outputs).values())
         approximate = [row for row in rows if row.code != "replication"]
         straggler_curves(left, approximate, "mse", f"MSE of {outputs}", logarithmic=True)
-        straggler_curves(right, rows, "rel_acc", f"RelAcc, {outputs}", logarithmic=False)
-    figure.suptitle(_where(part), fontsize=11)
+        told = f"labels kept (RelAcc), {outputs}"
+        straggler_curves(right, rows, "rel_acc", told, logarithmic=False)
+    setting = part["setting"]
+    size = f"{setting['num_workers']} workers, {setting['num_data']} data points"
+    figure.suptitle(f"{setting['model']}: {size}", fontsize=11)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
     plt.close(figure)

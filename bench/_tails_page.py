@@ -280,7 +280,7 @@ def _draw(paper: Mapping[tuple[str, str], Any], path: Path) -> None:
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
     for axis in axes[:, 0]:
-        axis.set_ylabel("p99.9 by p50", fontsize=9)
+        axis.set_ylabel("p99.9 / p50", fontsize=9)
     for axis in axes[-1]:
         axis.set_xlabel("calls a query", fontsize=9)
     shown: dict[str, Any] = {}

@@ -204,8 +204,11 @@ def _draw_objectives(panel: Any, parts: Sequence[Mapping[str, Any]]) -> None:
     panel.yaxis.set_major_formatter(FormatStrFormatter("%.2g"))
     panel.yaxis.set_minor_formatter(FormatStrFormatter("%.2g"))
     panel.set_xticks(range(len(parts)), [Setting(**part["setting"]).words for part in parts])
-    panel.set_ylabel("objective on test images / the untuned code's")
-    panel.set_title("each point a seed; the grids' best picked on the test images", fontsize=10)
+    panel.set_ylabel("objective / the untuned code's")
+    panel.set_title(
+        "On test images, by (N, K); a point is a seed, the grids' best is picked on those images",
+        fontsize=10,
+    )
     panel.grid(axis="y", which="both", alpha=0.25)
     panel.legend(fontsize=9, ncols=5, loc="upper left", bbox_to_anchor=(0, -0.07), frameon=False)
 
@@ -224,6 +227,6 @@ def _draw_landscape(panel: Any, part: Mapping[str, Any]) -> Any:
     panel.plot(*end, marker="*", color="#d55e00", ms=11)
     panel.set(xscale="log", yscale="log", xlabel="lambda_enc", ylabel="lambda_dec")
     name = Setting(**part["setting"]).words
-    panel.set_title(name, fontsize=8)
+    panel.set_title(f"{name}: descent, ★ its end", fontsize=8)
     panel.tick_params(labelsize=7)
     return shades

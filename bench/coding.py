@@ -597,11 +597,12 @@ def plot(measured: Sequence[Measured], linear: Sequence[Linear], subtitle: str, 
         timings = [_timing(one, name) for one in measured]
         heights = [1e3 * timing.median for timing in timings]
         places = np.arange(len(measured)) + 0.2 * (place - 1.5)
-        drawn = bars.bar(places, heights, 0.19, color=colour, label=name)
+        label = "bare product of matrices" if name == "product" else name
+        drawn = bars.bar(places, heights, 0.19, color=colour, label=label)
         bars.bar_label(drawn, [_digits(height) for height in heights], fontsize=6.5)
     names = [f"{one.task.direction}\n{one.task.setting.name}" for one in measured]
     bars.set_xticks(range(len(names)), [name.replace(" x ", "\nx ") for name in names], fontsize=8)
-    bars.set(yscale="log", ylabel="ms per call", title="(K, N, coordinates)")
+    bars.set(yscale="log", ylabel="ms per call", title="One call, at (K, N, coordinates)")
     bars.legend()
     styles = itertools.cycle(("-", "--"))
     for coordinates in dict.fromkeys(one.coordinates for one in linear):

@@ -363,8 +363,9 @@ def picture(results: Mapping[str, Any], path: Path) -> None:
                     label=f"{layout}, {order}" if form == "fine-tuned" else None,
                 )
         axis.set_xticks(range(len(CELLS)), [str(cell) for cell in CELLS], fontsize=8)
+        axis.set_xlabel("(N, K, S): workers, data points, stragglers")
         axis.set_yscale("log")
-        axis.set_ylabel("disagreement with its own labels, %")
+        axis.set_ylabel("labels that are not the model's own, %")
         axis.set_title(f"{model}, {outputs}: open before, filled after", fontsize=10)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.tight_layout(rect=(0, 0.07, 1, 1))

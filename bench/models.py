@@ -48,6 +48,7 @@ import numpy as np
 from _report import Contender, Timing, environment, interleaved, write_json
 from flax import nnx
 
+from nercc_jax.evaluation import system_look
 from nercc_models.lenet5 import LeNet5
 from nercc_models.pretrained import load_state_dict
 from nercc_models.repvgg import reparameterize, repvgg, repvgg_cifar
@@ -313,10 +314,11 @@ def plot(measured: list[Measured], note: str, path: Path) -> None:
     """Ours against the faster PyTorch, a pair of bars for each form, on a logarithmic scale."""
     figure, axes = plt.subplots(figsize=(9, 0.55 * len(measured) + 1.6), layout="constrained")
     places = np.arange(len(measured))
-    axes.barh(places - 0.2, [one.rate("ours") for one in measured], 0.38, label="nercc_models")
-    axes.barh(
-        places + 0.2, [one.rate(one.rival) for one in measured], 0.38, label="timm on PyTorch"
-    )
+    for label, at, rates in (
+        ("nercc_models", -0.2, [one.rate("ours") for one in measured]),
+        ("timm on PyTorch", 0.2, [one.rate(one.rival) for one in measured]),
+    ):
+        axes.barh(places + at, rates, 0.38, label=label, color=system_look(label)["color"])
     for place, one in zip(places, measured, strict=True):
         axes.text(one.rate("ours"), place - 0.2, f" {one.ratio:.2f}x", va="center", fontsize=8)
     axes.set_yticks(places, [f"{one.subject.name}, {one.form} form" for one in measured])

@@ -35,7 +35,7 @@ from nercc_jax import ExactStragglers, NeRCC
 from nercc_jax.cli._options import Outputs
 from nercc_jax.cli._workload import answering
 from nercc_jax.codes import AMPLIFICATION
-from nercc_jax.evaluation import Estimate, batched, cut_groups
+from nercc_jax.evaluation import Estimate, batched, cut_groups, system_look
 from nercc_jax.inference import order_points, random_projection, short_path
 from nercc_jax.inference._paths import distances_of, nearest_neighbour
 
@@ -280,14 +280,15 @@ def plot(results: dict[str, Any], path: Path) -> None:
                     row["disagreement"] for row in rows if row["features"] in ("none", features)
                 ]
                 mean, half = ([100 * one[k] for one in told] for k in ("mean", "half_width"))
-                axis.errorbar(range(len(told)), mean, half, marker="o", capsize=3, label=features)
-            axis.set_xticks(range(1 + len(BUFFERS)), ["none", *map(str, BUFFERS)])
+                look = system_look(f"ordered by {features}")
+                axis.errorbar(range(len(told)), mean, half, capsize=3, label=features, **look)
+            axis.set_xticks(range(1 + len(BUFFERS)), ["none", *(f"{size:,}" for size in BUFFERS)])
             axis.set_ylim(bottom=0)
             axis.set_title(f"{model}\n{layout}, (N, K, S) = {cell}", fontsize=9)
     for axis in axes[-1]:
         axis.set_xlabel("data points in a buffer")
     for axis in axes[:, 0]:
-        axis.set_ylabel("disagreement, %")
+        axis.set_ylabel("labels not the model's own, %")
     axes[0, 0].legend(title="ordered by")
     figure.tight_layout()
     figure.savefig(path, dpi=130)

@@ -39,6 +39,7 @@ from _report import Contender, Timing, environment, interleaved, write_json
 from jax.sharding import Mesh
 
 from nercc_jax import NeRCC, coded_inference
+from nercc_jax.evaluation import system_look
 from nercc_jax.inference import partial_inference
 from nercc_models import load_model
 
@@ -209,10 +210,12 @@ def plot(measured: list[Measured], slowed: list[Slowed], note: str, path: Path) 
     """Times the unsharded program's time by devices; and partial results against the whole."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     for one in measured:
-        style = "-" if one.model.startswith("lenet") else "--"
+        look = system_look(one.model)
+        alike = [other.groups for other in measured if other.model == one.model]
+        look |= {"marker": "os^"[alike.index(one.groups)]}
         ratios = [timing.ratio(one.unsharded) for timing in one.sharded.values()]
         label = f"{one.model}, {one.groups} group{'s' * (one.groups > 1)}"
-        left.plot(list(one.sharded), ratios, style, marker="o", ms=4, label=label)
+        left.plot(list(one.sharded), ratios, ms=6, label=label, **look)
     left.axhline(1, color="black", lw=0.8)
     counts = list(measured[0].sharded)
     left.set_xscale("log", base=2)

@@ -67,6 +67,7 @@ def straggler_curves(
         axis.errorbar(dodged, mean, bars, capsize=2, lw=1.4, ms=4, **system_look(code))
         ends[code] = _end(dodged, mean, top)
     axis.set(xlabel="stragglers", ylabel=label, yscale="log" if logarithmic else "linear")
+    axis.xaxis.get_major_locator().set_params(integer=True)  # no half stragglers
     if np.isfinite(top):
         axis.set_ylim(top=top)
     axis.margins(x=0.03)
