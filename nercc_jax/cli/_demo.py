@@ -116,7 +116,7 @@ def demo(
             title = "RelAcc in %: same label as the model's own; lost predictions count as wrong"
             print_whole(console, straggler_table(rows, "rel_acc", title, best="max"))
             panels["rel_acc"] = ("RelAcc", False)
-        work, queries = [], shipped_queries(workload, model, num_data, points, seed)
+        work, queries = [], shipped_queries(workload, model, x, num_data, points, seed)
         if queries is not None:
             with console.status("labels kept against work: compiling, then data points ..."):
                 work = kept_labels(queries, num_data, num_workers, seed)

@@ -50,16 +50,20 @@ class Queries:
 
 
 def shipped_queries(
-    workload: Workload, model: str, num_data: int, count: int, seed: int
+    workload: Workload, model: str, test: np.ndarray, num_data: int, count: int, seed: int
 ) -> Queries | None:
-    """Those of a shipped model with a student; None for any other, and for few data points."""
+    """Those of a shipped model with a student; None for any other, and for few data points.
+
+    `test` are its data points to calibrate on and to judge by; `count` others at most are
+    fitted to.
+    """
     from nercc_models import list_students, load_student, student_card
 
     if workload.x is not None or model not in list_students() or workload.model.outputs == "values":
         return None
-    test, card = workload.points("test", count, seed), student_card(model)
     if len(test) < 4 * num_data:
         return None
+    card = student_card(model)
     return Queries(
         workload.model,
         Answering(load_student(model), workload.model.outputs),
