@@ -36,3 +36,12 @@ def test_every_public_name_has_its_entry_once(entries):
     assert sorted(found) == sorted(MODULES)
     for module, names in found.items():
         assert sorted(names) == public(importlib.import_module(module)), module
+
+
+def test_every_entry_has_an_example_or_leads_to_one(entries):
+    """Its own, one of the guide's, or those of what it works with, each of which leads to one."""
+    led = entries.users_of(DOCS)
+    for module in MODULES:
+        found = importlib.import_module(module)
+        for name in public(found):
+            assert entries.shown(DOCS, name, getattr(found, name)) or led.get(name), (module, name)

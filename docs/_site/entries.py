@@ -5,12 +5,18 @@
     ```
 
 Docstrings are Markdown, and become reStructuredText for autodoc. Below each entry stands which
-pages use the name in their examples.
+pages use the name in their examples; or else, where it has no example of its own either, which
+names that have one work with it.
 """
 
+import ast
+import functools
 import importlib
 import inspect
 import re
+import sys
+import textwrap
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +27,10 @@ if TYPE_CHECKING:  # the tests read pages without Sphinx
 BLOCK = re.compile(r"^```\{entries\} (\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ITEM = re.compile(r"(?:[-*]|\d+\.) ")  # of a list, at its left edge
 MARKUP = re.compile(r"(\\|(?<!^)(?<!\n)\*|\||(?<=\w)_(?=\W|$))")
+EXAMPLE = re.compile(
+    r"^```python\n(.*?)^```$|^((?:(?:>>>|\.\.\.).*\n?)+)", re.MULTILINE | re.DOTALL
+)
+CALL = re.compile(r"`(?:\w+\.)*(\w+)\([^`]+\)[^`]*`")
 PYTHON = re.compile(r"^```(?:python|\{code-cell\}[^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -62,22 +72,108 @@ def _docstring(
 ) -> None:
     text = to_rst("\n".join(lines))
     if what in ("class", "function", "exception", "data"):
-        pages = _pages_with(Path(app.srcdir), name.rpartition(".")[2])
-        if pages:
-            text += "\n\nExamples: " + ", ".join(f":doc:`/{page}`" for page in pages) + "\n"
+        text += _where_shown(Path(app.srcdir), name)
     lines[:] = text.split("\n")
+
+
+def _where_shown(folder: Path, name: str) -> str:
+    short = name.rpartition(".")[2]
+    if pages := _pages_with(folder, short):
+        return "\n\nExamples: " + ", ".join(f":doc:`/{page}`" for page in pages) + "\n"
+    if (users := users_of(folder).get(short)) is None:
+        return ""
+    return "\n\nIn use: " + ", ".join(f":py:obj:`~{user}`" for user in users) + "\n"
 
 
 def _pages_with(folder: Path, name: str) -> list[str]:
     """The guide's pages that use this name in their Python."""
-    word = re.compile(rf"\b{name}\b")
-    if not _CODE:
-        for page in sorted(folder.glob("*.md")):
-            _CODE[page.stem] = "\n".join(PYTHON.findall(page.read_text()))
-    return [page for page, code in _CODE.items() if word.search(code)]
+    return [page for page, names in _names_of_pages(folder).items() if name in names]
 
 
-_CODE: dict[str, str] = {}
+@functools.cache
+def _names_of_pages(folder: Path) -> dict[str, Set[str]]:
+    """What each page's blocks speak of, and which calls stand in its sentences."""
+    pages = {page.stem: page.read_text() for page in sorted(folder.glob("*.md"))}
+    return {
+        page: {name for block in PYTHON.findall(text) for name in _names_in(block)}
+        | set(CALL.findall(text))
+        for page, text in pages.items()
+    }
+
+
+def shown(folder: Path, name: str, thing: Any) -> bool:
+    """Whether it has an example, of its own or of the guide's."""
+    return bool(_example_of(thing) or _pages_with(folder, name))
+
+
+@functools.cache
+def users_of(folder: Path) -> dict[str, list[str]]:
+    """For each public name that no page's Python uses, and that has no example of its own: the full
+    names of three, at most, that have one, or are told so, and work with it.
+
+    By their examples if these use it, or else by their sources, or those of their modules.
+    """
+    things = {
+        name: (module, getattr(importlib.import_module(module), name))
+        for page in sorted((folder / "api").glob("*.md"))
+        for module, names in entries_of(page.read_text()).items()
+        for name in names
+    }
+    known = {name for name, (_, thing) in things.items() if shown(folder, name, thing)}
+    ways = (_example_of, _source_of, _module_of)
+    uses = [{name: _names_in(way(thing)) for name, (_, thing) in things.items()} for way in ways]
+    found: dict[str, list[str]] = {}
+    while new := _users(things.keys() - known - found.keys(), sorted({*known, *found}), uses):
+        found |= new
+    return {name: [f"{things[user][0]}.{user}" for user in users] for name, users in found.items()}
+
+
+def _users(
+    names: set[str], known: Sequence[str], uses: Sequence[Mapping[str, Set[str]]]
+) -> dict[str, list[str]]:
+    found = {}
+    for name in names:
+        users = ([user for user in known if name in used[user]][:3] for used in uses)
+        if first := next(filter(None, users), None):
+            found[name] = first
+    return found
+
+
+@functools.cache
+def _names_in(code: str) -> Set[str]:
+    """What Python's text speaks of, its comments and docstrings left out."""
+    try:
+        tree = ast.parse(textwrap.dedent(re.sub(r"^(>>>|\.\.\.) ?", "", code, flags=re.MULTILINE)))
+    except SyntaxError:  # what doctests print between
+        return frozenset()
+    return {
+        name
+        for node in ast.walk(tree)
+        for name in (getattr(node, "id", None), getattr(node, "name", None))
+        if isinstance(name, str)
+    }
+
+
+def _example_of(thing: Any) -> str:
+    documented = inspect.isclass(thing) or inspect.isroutine(thing) or hasattr(thing, "__wrapped__")
+    text = (inspect.getdoc(thing) or "") if documented else ""
+    return "\n".join("".join(parts) for parts in EXAMPLE.findall(text))
+
+
+def _source_of(thing: Any) -> str:
+    return _or_nothing(inspect.getsource, inspect.unwrap(thing))
+
+
+def _module_of(thing: Any) -> str:
+    module = sys.modules.get(getattr(thing, "__module__", ""))
+    return _or_nothing(inspect.getsource, module)
+
+
+def _or_nothing(read: Callable[[Any], str], thing: Any) -> str:
+    try:
+        return read(thing)
+    except (OSError, TypeError):
+        return ""
 
 
 def to_rst(markdown: str) -> str:

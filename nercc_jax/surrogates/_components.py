@@ -191,10 +191,10 @@ def fit_components(
     better than one kernel for all outputs depends on the function: see.
 
     >>> import jax.numpy as jnp
-    >>> from nercc_jax.surrogates import fit_components
+    >>> from nercc_jax.surrogates import LearnerTuning, fit_components
     >>> x = jnp.linspace(-1, 1, 40)[:, None]
     >>> y = jnp.concatenate([jnp.sin(x), jnp.sin(9 * x), x], axis=1)
-    >>> learner = fit_components(x, y, capacity=64)
+    >>> learner = fit_components(x, y, capacity=64, tuning=LearnerTuning(steps=0))  # the grid's
     >>> mean, deviation = learner.predict(jnp.array([[0.33]]))
     >>> mean.shape, deviation.shape
     ((1, 3), (1,))
