@@ -52,7 +52,7 @@ def _options(
     command = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
     if compilation_cache and command != "serve":
         keep_programs_of_commands()
-    if command in ("demo", "tune"):
+    if command in ("demo", "distill", "plan", "run", "tune"):
         compile_plainly()
     keep_lapack_to_one_thread()
 

@@ -58,8 +58,8 @@ def compile_plainly() -> None:
     """Has XLA's CPU programs of this process made the plainer way, before JAX starts a backend.
 
     Nearly all of a command's time with a small model is compilation: of a step of `nercc tune` 7.6
-    s, and 5.4 s without the fusion emitters, at the same speed. Versions that do not know the flag
-    abort at it.
+    s, and 5.4 s without the fusion emitters, at the same speed (RepVGG, ViT and LeNet5, too).
+    Versions that do not know the flag abort at it.
     """
     flag = "--xla_cpu_use_fusion_emitters"
     version = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2]))
@@ -77,8 +77,10 @@ def keep_lapack_to_one_thread() -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
-def compile_quickly(model: Callable[..., Any], x: "np.ndarray", rows: int) -> None:
+def compile_quickly(model: Callable[..., Any], x: "np.ndarray", rows: int) -> bool:
     """Has programs compiled without most of LLVM's optimisations where they have little to do.
+
+    Returns whether that is so.
 
     That is where a model, which runs on `rows` like those of `x` in all, takes but seconds on a
     CPU. Beside `compile_plainly` a step of `nercc tune` then compiles in 1.6 s, and runs in 33 ms
@@ -88,12 +90,14 @@ def compile_quickly(model: Callable[..., Any], x: "np.ndarray", rows: int) -> No
     import jax
 
     if jax.default_backend() != "cpu":
-        return
+        return False
     jitted: Any = eqx.filter_jit(model)
     lowered = jitted.lower(x[:1]).lowered
     cost: Any = lowered.cost_analysis() or {}
-    if "stablehlo.while" not in lowered.as_text() and rows * cost.get("flops", math.inf) <= _FEW:
+    few = "stablehlo.while" not in lowered.as_text() and rows * cost.get("flops", math.inf) <= _FEW
+    if few:
         jax.config.update("jax_disable_most_optimizations", True)
+    return few
 
 
 def _tell_processes(folder: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
+from ._compiled import compile_quickly
 from ._options import CALIBRATION, Returned
 from ._result_parts import Parts, check_parts, fingerprint, parts_folder, summary_file
 from ._results import Results, check_kind, write_results
@@ -63,6 +64,8 @@ def run_data(asked: DataOptions, pool: ChosenPool, output: Path, resume: bool) -
     )
     network, source = workload.model, workload.rows(asked.split)
     job = make_job(source, chosen, asked.points, asked.batches, asked.groups)
+    rows = job.batches.size * chosen.num_workers // chosen.num_data
+    compile_quickly(network, job.inputs(job.rows[:1]), rows)
     console = Console()
     enough: Any = number
     if asked.max_disagreement is not None:

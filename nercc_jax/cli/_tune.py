@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from ._background import beside
 from ._compiled import compile_quickly
 from ._errors import of_option, told_plainly
 from ._options import (
@@ -90,9 +91,11 @@ def tune_command(
         from rich.console import Console
 
         from ..codes import save_code
+        from ..evaluation import Evaluations, Trial
         from ..tuning import Descent, LayoutTuning
         from ._tables import write_json
         from ._tune_job import (
+            Comparison,
             compare,
             draw,
             search_with_status,
@@ -120,8 +123,17 @@ def tune_command(
         kept = workload.source, num_data
         x = enough(workload.points("train", images, seed), *kept, 2, f"--images {images}")
         held = enough(workload.points("test", images, seed), *kept, 1, f"--images {images}")
-        compile_quickly(network, x, (6 * steps + images) * num_workers)
+        quick = compile_quickly(network, x, (6 * steps + images) * num_workers)
         console = Console()
+        comparison = Comparison(network, start, held, laws, sets, seed)
+
+        def prepare() -> tuple[Trial | None, Evaluations]:
+            trial = None if searching else comparison.trial()
+            return trial, comparison.rows(comparison.others()) if quick else Evaluations()
+
+        # Compiling keeps one core busy: what little there is to compute goes beside the tuning.
+        prepared = beside(prepare) if quick else prepare
+        tuned = None
         labels = searching and outputs == "logits"
         chosen = criterion or ("cross_entropy" if labels else "mse")
         key, descent = jax.random.key(seed), Descent(steps)
@@ -148,10 +160,12 @@ def tune_command(
                 key=key, points=points, criterion=chosen,
             )  # fmt: skip
             code, found = tuned.code, tuned_words(tuned)
-            with console.status("the objective's landscape, for the picture ..."):
-                draw(network, start, tuned, held, laws, model, seed, plot)
         save_code(output, code, about | found)
-        rows = compare(console, network, start, code, held, laws, sets, seed, outputs)
+        with console.status("the objective's landscape, for the picture ..."):
+            trial, others = prepared()
+            if tuned is not None and trial is not None:
+                draw(comparison, trial, tuned, model, plot)
+        rows = compare(console, comparison, others, code, outputs)
         write_json(console, numbers, about, rows.records())
         for name, value in found.items():
             console.print(f"{name}: {value}", soft_wrap=True)

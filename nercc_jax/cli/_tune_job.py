@@ -1,15 +1,17 @@
 """What `nercc tune` does: descends with a bar, compares, draws, tells."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ..codes import AbstractCode, Berrut, NeRCC, Replication, coincident
-from ..evaluation import Evaluations, evaluate, landscape, make_trial
+from ..evaluation import Evaluations, Trial, evaluate, landscape, make_trial
 from ..inference import Model
+from ..stragglers import AbstractStragglers
 from ..tuning import Descent, Tuned, TuningStep, tune
 from ._layout_search import found_layout
 from ._progress import evaluating, steps_bar
@@ -62,20 +64,57 @@ def search_with_status(
     }
 
 
+class Comparison(NamedTuple):
+    """What a tuned code is held against: codes under laws, on data points that it is not tuned on.
+
+    None of it depends on the tuned code, so that `rows` of the others, and the `trial` of the
+    picture, may be made while that is being tuned.
+    """
+
+    network: Model
+    start: NeRCC
+    held: np.ndarray
+    laws: Mapping[str, AbstractStragglers]
+    sets: int
+    seed: int
+
+    def rows(self, codes: Mapping[str, AbstractCode], **options: Any) -> Evaluations:
+        key = jax.random.key(self.seed)
+        return evaluate(
+            self.network, codes, self.held, self.laws, key=key, num_sets=self.sets, **options
+        )
+
+    def others(self) -> dict[str, AbstractCode]:
+        size = self.start.num_data, self.start.num_workers
+        codes: dict[str, AbstractCode] = {
+            "untuned": self.start,
+            "BACC": Berrut(*size),
+            "ApproxIFER": Berrut(*size, points="approxifer"),
+        }
+        return codes | ({"replication": Replication(*size)} if size[1] >= size[0] else {})
+
+    def trial(self) -> Trial:
+        """Of the picture; `landscape` is compiled for it, too."""
+        count = self.start.num_data
+        groups = self.held[: min(len(self.held) // count, 16) * count]
+        groups = groups.reshape(-1, count, *self.held.shape[1:])
+        key = jax.random.key(self.seed)
+        trial = make_trial(self.network, self.start, groups, self.laws, key=key, num_sets=8)
+        landscape(self.network, self.start, trial, _GRID[:1], _GRID)
+        return trial
+
+
 def compare(
-    console, network, start: NeRCC, code: NeRCC, held, laws, sets, seed, outputs
+    console, comparison: Comparison, others: Evaluations, code: NeRCC, outputs
 ) -> Evaluations:
-    codes: dict[str, AbstractCode] = {
-        "untuned": start,
-        "tuned": code,
-        "BACC": Berrut(start.num_data, start.num_workers),
-        "ApproxIFER": Berrut(start.num_data, start.num_workers, points="approxifer"),
-    }
-    if start.num_workers >= start.num_data:
-        codes["replication"] = Replication(start.num_data, start.num_workers)
+    """Prints the tables. `others` are the rows of the codes beside the tuned one, or none yet."""
+    codes, sets = comparison.others(), comparison.sets
     with evaluating(console) as progress:
-        key = jax.random.key(seed)
-        rows = evaluate(network, codes, held, laws, key=key, num_sets=sets, progress=progress)
+        new = {"tuned": code} | ({} if others else codes)
+        rows = [*others, *comparison.rows(new, progress=progress)]
+    laws, names = [*comparison.laws], ["untuned", "tuned", *codes]
+    rows.sort(key=lambda row: (laws.index(row.stragglers), names.index(row.code)))
+    rows = Evaluations(rows)
     console.print(
         f"\nOn {rows[0].num_data_points} data points that it was not tuned on, {sets} straggler "
         "sets for each number S of stragglers; means and 95 % intervals; * marks a row's best."
@@ -100,12 +139,8 @@ def tuned_words(tuned: Tuned[NeRCC]) -> dict[str, Any]:
     }
 
 
-def draw(
-    network: Model, start: NeRCC, tuned: Tuned, held, laws, model: str, seed: int, plot: Path
-) -> None:
-    groups = held[: len(held) // start.num_data * start.num_data][: 16 * start.num_data]
-    groups = groups.reshape(-1, start.num_data, *held.shape[1:])
-    view = make_trial(network, start, groups, laws, key=jax.random.key(seed), num_sets=8)
-    grid = landscape(network, tuned.code, view, _GRID, _GRID)
+def draw(comparison: Comparison, trial: Trial, tuned: Tuned, model: str, plot: Path) -> None:
+    grid = landscape(comparison.network, tuned.code, trial, _GRID, _GRID)
+    start = comparison.start
     what = f"{model}, K={start.num_data}, N={start.num_workers}"
     tuning_plot(tuned.history, _GRID, np.asarray(grid), what, plot)

@@ -41,6 +41,8 @@ def straggler_curves(
     is named and not drawn, and one that explodes leaves the panel by its upper edge, where its name
     stands. Another is a share, and intervals end at 0 and 1.
     """
+    from matplotlib.ticker import MaxNLocator
+
     laws, codes = laws_and_codes(rows)
     places = np.array([float(law) for law in laws])
     apart = np.diff(places).min() if len(places) > 1 else 1.0
@@ -67,7 +69,8 @@ def straggler_curves(
         axis.errorbar(dodged, mean, bars, capsize=2, lw=1.4, ms=4, **system_look(code))
         ends[code] = _end(dodged, mean, top)
     axis.set(xlabel="stragglers", ylabel=label, yscale="log" if logarithmic else "linear")
-    axis.xaxis.get_major_locator().set_params(integer=True)  # no half stragglers
+    whole = MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10])
+    axis.xaxis.set_major_locator(whole)  # no half stragglers
     if np.isfinite(top):
         axis.set_ylim(top=top)
     axis.margins(x=0.03)
