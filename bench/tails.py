@@ -16,11 +16,13 @@ import dataclasses
 import fnmatch
 import gc
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as `nercc serve` does
 import _tails_page
 import equinox as eqx
 import jax.numpy as jnp
