@@ -181,10 +181,12 @@ def _asked(results: Results) -> str:
         if not COVERED[0] <= mean <= COVERED[1]
     ]
     left = [f for f in results if f not in known]
-    told = [f"not of {', '.join(off)}"] if off else []
+    old = [f for f in known if "kernels" not in results[f]["cells"][first]]
+    told = [f"not of {', '.join(off)}"] if off else [f"of {len(known)} of {len(results)}"]
+    told += [f"of {', '.join(old)} by bars of the learner alone"] if old else []
     told += [f"not measured anew of {', '.join(left)}"] if left else []
     text = "90 % bars cover 87 to 93 % of what is picked at " + first
-    rows.append((text, not (off or left), "; ".join(told) or "of all"))
+    rows.append((text, not (off or left), "; ".join(told)))
     sweeps = {
         f: np.mean(told["sweep"]["rmse"][told["sweep"]["picked"]])
         for f, told in results.items()
