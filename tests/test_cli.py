@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from nercc_jax.cli._app import app
+from nercc_jax.cli._background import beside
 from nercc_jax.cli._compiled import compile_quickly
 
 
@@ -102,6 +103,14 @@ def test_errors_are_one_sentence(command, arguments, message):
         assert word not in result.output
 
 
+@pytest.mark.parametrize("command", [("demo", "--plot"), ("tune", "--output")])
+def test_what_cannot_be_written_is_told_first(command, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
+    result = run(*command, str(tmp_path / "result"))
+    assert result.exit_code == 2
+    assert f"{tmp_path} may not be written to" in result.output.replace("\n", "")
+
+
 def test_a_module_that_cannot_be_imported_is_told(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "nercc_broken.py").write_text("def model(x:")
@@ -129,6 +138,13 @@ def test_help(command):
     assert "Usage" in result.output
 
 
+def test_python_runs_it_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "nercc_jax", "--version"], capture_output=True, text=True
+    )
+    assert done.stdout.startswith("nercc "), done.stderr
+
+
 def test_a_missing_ray_is_named_with_its_extra(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     result = run("run", "--pool", "ray")
@@ -141,6 +157,12 @@ def test_a_missing_extra_is_named():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 1
     assert "pip install 'nercc-jax[demo]'" in result.stderr
+
+
+def test_what_goes_beside_gives_its_result_and_its_errors():
+    assert beside(lambda: 3)() == 3
+    with pytest.raises(ZeroDivisionError):
+        beside(lambda: 1 / 0)()
 
 
 def test_only_models_with_little_to_do_are_compiled_quickly(monkeypatch):

@@ -1,6 +1,7 @@
 """The options that say what a command runs on, and what of them can be checked at once."""
 
 import math
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -83,9 +84,14 @@ def check_model(model: str, weights: Path | None, inputs: Path | None) -> None:
 
 
 def check_folder(option: str, path: Path | None) -> None:
-    """Raises: ValueError where the path's folder does not exist: before the work, not after it."""
-    if path is not None and not path.parent.is_dir():
+    """Raises: ValueError where nothing can be written there: before the work, not after it."""
+    if path is None:
+        return
+    if not path.parent.is_dir():
         raise ValueError(f"{option} {path}: there is no folder {path.parent}")
+    there = path if path.exists() else path.parent
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"{option} {path}: {there.resolve()} may not be written to")
 
 
 def check_file(option: str, path: Path) -> None:

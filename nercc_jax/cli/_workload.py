@@ -175,7 +175,10 @@ def _check_runs(name: str, model: Any, x: np.ndarray, source: str) -> None:
         ) from error
     if getattr(answer, "shape", ())[:1] != (1,) or len(answer.shape) < 2:
         told = f"--model {name} must give an array, a row for each of a batch"
-        raise ValueError(f"{told}, not {answer}")
+        got = type(answer).__name__
+        if isinstance(answer, jax.ShapeDtypeStruct):
+            got = f"{answer.dtype} of shape {answer.shape} for {one.shape}"
+        raise ValueError(f"{told}, not {got}")
 
 
 def answering(model: str, outputs: Returned) -> Answering:
