@@ -251,4 +251,5 @@ def _words(setting: Setting) -> str:
     overdue = setting.overdue
     when = "the median" if overdue.quantile == 0.5 else f"p{100 * overdue.quantile:g}"
     beside = {"none": "nothing", "doubtful": "what is doubtful", "always": "all redundancy"}
-    return f"late after {overdue.factor:g} times {when}, {beside[setting.redundancy]} sent beside"
+    times = "" if overdue.factor == 1 else f"{overdue.factor:g} times "
+    return f"late after {times}{when}, {beside[setting.redundancy]} sent beside"
