@@ -92,10 +92,10 @@ def _pages_with(folder: Path, name: str) -> list[str]:
 
 @functools.cache
 def _names_of_pages(folder: Path) -> dict[str, Set[str]]:
-    """What each page's blocks speak of, and which calls stand in its sentences."""
+    """What each page's blocks take from us, and which calls stand in its sentences."""
     pages = {page.stem: page.read_text() for page in sorted(folder.glob("*.md"))}
     return {
-        page: {name for block in PYTHON.findall(text) for name in _names_in(block)}
+        page: {name for block in PYTHON.findall(text) for name in _imported(block)}
         | set(CALL.findall(text))
         for page, text in pages.items()
     }
@@ -151,6 +151,15 @@ def _names_in(code: str) -> Set[str]:
         for node in ast.walk(tree)
         for name in (getattr(node, "id", None), getattr(node, "name", None))
         if isinstance(name, str)
+    }
+
+
+def _imported(code: str) -> Set[str]:
+    return {
+        alias.name
+        for node in ast.walk(ast.parse(re.sub(r"\A(:.*\n)+", "", code)))  # a cell's tags
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nercc_")
+        for alias in node.names
     }
 
 
