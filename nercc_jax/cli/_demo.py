@@ -115,7 +115,7 @@ def demo(
         if outputs != "values":
             title = "RelAcc in %: same label as the model's own; lost predictions count as wrong"
             print_whole(console, straggler_table(rows, "rel_acc", title, best="max"))
-            panels["rel_acc"] = ("RelAcc", False)
+            panels["rel_acc"] = ("labels kept (RelAcc)", False)
         work, queries = [], shipped_queries(workload, model, x, num_data, points, seed)
         if queries is not None:
             with console.status("labels kept against work: compiling, then data points ..."):
