@@ -66,9 +66,7 @@ class Ledger:
             return
         self._lanes.drop(query)
         self.pulse.answered(now)
-        tell_home = query.take_tell_home()
-        if query.reexecuted:
-            tell_home()  # its first group need not wait for it
+        query.leave_home(tell=query.reexecuted)  # sent again, it is not that group's answer
         request = query.request
         asked = request is not self._question
         if asked:
@@ -139,7 +137,7 @@ class Ledger:
         for query in request.queries:
             if not query.done:
                 self._lanes.drop(query)
-                query.take_tell_home()()
+                query.leave_home(tell=True)
         self._settle(request)
 
     def _settle(self, request: Request) -> None:

@@ -167,21 +167,18 @@ class Query:
         self.done = self.reexecuted = False
         self.waiting = True
 
-    def take_tell_home(self) -> Callable[[], None]:
-        """`tell_home`, which it has no more: it holds the group, and the group the query.
+    def leave_home(self, *, tell: bool) -> None:
+        """It is over. It lets go of its first group, which holds it, and may `tell` it so.
 
         What is over must go by itself: to look for garbage stops a server's threads.
         """
-        tell, self.tell_home = self.tell_home, None
-        return tell or _tell_nobody
+        tell_home, self.tell_home = self.tell_home, None
+        if tell and tell_home is not None:
+            tell_home()
 
     def way_of(self, answer: Answer) -> str:
         """How it was answered: in the answer's way, or, a second time, "reexecuted"."""
         return "reexecuted" if answer.way == "exact" and self.reexecuted else answer.way
-
-
-def _tell_nobody() -> None:
-    """It was in no group."""
 
 
 def words_of(error: BaseException) -> str:
