@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from nercc_jax import NeRCC, Scheme, fit_surrogate
 from nercc_jax.codes import known_encoder
-from nercc_jax.evaluation import batched, draw_sets
+from nercc_jax.evaluation import draw_sets
 from nercc_jax.inference import Model
 from nercc_jax.surrogates import (
     Kernel,
@@ -137,8 +137,8 @@ def _wrong(
     """The share of labels that are not the model's own under each set; workers answer once."""
     x = jnp.asarray(bench.points(part, order))
     prepared, coded = eqx.filter_jit(scheme.send)(x, known_encoder(scheme.code))
-    run = batched(bench.work.model, 256)
-    y = jnp.asarray(run(coded.reshape(-1, *coded.shape[2:]))).reshape(*coded.shape[:2], -1)
+    rows = np.asarray(coded.reshape(-1, *coded.shape[2:]))
+    y = jnp.asarray(bench.work.answers(rows)).reshape(*coded.shape[:2], -1)
     own = jnp.asarray(bench.answers(part, order).own).reshape(len(x), -1)
     return np.asarray(_differ(scheme, x, prepared, coded, y, own, jnp.asarray(masks)))
 
