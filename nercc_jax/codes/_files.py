@@ -20,7 +20,7 @@ from ._replication import Replication, Uncoded
 _FORMAT = "nercc-jax code"
 _VERSION = 1
 # Numbers that codes got since: files without them mean the constructor's default.
-_LATER = {"exact"}
+_LATER = {"exact", "ends"}
 _KINDS = {kind.__name__: kind for kind in (Berrut, Lagrange, NeRCC, Parity, Replication, Uncoded)}
 
 

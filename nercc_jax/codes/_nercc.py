@@ -7,7 +7,14 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from ..splines import posterior_variance, process_variance, smoothing_matrix, smoothing_spline
+from ..splines import (
+    Ends,
+    check_ends,
+    posterior_variance,
+    process_variance,
+    smoothing_matrix,
+    smoothing_spline,
+)
 from ._checks import check_counts
 from ._code import AbstractCode, as_mask
 from ._points import Points, coincident, mean_gap, regression_points
@@ -35,6 +42,11 @@ class NeRCC(AbstractCode):
     lambda_dec smooths elsewhere. Without, that holds for lambda_dec = 0 only. It takes a
     `lambda_enc` of 0, or the worker has not run on the data point itself.
 
+    With `ends` "not-a-knot" the decoding regression does not end without curvature, as a natural
+    spline does, but with one cubic over its first two gaps, and one over its last two. For smooth
+    curves with little smoothing, sweeps of a parameter above all: what is lost near an end has a
+    quarter to two thirds of the error there (docs/functions.md).
+
     `lambda_enc`, `lambda_dec`, `gap_exponent`, `end_penalty`, `alpha` and `beta` are leaves. One
     answer gives a constant.
     """
@@ -48,6 +60,7 @@ class NeRCC(AbstractCode):
     gap_exponent: Float[Array, ""]
     end_penalty: Float[Array, ""]
     exact: bool = eqx.field(static=True)
+    ends: Ends = eqx.field(static=True)
 
     def __init__(
         self,
@@ -60,6 +73,7 @@ class NeRCC(AbstractCode):
         end_penalty: Float[ArrayLike, ""] | None = None,
         points: Points = "chebyshev",
         exact: bool = False,
+        ends: Ends = "natural",
     ):
         """Points by layout name or as (alpha, beta): see `regression_points`.
 
@@ -68,7 +82,8 @@ class NeRCC(AbstractCode):
         radians, whichever is less (a lambda smooths over a length of about its fourth root);
         `gap_exponent` = 4, `end_penalty` = 3000. These were near the best on average for LeNet5,
         RepVGG and ViT at (N, K) from (20, 8) to (100, 60), none to N - K stragglers, logits and
-        softmax. With a `lambda_dec` of your own, the last two are 0 unless given.
+        softmax. With a `lambda_dec` of your own, the last two are 0 unless given, and with other
+        than natural ends `end_penalty` is.
 
         Raises: ValueError as `regression_points` does, for a lambda or `end_penalty` that is
         negative, for NaN, for infinities other than in a lambda, and for what is no scalar.
@@ -77,19 +92,20 @@ class NeRCC(AbstractCode):
             raise ValueError(f"exact must be True or False, not {exact!r}")
         counts = check_counts(num_data=num_data, num_workers=num_workers)
         self.num_data, self.num_workers = counts
-        self.exact = exact
+        self.exact, self.ends = exact, check_ends(ends)
         self.alpha, self.beta = regression_points(self.num_data, self.num_workers, points)
         dtype = self.alpha.dtype
-        exponent, ends = (4.0, 3000.0) if lambda_dec is None else (0.0, 0.0)
+        exponent, penalty = (4.0, 3000.0) if lambda_dec is None else (0.0, 0.0)
+        penalty = penalty if ends == "natural" else 0.0
         if lambda_dec is None:
             lambda_dec = jnp.power(_smoothing_length(self.alpha, self.beta), 4)
         exponent = exponent if gap_exponent is None else gap_exponent
-        ends = ends if end_penalty is None else end_penalty
+        penalty = penalty if end_penalty is None else end_penalty
         largest = float(jnp.finfo(dtype).max)
         self.lambda_enc = _scalar("lambda_enc", lambda_enc, dtype, least=0.0, most=np.inf)
         self.lambda_dec = _scalar("lambda_dec", lambda_dec, dtype, least=0.0, most=np.inf)
         self.gap_exponent = _scalar("gap_exponent", exponent, dtype, least=-largest, most=largest)
-        self.end_penalty = _scalar("end_penalty", ends, dtype, least=0.0, most=largest)
+        self.end_penalty = _scalar("end_penalty", penalty, dtype, least=0.0, most=largest)
 
     def decoder_penalty(self, available: Bool[ArrayLike, " num_workers"]) -> Float[Array, ""]:
         """The lambda that these workers' answers are decoded with:
@@ -109,7 +125,8 @@ class NeRCC(AbstractCode):
         self, available: Bool[ArrayLike, " num_workers"]
     ) -> Float[Array, "num_data num_workers"]:
         available = as_mask(available, (self.num_workers,))
-        return smoothing_matrix(self.beta, self.alpha, **self._decoding(available))
+        options = self._decoding(available)
+        return smoothing_matrix(self.beta, self.alpha, **options, ends=self.ends)
 
     def recovered(self, available: Bool[ArrayLike, " num_workers"]) -> Bool[Array, " num_data"]:
         available = as_mask(available, (self.num_workers,))
@@ -120,7 +137,7 @@ class NeRCC(AbstractCode):
     ) -> Float[Array, "num_data m"]:
         # The fit works on differences of neighbours' answers, which the matrix cannot.
         y = y.astype(jnp.promote_types(y.dtype, self.beta.dtype))
-        spline = smoothing_spline(self.beta, y, **self._decoding(available))
+        spline = smoothing_spline(self.beta, y, **self._decoding(available), ends=self.ends)
         return spline.evaluate(self.alpha)
 
     def posterior_variance(

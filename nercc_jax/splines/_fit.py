@@ -10,6 +10,7 @@ from jax.extend.backend import backends
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from ._dissection import Dissection, dissect
+from ._ends import Ends, check_ends, not_a_knot
 from ._knots import COMPARED_WITH_ALL, Knots, gather_knots
 from ._root_information import RootInformation, factorize
 
@@ -31,7 +32,7 @@ class Fit(eqx.Module):
     """The spline regression at its points, before it has seen observations; `fit` makes one.
 
     `factor` is that of the least-squares problem on the `knots`, `mu` its penalty: lambda times the
-    sum of the weights.
+    sum of the weights. `ends` is how what it predicts ends; variances are those of natural ends.
     """
 
     t: Float[Array, " n"]
@@ -39,15 +40,15 @@ class Fit(eqx.Module):
     knots: Knots
     factor: RootInformation | Dissection
     mu: Float[Array, ""]
+    ends: Ends = eqx.field(static=True, default="natural")
 
     def values(
         self, y: Float[ArrayLike, "n *m"]
     ) -> tuple[Float[Array, "knots *m"], Float[Array, "knots *m"]]:
         """The fitted spline's values and slopes at the knots."""
-        means = self._means(y)
-        shifts, slopes = self.factor.solve(means)
         shape = (-1, *jnp.shape(y)[1:])
-        return (means + shifts).reshape(shape), slopes.reshape(shape)
+        values, slopes = self._through(self._means(y))
+        return values.reshape(shape), slopes.reshape(shape)
 
     def matrix(self, at: Float[ArrayLike, " k"]) -> Float[Array, "k n"]:
         """The matrix from observations to the fitted spline at the points `at`."""
@@ -55,8 +56,7 @@ class Fit(eqx.Module):
         number = self.t.shape[0]
 
         def predict(means):
-            shifts, slopes = self.factor.solve(means)
-            return hermite(self.knots.t, means + shifts, slopes, at)
+            return hermite(self.knots.t, *self._through(means), at)
 
         if isinstance(self.factor, Dissection) and number**2 <= COMPARED_WITH_ALL:
             return predict(self.knots.averages())
@@ -92,6 +92,13 @@ class Fit(eqx.Module):
         freedom = jnp.maximum(self.knots.number - 2, 0) * means.shape[1]
         return jnp.where(freedom > 0, jnp.maximum(energy, 0) / jnp.maximum(freedom, 1), jnp.inf)
 
+    def _through(self, means: Float[Array, "knots m"]) -> tuple[Array, Array]:
+        """Values and slopes at the knots, from the observations there; linear in these."""
+        shifts, slopes = self.factor.solve(means)
+        if self.ends == "natural":
+            return means + shifts, slopes
+        return not_a_knot(self.knots, self.factor.solve, means + shifts, slopes)
+
     def _means(self, y: Float[ArrayLike, "n *m"]) -> Float[Array, "knots m"]:
         """The observations at each knot, without what is not available.
 
@@ -111,12 +118,14 @@ def fit(
     weights: Float[ArrayLike, " n"] | None = None,
     available: Bool[ArrayLike, " n"] | None = None,
     end_weights: Float[ArrayLike, "2"] | None = None,
+    ends: Ends = "natural",
     rows: int | None = None,
 ) -> Fit:
     """The regression for these points; arguments and errors as for `smoothing_spline`.
 
     Knots are eliminated one after the other, or, with `rows`, in parallel: the same to rounding.
     """
+    check_ends(ends)
     t, weights = _checked(t, weights, available)
     knots = gather_knots(t, weights, in_place=rows is not None)
     counts, slot = knots.weights > 0, jnp.arange(len(knots.t))
@@ -130,15 +139,15 @@ def fit(
     low, high = jax.lax.stop_gradient((eps**2 * shortest**3, (1 + span**3) / eps))
     total = jnp.sum(knots.weights)
     mu = jnp.clip(jnp.asarray(lambda_, t.dtype), low, high) * jnp.where(total > 0, total, 1)
-    ends = jnp.zeros(2, t.dtype) if end_weights is None else jnp.asarray(end_weights, t.dtype)
-    if ends.shape != (2,):
-        raise ValueError(f"end_weights must be two, first and last, not of shape {ends.shape}")
+    heavy = jnp.zeros(2, t.dtype) if end_weights is None else jnp.asarray(end_weights, t.dtype)
+    if heavy.shape != (2,):
+        raise ValueError(f"end_weights must be two, first and last, not of shape {heavy.shape}")
     slope_weights = mu * (
-        jnp.where(slot == first, ends[0], 0) + jnp.where(slot == last, ends[1], 0)
+        jnp.where(slot == first, heavy[0], 0) + jnp.where(slot == last, heavy[1], 0)
     )
     problem = jnp.diff(knots.t), knots.weights, slope_weights, mu
     factor = factorize(*problem) if rows is None else dissect(*problem, rows)
-    return Fit(t, weights, knots, factor, mu)
+    return Fit(t, weights, knots, factor, mu, ends)
 
 
 def by_platform(question: Callable[[Fit], Answer], *arguments, **options) -> Answer:

@@ -1,15 +1,18 @@
 """Smoothing splines as linear operators: a fit's two faces."""
 
+from functools import partial
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
+from ._ends import Ends
 from ._fit import by_platform, hermite
 
 
 class SmoothingSpline(eqx.Module):
-    """A fitted natural cubic spline: its value and slope at each knot.
+    """A fitted cubic spline: its value and slope at each knot.
 
     Knots beyond the last that carried an observation only continue the straight line.
     """
@@ -25,7 +28,7 @@ class SmoothingSpline(eqx.Module):
         return hermite(self.knots, self.values, self.slopes, at)
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="ends")
 def smoothing_spline(
     t: Float[ArrayLike, " n"],
     y: Float[ArrayLike, "n *m"],
@@ -34,6 +37,7 @@ def smoothing_spline(
     weights: Float[ArrayLike, " n"] | None = None,
     available: Bool[ArrayLike, " n"] | None = None,
     end_weights: Float[ArrayLike, "2"] | None = None,
+    ends: Ends = "natural",
 ) -> SmoothingSpline:
     """Fits the natural cubic smoothing spline
 
@@ -49,14 +53,17 @@ def smoothing_spline(
     straight line of least squares), in units of t^3. `weights`, non-negative, 1 unless given.
     `end_weights`, non-negative, in units of 1/t: the penalty of the slopes at the smallest and the
     largest available point, with which the spline goes on as a straight line beyond them; a natural
-    spline (0) becomes one that ends flat (infinity).
+    spline (0) becomes one that ends flat (infinity). `ends`: "natural", or "not-a-knot", whose
+    first two gaps have one cubic, and its last two: near the ends of a smooth curve an error of the
+    fourth power of the gaps, where a natural spline's is of the second. Of fewer than four distinct
+    observations it is natural.
 
     With one observation the fit is a constant. With none it is zero; callers must know that case.
 
     On a CPU knots are eliminated one after the other, elsewhere in parallel, without a loop: the
     same to rounding. A program that a process without an accelerator compiles for one has the loop.
 
-    Raises: ValueError where shapes do not agree.
+    Raises: ValueError where shapes do not agree, and for unknown `ends`.
 
     Source: arXiv 2402.04377, eqs. of the encoding and decoding regression; Green and Silverman
     1994, section 2.3.
@@ -68,10 +75,11 @@ def smoothing_spline(
         weights=weights,
         available=available,
         end_weights=end_weights,
+        ends=ends,
     )
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="ends")
 def smoothing_matrix(
     t: Float[ArrayLike, " n"],
     at: Float[ArrayLike, " k"],
@@ -80,6 +88,7 @@ def smoothing_matrix(
     weights: Float[ArrayLike, " n"] | None = None,
     available: Bool[ArrayLike, " n"] | None = None,
     end_weights: Float[ArrayLike, "2"] | None = None,
+    ends: Ends = "natural",
 ) -> Float[Array, "k n"]:
     """The matrix that maps observations at t to the fitted spline at the points `at`.
 
@@ -94,4 +103,5 @@ def smoothing_matrix(
         weights=weights,
         available=available,
         end_weights=end_weights,
+        ends=ends,
     )

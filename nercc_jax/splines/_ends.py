@@ -1,0 +1,95 @@
+"""How a spline ends: as a natural one, or with the cubics of its last two gaps alike.
+
+A natural spline has no curvature at its ends, and so near them an error of the second power of the
+gaps where inside it is the fourth. T - s_T, of T = t^2 and t^3 and their own natural fits s_T, is
+zero at all observations that are interpolated, and curved at the ends: with two numbers c,
+
+    u = s_y + (T - s_T) c
+
+is the spline whose third derivative does not jump at the second and at the last but one knot ("not
+a knot"). It gives cubics back, unless lambda smooths over
+several gaps: then it is natural.
+
+Source: de Boor 1978, "A Practical Guide to Splines", chapter IV.
+"""
+
+from collections.abc import Callable
+from typing import Literal, TypeAlias, get_args
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ._knots import Knots
+
+Ends: TypeAlias = Literal["natural", "not-a-knot"]
+
+# Of a jump that tells anything, times the gap, on knots from -1 to 1: that of t^2 is about 3.
+_LEAST = 0.05
+
+Solve: TypeAlias = Callable[[Array], tuple[Array, Array]]
+
+
+def check_ends(ends: Ends) -> Ends:
+    """The same. Raises: ValueError for an unknown one."""
+    if ends not in get_args(Ends):
+        raise ValueError(f"ends must be one of {', '.join(get_args(Ends))}, not {ends!r}")
+    return ends
+
+
+def not_a_knot(
+    knots: Knots,
+    solve: Solve,
+    values: Float[Array, "n m"],
+    slopes: Float[Array, "n m"],
+) -> tuple[Float[Array, "n m"], Float[Array, "n m"]]:
+    """Values and slopes of the spline that ends so, from those of the natural one.
+
+    `solve` fits observations at the knots. With fewer than four of them it stays natural.
+    """
+    first, second, before, last = _outermost(knots)
+    low, high = knots.t[first], knots.t[last]
+    middle, half = (low + high) / 2, jnp.where(high > low, (high - low) / 2, 1)
+    # Beyond the ends a straight line, as all splines here.
+    at = jnp.clip(knots.t, low, high)
+    s, beyond = (at - middle) / half, (knots.t - at) / half
+    slope = jnp.stack([2 * s, 3 * s**2], axis=1)
+    powers = jnp.stack([s**2, s**3], axis=1) + beyond[:, None] * slope
+    own = powers[knots.shown]
+    shifts, fitted = solve(own)
+    fitted_values = own + shifts
+    kinks = jnp.stack([second, before])
+    wanted, told = (
+        _jumps(knots.t, *curve, kinks) * half**2
+        for curve in ((values, slopes), (fitted_values, fitted))
+    )
+    # Where much is smoothed these jumps are rounding, and it stays natural.
+    a, b, d = told[:, 0] @ told[:, 0] + _LEAST**2, told[:, 0] @ told[:, 1], told[:, 1] @ told[:, 1]
+    d = d + _LEAST**2
+    inverse = jnp.array([[d, -b], [-b, a]]) / (a * d - b * b)
+    share = jnp.where(knots.number >= 4, inverse @ (told.T @ wanted), 0)
+    values = values + (powers - fitted_values) @ share
+    return values, slopes + (slope / half - fitted) @ share
+
+
+def _outermost(knots: Knots) -> tuple[Int[Array, ""], ...]:
+    """The first two knots that are observed, and the last two, as far as there are so many."""
+    counts = knots.weights > 0
+    seen = jnp.cumsum(counts)
+    number = seen[-1]
+    return tuple(jnp.argmax(seen >= rank) for rank in (1, 2, number - 1, number))
+
+
+def _jumps(
+    t: Float[Array, " n"],
+    values: Float[Array, "n m"],
+    slopes: Float[Array, "n m"],
+    kinks: Int[Array, " kinks"],
+) -> Float[Array, "kinks m"]:
+    """By how much the third derivative of a piecewise cubic jumps at these knots, times the shorter
+    of the gaps beside each, so that one of rounding's size does not drown the other."""
+    gaps = jnp.diff(t)[:, None]
+    steps = jnp.diff(values, axis=0) / gaps
+    third = 6 * (slopes[:-1] + slopes[1:] - 2 * steps) / gaps**2
+    place = jnp.clip(kinks, 1, len(t) - 2)
+    shorter = jnp.minimum(gaps[place], gaps[place - 1])
+    return (third[place] - third[place - 1]) * shorter

@@ -1,0 +1,116 @@
+"""Splines that end with one cubic over two gaps: against SciPy, and where they cannot."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.interpolate import CubicSpline
+
+import nercc_jax as nj
+from nercc_jax.splines import fit, smoothing_matrix, smoothing_spline
+
+# One knot after the other, as on a CPU, and all in their places, as on an accelerator.
+ROWS = {"one by one": None, "in parallel": 16}
+ATOL = {"float32": 2e-5, "float64": 1e-12}
+
+
+def _points(dtype, seed=0):
+    """Points in no order, two of them twice, and a mask that leaves out one at an end."""
+    rng = np.random.default_rng(seed)
+    t = np.cumsum(rng.uniform(0.3, 1, 12))
+    t = rng.permutation(2 * (t - t[0]) / (t[-1] - t[0]) - 1)
+    t = np.concatenate([t, t[[2, 7]]]).astype(dtype)
+    available = ~np.isin(np.arange(14), [4, int(np.argmax(t))])
+    return t, available
+
+
+def _cubic(t):
+    return (1 + t - 2 * t**2 + 3 * t**3)[:, None]
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+def test_not_a_knot_is_scipys(rows, dtype):
+    t, available = _points(dtype)
+    y = np.stack([np.sin(3 * t), np.exp(t)], axis=1)
+    distinct, places = np.unique(t[available], return_index=True)
+    at = np.linspace(distinct[0], distinct[-1], 31).astype(dtype)
+    wanted = CubicSpline(distinct, y[available][places], bc_type="not-a-knot")(at)
+    found = jax.jit(lambda: fit(t, 0.0, available=available, ends="not-a-knot", rows=rows))()
+    np.testing.assert_allclose(found.matrix(at) @ y, wanted, atol=ATOL[dtype])
+    natural = fit(t, 0.0, available=available, rows=rows).matrix(at) @ y
+    assert np.abs(natural - wanted).max() > 1e-3
+
+
+def test_beyond_the_ends_it_goes_straight_on(dtype):
+    t, available = _points(dtype)
+    spline = smoothing_spline(t, _cubic(t), 0.0, available=available, ends="not-a-knot")
+    for end, step in ((t[available].min(), -0.5), (t[available].max(), 0.5)):
+        slope = 1 - 4 * end + 9 * end**2
+        wanted = _cubic(np.asarray([end])) + slope * step
+        np.testing.assert_allclose(
+            spline.evaluate(jnp.asarray([end + step])), wanted, atol=100 * ATOL[dtype]
+        )
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 3])
+def test_of_few_observations_it_is_natural(number, dtype):
+    t, _ = _points(dtype)
+    available = np.arange(14) < number
+    at = np.linspace(-1, 1, 9).astype(dtype)
+    natural, found = (
+        smoothing_spline(t, _cubic(t), 0.0, available=available, ends=ends).evaluate(at)
+        for ends in ("natural", "not-a-knot")
+    )
+    np.testing.assert_array_equal(natural, found)
+
+
+def test_cubics_come_back_from_four_and_where_little_is_smoothed(dtype):
+    t, available = _points(dtype)
+    for mask in (np.arange(14) < 4, available):
+        at = np.linspace(t[mask].min(), t[mask].max(), 9).astype(dtype)
+        found = smoothing_spline(t, _cubic(t), 1e-9, available=mask, ends="not-a-knot")
+        np.testing.assert_allclose(found.evaluate(at), _cubic(at), atol=1e-4)
+
+
+def test_where_much_is_smoothed_it_is_nearly_natural(dtype):
+    t, available = _points(dtype)
+    at = np.linspace(-1, 1, 9).astype(dtype)
+    natural, found = (
+        smoothing_spline(t, _cubic(t), 10.0, available=available, ends=ends).evaluate(at)
+        for ends in ("natural", "not-a-knot")
+    )
+    np.testing.assert_allclose(natural, found, atol=0.02 * np.abs(_cubic(t)).max())
+
+
+def test_a_code_decodes_by_it(dtype):
+    code = nj.NeRCC(20, 24, points="interleaved", lambda_dec=0.0, ends="not-a-knot")
+    assert nj.NeRCC(20, 24, ends="not-a-knot").end_penalty == 0
+    assert nj.NeRCC(20, 24).end_penalty > 0
+    available = jnp.arange(24) != 1
+    y = jnp.asarray(np.exp(np.asarray(code.beta))[:, None])
+    wanted = np.exp(np.asarray(code.alpha))[:, None]
+    decoded = code.decode(y, available)
+    np.testing.assert_allclose(decoded, wanted, atol=1e-4)
+    np.testing.assert_allclose(code.decoder_matrix(available) @ y, decoded, atol=10 * ATOL[dtype])
+    natural = nj.NeRCC(20, 24, points="interleaved", lambda_dec=0.0)
+    error = np.abs(natural.decode(y, available) - wanted).max()
+    assert np.abs(decoded - wanted).max() < error / 2
+
+
+def test_gradients_of_many_masks_are_finite():
+    code = nj.NeRCC(6, 8, points="interleaved", lambda_dec=1e-6, ends="not-a-knot")
+    masks = jnp.asarray(np.random.default_rng(0).random((16, 8)) < 0.6).at[0].set(False)
+    y = jnp.asarray(np.sin(3 * np.asarray(code.beta)))[:, None]
+
+    def error(code, mask):
+        return jnp.sum(code.regress(y, mask) ** 2)
+
+    slopes = jax.vmap(jax.grad(error), in_axes=(None, 0))(code, masks)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(slopes))
+
+
+def test_unknown_ends_are_told(untyped):
+    with pytest.raises(ValueError, match="ends must be one of natural, not-a-knot, not 'clamped'"):
+        nj.NeRCC(4, 6, ends="clamped")
+    with pytest.raises(ValueError, match="ends must be one of"):
+        smoothing_matrix([0.0, 1.0], [0.5], 0.0, ends="clamped")
