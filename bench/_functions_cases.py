@@ -25,6 +25,26 @@ SIMULATORS = ("Lotka-Volterra", "epidemic", "Burgers", "Fisher", "elliptic")
 EMBEDDINGS = ("digits", "CIFAR-10")
 NAMES = (*SIMULATORS, "diabetes", *EMBEDDINGS)
 STEPS = 60  # that the diabetes network is trained for
+CHEAP = {  # models that are there beside a function
+    "Burgers": "a coarse solver of the same equation, 16 cells and 10 steps where it has 64 places "
+    "and 200, first order: its solution as a prior mean, and as features beside the inputs",
+    "digits": "LeNet5's student, which tells the ten logits by 7 % of the multiplications: its "
+    "inner layer and these logits as features",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class CheapModel:
+    """What may be there beside a function: a coarse solver of the same, or a network's student;
+    `CHEAP` says which.
+
+    - `features`: what a learner may go by, and which width each of them has.
+    - `prior`: its word on the function's outputs; None where it tells something else.
+    """
+
+    features: Function
+    widths: tuple[int, ...]
+    prior: Function | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +53,7 @@ class Case:
 
     - `pools`: the rows for choosing and for judging, or how to draw inputs where there is no end.
     - `features`: what a learner goes by, None for the inputs.
+    - `cheap`: a cheap model, which a learner may know besides; None where there is none.
     """
 
     name: str
@@ -40,6 +61,7 @@ class Case:
     function: Function
     pools: tuple[np.ndarray, np.ndarray] | Drawing
     features: Function | None = None
+    cheap: CheapModel | None = None
 
     @property
     def least(self) -> float:
@@ -137,21 +159,29 @@ def _epidemic() -> Case:
     return Case("epidemic", about, epidemic, ranges)
 
 
+VISCOSITY = 0.03
+
+
+def three_waves(c: Float[Array, "batch 6"], places: int) -> Float[Array, "batch places"]:
+    """The velocity that Burgers' equation starts from, on so many places of a circle."""
+    x = jnp.arange(places) * 2 * jnp.pi / places
+    parts = [
+        c[:, 2 * k, None] * jnp.sin((k + 1) * x) + c[:, 2 * k + 1, None] * jnp.cos((k + 1) * x)
+        for k in range(3)
+    ]
+    return sum((part / (k + 1) for k, part in enumerate(parts)), jnp.zeros(()))
+
+
 def burgers(c: Float[Array, "batch 6"]) -> Float[Array, "batch 32"]:
     """The velocity at time 1 on 32 places of a circle, viscosity 0.03, from three waves.
 
     Spectral, dealiased; the heat part is exact, the rest by the midpoint rule.
     """
-    n, viscosity, steps = 64, 0.03, 200
-    x = jnp.arange(n) * 2 * jnp.pi / n
-    start = sum(
-        (c[:, 2 * k : 2 * k + 1] * jnp.sin((k + 1) * x) / (k + 1))
-        + (c[:, 2 * k + 1 : 2 * k + 2] * jnp.cos((k + 1) * x) / (k + 1))
-        for k in range(3)
-    )
+    n, steps = 64, 200
+    start = three_waves(c, n)
     wave = jnp.fft.rfftfreq(n, 1 / n)
     step = 1 / steps
-    half = jnp.exp(-viscosity * wave**2 * step / 2)
+    half = jnp.exp(-VISCOSITY * wave**2 * step / 2)
 
     def transport(w: Array) -> Array:
         u = jnp.fft.irfft(w * (wave < n / 3), n, axis=1)
@@ -165,9 +195,39 @@ def burgers(c: Float[Array, "batch 6"]) -> Float[Array, "batch 32"]:
     return jnp.fft.irfft(end, n, axis=1)[:, ::2]
 
 
+CELLS, STEPS_OF_CELLS = 16, 10  # of the coarse solver
+
+
+def coarse_burgers(c: Float[Array, "batch 6"]) -> Float[Array, "batch cells"]:
+    """The same on a sixteenth of a circle each, in ten steps: finite volumes, upwind.
+
+    Of first order, so that shocks are smeared and waves damped, but never the wrong way."""
+    width, step = 2 * jnp.pi / CELLS, 1 / STEPS_OF_CELLS
+
+    def advance(u: Array, _: None) -> tuple[Array, None]:
+        right = jnp.roll(u, -1, axis=1)
+        flux = (jnp.maximum(u, 0) ** 2 + jnp.minimum(right, 0) ** 2) / 2
+        flux = flux - VISCOSITY * (right - u) / width
+        return u - step / width * (flux - jnp.roll(flux, 1, axis=1)), None
+
+    return jax.lax.scan(advance, three_waves(c, CELLS), None, length=STEPS_OF_CELLS)[0]
+
+
+def coarse_on_places(c: Float[Array, "batch 6"]) -> Float[Array, "batch 32"]:
+    """The coarse solution where the function has its outputs, through its Fourier series."""
+    wave = jnp.fft.rfft(coarse_burgers(c), axis=1)
+    wave = jnp.pad(wave, ((0, 0), (0, 17 - wave.shape[1])))
+    return jnp.fft.irfft(wave, 32, axis=1) * (32 / CELLS)
+
+
 def _burgers() -> Case:
     about = "a partial differential equation with shocks; 6 coefficients, 32 outputs"
-    return Case("Burgers", about, burgers, within(*[(-1.0, 1.0)] * 6))
+    cheap = CheapModel(
+        lambda c: jnp.concatenate([c, coarse_burgers(c)], axis=1),
+        (0,) * 6 + (1,) * CELLS,
+        coarse_on_places,
+    )
+    return Case("Burgers", about, burgers, within(*[(-1.0, 1.0)] * 6), cheap=cheap)
 
 
 def fisher(p: Float[Array, "batch 5"]) -> Float[Array, "batch 32"]:
@@ -229,10 +289,19 @@ def _digits() -> Case:
     images = np.concatenate([load_data("digits", split).images for split in ("train", "test")])
     images = np.random.default_rng(0).permutation(images).astype(np.float32)
     rows, model = images.reshape(len(images), -1), load_model("lenet5-digits")
-    function = Embedding(model, "fc3", images.shape[1:], model.preprocess)
+    shape, preprocess = images.shape[1:], model.preprocess
+    function = Embedding(model, "fc3", shape, preprocess)
     about = "the 84 numbers before LeNet5's last layer, of scikit-learn's digits; 64 pixels"
     third = len(rows) // 3
-    return Case("digits", about, function, (rows[:third], rows[third:]))
+    student = load_student("lenet5-digits")
+    inner = Embedding(student, "head", shape, preprocess)
+
+    def features(x: Array) -> Array:
+        return jnp.concatenate([inner(x), student(preprocess(x.reshape(len(x), *shape)))], axis=1)
+
+    widths = (0,) * inner(jnp.asarray(rows[:1])).shape[1] + (1,) * 10
+    cheap = CheapModel(features, widths)
+    return Case("digits", about, function, (rows[:third], rows[third:]), cheap=cheap)
 
 
 def _cifar10(data_dir: Path) -> Case:

@@ -11,7 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _functions_cases import EMBEDDINGS, Case
+from _functions_cases import EMBEDDINGS, Case, CheapModel
 from _functions_rivals import NUM_DATA, lost_copies
 from jaxtyping import Array, ArrayLike, Bool, Float
 
@@ -58,6 +58,11 @@ CODED = tuple(f"learner, {layout}" for layout in LAYOUTS)
 MIXED = "learner and code, as fit_surrogate mixes them"
 ONE, EACH = "one for all outputs", "one for each principal component"
 LEARNERS = (ALONE, RANDOM, DOUBTFUL, *CODED, MIXED)
+# The same where a cheap model is there: what fills lost copies, and what a learner knows.
+WITH = ", with a cheap model"
+CHEAP = "copies, else the cheap model"
+HELPED_RIVALS = (CHEAP, *(name + WITH for name in RIVALS[5:]))
+HELPED = tuple(name + WITH for name in (ALONE, RANDOM, DOUBTFUL, CODED[0]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,11 +134,9 @@ class Bench:
         self.function = filled_up(case)
         self._choosing = [self._draw(False, seed) for seed in range(size.chosen)]
         self._judging = [self._draw(True, seed) for seed in range(size.judged)]
-        self.kernels, self._kernel = self._choose_kernels()
-        self._learners = {
-            id(draw): self.fit(draw.past, draw.past_outputs) for draw in self.draws(None)
-        }
-        self._fitted: dict[bytes, AbstractSurrogate] = {}
+        self.cheap = None if case.cheap is None else cheap_filled_up(case, case.cheap)
+        self._fitted: dict[tuple[bytes, str], AbstractSurrogate] = {}
+        self.kernels, self._kernels = self._choose_kernels()
         self._codes: dict[str, NeRCC] = {}
         self._mixture: AbstractSurrogate | None = None
         self._said: dict[bytes, Array] = {}
@@ -142,30 +145,49 @@ class Bench:
         both = {True: self._judging, False: self._choosing}
         return [*self._choosing, *self._judging] if judging is None else both[judging]
 
-    def fit(self, x: ArrayLike, y: ArrayLike, kernels: str | None = None) -> AbstractSurrogate:
-        """What past answers teach, with the kernels that were chosen, or with those that are named;
-        a width for each of a few inputs."""
-        kernels = self.picked_kernels if kernels is None else kernels
+    def fit(self, x: ArrayLike, y: ArrayLike, kernels: str) -> AbstractSurrogate:
+        """What past answers teach, with these kernels; a width for each of a few inputs, or those
+        that a cheap model asks for. The same for all schemes and cells."""
+        key = hashlib.sha256(np.asarray(x).tobytes()).digest(), kernels
+        if key not in self._fitted:
+            self._fitted[key] = self._fit(x, y, kernels)
+        return self._fitted[key]
+
+    def _fit(self, x: ArrayLike, y: ArrayLike, kernels: str) -> AbstractSurrogate:
         few = self.inputs(False, 0, 1).shape[1] <= WIDE
-        tuning = LearnerTuning(widths="each" if few else "one")
-        if kernels == EACH:  # of one shape, so that all draws share compiled programs
+        features, prior, widths = self.case.features, None, "each" if few else "one"
+        if kernels.endswith(WITH):
+            assert self.cheap is not None
+            features, prior, widths = self.cheap.features, self.cheap.prior, self.cheap.widths
+        tuning = LearnerTuning(widths=widths)
+        each = kernels.removesuffix(WITH) == EACH
+        if each:  # of one shape, so that all draws share compiled programs
             tuning = dataclasses.replace(tuning, shapes=("matern52",))
-        return (fit_learner if kernels == ONE else fit_components)(
-            x, y, capacity=self.size.history, features=self.case.features, tuning=tuning
+        return (fit_components if each else fit_learner)(
+            x, y, capacity=self.size.history, features=features, prior=prior, tuning=tuning
         )
 
-    @property
-    def picked_kernels(self) -> str:
-        return min(self.kernels, key=lambda name: self.kernels[name])
+    def picked_kernels(self, helped: bool = False) -> str:
+        """The kernels that did best where they were chosen, of a learner with a cheap model or of
+        one without."""
+        return best_kernels(self.kernels, helped)
 
-    def _choose_kernels(self) -> tuple[dict[str, float], Kernel]:
-        """One kernel for all outputs, or one for each component: the errors of both where things
-        are chosen, of points that none of their answers tell of; and one kernel of the first kind,
-        for a rival."""
+    def learner(self, draw: Draw, helped: bool = False) -> AbstractSurrogate:
+        """What a draw's past answers teach."""
+        return self.fit(draw.past, draw.past_outputs, self.picked_kernels(helped))
+
+    def _choose_kernels(self) -> tuple[dict[str, float], dict[bool, Kernel]]:
+        """One kernel for all outputs, or one for each component, with a cheap model and without:
+        their errors where things are chosen, of points that none of their answers tell of; and one
+        kernel of the first kind, for rivals."""
         varied = np.ptp(np.asarray(self._choosing[0].past_outputs), axis=0) > 0
         kinds = (ONE, EACH) if varied.sum() > 1 else (ONE,)
+        endings = {False: ""} | ({} if self.cheap is None else {True: WITH})
         found = {
-            kind: [self.fit(draw.past, draw.past_outputs, kind) for draw in self._choosing]
+            kind + ending: [
+                self.fit(draw.past, draw.past_outputs, kind + ending) for draw in self._choosing
+            ]
+            for ending in endings.values()
             for kind in kinds
         }
         errors = {
@@ -177,8 +199,9 @@ class Bench:
             )
             for kind, learners in found.items()
         }
-        plain: Any = found[ONE][0]
-        return {kind: float(error) for kind, error in errors.items()}, plain.kernel
+        plain: dict[bool, Any] = {told: found[ONE + end][0] for told, end in endings.items()}
+        kernels = {told: learner.kernel for told, learner in plain.items()}
+        return {kind: float(error) for kind, error in errors.items()}, kernels
 
     def measure(
         self, cell: Cell, *, judging: bool, rivals: bool = True, bars: Collection[str] = ()
@@ -189,6 +212,7 @@ class Bench:
         for draw in self.draws(judging):
             masks = draw.masks(cell, self.size.sets)
             systems = [self._rivals(cell, draw, masks)] if rivals else []
+            systems += [] if self.cheap is None else [self._helped_rivals(cell, draw, masks)]
             for name, numbers in itertools.chain(*systems, self._learning(cell, draw, masks, bars)):
                 found.setdefault(name, []).append(numbers)
             yield found
@@ -203,7 +227,7 @@ class Bench:
             draw, first = self._choosing[0], CELLS[0]
             self._mixture = fit_surrogate(
                 self.function,
-                self._learners[id(draw)],
+                self.learner(draw),
                 _nercc(first.num_workers, LAYOUTS[0]),
                 draw.x[draw.order],
                 {"law": first.law},
@@ -298,21 +322,31 @@ class Bench:
             ("NeRCC, following points", self.decode(following, draw, masks, ordered=True)[0]),
         ):
             yield name, self._numbers(predictions, draw)
-        copies = _nercc(cell.num_workers, "repeated")
-        held = np.argmax(np.asarray(known_encoder(copies)), axis=1)
-        answered = np.any(
-            (held[:, None] == np.arange(NUM_DATA)) & np.asarray(masks)[..., None], axis=-2
-        )
+        answered = _answered(cell, masks)
         filled = lost_copies(
-            jnp.asarray(draw.x), draw.own, jnp.asarray(answered), self._kernel, self.case.features
+            jnp.asarray(draw.x), draw.own, answered, self._kernels[False], self.case.features
         )
         for name, predictions in zip(RIVALS[4:], filled, strict=True):
             yield name, self._numbers(predictions, draw)
 
+    def _helped_rivals(self, cell: Cell, draw: Draw, masks: Masks) -> Iterator[tuple[str, Numbers]]:
+        """Copies, with the cheap model where they are lost; or by its features, and in place of
+        answers what they differ from its word."""
+        assert self.cheap is not None
+        answered, features = _answered(cell, masks), self.cheap.features(jnp.asarray(draw.x))
+        word = jnp.zeros_like(draw.own)
+        if self.cheap.prior is not None:
+            word = self.cheap.prior(jnp.asarray(draw.x))
+            seen = answered.reshape(len(answered), -1, 1)
+            yield CHEAP, self._numbers(jnp.where(seen, draw.own, word), draw)
+        told = lost_copies(features, draw.own - word, answered, self._kernels[True], None)
+        for name, predictions in zip(HELPED_RIVALS[1:], told[1:], strict=True):
+            yield name, self._numbers(predictions + word, draw)
+
     def _learning(
         self, cell: Cell, draw: Draw, masks: Masks, bars: Collection[str]
     ) -> Iterator[tuple[str, Numbers]]:
-        copies, learner = _nercc(cell.num_workers, "repeated"), self._learners[id(draw)]
+        copies, learner = _nercc(cell.num_workers, "repeated"), self.learner(draw)
         assert self._mixture is not None
         numbers = self._mixture.theta, self._mixture.kappa
         mixed = eqx.tree_at(lambda one: (one.theta, one.kappa), learner, numbers)
@@ -330,30 +364,36 @@ class Bench:
             },
             MIXED: Scheme(_nercc(cell.num_workers, LAYOUTS[0]), mixed, **plain),
         }
+        if self.cheap is not None:
+            helped = self.learner(draw, True)
+            schemes |= {
+                name: eqx.tree_at(
+                    lambda one: one.surrogate, schemes[name.removesuffix(WITH)], helped
+                )
+                for name in HELPED
+            }
         for name, scheme in schemes.items():
-            heard, ordered = masks[..., : scheme.code.num_workers], name in (*CODED, MIXED)
+            heard = masks[..., : scheme.code.num_workers]
+            ordered = name.removesuffix(WITH) in (*CODED, MIXED)
             predictions, deviation = self.decode(scheme, draw, heard, ordered=ordered)
             bar = None
             if name in bars:
-                bar = self._bars(cell, scheme, draw, ordered=ordered)(deviation, COVERAGE)
+                kernels = self.picked_kernels(name.endswith(WITH))
+                measured = self._bars(cell, scheme, draw, kernels, ordered=ordered)
+                bar = measured(deviation, COVERAGE)
             yield name, self._numbers(predictions, draw, bar)
 
-    def _bars(self, cell: Cell, scheme: Scheme, draw: Draw, *, ordered: bool) -> ErrorBars:
+    def _bars(
+        self, cell: Cell, scheme: Scheme, draw: Draw, kernels: str, *, ordered: bool
+    ) -> ErrorBars:
         """A scheme's error bars, by the past answers alone: what is decoded of each group of them
         by a learner of the others."""
         past = np.asarray(draw.past)
         order = np.asarray(order_points(past, NUM_DATA)) if ordered else np.arange(len(past))
         return bars_of_scheme(
             self.function, scheme, past[order], draw.past_outputs[order], {"law": cell.law},
-            self._fit_once, key=jax.random.key(draw.seed),
+            lambda x, y: self.fit(x, y, kernels), key=jax.random.key(draw.seed),
         )  # fmt: skip
-
-    def _fit_once(self, x: Any, y: Any) -> AbstractSurrogate:
-        """As `fit`: the folds of a draw are the same for all schemes and cells."""
-        key = hashlib.sha256(np.asarray(x).tobytes()).digest()
-        if key not in self._fitted:
-            self._fitted[key] = self.fit(x, y)
-        return self._fitted[key]
 
     def _numbers(
         self,
@@ -386,9 +426,39 @@ def filled_up(case: Case) -> Callable[[Array], Array]:
     return function
 
 
+def cheap_filled_up(case: Case, cheap: CheapModel) -> CheapModel:
+    """A cheap model as it is measured: of inputs and with outputs that are filled up."""
+    width, prior = case.inputs(False, 0, 1).shape[1], cheap.prior
+
+    @eqx.filter_jit
+    def features(x: Float[Array, "batch wide"]) -> Float[Array, "batch features"]:
+        return cheap.features(x[:, :width])
+
+    @eqx.filter_jit
+    def word(x: Float[Array, "batch wide"]) -> Float[Array, "batch m"]:
+        assert prior is not None
+        y = prior(x[:, :width])
+        return jnp.pad(y, ((0, 0), (0, max(OUTPUTS - y.shape[1], 0))))
+
+    return dataclasses.replace(cheap, features=features, prior=None if prior is None else word)
+
+
+def best_kernels(errors: Mapping[str, float], helped: bool) -> str:
+    """The kernels with the least error of those with a cheap model, or of those without."""
+    return min((name for name in errors if name.endswith(WITH) == helped), key=errors.__getitem__)
+
+
 def picked(chosen: Mapping[str, list[Numbers]]) -> str:
-    """The system with the least error where things are chosen."""
-    return min(chosen, key=lambda name: np.mean([numbers.rmse for numbers in chosen[name]]))
+    """The scheme with the least error where things are chosen; none of the rivals."""
+    schemes = [name for name in (*LEARNERS, *HELPED) if name in chosen]
+    return min(schemes, key=lambda name: np.mean([numbers.rmse for numbers in chosen[name]]))
+
+
+def _answered(cell: Cell, masks: Masks) -> Bool[Array, "sets groups num_data"]:
+    """Of which data points a copy is answered, with copies of all alike."""
+    held = np.argmax(np.asarray(known_encoder(_nercc(cell.num_workers, "repeated"))), axis=1)
+    holds = held[:, None] == np.arange(NUM_DATA)
+    return jnp.asarray(np.any(holds & np.asarray(masks)[..., None], axis=-2))
 
 
 @eqx.filter_jit

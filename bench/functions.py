@@ -30,6 +30,7 @@ from _settings import PACKAGES
 from rich.console import Console
 
 from nercc_jax import NeRCC, Scheme
+from nercc_jax.splines import Ends
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -109,7 +110,8 @@ def sweep(bench: Bench) -> dict[str, Any]:
     others; which of those that follow is picked is chosen on as many other sweeps.
 
     At the ends of a sweep what is lost has neighbours on one side only, so the redundant workers
-    may have points there: copies, between the last two, or a step beyond the sweep."""
+    may have points there: copies, between the last two, or a step beyond the sweep; and the spline
+    may end otherwise than a natural one."""
     alpha = np.asarray(NeRCC(NUM_DATA, NUM_DATA, points="interleaved").alpha)
     last, next_to_it = alpha[[0, -1]], alpha[[1, -2]]
     beside = {
@@ -124,6 +126,8 @@ def sweep(bench: Bench) -> dict[str, Any]:
     for name, ends in beside.items():
         points = alpha, np.concatenate([alpha, *ends])
         schemes[f"following points, {name}"] = _sweeping(points, swept)
+        free = _sweeping(points, swept, ends="not-a-knot")
+        schemes[f"following points, {name}; not a knot"] = free
     inner = 0.9 * alpha / np.abs(alpha).max()  # a mean step of room at each end
     ends = inner[[0, -1]]
     points = inner, np.concatenate([inner, ends, np.sign(ends)])
@@ -136,8 +140,8 @@ def sweep(bench: Bench) -> dict[str, Any]:
     return {"picked": min(following, key=lambda name: np.mean(chosen[name])), "rmse": judged}
 
 
-def _sweeping(points: Any, follow: Any) -> Scheme:
-    code = NeRCC(NUM_DATA, CELLS[0].num_workers, points=points, lambda_dec=0.0)
+def _sweeping(points: Any, follow: Any, ends: Ends = "natural") -> Scheme:
+    code = NeRCC(NUM_DATA, CELLS[0].num_workers, points=points, lambda_dec=0.0, ends=ends)
     return Scheme(code, follow=follow)
 
 
