@@ -44,8 +44,8 @@ class NeRCC(AbstractCode):
 
     With `ends` "not-a-knot" the decoding regression does not end without curvature, as a natural
     spline does, but with one cubic over its first two gaps, and one over its last two. For smooth
-    curves with little smoothing, sweeps of a parameter above all: what is lost near an end has a
-    quarter to two thirds of the error there (docs/functions.md).
+    curves with little smoothing: sweeps of a parameter had a tenth to six tenths less error by it
+    (docs/functions.md).
 
     `lambda_enc`, `lambda_dec`, `gap_exponent`, `end_penalty`, `alpha` and `beta` are leaves. One
     answer gives a constant.
