@@ -36,9 +36,10 @@ QUARTER, HALF, GAIN, MOST = 0.25, 0.5, 0.8, 6
 COVERED = (0.87, 0.93)
 SWEEP = 0.002
 # What the picture shows, and as what.
-_SHOWN = {
-    name: name for name in (PUBLISHED, NEAREST, "copies, else a GP over the group", ALONE, RANDOM)
-} | {PICKED: "scheme"}
+_GP = "copies, else a GP over the group"
+_SHOWN = {name: name for name in (PUBLISHED, NEAREST, _GP, CHEAP, ALONE, RANDOM)} | {
+    PICKED: "scheme"
+}
 
 Results = Mapping[str, Any]
 

@@ -64,6 +64,7 @@ _LOOKS = {
     "replication, else surrogate": _lossy(_GREY, "+"),
     "copies, else the nearest": _lossy(_GREY, "x"),
     "copies, else a GP": _lossy(_GREY, "^"),
+    "copies, else the cheap model": _lossy(_GREY, "+"),
     "hedg": _filled(_OLIVE, "^"),
     "hedged, p95": _filled(_OLIVE, "v"),
     "hedging, p95": _filled(_OLIVE, "v"),
