@@ -382,10 +382,10 @@ Sweeps of the first parameter in steps of random length, the others at their mea
 interleaved points of the code, and points as far apart as the parameter's values. Most of the
 error is at the ends of a sweep, where a lost data point has neighbours on one side only and the
 spline goes on as a straight line; so the redundant workers may have points at each end instead:
-copies, one halfway between the last two, or one a mean step beyond the last; and the spline may end
-not-a-knot (`NeRCC(..., ends="not-a-knot")`) in place of naturally, without curvature. Which of those
-that follow is picked (it stands out) is chosen on as many other sweeps: {", ".join(draws)}. By the
-spread within the sweeps.
+copies, one halfway between the last two, or one a mean step beyond the last; and the spline may
+end not-a-knot (`NeRCC(..., ends="not-a-knot")`) in place of naturally, without curvature. Which of
+those that follow is picked (it stands out) is chosen on as many other sweeps: {", ".join(draws)}.
+By the spread within the sweeps.
 
 {_grid(["", *swept], rows)}"""
 

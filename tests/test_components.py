@@ -8,7 +8,7 @@ from scipy.spatial.distance import cdist
 
 from nercc_jax import NeRCC, Scheme, coded_inference
 from nercc_jax.evaluation import relative_rmse
-from nercc_jax.serving._study import AT_ONCE, LEAST, Goal, Study
+from nercc_jax.serving._study import AT_ONCE, LEAST, Goal, Study, _tuned
 from nercc_jax.surrogates import (
     ComponentLearner,
     LearnerTuning,
@@ -145,6 +145,13 @@ def test_tuning_what_is_tuned_changes_nothing_and_what_is_not_a_lot(learner):
     )
     errors = [relative_rmse(predict(one, NEW)[0], model(NEW)) for one in (wide, again)]
     assert float(errors[1]) < 0.5 * float(errors[0])
+
+
+def test_a_server_keeps_what_was_tuned_of_each_component(learner):
+    again = _tuned(learner)
+    assert isinstance(again, ComponentLearner)
+    errors = [relative_rmse(predict(one, NEW)[0], model(NEW)) for one in (learner, again)]
+    assert float(errors[1]) < 1.05 * float(errors[0])
 
 
 def test_a_server_learns_by_it_and_goes_by_its_deviations(learner):

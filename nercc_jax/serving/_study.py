@@ -226,10 +226,12 @@ def _updated(
 
 
 def _tuned(learner: AbstractLearner) -> AbstractLearner:
-    """Its kernels found anew on what it knows by now."""
+    """Its kernels found anew on what it knows by now; the widths that somebody gave it stay as
+    wide beside each other as they are."""
+    kept = dataclasses.replace(_TUNING, widths="kept")
     if isinstance(learner, ComponentLearner):
-        return tune_components(learner, _TUNING)
-    return tune_learner(learner, _TUNING) if isinstance(learner, Learner) else learner
+        return tune_components(learner, kept)
+    return tune_learner(learner, kept) if isinstance(learner, Learner) else learner
 
 
 _agree = eqx.filter_jit(agree_on_labels)

@@ -25,7 +25,7 @@ from ._expected import (
     outputs_of_groups,
 )
 from ._fit_learner import LearnerTuning, find_kernel, find_kernels
-from ._kernels import root
+from ._kernels import Kernel, root
 from ._learner import Learner, start_learner
 from ._pairs import Function, features_of, pairs_of, prior_of_groups
 from ._window import one_row
@@ -240,14 +240,32 @@ def tune_components(
     _check_criterion(tuning)
     rest, own = learner.rest, learner.own
     pairs = np.flatnonzero(np.asarray(rest.filled))
+    if tuning.widths == "kept":
+        return _tuned_from(learner, own.kernel, rest.kernel, pairs, tuning)
     # All start from the kernel that does best for all outputs together, and need half as far.
     along = multiply(own.residuals[..., 0].T, learner.directions.T)
     whole = eqx.tree_at(lambda one: one.residuals, rest, rest.residuals + along)
     kernel, _ = find_kernel(whole, whole.kernel, pairs, tuning)
-    near = dataclasses.replace(tuning, shapes=(kernel.shape,), steps=tuning.steps // 2)
-    found = find_kernels(own, kernel, pairs, near)
+    number = learner.directions.shape[1]
+    starts = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (number, *leaf.shape)), kernel)
+    near = dataclasses.replace(tuning, steps=tuning.steps // 2)
+    return _tuned_from(learner, starts, kernel, pairs, near)
+
+
+def _tuned_from(
+    learner: ComponentLearner,
+    starts: Kernel,
+    start: Kernel,
+    pairs: Int[np.ndarray, " pairs"],
+    tuning: LearnerTuning,
+) -> ComponentLearner:
+    """The learner with kernels of these shapes: from `starts` of the components, from `start` of
+    the rest."""
+    own, rest = learner.own, learner.rest
+    found = find_kernels(own, starts, pairs, tuning)
     own = eqx.filter_vmap(lambda one, kernel, scale: one.with_kernel(kernel, scale))(own, *found)
-    rest = rest.with_kernel(*find_kernel(rest, kernel, pairs, near))
+    alike = dataclasses.replace(tuning, shapes=(start.shape,))
+    rest = rest.with_kernel(*find_kernel(rest, start, pairs, alike))
     return eqx.tree_at(lambda one: (one.own, one.rest), learner, (own, rest))
 
 

@@ -27,7 +27,7 @@ from ._pairs import Function
 from ._whitening import whiten
 
 LearnerCriterion: TypeAlias = Literal["density", "mse", "labels"]
-Widths: TypeAlias = Literal["one", "each"] | Sequence[int]
+Widths: TypeAlias = Literal["one", "each", "kept"] | Sequence[int]
 
 _NOISES = (1e-6, 1e-4, 1e-2)
 _WIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)  # times those of the kernel that is there
@@ -95,7 +95,8 @@ class LearnerTuning:
       "mse", the squared error; "labels", the log loss of the largest output's place.
     - `shapes`: the kernels to choose from. `linear`: with a straight line beside them.
     - `widths`: "one" for all features, "each" its own, or for each feature which one it has. Where
-      features share one, their units are either their own spreads or all the same.
+      features share one, their units are either their own spreads or all the same. "kept": as the
+      kernel has them, for a learner that was tuned before and knows more by now.
     - `steps` of gradient descent from the best of a grid; 0 leaves it at that.
     - `rows`: judged on so many pairs, evenly from the window; the time grows with their cube.
     - `least_noise`: no kernel has less, in units of the process's variance. None: a unit in the
@@ -121,8 +122,8 @@ class LearnerTuning:
             raise ValueError(f"criterion must be one of {known}, not {self.criterion!r}")
         for shape in self.shapes:
             check_shape(shape)
-        if isinstance(self.widths, str) and self.widths not in ("one", "each"):
-            raise ValueError(f"widths must be 'one', 'each' or groups, not {self.widths!r}")
+        if isinstance(self.widths, str) and self.widths not in ("one", "each", "kept"):
+            raise ValueError(f"widths must be 'one', 'each', 'kept' or groups, not {self.widths!r}")
         check_count("steps", self.steps, 0)
         check_count("rows", self.rows, 3)
         if self.least_noise is not None and not 0 < self.least_noise < 1:
@@ -179,7 +180,7 @@ def find_kernel(
     The grid has widths by those of `start`."""
     known, least = _known(learner, pairs, tuning)
     starts = [
-        _regrouped(kernel, shape, tuning.widths, tuning.linear)
+        _regrouped(kernel, shape, tuning)
         for kernel in _with_units(start, tuning.widths)
         for shape in tuning.shapes
     ]
@@ -189,20 +190,20 @@ def find_kernel(
 
 
 def find_kernels(
-    learners: Learner, start: Kernel, pairs: Int[np.ndarray, " pairs"], tuning: LearnerTuning
+    learners: Learner, starts: Kernel, pairs: Int[np.ndarray, " pairs"], tuning: LearnerTuning
 ) -> tuple[Kernel, Float[Array, " learners"]]:
     """As `find_kernel` for learners side by side (arrays with a first axis of them) of the same
-    inputs: kernels of the shape and the groups of `start`, whose widths the grid goes by."""
+    inputs: kernels of the shape and the groups of their `starts`, whose widths the grid goes by."""
     own, least = eqx.filter_vmap(lambda one: _known(one, pairs, tuning))(learners)
-    return _each_tuned(start, own, tuning.criterion, tuning.steps, least)
+    return _each_tuned(starts, own, tuning.criterion, tuning.steps, least)
 
 
 @eqx.filter_jit
 def _each_tuned(
-    start: Kernel, known: "_Known", criterion: LearnerCriterion, steps: int, least: Array
+    starts: Kernel, known: "_Known", criterion: LearnerCriterion, steps: int, least: Array
 ) -> tuple[Kernel, Array]:
-    return eqx.filter_vmap(lambda own, few: _tuned(start, own, criterion, steps, few)[1:])(
-        known, least
+    return eqx.filter_vmap(lambda start, own, few: _tuned(start, own, criterion, steps, few)[1:])(
+        starts, known, least
     )
 
 
@@ -257,6 +258,8 @@ def _with_units(kernel: Kernel, widths: Widths) -> list[Kernel]:
 def _groups(kernel: Kernel, widths: Widths) -> Int[np.ndarray, " features"]:
     """Which width each feature has. Raises: ValueError for groups that do not fit."""
     features = len(kernel.centre)
+    if widths == "kept":
+        return np.asarray(kernel.groups)
     if isinstance(widths, str):
         return np.zeros(features, int) if widths == "one" else np.arange(features)
     groups = np.asarray(widths, int)
@@ -265,20 +268,21 @@ def _groups(kernel: Kernel, widths: Widths) -> Int[np.ndarray, " features"]:
     return groups
 
 
-def _regrouped(kernel: Kernel, shape: Shape, widths: Widths, linear: bool) -> Kernel:
+def _regrouped(kernel: Kernel, shape: Shape, tuning: LearnerTuning) -> Kernel:
     """The kernel to start from: of this shape, with these groups of widths."""
-    groups = _groups(kernel, widths)
+    groups = _groups(kernel, tuning.widths)
     each = np.log(np.asarray(kernel.widths, np.float64))[np.asarray(kernel.groups)]
     number = int(groups.max(initial=0)) + 1
     counts = np.maximum(np.bincount(groups, minlength=number), 1)
     means = np.exp(np.bincount(groups, each, minlength=number) / counts)
+    least = 0.0 if tuning.widths == "kept" else 0.1
     return Kernel(
         shape,
         centre=kernel.centre,
         unit=kernel.unit,
         widths=means,
         groups=groups,
-        linear=max(float(kernel.linear), 0.1) if linear else 0.0,
+        linear=max(float(kernel.linear), least) if tuning.linear else 0.0,
         noise=kernel.noise,
     )
 
@@ -315,6 +319,7 @@ def _tuned(
         for width in _WIDTHS
         for noise in _NOISES
     ]
+    grid.append(first)  # as it is: what was tuned before is not lost
     candidates = jax.tree.map(lambda *leaves: jnp.stack(leaves), *grid)
     values = jax.lax.map(judge, candidates)
     place = jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))
