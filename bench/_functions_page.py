@@ -230,9 +230,7 @@ def _asked(results: Results) -> str:
         if not COVERED[0] <= mean <= COVERED[1]
     ]
     left = [f for f in results if f not in known]
-    old = [f for f in known if "kernels" not in results[f]["cells"][first]]
     told = [f"not of {', '.join(off)}"] if off else [f"of {len(known)} of {len(results)}"]
-    told += [f"of {', '.join(old)} by bars of the learner alone"] if old else []
     told += [f"not measured anew of {', '.join(left)}"] if left else []
     text = "90 % bars cover 87 to 93 % of what is picked at " + first
     rows.append((text, not (off or left), "; ".join(told)))
@@ -327,9 +325,9 @@ def _coverage(results: Results) -> str:
 
 Per cent of the errors that are within their 90 % bars, of the rows that are not exact. They are
 `bars_of_scheme`'s: each group of the past answers, under straggler sets like those to come, decoded
-by the same scheme with a learner that was tuned on the other groups and knows no more. Those with *
-are `bars_of`'s, which asks the learner alone, a tenth of the past answers after the other; of
-digits' interleaved points at (24, 20, 2) they covered 85.9 ± 2.0. By the chance of which 120 pairs
+by the same scheme with a learner that was tuned on the other groups and knows no more.
+(`bars_of` asks the learner alone, a tenth of the past answers after the other: of digits'
+interleaved points at (24, 20, 2) its bars covered 85.9 ± 2.0.) By the chance of which 120 pairs
 they are calibrated on alone, the share that bars cover varies by 2.7 (a standard deviation) from
 draw to draw.
 
