@@ -45,7 +45,7 @@ class NeRCC(AbstractCode):
     With `ends` "not-a-knot" the decoding regression does not end without curvature, as a natural
     spline does, but with one cubic over its first two gaps, and one over its last two. For smooth
     curves with little smoothing: sweeps of a parameter had a tenth to six tenths less error by it
-    (docs/functions.md).
+    (docs/functions.md). Its `posterior_variance` is that of natural ends.
 
     `lambda_enc`, `lambda_dec`, `gap_exponent`, `end_penalty`, `alpha` and `beta` are leaves. One
     answer gives a constant.
@@ -82,11 +82,12 @@ class NeRCC(AbstractCode):
         radians, whichever is less (a lambda smooths over a length of about its fourth root);
         `gap_exponent` = 4, `end_penalty` = 3000. These were near the best on average for LeNet5,
         RepVGG and ViT at (N, K) from (20, 8) to (100, 60), none to N - K stragglers, logits and
-        softmax. With a `lambda_dec` of your own, the last two are 0 unless given, and with other
-        than natural ends `end_penalty` is.
+        softmax. With a `lambda_dec` of your own, the last two are 0 unless given; with `ends` that
+        are not natural, `end_penalty` is.
 
         Raises: ValueError as `regression_points` does, for a lambda or `end_penalty` that is
-        negative, for NaN, for infinities other than in a lambda, and for what is no scalar.
+        negative, for NaN, for infinities other than in a lambda, for what is no scalar, and for
+        unknown `ends`.
         """
         if not isinstance(exact, bool):
             raise ValueError(f"exact must be True or False, not {exact!r}")

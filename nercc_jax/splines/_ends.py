@@ -7,8 +7,7 @@ zero at all observations that are interpolated, and curved at the ends: with two
     u = s_y + (T - s_T) c
 
 is the spline whose third derivative does not jump at the second and at the last but one knot ("not
-a knot"). It gives cubics back, unless lambda smooths over
-several gaps: then it is natural.
+a knot"). It gives cubics back, unless lambda smooths over several gaps: then it is natural.
 
 Source: de Boor 1978, "A Practical Guide to Splines", chapter IV.
 """
@@ -62,13 +61,34 @@ def not_a_knot(
         _jumps(knots.t, *curve, kinks) * half**2
         for curve in ((values, slopes), (fitted_values, fitted))
     )
-    # Where much is smoothed these jumps are rounding, and it stays natural.
-    a, b, d = told[:, 0] @ told[:, 0] + _LEAST**2, told[:, 0] @ told[:, 1], told[:, 1] @ told[:, 1]
-    d = d + _LEAST**2
-    inverse = jnp.array([[d, -b], [-b, a]]) / (a * d - b * b)
-    share = jnp.where(knots.number >= 4, inverse @ (told.T @ wanted), 0)
-    values = values + (powers - fitted_values) @ share
-    return values, slopes + (slope / half - fitted) @ share
+    share = jnp.where(knots.number >= 4, _solved(told, wanted), 0)
+    bent, turned = powers - fitted_values, slope / half - fitted
+    return values + _combined(bent, share), slopes + _combined(turned, share)
+
+
+def _solved(told: Float[Array, "2 2"], wanted: Float[Array, "2 m"]) -> Float[Array, "2 m"]:
+    """The c with told c = wanted, by normal equations; towards 0 where little is told, as where
+    much is smoothed.
+
+    Of the first step's bias, 0.0003 of c where nothing is smoothed, the third leaves the cube.
+    """
+    first, second = told[:, :1], told[:, 1:]
+    a, b, d = (jnp.sum(p * q) for p, q in ((first, first), (first, second), (second, second)))
+    a, d = a + _LEAST**2, d + _LEAST**2
+
+    def step(left: Array) -> Array:
+        e, f = jnp.sum(first * left, axis=0), jnp.sum(second * left, axis=0)
+        return jnp.stack([d * e - b * f, a * f - b * e]) / (a * d - b * b)
+
+    share = step(wanted)
+    for _ in range(2):
+        share = share + step(wanted - _combined(told, share))
+    return share
+
+
+def _combined(columns: Float[Array, "n 2"], share: Float[Array, "2 m"]) -> Float[Array, "n m"]:
+    """columns @ share, as sums: of matrices accelerators make products of fewer digits."""
+    return columns[:, :1] * share[0] + columns[:, 1:] * share[1]
 
 
 def _outermost(knots: Knots) -> tuple[Int[Array, ""], ...]:
