@@ -25,7 +25,7 @@ SIMULATORS = ("Lotka-Volterra", "epidemic", "Burgers", "Fisher", "elliptic")
 EMBEDDINGS = ("digits", "CIFAR-10")
 NAMES = (*SIMULATORS, "diabetes", *EMBEDDINGS)
 STEPS = 60  # that the diabetes network is trained for
-CHEAP = {  # models that are there beside a function
+CHEAP_MODELS = {  # models that are there beside a function
     "Burgers": "a coarse solver of the same equation, 16 cells and 10 steps where it has 64 places "
     "and 200, first order: its solution as a prior mean, and as features beside the inputs",
     "digits": "LeNet5's student, which tells the ten logits by 7 % of the multiplications: its "
@@ -36,7 +36,7 @@ CHEAP = {  # models that are there beside a function
 @dataclasses.dataclass(frozen=True)
 class CheapModel:
     """What may be there beside a function: a coarse solver of the same, or a network's student;
-    `CHEAP` says which.
+    `CHEAP_MODELS` says which.
 
     - `features`: what a learner may go by, and which width each of them has.
     - `prior`: its word on the function's outputs; None where it tells something else.
@@ -195,14 +195,14 @@ def burgers(c: Float[Array, "batch 6"]) -> Float[Array, "batch 32"]:
     return jnp.fft.irfft(end, n, axis=1)[:, ::2]
 
 
-CELLS, STEPS_OF_CELLS = 16, 10  # of the coarse solver
+COARSE_CELLS, COARSE_STEPS = 16, 10  # of the coarse solver
 
 
 def coarse_burgers(c: Float[Array, "batch 6"]) -> Float[Array, "batch cells"]:
-    """The same on a sixteenth of a circle each, in ten steps: finite volumes, upwind.
+    """The same on sixteenths of the circle, in ten steps: finite volumes, upwind.
 
     Of first order, so that shocks are smeared and waves damped, but never the wrong way."""
-    width, step = 2 * jnp.pi / CELLS, 1 / STEPS_OF_CELLS
+    width, step = 2 * jnp.pi / COARSE_CELLS, 1 / COARSE_STEPS
 
     def advance(u: Array, _: None) -> tuple[Array, None]:
         right = jnp.roll(u, -1, axis=1)
@@ -210,21 +210,21 @@ def coarse_burgers(c: Float[Array, "batch 6"]) -> Float[Array, "batch cells"]:
         flux = flux - VISCOSITY * (right - u) / width
         return u - step / width * (flux - jnp.roll(flux, 1, axis=1)), None
 
-    return jax.lax.scan(advance, three_waves(c, CELLS), None, length=STEPS_OF_CELLS)[0]
+    return jax.lax.scan(advance, three_waves(c, COARSE_CELLS), None, length=COARSE_STEPS)[0]
 
 
 def coarse_on_places(c: Float[Array, "batch 6"]) -> Float[Array, "batch 32"]:
     """The coarse solution where the function has its outputs, through its Fourier series."""
     wave = jnp.fft.rfft(coarse_burgers(c), axis=1)
     wave = jnp.pad(wave, ((0, 0), (0, 17 - wave.shape[1])))
-    return jnp.fft.irfft(wave, 32, axis=1) * (32 / CELLS)
+    return jnp.fft.irfft(wave, 32, axis=1) * (32 / COARSE_CELLS)
 
 
 def _burgers() -> Case:
     about = "a partial differential equation with shocks; 6 coefficients, 32 outputs"
     cheap = CheapModel(
         lambda c: jnp.concatenate([c, coarse_burgers(c)], axis=1),
-        (0,) * 6 + (1,) * CELLS,
+        (0,) * 6 + (1,) * COARSE_CELLS,
         coarse_on_places,
     )
     return Case("Burgers", about, burgers, within(*[(-1.0, 1.0)] * 6), cheap=cheap)

@@ -9,8 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from _functions_cases import CHEAP as CHEAP_MODELS
-from _functions_cases import NAMES
+from _functions_cases import CHEAP_MODELS, NAMES
 from _functions_systems import (
     ALONE,
     CELLS,
@@ -279,16 +278,14 @@ rest.
 _TRIED = """\
 Tried for Burgers by its inputs alone, on further draws (138 pairs, error on fresh inputs by the
 outputs' spread): one kernel for all outputs, Matern 5/2, 0.280; squared exponential 0.284, rational
-quadratic 0.280, two
-kernels added 0.279, a network's (arc cosine) 0.286, with squares 0.281 and cubes 0.280 of the
-straight line, a full matrix in place of widths 0.287 and more. Kernels of their own for the
-principal components of the outputs are what helps, the more the better: 0.268 for the first four
-together, 0.255 for four parts, 0.248 for twelve. Of those twelve (128 pairs), which shape
-they have decides nothing: Matern 5/2 0.263, squared exponential 0.263, Matern 3/2 0.268, sums of
-products over few inputs (ANOVA) 0.273; each its best by leave-one-out density 0.262, all mixed by
-leave-one-out errors 0.262, the mean of the first two 0.261; twenty-six components 0.267, the mean
-of both shapes 0.264. What is missing is answers, not kernels: or a
-cheap model."""
+quadratic 0.280, two kernels added 0.279, a network's (arc cosine) 0.286, with squares 0.281 and
+cubes 0.280 of the straight line, a full matrix in place of widths 0.287 and more. Kernels of their
+own for the principal components of the outputs are what helps, the more the better: 0.268 for the
+first four together, 0.255 for four parts, 0.248 for twelve. Of those twelve (128 pairs), which
+shape they have decides nothing: Matern 5/2 0.263, squared exponential 0.263, Matern 3/2 0.268, sums
+of products over few inputs (ANOVA) 0.273; each its best by leave-one-out density 0.262, all mixed
+by leave-one-out errors 0.262, the mean of the first two 0.261; twenty-six components 0.267, the
+mean of both shapes 0.264. What is missing is answers, not kernels: or a cheap model."""
 
 
 def _cell(results: Results, cell: str) -> str:

@@ -131,10 +131,11 @@ class Bench:
 
     def __init__(self, case: Case, size: Size, log: Callable[[str], Any]):
         self.case, self.size, self.log = case, size, log
-        self.function = filled_up(case)
+        width = case.inputs(False, 0, 1).shape[1]
+        self.function = filled_up(case.function, width)
         self._choosing = [self._draw(False, seed) for seed in range(size.chosen)]
         self._judging = [self._draw(True, seed) for seed in range(size.judged)]
-        self.cheap = None if case.cheap is None else cheap_filled_up(case, case.cheap)
+        self.cheap = None if case.cheap is None else cheap_filled_up(case.cheap, width)
         self._fitted: dict[tuple[bytes, str], AbstractSurrogate] = {}
         self.kernels, self._kernels = self._choose_kernels()
         self._codes: dict[str, NeRCC] = {}
@@ -414,33 +415,24 @@ class Bench:
         return found
 
 
-def filled_up(case: Case) -> Callable[[Array], Array]:
-    """The function as it is measured: compiled, of inputs and with outputs that are filled up."""
-    width = case.inputs(False, 0, 1).shape[1]
+def filled_up(
+    function: Callable[[Array], Array], width: int, outputs: int = OUTPUTS
+) -> Callable[[Array], Array]:
+    """A function as it is measured: compiled, of so many inputs that are filled up, with outputs
+    that are."""
 
     @eqx.filter_jit
-    def function(x: Float[Array, "batch wide"]) -> Float[Array, "batch m"]:
-        y = case.function(x[:, :width])
-        return jnp.pad(y, ((0, 0), (0, max(OUTPUTS - y.shape[1], 0))))
+    def filled(x: Float[Array, "batch wide"]) -> Float[Array, "batch m"]:
+        y = function(x[:, :width])
+        return jnp.pad(y, ((0, 0), (0, max(outputs - y.shape[1], 0))))
 
-    return function
+    return filled
 
 
-def cheap_filled_up(case: Case, cheap: CheapModel) -> CheapModel:
-    """A cheap model as it is measured: of inputs and with outputs that are filled up."""
-    width, prior = case.inputs(False, 0, 1).shape[1], cheap.prior
-
-    @eqx.filter_jit
-    def features(x: Float[Array, "batch wide"]) -> Float[Array, "batch features"]:
-        return cheap.features(x[:, :width])
-
-    @eqx.filter_jit
-    def word(x: Float[Array, "batch wide"]) -> Float[Array, "batch m"]:
-        assert prior is not None
-        y = prior(x[:, :width])
-        return jnp.pad(y, ((0, 0), (0, max(OUTPUTS - y.shape[1], 0))))
-
-    return dataclasses.replace(cheap, features=features, prior=None if prior is None else word)
+def cheap_filled_up(cheap: CheapModel, width: int) -> CheapModel:
+    """A cheap model as it is measured; its features are as many as they are."""
+    prior = None if cheap.prior is None else filled_up(cheap.prior, width)
+    return dataclasses.replace(cheap, features=filled_up(cheap.features, width, 0), prior=prior)
 
 
 def best_kernels(errors: Mapping[str, float], helped: bool) -> str:
