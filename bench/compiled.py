@@ -172,13 +172,6 @@ def main() -> int:
         sys.exit(f"bench/compiled.py: {error}")
     from _compiled_programs import PROGRAMS, SLOW
 
-    from nercc_jax.inference import _paths
-    from nercc_jax.splines import _fit
-
-    # With CPUs only, fits and paths are traced for them alone.
-    _fit.way = "platform"
-    _paths.cpus_only = lambda: False
-
     budgets = load_budgets(options.platform, options.budget)
     names = [name for name in PROGRAMS if not (options.quick and name in SLOW)]
     names = chosen(names, options.only, budgets)

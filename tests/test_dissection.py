@@ -1,6 +1,5 @@
 """Fits as accelerators make them, on a CPU: the suite of `test_splines`, and against the filter."""
 
-import contextlib
 import functools
 
 import jax
@@ -12,31 +11,29 @@ import test_splines as suite
 from nercc_jax import NeRCC
 from nercc_jax.splines import _dissection, _fit, posterior_variance
 
+ROWS, ROWS_TPU = _fit.ROWS["other"], _fit.ROWS["tpu"]
 KINDS = ["chebyshev", "uniform", "random", "repeated"]
-
-
-@contextlib.contextmanager
-def held_to(way):
-    """Fits are made this way; what was traced for another must not come back."""
-    jax.clear_caches()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_fit, "way", way)
-        yield
-    jax.clear_caches()
 
 
 @pytest.fixture(scope="class")
 def as_on_accelerators():
-    with held_to("in parallel"):
+    """CPUs fit as accelerators do; what was lowered otherwise must not come back."""
+    jax.clear_caches()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(_fit.ROWS, "cpu", ROWS)
         yield
+    jax.clear_caches()
 
 
 def ask(t, lambda_, y, at, available, end_weights, rows):
     """All that can be asked of a fit."""
-    found = _fit.fit(t, lambda_, available=available, end_weights=end_weights, rows=rows)
+    given = _fit.regression_of(t, lambda_, None, available, end_weights)
+    found, at = _fit.fit(*given, rows=rows), jnp.asarray(at)
+    y = _fit.observations_of(y, given[0], given[2])
     values, slopes = found.values(y)
-    at_knots = _fit.hermite(found.knots.t, values, slopes, jnp.asarray(at))
-    return at_knots, found.matrix(at), found.variance(at), found.process(y)
+    at_knots = _fit.hermite(found.knots.t, values, slopes, at)
+    made = found.map_to(at)
+    return at_knots, made.matrix, made.apply(y), found.variance(at), found.process(y)
 
 
 @functools.partial(jax.jit, static_argnames="rows")
@@ -55,7 +52,7 @@ def problems(n, lambdas):
             yield t, np.float32(lambda_), y, at, available, np.array([0.3, 2.0], "float32")
 
 
-@pytest.mark.parametrize(("n", "rows"), [(2, _fit.ROWS), (9, _fit.ROWS), (9, _fit.ROWS_TPU)])
+@pytest.mark.parametrize(("n", "rows"), [(2, ROWS), (9, ROWS), (9, ROWS_TPU)])
 def test_both_ways_give_the_same(n, rows):
     """Coincident points, prices at the ends, few and no observations, all lambdas."""
     for arguments in problems(n, (0, 1e-6, 1e-2, np.inf)):
@@ -82,7 +79,7 @@ def test_both_ways_have_the_same_gradients():
 
         for lambda_ in (1e-8, 1e-3):
             one, other = (
-                gradients(t, np.asarray(lambda_), y, ends, rows=rows) for rows in (None, _fit.ROWS)
+                gradients(t, np.asarray(lambda_), y, ends, rows=rows) for rows in (None, ROWS)
             )
             for a, b in zip(one, other, strict=True):
                 np.testing.assert_allclose(b, a, rtol=1e-6, atol=1e-9 * np.max(np.abs(a)))
@@ -93,10 +90,10 @@ def test_few_columns_of_many_knots_are_solved_as_others(monkeypatch):
     gaps, weights = jnp.asarray(rng.uniform(0.05, 0.2, 20)), jnp.asarray(rng.uniform(0, 2, 21))
     y = jnp.asarray(rng.normal(size=(21, 2)))
     problem = gaps, weights, 0.1 * weights, jnp.asarray(1e-3)
-    usual = jax.jit(lambda: _dissection.dissect(*problem, _fit.ROWS).solve(y))()
+    usual = jax.jit(lambda: _dissection.dissect(*problem, ROWS).solve(y))()
     monkeypatch.setattr(_dissection, "_MANY_KNOTS", 8)
     monkeypatch.setattr(_dissection, "_ROWS_AT_ONCE", 16)
-    in_parts = jax.jit(lambda: _dissection.dissect(*problem, _fit.ROWS).solve(y))()
+    in_parts = jax.jit(lambda: _dissection.dissect(*problem, ROWS).solve(y))()
     for a, b in zip(usual, in_parts, strict=True):
         np.testing.assert_allclose(b, a, rtol=0, atol=1e-5)
 
@@ -104,7 +101,7 @@ def test_few_columns_of_many_knots_are_solved_as_others(monkeypatch):
 def test_no_loop_is_left():
     t, y = jnp.linspace(-1, 1, 20), jnp.ones((20, 1))
     arguments = t, jnp.float32(1e-3), y, t[:4], jnp.ones(20, bool), jnp.zeros(2)
-    text = str(jax.make_jaxpr(lambda *a: ask(*a, _fit.ROWS))(*arguments))
+    text = str(jax.make_jaxpr(lambda *a: ask(*a, ROWS))(*arguments))
     assert "scan" not in text
     assert "while" not in text
     assert "scan" in str(jax.make_jaxpr(lambda *a: ask(*a, None))(*arguments))
@@ -113,21 +110,35 @@ def test_no_loop_is_left():
 def test_the_platform_chooses():
     """A program for a TPU or a GPU has no loop over knots, one for a CPU has."""
     code = NeRCC(3, 6)
-    with held_to("platform"):
-        lowered = jax.jit(lambda mask: code.decoder_matrix(mask)).trace(jnp.ones(6, bool))
-        for platform, loops in (("cpu", True), ("tpu", False), ("cuda", False)):
-            text = lowered.lower(lowering_platforms=(platform,)).as_text()
-            assert ("stablehlo.while" in text) == loops, platform
+    traced = jax.jit(lambda mask: code.decoder_matrix(mask)).trace(jnp.ones(6, bool))
+    for platform, loops in (("cpu", True), ("tpu", False), ("cuda", False)):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert ("stablehlo.while" in text) == loops, platform
 
 
-def test_with_cpus_only_nothing_else_is_traced():
+def test_one_export_has_each_platforms_way():
+    code, mask = NeRCC(3, 6), jnp.arange(6) != 2
+    matrix = jax.jit(lambda mask: code.decoder_matrix(mask))
+    exported = jax.export.export(matrix, platforms=("cpu", "tpu", "cuda"))(mask)
+    np.testing.assert_allclose(exported.call(mask), code.decoder_matrix(mask), atol=1e-6)
+    sizes = [
+        len(jax.export.export(matrix, platforms=[each])(mask).mlir_module())
+        for each in ("cpu", "tpu")
+    ]
+    assert len(exported.mlir_module()) > sum(sizes)
+
+
+def test_only_what_is_lowered_is_traced(monkeypatch):
     t, mask = jnp.linspace(-1, 1, 11), jnp.ones(11, bool)  # a shape that nothing else traces
-    jax.clear_caches()
-    text = str(
-        jax.make_jaxpr(lambda t, mask: posterior_variance(t, t, 1e-3, available=mask))(t, mask)
-    )
-    assert "platform_index" not in text
-    assert "scan" in text
+    monkeypatch.setattr(_fit, "dissect", None)
+    monkeypatch.setattr(_fit, "factorize", None)
+    traced = jax.jit(lambda t, mask: posterior_variance(t, t, 1e-3, available=mask)).trace(t, mask)
+    for platform in ("cpu", "tpu"):
+        with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+            traced.lower(lowering_platforms=(platform,))
+    monkeypatch.undo()
+    monkeypatch.setattr(_fit, "dissect", None)
+    assert "stablehlo.while" in traced.lower(lowering_platforms=("cpu",)).as_text()
 
 
 def test_nothing_is_read_where_nothing_is_available():
@@ -135,7 +146,7 @@ def test_nothing_is_read_where_nothing_is_available():
     y = jnp.where(mask, jnp.arange(5.0), jnp.nan)[:, None]
     at = jnp.array([0.0, 0.5])
     arguments = t, 1e-3, y, at, mask, jnp.zeros(2)
-    one, other = (answers(*arguments, rows=rows) for rows in (None, _fit.ROWS))
+    one, other = (answers(*arguments, rows=rows) for rows in (None, ROWS))
     for a, b in zip(one, other, strict=True):
         np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-6)
 

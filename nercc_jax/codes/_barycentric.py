@@ -1,13 +1,17 @@
 """Interpolation by barycentric weights: what Berrut's and Lagrange's codes share."""
 
-import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
+
+from ..splines import namespace
 
 
 def barycentric_matrix(
-    nodes: Float[Array, " n"], weights: Float[Array, " n"], at: Float[Array, " k"]
-) -> Float[Array, "k n"]:
-    """The matrix of the interpolant with entries w_i / (t - t_i), each row over its sum.
+    nodes: Float[Array | np.ndarray, " n"],
+    weights: Float[Array | np.ndarray, " n"],
+    at: Float[Array | np.ndarray, " k"],
+) -> Float[Array | np.ndarray, "k n"]:
+    """Return the matrix of the interpolant with entries w_i / (t - t_i), each row over its sum.
 
     Nodes of weight zero take no part; the others must be distinct. Both sides of the fraction are
     multiplied by the distance to the nearest node, so that value and derivative stay right where a
@@ -15,12 +19,13 @@ def barycentric_matrix(
 
     Source: Berrut and Trefethen 2004, SIAM Review 46(3), eq. 4.2.
     """
+    xp = namespace(nodes, weights, at)
     used = weights != 0
     distance = at[:, None] - nodes
-    nearest = jnp.argmin(jnp.where(used, jnp.abs(distance), jnp.inf), axis=1)
-    here = jnp.arange(nodes.shape[0]) == nearest[:, None]
-    close = jnp.take_along_axis(distance, nearest[:, None], axis=1)
-    ratio = jnp.where(here, 1, close / jnp.where(here | ~used, 1, distance))
-    terms = jnp.where(used, weights * ratio, 0)
-    total = jnp.sum(terms, axis=1, keepdims=True)
-    return terms / jnp.where(jnp.any(used), total, 1)
+    nearest = xp.argmin(xp.where(used, xp.abs(distance), np.inf), axis=1)
+    here = xp.arange(nodes.shape[0]) == nearest[:, None]
+    close = xp.take_along_axis(distance, nearest[:, None], axis=1)
+    ratio = xp.where(here, 1, close / xp.where(here | ~used, 1, distance))
+    terms = xp.where(used, weights * ratio, 0)
+    total = xp.sum(terms, axis=1, keepdims=True)
+    return terms / xp.where(xp.any(used), total, 1)

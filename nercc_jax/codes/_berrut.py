@@ -2,12 +2,13 @@
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from ..splines import gather_knots
+from ..splines import gather_knots, namespace
 from ._barycentric import barycentric_matrix
 from ._checks import check_counts
-from ._code import AbstractCode, as_mask
+from ._code import AbstractCode, MatrixOnHost, as_mask
 from ._points import Points, regression_points
 
 
@@ -46,12 +47,23 @@ class Berrut(AbstractCode):
         available = as_mask(available, (self.num_workers,))
         return jnp.broadcast_to(jnp.any(available), (self.num_data,))
 
+    def encoder_on_host(self) -> Float[np.ndarray, "num_workers num_data"]:
+        return berrut_matrix(self.alpha, self.beta, np.ones(self.num_data, bool))
+
+    def decoder_on_host(self, available: Bool[np.ndarray, " num_workers"]) -> MatrixOnHost:
+        matrix = berrut_matrix(self.beta, self.alpha, available)
+        return matrix, np.full(self.num_data, available.any())
+
 
 def berrut_matrix(
-    points: Float[Array, " n"], at: Float[Array, " m"], available: Bool[Array, " n"]
-) -> Float[Array, "m n"]:
-    """The matrix of the interpolant on the available points, read at others."""
+    points: Float[Array | np.ndarray, " n"],
+    at: Float[Array | np.ndarray, " m"],
+    available: Bool[Array | np.ndarray, " n"],
+) -> Float[Array | np.ndarray, "m n"]:
+    """Return the matrix of the interpolant on the available points, read at others."""
+    xp = namespace(points, at, available)
     knots = gather_knots(points, available.astype(points.dtype))
-    signs = 1.0 - 2.0 * (jnp.arange(knots.t.shape[0]) % 2)
-    signs = jnp.where(knots.weights > 0, signs, 0).astype(points.dtype)
+    counts = knots.weights > 0
+    signs = 1.0 - 2.0 * ((xp.cumsum(counts) - 1) % 2)
+    signs = xp.where(counts, signs, 0).astype(points.dtype)
     return knots.spread(barycentric_matrix(knots.t, signs, at))

@@ -8,7 +8,7 @@ import abc
 import dataclasses
 import inspect
 import warnings
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, TypeAlias, TypeVar, overload
 
 import equinox as eqx
 import jax
@@ -17,8 +17,11 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
-from ._decoding import Decoded, Matrices, decode_vectors
-from ._kept import known_decoders, known_encoder
+from ._at_hand import decode_at_hand
+from ._decoding import Decoded, DecoderMap, Matrices, PlainMap, decode_vectors
+from ._kept import known_encoder
+from ._meshes import coded_on_mesh
+from ._methods import transformable
 from ._products import multiply
 from ._trees import (
     Form,
@@ -33,21 +36,25 @@ from ._trees import (
 
 Code = TypeVar("Code", bound="AbstractCode")
 
+# A decoder's matrix, and what it recovers.
+MatrixOnHost: TypeAlias = tuple[
+    Float[np.ndarray, "num_data num_workers"], Bool[np.ndarray, " num_data"]
+]
+
 
 class AbstractCode(eqx.Module):
     """A coded-computing scheme for K data points (`num_data`) on N workers (`num_workers`).
 
     All methods act on one group of K data points and can be differentiated, and batched with
     `jax.vmap`. Tunable numbers (regression points `alpha` and `beta`, where a code has them, and a
-    code's own) are leaves of the pytree. To jit, give the code as an argument or let Equinox do it;
-    `jax.jit(code.decode)` cannot work, since JAX wants to hash the method, and with it the arrays
-    that it is bound to:
+    code's own) are leaves of the pytree. To jit, give the code as an argument, or jit its methods:
+    then its numbers are constants of the program.
 
-    >>> import equinox as eqx, jax, jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> from nercc_jax import NeRCC
     >>> code, mask = NeRCC(4, 7), jnp.arange(7) != 2
     >>> y = code.encode(jnp.ones((4, 3)))
-    >>> eqx.filter_jit(code.decode)(y, mask).shape
+    >>> jax.jit(code.decode)(y, mask).shape
     (4, 3)
     >>> jax.jit(lambda code, y, mask: code.decode(y, mask))(code, y, mask).shape
     (4, 3)
@@ -92,15 +99,26 @@ class AbstractCode(eqx.Module):
     def recovered(self, available: Bool[ArrayLike, " num_workers"]) -> Bool[Array, " num_data"]:
         """Which data points' predictions these workers' answers determine."""
 
-    def regress(
-        self, y: Float[Array, "num_workers m"], available: Bool[Array, " num_workers"]
-    ) -> Float[Array, "num_data m"]:
-        """D @ y by the most accurate way there is, for finite y.
+    def decoder_map(self, available: Bool[ArrayLike, " num_workers"]) -> DecoderMap:
+        """Return D with the most accurate way to apply it to finite answers.
 
-        Decoding calls it where the product might lose digits. A code whose regression has a better
-        way than its matrix overrides it.
+        Decoding uses that way where the product with D might lose digits. A code whose regression
+        has a better way than its matrix overrides it, and makes both in one go.
         """
-        return multiply(self.decoder_matrix(available), y)
+        return PlainMap(self.decoder_matrix(available))
+
+    def encoder_on_host(self) -> Float[np.ndarray, "num_workers num_data"] | None:
+        """Return E by NumPy, or None for a code that has no such way.
+
+        It is called on a code whose leaves are NumPy's arrays. Where a code is known before a
+        program runs, as in every eager call, its matrices are then made without compilation.
+        """
+        return None
+
+    def decoder_on_host(self, available: Bool[np.ndarray, " num_workers"]) -> MatrixOnHost | None:
+        """Return D and `recovered` by NumPy, in float64 for full accuracy of the product with D, or
+        None: as `encoder_on_host`."""
+        return None
 
     def posterior_variance(
         self, available: Bool[ArrayLike, " num_workers"]
@@ -142,6 +160,7 @@ class AbstractCode(eqx.Module):
             )
         return type(self)(**{n: given[n] if n in given else getattr(self, n) for n in wanted})
 
+    @transformable
     def encode(
         self, x: PyTree[Shaped[ArrayLike, "num_data ..."]]
     ) -> PyTree[Shaped[Array, "num_workers ..."]]:
@@ -183,6 +202,7 @@ class AbstractCode(eqx.Module):
         return_uncertainty: Literal[True],
     ) -> tuple[PyTree[Float[Array, "num_data ..."]], Float[Array, " num_data"]]: ...
 
+    @transformable
     def decode(
         self,
         y: PyTree[Float[ArrayLike, "num_workers ..."]],
@@ -233,13 +253,15 @@ class AbstractCode(eqx.Module):
             return decoded.predictions, spread
         return decoded.predictions
 
+    @transformable
     def try_decode(
         self,
         y: PyTree[Float[ArrayLike, "num_workers ..."]],
         available: Bool[ArrayLike, " num_workers"],
     ) -> Decoded:
         """As `decode`, with the status beside the predictions and no exception for bad answers."""
-        return _try_decode(self, y, available, known_decoders(self, available))
+        found = decode_at_hand(self, y, available)
+        return _try_decode(self, y, available) if found is None else found
 
 
 def encode_groups(
@@ -247,20 +269,28 @@ def encode_groups(
     x: PyTree[Shaped[Array, "groups num_data ..."]],
     matrix: Float[ArrayLike, "*groups num_workers num_data"] | None = None,
 ) -> PyTree[Shaped[Array, "groups num_workers ..."]]:
-    """The coded data points of many groups, in x's dtype; `matrix` is the encoder's, if made, or
-    one for each group.
+    """Return the coded data points of many groups, in x's dtype; `matrix` is the encoder's, if
+    made, or one for each group.
 
     What is no float is taken to be the same for all data points of a group: see `alike_beside`.
     """
-    matrix = code.encoder_matrix() if matrix is None else jnp.asarray(matrix)
-    return jax.tree.map(lambda leaf: encode_leaf(matrix, leaf), x)
+
+    def encoded(x: PyTree) -> PyTree:
+        with jax.named_scope("nercc.encode"):
+            rows = code.encoder_matrix() if matrix is None else jnp.asarray(matrix)
+            return jax.tree.map(lambda leaf: encode_leaf(rows, leaf), x)
+
+    def specs(names: Any) -> PyTree:
+        return jax.tree.map(lambda leaf: (names(leaf)[0], None, *names(leaf)[2:]), x)
+
+    return coded_on_mesh(encoded, (x,), specs)
 
 
 def encode_leaf(
     matrix: Float[Array, "*groups rows num_data"], x: Shaped[Array, "groups num_data ..."]
 ) -> Shaped[Array, "groups rows ..."]:
-    """One leaf of groups times an encoder's matrix, or each group's; what is no float, repeated for
-    each row."""
+    """Return one leaf of groups times an encoder's matrix, or each group's; what is no float,
+    repeated for each row."""
     shape = (x.shape[0], matrix.shape[-2], *x.shape[2:])
     if not is_float(x):
         return jnp.broadcast_to(x[:, :1], shape)
@@ -273,43 +303,58 @@ def decode_groups(
     available: Bool[Array, "groups num_workers"],
     given: Matrices | None = None,
 ) -> Decoded:
-    """Decodes many groups, each with its own workers. See `decode_vectors`."""
-    flat, form = join(y, 2)
-    decoded = decode_vectors(code, flat, available, given)
-    return Decoded(form.split(decoded.predictions), decoded.heard, decoded.recovered)
+    """Decode many groups, each with its own workers. See `decode_vectors`."""
+
+    def decoded(y: PyTree, available: Array, given: Matrices | None) -> Decoded:
+        with jax.named_scope("nercc.decode"):
+            flat, form = join(y, 2)
+            decoded = decode_vectors(code, flat, available, given)
+            return Decoded(form.split(decoded.predictions), decoded.heard, decoded.recovered)
+
+    def specs(names: Any) -> Any:
+        predictions = jax.tree.map(lambda leaf: (names(leaf)[0], None, *names(leaf)[2:]), y)
+        groups = names(jax.tree.leaves(y)[0])[0]
+        return Decoded(predictions, (groups, None), (groups, None))
+
+    return coded_on_mesh(decoded, (y, available, given), specs)
 
 
 @eqx.filter_jit
 def _encode(
     code: AbstractCode, x: PyTree, matrix: ArrayLike | None
 ) -> tuple[PyTree, Bool[Array, ""]]:
-    """The coded data points of one group, and whether they are finite: of what is not, every row of
-    the product tells."""
+    """Return the coded data points of one group, and whether they are finite: what is not shows in
+    every row of the product."""
     coded = encode_groups(code, jax.tree.map(lambda leaf: leaf[None], x), matrix)
     coded = jax.tree.map(lambda leaf: leaf[0], coded)
     return coded, finite_points(jax.tree.map(lambda leaf: leaf[:1], coded), 1)[0]
 
 
 @eqx.filter_jit
-def _try_decode(
-    code: AbstractCode, y: PyTree, available: ArrayLike, given: Matrices | None
-) -> Decoded:
-    flat, form = joined_answers(code, y)
+def _try_decode(code: AbstractCode, y: PyTree, available: ArrayLike) -> Decoded:
+    y = checked_answers(code, y)
     available = as_mask(available, (code.num_workers,))
-    decoded = decode_vectors(code, flat[None], available[None], given)
-    decoded = jax.tree.map(lambda leaf: leaf[0], decoded)
-    return Decoded(form.split(decoded.predictions), decoded.heard, decoded.recovered)
+    decoded = decode_groups(code, jax.tree.map(lambda leaf: leaf[None], y), available[None])
+    return jax.tree.map(lambda leaf: leaf[0], decoded)
 
 
-def joined_answers(code: AbstractCode, y: PyTree) -> tuple[Float[Array, "num_workers m"], Form]:
-    """One group's answers as vectors, and in which form they came.
+def checked_answers(code: AbstractCode, y: PyTree) -> PyTree[Float[Array, "num_workers ..."]]:
+    """Return one group's answers as arrays.
 
     Raises: ValueError where they are not one for each worker, or no floats.
     """
     y = jax.tree.map(jnp.asarray, y)
     check_leading("y", y, (code.num_workers,), "workers")
     check_floats("y", y)
-    return join(y, 1)
+    return y
+
+
+def joined_answers(code: AbstractCode, y: PyTree) -> tuple[Float[Array, "num_workers m"], Form]:
+    """Return one group's answers as vectors, and in which form they came.
+
+    Raises: ValueError as `checked_answers` does.
+    """
+    return join(checked_answers(code, y), 1)
 
 
 @eqx.filter_jit

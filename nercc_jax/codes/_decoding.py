@@ -2,23 +2,24 @@
 
 Nearly always every value that came back is finite, the decoder well conditioned and everything
 recovered; then decoding is one product. So that is tried, and what it shows decides: a broken
-value leaves its mark in every row of the product (0 * NaN is NaN), so one row tells all.
+value leaves its mark in every row of the product (0 * NaN is NaN), so one row shows all of them.
 
-The derivative is that of the careful way, whose derivative is the plain product's: the decoder's
-matrix for the workers that were heard times their answers, zeros where nobody was heard. So a
-straggler's value reaches no gradient, and no branch or loop is ever differentiated.
+The derivative is the plain product's: the decoder's matrix for the workers that responded times
+their answers, zeros for all others. So a straggler's value reaches no gradient, and no branch or
+loop is ever differentiated.
 """
 
-import functools
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, PyTree, Shaped
 
+from ..splines import alike_in_shard_map
 from ._products import multiply, multiply_sets
 from ._trees import alike_beside, is_float
 
@@ -26,6 +27,8 @@ from ._trees import alike_beside, is_float
 # regression itself keeps. Two close workers then carry the spline over a wide gap: their entries
 # are large and of opposite sign. 32 roundings of a unit are 2e-6 in float32.
 AMPLIFICATION = 32.0
+
+State = TypeVar("State", bound=PyTree)
 
 
 class Decoded(eqx.Module):
@@ -41,21 +44,43 @@ class Decoded(eqx.Module):
 
 
 class Matrices(eqx.Module):
-    """What decoding asks of a code, for the straggler set of each group, or of all groups."""
+    """The decoder's matrix and what it recovers, for each group's straggler set, or for all's."""
 
     decoder: Float[Array | np.ndarray, "sets num_data num_workers"]
     recovered: Bool[Array | np.ndarray, "sets num_data"]
 
 
 @runtime_checkable
+class DecoderMap(Protocol):
+    """The linear map from answers to predictions for one straggler set, a pytree.
+
+    `matrix` is (num_data, num_workers), and `apply` its product with finite answers by the most
+    accurate way there is.
+    """
+
+    @property
+    def matrix(self) -> Any: ...
+
+    def apply(self, y: Any) -> Any: ...
+
+
+class PlainMap(eqx.Module):
+    """A `DecoderMap` that has no better way than the product with its matrix."""
+
+    matrix: Float[Array, "num_data num_workers"]
+
+    def apply(self, y: Float[Array, "num_workers m"]) -> Float[Array, "num_data m"]:
+        """Return matrix @ y."""
+        return multiply(self.matrix, y)
+
+
+@runtime_checkable
 class Decoder(Protocol):
     """What decoding asks of a code; `AbstractCode` has it."""
 
-    def decoder_matrix(self, available: Any) -> Float[Array, "num_data num_workers"]: ...
+    def decoder_map(self, available: Any) -> DecoderMap: ...
 
     def recovered(self, available: Any) -> Bool[Array, " num_data"]: ...
-
-    def regress(self, y: Any, available: Any) -> Float[Array, "num_data m"]: ...
 
 
 def decode_vectors(
@@ -64,26 +89,63 @@ def decode_vectors(
     available: Bool[Array, "groups num_workers"],
     given: Matrices | None = None,
 ) -> Decoded:
-    """Decodes the answers of many groups, each with its own workers.
+    """Decode the answers of many groups, each with its own workers.
 
     `given` are the matrices of these workers where they are made already. A derivative makes them
-    again, since it is the code's too; so does an answer that is not finite, for those heard.
+    again, since it is the code's too; so does an answer that is not finite, for those that are.
     """
+    decode = _from_scratch if given is None else _from_matrices
+    return _derived(decode, _carefully, code, y, available, given)
 
-    def quickly(code: Decoder, y: Array, available: Array, given: Matrices | None) -> Decoded:
-        if given is None:
-            matrices, recovered = _matrices(code, available)
-        else:
-            matrices, recovered = jnp.asarray(given.decoder), jnp.asarray(given.recovered)
-        recovered = jnp.broadcast_to(recovered, (len(y), recovered.shape[1]))
-        attempt = Decoded(multiply(matrices, y), available, recovered)
-        return _unless(
-            _sound(attempt, matrices),
-            lambda: attempt,
-            lambda: _in_the_loop(code, y, available),
-        )
 
-    return _derived(quickly, _carefully, code, y, available, given)
+def _from_matrices(code: Decoder, y: Array, available: Array, given: Matrices) -> Decoded:
+    attempt, sound = multiplied(y, available, given)
+    return _unless(sound, attempt, lambda: _carefully(code, y, available))
+
+
+def _from_scratch(code: Decoder, y: Array, available: Array, given: None) -> Decoded:
+    """Decode with one regression in the program, which a loop turns to again for a broken answer.
+
+    A program's size is the time it takes to compile, and the regression is most of it.
+    """
+    del given
+
+    def attempt(state: tuple[Decoded, Array, Array]) -> tuple[Decoded, Array, Array]:
+        heard, first = state[0].heard, state[2]
+        maps, recovered = _fitted(code, heard)
+        decoded, sound = multiplied(y, heard, Matrices(maps.matrix, recovered))
+        broken = first & ~_finite(decoded.predictions)
+        known = _unless(~broken, heard, lambda: heard & _all_finite(y))
+        decoded = _unless(sound | broken, decoded, lambda: _accurately(maps, y, heard, recovered))
+        return Decoded(decoded.predictions, known, recovered), broken, first & ~first
+
+    start, again = _alike((_nothing(code, (len(y),), y, available), jnp.ones((), bool)))
+    return jax.lax.while_loop(lambda state: state[1], attempt, (start, again, again))[0]
+
+
+def _nothing(code: Decoder, lead: tuple[int, ...], y: Array, heard: Array) -> Decoded:
+    """What a loop of attempts starts from."""
+    workers, size = y.shape[1:]
+    mask = jax.ShapeDtypeStruct((workers,), bool)
+    (points,) = jax.eval_shape(lambda mask: code.recovered(mask), mask).shape
+    dtype = jnp.promote_types(y.dtype, jnp.float32)
+    return Decoded(
+        jnp.zeros((*lead, points, size), dtype),
+        jnp.broadcast_to(heard, (*lead, workers)),
+        jnp.zeros((*lead, points), bool),
+    )
+
+
+def multiplied(
+    y: Float[Array, "groups num_workers m"],
+    available: Bool[Array, "groups num_workers"],
+    given: Matrices,
+) -> tuple[Decoded, Bool[Array, ""]]:
+    """Decode by the product with these matrices; return also whether that is sound."""
+    matrices, recovered = jnp.asarray(given.decoder), jnp.asarray(given.recovered)
+    recovered = jnp.broadcast_to(recovered, (len(y), recovered.shape[1]))
+    decoded = Decoded(multiply(matrices, y), available, recovered)
+    return decoded, _sound(decoded, matrices)
 
 
 def decode_sets(
@@ -91,35 +153,61 @@ def decode_sets(
     y: Float[Array, "groups num_workers m"],
     available: Bool[Array, "sets num_workers"],
 ) -> Decoded:
-    """Decodes the answers of all groups under each straggler set: leading axes (sets, groups).
+    """Decode the answers of all groups under each straggler set: leading axes (sets, groups).
 
     Each set's matrix is made once. An answer that is not finite makes its worker a straggler in its
     own group only, as everywhere; if there is one, or for a derivative, the groups get matrices of
     their own.
     """
+    return _derived(_sets_from_scratch, _sets_carefully, code, y, available)
 
+
+def _sets_from_scratch(code: Decoder, y: Array, available: Array, given: None) -> Decoded:
+    """Decode with one regression in the program: for all groups, then, if need be, for each."""
+    del given
+    groups = len(y)
+
+    def attempt(state: tuple[Decoded, Array]) -> tuple[Decoded, Array]:
+        so_far, turn = state
+        first, group = turn < 0, jnp.maximum(turn, 0)
+        own = jax.lax.dynamic_index_in_dim(y, group, keepdims=False)
+        heard = available & (first | _all_finite(own))
+        maps, recovered = _fitted(code, heard)
+
+        def of_all() -> Decoded:
+            return sets_multiplied(y, available, Matrices(maps.matrix, recovered))[0]
+
+        def with_group() -> Decoded:
+            every = jnp.broadcast_to(own, (len(heard), *own.shape))
+            return jax.tree.map(
+                lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, group, 1),
+                so_far,
+                _accurately(maps, every, heard, recovered),
+            )
+
+        made = _unless(first, _unless(~first, so_far, of_all), with_group)
+        done = first & _sound(made, maps.matrix)
+        return made, jnp.where(done, groups, turn + 1)
+
+    start = _nothing(code, (len(available), groups), y, jnp.zeros((), bool))
+    start, turn, _ = _alike((start, jnp.full((), -1), y))
+    return jax.lax.while_loop(lambda state: state[1] < groups, attempt, (start, turn))[0]
+
+
+def sets_multiplied(
+    y: Float[Array, "groups num_workers m"],
+    available: Bool[Array, "sets num_workers"],
+    given: Matrices,
+) -> tuple[Decoded, Bool[Array, ""]]:
+    """`multiplied` under each straggler set, with a matrix for each: axes (sets, groups)."""
+    matrices, recovered = jnp.asarray(given.decoder), jnp.asarray(given.recovered)
     shape = (len(available), len(y))
-
-    def everywhere(mask: Array) -> Array:
-        return jnp.broadcast_to(mask, y.shape[:2])
-
-    def quickly(code: Decoder, y: Array, available: Array, given: None) -> Decoded:
-        matrices, recovered = _matrices(code, available)
-        attempt = Decoded(
-            multiply_sets(matrices, y),
-            jnp.broadcast_to(available[:, None], (*shape, available.shape[1])),
-            jnp.broadcast_to(recovered[:, None], (*shape, recovered.shape[1])),
-        )
-        return _unless(
-            _sound(attempt, matrices),
-            lambda: attempt,
-            lambda: jax.lax.map(lambda mask: _in_the_loop(code, y, everywhere(mask)), available),
-        )
-
-    def carefully(code: Decoder, y: Array, available: Array) -> Decoded:
-        return jax.vmap(lambda mask: _carefully(code, y, everywhere(mask)))(available)
-
-    return _derived(quickly, carefully, code, y, available)
+    decoded = Decoded(
+        multiply_sets(matrices, y),
+        jnp.broadcast_to(available[:, None], (*shape, available.shape[1])),
+        jnp.broadcast_to(recovered[:, None], (*shape, recovered.shape[1])),
+    )
+    return decoded, _sound(decoded, matrices)
 
 
 def alike_only(
@@ -134,100 +222,116 @@ def alike_only(
 
 
 def _derived(
-    quickly: Callable[..., Decoded],
-    carefully: Callable[..., Decoded],
+    decode: Callable[[Decoder, Array, Array, Any], Decoded],
+    carefully: Callable[[Decoder, Array, Array], Decoded],
     code: Decoder,
     y: Array,
     available: Array,
     given: Matrices | None = None,
 ) -> Decoded:
-    """The quick way, with the derivative of the careful one, in the code and the answers."""
+    """Decode, with the derivative of the careful way in the code and the answers."""
     # As an argument: what `custom_jvp` closes over must not be traced.
     leaves, rest = eqx.partition(code, eqx.is_array)
 
+    def alike(leaves: PyTree, *arrays: PyTree) -> tuple[Any, ...]:
+        leaves, *arrays = _alike((leaves, *arrays))
+        return eqx.combine(leaves, rest), *arrays
+
     @jax.custom_jvp
-    def decode(leaves, y, available, given):
-        return quickly(eqx.combine(leaves, rest), y, available, given)
+    def decoded(leaves, y, available, given):
+        return decode(*alike(leaves, y, available, given))
 
-    @decode.defjvp
-    def _(primals, tangents):
-        def way(leaves, y, available):
-            return carefully(eqx.combine(leaves, rest), y, available)
+    def derivative(primals, tangents):
+        # With the tangents that there are: those of a code take half of the program.
+        values, structure = jax.tree.flatten(primals[:2])
+        moves = [not isinstance(t, SymbolicZero) for t in jax.tree.leaves(tangents[:2])]
+        moving, still = eqx.partition(values, moves)
 
-        return jax.jvp(way, primals[:3], tangents[:3])
+        def of_moving(moving: list[Any]) -> Decoded:
+            leaves, y = jax.tree.unflatten(structure, eqx.combine(moving, still))
+            return carefully(*alike(leaves, y, primals[2]))
 
-    return decode(leaves, y, available, given)
+        change, _ = eqx.partition(jax.tree.leaves(tangents[:2]), moves)
+        return jax.jvp(of_moving, (moving,), (change,))
 
-
-def _matrices(
-    code: Decoder, available: Bool[Array, "sets num_workers"]
-) -> tuple[Float[Array, "sets num_data num_workers"], Bool[Array, "sets num_data"]]:
-    """The decoder's matrix of each set, and what it recovers."""
-    return jax.vmap(lambda mask: (code.decoder_matrix(mask), code.recovered(mask)))(available)
-
-
-def _sound(attempt: Decoded, matrices: Array) -> Bool[Array, ""]:
-    """Whether decoding is what one product made of it."""
-    finite = jnp.all(jnp.isfinite(attempt.predictions[..., 0, :]))
-    return finite & jnp.all(attempt.recovered) & _well_conditioned(matrices)
+    decoded.defjvp(derivative, symbolic_zeros=True)
+    return decoded(leaves, y, available, given)
 
 
-def _unless(
-    sound: Bool[Array, ""], attempt: Callable[[], PyTree], carefully: Callable[[], PyTree]
-) -> PyTree:
-    """What is attempted, or, where that is not sound, what is made carefully: as `jax.lax.cond`.
-
-    But a loop of no or one turn: XLA passes a loop's buffers on, and copies a branch's (150,528
-    coordinates from 20 workers on two CPU cores: 1.2 ms against 2.9 ms, of which the product is
-    0.7 ms). And under `jax.vmap` a `cond` always does both. It pays off where the attempt, which is
-    always made, nearly always is sound.
-    """
-    done = jnp.ones((), bool)
-    return jax.lax.while_loop(
-        lambda state: ~state[1], lambda _: (carefully(), done), (attempt(), sound)
-    )[0]
+def _carefully(code: Decoder, y: Array, available: Array) -> Decoded:
+    """Decode answers of which some may be broken, or whose matrix would lose digits."""
+    heard = available & _all_finite(y)
+    maps, recovered = _fitted(code, heard)
+    return _accurately(maps, y, heard, recovered)
 
 
-def _well_conditioned(matrices: Float[Array, "sets num_data num_workers"]) -> Bool[Array, ""]:
-    return jnp.max(jnp.sum(jnp.abs(matrices), axis=-1), initial=0) <= AMPLIFICATION
+def _sets_carefully(code: Decoder, y: Array, available: Array) -> Decoded:
+    def of_set(mask: Array) -> Decoded:
+        return _carefully(code, y, jnp.broadcast_to(mask, y.shape[:2]))
+
+    return jax.vmap(of_set)(available)
 
 
-def _carefully(
-    code: Decoder, y: Array, available: Array, choose: Callable[..., Array] = _unless
-) -> Decoded:
-    """Decodes answers of which some may be broken, or whose matrix would lose digits."""
-    heard = available & jnp.all(jnp.isfinite(y), axis=-1)
+def _accurately(maps: Any, y: Array, heard: Array, recovered: Array) -> Decoded:
+    """Decode the answers that were heard; with the derivative of the product with the matrix."""
     clean = jnp.where(heard[..., None], y, 0)
-    matrices, recovered = _matrices(code, heard)
-    predictions = _accurately(code, heard, matrices, clean, choose)
+
+    def applied() -> Array:
+        values, data = jax.lax.stop_gradient((maps, clean))
+        made = jax.vmap(lambda one, answers: one.apply(answers))(values, data)
+        return made.astype(jnp.promote_types(y.dtype, jnp.float32))
+
+    predictions = _product(maps.matrix, clean, applied())
     return Decoded(jnp.where(recovered[..., None], predictions, jnp.nan), heard, recovered)
 
 
-# Within a loop's turn a `cond` makes no product that is not wanted: 4.7 ms against 7.8 as above.
-_in_the_loop = functools.partial(_carefully, choose=jax.lax.cond)
+@jax.custom_jvp
+def _product(matrices: Array, y: Array, value: Array) -> Array:
+    """The product of both, whose value is known."""
+    del matrices, y
+    return value
 
 
-def _accurately(
-    code: Decoder,
-    heard: Bool[Array, "groups num_workers"],
-    matrices: Float[Array, "groups num_data num_workers"],
-    clean: Float[Array, "groups num_workers m"],
-    choose: Callable[..., Array],
-) -> Float[Array, "groups num_data m"]:
-    """The product of matrices and finite answers, by the regression itself where that is better;
-    with the product's derivative."""
-    leaves, rest = eqx.partition(code, eqx.is_array)
+@_product.defjvp
+def _(primals, tangents):
+    return primals[2], jax.jvp(multiply, primals[:2], tangents[:2])[1]
 
-    @jax.custom_jvp
-    def product(leaves, heard, matrices, clean):
-        def regress():
-            decoded = jax.vmap(eqx.combine(leaves, rest).regress)(clean, heard)
-            return decoded.astype(jnp.promote_types(clean.dtype, jnp.float32))
 
-        return choose(_well_conditioned(matrices), lambda: multiply(matrices, clean), regress)
+def _fitted(code: Decoder, heard: Bool[Array, "sets num_workers"]) -> tuple[Any, Array]:
+    """The decoder's map of each set, and what it recovers."""
+    return jax.vmap(lambda mask: (code.decoder_map(mask), code.recovered(mask)))(heard)
 
-    @product.defjvp
-    def _(primals, tangents):
-        return product(*primals), jax.jvp(multiply, primals[2:], tangents[2:])[1]
 
-    return product(leaves, heard, matrices, clean)
+def _all_finite(y: Float[Array, "*groups num_workers m"]) -> Bool[Array, "*groups num_workers"]:
+    return jnp.all(jnp.isfinite(y), axis=-1)
+
+
+def _finite(predictions: Float[Array, "... num_data m"]) -> Bool[Array, ""]:
+    """Return whether all answers behind a product are finite."""
+    return jnp.all(jnp.isfinite(predictions[..., 0, :]))
+
+
+def _sound(attempt: Decoded, matrices: Array) -> Bool[Array, ""]:
+    """Return whether decoding is what one product made of it."""
+    amplification = jnp.max(jnp.sum(jnp.abs(matrices), axis=-1), initial=0)
+    sound = _finite(attempt.predictions) & (amplification <= AMPLIFICATION)
+    return sound & jnp.all(attempt.recovered)
+
+
+def _unless(sound: Bool[Array, ""], attempt: State, otherwise: Callable[[], State]) -> State:
+    """Return what was attempted, or, where that is not sound, what is made otherwise.
+
+    As `jax.lax.cond`, but a loop of no or one turn: XLA passes a loop's buffers on, and copies a
+    branch's (150,528 coordinates from 20 workers on two CPU cores: 1.2 ms against 2.9 ms, of which
+    the product is 0.7 ms). And under `jax.vmap` a `cond` always does both.
+    """
+    done = jnp.ones_like(sound)
+    return jax.lax.while_loop(
+        lambda state: ~state[1], lambda _: (otherwise(), done), (attempt, sound)
+    )[0]
+
+
+def _alike(tree: State) -> State:
+    """The tree with arrays that all vary over the same manual axes, as loops want it."""
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, alike_in_shard_map(*leaves))

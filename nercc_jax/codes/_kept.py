@@ -3,7 +3,8 @@
 They depend on the code and on who answered, never on data. So where a code is known before a
 program runs, its matrices are made beforehand and are arguments of the program: the regression's
 loops over knots would be a thousand launches on a GPU in each call, the model's twenty. They are
-made on the host's CPU, wherever the code lies: the numbers are few, and a loop is nothing there.
+made on the host's CPU, wherever the code lies: by NumPy, which compiles nothing, for the codes that
+say how (`AbstractCode.decoder_on_host`), else by a program that is compiled once.
 """
 
 import collections
@@ -29,7 +30,7 @@ from ._trees import any_tracer
 _MOST_BYTES = 1 << 25
 # A call with more straggler sets than this makes its matrices itself, all at once: one by one on
 # the host they would take longer (0.3 ms each), and so many differ that few come again.
-_FEW = 4
+FEW_SETS = 4
 
 
 class Known(eqx.Module):
@@ -54,9 +55,10 @@ class KeptMatrices:
     def __init__(self, code: Any):
         # A copy: what keeps the code itself alive would keep its own entry alive.
         arrays, rest = eqx.partition(code, eqx.is_array)
-        self._arrays = _plainly(lambda: jax.tree.map(_on_host, arrays))
-        leaves, structure = jax.tree.flatten(rest)
-        self._static = structure, tuple(leaves)
+        arrays = jax.tree.map(_as_numpy, arrays)
+        self._code = eqx.combine(arrays, rest)
+        self._compiled = _Compiled(arrays, rest)
+        self._dtype = np.dtype(_dtype_of(arrays))
         self._encoder: np.ndarray | None = None
         self._decoders: collections.OrderedDict[bytes, Matrices] = collections.OrderedDict()
         self._hits = self._misses = 0
@@ -66,23 +68,42 @@ class KeptMatrices:
     def lookups(self) -> Lookups:
         return Lookups(self._hits, self._misses, len(self._decoders))
 
-    def encoder(self) -> Float[np.ndarray, "num_workers num_data"]:
-        with self._lock:
-            encoder = self._made(_encoder) if self._encoder is None else self._encoder
-            self._encoder = encoder
-            return encoder
+    @functools.cached_property
+    def on_host(self) -> bool:
+        """Whether matrices are made by NumPy."""
+        return self.exact_decoder(np.ones(self._code.num_workers, bool)) is not None
 
-    def decoders(self, available: Bool[np.ndarray, "groups num_workers"]) -> Matrices | None:
-        """For these straggler sets, once if they are all the same; None if they are many."""
+    def encoder(self) -> Float[np.ndarray, "num_workers num_data"]:
+        """Return the encoder's matrix."""
+        with self._lock:
+            if self._encoder is None:
+                with np.errstate(all="ignore"):
+                    made = self._code.encoder_on_host()
+                made = self._compiled.encoder() if made is None else made
+                self._encoder = made.astype(self._dtype)
+            return self._encoder
+
+    def decoders(
+        self, available: Bool[np.ndarray, "groups num_workers"], most: int = FEW_SETS
+    ) -> Matrices | None:
+        """Return the matrices for these straggler sets: once if they are all the same, None if
+        there are more than `most` different ones."""
         names = [row.tobytes() for row in available]
         sets = dict(zip(names, available, strict=True))
-        if not 1 <= len(sets) <= _FEW:
+        if not 1 <= len(sets) <= most:
             return None
         found = {name: self._decoder(name, mask) for name, mask in sets.items()}
         if len(found) == 1:
             return found[names[0]]
         each = [found[name] for name in names]
         return jax.tree.map(lambda *leaves: np.concatenate(leaves), *each)
+
+    def exact_decoder(self, available: Bool[np.ndarray, " num_workers"]) -> Matrices | None:
+        """Return the matrix in float64, whose product loses no digit of float32; None for a code
+        whose matrices are compiled."""
+        with np.errstate(all="ignore"):  # infinite lambdas are valid
+            made = self._code.decoder_on_host(available)
+        return None if made is None else Matrices(made[0][None], made[1][None])
 
     def _decoder(self, name: bytes, mask: Bool[np.ndarray, " num_workers"]) -> Matrices:
         with self._lock:
@@ -92,7 +113,11 @@ class KeptMatrices:
                 self._decoders.move_to_end(name)
                 return found
             self._misses += 1
-        made = self._made(_decoder, mask)
+        exact = self.exact_decoder(mask)
+        if exact is None:
+            made = self._compiled.decoder(mask)
+        else:
+            made = Matrices(exact.decoder.astype(self._dtype), exact.recovered)
         with self._lock:
             self._decoders[name] = made
             while (
@@ -101,50 +126,72 @@ class KeptMatrices:
                 self._decoders.popitem(last=False)
         return made
 
+
+class _Compiled:
+    """A code's matrices by programs on the host's CPU."""
+
+    def __init__(self, arrays: PyTree, rest: PyTree):
+        self._arrays = arrays
+        leaves, structure = jax.tree.flatten(rest)
+        self._static = structure, tuple(leaves)
+
+    def encoder(self) -> np.ndarray:
+        return self._made(_encoder)
+
+    def decoder(self, mask: Bool[np.ndarray, " num_workers"]) -> Matrices:
+        return self._made(_decoder, mask)
+
     def _made(self, make: Any, *args: Any) -> Any:
         """What `make` gives, as NumPy's arrays."""
-        return _plainly(lambda: jax.tree.map(np.asarray, make(self._static, self._arrays, *args)))
+
+        def run() -> Any:
+            arrays = jax.tree.map(_on_cpu, self._arrays)
+            return jax.tree.map(np.asarray, make(self._static, arrays, *args))
+
+        return _plainly(run)
 
 
 def known_matrices(code: Any, available: ArrayLike) -> Known:
-    """The encoder's where the code is known, and the decoder's where the masks are known, too."""
+    """Return the encoder's where the code is known, and the decoder's where the masks are, too."""
     return Known(known_encoder(code), known_decoders(code, available))
 
 
-def known_decoders(code: Any, available: ArrayLike) -> Matrices | None:
-    """The decoder's matrices for a mask, or one for each group, where code and masks are known."""
+def known_decoders(code: Any, available: ArrayLike, most: int = FEW_SETS) -> Matrices | None:
+    """Return the decoder's matrices for a mask, or one for each group, where code and masks are
+    known, and the masks are at most `most` different ones."""
     if isinstance(available, Tracer):
         return None
     kept, masks = kept_matrices(code), np.atleast_2d(np.asarray(available))
     fits = masks.dtype == bool and masks.shape[1:] == (code.num_workers,)
-    return kept.decoders(masks) if kept is not None and fits else None
+    return kept.decoders(masks, most) if kept is not None and fits else None
 
 
 def known_encoder(code: Any) -> np.ndarray | None:
-    """The encoder's matrix, where the code is known."""
+    """Return the encoder's matrix, where the code is known."""
     kept = kept_matrices(code)
     return None if kept is None else kept.encoder()
 
 
 def encoder_of(code: Any) -> Float[Array | np.ndarray, "num_workers num_data"]:
-    """The encoder's matrix: kept where the code is known, else part of the program."""
+    """Return the encoder's matrix: kept where the code is known, else part of the program."""
     known = known_encoder(code)
     return code.encoder_matrix() if known is None else known
 
 
 def encoder_rows(code: Any) -> Float[np.ndarray, "num_workers num_data"]:
-    """The encoder's matrix of a code that is known."""
+    """Return the encoder's matrix of a code that is known."""
     return np.asarray(encoder_of(code))
 
 
 def kept_matrices(code: Any) -> KeptMatrices | None:
-    """A code's matrices, or None while JAX traces the code: then they are part of its program."""
+    """Return a code's matrices, or None while JAX traces the code: then they are part of its
+    program."""
     if any_tracer(code):
         return None
     place = id(code), x64_enabled()
     found = _KEPT.get(place)
     if found is None:
-        # Codes have no hash (their arrays have none), so it goes by which object it is.
+        # Codes are kept by which object they are: two with the same numbers are not worth a search.
         weakref.finalize(code, _KEPT.pop, place, None).atexit = False
         found = _KEPT.setdefault(place, KeptMatrices(code))
     return found
@@ -154,12 +201,18 @@ _KEPT: dict[tuple[int, bool], KeptMatrices] = {}
 
 
 def x64_enabled() -> bool:
-    """Whether this thread works in float64."""
+    """Return whether this thread works in float64."""
     return bool(jax.config.jax_enable_x64)  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def _dtype_of(arrays: PyTree) -> Any:
+    """The dtype of the matrices: that of the code's numbers, or JAX's for floats without any."""
+    floats = [a.dtype for a in jax.tree.leaves(arrays) if jnp.issubdtype(a.dtype, jnp.floating)]
+    return jnp.result_type(*floats) if floats else jax.dtypes.canonicalize_dtype(float)
+
+
 def _plainly(run: Callable[[], Any]) -> Any:
-    """What `run` gives, as if nothing else were going on.
+    """Return what `run` gives, as if nothing else were going on.
 
     A trace or a mesh that the caller is in the midst of is none of its business: then it runs in
     another thread, which takes 0.4 ms more.
@@ -176,7 +229,12 @@ def _plainly(run: Callable[[], Any]) -> Any:
         return thread.submit(run_there).result()
 
 
-def _on_host(leaf: Array | np.ndarray) -> Array | np.ndarray:
+def _as_numpy(leaf: Array | np.ndarray) -> Array | np.ndarray:
+    """An array as NumPy's; a random key as it is."""
+    return leaf if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else np.asarray(leaf)
+
+
+def _on_cpu(leaf: Array | np.ndarray) -> Array | np.ndarray:
     """An array on the CPU, and computed with there; as it is where JAX_PLATFORMS leaves it out."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return leaf

@@ -2,12 +2,13 @@
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from ..splines import Knots, gather_knots
+from ..splines import Knots, gather_knots, namespace, product
 from ._barycentric import barycentric_matrix
 from ._checks import check_count, check_counts
-from ._code import AbstractCode, as_mask
+from ._code import AbstractCode, MatrixOnHost, as_mask
 from ._points import Points, regression_points
 
 
@@ -57,30 +58,41 @@ class Lagrange(AbstractCode):
     def decoder_matrix(
         self, available: Bool[ArrayLike, " num_workers"]
     ) -> Float[Array, "num_data num_workers"]:
-        knots = self._heard(available)
-        # Filling knots lie beyond the last: where too few answered they keep the nodes distinct.
-        number = jnp.maximum(knots.number, self.threshold)
-        step = jnp.arange(self.threshold)
-        chosen = (step * (number - 1) + (self.threshold - 1) // 2) // max(self.threshold - 1, 1)
-        nodes = knots.t[chosen]
-        matrix = barycentric_matrix(nodes, _lagrange_weights(nodes), self.alpha)
-        on_knots = jnp.zeros((self.num_data, knots.t.shape[0]), matrix.dtype)
-        decoder = knots.spread(on_knots.at[:, chosen].set(matrix))
-        return jnp.where(knots.number >= self.threshold, decoder, 0)
+        return self._decoder(self._responded(as_mask(available, (self.num_workers,))))
 
     def recovered(self, available: Bool[ArrayLike, " num_workers"]) -> Bool[Array, " num_data"]:
-        knots = self._heard(available)
+        knots = self._responded(as_mask(available, (self.num_workers,)))
         return jnp.broadcast_to(knots.number >= self.threshold, (self.num_data,))
 
-    def _heard(self, available: Bool[ArrayLike, " num_workers"]) -> Knots:
-        available = as_mask(available, (self.num_workers,))
+    def encoder_on_host(self) -> Float[np.ndarray, "num_workers num_data"]:
+        return barycentric_matrix(self.alpha, _lagrange_weights(self.alpha), self.beta)
+
+    def decoder_on_host(self, available: Bool[np.ndarray, " num_workers"]) -> MatrixOnHost:
+        knots = self._responded(available)
+        return self._decoder(knots), np.full(self.num_data, knots.number >= self.threshold)
+
+    def _decoder(self, knots: Knots) -> Float[Array | np.ndarray, "num_data num_workers"]:
+        step = np.arange(self.threshold)
+        xp, number = namespace(knots.t), knots.number
+        rank = (step * (number - 1) + (self.threshold - 1) // 2) // max(self.threshold - 1, 1)
+        chosen = xp.searchsorted(xp.cumsum(knots.weights > 0), rank + 1)
+        # Where too few answered, any distinct nodes will do.
+        chosen = xp.where(number >= self.threshold, chosen, step)
+        nodes = knots.t[chosen]
+        matrix = barycentric_matrix(nodes, _lagrange_weights(nodes), self.alpha)
+        places = (chosen[:, None] == np.arange(len(knots.t))).astype(matrix.dtype)
+        decoder = knots.spread(product(matrix, places))
+        return xp.where(number >= self.threshold, decoder, 0)
+
+    def _responded(self, available: Bool[Array | np.ndarray, " num_workers"]) -> Knots:
         return gather_knots(self.beta, available.astype(self.beta.dtype))
 
 
-def _lagrange_weights(nodes: Float[Array, " n"]) -> Float[Array, " n"]:
+def _lagrange_weights(nodes: Float[Array | np.ndarray, " n"]) -> Float[Array | np.ndarray, " n"]:
     """Barycentric weights 1 / prod_j (t_i - t_j), times a factor that keeps them in range."""
+    xp = namespace(nodes)
     difference = nodes[:, None] - nodes
-    difference = jnp.where(jnp.eye(nodes.shape[0], dtype=bool), 1, difference)
-    size = -jnp.sum(jnp.log(jnp.abs(difference)), axis=1)
-    sign = jnp.prod(jnp.sign(difference), axis=1)
-    return sign * jnp.exp(size - jnp.max(size))
+    difference = xp.where(np.eye(nodes.shape[0], dtype=bool), 1, difference)
+    size = -xp.sum(xp.log(xp.abs(difference)), axis=1)
+    sign = xp.prod(xp.sign(difference), axis=1)
+    return sign * xp.exp(size - xp.max(size))

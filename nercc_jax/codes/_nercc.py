@@ -1,7 +1,8 @@
 """NeRCC: encoding and decoding by smoothing splines (arXiv 2402.04377)."""
 
+from typing import Any
+
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -9,15 +10,19 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 
 from ..splines import (
     Ends,
+    LinearMap,
     check_ends,
+    namespace,
     posterior_variance,
     process_variance,
+    smoothing_map,
     smoothing_matrix,
-    smoothing_spline,
+    smoothing_matrix_on_host,
 )
 from ._checks import check_counts
-from ._code import AbstractCode, as_mask
+from ._code import AbstractCode, MatrixOnHost, as_mask
 from ._points import Points, coincident, mean_gap, regression_points
+from ._trees import any_tracer
 
 
 class NeRCC(AbstractCode):
@@ -99,7 +104,7 @@ class NeRCC(AbstractCode):
         exponent, penalty = (4.0, 3000.0) if lambda_dec is None else (0.0, 0.0)
         penalty = penalty if ends == "natural" else 0.0
         if lambda_dec is None:
-            lambda_dec = jnp.power(_smoothing_length(self.alpha, self.beta), 4)
+            lambda_dec = _smoothing_length(self.alpha, self.beta) ** 4
         exponent = exponent if gap_exponent is None else gap_exponent
         penalty = penalty if end_penalty is None else end_penalty
         largest = float(jnp.finfo(dtype).max)
@@ -114,10 +119,12 @@ class NeRCC(AbstractCode):
         lambda_dec * (mean gap of the available betas / mean gap of all betas) ^ gap_exponent, gaps
         as `nercc_jax.codes._points.mean_gap` has them.
         """
-        available = as_mask(available, (self.num_workers,))
-        everyone = jnp.ones(self.num_workers, bool)
-        gap = mean_gap(self.beta, available) / mean_gap(self.beta, everyone)
-        return self.lambda_dec * gap**self.gap_exponent
+        return self._penalty(as_mask(available, (self.num_workers,)))
+
+    def _penalty(self, available: Bool[Array | np.ndarray, " num_workers"]) -> Any:
+        both = namespace(available).stack([available, np.ones(self.num_workers, bool)])
+        gap, least = mean_gap(self.beta, both)
+        return self.lambda_dec * (gap / least) ** self.gap_exponent
 
     def encoder_matrix(self) -> Float[Array, "num_workers num_data"]:
         return smoothing_matrix(self.alpha, self.beta, self.lambda_enc)
@@ -125,21 +132,24 @@ class NeRCC(AbstractCode):
     def decoder_matrix(
         self, available: Bool[ArrayLike, " num_workers"]
     ) -> Float[Array, "num_data num_workers"]:
-        available = as_mask(available, (self.num_workers,))
-        options = self._decoding(available)
-        return smoothing_matrix(self.beta, self.alpha, **options, ends=self.ends)
+        return self.decoder_map(available).matrix
+
+    def decoder_map(self, available: Bool[ArrayLike, " num_workers"]) -> LinearMap:
+        options = self._decoding(as_mask(available, (self.num_workers,)))
+        return smoothing_map(self.beta, self.alpha, **options, ends=self.ends)
 
     def recovered(self, available: Bool[ArrayLike, " num_workers"]) -> Bool[Array, " num_data"]:
         available = as_mask(available, (self.num_workers,))
         return jnp.broadcast_to(jnp.any(available), (self.num_data,))
 
-    def regress(
-        self, y: Float[Array, "num_workers m"], available: Bool[Array, " num_workers"]
-    ) -> Float[Array, "num_data m"]:
-        # The fit works on differences of neighbours' answers, which the matrix cannot.
-        y = y.astype(jnp.promote_types(y.dtype, self.beta.dtype))
-        spline = smoothing_spline(self.beta, y, **self._decoding(available), ends=self.ends)
-        return spline.evaluate(self.alpha)
+    def encoder_on_host(self) -> Float[np.ndarray, "num_workers num_data"]:
+        return smoothing_matrix_on_host(self.alpha, self.beta, self.lambda_enc)
+
+    def decoder_on_host(self, available: Bool[np.ndarray, " num_workers"]) -> MatrixOnHost | None:
+        if self.ends != "natural":
+            return None
+        matrix = smoothing_matrix_on_host(self.beta, self.alpha, **self._decoding(available))
+        return matrix, np.full(self.num_data, available.any())
 
     def posterior_variance(
         self, available: Bool[ArrayLike, " num_workers"]
@@ -159,30 +169,32 @@ class NeRCC(AbstractCode):
         y = y.astype(jnp.promote_types(y.dtype, self.beta.dtype))
         return process_variance(self.beta, y, **self._decoding(available))
 
-    def _decoding(self, available: Bool[Array, " num_workers"]) -> dict[str, Array]:
+    def _decoding(self, available: Bool[Array | np.ndarray, " num_workers"]) -> dict[str, Any]:
         """The decoding regression's arguments but for points and data."""
-        first = jnp.min(self.beta, where=available, initial=1)
-        last = jnp.max(self.beta, where=available, initial=-1)
+        xp = namespace(self.beta, available)
+        both = xp.stack([self.beta, -self.beta])
+        outermost = xp.min(xp.where(available, both, 1), axis=1)
         options = {
-            "lambda_": self.decoder_penalty(available),
+            "lambda_": self._penalty(available),
             "available": available,
-            "end_weights": self.end_penalty * (1 - jnp.stack([first, last]) ** 2),
+            "end_weights": self.end_penalty * (1 - outermost**2),
         }
         if self.exact:
             own = coincident(self.beta, self.alpha)
-            weights = jnp.where(own, 1 / jnp.finfo(self.beta.dtype).eps, 1)
+            weights = xp.where(own, 1 / np.finfo(self.beta.dtype).eps, 1).astype(self.beta.dtype)
             # lambda is taken times the sum of weights: heavy answers must not add to the penalty.
-            total = jnp.sum(weights, where=available)
-            options["lambda_"] *= jnp.sum(available) / jnp.where(total > 0, total, 1)
+            total = xp.sum(weights, where=available)
+            options["lambda_"] *= xp.sum(available) / xp.where(total > 0, total, 1)
             options["weights"] = weights
         return options
 
 
-@jax.jit  # a code is made in 0.3 s of CPU time, and in 2 s by two dozen programs
-def _smoothing_length(alpha: Array, beta: Array) -> Float[Array, ""]:
-    """What the untuned decoder smooths over, in radians; measured, see `NeRCC`."""
-    data, workers = (mean_gap(points, jnp.ones(points.shape, bool)) for points in (alpha, beta))
-    return jnp.minimum(data / 28, workers / 10)
+def _smoothing_length(alpha: Array, beta: Array) -> Any:
+    """The length that the untuned decoder smooths over, in radians; measured, see `NeRCC`."""
+    if not any_tracer(alpha, beta):  # then nothing is compiled
+        alpha, beta = np.asarray(alpha), np.asarray(beta)
+    data, workers = (mean_gap(points, np.ones(points.shape, bool)) for points in (alpha, beta))
+    return namespace(alpha, beta).minimum(data / 28, workers / 10)
 
 
 def _scalar(name: str, value: ArrayLike, dtype, *, least: float, most: float) -> Float[Array, ""]:

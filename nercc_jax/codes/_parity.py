@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
+from ..splines import namespace
 from ._checks import check_counts
-from ._code import AbstractCode, as_mask
+from ._code import AbstractCode, MatrixOnHost, as_mask
 
 
 class Parity(AbstractCode):
@@ -49,32 +50,45 @@ class Parity(AbstractCode):
         return (np.arange(self.num_workers) >= self.num_data).astype(int)
 
     def encoder_matrix(self) -> Float[Array, "num_workers num_data"]:
-        own = np.eye(self.num_data, dtype=bool)
-        return jnp.asarray(np.concatenate([own, self._protects()]), float)
+        return jnp.asarray(self.encoder_on_host(), float)
 
     def decoder_matrix(
         self, available: Bool[ArrayLike, " num_workers"]
     ) -> Float[Array, "num_data num_workers"]:
+        return self._decoder(*self._answered(as_mask(available, (self.num_workers,)))).astype(float)
+
+    def recovered(self, available: Bool[ArrayLike, " num_workers"]) -> Bool[Array, " num_data"]:
+        own, rebuilt = self._answered(as_mask(available, (self.num_workers,)))
+        return own | rebuilt
+
+    def encoder_on_host(self) -> Float[np.ndarray, "num_workers num_data"]:
+        return np.concatenate([np.eye(self.num_data), self._protects()])
+
+    def decoder_on_host(self, available: Bool[np.ndarray, " num_workers"]) -> MatrixOnHost:
         own, rebuilt = self._answered(available)
+        return self._decoder(own, rebuilt), own | rebuilt
+
+    def _decoder(
+        self,
+        own: Bool[Array | np.ndarray, " num_data"],
+        rebuilt: Bool[Array | np.ndarray, " num_data"],
+    ) -> Float[Array | np.ndarray, "num_data num_workers"]:
         exact = np.eye(self.num_data, self.num_workers)
         protects = self._protects().astype(float)
         others = protects.T @ protects - np.eye(self.num_data)
         subtraction = np.concatenate([-others, protects.T], axis=1)
-        rows = jnp.where(own[:, None], exact, jnp.where(rebuilt[:, None], subtraction, 0))
-        return rows.astype(float)
-
-    def recovered(self, available: Bool[ArrayLike, " num_workers"]) -> Bool[Array, " num_data"]:
-        own, rebuilt = self._answered(available)
-        return own | rebuilt
+        xp = namespace(own)
+        return xp.where(own[:, None], exact, xp.where(rebuilt[:, None], subtraction, 0))
 
     def _protects(self) -> Bool[np.ndarray, "parities num_data"]:
         groups = self.num_workers - self.num_data
         return np.arange(self.num_data) % groups == np.arange(groups)[:, None]
 
-    def _answered(self, available: ArrayLike) -> tuple[Bool[Array, " num_data"], ...]:
-        """Whose own worker answered; and which others the parity workers can rebuild."""
-        available = as_mask(available, (self.num_workers,))
+    def _answered(
+        self, available: Bool[Array | np.ndarray, " num_workers"]
+    ) -> tuple[Bool[Array | np.ndarray, " num_data"], ...]:
+        """Return whose own worker answered, and which others the parity workers can rebuild."""
         own, parity = available[: self.num_data], available[self.num_data :]
         protects = self._protects()
-        alone = jnp.sum(protects & ~own, axis=1) == 1
-        return own, ~own & jnp.any(protects & (alone & parity)[:, None], axis=0)
+        alone = (protects & ~own).sum(axis=1) == 1
+        return own, ~own & (protects & (alone & parity)[:, None]).any(axis=0)

@@ -5,13 +5,14 @@ coincide do so to the last bit.
 """
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
+from ..splines import namespace
 from ._checks import check_counts
 
 Layout: TypeAlias = Literal["chebyshev", "approxifer", "uniform", "interleaved", "repeated"]
@@ -79,14 +80,20 @@ def copies(num_data: int, num_workers: int) -> Int[np.ndarray, " num_workers"]:
     return np.concatenate([np.tile(np.arange(num_data), rounds), _spread(rest, num_data)])
 
 
-def coincident(points: Float[Array, " n"], others: Float[Array, " k"]) -> Bool[Array, " n"]:
-    """Which points lie at one of the others, to a few roundings, as `gather_knots` has it."""
-    tolerance = 4 * jnp.finfo(points.dtype).eps
-    return jnp.min(jnp.abs(points[:, None] - others), axis=1) <= tolerance
+def coincident(
+    points: Float[Array | np.ndarray, " n"], others: Float[Array | np.ndarray, " k"]
+) -> Bool[Array | np.ndarray, " n"]:
+    """Return which points lie at one of the others, to a few roundings, as `gather_knots` does."""
+    xp = namespace(points, others)
+    tolerance = 4 * np.finfo(points.dtype).eps
+    return xp.min(xp.abs(points[:, None] - others), axis=1) <= tolerance
 
 
-def mean_gap(points: Float[Array, " n"], available: Bool[Array, " n"]) -> Float[Array, ""]:
-    """The gap, in radians, that a point on the unit circle falls into on average.
+def mean_gap(
+    points: Float[Array | np.ndarray, " n"], available: Bool[Array | np.ndarray, "*sets n"]
+) -> Float[Array | np.ndarray | np.floating, "*sets"]:
+    """Return the gap, in radians, that a point on the unit circle falls into on average, with the
+    available points of each set.
 
     Points t are seen at the angles +-arccos(t), where Chebyshev points are evenly spaced; of gaps
     g with the sum 2 pi, that mean is sum g^2 / 2 pi. The gap over an end of [-1, 1] is twice the
@@ -95,24 +102,27 @@ def mean_gap(points: Float[Array, " n"], available: Bool[Array, " n"]) -> Float[
     Differentiable in the points, but for those at -1 or 1, whose derivative is taken as zero: the
     angle has none there.
     """
-    angles, place = _angle(points), jnp.arange(points.shape[0])
+    xp = namespace(points, available)
+    angles, place = _angle(points), xp.arange(points.shape[0])
     here, there = angles[:, None], angles[None, :]
     # Each with each, not sorted: on an accelerator, and in its derivative, that is one kernel.
     later = (there > here) | ((there == here) & (place > place[:, None]))
-    follows = available & available[:, None] & later
-    steps = jnp.min(jnp.where(follows, there - here, jnp.inf), axis=1)
-    steps = jnp.where(steps < jnp.inf, steps, 0)
-    first = jnp.min(angles, where=available, initial=jnp.inf)
-    last = jnp.max(angles, where=available, initial=-jnp.inf)
-    some = jnp.any(available)
-    ends = jnp.where(some, first, 0) ** 2 + jnp.where(some, jnp.pi - last, 0) ** 2
-    gap = (jnp.sum(steps**2) + 2 * ends) / jnp.pi
-    return jnp.where(some, gap, 2 * jnp.pi)
+    follows = available[..., None, :] & available[..., None] & later
+    steps = xp.min(xp.where(follows, there - here, np.inf), axis=-1)
+    steps = xp.where(steps < np.inf, steps, 0)
+    some = xp.any(available, axis=-1, keepdims=True)
+    first = xp.min(xp.where(available, angles, np.inf), axis=-1, keepdims=True)
+    last = xp.min(xp.where(available, np.pi - angles, np.inf), axis=-1, keepdims=True)
+    ends = xp.where(some, xp.concatenate([first, last], axis=-1), 0)
+    gap = (xp.sum(steps**2, axis=-1) + 2 * xp.sum(ends**2, axis=-1)) / np.pi
+    return xp.where(some[..., 0], gap, 2 * np.pi).astype(points.dtype)
 
 
-def _angle(t: Float[Array, " n"]) -> Float[Array, " n"]:
-    inside = jnp.abs(t) < 1
-    return jnp.where(inside, jnp.arccos(jnp.where(inside, t, 0)), jnp.where(t > 0, 0, jnp.pi))
+def _angle(t: Any) -> Any:
+    xp = namespace(t)
+    inside = xp.abs(t) < 1
+    angles = xp.where(inside, xp.arccos(xp.where(inside, t, 0)), xp.where(t > 0, 0, np.pi))
+    return angles.astype(t.dtype)
 
 
 def _layout(num_data: int, num_workers: int, name: str) -> tuple[np.ndarray, np.ndarray]:

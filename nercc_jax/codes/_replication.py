@@ -1,17 +1,18 @@
 """What engineers do today: copies, or nothing."""
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float
 
+from ..splines import namespace
 from ._checks import check_count, check_counts
-from ._code import AbstractCode, as_mask
+from ._code import AbstractCode, MatrixOnHost, as_mask
 from ._points import copies
 
 
 class AbstractCopies(AbstractCode):
-    """Workers run on data points as they came: an answer tells all of one, nothing of others."""
+    """A code whose workers run on data points themselves: each answer is one's prediction."""
 
     def posterior_variance(
         self, available: Bool[ArrayLike, " num_workers"]
@@ -42,19 +43,30 @@ class Replication(AbstractCopies):
         self.num_data, self.num_workers = counts
 
     def encoder_matrix(self) -> Float[Array, "num_workers num_data"]:
-        holds = copies(self.num_data, self.num_workers)
-        return jax.nn.one_hot(holds, self.num_data, dtype=float)
+        return jnp.asarray(self.encoder_on_host(), float)
 
     def decoder_matrix(
         self, available: Bool[ArrayLike, " num_workers"]
     ) -> Float[Array, "num_data num_workers"]:
-        holds = copies(self.num_data, self.num_workers) == jnp.arange(self.num_data)[:, None]
-        answered = holds & as_mask(available, (self.num_workers,))
-        first = answered & (jnp.cumsum(answered, axis=1) == 1)
-        return first.astype(float)
+        return self._first(as_mask(available, (self.num_workers,))).astype(float)
 
     def recovered(self, available: Bool[ArrayLike, " num_workers"]) -> Bool[Array, " num_data"]:
-        return jnp.any(self.decoder_matrix(available) > 0, axis=1)
+        return jnp.any(self._first(as_mask(available, (self.num_workers,))), axis=1)
+
+    def encoder_on_host(self) -> Float[np.ndarray, "num_workers num_data"]:
+        return np.eye(self.num_data)[copies(self.num_data, self.num_workers)]
+
+    def decoder_on_host(self, available: Bool[np.ndarray, " num_workers"]) -> MatrixOnHost:
+        first = self._first(available)
+        return first.astype(float), first.any(axis=1)
+
+    def _first(
+        self, available: Bool[Array | np.ndarray, " num_workers"]
+    ) -> Bool[Array | np.ndarray, "num_data num_workers"]:
+        """Return which worker's answer is taken for each data point."""
+        holds = copies(self.num_data, self.num_workers) == np.arange(self.num_data)[:, None]
+        answered = holds & available
+        return answered & (namespace(available).cumsum(answered, axis=1) == 1)
 
 
 class Uncoded(AbstractCopies):
@@ -79,6 +91,12 @@ class Uncoded(AbstractCopies):
         self, available: Bool[ArrayLike, " num_workers"]
     ) -> Float[Array, "num_data num_workers"]:
         return jnp.diag(as_mask(available, (self.num_workers,)).astype(float))
+
+    def encoder_on_host(self) -> Float[np.ndarray, "num_workers num_data"]:
+        return np.eye(self.num_data)
+
+    def decoder_on_host(self, available: Bool[np.ndarray, " num_workers"]) -> MatrixOnHost:
+        return np.diag(available.astype(float)), available
 
     def recovered(self, available: Bool[ArrayLike, " num_workers"]) -> Bool[Array, " num_data"]:
         return as_mask(available, (self.num_workers,))

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.extend.backend import backends
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
+
+from ..splines import by_platform
 
 Search: TypeAlias = Callable[[Float[Array, "buffers n d"]], Int[Array, "buffers n"]]
 
@@ -79,24 +80,27 @@ def _short_path(features: Float[Array, "n d"]) -> tuple[Int[Array, " n"], Bool[A
 def short_paths(
     features: Float[Array, "buffers n d"], on_cpu: bool | None = None
 ) -> tuple[Int[Array, "buffers n"], Bool[Array, "buffers n"]]:
-    """`short_path` of each buffer, and which rows are finite; searched as on a CPU, or not.
-
-    Where there are CPUs only, the other way is not even traced, which takes longer.
-    """
+    """Return `short_path` of each buffer, and which rows are finite; searched as on a CPU, or not,
+    or else as the platform likes."""
     # An order has no derivative, and loops of unknown length have none in reverse.
     features = jax.lax.stop_gradient(features)
     features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
+    if on_cpu is not None:
+        return _searched_on("cpu" if on_cpu else "other", features)
+    shape = features.shape[:2]
+    return by_platform(_searched_on, (), (features,), [(shape, jnp.arange(0).dtype), (shape, bool)])
+
+
+def _searched_on(
+    platform: str, features: Float[Array, "buffers n d"]
+) -> tuple[Int[Array, "buffers n"], Bool[Array, "buffers n"]]:
     size = features.shape[1]
-    by_bytes = _BYTES // (features.dtype.itemsize * size**2)
-    steps = functools.partial(_searched, one_at_a_time, max(_ROWS // size, 1))
-    rounds = functools.partial(_searched, all_at_once, max(by_bytes, 1))
-    if on_cpu is None and not cpus_only():
-        return jax.lax.platform_dependent(features, cpu=steps, default=rounds)
-    return (rounds if on_cpu is False else steps)(features)
-
-
-def cpus_only() -> bool:
-    return set(backends()) == {"cpu"}
+    if platform == "cpu":
+        search, together = one_at_a_time, _ROWS // size
+    else:
+        search, together = all_at_once, _BYTES // (features.dtype.itemsize * size**2)
+    orders, finite = _searched(search, max(together, 1), features)
+    return orders.astype(jnp.arange(0).dtype), finite
 
 
 def check_finite(finite: Bool[Array, " n"], what: str) -> None:

@@ -9,9 +9,11 @@ against model errors in regression"; Wecker and Ansley 1983, JASA 78.
 """
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from ._fit import by_platform
+from ._fit import ROWS, fit, observations_of, regression_of
+from ._platforms import by_platform
 
 
 @jax.jit
@@ -33,14 +35,14 @@ def posterior_variance(
 
     Raises: ValueError where shapes do not agree.
     """
-    return by_platform(
-        lambda found: found.variance(at),
-        t,
-        lambda_,
-        weights=weights,
-        available=available,
-        end_weights=end_weights,
-    )
+    given = regression_of(t, lambda_, weights, available, end_weights)
+    at = jnp.asarray(at, given[0].dtype)
+    return by_platform(_variance, (), (*given, at), [(at.shape, at.dtype)])[0]
+
+
+def _variance(platform: str, *arguments: Array) -> tuple[Array]:
+    *given, at = arguments
+    return (fit(*given, rows=ROWS[platform]).variance(at),)
 
 
 @jax.jit
@@ -61,11 +63,11 @@ def process_variance(
     two distinct points or fewer nothing tells it: infinite. Arguments as for `smoothing_spline`;
     mind that answers far from another make tau^2, like any scale, uncertain when they are few.
     """
-    return by_platform(
-        lambda found: found.process(y),
-        t,
-        lambda_,
-        weights=weights,
-        available=available,
-        end_weights=end_weights,
-    )
+    given = regression_of(t, lambda_, weights, available, end_weights)
+    flat = observations_of(y, given[0], given[2])
+    return by_platform(_process, (), (*given, flat), [((), flat.dtype)])[0]
+
+
+def _process(platform: str, *arguments: Array) -> tuple[Array]:
+    *given, flat = arguments
+    return (fit(*given, rows=ROWS[platform]).process(flat),)

@@ -5,37 +5,63 @@ natural cubic spline is a sum over gaps h_i (the cubic Hermite form of the integ
 
     mu (v_{i+1} - v_i)^2 / h_i  +  12 mu (g_{i+1} - g_i - h_i (v_i + v_{i+1}) / 2)^2 / h_i^3,
 
-and a penalty of a knot's slope adds v_i^2, so the fit is a least-squares problem whose rows join
-neighbours only. `factorize` runs the QR decomposition of those rows along the knots, two unknowns
-at a time, by Givens rotations; `RootInformation.solve` applies the same rotations to data.
+and a penalty of a knot's slope adds v_i^2. So the fit is a least-squares problem M s = r whose rows
+join neighbours only: a shear row and a bend row for each gap, a value row (the weight of the
+observation) and a slope row for each knot. `factorize` runs the QR decomposition of those rows
+along the knots, two unknowns at a time, by Givens rotations; the methods of `RootInformation` apply
+R, Q and their transposes.
 
 Why this form: it takes only first differences. The classical forms (Reinsch; I + mu Q R^-1 Q')
 take second differences of values, and a rounding error eps there acts like a term eps / h^2: in
 float32 they are off by 6e-4 at n = 100 on Chebyshev knots, and by 0.2 at n = 300 (sin 5t, lambda =
 1e-2). Here rotations mix rows of any scale without loss, a knot of weight zero adds nothing, and mu
-may go from the interpolating to the straight-line limit. Derivatives go straight through: autodiff
-of the rotations was measured at 1e-3 relative or better in float32 where an implicit rule would
-need (g_{i+1} - g_i) / h_i^3.
+may go from the interpolating to the straight-line limit.
 
 Source: Bierman 1977, "Factorization Methods for Discrete Sequential Estimation" (the filter);
 Wecker and Ansley 1983, JASA 78 (smoothing splines as state-space models).
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-Row = tuple[Array, ...]
+Row = tuple[Any, ...]
+
+
+class Pivots(NamedTuple):
+    """Columns on the right of R: two rows for each gap, and two for the last knot."""
+
+    value: Float[Array, "gaps m"]
+    slope: Float[Array, "gaps m"]
+    last_value: Float[Array, " m"]
+    last_slope: Float[Array, " m"]
+
+
+class Residuals(NamedTuple):
+    """What Q' makes of columns beside the pivots: two numbers for each gap."""
+
+    first: Float[Array, "gaps m"]
+    second: Float[Array, "gaps m"]
+
+
+class Rows(NamedTuple):
+    """Columns over the rows of M, by the kind of row."""
+
+    shear: Float[Array, "gaps m"]
+    bend: Float[Array, "gaps m"]
+    value: Float[Array, "n m"]
+    slope: Float[Array, "n m"]
 
 
 class RootInformation(eqx.Module):
-    """QR factors of one spline's least-squares problem; every field has one entry a gap or knot.
+    """QR factors of one spline's least-squares problem; every field has one entry a gap.
 
-    `rotations` are the (cosine, sine) pairs of each gap's elimination in the order of `solve`,
-    `value_row` and `slope_row` the rows of the triangular factor that give g_i and v_i from
+    `rotations` are the (cosine, sine) pairs of each gap's elimination in the order of `forward`,
+    `value_row` and `slope_row` the rows of the triangular factor R that give g_i and v_i from
     g_{i+1} and v_{i+1}, and `last` the triangle that gives the last knot's.
     """
 
@@ -46,48 +72,119 @@ class RootInformation(eqx.Module):
     last: Float[Array, "3"]
 
     def solve(self, y: Float[Array, "n m"]) -> tuple[Float[Array, "n m"], Float[Array, "n m"]]:
-        """g - y and v, what the fitted spline's values at the knots differ by from the observations
-        y, and its slopes there; linear in y.
+        """Return g - y, what the fitted spline's values at the knots differ by from the
+        observations y, and its slopes there; linear in y.
 
-        The unknowns are g_i - y_i and v_i, so that data enter as the differences y_{i+1} - y_i,
-        which are exact for neighbours: a slope that carries the spline over a wide gap is not made
-        of rounded values.
+        The unknowns are g_i - y_i and v_i here, so that data enter as the differences
+        y_{i+1} - y_i, which are exact for neighbours: a slope that carries the spline over a wide
+        gap is not made of rounded values.
         """
-        shears = -self.shears[:, None] * jnp.diff(y, axis=0)
+        return self.back(self.forward(-self.shears[:, None] * (y[1:] - y[:-1])))
 
-        def forward(carry, gap):
+    def forward(self, shear: Float[Array, "gaps m"]) -> Pivots:
+        """Return the rows of Q' r that R is solved for, for columns r of shear rows."""
+
+        def step(carry, gap):
             top, low = carry
             (r0, r1, r2, r3, r4, r5, r6), shear = gap
-            value_rhs, top = _rotate(r0, shear, top)
-            # The other rows that come in have zero on the right: rotating them in only scales.
-            slope_rhs, top = r1[1] * top, r1[0] * top
-            slope_rhs, low = _rotate(r2, slope_rhs, low)
+            pivot, top = _rotate(r0, shear, top)
+            # The other rows that come in are zero: to rotate them in only scales.
+            slope, top = r1[1] * top, r1[0] * top
+            slope, low = _rotate(r2, slope, low)
             top, low = _rotate(r3, top, low)
             top, rest = r4[0] * top, -r4[1] * top
             low = r6[0] * _rotate(r5, low, rest)[0]
-            return (top, low), (value_rhs, slope_rhs)
+            return (top, low), (pivot, slope)
 
-        def backward(carry, gap):
+        nothing = jnp.zeros_like(shear[0])
+        (top, low), pivots = jax.lax.scan(step, (nothing, nothing), (self.rotations, shear))
+        return Pivots(*pivots, top, low)
+
+    def forward_observations(self, value: Float[Array, "n m"]) -> tuple[Pivots, Residuals]:
+        """Return Q' r for columns r of value rows: the pivots, and what no solution reaches."""
+
+        def step(carry, gap):
+            top, low = carry
+            (r0, r1, r2, r3, r4, r5, r6), value = gap
+            pivot, top = r0[1] * top, r0[0] * top
+            slope, top = r1[1] * top, r1[0] * top
+            slope, low = _rotate(r2, slope, low)
+            top, low = _rotate(r3, top, low)
+            top, rest = _rotate(r4, top, value)
+            low, first = _rotate(r5, low, rest)
+            low, second = r6[0] * low, -r6[1] * low
+            return (top, low), (pivot, slope, first, second)
+
+        start = (value[0], jnp.zeros_like(value[0]))
+        last, (pivot, slope, *left) = jax.lax.scan(step, start, (self.rotations, value[1:]))
+        return Pivots(pivot, slope, *last), Residuals(*left)
+
+    def back(self, right: Pivots) -> tuple[Float[Array, "n m"], Float[Array, "n m"]]:
+        """Return R^-1 of the columns: values and slopes at the knots."""
+        v = right.last_slope / self.last[2]
+        g = (right.last_value - self.last[1] * v) / self.last[0]
+
+        def step(carry, gap):
             g_next, v_next = carry
-            value_row, slope_row, value_rhs, slope_rhs = gap
-            v = (slope_rhs - slope_row[1] * g_next - slope_row[2] * v_next) / slope_row[0]
-            g = value_rhs - value_row[1] * v - value_row[2] * g_next - value_row[3] * v_next
+            value_row, slope_row, value, slope = gap
+            v = (slope - slope_row[1] * g_next - slope_row[2] * v_next) / slope_row[0]
+            g = value - value_row[1] * v - value_row[2] * g_next - value_row[3] * v_next
             g = g / value_row[0]
             return (g, v), (g, v)
 
-        zero = jnp.zeros_like(y[0])
-        (top, low), rhs = jax.lax.scan(forward, (zero, zero), (self.rotations, shears))
-        v = low / self.last[2]
-        g = (top - self.last[1] * v) / self.last[0]
-        rows = (self.value_row, self.slope_row, *rhs)
-        _, (gs, vs) = jax.lax.scan(backward, (g, v), rows, reverse=True)
+        given = (self.value_row, self.slope_row, right.value, right.slope)
+        _, (gs, vs) = jax.lax.scan(step, (g, v), given, reverse=True)
         return jnp.concatenate([gs, g[None]]), jnp.concatenate([vs, v[None]])
+
+    def back_transposed(self, values: Float[Array, "n m"], slopes: Float[Array, "n m"]) -> Pivots:
+        """Return R'^-1 of columns with these entries for the knots' values and slopes."""
+
+        def step(carry, gap):
+            value_row, slope_row, value, slope = gap
+            value, slope = value - carry[0], slope - carry[1]
+            p = value / value_row[0]
+            q = (slope - value_row[1] * p) / slope_row[0]
+            passed = (
+                value_row[2] * p + slope_row[1] * q,
+                value_row[3] * p + slope_row[2] * q,
+            )
+            return passed, (p, q)
+
+        nothing = jnp.zeros_like(values[0])
+        given = (self.value_row, self.slope_row, values[:-1], slopes[:-1])
+        passed, (value, slope) = jax.lax.scan(step, (nothing, nothing), given)
+        p = (values[-1] - passed[0]) / self.last[0]
+        q = (slopes[-1] - passed[1] - self.last[1] * p) / self.last[2]
+        return Pivots(value, slope, p, q)
+
+    def spread(self, right: Pivots, residuals: Residuals | None = None) -> Rows:
+        """Return Q of the columns: their entries in all rows of M."""
+
+        def step(carry, gap):
+            top, low = carry
+            (r0, r1, r2, r3, r4, r5, r6), pivot, slope, *left = gap
+            first, second = left or (0.0, 0.0)
+            low, of_slope = _unrotate(r6, low, second)
+            low, rest = _unrotate(r5, low, first)
+            top, of_value = _unrotate(r4, top, rest)
+            top, low = _unrotate(r3, top, low)
+            bend, low = _unrotate(r2, slope, low)
+            bend, top = _unrotate(r1, bend, top)
+            shear, top = _unrotate(r0, pivot, top)
+            return (top, low), (shear, bend, of_value, of_slope)
+
+        given = (self.rotations, right.value, right.slope, *(residuals or ()))
+        start = (right.last_value, right.last_slope)
+        (value, slope), rows = jax.lax.scan(step, start, given, reverse=True)
+        shear, bend, values, slopes = rows
+        values = jnp.concatenate([value[None], values])
+        return Rows(shear, bend, values, jnp.concatenate([slope[None], slopes]))
 
     def variance(
         self, gap: Int[Array, " k"], left: Float[Array, "2 k"], right: Float[Array, "2 k"]
     ) -> Float[Array, " k"]:
-        """The variance of left . s_i + right . s_{i+1}, for s_i = (g_i, v_i) of these gaps, where
-        observations have the variance 1 / weight."""
+        """Return the variance of left . s_i + right . s_{i+1} for these gaps i, where observations
+        have the variance 1 / weight."""
         covariance, forward, noise = self._covariances()
         left, right = left.T, right.T
         right = right + product(left[:, None], forward[gap])[:, 0]
@@ -96,7 +193,7 @@ class RootInformation(eqx.Module):
     def _covariances(
         self,
     ) -> tuple[Float[Array, "n 2 2"], Float[Array, "gaps 2 2"], Float[Array, "gaps 2 2"]]:
-        """How uncertain (g_i, v_i) are where observations have the variance 1 / weight.
+        """Return the covariances of s_i = (g_i, v_i) where observations have the variance 1 / weight.
 
         The triangular factor R is the root of the posterior's precision, so its solution of R s = z
         for unit noise z has the posterior's covariance. From the last knot backwards that is the
@@ -124,28 +221,32 @@ class RootInformation(eqx.Module):
         return jnp.concatenate([others, final[None]]), forward, noise
 
 
-def _rotation(a: Array, b: Array) -> tuple[Array, Array, Array]:
-    """The cosine, sine and length that turn (a, b) into (length, 0); the identity for (0, 0)."""
+def _rotation(a, b):
+    """Return the cosine, sine and length that turn (a, b) into (length, 0); the identity for 0."""
     square = a * a + b * b
     empty = square == 0
     # Two `where`s, or the gradient of sqrt at zero is infinite.
-    length = jnp.where(empty, 0, jnp.sqrt(jnp.where(empty, 1, square)))
-    safe = jnp.where(empty, 1, length)
-    return jnp.where(empty, 1, a / safe), b / safe, length
+    length = jnp.sqrt(jnp.where(empty, 1, square))
+    return jnp.where(empty, 1, a / length), b / length, jnp.where(empty, 0, length)
 
 
 def root(weights: Float[Array, " n"]) -> Float[Array, " n"]:
-    """The square root, with a finite derivative at zero."""
+    """Return the square root, with a finite derivative at zero."""
     return jnp.sqrt(jnp.where(weights > 0, weights, 1)) * (weights > 0)
 
 
-def _rotate(cs: tuple[Array, Array] | Float[Array, "2"], p: Array, q: Array):
+def _rotate(cs, p, q):
     c, s = cs
     return c * p + s * q, c * q - s * p
 
 
-def _eliminate(p: Row, q: Row) -> tuple[tuple[Array, Array], Row, Row]:
-    """Rotates row q's first entry into row p; returns the rotation, p, and q without that entry."""
+def _unrotate(cs, p, q):
+    c, s = cs
+    return c * p - s * q, c * q + s * p
+
+
+def _eliminate(p: Row, q: Row) -> tuple[Row, Row, Row]:
+    """Rotate row q's first entry into row p; return the rotation, p, and q without that entry."""
     c, s, length = _rotation(p[0], q[0])
     tails = [_rotate((c, s), a, b) for a, b in zip(p[1:], q[1:], strict=True)]
     return (c, s), (length, *(t[0] for t in tails)), tuple(t[1] for t in tails)
@@ -157,7 +258,7 @@ def factorize(
     slope_weights: Float[Array, " n"],
     mu: Float[Array, ""],
 ) -> RootInformation:
-    """The triangular factor for knots with these gaps and weights, and penalty factor mu > 0.
+    """Return the factors for knots with these gaps and weights, and the penalty factor mu > 0.
 
     The weights are those of the observations; slope weights those of the knots' squared slopes.
 
@@ -168,12 +269,10 @@ def factorize(
     zero = jnp.zeros_like(mu)
 
     def step(carry, gap):
-        # `top` and `low` are the triangle of what knots up to i tell of (g_i, v_i).
+        # `top` and `low` are the triangle of what knots up to i say about (g_i, v_i).
         (top_g, top_v), (low_v,) = carry
-        h, shear, root_weight, root_slope = gap
-        bend = jnp.sqrt(mu / h)
+        shear, half, bend, root_weight, root_slope = gap
         # Unknowns in the order g_i, v_i, g_{i+1}, v_{i+1}.
-        half = shear * h / 2
         r0, value_row, top = _eliminate((-shear, -half, shear, -half), (top_g, top_v, zero, zero))
         r1, slope_row, top = _eliminate((-bend, zero, bend), top)
         r2, slope_row, low = _eliminate(slope_row, (low_v, zero, zero))
@@ -185,9 +284,10 @@ def factorize(
         return (top, low), (rotations, jnp.stack(value_row), jnp.stack(slope_row))
 
     shears = jnp.sqrt(12 * mu / gaps) / gaps
+    halves, bends = shears * gaps / 2, jnp.sqrt(mu / gaps)
     carry = ((root_weights[0], zero), (root_slopes[0],))
-    rows = (gaps, shears, root_weights[1:], root_slopes[1:])
-    (top, low), rows = jax.lax.scan(step, carry, rows)
+    given = (shears, halves, bends, root_weights[1:], root_slopes[1:])
+    (top, low), rows = jax.lax.scan(step, carry, given)
     # What too few observations leave open is set to zero: the slope with one, the value with none.
     observed = jnp.sum(weights > 0)
     last = jnp.stack(

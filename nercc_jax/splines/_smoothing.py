@@ -1,14 +1,17 @@
 """Smoothing splines as linear operators: a fit's two faces."""
 
 from functools import partial
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from ._ends import Ends
-from ._fit import by_platform, hermite
+from ._ends import Ends, check_ends
+from ._fit import ROWS, LinearMap, fit, hermite, observations_of, regression_of
+from ._knots import Knots
+from ._platforms import by_platform
 
 
 class SmoothingSpline(eqx.Module):
@@ -23,7 +26,7 @@ class SmoothingSpline(eqx.Module):
 
     @jax.jit
     def evaluate(self, t: Float[ArrayLike, " k"]) -> Float[Array, "k *m"]:
-        """The spline at the points t; straight lines beyond the outermost observed knots."""
+        """Return the spline at the points t; straight lines beyond the outermost observed knots."""
         at = jnp.asarray(t, self.knots.dtype)
         return hermite(self.knots, self.values, self.slopes, at)
 
@@ -39,44 +42,55 @@ def smoothing_spline(
     end_weights: Float[ArrayLike, "2"] | None = None,
     ends: Ends = "natural",
 ) -> SmoothingSpline:
-    """Fits the natural cubic smoothing spline
+    """Fit the natural cubic smoothing spline
 
         argmin_u  1/W sum_i w_i |u(t_i) - y_i|^2 + lambda integral |u''(t)|^2 dt,   W = sum_i w_i,
 
     plus, with `end_weights` (a, b), lambda (a |u'(first)|^2 + b |u'(last)|^2), over the available
-    observations, in O(n) operations per coordinate. Differentiable in t, y, lambda and all weights;
-    one compilation serves every mask; batch with `jax.vmap`.
+    observations, in O(n) operations per coordinate.
 
-    Arguments: `t`, the points, in any order; coincident ones act as one knot with the mean of
-    their observations and the sum of their weights. `y`, the observations, any trailing shape;
-    unavailable ones are never read, NaN included. `lambda_`, 0 (interpolation) to infinity (the
-    straight line of least squares), in units of t^3. `weights`, non-negative, 1 unless given.
-    `end_weights`, non-negative, in units of 1/t: the penalty of the slopes at the smallest and the
-    largest available point, with which the spline goes on as a straight line beyond them; a natural
-    spline (0) becomes one that ends flat (infinity). `ends`: "natural", or "not-a-knot", whose
-    first two gaps have one cubic, and its last two: near the ends of a smooth curve an error of the
-    fourth power of the gaps, where a natural spline's is of the second. Of fewer than four distinct
-    observations it is natural.
+    It is differentiable in t, y, lambda and all weights; one compilation serves every mask; batch
+    with `jax.vmap`. With one observation the fit is a constant. With none it is zero; callers must
+    know that case. On a CPU knots are eliminated one after the other, elsewhere in parallel,
+    without a loop: the same to rounding.
 
-    With one observation the fit is a constant. With none it is zero; callers must know that case.
+    Args:
+        t: The points, in any order. Coincident ones act as one knot with the mean of their
+            observations and the sum of their weights.
+        y: The observations, of any trailing shape. Unavailable ones are never read, NaN included.
+        lambda_: From 0 (interpolation) to infinity (the straight line of least squares), in units
+            of t^3.
+        weights: Non-negative; 1 unless given.
+        available: Which observations count; all unless given.
+        end_weights: Non-negative, in units of 1/t: the penalty of the slopes at the smallest and
+            the largest available point, with which the spline goes on as a straight line beyond
+            them. A natural spline (0) becomes one that ends flat (infinity).
+        ends: "natural", or "not-a-knot", whose first two gaps have one cubic, and its last two:
+            near the ends of a smooth curve an error of the fourth power of the gaps, where a
+            natural spline's is of the second. Of fewer than four distinct observations it is
+            natural.
 
-    On a CPU knots are eliminated one after the other, elsewhere in parallel, without a loop: the
-    same to rounding. A program that a process without an accelerator compiles for one has the loop.
-
-    Raises: ValueError where shapes do not agree, and for unknown `ends`.
+    Raises:
+        ValueError: Where shapes do not agree, and for unknown `ends`.
 
     Source: arXiv 2402.04377, eqs. of the encoding and decoding regression; Green and Silverman
     1994, section 2.3.
     """
-    return by_platform(
-        lambda found: SmoothingSpline(found.knots.t, *found.values(y)),
-        t,
-        lambda_,
-        weights=weights,
-        available=available,
-        end_weights=end_weights,
-        ends=ends,
-    )
+    given = regression_of(t, lambda_, weights, available, end_weights)
+    flat = observations_of(y, given[0], given[2])
+    knots = (max(len(given[0]), 2),)
+    columns = (*knots, flat.shape[1])
+    dtype = flat.dtype
+    shapes = ((knots, dtype), (columns, dtype), (columns, dtype))
+    found, values, slopes = by_platform(_spline, (check_ends(ends),), (*given, flat), shapes)
+    shape = (*knots, *jnp.shape(y)[1:])
+    return SmoothingSpline(found, values.reshape(shape), slopes.reshape(shape))
+
+
+def _spline(platform: str, ends: Ends, *arguments: Array) -> tuple[Array, ...]:
+    *given, flat = arguments
+    found = fit(*given, ends=ends, rows=ROWS[platform])
+    return found.knots.t, *found.values(flat)
 
 
 @partial(jax.jit, static_argnames="ends")
@@ -90,18 +104,56 @@ def smoothing_matrix(
     end_weights: Float[ArrayLike, "2"] | None = None,
     ends: Ends = "natural",
 ) -> Float[Array, "k n"]:
-    """The matrix that maps observations at t to the fitted spline at the points `at`.
+    """Return the matrix that maps observations at t to the fitted spline at the points `at`.
 
     It is `smoothing_spline(t, y, ...).evaluate(at)` written as `matrix @ y`, for many coordinates
     with the same points. Columns of unavailable observations are zero. Rows sum to one, unless
-    nothing is available: then the matrix is zero. Arguments and source as there.
+    nothing is available: then the matrix is zero. Arguments, errors and source as there.
     """
-    return by_platform(
-        lambda found: found.matrix(at),
+    return smoothing_map(
         t,
+        at,
         lambda_,
         weights=weights,
         available=available,
         end_weights=end_weights,
         ends=ends,
+    ).matrix
+
+
+def smoothing_map(
+    t: Float[ArrayLike, " n"],
+    at: Float[ArrayLike, " k"],
+    lambda_: Float[ArrayLike, ""],
+    *,
+    weights: Float[ArrayLike, " n"] | None = None,
+    available: Bool[ArrayLike, " n"] | None = None,
+    end_weights: Float[ArrayLike, "2"] | None = None,
+    ends: Ends = "natural",
+) -> LinearMap:
+    """Return `smoothing_matrix` with a way to apply it that loses no digits, from the same fit."""
+    given = regression_of(t, lambda_, weights, available, end_weights)
+    at = jnp.asarray(at, given[0].dtype)
+    (number,), (count,), slots = given[0].shape, at.shape, max(len(given[0]), 2)
+    real, whole = at.dtype, jnp.arange(0).dtype
+    shapes = (
+        ((count, number), real),
+        ((count, slots - 1), real),
+        ((count,), whole),
+        ((slots,), real),
+        ((slots,), real),
+        ((number,), whole),
+        ((number,), real),
+        ((slots,), whole),
+    )
+    options = check_ends(ends), real, whole
+    made = by_platform(_map, options, (*given, at), shapes)
+    return LinearMap(*made[:3], Knots(*made[3:]))
+
+
+def _map(platform: str, ends: Ends, real: Any, whole: Any, *arguments: Array):
+    *given, at = arguments
+    leaves = jax.tree.leaves(fit(*given, ends=ends, rows=ROWS[platform]).map_to(at))
+    return tuple(
+        leaf.astype(real if jnp.issubdtype(leaf.dtype, jnp.floating) else whole) for leaf in leaves
     )

@@ -1,0 +1,57 @@
+"""Coding of arrays that lie on a mesh with Explicit axes, the default of `jax.make_mesh`.
+
+There every operation says how its result is sharded. Coding leaves that to the compiler, in the
+Auto mode, and says it of its results only: axes of groups and of coordinates stay as they were, and
+the axis of workers or data points is on all devices.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+from jaxtyping import PyTree
+
+Specs = tuple[Any, ...]
+
+
+def coded_on_mesh(
+    function: Callable[..., PyTree],
+    arguments: tuple[PyTree, ...],
+    specs: Callable[[Callable[[Any], Specs]], PyTree],
+) -> PyTree:
+    """Return `function(*arguments)`, in Auto mode if an array lies on a mesh with Explicit axes.
+
+    Args:
+        function: Takes and returns pytrees of arrays.
+        arguments: What it takes.
+        specs: From the function that gives the axis names of each dimension of an array, the axis
+            names of each dimension of the results, a tuple for each array of them.
+    """
+    meshes = {mesh for leaf in jax.tree.leaves(arguments) if (mesh := _explicit_mesh_of(leaf))}
+    if not meshes:
+        return function(*arguments)
+    mesh = next(iter(meshes))
+
+    def names(leaf: Any) -> Specs:
+        return (
+            tuple(jax.typeof(leaf).sharding.spec)
+            if _explicit_mesh_of(leaf)
+            else (None,) * leaf.ndim
+        )
+
+    wanted = jax.tree.map(
+        lambda spec: PartitionSpec(*spec),
+        specs(names),
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+    run = jax.sharding.auto_axes(function, axes=tuple(mesh.explicit_axes), out_sharding=wanted)
+    return run(*arguments)
+
+
+def _explicit_mesh_of(leaf: Any) -> Any:
+    """The mesh of an array with Explicit axes, if it lies on such a one."""
+    if not isinstance(leaf, jax.Array):
+        return None
+    mesh = jax.typeof(leaf).sharding.mesh
+    return mesh if mesh.explicit_axes else None

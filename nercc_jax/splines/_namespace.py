@@ -1,0 +1,49 @@
+"""NumPy or jax.numpy, by the arrays that came: one function for the host and for programs.
+
+What is known before a program runs is computed on the host, where nothing is compiled; what is
+traced becomes part of the program. Functions that begin with `xp = namespace(...)` are for both.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def namespace(*arrays: Any) -> Any:
+    """Return `jax.numpy` if any of the arrays is one of JAX's, else `numpy`."""
+    return jnp if any(isinstance(array, jax.Array) for array in arrays) else np
+
+
+def constant(value: Any) -> Any:
+    """Return the value without its derivative."""
+    return jax.lax.stop_gradient(value) if isinstance(value, jax.Array) else value
+
+
+def within(value: Any, low: Any, high: Any) -> Any:
+    """Return the value, or the bound that it exceeds.
+
+    `clip` has a derivative that shares what lies on a bound, in a dozen operations more.
+    """
+    xp = namespace(value, low, high)
+    return xp.where(value < low, low, xp.where(value > high, high, value))
+
+
+def taken(array: Any, index: Any, axis: int = 0) -> Any:
+    """Return the entries at indices along an axis that are in range, none of them negative.
+
+    `array[index]` would have three operations more, which take time to compile.
+    """
+    place = (slice(None),) * axis + (index,)
+    if namespace(array, index) is np:
+        return array[place]
+    known = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
+    return jnp.asarray(array).at[place].get(**known)
+
+
+def product(a: Any, b: Any) -> Any:
+    """Return a @ b at full precision: TPUs and GPUs would round the factors."""
+    if namespace(a, b) is np:
+        return a @ b
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

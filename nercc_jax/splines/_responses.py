@@ -1,0 +1,123 @@
+"""How predictions respond to observations, with a derivative by the adjoint of the linear solve.
+
+A prediction is c's of the unknowns s of `_root_information`, M s = r in least squares. With the
+adjoint a = (M'M)^-1 c, its response to a difference of neighbouring observations is the shear row
+of M a times the shear, and differences make the response to each observation.
+
+For the derivative, let w = M a = Q R'^-1 c be the adjoint by rows, and e = r - M s the residuals of
+a unit observation. Then d(c's) = dc's + (dM a)'e + w'(dr - dM s), and since a change of the penalty
+or of a weight only scales rows of M, that is, summed over rows and over gaps of size h,
+
+    dc's + sum_rows q w e + sum_gaps shear dh/2 [w_shear (v_i + v_{i+1}) - (a_i + a_{i+1}) e_shear],
+
+where q is dmu/mu - 3 dh/h for shear rows, dmu/mu - dh/h for bend rows, the relative change of their
+weights for the others, v are the slopes of s and a_i those of a. w and e come by rotations, without
+cancellation. The rotations themselves are differentiated by nobody but second derivatives.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ._knots import by_observation
+from ._namespace import product
+from ._root_information import Pivots, Residuals, RootInformation, Rows, factorize, root
+
+
+class Problem(NamedTuple):
+    """A least-squares problem of `factorize`, and the predictions that are asked for.
+
+    `values` and `slopes` are the coefficients c of each prediction, a column each, and `shown` is
+    that of `Knots`.
+    """
+
+    gaps: Float[Array, " gaps"]
+    weights: Float[Array, " n"]
+    slope_weights: Float[Array, " n"]
+    mu: Float[Array, ""]
+    values: Float[Array, "n k"]
+    slopes: Float[Array, "n k"]
+    shown: Int[Array, " n"]
+
+
+class Responses(NamedTuple):
+    """What one more unit adds to each prediction: of each knot's observation, and of each gap's
+    difference between its right knot's observation and its left one's."""
+
+    matrix: Float[Array, "k n"]
+    differences: Float[Array, "k gaps"]
+
+
+@jax.custom_jvp
+def responses(problem: Problem) -> Responses:
+    """Return the responses; `matrix` has a derivative, `differences` has none."""
+    factor, adjoint = _adjoint(problem)
+    return _from_rows(problem, factor, factor.spread(adjoint))
+
+
+@responses.defjvp
+def _(primals: tuple[Problem], tangents: tuple[Problem]) -> tuple[Responses, Responses]:
+    problem, change = primals[0], tangents[0]
+    factor, adjoint = _adjoint(problem)
+    observed, residuals = factor.forward_observations(jnp.diag(root(problem.weights)))
+    split = problem.values.shape[1]
+
+    def beside(left: Any, right: Any) -> Any:
+        return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=-1), left, right)
+
+    def parts(columns: Array) -> tuple[Array, Array]:
+        return columns[:, :split], columns[:, split:]
+
+    # One pass through the knots for the columns of both.
+    values, slopes = factor.back(beside(adjoint, observed))
+    nothing = jnp.zeros_like(adjoint.value)
+    rows = factor.spread(
+        beside(adjoint, jax.tree.map(jnp.zeros_like, observed)),
+        beside(Residuals(nothing, nothing), residuals),
+    )
+    made = _from_rows(problem, factor, Rows(*(parts(each)[0] for each in rows)))
+
+    penalty, stretch = change.mu / problem.mu, change.gaps / problem.gaps
+    relative = Rows(
+        penalty - 3 * stretch,
+        penalty - stretch,
+        _relative(change.weights, problem.weights),
+        _relative(change.slope_weights, problem.slope_weights),
+    )
+    pairs = [
+        (q[:, None] * parts(each)[0], parts(each)[1])
+        for q, each in zip(relative, rows, strict=True)
+    ]
+    bent = (factor.shears * change.gaps / 2)[:, None]
+    of_adjoint, of_solution = parts(slopes[1:] + slopes[:-1])
+    by_adjoint, by_residual = parts(rows.shear)
+    pairs += [
+        (change.values, parts(values)[1]),
+        (change.slopes, parts(slopes)[1]),
+        (bent * by_adjoint, of_solution),
+        (-bent * of_adjoint, by_residual),
+    ]
+    left, right = (jnp.concatenate(each) for each in zip(*pairs, strict=True))
+    return made, Responses(product(left.T, right), jnp.zeros_like(made.differences))
+
+
+def _adjoint(problem: Problem) -> tuple[RootInformation, Pivots]:
+    """Return the factor, and the solution z of R'z = c."""
+    factor = factorize(*problem[:4])
+    return factor, factor.back_transposed(problem.values, problem.slopes)
+
+
+def _from_rows(problem: Problem, factor: RootInformation, adjoint: Rows) -> Responses:
+    differences = -(factor.shears[:, None] * adjoint.shear).T
+    # By differences the response to a constant is exact: it has none of the rotations' rounding.
+    none = jnp.zeros_like(differences[:, :1])
+    padded = jnp.concatenate([none, differences, none], axis=1)
+    matrix = problem.values.T + padded[:, :-1] - padded[:, 1:]
+    return Responses(by_observation(matrix, problem.shown), differences)
+
+
+def _relative(change: Array, weights: Array) -> Array:
+    """Return the relative change, 0 for what has no weight."""
+    return jnp.where(weights > 0, change / jnp.where(weights > 0, weights, 1), 0)
