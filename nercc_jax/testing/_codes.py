@@ -392,7 +392,7 @@ def _check_decoded(name: str, decoded: Decoded, cases: _Cases) -> None:
 
 def _check_stragglers(code: AbstractCode, cases: _Cases, clean: Decoded) -> None:
     available, everyone = cases.masks[..., None], np.ones_like(cases.masks)
-    for value in (np.nan, np.inf, 1e30):
+    for value in (np.nan, np.inf, -np.inf, 1e30):
         y = np.where(available, cases.y, value).astype(cases.y.dtype)
         _check_same(
             f"the value of an unavailable worker must not reach a prediction; with {value}",
