@@ -77,8 +77,7 @@ def all_but_one(code):
 
 
 @in_both_precisions
-def test_contract(code, untyped):
-    """As users call it: without the type checks, which would report a wrong mask first."""
+def test_contract(code):
     check_code(code)
 
 

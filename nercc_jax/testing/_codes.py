@@ -4,11 +4,8 @@ Compilation is nearly all of the time. All straggler sets therefore go through a
 together, and what tracing alone can find is found before anything is compiled.
 """
 
-import copy
 import dataclasses
-import io
-from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -17,18 +14,12 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ..codes import AbstractCode, Decoded
+from ._structure import check_structure, require, try_decode
 
 _OUTPUTS = 3
 _RANDOM_SETS = 6
 # Relative to the sum of magnitudes that a result is made of.
 _TOLERANCES = {"float32": 1e-4, "float64": 1e-10}
-# Each of these says that a program asked for the value of a traced array.
-_NEEDS_VALUES = (
-    jax.errors.ConcretizationTypeError,
-    jax.errors.NonConcreteBooleanIndexError,
-    jax.errors.TracerArrayConversionError,
-    jax.errors.TracerIntegerConversionError,
-)
 
 
 def check_code(code: AbstractCode, *, tolerance: float | None = None) -> None:
@@ -74,10 +65,7 @@ def check_code(code: AbstractCode, *, tolerance: float | None = None) -> None:
     """
     if not isinstance(code, AbstractCode):
         raise ValueError(f"code must be an instance of AbstractCode, not {code!r}")
-    _check_sizes(code)
-    _check_pytree(code)
-    _check_shapes(code)
-    _check_masks(code)
+    check_structure(code)
     cases = _make_cases(code, tolerance)
     _check_recovered(cases)
     _check_decoder(cases)
@@ -105,133 +93,14 @@ class _Cases:
     tolerance: float
 
 
-def _require(holds: Any, message: str) -> None:
-    # Not the `assert` statement, which `python -O` leaves out.
-    if not holds:
-        raise AssertionError(message)
+class _Result(NamedTuple):
+    """What `try_decode` returned for the straggler sets, on the host."""
 
-
-# -- Rules that need no compilation ------------------------------------------------------------
-
-
-def _check_sizes(code: AbstractCode) -> None:
-    for name in ("num_data", "num_workers"):
-        size = getattr(code, name)
-        _require(
-            isinstance(size, int) and not isinstance(size, bool) and size > 0,
-            f"{name} must be a positive Python integer in a static field, not {size!r}",
-        )
-    models = np.asarray(code.worker_models)
-    wanted = (code.num_workers,)
-    _require(
-        models.shape == wanted and np.issubdtype(models.dtype, np.integer),
-        f"worker_models must be integers of shape {wanted}, not {models.dtype}{models.shape}",
-    )
-    _require(
-        np.array_equal(np.union1d(models, 0), np.arange(models.max() + 1)),
-        f"worker_models must number the models 0, 1, ... without gaps, not {np.unique(models)}",
-    )
-
-
-def _check_pytree(code: AbstractCode) -> None:
-    leaves, structure = jax.tree.flatten(code)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(code):
-        _require(
-            eqx.is_array_like(leaf),
-            f"the field {jax.tree_util.keystr(path)} is {leaf!r}, which `jax.jit` does not take: "
-            "make it an array, or static by `equinox.field(static=True)`",
-        )
-    again = jax.tree.structure(jax.tree.unflatten(structure, leaves))
-    _require(again == structure, "flattening and unflattening must keep the pytree's structure")
-    try:
-        same = jax.tree.structure(copy.deepcopy(code)) == structure
-    except ValueError:  # of arrays, whose comparison has many results
-        same = False
-    _require(
-        same,
-        "static fields must compare equal in a copy of the code, or `jax.jit` compiles each copy "
-        "anew; make arrays ordinary fields, and give objects an `__eq__`",
-    )
-    file = io.BytesIO()
-    eqx.tree_serialise_leaves(file, code)
-    file.seek(0)
-    loaded = jax.tree.leaves(eqx.tree_deserialise_leaves(file, code))
-    for before, after in zip(leaves, loaded, strict=True):
-        _require(
-            np.array_equal(np.asarray(before), np.asarray(after), equal_nan=True),
-            f"`equinox.tree_serialise_leaves` writes {before!r} and reads {after!r}",
-        )
-    _require(isinstance(repr(code), str), "repr(code) must be a string")
-
-
-def _check_shapes(code: AbstractCode) -> None:
-    k, n = code.num_data, code.num_workers
-    mask = jax.ShapeDtypeStruct((n,), bool)
-    encoder = _trace("encoder_matrix()", lambda code: code.encoder_matrix(), code)
-    _check_array("encoder_matrix()", encoder, (n, k), ("float32", "float64"))
-    decoder = _trace("decoder_matrix(available)", _decoder_matrix, code, mask)
-    _check_array("decoder_matrix(available)", decoder, (k, n), (str(encoder.dtype),))
-    recovered = _trace("recovered(available)", lambda code, mask: code.recovered(mask), code, mask)
-    _check_array("recovered(available)", recovered, (k,), ("bool",))
-    for dtype in (encoder.dtype, jnp.bfloat16):
-        x = jax.ShapeDtypeStruct((k, _OUTPUTS), dtype)
-        y = jax.ShapeDtypeStruct((n, _OUTPUTS), dtype)
-        coded = _trace("encode(x)", lambda code, x: code.encode(x), code, x)
-        _check_array("encode(x)", coded, (n, _OUTPUTS), (str(jnp.dtype(dtype)),))
-        decoded = _trace("try_decode(y, available)", _try_decode, code, y, mask)
-        wanted = str(jnp.promote_types(dtype, jnp.float32))
-        _check_array("predictions", decoded.predictions, (k, _OUTPUTS), (wanted,))
-    # In a traced function, too: JAX shows a code's `repr` in error messages.
-    _trace("repr", lambda code: jnp.zeros(len(repr(code))), code)
-
-
-def _check_array(name: str, array: Any, shape: tuple[int, ...], dtypes: Sequence[str]) -> None:
-    _require(
-        getattr(array, "shape", None) == shape,
-        f"{name} must have the shape {shape}, not {getattr(array, 'shape', array)}",
-    )
-    _require(str(array.dtype) in dtypes, f"{name} must be {' or '.join(dtypes)}, not {array.dtype}")
-
-
-def _check_masks(code: AbstractCode) -> None:
-    n = code.num_workers
-    for shape, dtype in (((n + 1,), bool), ((1, n), bool), ((n,), float)):
-        bad = jax.ShapeDtypeStruct(shape, dtype)
-        try:
-            jax.eval_shape(_decoder_matrix, code, bad)
-        except ValueError:
-            continue
-        except Exception as error:
-            seen = f"raised {type(error).__name__}"
-        else:
-            seen = "returned a matrix"
-        raise AssertionError(
-            f"decoder_matrix(available) must raise a ValueError for what is no boolean mask of "
-            f"shape ({n},); given {jnp.dtype(dtype)}{shape} it {seen}. "
-            "`nercc_jax.codes.as_mask` checks it"
-        )
-
-
-def _trace(name: str, function: Callable[..., Any], *args: Any) -> Any:
-    """Return the shapes of a function's results, without compiling it."""
-    try:
-        return jax.eval_shape(function, *args)
-    except _NEEDS_VALUES as error:
-        raise AssertionError(
-            f"{name} must work with traced arguments: it may not branch on their values, convert "
-            f"them to NumPy, or have shapes that depend on them. {error}"
-        ) from error
+    predictions: np.ndarray  # (sets, K, outputs)
+    recovered: np.ndarray  # (sets, K)
 
 
 # -- Programs, shared by all codes of one structure --------------------------------------------
-
-
-def _decoder_matrix(code: AbstractCode, mask: Any) -> jax.Array:
-    return code.decoder_matrix(mask)
-
-
-def _try_decode(code: AbstractCode, y: Any, mask: Any) -> Decoded:
-    return code.try_decode(y, mask)
 
 
 @jax.jit
@@ -282,7 +151,7 @@ def _make_cases(code: AbstractCode, tolerance: float | None) -> _Cases:
     shares = np.linspace(0.2, 0.8, _RANDOM_SETS)[:, None]
     some = random.uniform(size=(_RANDOM_SETS, n)) < shares
     masks = np.concatenate([np.ones((1, n), bool), np.zeros((1, n), bool), alone, ~alone, some])
-    dtype = _trace("encoder_matrix()", lambda code: code.encoder_matrix(), code).dtype
+    dtype = jax.eval_shape(lambda code: code.encoder_matrix(), code).dtype
     x = random.normal(size=(k, _OUTPUTS)).astype(dtype)
     y = random.normal(size=(len(masks), n, _OUTPUTS)).astype(dtype)
     decoders, recovered = _matrices(code, masks)
@@ -300,12 +169,12 @@ def _make_cases(code: AbstractCode, tolerance: float | None) -> _Cases:
 
 def _check_recovered(cases: _Cases) -> None:
     everyone, nobody = cases.recovered[:2]
-    _require(
+    require(
         everyone.all(),
         "recovered(available) must hold for every data point with all workers available; it does "
         f"not for data points {np.flatnonzero(~everyone)}",
     )
-    _require(
+    require(
         not nobody.any(),
         "recovered(available) must hold for no data point with no worker available; it does for "
         f"data points {np.flatnonzero(nobody)}",
@@ -313,30 +182,30 @@ def _check_recovered(cases: _Cases) -> None:
 
 
 def _check_decoder(cases: _Cases) -> None:
-    _require(np.isfinite(cases.encoder).all(), "encoder_matrix() holds values that are not finite")
+    require(np.isfinite(cases.encoder).all(), "encoder_matrix() holds values that are not finite")
     for mask, decoder, recovered in zip(cases.masks, cases.decoders, cases.recovered, strict=True):
         where = f"with {_describe(mask)}"
         broken = ~np.isfinite(decoder).all(axis=1)
-        _require(
+        require(
             not broken.any(),
             f"decoder_matrix(available) must be finite; {where} it is not in the rows of data "
             f"points {np.flatnonzero(broken)}, of which recovered(available) holds for "
             f"{np.flatnonzero(broken & recovered)}",
         )
         leaks = np.flatnonzero(decoder.any(axis=0) & ~mask)
-        _require(
+        require(
             not leaks.size,
             f"columns of unavailable workers must be zero in decoder_matrix(available); {where} "
             f"those of workers {leaks} are not",
         )
         rows = decoder.any(axis=1)
-        _require(
+        require(
             not (rows & ~recovered).any(),
             f"rows of data points that are not recovered must be zero in "
             f"decoder_matrix(available); {where} those of {np.flatnonzero(rows & ~recovered)} are "
             "not",
         )
-        _require(
+        require(
             not (recovered & ~rows).any(),
             f"recovered(available) may hold only for data points whose row of "
             f"decoder_matrix(available) is not zero; {where} it holds for "
@@ -357,59 +226,62 @@ def _check_encode(code: AbstractCode, cases: _Cases) -> None:
     ways = {"inside `jax.jit`": _encode(code, cases.x)[1], "outside": code.encode(cases.x)}
     for way, coded in ways.items():
         error = np.abs(np.asarray(coded, np.float64) - expected) / scale
-        _require(
+        require(
             error.max() <= cases.tolerance,  # which NaN is not
             f"encode(x) must be encoder_matrix() @ x; {way} the relative error is "
             f"{error.max():.3g}, over {cases.tolerance:.3g}",
         )
 
 
-def _check_decode(code: AbstractCode, cases: _Cases) -> Decoded:
+def _check_decode(code: AbstractCode, cases: _Cases) -> _Result:
     """Return what is decoded from each straggler set, once it is known to be right."""
-    decoded = jax.device_get(_decode_groups(code, cases.y, cases.masks))
+    decoded = _decode(code, cases.y, cases.masks)
     _check_decoded("try_decode(y, available), under `jax.vmap`,", decoded, cases)
     return decoded
 
 
-def _check_decoded(name: str, decoded: Decoded, cases: _Cases) -> None:
-    recovered = np.asarray(decoded.recovered)
-    for mask, found, wanted in zip(cases.masks, recovered, cases.recovered, strict=True):
-        _require(
+def _check_decoded(name: str, decoded: _Result, cases: _Cases) -> None:
+    for mask, found, wanted in zip(cases.masks, decoded.recovered, cases.recovered, strict=True):
+        require(
             np.array_equal(found, wanted),
             f"{name} must recover what recovered(available) says; with {_describe(mask)} it "
             f"recovers data points {np.flatnonzero(found)}, not {np.flatnonzero(wanted)}",
         )
-    predictions = np.asarray(decoded.predictions, np.float64)
-    lost = ~np.isnan(predictions).all(axis=2) & ~recovered
-    _require(
+    lost = ~np.isnan(decoded.predictions).all(axis=2) & ~decoded.recovered
+    require(
         not lost.any(),
         f"{name} must predict NaN where recovered(available) does not hold; with "
         f"{_describe(cases.masks[lost.any(axis=1).argmax()])} it does not",
     )
     expected, scale = _product(cases.decoders, cases.y)
-    _check_close(name, predictions, expected, scale, cases, recovered)
+    _check_close(name, decoded.predictions, expected, scale, cases, decoded.recovered)
 
 
-def _check_stragglers(code: AbstractCode, cases: _Cases, clean: Decoded) -> None:
+def _decode(code: AbstractCode, y: np.ndarray, masks: np.ndarray) -> _Result:
+    decoded = _decode_groups(code, y, masks)
+    return _Result(np.asarray(decoded.predictions, np.float64), np.asarray(decoded.recovered))
+
+
+def _check_stragglers(code: AbstractCode, cases: _Cases, clean: _Result) -> None:
     available, everyone = cases.masks[..., None], np.ones_like(cases.masks)
     for value in (np.nan, np.inf, -np.inf, 1e30):
         y = np.where(available, cases.y, value).astype(cases.y.dtype)
         _check_same(
             f"the value of an unavailable worker must not reach a prediction; with {value}",
-            jax.device_get(_decode_groups(code, y, cases.masks)),
+            _decode(code, y, cases.masks),
             clean,
             cases,
         )
         if not np.isfinite(value):
             _check_same(
                 f"an available worker that answers {value} must become a straggler;",
-                jax.device_get(_decode_groups(code, y, everyone)),
+                _decode(code, y, everyone),
                 clean,
                 cases,
             )
 
 
-def _check_single_calls(code: AbstractCode, cases: _Cases, clean: Decoded) -> None:
+def _check_single_calls(code: AbstractCode, cases: _Cases, clean: _Result) -> None:
     """Check one group at a time, a pytree of answers, inside and outside `jax.jit`."""
     traces = []
 
@@ -423,19 +295,18 @@ def _check_single_calls(code: AbstractCode, cases: _Cases, clean: Decoded) -> No
         cases,
         **{name: getattr(cases, name)[chosen] for name in ("masks", "y", "decoders", "recovered")},
     )
-    wanted = jax.tree.map(lambda leaf: leaf[chosen], clean)
-    for way, decode in (("inside `jax.jit`", traced), ("outside `jax.jit`", _try_decode)):
+    wanted = _Result(*(each[chosen] for each in clean))
+    for way, decode in (("inside `jax.jit`", traced), ("outside `jax.jit`", try_decode)):
         calls = []
         for y, mask in zip(part.y, part.masks, strict=True):
             answers = {"first": y[:, 0], "others": y[:, 1:, None]}
-            decoded = jax.device_get(decode(code, answers, mask))
+            decoded = decode(code, answers, mask)
             first, others = (decoded.predictions[name] for name in ("first", "others"))
-            calls.append((np.concatenate([first[:, None], others[..., 0]], 1), decoded.recovered))
-        predictions, recovered = (np.stack(each) for each in zip(*calls, strict=True))
-        found = Decoded(predictions, wanted.heard, recovered)
+            calls.append((np.column_stack([first, others[..., 0]]), decoded.recovered))
+        found = _Result(*(np.stack(each) for each in zip(*calls, strict=True)))
         name = f"one group at a time, as a pytree, {way} must be decoded as `jax.vmap` does it;"
         _check_same(name, found, wanted, part)
-    _require(
+    require(
         len(traces) == 1,
         f"one compilation must serve every mask; try_decode was traced {len(traces)} times",
     )
@@ -456,7 +327,7 @@ def _check_gradients(code: AbstractCode, cases: _Cases) -> None:
     found = jax.device_get(_pull_back(numbers, rest, cases.x, y, cases.masks, cotangents))
     for path, gradient in jax.tree_util.tree_leaves_with_path(found[0]):
         broken = ~np.isfinite(gradient.reshape(sets, -1)).all(axis=1)
-        _require(
+        require(
             not broken.any(),
             f"gradients in the code's numbers must be finite; with "
             f"{_describe(cases.masks[broken.argmax()])} that in {jax.tree_util.keystr(path)} is "
@@ -481,16 +352,15 @@ def _product(matrix: np.ndarray, vectors: np.ndarray) -> tuple[np.ndarray, np.nd
     return matrix @ vectors, 1 + np.abs(matrix) @ np.abs(vectors)
 
 
-def _check_same(name: str, found: Decoded, wanted: Decoded, cases: _Cases) -> None:
+def _check_same(name: str, found: _Result, wanted: _Result, cases: _Cases) -> None:
     for mask, got, expected in zip(cases.masks, found.recovered, wanted.recovered, strict=True):
-        _require(
+        require(
             np.array_equal(got, expected),
             f"{name} with {_describe(mask)} data points {np.flatnonzero(got)} are recovered, not "
             f"{np.flatnonzero(expected)}",
         )
     _, scale = _product(cases.decoders, cases.y)
-    predictions = (np.asarray(each.predictions, np.float64) for each in (found, wanted))
-    _check_close(name, *predictions, scale, cases, np.asarray(wanted.recovered))
+    _check_close(name, found.predictions, wanted.predictions, scale, cases, wanted.recovered)
 
 
 def _check_close(
@@ -509,7 +379,7 @@ def _check_close(
         error = np.where(where[..., None], error, 0)
     worst = error.reshape(len(error), -1).max(axis=1)
     place = int(worst.argmax())
-    _require(
+    require(
         worst[place] <= cases.tolerance,
         f"{name} differs from what it must be with {_describe(cases.masks[place])}: the relative "
         f"error is {worst[place]:.3g} (infinite where a value is not finite), over "
