@@ -61,7 +61,7 @@ def _current_folder() -> str | None:
     if "jax" in sys.modules:
         import jax
 
-        return jax.config.jax_compilation_cache_dir
+        return jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
     return os.environ.get("JAX_COMPILATION_CACHE_DIR")
 
 
