@@ -5,6 +5,8 @@ together, and what tracing alone can find is found before anything is compiled.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -47,8 +49,8 @@ def check_code(code: AbstractCode, *, tolerance: float | None = None) -> None:
     - The gradient with respect to the answers is the decoder's transpose, the gradient with respect
       to the data points the encoder's, and gradients in the code's own numbers are finite.
 
-    The check runs in JAX's current precision. It takes some seconds, nearly all of them
-    compilation.
+    The check runs in JAX's current precision. It takes some seconds for a code of a few matrix
+    products, half a minute for one of the splines, nearly all of it compilation.
 
     Args:
       code: The code to check.
@@ -94,7 +96,7 @@ class _Cases:
 
 
 class _Result(NamedTuple):
-    """What `try_decode` returned for the straggler sets, on the host."""
+    """Results of `try_decode` for the straggler sets, on the host."""
 
     predictions: np.ndarray  # (sets, K, outputs)
     recovered: np.ndarray  # (sets, K)
@@ -103,27 +105,35 @@ class _Result(NamedTuple):
 # -- Programs, shared by all codes of one structure --------------------------------------------
 
 
-@jax.jit
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return jax.jit(function, compiler_options=_options())
+
+
+def _options() -> dict[str, int | bool] | None:
+    # Small programs that run once need no optimisation: for NeRCC(4, 11) the check took 38 s of CPU
+    # time with it, and 25 s without.
+    if jax.default_backend() != "cpu":
+        return None
+    return {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
 def _encode(code: AbstractCode, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return code.encoder_matrix(), code.encode(x)
 
 
-@jax.jit
 def _matrices(code: AbstractCode, masks: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jax.vmap(lambda mask: (code.decoder_matrix(mask), code.recovered(mask)))(masks)
 
 
-@jax.jit
 def _regress(code: AbstractCode, y: jax.Array, masks: jax.Array) -> jax.Array:
     return jax.vmap(code.regress)(y, masks)
 
 
-@jax.jit
 def _decode_groups(code: AbstractCode, y: jax.Array, masks: jax.Array) -> Decoded:
     return jax.vmap(code.try_decode)(y, masks)
 
 
-@jax.jit
 def _pull_back(
     numbers: PyTree, rest: PyTree, x: jax.Array, y: jax.Array, masks: jax.Array, cotangents: Any
 ) -> tuple[PyTree, jax.Array, jax.Array]:
@@ -154,8 +164,8 @@ def _make_cases(code: AbstractCode, tolerance: float | None) -> _Cases:
     dtype = jax.eval_shape(lambda code: code.encoder_matrix(), code).dtype
     x = random.normal(size=(k, _OUTPUTS)).astype(dtype)
     y = random.normal(size=(len(masks), n, _OUTPUTS)).astype(dtype)
-    decoders, recovered = _matrices(code, masks)
-    encoder, _ = _encode(code, x)
+    decoders, recovered = _compiled(_matrices)(code, masks)
+    encoder, _ = _compiled(_encode)(code, x)
     return _Cases(
         masks,
         x,
@@ -216,14 +226,17 @@ def _check_decoder(cases: _Cases) -> None:
 def _check_regress(code: AbstractCode, cases: _Cases) -> None:
     if type(code).regress is AbstractCode.regress:
         return  # the product itself
-    found = np.asarray(_regress(code, cases.y, cases.masks), np.float64)
+    found = np.asarray(_compiled(_regress)(code, cases.y, cases.masks), np.float64)
     expected, scale = _product(cases.decoders, cases.y)
     _check_close("regress(y, available)", found, expected, scale, cases, cases.recovered)
 
 
 def _check_encode(code: AbstractCode, cases: _Cases) -> None:
     expected, scale = _product(cases.encoder, cases.x)
-    ways = {"inside `jax.jit`": _encode(code, cases.x)[1], "outside": code.encode(cases.x)}
+    ways = {
+        "inside `jax.jit`": _compiled(_encode)(code, cases.x)[1],
+        "outside": code.encode(cases.x),
+    }
     for way, coded in ways.items():
         error = np.abs(np.asarray(coded, np.float64) - expected) / scale
         require(
@@ -258,7 +271,7 @@ def _check_decoded(name: str, decoded: _Result, cases: _Cases) -> None:
 
 
 def _decode(code: AbstractCode, y: np.ndarray, masks: np.ndarray) -> _Result:
-    decoded = _decode_groups(code, y, masks)
+    decoded = _compiled(_decode_groups)(code, y, masks)
     return _Result(np.asarray(decoded.predictions, np.float64), np.asarray(decoded.recovered))
 
 
@@ -285,7 +298,7 @@ def _check_single_calls(code: AbstractCode, cases: _Cases, clean: _Result) -> No
     """Check one group at a time, a pytree of answers, inside and outside `jax.jit`."""
     traces = []
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=_options())
     def traced(code: AbstractCode, y: PyTree, mask: jax.Array) -> Decoded:
         traces.append(mask)
         return code.try_decode(y, mask)
@@ -324,7 +337,9 @@ def _check_gradients(code: AbstractCode, cases: _Cases) -> None:
     shapes = ((sets, n, _OUTPUTS), (sets, k, _OUTPUTS))
     cotangents = tuple(random.normal(size=shape).astype(cases.x.dtype) for shape in shapes)
     y = np.where(cases.masks[..., None], cases.y, np.nan)
-    found = jax.device_get(_pull_back(numbers, rest, cases.x, y, cases.masks, cotangents))
+    found = jax.device_get(
+        _compiled(_pull_back)(numbers, rest, cases.x, y, cases.masks, cotangents)
+    )
     for path, gradient in jax.tree_util.tree_leaves_with_path(found[0]):
         broken = ~np.isfinite(gradient.reshape(sets, -1)).all(axis=1)
         require(
