@@ -15,6 +15,8 @@ Here are the names that people start with. Everything else is public through its
 - `nercc_jax.planning`: which code, how many workers, or nothing.
 - `nercc_jax.pools`: workers that answer when they answer.
 - `nercc_jax.serving`: a server.
+- `nercc_jax.testing`: the contract of codes, to check your own.
+- `nercc_jax.compilation`: a cache of compiled programs on disk.
 """
 
 import importlib
@@ -60,6 +62,8 @@ _WHERE = {
     "surrogates": "Scheme calibrate_doubt fit_surrogate reexecute",
     "tuning": "parametrize search_layout tune",
 }
+# Rooms without a name at the top.
+_ROOMS = ("compilation", "serving", "splines", "testing")
 __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     name for names in _WHERE.values() for name in names.split()
 ]
@@ -72,8 +76,10 @@ def __getattr__(name: str) -> Any:
             module = importlib.import_module(f".{place}", __name__)
             globals()[name] = found = module if name == place else getattr(module, name)
             return found
+    if name in _ROOMS:
+        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_WHERE})
+    return sorted({*globals(), *__all__, *_WHERE, *_ROOMS})

@@ -11,6 +11,7 @@ import nercc_jax
 HOUSE = Path(nercc_jax.__file__).parent
 # From the bottom up: a room imports from those before it only.
 ROOMS = (
+    "compilation",
     "splines",
     "codes",
     "stragglers",
@@ -21,6 +22,7 @@ ROOMS = (
     "planning",
     "pools",
     "serving",
+    "testing",
     "cli",
 )
 FILES = sorted(HOUSE.rglob("*.py"))

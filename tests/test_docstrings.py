@@ -10,7 +10,7 @@ from pages import blocks
 
 # What needs an extra is imported by its own tests.
 ROOMS = ("codes", "splines", "stragglers", "inference", "evaluation", "tuning", "surrogates")
-ROOMS += ("planning", "pools")
+ROOMS += ("planning", "pools", "testing", "compilation")
 
 
 def examples():

@@ -1,6 +1,4 @@
-"""docs/extending.md: its blocks run as they stand, and its code keeps the contract of all codes."""
-
-import pathlib
+"""docs/extending.md: its blocks run as they stand, `check_code` of its own code among them."""
 
 import extending
 import numpy as np
@@ -10,6 +8,7 @@ def test_the_blocks_run(capsys):
     names: dict = {}
     for block in extending.BLOCKS:
         exec(compile(block, "docs/extending.md", "exec"), names)
+    assert any("\ncheck_code(MovingAverages(" in block for block in extending.BLOCKS)
     rmse, slope = capsys.readouterr().out.split("\n")[:2]
     assert np.isfinite(float(rmse.split()[1]))
     assert abs(float(slope.split()[1])) > 0
@@ -19,8 +18,3 @@ def test_the_blocks_run(capsys):
         for key in names["jax"].random.split(names["jax"].random.key(0), 20)
     }
     assert draws == {(True, False, True, False), (False, True, False, True)}
-
-
-def test_the_table_of_codes_has_it():
-    table = pathlib.Path(__file__).with_name("test_codes.py").read_text()
-    assert "extending.MovingAverages(" in table

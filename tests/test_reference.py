@@ -8,7 +8,7 @@ import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
 ROOMS = ("codes", "splines", "stragglers", "inference", "evaluation", "tuning", "surrogates")
-ROOMS += ("planning", "pools", "serving")
+ROOMS += ("planning", "pools", "serving", "testing", "compilation")
 MODULES = (*(f"nercc_jax.{room}" for room in ROOMS), "nercc_models")
 
 

@@ -9,7 +9,7 @@ import typer
 from ._compiled import (
     compile_plainly,
     keep_lapack_to_one_thread,
-    keep_programs_of_commands,
+    keep_programs,
 )
 from ._demo import demo
 from ._distill import distill_command
@@ -51,7 +51,7 @@ def _options(
 ) -> None:
     command = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
     if compilation_cache and command != "serve":
-        keep_programs_of_commands()
+        keep_programs()
     if command in ("demo", "distill", "plan", "run", "tune"):
         compile_plainly()
     keep_lapack_to_one_thread()

@@ -20,7 +20,6 @@ from in_process import Doubles, body, channel, listening
 from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceStub
 from nercc_server import ENDS, patience
 
-from nercc_jax.cli import _compiled
 from nercc_jax.serving._kserve import messages
 
 
@@ -184,42 +183,3 @@ def test_kserve_has_pandas_and_kubernetes_once_it_uses_them():
         [sys.executable, "-c", _LATER], capture_output=True, text=True, timeout=ENDS
     )
     assert done.stdout == "[1.0, 2.0] pandas\nV1Secret\n", done.stderr
-
-
-# Compiled programs.
-
-
-@pytest.fixture
-def told(monkeypatch):
-    """What JAX is told; the environment is as it was afterwards."""
-    told = {}
-    monkeypatch.setattr("jax.config.update", told.__setitem__)
-    for name in ("DIR", "MIN_COMPILE_TIME_SECS", "MIN_ENTRY_SIZE_BYTES"):
-        kind = "COMPILATION" if name == "DIR" else "PERSISTENT"
-        monkeypatch.setenv(f"JAX_{kind}_CACHE_{name}", "")
-    return told
-
-
-def test_programs_are_kept_in_the_users_cache(told, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    _compiled.keep_programs()
-    (folder,) = (tmp_path / "nercc_jax").iterdir()
-    assert told["jax_compilation_cache_dir"] == str(folder)
-    assert told["jax_persistent_cache_min_compile_time_secs"] == 0
-    # Workers in processes of their own read the environment.
-    assert _compiled.os.environ["JAX_COMPILATION_CACHE_DIR"] == str(folder)
-
-
-def test_programs_are_kept_where_the_user_says(told, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
-    _compiled.keep_programs()
-    assert not told
-    assert not list(tmp_path.iterdir())
-
-
-def test_without_a_cache_folder_programs_are_not_kept(told, tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    _compiled.keep_programs()
-    assert not told

@@ -1,0 +1,213 @@
+"""`check_code` refuses each code that breaks a rule, and names the rule.
+
+`test_codes.py` calls it for the library's own codes, `test_extending.py` for the documentation's.
+"""
+
+import subprocess
+import sys
+
+import equinox as eqx
+import extending
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nercc_jax import AbstractCode
+from nercc_jax.codes import as_mask
+from nercc_jax.testing import check_code
+
+Means = extending.MovingAverages
+K, N = 3, 5
+
+
+class Transposed(Means):
+    def encoder_matrix(self):
+        return Means.encoder_matrix(self).T
+
+
+class Integers(Means):
+    def encoder_matrix(self):
+        return (self._near().T > 0.5).astype(jnp.int32)
+
+
+class MixedPrecision(Means):
+    def decoder_matrix(self, available):
+        return Means.decoder_matrix(self, available).astype(jnp.bfloat16)
+
+
+class ColumnOfBooleans(Means):
+    def recovered(self, available):
+        return jnp.full((self.num_data, 1), jnp.any(available))
+
+
+class BranchesOnTheMask(Means):
+    def decoder_matrix(self, available):
+        available = as_mask(available, (self.num_workers,))
+        return Means.decoder_matrix(self, available) if available.any() else jnp.zeros((K, N))
+
+
+class SelectsByTheMask(Means):
+    def recovered(self, available):
+        return jnp.full(self.num_data, self._near()[:, available].size > 0)
+
+
+class AcceptsAnyMask(Means):
+    def decoder_matrix(self, available):
+        near = jnp.where(jnp.ravel(jnp.asarray(available))[:N], self._near(), 0)
+        return near / jnp.maximum(near.sum(axis=1, keepdims=True), 1e-9)
+
+
+class ReadsStragglers(Means):
+    def decoder_matrix(self, available):
+        everyone = Means.decoder_matrix(self, np.ones(N, bool))
+        return jnp.where(jnp.any(as_mask(available, (N,))), everyone, 0)
+
+
+class AlwaysRecovers(Means):
+    def recovered(self, available):
+        return jnp.ones(self.num_data, bool)
+
+
+class NeverRecoversTheLast(Means):
+    def recovered(self, available):
+        return jnp.arange(self.num_data) < jnp.where(jnp.any(available), self.num_data - 1, 0)
+
+
+class FailsForOneWorker(Means):
+    """Predicts NaN from a single answer, and reports the data points as recovered."""
+
+    def decoder_matrix(self, available):
+        matrix = Means.decoder_matrix(self, available)
+        return jnp.where(jnp.sum(available) == 1, jnp.nan, matrix)
+
+
+class DeniesWhatItRecovers(Means):
+    def recovered(self, available):
+        return jnp.full(self.num_data, jnp.sum(available) > 1)
+
+
+class ClaimsZeros(Means):
+    def decoder_matrix(self, available):
+        enough = jnp.sum(as_mask(available, (N,))) > 1
+        return jnp.where(enough, Means.decoder_matrix(self, available), 0)
+
+
+class OtherRegression(Means):
+    def regress(self, y, available):
+        return self.decoder_matrix(available) @ y + 0.01
+
+
+class AddsAnOffset(Means):
+    def encode(self, x):
+        return Means.encode(self, x) + 0.01
+
+
+class DecodesByHand(Means):
+    """Multiplies stragglers' answers by zero, but 0 * NaN is NaN."""
+
+    def try_decode(self, y, available):
+        decoded = Means.try_decode(self, y, available)
+        flat = jax.tree.leaves(y)[0]
+        spilled = 0 * jnp.sum(flat)
+        return eqx.tree_at(
+            lambda decoded: decoded.predictions,
+            decoded,
+            jax.tree.map(lambda leaf: leaf + spilled, decoded.predictions),
+        )
+
+
+class RootOfZero(Means):
+    """Has the derivative 0 * infinity in `width` where a worker's point is a data point's."""
+
+    def _near(self):
+        data, workers = (jnp.linspace(0, 1, n) for n in (self.num_data, self.num_workers))
+        return 1 / (1 + jnp.sqrt(self.width * jnp.abs(data[:, None] - workers)))
+
+
+class NoDerivative(Means):
+    """Hides the answers from differentiation."""
+
+    def try_decode(self, y, available):
+        return Means.try_decode(self, jax.tree.map(jax.lax.stop_gradient, y), available)
+
+
+class Kernel:
+    """Compares by identity."""
+
+
+class StaticObject(Means):
+    kernel: Kernel = eqx.field(static=True)
+
+    def __init__(self, num_data, num_workers):
+        Means.__init__(self, num_data, num_workers)
+        self.kernel = Kernel()
+
+
+class TextInALeaf(Means):
+    kernel: str
+
+    def __init__(self, num_data, num_workers):
+        Means.__init__(self, num_data, num_workers)
+        self.kernel = "cauchy"
+
+
+class SizeAsAnArray(AbstractCode):
+    num_data: jax.Array
+    num_workers: int = eqx.field(static=True)
+
+    encoder_matrix = Means.encoder_matrix
+    decoder_matrix = Means.decoder_matrix
+    recovered = Means.recovered
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: SizeAsAnArray(jnp.array(K), N), "num_data must be a positive Python integer"),
+        (lambda: StaticObject(K, N), "static fields must compare equal in a copy of the code"),
+        (lambda: TextInALeaf(K, N), r"the field \.kernel is 'cauchy', which `jax.jit` does not"),
+        (lambda: Transposed(K, N), r"encoder_matrix\(\) must have the shape \(5, 3\), not \(3, 5"),
+        (lambda: Integers(K, N), r"encoder_matrix\(\) must be float32 or float64, not int32"),
+        (lambda: MixedPrecision(K, N), r"decoder_matrix.* must be float32, not bfloat16"),
+        (lambda: ColumnOfBooleans(K, N), r"recovered\(.* must have the shape \(3,\), not \(3, 1"),
+        (lambda: BranchesOnTheMask(K, N), "decoder_matrix.* must work with traced arguments"),
+        (lambda: SelectsByTheMask(K, N), "recovered.* must work with traced arguments"),
+        (lambda: AcceptsAnyMask(K, N), r"must raise a ValueError.*it accepts bool\(6,\)"),
+        (lambda: NeverRecoversTheLast(K, N), r"all workers available; .* data points \[2\]"),
+        (lambda: AlwaysRecovers(K, N), r"no worker available; it does for data points \[0 1 2\]"),
+        (lambda: FailsForOneWorker(K, N), "must be finite; with only worker 0 available it is not"),
+        (lambda: ReadsStragglers(K, N), "columns of unavailable.*only worker 0 available those of"),
+        (lambda: DeniesWhatItRecovers(K, N), "not recovered must be zero.*only worker 0 available"),
+        (lambda: ClaimsZeros(K, N), "row of decoder_matrix.* is not zero; with only worker 0"),
+        (lambda: OtherRegression(K, N), r"regress\(y, available\) differs from what it must be"),
+        (lambda: AddsAnOffset(K, N), r"encode\(x\) must be encoder_matrix\(\) @ x; inside"),
+        (lambda: DecodesByHand(K, N), "unavailable worker must not reach a prediction; with nan"),
+        (lambda: RootOfZero(K, N), r"code's numbers must be finite; .* that in \.width is not"),
+        (lambda: NoDerivative(K, N), "gradient with respect to the answers must be decoder_matrix"),
+    ],
+)  # fmt: skip
+def test_a_broken_code_is_refused(build, message, untyped):
+    with pytest.raises(AssertionError, match=message):
+        check_code(build())
+
+
+def test_a_class_is_not_a_code(untyped):
+    with pytest.raises(ValueError, match="must be an instance of AbstractCode, not <class"):
+        check_code(Means)
+
+
+def test_the_tolerance_is_the_callers(untyped):
+    class Coarse(Means):
+        def regress(self, y, available):
+            return (1 + 1e-3) * self.decoder_matrix(available) @ y
+
+    with pytest.raises(AssertionError, match=r"relative error is 0\.0.*, over 0\.0001"):
+        check_code(Coarse(K, N))
+    check_code(Coarse(K, N), tolerance=1e-2)
+
+
+def test_it_needs_no_test_framework():
+    code = "import sys, nercc_jax; nercc_jax.testing.check_code; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"pytest", "hypothesis"} & {*done.stdout.split()}
