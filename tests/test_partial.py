@@ -154,8 +154,10 @@ def test_argument_errors(x, options, message):
 def test_errors_at_construction():
     with pytest.raises(ValueError, match="max_behind must be 0 or more, not -1"):
         partial_inference(model, NeRCC(4, 7), mesh_of(2), max_behind=-1)
-    with pytest.raises(ValueError, match="one named 'workers'"):
-        partial_inference(model, NeRCC(4, 7), Mesh(np.array(jax.devices()[:2]), ("x",)))
+    with pytest.raises(ValueError, match="none named 'workers'"):
+        partial_inference(
+            model, NeRCC(4, 7), Mesh(np.array(jax.devices()[:2])[:, None], ("x", "y"))
+        )
     with pytest.raises(ValueError, match="run 1 model, but 2 came"):
         partial_inference((model, model), Uncoded(4), mesh_of(2))(
             np.ones((4, 5), np.float32), deadline=LONG

@@ -182,9 +182,9 @@ def test_a_further_axis_of_the_mesh_may_shard_the_model(kind):
 
 
 def test_a_mesh_without_the_axis(untyped):
-    message = r"axes \('x',\), but .* 'workers': jax.make_mesh\(\(2,\), \('workers',\)\) would do"
+    message = r"axes \('x',\), and none named 'y': say by axis= over which of them"
     with pytest.raises(ValueError, match=message):
-        coded_inference(model, NeRCC(4, 7), mesh=mesh_of(2, ("x",)))
+        coded_inference(model, NeRCC(4, 7), mesh=mesh_of(2, ("x",)), axis="y")
 
 
 _PROCESS = """

@@ -1,14 +1,12 @@
 """Codes: two matrices each, regression points, and files."""
 
+from ._at_hand import decode_groups_at_hand, decode_sets_at_hand
 from ._berrut import Berrut, berrut_matrix
 from ._checks import check_count, check_counts, check_fields, check_not_negative, check_positive
 from ._code import (
     AbstractCode,
     as_mask,
-    decode_groups,
     deviation,
-    encode_groups,
-    encode_leaf,
     joined_answers,
     variances,
 )
@@ -28,6 +26,7 @@ from ._grouped import (
     following_points,
     has_points,
 )
+from ._groups import decode_groups, encode_groups, encode_leaf, multiply_groups
 from ._kept import (
     Known,
     Lookups,
@@ -40,6 +39,7 @@ from ._kept import (
     x64_enabled,
 )
 from ._lagrange import Lagrange
+from ._meshes import coded_on_mesh
 from ._nercc import NeRCC
 from ._parity import Parity
 from ._points import LAYOUTS, Layout, coincident, copies, mean_gap, regression_points
@@ -93,11 +93,14 @@ __all__ = [
     "check_not_negative",
     "check_positive",
     "code_card",
+    "coded_on_mesh",
     "coincident",
     "copies",
     "copies_of_doubtful",
     "decode_groups",
+    "decode_groups_at_hand",
     "decode_sets",
+    "decode_sets_at_hand",
     "decode_vectors",
     "deviation",
     "encode_groups",
@@ -119,6 +122,7 @@ __all__ = [
     "load_code",
     "mean_gap",
     "multiply",
+    "multiply_groups",
     "points_of",
     "regression_points",
     "save_code",

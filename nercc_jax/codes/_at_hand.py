@@ -1,7 +1,7 @@
-"""Decoding where code, answers and mask are at hand: outside of any trace, nothing but a product.
+"""Decoding where code, answers and masks are at hand: outside of any trace, nothing but a product.
 
-The matrix is kept, or made on the host, and one program multiplies and says whether that is all
-there is to it. It nearly always is. If not, an answer was broken or the matrix is ill-conditioned,
+The matrices are kept, or made on the host, and one program multiplies and says whether that is all
+there is to it. It nearly always is. If not, an answer was broken or a matrix is ill-conditioned,
 and the host decodes, in float64, which loses no digit of float32. So a first decode compiles in a
 fraction of a second, and a broken answer compiles nothing.
 """
@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
 
-from ._decoding import Decoded, Matrices, multiplied, sets_multiplied
-from ._kept import kept_matrices, known_decoders
-from ._meshes import coded_on_mesh
+from ._decoding import Decoded, sets_multiplied
+from ._groups import decode_groups, multiply_groups
+from ._kept import KeptMatrices, kept_matrices, known_decoders
 from ._trees import any_tracer, check_floats, check_leading, join
 
 # Up to this many straggler sets, all their matrices on the host (0.3 ms each) take less than the
@@ -37,39 +37,29 @@ def decode_at_hand(code: Any, y: PyTree, available: ArrayLike) -> Decoded | None
     given = known_decoders(code, mask) if mask.ndim == 1 else None
     if given is None:
         return None
-    decoded, sound = _one_multiplied(code.num_workers, y, mask, given)
-    if sound:
-        return decoded
-    vectors, form = join(jax.tree.map(lambda leaf: np.asarray(leaf)[None], y), 2)
-    found = vectors_on_host(code, np.asarray(vectors), mask[None])
-    if found is None:
-        return None
-    found = Decoded(form.split(found.predictions), found.heard, found.recovered)
-    return jax.tree.map(lambda leaf: leaf[0], found)
+    y = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf), y)
+    check_leading("y", y, (code.num_workers,), "workers")
+    check_floats("y", y)
+    y, masks = jax.tree.map(lambda leaf: leaf[None], y), mask[None]
+    decoded, sound = _multiply_groups(y, masks, given)
+    decoded = decoded if sound else _groups_on_host(code, y, masks)
+    return None if decoded is None else jax.tree.map(lambda leaf: leaf[0], decoded)
 
 
-def vectors_on_host(
+def decode_groups_at_hand(
     code: Any,
-    y: Float[np.ndarray, "groups num_workers m"],
-    available: Bool[np.ndarray, "groups num_workers"],
-) -> Decoded | None:
-    """Return `decode_vectors` by NumPy in float64, or None for a code without matrices there."""
-    kept = kept_matrices(code)
-    if kept is None or not kept.on_host:
-        return None
-    heard = available & np.isfinite(y).all(axis=-1)
-    dtype = jnp.promote_types(y.dtype, jnp.float32)
-    predictions, recovered = [], []
-    for answers, mask in zip(y, heard, strict=True):
-        made = kept.exact_decoder(mask)
-        assert made is not None
-        with np.errstate(all="ignore"):  # what overflows becomes infinite, as in the program
-            values = made.decoder[0] @ np.where(mask[:, None], answers, 0).astype(np.float64)
-            values = np.where(made.recovered[0][:, None], values, np.nan).astype(dtype)
-        predictions.append(values)
-        recovered.append(made.recovered[0])
-    parts = np.stack(predictions), heard, np.stack(recovered)
-    return Decoded(*(jnp.asarray(part) for part in parts))
+    y: PyTree[Float[ArrayLike, "groups num_workers ..."]],
+    available: Bool[ArrayLike, "groups num_workers"],
+) -> Decoded:
+    """Return `decode_groups`, by as little compilation as there can be."""
+    masks = np.asarray(available)
+    given = known_decoders(code, masks)
+    if given is not None:
+        decoded, sound = _multiply_groups(y, masks, given)
+        if sound:
+            return decoded
+    found = _groups_on_host(code, y, masks)
+    return _decode_groups(code, jax.tree.map(jnp.asarray, y), masks) if found is None else found
 
 
 def decode_sets_at_hand(
@@ -78,41 +68,48 @@ def decode_sets_at_hand(
     available: Bool[ArrayLike, "sets num_workers"],
 ) -> Decoded | None:
     """Return `decode_sets`, or None where it takes a program with a regression."""
-    if any_tracer(code, y, available):
+    kept = None if any_tracer(code, y, available) else kept_matrices(code)
+    if kept is None or not kept.on_host:
         return None
-    kept, masks = kept_matrices(code), np.asarray(available)
-    if kept is None or not kept.on_host or len(masks) > MANY_SETS:
-        return None
+    masks = np.asarray(available)
     given = kept.decoders(masks, MANY_SETS)
     if given is None:
         return None
-    decoder, recovered = (
-        np.broadcast_to(a, (len(masks), *a.shape[1:])) for a in (given.decoder, given.recovered)
-    )
-    decoded, sound = _sets_multiplied(y, masks, Matrices(decoder, recovered))
+    sets = len(masks)
+    given = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (sets, *leaf.shape[1:])), given)
+    decoded, sound = _multiply_sets(y, masks, given)
     return decoded if sound else None
 
 
-@eqx.filter_jit
-def _one_multiplied(
-    num_workers: int, y: PyTree, available: ArrayLike, given: Matrices
-) -> tuple[Decoded, Bool[Array, ""]]:
-    y = jax.tree.map(jnp.asarray, y)
-    check_leading("y", y, (num_workers,), "workers")
-    check_floats("y", y)
-
-    def decoded(y: PyTree, available: Array, given: Matrices) -> tuple[Decoded, Array]:
-        with jax.named_scope("nercc.decode"):
-            vectors, form = join(y, 1)
-            made, sound = multiplied(vectors[None], available[None], given)
-            made = jax.tree.map(lambda leaf: leaf[0], made)
-            return Decoded(form.split(made.predictions), made.heard, made.recovered), sound
-
-    def specs(names: Any) -> Any:
-        predictions = jax.tree.map(lambda leaf: (None, *names(leaf)[1:]), y)
-        return Decoded(predictions, (None,), (None,)), ()
-
-    return coded_on_mesh(decoded, (y, jnp.asarray(available), given), specs)
+_multiply_groups = eqx.filter_jit(multiply_groups)
+_decode_groups = eqx.filter_jit(decode_groups)
+_multiply_sets = eqx.filter_jit(sets_multiplied)
 
 
-_sets_multiplied = eqx.filter_jit(sets_multiplied)
+def _groups_on_host(code: Any, y: PyTree, available: np.ndarray) -> Decoded | None:
+    """`decode_groups` by NumPy in float64, or None for a code without matrices there."""
+    kept = kept_matrices(code)
+    there = all(leaf.is_fully_addressable for leaf in jax.tree.leaves(y) if isinstance(leaf, Array))
+    if kept is None or not kept.on_host or not there:
+        return None
+    vectors, form = join(jax.tree.map(np.asarray, y), 2)
+    made = [_one_on_host(kept, *each) for each in zip(np.asarray(vectors), available, strict=True)]
+    parts = (jnp.asarray(np.stack(part)) for part in zip(*made, strict=True))
+    predictions, heard, recovered = parts
+    return Decoded(form.split(predictions), heard, recovered)
+
+
+def _one_on_host(
+    kept: KeptMatrices,
+    y: Float[np.ndarray, "num_workers m"],
+    available: Bool[np.ndarray, " num_workers"],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Predictions of one group, which workers they rest on, and which are recovered."""
+    heard = available & np.isfinite(y).all(axis=-1)
+    made = kept.exact_decoder(heard)
+    assert made is not None
+    matrix, recovered = made.decoder[0], made.recovered[0]
+    with np.errstate(all="ignore"):  # what overflows becomes infinite, as in a program
+        values = matrix @ np.where(heard[:, None], y, 0).astype(np.float64)
+        values = np.where(recovered[:, None], values, np.nan)
+        return values.astype(jnp.promote_types(y.dtype, jnp.float32)), heard, recovered

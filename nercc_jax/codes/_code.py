@@ -18,11 +18,10 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
 from ._at_hand import decode_at_hand
-from ._decoding import Decoded, DecoderMap, Matrices, PlainMap, decode_vectors
+from ._decoding import Decoded, DecoderMap, PlainMap
+from ._groups import decode_groups, encode_groups
 from ._kept import known_encoder
-from ._meshes import coded_on_mesh
 from ._methods import transformable
-from ._products import multiply
 from ._trees import (
     Form,
     check_beside,
@@ -30,7 +29,6 @@ from ._trees import (
     check_floats,
     check_leading,
     finite_points,
-    is_float,
     join,
 )
 
@@ -262,61 +260,6 @@ class AbstractCode(eqx.Module):
         """As `decode`, with the status beside the predictions and no exception for bad answers."""
         found = decode_at_hand(self, y, available)
         return _try_decode(self, y, available) if found is None else found
-
-
-def encode_groups(
-    code: AbstractCode,
-    x: PyTree[Shaped[Array, "groups num_data ..."]],
-    matrix: Float[ArrayLike, "*groups num_workers num_data"] | None = None,
-) -> PyTree[Shaped[Array, "groups num_workers ..."]]:
-    """Return the coded data points of many groups, in x's dtype; `matrix` is the encoder's, if
-    made, or one for each group.
-
-    What is no float is taken to be the same for all data points of a group: see `alike_beside`.
-    """
-
-    def encoded(x: PyTree) -> PyTree:
-        with jax.named_scope("nercc.encode"):
-            rows = code.encoder_matrix() if matrix is None else jnp.asarray(matrix)
-            return jax.tree.map(lambda leaf: encode_leaf(rows, leaf), x)
-
-    def specs(names: Any) -> PyTree:
-        return jax.tree.map(lambda leaf: (names(leaf)[0], None, *names(leaf)[2:]), x)
-
-    return coded_on_mesh(encoded, (x,), specs)
-
-
-def encode_leaf(
-    matrix: Float[Array, "*groups rows num_data"], x: Shaped[Array, "groups num_data ..."]
-) -> Shaped[Array, "groups rows ..."]:
-    """Return one leaf of groups times an encoder's matrix, or each group's; what is no float,
-    repeated for each row."""
-    shape = (x.shape[0], matrix.shape[-2], *x.shape[2:])
-    if not is_float(x):
-        return jnp.broadcast_to(x[:, :1], shape)
-    return multiply(matrix, x.reshape(*x.shape[:2], -1)).astype(x.dtype).reshape(shape)
-
-
-def decode_groups(
-    code: AbstractCode,
-    y: PyTree[Float[Array, "groups num_workers ..."]],
-    available: Bool[Array, "groups num_workers"],
-    given: Matrices | None = None,
-) -> Decoded:
-    """Decode many groups, each with its own workers. See `decode_vectors`."""
-
-    def decoded(y: PyTree, available: Array, given: Matrices | None) -> Decoded:
-        with jax.named_scope("nercc.decode"):
-            flat, form = join(y, 2)
-            decoded = decode_vectors(code, flat, available, given)
-            return Decoded(form.split(decoded.predictions), decoded.heard, decoded.recovered)
-
-    def specs(names: Any) -> Any:
-        predictions = jax.tree.map(lambda leaf: (names(leaf)[0], None, *names(leaf)[2:]), y)
-        groups = names(jax.tree.leaves(y)[0])[0]
-        return Decoded(predictions, (groups, None), (groups, None))
-
-    return coded_on_mesh(decoded, (y, available, given), specs)
 
 
 @eqx.filter_jit

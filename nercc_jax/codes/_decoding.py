@@ -113,13 +113,15 @@ def _from_scratch(code: Decoder, y: Array, available: Array, given: None) -> Dec
     def attempt(state: tuple[Decoded, Array, Array]) -> tuple[Decoded, Array, Array]:
         heard, first = state[0].heard, state[2]
         maps, recovered = _fitted(code, heard)
-        decoded, sound = multiplied(y, heard, Matrices(maps.matrix, recovered))
-        broken = first & ~_finite(decoded.predictions)
+        decoded = _multiplied(y, heard, maps.matrix, recovered)
+        finite = _finite(decoded)
+        broken = first & ~finite
         known = _unless(~broken, heard, lambda: heard & _all_finite(y))
-        decoded = _unless(sound | broken, decoded, lambda: _accurately(maps, y, heard, recovered))
-        return Decoded(decoded.predictions, known, recovered), broken, first & ~first
+        done = broken | (finite & _exact(decoded, maps.matrix))
+        decoded = _unless(done, decoded, lambda: _accurately(maps, y, heard, recovered))
+        return Decoded(decoded.predictions, known, recovered), broken, jnp.zeros_like(first)
 
-    start, again = _alike((_nothing(code, (len(y),), y, available), jnp.ones((), bool)))
+    start, again = _alike((_nothing(code, y.shape[:1], y, available), jnp.ones((), bool)))
     return jax.lax.while_loop(lambda state: state[1], attempt, (start, again, again))[0]
 
 
@@ -142,10 +144,14 @@ def multiplied(
     given: Matrices,
 ) -> tuple[Decoded, Bool[Array, ""]]:
     """Decode by the product with these matrices; return also whether that is sound."""
-    matrices, recovered = jnp.asarray(given.decoder), jnp.asarray(given.recovered)
-    recovered = jnp.broadcast_to(recovered, (len(y), recovered.shape[1]))
-    decoded = Decoded(multiply(matrices, y), available, recovered)
-    return decoded, _sound(decoded, matrices)
+    matrices = jnp.asarray(given.decoder)
+    decoded = _multiplied(y, available, matrices, jnp.asarray(given.recovered))
+    return decoded, _finite(decoded) & _exact(decoded, matrices)
+
+
+def _multiplied(y: Array, available: Array, matrices: Array, recovered: Array) -> Decoded:
+    recovered = jnp.broadcast_to(recovered, (y.shape[0], recovered.shape[1]))
+    return Decoded(multiply(matrices, y), available, recovered)
 
 
 def decode_sets(
@@ -165,7 +171,7 @@ def decode_sets(
 def _sets_from_scratch(code: Decoder, y: Array, available: Array, given: None) -> Decoded:
     """Decode with one regression in the program: for all groups, then, if need be, for each."""
     del given
-    groups = len(y)
+    groups = y.shape[0]
 
     def attempt(state: tuple[Decoded, Array]) -> tuple[Decoded, Array]:
         so_far, turn = state
@@ -186,7 +192,7 @@ def _sets_from_scratch(code: Decoder, y: Array, available: Array, given: None) -
             )
 
         made = _unless(first, _unless(~first, so_far, of_all), with_group)
-        done = first & _sound(made, maps.matrix)
+        done = first & _finite(made) & _exact(made, maps.matrix)
         return made, jnp.where(done, groups, turn + 1)
 
     start = _nothing(code, (len(available), groups), y, jnp.zeros((), bool))
@@ -201,13 +207,13 @@ def sets_multiplied(
 ) -> tuple[Decoded, Bool[Array, ""]]:
     """`multiplied` under each straggler set, with a matrix for each: axes (sets, groups)."""
     matrices, recovered = jnp.asarray(given.decoder), jnp.asarray(given.recovered)
-    shape = (len(available), len(y))
+    shape = (available.shape[0], y.shape[0])
     decoded = Decoded(
         multiply_sets(matrices, y),
         jnp.broadcast_to(available[:, None], (*shape, available.shape[1])),
         jnp.broadcast_to(recovered[:, None], (*shape, recovered.shape[1])),
     )
-    return decoded, _sound(decoded, matrices)
+    return decoded, _finite(decoded) & _exact(decoded, matrices)
 
 
 def alike_only(
@@ -306,16 +312,15 @@ def _all_finite(y: Float[Array, "*groups num_workers m"]) -> Bool[Array, "*group
     return jnp.all(jnp.isfinite(y), axis=-1)
 
 
-def _finite(predictions: Float[Array, "... num_data m"]) -> Bool[Array, ""]:
+def _finite(attempt: Decoded) -> Bool[Array, ""]:
     """Return whether all answers behind a product are finite."""
-    return jnp.all(jnp.isfinite(predictions[..., 0, :]))
+    return jnp.all(jnp.isfinite(attempt.predictions[..., 0, :]))
 
 
-def _sound(attempt: Decoded, matrices: Array) -> Bool[Array, ""]:
-    """Return whether decoding is what one product made of it."""
+def _exact(attempt: Decoded, matrices: Array) -> Bool[Array, ""]:
+    """Return whether decoding of finite answers is what one product made of it."""
     amplification = jnp.max(jnp.sum(jnp.abs(matrices), axis=-1), initial=0)
-    sound = _finite(attempt.predictions) & (amplification <= AMPLIFICATION)
-    return sound & jnp.all(attempt.recovered)
+    return (amplification <= AMPLIFICATION) & jnp.all(attempt.recovered)
 
 
 def _unless(sound: Bool[Array, ""], attempt: State, otherwise: Callable[[], State]) -> State:

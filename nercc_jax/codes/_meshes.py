@@ -9,44 +9,39 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
 from jaxtyping import PyTree
-
-Specs = tuple[Any, ...]
 
 
 def coded_on_mesh(
     function: Callable[..., PyTree],
     arguments: tuple[PyTree, ...],
-    specs: Callable[[Callable[[Any], Specs]], PyTree],
+    specs: Callable[[Callable[[Any], tuple[Any, ...]]], PyTree],
 ) -> PyTree:
     """Return `function(*arguments)`, in Auto mode if an array lies on a mesh with Explicit axes.
 
     Args:
         function: Takes and returns pytrees of arrays.
         arguments: What it takes.
-        specs: From the function that gives the axis names of each dimension of an array, the axis
-            names of each dimension of the results, a tuple for each array of them.
+        specs: Returns how the results are sharded, from a function that says of an array by which
+            axes each of its dimensions is.
     """
     meshes = {mesh for leaf in jax.tree.leaves(arguments) if (mesh := _explicit_mesh_of(leaf))}
     if not meshes:
         return function(*arguments)
     mesh = next(iter(meshes))
 
-    def names(leaf: Any) -> Specs:
+    def names(leaf: Any) -> tuple[Any, ...]:
         return (
             tuple(jax.typeof(leaf).sharding.spec)
             if _explicit_mesh_of(leaf)
             else (None,) * leaf.ndim
         )
 
-    wanted = jax.tree.map(
-        lambda spec: PartitionSpec(*spec),
-        specs(names),
-        is_leaf=lambda node: isinstance(node, tuple),
-    )
-    run = jax.sharding.auto_axes(function, axes=tuple(mesh.explicit_axes), out_sharding=wanted)
-    return run(*arguments)
+    axes = tuple(mesh.explicit_axes)
+    run = jax.sharding.auto_axes(function, axes=axes, out_sharding=specs(names))
+    # Without a mesh in the context, JAX cannot batch a loop over an axis that lies on this one.
+    with jax.sharding.use_abstract_mesh(mesh):
+        return run(*arguments)
 
 
 def _explicit_mesh_of(leaf: Any) -> Any:

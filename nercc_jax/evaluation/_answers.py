@@ -21,6 +21,7 @@ from ..codes import (
     check_finite,
     check_floats,
     decode_sets,
+    decode_sets_at_hand,
     encode_groups,
     encode_leaf,
     encoder_rows,
@@ -80,14 +81,10 @@ class Answers(eqx.Module):
 
     def decode_sets(self, available: Bool[Array, "sets num_workers"]) -> Decoded:
         """`decode` for each straggler set, whose axis comes first."""
+        found = None
         if self.points is None:
-            return decode_sets(self.code, self.coded, available)
-
-        def of_group(own: GroupPoints, coded: Array) -> Decoded:
-            decoded = decode_sets(own.of(self.code), coded[None], available)
-            return jax.tree.map(lambda leaf: leaf[:, 0], decoded)
-
-        return jax.vmap(of_group, out_axes=1)(self.points, self.coded)
+            found = decode_sets_at_hand(self.code, self.coded, available)
+        return _decode_sets(self, jnp.asarray(available)) if found is None else found
 
     def same_labels(
         self, decoded: Float[Array, "*lead groups num_data m"]
@@ -125,7 +122,12 @@ class Answers(eqx.Module):
         labels: PyTree[Int[Array, "points ..."]] | None = None,
     ) -> dict[str, Float[Array, ""]]:
         """The metrics of `Evaluation` for one straggler set, the same for all groups."""
-        decoded = self.decode(available)
+        return self.scores_of(self.decode(available), labels)
+
+    def scores_of(
+        self, decoded: Decoded, labels: PyTree[Int[Array, "points ..."]] | None = None
+    ) -> dict[str, Float[Array, ""]]:
+        """Return `scores` of what `decode` gave."""
         recovered = decoded.recovered
         error = jnp.where(recovered[..., None], decoded.predictions - self.own, 0)
         squared_norm = jnp.sum(error**2, axis=-1)
@@ -142,6 +144,19 @@ class Answers(eqx.Module):
             found = labels_of(self.form.split(decoded.predictions), 2)
             score["accuracy"] = jnp.mean(recovered & same_labels(found, labels, 2))
         return score
+
+
+@eqx.filter_jit
+def _decode_sets(answers: Answers, available: Bool[Array, "sets num_workers"]) -> Decoded:
+    code, coded = answers.code, answers.coded
+    if answers.points is None:
+        return decode_sets(code, coded, available)
+
+    def of_group(own: GroupPoints, coded: Array) -> Decoded:
+        decoded = decode_sets(own.of(code), coded[None], available)
+        return jax.tree.map(lambda leaf: leaf[:, 0], decoded)
+
+    return jax.vmap(of_group, out_axes=1)(answers.points, coded)
 
 
 @eqx.filter_jit

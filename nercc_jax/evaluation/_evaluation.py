@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Int, PRNGKeyArray, PyTree, Shaped
 
-from ..codes import AbstractCode, check_count, join, leaves_of
+from ..codes import AbstractCode, Decoded, check_count, join, leaves_of
 from ..inference import Model, cast_model
 from ..stragglers import AbstractStragglers
 from ._answers import Answers, all_answers, batched, cut_groups, own_outputs
@@ -242,9 +242,13 @@ def _send(
     return eqx.tree_at(lambda known: known.coded, answers, join(received, 2)[0])
 
 
-@eqx.filter_jit
 def _scores(answers: Answers, available: Array, labels: PyTree) -> dict[str, Array]:
-    return answers.scores(available, labels)
+    return _scores_of(answers, answers.decode(available), labels)
+
+
+@eqx.filter_jit
+def _scores_of(answers: Answers, decoded: Decoded, labels: PyTree) -> dict[str, Array]:
+    return answers.scores_of(decoded, labels)
 
 
 def _estimates(scores: list[dict[str, float]]) -> dict[str, Any]:

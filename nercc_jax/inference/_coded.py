@@ -1,14 +1,15 @@
 """Coded inference: encode, model, decode as one jitted program."""
 
 import abc
-import functools
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.core import Tracer
+from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, PyTree, Shaped
 
@@ -18,12 +19,17 @@ from ..codes import (
     Known,
     Matrices,
     alike_only,
+    any_tracer,
     as_mask,
     check_finite,
+    coded_on_mesh,
     decode_groups,
+    decode_groups_at_hand,
     encode_groups,
     groups_of,
+    is_float,
     known_matrices,
+    multiply_groups,
     points_of,
 )
 from ._conditions import check_conditions, current_conditions
@@ -102,9 +108,10 @@ def coded_inference(
     with_status: bool = False,
     grouped: bool | None = None,
     mesh: Mesh | None = None,
+    axis: str | None = None,
     worker_dtype: DTypeLike | None = None,
-) -> Callable[..., Any]:
-    """One jitted function `(x, available, *args) -> predictions` for a model behind a code.
+) -> "CodedInference":
+    """Return one jitted function `(x, available, *args) -> predictions` for a model behind a code.
 
     x: (K, ...) for one group, or (groups, K, ...), of a float dtype; `grouped` says which, unless
     the axes do. available: a mask (N,) for all groups, or one per group (groups, N). Predictions
@@ -131,11 +138,12 @@ def coded_inference(
     arrays, each leaf with the axes above. A leaf of x that is no float cannot be mixed: it may
     stand beside the others if it is the same for all data points of a group.
 
-    With a `mesh` that has an axis `workers`, the coded data points are spread over that axis, any N
-    on any number of devices, and the predictions come back on all of them. Arrays of the model and
-    of the code are placed once, here: those that lie on just this mesh's devices keep their
-    sharding (over a further axis, say), others are replicated. `args` are placed likewise, on each
-    call. Several processes (`jax.distributed`) all call with the same x and mask.
+    With a `mesh`, the coded data points are spread over an axis of it, any N on any number of
+    devices, and the predictions come back on all of them. It is the `axis` of that name, or else
+    `workers`, or the only one there is; its type, Explicit or Auto, does not matter. Arrays of the
+    model and of the code are placed once, here: those that lie on just this mesh's devices keep
+    their sharding (over a further axis, say), others are replicated. `args` are placed likewise, on
+    each call. Several processes (`jax.distributed`) all call with the same x and mask.
 
     With a `worker_dtype`, such as "bfloat16" or "float16", workers run in that: coded data points
     are cast to it, and so are `args` and, once, here, the arrays of the model, as far as
@@ -147,7 +155,9 @@ def coded_inference(
     One compilation serves every straggler set; groups with sets of their own take another one, and
     more than a few different sets in a call a third. The encoder's matrix is made once, on the
     host's CPU, and so is the decoder's for each mask that is given outside jit, unless a call has
-    many: the last thousands are kept. Composes with jit, grad, vmap, with a mesh too.
+    many: the last thousands are kept. Then the program is encode, model and one product, the call
+    waits for its result, and looks whether the product is all there is to decoding. Composes with
+    jit, grad, vmap, with a mesh too; `lower` compiles ahead of time.
 
     Raises: ValueError for shapes and dtypes that do not fit, before anything runs; for a model in
     training mode, or one that cannot be cast; for a mesh without the axis; and, behind a scheme,
@@ -157,25 +167,89 @@ def coded_inference(
     scheme = code if isinstance(code, AbstractScheme) else None
     inner = code.code if isinstance(code, AbstractScheme) else code
     model = cast_model(model, worker_dtype)
-    placed = None if mesh is None else place(model, inner, mesh)
-    infer: Callable[..., Any] = functools.partial(_infer, model, placed, inner, grouped)
+    workers = model if mesh is None else place(model, inner, mesh, axis)
     if scheme is not None:
         platform = None if mesh is None else mesh.devices.flat[0].platform
         check_conditions(scheme, current_conditions(worker_dtype, platform))
-        infer = functools.partial(_infer_scheme, model, placed, scheme, grouped or False)
+    return CodedInference(workers, code, grouped, with_status)
 
-    def run(x: PyTree, available: ArrayLike, *args: Any):
-        result: Any = infer(x, available, args)
-        if with_status:
-            return result
-        return (result if scheme is None else result.decoded).predictions
 
-    return run
+@dataclasses.dataclass(frozen=True)
+class CodedInference:
+    """A model behind a code or a scheme, as one function: see `coded_inference`, which makes it.
+
+    `workers` are the models, or models and code placed on a mesh.
+    """
+
+    workers: Any
+    code: AbstractCode | AbstractScheme
+    grouped: bool | None
+    with_status: bool
+
+    def __call__(self, x: PyTree, available: ArrayLike, *args: Any) -> Any:
+        """Return the predictions, or all that is known of them `with_status`."""
+        if isinstance(self.code, AbstractScheme):
+            grouped = self.grouped or False
+            result = _infer_scheme(self.workers, self.code, grouped, x, available, args)
+            return result if self.with_status else result.decoded.predictions
+        result = _infer(self.workers, self.code, self.grouped, x, available, args)
+        return result if self.with_status else result.predictions
+
+    def lower(self, x: PyTree, available: Any, *args: Any) -> "LoweredInference":
+        """Return the program for these arguments, arrays or their `jax.ShapeDtypeStruct`, lowered.
+
+        It takes every straggler set, since the mask is an argument of the program:
+
+        >>> import jax, jax.numpy as jnp
+        >>> from nercc_jax import NeRCC, coded_inference
+        >>> infer = coded_inference(lambda x: jnp.sin(x), NeRCC(4, 8))
+        >>> x, mask = jnp.ones((4, 3)), jnp.arange(8) != 3
+        >>> run = infer.lower(x, mask).compile()
+        >>> run(x, mask).shape
+        (4, 3)
+        """
+        arrays, static = eqx.partition(self.workers, eqx.is_array)
+
+        def infer(arrays: PyTree, x: PyTree, available: Array, *args: Any) -> Any:
+            whole = dataclasses.replace(self, workers=eqx.combine(arrays, static))
+            return whole(x, available, *args)
+
+        return LoweredInference(jax.jit(infer).lower(arrays, x, available, *args), arrays)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoweredInference:
+    """A program of `CodedInference.lower`: `lowered` is JAX's, and takes `arrays` first."""
+
+    lowered: jax.stages.Lowered
+    arrays: PyTree
+
+    def as_text(self) -> str:
+        """Return the program's StableHLO."""
+        return self.lowered.as_text()
+
+    def compile(self, *args: Any, **options: Any) -> "CompiledInference":
+        """Compile the program; arguments are those of `jax.stages.Lowered.compile`."""
+        return CompiledInference(self.lowered.compile(*args, **options), self.arrays)
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledInference:
+    """A compiled program: `(x, available, *args) -> predictions`; `compiled` is JAX's."""
+
+    compiled: jax.stages.Compiled
+    arrays: PyTree
+
+    def __call__(self, x: PyTree, available: ArrayLike, *args: Any) -> Any:
+        """Return what the program makes of arguments of the shapes and dtypes it was lowered for.
+
+        Raises: TypeError for others.
+        """
+        return self.compiled(self.arrays, x, available, *args)
 
 
 def _infer(
-    model: Model | Sequence[Model],
-    placed: Placed | None,
+    workers: Any,
     code: AbstractCode,
     grouped: bool | None,
     x: PyTree,
@@ -184,11 +258,54 @@ def _infer(
 ) -> Decoded:
     known = known_matrices(code, available)
     x, available, grouped = as_groups(code, x, available, grouped)
-    if placed is None:
-        return _run(model, code, x, available, args, grouped, known)
-    inputs, shape = place_inputs(placed, x, available, args, known.decoders)
-    with enter(placed, inputs):
-        return _run_on_mesh(placed, *inputs, grouped, shape)
+    if isinstance(workers, Placed):
+
+        def on_mesh(x: PyTree, available: Array, args: tuple) -> Decoded:
+            inputs, shape = place_inputs(workers, x, available, args, known.decoders)
+            with enter(workers, inputs):
+                return _run_on_mesh(workers, *inputs, grouped, shape)
+
+        if not any_tracer(x, available, args):
+            return on_mesh(x, available, args)
+        return coded_on_mesh(on_mesh, (x, available, args), lambda _: PartitionSpec())
+    decoded = _infer_at_hand(workers, code, x, available, args, known)
+    if decoded is None:
+        return _run(workers, code, x, available, args, grouped, known)
+    return decoded if grouped else _first(decoded)
+
+
+def _infer_at_hand(
+    model: Model | Sequence[Model],
+    code: AbstractCode,
+    x: PyTree,
+    available: Array,
+    args: tuple,
+    known: Known,
+) -> Decoded | None:
+    """Infer by a program with no regression in it, or return None where that does not do."""
+    floats = all(map(is_float, jax.tree.leaves(x)))
+    if known.decoders is None or not floats or any_tracer(model, code, x, available, args):
+        return None
+    decoded, sound, y = _run_known(model, code, x, available, args, known)
+    if isinstance(sound, Tracer):  # of what the model closes over
+        return None
+    return decoded if sound else decode_groups_at_hand(code, y, available)
+
+
+@eqx.filter_jit
+def _run_known(
+    model: Model | Sequence[Model],
+    code: AbstractCode,
+    x: PyTree,
+    available: Array,
+    args: tuple,
+    known: Known,
+) -> tuple[Decoded, Array, PyTree]:
+    """Return predictions by one product, whether that is sound, and the answers."""
+    x = jax.tree.map(jnp.asarray, x)
+    y = run_workers(model, code, encode_groups(code, x, known.encoder), *args)
+    decoded, sound = multiply_groups(y, available, known.decoders)
+    return decoded, sound, y
 
 
 @eqx.filter_jit
@@ -222,8 +339,7 @@ def _run_on_mesh(
 
 
 def _infer_scheme(
-    model: Model | Sequence[Model],
-    placed: Placed | None,
+    workers: Any,
     scheme: AbstractScheme,
     grouped: bool,
     x: PyTree,
@@ -232,12 +348,12 @@ def _infer_scheme(
 ) -> Any:
     known = known_matrices(scheme.code, available)
     x, available = _points(scheme.code, x, available, grouped)
-    if placed is None:
-        return _run_scheme(model, scheme, x, available, args, grouped, known)
-    inputs, _ = place_inputs(placed, x, available, (args, scheme, known), share=False)
-    with enter(placed, inputs):
+    if not isinstance(workers, Placed):
+        return _run_scheme(workers, scheme, x, available, args, grouped, known)
+    inputs, _ = place_inputs(workers, x, available, (args, scheme, known), share=False)
+    with enter(workers, inputs):
         x, available, (args, scheme, known), _ = inputs
-        return _run_scheme(placed, scheme, x, available, args, grouped, known)
+        return _run_scheme(workers, scheme, x, available, args, grouped, known)
 
 
 @eqx.filter_jit

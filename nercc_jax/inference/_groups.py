@@ -17,7 +17,7 @@ def as_groups(
     """
     available = jnp.asarray(available)
     groups, grouped = group_points(code, x, grouped, available.ndim)
-    count = len(jax.tree.leaves(groups)[0])
+    count = jax.tree.leaves(groups)[0].shape[0]
     masks = (count, code.num_workers) if available.ndim == 2 else (code.num_workers,)
     available = jnp.broadcast_to(as_mask(available, masks), (count, code.num_workers))
     return groups, available, grouped
@@ -41,9 +41,9 @@ def group_points(
     check_beside("x", x, 2 if grouped else 1)
     x = x if grouped else jax.tree.map(lambda leaf: leaf[None], x)
     for label, leaf in leaves_of("x", x):
-        if leaf.size == 0:
+        if any(isinstance(size, int) and size == 0 for size in leaf.shape):  # none is symbolic
             raise ValueError(f"{label} holds no group of {code.num_data} data points: {leaf.shape}")
-    if len({len(leaf) for leaf in jax.tree.leaves(x)}) > 1:
+    if len({leaf.shape[0] for leaf in jax.tree.leaves(x)}) > 1:
         shapes = ", ".join(f"{label} {leaf.shape}" for label, leaf in leaves_of("x", x))
         raise ValueError(f"the parts of x are of different numbers of groups: {shapes}")
     return x, grouped

@@ -18,7 +18,7 @@ from ..codes import AbstractCode, Decoded, Matrices, decode_groups, known_decode
 from ._groups import group_points
 from ._models import check_model
 from ._precision import cast_model
-from ._spmd import WORKERS, Placed, place, put, work
+from ._spmd import Placed, place, put, work
 from ._workers import Model
 
 _POLL_SECONDS = 2e-4  # models take milliseconds, a look at a device's answer some microseconds
@@ -29,14 +29,15 @@ def partial_inference(
     code: AbstractCode,
     mesh: Mesh,
     *,
+    axis: str | None = None,
     grouped: bool | None = None,
     max_behind: int = 2,
     worker_dtype: DTypeLike | None = None,
 ) -> Callable[..., Decoded]:
     """A function `infer(x, *, number=None, deadline) -> Decoded`, which waits for no slow device.
 
-    Workers are spread over the mesh's axis `workers`, as by `coded_inference(..., mesh=mesh)`, but
-    the program that encodes and runs the model moves nothing between them, so each device is done
+    Workers are spread over an axis of the mesh, as by `coded_inference(..., mesh=mesh)`, but the
+    program that encodes and runs the model moves nothing between them, so each device is done
     when it is done. `infer` decodes as soon as the answers of `number` workers (all N unless given)
     are there, or `deadline` seconds after the call from those that are there by then. A device's
     answers come all at once: those of all its workers for all groups. `heard` tells the workers
@@ -56,7 +57,7 @@ def partial_inference(
     Workers may run in another precision, `worker_dtype`: see `coded_inference`.
 
     Raises: ValueError where several processes run (they would have to wait for each other), the
-    mesh has no axis `workers`, the model is in training mode, an argument is out of range, or
+    mesh has no such axis, the model is in training mode, an argument is out of range, or
     `number` answers recover nothing;
     TimeoutError where devices have too much to do until the deadline, or what answered by then
     recovers nothing.
@@ -66,7 +67,7 @@ def partial_inference(
     if max_behind < 0:
         raise ValueError(f"max_behind must be 0 or more, not {max_behind}")
     check_model(model)
-    placed = place(cast_model(model, worker_dtype), code, mesh)
+    placed = place(cast_model(model, worker_dtype), code, mesh, axis)
     program = _program(placed)
     # On the host: wherever decoding runs, it must not touch a slow device.
     code = jax.tree.map(np.asarray, code)
@@ -181,7 +182,7 @@ def _program(placed: Placed) -> Callable[[PyTree], PyTree[Float[Array, "groups s
     """Encodes and runs the model; returns at once, which `eqx.filter_jit` would not."""
     arrays, static = eqx.partition(placed, eqx.is_array)
     # Only along the workers' axis: each device of a worker gets the whole of its answers.
-    shares = NamedSharding(placed.mesh, PartitionSpec(None, WORKERS))
+    shares = NamedSharding(placed.mesh, placed.by(1))
     run = jax.jit(lambda arrays, x: work(eqx.combine(arrays, static), x, ()), out_shardings=shares)
     return functools.partial(run, arrays)
 

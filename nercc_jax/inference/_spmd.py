@@ -1,6 +1,6 @@
 """Coded inference as one SPMD program over a mesh of devices.
 
-Workers are the places of work on the mesh's axis `workers`. Devices take equally many: with N = 20
+Workers are the places of work on one axis of the mesh. Devices take equally many: with N = 20
 on 8 devices each has 3 slots, and the slots left over repeat workers, whose second answer nobody
 needs.
 """
@@ -32,11 +32,8 @@ from ..codes import (
 from ._precision import cast_floats, worker_dtype_of
 from ._workers import Model, run_models
 
-WORKERS = "workers"
+WORKERS = "workers"  # the axis of that name is taken, unless another one is named
 _REPLICATED = PartitionSpec()
-_BY_FIRST = PartitionSpec(WORKERS)
-_BY_SECOND = PartitionSpec(None, WORKERS)
-_BY_THIRD = PartitionSpec(None, None, WORKERS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,33 +76,48 @@ class Placed:
     code: AbstractCode
     encoder: Any  # an array; other leaves when the tree is mapped or partitioned
     mesh: Mesh = dataclasses.field(metadata={"static": True})
+    axis: str = dataclasses.field(metadata={"static": True})
 
     @property
     def devices(self) -> int:
-        return self.mesh.shape[WORKERS]
+        return self.mesh.shape[self.axis]
+
+    def by(self, dimension: int) -> PartitionSpec:
+        """Arrays whose dimension of this number is spread over the workers' axis."""
+        return PartitionSpec(*(None,) * dimension, self.axis)
 
     @property
     def slots(self) -> Slots:
         return slots(self.code.worker_models, self.devices)
 
 
-def place(model: Model | Sequence[Model], code: AbstractCode, mesh: Mesh) -> Placed:
-    """Puts the arrays of models and code on the mesh.
+def place(
+    model: Model | Sequence[Model], code: AbstractCode, mesh: Mesh, axis: str | None = None
+) -> Placed:
+    """Put the arrays of models and code on the mesh, to spread workers over this axis of it.
 
-    Those that lie on exactly its devices keep their sharding; others are replicated.
+    Arrays that lie on exactly its devices keep their sharding; others are replicated. Without an
+    `axis` it is the one named `workers`, or the only one.
 
-    Raises: ValueError where the mesh has no axis `workers`.
+    Raises: ValueError where the mesh has no such axis.
     """
-    if WORKERS not in mesh.axis_names:
-        raise ValueError(
-            f"the mesh has the axes {mesh.axis_names}, but workers are spread over one named "
-            f"{WORKERS!r}: jax.make_mesh(({mesh.size},), ({WORKERS!r},)) would do"
-        )
+    axis = _axis_of(mesh, axis)
     # Axes of every type become automatic: models need not know that they are sharded.
     mesh = Mesh(mesh.devices, mesh.axis_names)
-    workers = slots(code.worker_models, mesh.shape[WORKERS]).worker
+    workers = slots(code.worker_models, mesh.shape[axis]).worker
     encoder = put(encoder_of(code)[workers], NamedSharding(mesh, _REPLICATED))
-    return Placed(on_mesh(model, mesh), on_mesh(code, mesh), encoder, mesh)
+    return Placed(on_mesh(model, mesh), on_mesh(code, mesh), encoder, mesh, axis)
+
+
+def _axis_of(mesh: Mesh, axis: str | None) -> str:
+    if axis is None:
+        axis = mesh.axis_names[0] if len(mesh.axis_names) == 1 else WORKERS
+    if axis not in mesh.axis_names:
+        raise ValueError(
+            f"the mesh has the axes {mesh.axis_names}, and none named {axis!r}: say by axis= over "
+            "which of them workers are spread"
+        )
+    return axis
 
 
 def on_mesh(tree: PyTree, mesh: Mesh) -> PyTree:
@@ -115,14 +127,21 @@ def on_mesh(tree: PyTree, mesh: Mesh) -> PyTree:
     def move(leaf):
         if not isinstance(leaf, jax.Array | np.ndarray) or isinstance(leaf, Tracer):
             return leaf
-        sharding = leaf.sharding if isinstance(leaf, jax.Array) else None
-        if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
-            theirs = Mesh(sharding.mesh.devices, sharding.mesh.axis_names)
-            if tuple(theirs.devices.flat) == devices:
-                return put(leaf, NamedSharding(theirs, sharding.spec))
+        lies = _automatically(leaf)
+        if lies is not None and tuple(lies.mesh.devices.flat) == devices:
+            return put(leaf, lies)
         return put(leaf, NamedSharding(mesh, _REPLICATED))
 
     return jax.tree.map(move, tree)
+
+
+def _automatically(leaf: Any) -> NamedSharding | None:
+    """How an array lies on a mesh, whose axes become automatic ones; None if it lies on none."""
+    here = isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
+    sharding = leaf.sharding if here else None
+    if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh):
+        return None
+    return NamedSharding(Mesh(sharding.mesh.devices, sharding.mesh.axis_names), sharding.spec)
 
 
 def put(value: ArrayLike, sharding: Sharding) -> Array:
@@ -155,13 +174,15 @@ def place_inputs(
     workers and exchange those: N d / D more. Where that is less, and x is one array, x becomes
     vectors in shares, and the data points' shape is returned beside.
     """
+    # Of Explicit axes it would have to be said how what is made of x here lies.
+    x = jax.tree.map(lambda leaf: put(leaf, lies) if (lies := _automatically(leaf)) else leaf, x)
     code, leaves, shape = placed.code, jax.tree.leaves(x), None
     if share and len(leaves) == 1 and code.num_data * (placed.devices - 1) > code.num_workers:
         shape = leaves[0].shape[2:]
         x = jax.tree.map(
             lambda leaf: _padded(leaf.reshape(*leaf.shape[:2], -1), 2, placed.devices), x
         )
-    by = NamedSharding(placed.mesh, _REPLICATED if shape is None else _BY_THIRD)
+    by = NamedSharding(placed.mesh, _REPLICATED if shape is None else placed.by(2))
     x = jax.tree.map(lambda leaf: put(leaf, by), x)
     available = put(available, NamedSharding(placed.mesh, _REPLICATED))
     return (x, available, *on_mesh((args, given), placed.mesh)), shape
@@ -234,14 +255,14 @@ def work(
 
     def exchanged(coded):
         assert shape is not None
-        coded = jax.lax.all_to_all(coded, WORKERS, split_axis=1, concat_axis=2, tiled=True)
+        coded = jax.lax.all_to_all(coded, placed.axis, split_axis=1, concat_axis=2, tiled=True)
         return coded[..., : math.prod(shape)].reshape(*coded.shape[:2], *shape)
 
-    encoder, by = placed.encoder, _BY_FIRST
+    encoder, by = placed.encoder, placed.by(0)
     if encoders is not None:
-        encoder, by = encoders[:, placed.slots.worker], _BY_SECOND
-    inputs = (by, _REPLICATED) if shape is None else (_REPLICATED, _BY_THIRD)
-    mapped = _on_each_device(placed, of_device, (_REPLICATED, *inputs), _BY_SECOND)
+        encoder, by = encoders[:, placed.slots.worker], placed.by(1)
+    inputs = (by, _REPLICATED) if shape is None else (_REPLICATED, placed.by(2))
+    mapped = _on_each_device(placed, of_device, (_REPLICATED, *inputs), placed.by(1))
     return mapped(arrays, encoder, x)
 
 
@@ -262,7 +283,7 @@ def _decode_by_group(
     first = placed.slots.of_worker
 
     def of_device(arrays, flat, available, given):
-        flat = jax.lax.all_to_all(flat, WORKERS, split_axis=0, concat_axis=1, tiled=True)
+        flat = jax.lax.all_to_all(flat, placed.axis, split_axis=0, concat_axis=1, tiled=True)
         return decode_vectors(eqx.combine(arrays, static), flat[:, first], available, given)
 
     def padded(tree: PyTree) -> PyTree:
@@ -270,8 +291,9 @@ def _decode_by_group(
 
     by_group = given is not None and len(given.recovered) > 1
     flat, available, given = padded(flat), padded(available), padded(given) if by_group else given
-    inputs = (_REPLICATED, _BY_SECOND, _BY_FIRST, _BY_FIRST if by_group else _REPLICATED)
-    return _on_each_device(placed, of_device, inputs, _BY_FIRST)(arrays, flat, available, given)
+    by = placed.by(0)
+    inputs = (_REPLICATED, placed.by(1), by, by if by_group else _REPLICATED)
+    return _on_each_device(placed, of_device, inputs, by)(arrays, flat, available, given)
 
 
 def _decode_by_coordinate(
@@ -284,14 +306,14 @@ def _decode_by_coordinate(
         # What is broken in one coordinate is so in all: no device sees those of the others.
         finite = jnp.all(jnp.isfinite(flat), axis=-1)
         flat = jnp.where(finite[..., None], flat, jnp.nan)
-        flat = jax.lax.all_to_all(flat, WORKERS, split_axis=2, concat_axis=1, tiled=True)
+        flat = jax.lax.all_to_all(flat, placed.axis, split_axis=2, concat_axis=1, tiled=True)
         code = eqx.combine(arrays, static)
         decoded = decode_vectors(code, flat[:, first], available, given)
         return decoded.predictions, decoded.heard, decoded.recovered
 
     flat = _padded(flat, 2, placed.devices)
-    inputs = (_REPLICATED, _BY_SECOND, _REPLICATED, _REPLICATED)
-    outputs = (_BY_THIRD, _REPLICATED, _REPLICATED)
+    inputs = (_REPLICATED, placed.by(1), _REPLICATED, _REPLICATED)
+    outputs = (placed.by(2), _REPLICATED, _REPLICATED)
     decode = _on_each_device(placed, of_device, inputs, outputs)
     return Decoded(*decode(arrays, flat, available, given))
 
@@ -303,7 +325,7 @@ def _on_each_device(placed: Placed, function: Callable, inputs: Any, outputs: An
         mesh=placed.mesh,
         in_specs=inputs,
         out_specs=outputs,
-        axis_names={WORKERS},
+        axis_names={placed.axis},
         # The check refuses what models and decoders may hold: scans that start from constants,
         # `eqx.error_if`.
         check_vma=False,

@@ -73,7 +73,8 @@ def _answers(model: Model, coded: PyTree, args: tuple) -> PyTree:
     shape = jax.tree.leaves(coded)[0].shape[:2]
     batch = points_of(coded)
     size = shape[0] * shape[1]
-    y = call_model(model, batch, *args)
+    with jax.named_scope("nercc.model"):
+        y = call_model(model, batch, *args)
     for label, leaf in leaves_of("the model's answer", y):
         if not isinstance(leaf, jax.Array) or leaf.ndim < 1 or leaf.shape[0] != size:
             got = leaf.shape if isinstance(leaf, jax.Array) else type(leaf).__name__

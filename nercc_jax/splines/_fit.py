@@ -216,7 +216,7 @@ def hermite_basis(
         upto = xp.sum(t <= at[:, None], axis=1)
     else:
         upto = xp.searchsorted(t, at, side="right")
-    gap = xp.clip(upto - 1, 0, t.shape[0] - 2)
+    gap = xp.minimum(xp.maximum(upto - 1, 0), t.shape[0] - 2)
     left = taken(t, gap)
     h = taken(t, gap + 1) - left
     after = at - left

@@ -22,8 +22,8 @@ from ._namespace import constant, namespace, product, taken
 # Chebyshev point differ by an ulp, and a gap that is all rounding has no slope.
 _COINCIDENT_ULPS = 4
 
-# Up to this number of pairs, an accelerator compares each with each in one kernel, where a search or
-# a scatter takes several.
+# Up to this number of pairs, an accelerator compares each with each in one kernel, where a search
+# or a scatter takes several.
 COMPARED_WITH_ALL = 1 << 16
 
 

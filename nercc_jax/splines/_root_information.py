@@ -193,7 +193,7 @@ class RootInformation(eqx.Module):
     def _covariances(
         self,
     ) -> tuple[Float[Array, "n 2 2"], Float[Array, "gaps 2 2"], Float[Array, "gaps 2 2"]]:
-        """Return the covariances of s_i = (g_i, v_i) where observations have the variance 1 / weight.
+        """Return the covariances of s_i = (g_i, v_i) for observations of the variance 1 / weight.
 
         The triangular factor R is the root of the posterior's precision, so its solution of R s = z
         for unit noise z has the posterior's covariance. From the last knot backwards that is the

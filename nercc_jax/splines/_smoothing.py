@@ -82,7 +82,9 @@ def smoothing_spline(
     columns = (*knots, flat.shape[1])
     dtype = flat.dtype
     shapes = ((knots, dtype), (columns, dtype), (columns, dtype))
-    found, values, slopes = by_platform(_spline, (check_ends(ends),), (*given, flat), shapes)
+    with jax.named_scope("nercc.fit"):
+        made = by_platform(_spline, (check_ends(ends),), (*given, flat), shapes)
+    found, values, slopes = made
     shape = (*knots, *jnp.shape(y)[1:])
     return SmoothingSpline(found, values.reshape(shape), slopes.reshape(shape))
 
@@ -147,7 +149,8 @@ def smoothing_map(
         ((slots,), whole),
     )
     options = check_ends(ends), real, whole
-    made = by_platform(_map, options, (*given, at), shapes)
+    with jax.named_scope("nercc.fit"):
+        made = by_platform(_map, options, (*given, at), shapes)
     return LinearMap(*made[:3], Knots(*made[3:]))
 
 
