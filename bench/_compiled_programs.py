@@ -95,7 +95,7 @@ def infer_on_mesh(code: AbstractCode, groups: int, devices: Devices) -> Program:
     """The same over four devices, a mask given in jit."""
     mesh = Mesh(np.array(devices[:4]), (WORKERS,))
     slots = floats(-(-code.num_workers // 4) * 4, code.num_data)
-    placed = Placed(LeNet5(_CLASSES, rngs=nnx.Rngs(0)), code, slots, mesh)
+    placed = Placed(LeNet5(_CLASSES, rngs=nnx.Rngs(0)), code, slots, mesh, WORKERS)
 
     def run(placed, x, masks):
         inputs, shape = place_inputs(placed, x, masks, ())

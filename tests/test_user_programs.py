@@ -206,7 +206,7 @@ def test_forward_over_reverse(name):
 @pytest.mark.parametrize("name", CODES)
 def test_exports(name, untyped):
     """For platforms that are not there, and any number of groups."""
-    code, mask, y, wanted, _ = case(name)
+    code, mask, _, wanted, _ = case(name)
     infer = coded_inference([model, model] if name == "parity" else model, code)
     (groups,) = jax.export.symbolic_shape("groups")
     shapes = (

@@ -104,11 +104,30 @@ def _from_matrices(code: Decoder, y: Array, available: Array, given: Matrices) -
 
 
 def _from_scratch(code: Decoder, y: Array, available: Array, given: None) -> Decoded:
+    """Decode as the platform likes.
+
+    A CPU likes small programs, an accelerator few conditions that the host must wait for.
+    """
+    del given
+    return jax.lax.platform_dependent(
+        y,
+        available,
+        cpu=lambda y, available: _in_a_loop(code, y, available),
+        default=lambda y, available: _in_two_attempts(code, y, available),
+    )
+
+
+def _in_two_attempts(code: Decoder, y: Array, available: Array) -> Decoded:
+    """Decode with a second regression in the program for what the first does not do for."""
+    maps, recovered = _fitted(code, available)
+    return _from_matrices(code, y, available, Matrices(maps.matrix, recovered))
+
+
+def _in_a_loop(code: Decoder, y: Array, available: Array) -> Decoded:
     """Decode with one regression in the program, which a loop turns to again for a broken answer.
 
     A program's size is the time it takes to compile, and the regression is most of it.
     """
-    del given
 
     def attempt(state: tuple[Decoded, Array, Array]) -> tuple[Decoded, Array, Array]:
         heard, first = state[0].heard, state[2]

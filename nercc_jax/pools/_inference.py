@@ -16,7 +16,7 @@ from ..codes import (
     AbstractCode,
     Decoded,
     check_finite,
-    decode_groups,
+    decode_groups_at_hand,
     encoder_rows,
     join,
     known_decoders,
@@ -279,16 +279,15 @@ def _code_steps(
 
 
 def shared_decoder(code: AbstractCode) -> Callable[[PyTree, np.ndarray], Decoded]:
-    """Decodes (N, groups, ...) answers that share a mask; the code is a constant of the program."""
+    """Return a function that decodes (N, groups, ...) answers that share a mask."""
 
-    @jax.jit
-    def decode(values, available, given):
-        y = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), values)
+    def decode(values: PyTree, available: np.ndarray) -> Decoded:
+        y = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), values)
         groups = len(jax.tree.leaves(y)[0])
-        masks = jnp.broadcast_to(available, (groups, code.num_workers))
-        return decode_groups(code, y, masks, given)
+        masks = np.broadcast_to(np.asarray(available), (groups, code.num_workers))
+        return decode_groups_at_hand(code, y, masks)
 
-    return lambda values, available: decode(values, available, known_decoders(code, available))
+    return decode
 
 
 def shared_assessor(

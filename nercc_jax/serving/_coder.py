@@ -34,7 +34,7 @@ from ..codes import (
 from ..evaluation import agree_on_labels
 from ..pools._encoding import encode_on_host
 from ..pools._inference import shared_decoder
-from ..splines import smoothing_matrix
+from ..splines import smoothing_matrix_on_host
 from ._query_doubt import doubt_of, features_of
 
 # A spline's rows are one-hot to rounding.
@@ -256,24 +256,25 @@ def _filled(x: Shaped[np.ndarray, "a rows ..."], width: int) -> Shaped[np.ndarra
 def few_encoders(
     code: AbstractCode, order: Int[np.ndarray, " num_data"]
 ) -> list[Float[np.ndarray, "num_workers few"]]:
-    """Encoders for 1, 2, ..., K data points, which stand at the first alphas in this order.
+    """Return encoders for 1, 2, ..., K data points, at the first alphas in this order.
 
     NeRCC's and Berrut's are the code's own through fewer points. Others repeat the data points.
     """
-    if isinstance(code, NeRCC):
-        encoder = functools.partial(smoothing_matrix, code.alpha, code.beta, code.lambda_enc)
-    elif isinstance(code, Berrut):
-        encoder = functools.partial(berrut_matrix, code.alpha, code.beta)
-    else:
+    if not isinstance(code, NeRCC | Berrut):
         full = encoder_rows(code)[:, order]
         repeats = (np.eye(few)[np.arange(code.num_data) % few] for few in _counts(code))
         return [full @ each for each in repeats]
-    through = jax.jit(lambda present: encoder(available=present))  # one program for all
+    points = np.asarray(code.alpha), np.asarray(code.beta)
     matrices = []
     for few in _counts(code):
         present = np.zeros(code.num_data, bool)
         present[order[:few]] = True
-        matrices.append(np.asarray(through(jnp.asarray(present)))[:, order[:few]])
+        if isinstance(code, NeRCC):
+            lambda_ = np.asarray(code.lambda_enc)
+            matrix = smoothing_matrix_on_host(*points, lambda_, available=present)
+        else:
+            matrix = berrut_matrix(*points, present)
+        matrices.append(matrix[:, order[:few]].astype(points[0].dtype))
     return matrices
 
 

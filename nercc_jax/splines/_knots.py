@@ -93,15 +93,9 @@ def gather_knots(
     # What depends on the points only.
     held = xp.isfinite(points)
     fixed = constant(xp.where(held, points, np.inf))
-    order = xp.argsort(fixed)
-    ordered = taken(fixed, order)
-    kept = xp.isfinite(ordered)
-    apart = ordered[1:] - ordered[:-1] > _tolerance(xp, ordered, kept)
-    opens = xp.concatenate([xp.ones(1, bool), apart]) & kept
-    by_place = xp.maximum(xp.cumsum(opens) - 1, 0)
+    knot, opens = _knot_of(xp, fixed, held)
     number = xp.sum(opens)
-    knot = _in_order(xp, by_place, order)
-    first = _by_knot(xp.where(opens, ordered, 0), by_place, slots, dense)
+    first = _by_knot(xp.where(opens, fixed, 0), knot, slots, dense)
     last = taken(first, xp.maximum(number - 1, 0))
     first = xp.where(slot < number, first, last + (slot - number + 1).astype(first.dtype))
 
@@ -116,18 +110,25 @@ def gather_knots(
     return Knots(t, total, knot, share, _shown(xp, total > 0))
 
 
-def _tolerance(xp: Any, ordered: Any, kept: Any) -> Any:
-    span = xp.max(xp.where(kept, xp.abs(ordered), 0))
-    return _COINCIDENT_ULPS * np.finfo(ordered.dtype).eps * span
-
-
-def _in_order(xp: Any, values: Any, order: Any) -> Any:
-    """Return the values by point that stand in the order of places."""
-    if xp is np:
-        found = np.empty_like(values)
-        found[order] = values
-        return found
-    return jnp.zeros_like(values).at[order].set(values, unique_indices=True)
+def _knot_of(xp: Any, fixed: Any, held: Any) -> tuple[Any, Any]:
+    """Return the knot of each point, and whether it is the knot's first point."""
+    span = xp.max(xp.where(held, xp.abs(fixed), 0))
+    tolerance = _COINCIDENT_ULPS * np.finfo(fixed.dtype).eps * span
+    place = xp.arange(len(fixed))
+    if len(fixed) ** 2 <= COMPARED_WITH_ALL:  # no sort, no scatter: a few operations
+        same, before = fixed == fixed[:, None], place < place[:, None]
+        earlier = (fixed < fixed[:, None]) | (same & before)
+        previous = xp.max(xp.where(earlier, fixed, -np.inf), axis=1)
+        opens = held & (fixed - previous > tolerance)
+        upto = earlier | (place == place[:, None])
+        return xp.maximum(xp.sum(opens & upto, axis=1) - 1, 0), opens
+    order = xp.argsort(fixed)
+    ordered = taken(fixed, order)
+    apart = ordered[1:] - ordered[:-1] > tolerance
+    opens = xp.concatenate([xp.ones(1, bool), apart]) & taken(held, order)
+    knot = xp.maximum(xp.cumsum(opens) - 1, 0)
+    back = xp.argsort(order)
+    return taken(knot, back), taken(opens, back)
 
 
 def _by_knot(values: Any, knot: Any, slots: int, dense: bool = False) -> Any:
