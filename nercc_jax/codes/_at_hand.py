@@ -41,7 +41,7 @@ def decode_at_hand(code: Any, y: PyTree, available: ArrayLike) -> Decoded | None
     check_leading("y", y, (code.num_workers,), "workers")
     check_floats("y", y)
     y, masks = jax.tree.map(lambda leaf: leaf[None], y), mask[None]
-    decoded, sound = _multiply_groups(y, masks, given)
+    decoded, sound = _multiply_groups(y, jnp.asarray(masks), given)
     decoded = decoded if sound else _groups_on_host(code, y, masks)
     return None if decoded is None else jax.tree.map(lambda leaf: leaf[0], decoded)
 
@@ -55,11 +55,13 @@ def decode_groups_at_hand(
     masks = np.asarray(available)
     given = known_decoders(code, masks)
     if given is not None:
-        decoded, sound = _multiply_groups(y, masks, given)
+        decoded, sound = _multiply_groups(y, jnp.asarray(masks), given)
         if sound:
             return decoded
     found = _groups_on_host(code, y, masks)
-    return _decode_groups(code, jax.tree.map(jnp.asarray, y), masks) if found is None else found
+    if found is not None:
+        return found
+    return _decode_groups(code, jax.tree.map(jnp.asarray, y), jnp.asarray(masks))
 
 
 def decode_sets_at_hand(
@@ -77,7 +79,7 @@ def decode_sets_at_hand(
         return None
     sets = len(masks)
     given = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (sets, *leaf.shape[1:])), given)
-    decoded, sound = _multiply_sets(y, masks, given)
+    decoded, sound = _multiply_sets(y, jnp.asarray(masks), given)
     return decoded if sound else None
 
 
@@ -92,7 +94,7 @@ def _groups_on_host(code: Any, y: PyTree, available: np.ndarray) -> Decoded | No
     there = all(leaf.is_fully_addressable for leaf in jax.tree.leaves(y) if isinstance(leaf, Array))
     if kept is None or not kept.on_host or not there:
         return None
-    vectors, form = join(jax.tree.map(np.asarray, y), 2)
+    vectors, form = join(jax.tree.map(jnp.asarray, y), 2)
     made = [_one_on_host(kept, *each) for each in zip(np.asarray(vectors), available, strict=True)]
     parts = (jnp.asarray(np.stack(part)) for part in zip(*made, strict=True))
     predictions, heard, recovered = parts
@@ -108,7 +110,7 @@ def _one_on_host(
     heard = available & np.isfinite(y).all(axis=-1)
     made = kept.exact_decoder(heard)
     assert made is not None
-    matrix, recovered = made.decoder[0], made.recovered[0]
+    matrix, recovered = made.decoder[0], np.asarray(made.recovered[0])
     with np.errstate(all="ignore"):  # what overflows becomes infinite, as in a program
         values = matrix @ np.where(heard[:, None], y, 0).astype(np.float64)
         values = np.where(recovered[:, None], values, np.nan)

@@ -1,16 +1,18 @@
 """Interpolation by barycentric weights: what Berrut's and Lagrange's codes share."""
 
+from typing import Any
+
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from ..splines import namespace
 
 
 def barycentric_matrix(
-    nodes: Float[Array | np.ndarray, " n"],
-    weights: Float[Array | np.ndarray, " n"],
-    at: Float[Array | np.ndarray, " k"],
-) -> Float[Array | np.ndarray, "k n"]:
+    nodes: Float[Any, " n"],
+    weights: Float[Any, " n"],
+    at: Float[Any, " k"],
+) -> Float[Any, "k n"]:
     """Return the matrix of the interpolant with entries w_i / (t - t_i), each row over its sum.
 
     Nodes of weight zero take no part; the others must be distinct. Both sides of the fraction are

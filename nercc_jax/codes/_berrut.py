@@ -1,5 +1,7 @@
 """BACC: encoding and decoding by Berrut's rational interpolant."""
 
+from typing import Any
+
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
@@ -56,10 +58,10 @@ class Berrut(AbstractCode):
 
 
 def berrut_matrix(
-    points: Float[Array | np.ndarray, " n"],
-    at: Float[Array | np.ndarray, " m"],
-    available: Bool[Array | np.ndarray, " n"],
-) -> Float[Array | np.ndarray, "m n"]:
+    points: Float[Any, " n"],
+    at: Float[Any, " m"],
+    available: Bool[Any, " n"],
+) -> Float[Any, "m n"]:
     """Return the matrix of the interpolant on the available points, read at others."""
     xp = namespace(points, at, available)
     knots = gather_knots(points, available.astype(points.dtype))

@@ -259,8 +259,8 @@ def _derived(
     leaves, rest = eqx.partition(code, eqx.is_array)
 
     def alike(leaves: PyTree, *arrays: PyTree) -> tuple[Any, ...]:
-        leaves, *arrays = _alike((leaves, *arrays))
-        return eqx.combine(leaves, rest), *arrays
+        leaves, *others = _alike((leaves, *arrays))
+        return eqx.combine(leaves, rest), *others
 
     @jax.custom_jvp
     def decoded(leaves, y, available, given):

@@ -76,12 +76,13 @@ class KeptMatrices:
     def encoder(self) -> Float[np.ndarray, "num_workers num_data"]:
         """Return the encoder's matrix."""
         with self._lock:
-            if self._encoder is None:
+            encoder = self._encoder
+            if encoder is None:
                 with np.errstate(all="ignore"):
                     made = self._code.encoder_on_host()
                 made = self._compiled.encoder() if made is None else made
-                self._encoder = made.astype(self._dtype)
-            return self._encoder
+                encoder = self._encoder = made.astype(self._dtype)
+            return encoder
 
     def decoders(
         self, available: Bool[np.ndarray, "groups num_workers"], most: int = FEW_SETS

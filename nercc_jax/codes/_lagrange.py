@@ -1,5 +1,7 @@
 """LCC: encoding and decoding by Lagrange polynomials."""
 
+from typing import Any
+
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
@@ -71,7 +73,7 @@ class Lagrange(AbstractCode):
         knots = self._responded(available)
         return self._decoder(knots), np.full(self.num_data, knots.number >= self.threshold)
 
-    def _decoder(self, knots: Knots) -> Float[Array | np.ndarray, "num_data num_workers"]:
+    def _decoder(self, knots: Knots) -> Float[Any, "num_data num_workers"]:
         step = np.arange(self.threshold)
         xp, number = namespace(knots.t), knots.number
         rank = (step * (number - 1) + (self.threshold - 1) // 2) // max(self.threshold - 1, 1)
@@ -84,11 +86,11 @@ class Lagrange(AbstractCode):
         decoder = knots.spread(product(matrix, places))
         return xp.where(number >= self.threshold, decoder, 0)
 
-    def _responded(self, available: Bool[Array | np.ndarray, " num_workers"]) -> Knots:
+    def _responded(self, available: Bool[Any, " num_workers"]) -> Knots:
         return gather_knots(self.beta, available.astype(self.beta.dtype))
 
 
-def _lagrange_weights(nodes: Float[Array | np.ndarray, " n"]) -> Float[Array | np.ndarray, " n"]:
+def _lagrange_weights(nodes: Float[Any, " n"]) -> Float[Any, " n"]:
     """Barycentric weights 1 / prod_j (t_i - t_j), times a factor that keeps them in range."""
     xp = namespace(nodes)
     difference = nodes[:, None] - nodes

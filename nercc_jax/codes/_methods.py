@@ -5,6 +5,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -24,7 +25,7 @@ class BoundMethod(eqx.Module):
         return self.function(self.code, *args, **options)
 
     @property
-    def __name__(self) -> str:  # JAX names programs by it
+    def __name__(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.function.__name__
 
     @property
@@ -45,7 +46,7 @@ class BoundMethod(eqx.Module):
 def _identity_of(leaf: Any) -> Any:
     if isinstance(leaf, Tracer) or not isinstance(leaf, jax.Array | np.ndarray):
         return id(leaf)
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
         return id(leaf)
     known = np.asarray(leaf)
     return known.shape, known.dtype.str, known.tobytes()

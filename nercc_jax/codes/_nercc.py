@@ -104,7 +104,7 @@ class NeRCC(AbstractCode):
         exponent, penalty = (4.0, 3000.0) if lambda_dec is None else (0.0, 0.0)
         penalty = penalty if ends == "natural" else 0.0
         if lambda_dec is None:
-            lambda_dec = _smoothing_length(self.alpha, self.beta) ** 4
+            lambda_dec = jnp.asarray(_smoothing_length(self.alpha, self.beta) ** 4)
         exponent = exponent if gap_exponent is None else gap_exponent
         penalty = penalty if end_penalty is None else end_penalty
         largest = float(jnp.finfo(dtype).max)
@@ -121,7 +121,7 @@ class NeRCC(AbstractCode):
         """
         return self._penalty(as_mask(available, (self.num_workers,)))
 
-    def _penalty(self, available: Bool[Array | np.ndarray, " num_workers"]) -> Any:
+    def _penalty(self, available: Bool[Any, " num_workers"]) -> Any:
         both = namespace(available).stack([available, np.ones(self.num_workers, bool)])
         gap, least = mean_gap(self.beta, both)
         return self.lambda_dec * (gap / least) ** self.gap_exponent
@@ -143,12 +143,14 @@ class NeRCC(AbstractCode):
         return jnp.broadcast_to(jnp.any(available), (self.num_data,))
 
     def encoder_on_host(self) -> Float[np.ndarray, "num_workers num_data"]:
-        return smoothing_matrix_on_host(self.alpha, self.beta, self.lambda_enc)
+        alpha, beta, lambda_enc = map(np.asarray, (self.alpha, self.beta, self.lambda_enc))
+        return smoothing_matrix_on_host(alpha, beta, lambda_enc)
 
     def decoder_on_host(self, available: Bool[np.ndarray, " num_workers"]) -> MatrixOnHost | None:
         if self.ends != "natural":
             return None
-        matrix = smoothing_matrix_on_host(self.beta, self.alpha, **self._decoding(available))
+        beta, alpha = np.asarray(self.beta), np.asarray(self.alpha)
+        matrix = smoothing_matrix_on_host(beta, alpha, **self._decoding(available))
         return matrix, np.full(self.num_data, available.any())
 
     def posterior_variance(
@@ -169,7 +171,7 @@ class NeRCC(AbstractCode):
         y = y.astype(jnp.promote_types(y.dtype, self.beta.dtype))
         return process_variance(self.beta, y, **self._decoding(available))
 
-    def _decoding(self, available: Bool[Array | np.ndarray, " num_workers"]) -> dict[str, Any]:
+    def _decoding(self, available: Bool[Any, " num_workers"]) -> dict[str, Any]:
         """The decoding regression's arguments but for points and data."""
         xp = namespace(self.beta, available)
         both = xp.stack([self.beta, -self.beta])
@@ -191,10 +193,11 @@ class NeRCC(AbstractCode):
 
 def _smoothing_length(alpha: Array, beta: Array) -> Any:
     """The length that the untuned decoder smooths over, in radians; measured, see `NeRCC`."""
-    if not any_tracer(alpha, beta):  # then nothing is compiled
-        alpha, beta = np.asarray(alpha), np.asarray(beta)
-    data, workers = (mean_gap(points, np.ones(points.shape, bool)) for points in (alpha, beta))
-    return namespace(alpha, beta).minimum(data / 28, workers / 10)
+    given: Any = alpha, beta
+    if not any_tracer(given):  # then nothing is compiled
+        given = np.asarray(alpha), np.asarray(beta)
+    data, workers = (mean_gap(points, np.ones(points.shape, bool)) for points in given)
+    return namespace(*given).minimum(data / 28, workers / 10)
 
 
 def _scalar(name: str, value: ArrayLike, dtype, *, least: float, most: float) -> Float[Array, ""]:

@@ -1,5 +1,7 @@
 """ParM: sums of data points, on workers that run a model trained for sums."""
 
+from typing import Any
+
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
@@ -70,9 +72,9 @@ class Parity(AbstractCode):
 
     def _decoder(
         self,
-        own: Bool[Array | np.ndarray, " num_data"],
-        rebuilt: Bool[Array | np.ndarray, " num_data"],
-    ) -> Float[Array | np.ndarray, "num_data num_workers"]:
+        own: Bool[Any, " num_data"],
+        rebuilt: Bool[Any, " num_data"],
+    ) -> Float[Any, "num_data num_workers"]:
         exact = np.eye(self.num_data, self.num_workers)
         protects = self._protects().astype(float)
         others = protects.T @ protects - np.eye(self.num_data)
@@ -84,9 +86,7 @@ class Parity(AbstractCode):
         groups = self.num_workers - self.num_data
         return np.arange(self.num_data) % groups == np.arange(groups)[:, None]
 
-    def _answered(
-        self, available: Bool[Array | np.ndarray, " num_workers"]
-    ) -> tuple[Bool[Array | np.ndarray, " num_data"], ...]:
+    def _answered(self, available: Bool[Any, " num_workers"]) -> tuple[Bool[Any, " num_data"], ...]:
         """Return whose own worker answered, and which others the parity workers can rebuild."""
         own, parity = available[: self.num_data], available[self.num_data :]
         protects = self._protects()

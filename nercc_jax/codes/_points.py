@@ -80,18 +80,14 @@ def copies(num_data: int, num_workers: int) -> Int[np.ndarray, " num_workers"]:
     return np.concatenate([np.tile(np.arange(num_data), rounds), _spread(rest, num_data)])
 
 
-def coincident(
-    points: Float[Array | np.ndarray, " n"], others: Float[Array | np.ndarray, " k"]
-) -> Bool[Array | np.ndarray, " n"]:
+def coincident(points: Float[Any, " n"], others: Float[Any, " k"]) -> Bool[Any, " n"]:
     """Return which points lie at one of the others, to a few roundings, as `gather_knots` does."""
     xp = namespace(points, others)
     tolerance = 4 * np.finfo(points.dtype).eps
     return xp.min(xp.abs(points[:, None] - others), axis=1) <= tolerance
 
 
-def mean_gap(
-    points: Float[Array | np.ndarray, " n"], available: Bool[Array | np.ndarray, "*sets n"]
-) -> Float[Array | np.ndarray | np.floating, "*sets"]:
+def mean_gap(points: Float[Any, " n"], available: Bool[Any, "*sets n"]) -> Float[Any, "*sets"]:
     """Return the gap, in radians, that a point on the unit circle falls into on average, with the
     available points of each set.
 

@@ -1,5 +1,7 @@
 """What engineers do today: copies, or nothing."""
 
+from typing import Any
+
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
@@ -60,9 +62,7 @@ class Replication(AbstractCopies):
         first = self._first(available)
         return first.astype(float), first.any(axis=1)
 
-    def _first(
-        self, available: Bool[Array | np.ndarray, " num_workers"]
-    ) -> Bool[Array | np.ndarray, "num_data num_workers"]:
+    def _first(self, available: Bool[Any, " num_workers"]) -> Bool[Any, "num_data num_workers"]:
         """Return which worker's answer is taken for each data point."""
         holds = copies(self.num_data, self.num_workers) == np.arange(self.num_data)[:, None]
         answered = holds & available

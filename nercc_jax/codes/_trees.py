@@ -79,7 +79,7 @@ class Form:
         """Whether it was one array of vectors."""
         return self.structure == jax.tree.structure(0) and len(self.shapes[0]) == 1
 
-    def split(self, vectors: Float[Array | np.ndarray, "*lead m"]) -> PyTree[Float[Array, "..."]]:
+    def split(self, vectors: Float[Array, "*lead m"]) -> PyTree[Float[Array, "..."]]:
         """The tree of vectors with any first axes, in the precision that came, float32 at least."""
         parts = [vectors]
         if len(self.shapes) > 1:
@@ -93,7 +93,7 @@ class Form:
         return jax.tree.unflatten(self.structure, whole)
 
 
-def join(tree: PyTree, axes: int) -> tuple[Float[Array | np.ndarray, "*lead m"], Form]:
+def join(tree: PyTree, axes: int) -> tuple[Float[Array, "*lead m"], Form]:
     """The leaves as vectors, side by side, and the way back.
 
     `axes` are the first axes, which all leaves share.

@@ -304,6 +304,7 @@ def _run_known(
     """Return predictions by one product, whether that is sound, and the answers."""
     x = jax.tree.map(jnp.asarray, x)
     y = run_workers(model, code, encode_groups(code, x, known.encoder), *args)
+    assert known.decoders is not None
     decoded, sound = multiply_groups(y, available, known.decoders)
     return decoded, sound, y
 

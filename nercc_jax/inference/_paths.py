@@ -88,7 +88,9 @@ def short_paths(
     if on_cpu is not None:
         return _searched_on("cpu" if on_cpu else "other", features)
     shape = features.shape[:2]
-    return by_platform(_searched_on, (), (features,), [(shape, jnp.arange(0).dtype), (shape, bool)])
+    shapes = [(shape, jnp.arange(0).dtype), (shape, bool)]
+    orders, finite = by_platform(_searched_on, (), (features,), shapes)
+    return orders, finite
 
 
 def _searched_on(

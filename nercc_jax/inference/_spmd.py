@@ -111,7 +111,7 @@ def place(
 
 def _axis_of(mesh: Mesh, axis: str | None) -> str:
     if axis is None:
-        axis = mesh.axis_names[0] if len(mesh.axis_names) == 1 else WORKERS
+        axis = str(mesh.axis_names[0]) if len(mesh.axis_names) == 1 else WORKERS
     if axis not in mesh.axis_names:
         raise ValueError(
             f"the mesh has the axes {mesh.axis_names}, and none named {axis!r}: say by axis= over "
@@ -128,7 +128,7 @@ def on_mesh(tree: PyTree, mesh: Mesh) -> PyTree:
         if not isinstance(leaf, jax.Array | np.ndarray) or isinstance(leaf, Tracer):
             return leaf
         lies = _automatically(leaf)
-        if lies is not None and tuple(lies.mesh.devices.flat) == devices:
+        if lies is not None and tuple(lies.mesh.devices.flat) == devices:  # pyright: ignore[reportOptionalMemberAccess]
             return put(leaf, lies)
         return put(leaf, NamedSharding(mesh, _REPLICATED))
 

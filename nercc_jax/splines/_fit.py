@@ -5,7 +5,6 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from ._dissection import Dissection, dissect
@@ -207,7 +206,7 @@ def observations_of(
 
 
 def hermite_basis(
-    t: Float[Array | np.ndarray, " n"], at: Float[Array | np.ndarray, " k"]
+    t: Float[Any, " n"], at: Float[Any, " k"]
 ) -> tuple[Any, Any, tuple[Any, Any, Any, Any]]:
     """Return the gap that each point lies in, how far into it (0 to 1), and the coefficients of the
     left knot's value and slope, and the right one's. Straight lines beyond the ends."""

@@ -15,6 +15,8 @@ which 60 % are missing, Gaussian elimination with row exchanges is off by 2e-15 
 Source: Green and Silverman 1994, section 2.1, for the functional.
 """
 
+from typing import Any
+
 import numpy as np
 from jaxtyping import Bool, Float
 
@@ -100,7 +102,10 @@ def _matrix(
     place = np.arange(len(at))
     for offset, coefficients in zip((0, 1, 4, 5), basis, strict=True):
         right[4 * left + offset, place] = coefficients
-    from scipy.linalg import lapack  # late: it takes as long to import as Equinox
+    # Late: it takes as long to import as Equinox.
+    from scipy.linalg import lapack as found
+
+    lapack: Any = found
 
     factor, pivots, _ = lapack.dgbtrf(band, _BAND, _BAND, overwrite_ab=True)
     solved, _ = lapack.dgbtrs(factor, _BAND, _BAND, right, pivots, trans=1, overwrite_b=True)

@@ -36,11 +36,11 @@ class Knots(eqx.Module):
     have weight zero.
     """
 
-    t: Float[Array | np.ndarray, " n"]
-    weights: Float[Array | np.ndarray, " n"]
-    knot: Int[Array | np.ndarray, " points"]
-    share: Float[Array | np.ndarray, " points"]
-    shown: Int[Array | np.ndarray, " n"]
+    t: Float[Any, " n"]
+    weights: Float[Any, " n"]
+    knot: Int[Any, " points"]
+    share: Float[Any, " points"]
+    shown: Int[Any, " n"]
 
     def average(self, y: Float[Array, "points m"]) -> Float[Array, "n m"]:
         """Return the observation of each knot, the weighted mean over its points; linear in y."""
@@ -50,21 +50,17 @@ class Knots(eqx.Module):
         shares = jnp.where(self.knot == self.shown[:, None], self.share, 0)
         return product(shares.astype(y.dtype), y)
 
-    def spread(
-        self, matrix: Float[Array | np.ndarray, "k n"]
-    ) -> Float[Array | np.ndarray, "k points"]:
+    def spread(self, matrix: Float[Any, "k n"]) -> Float[Any, "k points"]:
         """Return the matrix on points: `matrix @ means of y == spread(matrix) @ y`."""
         return taken(matrix, self.knot, axis=1) * self.share
 
     @property
-    def number(self) -> Int[Array | np.integer, ""]:
+    def number(self) -> Int[Any, ""]:
         """The number of knots that carry weight."""
         return namespace(self.weights).sum(self.weights > 0)
 
 
-def by_observation(
-    matrix: Float[Array | np.ndarray, "k n"], shown: Int[Array | np.ndarray, " n"]
-) -> Float[Array | np.ndarray, "k n"]:
+def by_observation(matrix: Float[Any, "k n"], shown: Int[Any, " n"]) -> Float[Any, "k n"]:
     """Return the matrix on knots with the columns of knots that repeat an observation added to the
     column of the knot that they repeat."""
     if len(shown) ** 2 > COMPARED_WITH_ALL:
@@ -74,8 +70,8 @@ def by_observation(
 
 
 def gather_knots(
-    points: Float[Array | np.ndarray, " points"],
-    weights: Float[Array | np.ndarray, " points"],
+    points: Float[Any, " points"],
+    weights: Float[Any, " points"],
     *,
     dense: bool = False,
 ) -> Knots:
@@ -143,7 +139,7 @@ def _by_knot(values: Any, knot: Any, slots: int, dense: bool = False) -> Any:
     return jnp.sum(jnp.where(knot == jnp.arange(slots)[:, None], values, 0), axis=1)
 
 
-def _shown(xp: Any, counts: Bool[Array | np.ndarray, " n"]) -> Int[Array | np.ndarray, " n"]:
+def _shown(xp: Any, counts: Bool[Any, " n"]) -> Int[Any, " n"]:
     """Return for each place the last that counts up to it, or else the first that counts."""
     place = xp.arange(len(counts))
     own = xp.where(counts, place, -1)

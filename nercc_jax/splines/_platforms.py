@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AbstractMesh, PartitionSpec
@@ -175,7 +176,7 @@ def _(*arguments: Any, **parameters: Any) -> list[Array]:
 def _lowered_for(platform: str) -> Callable[..., Any]:
     def lower(ctx: Any, *values: Any, call: _Call, shapes: tuple[Shape, ...]) -> Any:
         del shapes
-        plain = [jax.core.ShapedArray(each.shape, each.dtype) for each in ctx.avals_in]
+        plain = [ShapedArray(each.shape, each.dtype) for each in ctx.avals_in]
         no_mesh = jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
         with no_mesh, jax.enable_x64(call.x64):
             return mlir.lower_fun(call.on(platform))(ctx.replace(avals_in=plain), *values)

@@ -151,7 +151,8 @@ def smoothing_map(
     options = check_ends(ends), real, whole
     with jax.named_scope("nercc.fit"):
         made = by_platform(_map, options, (*given, at), shapes)
-    return LinearMap(*made[:3], Knots(*made[3:]))
+    matrix, differences, gap, *knots = made
+    return LinearMap(matrix, differences, gap, Knots(*knots))
 
 
 def _map(platform: str, ends: Ends, real: Any, whole: Any, *arguments: Array):
