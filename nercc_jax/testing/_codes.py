@@ -39,9 +39,15 @@ def check_code(code: AbstractCode, *, tolerance: float | None = None) -> None:
     - The decoder is finite, with zeros in the columns of unavailable workers and in the rows of
       data points that are not recovered. `recovered` is honest: every data point with all workers
       available, none without any, and only data points whose row of the decoder is not zero.
-    - `encode`, `try_decode` and, where a code has its own, `regress` agree with the products of the
-      matrices in NumPy's float64. Predictions are finite where `recovered` is true, with one worker
-      left, too, and NaN elsewhere.
+    - Where a code has its own `decoder_map`, its `matrix` agrees with `decoder_matrix`, and its
+      `apply` with the product.
+    - Where a code has `encoder_on_host` or `decoder_on_host`, they return NumPy arrays when all the
+      code's arrays are NumPy's, for every straggler set or for none. The matrices agree with those
+      of `encoder_matrix` and `decoder_matrix`, have zeros in the same places, and `recovered` is
+      the same.
+    - `encode` and `try_decode` agree with the products of the matrices in NumPy's float64.
+      Predictions are finite where `recovered` is true, with one worker left, too, and NaN
+      elsewhere.
     - A straggler's value (NaN, infinity, 1e30) reaches neither a prediction nor a gradient. An
       available worker whose answer is not finite becomes a straggler.
     - One compilation serves every mask. `jax.vmap` over groups agrees with a loop, pytrees of
@@ -70,8 +76,10 @@ def check_code(code: AbstractCode, *, tolerance: float | None = None) -> None:
     check_structure(code)
     cases = _make_cases(code, tolerance)
     _check_recovered(cases)
-    _check_decoder(cases)
-    _check_regress(code, cases)
+    require(np.isfinite(cases.encoder).all(), "encoder_matrix() holds values that are not finite")
+    _check_decoder("decoder_matrix(available)", cases.decoders, cases)
+    _check_decoder_map(code, cases)
+    _check_on_host(code, cases)
     _check_encode(code, cases)
     clean = _check_decode(code, cases)
     _check_stragglers(code, cases, clean)
@@ -126,8 +134,12 @@ def _matrices(code: AbstractCode, masks: jax.Array) -> tuple[jax.Array, jax.Arra
     return jax.vmap(lambda mask: (code.decoder_matrix(mask), code.recovered(mask)))(masks)
 
 
-def _regress(code: AbstractCode, y: jax.Array, masks: jax.Array) -> jax.Array:
-    return jax.vmap(code.regress)(y, masks)
+def _map(code: AbstractCode, y: jax.Array, masks: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def one(y: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        made = code.decoder_map(mask)
+        return made.matrix, made.apply(y)
+
+    return jax.vmap(one)(y, masks)
 
 
 def _decode_groups(code: AbstractCode, y: jax.Array, masks: jax.Array) -> Decoded:
@@ -191,44 +203,99 @@ def _check_recovered(cases: _Cases) -> None:
     )
 
 
-def _check_decoder(cases: _Cases) -> None:
-    require(np.isfinite(cases.encoder).all(), "encoder_matrix() holds values that are not finite")
-    for mask, decoder, recovered in zip(cases.masks, cases.decoders, cases.recovered, strict=True):
+def _check_decoder(name: str, decoders: np.ndarray, cases: _Cases) -> None:
+    """Check that decoders are finite, and are zero just where they must be."""
+    for mask, decoder, recovered in zip(cases.masks, decoders, cases.recovered, strict=True):
         where = f"with {_describe(mask)}"
         broken = ~np.isfinite(decoder).all(axis=1)
         require(
             not broken.any(),
-            f"decoder_matrix(available) must be finite; {where} it is not in the rows of data "
-            f"points {np.flatnonzero(broken)}, of which recovered(available) holds for "
+            f"{name} must be finite; {where} it is not in the rows of data points "
+            f"{np.flatnonzero(broken)}, of which recovered(available) holds for "
             f"{np.flatnonzero(broken & recovered)}",
         )
         leaks = np.flatnonzero(decoder.any(axis=0) & ~mask)
         require(
             not leaks.size,
-            f"columns of unavailable workers must be zero in decoder_matrix(available); {where} "
-            f"those of workers {leaks} are not",
+            f"columns of unavailable workers must be zero in {name}; {where} those of workers "
+            f"{leaks} are not",
         )
         rows = decoder.any(axis=1)
         require(
             not (rows & ~recovered).any(),
-            f"rows of data points that are not recovered must be zero in "
-            f"decoder_matrix(available); {where} those of {np.flatnonzero(rows & ~recovered)} are "
-            "not",
+            f"rows of data points that are not recovered must be zero in {name}; {where} those of "
+            f"{np.flatnonzero(rows & ~recovered)} are not",
         )
         require(
             not (recovered & ~rows).any(),
-            f"recovered(available) may hold only for data points whose row of "
-            f"decoder_matrix(available) is not zero; {where} it holds for "
-            f"{np.flatnonzero(recovered & ~rows)} as well",
+            f"recovered(available) may hold only for data points whose row of {name} is not zero; "
+            f"{where} it holds for {np.flatnonzero(recovered & ~rows)} as well",
         )
 
 
-def _check_regress(code: AbstractCode, cases: _Cases) -> None:
-    if type(code).regress is AbstractCode.regress:
+def _check_decoder_map(code: AbstractCode, cases: _Cases) -> None:
+    if type(code).decoder_map is AbstractCode.decoder_map:
         return  # the product itself
-    found = np.asarray(_compiled(_regress)(code, cases.y, cases.masks), np.float64)
+    matrices, applied = jax.device_get(_compiled(_map)(code, cases.y, cases.masks))
+    name = "decoder_map(available)"
+    _check_matrices(f"{name}.matrix", matrices, cases)
     expected, scale = _product(cases.decoders, cases.y)
-    _check_close("regress(y, available)", found, expected, scale, cases, cases.recovered)
+    found = np.asarray(applied, np.float64)
+    _check_close(f"{name}.apply(y)", found, expected, scale, cases, cases.recovered)
+
+
+def _check_on_host(code: AbstractCode, cases: _Cases) -> None:
+    """Check the matrices that NumPy makes, where a code has such a way."""
+    on_host = jax.tree.map(_as_numpy, code)
+    with np.errstate(all="ignore"):  # as where they are made for decoding
+        encoder = on_host.encoder_on_host()
+        made = [on_host.decoder_on_host(mask) for mask in cases.masks]
+    if encoder is not None:
+        _check_on_numpy("encoder_on_host()", encoder, cases.encoder.shape, np.floating)
+        error = np.abs(encoder - cases.encoder) / _row_scale(cases.encoder)
+        require(
+            error.max() <= cases.tolerance,  # which NaN is not
+            f"encoder_on_host() must be encoder_matrix(); the relative error is "
+            f"{error.max():.3g}, over {cases.tolerance:.3g}",
+        )
+    if all(each is None for each in made):
+        return
+    for mask, each, recovered in zip(cases.masks, made, cases.recovered, strict=True):
+        require(
+            each is not None,
+            "decoder_on_host(available) must return None for every straggler set or for none; it "
+            f"does with {_describe(mask)}",
+        )
+        _check_on_numpy(
+            "decoder_on_host(available)[0]", each[0], cases.decoders[0].shape, np.floating
+        )
+        _check_on_numpy("decoder_on_host(available)[1]", each[1], recovered.shape, np.bool_)
+        require(
+            np.array_equal(each[1], recovered),
+            "decoder_on_host(available)[1] must be recovered(available); with "
+            f"{_describe(mask)} it holds for data points {np.flatnonzero(each[1])}, not "
+            f"{np.flatnonzero(recovered)}",
+        )
+    decoders = np.stack([decoder for decoder, _ in made])
+    _check_decoder("decoder_on_host(available)[0]", decoders, cases)
+    _check_matrices("decoder_on_host(available)[0]", decoders, cases)
+
+
+def _as_numpy(leaf: Any) -> Any:
+    """Return a leaf as an array of NumPy's; a random key as it is."""
+    return leaf if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else np.asarray(leaf)
+
+
+def _check_on_numpy(name: str, array: Any, shape: tuple[int, ...], kind: type) -> None:
+    require(
+        isinstance(array, np.ndarray),
+        f"{name} must be a NumPy array, made without JAX, not {type(array).__name__}",
+    )
+    require(
+        array.shape == shape and np.issubdtype(array.dtype, kind),
+        f"{name} must be of shape {shape} and of type {kind.__name__}, not "
+        f"{array.dtype}{array.shape}",
+    )
 
 
 def _check_encode(code: AbstractCode, cases: _Cases) -> None:
@@ -365,6 +432,17 @@ def _product(matrix: np.ndarray, vectors: np.ndarray) -> tuple[np.ndarray, np.nd
     """Return a product in float64, and the sum of magnitudes that each entry is made of, plus 1."""
     vectors = np.asarray(vectors, np.float64)
     return matrix @ vectors, 1 + np.abs(matrix) @ np.abs(vectors)
+
+
+def _row_scale(matrices: np.ndarray) -> np.ndarray:
+    """Return the sums of magnitudes that products of rows with ones are made of, plus 1."""
+    return 1 + np.abs(matrices).sum(axis=-1, keepdims=True)
+
+
+def _check_matrices(name: str, matrices: np.ndarray, cases: _Cases) -> None:
+    """Check other decoders against those of `decoder_matrix`."""
+    found = np.asarray(matrices, np.float64)
+    _check_close(name, found, cases.decoders, _row_scale(cases.decoders), cases)
 
 
 def _check_same(name: str, found: _Result, wanted: _Result, cases: _Cases) -> None:
