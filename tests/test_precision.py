@@ -79,7 +79,8 @@ def lowered(program, arguments, platform="tpu"):
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_products_are_at_full_precision(name, platform):
-    text = lowered(*PROGRAMS[name], platform)
+    program, arguments = PROGRAMS[name]
+    text = lowered(program, arguments, platform)
     products = [
         line for line in text.splitlines() if re.search(r"stablehlo\.dot(_general)?\b", line)
     ]
