@@ -16,6 +16,8 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ..codes import AbstractCode, Decoded
+from ._cases import Cases, check_close, check_matrices, describe, product
+from ._matrices import check_decoder, check_on_host, check_recovered
 from ._structure import check_structure, require, try_decode
 
 _OUTPUTS = 3
@@ -75,32 +77,16 @@ def check_code(code: AbstractCode, *, tolerance: float | None = None) -> None:
         raise ValueError(f"code must be an instance of AbstractCode, not {code!r}")
     check_structure(code)
     cases = _make_cases(code, tolerance)
-    _check_recovered(cases)
+    check_recovered(cases)
     require(np.isfinite(cases.encoder).all(), "encoder_matrix() holds values that are not finite")
-    _check_decoder("decoder_matrix(available)", cases.decoders, cases)
+    check_decoder("decoder_matrix(available)", cases.decoders, cases)
     _check_decoder_map(code, cases)
-    _check_on_host(code, cases)
+    check_on_host(code, cases)
     _check_encode(code, cases)
     clean = _check_decode(code, cases)
     _check_stragglers(code, cases, clean)
     _check_single_calls(code, cases, clean)
     _check_gradients(code, cases)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Cases:
-    """Straggler sets with data points, answers, and the code's matrices in float64.
-
-    Answers of unavailable workers are 0.
-    """
-
-    masks: np.ndarray  # (sets, N)
-    x: np.ndarray  # (K, outputs)
-    y: np.ndarray  # (sets, N, outputs)
-    encoder: np.ndarray  # (N, K)
-    decoders: np.ndarray  # (sets, K, N)
-    recovered: np.ndarray  # (sets, K)
-    tolerance: float
 
 
 class _Result(NamedTuple):
@@ -166,7 +152,7 @@ def _pull_back(
 # -- Rules about values ------------------------------------------------------------------------
 
 
-def _make_cases(code: AbstractCode, tolerance: float | None) -> _Cases:
+def _make_cases(code: AbstractCode, tolerance: float | None) -> Cases:
     k, n = code.num_data, code.num_workers
     random = np.random.default_rng(0)
     alone = np.eye(n, dtype=bool)
@@ -178,7 +164,7 @@ def _make_cases(code: AbstractCode, tolerance: float | None) -> _Cases:
     y = random.normal(size=(len(masks), n, _OUTPUTS)).astype(dtype)
     decoders, recovered = _compiled(_matrices)(code, masks)
     encoder, _ = _compiled(_encode)(code, x)
-    return _Cases(
+    return Cases(
         masks,
         x,
         np.where(masks[..., None], y, 0),
@@ -189,117 +175,19 @@ def _make_cases(code: AbstractCode, tolerance: float | None) -> _Cases:
     )
 
 
-def _check_recovered(cases: _Cases) -> None:
-    everyone, nobody = cases.recovered[:2]
-    require(
-        everyone.all(),
-        "recovered(available) must hold for every data point with all workers available; it does "
-        f"not for data points {np.flatnonzero(~everyone)}",
-    )
-    require(
-        not nobody.any(),
-        "recovered(available) must hold for no data point with no worker available; it does for "
-        f"data points {np.flatnonzero(nobody)}",
-    )
-
-
-def _check_decoder(name: str, decoders: np.ndarray, cases: _Cases) -> None:
-    """Check that decoders are finite, and are zero just where they must be."""
-    for mask, decoder, recovered in zip(cases.masks, decoders, cases.recovered, strict=True):
-        where = f"with {_describe(mask)}"
-        broken = ~np.isfinite(decoder).all(axis=1)
-        require(
-            not broken.any(),
-            f"{name} must be finite; {where} it is not in the rows of data points "
-            f"{np.flatnonzero(broken)}, of which recovered(available) holds for "
-            f"{np.flatnonzero(broken & recovered)}",
-        )
-        leaks = np.flatnonzero(decoder.any(axis=0) & ~mask)
-        require(
-            not leaks.size,
-            f"columns of unavailable workers must be zero in {name}; {where} those of workers "
-            f"{leaks} are not",
-        )
-        rows = decoder.any(axis=1)
-        require(
-            not (rows & ~recovered).any(),
-            f"rows of data points that are not recovered must be zero in {name}; {where} those of "
-            f"{np.flatnonzero(rows & ~recovered)} are not",
-        )
-        require(
-            not (recovered & ~rows).any(),
-            f"recovered(available) may hold only for data points whose row of {name} is not zero; "
-            f"{where} it holds for {np.flatnonzero(recovered & ~rows)} as well",
-        )
-
-
-def _check_decoder_map(code: AbstractCode, cases: _Cases) -> None:
+def _check_decoder_map(code: AbstractCode, cases: Cases) -> None:
     if type(code).decoder_map is AbstractCode.decoder_map:
         return  # the product itself
     matrices, applied = jax.device_get(_compiled(_map)(code, cases.y, cases.masks))
     name = "decoder_map(available)"
-    _check_matrices(f"{name}.matrix", matrices, cases)
-    expected, scale = _product(cases.decoders, cases.y)
+    check_matrices(f"{name}.matrix", matrices, cases)
+    expected, scale = product(cases.decoders, cases.y)
     found = np.asarray(applied, np.float64)
-    _check_close(f"{name}.apply(y)", found, expected, scale, cases, cases.recovered)
+    check_close(f"{name}.apply(y)", found, expected, scale, cases, cases.recovered)
 
 
-def _check_on_host(code: AbstractCode, cases: _Cases) -> None:
-    """Check the matrices that NumPy makes, where a code has such a way."""
-    on_host = jax.tree.map(_as_numpy, code)
-    with np.errstate(all="ignore"):  # as where they are made for decoding
-        encoder = on_host.encoder_on_host()
-        made = [on_host.decoder_on_host(mask) for mask in cases.masks]
-    if encoder is not None:
-        _check_on_numpy("encoder_on_host()", encoder, cases.encoder.shape, np.floating)
-        error = np.abs(encoder - cases.encoder) / _row_scale(cases.encoder)
-        require(
-            error.max() <= cases.tolerance,  # which NaN is not
-            f"encoder_on_host() must be encoder_matrix(); the relative error is "
-            f"{error.max():.3g}, over {cases.tolerance:.3g}",
-        )
-    if all(each is None for each in made):
-        return
-    for mask, each, recovered in zip(cases.masks, made, cases.recovered, strict=True):
-        require(
-            each is not None,
-            "decoder_on_host(available) must return None for every straggler set or for none; it "
-            f"does with {_describe(mask)}",
-        )
-        _check_on_numpy(
-            "decoder_on_host(available)[0]", each[0], cases.decoders[0].shape, np.floating
-        )
-        _check_on_numpy("decoder_on_host(available)[1]", each[1], recovered.shape, np.bool_)
-        require(
-            np.array_equal(each[1], recovered),
-            "decoder_on_host(available)[1] must be recovered(available); with "
-            f"{_describe(mask)} it holds for data points {np.flatnonzero(each[1])}, not "
-            f"{np.flatnonzero(recovered)}",
-        )
-    decoders = np.stack([decoder for decoder, _ in made])
-    _check_decoder("decoder_on_host(available)[0]", decoders, cases)
-    _check_matrices("decoder_on_host(available)[0]", decoders, cases)
-
-
-def _as_numpy(leaf: Any) -> Any:
-    """Return a leaf as an array of NumPy's; a random key as it is."""
-    return leaf if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else np.asarray(leaf)
-
-
-def _check_on_numpy(name: str, array: Any, shape: tuple[int, ...], kind: type) -> None:
-    require(
-        isinstance(array, np.ndarray),
-        f"{name} must be a NumPy array, made without JAX, not {type(array).__name__}",
-    )
-    require(
-        array.shape == shape and np.issubdtype(array.dtype, kind),
-        f"{name} must be of shape {shape} and of type {kind.__name__}, not "
-        f"{array.dtype}{array.shape}",
-    )
-
-
-def _check_encode(code: AbstractCode, cases: _Cases) -> None:
-    expected, scale = _product(cases.encoder, cases.x)
+def _check_encode(code: AbstractCode, cases: Cases) -> None:
+    expected, scale = product(cases.encoder, cases.x)
     ways = {
         "inside `jax.jit`": _compiled(_encode)(code, cases.x)[1],
         "outside": code.encode(cases.x),
@@ -313,28 +201,28 @@ def _check_encode(code: AbstractCode, cases: _Cases) -> None:
         )
 
 
-def _check_decode(code: AbstractCode, cases: _Cases) -> _Result:
+def _check_decode(code: AbstractCode, cases: Cases) -> _Result:
     """Return what is decoded from each straggler set, once it is known to be right."""
     decoded = _decode(code, cases.y, cases.masks)
     _check_decoded("try_decode(y, available), under `jax.vmap`,", decoded, cases)
     return decoded
 
 
-def _check_decoded(name: str, decoded: _Result, cases: _Cases) -> None:
+def _check_decoded(name: str, decoded: _Result, cases: Cases) -> None:
     for mask, found, wanted in zip(cases.masks, decoded.recovered, cases.recovered, strict=True):
         require(
             np.array_equal(found, wanted),
-            f"{name} must recover what recovered(available) says; with {_describe(mask)} it "
+            f"{name} must recover what recovered(available) says; with {describe(mask)} it "
             f"recovers data points {np.flatnonzero(found)}, not {np.flatnonzero(wanted)}",
         )
     lost = ~np.isnan(decoded.predictions).all(axis=2) & ~decoded.recovered
     require(
         not lost.any(),
         f"{name} must predict NaN where recovered(available) does not hold; with "
-        f"{_describe(cases.masks[lost.any(axis=1).argmax()])} it does not",
+        f"{describe(cases.masks[lost.any(axis=1).argmax()])} it does not",
     )
-    expected, scale = _product(cases.decoders, cases.y)
-    _check_close(name, decoded.predictions, expected, scale, cases, decoded.recovered)
+    expected, scale = product(cases.decoders, cases.y)
+    check_close(name, decoded.predictions, expected, scale, cases, decoded.recovered)
 
 
 def _decode(code: AbstractCode, y: np.ndarray, masks: np.ndarray) -> _Result:
@@ -342,7 +230,7 @@ def _decode(code: AbstractCode, y: np.ndarray, masks: np.ndarray) -> _Result:
     return _Result(np.asarray(decoded.predictions, np.float64), np.asarray(decoded.recovered))
 
 
-def _check_stragglers(code: AbstractCode, cases: _Cases, clean: _Result) -> None:
+def _check_stragglers(code: AbstractCode, cases: Cases, clean: _Result) -> None:
     available, everyone = cases.masks[..., None], np.ones_like(cases.masks)
     for value in (np.nan, np.inf, -np.inf, 1e30):
         y = np.where(available, cases.y, value).astype(cases.y.dtype)
@@ -361,7 +249,7 @@ def _check_stragglers(code: AbstractCode, cases: _Cases, clean: _Result) -> None
             )
 
 
-def _check_single_calls(code: AbstractCode, cases: _Cases, clean: _Result) -> None:
+def _check_single_calls(code: AbstractCode, cases: Cases, clean: _Result) -> None:
     """Check one group at a time, a pytree of answers, inside and outside `jax.jit`."""
     traces = []
 
@@ -397,7 +285,7 @@ def _check_single_calls(code: AbstractCode, cases: _Cases, clean: _Result) -> No
     raise AssertionError("decode(y, available) must raise a ValueError with no worker available")
 
 
-def _check_gradients(code: AbstractCode, cases: _Cases) -> None:
+def _check_gradients(code: AbstractCode, cases: Cases) -> None:
     numbers, rest = eqx.partition(code, eqx.is_inexact_array_like)
     random = np.random.default_rng(1)
     sets, (n, k) = len(cases.masks), cases.encoder.shape
@@ -412,7 +300,7 @@ def _check_gradients(code: AbstractCode, cases: _Cases) -> None:
         require(
             not broken.any(),
             f"gradients in the code's numbers must be finite; with "
-            f"{_describe(cases.masks[broken.argmax()])} that in {jax.tree_util.keystr(path)} is "
+            f"{describe(cases.masks[broken.argmax()])} that in {jax.tree_util.keystr(path)} is "
             "not",
         )
     transposes = (
@@ -420,74 +308,17 @@ def _check_gradients(code: AbstractCode, cases: _Cases) -> None:
         ("answers must be decoder_matrix(available)", found[2], cases.decoders, cotangents[1]),
     )
     for name, gradient, matrix, cotangent in transposes:
-        expected, scale = _product(np.swapaxes(matrix, -1, -2), cotangent)
+        expected, scale = product(np.swapaxes(matrix, -1, -2), cotangent)
         name = f"the gradient with respect to the {name}'s transpose; it"
-        _check_close(name, np.asarray(gradient, np.float64), expected, scale, cases)
+        check_close(name, np.asarray(gradient, np.float64), expected, scale, cases)
 
 
-# -- Comparisons -------------------------------------------------------------------------------
-
-
-def _product(matrix: np.ndarray, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return a product in float64, and the sum of magnitudes that each entry is made of, plus 1."""
-    vectors = np.asarray(vectors, np.float64)
-    return matrix @ vectors, 1 + np.abs(matrix) @ np.abs(vectors)
-
-
-def _row_scale(matrices: np.ndarray) -> np.ndarray:
-    """Return the sums of magnitudes that products of rows with ones are made of, plus 1."""
-    return 1 + np.abs(matrices).sum(axis=-1, keepdims=True)
-
-
-def _check_matrices(name: str, matrices: np.ndarray, cases: _Cases) -> None:
-    """Check other decoders against those of `decoder_matrix`."""
-    found = np.asarray(matrices, np.float64)
-    _check_close(name, found, cases.decoders, _row_scale(cases.decoders), cases)
-
-
-def _check_same(name: str, found: _Result, wanted: _Result, cases: _Cases) -> None:
+def _check_same(name: str, found: _Result, wanted: _Result, cases: Cases) -> None:
     for mask, got, expected in zip(cases.masks, found.recovered, wanted.recovered, strict=True):
         require(
             np.array_equal(got, expected),
-            f"{name} with {_describe(mask)} data points {np.flatnonzero(got)} are recovered, not "
+            f"{name} with {describe(mask)} data points {np.flatnonzero(got)} are recovered, not "
             f"{np.flatnonzero(expected)}",
         )
-    _, scale = _product(cases.decoders, cases.y)
-    _check_close(name, found.predictions, wanted.predictions, scale, cases, wanted.recovered)
-
-
-def _check_close(
-    name: str,
-    found: np.ndarray,
-    expected: np.ndarray,
-    scale: np.ndarray,
-    cases: _Cases,
-    where: np.ndarray | None = None,
-) -> None:
-    """Check arrays (sets, rows, outputs), in some rows of each set or in all."""
-    with np.errstate(invalid="ignore"):
-        error = np.abs(found - expected) / scale
-    error = np.where(np.isnan(error), np.inf, error)
-    if where is not None:
-        error = np.where(where[..., None], error, 0)
-    worst = error.reshape(len(error), -1).max(axis=1)
-    place = int(worst.argmax())
-    require(
-        worst[place] <= cases.tolerance,
-        f"{name} differs from what it must be with {_describe(cases.masks[place])}: the relative "
-        f"error is {worst[place]:.3g} (infinite where a value is not finite), over "
-        f"{cases.tolerance:.3g}",
-    )
-
-
-def _describe(mask: np.ndarray) -> str:
-    available, missing = np.flatnonzero(mask), np.flatnonzero(~mask)
-    if not missing.size:
-        return "all workers available"
-    if not available.size:
-        return "no worker available"
-    if available.size == 1:
-        return f"only worker {available[0]} available"
-    if missing.size == 1:
-        return f"all workers but {missing[0]} available"
-    return f"only workers {available.tolist()} available"
+    _, scale = product(cases.decoders, cases.y)
+    check_close(name, found.predictions, wanted.predictions, scale, cases, wanted.recovered)
