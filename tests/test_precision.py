@@ -16,7 +16,6 @@ from nercc_jax.codes import variances
 from nercc_jax.evaluation import nested_objective
 from nercc_jax.inference import robust_decode
 from nercc_jax.splines import (
-    _fit,
     posterior_variance,
     process_variance,
     smoothing_matrix,
@@ -73,23 +72,15 @@ PROGRAMS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def with_accelerators():
-    """As where there are devices: with CPUs only, no other way is traced."""
-    jax.clear_caches()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_fit, "way", "platform")
-        yield
-    jax.clear_caches()
+def lowered(program, arguments, platform="tpu"):
+    return jax.jit(program).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
 
 
-def lowered(program, arguments):
-    return jax.jit(program).trace(*arguments).lower(lowering_platforms=("tpu",)).as_text()
-
-
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_products_are_at_full_precision(name):
-    text = lowered(*PROGRAMS[name])
+def test_products_are_at_full_precision(name, platform):
+    program, arguments = PROGRAMS[name]
+    text = lowered(program, arguments, platform)
     products = [
         line for line in text.splitlines() if re.search(r"stablehlo\.dot(_general)?\b", line)
     ]

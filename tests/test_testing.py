@@ -93,9 +93,87 @@ class ClaimsZeros(Means):
         return jnp.where(enough, Means.decoder_matrix(self, available), 0)
 
 
-class OtherRegression(Means):
-    def regress(self, y, available):
-        return self.decoder_matrix(available) @ y + 0.01
+class Scaled(eqx.Module):
+    """A decoder's map whose two forms are off by factors."""
+
+    decoder: jax.Array
+    of_matrix: float = eqx.field(static=True, default=1.0)
+    of_product: float = eqx.field(static=True, default=1.0)
+
+    @property
+    def matrix(self):
+        return self.of_matrix * self.decoder
+
+    def apply(self, y):
+        return self.of_product * self.decoder @ y
+
+
+class OtherMap(Means):
+    def decoder_map(self, available):
+        return Scaled(self.decoder_matrix(available), of_product=1.01)
+
+
+class OtherMapsMatrix(Means):
+    def decoder_map(self, available):
+        return Scaled(self.decoder_matrix(available), of_matrix=1.01)
+
+
+class OnHost(Means):
+    """Has both matrices by NumPy, too."""
+
+    def _near_on_host(self):
+        data, workers = (np.linspace(0, 1, n) for n in (self.num_data, self.num_workers))
+        return 1 / (1 + ((data[:, None] - workers) / self.width) ** 2)
+
+    def encoder_on_host(self):
+        near = self._near_on_host().T
+        return near / near.sum(axis=1, keepdims=True)
+
+    def decoder_on_host(self, available):
+        near = np.where(available, self._near_on_host(), 0)
+        matrix = near / np.maximum(near.sum(axis=1, keepdims=True), 1e-9)
+        return matrix, np.full(self.num_data, available.any())
+
+
+class OtherEncoderOnHost(OnHost):
+    def encoder_on_host(self):
+        return 1.01 * OnHost.encoder_on_host(self)
+
+
+class OtherDecoderOnHost(OnHost):
+    def decoder_on_host(self, available):
+        matrix, recovered = OnHost.decoder_on_host(self, available)
+        return (1.01 if available.sum() == 2 else 1) * matrix, recovered
+
+
+class OtherRecoveredOnHost(OnHost):
+    def decoder_on_host(self, available):
+        matrix, recovered = OnHost.decoder_on_host(self, available)
+        return matrix, recovered & (available.sum() > 1)
+
+
+class LeaksOnHost(OnHost):
+    """Has a weight for stragglers that no comparison with a tolerance can see."""
+
+    def decoder_on_host(self, available):
+        matrix, recovered = OnHost.decoder_on_host(self, available)
+        return np.where(recovered[:, None] & ~available, 1e-9, matrix), recovered
+
+
+class SometimesOnHost(OnHost):
+    def decoder_on_host(self, available):
+        return OnHost.decoder_on_host(self, available) if available.all() else None
+
+
+class OnHostByJax(OnHost):
+    def encoder_on_host(self):
+        return jnp.asarray(OnHost.encoder_on_host(self))
+
+
+class CountsOnHost(OnHost):
+    def decoder_on_host(self, available):
+        matrix, recovered = OnHost.decoder_on_host(self, available)
+        return matrix, recovered.astype(int)
 
 
 class AddsAnOffset(Means):
@@ -180,7 +258,15 @@ class SizeAsAnArray(AbstractCode):
         (lambda: ReadsStragglers(K, N), "columns of unavailable.*only worker 0 available those of"),
         (lambda: DeniesWhatItRecovers(K, N), "not recovered must be zero.*only worker 0 available"),
         (lambda: ClaimsZeros(K, N), "row of decoder_matrix.* is not zero; with only worker 0"),
-        (lambda: OtherRegression(K, N), r"regress\(y, available\) differs from what it must be"),
+        (lambda: OtherMap(K, N), r"decoder_map\(available\)\.apply\(y\) differs from what it must"),
+        (lambda: OtherMapsMatrix(K, N), r"decoder_map\(available\)\.matrix differs from what it"),
+        (lambda: OtherEncoderOnHost(K, N), r"encoder_on_host\(\) must be encoder_matrix\(\); the"),
+        (lambda: OnHostByJax(K, N), r"encoder_on_host\(\) must be a NumPy array, made without JAX"),
+        (lambda: OtherDecoderOnHost(K, N), r"decoder_on_host.*\[0\] differs from what it must be"),
+        (lambda: OtherRecoveredOnHost(K, N), r"must be recovered\(available\); with only worker 0"),
+        (lambda: LeaksOnHost(K, N), r"columns of unavailable workers must be zero in .*_on_host"),
+        (lambda: SometimesOnHost(K, N), "every straggler set or for none; it does with no worker"),
+        (lambda: CountsOnHost(K, N), r"of shape \(3,\) and of type bool, not int64\(3,\)"),
         (lambda: AddsAnOffset(K, N), r"encode\(x\) must be encoder_matrix\(\) @ x; inside"),
         (lambda: DecodesByHand(K, N), "unavailable worker must not reach a prediction; with nan"),
         (lambda: RootOfZero(K, N), r"code's numbers must be finite; .* that in \.width is not"),
@@ -192,6 +278,10 @@ def test_a_broken_code_is_refused(build, message, untyped):
         check_code(build())
 
 
+def test_matrices_on_the_host_are_accepted(untyped):
+    check_code(OnHost(K, N))
+
+
 def test_a_class_is_not_a_code(untyped):
     with pytest.raises(ValueError, match="must be an instance of AbstractCode, not <class"):
         check_code(Means)
@@ -199,8 +289,8 @@ def test_a_class_is_not_a_code(untyped):
 
 def test_the_tolerance_is_the_callers(untyped):
     class Coarse(Means):
-        def regress(self, y, available):
-            return (1 + 1e-3) * self.decoder_matrix(available) @ y
+        def decoder_map(self, available):
+            return Scaled(self.decoder_matrix(available), of_product=1 + 1e-3)
 
     with pytest.raises(AssertionError, match=r"relative error is 0\.0.*, over 0\.0001"):
         check_code(Coarse(K, N))

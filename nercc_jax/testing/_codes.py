@@ -16,6 +16,8 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ..codes import AbstractCode, Decoded
+from ._cases import Cases, check_close, check_matrices, describe, product
+from ._matrices import check_decoder, check_on_host, check_recovered
 from ._structure import check_structure, require, try_decode
 
 _OUTPUTS = 3
@@ -39,9 +41,15 @@ def check_code(code: AbstractCode, *, tolerance: float | None = None) -> None:
     - The decoder is finite, with zeros in the columns of unavailable workers and in the rows of
       data points that are not recovered. `recovered` is honest: every data point with all workers
       available, none without any, and only data points whose row of the decoder is not zero.
-    - `encode`, `try_decode` and, where a code has its own, `regress` agree with the products of the
-      matrices in NumPy's float64. Predictions are finite where `recovered` is true, with one worker
-      left, too, and NaN elsewhere.
+    - Where a code has its own `decoder_map`, its `matrix` agrees with `decoder_matrix`, and its
+      `apply` with the product.
+    - Where a code has `encoder_on_host` or `decoder_on_host`, they return NumPy arrays when all the
+      code's arrays are NumPy's, for every straggler set or for none. The matrices agree with those
+      of `encoder_matrix` and `decoder_matrix`, have zeros in the same places, and `recovered` is
+      the same.
+    - `encode` and `try_decode` agree with the products of the matrices in NumPy's float64.
+      Predictions are finite where `recovered` is true, with one worker left, too, and NaN
+      elsewhere.
     - A straggler's value (NaN, infinity, 1e30) reaches neither a prediction nor a gradient. An
       available worker whose answer is not finite becomes a straggler.
     - One compilation serves every mask. `jax.vmap` over groups agrees with a loop, pytrees of
@@ -69,30 +77,16 @@ def check_code(code: AbstractCode, *, tolerance: float | None = None) -> None:
         raise ValueError(f"code must be an instance of AbstractCode, not {code!r}")
     check_structure(code)
     cases = _make_cases(code, tolerance)
-    _check_recovered(cases)
-    _check_decoder(cases)
-    _check_regress(code, cases)
+    check_recovered(cases)
+    require(np.isfinite(cases.encoder).all(), "encoder_matrix() holds values that are not finite")
+    check_decoder("decoder_matrix(available)", cases.decoders, cases)
+    _check_decoder_map(code, cases)
+    check_on_host(code, cases)
     _check_encode(code, cases)
     clean = _check_decode(code, cases)
     _check_stragglers(code, cases, clean)
     _check_single_calls(code, cases, clean)
     _check_gradients(code, cases)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Cases:
-    """Straggler sets with data points, answers, and the code's matrices in float64.
-
-    Answers of unavailable workers are 0.
-    """
-
-    masks: np.ndarray  # (sets, N)
-    x: np.ndarray  # (K, outputs)
-    y: np.ndarray  # (sets, N, outputs)
-    encoder: np.ndarray  # (N, K)
-    decoders: np.ndarray  # (sets, K, N)
-    recovered: np.ndarray  # (sets, K)
-    tolerance: float
 
 
 class _Result(NamedTuple):
@@ -126,8 +120,12 @@ def _matrices(code: AbstractCode, masks: jax.Array) -> tuple[jax.Array, jax.Arra
     return jax.vmap(lambda mask: (code.decoder_matrix(mask), code.recovered(mask)))(masks)
 
 
-def _regress(code: AbstractCode, y: jax.Array, masks: jax.Array) -> jax.Array:
-    return jax.vmap(code.regress)(y, masks)
+def _map(code: AbstractCode, y: jax.Array, masks: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def one(y: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        made = code.decoder_map(mask)
+        return made.matrix, made.apply(y)
+
+    return jax.vmap(one)(y, masks)
 
 
 def _decode_groups(code: AbstractCode, y: jax.Array, masks: jax.Array) -> Decoded:
@@ -154,7 +152,7 @@ def _pull_back(
 # -- Rules about values ------------------------------------------------------------------------
 
 
-def _make_cases(code: AbstractCode, tolerance: float | None) -> _Cases:
+def _make_cases(code: AbstractCode, tolerance: float | None) -> Cases:
     k, n = code.num_data, code.num_workers
     random = np.random.default_rng(0)
     alone = np.eye(n, dtype=bool)
@@ -166,7 +164,7 @@ def _make_cases(code: AbstractCode, tolerance: float | None) -> _Cases:
     y = random.normal(size=(len(masks), n, _OUTPUTS)).astype(dtype)
     decoders, recovered = _compiled(_matrices)(code, masks)
     encoder, _ = _compiled(_encode)(code, x)
-    return _Cases(
+    return Cases(
         masks,
         x,
         np.where(masks[..., None], y, 0),
@@ -177,62 +175,19 @@ def _make_cases(code: AbstractCode, tolerance: float | None) -> _Cases:
     )
 
 
-def _check_recovered(cases: _Cases) -> None:
-    everyone, nobody = cases.recovered[:2]
-    require(
-        everyone.all(),
-        "recovered(available) must hold for every data point with all workers available; it does "
-        f"not for data points {np.flatnonzero(~everyone)}",
-    )
-    require(
-        not nobody.any(),
-        "recovered(available) must hold for no data point with no worker available; it does for "
-        f"data points {np.flatnonzero(nobody)}",
-    )
-
-
-def _check_decoder(cases: _Cases) -> None:
-    require(np.isfinite(cases.encoder).all(), "encoder_matrix() holds values that are not finite")
-    for mask, decoder, recovered in zip(cases.masks, cases.decoders, cases.recovered, strict=True):
-        where = f"with {_describe(mask)}"
-        broken = ~np.isfinite(decoder).all(axis=1)
-        require(
-            not broken.any(),
-            f"decoder_matrix(available) must be finite; {where} it is not in the rows of data "
-            f"points {np.flatnonzero(broken)}, of which recovered(available) holds for "
-            f"{np.flatnonzero(broken & recovered)}",
-        )
-        leaks = np.flatnonzero(decoder.any(axis=0) & ~mask)
-        require(
-            not leaks.size,
-            f"columns of unavailable workers must be zero in decoder_matrix(available); {where} "
-            f"those of workers {leaks} are not",
-        )
-        rows = decoder.any(axis=1)
-        require(
-            not (rows & ~recovered).any(),
-            f"rows of data points that are not recovered must be zero in "
-            f"decoder_matrix(available); {where} those of {np.flatnonzero(rows & ~recovered)} are "
-            "not",
-        )
-        require(
-            not (recovered & ~rows).any(),
-            f"recovered(available) may hold only for data points whose row of "
-            f"decoder_matrix(available) is not zero; {where} it holds for "
-            f"{np.flatnonzero(recovered & ~rows)} as well",
-        )
-
-
-def _check_regress(code: AbstractCode, cases: _Cases) -> None:
-    if type(code).regress is AbstractCode.regress:
+def _check_decoder_map(code: AbstractCode, cases: Cases) -> None:
+    if type(code).decoder_map is AbstractCode.decoder_map:
         return  # the product itself
-    found = np.asarray(_compiled(_regress)(code, cases.y, cases.masks), np.float64)
-    expected, scale = _product(cases.decoders, cases.y)
-    _check_close("regress(y, available)", found, expected, scale, cases, cases.recovered)
+    matrices, applied = jax.device_get(_compiled(_map)(code, cases.y, cases.masks))
+    name = "decoder_map(available)"
+    check_matrices(f"{name}.matrix", matrices, cases)
+    expected, scale = product(cases.decoders, cases.y)
+    found = np.asarray(applied, np.float64)
+    check_close(f"{name}.apply(y)", found, expected, scale, cases, cases.recovered)
 
 
-def _check_encode(code: AbstractCode, cases: _Cases) -> None:
-    expected, scale = _product(cases.encoder, cases.x)
+def _check_encode(code: AbstractCode, cases: Cases) -> None:
+    expected, scale = product(cases.encoder, cases.x)
     ways = {
         "inside `jax.jit`": _compiled(_encode)(code, cases.x)[1],
         "outside": code.encode(cases.x),
@@ -246,28 +201,28 @@ def _check_encode(code: AbstractCode, cases: _Cases) -> None:
         )
 
 
-def _check_decode(code: AbstractCode, cases: _Cases) -> _Result:
+def _check_decode(code: AbstractCode, cases: Cases) -> _Result:
     """Return what is decoded from each straggler set, once it is known to be right."""
     decoded = _decode(code, cases.y, cases.masks)
     _check_decoded("try_decode(y, available), under `jax.vmap`,", decoded, cases)
     return decoded
 
 
-def _check_decoded(name: str, decoded: _Result, cases: _Cases) -> None:
+def _check_decoded(name: str, decoded: _Result, cases: Cases) -> None:
     for mask, found, wanted in zip(cases.masks, decoded.recovered, cases.recovered, strict=True):
         require(
             np.array_equal(found, wanted),
-            f"{name} must recover what recovered(available) says; with {_describe(mask)} it "
+            f"{name} must recover what recovered(available) says; with {describe(mask)} it "
             f"recovers data points {np.flatnonzero(found)}, not {np.flatnonzero(wanted)}",
         )
     lost = ~np.isnan(decoded.predictions).all(axis=2) & ~decoded.recovered
     require(
         not lost.any(),
         f"{name} must predict NaN where recovered(available) does not hold; with "
-        f"{_describe(cases.masks[lost.any(axis=1).argmax()])} it does not",
+        f"{describe(cases.masks[lost.any(axis=1).argmax()])} it does not",
     )
-    expected, scale = _product(cases.decoders, cases.y)
-    _check_close(name, decoded.predictions, expected, scale, cases, decoded.recovered)
+    expected, scale = product(cases.decoders, cases.y)
+    check_close(name, decoded.predictions, expected, scale, cases, decoded.recovered)
 
 
 def _decode(code: AbstractCode, y: np.ndarray, masks: np.ndarray) -> _Result:
@@ -275,7 +230,7 @@ def _decode(code: AbstractCode, y: np.ndarray, masks: np.ndarray) -> _Result:
     return _Result(np.asarray(decoded.predictions, np.float64), np.asarray(decoded.recovered))
 
 
-def _check_stragglers(code: AbstractCode, cases: _Cases, clean: _Result) -> None:
+def _check_stragglers(code: AbstractCode, cases: Cases, clean: _Result) -> None:
     available, everyone = cases.masks[..., None], np.ones_like(cases.masks)
     for value in (np.nan, np.inf, -np.inf, 1e30):
         y = np.where(available, cases.y, value).astype(cases.y.dtype)
@@ -294,7 +249,7 @@ def _check_stragglers(code: AbstractCode, cases: _Cases, clean: _Result) -> None
             )
 
 
-def _check_single_calls(code: AbstractCode, cases: _Cases, clean: _Result) -> None:
+def _check_single_calls(code: AbstractCode, cases: Cases, clean: _Result) -> None:
     """Check one group at a time, a pytree of answers, inside and outside `jax.jit`."""
     traces = []
 
@@ -330,7 +285,7 @@ def _check_single_calls(code: AbstractCode, cases: _Cases, clean: _Result) -> No
     raise AssertionError("decode(y, available) must raise a ValueError with no worker available")
 
 
-def _check_gradients(code: AbstractCode, cases: _Cases) -> None:
+def _check_gradients(code: AbstractCode, cases: Cases) -> None:
     numbers, rest = eqx.partition(code, eqx.is_inexact_array_like)
     random = np.random.default_rng(1)
     sets, (n, k) = len(cases.masks), cases.encoder.shape
@@ -345,7 +300,7 @@ def _check_gradients(code: AbstractCode, cases: _Cases) -> None:
         require(
             not broken.any(),
             f"gradients in the code's numbers must be finite; with "
-            f"{_describe(cases.masks[broken.argmax()])} that in {jax.tree_util.keystr(path)} is "
+            f"{describe(cases.masks[broken.argmax()])} that in {jax.tree_util.keystr(path)} is "
             "not",
         )
     transposes = (
@@ -353,63 +308,17 @@ def _check_gradients(code: AbstractCode, cases: _Cases) -> None:
         ("answers must be decoder_matrix(available)", found[2], cases.decoders, cotangents[1]),
     )
     for name, gradient, matrix, cotangent in transposes:
-        expected, scale = _product(np.swapaxes(matrix, -1, -2), cotangent)
+        expected, scale = product(np.swapaxes(matrix, -1, -2), cotangent)
         name = f"the gradient with respect to the {name}'s transpose; it"
-        _check_close(name, np.asarray(gradient, np.float64), expected, scale, cases)
+        check_close(name, np.asarray(gradient, np.float64), expected, scale, cases)
 
 
-# -- Comparisons -------------------------------------------------------------------------------
-
-
-def _product(matrix: np.ndarray, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return a product in float64, and the sum of magnitudes that each entry is made of, plus 1."""
-    vectors = np.asarray(vectors, np.float64)
-    return matrix @ vectors, 1 + np.abs(matrix) @ np.abs(vectors)
-
-
-def _check_same(name: str, found: _Result, wanted: _Result, cases: _Cases) -> None:
+def _check_same(name: str, found: _Result, wanted: _Result, cases: Cases) -> None:
     for mask, got, expected in zip(cases.masks, found.recovered, wanted.recovered, strict=True):
         require(
             np.array_equal(got, expected),
-            f"{name} with {_describe(mask)} data points {np.flatnonzero(got)} are recovered, not "
+            f"{name} with {describe(mask)} data points {np.flatnonzero(got)} are recovered, not "
             f"{np.flatnonzero(expected)}",
         )
-    _, scale = _product(cases.decoders, cases.y)
-    _check_close(name, found.predictions, wanted.predictions, scale, cases, wanted.recovered)
-
-
-def _check_close(
-    name: str,
-    found: np.ndarray,
-    expected: np.ndarray,
-    scale: np.ndarray,
-    cases: _Cases,
-    where: np.ndarray | None = None,
-) -> None:
-    """Check arrays (sets, rows, outputs), in some rows of each set or in all."""
-    with np.errstate(invalid="ignore"):
-        error = np.abs(found - expected) / scale
-    error = np.where(np.isnan(error), np.inf, error)
-    if where is not None:
-        error = np.where(where[..., None], error, 0)
-    worst = error.reshape(len(error), -1).max(axis=1)
-    place = int(worst.argmax())
-    require(
-        worst[place] <= cases.tolerance,
-        f"{name} differs from what it must be with {_describe(cases.masks[place])}: the relative "
-        f"error is {worst[place]:.3g} (infinite where a value is not finite), over "
-        f"{cases.tolerance:.3g}",
-    )
-
-
-def _describe(mask: np.ndarray) -> str:
-    available, missing = np.flatnonzero(mask), np.flatnonzero(~mask)
-    if not missing.size:
-        return "all workers available"
-    if not available.size:
-        return "no worker available"
-    if available.size == 1:
-        return f"only worker {available[0]} available"
-    if missing.size == 1:
-        return f"all workers but {missing[0]} available"
-    return f"only workers {available.tolist()} available"
+    _, scale = product(cases.decoders, cases.y)
+    check_close(name, found.predictions, wanted.predictions, scale, cases, wanted.recovered)

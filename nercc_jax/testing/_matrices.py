@@ -1,0 +1,111 @@
+"""Rules about a code's matrices, from programs or from the host, that need no compilation."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..codes import AbstractCode
+from ._cases import Cases, check_matrices, describe, row_scale
+from ._structure import require
+
+
+def check_recovered(cases: Cases) -> None:
+    """Check what is recovered with all workers available, and with none."""
+    everyone, nobody = cases.recovered[:2]
+    require(
+        everyone.all(),
+        "recovered(available) must hold for every data point with all workers available; it does "
+        f"not for data points {np.flatnonzero(~everyone)}",
+    )
+    require(
+        not nobody.any(),
+        "recovered(available) must hold for no data point with no worker available; it does for "
+        f"data points {np.flatnonzero(nobody)}",
+    )
+
+
+def check_decoder(name: str, decoders: np.ndarray, cases: Cases) -> None:
+    """Check that decoders are finite, and are zero just where they must be."""
+    for mask, decoder, recovered in zip(cases.masks, decoders, cases.recovered, strict=True):
+        where = f"with {describe(mask)}"
+        broken = ~np.isfinite(decoder).all(axis=1)
+        require(
+            not broken.any(),
+            f"{name} must be finite; {where} it is not in the rows of data points "
+            f"{np.flatnonzero(broken)}, of which recovered(available) holds for "
+            f"{np.flatnonzero(broken & recovered)}",
+        )
+        leaks = np.flatnonzero(decoder.any(axis=0) & ~mask)
+        require(
+            not leaks.size,
+            f"columns of unavailable workers must be zero in {name}; {where} those of workers "
+            f"{leaks} are not",
+        )
+        rows = decoder.any(axis=1)
+        require(
+            not (rows & ~recovered).any(),
+            f"rows of data points that are not recovered must be zero in {name}; {where} those of "
+            f"{np.flatnonzero(rows & ~recovered)} are not",
+        )
+        require(
+            not (recovered & ~rows).any(),
+            f"recovered(available) may hold only for data points whose row of {name} is not zero; "
+            f"{where} it holds for {np.flatnonzero(recovered & ~rows)} as well",
+        )
+
+
+def check_on_host(code: AbstractCode, cases: Cases) -> None:
+    """Check the matrices that a code makes by NumPy, if it does."""
+    on_host = jax.tree.map(_as_numpy, code)
+    with np.errstate(all="ignore"):  # as where they are made for decoding
+        encoder = on_host.encoder_on_host()
+        made = [on_host.decoder_on_host(mask) for mask in cases.masks]
+    if encoder is not None:
+        _check_array("encoder_on_host()", encoder, cases.encoder.shape, np.floating)
+        error = np.abs(encoder - cases.encoder) / row_scale(cases.encoder)
+        require(
+            error.max() <= cases.tolerance,  # which NaN is not
+            f"encoder_on_host() must be encoder_matrix(); the relative error is "
+            f"{error.max():.3g}, over {cases.tolerance:.3g}",
+        )
+    if all(each is None for each in made):
+        return
+    for mask, each, recovered in zip(cases.masks, made, cases.recovered, strict=True):
+        require(
+            each is not None,
+            "decoder_on_host(available) must return None for every straggler set or for none; it "
+            f"does with {describe(mask)}",
+        )
+        _check_array("decoder_on_host(available)[0]", each[0], cases.decoders[0].shape, np.floating)
+        _check_array("decoder_on_host(available)[1]", each[1], recovered.shape, np.bool_)
+        require(
+            np.array_equal(each[1], recovered),
+            "decoder_on_host(available)[1] must be recovered(available); with "
+            f"{describe(mask)} it holds for data points {np.flatnonzero(each[1])}, not "
+            f"{np.flatnonzero(recovered)}",
+        )
+    decoders = np.stack([decoder for decoder, _ in made])
+    check_decoder("decoder_on_host(available)[0]", decoders, cases)
+    check_matrices("decoder_on_host(available)[0]", decoders, cases)
+
+
+def _as_numpy(leaf: Any) -> Any:
+    """Return a JAX array as a NumPy array, and a random key or a Python number as it is."""
+    if not isinstance(leaf, jax.Array) or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return leaf
+    return np.asarray(leaf)
+
+
+def _check_array(name: str, array: Any, shape: tuple[int, ...], kind: type) -> None:
+    """Check that a result is a NumPy array of this shape, and of this type of numbers."""
+    require(
+        isinstance(array, np.ndarray),
+        f"{name} must be a NumPy array, made without JAX, not {type(array).__name__}",
+    )
+    require(
+        array.shape == shape and np.issubdtype(array.dtype, kind),
+        f"{name} must be of shape {shape} and of type {kind.__name__}, not "
+        f"{array.dtype}{array.shape}",
+    )
