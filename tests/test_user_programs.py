@@ -213,9 +213,7 @@ def test_exports(name, untyped):
         jax.ShapeDtypeStruct((groups, 4, FEATURES), jnp.float32),
         jax.ShapeDtypeStruct((groups, code.num_workers), bool),
     )
-    exported = jax.export.export(
-        jax.jit(lambda x, masks: infer(x, masks)), platforms=("cpu", "tpu", "cuda")
-    )(*shapes)
+    exported = jax.export.export(jax.jit(infer), platforms=("cpu", "tpu", "cuda"))(*shapes)
     assert exported.platforms == ("cpu", "tpu", "cuda")
     masks = np.broadcast_to(mask, (GROUPS, len(mask)))
     if name != "parity":  # whose second model would be one of sums

@@ -1,6 +1,6 @@
 """Encode, model, decode: on one device, on a mesh, partly, in order, among liars."""
 
-from ._coded import AbstractScheme, Work, coded_inference, coded_predictions
+from ._coded import AbstractScheme, CodedInference, Work, coded_inference, coded_predictions
 from ._conditions import (
     UNKNOWN,
     AbstractCalibrated,
@@ -32,6 +32,7 @@ __all__ = [
     "AbstractCalibrated",
     "AbstractScheme",
     "CalibrationWarning",
+    "CodedInference",
     "Conditions",
     "Features",
     "Model",

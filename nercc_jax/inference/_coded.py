@@ -174,7 +174,7 @@ def coded_inference(
     return CodedInference(workers, code, grouped, with_status)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # by identity, as functions are, for `jax.jit`
 class CodedInference:
     """A model behind a code or a scheme, as one function: see `coded_inference`, which makes it.
 
@@ -217,7 +217,7 @@ class CodedInference:
         return LoweredInference(jax.jit(infer).lower(arrays, x, available, *args), arrays)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class LoweredInference:
     """A program of `CodedInference.lower`: `lowered` is JAX's, and takes `arrays` first."""
 
@@ -233,9 +233,12 @@ class LoweredInference:
         return CompiledInference(self.lowered.compile(*args, **options), self.arrays)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class CompiledInference:
-    """A compiled program: `(x, available, *args) -> predictions`; `compiled` is JAX's."""
+    """A compiled program: `(x, available, *args) -> predictions`.
+
+    `compiled` is JAX's, with `memory_analysis()`, `cost_analysis()` and `as_text()`.
+    """
 
     compiled: jax.stages.Compiled
     arrays: PyTree
