@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
 
-from ._decoding import Decoded, sets_multiplied
+from ._decoding import Decoded, Matrices, sets_multiplied
 from ._groups import decode_groups, multiply_groups
 from ._kept import KeptMatrices, kept_matrices, known_decoders
 from ._trees import any_tracer, check_floats, check_leading, join
@@ -40,10 +40,11 @@ def decode_at_hand(code: Any, y: PyTree, available: ArrayLike) -> Decoded | None
     y = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf), y)
     check_leading("y", y, (code.num_workers,), "workers")
     check_floats("y", y)
-    y, masks = jax.tree.map(lambda leaf: leaf[None], y), mask[None]
-    decoded, sound = _multiply_groups(y, jnp.asarray(masks), given)
-    decoded = decoded if sound else _groups_on_host(code, y, masks)
-    return None if decoded is None else jax.tree.map(lambda leaf: leaf[0], decoded)
+    decoded, sound = _multiply_group(y, mask, given)
+    if sound:
+        return decoded
+    found = _groups_on_host(code, jax.tree.map(lambda leaf: leaf[None], y), mask[None])
+    return None if found is None else jax.tree.map(lambda leaf: leaf[0], found)
 
 
 def decode_groups_at_hand(
@@ -81,6 +82,17 @@ def decode_sets_at_hand(
     given = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (sets, *leaf.shape[1:])), given)
     decoded, sound = _multiply_sets(y, jnp.asarray(masks), given)
     return decoded if sound else None
+
+
+@eqx.filter_jit
+def _multiply_group(
+    y: PyTree[Float[ArrayLike, "num_workers ..."]],
+    available: Bool[ArrayLike, " num_workers"],
+    given: Matrices,
+) -> tuple[Decoded, Bool[Array, ""]]:
+    groups = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], y)
+    decoded, sound = multiply_groups(groups, jnp.asarray(available)[None], given)
+    return jax.tree.map(lambda leaf: leaf[0], decoded), sound
 
 
 _multiply_groups = eqx.filter_jit(multiply_groups)

@@ -12,7 +12,7 @@ or of a weight only scales rows of M, that is, summed over rows and over gaps of
 
 where q is dmu/mu - 3 dh/h for shear rows, dmu/mu - dh/h for bend rows, the relative change of their
 weights for the others, v are the slopes of s and a_i those of a. w and e come by rotations, without
-cancellation. The rotations themselves are differentiated by nobody but second derivatives.
+cancellation. Only second derivatives differentiate the rotations themselves.
 """
 
 from typing import Any, NamedTuple
@@ -43,8 +43,8 @@ class Problem(NamedTuple):
 
 
 class Responses(NamedTuple):
-    """What one more unit adds to each prediction: of each knot's observation, and of each gap's
-    difference between its right knot's observation and its left one's."""
+    """The change of each prediction by one more unit: of each knot's observation (`matrix`), and of
+    the difference between the observations on both sides of each gap."""
 
     matrix: Float[Array, "k n"]
     differences: Float[Array, "k gaps"]
