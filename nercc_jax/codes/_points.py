@@ -99,19 +99,31 @@ def mean_gap(points: Float[Any, " n"], available: Bool[Any, "*sets n"]) -> Float
     angle has none there.
     """
     xp = namespace(points, available)
-    angles, place = _angle(points), xp.arange(points.shape[0])
+    if xp is np:
+        sets = available.reshape(-1, available.shape[-1])
+        gaps = [_gap_of(np.sort(_angle(points[each]))) for each in sets]
+        return np.array(gaps, points.dtype).reshape(available.shape[:-1])
+    angles, place = _angle(points), jnp.arange(points.shape[0])
     here, there = angles[:, None], angles[None, :]
     # Each with each, not sorted: on an accelerator, and in its derivative, that is one kernel.
     later = (there > here) | ((there == here) & (place > place[:, None]))
     follows = available[..., None, :] & available[..., None] & later
-    steps = xp.min(xp.where(follows, there - here, np.inf), axis=-1)
-    steps = xp.where(steps < np.inf, steps, 0)
-    some = xp.any(available, axis=-1, keepdims=True)
-    first = xp.min(xp.where(available, angles, np.inf), axis=-1, keepdims=True)
-    last = xp.min(xp.where(available, np.pi - angles, np.inf), axis=-1, keepdims=True)
-    ends = xp.where(some, xp.concatenate([first, last], axis=-1), 0)
-    gap = (xp.sum(steps**2, axis=-1) + 2 * xp.sum(ends**2, axis=-1)) / np.pi
-    return xp.where(some[..., 0], gap, 2 * np.pi).astype(points.dtype)
+    steps = jnp.min(jnp.where(follows, there - here, np.inf), axis=-1)
+    steps = jnp.where(steps < np.inf, steps, 0)
+    some = jnp.any(available, axis=-1, keepdims=True)
+    first = jnp.min(jnp.where(available, angles, np.inf), axis=-1, keepdims=True)
+    last = jnp.min(jnp.where(available, np.pi - angles, np.inf), axis=-1, keepdims=True)
+    ends = jnp.where(some, jnp.concatenate([first, last], axis=-1), 0)
+    gap = (jnp.sum(steps**2, axis=-1) + 2 * jnp.sum(ends**2, axis=-1)) / np.pi
+    return jnp.where(some[..., 0], gap, 2 * np.pi).astype(points.dtype)
+
+
+def _gap_of(angles: Float[np.ndarray, " n"]) -> float:
+    """`mean_gap` of all these points, by their angles in order."""
+    if not len(angles):
+        return 2 * np.pi
+    ends = angles[0] ** 2 + (np.pi - angles[-1]) ** 2
+    return (np.sum(np.diff(angles) ** 2) + 2 * ends) / np.pi
 
 
 def _angle(t: Any) -> Any:

@@ -111,7 +111,8 @@ def _knot_of(xp: Any, fixed: Any, held: Any) -> tuple[Any, Any]:
     span = xp.max(xp.where(held, xp.abs(fixed), 0))
     tolerance = _COINCIDENT_ULPS * np.finfo(fixed.dtype).eps * span
     place = xp.arange(len(fixed))
-    if len(fixed) ** 2 <= COMPARED_WITH_ALL:  # no sort, no scatter: a few operations
+    # In a program few points need no sort and no scatter.
+    if xp is jnp and len(fixed) ** 2 <= COMPARED_WITH_ALL:
         same, before = fixed == fixed[:, None], place < place[:, None]
         earlier = (fixed < fixed[:, None]) | (same & before)
         previous = xp.max(xp.where(earlier, fixed, -np.inf), axis=1)
@@ -131,9 +132,7 @@ def _by_knot(values: Any, knot: Any, slots: int, dense: bool = False) -> Any:
     """Return the sum of the values (points, ...) of each knot; one-dimensional if `dense`."""
     xp = namespace(values, knot)
     if xp is np:
-        found = np.zeros((slots, *values.shape[1:]), values.dtype)
-        np.add.at(found, knot, values)
-        return found
+        return np.bincount(knot, values, slots).astype(values.dtype)
     if not dense:
         return jax.ops.segment_sum(values, knot, slots)
     return jnp.sum(jnp.where(knot == jnp.arange(slots)[:, None], values, 0), axis=1)
