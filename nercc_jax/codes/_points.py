@@ -123,7 +123,7 @@ def _gap_of(angles: Float[np.ndarray, " n"]) -> float:
     if not len(angles):
         return 2 * np.pi
     ends = angles[0] ** 2 + (np.pi - angles[-1]) ** 2
-    return (np.sum(np.diff(angles) ** 2) + 2 * ends) / np.pi
+    return float((np.sum(np.diff(angles) ** 2) + 2 * ends) / np.pi)
 
 
 def _angle(t: Any) -> Any:
