@@ -72,7 +72,7 @@ class AbstractCode(eqx.Module):
 
     @property
     def worker_models(self) -> Int[np.ndarray, " num_workers"]:
-        """Which model each worker runs; unless a code overrides it, all run the served one.
+        """The model that each worker runs; unless a code overrides it, all run the served one.
 
         0 is the served model, and 1, 2, ... (without gaps) are further ones that the code needs
         beside it. Static: it depends on the code's numbers, never on data.
@@ -95,7 +95,7 @@ class AbstractCode(eqx.Module):
 
     @abc.abstractmethod
     def recovered(self, available: Bool[ArrayLike, " num_workers"]) -> Bool[Array, " num_data"]:
-        """Which data points' predictions these workers' answers determine."""
+        """Return which data points' predictions these workers' answers determine."""
 
     def decoder_map(self, available: Bool[ArrayLike, " num_workers"]) -> DecoderMap:
         """Return D with the most accurate way to apply it to finite answers.
@@ -121,19 +121,20 @@ class AbstractCode(eqx.Module):
     def posterior_variance(
         self, available: Bool[ArrayLike, " num_workers"]
     ) -> Float[Array, " num_data"]:
-        """How uncertain these workers' answers leave each prediction, whatever they are.
+        """Return the variance of each prediction given these workers' answers, whatever they are.
 
-        The variance of the data points' predictions given the answers, in units of the process's
-        (`process_variance`): a code that is a regression has it, and copies. 0 where a prediction
-        is an answer itself; infinite where the answers tell nothing. Raises: ValueError for a code
-        that has none.
+        It is in units of the process's variance (`process_variance`): 0 where a prediction is an
+        answer itself, infinite where the answers say nothing of it. A code that is a regression
+        has it, and copies have it.
+
+        Raises: ValueError for a code that has none.
         """
         raise ValueError(f"{type(self).__name__} is no regression: it has no posterior variance")
 
     def process_variance(
         self, y: Float[Array, "num_workers m"], available: Bool[Array, " num_workers"]
     ) -> Float[Array, ""]:
-        """How much finite answers y vary along the path, over all outputs: the unit of
+        """Return how much finite answers y vary along the path, over all outputs: the unit of
         `posterior_variance`, squared outputs. Infinite where they are too few to tell. Raises: as
         there."""
         raise ValueError(f"{type(self).__name__} is no regression: it has no process variance")
@@ -337,8 +338,8 @@ _SHOWN = 8  # of the numbers of an array
 
 
 def _is_at_hand(array: Any) -> bool:
-    """Whether its numbers can be read: not of a tracer, a random key, what was given away (donated)
-    or lies on other hosts."""
+    """Return whether an array's numbers can be read: not those of a tracer or a random key, of a
+    donated array, or of one that lies on other hosts."""
     if not isinstance(array, jax.Array):
         return True
     if isinstance(array, Tracer) or jnp.issubdtype(array.dtype, jax.dtypes.extended):

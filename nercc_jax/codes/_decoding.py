@@ -76,7 +76,7 @@ class PlainMap(eqx.Module):
 
 @runtime_checkable
 class Decoder(Protocol):
-    """What decoding asks of a code; `AbstractCode` has it."""
+    """The part of a code's interface that decoding needs; `AbstractCode` has it."""
 
     def decoder_map(self, available: Any) -> DecoderMap: ...
 
@@ -145,7 +145,7 @@ def _in_a_loop(code: Decoder, y: Array, available: Array) -> Decoded:
 
 
 def _nothing(code: Decoder, lead: tuple[int, ...], y: Array, heard: Array) -> Decoded:
-    """What a loop of attempts starts from."""
+    """Return the state that a loop of attempts starts from."""
     workers, size = y.shape[1:]
     mask = jax.ShapeDtypeStruct((workers,), bool)
     (points,) = jax.eval_shape(lambda mask: code.recovered(mask), mask).shape

@@ -91,11 +91,11 @@ def multiply_groups(
 
 
 def _decoded_specs(y: PyTree, names: Any) -> tuple[PyTree, PartitionSpec, PartitionSpec]:
-    """How decoded groups are sharded: as the answers are along groups and outputs."""
+    """Return the sharding of decoded groups: that of the answers along groups and outputs."""
     groups = names(jax.tree.leaves(y)[0])[0]
     return _coded_specs(y, names), PartitionSpec(groups, None), PartitionSpec(groups, None)
 
 
 def _coded_specs(tree: PyTree, names: Any) -> PyTree:
-    """How what is made of groups is sharded: not along its second axis, else as they are."""
+    """Return the sharding of arrays made of groups: theirs, but none along the second axis."""
     return jax.tree.map(lambda leaf: PartitionSpec(names(leaf)[0], None, *names(leaf)[2:]), tree)

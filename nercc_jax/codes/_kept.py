@@ -42,7 +42,7 @@ class Known(eqx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Lookups:
-    """How often a decoder's matrix was there, how often it had to be made, how many are kept."""
+    """Counts of decoder matrices that were there, that had to be made, and that are kept."""
 
     hits: int
     misses: int
@@ -143,7 +143,7 @@ class _Compiled:
         return self._made(_decoder, mask)
 
     def _made(self, make: Any, *args: Any) -> Any:
-        """What `make` gives, as NumPy's arrays."""
+        """Return what `make` gives, as NumPy's arrays."""
 
         def run() -> Any:
             arrays = jax.tree.map(_on_cpu, self._arrays)

@@ -51,7 +51,7 @@ class Lagrange(AbstractCode):
 
     @property
     def threshold(self) -> int:
-        """How many answers decoding takes."""
+        """The number of answers that decoding takes."""
         return (self.num_data - 1) * self.degree + 1
 
     def encoder_matrix(self) -> Float[Array, "num_workers num_data"]:

@@ -44,7 +44,7 @@ class Parity(AbstractCode):
 
     @property
     def k(self) -> int:
-        """How many data points a parity worker protects."""
+        """The number of data points that a parity worker protects."""
         return self.num_data // (self.num_workers - self.num_data)
 
     @property

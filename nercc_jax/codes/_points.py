@@ -64,7 +64,7 @@ def regression_points(
 
 
 def copies(num_data: int, num_workers: int) -> Int[np.ndarray, " num_workers"]:
-    """Which data point each worker holds a copy of: all once, then all again, ...
+    """Return which data point each worker holds a copy of: all once, then all again, ...
 
     The last, incomplete round is spread evenly. For K dividing N, worker n has data point n mod K.
 
@@ -186,7 +186,7 @@ def _systematic(alpha: np.ndarray, num_workers: int, number: int) -> np.ndarray:
 
 
 def _further(num_data: int, further: int, repeats: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which data point each repeat is of, and which gap each other further worker lies in.
+    """Return which data point each repeat is of, and which gap each other further worker lies in.
 
     Few of both take turns along the line: each kind spread by itself might put one beside another.
     """

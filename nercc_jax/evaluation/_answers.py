@@ -75,7 +75,7 @@ class Answers(eqx.Module):
         self.conditions = conditions
 
     def decode(self, available: Bool[Array, " num_workers"]) -> Decoded:
-        """What decoding makes of all groups when these workers answer; predictions are vectors."""
+        """Decode all groups from these workers' answers; predictions are vectors."""
         decoded = self.decode_sets(available[None])
         return jax.tree.map(lambda leaf: leaf[0], decoded)
 
@@ -89,7 +89,7 @@ class Answers(eqx.Module):
     def same_labels(
         self, decoded: Float[Array, "*lead groups num_data m"]
     ) -> Bool[Array, "*lead groups num_data"]:
-        """Which decoded labels are the model's own."""
+        """Return which decoded labels are the model's own."""
         decoded, own = jnp.broadcast_arrays(decoded, self.own)
         axes = decoded.ndim - 1
         mine, theirs = (labels_of(self.form.split(each), axes) for each in (decoded, own))
@@ -302,7 +302,7 @@ def cut_groups(x: PyTree, num_data: int) -> PyTree[Shaped[np.ndarray, "groups nu
 def own_outputs(
     run: Callable[[PyTree], PyTree], groups: PyTree
 ) -> tuple[Float[Array, "groups num_data m"], Form]:
-    """What the served model makes of the data points themselves, and in which form.
+    """Return the served model's outputs for the data points themselves, and their form.
 
     Raises: ValueError where that is not finite.
     """

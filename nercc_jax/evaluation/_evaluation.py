@@ -61,7 +61,7 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What one code did under one law of stragglers.
+    """The metrics of one code under one law of stragglers.
 
     With u_k the decoded and f_k the model's own outputs (m numbers each) of the K data points of a
     group, over all groups and straggler sets:
@@ -93,7 +93,7 @@ _METRICS = ("mse", "rmse", "mean_l2", *SHARES)
 
 
 class Evaluations(list[Evaluation]):
-    """What `evaluate` gives: a list of rows, which is a table and a picture, too."""
+    """The result of `evaluate`: a list of rows, which is a table and a picture, too."""
 
     def records(self) -> list[dict[str, Any]]:
         """A flat dict a row: each metric with its interval, `mse`, `mse_low`, `mse_high`."""

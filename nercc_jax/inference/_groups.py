@@ -50,7 +50,7 @@ def group_points(
 
 
 def is_grouped(num_data: int, x: PyTree, mask_axes: int = 1, grouped: bool | None = None) -> bool:
-    """Whether x is many groups: as is said, else by the mask's axes, else by where K is.
+    """Return whether x is many groups: as `grouped` says, else by the mask's axes or where K is.
 
     Raises: ValueError where that does not tell, or x is neither.
     """

@@ -112,7 +112,7 @@ def partial_inference(
 
 
 class _Arrivals:
-    """What has come back of a program's answers; never touches a shard that is not ready."""
+    """The answers of a program that have come back; never touches a shard that is not ready."""
 
     def __init__(self, placed: Placed, y: PyTree[Float[Array, "groups slots ..."]]):
         leaves, self._structure = jax.tree.flatten(y)
@@ -154,7 +154,7 @@ class _Arrivals:
 
 
 def _wait(condition: Callable[[], Any], until: float) -> bool:
-    """Whether the condition came true in time."""
+    """Return whether the condition came true in time."""
     while not condition():
         if time.monotonic() >= until:
             return False

@@ -258,7 +258,7 @@ def _rounds(number: int, body: Callable[[Any, Any], Any], state: Any) -> Any:
 
 
 def _link_best(distances: Float[Array, "buffers n n"], pieces: _Pieces) -> _Pieces:
-    """Where two pieces are the nearest of each other: each by the better of its ends."""
+    """Link pieces that are the nearest of each other, each by the better of its ends."""
     least, partner = _nearest(distances, _can_link(pieces, distances.shape[:2]))
     row, n = jnp.arange(len(least)), distances.shape[1]
     # The same from both sides, and of equal distances no two.
@@ -270,7 +270,7 @@ def _link_best(distances: Float[Array, "buffers n n"], pieces: _Pieces) -> _Piec
 def _link_asking(
     distances: Float[Array, "buffers n n"], pieces: _Pieces, lots: Bool[Array, " rows"]
 ) -> _Pieces:
-    """Where a piece drawn is the nearest of those that ask another, which is not drawn."""
+    """Link a piece that is drawn to one that is not, where it is the nearest that asks."""
     shape, end, row = distances.shape[:2], pieces.end, jnp.arange(len(pieces.end))
     asking, asked = _pairs(lots[pieces.head], shape)
     least, partner = _nearest(distances, _can_link(pieces, shape) & asking & ~asked)
@@ -374,7 +374,7 @@ def _turn(
 def _forbids(
     change: Float[Array, "buffers m"], first: Int[Array, "buffers m"], last: Int[Array, "buffers m"]
 ) -> Bool[Array, "buffers m m"]:
-    """Whether move j is better than move i, and has a step of it or overlaps it in part."""
+    """Return whether move j is better than move i, and has a step of it or overlaps it in part."""
     (a, a_there), (b, b_there) = _pairs(first), _pairs(last)
     here, there = _pairs(_places(first.shape))
     gain, gain_there = _pairs(change)
@@ -388,7 +388,7 @@ def _forbids(
 def _least(
     values: Float[Array, "buffers n n"], keys: Int[Array, "*#buffers #n n"]
 ) -> tuple[Float[Array, "buffers n"], Int[Array, "buffers n"]]:
-    """Of each row the least value with its key; of equal values that of the least key."""
+    """Return the least value of each row with its key; of equal values, that of the least key."""
 
     def lesser(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
         first = _is_before(a, b)

@@ -38,7 +38,7 @@ _REPLICATED = PartitionSpec()
 
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """Who works where: `worker` in each slot of all devices, device after device.
+    """The worker of each slot of all devices, device after device.
 
     `kinds` tells the models of one device's slots, the same on all: an SPMD program runs the same
     models everywhere, so the workers of each kind are spread over all devices.
@@ -136,7 +136,7 @@ def on_mesh(tree: PyTree, mesh: Mesh) -> PyTree:
 
 
 def _automatically(leaf: Any) -> NamedSharding | None:
-    """How an array lies on a mesh, whose axes become automatic ones; None if it lies on none."""
+    """Return an array's sharding on its mesh, with automatic axes; None if it lies on none."""
     here = isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
     sharding = leaf.sharding if here else None
     if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh):

@@ -18,7 +18,7 @@ def run_workers(
     coded: PyTree[Shaped[Array, "groups num_workers ..."]],
     *args: Any,
 ) -> PyTree[Float[Array, "groups num_workers ..."]]:
-    """What all workers answer: each runs its own model on its coded data point of every group.
+    """Return all workers' answers: each runs its own model on its coded data point of every group.
 
     `model(batch, *args)` maps (B, ...) to (B, ...), floats, and is called once; both may be pytrees
     of such arrays. For a code whose workers run several (`worker_models`) it is a sequence of such,

@@ -33,7 +33,7 @@ from ._worker import no_mesh, off_meshes
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Where a batch's seconds went: one after the other, they make up the whole call.
+    """The seconds of each step of a batch; together they make up the whole call.
 
     `wait` is from the last coded data point's dispatch until the answers were enough: the workers'
     time, transport included. `reexecute` is what running doubtful data points again took.
@@ -175,7 +175,7 @@ def _limit(
     max_disagreement: float | None,
     max_reexecution: float,
 ) -> float:
-    """How much doubt is too much to answer at once."""
+    """Return the doubt above which a prediction is not given out at once."""
     if not 0 <= max_reexecution <= 1:
         raise ValueError(f"max_reexecution must be a share in [0, 1], not {max_reexecution}")
     if doubt is None and max_disagreement is None:
@@ -198,7 +198,7 @@ def _scheme_limit(
     max_reexecution: float,
     tolerance: float | None,
 ) -> float:
-    """How much of a scheme's doubt, or of its error bars, is too much to answer at once."""
+    """Return `_limit` of a scheme's doubt, or of its error bars."""
     if doubt is not None:
         raise ValueError("a scheme has its own doubt: Scheme(code, doubt=...)")
     everything = _limit(scheme.code, None, None, max_reexecution)

@@ -43,7 +43,7 @@ _ROUNDING = 1e-5
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How some queries are coded: `matrix` is the encoder for as many.
+    """The coding of some number of queries: `matrix` is the encoder for as many.
 
     `own[i]` are the coded data points that are query i, `place_of` says the reverse, -1 for those
     that mix queries. `extras` are to be sent when the group is complete: beyond those that were
@@ -57,7 +57,7 @@ class Layout:
 
 
 class Look(NamedTuple):
-    """What was decoded, by place, and of a code with a doubt what that is told by (`judge`)."""
+    """Decoded predictions by place, and, for a code with a doubt, its features (see `judge`)."""
 
     predictions: Shaped[np.ndarray, "rows num_data ..."]
     recovered: Bool[np.ndarray, " num_data"]
@@ -223,7 +223,7 @@ class Coder:
         return predictions, decoded.recovered[0], *found
 
     def places(self, queries: int) -> Int[np.ndarray, " queries"]:
-        """Which alphas so many queries stand at."""
+        """Return the alphas that this number of queries stand at."""
         return self._order[:queries]
 
     def along(self, first: int, number: int) -> Int[np.ndarray, " number"]:
@@ -234,7 +234,7 @@ class Coder:
         return np.argsort(places)
 
     def in_order(self, by_place: Float[np.ndarray, " num_data"]) -> Float[np.ndarray, " num_data"]:
-        """What belongs to the code's alphas, in the queries' order."""
+        """Return values that belong to the code's alphas, in the queries' order."""
         return by_place[self._order]
 
     def by_place(self, queries: Float[np.ndarray, "few ..."]) -> Float[np.ndarray, "num_data ..."]:
@@ -283,7 +283,7 @@ def _counts(code: AbstractCode) -> range:
 
 
 def _angles(t: ArrayLike) -> np.ndarray:
-    """Where points lie on the half circle, on which Chebyshev points are evenly spaced."""
+    """Return the angles of points on the half circle, where Chebyshev points are evenly spaced."""
     return np.arccos(np.clip(np.asarray(t, np.float64), -1, 1))
 
 

@@ -42,7 +42,7 @@ class Pivots(NamedTuple):
 
 
 class Residuals(NamedTuple):
-    """What Q' makes of columns beside the pivots: two numbers for each gap."""
+    """The entries of Q' times columns beside the pivots: two for each gap."""
 
     first: Float[Array, "gaps m"]
     second: Float[Array, "gaps m"]
