@@ -203,6 +203,27 @@ def test_forward_over_reverse(name):
     assert all(np.isfinite(leaf).all() for leaf in got)
 
 
+def test_second_derivatives_are_those_of_the_matrix():
+    """Of squares: what is differentiated twice is the prediction, and its derivative."""
+    with jax.enable_x64(True):
+        code, mask = NeRCC(4, 8), np.arange(8) != 2
+        y = jnp.sin(jnp.arange(8.0))[:, None]
+
+        def squares(predictions):
+            return jnp.sum(predictions**2)
+
+        def by_decoding(lambda_):
+            return squares(code.replace(lambda_dec=lambda_).decode(y, mask))
+
+        def by_matrix(lambda_):
+            return squares(code.replace(lambda_dec=lambda_).decoder_matrix(mask) @ y)
+
+        got, wanted = (jax.jit(jax.hessian(each))(1e-4) for each in (by_decoding, by_matrix))
+        np.testing.assert_allclose(got, wanted, rtol=1e-8)
+        slope = jax.jit(jax.grad(by_matrix))
+        np.testing.assert_allclose(wanted, (slope(1.0001e-4) - slope(0.9999e-4)) / 2e-8, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", CODES)
 def test_exports(name, untyped):
     """For platforms that are not there, and any number of groups."""

@@ -319,7 +319,8 @@ def _product(matrices: Array, y: Array, value: Array) -> Array:
 
 @_product.defjvp
 def _(primals, tangents):
-    return primals[2], jax.jvp(multiply, primals[:2], tangents[:2])[1]
+    # The function itself again, not its value: that has no derivative of second order.
+    return _product(*primals), jax.jvp(multiply, primals[:2], tangents[:2])[1]
 
 
 def _fitted(code: Decoder, heard: Bool[Array, "sets num_workers"]) -> tuple[Any, Array]:
