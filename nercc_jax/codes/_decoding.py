@@ -55,7 +55,7 @@ class DecoderMap(Protocol):
     """The linear map from answers to predictions for one straggler set, a pytree.
 
     `matrix` is (num_data, num_workers), and `apply` its product with finite answers by the most
-    accurate way there is.
+    accurate way there is, with the product's derivative.
     """
 
     @property
@@ -298,29 +298,10 @@ def _sets_carefully(code: Decoder, y: Array, available: Array) -> Decoded:
 
 
 def _accurately(maps: Any, y: Array, heard: Array, recovered: Array) -> Decoded:
-    """Decode the answers that were heard; with the derivative of the product with the matrix."""
-    clean = jnp.where(heard[..., None], y, 0)
-
-    def applied() -> Array:
-        values, data = jax.lax.stop_gradient((maps, clean))
-        made = jax.vmap(lambda one, answers: one.apply(answers))(values, data)
-        return made.astype(jnp.promote_types(y.dtype, jnp.float32))
-
-    predictions = _product(maps.matrix, clean, applied())
+    """Decode the answers that were heard by the most accurate way."""
+    clean = jnp.where(heard[..., None], y, 0).astype(jnp.promote_types(y.dtype, jnp.float32))
+    predictions = jax.vmap(lambda one, answers: one.apply(answers))(maps, clean)
     return Decoded(jnp.where(recovered[..., None], predictions, jnp.nan), heard, recovered)
-
-
-@jax.custom_jvp
-def _product(matrices: Array, y: Array, value: Array) -> Array:
-    """The product of both, whose value is known."""
-    del matrices, y
-    return value
-
-
-@_product.defjvp
-def _(primals, tangents):
-    # The function itself again, not its value: that has no derivative of second order.
-    return _product(*primals), jax.jvp(multiply, primals[:2], tangents[:2])[1]
 
 
 def _fitted(code: Decoder, heard: Bool[Array, "sets num_workers"]) -> tuple[Any, Array]:

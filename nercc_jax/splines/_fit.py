@@ -37,10 +37,25 @@ class LinearMap(eqx.Module):
     knots: Knots
 
     def apply(self, y: Float[Array, "n m"]) -> Float[Array, "k m"]:
-        """Return the values for finite observations y."""
-        means = self.knots.average(y)
+        """Return the values for finite observations y; with the derivative of matrix @ y."""
+        here, data = jax.lax.stop_gradient((self, y))
+        means = here.knots.average(data)
         steps = means[1:] - means[:-1]
-        return taken(means, self.gap) + product(self.differences.astype(y.dtype), steps)
+        value = taken(means, here.gap) + product(here.differences.astype(y.dtype), steps)
+        return _product_of(self.matrix.astype(y.dtype), y, value)
+
+
+@jax.custom_jvp
+def _product_of(matrix: Array, y: Array, value: Array) -> Array:
+    """The product of both, whose value is known."""
+    del matrix, y
+    return value
+
+
+@_product_of.defjvp
+def _(primals, tangents):
+    # The function itself again, not its value: that has no derivative of second order.
+    return _product_of(*primals), jax.jvp(product, primals[:2], tangents[:2])[1]
 
 
 class Fit(eqx.Module):
