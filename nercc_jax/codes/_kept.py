@@ -70,7 +70,7 @@ class KeptMatrices:
 
     @functools.cached_property
     def on_host(self) -> bool:
-        """Whether matrices are made by NumPy."""
+        """True for a code whose matrices are made by NumPy."""
         return self.exact_decoder(np.ones(self._code.num_workers, bool)) is not None
 
     def encoder(self) -> Float[np.ndarray, "num_workers num_data"]:
@@ -157,14 +157,14 @@ def known_matrices(code: Any, available: ArrayLike) -> Known:
     return Known(known_encoder(code), known_decoders(code, available))
 
 
-def known_decoders(code: Any, available: ArrayLike, most: int = FEW_SETS) -> Matrices | None:
+def known_decoders(code: Any, available: ArrayLike) -> Matrices | None:
     """Return the decoder's matrices for a mask, or one for each group, where code and masks are
-    known, and the masks are at most `most` different ones."""
+    known, and the masks are few different ones."""
     if isinstance(available, Tracer):
         return None
     kept, masks = kept_matrices(code), np.atleast_2d(np.asarray(available))
     fits = masks.dtype == bool and masks.shape[1:] == (code.num_workers,)
-    return kept.decoders(masks, most) if kept is not None and fits else None
+    return kept.decoders(masks) if kept is not None and fits else None
 
 
 def known_encoder(code: Any) -> np.ndarray | None:

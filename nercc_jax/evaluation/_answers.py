@@ -258,7 +258,7 @@ class Recorder:
     def coordinates(
         self, function: Callable[[PyTree], PyTree] | None
     ) -> Float[np.ndarray, "groups num_data d"]:
-        """Where the data points are: what a function of a batch says, or their own floats."""
+        """Return the data points' coordinates: a function's of the batch, or their own floats."""
         flat = jax.tree.map(jnp.asarray, points_of(self._groups))
         found = flat if function is None else function(flat)
         leaves = [leaf for _, leaf in leaves_of("coordinates", found) if is_float(leaf)]
@@ -267,7 +267,7 @@ class Recorder:
     def _ask(
         self, rows: Float[np.ndarray, "*groups rows num_data"]
     ) -> Float[np.ndarray, "groups rows m"]:
-        """What the model makes of combinations of every group's data points, or each group's."""
+        """Return the model's outputs for combinations of the data points of each group."""
         groups, number = self._shape[0], rows.shape[-2]
         self.evaluations += groups * number
         at_once = max(2 * self._batch_size // number, 1)

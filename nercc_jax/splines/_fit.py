@@ -143,10 +143,8 @@ class Fit(eqx.Module):
         steps = (slot[:, None] > slot[:-1]).astype(knots.t.dtype)
         gap = hermite_basis(knots.t, at)[0]
         differences = hermite(knots.t, *self._through(self.factor(), steps), at) - steps[gap]
-        none = jnp.zeros_like(differences[:, :1])
-        padded = jnp.concatenate([none, differences, none], axis=1)
-        by_knot = padded[:, :-1] - padded[:, 1:] + (gap[:, None] == slot)
-        matrix = by_observation(by_knot, knots.shown)
+        direct = (gap[:, None] == slot).astype(differences.dtype)
+        matrix = by_observation(direct, differences, knots.shown)
         return LinearMap(knots.spread(matrix), differences, gap, knots)
 
 

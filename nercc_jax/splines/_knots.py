@@ -60,9 +60,14 @@ class Knots(eqx.Module):
         return namespace(self.weights).sum(self.weights > 0)
 
 
-def by_observation(matrix: Float[Any, "k n"], shown: Int[Any, " n"]) -> Float[Any, "k n"]:
-    """Return the matrix on knots with the columns of knots that repeat an observation added to the
-    column of the knot that they repeat."""
+def by_observation(
+    direct: Float[Array, "k n"], differences: Float[Array, "k gaps"], shown: Int[Array, " n"]
+) -> Float[Array, "k n"]:
+    """Return the matrix from observations at the knots to `direct @ y + differences @ diff(y)`,
+    where y repeats observations as `shown` says: see `Knots`."""
+    none = jnp.zeros_like(differences[:, :1])
+    padded = jnp.concatenate([none, differences, none], axis=1)
+    matrix = direct + padded[:, :-1] - padded[:, 1:]
     if len(shown) ** 2 > COMPARED_WITH_ALL:
         return _by_knot(matrix.T, shown, len(shown)).T
     belongs = shown[:, None] == jnp.arange(len(shown))

@@ -112,10 +112,8 @@ def _adjoint(problem: Problem) -> tuple[RootInformation, Pivots]:
 def _from_rows(problem: Problem, factor: RootInformation, adjoint: Rows) -> Responses:
     differences = -(factor.shears[:, None] * adjoint.shear).T
     # By differences the response to a constant is exact: it has none of the rotations' rounding.
-    none = jnp.zeros_like(differences[:, :1])
-    padded = jnp.concatenate([none, differences, none], axis=1)
-    matrix = problem.values.T + padded[:, :-1] - padded[:, 1:]
-    return Responses(by_observation(matrix, problem.shown), differences)
+    matrix = by_observation(problem.values.T, differences, problem.shown)
+    return Responses(matrix, differences)
 
 
 def _relative(change: Array, weights: Array) -> Array:
