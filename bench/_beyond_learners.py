@@ -14,17 +14,17 @@ from nercc_jax import NeRCC, Scheme, fit_surrogate
 from nercc_jax.codes import known_encoder
 from nercc_jax.evaluation import draw_sets
 from nercc_jax.inference import Model
+from nercc_jax.schemes import Prepared
+from nercc_jax.schemes._scheme import assess_each
 from nercc_jax.surrogates import (
     Kernel,
     Learner,
     LearnerTuning,
-    Prepared,
     assess,
     principal_components,
     start_learner,
     tune_learner,
 )
-from nercc_jax.surrogates._scheme import assess_each
 
 PAST = 1000  # answers that a learner knows
 ROWS = 256  # that kernels are judged by

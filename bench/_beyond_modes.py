@@ -30,7 +30,8 @@ from nercc_jax.evaluation import (
     mean_losses,
 )
 from nercc_jax.inference import order_points
-from nercc_jax.surrogates import Doubt, Surrogate, doubt_of, observe, outputs_of
+from nercc_jax.risk import Doubt, doubt_of, observe
+from nercc_jax.surrogates import Surrogate, outputs_of
 from nercc_jax.tuning import Descent, LayoutTuning, Sampling
 
 Model = Callable[..., Array]

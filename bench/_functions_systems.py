@@ -19,14 +19,13 @@ from nercc_jax import AbstractCode, Berrut, NeRCC, Scheme, fit_surrogate
 from nercc_jax.codes import Known, decode_vectors, encode_groups, known_encoder
 from nercc_jax.evaluation import recall, row_errors
 from nercc_jax.inference import order_points
+from nercc_jax.risk import ErrorBars
+from nercc_jax.schemes import Assessed, bars_of_scheme
 from nercc_jax.stragglers import AbstractStragglers, ContiguousStragglers, ExactStragglers
 from nercc_jax.surrogates import (
     AbstractSurrogate,
-    Assessed,
-    ErrorBars,
     Kernel,
     LearnerTuning,
-    bars_of_scheme,
     fit_components,
     fit_learner,
 )

@@ -11,7 +11,9 @@ Here are the names that people start with. Everything else is public through its
 - `nercc_jax.inference`: encode, model, decode; on a mesh, in part, in order, among liars.
 - `nercc_jax.evaluation`: recorded answers, codes side by side, the nested objective, forecasts.
 - `nercc_jax.tuning`: gradient descent through all of it, and the search for a layout.
-- `nercc_jax.surrogates`: cheap models beside the coded one, doubt, schemes.
+- `nercc_jax.surrogates`: cheap models, and learners from past answers.
+- `nercc_jax.risk`: how likely a prediction is wrong, and error bars.
+- `nercc_jax.schemes`: a code with an order, a surrogate, and a measure of trust.
 - `nercc_jax.planning`: which code, how many workers, or nothing.
 - `nercc_jax.pools`: workers that answer when they answer.
 - `nercc_jax.serving`: a server.
@@ -39,12 +41,12 @@ if TYPE_CHECKING:  # what there is, for readers and type checkers; `_WHERE` says
     from .pools import DevicePool as DevicePool
     from .pools import RayPool as RayPool
     from .pools import pool_inference as pool_inference
+    from .schemes import Scheme as Scheme
+    from .schemes import calibrate_doubt as calibrate_doubt
+    from .schemes import reexecute as reexecute
     from .stragglers import ExactStragglers as ExactStragglers
     from .stragglers import IndependentStragglers as IndependentStragglers
-    from .surrogates import Scheme as Scheme
-    from .surrogates import calibrate_doubt as calibrate_doubt
     from .surrogates import fit_surrogate as fit_surrogate
-    from .surrogates import reexecute as reexecute
     from .tuning import parametrize as parametrize
     from .tuning import search_layout as search_layout
     from .tuning import tune as tune
@@ -59,11 +61,12 @@ _WHERE = {
     "planning": "plan",
     "pools": "DevicePool RayPool pool_inference",
     "stragglers": "ExactStragglers IndependentStragglers",
-    "surrogates": "Scheme calibrate_doubt fit_surrogate reexecute",
+    "schemes": "Scheme calibrate_doubt reexecute",
+    "surrogates": "fit_surrogate",
     "tuning": "parametrize search_layout tune",
 }
 # Rooms without a name at the top.
-_ROOMS = ("compilation", "serving", "splines", "testing")
+_ROOMS = ("compilation", "risk", "serving", "splines", "testing")
 __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     name for names in _WHERE.values() for name in names.split()
 ]

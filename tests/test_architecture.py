@@ -19,6 +19,8 @@ ROOMS = (
     "evaluation",
     "tuning",
     "surrogates",
+    "risk",
+    "schemes",
     "planning",
     "pools",
     "serving",

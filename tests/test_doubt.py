@@ -9,8 +9,9 @@ from scipy.special import expit
 
 from nercc_jax import Berrut, ExactStragglers, NeRCC, calibrate_doubt
 from nercc_jax.evaluation import record_answers
-from nercc_jax.surrogates import Surrogate, doubt_from, expect_points, logistic_regression, observe
-from nercc_jax.surrogates._calibration import regression
+from nercc_jax.risk import doubt_from, logistic_regression, observe
+from nercc_jax.risk._calibration import regression
+from nercc_jax.surrogates import Surrogate, expect_points
 
 K, N, OUTPUTS = 4, 7, 4
 LAWS = {"three": ExactStragglers(3)}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import bench_modules, require
 
-from nercc_jax.surrogates import bars_of
+from nercc_jax.risk import bars_of
 
 NUM_DATA = 20
 

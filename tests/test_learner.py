@@ -8,10 +8,10 @@ import pytest
 from scipy.spatial.distance import cdist
 from scipy.stats import norm
 
+from nercc_jax.risk import bars_of
 from nercc_jax.surrogates import (
     Kernel,
     LearnerTuning,
-    bars_of,
     fit_learner,
     leave_one_out,
     load_learner,

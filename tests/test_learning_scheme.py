@@ -21,16 +21,9 @@ from nercc_jax import (
     reexecute,
 )
 from nercc_jax.evaluation import coverage, recall, relative_rmse, row_errors
-from nercc_jax.surrogates import (
-    Kernel,
-    LearnerTuning,
-    Surrogate,
-    bars_of,
-    bars_of_scheme,
-    calibrate_bars,
-    fit_learner,
-    start_learner,
-)
+from nercc_jax.risk import bars_of
+from nercc_jax.schemes import bars_of_scheme, calibrate_bars
+from nercc_jax.surrogates import Kernel, LearnerTuning, Surrogate, fit_learner, start_learner
 
 K, N, GROUPS = 6, 9, 5
 TUNING = LearnerTuning(steps=20)

@@ -30,8 +30,8 @@ from nercc_jax import (
 from nercc_jax.evaluation import make_forecast
 from nercc_jax.inference import Conditions
 from nercc_jax.pools import Episodes, Fault, Faults, Overdue
+from nercc_jax.risk import Doubt
 from nercc_jax.stragglers import ExponentialLatency, TraceLatency
-from nercc_jax.surrogates import Doubt
 
 K, N = 8, 20
 

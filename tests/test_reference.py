@@ -7,8 +7,17 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
-ROOMS = ("codes", "splines", "stragglers", "inference", "evaluation", "tuning", "surrogates")
-ROOMS += ("planning", "pools", "serving", "testing", "compilation")
+ROOMS = (
+    "codes",
+    "splines",
+    "stragglers",
+    "inference",
+    "evaluation",
+    "tuning",
+    "surrogates",
+    "risk",
+)
+ROOMS += ("schemes", "planning", "pools", "serving", "testing", "compilation")
 MODULES = (*(f"nercc_jax.{room}" for room in ROOMS), "nercc_models")
 
 

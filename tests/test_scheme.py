@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from nercc_jax import ExactStragglers, NeRCC, Scheme, calibrate_doubt, coded_inference, reexecute
-from nercc_jax.surrogates import Assessed, Surrogate, doubtful
+from nercc_jax.schemes import Assessed, doubtful
+from nercc_jax.surrogates import Surrogate
 
 K, N, OUTPUTS = 4, 7, 3
 LAWS = {"three": ExactStragglers(3)}

@@ -12,8 +12,9 @@ from rich.table import Table
 from ..codes import AbstractCode, Berrut, NeRCC, Replication
 from ..evaluation import Estimate, batched, system_look
 from ..inference import AbstractScheme, Model, coded_inference, order_points
+from ..schemes import Scheme, calibrate_doubt, reexecute
 from ..stragglers import IndependentStragglers
-from ..surrogates import Scheme, calibrate_doubt, fit_surrogate, reexecute
+from ..surrogates import fit_surrogate
 from ._workload import Answering, Workload
 
 RATE = 0.1  # of the workers, each by itself

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..codes import NeRCC
 from ..pools import AbstractPool, AbstractRound, ComputedRows, Goal, PoolReport, RowCoder
-from ..surrogates import Lesson
+from ..schemes import Lesson
 from ._result_parts import Parts
 from ._row_results import RowResults
 from ._row_tutor import Tutor, load_lesson, save_lesson

@@ -11,16 +11,9 @@ import numpy as np
 
 from ..codes import NeRCC
 from ..pools import Goal
-from ..surrogates import (
-    Doubt,
-    ErrorBars,
-    Lesson,
-    Scheme,
-    fit_scheme,
-    learner_card,
-    load_learner,
-    save_learner,
-)
+from ..risk import Doubt, ErrorBars
+from ..schemes import Lesson, Scheme, fit_scheme
+from ..surrogates import learner_card, load_learner, save_learner
 from ._background import in_background
 
 _LOG = logging.getLogger(__name__)

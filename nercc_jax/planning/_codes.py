@@ -21,8 +21,9 @@ from ..evaluation import (
     own_outputs,
 )
 from ..inference import Model, order_points
+from ..risk import Doubt, doubt_of, features_of_doubt
 from ..stragglers import Latencies, Waiting, draw_groups, last_prediction, own_workers
-from ..surrogates import Doubt, assess, doubt_of, features_of_doubt
+from ..surrogates import assess
 from ._candidates import (
     EARLY,
     PROMISED,

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..evaluation import Estimate
+from ..risk import Doubt, doubt_of_points
 from ..stragglers import Latencies, draw_hedged
-from ..surrogates import Doubt, doubt_of_points
 from ._candidates import DRAWS, QUANTILES, Candidate, at_most, make_candidate, number_of_draws
 from ._codes import Half
 

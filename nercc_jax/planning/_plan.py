@@ -15,8 +15,10 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 from ..codes import check_counts, check_not_negative, regression_points
 from ..evaluation import Estimate
 from ..inference import Conditions, Model, check_model
+from ..risk import Doubt
+from ..schemes import Scheme
 from ..stragglers import AbstractLatency, Latencies
-from ..surrogates import Doubt, Scheme, Surrogate
+from ..surrogates import Surrogate
 from ._candidates import Candidate, feasible, uncoded_systems
 from ._codes import TOLD_SETS, Codes, Half
 from ._known import KNOWN, known_systems

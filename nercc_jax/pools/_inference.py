@@ -23,7 +23,9 @@ from ..codes import (
     points_of,
 )
 from ..inference import check_conditions, group_points
-from ..surrogates import Doubt, Scheme, assess, doubtful
+from ..risk import Doubt
+from ..schemes import Scheme, doubtful
+from ..surrogates import assess
 from ._batch import BatchAnswers, Enough, check_deadline
 from ._encoding import encode_on_host
 from ._pool import AbstractPool

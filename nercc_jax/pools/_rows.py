@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 from ..codes import is_float
-from ..surrogates import Scheme
+from ..schemes import Scheme
 from ._batch import Batch
 from ._pool import AbstractPool
 from ._schemes import Goal, Sent, scheme_steps

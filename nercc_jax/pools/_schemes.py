@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
 
 from ..codes import Decoded, Known, known_decoders, known_encoder, points_of
-from ..surrogates import ErrorBars, Prepared, Scheme, error_bars
+from ..risk import ErrorBars, error_bars
+from ..schemes import Prepared, Scheme
 from ._encoding import encode_on_host
 
 

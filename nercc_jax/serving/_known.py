@@ -9,7 +9,8 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Shaped
 
 from ..codes import Form, join
 from ..evaluation import agree_on_labels, row_errors
-from ..surrogates import AbstractLearner, AbstractSurrogate, Doubt, features_of_doubt
+from ..risk import Doubt, features_of_doubt
+from ..surrogates import AbstractLearner, AbstractSurrogate
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from ..codes import Form
-from ..surrogates import logistic_regression, margin
+from ..risk import logistic_regression, margin
 
 FEATURES = 5
 _SAMPLES = 20_000  # that the regression takes, at most

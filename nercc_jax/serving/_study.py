@@ -21,13 +21,13 @@ from jaxtyping import ArrayLike, Float, Shaped
 
 from ..codes import Form
 from ..evaluation import agree_on_labels
+from ..risk import doubt_of_points
 from ..surrogates import (
     AbstractLearner,
     AbstractSurrogate,
     ComponentLearner,
     Learner,
     LearnerTuning,
-    doubt_of_points,
     principal_components,
     start_learner,
     tune_components,

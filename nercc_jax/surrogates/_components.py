@@ -18,13 +18,13 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
 from ..codes import Form, check_count, check_floats, join, multiply
 from ._conditioning import Conditioned, whiten_group
-from ._expected import (
+from ._fit_learner import LearnerTuning, find_kernel, find_kernels
+from ._interface import (
     AbstractExpectation,
     AbstractLearner,
     Expected,
     outputs_of_groups,
 )
-from ._fit_learner import LearnerTuning, find_kernel, find_kernels
 from ._kernels import Kernel, root
 from ._learner import Learner, start_learner
 from ._pairs import Function, features_of, pairs_of, prior_of_groups

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from ..codes import Form, multiply
-from ._expected import AbstractExpectation, Expected
+from ._interface import AbstractExpectation, Expected
 from ._kernels import root
 from ._whitening import factorize
 

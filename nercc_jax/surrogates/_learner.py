@@ -28,7 +28,7 @@ from ..codes import (
     multiply,
 )
 from ._conditioning import Conditioned
-from ._expected import AbstractLearner, outputs_of_groups
+from ._interface import AbstractLearner, outputs_of_groups
 from ._kernels import Kernel, Shape, root, wide_kernel
 from ._pairs import Function, features_of, pairs_of, prior_of_groups
 from ._surrogate import trust

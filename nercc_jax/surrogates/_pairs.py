@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree, Shaped
 
 from ..codes import Form, finite_points, is_float, join
-from ._expected import check_like, outputs_of_groups
+from ._interface import check_like, outputs_of_groups
 from ._window import length_of
 
 Function = Callable[[PyTree], PyTree]

@@ -34,7 +34,7 @@ from ..codes import (
 from ..evaluation import Answers, cut_groups, draw_sets, record_answers
 from ..inference import Model
 from ..stragglers import AbstractStragglers
-from ._expected import (
+from ._interface import (
     AbstractExpectation,
     AbstractSurrogate,
     Outputs,
@@ -141,6 +141,22 @@ def decode_with_surrogate(
     recovered &= jnp.isfinite(spread)
     predictions = jnp.where(recovered[..., None], predictions, jnp.nan)
     return Decoded(predictions, decoded.heard, recovered), spread
+
+
+def assess(
+    code: AbstractCode,
+    surrogate: AbstractSurrogate | None,
+    y: Float[Array, "groups num_workers m"],
+    available: Bool[Array, "groups num_workers"],
+    expectation: AbstractExpectation | None = None,
+    given: Matrices | None = None,
+) -> tuple[Decoded, Float[Array, "groups num_data"]]:
+    """Predictions of groups and their standard deviations, with a surrogate or without."""
+    if surrogate is not None:
+        assert expectation is not None
+        return decode_with_surrogate(code, surrogate, y, available, expectation, given)
+    decoded = decode_vectors(code, y, available, given)
+    return decoded, deviation(*variances(code, y, decoded.heard))
 
 
 def _code_share(kappa: Array, variance: Float[Array, "*points"]) -> Float[Array, "*points"]:

@@ -9,12 +9,9 @@ from jaxtyping import Array, ArrayLike, Float
 
 from ..codes import AbstractCode, check_count
 from ..evaluation import row_errors
-from ._bars import ErrorBars, bars_from
-from ._doubt import doubt_of_predictions
-from ._fit_learner import LearnerTuning, tune_learner
-from ._kernels import Shape
-from ._learner import Learner, start_learner
-from ._reexecute import error_bars
+from ..risk import ErrorBars, bars_from, doubt_of_predictions, error_bars
+from ..surrogates import Learner, LearnerTuning, start_learner, tune_learner
+from ..surrogates._kernels import Shape
 from ._scheme import Scheme
 
 _HELD_OUT = 4  # of so many pairs one is kept apart

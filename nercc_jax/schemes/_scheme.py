@@ -25,10 +25,10 @@ from ..codes import (
     join,
 )
 from ..inference import AbstractScheme, Features, Work, order_points
-from ._bars import ErrorBars
-from ._doubt import Doubt, assess
-from ._expected import AbstractExpectation, AbstractSurrogate, check_like, outputs_of_groups
-from ._pairs import features_of
+from ..risk import Doubt, ErrorBars
+from ..surrogates import AbstractExpectation, AbstractSurrogate, assess
+from ..surrogates._interface import check_like, outputs_of_groups
+from ..surrogates._pairs import features_of
 from ._reexecute import Assessed
 
 

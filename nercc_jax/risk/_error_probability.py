@@ -20,14 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray
 
-from ..codes import AbstractCode, Decoded, Form, Matrices, decode_vectors, variances
-from ..codes import deviation as deviation_of
+from ..codes import Form
 from ..evaluation import Answers, agree_on_labels, draw_sets
 from ..inference import AbstractCalibrated, Conditions
 from ..stragglers import AbstractStragglers
+from ..surrogates import AbstractExpectation, AbstractSurrogate, assess
 from ._calibration import correction, regression, risks
-from ._expected import AbstractExpectation, AbstractSurrogate
-from ._surrogate import decode_with_surrogate
 
 _RATIOS = (1, 2)  # the features that must not raise the doubt
 _LEAST = 1e-30  # beside a margin and a deviation, whose logarithms are taken
@@ -154,22 +152,6 @@ def doubt_of_points(
     """`doubt_from` of data points that are no groups, each seen once."""
     features, sure, wrong = (each[None, :, None] for each in (features, sure, wrong))
     return doubt_from(features, sure, wrong, form)
-
-
-def assess(
-    code: AbstractCode,
-    surrogate: AbstractSurrogate | None,
-    y: Float[Array, "groups num_workers m"],
-    available: Bool[Array, "groups num_workers"],
-    expectation: AbstractExpectation | None = None,
-    given: Matrices | None = None,
-) -> tuple[Decoded, Float[Array, "groups num_data"]]:
-    """Predictions of groups and their standard deviations, with a surrogate or without."""
-    if surrogate is not None:
-        assert expectation is not None
-        return decode_with_surrogate(code, surrogate, y, available, expectation, given)
-    decoded = decode_vectors(code, y, available, given)
-    return decoded, deviation_of(*variances(code, y, decoded.heard))
 
 
 @eqx.filter_jit

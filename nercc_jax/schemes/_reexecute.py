@@ -8,7 +8,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Shaped
 
 from ..codes import Decoded
 from ..inference import Model, check_model
-from ._bars import ErrorBars
+from ..risk import ErrorBars, error_bars
 
 
 class Assessed(eqx.Module):
@@ -104,22 +104,6 @@ def reexecute(
         fill(decoded.recovered, True),
     )
     return Assessed(status, fill(assessed.deviation, 0), fill(assessed.doubt, 0))
-
-
-def error_bars(
-    deviation: Float[Array, "*points"], bars: ErrorBars | None, coverage: float
-) -> Float[Array, "*points"]:
-    """Bars that cover so many errors: calibrated ones, or a normal distribution's.
-
-    Raises: ValueError for a coverage outside (0, 1).
-    """
-    if bars is not None:
-        return bars(deviation, coverage)
-    if not 0 < coverage < 1:
-        raise ValueError(f"coverage must be a share between 0 and 1, not {coverage}")
-    from scipy.special import ndtri  # late: a fifth of a worker's import time
-
-    return deviation * float(ndtri((1 + coverage) / 2))
 
 
 def _score(

@@ -15,9 +15,9 @@ from jaxtyping import Array, Bool, Float
 
 from ..codes import check_count
 from ..inference import AbstractCalibrated, Conditions
-from ._fit_learner import LearnerTuning, find_kernel
-from ._kernels import Kernel, wide_kernel
-from ._learner import Learner
+from ..surrogates import Kernel, Learner, LearnerTuning
+from ..surrogates._fit_learner import find_kernel
+from ..surrogates._kernels import wide_kernel
 
 _LEVELS = 1024  # of coverage, at most, that are kept
 
@@ -112,6 +112,22 @@ def bars_from(
     )
     coverages = (places + 1) / (ratios.size + 1)
     return ErrorBars(jnp.asarray(coverages, float), jnp.asarray(ratios[places], float), conditions)
+
+
+def error_bars(
+    deviation: Float[Array, "*points"], bars: ErrorBars | None, coverage: float
+) -> Float[Array, "*points"]:
+    """Bars that cover so many errors: calibrated ones, or a normal distribution's.
+
+    Raises: ValueError for a coverage outside (0, 1).
+    """
+    if bars is not None:
+        return bars(deviation, coverage)
+    if not 0 < coverage < 1:
+        raise ValueError(f"coverage must be a share between 0 and 1, not {coverage}")
+    from scipy.special import ndtri  # late: a fifth of a worker's import time
+
+    return deviation * float(ndtri((1 + coverage) / 2))
 
 
 @eqx.filter_jit
