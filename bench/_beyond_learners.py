@@ -14,15 +14,15 @@ from nercc_jax import NeRCC, Scheme, fit_surrogate
 from nercc_jax.codes import known_encoder
 from nercc_jax.evaluation import draw_sets
 from nercc_jax.inference import Model
-from nercc_jax.schemes import Prepared
+from nercc_jax.schemes import PreparedInputs
 from nercc_jax.schemes._scheme import assess_each
 from nercc_jax.surrogates import (
     Kernel,
     Learner,
     LearnerTuning,
-    assess,
+    decode_with_deviation,
+    init_learner,
     principal_components,
-    start_learner,
     tune_learner,
 )
 
@@ -80,7 +80,7 @@ def _learner(
     names = np.asarray(groups)
     unit = np.sqrt([z[:, names == name].var(axis=0).mean() for name in names])
     kernel = Kernel(centre=z.mean(axis=0), unit=unit, widths=[float(np.sqrt(z.shape[1]))])
-    start = start_learner(x, y, capacity=1024, features=features, prior=prior, kernel=kernel)
+    start = init_learner(x, y, capacity=1024, features=features, prior=prior, kernel=kernel)
     return tune_learner(start, LearnerTuning("labels", widths=groups, rows=ROWS))
 
 
@@ -136,7 +136,7 @@ def _wrong(
 ) -> Float[np.ndarray, " sets"]:
     """The share of labels that are not the model's own under each set; workers answer once."""
     x = jnp.asarray(bench.points(part, order))
-    prepared, coded = eqx.filter_jit(scheme.send)(x, known_encoder(scheme.code))
+    prepared, coded = eqx.filter_jit(scheme.encode)(x, known_encoder(scheme.code))
     rows = np.asarray(coded.reshape(-1, *coded.shape[2:]))
     y = jnp.asarray(bench.work.answers(rows)).reshape(*coded.shape[:2], -1)
     own = jnp.asarray(bench.answers(part, order).own).reshape(len(x), -1)
@@ -145,21 +145,27 @@ def _wrong(
 
 @eqx.filter_jit
 def _differ(
-    scheme: Scheme, x: Array, prepared: Prepared, coded: Array, y: Array, own: Array, masks: Array
+    scheme: Scheme,
+    x: Array,
+    prepared: PreparedInputs,
+    coded: Array,
+    y: Array,
+    own: Array,
+    masks: Array,
 ) -> Float[Array, " sets"]:
     """As `scheme.judge` under each set, but what is expected of the images is made once."""
     code, surrogate, points = scheme.code, scheme.surrogate, prepared.points
     assert surrogate is not None
     sent = scheme.groups(x, prepared)
-    expectation = surrogate.expect(sent, coded)
+    prior = surrogate.group_prior(sent, coded)
     own = own.reshape(*sent.shape[:2], -1)
 
     def of_set(mask: Array) -> Array:
         available = jnp.broadcast_to(mask, y.shape[:2])
         if points is None:
-            decoded, _ = assess(code, surrogate, y, available, expectation)
+            decoded, _ = decode_with_deviation(code, surrogate, y, available, prior)
         else:
-            decoded, _ = assess_each(code, points, surrogate, y, available, expectation)
+            decoded, _ = assess_each(code, points, surrogate, y, available, prior)
         same = jnp.argmax(decoded.predictions, axis=-1) == jnp.argmax(own, axis=-1)
         return jnp.mean(~(same & decoded.recovered))
 

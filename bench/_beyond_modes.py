@@ -30,8 +30,8 @@ from nercc_jax.evaluation import (
     mean_losses,
 )
 from nercc_jax.inference import order_points
-from nercc_jax.risk import Doubt, doubt_of, observe
-from nercc_jax.surrogates import Surrogate, outputs_of
+from nercc_jax.risk import ErrorProbability, error_probability_from_answers, observe_errors
+from nercc_jax.surrogates import Surrogate, fixed_outputs_of_answers
 from nercc_jax.tuning import Descent, LayoutTuning, Sampling
 
 Model = Callable[..., Array]
@@ -98,7 +98,7 @@ class Judged(NamedTuple):
     """Of each data point under each set: its doubt, whether it is wrong, and whether it is given
     out where no more than `WANTED` may be wrong."""
 
-    doubt: Float[np.ndarray, "sets groups num_data"]
+    error_probability: Float[np.ndarray, "sets groups num_data"]
     wrong: Bool[np.ndarray, "sets groups num_data"]
     kept: Bool[np.ndarray, "sets groups num_data"]
 
@@ -217,10 +217,12 @@ class Bench:
         own = self.answers("calibrate", order).of(code)
         beside = None
         if surrogate is not None:
-            beside = outputs_of(self.answers("calibrate", order, "student").of(code))
-        doubt = doubt_of(own, self.cell.law, jax.random.key(5), 100, surrogate, beside)
-        score, wrong = self._doubts("judge", order, code, surrogate, doubt)
-        return Judged(score, wrong, score <= doubt.limit(WANTED))
+            beside = fixed_outputs_of_answers(self.answers("calibrate", order, "student").of(code))
+        error_probability = error_probability_from_answers(
+            own, self.cell.law, jax.random.key(5), 100, surrogate, beside
+        )
+        score, wrong = self._doubts("judge", order, code, surrogate, error_probability)
+        return Judged(score, wrong, score <= error_probability.limit(WANTED))
 
     def tell(self, mode: str, judged: Judged, order: Order, **more: Any) -> None:
         """As it is, with the most doubtful 5 % executed again, and with as many as are needed."""
@@ -242,15 +244,19 @@ class Bench:
         order: Order,
         code: NeRCC,
         surrogate: Surrogate | None,
-        doubt: Doubt | None = None,
+        error_probability: ErrorProbability | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Each data point's doubt and whether it is wrong, under each set."""
         beside = None
         if surrogate is not None:
-            beside = outputs_of(self.answers(part, order, "student").of(code))
+            beside = fixed_outputs_of_answers(self.answers(part, order, "student").of(code))
         own = self.answers(part, order).of(code)
-        features, sure, wrong = observe(own, surrogate, beside, self.masks)
-        score = jnp.zeros(sure.shape) if doubt is None else doubt.of_features(features)
+        features, sure, wrong = observe_errors(own, surrogate, beside, self.masks)
+        score = (
+            jnp.zeros(sure.shape)
+            if error_probability is None
+            else error_probability.of_features(features)
+        )
         return np.asarray(jnp.where(sure, 0, score)), np.asarray(wrong)
 
     def add(self, mode: str, wrong: np.ndarray, order: Order, **more: Any) -> None:

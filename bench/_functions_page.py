@@ -330,12 +330,12 @@ def _coverage(results: Results) -> str:
 ## Error bars
 
 Per cent of the errors that are within their 90 % bars, of the rows that are not exact. They are
-`bars_of_scheme`'s: each group of the past answers, under straggler sets like those to come, decoded
-by the same scheme with a learner that was tuned on the other groups and knows no more.
-(`bars_of` asks the learner alone, a tenth of the past answers after the other: of digits'
-interleaved points at (24, 20, 2) its bars covered 85.9 ± 2.0.) By the chance of which 120 pairs
-they are calibrated on alone, the share that bars cover varies by 2.7 (a standard deviation) from
-draw to draw.
+`cross_validate_error_bars`'s: each group of the past answers, under straggler sets like those to
+come, decoded by the same scheme with a learner that was tuned on the other groups and knows no
+more. (`calibrate_learner_bars` asks the learner alone, a tenth of the past answers after the other:
+of digits' interleaved points at (24, 20, 2) its bars covered 85.9 ± 2.0.) By the chance of which
+120 pairs they are calibrated on alone, the share that bars cover varies by 2.7 (a standard
+deviation) from draw to draw.
 
 {_grid(["", *results], rows)}"""
 
@@ -403,9 +403,9 @@ def _chosen(results: Results) -> str:
 ## What was picked
 
 Kernels: one for all outputs (`fit_learner`), or one for each of the first twelve principal
-components of the outputs and one for the rest (`fit_components`); in brackets the errors of both
-where it was chosen, by past answers alone. Where nothing is said of kernels there was one, and no
-other was tried.
+components of the outputs and one for the rest (`fit_learner(..., components=12)`); in brackets the
+errors of both where it was chosen, by past answers alone. Where nothing is said of kernels there
+was one, and no other was tried.
 
 {_grid(["", *(cell.name for cell in CELLS)], rows)}"""
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from nercc_jax.surrogates import Kernel, start_learner
+from nercc_jax.surrogates import Kernel, init_learner
 
 NUM_DATA = 20
 
@@ -23,7 +23,7 @@ def lost_copies(
     """Lost copies filled in by their groups' answers: the mean, the nearest, a Gaussian process."""
     x = x.reshape(-1, NUM_DATA, x.shape[-1])
     own = own.reshape(-1, NUM_DATA, own.shape[-1])
-    start = start_learner(x[0, :0], own[0, :0], capacity=NUM_DATA, features=features, kernel=kernel)
+    start = init_learner(x[0, :0], own[0, :0], capacity=NUM_DATA, features=features, kernel=kernel)
 
     def of_group(x: Array, own: Array, answered: Array) -> tuple[Array, ...]:
         seen = answered[:, None]

@@ -20,13 +20,12 @@ from nercc_jax.codes import Known, decode_vectors, encode_groups, known_encoder
 from nercc_jax.evaluation import recall, row_errors
 from nercc_jax.inference import order_points
 from nercc_jax.risk import ErrorBars
-from nercc_jax.schemes import Assessed, bars_of_scheme
+from nercc_jax.schemes import AssessedPredictions, cross_validate_error_bars
 from nercc_jax.stragglers import AbstractStragglers, ContiguousStragglers, ExactStragglers
 from nercc_jax.surrogates import (
     AbstractSurrogate,
     Kernel,
     LearnerTuning,
-    fit_components,
     fit_learner,
 )
 
@@ -163,8 +162,14 @@ class Bench:
         each = kernels.removesuffix(WITH) == EACH
         if each:  # of one shape, so that all draws share compiled programs
             tuning = dataclasses.replace(tuning, shapes=("matern52",))
-        return (fit_components if each else fit_learner)(
-            x, y, capacity=self.size.history, features=features, prior=prior, tuning=tuning
+        return fit_learner(
+            x,
+            y,
+            capacity=self.size.history,
+            components=12 if each else None,
+            features=features,
+            prior=prior,
+            tuning=tuning,
         )
 
     def picked_kernels(self, helped: bool = False) -> str:
@@ -247,7 +252,7 @@ class Bench:
         """What a scheme makes of the points under each straggler set; workers answer once."""
         order = draw.order if ordered else np.arange(len(draw.x))
         known, x = Known(known_encoder(scheme.code)), jnp.asarray(draw.x[order])
-        prepared, coded = eqx.filter_jit(scheme.send)(x, known.encoder)
+        prepared, coded = eqx.filter_jit(scheme.encode)(x, known.encoder)
         told = _conclude(scheme, x, prepared, self._answers(coded), masks, known)
         home = np.argsort(order)
         return told.decoded.predictions[:, home], told.deviation[:, home]
@@ -390,7 +395,7 @@ class Bench:
         by a learner of the others."""
         past = np.asarray(draw.past)
         order = np.asarray(order_points(past, NUM_DATA)) if ordered else np.arange(len(past))
-        return bars_of_scheme(
+        return cross_validate_error_bars(
             self.function, scheme, past[order], draw.past_outputs[order], {"law": cell.law},
             lambda x, y: self.fit(x, y, kernels), key=jax.random.key(draw.seed),
         )  # fmt: skip
@@ -482,8 +487,8 @@ def _recall(predictions: Array, own: Array, others: Array) -> Array:
 @eqx.filter_jit
 def _conclude(
     scheme: Scheme, x: Array, prepared: Any, y: Array, masks: Array, known: Known
-) -> Assessed:
-    return jax.lax.map(lambda mask: scheme.conclude(x, prepared, y, mask, known), masks)
+) -> AssessedPredictions:
+    return jax.lax.map(lambda mask: scheme.decode(x, prepared, y, mask, known), masks)
 
 
 @eqx.filter_jit

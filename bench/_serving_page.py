@@ -303,7 +303,7 @@ Wrong for what was asked, other groups (N = 8 for K = 4, 20 for K = 8):
 It is a mean over straggler sets, and one calibration errs. To keep few wrong, many are sent again:
 who wants labels that sure needs more workers, a tuned code, or longer queues to arrange. To arrange
 {4 * batch} images took {ms["arrange"]} ms (median; the longest {ms["arrange_most"]}), to decode a
-group of {batch} rows {ms["assess"]} ms with its doubt, {ms["decode"]} without.
+group of {batch} rows {ms["decode_with_deviation"]} ms with its doubt, {ms["decode"]} without.
 """
 
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from _report import CompileCounter, Contender, environment, interleaved, write_json
 from _settings import PACKAGES
 
-from nercc_jax.surrogates import Learner, start_learner
+from nercc_jax.surrogates import Learner, init_learner
 
 RESULTS = Path(__file__).parent / "results"
 QUERIES, FEATURES = 32, 16
@@ -48,8 +48,8 @@ def both(learner: Learner, x: jax.Array, y: jax.Array, queries: jax.Array) -> An
 
 
 @eqx.filter_jit
-def refreshed(learner: Learner) -> Learner:
-    return learner.refreshed()
+def refactorized(learner: Learner) -> Learner:
+    return learner.refactorized()
 
 
 def case(window: int, outputs: int, repeats: int) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def case(window: int, outputs: int, repeats: int) -> dict[str, Any]:
     keys = jax.random.split(jax.random.key(window + outputs), 3)
     weights = jax.random.normal(keys[0], (FEATURES, outputs)) / 4
     x = jax.random.normal(keys[1], (window, FEATURES))
-    learner = start_learner(x, jnp.sin(x @ weights), capacity=window)
+    learner = init_learner(x, jnp.sin(x @ weights), capacity=window)
     fresh = jax.random.normal(keys[2], (QUERIES, FEATURES))
     answers, queries = jnp.sin(fresh @ weights), fresh + 0.1
 
@@ -68,7 +68,7 @@ def case(window: int, outputs: int, repeats: int) -> dict[str, Any]:
         "update": ready(update, learner, fresh, answers),
         "predict": ready(predict, learner, queries),
         "update and predict": ready(both, learner, fresh, answers, queries),
-        "factor anew": ready(refreshed, learner),
+        "factor anew": ready(refactorized, learner),
     }
     for contender in contenders.values():
         contender.call()

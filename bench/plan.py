@@ -29,7 +29,7 @@ from nercc_jax.inference import order_points
 from nercc_jax.planning import Plan, load_plan
 from nercc_jax.pools import AbstractPool, Batch, Fault, Faults
 from nercc_jax.stragglers import own_workers
-from nercc_jax.surrogates import assess
+from nercc_jax.surrogates import decode_with_deviation
 
 RESULTS = Path(__file__).parent / "results" / "plan.json"
 PACKAGES = ("jax", "jaxlib", "numpy", "equinox", "flax")
@@ -58,12 +58,12 @@ class PlanServer:
 
         @jax.jit
         def decode(values, mask):
-            decoded, deviation = assess(code, None, values[None], mask[None])
-            doubt = jnp.zeros_like(deviation)
-            if plan.doubt is not None:
-                doubt = plan.doubt(decoded.predictions, deviation)
+            decoded, deviation = decode_with_deviation(code, None, values[None], mask[None])
+            error_probability = jnp.zeros_like(deviation)
+            if plan.error_probability is not None:
+                error_probability = plan.error_probability(decoded.predictions, deviation)
             label = jnp.where(decoded.recovered, jnp.argmax(decoded.predictions, axis=-1), -1)
-            return label[0], doubt[0]
+            return label[0], error_probability[0]
 
         self._decode = decode
 
@@ -163,11 +163,11 @@ class _Run:
         pending = np.flatnonzero(self._pending[queries])
         if not pending.size:
             return
-        labels, doubt = np.full(self._k, -1), np.full(self._k, np.inf)
+        labels, error_probability = np.full(self._k, -1), np.full(self._k, np.inf)
         if row.points is not None:
-            labels, doubt = self._decoded(batch, group, mask)
+            labels, error_probability = self._decoded(batch, group, mask)
         for k in pending.tolist():
-            if row.limit is None or doubt[k] <= row.limit:
+            if row.limit is None or error_probability[k] <= row.limit:
                 self._give(group * self._k + k, int(labels[k]))
         again = np.flatnonzero(self._pending[queries]) + group * self._k
         if again.size:
@@ -179,8 +179,8 @@ class _Run:
         given = np.concatenate([answer for answer in answers if answer is not None])
         values = np.zeros((self._workers, given.shape[1]), np.float32)
         values[mask] = given
-        labels, doubt = self._server._decode(values, mask)
-        return np.asarray(labels), np.asarray(doubt)
+        labels, error_probability = self._server._decode(values, mask)
+        return np.asarray(labels), np.asarray(error_probability)
 
     def _next_look(self, now: float) -> float:
         row = self._row

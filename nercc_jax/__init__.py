@@ -42,7 +42,7 @@ if TYPE_CHECKING:  # what there is, for readers and type checkers; `_WHERE` says
     from .pools import RayPool as RayPool
     from .pools import pool_inference as pool_inference
     from .schemes import Scheme as Scheme
-    from .schemes import calibrate_doubt as calibrate_doubt
+    from .schemes import calibrate_error_probability as calibrate_error_probability
     from .schemes import reexecute as reexecute
     from .stragglers import ExactStragglers as ExactStragglers
     from .stragglers import IndependentStragglers as IndependentStragglers
@@ -61,7 +61,7 @@ _WHERE = {
     "planning": "plan",
     "pools": "DevicePool RayPool pool_inference",
     "stragglers": "ExactStragglers IndependentStragglers",
-    "schemes": "Scheme calibrate_doubt reexecute",
+    "schemes": "Scheme calibrate_error_probability reexecute",
     "surrogates": "fit_surrogate",
     "tuning": "parametrize search_layout tune",
 }

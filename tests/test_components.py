@@ -12,11 +12,10 @@ from nercc_jax.serving._study import AT_ONCE, LEAST, Goal, Study, _tuned
 from nercc_jax.surrogates import (
     ComponentLearner,
     LearnerTuning,
-    fit_components,
     fit_learner,
     load_learner,
     save_learner,
-    tune_components,
+    tune_learner,
 )
 
 K, N = 6, 9
@@ -41,7 +40,7 @@ def offset(x):
 @pytest.fixture(scope="module")
 def learner():
     known = PAST[:-K]
-    return fit_components(known, model(known), number=3, capacity=80, prior=offset, tuning=TUNING)
+    return fit_learner(known, model(known), components=3, capacity=80, prior=offset, tuning=TUNING)
 
 
 @eqx.filter_jit
@@ -88,8 +87,8 @@ def test_it_is_each_components_posterior(learner):
     # Of a group, the answers that were heard are pairs, too.
     coded = jnp.asarray(NEW[:N][None])
     heard = np.arange(N) != 2
-    expected = after.expect(jnp.asarray(NEW[None, -K:]), coded)
-    told = expected.after(model(coded[0])[None], jnp.asarray(heard[None]))
+    expected = after.group_prior(jnp.asarray(NEW[None, -K:]), coded)
+    told = expected.condition_on_available(model(coded[0])[None], jnp.asarray(heard[None]))
     both = np.concatenate([PAST, NEW[:N][heard]])
     wanted, wanted_deviation = exact(after, both, model(both), NEW[-K:], slice(80))
     np.testing.assert_allclose(told.own[0], wanted, atol=2e-3)
@@ -114,11 +113,11 @@ def test_waves_of_different_length_want_different_kernels(learner):
 def test_what_it_cannot_be_made_of():
     x = PAST[:20]
     with pytest.raises(ValueError, match="no components"):
-        fit_components(x, model(x)[:, :1])
+        fit_learner(x, model(x)[:, :1], components=12)
     with pytest.raises(ValueError, match="has no labels"):
-        fit_components(x, model(x), tuning=LearnerTuning("labels"))
-    with pytest.raises(ValueError, match="number must be"):
-        fit_components(x, model(x), number=0)
+        fit_learner(x, model(x), components=12, tuning=LearnerTuning("labels"))
+    with pytest.raises(ValueError, match="components must be"):
+        fit_learner(x, model(x), components=0)
 
 
 def test_files(learner, tmp_path):
@@ -136,12 +135,12 @@ def test_files(learner, tmp_path):
 
 
 def test_tuning_what_is_tuned_changes_nothing_and_what_is_not_a_lot(learner):
-    again = tune_components(learner, TUNING)
+    again = tune_learner(learner, TUNING)
     for mine, theirs in zip(predict(learner, NEW), predict(again, NEW), strict=True):
         np.testing.assert_allclose(mine, theirs, atol=2e-2)
     wide = eqx.tree_at(lambda one: one.own.kernel.widths, learner, learner.own.kernel.widths * 30)
     wide = eqx.tree_at(
-        lambda one: one.own, wide, eqx.filter_vmap(lambda o: o.refreshed())(wide.own)
+        lambda one: one.own, wide, eqx.filter_vmap(lambda o: o.refactorized())(wide.own)
     )
     errors = [relative_rmse(predict(one, NEW)[0], model(NEW)) for one in (wide, again)]
     assert float(errors[1]) < 0.5 * float(errors[0])

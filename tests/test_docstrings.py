@@ -9,7 +9,17 @@ import pytest
 from pages import blocks
 
 # What needs an extra is imported by its own tests.
-ROOMS = ("codes", "splines", "stragglers", "inference", "evaluation", "tuning", "surrogates")
+ROOMS = (
+    "codes",
+    "splines",
+    "stragglers",
+    "inference",
+    "evaluation",
+    "tuning",
+    "surrogates",
+    "risk",
+    "schemes",
+)
 ROOMS += ("planning", "pools", "testing", "compilation")
 
 

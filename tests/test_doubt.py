@@ -7,11 +7,11 @@ import pytest
 import scipy.optimize
 from scipy.special import expit
 
-from nercc_jax import Berrut, ExactStragglers, NeRCC, calibrate_doubt
+from nercc_jax import Berrut, ExactStragglers, NeRCC, calibrate_error_probability
 from nercc_jax.evaluation import record_answers
-from nercc_jax.risk import doubt_from, logistic_regression, observe
+from nercc_jax.risk import fit_error_probability, logistic_regression, observe_errors
 from nercc_jax.risk._calibration import regression
-from nercc_jax.surrogates import Surrogate, expect_points
+from nercc_jax.surrogates import Surrogate, group_prior_of_points
 
 K, N, OUTPUTS = 4, 7, 4
 LAWS = {"three": ExactStragglers(3)}
@@ -40,8 +40,8 @@ def seen(code, x, surrogate=None):
     """Features, sure and wrong ones of data points under all sets, and their doubts' inputs."""
     masks = jnp.asarray(LAWS["three"].every_set(N, 100))
     own = record_answers(model, code, x)
-    beside = None if surrogate is None else expect_points(surrogate, code, x)
-    return [np.asarray(each) for each in observe(own, surrogate, beside, masks)]
+    beside = None if surrogate is None else group_prior_of_points(surrogate, code, x)
+    return [np.asarray(each) for each in observe_errors(own, surrogate, beside, masks)]
 
 
 @pytest.mark.parametrize(
@@ -50,11 +50,11 @@ def seen(code, x, surrogate=None):
 )
 def test_it_keeps_its_promises_on_other_data(code, surrogate, key):
     code = CODES[code]()
-    doubt = calibrate_doubt(
+    error_probability = calibrate_error_probability(
         model, code, points(0, 400), LAWS, key=key, surrogate=surrogate, num_sets=100
     )
     features, sure, wrong = seen(code, points(1, 800), surrogate)
-    promised = np.where(sure, 0, doubt.of_features(jnp.asarray(features)))
+    promised = np.where(sure, 0, error_probability.of_features(jnp.asarray(features)))
     assert not wrong[sure].any()
     assert sure.any() == (code.alpha[0] in code.beta)
     # Bins of as many expected wrong ones each.
@@ -70,25 +70,27 @@ def test_it_keeps_its_promises_on_other_data(code, surrogate, key):
     if surrogate is not None or not sure.any():
         assert wrong.ravel()[least].mean() < 0.75 * wrong[~sure].mean()
     for wanted in (0.005, 0.02):
-        kept = promised <= doubt.limit(wanted)
+        kept = promised <= error_probability.limit(wanted)
         assert np.mean(wrong & kept) <= wanted
-        np.testing.assert_allclose(np.mean(~kept), doubt.share(doubt.limit(wanted)), atol=0.05)
-    assert doubt.limit(1.0) == doubt.levels[-1]
+        np.testing.assert_allclose(
+            np.mean(~kept), error_probability.share(error_probability.limit(wanted)), atol=0.05
+        )
+    assert error_probability.limit(1.0) == error_probability.levels[-1]
 
 
 def test_sure_ones_and_lost_ones(key, dtype):
     x, code = points(0, 40), CODES["chebyshev"]()
-    doubt = calibrate_doubt(model, code, x, LAWS, key=key, num_sets=10)
+    error_probability = calibrate_error_probability(model, code, x, LAWS, key=key, num_sets=10)
     predictions = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, OUTPUTS)), float)
     predictions = predictions.at[0, 0, 1].set(jnp.nan)
     deviation = jnp.full((2, 3), 0.5).at[1, 2].set(0).at[1, 1].set(jnp.inf)
-    value = eqx.filter_jit(doubt)(predictions, deviation)
+    value = eqx.filter_jit(error_probability)(predictions, deviation)
     assert value.shape == (2, 3)
     assert value[0, 0] == 1
     assert value[1, 2] == 0
     assert 0 < value[0, 1] < 1
     assert 0 < value[1, 1] < 1
-    nearer = doubt(predictions, deviation / 100)
+    nearer = error_probability(predictions, deviation / 100)
     assert nearer[0, 1] < value[0, 1], "the surer, the less doubt"
 
 
@@ -98,23 +100,23 @@ def test_the_risk_is_what_can_be_counted(dtype):
     features = np.stack([np.ones(20), feature], axis=-1).reshape(1, 5, 4, 2)
     sure = (np.arange(20) >= 18).reshape(1, 5, 4)
     wrong = np.isin(np.arange(20), [9, 14, 16, 17]).reshape(1, 5, 4)
-    doubt = doubt_from(features, sure, wrong)
-    assert doubt.weights[1] < 0
-    assert doubt.levels[0] == doubt.risks[0] == 0
-    np.testing.assert_allclose(doubt.shares[0], 0.9, atol=1e-6)
-    value = np.asarray(doubt.of_features(jnp.asarray(features.reshape(20, 2), float)))
+    error_probability = fit_error_probability(features, sure, wrong)
+    assert error_probability.weights[1] < 0
+    assert error_probability.levels[0] == error_probability.risks[0] == 0
+    np.testing.assert_allclose(error_probability.shares[0], 0.9, atol=1e-6)
+    value = np.asarray(error_probability.of_features(jnp.asarray(features.reshape(20, 2), float)))
     np.testing.assert_allclose(value[:18].sum(), 4, rtol=0.1)
-    assert doubt.limit(0.0) == doubt.limit(0.04) == 0
+    assert error_probability.limit(0.0) == error_probability.limit(0.04) == 0
     # One too many is counted among 21: nine of the unsure are without a wrong one.
-    np.testing.assert_allclose(doubt.limit(1 / 21 + 1e-6), value[8], rtol=1e-4)
+    np.testing.assert_allclose(error_probability.limit(1 / 21 + 1e-6), value[8], rtol=1e-4)
     # And two standard errors of the mean of five groups: one of the third's four is wrong.
     bound = 2 / 21 + 2 * np.sqrt(np.var([0, 0, 1 / 4, 0, 0]) / 5)
-    np.testing.assert_allclose(doubt.limit(bound - 1e-6), value[8], rtol=1e-4)
-    np.testing.assert_allclose(doubt.limit(bound + 1e-6), value[13], rtol=1e-4)
-    np.testing.assert_allclose(doubt.limit(1.0), value[17], rtol=1e-4)
-    np.testing.assert_allclose(doubt.share(float(value[8]) + 1e-4), 9 / 20, atol=1e-6)
-    assert doubt.share(0.0) == pytest.approx(0.9)
-    assert doubt.share(1.0) == pytest.approx(0.0)
+    np.testing.assert_allclose(error_probability.limit(bound - 1e-6), value[8], rtol=1e-4)
+    np.testing.assert_allclose(error_probability.limit(bound + 1e-6), value[13], rtol=1e-4)
+    np.testing.assert_allclose(error_probability.limit(1.0), value[17], rtol=1e-4)
+    np.testing.assert_allclose(error_probability.share(float(value[8]) + 1e-4), 9 / 20, atol=1e-6)
+    assert error_probability.share(0.0) == pytest.approx(0.9)
+    assert error_probability.share(1.0) == pytest.approx(0.0)
 
 
 def test_the_correction_is_for_what_is_no_logistic_curve(dtype):
@@ -124,17 +126,19 @@ def test_the_correction_is_for_what_is_no_logistic_curve(dtype):
     true = np.where(feature > 0, 0.01, 0.4)
     wrong = (rng.uniform(size=feature.shape) < true).reshape(1, -1, 1)
     features = np.stack([np.ones_like(feature), feature], axis=-1).reshape(1, -1, 1, 2)
-    doubt = doubt_from(features, np.zeros(wrong.shape, bool), wrong)
+    error_probability = fit_error_probability(features, np.zeros(wrong.shape, bool), wrong)
     given = np.asarray([[1, -0.9], [1, -0.3], [1, 0.4], [1, 0.9]])
-    line = expit(given @ np.asarray(doubt.weights))
+    line = expit(given @ np.asarray(error_probability.weights))
     assert line[0] > 0.5
     assert line[1] < 0.3, "or there is nothing to correct"
     assert line[2] > 0.04
-    value = np.asarray(doubt.of_features(jnp.asarray(given, float)))
+    value = np.asarray(error_probability.of_features(jnp.asarray(given, float)))
     np.testing.assert_allclose(value, [0.4, 0.4, 0.01, 0.01], rtol=0.5)
     # What it joins stays in order.
     grid = np.column_stack([np.ones(101), np.linspace(-1, 1, 101)])
-    assert np.all(np.diff(np.asarray(doubt.of_features(jnp.asarray(grid, float)))) <= 1e-6)
+    assert np.all(
+        np.diff(np.asarray(error_probability.of_features(jnp.asarray(grid, float)))) <= 1e-6
+    )
 
 
 @pytest.mark.parametrize("told", [0.0, 1e-4, 0.3])
@@ -146,14 +150,20 @@ def test_where_hardly_anything_is_told_rounding_decides_nothing(told, dtype):
     wrong = rng.uniform(size=shape) < expit(told * feature)
     sure = rng.uniform(size=shape) < 0.5
     features = np.stack([np.ones(shape), -feature], axis=-1)
-    doubt = doubt_from(features, sure, wrong & ~sure)
-    value = np.asarray(eqx.filter_jit(doubt.of_features)(jnp.asarray(features, float)))
+    error_probability = fit_error_probability(features, sure, wrong & ~sure)
+    value = np.asarray(eqx.filter_jit(error_probability.of_features)(jnp.asarray(features, float)))
     value = np.where(sure, 0, value)
-    for limit in np.asarray(doubt.levels)[[0, 1, len(doubt.levels) // 2, -1]]:
-        share = doubt.share(float(limit))
+    for limit in np.asarray(error_probability.levels)[
+        [0, 1, len(error_probability.levels) // 2, -1]
+    ]:
+        share = error_probability.share(float(limit))
         assert np.mean(value > limit) == pytest.approx(share, abs=5e-3)
         kept = np.mean(wrong & ~sure & (value <= limit))
-        assert kept <= doubt.risks[np.searchsorted(np.asarray(doubt.levels), limit)] + 5e-3
+        assert (
+            kept
+            <= error_probability.risks[np.searchsorted(np.asarray(error_probability.levels), limit)]
+            + 5e-3
+        )
 
 
 def test_what_a_group_is_told_does_not_come_from_itself():
@@ -218,15 +228,17 @@ def test_the_regression_where_all_are_alike(all_wrong):
 def test_input_errors(change, message, key, untyped):
     arguments = {"code": NeRCC(K, N), "x": points(0, 3), "stragglers": LAWS} | change
     with pytest.raises(ValueError, match=message):
-        calibrate_doubt(model, key=key, num_sets=2, **arguments)
+        calibrate_error_probability(model, key=key, num_sets=2, **arguments)
 
 
 def test_wrong_use(key, untyped):
-    doubt = calibrate_doubt(model, NeRCC(K, N), points(0, 10), LAWS, key=key, num_sets=2)
+    error_probability = calibrate_error_probability(
+        model, NeRCC(K, N), points(0, 10), LAWS, key=key, num_sets=2
+    )
     predictions = jnp.ones((2, OUTPUTS))
     with pytest.raises(ValueError, match="calibrated without a surrogate's outputs"):
-        doubt(predictions, jnp.ones(2), predictions)
+        error_probability(predictions, jnp.ones(2), predictions)
     with pytest.raises(ValueError, match=r"max_disagreement must be in \[0, 1\], not 1.5"):
-        doubt.limit(1.5)
+        error_probability.limit(1.5)
     with pytest.raises(ValueError, match="must be 0 or positive, not nan"):
-        doubt.share(float("nan"))
+        error_probability.share(float("nan"))

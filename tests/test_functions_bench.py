@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import bench_modules, require
 
-from nercc_jax.risk import bars_of
+from nercc_jax.risk import calibrate_learner_bars
 
 NUM_DATA = 20
 
@@ -82,7 +82,7 @@ def test_one_function_by_hand(bench):
     code = systems._nercc(NUM_DATA, "interleaved")
     scheme = systems.Scheme(code, learner, redundancy="code")
     predictions, deviation = found.decode(scheme, draw, masks)
-    numbers = found._numbers(predictions, draw, bars_of(learner)(deviation))
+    numbers = found._numbers(predictions, draw, calibrate_learner_bars(learner)(deviation))
     heard, own = np.asarray(masks).reshape(size.sets, -1), np.asarray(draw.own)
     told = np.stack([_posterior(learner.kernel, draw, mask) for mask in np.asarray(masks)])
     assert numbers.uncertain == np.sum(~heard)

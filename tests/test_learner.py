@@ -8,15 +8,15 @@ import pytest
 from scipy.spatial.distance import cdist
 from scipy.stats import norm
 
-from nercc_jax.risk import bars_of
+from nercc_jax.risk import calibrate_learner_bars
 from nercc_jax.surrogates import (
     Kernel,
     LearnerTuning,
     fit_learner,
+    init_learner,
     leave_one_out,
     load_learner,
     save_learner,
-    start_learner,
     tune_learner,
 )
 from nercc_jax.surrogates._whitening import factorize
@@ -82,7 +82,7 @@ def test_it_is_the_posterior_of_the_last_that_were_observed(shape, dtype):
         shape, centre=x.mean(0), unit=x.std(0), widths=[1.0, 2.0], groups=[0, 1, 1],
         linear=0.3 if shape == "matern52" else 0.0, noise=1e-3,
     )  # fmt: skip
-    learner = start_learner(x[:B], model(x[:B]), capacity=CAPACITY, kernel=kernel)
+    learner = init_learner(x[:B], model(x[:B]), capacity=CAPACITY, kernel=kernel)
     seen = list(range(B))
     for place in range(B, len(X) - B, B):  # more than the window holds
         here = np.arange(place, place + B)
@@ -99,7 +99,7 @@ def test_it_is_the_posterior_of_the_last_that_were_observed(shape, dtype):
     np.testing.assert_allclose(mean, wanted, atol=EPS[dtype])
     np.testing.assert_allclose(deviation, wanted_deviation, rtol=EPS[dtype])
     # What was replaced row by row is what would be made anew.
-    fresh = learner.refreshed()
+    fresh = learner.refactorized()
     np.testing.assert_allclose(learner.covariance, fresh.covariance, atol=EPS[dtype] / 100)
     assert learner.error < 1e-2
     assert learner.jitter == 0
@@ -107,19 +107,19 @@ def test_it_is_the_posterior_of_the_last_that_were_observed(shape, dtype):
 
 def test_a_prior_carries_what_it_can_and_features_are_what_tells():
     x = jnp.asarray(X, float)
-    learner = start_learner(x[:40], model(x[:40]), capacity=64, prior=rough, features=jnp.sin)
+    learner = init_learner(x[:40], model(x[:40]), capacity=64, prior=rough, features=jnp.sin)
     mean, _ = learner.predict(x[40:50])
     kernel = learner.kernel
     wanted, _ = exact(kernel, jnp.sin(x[:40]), model(x[:40]) - rough(x[:40]), jnp.sin(x[40:50]))
     np.testing.assert_allclose(mean, wanted + rough(x[40:50]), atol=1e-3)
     # A few rows more, which are written into the factor.
     more = update(learner, x[40:43], model(x[40:43]), jnp.ones(3, bool)).predict(x[50:60])[0]
-    anew = start_learner(
+    anew = init_learner(
         x[:43], model(x[:43]), capacity=64, prior=rough, features=jnp.sin, kernel=kernel
     )
     np.testing.assert_allclose(more, anew.predict(x[50:60])[0], atol=1e-3)
     far = 1e4 * jnp.ones((1, 3))
-    alone = start_learner(x[:40], model(x[:40]), prior=rough, capacity=64).predict(far)[0]
+    alone = init_learner(x[:40], model(x[:40]), prior=rough, capacity=64).predict(far)[0]
     rest = jnp.mean(model(x[:40]) - rough(x[:40]), axis=0)
     np.testing.assert_allclose(alone, rough(far) + rest, atol=1e-4)
 
@@ -127,11 +127,11 @@ def test_a_prior_carries_what_it_can_and_features_are_what_tells():
 def test_outputs_may_be_any_tree():
     x = jnp.asarray(X[:20], float)
     y = {"a": model(x), "b": jnp.sin(x[:, 0])}
-    learner = start_learner({"image": x, "id": jnp.arange(20)}, y, capacity=32)
+    learner = init_learner({"image": x, "id": jnp.arange(20)}, y, capacity=32)
     mean, deviation = learner.predict({"image": x[:5] + 0.1, "id": jnp.arange(5)})
     assert mean["a"].shape == (5, 2)
     assert mean["b"].shape == deviation.shape == (5,)
-    both = start_learner(x, jnp.column_stack([model(x), jnp.sin(x[:, 0])]), capacity=32)
+    both = init_learner(x, jnp.column_stack([model(x), jnp.sin(x[:, 0])]), capacity=32)
     joined, same = both.predict(x[:5] + 0.1)
     np.testing.assert_allclose(jnp.column_stack([mean["a"], mean["b"]]), joined, atol=1e-6)
     np.testing.assert_allclose(deviation, same, rtol=1e-5)
@@ -139,7 +139,7 @@ def test_outputs_may_be_any_tree():
 
 def test_it_knows_nothing_at_first_and_after_another_version():
     x = jnp.asarray(X[:10], float)
-    learner = start_learner(x[:0], model(x[:0]), capacity=32)
+    learner = init_learner(x[:0], model(x[:0]), capacity=32)
     mean, deviation = learner.predict(x)
     np.testing.assert_array_equal(mean, 0)
     np.testing.assert_array_equal(deviation, np.inf)
@@ -155,7 +155,7 @@ def test_the_same_pair_many_times_and_no_noise_raise_the_jitter_and_say_so():
     """Float32 cannot factorise this; the answer stays finite and right."""
     x = jnp.tile(jnp.asarray(X[:4], jnp.float32), (8, 1))
     kernel = Kernel("squared_exponential", centre=jnp.zeros(3), widths=[3.0], noise=1e-12)
-    learner = start_learner(x, model(x), capacity=32, kernel=kernel)
+    learner = init_learner(x, model(x), capacity=32, kernel=kernel)
     assert 0 < learner.jitter < 1e-2
     mean, deviation = learner.predict(x[:4])
     np.testing.assert_allclose(mean, model(x[:4]), atol=1e-2)
@@ -163,7 +163,7 @@ def test_the_same_pair_many_times_and_no_noise_raise_the_jitter_and_say_so():
     learner = update(learner, x[:B], model(x[:B]), jnp.ones(B, bool))  # a few rows of it
     np.testing.assert_allclose(learner.predict(x[:4])[0], model(x[:4]), atol=1e-2)
     # No row has more of it than others: the factor was made anew.
-    fresh = learner.refreshed()
+    fresh = learner.refactorized()
     assert learner.jitter == pytest.approx(float(fresh.jitter), rel=1e-5)
     np.testing.assert_allclose(learner.covariance, fresh.covariance, atol=1e-6)
     broken, jitter = factorize(jnp.full((3, 3), jnp.nan))
@@ -175,9 +175,9 @@ def test_derivatives_are_those_of_the_posterior():
     """In float64, by finite differences: of queries, past answers, past inputs and the kernel."""
     with jax.enable_x64(True):
         x = jnp.asarray(X, jnp.float64)
-        learner = start_learner(x[:40], model(x[:40]), capacity=CAPACITY)
+        learner = init_learner(x[:40], model(x[:40]), capacity=CAPACITY)
 
-        def told(shift):
+        def condition_whitened(shift):
             y = model(x[40 : 40 + B]) + shift[1] * jnp.arange(B)[:, None]
             after = learner.update(x[40 : 40 + B] + shift[2] * jnp.arange(B)[:, None], y)
             mean, deviation = after.predict(x[60:63] + shift[0])
@@ -203,9 +203,9 @@ def test_transformations_compose():
     """Batches of gradients, and curvature."""
     with jax.enable_x64(True):
         x = jnp.asarray(X, jnp.float64)
-        learner = start_learner(x[:12], model(x[:12]), capacity=24)
+        learner = init_learner(x[:12], model(x[:12]), capacity=24)
 
-        def told(query, shift):
+        def condition_whitened(query, shift):
             after = learner.update(x[12:15], model(x[12:15]) + shift)
             mean, deviation = after.predict(query[None])
             return mean[0, 0] + deviation[0]
@@ -224,7 +224,7 @@ def test_transformations_compose():
 def test_left_out_is_left_out():
     x = jnp.asarray(X[:12], float)
     y = model(x)
-    learner = start_learner(x, y, capacity=16)
+    learner = init_learner(x, y, capacity=16)
     found = leave_one_out(learner.kernel, learner.inputs, learner.residuals, learner.filled)
     centred = y - y.mean(axis=0)  # the mean stays that of all
     for row in range(12):
@@ -246,7 +246,7 @@ def test_tuning_does_better_on_others_and_deviations_say_how_well(criterion):
     def wave(x):  # the last two coordinates tell nothing
         return jnp.stack([jnp.sin(4 * x[:, 0]), jnp.cos(3 * x[:, 1]), x[:, 0] * x[:, 1]], axis=1)
 
-    before = start_learner(x[:96], wave(x[:96]), capacity=96)
+    before = init_learner(x[:96], wave(x[:96]), capacity=96)
     after = tune_learner(before, LearnerTuning(criterion, steps=40))
 
     def judge(learner):
@@ -272,7 +272,7 @@ def test_tuning_again_keeps_how_wide_widths_are_beside_each_other():
     rng = np.random.default_rng(5)
     x = jnp.asarray(rng.uniform(-1, 1, size=(96 + 60, 6)), float)
     y = jnp.sin(4 * x[:, :1])
-    start = start_learner(x[:96], y[:96], capacity=96)
+    start = init_learner(x[:96], y[:96], capacity=96)
     learner = tune_learner(start, LearnerTuning(shapes=("squared_exponential",), steps=30))
     errors = {}
     for widths in ("kept", "one"):
@@ -310,7 +310,10 @@ def test_bars_are_of_pairs_that_the_kernel_was_not_tuned_on():
         x, y = jnp.asarray(x, float), jnp.asarray(y, float)
         learner = fit_learner(x, y, capacity=32, tuning=tuning)
         mean, deviation = learner.predict(jnp.asarray(rng.normal(size=(500, 8)), float))
-        for bars in (bars_of(learner, tuning), bars_of(learner, None)):
+        for bars in (
+            calibrate_learner_bars(learner, tuning),
+            calibrate_learner_bars(learner, None),
+        ):
             bar = np.asarray(bars(deviation, 0.9))
             # A fresh output is standard normal: its error's share within the bar is known.
             low, high = norm.cdf(mean[:, 0] - bar), norm.cdf(mean[:, 0] + bar)
@@ -319,9 +322,9 @@ def test_bars_are_of_pairs_that_the_kernel_was_not_tuned_on():
     assert 0.87 <= fresh <= 0.95
     assert tuned < fresh - 0.01
     with pytest.raises(ValueError, match="folds must be an integer from 2 on, not 1"):
-        bars_of(learner, folds=1)
+        calibrate_learner_bars(learner, folds=1)
     with pytest.raises(ValueError, match="this learner knows nothing"):
-        bars_of(learner.restart("b"))
+        calibrate_learner_bars(learner.restart("b"))
 
 
 @pytest.mark.parametrize(
@@ -372,4 +375,4 @@ def test_a_file_holds_it(tmp_path):
 def test_wrong_use(change, message, untyped):
     arguments = {"x": jnp.ones((4, 3)), "y": jnp.ones((4, 2))} | change
     with pytest.raises(ValueError, match=message):
-        start_learner(arguments.pop("x"), arguments.pop("y"), **arguments)
+        init_learner(arguments.pop("x"), arguments.pop("y"), **arguments)

@@ -14,16 +14,16 @@ from nercc_jax import (
     Replication,
     Scheme,
     Uncoded,
-    calibrate_doubt,
+    calibrate_error_probability,
     coded_inference,
     fit_surrogate,
     pool_inference,
     reexecute,
 )
 from nercc_jax.evaluation import coverage, recall, relative_rmse, row_errors
-from nercc_jax.risk import bars_of
-from nercc_jax.schemes import bars_of_scheme, calibrate_bars
-from nercc_jax.surrogates import Kernel, LearnerTuning, Surrogate, fit_learner, start_learner
+from nercc_jax.risk import calibrate_learner_bars
+from nercc_jax.schemes import calibrate_error_bars, cross_validate_error_bars
+from nercc_jax.surrogates import Kernel, LearnerTuning, Surrogate, fit_learner, init_learner
 
 K, N, GROUPS = 6, 9, 5
 TUNING = LearnerTuning(steps=20)
@@ -71,14 +71,14 @@ def test_without_a_regression_the_surrogate_answers_for_what_is_lost(code, learn
         np.testing.assert_allclose(predictions[lost], cheap[lost], atol=exactly)
         deviation = np.asarray(told.deviation)
         assert (deviation[~lost] == 0).all()
-        assert (np.isfinite(deviation[lost]) == surrogate.tells_deviation).all()
+        assert (np.isfinite(deviation[lost]) == surrogate.has_deviation).all()
 
 
 def test_decoding_is_the_posterior_of_window_and_group():
     """Coded data points are observations, too: by NumPy in float64, all in one system."""
     past, x = points(1, 4), points(2)
     kernel = Kernel("squared_exponential", centre=jnp.zeros(3), widths=[2.0], noise=1e-3)
-    learner = start_learner(past, model(past), capacity=32, kernel=kernel)
+    learner = init_learner(past, model(past), capacity=32, kernel=kernel)
     code = NeRCC(K, N)
     assessed = infer(Scheme(code, learner, redundancy="code"))(x, MASKS)
     encoder = np.asarray(code.encoder_matrix(), np.float64)
@@ -139,7 +139,7 @@ def test_what_straggles_reaches_nothing(learner):
     others, everyone = np.tile(np.arange(N) > 0, (GROUPS, 1)), np.ones((GROUPS, N), bool)
 
     @jax.jit  # one program for all values
-    def told(x, w, value, masks):
+    def condition_whitened(x, w, value, masks):
         def broken(batch):  # worker 0 of each group
             y = jnp.sin(batch @ w)
             return jnp.where(jnp.arange(len(batch))[:, None] % N == 0, value, y)
@@ -178,14 +178,14 @@ def test_the_best_of_several_is_found(learner, key):
 
 def test_bars_cover_what_they_say_and_a_tolerance_is_kept(learner, key):
     scheme = Scheme(CODE, learner)
-    bars = calibrate_bars(model, scheme, points(20, 30), LAWS, key=key, num_sets=20)
+    bars = calibrate_error_bars(model, scheme, points(20, 30), LAWS, key=key, num_sets=20)
     x = points(21, 40)
     masks = np.random.default_rng(1).permuted(np.tile(np.arange(N) > 2, (40, 1)), axis=1)
     assessed = infer(scheme)(x, masks)
     own = model(jnp.asarray(x))
     # Bars of the window are for what is predicted by it alone. With a kernel's noise below what
     # float32 solves, those that should cover half of this function's errors covered 98 %.
-    by_window, (alone, deviation) = bars_of(learner, TUNING), learner.predict(x)
+    by_window, (alone, deviation) = calibrate_learner_bars(learner, TUNING), learner.predict(x)
     for share in (0.5, 0.9):
         bar = bars(assessed.deviation, share)
         assert abs(coverage(assessed.decoded.predictions, own, bar) - share) < 0.12
@@ -209,34 +209,38 @@ def test_bars_cover_what_they_say_and_a_tolerance_is_kept(learner, key):
 def test_bars_of_a_mixture_cover_what_they_say(learner, key):
     mixed = eqx.tree_at(lambda found: found.kappa, learner, jnp.asarray(3.0))
     scheme = Scheme(NeRCC(K, N, points="interleaved"), mixed, redundancy="code")
-    bars = calibrate_bars(model, scheme, points(30, 30), LAWS, key=key, num_sets=20)
+    bars = calibrate_error_bars(model, scheme, points(30, 30), LAWS, key=key, num_sets=20)
     x = points(31, 40)
     masks = np.random.default_rng(2).permuted(np.tile(np.arange(N) > 2, (40, 1)), axis=1)
     assessed = infer(scheme)(x, masks)
 
     # By the pairs that taught it, too: each group of them by what the others tell.
     def fit(x, y):
-        again = start_learner(x, y, capacity=learner.capacity, kernel=learner.kernel)
+        again = init_learner(x, y, capacity=learner.capacity, kernel=learner.kernel)
         return eqx.tree_at(lambda found: found.scale, again, learner.scale)
 
     past = points(10, 20)
-    crossed = bars_of_scheme(model, scheme, past, model(past), LAWS, fit, key=key, folds=4)
+    crossed = cross_validate_error_bars(
+        model, scheme, past, model(past), LAWS, fit, key=key, folds=4
+    )
     for each in (bars, crossed):
         bar = each(assessed.deviation, 0.9)
         covered = coverage(assessed.decoded.predictions, model(jnp.asarray(x)), bar)
         assert abs(covered - 0.9) < 0.06
     with pytest.raises(ValueError, match="two groups at least"):
-        bars_of_scheme(model, scheme, past[:K], model(past[:K]), LAWS, fit, key=key)
+        cross_validate_error_bars(model, scheme, past[:K], model(past[:K]), LAWS, fit, key=key)
 
 
 def test_doubt_order_and_a_mesh_go_with_it(learner, key):
     x = points(22)
     mesh = jax.make_mesh((3,), ("workers",), axis_types=(jax.sharding.AxisType.Auto,))
-    doubt = calibrate_doubt(model, CODE, points(23, 20), LAWS, key=key, surrogate=learner)
-    scheme = Scheme(CODE, learner, doubt, "surrogate")
+    error_probability = calibrate_error_probability(
+        model, CODE, points(23, 20), LAWS, key=key, surrogate=learner
+    )
+    scheme = Scheme(CODE, learner, error_probability, "surrogate")
     assessed = infer(scheme)(x, MASKS)
-    assert np.isfinite(assessed.doubt).all()
-    assert (np.asarray(assessed.doubt)[np.asarray(assessed.deviation) == 0] == 0).all()
+    assert np.isfinite(assessed.error_probability).all()
+    assert (np.asarray(assessed.error_probability)[np.asarray(assessed.deviation) == 0] == 0).all()
     on_mesh = infer(scheme, mesh=mesh)(x, MASKS)
     # Float32 rounds otherwise there: who gets a copy may change where two are as doubtful, and what
     # is hardly known differs by about what is doubted.
@@ -248,7 +252,7 @@ def test_doubt_order_and_a_mesh_go_with_it(learner, key):
 
 def test_a_pool_carries_it_out(learner):
     x = points(24).reshape(GROUPS, K, 3)
-    scheme = Scheme(CODE, learner, order="pixels", bars=bars_of(learner, TUNING))
+    scheme = Scheme(CODE, learner, order="pixels", bars=calibrate_learner_bars(learner, TUNING))
     with DevicePool(model, N, example=x[0, :1]) as pool:
         pooled = pool_inference(pool, scheme, with_status=True)(x)
         within = pool_inference(pool, scheme, with_status=True, tolerance=0.0)(x, N - 3)
@@ -290,11 +294,11 @@ def test_doubt_is_of_the_scheme_as_it_runs(learner, key):
     """With its order and copies: who is sure under each straggler, the doubt has counted."""
     x, scheme = points(29, 4), Scheme(CODE, learner, order="pixels")
     law = {"1": ExactStragglers(1)}
-    doubt = calibrate_doubt(model, scheme, x, law, key=key, num_sets=N)
+    error_probability = calibrate_error_probability(model, scheme, x, law, key=key, num_sets=N)
     run = infer(scheme)
     told = [run(x, mask) for mask in ~np.eye(N, dtype=bool)]
     unsure = np.mean([np.asarray(each.deviation) != 0 for each in told])
     assert 0 < unsure < 1
-    assert doubt.share(0.0) == pytest.approx(unsure, abs=1e-6)
+    assert error_probability.share(0.0) == pytest.approx(unsure, abs=1e-6)
     with pytest.raises(ValueError, match="a scheme has its own surrogate"):
-        calibrate_doubt(model, scheme, x, law, key=key, surrogate=learner)
+        calibrate_error_probability(model, scheme, x, law, key=key, surrogate=learner)

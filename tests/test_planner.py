@@ -24,7 +24,7 @@ from nercc_jax.stragglers import (
     own_workers,
     straggler_sets,
 )
-from nercc_jax.surrogates import assess
+from nercc_jax.surrogates import decode_with_deviation
 
 QUERIES = 4
 # Eight in a hundred calls take ten times as long; hardly two take the same time.
@@ -118,7 +118,7 @@ def test_everything_recommended_is_feasible_and_everything_faster_is_not(coded, 
 # What is promised.
 
 
-def _events(row, code, matrix, doubt, x, latency, random):
+def _events(row, code, matrix, error_probability, x, latency, random):
     """One batch of queries, event by event: seconds, labels (-1 for lost ones), calls."""
     coded = matrix @ x
     near = np.abs(coded - x[:, None]).max(axis=-1) < 1e-5
@@ -143,7 +143,7 @@ def _events(row, code, matrix, doubt, x, latency, random):
     made, trust = np.full(row.num_data, -1), np.full(row.num_data, np.inf)
     if row.points is not None:
         mask = np.isin(np.arange(row.num_workers), heard)
-        told = _assess(code, doubt, _model(coded, np)[None], mask[None])
+        told = _assess(code, error_probability, _model(coded, np)[None], mask[None])
         made, trust = (np.asarray(part[0]) for part in told)
     calls, last = row.num_workers, end
     for k in wanting:
@@ -157,13 +157,17 @@ def _events(row, code, matrix, doubt, x, latency, random):
 
 
 @jax.jit
-def _assess(code, doubt, y, mask):
-    decoded, deviation = assess(code, None, y, mask)
-    trust = jnp.zeros(deviation.shape) if doubt is None else doubt(decoded.predictions, deviation)
+def _assess(code, error_probability, y, mask):
+    decoded, deviation = decode_with_deviation(code, None, y, mask)
+    trust = (
+        jnp.zeros(deviation.shape)
+        if error_probability is None
+        else error_probability(decoded.predictions, deviation)
+    )
     return jnp.argmax(decoded.predictions, axis=-1), trust
 
 
-def _simulate(row, doubt, batches=1000):
+def _simulate(row, error_probability, batches=1000):
     random, latency = np.random.default_rng(9), np.asarray(TAIL.latencies)
     x = _data(QUERIES * batches, seed=5)
     if row.order is not None:
@@ -173,7 +177,7 @@ def _simulate(row, doubt, batches=1000):
     seconds, wrong, calls = [], [], []
     for start in range(0, len(x), QUERIES):
         batch = x[start : start + QUERIES]
-        taken, labels, sent = _events(row, code, matrix, doubt, batch, latency, random)
+        taken, labels, sent = _events(row, code, matrix, error_probability, batch, latency, random)
         seconds.append(taken)
         wrong.append(np.mean(labels != np.argmax(_model(batch, np), axis=1)))
         calls.append(sent / QUERIES - 1)
@@ -194,7 +198,7 @@ def _keeps(row, seconds, wrong, calls):
 @pytest.mark.slow
 def test_the_recommended_code_keeps_its_promise_on_fresh_data(coded):
     row = coded.recommended
-    seconds, wrong, calls = _simulate(row, coded.doubt)
+    seconds, wrong, calls = _simulate(row, coded.error_probability)
     _keeps(row, seconds, wrong, calls)
     assert wrong.mean() <= 0.02
 
@@ -315,7 +319,7 @@ def test_a_plan_comes_back_from_its_file(coded, exact, tmp_path):
         assert len(back.candidates) == len(found.candidates)
         assert back.reason == found.reason
         assert back.about["model"] == "none"
-        assert (back.doubt is None) == (found.doubt is None)
+        assert (back.error_probability is None) == (found.error_probability is None)
     scheme = coded.scheme()
     assert scheme.code.num_workers == coded.recommended.num_workers
     assert (scheme.order is None) == (coded.recommended.order is None)
@@ -419,8 +423,8 @@ def test_a_surrogate_answers_stragglers_where_it_is_sure(key):
     assert "re-execution" not in found.reason
     # Data and calls that planned nothing.
     x = jnp.asarray(_data(4000, seed=5))
-    doubt = found.doubt(cheap(x), jnp.full(len(x), jnp.inf), cheap(x))
-    sure = np.asarray(doubt) <= best.limit
+    error_probability = found.error_probability(cheap(x), jnp.full(len(x), jnp.inf), cheap(x))
+    sure = np.asarray(error_probability) <= best.limit
     wrong = np.argmax(np.asarray(cheap(x)), axis=1) != np.argmax(np.asarray(_model(x)), axis=1)
     late = 0.08
     assert 0.05 < np.mean(wrong) < 0.3
@@ -433,7 +437,7 @@ def test_a_surrogate_answers_stragglers_where_it_is_sure(key):
     told = infer(x[:8], jnp.arange(QUERIES) != 1)
     lost = np.arange(8) % QUERIES == 1
     np.testing.assert_allclose(told.decoded.predictions[lost], cheap(x[:8])[lost], atol=1e-5)
-    np.testing.assert_allclose(told.doubt[lost], doubt[:8][lost], atol=1e-5)
+    np.testing.assert_allclose(told.error_probability[lost], error_probability[:8][lost], atol=1e-5)
     # One that is always wrong is asked in vain.
     worse = _plan(key, count=1600, **options | {"surrogate": lambda x: -cheap(x)})
     assert worse.recommended.p99 > 0.9 * hedged

@@ -30,7 +30,7 @@ from nercc_jax import (
 from nercc_jax.evaluation import make_forecast
 from nercc_jax.inference import Conditions
 from nercc_jax.pools import Episodes, Fault, Faults, Overdue
-from nercc_jax.risk import Doubt
+from nercc_jax.risk import ErrorProbability
 from nercc_jax.stragglers import ExponentialLatency, TraceLatency
 
 K, N = 8, 20
@@ -710,7 +710,9 @@ LONG = 10 * SOON  # where it takes the compiler with it
 def doubting():
     """A doubt of deviation / (deviation + margin); a limit is the disagreement asked for."""
     steps, weights = jax.numpy.linspace(0, 1, 1001), jax.numpy.array([0.0, -1.0, -1.0, 0.0])
-    return Doubt(weights, jax.numpy.zeros(1), jax.numpy.zeros(1), steps, steps, 1 - steps)
+    return ErrorProbability(
+        weights, jax.numpy.zeros(1), jax.numpy.zeros(1), steps, steps, 1 - steps
+    )
 
 
 def doubtful_pool_inference(pool, max_disagreement, **options):
@@ -851,7 +853,7 @@ def test_of_two_answers_everything_is_doubted():
         ),
         (
             SMALL,
-            {"doubt": lambda: Doubt(*jax.numpy.zeros((6, 6))), "max_disagreement": 0.1},
+            {"doubt": lambda: ErrorProbability(*jax.numpy.zeros((6, 6))), "max_disagreement": 0.1},
             "this doubt was calibrated with a surrogate's outputs",
         ),
     ],

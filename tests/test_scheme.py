@@ -5,8 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nercc_jax import ExactStragglers, NeRCC, Scheme, calibrate_doubt, coded_inference, reexecute
-from nercc_jax.schemes import Assessed, doubtful
+from nercc_jax import (
+    ExactStragglers,
+    NeRCC,
+    Scheme,
+    calibrate_error_probability,
+    coded_inference,
+    reexecute,
+)
+from nercc_jax.schemes import AssessedPredictions, select_uncertain
 from nercc_jax.surrogates import Surrogate
 
 K, N, OUTPUTS = 4, 7, 3
@@ -26,7 +33,7 @@ def points(seed, groups=6):
     return np.random.default_rng(seed).normal(size=(groups * K, 2, 3)).astype("float32")
 
 
-def assess(model, scheme, **options):
+def decode_with_deviation(model, scheme, **options):
     return coded_inference(model, scheme, with_status=True, **options)
 
 
@@ -36,13 +43,13 @@ MASKS = np.random.default_rng(5).permuted(np.tile(np.arange(N) > 2, (6, 1)), axi
 
 def test_without_extras_it_is_coded_inference():
     x = points(0)
-    assessed = assess(model, Scheme(CODE))(x, MASKS)
+    assessed = decode_with_deviation(model, Scheme(CODE))(x, MASKS)
     expected = coded_inference(model, CODE)(x.reshape(-1, K, 2, 3), MASKS)
     np.testing.assert_array_equal(assessed.decoded.predictions, expected.reshape(-1, OUTPUTS))
     assert assessed.decoded.recovered.all()
-    assert np.isnan(assessed.doubt).all()
+    assert np.isnan(assessed.error_probability).all()
     np.testing.assert_array_equal(assessed.decoded.heard, MASKS)
-    one = assess(model, Scheme(CODE))(x, MASKS[0])
+    one = decode_with_deviation(model, Scheme(CODE))(x, MASKS[0])
     np.testing.assert_array_equal(one.decoded.heard, np.tile(MASKS[0], (6, 1)))
 
 
@@ -50,13 +57,13 @@ def test_without_extras_it_is_coded_inference():
 def test_predictions_come_back_where_data_points_came(order):
     x = points(1)
     scheme = Scheme(CODE, Surrogate(rough, theta=0.5, kappa=1.0), order=order, buffer_size=3 * K)
-    everyone = assess(model, scheme)(x, np.ones(N, bool))
+    everyone = decode_with_deviation(model, scheme)(x, np.ones(N, bool))
     np.testing.assert_allclose(everyone.decoded.predictions, model(jnp.asarray(x)), atol=1e-5)
     arranged = np.asarray(scheme.arrange(x))
     assert sorted(arranged[: 3 * K]) == list(range(3 * K)), "buffers are not mixed"
     by_hand = Scheme(CODE, scheme.surrogate)
-    expected = assess(model, by_hand)(x[arranged], MASKS)
-    assessed = assess(model, scheme)(x, MASKS)
+    expected = decode_with_deviation(model, by_hand)(x[arranged], MASKS)
+    assessed = decode_with_deviation(model, scheme)(x, MASKS)
     np.testing.assert_allclose(
         np.asarray(assessed.decoded.predictions)[arranged], expected.decoded.predictions, atol=1e-5
     )
@@ -69,39 +76,51 @@ def test_predictions_come_back_where_data_points_came(order):
 def test_what_is_doubtful_becomes_the_models_own(key):
     scheme = Scheme(CODE, order="pixels")
     data = points(2, 60)
-    doubt = calibrate_doubt(model, CODE, data[np.asarray(scheme.arrange(data))], LAWS, key=key)
-    scheme = eqx.tree_at(lambda s: s.doubt, scheme, doubt, is_leaf=lambda leaf: leaf is None)
+    error_probability = calibrate_error_probability(
+        model, CODE, data[np.asarray(scheme.arrange(data))], LAWS, key=key
+    )
+    scheme = eqx.tree_at(
+        lambda s: s.error_probability, scheme, error_probability, is_leaf=lambda leaf: leaf is None
+    )
     x = points(3)
-    assessed = assess(model, scheme)(x, MASKS)
+    assessed = decode_with_deviation(model, scheme)(x, MASKS)
     own = np.asarray(model(jnp.asarray(x)))
-    unsure = np.asarray(assessed.doubt) > 0
+    unsure = np.asarray(assessed.error_probability) > 0
     assert 0 < unsure.sum() < len(x)
     np.testing.assert_allclose(
         np.asarray(assessed.decoded.predictions)[~unsure], own[~unsure], atol=1e-5
     )
     fixed = reexecute(model, x, assessed)
     np.testing.assert_allclose(fixed.decoded.predictions, own, atol=1e-5)
-    np.testing.assert_array_equal(fixed.doubt, np.zeros(len(x)))
+    np.testing.assert_array_equal(fixed.error_probability, np.zeros(len(x)))
     few = reexecute(model, x, assessed, share=2 / len(x))
-    changed = np.flatnonzero(np.asarray(few.doubt) != np.asarray(assessed.doubt))
-    assert set(changed) == set(np.argsort(-np.asarray(assessed.doubt), kind="stable")[:2])
-    limit = float(np.sort(np.asarray(assessed.doubt))[-3])
+    changed = np.flatnonzero(
+        np.asarray(few.error_probability) != np.asarray(assessed.error_probability)
+    )
+    assert set(changed) == set(
+        np.argsort(-np.asarray(assessed.error_probability), kind="stable")[:2]
+    )
+    limit = float(np.sort(np.asarray(assessed.error_probability))[-3])
     limited = reexecute(model, x, assessed, limit=limit)
-    assert np.sum(np.asarray(limited.doubt) != np.asarray(assessed.doubt)) == 2
+    assert (
+        np.sum(np.asarray(limited.error_probability) != np.asarray(assessed.error_probability)) == 2
+    )
     assert reexecute(model, x, assessed, limit=1.0) is assessed
 
 
 def test_without_any_answer_all_is_executed_again(key):
-    doubt = calibrate_doubt(model, CODE, points(2, 20), LAWS, key=key)
+    error_probability = calibrate_error_probability(model, CODE, points(2, 20), LAWS, key=key)
     x = points(4)
     masks = MASKS.copy()
     masks[2] = False
-    assessed = assess(model, Scheme(CODE, doubt=doubt))(x, masks)
+    assessed = decode_with_deviation(model, Scheme(CODE, error_probability=error_probability))(
+        x, masks
+    )
     lost = np.arange(len(x)) // K == 2
     np.testing.assert_array_equal(assessed.decoded.recovered, ~lost)
     assert np.isnan(np.asarray(assessed.decoded.predictions)[lost]).all()
-    np.testing.assert_array_equal(np.asarray(assessed.doubt)[lost], 1)
-    assert set(doubtful(assessed.doubt, at_most=K)) == set(np.flatnonzero(lost))
+    np.testing.assert_array_equal(np.asarray(assessed.error_probability)[lost], 1)
+    assert set(select_uncertain(assessed.error_probability, at_most=K)) == set(np.flatnonzero(lost))
     fixed = reexecute(model, x, assessed, limit=0.999)
     assert fixed.decoded.recovered.all()
     own = np.asarray(model(jnp.asarray(x)))
@@ -115,7 +134,7 @@ def test_one_compilation_serves_every_mask():
         traces.append(x.shape)
         return model(x)
 
-    infer = assess(counted, Scheme(CODE))
+    infer = decode_with_deviation(counted, Scheme(CODE))
     for seed in range(4):
         infer(points(seed), np.roll(MASKS, seed, axis=1))
     assert len(traces) == 1
@@ -134,13 +153,13 @@ def test_one_compilation_serves_every_mask():
 )
 def test_input_errors(x, available, message, untyped):
     with pytest.raises(ValueError, match=message):
-        assess(model, Scheme(CODE))(x, available)
+        decode_with_deviation(model, Scheme(CODE))(x, available)
 
 
 def test_models_and_schemes_that_do_not_fit(untyped):
     other = Scheme(CODE, Surrogate(lambda x: x))
     with pytest.raises(ValueError, match=r"the surrogate gives outputs \(2, 3\), the model \(3,\)"):
-        assess(model, other)(points(0), MASKS)
+        decode_with_deviation(model, other)(points(0), MASKS)
     with pytest.raises(ValueError, match="order by 'surrogate' needs a surrogate"):
         Scheme(CODE, order="surrogate")
     with pytest.raises(ValueError, match="order must be 'pixels', 'surrogate' or a function"):
@@ -149,10 +168,10 @@ def test_models_and_schemes_that_do_not_fit(untyped):
 
 def test_what_cannot_be_executed_again(untyped):
     x = points(0)
-    assessed = assess(model, Scheme(CODE))(x, MASKS)
-    with pytest.raises(ValueError, match="doubt is NaN: calibrate"):
+    assessed = decode_with_deviation(model, Scheme(CODE))(x, MASKS)
+    with pytest.raises(ValueError, match="the error probability is NaN: calibrate"):
         reexecute(model, x, assessed)
-    sound = Assessed(assessed.decoded, assessed.deviation, jnp.ones(len(x)))
+    sound = AssessedPredictions(assessed.decoded, assessed.deviation, jnp.ones(len(x)))
     with pytest.raises(ValueError, match=r"share must be in \[0, 1\], not 1.5"):
         reexecute(model, x, sound, share=1.5)
     with pytest.raises(ValueError, match="must be 0 or positive"):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from nercc_jax import Berrut, ExactStragglers, NeRCC, fit_surrogate
-from nercc_jax.surrogates import Surrogate, decode_with_surrogate, joined_outputs
+from nercc_jax.surrogates import Surrogate, decode_with_surrogate, fixed_outputs
 
 K, N, GROUPS, OUTPUTS = 4, 7, 6, 3
 _WEIGHTS = np.random.default_rng(0).normal(size=(2, 5, OUTPUTS))
@@ -16,7 +16,7 @@ EPS = {"float32": 2e-5, "float64": 1e-10}
 
 @eqx.filter_jit
 def decode(code, surrogate, y, masks, cheap, cheap_coded):
-    return decode_with_surrogate(code, surrogate, y, masks, joined_outputs(cheap, cheap_coded))
+    return decode_with_surrogate(code, surrogate, y, masks, fixed_outputs(cheap, cheap_coded))
 
 
 def model(x):

@@ -16,7 +16,7 @@ from nercc_jax import (
     NeRCC,
     Replication,
     Scheme,
-    calibrate_doubt,
+    calibrate_error_probability,
     coded_inference,
     evaluate,
     nested_objective,
@@ -218,12 +218,14 @@ def test_a_scheme_with_all_that_it_may_have():
     code = NeRCC(K, N, points="repeated")
     surrogate = Surrogate(lambda b: jax.tree.map(lambda leaf: 0.9 * leaf, heads(b)), kappa=1.0)
     laws, key = {"two": ExactStragglers(2)}, jax.random.key(0)
-    doubt = calibrate_doubt(heads, code, points(one), laws, key=key, surrogate=surrogate)
-    scheme = Scheme(code, surrogate, doubt, order="pixels")
+    error_probability = calibrate_error_probability(
+        heads, code, points(one), laws, key=key, surrogate=surrogate
+    )
+    scheme = Scheme(code, surrogate, error_probability, order="pixels")
     mask = np.arange(N) > 1
     assessed = coded_inference(heads, scheme, with_status=True)(points(one), mask)
     own = heads(jax.tree.map(jnp.asarray, points(one)))
-    sure = np.asarray(assessed.doubt) == 0
+    sure = np.asarray(assessed.error_probability) == 0
     assert 0 < sure.sum() < len(sure)
     got = assessed.decoded.predictions
     for name in own:

@@ -20,7 +20,7 @@ from nercc_jax import (
     NeRCC,
     Parity,
     Scheme,
-    calibrate_doubt,
+    calibrate_error_probability,
     coded_inference,
     evaluate,
     pool_inference,
@@ -354,7 +354,7 @@ def small():
 def doubts():
     key = jax.random.key(0)
     return {
-        dtype: calibrate_doubt(
+        dtype: calibrate_error_probability(
             small(), REGRESSION, FEW, LAWS, key=key, num_sets=4, worker_dtype=dtype
         )
         for dtype in (None, "bfloat16")
@@ -385,12 +385,12 @@ def test_own_answers_stay_in_float32():
 
 
 def test_a_scheme_with_anothers_doubt_says_so(doubts):
-    scheme = Scheme(REGRESSION, doubt=doubts[None])
+    scheme = Scheme(REGRESSION, error_probability=doubts[None])
     coded_inference(small(), scheme)
     told = r"Doubt was calibrated on answers of float32 workers .* is used with bfloat16 workers"
     with pytest.warns(CalibrationWarning, match=told):
         coded_inference(small(), scheme, worker_dtype="bfloat16")
-    right = Scheme(REGRESSION, doubt=doubts["bfloat16"])
+    right = Scheme(REGRESSION, error_probability=doubts["bfloat16"])
     coded_inference(small(), right, worker_dtype="bfloat16")
     with pytest.warns(CalibrationWarning, match="Calibrate again"):
         coded_inference(small(), right)
@@ -400,16 +400,16 @@ def test_another_platform_says_so(doubts):
     there = Conditions("float32", "tpu", "default")
     elsewhere = dataclasses.replace(doubts[None], conditions=there)
     with pytest.warns(CalibrationWarning, match="platform tpu.*platform cpu"):
-        coded_inference(small(), Scheme(REGRESSION, doubt=elsewhere))
+        coded_inference(small(), Scheme(REGRESSION, error_probability=elsewhere))
 
 
 def test_a_pool_with_anothers_doubt_or_forecast_says_so(doubts):
     rule = make_forecast(small(), CODE, FEW).below(max_disagreement=0.99)
     cast = make_forecast(small(), CODE, FEW, worker_dtype="bfloat16").below(max_disagreement=0.99)
     with DevicePool(small(), 2, worker_dtype="bfloat16") as pool:
-        with pytest.warns(CalibrationWarning, match="Doubt was"):
-            pool_inference(pool, REGRESSION, doubt=doubts[None], max_disagreement=0.1)
-        pool_inference(pool, REGRESSION, doubt=doubts["bfloat16"], max_disagreement=0.1)
+        with pytest.warns(CalibrationWarning, match="ErrorProbability was"):
+            pool_inference(pool, REGRESSION, error_probability=doubts[None], max_disagreement=0.1)
+        pool_inference(pool, REGRESSION, error_probability=doubts["bfloat16"], max_disagreement=0.1)
         infer = pool_inference(pool, CODE)
         infer(X, cast)
         with pytest.warns(CalibrationWarning, match="ForecastRule was"):
@@ -439,11 +439,11 @@ def test_a_plan_keeps_its_doubts_conditions(tmp_path, doubts):
     plan = Plan((best,), best, "why", doubts["bfloat16"], {"buffer_size": 8}, {})
     path = tmp_path / "plan.json"
     plan.save(path)
-    assert load_plan(path).doubt.conditions == doubts["bfloat16"].conditions
+    assert load_plan(path).error_probability.conditions == doubts["bfloat16"].conditions
     content = json.loads(path.read_text())
     del content["conditions"]  # as files were before
     path.write_text(json.dumps(content))
-    old = load_plan(path).doubt
+    old = load_plan(path).error_probability
     assert old.conditions == Conditions()
     assert "unknown workers on platform unknown" in str(old.conditions)
-    coded_inference(small(), Scheme(REGRESSION, doubt=old), worker_dtype="bfloat16")
+    coded_inference(small(), Scheme(REGRESSION, error_probability=old), worker_dtype="bfloat16")

@@ -12,7 +12,7 @@ from rich.table import Table
 from ..codes import AbstractCode, Berrut, NeRCC, Replication
 from ..evaluation import Estimate, batched, system_look
 from ..inference import AbstractScheme, Model, coded_inference, order_points
-from ..schemes import Scheme, calibrate_doubt, reexecute
+from ..schemes import Scheme, calibrate_error_probability, reexecute
 from ..stragglers import IndependentStragglers
 from ..surrogates import fit_surrogate
 from ._workload import Answering, Workload
@@ -130,7 +130,7 @@ def _with_scheme(
         queries.model, queries.student, code, arranged(queries.fit), laws, key=keys[0]
     )
     calibrate = arranged(queries.test[: len(queries.test) // 2])
-    doubt = calibrate_doubt(
+    doubt = calibrate_error_probability(
         queries.model, code, calibrate, laws, key=keys[1], surrogate=surrogate, num_sets=20
     )
     infer = coded_inference(

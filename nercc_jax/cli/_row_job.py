@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..codes import NeRCC
 from ..pools import AbstractPool, AbstractRound, ComputedRows, Goal, PoolReport, RowCoder
-from ..schemes import Lesson
+from ..schemes import FittedScheme
 from ._result_parts import Parts
 from ._row_results import RowResults
 from ._row_tutor import Tutor, load_lesson, save_lesson
@@ -91,7 +91,7 @@ class RowRun:
         self._silent = np.zeros(len(job.x), int)  # rounds in which nobody computed a row in time
         self.lost: dict[int, str] = {}
         self._size, self._speed = job.size, 0.0
-        self._learned: Lesson | None = None
+        self._learned: FittedScheme | None = None
         self._coder: RowCoder | None = None
         self._limit = 0.0
         self._tutor = Tutor(job.code, job.goal, job.first, job.at_most)
@@ -111,7 +111,7 @@ class RowRun:
         return done / max(time.monotonic() - self.begin, 1e-9)
 
     @property
-    def learned(self) -> Lesson | None:
+    def learned(self) -> FittedScheme | None:
         """What is known of the function."""
         return self._learned
 
@@ -222,7 +222,7 @@ class RowRun:
             self._parts.keep(_LEARNER, name, lambda path: save_lesson(path, lesson))
             self._adopt(lesson)
 
-    def _adopt(self, lesson: Lesson) -> None:
+    def _adopt(self, lesson: FittedScheme) -> None:
         self._learned, self._limit = lesson, self._tutor.limit(lesson)
         job, useful = self._job, self._tutor.useful(lesson)
         self._coder = None

@@ -11,8 +11,8 @@ import numpy as np
 
 from ..codes import NeRCC
 from ..pools import Goal
-from ..risk import Doubt, ErrorBars
-from ..schemes import Lesson, Scheme, fit_scheme
+from ..risk import ErrorBars, ErrorProbability
+from ..schemes import FittedScheme, Scheme, fit_scheme
 from ..surrogates import learner_card, load_learner, save_learner
 from ._background import in_background
 
@@ -33,8 +33,8 @@ class Tutor:
     def __init__(self, code: NeRCC, goal: Goal, first: int, at_most: float):
         self._code, self._goal, self._due, self._at_most = code, goal, first, at_most
         self._thread: threading.Thread | None = None
-        self._news: list[Lesson] = []
-        self.lesson: Lesson | None = None
+        self._news: list[FittedScheme] = []
+        self.lesson: FittedScheme | None = None
 
     def teach(
         self,
@@ -55,36 +55,38 @@ class Tutor:
         self._thread = in_background(self._learn, x, y)
         self._thread.join(seconds)
 
-    def look(self) -> Lesson | None:
+    def look(self) -> FittedScheme | None:
         """A new lesson, if there is one since the last look."""
         if not self._news:
             return None
         self.lesson = self._news.pop()
         return self.lesson
 
-    def resume(self, lesson: Lesson) -> None:
+    def resume(self, lesson: FittedScheme) -> None:
         """Goes on with what an earlier run learned."""
         self.lesson, self._due = lesson, 2 * lesson.pairs
 
-    def limit(self, lesson: Lesson) -> float:
+    def limit(self, lesson: FittedScheme) -> float:
         """How large a score may be."""
         if self._goal.tolerance is not None:
             return self._goal.tolerance
-        assert lesson.scheme.doubt is not None
+        assert lesson.scheme.error_probability is not None
         assert self._goal.max_disagreement is not None
-        return lesson.scheme.doubt.limit(min(1.0, self._goal.max_disagreement / self._at_most))
+        return lesson.scheme.error_probability.limit(
+            min(1.0, self._goal.max_disagreement / self._at_most)
+        )
 
-    def known(self, lesson: Lesson) -> float:
+    def known(self, lesson: FittedScheme) -> float:
         """The share of rows that need not be computed."""
         if self._goal.tolerance is not None:
             return lesson.within(self._goal.tolerance, self._goal.coverage)
         return lesson.sure(self.limit(lesson))
 
-    def useful(self, lesson: Lesson) -> bool:
+    def useful(self, lesson: FittedScheme) -> bool:
         """Whether it tells enough rows to be worth the copies of others."""
         return self.known(lesson) >= _USEFUL
 
-    def _full(self, lesson: Lesson) -> bool:
+    def _full(self, lesson: FittedScheme) -> bool:
         return lesson.pairs >= CAPACITY and self.useful(lesson)
 
     def _learn(self, x: np.ndarray, y: np.ndarray) -> None:
@@ -95,7 +97,7 @@ class Tutor:
             _LOG.warning("nothing could be learned from %d rows: %s", len(x), error)
 
 
-def save_lesson(path: Path, lesson: Lesson) -> None:
+def save_lesson(path: Path, lesson: FittedScheme) -> None:
     """As a file of its learner, which has all else beside."""
     scheme: Any = lesson.scheme
     about = {
@@ -103,12 +105,13 @@ def save_lesson(path: Path, lesson: Lesson) -> None:
         "deviations": _listed(lesson.deviations),
         "doubts": None if lesson.doubts is None else _listed(lesson.doubts),
         "bars": {name: _listed(getattr(scheme.bars, name)) for name in ("coverages", "factors")},
-        "doubt": scheme.doubt and {name: _listed(getattr(scheme.doubt, name)) for name in _DOUBT},
+        "doubt": scheme.error_probability
+        and {name: _listed(getattr(scheme.error_probability, name)) for name in _DOUBT},
     }
     save_learner(path, scheme.surrogate, about)
 
 
-def load_lesson(path: Path, code: NeRCC) -> Lesson:
+def load_lesson(path: Path, code: NeRCC) -> FittedScheme:
     """What `save_lesson` wrote. Raises: ValueError, naming the file, as `load_learner` does."""
     learner, about = load_learner(path), learner_card(path)
     bars, doubt = about["bars"], about["doubt"]
@@ -116,11 +119,12 @@ def load_lesson(path: Path, code: NeRCC) -> Lesson:
         code,
         surrogate=learner,
         bars=ErrorBars(**{name: _array(each) for name, each in bars.items()}),
-        doubt=doubt and Doubt(**{name: _array(each) for name, each in doubt.items()}),
+        error_probability=doubt
+        and ErrorProbability(**{name: _array(each) for name, each in doubt.items()}),
         redundancy="doubtful",
     )
     deviations, doubts = np.asarray(about["deviations"]), about["doubts"]
-    return Lesson(
+    return FittedScheme(
         scheme, about["pairs"], deviations, None if doubts is None else np.asarray(doubts)
     )
 

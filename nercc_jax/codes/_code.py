@@ -222,8 +222,8 @@ class AbstractCode(eqx.Module):
         the outputs and alike for all of them: the spline is the posterior mean of a Gaussian
         process, whose variance is `posterior_variance` times `process_variance`. It is 0 where a
         prediction is an answer itself, and infinite where the answers are too few to tell. It says
-        how far the path may be off, in the mean over data; `calibrate_doubt` makes of it how likely
-        a label is wrong.
+        how far the path may be off, in the mean over data; `calibrate_error_probability` turns it
+        into the probability that a label is wrong.
 
         Raises: ValueError where shapes or dtypes do not agree, and, outside jit, where no
         prediction can be recovered, and with `return_uncertainty` for a code that is no regression.

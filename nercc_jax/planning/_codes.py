@@ -21,9 +21,9 @@ from ..evaluation import (
     own_outputs,
 )
 from ..inference import Model, order_points
-from ..risk import Doubt, doubt_of, features_of_doubt
+from ..risk import ErrorProbability, error_features, error_probability_from_answers
 from ..stragglers import Latencies, Waiting, draw_groups, last_prediction, own_workers
-from ..surrogates import assess
+from ..surrogates import decode_with_deviation
 from ._candidates import (
     EARLY,
     PROMISED,
@@ -103,7 +103,7 @@ class Half:
         """As a scheme sees it where nothing of a data point is answered: of infinite deviation."""
         cheap = join(self._cheap, 1)[0]
         form = None if self._form.is_vector else self._form
-        features = features_of_doubt(cheap, jnp.full(len(cheap), jnp.inf), cheap, form)
+        features = error_features(cheap, jnp.full(len(cheap), jnp.inf), cheap, form)
         wrong = ~agree_on_labels(cheap, jnp.asarray(self._own), form)
         return SurrogateExam(np.asarray(features), np.asarray(wrong), form)
 
@@ -197,20 +197,24 @@ class Codes:
         return Screened(code, rule, _with(row, **_disagreement(wrong)))
 
     def _measured(
-        self, entry: Screened, half: Half, what: str, doubt: Doubt | None = None
+        self,
+        entry: Screened,
+        half: Half,
+        what: str,
+        error_probability: ErrorProbability | None = None,
     ) -> "_Measured":
         sets = _SCREEN_SETS if what == "screen" else TOLD_SETS
-        return _Measured(*entry, half, self._latencies, sets, _STREAMS[what], doubt)
+        return _Measured(*entry, half, self._latencies, sets, _STREAMS[what], error_probability)
 
     def measure(
         self, screened: Sequence[Screened], key: PRNGKeyArray
-    ) -> tuple[list[Candidate], dict[Candidate, Doubt]]:
+    ) -> tuple[list[Candidate], dict[Candidate, ErrorProbability]]:
         """The most promising on the held-out half, as they are and with re-execution."""
         wanted, most = (self._asked[n] for n in ("max_disagreement", "max_extra_work"))
         fast = [s for s in screened if s.row.p99 < self._fastest and wanted > 0]
         plain = [s for s in fast if s.row.disagreement.mean <= wanted]
         rows: list[Candidate] = []
-        doubts: dict[Candidate, Doubt] = {}
+        doubts: dict[Candidate, ErrorProbability] = {}
         for entry in _in_turn([(s.row.p99, s.row.extra_work, s) for s in plain], rows, wanted):
             seen = self._measured(entry, self._held_out, "told")
             times = self._ends(entry.rule, _TOLD_DRAWS)
@@ -219,9 +223,9 @@ class Codes:
         again = [g for g in again if g[0] < self._fastest and g[1] <= most]
         told: list[Candidate] = []
         for entry in _in_turn(again, told, wanted):
-            doubt, found = self._with_doubt(entry, key)
+            error_probability, found = self._with_doubt(entry, key)
             told += found
-            doubts |= dict.fromkeys(found, doubt)
+            doubts |= dict.fromkeys(found, error_probability)
         return rows + told, doubts
 
     def _guess(self, entry: Screened) -> tuple[float, float]:
@@ -235,17 +239,23 @@ class Codes:
         times = last_prediction(end, own, again, seconds)
         return float(np.quantile(times, PROMISED)), entry.row.extra_work + share
 
-    def _with_doubt(self, entry: Screened, key: PRNGKeyArray) -> tuple[Doubt, list[Candidate]]:
+    def _with_doubt(
+        self, entry: Screened, key: PRNGKeyArray
+    ) -> tuple[ErrorProbability, list[Candidate]]:
         """With re-execution of what is doubtful, for the disagreement wanted and for half of it."""
         code, row, wanted = entry.code, entry.row, self._asked["max_disagreement"]
         known = self._calibration.answers(row.order, row.num_data).of(code)
-        doubt = doubt_of(known, {"rule": entry.rule}, key, _DOUBT_SETS)
-        seen = self._measured(entry, self._held_out, "told", doubt)
+        error_probability = error_probability_from_answers(
+            known, {"rule": entry.rule}, key, _DOUBT_SETS
+        )
+        seen = self._measured(entry, self._held_out, "told", error_probability)
         groups = self._asked["num_queries"] // code.num_data
         found = []
         # With a limit of 0 all is sent again that has no answer of its own: replication does that.
-        for limit in sorted({doubt.limit(wanted), doubt.limit(wanted / 2)} - {0.0}):
-            again = seen.doubt > limit
+        for limit in sorted(
+            {error_probability.limit(wanted), error_probability.limit(wanted / 2)} - {0.0}
+        ):
+            again = seen.error_probability > limit
             times = seen.times(again, self._latencies, groups)
             found.append(
                 _with(
@@ -257,14 +267,14 @@ class Codes:
                     held_out=True,
                 )
             )
-        return doubt, found
+        return error_probability, found
 
 
 class _Measured:
     """What became of one half's data points, (groups, sets, K), under a code and a rule.
 
     `end` is when their group ended, `own` when their own answer comes; `wrong` are labels that
-    differ, `doubt` is 0 for answers of one's own and where it is not calibrated.
+    differ, `error_probability` is 0 for answers of one's own and where it is not calibrated.
     """
 
     def __init__(
@@ -276,13 +286,13 @@ class _Measured:
         latencies: Latencies,
         sets: int,
         stream: int,
-        doubt: Doubt | None,
+        error_probability: ErrorProbability | None,
     ):
         coded = half.answers(row.order, row.num_data)
         answers, labels = np.asarray(coded.of(code).coded), np.argmax(coded.own, axis=-1)
         mask, self.end, self.own = draw_groups(rule, latencies, stream, (len(labels), sets))
         known = self.own <= self.end[..., None]
-        self.wrong, self.doubt = np.zeros(known.shape, bool), np.zeros(known.shape)
+        self.wrong, self.error_probability = np.zeros(known.shape, bool), np.zeros(known.shape)
         rows = np.argwhere(~known.all(axis=-1))
         for start in range(0, len(rows), _CHUNK):
             part = rows[start : start + _CHUNK]
@@ -290,11 +300,11 @@ class _Measured:
             given, heard, wanted = map(
                 jnp.asarray, (answers[group], mask[group, index], labels[group])
             )
-            told = _decode(code, given, heard, wanted, doubt)
-            for kept, new in zip((self.wrong, self.doubt), told, strict=True):
+            told = _decode(code, given, heard, wanted, error_probability)
+            for kept, new in zip((self.wrong, self.error_probability), told, strict=True):
                 kept[tuple(part.T)] = np.asarray(new)[: len(part)]
         self.wrong &= ~known
-        self.doubt[known] = 0
+        self.error_probability[known] = 0
 
     def times(
         self, again: np.ndarray, latencies: Latencies, groups: int
@@ -314,14 +324,14 @@ def _decode(
     answers: Float[Array, "groups num_workers outputs"],
     mask: Bool[Array, "groups num_workers"],
     labels: Int[Array, "groups num_data"],
-    doubt: Doubt | None,
+    error_probability: ErrorProbability | None,
 ) -> tuple[Array, Array]:
     """Which labels differ, or are lost, and how doubtful they are; 0 without a doubt to say so."""
-    if doubt is None:
+    if error_probability is None:
         decoded, trust = decode_groups(code, answers, mask), jnp.zeros(labels.shape)
     else:
-        decoded, deviation = assess(code, None, answers, mask)
-        trust = doubt(decoded.predictions, deviation)
+        decoded, deviation = decode_with_deviation(code, None, answers, mask)
+        trust = error_probability(decoded.predictions, deviation)
     return (jnp.argmax(decoded.predictions, axis=-1) != labels) | ~decoded.recovered, trust
 
 

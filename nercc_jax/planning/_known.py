@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..evaluation import Estimate
-from ..risk import Doubt, doubt_of_points
+from ..risk import ErrorProbability, fit_error_probability_of_points
 from ..stragglers import Latencies, draw_hedged
 from ._candidates import DRAWS, QUANTILES, Candidate, at_most, make_candidate, number_of_draws
 from ._codes import Half
@@ -20,20 +20,22 @@ _COPIES = 3  # that a query whose answer is not known may have
 
 def known_systems(
     latencies: Latencies, asked: Mapping[str, Any], halves: tuple[Half, Half]
-) -> tuple[list[Candidate], dict[Candidate, Doubt]]:
+) -> tuple[list[Candidate], dict[Candidate, ErrorProbability]]:
     """For each patience what a surrogate makes of it; judged on the half that set no limit.
 
     Doubt has what a surrogate tells without answers; it is a scheme's with `Uncoded`, too.
     """
     calibration, held_out = (half.examine_surrogate() for half in halves)
     no_answers = np.zeros_like(calibration.wrong)
-    doubt = doubt_of_points(calibration.features, no_answers, calibration.wrong, calibration.form)
-    doubts = np.asarray(doubt.of_features(jnp.asarray(held_out.features)))
+    error_probability = fit_error_probability_of_points(
+        calibration.features, no_answers, calibration.wrong, calibration.form
+    )
+    doubts = np.asarray(error_probability.of_features(jnp.asarray(held_out.features)))
     queries = asked["num_queries"]
     shape = (number_of_draws(DRAWS, _COPIES * queries), queries)
     own = latencies.draw(_STREAM, (_COPIES, *shape))[0]
     point = latencies.random(_CHOSEN).integers(0, len(doubts), shape)
-    found: dict[Candidate, Doubt] = {}
+    found: dict[Candidate, ErrorProbability] = {}
     for share in QUANTILES:
         after = latencies.quantile(share)
         late = float(np.mean(own > after))
@@ -42,7 +44,9 @@ def known_systems(
         there, sent = draw_hedged(latencies, _STREAM, shape, after, _COPIES)
         wanted = min(asked["max_disagreement"] / late, 1.0)
         # Half of what may be wrong leaves room for chance on the other half.
-        for limit in sorted({doubt.limit(wanted), doubt.limit(wanted / 2)} - {0.0}):
+        for limit in sorted(
+            {error_probability.limit(wanted), error_probability.limit(wanted / 2)} - {0.0}
+        ):
             sure = doubts <= limit
             known = (own > after) & sure[point]
             wrongly = Estimate.over((sure & held_out.wrong).astype(float).tolist())
@@ -58,5 +62,5 @@ def known_systems(
                 most_disagreement=late * at_most(wrongly, len(doubts)),
                 exact=False,
             )
-            found[row] = doubt
+            found[row] = error_probability
     return list(found), found

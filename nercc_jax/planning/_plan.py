@@ -15,7 +15,7 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 from ..codes import check_counts, check_not_negative, regression_points
 from ..evaluation import Estimate
 from ..inference import Conditions, Model, check_model
-from ..risk import Doubt
+from ..risk import ErrorProbability
 from ..schemes import Scheme
 from ..stragglers import AbstractLatency, Latencies
 from ..surrogates import Surrogate
@@ -34,15 +34,15 @@ ALIKE = 0.03
 class Plan:
     """What `plan` measured, and what it recommends: `recommended`, because of `reason`.
 
-    `doubt` is the recommended system's, where it sends again what is doubtful. `asked` are the
-    arguments of `plan` that it answers to, by name; `about` is what it was measured on, and how
-    many seconds that took.
+    `error_probability` is the recommended system's, where it sends again what is uncertain. `asked`
+    are the arguments of `plan` that it answers to, by name; `about` is what it was measured
+    on, and how many seconds that took.
     """
 
     candidates: tuple[Candidate, ...]
     recommended: Candidate
     reason: str
-    doubt: Doubt | None
+    error_probability: ErrorProbability | None
     asked: dict[str, Any]
     about: dict[str, Any]
 
@@ -61,7 +61,13 @@ class Plan:
         order = surrogate if ordered == "surrogate" else "pixels" if ordered else None
         beside = Surrogate(surrogate) if known and surrogate is not None else None
         size = self.asked["buffer_size"]
-        return Scheme(code, surrogate=beside, doubt=self.doubt, order=order, buffer_size=size)
+        return Scheme(
+            code,
+            surrogate=beside,
+            error_probability=self.error_probability,
+            order=order,
+            buffer_size=size,
+        )
 
     def feasible(self, candidate: Candidate) -> bool:
         """Whether a candidate keeps to what was asked for, and is known well enough to say so."""
@@ -73,9 +79,9 @@ class Plan:
         Raises: TypeError where `about` is no JSON, OSError as `open` does.
         """
         rows = [dataclasses.asdict(candidate) for candidate in self.candidates]
-        doubt = self.doubt and {
-            field.name: np.asarray(getattr(self.doubt, field.name)).tolist()
-            for field in dataclasses.fields(self.doubt)
+        error_probability = self.error_probability and {
+            field.name: np.asarray(getattr(self.error_probability, field.name)).tolist()
+            for field in dataclasses.fields(self.error_probability)
             if field.name not in ("form", "conditions")  # plans are for vectors
         }
         content = {
@@ -85,8 +91,9 @@ class Plan:
             "reason": self.reason,
             "asked": self.asked,
             "about": self.about | dict(about or {}),
-            "doubt": doubt,
-            "conditions": self.doubt and dataclasses.asdict(self.doubt.conditions),
+            "doubt": error_probability,
+            "conditions": self.error_probability
+            and dataclasses.asdict(self.error_probability.conditions),
             "candidates": rows,
         }
         Path(path).write_text(json.dumps(content, indent=1) + "\n")
@@ -104,7 +111,7 @@ def load_plan(path: str | Path) -> Plan:
         content = json.loads(Path(path).read_text())
         if content["format"] != _FORMAT or content["version"] != _VERSION:
             raise ValueError(f"it does not say 'format': {_FORMAT!r}, 'version': {_VERSION}")
-        doubt: Any = content["doubt"] and {
+        error_probability: Any = content["doubt"] and {
             name: jnp.asarray(value, float) for name, value in content["doubt"].items()
         }
         conditions = Conditions(**(content.get("conditions") or {}))
@@ -113,7 +120,9 @@ def load_plan(path: str | Path) -> Plan:
             rows,
             _candidate(content["recommended"]),
             content["reason"],
-            Doubt(**doubt, conditions=conditions) if doubt else None,
+            ErrorProbability(**error_probability, conditions=conditions)
+            if error_probability
+            else None,
             content["asked"],
             content["about"],
         )
@@ -211,7 +220,7 @@ def plan(
     latencies = Latencies(latency, keys[0])
     on_stage("systems without a code")
     exact = list(uncoded_systems(latencies, asked))
-    doubts: dict[Candidate, Doubt] = {}
+    doubts: dict[Candidate, ErrorProbability] = {}
     fastest = min(row.p99 for row in exact if row.exact and feasible(row, asked))
     on_stage("the model's own answers")
     halves = [
@@ -237,8 +246,8 @@ def plan(
         "straggler_sets": TOLD_SETS,
         "seconds": round(time.perf_counter() - begin, 1),
     }
-    doubt = doubts.get(found[rows.index(best)])
-    return Plan(rows, best, _reason(best, rows, asked), doubt, asked, about)
+    error_probability = doubts.get(found[rows.index(best)])
+    return Plan(rows, best, _reason(best, rows, asked), error_probability, asked, about)
 
 
 def _later(row: Candidate, seconds: float) -> Candidate:

@@ -23,9 +23,9 @@ from ..codes import (
     points_of,
 )
 from ..inference import check_conditions, group_points
-from ..risk import Doubt
-from ..schemes import Scheme, doubtful
-from ..surrogates import assess
+from ..risk import ErrorProbability
+from ..schemes import Scheme, select_uncertain
+from ..surrogates import decode_with_deviation
 from ._batch import BatchAnswers, Enough, check_deadline
 from ._encoding import encode_on_host
 from ._pool import AbstractPool
@@ -56,10 +56,10 @@ class Timing:
 class PoolResult:
     """Predictions with their status, the answers they rest on, and the time it took.
 
-    With a `Doubt`, `doubt` is the probability that a label is not the model's own; of a scheme,
-    `deviation` is how far predictions may be off, in units of the outputs. `reexecuted` says which
-    predictions are the model's own because they were run again (their doubt and deviation are 0).
-    What there is none of is None. `answers` are those to coded data points.
+    With an `ErrorProbability`, `doubt` is the probability that a label is not the model's own; of a
+    scheme, `deviation` is how far predictions may be off, in units of the outputs. `reexecuted`
+    says which predictions are the model's own because they were run again (their doubt and
+    deviation are 0). What there is none of is None. `answers` are those to coded data points.
     """
 
     decoded: Decoded
@@ -77,7 +77,7 @@ def pool_inference(
     *,
     with_status: bool = False,
     grouped: bool | None = None,
-    doubt: Doubt | None = None,
+    doubt: ErrorProbability | None = None,
     max_disagreement: float | None = None,
     max_reexecution: float = 1.0,
     tolerance: float | None = None,
@@ -93,7 +93,7 @@ def pool_inference(
     `with_status=True` returns a `PoolResult`. `grouped` says whether x comes as groups; unless
     given, the axis of length K tells, if only one has it.
 
-    With a `doubt` (`calibrate_doubt`), data points whose label is too doubtful for
+    With a `doubt` (`calibrate_error_probability`), data points whose label is too doubtful for
     `max_disagreement` in the mean are sent to the pool again, themselves, and their predictions are
     the model's own: the most doubtful first, and no more than the share `max_reexecution` of all
     data points of a call. That is hedged as all the pool does. What has no such answer when the
@@ -120,7 +120,7 @@ def pool_inference(
     if isinstance(code, Scheme):
         scheme = off_meshes(code)
         plain, bars = scheme.code, scheme.bars
-        check_conditions((scheme.doubt, bars), pool.conditions)
+        check_conditions((scheme.error_probability, bars), pool.conditions)
         limit = _scheme_limit(scheme, doubt, max_disagreement, max_reexecution, tolerance)
         send, judge = scheme_steps(scheme)
     elif tolerance is not None:
@@ -158,7 +158,7 @@ def pool_inference(
         score = goal.score(bars, judged)
         if score is not None:
             most = int(max_reexecution * score.size)
-            chosen = doubtful(score.ravel(), limit=limit, at_most=most)
+            chosen = select_uncertain(score.ravel(), limit=limit, at_most=most)
             judged, again = _reexecute(pool, x, judged, chosen, deadline - (end - sent))
         if not many:
             judged, again = jax.tree.map(lambda leaf: leaf[0], (judged, again))
@@ -173,7 +173,7 @@ def pool_inference(
 
 def _limit(
     code: AbstractCode,
-    doubt: Doubt | None,
+    doubt: ErrorProbability | None,
     max_disagreement: float | None,
     max_reexecution: float,
 ) -> float:
@@ -195,14 +195,14 @@ def _limit(
 
 def _scheme_limit(
     scheme: Scheme,
-    doubt: Doubt | None,
+    doubt: ErrorProbability | None,
     max_disagreement: float | None,
     max_reexecution: float,
     tolerance: float | None,
 ) -> float:
     """Return `_limit` of a scheme's doubt, or of its error bars."""
     if doubt is not None:
-        raise ValueError("a scheme has its own doubt: Scheme(code, doubt=...)")
+        raise ValueError("a scheme has its own doubt: Scheme(code, error_probability=...)")
     everything = _limit(scheme.code, None, None, max_reexecution)
     if tolerance is not None:
         if max_disagreement is not None or not tolerance >= 0:
@@ -212,9 +212,9 @@ def _scheme_limit(
         return tolerance
     if max_disagreement is None:
         return everything
-    if scheme.doubt is None:
-        raise ValueError("max_disagreement wants a doubt: Scheme(code, doubt=...)")
-    return scheme.doubt.limit(max_disagreement)
+    if scheme.error_probability is None:
+        raise ValueError("max_disagreement wants a doubt: Scheme(code, error_probability=...)")
+    return scheme.error_probability.limit(max_disagreement)
 
 
 def _reexecute(
@@ -262,7 +262,7 @@ def _groups(code: AbstractCode, x: PyTree, grouped: bool | None) -> tuple[PyTree
 
 
 def _code_steps(
-    code: AbstractCode, doubt: Doubt | None
+    code: AbstractCode, doubt: ErrorProbability | None
 ) -> tuple[Callable[[PyTree], Sent], Callable[[Sent, PyTree, np.ndarray], Judged]]:
     """As `scheme_steps`, for a code by itself, and a doubt."""
     encoder = encoder_rows(code)
@@ -293,7 +293,7 @@ def shared_decoder(code: AbstractCode) -> Callable[[PyTree, np.ndarray], Decoded
 
 
 def shared_assessor(
-    code: AbstractCode, doubt: Doubt
+    code: AbstractCode, doubt: ErrorProbability
 ) -> Callable[..., tuple[Decoded, Float[Array, "groups num_data"]]]:
     """As `shared_decoder`, with each prediction's doubt."""
 
@@ -301,7 +301,7 @@ def shared_assessor(
     def judge(values, available, given):
         y, form = join(jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), values), 2)
         masks = jnp.broadcast_to(available, (len(y), code.num_workers))
-        decoded, deviation = assess(code, None, y, masks, given=given)
+        decoded, deviation = decode_with_deviation(code, None, y, masks, given=given)
         doubts = doubt(decoded.predictions, deviation)
         predictions = form.split(decoded.predictions)
         return Decoded(predictions, decoded.heard, decoded.recovered), doubts

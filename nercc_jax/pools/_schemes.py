@@ -12,7 +12,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
 
 from ..codes import Decoded, Known, known_decoders, known_encoder, points_of
 from ..risk import ErrorBars, error_bars
-from ..schemes import Prepared, Scheme
+from ..schemes import PreparedInputs, Scheme
 from ._encoding import encode_on_host
 
 
@@ -53,7 +53,7 @@ class Sent(NamedTuple):
 
     coded: PyTree[Shaped[np.ndarray, "num_workers groups ..."]]
     points: PyTree[Shaped[np.ndarray, "points ..."]] | None = None
-    prepared: Prepared | None = None
+    prepared: PreparedInputs | None = None
     encoders: Float[np.ndarray, "groups num_workers num_data"] | None = None
 
 
@@ -83,13 +83,13 @@ def scheme_steps(
         known = Known(encoder, given)
         found = _conclude(scheme, sent.points, sent.prepared, values, available, known)
         decoded, doubt, deviation = jax.tree.map(np.asarray, found)
-        return Judged(decoded, None if scheme.doubt is None else doubt, deviation)
+        return Judged(decoded, None if scheme.error_probability is None else doubt, deviation)
 
     return send, judge
 
 
 @eqx.filter_jit
-def _prepare(scheme: Scheme, points: PyTree) -> tuple[Prepared, Array | None]:
+def _prepare(scheme: Scheme, points: PyTree) -> tuple[PreparedInputs, Array | None]:
     points = jax.tree.map(jnp.asarray, points)
     prepared = scheme.prepare(points)
     return prepared, scheme.encoders(prepared)
@@ -99,7 +99,7 @@ def _prepare(scheme: Scheme, points: PyTree) -> tuple[Prepared, Array | None]:
 def _conclude(
     scheme: Scheme,
     points: PyTree,
-    prepared: Prepared,
+    prepared: PreparedInputs,
     values: PyTree,
     available: ArrayLike,
     known: Known,
@@ -108,7 +108,7 @@ def _conclude(
     y = jax.tree.map(lambda leaf: jnp.swapaxes(jnp.asarray(leaf), 0, 1), values)
     groups = len(jax.tree.leaves(y)[0])
     masks = jnp.broadcast_to(available, (groups, scheme.code.num_workers))
-    assessed = scheme.conclude(points, prepared, y, masks, known)
+    assessed = scheme.decode(points, prepared, y, masks, known)
 
     def by_group(leaf: Array) -> Array:
         return leaf.reshape(groups, scheme.code.num_data, *leaf.shape[1:])
@@ -116,4 +116,4 @@ def _conclude(
     decoded = assessed.decoded
     predictions = jax.tree.map(by_group, decoded.predictions)
     status = Decoded(predictions, decoded.heard, by_group(decoded.recovered))
-    return status, by_group(assessed.doubt), by_group(assessed.deviation)
+    return status, by_group(assessed.error_probability), by_group(assessed.deviation)

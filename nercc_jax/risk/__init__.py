@@ -1,30 +1,30 @@
 """How far an approximate prediction may be trusted: error probabilities and error bars."""
 
-from ._error_bars import ErrorBars, bars_from, bars_of, error_bars
+from ._error_bars import ErrorBars, calibrate_learner_bars, error_bars, error_bars_from_ratios
 from ._error_probability import (
-    Doubt,
-    doubt_from,
-    doubt_of,
-    doubt_of_points,
-    doubt_of_predictions,
-    features_of_doubt,
+    ErrorProbability,
+    error_features,
+    error_probability_from_answers,
+    fit_error_probability,
+    fit_error_probability_of_points,
+    fit_error_probability_of_predictions,
     margin,
-    observe,
+    observe_errors,
 )
 from ._logistic import logistic_regression
 
 __all__ = [
-    "Doubt",
     "ErrorBars",
-    "bars_from",
-    "bars_of",
-    "doubt_from",
-    "doubt_of",
-    "doubt_of_points",
-    "doubt_of_predictions",
+    "ErrorProbability",
+    "calibrate_learner_bars",
     "error_bars",
-    "features_of_doubt",
+    "error_bars_from_ratios",
+    "error_features",
+    "error_probability_from_answers",
+    "fit_error_probability",
+    "fit_error_probability_of_points",
+    "fit_error_probability_of_predictions",
     "logistic_regression",
     "margin",
-    "observe",
+    "observe_errors",
 ]

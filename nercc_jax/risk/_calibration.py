@@ -1,7 +1,8 @@
-"""From what was seen of decoded labels to doubts that are right: three pure functions.
+"""Three pure functions that turn observed errors into calibrated probabilities.
 
-`regression` ranks labels by what is seen of them, `correction` makes as many wrong as are said to
-be, and `risks` says below which doubt answers may be given. See `_doubt.py` for the sources.
+`regression` ranks labels by their features, `correction` makes the probabilities right bin by bin,
+and `risks` bounds the risk of giving out all labels up to each probability. The sources are in
+`_error_probability.py`.
 """
 
 from collections.abc import Sequence
@@ -11,31 +12,29 @@ from jaxtyping import Bool, Float, Int
 
 from ._logistic import logistic_regression
 
-# What the constants do was measured on a synthetic classifier, NeRCC (4, 7) with Chebyshev and with
-# repeated points, 35 straggler sets: calibrated on 100 or 400 groups (six draws), judged on 800
-# others. Figures are the mean over these of the worst of five bins, |log(observed / promised)|; of
-# the disagreement that was left of what was asked for (0.5 and 2 %); and of the share sent again.
+# The constants were measured on a synthetic classifier, NeRCC (4, 7) with Chebyshev and repeated
+# points, 35 straggler sets, calibrated on 100 or 400 groups (six draws) and judged on 800 others.
+# The figures are means over these of "miscalibration", the worst of five bins' |log(observed /
+# promised)|; of "use", the disagreement over what was allowed (0.5 and 2 %); or of what is named.
 
-# Parts of the groups, for what they tell of each other. With 2, 5, 10: 0.057, 0.051, 0.054.
-_FOLDS = 5
-# What is left of the regression's log-odds, so that some order is. Less loses half of what may be
-# answered: with 0.0001, 0.1, 0.3 of what was asked for 0.27, 0.43, 0.44 was used.
+_FOLDS = 5  # of the cross-fitting. Miscalibration with 2, 5, 10: 0.057, 0.051, 0.054.
+# Least scale of the regression's log-odds, so that some order is left. Use with 0.0001, 0.1, 0.3:
+# 0.27, 0.43, 0.44.
 _LEAST_SCALE = 0.1
-_FAR = 1000.0  # in log-odds: where a root is looked for
-# Bins of the correction, at most, and wrong labels that are expected in each, at least. It hardly
-# matters: with 8, 32, 128 bins 0.052, 0.051, 0.051; with 3, 10, 30 expected 0.053, 0.051, 0.048.
+_FAR = 1000.0  # log-odds within which a root is looked for
+# Most bins of the correction, and the least number of errors expected in each. Miscalibration with
+# 8, 32, 128 bins: 0.052, 0.051, 0.051; with 3, 10, 30 errors: 0.053, 0.051, 0.048.
 _BINS, _EXPECTED = 32, 10
-_SUREST = 1 - 1e-6  # that something is wrong
-# Of the regression's log-odds, left where bins are alike: without any, doubts tie, and a limit
-# takes all of a bin or none. With 0, 0.05, 0.2 of what was asked for 0.27, 0.43, 0.44 was used.
+_SUREST = 1 - 1e-6  # the largest probability of an error
+# Share of the log-odds' slope that is left within a bin: without any, probabilities tie, and a
+# limit takes all of a bin or none. Use with 0, 0.05, 0.2: 0.27, 0.43, 0.44.
 _SLOPE = 0.05
-_DIGITS = 3  # of log-odds that are alike. With 1, 3, 6: 0.046, 0.051, 0.051
-# Where a limit may lie. With 64, 512, 4,096 of what was asked for 0.36, 0.43, 0.45 was used.
-_LEVELS = 512
-_ROUNDING = 1e-5  # of doubts, which float32 and another program round otherwise
-_LEAST = 1e-30  # of what is divided by
-# Standard errors by which a risk may be more than what was counted. With 0, 1, 2, 3 more than was
-# asked for disagreed in 12, 4, 0, 0 % of the cases, and 58, 59, 59, 60 % were sent again for 0.5 %.
+_DIGITS = 3  # to which log-odds are rounded. Miscalibration with 1, 3, 6: 0.046, 0.051, 0.051.
+_LEVELS = 512  # places of a limit. Use with 64, 512, 4,096: 0.36, 0.43, 0.45.
+_ROUNDING = 1e-5  # by which float32 and another program may change a probability
+_LEAST = 1e-30  # least divisor
+# Standard errors that are added to a counted risk. With 0, 1, 2, 3 the allowance was exceeded in
+# 12, 4, 0, 0 % of the cases, and for an allowance of 0.5 % 58, 59, 59, 60 % went to the model.
 _ERRORS = 2.0
 
 
@@ -46,11 +45,11 @@ def regression(
     count: float,
     falling: Sequence[int],
 ) -> tuple[Float[np.ndarray, " features"], Float[np.ndarray, " samples"]]:
-    """The regression's weights, and each sample's log-odds by what other groups tell.
+    """Return the regression's weights, and each sample's log-odds from the other groups.
 
-    A regression on few is too sure of itself on others. How much so is seen where it is made
-    without a part of the groups, and the log-odds are scaled by that (van Houwelingen and Le Cessie
-    1990, "Predictive value of statistical models").
+    A regression on few samples is too sure of itself on others. The excess is measured where the
+    regression is made without a part of the groups, and the log-odds are scaled by it (van
+    Houwelingen and Le Cessie 1990, "Predictive value of statistical models").
     """
     weights = logistic_regression(features, wrong, falling, count)
     logit = features @ weights
@@ -77,11 +76,11 @@ def regression(
 def correction(
     logit: Float[np.ndarray, " samples"], wrong: Bool[np.ndarray, " samples"], count: float
 ) -> tuple[Float[np.ndarray, " bins"], Float[np.ndarray, " bins"]]:
-    """What to add to log-odds, where: so that as many are wrong as are said to be, bin by bin.
+    """Return knots and shifts that make log-odds right in each bin.
 
-    In each bin of the log-odds as many wrong ones are expected; each sample counts as `count`. Bins
-    in which fewer are wrong than in one below are given the share of both, but for a slope that
-    hardly matters: the order stays. There are always `_BINS` places, the last one several times.
+    The same number of wrong samples is expected in each bin; each sample counts as `count`. Bins
+    with fewer errors than a bin below share their mean (isotonic regression), but for a slight
+    slope that keeps the order. There are always `_BINS` knots; the last one is repeated.
     """
     from scipy.optimize import isotonic_regression  # late, as above
     from scipy.special import expit
@@ -112,36 +111,40 @@ def correction(
 
 
 def risks(
-    doubt: Float[np.ndarray, "sets groups num_data"],
+    probability: Float[np.ndarray, "sets groups num_data"],
     sure: Bool[np.ndarray, "sets groups num_data"],
     wrong: Bool[np.ndarray, "sets groups num_data"],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Levels of doubt, an upper bound of the share that is wrong below each, and what is above."""
-    order = np.sort(doubt, axis=None)
+    """Return levels of probability, a bound of the risk up to each, and the share above each."""
+    order = np.sort(probability, axis=None)
     known = int(np.sum(sure))
     # Beyond the sure ones, every so many a level, above all that are the same but for rounding.
-    places = np.linspace(known, doubt.size - 1, _LEVELS).round().astype(int)
-    above = np.minimum(order[places[places < doubt.size]] * (1 + _ROUNDING), _SUREST)
+    places = np.linspace(known, probability.size - 1, _LEVELS).round().astype(int)
+    above = np.minimum(order[places[places < probability.size]] * (1 + _ROUNDING), _SUREST)
     levels = np.concatenate([[0.0], above])
     counts = np.searchsorted(order, levels, side="right")
-    return levels, _bounds(doubt, wrong, levels, counts > known), 1 - counts / doubt.size
+    return (
+        levels,
+        _bounds(probability, wrong, levels, counts > known),
+        1 - counts / probability.size,
+    )
 
 
 def _bounds(
-    doubt: Float[np.ndarray, "sets groups num_data"],
+    probability: Float[np.ndarray, "sets groups num_data"],
     wrong: Bool[np.ndarray, "sets groups num_data"],
     levels: Float[np.ndarray, " levels"],
     guesses: Bool[np.ndarray, " levels"],
 ) -> Float[np.ndarray, " levels"]:
-    """An upper bound of the share that is wrong and has no more doubt than each level.
+    """Return an upper bound of the share that is wrong and not above each level.
 
-    Groups are independent of each other, and straggler sets are; what is counted of one group under
-    all sets, and of one set in all groups, is not. `guesses` are levels with more than what is sure
-    below them: of those, one more is counted than was wrong.
+    Groups are independent of each other, and so are straggler sets; what is counted of one group
+    under all sets, and of one set in all groups, is not. At the levels `guesses`, which hold more
+    than exact answers, one more wrong label is counted than there was.
     """
     sets, groups, _ = wrong.shape
     of_set, of_group, _ = np.nonzero(wrong)
-    level = np.searchsorted(levels, doubt[wrong])
+    level = np.searchsorted(levels, probability[wrong])
     error = np.zeros(len(levels))
     for owner, number in ((of_set, sets), (of_group, groups)):
         counts = np.zeros((len(levels) + 1, number))

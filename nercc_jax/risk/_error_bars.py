@@ -1,9 +1,9 @@
-"""Error bars that cover what they say: measured by how errors compare with deviations.
+"""Error bars with a stated coverage, from the ratios of errors to deviations.
 
-The ratio of a data point's error (the root mean square over its outputs) and its deviation has some
+The ratio of a data point's error (the root mean square over its outputs) to its deviation has some
 distribution, whatever the model. A quantile of it on held-out data points, times the deviation, is
-a bar that covers as many errors of others like them (split conformal prediction: Lei et al. 2018,
-"Distribution-free predictive inference for regression").
+a bar that covers this share of the errors of others like them (split conformal prediction: Lei et
+al. 2018, "Distribution-free predictive inference for regression").
 """
 
 import dataclasses
@@ -16,16 +16,22 @@ from jaxtyping import Array, Bool, Float
 from ..codes import check_count
 from ..inference import AbstractCalibrated, Conditions
 from ..surrogates import Kernel, Learner, LearnerTuning
-from ..surrogates._fit_learner import find_kernel
 from ..surrogates._kernels import wide_kernel
+from ..surrogates._tune_kernel import find_kernel
 
 _LEVELS = 1024  # of coverage, at most, that are kept
 
 
 class ErrorBars(AbstractCalibrated):
-    """By how much to multiply a deviation so that so many errors are within; see `calibrate_bars`.
+    """Factors by which deviations become error bars with a stated coverage.
 
-    `factors` are quantiles of error by deviation at the `coverages`, both increasing.
+    `calibrate_error_bars` and `calibrate_learner_bars` make them. Called with deviations and a
+    coverage, it returns bars.
+
+    Attributes:
+        coverages: Shares of errors, increasing.
+        factors: For each coverage, the quantile of error over deviation.
+        conditions: The conditions of the calibration's answers.
     """
 
     coverages: Float[Array, " levels"]
@@ -38,15 +44,16 @@ class ErrorBars(AbstractCalibrated):
     def __call__(
         self, deviation: Float[Array, "*points"], coverage: float = 0.9
     ) -> Float[Array, "*points"]:
-        """The bars: 0 where a prediction is an answer itself, infinite where nothing is known.
+        """Return error bars: 0 for exact answers, infinite where nothing is known.
 
-        Raises: ValueError for a coverage outside (0, 1).
+        Raises:
+            ValueError: The coverage is outside (0, 1).
         """
         factor = self.factor(coverage)
         return jnp.where(deviation == 0, 0, deviation * factor)
 
     def factor(self, coverage: float) -> Float[Array, ""]:
-        """Infinite for a coverage that too few data points were seen for."""
+        """Return the factor for a coverage; infinite where the calibration had too few points."""
         if not 0 < coverage < 1:
             raise ValueError(f"coverage must be a share between 0 and 1, not {coverage}")
         place = jnp.searchsorted(self.coverages, coverage)
@@ -54,30 +61,33 @@ class ErrorBars(AbstractCalibrated):
         return factors[place]
 
 
-def bars_of(
+def calibrate_learner_bars(
     learner: Learner,
     tuning: LearnerTuning | None = LearnerTuning(),  # noqa: B008, it is frozen
     *,
     folds: int = 10,
 ) -> ErrorBars:
-    """The error bars of a learner, by what it makes of each pair of its window without that pair.
+    """Return the error bars of a learner, cross-validated on its own window.
 
-    A kernel fits the pairs that it was tuned on better than others, and its deviations are those of
-    its own noise and scale. So the window is cut into `folds`, at random; the pairs of each are
-    predicted, as new data points are, by a learner that knows the others alone, its kernel tuned on
-    them as `tuning` says, and every error is divided by the deviation that this same learner has
-    there. Give what `fit_learner` was given, or None for a kernel that was not tuned on these
-    pairs. Only the learner's own shape of kernel is tuned, so many times.
+    A kernel fits the pairs that it was tuned on better than others. So the window is cut into folds
+    at random, and each fold is predicted by a learner that knows only the others, its kernel tuned
+    on them. The bars hold for data points like those, and for the learner alone (an infinite
+    kappa); a mixture with a code needs `calibrate_error_bars`. For what is decoded with its group's
+    answers, bars of 90 % covered 86 to 96 % (docs/functions.md).
 
-    They hold for data points like those, and for the learner alone (an infinite kappa): a mixture
-    with a code wants `calibrate_bars`. So does, to be exact, what is decoded with its group's
-    answers, the doubtful ones copied: of that, bars of 90 % covered 86 to 96 % (docs/functions.md),
-    and narrower ones may be further off. Raises: ValueError for a learner that knows nothing, fewer
-    than two folds, and too few pairs to tune a kernel on.
+    Args:
+        learner: A learner with pairs in its window.
+        tuning: The tuning that the learner's kernel had (`fit_learner`); None where its kernel was
+            not tuned on these pairs. Only the learner's own shape of kernel is tuned.
+        folds: The number of folds, 2 or more.
+
+    Raises:
+        ValueError: The learner's window is empty, there are fewer than two folds, or too few pairs
+            to tune a kernel on.
     """
     pairs = np.flatnonzero(np.asarray(learner.filled))
     if len(pairs) == 0:
-        raise ValueError("this learner knows nothing: there are no errors to go by")
+        raise ValueError("this learner's window is empty: there are no errors to calibrate on")
     folds = min(check_count("folds", folds, 2), len(pairs))
     own = learner.kernel
     start = wide_kernel(own.shape, own.centre, own.unit)
@@ -90,16 +100,17 @@ def bars_of(
         others = np.asarray(learner.filled).copy()
         others[held] = False
         ratios[held] = np.asarray(_ratios(learner, *numbers, jnp.asarray(others)))[held]
-    return bars_from(ratios)
+    return error_bars_from_ratios(ratios)
 
 
-def bars_from(
+def error_bars_from_ratios(
     ratios: Float[np.ndarray, "..."],
     conditions: Conditions = Conditions(),  # noqa: B008, it is frozen
 ) -> ErrorBars:
-    """The bars by errors over deviations; NaN ones do not count.
+    """Return the error bars for ratios of error to deviation; NaN ratios do not count.
 
-    Raises: ValueError where there are none.
+    Raises:
+        ValueError: No ratio is a number.
     """
     ratios = np.sort(ratios[~np.isnan(ratios)])
     if ratios.size == 0:
@@ -117,9 +128,10 @@ def bars_from(
 def error_bars(
     deviation: Float[Array, "*points"], bars: ErrorBars | None, coverage: float
 ) -> Float[Array, "*points"]:
-    """Bars that cover so many errors: calibrated ones, or a normal distribution's.
+    """Return bars that cover a share of errors: calibrated ones, or a normal distribution's.
 
-    Raises: ValueError for a coverage outside (0, 1).
+    Raises:
+        ValueError: The coverage is outside (0, 1).
     """
     if bars is not None:
         return bars(deviation, coverage)
@@ -134,8 +146,10 @@ def error_bars(
 def _ratios(
     learner: Learner, kernel: Kernel, scale: Float[Array, ""], others: Bool[Array, " capacity"]
 ) -> Float[Array, " capacity"]:
-    """The window's errors by deviations, as a learner has them that knows only the others; NaN
-    where it knows nothing."""
+    """Return the window's errors over the deviations of a learner that knows only `others`.
+
+    A ratio is NaN where that learner knows nothing.
+    """
     known = eqx.tree_at(lambda learner: learner.filled, learner, others).with_kernel(kernel, scale)
     mean, covariance = known.window_posterior(learner.inputs[:, None])
     error = jnp.sqrt(jnp.mean((mean[:, 0] - learner.residuals) ** 2, axis=1))

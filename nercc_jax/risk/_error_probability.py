@@ -1,13 +1,13 @@
-"""Knowing which predictions to doubt: how likely a label is not the model's own.
+"""The probability that a predicted label differs from the model's own.
 
-A decoded prediction has a standard deviation (`AbstractCode.decode`, or the surrogate's) and a
-margin, by which its largest output leads the second. Their ratio ranks predictions by how sure
-their label is; how sure that makes them depends on the model, and is measured: a logistic
-regression on unlabelled data, coded, under straggler sets, tells the probability (Platt 1999,
-"Probabilistic outputs for support vector machines"), and isotonic regression on its bins corrects
-what does not have that form (Zadrozny and Elkan 2002, "Transforming classifier scores into accurate
-multiclass probability estimates"). The limit below which answers are given at once is chosen on the
-same data, by an upper bound of the risk (Bates et al. 2021, arXiv 2101.02703).
+A decoded prediction has a standard deviation (the code's or the surrogate's) and a margin, by which
+its largest output leads the second. Their ratio ranks predictions by how sure their label is. How
+sure a ratio makes them depends on the model, so it is measured on unlabelled data that are coded
+under straggler sets: a logistic regression gives the probability (Platt 1999, "Probabilistic
+outputs for support vector machines"), and isotonic regression on its bins corrects what does not
+have that form (Zadrozny and Elkan 2002, "Transforming classifier scores into accurate multiclass
+probability estimates"). The largest probability that may be given out is chosen on the same data,
+by an upper bound of the risk (Bates et al. 2021, arXiv 2101.02703).
 """
 
 import dataclasses
@@ -24,23 +24,30 @@ from ..codes import Form
 from ..evaluation import Answers, agree_on_labels, draw_sets
 from ..inference import AbstractCalibrated, Conditions
 from ..stragglers import AbstractStragglers
-from ..surrogates import AbstractExpectation, AbstractSurrogate, assess
+from ..surrogates import AbstractGroupPrior, AbstractSurrogate, decode_with_deviation
 from ._calibration import correction, regression, risks
 
-_RATIOS = (1, 2)  # the features that must not raise the doubt
-_LEAST = 1e-30  # beside a margin and a deviation, whose logarithms are taken
+_RATIOS = (1, 2)  # features that must not raise the probability of an error
+_LEAST = 1e-30  # added to a margin and a deviation before their logarithms are taken
 
 
-class Doubt(AbstractCalibrated):
-    """A calibrated score of predictions, made by `calibrate_doubt`.
+class ErrorProbability(AbstractCalibrated):
+    """A calibrated probability that a label differs from the model's own.
 
-    `weights` are the logistic regression's, and `shifts` what is added to its log-odds, at `knots`
-    and linearly between. `levels` are doubts in increasing order, from 0 on, and `risks` the share
-    of all data points that differ from the model's own if those with no more doubt are answered at
-    once, and all others by the model itself: counted on the calibration data, with one more wrong
-    one than there were, and two standard errors more. `shares` are what the model must answer
-    itself. `conditions` are those of the answers, unknown where none were recorded: used under
-    others, `coded_inference` and `pool_inference` warn (`CalibrationWarning`).
+    `calibrate_error_probability` makes one.
+
+    Attributes:
+        weights: The logistic regression's weights.
+        knots: Log-odds at which a correction is known; it is linear between them.
+        shifts: The correction that is added to the log-odds at each knot.
+        levels: Probabilities in increasing order, from 0 on.
+        risks: For each level, an upper bound of the share of all data points that differ from the
+            model's own label if those up to the level are given out, and all others are answered by
+            the model. It counts one more wrong label than there were, and two standard errors.
+        shares: For each level, the share of data points that the model must answer itself.
+        form: The structure of the outputs, where they are not vectors.
+        conditions: The conditions of the calibration's answers. `coded_inference` and
+            `pool_inference` warn (`CalibrationWarning`) where others hold.
     """
 
     weights: Float[Array, " features"]
@@ -61,25 +68,30 @@ class Doubt(AbstractCalibrated):
         deviation: Float[Array, "*points"],
         cheap: Float[Array, "*points m"] | None = None,
     ) -> Float[Array, "*points"]:
-        """The probability that a label is not the model's own, for data points of any shape.
+        """Return the probability that each label differs from the model's own.
 
-        Predictions are vectors; outputs of another shape, or several, are joined to such (`form`),
-        and then the doubt is whether any of their labels differs.
+        Args:
+            predictions: Predicted outputs as vectors. Where the outputs have several labels
+                (`form`), the probability is that any of them differs.
+            deviation: Standard deviations of the predictions.
+            cheap: The surrogate's outputs, if the calibration had a surrogate.
 
-        0 where a prediction is a worker's answer to the data point itself, 1 where it is not
-        finite. `cheap` are the surrogate's outputs, if it was calibrated with one.
+        Returns:
+            Probabilities: 0 where the deviation is 0 (a worker's answer to the data point itself),
+            1 where a prediction is not finite.
 
-        Raises: ValueError where `cheap` is missing, or is not wanted.
+        Raises:
+            ValueError: `cheap` is missing, or was not part of the calibration.
         """
-        features = features_of_doubt(predictions, deviation, cheap, self.form)
+        features = error_features(predictions, deviation, cheap, self.form)
         if features.shape[-1] != self.weights.shape[0]:
             wanted = "with" if cheap is None else "without"
-            raise ValueError(f"this doubt was calibrated {wanted} a surrogate's outputs")
-        doubt = jnp.where(deviation == 0, 0, self.of_features(features))
-        return jnp.where(jnp.isfinite(predictions).all(axis=-1), doubt, 1)
+            raise ValueError(f"the error probability was calibrated {wanted} a surrogate's outputs")
+        probability = jnp.where(deviation == 0, 0, self.of_features(features))
+        return jnp.where(jnp.isfinite(predictions).all(axis=-1), probability, 1)
 
     def of_features(self, features: Float[Array, "*points features"]) -> Float[Array, "*points"]:
-        """The probability by what the regression looks at."""
+        """Return the probability for the regression's features (`error_features`)."""
         weights, knots, shifts = (
             each.astype(features.dtype) for each in (self.weights, self.knots, self.shifts)
         )
@@ -87,12 +99,17 @@ class Doubt(AbstractCalibrated):
         return jax.nn.sigmoid(logit + jnp.interp(logit, knots, shifts))
 
     def limit(self, max_disagreement: float) -> float:
-        """The largest doubt to answer at once, so that no more than so much disagrees in all.
+        """Return the largest probability at which a prediction may be given out.
 
-        That holds in the mean over data like those of the calibration, and stragglers like theirs,
-        for some 97 % of calibrations. 0: nothing but the model's own answers will do.
+        Args:
+            max_disagreement: The largest share of all labels that may differ from the model's.
 
-        Raises: ValueError for a `max_disagreement` outside [0, 1].
+        Returns:
+            The limit; 0 where only the model's own answers will do. It holds in the mean over data
+            and stragglers like those of the calibration, for about 97 % of calibrations.
+
+        Raises:
+            ValueError: `max_disagreement` is outside [0, 1].
         """
         if not 0 <= max_disagreement <= 1:
             raise ValueError(f"max_disagreement must be in [0, 1], not {max_disagreement}")
@@ -100,91 +117,108 @@ class Doubt(AbstractCalibrated):
         return float(self.levels[kept[-1]]) if kept.size else 0.0
 
     def share(self, limit: float) -> float:
-        """The share of data points with more doubt than `limit`, as it was in calibration.
+        """Return the share of the calibration's data points above a limit.
 
-        Raises: ValueError for a negative limit.
+        Raises:
+            ValueError: The limit is negative.
         """
         if not limit >= 0:
-            raise ValueError(f"a limit of doubt must be 0 or positive, not {limit}")
+            raise ValueError(f"a limit of error probabilities must be 0 or positive, not {limit}")
         place = np.searchsorted(np.asarray(self.levels), limit, side="right") - 1
         return float(self.shares[place])
 
 
-def doubt_of(
+def error_probability_from_answers(
     own: Answers,
     stragglers: Mapping[str, AbstractStragglers],
     key: PRNGKeyArray,
     num_sets: int,
     surrogate: AbstractSurrogate | None = None,
-    beside: AbstractExpectation | None = None,
-) -> Doubt:
-    """`calibrate_doubt` on recorded answers, and beside them what the surrogate expects."""
+    prior: AbstractGroupPrior | None = None,
+) -> ErrorProbability:
+    """Calibrate an error probability on recorded answers.
+
+    Args:
+        own: Recorded answers of the code.
+        stragglers: Named laws that straggler sets are drawn from.
+        key: Random key of the draws.
+        num_sets: Straggler sets for each law.
+        surrogate: The surrogate that predictions are decoded with, if any.
+        prior: The surrogate's outputs on the same groups.
+    """
     masks, _ = draw_sets(stragglers, key, own.code.num_workers, num_sets)
-    seen = observe(own, surrogate, beside, masks)
+    observed = observe_errors(own, surrogate, prior, masks)
     form = None if own.form.is_vector else own.form
-    features, sure, wrong = map(np.asarray, seen)
-    doubt = doubt_from(features, sure, wrong, form)
-    return dataclasses.replace(doubt, conditions=own.conditions)
+    features, sure, wrong = map(np.asarray, observed)
+    fitted = fit_error_probability(features, sure, wrong, form)
+    return dataclasses.replace(fitted, conditions=own.conditions)
 
 
-def doubt_of_predictions(
+def fit_error_probability_of_predictions(
     predictions: Float[ArrayLike, "points m"],
     deviation: Float[ArrayLike, " points"],
     own: Float[ArrayLike, "points m"],
     form: Form | None = None,
-) -> Doubt:
-    """The doubt of a surrogate's predictions by themselves, on points whose answers are known.
+) -> ErrorProbability:
+    """Calibrate an error probability of a surrogate's predictions by themselves.
 
-    Called with them as `cheap`, too. Raises: ValueError for too few points to tell anything."""
+    The result is called with the predictions as `cheap`, too.
+
+    Args:
+        predictions: The surrogate's outputs on data points whose answers are known.
+        deviation: Their standard deviations.
+        own: The model's answers.
+        form: The structure of the outputs, where they are not vectors.
+    """
     predictions, deviation, own = map(jnp.asarray, (predictions, deviation, own))
-    told = features_of_doubt(predictions, deviation, predictions, form)
-    differ = ~agree_on_labels(predictions, own, form)
-    features, sure, wrong = map(np.asarray, (told, deviation == 0, differ))
-    return doubt_of_points(features, sure, wrong, form)
+    features = error_features(predictions, deviation, predictions, form)
+    wrong = ~agree_on_labels(predictions, own, form)
+    features, sure, wrong = map(np.asarray, (features, deviation == 0, wrong))
+    return fit_error_probability_of_points(features, sure, wrong, form)
 
 
-def doubt_of_points(
+def fit_error_probability_of_points(
     features: Float[np.ndarray, "points features"],
     sure: Bool[np.ndarray, " points"],
     wrong: Bool[np.ndarray, " points"],
     form: Form | None = None,
-) -> Doubt:
-    """`doubt_from` of data points that are no groups, each seen once."""
+) -> ErrorProbability:
+    """Fit an error probability to single data points, each of which was seen once."""
     features, sure, wrong = (each[None, :, None] for each in (features, sure, wrong))
-    return doubt_from(features, sure, wrong, form)
+    return fit_error_probability(features, sure, wrong, form)
 
 
 @eqx.filter_jit
-def observe(
+def observe_errors(
     own: Answers,
     surrogate: AbstractSurrogate | None,
-    beside: AbstractExpectation | None,
+    prior: AbstractGroupPrior | None,
     masks: Bool[Array, "sets num_workers"],
 ) -> tuple[Array, Array, Array]:
-    """Each data point under each set: its features, whether it is sure, and whether it is wrong."""
+    """Return features, exactness, and wrongness of each data point under each straggler set."""
 
     def of_set(mask):
         available = jnp.broadcast_to(mask, own.coded.shape[:2])
-        decoded, deviation = assess(own.code, surrogate, own.coded, available, beside)
-        cheap = None if beside is None else beside.after(own.coded, available).own
+        decoded, deviation = decode_with_deviation(own.code, surrogate, own.coded, available, prior)
+        cheap = None if prior is None else prior.condition_on_available(own.coded, available).own
         wrong = ~own.same_labels(decoded.predictions)
-        features = features_of_doubt(decoded.predictions, deviation, cheap, own.form)
+        features = error_features(decoded.predictions, deviation, cheap, own.form)
         return features, deviation == 0, wrong | ~decoded.recovered
 
     return jax.lax.map(of_set, masks)
 
 
-def features_of_doubt(
+def error_features(
     predictions: Float[Array, "*points m"],
     deviation: Float[Array, "*points"],
     cheap: Float[Array, "*points m"] | None,
     form: Form | None,
 ) -> Float[Array, "*points features"]:
-    """What the logistic regression looks at, the constant first.
+    """Return what the logistic regression looks at, with the constant first.
 
-    The ratio of margin and deviation, in logarithms since either may be of any size: above and
-    below one it counts differently, but never for more doubt. Then the margin's size; and of the
-    surrogate, whether it is for the same label, and how far.
+    The features are the logarithm of margin over deviation (below and above 1 apart, neither of
+    which may raise the probability), the logarithm of the margin, and of a surrogate whether it has
+    the same label, and by how much.
     """
     size = jnp.log(margin(predictions, form) + _LEAST)
     ratio = jnp.clip(size - jnp.log(deviation + _LEAST), -10, 10)
@@ -198,9 +232,10 @@ def features_of_doubt(
 def margin(
     predictions: Float[Array, "*points m"], form: Form | None = None
 ) -> Float[Array, "*points"]:
-    """By how much the largest output leads the second; of a single output, how large it is.
+    """Return by how much the largest output leads the second.
 
-    Of predictions with several labels (`form`), the least.
+    A single output's margin is its size. Predictions with several labels (`form`) have the margin
+    of their least certain one.
     """
     return _least_of_labels(_margin, form, predictions)
 
@@ -215,7 +250,7 @@ def _margin(outputs: Float[Array, "*labels m"]) -> Float[Array, "*labels"]:
 def _lead(
     predictions: Float[Array, "*labels m"], cheap: Float[Array, "*labels m"]
 ) -> Float[Array, "*labels"]:
-    """By how much the surrogate is for the predicted label."""
+    """Return by how much the surrogate prefers the predicted label to all others."""
     label = jnp.argmax(predictions, axis=-1, keepdims=True)
     others = jnp.where(jnp.arange(cheap.shape[-1]) == label, -jnp.inf, cheap)
     own = jnp.take_along_axis(cheap, label, axis=-1)[..., 0]
@@ -225,7 +260,7 @@ def _lead(
 def _least_of_labels(
     of_labels: Callable[..., Array], form: Form | None, *vectors: Float[Array, "*points m"]
 ) -> Float[Array, "*points"]:
-    """The least over all labels of a data point: one along the last axis of every part."""
+    """Return the least value over all labels of a data point."""
     if form is None:
         return of_labels(*vectors)
     axes = vectors[0].ndim - 1
@@ -237,19 +272,23 @@ def _least_of_labels(
     return jnp.min(jnp.stack(least), axis=0)
 
 
-def doubt_from(
+def fit_error_probability(
     features: Float[np.ndarray, "sets groups num_data features"],
     sure: Bool[np.ndarray, "sets groups num_data"],
     wrong: Bool[np.ndarray, "sets groups num_data"],
     form: Form | None = None,
-) -> Doubt:
-    """The doubt that is right about these data points, by what it looks at (`features_of_doubt`).
+) -> ErrorProbability:
+    """Fit an error probability to observed errors, in the three steps of `_calibration.py`.
 
-    Whether they are `sure`, whatever it looks at, and whether the label was wrong. Three steps, see
-    `_calibration.py`."""
+    Args:
+        features: The features of each data point under each straggler set (`error_features`).
+        sure: Whether a prediction is the model's own answer, whatever its features.
+        wrong: Whether its label differs from the model's own.
+        form: The structure of the outputs, where they are not vectors.
+    """
     from scipy.special import expit  # late: a fifth of a worker's import time
 
-    # A data point is much the same under all sets: it counts as one in all, not as one in each.
+    # A data point is much the same under all sets, so it counts once, not once in each.
     count = np.sum(~sure.all(axis=0)) / max(np.sum(~sure), 1)
     group = np.nonzero(~sure)[1]
     weights, fresh = regression(
@@ -257,8 +296,8 @@ def doubt_from(
     )
     knots, shifts = correction(fresh, wrong[~sure], count)
     logit = features @ weights
-    doubt = np.where(sure, 0, expit(logit + np.interp(logit, knots, shifts)))
-    levels, found, shares = risks(doubt, sure, wrong)
+    probability = np.where(sure, 0, expit(logit + np.interp(logit, knots, shifts)))
+    levels, found, shares = risks(probability, sure, wrong)
     numbers = (weights, knots, shifts, levels, found, shares)
     arrays: Any = (jnp.asarray(each, float) for each in numbers)
-    return Doubt(*arrays, form=form)
+    return ErrorProbability(*arrays, form=form)

@@ -1,4 +1,4 @@
-"""Logistic regression: how likely something is wrong, by what is seen of it."""
+"""Logistic regression of errors on features."""
 
 from collections.abc import Sequence
 
@@ -16,17 +16,24 @@ def logistic_regression(
     falling: Sequence[int] = (),
     count: float = 1.0,
 ) -> Float[np.ndarray, " features"]:
-    """The most likely weights: `expit(features @ weights)` is the probability of being wrong.
+    """Return the most likely weights of a logistic regression with a ridge.
 
-    The features are standardised and have a unit ridge, but for the first, which is constant.
-    Weights of the features `falling` are negative or zero. Each sample counts as so many: less than
-    one where samples are not independent of each other. Half a wrong and half a right one are
-    added at the mean, so that there is a result where none was wrong, or all were. Without samples
-    all weights are 0.
+    `expit(features @ weights)` is the probability of being wrong. Features are standardised and
+    have a unit ridge, but for the first, which is constant. Half a wrong and half a right sample
+    are added at the mean, so that there is a result where none was wrong, or all were.
 
-    Projected Newton's method (Bertsekas 1982, "Projected Newton methods for optimization problems
-    with simple constraints"): 20,000 samples of 5 features take 10 ms of one core. SciPy's L-BFGS-B
-    finds the same, but takes 80 ms of two: its BLAS wakes threads for every step.
+    The method is a projected Newton's (Bertsekas 1982, "Projected Newton methods for optimization
+    problems with simple constraints"). 20,000 samples of 5 features take 10 ms of one core; SciPy's
+    L-BFGS-B finds the same in 80 ms of two, since its BLAS wakes threads at every step.
+
+    Args:
+        features: One row for each sample; the first feature is the constant.
+        wrong: Whether each sample was wrong.
+        falling: Features whose weights must be negative or zero.
+        count: The weight of a sample, below 1 where samples depend on each other.
+
+    Returns:
+        The weights; all 0 without samples.
     """
     width = features.shape[1]
     if len(features) == 0:

@@ -1,19 +1,19 @@
 """Schemes: a code with an order of the data, a surrogate, and a measure of trust."""
 
-from ._calibrate import bars_of_scheme, calibrate_bars, calibrate_doubt
-from ._fit_scheme import Lesson, fit_scheme
-from ._reexecute import Assessed, doubtful, reexecute
-from ._scheme import Prepared, Scheme
+from ._calibrate import calibrate_error_bars, calibrate_error_probability, cross_validate_error_bars
+from ._fit_scheme import FittedScheme, fit_scheme
+from ._reexecute import AssessedPredictions, reexecute, select_uncertain
+from ._scheme import PreparedInputs, Scheme
 
 __all__ = [
-    "Assessed",
-    "Lesson",
-    "Prepared",
+    "AssessedPredictions",
+    "FittedScheme",
+    "PreparedInputs",
     "Scheme",
-    "bars_of_scheme",
-    "calibrate_bars",
-    "calibrate_doubt",
-    "doubtful",
+    "calibrate_error_bars",
+    "calibrate_error_probability",
+    "cross_validate_error_bars",
     "fit_scheme",
     "reexecute",
+    "select_uncertain",
 ]

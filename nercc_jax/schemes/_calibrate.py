@@ -1,4 +1,4 @@
-"""The error probability and the error bars of a code or a scheme, measured as it is used."""
+"""Calibration of error probabilities and error bars, of a code or a scheme as it is used."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -14,15 +14,22 @@ from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray, PyTree, Shape
 from ..codes import AbstractCode, Form, Known, check_count, join, known_encoder, points_of
 from ..evaluation import cut_groups, draw_sets, labels_of, record_answers, row_errors, same_labels
 from ..inference import Model, cast_model, check_model, current_conditions, run_workers
-from ..risk import Doubt, ErrorBars, bars_from, doubt_from, doubt_of, features_of_doubt
+from ..risk import (
+    ErrorBars,
+    ErrorProbability,
+    error_bars_from_ratios,
+    error_features,
+    error_probability_from_answers,
+    fit_error_probability,
+)
 from ..stragglers import AbstractStragglers
-from ..surrogates import AbstractSurrogate, expect_points
+from ..surrogates import AbstractSurrogate, group_prior_of_points
 from ..surrogates._interface import check_like
-from ..surrogates._window import length_of
-from ._scheme import Prepared, Scheme
+from ..surrogates._pairs import length_of
+from ._scheme import PreparedInputs, Scheme
 
 
-def calibrate_doubt(
+def calibrate_error_probability(
     model: Model,
     code: AbstractCode | Scheme,
     x: PyTree[Shaped[ArrayLike, "points ..."]],
@@ -33,35 +40,43 @@ def calibrate_doubt(
     num_sets: int = 100,
     batch_size: int = 256,
     worker_dtype: DTypeLike | None = None,
-) -> Doubt:
-    """Measures, on unlabelled data points, how likely labels of decoded predictions are wrong.
+) -> ErrorProbability:
+    """Measure, on unlabelled data points, how likely labels of decoded predictions are wrong.
 
-    x: data points as they will come, in groups of K (if queries are put in order before they are
-    coded, so must these be; and those that the code or the surrogate was tuned on will promise too
-    much). All groups meet all laws' straggler sets, `num_sets` a law. A thousand data points tell
-    disagreement down to 0.1 %.
+    All groups meet the straggler sets of all laws. A thousand data points resolve a disagreement of
+    0.1 %.
 
-    A `Scheme` in the code's place is carried out as it will be, all groups at once: its order, its
-    surrogate, points that follow the data, copies of what is doubtful. Then x comes in no order.
+    Args:
+        model: The served model, a function of a batch.
+        code: A code, or a scheme, which is run as it will be: with its order, its surrogate, its
+            regression points and copies.
+        x: Data points as they will come, whole groups of K. For a code they are in the order in
+            which they are coded; for a scheme in any. Data that the code or the surrogate was tuned
+            on give probabilities that are too small.
+        stragglers: Named laws that straggler sets are drawn from.
+        key: Random key of the draws.
+        surrogate: The surrogate that a code's predictions are decoded with. A scheme has its own.
+        num_sets: Straggler sets for each law.
+        batch_size: The most data points in a call of the model, where `code` is a code.
+        worker_dtype: The dtype that the workers compute in. Their answers then differ by rounding
+            from the model's own, which are what predictions are compared with.
 
-    `worker_dtype` as workers will have it: their answers then differ from the model's own, which
-    they are compared with, by rounding, too, even where a prediction is an answer itself.
-
-    Raises: ValueError as `evaluate` does for the data, for a code that is no regression, without
-    stragglers, for a surrogate beside a scheme, and for a `worker_dtype` that is none.
+    Raises:
+        ValueError: There are no stragglers, the data are not what `evaluate` accepts, the code is
+            no regression, a surrogate is given with a scheme, or `worker_dtype` is no float.
     """
     if not stragglers:
-        raise ValueError("there are no stragglers to calibrate the doubt under")
+        raise ValueError("there are no stragglers to calibrate the error probability under")
     if isinstance(code, Scheme):
         if surrogate is not None:
             raise ValueError("a scheme has its own surrogate: Scheme(code, surrogate=...)")
         return _of_scheme(model, code, x, stragglers, key, num_sets, worker_dtype)
     options: Any = {"batch_size": batch_size}
-    own, beside = record_answers(model, code, x, worker_dtype=worker_dtype, **options), None
+    own, prior = record_answers(model, code, x, worker_dtype=worker_dtype, **options), None
     if surrogate is not None:
-        beside = expect_points(surrogate, code, x, **options)
-        check_like(beside.form, own.form)
-    return doubt_of(own, stragglers, key, num_sets, surrogate, beside)
+        prior = group_prior_of_points(surrogate, code, x, **options)
+        check_like(prior.form, own.form)
+    return error_probability_from_answers(own, stragglers, key, num_sets, surrogate, prior)
 
 
 def _of_scheme(
@@ -72,19 +87,21 @@ def _of_scheme(
     key: PRNGKeyArray,
     num_sets: int,
     worker_dtype: DTypeLike | None,
-) -> Doubt:
+) -> ErrorProbability:
     check_model(model)
     x = jax.tree.map(jnp.asarray, points_of(cut_groups(x, scheme.code.num_data)))
     masks, _ = draw_sets(stragglers, key, scheme.code.num_workers, num_sets)
     workers = cast_model(model, worker_dtype)
-    form, seen = _observe(model, workers, scheme, x, masks, known_encoder(scheme.code))
+    form, seen = _observe_errors(model, workers, scheme, x, masks, known_encoder(scheme.code))
     features, sure, wrong = map(np.asarray, seen)
-    doubt = doubt_from(features, sure, wrong, None if form.is_vector else form)
-    return dataclasses.replace(doubt, conditions=current_conditions(worker_dtype))
+    error_probability = fit_error_probability(
+        features, sure, wrong, None if form.is_vector else form
+    )
+    return dataclasses.replace(error_probability, conditions=current_conditions(worker_dtype))
 
 
 @eqx.filter_jit
-def _observe(
+def _observe_errors(
     model: Model,
     workers: Any,
     scheme: Scheme,
@@ -92,25 +109,25 @@ def _observe(
     masks: Bool[Array, "sets num_workers"],
     encoder: ArrayLike | None,
 ) -> tuple[Form, tuple[Array, Array, Array]]:
-    """As `observe`, of a scheme as it is carried out, and the outputs' form."""
-    prepared, coded = scheme.send(x, encoder)
+    """Return the outputs' form, and what `risk.observe_errors` does, of a scheme."""
+    prepared, coded = scheme.encode(x, encoder)
     y = run_workers(workers, scheme.code, coded)
     own, form = join(scheme.groups(model(x), prepared), 2)
     wanted = labels_of(form.split(own), 2)
 
     def of_set(mask: Array) -> tuple[Array, Array, Array]:
         available = jnp.broadcast_to(mask, (len(own), len(mask)))
-        judged = scheme.judge(x, prepared, y, available, Known(encoder))
+        judged = scheme.decode_sent(x, prepared, y, available, Known(encoder))
         decoded, deviation = judged.decoded, judged.deviation
         vectors = None if form.is_vector else form
-        features = features_of_doubt(decoded.predictions, deviation, judged.cheap, vectors)
+        features = error_features(decoded.predictions, deviation, judged.cheap, vectors)
         same = same_labels(labels_of(form.split(decoded.predictions), 2), wanted, 2)
         return features, deviation == 0, ~same | ~decoded.recovered
 
     return form, jax.lax.map(of_set, masks)
 
 
-def calibrate_bars(
+def calibrate_error_bars(
     model: Model | Sequence[Model],
     scheme: Scheme | AbstractCode,
     x: PyTree[Shaped[ArrayLike, "points ..."]],
@@ -120,14 +137,24 @@ def calibrate_bars(
     num_sets: int = 20,
     worker_dtype: DTypeLike | None = None,
 ) -> ErrorBars:
-    """Measures, on unlabelled data points, how far decoded outputs are off by their deviations.
+    """Measure, on unlabelled data points, errors of decoded outputs in units of their deviations.
 
-    x: data points as they will come; a learner must not have learned from them, nor anything be
-    tuned on them. All groups meet all laws' straggler sets, `num_sets` a law, each answered once.
-    Of a learner, `bars_of` and `bars_of_scheme` need no further data.
+    All groups meet the straggler sets of all laws; each is answered once. For a learner,
+    `calibrate_learner_bars` and `cross_validate_error_bars` need no further data.
 
-    Raises: ValueError without stragglers, where x fills no group, is no floats or not finite, for a
-    code that is no regression, and where under all straggler sets all is exact.
+    Args:
+        model: The served model, or one for each worker, the served one first.
+        scheme: A scheme or a code.
+        x: Data points as they will come. A learner must not have learned from them, and nothing may
+            have been tuned on them.
+        stragglers: Named laws that straggler sets are drawn from.
+        key: Random key of the draws.
+        num_sets: Straggler sets for each law.
+        worker_dtype: The dtype that the workers compute in.
+
+    Raises:
+        ValueError: There are no stragglers, x fills no group or is not finite floats, the code is
+            no regression, or every prediction is exact.
     """
     if not stragglers:
         raise ValueError("there are no stragglers to calibrate the error bars under")
@@ -137,10 +164,10 @@ def calibrate_bars(
     served = model if callable(model) else model[0]
     workers = cast_model(model if callable(model) else tuple(model), worker_dtype)
     ratios = _ratios(workers, scheme, x, _served(served, x), masks)
-    return bars_from(np.asarray(ratios), current_conditions(worker_dtype))
+    return error_bars_from_ratios(np.asarray(ratios), current_conditions(worker_dtype))
 
 
-def bars_of_scheme(
+def cross_validate_error_bars(
     model: Model | Sequence[Model],
     scheme: Scheme,
     x: PyTree[Shaped[ArrayLike, "pairs ..."]],
@@ -152,17 +179,27 @@ def bars_of_scheme(
     num_sets: int = 20,
     folds: int = 10,
 ) -> ErrorBars:
-    """The error bars of a scheme with a learner, by the very pairs that taught it.
+    """Calibrate the error bars of a scheme with a learner on the pairs that taught it.
 
-    What is decoded with a group's own answers, and what is left when the most doubtful are copied,
-    has other errors by its deviations than what a learner says by itself, which is what `bars_of`
-    goes by. So the pairs are cut into groups of K, in the order given (as the scheme will send
-    them), these into `folds`; for each fold `fit(x, y)` makes a learner of all other pairs, and the
-    scheme with that learner in place of its own decodes the fold's groups under all laws' straggler
-    sets, `num_sets` a law. The model runs on the groups' coded data points: where they are copies,
-    nothing new is asked of it, else N - K queries a group or more.
+    Decoding with a group's own answers, and copies of uncertain data points, change the ratios of
+    errors to deviations that `calibrate_learner_bars` measures. So the pairs are cut into groups of
+    K, and these into folds. For each fold `fit(x, y)` makes a learner of all other pairs, and the
+    scheme with that learner decodes the fold's groups. The model runs on the groups' coded data
+    points: N - K queries a group or more, none where they are copies.
 
-    Raises: ValueError as `calibrate_bars` does, for fewer than two groups or folds.
+    Args:
+        model: The served model, or one for each worker, the served one first.
+        scheme: A scheme with a learner.
+        x: Inputs of the pairs, in the order in which the scheme will send them.
+        y: Answers of the pairs.
+        stragglers: Named laws that straggler sets are drawn from.
+        fit: Makes a learner of pairs.
+        key: Random key of the draws.
+        num_sets: Straggler sets for each law.
+        folds: The number of folds, 2 or more.
+
+    Raises:
+        ValueError: As `calibrate_error_bars`; and there are fewer than two groups or folds.
     """
     if not stragglers:
         raise ValueError("there are no stragglers to calibrate the error bars under")
@@ -185,7 +222,7 @@ def bars_of_scheme(
         told = eqx.tree_at(lambda one: one.surrogate, scheme, fitted, is_leaf=lambda n: n is None)
         rows, own = jax.tree.map(lambda leaf: leaf[held], (x, y))  # noqa: B023
         ratios.append(np.ravel(_ratios(workers, told, rows, own, masks)))
-    return bars_from(np.concatenate(ratios), current_conditions(None))
+    return error_bars_from_ratios(np.concatenate(ratios), current_conditions(None))
 
 
 def _ratios(
@@ -195,10 +232,10 @@ def _ratios(
     own: PyTree,
     masks: Bool[Array, "sets num_workers"],
 ) -> Float[Array, "sets points"]:
-    """Errors by deviations; NaN where a prediction is exact, lost, or nothing is said of it."""
+    """Return errors over deviations; NaN where a prediction is exact, lost, or has no deviation."""
     encoder = known_encoder(scheme.code)
     # Three programs: the model's is the same for all schemes that send alike shapes.
-    prepared, coded = eqx.filter_jit(scheme.send)(x, encoder)
+    prepared, coded = eqx.filter_jit(scheme.encode)(x, encoder)
     y = _answers(workers, scheme.code, coded)
     return _judged(scheme, x, prepared, y, own, masks, encoder)
 
@@ -217,7 +254,7 @@ def _answers(workers: Any, code: AbstractCode, coded: PyTree) -> PyTree:
 def _judged(
     scheme: Scheme,
     x: PyTree,
-    prepared: Prepared,
+    prepared: PreparedInputs,
     y: PyTree,
     own: PyTree,
     masks: Bool[Array, "sets num_workers"],
@@ -227,7 +264,7 @@ def _judged(
 
     def of_set(mask):
         available = jnp.broadcast_to(mask, (groups, len(mask)))
-        assessed = scheme.conclude(x, prepared, y, available, Known(encoder))
+        assessed = scheme.decode(x, prepared, y, available, Known(encoder))
         error, deviation = row_errors(assessed.decoded.predictions, own), assessed.deviation
         counts = (deviation > 0) & jnp.isfinite(deviation) & assessed.decoded.recovered
         return jnp.where(counts, error / jnp.where(counts, deviation, 1), jnp.nan)

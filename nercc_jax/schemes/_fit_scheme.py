@@ -1,4 +1,4 @@
-"""A scheme made of past answers alone: a learner of most of them, judged on the others."""
+"""A scheme that is made of past answers alone."""
 
 import dataclasses
 
@@ -9,8 +9,13 @@ from jaxtyping import Array, ArrayLike, Float
 
 from ..codes import AbstractCode, check_count
 from ..evaluation import row_errors
-from ..risk import ErrorBars, bars_from, doubt_of_predictions, error_bars
-from ..surrogates import Learner, LearnerTuning, start_learner, tune_learner
+from ..risk import (
+    ErrorBars,
+    error_bars,
+    error_bars_from_ratios,
+    fit_error_probability_of_predictions,
+)
+from ..surrogates import Learner, LearnerTuning, init_learner, tune_learner
 from ..surrogates._kernels import Shape
 from ._scheme import Scheme
 
@@ -23,10 +28,14 @@ _SHAPE: Shape = "squared_exponential"  # to start from
 
 
 @dataclasses.dataclass(frozen=True)
-class Lesson:
-    """A scheme that learned, and how it does on pairs that it had not learned from.
+class FittedScheme:
+    """A scheme with a learner, and its uncertainty on pairs that it had not learned from.
 
-    `pairs` is what it knows now, those included. `deviations` and `doubts` are of those.
+    Attributes:
+        scheme: The scheme.
+        pairs: The number of pairs that its learner knows now, the held-out ones included.
+        deviations: Deviations of the held-out pairs' predictions.
+        doubts: Their error probabilities, if the outputs have labels.
     """
 
     scheme: Scheme
@@ -35,12 +44,12 @@ class Lesson:
     doubts: Float[np.ndarray, " held_out"] | None = None
 
     def within(self, tolerance: float, coverage: float = 0.9) -> float:
-        """The share of such points whose error bar is no larger than the tolerance."""
+        """Return the share of held-out pairs whose error bar is no larger than the tolerance."""
         bars = error_bars(jnp.asarray(self.deviations), self.scheme.bars, coverage)
         return float(np.mean(np.asarray(bars) <= tolerance))
 
     def sure(self, limit: float) -> float:
-        """The share of such points with no more doubt than the limit; 0 without a doubt."""
+        """Return the share of held-out pairs whose error probability is within the limit."""
         return 0.0 if self.doubts is None else float(np.mean(self.doubts <= limit))
 
 
@@ -52,16 +61,26 @@ def fit_scheme(
     capacity: int = 1024,
     labels: bool = False,
     tuning: LearnerTuning | None = None,
-) -> Lesson:
-    """A scheme whose learner was fitted on three quarters of the pairs, its bars on the others.
+) -> FittedScheme:
+    """Fit a learner to three quarters of the pairs, and calibrate it on the others.
 
-    Those are every fourth pair, 256 at most: in the order of the pairs nothing should change. Then
-    the learner learns them, too. Redundant workers get copies of what is doubtful. With `labels`
-    (the largest outputs' places) the scheme has a doubt as well. `tuning` as in
-    `tune_learner`; unless given, on 128 pairs, with one width for all of more than 32 features.
+    Every fourth pair is held out, 256 at most, so nothing should change along the pairs' order.
+    Afterwards the learner learns the held-out pairs, too. Redundant workers get copies of uncertain
+    data points.
 
-    Raises: ValueError for fewer than 16 pairs, and where nothing can be calibrated: a function that
-    is constant.
+    Args:
+        x: Inputs.
+        y: The function's outputs.
+        code: The code of the scheme.
+        capacity: The most pairs that the learner holds.
+        labels: Whether the largest output is a label, so that the scheme needs an error
+            probability.
+        tuning: How the kernel is tuned (`tune_learner`). Default: on 128 pairs, with one width for
+            all features where there are more than 32.
+
+    Raises:
+        ValueError: There are fewer than 16 pairs, or the function is constant, so that nothing can
+            be calibrated.
     """
     check_count("pairs", len(x), 16)
     held = np.zeros(len(x), bool)
@@ -80,17 +99,19 @@ def fit_scheme(
     mean, deviation, own = mean[:count], deviation[:count], second[1][:count]
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = np.asarray(row_errors(mean, own)) / np.asarray(deviation)
-    bars: ErrorBars = bars_from(ratios)
-    doubt, doubts = None, None
+    bars: ErrorBars = error_bars_from_ratios(ratios)
+    error_probability, doubts = None, None
     if labels:
-        doubt = doubt_of_predictions(mean, deviation, jnp.asarray(own))
-        doubts = np.asarray(doubt(mean, deviation, mean))
-    scheme = Scheme(code, surrogate=knows, bars=bars, doubt=doubt, redundancy="doubtful")
-    return Lesson(scheme, len(x), np.asarray(deviation), doubts)
+        error_probability = fit_error_probability_of_predictions(mean, deviation, jnp.asarray(own))
+        doubts = np.asarray(error_probability(mean, deviation, mean))
+    scheme = Scheme(
+        code, surrogate=knows, bars=bars, error_probability=error_probability, redundancy="doubtful"
+    )
+    return FittedScheme(scheme, len(x), np.asarray(deviation), doubts)
 
 
 def _filled(rows: Float[np.ndarray, "few n"], number: int) -> Float[np.ndarray, "number n"]:
-    """With rows that are not finite, up to so many."""
+    """Return the finite rows, filled up with NaN to a fixed number."""
     filled = np.full((number, rows.shape[1]), np.nan, np.float32)
     filled[: len(rows)] = rows
     return filled
@@ -100,13 +121,13 @@ def _filled(rows: Float[np.ndarray, "few n"], number: int) -> Float[np.ndarray, 
 def _start(
     x: Float[ArrayLike, "pairs features"], y: Float[ArrayLike, "pairs outputs"], capacity: int
 ) -> Learner:
-    return start_learner(x, y, capacity=capacity, kernel=_SHAPE)
+    return init_learner(x, y, capacity=capacity, kernel=_SHAPE)
 
 
 @eqx.filter_jit
 def _tried(
     learner: Learner, x: Float[ArrayLike, "pairs features"], y: Float[ArrayLike, "pairs outputs"]
 ) -> tuple[Learner, Float[Array, "pairs outputs"], Float[Array, " pairs"]]:
-    """The learner that knows these, too, and what it said of them before."""
+    """Return the learner after it learned these pairs, and its predictions of them before."""
     known = jnp.isfinite(jnp.asarray(x))
     return learner.update(x, y), *learner.predict(jnp.where(known, x, 0))

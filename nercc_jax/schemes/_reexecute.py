@@ -1,4 +1,4 @@
-"""Predictions with how far to trust them, and the model itself where that is not enough."""
+"""Predictions with a measure of trust, and the model's own answers where it is too small."""
 
 import equinox as eqx
 import jax
@@ -11,76 +11,97 @@ from ..inference import Model, check_model
 from ..risk import ErrorBars, error_bars
 
 
-class Assessed(eqx.Module):
-    """Predictions of data points in the order in which they came, and how far to trust them.
+class AssessedPredictions(eqx.Module):
+    """Predictions in the order in which the data points came, with a measure of trust.
 
-    Of `decoded`, `heard` are the workers that were used, a row for each group as it was sent;
-    predictions and `recovered` have a row for each data point. `deviation` is the standard
-    deviation in units of the outputs, infinite where nothing is told. `doubt` is the probability
-    that the label is not the model's own, NaN without a calibrated `Doubt`, 1 where nothing is
-    recovered (the prediction is NaN there). Of data points in groups, all have an axis of groups.
+    Data points in groups have an axis of groups in all fields.
+
+    Attributes:
+        decoded: Predictions and `recovered`, a row for each data point; `heard` are the workers
+            that were used, a row for each group as it was sent.
+        deviation: Standard deviations in units of the outputs; infinite where nothing is known.
+        error_probability: The probability that the label differs from the model's own; NaN without
+            a calibrated `ErrorProbability`, 1 where nothing is recovered (the prediction is NaN
+            there).
     """
 
     decoded: Decoded
     deviation: Float[Array, "*points"]
-    doubt: Float[Array, "*points"]
+    error_probability: Float[Array, "*points"]
 
 
-def doubtful(
-    doubt: Float[ArrayLike, " points"], *, limit: float = 0.0, at_most: int | None = None
+def select_uncertain(
+    error_probability: Float[ArrayLike, " points"],
+    *,
+    limit: float = 0.0,
+    at_most: int | None = None,
 ) -> Int[np.ndarray, " _"]:
-    """The data points to answer by the model itself: those with more doubt than `limit`.
+    """Return the data points that the model must answer itself, the most uncertain first.
 
-    The most doubtful first, and no more than `at_most` of them. `limit` is `Doubt.limit`'s for a
-    wanted disagreement; 0 takes all that are not certain.
+    Args:
+        error_probability: Probabilities of a wrong label.
+        limit: Data points above it are selected (`ErrorProbability.limit`). 0 selects all that are
+            not certain.
+        at_most: The most data points to select.
 
-    Raises: ValueError for a doubt that is NaN, a negative limit or number.
+    Raises:
+        ValueError: A probability is NaN, or the limit or the number is negative.
     """
-    doubt = np.asarray(doubt)
-    if np.isnan(doubt).any():
-        raise ValueError("doubt is NaN: calibrate the scheme's doubt with `calibrate_doubt`")
+    error_probability = np.asarray(error_probability)
+    if np.isnan(error_probability).any():
+        raise ValueError(
+            "the error probability is NaN: calibrate the scheme with `calibrate_error_probability`"
+        )
     if not limit >= 0 or (at_most is not None and at_most < 0):
         raise ValueError(f"limit {limit} and at_most {at_most} must be 0 or positive")
-    order = np.argsort(-doubt, kind="stable")
-    return order[: int(np.sum(doubt > limit))][:at_most]
+    order = np.argsort(-error_probability, kind="stable")
+    return order[: int(np.sum(error_probability > limit))][:at_most]
 
 
 def reexecute(
     model: Model,
     x: PyTree[Shaped[ArrayLike, "..."]],
-    assessed: Assessed,
+    assessed: AssessedPredictions,
     *,
     limit: float = 0.0,
     share: float = 1.0,
     tolerance: float | None = None,
     bars: ErrorBars | None = None,
     coverage: float = 0.9,
-) -> Assessed:
-    """Answers what is doubtful by the model itself: no more than that `share` of the data points.
+) -> AssessedPredictions:
+    """Replace uncertain predictions by the model's own answers.
 
-    Of labels it goes by their doubt and `limit`: see `doubtful`. Of functions, with a `tolerance`
-    in units of the outputs, by their error bars: all whose bar is larger, the largest first. `bars`
-    (`calibrate_bars`) make bars of deviations, which cover so many errors (`coverage`); without, a
-    deviation is taken to be a normal distribution's.
+    The replaced predictions are recovered, with an error probability and a deviation of 0. The
+    model runs on powers of two of data points, so that few programs are compiled.
 
-    The predictions are then the model's own, recovered and without a doubt. The model runs on
-    powers of two, so that few programs are compiled.
+    Args:
+        model: The served model, a function of a batch.
+        x: The data points that were assessed.
+        assessed: Their predictions.
+        limit: The largest error probability that is left as it is (`select_uncertain`).
+        share: The largest share of the data points that the model may answer.
+        tolerance: For functions instead of labels: the largest error bar that is left as it is, in
+            units of the outputs. The largest bars go first.
+        bars: Calibrated error bars (`calibrate_error_bars`). Without, errors are taken as normally
+            distributed.
+        coverage: The share of errors that a bar covers.
 
-    Raises: ValueError as `doubtful` does, for a share outside [0, 1], a tolerance that is negative,
-    bars or a limit that do not go with it, a model in training mode, and where x is not what was
-    assessed.
+    Raises:
+        ValueError: As `select_uncertain`; or the share is outside [0, 1], the tolerance is negative
+            or given with a limit, bars are given without a tolerance, the model is in training
+            mode, or x is not what was assessed.
     """
     check_model(model)
-    lead = assessed.doubt.shape
+    lead = assessed.error_probability.shape
     x = jax.tree.map(np.asarray, x)
     if not 0 <= share <= 1:
         raise ValueError(f"share must be in [0, 1], not {share}")
     for leaf in jax.tree.leaves(x):
         if leaf.shape[: len(lead)] != lead:
             raise ValueError(f"x has shape {leaf.shape}; assessed are data points {lead}")
-    points = assessed.doubt.size
+    points = assessed.error_probability.size
     score, limit = _score(assessed, limit, tolerance, bars, coverage)
-    chosen = doubtful(score.ravel(), limit=limit, at_most=int(share * points))
+    chosen = select_uncertain(score.ravel(), limit=limit, at_most=int(share * points))
     if len(chosen) == 0:
         return assessed
     padded = np.resize(chosen, 1 << (len(chosen) - 1).bit_length())
@@ -103,21 +124,23 @@ def reexecute(
         decoded.heard,
         fill(decoded.recovered, True),
     )
-    return Assessed(status, fill(assessed.deviation, 0), fill(assessed.doubt, 0))
+    return AssessedPredictions(
+        status, fill(assessed.deviation, 0), fill(assessed.error_probability, 0)
+    )
 
 
 def _score(
-    assessed: Assessed,
+    assessed: AssessedPredictions,
     limit: float,
     tolerance: float | None,
     bars: ErrorBars | None,
     coverage: float,
 ) -> tuple[Array, float]:
-    """What data points are ranked by, and how much of it is too much."""
+    """Return what data points are ranked by, and the limit of it."""
     if tolerance is None:
         if bars is not None:
             raise ValueError("error bars go with a tolerance: give one")
-        return assessed.doubt, limit
+        return assessed.error_probability, limit
     if limit != 0 or not tolerance >= 0:
         raise ValueError(f"tolerance must be 0 or positive, without a limit: {tolerance}, {limit}")
     score = error_bars(assessed.deviation, bars, coverage)

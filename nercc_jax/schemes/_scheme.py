@@ -1,4 +1,4 @@
-"""A code with all that goes beyond it: order, encode, run, decode with a surrogate, doubt."""
+"""A code with an order of the data, a surrogate, and a measure of trust."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -25,20 +25,22 @@ from ..codes import (
     join,
 )
 from ..inference import AbstractScheme, Features, Work, order_points
-from ..risk import Doubt, ErrorBars
-from ..surrogates import AbstractExpectation, AbstractSurrogate, assess
+from ..risk import ErrorBars, ErrorProbability
+from ..surrogates import AbstractGroupPrior, AbstractSurrogate, decode_with_deviation
 from ..surrogates._interface import check_like, outputs_of_groups
 from ..surrogates._pairs import features_of
-from ._reexecute import Assessed
+from ._reexecute import AssessedPredictions
 
 
-class Prepared(eqx.Module):
-    """What a scheme decides before anything is sent.
+class PreparedInputs(eqx.Module):
+    """Decisions of a scheme on a batch before anything is sent.
 
-    `order` is that of the data points in their groups, and `own` the surrogate's outputs on them
-    as they came, where they are ordered by those. `points` are the regression points of each group,
-    None where all have the code's. `busy` are the workers that have something to do, None for all
-    of them.
+    Attributes:
+        order: The order of the data points in their groups.
+        own: The surrogate's outputs on the data points as they came, where they are ordered by
+            them.
+        points: The regression points of each group; None where all have the code's.
+        busy: The workers that get a query; None where all do.
     """
 
     order: Int[Array | np.ndarray, " points"]
@@ -47,10 +49,15 @@ class Prepared(eqx.Module):
     busy: Bool[Array | np.ndarray, "groups num_workers"] | None = None
 
 
-class Judged(eqx.Module):
+class SentPredictions(eqx.Module):
     """Predictions of groups as they were sent, as vectors, with their deviations.
 
-    `cheap` is what the surrogate makes of them after the answers, `form` that of the outputs."""
+    Attributes:
+        decoded: The predictions.
+        deviation: Their standard deviations.
+        cheap: The surrogate's outputs after the answers.
+        form: The structure of the outputs.
+    """
 
     decoded: Decoded
     deviation: Float[Array, "groups num_data"]
@@ -59,23 +66,7 @@ class Judged(eqx.Module):
 
 
 class Scheme(AbstractScheme):
-    """How queries are answered by coded workers: a code, and what else is wanted.
-
-    - `code`: for K data points on N workers.
-    - `order`: what data points are ordered by, over buffers of `buffer_size` (see `order_points`):
-      "pixels" for a projection of the data points themselves, "surrogate" for the surrogate's
-      outputs, or a function of a batch of them. None: they stay as they come.
-    - `surrogate`: a cheap model (`fit_surrogate`), or a learner from past answers (`fit_learner`).
-    - `doubt`: see `calibrate_doubt`; `bars`: see `calibrate_bars`. They are for one model, and for
-      data in the order that the scheme has.
-    - `follow`: regression points as far apart as the data points are, group by group: in "inputs",
-      or in a function of a batch of them (features, or the one parameter that they differ by).
-      None: the code's.
-    - `redundancy`: "code" leaves the redundant workers to the code; "doubtful" gives them copies of
-      those data points that the surrogate could tell least of, group by group. None: "doubtful"
-      where the surrogate says how far it may be off (a learner does) and the code is NeRCC.
-    - `budget`: with "doubtful", the mean number of workers of a group: more where there is more
-      doubt, up to N. None: always N.
+    """A code, and what is added to it: order, surrogate, trust, and placement of copies.
 
     `coded_inference(model, scheme)` carries it out:
 
@@ -87,17 +78,37 @@ class Scheme(AbstractScheme):
     >>> assessed.decoded.predictions.shape, assessed.deviation.shape
     ((12, 1), (12,))
 
-    What cannot be mixed (integers beside what is coded) must be the same for all data points that
-    are ordered together; a group in which it differs is not recovered.
+    Parts of the data that are not coded (integers, for example) must be the same for all data
+    points that are ordered together; a group in which they differ is not recovered. The surrogate
+    runs on all data points and coded data points, on the master.
 
-    The surrogate runs on all data points and coded data points: where it is cheap because workers
-    are far, on the master; its cost is yours to count. Raises: ValueError for an order by a
-    surrogate that is not there, a redundancy that it cannot place, points that the code has not.
+    Attributes:
+        code: A code for K data points on N workers.
+        surrogate: A cheap model (`fit_surrogate`), or a learner from past answers (`fit_learner`).
+        error_probability: Trust in labels (`calibrate_error_probability`), for one model, and for
+            data in the order that the scheme has.
+        order: What data points are ordered by, within buffers (`order_points`): "pixels" for a
+            projection of the data points, "surrogate" for the surrogate's outputs, or a function of
+            a batch. None keeps them as they come.
+        buffer_size: Data points that are ordered together.
+        bars: Trust in numbers (`calibrate_error_bars`).
+        follow: Regression points that are as far apart as each group's data points are: by their
+            "inputs", or by a function of a batch (features, or the one parameter that they differ
+            by). None keeps the code's.
+        redundancy: "code" leaves the redundant workers to the code; "doubtful" gives them copies of
+            those data points of each group that the surrogate is least certain of. None is
+            "doubtful" where the surrogate has a deviation (a learner does) and the code is NeRCC.
+        budget: With "doubtful", the mean number of workers for a group: groups with more
+            uncertainty get more, up to N. None is always N.
+
+    Raises:
+        ValueError: The order needs a surrogate that is not there, the redundancy cannot be placed,
+            or the code has no regression points to move.
     """
 
     code: AbstractCode
     surrogate: AbstractSurrogate | None = None
-    doubt: Doubt | None = None
+    error_probability: ErrorProbability | None = None
     order: Literal["pixels", "surrogate"] | Callable[[PyTree], PyTree] | None = eqx.field(
         default=None
     )
@@ -117,7 +128,7 @@ class Scheme(AbstractScheme):
             raise ValueError(f"follow must be 'inputs' or a function, not {self.follow!r}")
         if self.redundancy not in (None, "code", "doubtful"):
             raise ValueError(f"redundancy must be 'code' or 'doubtful', not {self.redundancy!r}")
-        told = self.surrogate is not None and self.surrogate.tells_deviation
+        told = self.surrogate is not None and self.surrogate.has_deviation
         if self.redundancy == "doubtful" and not told:
             raise ValueError("copies of what is doubtful need a surrogate that tells it: a learner")
         if self.budget is not None and not self.places_copies:
@@ -127,23 +138,25 @@ class Scheme(AbstractScheme):
 
     @property
     def places_copies(self) -> bool:
-        """Whether the redundant workers get copies of doubtful data points."""
+        """Return whether the redundant workers get copies of uncertain data points."""
         if self.redundancy is not None:
             return self.redundancy == "doubtful"
-        told = self.surrogate is not None and self.surrogate.tells_deviation
+        told = self.surrogate is not None and self.surrogate.has_deviation
         return told and has_points(self.code) and self.code.num_workers > self.code.num_data
 
     def arrange(self, x: PyTree[Shaped[ArrayLike, "points ..."]]) -> Int[Array, " points"]:
-        """The order in which these data points are coded: `x[order]` is cut into groups of K.
+        """Return the order in which data points are coded: `x[order]` is cut into groups of K.
 
-        What the surrogate and the doubt are fitted on must come in this order too. Raises:
-        ValueError as `order_points` does.
+        What the surrogate and the error probability are fitted on must come in this order, too.
+
+        Raises:
+            ValueError: As `order_points`.
         """
         cheap = None if self.surrogate is None else self.surrogate.outputs
         return self._arrange(jax.tree.map(jnp.asarray, x), cheap)
 
     def _arrange(self, x: PyTree, surrogate: Features | None) -> Int[Array, " points"]:
-        """`surrogate`: its outputs on x, or what makes them."""
+        """Return the order, given the surrogate's outputs on x or a function that makes them."""
         if self.order is None:
             return jnp.arange(len(jax.tree.leaves(x)[0]))
         features = None if isinstance(self.order, str) else self.order
@@ -151,13 +164,13 @@ class Scheme(AbstractScheme):
             features = surrogate
         return order_points(x, self.code.num_data, features=features, buffer_size=self.buffer_size)
 
-    def prepare(self, x: PyTree[Shaped[Array, "points ..."]]) -> Prepared:
-        """What is decided of data points (whole groups of K) before they are sent; pure."""
+    def prepare(self, x: PyTree[Shaped[Array, "points ..."]]) -> PreparedInputs:
+        """Decide order, points and copies for data points (whole groups of K); a pure function."""
         code, surrogate = self.code, self.surrogate
         own = None
         if surrogate is not None and self.order == "surrogate":
             own = surrogate.outputs(x)  # once, for the order and for the decoding
-        arranged = Prepared(self._arrange(x, own), own)
+        arranged = PreparedInputs(self._arrange(x, own), own)
         if self.follow is None and not self.places_copies:
             return arranged
         groups = self.groups(x, arranged)
@@ -173,11 +186,11 @@ class Scheme(AbstractScheme):
         busy = None
         if self.places_copies:
             assert surrogate is not None
-            deviation = surrogate.deviation_before(groups)
+            deviation = surrogate.prior_deviation(groups)
             holds, busy = copies_of_doubtful(deviation, code.num_workers, budget=self.budget)
             beta = jnp.take_along_axis(alpha, holds, axis=1)
         placed = GroupPoints(alpha, beta, exact=self.places_copies)
-        return Prepared(arranged.order, own, placed, busy)
+        return PreparedInputs(arranged.order, own, placed, busy)
 
     def infer(
         self,
@@ -185,48 +198,56 @@ class Scheme(AbstractScheme):
         x: PyTree[Shaped[Array, "points ..."]],
         available: Bool[Array, "groups num_workers"],
         known: Known,
-    ) -> Assessed:
-        """What `coded_inference` does with a scheme: a pure function of data points.
+    ) -> AssessedPredictions:
+        """Run the scheme on data points, as `coded_inference` does; a pure function.
 
-        Raises: ValueError where the surrogate's outputs are not like the model's.
+        Raises:
+            ValueError: The surrogate's outputs are not like the model's.
         """
         prepared = self.prepare(x)
         y = work(self.groups(x, prepared), self.encoders(prepared))
-        return self.conclude(x, prepared, y, available, known)
+        return self.decode(x, prepared, y, available, known)
 
-    def send(
+    def encode(
         self, x: PyTree[Shaped[Array, "points ..."]], encoder: ArrayLike | None
-    ) -> tuple[Prepared, PyTree[Float[Array, "groups num_workers ..."]]]:
-        """What is decided, and the coded data points; pure. `encoder` is the code's, as
-        `known_encoder` has it."""
+    ) -> tuple[PreparedInputs, PyTree[Float[Array, "groups num_workers ..."]]]:
+        """Return the decisions and the coded data points; a pure function.
+
+        Args:
+            x: Data points, whole groups of K.
+            encoder: The code's encoder matrix, if it is known (`known_encoder`).
+        """
         prepared = self.prepare(x)
         return prepared, self._coded(self.groups(x, prepared), prepared, encoder)
 
-    def _coded(self, groups: PyTree, prepared: Prepared, encoder: ArrayLike | None) -> PyTree:
+    def _coded(self, groups: PyTree, prepared: PreparedInputs, encoder: ArrayLike | None) -> PyTree:
         own = self.encoders(prepared)
         return encode_groups(self.code, groups, encoder if own is None else own)
 
-    def encoders(self, prepared: Prepared) -> Float[Array, "groups num_workers num_data"] | None:
-        """Each group's encoder, None where all have the code's."""
+    def encoders(
+        self, prepared: PreparedInputs
+    ) -> Float[Array, "groups num_workers num_data"] | None:
+        """Return each group's encoder; None where all have the code's."""
         return None if prepared.points is None else prepared.points.encoders(self.code)
 
-    def conclude(
+    def decode(
         self,
         x: PyTree[Shaped[Array, "points ..."]],
-        prepared: Prepared,
+        prepared: PreparedInputs,
         y: PyTree[Float[Array, "groups num_workers ..."]],
         available: Bool[Array, "groups num_workers"],
         known: Known,
-    ) -> Assessed:
-        """What these answers tell of the data points, back in the order in which they came; pure.
+    ) -> AssessedPredictions:
+        """Return predictions of the data points in the order in which they came; a pure function.
 
-        Raises: ValueError where the surrogate's outputs are not like the model's.
+        Raises:
+            ValueError: The surrogate's outputs are not like the model's.
         """
-        judged = self.judge(x, prepared, y, available, known)
+        judged = self.decode_sent(x, prepared, y, available, known)
         decoded, deviation = judged.decoded, judged.deviation
-        doubt = jnp.full(decoded.recovered.shape, jnp.nan, deviation.dtype)
-        if self.doubt is not None:
-            doubt = self.doubt(decoded.predictions, deviation, judged.cheap)
+        error_probability = jnp.full(decoded.recovered.shape, jnp.nan, deviation.dtype)
+        if self.error_probability is not None:
+            error_probability = self.error_probability(decoded.predictions, deviation, judged.cheap)
         points = len(prepared.order)
 
         def home(values: Array) -> Array:
@@ -235,41 +256,47 @@ class Scheme(AbstractScheme):
 
         predictions = judged.form.split(home(decoded.predictions))
         status = Decoded(predictions, decoded.heard, home(decoded.recovered))
-        return Assessed(status, home(deviation), home(doubt))
+        return AssessedPredictions(status, home(deviation), home(error_probability))
 
-    def judge(
+    def decode_sent(
         self,
         x: PyTree[Shaped[Array, "points ..."]],
-        prepared: Prepared,
+        prepared: PreparedInputs,
         y: PyTree[Float[Array, "groups num_workers ..."]],
         available: Bool[Array, "groups num_workers"],
         known: Known,
-    ) -> Judged:
-        """What these answers tell of the groups as they were sent; pure. Raises as `conclude`."""
+    ) -> SentPredictions:
+        """Return predictions of the groups as they were sent; a pure function.
+
+        Raises:
+            ValueError: As `decode`.
+        """
         code, surrogate = self.code, self.surrogate
         sent = self.groups(x, prepared)
         vectors, form = join(y, 2)
         available = available if prepared.busy is None else available & prepared.busy
         available, given = alike_only(sent, available, known.decoders)
-        expectation = None
+        prior = None
         if surrogate is not None:
             coded = self._coded(sent, prepared, known.encoder)
             own = None if prepared.own is None else self.groups(prepared.own, prepared)
-            expectation = surrogate.expect(sent, coded, own)
-            check_like(expectation.form, form)
+            prior = surrogate.group_prior(sent, coded, own)
+            check_like(prior.form, form)
         if prepared.points is None:
-            decoded, deviation = assess(code, surrogate, vectors, available, expectation, given)
+            decoded, deviation = decode_with_deviation(
+                code, surrogate, vectors, available, prior, given
+            )
         else:
             decoded, deviation = assess_each(
-                code, prepared.points, surrogate, vectors, available, expectation
+                code, prepared.points, surrogate, vectors, available, prior
             )
-        cheap = None if expectation is None else expectation.after(vectors, available).own
-        return Judged(decoded, deviation, cheap, form)
+        cheap = None if prior is None else prior.condition_on_available(vectors, available).own
+        return SentPredictions(decoded, deviation, cheap, form)
 
     def groups(
-        self, x: PyTree[Shaped[Array | np.ndarray, "points ..."]], prepared: Prepared
+        self, x: PyTree[Shaped[Array | np.ndarray, "points ..."]], prepared: PreparedInputs
     ) -> PyTree[Shaped[Array | np.ndarray, "groups num_data ..."]]:
-        """The data points, or what belongs to each, in their groups, as they are coded."""
+        """Return data points, or what belongs to each, in the groups in which they are coded."""
         return groups_of(jax.tree.map(lambda leaf: leaf[prepared.order], x), self.code.num_data)
 
 
@@ -279,13 +306,13 @@ def assess_each(
     surrogate: AbstractSurrogate | None,
     y: Float[Array, "groups num_workers m"],
     available: Bool[Array, "groups num_workers"],
-    expectation: AbstractExpectation | None,
+    prior: AbstractGroupPrior | None,
 ) -> tuple[Decoded, Float[Array, "groups num_data"]]:
-    """As `assess`, where each group has regression points of its own."""
+    """Decode groups that have regression points of their own, with their deviations."""
 
-    def of_group(own, y, available, expectation):
-        one = jax.tree.map(lambda leaf: leaf[None], (y, available, expectation))
-        found = assess(own.of(code), surrogate, *one)
+    def of_group(own, y, available, prior):
+        one = jax.tree.map(lambda leaf: leaf[None], (y, available, prior))
+        found = decode_with_deviation(own.of(code), surrogate, *one)
         return jax.tree.map(lambda leaf: leaf[0], found)
 
-    return jax.vmap(of_group)(points, y, available, expectation)
+    return jax.vmap(of_group)(points, y, available, prior)

@@ -35,7 +35,7 @@ from ..evaluation import agree_on_labels
 from ..pools._encoding import encode_on_host
 from ..pools._inference import shared_decoder
 from ..splines import smoothing_matrix_on_host
-from ._query_doubt import doubt_of, features_of
+from ._query_doubt import error_probability_from_answers, features_of
 
 # A spline's rows are one-hot to rounding.
 _ROUNDING = 1e-5
@@ -144,7 +144,7 @@ class Coder:
         found = self.look(values, mask, width)
         assert found.features is not None
         assert found.told is not None
-        doubt = doubt_of(found.features, found.told, weights)[:, self._order]
+        doubt = error_probability_from_answers(found.features, found.told, weights)[:, self._order]
         return found.predictions[:, self._order], found.recovered[self._order], doubt
 
     def look(

@@ -9,7 +9,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Shaped
 
 from ..codes import Form, join
 from ..evaluation import agree_on_labels, row_errors
-from ..risk import Doubt, features_of_doubt
+from ..risk import ErrorProbability, error_features
 from ..surrogates import AbstractLearner, AbstractSurrogate
 
 
@@ -36,7 +36,7 @@ class Known:
     """
 
     surrogate: AbstractSurrogate
-    doubt: Doubt | None
+    doubt: ErrorProbability | None
     factor: float
     limit: float
     tolerance: float
@@ -75,7 +75,7 @@ class Exam:
 
 def examine(
     surrogate: AbstractSurrogate,
-    doubt: Doubt | None,
+    doubt: ErrorProbability | None,
     x: Shaped[np.ndarray, "queries ..."],
     own: Float[np.ndarray, "queries m"],
     form: Form | None,
@@ -87,20 +87,22 @@ def examine(
 @eqx.filter_jit
 def _examined(
     surrogate: AbstractSurrogate,
-    doubt: Doubt | None,
+    doubt: ErrorProbability | None,
     x: Shaped[ArrayLike, "queries ..."],
     own: Float[ArrayLike, "queries m"],
     form: Form | None,
 ) -> tuple[Array, ...]:
     values, deviation, doubts = _judged(surrogate, doubt, x)
-    features = features_of_doubt(values, deviation, values, form)
+    features = error_features(values, deviation, values, form)
     other = ~agree_on_labels(values, own, form)
     return features, deviation, row_errors(values, own), other, doubts
 
 
 @eqx.filter_jit
 def _judged(
-    surrogate: AbstractSurrogate, doubt: Doubt | None, x: Shaped[ArrayLike, "queries ..."]
+    surrogate: AbstractSurrogate,
+    doubt: ErrorProbability | None,
+    x: Shaped[ArrayLike, "queries ..."],
 ) -> tuple[Float[Array, "queries m"], Float[Array, " queries"], Float[Array, " queries"]]:
     """A surrogate's outputs as vectors, its deviations, 1 where it tells none, and doubts."""
     x = jnp.asarray(x)
@@ -114,7 +116,7 @@ def _judged(
     return values, deviation, doubt(values, deviation, values)
 
 
-def _without_levels(doubt: Doubt | None) -> Doubt | None:
+def _without_levels(doubt: ErrorProbability | None) -> ErrorProbability | None:
     """Without its limits, whose number differs between calibrations: compiled once for all."""
     if doubt is None:
         return None

@@ -1,11 +1,12 @@
 """How likely the label of a decoded query is not the model's own.
 
-`calibrate_doubt` weighs a prediction's margin against its deviation, whose square is the product of
-how rough the path is (`AbstractCode.process_variance`) and of how much of that the answers leave
-open (`posterior_variance`). From the few answers of a small group the first is hardly known, and
-the second tells most, so here the regression weighs the three by themselves. Measured, K = 4 and
-N = 8 interleaved, at most 5 % of the stragglers' labels wrong: LeNet5 on MNIST sends 42 % of them
-again instead of 50 %, the tuned code on digits 19 % instead of 23 %, for 2 queries 5 instead of 25.
+`calibrate_error_probability` weighs a prediction's margin against its deviation, whose square is
+the product of how rough the path is (`AbstractCode.process_variance`) and of how much of that the
+answers leave open (`posterior_variance`). From the few answers of a small group the first is hardly
+known, and the second tells most, so here the regression weighs the three by themselves. Measured, K
+= 4 and N = 8 interleaved, at most 5 % of the stragglers' labels wrong: LeNet5 on MNIST sends 42 %
+of them again instead of 50 %, the tuned code on digits 19 % instead of 23 %, for 2 queries 5
+instead of 25.
 """
 
 import dataclasses
@@ -42,9 +43,9 @@ class QueryDoubt:
         """The largest doubt to answer at, so that this share of labels is wrong in the mean.
 
         Of all queries whose own worker straggles, those that are sent again included. Negative
-        where nothing may be answered, 1 where everything. As `Doubt.limit` does, it counts one more
-        wrong one than there were and two standard errors more, of as many as there are queries: a
-        single calibration errs, and should not err to the user's loss.
+        where nothing may be answered, 1 where everything. As `ErrorProbability.limit` does,
+        it counts one more wrong one than there were and two standard errors more, of as many as
+        there are queries: a single calibration errs, and should not err to the user's loss.
         """
         number = max(self.number, 1)
         share = (max_disagreement * (number + 1) - 1) / number
@@ -92,7 +93,7 @@ def features_of(
     return jnp.clip(features, -_LARGEST, _LARGEST).astype(predictions.dtype), told
 
 
-def doubt_of(
+def error_probability_from_answers(
     features: Float[np.ndarray, "rows num_data features"],
     told: Bool[np.ndarray, "rows num_data"],
     weights: Float[np.ndarray, " features"],
@@ -121,6 +122,6 @@ def calibrate(
     # A query is much the same under all sets: it counts as one in all, not as one in each.
     count = min(number / max(len(flat), 1), 1.0)
     weights = logistic_regression(flat, wrong[told][thin], count=count).astype(np.float32)
-    doubt = doubt_of(features, told, weights)
+    doubt = error_probability_from_answers(features, told, weights)
     least = np.min(np.where(wrong, doubt, np.inf), axis=1)
     return QueryDoubt(weights, np.sort(least[np.isfinite(least)]), doubt[:, -1], number)

@@ -21,16 +21,15 @@ from jaxtyping import ArrayLike, Float, Shaped
 
 from ..codes import Form
 from ..evaluation import agree_on_labels
-from ..risk import doubt_of_points
+from ..risk import fit_error_probability_of_points
 from ..surrogates import (
     AbstractLearner,
     AbstractSurrogate,
     ComponentLearner,
     Learner,
     LearnerTuning,
+    init_learner,
     principal_components,
-    start_learner,
-    tune_components,
     tune_learner,
 )
 from ._known import Exam, Known, examine
@@ -149,7 +148,7 @@ class Study:
         features = self._features
         if features is None and x[0].size > _FEATURES:
             features = principal_components(x, _FEATURES)
-        start = start_learner(
+        start = init_learner(
             x, own, features=features, capacity=self._capacity, kernel="squared_exponential"
         )
         self._surrogate, self._learned = tune_learner(start, _TUNING), len(x)
@@ -206,7 +205,9 @@ class Study:
         wanted, tolerance = self._goal.max_disagreement, self._goal.tolerance
         doubt, limit, share, promised = None, 1.0, 1.0, 0.0
         if wanted is not None:
-            doubt = doubt_of_points(features, np.zeros_like(other), other, self._form)
+            doubt = fit_error_probability_of_points(
+                features, np.zeros_like(other), other, self._form
+            )
             limit = doubt.limit(wanted)
             share = 1 - doubt.share(limit)
             promised = wanted / share if share > 0 else 0.0
@@ -229,9 +230,8 @@ def _tuned(learner: AbstractLearner) -> AbstractLearner:
     """Its kernels found anew on what it knows by now; the widths that somebody gave it stay as
     wide beside each other as they are."""
     kept = dataclasses.replace(_TUNING, widths="kept")
-    if isinstance(learner, ComponentLearner):
-        return tune_components(learner, kept)
-    return tune_learner(learner, kept) if isinstance(learner, Learner) else learner
+    own = isinstance(learner, Learner | ComponentLearner)
+    return tune_learner(learner, kept) if own else learner
 
 
 _agree = eqx.filter_jit(agree_on_labels)

@@ -1,57 +1,55 @@
 """Cheap models of the served one: fixed ones, and learners from past answers."""
 
-from ._components import ComponentLearner, fit_components, tune_components
-from ._fit_learner import (
-    LearnerCriterion,
-    LearnerTuning,
-    LeftOut,
-    fit_learner,
-    leave_one_out,
-    tune_learner,
-)
+from ._components import ComponentLearner
+from ._fit_learner import fit_learner, tune_learner
 from ._interface import (
-    AbstractExpectation,
+    AbstractGroupPrior,
     AbstractLearner,
     AbstractSurrogate,
-    Expected,
-    Outputs,
-    joined_outputs,
-    outputs_of,
+    FixedOutputs,
+    SurrogatePredictions,
+    fixed_outputs,
+    fixed_outputs_of_answers,
 )
 from ._kernels import Kernel
-from ._learner import Learner, start_learner
+from ._learner import Learner, init_learner
 from ._learner_files import learner_card, load_learner, save_learner
 from ._projection import Projection, principal_components
-from ._surrogate import Surrogate, assess, decode_with_surrogate, expect_points, fit_surrogate
+from ._surrogate import (
+    Surrogate,
+    decode_with_deviation,
+    decode_with_surrogate,
+    fit_surrogate,
+    group_prior_of_points,
+)
+from ._tune_kernel import LearnerCriterion, LearnerTuning, LeaveOneOut, leave_one_out
 
 __all__ = [
-    "AbstractExpectation",
+    "AbstractGroupPrior",
     "AbstractLearner",
     "AbstractSurrogate",
     "ComponentLearner",
-    "Expected",
+    "FixedOutputs",
     "Kernel",
     "Learner",
     "LearnerCriterion",
     "LearnerTuning",
-    "LeftOut",
-    "Outputs",
+    "LeaveOneOut",
     "Projection",
     "Surrogate",
-    "assess",
+    "SurrogatePredictions",
+    "decode_with_deviation",
     "decode_with_surrogate",
-    "expect_points",
-    "fit_components",
     "fit_learner",
     "fit_surrogate",
-    "joined_outputs",
+    "fixed_outputs",
+    "fixed_outputs_of_answers",
+    "group_prior_of_points",
+    "init_learner",
     "learner_card",
     "leave_one_out",
     "load_learner",
-    "outputs_of",
     "principal_components",
     "save_learner",
-    "start_learner",
-    "tune_components",
     "tune_learner",
 ]

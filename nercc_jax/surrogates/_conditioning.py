@@ -1,4 +1,4 @@
-"""A group's answers beside the window's: the posterior of data points given both."""
+"""Conditioning of a Gaussian process on a group's answers, after the window's pairs."""
 
 import equinox as eqx
 import jax
@@ -6,16 +6,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from ..codes import Form, multiply
-from ._interface import AbstractExpectation, Expected
+from ._interface import AbstractGroupPrior, SurrogatePredictions
 from ._kernels import root
 from ._whitening import factorize
 
 
-class Conditioned(AbstractExpectation):
-    """A Gaussian process on groups' data points and coded ones, in this order, after the window.
+class GaussianGroupPrior(AbstractGroupPrior):
+    """A Gaussian process on groups' data points and coded data points, in this order.
 
-    `covariance` and `noise` are in units of the process's variance, `unit` is its root in units of
-    the outputs: infinite where nothing is known of it.
+    Attributes:
+        mean: The means, given the window.
+        covariance: The covariances within each group, in units of the process's variance.
+        noise: The variance of the noise, in the same units.
+        unit: The process's standard deviation in units of the outputs; infinite where it is
+            unknown.
+        form: The structure of the outputs.
     """
 
     mean: Float[Array, "groups points m"]
@@ -24,28 +29,28 @@ class Conditioned(AbstractExpectation):
     unit: Float[Array, " groups"]
     form: Form = eqx.field(static=True)
 
-    def given(
+    def condition(
         self,
         y: Float[Array, "groups num_workers m"],
         heard: Bool[Array, "groups num_workers"],
-    ) -> Expected:
+    ) -> SurrogatePredictions:
         known, white = jax.vmap(whiten_group)(self.covariance, self.noise, heard)
-        return self.told(known, white, y, heard)
+        return self.condition_whitened(known, white, y, heard)
 
-    def told(
+    def condition_whitened(
         self,
         known: Float[Array, "groups num_workers points"],
         white: Float[Array, "groups num_workers num_workers"],
         y: Float[Array, "groups num_workers m"],
         heard: Bool[Array, "groups num_workers"],
-    ) -> Expected:
-        """As `given`, of groups that are whitened already (`whiten_group`)."""
-        mean, variance = jax.vmap(_told)(
+    ) -> SurrogatePredictions:
+        """Condition groups that are whitened already (`whiten_group`)."""
+        mean, variance = jax.vmap(_posterior)(
             self.mean, self.covariance, self.noise, known, white, y, heard
         )
         num_data = mean.shape[1] - y.shape[1]
         deviation = self.unit[:, None] * root(variance[:, :num_data])
-        return Expected(mean[:, :num_data], mean[:, num_data:], deviation)
+        return SurrogatePredictions(mean[:, :num_data], mean[:, num_data:], deviation)
 
 
 def whiten_group(
@@ -53,8 +58,10 @@ def whiten_group(
     noise: Float[Array, ""],
     heard: Bool[Array, " num_workers"],
 ) -> tuple[Float[Array, "num_workers points"], Float[Array, "num_workers num_workers"]]:
-    """With L the factor of the heard answers' covariances, L^-1 of their covariances with all
-    points, and L^-1."""
+    """Return L^-1 C and L^-1, with L the factor of the answers' covariances.
+
+    C are the covariances of the answers that came with all points of the group.
+    """
     num_workers = len(heard)
     cross = jnp.where(heard[:, None], covariance[-num_workers:], 0)
     own = jnp.where(heard, cross[:, -num_workers:], 0) + jnp.diag(jnp.where(heard, noise, 1))
@@ -64,7 +71,7 @@ def whiten_group(
     return both[:, : len(covariance)], both[:, len(covariance) :]
 
 
-def _told(
+def _posterior(
     mean: Float[Array, "points m"],
     covariance: Float[Array, "points points"],
     noise: Float[Array, ""],
@@ -73,7 +80,7 @@ def _told(
     y: Float[Array, "num_workers m"],
     heard: Bool[Array, " num_workers"],
 ) -> tuple[Float[Array, "points m"], Float[Array, " points"]]:
-    """One group's posterior mean and variance, noise included."""
+    """Return one group's posterior mean and variance, noise included."""
     residual = jnp.where(heard[:, None], y.astype(mean.dtype) - mean[-len(heard) :], 0)
     variance = jnp.maximum(jnp.diagonal(covariance) - jnp.sum(known**2, axis=0), 0) + noise
     return mean + multiply(known.T, multiply(white, residual)), variance

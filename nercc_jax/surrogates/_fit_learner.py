@@ -1,133 +1,54 @@
-"""A learner's kernel, found on what it already knows: by the errors of leaving each pair out.
-
-The error at a pair that is left out, and its variance, have a closed form (Rasmussen and Williams
-2006, equations 5.12):
-
-    y_i - mean_i = (A^-1 (r - c))_i / (A^-1)_ii,     variance_i = 1 / (A^-1)_ii,
-
-so one factor judges a kernel on all pairs, and gradients run through it. First a grid of widths and
-noises for each shape, then gradient descent from its best.
-"""
+"""Fitting of learners: kernels that are tuned on the learner's own window."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, Literal, TypeAlias, get_args
+from typing import TypeVar, overload
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
+from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Shaped
 
-from ..codes import Form, check_count, multiply
-from ..evaluation import labels_of
-from ._kernels import Kernel, Shape, check_shape
-from ._learner import Learner, start_learner
-from ._pairs import Function
-from ._whitening import whiten
+from ..codes import check_count, check_floats, join, multiply
+from ._components import ComponentLearner, split_outputs
+from ._kernels import Kernel
+from ._learner import Learner, init_learner
+from ._pairs import Function, one_row, pairs_of
+from ._tune_kernel import LearnerTuning, find_kernel, find_kernels
 
-LearnerCriterion: TypeAlias = Literal["density", "mse", "labels"]
-Widths: TypeAlias = Literal["one", "each", "kept"] | Sequence[int]
+L = TypeVar("L", bound=Learner | ComponentLearner)
 
-_NOISES = (1e-6, 1e-4, 1e-2)
-_WIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)  # times those of the kernel that is there
-_LEAST_LINEAR = 1e-6  # whose logarithm is walked on
-_SHARPNESS = 4.0  # of labels: outputs' spreads that make one label e times as likely
-_LEARNING_RATE = 0.1
-# Of how unlike logarithms of widths are, by pair: as if their deviation were expected to be 0.7. So
-# features that tell nothing by themselves are not told apart by chance (diabetes, ten features, 100
-# pairs: error by spread .52 with a width each and no price, .48 with one width for all).
-_PRICE = 1.0
+# A component with less of the variance is left to the rest: by its root, what is left out has an
+# error of a hundredth of the spread even where nothing is known of it.
+_LEAST_SHARE = 1e-4
 
 
-class LeftOut(eqx.Module):
-    """What a kernel makes of each pair when it is left out: prediction less answer, and variance in
-    units of the process's, noise included; 0 and 1 where the window is not filled."""
-
-    errors: Float[Array, "rows m"]
-    variance: Float[Array, " rows"]
-
-
-def leave_one_out(
-    kernel: Kernel,
-    inputs: Float[Array, "rows features"],
-    residuals: Float[Array, "rows m"],
-    filled: Bool[Array, " rows"],
-) -> LeftOut:
-    """The errors of leaving each pair out; differentiable in the kernel."""
-    count = jnp.maximum(jnp.sum(filled), 1)
-    centred = jnp.where(filled[:, None], residuals - jnp.sum(residuals, axis=0) / count, 0)
-    eye = jnp.eye(len(filled), dtype=bool)
-    covariance = jnp.where(filled[:, None] & filled, kernel(inputs, inputs), 0)
-    diagonal = jnp.where(filled, kernel.variance(inputs) + kernel.noise, 1)
-    weights, precision = _weighed(jnp.where(eye, diagonal, covariance), centred)
-    return LeftOut(-weights / precision[:, None], 1 / precision)
+@overload
+def fit_learner(
+    x: PyTree[Shaped[ArrayLike, "pairs ..."]],
+    y: PyTree[Float[ArrayLike, "pairs ..."]],
+    *,
+    capacity: int = ...,
+    components: None = None,
+    features: Function | None = ...,
+    prior: Function | None = ...,
+    version: str = ...,
+    tuning: LearnerTuning = ...,
+) -> Learner: ...
 
 
-@jax.custom_jvp
-def _weighed(
-    covariance: Float[Array, "rows rows"], residuals: Float[Array, "rows m"]
-) -> tuple[Float[Array, "rows m"], Float[Array, " rows"]]:
-    """A^-1 R, and the diagonal of A^-1."""
-    whitening, _ = whiten(covariance)
-    weights = multiply(whitening.T, multiply(whitening, residuals))
-    return weights, jnp.sum(whitening**2, axis=0)
-
-
-@_weighed.defjvp
-def _(primals, tangents):
-    """P (dR - dA P R) and the diagonal of -P dA P, P = A^-1: by products, where the derivative of
-    the factor takes solutions one after the other."""
-    whitening, _ = whiten(primals[0])
-    inverse = multiply(whitening.T, whitening)
-    weights = multiply(whitening.T, multiply(whitening, primals[1]))
-    change, along = tangents
-    step = multiply(inverse, along - multiply(change, weights))
-    diagonal = -jnp.sum(multiply(inverse, change) * inverse, axis=1)
-    return (weights, jnp.sum(whitening**2, axis=0)), (step, diagonal)
-
-
-@dataclasses.dataclass(frozen=True)
-class LearnerTuning:
-    """How a learner's kernel is found on its own window.
-
-    - `criterion`: "density", the log predictive density, which is right about deviations too;
-      "mse", the squared error; "labels", the log loss of the largest output's place.
-    - `shapes`: the kernels to choose from. `linear`: with a straight line beside them.
-    - `widths`: "one" for all features, "each" its own, or for each feature which one it has. Where
-      features share one, their units are either their own spreads or all the same. "kept": as the
-      kernel has them, for a learner that was tuned before and knows more by now.
-    - `steps` of gradient descent from the best of a grid; 0 leaves it at that.
-    - `rows`: judged on so many pairs, evenly from the window; the time grows with their cube.
-    - `least_noise`: no kernel has less, in units of the process's variance. None: a unit in the
-      last place of 1 for each row of the window, which is what roundings of its covariances may add
-      up to (1e-4 for 1,024 rows in float32). With less, predictions of a function that is known
-      almost to rounding are rounding, by as much as the kernel has it, and grow as a window turns.
-
-    Raises: ValueError for an unknown criterion or shape, widths by an unknown name, fewer than
-    three rows, a least noise that is not positive.
-    """
-
-    criterion: LearnerCriterion = "density"
-    shapes: Sequence[Shape] = ("squared_exponential", "matern52")
-    widths: Widths = "each"
-    linear: bool = True
-    steps: int = 60
-    rows: int = 512
-    least_noise: float | None = None
-
-    def __post_init__(self):
-        if self.criterion not in get_args(LearnerCriterion):
-            known = ", ".join(get_args(LearnerCriterion))
-            raise ValueError(f"criterion must be one of {known}, not {self.criterion!r}")
-        for shape in self.shapes:
-            check_shape(shape)
-        if isinstance(self.widths, str) and self.widths not in ("one", "each", "kept"):
-            raise ValueError(f"widths must be 'one', 'each', 'kept' or groups, not {self.widths!r}")
-        check_count("steps", self.steps, 0)
-        check_count("rows", self.rows, 3)
-        if self.least_noise is not None and not 0 < self.least_noise < 1:
-            raise ValueError(f"least_noise must be between 0 and 1, not {self.least_noise}")
+@overload
+def fit_learner(
+    x: PyTree[Shaped[ArrayLike, "pairs ..."]],
+    y: PyTree[Float[ArrayLike, "pairs ..."]],
+    *,
+    capacity: int = ...,
+    components: int,
+    features: Function | None = ...,
+    prior: Function | None = ...,
+    version: str = ...,
+    tuning: LearnerTuning = ...,
+) -> ComponentLearner: ...
 
 
 def fit_learner(
@@ -135,12 +56,15 @@ def fit_learner(
     y: PyTree[Float[ArrayLike, "pairs ..."]],
     *,
     capacity: int = 1024,
+    components: int | None = None,
     features: Function | None = None,
     prior: Function | None = None,
     version: str = "",
-    tuning: LearnerTuning = LearnerTuning(),
-) -> Learner:
-    """A learner of these pairs, its kernel tuned on them: `start_learner`, then `tune_learner`.
+    tuning: LearnerTuning = LearnerTuning(),  # noqa: B008, it is frozen
+) -> Learner | ComponentLearner:
+    """Make a learner of pairs, with its kernels tuned on them.
+
+    This is `init_learner`, then `tune_learner`.
 
     >>> import jax.numpy as jnp
     >>> from nercc_jax.surrogates import fit_learner
@@ -149,267 +73,121 @@ def fit_learner(
     >>> mean, deviation = learner.predict(jnp.array([[0.33]]))
     >>> bool(abs(mean - jnp.sin(0.99)) < 0.01)
     True
+
+    Args:
+        x: Inputs.
+        y: Answers.
+        capacity: The most pairs that the learner holds; then the oldest are replaced.
+        components: A number of principal components of the outputs, each with a kernel of its own
+            (`ComponentLearner`); there may be fewer. Default: one kernel for all outputs. Which is
+            better depends on the function.
+        features: A function of a batch that returns what inputs are compared by. Default: their
+            floats.
+        prior: A function of a batch that returns the mean before any answer. Default: none.
+        version: The model version of the answers.
+        tuning: How the kernels are tuned. With components all have one shape.
+
+    Raises:
+        ValueError: As `init_learner` and `tune_learner`; or with components, tuning is by labels,
+            their number is not positive, or there is one output or all are alike.
     """
-    learner = start_learner(
-        x, y, capacity=capacity, features=features, prior=prior, version=version
+    if components is None:
+        learner = init_learner(
+            x, y, capacity=capacity, features=features, prior=prior, version=version
+        )
+        return tune_learner(learner, tuning)
+    check_count("components", components)
+    _check_criterion(tuning)
+    x, y = jax.tree.map(jnp.asarray, (x, y))
+    check_floats("y", y)
+    form = join(one_row(y), 1)[1]
+    z, r, _, known = pairs_of(features, prior, form, x, y)
+    z, r = z[known], r[known]
+    directions = _directions(np.asarray(r, np.float64), components)
+    along, left = split_outputs(r, directions)
+    rest = init_learner(z, left, capacity=capacity, version=version)
+    own = eqx.filter_vmap(
+        lambda t: init_learner(z, t[:, None], capacity=capacity, kernel=rest.kernel), in_axes=1
+    )(along)
+    learner = ComponentLearner(
+        features=features,
+        prior=prior,
+        directions=directions,
+        own=own,
+        rest=rest,
+        theta=rest.theta,
+        kappa=rest.kappa,
+        form=form,
     )
     return tune_learner(learner, tuning)
 
 
 def tune_learner(
-    learner: Learner,
-    tuning: LearnerTuning = LearnerTuning(),
-) -> Learner:
-    """The same learner with the kernel that does best on its own window, each pair left out.
+    learner: L,
+    tuning: LearnerTuning = LearnerTuning(),  # noqa: B008, it is frozen
+) -> L:
+    """Return the same learner with the kernels that do best on its own window.
 
-    Its `scale` becomes the one with which squared errors are, in the mean, what deviations say. It
-    is not for inside jit: choosing is not traced. Compiled once for a kernel's size and for the
-    next power of two of the pairs.
+    Each pair is predicted by the others.
 
-    Raises: ValueError for widths that do not fit the features, fewer than three pairs.
+    Its `scale` becomes the one with which squared errors are, in the mean, what deviations say. The
+    choice is not traced, so this does not run inside jit. It is compiled once for a kernel's size
+    and for the next power of two of the pairs. A component learner keeps its directions.
+
+    Raises:
+        ValueError: The widths do not fit the features, there are fewer than three pairs, or a
+            component learner is tuned by labels.
     """
-    pairs = np.flatnonzero(np.asarray(learner.filled))
-    return learner.with_kernel(*find_kernel(learner, learner.kernel, pairs, tuning))
+    if isinstance(learner, Learner):
+        pairs = np.flatnonzero(np.asarray(learner.filled))
+        return learner.with_kernel(*find_kernel(learner, learner.kernel, pairs, tuning))
+    _check_criterion(tuning)
+    rest, own = learner.rest, learner.own
+    pairs = np.flatnonzero(np.asarray(rest.filled))
+    if tuning.widths == "kept":
+        return _tuned_from(learner, own.kernel, rest.kernel, pairs, tuning)
+    # All start from the kernel that does best for all outputs together, and need half as far.
+    along = multiply(own.residuals[..., 0].T, learner.directions.T)
+    whole = eqx.tree_at(lambda one: one.residuals, rest, rest.residuals + along)
+    kernel, _ = find_kernel(whole, whole.kernel, pairs, tuning)
+    number = learner.directions.shape[1]
+    starts = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (number, *leaf.shape)), kernel)
+    near = dataclasses.replace(tuning, steps=tuning.steps // 2)
+    return _tuned_from(learner, starts, kernel, pairs, near)
 
 
-def find_kernel(
-    learner: Learner, start: Kernel, pairs: Int[np.ndarray, " pairs"], tuning: LearnerTuning
-) -> tuple[Kernel, Float[Array, ""]]:
-    """The kernel that does best on these rows of the window, and its scale: see `tune_learner`.
-
-    The grid has widths by those of `start`."""
-    known, least = _known(learner, pairs, tuning)
-    starts = [
-        _regrouped(kernel, shape, tuning)
-        for kernel in _with_units(start, tuning.widths)
-        for shape in tuning.shapes
-    ]
-    found = [_tuned(each, known, tuning.criterion, tuning.steps, least) for each in starts]
-    best = int(np.argmin([float(jnp.nan_to_num(value, nan=np.inf)) for value, *_ in found]))
-    return found[best][1:]
-
-
-def find_kernels(
-    learners: Learner, starts: Kernel, pairs: Int[np.ndarray, " pairs"], tuning: LearnerTuning
-) -> tuple[Kernel, Float[Array, " learners"]]:
-    """As `find_kernel` for learners side by side (arrays with a first axis of them) of the same
-    inputs: kernels of the shape and the groups of their `starts`, whose widths the grid goes by."""
-    own, least = eqx.filter_vmap(lambda one: _known(one, pairs, tuning))(learners)
-    return _each_tuned(starts, own, tuning.criterion, tuning.steps, least)
-
-
-@eqx.filter_jit
-def _each_tuned(
-    starts: Kernel, known: "_Known", criterion: LearnerCriterion, steps: int, least: Array
-) -> tuple[Kernel, Array]:
-    return eqx.filter_vmap(lambda start, own, few: _tuned(start, own, criterion, steps, few)[1:])(
-        starts, known, least
-    )
-
-
-def _known(
-    learner: Learner, pairs: Int[np.ndarray, " pairs"], tuning: LearnerTuning
-) -> tuple["_Known", Float[Array, ""]]:
-    """The pairs to tune on, and the least noise. Raises: ValueError for fewer than three."""
-    if len(pairs) < 3:
-        raise ValueError(f"{len(pairs)} pairs tell nothing of a kernel: three at least")
-    number = min(tuning.rows, len(pairs))
-    chosen = pairs[np.linspace(0, len(pairs) - 1, number).round().astype(int)]
-    size = min(tuning.rows, 1 << (number - 1).bit_length())
-    order = np.resize(chosen, size)
-    known = _Known(
-        learner.inputs[order],
-        learner.residuals[order],
-        None if learner.priors is None else learner.priors[order],
-        jnp.arange(size) < number,
-        learner.form,
-    )
-    least = tuning.least_noise
-    dtype = learner.kernel.noise.dtype
-    if least is None:
-        least = learner.capacity * jnp.finfo(dtype).eps
-    return known, jnp.asarray(least, dtype)
-
-
-class _Known(eqx.Module):
-    """Pairs to tune on, as a learner's window has them."""
-
-    inputs: Float[Array, "rows features"]
-    residuals: Float[Array, "rows m"]
-    priors: Float[Array, "rows m"] | None
-    filled: Bool[Array, " rows"]
-    form: Form = eqx.field(static=True)
-
-
-def _with_units(kernel: Kernel, widths: Widths) -> list[Kernel]:
-    """The kernel with its own units, and with one for all features that share a width.
-
-    By the spread of each, a pixel at the edge that hardly ever varies counts as much as one in the
-    middle (64 pixels of digits, 138 pairs: error by spread .37, .30 with one unit); numbers of
-    different kinds need it. What is better is seen."""
-    groups, unit = _groups(kernel, widths), np.asarray(kernel.unit, np.float64)
-    counts = np.maximum(np.bincount(groups), 1)
-    one = np.sqrt(np.bincount(groups, unit**2) / counts)[groups]
-    if np.allclose(one, unit, rtol=1e-5):
-        return [kernel]
-    return [kernel, eqx.tree_at(lambda k: k.unit, kernel, jnp.asarray(one, kernel.unit.dtype))]
-
-
-def _groups(kernel: Kernel, widths: Widths) -> Int[np.ndarray, " features"]:
-    """Which width each feature has. Raises: ValueError for groups that do not fit."""
-    features = len(kernel.centre)
-    if widths == "kept":
-        return np.asarray(kernel.groups)
-    if isinstance(widths, str):
-        return np.zeros(features, int) if widths == "one" else np.arange(features)
-    groups = np.asarray(widths, int)
-    if groups.shape != (features,) or (features and groups.min() < 0):
-        raise ValueError(f"widths must group {features} features by 0, 1, ..., not {widths}")
-    return groups
-
-
-def _regrouped(kernel: Kernel, shape: Shape, tuning: LearnerTuning) -> Kernel:
-    """The kernel to start from: of this shape, with these groups of widths."""
-    groups = _groups(kernel, tuning.widths)
-    each = np.log(np.asarray(kernel.widths, np.float64))[np.asarray(kernel.groups)]
-    number = int(groups.max(initial=0)) + 1
-    counts = np.maximum(np.bincount(groups, minlength=number), 1)
-    means = np.exp(np.bincount(groups, each, minlength=number) / counts)
-    least = 0.0 if tuning.widths == "kept" else 0.1
-    return Kernel(
-        shape,
-        centre=kernel.centre,
-        unit=kernel.unit,
-        widths=means,
-        groups=groups,
-        linear=max(float(kernel.linear), least) if tuning.linear else 0.0,
-        noise=kernel.noise,
-    )
-
-
-@eqx.filter_jit
-def _tuned(
+def _tuned_from(
+    learner: ComponentLearner,
+    starts: Kernel,
     start: Kernel,
-    known: _Known,
-    criterion: LearnerCriterion,
-    steps: int,
-    least_noise: Float[Array, ""],
-) -> tuple[Array, Kernel, Array]:
-    """The best objective that was seen, its kernel, and the scale that its errors ask for."""
-    inputs, residuals, mask = known.inputs, known.residuals, known.filled
-    outputs = residuals if known.priors is None else residuals + known.priors
-
-    def judge(free: dict[str, Array]) -> Array:
-        out = leave_one_out(_kernel(start, free, least_noise), inputs, residuals, mask)
-        unlike = jnp.sum((free["widths"] - jnp.mean(free["widths"])) ** 2)
-        price = _PRICE * unlike / jnp.maximum(jnp.sum(mask), 1)
-        if criterion == "labels":
-            loss = _log_loss(out.errors, outputs, mask, known.form, jnp.exp(free["sharpness"]))
-        else:
-            loss = _density(out, residuals, mask) if criterion == "density" else _mse(out, mask)
-        return loss + price
-
-    first = _free(start)
-    grid = [
-        first
-        | {
-            "widths": first["widths"] + np.log(width),
-            "noise": jnp.full_like(first["noise"], np.log(noise)),
-        }
-        for width in _WIDTHS
-        for noise in _NOISES
-    ]
-    grid.append(first)  # as it is: what was tuned before is not lost
-    candidates = jax.tree.map(lambda *leaves: jnp.stack(leaves), *grid)
-    values = jax.lax.map(judge, candidates)
-    place = jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))
-    state = jax.tree.map(lambda leaf: leaf[place], candidates), values[place]
-    best, value = _descend(judge, *state, steps)
-    kernel = _kernel(start, best, least_noise)
-    out = leave_one_out(kernel, inputs, residuals, mask)
-    spread = jnp.maximum(_variance(residuals, mask), jnp.finfo(inputs.dtype).tiny)
-    square = jnp.mean(out.errors**2, axis=1) / out.variance
-    return value, kernel, jnp.sqrt(jnp.mean(square, where=mask) / spread)
+    pairs: Int[np.ndarray, " pairs"],
+    tuning: LearnerTuning,
+) -> ComponentLearner:
+    """Return the learner with tuned kernels of the shapes of these starts."""
+    own, rest = learner.own, learner.rest
+    found = find_kernels(own, starts, pairs, tuning)
+    own = eqx.filter_vmap(lambda one, kernel, scale: one.with_kernel(kernel, scale))(own, *found)
+    alike = dataclasses.replace(tuning, shapes=(start.shape,))
+    rest = rest.with_kernel(*find_kernel(rest, start, pairs, alike))
+    return eqx.tree_at(lambda one: (one.own, one.rest), learner, (own, rest))
 
 
-def _descend(judge: Any, start: PyTree, value: Array, steps: int) -> tuple[PyTree, Array]:
-    """The best parameters of so many steps, and what they were judged.
-
-    Not by `tuning`'s descent, which compiles its step for each call: windows change, and their
-    kernels are tuned again and again.
-    """
-    if steps == 0:
-        return start, value
-    import optax  # late: workers import this file, and tune nothing
-
-    schedule = optax.cosine_decay_schedule(_LEARNING_RATE, steps)
-    optimizer = optax.apply_if_finite(optax.adam(schedule), max_consecutive_errors=steps)
-
-    def step(state, _):
-        here, moments, best, least = state
-        found, slopes = jax.value_and_grad(judge)(here)
-        better = found < least
-        best = jax.tree.map(lambda new, old: jnp.where(better, new, old), here, best)
-        updates, moments = optimizer.update(slopes, moments, here)
-        here = optax.apply_updates(here, updates)
-        return (here, moments, best, jnp.where(better, found, least)), None
-
-    state = (start, optimizer.init(start), start, value)
-    (_, _, best, least), _ = jax.lax.scan(step, state, None, length=steps)
-    return best, least
+def _check_criterion(tuning: LearnerTuning) -> None:
+    if tuning.criterion == "labels":
+        raise ValueError("a component of the outputs has no labels: tune by 'density' or 'mse'")
 
 
-def _free(kernel: Kernel) -> dict[str, Array]:
-    """The kernel's numbers as what gradient descent walks on."""
-    return {
-        "widths": jnp.log(kernel.widths),
-        "noise": jnp.log(kernel.noise),
-        "linear": jnp.log(kernel.linear + _LEAST_LINEAR),
-        "sharpness": jnp.full((), np.log(_SHARPNESS), kernel.noise.dtype),
-    }
-
-
-def _kernel(start: Kernel, free: dict[str, Array], least_noise: Array) -> Kernel:
-    """The kernel with these numbers; one without a linear part keeps none."""
-    linear = jnp.where(start.linear > 0, jnp.exp(free["linear"]), 0)
-    noise = jnp.exp(free["noise"]) + least_noise
-    return eqx.tree_at(
-        lambda kernel: (kernel.widths, kernel.linear, kernel.noise),
-        start,
-        (jnp.exp(free["widths"]), linear, noise),
-    )
-
-
-def _variance(residuals: Array, mask: Array) -> Array:
-    """The variance of all residuals about their own outputs' means."""
-    count = jnp.maximum(jnp.sum(mask), 1)
-    mean = jnp.sum(residuals, axis=0, where=mask[:, None]) / count
-    return jnp.sum(jnp.where(mask[:, None], (residuals - mean) ** 2, 0)) / residuals[0].size / count
-
-
-def _mse(out: LeftOut, mask: Array) -> Array:
-    return jnp.log(jnp.mean(jnp.mean(out.errors**2, axis=1), where=mask))
-
-
-def _density(out: LeftOut, residuals: Array, mask: Array) -> Array:
-    """Minus the log predictive density, its process variance the best there is, but for constants;
-    for all outputs one."""
-    spread = jnp.maximum(_variance(residuals, mask), jnp.finfo(residuals.dtype).tiny)
-    square = jnp.mean(out.errors**2, axis=1) / out.variance / spread
-    return jnp.log(jnp.mean(square, where=mask)) + jnp.mean(jnp.log(out.variance), where=mask)
-
-
-def _log_loss(
-    errors: Array, outputs: Array, mask: Array, form: Form, sharpness: Array
-) -> Float[Array, ""]:
-    """How unlikely the answers' own labels are, by a softmax of what is predicted."""
-    spread = jnp.sqrt(_variance(outputs, mask))
-    losses = []
-    predicted, wanted = form.split((outputs + errors) / spread), form.split(outputs)
-    labels = labels_of(wanted, 1)
-    for part, label in zip(jax.tree.leaves(predicted), jax.tree.leaves(labels), strict=True):
-        part = part if part.ndim > 1 else part[:, None]
-        likely = jax.nn.log_softmax(sharpness * part, axis=-1)
-        found = jnp.take_along_axis(likely, label[..., None], axis=-1)[..., 0]
-        losses.append(-jnp.mean(found.reshape(len(found), -1), axis=1))
-    return jnp.mean(jnp.mean(jnp.stack(losses), axis=0), where=mask)
+def _directions(
+    residuals: Float[np.ndarray, "pairs m"], number: int
+) -> Float[Array, "m components"]:
+    """Return the first principal components of the residuals, but for the last of all."""
+    centred = residuals - residuals.mean(axis=0, keepdims=True)
+    _, sizes, directions = np.linalg.svd(centred, full_matrices=False)
+    enough = sizes**2 > _LEAST_SHARE * np.sum(sizes**2)
+    count = min(number, int(enough.sum()), residuals.shape[1] - 1)
+    if count < 1:
+        raise ValueError(
+            f"outputs of {residuals.shape[1]} numbers that are alike or alone have no components: "
+            "use `fit_learner`"
+        )
+    return jnp.asarray(directions[:count].T, jnp.float32)

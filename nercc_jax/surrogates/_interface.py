@@ -1,4 +1,8 @@
-"""What decoding asks of a surrogate, whatever it is: a fixed model, or a learner."""
+"""The interface of surrogates: fixed models and learners alike.
+
+Decoding asks a surrogate for a prior of each group (`group_prior`), and conditions it on the
+answers that came.
+"""
 
 import abc
 from typing import TypeVar
@@ -15,10 +19,14 @@ from ..inference import Model
 L = TypeVar("L", bound="AbstractLearner")
 
 
-class Expected(eqx.Module):
-    """A surrogate's outputs on data points and on coded ones, and how far it says it may be off.
+class SurrogatePredictions(eqx.Module):
+    """A surrogate's outputs on data points and on coded data points.
 
-    `deviation` is of data points, in units of the outputs; None for one that does not tell.
+    Attributes:
+        own: Outputs on the data points.
+        coded: Outputs on the coded data points.
+        deviation: Standard deviations on the data points, in units of the outputs; None for a
+            surrogate that has none.
     """
 
     own: Float[Array, "groups num_data m"]
@@ -26,74 +34,89 @@ class Expected(eqx.Module):
     deviation: Float[Array, "groups num_data"] | None = None
 
 
-class AbstractExpectation(eqx.Module):
-    """What a surrogate makes of groups before their answers come; made once for all straggler sets.
+class AbstractGroupPrior(eqx.Module):
+    """A surrogate's knowledge of groups before their answers come.
 
-    All its arrays have a first axis of groups. `form` is its outputs', which must be the model's.
+    It is made once for all straggler sets. All its arrays have a first axis of groups. `form` is
+    the structure of its outputs, which must be the model's.
     """
 
     form: eqx.AbstractVar[Form]
 
     @abc.abstractmethod
-    def given(
+    def condition(
         self,
         y: Float[Array, "groups num_workers m"],
         heard: Bool[Array, "groups num_workers"],
-    ) -> Expected:
-        """What it makes of them after these answers; of those that are not heard only the shape
-        counts, but all must be finite."""
+    ) -> SurrogatePredictions:
+        """Return the surrogate's predictions after these answers.
 
-    def after(
+        Args:
+            y: Answers as vectors, all of which must be finite; those of workers that did not answer
+                are not used.
+            heard: Which workers answered.
+        """
+
+    def condition_on_available(
         self,
         y: Float[Array, "groups num_workers m"],
         available: Bool[Array, "groups num_workers"],
-    ) -> Expected:
-        """As `given`, with answers that may be broken: then their workers are stragglers."""
+    ) -> SurrogatePredictions:
+        """Return the predictions after answers; the workers of broken ones are stragglers."""
         heard = available & jnp.all(jnp.isfinite(y), axis=-1)
-        return self.given(jnp.where(heard[..., None], y, 0), heard)
+        return self.condition(jnp.where(heard[..., None], y, 0), heard)
 
 
 class AbstractSurrogate(eqx.Module):
-    """What is known of the model's outputs beside a group's answers, and how far to trust it.
+    """A cheap model of the served one, and how far it is trusted against a code.
 
-    `theta` is the share of it that is taken off the answers, `kappa` the shrinkage of what is then
-    decoded, by posterior variance: see `decode_with_surrogate`. Both are leaves, 0 or positive.
+    Attributes:
+        theta: The share of its outputs that is subtracted from the answers before they are decoded,
+            0 or positive.
+        kappa: The shrinkage of what is decoded, by posterior variance, 0 or positive: see
+            `decode_with_surrogate`.
     """
 
     theta: eqx.AbstractVar[Float[Array, ""]]
     kappa: eqx.AbstractVar[Float[Array, ""]]
 
     @property
-    def tells_deviation(self) -> bool:
-        """Whether it says, before any answer, how far it may be off."""
+    def has_deviation(self) -> bool:
+        """Return whether its predictions have a deviation before any answer."""
         return False
 
-    def deviation_before(
+    def prior_deviation(
         self, x: PyTree[Shaped[Array, "groups num_data ..."]]
     ) -> Float[Array, "groups num_data"]:
-        """How far it may be off on data points, before any of their groups' answers.
+        """Return the deviations on data points before any of their groups' answers.
 
-        Raises: ValueError for one that does not tell (`tells_deviation`)."""
+        Raises:
+            ValueError: It has none (`has_deviation`).
+        """
         raise ValueError(f"{type(self).__name__} does not say how far it may be off")
 
     @abc.abstractmethod
     def outputs(self, x: PyTree[Shaped[Array, "points ..."]]) -> PyTree[Float[Array, "points ..."]]:
-        """What it makes of a batch of data points, by itself: in the model's outputs' form."""
+        """Return its outputs on a batch of data points, in the structure of the model's outputs."""
 
     @abc.abstractmethod
-    def expect(
+    def group_prior(
         self,
         x: PyTree[Shaped[Array, "groups num_data ..."]],
         coded: PyTree[Shaped[Array, "groups num_workers ..."]],
         own: PyTree[Float[Array, "groups num_data ..."]] | None = None,
-    ) -> AbstractExpectation:
-        """What it makes of groups of data points and of their coded ones.
+    ) -> AbstractGroupPrior:
+        """Return its knowledge of groups of data points and of their coded data points.
 
-        `own`: its `outputs` on the data points, where they are there already."""
+        Args:
+            x: Data points.
+            coded: Coded data points.
+            own: Its `outputs` on the data points, where they are known already.
+        """
 
 
 class AbstractLearner(AbstractSurrogate):
-    """A surrogate that learned from past answers, and so tells how far it may be off."""
+    """A surrogate that learned from past answers, and so knows how far it may be off."""
 
     @abc.abstractmethod
     def update(
@@ -104,27 +127,34 @@ class AbstractLearner(AbstractSurrogate):
         *,
         version: str | None = None,
     ) -> L:
-        """The learner that knows these pairs, too, in place of its oldest.
+        """Return the learner that knows these pairs, too, in place of its oldest ones.
 
-        `observed` masks them: what is not observed, or is not finite, is left out, whatever its
-        value. Coded data points with their answers are pairs like any other. Shapes say what is
-        compiled, not how many are observed.
+        Coded data points with their answers are pairs like any other. The shapes decide what is
+        compiled, not the number of observed pairs.
 
-        Raises: ValueError where `version` is another than the learner's, and where x and y are not
-        like what the learner holds.
+        Args:
+            x: Inputs.
+            y: Answers.
+            observed: Which pairs to learn from. Those that are not, or are not finite, are left
+                out, whatever their values.
+            version: The model version of the answers; not checked unless given.
+
+        Raises:
+            ValueError: `version` is another than the learner's, or x and y are not like what it
+                holds.
         """
 
     @abc.abstractmethod
     def predict(
         self, x: PyTree[Shaped[ArrayLike, "points ..."]]
     ) -> tuple[PyTree[Float[Array, "points ..."]], Float[Array, " points"]]:
-        """The mean, in the model's outputs' form, and the standard deviation of each data point."""
+        """Return the mean, in the structure of the model's outputs, and each point's deviation."""
 
     @property
-    def tells_deviation(self) -> bool:
+    def has_deviation(self) -> bool:
         return True
 
-    def deviation_before(
+    def prior_deviation(
         self, x: PyTree[Shaped[Array, "groups num_data ..."]]
     ) -> Float[Array, "groups num_data"]:
         return outputs_of_groups(lambda points: self.predict(points)[1], x)
@@ -133,23 +163,23 @@ class AbstractLearner(AbstractSurrogate):
         return self.predict(x)[0]
 
 
-class Outputs(AbstractExpectation):
-    """Outputs of a fixed model: no answer changes them."""
+class FixedOutputs(AbstractGroupPrior):
+    """Outputs of a fixed model, which no answer changes."""
 
     own: Float[Array, "groups num_data m"]
     coded: Float[Array, "groups num_workers m"]
     form: Form = eqx.field(static=True)
 
-    def given(
+    def condition(
         self,
         y: Float[Array, "groups num_workers m"],
         heard: Bool[Array, "groups num_workers"],
-    ) -> Expected:
-        return Expected(self.own, self.coded)
+    ) -> SurrogatePredictions:
+        return SurrogatePredictions(self.own, self.coded)
 
 
 def check_like(cheap: Form, own: Form) -> None:
-    """Raises: ValueError where a surrogate's outputs are not like the model's."""
+    """Raise ValueError where a surrogate's outputs are not like the model's."""
     if (cheap.structure, cheap.shapes) != (own.structure, own.shapes):
         theirs, ours = (jax.tree.unflatten(form.structure, form.shapes) for form in (cheap, own))
         raise ValueError(f"the surrogate gives outputs {theirs}, the model {ours}")
@@ -158,18 +188,18 @@ def check_like(cheap: Form, own: Form) -> None:
 def outputs_of_groups(
     model: Model, groups: PyTree[Shaped[Array, "groups size ..."]]
 ) -> PyTree[Float[Array, "groups size ..."]]:
-    """A model of batches on groups of data points."""
+    """Return the outputs of a model of batches on groups of data points."""
     shape = jax.tree.leaves(groups)[0].shape[:2]
     flat = model(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), groups))
     return jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), flat)
 
 
-def outputs_of(answers: Answers) -> Outputs:
-    """A fixed model's recorded answers as what it expects."""
-    return Outputs(own=answers.own, coded=answers.coded, form=answers.form)
+def fixed_outputs_of_answers(answers: Answers) -> FixedOutputs:
+    """Return a fixed model's recorded answers as its knowledge of groups."""
+    return FixedOutputs(own=answers.own, coded=answers.coded, form=answers.form)
 
 
-def joined_outputs(own: PyTree, coded: PyTree) -> Outputs:
-    """A fixed model's outputs on groups and on their coded data points."""
+def fixed_outputs(own: PyTree, coded: PyTree) -> FixedOutputs:
+    """Return a fixed model's outputs on groups and on their coded data points."""
     vectors, form = join(own, 2)
-    return Outputs(own=vectors, coded=join(coded, 2)[0], form=form)
+    return FixedOutputs(own=vectors, coded=join(coded, 2)[0], form=form)

@@ -1,7 +1,7 @@
-"""Covariances of outputs by the distance of features, for regression over inputs.
+"""Covariance functions for regression over inputs.
 
-Own code: tinygp 0.3 and GPJax 1.0 are kept well, but make the whole window's factor anew whenever
-they condition, know no mask and no ring of rows, and what is left of them is these formulas.
+This is our own code, since tinygp 0.3 and GPJax 1.0 factorize the whole window whenever they
+condition, and have no mask and no ring of rows; what would be left of them is these formulas.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,14 +20,20 @@ SHAPES: tuple[str, ...] = get_args(Shape)
 
 
 class Kernel(eqx.Module):
-    """A covariance function of features, in units of the process's own variance:
+    """A covariance function of features, in units of the process's variance.
 
-        k(a, b) = shape(|a - b|) + linear (a . b),   features less `centre`, by `unit` and width
+        k(a, b) = shape(|a - b|) + linear (a . b),   features less `centre`, over `unit` and width
 
-    `shape` is "squared_exponential" (exp(-r^2/2)), "matern32" or "matern52". `widths` are shared by
-    the features of a group: `groups` says which of them each feature has; `unit` is what a width of
-    1 means for it. `linear` weighs a straight line beside it, 0 for none. `noise` is the variance
-    of what the kernel does not explain. Widths, `linear` and `noise` are what `fit_learner` tunes.
+    `fit_learner` tunes the widths, `linear` and `noise`.
+
+    Attributes:
+        shape: "squared_exponential" (exp(-r^2/2)), "matern32" or "matern52".
+        groups: Which of the widths each feature has.
+        centre: What is subtracted from the features.
+        unit: The distance in each feature that a width of 1 means.
+        widths: The widths of the groups of features, in their units.
+        linear: The weight of a straight line; 0 for none.
+        noise: The variance of what the kernel does not explain.
     """
 
     shape: Shape = eqx.field(static=True)
@@ -49,10 +55,13 @@ class Kernel(eqx.Module):
         linear: Float[ArrayLike, ""] = 0.0,
         noise: Float[ArrayLike, ""] = 1e-4,
     ):
-        """Without `groups` all features have one width, or each its own where there are as many.
+        """Make a kernel.
 
-        Raises: ValueError for an unknown shape, groups that do not fit, a unit, widths or a noise
-        that are not positive, a negative `linear`.
+        Without `groups` all features share one width, or each has its own where there are as many.
+
+        Raises:
+            ValueError: The shape is unknown, groups do not fit, units, widths or noise are not
+                positive, or `linear` is negative.
         """
         self.shape = check_shape(shape)
         self.centre = jnp.asarray(centre, float)
@@ -80,14 +89,14 @@ class Kernel(eqx.Module):
     def __call__(
         self, a: Float[Array, "p features"], b: Float[Array, "q features"]
     ) -> Float[Array, "p q"]:
-        """The covariances of outputs at a with those at b, without noise."""
+        """Return the covariances of outputs at a with those at b, without noise."""
         a, b = self._scaled(a), self._scaled(b)
         product = multiply(a, b.T)
         square = jnp.sum(a**2, axis=1)[:, None] + jnp.sum(b**2, axis=1) - 2 * product
         return _SHAPES[self.shape](jnp.maximum(square, 0)) + self.linear * product
 
     def variance(self, a: Float[Array, "p features"]) -> Float[Array, " p"]:
-        """The variance of outputs at a, without noise."""
+        """Return the variances of outputs at a, without noise."""
         return 1 + self.linear * jnp.sum(self._scaled(a) ** 2, axis=1)
 
     def _scaled(self, a: Float[Array, "p features"]) -> Float[Array, "p features"]:
@@ -97,12 +106,12 @@ class Kernel(eqx.Module):
 def wide_kernel(
     shape: Shape, centre: Float[Array, " features"], unit: Float[Array, " features"]
 ) -> Kernel:
-    """A kernel before it is tuned: one width for all features, the square root of their number."""
+    """Return a kernel to start from, with one width, the square root of the number of features."""
     return Kernel(shape, centre=centre, unit=unit, widths=[float(np.sqrt(max(len(centre), 1)))])
 
 
 def check_shape(shape: Shape) -> Shape:
-    """The same. Raises: ValueError for an unknown one."""
+    """Return the shape; raise ValueError for an unknown one."""
     if shape not in SHAPES:
         raise ValueError(f"a kernel's shape must be one of {', '.join(SHAPES)}, not {shape!r}")
     return shape
@@ -117,7 +126,7 @@ def _check(name: str, value: Array, wanted: str, sound: Callable[[np.ndarray], n
 
 
 def root(square: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The square root, 0 below 0, with a derivative of 0 there instead of none."""
+    """Return the square root, which is 0 below 0 and has a derivative of 0 there."""
     positive = square > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
 

@@ -1,13 +1,13 @@
-"""A learner from past answers: regression over inputs on a window of pairs (input, answer).
+"""A learner from past answers: a Gaussian process on a window of pairs (input, answer).
 
-With the window's features H and residuals r = y - m(x) of its answers, the learner says of a point
+With the window's features H and residuals r = y - m(x) of its answers, the prediction at x is
 
     mean(x) = m(x) + c + k(x, H) A^-1 (r - c),   A = k(H, H) + noise,
     variance(x) = scale^2 spread^2 (k(x, x) + noise - k(x, H) A^-1 k(H, x)),
 
-a Gaussian process's posterior, m the prior mean and c the mean residual. spread^2 is the variance
-of the residuals and `scale` what leave-one-out errors ask for (`fit_learner`). The equations are
-solved for the points that are asked for, not for the outputs: of those there may be thousands.
+a Gaussian process's posterior, with m the prior mean and c the mean residual. spread^2 is the
+variance of the residuals, and `scale` is what leave-one-out errors ask for (`tune_learner`). The
+equations are solved for the points and not for the outputs, of which there may be thousands.
 
 Source: Rasmussen and Williams 2006, "Gaussian Processes for Machine Learning", section 2.2.
 """
@@ -27,13 +27,21 @@ from ..codes import (
     join,
     multiply,
 )
-from ._conditioning import Conditioned
+from ._conditioning import GaussianGroupPrior
 from ._interface import AbstractLearner, outputs_of_groups
 from ._kernels import Kernel, Shape, root, wide_kernel
-from ._pairs import Function, features_of, pairs_of, prior_of_groups
+from ._pairs import (
+    Function,
+    features_of,
+    length_of,
+    next_rows,
+    one_row,
+    pairs_of,
+    prior_of_groups,
+    write_rows,
+)
 from ._surrogate import trust
 from ._whitening import condition, replace_rows, sound_or_anew, soundly_whitened
-from ._window import length_of, one_row, turn, written
 
 # Beyond this share of the window a new factor is cheaper than replacing its rows.
 _MANY = 0.25
@@ -49,30 +57,41 @@ L = TypeVar("L", bound="Learner")
 
 
 class Learner(AbstractLearner):
-    """What past answers tell about new data points: a pytree, bounded, forgetting what is old.
+    """A Gaussian process on past answers: a pytree of bounded size that forgets the oldest pairs.
+
+    `update` and `predict` are pure, and may be jitted, vmapped and differentiated.
 
     >>> import jax.numpy as jnp
-    >>> from nercc_jax.surrogates import start_learner
+    >>> from nercc_jax.surrogates import init_learner
     >>> x = jnp.linspace(-1, 1, 20)[:, None]
-    >>> learner = start_learner(x, jnp.sin(3 * x), capacity=64)
+    >>> learner = init_learner(x, jnp.sin(3 * x), capacity=64)
     >>> learner = learner.update(x + 0.05, jnp.sin(3 * (x + 0.05)))
     >>> mean, deviation = learner.predict(jnp.array([[0.33]]))
     >>> mean.shape, deviation.shape
     ((1, 1), (1,))
 
-    - `features`: what tells of a data point how alike it is to others: a function of a batch (a
-      projection, a student's outputs or inner layer), None for the data points' own floats.
-    - `prior`: the mean before any answer, a function of a batch with the model's outputs (a
-      student); None for none. The mean of what is left over is taken off besides.
-    - `kernel`, `scale`: tuned by `fit_learner`.
-    - `theta`, `kappa`: how a code's decoding is mixed with it, see `Surrogate`. By default kappa is
-      infinite: the learner alone, which knows the group's answers as well as the window's.
-    - `version`: of the model whose answers these are. Answers of another are refused.
-
-    `update` and `predict` are pure and may be jitted, vmapped and differentiated. `filled` says
-    which rows of the window hold a pair, `place` which is next, `jitter` how much had to be added
-    to the noise so that float32 could solve, `error` by how much of its right side a solution
-    missed it before it was refined, when last looked at (above 0.00002 the factor is made anew).
+    Attributes:
+        features: A function of a batch that returns what inputs are compared by (a projection, a
+            student's inner layer); None for the inputs' own floats.
+        prior: A function of a batch that returns the mean before any answer (a student); None for
+            none. The mean residual is subtracted in addition.
+        kernel: The covariance function; `fit_learner` tunes it.
+        scale: The factor of deviations; `fit_learner` tunes it.
+        theta: See `AbstractSurrogate`.
+        kappa: See `AbstractSurrogate`. Default: infinite, the learner alone, which knows the
+            group's answers, too.
+        inputs: Features of the window's pairs.
+        residuals: Answers of the window's pairs less the prior.
+        priors: The prior's outputs at the window's pairs, if there is a prior.
+        filled: Which rows of the window hold a pair.
+        place: The row that is written next.
+        covariance: The covariances of the window's pairs.
+        whitening: Their whitening matrix (`_whitening.py`).
+        jitter: What was added to the noise so that float32 could solve.
+        error: By how much of its right side a solution missed it before it was refined, when last
+            measured. Above 2e-5 the factor is made again.
+        form: The structure of the outputs.
+        version: The model version of the answers. Answers of another one are refused.
     """
 
     features: Function | None
@@ -105,10 +124,10 @@ class Learner(AbstractLearner):
         kappa: Float[ArrayLike, ""] = np.inf,
         version: str = "",
     ):
-        """One that knows nothing yet; `start_learner` makes kernel and form of the first pairs.
+        """Make an empty learner; `init_learner` finds kernel and form from the first pairs.
 
-        `form` is the outputs' (`join`). Raises: ValueError for a capacity that is no positive
-        integer.
+        Raises:
+            ValueError: The capacity is no positive integer.
         """
         capacity = check_count("capacity", capacity)
         self.features, self.prior, self.kernel = features, prior, kernel
@@ -126,12 +145,12 @@ class Learner(AbstractLearner):
 
     @property
     def capacity(self) -> int:
-        """How many pairs the window holds at most."""
+        """Return the most pairs that the window holds."""
         return len(self.filled)
 
     @property
     def size(self) -> Int[Array, ""]:
-        """How many pairs it holds."""
+        """Return the number of pairs in the window."""
         return jnp.sum(self.filled)
 
     def update(
@@ -142,26 +161,29 @@ class Learner(AbstractLearner):
         *,
         version: str | None = None,
     ) -> L:
-        """See `AbstractLearner`; for answers of another version, `restart`."""
+        """Return the learner that knows these pairs, too; see `AbstractLearner.update`.
+
+        For answers of another version of the model, `restart` first.
+        """
         if version is not None and version != self.version:
             raise ValueError(
                 f"these are answers of version {version!r}; the learner knows version "
                 f"{self.version!r}: start anew with `learner.restart({version!r})`"
             )
         x, y = jax.tree.map(jnp.asarray, (x, y))
-        learned, places = self._written(x, y, observed)
+        learned, places = self._with_pairs(x, y, observed)
         if len(places) > _MANY * self.capacity:
-            return learned.refreshed()
+            return learned.refactorized()
         return learned._replaced(places)
 
     def predict(
         self, x: PyTree[Shaped[ArrayLike, "points ..."]]
     ) -> tuple[PyTree[Float[Array, "points ..."]], Float[Array, " points"]]:
-        """The mean, in the model's outputs' form, and the standard deviation of each data point.
+        """Return the mean, in the structure of the model's outputs, and each point's deviation.
 
-        The deviation is in units of the outputs, the root of the mean square over all of them, and
-        of an answer (noise included). Infinite with nothing to learn from: then the mean is the
-        prior's, or 0.
+        The deviation is a standard deviation of an answer (noise included) in units of the outputs:
+        the root mean square over all of them. It is infinite where the window is empty; the mean is
+        then the prior's, or 0.
         """
         x = jax.tree.map(jnp.asarray, x)
         z = features_of(self.features, x)
@@ -172,12 +194,12 @@ class Learner(AbstractLearner):
             mean = mean + join(self.prior(x), 1)[0]
         return self.form.split(mean), self.deviation_of(variance)
 
-    def expect(
+    def group_prior(
         self,
         x: PyTree[Shaped[Array, "groups num_data ..."]],
         coded: PyTree[Shaped[Array, "groups num_workers ..."]],
         own: PyTree[Float[Array, "groups num_data ..."]] | None = None,
-    ) -> Conditioned:
+    ) -> GaussianGroupPrior:
         # Means by themselves do not do: data points go with their group's answers.
         x, coded = jax.tree.map(jnp.asarray, (x, coded))
         together = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), x, coded)
@@ -188,14 +210,23 @@ class Learner(AbstractLearner):
         groups = len(z)
         noise, unit = self.kernel.noise, self.deviation_of(jnp.ones(()))
         noise, unit = (jnp.broadcast_to(each, (groups,)) for each in (noise, unit))
-        return Conditioned(mean=mean, covariance=covariance, noise=noise, unit=unit, form=self.form)
+        return GaussianGroupPrior(
+            mean=mean, covariance=covariance, noise=noise, unit=unit, form=self.form
+        )
 
     @eqx.filter_jit
     def window_posterior(
         self, z: Float[Array, "groups points features"]
     ) -> tuple[Float[Array, "groups points m"], Float[Array, "groups points points"]]:
-        """What the window tells of points in groups, by their features: the residuals' mean, and
-        their covariance within each group, without noise and in units of the process's variance."""
+        """Return the posterior of points in groups, given the window.
+
+        Args:
+            z: The points' features.
+
+        Returns:
+            The residuals' means, and their covariances within each group, without noise and in
+                units of the process's variance.
+        """
         groups, points, features = z.shape
         cross = self.kernel(z.reshape(-1, features), self.inputs) * self.filled
         weights, known = condition(
@@ -207,23 +238,23 @@ class Learner(AbstractLearner):
         return mean.reshape(groups, points, -1), covariance
 
     def spread(self) -> Float[Array, ""]:
-        """The residuals' standard deviation over the window, all outputs together; NaN for none."""
+        """Return the residuals' standard deviation over window and outputs; NaN for none."""
         square = jnp.where(self.filled[:, None], (self.residuals - self._centre()) ** 2, 0)
         count = self.size * self.residuals.shape[1]
         return jnp.where(self.size > 0, root(jnp.sum(square) / jnp.maximum(count, 1)), jnp.nan)
 
     def deviation_of(self, variance: Float[Array, "..."]) -> Float[Array, "..."]:
-        """The standard deviation of outputs from a share of the process's variance, 0 or more."""
+        """Return a standard deviation in units of the outputs, from the process's variance."""
         return jnp.where(self.size > 0, self.scale * self.spread() * root(variance), jnp.inf)
 
     def with_kernel(self: L, kernel: Kernel, scale: Float[ArrayLike, ""] = 1.0) -> L:
-        """The same window seen with another kernel."""
+        """Return the same window with another kernel."""
         numbers = kernel, jnp.asarray(scale, self.scale.dtype)
         changed = eqx.tree_at(lambda learner: (learner.kernel, learner.scale), self, numbers)
-        return changed.refreshed()
+        return changed.refactorized()
 
     def restart(self: L, version: str) -> L:
-        """A learner like this one that knows nothing yet, for another version of the model."""
+        """Return an empty learner with the same settings, for another version of the model."""
         fresh = type(self)(
             self.kernel,
             self.form,
@@ -236,23 +267,23 @@ class Learner(AbstractLearner):
         )
         return eqx.tree_at(lambda learner: learner.scale, fresh, self.scale)
 
-    def refreshed(self: L) -> L:
-        """The same, with its covariances and their factor made anew."""
+    def refactorized(self: L) -> L:
+        """Return the same learner with its covariances and their factor computed again."""
         return self._with_factor(*self._factored())
 
-    def _written(
+    def _with_pairs(
         self: L, x: PyTree, y: PyTree, observed: Bool[Array, " pairs"] | None = None
     ) -> tuple[L, Int[Array, " b"]]:
-        """The learner with these pairs in its window, and where; its factor is still the old."""
+        """Return the learner with these pairs but the old factor, and their rows."""
         z, r, priors, known = pairs_of(self.features, self.prior, self.form, x, y, observed)
         if z.shape[1:] != self.inputs.shape[1:]:
             raise ValueError(
                 f"x have {z.shape[1]} features; the learner knows {self.inputs.shape[1]}"
             )
-        places, count, source = turn(known, self.place, self.capacity)
+        places, count, source = next_rows(known, self.place, self.capacity)
         fresh = jnp.arange(len(places)) < count
         rows = (places, fresh, source)
-        inputs, residuals = written(self.inputs, z, *rows), written(self.residuals, r, *rows)
+        inputs, residuals = write_rows(self.inputs, z, *rows), write_rows(self.residuals, r, *rows)
         filled = self.filled.at[places].max(fresh)
         learned = eqx.tree_at(
             lambda learner: (learner.inputs, learner.residuals, learner.filled, learner.place),
@@ -260,7 +291,7 @@ class Learner(AbstractLearner):
             (inputs, residuals, filled, (self.place + count) % self.capacity),
         )
         if priors is not None and self.priors is not None:
-            known = written(self.priors, priors, *rows)
+            known = write_rows(self.priors, priors, *rows)
             learned = eqx.tree_at(lambda learner: learner.priors, learned, known)
         return learned, places
 
@@ -268,7 +299,7 @@ class Learner(AbstractLearner):
         return _factored(self.kernel, self.inputs, self.filled)
 
     def _replaced(self: L, places: Int[Array, " b"]) -> L:
-        """The same after these rows were written, with their covariances and the factor."""
+        """Return the learner with covariances and factor updated for the written rows."""
         known = self.filled[:, None] & self.filled[places]
         own = jnp.arange(self.capacity)[:, None] == places
         new = self.inputs[places]
@@ -301,13 +332,13 @@ class Learner(AbstractLearner):
         )
 
     def _centre(self) -> Float[Array, " m"]:
-        """The mean residual; 0 for none."""
+        """Return the mean residual; 0 for none."""
         return jnp.sum(self.residuals, axis=0, where=self.filled[:, None]) / jnp.maximum(
             self.size, 1
         )
 
 
-def start_learner(
+def init_learner(
     x: PyTree[Shaped[ArrayLike, "pairs ..."]],
     y: PyTree[Float[ArrayLike, "pairs ..."]],
     *,
@@ -317,13 +348,22 @@ def start_learner(
     kernel: Kernel | Shape = "matern52",
     version: str = "",
 ) -> Learner:
-    """A learner of these pairs, not tuned; there may be none (`x[:0]`, `y[:0]`), which tell shapes.
+    """Make a learner of these pairs, with a kernel that is not tuned; `fit_learner` tunes it, too.
 
-    A kernel by name is centred on them, its units are the features' spread, and its one width the
-    square root of their number. Pairs that are not finite are left out. `fit_learner` tunes, too.
+    Args:
+        x: Inputs. There may be none (`x[:0]`); then they give the shapes.
+        y: Answers. Pairs that are not finite are left out.
+        capacity: The most pairs that the learner holds; then the oldest are replaced.
+        features: A function of a batch that returns what inputs are compared by. Default: their
+            floats.
+        prior: A function of a batch that returns the mean before any answer. Default: none.
+        kernel: A kernel, or a shape. By shape, it is centred on the pairs, its units are the
+            features' spreads, and its one width is the square root of their number.
+        version: The model version of the answers.
 
-    Raises: ValueError for a capacity that is no positive integer, x and y of different lengths,
-    outputs that are no floats, a prior with other outputs, a kernel for other features.
+    Raises:
+        ValueError: The capacity is no positive integer, x and y have different lengths, outputs are
+            no floats, the prior has other outputs, or the kernel is for other features.
     """
     x, y = jax.tree.map(jnp.asarray, (x, y))
     check_floats("y", y)
@@ -338,19 +378,19 @@ def start_learner(
     learner = Learner(
         kernel, form, capacity=capacity, features=features, prior=prior, version=version
     )
-    return _filled(learner, x, y).refreshed() if pairs else learner
+    return _filled(learner, x, y).refactorized() if pairs else learner
 
 
 @eqx.filter_jit
 def _filled(learner: L, x: PyTree, y: PyTree) -> L:
-    return learner._written(x, y)[0]
+    return learner._with_pairs(x, y)[0]
 
 
 @eqx.filter_jit
 def _factored(
     kernel: Kernel, inputs: Float[Array, "capacity features"], filled: Bool[Array, " capacity"]
 ) -> tuple[Array, Array, Array, Array]:
-    """A window's covariances, their whitening matrix, jitter and error."""
+    """Return a window's covariances, their whitening matrix, jitter and error."""
     both = filled[:, None] & filled
     diagonal = jnp.where(filled, kernel.variance(inputs) + kernel.noise, 1)
     eye = jnp.eye(len(filled), dtype=bool)
@@ -360,7 +400,7 @@ def _factored(
 
 
 def first_kernel(shape: Shape, z: Float[Array, "pairs features"]) -> Kernel:
-    """A kernel before it is tuned: centred, its units the features' spread, one width for all."""
+    """Return a kernel to start from: centred on the features, in units of their spreads."""
     features = z.shape[1]
     finite = jnp.all(jnp.isfinite(z), axis=1)
     count = jnp.maximum(jnp.sum(finite), 1)

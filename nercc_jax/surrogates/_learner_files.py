@@ -1,4 +1,4 @@
-"""Learners to and from files: safetensors, whose header says what it is."""
+"""Files of learners, in the safetensors format."""
 
 import importlib.util
 import json
@@ -15,9 +15,8 @@ from ..codes import Form, join, write_whole
 from ._components import ComponentLearner
 from ._kernels import Kernel
 from ._learner import Learner
-from ._pairs import Function
+from ._pairs import Function, one_row
 from ._surrogate import trust as sound_trust
-from ._window import one_row
 
 _FORMAT = "nercc-jax learner"
 _VERSION = "1"
@@ -34,12 +33,19 @@ def save_learner(
     learner: Learner | ComponentLearner,
     about: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a learner: its window, its kernels, and the version of the model it learned from.
+    """Write a learner: its window, its kernels, and the version of the model that it learned from.
 
-    Functions (`features`, `prior`) are not written: `load_learner` asks for them again. `about`,
-    JSON values of the caller's choice, is kept beside it. Raises: TypeError where `about` is no
-    JSON, OSError as `open` does (the file is as before then), ImportError without the package
-    safetensors.
+    Functions (`features`, `prior`) are not written; `load_learner` asks for them again.
+
+    Args:
+        path: The file.
+        learner: The learner.
+        about: JSON values of the caller's choice that are kept in the file (`learner_card`).
+
+    Raises:
+        TypeError: `about` is no JSON.
+        OSError: As `open`; the file is then as before.
+        ImportError: The package safetensors is missing.
     """
     _needs_safetensors()
     from safetensors.numpy import save
@@ -78,15 +84,19 @@ def load_learner(
     prior: Function | None = None,
     version: str | None = None,
 ) -> Learner | ComponentLearner:
-    """The learner that `save_learner` wrote, predicting as it did but for rounding.
+    """Read the learner that `save_learner` wrote; it predicts the same but for rounding.
 
-    `features` and `prior` as it was made with. `y`: any answers as the model gives them, for a
-    model whose outputs are a pytree; vectors and single arrays need none. With a `version`, a
-    learner of another version of the model is refused.
+    Args:
+        path: The file.
+        y: Any answers of the model, where its outputs are a pytree of several arrays.
+        features: The function that the learner was made with, if any.
+        prior: The function that the learner was made with, if any.
+        version: A model version; a learner of another one is refused.
 
-    Raises: ValueError, naming the file, where it is no such file or holds no sound learner, it is
-    of another version, or functions are given that it was made without, or the reverse; OSError as
-    `open` does.
+    Raises:
+        ValueError: The file, which is named, holds no sound learner or one of another version, or a
+            function is missing or superfluous.
+        OSError: As `open`.
     """
     header, arrays = _read(path)
     if version is not None and header["version"] != version:
@@ -104,7 +114,7 @@ def load_learner(
 
 
 def learner_card(path: str | Path) -> dict[str, Any]:
-    """What a file says of its learner beside it: `about`, as given to `save_learner`."""
+    """Return what `save_learner` was given as `about`."""
     return json.loads(_read(path)[0]["about"])
 
 
@@ -173,7 +183,7 @@ def _learner(
 
 
 def _form(header: dict[str, str], y: Any) -> Form:
-    """The outputs' form. Raises: ValueError where it cannot be known, or `y` has another."""
+    """Return the outputs' form; raise ValueError where it is unknown, or `y` has another."""
     shapes, dtypes = json.loads(header["outputs"])
     if y is None:
         if len(shapes) != 1:
@@ -190,7 +200,7 @@ def _form_of_rows(size: int) -> Form:
 
 
 def _plain(arrays: Mapping[str, np.ndarray], form: Form, *, shape: str, **options: Any) -> Learner:
-    """A learner of these arrays. Raises: ValueError where they are not like its own or finite."""
+    """Return a learner of these arrays; raise ValueError where they are not sound."""
     numbers: dict[str, Any] = {name: arrays[f"kernel.{name}"] for name in _KERNEL}
     kernel = Kernel(shape, **numbers)  # pyright: ignore[reportArgumentType]
     learner = Learner(kernel, form, capacity=len(arrays["filled"]), **options)
@@ -205,4 +215,4 @@ def _plain(arrays: Mapping[str, np.ndarray], form: Form, *, shape: str, **option
         learner,
         [jnp.asarray(arrays[name], getattr(learner, name).dtype) for name in fields],
     )
-    return loaded.refreshed()
+    return loaded.refactorized()

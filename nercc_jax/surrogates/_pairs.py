@@ -1,15 +1,14 @@
-"""Pairs (input, answer) as a learner has them: features, and what the prior leaves of answers."""
+"""Pairs (input, answer) as a learner holds them: rows of features and of residuals."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
-from ..codes import Form, finite_points, is_float, join
+from ..codes import Form, finite_points, is_float, join, leaves_of
 from ._interface import check_like, outputs_of_groups
-from ._window import length_of
 
 Function = Callable[[PyTree], PyTree]
 
@@ -31,9 +30,11 @@ def pairs_of(
     y: PyTree[Float[Array, "pairs ..."]],
     observed: Bool[Array, " pairs"] | None = None,
 ) -> Pairs:
-    """Data points with their answers as rows; what is not observed may be anything.
+    """Return inputs and answers as rows; values that are not observed may be anything.
 
-    Raises: ValueError for x and y of different lengths, outputs that are not of this form."""
+    Raises:
+        ValueError: x and y have different lengths, or outputs another structure.
+    """
     check_like(form, join(y, 1)[1])
     pairs = length_of("y", y)
     if length_of("x", x) != pairs:
@@ -60,7 +61,7 @@ def pairs_of(
 def prior_of_groups(
     prior: Function, groups: PyTree[Shaped[Array, "groups size ..."]], form: Form
 ) -> Float[Array, "groups size m"]:
-    """What the prior makes of groups. Raises: ValueError for outputs that are not of this form."""
+    """Return the prior's outputs on groups; raise ValueError where their structure is another."""
     priors, found = join(outputs_of_groups(prior, groups), 2)
     check_like(found, form)
     return priors
@@ -69,10 +70,52 @@ def prior_of_groups(
 def features_of(
     features: Function | None, x: PyTree[Shaped[Array, "points ..."]]
 ) -> Float[Array, "points d"]:
-    """The features of data points, side by side: their own floats without a function."""
+    """Return the features of data points as vectors: their own floats without a function."""
     found = x if features is None else features(x)
     floats = [leaf for leaf in jax.tree.leaves(found) if is_float(leaf)]
     if not floats:
         raise ValueError("there is no float among the data points to learn by: give `features`")
     vectors = join(floats, 1)[0]
     return vectors.astype(jnp.promote_types(vectors.dtype, jnp.float32))
+
+
+def length_of(name: str, tree: PyTree) -> int:
+    """Return the number of rows of all leaves; raise ValueError where they differ."""
+    lengths = {leaf.shape[:1] for _, leaf in leaves_of(name, tree)}
+    if len(lengths) != 1 or () in lengths:
+        shapes = ", ".join(f"{label} {leaf.shape}" for label, leaf in leaves_of(name, tree))
+        raise ValueError(f"{name} must have as many rows in every part: {shapes}")
+    return lengths.pop()[0]
+
+
+def one_row(tree: PyTree) -> PyTree:
+    """Return one row of zeros like those of a tree, which may have none."""
+    return jax.tree.map(lambda leaf: jnp.zeros((1, *leaf.shape[1:]), leaf.dtype), tree)
+
+
+def next_rows(
+    observed: Bool[Array, " pairs"], place: Int[Array, ""], capacity: int
+) -> tuple[Int[Array, " width"], Int[Array, ""], Int[Array, " width"]]:
+    """Return the window's rows to write next, how many are written, and the pairs they come from.
+
+    Of more pairs than the window holds, the last are taken.
+    """
+    width = min(len(observed), capacity)
+    order = jnp.argsort(~observed, stable=True)
+    total = jnp.sum(observed)
+    first = jnp.maximum(total - width, 0)
+    source = jax.lax.dynamic_slice(order, (first,), (width,))
+    return (place + jnp.arange(width)) % capacity, jnp.minimum(total, width), source
+
+
+def write_rows(
+    rows: Float[Array, "capacity n"],
+    new: Float[Array, "pairs n"],
+    places: Int[Array, " width"],
+    fresh: Bool[Array, " width"],
+    source: Int[Array, " width"],
+) -> Float[Array, "capacity n"]:
+    """Return the window's rows with new ones at these places, where they are fresh."""
+    return rows.at[places].set(
+        jnp.where(fresh[:, None], new[source].astype(rows.dtype), rows[places])
+    )

@@ -1,4 +1,4 @@
-"""Features of data points with many floats: their principal components."""
+"""Principal components as features of data points with many floats."""
 
 import equinox as eqx
 import jax
@@ -11,9 +11,11 @@ from ._pairs import features_of
 
 
 class Projection(eqx.Module):
-    """The place of data points along some directions; `features` of a learner.
+    """An orthogonal projection of data points, as `features` of a learner.
 
-    `centre` is taken off, `directions` are orthonormal.
+    Attributes:
+        centre: What is subtracted from the data points.
+        directions: Orthonormal directions.
     """
 
     centre: Float[Array, " floats"]
@@ -26,10 +28,14 @@ class Projection(eqx.Module):
 def principal_components(
     x: PyTree[Shaped[ArrayLike, "points ..."]], number: int = 64
 ) -> Projection:
-    """The directions in which these data points differ most: as many, or all that there are.
+    """Return the directions in which data points differ most.
 
-    What is no float does not count. Raises: ValueError for no float, for fewer than two data
-    points, and for a number that is not positive.
+    Args:
+        x: Data points; parts that are no floats do not count.
+        number: The number of directions; there may be fewer.
+
+    Raises:
+        ValueError: There is no float, fewer than two data points, or the number is not positive.
     """
     number = check_count("number", number)
     floats = np.asarray(features_of(None, jax.tree.map(jnp.asarray, x)), np.float64)

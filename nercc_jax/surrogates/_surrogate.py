@@ -1,13 +1,13 @@
-"""A cheap model g beside the coded one: it carries what it can, and the code only the rest.
+"""A cheap model g in addition to the code, which then carries only what g cannot predict.
 
 With the answers y, coded data points c and decoder D, the prediction of data point k is
 
     theta g(x_k) + rho_k [D (y - theta g(c))]_k,    rho_k = 1 / (1 + kappa v_k),
 
-v_k the posterior variance that the answers leave there. Let the residual have the variance s^2 at a
-data point by itself, and the decoded one be off by tau^2 v_k: then this is the posterior mean, with
-kappa = tau^2 / s^2. Where a prediction is an answer itself, v_k = 0 and it stays that answer; far
-from all answers it becomes g's. theta = kappa = 0 is the code alone, theta = 1 with an infinite
+where v_k is the posterior variance that the answers leave there. If the residual has the variance
+s^2 at a data point by itself, and the decoded one is off by tau^2 v_k, this is the posterior mean
+for kappa = tau^2 / s^2. Where a prediction is an answer itself, v_k = 0 and it stays that answer;
+far from all answers it becomes g's. theta = kappa = 0 is the code alone, theta = 1 with an infinite
 kappa the surrogate alone (ParM's approximate backup, Kosaian et al. 2019, section 5.2).
 """
 
@@ -35,11 +35,11 @@ from ..evaluation import Answers, cut_groups, draw_sets, record_answers
 from ..inference import Model
 from ..stragglers import AbstractStragglers
 from ._interface import (
-    AbstractExpectation,
+    AbstractGroupPrior,
     AbstractSurrogate,
-    Outputs,
+    FixedOutputs,
     check_like,
-    joined_outputs,
+    fixed_outputs,
     outputs_of_groups,
 )
 from ._kernels import root
@@ -50,11 +50,12 @@ _KAPPAS = np.concatenate([[0.0], np.logspace(-3, 4, 22), [np.inf]])
 
 
 class Surrogate(AbstractSurrogate):
-    """A cheap model, and how far to trust a code against it; `fit_surrogate` finds the numbers.
+    """A fixed cheap model, and how far it is trusted against a code; `fit_surrogate` makes one.
 
-    `model` is any callable on a batch of data points with the served model's outputs, on their
-    scale. `theta` is the share of it that is taken off the answers, `kappa` the shrinkage of what
-    is decoded, by posterior variance; both are leaves, 0 or positive.
+    Attributes:
+        model: A function of a batch of data points, with the served model's outputs on their scale.
+        theta: See `AbstractSurrogate`; default 1.
+        kappa: See `AbstractSurrogate`; default 0.
     """
 
     model: Model
@@ -68,7 +69,11 @@ class Surrogate(AbstractSurrogate):
         theta: Float[ArrayLike, ""] = 1.0,
         kappa: Float[ArrayLike, ""] = 0.0,
     ):
-        """Raises: ValueError for a model that is not callable, and numbers that are negative."""
+        """Make a surrogate.
+
+        Raises:
+            ValueError: The model is not callable, or a number is negative.
+        """
         if not callable(model):
             raise ValueError(f"a surrogate is a callable on a batch, not {type(model).__name__}")
         self.model = model
@@ -77,20 +82,20 @@ class Surrogate(AbstractSurrogate):
     def outputs(self, x: PyTree[Shaped[Array, "points ..."]]) -> PyTree[Float[Array, "points ..."]]:
         return self.model(x)
 
-    def expect(
+    def group_prior(
         self,
         x: PyTree[Shaped[Array, "groups num_data ..."]],
         coded: PyTree[Shaped[Array, "groups num_workers ..."]],
         own: PyTree[Float[Array, "groups num_data ..."]] | None = None,
-    ) -> Outputs:
+    ) -> FixedOutputs:
         own = outputs_of_groups(self.model, x) if own is None else own
-        return joined_outputs(own, outputs_of_groups(self.model, coded))
+        return fixed_outputs(own, outputs_of_groups(self.model, coded))
 
 
 def trust(
     theta: Float[ArrayLike, ""], kappa: Float[ArrayLike, ""]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """A surrogate's numbers as arrays. Raises: ValueError for what is negative or no scalar."""
+    """Return theta and kappa as arrays; raise ValueError where they are negative or no scalars."""
     numbers = jnp.asarray(theta, float), jnp.asarray(kappa, float)
     for name, value in zip(("theta", "kappa"), numbers, strict=True):
         if value.shape != ():
@@ -105,21 +110,30 @@ def decode_with_surrogate(
     surrogate: AbstractSurrogate,
     y: Float[Array, "groups num_workers m"],
     available: Bool[Array, "groups num_workers"],
-    expectation: AbstractExpectation,
+    prior: AbstractGroupPrior,
     given: Matrices | None = None,
 ) -> tuple[Decoded, Float[Array, "groups num_data"]]:
-    """The predictions of groups, and their standard deviations in units of the outputs.
+    """Decode groups with a surrogate.
 
-    A deviation is 0 where a prediction is an answer itself. Where the surrogate tells its own
-    (a learner does), the variance is the mean of the code's and its, as the prediction is; where it
-    does not, an infinite kappa says nothing of how good it is, and then the deviations are those of
-    the code alone.
+    A data point is recovered where its prediction is finite; without any answer it is the
+    surrogate's. Broken answers make stragglers, as in `AbstractCode.decode`.
 
-    `expectation` is the surrogate's of these groups. A data point is recovered where its prediction
-    is finite: without any answer it is the surrogate's. Answers that are broken make stragglers, as
-    in `AbstractCode.decode`.
+    Args:
+        code: A code.
+        surrogate: A surrogate.
+        y: Answers as vectors.
+        available: Which workers answered.
+        prior: The surrogate's knowledge of these groups.
+        given: The code's matrices, where they are known.
+
+    Returns:
+        Predictions, and their standard deviations in units of the outputs. A deviation is 0 where a
+            prediction is an answer itself. Where the surrogate has its own (a learner does), the
+            variance is the mean of the code's and its, weighted as the prediction is. Where it has
+            none, an infinite kappa says nothing of its quality, and the deviations are those of the
+            code alone.
     """
-    expected = expectation.after(y, available)
+    expected = prior.condition_on_available(y, available)
     residual = y - surrogate.theta * expected.coded
     decoded = decode_vectors(code, residual, available, given)
     variance, process = variances(code, residual, decoded.heard)
@@ -143,25 +157,27 @@ def decode_with_surrogate(
     return Decoded(predictions, decoded.heard, recovered), spread
 
 
-def assess(
+def decode_with_deviation(
     code: AbstractCode,
     surrogate: AbstractSurrogate | None,
     y: Float[Array, "groups num_workers m"],
     available: Bool[Array, "groups num_workers"],
-    expectation: AbstractExpectation | None = None,
+    prior: AbstractGroupPrior | None = None,
     given: Matrices | None = None,
 ) -> tuple[Decoded, Float[Array, "groups num_data"]]:
-    """Predictions of groups and their standard deviations, with a surrogate or without."""
+    """Return predictions of groups and their standard deviations, with a surrogate or without."""
     if surrogate is not None:
-        assert expectation is not None
-        return decode_with_surrogate(code, surrogate, y, available, expectation, given)
+        assert prior is not None
+        return decode_with_surrogate(code, surrogate, y, available, prior, given)
     decoded = decode_vectors(code, y, available, given)
     return decoded, deviation(*variances(code, y, decoded.heard))
 
 
 def _code_share(kappa: Array, variance: Float[Array, "*points"]) -> Float[Array, "*points"]:
-    """rho = 1 / (1 + kappa v), where either may be infinite: nothing shrinks what is known, nor
-    without a kappa."""
+    """Return rho = 1 / (1 + kappa v), where either may be infinite.
+
+    Nothing shrinks what is known, and nothing is shrunk without a kappa.
+    """
     known, told = variance == 0, jnp.isfinite(variance)
     far = jnp.where(kappa > 0, jnp.inf, 0)
     shrinkage = jnp.where(told, kappa * jnp.where(told & ~known, variance, 1), far)
@@ -171,7 +187,7 @@ def _code_share(kappa: Array, variance: Float[Array, "*points"]) -> Float[Array,
 def _blend(
     theta: Array, rho: Array, cheap: Array, residual: Array
 ) -> Float[Array, "groups num_data m"]:
-    """theta g + rho D (y - theta g); the decoded residual is NaN where no answer tells it."""
+    """Return theta g + rho D (y - theta g), where a decoded residual that is NaN counts as 0."""
     return theta * cheap + rho[..., None] * jnp.where(jnp.isfinite(residual), residual, 0)
 
 
@@ -187,20 +203,31 @@ def fit_surrogate(
     criterion: Literal["disagreement", "mse"] = "disagreement",
     batch_size: int = 256,
 ) -> Any:
-    """The surrogate whose theta and kappa do best on unlabelled data points.
+    """Return the surrogate with the theta and kappa that do best on unlabelled data points.
 
-    Of a cheap model a `Surrogate`, of a learner the same learner with these numbers; of several the
-    best: a student, a learner, and a learner whose prior is the student are measured side by side.
+    Theta and kappa are searched on a grid through the nested objective: all groups meet the
+    straggler sets of all laws. The code alone and the surrogate alone are on the grid, so neither
+    is better on these data than what is found.
 
-    Theta and kappa are searched on a grid through the nested objective: data points in groups of K,
-    in the order given, under all laws' straggler sets, `num_sets` a law. The code alone and the
-    surrogate alone are on the grid, so that on these data neither is better than what is found.
-    What a learner has learned from must not be among them. `criterion` is "mse", the mean squared
-    error, or "disagreement", the share of labels that differ from the model's own (then the mean
-    squared error decides among equals).
+    Args:
+        model: The served model, a function of a batch.
+        cheap_model: A cheap model, or a surrogate such as a learner; or several, of which the best
+            is returned. A learner must not have learned from `x`.
+        code: A regression code.
+        x: Data points, in the order in which they are cut into groups of K.
+        stragglers: Named laws that straggler sets are drawn from.
+        key: Random key of the draws.
+        num_sets: Straggler sets for each law.
+        criterion: "mse", the mean squared error; or "disagreement", the share of labels that differ
+            from the model's own, and the mean squared error among equals.
+        batch_size: The most data points in a call of a model.
 
-    Raises: ValueError as `evaluate` does for the data, for a code that is no regression, without
-    stragglers, and where a surrogate's outputs are not like the model's.
+    Returns:
+        A `Surrogate` for a cheap model; for a learner the same learner with these numbers.
+
+    Raises:
+        ValueError: The data are not what `evaluate` accepts, the code is no regression, there are
+            no stragglers, or a surrogate's outputs are not like the model's.
     """
     if criterion not in ("disagreement", "mse"):
         raise ValueError(f"criterion must be 'disagreement' or 'mse', not {criterion!r}")
@@ -214,9 +241,9 @@ def fit_surrogate(
     grid = [jnp.asarray(axis).ravel() for axis in np.meshgrid(_THETAS, kappas, indexing="ij")]
     found = []
     for candidate in candidates:
-        expectation = expect_points(candidate, code, x, batch_size=batch_size)
-        check_like(expectation.form, own.form)
-        disagreement, mse = np.asarray(_scores(own, expectation, masks, *grid))
+        prior = group_prior_of_points(candidate, code, x, batch_size=batch_size)
+        check_like(prior.form, own.form)
+        disagreement, mse = np.asarray(_scores(own, prior, masks, *grid))
         best = np.argmin(mse) if criterion == "mse" else np.lexsort((mse, disagreement))[0]
         rank = (mse[best],) if criterion == "mse" else (disagreement[best], mse[best])
         numbers = trust(grid[0][best], grid[1][best])
@@ -225,21 +252,23 @@ def fit_surrogate(
 
 
 def as_surrogate(given: Model | AbstractSurrogate) -> AbstractSurrogate:
-    """A cheap model as a surrogate. Raises: ValueError for what is not callable."""
+    """Return a cheap model as a surrogate; raise ValueError for what is not callable."""
     return given if isinstance(given, AbstractSurrogate) else Surrogate(given)
 
 
-def expect_points(
+def group_prior_of_points(
     surrogate: AbstractSurrogate,
     code: AbstractCode,
     x: PyTree[Shaped[ArrayLike, "points ..."]],
     *,
     batch_size: int = 256,
-) -> AbstractExpectation:
-    """What a surrogate makes of data points in a row, in groups of K, and of their coded ones.
+) -> AbstractGroupPrior:
+    """Return a surrogate's knowledge of data points that are cut into groups of K, in this order.
 
-    So many groups at a time that no batch is larger than `batch_size` by much. Raises: ValueError
-    as `record_answers` does for the data.
+    Groups are taken together so that no batch is much larger than `batch_size`.
+
+    Raises:
+        ValueError: As `record_answers` for the data.
     """
     groups = cut_groups(x, code.num_data)
     number = len(jax.tree.leaves(groups)[0])
@@ -257,12 +286,12 @@ def expect_points(
 @eqx.filter_jit
 def _expect(
     surrogate: AbstractSurrogate, code: AbstractCode, groups: PyTree, encoder: ArrayLike | None
-) -> AbstractExpectation:
-    return surrogate.expect(groups, encode_groups(code, groups, encoder))
+) -> AbstractGroupPrior:
+    return surrogate.group_prior(groups, encode_groups(code, groups, encoder))
 
 
 def _typical_variance(code: AbstractCode, masks: Bool[Array, "sets num_workers"]) -> float:
-    """The mean over sets of the largest finite posterior variance in each: 1 if there is none."""
+    """Return the mean over sets of the largest finite posterior variance; 1 if there is none."""
     variance = np.asarray(jax.jit(jax.vmap(code.posterior_variance))(masks))
     largest = np.max(np.where(np.isfinite(variance), variance, 0), axis=1)
     return float(np.mean(largest)) or 1.0
@@ -271,15 +300,17 @@ def _typical_variance(code: AbstractCode, masks: Bool[Array, "sets num_workers"]
 @eqx.filter_jit
 def _scores(
     own: Answers,
-    expectation: AbstractExpectation,
+    prior: AbstractGroupPrior,
     masks: Bool[Array, "sets num_workers"],
     thetas: Float[Array, " candidates"],
     kappas: Float[Array, " candidates"],
 ) -> Float[Array, "2 candidates"]:
-    """Each candidate's disagreement and mean squared error, over sets and data points."""
+    """Return each candidate's disagreement and mean squared error, over sets and data points."""
 
     def of_set(mask):
-        expected = expectation.after(own.coded, jnp.broadcast_to(mask, own.coded.shape[:2]))
+        expected = prior.condition_on_available(
+            own.coded, jnp.broadcast_to(mask, own.coded.shape[:2])
+        )
         both = jnp.concatenate([own.coded, expected.coded], axis=-1)
         together = eqx.tree_at(lambda known: known.coded, own, both)
         decoded, decoded_cheap = jnp.split(together.decode(mask).predictions, 2, axis=-1)

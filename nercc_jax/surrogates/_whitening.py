@@ -1,11 +1,11 @@
-"""The inverse of a covariance matrix that rows are replaced in, kept as a whitening matrix.
+"""The inverse of a covariance matrix whose rows are replaced, kept as a whitening matrix.
 
-A whitening matrix W of A has W' W = A^-1. From Cholesky's factor L it is L^-1; when B rows and
-columns of A are replaced, one block Householder reflection turns what they had to do with W into B
-of its rows, and these are made anew: four products of n x n with n x B, where a new factor takes
-n^3 / 3 operations one after the other, and solving with it is slower than multiplying by W (for
-n = 1,024 and 32 columns on two CPU cores ten times). Reflections are orthogonal, so roundings add
-up but do not grow; and every solution is refined against A itself, and says how far off it is.
+A whitening matrix W of A has W' W = A^-1. From Cholesky's factor L it is L^-1. When B rows and
+columns of A are replaced, one block Householder reflection moves their share of W into B of its
+rows, and these are computed again: four products of n x n with n x B, where a new factor takes n^3
+/ 3 operations one after the other, and solving with it is slower than multiplying by W (for n =
+1,024 and 32 columns on two CPU cores ten times). Reflections are orthogonal, so rounding errors add
+up but do not grow. Every solution is refined against A itself, and its error is measured.
 """
 
 import functools
@@ -28,10 +28,10 @@ _BY_ROWS = Layout(major_to_minor=(0, 1))
 def whiten(
     covariance: Float[Array, "n n"],
 ) -> tuple[Float[Array, "n n"], Float[Array, ""]]:
-    """The inverse of Cholesky's factor, and what had to be added to the diagonal for it.
+    """Return the inverse of Cholesky's factor, and what was added to the diagonal for it.
 
-    Nothing where that does; else as little as gives a finite factor. NaN where the matrix is not
-    finite.
+    Nothing is added where that is enough, else as little as makes the factor finite. NaN where the
+    matrix is not finite.
     """
     factor, jitter = factorize(covariance)
     eye = jnp.eye(len(covariance), dtype=covariance.dtype)
@@ -41,8 +41,10 @@ def whiten(
 def soundly_whitened(
     covariance: Float[Array, "n n"],
 ) -> tuple[Float[Array, "n n"], Float[Array, ""], Float[Array, ""]]:
-    """As `whiten`, but what is added is enough for solutions to be right, not only finite; and how
-    far they are off before they are refined (`error_of`). It has no derivative.
+    """Return a whitening matrix with accurate solutions, what was added for it, and its error.
+
+    In contrast to `whiten`, enough is added for solutions to be right, not only finite. The error
+    is `error_of`, before refinement. It has no derivative.
     """
     size = len(covariance)
     eye = jnp.eye(size, dtype=covariance.dtype)
@@ -77,9 +79,10 @@ def sound_or_anew(
     finished: Bool[Array, ""],
     most: float,
 ) -> tuple[Float[Array, "n n"], Float[Array, ""], Float[Array, ""]]:
-    """This whitening matrix, the jitter that is in its covariances, and its error; all made anew,
-    as `soundly_whitened` does without that jitter, where it is not `finished` or its error is more
-    than `most`. It has no derivative.
+    """Return this whitening matrix, its jitter and its error, or new ones where it is not accurate.
+
+    Where it is not `finished`, or its error exceeds `most`, `soundly_whitened` makes a new one of
+    the covariances without their jitter. It has no derivative.
     """
     error = error_of(covariance, whitening)
 
@@ -95,7 +98,7 @@ def sound_or_anew(
 def factorize(
     covariance: Float[Array, "n n"],
 ) -> tuple[Float[Array, "n n"], Float[Array, ""]]:
-    """Cholesky's factor, and what had to be added to the diagonal: see `whiten`."""
+    """Return Cholesky's factor, and what was added to the diagonal: see `whiten`."""
     size = len(covariance)
     eye = jnp.eye(size, dtype=covariance.dtype)
     unit = jnp.finfo(covariance.dtype).eps * jnp.max(jnp.diagonal(covariance), initial=0)
@@ -120,7 +123,7 @@ def factorize(
 
 @factorize.defjvp
 def _(primals, tangents):
-    """dL = L Phi(L^-1 dA L^-T), Phi the lower half with half the diagonal; jitter is a constant."""
+    """Return dL = L Phi(L^-1 dA L^-T), Phi the lower half with half the diagonal."""
     factor, jitter = factorize(*primals)
     solve = functools.partial(jax.lax.linalg.triangular_solve, factor, lower=True)
     middle = solve(solve(tangents[0], left_side=True), left_side=False, transpose_a=True)
@@ -133,8 +136,13 @@ def replace_rows(
     columns: Float[Array, "n b"],
     places: Int[Array, " b"],
 ) -> tuple[Float[Array, "n n"], Float[Array, ""]]:
-    """The whitening matrix after these rows and columns were replaced, and what was added to their
-    diagonal. `columns` are the new ones, with their own rows."""
+    """Return the whitening matrix with rows and columns replaced, and what was added for it.
+
+    Args:
+        whitening: The whitening matrix before.
+        columns: The new columns, with their own rows.
+        places: Their places.
+    """
     count = len(places)
     reflected = _reflect(whitening, whitening[:, places])
     # Of the first rows nothing is kept, and the others have nothing to do with the old columns.
@@ -150,10 +158,10 @@ def replace_rows(
 
 
 def _reflect(whitening: Float[Array, "n n"], panel: Float[Array, "n b"]) -> Float[Array, "n n"]:
-    """Q' W, with the orthogonal Q for which Q' panel is zero below its first rows.
+    """Return Q' W, with the orthogonal Q for which Q' panel is zero below its first rows.
 
-    Q = I - V T V' (Schreiber and Van Loan 1989), from LAPACK's reflectors: T = (I + D S)^-1 D, D
-    their scales and S the upper half of V' V.
+    Q = I - V T V' (Schreiber and Van Loan 1989), from LAPACK's reflectors: T = (I + D S)^-1 D, with
+    D their scales and S the upper half of V' V.
     """
     packed, scales = jnp.linalg.qr(panel, mode="raw")
     rows = jnp.triu(packed, 1) + jnp.eye(*packed.shape, dtype=packed.dtype)
@@ -174,11 +182,11 @@ def condition(
     cross: Float[Array, "q n"],
     groups: int,
 ) -> tuple[Float[Array, "q n"], Float[Array, "groups points points"]]:
-    """The weights B A^-1 of points in groups, a row each, and B A^-1 B' within each group.
+    """Return the weights B A^-1 of points in groups, and B A^-1 B' within each group.
 
-    The solution F is refined once, by what it misses, R = B - F A, and G = R W' W; then
-    B A^-1 B' = F (B + R)' + R A^-1 R', in which G is right to the third order: five products with a
-    large matrix, not six. Differentiable in A and B as the exact solution is.
+    The solution F is refined once by its residual, R = B - F A, and G = R W' W; then B A^-1 B' = F
+    (B + R)' + R A^-1 R', in which G is right to the third order: five products with a large matrix,
+    not six. Differentiable in A and B as the exact solution is.
     """
     first = _twice(cross, whitening)
     missed = cross - _by_rows(multiply(first, covariance))
@@ -189,7 +197,7 @@ def condition(
 
 @condition.defjvp
 def _(groups, primals, tangents):
-    """dW = (dB - W dA) A^-1 of weights W, and W dB' + dB W' - W dA W'."""
+    """Return dW = (dB - W dA) A^-1 of weights W, and W dB' + dB W' - W dA W'."""
     covariance, whitening, _ = primals
     weights, known = condition(*primals, groups)
     change, _, along = tangents
@@ -203,7 +211,7 @@ def _(groups, primals, tangents):
 def _within(
     groups: int, left: Float[Array, "q n"], right: Float[Array, "q n"]
 ) -> Float[Array, "groups points points"]:
-    """left right', of rows in the same group."""
+    """Return left right' for rows in the same group."""
     left, right = (each.reshape(groups, -1, each.shape[1]) for each in (left, right))
     return multiply(left, jnp.swapaxes(right, 1, 2))
 
@@ -213,7 +221,7 @@ def _solve(
     whitening: Float[Array, "n n"],
     right: Float[Array, "q n"],
 ) -> Float[Array, "q n"]:
-    """B A^-1, refined once against A. Differentiable in A and B as the exact solution is."""
+    """Return B A^-1, refined once; differentiable in A and B as the exact solution is."""
     whitening = jax.lax.stop_gradient(whitening)
 
     def times(rows: Array) -> Array:
@@ -227,9 +235,11 @@ def _solve(
 
 
 def error_of(covariance: Float[Array, "n n"], whitening: Float[Array, "n n"]) -> Float[Array, ""]:
-    """By how much of their right sides solutions miss these, before they are refined: the worst of
-    some that are as smooth as covariances are. (Of a unit vector, A times the solution is mostly
-    rounding, however good the factor is.)"""
+    """Return the relative residual of solutions before refinement, the worst of some right sides.
+
+    The right sides are as smooth as covariances are. (A times the solution for a unit vector is
+    mostly rounding, however good the factor is.)
+    """
     draws = np.random.default_rng(0).normal(size=(_PROBES, len(covariance)))
     right = _by_rows(multiply(jnp.asarray(draws, covariance.dtype), covariance))
     missed = right - _by_rows(multiply(_twice(right, whitening), covariance))
@@ -237,12 +247,18 @@ def error_of(covariance: Float[Array, "n n"], whitening: Float[Array, "n n"]) ->
 
 
 def _twice(rows: Float[Array, "q n"], whitening: Float[Array, "n n"]) -> Float[Array, "q n"]:
-    """rows W' W. The first product by columns, W rows': as rows W' it takes half as long again."""
+    """Return rows W' W.
+
+    The first product goes by columns, W rows': rows W' takes half as long again.
+    """
     first = multiply(whitening, _by_rows(rows.T))
     return _by_rows(multiply(_by_rows(_by_rows(first).T), whitening))
 
 
 def _by_rows(rows: Float[Array, "q n"]) -> Float[Array, "q n"]:
-    """The same, row by row in memory. Left to itself, XLA has products of few rows with a large
-    matrix by columns, and its CPU code takes five times as long (n = 1,024, two cores)."""
+    """Return the same rows, laid out row by row in memory.
+
+    Left to itself, XLA lays out products of few rows with a large matrix by columns, and its CPU
+    code takes five times as long (n = 1,024, two cores).
+    """
     return with_layout_constraint(rows, _BY_ROWS)
