@@ -1,4 +1,4 @@
-"""Recorded answers: what workers said, once, with the model's own predictions beside it.
+"""Recorded answers of all workers, with the model's own predictions.
 
 Answers do not depend on who straggles, so one record serves every straggler set: decode it under
 masks, and compare.
@@ -48,9 +48,15 @@ from ._criteria import Criterion, labels_of, point_criterion, same_labels
 class Answers(eqx.Module):
     """All workers' answers to groups of data points, and the served model's own predictions.
 
-    Outputs of any shape, or pytrees of them, are joined to vectors; `form` is what they were.
-    `conditions`, where they are known, are those of `coded`. `points` are the groups' regression
-    points, where they are not the code's.
+    Outputs of any shape, or pytrees of them, are joined to vectors.
+
+    Attributes:
+        code: The code.
+        coded: The workers' answers.
+        own: The model's outputs on the data points.
+        form: The structure of the outputs.
+        conditions: The conditions in which `coded` was computed, where they are known.
+        points: The groups' regression points, where they are not the code's.
     """
 
     code: AbstractCode
@@ -69,7 +75,7 @@ class Answers(eqx.Module):
         conditions: Conditions = Conditions(),  # noqa: B008, it is frozen
         points: GroupPoints | None = None,
     ):
-        """Without a form, outputs are vectors."""
+        """Make a record; without a form, outputs are vectors."""
         self.code, self.coded, self.own, self.points = code, coded, own, points
         self.form = join(own, 2)[1] if form is None else form
         self.conditions = conditions
@@ -80,7 +86,7 @@ class Answers(eqx.Module):
         return jax.tree.map(lambda leaf: leaf[0], decoded)
 
     def decode_sets(self, available: Bool[Array, "sets num_workers"]) -> Decoded:
-        """`decode` for each straggler set, whose axis comes first."""
+        """Decode all groups under each straggler set; the axis of sets comes first."""
         found = None
         if self.points is None:
             found = decode_sets_at_hand(self.code, self.coded, available)
@@ -98,10 +104,12 @@ class Answers(eqx.Module):
     def losses(
         self, available: Bool[Array, "sets num_workers"], criterion: Criterion
     ) -> Float[Array, " sets"]:
-        """The mean of a criterion over recovered data points, for each straggler set.
+        """Return the mean of a criterion over recovered data points, for each straggler set.
 
-        NaN for a set that loses all. Differentiable in code and answers. Raises: ValueError for an
-        unknown criterion.
+        It is NaN for a set that loses all, and differentiable in code and answers.
+
+        Raises:
+            ValueError: The criterion is unknown.
         """
         return self._losses(self.decode_sets(available), criterion)
 
@@ -121,7 +129,7 @@ class Answers(eqx.Module):
         available: Bool[Array, " num_workers"],
         labels: PyTree[Int[Array, "points ..."]] | None = None,
     ) -> dict[str, Float[Array, ""]]:
-        """The metrics of `Evaluation` for one straggler set, the same for all groups."""
+        """Return the metrics of `Evaluation` for one straggler set, the same for all groups."""
         return self.scores_of(self.decode(available), labels)
 
     def scores_of(
@@ -165,7 +173,7 @@ def mean_losses(
     available: Bool[Array, "sets num_workers"],
     criteria: tuple[Criterion, ...],
 ) -> Float[Array, "criteria sets"]:
-    """`Answers.losses` of several criteria, with one set's predictions in memory at a time."""
+    """Return `Answers.losses` of several criteria, decoding one straggler set at a time."""
 
     def of_set(mask: Array) -> Float[Array, " criteria"]:
         decoded = answers.decode_sets(mask[None])
@@ -182,17 +190,22 @@ def record_answers(
     batch_size: int = 256,
     worker_dtype: DTypeLike | None = None,
 ) -> Answers:
-    """Runs a model on data points, coded and as they are, once for all straggler sets.
+    """Run a model on data points and on their coded data points, once for all straggler sets.
 
-    x: unlabelled data points in groups of K, in the order given; a remainder is left out. `model`
-    maps a batch (B, ...) to (B, outputs...), `batch_size` at a time, and is compiled; for a code
-    whose workers run several (`worker_models`) it is a sequence of such, the served model first.
-    With a `worker_dtype` coded data points are answered in that (`cast_model`), while the model's
-    own outputs, which all is compared with, stay as they are.
+    Args:
+        model: A function of a batch, (B, ...) to (B, outputs...), which is compiled. For a code
+            whose workers run several (`worker_models`), a sequence of such, the served model first.
+        code: The code.
+        x: Unlabelled data points, in the order in which they are cut into groups of K; a remainder
+            is left out.
+        batch_size: The number of data points in a call of the model.
+        worker_dtype: The dtype that coded data points are answered in (`cast_model`). The model's
+            own outputs stay as they are.
 
-    Raises: ValueError where x fills no group, is no floats or not finite, the served model's
-    outputs on it are not finite, or the models are not those that the code's workers run; for a
-    `worker_dtype` that is none.
+    Raises:
+        ValueError: x fills no group or is not finite floats, the model's outputs on it are not
+            finite, the models are not those that the code's workers run, or `worker_dtype` is no
+            float.
     """
     groups = cut_groups(x, code.num_data)
     models = (model,) if callable(model) else tuple(model)
@@ -205,8 +218,8 @@ def record_answers(
 class Recorder:
     """A model's answers to the coded data points of many codes on the same groups.
 
-    Each is asked for once. `own` are its outputs on the data points, (groups, K, m), `evaluations`
-    how many data points and coded ones it ran on.
+    Each answer is computed once. `own` are the model's outputs on the data points, (groups, K, m),
+    and `evaluations` counts the data points and coded data points that it ran on.
     """
 
     def __init__(
@@ -216,9 +229,16 @@ class Recorder:
         batch_size: int,
         own: tuple[Float[np.ndarray, "groups num_data m"], Form] | None = None,
     ):
-        """`run` is the model (`batched`), and runs on the data points unless its own are known.
+        """Start a record.
 
-        Raises: ValueError where that is not finite.
+        Args:
+            run: The model (`batched`).
+            groups: Data points in groups of K.
+            batch_size: The number of data points in a call of the model.
+            own: The model's outputs on the data points, where they are known already.
+
+        Raises:
+            ValueError: The model's outputs are not finite.
         """
         self._run, self._groups, self._batch_size = run, groups, batch_size
         self._shape = jax.tree.leaves(groups)[0].shape[:2]
@@ -232,7 +252,7 @@ class Recorder:
         self._following: dict[bytes, np.ndarray] = {}
 
     def of(self, code: AbstractCode) -> Answers:
-        """All workers' answers with this code."""
+        """Return all workers' answers with a code."""
         rows = encoder_rows(code)
         names = [_row_name(row) for row in rows]
         new = {n: row for n, row in zip(names, rows, strict=True) if n not in self._known}
@@ -246,7 +266,10 @@ class Recorder:
     def following(
         self, code: AbstractCode, coordinates: Float[np.ndarray, "groups num_data d"]
     ) -> Answers:
-        """As `of`, with points as far apart as these are, group by group (`following_points`)."""
+        """Return answers with points as far apart as these coordinates, group by group.
+
+        See `following_points`.
+        """
         places = jnp.asarray(coordinates)
         points = GroupPoints(*jax.vmap(lambda each: following_points(code, each))(places))
         rows = np.asarray(eqx.filter_jit(GroupPoints.encoders)(points, code))
@@ -281,9 +304,13 @@ class Recorder:
 
 
 def cut_groups(x: PyTree, num_data: int) -> PyTree[Shaped[np.ndarray, "groups num_data ..."]]:
-    """Data points in groups of K, in the order given, without a remainder: (groups, K, ...).
+    """Cut data points into groups of K, in the order given and without a remainder.
 
-    Raises: ValueError where there is no group, or data points are no floats or not finite.
+    Returns:
+        Groups, (groups, K, ...).
+
+    Raises:
+        ValueError: There is no whole group, or data points are not finite floats.
     """
     x = jax.tree.map(np.asarray, x)
     sizes = {leaf.shape[:1] for _, leaf in leaves_of("x", x)}
@@ -304,7 +331,8 @@ def own_outputs(
 ) -> tuple[Float[Array, "groups num_data m"], Form]:
     """Return the served model's outputs for the data points themselves, and their form.
 
-    Raises: ValueError where that is not finite.
+    Raises:
+        ValueError: They are not finite.
     """
     shape = jax.tree.leaves(groups)[0].shape[:2]
     flat, form = join(run(points_of(groups)), 1)
@@ -318,9 +346,10 @@ def own_outputs(
 
 
 def batched(model: Model, batch_size: int) -> Callable[[PyTree], PyTree]:
-    """The model over any number of data points, in batches of one shape: one compilation.
+    """Return the model for any number of data points, in batches of one shape: one compilation.
 
-    Raises: ValueError for a model in training mode.
+    Raises:
+        ValueError: The model is in training mode.
     """
     check_model(model)
     compiled = eqx.filter_jit(call_model)
@@ -348,7 +377,7 @@ def batched(model: Model, batch_size: int) -> Callable[[PyTree], PyTree]:
 def all_answers(
     models: Sequence[Model], code: AbstractCode, groups: PyTree
 ) -> tuple[Float[Array, "groups num_workers m"], Form]:
-    """All workers' answers to groups, as vectors, and in which form they were."""
+    """Return all workers' answers to groups as vectors, and their form."""
     coded = eqx.filter_jit(encode_groups)(
         code, jax.tree.map(jnp.asarray, groups), known_encoder(code)
     )

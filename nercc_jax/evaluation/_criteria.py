@@ -1,4 +1,4 @@
-"""What a decoded prediction is judged by against the model's own, by name or as a function."""
+"""Criteria of a decoded prediction against the model's own, by name or as a function."""
 
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, get_args
@@ -14,10 +14,13 @@ Criterion: TypeAlias = CriterionName | Callable[[PyTree, PyTree], Float[Array, "
 
 
 def point_criterion(criterion: Criterion) -> Callable[[PyTree, PyTree], Float[Array, ""]]:
-    """A criterion of one data point, (decoded, original) -> scalar. Of predictions with several
-    parts (pytrees, heads) the named ones take the mean, but for "disagreement": in any part.
+    """Return a criterion of one data point, (decoded, original) -> scalar.
 
-    Raises: ValueError for an unknown name.
+    For predictions with several parts (pytrees, heads) the named ones take the mean; "disagreement"
+    is of any part.
+
+    Raises:
+        ValueError: The name is unknown.
     """
     found: Any = _NAMED.get(criterion) if isinstance(criterion, str) else criterion
     if not callable(found):
@@ -27,9 +30,11 @@ def point_criterion(criterion: Criterion) -> Callable[[PyTree, PyTree], Float[Ar
 
 
 def labels_of(outputs: PyTree, axes: int) -> PyTree[Int[Array, "..."]]:
-    """The labels of data points: the largest outputs along the last axis of every part.
+    """Return the labels of data points: the largest outputs along the last axis of every part.
 
-    `axes` are the first axes, of data points; an output without any other has no label to lose: 0.
+    Args:
+        outputs: Outputs with data points in their first axes.
+        axes: The number of these axes. An output without any other axis has the label 0.
     """
 
     def of_leaf(leaf: Array) -> Array:
@@ -39,7 +44,7 @@ def labels_of(outputs: PyTree, axes: int) -> PyTree[Int[Array, "..."]]:
 
 
 def same_labels(labels: PyTree, others: PyTree, axes: int) -> Bool[Array, "*lead"]:
-    """Whether all labels of data points are the same; `axes` as in `labels_of`."""
+    """Return whether all labels of data points are the same; `axes` as in `labels_of`."""
 
     same = [
         jnp.all((mine.reshape(theirs.shape) == theirs).reshape(*theirs.shape[:axes], -1), axis=-1)
@@ -53,7 +58,7 @@ def agree_on_labels(
     others: Float[ArrayLike, "*points m"],
     form: Form | None = None,
 ) -> Bool[Array, "*points"]:
-    """Whether outputs, as vectors, have the same label; where `form` splits them, all labels."""
+    """Return whether outputs, as vectors, have the same labels (`form` splits several)."""
     vectors, others = jnp.asarray(vectors), jnp.asarray(others)
     axes = vectors.ndim - 1
 

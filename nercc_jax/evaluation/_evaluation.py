@@ -24,7 +24,7 @@ _CHANNEL = 1  # of a set's key: the mask takes the key itself
 class Estimate:
     """A mean over straggler sets and the half width of its 95 % interval (Student's t).
 
-    The half width is NaN for a single set, whose spread cannot be told.
+    The half width is NaN for a single set, which has no spread.
     """
 
     mean: float
@@ -32,7 +32,7 @@ class Estimate:
 
     @classmethod
     def over(cls, values: Sequence[float]) -> "Estimate":
-        """The estimate from one value a straggler set."""
+        """Return the estimate for one value of each straggler set."""
         count, mean = len(values), float(np.mean(values))
         if count < 2:
             return cls(mean, float("nan"))
@@ -42,10 +42,10 @@ class Estimate:
         return cls(mean, float(stdtrit(count - 1, 0.975) * error))
 
     def interval(self, *, share: bool = False) -> tuple[float, float]:
-        """The 95 % interval's ends: mean - half width, mean + half width.
+        """Return the ends of the 95 % interval; NaN for a single set.
 
-        Of a `share`, Wilson's: of so many independent trials as would have this half width, and
-        within [0, 1]. NaN for a single set.
+        For a `share` the interval is Wilson's, within [0, 1], for as many independent trials as
+        would have this half width.
         """
         mean, half = self.mean, self.half_width
         spread = mean * (1 - mean)
@@ -63,17 +63,22 @@ class Estimate:
 class Evaluation:
     """The metrics of one code under one law of stragglers.
 
-    With u_k the decoded and f_k the model's own outputs (m numbers each) of the K data points of a
-    group, over all groups and straggler sets:
+    u_k are the decoded and f_k the model's own outputs (m numbers each) of the K data points of a
+    group, over all groups and straggler sets.
 
-    - `mse`: mean of (u - f)^2 over data points and outputs;
-    - `rmse`: root of the mean squared L2 norm, sqrt(mean |u_k - f_k|^2);
-    - `mean_l2`: mean L2 norm, mean |u_k - f_k| (the literature calls both RMSE);
-    - `rel_acc`: share of data points with argmax u_k = argmax f_k (along the last axis of outputs;
-      with several such, or several parts, all of them);
-    - `accuracy`: the same against the true labels; None without labels;
-    - `lost`: share of data points that were not recovered. They count as wrong in `rel_acc` and
-      `accuracy`, and are left out of the three errors.
+    Attributes:
+        code: The name of the code.
+        stragglers: The name of the law.
+        mse: Mean of (u - f)^2 over data points and outputs.
+        rmse: Root of the mean squared L2 norm, sqrt(mean |u_k - f_k|^2).
+        mean_l2: Mean L2 norm, mean |u_k - f_k| (the literature calls both RMSE).
+        rel_acc: Share of data points with argmax u_k = argmax f_k, along the last axis of outputs;
+            of several labels, all.
+        accuracy: The same against the true labels; None without labels.
+        lost: Share of data points that were not recovered. They count as wrong in `rel_acc` and
+            `accuracy`, and are left out of the three errors.
+        num_data_points: The number of data points.
+        num_sets: The number of straggler sets.
     """
 
     code: str
@@ -96,20 +101,29 @@ class Evaluations(list[Evaluation]):
     """The result of `evaluate`: a list of rows, which is a table and a picture, too."""
 
     def records(self) -> list[dict[str, Any]]:
-        """A flat dict a row: each metric with its interval, `mse`, `mse_low`, `mse_high`."""
+        """Return one flat dict for each row: `mse`, `mse_low`, `mse_high`, and so on."""
         return [_record(row) for row in self]
 
     def to_pandas(self) -> Any:
-        """A pandas DataFrame of `records`. Raises: ImportError where there is no pandas."""
+        """Return `records` as a pandas DataFrame.
+
+        Raises:
+            ImportError: There is no pandas.
+        """
         import pandas  # pyright: ignore[reportMissingImports, reportMissingModuleSource]
 
         return pandas.DataFrame(self.records())
 
     def plot(self, metrics: Sequence[str] = ("mse", "rel_acc"), title: str = "") -> Any:
-        """A matplotlib figure, a panel for each metric, a curve for each code over the laws.
+        """Return a matplotlib figure with a panel for each metric and a curve for each code.
 
-        Laws are named by numbers of stragglers there. Raises: ImportError where there is no
-        matplotlib (`nercc-jax[demo]`), ValueError for other names of laws.
+        Args:
+            metrics: Names of metrics.
+            title: The title of the figure.
+
+        Raises:
+            ImportError: There is no matplotlib (the extra `demo`).
+            ValueError: Laws are not named by numbers of stragglers.
         """
         from ._pictures import straggler_figure
 
@@ -131,7 +145,7 @@ def _record(row: Evaluation) -> dict[str, Any]:
 
 
 def _as_html(records: list[dict[str, Any]]) -> str:
-    """The means, with intervals when the pointer is on them."""
+    """Return the means as a table, with intervals in tooltips."""
     names = [name for name in records[0] if f"{name}_low" in records[0]] if records else []
     head = "".join(f"<th>{name}</th>" for name in ("code", "stragglers", *names))
     body = ""
@@ -161,22 +175,35 @@ def evaluate(
     worker_dtype: DTypeLike | None = None,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> Evaluations:
-    """Evaluates codes by name under laws of stragglers by name: a row for each pair.
+    """Evaluate codes by name under laws of stragglers by name.
 
-    The data points are cut into groups of K in the order given; a remainder that fills no group is
-    left out (see `num_data_points`). A straggler set is one mask for all groups, drawn from `key`,
-    and the same for all codes. The model, (B, ...) to (B, outputs...), runs once on each data point
-    and coded data point, `batch_size` at a time; data points and outputs may be pytrees, and labels
-    then have a part for each part of the outputs. `further_models` are, by the name of a code whose
-    workers run others beside it (`worker_models`), those others in order. `channel` is what happens
-    to all workers' answers (groups, N, outputs...) on their way to the decoder, with a key of its
-    own for every set: noise, or fewer bits. With a `worker_dtype` coded data points are answered in
-    that (`cast_model`), and compared with the model as it is. `progress` may wrap the sequence of
-    (law, set) pairs to show a bar.
+    A straggler set is one mask for all groups, the same for all codes. The model runs once on each
+    data point and coded data point.
 
-    Raises: ValueError where the codes differ in K or N, fewer than K data points come, they are
-    no floats, they or the model's outputs on them are not finite, shapes do not agree, the model is
-    in training mode, or the further models are not those that the codes' workers run.
+    Args:
+        model: A function of a batch, (B, ...) to (B, outputs...); outputs may be pytrees.
+        codes: Codes with the same K and N, by name.
+        x: Data points, in the order in which they are cut into groups of K. A remainder is left out
+            (`num_data_points` of the rows).
+        stragglers: Laws of stragglers, by name.
+        key: Random key of the straggler sets.
+        num_sets: Straggler sets for each law.
+        labels: The true labels, with a part for each part of the outputs.
+        batch_size: The number of data points in a call of the model.
+        further_models: For codes whose workers run other models in addition (`worker_models`):
+            those others in order, by the code's name.
+        channel: A function (answers, key) of all workers' answers (groups, N, outputs...) on their
+            way to the decoder: noise, for example, or fewer bits.
+        worker_dtype: The dtype that coded data points are answered in (`cast_model`).
+        progress: A wrapper of the sequence of (law, set) pairs, for a progress bar.
+
+    Returns:
+        One `Evaluation` for each law and code.
+
+    Raises:
+        ValueError: The codes differ in K or N, there are fewer than K data points, data points or
+            outputs are not finite floats, shapes do not agree, the model is in training mode, or
+            the further models are not those that the codes' workers run.
     """
     num_data, num_workers = _common_size(codes)
     groups = cut_groups(x, num_data)
@@ -252,6 +279,6 @@ def _scores_of(answers: Answers, decoded: Decoded, labels: PyTree) -> dict[str, 
 
 
 def _estimates(scores: list[dict[str, float]]) -> dict[str, Any]:
-    """An `Estimate` for each metric; accuracy is None without labels."""
+    """Return an `Estimate` for each metric; accuracy is None without labels."""
     estimates = {metric: Estimate.over([score[metric] for score in scores]) for metric in scores[0]}
     return {"accuracy": None, **estimates}

@@ -1,4 +1,4 @@
-"""What error to expect of decoding from given workers, to know when enough of them answered."""
+"""The error to expect when decoding from given workers, so as to know when enough have answered."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -19,77 +19,86 @@ _REMEMBERED = 4096
 
 
 class Forecast(AbstractCalibrated):
-    """What decoding does to calibration data when these workers answer; `make_forecast` makes one.
+    """The error of decoding calibration data from given workers; `make_forecast` makes one.
 
-    `answers` are recorded on calibration data points. Every method decodes those of the workers of
-    a mask. One compilation serves all masks.
+    Every method decodes the recorded answers of the workers in a mask. One compilation serves all
+    masks.
 
-    It tells the mean over data like the calibration's: neither the error of the batch at hand, nor
-    what depends on it. A disagreement p seen on n data points is known to sqrt(p (1 - p) / n) at
-    best, 0.0035 for 1 % of 800; to less where those of a group go wrong together. Whoever waits for
-    the first set that looks good finds one that looks better than it is, the more so the fewer the
-    data points. And it takes workers to straggle whatever the data.
+    A forecast is a mean over data like the calibration's. It knows neither the error of the batch
+    at hand nor what depends on it, and assumes that workers straggle whatever the data. A
+    disagreement p seen on n data points is known to sqrt(p (1 - p) / n) at best, 0.0035 for 1 % of
+    800; less well where those of a group go wrong together. The first set that looks good enough
+    looks better than it is, the more so the fewer the data points.
 
     Measured (LeNet5 on digits, logits, K = 8, N = 20, `NeRCC`, 50 masks of 0 to 12 stragglers):
-    forecasts from 800 training images against what 448 other images showed had correlation 0.999
-    in error and 0.996 in disagreement; their means were 1.01 and 0.95 times what was observed. A
-    model does better on data it was trained on: calibrate on other. A new mask took `enough` about
-    0.6 ms with 25 groups, 1 to 2 with 100 (two CPU cores), a known one 0.01 to 0.04.
+    forecasts from 800 training images and errors on 448 other images had a correlation of 0.999 in
+    error and 0.996 in disagreement; their means were 1.01 and 0.95 times what was observed. A model
+    does better on data that it was trained on, so calibrate on other data. `enough` took about 0.6
+    ms for a new mask with 25 groups, 1 to 2 ms with 100 (two CPU cores), and 0.01 to 0.04 ms for a
+    known one.
+
+    Attributes:
+        answers: Answers recorded on calibration data points.
     """
 
     answers: Answers
 
     def calibrated_under(self) -> Conditions:
-        """At which precision, and where, the answers were made: a pool says if its own differ."""
+        """Return the conditions of the answers; a pool warns if its own differ."""
         return self.answers.conditions
 
     def error(self, available: Bool[ArrayLike, " num_workers"]) -> Float[Array, ""]:
-        """sqrt(mean |u_k - f_k|^2), the `rmse` of `Evaluation`, in units of the model's outputs.
+        """Return sqrt(mean |u_k - f_k|^2), the `rmse` of `Evaluation`, in units of the outputs.
 
         Data points that are not recovered are left out; NaN where none is.
 
-        Raises: ValueError for a mask of another shape or dtype.
+        Raises:
+            ValueError: The mask has another shape or dtype.
         """
         return _expect(self, available)[0]
 
     def disagreement(self, available: Bool[ArrayLike, " num_workers"]) -> Float[Array, ""]:
-        """The share of data points whose label, argmax u_k, is not argmax f_k: 1 - `rel_acc`.
+        """Return the share of data points whose label is not the model's own: 1 - `rel_acc`.
 
         Data points that are not recovered count as wrong.
 
-        Raises: ValueError for a mask of another shape or dtype.
+        Raises:
+            ValueError: The mask has another shape or dtype.
         """
         return _expect(self, available)[1]
 
     def by_place(
         self, available: Bool[ArrayLike, " num_workers"]
     ) -> tuple[Float[Array, " num_data"], Float[Array, " num_data"]]:
-        """`error` and `disagreement` of each of the K places of a group by itself.
+        """Return `error` and `disagreement` of each of the K places of a group.
 
         They differ much where points are interleaved: a place whose own worker answered is exact.
 
-        Raises: ValueError for a mask of another shape or dtype.
+        Raises:
+            ValueError: The mask has another shape or dtype.
         """
         return _expect_by_place(self, available)
 
     def below(
         self, *, max_disagreement: float | int | None = None, max_error: float | int | None = None
     ) -> Callable[[np.ndarray], bool]:
-        """A function `enough(mask) -> bool` for a pool: whether to stop waiting for more workers.
+        """Return a function `enough(mask) -> bool` that tells a pool to stop waiting.
 
-        True where the `disagreement` is `max_disagreement` or less; or where the `error` is
-        `max_error` or less and no data point is lost, since a lost one has no error to be small.
         More answers need not be better, so True may be followed by False. Where not even all
-        workers' answers reach the limit, `enough` may never be True: ask for
-        `error(np.ones(N, bool))` first.
+        workers' answers reach the limit, it may never be True: look at `error(np.ones(N, bool))`
+        first. It may be called from any thread, and remembers the last few thousand masks. A new
+        mask is decoded on the device that holds the forecast, behind its other work;
+        `jax.device_put(forecast, device)` moves it. It is compiled here, so no later call waits for
+        that.
 
-        It may be called from any thread, and remembers the last few thousand masks. A new one is
-        decoded on the device that holds the forecast, behind what that is busy with: if it is one
-        of the workers', `jax.device_put(forecast, device)` moves the forecast to another. It is
-        compiled here, so that no later call waits for that.
+        Args:
+            max_disagreement: The largest `disagreement`, in [0, 1).
+            max_error: The largest `error`, in units of the outputs, with no data point lost. Give
+                one of the two.
 
-        Raises: ValueError unless exactly one limit is given, 0 <= `max_disagreement` < 1 or
-        `max_error` > 0; `enough` does for a mask of another shape or dtype.
+        Raises:
+            ValueError: Not exactly one limit is given, or it is out of range. `enough` raises it
+                for a mask of another shape or dtype.
         """
         if (max_disagreement is None) == (max_error is None):
             given = "neither" if max_error is None else "both"
@@ -123,7 +132,7 @@ class Forecast(AbstractCalibrated):
 
 
 class _ForecastRule(AbstractCalibrated):
-    """What `Forecast.below` returns."""
+    """A rule that `Forecast.below` returns, with the conditions of its calibration."""
 
     enough: Callable[[np.ndarray], bool] = eqx.field(static=True)
     conditions: Conditions = eqx.field(static=True)
@@ -143,12 +152,19 @@ def make_forecast(
     batch_size: int = 256,
     worker_dtype: DTypeLike | None = None,
 ) -> Forecast:
-    """Records a model's answers on calibration data, for a forecast under any straggler set.
+    """Record a model's answers on calibration data, for a forecast under any straggler set.
 
-    x: unlabelled data points as they will come, cut into groups of K in the order given (if queries
-    are put in order before they are coded, so must these be). Arguments, and errors, as in
-    `record_answers`. An answer that is not finite makes its worker a straggler in that group, as in
-    decoding.
+    An answer that is not finite makes its worker a straggler in its group, as in decoding.
+
+    Args:
+        model: As in `record_answers`.
+        code: The code.
+        x: Unlabelled data points as they will come, in the order in which they will be coded.
+        batch_size: The number of data points in a call of the model.
+        worker_dtype: As in `record_answers`.
+
+    Raises:
+        ValueError: As `record_answers`.
     """
     options: Any = {"batch_size": batch_size, "worker_dtype": worker_dtype}
     return Forecast(record_answers(model, code, x, **options))
@@ -156,7 +172,7 @@ def make_forecast(
 
 @eqx.filter_jit
 def _expect(forecast: Forecast, available: Bool[ArrayLike, " num_workers"]) -> tuple[Array, ...]:
-    """The error, the disagreement, and the share of data points that are lost."""
+    """Return the error, the disagreement, and the share of data points that are lost."""
     available = as_mask(available, (forecast.answers.code.num_workers,))
     score = forecast.answers.scores(available)
     return score["rmse"], 1 - score["rel_acc"], score["lost"]

@@ -1,4 +1,4 @@
-"""What decoded outputs of a function are judged by, where labels are not what matters."""
+"""Metrics of decoded functions, where labels are not what matters."""
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,13 @@ from ..codes import check_count, join
 def relative_rmse(
     decoded: PyTree[Float[ArrayLike, "points ..."]], own: PyTree[Float[ArrayLike, "points ..."]]
 ) -> Float[Array, ""]:
-    """The root mean square error by the standard deviation of the function's own outputs.
+    """Return the root mean square error over the standard deviation of the function's outputs.
 
-    Both over all data points and outputs, the deviation about each output's mean: 1 is what
-    answering with the mean would give. Raises: ValueError where shapes differ.
+    Both are over all data points and outputs, the deviation about each output's mean: answering
+    with the mean would give 1.
+
+    Raises:
+        ValueError: Shapes differ.
     """
     decoded, own = _vectors(decoded, own)
     spread = jnp.mean((own - jnp.mean(own, axis=0)) ** 2)
@@ -23,7 +26,7 @@ def relative_rmse(
 def row_errors(
     decoded: PyTree[Float[ArrayLike, "points ..."]], own: PyTree[Float[ArrayLike, "points ..."]]
 ) -> Float[Array, " points"]:
-    """Each data point's error: the root mean square over its outputs, as deviations have it."""
+    """Return each data point's error: the root mean square over its outputs."""
     decoded, own = _vectors(decoded, own)
     return jnp.sqrt(jnp.mean((decoded - own) ** 2, axis=-1))
 
@@ -33,9 +36,12 @@ def coverage(
     own: PyTree[Float[ArrayLike, "points ..."]],
     bar: Float[ArrayLike, " points"],
 ) -> Float[Array, ""]:
-    """The share of data points whose error is within its bar, of those that are not exact (0).
+    """Return the share of data points whose error is within its bar; exact ones (0) do not count.
 
-    NaN where all are. Raises: ValueError where shapes differ.
+    NaN where all are exact.
+
+    Raises:
+        ValueError: Shapes differ.
     """
     bar = jnp.asarray(bar)
     within, uncertain = row_errors(decoded, own) <= bar, bar > 0
@@ -49,10 +55,12 @@ def recall(
     *,
     number: int = 10,
 ) -> Float[Array, ""]:
-    """Of embeddings: the share of each one's nearest others that its decoded one finds, too.
+    """Return the share of each embedding's nearest others that its decoded embedding finds, too.
 
-    recall@10 for a search of `others`, by Euclidean distance. Raises: ValueError for a `number`
-    that is none, or more than there are others.
+    This is recall@10 (or another `number`) for a search of `others` by Euclidean distance.
+
+    Raises:
+        ValueError: `number` is not positive, or exceeds the number of others.
     """
     check_count("number", number)
     if number > len(others):

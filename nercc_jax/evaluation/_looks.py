@@ -1,4 +1,4 @@
-"""How systems look: a colour and a marker each, the same in every picture of this project."""
+"""The colour and marker of each system, the same in every picture of this project."""
 
 from typing import Any
 
@@ -91,16 +91,14 @@ _LOOKS = {
 
 
 def system_look(system: str) -> dict[str, Any]:
-    """How a system is drawn: matplotlib's `color` and `marker`, and a few more of a line.
+    """Return how a system is drawn: matplotlib's `color` and `marker`, and properties of its line.
 
-    By the longest of the names that are known here that its name begins with: "ParM, k = 2" looks
-    as "ParM" does. What is not known is a black dot.
+    The longest known name that the system's name begins with decides: "ParM, k = 2" looks as "ParM"
+    does. An unknown system is a black dot.
 
-    ```python
-    from nercc_jax.evaluation import system_look
+    ```python from nercc_jax.evaluation import system_look
 
-    print(system_look("BACC (12, 8)"))  # {'color': '#d55e00', 'marker': 's'}
-    ```
+    print(system_look("BACC (12, 8)"))  # {'color': '#d55e00', 'marker': 's'} ```
     """
     known = [name for name in _LOOKS if system.startswith(name)]
     return dict(_LOOKS[max(known, key=len)]) if known else _filled(_BLACK, ".")

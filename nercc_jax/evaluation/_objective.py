@@ -21,24 +21,34 @@ def nested_errors(
     criterion: Criterion = "mse",
     originals: PyTree[Float[ArrayLike, "groups num_data ..."]] | None = None,
 ) -> Float[Array, " sets"]:
-    """The mean error of decoded predictions for each straggler set, over groups and data points:
+    """Return the mean error of decoded predictions for each straggler set.
+
+    The mean is over groups and data points:
 
         e(F) = 1/(groups K) sum criterion(u_dec(alpha_k), f(x_k)).
 
-    A pure function, differentiable in the code's leaves, in x and in the model; jit it. All groups
-    meet every set, so the model runs on groups * N coded data points only.
+    This is a pure function, differentiable in the code's leaves, in x and in the model; jit it. All
+    groups meet every set, so the model runs on groups * N coded data points only. Answers are
+    decoded as by `decode_groups`: one that is not finite makes its worker a straggler in its group.
+    Lost predictions are left out; a set that loses all has the error NaN.
 
-    `criterion` is of one data point, (decoded, original) -> scalar: "mse", the mean over outputs of
-    the squared difference; "cross_entropy", the Kullback-Leibler divergence between the softmax of
-    both, for outputs that are logits, which looks at labels (RelAcc) rather than at values;
-    "disagreement", whether the label is another, which has no slope; or a function of predictions
-    as the model gives them. `originals` are f(x), (groups, K, outputs...), where they are known;
-    else the served model runs on x. Answers are decoded as by `decode_groups`: one that is not
-    finite makes its worker a straggler in its group. Predictions that are lost are left out; a set
-    that loses all has the error NaN.
+    Args:
+        model: A function of a batch; for a code whose workers run several, a sequence of such, the
+            served model first.
+        code: The code.
+        x: Data points in groups.
+        available: Straggler sets, one mask a row.
+        criterion: A criterion of one data point: "mse", the mean over outputs of the squared
+            difference; "cross_entropy", the Kullback-Leibler divergence between the softmax of
+            both, for logits; "disagreement", whether the label is another, which has no slope; or a
+            function (decoded, original) -> scalar of predictions as the model gives them.
+        originals: f(x), (groups, K, outputs...), where they are known; else the served model runs
+            on x.
 
-    Raises: ValueError for shapes that do not fit, and for an unknown criterion. Source: arXiv
-    2402.04377, the objective that lambda_enc and lambda_dec are tuned on.
+    Raises:
+        ValueError: Shapes do not fit, or the criterion is unknown.
+
+    Source: arXiv 2402.04377, the objective that lambda_enc and lambda_dec are tuned on.
     """
     available = jnp.asarray(available)
     if available.ndim != 2 or available.shape[1] != code.num_workers or available.dtype != bool:
@@ -59,11 +69,11 @@ def nested_objective(
     criterion: Criterion = "mse",
     originals: PyTree[Float[ArrayLike, "groups num_data ..."]] | None = None,
 ) -> Float[Array, ""]:
-    """The weighted sum of `nested_errors` over straggler sets; without `weights`, the mean.
+    """Return the weighted sum of `nested_errors` over straggler sets; by default, the mean.
 
     With all sets of a law it is the expectation over them, with sampled ones its estimate. Sets
-    that lose all predictions, whatever is answered, are left out. Arguments, errors and source as
-    there.
+    that lose all predictions, whatever is answered, are left out. Arguments, errors and source are
+    those of `nested_errors`.
     """
     errors = nested_errors(model, code, x, available, criterion=criterion, originals=originals)
     told = jnp.any(jax.vmap(code.recovered)(jnp.asarray(available)), axis=1)
@@ -75,7 +85,7 @@ def nested_objective(
 def nested_answers(
     model: Model | Sequence[Model], code: AbstractCode, x: PyTree, originals: PyTree | None
 ) -> Answers:
-    """A group's answers as a function of all that makes them. Raises: as `nested_errors`."""
+    """Return a group's answers as a function of all that makes them; raise as `nested_errors`."""
     x = jax.tree.map(jnp.asarray, x)
     groups = jax.tree.leaves(x)[0].shape[:1]
     if groups in [(), (0,)]:
@@ -97,6 +107,6 @@ def nested_answers(
 def original_predictions(
     model: Model | Sequence[Model], x: PyTree[Shaped[Array, "groups num_data ..."]]
 ) -> PyTree[Float[Array, "groups num_data ..."]]:
-    """The served model's own predictions of uncoded groups."""
+    """Return the served model's own predictions of uncoded groups."""
     served = model if callable(model) else model[0]
     return groups_of(call_model(served, points_of(x)), jax.tree.leaves(x)[0].shape[1])

@@ -18,9 +18,13 @@ def straggler_figure(
     title: str,
     into: Any = None,
 ) -> "Figure":
-    """A panel for each metric {name: (label, logarithmic)}, with intervals.
+    """Return a figure with a panel for each metric, with intervals.
 
-    `into` is a part of another figure to draw it in.
+    Args:
+        rows: Evaluations.
+        panels: For each metric its label, and whether its axis is logarithmic.
+        title: The title.
+        into: A part of another figure to draw in.
     """
     import matplotlib.pyplot as plt
 
@@ -35,11 +39,11 @@ def straggler_figure(
 def straggler_curves(
     axis: "Axes", rows: Sequence[Any], metric: str, label: str, *, logarithmic: bool
 ) -> None:
-    """One metric of each code against the number of stragglers, with intervals.
+    """Draw one metric of each code against the number of stragglers, with intervals.
 
     Each curve has its name at its right end. A logarithmic metric is an error: a code without any
     is named and not drawn, and one that explodes leaves the panel by its upper edge, where its name
-    stands. Another is a share, and intervals end at 0 and 1.
+    stands. Any other metric is a share, whose intervals end at 0 and 1.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -84,13 +88,13 @@ def straggler_curves(
 
 
 def _top(rows: Sequence[Any], metric: str, codes: Sequence[str]) -> float:
-    """Where a panel of errors ends: a code that explodes must not press the others together."""
+    """Return the upper end of a panel of errors; a code that explodes leaves others room."""
     tops = _maxima(rows, metric, codes)
     return min(max(tops), 100 * float(np.median(tops))) * 2 if len(tops) > 1 else np.inf
 
 
 def _end(places: np.ndarray, mean: np.ndarray, top: float) -> tuple[float, float]:
-    """Where a curve ends within the panel: its last point, or where it leaves by the top."""
+    """Return where a curve ends in the panel: its last point, or where it leaves by the top."""
     known = ~np.isnan(mean)
     places, mean = places[known], mean[known]
     over = np.flatnonzero(mean > top)
@@ -98,7 +102,7 @@ def _end(places: np.ndarray, mean: np.ndarray, top: float) -> tuple[float, float
 
 
 def _name_curves(axis: "Axes", ends: Mapping[str, tuple[float, float]]) -> None:
-    """Names beside the curves' ends, apart from each other, each joined to its own."""
+    """Write names next to the curves' ends, apart from each other, each joined to its own."""
     axis.autoscale_view()  # the limits are not known before
     to_panel = axis.transData + axis.transAxes.inverted()
     heights = {code: float(to_panel.transform(end)[1]) for code, end in ends.items()}
@@ -139,11 +143,15 @@ def batch_figure(
     own: Sequence[Any],
     into: Any = None,
 ) -> "Figure":
-    """K images, the N mixtures that workers get, lost ones crossed out, and K decoded labels.
+    """Draw K images, the N mixtures that workers get, with lost ones crossed out, and K labels.
 
-    `images` are (K, height, width) in grey, or (K, height, width, 3); `coded` likewise, N of them;
-    `available` (N,); `decoded` and `own` are K labels, to be drawn as text. `into` is a part of
-    another figure to draw it in.
+    Args:
+        images: (K, height, width) in grey, or (K, height, width, 3).
+        coded: The N mixtures, as `images`.
+        available: Which of the N workers answered.
+        decoded: K decoded labels, drawn as text.
+        own: The model's K labels.
+        into: A part of another figure to draw in.
     """
     import matplotlib.pyplot as plt
 
@@ -209,13 +217,13 @@ def _frame(axis: "Axes", colour: str) -> None:
 
 
 def laws_and_codes(rows: Sequence[Any]) -> tuple[list[str], list[str]]:
-    """The names that evaluations have, each once, in their order."""
+    """Return the names that evaluations have, each once, in their order."""
     return list(dict.fromkeys(r.stragglers for r in rows)), list(
         dict.fromkeys(r.code for r in rows)
     )
 
 
 def _maxima(rows: Sequence[Any], metric: str, codes: Sequence[str]) -> list[float]:
-    """The largest mean of each code that has a positive one."""
+    """Return the largest mean of each code that has a positive one."""
     means = {code: [getattr(r, metric).mean for r in rows if r.code == code] for code in codes}
     return [top for values in means.values() if (top := np.nanmax(values)) > 0]

@@ -36,14 +36,14 @@ class Trial(eqx.Module):
     power: float = eqx.field(static=True)
 
     def errors(self, model: Model, code: AbstractCode) -> Float[Array, " laws"]:
-        """A code's mean error under each law; sets in which it recovers nothing are left out."""
+        """Return a code's mean error under each law, without sets in which it recovers nothing."""
         return _judged(self, model, code)[0]
 
     def objective(self, model: Model, code: AbstractCode) -> Float[Array, ""]:
-        """The power mean over laws of a code's error relative to the starting code's.
+        """Return the power mean over laws of a code's error relative to the starting code's.
 
-        With r_l = errors / scales: (mean_l r_l^power)^(1/power). 1 for the starting code.
-        Differentiable in the code.
+        With r_l = errors / scales this is (mean_l r_l^power)^(1/power): 1 for the starting code,
+        and differentiable in the code.
         """
         return _relative(self, *_judged(self, model, code))
 
@@ -66,14 +66,24 @@ def make_trial(
     criterion: Criterion = "mse",
     power: float = 1.0,
 ) -> Trial:
-    """Draws what the nested objective averages over, and weighs laws by a starting code's errors.
+    """Draw what the nested objective averages over, and weigh laws by a starting code's errors.
 
-    For every law of `stragglers`, by name, `num_sets` sets are drawn, or all taken if they are
-    fewer. An error counts relative to that of `code` under the same law: with more stragglers
-    errors are a hundred times larger, and the plain mean would see nothing else. The higher the
-    `power` (1 or more), the more the objective looks at the law that gains least.
+    An error counts relative to that of `code` under the same law: with more stragglers errors are a
+    hundred times larger, and the plain mean would see nothing else.
 
-    Raises: ValueError where there is no law, or an error of `code` is not finite.
+    Args:
+        model: A function of a batch.
+        code: The starting code.
+        x: Data points in groups.
+        stragglers: Laws by name.
+        key: Random key of the draws.
+        num_sets: Straggler sets drawn for each law; all of a law's sets if they are fewer.
+        criterion: As in `nested_errors`.
+        power: The power of the mean over laws, 1 or more. The higher it is, the more the law that
+            gains least counts.
+
+    Raises:
+        ValueError: There is no law, or an error of `code` is not finite.
     """
     if not stragglers:
         raise ValueError("there are no laws of stragglers")
@@ -112,7 +122,7 @@ def draw_sets(
 
 
 def relative_objective(trial: Trial, model: Model, code: AbstractCode) -> Float[Array, ""]:
-    """`Trial.objective` without its compilation."""
+    """Return `Trial.objective` without its compilation."""
     return _relative(trial, *_by_law(trial, code, _errors(trial, model, code)))
 
 
@@ -132,10 +142,10 @@ def landscape(
     lambda_enc: Float[ArrayLike, " rows"],
     lambda_dec: Float[ArrayLike, " columns"],
 ) -> Float[Array, "rows columns"]:
-    """A trial's objective on a grid of the two lambdas, all else as in `code`.
+    """Return a trial's objective on a grid of the two lambdas, all else as in `code`.
 
-    What one would do without gradients, and a picture of what they descend. The decoder needs no
-    new answers, so the model runs on the coded data points once for each `lambda_enc`.
+    This is what one would do without gradients, and a picture of what they descend. The decoder
+    needs no new answers, so the model runs on the coded data points once for each `lambda_enc`.
     """
     rows = [
         _row(model, _with_lambdas(code, enc, 0.0), trial, jnp.asarray(lambda_dec, float))
@@ -179,7 +189,7 @@ def _errors(trial: Trial, model: Model, code: AbstractCode) -> Float[Array, " se
 def _by_law(
     trial: Trial, code: AbstractCode, errors: Float[Array, " sets"]
 ) -> tuple[Float[Array, " laws"], Bool[Array, " laws"]]:
-    """The mean error under each law, and whether any of its sets recovers anything: NaN if not."""
+    """Return the mean error under each law; NaN where none of its sets recovers anything."""
     told = jnp.any(jax.vmap(code.recovered)(trial.available), axis=1)
     total, count = (
         jax.ops.segment_sum(values, trial.law, len(trial.laws), indices_are_sorted=True)

@@ -1,4 +1,4 @@
-"""Which code, how many workers, which rule of waiting, or nothing."""
+"""Planning: the code, the number of workers, and the rule of waiting for a service; or none."""
 
 from ._candidates import Candidate, make_candidate, waits
 from ._codes import Codes, Half

@@ -61,7 +61,7 @@ class Candidate:
 
     @property
     def code(self) -> AbstractCode:
-        """The code, untuned."""
+        """Return the code, untuned."""
         if self.points is not None:
             return NeRCC(self.num_data, self.num_workers, points=self.points, exact=True)
         if self.num_workers == self.num_data:
@@ -70,7 +70,7 @@ class Candidate:
 
 
 def feasible(candidate: Candidate, asked: Mapping[str, Any]) -> bool:
-    """Whether a candidate keeps to what was asked for, and was not only screened."""
+    """Return whether a candidate keeps to what was asked for, and was not only screened."""
     workers = candidate.num_workers * asked["num_queries"] // candidate.num_data
     return (
         (candidate.held_out or candidate.exact)
@@ -176,21 +176,21 @@ def make_candidate(
 
 
 def at_most(share: Estimate, points: int) -> float:
-    """What a share of so many data points is at most, with a probability of 99 %.
+    """Return an upper bound of a share of this many data points, with a probability of 99 %.
 
-    If it were 4.6 in as many, none would be seen with a probability of 1 %. One of up to twenty is
-    chosen by this, and 95 % would often choose one that was lucky.
+    If the share were 4.6 over the number, none would be seen with a probability of 1 %. One of up
+    to twenty candidates is chosen by this, and 95 % would often choose one that was lucky.
     """
     return max(share.mean + _WIDER * share.half_width, -math.log(_MISSED) / points)
 
 
 def number_of_draws(wanted: int, workers: int) -> int:
-    """How many draws of so many workers are held at a time."""
+    """Return how many draws of this many workers are held at a time."""
     return max(min(wanted, 4_000_000 // workers), 1000)
 
 
 def numbers_of_workers(num_data: int, asked: Mapping[str, Any]) -> list[int]:
-    """A third, two thirds and all of the redundancy that the budget allows."""
+    """Return a third, two thirds and all of the redundancy that the budget allows."""
     groups = asked["num_queries"] // num_data
     most = min(int(num_data * (1 + asked["max_extra_work"]) + 1e-9), asked["max_workers"] // groups)
     further = [math.ceil((most - num_data) * share / 3) for share in (1, 2, 3)]
@@ -198,7 +198,7 @@ def numbers_of_workers(num_data: int, asked: Mapping[str, Any]) -> list[int]:
 
 
 def waits(num_data: int, num_workers: int) -> list[int]:
-    """Numbers of answers to wait for: all but 1, 2, 4, ... and N - K, a group's half at least."""
+    """Return numbers of answers to wait for: all but 1, 2, 4, ... and N - K; at least K / 2."""
     missing = {1, 2, 4, 8, 16, num_workers - num_data} - {0}
     least = max(num_data // 2, 1)
     return sorted({num_workers - number for number in missing if num_workers - number >= least})

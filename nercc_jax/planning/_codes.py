@@ -54,9 +54,12 @@ class Screened(NamedTuple):
 
 
 class SurrogateExam(NamedTuple):
-    """What a surrogate makes of data points without any answer, and whether its label is wrong.
+    """A surrogate's predictions of data points without any answer, and whether they are wrong.
 
-    `features` are what a doubt looks at; `form` that of the outputs, None of plain vectors.
+    Attributes:
+        features: The features of an error probability.
+        wrong: Whether the label differs from the model's own.
+        form: The structure of the outputs; None for vectors.
     """
 
     features: Float[np.ndarray, "points features"]
@@ -85,7 +88,7 @@ class Half:
         self._answers: dict[tuple[str | None, int], Recorder] = {}
 
     def answers(self, order: str | None, num_data: int) -> Recorder:
-        """The model's answers on groups in this order."""
+        """Return the model's answers on groups in this order."""
         if (order, num_data) not in self._answers:
             places = self._places(order, num_data)
             self._answers[order, num_data] = Recorder(
@@ -95,12 +98,12 @@ class Half:
 
     @functools.cached_property
     def _cheap(self) -> PyTree[Float[Array, "points ..."]]:
-        """The surrogate's outputs."""
+        """Return the surrogate's outputs."""
         assert self._surrogate is not None
         return self._surrogate(self.x)
 
     def examine_surrogate(self) -> SurrogateExam:
-        """As a scheme sees it where nothing of a data point is answered: of infinite deviation."""
+        """Return the surrogate's predictions without answers, of infinite deviation."""
         cheap = join(self._cheap, 1)[0]
         form = None if self._form.is_vector else self._form
         features = error_features(cheap, jnp.full(len(cheap), jnp.inf), cheap, form)
@@ -108,7 +111,7 @@ class Half:
         return SurrogateExam(np.asarray(features), np.asarray(wrong), form)
 
     def _places(self, order: str | None, num_data: int) -> Int[np.ndarray, "groups num_data"]:
-        """Which data points are in which group."""
+        """Return the data points of each group."""
         places = np.arange(len(self.x))
         if order is not None:
             features = None
@@ -140,7 +143,7 @@ class Codes:
     def screen(
         self, sizes: Sequence[int], layouts: Sequence[str], orders: Sequence[str | None]
     ) -> list[Screened]:
-        """All codes and rules that might be faster, with few straggler sets on the first half."""
+        """Return all codes and rules that might be faster, by few sets on the first half."""
         found = []
         for num_data in sizes:
             for num_workers in numbers_of_workers(num_data, self._asked):
@@ -154,9 +157,9 @@ class Codes:
         return found
 
     def _rules(self, code: NeRCC) -> Iterator[tuple[Waiting, np.ndarray]]:
-        """Rules by which a code may be faster, and times to the last prediction under them.
+        """Return rules by which a code may be faster, and times to the last prediction under them.
 
-        To wait until the p99 of the time in which enough answer makes that p99 no later, and most
+        Waiting until the p99 of the time in which enough answer makes that p99 no later, and most
         others are in by then. One rule is always there, so that every code is shown.
         """
         early = self._latencies.quantile(EARLY)
@@ -172,7 +175,7 @@ class Codes:
                     yield rule, times
 
     def _ends(self, rule: Waiting, draws: int = _SCREEN_DRAWS) -> Float[np.ndarray, " draws"]:
-        """When the last of all groups ends, if nothing is sent again."""
+        """Return when the last of all groups ends, if nothing is sent again."""
         return np.max(self._draw(rule, draws)[1], axis=1)
 
     def _draw(self, rule: Waiting, draws: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -209,7 +212,7 @@ class Codes:
     def measure(
         self, screened: Sequence[Screened], key: PRNGKeyArray
     ) -> tuple[list[Candidate], dict[Candidate, ErrorProbability]]:
-        """The most promising on the held-out half, as they are and with re-execution."""
+        """Measure the most promising on the held-out half, as they are and with re-execution."""
         wanted, most = (self._asked[n] for n in ("max_disagreement", "max_extra_work"))
         fast = [s for s in screened if s.row.p99 < self._fastest and wanted > 0]
         plain = [s for s in fast if s.row.disagreement.mean <= wanted]
@@ -229,7 +232,7 @@ class Codes:
         return rows + told, doubts
 
     def _guess(self, entry: Screened) -> tuple[float, float]:
-        """The p99 and the extra work, if thrice the wrong ones are sent again."""
+        """Estimate the p99 and the extra work if three times the wrong ones are sent again."""
         _, end, own = self._draw(entry.rule, _SCREEN_DRAWS)
         unknown = own > end[..., None]
         share = 3 * entry.row.disagreement.mean
@@ -242,7 +245,7 @@ class Codes:
     def _with_doubt(
         self, entry: Screened, key: PRNGKeyArray
     ) -> tuple[ErrorProbability, list[Candidate]]:
-        """With re-execution of what is doubtful, for the disagreement wanted and for half of it."""
+        """Measure re-execution of uncertain ones, for this disagreement and for half of it."""
         code, row, wanted = entry.code, entry.row, self._asked["max_disagreement"]
         known = self._calibration.answers(row.order, row.num_data).of(code)
         error_probability = error_probability_from_answers(
@@ -271,10 +274,10 @@ class Codes:
 
 
 class _Measured:
-    """What became of one half's data points, (groups, sets, K), under a code and a rule.
+    """One half's data points, (groups, sets, K), under a code and a rule.
 
     `end` is when their group ended, `own` when their own answer comes; `wrong` are labels that
-    differ, `error_probability` is 0 for answers of one's own and where it is not calibrated.
+    differ; `error_probability` is 0 for answers of one's own, and where it is not calibrated.
     """
 
     def __init__(
@@ -309,7 +312,7 @@ class _Measured:
     def times(
         self, again: np.ndarray, latencies: Latencies, groups: int
     ) -> Float[np.ndarray, " draws"]:
-        """When the last of so many groups' predictions is there, a few draws for each."""
+        """Return when the last of this many groups' predictions is there, a few draws for each."""
         order = latencies.random(_STREAMS["shuffle"]).permutation(self.end.size)
         order = np.tile(order[: order.size // groups * groups].reshape(-1, groups), (4, 1))
         end = self.end.reshape(-1)[order]
@@ -326,7 +329,7 @@ def _decode(
     labels: Int[Array, "groups num_data"],
     error_probability: ErrorProbability | None,
 ) -> tuple[Array, Array]:
-    """Which labels differ, or are lost, and how doubtful they are; 0 without a doubt to say so."""
+    """Return which labels differ or are lost, and their error probabilities (or 0)."""
     if error_probability is None:
         decoded, trust = decode_groups(code, answers, mask), jnp.zeros(labels.shape)
     else:
@@ -336,7 +339,7 @@ def _decode(
 
 
 def _disagreement(wrong: Bool[np.ndarray, "groups sets num_data"]) -> dict[str, Any]:
-    """The share of labels that differ; groups are independent of each other, their sets are not."""
+    """Return the share of labels that differ; groups are independent, sets are not."""
     share = Estimate.over(np.mean(wrong, axis=(1, 2)).tolist())
     most = at_most(share, wrong.shape[0] * wrong.shape[2])
     return {"disagreement": share, "most_disagreement": most}
@@ -345,7 +348,7 @@ def _disagreement(wrong: Bool[np.ndarray, "groups sets num_data"]) -> dict[str, 
 def _in_turn(
     entries: Sequence[tuple[float, float, Screened]], told: list[Candidate], wanted: float
 ) -> Iterator[Screened]:
-    """By p99 and, where that is alike, by extra work; until enough of what is told will do."""
+    """Yield entries by p99, then by extra work, until enough of the measured ones will do."""
     order = sorted(entries, key=lambda e: (round(math.log(e[0]) / _STEP), e[1], e[0]))
     for _, _, entry in order[:_MOST]:
         if sum(row.most_disagreement <= wanted for row in told) >= _ENOUGH:
@@ -354,7 +357,7 @@ def _in_turn(
 
 
 def _with(row: Candidate, times: np.ndarray | None = None, **changes: Any) -> Candidate:
-    """The same candidate with other numbers."""
+    """Return the same candidate with other numbers."""
     if times is not None:
         changes |= {
             "p50": float(np.quantile(times, 0.5)),

@@ -21,9 +21,10 @@ _COPIES = 3  # that a query whose answer is not known may have
 def known_systems(
     latencies: Latencies, asked: Mapping[str, Any], halves: tuple[Half, Half]
 ) -> tuple[list[Candidate], dict[Candidate, ErrorProbability]]:
-    """For each patience what a surrogate makes of it; judged on the half that set no limit.
+    """Evaluate the surrogate at each straggler threshold, on the half that set no limit.
 
-    Doubt has what a surrogate tells without answers; it is a scheme's with `Uncoded`, too.
+    Its error probability is that of predictions without answers; it serves a scheme with `Uncoded`,
+    too.
     """
     calibration, held_out = (half.examine_surrogate() for half in halves)
     no_answers = np.zeros_like(calibration.wrong)

@@ -1,4 +1,4 @@
-"""Which code, how many workers, when to decode and what to send again; or nothing of the kind."""
+"""The plan for a service: which code, when to decode, and what to send again; or none."""
 
 import dataclasses
 import json
@@ -32,11 +32,15 @@ ALIKE = 0.03
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What `plan` measured, and what it recommends: `recommended`, because of `reason`.
+    """The systems that `plan` measured, and its recommendation.
 
-    `error_probability` is the recommended system's, where it sends again what is uncertain. `asked`
-    are the arguments of `plan` that it answers to, by name; `about` is what it was measured
-    on, and how many seconds that took.
+    Attributes:
+        candidates: All systems that were measured.
+        recommended: The recommended one.
+        reason: Why it is recommended.
+        error_probability: The recommended system's, where it sends again what is uncertain.
+        asked: The arguments of `plan`, by name.
+        about: The data that it was measured on, and the seconds that took.
     """
 
     candidates: tuple[Candidate, ...]
@@ -47,12 +51,14 @@ class Plan:
     about: dict[str, Any]
 
     def scheme(self, surrogate: Callable[[Array], Array] | None = None) -> Scheme:
-        """The recommended system, to run by `coded_inference`.
+        """Return the recommended system, to run by `coded_inference`.
 
-        `surrogate`: the one that was planned with, where the recommended system orders by it, or
-        answers stragglers' queries by it.
+        Args:
+            surrogate: The surrogate that was planned with, where the recommended system orders by
+                it, or answers stragglers' queries by it.
 
-        Raises: ValueError where that is missing.
+        Raises:
+            ValueError: The surrogate is missing.
         """
         ordered, code = self.recommended.order, self.recommended.code
         known = self.recommended.system == KNOWN
@@ -70,13 +76,19 @@ class Plan:
         )
 
     def feasible(self, candidate: Candidate) -> bool:
-        """Whether a candidate keeps to what was asked for, and is known well enough to say so."""
+        """Return whether a candidate keeps to what was asked for, with enough certainty."""
         return feasible(candidate, self.asked)
 
     def save(self, path: str | Path, about: Mapping[str, Any] | None = None) -> None:
-        """Writes the plan as JSON, `about` added to what it says of itself; `load_plan` reads it.
+        """Write the plan as JSON, which `load_plan` reads.
 
-        Raises: TypeError where `about` is no JSON, OSError as `open` does.
+        Args:
+            path: The file.
+            about: JSON values to add to `Plan.about`.
+
+        Raises:
+            TypeError: `about` is no JSON.
+            OSError: As `open`.
         """
         rows = [dataclasses.asdict(candidate) for candidate in self.candidates]
         error_probability = self.error_probability and {
@@ -100,12 +112,14 @@ class Plan:
 
 
 def load_plan(path: str | Path) -> Plan:
-    """The plan that `Plan.save` wrote.
+    """Read the plan that `Plan.save` wrote.
 
-    Of files that do not say at which precision and where their doubt was calibrated, its
-    `conditions` are "unknown", and so it warns of none.
+    The conditions of its error probability are "unknown", so that it warns of none, where the file
+    does not have them.
 
-    Raises: ValueError, naming the file, where it holds none; OSError as `open` does.
+    Raises:
+        ValueError: The file, which is named, holds no plan.
+        OSError: As `open`.
     """
     try:
         content = json.loads(Path(path).read_text())
@@ -152,50 +166,55 @@ def plan(
     batch_size: int = 256,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> Plan:
-    """Finds the way to serve a model with the least p99 latency that the budget allows.
+    """Find the way to serve a model with the least p99 latency that the budget allows.
 
-    Compared are: one worker a query ("uncoded"); another copy for what is not answered after a
-    quantile of the latency, the quantile chosen ("hedged"); copies from the start ("replication");
-    what a surrogate, where there is one, is sure enough of, and copies of the rest ("known, else
-    hedged"); and NeRCC codes, with and without ordering. What a group of workers has not answered
-    in time counts as wrong, or is decoded, or is sent again; of decoded ones, only those in doubt
-    are.
-    Recommended is the least p99 among those within the budget; of what is within 3 % of it, the
-    least extra work, and then the least disagreement.
+    Compared are: one worker for each query ("uncoded"); another copy of what is not answered after
+    a quantile of the latency, the quantile chosen ("hedged"); copies from the start
+    ("replication"); what a surrogate, if there is one, is sure enough of, and copies of the rest
+    ("known, else hedged"); and NeRCC codes, with and without ordering. What a group of workers has
+    not answered in time counts as wrong, or is decoded, or is sent again; of decoded predictions,
+    only the uncertain ones are. The recommendation is the least p99 among those within the budget;
+    within 3 % of it the least extra work, and then the least disagreement.
 
     **Time** is the same for all: `num_queries` come together, and the clock runs until the last of
     them is answered, by a worker's answer to the query itself or by decoding. All calls take
     independent draws of `latency`, on workers that are free; a copy that comes too late counts as a
-    whole call. What the master does (ordering, encoding, sending, decoding, a surrogate) takes
-    `overhead` in all. If your workers straggle together, or queue, this flatters all systems,
-    hedging above all. Each p99 is of up to 20,000 draws, the same for all.
+    whole call. If your workers straggle together, or queue, this flatters all systems, hedging
+    most. Each p99 is of up to 20,000 draws, the same for all.
 
-    **Disagreement** is measured: doubt is calibrated, and codes and rules are screened, on one
-    random half of `x`. The fastest of them, 10 as they are and 10 with re-execution at most, meet
-    the other half with straggler sets of their own; of those that keep to `max_disagreement` there,
-    by the end of their 99 % interval, one is recommended. To be chosen from several flatters it:
-    expect its mean, but not that end, to be somewhat exceeded on data that chose nothing
-    (`bench/plan.py` measures on such). Of a thousand data points 0.9 % can be promised at
-    best, of two thousand 0.5 %: none wrong of the half that is held out.
+    **Disagreement** is measured: error probabilities are calibrated, and codes and rules are
+    screened, on one random half of `x`. The fastest of them, at most 10 as they are and 10 with
+    re-execution, meet the other half with straggler sets of their own; of those that keep to
+    `max_disagreement` there, by the end of their 99 % interval, one is recommended. Being chosen
+    from several flatters it: expect its mean, but not that end, to be somewhat exceeded on data
+    that chose nothing (`bench/plan.py` measures on such). Of a thousand data points 0.9 % can be
+    promised at best, of two thousand 0.5 %: none wrong in the held-out half.
 
-    - `model`: maps (B, ...) to vectors (B, outputs), and is compiled.
-    - `x`: unlabelled data points as they will come, floats; those that the model was trained on
-      promise too much. `latency`: seconds a call takes (a law, or `TraceLatency.from_file`).
-    - `max_workers`: at most so many workers for the first copies of `num_queries` queries.
-      `max_extra_work`: calls beyond one a query, as a share, in the mean. `max_disagreement`: at
-      most such a share of labels may differ.
-    - `num_data`: numbers of queries to code together, divisors of `num_queries`; all of them and
-      half of them unless given. `layouts`: NeRCC's, as in `regression_points`. `surrogate`: a
-      cheap model to order by, and to answer by.
-    - `buffer_size`: how many waiting queries are ordered at a time; those that come together unless
-      given. How long queries wait for others is not counted. `overhead`: seconds, measured or
-      guessed, that are added to the time of every system.
-    - `batch_size`: data points that the model is run on at a time. `on_stage`: told what comes
-      next, in words.
+    Args:
+        model: Maps (B, ...) to vectors (B, outputs), and is compiled.
+        x: Unlabelled data points as they will come, floats. Those that the model was trained on
+            promise too much.
+        latency: The law of the seconds that a call takes (or `TraceLatency.from_file`).
+        key: Random key.
+        num_queries: Queries that come together.
+        max_workers: The most workers for the first copies of `num_queries` queries.
+        max_extra_work: The most calls beyond one for each query, as a share, in the mean.
+        max_disagreement: The largest share of labels that may differ.
+        num_data: Numbers of queries to code together, divisors of `num_queries`. Default: all of
+            them, and half of them.
+        layouts: NeRCC's layouts, as in `regression_points`.
+        surrogate: A cheap model to order by, and to answer by.
+        buffer_size: Waiting queries that are ordered at a time. Default: those that come together.
+            How long queries wait for others is not counted.
+        overhead: Seconds, measured or estimated, that the master takes in all (ordering, encoding,
+            sending, decoding, a surrogate); added to every system's time.
+        batch_size: Data points in a call of the model.
+        on_stage: Called with a description of the next stage.
 
-    Raises: ValueError for numbers out of range, unknown layouts, latencies that are not finite or
-    negative, a model in training mode, too few data points to fill a group in both halves, and data
-    points or outputs that are not finite.
+    Raises:
+        ValueError: A number is out of range, a layout is unknown, latencies are not finite or
+            negative, the model is in training mode, there are too few data points to fill a group
+            in both halves, or data points or outputs are not finite.
     """
     begin = time.perf_counter()
     num_queries, max_workers, buffer_size = check_counts(
@@ -255,7 +274,7 @@ def _later(row: Candidate, seconds: float) -> Candidate:
 
 
 def _in_halves(x: np.ndarray, key: PRNGKeyArray) -> list[np.ndarray]:
-    """A random half, the other half; each in the order given."""
+    """Return a random half and the other half, each in the order given."""
     order = np.asarray(jax.random.permutation(key, len(x)))
     return [x[np.sort(part)] for part in (order[: len(x) // 2], order[len(x) // 2 :])]
 

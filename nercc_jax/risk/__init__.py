@@ -1,4 +1,4 @@
-"""How far an approximate prediction may be trusted: error probabilities and error bars."""
+"""Risk of approximate predictions: error probabilities and error bars."""
 
 from ._error_bars import ErrorBars, calibrate_learner_bars, error_bars, error_bars_from_ratios
 from ._error_probability import (

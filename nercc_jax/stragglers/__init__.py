@@ -1,4 +1,4 @@
-"""Who answers in time: straggler sets, laws of latency, rules of waiting."""
+"""Stragglers: sets of them, laws of latency, and rules of waiting."""
 
 from ._laws import (
     AbstractLatency,

@@ -21,7 +21,7 @@ from ..codes import check_count, check_positive
 
 
 def _number(value: Any) -> int:
-    """A number of workers."""
+    """Return a number of workers."""
     return check_count("a number of workers", value, least=0)
 
 
@@ -34,12 +34,16 @@ class AbstractStragglers(eqx.Module):
 
     @abc.abstractmethod
     def available(self, key: PRNGKeyArray, num_workers: int) -> Bool[Array, " num_workers"]:
-        """One draw of the mask of workers that answered. Raises: ValueError if N is too small."""
+        """Return one draw of the mask of workers that answered.
+
+        Raises:
+            ValueError: N is too small.
+        """
 
     def every_set(
         self, num_workers: int, at_most: int
     ) -> Bool[np.ndarray, "sets num_workers"] | None:
-        """All masks, where they are alike likely and no more than `at_most`; else None."""
+        """Return all masks if they are equally likely and no more than `at_most`, else None."""
         return None
 
 
@@ -169,9 +173,11 @@ class TraceLatency(AbstractLatency):
 
     @classmethod
     def from_file(cls, path: str | Path) -> "TraceLatency":
-        """A text file, one latency in seconds a line; '#' starts a comment.
+        """Read a text file with one latency in seconds a line; '#' starts a comment.
 
-        Raises: ValueError that names the file where a line is no number; OSError as `open` does.
+        Raises:
+            ValueError: A line is no number; the message names the file.
+            OSError: As `open`.
         """
         try:
             values = np.loadtxt(path, ndmin=1)
@@ -195,7 +201,7 @@ class WaitFor(AbstractStragglers):
     def outcome(
         self, latencies: Float[Array, " num_workers"]
     ) -> tuple[Bool[Array, " num_workers"], Float[Array, ""]]:
-        """The mask of the first `number` answers, and the seconds until they are in."""
+        """Return the mask of the first `number` answers, and the seconds until they are in."""
         _check_fits(self.number, latencies.shape[0])
         rank = jnp.argsort(jnp.argsort(latencies))
         mask = rank < self.number
@@ -218,14 +224,14 @@ class WaitUntil(AbstractStragglers):
     def outcome(
         self, latencies: Float[Array, " num_workers"]
     ) -> tuple[Bool[Array, " num_workers"], Float[Array, ""]]:
-        """The mask of the answers within the deadline, and the seconds waited."""
+        """Return the mask of the answers within the deadline, and the seconds waited."""
         return latencies <= self.deadline, jnp.minimum(self.deadline, jnp.max(latencies))
 
 
 def straggler_sets(
     law: AbstractStragglers, key: PRNGKeyArray, num_workers: int, at_most: int
 ) -> Bool[Array, "sets num_workers"]:
-    """Masks whose mean stands for the law's: all of them if they are few, else `at_most` draws."""
+    """Return masks whose mean stands for the law's: all if they are few, else `at_most` draws."""
     masks = law.every_set(num_workers, at_most)
     if masks is not None:
         return jnp.asarray(masks)

@@ -21,10 +21,12 @@ _POOL = 1 << 20  # draws of the latency
 
 
 class Latencies:
-    """Draws of a law, many at a time: from a million that were drawn of it once.
+    """Draws of a law, many at a time, taken from a million that were drawn once.
 
-    JAX would compile the law's sampling for every shape. Raises: ValueError for a law that draws
-    what is no time.
+    JAX would compile the law's sampling for every shape.
+
+    Raises:
+        ValueError: The law draws a negative or infinite latency.
     """
 
     def __init__(self, law: AbstractLatency, key: PRNGKeyArray):
@@ -35,7 +37,7 @@ class Latencies:
             raise ValueError(f"latencies must be finite, in seconds, 0 or more; {law} draws others")
 
     def random(self, stream: int) -> np.random.Generator:
-        """One of many independent streams of random numbers, all from the key."""
+        """Return one of many independent streams of random numbers, all from the key."""
         return np.random.default_rng([self._seed, stream])
 
     def draw(self, stream: int, shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:
@@ -66,13 +68,15 @@ class Waiting(AbstractStragglers):
     def outcome(
         self, latencies: Float[Array, " num_workers"]
     ) -> tuple[Bool[Array, " num_workers"], Float[Array, ""], Float[Array, " num_data"]]:
-        """The mask of the answers that are in at the end, when that is, and when each data point's
-        own answer comes (infinite where no worker runs on it)."""
+        """Return the mask of answers, the time of the end, and each data point's own time.
+
+        A data point's own time is that of its own answer, infinite where no worker runs on it.
+        """
         return _wait(jnp, latencies, self.own, self.number, self.patience)
 
 
 def _wait(xp: Any, latencies: Any, own: Any, number: Any, patience: Any) -> tuple[Any, Any, Any]:
-    """`Waiting.outcome` in NumPy or JAX, for latencies with any axes in front.
+    """Return `Waiting.outcome` by NumPy or JAX, for latencies with any leading axes.
 
     NumPy sorts many short rows several times faster than XLA does on a CPU.
     """
@@ -84,7 +88,7 @@ def _wait(xp: Any, latencies: Any, own: Any, number: Any, patience: Any) -> tupl
 
 
 def own_workers(code: AbstractCode) -> Bool[np.ndarray, "num_data num_workers"]:
-    """Which workers run on a data point as it came, and on which."""
+    """Return which workers run on an uncoded data point, and on which."""
     matrix = encoder_rows(code)
     unit = np.eye(code.num_data)
     return np.abs(matrix - unit[:, None]).max(axis=-1) < _ROUNDING
@@ -93,7 +97,7 @@ def own_workers(code: AbstractCode) -> Bool[np.ndarray, "num_data num_workers"]:
 def draw_groups(
     rule: Waiting, latencies: Latencies, stream: int, shape: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`Waiting.outcome` of many independent groups, each result with the axes `shape` in front."""
+    """Return `Waiting.outcome` of many independent groups, with the axes `shape` in front."""
     drawn = latencies.draw(stream, (*shape, rule.own.shape[1]))
     patience = np.asarray(rule.patience, drawn.dtype)
     return _wait(np, drawn, np.asarray(rule.own), int(rule.number), patience)
@@ -105,9 +109,9 @@ def last_prediction(
     again: Bool[np.ndarray, "*draws groups num_data"],
     seconds: Float[np.ndarray, "*draws groups num_data"],
 ) -> Float[np.ndarray, "*draws"]:
-    """When the last prediction of several groups is there, that begin together.
+    """Return when the last prediction of several groups that begin together is there.
 
-    `again` are the data points that are sent again, as they came, when their group ends; that takes
+    `again` are the data points that are sent again, uncoded, when their group ends; that takes
     `seconds`, unless their own answer comes before.
     """
     there = np.minimum(own, end[..., None] + seconds)
@@ -118,9 +122,9 @@ def last_prediction(
 def draw_hedged(
     latencies: Latencies, stream: int, shape: tuple[int, ...], after: float, copies: int
 ) -> tuple[Float[np.ndarray, "..."], Int[np.ndarray, "..."]]:
-    """When queries are answered, and how many copies of each were sent.
+    """Return when queries are answered, and the number of copies of each.
 
-    Another copy of what is not answered goes out every `after` seconds, up to `copies` in all.
+    Another copy of an unanswered query goes out every `after` seconds, up to `copies` in all.
     """
     draws = latencies.draw(stream, (copies, *shape))
     there, sent = draws[0], np.ones(shape, int)

@@ -29,13 +29,9 @@ from ._pairs import Function, features_of, pairs_of, prior_of_groups
 class ComponentLearner(AbstractLearner):
     """A learner with one kernel for each principal component.
 
-    `fit_learner(components=...)` makes one. Its time is that of as many learners. Everything else
-    is as in `Learner`.
-
-    Attributes:
-        directions: Orthonormal directions of the outputs.
-        own: The learners of the components; their arrays have a first axis of components.
-        rest: The learner of what is left of the outputs.
+    `fit_learner(components=...)` makes one. Its time is that of as many learners. `directions` are
+    orthonormal, `own` are the learners of the components (arrays with a first axis of components),
+    and `rest` is the learner of what is left of the outputs. Everything else is as in `Learner`.
     """
 
     features: Function | None

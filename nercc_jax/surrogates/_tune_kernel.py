@@ -94,7 +94,7 @@ def _(primals, tangents):
 
 @dataclasses.dataclass(frozen=True)
 class LearnerTuning:
-    """How a learner's kernel is tuned on its own window.
+    """Settings of the tuning of a learner's kernel on its own window.
 
     Attributes:
         criterion: "density", the log predictive density, which makes deviations right, too; "mse",

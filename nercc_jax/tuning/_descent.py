@@ -16,14 +16,16 @@ from ..codes import check_fields, check_positive
 
 @dataclasses.dataclass(frozen=True)
 class Descent:
-    """How long a descent goes on, how fast, and how often it is judged.
+    """The length and speed of a descent, and how often it is judged.
 
-    - `steps`: gradient steps, at most.
-    - `learning_rate`: the optimizer's at its highest; it falls to zero along a cosine.
-    - `check_every`: the held-out part judges every so many steps, and after the last.
-    - `patience`: stop after so many judgements without a better one; None: never.
+    Attributes:
+        steps: The most gradient steps.
+        learning_rate: The optimizer's highest learning rate; it falls to zero along a cosine.
+        check_every: Steps between judgements on the held-out part; the last step is judged, too.
+        patience: Judgements without a better one after which the descent stops; None for never.
 
-    Raises: ValueError for numbers out of range.
+    Raises:
+        ValueError: A number is out of range.
     """
 
     steps: int = 150
@@ -39,9 +41,12 @@ class Descent:
 
 
 class Judgement(NamedTuple):
-    """What the held-out part says of parameters: the lower the objective, the better.
+    """The objective of parameters on the held-out part; the lower, the better.
 
-    What is not `allowed` is never the best. `told` is for the records.
+    Attributes:
+        objective: The objective.
+        allowed: Whether the parameters may become the best.
+        told: Numbers for the history.
     """
 
     objective: float
@@ -50,8 +55,10 @@ class Judgement(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One step: its number, the objective on what it drew (None for the last entry, which is only
-    judged), whether it was rejected, the judgement if there was one, and what it started from."""
+    """One step of a descent, and the parameters that it started from.
+
+    The objective is that on what the step drew; None for the last entry, which is only judged.
+    """
 
     step: int
     objective: float | None
@@ -93,12 +100,22 @@ def descend(
     record: Callable[[Entry], R],
     start: Judgement | None = None,
 ) -> History[R]:
-    """Walks down `objective(parameters, *arguments, key)`; several objectives take turns.
+    """Walk down `objective(parameters, *arguments, key)`; several objectives take turns.
 
-    Each is compiled once, with a key of its own in every step. A step whose objective or gradient
-    is not finite is rejected: it changes nothing, and a RuntimeWarning says how many there were.
-    `record` makes of each entry, as it comes, what the history keeps. `start` is the judgement of
-    what was there before `parameters`, if it is known: the best must be better.
+    Each objective is compiled once, and has a key of its own in every step. A step whose objective
+    or gradient is not finite is rejected: it changes nothing, and a RuntimeWarning counts them.
+
+    Args:
+        objectives: The objectives.
+        parameters: What is tuned.
+        arguments: Further arguments of the objectives.
+        descent: Length and speed.
+        optimizer: The optimizer.
+        key: Random key.
+        judge: Judges parameters on the held-out part.
+        record: Makes the history's entry of each step.
+        start: The judgement of what was there before `parameters`, if it is known: the best must be
+            better.
     """
     optimizer = optax.apply_if_finite(optimizer, max_consecutive_errors=descent.steps)
     turns = [_compiled(objective, optimizer) for objective in objectives]
@@ -149,7 +166,7 @@ def _sound_step(
     state: Any,
     arguments: tuple,
 ) -> tuple[Float[Array, ""], Bool[Array, ""], PyTree, Any]:
-    """The objective, whether all was finite, and parameters and state after the step."""
+    """Return the objective, whether all was finite, and parameters and state after the step."""
     value, slopes = jax.value_and_grad(objective)(parameters, *arguments)
     # A broken objective must not move anything, whatever its gradient says.
     slopes = jax.tree.map(lambda slope: jnp.where(jnp.isfinite(value), slope, jnp.nan), slopes)

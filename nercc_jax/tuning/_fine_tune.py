@@ -31,24 +31,27 @@ _SAME = 1e-2
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What a model is to remain while it is fine-tuned: what it was, or better.
+    """The objective of fine-tuning: what a model must keep, and what it must gain.
 
     With f the original model and g the one that is tuned, each step's objective is
 
         nested objective of g against f  +  fidelity * mean criterion(g(x), f(x))
                                          +  label_weight * mean label_criterion(g(x), label),
 
-    the last with labels only: none are needed. The first term wants g to be smooth along the curve
-    through the data points, the second keeps g what f was (distillation).
+    the last only with labels. The first term makes g smooth along the curve through the data
+    points, the second keeps g close to f (distillation).
 
-    - `original`: f, where it is not the model as it came: to go on with one tuned earlier.
-    - `label_criterion`: (outputs, label) to a scalar; without it the cross-entropy of outputs that
-      are logits.
-    - `weight_decay`: AdamW's, on matrices and kernels.
-    - `tolerance`: a model is allowed if its held-out accuracy is less by no more than this than the
-      original's; without labels, if no larger share of held-out labels has changed.
+    Attributes:
+        original: f, where it is not the model as it came, so as to go on with one tuned earlier.
+        fidelity: The weight of the second term.
+        label_weight: The weight of the third term.
+        label_criterion: (outputs, label) to a scalar; by default the cross-entropy of logits.
+        weight_decay: AdamW's, on matrices and kernels.
+        tolerance: The largest loss of held-out accuracy against the original's at which a model is
+            allowed; without labels, the largest share of held-out labels that changed.
 
-    Raises: ValueError for numbers out of range.
+    Raises:
+        ValueError: A number is out of range.
     """
 
     original: Model | None = None
@@ -87,12 +90,18 @@ class FineTuningStep:
 
 @dataclasses.dataclass(frozen=True)
 class FineTuned(Generic[M]):
-    """What `fine_tune` found: the model with the best held-out objective among those allowed.
+    """The result of `fine_tune`: the allowed model with the best held-out objective.
 
-    `objective`, `agreement` and `accuracy` are its own on the held-out data points, as in
-    `FineTuningStep`; `original_accuracy` is the original model's. `evaluations` counts the data
-    points and coded data points that either model ran on, `differentiated` those of them that the
-    gradient ran on too.
+    Attributes:
+        model: The model.
+        objective: Its objective on the held-out data points, as in `FineTuningStep`.
+        agreement: The share of held-out labels that it has in common with the original model.
+        accuracy: Its held-out accuracy, with labels.
+        original_accuracy: The original model's.
+        history: The entries of all steps.
+        evaluations: Data points and coded data points that either model ran on.
+        differentiated: Those of them that the gradient ran on, too.
+        seconds: The time it took.
     """
 
     model: M
@@ -107,7 +116,7 @@ class FineTuned(Generic[M]):
 
     @property
     def rejected(self) -> int:
-        """How many steps were rejected."""
+        """Return the number of rejected steps."""
         return sum(step.rejected for step in self.history)
 
 
@@ -125,32 +134,38 @@ def fine_tune(
     descent: Descent = Descent(1000, 3e-4, check_every=100, patience=None),  # noqa: B008
     on_step: Callable[[FineTuningStep, M], None] = lambda step, model: None,
 ) -> FineTuned[M]:
-    """Fine-tunes a model so that its coded predictions come nearer to its uncoded ones.
+    """Fine-tune a model so that its coded predictions come nearer to its uncoded ones.
 
-    The objective is that of `Target`.
+    The objective is that of `Target`. A step whose objective or gradient is not finite is rejected;
+    a RuntimeWarning counts them. The result depends on `key` alone.
 
-    **Arguments:**
+    Args:
+        model: A callable pytree on a batch, (B, ...) to (B, outputs). Its inexact arrays are
+            trained; of Flax NNX variables only `nnx.Param`, so running statistics stay. It must be
+            in evaluation mode: an answer may not depend on the others of its batch.
+        codes: One code, or several, which take turns.
+        x: Data points. Some are held out and judge the model; each step draws its groups from the
+            others (`Sampling`). With `augment`, the original model sees the changed ones, too.
+        stragglers: One law for all codes, or one for each. Sets are drawn in each step.
+        key: Random key.
+        labels: True labels, if the objective has them.
+        criterion: As in `nested_errors`.
+        target: What the model must keep.
+        sampling: What a step draws, and what is held out.
+        descent: Length, speed and judgements. The learning rate is AdamW's, which rises over a
+            twentieth of the steps first. The gradient's norm is clipped at 1.
+        on_step: Called with each entry of the history, and the model that it started from.
 
-    - `model`: a callable pytree on a batch, (B, ...) to (B, outputs). Its inexact arrays are
-      trained; of Flax NNX variables only `nnx.Param`, so that running statistics stay. It must be
-      in evaluation mode: a data point's answer may not depend on the others of its batch.
-    - `codes`, `stragglers`: one code, or several, which take turns; one law for all of them, or
-      one for each. Straggler sets are drawn afresh in each step.
-    - `x`: data points. Some are held out and judge the model; from the others each step draws its
-      groups (see `Sampling`). With `augment`, the original model sees the changed ones too.
-    - `criterion`: as in `nested_errors`.
-    - `descent`: how long, how fast and how often judged. The learning rate is AdamW's; it rises
-      over a twentieth of the steps first. The gradient's norm is clipped at 1.
-    - `on_step`: called with each entry of the history as it comes, and the model it started from.
+    Returns:
+        The allowed model with the best held-out objective, the one that came included.
 
-    The result is the allowed model with the best held-out objective, the one that came included,
-    and depends on `key` alone. A step whose objective or gradient is not finite is rejected; a
-    RuntimeWarning says how many were.
+    Raises:
+        ValueError: There are too few data points, data points or outputs are not finite, numbers
+            are out of range, codes and laws do not pair, or the model has nothing to train or is in
+            training mode.
 
-    Raises: ValueError for too few data points, data points or outputs that are not finite, numbers
-    out of range, codes and laws that do not pair, a model with nothing to train or in training
-    mode. Source: the nested objective of arXiv 2402.04377; training for smoothness along coded
-    paths in the spirit of mixup (arXiv 1710.09412) and Coded-Smoothing (arXiv 2510.00253).
+    Source: the nested objective of arXiv 2402.04377; training for smoothness along coded paths in
+    the spirit of mixup (arXiv 1710.09412) and Coded-Smoothing (arXiv 2510.00253).
     """
     start = time.perf_counter()
     pairs = _pair(codes, stragglers)
@@ -200,7 +215,7 @@ Pair = tuple[AbstractCode, AbstractStragglers]
 
 
 class _Labels(NamedTuple):
-    """How many labels are right: see `FineTuningStep`."""
+    """Numbers of right labels: see `FineTuningStep`."""
 
     agreement: float
     accuracy: float | None
@@ -247,7 +262,7 @@ class _Looks:
         return Judgement(float(np.mean(objectives)), self._allows(right), right)
 
     def _allows(self, right: _Labels) -> bool:
-        """Whether a model is, on the data points themselves, still as good as the original."""
+        """Return whether a model is still as good as the original on the data points themselves."""
         if self.original_accuracy is None or right.accuracy is None:
             return right.agreement >= 1 - self._tolerance
         return right.accuracy >= self.original_accuracy - self._tolerance
@@ -262,7 +277,7 @@ class _Looks:
 
 @dataclasses.dataclass(frozen=True)
 class _Goal:
-    """What a step's objective is made of: see `Target`."""
+    """The parts of a step's objective: see `Target`."""
 
     criterion: Criterion
     target: Target
@@ -271,7 +286,7 @@ class _Goal:
     def of_pair(
         self, free: Sequence[int], code: AbstractCode, law: AbstractStragglers
     ) -> Callable[..., Float[Array, ""]]:
-        """The objective, in the trained leaves, of one code under its law."""
+        """Return the objective, in the trained leaves, of one code under its law."""
 
         def objective(parameters, model, original, x, labels, key) -> Float[Array, ""]:
             key_draw, key_sets = jax.random.split(key)
@@ -291,7 +306,7 @@ class _Goal:
         labels: Int[Array, "groups num_data"] | None,
         key: PRNGKeyArray,
     ) -> Float[Array, ""]:
-        """The objective on groups of data points."""
+        """Return the objective on groups of data points."""
         flat = x.reshape(-1, *x.shape[2:])
         wanted = jax.lax.stop_gradient(original(flat)).reshape(*x.shape[:2], -1)
         available = straggler_sets(law, key, code.num_workers, self.sampling.sets_per_step)
@@ -324,7 +339,7 @@ def _optimizer(descent: Descent, weight_decay: float) -> optax.GradientTransform
 
 
 def _free(model: Model) -> tuple[int, ...]:
-    """Which leaves of a model are trained. Raises: ValueError where there is none."""
+    """Return the places of the leaves that are trained; raise ValueError where there is none."""
     from flax import nnx  # it takes most of a second, and nothing else needs it
 
     def of(node: Any) -> Any:
@@ -342,7 +357,7 @@ def _free(model: Model) -> tuple[int, ...]:
 
 
 def _with(model: M, free: Sequence[int], parameters: Sequence[Array]) -> M:
-    """The model with other parameters in the places of the trained leaves."""
+    """Return the model with other parameters in the places of the trained leaves."""
     leaves, structure = jax.tree.flatten(model)
     for place, value in zip(free, parameters, strict=True):
         leaves[place] = value
@@ -356,7 +371,7 @@ def _cross_entropy(logits: Array, label: Array) -> Array:
 def _count(
     pairs: Sequence[Pair], sampling: Sampling, steps: int, num_training: int
 ) -> tuple[int, int]:
-    """Data points and coded ones that all steps run a model on, and that they differentiate."""
+    """Return how many data points all steps run a model on, and how many they differentiate."""
     evaluations = differentiated = 0
     for place, (code, _) in enumerate(pairs):
         turns = len(range(place, steps, len(pairs)))
@@ -394,7 +409,7 @@ def _pair(
 
 
 def _check_evaluation_mode(model: Model, x: np.ndarray) -> None:
-    """Raises: ValueError where outputs are not finite, or depend on the batch."""
+    """Raise ValueError where outputs are not finite, or depend on the batch."""
     check_model(model)
     few = x[:4]
     together = np.asarray(own_outputs(batched(model, len(few)), few[None])[0])[0]

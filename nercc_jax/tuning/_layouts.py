@@ -47,10 +47,19 @@ _ROUNDING = 1e-9
 
 @dataclasses.dataclass(frozen=True)
 class LayoutTuning:
-    """How the best layouts are tuned by gradient descent: the `best` so many of them.
+    """Settings of the gradient descent that tunes the best layouts of a search.
 
-    `criterion` as in `nested_errors`; unless given, the search's, or for "disagreement", which has
-    no slope, "cross_entropy". The others as in `tune`. Raises: ValueError for a negative number.
+    Attributes:
+        best: The number of layouts that are tuned.
+        criterion: As in `nested_errors`. Default: the search's; for "disagreement", which has no
+            slope, "cross_entropy".
+        points: Whether the regression points are tuned.
+        sampling: What a step draws.
+        descent: Length, speed and judgements.
+        on_step: Called with each entry of the history, and the code that it started from.
+
+    Raises:
+        ValueError: The number is negative.
     """
 
     best: int = 2
@@ -84,7 +93,7 @@ class LayoutCandidate:
 
 @dataclasses.dataclass(frozen=True)
 class LayoutSearch:
-    """What `search_layout` found: all candidates, the best on the held-out groups first.
+    """The result of `search_layout`: all candidates, the best on the held-out groups first.
 
     `evaluations` counts the data points and coded data points that the model ran on.
     """
@@ -95,19 +104,20 @@ class LayoutSearch:
 
     @property
     def code(self) -> NeRCC:
-        """The best candidate's code."""
+        """Return the best candidate's code."""
         return self.candidates[0].code
 
     @property
     def follow(self) -> Follow | None:
-        """What the best candidate's points follow: `Scheme(search.code, follow=search.follow)`."""
+        """Return what the best candidate's points follow, for `Scheme(search.code, follow=...)`."""
         return self.candidates[0].follow
 
     @property
     def best_of_layouts(self) -> tuple[LayoutCandidate, ...]:
-        """The best untuned candidate of each layout, and the tuned ones; the best first.
+        """Return the best untuned candidate of each layout, and the tuned ones; the best first.
 
-        Those that follow the data are by themselves."""
+        Those that follow the data are listed by themselves.
+        """
         firsts: dict[Any, LayoutCandidate] = {}
         for candidate in self.candidates:
             firsts.setdefault((candidate.layout, candidate.tuned, candidate.follow), candidate)
@@ -131,36 +141,42 @@ def search_layout(
     batch_size: int = 256,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> LayoutSearch:
-    """Finds the NeRCC code whose points and smoothing suit a model, without labels.
+    """Find the NeRCC code whose points and smoothing suit a model, without labels.
 
-    Every layout stands with several decoders: little smoothing to much, interpolation, and answers
-    at a data point's own place exact or smoothed. All are judged on the same groups and straggler
-    sets. The model runs once on each distinct coded data point, so layouts that send data points as
-    they are share those. Then the best layouts are tuned by gradient descent, points included, and
-    what does best on held-out groups is the result. So there it is no worse than any layout as it
-    comes, nor than replication: "repeated" points rebuild what all copies lost.
+    Every layout is tried with several decoders: little smoothing to much, interpolation, and
+    answers at a data point's own place exact or smoothed. All are judged on the same groups and
+    straggler sets. The model runs once on each distinct coded data point. Then the best layouts are
+    tuned by gradient descent, points included, and the best on held-out groups is the result. So
+    there it is no worse than any layout as it comes, nor than replication: "repeated" points
+    rebuild what all copies lost. The result depends on `key` alone.
 
-    **Arguments:**
+    Args:
+        model: A function of a batch, (B, ...) to (B, outputs); differentiable, if layouts are
+            tuned.
+        x: Unlabelled data points.
+        num_data: K.
+        num_workers: N.
+        stragglers: Laws by name; one code is sought for all of them.
+        key: Random key.
+        layouts: Names as in `regression_points`. One whose points are another's for this K and N is
+            left out.
+        follow: What points may follow in addition: "inputs" or functions of a batch (features, or
+            the one parameter that data points differ by). Every code is judged as it is, and with
+            its points as far apart as the data points are in each of these. That helps where the
+            order is a path through them, and hurts where it is none. Points are tuned as they are.
+        criterion: "mse", "cross_entropy" (for logits), or "disagreement", the share of labels that
+            differ. Errors count relative to the first layout's untuned code, but "disagreement" as
+            it is.
+        power: The power of the mean over laws, as in `make_trial`.
+        sampling: What is held out, and whether data points come grouped; its `held_out_sets` are
+            drawn of each law for either part of the data.
+        tuning: How many of the best layouts are tuned, and how.
+        batch_size: Data points in a call of the model.
+        on_stage: Called with a description of the next stage.
 
-    - `model`: a callable on a batch, (B, ...) to (B, outputs); differentiable, to be tuned.
-    - `x`: unlabelled data points. `sampling` says what is held out, and whether they come grouped;
-      its `held_out_sets` are drawn of each law for either part of the data.
-    - `stragglers`: laws by name; one code is sought for all of them.
-    - `layouts`: names as in `regression_points`; one whose points K and N make those of another
-      before it is left out.
-    - `follow`: what points may follow besides, "inputs" or functions of a batch (features, the one
-      parameter that data points differ by): every code is judged as it is, and with its points as
-      far apart as the data points are in each of these. That helps where the order is a path
-      through them, and hurts where it is none. Tuning is of the points as they are.
-    - `criterion`: "mse", "cross_entropy" (outputs that are logits), or "disagreement", the share of
-      labels that differ; the power mean over laws, with `power` as in `make_trial`. Errors count
-      relative to the first layout's untuned code, but "disagreement" as it is.
-    - `tuning`: how many of the best layouts are tuned, and how.
-    - `batch_size`: data points that the model runs on at a time. `on_stage`: called with what is
-      done next.
-
-    The result depends on `key` alone. Raises: ValueError for layouts that K and N do not allow, or
-    none, for an unknown criterion, and as `tune` and `make_trial` do.
+    Raises:
+        ValueError: K and N do not allow the layouts, there are none, or the criterion is unknown;
+            and as `tune` and `make_trial`.
     """
     start = time.perf_counter()
     slope = tuning.criterion or ("cross_entropy" if criterion == "disagreement" else criterion)
@@ -210,7 +226,7 @@ def search_layout(
 
 
 def _alike(sampling: Sampling, other: Sampling) -> Sampling:
-    """With groups that are made as the other makes them."""
+    """Return a sampling with groups that are made as the other's."""
     made = {name: getattr(other, name) for name in ("grouped", "order", "buffer_size")}
     return dataclasses.replace(sampling, **made)
 
@@ -218,7 +234,7 @@ def _alike(sampling: Sampling, other: Sampling) -> Sampling:
 def _plain_codes(
     num_data: int, num_workers: int, layouts: Sequence[str]
 ) -> list[tuple[str, NeRCC]]:
-    """The layouts' untuned codes by the layout's name, the first layout's own code first."""
+    """Return the layouts' untuned codes by name, the first layout's own code first."""
     codes: list[tuple[str, NeRCC]] = []
     seen = []
     for name in layouts:
@@ -231,8 +247,10 @@ def _plain_codes(
 
 
 def _starts(code: NeRCC, points: str) -> list[NeRCC]:
-    """A layout's code as it comes, and with other smoothing; where it can be, exact too, and first:
-    the earlier one is preferred where two do alike."""
+    """Return a layout's code as it comes, and with other smoothing.
+
+    An exact one comes first where it is possible: the earlier of two equals is preferred.
+    """
     own = bool(jnp.any(coincident(code.beta, code.alpha)))
     return [
         NeRCC(
@@ -251,7 +269,7 @@ def _starts(code: NeRCC, points: str) -> list[NeRCC]:
 
 
 class _Scores:
-    """How codes do on the same groups and straggler sets."""
+    """Scores of codes on the same groups and straggler sets."""
 
     def __init__(
         self,
@@ -262,10 +280,18 @@ class _Scores:
         power: float,
         reference: NeRCC,
     ):
-        """`criteria` are what the search goes by and what gradient descent does; `sets` as by
-        `draw_sets`.
+        """Prepare the scores.
 
-        Raises: ValueError where an error of the reference is not finite.
+        Args:
+            recorder: The model's answers.
+            laws: Names of the laws.
+            sets: Straggler sets, and the law of each, as by `draw_sets`.
+            criteria: The criterion of the search, and that of gradient descent.
+            power: The power of the mean over laws.
+            reference: The code whose errors count as 1.
+
+        Raises:
+            ValueError: An error of the reference is not finite.
         """
         self.recorder, self._criteria, self._power = recorder, criteria, power
         self._laws = laws
@@ -285,13 +311,13 @@ class _Scores:
             self._scales = np.maximum(errors, np.finfo(errors.dtype).tiny)
 
     def of(self, code: NeRCC, follow: Follow | None = None) -> tuple[float, float]:
-        """The objective, infinite where an answer is not finite, and the disagreement."""
+        """Return the objective, infinite where an answer is not finite, and the disagreement."""
         errors, _, disagreements = self._errors(code, follow)
         objective = np.mean((errors / self._scales) ** self._power) ** (1 / self._power)
         return float(objective) if np.isfinite(objective) else np.inf, float(disagreements.mean())
 
     def laws_to_tune(self, code: NeRCC) -> list[str]:
-        """The laws under which a code errs: tuning counts errors relative to its own."""
+        """Return the laws under which a code errs: tuning counts errors relative to its own."""
         own = self.recorder.own.reshape(-1, self.recorder.own.shape[-1])
         cost = float(_cost_of_the_mean(self._criteria[1], self.recorder.form, jnp.asarray(own)))
         erring = self._errors(code)[1] > _ROUNDING * cost
@@ -300,7 +326,7 @@ class _Scores:
     def _errors(
         self, code: NeRCC, follow: Follow | None = None
     ) -> Float[np.ndarray, "criteria laws"]:
-        """The mean of both criteria, and of labels that differ, under each law."""
+        """Return the means of both criteria, and of labels that differ, under each law."""
         if follow is None:
             answers = self.recorder.of(code)
         else:
@@ -322,7 +348,7 @@ class _Scores:
 def _cost_of_the_mean(
     criterion: Criterion, form: Form, own: Float[Array, "points m"]
 ) -> Float[Array, ""]:
-    """The criterion of who only knows the mean."""
+    """Return the criterion of the mean output as a prediction."""
     mean = jnp.broadcast_to(jnp.mean(own, axis=0), own.shape)
     return jnp.mean(jax.vmap(point_criterion(criterion))(form.split(mean), form.split(own)))
 

@@ -22,7 +22,9 @@ _SAME = 1e-6
 def parametrize(
     code: Code, *, points: bool = False
 ) -> tuple[Parameters, Callable[[Parameters], Code]]:
-    """A code's free parameters, unbounded numbers, and the function that makes them a code again.
+    """Return a code's free parameters, unbounded numbers, and the function that rebuilds the code.
+
+    The parameters are those whose leaves the code has:
 
     - "log_lambda_enc", "log_lambda_dec", "log_end_penalty": natural logarithms. A lambda of 0
       starts from the fourth power of a thirtieth of the mean gap between its points, where
@@ -36,27 +38,20 @@ def parametrize(
       an alpha follows it: it never leaves, so answers stay exact and copies stay copies. (For an
       `exact` code leaving is a jump of the objective, which no gradient sees: compare layouts.)
 
-    A code has the parameters whose leaves it has. Raises: ValueError where that leaves none.
+    A descent of your own goes over these, not over the code's leaves: no step makes a lambda
+    negative, where it would have no slope and stay for ever.
 
-    A descent of your own goes over these, not over the code's leaves: no step
-    makes a lambda negative, where it would have no slope and stay for ever.
+    ```python import jax import jax.numpy as jnp import optax from nercc_jax import NeRCC,
+    nested_objective, parametrize
 
-    ```python
-    import jax
-    import jax.numpy as jnp
-    import optax
-    from nercc_jax import NeRCC, nested_objective, parametrize
+    model = lambda x: jnp.tanh(3 * x) x = jax.random.normal(jax.random.key(0), (8, 4, 2))  # groups
+    of K = 4 data points available = jnp.array([[True] * 10, [True] * 7 + [False] * 3])  # straggler
+    sets
 
-    model = lambda x: jnp.tanh(3 * x)
-    x = jax.random.normal(jax.random.key(0), (8, 4, 2))  # groups of K = 4 data points
-    available = jnp.array([[True] * 10, [True] * 7 + [False] * 3])  # straggler sets
+    parameters, rebuild = parametrize(NeRCC(4, 10)) optimizer = optax.adam(0.3) state =
+    optimizer.init(parameters)
 
-    parameters, rebuild = parametrize(NeRCC(4, 10))
-    optimizer = optax.adam(0.3)
-    state = optimizer.init(parameters)
-
-    @jax.jit
-    def step(parameters, state):
+    @jax.jit def step(parameters, state):
         objective = lambda parameters: nested_objective(model, rebuild(parameters), x, available)
         value, slopes = jax.value_and_grad(objective)(parameters)
         updates, state = optimizer.update(slopes, state)
@@ -64,8 +59,10 @@ def parametrize(
 
     for _ in range(30):
         value, parameters, state = step(parameters, state)
-    code = rebuild(parameters)
-    ```
+    code = rebuild(parameters) ```
+
+    Raises:
+        ValueError: The code has none of these leaves.
     """
     leaves = {field.name: getattr(code, field.name) for field in dataclasses.fields(code)}
     free: Parameters = {}
@@ -128,7 +125,7 @@ def _moving_points(
 
 
 def _moving(points: np.ndarray) -> tuple[int, Callable[[Array], Array]]:
-    """How many shifts these points have, and the points after shifts."""
+    """Return the number of shifts of these points, and a function from shifts to points."""
     angles = np.arccos(points)
     order = np.argsort(angles)
     gaps = np.diff(np.concatenate([[0], angles[order], [np.pi]]))

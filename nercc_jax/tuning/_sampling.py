@@ -1,4 +1,4 @@
-"""Which data points a descent sees: those held out, and the groups that each step draws."""
+"""Data points of a descent: those held out, and the groups that each step draws."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,22 +19,25 @@ Augment: TypeAlias = Callable[[Any, PRNGKeyArray], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """What a step draws afresh, and what is held out, fixed, to judge.
+    """The data points that each step draws, and those that are held out to judge.
 
-    - `groups_per_step`: groups of K data points; fewer where there are not that many.
-    - `sets_per_step`: straggler sets a law, each of which meets all the groups. A law with no more
-      sets than that gives all of them.
-    - `held_out_share`: the share of the data points, in whole groups, drawn at random, that judges
-      and is not trained on; `held_out_sets` are its straggler sets a law.
-    - `grouped`: every K data points in the order given are a group that stays together, in all of
-      this: for data points that come in an order that matters (a short path through them), whose
-      groups are what will be coded. A remainder that fills no group is left out.
-    - `order`, `buffer_size`: a step draws `buffer_size` data points (of its groups, unless given),
-      puts them in the order (a permutation) that `order` makes of them, cuts this into groups, and
-      takes as many as it needs at random. What is held out is ordered as one buffer.
-    - `augment`: random changes to a step's data points, (batch, key) to a batch.
+    Attributes:
+        groups_per_step: Groups of K data points; fewer where there are not as many.
+        sets_per_step: Straggler sets of each law, each of which meets all groups. A law with no
+            more sets gives all of them.
+        held_out_share: The share of the data points, in whole groups drawn at random, that judges
+            and is not trained on.
+        held_out_sets: The straggler sets of each law that judge.
+        grouped: Whether every K data points in the order given are a group that stays together: for
+            data points whose order matters (a short path through them). A remainder is left out.
+        order: Makes a permutation of a buffer of data points before it is cut into groups. What is
+            held out is ordered as one buffer.
+        buffer_size: Data points that a step draws to order, of which it takes as many groups as it
+            needs at random. Default: those of its groups.
+        augment: Random changes to a step's data points, (batch, key) to a batch.
 
-    Raises: ValueError for numbers out of range, and for an order of data points that are grouped.
+    Raises:
+        ValueError: A number is out of range, or there is an order of grouped data points.
     """
 
     groups_per_step: int = 2
@@ -56,13 +59,13 @@ class Sampling:
             raise ValueError("data points that come grouped stay so: give no order for them")
 
     def groups(self, num_data: int, points: int) -> int:
-        """How many groups of K a step draws from so many data points."""
+        """Return the number of groups of K that a step draws from this many data points."""
         return min(self.groups_per_step, points // num_data)
 
     def draw(
         self, num_data: int, x: PyTree, labels: Array | None, key: PRNGKeyArray
     ) -> tuple[PyTree[Shaped[Array, "groups num_data ..."]], Int[Array, "groups num_data"] | None]:
-        """A step's groups of data points (points, ...), and their labels."""
+        """Return a step's groups of data points (points, ...), and their labels."""
         key_points, key_groups, key_augment = jax.random.split(key, 3)
         points = len(jax.tree.leaves(x)[0])
         groups = self.groups(num_data, points)
@@ -85,7 +88,7 @@ class Sampling:
         return drawn, None if labels is None else labels[places]
 
     def cut_held_out(self, held: PyTree, num_data: int) -> PyTree:
-        """The held-out data points in groups (groups, K, ...), as they are judged."""
+        """Return the held-out data points in groups (groups, K, ...), as they are judged."""
         if self.order is not None:
             places = np.asarray(self.order(jax.tree.map(jnp.asarray, held)))
             held = jax.tree.map(lambda leaf: leaf[places], held)
@@ -109,10 +112,11 @@ def split_points(
     key: PRNGKeyArray,
     labels: Any = None,
 ) -> Split:
-    """Holds out whole groups of K data points, at random; with `grouped` those that came so.
+    """Hold out whole groups of K data points at random; with `grouped` those that came so.
 
-    Raises: ValueError for fewer than two groups, data points that are no finite floats, and labels
-    that are not one for each.
+    Raises:
+        ValueError: There are fewer than two groups, data points are not finite floats, or labels
+            are not one for each.
     """
     x = jax.tree.map(np.asarray, x)
     shapes = [leaf.shape for _, leaf in leaves_of("x", x)]

@@ -44,11 +44,15 @@ class TuningStep:
 
 @dataclasses.dataclass(frozen=True)
 class Tuned(Generic[Code]):
-    """What `tune` found: the code with the best objective on the held-out groups.
+    """The result of `tune`: the code with the best objective on the held-out groups.
 
-    `objective` is relative to the starting code's, which is 1. `evaluations` counts the data points
-    and coded data points that the model ran on, `differentiated` those of them that its gradient
-    ran on too.
+    Attributes:
+        code: The code.
+        objective: Its objective relative to the starting code's, which is 1.
+        history: The entries of all steps.
+        evaluations: Data points and coded data points that the model ran on.
+        differentiated: Those of them that its gradient ran on, too.
+        seconds: The time it took.
     """
 
     code: Code
@@ -60,7 +64,7 @@ class Tuned(Generic[Code]):
 
     @property
     def rejected(self) -> int:
-        """How many steps were rejected."""
+        """Return the number of rejected steps."""
         return sum(step.rejected for step in self.history)
 
 
@@ -78,31 +82,37 @@ def tune(
     descent: Descent = Descent(),  # noqa: B008
     on_step: Callable[[TuningStep, Code], None] = lambda step, code: None,
 ) -> Tuned[Code]:
-    """Tunes a code by gradient descent (Adam) on the nested objective; needs no labels.
+    """Tune a code by gradient descent (Adam) on the nested objective; it needs no labels.
 
-    One code is tuned for all the laws of `stragglers` (by name) together, on its error under each
-    relative to the starting code's (see `make_trial`). Tuned are `lambda_enc`, `lambda_dec` and
-    `end_penalty`, as logarithms, and `gap_exponent`; with `points`, the regression points too, in
-    their order. A code of another kind is tuned in what it has of these.
+    One code is tuned for all laws together, on its error under each relative to the starting code's
+    (`make_trial`). The tuned numbers are `lambda_enc`, `lambda_dec` and `end_penalty`, as
+    logarithms, and `gap_exponent`; with `points`, the regression points, too, in their order.
+    Another kind of code is tuned in what it has of these. A step whose objective or gradient is not
+    finite is rejected; a RuntimeWarning counts them. The result depends on `key` alone.
 
-    **Arguments:**
+    Args:
+        model: A differentiable function of a batch, (B, ...) to (B, outputs...).
+        code: The starting code.
+        x: Unlabelled data points. Some are held out and judge the code; each step draws its groups
+            of K from the others (`Sampling`).
+        stragglers: Laws by name.
+        key: Random key.
+        points: Whether the regression points are tuned.
+        criterion: As in `nested_errors`.
+        power: As in `make_trial`; the higher, the more equal are the gains under all laws.
+        sampling: What a step draws, and what is held out.
+        descent: Length, speed and judgements; its learning rate is for the logarithms of the
+            lambdas.
+        on_step: Called with each entry of the history, and the code that it started from.
 
-    - `model`: any differentiable callable on a batch, (B, ...) to (B, outputs...).
-    - `x`: unlabelled data points. Some are held out and judge the code; from the others each step
-      draws its groups of K (see `Sampling`).
-    - `criterion`: as in `nested_errors`. `power`: as in `make_trial`; the higher, the more alike
-      the gains under all laws.
-    - `descent`: how long, how fast and how often judged; its learning rate is for the logarithms of
-      the lambdas.
-    - `on_step`: called with each entry of the history as it comes, and the code it started from.
+    Returns:
+        The code with the best held-out objective, the starting one included.
 
-    The result is the code with the best held-out objective, the starting one included, and depends
-    on `key` alone. A step whose objective or gradient is not finite is rejected; a RuntimeWarning
-    says how many were.
+    Raises:
+        ValueError: There are too few data points, they are not finite, numbers are out of range,
+            the model is in training mode, or the code has nothing to tune; and as `make_trial`.
 
-    Raises: ValueError for too few data points, for data points that are not finite, numbers out of
-    range, a model in training mode, a code with nothing to tune, and as `make_trial` does. Source:
-    arXiv 2402.04377, which tunes the lambdas on this objective.
+    Source: arXiv 2402.04377, which tunes the lambdas on this objective.
     """
     start = time.perf_counter()
     check_model(model)
@@ -155,7 +165,7 @@ def _objective(
     stragglers: Mapping[str, AbstractStragglers],
     sampling: Sampling,
 ) -> Callable[..., Float[Array, ""]]:
-    """The objective on groups and straggler sets of one step."""
+    """Return the objective on groups and straggler sets of one step."""
 
     def objective(parameters: Parameters, model: Model, training: PyTree, key: PRNGKeyArray):
         key_groups, key_sets = jax.random.split(key)
@@ -177,6 +187,6 @@ def _optimizer(parameters: Parameters, descent: Descent) -> optax.GradientTransf
 
 
 def _scalars(code: AbstractCode) -> dict[str, float]:
-    """The code's scalar leaves by name."""
+    """Return the code's scalar leaves by name."""
     fields = ((f.name, getattr(code, f.name)) for f in dataclasses.fields(code))
     return {name: float(value) for name, value in fields if eqx.is_array(value) and value.ndim == 0}
