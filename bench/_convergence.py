@@ -28,24 +28,10 @@ codes. Answers with and without noise.
 
 import argparse
 import dataclasses
-import itertools
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-try:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.lines import Line2D
-    from matplotlib.ticker import NullFormatter, NullLocator
-except ModuleNotFoundError as error:
-    sys.exit(
-        f"bench/_convergence.py needs {error.name}, which is missing: pip install 'nercc-jax[demo]'"
-    )
 
 import equinox as eqx
 import jax
@@ -56,7 +42,7 @@ from jaxtyping import Array, Bool, Float
 
 from nercc_jax import AbstractCode, Berrut, NeRCC
 from nercc_jax.codes import encode_groups
-from nercc_jax.evaluation import Estimate, system_look
+from nercc_jax.evaluation import Estimate
 from nercc_models import Data, load_data, load_model
 
 _SEED = 0
@@ -70,7 +56,6 @@ _LAMBDAS = (0.0, *(10.0 ** (half / 2) for half in range(-26, -1)))
 # A mean square error below (so many roundings of the outputs' root mean square)^2 is not fitted.
 _ROUNDINGS = 100
 _BATCH = 512
-_FLAT = 0.1  # a bound whose slope is above minus this promises no convergence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -475,321 +460,11 @@ def _curves_of(subject: Subject, plan: Plan, progress: Callable[[str], object]) 
     return {"output_rms": output_rms, "curves": curves}
 
 
-_LOOKS = {
-    code: system_look(alike)
-    for code, alike in ((_NERCC, "NeRCC"), (_BACC, "BACC"), (_APPROXIFER, "ApproxIFER"))
-}
-_DASHES = {_ANY: (0, (6, 3)), _BACC_ANY: (0, (6, 3)), _INDEPENDENT: (0, (1, 2))}
-
-
-def picture(results: Mapping[str, Any], path: Path) -> None:
-    """Error against N, a panel for each function, straggler law and noise; bounds as thin lines."""
-    curves = results["curves"]
-    rows = list(dict.fromkeys(curve["function"] for curve in curves))
-    columns = list(dict.fromkeys((curve["noise"], curve["law"]) for curve in curves))
-    figure, axes = plt.subplots(
-        *(len(rows), len(columns)),
-        figsize=(3.4 * len(columns), 3.3 * len(rows) + 0.7),
-        sharex=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for (row, function), (column, (noise, law)) in itertools.product(
-        enumerate(rows), enumerate(columns)
-    ):
-        panel = axes[row, column]
-        shown = [
-            curve
-            for curve in curves
-            if (curve["function"], curve["noise"], curve["law"]) == (function, noise, law)
-        ]
-        _draw(panel, shown)
-        told = f"noise {100 * noise:g} %" if noise else "no noise"
-        panel.set_title(f"{function}, {law}, {told}", fontsize=9)
-    for panel in axes[-1]:
-        panel.set_xlabel("workers N")
-    for panel in axes[:, 0]:
-        panel.set_ylabel("expected squared error")
-    _legend(figure)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def _draw(panel: Any, curves: Sequence[Mapping[str, Any]]) -> None:
-    drawn = set()
-    for curve in curves:
-        n, mean, half_width = (
-            np.array([point[name] for point in curve["points"]])
-            for name in ("num_workers", "mean", "half_width")
-        )
-        # A log axis has no room for an interval that reaches zero.
-        down = np.minimum(half_width, 0.9 * mean)
-        panel.errorbar(
-            *(n, mean, (down, half_width)),
-            ms=4,
-            lw=1.2,
-            elinewidth=0.8,
-            **_LOOKS[curve["code"]],
-        )
-    panel.set(xscale="log", yscale="log")
-    low, high = panel.get_ylim()
-    for curve in curves:
-        for bound in curve["bounds"]:
-            # BACC's two layouts share their bounds: one line does.
-            if bound["formula"] not in drawn:
-                drawn.add(bound["formula"])
-                _draw_bound(panel, curve, bound)
-    if any(low < curve["floor"] for curve in curves):
-        panel.axhline(curves[0]["floor"], color="grey", lw=0.8, ls=":")
-    panel.set_ylim(low, high)
-    # Every N is an odd number to read off a log axis: every other one is written out.
-    shown = [point["num_workers"] for point in curves[0]["points"]]
-    panel.set_xticks(shown[::2], [f"{n:,}" for n in shown[::2]])
-    panel.xaxis.set_minor_locator(NullLocator())
-    panel.yaxis.set_minor_formatter(NullFormatter())
-    panel.tick_params(labelsize=8)
-    panel.grid(alpha=0.25)
-
-
-def _draw_bound(panel: Any, curve: Mapping[str, Any], bound: Mapping[str, Any]) -> None:
-    """A line of the bound's slope through the first of the larger half of N."""
-    points = [p for p in curve["points"] if p["num_workers"] >= curve["large"]["first"]]
-    n = np.array([point["num_workers"] for point in points], float)
-    line = points[0]["mean"] * (n / n[0]) ** bound["slope"]
-    panel.plot(n, line, lw=0.9, ls=_DASHES[bound["source"]], color=_LOOKS[curve["code"]]["color"])
-
-
-def _legend(figure: Any) -> None:
-    lines = [Line2D([], [], ms=4, label=code, **look) for code, look in _LOOKS.items()]
-    lines += [
-        Line2D([], [], color="black", lw=0.9, ls=_DASHES[_ANY], label="bound's slope, any S"),
-        Line2D(
-            *([], []),
-            color="black",
-            lw=0.9,
-            ls=_DASHES[_INDEPENDENT],
-            label="bound's slope, independent stragglers",
-        ),
-    ]
-    figure.legend(handles=lines, loc="outside upper center", ncols=len(lines), frameon=False)
-
-
-def section(results: Mapping[str, Any]) -> str:
-    """The markdown section: how it was measured, slopes beside bounds, and what they say."""
-    curves = results["curves"]
-    told = [
-        *_told_bounds(curves),
-        *_told_without_bound(curves),
-        *_told_dither(curves),
-        *_told_codes(curves),
-        *_told_limits(results),
-    ]
-    return "\n".join(
-        ["## Convergence", "", _told_settings(results), "", *_table(curves), ""]
-        + [f"- {sentence}" for sentence in told]
-        + [""]
-    )
-
-
-def _told_settings(results: Mapping[str, Any]) -> str:
-    settings = results["settings"]
-    first, *_, last = settings["num_workers"]
-    functions = "; ".join(
-        f"{name}: {facts['num_groups']} groups, {facts['dtype']}, "
-        + ", ".join(f"{key} {value}" for key, value in facts["facts"].items())
-        for name, facts in results["functions"].items()
-    )
-    noise = max(settings["noise_by_output_rms"])
-    return (
-        f"Expected squared error of K = {settings['num_data']} predictions against N, from "
-        f"{first:,} to {last:,} workers at {len(settings['num_workers'])} values, "
-        f"{settings['straggler_sets']} straggler sets each, the same for all codes ({functions}). "
-        f"With noise: of standard deviation {100 * noise:g} % of the outputs' root mean square on "
-        "every answer. NeRCC interpolates in encoding; its `lambda_dec` is the best of a grid, "
-        "chosen for each N on other groups and straggler sets. Slopes are of log error against "
-        "log N, ± one standard error; intervals are over straggler sets, for these groups. Bounds "
-        "are judged by the larger half of N: `confirmed` is a slope at most two standard errors "
-        "above the bound's, which is fitted at the same N and S."
-    )
-
-
-def _table(curves: Sequence[Mapping[str, Any]]) -> list[str]:
-    names = ("function", "stragglers", "noise", "code", "slope, all N", "slope, large N", "from N")
-    names += ("bound", "its slope", "verdict", "error at the largest N")
-    rows = [names, ("---",) * len(names)]
-    for curve in curves:
-        large, last = curve["large"], curve["points"][-1]
-        bounds = curve["bounds"]
-        rows.append(
-            (
-                curve["function"],
-                curve["law"],
-                f"{100 * curve['noise']:g} %",
-                curve["code"],
-                _slope(curve["all"]),
-                _slope(large),
-                f"{large['first']:,}" if large else "-",
-                "<br>".join(f"`{bound['formula']}`" for bound in bounds) or "none published",
-                "<br>".join(_signed(bound["slope"]) for bound in bounds) or "-",
-                "<br>".join(_verdict(bound) for bound in bounds) or "-",
-                f"{last['mean']:.2g} ± {last['half_width']:.1g}",
-            )
-        )
-    return [f"| {' | '.join(row)} |" for row in rows]
-
-
-def _slope(fit: Mapping[str, Any] | None) -> str:
-    return f"{_signed(fit['slope'])} ± {fit['standard_error']:.2f}" if fit else "-"
-
-
-def _signed(value: float) -> str:
-    """Two digits with the sign, and no minus before a zero."""
-    return f"{round(value, 2) + 0.0:+.2f}"
-
-
-def _verdict(bound: Mapping[str, Any]) -> str:
-    if not bound["confirmed"]:
-        return "**violated**"
-    return "confirmed" if _falls(bound) else "confirmed (says nothing)"
-
-
-def _falls(bound: Mapping[str, Any]) -> bool:
-    """Whether the bound promises an error that falls with N; S rounds, so not quite zero."""
-    return bound["slope"] < -_FLAT
-
-
-def _told_bounds(curves: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    for (formula, source), pairs in _by_bound(curves).items():
-        useful = [(curve, bound) for curve, bound in pairs if _falls(bound)]
-        empty = [(curve, bound) for curve, bound in pairs if not _falls(bound)]
-        sentences = []
-        if useful:
-            met = [curve for curve, bound in useful if bound["confirmed"]]
-            margins = _range([bound["slope"] - c["large"]["slope"] for c, bound in useful])
-            sentences.append(
-                f"confirmed in {len(met)} of {len(useful)} cases where it falls with N (the "
-                f"error's slope is steeper by {margins})"
-            )
-        for curve, bound in useful + empty:
-            if not bound["confirmed"]:
-                why = "" if curve["smooth"] else " (a function less smooth than the proof assumes)"
-                sentences.append(
-                    f"violated for {_name(curve)}: slope {_slope(curve['large'])} against "
-                    f"{_signed(bound['slope'])}{why}"
-                )
-        if empty:
-            slopes = _range([curve["large"]["slope"] for curve, _ in empty])
-            sentences.append(
-                f"it does not fall with N in {len(empty)} cases and promises nothing there; the "
-                f"error's own slope is {slopes}"
-            )
-        yield f"`{formula}` ({source}): {'; '.join(sentences)}."
-
-
-def _by_bound(
-    curves: Sequence[Mapping[str, Any]],
-) -> dict[tuple[str, str], list[tuple[Mapping[str, Any], Mapping[str, Any]]]]:
-    grouped: dict[tuple[str, str], list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {}
-    for curve in curves:
-        for bound in curve["bounds"]:
-            grouped.setdefault((bound["formula"], bound["source"]), []).append((curve, bound))
-    return grouped
-
-
-def _told_without_bound(curves: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    without = [curve for curve in curves if not curve["bounds"] and curve["large"]]
-    for code, noisy in dict.fromkeys((curve["code"], curve["noise"] > 0) for curve in without):
-        slopes = [
-            curve["large"]["slope"]
-            for curve in without
-            if (curve["code"], curve["noise"] > 0) == (code, noisy)
-        ]
-        kind = "with noise" if noisy else "without noise"
-        yield f"{code} {kind}: the papers give no bound; measured slope {_range(slopes)}."
-
-
-def _told_dither(curves: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """What the ties in the images' constant areas cost NeRCC without noise."""
-    found = {
-        (curve["function"], curve["law"]): curve
-        for curve in curves
-        if curve["code"] == _NERCC and not curve["noise"] and curve["large"]
-    }
-    pairs = [
-        f"{law}: slope {_slope(curve['large'])} against {_slope(dithered['large'])}, "
-        f"error {curve['points'][-1]['mean']:.2g} against {dithered['points'][-1]['mean']:.2g}"
-        for (name, law), curve in found.items()
-        if name == _PLAIN and (dithered := found.get((_DITHERED, law)))
-    ]
-    if pairs:
-        yield (
-            "Where an image is constant max pooling ties, which can put a kink of the logits at "
-            f"the data point itself; dithered images have no ties. NeRCC without noise, {_PLAIN} "
-            f"against {_DITHERED}, at large N: {'; '.join(pairs)}."
-        )
-
-
-def _told_codes(curves: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """NeRCC's error beside the better of its rivals', at the largest N."""
-    for noise in dict.fromkeys(curve["noise"] for curve in curves):
-        panels: dict[str, dict[str, float]] = {}
-        for curve in curves:
-            if curve["noise"] == noise:
-                errors = panels.setdefault(f"{curve['function']}, {curve['law']}", {})
-                errors[curve["code"]] = curve["points"][-1]["mean"]
-        ratios = {
-            name: errors[_NERCC] / min(e for code, e in errors.items() if code != _NERCC)
-            for name, errors in panels.items()
-        }
-        better = sum(ratio < 1 for ratio in ratios.values())
-        listed = ", ".join(f"{name}: {ratio:.2g}" for name, ratio in ratios.items())
-        kind = f"{100 * noise:g} % noise" if noise else "no noise"
-        yield (
-            f"At the largest N with {kind}, NeRCC's error is below the better BACC's in {better} "
-            f"of {len(ratios)} cases; NeRCC's by BACC's is {listed}."
-        )
-
-
-def _told_limits(results: Mapping[str, Any]) -> Iterator[str]:
-    curves, settings = results["curves"], results["settings"]
-    rough = [name for name, facts in results["functions"].items() if not facts["smooth"]]
-    if rough:
-        yield (
-            "The bounds assume a bounded second derivative, which LeNet5 (ReLU and max pooling) "
-            f"does not have: the rows of {' and '.join(rough)} test more than was proved."
-        )
-    if any(bound["source"] == _INDEPENDENT for curve in curves for bound in curve["bounds"]):
-        yield (
-            f"The bounds of {_INDEPENDENT} are for workers that straggle independently; measured "
-            "is an exact share, drawn at random."
-        )
-    low = sum(point["mean"] <= curve["floor"] for curve in curves for point in curve["points"])
-    if low:
-        yield f"{low} points lie below the numeric floor and are not fitted."
-    largest = max(settings["lambda_dec_grid"])
-    edge = sum(p.get("lambda_dec") == largest for curve in curves for p in curve["points"])
-    if edge:
-        yield f"The chosen `lambda_dec` is the grid's largest at {edge} points."
-    if instead := settings["instead_of_mnist_because"]:
-        yield f"LeNet5 ran on scikit-learn's digits instead of MNIST: {instead}"
-
-
-def _name(curve: Mapping[str, Any]) -> str:
-    noise = f", {100 * curve['noise']:g} % noise" if curve["noise"] else ""
-    return f"{curve['code']} on {curve['function']}, {curve['law']}{noise}"
-
-
-def _range(values: Sequence[float]) -> str:
-    low, high = _signed(min(values)), _signed(max(values))
-    return low if low == high else f"{low} to {high}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--quick", action="store_true", help="few workers, sets and groups")
     parser.add_argument("--data-dir", type=Path, help="the folder with mnist")
-    parser.add_argument("--output", type=Path, help="folder for convergence.json and .png")
+    parser.add_argument("--output", type=Path, help="folder for convergence.json")
     arguments = parser.parse_args()
     start = time.perf_counter()
 
@@ -798,10 +473,8 @@ def main() -> None:
 
     results = measure(arguments.quick, arguments.data_dir, log)
     log("done")
-    print(section(results))
     if arguments.output is not None:
         write_json(arguments.output / "convergence.json", results)
-        picture(results, arguments.output / "convergence.png")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What benchmarks share: interleaved timing, a count of compilations, the machine, JSON, pages."""
+"""What benchmarks share: interleaved timing, a count of compilations, the machine, JSON."""
 
 import dataclasses
 import datetime
@@ -14,11 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from nercc_jax.evaluation import Estimate
-
 _COMPILE_EVENTS = "/jax/core/compile/"
 _BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
-_RUN, _OPEN_ROWS = "## What was run", 12  # of pages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,33 +162,3 @@ def _cpu_model() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
-
-
-def share(mean: float, half_width: float, digits: int) -> str:
-    """In %, with the ends of its 95 % interval, which stay within 0 and 100; where it has one."""
-    ends = Estimate(mean, half_width).interval(share=True)
-    low, high = (f"{100 * end:.{digits}f}" for end in ends)
-    told = f"{100 * mean:.{digits}f}"
-    return f"{told} [{low}, {high}]" if half_width > 0 else told
-
-
-def write_markdown(page: Path, text: str) -> None:
-    """Writes a page; behind its answer, long tables are behind a line that opens them."""
-    answer, run, rest = text.strip().rpartition(_RUN)
-    rest = "\n\n".join(_folded(block) for block in rest.split("\n\n"))
-    page.write_text(f"{answer}{run}{rest}\n")
-
-
-def answer_first(head: str, *answer: str) -> list[str]:
-    """A page's sections: title and source, the answer, and what was run, the rest of its head."""
-    title, source, run = head.strip().split("\n\n", 2)
-    return [title, source, *answer, f"{_RUN}\n\n{run}"]
-
-
-def _folded(block: str) -> str:
-    lines = block.splitlines()
-    if not all(line.startswith("|") for line in lines) or len(lines) <= 2 + _OPEN_ROWS:
-        return block
-    heads = [cell.strip() for cell in lines[0].strip("|").split("|")]
-    told = ", ".join(head for head in heads if head)
-    return f"<details><summary>{len(lines) - 2} rows: {told}</summary>\n\n{block}\n\n</details>"

@@ -1,7 +1,7 @@
 """What coding costs beside the model, on whatever device there is, and how near to its limits.
 
     python bench/accelerator.py [--only PATTERN ...] [--groups G ...] [--dtypes D ...]
-                                [--seconds S] [--gigabytes G] [--output FOLDER] [--page]
+                                [--seconds S] [--gigabytes G] [--output FOLDER]
 
 Encoding, decoding (mask given and traced) and coded inference against the bare product and the bare
 model on the same N coded data points and on K data points; ordering; splines; a step of tuning.
@@ -11,9 +11,8 @@ arguments and results, each moved once, at the device's limits (its data sheet's
 
 A case that takes longer than `--seconds` for three rounds of its parts, or more than `--gigabytes`,
 is left out, and so are larger ones of its family; the results say so. Results are added to those of
-the same device, and with `--only` held against the same limits. `--page` writes the page,
-docs/accelerators.md, and its picture without timing anything, with what
-`bench/compiled.py --update` counted for devices that are not there.
+the same device, and with `--only` held against the same limits. docs/accelerators.md shows them,
+with the counts of `bench/compiled.py --update` for devices that are not there.
 """
 
 import argparse
@@ -21,7 +20,6 @@ import dataclasses
 import fnmatch
 import json
 import os
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -36,7 +34,6 @@ from _report import Contender, Timing, clock, environment, interleaved, warmed, 
 
 RESULTS = Path(__file__).parent / "results"
 FILE = "accelerator.json"
-PAGE = Path(__file__).parents[1] / "docs" / "accelerators.md"
 _PACKAGES = ("nercc-jax", "jax", "jaxlib", "equinox", "flax", "numpy")
 _ROUNDS = (3, 31)  # of a case's parts, at least and at most
 _LONGEST_ERROR = 200
@@ -192,14 +189,6 @@ def kept_limits(path: Path, label: str) -> Limits | None:
     return Limits(**runs[label]["limits"]) if label in runs else None
 
 
-def write_page(results: Path, page: Path) -> None:
-    try:
-        from _accelerator_page import write
-    except ModuleNotFoundError as error:
-        sys.exit(f"the page needs {error.name}, which is missing: pip install 'nercc-jax[demo]'")
-    write(results, page)
-
-
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--only", nargs="*", default=["*"], metavar="PATTERN", help="'decode*'")
@@ -207,8 +196,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
     parser.add_argument("--seconds", type=float, default=10.0, help="a case may take (10)")
     parser.add_argument("--gigabytes", type=float, help="its data may take (2 on a CPU, else 16)")
-    parser.add_argument("--output", type=Path, help="folder: default results/, and the page")
-    parser.add_argument("--page", action="store_true", help="write the page only")
+    parser.add_argument("--output", type=Path, help="folder (default: results/)")
     return parser.parse_args(arguments)
 
 
@@ -216,26 +204,23 @@ def main() -> None:
     options = parse_arguments()
     jax.config.update("jax_enable_x64", False)
     results = options.output or RESULTS
-    page = PAGE if options.output is None else options.output / PAGE.name
-    if not options.page:
-        device = jax.devices()[0]
-        start = environment(_PACKAGES)
-        whole = options.only == ["*"]
-        limits = (not whole and kept_limits(results / FILE, start["device"])) or limits_of(device)
-        print(f"{start['device']}: {limits}")
-        every = cases(sorted(options.groups), options.dtypes)
-        chosen = [c for c in every if any(fnmatch.fnmatchcase(c.name, p) for p in options.only)]
-        gigabytes = options.gigabytes or (2.0 if device.platform == "cpu" else 16.0)
-        found = measure_all(chosen, limits, options.seconds, gigabytes)
-        after = {"load_average_after": list(os.getloadavg())}
-        run = {
-            "environment": start | after,
-            "limits": dataclasses.asdict(limits),
-            "cases": found,
-        }
-        add_results(results / FILE, run)
-    write_page(results, page)
-    print(f"wrote {page}")
+    device = jax.devices()[0]
+    start = environment(_PACKAGES)
+    whole = options.only == ["*"]
+    limits = (not whole and kept_limits(results / FILE, start["device"])) or limits_of(device)
+    print(f"{start['device']}: {limits}")
+    every = cases(sorted(options.groups), options.dtypes)
+    chosen = [c for c in every if any(fnmatch.fnmatchcase(c.name, p) for p in options.only)]
+    gigabytes = options.gigabytes or (2.0 if device.platform == "cpu" else 16.0)
+    found = measure_all(chosen, limits, options.seconds, gigabytes)
+    after = {"load_average_after": list(os.getloadavg())}
+    run = {
+        "environment": start | after,
+        "limits": dataclasses.asdict(limits),
+        "cases": found,
+    }
+    add_results(results / FILE, run)
+    print(f"wrote {results / FILE}")
 
 
 if __name__ == "__main__":

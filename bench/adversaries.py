@@ -16,8 +16,8 @@ all groups. Four attacks:
 The liars of the first three are drawn at random. The rate: a smooth function of one number, A = N^a
 neighbours that answer an end of the range, all placements of twenty.
 
-Writes `results/adversaries.json`, its picture and `docs/adversaries.md`; `--page` writes the last
-two again. `--only` runs one part, whose results replace those in the file.
+Writes `results/adversaries.json`, which docs/adversaries.md shows. `--only` runs one part, whose
+results replace those in the file.
 """
 
 import argparse
@@ -28,7 +28,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import _adversaries_page
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -45,7 +44,6 @@ from nercc_jax.inference import RobustMethod, robust_decode
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-PAGE = HERE.parent / "docs" / "adversaries.md"
 
 SETTINGS: dict[Setting, Outputs] = {
     Setting("lenet5-mnist", 100, 20): "logits",
@@ -366,18 +364,11 @@ def main() -> None:
     options = _parse()
     path = RESULTS / ("adversaries-quick.json" if options.quick else "adversaries.json")
     size = QUICK if options.quick else FULL
-    if not options.page:
-        for setting in SETTINGS:
-            if options.only in (None, setting.name):
-                _merge(
-                    path, {"parts": {setting.name: run_setting(setting, size, options.data_dir)}}
-                )
-        if options.only in (None, "rate"):
-            _merge(path, {"rate": rate(size)})
-    results = json.loads(path.read_text())
-    if not options.quick and len(results["parts"]) == len(SETTINGS) and "rate" in results:
-        _adversaries_page.write(results, PAGE, RESULTS / "adversaries.png")
-        print(f"page: {PAGE}")
+    for setting in SETTINGS:
+        if options.only in (None, setting.name):
+            _merge(path, {"parts": {setting.name: run_setting(setting, size, options.data_dir)}})
+    if options.only in (None, "rate"):
+        _merge(path, {"rate": rate(size)})
     print(f"results: {path}")
 
 
@@ -385,7 +376,6 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Workers that lie: robust decoding measured.")
     parser.add_argument("--quick", action="store_true", help="a small version of everything")
     parser.add_argument("--only", choices=[*(s.name for s in SETTINGS), "rate"], help="one part")
-    parser.add_argument("--page", action="store_true", help="only write page and picture again")
     parser.add_argument("--data-dir", type=Path, default=HERE.parent.parent / "shared" / "data")
     return parser.parse_args()
 

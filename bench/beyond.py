@@ -1,13 +1,13 @@
 """Past the paper: ordering, layouts, a surrogate, doubt and training, beside replication and ParM.
 
     python bench/beyond.py [--only MODEL] [--cells 60:20:20 ...] [--parts PART ...] [--quick]
-        [--page] [--data-dir FOLDER]
+        [--data-dir FOLDER]
 
 Measures the disagreement (1 - RelAcc) of every mode for each model at each (N, K, S), with its 95 %
 interval over straggler sets, the same for all. Whatever is chosen (lambdas, layouts, shrinkage,
 doubt) is chosen on other test images than those that judge: unlabelled, and as new to the model and
-its student as queries will be. Writes results/beyond.json and .png, and docs/beyond.md; `--page`
-writes the last two from what is there. An hour for a model on one core. Needs MNIST and
+its student as queries will be. Writes results/beyond.json, which
+docs/beyond.md shows. An hour for a model on one core. Needs MNIST and
 CIFAR-10 as parquet files (`models/data.py` says where).
 """
 
@@ -18,7 +18,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import _beyond_page
 import jax
 import numpy as np
 from _beyond_learners import Learners, learn, learners
@@ -40,7 +39,6 @@ from nercc_models import (
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-PAGE = HERE.parent / "docs" / "beyond.md"
 
 MODELS: dict[str, Outputs] = {
     "lenet5-mnist": "logits",
@@ -86,7 +84,7 @@ def main() -> None:
     path = RESULTS / ("beyond-quick.json" if options.quick else "beyond.json")
     console = Console(emoji=False)
     size = Size(choose=160, points=160, sets=4, steps=4) if options.quick else Size()
-    models = [] if options.page else [options.only] if options.only else list(MODELS)
+    models = [options.only] if options.only else list(MODELS)
     for name in models:
         outputs = MODELS[name]
         for part in options.parts:
@@ -117,9 +115,6 @@ def main() -> None:
                 write_json(path, results)
                 console.log(f"{name} {cell.name}: {part} in {seconds} s")
                 jax.clear_caches()  # XLA maps memory for every program
-    if not options.quick:
-        _beyond_page.write(_read(path), PAGE, RESULTS / "beyond.png")
-        console.print(f"page: {PAGE}")
     console.print(f"results: {path}")
 
 
@@ -220,7 +215,6 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--cells", nargs="*", type=_cell_name, help="as in 60:20:20")
     parser.add_argument("--no-student", action="store_true", help="of learners, those without")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--page", action="store_true", help="only write the page again")
     parser.add_argument("--data-dir", type=Path, default=HERE.parent.parent / "shared" / "data")
     return parser.parse_args()
 

@@ -1,14 +1,14 @@
 """Functions that are smooth in their inputs: what a learner from past answers is worth to a code.
 
-    python bench/functions.py [--only NAME ...] [--cells CELL ...] [--draws N] [--quick] [--page]
+    python bench/functions.py [--only NAME ...] [--cells CELL ...] [--draws N] [--quick]
         [--learners] [--sweeps] [--data-dir FOLDER]
 
 For eight real functions, four cells of workers and stragglers: codes, copies with what fills their
 gaps, a learner with and without redundancy, and what is picked on other data. Judged by RMSE
 relative to the outputs' spread, by how many errors are within 90 % bars, and by recall@10 for
 embeddings; over ten draws of past answers, inputs and stragglers, with 95 % intervals. Writes
-results/functions.json and .png, and docs/functions.md; `--page` writes the last two from what is
-there. CIFAR-10 needs its parquet file (`models/data.py` says where).
+results/functions.json, which docs/functions.md shows. CIFAR-10 needs its parquet file
+(`models/data.py` says where).
 """
 
 import argparse
@@ -19,7 +19,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import _functions_page
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +33,6 @@ from nercc_jax.splines import Ends
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-PAGE = HERE.parent / "docs" / "functions.md"
 SWEEPS = 100  # the first seed of sweeps: of none that points were tried out on
 QUICK = Size(groups=2, sets=2, chosen=1, judged=2, sweeps=2)
 
@@ -44,11 +42,8 @@ def main() -> None:
     console = Console(emoji=False)
     path = RESULTS / ("functions-quick.json" if options.quick else "functions.json")
     size = QUICK if options.quick else Size(judged=options.draws)
-    for name in [] if options.page else options.only or NAMES:
+    for name in options.only or NAMES:
         measure(load(name, options.data_dir), size, options, path, console.log)
-    if not options.quick:
-        _functions_page.write(_read(path), PAGE, RESULTS / "functions.png")
-        console.print(f"page: {PAGE}")
     console.print(f"results: {path}")
 
 
@@ -186,7 +181,6 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--draws", type=int, default=Size().judged, help="to judge by")
     parser.add_argument("--sweeps", action="store_true", help="sweeps alone")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--page", action="store_true", help="only write the page again")
     parser.add_argument(
         "--learners",
         action="store_true",

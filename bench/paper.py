@@ -2,9 +2,8 @@
 
 `python bench/paper.py` runs everything (about an hour on two cores), `--quick` a small version of
 it, and `--only lenet5-mnist:100:20` one part, whose results replace those in the file. Writes
-results/paper.json, its pictures, and docs/results.md; `--page` writes the page again from the
-results that are there. Needs MNIST and CIFAR-10 as
-parquet files (`models/data.py` says where).
+results/paper.json, which docs/results.md shows, and a picture of each part. Needs MNIST and
+CIFAR-10 as parquet files (`models/data.py` says where).
 """
 
 import argparse
@@ -16,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import _convergence
-import _paper_page
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 from _report import environment, write_json
 from _settings import GRID, NUMBERS, PACKAGES, PAPER, PARM, Setting
@@ -39,13 +38,21 @@ from nercc_jax import (
 )
 from nercc_jax.cli._options import Outputs
 from nercc_jax.cli._workload import Answering, answering
-from nercc_jax.evaluation import landscape, make_trial
+from nercc_jax.evaluation import (
+    Estimate,
+    Evaluation,
+    landscape,
+    make_trial,
+    straggler_curves,
+)
 from nercc_jax.tuning import Descent
 from nercc_models import list_parity_models, load_parity_model
 
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-PAGE = HERE.parent / "docs" / "results.md"
 
 SETTINGS = PAPER + PARM
 
@@ -69,25 +76,38 @@ NOISES = ("bfloat16", "0.01", "0.1", "0.3")
 def main() -> None:
     options = _parse()
     path = RESULTS / ("paper-quick.json" if options.quick else "paper.json")
-    results = json.loads(path.read_text()) if path.exists() else {"parts": {}}
     console = Console(emoji=False)
-    if not options.page:
-        size = QUICK if options.quick else FULL
-        for setting in SETTINGS:
-            if options.only in (None, setting.name):
-                part = run_setting(setting, size, options.data_dir, console)
-                results = _merge(path, {"parts": {setting.name: part}})
-        if options.only in (None, "convergence"):
-            measured = _convergence.measure(
-                options.quick, options.data_dir, lambda line: console.log(line)
-            )
-            results = _merge(path, {"convergence": measured})
-    if not options.quick:
-        tuning = RESULTS / "tuning.json"
-        tuning_results = json.loads(tuning.read_text()) if tuning.exists() else None
-        _paper_page.write(results, tuning_results, PAGE, RESULTS)
-        console.print(f"page: {PAGE}")
+    size = QUICK if options.quick else FULL
+    for setting in SETTINGS:
+        if options.only in (None, setting.name):
+            part = run_setting(setting, size, options.data_dir, console)
+            _merge(path, {"parts": {setting.name: part}})
+            console.print(f"picture: {_draw(part, path.with_suffix(''), setting)}")
+    if options.only in (None, "convergence"):
+        measured = _convergence.measure(options.quick, options.data_dir, console.log)
+        _merge(path, {"convergence": measured})
     console.print(f"results: {path}")
+
+
+def _draw(part: Mapping[str, Any], folder: Path, setting: Setting) -> Path:
+    """Draw error and RelAcc of all codes against the number of stragglers."""
+    figure, axes = plt.subplots(len(_OUTPUTS), 2, figsize=(11.5, 8), layout="constrained")
+    for (left, right), outputs in zip(axes, _OUTPUTS, strict=True):
+        rows = [_evaluation(row) for row in part[outputs]["rows"]]
+        approximate = [row for row in rows if row.code != "replication"]
+        straggler_curves(left, approximate, "mse", f"MSE of {outputs}", logarithmic=True)
+        straggler_curves(right, rows, "rel_acc", f"labels kept, {outputs}", logarithmic=False)
+    figure.suptitle(setting.words)
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{setting.name.replace(':', '-')}.png"
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+    return path
+
+
+def _evaluation(row: Mapping[str, Any]) -> Evaluation:
+    values: Any = {k: Estimate(**v) if isinstance(v, Mapping) else v for k, v in row.items()}
+    return Evaluation(**values)
 
 
 def run_setting(setting: Setting, size: Size, data_dir: Path, console: Console) -> dict[str, Any]:
@@ -281,7 +301,6 @@ def _parse() -> argparse.Namespace:
         choices=[*(setting.name for setting in SETTINGS), "convergence"],
         help="run one part",
     )
-    parser.add_argument("--page", action="store_true", help="only write the page again")
     parser.add_argument("--data-dir", type=Path, default=HERE.parent.parent / "shared" / "data")
     return parser.parse_args()
 

@@ -8,7 +8,7 @@ one query straggles, and up to three others. A query is looked at before the las
 before the last one, and with all that come, and is answered once its doubt is below the limit. Only
 queries whose own worker straggles count.
 
-Writes results/query_doubt.json, which `python bench/serving.py --page` puts on docs/serving.md.
+Writes results/query_doubt.json, which docs/serving.md shows.
 """
 
 import argparse

@@ -1,22 +1,20 @@
 """Coded serving beside uncoded, hedged and replicated serving, and Ray Serve: latency, throughput.
 
-    python bench/serving.py [--quick] [--price] [--page]
+    python bench/serving.py [--quick] [--price]
 
-Some 40 minutes. `--price`: only the cells without stragglers and sleep, 11 minutes. `--page`: only
-writes the page.
+Some 40 minutes. `--price`: only the cells without stragglers and sleep, 11 minutes.
 
 One run: the same model (LeNet5 on scikit-learn's digits), the same number of workers, all of them
 Ray actors, the same load from a second process, with and without stragglers. Every call takes
 `SERVICE` seconds longer than the model does, during which the worker sleeps: two cores then stand
 for many machines. What the server itself costs is measured without, by `_serving_price.py`. Writes
-`results/serving.json`, `results/serving_price.json`, `results/serving.png` and `docs/serving.md`.
+`results/serving.json` and `results/serving_price.json`, which docs/serving.md shows.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import functools
-import json
 import sys
 import tempfile
 import time
@@ -29,7 +27,6 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from _report import block_bootstrap, environment, write_json
-from _serving_page import write_page
 from _serving_price import measure_price
 from _serving_process import load, nercc_serve, running
 
@@ -105,20 +102,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Latency and throughput of servers, side by side.")
     parser.add_argument("--quick", action="store_true", help="a few seconds each: does it run?")
     parser.add_argument("--price", action="store_true", help="only what the server itself costs")
-    parser.add_argument("--page", action="store_true", help="write the page from the last results")
     parser.add_argument("--seconds", type=float, default=25.0, help="of each open-loop cell")
     parser.add_argument("--only", nargs="*", help="some systems, to try")
     arguments = parser.parse_args()
     quick = "-quick" if arguments.quick else ""
     path, price = RESULTS / f"serving{quick}.json", RESULTS / f"serving_price{quick}.json"
-    if not arguments.page:
-        write_json(price, measure_price(*((1.0, 1) if quick else (1.5, 3))))
-    if not arguments.page and not arguments.price:
+    write_json(price, measure_price(*((1.0, 1) if quick else (1.5, 3))))
+    if not arguments.price:
         seconds = 4.0 if quick else arguments.seconds
         write_json(path, measure(seconds, arguments.only))
-    if not quick:
-        results, costs = (json.loads(each.read_text()) for each in (path, price))
-        write_page(results, costs, RESULTS, HERE.parent / "docs" / "serving.md")
 
 
 def measure(seconds: float, only: list[str] | None) -> dict[str, Any]:

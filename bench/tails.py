@@ -1,11 +1,11 @@
 """Tails of a stream of single queries: what `CodedBatcher` makes of stragglers, and its rivals.
 
-    python bench/tails.py [--only PATTERN ...] [--queries NUMBER] [--real] [--page]
+    python bench/tails.py [--only PATTERN ...] [--queries NUMBER] [--real]
 
 Every cell is `CodedBatcher` as it is shipped, before workers on paper (`SimulatedPool`): a clock
 that jumps, so that an hour of traffic takes a minute, and the same each time. `--real` runs some
 cells before threads that sleep (`DevicePool`), for what is seen on paper to be held against. Both
-go into results/tails.json, cell by cell, and docs/tails.md with its picture is written anew.
+go into results/tails.json, cell by cell, which docs/tails.md shows.
 `--only 'lenet5/5 %/*'` names cells: work/law/system. Needs MNIST and CIFAR-10 as parquet files
 (`models/data.py` says where).
 """
@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as `nercc serve` does
-import _tails_page
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +36,6 @@ from nercc_jax.stragglers import TraceLatency
 from nercc_models import load_model
 
 RESULTS = Path(__file__).parent / "results"
-PAGE = Path(__file__).parent.parent / "docs" / "tails.md"
 PACKAGES = ("jax", "jaxlib", "numpy", "equinox")
 WARM_UP = 2000  # queries that are not judged: what learns, learns from them
 # Before real workers there are so many more: learning takes a minute there, and none on paper.
@@ -73,15 +71,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=["*"], metavar="PATTERN")
     parser.add_argument("--queries", type=int, default=Load.queries)
     parser.add_argument("--real", action="store_true")
-    parser.add_argument("--page", action="store_true", help="write the page again")
     parser.add_argument("--data-dir", type=Path, default=None)
     options = parser.parse_args()
     path = RESULTS / "tails.json"
     found = json.loads(path.read_text()) if path.exists() else {}
-    if not options.page:
-        for name, make in works(options.data_dir).items():
-            _run(name, make, options, found, path)
-    _tails_page.write(found, PAGE, RESULTS)
+    for name, make in works(options.data_dir).items():
+        _run(name, make, options, found, path)
 
 
 def _run(

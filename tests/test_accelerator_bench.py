@@ -1,7 +1,6 @@
-"""The accelerator benchmark: its smallest case is timed, and its page says what is a time."""
+"""The accelerator benchmark: its smallest case is timed, and results are kept by device."""
 
 import dataclasses
-import json
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from conftest import bench_modules, require
 def bench():
     """bench/accelerator.py and its neighbours, which import each other."""
     require("matplotlib", "demo")
-    parts = {name: f"_accelerator_{name}" for name in ("cases", "limits", "page")}
+    parts = {name: f"_accelerator_{name}" for name in ("cases", "limits")}
     with bench_modules(command="accelerator", **parts) as found:
         yield found
 
@@ -101,46 +100,6 @@ def _results(device):
     return {"environment": environment, "limits": limits, "cases": cases}
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """What compiled.py counted before and now; and one of its programs that does not compile."""
-    name = "LeNet5 (20, 8), mask traced"
-    counts = {"launches": 1000, "loops": 16, "open_loops": 1, "cycles": 0}
-    old = {"programs": {name: {**counts, "temp_megabytes": 1.0}}}
-    before = {"commit": "d2854f6", "platforms": {"cuda": old, "tpu": {"programs": {}}}}
-    (tmp_path / "compiled-before.json").write_text(json.dumps(before))
-    new = {"launches": 40, "loops": 0, "open_loops": 1, "cycles": 0, "temp_bytes": 2_000_000}
-    programs = {name: new, "uncompiled": {**new, "error": "no"}}
-    now = {"environment": {"versions": {"jax": "0"}}, "programs": programs}
-    (tmp_path / "compiled-cuda.json").write_text(json.dumps(now))
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    ("device", "told"),
-    [
-        ("cpu: cpu", ("**No accelerator was at hand.**", "2 CPU cores")),
-        ("gpu: NVIDIA H100 80GB HBM3", ("**Timed on gpu: NVIDIA H100 80GB HBM3**",)),
-    ],
-)
-def test_the_page_says_what_is_a_time_and_what_is_a_count(bench, folder, device, told):
-    run = _results(device)
-    bench.command.add_results(folder / "accelerator.json", run)
-    bench.command.write_page(folder, folder / "page.md")
-    text = (folder / "page.md").read_text()
-    for words in told:
-        assert words in text
-    assert ("No accelerator" in text) == device.startswith("cpu")
-    assert "mask given, 1.25 to 1.25 (3.50 to 3.50) times as long" in text
-    # 1,000 launches and one predicate; 40 and one.
-    assert (
-        "| LeNet5 (20, 8), mask traced | 1,000 | 40 | 2.51 ms | 110 µs | 16 + 1 | 0 + 1 |" in text
-    )
-    assert "uncompiled" not in text
-    assert "| large | it takes 99 s |" in text
-    assert (folder / "accelerator.png").stat().st_size > 0
-
-
 def test_results_of_a_device_are_added_to_its_own(bench, tmp_path):
     path = tmp_path / "accelerator.json"
     run = _results("cpu: cpu")
@@ -152,8 +111,3 @@ def test_results_of_a_device_are_added_to_its_own(bench, tmp_path):
     assert set(content["runs"]) == {"cpu: cpu", "gpu: a card"}
     assert bench.command.kept_limits(path, "cpu: cpu").source == "a test"
     assert bench.command.kept_limits(path, "cpu: another") is None
-
-
-def test_the_page_is_written_before_anything_was_timed(bench, tmp_path):
-    bench.command.write_page(tmp_path, tmp_path / "page.md")
-    assert "No accelerator was at hand" in (tmp_path / "page.md").read_text()

@@ -1,4 +1,4 @@
-"""The functions benchmark: its numbers for one function against NumPy, by hand, and its page."""
+"""The functions benchmark: its numbers for one function against NumPy, by hand."""
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ NUM_DATA = 20
 def bench():
     """bench/functions.py and its neighbours, which import each other."""
     require("matplotlib", "demo")
-    parts = {name: f"_functions_{name}" for name in ("cases", "systems", "page")}
+    parts = {name: f"_functions_{name}" for name in ("cases", "systems")}
     with bench_modules(command="functions", **parts) as found:
         yield found
 
@@ -59,16 +59,6 @@ def test_lost_copies_by_hand(bench):
         np.testing.assert_allclose(ours, theirs, atol=2e-4)
 
 
-def test_interval_is_students(bench):
-    from scipy.stats import ttest_1samp
-
-    values = np.array([0.1, 0.3, 0.2, 0.7])
-    mean, half = bench.page.mean_and_half_width(values)
-    low, high = ttest_1samp(values, 0).confidence_interval(0.95)
-    assert (mean - half, mean + half) == pytest.approx((low, high))
-    assert bench.page.ratio(values, 2 * values) == pytest.approx((0.5, 0.5, 0.5))
-
-
 @pytest.mark.slow
 def test_one_function_by_hand(bench):
     systems, size = bench.systems, bench.systems.Size(30, groups=2, sets=2, chosen=1, judged=1)
@@ -89,37 +79,6 @@ def test_one_function_by_hand(bench):
     exact, wanted = np.asarray(predictions)[heard], np.stack([own, own])[heard]
     np.testing.assert_allclose(exact, wanted, rtol=1e-6)
     assert numbers.rmse == pytest.approx(_relative(told, own), rel=0.03)
-
-
-def test_page_of_what_is_there(bench, tmp_path):
-    names = (*bench.systems.RIVALS, *bench.systems.LEARNERS)
-    errors = {name: {"rmse": [0.1, 0.2], "covered": [0.9, 0.9]} for name in names}
-    errors[bench.systems.ALONE]["rmse"] = [0.02, 0.04]
-    cells = {
-        c.name: {"picked": bench.systems.ALONE, "systems": errors, "seconds": 1.0}
-        for c in bench.systems.CELLS
-    }
-    told = {"about": "a wave", "cells": cells, "size": vars(bench.systems.Size())}
-    told["sweep"] = {"picked": "b", "rmse": {"a": [0.1, 0.3], "b": [0.001, 0.002]}}
-    told["environment"] = bench.command.environment(("jax",))
-    # Of another function one cell is there, with the learners on more draws.
-    first = bench.systems.CELLS[0].name
-    more = {name: {"rmse": [0.02, 0.04, 0.1]} for name in bench.systems.LEARNERS}
-    part = {"cells": {first: cells[first] | {"systems": errors | more}}}
-    results = {"wave": told, "ramp": told | part | {"sweep": told["sweep"]}}
-    bench.page.write(results, tmp_path / "page.md", tmp_path / "page.png")
-    page = (tmp_path / "page.md").read_text()
-    mean, half = bench.page.mean_and_half_width([0.02, 0.04])
-    assert f"| picked | **{mean:.3f} ± {half:.3f}** |" in page
-    assert "20% of the error" in " ".join(page.split())
-    assert "a quarter on 2 of 2" in page
-    assert "ramp at (24, 20, 4)" in page
-    assert f"(3 of ramp at {first})" in page
-    assert "| a sweep's error at most 0.002 with following points | yes | of all |" in page
-    assert "| a | 0.2000 ±" in page
-    assert "| b | **0.0015 ±" in page
-    assert "Not measured yet: Lotka-Volterra" in page
-    assert (tmp_path / "page.png").exists()
 
 
 def _posterior(kernel, draw, mask):

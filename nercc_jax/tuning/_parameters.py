@@ -41,17 +41,22 @@ def parametrize(
     A descent of your own goes over these, not over the code's leaves: no step makes a lambda
     negative, where it would have no slope and stay for ever.
 
-    ```python import jax import jax.numpy as jnp import optax from nercc_jax import NeRCC,
-    nested_objective, parametrize
+    ```python
+    import jax
+    import jax.numpy as jnp
+    import optax
+    from nercc_jax import NeRCC, nested_objective, parametrize
 
-    model = lambda x: jnp.tanh(3 * x) x = jax.random.normal(jax.random.key(0), (8, 4, 2))  # groups
-    of K = 4 data points available = jnp.array([[True] * 10, [True] * 7 + [False] * 3])  # straggler
-    sets
+    model = lambda x: jnp.tanh(3 * x)
+    x = jax.random.normal(jax.random.key(0), (8, 4, 2))  # groups of K = 4 data points
+    available = jnp.array([[True] * 10, [True] * 7 + [False] * 3])  # straggler sets
 
-    parameters, rebuild = parametrize(NeRCC(4, 10)) optimizer = optax.adam(0.3) state =
-    optimizer.init(parameters)
+    parameters, rebuild = parametrize(NeRCC(4, 10))
+    optimizer = optax.adam(0.3)
+    state = optimizer.init(parameters)
 
-    @jax.jit def step(parameters, state):
+    @jax.jit
+    def step(parameters, state):
         objective = lambda parameters: nested_objective(model, rebuild(parameters), x, available)
         value, slopes = jax.value_and_grad(objective)(parameters)
         updates, state = optimizer.update(slopes, state)
@@ -59,7 +64,8 @@ def parametrize(
 
     for _ in range(30):
         value, parameters, state = step(parameters, state)
-    code = rebuild(parameters) ```
+    code = rebuild(parameters)
+    ```
 
     Raises:
         ValueError: The code has none of these leaves.
