@@ -1,4 +1,4 @@
-"""Tables and pictures of the results pages, made from the benchmarks' JSON when the site is built."""
+"""Tables and pictures of the results pages, made from the benchmarks' JSON as the site is built."""
 
 import html
 import json
