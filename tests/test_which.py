@@ -73,7 +73,7 @@ def test_of_codes_and_copies(page):
         ("as published", "published", none),
         ("plain copies", "replication", none),
         ("repeated points, ordered, with a student", "with surrogate", last),
-        ("the same, the most doubtful 5 % run again", "with surrogate, 5% again", last),
+        ("the same, the least certain 5 % run again", "with surrogate, 5% again", last),
         ("plain copies, lost ones answered by the student", "replication, else surrogate", none),
     ):
         row = page.partition(f"| {words} |")[2].split("|")[:3]
