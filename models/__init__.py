@@ -74,7 +74,7 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, or a module, imported when it is first asked for."""
+    """Return a public name or a module, imported when it is first asked for."""
     for place, names in _WHERE.items():
         if name == place or name in names.split():
             module = importlib.import_module(f".{place}", __name__)

@@ -9,13 +9,14 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """What to do to each training image; every number is in pixels, and zero switches it off.
+    """Changes to each training image; every number is in pixels, and zero switches it off.
 
-    - `padding`: pad by so many zeros and cut the original size out at a random place.
-    - `flip`: mirror left to right with probability one half.
-    - `cutout`: zero a square of this edge at a random place (DeVries and Taylor, 2017).
-    - `mixup`: mix each image and label with another of the batch, in shares drawn from
-      Beta(mixup, mixup) (Zhang et al., 2018).
+    Attributes:
+        padding: Zeros around the image, from which the original size is cut out at a random place.
+        flip: Whether to mirror left to right with probability one half.
+        cutout: Edge of a square at a random place that becomes zero (DeVries and Taylor, 2017).
+        mixup: Mix each image and label with another of the batch, in shares drawn from Beta(mixup,
+            mixup) (Zhang et al., 2018).
     """
 
     padding: int = 0
@@ -30,7 +31,7 @@ def augment(
     targets: Float[Array, "batch classes"],
     how: Augmentation,
 ) -> tuple[Float[Array, "batch height width channels"], Float[Array, "batch classes"]]:
-    """The changed images and, since mixup mixes them too, the label distributions."""
+    """Return the changed images, and the label distributions, which mixup mixes, too."""
     crop_key, flip_key, cutout_key, mixup_key = jax.random.split(key, 4)
     if how.padding:
         images = _random_crop(crop_key, images, how.padding)
@@ -56,7 +57,7 @@ def _random_crop(key: PRNGKeyArray, images: Array, padding: int) -> Array:
 
 
 def _cutout(key: PRNGKeyArray, images: Array, edge: int) -> Array:
-    """The square's centre is anywhere in the image, so that part of it may lie outside."""
+    """Zero a square with its centre anywhere in the image, so that a part may lie outside."""
     batch, height, width, _ = images.shape
     centres = jax.random.uniform(key, (2, batch, 1)) * jnp.array([[[height]], [[width]]])
     rows = jnp.abs(jnp.arange(height) + 0.5 - centres[0]) < edge / 2
@@ -66,7 +67,7 @@ def _cutout(key: PRNGKeyArray, images: Array, edge: int) -> Array:
 
 
 def _mixup(key: PRNGKeyArray, images: Array, targets: Array, shape: float) -> tuple[Array, Array]:
-    """One share a batch; the partners are the same batch in reverse, itself in random order."""
+    """Mix with one share for the batch; the partners are the same batch in reverse."""
     share = jax.random.beta(key, shape, shape)
     images = share * images + (1 - share) * images[::-1]
     return images, share * targets + (1 - share) * targets[::-1]

@@ -1,4 +1,4 @@
-"""What a training run leaves behind: weights in half precision, and a card that tells of them."""
+"""The results of a training run: weights in half precision, and a card."""
 
 import json
 import os
@@ -27,6 +27,6 @@ def write_card(folder: str | Path, card: dict[str, Any]) -> None:
 
 
 def made_on() -> str:
-    """The machine and the JAX that run this."""
+    """Return the machine and the JAX that run this."""
     kind = jax.devices()[0].device_kind
     return f"{platform.machine()}, {os.cpu_count()} cores, {kind}, jax {jax.__version__}"

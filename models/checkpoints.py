@@ -39,8 +39,10 @@ class Checkpoints:
         self._manager.save(step, args=arguments, force=True)
 
     def restore(self, state: Any) -> tuple[int, Any, list[dict[str, Any]], float]:
-        """The latest (step, state, history, seconds of the unfinished epoch); `state` is both the
-        structure to fill and the answer when there is no checkpoint."""
+        """Return the latest (step, state, history, seconds of the unfinished epoch).
+
+        `state` is both the structure to fill and the answer when there is no checkpoint.
+        """
         if self._manager is None or self._manager.latest_step() is None:
             return 0, state, [], 0.0
         manager, latest = self._manager, self._manager.latest_step()
@@ -67,7 +69,7 @@ class Checkpoints:
         return latest, state, list(log["history"]), log["seconds"]
 
     def log(self) -> dict[str, Any]:
-        """The latest checkpoint's `recipe`, as numbers, and `history`; empty without one."""
+        """Return the latest checkpoint's `recipe`, as numbers, and `history`; empty without one."""
         if self._manager is None or self._manager.latest_step() is None:
             return {}
         import orbax.checkpoint as ocp
@@ -82,6 +84,6 @@ class Checkpoints:
 
 
 def _by_path(state: Any) -> dict[str, Any]:
-    """A pytree as a flat table: every structure is stored alike, lists and Flax states included."""
+    """Return a pytree as a flat table; lists and Flax states are stored alike."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     return {jax.tree_util.keystr(path).replace("/", "|"): leaf for path, leaf in leaves}

@@ -1,4 +1,4 @@
-"""What the training commands share: options for folders, and numbers that replace a recipe's."""
+"""Options that the training commands share: folders, and numbers that replace a recipe's."""
 
 import argparse
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def add_folders(parser: argparse.ArgumentParser, run: str) -> None:
-    """The options for data, checkpoints and results; `run` is the run's name in the help."""
+    """Add the options for data, checkpoints and results; `run` is the run's name in the help."""
     parser.add_argument(
         "--data-dir", type=Path, help="folder with <data set>/train*.parquet; else the hub"
     )
@@ -20,13 +20,13 @@ def add_folders(parser: argparse.ArgumentParser, run: str) -> None:
 
 
 def given(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
-    """The options among `names` that were given, to replace a recipe's numbers."""
+    """Return the options among `names` that were given, to replace a recipe's numbers."""
     values = {name: getattr(options, name) for name in names}
     return {name: value for name, value in values.items() if value is not None}
 
 
 def changed_options(recipe: Any, usual: Any, names: Sequence[str]) -> str:
-    """The options that make `recipe` of the `usual` one, each with a space before it."""
+    """Return the options that make `recipe` of the `usual` one, each with a space before it."""
     return "".join(
         f" --{name.replace('_', '-')} {getattr(recipe, name)}"
         for name in names

@@ -29,7 +29,7 @@ def convolve(
     padding: Sequence[tuple[int, int]],
     **_: Any,
 ) -> Float[Array, "batch out_height out_width outputs"]:
-    """A dense convolution for `nnx.Conv(conv_general_dilated=...)` without dilation or groups.
+    """Compute a dense convolution for `nnx.Conv(conv_general_dilated=...)`, no dilation or groups.
 
     On a CPU it has reverse-mode derivatives only.
     """
@@ -70,7 +70,7 @@ _convolve.defvjp(_forward, _backward)
 def _chunked(
     images: Array, gradient: Array, shape: tuple, strides: tuple, pads: tuple, chunk: int
 ) -> Array:
-    """The kernel's gradient, `shape`, summed over chunks of images."""
+    """Return the kernel's gradient, `shape`, summed over chunks of images."""
 
     def add(total: Array, operands: tuple[Array, Array]) -> tuple[Array, None]:
         part, part_gradient = operands
@@ -92,7 +92,7 @@ def _split(array: Array, chunk: int) -> Array:
 
 
 def _window(padded: Array, offset: tuple[int, int], strides: tuple, shape: tuple) -> Array:
-    """What one tap of the kernel sees, one row for each output pixel: (B * H * W, inputs)."""
+    """Return what one tap of the kernel sees, a row for each output pixel: (B * H * W, inputs)."""
     stop = [o + (n - 1) * s + 1 for o, n, s in zip(offset, shape[1:3], strides, strict=True)]
     seen = padded[:, offset[0] : stop[0] : strides[0], offset[1] : stop[1] : strides[1]]
     return seen.reshape(-1, padded.shape[-1])

@@ -41,11 +41,11 @@ class Data:
         return len(self.labels)
 
     def take(self, indices: Any) -> "Data":
-        """The images at `indices`: an integer array, a boolean mask, or a slice."""
+        """Return the images at `indices`: an integer array, a boolean mask, or a slice."""
         return dataclasses.replace(self, images=self.images[indices], labels=self.labels[indices])
 
     def shuffled(self, seed: int) -> "Data":
-        """The same images in an order that depends on `seed` alone."""
+        """Return the same images in an order that depends on `seed` alone."""
         return self.take(np.random.default_rng(seed).permutation(len(self)))
 
     def batches(self, size: int, *, drop_last: bool = False) -> Iterator["Data"]:
@@ -81,7 +81,7 @@ _SOURCES = {
 
 
 def list_data() -> tuple[str, ...]:
-    """The names that `load_data` knows."""
+    """Return the names that `load_data` knows."""
     return ("digits", *_SOURCES, "imagefolder")
 
 
@@ -182,7 +182,7 @@ def _quiet(datasets: Any) -> Iterator[None]:
 
 
 def _open_parquet(name: str, split: str, data_dir: str | Path | None) -> tuple[Any, Any]:
-    """The rows of a known data set, from a folder or from the hub, and its class names."""
+    """Return the rows of a known data set, from a folder or from the hub, and its class names."""
     source = _SOURCES[name]
     _check_split(name, split, tuple(source.files))
     if data_dir is not None:
@@ -213,8 +213,11 @@ def _open_parquet(name: str, split: str, data_dir: str | Path | None) -> tuple[A
 
 
 def _find_parquet(name: str, stem: str, data_dir: Path) -> list[Path]:
-    """Files `<stem>*.parquet` below `data_dir`: in `<name>/`, in the hub's `<name>/data/`, or in
-    `data_dir` itself when that is the data set's own folder."""
+    """Return the files `<stem>*.parquet` below `data_dir`.
+
+    They are in `<name>/`, in the hub's `<name>/data/`, or in `data_dir` itself when that is the
+    data set's own folder.
+    """
     folders = [data_dir / name, data_dir / name / "data"]
     if data_dir.resolve().name == name:
         folders.append(data_dir)
@@ -284,7 +287,7 @@ def _decode(
 
 
 def _decode_image(row: dict[str, Any], size: tuple[int, int] | None) -> np.ndarray:
-    """One image, (H, W, 1) if it is grey and (H, W, 3) otherwise, uint8."""
+    """Return one image, (H, W, 1) if it is grey and (H, W, 3) otherwise, uint8."""
     from PIL import Image
 
     source = row["path"] if row["bytes"] is None else io.BytesIO(row["bytes"])
@@ -302,7 +305,7 @@ def _fit(image: Any, size: tuple[int, int]) -> Any:
 
 
 def _resized(data: Data, size: tuple[int, int]) -> Data:
-    """The digits in another size; bilinear, since bicubic would leave the range of grey levels."""
+    """Return the digits in another size; bicubic would leave the range of grey levels."""
     import jax
 
     shape = (len(data), *size, data.images.shape[-1])

@@ -99,7 +99,7 @@ def distill_shipped(
 
 
 def _numbers(recipe: StudentRecipe) -> dict[str, Any]:
-    """The recipe as plain JSON values."""
+    """Return the recipe as plain JSON values."""
     return {**dataclasses.asdict(recipe), "plan": recipe.plan.numbers()}
 
 
@@ -111,9 +111,9 @@ def write_student(
     test: Float[np.ndarray, "points ..."],
     about: dict[str, Any],
 ) -> tuple[Student, dict[str, Any]]:
-    """Write a student's weights (half precision) to `path`, `<name>.safetensors`, and its card
-    beside them; returns the student with the weights as they are stored, and the card.
+    """Write a student's weights to `path`, `<name>.safetensors`, and its card next to them.
 
+    Returns the student with the weights as they are stored (half precision), and the card.
     The card has the score on inputs `test`, the multiplications of both, and `about`, which names
     at least the `base`.
     """
@@ -147,7 +147,7 @@ _CHANGEABLE = ("num_queries", "epochs", "learning_rate", "batch_size", "mixed", 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command. Trains, or goes on from the latest checkpoint, and writes weights and card."""
+    """Train, or go on from the latest checkpoint, and write weights and card."""
     options = _parse(arguments)
     usual = STUDENT_RECIPES[options.base]
     recipe = dataclasses.replace(usual, **given(options, _CHANGEABLE))
@@ -179,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def told(card: dict[str, Any]) -> str:
-    """What a student's card says, in a sentence or two."""
+    """Return the facts of a student's card in a sentence or two."""
     score, cost, base = card["score"], card["multiplications"], card["base_multiplications"]
     return (
         f"{card['name']}: agrees with {card['base']} on {score['agreement']:.2%} of "

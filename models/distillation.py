@@ -32,20 +32,21 @@ _PULL = (-0.15, 0.05)
 
 
 class Queries(NamedTuple):
-    """What a model is asked: query q is the sum of `weights[q, i]` times input `sources[q, i]`."""
+    """Queries to a model: query q is the sum of `weights[q, i]` times input `sources[q, i]`."""
 
     sources: Int[np.ndarray, "queries terms"]
     weights: Float[np.ndarray, "queries terms"]
 
 
 def draw_queries(seed: int, num_inputs: int, count: int, mixed: float) -> Queries:
-    """`count` queries, of which a share `mixed` are sums and the others single inputs.
+    """Draw `count` queries, of which a share `mixed` are sums and the others single inputs.
 
-    Every input comes first in about equally many. A sum is of four inputs with weights
-    (share m, (1 - share) m, c, d): share uniform on [0, 1], c and d on [-0.15, 0.05], and
-    m = 1 - c - d, so that the weights add up to one.
+    Every input comes first in about equally many. A sum is of four inputs with weights (share m, (1
+    - share) m, c, d): share uniform on [0, 1], c and d on [-0.15, 0.05], and m = 1 - c - d, so that
+    the weights add up to one.
 
-    Raises `ValueError` unless there are inputs and queries, and `mixed` is in [0, 1].
+    Raises:
+        ValueError: There are no inputs or queries, or `mixed` is outside [0, 1].
     """
     if num_inputs < 1 or count < 1 or not 0 <= mixed <= 1:
         raise ValueError(
@@ -68,12 +69,12 @@ Change = Callable[[PRNGKeyArray, Array], Array]
 
 
 def changed_image(how: Augmentation, key: PRNGKeyArray, image: Array) -> Array:
-    """One image, flipped and shifted at random."""
+    """Return one image, flipped and shifted at random."""
     return augment(key, image[None], jnp.zeros((1, 1)), how)[0][0]
 
 
 def make_inputs(change: Change | None, seed: int, x: Array, weights: Array, number: Array) -> Array:
-    """The inputs of queries `number` (B,) from their sources `x` (B, terms, ...).
+    """Return the inputs of queries `number` (B,) from their sources `x` (B, terms, ...).
 
     `change(key, data point)` comes before the sum, with keys that depend on seed and number alone,
     so that a query is the same whenever it is asked.
@@ -87,11 +88,15 @@ def make_inputs(change: Change | None, seed: int, x: Array, weights: Array, numb
 
 @dataclasses.dataclass(frozen=True)
 class StudentScore:
-    """How near a student is to its model on `total` inputs, and on as many sums of them.
+    """Agreement of a student with its model on `total` inputs, and on as many sums of them.
 
-    `agreement`: share of inputs where both outputs are largest at the same place. `relative_mse`:
-    mean of (student - model)^2 over the mean variance of the model's outputs on the inputs.
-    `mixed_...`: the same on sums as `draw_queries` makes them, over the same variance.
+    Attributes:
+        total: The number of inputs.
+        agreement: The share of inputs where both outputs are largest at the same place.
+        relative_mse: The mean of (student - model)^2 over the mean variance of the model's outputs
+            on the inputs.
+        mixed_agreement: `agreement` on sums as `draw_queries` makes them.
+        mixed_relative_mse: `relative_mse` on these sums, over the same variance.
     """
 
     agreement: float
@@ -138,14 +143,13 @@ def _agreement(expected: np.ndarray, got: np.ndarray) -> float:
 
 
 def _variance(outputs: np.ndarray) -> float:
-    """The mean over outputs of their variance over data points."""
+    """Return the mean over outputs of their variance over data points."""
     return float(np.mean(np.var(outputs, axis=0)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Distilled:
-    """`student`: what was given, trained; `history`: one entry an epoch; inputs trained on and
-    held out."""
+    """A trained student with its history, one entry for each epoch, and its inputs."""
 
     student: Any
     history: tuple[dict[str, Any], ...]
@@ -284,7 +288,7 @@ def _pytree_parts(student: Any) -> _Parts:
 def _ask(
     model: Callable[[Array], Array], make: Callable[..., Array], x: np.ndarray, queries: Queries
 ) -> Float[np.ndarray, "queries outputs"]:
-    """The model's answers to all queries, flat."""
+    """Return the model's answers to all queries, flat."""
 
     @eqx.filter_jit
     def answer(model: Any, x: Any, weights: Any, number: Any) -> Array:
@@ -316,7 +320,7 @@ def _make_step(
     optimizer: optax.GradientTransformation,
     scale: float,
 ) -> Callable[..., TrainState]:
-    """One jitted step: (state, sources, weights, numbers, answers (B, outputs)) -> state."""
+    """Return a jitted step: (state, sources, weights, numbers, answers (B, outputs)) -> state."""
 
     @partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, x: Array, weights: Array, number: Array, answers: Array) -> Any:

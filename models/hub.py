@@ -28,7 +28,7 @@ class HubModel(eqx.Module):
     def __call__(
         self, images: Float[Array, "batch height width channels"]
     ) -> Float[Array, "batch classes"]:
-        """Logits."""
+        """Return logits."""
         model: Any = nnx.merge(self.graphdef, self.state)
         return model(images)
 
@@ -52,7 +52,7 @@ class TorchModel:
     def __call__(
         self, images: Float[Array, "batch height width channels"]
     ) -> Float[Array, "batch classes"]:
-        """Logits."""
+        """Return logits."""
         answer = jax.ShapeDtypeStruct((len(images), self._classes), np.float32)
         return jax.pure_callback(self._run, answer, images, vmap_method="sequential")
 
@@ -65,13 +65,14 @@ class TorchModel:
 
 
 def load_hub_model(repository: str) -> HubModel | TorchModel:
-    """The model `owner/name` of Hugging Face's hub, one of timm's: `timm/repvgg_a0.rvgg_in1k`.
+    """Load a model of Hugging Face's hub by its name `owner/name`; it must be one of timm's.
 
     Architectures of `PRETRAINED_NAMES` become JAX's, and have gradients; all others are run by
     PyTorch, which the extra `torch` brings.
 
-    Raises: ImportError naming the extra; ValueError where there is no such model, its files cannot
-    be had, or it is none of timm's.
+    Raises:
+        ImportError: An extra is missing; the message names it.
+        ValueError: There is no such model, its files cannot be had, or it is none of timm's.
 
     Example:
         `model = load_hub_model("timm/repvgg_a0.rvgg_in1k"); model(model.preprocess(images))`
@@ -101,7 +102,7 @@ def load_hub_model(repository: str) -> HubModel | TorchModel:
 
 
 def _of_timm(module: Any, told: dict[str, Any]) -> TorchModel:
-    """With the preprocessing that timm tells."""
+    """Return the preprocessing that timm's configuration states."""
     channels, height, width = told["input_size"]
     kind = {"bilinear": "linear", "bicubic": "cubic"}[told["interpolation"]]
     preprocess = Preprocessing(height, told["crop_pct"], kind, told["mean"], told["std"])  # pyright: ignore[reportArgumentType]

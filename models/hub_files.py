@@ -14,7 +14,7 @@ _SOON = 3.0  # seconds to connect
 
 
 def hub_answers() -> bool:
-    """Whether Hugging Face's hub, or the mirror of HF_ENDPOINT, can be connected to, at once."""
+    """Return whether Hugging Face's hub, or the mirror of HF_ENDPOINT, can be reached now."""
     address = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
     proxies = urllib.request.getproxies()
     if "https" in proxies or "all" in proxies:
@@ -28,9 +28,11 @@ def hub_answers() -> bool:
 
 
 def hub_file(repository: str, file: str) -> Path:
-    """Where a file of `owner/name` lies on this machine, fetched if it does not yet.
+    """Return the path of a file of `owner/name` on this machine; it is fetched if necessary.
 
-    Raises: ImportError naming the extra; ValueError where it is not there or cannot be had.
+    Raises:
+        ImportError: An extra is missing; the message names it.
+        ValueError: The file is not there or cannot be had.
     """
     try:
         import huggingface_hub

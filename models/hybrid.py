@@ -78,9 +78,10 @@ class HybridViT(nnx.Module):
     def __call__(
         self, images: Float[Array, "batch height width 3"], *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "batch classes"]:
-        """Logits of a preprocessed batch; with a key, a training call that drops tokens.
+        """Return logits of a preprocessed batch; with a key, a training call that drops tokens.
 
-        Raises `ValueError` for images of another size.
+        Raises:
+            ValueError: Images have another size.
         """
         expected = (self.image_size, self.image_size, 3)
         if images.ndim != 4 or images.shape[1:] != expected:
@@ -102,14 +103,14 @@ class HybridViT(nnx.Module):
 
 
 def fold_stem(model: HybridViT) -> HybridViT:
-    """The same function with one convolution a block in the stem; `model` is left as it is."""
+    """Return the same function with one convolution for each block of the stem."""
     deployed = nnx.clone(model)
     deployed.stem = nnx.List([fold(block) for block in model.stem])
     return deployed
 
 
 def hybrid_vit_cifar(*, num_classes: int = 10, deploy: bool = False, rngs: nnx.Rngs) -> HybridViT:
-    """For 32x32 images: three convolutions make 8x8 tokens for four blocks of width 128."""
+    """Make a model for 32x32 images: three convolutions, then four blocks on 8x8 tokens."""
     return HybridViT(
         image_size=32,
         stem_widths=(32, 64, 128),

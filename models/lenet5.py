@@ -26,7 +26,11 @@ class LeNet5(nnx.Module):
     def __call__(
         self, images: Float[Array, "batch height width channels"]
     ) -> Float[Array, "batch classes"]:
-        """Logits of a preprocessed batch. Raises `ValueError` unless images are (B, 32, 32, 1)."""
+        """Return logits of a preprocessed batch.
+
+        Raises:
+            ValueError: Images are not (B, 32, 32, 1).
+        """
         if images.ndim != 4 or images.shape[1:] != INPUT_SHAPE:
             raise ValueError(f"LeNet5 takes images (B, 32, 32, 1); got shape {images.shape}.")
         x = nnx.max_pool(jax.nn.relu(self.conv1(images)), (2, 2), strides=(2, 2))
@@ -38,7 +42,7 @@ class LeNet5(nnx.Module):
 def preprocess_mnist(
     images: Real[Array, "batch 28 28 1"] | Real[np.ndarray, "batch 28 28 1"],
 ) -> Float[Array, "batch 32 32 1"]:
-    """MNIST's grey levels 0 to 255 to 0 to 1, with the frame of two pixels that LeNet5 expects."""
+    """Scale MNIST's grey levels 0 to 255 to 0 to 1, and add the frame of two pixels."""
     scaled = jnp.asarray(images, jnp.float32) / 255
     return jnp.pad(scaled, ((0, 0), (2, 2), (2, 2), (0, 0)))
 
@@ -46,6 +50,6 @@ def preprocess_mnist(
 def preprocess_digits(
     images: Real[Array, "batch 8 8 1"] | Real[np.ndarray, "batch 8 8 1"],
 ) -> Float[Array, "batch 32 32 1"]:
-    """scikit-learn's grey levels 0 to 16 to 0 to 1, resized from 8x8 to 32x32 (bilinear)."""
+    """Scale scikit-learn's grey levels 0 to 16 to 0 to 1, and resize 8x8 to 32x32 (bilinear)."""
     scaled = jnp.asarray(images, jnp.float32) / 16
     return jax.image.resize(scaled, (scaled.shape[0], *INPUT_SHAPE), "bilinear")

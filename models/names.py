@@ -12,26 +12,29 @@ TRAINED = ("lenet5-digits", "lenet5-mnist", "repvgg-cifar10", "vit-cifar10")
 
 
 def list_models(weights_dir: str | Path = WEIGHTS_DIR) -> tuple[str, ...]:
-    """The names that `load_model` knows: recipes, and after them their forms fine-tuned for coding
-    (`NAME-coded`), of those whose weights are in `weights_dir`."""
+    """Return the names that `load_model` knows.
+
+    They are the recipes, and after them their forms fine-tuned for coding (`NAME-coded`) whose
+    weights are in `weights_dir`.
+    """
     folder = Path(weights_dir)
     names = (*TRAINED, *(f"{name}{CODED}" for name in TRAINED))
     return tuple(name for name in names if (folder / f"{name}.safetensors").is_file())
 
 
 def model_card(name: str, *, weights_dir: str | Path = WEIGHTS_DIR) -> dict[str, Any]:
-    """How a shipped model was made, on which data, what it scores; the JSON beside its weights."""
+    """Return the card of a shipped model: its making, its data, its score."""
     check_model_name(name, weights_dir)
     return read_card(name, weights_dir)
 
 
 def read_card(file: str, weights_dir: str | Path) -> dict[str, Any]:
-    """The JSON beside a file of weights."""
+    """Return the JSON that belongs to a file of weights."""
     return json.loads((Path(weights_dir) / f"{file}.json").read_text())
 
 
 def check_model_name(name: str, weights_dir: str | Path = WEIGHTS_DIR) -> None:
-    """Raises: ValueError, listing what exists, for a name that `load_model` does not know."""
+    """Raise ValueError, listing what exists, for a name that `load_model` does not know."""
     known = list_models(weights_dir)
     if name not in known:
         raise ValueError(

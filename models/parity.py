@@ -40,11 +40,20 @@ from .weights import load_weights
 class ParityRecipe:
     """Everything that decides the training of a parity model.
 
-    - `base`: the base model's name; `k`: how many inputs are summed; `outputs`: what of the base
-      model's is summed, its logits or their softmax.
-    - An epoch cuts the training images anew into random k-tuples. `held_out` is the share of them
-      that training never sees, and on which its numbers may be chosen.
-    - Adam; `learning_rate` rises over `warmup_epochs` and falls to zero along a cosine.
+    An epoch cuts the training images into new random k-tuples. The optimizer is Adam.
+
+    Attributes:
+        base: The base model's name.
+        k: The number of inputs that are summed.
+        outputs: What of the base model is summed, its logits or their softmax.
+        epochs: Epochs of training.
+        learning_rate: The highest learning rate; it rises over `warmup_epochs` and falls to zero
+            along a cosine.
+        warmup_epochs: Epochs of the rise.
+        batch_size: Tuples in a batch.
+        held_out: The share of the images that training never sees, and on which its numbers may be
+            chosen.
+        seed: Seed of all random numbers.
     """
 
     base: str
@@ -63,17 +72,23 @@ class ParityRecipe:
 
     @property
     def name(self) -> str:
+        """Return the name of the model's files."""
         return parity_name(self.base, self.k, self.outputs)
 
 
 @dataclasses.dataclass(frozen=True)
 class ParityScore:
-    """How well a parity model rebuilds a missing output, each of `total` images missing once.
+    """Scores of a parity model that rebuilds missing outputs, each of `total` images missing once.
 
-    The images are in random k-tuples. `correct`: the rebuilt output's largest entry is at the
-    image's label; `agreeing`: it is where the base model's is; `base_correct`: the base model's is
-    at the label. `mse`: mean of (rebuilt - base model's)^2 over images and outputs, and
-    `relative_mse` the same over the variance of the base model's outputs.
+    The images are in random k-tuples.
+
+    Attributes:
+        correct: Rebuilt outputs whose largest entry is at the image's label.
+        agreeing: Rebuilt outputs whose largest entry is where the base model's is.
+        base_correct: Outputs of the base model whose largest entry is at the label.
+        total: Images.
+        mse: Mean of (rebuilt - base model's)^2 over images and outputs.
+        relative_mse: `mse` over the variance of the base model's outputs.
     """
 
     correct: int
@@ -85,20 +100,22 @@ class ParityScore:
 
     @property
     def accuracy(self) -> float:
+        """Return the share of rebuilt outputs that are right."""
         return self.correct / self.total
 
     @property
     def agreement(self) -> float:
+        """Return the share of rebuilt outputs with the base model's label."""
         return self.agreeing / self.total
 
     def numbers(self) -> dict[str, Any]:
-        """All of it as plain JSON values."""
+        """Return all of it as plain JSON values."""
         ratios = {"accuracy": self.accuracy, "agreement": self.agreement}
         return {**dataclasses.asdict(self), **ratios}
 
 
 def base_outputs(base: ReadyModel, data: Data, outputs: Outputs) -> Float[np.ndarray, "images m"]:
-    """The base model's logits or probabilities on all images."""
+    """Return the base model's logits or probabilities on all images."""
 
     @eqx.filter_jit
     def run(model: ReadyModel, images: Array) -> Array:
@@ -111,7 +128,7 @@ def base_outputs(base: ReadyModel, data: Data, outputs: Outputs) -> Float[np.nda
 def summed(
     preprocess: Callable[..., Array], images: Array
 ) -> Float[Array, "tuples height width channels"]:
-    """The sums of the preprocessed images of each k-tuple: (B, k, ...) stored to (B, ...)."""
+    """Return sums of the preprocessed images of each k-tuple: (B, k, ...) to (B, ...)."""
     flat = preprocess(images.reshape(-1, *images.shape[2:]))
     return flat.reshape(*images.shape[:2], *flat.shape[1:]).sum(axis=1)
 
@@ -146,8 +163,7 @@ def score_parity(
 
 @dataclasses.dataclass(frozen=True)
 class TrainedParity:
-    """`model` in float32, `history` one entry an epoch, the numbers of training and held-out
-    images."""
+    """A trained parity model in float32, its history by epoch, and its numbers of images."""
 
     model: ParityModel
     history: tuple[dict[str, Any], ...]
@@ -222,7 +238,7 @@ def train_parity(
 
 
 def _split(recipe: ParityRecipe, data: Data) -> tuple[Data, Data]:
-    """The held-out images, at random, and the others."""
+    """Return the held-out images, at random, and the others."""
     count = round(recipe.held_out * len(data))
     if count < recipe.k:
         raise ValueError(
@@ -234,7 +250,7 @@ def _split(recipe: ParityRecipe, data: Data) -> tuple[Data, Data]:
 
 
 def _variance(outputs: Float[np.ndarray, "images m"]) -> float:
-    """The mean over outputs of their variance over images."""
+    """Return the mean over outputs of their variance over images."""
     return float(np.mean(np.var(outputs, axis=0)))
 
 
@@ -244,7 +260,7 @@ def _make_step(
     optimizer: optax.GradientTransformation,
     scale: float,
 ) -> Callable[[TrainState, np.ndarray, np.ndarray], TrainState]:
-    """One jitted step: (state, stored images (B, k, ...), sums of outputs (B, m)) -> state."""
+    """Return a jitted step: (state, stored images (B, k, ...), sums of outputs (B, m)) -> state."""
 
     @partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, images: Array, targets: Array) -> TrainState:
@@ -262,7 +278,7 @@ def _make_step(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command. Trains, or goes on from the latest checkpoint, and writes weights and card."""
+    """Train, or go on from the latest checkpoint, and write weights and card."""
     options = _parse(arguments)
     recipe = _recipe(options)
     base = load_model(recipe.base)
@@ -290,8 +306,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def write_parity_model(
     recipe: ParityRecipe, base: ReadyModel, trained: TrainedParity, test: Data, folder: str | Path
 ) -> ParityScore:
-    """Write `<name>.safetensors` (half precision) and the card `<name>.json`, with the score of the
-    weights as they are stored, which is returned."""
+    """Write `<name>.safetensors` (half precision) and the card `<name>.json`; return the score.
+
+    The score is that of the weights as they are stored.
+    """
     network = trained.model.network
     stored = store(folder, recipe.name, network.state)
     state = load_weights(Path(folder) / f"{recipe.name}.safetensors", network.state)
@@ -320,7 +338,7 @@ def write_parity_model(
 
 
 def fingerprint(path: Path) -> str:
-    """A file's SHA-256: a parity model is good for the very weights that it learned from."""
+    """Return a file's SHA-256: a parity model is good for the very weights that it learned from."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

@@ -44,7 +44,7 @@ class Preprocessing:
     def __call__(
         self, images: Real[Array, "batch height width 3"] | Real[np.ndarray, "batch height width 3"]
     ) -> Float[Array, "batch size size 3"]:
-        """Images of grey levels 0 to 255, of any size, to what the model takes."""
+        """Turn images of grey levels 0 to 255, of any size, into the model's inputs."""
         levels = jnp.asarray(images, jnp.float32)
         levels = _center_crop(self._resize(levels), self.size)
         return (levels / 255 - jnp.asarray(self.mean)) / jnp.asarray(self.std)
@@ -113,18 +113,18 @@ class Pretrained(NamedTuple):
 def load_pretrained(
     name: str, weights: str | Path | StateDict, *, deploy: bool = False
 ) -> Pretrained:
-    """A model with weights that were trained in PyTorch, in evaluation mode.
+    """Load a model with weights that were trained in PyTorch, in evaluation mode.
 
-    Arguments:
-        name: one of `PRETRAINED_NAMES`, which are timm's names, and `lenet5`.
-        weights: a file for `read_state_dict`, or the state dict itself. timm's own are
+    Args:
+        name: One of `PRETRAINED_NAMES`, which are timm's names, and `lenet5`.
+        weights: A file for `read_state_dict`, or the state dict itself. timm's own are
             `model.safetensors` of the hub's `timm/repvgg_a0.rvgg_in1k` and so on; a fine-tuned
             model's may have any number of classes.
-        deploy: fold a RepVGG in training form. A file in deploy form gives a deployed model anyway.
+        deploy: Fold a RepVGG in training form. A file in deploy form gives a deployed model anyway.
 
     Raises:
-        ValueError: an unknown name, `deploy` for another family, weights that do not fit.
-        ImportError: the reader that the file needs is not installed.
+        ValueError: The name is unknown, `deploy` is for another family, or weights do not fit.
+        ImportError: The reader that the file needs is not installed.
 
     Example:
         `model, preprocess = load_pretrained("repvgg_a0", "model.safetensors", deploy=True)`
@@ -154,16 +154,16 @@ _HEAD_BIASES = ("head.fc.bias", "head.bias", "fc3.bias")
 
 
 def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
-    """The arrays of a file by name.
+    """Return the arrays of a file by name.
 
     `.safetensors` is read without PyTorch. Anything else is taken for a file of `torch.save`: a
     state dict, or a checkpoint with one under `state_dict` or `model`; it is read with
     `weights_only=True`, so it cannot run code.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ImportError: safetensors or PyTorch is missing; names the extra that brings it.
-        ValueError: the file holds no state dict.
+        FileNotFoundError: There is no such file.
+        ImportError: safetensors or PyTorch is missing; the message names the extra.
+        ValueError: The file holds no state dict.
     """
     path = Path(path)
     if not path.is_file():
@@ -204,20 +204,20 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
 
 
 def load_state_dict(model: ModelT, state_dict: StateDict) -> ModelT:
-    """`model` with the arrays of a PyTorch state dict of the same architecture.
+    """Return `model` with the arrays of a PyTorch state dict of the same architecture.
 
-    Arguments:
-        model: a `LeNet5`, `RepVGG` (either form) or `ViT` of any size; may be abstract
+    Args:
+        model: A `LeNet5`, `RepVGG` (either form) or `ViT` of any size; may be abstract
             (`nnx.eval_shape`). It is left as it is.
-        state_dict: arrays by PyTorch's names: timm's for RepVGG and ViT, `conv1` to `fc3` for
+        state_dict: Arrays by PyTorch's names: timm's for RepVGG and ViT, `conv1` to `fc3` for
             LeNet5. Batch norms' `num_batches_tracked`, of no use in inference, is passed over.
 
     Returns:
         A model of the same class and form, in the types of `model`.
 
     Raises:
-        ValueError: names every missing, unexpected and wrongly shaped array.
-        TypeError: a model of another class.
+        ValueError: Arrays are missing, unexpected or wrongly shaped; the message names them all.
+        TypeError: The model is of another class.
     """
     graphdef, blank = nnx.split(model)
     arrays = {
@@ -272,7 +272,7 @@ def _slots(model: nnx.Module, state: nnx.State) -> list[_Slot]:
 
 
 def _family(model: nnx.Module) -> tuple[dict[str, str], dict[str, Any]]:
-    """A family's names in PyTorch, and the layouts of those of its arrays that are exceptions."""
+    """Return a family's names in PyTorch, and the layouts of its arrays that are exceptions."""
     if isinstance(model, RepVGG):
         return _REPVGG_KEYS, {}
     if isinstance(model, ViT):
@@ -285,7 +285,10 @@ def _family(model: nnx.Module) -> tuple[dict[str, str], dict[str, Any]]:
 
 
 def _layout(leaf: str, ours: tuple[int, ...]) -> tuple[tuple[int, ...], Callable]:
-    """PyTorch's shape of one of our arrays, and the way back: kernels are (out, in, rows, cols)."""
+    """Return PyTorch's shape of one of our arrays, and the way back.
+
+    Kernels are (out, in, rows, columns) there.
+    """
     if leaf == "kernel" and len(ours) == 4:
         rows, columns, inputs, outputs = ours
         return (outputs, inputs, rows, columns), lambda kernel: kernel.transpose(2, 3, 1, 0)
@@ -295,14 +298,17 @@ def _layout(leaf: str, ours: tuple[int, ...]) -> tuple[tuple[int, ...], Callable
 
 
 def _patch_layout(model: ViT) -> tuple[tuple[int, ...], Callable]:
-    """timm embeds patches by a strided convolution, we by a product: rows, columns, channels."""
+    """Return the layout of the patches' embedding.
+
+    timm embeds patches by a strided convolution, we by a product: rows, columns, channels.
+    """
     size, width = model.patch_embedding.patch_size, model.patch_embedding.projection.out_features
     shape = (width, model.channels, size, size)
     return shape, lambda kernel: kernel.transpose(2, 3, 1, 0).reshape(-1, width)
 
 
 def _flattened_layout(image: tuple[int, int, int], width: int) -> tuple[tuple[int, ...], Callable]:
-    """A linear layer on a flattened image (channels, rows, columns) there, channels last here."""
+    """Return the layout of a linear layer on a flattened image, channels first there, last here."""
     return (
         width,
         math.prod(image),

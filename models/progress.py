@@ -9,7 +9,7 @@ from typing import Any
 def progress_bar(
     name: str, line: Callable[[dict[str, Any]], str]
 ) -> Iterator[tuple[Callable[[int, int], None], Callable[[dict[str, Any]], None]]]:
-    """A bar, and the `on_step` and `on_epoch` that move it; `line` puts an epoch in words."""
+    """Make a bar, and the `on_step` and `on_epoch` that move it; `line` puts an epoch in words."""
     try:
         from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
     except ImportError as error:

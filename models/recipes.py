@@ -1,4 +1,4 @@
-"""How each shipped model is made: one recipe a model, in one table."""
+"""Recipes of all shipped models, in one table."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,13 +18,25 @@ def _as_trained(model: nnx.Module) -> nnx.Module:
 class Recipe:
     """Everything that decides a training run, so that the same recipe gives the same numbers.
 
-    - `build`: the untrained model from Flax `rngs`; `deploy`: the trained model to the one that is
-      shipped.
-    - `preprocess`: stored images (B, ...) to the model's float batch (B, *input_shape).
-    - `learning_rate` rises over `warmup_epochs` and falls to zero along a cosine.
-    - `weight_decay` acts on kernels only, not on biases and scales.
-    - `keyed_epochs`: first and behind the last of the epochs, counted from 0, in which the model is
-      called with `key=...`, for stochastic depth or the dropping of tokens.
+    Attributes:
+        name: The model's name.
+        data: The data set's name.
+        build: Makes the untrained model from Flax `rngs`.
+        preprocess: Turns stored images (B, ...) into the model's float batch (B, *input_shape).
+        input_shape: The shape of one preprocessed image.
+        epochs: Epochs of training.
+        learning_rate: The highest learning rate; it rises over `warmup_epochs` and falls to zero
+            along a cosine.
+        optimizer: "adamw" or "sgd".
+        batch_size: Images in a batch.
+        warmup_epochs: Epochs of the rise.
+        weight_decay: Weight decay of kernels; biases and scales have none.
+        label_smoothing: Share of each label that is spread over all classes.
+        augmentation: Changes to the training images.
+        keyed_epochs: The first epoch, counted from 0, and the one behind the last in which the
+            model is called with `key=...`, for stochastic depth or the dropping of tokens.
+        seed: Seed of all random numbers.
+        deploy: Turns the trained model into the one that is shipped.
     """
 
     name: str
@@ -45,7 +57,7 @@ class Recipe:
     deploy: Callable[[Any], nnx.Module] = _as_trained
 
     def numbers(self) -> dict[str, Any]:
-        """The recipe as plain JSON values: all but the model and the preprocessing."""
+        """Return the recipe as plain JSON values: all but the model and the preprocessing."""
         functions = ("build", "deploy", "preprocess")
         fields = dataclasses.asdict(self)
         fields |= {n: list(fields[n]) for n in ("input_shape", "keyed_epochs")}
@@ -115,7 +127,7 @@ RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _RECIPES}
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe of that name; `ValueError` that lists the names otherwise."""
+    """Return the recipe of that name; raise ValueError that lists the names otherwise."""
     if name not in RECIPES:
         raise ValueError(f"Unknown recipe {name!r}. Known: {', '.join(sorted(RECIPES))}.")
     return RECIPES[name]

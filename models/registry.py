@@ -38,7 +38,7 @@ class ReadyModel(eqx.Module):
     def __call__(
         self, images: Float[Array, "batch height width channels"]
     ) -> Float[Array, "batch classes"]:
-        """Logits of a preprocessed batch. Raises `ValueError` for any other shape of image."""
+        """Return logits of a preprocessed batch; raise ValueError for any other shape of image."""
         if images.ndim != 4 or tuple(images.shape[1:]) != self.input_shape:
             raise ValueError(
                 f"{self.name} takes preprocessed images (B, {', '.join(map(str, self.input_shape))}"
@@ -49,6 +49,7 @@ class ReadyModel(eqx.Module):
 
     @property
     def num_parameters(self) -> int:
+        """Return the number of parameters."""
         return num_parameters(self.state)
 
 
@@ -80,20 +81,25 @@ class ParityModel(eqx.Module):
 
 
 def recipe_of(name: str) -> Recipe:
-    """The recipe of a model, which its fine-tuned form shares."""
+    """Return the recipe of a model, which its fine-tuned form shares."""
     return RECIPES[name.removesuffix(CODED)]
 
 
 def load_model(name: str, *, weights_dir: str | Path = WEIGHTS_DIR) -> ReadyModel:
-    """A shipped model with its trained weights; see `ReadyModel`.
+    """Load a shipped model with its trained weights; see `ReadyModel`.
 
     To compile it, give JAX a function, `jax.jit(lambda images: model(images))`, or the model as an
     argument: `eqx.filter_jit(lambda model, images: model(images))`. `jax.jit(model)` asks for the
     hash of the model, and arrays have none.
 
-    `weights_dir` is where a training of your own wrote `<name>.safetensors` and `<name>.json`.
-    Raises `ValueError`, listing what exists, for an unknown name, and `ImportError` naming the
-    extra when safetensors is missing.
+    Args:
+        name: One of `list_models()`.
+        weights_dir: The folder where a training of your own wrote `<name>.safetensors` and
+            `<name>.json`. Default: the shipped weights.
+
+    Raises:
+        ValueError: The name is unknown; the message lists what exists.
+        ImportError: safetensors is missing; the message names the extra.
     """
     check_model_name(name, weights_dir)
     return _ready(recipe_of(name), name, weights_dir)
@@ -113,12 +119,12 @@ def _ready(recipe: Recipe, file: str, weights_dir: str | Path) -> ReadyModel:
 
 
 def parity_name(base: str, k: int, outputs: str) -> str:
-    """The name of a parity model, and of its files."""
+    """Return the name of a parity model, and of its files."""
     return f"{base}-parity-k{k}-{outputs}"
 
 
 def list_parity_models(weights_dir: str | Path = WEIGHTS_DIR) -> tuple[tuple[str, int, str], ...]:
-    """The (base model's name, k, outputs) that `load_parity_model` knows."""
+    """Return the (base model's name, k, outputs) that `load_parity_model` knows."""
     files = sorted(Path(weights_dir).glob("*-parity-k*.json"))
     cards = [read_card(path.stem, weights_dir) for path in files]
     return tuple((card["base"], card["k"], card["outputs"]) for card in cards)
@@ -127,9 +133,12 @@ def list_parity_models(weights_dir: str | Path = WEIGHTS_DIR) -> tuple[tuple[str
 def load_parity_model(
     name: str, k: int, outputs: Outputs, *, weights_dir: str | Path = WEIGHTS_DIR
 ) -> ParityModel:
-    """The shipped parity model of a model by name, for k and its `outputs`; see `ParityModel`.
+    """Load the shipped parity model of a model by name, for k and its `outputs`; see `ParityModel`.
 
-    `nercc_models.parity` trains others. Raises `ValueError`, listing what exists, for any other.
+    `nercc_models.parity` trains others.
+
+    Raises:
+        ValueError: There is no such model; the message lists what exists.
     """
     file = _parity_file(name, k, outputs, weights_dir)
     return ParityModel(_ready(RECIPES[name], file, weights_dir), k, outputs)
@@ -138,7 +147,7 @@ def load_parity_model(
 def parity_card(
     name: str, k: int, outputs: str, *, weights_dir: str | Path = WEIGHTS_DIR
 ) -> dict[str, Any]:
-    """How a shipped parity model was made and what it scores; the JSON beside its weights."""
+    """Return the card of a shipped parity model: its making and its score."""
     return read_card(_parity_file(name, k, outputs, weights_dir), weights_dir)
 
 
@@ -168,7 +177,7 @@ def evaluate_model(
 
 
 def blank_model(recipe: Recipe) -> nnx.Module:
-    """The recipe's shipped form, in evaluation mode, with shapes in the place of arrays."""
+    """Return the recipe's shipped form, in evaluation mode, with shapes in the place of arrays."""
 
     def build() -> nnx.Module:
         model = recipe.deploy(recipe.build(nnx.Rngs(0)))

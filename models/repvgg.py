@@ -36,8 +36,11 @@ def _conv(inputs: int, outputs: int, size: int, stride: int, rngs: nnx.Rngs, **o
 def _pointwise(
     images: Array, kernel: Array, window_strides: Sequence[int], padding: Any, **_: Any
 ) -> Array:
-    """A 1x1 convolution as a matrix product: XLA's weight gradient of it is 3 times faster on a
-    CPU, where those of 1x1 convolutions take as long as those of 3x3 ones."""
+    """Compute a 1x1 convolution as a matrix product.
+
+    XLA's weight gradient of it is 3 times faster on a CPU, where those of 1x1 convolutions take as
+    long as those of 3x3 ones.
+    """
     rows, columns = window_strides
     return images[:, ::rows, ::columns] @ kernel[0, 0]
 
@@ -133,7 +136,7 @@ class RepVGG(nnx.Module):
     def __call__(
         self, images: Float[Array, "batch height width channels"]
     ) -> Float[Array, "batch classes"]:
-        """Logits of a preprocessed batch. Raises `ValueError` unless images are (B, H, W, 3)."""
+        """Return logits of a preprocessed batch; raise ValueError unless it is (B, H, W, 3)."""
         if images.ndim != 4 or images.shape[3] != 3:
             raise ValueError(f"RepVGG takes images (B, H, W, 3); got shape {images.shape}.")
         x = self.stem(images)
@@ -144,10 +147,10 @@ class RepVGG(nnx.Module):
 
 
 def reparameterize(model: RepVGG) -> RepVGG:
-    """The deploy form of a model in training form: the same function, one convolution a block.
+    """Return the deploy form of a model in training form: one convolution for each block.
 
-    Uses the running statistics of the batch norms, so it equals `model.eval()`, not the model that
-    is being trained. `model` is left as it is.
+    It uses the running statistics of the batch norms, so it equals `model.eval()`, not the model
+    that is being trained. `model` is left as it is.
     """
     deployed = nnx.clone(model)
     deployed.stem = fold(model.stem)
@@ -156,7 +159,7 @@ def reparameterize(model: RepVGG) -> RepVGG:
 
 
 def fold(block: RepVGGBlock) -> DeployBlock:
-    """One block's three branches as one 3x3 convolution with a bias.
+    """Return one block's three branches as one 3x3 convolution with a bias.
 
     A batch norm is y = s (x - mean) + bias with s = scale / sqrt(variance + epsilon); a 1x1 kernel
     is a 3x3 kernel with zeros around it, and the identity the 1x1 kernel of the unit matrix.
@@ -205,9 +208,10 @@ _SIZES = {
 
 
 def repvgg(size: str, *, num_classes: int = 1000, deploy: bool = False, rngs: nnx.Rngs) -> RepVGG:
-    """The family of the paper's table 2: `size` is one of a0, a1, a2, b0, b1, b2, b3.
+    """Make one of the family of the paper's table 2: a0, a1, a2, b0, b1, b2 or b3.
 
-    Raises `ValueError`, listing these, for any other.
+    Raises:
+        ValueError: The size is another; the message lists these.
     """
     if size not in _SIZES:
         raise ValueError(f"Unknown RepVGG {size!r}. Known: {', '.join(_SIZES)}.")
@@ -237,6 +241,6 @@ def repvgg_cifar(*, num_classes: int = 10, deploy: bool = False, rngs: nnx.Rngs)
 def preprocess_cifar10(
     images: Real[Array, "batch 32 32 3"] | Real[np.ndarray, "batch 32 32 3"],
 ) -> Float[Array, "batch 32 32 3"]:
-    """Colours 0 to 255 to zero mean and unit standard deviation over CIFAR-10's training images."""
+    """Scale colours 0 to 255 to zero mean and unit deviation over CIFAR-10's training images."""
     scaled = jnp.asarray(images, jnp.float32) / 255
     return (scaled - jnp.array(_CIFAR10_MEAN)) / jnp.array(_CIFAR10_DEVIATION)

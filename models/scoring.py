@@ -1,4 +1,4 @@
-"""How many labels a classifier gets right."""
+"""Accuracy of classifiers."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,6 +19,7 @@ class Score:
 
     @property
     def accuracy(self) -> float:
+        """Return the share of right labels."""
         return self.correct / self.total
 
 
@@ -31,7 +32,7 @@ def score(classify: Callable[[Any], Any], data: Data, *, batch_size: int = 500) 
 
 
 def in_batches(function: Callable[[Any], Any], x: np.ndarray, batch_size: int = 500) -> np.ndarray:
-    """`function`, (B, ...) to (B, ...), on all rows of `x` (at least one), so many at a time.
+    """Return `function`, (B, ...) to (B, ...), of all rows of `x` (at least one), in batches.
 
     The last batch is filled up with copies, so that one compiled program serves every batch.
     """

@@ -93,12 +93,14 @@ class Perceptron(nnx.Module):
 class Plan:
     """A student's form, as plain values that its card keeps.
 
-    - `kind`: "repvgg" (colour images; trains with three branches a block and ships with one),
-      "convolution" (`ConvStudent`) or "perceptron" (`Perceptron`).
-    - `input_shape`, `output_shape`: of one data point, and of the model's answer to it.
-    - `widths`: channels or hidden units, layer by layer; for "repvgg" the stem's and each stage's.
-    - `blocks`: of each stage, "repvgg" only; stem and stages halve the image.
-    - `pool`: edge of the squares that are averaged first, "convolution" only.
+    Attributes:
+        kind: "repvgg" (colour images; trains with three branches for each block and ships with
+            one), "convolution" (`ConvStudent`) or "perceptron" (`Perceptron`).
+        input_shape: The shape of one data point.
+        output_shape: The shape of the model's answer to it.
+        widths: Channels or hidden units, layer by layer; for "repvgg" the stem's and each stage's.
+        blocks: Blocks of each stage, "repvgg" only; stem and stages halve the image.
+        pool: Edge of the squares that are averaged first, "convolution" only.
     """
 
     kind: Literal["repvgg", "convolution", "perceptron"]
@@ -109,12 +111,12 @@ class Plan:
     pool: int = 1
 
     def numbers(self) -> dict[str, Any]:
-        """The plan as plain JSON values."""
+        """Return the plan as plain JSON values."""
         values = dataclasses.asdict(self)
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     def build(self, rngs: nnx.Rngs) -> nnx.Module:
-        """The untrained student, in the form that trains; its outputs are flat (B, outputs)."""
+        """Return the untrained student in the form that trains, with flat outputs (B, outputs)."""
         outputs = math.prod(self.output_shape)
         if self.kind == "repvgg":
             strides = (2,) * len(self.widths)
@@ -125,14 +127,14 @@ class Plan:
         return Perceptron(self.input_shape, outputs, widths=self.widths, rngs=rngs)
 
     def deployed(self, network: Any) -> nnx.Module:
-        """A trained student in the form that ships, in evaluation mode."""
+        """Return a trained student in the form that ships, in evaluation mode."""
         if self.kind == "repvgg":
             network = reparameterize(network)
         network.eval()
         return network
 
     def blank(self) -> nnx.Module:
-        """The shipped form, with shapes in the place of arrays."""
+        """Return the shipped form, with shapes in the place of arrays."""
         return nnx.eval_shape(lambda: self.deployed(self.build(nnx.Rngs(0))))
 
 
@@ -160,40 +162,43 @@ class Student(eqx.Module):
 
     @property
     def num_parameters(self) -> int:
+        """Return the number of parameters."""
         return num_parameters(self.state)
 
 
 def as_student(plan: Plan, base: str, network: nnx.Module) -> Student:
-    """A network in the form that ships, ready to run."""
+    """Return a network in the form that ships, ready to run."""
     graphdef, state = nnx.split(network)
     return Student(state, graphdef, base, plan.input_shape, plan.output_shape)
 
 
 def student_name(base: str) -> str:
-    """The name of a model's student, and of its files."""
+    """Return the name of a model's student, and of its files."""
     return f"{base}-student"
 
 
 def list_students(weights_dir: str | Path = WEIGHTS_DIR) -> tuple[str, ...]:
-    """The models whose student `load_student` knows."""
+    """Return the models whose student `load_student` knows."""
     files = sorted(Path(weights_dir).glob("*-student.json"))
     return tuple(path.stem.removesuffix("-student") for path in files)
 
 
 def load_student(name: str, *, weights_dir: str | Path = WEIGHTS_DIR) -> Student:
-    """The shipped student of the model of that name; see `Student`.
+    """Load the shipped student of the model of that name; see `Student`.
 
-    Raises `ValueError`, listing what exists, for any other.
+    Raises:
+        ValueError: There is none; the message lists what exists.
     """
     _check_student(name, weights_dir)
     return load_student_file(Path(weights_dir) / f"{student_name(name)}.safetensors")
 
 
 def load_student_file(path: str | Path) -> Student:
-    """The student that `nercc distill --output FILE` or `write_student` wrote.
+    """Load the student that `nercc distill --output FILE` or `write_student` wrote.
 
-    Raises `FileNotFoundError` where the weights or the card beside them are missing, `ValueError`
-    where the card is no student's or the weights do not fit it.
+    Raises:
+        FileNotFoundError: The weights or their card are missing.
+        ValueError: The card is no student's, or the weights do not fit it.
     """
     path = Path(path)
     card_path = path.with_suffix(".json")
@@ -210,7 +215,7 @@ def load_student_file(path: str | Path) -> Student:
 
 
 def student_card(name: str, *, weights_dir: str | Path = WEIGHTS_DIR) -> dict[str, Any]:
-    """How a model's student was made, what it costs, how well it agrees: the JSON beside it."""
+    """Return the card of a model's student: its making, its cost, its agreement."""
     _check_student(name, weights_dir)
     return json.loads((Path(weights_dir) / f"{student_name(name)}.json").read_text())
 
@@ -225,7 +230,7 @@ def _check_student(name: str, weights_dir: str | Path) -> None:
 
 
 def _plan_of(numbers: dict[str, Any]) -> Plan:
-    """`Plan.numbers` back to the plan."""
+    """Return the plan of `Plan.numbers`."""
     values: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in numbers.items()}
     return Plan(**values)
 
@@ -234,12 +239,13 @@ def _plan_of(numbers: dict[str, Any]) -> Plan:
 
 
 def multiplications(model: Callable[[Array], Any], input_shape: Sequence[int]) -> int:
-    """How many multiplications the convolutions and matrix products of a model do for a data point.
+    """Count the multiplications of a model's convolutions and matrix products for a data point.
 
-    Counted on the traced program, float32, with padding's zeros multiplied too, as XLA does; what
-    goes element by element (activations, normalisations) is left out, as is usual.
+    They are counted on the traced program, float32, with padding's zeros multiplied, too, as XLA
+    does; what goes element by element (activations, normalisations) is left out, as is usual.
 
-    Raises `ValueError` for a loop whose number of turns is known at run time only.
+    Raises:
+        ValueError: A loop's number of turns is known at run time only.
     """
     batch: Any = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
     return _count(eqx.filter_make_jaxpr(model)(batch)[0].jaxpr)
@@ -269,7 +275,7 @@ def _count_equation(equation: Any) -> int:
 
 
 def _inner(params: dict[str, Any]) -> list[Any]:
-    """The programs that an equation calls."""
+    """Return the programs that an equation calls."""
     values = [
         each
         for value in params.values()
@@ -280,12 +286,13 @@ def _inner(params: dict[str, Any]) -> list[Any]:
 
 
 def plan_within(budget: float, input_shape: Sequence[int], output_shape: Sequence[int]) -> Plan:
-    """The widest student of a plain form that stays within a budget of multiplications.
+    """Return the widest student of a plain form within a budget of multiplications.
 
     Images (height, width, channels) of 8 pixels and more get convolutions, anything else a
     perceptron with two hidden layers, or with none where the budget does not give these 4 units.
 
-    Raises `ValueError` where not even the smallest student fits.
+    Raises:
+        ValueError: Not even the smallest student fits.
     """
     shape, outputs = tuple(input_shape), tuple(output_shape)
     if len(shape) == 3 and min(shape[:2]) >= 8:
@@ -306,7 +313,7 @@ def plan_within(budget: float, input_shape: Sequence[int], output_shape: Sequenc
 
 
 def _widest(plan: Callable[[int], Plan], least: int, budget: float) -> Plan | None:
-    """The plan of the largest width, `least` or more, whose cost is within the budget."""
+    """Return the plan of the largest width, `least` or more, whose cost is within the budget."""
     if plan_cost(plan(least)) > budget:
         return None
     fits, fails = least, 2 * least
@@ -331,9 +338,9 @@ def _conv_plan(shape: tuple[int, ...], outputs: tuple[int, ...], width: int) -> 
 
 
 def plan_cost(plan: Plan) -> int:
-    """A planned student's multiplications for a data point; not for "repvgg".
+    """Return a planned student's multiplications for a data point; not for "repvgg".
 
-    In closed form, since the search asks for many, and tracing each would take seconds.
+    They are in closed form, since the search asks for many, and tracing each would take seconds.
     """
     outputs = math.prod(plan.output_shape)
     if plan.kind == "perceptron":

@@ -23,7 +23,7 @@ _CHANGEABLE = ("epochs", "seed", "learning_rate", "warmup_epochs")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command. Trains, or goes on from the latest checkpoint, and writes weights and card."""
+    """Train, or go on from the latest checkpoint, and write weights and card."""
     options = _parse(arguments)
     recipe = find_recipe(options.recipe)
     recipe = dataclasses.replace(recipe, **given(options, _CHANGEABLE))
@@ -76,7 +76,7 @@ def write_model(
 
 
 def _command(recipe: Recipe) -> str:
-    """The command that makes this model again, whatever the table of recipes says by default."""
+    """Return the command that makes this model again, whatever the recipes' defaults are."""
     usual = RECIPES[recipe.name]
     changed = changed_options(recipe, usual, _CHANGEABLE)
     return f"python -m nercc_models.train {recipe.name}{changed}"

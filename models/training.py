@@ -26,8 +26,11 @@ from .scoring import Score, score
 
 
 class TrainState(NamedTuple):
-    """What a step changes. `totals` are the epoch's sums of what the steps measure: the loss, and
-    for a classifier the correct guesses."""
+    """The state that a step changes.
+
+    `totals` are the epoch's sums of what the steps measure: the loss, and for a classifier the
+    correct guesses.
+    """
 
     params: nnx.State
     rest: nnx.State
@@ -62,7 +65,7 @@ def cosine_schedule(
 
 
 def make_optimizer(recipe: Recipe, steps_per_epoch: int) -> optax.GradientTransformation:
-    """The recipe's optimizer with its schedule: linear warm-up, then a cosine down to zero."""
+    """Return the recipe's optimizer: linear warm-up, then a cosine down to zero."""
     schedule = cosine_schedule(
         recipe.learning_rate, recipe.warmup_epochs, recipe.epochs, steps_per_epoch
     )
@@ -82,7 +85,7 @@ def make_optimizer(recipe: Recipe, steps_per_epoch: int) -> optax.GradientTransf
 def make_step(
     recipe: Recipe, graphdef: Any, optimizer: optax.GradientTransformation, num_classes: int
 ) -> Callable[..., TrainState]:
-    """One jitted step: (state, stored images (B, ...), labels (B,), step number, keyed) -> state.
+    """Return a jitted step: (state, images (B, ...), labels (B,), step number, keyed) -> state.
 
     With the static `keyed` the model gets a key of its own and may drop branches or tokens.
     """
@@ -119,7 +122,7 @@ def make_step(
 
 
 def batch_indices(seed: int, step: int, num_images: int, batch_size: int) -> np.ndarray:
-    """The images of one step: each epoch is a permutation of its own, its remainder left out."""
+    """Return the images of one step: each epoch is a permutation of its own, without remainder."""
     epoch, place = divmod(step, num_images // batch_size)
     order = np.random.default_rng((seed, epoch)).permutation(num_images)
     return order[place * batch_size : (place + 1) * batch_size]
@@ -215,11 +218,11 @@ def run_epochs(
     on_step: Callable[[int, int], None] = lambda step, total: None,
     on_epoch: Callable[[dict[str, Any]], None] = lambda entry: None,
 ) -> tuple[TrainState, tuple[dict[str, Any], ...]]:
-    """From the latest checkpoint, or else from `state`, to the end: the last state, the history.
+    """Run from the latest checkpoint, or from `state`, to the end; return last state and history.
 
-    `step(state, number)` makes one step; what it does must derive from the number. After each
-    epoch `report(state, means)`, with the means of the state's totals over the epoch's steps,
-    gives the entry for the history, to which the epoch and its seconds are added.
+    `step(state, number)` makes one step; its effect must derive from the number. After each epoch
+    `report(state, means)`, with the means of the state's totals over the epoch's steps, gives the
+    entry for the history, to which the epoch and its seconds are added.
     """
     total = epochs * steps_per_epoch
     start, state, history, earlier = checkpoints.restore(state)
@@ -244,7 +247,7 @@ def run_epochs(
 
 
 def _started(state: TrainState, start_from: str | Path | None) -> TrainState:
-    """`state` with the weights and batch statistics of an earlier run's latest checkpoint."""
+    """Return `state` with the weights and batch statistics of an earlier run's last checkpoint."""
     if start_from is None:
         return state
     if not Path(start_from).is_dir():

@@ -218,26 +218,26 @@ class ViT(nnx.Module):
     def __call__(
         self, images: Float[Array, "batch height width channel"], *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "batch num_classes"]:
-        """Logits of a batch of images.
+        """Return logits of a batch of images.
 
-        Arguments:
-            images: preprocessed (zero mean, unit scale), channels last.
-            key: makes this a training call, with stochastic depth; without it the result is
+        Args:
+            images: Preprocessed images (zero mean, unit scale), channels last.
+            key: Makes this a training call, with stochastic depth; without it the result is
                 deterministic.
 
         Returns:
             Logits, in the type of the images and weights.
 
         Raises:
-            ValueError: images of another size, at trace time.
+            ValueError: Images have another size, at trace time.
         """
         return self.head(self.features(images, key=key))
 
 
 def _sincos_positions(grid: int, has_token: bool, width: int) -> Float[Array, "1 token width"]:
-    """Sines and cosines of a patch's column and row, at wavelengths 2 pi to 20,000 pi patches.
+    """Return sines and cosines of a patch's place, at wavelengths 2 pi to 20,000 pi patches.
 
-    In the order and with the frequencies of Beyer et al. 2022 ("Better plain ViT baselines for
+    They have the order and the frequencies of Beyer et al. 2022 ("Better plain ViT baselines for
     ImageNet-1k"); the class token, which has no place, starts at zero.
     """
     quarter = width // 4
@@ -270,25 +270,26 @@ def _check_choices(pooling: str, positions: str, width: int, stochastic_depth: f
 
 
 def vit_tiny_patch16_224(*, num_classes: int = 1000, rngs: nnx.Rngs) -> ViT:
-    """ViT-Ti/16 for 224x224 images: 5,717,416 parameters with 1,000 classes."""
+    """Make ViT-Ti/16 for 224x224 images: 5,717,416 parameters with 1,000 classes."""
     return ViT(width=192, num_heads=3, num_classes=num_classes, rngs=rngs)
 
 
 def vit_small_patch16_224(*, num_classes: int = 1000, rngs: nnx.Rngs) -> ViT:
-    """ViT-S/16 for 224x224 images: 22,050,664 parameters with 1,000 classes."""
+    """Make ViT-S/16 for 224x224 images: 22,050,664 parameters with 1,000 classes."""
     return ViT(width=384, num_heads=6, num_classes=num_classes, rngs=rngs)
 
 
 def vit_base_patch16_224(*, num_classes: int = 1000, rngs: nnx.Rngs) -> ViT:
-    """ViT-B/16 for 224x224 images: 86,567,656 parameters with 1,000 classes."""
+    """Make ViT-B/16 for 224x224 images: 86,567,656 parameters with 1,000 classes."""
     return ViT(width=768, num_heads=12, num_classes=num_classes, rngs=rngs)
 
 
 def vit_small_cifar(*, num_classes: int = 10, stochastic_depth: float = 0.0, rngs: nnx.Rngs) -> ViT:
-    """ViT for 32x32 images on a small machine: 64 patches of 4x4, mean pooling; 810,890 parameters.
+    """Make a ViT for 32x32 images: 64 patches of 4x4, mean pooling; 810,890 parameters.
 
-    Narrow for speed: it trains on 1.8 times as many images a second as at width 192. Positions that
-    start as sines are three points ahead of random ones in the first minutes of training.
+    It is narrow for speed: it trains on 1.8 times as many images a second as at width 192.
+    Positions that start as sines are three points ahead of random ones in the first minutes of
+    training.
     """
     return ViT(
         image_size=32,

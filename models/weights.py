@@ -25,15 +25,17 @@ def _dotted(path: tuple[Any, ...]) -> str:
 
 
 def named_arrays(state: nnx.State) -> dict[str, Any]:
-    """The arrays of a Flax state by dotted name, `stages.0.1.conv.kernel`."""
+    """Return the arrays of a Flax state by dotted name, such as `stages.0.1.conv.kernel`."""
     return {_dotted(path): variable[...] for path, variable in nnx.to_flat_state(state)}
 
 
 def with_arrays(state: nnx.State, arrays: Mapping[str, Any]) -> nnx.State:
-    """A copy of `state` that holds `arrays`, by dotted name, in the types of `state`.
+    """Return a copy of `state` that holds `arrays`, by dotted name, in the types of `state`.
 
-    `state` may be abstract (`jax.eval_shape`). Raises `ValueError` that names missing, unexpected,
-    and wrongly shaped arrays.
+    `state` may be abstract (`jax.eval_shape`).
+
+    Raises:
+        ValueError: Arrays are missing, unexpected or wrongly shaped; the message names them.
     """
     flat = list(nnx.to_flat_state(state))
     shapes = {_dotted(path): tuple(variable.shape) for path, variable in flat}
@@ -71,5 +73,5 @@ def load_weights(path: str | Path, state: nnx.State) -> nnx.State:
 
 
 def num_parameters(state: Any) -> int:
-    """How many numbers the arrays of a pytree hold."""
+    """Return the number of numbers that the arrays of a pytree hold."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(state))
