@@ -1,4 +1,4 @@
-"""What accelerator.py times: encoding, decoding, coded inference, order, splines, tuning."""
+"""Cases that accelerator.py times: encoding, decoding, coded inference, order, splines, tuning."""
 
 import dataclasses
 import functools
@@ -70,7 +70,7 @@ class Case:
 
     @property
     def family(self) -> str:
-        """The same for all numbers of groups."""
+        """Return the name without the number of groups."""
         return f"{self.kind}: {self.subject}, {self.dtype}"
 
 
@@ -93,7 +93,7 @@ KNOTS = (10_000, 1_000_000)
 
 
 def cases(groups: Sequence[int], dtypes: Sequence[str]) -> Iterator[Case]:
-    """All of them, the larger numbers of groups after the smaller ones."""
+    """Return all cases, larger numbers of groups after smaller ones."""
     for dtype in dtypes:
         size = jnp.dtype(dtype).itemsize
         for n, k, width in ENCODED:
@@ -164,7 +164,7 @@ def _matrices(code: AbstractCode, mask: jax.Array) -> Matrices:
 
 @functools.cache
 def _model(name: str, dtype: str) -> Any:
-    """A model of random weights as a function of float32 images, in `dtype` inside."""
+    """Return a model of random weights as a function of float32 images, in `dtype` inside."""
     make, _ = MODELS[name]
     model: Any = make()
     model.eval()
@@ -183,7 +183,7 @@ def _call_in_bfloat16(model: Any, images: jax.Array) -> jax.Array:
 
 
 def _infer(name: str, n: int, k: int, groups: int, dtype: str) -> dict[str, Part]:
-    """The model on as many images as there are data points, then as coded ones; and coded."""
+    """Return the bare model on K and on N images, and coded inference."""
     code, model, (_, shape) = _code(n, k), _model(name, dtype), MODELS[name]
     x = _data("float32", groups, k, *shape)
     masks = _masks(groups, n)
@@ -215,7 +215,7 @@ def _bare(model: Any, images: jax.Array) -> jax.Array:
 
 
 def model_flops(model: Any, images: Any) -> float:
-    """What XLA counts before it compiles; models have no loops, so it counts all."""
+    """Return the operations that XLA counts before it compiles; models have no loops."""
     counted: Any = jax.jit(_bare).lower(model, images).cost_analysis()
     return float((counted or {}).get("flops", 0.0))
 
@@ -238,7 +238,7 @@ def _spline(knots: int) -> dict[str, Part]:
 
 
 def _tuning_step() -> Steps:
-    """LeNet5, lambdas: what `tune` takes from one step to the next."""
+    """Return the case of one step of `tune` of LeNet5's lambdas."""
     n, k = INFERRED
     model, sampling = _model("LeNet5", "float32"), Sampling()
     per_step = sampling.groups_per_step
@@ -272,6 +272,6 @@ def _data(dtype: str, *shape: int) -> jax.Array:
 
 
 def _masks(groups: int, num_workers: int) -> jax.Array:
-    """A straggler set for each group."""
+    """Return a straggler set for each group."""
     ranks = np.random.default_rng(_SEED).random((groups, num_workers)).argsort(1).argsort(1)
     return jnp.asarray(ranks >= _LOST)

@@ -1,4 +1,4 @@
-"""What a device could do at most: bytes and operations a second."""
+"""Limits of a device: bytes and operations a second."""
 
 import dataclasses
 import time
@@ -29,13 +29,13 @@ class Limits:
     source: str
 
     def flops(self, dtype: str, precise: bool) -> float:
-        """Operations a second of a model in this dtype, or of full products (`precise`)."""
+        """Return operations a second of a model in this dtype, or of full products (`precise`)."""
         if precise:
             return self.float32
         return self.bfloat16 if dtype == "bfloat16" else self.default
 
     def seconds(self, flops: float, moved: float, dtype: str, precise: bool) -> tuple[float, str]:
-        """The least time that so many operations and bytes take, and which of them sets it."""
+        """Return the least time for these operations and bytes, and which of the two sets it."""
         times = {"flops": flops / self.flops(dtype, precise), "bytes": moved / self.bandwidth}
         slowest = max(times, key=lambda name: times[name])
         return times[slowest], slowest
@@ -56,13 +56,13 @@ _KNOWN = {
 
 
 def limits_of(device: Any) -> Limits:
-    """The limits of a known device; of another one measured, now."""
+    """Return the limits of a known device; measure those of another one."""
     known = (limits for name, limits in _KNOWN.items() if name in device.device_kind)
     return next(known, None) or measure_limits()
 
 
 def measure_limits(copied: int = _COPIED, side: int = _SIDE) -> Limits:
-    """Of the default device: the best of a few large copies and square matrix products."""
+    """Measure the default device by the best of a few large copies and matrix products."""
     words = jnp.ones(copied // 4, jnp.float32)
     # In place: a CPU takes longer to get new memory than to write it.
     bandwidth = 2 * copied / _best(jax.jit(lambda x: x + 1, donate_argnums=0), words, chained=True)
@@ -83,7 +83,7 @@ def measure_limits(copied: int = _COPIED, side: int = _SIDE) -> Limits:
 
 
 def _best(function: Callable[[jax.Array], jax.Array], x: jax.Array, chained: bool = False) -> float:
-    """Seconds of the quickest of a few calls; `chained`: each takes the one's before result."""
+    """Return the seconds of the quickest call; `chained` calls take the last one's result."""
     seconds = []
     for _ in range(_REPEATS + 1):  # the first one compiles
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What a learner from past answers adds in beyond.py's cells: without a student, and beside it."""
+"""A learner from past answers in beyond.py's cells, with a student and without."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -59,7 +59,7 @@ def learn(bench: Bench, logits: Model) -> Learners:
 
 
 def learners(bench: Bench, known: Learners, with_student: bool = True) -> None:
-    """The learner by itself, ordered by pixels; the student with one and without, in two orders.
+    """Measure the learner ordered by pixels, and the student with and without one, in two orders.
 
     The scheme that each is part of is chosen on images that calibrate doubts, which no learner
     knows. None are judged.
@@ -74,8 +74,10 @@ def learners(bench: Bench, known: Learners, with_student: bool = True) -> None:
 def _learner(
     x: np.ndarray, y: np.ndarray, features: Any, prior: Any, groups: Sequence[int]
 ) -> Learner:
-    """Of these pairs, tuned for labels. Features of a group have one unit: how far a principal
-    component spreads says how much it tells."""
+    """Return a learner of these pairs, tuned for labels.
+
+    Features of a group have one unit: how far a principal component spreads is its weight.
+    """
     z = np.concatenate([np.asarray(features(part)) for part in np.array_split(x, 8)])
     names = np.asarray(groups)
     unit = np.sqrt([z[:, names == name].var(axis=0).mean() for name in names])
@@ -87,7 +89,7 @@ def _learner(
 def _tell_best(
     bench: Bench, mode: str, candidates: Sequence[Model | Learner], order: Order
 ) -> None:
-    """The scheme with the fewest wrong labels where it is chosen, judged."""
+    """Judge the scheme that has the fewest wrong labels where it is chosen."""
     law, num_workers = bench.cell.law, bench.cell.num_workers
     masks, _ = draw_sets(law, jax.random.key(6), num_workers, bench.work.sets)
     choices: list[tuple[float, str, Scheme]] = []
@@ -105,7 +107,7 @@ def _tell_best(
 def _mixed(
     bench: Bench, candidates: Sequence[Model | Learner], order: Order
 ) -> list[tuple[str, Scheme]]:
-    """Layouts, with the best of the candidates, mixed as does best."""
+    """Return layouts with the best of the candidates, mixed as does best."""
     cell, found = bench.cell, []
     for layout in LAYOUTS:
         code = NeRCC(cell.num_data, cell.num_workers, points=layout)
@@ -118,7 +120,7 @@ def _mixed(
 
 
 def _doubtful(bench: Bench, candidates: Sequence[Model | Learner]) -> list[tuple[str, Scheme]]:
-    """Copies of what a learner doubts most."""
+    """Return copies of the data points that a learner is least certain of."""
     code = NeRCC(bench.cell.num_data, bench.cell.num_workers, points="interleaved")
     return [
         (DOUBTFUL, Scheme(code, learner, redundancy="doubtful"))
@@ -134,7 +136,7 @@ def _wrong(
     part: str,
     masks: Bool[np.ndarray | Array, "sets num_workers"],
 ) -> Float[np.ndarray, " sets"]:
-    """The share of labels that are not the model's own under each set; workers answer once."""
+    """Return the share of labels that are not the model's own under each set."""
     x = jnp.asarray(bench.points(part, order))
     prepared, coded = eqx.filter_jit(scheme.encode)(x, known_encoder(scheme.code))
     rows = np.asarray(coded.reshape(-1, *coded.shape[2:]))
@@ -153,7 +155,7 @@ def _differ(
     own: Array,
     masks: Array,
 ) -> Float[Array, " sets"]:
-    """As `scheme.judge` under each set, but what is expected of the images is made once."""
+    """Decode under each set, with the surrogate's knowledge of the images made once."""
     code, surrogate, points = scheme.code, scheme.surrogate, prepared.points
     assert surrogate is not None
     sent = scheme.groups(x, prepared)

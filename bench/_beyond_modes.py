@@ -1,4 +1,4 @@
-"""What beyond.py measures at one (N, K, S) for one model: every mode, on the same stragglers."""
+"""Every mode that beyond.py measures at one (N, K, S) for one model, on the same stragglers."""
 
 import dataclasses
 import hashlib
@@ -45,7 +45,7 @@ PUBLISHED = np.concatenate([[0.0], np.logspace(-12, 0, 12)])  # lambdas, as one 
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """How data points are put in order: by what, over which buffer. By nothing: as they come."""
+    """An order of data points: its features and its buffer; None keeps them as they come."""
 
     by: str | None = None
     buffer_size: int = 0
@@ -85,7 +85,7 @@ class Workload:
     )
 
     def answers(self, rows: np.ndarray) -> np.ndarray:
-        """What the model makes of rows, each asked for once: most are copies, in all cells."""
+        """Return the model's answers to rows, each computed once; most are copies, in all cells."""
         names = [hashlib.sha256(row.tobytes()).digest() for row in rows]
         new = {n: row for n, row in zip(names, rows, strict=True) if n not in self._said}
         if new:
@@ -95,8 +95,11 @@ class Workload:
 
 
 class Judged(NamedTuple):
-    """Of each data point under each set: its doubt, whether it is wrong, and whether it is given
-    out where no more than `WANTED` may be wrong."""
+    """Scores of each data point under each set.
+
+    They are its error probability, whether it is wrong, and whether it is given out where no more
+    than `WANTED` may be wrong.
+    """
 
     error_probability: Float[np.ndarray, "sets groups num_data"]
     wrong: Bool[np.ndarray, "sets groups num_data"]
@@ -116,7 +119,7 @@ class Bench:
     # Data and answers.
 
     def groups(self, part: str, order: Order) -> np.ndarray:
-        """A part of the images, whole groups of K, in this order."""
+        """Return a part of the images, whole groups of K, in this order."""
         x = getattr(self.work, part)
         x = x[: len(x) // self.cell.num_data * self.cell.num_data]
         if order.by is not None:
@@ -142,7 +145,7 @@ class Bench:
     def plain(
         self, mode: str, code: AbstractCode, order: Order, part: str = "judge", **more: Any
     ) -> None:
-        """A code by itself."""
+        """Measure a code by itself."""
         known = self.answers(part, order).of(code)
         self.add(mode, _disagreements(known, self.masks), order, **more)
 
@@ -166,7 +169,7 @@ class Bench:
             self.add("ParM", _disagreements(known, self.masks), order)
 
     def published(self) -> NeRCC:
-        """The paper's points, and the better of a grid of lambda_dec by its objective, the MSE."""
+        """Measure the paper's points with the best lambda_dec of a grid, by MSE."""
         shape = (self.cell.num_data, self.cell.num_workers)
         given = self.answers("choose", Order())
         masks, _ = draw_sets(self.cell.law, jax.random.key(2), shape[1], self.work.sets)
@@ -176,7 +179,7 @@ class Bench:
         return NeRCC(*shape, lambda_dec=float(PUBLISHED[int(np.nanargmin(errors))]))
 
     def search(self, order: Order, tune_best: int, steps: int) -> dict[str, NeRCC]:
-        """The best code of each shown layout, and ("search") of all, for data in this order."""
+        """Measure the best code of each layout, and ("search") of all, for data in this order."""
         found = search_layout(
             self.work.model, self.points("choose", order), self.cell.num_data,
             self.cell.num_workers, self.cell.law, key=jax.random.key(3),
@@ -192,7 +195,7 @@ class Bench:
         return {name: candidate.code for name, candidate in best.items()}
 
     def with_surrogate(self, codes: Mapping[str, NeRCC], order: Order) -> None:
-        """The code that does best with the surrogate where it was chosen; then re-execution."""
+        """Measure the code that does best with the surrogate where it was chosen."""
         code, surrogate, numbers = self.best_with_surrogate(codes, order)
         self.tell("with surrogate", self.judge(code, surrogate, order), order, **numbers)
 
@@ -213,7 +216,7 @@ class Bench:
         return code, surrogate, numbers
 
     def judge(self, code: NeRCC, surrogate: Surrogate | None, order: Order) -> Judged:
-        """What the doubt, calibrated on its part, says of the part to judge, and what is so."""
+        """Return the calibrated error probabilities of the part to judge, and the truth."""
         own = self.answers("calibrate", order).of(code)
         beside = None
         if surrogate is not None:
@@ -225,7 +228,7 @@ class Bench:
         return Judged(score, wrong, score <= error_probability.limit(WANTED))
 
     def tell(self, mode: str, judged: Judged, order: Order, **more: Any) -> None:
-        """As it is, with the most doubtful 5 % executed again, and with as many as are needed."""
+        """Record a mode as it is, with 5 % by the model, and with as many as are needed."""
         score, wrong, kept = judged
         self.add(mode, wrong.mean((1, 2)), order, **more, bins=_bins(score, wrong))
         flat_score, flat_wrong = score.reshape(len(score), -1), wrong.reshape(len(wrong), -1)
@@ -246,7 +249,7 @@ class Bench:
         surrogate: Surrogate | None,
         error_probability: ErrorProbability | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Each data point's doubt and whether it is wrong, under each set."""
+        """Return each data point's error probability and whether it is wrong, under each set."""
         beside = None
         if surrogate is not None:
             beside = fixed_outputs_of_answers(self.answers(part, order, "student").of(code))
@@ -289,6 +292,6 @@ def _bins(
 def _disagreements(
     known: Answers, masks: Bool[Array, "sets num_workers"]
 ) -> Float[np.ndarray, " sets"]:
-    """The share of labels that are not the model's own under each set; lost ones are wrong."""
+    """Return the share of labels that are not the model's own; lost ones are wrong."""
     forecast = Forecast(known)
     return np.asarray([forecast.disagreement(mask) for mask in masks])

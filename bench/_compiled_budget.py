@@ -1,4 +1,4 @@
-"""What compiled programs may cost, and whether they keep to it."""
+"""Budgets of compiled programs, and a check that they are kept."""
 
 import dataclasses
 import json
@@ -65,7 +65,7 @@ Budgets = Mapping[str, Budget]
 
 
 def load_budgets(platform: str, path: Path = BUDGET_FILE) -> Budgets:
-    """The platform's budgets by program. Raises: ValueError for a limit on what is not counted."""
+    """Return the platform's budgets by program; raise ValueError for an unknown count."""
     return {
         name: read_budget(name, written)
         for name, written in json.loads(path.read_text())[platform].items()
@@ -73,7 +73,7 @@ def load_budgets(platform: str, path: Path = BUDGET_FILE) -> Budgets:
 
 
 def read_budget(name: str, written: Mapping[str, Any]) -> Budget:
-    """A budget as it is written in the file: counts, and `times`."""
+    """Return a budget as it is written in the file: counts, and `times`."""
     limits = {count: limit for count, limit in written.items() if count != "times"}
     if unknown := limits.keys() - set(COUNTS):
         raise ValueError(
@@ -84,7 +84,7 @@ def read_budget(name: str, written: Mapping[str, Any]) -> Budget:
 
 
 def failures(name: str, budget: Budget, measured: Mapping[str, Measured]) -> Iterator[str]:
-    """In words, all in which the program is not as it should be; nothing where it is.
+    """Return in words all in which the program is not as it should be.
 
     What no program may have needs no budget: float64, callbacks, and products that a device rounds
     but for as many as the budget allows (a model's own).

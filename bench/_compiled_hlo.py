@@ -1,4 +1,4 @@
-"""What an optimised XLA program launches, read off its text: kernels, loops, TPU cycles.
+"""Launches of an optimised XLA program, read off its text: kernels, loops, TPU cycles.
 
 On a GPU each instruction outside of a fusion is a kernel launch, and each turn of a loop launches
 its body again. These, not bytes or operations, are what small programs take: 2.5 microseconds a
@@ -58,13 +58,13 @@ class Instruction:
     rest: str
 
     def calls(self, attribute: str) -> str | None:
-        """The computation that the attribute names (`body`, `to_apply`, ...)."""
+        """Return the computation that the attribute names (`body`, `to_apply`, ...)."""
         found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.rest)
         return found.group(1) if found else None
 
     @property
     def branches(self) -> list[str]:
-        """A conditional's computations, however it names them."""
+        """Return a conditional's computations, however it names them."""
         found = _BRANCHES.search(self.rest)
         if found:
             return [name.strip().lstrip("%") for name in found.group(1).split(",")]
@@ -73,19 +73,19 @@ class Instruction:
 
     @property
     def target(self) -> str:
-        """What a custom call calls."""
+        """Return the target of a custom call."""
         found = _TARGET.search(self.rest)
         return found.group(1) if found else ""
 
     @property
     def cycles(self) -> int:
-        """XLA:TPU's own estimate; 0 for what it gives none, such as scalar work."""
+        """Return XLA:TPU's own estimate; 0 for what has none, such as scalar work."""
         found = _CYCLES.search(self.rest)
         return int(found.group(1)) if found else 0
 
     @property
     def source(self) -> str:
-        """The primitive that it comes from, after the last jitted function around that.
+        """Return the primitive that it comes from, and the last jitted function around that.
 
         A loop need not have been written as one: XLA makes one of a scatter, too.
         """
@@ -106,7 +106,7 @@ class Instruction:
 
     @property
     def is_callback(self) -> bool:
-        """Whether the host must act for it."""
+        """Return whether the host must act for it."""
         transfer = self.opcode in ("send", "recv") and "is_host_transfer=true" in self.rest
         return self.opcode in _HOST or transfer or "callback" in self.target.lower()
 
@@ -120,7 +120,7 @@ class Module:
 
     @property
     def instructions(self) -> Iterator[Instruction]:
-        """All of them, within fusions and untaken branches too."""
+        """Return all instructions, within fusions and untaken branches, too."""
         return (one for computation in self.computations.values() for one in computation)
 
 
@@ -135,7 +135,7 @@ class Loop:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What running a computation takes.
+    """The cost of running a computation.
 
     `launches` are those where data decide for the least: a loop of unknown length makes no turn, a
     conditional takes its cheapest branch. That is decoding when every answer is sound. `worst` are
@@ -158,7 +158,7 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What is checked of an optimised program."""
+    """The checked properties of an optimised program."""
 
     cost: Cost
     collectives: int
@@ -167,17 +167,17 @@ class Summary:
 
     @property
     def counted_loops(self) -> tuple[Loop, ...]:
-        """Loops whose turns the program fixes: over knots, mostly."""
+        """Return the loops whose turns the program fixes: over knots, mostly."""
         return tuple(loop for loop in self.cost.loops if loop.turns is not None)
 
     @property
     def open_loops(self) -> tuple[Loop, ...]:
-        """Loops whose turns depend on data."""
+        """Return the loops whose turns depend on data."""
         return tuple(loop for loop in self.cost.loops if loop.turns is None)
 
 
 def summarise(text: str) -> Summary:
-    """What the optimised HLO `compiled.as_text()` takes."""
+    """Return the summary of the optimised HLO `compiled.as_text()`."""
     module = parse(text)
     each = list(module.instructions)
     return Summary(
@@ -189,7 +189,7 @@ def summarise(text: str) -> Summary:
 
 
 def rounded_products(stablehlo: str) -> list[str]:
-    """Lines of `lowered.as_text()` with a product whose factors a device may round.
+    """Return lines of `lowered.as_text()` with a product whose factors a device may round.
 
     Without full precision a TPU takes bfloat16 factors, and a GPU may take TF32.
     """
@@ -198,12 +198,12 @@ def rounded_products(stablehlo: str) -> list[str]:
 
 
 def has_float64(stablehlo: str) -> bool:
-    """Whether `lowered.as_text()` has it; a TPU's compiler makes pairs of float32 of it later."""
+    """Return whether `lowered.as_text()` has float64, which a TPU's compiler splits in two."""
     return re.search(r"[<x]f64>", stablehlo) is not None
 
 
 def is_full(product: str) -> bool:
-    """Whether a product's line asks for full precision, or is of integers."""
+    """Return whether a product's line asks for full precision, or is of integers."""
     whole = re.search(r"-> tensor<(?:\d+x)*u?i\d+>", product)
     return whole is not None or bool(
         re.search(r"\[HIGHEST, HIGHEST\]|precision HIGHEST>, #stablehlo<precision HIGHEST", product)
@@ -211,7 +211,7 @@ def is_full(product: str) -> bool:
 
 
 def parse(text: str) -> Module:
-    """Raises: ValueError where the text has no entry computation."""
+    """Parse a program's text; raise ValueError where it has no entry computation."""
     computations: dict[str, list[Instruction]] = {}
     entry, inside = None, None
     for line in text.splitlines():
@@ -234,7 +234,7 @@ def parse(text: str) -> Module:
 
 
 def cost(module: Module, computation: str) -> Cost:
-    """What running the computation once takes."""
+    """Return the cost of running the computation once."""
     total = Cost()
     for one in module.computations[computation]:
         if not one.is_free:
@@ -243,7 +243,7 @@ def cost(module: Module, computation: str) -> Cost:
 
 
 def turns(module: Module, loop: Instruction) -> int | None:
-    """How often a `while` turns: as XLA found, or as its condition plainly says; else None."""
+    """Return how often a `while` turns: as XLA found, or by its condition; else None."""
     found = _TURNS.search(loop.rest)
     if found:
         return int(found.group(1))
@@ -285,14 +285,14 @@ def _cost_of_loop(module: Module, loop: Instruction) -> Cost:
 
 
 def _reached(module: Module, computation: str | None) -> Iterator[Instruction]:
-    """A computation's instructions, and those of its fusions."""
+    """Return a computation's instructions, and those of its fusions."""
     for one in module.computations.get(computation or "", ()):
         yield one
         yield from _reached(module, one.calls("calls"))
 
 
 def _type_and_rest(text: str) -> tuple[str, str]:
-    """`(f32[2]{0}, s32[]) while(...)` apart: layouts have parentheses, too, and tuples spaces."""
+    """Split `(f32[2]{0}, s32[]) while(...)`: layouts have parentheses, too, and tuples spaces."""
     depth = 0
     for place, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")

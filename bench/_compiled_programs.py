@@ -51,7 +51,7 @@ def flags(*shape: int) -> jax.ShapeDtypeStruct:
 
 
 def given(code: AbstractCode, sets: int) -> Matrices:
-    """A decoder's matrices that were made before the program runs."""
+    """Return a decoder's matrices that were made before the program runs."""
     decoder = floats(sets, code.num_data, code.num_workers)
     return Matrices(decoder, flags(sets, code.num_data))  # pyright: ignore[reportArgumentType]
 
@@ -68,7 +68,7 @@ def decode(code: AbstractCode, _: Devices) -> Program:
 
 
 def decode_many(code: AbstractCode, groups: int, known: bool, _: Devices) -> Program:
-    """Groups with a mask each, as coded inference decodes them."""
+    """Decode groups with a mask each, as coded inference does."""
     answers = floats(groups, code.num_workers, _CLASSES)
     masks = flags(groups, code.num_workers)
     return Program(decode_groups, (code, answers, masks, given(code, 1) if known else None))
@@ -80,7 +80,7 @@ def encode(code: AbstractCode, known: bool, _: Devices) -> Program:
 
 
 def infer(code: AbstractCode, groups: int, known: bool, _: Devices) -> Program:
-    """LeNet5 behind a code. The encoder is made once for each code; `known`: the decoder, too."""
+    """Run LeNet5 behind a code whose encoder is made once; `known`: the decoder, too."""
     matrices = Known(encoder(code), given(code, 1) if known else None)
 
     def run(model, code, x, masks, known):
@@ -92,7 +92,7 @@ def infer(code: AbstractCode, groups: int, known: bool, _: Devices) -> Program:
 
 
 def infer_on_mesh(code: AbstractCode, groups: int, devices: Devices) -> Program:
-    """The same over four devices, a mask given in jit."""
+    """Run LeNet5 over four devices, with a mask given in jit."""
     mesh = Mesh(np.array(devices[:4]), (WORKERS,))
     slots = floats(-(-code.num_workers // 4) * 4, code.num_data)
     placed = Placed(LeNet5(_CLASSES, rngs=nnx.Rngs(0)), code, slots, mesh, WORKERS)
@@ -123,7 +123,7 @@ def order(buffers: int, _: Devices) -> Program:
 
 
 def objective(code: AbstractCode, _: Devices) -> Program:
-    """The slope of what tuning descends, in the code's numbers."""
+    """Return the slope of the tuning objective in the code's numbers."""
 
     def loss(code, x, masks):
         return nested_objective(jnp.tanh, code, x, masks)

@@ -28,7 +28,7 @@ CARD = Path(__file__).with_name("h100_sxm.txtpb")
 
 
 def prepare(platform: str) -> None:
-    """Sets the environment. Raises: ImportError that says what to install."""
+    """Set the environment; raise ImportError that says what to install."""
     modules, package = _NEEDED[platform]
     if not any(importlib.util.find_spec(module) for module in modules):
         raise ImportError(
@@ -61,7 +61,7 @@ class Compiled:
 
 
 def compile_program(program: Any, devices: list[Any]) -> Compiled:
-    """Compiles a `Program` for the first of the devices, or for its mesh.
+    """Compile a `Program` for the first of the devices, or for its mesh.
 
     What the compiler raises is passed on.
     """

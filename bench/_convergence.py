@@ -1,4 +1,4 @@
-"""How the squared error falls with the number of workers N, beside the proven bounds.
+"""Decay of the squared error with the number of workers N, against the proven bounds.
 
     python bench/_convergence.py [--quick] [--data-dir FOLDER] [--output FOLDER]
 
@@ -60,8 +60,10 @@ _BATCH = 512
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How much is measured. Groups and sets are those of the report; choosing lambda_dec takes as
-    many again."""
+    """The amount that is measured.
+
+    Groups and sets are those of the report; choosing lambda_dec takes as many again.
+    """
 
     num_workers: tuple[int, ...]
     sets: int
@@ -70,7 +72,7 @@ class Plan:
 
 
 def _alike(first: int, last: int, count: int) -> tuple[int, ...]:
-    """Numbers of workers from `first` to about `last`, evenly on a log scale, alike mod 2K."""
+    """Return numbers of workers from `first` to about `last`, equal mod 2K, on a log scale."""
     period = 2 * _NUM_DATA
     steps = np.round((np.geomspace(first, last, count) - first) / period).astype(int)
     return tuple(int(n) for n in first + period * np.unique(steps))
@@ -177,7 +179,7 @@ def _scalar(groups: int) -> Subject:
 
 
 def _lenet5(groups: int, name: str, images: Data) -> tuple[Subject, Subject]:
-    """The shipped model on images as they are, and on dithered ones."""
+    """Return the shipped model on images as they are, and on dithered ones."""
     model = load_model(name)
     chosen = images.shuffled(_SEED).take(slice(2 * groups * _NUM_DATA))
     x = np.asarray(model.preprocess(chosen.images))
@@ -193,7 +195,7 @@ def _lenet5(groups: int, name: str, images: Data) -> tuple[Subject, Subject]:
 
 
 def _images(data_dir: Path | None) -> tuple[str, Data, str | None]:
-    """The model's name, its data set, and why it is not MNIST where it is not."""
+    """Return the model's name, its data set, and why it is not MNIST where it is not."""
     if data_dir is None:
         instead = "no data folder was given"
     else:
@@ -205,7 +207,7 @@ def _images(data_dir: Path | None) -> tuple[str, Data, str | None]:
 
 
 def _run(model: Callable[[Array], Array], x: np.ndarray) -> np.ndarray:
-    """The model over a batch of any size, in batches of one shape: one compilation for all N."""
+    """Run the model on a batch of any size, in batches of one shape."""
     padded = np.concatenate([x, np.broadcast_to(x[-1:], (-len(x) % _BATCH, *x.shape[1:]))])
     parts = [_call(model, padded[i : i + _BATCH]) for i in range(0, len(padded), _BATCH)]
     return np.concatenate(parts)[: len(x)]
@@ -217,7 +219,7 @@ def _call(model, x):
 
 
 def _outputs(subject: Subject) -> Float[np.ndarray, "2 groups num_data outputs"]:
-    """The function's own outputs on the data points."""
+    """Return the function's own outputs on the data points."""
     x = subject.x
     return _run(subject.model, x.reshape(-1, *x.shape[3:])).reshape(*x.shape[:3], -1)
 
@@ -225,7 +227,7 @@ def _outputs(subject: Subject) -> Float[np.ndarray, "2 groups num_data outputs"]
 def _answers(
     subject: Subject, code: AbstractCode
 ) -> Float[np.ndarray, "2 groups num_workers outputs"]:
-    """All workers' answers: they do not depend on who straggles."""
+    """Return all workers' answers, which do not depend on who straggles."""
     x = subject.x
     coded = np.asarray(_encode(code, jnp.asarray(x.reshape(-1, *x.shape[2:]))))
     y = _run(subject.model, coded.reshape(-1, *coded.shape[2:]))
@@ -237,14 +239,17 @@ _encode = eqx.filter_jit(encode_groups)
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """For each straggler set: the noiseless mean squared error, and the variance that noise of unit
-    variance adds to it."""
+    """Errors for each straggler set.
+
+    They are the noiseless mean squared error, and the variance that noise of unit variance adds to
+    it.
+    """
 
     squared: Numbers
     gain: Numbers
 
     def error(self, noise_sd: float) -> Numbers:
-        """The expected squared error with noise of this standard deviation."""
+        """Return the expected squared error with noise of this standard deviation."""
         return self.squared + noise_sd**2 * self.gain
 
 
@@ -254,7 +259,7 @@ def score(
     exact: Float[np.ndarray, "groups num_data outputs"],
     masks: Bool[np.ndarray, "sets num_workers"],
 ) -> Score:
-    """Decodes all groups with every straggler set."""
+    """Decode all groups with every straggler set."""
     return Score(*(np.asarray(part, np.float64) for part in _score(code, answers, exact, masks)))
 
 
@@ -282,7 +287,7 @@ def _nercc(num_workers: int, lambda_dec: float) -> NeRCC:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What makes one curve."""
+    """The function, law, noise and code of one curve."""
 
     function: str
     law: str
@@ -297,7 +302,7 @@ def _measure_at(
     num_workers: int,
     sets: int,
 ) -> Iterator[tuple[Case, dict[str, Any]]]:
-    """One point of every curve of a function."""
+    """Return one point of every curve of a function."""
     # The encoder is the same for every lambda_dec.
     nercc_answers = _answers(subject, _nercc(num_workers, 0.0))
     rivals: dict[str, AbstractCode] = {
@@ -332,7 +337,7 @@ def _measure_at(
 
 
 def fit_slope(points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The least-squares line through log mean against log N; None for fewer than three points.
+    """Fit the least-squares line through log mean against log N; None for fewer than three points.
 
     Its standard error is the larger of two: what the scatter about the line tells, curvature
     included, and what the spread over straggler sets does (a chance fit of few points knows little
@@ -359,7 +364,7 @@ def fit_slope(points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def bound_slope(bound: Bound, points: Sequence[Mapping[str, Any]]) -> float:
-    """The slope of the bound at these N and S, fitted as the measured one is."""
+    """Return the slope of the bound at these N and S, fitted as the measured one is."""
     x = np.log([point["num_workers"] for point in points])
     n, s = (
         np.array([point[name] for point in points], float) for name in ("num_workers", "stragglers")
@@ -368,7 +373,7 @@ def bound_slope(bound: Bound, points: Sequence[Mapping[str, Any]]) -> float:
 
 
 def _curve(case: Case, points: list[dict[str, Any]], floor: float, smooth: bool) -> dict[str, Any]:
-    """Points, slopes and verdicts of one curve.
+    """Return points, slopes and verdicts of one curve.
 
     A rate is a promise for large N, and at few workers the code does not yet resolve the function
     at all: bounds are judged by the larger half of N.
@@ -398,7 +403,7 @@ def _curve(case: Case, points: list[dict[str, Any]], floor: float, smooth: bool)
 
 
 def _confirmed(fit: Mapping[str, Any] | None, promised: float) -> bool:
-    """Whether the error falls as fast as promised, within two standard errors."""
+    """Return whether the error falls as fast as promised, within two standard errors."""
     return fit is not None and fit["slope"] <= promised + 2 * fit["standard_error"]
 
 
@@ -408,7 +413,7 @@ def _confirmed(fit: Mapping[str, Any] | None, promised: float) -> bool:
 def measure(
     quick: bool, data_dir: Path | None, progress: Callable[[str], object]
 ) -> dict[str, Any]:
-    """All points, slopes and verdicts, ready for JSON.
+    """Return all points, slopes and verdicts, ready for JSON.
 
     `data_dir` holds MNIST as `load_data` wants it; without it LeNet5 runs on scikit-learn's digits,
     and the results say why. `progress` is told a line a step.

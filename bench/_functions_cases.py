@@ -35,8 +35,7 @@ CHEAP_MODELS = {  # models that are there beside a function
 
 @dataclasses.dataclass(frozen=True)
 class CheapModel:
-    """What may be there beside a function: a coarse solver of the same, or a network's student;
-    `CHEAP_MODELS` says which.
+    """A cheap model of a function: a coarse solver of the same, or a network's student.
 
     - `features`: what a learner may go by, and which width each of them has.
     - `prior`: its word on the function's outputs; None where it tells something else.
@@ -49,7 +48,7 @@ class CheapModel:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A function, and where its inputs come from.
+    """A function, and the source of its inputs.
 
     - `pools`: the rows for choosing and for judging, or how to draw inputs where there is no end.
     - `features`: what a learner goes by, None for the inputs.
@@ -65,7 +64,7 @@ class Case:
 
     @property
     def least(self) -> float:
-        """How many rows there are at least, for choosing and for judging."""
+        """Return the least number of rows for choosing and for judging."""
         return np.inf if callable(self.pools) else min(map(len, self.pools))
 
     def inputs(self, judging: bool, seed: int, count: int) -> np.ndarray:
@@ -78,7 +77,7 @@ class Case:
 
 
 def load(name: str, data_dir: Path) -> Case:
-    """A case by name, its network trained or loaded."""
+    """Return a case by name, its network trained or loaded."""
     makers: dict[str, Callable[[], Case]] = {
         "Lotka-Volterra": _lotka_volterra,
         "epidemic": _epidemic,
@@ -93,13 +92,13 @@ def load(name: str, data_dir: Path) -> Case:
 
 
 def within(*ranges: tuple[float, float]) -> Drawing:
-    """Parameters uniform in these ranges."""
+    """Return a sampler of parameters, uniform in these ranges."""
     low, high = np.asarray(ranges).T
     return lambda random, count: random.uniform(low, high, (count, len(ranges)))
 
 
 def runge_kutta(slope: Callable[[Array], Array], start: Array, step: float, steps: int) -> Array:
-    """The states after each step, (steps, *start.shape)."""
+    """Return the states after each step, (steps, *start.shape)."""
 
     def advance(y: Array, _: None) -> tuple[Array, Array]:
         a = slope(y)
@@ -133,7 +132,7 @@ def _lotka_volterra() -> Case:
 
 
 def epidemic(p: Float[Array, "batch 5"]) -> Float[Array, "batch 40"]:
-    """The shares that are exposed and infectious on 20 days (SEIR with waning immunity)."""
+    """Return the exposed and infectious shares on 20 days (SEIR with waning immunity)."""
     contacts, incubation, recovery, waning, seed = p.T
 
     def slope(y: Array) -> Array:
@@ -163,7 +162,7 @@ VISCOSITY = 0.03
 
 
 def three_waves(c: Float[Array, "batch 6"], places: int) -> Float[Array, "batch places"]:
-    """The velocity that Burgers' equation starts from, on so many places of a circle."""
+    """Return the velocity that Burgers' equation starts from, on places of a circle."""
     x = jnp.arange(places) * 2 * jnp.pi / places
     parts = [
         c[:, 2 * k, None] * jnp.sin((k + 1) * x) + c[:, 2 * k + 1, None] * jnp.cos((k + 1) * x)
@@ -173,7 +172,7 @@ def three_waves(c: Float[Array, "batch 6"], places: int) -> Float[Array, "batch 
 
 
 def burgers(c: Float[Array, "batch 6"]) -> Float[Array, "batch 32"]:
-    """The velocity at time 1 on 32 places of a circle, viscosity 0.03, from three waves.
+    """Return the velocity at time 1 on 32 places of a circle, viscosity 0.03, from three waves.
 
     Spectral, dealiased; the heat part is exact, the rest by the midpoint rule.
     """
@@ -199,9 +198,10 @@ COARSE_CELLS, COARSE_STEPS = 16, 10  # of the coarse solver
 
 
 def coarse_burgers(c: Float[Array, "batch 6"]) -> Float[Array, "batch cells"]:
-    """The same on sixteenths of the circle, in ten steps: finite volumes, upwind.
+    """Return the same on sixteenths of the circle, in ten steps: finite volumes, upwind.
 
-    Of first order, so that shocks are smeared and waves damped, but never the wrong way."""
+    Of first order, so that shocks are smeared and waves damped, but never the wrong way.
+    """
     width, step = 2 * jnp.pi / COARSE_CELLS, 1 / COARSE_STEPS
 
     def advance(u: Array, _: None) -> tuple[Array, None]:
@@ -214,7 +214,7 @@ def coarse_burgers(c: Float[Array, "batch 6"]) -> Float[Array, "batch cells"]:
 
 
 def coarse_on_places(c: Float[Array, "batch 6"]) -> Float[Array, "batch 32"]:
-    """The coarse solution where the function has its outputs, through its Fourier series."""
+    """Return the coarse solution at the function's outputs, through its Fourier series."""
     wave = jnp.fft.rfft(coarse_burgers(c), axis=1)
     wave = jnp.pad(wave, ((0, 0), (0, 17 - wave.shape[1])))
     return jnp.fft.irfft(wave, 32, axis=1) * (32 / COARSE_CELLS)
@@ -231,7 +231,7 @@ def _burgers() -> Case:
 
 
 def fisher(p: Float[Array, "batch 5"]) -> Float[Array, "batch 32"]:
-    """A population's density at time 4 on 32 places: it grows, spreads and drifts from a hump."""
+    """Return a population's density at time 4 on 32 places; it grows, spreads and drifts."""
     growth, diffusion, drift, place, width = (column[:, None] for column in p.T)
     n, steps = 64, 400
     x = (jnp.arange(n) + 0.5) / n
@@ -252,7 +252,7 @@ def _fisher() -> Case:
 
 
 def elliptic(z: Float[Array, "batch 10"]) -> Float[Array, "batch 20"]:
-    """u of -(a u')' = 1, u = 0 at both ends, on 20 places; log a is a sum of ten random waves."""
+    """Return u of -(a u')' = 1, u = 0 at both ends, on 20 places; log a is a sum of ten waves."""
     n = 100
     s = (jnp.arange(n) + 0.5) / n
     wave = jnp.arange(z.shape[1]) + 0.5
@@ -332,7 +332,7 @@ def _diabetes() -> Case:
 
 
 def train(x: np.ndarray, target: np.ndarray, *, steps: int = STEPS) -> Function:
-    """A regression network, by Adam with weight decay, all rows at once."""
+    """Train a regression network by Adam with weight decay, all rows at once."""
     network = eqx.nn.MLP(x.shape[1], 1, 64, 2, jnp.tanh, key=jax.random.key(0))
     optimizer = optax.adamw(3e-3, weight_decay=1e-2)
 

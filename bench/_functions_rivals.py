@@ -1,4 +1,4 @@
-"""What fills copies that are lost, without past answers: rivals of functions.py's learners."""
+"""Fillings of lost copies without past answers: rivals of functions.py's learners."""
 
 from collections.abc import Callable
 

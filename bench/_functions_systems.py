@@ -1,4 +1,4 @@
-"""What functions.py measures of one function: every system, on the same inputs and stragglers."""
+"""Every system that functions.py measures of one function, on the same inputs and stragglers."""
 
 import dataclasses
 import functools
@@ -80,8 +80,11 @@ CELLS = (
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Past answers, groups that are judged, straggler sets that each of them meets, and draws of
-    all of these: for choosing, for judging; sweeps of one parameter, as many for each."""
+    """The amount that is run.
+
+    It counts past answers, groups that are judged, straggler sets that each of them meets, and
+    draws of all of these for choosing and for judging; sweeps of one parameter, as many for each.
+    """
 
     history: int = 120
     groups: int = 8
@@ -107,7 +110,7 @@ class Draw:
     seed: int
 
     def masks(self, cell: Cell, sets: int) -> Masks:
-        """Each group has its own stragglers."""
+        """Return masks in which each group has its own stragglers."""
         groups = len(self.x) // NUM_DATA
         keys = jax.random.split(jax.random.key(self.seed), (sets, groups))
         return _available(cell.law, keys, cell.num_workers)
@@ -115,8 +118,11 @@ class Draw:
 
 @dataclasses.dataclass(frozen=True)
 class Numbers:
-    """What a system did on one draw: RMSE by the outputs' spread, of the uncertain ones the share
-    within their bars and how many, recall@10."""
+    """Scores of a system on one draw.
+
+    They are the RMSE over the outputs' spread, of the uncertain ones the share within their bars
+    and their number, and recall@10.
+    """
 
     rmse: float
     covered: float | None = None
@@ -145,8 +151,11 @@ class Bench:
         return [*self._choosing, *self._judging] if judging is None else both[judging]
 
     def fit(self, x: ArrayLike, y: ArrayLike, kernels: str) -> AbstractSurrogate:
-        """What past answers teach, with these kernels; a width for each of a few inputs, or those
-        that a cheap model asks for. The same for all schemes and cells."""
+        """Fit a learner to past answers with these kernels.
+
+        There is a width for each of a few inputs, or those that a cheap model asks for; the same
+        for all schemes and cells.
+        """
         key = hashlib.sha256(np.asarray(x).tobytes()).digest(), kernels
         if key not in self._fitted:
             self._fitted[key] = self._fit(x, y, kernels)
@@ -173,18 +182,19 @@ class Bench:
         )
 
     def picked_kernels(self, helped: bool = False) -> str:
-        """The kernels that did best where they were chosen, of a learner with a cheap model or of
-        one without."""
+        """Return the kernels that did best where they were chosen."""
         return best_kernels(self.kernels, helped)
 
     def learner(self, draw: Draw, helped: bool = False) -> AbstractSurrogate:
-        """What a draw's past answers teach."""
+        """Return the learner of a draw's past answers."""
         return self.fit(draw.past, draw.past_outputs, self.picked_kernels(helped))
 
     def _choose_kernels(self) -> tuple[dict[str, float], dict[bool, Kernel]]:
-        """One kernel for all outputs, or one for each component, with a cheap model and without:
-        their errors where things are chosen, of points that none of their answers tell of; and one
-        kernel of the first kind, for rivals."""
+        """Choose one kernel for all outputs, or one for each component.
+
+        This is done with a cheap model and without, by errors on the points for choosing; rivals
+        get one kernel of the first kind.
+        """
         varied = np.ptp(np.asarray(self._choosing[0].past_outputs), axis=0) > 0
         kinds = (ONE, EACH) if varied.sum() > 1 else (ONE,)
         endings = {False: ""} | ({} if self.cheap is None else {True: WITH})
@@ -211,8 +221,10 @@ class Bench:
     def measure(
         self, cell: Cell, *, judging: bool, rivals: bool = True, bars: Collection[str] = ()
     ) -> Iterator[dict[str, list[Numbers]]]:
-        """All systems in one cell, or the learners alone; a row for each draw, told after each of
-        them. Those in `bars` are judged by their error bars, too."""
+        """Yield a row for each draw, of all systems in one cell or of the learners alone.
+
+        Those in `bars` are judged by their error bars, too.
+        """
         found: dict[str, list[Numbers]] = {}
         for draw in self.draws(judging):
             masks = draw.masks(cell, self.size.sets)
@@ -223,8 +235,10 @@ class Bench:
             yield found
 
     def prepare(self, cell: Cell, *, rivals: bool = True) -> None:
-        """Finds what is chosen for a cell: NeRCC's lambda and layout, and how to mix (the same for
-        all cells, found in the first)."""
+        """Find what is chosen for a cell: NeRCC's lambda and layout, and how to mix.
+
+        The mixture is the same for all cells, found in the first.
+        """
         self._said.clear()
         if rivals:
             self._choose_codes(cell)
@@ -242,14 +256,14 @@ class Bench:
             )
 
     def chosen(self) -> dict[str, Any]:
-        """What was chosen in the cell that was prepared last, in numbers."""
+        """Return what was chosen in the cell that was prepared last, in numbers."""
         assert self._mixture is not None
         told = {name: {"lambda_dec": float(code.lambda_dec)} for name, code in self._codes.items()}
         mixed = {"theta": float(self._mixture.theta), "kappa": float(self._mixture.kappa)}
         return told | {MIXED: mixed}
 
     def decode(self, scheme: Scheme, draw: Draw, masks: Masks, *, ordered: bool = False) -> Told:
-        """What a scheme makes of the points under each straggler set; workers answer once."""
+        """Decode the points by a scheme under each straggler set; workers answer once."""
         order = draw.order if ordered else np.arange(len(draw.x))
         known, x = Known(known_encoder(scheme.code)), jnp.asarray(draw.x[order])
         prepared, coded = eqx.filter_jit(scheme.encode)(x, known.encoder)
@@ -258,12 +272,12 @@ class Bench:
         return told.decoded.predictions[:, home], told.deviation[:, home]
 
     def decode_plain(self, code: AbstractCode, draw: Draw, masks: Masks) -> Array:
-        """The predictions of a code by itself, as the points come."""
+        """Return the predictions of a code by itself, as the points come."""
         groups = jnp.asarray(draw.x).reshape(-1, NUM_DATA, draw.x.shape[-1])
         return _decode(code, self._answers(encode_groups(code, groups, known_encoder(code))), masks)
 
     def decode_ordered(self, code: AbstractCode, draw: Draw, masks: Masks) -> Array:
-        """The same, with the points in their order."""
+        """Return the predictions of a code by itself, with the points in their order."""
         there = dataclasses.replace(draw, x=draw.x[draw.order])
         return self.decode_plain(code, there, masks)[:, np.argsort(draw.order)]
 
@@ -278,19 +292,19 @@ class Bench:
         return Draw(past, self.outputs(past), x, self.outputs(x), order, found, seed)
 
     def inputs(self, judging: bool, seed: int, count: int) -> np.ndarray:
-        """As the case's, filled up."""
+        """Return inputs of the case, filled up."""
         x = self.case.inputs(judging, seed, count)
         return np.pad(x, ((0, 0), (0, max(WIDE - x.shape[1], 0))))
 
     def outputs(self, x: np.ndarray | Array) -> Float[Array, "points m"]:
-        """The function's outputs, computed in batches of one size."""
+        """Return the function's outputs, computed in batches of one size."""
         rows, batch = len(x), 256
         x = jnp.concatenate([jnp.asarray(x), jnp.zeros((-rows % batch, *x.shape[1:]))])
         parts = [self.function(x[start : start + batch]) for start in range(0, len(x), batch)]
         return jnp.concatenate(parts)[:rows]
 
     def _answers(self, coded: Array) -> Array:
-        """What workers say; the same to the same, until another cell is prepared."""
+        """Return the workers' answers; the same to the same, until another cell is prepared."""
         groups, workers = coded.shape[:2]
         key = hashlib.sha256(np.asarray(coded).tobytes()).digest()
         if key not in self._said:
@@ -310,7 +324,7 @@ class Bench:
             self._codes[name] = codes[int(np.argmin(errors))]
 
     def _chosen(self, cell: Cell, code: NeRCC, told: Callable[..., Array]) -> float:
-        """A code's error where things are chosen."""
+        """Return a code's error where things are chosen."""
         errors = [
             _rmse(told(code, draw, draw.masks(cell, self.size.sets)), draw)
             for draw in self._choosing
@@ -335,8 +349,7 @@ class Bench:
             yield name, self._numbers(predictions, draw)
 
     def _helped_rivals(self, cell: Cell, draw: Draw, masks: Masks) -> Iterator[tuple[str, Numbers]]:
-        """Copies, with the cheap model where they are lost; or by its features, and in place of
-        answers what they differ from its word."""
+        """Decode copies with the cheap model where they are lost, or by its features."""
         assert self.cheap is not None
         answered, features = _answered(cell, masks), self.cheap.features(jnp.asarray(draw.x))
         word = jnp.zeros_like(draw.own)
@@ -391,8 +404,10 @@ class Bench:
     def _bars(
         self, cell: Cell, scheme: Scheme, draw: Draw, kernels: str, *, ordered: bool
     ) -> ErrorBars:
-        """A scheme's error bars, by the past answers alone: what is decoded of each group of them
-        by a learner of the others."""
+        """Return a scheme's error bars by the past answers alone.
+
+        Each group of them is decoded by a learner of the others.
+        """
         past = np.asarray(draw.past)
         order = np.asarray(order_points(past, NUM_DATA)) if ordered else np.arange(len(past))
         return cross_validate_error_bars(
@@ -422,8 +437,7 @@ class Bench:
 def filled_up(
     function: Callable[[Array], Array], width: int, outputs: int = OUTPUTS
 ) -> Callable[[Array], Array]:
-    """A function as it is measured: compiled, of so many inputs that are filled up, with outputs
-    that are."""
+    """Compile a function as it is measured, with inputs and outputs filled up."""
 
     @eqx.filter_jit
     def filled(x: Float[Array, "batch wide"]) -> Float[Array, "batch m"]:
@@ -434,24 +448,24 @@ def filled_up(
 
 
 def cheap_filled_up(cheap: CheapModel, width: int) -> CheapModel:
-    """A cheap model as it is measured; its features are as many as they are."""
+    """Compile a cheap model as it is measured; its features are as many as they are."""
     prior = None if cheap.prior is None else filled_up(cheap.prior, width)
     return dataclasses.replace(cheap, features=filled_up(cheap.features, width, 0), prior=prior)
 
 
 def best_kernels(errors: Mapping[str, float], helped: bool) -> str:
-    """The kernels with the least error of those with a cheap model, or of those without."""
+    """Return the kernels with the least error, with a cheap model or without."""
     return min((name for name in errors if name.endswith(WITH) == helped), key=errors.__getitem__)
 
 
 def picked(chosen: Mapping[str, list[Numbers]]) -> str:
-    """The scheme with the least error where things are chosen; none of the rivals."""
+    """Return the scheme with the least error where things are chosen; none of the rivals."""
     schemes = [name for name in (*LEARNERS, *HELPED) if name in chosen]
     return min(schemes, key=lambda name: np.mean([numbers.rmse for numbers in chosen[name]]))
 
 
 def _answered(cell: Cell, masks: Masks) -> Bool[Array, "sets groups num_data"]:
-    """Of which data points a copy is answered, with copies of all alike."""
+    """Return the data points with an answered copy, if all have as many copies."""
     held = np.argmax(np.asarray(known_encoder(_nercc(cell.num_workers, "repeated"))), axis=1)
     holds = held[:, None] == np.arange(NUM_DATA)
     return jnp.asarray(np.any(holds & np.asarray(masks)[..., None], axis=-2))
@@ -473,7 +487,7 @@ def _bacc(num_workers: int) -> Berrut:
 
 
 def _rmse(predictions: Float[Array, "*sets points m"], draw: Draw) -> float:
-    """By the spread of the function's own outputs, over all sets, data points and outputs."""
+    """Return the RMSE over the spread of the outputs, over all sets, points and outputs."""
     own = np.asarray(draw.own, np.float64)
     error = np.mean((np.asarray(predictions, np.float64) - own) ** 2)
     return float(np.sqrt(error / np.mean((own - own.mean(axis=0)) ** 2)))

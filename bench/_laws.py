@@ -10,7 +10,7 @@ from nercc_jax.stragglers import ExponentialLatency, ParetoLatency, TraceLatency
 
 @dataclasses.dataclass(frozen=True)
 class Law:
-    """How workers straggle, beside the base delay of every call."""
+    """A law of stragglers, in addition to the base delay of every call."""
 
     name: str
     words: str
@@ -18,7 +18,10 @@ class Law:
 
 
 def laws(base: float, num_workers: int) -> dict[str, Law]:
-    """By name, in units of the base service time. A rack that dies loses what it has in hand."""
+    """Return laws by name, in units of the base service time.
+
+    A rack that dies loses what it has in hand.
+    """
     tenfold = TraceLatency(jnp.array([10 * base]))
     rack = tuple(range(num_workers // 4))
     independent = [

@@ -1,4 +1,4 @@
-"""What benchmarks share: interleaved timing, a count of compilations, the machine, JSON."""
+"""Tools of all benchmarks: interleaved timing, a count of compilations, the machine, JSON."""
 
 import dataclasses
 import datetime
@@ -43,7 +43,7 @@ class Timing:
         return float(np.quantile(self.seconds, share))
 
     def ratio(self, other: "Timing") -> float:
-        """The median over repeats of self's time by other's in the same repeat."""
+        """Return the median over repeats of self's time over other's in the same repeat."""
         return float(np.median(np.divide(self.seconds, other.seconds)))
 
     def summary(self) -> dict[str, float | int]:
@@ -56,7 +56,7 @@ class Timing:
 
 
 def interleaved(contenders: Mapping[str, Contender], repeats: int) -> dict[str, Timing]:
-    """Times contenders in turn, A B C then C B A, so that a busy machine's drift hits all alike."""
+    """Time contenders in turn, A B C then C B A, so that a busy machine's drift hits all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for repeat in range(repeats):
         names = list(contenders)
@@ -66,7 +66,7 @@ def interleaved(contenders: Mapping[str, Contender], repeats: int) -> dict[str, 
 
 
 def warmed(contender: Contender) -> Contender:
-    """The same, with an untimed call before each timed one: nobody pays for the others' traces.
+    """Return the contender with an untimed call before each timed one.
 
     What ran in between has emptied the caches and put threads to sleep, which costs a call of 0.1
     ms as much again.
@@ -80,13 +80,13 @@ def warmed(contender: Contender) -> Contender:
 
 
 def affordable(contenders: Mapping[str, Contender], seconds: float, most: int) -> int:
-    """How many repeats of all contenders fit into so many seconds; from 5 to `most`."""
+    """Return how many repeats of all contenders fit into these seconds; from 5 to `most`."""
     once = sum(clock(contender) for contender in contenders.values())
     return max(5, min(most, int(seconds / once)))
 
 
 def clock(contender: Contender) -> float:
-    """Seconds of one call on fresh arguments."""
+    """Return the seconds of one call on fresh arguments."""
     arguments = contender.prepare()
     start = time.perf_counter()
     result = contender.call(*arguments)
@@ -113,7 +113,7 @@ class CompileCounter:
 
 
 def environment(packages: Sequence[str]) -> dict[str, Any]:
-    """Where and with what this ran. The load average is of this moment."""
+    """Return the machine and the versions. The load average is of this moment."""
     device = jax.devices()[0]
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -135,7 +135,7 @@ def block_bootstrap(
     block: int = 100,
     rounds: int = 1000,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Some numbers of all values, and their 95 % intervals' ends.
+    """Return some numbers of all values, and their 95 % intervals' ends.
 
     Values in the order in which they came, in parts: neighbours in a stream are not independent, so
     whole blocks of them are drawn.

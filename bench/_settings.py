@@ -1,4 +1,4 @@
-"""What paper.py and tuning.py are about: models at (N, K), numbers of stragglers, the grid."""
+"""Settings of paper.py and tuning.py: models at (N, K), numbers of stragglers, the grid."""
 
 import dataclasses
 
@@ -25,16 +25,16 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """As an option and a key."""
+        """Return the setting as an option and a key."""
         return f"{self.model}:{self.num_workers}:{self.num_data}"
 
     @property
     def words(self) -> str:
-        """As a reader sees it."""
+        """Return the setting for a reader."""
         return f"{self.model} ({self.num_workers}, {self.num_data})"
 
     def laws(self, count: int) -> dict[str, ExactStragglers]:
-        """`count` numbers of stragglers from 0 to N - K, evenly spread, by name."""
+        """Return `count` numbers of stragglers from 0 to N - K, evenly spread, by name."""
         spread = np.linspace(0, self.num_workers - self.num_data, count)
         return {str(s): ExactStragglers(s) for s in sorted({round(float(s)) for s in spread})}
 

@@ -1,4 +1,4 @@
-"""What coding costs beside the model, on whatever device there is, and how near to its limits.
+"""Measure the cost of coding on any device, and how near it is to the device's limits.
 
     python bench/accelerator.py [--only PATTERN ...] [--groups G ...] [--dtypes D ...]
                                 [--seconds S] [--gigabytes G] [--output FOLDER]
@@ -67,7 +67,7 @@ def compile_part(part: Part) -> Built:
 
 
 def check_finite(result: Any) -> None:
-    """Raises: ValueError for numbers that are not: decoding those takes another way."""
+    """Raise ValueError for results that are not finite: decoding those takes another way."""
     for leaf in jax.tree.leaves(result):
         if jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating) and not np.all(
             np.isfinite(np.asarray(leaf, np.float32))
@@ -76,7 +76,7 @@ def check_finite(result: Any) -> None:
 
 
 def xla_counts(compiled: Any) -> dict[str, float]:
-    """XLA's own count of a program (a loop's body once), and its launches where there are some."""
+    """Return XLA's own count of a program (a loop's body once), and its launches on a GPU."""
     found = compiled.cost_analysis() or {}
     counts = {"flops": found.get("flops", 0.0), "bytes": found.get("bytes accessed", 0.0)}
     memory = compiled.memory_analysis()
@@ -88,7 +88,7 @@ def xla_counts(compiled: Any) -> dict[str, float]:
 
 
 def measure(case: Case, limits: Limits, seconds: float) -> dict[str, Any]:
-    """All of a case's timings. Raises: TooLarge when three rounds of it would take too long."""
+    """Return all of a case's timings; raise TooLarge when three rounds would take too long."""
     made = case.build()
     if isinstance(made, Steps):
         timing = Timing(tuple(made.run()))
@@ -143,7 +143,7 @@ def summary(
 def measure_all(
     chosen: Iterable[Case], limits: Limits, seconds: float, gigabytes: float
 ) -> dict[str, dict[str, Any]]:
-    """By name: a case's timings, or why it was left out."""
+    """Return by name a case's timings, or why it was left out."""
     results: dict[str, dict[str, Any]] = {}
     skipped: dict[str, str] = {}
     for case in chosen:
@@ -174,7 +174,7 @@ def line(case: Case, row: Mapping[str, Any]) -> str:
 
 
 def add_results(path: Path, run: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds to what was measured on the same device before: the other cases stay."""
+    """Add to what was measured on the same device before: the other cases stay."""
     content = json.loads(path.read_text()) if path.exists() else {"runs": {}}
     label = run["environment"]["device"]
     kept = content["runs"].get(label, {}).get("cases", {})
@@ -184,7 +184,7 @@ def add_results(path: Path, run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def kept_limits(path: Path, label: str) -> Limits | None:
-    """Those that the device's other cases were held against."""
+    """Return the limits of the device's other cases."""
     runs = json.loads(path.read_text())["runs"] if path.exists() else {}
     return Limits(**runs[label]["limits"]) if label in runs else None
 

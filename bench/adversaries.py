@@ -74,8 +74,10 @@ RATE_CONSTANTS = tuple(10.0**p for p in np.arange(-4, 1.5, 0.5))
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A code and how its answers (groups, N, m) are decoded, given how many may lie; `matrix` is
-    its plain decoder."""
+    """A code and the way its answers (groups, N, m) are decoded, given how many may lie.
+
+    `matrix` is its plain decoder.
+    """
 
     code: AbstractCode
     matrix: np.ndarray
@@ -84,7 +86,7 @@ class Method:
 
 @eqx.filter_jit
 def _decode_each(code, y, most, method, constant):
-    """Each group for itself; one compilation for any number of adversaries."""
+    """Decode each group for itself; one compilation for any number of adversaries."""
 
     def decode(answers):
         got = robust_decode(
@@ -97,8 +99,7 @@ def _decode_each(code, y, most, method, constant):
 
 
 def robust(code: NeRCC, method: RobustMethod, together: bool = False) -> Method:
-    """Robust decoding, of each group for itself or of all groups as one with many outputs."""
-
+    """Return robust decoding, of each group for itself or of all groups together."""
     everyone = np.ones(code.num_workers, bool)
 
     def decode(y: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -116,7 +117,7 @@ def robust(code: NeRCC, method: RobustMethod, together: bool = False) -> Method:
 
 
 def plain(code: AbstractCode, before: Callable[[np.ndarray], np.ndarray] | None = None) -> Method:
-    """The code's own decoder on all answers."""
+    """Return the code's own decoder on all answers."""
     matrix = decoder(code)
 
     def decode(y: np.ndarray, most: int) -> tuple[np.ndarray, None]:
@@ -140,7 +141,7 @@ def medians_of_copies(code: Replication) -> Method:
 
 
 def running_median(beta: np.ndarray, width: int = 5) -> Callable[[np.ndarray], np.ndarray]:
-    """Each answer by the median of it and its neighbours on the line, output by output."""
+    """Return each answer by the median of it and its neighbours on the line."""
     order = np.argsort(beta)
 
     def smooth(y: np.ndarray) -> np.ndarray:
@@ -170,7 +171,7 @@ def methods(setting: Setting) -> dict[str, Method]:
 
 
 def places(code: AbstractCode) -> np.ndarray:
-    """Workers in the order of their places on the line."""
+    """Return workers in the order of their places on the line."""
     if isinstance(code, Replication):
         return np.argsort(copies(code.num_data, code.num_workers), kind="stable")
     return np.argsort(np.asarray(code.beta), kind="stable")  # pyright: ignore[reportAttributeAccessIssue]
@@ -185,7 +186,7 @@ def attack(
     limits: tuple[float, float],
     seed: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The answers with `count` liars among the workers, and the liars."""
+    """Return the answers with `count` liars among the workers, and the liars."""
     random = np.random.default_rng([seed, count, ATTACKS.index(kind)])
     low, high = limits
     code = method.code
@@ -213,8 +214,11 @@ def attack(
 def worst_ends(
     matrix: np.ndarray, said: np.ndarray, limits: tuple[float, float], random
 ) -> np.ndarray:
-    """The ends of the range at which |matrix (end - said)|^2 is (locally) largest: its gradient's
-    signs, until they stay. The square is convex, so that an end is never worse than the inside."""
+    """Return the ends of the range at which |matrix (end - said)|^2 is (locally) largest.
+
+    They are its gradient's signs, until they stay. The square is convex, so an end is never worse
+    than the inside.
+    """
     gram = matrix.T @ matrix
     end = np.where(random.random(said.shape) < 0.5, *limits)
     for _ in range(20):
@@ -332,8 +336,10 @@ def rate(size: Size) -> dict[str, Any]:
 
 
 def _rate_errors(num_workers: int, count: int, method: Any, constant: float) -> list[float]:
-    """The squared error for each of twenty placements of neighbours who all answer 1, the end of
-    sin's range: sin of three times a number that goes from -1 to 1 along the data points."""
+    """Return the squared error for each of twenty placements of neighbours who all answer 1.
+
+    1 is the end of sin's range; the function is sin of three times a number from -1 to 1.
+    """
     code = NeRCC(RATE_DATA, num_workers)
     y = np.asarray(jnp.sin(3 * code.encode(code.alpha[:, None])))
     own = np.sin(3 * np.asarray(code.alpha))[:, None]
@@ -353,7 +359,7 @@ def _rate_errors(num_workers: int, count: int, method: Any, constant: float) -> 
 
 
 def _merge(path: Path, news: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds to what the file has by now, as other parts may run beside this one."""
+    """Add to what the file has by now, as other parts may run at the same time."""
     results = json.loads(path.read_text()) if path.exists() else {"parts": {}}
     results["parts"] |= news.get("parts", {})
     write_json(path, {**results, **{k: v for k, v in news.items() if k != "parts"}})

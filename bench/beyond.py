@@ -57,8 +57,11 @@ CELLS = (
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Images to choose by, and as many to calibrate the doubt on as to judge by; straggler sets;
-    steps of gradient descent in the search."""
+    """The amount that is run.
+
+    It counts images to choose by, and as many to calibrate on as to judge by; straggler sets; steps
+    of gradient descent in the search.
+    """
 
     choose: int = 1024
     points: int = 1024
@@ -123,7 +126,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def workload(name: str, outputs: Outputs, size: Size, data_dir: Path) -> Workload:
-    """The model, its student, and three parts of the images, which have none in common."""
+    """Return the model, its student, and three disjoint parts of the images."""
     network = answering(name, outputs)
     x, _ = network.images(size.split, data_dir, size.choose + 2 * size.points, 0)
     student = Answering(load_student(name), outputs)
@@ -132,7 +135,7 @@ def workload(name: str, outputs: Outputs, size: Size, data_dir: Path) -> Workloa
 
 
 def promises(bench: Bench, name: str, outputs: Outputs, size: Size) -> None:
-    """What the doubt promises of repeated points, with the surrogate and without, in any order.
+    """Measure the error probability of repeated points, with the surrogate and without.
 
     Each half of the images is judged by what was calibrated on the other one.
     """
@@ -156,14 +159,14 @@ LEARNED: dict[str, Learners] = {}  # by model: all cells have the same
 
 
 def with_learners(bench: Bench, name: str, with_student: bool) -> None:
-    """A learner from past answers, without a student and with it."""
+    """Measure a learner from past answers, without a student and with it."""
     if name not in LEARNED:
         LEARNED[name] = learn(bench, Answering(load_student(name), "logits"))
     learners(bench, LEARNED[name], with_student)
 
 
 def every_mode(bench: Bench, name: str, outputs: Outputs, size: Size) -> None:
-    """All modes at one (N, K, S)."""
+    """Measure all modes at one (N, K, S)."""
     work, cell = bench.work, bench.cell
 
     def parity_model(k: int):
@@ -204,7 +207,7 @@ def every_mode(bench: Bench, name: str, outputs: Outputs, size: Size) -> None:
 
 
 def _friendly(work: Workload, name: str, outputs: Outputs) -> Workload:
-    """The same with the model that was trained for it, which is what it then is compared with."""
+    """Measure the model that was trained for coding, against its own labels."""
     return dataclasses.replace(work, model=answering(f"{name}-coded", outputs))
 
 

@@ -1,4 +1,4 @@
-"""How fast encoding and decoding are, against SciPy, csaps and the bare matrix product.
+"""Time encoding and decoding against SciPy, csaps and the bare matrix product.
 
     python bench/coding.py [--quick] [--output FOLDER]
 
@@ -92,12 +92,12 @@ class Setting:
         return f"({self.num_data}, {self.num_workers}, {self.coordinates}){groups}"
 
     def code(self) -> NeRCC:
-        """The default decoder; encoding smooths as much, so that rivals cannot just interpolate."""
+        """Return the default decoder; encoding smooths, so that rivals cannot just interpolate."""
         lambda_ = (9.0 * self.num_data) ** -4
         return NeRCC(self.num_data, self.num_workers, lambda_enc=lambda_, lambda_dec=lambda_)
 
     def masks(self, rng: np.random.Generator) -> np.ndarray:
-        """One new straggler set per group: (groups, num_workers)."""
+        """Return one new straggler set for each group: (groups, num_workers)."""
         ranks = rng.random((self.groups, self.num_workers)).argsort(axis=1).argsort(axis=1)
         return ranks >= self.stragglers
 
@@ -162,7 +162,7 @@ _RIVALS: dict[str, Fit] = {"SciPy": _fit_scipy, "csaps": _fit_csaps}
 
 
 def _evaluate_natural(spline: Evaluate, t: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """The spline at `at`, continued in straight lines; costs nothing more where none is outside."""
+    """Evaluate the spline at `at`, continued in straight lines."""
     inside = np.clip(at, t[0], t[-1])
     values = spline(inside)
     outside = np.flatnonzero(at != inside)
@@ -173,7 +173,7 @@ def _evaluate_natural(spline: Evaluate, t: np.ndarray, at: np.ndarray) -> np.nda
 
 
 def _rival(fit: Fit, problems: Sequence[tuple[np.ndarray, np.ndarray]], at, lambda_) -> Contender:
-    """Fits each problem (sorted points, observations) and evaluates it at `at`."""
+    """Fit each problem (sorted points, observations) and evaluate it at `at`."""
 
     def call():
         return [_evaluate_natural(fit(t, y, lambda_), t, at) for t, y in problems]
@@ -283,7 +283,7 @@ def decode_task(setting: Setting, rng: np.random.Generator) -> Task:
 
 
 def _jitted_decoder(groups: int) -> tuple[Callable[..., Any], ...]:
-    """(code, y, available) -> Decoded; (code, available) -> the matrix; the product with that."""
+    """Return functions for `Decoded`, for the matrix, and for the product with that."""
     if groups == 1:
         matrices = jax.jit(lambda code, available: code.decoder_matrix(available))
         decode = jax.jit(lambda code, y, available: code.try_decode(y, available))
@@ -304,7 +304,7 @@ def _jitted_decoder(groups: int) -> tuple[Callable[..., Any], ...]:
 def _surviving(
     beta: np.ndarray, y: np.ndarray, masks: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Each group's answering workers, sorted along the line, in float64."""
+    """Return each group's answering workers, sorted along the line, in float64."""
     order = np.argsort(beta)
     for answers, mask in zip(y, masks, strict=True):
         kept = order[mask[order]]
@@ -312,7 +312,7 @@ def _surviving(
 
 
 def _new_sets(setting: Setting, rng: np.random.Generator) -> Iterator[jax.Array]:
-    """Endless straggler sets, ready on the device."""
+    """Yield straggler sets without end, ready on the device."""
     while True:
         masks = setting.masks(rng)
         yield _wait(jnp.asarray(masks[0] if setting.groups == 1 else masks))
@@ -342,7 +342,7 @@ def _wait(result: Any) -> Any:
 
 
 def measure(task: Task, counter: CompileCounter, repeats: int, slow_s: float) -> Measured:
-    """Checks that all agree, then times; the first calls of ours compile."""
+    """Check that all agree, then time them; the first calls of ours compile."""
     _wait(task.product.call(*task.product.prepare()))
     arguments = task.ours.prepare()
     before = counter.seconds
@@ -375,7 +375,7 @@ def measure(task: Task, counter: CompileCounter, repeats: int, slow_s: float) ->
 
 
 def _check(task: Task) -> dict[str, float]:
-    """Each contender's largest difference from SciPy (float64), by SciPy's largest value."""
+    """Return each contender's largest difference from SciPy (float64), over its largest value."""
     exact = task.agree["SciPy"]()
     others = {name: result() for name, result in task.agree.items() if name != "SciPy"}
     differences = {
@@ -396,7 +396,7 @@ def _demand_agreement(what: str, differences: dict[str, float]) -> None:
 
 
 def careful_share(setting: Setting, sets: int) -> float:
-    """How many decoding calls take the careful way although every answer is finite."""
+    """Return the share of decoding calls that take the careful way with finite answers."""
     code, rng = setting.code(), np.random.default_rng(_SEED)
     rows = jax.jit(lambda m: jnp.max(jnp.sum(jnp.abs(code.decoder_matrix(m)), axis=1)))
     largest = [max(float(rows(m)) for m in setting.masks(rng)) for _ in range(sets)]
@@ -423,7 +423,7 @@ class Linear:
 
 
 def measure_linear(coordinates: int, repeats: int, slow_s: float) -> list[Linear]:
-    """Fits at all numbers of knots, in turn, so that drift cannot pass for growth."""
+    """Time fits at all numbers of knots, in turn, so that drift cannot pass for growth."""
     fits = {knots: _linear_fits(knots, coordinates) for knots in _KNOTS}
     differences = {}
     for knots, (ours, scipy) in fits.items():
@@ -441,7 +441,7 @@ def measure_linear(coordinates: int, repeats: int, slow_s: float) -> list[Linear
 
 
 def _linear_fits(knots: int, coordinates: int) -> tuple[Contender, Contender]:
-    """Ours and SciPy's, of a noisy wave on evenly spaced knots; each spans some twenty of them."""
+    """Return our fit and SciPy's of a noisy wave on evenly spaced knots."""
     rng = np.random.default_rng(_SEED)
     t = jnp.linspace(-1, 1, knots, dtype=jnp.float32)
     noise = 0.1 * rng.standard_normal((knots, coordinates), dtype=np.float32)
@@ -463,7 +463,7 @@ def _linear_fits(knots: int, coordinates: int) -> tuple[Contender, Contender]:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What is aimed at, and what was measured."""
+    """An aim, and what was measured."""
 
     text: str
     measured: float
@@ -492,7 +492,7 @@ def targets(measured: Sequence[Measured], linear: Sequence[Linear]) -> list[Targ
 
 
 def _spreads(linear: Sequence[Linear]) -> dict[int, float]:
-    """For each number of coordinates, the largest time per knot by the smallest."""
+    """Return for each number of coordinates the largest time per knot over the smallest."""
     factors = {}
     for coordinates in dict.fromkeys(one.coordinates for one in linear):
         per_knot = [one.ours_ns for one in linear if one.coordinates == coordinates]
@@ -588,7 +588,7 @@ def target_table(found: Sequence[Target]) -> Table:
 
 
 def plot(measured: Sequence[Measured], linear: Sequence[Linear], subtitle: str, path: Path) -> None:
-    """Bars of milliseconds, and nanoseconds per knot against the number of knots."""
+    """Draw bars of milliseconds, and nanoseconds per knot against the number of knots."""
     figure, (bars, lines) = plt.subplots(
         1, 2, figsize=(12.5, 4.8), width_ratios=(2.2, 1), layout="constrained"
     )
@@ -639,7 +639,7 @@ def _ms(timing: Timing | None) -> str:
 def as_json(
     measured: Sequence[Measured], linear: Sequence[Linear], careful: dict[str, float]
 ) -> dict[str, Any]:
-    """All medians and ratios."""
+    """Return all medians and ratios."""
     return {
         "tasks": [
             {

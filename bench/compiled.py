@@ -1,4 +1,4 @@
-"""What accelerators would run, checked without one: compiles for a TPU v5e or an H100.
+"""Check what accelerators would run, without one: compile for a TPU v5e or an H100.
 
     python bench/compiled.py [--platform tpu|cuda] [--only PATTERN ...] [--quick] [--update]
                              [--keep FOLDER] [--budget FILE]
@@ -59,7 +59,7 @@ _LONGEST_ERROR = 200
 
 
 def chosen(names: Sequence[str], patterns: Sequence[str], budgets: Budgets) -> list[str]:
-    """The programs that fit a pattern, and those that they are compared with."""
+    """Return the programs that fit a pattern, and those that they are compared with."""
     fitting = {
         name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
     }
@@ -68,7 +68,7 @@ def chosen(names: Sequence[str], patterns: Sequence[str], budgets: Budgets) -> l
 
 
 def measure(compiled: Compiled) -> Measured:
-    """The numbers of a compiled program."""
+    """Return the numbers of a compiled program."""
     summary = summarise(compiled.hlo)
     return Measured(
         compile_s=compiled.seconds,
@@ -91,7 +91,7 @@ def measure(compiled: Compiled) -> Measured:
 def attempt(
     make: Callable[[list[Any]], Any], described: list[Any], keep: Callable[[Compiled], None]
 ) -> Measured:
-    """Compiles one program; what the compiler raises is what was measured, too."""
+    """Compile one program; what the compiler raises is a result, too."""
     start = time.perf_counter()
     try:
         compiled = compile_program(make(described), described)
@@ -103,7 +103,7 @@ def attempt(
 
 
 def save(folder: Path | None, name: str, compiled: Compiled) -> None:
-    """The program's text, before and after the compiler."""
+    """Write the program's text, before and after the compiler."""
     if folder is None:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ def save(folder: Path | None, name: str, compiled: Compiled) -> None:
 
 
 def row(cells: Sequence[str]) -> str:
-    """Cells in columns: text to the left, numbers to the right."""
+    """Return cells in columns: text to the left, numbers to the right."""
     left = ("program", "loops", "verdict")
     return "  ".join(
         cell.ljust(width) if column in left else cell.rjust(width)
@@ -122,7 +122,7 @@ def row(cells: Sequence[str]) -> str:
 
 
 def cells(name: str, found: Measured, budget: Budget, failed: bool) -> list[str]:
-    """A program's row; a count with a limit shows both, `774/110`."""
+    """Return a program's row; a count with a limit shows both, `774/110`."""
 
     def count(key: str) -> str:
         shown = f"{getattr(found, key):,}"
@@ -146,7 +146,7 @@ def cells(name: str, found: Measured, budget: Budget, failed: bool) -> list[str]
 
 
 def write_results(platform: str, kind: str, results: Mapping[str, Measured]) -> Path:
-    """Adds to what was measured before: the other programs' numbers stay."""
+    """Add to what was measured before: the other programs' numbers stay."""
     from _report import environment, write_json
 
     path = RESULTS / f"compiled-{platform}.json"

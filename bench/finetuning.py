@@ -1,4 +1,4 @@
-"""What fine-tuning through the nested objective buys: coded predictions before and after it.
+"""Measure coded predictions before and after fine-tuning through the nested objective.
 
     python bench/finetuning.py [--train] [--quick] [--only MODELS] [--data-dir FOLDER]
 
@@ -66,8 +66,7 @@ ALLOWED_LOSS = 0.003  # of clean accuracy
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How a model is fine-tuned: its outputs, the cells and layouts that take turns, numbers of
-    `fine_tune`."""
+    """A model's fine-tuning: its outputs, the cells and layouts that take turns, numbers."""
 
     model: str
     outputs: Outputs
@@ -118,14 +117,16 @@ PLANS = (
 
 
 def sharp(decoded: Array, original: Array) -> Array:
-    """The divergence between both probability vectors as logits ten times as large: what decides
-    labels counts, not how far beyond doubt they are."""
+    """Return the divergence between both probability vectors as logits ten times as large.
+
+    So what decides labels counts, not how certain they are beyond that.
+    """
     wanted = jax.nn.log_softmax(10 * original)
     return jnp.sum(jnp.exp(wanted) * (wanted - jax.nn.log_softmax(10 * decoded)))
 
 
 def surprise(probabilities: Array, label: Array) -> Array:
-    """The cross-entropy of outputs that are probabilities."""
+    """Return the cross-entropy of outputs that are probabilities."""
     return -jnp.log(jnp.maximum(probabilities[label], 1e-6))
 
 
@@ -163,7 +164,7 @@ def train(plan: Plan, data_dir: Path, folder: Path, log: Callable[[str], None]) 
 
 
 def _fast(network: Answering) -> Answering:
-    """The same function, with convolutions whose gradient a CPU computes fast."""
+    """Return the same function, with convolutions whose gradient a CPU computes fast."""
     ready = network.network
     module: Any = nnx.merge(ready.graphdef, ready.state)
     for _, part in nnx.iter_modules(module):
@@ -174,12 +175,12 @@ def _fast(network: Answering) -> Answering:
 
 
 def plain_padding(padding: Any) -> bool:
-    """Whether a convolution's padding is given in pixels, as `convolve` wants it."""
+    """Return whether a convolution's padding is given in pixels, as `convolve` wants it."""
     return not isinstance(padding, str)
 
 
 def _augmented(plan: Plan) -> Callable[[Array, PRNGKeyArray], Array]:
-    """The changes to images with which the shipped model was trained."""
+    """Return the changes to images with which the shipped model was trained."""
     recipe = RECIPES[plan.model].augmentation
     how = Augmentation(padding=recipe.padding, flip=plan.flip)
     return lambda x, key: augment(key, x, jnp.zeros((len(x), 1)), how)[0]
@@ -188,7 +189,7 @@ def _augmented(plan: Plan) -> Callable[[Array, PRNGKeyArray], Array]:
 def _checkpoint(
     plan: Plan, step: FineTuningStep, model: Answering, log: Callable[[str], None]
 ) -> None:
-    """Keeps what there is so far at each look: a long run may be cut off."""
+    """Write the model so far at each judgement: a long run may be cut off."""
     if step.held_out is None:
         return
     store(Path("checkpoints") / f"{plan.model}-coded", f"step-{step.step}", model.network.state)
@@ -231,7 +232,7 @@ def _write(plan: Plan, tuned: FineTuned[Answering], folder: Path, data_dir: Path
 
 
 def clean_score(model: ReadyModel, data_dir: Path) -> dict[str, Any]:
-    """How many of all test images a model gets right."""
+    """Return how many of all test images a model gets right."""
     classify = eqx.filter_jit(lambda model, images: model(model.preprocess(images)))
     result = score(
         lambda images: classify(model, images), load_data(model.data, "test", data_dir=data_dir)
@@ -241,7 +242,7 @@ def clean_score(model: ReadyModel, data_dir: Path) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """How much is run."""
+    """The amount that is run."""
 
     points: int = 1000
     sets: int = 20
@@ -273,7 +274,7 @@ def measure(
 
 
 def _agreement(networks: Mapping[str, ReadyModel], data_dir: Path) -> float:
-    """The share of test images that both forms give the same label."""
+    """Return the share of test images that both forms give the same label."""
     first = next(iter(networks.values()))
     data = load_data(first.data, "test", data_dir=data_dir)
     choices = []
@@ -314,7 +315,7 @@ def _rows(
 
 
 def _arranged(original: Answering, x: np.ndarray, num_data: int, order: str) -> np.ndarray:
-    """The order of the data points, the same for both forms of a model.
+    """Return the order of the data points, the same for both forms of a model.
 
     A shallow model's are ordered by their pixels, a deep one's by the original's own outputs, an
     upper bound on what a cheap proxy of it can give.

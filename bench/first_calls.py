@@ -1,4 +1,4 @@
-"""How long a user's first calls take, which is compilation mostly, beside another revision.
+"""Time a user's first calls, which are compilation mostly, against another revision.
 
     python bench/first_calls.py [--against REV] [--repeats N] [--quick]
 
@@ -97,7 +97,7 @@ class Checkout:
     revision: str
 
     def run(self, arguments: Sequence[str], **settings: str) -> str:
-        """Run Python on these sources in an empty folder; return what it prints.
+        """Run Python on these sources in an empty folder; return its output.
 
         Raises: subprocess.SubprocessError if it fails or takes longer than `TIMEOUT`.
         """

@@ -48,10 +48,12 @@ def main() -> None:
 
 
 def measure(case: Case, size: Size, options: argparse.Namespace, path: Path, log: Any) -> None:
-    """Some cells of one function, or all, and its sweep where there is a parameter to sweep; what
-    is measured is on disk at once.
+    """Measure some cells of one function, or all, and its sweep.
 
-    With `learners` the learners alone are judged again."""
+    What is measured is on disk at once. With `learners` the learners alone are judged again.
+
+    With `learners` the learners alone are judged again.
+    """
     start = time.perf_counter()
     bench = Bench(case, dataclasses.replace(size, judged=0) if options.sweeps else size, log)
     for cell in [] if options.sweeps else CELLS:
@@ -68,7 +70,7 @@ def measure(case: Case, size: Size, options: argparse.Namespace, path: Path, log
 
 
 def _keep(path: Path, case: Case, size: Size, found: dict[str, Any]) -> None:
-    """Writes what was found beside what is there already."""
+    """Write what was found in addition to what is there already."""
     results = _read(path)
     told = results.setdefault(case.name, {})
     told |= {"about": case.about}
@@ -86,7 +88,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _measured(
     bench: Bench, cell: Cell, known: Mapping[str, Any] | None
 ) -> Iterator[dict[str, Any]]:
-    """One cell, told after each draw; with what is known of it, as `measure`."""
+    """Yield one cell after each draw; with what is known of it, as `measure`."""
     bench.prepare(cell, rivals=known is None)
     *_, chosen = bench.measure(cell, judging=False, rivals=False)
     name = picked(chosen)
@@ -101,12 +103,15 @@ def _measured(
 
 
 def sweep(bench: Bench) -> dict[str, Any]:
-    """RMSE of sweeps of the first parameter in 20 steps, draw by draw, with the code's points and
-    others; which of those that follow is picked is chosen on as many other sweeps.
+    """Return the RMSE of sweeps of the first parameter in 20 steps, draw by draw.
+
+    Sweeps have the code's points and others; which of those that follow is picked is chosen on as
+    many other sweeps.
 
     At the ends of a sweep what is lost has neighbours on one side only, so the redundant workers
     may have points there: copies, between the last two, or a step beyond the sweep; and the spline
-    may end otherwise than a natural one."""
+    may end otherwise than a natural one.
+    """
     alpha = np.asarray(NeRCC(NUM_DATA, NUM_DATA, points="interleaved").alpha)
     last, next_to_it = alpha[[0, -1]], alpha[[1, -2]]
     beside = {
@@ -141,7 +146,7 @@ def _sweeping(points: Any, follow: Any, ends: Ends = "natural") -> Scheme:
 
 
 def _errors(bench: Bench, scheme: Scheme, judging: bool) -> list[float]:
-    """A scheme's error on sweeps, draw by draw."""
+    """Return a scheme's error on sweeps, draw by draw."""
     found = []
     for seed in range(SWEEPS, SWEEPS + bench.size.sweeps):
         x = bench.inputs(judging, seed, bench.size.groups * NUM_DATA)
@@ -156,12 +161,12 @@ def _errors(bench: Bench, scheme: Scheme, judging: bool) -> list[float]:
 
 
 def swept(x: jax.Array) -> jax.Array:
-    """The parameter that a sweep's points differ by."""
+    """Return the parameter that a sweep's points differ by."""
     return x[:, :1]
 
 
 def _by_groups(predictions: jax.Array, own: jax.Array) -> float:
-    """RMSE by the spread within the sweeps, each about its own mean."""
+    """Return the RMSE over the spread within the sweeps, each about its own mean."""
     own = jnp.reshape(own, (-1, NUM_DATA, own.shape[-1]))
     error = jnp.reshape(predictions, (-1, *own.shape)) - own
     spread = own - jnp.mean(own, axis=1, keepdims=True)
@@ -169,7 +174,7 @@ def _by_groups(predictions: jax.Array, own: jax.Array) -> float:
 
 
 def _columns(rows: list[Numbers]) -> dict[str, list[Any]]:
-    """A list for each number, with an entry for each draw; those that are not there left out."""
+    """Return a list for each number, with an entry for each draw; absent ones are left out."""
     columns = {name: [getattr(row, name) for row in rows] for name in vars(rows[0])}
     return {name: values for name, values in columns.items() if any(values)}
 

@@ -1,11 +1,11 @@
-"""What a learner from past answers costs: taking in a group's answers, and answering queries.
+"""Time a learner from past answers: learning a group's answers, and answering queries.
 
     python bench/learner.py [--quick] [--repeats N]
 
-One `update` with 32 pairs and one `predict` for 32 queries, together and by themselves, for
-windows and numbers of outputs that users have, beside making the factor anew. Each is compiled
-once, by turns; the count of compilations is checked. LAPACK runs on one thread, as under `nercc`,
-unless OPENBLAS_NUM_THREADS says otherwise.
+One `update` with 32 pairs and one `predict` for 32 queries, together and by themselves, for windows
+and numbers of outputs that users have, beside making the factor anew. Each is compiled once, by
+turns; the count of compilations is checked. LAPACK runs on one thread, as under `nercc`, unless
+OPENBLAS_NUM_THREADS says otherwise.
 
 Writes results/learner.json (--quick: learner-quick.json).
 """
@@ -53,7 +53,7 @@ def refactorized(learner: Learner) -> Learner:
 
 
 def case(window: int, outputs: int, repeats: int) -> dict[str, Any]:
-    """Seconds of each, on a window that is full."""
+    """Return the seconds of each call, on a window that is full."""
     keys = jax.random.split(jax.random.key(window + outputs), 3)
     weights = jax.random.normal(keys[0], (FEATURES, outputs)) / 4
     x = jax.random.normal(keys[1], (window, FEATURES))

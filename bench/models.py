@@ -86,22 +86,22 @@ class Measured:
     timings: dict[str, Timing]
 
     def rate(self, contender: str) -> float:
-        """Images a second, from the median."""
+        """Return images a second, from the median."""
         return self.subject.batch[0] / self.timings[contender].median
 
     @property
     def rival(self) -> str:
-        """The faster of PyTorch's two memory formats."""
+        """Return the faster of PyTorch's two memory formats."""
         return max(("torch", "torch NHWC"), key=self.rate)
 
     @property
     def ratio(self) -> float:
-        """How many times as many images we do as the rival; the median over repeats."""
+        """Return our images a second over the rival's; the median over repeats."""
         return self.timings[self.rival].ratio(self.timings["ours"])
 
     @property
     def best_ratio(self) -> float:
-        """The same from each side's fastest repeat, which other work disturbs least."""
+        """Return the same from each side's fastest repeat, which other work disturbs least."""
         return min(self.timings[self.rival].seconds) / min(self.timings["ours"].seconds)
 
 
@@ -242,7 +242,7 @@ def measure_form(
 
 
 def torch_call(model: Any, images: np.ndarray, layout: Any) -> Callable[[], Any]:
-    """The forward pass with weights and images in that memory format beforehand."""
+    """Return the forward pass with weights and images in that memory format beforehand."""
     model = copy.deepcopy(model).to(memory_format=layout)
     batch = torch.from_numpy(images.transpose(0, 3, 1, 2)).contiguous(memory_format=layout)
 
@@ -311,7 +311,7 @@ def as_json(measured: list[Measured]) -> dict[str, Any]:
 
 
 def plot(measured: list[Measured], note: str, path: Path) -> None:
-    """Ours against the faster PyTorch, a pair of bars for each form, on a logarithmic scale."""
+    """Draw ours against the faster PyTorch, a pair of bars for each form, on a log scale."""
     figure, axes = plt.subplots(figsize=(9, 0.55 * len(measured) + 1.6), layout="constrained")
     places = np.arange(len(measured))
     for label, at, rates in (

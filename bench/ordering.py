@@ -77,7 +77,7 @@ class Images:
         }
 
     def disagreement(self, order: np.ndarray, layout: str, cell: Cell, sets: int) -> Estimate:
-        """Of a layout in one cell, when the images come in this order."""
+        """Return a layout's disagreement in one cell, when the images come in this order."""
         num_data = cell[1]
         encoder, decoders = matrices(layout, cell, sets)
         groups = cut_groups(self.x[order], num_data)
@@ -98,7 +98,7 @@ class Images:
 
 @functools.cache
 def matrices(layout: str, cell: Cell, sets: int) -> tuple[np.ndarray, np.ndarray]:
-    """Encoder, and a decoder for each straggler set: they do not depend on the order."""
+    """Return the encoder, and a decoder for each straggler set; the order does not matter."""
     num_workers, num_data, stragglers = cell
     code = NeRCC(num_data, num_workers, points=layout)
     law = ExactStragglers(stragglers)
@@ -119,7 +119,7 @@ def _decoders(code: NeRCC, masks: jax.Array) -> jax.Array:
 
 
 def principal(rows: np.ndarray) -> np.ndarray:
-    """By the first principal component, nearly: twenty steps of power iteration."""
+    """Order by the first principal component, nearly: twenty steps of power iteration."""
     centred = rows - rows.mean(axis=0)
     direction = centred[np.argmax(np.sum(centred**2, axis=1))]
     for _ in range(20):
@@ -129,7 +129,7 @@ def principal(rows: np.ndarray) -> np.ndarray:
 
 
 def bisection(rows: np.ndarray) -> np.ndarray:
-    """Halves by the first principal component, and their halves by their own: fills the space."""
+    """Order by halves along the first principal component, and their halves by their own."""
 
     def halves(chosen: np.ndarray) -> np.ndarray:
         if len(chosen) <= 2:
@@ -143,7 +143,7 @@ def bisection(rows: np.ndarray) -> np.ndarray:
 
 @jax.jit
 def nearest(rows: jax.Array) -> jax.Array:
-    """`short_path` without 2-opt."""
+    """Return `short_path` without 2-opt."""
     centred = rows - jnp.mean(rows, axis=0)
     start = jnp.argmax(jnp.sum(centred**2, axis=1))
     return nearest_neighbour(distances_of(centred), start)
@@ -159,7 +159,7 @@ WAYS: dict[str, Callable[[Any], Any]] = {
 
 
 def paths(images: Images, size: Size) -> Iterator[dict[str, Any]]:
-    """Ways to order, by projection and by the model's outputs."""
+    """Return ways to order, by projection and by the model's outputs."""
     for features in ("projection", "outputs"):
         rows = images.features[features].astype(np.float32)
         apart = rows.astype(np.float64)
@@ -179,7 +179,7 @@ def paths(images: Images, size: Size) -> Iterator[dict[str, Any]]:
 
 
 def cost(images: Images, size: Size) -> Iterator[dict[str, Any]]:
-    """Seconds of the model and of ordering, a buffer each, by turns."""
+    """Return the seconds of the model and of ordering, a buffer each, by turns."""
     x = np.resize(images.x, (IMAGES, *images.x.shape[1:]))
     placed = jnp.asarray(x)
     calls = {

@@ -59,7 +59,7 @@ SETTINGS = PAPER + PARM
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """How much is run: data points, straggler sets a cell, numbers of stragglers, tuning steps."""
+    """The amount that is run: data points, straggler sets, numbers of stragglers, steps."""
 
     points: int = 1020  # 1,000 or more in whole groups of 8, 12, 20 and 60
     sets: int = 20
@@ -111,7 +111,7 @@ def _evaluation(row: Mapping[str, Any]) -> Evaluation:
 
 
 def run_setting(setting: Setting, size: Size, data_dir: Path, console: Console) -> dict[str, Any]:
-    """Everything about one model at one (N, K), for both kinds of output."""
+    """Measure everything about one model at one (N, K), for both kinds of output."""
     part: dict[str, Any] = {"setting": dataclasses.asdict(setting), "size": vars(size).copy()}
     part["environment"] = environment(PACKAGES)
     for outputs in _OUTPUTS:
@@ -152,7 +152,7 @@ def _run_outputs(
 def _codes(
     setting: Setting, size: Size, network: Answering, train: np.ndarray, laws: Mapping
 ) -> tuple[dict[str, AbstractCode], dict[str, Any]]:
-    """All codes at this (N, K), those tuned that can be, on training images without labels."""
+    """Return all codes at this (N, K), tuned on training images without labels where possible."""
     shape = (setting.num_data, setting.num_workers)
     nercc, bacc = NeRCC(*shape), Berrut(*shape)
     # Power 4: with tune's own 2, LeNet5's logits at (100, 20) lost 5 % at S = 80 to win at S = 0.
@@ -184,7 +184,7 @@ def _codes(
 def _add_parm(
     setting: Setting, outputs: Outputs, codes: dict[str, AbstractCode]
 ) -> dict[str, Sequence[Any]]:
-    """ParM where there is a k and a parity model for it; returns its further models."""
+    """Add ParM where there is a k and a parity model for it; return its further models."""
     parities = setting.num_workers - setting.num_data
     if setting.num_data % parities:
         return {}
@@ -201,7 +201,7 @@ _OUTPUTS: tuple[Outputs, ...] = ("probabilities", "logits")
 def _best_of_grid(
     size: Size, network: Answering, code: NeRCC, train: np.ndarray, laws: Mapping
 ) -> NeRCC:
-    """The published method: two constants, the best of a grid on training images."""
+    """Return the published method: two constants, the best of a grid on training images."""
     groups = train[: min(len(train) // code.num_data, size.grid_groups) * code.num_data]
     groups = groups.reshape(-1, code.num_data, *train.shape[1:])
     trial = make_trial(
@@ -223,7 +223,7 @@ def _noise(
     laws: Mapping,
     codes: Mapping[str, AbstractCode],
 ) -> dict[str, dict[str, Any]]:
-    """The codes when answers come in bfloat16 or with noise, at three numbers of stragglers.
+    """Measure codes when answers come in bfloat16 or with noise, at three numbers of stragglers.
 
     Noise has a deviation of so many times the root mean square of the network's outputs. NeRCC's
     lambda_dec for it is the best of seven on training images; beside it stands the same code with
@@ -261,7 +261,7 @@ def _noise(
 
 
 def _relative(rows: Sequence[Any], name: str) -> float:
-    """The geometric mean over numbers of stragglers of a code's error."""
+    """Return the geometric mean over numbers of stragglers of a code's error."""
     return float(np.mean([np.log(row.mse.mean) for row in rows if row.code == name]))
 
 
@@ -286,7 +286,7 @@ class _Noise(eqx.Module):
 
 
 def _merge(path: Path, news: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds to what the file has by now, as other parts may run beside this one."""
+    """Add to what the file has by now, as other parts may run at the same time."""
     results = json.loads(path.read_text()) if path.exists() else {"parts": {}}
     results["parts"] |= news.get("parts", {})
     write_json(path, {**results, **{k: v for k, v in news.items() if k != "parts"}})

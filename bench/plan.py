@@ -39,7 +39,7 @@ _DEADLINE = 60.0  # seconds after which a batch is given up
 
 @dataclasses.dataclass(frozen=True)
 class Served:
-    """What became of queries that came together: -1 is the label of a lost one."""
+    """Outcomes of queries that came together: -1 is the label of a lost one."""
 
     seconds: float
     labels: np.ndarray
@@ -68,7 +68,7 @@ class PlanServer:
         self._decode = decode
 
     def serve(self, x: np.ndarray) -> Served:
-        """The queries x, sent now; comes back when the last of them has a label."""
+        """Send the queries x now; return when the last of them has a label."""
         return _Run(self, x).run()
 
 
@@ -127,7 +127,7 @@ class _Run:
         self._labels[query], self._pending[query] = label, False
 
     def _hear(self, batch: Batch, available: np.ndarray) -> None:
-        """Answers to queries as they came."""
+        """Record answers to uncoded queries."""
         for place in np.flatnonzero(available).tolist():
             if place >= self._first:
                 query = (place - self._first) % len(self._x)
@@ -153,7 +153,7 @@ class _Run:
             self._send(batch, place + late, self._x[late])
 
     def _look(self, batch: Batch, available: np.ndarray, group: int, now: float) -> None:
-        """Decodes a group when its rule says so, and sends again what is doubtful."""
+        """Decode a group when its rule says so, and send again what is uncertain."""
         row, queries = self._row, slice(group * self._k, (group + 1) * self._k)
         mask = available[group * self._workers : (group + 1) * self._workers]
         enough = mask.sum() >= row.wait_for and now >= row.patience
@@ -192,7 +192,7 @@ class _Run:
 
 
 def run_plan(path: Path, data_dir: Path | None, batches: int) -> dict[str, Any]:
-    """A saved plan before a pool whose calls take the law's time more: promised and seen.
+    """Run a saved plan with a pool whose calls take the law's time more.
 
     On test images, which chose nothing in the plan, batch after batch, round and round. They are
     put in order before the clock runs.

@@ -1,4 +1,4 @@
-"""What workers at another precision cost in labels: bfloat16 against float32.
+"""Measure the cost in labels of workers at another precision: bfloat16 against float32.
 
     python bench/precision.py [--quick] [--only MODEL] [--dtypes bfloat16 float16] [--output FOLDER]
 
@@ -90,7 +90,7 @@ def measure(
     sets: int,
     dtypes: Sequence[str],
 ) -> list[dict[str, Any]]:
-    """Rows of all codes at one (N, K): by stragglers and dtype."""
+    """Return rows of all codes at one (N, K): by stragglers and dtype."""
     own = np.argmax(batched(network, 256)(x), axis=-1)
     alone = {None: own, **{each: _alone(network, each, x) for each in dtypes}}
     rows = []
@@ -146,7 +146,7 @@ def _alone(network: Answering, dtype: str, x: np.ndarray) -> np.ndarray:
 
 
 def _estimate(values: np.ndarray) -> dict[str, float | None]:
-    """The mean over straggler sets, and half its 95 % interval; none of a single set."""
+    """Return the mean over straggler sets, and half its 95 % interval; none of a single set."""
     estimate = Estimate.over([float(each) for each in values.mean(axis=1)])
     half = estimate.half_width
     return {"mean": estimate.mean, "half_width": None if np.isnan(half) else half}

@@ -1,4 +1,4 @@
-"""What spreading workers over devices costs, and what partial results save.
+"""Measure the cost of spreading workers over devices, and the gain of partial results.
 
     python bench/sharding.py [--quick] [--output FOLDER]
 
@@ -100,7 +100,7 @@ def measure(name: str, groups: int, repeats: int) -> Measured:
 
 
 def measure_slowed(repeated: int, repeats: int) -> Slowed | None:
-    """LeNet5 on four devices, the last of which runs it so many times as often."""
+    """Measure LeNet5 on four devices, the last of which repeats it."""
     if len(jax.devices()) < _OF:
         return None
     model = load_model("lenet5-digits")
@@ -207,7 +207,7 @@ def as_json(measured: list[Measured], slowed: list[Slowed]) -> dict[str, Any]:
 
 
 def plot(measured: list[Measured], slowed: list[Slowed], note: str, path: Path) -> None:
-    """Times the unsharded program's time by devices; and partial results against the whole."""
+    """Draw times over the unsharded program's by devices; and partial results against the whole."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     for one in measured:
         look = system_look(one.model)

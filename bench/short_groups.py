@@ -1,4 +1,4 @@
-"""What to put into the places of a group that no query came for: offline, for the server's choice.
+"""Compare fillings for places of a group without a query, offline, for the server's choice.
 
     python bench/short_groups.py            # a minute, on the digits that scikit-learn brings
 
@@ -85,7 +85,7 @@ def ways(code: NeRCC, few: int) -> dict[str, Way]:
 def measure(
     model, images: np.ndarray, code: NeRCC, stragglers: int, few: int, sets: int
 ) -> Iterator[tuple[str, float, float]]:
-    """Each way's disagreement and mean squared error, one figure a straggler set."""
+    """Return each way's disagreement and mean squared error, one figure for each set."""
     decoder = eqx.filter_jit(lambda code, mask: code.decoder_matrix(mask))
     groups = images[: len(images) // code.num_data * code.num_data]
     groups = groups.reshape(-1, code.num_data, images.shape[1])

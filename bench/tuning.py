@@ -2,7 +2,8 @@
 
     python bench/tuning.py [--quick] [--only NAMES] [--seeds 3] [--data-dir FOLDER]
 
-Writes results/tuning.json and .png (--quick: tuning-quick.*). For every (model, N, K):
+Writes results/tuning.json (--quick: tuning-quick.json), which docs/results.md shows. For every
+(model, N, K):
 
 - All codes meet one yardstick: the relative objective of `make_trial` on test images, with
   straggler sets of its own. 1 is the untuned NeRCC(K, N).
@@ -29,17 +30,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 try:
-    from _tuning_page import (
-        BACKWARD,
-        FORMS,
-        HEAD,
-        KINDS,
-        SHARE,
-        outcome_of,
-        picture,
-        row,
-        section,
-    )
     from rich.console import Console
     from rich.table import Table
 except ModuleNotFoundError as error:
@@ -63,13 +53,79 @@ _RESULTS = Path(__file__).parent / "results"
 _SETS = 20  # straggler sets a law on the yardstick
 _YARDSTICK_SEED = 1000  # far from the seeds of tuning
 
+FORMS = ("published", "ours")  # of the code that the grid is over
+KINDS = ("lambdas", "points")  # of gradient tuning
+BACKWARD = 2  # evaluations that a gradient counts as, beside the one it differentiates
+SHARE = 0.1  # of the plain grid's evaluations that a gradient run may take
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """A setting's numbers as the criterion asks for them, by form of the grid and kind of tuning.
+
+    `objectives` are the best and worst seed's, `shares` the evaluations by those of the plain and
+    the frugal grid, `seconds` with and without compilation.
+    """
+
+    name: str
+    grids: dict[str, float]
+    objectives: dict[str, tuple[float, float]]
+    shares: dict[str, tuple[float, float]]
+    seconds: dict[str, tuple[float, float]]
+
+    def ratio(self, kind: str, form: str) -> float:
+        """Return the worst seed's objective over the grid's best."""
+        return self.objectives[kind][1] / self.grids[form]
+
+    def slower(self, kind: str, compiled: bool) -> float:
+        """Return the gradient's time over the frugal grid's."""
+        return self.seconds[kind][compiled] / self.seconds["grid"][compiled]
+
+
+def outcome_of(part: Mapping[str, Any]) -> Outcome:
+    """Return the outcome of one setting's results."""
+    runs, evaluations = part["gradient"], part["evaluations"]
+    found = {kind: [run["objective"] for run in runs[kind]] for kind in KINDS}
+    counted = {kind: max(run["counted"] for run in runs[kind]) for kind in KINDS}
+    # The first grid compiled what the second one, of the same program, found compiled.
+    timed = {"grid": part["grids"][FORMS[0]]} | {kind: runs[kind][0] for kind in KINDS}
+    return Outcome(
+        name=Setting(**part["setting"]).words,
+        grids={form: part["grids"][form]["objective"] for form in FORMS},
+        objectives={kind: (min(found[kind]), max(found[kind])) for kind in KINDS},
+        shares={
+            kind: (n / evaluations["plain grid"], n / evaluations["frugal grid"])
+            for kind, n in counted.items()
+        },
+        seconds={k: (t["seconds"], t["seconds"] - t["compile_seconds"]) for k, t in timed.items()},
+    )
+
+
+HEAD = ("model (N, K)", "grid, published", "grid, ours", "gradient", "by the grids")
+HEAD += ("with points", "by the grids", "evaluations, % of the plain / frugal grid")
+HEAD += ("seconds: grid, gradient, with points",)
+
+
+def row(outcome: Outcome) -> tuple[str, ...]:
+    """Return a setting's line of the table under `HEAD`."""
+    grids = [f"{outcome.grids[form]:.4f}" for form in FORMS]
+    gradient = []
+    for kind in KINDS:
+        # One number where there is one seed.
+        ends = dict.fromkeys(f"{value:.4f}" for value in outcome.objectives[kind])
+        ratios = (f"{outcome.ratio(kind, form):.3f}" for form in FORMS)
+        gradient += [" to ".join(ends), " / ".join(ratios)]
+    shares = (f"{100 * a:.1f} / {100 * b:.0f}" for a, b in outcome.shares.values())
+    seconds = (f"{cold:.0f} ({warm:.0f})" for cold, warm in outcome.seconds.values())
+    return (outcome.name, *grids, *gradient, "; ".join(shares), ", ".join(seconds))
+
+
 T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """How much is run: images to tune on and as many to compare on, numbers of stragglers, steps of
-    gradient descent at most, seeds."""
+    """The amount that is run: images to tune on and to compare on, laws, steps, seeds."""
 
     images: int
     laws: int
@@ -127,7 +183,7 @@ def run_setting(
 def _timed(
     counter: CompileCounter, call: Callable[..., T], *arguments: Any, **options: Any
 ) -> tuple[T, dict[str, float]]:
-    """A call's result; its seconds, and how many of them went into compilation."""
+    """Return a call's result; its seconds, and how many of them went into compilation."""
     start, compiled = time.perf_counter(), counter.seconds
     result = jax.block_until_ready(call(*arguments, **options))
     seconds = time.perf_counter() - start
@@ -137,8 +193,10 @@ def _timed(
 def _grids(
     network: Answering, codes: Mapping[str, NeRCC], yardstick: Trial, counter: CompileCounter
 ) -> dict[str, dict[str, Any]]:
-    """`landscape` for several codes that encode alike: answers are computed once for all, and
-    each code is told their seconds beside those of its own decoding."""
+    """Return `landscape` for several codes that encode alike.
+
+    Answers are computed once for all, and each code is told their seconds in addition to its own.
+    """
     rows: dict[str, list[Any]] = {name: [] for name in codes}
     told = {name: {"seconds": 0.0, "compile_seconds": 0.0, "answer_seconds": 0.0} for name in codes}
     first = next(iter(codes.values()))
@@ -183,7 +241,7 @@ def _best(heights: np.ndarray) -> dict[str, Any]:
 
 
 def _affordable_steps(setting: Setting, images: int, most: int, budget: float) -> int:
-    """The most steps of `tune`, with its own defaults, whose evaluations stay within a budget.
+    """Return the most steps of `tune` whose evaluations stay within a budget.
 
     What `tune` counted is checked in the results; this is its count foretold.
     """
@@ -244,13 +302,11 @@ def main() -> None:
             missing = [dataclasses.asdict(s) for s in PAPER if s.name not in parts]
             results["not_measured"] = missing
             write_json(path, results)
-            picture(results, path.with_suffix(".png"))
             jax.clear_caches()  # XLA maps memory for every program, and a process has a limit
     table = Table(*HEAD, title="objective on test images; the untuned code's is 1")
     for part in results["parts"].values():
         table.add_row(*row(outcome_of(part)))
     Console().print(table)
-    print(section(results))
 
 
 def _known(path: Path) -> dict[str, Any]:
