@@ -19,7 +19,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
 from ._at_hand import decode_at_hand
 from ._decoding import Decoded, DecoderMap, PlainMap
-from ._groups import decode_groups, encode_groups
+from ._groups import decode_groups_in_program, encode_groups
 from ._kept import known_encoder
 from ._methods import transformable
 from ._trees import (
@@ -30,6 +30,7 @@ from ._trees import (
     check_leading,
     finite_points,
     join,
+    to_device,
 )
 
 Code = TypeVar("Code", bound="AbstractCode")
@@ -173,7 +174,7 @@ class AbstractCode(eqx.Module):
         one is not finite (it would spoil every coded data point), or what cannot be mixed differs.
         Source: arXiv 2402.04377.
         """
-        x = jax.tree.map(jnp.asarray, x)
+        x = to_device(x)
         check_leading("x", x, (self.num_data,), "data points")
         check_floats("x", x, beside=True)
         coded, finite = _encode(self, x, known_encoder(self))
@@ -278,7 +279,9 @@ def _encode(
 def _try_decode(code: AbstractCode, y: PyTree, available: ArrayLike) -> Decoded:
     y = checked_answers(code, y)
     available = as_mask(available, (code.num_workers,))
-    decoded = decode_groups(code, jax.tree.map(lambda leaf: leaf[None], y), available[None])
+    decoded = decode_groups_in_program(
+        code, jax.tree.map(lambda leaf: leaf[None], y), available[None]
+    )
     return jax.tree.map(lambda leaf: leaf[0], decoded)
 
 
@@ -324,14 +327,19 @@ def deviation(share: Float[Array, "..."], process: Float[Array, "..."]) -> Float
 
 
 def as_mask(available: ArrayLike, shape: tuple[int, ...]) -> Bool[Array, "..."]:
-    """The mask as an array, or a ValueError that says what it should have been."""
+    """Return the mask as an array. Raises: ValueError as `check_mask` does."""
     available = jnp.asarray(available)
+    check_mask(available, shape)
+    return available
+
+
+def check_mask(available: Array | np.ndarray, shape: tuple[int, ...]) -> None:
+    """Raises: ValueError for what is no mask of this shape, which says what it should have been."""
     if available.dtype != bool or available.shape != shape:
         raise ValueError(
             f"available must be a boolean mask of shape {shape}, "
             f"not {available.dtype}{available.shape}"
         )
-    return available
 
 
 _SHOWN = 8  # of the numbers of an array

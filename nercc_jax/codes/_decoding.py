@@ -173,12 +173,12 @@ def _multiplied(y: Array, available: Array, matrices: Array, recovered: Array) -
     return Decoded(multiply(matrices, y), available, recovered)
 
 
-def decode_sets(
+def decode_sets_in_program(
     code: Decoder,
     y: Float[Array, "groups num_workers m"],
     available: Bool[Array, "sets num_workers"],
 ) -> Decoded:
-    """Decode the answers of all groups under each straggler set: leading axes (sets, groups).
+    """Decode all groups under each straggler set, as part of a program: axes (sets, groups).
 
     Each set's matrix is made once. An answer that is not finite makes its worker a straggler in its
     own group only, as everywhere; if there is one, or for a derivative, the groups get matrices of

@@ -3,6 +3,7 @@
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -22,7 +23,7 @@ from ..splines import (
 from ._checks import check_counts
 from ._code import AbstractCode, MatrixOnHost, as_mask
 from ._points import Points, coincident, mean_gap, regression_points
-from ._trees import any_tracer
+from ._trees import any_tracer, to_device
 
 
 class NeRCC(AbstractCode):
@@ -104,7 +105,7 @@ class NeRCC(AbstractCode):
         exponent, penalty = (4.0, 3000.0) if lambda_dec is None else (0.0, 0.0)
         penalty = penalty if ends == "natural" else 0.0
         if lambda_dec is None:
-            lambda_dec = jnp.asarray(_smoothing_length(self.alpha, self.beta) ** 4)
+            lambda_dec = _smoothing_length(self.alpha, self.beta) ** 4
         exponent = exponent if gap_exponent is None else gap_exponent
         penalty = penalty if end_penalty is None else end_penalty
         largest = float(jnp.finfo(dtype).max)
@@ -201,7 +202,8 @@ def _smoothing_length(alpha: Array, beta: Array) -> Any:
 
 
 def _scalar(name: str, value: ArrayLike, dtype, *, least: float, most: float) -> Float[Array, ""]:
-    value = jnp.asarray(value, dtype)
+    known = not isinstance(value, jax.Array)
+    value = to_device(np.asarray(value, dtype)) if known else jnp.asarray(value, dtype)
     if value.shape != ():
         raise ValueError(f"{name} must be a scalar, not an array of shape {value.shape}")
     if not isinstance(value, Tracer) and not least <= float(value) <= most:

@@ -24,13 +24,13 @@ from ..codes import (
     check_finite,
     coded_on_mesh,
     decode_groups,
-    decode_groups_at_hand,
     encode_groups,
     groups_of,
     is_float,
     known_matrices,
     multiply_groups,
     points_of,
+    to_device,
 )
 from ._conditions import check_conditions, current_conditions
 from ._groups import as_groups
@@ -292,7 +292,7 @@ def _infer_at_hand(
     decoded, sound, y = _run_known(model, code, x, available, args, known)
     if isinstance(sound, Tracer):  # of what the model closes over
         return None
-    return decoded if sound else decode_groups_at_hand(code, y, available)
+    return decoded if sound else decode_groups(code, y, available)
 
 
 @eqx.filter_jit
@@ -396,7 +396,7 @@ def _points(
     code: AbstractCode, x: PyTree, available: ArrayLike, grouped: bool
 ) -> tuple[PyTree, Bool[Array, "groups num_workers"]]:
     """Data points in a row, and a mask for each of their groups. Raises: as `coded_inference`."""
-    x = jax.tree.map(jnp.asarray, x)
+    x = to_device(x)
     if not grouped:
         shapes = [leaf.shape for leaf in jax.tree.leaves(x)]
         points = {shape[0] if shape else 0 for shape in shapes}
