@@ -140,6 +140,15 @@ class AbstractCode(eqx.Module):
         there."""
         raise ValueError(f"{type(self).__name__} is no regression: it has no process variance")
 
+    def variances(
+        self, y: Float[Array, "num_workers m"], available: Bool[Array, " num_workers"]
+    ) -> tuple[Float[Array, " num_data"], Float[Array, ""]]:
+        """Return `posterior_variance` and `process_variance`, where possible from one regression.
+
+        Raises: as there.
+        """
+        return self.posterior_variance(available), self.process_variance(y, available)
+
     def replace(self: Code, **numbers: Any) -> Code:
         """The same code with other numbers: `code.replace(lambda_dec=1e-3)`.
 
@@ -311,8 +320,7 @@ def variances(
     heard: Bool[Array, "groups num_workers"],
 ) -> tuple[Float[Array, "groups num_data"], Float[Array, "groups 1"]]:
     """Posterior and process variance of groups, whatever workers that are not heard say."""
-    posterior = jax.vmap(code.posterior_variance)(heard)
-    process = jax.vmap(code.process_variance)(jnp.where(heard[..., None], y, 0), heard)
+    posterior, process = jax.vmap(code.variances)(jnp.where(heard[..., None], y, 0), heard)
     return posterior, process[:, None]
 
 

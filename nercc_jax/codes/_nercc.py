@@ -15,6 +15,7 @@ from ..splines import (
     check_ends,
     namespace,
     posterior_variance,
+    posterior_variances,
     process_variance,
     smoothing_map,
     smoothing_matrix,
@@ -159,18 +160,26 @@ class NeRCC(AbstractCode):
     ) -> Float[Array, " num_data"]:
         available = as_mask(available, (self.num_workers,))
         variance = posterior_variance(self.beta, self.alpha, **self._decoding(available))
-        kept = (self.lambda_dec == 0) | self.exact
-        return jnp.where(kept & self._answered(available), 0, variance)
+        return jnp.where(self._kept(available), 0, variance)
 
-    def _answered(self, available: Bool[Array, " num_workers"]) -> Bool[Array, " num_data"]:
-        """The data points at whose own place a worker answered."""
-        return coincident(self.alpha, jnp.where(available, self.beta, jnp.inf))
+    def _kept(self, available: Bool[Array, " num_workers"]) -> Bool[Array, " num_data"]:
+        """Return which data points' predictions are answers of workers at their own places."""
+        kept = (self.lambda_dec == 0) | self.exact
+        return kept & coincident(self.alpha, jnp.where(available, self.beta, jnp.inf))
 
     def process_variance(
         self, y: Float[Array, "num_workers m"], available: Bool[Array, " num_workers"]
     ) -> Float[Array, ""]:
         y = y.astype(jnp.promote_types(y.dtype, self.beta.dtype))
         return process_variance(self.beta, y, **self._decoding(available))
+
+    def variances(
+        self, y: Float[Array, "num_workers m"], available: Bool[Array, " num_workers"]
+    ) -> tuple[Float[Array, " num_data"], Float[Array, ""]]:
+        y = y.astype(jnp.promote_types(y.dtype, self.beta.dtype))
+        options = self._decoding(available)
+        posterior, process = posterior_variances(self.beta, y, self.alpha, **options)
+        return jnp.where(self._kept(available), 0, posterior), process
 
     def _decoding(self, available: Bool[Any, " num_workers"]) -> dict[str, Any]:
         """The decoding regression's arguments but for points and data."""

@@ -87,13 +87,15 @@ class Fit(eqx.Module):
             return self._by_adjoint(at)
         return self._by_differences(at)
 
-    def variance(self, at: Float[Array, " k"]) -> Float[Array, " k"]:
+    def variance(
+        self, factor: RootInformation | Dissection, at: Float[Array, " k"]
+    ) -> Float[Array, " k"]:
         """Return the posterior variance at the points `at`, by tau^2: see `posterior_variance`."""
         knots = self.knots
         gap, inside, basis = hermite_basis(knots.t, at)
         left_value, left_slope, value, slope = jnp.sqrt(self.mu) * jnp.stack(basis)
         left, right = jnp.stack([left_value, left_slope]), jnp.stack([value, slope])
-        known = self.factor().variance(gap, left, right)
+        known = factor.variance(gap, left, right)
         # Between two knots of known value and slope, integrated white noise still varies this much,
         # and beyond the outermost with the distance.
         h = knots.t[gap + 1] - knots.t[gap]
@@ -101,10 +103,12 @@ class Fit(eqx.Module):
         beyond = jnp.maximum(jnp.maximum(knots.t[0] - at, at - knots.t[-1]), 0)
         return jnp.where(knots.number > 1, known + (between**3 + beyond**3) / 3, jnp.inf)
 
-    def process(self, y: Float[Array, "n m"]) -> Float[Array, ""]:
+    def process(
+        self, factor: RootInformation | Dissection, y: Float[Array, "n m"]
+    ) -> Float[Array, ""]:
         """Return tau^2, estimated from these observations: see `process_variance`."""
         means = self.knots.average(y)
-        shifts, _ = self.factor().solve(means)
+        shifts, _ = factor.solve(means)
         # At the minimum the penalised squares are -(g - y)' W y, and W (g - y) sums to zero.
         forces = self.knots.weights[:, None] * shifts / self.mu
         energy = -jnp.sum(forces * (means - means[0]))
