@@ -11,7 +11,7 @@ from ._dissection import Dissection, dissect
 from ._ends import Ends, check_ends, not_a_knot
 from ._knots import COMPARED_WITH_ALL, Knots, by_observation, gather_knots
 from ._namespace import namespace, product, taken, within
-from ._responses import Problem, responses
+from ._responses import Problem, Responses, Solutions, known_responses, responses, solve
 from ._root_information import RootInformation, factorize
 
 # By platform, how many rows may join two knots that are eliminated in parallel before a QR makes
@@ -81,11 +81,27 @@ class Fit(eqx.Module):
         """Return the fitted spline's values and slopes at the knots; linear in y."""
         return self._through(self.factor(), self.knots.average(y))
 
-    def map_to(self, at: Float[Array, " k"]) -> LinearMap:
-        """Return the map from observations to the fitted spline at the points `at`."""
-        if self.rows is None and self.ends == "natural":
-            return self._by_adjoint(at)
-        return self._by_differences(at)
+    def map_to(self, at: Float[Array, " k"], solutions: Solutions | None = None) -> LinearMap:
+        """Return the map from observations to the fitted spline at the points `at`.
+
+        The `solutions` that `solved_map` gave are used for the derivative where there are any.
+        """
+        if not self.has_solutions:
+            return self._by_differences(at)
+        problem, gap, value = self._by_adjoint(at)
+        made = responses(problem) if solutions is None else known_responses(problem, solutions)
+        return self._map_of(made, gap, value)
+
+    def solved_map(self, at: Float[Array, " k"]) -> tuple[LinearMap, Solutions]:
+        """Return `map_to`, and what its derivative is made of; for a fit that `has_solutions`."""
+        problem, gap, value = self._by_adjoint(at)
+        made, solutions = solve(problem)
+        return self._map_of(made, gap, value), solutions
+
+    @property
+    def has_solutions(self) -> bool:
+        """Whether the map's derivative is made of solutions; else it is that of all steps."""
+        return self.rows is None and self.ends == "natural"
 
     def variance(
         self, factor: RootInformation | Dissection, at: Float[Array, " k"]
@@ -128,17 +144,21 @@ class Fit(eqx.Module):
             return means + shifts, slopes
         return not_a_knot(self.knots, factor.solve, means + shifts, slopes)
 
-    def _by_adjoint(self, at: Float[Array, " k"]) -> LinearMap:
-        """The map, by one solution for each point: its coefficients are on the right side."""
+    def _by_adjoint(self, at: Float[Array, " k"]) -> tuple[Problem, Array, Array]:
+        """The problem with each point's coefficients on the right side, the gap that each lies in,
+        and the coefficients of the value at its right end."""
         knots = self.knots
         gap, _, (left_value, left_slope, value, slope) = hermite_basis(knots.t, at)
         slot = jnp.arange(len(knots.t))[:, None]
         left, right = slot == gap, slot == gap + 1
         values = jnp.where(left, left_value, 0) + jnp.where(right, value, 0)
         slopes = jnp.where(left, left_slope, 0) + jnp.where(right, slope, 0)
-        made = responses(Problem(*self._problem(), values, slopes, knots.shown))
-        differences = made.differences + jnp.where(left[:-1], value, 0).T
-        return LinearMap(knots.spread(made.matrix), differences, gap, knots)
+        return Problem(*self._problem(), values, slopes, knots.shown), gap, value
+
+    def _map_of(self, made: Responses, gap: Array, value: Array) -> LinearMap:
+        left = jnp.arange(len(self.knots.t) - 1)[:, None] == gap
+        differences = made.differences + jnp.where(left, value, 0).T
+        return LinearMap(self.knots.spread(made.matrix), differences, gap, self.knots)
 
     def _by_differences(self, at: Float[Array, " k"]) -> LinearMap:
         """The map, by one solution for each difference of neighbouring observations."""

@@ -283,7 +283,7 @@ def factorize(
         rotations = jnp.stack([jnp.stack(r) for r in (r0, r1, r2, r3, r4, r5, r6)])
         return (top, low), (rotations, jnp.stack(value_row), jnp.stack(slope_row))
 
-    shears = jnp.sqrt(12 * mu / gaps) / gaps
+    shears = shears_of(gaps, mu)
     halves, bends = shears * gaps / 2, jnp.sqrt(mu / gaps)
     carry = ((root_weights[0], zero), (root_slopes[0],))
     given = (shears, halves, bends, root_weights[1:], root_slopes[1:])
@@ -294,6 +294,11 @@ def factorize(
         [jnp.where(observed < 1, 1, top[0]), top[1], jnp.where(observed < 2, 1, low[0])]
     )
     return RootInformation(shears, *rows, last)
+
+
+def shears_of(gaps: Float[Array, " gaps"], mu: Float[Array, ""]) -> Float[Array, " gaps"]:
+    """Return the factor of each shear row."""
+    return jnp.sqrt(12 * mu / gaps) / gaps
 
 
 def product(a: Float[Array, "*n i j"], b: Float[Array, "*n j k"]) -> Float[Array, "*n i k"]:
