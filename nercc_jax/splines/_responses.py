@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ._knots import by_observation
-from ._namespace import product
-from ._root_information import Pivots, Residuals, RootInformation, Rows, factorize, root, shears_of
+from ._namespace import product, where
+from ._root_information import Pivots, Rows, factorize_beside, root, shears_of
 
 
 class Problem(NamedTuple):
@@ -72,7 +72,7 @@ def solution_shapes(points: int, knots: int) -> list[tuple[int, int]]:
 
 def responses(problem: Problem) -> Responses:
     """Return the responses, without a derivative."""
-    factor, adjoint = _adjoint(problem)
+    factor, adjoint, _ = factorize_beside(*problem[:6])
     return _from_shear(problem, factor.spread(adjoint).shear)
 
 
@@ -102,19 +102,14 @@ def _(primals: tuple[Problem, Solutions], tangents: tuple[Problem, Solutions]) -
 
 
 def _solved(problem: Problem) -> tuple[Responses, Solutions]:
-    factor, adjoint = _adjoint(problem)
-    observed, residuals = factor.forward_observations(jnp.diag(root(problem.weights)))
-
-    def beside(left: Any, right: Any) -> Any:
-        return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=-1), left, right)
+    units = jnp.diag(root(problem.weights))
+    factor, adjoint, found = factorize_beside(*problem[:6], units)
+    assert found is not None
+    observed, residuals = found
 
     # One pass through the knots for the columns of both.
-    values, slopes = factor.back(beside(adjoint, observed))
-    nothing = jnp.zeros_like(adjoint.value)
-    rows = factor.spread(
-        beside(adjoint, jax.tree.map(jnp.zeros_like, observed)),
-        beside(Residuals(nothing, nothing), residuals),
-    )
+    right = (jnp.concatenate(each, axis=-1) for each in zip(adjoint, observed, strict=True))
+    values, slopes, rows = factor.back_and_spread(Pivots(*right), residuals)
     solutions = Solutions(values, slopes, rows)
     return _from_shear(problem, solutions.split(rows.shear)[0]), solutions
 
@@ -148,12 +143,6 @@ def _change(problem: Problem, change: Problem, solutions: Solutions) -> Response
     return Responses(matrix, jnp.zeros((len(matrix), gaps), matrix.dtype))
 
 
-def _adjoint(problem: Problem) -> tuple[RootInformation, Pivots]:
-    """Return the factor, and the solution z of R'z = c."""
-    factor = factorize(*problem[:4])
-    return factor, factor.back_transposed(problem.values, problem.slopes)
-
-
 def _from_shear(problem: Problem, shear: Float[Array, "gaps k"]) -> Responses:
     differences = -(shears_of(problem.gaps, problem.mu)[:, None] * shear).T
     # By differences the response to a constant is exact: it has none of the rotations' rounding.
@@ -162,5 +151,5 @@ def _from_shear(problem: Problem, shear: Float[Array, "gaps k"]) -> Responses:
 
 
 def _relative(change: Array, weights: Array) -> Array:
-    """Return the relative change, 0 for what has no weight."""
-    return jnp.where(weights > 0, change / jnp.where(weights > 0, weights, 1), 0)
+    """Return the relative change; what has no weight is a row of zeros, and may have any."""
+    return change / where(weights > 0, weights, 1)

@@ -10,7 +10,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from ._ends import Ends, check_ends
-from ._fit import ROWS, LinearMap, fit, hermite, observations_of, regression_of
+from ._fit import ROWS, LinearMap, fit, has_solutions, hermite, observations_of, regression_of
 from ._knots import Knots
 from ._platforms import Shape, by_platform
 from ._responses import Solutions, solution_shapes
@@ -171,16 +171,16 @@ def _differentiable_map(
 
     def derivative(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> Any:
         made = by_platform(_solved_map, options, primals, (*shapes, *extra))
-        made, solutions = made[: len(shapes)], made[len(shapes) :]
+        made, known = made[: len(shapes)], made[2:]
         moving = [i for i, each in enumerate(tangents) if not isinstance(each, SymbolicZero)]
 
-        def known(*moved: Array) -> tuple[Array, ...]:
+        def moving_map(*moved: Array) -> tuple[Array, ...]:
             now = dict(zip(moving, moved, strict=True))
             given = (now.get(place, each) for place, each in enumerate(primals))
-            return by_platform(_known_map, options, (*given, *solutions), shapes)
+            return by_platform(_known_map, options, (*given, *known), shapes)
 
         moved, change = ([each[i] for i in moving] for each in (primals, tangents))
-        return made, jax.jvp(known, moved, change)[1]
+        return made, jax.jvp(moving_map, moved, change)[1]
 
     leaves.defjvp(derivative, symbolic_zeros=True)
     return leaves(*arguments)
@@ -198,7 +198,7 @@ def _solved_map(
     """`_map`, and the arrays of its `Solutions`; zeros where there are none."""
     *given, at = arguments
     found = fit(*given, ends=ends, rows=ROWS[platform])
-    if found.has_solutions:
+    if has_solutions(ends, ROWS[platform]):
         return _leaves_of(found.solved_map(at), real, whole)
     shapes = solution_shapes(len(at), len(found.knots.t))
     return _leaves_of((found.map_to(at), [jnp.zeros(shape, real) for shape in shapes]), real, whole)
@@ -207,11 +207,15 @@ def _solved_map(
 def _known_map(
     platform: str, ends: Ends, real: Any, whole: Any, *arguments: Array
 ) -> tuple[Array, ...]:
-    """`_map` of its arguments and the arrays of its `Solutions`."""
+    """`_map` of its arguments, and of what `_solved_map` gave but for matrix and differences."""
     *given, at = arguments[:5]
-    values, slopes, *rows = arguments[5:]
-    found = fit(*given, ends=ends, rows=ROWS[platform])
-    return _leaves_of(found.map_to(at, Solutions(values, slopes, Rows(*rows))), real, whole)
+    if not has_solutions(ends, ROWS[platform]):
+        return _map(platform, ends, real, whole, *arguments[:5])
+    gap, *knots = arguments[5:11]
+    values, slopes, *rows = arguments[11:]
+    found = fit(*given, ends=ends, known=Knots(*knots))
+    made = found.known_map(at, gap, Solutions(values, slopes, Rows(*rows)))
+    return _leaves_of(made, real, whole)
 
 
 def _leaves_of(tree: Any, real: Any, whole: Any) -> tuple[Array, ...]:
