@@ -113,7 +113,7 @@ def decode_sets(
     return Decoded(*to_device([part.reshape(sets, len(y), *part.shape[1:]) for part in made]))
 
 
-@eqx.filter_jit
+@jax.jit
 def _multiply_group(
     y: PyTree[Float[ArrayLike, "num_workers ..."]],
     available: Bool[ArrayLike, " num_workers"],
@@ -124,7 +124,7 @@ def _multiply_group(
     return jax.tree.map(lambda leaf: leaf[0], decoded), sound
 
 
-_multiply_groups = eqx.filter_jit(multiply_groups)
+_multiply_groups = jax.jit(multiply_groups)
 _decode_groups = eqx.filter_jit(decode_groups_in_program)
 _multiply_sets = jax.jit(sets_multiplied)
 _decode_sets = eqx.filter_jit(decode_sets_in_program)

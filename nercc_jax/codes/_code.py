@@ -239,7 +239,7 @@ class AbstractCode(eqx.Module):
         prediction can be recovered, and with `return_uncertainty` for a code that is no regression.
         Inside jit use `try_decode` for the status.
         """
-        decoded = self.try_decode(y, available)
+        decoded = _try_to_decode(self, y, available)
         if not isinstance(decoded.heard, Tracer):
             available, heard = np.asarray(available), np.asarray(decoded.heard)
             broken = np.flatnonzero(available & ~heard)
@@ -269,8 +269,12 @@ class AbstractCode(eqx.Module):
         available: Bool[ArrayLike, " num_workers"],
     ) -> Decoded:
         """As `decode`, with the status beside the predictions and no exception for bad answers."""
-        found = decode_at_hand(self, y, available)
-        return _try_decode(self, y, available) if found is None else found
+        return _try_to_decode(self, y, available)
+
+
+def _try_to_decode(code: AbstractCode, y: PyTree, available: ArrayLike) -> Decoded:
+    found = decode_at_hand(code, y, available)
+    return _try_decode(code, y, available) if found is None else found
 
 
 @eqx.filter_jit

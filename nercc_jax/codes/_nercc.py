@@ -121,12 +121,7 @@ class NeRCC(AbstractCode):
         lambda_dec * (mean gap of the available betas / mean gap of all betas) ^ gap_exponent, gaps
         as `nercc_jax.codes._points.mean_gap` has them.
         """
-        return self._penalty(as_mask(available, (self.num_workers,)))
-
-    def _penalty(self, available: Bool[Any, " num_workers"]) -> Any:
-        both = namespace(available).stack([available, np.ones(self.num_workers, bool)])
-        gap, least = mean_gap(self.beta, both)
-        return self.lambda_dec * (gap / least) ** self.gap_exponent
+        return _penalty(self, as_mask(available, (self.num_workers,)))
 
     def encoder_matrix(self) -> Float[Array, "num_workers num_data"]:
         return smoothing_matrix(self.alpha, self.beta, self.lambda_enc)
@@ -137,7 +132,7 @@ class NeRCC(AbstractCode):
         return self.decoder_map(available).matrix
 
     def decoder_map(self, available: Bool[ArrayLike, " num_workers"]) -> LinearMap:
-        options = self._decoding(as_mask(available, (self.num_workers,)))
+        options = decoding_options(self, as_mask(available, (self.num_workers,)))
         return smoothing_map(self.beta, self.alpha, **options, ends=self.ends)
 
     def recovered(self, available: Bool[ArrayLike, " num_workers"]) -> Bool[Array, " num_data"]:
@@ -152,14 +147,14 @@ class NeRCC(AbstractCode):
         if self.ends != "natural":
             return None
         beta, alpha = np.asarray(self.beta), np.asarray(self.alpha)
-        matrix = smoothing_matrix_on_host(beta, alpha, **self._decoding(available))
+        matrix = smoothing_matrix_on_host(beta, alpha, **decoding_options(self, available))
         return matrix, np.full(self.num_data, available.any())
 
     def posterior_variance(
         self, available: Bool[ArrayLike, " num_workers"]
     ) -> Float[Array, " num_data"]:
         available = as_mask(available, (self.num_workers,))
-        variance = posterior_variance(self.beta, self.alpha, **self._decoding(available))
+        variance = posterior_variance(self.beta, self.alpha, **decoding_options(self, available))
         return jnp.where(self._kept(available), 0, variance)
 
     def _kept(self, available: Bool[Array, " num_workers"]) -> Bool[Array, " num_data"]:
@@ -171,34 +166,44 @@ class NeRCC(AbstractCode):
         self, y: Float[Array, "num_workers m"], available: Bool[Array, " num_workers"]
     ) -> Float[Array, ""]:
         y = y.astype(jnp.promote_types(y.dtype, self.beta.dtype))
-        return process_variance(self.beta, y, **self._decoding(available))
+        return process_variance(self.beta, y, **decoding_options(self, available))
 
     def variances(
         self, y: Float[Array, "num_workers m"], available: Bool[Array, " num_workers"]
     ) -> tuple[Float[Array, " num_data"], Float[Array, ""]]:
         y = y.astype(jnp.promote_types(y.dtype, self.beta.dtype))
-        options = self._decoding(available)
+        options = decoding_options(self, available)
         posterior, process = posterior_variances(self.beta, y, self.alpha, **options)
         return jnp.where(self._kept(available), 0, posterior), process
 
-    def _decoding(self, available: Bool[Any, " num_workers"]) -> dict[str, Any]:
-        """The decoding regression's arguments but for points and data."""
-        xp = namespace(self.beta, available)
-        both = xp.stack([self.beta, -self.beta])
-        outermost = xp.min(xp.where(available, both, 1), axis=1)
-        options = {
-            "lambda_": self._penalty(available),
-            "available": available,
-            "end_weights": self.end_penalty * (1 - outermost**2),
-        }
-        if self.exact:
-            own = coincident(self.beta, self.alpha)
-            weights = xp.where(own, 1 / np.finfo(self.beta.dtype).eps, 1).astype(self.beta.dtype)
-            # lambda is taken times the sum of weights: heavy answers must not add to the penalty.
-            total = xp.sum(weights, where=available)
-            options["lambda_"] *= xp.sum(available) / xp.where(total > 0, total, 1)
-            options["weights"] = weights
-        return options
+
+# Functions, since Equinox takes as long to bind a method as the host for a tenth of a matrix.
+
+
+def _penalty(code: NeRCC, available: Bool[Any, " num_workers"]) -> Any:
+    both = namespace(available).stack([available, np.ones(code.num_workers, bool)])
+    gap, least = mean_gap(code.beta, both)
+    return code.lambda_dec * (gap / least) ** code.gap_exponent
+
+
+def decoding_options(code: NeRCC, available: Bool[Any, " num_workers"]) -> dict[str, Any]:
+    """Return the decoding regression's arguments but for points and data."""
+    xp = namespace(code.beta, available)
+    both = xp.stack([code.beta, -code.beta])
+    outermost = xp.min(xp.where(available, both, 1), axis=1)
+    options = {
+        "lambda_": _penalty(code, available),
+        "available": available,
+        "end_weights": code.end_penalty * (1 - outermost**2),
+    }
+    if code.exact:
+        own = coincident(code.beta, code.alpha)
+        weights = xp.where(own, 1 / np.finfo(code.beta.dtype).eps, 1).astype(code.beta.dtype)
+        # lambda is taken times the sum of weights: heavy answers must not add to the penalty.
+        total = xp.sum(weights, where=available)
+        options["lambda_"] *= xp.sum(available) / xp.where(total > 0, total, 1)
+        options["weights"] = weights
+    return options
 
 
 def _smoothing_length(alpha: Array, beta: Array) -> Any:

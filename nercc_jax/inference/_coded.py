@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
@@ -263,7 +264,7 @@ def _infer(
     x, available, grouped = as_groups(code, x, available, grouped)
     if isinstance(workers, Placed):
 
-        def on_mesh(x: PyTree, available: Array, args: tuple) -> Decoded:
+        def on_mesh(x: PyTree, available: ArrayLike, args: tuple) -> Decoded:
             inputs, shape = place_inputs(workers, x, available, args, known.decoders)
             with enter(workers, inputs):
                 return _run_on_mesh(workers, *inputs, grouped, shape)
@@ -281,7 +282,7 @@ def _infer_at_hand(
     model: Model | Sequence[Model],
     code: AbstractCode,
     x: PyTree,
-    available: Array,
+    available: ArrayLike,
     args: tuple,
     known: Known,
 ) -> Decoded | None:
@@ -300,7 +301,7 @@ def _run_known(
     model: Model | Sequence[Model],
     code: AbstractCode,
     x: PyTree,
-    available: Array,
+    available: ArrayLike,
     args: tuple,
     known: Known,
 ) -> tuple[Decoded, Array, PyTree]:
@@ -317,7 +318,7 @@ def _run(
     model: Model | Sequence[Model],
     code: AbstractCode,
     x: PyTree,
-    available: Array,
+    available: ArrayLike,
     args: tuple,
     grouped: bool,
     known: Known,
@@ -330,7 +331,7 @@ def _run(
 def _run_on_mesh(
     placed: Placed,
     x: PyTree,
-    available: Array,
+    available: ArrayLike,
     args: tuple,
     given: Matrices | None,
     grouped: bool,
@@ -365,7 +366,7 @@ def _run_scheme(
     model: Model | Sequence[Model] | Placed,
     scheme: AbstractScheme,
     x: PyTree,
-    available: Array,
+    available: ArrayLike,
     args: tuple,
     grouped: bool,
     known: Known,
@@ -394,7 +395,7 @@ def _run_scheme(
 
 def _points(
     code: AbstractCode, x: PyTree, available: ArrayLike, grouped: bool
-) -> tuple[PyTree, Bool[Array, "groups num_workers"]]:
+) -> tuple[PyTree, Bool[Array | np.ndarray, "groups num_workers"]]:
     """Data points in a row, and a mask for each of their groups. Raises: as `coded_inference`."""
     x = to_device(x)
     if not grouped:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, PyTree
 
-from ..codes import AbstractCode, check_beside, check_floats, leaves_of
+from ..codes import AbstractCode, any_tracer, check_beside, check_floats, leaves_of
 from ..codes._code import check_mask
 
 
@@ -16,8 +16,8 @@ def as_groups(
 
     x, and errors: see `group_points`. available: a mask (N,) for all groups or one per group.
     """
-    known = not isinstance(available, jax.Array)
-    available = np.asarray(available) if known else available
+    known = not (isinstance(available, jax.Array) or any_tracer(x))
+    available = np.asarray(available) if known else jnp.asarray(available)
     groups, grouped = group_points(code, x, grouped, available.ndim)
     count = jax.tree.leaves(groups)[0].shape[0]
     masks = (count, code.num_workers) if available.ndim == 2 else (code.num_workers,)

@@ -8,9 +8,8 @@ for many masks of the same points it is made once. Everything is differentiable 
 weights and observations.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +26,7 @@ _COINCIDENT_ULPS = 4
 COMPARED_WITH_ALL = 1 << 16
 
 
-class Knots(eqx.Module):
+class Knots(NamedTuple):
     """Distinct increasing knots and how they came from the points; n slots, at least two.
 
     `knot[p]` is the knot of point p, and `share[p]` its part of that knot's weight (0 for points
