@@ -153,18 +153,18 @@ def _on_host(
     available: Bool[np.ndarray, "rows num_workers"],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return predictions, which workers they rest on, and which are recovered, of these groups."""
-    finite = np.isfinite(y).all(axis=-1)
-    heard = available & finite[group]
+    finite = np.all(np.isfinite(y), axis=-1, keepdims=True)
+    heard = available & finite[group][..., 0]
     matrices: dict[bytes, Matrices] = {}
     dtype = jnp.promote_types(y.dtype, jnp.float32)
     predictions, recovered = [], []
     with np.errstate(all="ignore"):  # what overflows becomes infinite, as in a program
         for place, mask in zip(group, heard, strict=True):
             name = mask.tobytes()
-            if name not in matrices:
-                matrices[name] = kept.exact_decoder(mask)
-            made = matrices[name]
-            answers = np.where(finite[place][:, None], y[place], 0).astype(np.float64)
+            made = matrices.get(name) or kept.exact_decoder(mask)
+            assert made is not None
+            matrices[name] = made
+            answers = np.where(finite[place], y[place], 0).astype(np.float64)
             values = made.decoder[0] @ answers
             known = np.asarray(made.recovered[0])
             predictions.append(np.where(known[:, None], values, np.nan).astype(dtype))

@@ -105,13 +105,14 @@ class NeRCC(AbstractCode):
         dtype = self.alpha.dtype
         exponent, penalty = (4.0, 3000.0) if lambda_dec is None else (0.0, 0.0)
         penalty = penalty if ends == "natural" else 0.0
+        lambda_: Any = lambda_dec
         if lambda_dec is None:
-            lambda_dec = _smoothing_length(self.alpha, self.beta) ** 4
+            lambda_ = _smoothing_length(self.alpha, self.beta) ** 4
         exponent = exponent if gap_exponent is None else gap_exponent
         penalty = penalty if end_penalty is None else end_penalty
         largest = float(jnp.finfo(dtype).max)
         self.lambda_enc = _scalar("lambda_enc", lambda_enc, dtype, least=0.0, most=np.inf)
-        self.lambda_dec = _scalar("lambda_dec", lambda_dec, dtype, least=0.0, most=np.inf)
+        self.lambda_dec = _scalar("lambda_dec", lambda_, dtype, least=0.0, most=np.inf)
         self.gap_exponent = _scalar("gap_exponent", exponent, dtype, least=-largest, most=largest)
         self.end_penalty = _scalar("end_penalty", penalty, dtype, least=0.0, most=largest)
 

@@ -338,8 +338,8 @@ def _run_on_mesh(
     shape: tuple[int, ...] | None,
 ) -> Decoded:
     """`shape` is the data points' where x holds shares of their coordinates."""
-    available, given = alike_only(x, available, given)
-    decoded = spmd_decoded(placed, x, available, args, shape, given)
+    there, given = alike_only(x, jnp.asarray(available), given)
+    decoded = spmd_decoded(placed, x, there, args, shape, given)
     return decoded if grouped else _first(decoded)
 
 
@@ -379,10 +379,10 @@ def _run_scheme(
         encoder = known.encoder if encoders is None else encoders
         return run_workers(model, code, encode_groups(code, groups, encoder), *args)
 
-    result = scheme.infer(work, x, available, known)
+    result = scheme.infer(work, x, jnp.asarray(available), known)
     if not grouped:
         return result
-    points, groups = len(jax.tree.leaves(x)[0]), len(available)
+    points, groups = len(jax.tree.leaves(x)[0]), np.shape(available)[0]
 
     def by_group(leaf: Array) -> Array:
         of_points = leaf.shape[:1] == (points,)

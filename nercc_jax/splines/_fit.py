@@ -148,11 +148,11 @@ class Fit(eqx.Module):
         """The problem with each point's coefficients on the right side, the gap that each lies in,
         and the coefficients of the value at its right end."""
         knots = self.knots
-        gap, _, (left_value, left_slope, value, slope) = hermite_basis(knots.t, at, gap)
+        place, _, (left_value, left_slope, value, slope) = hermite_basis(knots.t, at, gap)
         slot = jnp.arange(len(knots.t))[:, None]
-        left, right = ((slot == place).astype(value.dtype) for place in (gap, gap + 1))
+        left, right = ((slot == of).astype(value.dtype) for of in (place, place + 1))
         values, slopes = left * left_value + right * value, left * left_slope + right * slope
-        return Problem(*self._problem(), values, slopes, knots.shown), gap, value
+        return Problem(*self._problem(), values, slopes, knots.shown), place, value
 
     def _map_of(self, made: Responses, gap: Array, value: Array) -> LinearMap:
         left = jnp.arange(len(self.knots.t) - 1) == gap[:, None]
@@ -253,6 +253,7 @@ def hermite_basis(
     """Return the gap that each point lies in, how far into it (0 to 1), and the coefficients of the
     left knot's value and slope, and the right one's. Straight lines beyond the ends."""
     gap = _gap_of(t, at) if gap is None else gap
+    assert gap is not None
     left = taken(t, gap)
     h = taken(t, gap + 1) - left
     after = at - left

@@ -108,7 +108,7 @@ class RootInformation(eqx.Module):
         others, of which Q is taken without what R is solved for.
         """
         count, m = right.value.shape[1], residuals.first.shape[1]
-        ours = (np.arange(count) < count - m).astype(right.value.dtype)
+        ours: Any = (np.arange(count) < count - m).astype(right.value.dtype)
         residuals = Residuals(*(jnp.pad(each, ((0, 0), (count - m, 0))) for each in residuals))
 
         def step(carry, gap):
@@ -244,7 +244,8 @@ def factorize_beside(
         return (adjoint, observed), (pivots, found)
 
     nothing = jnp.zeros_like(values[0])
-    start, given = ((nothing, nothing), ()), (values[:-1], slopes[:-1])
+    start: Any = (nothing, nothing), ()
+    given: Any = values[:-1], slopes[:-1]
     if observations is not None:
         first = observations[0], jnp.zeros_like(observations[0])
         start, given = (start[0], first), (*given, observations[1:])
@@ -253,7 +254,7 @@ def factorize_beside(
     )
     p = (values[-1] - passed[0]) / factor.last[0]
     q = (slopes[-1] - passed[1] - factor.last[1] * p) / factor.last[2]
-    adjoint = Pivots(*pivots, p, q)
+    adjoint = Pivots(pivots[0], pivots[1], p, q)
     if observations is None:
         return factor, adjoint, None
     pivot, slope, *left = found
