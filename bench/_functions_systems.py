@@ -22,12 +22,7 @@ from nercc_jax.inference import order_points
 from nercc_jax.risk import ErrorBars
 from nercc_jax.schemes import AssessedPredictions, cross_validate_error_bars
 from nercc_jax.stragglers import AbstractStragglers, ContiguousStragglers, ExactStragglers
-from nercc_jax.surrogates import (
-    AbstractSurrogate,
-    Kernel,
-    LearnerTuning,
-    fit_learner,
-)
+from nercc_jax.surrogates import AbstractSurrogate, Kernel, LearnerTuning, fit_learner
 
 Masks = Bool[Array, "sets groups num_workers"]
 Told = tuple[Float[Array, "sets points m"], Float[Array, "sets points"]]

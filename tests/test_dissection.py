@@ -33,7 +33,8 @@ def ask(t, lambda_, y, at, available, end_weights, rows):
     values, slopes = found.values(y)
     at_knots = _fit.hermite(found.knots.t, values, slopes, at)
     made = found.map_to(at)
-    return at_knots, made.matrix, made.apply(y), found.variance(at), found.process(y)
+    variances = found.variance(found.factor(), at), found.process(found.factor(), y)
+    return at_knots, made.matrix, made.apply(y), *variances
 
 
 @functools.partial(jax.jit, static_argnames="rows")

@@ -9,10 +9,10 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from ..codes import AbstractCode, Berrut, NeRCC, Replication
-from ..evaluation import Estimate, batched, system_look
-from ..inference import AbstractScheme, Model, coded_inference, order_points
-from ..schemes import Scheme, calibrate_error_probability, reexecute
+from ..codes import AbstractCode, Berrut, NeRCC, Replication, decode_groups, groups_of
+from ..evaluation import Estimate, all_answers, batched, system_look
+from ..inference import Model, coded_inference, order_points
+from ..schemes import AssessedPredictions, Scheme, calibrate_error_probability, reexecute
 from ..stragglers import IndependentStragglers
 from ..surrogates import fit_surrogate
 from ._workload import Answering, Workload
@@ -78,7 +78,8 @@ def kept_labels(queries: Queries, num_data: int, num_workers: int, seed: int) ->
     """The published method and its rivals, and a scheme on few workers, under the same law."""
     judge = queries.test[len(queries.test) // 2 :]
     judge = judge[: len(judge) // num_data * num_data]
-    own = np.asarray(batched(queries.model, 256)(judge)).argmax(-1)
+    run = batched(queries.model, 256)
+    own = np.asarray(run(judge)).argmax(-1)
     few, many = num_data + max(num_data // 4, 1), num_workers
 
     def kept(infer: Callable[[np.ndarray], np.ndarray], workers: int) -> Estimate:
@@ -89,10 +90,10 @@ def kept_labels(queries: Queries, num_data: int, num_workers: int, seed: int) ->
             shares.append(float(np.mean(infer(masks) == own)))
         return Estimate.over(shares)
 
-    def labels(code: AbstractCode | AbstractScheme) -> Callable[[np.ndarray], np.ndarray]:
-        grouped = judge.reshape(-1, num_data, *judge.shape[1:])
-        infer = coded_inference(queries.model, code, grouped=True)
-        return lambda masks: _labels(infer(grouped, masks)).ravel()
+    def labels(code: AbstractCode) -> Callable[[np.ndarray], np.ndarray]:
+        answers, form = all_answers((run,), code, groups_of(judge, num_data))
+        y = form.split(answers)
+        return lambda masks: _labels(decode_groups(code, y, masks).predictions).ravel()
 
     published = NeRCC(num_data, many, lambda_dec=0.0)
     return [
@@ -138,11 +139,19 @@ def _with_scheme(
     )
     workers, calls = code.num_workers, code.num_workers / code.num_data + queries.cost
 
+    known: dict[bytes, AssessedPredictions] = {}  # both rows are for the same stragglers
+
+    def assessed(masks: np.ndarray) -> AssessedPredictions:
+        name = masks.tobytes()
+        if name not in known:
+            known[name] = infer(judge, masks)
+        return known[name]
+
     def labels(masks: np.ndarray) -> np.ndarray:
-        return _labels(infer(judge, masks).decoded.predictions)
+        return _labels(assessed(masks).decoded.predictions)
 
     def again(masks: np.ndarray) -> np.ndarray:
-        sure = reexecute(queries.model, judge, infer(judge, masks), share=_AGAIN)
+        sure = reexecute(queries.model, judge, assessed(masks), share=_AGAIN)
         return _labels(sure.decoded.predictions)
 
     yield Kept("scheme", "scheme", workers, calls, kept(labels, workers))

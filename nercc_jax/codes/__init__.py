@@ -1,6 +1,6 @@
 """Codes: two matrices each, regression points, and files."""
 
-from ._at_hand import decode_groups_at_hand, decode_sets_at_hand
+from ._at_hand import decode_groups, decode_sets
 from ._berrut import Berrut, berrut_matrix
 from ._checks import check_count, check_counts, check_fields, check_not_negative, check_positive
 from ._code import (
@@ -15,7 +15,6 @@ from ._decoding import (
     Decoded,
     Matrices,
     alike_only,
-    decode_sets,
     decode_vectors,
 )
 from ._files import code_card, load_code, save_code
@@ -26,7 +25,7 @@ from ._grouped import (
     following_points,
     has_points,
 )
-from ._groups import decode_groups, encode_groups, encode_leaf, multiply_groups
+from ._groups import encode_groups, encode_leaf, multiply_groups
 from ._kept import (
     Known,
     Lookups,
@@ -58,6 +57,7 @@ from ._trees import (
     join,
     leaves_of,
     points_of,
+    to_device,
 )
 from ._whole import write_whole
 
@@ -98,9 +98,7 @@ __all__ = [
     "copies",
     "copies_of_doubtful",
     "decode_groups",
-    "decode_groups_at_hand",
     "decode_sets",
-    "decode_sets_at_hand",
     "decode_vectors",
     "deviation",
     "encode_groups",
@@ -126,6 +124,7 @@ __all__ = [
     "points_of",
     "regression_points",
     "save_code",
+    "to_device",
     "variances",
     "write_whole",
     "x64_enabled",

@@ -12,12 +12,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
+from jax.core import Tracer
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
-from ._decoding import Decoded, Matrices, sets_multiplied
-from ._groups import decode_groups, multiply_groups
+from ._decoding import Decoded, Matrices, decode_sets_in_program, sets_multiplied
+from ._groups import decode_groups_in_program, multiply_groups
 from ._kept import KeptMatrices, kept_matrices, known_decoders
-from ._trees import any_tracer, check_floats, check_leading, join
+from ._trees import any_tracer, check_floats, check_leading, join, to_device
 
 # Up to this many straggler sets, all their matrices on the host (0.3 ms each) take less than the
 # compilation of a program that makes them.
@@ -41,50 +42,78 @@ def decode_at_hand(code: Any, y: PyTree, available: ArrayLike) -> Decoded | None
     check_leading("y", y, (code.num_workers,), "workers")
     check_floats("y", y)
     decoded, sound = _multiply_group(y, mask, given)
+    if isinstance(sound, Tracer):  # in a trace, of something else
+        return None
     if sound:
         return decoded
     found = _groups_on_host(code, jax.tree.map(lambda leaf: leaf[None], y), mask[None])
     return None if found is None else jax.tree.map(lambda leaf: leaf[0], found)
 
 
-def decode_groups_at_hand(
+def decode_groups(
     code: Any,
     y: PyTree[Float[ArrayLike, "groups num_workers ..."]],
     available: Bool[ArrayLike, "groups num_workers"],
+    given: Matrices | None = None,
 ) -> Decoded:
-    """Return `decode_groups`, by as little compilation as there can be."""
+    """Decode many groups, each with its own workers.
+
+    Answers may be a pytree of arrays, whose predictions come in the same form. In a program
+    (`jax.jit`) this is part of it; outside, as little as possible is compiled.
+
+    Args:
+        code: The code.
+        y: The answers of all groups. An unavailable worker's may hold anything, and one that is not
+            finite makes its worker a straggler in its own group.
+        available: The workers of each group that answered.
+        given: The decoder's matrices for these workers, where they are made already.
+    """
+    if any_tracer(code, y, available, given):
+        return decode_groups_in_program(code, y, jnp.asarray(available), given)
     masks = np.asarray(available)
-    given = known_decoders(code, masks)
+    given = known_decoders(code, masks) if given is None else given
     if given is not None:
-        decoded, sound = _multiply_groups(y, jnp.asarray(masks), given)
+        decoded, sound = _multiply_groups(y, masks, given)
+        if isinstance(sound, Tracer):
+            return decode_groups_in_program(code, y, jnp.asarray(masks), given)
         if sound:
             return decoded
     found = _groups_on_host(code, y, masks)
     if found is not None:
         return found
-    return _decode_groups(code, jax.tree.map(jnp.asarray, y), jnp.asarray(masks))
+    return _decode_groups(code, to_device(y), to_device(masks))
 
 
-def decode_sets_at_hand(
+def decode_sets(
     code: Any,
     y: Float[Array, "groups num_workers m"],
     available: Bool[ArrayLike, "sets num_workers"],
-) -> Decoded | None:
-    """Return `decode_sets`, or None where it takes a program with a regression."""
-    kept = None if any_tracer(code, y, available) else kept_matrices(code)
-    if kept is None or not kept.on_host:
-        return None
-    masks = np.asarray(available)
+) -> Decoded:
+    """Decode the answers of all groups under each straggler set: leading axes (sets, groups).
+
+    In a program each set's matrix is made once, outside on the host. An answer that is not finite
+    makes its worker a straggler in its own group only, as everywhere.
+    """
+    if any_tracer(code, y, available):
+        return decode_sets_in_program(code, y, jnp.asarray(available))
+    kept, masks = kept_matrices(code), np.asarray(available)
+    if kept is None or not kept.on_host or not _is_here(y) or len(masks) > MANY_SETS:
+        return _decode_sets(code, y, to_device(masks))
     given = kept.decoders(masks, MANY_SETS)
-    if given is None:
-        return None
+    assert given is not None
     sets = len(masks)
     given = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (sets, *leaf.shape[1:])), given)
-    decoded, sound = _multiply_sets(y, jnp.asarray(masks), given)
-    return decoded if sound else None
+    decoded, sound = _multiply_sets(y, masks, given)
+    if isinstance(sound, Tracer):
+        return decode_sets_in_program(code, y, jnp.asarray(masks))
+    if sound:
+        return decoded
+    groups = np.tile(np.arange(len(y)), sets)
+    made = _on_host(kept, np.asarray(y), groups, masks.repeat(len(y), axis=0))
+    return Decoded(*to_device([part.reshape(sets, len(y), *part.shape[1:]) for part in made]))
 
 
-@eqx.filter_jit
+@jax.jit
 def _multiply_group(
     y: PyTree[Float[ArrayLike, "num_workers ..."]],
     available: Bool[ArrayLike, " num_workers"],
@@ -95,35 +124,49 @@ def _multiply_group(
     return jax.tree.map(lambda leaf: leaf[0], decoded), sound
 
 
-_multiply_groups = eqx.filter_jit(multiply_groups)
-_decode_groups = eqx.filter_jit(decode_groups)
-_multiply_sets = eqx.filter_jit(sets_multiplied)
+_multiply_groups = jax.jit(multiply_groups)
+_decode_groups = eqx.filter_jit(decode_groups_in_program)
+_multiply_sets = jax.jit(sets_multiplied)
+_decode_sets = eqx.filter_jit(decode_sets_in_program)
 
 
 def _groups_on_host(code: Any, y: PyTree, available: np.ndarray) -> Decoded | None:
     """`decode_groups` by NumPy in float64, or None for a code without matrices there."""
     kept = kept_matrices(code)
-    there = all(leaf.is_fully_addressable for leaf in jax.tree.leaves(y) if isinstance(leaf, Array))
-    if kept is None or not kept.on_host or not there:
+    if kept is None or not kept.on_host or not _is_here(y):
         return None
-    vectors, form = join(jax.tree.map(jnp.asarray, y), 2)
-    made = [_one_on_host(kept, *each) for each in zip(np.asarray(vectors), available, strict=True)]
-    parts = (jnp.asarray(np.stack(part)) for part in zip(*made, strict=True))
-    predictions, heard, recovered = parts
+    vectors, form = join(to_device(y), 2)
+    made = _on_host(kept, np.asarray(vectors), np.arange(len(vectors)), available)
+    predictions, heard, recovered = to_device(made)
     return Decoded(form.split(predictions), heard, recovered)
 
 
-def _one_on_host(
+def _is_here(y: PyTree) -> bool:
+    """Return whether this process holds all of the answers."""
+    return all(leaf.is_fully_addressable for leaf in jax.tree.leaves(y) if isinstance(leaf, Array))
+
+
+def _on_host(
     kept: KeptMatrices,
-    y: Float[np.ndarray, "num_workers m"],
-    available: Bool[np.ndarray, " num_workers"],
+    y: Float[np.ndarray, "groups num_workers m"],
+    group: Int[np.ndarray, " rows"],
+    available: Bool[np.ndarray, "rows num_workers"],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Predictions of one group, which workers they rest on, and which are recovered."""
-    heard = available & np.isfinite(y).all(axis=-1)
-    made = kept.exact_decoder(heard)
-    assert made is not None
-    matrix, recovered = made.decoder[0], np.asarray(made.recovered[0])
+    """Return predictions, which workers they rest on, and which are recovered, of these groups."""
+    finite = np.all(np.isfinite(y), axis=-1, keepdims=True)
+    heard = available & finite[group][..., 0]
+    matrices: dict[bytes, Matrices] = {}
+    dtype = jnp.promote_types(y.dtype, jnp.float32)
+    predictions, recovered = [], []
     with np.errstate(all="ignore"):  # what overflows becomes infinite, as in a program
-        values = matrix @ np.where(heard[:, None], y, 0).astype(np.float64)
-        values = np.where(recovered[:, None], values, np.nan)
-        return values.astype(jnp.promote_types(y.dtype, jnp.float32)), heard, recovered
+        for place, mask in zip(group, heard, strict=True):
+            name = mask.tobytes()
+            made = matrices.get(name) or kept.exact_decoder(mask)
+            assert made is not None
+            matrices[name] = made
+            answers = np.where(finite[place], y[place], 0).astype(np.float64)
+            values = made.decoder[0] @ answers
+            known = np.asarray(made.recovered[0])
+            predictions.append(np.where(known[:, None], values, np.nan).astype(dtype))
+            recovered.append(known)
+    return np.stack(predictions), heard, np.stack(recovered)

@@ -19,7 +19,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
 from ._at_hand import decode_at_hand
 from ._decoding import Decoded, DecoderMap, PlainMap
-from ._groups import decode_groups, encode_groups
+from ._groups import decode_groups_in_program, encode_groups
 from ._kept import known_encoder
 from ._methods import transformable
 from ._trees import (
@@ -30,6 +30,7 @@ from ._trees import (
     check_leading,
     finite_points,
     join,
+    to_device,
 )
 
 Code = TypeVar("Code", bound="AbstractCode")
@@ -139,6 +140,15 @@ class AbstractCode(eqx.Module):
         there."""
         raise ValueError(f"{type(self).__name__} is no regression: it has no process variance")
 
+    def variances(
+        self, y: Float[Array, "num_workers m"], available: Bool[Array, " num_workers"]
+    ) -> tuple[Float[Array, " num_data"], Float[Array, ""]]:
+        """Return `posterior_variance` and `process_variance`, where possible from one regression.
+
+        Raises: as there.
+        """
+        return self.posterior_variance(available), self.process_variance(y, available)
+
     def replace(self: Code, **numbers: Any) -> Code:
         """The same code with other numbers: `code.replace(lambda_dec=1e-3)`.
 
@@ -173,7 +183,7 @@ class AbstractCode(eqx.Module):
         one is not finite (it would spoil every coded data point), or what cannot be mixed differs.
         Source: arXiv 2402.04377.
         """
-        x = jax.tree.map(jnp.asarray, x)
+        x = to_device(x)
         check_leading("x", x, (self.num_data,), "data points")
         check_floats("x", x, beside=True)
         coded, finite = _encode(self, x, known_encoder(self))
@@ -229,7 +239,7 @@ class AbstractCode(eqx.Module):
         prediction can be recovered, and with `return_uncertainty` for a code that is no regression.
         Inside jit use `try_decode` for the status.
         """
-        decoded = self.try_decode(y, available)
+        decoded = _try_to_decode(self, y, available)
         if not isinstance(decoded.heard, Tracer):
             available, heard = np.asarray(available), np.asarray(decoded.heard)
             broken = np.flatnonzero(available & ~heard)
@@ -259,8 +269,12 @@ class AbstractCode(eqx.Module):
         available: Bool[ArrayLike, " num_workers"],
     ) -> Decoded:
         """As `decode`, with the status beside the predictions and no exception for bad answers."""
-        found = decode_at_hand(self, y, available)
-        return _try_decode(self, y, available) if found is None else found
+        return _try_to_decode(self, y, available)
+
+
+def _try_to_decode(code: AbstractCode, y: PyTree, available: ArrayLike) -> Decoded:
+    found = decode_at_hand(code, y, available)
+    return _try_decode(code, y, available) if found is None else found
 
 
 @eqx.filter_jit
@@ -278,7 +292,9 @@ def _encode(
 def _try_decode(code: AbstractCode, y: PyTree, available: ArrayLike) -> Decoded:
     y = checked_answers(code, y)
     available = as_mask(available, (code.num_workers,))
-    decoded = decode_groups(code, jax.tree.map(lambda leaf: leaf[None], y), available[None])
+    decoded = decode_groups_in_program(
+        code, jax.tree.map(lambda leaf: leaf[None], y), available[None]
+    )
     return jax.tree.map(lambda leaf: leaf[0], decoded)
 
 
@@ -308,8 +324,7 @@ def variances(
     heard: Bool[Array, "groups num_workers"],
 ) -> tuple[Float[Array, "groups num_data"], Float[Array, "groups 1"]]:
     """Posterior and process variance of groups, whatever workers that are not heard say."""
-    posterior = jax.vmap(code.posterior_variance)(heard)
-    process = jax.vmap(code.process_variance)(jnp.where(heard[..., None], y, 0), heard)
+    posterior, process = jax.vmap(code.variances)(jnp.where(heard[..., None], y, 0), heard)
     return posterior, process[:, None]
 
 
@@ -324,14 +339,19 @@ def deviation(share: Float[Array, "..."], process: Float[Array, "..."]) -> Float
 
 
 def as_mask(available: ArrayLike, shape: tuple[int, ...]) -> Bool[Array, "..."]:
-    """The mask as an array, or a ValueError that says what it should have been."""
+    """Return the mask as an array. Raises: ValueError as `check_mask` does."""
     available = jnp.asarray(available)
+    check_mask(available, shape)
+    return available
+
+
+def check_mask(available: Array | np.ndarray, shape: tuple[int, ...]) -> None:
+    """Raises: ValueError for what is no mask of this shape, which says what it should have been."""
     if available.dtype != bool or available.shape != shape:
         raise ValueError(
             f"available must be a boolean mask of shape {shape}, "
             f"not {available.dtype}{available.shape}"
         )
-    return available
 
 
 _SHOWN = 8  # of the numbers of an array

@@ -9,8 +9,9 @@ their answers, zeros for all others. So a straggler's value reaches no gradient,
 loop is ever differentiated.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -43,7 +44,7 @@ class Decoded(eqx.Module):
     recovered: Bool[Array, "..."]
 
 
-class Matrices(eqx.Module):
+class Matrices(NamedTuple):
     """The decoder's matrix and what it recovers, for each group's straggler set, or for all's."""
 
     decoder: Float[Array | np.ndarray, "sets num_data num_workers"]
@@ -133,11 +134,12 @@ def _in_a_loop(code: Decoder, y: Array, available: Array) -> Decoded:
         heard, first = state[0].heard, state[2]
         maps, recovered = _fitted(code, heard)
         decoded = _multiplied(y, heard, maps.matrix, recovered)
-        finite = _finite(decoded)
-        broken = first & ~finite
+        broken = first & ~_finite(decoded)
         known = _unless(~broken, heard, lambda: heard & _all_finite(y))
-        done = broken | (finite & _exact(decoded, maps.matrix))
-        decoded = _unless(done, decoded, lambda: _accurately(maps, y, heard, recovered))
+        steady = _is_steady(maps.matrix)
+        # Else the product still holds an answer that is left out, or what is not recovered.
+        done = broken | (first & steady & jnp.all(recovered))
+        decoded = _unless(done, decoded, lambda: _of_heard(maps, y, heard, recovered, steady))
         return Decoded(decoded.predictions, known, recovered), broken, jnp.zeros_like(first)
 
     start, again = _alike((_nothing(code, y.shape[:1], y, available), jnp.ones((), bool)))
@@ -173,12 +175,12 @@ def _multiplied(y: Array, available: Array, matrices: Array, recovered: Array) -
     return Decoded(multiply(matrices, y), available, recovered)
 
 
-def decode_sets(
+def decode_sets_in_program(
     code: Decoder,
     y: Float[Array, "groups num_workers m"],
     available: Bool[Array, "sets num_workers"],
 ) -> Decoded:
-    """Decode the answers of all groups under each straggler set: leading axes (sets, groups).
+    """Decode all groups under each straggler set, as part of a program: axes (sets, groups).
 
     Each set's matrix is made once. An answer that is not finite makes its worker a straggler in its
     own group only, as everywhere; if there is one, or for a derivative, the groups get matrices of
@@ -299,8 +301,21 @@ def _sets_carefully(code: Decoder, y: Array, available: Array) -> Decoded:
 
 def _accurately(maps: Any, y: Array, heard: Array, recovered: Array) -> Decoded:
     """Decode the answers that were heard by the most accurate way."""
+    return _of_heard(maps, y, heard, recovered, None)
+
+
+def _of_heard(maps: Any, y: Array, heard: Array, recovered: Array, steady: Array | None) -> Decoded:
+    """Decode the answers that were heard: by the product where that is steady, else accurately."""
     clean = jnp.where(heard[..., None], y, 0).astype(jnp.promote_types(y.dtype, jnp.float32))
-    predictions = jax.vmap(lambda one, answers: one.apply(answers))(maps, clean)
+
+    def apply(clean: Array) -> Array:
+        return jax.vmap(lambda one, answers: one.apply(answers))(maps, clean)
+
+    if steady is None:
+        predictions = apply(clean)
+    else:
+        product = functools.partial(multiply, maps.matrix)
+        predictions = jax.lax.cond(steady, product, apply, clean)
     return Decoded(jnp.where(recovered[..., None], predictions, jnp.nan), heard, recovered)
 
 
@@ -320,8 +335,12 @@ def _finite(attempt: Decoded) -> Bool[Array, ""]:
 
 def _exact(attempt: Decoded, matrices: Array) -> Bool[Array, ""]:
     """Return whether decoding of finite answers is what one product made of it."""
-    amplification = jnp.max(jnp.sum(jnp.abs(matrices), axis=-1), initial=0)
-    return (amplification <= AMPLIFICATION) & jnp.all(attempt.recovered)
+    return _is_steady(matrices) & jnp.all(attempt.recovered)
+
+
+def _is_steady(matrices: Array) -> Bool[Array, ""]:
+    """Return whether the product with these matrices loses no digits."""
+    return jnp.max(jnp.sum(jnp.abs(matrices), axis=-1), initial=0) <= AMPLIFICATION
 
 
 def _unless(sound: Bool[Array, ""], attempt: State, otherwise: Callable[[], State]) -> State:

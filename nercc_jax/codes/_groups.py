@@ -47,13 +47,13 @@ def encode_leaf(
     return multiply(matrix, x.reshape(*x.shape[:2], -1)).astype(x.dtype).reshape(shape)
 
 
-def decode_groups(
+def decode_groups_in_program(
     code: Any,
     y: PyTree[Float[Array, "groups num_workers ..."]],
     available: Bool[Array, "groups num_workers"],
     given: Matrices | None = None,
 ) -> Decoded:
-    """Decode many groups, each with its own workers. See `decode_vectors`."""
+    """Decode many groups as part of a program. See `decode_vectors`."""
 
     arrays, rest = eqx.partition(code, eqx.is_array)
 

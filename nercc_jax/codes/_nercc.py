@@ -3,6 +3,7 @@
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -14,6 +15,7 @@ from ..splines import (
     check_ends,
     namespace,
     posterior_variance,
+    posterior_variances,
     process_variance,
     smoothing_map,
     smoothing_matrix,
@@ -22,7 +24,7 @@ from ..splines import (
 from ._checks import check_counts
 from ._code import AbstractCode, MatrixOnHost, as_mask
 from ._points import Points, coincident, mean_gap, regression_points
-from ._trees import any_tracer
+from ._trees import any_tracer, to_device
 
 
 class NeRCC(AbstractCode):
@@ -103,13 +105,14 @@ class NeRCC(AbstractCode):
         dtype = self.alpha.dtype
         exponent, penalty = (4.0, 3000.0) if lambda_dec is None else (0.0, 0.0)
         penalty = penalty if ends == "natural" else 0.0
+        lambda_: Any = lambda_dec
         if lambda_dec is None:
-            lambda_dec = jnp.asarray(_smoothing_length(self.alpha, self.beta) ** 4)
+            lambda_ = _smoothing_length(self.alpha, self.beta) ** 4
         exponent = exponent if gap_exponent is None else gap_exponent
         penalty = penalty if end_penalty is None else end_penalty
         largest = float(jnp.finfo(dtype).max)
         self.lambda_enc = _scalar("lambda_enc", lambda_enc, dtype, least=0.0, most=np.inf)
-        self.lambda_dec = _scalar("lambda_dec", lambda_dec, dtype, least=0.0, most=np.inf)
+        self.lambda_dec = _scalar("lambda_dec", lambda_, dtype, least=0.0, most=np.inf)
         self.gap_exponent = _scalar("gap_exponent", exponent, dtype, least=-largest, most=largest)
         self.end_penalty = _scalar("end_penalty", penalty, dtype, least=0.0, most=largest)
 
@@ -119,12 +122,7 @@ class NeRCC(AbstractCode):
         lambda_dec * (mean gap of the available betas / mean gap of all betas) ^ gap_exponent, gaps
         as `nercc_jax.codes._points.mean_gap` has them.
         """
-        return self._penalty(as_mask(available, (self.num_workers,)))
-
-    def _penalty(self, available: Bool[Any, " num_workers"]) -> Any:
-        both = namespace(available).stack([available, np.ones(self.num_workers, bool)])
-        gap, least = mean_gap(self.beta, both)
-        return self.lambda_dec * (gap / least) ** self.gap_exponent
+        return _penalty(self, as_mask(available, (self.num_workers,)))
 
     def encoder_matrix(self) -> Float[Array, "num_workers num_data"]:
         return smoothing_matrix(self.alpha, self.beta, self.lambda_enc)
@@ -135,7 +133,7 @@ class NeRCC(AbstractCode):
         return self.decoder_map(available).matrix
 
     def decoder_map(self, available: Bool[ArrayLike, " num_workers"]) -> LinearMap:
-        options = self._decoding(as_mask(available, (self.num_workers,)))
+        options = decoding_options(self, as_mask(available, (self.num_workers,)))
         return smoothing_map(self.beta, self.alpha, **options, ends=self.ends)
 
     def recovered(self, available: Bool[ArrayLike, " num_workers"]) -> Bool[Array, " num_data"]:
@@ -150,45 +148,63 @@ class NeRCC(AbstractCode):
         if self.ends != "natural":
             return None
         beta, alpha = np.asarray(self.beta), np.asarray(self.alpha)
-        matrix = smoothing_matrix_on_host(beta, alpha, **self._decoding(available))
+        matrix = smoothing_matrix_on_host(beta, alpha, **decoding_options(self, available))
         return matrix, np.full(self.num_data, available.any())
 
     def posterior_variance(
         self, available: Bool[ArrayLike, " num_workers"]
     ) -> Float[Array, " num_data"]:
         available = as_mask(available, (self.num_workers,))
-        variance = posterior_variance(self.beta, self.alpha, **self._decoding(available))
-        kept = (self.lambda_dec == 0) | self.exact
-        return jnp.where(kept & self._answered(available), 0, variance)
+        variance = posterior_variance(self.beta, self.alpha, **decoding_options(self, available))
+        return jnp.where(self._kept(available), 0, variance)
 
-    def _answered(self, available: Bool[Array, " num_workers"]) -> Bool[Array, " num_data"]:
-        """The data points at whose own place a worker answered."""
-        return coincident(self.alpha, jnp.where(available, self.beta, jnp.inf))
+    def _kept(self, available: Bool[Array, " num_workers"]) -> Bool[Array, " num_data"]:
+        """Return which data points' predictions are answers of workers at their own places."""
+        kept = (self.lambda_dec == 0) | self.exact
+        return kept & coincident(self.alpha, jnp.where(available, self.beta, jnp.inf))
 
     def process_variance(
         self, y: Float[Array, "num_workers m"], available: Bool[Array, " num_workers"]
     ) -> Float[Array, ""]:
         y = y.astype(jnp.promote_types(y.dtype, self.beta.dtype))
-        return process_variance(self.beta, y, **self._decoding(available))
+        return process_variance(self.beta, y, **decoding_options(self, available))
 
-    def _decoding(self, available: Bool[Any, " num_workers"]) -> dict[str, Any]:
-        """The decoding regression's arguments but for points and data."""
-        xp = namespace(self.beta, available)
-        both = xp.stack([self.beta, -self.beta])
-        outermost = xp.min(xp.where(available, both, 1), axis=1)
-        options = {
-            "lambda_": self._penalty(available),
-            "available": available,
-            "end_weights": self.end_penalty * (1 - outermost**2),
-        }
-        if self.exact:
-            own = coincident(self.beta, self.alpha)
-            weights = xp.where(own, 1 / np.finfo(self.beta.dtype).eps, 1).astype(self.beta.dtype)
-            # lambda is taken times the sum of weights: heavy answers must not add to the penalty.
-            total = xp.sum(weights, where=available)
-            options["lambda_"] *= xp.sum(available) / xp.where(total > 0, total, 1)
-            options["weights"] = weights
-        return options
+    def variances(
+        self, y: Float[Array, "num_workers m"], available: Bool[Array, " num_workers"]
+    ) -> tuple[Float[Array, " num_data"], Float[Array, ""]]:
+        y = y.astype(jnp.promote_types(y.dtype, self.beta.dtype))
+        options = decoding_options(self, available)
+        posterior, process = posterior_variances(self.beta, y, self.alpha, **options)
+        return jnp.where(self._kept(available), 0, posterior), process
+
+
+# Functions, since Equinox takes as long to bind a method as the host for a tenth of a matrix.
+
+
+def _penalty(code: NeRCC, available: Bool[Any, " num_workers"]) -> Any:
+    both = namespace(available).stack([available, np.ones(code.num_workers, bool)])
+    gap, least = mean_gap(code.beta, both)
+    return code.lambda_dec * (gap / least) ** code.gap_exponent
+
+
+def decoding_options(code: NeRCC, available: Bool[Any, " num_workers"]) -> dict[str, Any]:
+    """Return the decoding regression's arguments but for points and data."""
+    xp = namespace(code.beta, available)
+    both = xp.stack([code.beta, -code.beta])
+    outermost = xp.min(xp.where(available, both, 1), axis=1)
+    options = {
+        "lambda_": _penalty(code, available),
+        "available": available,
+        "end_weights": code.end_penalty * (1 - outermost**2),
+    }
+    if code.exact:
+        own = coincident(code.beta, code.alpha)
+        weights = xp.where(own, 1 / np.finfo(code.beta.dtype).eps, 1).astype(code.beta.dtype)
+        # lambda is taken times the sum of weights: heavy answers must not add to the penalty.
+        total = xp.sum(weights, where=available)
+        options["lambda_"] *= xp.sum(available) / xp.where(total > 0, total, 1)
+        options["weights"] = weights
+    return options
 
 
 def _smoothing_length(alpha: Array, beta: Array) -> Any:
@@ -201,7 +217,8 @@ def _smoothing_length(alpha: Array, beta: Array) -> Any:
 
 
 def _scalar(name: str, value: ArrayLike, dtype, *, least: float, most: float) -> Float[Array, ""]:
-    value = jnp.asarray(value, dtype)
+    known = not isinstance(value, jax.Array)
+    value = to_device(np.asarray(value, dtype)) if known else jnp.asarray(value, dtype)
     if value.shape != ():
         raise ValueError(f"{name} must be a scalar, not an array of shape {value.shape}")
     if not isinstance(value, Tracer) and not least <= float(value) <= most:

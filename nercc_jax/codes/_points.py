@@ -7,6 +7,7 @@ coincide do so to the last bit.
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -14,6 +15,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from ..splines import namespace
 from ._checks import check_counts
+from ._trees import to_device
 
 Layout: TypeAlias = Literal["chebyshev", "approxifer", "uniform", "interleaved", "repeated"]
 Points: TypeAlias = str | tuple[ArrayLike | Sequence[float], ArrayLike | Sequence[float]]
@@ -47,7 +49,8 @@ def regression_points(
     num_data, num_workers = check_counts(num_data=num_data, num_workers=num_workers)
     if isinstance(points, str):
         alpha, beta = _layout(num_data, num_workers, points)
-        return jnp.asarray(alpha, float), jnp.asarray(beta, float)
+        dtype = jax.dtypes.canonicalize_dtype(float)
+        return to_device((alpha.astype(dtype), beta.astype(dtype)))
     try:
         alpha, beta = points
     except (TypeError, ValueError):
@@ -216,7 +219,7 @@ def _between(num_data: int, gaps: Int[np.ndarray, " n"]) -> Float[np.ndarray, " 
 
 
 def _given(name: str, values, count: int) -> Array:
-    values = jnp.asarray(values)
+    values = to_device(values)
     if not jnp.issubdtype(values.dtype, jnp.floating):
         values = values.astype(float)
     if values.shape != (count,):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, PyTree, Shaped
+from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
 
 
 def leaves_of(name: str, tree: PyTree) -> Iterator[tuple[str, Any]]:
@@ -31,6 +31,18 @@ def leaves_of(name: str, tree: PyTree) -> Iterator[tuple[str, Any]]:
 
 def any_tracer(*trees: PyTree) -> bool:
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees))
+
+
+def to_device(tree: PyTree[Shaped[ArrayLike, "..."]]) -> PyTree[Shaped[Array, "..."]]:
+    """Return the leaves as JAX's arrays.
+
+    Of NumPy's arrays `jnp.asarray` makes them by a program that is compiled for each shape.
+    """
+
+    def moved(leaf: Any) -> Array:
+        return jax.device_put(leaf) if isinstance(leaf, np.ndarray) else jnp.asarray(leaf)
+
+    return jax.tree.map(moved, tree)
 
 
 def is_float(leaf: Any) -> bool:
@@ -118,20 +130,25 @@ def groups_of(points: PyTree[Shaped[Array | np.ndarray, "points ..."]], num_data
     return jax.tree.map(lambda leaf: leaf.reshape(-1, num_data, *leaf.shape[1:]), points)
 
 
-def finite_points(x: PyTree, axes: int) -> Bool[Array, "*lead"]:
-    """Which data points are finite in all their coordinates."""
-    finite = jnp.ones(jax.tree.leaves(x)[0].shape[:axes], bool)
+def finite_points(x: PyTree, axes: int) -> Bool[Array | np.ndarray, "*lead"]:
+    """Return which data points are finite in all their coordinates; by NumPy for its arrays."""
+    xp = np if all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(x)) else jnp
+    finite = xp.ones(jax.tree.leaves(x)[0].shape[:axes], bool)
     for leaf in jax.tree.leaves(x):
         if is_float(leaf):
-            finite &= jnp.all(jnp.isfinite(leaf.reshape(*leaf.shape[:axes], -1)), axis=-1)
+            finite &= xp.all(xp.isfinite(leaf.reshape(*leaf.shape[:axes], -1)), axis=-1)
     return finite
+
+
+_finite_points = jax.jit(finite_points, static_argnums=1)
 
 
 def check_finite(x: PyTree, axes: int) -> None:
     """Raises: ValueError that names the data points that are not finite; not for tracers."""
     if any_tracer(x):
         return
-    finite = np.asarray(finite_points(x, axes))
+    known = all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(x))
+    finite = np.asarray((finite_points if known else _finite_points)(x, axes))
     if not finite.all():
         broken = np.argwhere(~finite) if axes > 1 else np.flatnonzero(~finite)
         raise ValueError(f"data points {broken.tolist()} are not finite: take them out")

@@ -21,7 +21,6 @@ from ..codes import (
     check_finite,
     check_floats,
     decode_sets,
-    decode_sets_at_hand,
     encode_groups,
     encode_leaf,
     encoder_rows,
@@ -87,10 +86,9 @@ class Answers(eqx.Module):
 
     def decode_sets(self, available: Bool[Array, "sets num_workers"]) -> Decoded:
         """Decode all groups under each straggler set; the axis of sets comes first."""
-        found = None
         if self.points is None:
-            found = decode_sets_at_hand(self.code, self.coded, available)
-        return _decode_sets(self, jnp.asarray(available)) if found is None else found
+            return decode_sets(self.code, self.coded, available)
+        return _decode_sets(self, self.points, jnp.asarray(available))
 
     def same_labels(
         self, decoded: Float[Array, "*lead groups num_data m"]
@@ -155,16 +153,14 @@ class Answers(eqx.Module):
 
 
 @eqx.filter_jit
-def _decode_sets(answers: Answers, available: Bool[Array, "sets num_workers"]) -> Decoded:
-    code, coded = answers.code, answers.coded
-    if answers.points is None:
-        return decode_sets(code, coded, available)
-
+def _decode_sets(
+    answers: Answers, points: GroupPoints, available: Bool[Array, "sets num_workers"]
+) -> Decoded:
     def of_group(own: GroupPoints, coded: Array) -> Decoded:
-        decoded = decode_sets(own.of(code), coded[None], available)
+        decoded = decode_sets(own.of(answers.code), coded[None], available)
         return jax.tree.map(lambda leaf: leaf[:, 0], decoded)
 
-    return jax.vmap(of_group, out_axes=1)(answers.points, coded)
+    return jax.vmap(of_group, out_axes=1)(points, answers.coded)
 
 
 @eqx.filter_jit

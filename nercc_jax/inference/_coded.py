@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
@@ -24,13 +25,13 @@ from ..codes import (
     check_finite,
     coded_on_mesh,
     decode_groups,
-    decode_groups_at_hand,
     encode_groups,
     groups_of,
     is_float,
     known_matrices,
     multiply_groups,
     points_of,
+    to_device,
 )
 from ._conditions import check_conditions, current_conditions
 from ._groups import as_groups
@@ -263,7 +264,7 @@ def _infer(
     x, available, grouped = as_groups(code, x, available, grouped)
     if isinstance(workers, Placed):
 
-        def on_mesh(x: PyTree, available: Array, args: tuple) -> Decoded:
+        def on_mesh(x: PyTree, available: ArrayLike, args: tuple) -> Decoded:
             inputs, shape = place_inputs(workers, x, available, args, known.decoders)
             with enter(workers, inputs):
                 return _run_on_mesh(workers, *inputs, grouped, shape)
@@ -281,7 +282,7 @@ def _infer_at_hand(
     model: Model | Sequence[Model],
     code: AbstractCode,
     x: PyTree,
-    available: Array,
+    available: ArrayLike,
     args: tuple,
     known: Known,
 ) -> Decoded | None:
@@ -292,7 +293,7 @@ def _infer_at_hand(
     decoded, sound, y = _run_known(model, code, x, available, args, known)
     if isinstance(sound, Tracer):  # of what the model closes over
         return None
-    return decoded if sound else decode_groups_at_hand(code, y, available)
+    return decoded if sound else decode_groups(code, y, available)
 
 
 @eqx.filter_jit
@@ -300,7 +301,7 @@ def _run_known(
     model: Model | Sequence[Model],
     code: AbstractCode,
     x: PyTree,
-    available: Array,
+    available: ArrayLike,
     args: tuple,
     known: Known,
 ) -> tuple[Decoded, Array, PyTree]:
@@ -317,7 +318,7 @@ def _run(
     model: Model | Sequence[Model],
     code: AbstractCode,
     x: PyTree,
-    available: Array,
+    available: ArrayLike,
     args: tuple,
     grouped: bool,
     known: Known,
@@ -330,15 +331,15 @@ def _run(
 def _run_on_mesh(
     placed: Placed,
     x: PyTree,
-    available: Array,
+    available: ArrayLike,
     args: tuple,
     given: Matrices | None,
     grouped: bool,
     shape: tuple[int, ...] | None,
 ) -> Decoded:
     """`shape` is the data points' where x holds shares of their coordinates."""
-    available, given = alike_only(x, available, given)
-    decoded = spmd_decoded(placed, x, available, args, shape, given)
+    there, given = alike_only(x, jnp.asarray(available), given)
+    decoded = spmd_decoded(placed, x, there, args, shape, given)
     return decoded if grouped else _first(decoded)
 
 
@@ -365,7 +366,7 @@ def _run_scheme(
     model: Model | Sequence[Model] | Placed,
     scheme: AbstractScheme,
     x: PyTree,
-    available: Array,
+    available: ArrayLike,
     args: tuple,
     grouped: bool,
     known: Known,
@@ -378,10 +379,10 @@ def _run_scheme(
         encoder = known.encoder if encoders is None else encoders
         return run_workers(model, code, encode_groups(code, groups, encoder), *args)
 
-    result = scheme.infer(work, x, available, known)
+    result = scheme.infer(work, x, jnp.asarray(available), known)
     if not grouped:
         return result
-    points, groups = len(jax.tree.leaves(x)[0]), len(available)
+    points, groups = len(jax.tree.leaves(x)[0]), np.shape(available)[0]
 
     def by_group(leaf: Array) -> Array:
         of_points = leaf.shape[:1] == (points,)
@@ -394,9 +395,9 @@ def _run_scheme(
 
 def _points(
     code: AbstractCode, x: PyTree, available: ArrayLike, grouped: bool
-) -> tuple[PyTree, Bool[Array, "groups num_workers"]]:
+) -> tuple[PyTree, Bool[Array | np.ndarray, "groups num_workers"]]:
     """Data points in a row, and a mask for each of their groups. Raises: as `coded_inference`."""
-    x = jax.tree.map(jnp.asarray, x)
+    x = to_device(x)
     if not grouped:
         shapes = [leaf.shape for leaf in jax.tree.leaves(x)]
         points = {shape[0] if shape else 0 for shape in shapes}

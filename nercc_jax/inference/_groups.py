@@ -5,22 +5,25 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, PyTree
 
-from ..codes import AbstractCode, as_mask, check_beside, check_floats, leaves_of
+from ..codes import AbstractCode, any_tracer, check_beside, check_floats, leaves_of
+from ..codes._code import check_mask
 
 
 def as_groups(
     code: AbstractCode, x: PyTree, available: ArrayLike, grouped: bool | None = None
-) -> tuple[PyTree, Bool[Array, "groups num_workers"], bool]:
+) -> tuple[PyTree, Bool[Array | np.ndarray, "groups num_workers"], bool]:
     """Data points as groups with a mask each, and whether they came as groups.
 
     x, and errors: see `group_points`. available: a mask (N,) for all groups or one per group.
     """
-    available = jnp.asarray(available)
+    known = not (isinstance(available, jax.Array) or any_tracer(x))
+    available = np.asarray(available) if known else jnp.asarray(available)
     groups, grouped = group_points(code, x, grouped, available.ndim)
     count = jax.tree.leaves(groups)[0].shape[0]
     masks = (count, code.num_workers) if available.ndim == 2 else (code.num_workers,)
-    available = jnp.broadcast_to(as_mask(available, masks), (count, code.num_workers))
-    return groups, available, grouped
+    check_mask(available, masks)
+    broadcast = np.broadcast_to if known else jnp.broadcast_to
+    return groups, broadcast(available, (count, code.num_workers)), grouped
 
 
 def group_points(

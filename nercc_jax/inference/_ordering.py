@@ -14,7 +14,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
-from ..codes import Decoded, check_count, is_float, join, leaves_of, points_of
+from ..codes import Decoded, check_count, is_float, join, leaves_of, points_of, to_device
 from ._groups import is_grouped
 from ._paths import check_finite, short_paths
 
@@ -48,7 +48,7 @@ def order_points(
     Raises: ValueError for counts out of range, a buffer that holds no group, features that are not
     one row a data point, and, outside jit, features that are not finite.
     """
-    x = jax.tree.map(jnp.asarray, x)
+    x = to_device(x)
     order, finite = _order(x, features, _whole_groups(num_data, buffer_size))
     check_finite(finite, "the features of data points")
     return order

@@ -17,6 +17,7 @@ from ..codes import (
     joined_answers,
     multiply,
 )
+from ..codes._nercc import decoding_options
 from ..splines import gather_knots, smoothing_matrix
 
 RobustMethod: TypeAlias = Literal["reject", "smooth"]
@@ -240,7 +241,7 @@ def _rejected(
 def _smooth_decoder(
     code: NeRCC, heard: Bool[Array, " n"], constant: Array, max_adversaries: Int[Array, ""]
 ) -> Float[Array, "num_data num_workers"]:
-    options = code._decoding(heard)
+    options = decoding_options(code, heard)
     share = max_adversaries / jnp.maximum(jnp.sum(heard), 1)
     lambda_ = jnp.maximum(code.decoder_penalty(heard), constant * share ** (8 / 5))
     # No answer is so sure that it outweighs all others when any may be a lie.

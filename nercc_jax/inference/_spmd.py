@@ -161,7 +161,7 @@ def put(value: ArrayLike, sharding: Sharding) -> Array:
 def place_inputs(
     placed: Placed,
     x: PyTree,
-    available: Array,
+    available: ArrayLike,
     args: PyTree,
     given: Matrices | None = None,
     *,

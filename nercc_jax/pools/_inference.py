@@ -16,7 +16,7 @@ from ..codes import (
     AbstractCode,
     Decoded,
     check_finite,
-    decode_groups_at_hand,
+    decode_groups,
     encoder_rows,
     join,
     known_decoders,
@@ -287,7 +287,7 @@ def shared_decoder(code: AbstractCode) -> Callable[[PyTree, np.ndarray], Decoded
         y = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), values)
         groups = len(jax.tree.leaves(y)[0])
         masks = np.broadcast_to(np.asarray(available), (groups, code.num_workers))
-        return decode_groups_at_hand(code, y, masks)
+        return decode_groups(code, y, masks)
 
     return decode
 

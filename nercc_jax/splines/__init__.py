@@ -6,7 +6,7 @@ from ._host import smoothing_matrix_on_host
 from ._knots import Knots, gather_knots
 from ._namespace import namespace, product
 from ._platforms import alike_in_shard_map, by_platform
-from ._posterior import posterior_variance, process_variance
+from ._posterior import posterior_variance, posterior_variances, process_variance
 from ._smoothing import (
     SmoothingSpline,
     smoothing_map,
@@ -25,6 +25,7 @@ __all__ = [
     "gather_knots",
     "namespace",
     "posterior_variance",
+    "posterior_variances",
     "process_variance",
     "product",
     "smoothing_map",

@@ -10,8 +10,8 @@ from jaxtyping import Array, ArrayLike, Float, Int
 from ._dissection import Dissection, dissect
 from ._ends import Ends, check_ends, not_a_knot
 from ._knots import COMPARED_WITH_ALL, Knots, by_observation, gather_knots
-from ._namespace import namespace, product, taken, within
-from ._responses import Problem, responses
+from ._namespace import namespace, product, taken, where, within
+from ._responses import Problem, Responses, Solutions, known_responses, responses, solve
 from ._root_information import RootInformation, factorize
 
 # By platform, how many rows may join two knots that are eliminated in parallel before a QR makes
@@ -83,33 +83,51 @@ class Fit(eqx.Module):
 
     def map_to(self, at: Float[Array, " k"]) -> LinearMap:
         """Return the map from observations to the fitted spline at the points `at`."""
-        if self.rows is None and self.ends == "natural":
-            return self._by_adjoint(at)
-        return self._by_differences(at)
+        if not has_solutions(self.ends, self.rows):
+            return self._by_differences(at)
+        problem, gap, value = self._by_adjoint(at)
+        return self._map_of(responses(problem), gap, value)
 
-    def variance(self, at: Float[Array, " k"]) -> Float[Array, " k"]:
+    def solved_map(self, at: Float[Array, " k"]) -> tuple[LinearMap, Solutions]:
+        """Return `map_to`, and what its derivative is made of, if it `has_solutions`."""
+        problem, gap, value = self._by_adjoint(at)
+        made, solutions = solve(problem)
+        return self._map_of(made, gap, value), solutions
+
+    def known_map(
+        self, at: Float[Array, " k"], gap: Int[Array, " k"], solutions: Solutions
+    ) -> LinearMap:
+        """Return `map_to`, whose gaps and solutions `solved_map` gave."""
+        problem, gap, value = self._by_adjoint(at, gap)
+        return self._map_of(known_responses(problem, solutions), gap, value)
+
+    def variance(
+        self, factor: RootInformation | Dissection, at: Float[Array, " k"]
+    ) -> Float[Array, " k"]:
         """Return the posterior variance at the points `at`, by tau^2: see `posterior_variance`."""
         knots = self.knots
         gap, inside, basis = hermite_basis(knots.t, at)
         left_value, left_slope, value, slope = jnp.sqrt(self.mu) * jnp.stack(basis)
         left, right = jnp.stack([left_value, left_slope]), jnp.stack([value, slope])
-        known = self.factor().variance(gap, left, right)
+        known = factor.variance(gap, left, right)
         # Between two knots of known value and slope, integrated white noise still varies this much,
         # and beyond the outermost with the distance.
         h = knots.t[gap + 1] - knots.t[gap]
         between = h * inside * (1 - inside)
         beyond = jnp.maximum(jnp.maximum(knots.t[0] - at, at - knots.t[-1]), 0)
-        return jnp.where(knots.number > 1, known + (between**3 + beyond**3) / 3, jnp.inf)
+        return where(knots.number > 1, known + (between**3 + beyond**3) / 3, jnp.inf)
 
-    def process(self, y: Float[Array, "n m"]) -> Float[Array, ""]:
+    def process(
+        self, factor: RootInformation | Dissection, y: Float[Array, "n m"]
+    ) -> Float[Array, ""]:
         """Return tau^2, estimated from these observations: see `process_variance`."""
         means = self.knots.average(y)
-        shifts, _ = self.factor().solve(means)
+        shifts, _ = factor.solve(means)
         # At the minimum the penalised squares are -(g - y)' W y, and W (g - y) sums to zero.
         forces = self.knots.weights[:, None] * shifts / self.mu
         energy = -jnp.sum(forces * (means - means[0]))
         freedom = jnp.maximum(self.knots.number - 2, 0) * means.shape[1]
-        return jnp.where(freedom > 0, jnp.maximum(energy, 0) / jnp.maximum(freedom, 1), jnp.inf)
+        return where(freedom > 0, jnp.maximum(energy, 0) / jnp.maximum(freedom, 1), jnp.inf)
 
     def _problem(self) -> tuple[Any, Any, Any, Any]:
         t = self.knots.t
@@ -124,17 +142,22 @@ class Fit(eqx.Module):
             return means + shifts, slopes
         return not_a_knot(self.knots, factor.solve, means + shifts, slopes)
 
-    def _by_adjoint(self, at: Float[Array, " k"]) -> LinearMap:
-        """The map, by one solution for each point: its coefficients are on the right side."""
+    def _by_adjoint(
+        self, at: Float[Array, " k"], gap: Int[Array, " k"] | None = None
+    ) -> tuple[Problem, Array, Array]:
+        """The problem with each point's coefficients on the right side, the gap that each lies in,
+        and the coefficients of the value at its right end."""
         knots = self.knots
-        gap, _, (left_value, left_slope, value, slope) = hermite_basis(knots.t, at)
+        place, _, (left_value, left_slope, value, slope) = hermite_basis(knots.t, at, gap)
         slot = jnp.arange(len(knots.t))[:, None]
-        left, right = slot == gap, slot == gap + 1
-        values = jnp.where(left, left_value, 0) + jnp.where(right, value, 0)
-        slopes = jnp.where(left, left_slope, 0) + jnp.where(right, slope, 0)
-        made = responses(Problem(*self._problem(), values, slopes, knots.shown))
-        differences = made.differences + jnp.where(left[:-1], value, 0).T
-        return LinearMap(knots.spread(made.matrix), differences, gap, knots)
+        left, right = ((slot == of).astype(value.dtype) for of in (place, place + 1))
+        values, slopes = left * left_value + right * value, left * left_slope + right * slope
+        return Problem(*self._problem(), values, slopes, knots.shown), place, value
+
+    def _map_of(self, made: Responses, gap: Array, value: Array) -> LinearMap:
+        left = jnp.arange(len(self.knots.t) - 1) == gap[:, None]
+        differences = made.differences + left * value[:, None]
+        return LinearMap(self.knots.spread(made.matrix), differences, gap, self.knots)
 
     def _by_differences(self, at: Float[Array, " k"]) -> LinearMap:
         """The map, by one solution for each difference of neighbouring observations."""
@@ -148,6 +171,11 @@ class Fit(eqx.Module):
         return LinearMap(knots.spread(matrix), differences, gap, knots)
 
 
+def has_solutions(ends: Ends, rows: int | None) -> bool:
+    """Return whether a map's derivative is made of solutions; else it is that of all steps."""
+    return rows is None and ends == "natural"
+
+
 def fit(
     t: Float[Array, " n"],
     lambda_: Float[Array, ""],
@@ -156,26 +184,27 @@ def fit(
     *,
     ends: Ends = "natural",
     rows: int | None = None,
+    known: Knots | None = None,
 ) -> Fit:
     """Return the regression for these points, without those whose weight is zero.
 
     Args: as for `smoothing_spline`; with `rows`, knots are eliminated in parallel, else one after
-    the other: the same to rounding.
+    the other: the same to rounding. `known` is that of `gather_knots`.
     """
-    knots = gather_knots(t, weights, dense=rows is not None)
+    knots = gather_knots(t, weights, dense=rows is not None, known=known)
     counts, slot = knots.weights > 0, jnp.arange(len(knots.t))
     first, last = knots.shown[0], knots.shown[-1]
     gaps = knots.t[1:] - taken(knots.t, knots.shown[:-1])
     observed = counts[1:] & (slot[1:] > first)
     # Outside these bounds the fit is, to rounding, the interpolating spline and the straight line.
     eps = jnp.finfo(knots.t.dtype).eps
-    shortest = jnp.min(jnp.where(observed, gaps, 1))
-    span = jnp.sum(jnp.where(observed, gaps, 0))
+    shortest = jnp.min(where(observed, gaps, 1))
+    span = jnp.sum(where(observed, gaps, 0))
     low, high = jax.lax.stop_gradient((eps**2 * shortest**3, (1 + span**3) / eps))
     total = jnp.sum(knots.weights)
-    mu = within(lambda_, low, high) * jnp.where(total > 0, total, 1)
+    mu = within(lambda_, low, high) * where(total > 0, total, 1)
     slope_weights = mu * (
-        jnp.where(slot == first, end_weights[0], 0) + jnp.where(slot == last, end_weights[1], 0)
+        where(slot == first, end_weights[0], 0) + where(slot == last, end_weights[1], 0)
     )
     return Fit(knots, mu, slope_weights, check_ends(ends), rows)
 
@@ -202,7 +231,7 @@ def regression_of(
     heavy = jnp.zeros(2, t.dtype) if end_weights is None else jnp.asarray(end_weights, t.dtype)
     if heavy.shape != (2,):
         raise ValueError(f"end_weights must be two, first and last, not of shape {heavy.shape}")
-    return t, jnp.asarray(lambda_, t.dtype), jnp.where(available, weights, 0), heavy
+    return t, jnp.asarray(lambda_, t.dtype), where(available, weights, 0), heavy
 
 
 def observations_of(
@@ -215,25 +244,21 @@ def observations_of(
     y, number = jnp.asarray(y), t.shape[0]
     if y.ndim < 1 or y.shape[0] != number:
         raise ValueError(f"y has shape {y.shape}; its first axis must be the {number} points")
-    return jnp.where(weights[:, None] > 0, y.reshape(number, -1), 0).astype(t.dtype)
+    return where(weights[:, None] > 0, y.reshape(number, -1), 0).astype(t.dtype)
 
 
 def hermite_basis(
-    t: Float[Any, " n"], at: Float[Any, " k"]
+    t: Float[Any, " n"], at: Float[Any, " k"], gap: Int[Any, " k"] | None = None
 ) -> tuple[Any, Any, tuple[Any, Any, Any, Any]]:
     """Return the gap that each point lies in, how far into it (0 to 1), and the coefficients of the
     left knot's value and slope, and the right one's. Straight lines beyond the ends."""
-    xp = namespace(t, at)
-    if t.shape[0] * at.shape[0] <= COMPARED_WITH_ALL:
-        upto = xp.sum(t <= at[:, None], axis=1)
-    else:
-        upto = xp.searchsorted(t, at, side="right")
-    gap = xp.minimum(xp.maximum(upto - 1, 0), t.shape[0] - 2)
+    gap = _gap_of(t, at) if gap is None else gap
+    assert gap is not None
     left = taken(t, gap)
     h = taken(t, gap + 1) - left
     after = at - left
     inside = s = within(after / h, 0, 1)
-    before, after = xp.where(after < 0, after, 0), xp.where(after > h, after - h, 0)
+    before, after = where(after < 0, after, 0), where(after > h, after - h, 0)
     r = 1 - s
     basis = (
         r * r * (1 + 2 * s),
@@ -242,6 +267,15 @@ def hermite_basis(
         after - s * s * r * h,
     )
     return gap, inside, basis
+
+
+def _gap_of(t: Float[Any, " n"], at: Float[Any, " k"]) -> Int[Any, " k"]:
+    xp = namespace(t, at)
+    if t.shape[0] * at.shape[0] <= COMPARED_WITH_ALL:
+        upto = xp.sum(t <= at[:, None], axis=1)
+    else:
+        upto = xp.searchsorted(t, at, side="right")
+    return xp.minimum(xp.maximum(upto - 1, 0), t.shape[0] - 2)
 
 
 def hermite(

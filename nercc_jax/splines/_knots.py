@@ -8,15 +8,14 @@ for many masks of the same points it is made once. Everything is differentiable 
 weights and observations.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ._namespace import constant, namespace, product, taken
+from ._namespace import constant, namespace, product, taken, where
 
 # Points this close, in units of the rounding of the span, are the same point: two formulas for one
 # Chebyshev point differ by an ulp, and a gap that is all rounding has no slope.
@@ -27,7 +26,7 @@ _COINCIDENT_ULPS = 4
 COMPARED_WITH_ALL = 1 << 16
 
 
-class Knots(eqx.Module):
+class Knots(NamedTuple):
     """Distinct increasing knots and how they came from the points; n slots, at least two.
 
     `knot[p]` is the knot of point p, and `share[p]` its part of that knot's weight (0 for points
@@ -47,7 +46,7 @@ class Knots(eqx.Module):
         slots = len(self.t)
         if slots * len(self.knot) > COMPARED_WITH_ALL:
             return _by_knot(self.share[:, None] * y, self.knot, slots)[self.shown]
-        shares = jnp.where(self.knot == self.shown[:, None], self.share, 0)
+        shares = where(self.knot == self.shown[:, None], self.share, 0)
         return product(shares.astype(y.dtype), y)
 
     def spread(self, matrix: Float[Any, "k n"]) -> Float[Any, "k points"]:
@@ -79,11 +78,13 @@ def gather_knots(
     weights: Float[Any, " points"],
     *,
     dense: bool = False,
+    known: Knots | None = None,
 ) -> Knots:
     """Return the knots of points with non-negative weights.
 
     A weight of zero leaves a point out, and so does a point that is not finite. With `dense` few
-    points are compared each with each.
+    points are compared each with each. `known` are the same knots, made before, of which the
+    derivative is wanted: what has none is taken from them.
     """
     xp = namespace(points, weights)
     size = points.shape[0]
@@ -93,34 +94,38 @@ def gather_knots(
 
     # What depends on the points only.
     held = xp.isfinite(points)
-    fixed = constant(xp.where(held, points, np.inf))
-    knot, opens = _knot_of(xp, fixed, held)
-    number = xp.sum(opens)
-    first = _by_knot(xp.where(opens, fixed, 0), knot, slots, dense)
-    last = taken(first, xp.maximum(number - 1, 0))
-    first = xp.where(slot < number, first, last + (slot - number + 1).astype(first.dtype))
+    if known is None:
+        fixed = constant(where(held, points, np.inf))
+        knot, opens = _knot_of(xp, fixed, held)
+        number = xp.sum(opens)
+        first = _by_knot(where(opens, fixed, 0), knot, slots, dense)
+        last = taken(first, xp.maximum(number - 1, 0))
+        first = where(slot < number, first, last + (slot - number + 1).astype(first.dtype))
+    else:
+        knot, first = known.knot, known.t
 
     # What depends on the weights, too.
-    weights = xp.where(held, weights, 0)
+    weights = where(held, weights, 0)
     total = _by_knot(weights, knot, slots, dense)
-    share = weights / taken(xp.where(total > 0, total, 1), knot)
+    share = weights / taken(where(total > 0, total, 1), knot)
     # A knot lies where its points lie; written around the first, which is exact when they coincide.
     t = first + _by_knot(
-        share * xp.where(weights > 0, points - taken(first, knot), 0), knot, slots, dense
+        share * where(weights > 0, points - taken(first, knot), 0), knot, slots, dense
     )
-    return Knots(t, total, knot, share, _shown(xp, total > 0))
+    shown = _shown(xp, total > 0) if known is None else known.shown
+    return Knots(t, total, knot, share, shown)
 
 
 def _knot_of(xp: Any, fixed: Any, held: Any) -> tuple[Any, Any]:
     """Return the knot of each point, and whether it is the knot's first point."""
-    span = xp.max(xp.where(held, xp.abs(fixed), 0))
+    span = xp.max(where(held, xp.abs(fixed), 0))
     tolerance = _COINCIDENT_ULPS * np.finfo(fixed.dtype).eps * span
     place = xp.arange(len(fixed))
     # In a program few points need no sort and no scatter.
     if xp is jnp and len(fixed) ** 2 <= COMPARED_WITH_ALL:
         same, before = fixed == fixed[:, None], place < place[:, None]
         earlier = (fixed < fixed[:, None]) | (same & before)
-        previous = xp.max(xp.where(earlier, fixed, -np.inf), axis=1)
+        previous = xp.max(where(earlier, fixed, -np.inf), axis=1)
         opens = held & (fixed - previous > tolerance)
         upto = earlier | (place == place[:, None])
         return xp.maximum(xp.sum(opens & upto, axis=1) - 1, 0), opens
@@ -140,17 +145,17 @@ def _by_knot(values: Any, knot: Any, slots: int, dense: bool = False) -> Any:
         return np.bincount(knot, values, slots).astype(values.dtype)
     if not dense:
         return jax.ops.segment_sum(values, knot, slots)
-    return jnp.sum(jnp.where(knot == jnp.arange(slots)[:, None], values, 0), axis=1)
+    return jnp.sum(where(knot == jnp.arange(slots)[:, None], values, 0), axis=1)
 
 
 def _shown(xp: Any, counts: Bool[Any, " n"]) -> Int[Any, " n"]:
     """Return for each place the last that counts up to it, or else the first that counts."""
     place = xp.arange(len(counts))
-    own = xp.where(counts, place, -1)
+    own = where(counts, place, -1)
     if xp is np:
         last = np.maximum.accumulate(own)
     elif len(counts) ** 2 <= COMPARED_WITH_ALL:
-        last = jnp.max(jnp.where(place <= place[:, None], own, -1), axis=1)
+        last = jnp.max(where(place <= place[:, None], own, -1), axis=1)
     else:
         last = jax.lax.cummax(own)
-    return xp.where(last < 0, xp.min(xp.where(counts, place, len(counts) - 1)), last)
+    return where(last < 0, xp.min(where(counts, place, len(counts) - 1)), last)

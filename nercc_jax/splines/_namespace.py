@@ -26,8 +26,26 @@ def within(value: Any, low: Any, high: Any) -> Any:
 
     `clip` has a derivative that shares what lies on a bound, in a dozen operations more.
     """
-    xp = namespace(value, low, high)
-    return xp.where(value < low, low, xp.where(value > high, high, value))
+    return where(value < low, low, where(value > high, high, value))
+
+
+def where(condition: Any, yes: Any, no: Any) -> Any:
+    """Return `yes` where the condition holds, else `no`.
+
+    `jnp.where` would be a function of the program for each shape, which takes time to compile.
+    """
+    if namespace(condition, yes, no) is np:
+        return np.where(condition, yes, no)
+    dtype = jnp.result_type(yes, no)
+    shape = jnp.broadcast_shapes(*map(jnp.shape, (condition, yes, no)))
+
+    def full(value: Any, dtype: Any) -> Any:
+        if jnp.ndim(value) == 0 and not isinstance(value, jax.Array):
+            return jax.lax.full(shape, value, dtype)
+        value = jnp.asarray(value, dtype)
+        return value if value.shape == shape else jnp.broadcast_to(value, shape)
+
+    return jax.lax.select(full(condition, bool), full(yes, dtype), full(no, dtype))
 
 
 def taken(array: Any, index: Any, axis: int = 0) -> Any:

@@ -42,7 +42,8 @@ def posterior_variance(
 
 def _variance(platform: str, *arguments: Array) -> tuple[Array]:
     *given, at = arguments
-    return (fit(*given, rows=ROWS[platform]).variance(at),)
+    found = fit(*given, rows=ROWS[platform])
+    return (found.variance(found.factor(), at),)
 
 
 @jax.jit
@@ -70,4 +71,32 @@ def process_variance(
 
 def _process(platform: str, *arguments: Array) -> tuple[Array]:
     *given, flat = arguments
-    return (fit(*given, rows=ROWS[platform]).process(flat),)
+    found = fit(*given, rows=ROWS[platform])
+    return (found.process(found.factor(), flat),)
+
+
+@jax.jit
+def posterior_variances(
+    t: Float[ArrayLike, " n"],
+    y: Float[ArrayLike, "n *m"],
+    at: Float[ArrayLike, " k"],
+    lambda_: Float[ArrayLike, ""],
+    *,
+    weights: Float[ArrayLike, " n"] | None = None,
+    available: Bool[ArrayLike, " n"] | None = None,
+    end_weights: Float[ArrayLike, "2"] | None = None,
+) -> tuple[Float[Array, " k"], Float[Array, ""]]:
+    """Return `posterior_variance` and `process_variance`, from one regression."""
+    given = regression_of(t, lambda_, weights, available, end_weights)
+    flat = observations_of(y, given[0], given[2])
+    at = jnp.asarray(at, given[0].dtype)
+    shapes = [(at.shape, at.dtype), ((), flat.dtype)]
+    posterior, process = by_platform(_both, (), (*given, flat, at), shapes)
+    return posterior, process
+
+
+def _both(platform: str, *arguments: Array) -> tuple[Array, Array]:
+    *given, flat, at = arguments
+    found = fit(*given, rows=ROWS[platform])
+    factor = found.factor()
+    return found.variance(factor, at), found.process(factor, flat)

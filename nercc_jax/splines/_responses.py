@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ._knots import by_observation
-from ._namespace import product
-from ._root_information import Pivots, Residuals, RootInformation, Rows, factorize, root
+from ._namespace import product, where
+from ._root_information import Pivots, Rows, factorize_beside, root, shears_of
 
 
 class Problem(NamedTuple):
@@ -50,35 +50,73 @@ class Responses(NamedTuple):
     differences: Float[Array, "k gaps"]
 
 
-@jax.custom_jvp
+class Solutions(NamedTuple):
+    """What the derivative is made of: a column for each prediction, then one for the observation at
+    each knot. `values` and `slopes` are the solutions at the knots, `rows` those of M."""
+
+    values: Float[Array, "n columns"]
+    slopes: Float[Array, "n columns"]
+    rows: Rows
+
+    def split(self, columns: Array) -> tuple[Array, Array]:
+        """Return the columns of predictions, and those of observations."""
+        count = self.values.shape[1] - len(self.values)
+        return columns[:, :count], columns[:, count:]
+
+
+def solution_shapes(points: int, knots: int) -> list[tuple[int, int]]:
+    """Return the shapes of the arrays of `Solutions` for so many predictions and knots."""
+    by_knot, by_gap = (knots, points + knots), (knots - 1, points + knots)
+    return [by_knot, by_knot, by_gap, by_gap, by_knot, by_knot]
+
+
 def responses(problem: Problem) -> Responses:
-    """Return the responses; `matrix` has a derivative, `differences` has none."""
-    factor, adjoint = _adjoint(problem)
-    return _from_rows(problem, factor, factor.spread(adjoint))
+    """Return the responses, without a derivative."""
+    factor, adjoint, _ = factorize_beside(*problem[:6])
+    return _from_shear(problem, factor.spread(adjoint).shear)
 
 
-@responses.defjvp
-def _(primals: tuple[Problem], tangents: tuple[Problem]) -> tuple[Responses, Responses]:
-    problem, change = primals[0], tangents[0]
-    factor, adjoint = _adjoint(problem)
-    observed, residuals = factor.forward_observations(jnp.diag(root(problem.weights)))
-    split = problem.values.shape[1]
+@jax.custom_jvp
+def solve(problem: Problem) -> tuple[Responses, Solutions]:
+    """Return the responses, and what `known_responses` takes for their derivative."""
+    return _solved(problem)
 
-    def beside(left: Any, right: Any) -> Any:
-        return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=-1), left, right)
 
-    def parts(columns: Array) -> tuple[Array, Array]:
-        return columns[:, :split], columns[:, split:]
+@solve.defjvp
+def _(primals: tuple[Problem], tangents: tuple[Problem]) -> Any:
+    made, solutions = solve(primals[0])
+    _, (_, change) = jax.jvp(_solved, primals, tangents)
+    return (made, solutions), (_change(primals[0], tangents[0], solutions), change)
+
+
+@jax.custom_jvp
+def known_responses(problem: Problem, solutions: Solutions) -> Responses:
+    """Return the responses, from the problem's solutions; differentiable in the problem."""
+    return _from_shear(problem, solutions.split(solutions.rows.shear)[0])
+
+
+@known_responses.defjvp
+def _(primals: tuple[Problem, Solutions], tangents: tuple[Problem, Solutions]) -> Any:
+    # The change of the solutions is that of the problem, which counts already.
+    return known_responses(*primals), _change(primals[0], tangents[0], primals[1])
+
+
+def _solved(problem: Problem) -> tuple[Responses, Solutions]:
+    units = jnp.diag(root(problem.weights))
+    factor, adjoint, found = factorize_beside(*problem[:6], units)
+    assert found is not None
+    observed, residuals = found
 
     # One pass through the knots for the columns of both.
-    values, slopes = factor.back(beside(adjoint, observed))
-    nothing = jnp.zeros_like(adjoint.value)
-    rows = factor.spread(
-        beside(adjoint, jax.tree.map(jnp.zeros_like, observed)),
-        beside(Residuals(nothing, nothing), residuals),
-    )
-    made = _from_rows(problem, factor, Rows(*(parts(each)[0] for each in rows)))
+    right = (jnp.concatenate(each, axis=-1) for each in zip(adjoint, observed, strict=True))
+    values, slopes, rows = factor.back_and_spread(Pivots(*right), residuals)
+    solutions = Solutions(values, slopes, rows)
+    return _from_shear(problem, solutions.split(rows.shear)[0]), solutions
 
+
+def _change(problem: Problem, change: Problem, solutions: Solutions) -> Responses:
+    """Return the change of the responses by that of the problem."""
+    parts, (values, slopes, rows) = solutions.split, solutions
     penalty, stretch = change.mu / problem.mu, change.gaps / problem.gaps
     relative = Rows(
         penalty - 3 * stretch,
@@ -90,7 +128,7 @@ def _(primals: tuple[Problem], tangents: tuple[Problem]) -> tuple[Responses, Res
         (q[:, None] * parts(each)[0], parts(each)[1])
         for q, each in zip(relative, rows, strict=True)
     ]
-    bent = (factor.shears * change.gaps / 2)[:, None]
+    bent = (shears_of(problem.gaps, problem.mu) * change.gaps / 2)[:, None]
     of_adjoint, of_solution = parts(slopes[1:] + slopes[:-1])
     by_adjoint, by_residual = parts(rows.shear)
     pairs += [
@@ -100,22 +138,18 @@ def _(primals: tuple[Problem], tangents: tuple[Problem]) -> tuple[Responses, Res
         (-bent * of_adjoint, by_residual),
     ]
     left, right = (jnp.concatenate(each) for each in zip(*pairs, strict=True))
-    return made, Responses(product(left.T, right), jnp.zeros_like(made.differences))
+    matrix = product(left.T, right)
+    gaps = len(problem.gaps)
+    return Responses(matrix, jnp.zeros((len(matrix), gaps), matrix.dtype))
 
 
-def _adjoint(problem: Problem) -> tuple[RootInformation, Pivots]:
-    """Return the factor, and the solution z of R'z = c."""
-    factor = factorize(*problem[:4])
-    return factor, factor.back_transposed(problem.values, problem.slopes)
-
-
-def _from_rows(problem: Problem, factor: RootInformation, adjoint: Rows) -> Responses:
-    differences = -(factor.shears[:, None] * adjoint.shear).T
+def _from_shear(problem: Problem, shear: Float[Array, "gaps k"]) -> Responses:
+    differences = -(shears_of(problem.gaps, problem.mu)[:, None] * shear).T
     # By differences the response to a constant is exact: it has none of the rotations' rounding.
     matrix = by_observation(problem.values.T, differences, problem.shown)
     return Responses(matrix, differences)
 
 
 def _relative(change: Array, weights: Array) -> Array:
-    """Return the relative change, 0 for what has no weight."""
-    return jnp.where(weights > 0, change / jnp.where(weights > 0, weights, 1), 0)
+    """Return the relative change; what has no weight is a row of zeros, and may have any."""
+    return change / where(weights > 0, weights, 1)

@@ -22,12 +22,16 @@ Wecker and Ansley 1983, JASA 78 (smoothing splines as state-space models).
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
+
+from ._namespace import where
 
 Row = tuple[Any, ...]
 
@@ -79,106 +83,52 @@ class RootInformation(eqx.Module):
         y_{i+1} - y_i, which are exact for neighbours: a slope that carries the spline over a wide
         gap is not made of rounded values.
         """
-        return self.back(self.forward(-self.shears[:, None] * (y[1:] - y[:-1])))
-
-    def forward(self, shear: Float[Array, "gaps m"]) -> Pivots:
-        """Return the rows of Q' r that R is solved for, for columns r of shear rows."""
-
-        def step(carry, gap):
-            top, low = carry
-            (r0, r1, r2, r3, r4, r5, r6), shear = gap
-            pivot, top = _rotate(r0, shear, top)
-            # The other rows that come in are zero: to rotate them in only scales.
-            slope, top = r1[1] * top, r1[0] * top
-            slope, low = _rotate(r2, slope, low)
-            top, low = _rotate(r3, top, low)
-            top, rest = r4[0] * top, -r4[1] * top
-            low = r6[0] * _rotate(r5, low, rest)[0]
-            return (top, low), (pivot, slope)
-
+        shear = -self.shears[:, None] * (y[1:] - y[:-1])
         nothing = jnp.zeros_like(shear[0])
-        (top, low), pivots = jax.lax.scan(step, (nothing, nothing), (self.rotations, shear))
-        return Pivots(*pivots, top, low)
+        last, pivots = jax.lax.scan(_forward, (nothing, nothing), (self.rotations, shear))
+        right = Pivots(*pivots, *last)
+        given = self.value_row, self.slope_row, right.value, right.slope
+        last = self._last_of(right)
+        _, (gs, vs) = jax.lax.scan(_back, last, given, reverse=True)
+        return _appended(gs, last[0]), _appended(vs, last[1])
 
-    def forward_observations(self, value: Float[Array, "n m"]) -> tuple[Pivots, Residuals]:
-        """Return Q' r for columns r of value rows: the pivots, and what no solution reaches."""
-
-        def step(carry, gap):
-            top, low = carry
-            (r0, r1, r2, r3, r4, r5, r6), value = gap
-            pivot, top = r0[1] * top, r0[0] * top
-            slope, top = r1[1] * top, r1[0] * top
-            slope, low = _rotate(r2, slope, low)
-            top, low = _rotate(r3, top, low)
-            top, rest = _rotate(r4, top, value)
-            low, first = _rotate(r5, low, rest)
-            low, second = r6[0] * low, -r6[1] * low
-            return (top, low), (pivot, slope, first, second)
-
-        start = (value[0], jnp.zeros_like(value[0]))
-        last, (pivot, slope, *left) = jax.lax.scan(step, start, (self.rotations, value[1:]))
-        return Pivots(pivot, slope, *last), Residuals(*left)
-
-    def back(self, right: Pivots) -> tuple[Float[Array, "n m"], Float[Array, "n m"]]:
-        """Return R^-1 of the columns: values and slopes at the knots."""
-        v = right.last_slope / self.last[2]
-        g = (right.last_value - self.last[1] * v) / self.last[0]
-
-        def step(carry, gap):
-            g_next, v_next = carry
-            value_row, slope_row, value, slope = gap
-            v = (slope - slope_row[1] * g_next - slope_row[2] * v_next) / slope_row[0]
-            g = value - value_row[1] * v - value_row[2] * g_next - value_row[3] * v_next
-            g = g / value_row[0]
-            return (g, v), (g, v)
-
-        given = (self.value_row, self.slope_row, right.value, right.slope)
-        _, (gs, vs) = jax.lax.scan(step, (g, v), given, reverse=True)
-        return jnp.concatenate([gs, g[None]]), jnp.concatenate([vs, v[None]])
-
-    def back_transposed(self, values: Float[Array, "n m"], slopes: Float[Array, "n m"]) -> Pivots:
-        """Return R'^-1 of columns with these entries for the knots' values and slopes."""
-
-        def step(carry, gap):
-            value_row, slope_row, value, slope = gap
-            value, slope = value - carry[0], slope - carry[1]
-            p = value / value_row[0]
-            q = (slope - value_row[1] * p) / slope_row[0]
-            passed = (
-                value_row[2] * p + slope_row[1] * q,
-                value_row[3] * p + slope_row[2] * q,
-            )
-            return passed, (p, q)
-
-        nothing = jnp.zeros_like(values[0])
-        given = (self.value_row, self.slope_row, values[:-1], slopes[:-1])
-        passed, (value, slope) = jax.lax.scan(step, (nothing, nothing), given)
-        p = (values[-1] - passed[0]) / self.last[0]
-        q = (slopes[-1] - passed[1] - self.last[1] * p) / self.last[2]
-        return Pivots(value, slope, p, q)
-
-    def spread(self, right: Pivots, residuals: Residuals | None = None) -> Rows:
+    def spread(self, right: Pivots) -> Rows:
         """Return Q of the columns: their entries in all rows of M."""
+        given = self.rotations, right.value, right.slope
+        start = right.last_value, right.last_slope
+        (value, slope), rows = jax.lax.scan(_spread, start, given, reverse=True)
+        return _rows_of(value, slope, rows)
+
+    def back_and_spread(
+        self, right: Pivots, residuals: Residuals
+    ) -> tuple[Float[Array, "n columns"], Float[Array, "n columns"], Rows]:
+        """Return R^-1 of columns, values and slopes at the knots, and Q of their rows.
+
+        The first k of the columns are on the right of R only, and `residuals` are beside the m
+        others, of which Q is taken without what R is solved for.
+        """
+        count, m = right.value.shape[1], residuals.first.shape[1]
+        ours: Any = (np.arange(count) < count - m).astype(right.value.dtype)
+        residuals = Residuals(*(jnp.pad(each, ((0, 0), (count - m, 0))) for each in residuals))
 
         def step(carry, gap):
-            top, low = carry
-            (r0, r1, r2, r3, r4, r5, r6), pivot, slope, *left = gap
-            first, second = left or (0.0, 0.0)
-            low, of_slope = _unrotate(r6, low, second)
-            low, rest = _unrotate(r5, low, first)
-            top, of_value = _unrotate(r4, top, rest)
-            top, low = _unrotate(r3, top, low)
-            bend, low = _unrotate(r2, slope, low)
-            bend, top = _unrotate(r1, bend, top)
-            shear, top = _unrotate(r0, pivot, top)
-            return (top, low), (shear, bend, of_value, of_slope)
+            rotations, value_row, slope_row, pivot, slope, *left = gap
+            solved, spread = carry
+            solved, known = _back(solved, (value_row, slope_row, pivot, slope))
+            spread, rows = _spread(spread, (rotations, ours * pivot, ours * slope, *left))
+            return (solved, spread), (known, rows)
 
-        given = (self.rotations, right.value, right.slope, *(residuals or ()))
-        start = (right.last_value, right.last_slope)
-        (value, slope), rows = jax.lax.scan(step, start, given, reverse=True)
-        shear, bend, values, slopes = rows
-        values = jnp.concatenate([value[None], values])
-        return Rows(shear, bend, values, jnp.concatenate([slope[None], slopes]))
+        given = (self.rotations, self.value_row, self.slope_row, right.value, right.slope)
+        last = self._last_of(right)
+        start = last, (ours * right.last_value, ours * right.last_slope)
+        (_, ends), (known, rows) = jax.lax.scan(step, start, (*given, *residuals), reverse=True)
+        values, slopes = (_appended(*each) for each in zip(known, last, strict=True))
+        return values, slopes, _rows_of(*ends, rows)
+
+    def _last_of(self, right: Pivots) -> tuple[Array, Array]:
+        """Return R^-1 of the columns for the last knot: its value and slope."""
+        v = right.last_slope / self.last[2]
+        return (right.last_value - self.last[1] * v) / self.last[0], v
 
     def variance(
         self, gap: Int[Array, " k"], left: Float[Array, "2 k"], right: Float[Array, "2 k"]
@@ -226,13 +176,13 @@ def _rotation(a, b):
     square = a * a + b * b
     empty = square == 0
     # Two `where`s, or the gradient of sqrt at zero is infinite.
-    length = jnp.sqrt(jnp.where(empty, 1, square))
-    return jnp.where(empty, 1, a / length), b / length, jnp.where(empty, 0, length)
+    length = jnp.sqrt(where(empty, 1, square))
+    return where(empty, 1, a / length), b / length, where(empty, 0, length)
 
 
 def root(weights: Float[Array, " n"]) -> Float[Array, " n"]:
     """Return the square root, with a finite derivative at zero."""
-    return jnp.sqrt(jnp.where(weights > 0, weights, 1)) * (weights > 0)
+    return jnp.sqrt(where(weights > 0, weights, 1)) * (weights > 0)
 
 
 def _rotate(cs, p, q):
@@ -265,13 +215,69 @@ def factorize(
     Gaps must be positive. With a single positive weight the fit is a constant, with none it is zero
     (callers report that case).
     """
+    return _factorize(gaps, weights, slope_weights, mu, lambda carry, *_: (carry, ()), (), ())[0]
+
+
+def factorize_beside(
+    gaps: Float[Array, " gaps"],
+    weights: Float[Array, " n"],
+    slope_weights: Float[Array, " n"],
+    mu: Float[Array, ""],
+    values: Float[Array, "n k"],
+    slopes: Float[Array, "n k"],
+    observations: Float[Array, "n m"] | None = None,
+) -> tuple[RootInformation, Pivots, tuple[Pivots, Residuals] | None]:
+    """Return the factors, and beside them, in the same pass along the knots:
+
+    - R'^-1 of columns with these entries for the knots' values and slopes;
+    - for `observations`, Q' r for columns r of value rows: the pivots, and what no solution
+      reaches.
+    """
+
+    def step(carry, rotations, value_row, slope_row, given):
+        adjoint, observed = carry
+        value, slope, *observation = given
+        adjoint, pivots = _back_transposed(adjoint, (value_row, slope_row, value, slope))
+        if not observation:
+            return (adjoint, observed), (pivots, ())
+        observed, found = _forward_observation(observed, (rotations, *observation))
+        return (adjoint, observed), (pivots, found)
+
+    nothing = jnp.zeros_like(values[0])
+    start: Any = (nothing, nothing), ()
+    given: Any = values[:-1], slopes[:-1]
+    if observations is not None:
+        first = observations[0], jnp.zeros_like(observations[0])
+        start, given = (start[0], first), (*given, observations[1:])
+    factor, (passed, last), (pivots, found) = _factorize(
+        gaps, weights, slope_weights, mu, step, start, given
+    )
+    p = (values[-1] - passed[0]) / factor.last[0]
+    q = (slopes[-1] - passed[1] - factor.last[1] * p) / factor.last[2]
+    adjoint = Pivots(pivots[0], pivots[1], p, q)
+    if observations is None:
+        return factor, adjoint, None
+    pivot, slope, *left = found
+    return factor, adjoint, (Pivots(pivot, slope, *last), Residuals(*left))
+
+
+def _factorize(
+    gaps: Array,
+    weights: Array,
+    slope_weights: Array,
+    mu: Array,
+    beside: Callable[..., tuple[Any, Any]],
+    start: Any,
+    given: Any,
+) -> tuple[RootInformation, Any, Any]:
+    """Return the factors, and what the step `beside` carries and makes along the knots."""
     root_weights, root_slopes = root(weights), root(slope_weights)
     zero = jnp.zeros_like(mu)
 
     def step(carry, gap):
         # `top` and `low` are the triangle of what knots up to i say about (g_i, v_i).
-        (top_g, top_v), (low_v,) = carry
-        shear, half, bend, root_weight, root_slope = gap
+        ((top_g, top_v), (low_v,)), other = carry
+        (shear, half, bend, root_weight, root_slope), more = gap
         # Unknowns in the order g_i, v_i, g_{i+1}, v_{i+1}.
         r0, value_row, top = _eliminate((-shear, -half, shear, -half), (top_g, top_v, zero, zero))
         r1, slope_row, top = _eliminate((-bend, zero, bend), top)
@@ -280,20 +286,104 @@ def factorize(
         r4, top, rest = _eliminate(top, (root_weight, zero))
         r5, low, _ = _eliminate(low, rest)
         r6, low, _ = _eliminate(low, (root_slope,))
-        rotations = jnp.stack([jnp.stack(r) for r in (r0, r1, r2, r3, r4, r5, r6)])
-        return (top, low), (rotations, jnp.stack(value_row), jnp.stack(slope_row))
+        rotations = (r0, r1, r2, r3, r4, r5, r6)
+        other, made = beside(other, rotations, value_row, slope_row, more)
+        stacked = jnp.stack([jnp.stack(r) for r in rotations])
+        return ((top, low), other), ((stacked, jnp.stack(value_row), jnp.stack(slope_row)), made)
 
-    shears = jnp.sqrt(12 * mu / gaps) / gaps
+    shears = shears_of(gaps, mu)
     halves, bends = shears * gaps / 2, jnp.sqrt(mu / gaps)
-    carry = ((root_weights[0], zero), (root_slopes[0],))
-    given = (shears, halves, bends, root_weights[1:], root_slopes[1:])
-    (top, low), rows = jax.lax.scan(step, carry, given)
+    carry = ((root_weights[0], zero), (root_slopes[0],)), start
+    own = (shears, halves, bends, root_weights[1:], root_slopes[1:])
+    ((top, low), other), (rows, made) = jax.lax.scan(step, carry, (own, given))
     # What too few observations leave open is set to zero: the slope with one, the value with none.
     observed = jnp.sum(weights > 0)
-    last = jnp.stack(
-        [jnp.where(observed < 1, 1, top[0]), top[1], jnp.where(observed < 2, 1, low[0])]
+    last = jnp.stack([where(observed < 1, 1, top[0]), top[1], where(observed < 2, 1, low[0])])
+    return RootInformation(shears, *rows, last), other, made
+
+
+# Steps along the gaps: each takes what it carries, and the gap's part of the factor with columns.
+
+
+def _forward(carry, gap):
+    """Q' of columns of shear rows: the rows that R is solved for."""
+    top, low = carry
+    (r0, r1, r2, r3, r4, r5, r6), shear = gap
+    pivot, top = _rotate(r0, shear, top)
+    # The other rows that come in are zero: to rotate them in only scales.
+    slope, top = r1[1] * top, r1[0] * top
+    slope, low = _rotate(r2, slope, low)
+    top, low = _rotate(r3, top, low)
+    top, rest = r4[0] * top, -r4[1] * top
+    low = r6[0] * _rotate(r5, low, rest)[0]
+    return (top, low), (pivot, slope)
+
+
+def _forward_observation(carry, gap):
+    """Q' of columns of value rows."""
+    top, low = carry
+    (r0, r1, r2, r3, r4, r5, r6), value = gap
+    pivot, top = r0[1] * top, r0[0] * top
+    slope, top = r1[1] * top, r1[0] * top
+    slope, low = _rotate(r2, slope, low)
+    top, low = _rotate(r3, top, low)
+    top, rest = _rotate(r4, top, value)
+    low, first = _rotate(r5, low, rest)
+    low, second = r6[0] * low, -r6[1] * low
+    return (top, low), (pivot, slope, first, second)
+
+
+def _back(carry, gap):
+    """R^-1 of columns, from the last gap to the first."""
+    g_next, v_next = carry
+    value_row, slope_row, value, slope = gap
+    v = (slope - slope_row[1] * g_next - slope_row[2] * v_next) / slope_row[0]
+    g = value - value_row[1] * v - value_row[2] * g_next - value_row[3] * v_next
+    g = g / value_row[0]
+    return (g, v), (g, v)
+
+
+def _back_transposed(carry, gap):
+    """R'^-1 of columns."""
+    value_row, slope_row, value, slope = gap
+    value, slope = value - carry[0], slope - carry[1]
+    p = value / value_row[0]
+    q = (slope - value_row[1] * p) / slope_row[0]
+    passed = (
+        value_row[2] * p + slope_row[1] * q,
+        value_row[3] * p + slope_row[2] * q,
     )
-    return RootInformation(shears, *rows, last)
+    return passed, (p, q)
+
+
+def _spread(carry, gap):
+    """Q of columns, from the last gap to the first."""
+    top, low = carry
+    (r0, r1, r2, r3, r4, r5, r6), pivot, slope, *left = gap
+    first, second = left or (0.0, 0.0)
+    low, of_slope = _unrotate(r6, low, second)
+    low, rest = _unrotate(r5, low, first)
+    top, of_value = _unrotate(r4, top, rest)
+    top, low = _unrotate(r3, top, low)
+    bend, low = _unrotate(r2, slope, low)
+    bend, top = _unrotate(r1, bend, top)
+    shear, top = _unrotate(r0, pivot, top)
+    return (top, low), (shear, bend, of_value, of_slope)
+
+
+def _rows_of(value: Array, slope: Array, rows: tuple[Array, ...]) -> Rows:
+    shear, bend, values, slopes = rows
+    values = jnp.concatenate([value[None], values])
+    return Rows(shear, bend, values, jnp.concatenate([slope[None], slopes]))
+
+
+def _appended(rows: Array, last: Array) -> Array:
+    return jnp.concatenate([rows, last[None]])
+
+
+def shears_of(gaps: Float[Array, " gaps"], mu: Float[Array, ""]) -> Float[Array, " gaps"]:
+    """Return the factor of each shear row."""
+    return jnp.sqrt(12 * mu / gaps) / gaps
 
 
 def product(a: Float[Array, "*n i j"], b: Float[Array, "*n j k"]) -> Float[Array, "*n i k"]:

@@ -6,12 +6,15 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from ._ends import Ends, check_ends
-from ._fit import ROWS, LinearMap, fit, hermite, observations_of, regression_of
+from ._fit import ROWS, LinearMap, fit, has_solutions, hermite, observations_of, regression_of
 from ._knots import Knots
-from ._platforms import by_platform
+from ._platforms import Shape, by_platform
+from ._responses import Solutions, solution_shapes
+from ._root_information import Rows
 
 
 class SmoothingSpline(eqx.Module):
@@ -150,14 +153,73 @@ def smoothing_map(
     )
     options = check_ends(ends), real, whole
     with jax.named_scope("nercc.fit"):
-        made = by_platform(_map, options, (*given, at), shapes)
+        made = _differentiable_map(options, shapes, (*given, at))
     matrix, differences, gap, *knots = made
     return LinearMap(matrix, differences, gap, Knots(*knots))
 
 
-def _map(platform: str, ends: Ends, real: Any, whole: Any, *arguments: Array):
+def _differentiable_map(
+    options: tuple[Any, ...], shapes: tuple[Shape, ...], arguments: tuple[Array, ...]
+) -> tuple[Array, ...]:
+    """Return the leaves of a map, whose derivative shares the map's solutions where it has any."""
+    points, slots, real = shapes[0][0][0], shapes[3][0][0], shapes[0][1]
+    extra = tuple((shape, real) for shape in solution_shapes(points, slots))
+
+    @jax.custom_jvp
+    def leaves(*arguments: Array) -> tuple[Array, ...]:
+        return by_platform(_map, options, arguments, shapes)
+
+    def derivative(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> Any:
+        made = by_platform(_solved_map, options, primals, (*shapes, *extra))
+        made, known = made[: len(shapes)], made[2:]
+        moving = [i for i, each in enumerate(tangents) if not isinstance(each, SymbolicZero)]
+
+        def moving_map(*moved: Array) -> tuple[Array, ...]:
+            now = dict(zip(moving, moved, strict=True))
+            given = (now.get(place, each) for place, each in enumerate(primals))
+            return by_platform(_known_map, options, (*given, *known), shapes)
+
+        moved, change = ([each[i] for i in moving] for each in (primals, tangents))
+        return made, jax.jvp(moving_map, moved, change)[1]
+
+    leaves.defjvp(derivative, symbolic_zeros=True)
+    return leaves(*arguments)
+
+
+def _map(platform: str, ends: Ends, real: Any, whole: Any, *arguments: Array) -> tuple[Array, ...]:
     *given, at = arguments
-    leaves = jax.tree.leaves(fit(*given, ends=ends, rows=ROWS[platform]).map_to(at))
+    found = fit(*given, ends=ends, rows=ROWS[platform])
+    return _leaves_of(found.map_to(at), real, whole)
+
+
+def _solved_map(
+    platform: str, ends: Ends, real: Any, whole: Any, *arguments: Array
+) -> tuple[Array, ...]:
+    """`_map`, and the arrays of its `Solutions`; zeros where there are none."""
+    *given, at = arguments
+    found = fit(*given, ends=ends, rows=ROWS[platform])
+    if has_solutions(ends, ROWS[platform]):
+        return _leaves_of(found.solved_map(at), real, whole)
+    shapes = solution_shapes(len(at), len(found.knots.t))
+    return _leaves_of((found.map_to(at), [jnp.zeros(shape, real) for shape in shapes]), real, whole)
+
+
+def _known_map(
+    platform: str, ends: Ends, real: Any, whole: Any, *arguments: Array
+) -> tuple[Array, ...]:
+    """`_map` of its arguments, and of what `_solved_map` gave but for matrix and differences."""
+    *given, at = arguments[:5]
+    if not has_solutions(ends, ROWS[platform]):
+        return _map(platform, ends, real, whole, *arguments[:5])
+    gap, *knots = arguments[5:11]
+    values, slopes, *rows = arguments[11:]
+    found = fit(*given, ends=ends, known=Knots(*knots))
+    made = found.known_map(at, gap, Solutions(values, slopes, Rows(*rows)))
+    return _leaves_of(made, real, whole)
+
+
+def _leaves_of(tree: Any, real: Any, whole: Any) -> tuple[Array, ...]:
     return tuple(
-        leaf.astype(real if jnp.issubdtype(leaf.dtype, jnp.floating) else whole) for leaf in leaves
+        leaf.astype(real if jnp.issubdtype(leaf.dtype, jnp.floating) else whole)
+        for leaf in jax.tree.leaves(tree)
     )

@@ -53,7 +53,7 @@ def pairs_of(
         priors, found = join(prior(x), 1)
         check_like(found, form)
         r = r - priors
-    known = known & jnp.all(jnp.isfinite(z), axis=1) & jnp.all(jnp.isfinite(r), axis=1)
+    known = jnp.asarray(known) & jnp.all(jnp.isfinite(z), axis=1) & jnp.all(jnp.isfinite(r), axis=1)
     z, r, priors = jax.tree.map(lambda leaf: jnp.where(known[:, None], leaf, 0), (z, r, priors))
     return Pairs(z, r, priors, known)
 
