@@ -1,0 +1,89 @@
+"""Docstrings and names that a stranger understands: what a linter does not see."""
+
+import ast
+import io
+import re
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("nercc_jax", "models", "bench")
+FILES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+FILES = [path for path in FILES if not path.name.endswith("_pb2.py")]
+# Public names that are defined twice in nercc_jax, each with its reason.
+TWICE: dict[str, str] = {}
+# Words of a language that only its authors spoke; each has a standard term now.
+GONE = """
+    AbstractCrew Books Desk Doubt Exam Foreseen Guess Lesson Moves Outbox Packed Parcel Plane
+    QueryDoubt Rescue Seat Study Tutor Whereabouts alike_beside alike_only conclude curious heard
+    hungry judge patience told
+""".split()
+FRAGMENT = re.compile(r"(What|Who|Whether|How|Of|Which|Such|By|That)\b")
+Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def label(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def definitions(tree: ast.AST) -> Iterator[Definition]:
+    for node in ast.walk(tree):
+        if isinstance(node, Definition):
+            yield node
+
+
+def test_docstrings_are_sentences():
+    total, fragments = 0, []
+    for path in FILES:
+        tree = ast.parse(path.read_text())
+        for node in (tree, *definitions(tree)):
+            if text := ast.get_docstring(node):
+                total += 1
+                if FRAGMENT.match(text):
+                    fragments.append(f"{label(path)}: {text.splitlines()[0]}")
+    assert total > 1500
+    assert len(fragments) < total / 100, fragments
+
+
+def test_a_public_name_has_one_meaning():
+    places: dict[str, list[str]] = {}
+    for path in FILES:
+        if path.is_relative_to(ROOT / "nercc_jax"):
+            for node in ast.parse(path.read_text()).body:
+                if isinstance(node, Definition) and not node.name.startswith("_"):
+                    places.setdefault(node.name, []).append(label(path))
+    twice = {name: where for name, where in places.items() if len(set(where)) > 1}
+    assert twice.keys() == TWICE.keys(), twice
+
+
+@pytest.mark.parametrize("path", FILES, ids=label)
+def test_documented_arguments_are_the_functions_own(path):
+    for node in definitions(ast.parse(path.read_text())):
+        documented = section(ast.get_docstring(node) or "", "Args")
+        if isinstance(node, ast.ClassDef) or documented is None:
+            continue
+        given = node.args
+        own = [each.arg for each in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+        own += [f"*{given.vararg.arg}"] if given.vararg else []
+        own += [f"**{given.kwarg.arg}"] if given.kwarg else []
+        assert {*documented} == {*own} - {"self", "cls"}, node.name
+
+
+def section(docstring: str, title: str) -> list[str] | None:
+    """Return the names that a section of a docstring explains; None without the section."""
+    found = re.search(rf"^{title}:\n((?:    .*\n|\n)*)", docstring + "\n", re.MULTILINE)
+    if found is None:
+        return None
+    return re.findall(r"^    (\*{0,2}\w+)(?: \([^)]*\))?:", found[1], re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", FILES, ids=label)
+def test_words_that_are_gone_stay_gone(path):
+    words = set()
+    for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
+        if token.type == tokenize.NAME:
+            words.add(token.string)
+    assert not words & {*GONE}
