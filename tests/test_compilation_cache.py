@@ -80,7 +80,7 @@ def test_another_folder_can_be_chosen_later(tmp_path):
     compute, choose = "import jax; jax.numpy.ones(3) + 1", "enable_compilation_cache('chosen')"
     first = run(tmp_path, COUNT, ENABLE, compute, choose, WORK)[0]
     assert first.startswith(str(tmp_path / "cache"))
-    assert len(list((tmp_path / "chosen").glob("*-cache"))) > 3
+    assert len(list((tmp_path / "chosen").glob("*-cache"))) >= 3
 
 
 def test_commands_run_without_a_folder(tmp_path, monkeypatch, caplog):

@@ -8,7 +8,12 @@ import pytest
 from jax.test_util import check_grads
 
 from nercc_jax.codes import regression_points
-from nercc_jax.splines import posterior_variance, process_variance, smoothing_spline
+from nercc_jax.splines import (
+    posterior_variance,
+    posterior_variances,
+    process_variance,
+    smoothing_spline,
+)
 
 mp.mp.dps = 50
 
@@ -84,6 +89,16 @@ def test_outside_and_with_few_answers(dtype):
     two = np.arange(5) < 2
     assert np.all(np.isfinite(posterior_variance(t, t, 0.0, available=two)))
     assert process_variance(t, t, 0.0, available=two) == np.inf
+
+
+def test_both_at_once_are_each_alone(key):
+    alpha, beta = regression_points(6, 9, "chebyshev")
+    y = jax.random.normal(key, (9, 3))
+    options = {"available": np.arange(9) != 4, "end_weights": jnp.array([0.3, 0.1])}
+    posterior, process = posterior_variances(beta, y, alpha, 1e-3, **options)
+    alone = posterior_variance(beta, alpha, 1e-3, **options)
+    np.testing.assert_allclose(posterior, alone, rtol=1e-5)
+    np.testing.assert_allclose(process, process_variance(beta, y, 1e-3, **options), rtol=1e-5)
 
 
 def test_coincident_answers_are_one(dtype):

@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nercc_jax import Berrut, Lagrange, NeRCC, Parity, Replication, Uncoded, coded_inference
+from nercc_jax.codes import decode_groups, decode_sets
 
 GROUPS, FEATURES, OUTPUTS = 8, 3, 4
 CODES = {
@@ -171,6 +172,19 @@ def test_methods_are_jitted_as_functions_are(name):
         lambda y: jax.checkpoint(code.decode)(y, mask) + jax.checkpoint(code.decode)(y, mask)
     )
     close(twice(y[0]), 2 * wanted[0])
+
+
+def test_programs_close_over_answers():
+    """What is known while something else is traced is part of the program."""
+    code, mask, y, wanted, _ = case("nercc")
+    masks = np.broadcast_to(mask, (GROUPS, len(mask)))
+    programs = [
+        lambda: (code.decode(y[0], mask), wanted[0]),
+        lambda: (decode_groups(code, y, masks).predictions, wanted),
+        lambda: (decode_sets(code, jnp.asarray(y), mask[None]).predictions[0], wanted),
+    ]
+    for program in programs:
+        close(*jax.jit(program)())
 
 
 @pytest.mark.parametrize("name", CODES)

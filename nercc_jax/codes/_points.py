@@ -219,7 +219,7 @@ def _between(num_data: int, gaps: Int[np.ndarray, " n"]) -> Float[np.ndarray, " 
 
 
 def _given(name: str, values, count: int) -> Array:
-    values = to_device(values)
+    values = values if isinstance(values, jax.Array) else to_device(np.asarray(values))
     if not jnp.issubdtype(values.dtype, jnp.floating):
         values = values.astype(float)
     if values.shape != (count,):

@@ -130,7 +130,7 @@ def groups_of(points: PyTree[Shaped[Array | np.ndarray, "points ..."]], num_data
     return jax.tree.map(lambda leaf: leaf.reshape(-1, num_data, *leaf.shape[1:]), points)
 
 
-def finite_points(x: PyTree, axes: int) -> Bool[Array | np.ndarray, "*lead"]:
+def finite_points(x: PyTree, axes: int) -> Bool[Any, "*lead"]:
     """Return which data points are finite in all their coordinates; by NumPy for its arrays."""
     xp = np if all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(x)) else jnp
     finite = xp.ones(jax.tree.leaves(x)[0].shape[:axes], bool)
