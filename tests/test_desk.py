@@ -125,6 +125,22 @@ def test_a_dead_workers_task_goes_on_and_its_old_life_is_not_heard(crew, open_de
     assert crew.lives[worker] == 2
 
 
+def test_the_end_of_an_earlier_life_costs_the_next_one_nothing(crew, open_desk):
+    """A worker that hung is replaced; its process ends later, while the new one is at work."""
+    desk = open_desk(1, hang_timeout=0.05, max_attempts=10**6)
+    batch = dispatch(desk, 1)
+    soon(lambda: desk.report().hung)
+    desk._hang_timeout = SOON
+    soon(lambda: crew.sent[0][0] == crew.lives[0] - 1 and desk.report().busy)
+    deaths, life = desk.report().deaths, crew.sent[0][0]
+    for earlier in range(life):
+        crew.hear(0, earlier, WorkerDied("killed at last"))
+    assert desk.report().deaths == deaths
+    assert desk.report().busy == 1
+    crew.answer(0)
+    assert batch.available.all()
+
+
 def test_an_idle_worker_that_dies_and_restarts_gets_one_task(crew, open_desk):
     """It is in the list of idle ones once, and not while it is away."""
     desk = open_desk(2)

@@ -443,6 +443,34 @@ def test_a_callback_that_fails_costs_no_worker(caplog):
     assert "on_change of a batch of 3 failed" in caplog.text
 
 
+def test_the_end_of_a_thread_that_was_left_behind_costs_nothing():
+    """It hung, and was replaced: when it ends at last, its successor is at work on another task."""
+    first, second, reached = threading.Event(), threading.Event(), threading.Event()
+    lives = []
+
+    def model(batch):
+        lives.append(threading.current_thread())
+        if len(lives) == 1:
+            first.wait(SOON)
+            raise SystemExit
+        reached.set()
+        assert second.wait(SOON)
+        return 2 * batch
+
+    with DevicePool(model, 1, compiled=False, hang_timeout=0.1) as pool:
+        with pool.dispatch(points(1)) as batch:
+            assert reached.wait(SOON)
+            pool._desk._hang_timeout = SOON
+            first.set()
+            lives[0].join(SOON)
+            assert not lives[0].is_alive()
+            second.set()
+            answers = batch.wait(deadline=SOON)
+        np.testing.assert_array_equal(answers.values, 2 * points(1))
+        assert pool.report().deaths == pool.report().hung
+        assert pool.report().internal_errors == 0
+
+
 def test_a_model_that_always_fails():
     def broken(batch):
         raise KeyError("no such layer")

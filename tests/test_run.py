@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -438,6 +439,16 @@ def test_a_run_goes_on_where_it_ended(tmp_path, monkeypatch, small):
     assert {each.name for each in tmp_path.iterdir()} == {"result.npz", "result.summary.json"}
 
 
+WEIGHED = """
+import numpy as np
+
+
+def make(path):
+    weights = np.load(path)
+    return lambda batch: batch @ weights
+"""
+
+
 def test_a_folder_has_the_parts_and_a_manifest(tmp_path):
     folder = tmp_path / "results"
     result = run(*SMALL, "--output", str(folder))
@@ -449,6 +460,36 @@ def test_a_folder_has_the_parts_and_a_manifest(tmp_path):
     again = run(*SMALL, "--resume", "--output", str(folder))  # there is nothing left to do
     assert again.exit_code == 0, again.output
     assert "30 data points are done already" in again.output
+
+
+def test_a_run_does_not_go_on_with_another_code(tmp_path):
+    """Nor with the same file, should another code have been written to it meanwhile."""
+    code, output = tmp_path / "code.json", tmp_path / "results"
+    options = ["--code", str(code), "--points", "8", "--output", str(output)]
+    save_code(code, NeRCC(2, 4))
+    assert run(*options).exit_code == 0
+    assert run(*options, "--resume").exit_code == 0
+    save_code(code, NeRCC(2, 4, lambda_dec=0.5))
+    again = run(*options, "--resume")
+    assert again.exit_code == 2
+    assert "holds another run, with which --resume cannot go on: code was" in again.output
+
+
+def test_a_run_does_not_go_on_with_other_weights(tmp_path, monkeypatch):
+    (tmp_path / "nercc_weighed.py").write_text(WEIGHED)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "nercc_weighed", raising=False)
+    np.save("x.npy", np.ones((4, 3), np.float32))
+    np.save("w.npy", np.ones((3, 2), np.float32))
+    options = ["--model", "nercc_weighed:make", "--inputs", "x.npy", "--weights", "w.npy"]
+    for output, more in (("coded", SMALL[:4]), ("rows", ["--tolerance", "0"])):
+        np.save("w.npy", np.ones((3, 2), np.float32))
+        assert run(*options, *more, "--output", output).exit_code == 0
+        assert run(*options, *more, "--output", output, "--resume").exit_code == 0
+        np.save("w.npy", np.full((3, 2), 2, np.float32))
+        again = run(*options, *more, "--output", output, "--resume")
+        assert again.exit_code == 2
+        assert "with which --resume cannot go on: weights was" in again.output
 
 
 @pytest.mark.parametrize(

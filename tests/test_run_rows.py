@@ -14,10 +14,12 @@ import pytest
 from conftest import require
 from typer.testing import CliRunner
 
-from nercc_jax import DevicePool
+from nercc_jax import DevicePool, NeRCC
 from nercc_jax.cli._app import app
 from nercc_jax.cli._inputs import read_inputs
-from nercc_jax.pools import ComputedRows, Faults, RowFunction
+from nercc_jax.cli._row_results import RowResults
+from nercc_jax.pools import ComputedRows, Faults, Goal, RowCoder, RowFunction, Rows
+from nercc_jax.surrogates import LearnerTuning, fit_scheme
 
 # As users write them: NumPy, which JAX cannot trace.
 OWN = '''
@@ -266,6 +268,47 @@ def test_rows_whose_workers_die_are_computed_by_others():
     assert found.exact.all()
     assert not found.raised
     np.testing.assert_array_equal(found.values, 2 * x)
+
+
+def test_of_a_row_that_is_there_twice_the_exact_one_wins():
+    """A last group is filled with its own rows once more: one copy may be in, another decoded."""
+    for order in ([0, 1], [1, 0]):
+        for score in (0.0, 0.5):
+            exact = np.array([True, False])[order]
+            values = np.array([[1.0], [2.0]])[order]
+            scores = np.array([0.0, score])[order]
+            results = RowResults(1)
+            found = Rows(values, exact, scores, scores, {})
+            assert results.add(np.array([0, 0]), found, 1.0).tolist() == [0]
+            assert results.predictions.tolist() == [[1.0]]
+            assert results.exact.all()
+
+
+def test_a_row_on_which_the_function_raises_is_not_decoded_from_its_neighbours():
+    """However well they are known: all of a straight line, here, but for one place."""
+    x = np.random.default_rng(0).uniform(-1, 1, (64, 1)).astype(np.float32)
+    lesson = fit_scheme(x, 3 * x, NeRCC(3, 4), capacity=64, tuning=LearnerTuning(rows=32, steps=2))
+    rows = np.array([[[-0.5], [0.0], [0.5]]], np.float32)
+
+    def line(batch):
+        if (batch == 0).any():
+            raise ArithmeticError("there is no solution here")
+        return 3 * batch
+
+    with DevicePool(RowFunction(line), 4, compiled=False) as pool:
+        coder = RowCoder(pool, lesson.scheme, Goal(tolerance=1e9), wait_for=2)
+        calls = coder.start(rows, rows)
+        calls.wait(60.0)
+        found = calls.take()
+    assert not found.exact[1]
+    assert found.raised == {1: "ArithmeticError: there is no solution here"}
+    assert np.isinf(found.score[1])
+    assert np.isinf(found.deviation[1])
+    assert (found.score[[0, 2]] <= 1e9).all()
+    results = RowResults(3)
+    results.add(np.arange(3), found, 1e9)
+    assert np.isnan(results.predictions[1]).all()
+    assert results.done.tolist() == [True, False, True]
 
 
 # With a learner.

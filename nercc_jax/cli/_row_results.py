@@ -37,7 +37,7 @@ class RowResults:
 
         A row may be among them more than once: its best counts."""
         good = found.score <= limit
-        order = np.argsort(-found.score[good], kind="stable")
+        order = np.lexsort((found.exact[good], -found.score[good]))  # the best of a row comes last
         if found.values is not None:
             arrays = (found.values, found.deviation, found.score, found.exact)
             self._set(rows[good][order], *(each[good][order] for each in arrays))
