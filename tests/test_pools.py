@@ -1,4 +1,4 @@
-"""Pools of workers: one contract for all of them, the desk's rules, and faults on purpose."""
+"""Pools of workers: one contract for all of them, the scheduler's rules, and faults on purpose."""
 
 import dataclasses
 import logging
@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import require
-from desks import SOON, soon
+from schedulers import SOON, soon
 
 from nercc_jax import (
     Berrut,
@@ -243,8 +243,8 @@ def _refuse():
 
 @pytest.fixture
 def started_once(monkeypatch):
-    """A pool gives up at a worker's first start that fails: `test_desk` has the others."""
-    monkeypatch.setattr("nercc_jax.pools._startup._STARTS", 1)
+    """A pool gives up at a worker's first start that fails: `test_scheduler` has the others."""
+    monkeypatch.setattr("nercc_jax.pools._backend._STARTS", 1)
 
 
 def test_workers_that_do_not_start(make, started_once):
@@ -460,7 +460,7 @@ def test_the_end_of_a_thread_that_was_left_behind_costs_nothing():
     with DevicePool(model, 1, compiled=False, hang_timeout=0.1) as pool:
         with pool.dispatch(points(1)) as batch:
             assert reached.wait(SOON)
-            pool._desk._hang_timeout = SOON
+            pool._scheduler._hang_timeout = SOON
             first.set()
             lives[0].join(SOON)
             assert not lives[0].is_alive()
@@ -666,16 +666,16 @@ def test_what_strikes_some_calls_shifts_no_other_faults_draws():
     assert 20 < sum(one for one, _ in drawn) < 80
 
 
-def test_faults_on_trial():
+def test_faults_by_their_rates():
     options = {"straggler_rate": 0.25, "straggler_delay": 2.0, "death_rate": 0.125, "seed": 5}
-    law = Faults.on_trial(service_delay=0.5, **options).at(0, 0)
+    law = Faults.from_rates(service_delay=0.5, **options).at(0, 0)
     drawn = [law.next() for _ in range(2000)]
     assert {seconds for seconds, _ in drawn} == {0.5, 2.5}
     assert 0.2 < np.mean([seconds > 1 for seconds, _ in drawn]) < 0.3
     assert 0.1 < np.mean([kinds == {"death"} for _, kinds in drawn]) < 0.15
-    assert Faults.on_trial(seed=5) == Faults([], 5), "nothing is asked for"
+    assert Faults.from_rates(seed=5) == Faults([], 5), "nothing is asked for"
     with pytest.raises(ValueError, match=r"probability must be in \[0, 1\], not 1.5"):
-        Faults.on_trial(death_rate=1.5)
+        Faults.from_rates(death_rate=1.5)
 
 
 def test_faults_of_some_workers_and_calls():

@@ -19,22 +19,20 @@ import numpy as np
 import pytest
 from conftest import require
 
-from nercc_jax.pools._ray_actor import Whereabouts as NodePlacement
-from nercc_jax.pools._ray_crew import Actors as ActorBackend
-from nercc_jax.pools._ray_head import HeadProbe
+from nercc_jax.pools._ray_backend import ActorBackend, NodePlacement, Packed, pack
+from nercc_jax.pools._ray_cluster import HeadProbe
 from nercc_jax.pools._ray_nodes import (
+    Migration,
     Node,
+    NodeWatch,
     choose_node,
     crowding,
     demand_of,
     node_to_leave,
 )
-from nercc_jax.pools._ray_watch import Moves, NodeWatch
-from nercc_jax.pools._ray_weights import Packed, pack
-
 
 FIRST, SECOND = "1" * 56, "2" * 56  # as Ray names nodes
-BACKEND_FILES = ("_ray_crew", "_ray_nodes")
+BACKEND_FILES = ("_ray_backend", "_ray_nodes")
 
 
 def nodes(*cpus, **others):
@@ -101,7 +99,7 @@ def test_crowded_nodes_are_told():
 
 def test_moves_are_one_at_a_time_and_not_while_workers_start():
     moved, settled = [], [False]
-    moves = Moves(lambda: 3, lambda worker: not moved.append(worker), every=0.0)
+    moves = Migration(lambda: 3, lambda worker: not moved.append(worker), every=0.0)
     probe = HeadProbe("127.0.0.1:1")
     told = []
     watch = NodeWatch(probe, lambda: settled[0], lambda: told.append(True), moves)
@@ -112,7 +110,7 @@ def test_moves_are_one_at_a_time_and_not_while_workers_start():
     watch.look()
     assert moved == [3, 3]
     assert told == [True]
-    slow = Moves(lambda: 3, lambda worker: not moved.append(worker), every=1e3)
+    slow = Migration(lambda: 3, lambda worker: not moved.append(worker), every=1e3)
     slow.move()
     assert len(moved) == 2
 
@@ -198,8 +196,8 @@ def answering(server):
 
 
 def test_a_head_that_is_gone_or_frozen_is_noticed(monkeypatch, caplog):
-    monkeypatch.setattr("nercc_jax.pools._ray_head._EVERY", 0.0)
-    monkeypatch.setattr("nercc_jax.pools._ray_head._PROBE", 0.2)
+    monkeypatch.setattr("nercc_jax.pools._ray_cluster._EVERY", 0.0)
+    monkeypatch.setattr("nercc_jax.pools._ray_cluster._PROBE", 0.2)
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "30")
     with socket.create_server(("127.0.0.1", 0)) as server, answering(server):
         port = server.getsockname()[1]
@@ -316,7 +314,7 @@ def test_a_model_that_is_not_installed_has_its_folder_sent_along(tmp_path, monke
 
     (tmp_path / "env.yaml").write_text("env_vars: {A: b}\nworking_dir: elsewhere")
     job = RayJob(working_dir=tmp_path / "a", runtime_env=tmp_path / "env.yaml")
-    assert job.told() == {"env_vars": {"A": "b"}, "working_dir": str(tmp_path / "a")}
+    assert job.environment() == {"env_vars": {"A": "b"}, "working_dir": str(tmp_path / "a")}
     with pytest.raises(ValueError, match="--py-modules /nowhere: there is no such"):
         RayJob(py_modules=[tmp_path.__class__("/nowhere")])
 

@@ -17,7 +17,7 @@ from conftest import require
 from typer.testing import CliRunner
 
 from nercc_jax import DevicePool, NeRCC, Parity, Replication, coded_inference, save_code
-from nercc_jax.cli import _run_job as command
+from nercc_jax.cli import _run_data as command
 from nercc_jax.cli._app import app
 from nercc_jax.pools import Fault, Faults, run_batches
 from nercc_models import load_data, load_model
@@ -252,7 +252,7 @@ def test_help():
     assert "--max-disagreement" in result.output
 
 
-SMALL = ["--num-data", "4", "--num-workers", "8", "--points", "30", "--groups", "2"]
+SMALL = ["--num-data", "4", "--num-workers", "8", "--max-inputs", "30", "--groups", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -325,7 +325,7 @@ def test_batches_go_over_the_data_again(tmp_path):
 
 
 def test_deaths_and_delays_on_trial_lose_nothing(tmp_path):
-    faults = "--straggler-rate 0.1 --straggler-delay 0.2 --death-rate 0.1 --outputs probabilities"
+    faults = "--straggler-rate 0.1 --straggler-delay-s 0.2 --death-rate 0.1 --outputs probabilities"
     path = tmp_path / "result.npz"
     result = run(*SMALL, "--batches", "12", *faults.split(), "--output", str(path))
     assert result.exit_code == 0, result.output
@@ -339,7 +339,7 @@ def test_deaths_and_delays_on_trial_lose_nothing(tmp_path):
 
 def test_what_is_lost_is_nan_and_told(tmp_path):
     path = tmp_path / "result.npz"
-    options = "--batches 2 --straggler-rate 1 --straggler-delay 60 --deadline 0.1"
+    options = "--batches 2 --straggler-rate 1 --straggler-delay-s 60 --deadline-s 0.1"
     result = run(*SMALL, *options.split(), "--output", str(path))
     assert result.exit_code == 3
     assert "16 of 16 data points were lost after 3 attempts" in result.output
@@ -366,7 +366,7 @@ def test_what_is_recovered_of_a_batch_is_told_and_why_the_rest_is_not(tmp_path, 
 
     monkeypatch.setattr(command, "run_batches", spoilt)
     path = tmp_path / "result.npz"
-    result = run(*SMALL, "--points", "16", "--output", str(path))
+    result = run(*SMALL, "--max-inputs", "16", "--output", str(path))
     assert result.exit_code == 3
     assert "5 of 16 data points were lost after 3 attempts" in result.output
     assert "the last trouble: the network was down" in result.output
@@ -465,7 +465,7 @@ def test_a_folder_has_the_parts_and_a_manifest(tmp_path):
 def test_a_run_does_not_go_on_with_another_code(tmp_path):
     """Nor with the same file, should another code have been written to it meanwhile."""
     code, output = tmp_path / "code.json", tmp_path / "results"
-    options = ["--code", str(code), "--points", "8", "--output", str(output)]
+    options = ["--code", str(code), "--max-inputs", "8", "--output", str(output)]
     save_code(code, NeRCC(2, 4))
     assert run(*options).exit_code == 0
     assert run(*options, "--resume").exit_code == 0
@@ -502,14 +502,14 @@ def test_a_run_does_not_go_on_with_other_weights(tmp_path, monkeypatch):
         ("--wait-for 17 --max-disagreement 0.1", "--wait-for or --max-disagreement, not both"),
         ("--max-disagreement 1", "--max-disagreement must be in [0, 1)"),
         ("--max-disagreement 0 --num-workers 9", "is expected even when all 9 workers answer"),
-        ("--deadline 0", "--deadline must be positive, not 0"),
-        ("--deadline nan", "--deadline must be positive, not nan"),
+        ("--deadline-s 0", "--deadline-s must be positive, not 0"),
+        ("--deadline-s nan", "--deadline-s must be positive, not nan"),
         ("--groups 0", "--groups must be positive, not 0"),
-        ("--points 0", "--points must be positive, not 0"),
+        ("--max-inputs 0", "--max-inputs must be positive, not 0"),
         ("--batches -1", "--batches must be positive, not -1"),
         ("--workers 0", "--workers must be positive, not 0"),
         ("--straggler-rate 1.5", "--straggler-rate is a share of the calls, from 0 to 1, not 1.5"),
-        ("--straggler-delay -1", "--straggler-delay must be positive"),
+        ("--straggler-delay-s -1", "--straggler-delay-s must be positive"),
         ("--death-rate -0.1", "--death-rate is a share of the calls"),
         ("--split nothing", "has no split 'nothing'"),
         ("--model nothing", "nothing"),
@@ -537,7 +537,7 @@ def test_a_code_with_further_models_is_refused(tmp_path):
 @pytest.mark.slow
 def test_ray_workers_that_die_on_trial(ray_pool, tmp_path):
     path = tmp_path / "result.npz"
-    options = "--num-data 2 --num-workers 4 --workers 2 --points 40 --groups 2 --pool ray"
+    options = "--num-data 2 --num-workers 4 --workers 2 --max-inputs 40 --groups 2 --pool ray"
     options += " --death-rate 0.02"
     result = run(*options.split(), "--output", str(path))
     assert result.exit_code == 0, result.output

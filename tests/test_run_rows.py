@@ -16,9 +16,11 @@ from typer.testing import CliRunner
 
 from nercc_jax import DevicePool, NeRCC
 from nercc_jax.cli._app import app
-from nercc_jax.cli._inputs import read_inputs
-from nercc_jax.cli._row_results import RowResults
-from nercc_jax.pools import ComputedRows, Faults, Goal, RowCoder, RowFunction, Rows
+from nercc_jax.cli._workload import read_inputs
+from nercc_jax.pools import Faults, RowFunction
+from nercc_jax.pools._row_files import RowTable
+from nercc_jax.pools._rows import PlainCalls, RowCoder, RowValues
+from nercc_jax.pools._steps import AccuracyTarget
 from nercc_jax.surrogates import LearnerTuning, fit_scheme
 
 # As users write them: NumPy, which JAX cannot trace.
@@ -106,7 +108,7 @@ def own(function):
     return getattr(nercc_own_rows, function)(np.load("x.npy"))
 
 
-SMALL = ("--tolerance", "0.01", "--num-workers", "4", "--deadline", "20")
+SMALL = ("--tolerance", "0.01", "--num-workers", "4", "--deadline-s", "20")
 
 
 @pytest.mark.parametrize("function", ["swing", "flat", "boxes"])
@@ -162,7 +164,7 @@ def test_a_function_that_gives_no_array_ends_the_run_in_words(folder):
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_tables_have_a_column_for_each_output(folder, suffix):
     require("pyarrow", "data")
-    result = run("boxes", *SMALL, "--points", "20", "--output", f"y.{suffix}")
+    result = run("boxes", *SMALL, "--max-inputs", "20", "--output", f"y.{suffix}")
     assert result.exit_code == 0, result.output
     wanted = own("boxes")[:20].reshape(20, -1)
     names = [*(f"output_{place}" for place in range(12)), "deviation", "bar", "exact"]
@@ -258,10 +260,10 @@ def test_errors_are_one_sentence(folder, arguments, message):
 def test_rows_whose_workers_die_are_computed_by_others():
     """Float32 and integers as they come; a call of several rows that nobody answers is known."""
     x = np.arange(40, dtype=np.float32)[:, None]
-    faults = Faults.on_trial(death_rate=0.2, seed=3)
+    faults = Faults.from_rates(death_rate=0.2, seed=3)
     function = RowFunction(lambda batch: (2 * batch).astype(int))
     with DevicePool(function, 3, compiled=False, faults=faults, max_attempts=9) as pool:
-        sent = ComputedRows(pool, x, 4)
+        sent = PlainCalls(pool, x, 4)
         sent.wait(30.0)
         found = sent.take()
         assert pool.report().deaths > 0
@@ -277,8 +279,8 @@ def test_of_a_row_that_is_there_twice_the_exact_one_wins():
             exact = np.array([True, False])[order]
             values = np.array([[1.0], [2.0]])[order]
             scores = np.array([0.0, score])[order]
-            results = RowResults(1)
-            found = Rows(values, exact, scores, scores, {})
+            results = RowTable(1)
+            found = RowValues(values, exact, scores, scores, {})
             assert results.add(np.array([0, 0]), found, 1.0).tolist() == [0]
             assert results.predictions.tolist() == [[1.0]]
             assert results.exact.all()
@@ -296,7 +298,7 @@ def test_a_row_on_which_the_function_raises_is_not_decoded_from_its_neighbours()
         return 3 * batch
 
     with DevicePool(RowFunction(line), 4, compiled=False) as pool:
-        coder = RowCoder(pool, lesson.scheme, Goal(tolerance=1e9), wait_for=2)
+        coder = RowCoder(pool, lesson.scheme, AccuracyTarget(tolerance=1e9), wait_for=2)
         calls = coder.start(rows, rows)
         calls.wait(60.0)
         found = calls.take()
@@ -305,7 +307,7 @@ def test_a_row_on_which_the_function_raises_is_not_decoded_from_its_neighbours()
     assert np.isinf(found.score[1])
     assert np.isinf(found.deviation[1])
     assert (found.score[[0, 2]] <= 1e9).all()
-    results = RowResults(3)
+    results = RowTable(3)
     results.add(np.arange(3), found, 1e9)
     assert np.isnan(results.predictions[1]).all()
     assert results.done.tolist() == [True, False, True]
@@ -339,7 +341,7 @@ def test_a_run_with_stragglers_and_deaths_that_is_killed_and_goes_on(folder):
     x = np.random.default_rng(0).uniform(-1, 1, (rows, 3))
     np.save("x.npy", x)
     asked = "--pool ray --address local --num-workers 5 --worker-cpus 0.1 --output results"
-    faults = "--straggler-rate 0.05 --straggler-delay 1 --death-rate 0.005"
+    faults = "--straggler-rate 0.05 --straggler-delay-s 1 --death-rate 0.005"
     told = command(
         *("--model", "nercc_own_rows:slow", "--tolerance", str(tolerance)),
         *(*asked.split(), *faults.split()),

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from nercc_jax import DevicePool, NeRCC, pool_inference
-from nercc_jax.pools import Episodes, Fault, Faults, Overdue, SimulatedClock, SimulatedPool
+from nercc_jax.pools import Episodes, Fault, Faults, Overdue
 from nercc_jax.stragglers import TraceLatency
+from nercc_jax.testing import SimulatedClock, SimulatedPool
 
 X = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
 POINTS = np.arange(5.0)[:, None, None]
