@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from nercc_jax.cli._app import app
-from nercc_jax.cli._process import beside, compile_quickly
+from nercc_jax.cli._process import compile_quickly, start_parallel
 
 
 def run(*arguments):
@@ -163,9 +163,9 @@ def test_a_missing_extra_is_named():
 
 
 def test_what_goes_beside_gives_its_result_and_its_errors():
-    assert beside(lambda: 3)() == 3
+    assert start_parallel(lambda: 3)() == 3
     with pytest.raises(ZeroDivisionError):
-        beside(lambda: 1 / 0)()
+        start_parallel(lambda: 1 / 0)()
 
 
 def test_only_models_with_little_to_do_are_compiled_quickly(monkeypatch):

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from nercc_jax import DevicePool, NeRCC
 from nercc_jax.cli._app import app
 from nercc_jax.cli._workload import read_inputs
-from nercc_jax.pools import Faults, RowFunction
+from nercc_jax.pools import Faults, RowFunction, run_rows
 from nercc_jax.pools._row_files import RowTable
 from nercc_jax.pools._rows import PlainCalls, RowCoder, RowValues
 from nercc_jax.pools._steps import AccuracyTarget
@@ -311,6 +311,87 @@ def test_a_row_on_which_the_function_raises_is_not_decoded_from_its_neighbours()
     results.add(np.arange(3), found, 1e9)
     assert np.isnan(results.predictions[1]).all()
     assert results.done.tolist() == [True, False, True]
+
+
+# From Python.
+
+
+def picky(batch):
+    if (batch[:, 0] > 0.9).any():
+        raise ArithmeticError("there is no solution here")
+    return np.cumsum(batch, axis=1)
+
+
+X = np.random.default_rng(2).uniform(-1, 1, (60, 2))
+
+
+@pytest.mark.parametrize("opened", [True, False])
+def test_each_row_has_a_status_and_a_lost_one_its_reason(opened):
+    odd, seen = X[:, 0] > 0.9, []
+    options = {"tolerance": 0.0, "rows_per_call": 4, "on_progress": seen.append}
+    if opened:
+        with DevicePool(RowFunction(picky), 3, compiled=False) as pool:
+            result = run_rows(picky, X, pool, **options)
+            assert pool.report() == result.report
+    else:
+        result = run_rows(picky, X, DevicePool, num_workers=3, **options)
+    assert result.status.tolist() == np.where(odd, "lost", "computed").tolist()
+    np.testing.assert_array_equal(result.values[~odd], np.cumsum(X[~odd], axis=1))
+    assert np.isnan(result.values[odd]).all()
+    assert list(result.reasons) == np.flatnonzero(odd).tolist()
+    assert set(result.reasons.values()) == {"ArithmeticError: there is no solution here"}
+    assert (seen[0].done, seen[0].waiting) == (0, 60)
+    assert (seen[-1].computed, seen[-1].lost, seen[-1].waiting) == (60 - odd.sum(), odd.sum(), 0)
+    assert (result.summary["rows_done"], result.summary["num_workers"]) == (60 - odd.sum(), 3)
+    assert result.stopped is None
+
+
+def test_a_folder_is_resumed_and_only_by_the_same_run(tmp_path):
+    calls = []
+
+    def counted(batch):
+        calls.append(len(batch))
+        return 2 * batch
+
+    def interrupt(progress):
+        if progress.done:
+            raise KeyboardInterrupt
+
+    options = {"tolerance": 0.0, "num_workers": 2, "folder": tmp_path / "rows"}
+    rows = np.arange(300.0)[:, None]
+    first = run_rows(counted, rows, DevicePool, **options, about={"v": 1}, on_progress=interrupt)
+    assert first.stopped == "interrupted"
+    assert set(first.status.tolist()) == {"computed", "waiting"}
+    done = int(np.sum(first.status == "computed"))
+    with pytest.raises(ValueError, match="has the parts of an earlier run"):
+        run_rows(counted, rows, DevicePool, **options, about={"v": 1})
+    calls.clear()
+    for other, told in ((rows + 1, "inputs was"), (rows, "v was 1 and is 2")):
+        about = {"v": 1 if other is not rows else 2}
+        with pytest.raises(ValueError, match=told):
+            run_rows(counted, other, DevicePool, **options, about=about, resume=True)
+    assert not calls
+    second = run_rows(counted, rows, DevicePool, **options, about={"v": 1}, resume=True)
+    assert set(second.status.tolist()) == {"computed"}
+    np.testing.assert_array_equal(second.values, 2 * rows)
+    assert sum(calls) <= 300 - done + 100, "what was done is not computed again"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "tolerance is needed"),
+        ({"tolerance": 1.0, "max_disagreement": 0.1}, "not both"),
+        ({"tolerance": -1.0}, "tolerance must be 0 or positive"),
+        ({"tolerance": 1.0, "num_data": 9, "num_workers": 8}, "num_data must be from 1 to N = 8"),
+        ({"tolerance": 1.0, "wait_for": 0}, "wait_for must be from 1 to N = 20"),
+        ({"tolerance": 1.0, "rows_per_call": 0}, "rows_per_call must be positive"),
+        ({"tolerance": 1.0, "deadline": 0.0}, "a deadline is a positive number"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_refused_before_a_pool_is_opened(options, message, untyped):
+    with pytest.raises(ValueError, match=message):
+        run_rows(picky, X, lambda *arguments, **others: pytest.fail("opened"), **options)
 
 
 # With a learner.

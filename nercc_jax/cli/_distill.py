@@ -65,7 +65,7 @@ def distill_command(
     output: Annotated[
         Path,
         typer.Option(
-            help="File for the weights, .safetensors; a card with its scores goes beside it.",
+            help="File for the weights, .safetensors; a card with its scores goes next to it.",
             rich_help_panel=RESULTS,
         ),
     ] = Path("nercc-student.safetensors"),

@@ -175,8 +175,8 @@ def check_positive(*options: Any) -> None:
             raise ValueError(f"{option} must be positive, not {value}")
 
 
-def refuse(beside: str, **options: Any) -> None:
+def refuse(other: str, **options: Any) -> None:
     """Raise ValueError if an option is given that does not go with another one."""
     for name, value in options.items():
         if value is not None:
-            raise ValueError(f"--{name.replace('_', '-')} does not go with {beside}")
+            raise ValueError(f"--{name.replace('_', '-')} does not go with {other}")

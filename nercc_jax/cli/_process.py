@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 _FEW = 2e11  # operations, which take some seconds on two cores
-_BACKGROUND = "nercc-background"  # the name of threads that nobody waits for
+_BACKGROUND = "nercc-background"  # the name of threads that a process does not wait for
 _LEARNER = "nercc-learner"  # the same, of `nercc_jax.pools.run_rows`
 _EXTRA = ("matplotlib", "rich", "safetensors", "sklearn", "typer")  # packages of nercc-jax[demo]
 
@@ -86,13 +86,13 @@ def compile_quickly(model: Callable[..., Any], x: "np.ndarray", rows: int) -> bo
 
 
 def in_background(work: Callable[..., Any], *arguments: Any) -> threading.Thread:
-    """Begin work on a thread that nobody waits for."""
+    """Begin work on a thread that a process does not wait for when it ends."""
     thread = threading.Thread(target=work, args=arguments, name=_BACKGROUND, daemon=True)
     thread.start()
     return thread
 
 
-def beside(work: Callable[[], R]) -> Callable[[], R]:
+def start_parallel(work: Callable[[], R]) -> Callable[[], R]:
     """Begin work on such a thread.
 
     Returns:

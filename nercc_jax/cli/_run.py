@@ -253,8 +253,8 @@ def run_command(
             if by_row:
                 from ._run_rows import run_function as run
 
-                beside = "--tolerance" if max_disagreement is None else "--max-disagreement"
-                refuse(beside, code=code, batches=batches, worker_dtype=worker_dtype)
+                other = "--tolerance" if max_disagreement is None else "--max-disagreement"
+                refuse(other, code=code, batches=batches, worker_dtype=worker_dtype)
             else:
                 from ._run_data import run_data as run
 

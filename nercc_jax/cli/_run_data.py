@@ -356,7 +356,7 @@ class _Results:
 
     @property
     def recovered(self) -> Bool[np.ndarray, " done"]:
-        """Which rows are not lost."""
+        """True for rows that are not lost."""
         return self._recovered[self._done]
 
     @property

@@ -91,12 +91,12 @@ def _show_log(console: Console) -> None:
 
 
 def parts_folder(output: Path) -> Path:
-    """Return the folder of a result's parts: beside a file, or the output itself."""
+    """Return the folder of a result's parts: next to a file, or the output itself."""
     return output if not output.suffix else output.with_name(f"{output.name}.parts")
 
 
 def summary_file(output: Path) -> Path:
-    """Return the file of a summary's numbers: beside a file, or in the output folder."""
+    """Return the file of a summary's numbers: next to a file, or in the output folder."""
     return output / "summary.json" if not output.suffix else output.with_suffix(".summary.json")
 
 

@@ -25,7 +25,7 @@ from ._options import (
     check_folder,
     check_model,
 )
-from ._process import beside, compile_quickly
+from ._process import compile_quickly, start_parallel
 
 _DESCENT = "Descent"
 
@@ -146,7 +146,7 @@ def tune_command(
             return trial, comparison.rows(comparison.others()) if quick else Evaluations()
 
         # Compiling keeps one core busy, so the little that there is to compute runs next to it.
-        prepared = beside(prepare) if quick else prepare
+        prepared = start_parallel(prepare) if quick else prepare
         tuned = None
         labels = searching and outputs == "logits"
         chosen = criterion or ("cross_entropy" if labels else "mse")

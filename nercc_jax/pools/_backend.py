@@ -29,7 +29,7 @@ class WorkerDied(Exception):
 
 
 class WorkerBackend(abc.ABC):
-    """How the workers of a pool are started, reached and ended.
+    """The way in which the workers of a pool are started, reached and ended.
 
     A worker has lives, numbered from 0. A backend calls `on_outcome(worker, life, outcome)` once a
     life when the worker is ready, with None, and once for each task sent: with the answer, or with
@@ -50,7 +50,7 @@ class WorkerBackend(abc.ABC):
         """Send a worker a batch for its model number `kind`."""
 
     def spare_capacity(self, busy: int) -> float:
-        """Return how many more workers could run beside `busy` ones and slow none of them down."""
+        """Return how many more workers could run next to `busy` ones and slow none of them down."""
         return math.inf
 
     @abc.abstractmethod
@@ -100,7 +100,7 @@ class PoolReport:
         internal_errors: Exceptions in the pool's own steps, such as starting a worker, and in
             callers' callbacks. The log has each.
         seconds: Workers' time that the tasks took.
-        wasted_seconds: The part of it that went into answers that nobody used.
+        wasted_seconds: The part of it that went into answers that were not used.
         workers: The state of each worker.
     """
 

@@ -287,7 +287,7 @@ class Batch:
 
     @property
     def over(self) -> bool:
-        """Whether every coded data point that was sent has its answer, or never will."""
+        """True if every coded data point that was sent has its answer, or never will."""
         return self._unsettled == 0
 
     def check_new(self, points: Sequence[int]) -> None:

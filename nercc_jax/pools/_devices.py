@@ -103,7 +103,7 @@ class _ThreadBackend(WorkerBackend):
     Args:
         programs: The models, on each device.
         faults: Faults to inject.
-        cores: Cores that all threads share; infinite where nobody can tell who slows down whom.
+        cores: Cores that all threads share; infinite where it is not known.
     """
 
     def __init__(self, programs: Sequence[Program], faults: Faults, cores: float):
@@ -171,11 +171,11 @@ class _WorkerThread:
             pass
         except BaseException as error:  # a model may have exited
             end += f": {reason_of(error)}"
-        finally:  # ignored where the thread was told to end
+        finally:  # ignored where `end` was called
             self._on_outcome(self._worker, self._life, WorkerDied(end))
 
     def _answer(self, worker: Worker) -> None:
-        """Answer batches as they come, until the thread is told to end."""
+        """Answer batches as they come, until `end` is called."""
         while (item := self.inbox.get()) is not None and not self._ended.is_set():
             life, kind, batch = item
             if life == self._life:

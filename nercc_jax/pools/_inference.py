@@ -200,7 +200,7 @@ def _limit(
         return 1.0
     if doubt is None or max_disagreement is None:
         raise ValueError(
-            "doubt and max_disagreement go together: the one tells how likely a label is wrong, "
+            "doubt and max_disagreement go together: the one is how likely a label is wrong, "
             "the other how many may be"
         )
     # Each says so where it does not fit: a code without a deviation, and a surrogate's doubt.

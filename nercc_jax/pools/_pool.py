@@ -161,7 +161,7 @@ class AbstractPool(abc.ABC):
 
     @property
     def alarm(self) -> str | None:
-        """What will end the pool unless somebody repairs it; None where all is well."""
+        """The fault that will end the pool unless it is repaired; None where all is well."""
         return None
 
     @property
@@ -184,7 +184,7 @@ class AbstractPool(abc.ABC):
         """The number of idle workers that could run without slowing down busy ones.
 
         Threads share their host's cores; overdue tasks are not counted as work. Infinite where
-        workers share nothing: then tasks that wait for them slow nobody down, either.
+        workers share nothing: then waiting tasks slow down no other, either.
         """
         return self._scheduler.spare
 

@@ -18,7 +18,7 @@ _LOG = logging.getLogger(__name__)
 _STARTS = 3
 _CONNECT = 5.0  # seconds for a head to take a connection
 
-_EVERY = 0.5  # seconds between two probes of the head, at least, whoever asks for them
+_EVERY = 0.5  # seconds between two probes of the head, at least, however often `look` is called
 _PROBE = 2.0  # seconds for the head to answer
 _MISSES = 2  # probes without an answer, one after the other, that make an alarm
 # The preface of HTTP/2 (RFC 9113, 3.4) and an empty frame of settings: gRPC answers with its own at
@@ -38,7 +38,7 @@ def ray_module() -> Any:
 
 
 class HeadProbe:
-    """A probe of a cluster's head at HOST:PORT; whoever wants to know calls `look`, often.
+    """A probe of a cluster's head at HOST:PORT, which its users have probed by `look`, often.
 
     Without an address, which may not be known, the head counts as there.
     """
@@ -65,7 +65,7 @@ class HeadProbe:
             with socket.create_connection(self._target, _PROBE) as connection:
                 self._frozen = True
                 connection.sendall(_GREETING)
-                connection.recv(1)  # nothing is an answer, too: somebody has hung up
+                connection.recv(1)  # an empty one is an answer, too: the peer has hung up
         except OSError:
             self._misses += 1
             if self._misses == _MISSES:
@@ -77,7 +77,7 @@ class HeadProbe:
 
     @property
     def gone(self) -> bool:
-        """Whether the head does not answer."""
+        """True if the head does not answer."""
         return self._misses >= _MISSES
 
     @property
@@ -90,7 +90,7 @@ class HeadProbe:
 
     @property
     def alarm(self) -> str | None:
-        """What is wrong, or None."""
+        """The fault of the head, if there is one."""
         if not self.gone:
             return None
         if self._frozen:
@@ -158,7 +158,7 @@ class Membership:
 
     @property
     def lost(self) -> bool:
-        """Whether the cluster's head is gone."""
+        """True if the cluster's head is gone."""
         return self._probe is not None and self._probe.gone
 
     def leave(self) -> None:
@@ -269,7 +269,7 @@ def _log_resources(what: str) -> None:
 
 
 def _reach(address: str) -> None:
-    """Raise ConnectionError if nobody listens there; Ray would try for a minute."""
+    """Raise ConnectionError if there is no listener; Ray would try for a minute."""
     parts = urllib.parse.urlsplit(address if "://" in address else f"//{address}")
     port = parts.port or (10001 if parts.scheme == "ray" else 6379)
     try:

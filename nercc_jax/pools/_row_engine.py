@@ -39,7 +39,7 @@ _LOG = logging.getLogger(__name__)
 RowStatus: TypeAlias = Literal["computed", "decoded", "lost", "waiting"]
 
 ATTEMPTS = 3  # how often a row is sent before it is lost
-LEARNER_THREAD = "nercc-learner"  # nobody waits for it when a process ends
+LEARNER_THREAD = "nercc-learner"  # for which the end of a process waits
 LAST_SECONDS = 10.0  # a run stops itself so long before something else ends its process
 
 _HANG = 10.0  # seconds before which no worker is taken to hang
@@ -341,13 +341,11 @@ class _RowRun:
         self, kept: dict[str, Any], on_progress: Callable[[RowProgress], Any] | None
     ) -> RowResult:
         """Run until no row waits, or something ends the run, and return the result."""
-        stopped = None
-        if on_progress is not None:
-            on_progress(self._progress())
+        stopped, show = None, on_progress or (lambda progress: None)
         try:
+            show(self._progress())
             for _ in self._rounds():
-                if on_progress is not None:
-                    on_progress(self._progress())
+                show(self._progress())
                 if self._pool.ends_at - time.monotonic() < LAST_SECONDS:
                     stopped = "stopped before Ray ends this process, whose head is gone"
                     break
@@ -535,7 +533,7 @@ def pool_counts(report: PoolReport) -> dict[str, Any]:
 
 
 def _features_of(x: Shaped[np.ndarray, "rows ..."]) -> Float[np.ndarray, "rows inputs"]:
-    """Return the learner's inputs, in units of their spread: float32 can tell those apart."""
+    """Return the learner's inputs, in units of their spread, at which float32 is precise enough."""
     x = x.reshape(len(x), -1).astype(np.float64)
     spread = x.std(axis=0)
     return ((x - x.mean(axis=0)) / np.where(spread > 0, spread, 1)).astype(np.float32)
@@ -579,9 +577,8 @@ class _Learner:
             return
         self._due = 2 * number
         x, y = pairs(min(number, _CAPACITY))
-        self._thread = threading.Thread(
-            target=self._fit, args=(x, y), name=LEARNER_THREAD, daemon=True
-        )
+        # No daemon: JAX aborts a process that ends while it compiles.
+        self._thread = threading.Thread(target=self._fit, args=(x, y), name=LEARNER_THREAD)
         self._thread.start()
         self._thread.join(seconds)
 

@@ -42,7 +42,7 @@ class SendQueue:
 
     Args:
         slots: The workers' records.
-        capacity: Returns how many more workers could run beside so many busy ones and slow none of
+        capacity: Returns how many more workers could run next to so many busy ones and slow none of
             them down.
     """
 
@@ -328,7 +328,7 @@ class Scheduler:
         """Handle that a worker is ready, has answered, failed or died."""
         try:
             self._handle(worker, life, outcome)
-        except Exception as error:  # its records may be wrong, and nobody else would notice
+        except Exception as error:  # its records may be wrong, which nothing else would notice
             what = f"handling an outcome of worker {worker}"
             self._errors.count(what)
             self._break(f"{what} failed: {reason_of(error)}")
@@ -503,7 +503,7 @@ class Scheduler:
             if self.trouble is not None:
                 return math.inf
             now = self.clock.now()
-            self._next_turn = -math.inf  # nobody needs to wake the watcher now
+            self._next_turn = -math.inf  # until then, the watcher need not be woken
             failed = [
                 self._handle_due(worker, now)
                 for worker, slot in enumerate(self._slots)

@@ -159,7 +159,7 @@ def warm_up(programs: Sequence[Program], num_models: int, example: Examples) -> 
 class Worker:
     """A program with injected faults. To be called inside `Program.at_home`.
 
-    `wait(seconds)` sleeps, and is true if the worker was told to end meanwhile; `die()` ends the
+    `wait(seconds)` sleeps, and returns whether the worker was ended meanwhile; `die()` ends the
     worker as its pool's workers die.
     """
 

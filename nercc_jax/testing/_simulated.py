@@ -72,7 +72,7 @@ class SimulatedClock(AbstractClock):
         elif end < math.inf:
             self._now = end
         else:
-            raise RuntimeError("nothing is planned any more, and somebody waits for it without end")
+            raise RuntimeError("nothing is planned any more, and a wait for it has no end")
 
 
 class _Turns(AbstractTurns):
