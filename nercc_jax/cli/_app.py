@@ -10,6 +10,7 @@ from ._demo import demo
 from ._distill import distill_command
 from ._errors import PlainCommand
 from ._models import models, new_model_command
+from ._options import option
 from ._plan import plan_command
 from ._process import compile_plainly, keep_lapack_to_one_thread, keep_programs
 from ._run import run_command
@@ -34,14 +35,12 @@ def _print_version(asked: bool) -> bool:
 def _options(
     version: Annotated[
         bool,
-        typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version."
-        ),
+        option("Print the version.", None, "--version", callback=_print_version, is_eager=True),
     ] = False,
     compilation_cache: Annotated[
         bool,
-        typer.Option(
-            help="Keep compiled programs on disk, in JAX_COMPILATION_CACHE_DIR or in nercc_jax of "
+        option(
+            "Keep compiled programs on disk, in JAX_COMPILATION_CACHE_DIR or in nercc_jax of "
             "the user's cache folder. For `serve` it is a setting."
         ),
     ] = True,

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from ._errors import of_option, told_plainly
 from ._options import (
     CODE,
@@ -23,6 +21,7 @@ from ._options import (
     Weights,
     check_folder,
     check_model,
+    option,
 )
 from ._process import compile_quickly
 
@@ -36,21 +35,16 @@ def demo(
     num_workers: NumWorkers = 20,
     code: Annotated[
         Path | None,
-        typer.Option(
-            help="File of a code that `nercc tune` wrote, to compare as well; K and N are its own.",
-            rich_help_panel=CODE,
+        option(
+            "File of a code that `nercc tune` wrote, to compare as well; K and N are its own.", CODE
         ),
     ] = None,
     max_stragglers: MaxStragglers = None,
     sets: Sets = 20,
-    max_inputs: Annotated[
-        int, typer.Option(min=1, help="Data points to use, at most.", rich_help_panel=MODEL)
-    ] = 1000,
+    max_inputs: Annotated[int, option("Data points to use, at most.", MODEL, min=1)] = 1000,
     outputs: OutputsOption = "logits",
     seed: Seed = 0,
-    plot: Annotated[
-        Path, typer.Option(help="File for the picture.", rich_help_panel=RESULTS)
-    ] = Path("nercc-demo.png"),
+    plot: Annotated[Path, option("File for the picture.", RESULTS)] = Path("nercc-demo.png"),
     numbers: Numbers = None,
 ) -> None:
     """Compare NeRCC with BACC, LCC and replication on a model whose workers straggle.

@@ -4,8 +4,6 @@ import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from ._errors import told_plainly
 from ._options import (
     RESULTS,
@@ -17,6 +15,7 @@ from ._options import (
     check_folder,
     check_model,
     check_positive,
+    option,
 )
 
 if TYPE_CHECKING:
@@ -36,37 +35,25 @@ def distill_command(
     data_dir: DataDir = None,
     share: Annotated[
         float,
-        typer.Option(
-            help="The student's multiplications, at most, as a share of the model's.",
-            rich_help_panel=_TRAINING,
-        ),
+        option("The student's multiplications, at most, as a share of the model's.", _TRAINING),
     ] = 0.07,
     answers: Annotated[
         int | None,
-        typer.Option(
-            help="Answers of the model to learn from (default: twice the inputs, at least 4,000).",
-            rich_help_panel=_TRAINING,
+        option(
+            "Answers of the model to learn from (default: twice the inputs, at least 4,000).",
+            _TRAINING,
         ),
     ] = None,
-    epochs: Annotated[
-        int, typer.Option(help="Passes over those answers.", rich_help_panel=_TRAINING)
-    ] = 20,
+    epochs: Annotated[int, option("Passes over those answers.", _TRAINING)] = 20,
     mixed: Annotated[
-        float,
-        typer.Option(
-            help="Share of the answers that are to weighted sums of inputs.",
-            rich_help_panel=_TRAINING,
-        ),
+        float, option("Share of the answers that are to weighted sums of inputs.", _TRAINING)
     ] = 0.5,
-    learning_rate: Annotated[
-        float, typer.Option(help="Largest learning rate of Adam.", rich_help_panel=_TRAINING)
-    ] = 3e-3,
+    learning_rate: Annotated[float, option("Largest learning rate of Adam.", _TRAINING)] = 3e-3,
     seed: Seed = 0,
     output: Annotated[
         Path,
-        typer.Option(
-            help="File for the weights, .safetensors; a card with its scores goes next to it.",
-            rich_help_panel=RESULTS,
+        option(
+            "File for the weights, .safetensors; a card with its scores goes next to it.", RESULTS
         ),
     ] = Path("nercc-student.safetensors"),
 ) -> None:

@@ -11,7 +11,7 @@ from rich.progress import track
 from rich.table import Table
 
 from ._errors import told_plainly
-from ._options import Numbers, check_folder
+from ._options import Numbers, check_folder, option
 from ._output import print_whole, write_json
 
 _TEMPLATE = Path(__file__).parent / "templates" / "new_model.txt"
@@ -23,12 +23,10 @@ def models(
     ] = None,
     evaluate: Annotated[
         bool,
-        typer.Option(
-            "--evaluate", help="Measure the accuracy now, on the test set; needs the data."
-        ),
+        option("Measure the accuracy now, on the test set; needs the data.", None, "--evaluate"),
     ] = False,
     data_dir: Annotated[
-        Path | None, typer.Option(help="Folder with the data sets; not needed for the digits.")
+        Path | None, option("Folder with the data sets; not needed for the digits.")
     ] = None,
     numbers: Numbers = None,
 ) -> None:

@@ -24,68 +24,69 @@ FAULTS = "Fault injection"
 RAY = "Ray"
 RESULTS = "Results"
 
+
+def option(help: str, panel: str | None = None, *names: str, **limits: Any) -> Any:
+    """Return an option with its help, in a panel of `--help`, with its limits.
+
+    Args:
+        help: What the option is, its unit, and its default where that is no value.
+        panel: Title of the panel.
+        *names: Names of the option (default: that of the parameter).
+        **limits: Further arguments of `typer.Option`.
+    """
+    return typer.Option(*names, help=help, rich_help_panel=panel, **limits)
+
+
 ModelName: TypeAlias = Annotated[
     str,
-    typer.Option(
-        help="A shipped model (`nercc models` lists them), module:name for your own (`nercc "
+    option(
+        "A shipped model (`nercc models` lists them), module:name for your own (`nercc "
         "new-model` writes one), or hf:owner/name from Hugging Face's hub.",
-        rich_help_panel=MODEL,
+        MODEL,
     ),
 ]
 Weights: TypeAlias = Annotated[
     Path | None,
-    typer.Option(
-        help="Weights for module:name, which is then called with their path and returns the model: "
+    option(
+        "Weights for module:name, which is then called with their path and returns the model: "
         "a file, a folder, or hf:owner/name/file.",
-        rich_help_panel=MODEL,
+        MODEL,
     ),
 ]
 Inputs: TypeAlias = Annotated[
     Path | None,
-    typer.Option(
-        help="Data points without labels, as the model takes them, one a row: .npy, .npz, .csv or "
+    option(
+        "Data points without labels, as the model takes them, one a row: .npy, .npz, .csv or "
         ".parquet (default: the shipped model's data set, or example_inputs() of the module).",
-        rich_help_panel=MODEL,
+        MODEL,
     ),
 ]
 DataDir: TypeAlias = Annotated[
     Path | None,
-    typer.Option(
-        help="Folder with the shipped model's data set; not needed for the digits.",
-        rich_help_panel=MODEL,
-    ),
+    option("Folder with the shipped model's data set; not needed for the digits.", MODEL),
 ]
-NumData: TypeAlias = Annotated[
-    int, typer.Option(min=1, help="K: data points that are coded together.", rich_help_panel=CODE)
-]
+NumData: TypeAlias = Annotated[int, option("K: data points that are coded together.", CODE, min=1)]
 NumWorkers: TypeAlias = Annotated[
-    int,
-    typer.Option(min=1, help="N: coded data points, each for one worker.", rich_help_panel=CODE),
+    int, option("N: coded data points, each for one worker.", CODE, min=1)
 ]
 OutputsOption: TypeAlias = Annotated[
     Returned,
-    typer.Option(
-        help="What workers return: a classifier's logits, their softmax, or values without labels.",
-        rich_help_panel=MODEL,
+    option(
+        "What workers return: a classifier's logits, their softmax, or values without labels.",
+        MODEL,
     ),
 ]
 MaxStragglers: TypeAlias = Annotated[
     int | None,
-    typer.Option(
-        help="Largest number of stragglers; all numbers from 0 on are used (default: N - K).",
-        rich_help_panel=CODE,
-    ),
+    option("Largest number of stragglers; all numbers from 0 on are used (default: N - K).", CODE),
 ]
 Sets: TypeAlias = Annotated[
-    int, typer.Option(min=1, help="Random straggler sets for each number of stragglers.")
+    int, option("Random straggler sets for each number of stragglers.", min=1)
 ]
 Numbers: TypeAlias = Annotated[
-    Path | None,
-    typer.Option(
-        help="JSON file for the table's numbers (default: none).", rich_help_panel=RESULTS
-    ),
+    Path | None, option("JSON file for the table's numbers (default: none).", RESULTS)
 ]
-Seed: TypeAlias = Annotated[int, typer.Option(help="Seed of all random numbers.")]
+Seed: TypeAlias = Annotated[int, option("Seed of all random numbers.")]
 
 # The forms of a law of latency, in seconds.
 LATENCIES = (

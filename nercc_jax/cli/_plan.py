@@ -5,8 +5,6 @@ import math
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from ._errors import of_option, told_plainly
 from ._options import (
     LATENCIES,
@@ -20,6 +18,7 @@ from ._options import (
     Weights,
     check_model,
     check_positive,
+    option,
 )
 from ._process import compile_quickly
 
@@ -37,90 +36,68 @@ def plan_command(
     data_dir: DataDir = None,
     latency: Annotated[
         str,
-        typer.Option(
-            help=f"Law of the seconds that a call takes: {LATENCIES} (one number a line). "
+        option(
+            f"Law of the seconds that a call takes: {LATENCIES} (one number a line). "
             "stragglers: the SHARE of calls takes FACTOR times as long, and all vary by 5 %.",
-            rich_help_panel=_LOAD,
+            _LOAD,
         ),
     ] = "lognormal:0.05:0.6",
     budget: Annotated[
         float,
-        typer.Option(
-            help="Calls beyond one for each query, at most, as a share of the queries: copies or "
+        option(
+            "Calls beyond one for each query, at most, as a share of the queries: copies or "
             "coded ones.",
-            rich_help_panel=_LOAD,
+            _LOAD,
         ),
     ] = 1.5,
     max_workers: Annotated[
-        int,
-        typer.Option(
-            help="Workers for queries that arrive together, at most.", rich_help_panel=_LOAD
-        ),
+        int, option("Workers for queries that arrive together, at most.", _LOAD)
     ] = 20,
     max_disagreement: Annotated[
-        float,
-        typer.Option(
-            help="Share of labels that may differ from the model's own.", rich_help_panel=_LOAD
-        ),
+        float, option("Share of labels that may differ from the model's own.", _LOAD)
     ] = 0.005,
     queries: Annotated[
-        int,
-        typer.Option(
-            help="Queries that arrive together; the time of the last answer counts.",
-            rich_help_panel=_LOAD,
-        ),
+        int, option("Queries that arrive together; the time of the last answer counts.", _LOAD)
     ] = 8,
     buffer: Annotated[
         int | None,
-        typer.Option(
-            help="Waiting queries that are ordered by similarity at a time (default: --queries).",
-            rich_help_panel=_SYSTEMS,
+        option(
+            "Waiting queries that are ordered by similarity at a time (default: --queries).",
+            _SYSTEMS,
         ),
     ] = None,
     overhead_s: Annotated[
         float,
-        typer.Option(
-            help="Seconds for encoding, sending and decoding, added to every system's time.",
-            rich_help_panel=_LOAD,
-        ),
+        option("Seconds for encoding, sending and decoding, added to every system's time.", _LOAD),
     ] = 0.02,
     layouts: Annotated[
         str,
-        typer.Option(
-            help="NeRCC's layouts of regression points, separated by commas, as in `nercc tune`.",
-            rich_help_panel=_SYSTEMS,
+        option(
+            "NeRCC's layouts of regression points, separated by commas, as in `nercc tune`.",
+            _SYSTEMS,
         ),
     ] = "chebyshev,interleaved,repeated",
     surrogate: Annotated[
         str | None,
-        typer.Option(
-            help="Cheap model that queries may be ordered by, and stragglers' queries answered by: "
+        option(
+            "Cheap model that queries may be ordered by, and stragglers' queries answered by: "
             "`student`, a file that `nercc distill` wrote, or module:function (default: none).",
-            rich_help_panel=_SYSTEMS,
+            _SYSTEMS,
         ),
     ] = None,
     outputs: OutputsOption = "logits",
-    max_inputs: Annotated[
-        int,
-        typer.Option(min=1, help="Data points to measure on, at most.", rich_help_panel=MODEL),
-    ] = 2000,
+    max_inputs: Annotated[int, option("Data points to measure on, at most.", MODEL, min=1)] = 2000,
     split: Annotated[
         str,
-        typer.Option(
-            help="Split of the data set. On data that the model was trained on, the plan promises "
+        option(
+            "Split of the data set. On data that the model was trained on, the plan promises "
             "too much.",
-            rich_help_panel=MODEL,
+            MODEL,
         ),
     ] = "train",
     seed: Seed = 0,
     output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "--output-dir",
-            help="Folder for plan.json and plan.png.",
-            rich_help_panel=RESULTS,
-        ),
+        Path, option("Folder for plan.json and plan.png.", RESULTS, "--output", "--output-dir")
     ] = Path("nercc-plan"),
 ) -> None:
     """Plan how to serve a model: coded, replicated, hedged, or as it is.

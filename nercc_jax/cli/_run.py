@@ -28,6 +28,7 @@ from ._options import (
     check_folder,
     check_model,
     check_positive,
+    option,
     refuse,
 )
 from ._own_models import is_shipped
@@ -39,177 +40,135 @@ def run_command(
     weights: Weights = None,
     inputs: Inputs = None,
     data_dir: DataDir = None,
-    split: Annotated[
-        str, typer.Option(help="Split of the data set.", rich_help_panel=MODEL)
-    ] = "test",
+    split: Annotated[str, option("Split of the data set.", MODEL)] = "test",
     max_inputs: Annotated[
-        int | None,
-        typer.Option(
-            help="Data points to use, at most (default: the whole split).", rich_help_panel=MODEL
-        ),
+        int | None, option("Data points to use, at most (default: the whole split).", MODEL)
     ] = None,
     batches: Annotated[
         int | None,
-        typer.Option(
-            help="Batches to run, going over the data again and again (default: once over it).",
-            rich_help_panel=MODEL,
+        option(
+            "Batches to run, going over the data again and again (default: once over it).", MODEL
         ),
     ] = None,
     outputs: OutputsOption = "logits",
     num_data: Annotated[
         int | None,
-        typer.Option(
-            help="K: data points that are coded together (default: 8; row by row nine tenths of "
-            "N).",
-            rich_help_panel=CODE,
+        option(
+            "K: data points that are coded together (default: 8; row by row nine tenths of N).",
+            CODE,
         ),
     ] = None,
     num_workers: NumWorkers = 20,
     code: Annotated[
         Path | None,
-        typer.Option(
-            help="File of a code that `nercc tune` wrote, with its own K and N (default: NeRCC).",
-            rich_help_panel=CODE,
+        option(
+            "File of a code that `nercc tune` wrote, with its own K and N (default: NeRCC).", CODE
         ),
     ] = None,
     groups: Annotated[
         int | None,
-        typer.Option(
-            help="Groups of K data points in a batch (default: 1); row by row, rows in one call "
+        option(
+            "Groups of K data points in a batch (default: 1); row by row, rows in one call "
             "(default: as many as take a quarter of a second).",
-            rich_help_panel=CODE,
+            CODE,
         ),
     ] = None,
     tolerance: Annotated[
         float | None,
-        typer.Option(
-            help="Run any function, such as a simulator, row by row: the largest error bar of a "
+        option(
+            "Run any function, such as a simulator, row by row: the largest error bar of a "
             "row that is not computed, in units of the outputs (root mean square over a row's "
             "outputs). 0 computes all rows.",
-            rich_help_panel=ROWS,
+            ROWS,
         ),
     ] = None,
-    coverage: Annotated[
-        float,
-        typer.Option(help="Share of errors that error bars cover.", rich_help_panel=ROWS),
-    ] = 0.9,
+    coverage: Annotated[float, option("Share of errors that error bars cover.", ROWS)] = 0.9,
     wait_for: Annotated[
         int | None,
-        typer.Option(
-            help="Number of answers at which to decode (default: 85 % of N, but at least K).",
-            rich_help_panel=DECODING,
+        option(
+            "Number of answers at which to decode (default: 85 % of N, but at least K).", DECODING
         ),
     ] = None,
     max_disagreement: Annotated[
         float | None,
-        typer.Option(
-            help="Instead of a number: decode once at most this share of labels is expected to "
+        option(
+            "Instead of a number: decode once at most this share of labels is expected to "
             f"differ from the model's own, by {CALIBRATION:,} training images; for your own model, "
             "row by row, by the rows that are computed.",
-            rich_help_panel=DECODING,
+            DECODING,
         ),
     ] = None,
     deadline_s: Annotated[
         float,
-        typer.Option(
-            help="Seconds after which a batch is decoded from the answers that are in.",
-            rich_help_panel=DECODING,
-        ),
+        option("Seconds after which a batch is decoded from the answers that are in.", DECODING),
     ] = 30.0,
     pool: Annotated[
         Literal["devices", "ray"],
-        typer.Option(
-            help="Workers: threads on this process's devices, or Ray actors.",
-            rich_help_panel=WORKERS,
-        ),
+        option("Workers: threads on this process's devices, or Ray actors.", WORKERS),
     ] = "devices",
     workers: Annotated[
         int | None,
-        typer.Option(
-            help="Workers in the pool: more than N are spare ones, fewer run several coded data "
+        option(
+            "Workers in the pool: more than N are spare ones, fewer run several coded data "
             "points each (default: N).",
-            rich_help_panel=WORKERS,
+            WORKERS,
         ),
     ] = None,
     worker_dtype: Annotated[
         Literal["bfloat16", "float16", "float32"] | None,
-        typer.Option(
-            help="Floating-point type that inputs and weights are cast to at workers (default: no "
+        option(
+            "Floating-point type that inputs and weights are cast to at workers (default: no "
             "cast).",
-            rich_help_panel=WORKERS,
+            WORKERS,
         ),
     ] = None,
     address: Annotated[
         str | None,
-        typer.Option(
-            help="Ray's head: HOST:6379, ray://HOST:10001, auto or local (default: RAY_ADDRESS, or "
+        option(
+            "Ray's head: HOST:6379, ray://HOST:10001, auto or local (default: RAY_ADDRESS, or "
             "the Ray on this machine, or a new one).",
-            rich_help_panel=RAY,
+            RAY,
         ),
     ] = None,
     worker_cpus: Annotated[
-        float | None,
-        typer.Option(help="CPUs per Ray actor (default: at most 0.5).", rich_help_panel=RAY),
+        float | None, option("CPUs per Ray actor (default: at most 0.5).", RAY)
     ] = None,
     worker_gpus: Annotated[
         float | None,
-        typer.Option(
-            help="GPUs per Ray actor (default: one, or an equal part, where there are GPUs).",
-            rich_help_panel=RAY,
-        ),
+        option("GPUs per Ray actor (default: one, or an equal part, where there are GPUs).", RAY),
     ] = None,
     worker_resources: Annotated[
-        str | None,
-        typer.Option(
-            help="Further resources per Ray actor: '{TPU = 4}' (default: none).",
-            rich_help_panel=RAY,
-        ),
+        str | None, option("Further resources per Ray actor: '{TPU = 4}' (default: none).", RAY)
     ] = None,
     working_dir: Annotated[
         Path | None,
-        typer.Option(
-            help="Folder to send to the nodes (default: that of a module:name which is not "
-            "installed).",
-            rich_help_panel=RAY,
+        option(
+            "Folder to send to the nodes (default: that of a module:name which is not installed).",
+            RAY,
         ),
     ] = None,
     py_modules: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="Python module to send to the nodes; may be repeated.", rich_help_panel=RAY
-        ),
+        list[Path] | None, option("Python module to send to the nodes; may be repeated.", RAY)
     ] = None,
     runtime_env: Annotated[
-        Path | None,
-        typer.Option(
-            help="File with Ray's runtime environment: .yaml, .json or .toml.", rich_help_panel=RAY
-        ),
+        Path | None, option("File with Ray's runtime environment: .yaml, .json or .toml.", RAY)
     ] = None,
-    straggler_rate: Annotated[
-        float,
-        typer.Option(help="Share of calls that are delayed.", rich_help_panel=FAULTS),
-    ] = 0.0,
+    straggler_rate: Annotated[float, option("Share of calls that are delayed.", FAULTS)] = 0.0,
     straggler_delay_s: Annotated[
-        float, typer.Option(help="Seconds that such a call is delayed by.", rich_help_panel=FAULTS)
+        float, option("Seconds that such a call is delayed by.", FAULTS)
     ] = 1.0,
-    death_rate: Annotated[
-        float,
-        typer.Option(help="Share of calls in which the worker dies.", rich_help_panel=FAULTS),
-    ] = 0.0,
+    death_rate: Annotated[float, option("Share of calls in which the worker dies.", FAULTS)] = 0.0,
     seed: Seed = 0,
     output: Annotated[
         Path,
-        typer.Option(
-            help="Result file, .npz, .csv or row by row .parquet; or a folder, for parts of it. "
+        option(
+            "Result file, .npz, .csv or row by row .parquet; or a folder, for parts of it. "
             "The summary's numbers go next to it, to NAME.summary.json, or into the folder.",
-            rich_help_panel=RESULTS,
+            RESULTS,
         ),
     ] = Path("nercc-run.npz"),
     resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume", help="Go on with a run that ended early.", rich_help_panel=RESULTS
-        ),
+        bool, option("Go on with a run that ended early.", RESULTS, "--resume")
     ] = False,
 ) -> None:
     """Run a model over a data set on a pool whose workers may straggle or die.

@@ -1,6 +1,5 @@
 """`nercc run` over a data set: coded batches of a classifier, each decoded at enough answers."""
 
-import csv
 import dataclasses
 import math
 import shutil
@@ -26,7 +25,15 @@ from ._errors import fail
 from ._options import CALIBRATION, RunOptions
 from ._output import summary_table, write_json
 from ._process import compile_quickly
-from ._run_pool import PARTIAL, ChosenPool, deaths_text, parts_folder, summary_file
+from ._run_pool import (
+    PARTIAL,
+    ChosenPool,
+    check_result_file,
+    deaths_text,
+    parts_folder,
+    summary_file,
+    write_csv,
+)
 from ._workload import Answering, Points, find_workload, load_plain_code
 
 _FILES = (".npz", ".csv")  # or a folder, of parts
@@ -40,7 +47,7 @@ def run_data(options: RunOptions, pool: ChosenPool, output: Path, resume: bool) 
         ValueError: If an option does not fit.
         typer.Exit: With the command's exit code, if not everything is done.
     """
-    _check_file(output)
+    check_result_file(output, _FILES)
     folder = parts_folder(output)
     check_parts(folder, resume)
     code = _chosen_code(options)
@@ -376,15 +383,6 @@ class _Results:
         return int(np.sum(~self.recovered))
 
 
-def _check_file(path: Path) -> None:
-    """Raise ValueError for a file of another kind."""
-    if path.suffix not in ("", *_FILES):
-        raise ValueError(
-            f"--output {path}: a result file ends in {' or '.join(_FILES)}; a folder, which gets "
-            "parts and a manifest, has no ending"
-        )
-
-
 def _write(path: Path, results: _Results, labels: Int[np.ndarray, " points"]) -> None:
     """Write the rows with the split's true labels; a .csv has the number of workers heard."""
     columns: dict[str, Any] = {
@@ -399,11 +397,8 @@ def _write(path: Path, results: _Results, labels: Int[np.ndarray, " points"]) ->
         return
     columns["heard"] = results.heard.sum(axis=1)
     for output, values in enumerate(results.predictions.T):
-        columns[f"output_{output}"] = values.astype(str)  # the shortest digits of a float32
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows(zip(*columns.values(), strict=True))
+        columns[f"output_{output}"] = values
+    write_csv(path, columns)
 
 
 # Reporting.

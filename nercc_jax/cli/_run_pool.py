@@ -1,11 +1,14 @@
 """The pool of `nercc run`, and what both of its kinds of runs share."""
 
+import csv
 import dataclasses
 import functools
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from rich.console import Console
 from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
@@ -88,6 +91,23 @@ def _show_log(console: Console) -> None:
     shown: Any = {"show_time": False, "show_level": False, "show_path": False}
     log.handlers[:] = [RichHandler(console=console, highlighter=NullHighlighter(), **shown)]
     log.setLevel(logging.INFO)
+
+
+def check_result_file(path: Path, endings: Sequence[str]) -> None:
+    """Raise ValueError for a result file with another ending; a folder has none."""
+    if path.suffix not in ("", *endings):
+        raise ValueError(
+            f"--output {path}: a result file ends in {', '.join(endings[:-1])} or {endings[-1]}; a "
+            "folder, which gets parts and a manifest, has no ending"
+        )
+
+
+def write_csv(path: Path, columns: Mapping[str, np.ndarray]) -> None:
+    """Write columns by name; floats have the shortest digits that identify them."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(zip(*(each.astype(str) for each in columns.values()), strict=True))
 
 
 def parts_folder(output: Path) -> Path:

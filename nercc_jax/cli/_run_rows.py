@@ -1,7 +1,6 @@
 """`nercc run --tolerance`: any function on each row of a file, by `nercc_jax.pools.run_rows`."""
 
 import contextlib
-import csv
 import dataclasses
 import shutil
 from collections.abc import Iterator
@@ -18,7 +17,15 @@ from ..pools._row_files import check_parts, fingerprint
 from ._errors import fail
 from ._options import RunOptions
 from ._output import summary_table, write_json
-from ._run_pool import PARTIAL, ChosenPool, deaths_text, parts_folder, summary_file
+from ._run_pool import (
+    PARTIAL,
+    ChosenPool,
+    check_result_file,
+    deaths_text,
+    parts_folder,
+    summary_file,
+    write_csv,
+)
 from ._workload import find_workload, needs_pyarrow
 
 _FILES = (".npz", ".csv", ".parquet")  # or a folder, of parts
@@ -31,7 +38,9 @@ def run_function(options: RunOptions, pool: ChosenPool, output: Path, resume: bo
         ValueError: If an option does not fit.
         typer.Exit: With the command's exit code, if not everything is done.
     """
-    _check_file(output)
+    check_result_file(output, _FILES)
+    if output.suffix == ".parquet":
+        needs_pyarrow(f"--output {output}")
     numbers = {
         "tolerance": options.tolerance,
         "max_disagreement": options.max_disagreement,
@@ -195,17 +204,6 @@ def _exit_unless_done(result: RowResult, folder: Path) -> None:
         )
 
 
-def _check_file(path: Path) -> None:
-    """Raise ValueError for a file of another kind, ImportError if pyarrow is needed and missing."""
-    if path.suffix not in ("", *_FILES):
-        raise ValueError(
-            f"--output {path}: a result file ends in {', '.join(_FILES[:-1])} or {_FILES[-1]}; a "
-            "folder, which gets parts and a manifest, has no ending"
-        )
-    if path.suffix == ".parquet":
-        needs_pyarrow(f"--output {path}")
-
-
 def _write_rows(path: Path, result: RowResult, score: str) -> None:
     """Write all rows; `score` is the name of their scores. Tables have a column for each output."""
     assert result.values is not None
@@ -225,8 +223,4 @@ def _write_rows(path: Path, result: RowResult, score: str) -> None:
 
         parquet.write_table(pyarrow.table(columns), path)
         return
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        # The shortest digits that identify a float of its kind.
-        writer.writerows(zip(*(each.astype(str) for each in columns.values()), strict=True))
+    write_csv(path, columns)

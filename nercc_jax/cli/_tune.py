@@ -4,8 +4,6 @@ import datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
-
 from ._errors import of_option, told_plainly
 from ._options import (
     CODE,
@@ -24,6 +22,7 @@ from ._options import (
     Weights,
     check_folder,
     check_model,
+    option,
 )
 from ._process import compile_quickly, start_parallel
 
@@ -40,51 +39,40 @@ def tune_command(
     max_stragglers: MaxStragglers = None,
     layout: Annotated[
         str,
-        typer.Option(
-            help="Regression points to start from. chebyshev; interleaved, repeated or mixed:0.5 "
+        option(
+            "Regression points to start from. chebyshev; interleaved, repeated or mixed:0.5 "
             "(that share of the further workers are repeats): predictions are exact if the data "
             "point's own worker answers; systematic:0.5: that share of data points have an own "
             "worker; search: the layout that keeps most labels.",
-            rich_help_panel=CODE,
+            CODE,
         ),
     ] = "chebyshev",
     points: Annotated[
         bool,
-        typer.Option(
+        option(
+            "Tune the regression points, too, or the lambdas only.",
+            _DESCENT,
             "--points/--lambdas-only",
-            help="Tune the regression points, too, or the lambdas only.",
-            rich_help_panel=_DESCENT,
         ),
     ] = True,
     criterion: Annotated[
         Literal["mse", "cross_entropy"] | None,
-        typer.Option(
-            help="Error to reduce: of the values, or of the labels' distribution, for logits only "
+        option(
+            "Error to reduce: of the values, or of the labels' distribution, for logits only "
             "(default: mse; cross_entropy for a search on logits).",
-            rich_help_panel=_DESCENT,
+            _DESCENT,
         ),
     ] = None,
     outputs: OutputsOption = "logits",
-    steps: Annotated[
-        int, typer.Option(min=1, help="Gradient steps, at most.", rich_help_panel=_DESCENT)
-    ] = 150,
+    steps: Annotated[int, option("Gradient steps, at most.", _DESCENT, min=1)] = 150,
     sets: Sets = 20,
     max_inputs: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help="Data points to tune on, at most, and as many to compare on.",
-            rich_help_panel=MODEL,
-        ),
+        int, option("Data points to tune on, at most, and as many to compare on.", MODEL, min=1)
     ] = 1000,
     seed: Seed = 0,
-    output: Annotated[
-        Path, typer.Option(help="File for the tuned code.", rich_help_panel=RESULTS)
-    ] = Path("nercc-tuned.json"),
+    output: Annotated[Path, option("File for the tuned code.", RESULTS)] = Path("nercc-tuned.json"),
     numbers: Numbers = None,
-    plot: Annotated[
-        Path, typer.Option(help="File for the picture.", rich_help_panel=RESULTS)
-    ] = Path("nercc-tune.png"),
+    plot: Annotated[Path, option("File for the picture.", RESULTS)] = Path("nercc-tune.png"),
 ) -> None:
     """Tune a code for a model by gradient descent through encoder, model and decoder.
 

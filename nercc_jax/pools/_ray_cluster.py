@@ -19,6 +19,7 @@ _STARTS = 3
 _CONNECT = 5.0  # seconds for a head to take a connection
 
 _EVERY = 0.5  # seconds between two probes of the head, at least, however often `look` is called
+_TURN = 1.0  # seconds between two turns of a watcher
 _PROBE = 2.0  # seconds for the head to answer
 _MISSES = 2  # probes without an answer, one after the other, that make an alarm
 # The preface of HTTP/2 (RFC 9113, 3.4) and an empty frame of settings: gRPC answers with its own at
@@ -58,6 +59,14 @@ class HeadProbe:
             if self.address and time.monotonic() - self._looked >= _EVERY:
                 self._ask()
                 self._looked = time.monotonic()
+
+    def turn(self) -> float:
+        """Probe the head, and return the time of the next turn of a `Watcher`.
+
+        It has a thread of its own, since calls to Ray itself wait for a frozen head.
+        """
+        self.look()
+        return time.monotonic() + _TURN
 
     def _ask(self) -> None:
         self._frozen = False

@@ -18,7 +18,7 @@ _CPUS, _FREE = 0.5, 0.8
 # Share of a GPU's memory that its workers take together: the rest is XLA's and the driver's.
 _MEMORY = 0.9
 _FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
-_EVERY = 1.0  # seconds between two checks of the head and of the nodes
+_EVERY = 1.0  # seconds between two checks of the nodes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,21 +171,6 @@ class Migration:
             _LOG.info("worker %d moves to a node that has fewer of them", worker)
         else:
             self._due = 0.0  # it was busy
-
-
-class HeadWatch:
-    """The watch over the head, on a thread of its own: calls to Ray wait for a frozen head.
-
-    `look` is a turn of a `Watcher`, as `NodeWatch`'s is.
-    """
-
-    def __init__(self, probe: HeadProbe):
-        self._probe = probe
-
-    def look(self) -> float:
-        """Probe the head, and return the time of the next turn."""
-        self._probe.look()
-        return time.monotonic() + _EVERY
 
 
 class NodeWatch:
