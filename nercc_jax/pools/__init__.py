@@ -1,8 +1,12 @@
 """Pools of independent workers, and coded inference, batches and rows on them."""
 
-from ._backend import PoolReport, WorkerReport, WorkerState
-from ._batch import Batch, BatchAnswers, Failure, Refuse, refuse_odd
-from ._clock import AbstractClock
+# Names that are imported "as" themselves are for `nercc_jax.serving`, and not public.
+from ._backend import PoolReport, WorkerReport
+from ._backend import WorkerState as WorkerState
+from ._batch import Batch, BatchAnswers, Failure
+from ._batch import Refuse as Refuse
+from ._batch import refuse_odd as refuse_odd
+from ._clock import AbstractClock as AbstractClock
 from ._devices import DevicePool
 from ._faults import Episodes, Fault, Faults, InjectedError
 from ._inference import BatchOutcome, PoolResult, Timing, pool_inference, run_batches
@@ -11,12 +15,11 @@ from ._ray import RayPool
 from ._ray_cluster import join_ray, leave_ray, ray_is_lost
 from ._row_engine import RowProgress, RowResult, run_rows
 from ._rows import RowFunction
-from ._times import AnswerTimes, Call, Overdue
+from ._times import AnswerTimes as AnswerTimes
+from ._times import Call, Overdue
 
 __all__ = [
-    "AbstractClock",
     "AbstractPool",
-    "AnswerTimes",
     "Batch",
     "BatchAnswers",
     "BatchOutcome",
@@ -31,18 +34,15 @@ __all__ = [
     "PoolReport",
     "PoolResult",
     "RayPool",
-    "Refuse",
     "RowFunction",
     "RowProgress",
     "RowResult",
     "Timing",
     "WorkerReport",
-    "WorkerState",
     "join_ray",
     "leave_ray",
     "pool_inference",
     "ray_is_lost",
-    "refuse_odd",
     "run_batches",
     "run_rows",
 ]
