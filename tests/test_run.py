@@ -16,7 +16,15 @@ import pytest
 from conftest import require
 from typer.testing import CliRunner
 
-from nercc_jax import DevicePool, NeRCC, Parity, Replication, coded_inference, save_code
+from nercc_jax import (
+    DevicePool,
+    NeRCC,
+    Parity,
+    Replication,
+    Uncoded,
+    coded_inference,
+    save_code,
+)
 from nercc_jax.cli import _run_data as command
 from nercc_jax.cli._app import app
 from nercc_jax.pools import Fault, Faults, run_batches
@@ -89,6 +97,24 @@ def test_a_batch_that_stays_lost_is_told_and_the_next_follows():
     assert [outcome.result is None for outcome in outcomes] == [False, True, False]
     assert outcomes[1].attempts == 2
     assert not outcomes[1].short
+
+
+def test_the_attempt_that_recovered_most_counts():
+    """Of three data points the first attempt recovers two, and each further one only one."""
+    calls = []
+
+    def model(batch):
+        calls.append(int(batch[0, 0]))
+        number = int(batch[0, 0])
+        if number == 0 or (number == 1 and calls.count(0) > 1):
+            raise RuntimeError("not for me")
+        return np.asarray(exact(batch))
+
+    with DevicePool(model, 1, compiled=False, max_attempts=1) as pool:
+        (outcome,) = run_batches(pool, Uncoded(3), numbered(1, 1, 3))
+    assert outcome.attempts == 3
+    assert outcome.result.decoded.recovered.tolist() == [[False, True, True]]
+    assert "2 of 3 data points cannot be recovered" in outcome.trouble
 
 
 def test_what_can_be_recovered_of_a_batch_is_kept():

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -307,6 +308,9 @@ def test_a_row_on_which_the_function_raises_is_not_decoded_from_its_neighbours()
     assert np.isinf(found.score[1])
     assert np.isinf(found.deviation[1])
     assert (found.score[[0, 2]] <= 1e9).all()
+    assert found.exact[[0, 2]].any()
+    assert not found.score[found.exact].any()
+    assert not found.deviation[found.exact].any()
     results = RowTable(3)
     results.add(np.arange(3), found, 1e9)
     assert np.isnan(results.predictions[1]).all()
@@ -357,7 +361,7 @@ def test_a_folder_is_resumed_and_only_by_the_same_run(tmp_path):
         if progress.done:
             raise KeyboardInterrupt
 
-    options = {"tolerance": 0.0, "num_workers": 2, "folder": tmp_path / "rows"}
+    options = {"tolerance": 0.0, "num_workers": 2, "folder": tmp_path / "rows", "rows_per_call": 1}
     rows = np.arange(300.0)[:, None]
     first = run_rows(counted, rows, DevicePool, **options, about={"v": 1}, on_progress=interrupt)
     assert first.stopped == "interrupted"
@@ -374,7 +378,46 @@ def test_a_folder_is_resumed_and_only_by_the_same_run(tmp_path):
     second = run_rows(counted, rows, DevicePool, **options, about={"v": 1}, resume=True)
     assert set(second.status.tolist()) == {"computed"}
     np.testing.assert_array_equal(second.values, 2 * rows)
-    assert sum(calls) <= 300 - done + 100, "what was done is not computed again"
+    assert sum(calls) == 300 - done, "what was done is not computed again"
+
+
+def test_a_row_that_no_worker_answers_in_time_is_lost_after_three_attempts():
+    opened, calls = threading.Event(), []
+
+    def stuck(batch):
+        if batch[0, 0] == 2:
+            calls.append(threading.current_thread())
+            opened.wait(60.0)
+        return batch
+
+    rows = np.arange(4.0)[:, None]
+    with DevicePool(RowFunction(stuck), 6, compiled=False) as pool:
+        options = {"tolerance": 0.0, "rows_per_call": 1, "deadline": 0.3}
+        result = run_rows(stuck, rows, pool, **options)
+        opened.set()
+    assert result.status.tolist() == ["computed", "computed", "lost", "computed"]
+    assert result.reasons == {2: "no answer within 0.3 s"}
+    assert len(calls) == 3
+
+
+def test_a_run_ends_by_itself_before_its_pool_ends_the_process():
+    class Ending(DevicePool):
+        """Its cluster's head is gone, say."""
+
+        @property
+        def ends_at(self):
+            return time.monotonic() + 5.0
+
+    rows = np.arange(400.0)[:, None]
+    result = run_rows(np.negative, rows, Ending, num_workers=2, tolerance=0.0)
+    assert "stopped before Ray ends this process" in result.stopped
+    assert set(result.status.tolist()) == {"computed", "waiting"}
+
+
+def test_rows_that_are_no_finite_numbers_are_refused(untyped):
+    for rows in (np.array(["a"]), np.array([[1.0], [np.nan]]), 1.0):
+        with pytest.raises(ValueError, match=r"rows are finite numbers \(rows, ...\), not"):
+            run_rows(picky, rows, DevicePool, tolerance=0.0)
 
 
 @pytest.mark.parametrize(

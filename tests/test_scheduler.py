@@ -169,6 +169,17 @@ def test_attempts_are_counted(backend, open_scheduler):
     assert {failure.worker for failure in answers.failures} == {0, 1}, "not the same one again"
 
 
+def test_a_point_that_failed_goes_before_those_that_were_not_sent(backend, open_scheduler):
+    """But not to the worker at which it failed."""
+    scheduler = open_scheduler(3)
+    dispatch(scheduler, 5)
+    assert backend.points == {0: 0, 1: 1, 2: 2}
+    backend.answer(0, OSError("lost"))
+    assert backend.points == {0: 3, 1: 1, 2: 2}
+    backend.answer(1)
+    assert backend.points == {0: 3, 1: 0, 2: 2}
+
+
 def test_a_second_copy_that_comes_first_wins(backend, open_scheduler):
     scheduler = open_scheduler(2, overdue=Overdue(0.5, 1.0, least=4))
     for _ in range(2):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import operator
-import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -150,17 +149,17 @@ def pool_inference(
 
     @no_mesh()
     def infer(x: PyTree, enough: Enough | None = None, deadline: float = 60.0):
-        begin = time.perf_counter()
+        begin = pool.clock.now()
         deadline = check_deadline(deadline)
         x, many = _groups(plain, x, grouped)
         outgoing = encode(x)
-        encoded = time.perf_counter()
+        encoded = pool.clock.now()
         check_conditions(enough, pool.conditions)
         needed = None if enough is None or callable(enough) else operator.index(enough)
         with pool.dispatch(outgoing.coded, kinds=kinds, needed=needed) as batch:
-            sent = time.perf_counter()
+            sent = pool.clock.now()
             answers = batch.wait(enough, deadline)
-        waited = time.perf_counter()
+        waited = pool.clock.now()
         if answers.values is None:
             raise _nobody(pool, answers, deadline)
         found = decode(outgoing, answers.values, answers.available)
@@ -170,7 +169,7 @@ def pool_inference(
                 f"no prediction can be recovered from the {answers.available.sum()} of "
                 f"{plain.num_workers} answers that were in after {deadline} s"
             )
-        end = time.perf_counter()
+        end = pool.clock.now()
         score = target.score(bars, found)
         if score is not None:
             most = int(max_reexecution * score.size)
@@ -179,7 +178,7 @@ def pool_inference(
         if not many:
             found, again = jax.tree.map(lambda leaf: leaf[0], (found, again))
         decoded, doubts, deviation = found
-        last = time.perf_counter() - end
+        last = pool.clock.now() - end
         timing = Timing(encoded - begin, sent - encoded, waited - sent, end - waited, last)
         result = PoolResult(decoded, answers, timing, doubts, again, deviation)
         return result if with_status else decoded.predictions

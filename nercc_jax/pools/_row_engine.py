@@ -220,7 +220,7 @@ def run_rows(
 
     Args:
         function: Any callable on (rows, ...) that returns an array (rows, ...).
-        rows: Inputs, one a row.
+        rows: Inputs, one a row: finite numbers.
         pool: An open pool whose workers run `RowFunction(function)`, not compiled; or a class such
             as `DevicePool` or `RayPool`, which is opened for the run.
         tolerance: The largest error bar of a decoded row, in units of the outputs (root mean square
@@ -271,7 +271,7 @@ def run_rows(
         deadline=deadline,
         seed=seed,
     )
-    x = np.asarray(rows)
+    x = _checked(rows)
     kept = {"inputs": fingerprint_of_array(x), "rows": len(x)} | settings.kept() | dict(about or {})
     table, parts = RowTable(len(x)), None
     if folder is not None:
@@ -282,6 +282,14 @@ def run_rows(
     options: dict[str, Any] = {"compiled": False, "hang_timeout": hang_timeout(deadline)}
     with pool(RowFunction(function), settings.num_workers, **options) as made:
         return _RowRun(made, x, settings, table, parts).carry_out(kept, on_progress)
+
+
+def _checked(rows: Any) -> Shaped[np.ndarray, "rows ..."]:
+    """Return rows as an array of finite numbers, which the learner needs."""
+    x = np.asarray(rows)
+    if x.ndim < 1 or x.dtype.kind not in "biuf" or not np.isfinite(x).all():
+        raise ValueError(f"rows are finite numbers (rows, ...), not {x.dtype} of shape {x.shape}")
+    return x
 
 
 @dataclasses.dataclass(frozen=True)

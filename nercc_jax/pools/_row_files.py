@@ -50,11 +50,11 @@ def check_parts(folder: Path, resume: bool) -> None:
     found = (folder / _MANIFEST).is_file()
     if found and not resume:
         raise ValueError(
-            f"{folder} has the parts of an earlier run: give --resume to go on with it, or remove "
-            "the folder"
+            f"{folder} has the parts of an earlier run: give --resume (resume=True) to go on "
+            "with it, or remove the folder"
         )
     if folder.exists() and not found and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there, and is no result of `nercc run`")
+        raise ValueError(f"{folder} exists, and holds no results of a run")
 
 
 class Parts:
