@@ -45,7 +45,7 @@ def main(port: int, replicas: int, batch: int, base: float, rate: float, delay: 
             sizes = [1 << power for power in range(batch.bit_length())]
             shape = self.servable.inputs.shape
             warm_up([self.program], 1, [np.zeros((n, *shape), np.float32) for n in sizes])
-            faults = Faults.on_trial(
+            faults = Faults.from_rates(
                 service_delay=base,
                 straggler_rate=rate,
                 straggler_delay=delay,

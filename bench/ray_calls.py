@@ -71,7 +71,7 @@ def main():
     warnings.simplefilter("ignore")
     rows = []
     with RayPool(answer, told.workers, compiled=False, address="local") as pool:
-        actors = [actor for _, actor in sorted(pool._crew._actors.items())]
+        actors = [actor for _, actor in sorted(pool._backend._actors.items())]
         for name, shape in SHAPES.items():
             points = np.random.default_rng(0).normal(size=(told.workers, 1, *shape))
             points = points.astype(np.float32)

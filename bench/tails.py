@@ -30,9 +30,10 @@ from _laws import Law, laws
 from _report import block_bootstrap, environment, write_json
 from _tails_systems import System, Work, parity_models, systems, works
 
-from nercc_jax.pools import AbstractPool, DevicePool, Fault, Faults, SimulatedPool
+from nercc_jax.pools import AbstractPool, DevicePool, Fault, Faults
 from nercc_jax.serving import CodedBatcher, Coder, Reply
 from nercc_jax.stragglers import TraceLatency
+from nercc_jax.testing import SimulatedPool
 from nercc_models import load_model
 
 RESULTS = Path(__file__).parent / "results"

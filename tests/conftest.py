@@ -117,18 +117,20 @@ def key() -> jax.Array:
 
 
 @pytest.fixture
-def crew():
-    """Workers on paper, and `open_desk` makes desks for them: see `desks.py`."""
-    from desks import Script  # late, as all that imports nercc_jax: the run-time type checks
+def backend():
+    """Scripted workers, for which `open_scheduler` makes schedulers: see `schedulers.py`."""
+    from schedulers import (
+        ScriptedBackend,  # late, as all that imports nercc_jax: the run-time type checks
+    )
 
-    return Script()
+    return ScriptedBackend()
 
 
 @pytest.fixture
-def open_desk(crew):
-    from desks import open_desks
+def open_scheduler(backend):
+    from schedulers import open_schedulers
 
-    with open_desks(crew) as make:
+    with open_schedulers(backend) as make:
         yield make
 
 

@@ -10,8 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from nercc_jax.cli._app import app
-from nercc_jax.cli._background import beside
-from nercc_jax.cli._compiled import compile_quickly
+from nercc_jax.cli._process import compile_quickly, start_parallel
 
 
 def run(*arguments):
@@ -60,7 +59,7 @@ def test_models_evaluates():
         ("demo", ("--max-stragglers", "20"), "leaves none of 20 workers"),
         ("demo", ("--num-workers", "6"), "at least as many workers"),
         ("demo", ("--plot", "/no/such/folder/x.png"), "there is no folder"),
-        ("demo", ("--points", "3"), "3 data points fill no group of 8"),
+        ("demo", ("--max-inputs", "3"), "3 data points fill no group of 8"),
         ("demo", ("--sets", "0"), "--sets"),
         (
             "tune",
@@ -80,9 +79,13 @@ def test_models_evaluates():
         ("tune", ("--max-stragglers", "20"), "leaves none of 20 workers"),
         ("tune", ("--max-stragglers", "-1"), "--max-stragglers -1"),
         ("tune", ("--layout", "chebishev"), "--layout chebishev: points must be one of"),
-        ("tune", ("--images", "3"), "3 data points fill no 2 groups of 8: those that --images 3"),
+        (
+            "tune",
+            ("--max-inputs", "3"),
+            "3 data points fill no 2 groups of 8: those that --max-inputs 3",
+        ),
         ("tune", ("--num-workers", "1", "--num-data", "1"), "--num-workers 1: without stragglers"),
-        ("plan", ("--workers", "0"), "--workers must be positive, not 0"),
+        ("plan", ("--max-workers", "0"), "--max-workers must be positive, not 0"),
         ("plan", ("--budget", "-1"), "--budget must be 0 or positive, not -1"),
         ("plan", ("--layouts", "none"), "--layouts none: points must be one of"),
         ("plan", ("--latency", "trace:no.txt"), "--latency trace:no.txt: no.txt not found"),
@@ -160,9 +163,9 @@ def test_a_missing_extra_is_named():
 
 
 def test_what_goes_beside_gives_its_result_and_its_errors():
-    assert beside(lambda: 3)() == 3
+    assert start_parallel(lambda: 3)() == 3
     with pytest.raises(ZeroDivisionError):
-        beside(lambda: 1 / 0)()
+        start_parallel(lambda: 1 / 0)()
 
 
 def test_only_models_with_little_to_do_are_compiled_quickly(monkeypatch):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from nercc_jax.cli import _compiled
+from nercc_jax.cli import _process
 
 COUNT = """
 import jax
@@ -87,7 +87,7 @@ def test_commands_run_without_a_folder(tmp_path, monkeypatch, caplog):
     def fail():
         raise PermissionError("read-only")
 
-    monkeypatch.setattr(_compiled, "enable_compilation_cache", fail)
+    monkeypatch.setattr(_process, "enable_compilation_cache", fail)
     with caplog.at_level("INFO"):
-        _compiled.keep_programs()
+        _process.keep_programs()
     assert caplog.messages == ["compiled programs are not kept"]

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 import nercc_jax as nj
 from nercc_jax import search_layout
 from nercc_jax.cli._app import app
+from nercc_jax.cli._pictures import tuning_plot
 from nercc_jax.cli._tune_job import start_code
-from nercc_jax.cli._tuning_plot import tuning_plot
 from nercc_jax.codes import code_card, regression_points
 from nercc_jax.evaluation import Recorder, draw_sets, nested_errors
 from nercc_jax.tuning import SEARCHED, Descent, LayoutTuning, Sampling, TuningStep, split_points
@@ -269,7 +269,7 @@ def test_errors_of_how_layouts_are_tuned(untyped):
 # -- The command -----------------------------------------------------------------------------------
 
 SMALL = {
-    "--num-data": 3, "--num-workers": 5, "--max-stragglers": 1, "--images": 60, "--sets": 2,
+    "--num-data": 3, "--num-workers": 5, "--max-stragglers": 1, "--max-inputs": 60, "--sets": 2,
     "--steps": 2,
 }  # fmt: skip
 
@@ -286,7 +286,7 @@ def test_the_command_searches_and_writes_what_it_found(tmp_path, monkeypatch):
     def untuned(*given, **options):
         return search_layout(*given, **options | {"tuning": PLAIN})
 
-    monkeypatch.setattr("nercc_jax.cli._layout_search.search_layout", untuned)
+    monkeypatch.setattr("nercc_jax.cli._tune_job.search_layout", untuned)
     result = run(tmp_path, "--layout", "search")
     assert result.exit_code == 0, result.output
     for word in (

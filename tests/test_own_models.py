@@ -104,7 +104,7 @@ def test_the_template_says_what_it_recognises_and_writes_weights(folder):
 
 @pytest.fixture(scope="module")
 def tuned(folder):
-    small = "--num-data 4 --num-workers 8 --max-stragglers 2 --images 120 --sets 3 --steps 8"
+    small = "--num-data 4 --num-workers 8 --max-stragglers 2 --max-inputs 120 --sets 3 --steps 8"
     return run("tune", "--model", MODEL, *small.split())
 
 
@@ -121,7 +121,7 @@ def test_tune_compares_draws_and_writes_a_code(tuned, folder):
 
 @pytest.mark.slow
 def test_demo_takes_a_tuned_code_and_weights(tuned, folder):
-    small = "--weights their_model.safetensors --max-stragglers 1 --sets 2 --points 80"
+    small = "--weights their_model.safetensors --max-stragglers 1 --sets 2 --max-inputs 80"
     options = ("--code", "nercc-tuned.json", "--plot", "demo.png", *small.split())
     told = run("demo", "--model", "their_model:load", *options)
     assert "tuned" in told
@@ -131,8 +131,8 @@ def test_demo_takes_a_tuned_code_and_weights(tuned, folder):
 
 @pytest.mark.slow
 def test_plan_writes_a_plan_and_a_picture(folder):
-    arguments = "--latency stragglers:0.05:0.08:10 --queries 4 --workers 5 --budget 0.25"
-    arguments += " --images 96 --max-disagreement 0.2 --layouts interleaved --output-dir a/b"
+    arguments = "--latency stragglers:0.05:0.08:10 --queries 4 --max-workers 5 --budget 0.25"
+    arguments += " --max-inputs 96 --max-disagreement 0.2 --layouts interleaved --output-dir a/b"
     told = run("plan", "--model", MODEL, *arguments.split())
     for word in ("uncoded", "hedged", "NeRCC interleaved", "recommended:", "*"):
         assert word in told
@@ -144,19 +144,19 @@ def test_plan_writes_a_plan_and_a_picture(folder):
 
 @pytest.mark.slow
 def test_run_decodes_batches_or_computes_rows(folder):
-    small = "--num-data 2 --num-workers 4 --points 40 --groups 4"
+    small = "--num-data 2 --num-workers 4 --max-inputs 40 --groups 4"
     assert "RelAcc" in run("run", "--model", MODEL, *small.split(), "--output", "batches.npz")
     with np.load("batches.npz") as found:
         assert found["predictions"].shape == (40, 10)
         assert found["recovered"].all()
-    run("run", "--model", MODEL, "--points", "40", "--tolerance", "0", "--output", "rows.npz")
+    run("run", "--model", MODEL, "--max-inputs", "40", "--tolerance", "0", "--output", "rows.npz")
     with np.load("rows.npz") as found:
         assert found["exact"].all()
 
 
 @pytest.mark.slow
 def test_distill_and_serve_take_it(folder):
-    small = "--queries 200 --epochs 1 --output s.safetensors"
+    small = "--answers 200 --epochs 1 --output s.safetensors"
     assert f"agrees with {MODEL} on" in run("distill", "--model", MODEL, *small.split())
     require("pydantic_settings", "serve")
     told = run("serve", "--check", "--model", MODEL, "--surrogate", "s.safetensors")

@@ -2,6 +2,8 @@
 
 import contextlib
 import threading
+import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +97,53 @@ def test_the_deadline_and_what_is_left_behind(x):
         with pytest.raises(TimeoutError, match=r"devices \[2\] still have more than 0 earlier"):
             infer(x, deadline=0.05)
     assert infer(x, deadline=LONG).heard.all(), "and then it goes on"
+
+
+class Turns:
+    """A model one of whose devices waits, in each of its calls, for an event of that call."""
+
+    def __init__(self, device, calls):
+        self.device = device
+        self.reached, self.go = ([threading.Event() for _ in range(calls)] for _ in "ab")
+        self._calls = iter(range(calls))
+
+    def __call__(self, x):
+        scalar = jax.ShapeDtypeStruct((), np.float32)
+        return model(x) + jax.pure_callback(self._wait, scalar, jax.lax.axis_index("workers"))
+
+    def _wait(self, device):
+        if int(device) == self.device:
+            call = next(self._calls)
+            self.reached[call].set()
+            self.go[call].wait(LONG)
+        return np.float32(0)
+
+
+def test_waiting_behind_a_busy_device_is_part_of_the_deadline(x, monkeypatch):
+    """Three of four seconds go by until the device may be given more: then one is left."""
+    turns = Turns(2, 3)
+    first, behind, third = turns.go
+    first.set()
+    infer = partial_inference(turns, NeRCC(4, 10), mesh_of(3), max_behind=0)
+    infer(x, deadline=LONG)
+    infer(x, number=4, deadline=LONG)
+    now = [0.0]
+
+    def sleep(seconds):
+        time.sleep(0.002)
+        if now[0] >= 3 and not turns.reached[2].is_set():
+            behind.set()  # and nothing goes on by this clock until the next call has begun
+            return
+        if turns.reached[2].is_set():
+            time.sleep(0.3)  # for the other devices to answer
+        now[0] += 0.5
+
+    clock = types.SimpleNamespace(monotonic=lambda: now[0], sleep=sleep)
+    monkeypatch.setattr("nercc_jax.inference._partial.time", clock)
+    partial = infer(x, deadline=4.0)
+    assert now[0] == 4.0
+    assert not partial.heard[:, workers_of(2, 3, 10)[0]].any()
+    third.set()
 
 
 def test_nothing_to_recover_from(x):

@@ -392,9 +392,9 @@ def test_laws_of_stragglers_and_traces(tmp_path, key):
         (("--latency", "normal"), "--latency must be"),
         (("--latency", "trace:/no/such/file"), "no/such/file"),
         (("--latency", "pareto:0.05:0.05"), "latencies must be finite"),
-        (("--workers", "2"), "need 8 workers at least"),
+        (("--max-workers", "2"), "need 8 workers at least"),
         (("--layouts", "interleaved,square"), "not 'square'"),
-        (("--images", "0"), "--images"),
+        (("--max-inputs", "0"), "--max-inputs"),
         (("--model", "none"), "none"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Pools of workers: one contract for all of them, the desk's rules, and faults on purpose."""
+"""Pools of workers: one contract for all of them, the scheduler's rules, and faults on purpose."""
 
 import dataclasses
 import logging
@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import require
-from desks import SOON, soon
+from schedulers import SOON, soon
 
 from nercc_jax import (
     Berrut,
@@ -243,8 +243,8 @@ def _refuse():
 
 @pytest.fixture
 def started_once(monkeypatch):
-    """A pool gives up at a worker's first start that fails: `test_desk` has the others."""
-    monkeypatch.setattr("nercc_jax.pools._startup._STARTS", 1)
+    """A pool gives up at a worker's first start that fails: `test_scheduler` has the others."""
+    monkeypatch.setattr("nercc_jax.pools._backend._STARTS", 1)
 
 
 def test_workers_that_do_not_start(make, started_once):
@@ -443,6 +443,34 @@ def test_a_callback_that_fails_costs_no_worker(caplog):
     assert "on_change of a batch of 3 failed" in caplog.text
 
 
+def test_the_end_of_a_thread_that_was_left_behind_costs_nothing():
+    """It hung, and was replaced: when it ends at last, its successor is at work on another task."""
+    first, second, reached = threading.Event(), threading.Event(), threading.Event()
+    lives = []
+
+    def model(batch):
+        lives.append(threading.current_thread())
+        if len(lives) == 1:
+            first.wait(SOON)
+            raise SystemExit
+        reached.set()
+        assert second.wait(SOON)
+        return 2 * batch
+
+    with DevicePool(model, 1, compiled=False, hang_timeout=0.1) as pool:
+        with pool.dispatch(points(1)) as batch:
+            assert reached.wait(SOON)
+            pool._scheduler._hang_timeout = SOON
+            first.set()
+            lives[0].join(SOON)
+            assert not lives[0].is_alive()
+            second.set()
+            answers = batch.wait(deadline=SOON)
+        np.testing.assert_array_equal(answers.values, 2 * points(1))
+        assert pool.report().deaths == pool.report().hung
+        assert pool.report().internal_errors == 0
+
+
 def test_a_model_that_always_fails():
     def broken(batch):
         raise KeyError("no such layer")
@@ -638,16 +666,16 @@ def test_what_strikes_some_calls_shifts_no_other_faults_draws():
     assert 20 < sum(one for one, _ in drawn) < 80
 
 
-def test_faults_on_trial():
+def test_faults_by_their_rates():
     options = {"straggler_rate": 0.25, "straggler_delay": 2.0, "death_rate": 0.125, "seed": 5}
-    law = Faults.on_trial(service_delay=0.5, **options).at(0, 0)
+    law = Faults.from_rates(service_delay=0.5, **options).at(0, 0)
     drawn = [law.next() for _ in range(2000)]
     assert {seconds for seconds, _ in drawn} == {0.5, 2.5}
     assert 0.2 < np.mean([seconds > 1 for seconds, _ in drawn]) < 0.3
     assert 0.1 < np.mean([kinds == {"death"} for _, kinds in drawn]) < 0.15
-    assert Faults.on_trial(seed=5) == Faults([], 5), "nothing is asked for"
+    assert Faults.from_rates(seed=5) == Faults([], 5), "nothing is asked for"
     with pytest.raises(ValueError, match=r"probability must be in \[0, 1\], not 1.5"):
-        Faults.on_trial(death_rate=1.5)
+        Faults.from_rates(death_rate=1.5)
 
 
 def test_faults_of_some_workers_and_calls():
@@ -720,7 +748,7 @@ def doubtful_pool_inference(pool, max_disagreement, **options):
         pool,
         SMALL,
         with_status=True,
-        doubt=doubting(),
+        error_probability=doubting(),
         max_disagreement=max_disagreement,
         **options,
     )
@@ -744,10 +772,10 @@ def test_doubtful_data_points_are_run_again(networks):
     exact = np.asarray(network(x.reshape(-1, 6))).reshape(3, 4, 2)
     for group in range(3):
         decoded, doubts = by_hand(x[group], result.answers.available)
-        again, doubt = result.reexecuted[group], result.doubt[group]
+        again, error_probability = result.reexecuted[group], result.error_probability[group]
         clear = np.abs(doubts - 0.1) > 0.01  # rounding decides between the others
         assert (again == (doubts > 0.1))[clear].all()
-        np.testing.assert_allclose(doubt, np.where(again, 0, doubts), atol=0.01)
+        np.testing.assert_allclose(error_probability, np.where(again, 0, doubts), atol=0.01)
         wanted = np.where(again[:, None], exact[group], decoded)
         np.testing.assert_allclose(result.decoded.predictions[group], wanted, atol=1e-5)
     assert 0 < result.reexecuted.sum() < 12
@@ -761,7 +789,7 @@ def test_any_disagreement_may_be_allowed(networks):
     """1 is a share like any other, and the last one: nothing is run again."""
     result = doubtful_pool_inference(networks, 1.0)(groups_of(3, 3), 5, LONG)
     assert not result.reexecuted.any()
-    assert result.doubt.max() > 0.1
+    assert result.error_probability.max() > 0.1
     assert result.timing.reexecute < result.timing.total
 
 
@@ -769,7 +797,7 @@ def test_no_more_than_the_budget_is_run_again_the_most_doubtful_first():
     x = groups_of(1, 4)[0]
     with DevicePool(network, 4, example=x[:1]) as pool:
         result = doubtful_pool_inference(pool, 0.0, max_reexecution=0.5)(x, 7, LONG)
-        assert result.reexecuted.shape == result.doubt.shape == (4,)
+        assert result.reexecuted.shape == result.error_probability.shape == (4,)
         _, doubts = by_hand(x, np.ones(7, bool))
         assert result.reexecuted.sum() == 2
         assert doubts[result.reexecuted].min() >= doubts[~result.reexecuted].max() - 1e-3
@@ -794,7 +822,7 @@ def test_a_deadline_before_the_answer_leaves_what_was_decoded():
         assert not result.reexecuted.any()
         expected, doubts = by_hand(x, np.ones(7, bool))
         np.testing.assert_allclose(result.decoded.predictions, expected, atol=1e-5)
-        np.testing.assert_allclose(result.doubt, doubts, atol=0.01)
+        np.testing.assert_allclose(result.error_probability, doubts, atol=0.01)
 
 
 def test_stragglers_and_deaths_leave_no_data_point_without_an_answer():
@@ -814,8 +842,8 @@ def test_stragglers_and_deaths_leave_no_data_point_without_an_answer():
             known, exact = result.reexecuted, np.asarray(network(group))
             np.testing.assert_allclose(result.decoded.predictions[known], exact[known], atol=1e-5)
             assert np.isfinite(result.decoded.predictions).all()
-            assert (result.doubt[known] == 0).all()
-            assert (result.doubt[~known] > 0).all(), "what failed three times says so"
+            assert (result.error_probability[known] == 0).all()
+            assert (result.error_probability[~known] > 0).all(), "what failed three times says so"
             again += known.sum()
     assert again > 5
 

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import require
-from desks import SOON, soon
+from schedulers import SOON, soon
 
 from nercc_jax import RayPool, Replication
 from nercc_jax.pools import run_batches
-from nercc_jax.pools._ray_nodes import lacking, live_nodes, worker_options
+from nercc_jax.pools._ray_nodes import live_nodes, missing_resources, worker_options
 
 pytestmark = pytest.mark.slow
 
@@ -119,8 +119,8 @@ def test_workers_lie_apart_and_nothing_is_lost(cluster):
         assert shared["num_gpus"] == 0.5
         fraction = shared["runtime_env"]["env_vars"]["XLA_PYTHON_CLIENT_MEM_FRACTION"]
         assert float(fraction) == 0.45
-        assert lacking({"GPU": 1.0}, 3, live_nodes()) is None
-        told = lacking({"CPU": 1.0, "GPU": 2.5}, 3, live_nodes())
+        assert missing_resources({"GPU": 1.0}, 3, live_nodes()) is None
+        told = missing_resources({"CPU": 1.0, "GPU": 2.5}, 3, live_nodes())
         assert told == "none of 4 nodes has what a worker takes (CPU 1, GPU 2.5)"
 
 
@@ -144,7 +144,7 @@ def test_a_head_that_dies_takes_nothing_with_it(cluster, tmp_path):
     code = ["--num-data", "2", "--num-workers", "4"]
     model = ["--model", "nercc_own_model:model"]
     run = [nercc, "run", *model, "--inputs", str(tmp_path / "points.npy"), *code]
-    slow = ["--straggler-rate", "1", "--straggler-delay", "0.4", "--workers", "2"]
+    slow = ["--straggler-rate", "1", "--straggler-delay-s", "0.4", "--workers", "2"]
     output = ["--output", str(tmp_path / "result.npz")]
     port = free_port()
     serve = [nercc, "serve", *model, *own, *code, "--workers", "2", "--input-shape", "1"]

@@ -8,7 +8,9 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import warnings
+from concurrent.futures import Future
 
 import equinox as eqx
 import jax
@@ -17,15 +19,20 @@ import numpy as np
 import pytest
 from conftest import require
 
-from nercc_jax.pools._ray_head import HeadProbe
+from nercc_jax.pools._ray_backend import ActorBackend, NodePlacement, Packed, pack
+from nercc_jax.pools._ray_cluster import HeadProbe
 from nercc_jax.pools._ray_nodes import (
+    Migration,
     Node,
+    NodeWatch,
     choose_node,
     crowding,
     demand_of,
     node_to_leave,
 )
-from nercc_jax.pools._ray_watch import Moves, NodeWatch
+
+FIRST, SECOND = "1" * 56, "2" * 56  # as Ray names nodes
+BACKEND_FILES = ("_ray_backend", "_ray_nodes")
 
 
 def nodes(*cpus, **others):
@@ -92,7 +99,7 @@ def test_crowded_nodes_are_told():
 
 def test_moves_are_one_at_a_time_and_not_while_workers_start():
     moved, settled = [], [False]
-    moves = Moves(lambda: 3, lambda worker: not moved.append(worker), every=0.0)
+    moves = Migration(lambda: 3, lambda worker: not moved.append(worker), every=0.0)
     probe = HeadProbe("127.0.0.1:1")
     told = []
     watch = NodeWatch(probe, lambda: settled[0], lambda: told.append(True), moves)
@@ -103,9 +110,70 @@ def test_moves_are_one_at_a_time_and_not_while_workers_start():
     watch.look()
     assert moved == [3, 3]
     assert told == [True]
-    slow = Moves(lambda: 3, lambda worker: not moved.append(worker), every=1e3)
+    slow = Migration(lambda: 3, lambda worker: not moved.append(worker), every=1e3)
     slow.move()
     assert len(moved) == 2
+
+
+class PlacedElsewhere:
+    """A Ray of two nodes whose actors all come to lie on the second, whatever was asked for."""
+
+    def __init__(self):
+        self.asked: list[str] = []
+
+    def put(self, value):
+        return value
+
+    def cluster_resources(self):
+        return {"CPU": 16.0}
+
+    def nodes(self):
+        return [
+            {"NodeID": name, "NodeManagerAddress": name, "Resources": {"CPU": 8.0}, "Alive": True}
+            for name in (FIRST, SECOND)
+        ]
+
+    def kill(self, actor):
+        pass
+
+    def remote(self, **options):
+        return lambda actor: self
+
+    def options(self, scheduling_strategy):
+        self.asked.append(scheduling_strategy.node_id)
+        return types.SimpleNamespace(remote=self._actor)
+
+    def _actor(self):
+        return types.SimpleNamespace(
+            where=self._call(NodePlacement(1, "cpu", SECOND)),
+            load=self._call(None),
+            wait_for_death=types.SimpleNamespace(remote=lambda: self._answer(Future())),
+        )
+
+    def _call(self, answer):
+        future = Future()
+        future.set_result(answer)
+        return types.SimpleNamespace(remote=lambda *arguments: self._answer(future))
+
+    def _answer(self, future):
+        return types.SimpleNamespace(future=lambda: future)
+
+
+def test_a_worker_that_was_placed_elsewhere_than_planned_is_counted_where_it_is(monkeypatch):
+    require("ray", "ray")
+    ray = PlacedElsewhere()
+    for file in BACKEND_FILES:
+        monkeypatch.setattr(f"nercc_jax.pools.{file}.ray_module", lambda: ray)
+    backend = ActorBackend(Packed(b"", []), (False, None), {"num_cpus": 0.5}, lambda: False)
+    for worker in range(4):
+        ready = threading.Event()
+        backend.start(worker, 0, lambda *outcome, ready=ready: ready.set())
+        assert ready.wait(60)
+    assert backend.nodes() == [SECOND] * 4
+    assert backend.held() == {SECOND: 4}
+    backend.close()
+    # None of them lies on the first, so that is where each of them was asked to be.
+    assert ray.asked == [FIRST] * 4
 
 
 @contextlib.contextmanager
@@ -128,8 +196,8 @@ def answering(server):
 
 
 def test_a_head_that_is_gone_or_frozen_is_noticed(monkeypatch, caplog):
-    monkeypatch.setattr("nercc_jax.pools._ray_head._EVERY", 0.0)
-    monkeypatch.setattr("nercc_jax.pools._ray_head._PROBE", 0.2)
+    monkeypatch.setattr("nercc_jax.pools._ray_cluster._EVERY", 0.0)
+    monkeypatch.setattr("nercc_jax.pools._ray_cluster._PROBE", 0.2)
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "30")
     with socket.create_server(("127.0.0.1", 0)) as server, answering(server):
         port = server.getsockname()[1]
@@ -203,8 +271,6 @@ def own_models():
 
 def test_own_classes_are_pytrees_at_workers_too(tmp_path):
     require("ray", "ray")
-    from nercc_jax.pools._ray_weights import pack
-
     models, x = own_models(), np.ones((2, 2), np.float32)
     packed = pack((models, x))
     # Beside the rest, and each once, whoever holds it.
@@ -222,8 +288,6 @@ def test_own_classes_are_pytrees_at_workers_too(tmp_path):
 
 def test_what_cannot_be_sent_is_told():
     require("ray", "ray")
-    from nercc_jax.pools._ray_weights import pack
-
     lock = __import__("threading").Lock()
     with pytest.raises(ValueError, match="by pickle: cannot pickle"):
         pack(lambda x: (lock, x))
@@ -250,7 +314,7 @@ def test_a_model_that_is_not_installed_has_its_folder_sent_along(tmp_path, monke
 
     (tmp_path / "env.yaml").write_text("env_vars: {A: b}\nworking_dir: elsewhere")
     job = RayJob(working_dir=tmp_path / "a", runtime_env=tmp_path / "env.yaml")
-    assert job.told() == {"env_vars": {"A": "b"}, "working_dir": str(tmp_path / "a")}
+    assert job.environment() == {"env_vars": {"A": "b"}, "working_dir": str(tmp_path / "a")}
     with pytest.raises(ValueError, match="--py-modules /nowhere: there is no such"):
         RayJob(py_modules=[tmp_path.__class__("/nowhere")])
 

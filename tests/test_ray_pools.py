@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import require
-from desks import SOON
 from flax import nnx
 from pages import blocks
+from schedulers import SOON
 
 from nercc_jax import RayPool
 

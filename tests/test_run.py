@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -15,8 +16,16 @@ import pytest
 from conftest import require
 from typer.testing import CliRunner
 
-from nercc_jax import DevicePool, NeRCC, Parity, Replication, coded_inference, save_code
-from nercc_jax.cli import _run_job as command
+from nercc_jax import (
+    DevicePool,
+    NeRCC,
+    Parity,
+    Replication,
+    Uncoded,
+    coded_inference,
+    save_code,
+)
+from nercc_jax.cli import _run_data as command
 from nercc_jax.cli._app import app
 from nercc_jax.pools import Fault, Faults, run_batches
 from nercc_models import load_data, load_model
@@ -88,6 +97,24 @@ def test_a_batch_that_stays_lost_is_told_and_the_next_follows():
     assert [outcome.result is None for outcome in outcomes] == [False, True, False]
     assert outcomes[1].attempts == 2
     assert not outcomes[1].short
+
+
+def test_the_attempt_that_recovered_most_counts():
+    """Of three data points the first attempt recovers two, and each further one only one."""
+    calls = []
+
+    def model(batch):
+        calls.append(int(batch[0, 0]))
+        number = int(batch[0, 0])
+        if number == 0 or (number == 1 and calls.count(0) > 1):
+            raise RuntimeError("not for me")
+        return np.asarray(exact(batch))
+
+    with DevicePool(model, 1, compiled=False, max_attempts=1) as pool:
+        (outcome,) = run_batches(pool, Uncoded(3), numbered(1, 1, 3))
+    assert outcome.attempts == 3
+    assert outcome.result.decoded.recovered.tolist() == [[False, True, True]]
+    assert "2 of 3 data points cannot be recovered" in outcome.trouble
 
 
 def test_what_can_be_recovered_of_a_batch_is_kept():
@@ -251,7 +278,7 @@ def test_help():
     assert "--max-disagreement" in result.output
 
 
-SMALL = ["--num-data", "4", "--num-workers", "8", "--points", "30", "--groups", "2"]
+SMALL = ["--num-data", "4", "--num-workers", "8", "--max-inputs", "30", "--groups", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +351,7 @@ def test_batches_go_over_the_data_again(tmp_path):
 
 
 def test_deaths_and_delays_on_trial_lose_nothing(tmp_path):
-    faults = "--straggler-rate 0.1 --straggler-delay 0.2 --death-rate 0.1 --outputs probabilities"
+    faults = "--straggler-rate 0.1 --straggler-delay-s 0.2 --death-rate 0.1 --outputs probabilities"
     path = tmp_path / "result.npz"
     result = run(*SMALL, "--batches", "12", *faults.split(), "--output", str(path))
     assert result.exit_code == 0, result.output
@@ -338,7 +365,7 @@ def test_deaths_and_delays_on_trial_lose_nothing(tmp_path):
 
 def test_what_is_lost_is_nan_and_told(tmp_path):
     path = tmp_path / "result.npz"
-    options = "--batches 2 --straggler-rate 1 --straggler-delay 60 --deadline 0.1"
+    options = "--batches 2 --straggler-rate 1 --straggler-delay-s 60 --deadline-s 0.1"
     result = run(*SMALL, *options.split(), "--output", str(path))
     assert result.exit_code == 3
     assert "16 of 16 data points were lost after 3 attempts" in result.output
@@ -365,7 +392,7 @@ def test_what_is_recovered_of_a_batch_is_told_and_why_the_rest_is_not(tmp_path, 
 
     monkeypatch.setattr(command, "run_batches", spoilt)
     path = tmp_path / "result.npz"
-    result = run(*SMALL, "--points", "16", "--output", str(path))
+    result = run(*SMALL, "--max-inputs", "16", "--output", str(path))
     assert result.exit_code == 3
     assert "5 of 16 data points were lost after 3 attempts" in result.output
     assert "the last trouble: the network was down" in result.output
@@ -438,6 +465,16 @@ def test_a_run_goes_on_where_it_ended(tmp_path, monkeypatch, small):
     assert {each.name for each in tmp_path.iterdir()} == {"result.npz", "result.summary.json"}
 
 
+WEIGHED = """
+import numpy as np
+
+
+def make(path):
+    weights = np.load(path)
+    return lambda batch: batch @ weights
+"""
+
+
 def test_a_folder_has_the_parts_and_a_manifest(tmp_path):
     folder = tmp_path / "results"
     result = run(*SMALL, "--output", str(folder))
@@ -451,6 +488,36 @@ def test_a_folder_has_the_parts_and_a_manifest(tmp_path):
     assert "30 data points are done already" in again.output
 
 
+def test_a_run_does_not_go_on_with_another_code(tmp_path):
+    """Nor with the same file, should another code have been written to it meanwhile."""
+    code, output = tmp_path / "code.json", tmp_path / "results"
+    options = ["--code", str(code), "--max-inputs", "8", "--output", str(output)]
+    save_code(code, NeRCC(2, 4))
+    assert run(*options).exit_code == 0
+    assert run(*options, "--resume").exit_code == 0
+    save_code(code, NeRCC(2, 4, lambda_dec=0.5))
+    again = run(*options, "--resume")
+    assert again.exit_code == 2
+    assert "holds another run, with which --resume cannot go on: code was" in again.output
+
+
+def test_a_run_does_not_go_on_with_other_weights(tmp_path, monkeypatch):
+    (tmp_path / "nercc_weighed.py").write_text(WEIGHED)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "nercc_weighed", raising=False)
+    np.save("x.npy", np.ones((4, 3), np.float32))
+    np.save("w.npy", np.ones((3, 2), np.float32))
+    options = ["--model", "nercc_weighed:make", "--inputs", "x.npy", "--weights", "w.npy"]
+    for output, more in (("coded", SMALL[:4]), ("rows", ["--tolerance", "0"])):
+        np.save("w.npy", np.ones((3, 2), np.float32))
+        assert run(*options, *more, "--output", output).exit_code == 0
+        assert run(*options, *more, "--output", output, "--resume").exit_code == 0
+        np.save("w.npy", np.full((3, 2), 2, np.float32))
+        again = run(*options, *more, "--output", output, "--resume")
+        assert again.exit_code == 2
+        assert "with which --resume cannot go on: weights was" in again.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -461,14 +528,14 @@ def test_a_folder_has_the_parts_and_a_manifest(tmp_path):
         ("--wait-for 17 --max-disagreement 0.1", "--wait-for or --max-disagreement, not both"),
         ("--max-disagreement 1", "--max-disagreement must be in [0, 1)"),
         ("--max-disagreement 0 --num-workers 9", "is expected even when all 9 workers answer"),
-        ("--deadline 0", "--deadline must be positive, not 0"),
-        ("--deadline nan", "--deadline must be positive, not nan"),
+        ("--deadline-s 0", "--deadline-s must be positive, not 0"),
+        ("--deadline-s nan", "--deadline-s must be positive, not nan"),
         ("--groups 0", "--groups must be positive, not 0"),
-        ("--points 0", "--points must be positive, not 0"),
+        ("--max-inputs 0", "--max-inputs must be positive, not 0"),
         ("--batches -1", "--batches must be positive, not -1"),
         ("--workers 0", "--workers must be positive, not 0"),
         ("--straggler-rate 1.5", "--straggler-rate is a share of the calls, from 0 to 1, not 1.5"),
-        ("--straggler-delay -1", "--straggler-delay must be positive"),
+        ("--straggler-delay-s -1", "--straggler-delay-s must be positive"),
         ("--death-rate -0.1", "--death-rate is a share of the calls"),
         ("--split nothing", "has no split 'nothing'"),
         ("--model nothing", "nothing"),
@@ -496,7 +563,7 @@ def test_a_code_with_further_models_is_refused(tmp_path):
 @pytest.mark.slow
 def test_ray_workers_that_die_on_trial(ray_pool, tmp_path):
     path = tmp_path / "result.npz"
-    options = "--num-data 2 --num-workers 4 --workers 2 --points 40 --groups 2 --pool ray"
+    options = "--num-data 2 --num-workers 4 --workers 2 --max-inputs 40 --groups 2 --pool ray"
     options += " --death-rate 0.02"
     result = run(*options.split(), "--output", str(path))
     assert result.exit_code == 0, result.output

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -14,10 +15,15 @@ import pytest
 from conftest import require
 from typer.testing import CliRunner
 
-from nercc_jax import DevicePool
+from nercc_jax import DevicePool, NeRCC
 from nercc_jax.cli._app import app
-from nercc_jax.cli._inputs import read_inputs
-from nercc_jax.pools import ComputedRows, Faults, RowFunction
+from nercc_jax.cli._workload import read_inputs
+from nercc_jax.pools import Faults, RowFunction, run_rows
+from nercc_jax.pools._row_files import RowTable
+from nercc_jax.pools._rows import PlainCalls, RowCoder, RowValues
+from nercc_jax.pools._steps import AccuracyTarget
+from nercc_jax.schemes import fit_scheme
+from nercc_jax.surrogates import LearnerTuning
 
 # As users write them: NumPy, which JAX cannot trace.
 OWN = '''
@@ -104,7 +110,7 @@ def own(function):
     return getattr(nercc_own_rows, function)(np.load("x.npy"))
 
 
-SMALL = ("--tolerance", "0.01", "--num-workers", "4", "--deadline", "20")
+SMALL = ("--tolerance", "0.01", "--num-workers", "4", "--deadline-s", "20")
 
 
 @pytest.mark.parametrize("function", ["swing", "flat", "boxes"])
@@ -160,7 +166,7 @@ def test_a_function_that_gives_no_array_ends_the_run_in_words(folder):
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_tables_have_a_column_for_each_output(folder, suffix):
     require("pyarrow", "data")
-    result = run("boxes", *SMALL, "--points", "20", "--output", f"y.{suffix}")
+    result = run("boxes", *SMALL, "--max-inputs", "20", "--output", f"y.{suffix}")
     assert result.exit_code == 0, result.output
     wanted = own("boxes")[:20].reshape(20, -1)
     names = [*(f"output_{place}" for place in range(12)), "deviation", "bar", "exact"]
@@ -256,16 +262,180 @@ def test_errors_are_one_sentence(folder, arguments, message):
 def test_rows_whose_workers_die_are_computed_by_others():
     """Float32 and integers as they come; a call of several rows that nobody answers is known."""
     x = np.arange(40, dtype=np.float32)[:, None]
-    faults = Faults.on_trial(death_rate=0.2, seed=3)
+    faults = Faults.from_rates(death_rate=0.2, seed=3)
     function = RowFunction(lambda batch: (2 * batch).astype(int))
     with DevicePool(function, 3, compiled=False, faults=faults, max_attempts=9) as pool:
-        sent = ComputedRows(pool, x, 4)
+        sent = PlainCalls(pool, x, 4)
         sent.wait(30.0)
         found = sent.take()
         assert pool.report().deaths > 0
     assert found.exact.all()
     assert not found.raised
     np.testing.assert_array_equal(found.values, 2 * x)
+
+
+def test_of_a_row_that_is_there_twice_the_exact_one_wins():
+    """A last group is filled with its own rows once more: one copy may be in, another decoded."""
+    for order in ([0, 1], [1, 0]):
+        for score in (0.0, 0.5):
+            exact = np.array([True, False])[order]
+            values = np.array([[1.0], [2.0]])[order]
+            scores = np.array([0.0, score])[order]
+            results = RowTable(1)
+            found = RowValues(values, exact, scores, scores, {})
+            assert results.add(np.array([0, 0]), found, 1.0).tolist() == [0]
+            assert results.predictions.tolist() == [[1.0]]
+            assert results.exact.all()
+
+
+def test_a_row_on_which_the_function_raises_is_not_decoded_from_its_neighbours():
+    """However well they are known: all of a straight line, here, but for one place."""
+    x = np.random.default_rng(0).uniform(-1, 1, (64, 1)).astype(np.float32)
+    lesson = fit_scheme(x, 3 * x, NeRCC(3, 4), capacity=64, tuning=LearnerTuning(rows=32, steps=2))
+    rows = np.array([[[-0.5], [0.0], [0.5]]], np.float32)
+
+    def line(batch):
+        if (batch == 0).any():
+            raise ArithmeticError("there is no solution here")
+        return 3 * batch
+
+    with DevicePool(RowFunction(line), 4, compiled=False) as pool:
+        coder = RowCoder(pool, lesson.scheme, AccuracyTarget(tolerance=1e9), wait_for=2)
+        calls = coder.start(rows, rows)
+        calls.wait(60.0)
+        found = calls.take()
+    assert not found.exact[1]
+    assert found.raised == {1: "ArithmeticError: there is no solution here"}
+    assert np.isinf(found.score[1])
+    assert np.isinf(found.deviation[1])
+    assert (found.score[[0, 2]] <= 1e9).all()
+    assert found.exact[[0, 2]].any()
+    assert not found.score[found.exact].any()
+    assert not found.deviation[found.exact].any()
+    results = RowTable(3)
+    results.add(np.arange(3), found, 1e9)
+    assert np.isnan(results.predictions[1]).all()
+    assert results.done.tolist() == [True, False, True]
+
+
+# From Python.
+
+
+def picky(batch):
+    if (batch[:, 0] > 0.9).any():
+        raise ArithmeticError("there is no solution here")
+    return np.cumsum(batch, axis=1)
+
+
+X = np.random.default_rng(2).uniform(-1, 1, (60, 2))
+
+
+@pytest.mark.parametrize("opened", [True, False])
+def test_each_row_has_a_status_and_a_lost_one_its_reason(opened):
+    odd, seen = X[:, 0] > 0.9, []
+    options = {"tolerance": 0.0, "rows_per_call": 4, "on_progress": seen.append}
+    if opened:
+        with DevicePool(RowFunction(picky), 3, compiled=False) as pool:
+            result = run_rows(picky, X, pool, **options)
+            assert pool.report() == result.report
+    else:
+        result = run_rows(picky, X, DevicePool, num_workers=3, **options)
+    assert result.status.tolist() == np.where(odd, "lost", "computed").tolist()
+    np.testing.assert_array_equal(result.values[~odd], np.cumsum(X[~odd], axis=1))
+    assert np.isnan(result.values[odd]).all()
+    assert list(result.reasons) == np.flatnonzero(odd).tolist()
+    assert set(result.reasons.values()) == {"ArithmeticError: there is no solution here"}
+    assert (seen[0].done, seen[0].waiting) == (0, 60)
+    assert (seen[-1].computed, seen[-1].lost, seen[-1].waiting) == (60 - odd.sum(), odd.sum(), 0)
+    assert (result.summary["rows_done"], result.summary["num_workers"]) == (60 - odd.sum(), 3)
+    assert result.stopped is None
+
+
+def test_a_folder_is_resumed_and_only_by_the_same_run(tmp_path):
+    calls = []
+
+    def counted(batch):
+        calls.append(len(batch))
+        return 2 * batch
+
+    def interrupt(progress):
+        if progress.done:
+            raise KeyboardInterrupt
+
+    options = {"tolerance": 0.0, "num_workers": 2, "folder": tmp_path / "rows", "rows_per_call": 1}
+    rows = np.arange(300.0)[:, None]
+    first = run_rows(counted, rows, DevicePool, **options, about={"v": 1}, on_progress=interrupt)
+    assert first.stopped == "interrupted"
+    assert set(first.status.tolist()) == {"computed", "waiting"}
+    done = int(np.sum(first.status == "computed"))
+    with pytest.raises(ValueError, match="has the parts of an earlier run"):
+        run_rows(counted, rows, DevicePool, **options, about={"v": 1})
+    calls.clear()
+    for other, told in ((rows + 1, "inputs was"), (rows, "v was 1 and is 2")):
+        about = {"v": 1 if other is not rows else 2}
+        with pytest.raises(ValueError, match=told):
+            run_rows(counted, other, DevicePool, **options, about=about, resume=True)
+    assert not calls
+    second = run_rows(counted, rows, DevicePool, **options, about={"v": 1}, resume=True)
+    assert set(second.status.tolist()) == {"computed"}
+    np.testing.assert_array_equal(second.values, 2 * rows)
+    assert sum(calls) == 300 - done, "what was done is not computed again"
+
+
+def test_a_row_that_no_worker_answers_in_time_is_lost_after_three_attempts():
+    opened, calls = threading.Event(), []
+
+    def stuck(batch):
+        if batch[0, 0] == 2:
+            calls.append(threading.current_thread())
+            opened.wait(60.0)
+        return batch
+
+    rows = np.arange(4.0)[:, None]
+    with DevicePool(RowFunction(stuck), 6, compiled=False) as pool:
+        options = {"tolerance": 0.0, "rows_per_call": 1, "deadline": 0.3}
+        result = run_rows(stuck, rows, pool, **options)
+        opened.set()
+    assert result.status.tolist() == ["computed", "computed", "lost", "computed"]
+    assert result.reasons == {2: "no answer within 0.3 s"}
+    assert len(calls) == 3
+
+
+def test_a_run_ends_by_itself_before_its_pool_ends_the_process():
+    class Ending(DevicePool):
+        """Its cluster's head is gone, say."""
+
+        @property
+        def ends_at(self):
+            return time.monotonic() + 5.0
+
+    rows = np.arange(400.0)[:, None]
+    result = run_rows(np.negative, rows, Ending, num_workers=2, tolerance=0.0)
+    assert "stopped before Ray ends this process" in result.stopped
+    assert set(result.status.tolist()) == {"computed", "waiting"}
+
+
+def test_rows_that_are_no_finite_numbers_are_refused(untyped):
+    for rows in (np.array(["a"]), np.array([[1.0], [np.nan]]), 1.0):
+        with pytest.raises(ValueError, match=r"rows are finite numbers \(rows, ...\), not"):
+            run_rows(picky, rows, DevicePool, tolerance=0.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "tolerance is needed"),
+        ({"tolerance": 1.0, "max_disagreement": 0.1}, "not both"),
+        ({"tolerance": -1.0}, "tolerance must be 0 or positive"),
+        ({"tolerance": 1.0, "num_data": 9, "num_workers": 8}, "num_data must be from 1 to N = 8"),
+        ({"tolerance": 1.0, "wait_for": 0}, "wait_for must be from 1 to N = 20"),
+        ({"tolerance": 1.0, "rows_per_call": 0}, "rows_per_call must be positive"),
+        ({"tolerance": 1.0, "deadline": 0.0}, "a deadline is a positive number"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_refused_before_a_pool_is_opened(options, message, untyped):
+    with pytest.raises(ValueError, match=message):
+        run_rows(picky, X, lambda *arguments, **others: pytest.fail("opened"), **options)
 
 
 # With a learner.
@@ -296,7 +466,7 @@ def test_a_run_with_stragglers_and_deaths_that_is_killed_and_goes_on(folder):
     x = np.random.default_rng(0).uniform(-1, 1, (rows, 3))
     np.save("x.npy", x)
     asked = "--pool ray --address local --num-workers 5 --worker-cpus 0.1 --output results"
-    faults = "--straggler-rate 0.05 --straggler-delay 1 --death-rate 0.005"
+    faults = "--straggler-rate 0.05 --straggler-delay-s 1 --death-rate 0.005"
     told = command(
         *("--model", "nercc_own_rows:slow", "--tolerance", str(tolerance)),
         *(*asked.split(), *faults.split()),

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from nercc_jax import DevicePool, NeRCC, pool_inference
-from nercc_jax.pools import Episodes, Fault, Faults, Overdue, SimulatedClock, SimulatedPool
+from nercc_jax.pools import Episodes, Fault, Faults, Overdue
+from nercc_jax.risk import ErrorProbability
 from nercc_jax.stragglers import TraceLatency
+from nercc_jax.testing import SimulatedClock, SimulatedPool
 
 X = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
 POINTS = np.arange(5.0)[:, None, None]
@@ -32,6 +34,20 @@ def test_it_decodes_what_a_pool_of_threads_does():
         found = pool_inference(pool, code, with_status=True)(X[None]).decoded.predictions
         same = pool_inference(other, code, with_status=True)(X[None]).decoded.predictions
     np.testing.assert_allclose(found, same, atol=1e-5)
+
+
+def test_data_points_that_are_run_again_have_the_rest_of_the_deadline():
+    """Of four seconds three are gone when the answers are in: nothing is run again in one."""
+    code = NeRCC(4, 8)
+    steps, weights = jnp.linspace(0, 1, 1001), jnp.array([0.0, -1.0, -1.0, 0.0])
+    doubt = ErrorProbability(weights, jnp.zeros(1), jnp.zeros(1), steps, steps, 1 - steps)
+    for deadline, again in ((4.0, False), (7.0, True)):
+        with paper(8, np.tanh, seconds=lambda size: 3.0) as pool:
+            infer = pool_inference(pool, code, with_status=True, doubt=doubt, max_disagreement=0.0)
+            result = infer(X, None, deadline)
+            assert pool.clock.now() == min(deadline, 6.0)
+        assert result.reexecuted.all() == again
+        assert result.reexecuted.any() == again
 
 
 def test_time_goes_on_while_somebody_waits_and_only_then():
@@ -134,3 +150,51 @@ def test_events_come_in_time_and_those_of_a_moment_in_order():
     clock.run(5.0)
     assert seen == ["a", "b", "c"]
     assert clock.next == float("inf")
+
+
+def warm(pool, rounds):
+    """Every worker answers so many times, in a second each."""
+    for _ in range(rounds):
+        assert (
+            pool.dispatch(np.arange(float(pool.num_workers))[:, None, None]).wait().failures == ()
+        )
+
+
+def test_of_two_overdue_points_the_one_that_waits_longer_gets_the_idle_worker():
+    faults = Faults([delay(59.0, workers=[0, 1], calls=[7]), delay(4.0, workers=[2], calls=[7])])
+    with paper(3, faults=faults, overdue=Overdue(0.5, 2.0, least=20)) as pool:
+        warm(pool, 7)
+        batch = pool.open(2)
+        other = pool.open(1, overdue=Overdue(least=10**6))  # keeps the third worker for 5 s
+        pool.send(batch, [0], POINTS[:1])
+        pool.clock.run(pool.clock.now() + 0.5)
+        pool.send(batch, [1], POINTS[1:2])
+        pool.send(other, [0], POINTS[2:3])
+        answers = batch.wait(deadline=30.0)
+    assert answers.seconds.tolist() == [6.5, 7.0]
+
+
+def test_answers_that_are_none_say_nothing_about_service_times():
+    def refuses(x):
+        if (x < 0).any():
+            raise ValueError("negative")
+        return x
+
+    faults = Faults([delay(59.0, calls=range(8, 99))])
+    with paper(2, refuses, faults=faults, overdue=Overdue(0.5, 2.0, least=4)) as pool:
+        for _ in range(4):
+            assert pool.dispatch(-np.ones((2, 1, 1))).wait().values is None
+        assert pool.report().errors == 12 + 4 or pool.report().errors > 4
+        assert pool.calls() == []
+        answers = pool.dispatch(POINTS[:1]).wait(deadline=100.0)
+        assert answers.available.all()
+        assert pool.report().copies == 0, "nothing is known, so nothing is overdue"
+
+
+def test_answers_that_nobody_waits_for_are_wasted_time():
+    with paper(2) as pool:
+        pool.dispatch(POINTS[:2]).forget()
+        pool.dispatch(POINTS[:2]).wait(deadline=10.0)
+        report = pool.report()
+    assert (report.late, report.answered) == (2, 2)
+    assert (report.seconds, report.wasted_seconds) == (4.0, 2.0)

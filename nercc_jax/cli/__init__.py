@@ -1,16 +1,15 @@
-"""The `nercc` command. One file a command; the only place that knows nercc_jax and the models."""
+"""The `nercc` command: one file a command. Only this room knows both nercc_jax and the models."""
 
 import os
 import sys
 
-from ._background import at_work
-from ._extras import missing_extra
+from ._process import at_work, missing_extra
 
 _INTERRUPTED = (130, 143)  # exit codes after Ctrl-C and SIGTERM
 
 
 def main() -> None:
-    """Runs `nercc`, or says what to install."""
+    """Run `nercc`, or print what to install."""
     try:
         from ._app import app
     except ModuleNotFoundError as error:

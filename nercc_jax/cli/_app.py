@@ -6,17 +6,13 @@ from typing import Annotated
 
 import typer
 
-from ._compiled import (
-    compile_plainly,
-    keep_lapack_to_one_thread,
-    keep_programs,
-)
 from ._demo import demo
 from ._distill import distill_command
 from ._errors import PlainCommand
-from ._models import models
-from ._new_model import new_model_command
+from ._models import models, new_model_command
+from ._options import option
 from ._plan import plan_command
+from ._process import compile_plainly, keep_lapack_to_one_thread, keep_programs
 from ._run import run_command
 from ._serve import serve_command
 from ._tune import tune_command
@@ -39,13 +35,13 @@ def _print_version(asked: bool) -> bool:
 def _options(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Say which."),
+        option("Print the version.", None, "--version", callback=_print_version, is_eager=True),
     ] = False,
     compilation_cache: Annotated[
         bool,
-        typer.Option(
-            help="Whether compiled programs are kept, in JAX_COMPILATION_CACHE_DIR or the user's "
-            "cache folder, nercc_jax. Of `serve` it is a setting."
+        option(
+            "Keep compiled programs on disk, in JAX_COMPILATION_CACHE_DIR or in nercc_jax of "
+            "the user's cache folder. For `serve` it is a setting."
         ),
     ] = True,
 ) -> None:

@@ -1,23 +1,29 @@
-"""`nercc demo`: the main job, on real data."""
+"""`nercc demo`: coded inference under stragglers, on real data, next to other codes."""
 
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from ._compiled import compile_quickly
 from ._errors import of_option, told_plainly
 from ._options import (
+    CODE,
+    MODEL,
+    RESULTS,
     DataDir,
     Inputs,
+    MaxStragglers,
     ModelName,
+    Numbers,
     NumData,
     NumWorkers,
     OutputsOption,
+    Seed,
+    Sets,
     Weights,
     check_folder,
     check_model,
+    option,
 )
+from ._process import compile_quickly
 
 
 def demo(
@@ -29,32 +35,28 @@ def demo(
     num_workers: NumWorkers = 20,
     code: Annotated[
         Path | None,
-        typer.Option(help="A code that `nercc tune` wrote, as one more; K and N are its own."),
+        option(
+            "File of a code that `nercc tune` wrote, to compare as well; K and N are its own.", CODE
+        ),
     ] = None,
-    max_stragglers: Annotated[
-        int | None, typer.Option(help="Stragglers go from 0 to this; N - K unless given.")
-    ] = None,
-    sets: Annotated[int, typer.Option(min=1, help="Random straggler sets of each size.")] = 20,
-    points: Annotated[int, typer.Option(min=1, help="Data points to use, at most.")] = 1000,
+    max_stragglers: MaxStragglers = None,
+    sets: Sets = 20,
+    max_inputs: Annotated[int, option("Data points to use, at most.", MODEL, min=1)] = 1000,
     outputs: OutputsOption = "logits",
-    seed: Annotated[int, typer.Option(help="Seed of the data order and the stragglers.")] = 0,
-    plot: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path(
-        "nercc-demo.png"
-    ),
-    output: Annotated[
-        Path | None, typer.Option(help="Where to write the table's numbers, as JSON.")
-    ] = None,
+    seed: Seed = 0,
+    plot: Annotated[Path, option("File for the picture.", RESULTS)] = Path("nercc-demo.png"),
+    numbers: Numbers = None,
 ) -> None:
-    """Encode, infer under stragglers, decode, compare: NeRCC beside BACC, LCC and replication.
+    """Compare NeRCC with BACC, LCC and replication on a model whose workers straggle.
 
-    Groups of K images become N coded images; the model runs on those; S of the N workers straggle;
-    all K predictions are rebuilt from the others and compared with the model's own.
+    Groups of K images become N coded images, and the model runs on those. S of the N workers
+    straggle. All K predictions are recovered from the others, and compared with the model's own.
     """
     with told_plainly():
         check_folder("--plot", plot)
-        check_folder("--output", output)
+        check_folder("--numbers", numbers)
         check_model(model, weights, inputs)
-        # JAX takes a second or two: not for --help, nor for a word that is misspelt.
+        # JAX takes a second or two to import: not for --help, nor for a misspelt option.
         import jax
         import numpy as np
         from rich.console import Console
@@ -62,9 +64,8 @@ def demo(
         from ..codes import AbstractCode, Berrut, Lagrange, NeRCC, Replication, load_code
         from ..evaluation import evaluate
         from ._demo_work import draw_kept, kept_labels, kept_table, shipped_queries
-        from ._progress import evaluating
-        from ._report import draw_batch, straggler_plot, straggler_table
-        from ._tables import print_whole, write_json
+        from ._output import evaluating, print_whole, write_json
+        from ._pictures import draw_batch, straggler_plot, straggler_table
         from ._workload import enough, find_workload, straggler_laws
 
         further: dict[str, AbstractCode] = {}
@@ -88,8 +89,8 @@ def demo(
         workload = find_workload(
             model, weights=weights, inputs=inputs, data_dir=data_dir, outputs=outputs
         )
-        x = workload.points("test", points, seed)
-        x = enough(x, workload.source, num_data, 1, f"--points {points}")
+        x = workload.points("test", max_inputs, seed)
+        x = enough(x, workload.source, num_data, 1, f"--max-inputs {max_inputs}")
         compile_quickly(workload.model, x, 20 * len(x))
 
         console = Console()
@@ -106,7 +107,7 @@ def demo(
         used = rows[0].num_data_points
         what = f"{model}, K={num_data}, N={num_workers}, {used} data points x {sets} straggler sets"
         console.print(f"\n{what}; means and 95 % intervals over the sets; * marks a row's best.")
-        # What replication recovers is exact: it has no error to compare, but lost predictions.
+        # Replication recovers exact predictions or none: it has no error to compare.
         approximate = [row for row in rows if row.code != "replication"]
         print_whole(
             console, straggler_table(approximate, "mse", f"MSE of decoded {outputs}", best="min")
@@ -116,7 +117,7 @@ def demo(
             title = "RelAcc in %: same label as the model's own; lost predictions count as wrong"
             print_whole(console, straggler_table(rows, "rel_acc", title, best="max"))
             panels["rel_acc"] = ("labels kept (RelAcc)", False)
-        work, queries = [], shipped_queries(workload, model, x, num_data, points, seed)
+        work, queries = [], shipped_queries(workload, model, x, num_data, max_inputs, seed)
         if queries is not None:
             with console.status("labels kept against work: compiling, then data points ..."):
                 work = kept_labels(queries, num_data, num_workers, seed)
@@ -131,4 +132,4 @@ def demo(
         about = {"model": model, "data": workload.source, "outputs": outputs, "seed": seed}
         about |= {"num_data": num_data, "num_workers": num_workers}
         about |= {"labels_kept": [row.record() for row in work]}
-        write_json(console, output, about, rows.records())
+        write_json(console, numbers, about, rows.records())

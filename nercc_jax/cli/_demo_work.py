@@ -1,4 +1,4 @@
-"""The end of `nercc demo`: labels kept against work done, with all that is beside the code."""
+"""The last part of `nercc demo`: labels kept against work, for a scheme and its rivals."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -17,14 +17,14 @@ from ..stragglers import IndependentStragglers
 from ..surrogates import fit_surrogate
 from ._workload import Answering, Workload
 
-RATE = 0.1  # of the workers, each by itself
-_AGAIN = 0.05  # of the data points: the most doubtful, which the model answers itself
-_SETS = 10
+RATE = 0.1  # share of the workers that straggle, independently of each other
+_AGAIN = 0.05  # share of the data points, the least certain, that the model answers itself
+_SETS = 10  # straggler sets
 
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """Labels that a system keeps, as a share, and the model's calls that it takes for a query."""
+    """The share of labels that a system keeps, and the model's calls that a query costs."""
 
     system: str
     look: str
@@ -33,15 +33,19 @@ class Kept:
     kept: Estimate
 
     def record(self) -> dict[str, Any]:
+        """Return the numbers of this row, for a JSON file."""
         low, high = self.kept.interval(share=True)
-        told = {"system": self.system, "workers": self.workers, "calls": self.calls}
-        return told | {"kept": self.kept.mean, "kept_low": low, "kept_high": high}
+        record = {"system": self.system, "workers": self.workers, "calls": self.calls}
+        return record | {"kept": self.kept.mean, "kept_low": low, "kept_high": high}
 
 
 @dataclasses.dataclass(frozen=True)
 class Queries:
-    """A model, its student and what that costs of it, and data points: to fit the surrogate to, and
-    to calibrate the doubt on and judge by, a half each."""
+    """A model, its student with its relative cost, and data points.
+
+    A surrogate is fitted to the `fit` ones. Of the `test` ones, an error probability is calibrated
+    on the first half, and all systems are compared on the second.
+    """
 
     model: Model
     student: Model
@@ -53,10 +57,10 @@ class Queries:
 def shipped_queries(
     workload: Workload, model: str, test: np.ndarray, num_data: int, count: int, seed: int
 ) -> Queries | None:
-    """Those of a shipped model with a student; None for any other, and for few data points.
+    """Return the queries of a shipped model with a student; None for others, and for few inputs.
 
-    `test` are its data points to calibrate on and to judge by; `count` others at most are
-    fitted to.
+    `test` are its data points to calibrate on and to compare on; a surrogate is fitted to `count`
+    others at most.
     """
     from nercc_models import list_students, load_student, student_card
 
@@ -75,7 +79,7 @@ def shipped_queries(
 
 
 def kept_labels(queries: Queries, num_data: int, num_workers: int, seed: int) -> list[Kept]:
-    """The published method and its rivals, and a scheme on few workers, under the same law."""
+    """Return the labels kept by the published method, its rivals, and a scheme on few workers."""
     judge = queries.test[len(queries.test) // 2 :]
     judge = judge[: len(judge) // num_data * num_data]
     run = batched(queries.model, 256)
@@ -97,7 +101,7 @@ def kept_labels(queries: Queries, num_data: int, num_workers: int, seed: int) ->
 
     published = NeRCC(num_data, many, lambda_dec=0.0)
     return [
-        # Known without being run: what straggles is lost, or exact.
+        # Known without being run: a straggling call is lost, or exact.
         Kept("one worker a query", "uncoded", num_data, 1.0, Estimate(1 - RATE, 0.0)),
         Kept("lost calls again, later", "hedging", num_data, 1 + RATE, Estimate(1.0, 0.0)),
         *(
@@ -131,11 +135,11 @@ def _with_scheme(
         queries.model, queries.student, code, arranged(queries.fit), laws, key=keys[0]
     )
     calibrate = arranged(queries.test[: len(queries.test) // 2])
-    doubt = calibrate_error_probability(
+    probability = calibrate_error_probability(
         queries.model, code, calibrate, laws, key=keys[1], surrogate=surrogate, num_sets=20
     )
     infer = coded_inference(
-        queries.model, Scheme(code, surrogate, doubt, order="surrogate"), with_status=True
+        queries.model, Scheme(code, surrogate, probability, order="surrogate"), with_status=True
     )
     workers, calls = code.num_workers, code.num_workers / code.num_data + queries.cost
 
@@ -155,21 +159,23 @@ def _with_scheme(
         return _labels(sure.decoded.predictions)
 
     yield Kept("scheme", "scheme", workers, calls, kept(labels, workers))
-    name, look = "scheme, doubtful 5 % again", "scheme, doubtful again"
+    name, look = "scheme, uncertain 5 % again", "scheme, doubtful again"
     yield Kept(name, look, workers, calls + _AGAIN, kept(again, workers))
 
 
 def _labels(predictions: Any) -> np.ndarray:
-    """The largest output's place; -1 of what is lost."""
+    """Return the label of each prediction; -1 where it is lost."""
     found = np.asarray(predictions)
     return np.where(np.isfinite(found).all(-1), found.argmax(-1), -1)
 
 
 def kept_table(rows: Sequence[Kept]) -> Table:
+    """Return a table of labels kept and calls."""
     title = (
-        f"Labels kept against work, where {100 * RATE:g} % of the workers straggle. What is called "
-        "again is exact, and\ncomes a call later. A scheme: repeated points, alike queries side by "
-        "side, the shipped student beside\nthe code, and a doubt that says what to run again"
+        f"Labels kept against work, where {100 * RATE:g} % of the workers straggle. A repeated "
+        "call is exact, and its\nanswer comes later. The scheme: repeated points, similar queries "
+        "in one group, the shipped student\nas a surrogate, and an error probability that decides "
+        "what to run again"
     )
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("system", no_wrap=True)
@@ -184,7 +190,7 @@ def kept_table(rows: Sequence[Kept]) -> Table:
 
 
 def draw_kept(rows: Sequence[Kept]) -> Callable[[Any], Any]:
-    """Draws labels kept against calls a query."""
+    """Return a function that draws labels kept against calls for a query."""
 
     def draw(part: Any) -> None:
         axis = part.subplots()

@@ -2,22 +2,30 @@
 
 import datetime
 from pathlib import Path
-from typing import Annotated
-
-import typer
+from typing import TYPE_CHECKING, Annotated, Any
 
 from ._errors import told_plainly
 from ._options import (
+    RESULTS,
     DataDir,
     Inputs,
     ModelName,
+    Seed,
     Weights,
     check_folder,
     check_model,
     check_positive,
+    option,
 )
 
-_LOW = 0.7  # agreement with the model below which a student is warned of
+if TYPE_CHECKING:
+    import numpy as np
+    from rich.console import Console
+
+    from ..serving import Servable
+
+_LOW = 0.7  # agreement with the model below which there is a warning
+_TRAINING = "Training"
 
 
 def distill_command(
@@ -27,27 +35,33 @@ def distill_command(
     data_dir: DataDir = None,
     share: Annotated[
         float,
-        typer.Option(help="The student's multiplications as a share of the model's, at most."),
+        option("The student's multiplications, at most, as a share of the model's.", _TRAINING),
     ] = 0.07,
-    queries: Annotated[
+    answers: Annotated[
         int | None,
-        typer.Option(help="Answers to learn from; twice the inputs (4,000 at least) if unset."),
+        option(
+            "Answers of the model to learn from (default: twice the inputs, at least 4,000).",
+            _TRAINING,
+        ),
     ] = None,
-    epochs: Annotated[int, typer.Option(help="How often the student goes over them.")] = 20,
+    epochs: Annotated[int, option("Passes over those answers.", _TRAINING)] = 20,
     mixed: Annotated[
-        float, typer.Option(help="Share of the queries that are weighted sums of inputs.")
+        float, option("Share of the answers that are to weighted sums of inputs.", _TRAINING)
     ] = 0.5,
-    learning_rate: Annotated[float, typer.Option(help="Of Adam, at its highest.")] = 3e-3,
-    seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
+    learning_rate: Annotated[float, option("Largest learning rate of Adam.", _TRAINING)] = 3e-3,
+    seed: Seed = 0,
     output: Annotated[
-        Path, typer.Option(help="Where to write the weights (.safetensors); the card lies beside.")
+        Path,
+        option(
+            "File for the weights, .safetensors; a card with its scores goes next to it.", RESULTS
+        ),
     ] = Path("nercc-student.safetensors"),
 ) -> None:
-    """Train a cheap student to answer as a model does, on the model's own scale.
+    """Train a cheap student to answer as a model does, in the model's own units.
 
-    Needs no labels. A fifth of the inputs, 1,000 at most, is kept to measure how often student and
-    model agree; of a shipped model it is the test images. `nercc_models.load_student_file` reads
-    the student back.
+    No labels are needed. A fifth of the inputs, 1,000 at most, is held out to measure how often
+    student and model agree; for a shipped model these are the test images.
+    `nercc_models.load_student_file` reads the student back.
     """
     with told_plainly():
         if output.suffix != ".safetensors":
@@ -55,19 +69,17 @@ def distill_command(
         check_folder("--output", output)
         if not 0 < share <= 1:
             raise ValueError(f"--share {share} lies outside (0, 1]")
-        check_positive("--epochs", epochs, "--queries", queries, "--learning-rate", learning_rate)
+        check_positive("--epochs", epochs, "--answers", answers, "--learning-rate", learning_rate)
         if not 0 <= mixed <= 1:
             raise ValueError(f"--mixed {mixed} lies outside [0, 1]")
         check_model(model, weights, inputs)
-        # JAX takes a second or two: not for --help, nor for a word that is misspelt.
+        # JAX takes a second or two to import: not for --help, nor for a misspelt option.
         from rich.console import Console
 
         from nercc_models.distill import told
 
-        from ._distill_job import distill_with_bar, find_base
-
-        served, x, test, about = find_base(model, weights, inputs, data_dir, seed)
-        queries = max(2 * len(x), 4000) if queries is None else queries
+        served, x, test, about = _find_base(model, weights, inputs, data_dir, seed)
+        queries = max(2 * len(x), 4000) if answers is None else answers
         about |= {
             "num_queries": queries,
             "epochs": epochs,
@@ -86,15 +98,71 @@ def distill_command(
             "batch_size": min(128, max(queries // 8, 1)),
             "seed": seed,
         }
-        card = distill_with_bar(console, served, x, test, share, output, about, options)
+        card = _distill(console, served, x, test, share, output, about, options)
         console.print(told(card), soft_wrap=True, highlight=False, markup=False)
         agreement = card["score"]["agreement"]
         if agreement < _LOW:
             console.print(
-                f"[yellow]warning:[/yellow] it agrees in {agreement:.0%} of cases only, and will "
-                "mislead whoever answers with it: give more --inputs and --queries, more --epochs, "
-                "or a larger --share",
+                f"[yellow]warning:[/yellow] it agrees with the model in {agreement:.0%} of cases "
+                "only, which is too few to answer queries with: give more --inputs and --answers, "
+                "more --epochs, or a larger --share",
                 soft_wrap=True,
                 highlight=False,
             )
         console.print(f"student: {output.resolve()}", soft_wrap=True, highlight=False)
+
+
+def _find_base(
+    model: str, weights: Path | None, inputs: Path | None, data_dir: Path | None, seed: int
+) -> "tuple[Servable, np.ndarray, np.ndarray, dict[str, Any]]":
+    """Return the model with its shapes, inputs to train on and to score on, and their source."""
+    from ..serving import make_servable
+    from ._workload import find_workload
+
+    found = find_workload(model, weights=weights, inputs=inputs, data_dir=data_dir)
+    x, test = found.points("train", 1 << 30, seed), found.points("test", 1000, seed)
+    if not len(test):
+        raise ValueError(f"{found.source} has {len(x)} inputs: needs five or more")
+    served = make_servable(model.rpartition("/")[2].replace(":", "."), found.model, x.shape[1:])
+    if served.uncodable or not served.outputs.alone:
+        raise ValueError(
+            f"{served.name} must return one float32 array, for a student to learn, not "
+            f"{'; '.join(map(str, served.outputs.parts))}"
+        )
+    return served, x, test, {"base": model, "data": found.source}
+
+
+def _distill(
+    console: "Console",
+    served: "Servable",
+    x: "np.ndarray",
+    test: "np.ndarray",
+    share: float,
+    output: Path,
+    about: dict[str, Any],
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """Train and write the student, and return its card."""
+    from flax import nnx
+
+    from nercc_models.distill import write_student
+    from nercc_models.distillation import distill
+    from nercc_models.students import multiplications, plan_within
+
+    from ._output import steps_bar
+
+    cost = multiplications(served.model, served.inputs.shape)
+    plan = plan_within(share * cost, served.inputs.shape, served.outputs.shape)
+    student = plan.build(nnx.Rngs(options["seed"]))
+    with steps_bar(console) as progress:
+        task = progress.add_task("the model's answers ...", total=None)
+
+        def on_step(step: int, total: int) -> None:
+            progress.update(task, completed=step, total=total)
+
+        def on_epoch(entry: dict[str, Any]) -> None:
+            described = f"agreement {entry['agreement']:.1%}, error {entry['relative_mse']:.3f}"
+            progress.update(task, description=described)
+
+        trained = distill(served.model, student, x, on_step=on_step, on_epoch=on_epoch, **options)
+    return write_student(output, served.model, plan, trained, test, about)[1]

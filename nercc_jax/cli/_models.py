@@ -1,5 +1,6 @@
-"""`nercc models`: what is shipped, and what it scores."""
+"""`nercc models`: the shipped models and their scores. `nercc new-model`: a template for yours."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,32 +11,33 @@ from rich.progress import track
 from rich.table import Table
 
 from ._errors import told_plainly
-from ._options import check_folder
-from ._tables import print_whole, write_json
+from ._options import Numbers, check_folder, option
+from ._output import print_whole, write_json
+
+_TEMPLATE = Path(__file__).parent / "templates" / "new_model.txt"
 
 
 def models(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Which models; all unless given.")
+        list[str] | None, typer.Argument(help="Names of models (default: all).")
     ] = None,
     evaluate: Annotated[
-        bool, typer.Option("--evaluate", help="Run each model on its test set; needs the data.")
+        bool,
+        option("Measure the accuracy now, on the test set; needs the data.", None, "--evaluate"),
     ] = False,
     data_dir: Annotated[
-        Path | None, typer.Option(help="Folder with the data sets; not needed for the digits.")
+        Path | None, option("Folder with the data sets; not needed for the digits.")
     ] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="Where to write the table's numbers, as JSON.")
-    ] = None,
+    numbers: Numbers = None,
 ) -> None:
     """List the shipped models with their scores, as their cards say or as measured now."""
     with told_plainly():
-        check_folder("--output", output)
-        _run(names, evaluate, data_dir, output)
+        check_folder("--numbers", numbers)
+        _run(names, evaluate, data_dir, numbers)
 
 
 def _run(
-    names: list[str] | None, evaluate: bool, data_dir: Path | None, output: Path | None
+    names: list[str] | None, evaluate: bool, data_dir: Path | None, numbers: Path | None
 ) -> None:
     from nercc_models.names import list_models, model_card
 
@@ -65,4 +67,22 @@ def _run(
             f"{100 * correct / total:.2f} % ({correct} of {total})",
         )
     print_whole(console, table)
-    write_json(console, output, {"measured": evaluate}, rows)
+    write_json(console, numbers, {"measured": evaluate}, rows)
+
+
+def new_model_command(
+    file: Annotated[Path, typer.Argument(help="The .py file to write.")] = Path("my_model.py"),
+) -> None:
+    """Write a file with a model that runs in every command, as a start for your own.
+
+    Its comments say what a model must provide, and how each command uses it.
+    """
+    with told_plainly():
+        check_folder("FILE", file)
+        if file.suffix != ".py" or not re.fullmatch(r"[A-Za-z_]\w*", file.stem):
+            raise ValueError(f"{file}: the name of a module is needed, as my_model.py")
+        if file.exists():
+            raise ValueError(f"{file} is there already, and is left as it is")
+        text = _TEMPLATE.read_text().format(module=file.stem, file=file.name)
+        file.write_text(text)
+        typer.echo(f"wrote {file}; try it from its folder: nercc demo --model {file.stem}:model")

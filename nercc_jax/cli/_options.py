@@ -1,5 +1,6 @@
-"""The options that say what a command runs on, and what of them can be checked at once."""
+"""Options that several commands share, and checks of them that need no JAX."""
 
+import dataclasses
 import math
 import os
 from pathlib import Path
@@ -13,41 +14,79 @@ from ._own_models import HUB, check_weights, hub_name, is_own
 Outputs: TypeAlias = Literal["logits", "probabilities"]  # of a classifier
 Returned: TypeAlias = Literal["logits", "probabilities", "values"]
 
+# Panels of `--help`.
+MODEL = "Model and inputs"
+CODE = "Code"
+WORKERS = "Workers"
+DECODING = "When to decode"
+ROWS = "Row by row"
+FAULTS = "Fault injection"
+RAY = "Ray"
+RESULTS = "Results"
+
+
+def option(help: str, panel: str | None = None, *names: str, **limits: Any) -> Any:
+    """Return an option with its help, in a panel of `--help`, with its limits.
+
+    Args:
+        help: What the option is, its unit, and its default where that is no value.
+        panel: Title of the panel.
+        *names: Names of the option (default: that of the parameter).
+        **limits: Further arguments of `typer.Option`.
+    """
+    return typer.Option(*names, help=help, rich_help_panel=panel, **limits)
+
+
 ModelName: TypeAlias = Annotated[
     str,
-    typer.Option(
-        help="A shipped model (`nercc models` lists them), module:name of yours (`nercc new-model` "
-        "writes one), or hf:owner/name."
+    option(
+        "A shipped model (`nercc models` lists them), module:name for your own (`nercc "
+        "new-model` writes one), or hf:owner/name from Hugging Face's hub.",
+        MODEL,
     ),
 ]
 Weights: TypeAlias = Annotated[
     Path | None,
-    typer.Option(
-        help="Given to module:name, which then makes the model: a file, a folder, or "
-        "hf:owner/name/file."
+    option(
+        "Weights for module:name, which is then called with their path and returns the model: "
+        "a file, a folder, or hf:owner/name/file.",
+        MODEL,
     ),
 ]
 Inputs: TypeAlias = Annotated[
     Path | None,
-    typer.Option(
-        help="Data points without labels, as the model takes them: .npy, .npz, .csv or .parquet, "
-        "one a row. Unless given: the shipped model's data set, or example_inputs() of the module."
+    option(
+        "Data points without labels, as the model takes them, one a row: .npy, .npz, .csv or "
+        ".parquet (default: the shipped model's data set, or example_inputs() of the module).",
+        MODEL,
     ),
 ]
 DataDir: TypeAlias = Annotated[
-    Path | None, typer.Option(help="Folder with the model's data set; not needed for the digits.")
+    Path | None,
+    option("Folder with the shipped model's data set; not needed for the digits.", MODEL),
 ]
-NumData: TypeAlias = Annotated[int, typer.Option(min=1, help="K: data points coded together.")]
+NumData: TypeAlias = Annotated[int, option("K: data points that are coded together.", CODE, min=1)]
 NumWorkers: TypeAlias = Annotated[
-    int, typer.Option(min=1, help="N: workers, each given a coded point.")
+    int, option("N: coded data points, each for one worker.", CODE, min=1)
 ]
 OutputsOption: TypeAlias = Annotated[
     Returned,
-    typer.Option(
-        help="What workers return: a classifier's logits, their softmax, or values, which have no "
-        "labels."
+    option(
+        "What workers return: a classifier's logits, their softmax, or values without labels.",
+        MODEL,
     ),
 ]
+MaxStragglers: TypeAlias = Annotated[
+    int | None,
+    option("Largest number of stragglers; all numbers from 0 on are used (default: N - K).", CODE),
+]
+Sets: TypeAlias = Annotated[
+    int, option("Random straggler sets for each number of stragglers.", min=1)
+]
+Numbers: TypeAlias = Annotated[
+    Path | None, option("JSON file for the table's numbers (default: none).", RESULTS)
+]
+Seed: TypeAlias = Annotated[int, option("Seed of all random numbers.")]
 
 # The forms of a law of latency, in seconds.
 LATENCIES = (
@@ -57,9 +96,34 @@ LATENCIES = (
 CALIBRATION = 1000  # training images that a run's forecast is calibrated on
 
 
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """The options of `nercc run` that say what is run, by their names."""
+
+    model: str
+    weights: Path | None
+    inputs: Path | None
+    data_dir: Path | None
+    split: str
+    outputs: Returned
+    max_inputs: int | None
+    code: Path | None
+    num_data: int | None
+    num_workers: int
+    wait_for: int | None
+    max_disagreement: float | None
+    tolerance: float | None
+    coverage: float
+    groups: int | None
+    batches: int | None
+    seed: int
+
+
 def check_shipped(model: str) -> None:
-    """Raises: ValueError, listing what exists, for a name that no shipped model has; at once, where
-    to import JAX and the models takes seconds."""
+    """Raise ValueError, listing what exists, for a name that no shipped model has.
+
+    At once, whereas importing JAX and the models takes seconds.
+    """
     from nercc_models.names import check_model_name
 
     with of_option("--model"):
@@ -67,9 +131,10 @@ def check_shipped(model: str) -> None:
 
 
 def check_model(model: str, weights: Path | None, inputs: Path | None) -> None:
-    """What can be seen of them before JAX is imported.
+    """Check the options of a model as far as possible before JAX is imported.
 
-    Raises: ValueError where there is no such model, or file.
+    Raises:
+        ValueError: If there is no such model or file.
     """
     if model.startswith(HUB):
         hub_name(model)
@@ -84,7 +149,7 @@ def check_model(model: str, weights: Path | None, inputs: Path | None) -> None:
 
 
 def check_folder(option: str, path: Path | None) -> None:
-    """Raises: ValueError where nothing can be written there: before the work, not after it."""
+    """Raise ValueError if nothing can be written to a path: before the work, not after it."""
     if path is None:
         return
     if not path.parent.is_dir():
@@ -95,13 +160,24 @@ def check_folder(option: str, path: Path | None) -> None:
 
 
 def check_file(option: str, path: Path) -> None:
-    """Raises: ValueError where there is no such file."""
+    """Raise ValueError if there is no such file."""
     if not path.is_file():
         raise ValueError(f"{option} {path}: there is no such file")
 
 
 def check_positive(*options: Any) -> None:
-    """Options and values in turn. Raises: ValueError for one that is given and not positive."""
+    """Raise ValueError if an option is given and not positive.
+
+    Args:
+        *options: Options and their values in turn.
+    """
     for option, value in zip(options[::2], options[1::2], strict=True):
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise ValueError(f"{option} must be positive, not {value}")
+
+
+def refuse(other: str, **options: Any) -> None:
+    """Raise ValueError if an option is given that does not go with another one."""
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"--{name.replace('_', '-')} does not go with {other}")

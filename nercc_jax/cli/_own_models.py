@@ -1,7 +1,7 @@
-"""Which model an option means: a shipped one, `module:name` of yours, or one of the hub.
+"""The model that an option names: a shipped one, `module:name` of your own, or one of the hub.
 
-The one contract of all commands; docs/own-models.md tells it, and `nercc new-model` writes a file
-that keeps to it.
+All commands keep this one contract. docs/own-models.md describes it, and `nercc new-model` writes a
+file that follows it.
 """
 
 import importlib
@@ -10,33 +10,38 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-HUB = "hf:"  # begins what lies on Hugging Face's hub
-EXAMPLES = "example_inputs"  # of a module with a model: what commands take without --inputs
+HUB = "hf:"  # prefix of names on Hugging Face's hub
+EXAMPLES = "example_inputs"  # function of a module with a model, for commands without --inputs
 
 
 def is_own(model: str) -> bool:
-    """Whether it is `module:name`."""
+    """Return whether a model is named `module:name`."""
     return ":" in model and not model.startswith(HUB)
 
 
 def is_shipped(model: str) -> bool:
-    """Whether it is one of ours, by its name."""
+    """Return whether a model is a shipped one, by its name."""
     return ":" not in model
 
 
 def look_here() -> None:
-    """Has modules looked for in the working directory, too."""
+    """Have modules looked for in the working directory, too."""
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
 
 
 def load_callable(spec: str, weights: Path | None, option: str = "--model") -> Callable[..., Any]:
-    """What `module:name` says: a model, or with weights a function of their path that makes one.
+    """Return the model that `module:name` names, or that it makes from weights.
 
-    Modules are looked for in the working directory too. Weights may lie on the hub,
-    `hf:owner/name/file`.
+    Modules are looked for in the working directory, too.
 
-    Raises: ValueError where there is none, or it cannot be called.
+    Args:
+        spec: `module:name`.
+        weights: Path that the named function takes, or `hf:owner/name/file` on the hub.
+        option: Its name in errors.
+
+    Raises:
+        ValueError: If there is no such model, or it cannot be called.
     """
     module_name, _, attribute = spec.partition(":")
     if not module_name or not attribute:
@@ -60,7 +65,7 @@ def load_callable(spec: str, weights: Path | None, option: str = "--model") -> C
 
 
 def example_inputs(spec: str) -> Any:
-    """What the module of a model says that it may be run on; None where it says nothing."""
+    """Return the example inputs of a model's module; None if it has none."""
     found = getattr(_module(spec), EXAMPLES, None)
     try:
         return found() if callable(found) else found
@@ -69,34 +74,62 @@ def example_inputs(spec: str) -> Any:
 
 
 def check_weights(spec: str, weights: Path) -> None:
-    """Raises: ValueError where there are none."""
+    """Raise ValueError if there are no such weights."""
     if not str(weights).startswith(HUB) and not weights.exists():
         raise ValueError(f"--weights {weights}: there are no weights at {weights}")
 
 
 def load_hub(spec: str) -> Any:
-    """The model `hf:owner/name`. Raises: ValueError and ImportError, as `load_hub_model`."""
+    """Return the model `hf:owner/name`; raise as `load_hub_model` does."""
     from nercc_models import load_hub_model
 
     return load_hub_model(hub_name(spec))
 
 
 def hub_name(spec: str) -> str:
-    """Raises: ValueError unless it is `hf:owner/name`."""
+    """Return owner/name; raise ValueError unless the model is named `hf:owner/name`."""
     name = spec.removeprefix(HUB)
     if name.count("/") != 1 or not all(name.split("/")):
         raise ValueError(f"--model: one of Hugging Face's hub is named hf:owner/name, not {spec!r}")
     return name
 
 
+def find_surrogate(asked: str, model: str, outputs: str) -> Callable[..., Any]:
+    """Return a cheap model that stands in for another one.
+
+    Args:
+        asked: `student`, the shipped one; a file that `nercc distill` wrote; or module:function.
+        model: The other model.
+        outputs: What that returns.
+
+    Raises:
+        ValueError: If there is no such surrogate.
+    """
+    if ":" in asked:
+        return load_callable(asked, None, "--surrogate")
+    if asked != "student" and not asked.endswith(".safetensors"):
+        raise ValueError(
+            f"--surrogate: {asked!r} is no surrogate: there are student, .safetensors files of "
+            "`nercc distill` and module:function"
+        )
+    if outputs != "logits":
+        raise ValueError(f"--surrogate {asked}: students give logits, and the model {outputs}")
+    from nercc_models import load_student, load_student_file
+
+    try:
+        return load_student(model) if asked == "student" else load_student_file(asked)
+    except FileNotFoundError as error:
+        raise ValueError(f"--surrogate {asked}: {error}") from error
+
+
 def _module(spec: str, option: str = "--model") -> Any:
-    """Of `module:name`. Raises: ValueError where it cannot be imported, whatever it raises."""
+    """Return the module of `module:name`; raise ValueError if it cannot be imported."""
     look_here()
     try:
         return importlib.import_module(spec.partition(":")[0])
     except Exception as error:
-        told = str(error) if isinstance(error, ImportError) else _first_line(error)
-        raise ValueError(f"{option} {spec}: {told}") from error
+        why = str(error) if isinstance(error, ImportError) else _first_line(error)
+        raise ValueError(f"{option} {spec}: {why}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -1,26 +1,31 @@
-"""`nercc plan`: which code for a model and its workers, or none, measured on unlabelled data."""
+"""`nercc plan`: the code for a model and its workers, or none, measured on unlabelled data."""
 
 import datetime
 import math
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from ._compiled import compile_quickly
 from ._errors import of_option, told_plainly
 from ._options import (
     LATENCIES,
+    MODEL,
+    RESULTS,
     DataDir,
     Inputs,
     ModelName,
     OutputsOption,
+    Seed,
     Weights,
     check_model,
     check_positive,
+    option,
 )
+from ._process import compile_quickly
 
-# Times the data points that the model runs on, about: on the coded ones of all codes, too.
+_LOAD = "Load and requirements"
+_SYSTEMS = "Systems to compare"
+
+# The model runs on about so many times the data points: on the coded ones of all codes, too.
 _RUNS = 50
 
 
@@ -31,82 +36,97 @@ def plan_command(
     data_dir: DataDir = None,
     latency: Annotated[
         str,
-        typer.Option(
-            help=f"Seconds that a call takes: {LATENCIES} (one number a line). Of stragglers, this "
-            "SHARE of calls takes FACTOR times as long, and all vary by 5 %."
+        option(
+            f"Law of the seconds that a call takes: {LATENCIES} (one number a line). "
+            "stragglers: the SHARE of calls takes FACTOR times as long, and all vary by 5 %.",
+            _LOAD,
         ),
     ] = "lognormal:0.05:0.6",
     budget: Annotated[
         float,
-        typer.Option(help="Calls beyond one a query, at most, as a share: copies or coded ones."),
+        option(
+            "Calls beyond one for each query, at most, as a share of the queries: copies or "
+            "coded ones.",
+            _LOAD,
+        ),
     ] = 1.5,
-    workers: Annotated[
-        int, typer.Option(help="Workers for the queries that come together, at most.")
+    max_workers: Annotated[
+        int, option("Workers for queries that arrive together, at most.", _LOAD)
     ] = 20,
     max_disagreement: Annotated[
-        float, typer.Option(help="Labels that may differ from the model's own, as a share.")
+        float, option("Share of labels that may differ from the model's own.", _LOAD)
     ] = 0.005,
     queries: Annotated[
-        int, typer.Option(help="Queries that come together; the last one's time counts.")
+        int, option("Queries that arrive together; the time of the last answer counts.", _LOAD)
     ] = 8,
     buffer: Annotated[
         int | None,
-        typer.Option(help="Waiting queries that are ordered at a time; --queries unless given."),
-    ] = None,
-    overhead: Annotated[
-        float,
-        typer.Option(
-            help="Seconds for encoding, sending and decoding, added to every system's time."
+        option(
+            "Waiting queries that are ordered by similarity at a time (default: --queries).",
+            _SYSTEMS,
         ),
+    ] = None,
+    overhead_s: Annotated[
+        float,
+        option("Seconds for encoding, sending and decoding, added to every system's time.", _LOAD),
     ] = 0.02,
     layouts: Annotated[
-        str, typer.Option(help="NeRCC's layouts, separated by commas, as in `nercc tune`.")
+        str,
+        option(
+            "NeRCC's layouts of regression points, separated by commas, as in `nercc tune`.",
+            _SYSTEMS,
+        ),
     ] = "chebyshev,interleaved,repeated",
     surrogate: Annotated[
         str | None,
-        typer.Option(
-            help="What codes may be ordered by, and stragglers' queries answered by: `student`, a "
-            "file that `nercc distill` wrote, or module:function."
+        option(
+            "Cheap model that queries may be ordered by, and stragglers' queries answered by: "
+            "`student`, a file that `nercc distill` wrote, or module:function (default: none).",
+            _SYSTEMS,
         ),
     ] = None,
     outputs: OutputsOption = "logits",
-    images: Annotated[int, typer.Option(min=1, help="Data points to measure on, at most.")] = 2000,
+    max_inputs: Annotated[int, option("Data points to measure on, at most.", MODEL, min=1)] = 2000,
     split: Annotated[
-        str, typer.Option(help="Their split; on what a model was trained on, it promises too much.")
+        str,
+        option(
+            "Split of the data set. On data that the model was trained on, the plan promises "
+            "too much.",
+            MODEL,
+        ),
     ] = "train",
-    seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
+    seed: Seed = 0,
     output: Annotated[
-        Path,
-        typer.Option("--output", "--output-dir", help="Folder to write plan.json and plan.png to."),
+        Path, option("Folder for plan.json and plan.png.", RESULTS, "--output", "--output-dir")
     ] = Path("nercc-plan"),
 ) -> None:
-    """Plan how to serve a model: coded, replicated, hedged, or plainly.
+    """Plan how to serve a model: coded, replicated, hedged, or as it is.
 
-    Measures all of them within a budget of workers, on data points without labels, and recommends
-    the one whose last prediction is there soonest (p99) with few enough labels different from the
-    model's own.
+    All of them are measured within a budget of workers, on data points without labels. The plan
+    recommends the one whose last prediction is there soonest (p99), with few enough labels that
+    differ from the model's own.
     """
     with told_plainly():
         check_model(model, weights, inputs)
-        check_positive("--workers", workers, "--queries", queries, "--buffer", buffer)
+        check_positive("--max-workers", max_workers, "--queries", queries, "--buffer", buffer)
         if not 0 <= max_disagreement <= 1:
             raise ValueError(f"--max-disagreement is a share from 0 to 1, not {max_disagreement}")
-        for option, value in (("--budget", budget), ("--overhead", overhead)):
+        for option, value in (("--budget", budget), ("--overhead-s", overhead_s)):
             if not 0 <= value < math.inf:
                 raise ValueError(f"{option} must be 0 or positive, not {value}")
         if outputs == "values":
             raise ValueError(
                 "a plan keeps labels, and --outputs values have none: see `nercc run --tolerance`"
             )
-        # JAX takes a second or two: not for --help, nor for a word that is misspelt.
+        # JAX takes a second or two to import: not for --help, nor for a misspelt option.
         import jax
         from rich.console import Console
 
         from ..codes import regression_points
         from ..planning import plan
+        from ._output import print_whole
+        from ._own_models import find_surrogate
         from ._plan_report import latency_law, plan_plot, plan_table, plan_words
-        from ._surrogates import find_surrogate
-        from ._tables import print_whole
         from ._workload import find_workload
 
         with of_option(f"--layouts {layouts}"):
@@ -120,7 +140,7 @@ def plan_command(
         workload = find_workload(
             model, weights=weights, inputs=inputs, data_dir=data_dir, outputs=outputs
         )
-        x = workload.points(split, images, seed)
+        x = workload.points(split, max_inputs, seed)
         compile_quickly(workload.model, x, _RUNS * len(x))
         console = Console()
         with console.status("planning ...") as status:
@@ -130,13 +150,13 @@ def plan_command(
                 law,
                 key=jax.random.key(seed),
                 num_queries=queries,
-                max_workers=workers,
+                max_workers=max_workers,
                 max_extra_work=budget,
                 max_disagreement=max_disagreement,
                 layouts=tuple(layouts.split(",")),
                 surrogate=cheap,
                 buffer_size=buffer,
-                overhead=overhead,
+                overhead=overhead_s,
                 on_stage=lambda stage: status.update(f"{stage} ..."),
             )
         file, picture = output / "plan.json", output / "plan.png"
@@ -151,7 +171,8 @@ def plan_command(
         }
         found.save(file, about)
         print_whole(console, plan_table(found))
-        told = plan_words(found, about["data"])
-        console.print(told, soft_wrap=True, highlight=False, markup=False)
+        console.print(
+            plan_words(found, about["data"]), soft_wrap=True, highlight=False, markup=False
+        )
         plan_plot(found, f"{model}, {latency}, {queries} queries", picture)
         console.print(f"plan: {file.resolve()}\npicture: {picture.resolve()}", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""What `nercc plan` reads and shows: laws of latency, a table, words, and a picture."""
+"""Laws of latency that `nercc plan` reads, and the table, text and picture that it shows."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ from ._options import LATENCIES
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-# By the number of numbers that a law takes, least and most.
+# Laws, with the least and the largest number of their parameters.
 _LAWS = {
     "lognormal": (LogNormalLatency, 2, 2),
     "exponential": (ExponentialLatency, 1, 2),
@@ -32,15 +32,16 @@ _LAWS = {
 }
 
 
-def latency_law(told: str) -> AbstractLatency:
-    """The law that an option names.
+def latency_law(text: str) -> AbstractLatency:
+    """Return the law that an option names.
 
-    Raises: ValueError for another name, or numbers that do not fit; OSError for a trace that cannot
-    be read.
+    Raises:
+        ValueError: If there is no such law, or its numbers do not fit.
+        OSError: If a trace cannot be read.
     """
-    name, _, rest = told.partition(":")
+    name, _, rest = text.partition(":")
     if name == "trace" and rest:
-        with of_option(f"--latency {told}"):
+        with of_option(f"--latency {text}"):
             return TraceLatency.from_file(rest)
     try:
         numbers = [float(number) for number in rest.split(":")]
@@ -50,8 +51,8 @@ def latency_law(told: str) -> AbstractLatency:
         return _stragglers(*numbers)
     law, least, most = _LAWS.get(name, (None, 0, 0))
     if law is None or not least <= len(numbers) <= most:
-        raise ValueError(f"--latency must be {LATENCIES}, not {told!r}")
-    with of_option(f"--latency {told}"):
+        raise ValueError(f"--latency must be {LATENCIES}, not {text!r}")
+    with of_option(f"--latency {text}"):
         return law(*numbers)
 
 
@@ -61,23 +62,23 @@ def _stragglers(seconds: float, share: float, factor: float) -> TraceLatency:
             f"--latency stragglers:{seconds}:{share}:{factor}: seconds and factor must be "
             "positive, and the share between 0 and 1"
         )
-    # No two calls take the same time, and a rule must not live on their doing so.
+    # No two calls take the same time, and no rule may rely on equal times.
     usual = seconds * np.linspace(0.95, 1.05, 100)
     late = np.arange(100)[:, None] < round(100 * share)
     return TraceLatency(jnp.asarray(np.where(late, factor * usual, usual).ravel()))
 
 
 def plan_table(found: Plan) -> Table:
-    """The fastest of each system at each size (`shown_rows`); dim where over the budget."""
+    """Return a table of the fastest of each system at each size: see `shown_rows`."""
     table = Table(
-        title="The fastest within the budget of each system at each size, or the nearest to it",
+        title="Each system at each size: the fastest within the budget, or the nearest to it",
         box=box.SIMPLE_HEAD,
         title_justify="left",
         padding=(0, 1, 0, 0),
         caption="* recommended; dim: over the budget, too many labels differ, or only screened\n"
-        "wait: for so many answers, and so long; again: calls sent a second time;\n"
-        "extra: all calls beyond one a query; differ: labels, and at most so many;\n"
-        "p50, p99: until the last of the queries is answered",
+        "wait: answers to wait for, and at least how long; again: calls sent a second time;\n"
+        "extra: calls beyond one a query; differ: labels that differ, and an upper bound;\n"
+        "p50, p99: time until the last of the queries is answered",
         caption_justify="left",
     )
     table.add_column("system", no_wrap=True)
@@ -92,10 +93,10 @@ def plan_table(found: Plan) -> Table:
 
 
 def shown_rows(found: Plan) -> list[Candidate]:
-    """One candidate for each system and size, with re-execution and without.
+    """Return one candidate for each system and size, with re-execution and without.
 
-    The fastest within the budget; where none is, the one with the fewest labels different, rather
-    one that was measured on held-out data than one that was only screened. The recommended is
+    It is the fastest within the budget. Where none is, it is the one with the fewest labels that
+    differ, preferably measured on held-out data and not only screened. The recommended one is
     always there.
     """
     best: dict[tuple, Candidate] = {}
@@ -131,7 +132,7 @@ def _ms(seconds: float) -> str:
 
 
 def plan_words(found: Plan, data: str) -> str:
-    """What is recommended, why, how to do it, and what the promise rests on: a line each."""
+    """Return the recommendation, its reason, how to carry it out, and its basis: a line each."""
     row, about = found.recommended, found.about
     lines = [f"recommended: {found.reason}"]
     if row.num_workers > row.num_data or row.limit is not None:
@@ -139,7 +140,7 @@ def plan_words(found: Plan, data: str) -> str:
         lines.append(
             f"decode when {row.wait_for} of {row.num_workers} workers have answered, but not "
             f"before {1e3 * row.patience:.3g} ms unless all have"
-            + again.get(row.limit, f"; send again what has more doubt than {row.limit}")
+            + again.get(row.limit, f"; send again what has an error probability above {row.limit}")
         )
     if row.hedge_after is not None:
         lines.append(
@@ -153,9 +154,9 @@ def plan_words(found: Plan, data: str) -> str:
 
 
 def plan_plot(found: Plan, title: str, path: Path) -> None:
-    """Disagreement against extra work, a curve a system, of what is as fast as the recommended.
+    """Draw disagreement against extra work, of all candidates as fast as the recommended one.
 
-    Candidates that were only screened are among them.
+    There is a curve for each system. Candidates that were only screened are among them.
     """
     figure, axis = plt.subplots(figsize=(7.5, 4.6))
     limit = (1 + ALIKE) * found.recommended.p99
@@ -192,7 +193,7 @@ def plan_plot(found: Plan, title: str, path: Path) -> None:
 
 
 def _envelope(rows: Sequence[Candidate]) -> tuple[list[float], list[float]]:
-    """The least disagreement at each extra work or less."""
+    """Return the least disagreement at each amount of extra work or less."""
     work, share = [], []
     for row in sorted(rows, key=lambda row: (row.extra_work, row.disagreement.mean)):
         if not share or 100 * row.disagreement.mean < share[-1]:

@@ -1,4 +1,4 @@
-"""Which Ray a command's workers run on, and what is sent along to them."""
+"""The Ray that a command's workers run on, and what is sent to its nodes."""
 
 import dataclasses
 import importlib.metadata
@@ -12,17 +12,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# Set where `ray job submit` runs us, which has sent a folder of its own.
+# Set by `ray job submit`, which has sent a folder of its own.
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-# Never sent along with the folder of a model, whatever .gitignore says.
+# Never sent with the folder of a model, whatever .gitignore says.
 _EXCLUDED = [".git", ".venv", "venv", "__pycache__"]
 
 
 @dataclasses.dataclass(frozen=True)
 class RayJob:
-    """Ray's head, and what goes to its nodes: folders, modules, or all of a runtime environment.
+    """Ray's head, and what goes to its nodes: folders, modules, or a whole runtime environment.
 
-    Raises: ValueError for what is not there.
+    Raises:
+        ValueError: If a file or folder does not exist.
     """
 
     address: str | None = None
@@ -39,8 +40,8 @@ class RayJob:
             if path is not None and "://" not in str(path) and not path.exists():
                 raise ValueError(f"{option} {path}: there is no such file or folder")
 
-    def told(self) -> dict[str, Any]:
-        """Ray's runtime environment, as far as somebody has said what is in it."""
+    def environment(self) -> dict[str, Any]:
+        """Return Ray's runtime environment, as far as options set it."""
         found = {} if self.runtime_env is None else _read(self.runtime_env)
         if self.working_dir is not None:
             found["working_dir"] = str(self.working_dir)
@@ -49,26 +50,28 @@ class RayJob:
         return found
 
     def connect(self, models: Sequence[str]) -> None:
-        """Makes this process part of that Ray.
+        """Make this process part of that Ray.
 
-        Unless something else is said, the folders of those models (`module:function`) go along
-        that are not installed, as far as other machines could want them.
+        Unless options say otherwise, the folders of models (`module:function`) that are not
+        installed are sent along, if the Ray is joined.
 
-        Raises: ConnectionError where there is none, ValueError where it takes no such environment.
+        Raises:
+            ConnectionError: If there is no Ray.
+            ValueError: If it does not take such an environment.
         """
         from ..pools import join_ray
         from ._own_models import look_here
 
         look_here()
-        told = self.told()
-        sent = {"working_dir", "py_modules"} & told.keys() or _SUBMITTED in os.environ
-        join_ray(self.address, told, told if sent else own_folders(models) | told)
+        asked = self.environment()
+        sent = {"working_dir", "py_modules"} & asked.keys() or _SUBMITTED in os.environ
+        join_ray(self.address, asked, asked if sent else own_folders(models) | asked)
 
 
 def leave_accelerators() -> None:
-    """Keeps this process's own JAX on the CPU, where nobody says otherwise.
+    """Keep this process's own JAX on the CPU, unless JAX_PLATFORMS says otherwise.
 
-    Its workers are processes of their own: it would take most of an accelerator's memory from one.
+    Workers are processes of their own, and this one would take most of an accelerator's memory.
     """
     import jax
 
@@ -77,7 +80,7 @@ def leave_accelerators() -> None:
 
 
 def end_at_once(code: int) -> None:
-    """Ends this process where Ray's head is gone: its own end would wait for that for a minute."""
+    """End this process if Ray's head is gone: a normal end would wait a minute for the head."""
     from ..pools import ray_is_lost
 
     if ray_is_lost():
@@ -88,7 +91,7 @@ def end_at_once(code: int) -> None:
 
 
 def own_folders(models: Sequence[str]) -> dict[str, Any]:
-    """What a runtime environment sends of the modules of models that are not installed."""
+    """Return the entries of a runtime environment for models that are not installed."""
     found: dict[Path, Path] = {}  # a module by its folder
     for each in models:
         name = each.partition(":")[0].partition(".")[0]
@@ -104,7 +107,7 @@ def own_folders(models: Sequence[str]) -> dict[str, Any]:
 
 
 def _own_module(name: str) -> Path | None:
-    """The file or folder of a module that is not installed."""
+    """Return the file or folder of a module that is not installed; None if it is."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None or name in importlib.metadata.packages_distributions():
         return None
@@ -114,7 +117,7 @@ def _own_module(name: str) -> Path | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A runtime environment's file. Raises: ValueError where it cannot be read."""
+    """Read a runtime environment's file; raise ValueError if that fails."""
     text = path.read_text()
     try:
         if path.suffix == ".toml":
@@ -133,13 +136,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def actor_options(cpus: float | None, gpus: float | None, resources: str | None) -> dict[str, Any]:
-    """Ray's options of an actor. Raises: ValueError for resources that are no table."""
-    told: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus}
+    """Return Ray's options of an actor; raise ValueError if the resources are no table."""
+    options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus}
     if resources is not None:
         try:
-            told["resources"] = tomllib.loads(f"table = {resources}")["table"]
+            options["resources"] = tomllib.loads(f"table = {resources}")["table"]
         except tomllib.TOMLDecodeError as error:
             raise ValueError(
                 f"--worker-resources: a table is needed, '{{TPU = 4}}', not {resources!r}"
             ) from error
-    return {name: value for name, value in told.items() if value is not None}
+    return {name: value for name, value in options.items() if value is not None}

@@ -1,23 +1,35 @@
-"""`nercc run`: coded batch inference over a data set on a pool of workers."""
+"""`nercc run`: coded batch inference over a data set, or a function row by row, on a pool."""
 
 import importlib.util
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from ._errors import told_plainly
 from ._options import (
     CALIBRATION,
+    CODE,
+    DECODING,
+    FAULTS,
+    MODEL,
+    RAY,
+    RESULTS,
+    ROWS,
+    WORKERS,
     DataDir,
     Inputs,
     ModelName,
     NumWorkers,
     OutputsOption,
+    RunOptions,
+    Seed,
     Weights,
     check_folder,
     check_model,
     check_positive,
+    option,
+    refuse,
 )
 from ._own_models import is_shipped
 from ._ray_job import RayJob, actor_options, end_at_once, leave_accelerators
@@ -27,152 +39,163 @@ def run_command(
     model: ModelName = "lenet5-digits",
     weights: Weights = None,
     inputs: Inputs = None,
-    tolerance: Annotated[
-        float | None,
-        typer.Option(
-            help="Of any function, a simulator's, say: how far a row may be off, in units of the "
-            "outputs (root mean square over them). Whose error bar is larger is computed; 0: all.",
-            rich_help_panel="Row by row",
+    data_dir: DataDir = None,
+    split: Annotated[str, option("Split of the data set.", MODEL)] = "test",
+    max_inputs: Annotated[
+        int | None, option("Data points to use, at most (default: the whole split).", MODEL)
+    ] = None,
+    batches: Annotated[
+        int | None,
+        option(
+            "Batches to run, going over the data again and again (default: once over it).", MODEL
         ),
     ] = None,
-    coverage: Annotated[
-        float,
-        typer.Option(
-            help="The share of errors that error bars cover.", rich_help_panel="Row by row"
-        ),
-    ] = 0.9,
-    data_dir: DataDir = None,
-    split: Annotated[str, typer.Option(help="The data set's split to go over.")] = "test",
+    outputs: OutputsOption = "logits",
     num_data: Annotated[
         int | None,
-        typer.Option(help="K: data points coded together: 8; row by row nine tenths of N."),
+        option(
+            "K: data points that are coded together (default: 8; row by row nine tenths of N).",
+            CODE,
+        ),
     ] = None,
     num_workers: NumWorkers = 20,
     code: Annotated[
         Path | None,
-        typer.Option(help="A code that `nercc tune` wrote; K and N are its own. NeRCC unless set."),
-    ] = None,
-    pool: Annotated[
-        Literal["devices", "ray"],
-        typer.Option(help="Workers: threads on this process's devices, or Ray actors."),
-    ] = "devices",
-    workers: Annotated[
-        int | None, typer.Option(help="Workers in the pool, spare ones or fewer; N unless given.")
-    ] = None,
-    address: Annotated[
-        str | None,
-        typer.Option(
-            help="Of Ray's head: HOST:6379, ray://HOST:10001, auto or local; unless given "
-            "RAY_ADDRESS, what runs on this machine, or a new one.",
-            rich_help_panel="Ray",
+        option(
+            "File of a code that `nercc tune` wrote, with its own K and N (default: NeRCC).", CODE
         ),
     ] = None,
-    working_dir: Annotated[
-        Path | None,
-        typer.Option(
-            help="Sent to the nodes; unless given the folder of a module:function that is not "
-            "installed.",
-            rich_help_panel="Ray",
+    groups: Annotated[
+        int | None,
+        option(
+            "Groups of K data points in a batch (default: 1); row by row, rows in one call "
+            "(default: as many as take a quarter of a second).",
+            CODE,
         ),
     ] = None,
-    py_modules: Annotated[
-        list[Path] | None, typer.Option(help="Sent to the nodes.", rich_help_panel="Ray")
-    ] = None,
-    runtime_env: Annotated[
-        Path | None,
-        typer.Option(
-            help="A file with Ray's runtime environment: .yaml, .json, .toml.",
-            rich_help_panel="Ray",
-        ),
-    ] = None,
-    worker_cpus: Annotated[
+    tolerance: Annotated[
         float | None,
-        typer.Option(help="That a worker takes; half of one or less.", rich_help_panel="Ray"),
-    ] = None,
-    worker_gpus: Annotated[
-        float | None,
-        typer.Option(
-            help="That a worker takes; one, or an equal part, where there are GPUs.",
-            rich_help_panel="Ray",
+        option(
+            "Run any function, such as a simulator, row by row: the largest error bar of a "
+            "row that is not computed, in units of the outputs (root mean square over a row's "
+            "outputs). 0 computes all rows.",
+            ROWS,
         ),
     ] = None,
-    worker_resources: Annotated[
-        str | None, typer.Option(help="Further ones: '{TPU = 4}'.", rich_help_panel="Ray")
-    ] = None,
-    worker_dtype: Annotated[
-        Literal["bfloat16", "float16", "float32"] | None,
-        typer.Option(help="What workers run in; what they are sent, and weights, are cast to it."),
-    ] = None,
+    coverage: Annotated[float, option("Share of errors that error bars cover.", ROWS)] = 0.9,
     wait_for: Annotated[
         int | None,
-        typer.Option(help="Decode at so many answers; 85 % of N unless given, but at least K."),
+        option(
+            "Number of answers at which to decode (default: 85 % of N, but at least K).", DECODING
+        ),
     ] = None,
     max_disagreement: Annotated[
         float | None,
-        typer.Option(
-            help="Instead: decode once no larger share of labels is expected to differ from the "
-            f"model's own, by {CALIBRATION:,} training images; of a model of your own row by row, "
-            "by what is computed."
+        option(
+            "Instead of a number: decode once at most this share of labels is expected to "
+            f"differ from the model's own, by {CALIBRATION:,} training images; for your own model, "
+            "row by row, by the rows that are computed.",
+            DECODING,
         ),
     ] = None,
-    deadline: Annotated[
-        float, typer.Option(help="Seconds after which a batch is decoded from what is in.")
+    deadline_s: Annotated[
+        float,
+        option("Seconds after which a batch is decoded from the answers that are in.", DECODING),
     ] = 30.0,
-    groups: Annotated[
+    pool: Annotated[
+        Literal["devices", "ray"],
+        option("Workers: threads on this process's devices, or Ray actors.", WORKERS),
+    ] = "devices",
+    workers: Annotated[
         int | None,
-        typer.Option(
-            help="Groups of K data points in a batch: 1; row by row as many as take a quarter "
-            "of a second."
+        option(
+            "Workers in the pool: more than N are spare ones, fewer run several coded data "
+            "points each (default: N).",
+            WORKERS,
         ),
     ] = None,
-    points: Annotated[
-        int | None, typer.Option(help="Data points to use, at most; the whole split unless given.")
+    worker_dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"] | None,
+        option(
+            "Floating-point type that inputs and weights are cast to at workers (default: no "
+            "cast).",
+            WORKERS,
+        ),
     ] = None,
-    batches: Annotated[
-        int | None,
-        typer.Option(help="Batches to run, over the data again and again; once unless given."),
+    address: Annotated[
+        str | None,
+        option(
+            "Ray's head: HOST:6379, ray://HOST:10001, auto or local (default: RAY_ADDRESS, or "
+            "the Ray on this machine, or a new one).",
+            RAY,
+        ),
     ] = None,
-    outputs: OutputsOption = "logits",
-    straggler_rate: Annotated[
-        float, typer.Option(help="On trial: the share of calls that are delayed on purpose ...")
-    ] = 0.0,
-    straggler_delay: Annotated[float, typer.Option(help="... and by how many seconds.")] = 1.0,
-    death_rate: Annotated[
-        float, typer.Option(help="On trial: the share of calls in which the worker dies.")
-    ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the faults and of the calibration.")] = 0,
+    worker_cpus: Annotated[
+        float | None, option("CPUs per Ray actor (default: at most 0.5).", RAY)
+    ] = None,
+    worker_gpus: Annotated[
+        float | None,
+        option("GPUs per Ray actor (default: one, or an equal part, where there are GPUs).", RAY),
+    ] = None,
+    worker_resources: Annotated[
+        str | None, option("Further resources per Ray actor: '{TPU = 4}' (default: none).", RAY)
+    ] = None,
+    working_dir: Annotated[
+        Path | None,
+        option(
+            "Folder to send to the nodes (default: that of a module:name which is not installed).",
+            RAY,
+        ),
+    ] = None,
+    py_modules: Annotated[
+        list[Path] | None, option("Python module to send to the nodes; may be repeated.", RAY)
+    ] = None,
+    runtime_env: Annotated[
+        Path | None, option("File with Ray's runtime environment: .yaml, .json or .toml.", RAY)
+    ] = None,
+    straggler_rate: Annotated[float, option("Share of calls that are delayed.", FAULTS)] = 0.0,
+    straggler_delay_s: Annotated[
+        float, option("Seconds that such a call is delayed by.", FAULTS)
+    ] = 1.0,
+    death_rate: Annotated[float, option("Share of calls in which the worker dies.", FAULTS)] = 0.0,
+    seed: Seed = 0,
     output: Annotated[
         Path,
-        typer.Option(
-            help="Result file, .npz, .csv or row by row .parquet, or a folder for parts of it; the "
-            "summary's numbers lie beside it, NAME.summary.json, or in the folder."
+        option(
+            "Result file, .npz, .csv or row by row .parquet; or a folder, for parts of it. "
+            "The summary's numbers go next to it, to NAME.summary.json, or into the folder.",
+            RESULTS,
         ),
     ] = Path("nercc-run.npz"),
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a run that ended before its time.")
+        bool, option("Go on with a run that ended early.", RESULTS, "--resume")
     ] = False,
 ) -> None:
-    """Coded inference over a data set on a pool; workers may straggle or die while it runs.
+    """Run a model over a data set on a pool whose workers may straggle or die.
 
-    Each batch is encoded, sent to the workers, and decoded once enough answered; or, with a
-    tolerance, each row is computed or known well enough.
-    One that cannot be recovered is sent again. Results are written as they come:
-    --resume goes on after any end. Exit codes: 0 all is done, 1 nothing is, 2 an
-    option does not fit, 3 a part is missing or lost, 130 Ctrl-C.
+    Each batch is encoded, sent to the workers, and decoded once enough of them answered; a batch
+    that cannot be recovered is sent again. With --tolerance, each row is computed, or known well
+    enough. Results are written as they come, and --resume goes on after any end. Exit codes: 0
+    everything is done, 1 nothing is, 2 an option does not fit, 3 a part is missing or lost, 130
+    Ctrl-C.
     """
     with told_plainly():
         check_folder("--output", output)
         check_model(model, weights, inputs)
         own = inputs is not None or not is_shipped(model)
         by_row = tolerance is not None or (own and max_disagreement is not None)
-        check_positive("--groups", groups, "--points", points, "--batches", batches)
-        check_positive("--workers", workers, "--deadline", deadline)
+        check_positive("--groups", groups, "--max-inputs", max_inputs, "--batches", batches)
+        check_positive("--workers", workers, "--deadline-s", deadline_s)
         if pool == "ray" and importlib.util.find_spec("ray") is None:
             raise ImportError("--pool ray needs Ray: pip install 'nercc-jax[ray]'")
         job_of_ray = RayJob(address, working_dir, tuple(py_modules or ()), runtime_env)
         if pool == "ray":
             leave_accelerators()
-        # JAX takes a second or two: not for --help, nor for a word that is misspelt.
+        options = RunOptions(
+            model, weights, inputs, data_dir, split, outputs, max_inputs, code, num_data,
+            num_workers, wait_for, max_disagreement, tolerance, coverage, groups, batches, seed,
+        )  # fmt: skip
+        # JAX takes a second or two to import: not for --help, nor for a misspelt option.
         from ..pools import leave_ray
         from ._run_pool import ChosenPool, make_faults
 
@@ -181,72 +204,22 @@ def run_command(
             workers,
             job_of_ray,
             actor_options(worker_cpus, worker_gpus, worker_resources) if pool == "ray" else {},
-            make_faults(straggler_rate, straggler_delay, death_rate, seed),
-            deadline,
+            make_faults(straggler_rate, straggler_delay_s, death_rate, seed),
+            deadline_s,
             worker_dtype,
         )
         try:
             if by_row:
-                from ._run_rows import RowOptions, run_function
+                from ._run_rows import run_function as run
 
-                beside = "--tolerance" if max_disagreement is None else "--max-disagreement"
-                refuse(beside, code=code, batches=batches, worker_dtype=worker_dtype)
-                run_function(
-                    RowOptions(
-                        model=model,
-                        weights=weights,
-                        inputs=inputs,
-                        data_dir=data_dir,
-                        split=split,
-                        outputs=outputs,
-                        tolerance=tolerance,
-                        max_disagreement=max_disagreement,
-                        coverage=coverage,
-                        num_data=num_data,
-                        num_workers=num_workers,
-                        wait_for=wait_for,
-                        groups=groups,
-                        points=points,
-                        seed=seed,
-                    ),
-                    chosen,
-                    output,
-                    resume,
-                )
+                other = "--tolerance" if max_disagreement is None else "--max-disagreement"
+                refuse(other, code=code, batches=batches, worker_dtype=worker_dtype)
             else:
-                from ._run_data import DataOptions, run_data
+                from ._run_data import run_data as run
 
-                run_data(
-                    DataOptions(
-                        model=model,
-                        weights=weights,
-                        inputs=inputs,
-                        data_dir=data_dir,
-                        split=split,
-                        outputs=outputs,
-                        code=code,
-                        num_data=8 if num_data is None else num_data,
-                        num_workers=num_workers,
-                        wait_for=wait_for,
-                        max_disagreement=max_disagreement,
-                        groups=1 if groups is None else groups,
-                        points=points,
-                        batches=batches,
-                        seed=seed,
-                    ),
-                    chosen,
-                    output,
-                    resume,
-                )
+            run(options, chosen, output, resume)
         except typer.Exit as end:
             end_at_once(end.exit_code)
             raise
         if pool == "ray":
             leave_ray()
-
-
-def refuse(beside: str, **options: Any) -> None:
-    """Raises: ValueError for an option that was given and is not for what it stands beside."""
-    for name, value in options.items():
-        if value is not None:
-            raise ValueError(f"--{name.replace('_', '-')} does not go with {beside}")

@@ -1,30 +1,30 @@
-"""The pool that `nercc run` goes over its data on."""
+"""The pool of `nercc run`, and what both of its kinds of runs share."""
 
+import csv
 import dataclasses
 import functools
 import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from rich.console import Console
 from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
 
-from ..codes import AbstractCode
-from ..pools import AbstractPool, DevicePool, Faults, RayPool
+from ..pools import AbstractPool, DevicePool, Faults, PoolReport, RayPool
+from ..pools._row_engine import hang_timeout
 from ._errors import fail
 from ._options import check_positive
 from ._ray_job import RayJob
 
-# How often a batch is dispatched before its data points are lost.
-ATTEMPTS = 3
-# A worker is taken to hang when all attempts but one are over: the last finds new ones if all hung.
-# But not sooner than this many seconds: it may straggle, and a new one needs its time too.
-_HANG = 10.0
+PARTIAL = 3  # the exit code of a run that has results, but not all
 
 
 @dataclasses.dataclass(frozen=True)
 class ChosenPool:
-    """Which workers: `workers` of them, N unless given; the others as the options are called."""
+    """The workers that the options ask for; `workers` is None for N of them."""
 
     kind: Literal["devices", "ray"]
     workers: int | None
@@ -34,29 +34,38 @@ class ChosenPool:
     deadline: float
     worker_dtype: str | None = None
 
-    def count(self, code: AbstractCode) -> int:
-        """How many there are."""
-        return code.num_workers if self.workers is None else self.workers
+    def count(self, num_workers: int) -> int:
+        """Return the number of workers, for a code of N = `num_workers`."""
+        return num_workers if self.workers is None else self.workers
 
     def open(
-        self, console: Console, model: Any, name: str, code: AbstractCode, **options: Any
+        self,
+        console: Console,
+        model: Any,
+        name: str,
+        num_data: int,
+        num_workers: int,
+        **options: Any,
     ) -> AbstractPool:
-        """The pool for a model of that name. Exits with code 1 where it does not start."""
+        """Open the pool for a model of that name and a code of K and N.
+
+        Exits with code 1 if it does not start.
+        """
         make: Any = DevicePool
-        count = self.count(code)
+        count = self.count(num_workers)
         if self.kind == "ray":
-            show_pools(console)
+            _show_log(console)
             self.ray.connect([name])
             make = functools.partial(
                 RayPool,
                 actor_options=self.actor_options,
-                max_per_node=code.num_workers - code.num_data or None,
-                min_workers=min(code.num_data, count),
+                max_per_node=num_workers - num_data or None,
+                min_workers=min(num_data, count),
             )
         options |= {
             "faults": self.faults,
             "worker_dtype": self.worker_dtype,
-            "hang_timeout": max((ATTEMPTS - 1) * self.deadline, _HANG),
+            "hang_timeout": hang_timeout(self.deadline),
         }
         try:
             with console.status(f"starting {count} workers ({self.kind}) ..."):
@@ -66,19 +75,59 @@ class ChosenPool:
 
 
 def make_faults(rate: float, delay: float, death_rate: float, seed: int) -> Faults:
-    """Raises: ValueError for numbers out of range, naming the option."""
+    """Return the faults that the options ask for; raise ValueError, naming the option, if wrong."""
     for option, value in (("--straggler-rate", rate), ("--death-rate", death_rate)):
         if not 0 <= value <= 1:
             raise ValueError(f"{option} is a share of the calls, from 0 to 1, not {value}")
-    check_positive("--straggler-delay", delay)
-    return Faults.on_trial(
+    check_positive("--straggler-delay-s", delay)
+    return Faults.from_rates(
         straggler_rate=rate, straggler_delay=delay, death_rate=death_rate, seed=seed
     )
 
 
-def show_pools(console: Console) -> None:
-    """What pools log, such as which Ray was joined, is shown, a line each."""
+def _show_log(console: Console) -> None:
+    """Show what pools log, such as which Ray was joined, in a line each."""
     log = logging.getLogger("nercc_jax.pools")
     shown: Any = {"show_time": False, "show_level": False, "show_path": False}
     log.handlers[:] = [RichHandler(console=console, highlighter=NullHighlighter(), **shown)]
     log.setLevel(logging.INFO)
+
+
+def check_result_file(path: Path, endings: Sequence[str]) -> None:
+    """Raise ValueError for a result file with another ending; a folder has none."""
+    if path.suffix not in ("", *endings):
+        raise ValueError(
+            f"--output {path}: a result file ends in {', '.join(endings[:-1])} or {endings[-1]}; a "
+            "folder, which gets parts and a manifest, has no ending"
+        )
+
+
+def write_csv(path: Path, columns: Mapping[str, np.ndarray]) -> None:
+    """Write columns by name; floats have the shortest digits that identify them."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(zip(*(each.astype(str) for each in columns.values()), strict=True))
+
+
+def parts_folder(output: Path) -> Path:
+    """Return the folder of a result's parts: next to a file, or the output itself."""
+    return output if not output.suffix else output.with_name(f"{output.name}.parts")
+
+
+def summary_file(output: Path) -> Path:
+    """Return the file of a summary's numbers: next to a file, or in the output folder."""
+    return output / "summary.json" if not output.suffix else output.with_suffix(".summary.json")
+
+
+def deaths_text(report: PoolReport) -> str:
+    """Return the deaths of workers, worker by worker."""
+    if not report.deaths:
+        return "0"
+    by_worker = ", ".join(
+        f"worker {worker}: {deaths}"
+        for worker, deaths in enumerate(report.deaths_by_worker)
+        if deaths
+    )
+    hung = f", {report.hung} of them hung" if report.hung else ""
+    return f"{report.deaths:,}{hung} ({by_worker})"

@@ -1,149 +1,226 @@
-"""`nercc run --inputs`: a function of anyone's on each row of a file, within a tolerance."""
+"""`nercc run --tolerance`: any function on each row of a file, by `nercc_jax.pools.run_rows`."""
 
+import contextlib
 import dataclasses
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..codes import NeRCC
-from ..pools import Goal, RowFunction
+from ..pools import RowProgress, RowResult, run_rows
+from ..pools._row_engine import ATTEMPTS, RowSettings
+from ..pools._row_files import check_parts, fingerprint
 from ._errors import fail
-from ._options import Returned
-from ._result_parts import Parts, check_parts, fingerprint, parts_folder, summary_file
-from ._row_job import RowJob, RowRun, numbers_of, run_rows, told
-from ._row_results import RowResults, check_row_file, write_rows
-from ._run_job import PARTIAL, answers_to_wait_for
-from ._run_pool import ATTEMPTS, ChosenPool
-from ._tables import summary_table, write_json
-from ._workload import find_workload
+from ._options import RunOptions
+from ._output import summary_table, write_json
+from ._run_pool import (
+    PARTIAL,
+    ChosenPool,
+    check_result_file,
+    deaths_text,
+    parts_folder,
+    summary_file,
+    write_csv,
+)
+from ._workload import find_workload, needs_pyarrow
+
+_FILES = (".npz", ".csv", ".parquet")  # or a folder, of parts
 
 
-@dataclasses.dataclass(frozen=True)
-class RowOptions:
-    """The command's options, by their names."""
+def run_function(options: RunOptions, pool: ChosenPool, output: Path, resume: bool) -> None:
+    """Run a function on rows, as the command's options say.
 
-    model: str
-    weights: Path | None
-    inputs: Path | None
-    data_dir: Path | None
-    split: str
-    outputs: Returned
-    tolerance: float | None
-    max_disagreement: float | None
-    coverage: float
-    num_data: int | None
-    num_workers: int
-    wait_for: int | None
-    groups: int | None
-    points: int | None
-    seed: int
-
-    def goal(self) -> Goal:
-        """Raises: ValueError unless one of the two is asked for, and may be."""
-        if (self.tolerance is None) == (self.max_disagreement is None):
-            raise ValueError(
-                "give --tolerance, in units of the outputs (0: all rows are computed), or "
-                "--max-disagreement, where the outputs are scores of labels, not both"
-            )
-        if self.tolerance is not None and not 0 <= self.tolerance < np.inf:
-            raise ValueError(f"--tolerance must be 0 or positive, not {self.tolerance}")
-        if self.max_disagreement is not None and not 0 <= self.max_disagreement <= 1:
-            raise ValueError(f"--max-disagreement must be in [0, 1], not {self.max_disagreement}")
-        if not 0 < self.coverage < 1:
-            raise ValueError(f"--coverage is a share between 0 and 1, not {self.coverage}")
-        return Goal(self.tolerance, self.max_disagreement, self.coverage)
-
-    def code(self) -> NeRCC:
-        """K rows and N - K copies. Raises: ValueError for numbers that do not fit."""
-        num_data = self.num_data
-        if num_data is None:
-            num_data = max(1, self.num_workers * 9 // 10)
-        if not 1 <= num_data <= self.num_workers:
-            raise ValueError(
-                f"--num-data must be from 1 to N = {self.num_workers}, not {num_data}: "
-                "each row goes to a worker, and the others get copies"
-            )
-        return NeRCC(num_data, self.num_workers)
-
-
-def run_function(asked: RowOptions, pool: ChosenPool, output: Path, resume: bool) -> None:
-    """Raises: ValueError for options that do not fit. Exits as the command says."""
-    check_row_file(output)
-    goal, code = asked.goal(), asked.code()
-    check_parts(output, resume)
-    number = answers_to_wait_for(code, asked.wait_for, None)
-    assert number is not None
+    Raises:
+        ValueError: If an option does not fit.
+        typer.Exit: With the command's exit code, if not everything is done.
+    """
+    check_result_file(output, _FILES)
+    if output.suffix == ".parquet":
+        needs_pyarrow(f"--output {output}")
+    numbers = {
+        "tolerance": options.tolerance,
+        "max_disagreement": options.max_disagreement,
+        "coverage": options.coverage,
+        "num_workers": options.num_workers,
+        "num_data": options.num_data,
+        "wait_for": options.wait_for,
+        "rows_per_call": options.groups,
+        "deadline": pool.deadline,
+        "seed": options.seed,
+    }
+    with _naming_options():
+        settings = RowSettings.of(**numbers)
+    folder = parts_folder(output)
+    check_parts(folder, resume)
     workload = find_workload(
-        asked.model,
-        weights=asked.weights,
-        inputs=asked.inputs,
-        data_dir=asked.data_dir,
-        outputs=asked.outputs,
+        options.model,
+        weights=options.weights,
+        inputs=options.inputs,
+        data_dir=options.data_dir,
+        outputs=options.outputs,
         traced=False,
     )
-    function, source = RowFunction(workload.model), workload.rows(asked.split)
-    x = np.asarray(source.preprocess(source.images[: asked.points]))
-    job = RowJob.shuffled(x, asked.seed, code, goal, number, asked.groups, pool.deadline)
-    results, folder = RowResults(len(x)), parts_folder(output)
-    settings = {
-        "model": asked.model,
-        "weights": fingerprint(asked.weights),
-        "inputs": workload.told(asked.split),
-        "rows": len(x),
-        "tolerance": asked.tolerance,
-        "max_disagreement": asked.max_disagreement,
-        "coverage": asked.coverage,
-        "num_data": code.num_data,
-        "num_workers": code.num_workers,
-        "seed": asked.seed,
-    }
-    parts = Parts(folder, settings, results)
+    source = workload.rows(options.split)
+    x = np.asarray(source.preprocess(source.images[: options.max_inputs]))
     console = Console()
-    with pool.open(console, function, asked.model, code, compiled=False) as opened:
+
+    def open_pool(function: Any, num_workers: int, **further: Any) -> Any:
+        size = settings.num_data, num_workers
+        opened = pool.open(console, function, options.model, *size, **further)
         console.print(
-            f"{asked.model}, {len(x):,} rows of {source.name!r}, {_wanted(goal)}; "
-            f"{pool.count(code)} workers ({pool.kind})",
+            f"{options.model}, {len(x):,} rows of {source.name!r}, {_target_text(settings)}; "
+            f"{pool.count(num_workers)} workers ({pool.kind})",
             soft_wrap=True,
         )
-        if results.done.any():
-            console.print(f"{results.done.sum():,} rows are done already")
-        run = RowRun(opened, job, results, parts)
-        try:
-            stopped = run_rows(console, opened, run, results, parts)
-        except RuntimeError as error:
-            if not results.done.any():
-                parts.remove()
-            fail(str(error), 1)
-        report = opened.report()
-    if results.predictions is not None:
+        return opened
+
+    about = {
+        "model": options.model,
+        "weights": fingerprint(options.weights),
+        "inputs": workload.fingerprint(options.split),
+    }
+    try:
+        with _naming_options(), _Bar(console) as bar:
+            result = run_rows(
+                workload.model,
+                x,
+                open_pool,
+                folder=folder,
+                resume=resume,
+                about=about,
+                on_progress=bar.show,
+                **numbers,
+            )
+    except RuntimeError as error:
+        fail(str(error), 1)
+    if result.values is not None:
         if output != folder:
-            write_rows(output, results, "bar" if goal.max_disagreement is None else "doubt")
-        numbers = numbers_of(run, job, results, report)
-        console.print(summary_table(told(numbers, run, job, results, report)))
+            _write_rows(output, result, "bar" if settings.max_disagreement is None else "doubt")
+        console.print(summary_table(_summary(result, settings)))
         console.print(f"results: {output.resolve()}", soft_wrap=True)
-        write_json(console, summary_file(output), settings | numbers)
-    _conclude(run, results, folder, stopped)
+        write_json(console, summary_file(output), result.summary)
+    _exit_unless_done(result, folder)
     if output != folder:
-        parts.remove()
+        shutil.rmtree(folder)
 
 
-def _wanted(goal: Goal) -> str:
-    if goal.max_disagreement is not None:
-        return f"at most {100 * goal.max_disagreement:g} % of labels different"
-    return f"each within {goal.tolerance:g} ({100 * goal.coverage:g} % bars) or computed"
+@contextlib.contextmanager
+def _naming_options() -> Iterator[None]:
+    """Name the command's options in errors that begin with an argument's name."""
+    try:
+        yield
+    except ValueError as error:
+        name, _, rest = str(error).partition(" ")
+        if name not in {field.name for field in dataclasses.fields(RowSettings)}:
+            raise
+        option = {"rows_per_call": "groups", "deadline": "deadline_s"}.get(name, name)
+        raise ValueError(f"--{option.replace('_', '-')} {rest}") from error
 
 
-def _conclude(run: RowRun, results: RowResults, folder: Path, stopped: str | None) -> None:
-    """Exits with 130 after Ctrl-C, with 3 where rows are missing or lost."""
+class _Bar(contextlib.ExitStack):
+    """A progress bar, which begins with the first progress that is shown."""
+
+    def __init__(self, console: Console):
+        super().__init__()
+        self._console = console
+        self._bar: Progress | None = None
+
+    def show(self, progress: RowProgress) -> None:
+        """Show progress."""
+        if self._bar is None:
+            if progress.done:
+                self._console.print(f"{progress.done:,} rows are done already")
+            columns = BarColumn(bar_width=12), TextColumn("{task.description}")
+            self._bar = Progress(*columns, TimeRemainingColumn(), console=self._console)
+            self.enter_context(self._bar)
+            self._task = self._bar.add_task("computing the first rows ...", total=progress.rows)
+            return
+        text = (
+            f"exact {progress.computed:,}, decoded {progress.decoded:,}, "
+            f"waiting {progress.waiting:,}"
+        )
+        if progress.lost:
+            text += f", lost {progress.lost:,}"
+        text += f"; {progress.rows_per_second:,.1f} rows/s"
+        self._bar.update(self._task, completed=progress.done, description=text)
+
+
+def _target_text(settings: RowSettings) -> str:
+    if settings.max_disagreement is not None:
+        return f"at most {100 * settings.max_disagreement:g} % of labels different"
+    bars = f"{100 * settings.coverage:g} % bars"
+    return f"each within {settings.tolerance:g} ({bars}) or computed"
+
+
+def _summary(result: RowResult, settings: RowSettings) -> Iterator[tuple[str, str]]:
+    """Yield the lines of the summary, each with its name."""
+    numbers, report = result.summary, result.report
+    done = f"{numbers['rows_done']:,} of {len(result.status):,}, {numbers['seconds']:.1f} s"
+    yield "rows", f"{done}, {numbers['rows_per_second']:,.1f} rows/s"
+    yield "computed", f"{numbers['computed']:,}"
+    if odd := numbers["not_finite"]:
+        yield "of them not finite", f"{odd:,}, as the function gave them"
+    bar = numbers["largest_bar"]
+    largest = "" if bar is None else f", the largest error bar {bar:.3g}"
+    yield "decoded", f"{numbers['decoded']:,}{largest}"
+    yield "learner", _learner_text(result, settings)
+    yield "late answers", f"{report.late:,}"
+    yield "errors", f"{report.errors:,}"
+    yield "deaths", deaths_text(report)
+    yield "lost", f"{numbers['lost']:,}"
+
+
+def _learner_text(result: RowResult, settings: RowSettings) -> str:
+    if result.fitted is None:
+        return "none: all rows were computed before anything was learned"
+    known = 100 * result.summary["known_share"]
+    text = f"fitted to {result.fitted.pairs:,} rows; it knows {known:.0f} % of others well enough"
+    if settings.tolerance is not None and result.values is not None:
+        vectors = result.values[result.status == "computed"].reshape(result.summary["computed"], -1)
+        vectors = vectors[np.isfinite(vectors).all(axis=1)]
+        spread = float(np.sqrt(np.mean(np.var(vectors, axis=0))))
+        share = f" ({100 * settings.tolerance / spread:.2g} % of the spread)" if spread > 0 else ""
+        text += f": within {settings.tolerance:g}{share}"
+    return text
+
+
+def _exit_unless_done(result: RowResult, folder: Path) -> None:
+    """Exit with 130 after Ctrl-C, with 3 where rows are missing or lost."""
     rest = f"; {folder} has what is done, and --resume goes on from there"
-    count = f"{results.done.sum():,} of {len(results):,} rows are done"
-    if stopped is not None:
-        fail(f"{stopped}: {count}{rest}", 130 if stopped == "interrupted" else PARTIAL)
-    if run.lost:
-        row, why = min(run.lost.items())
+    count = f"{result.summary['rows_done']:,} of {len(result.status):,} rows are done"
+    if result.stopped is not None:
+        code = 130 if result.stopped == "interrupted" else PARTIAL
+        fail(f"{result.stopped}: {count}{rest}", code)
+    if result.reasons:
+        row, why = next(iter(result.reasons.items()))
         fail(
-            f"{len(run.lost):,} rows are lost after {ATTEMPTS} attempts, and NaN in the result: "
-            f"row {row}: {why}; {count}{rest}",
+            f"{len(result.reasons):,} rows are lost after {ATTEMPTS} attempts, and NaN in the "
+            f"result: row {row}: {why}; {count}{rest}",
             PARTIAL,
         )
+
+
+def _write_rows(path: Path, result: RowResult, score: str) -> None:
+    """Write all rows; `score` is the name of their scores. Tables have a column for each output."""
+    assert result.values is not None
+    columns: dict[str, Any] = {
+        "deviation": result.deviation,
+        score: result.score,
+        "exact": result.status == "computed",
+    }
+    if path.suffix == ".npz":
+        np.savez(path, **({"predictions": result.values} | columns))  # pyright: ignore
+        return
+    vectors = result.values.reshape(len(result.values), -1)
+    columns = {f"output_{place}": values for place, values in enumerate(vectors.T)} | columns
+    if path.suffix == ".parquet":
+        import pyarrow
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.table(columns), path)
+        return
+    write_csv(path, columns)

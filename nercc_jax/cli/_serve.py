@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ._compiled import keep_programs
 from ._config import as_toml
 from ._errors import PlainCommand, fail, told_plainly
 from ._options import check_model
+from ._process import keep_programs
 from ._ray_job import RayJob, end_at_once, leave_accelerators
 
 if TYPE_CHECKING:

@@ -18,11 +18,9 @@ from ..serving._served import ServedModel
 from ..serving._settings import ModelSettings
 from ..serving._signature import FLOAT
 from ._calibration_file import calibration_file
-from ._inputs import read_named_inputs
 from ._options import check_model as check_files
-from ._own_models import example_inputs, is_own, is_shipped
-from ._surrogates import find_surrogate
-from ._workload import find_model, load_plain_code
+from ._own_models import example_inputs, find_surrogate, is_own, is_shipped
+from ._workload import find_model, load_plain_code, read_named_inputs
 
 # Codes tuned for shipped models by `nercc tune --layout interleaved`.
 _CODES = Path(__file__).parent / "codes"

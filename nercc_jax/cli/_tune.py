@@ -1,25 +1,32 @@
-"""`nercc tune`: the numbers of a code, by gradient descent on unlabelled data."""
+"""`nercc tune`: the parameters of a code, by gradient descent on unlabelled data."""
 
 import datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
-
-from ._background import beside
-from ._compiled import compile_quickly
 from ._errors import of_option, told_plainly
 from ._options import (
+    CODE,
+    MODEL,
+    RESULTS,
     DataDir,
     Inputs,
+    MaxStragglers,
     ModelName,
+    Numbers,
     NumData,
     NumWorkers,
     OutputsOption,
+    Seed,
+    Sets,
     Weights,
     check_folder,
     check_model,
+    option,
 )
+from ._process import compile_quickly, start_parallel
+
+_DESCENT = "Descent"
 
 
 def tune_command(
@@ -29,53 +36,48 @@ def tune_command(
     data_dir: DataDir = None,
     num_data: NumData = 8,
     num_workers: NumWorkers = 20,
-    max_stragglers: Annotated[
-        int | None,
-        typer.Option(help="One code for all numbers of stragglers from 0 to this; N - K if unset."),
-    ] = None,
+    max_stragglers: MaxStragglers = None,
     layout: Annotated[
         str,
-        typer.Option(
-            help="Where the points start: chebyshev; interleaved, repeated or mixed:0.5 (that "
-            "share of the further workers are repeats), which make data points exact if a worker "
-            "of their own answers; systematic:0.5 (that share of data points have such a worker). "
-            "Or search: whichever keeps most labels."
+        option(
+            "Regression points to start from. chebyshev; interleaved, repeated or mixed:0.5 "
+            "(that share of the further workers are repeats): predictions are exact if the data "
+            "point's own worker answers; systematic:0.5: that share of data points have an own "
+            "worker; search: the layout that keeps most labels.",
+            CODE,
         ),
     ] = "chebyshev",
     points: Annotated[
         bool,
-        typer.Option("--points/--lambdas-only", help="Tune the regression points too, or not."),
+        option(
+            "Tune the regression points, too, or the lambdas only.",
+            _DESCENT,
+            "--points/--lambdas-only",
+        ),
     ] = True,
     criterion: Annotated[
         Literal["mse", "cross_entropy"] | None,
-        typer.Option(
-            help="Error of the values, or of the labels' distribution (logits only). Unless given, "
-            "the values'; for a search on logits the labels'."
+        option(
+            "Error to reduce: of the values, or of the labels' distribution, for logits only "
+            "(default: mse; cross_entropy for a search on logits).",
+            _DESCENT,
         ),
     ] = None,
     outputs: OutputsOption = "logits",
-    steps: Annotated[int, typer.Option(min=1, help="Gradient steps, at most.")] = 150,
-    sets: Annotated[
-        int, typer.Option(min=1, help="Straggler sets for each number of them, to compare on.")
-    ] = 20,
-    images: Annotated[
-        int, typer.Option(min=1, help="Data points to tune on, and to compare on.")
+    steps: Annotated[int, option("Gradient steps, at most.", _DESCENT, min=1)] = 150,
+    sets: Sets = 20,
+    max_inputs: Annotated[
+        int, option("Data points to tune on, at most, and as many to compare on.", MODEL, min=1)
     ] = 1000,
-    seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
-    output: Annotated[Path, typer.Option(help="Where to write the tuned code.")] = Path(
-        "nercc-tuned.json"
-    ),
-    numbers: Annotated[
-        Path | None, typer.Option(help="Where to write the table's numbers, as JSON.")
-    ] = None,
-    plot: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path(
-        "nercc-tune.png"
-    ),
+    seed: Seed = 0,
+    output: Annotated[Path, option("File for the tuned code.", RESULTS)] = Path("nercc-tuned.json"),
+    numbers: Numbers = None,
+    plot: Annotated[Path, option("File for the picture.", RESULTS)] = Path("nercc-tune.png"),
 ) -> None:
     """Tune a code for a model by gradient descent through encoder, model and decoder.
 
-    Uses data points without their labels. Prints the errors before and after on others, and
-    writes the tuned code for `nercc demo --code`.
+    No labels are needed. The errors before and after are printed, on other data points, and the
+    tuned code is written, for `nercc demo --code`, `nercc run --code` and `nercc serve --code`.
     """
     with told_plainly():
         check_folder("--output", output)
@@ -86,14 +88,14 @@ def tune_command(
         if layout == "search" and outputs == "values":
             raise ValueError("--layout search goes by labels, and --outputs values have none")
         check_model(model, weights, inputs)
-        # JAX takes a second or two: not for --help, nor for a word that is misspelt.
+        # JAX takes a second or two to import: not for --help, nor for a misspelt option.
         import jax
         from rich.console import Console
 
         from ..codes import save_code
         from ..evaluation import Evaluations, Trial
         from ..tuning import Descent, LayoutTuning
-        from ._tables import write_json
+        from ._output import write_json
         from ._tune_job import (
             Comparison,
             compare,
@@ -120,10 +122,10 @@ def tune_command(
             model, weights=weights, inputs=inputs, data_dir=data_dir, outputs=outputs
         )
         network = workload.model
-        kept = workload.source, num_data
-        x = enough(workload.points("train", images, seed), *kept, 2, f"--images {images}")
-        held = enough(workload.points("test", images, seed), *kept, 1, f"--images {images}")
-        quick = compile_quickly(network, x, (6 * steps + images) * num_workers)
+        kept, option = (workload.source, num_data), f"--max-inputs {max_inputs}"
+        x = enough(workload.points("train", max_inputs, seed), *kept, 2, option)
+        held = enough(workload.points("test", max_inputs, seed), *kept, 1, option)
+        quick = compile_quickly(network, x, (6 * steps + max_inputs) * num_workers)
         console = Console()
         comparison = Comparison(network, start, held, laws, sets, seed)
 
@@ -131,8 +133,8 @@ def tune_command(
             trial = None if searching else comparison.trial()
             return trial, comparison.rows(comparison.others()) if quick else Evaluations()
 
-        # Compiling keeps one core busy: what little there is to compute goes beside the tuning.
-        prepared = beside(prepare) if quick else prepare
+        # Compiling keeps one core busy, so the little that there is to compute runs next to it.
+        prepared = start_parallel(prepare) if quick else prepare
         tuned = None
         labels = searching and outputs == "logits"
         chosen = criterion or ("cross_entropy" if labels else "mse")

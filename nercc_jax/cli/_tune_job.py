@@ -1,4 +1,4 @@
-"""What `nercc tune` does: descends with a bar, compares, draws, tells."""
+"""The steps of `nercc tune`: tuning or a search for a layout, comparison, pictures."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,47 +6,60 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from ..codes import AbstractCode, Berrut, NeRCC, Replication, coincident
-from ..evaluation import Evaluations, Trial, evaluate, landscape, make_trial
+from ..evaluation import Evaluations, Trial, evaluate, landscape, make_trial, system_look
 from ..inference import Model
 from ..stragglers import AbstractStragglers
-from ..tuning import Descent, Tuned, TuningStep, tune
-from ._layout_search import found_layout
-from ._progress import evaluating, steps_bar
-from ._report import straggler_table
-from ._tables import print_whole
-from ._tuning_plot import tuning_plot
+from ..tuning import (
+    Descent,
+    LayoutCandidate,
+    LayoutSearch,
+    Tuned,
+    TuningStep,
+    search_layout,
+    tune,
+)
+from ._output import evaluating, print_whole, steps_bar
+from ._pictures import straggler_table, tuning_plot
 
 # The picture's grid of both lambdas.
 _GRID = np.logspace(-12, 0, 13)
 
 
 def start_code(num_data: int, num_workers: int, layout: str) -> NeRCC:
-    """The untuned code; exact where every data point has a worker of its own."""
+    """Return the untuned code; exact where every data point has a worker of its own."""
     code = NeRCC(num_data, num_workers, points=layout)
     own = jnp.all(coincident(code.alpha, code.beta))
     return NeRCC(num_data, num_workers, points=layout, exact=True) if own else code
 
 
 def tune_with_bar(
-    console, network, start: NeRCC, x, laws, descent: Descent, **options: Any
+    console: Console, network: Model, start: NeRCC, x, laws, descent: Descent, **options: Any
 ) -> Tuned[NeRCC]:
+    """Tune a code, with a progress bar."""
     with steps_bar(console) as progress:
         task = progress.add_task("compiling ...", total=descent.steps)
 
         def on_step(step: TuningStep, code: NeRCC) -> None:
             progress.update(task, completed=step.step)
             if step.held_out is not None:
-                told = f"error {step.held_out:.3f} of the untuned code's"
-                progress.update(task, description=told)
+                text = f"error {step.held_out:.3f} of the untuned code's"
+                progress.update(task, description=text)
 
         return tune(network, start, x, laws, descent=descent, on_step=on_step, **options)
 
 
 def search_with_status(
-    console,
+    console: Console,
     network: Model,
     x,
     num_data: int,
@@ -55,8 +68,23 @@ def search_with_status(
     plot: Path,
     **options: Any,
 ) -> tuple[NeRCC, dict[str, Any]]:
-    """The code of the best layout, and what is to be said of it."""
-    search = found_layout(console, network, x, num_data, num_workers, laws, plot, **options)
+    """Search for a layout, and show the candidates as a table and as a picture.
+
+    Returns:
+        The code of the best layout, and its description by name.
+    """
+    with console.status("searching ...") as status:
+        search = search_layout(
+            network,
+            x,
+            num_data,
+            num_workers,
+            laws,
+            on_stage=lambda stage: status.update(f"{stage} ..."),
+            **options,
+        )
+    console.print(_layout_table(search))
+    _draw_layouts(search, f"{num_data} data points, {num_workers} workers", plot)
     best = search.candidates[0]
     return best.code, {
         "layout": f"search: {best.layout}{', tuned' if best.tuned else ''}",
@@ -65,10 +93,10 @@ def search_with_status(
 
 
 class Comparison(NamedTuple):
-    """What a tuned code is held against: codes under laws, on data points that it is not tuned on.
+    """The codes and laws that a tuned code is compared with, on data that it is not tuned on.
 
-    None of it depends on the tuned code, so that `rows` of the others, and the `trial` of the
-    picture, may be made while that is being tuned.
+    Nothing here depends on the tuned code, so that the `rows` of the other codes, and the `trial`
+    of the picture, may be made while that is being tuned.
     """
 
     network: Model
@@ -79,12 +107,14 @@ class Comparison(NamedTuple):
     seed: int
 
     def rows(self, codes: Mapping[str, AbstractCode], **options: Any) -> Evaluations:
+        """Evaluate codes under the laws."""
         key = jax.random.key(self.seed)
         return evaluate(
             self.network, codes, self.held, self.laws, key=key, num_sets=self.sets, **options
         )
 
     def others(self) -> dict[str, AbstractCode]:
+        """Return the codes to compare with, by name."""
         size = self.start.num_data, self.start.num_workers
         codes: dict[str, AbstractCode] = {
             "untuned": self.start,
@@ -94,7 +124,7 @@ class Comparison(NamedTuple):
         return codes | ({"replication": Replication(*size)} if size[1] >= size[0] else {})
 
     def trial(self) -> Trial:
-        """Of the picture; `landscape` is compiled for it, too."""
+        """Return the trial of the picture, for which `landscape` is compiled, too."""
         count = self.start.num_data
         groups = self.held[: min(len(self.held) // count, 16) * count]
         groups = groups.reshape(-1, count, *self.held.shape[1:])
@@ -105,9 +135,9 @@ class Comparison(NamedTuple):
 
 
 def compare(
-    console, comparison: Comparison, others: Evaluations, code: NeRCC, outputs
+    console: Console, comparison: Comparison, others: Evaluations, code: NeRCC, outputs
 ) -> Evaluations:
-    """Prints the tables. `others` are the rows of the codes beside the tuned one, or none yet."""
+    """Print the tables; `others` are the rows of the other codes, or none yet."""
     codes, sets = comparison.others(), comparison.sets
     with evaluating(console) as progress:
         new = {"tuned": code} | ({} if others else codes)
@@ -128,7 +158,7 @@ def compare(
 
 
 def tuned_words(tuned: Tuned[NeRCC]) -> dict[str, Any]:
-    """What is to be said of a tuned code."""
+    """Return the description of a tuned code, by name."""
     numbers = ", ".join(
         f"{name} {float(getattr(tuned.code, name)):.3g}"
         for name in ("lambda_enc", "lambda_dec", "gap_exponent")
@@ -140,7 +170,47 @@ def tuned_words(tuned: Tuned[NeRCC]) -> dict[str, Any]:
 
 
 def draw(comparison: Comparison, trial: Trial, tuned: Tuned, model: str, plot: Path) -> None:
+    """Write the picture of a tuning run."""
     grid = landscape(comparison.network, tuned.code, trial, _GRID, _GRID)
     start = comparison.start
     what = f"{model}, K={start.num_data}, N={start.num_workers}"
     tuning_plot(tuned.history, _GRID, np.asarray(grid), what, plot)
+
+
+def _layout_name(candidate: LayoutCandidate) -> str:
+    return f"{candidate.layout}, tuned" if candidate.tuned else candidate.layout
+
+
+def _layout_table(search: LayoutSearch) -> Table:
+    table = Table(
+        title="Layouts, each with its best decoder, on held-out groups",
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+    )
+    table.add_column("layout")
+    for column in ("disagreement", "lambda_dec", "exact where answered"):
+        table.add_column(column, justify="right")
+    for candidate in search.best_of_layouts:
+        code = candidate.code
+        kept = "yes" if code.exact or not code.lambda_dec > 0 else "no"
+        table.add_row(
+            _layout_name(candidate),
+            f"{100 * candidate.disagreement:.2f} %",
+            f"{float(code.lambda_dec):.1e}",
+            "" if candidate.layout == "chebyshev" else kept,
+        )
+    return table
+
+
+def _draw_layouts(search: LayoutSearch, title: str, path: Path) -> None:
+    """Draw the disagreement of every layout's best code as bars."""
+    shown = search.best_of_layouts[::-1]
+    figure, axis = plt.subplots(figsize=(7, 1 + 0.35 * len(shown)))
+    shares = [100 * candidate.disagreement for candidate in shown]
+    names = ("NeRCC tuned" if candidate.tuned else "NeRCC" for candidate in shown)
+    colours = [system_look(name)["color"] for name in names]
+    axis.barh([_layout_name(candidate) for candidate in shown], shares, color=colours)
+    axis.set(xlabel="labels that differ from the model's own, in %, held-out groups", title=title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

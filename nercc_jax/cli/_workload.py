@@ -1,10 +1,11 @@
-"""What commands run codes on: a model and its data points.
+"""The model and the data points that a command runs on.
 
-A shipped model with its data set, or any other (`_own_models.py`) with inputs of a file.
+A shipped model with its data set, or any other (`_own_models.py`) with inputs from a file.
 """
 
 import dataclasses
-import hashlib
+import importlib.util
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,18 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from ..codes import AbstractCode, load_code
 from ..inference import call_model, check_model
+from ..pools._row_files import fingerprint_of_array
 from ..stragglers import AbstractStragglers, ExactStragglers
 from ._errors import of_option
-from ._inputs import read_inputs
 from ._options import Returned
 from ._own_models import EXAMPLES, example_inputs, is_own, is_shipped, load_callable, load_hub
 
-_HELD = 1000  # inputs kept apart, at most: a fifth of fewer
+_HELD_OUT = 1000  # inputs kept apart, at most; of few inputs a fifth
+_FILES = (".npy", ".npz", ".csv", ".parquet")  # of inputs
 
 
 class Answering(eqx.Module):
@@ -37,13 +39,13 @@ class Answering(eqx.Module):
 
     @property
     def input_shape(self) -> tuple[int, ...] | None:
-        """Of one data point, where the network tells it."""
+        """The shape of one data point, where the network has it."""
         return getattr(self.network, "input_shape", None)
 
     def images(
         self, split: str, data_dir: Path | None, count: int, seed: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """At most `count` preprocessed images of the network's data set, shuffled, and labels."""
+        """Return at most `count` preprocessed images of the network's data set, and labels."""
         from nercc_models import load_data
 
         data = load_data(self.network.data, split, data_dir=data_dir)
@@ -53,7 +55,7 @@ class Answering(eqx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Points:
-    """Data points as they are kept, what makes inputs of them, and labels, -1 if not known."""
+    """Data points as they are stored, their preprocessing, and labels: -1 where not known."""
 
     name: str
     images: np.ndarray
@@ -62,7 +64,7 @@ class Points:
 
 
 def points_of(network: Answering, split: str, data_dir: Path | None) -> Points:
-    """A split of a shipped model's data set."""
+    """Return a split of a shipped model's data set."""
     from nercc_models import load_data
 
     try:
@@ -74,9 +76,9 @@ def points_of(network: Answering, split: str, data_dir: Path | None) -> Points:
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """A model as workers run it, and its data points: of its data set, or `x`, one a row.
+    """A model as workers run it, and its data points: from its data set, or `x`, one a row.
 
-    `source` is what the data points are called. Of `x`, "test" is a fifth, `_HELD` at most, the
+    `source` is the name of the data points. Of `x`, "test" is a fifth, `_HELD_OUT` at most, the
     same for all commands, and "train" the others.
     """
 
@@ -87,24 +89,26 @@ class Workload:
     data_dir: Path | None
 
     def points(self, split: str, count: int, seed: int) -> np.ndarray:
-        """At most so many of a split, shuffled. Raises: ValueError for one that is not there."""
+        """Return at most `count` data points of a split, shuffled.
+
+        Raises:
+            ValueError: If there is no such split.
+        """
         if self.x is None:
             return self.model.images(split, self.data_dir, count, seed)[0]
         if split not in ("train", "test"):
             raise ValueError(f"--split {split}: of {self.source} there are train and test")
         order = np.random.default_rng(0).permutation(len(self.x))
-        held = min(_HELD, len(order) // 5)
+        held = min(_HELD_OUT, len(order) // 5)
         rows = order[:held] if split == "test" else order[held:]
         return self.x[np.random.default_rng(seed).permutation(rows)[:count]]
 
-    def told(self, split: str) -> str:
-        """What says which data points those of a split are."""
-        if self.x is None:
-            return split
-        return hashlib.sha256(np.ascontiguousarray(self.x).tobytes()).hexdigest()
+    def fingerprint(self, split: str) -> str:
+        """Return a text that identifies the data points of a split."""
+        return split if self.x is None else fingerprint_of_array(self.x)
 
     def rows(self, split: str) -> Points:
-        """All of a split in their order; all of `x`."""
+        """Return all data points of a split, or all of `x`, in their order."""
         if self.x is None:
             return points_of(self.model, split, self.data_dir)
         return Points(Path(self.source).name, self.x, np.full(len(self.x), -1), np.asarray)
@@ -119,12 +123,21 @@ def find_workload(
     outputs: Returned = "logits",
     traced: bool = True,
 ) -> Workload:
-    """What the options of that name mean. `traced`: whether JAX must be able to trace the model.
+    """Return the model and data points that the options of these names ask for.
 
-    Inputs are float32, or as the file has them where nothing is traced.
+    Args:
+        name: Of the model.
+        weights: Of your own model.
+        inputs: File of data points.
+        data_dir: Folder with the data sets.
+        outputs: What workers return.
+        traced: Whether JAX must be able to trace the model. Inputs are then float32, otherwise as
+            the file has them.
 
-    Raises: ValueError where there is no such model, no inputs are known, or the model does not run
-    on them; ImportError naming an extra.
+    Raises:
+        ValueError: If there is no such model, no inputs are known, or the model does not run on
+            them.
+        ImportError: If an extra is missing; it says which.
     """
     model = find_model(name, weights, outputs)
     if inputs is None and is_shipped(name):
@@ -137,7 +150,7 @@ def find_workload(
 
 
 def find_model(name: str, weights: Path | None, outputs: Returned) -> Any:
-    """The model that an option names, as workers run it. Raises: as `find_workload`."""
+    """Return the model that an option names, as workers run it; raise as `find_workload`."""
     if is_shipped(name):
         return answering(name, outputs)
     network = load_callable(name, weights) if is_own(name) else load_hub(name)
@@ -145,7 +158,7 @@ def find_model(name: str, weights: Path | None, outputs: Returned) -> Any:
 
 
 def own_inputs(name: str, path: Path | None) -> tuple[np.ndarray, str]:
-    """Data points, one a row, and where they are from. Raises: ValueError where there are none."""
+    """Return data points, one a row, and their source; raise ValueError if there are none."""
     if path is not None:
         return read_inputs(path), str(path)
     found = example_inputs(name) if is_own(name) else None
@@ -162,7 +175,7 @@ def own_inputs(name: str, path: Path | None) -> tuple[np.ndarray, str]:
 
 
 def _check_runs(name: str, model: Any, x: np.ndarray, source: str) -> None:
-    """Raises: ValueError where JAX cannot run it on a batch of `x`, or it gives no rows."""
+    """Raise ValueError if JAX cannot run the model on a batch of `x`, or it gives no rows."""
     check_model(model)
     one = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
     try:
@@ -174,38 +187,42 @@ def _check_runs(name: str, model: Any, x: np.ndarray, source: str) -> None:
             f"traces (`nercc run --tolerance` traces nothing): {first}"
         ) from error
     if getattr(answer, "shape", ())[:1] != (1,) or len(answer.shape) < 2:
-        told = f"--model {name} must give an array, a row for each of a batch"
+        wanted = f"--model {name} must give an array, a row for each of a batch"
         got = type(answer).__name__
         if isinstance(answer, jax.ShapeDtypeStruct):
             got = f"{answer.dtype} of shape {answer.shape} for {one.shape}"
-        raise ValueError(f"{told}, not {got}")
+        raise ValueError(f"{wanted}, not {got}")
 
 
 def answering(model: str, outputs: Returned) -> Answering:
-    """A shipped model by name."""
+    """Return a shipped model by name, as workers run it."""
     from nercc_models import load_model
 
     return Answering(load_model(model), outputs)
 
 
-def load_plain_code(path: Path, told: str) -> AbstractCode:
-    """A code from its file, for workers that all run the served model; `told` names it in errors.
+def load_plain_code(path: Path, option: str) -> AbstractCode:
+    """Return a code from its file, for workers that all run the served model.
 
-    Raises: ValueError for a code whose workers run further models beside it, and as `load_code`.
+    Args:
+        path: The file.
+        option: Its name in errors.
+
+    Raises:
+        ValueError: If some workers of the code run further models, and as `load_code`.
     """
-    with of_option(told):
+    with of_option(option):
         code = load_code(path)
     if code.worker_models.any():
         raise ValueError(
-            f"{told}: {type(code).__name__} has workers that run other models; here all run the "
+            f"{option}: {type(code).__name__} has workers that run other models; here all run the "
             "served one"
         )
     return code
 
 
 def enough(x: np.ndarray, source: str, num_data: int, groups: int, option: str) -> np.ndarray:
-    """These data points. Raises: ValueError, saying what to change, where they fill no group, or
-    not so many."""
+    """Return the data points; raise ValueError if they do not fill so many groups."""
     if len(x) < groups * num_data:
         what = f"no group of {num_data}" if groups == 1 else f"no {groups} groups of {num_data}"
         raise ValueError(
@@ -218,9 +235,10 @@ def enough(x: np.ndarray, source: str, num_data: int, groups: int, option: str) 
 def straggler_laws(
     num_data: int, num_workers: int, max_stragglers: int | None
 ) -> dict[str, AbstractStragglers]:
-    """Every number of stragglers from 0 to `max_stragglers`, N - K unless given, by name.
+    """Return laws for each number of stragglers from 0 to `max_stragglers` (default: N - K).
 
-    Raises: ValueError where that leaves no worker, or is negative.
+    Raises:
+        ValueError: If that leaves no worker, or is negative.
     """
     if max_stragglers is None:
         max_stragglers = max(num_workers - num_data, 0)
@@ -229,3 +247,103 @@ def straggler_laws(
             f"--max-stragglers {max_stragglers} leaves none of {num_workers} workers to answer"
         )
     return {str(s): ExactStragglers(s) for s in range(max_stragglers + 1)}
+
+
+# Inputs from files.
+
+
+def needs_pyarrow(option: str) -> None:
+    """Raise ImportError, beginning with the option that needs it, if pyarrow is missing."""
+    if importlib.util.find_spec("pyarrow") is None:
+        raise ImportError(f"{option} needs pyarrow: pip install 'nercc-jax[data]'")
+
+
+def read_inputs(path: Path) -> Float[np.ndarray, "rows ..."]:
+    """Return a row for each input of a file: float32 where the file has that, otherwise float64.
+
+    The file is .npy, .npz with one array, or a table whose columns are the inputs, side by side; a
+    .csv may begin with their names.
+
+    Raises:
+        ValueError: If there is no such file, or it has anything but finite numbers; it names the
+            option.
+    """
+    option = f"--inputs {path}"
+    if not path.is_file():
+        raise ValueError(f"{option}: there is no such file")
+    if path.suffix not in _FILES:
+        raise ValueError(f"{option}: a file ends in {', '.join(_FILES)}")
+    try:
+        found = _READERS[path.suffix](path)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{option} cannot be read: {error}") from error
+    if found.dtype.kind not in "biuf":
+        raise ValueError(f"{option} holds {found.dtype}: numbers are needed")
+    found = found if found.dtype == np.float32 else found.astype(np.float64)
+    found = found[:, None] if found.ndim == 1 and path.suffix != ".npy" else found
+    if found.ndim < 2 or not found.size:
+        raise ValueError(f"{option}: (rows, *shape of one) is needed, not {found.shape}")
+    sound = np.isfinite(found.reshape(len(found), -1)).all(axis=1)
+    if not sound.all():
+        row, count = int(np.argmin(sound)), int(np.sum(~sound))
+        raise ValueError(f"{option}: {count} rows are not finite, the first is row {row}")
+    return found
+
+
+def read_named_inputs(path: Path) -> np.ndarray | dict[str, np.ndarray]:
+    """Return inputs as `read_inputs` does, but float32, and of an .npz file its arrays by name.
+
+    For models that take a dict.
+
+    Raises:
+        ValueError: As `read_inputs` does.
+    """
+    if path.suffix != ".npz" or not path.is_file():
+        return read_inputs(path).astype(np.float32)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name].astype(np.float32) for name in file.files}
+    except (ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"--inputs {path} has no arrays of numbers by name: {error}") from error
+
+
+def _npz(path: Path) -> np.ndarray:
+    with np.load(path, allow_pickle=False) as file:
+        if len(file.files) != 1:
+            raise ValueError(f"it holds {len(file.files)} arrays, {file.files}: one is needed")
+        return file[file.files[0]]
+
+
+def _csv(path: Path) -> np.ndarray:
+    with path.open() as file:
+        first = file.readline().rstrip("\n").split(",")
+    named = not all(_is_number(cell) for cell in first)
+    return np.loadtxt(path, delimiter=",", skiprows=int(named), ndmin=2)
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _parquet(path: Path) -> np.ndarray:
+    needs_pyarrow(f"--inputs {path}")
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.read_table(path)
+    except pyarrow.ArrowException as error:
+        raise ValueError(str(error)) from error
+    return np.column_stack([column.to_numpy() for column in table.columns])
+
+
+_READERS: dict[str, Any] = {
+    ".npy": lambda path: np.load(path, allow_pickle=False),
+    ".npz": _npz,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}

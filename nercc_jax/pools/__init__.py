@@ -1,37 +1,48 @@
-"""Pools of independent workers: who answers first is decoded."""
+"""Pools of independent workers, and coded inference, batches and rows on them."""
 
-from ._batch import Batch as Batch
-from ._batch import BatchAnswers as BatchAnswers
-from ._batch import Failure as Failure
+# Names that are imported "as" themselves are for `nercc_jax.serving`, and not public.
+from ._backend import PoolReport, WorkerReport
+from ._backend import WorkerState as WorkerState
+from ._batch import Batch, BatchAnswers, Failure
 from ._batch import Refuse as Refuse
 from ._batch import refuse_odd as refuse_odd
-from ._calls import Call as Call
 from ._clock import AbstractClock as AbstractClock
-from ._devices import DevicePool as DevicePool
-from ._faults import Episodes as Episodes
-from ._faults import Fault as Fault
-from ._faults import Faults as Faults
-from ._faults import InjectedError as InjectedError
-from ._inference import PoolResult as PoolResult
-from ._inference import Timing as Timing
-from ._inference import pool_inference as pool_inference
-from ._overdue import AnswerTimes as AnswerTimes
-from ._overdue import Overdue as Overdue
-from ._pool import AbstractPool as AbstractPool
-from ._ray import RayPool as RayPool
-from ._ray_cluster import join_ray as join_ray
-from ._ray_cluster import leave_ray as leave_ray
-from ._ray_cluster import ray_is_lost as ray_is_lost
-from ._report import PoolReport as PoolReport
-from ._report import WorkerReport as WorkerReport
-from ._report import WorkerState as WorkerState
-from ._rows import AbstractRound as AbstractRound
-from ._rows import ComputedRows as ComputedRows
-from ._rows import RowCoder as RowCoder
-from ._rows import RowFunction as RowFunction
-from ._rows import Rows as Rows
-from ._run import BatchOutcome as BatchOutcome
-from ._run import run_batches as run_batches
-from ._schemes import Goal as Goal
-from ._simulated import SimulatedClock as SimulatedClock
-from ._simulated import SimulatedPool as SimulatedPool
+from ._devices import DevicePool
+from ._faults import Episodes, Fault, Faults, InjectedError
+from ._inference import BatchOutcome, PoolResult, Timing, pool_inference, run_batches
+from ._pool import AbstractPool
+from ._ray import RayPool
+from ._ray_cluster import join_ray, leave_ray, ray_is_lost
+from ._row_engine import RowProgress, RowResult, run_rows
+from ._rows import RowFunction
+from ._times import AnswerTimes as AnswerTimes
+from ._times import Call, Overdue
+
+__all__ = [
+    "AbstractPool",
+    "Batch",
+    "BatchAnswers",
+    "BatchOutcome",
+    "Call",
+    "DevicePool",
+    "Episodes",
+    "Failure",
+    "Fault",
+    "Faults",
+    "InjectedError",
+    "Overdue",
+    "PoolReport",
+    "PoolResult",
+    "RayPool",
+    "RowFunction",
+    "RowProgress",
+    "RowResult",
+    "Timing",
+    "WorkerReport",
+    "join_ray",
+    "leave_ray",
+    "pool_inference",
+    "ray_is_lost",
+    "run_batches",
+    "run_rows",
+]

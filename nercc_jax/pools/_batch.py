@@ -1,7 +1,8 @@
-"""One batch of coded data points at a pool: what has been answered, and waiting for more."""
+"""One batch of coded data points at a pool: its tasks, its answers, and waiting for more."""
 
 import dataclasses
 import operator
+import re
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -11,21 +12,25 @@ import numpy as np
 from jaxtyping import Bool, Float, PyTree
 
 from ._clock import AbstractClock
-from ._crew import reason_of
-from ._overdue import AnswerTimes
+from ._times import AnswerTimes
 
-# When to stop waiting: this many answers are in, or these answers are enough.
+# When to stop waiting: at this many answers, or once a function of their mask says so.
 Enough: TypeAlias = int | np.integer | Callable[[np.ndarray], bool]
 
-# Why an answer is none, None where it is one.
+# Returns why an answer cannot be used; None where it can.
 Refuse: TypeAlias = Callable[[PyTree[np.ndarray]], str | None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """A worker that did not answer a coded data point, and why.
+    """An attempt at a coded data point that gave no answer.
 
-    `raised`: the model raised, or its answer was none; else the worker died, or hung.
+    Attributes:
+        worker: The worker that had it; -1 where the whole pool failed.
+        point: The coded data point.
+        reason: What went wrong, in one line.
+        raised: Whether the model raised, or its answer could not be used; otherwise the worker died
+            or hung.
     """
 
     worker: int
@@ -36,11 +41,15 @@ class Failure:
 
 @dataclasses.dataclass(frozen=True)
 class BatchAnswers:
-    """What was in when the wait ended.
+    """The answers that were in when a wait ended.
 
-    `values` are zero where no answer was in, and None where there was none at all; `seconds` count
-    from the moment a coded data point was handed to the pool to its answer, NaN where there is
-    none; `waited` is from the batch's dispatch to the end of the wait.
+    Attributes:
+        values: The answers, zero where there is none; None where there is none at all.
+        available: Which coded data points have an answer.
+        seconds: From the moment a coded data point was handed to the pool to its answer; NaN where
+            there is none.
+        waited: From the batch's dispatch to the end of the wait, in seconds.
+        failures: Attempts that went wrong.
     """
 
     values: PyTree[Float[np.ndarray, "num_points ..."]] | None
@@ -53,22 +62,33 @@ class BatchAnswers:
 _NOTHING = np.empty(0)
 _ARRAY = jax.tree.structure(0)  # of a single array
 
+# The line of a traceback that says what was raised: frames are indented.
+_RAISED = re.compile(r"[A-Za-z_][\w.]*(: |$)")
+
+
+def reason_of(error: BaseException) -> str:
+    """Return an exception in one line; where XLA wraps a traceback, the exception at its end."""
+    text = str(error)
+    _, traceback, raised = text.rpartition("Traceback (most recent call last):")
+    lines = [line for line in raised.splitlines() if _RAISED.match(line)] if traceback else []
+    return lines[0] if lines else f"{type(error).__name__}: {text}".splitlines()[0]
+
 
 def arrays_of(tree: PyTree) -> list[Any]:
-    """A pytree's leaves. Most are one array, and JAX takes longer for that than all else here."""
+    """Return a pytree's leaves. Most trees are one array, for which JAX would take longest here."""
     return [tree] if type(tree) is np.ndarray else jax.tree.leaves(tree)
 
 
 class Task:
-    """A coded data point on its way: waiting, at one worker or more, or settled."""
+    """One coded data point to be computed: waiting, at one worker or more, or settled."""
 
     __slots__ = (
         "attempts",
         "batch",
         "failed",
-        "fresh",
         "given",
         "kind",
+        "on_time",
         "point",
         "running",
         "settled",
@@ -81,20 +101,20 @@ class Task:
         self.size = len(arrays_of(value)[0])  # data points
         self.given = batch.clock.now()
         self.attempts = 0
-        self.failed: set[int] = set()  # workers that it went wrong with
-        self.running = 0  # workers that have it in hand
-        self.fresh = 0  # those of them that are not overdue
+        self.failed: set[int] = set()  # workers at which it failed
+        self.running = 0  # workers that have it
+        self.on_time = 0  # those of them that are not overdue
         self.settled = False
 
     @property
     def limit(self) -> float:
-        """Seconds after which a worker is overdue with it."""
+        """The seconds after which a worker is overdue with it."""
         return self.batch.times.limit(self.size)
 
 
 @dataclasses.dataclass(frozen=True)
-class Books:
-    """What batches of a pool share: its lock, its clock, and who is told that one is forgotten."""
+class BatchContext:
+    """The parts of a scheduler that its batches need: lock, clock, and how to forget a batch."""
 
     lock: threading.RLock
     clock: AbstractClock
@@ -104,14 +124,24 @@ class Books:
 class Batch:
     """Coded data points dispatched together, or one after the other, and their answers.
 
-    Made by a pool. Every wait has a deadline; `forget` a batch when done with it, or use it as a
-    context manager: what has not been sent is then dropped, and answers that still come are counted
-    as late and thrown away. Until then late answers are collected, and a second `wait` has them.
+    Pools make batches. Every wait has a deadline. `forget` a batch when done with it, or use it as
+    a context manager: what has not been sent is then dropped, and answers that still come are
+    counted as late and thrown away. Until then late answers are collected, and a second `wait`
+    returns them.
+
+    Example:
+        >>> import numpy as np
+        >>> from nercc_jax.pools import DevicePool
+        >>> with DevicePool(np.negative, 2, compiled=False) as pool:
+        ...     with pool.dispatch(np.ones((3, 1, 2))) as batch:
+        ...         answers = batch.wait(3, deadline=10.0)
+        >>> answers.available.tolist()
+        [True, True, True]
     """
 
     def __init__(
         self,
-        books: Books,
+        context: BatchContext,
         num_points: int,
         needed: int | None,
         copies: int,
@@ -133,16 +163,16 @@ class Batch:
         self.available = np.zeros(num_points, bool)
         self.failures: list[Failure] = []
         self.on_change = on_change
-        self.clock, self._on_forget = books.clock, books.forget
+        self.clock, self._on_forget = context.clock, context.forget
         self._values: list[PyTree | None] = [None] * num_points
         self._seconds = np.full(num_points, np.nan)
-        self.workers: dict[int, int] = {}  # who answered, by coded data point
+        self.workers: dict[int, int] = {}  # the worker that answered, by coded data point
         self._form: Any = None  # of an answer, but for the number of data points
-        self._changed = threading.Condition(books.lock)
+        self._changed = threading.Condition(context.lock)
         self._awaited = num_points
         self._count = 0
         self._unsettled = 0
-        self.hopes = 0
+        self.pending = 0  # coded data points that a worker has and is not overdue with
         self._start = self.clock.now()
 
     def __enter__(self) -> "Batch":
@@ -153,18 +183,22 @@ class Batch:
 
     @property
     def count(self) -> int:
-        """How many coded data points have been answered."""
+        """The number of coded data points that have been answered."""
         return self._count
 
     def wait(self, enough: Enough | None = None, deadline: float = 60.0) -> BatchAnswers:
-        """Waits until the answers are enough, no more can come, or `deadline` seconds have passed.
+        """Wait until the answers are enough, no more can come, or the deadline has passed.
 
-        `enough` is a number of answers (all unless given), or a function of the mask of those that
-        are in, for example `Forecast.below`. The deadline counts from this call. May be called
-        again, for more.
+        May be called again, for more answers.
 
-        Raises: ValueError for a number that is not from 1 to the number of coded data points, or a
-        deadline that is not positive; it may be infinite.
+        Args:
+            enough: A number of answers (default: all), or a function of the mask of those that are
+                in, for example `Forecast.below`.
+            deadline: Seconds from this call on; may be infinite.
+
+        Raises:
+            ValueError: If the number is not from 1 to the number of coded data points, or the
+                deadline is not positive.
         """
         if enough is None:
             enough = self.num_points
@@ -195,32 +229,35 @@ class Batch:
                     self.clock.wait(self._changed, left)
 
     def forget(self) -> None:
-        """Drops what is not sent, and lets answers that still come go. Does nothing twice."""
+        """Drop what has not been sent, and ignore answers that still come. Idempotent."""
         self._on_forget(self)
 
     def suffice(self) -> None:
-        """Nothing more is needed: what waits is not sent, what is on its way is still heard."""
+        """Send nothing more; answers that are on their way are still collected."""
         with self._changed:
             self.needed = 0
 
     def answer(self, point: int) -> PyTree[np.ndarray] | None:
-        """One coded data point's answer, if it is in."""
+        """Return one coded data point's answer, or None if it is not in."""
         return self._values[point]
 
     def lost(self, point: int) -> bool:
-        """Whether a coded data point was sent and will have no answer; `failures` say why."""
+        """Return whether a coded data point was sent and will have no answer.
+
+        `failures` say why.
+        """
         task = self.tasks.get(point)
         return task is not None and task.settled and not self.available[point]
 
     def abandoned(self, point: int) -> bool:
-        """Whether a coded data point failed and, as things are, will not be sent again.
+        """Return whether a coded data point failed and, as things are, will not be sent again.
 
-        It has no attempts left, or the batch has answers enough without it.
+        It has no attempts left, or the batch has enough answers without it.
         """
         task = self.tasks.get(point)
         if task is None or self.available[point] or task.running or not task.attempts:
             return False
-        return task.settled or self.short <= 0
+        return task.settled or self.missing <= 0
 
     def _answers(self) -> BatchAnswers:
         some = next((value for value in self._values if value is not None), None)
@@ -241,20 +278,20 @@ class Batch:
             tuple(self.failures),
         )
 
-    # What follows is for the desk, which holds the lock.
+    # What follows is for the scheduler, which holds the lock.
 
     @property
-    def short(self) -> int:
-        """How many answers are needed beyond those that are in or may be hoped for."""
-        return self.needed - self._count - self.hopes
+    def missing(self) -> int:
+        """The answers needed beyond those that are in or pending."""
+        return self.needed - self._count - self.pending
 
     @property
     def over(self) -> bool:
-        """Whether every coded data point that was sent has its answer, or will never have one."""
+        """True if every coded data point that was sent has its answer, or never will."""
         return self._unsettled == 0
 
     def check_new(self, points: Sequence[int]) -> None:
-        """Raises: ValueError where one of these cannot be sent."""
+        """Raise ValueError if one of these cannot be sent."""
         if not self.open:
             raise ValueError("this batch has been forgotten: nothing more can be sent")
         seen = set()
@@ -268,28 +305,29 @@ class Batch:
             seen.add(point)
 
     def add(self, task: Task) -> None:
-        """Takes a task that is to be sent."""
+        """Add a task that is to be sent."""
         self.tasks[task.point] = task
         self.waiting.append(task)
         self._unsettled += 1
 
     def end(self) -> None:
-        """It is forgotten, and holds nothing that holds it, so that it goes by itself.
+        """Close the batch, and drop all references that make a cycle with it.
 
-        To look for garbage stops all threads, for a tenth of a second where a server made some.
+        It is then freed without Python's garbage collector, which stops all threads: for a tenth of
+        a second in a busy server.
         """
         self.open, self.on_change = False, None
         self.tasks = {}
 
-    def hope(self, task: Task, change: int) -> None:
-        """Counts the tasks that some worker has in hand and is not overdue with."""
-        before, task.fresh = task.fresh > 0, task.fresh + change
+    def count_pending(self, task: Task, change: int) -> None:
+        """Change the number of workers that have a task and are not overdue with it."""
+        before, task.on_time = task.on_time > 0, task.on_time + change
         if not task.settled:
-            self.hopes += (task.fresh > 0) - before
+            self.pending += (task.on_time > 0) - before
 
     def settle(self, task: Task, value: PyTree | None, worker: int = -1) -> None:
-        """Takes a task's answer, and who gave it, or that it has none."""
-        self.hopes -= task.fresh > 0
+        """Take a task's answer and the worker that gave it, or None if there will be none."""
+        self.pending -= task.on_time > 0
         task.settled, task.value = True, _NOTHING  # it may be large, and the batch live on
         self._unsettled -= 1
         if value is not None:
@@ -301,15 +339,15 @@ class Batch:
             self._changed.notify_all()
 
     def refusal(self, outcome: Any, size: int) -> str | None:
-        """Why what a worker made of `size` data points is no answer, if so."""
+        """Return why a worker's outcome for `size` data points is no answer, if it is none."""
         if isinstance(outcome, Exception):
             return reason_of(outcome)
         try:
-            return self._odd(outcome, size)
+            return self._refusal(outcome, size)
         except Exception as error:  # no array at all, for example
             return f"the answer cannot be read: {reason_of(error)}"
 
-    def _odd(self, value: PyTree[np.ndarray], size: int) -> str | None:
+    def _refusal(self, value: PyTree[np.ndarray], size: int) -> str | None:
         leaves = arrays_of(value)
         if not leaves:
             return "the answer holds no array"
@@ -328,7 +366,7 @@ class Batch:
 
 
 def refuse_odd(answer: PyTree[np.ndarray]) -> str | None:
-    """Why an answer cannot be decoded, if so."""
+    """Return why an answer cannot be decoded, if it cannot: it is not finite, or no floats."""
     for leaf in arrays_of(answer):
         if leaf.dtype.kind != "f":
             return f"the answer is {leaf.dtype}: codes work on floats"
@@ -338,7 +376,7 @@ def refuse_odd(answer: PyTree[np.ndarray]) -> str | None:
 
 
 def check_deadline(seconds: float) -> float:
-    """The seconds. Raises: ValueError where they are not positive (NaN is not)."""
+    """Return the seconds; raise ValueError if they are not positive, as NaN is not."""
     if not seconds > 0:
         raise ValueError(f"a deadline is a positive number of seconds, not {seconds}")
     return seconds

@@ -1,58 +1,68 @@
-"""The time that pools and batchers live by, and the turns that they take as it goes on."""
+"""The clock that pools and servers live by, tasks that it repeats, and supervision of those."""
 
 import abc
+import logging
 import queue
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
-# Seconds between two turns at most, and at least where the next one is due at once.
+_LOG = logging.getLogger(__name__)
+
+# Longest and shortest time between two turns, in seconds.
 BEAT, _SHORTEST = 1.0, 1e-4
-# Seconds of one sleep at most, however long a wait may last: threading raises OverflowError where
-# it is asked for centuries.
+# Longest single sleep, in seconds, however long a wait may last: threading raises OverflowError
+# where it is asked for centuries.
 LONGEST_SLEEP = 60.0
+# Pause before a step that failed is tried again, in seconds: doubled each time, up to the longest.
+_PAUSE, _LONGEST = 0.1, 10.0
+_LAST_TURN = 5.0  # seconds for which closing waits for a turn under way
 
 
 class AbstractTurns(abc.ABC):
-    """Takes a turn when it is woken, and when the last one said that the next is due."""
+    """A task that is repeated: when it is woken, and when its last turn said it is due next."""
 
     @abc.abstractmethod
     def start(self) -> None:
-        """The first turn is due."""
+        """Make the first turn due."""
 
     @abc.abstractmethod
     def wake(self) -> None:
-        """A turn is due now. From any thread."""
+        """Make a turn due now. May be called from any thread."""
 
     @abc.abstractmethod
     def close(self, seconds: float | None = None) -> None:
-        """No more turns; one that is under way is waited for, for so long at most if given."""
+        """Take no more turns, and wait for one under way: for `seconds` at most, if given."""
 
 
 class AbstractClock(abc.ABC):
-    """What a pool or a batcher knows of time."""
+    """A source of time for pools and servers: the computer's, or a simulated one."""
 
     @abc.abstractmethod
     def now(self) -> float:
-        """Monotonic seconds."""
+        """Return monotonic seconds."""
 
     @abc.abstractmethod
     def turns(self, name: str, turn: Callable[[], float]) -> AbstractTurns:
-        """`turn()` is taken again and again, by a thread of this name where there are threads.
+        """Return a task that calls `turn` again and again.
 
-        It says when it is due next; it comes every second nevertheless. An exception ends it.
+        Args:
+            name: The name of the thread, where there are threads.
+            turn: Returns the time at which it is due next. It is called at least once a second all
+                the same. An exception ends the task.
         """
 
     @abc.abstractmethod
     def wait(self, condition: threading.Condition, seconds: float) -> None:
-        """Until the condition, which is held, is notified, or for some seconds; it may be sooner.
+        """Wait until a condition that is held is notified, for some seconds at most.
 
-        Raises: as `threading.Condition.wait`.
+        May return earlier. Raises as `threading.Condition.wait` does.
         """
 
 
 class WallClock(AbstractClock):
-    """The computer's own, with a thread for each that takes turns."""
+    """The computer's own clock, with one thread for each repeated task."""
 
     def now(self) -> float:
         return time.monotonic()
@@ -65,7 +75,7 @@ class WallClock(AbstractClock):
 
 
 class _Thread(AbstractTurns):
-    """Sleeps at a queue, which costs less to wake it than a `threading.Event` would."""
+    """A thread that sleeps at a queue, which is cheaper to wake than a `threading.Event`."""
 
     def __init__(self, name: str, turn: Callable[[], float]):
         self._turn = turn
@@ -94,8 +104,81 @@ class _Thread(AbstractTurns):
                 self._wakes.get(timeout=min(max(due - time.monotonic(), _SHORTEST), BEAT))
             except queue.Empty:
                 continue
-            # Whoever finds it set has come before the turn that follows.
+            # Whoever still sees it set came before the turn that follows.
             self._woken = False
 
 
 WALL = WallClock()
+
+
+def pause_after(failures: int) -> float:
+    """Return the seconds to wait before a step that failed `failures` times in a row is retried."""
+    return min(_PAUSE * 2.0 ** min(failures, 10), _LONGEST)
+
+
+class ErrorCounter:
+    """A runner of steps that may fail: logs and counts their exceptions. Thread-safe."""
+
+    def __init__(self):
+        self.errors = 0
+        self._lock = threading.Lock()
+
+    def run(self, what: str, step: Callable[..., Any], *args: Any) -> Exception | None:
+        """Run a step, and return the exception that it raised, if any."""
+        try:
+            step(*args)
+        except Exception as error:
+            self.count(what)
+            return error
+        return None
+
+    def count(self, what: str) -> None:
+        """Log and count the exception that is being handled."""
+        with self._lock:
+            self.errors += 1
+        _LOG.exception("%s failed", what)
+
+
+class Watcher:
+    """A supervised task: calls `look` again and again, whatever one of its turns raises.
+
+    After a turn that raises, which is counted, the next one comes after a pause that grows.
+
+    Args:
+        name: The name of its thread, and of the task in the log.
+        look: Returns the time at which its next turn is due; `wake` makes that now.
+        errors: Where exceptions are counted.
+        end: Called last, should the turns end nevertheless.
+        clock: By which time passes.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        look: Callable[[], float],
+        errors: ErrorCounter,
+        end: Callable[[], Any],
+        clock: AbstractClock = WALL,
+    ):
+        self._look, self._errors, self._end, self._clock = look, errors, end, clock
+        self._name, self._failures = name, 0
+        self.heartbeat = clock.now()  # of the last turn
+        self._turns = clock.turns(name, self._turn)
+        self.start, self.wake = self._turns.start, self._turns.wake
+
+    def close(self) -> None:
+        """Take no more turns; wait a few seconds for one that is under way."""
+        self._turns.close(_LAST_TURN)
+
+    def _turn(self) -> float:
+        self.heartbeat = self._clock.now()
+        try:
+            due, self._failures = self._look(), 0
+            return due
+        except Exception:
+            self._failures += 1
+            self._errors.count(f"a turn of {self._name}")
+            return self.heartbeat + pause_after(self._failures)
+        except BaseException:
+            self._end()
+            raise

@@ -4,28 +4,60 @@ import math
 import os
 import queue
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from ..inference import UNKNOWN, Model, check_worker_dtype, current_conditions
-from ._crew import AbstractCrew, WorkerDied, reason_of
-from ._desk import Desk
+from ._backend import OnOutcome, WorkerBackend, WorkerDied
+from ._batch import reason_of
 from ._faults import Faults
-from ._overdue import Overdue
 from ._pool import AbstractPool
+from ._scheduler import Scheduler
+from ._times import Overdue
 from ._worker import Device, Examples, Program, Worker, as_models, warm_up
 
 
 class DevicePool(AbstractPool):
-    """Workers that are threads, dealt in rounds over the devices of this process.
+    """A pool of threads, distributed in turn over the devices of this process.
 
-    Several workers may share a device; its copy of the model is then theirs together. A device
-    works on what it is given in its own order, so workers of one accelerator are slow together. A
-    thread cannot be killed: one that hangs is left behind, and another takes its place.
+    Several workers may share a device, and then share its copy of the model. A device runs calls in
+    the order in which it gets them, so workers of one accelerator are slow together. A thread
+    cannot be killed: one that hangs is left behind, and another takes its place.
+
+    The pool starts its workers, and waits until all of them are ready.
+
+    Args:
+        model: Any callable on a batch, (B, ...) to (B, ...), floats; or several, for a code whose
+            workers run further ones (`AbstractCode.worker_models`), the served one first.
+        num_workers: Workers.
+        devices: The devices that they use (default: `jax.local_devices()`).
+        example: A batch as a worker will get it, (B, ...), or several: every program is compiled
+            for them before the pool is ready. Without, the first batches wait for the compiler.
+        compiled: False for a model that is no JAX function.
+        worker_dtype: The dtype that workers compute in, "bfloat16" or another floating dtype of up
+            to 32 bits. Inputs are cast before they are sent, and the models' arrays once, as far as
+            `cast_model` reaches; answers come in float32. Data points that are run again are
+            answered in this dtype, too.
+        faults: Faults to inject on purpose.
+        overdue: When a task counts as overdue.
+        max_attempts: Workers that are tried for a coded data point that fails.
+        hang_timeout: Seconds after which a worker that has not answered is replaced.
+        start_timeout: Seconds until all workers must be ready.
+
+    Raises:
+        ValueError: If a number is not positive, or a model cannot be cast.
+        RuntimeError: If a model does not run on the example.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from nercc_jax import NeRCC, pool_inference
+        >>> with DevicePool(jnp.tanh, 6) as pool:
+        ...     predictions = pool_inference(pool, NeRCC(4, 6))(jnp.ones((4, 3)), 5, deadline=60.0)
+        >>> predictions.shape
+        (4, 3)
     """
 
     def __init__(
@@ -43,31 +75,6 @@ class DevicePool(AbstractPool):
         hang_timeout: float = 60.0,
         start_timeout: float = 120.0,
     ):
-        """Starts the workers, and waits until all are ready.
-
-        Args:
-            model: any callable on a batch, (B, ...) to (B, ...), floats; or several, for a code
-                whose workers run further ones (`AbstractCode.worker_models`), served one first.
-            num_workers: how many.
-            devices: where they are; `jax.local_devices()` unless given.
-            example: a batch as a worker will get it, (B, ...), or several: every program is
-                compiled for them before the pool is ready. Without, the first batches wait for the
-                compiler.
-            compiled: False for a model that is no JAX function.
-            worker_dtype: what workers run in, "bfloat16" or another floating dtype of up to 32
-                bits: their inputs are cast before they are sent, and the models' arrays once, as
-                far as `cast_model` reaches; answers come in float32. The model's own answers, of
-                what is run again, are the workers', too.
-            faults: what goes wrong on purpose.
-            overdue: when a task counts as overdue (`Overdue`).
-            max_attempts: how many workers are tried for a coded data point that fails.
-            hang_timeout: seconds after which a worker that has not answered is replaced.
-            start_timeout: seconds until all workers must be ready.
-
-        Raises: ValueError for numbers that are not positive, and a model that cannot be cast;
-        RuntimeError where a model does not
-        run on the example.
-        """
         devices = list(jax.local_devices() if devices is None else devices)
         models = as_models(model, worker_dtype)
         self._worker_dtype = check_worker_dtype(worker_dtype)
@@ -79,8 +86,8 @@ class DevicePool(AbstractPool):
         faults = faults or Faults()
         # Faults on purpose let two cores stand for many machines.
         shared = compiled and platform == "cpu" and not faults.faults
-        self._desk = Desk(
-            _Threads(programs, faults, _cores() if shared else math.inf),
+        self._scheduler = Scheduler(
+            _ThreadBackend(programs, faults, _cores() if shared else math.inf),
             num_workers,
             len(models),
             overdue=overdue or Overdue(),
@@ -90,64 +97,64 @@ class DevicePool(AbstractPool):
         )
 
 
-class _Threads(AbstractCrew):
-    """A thread a worker, each with a queue of its own that holds one task at most."""
+class _ThreadBackend(WorkerBackend):
+    """One thread for each worker, with a queue of its own that holds one task at most.
+
+    Args:
+        programs: The models, on each device.
+        faults: Faults to inject.
+        cores: Cores that all threads share; infinite where it is not known.
+    """
 
     def __init__(self, programs: Sequence[Program], faults: Faults, cores: float):
-        """`cores`: that all share; infinite where nobody can tell who slows down whom."""
         self._programs, self._faults, self._cores = programs, faults, cores
-        self._hands: dict[int, _Hand] = {}
+        self._threads: dict[int, _WorkerThread] = {}
 
-    def start(self, worker: int, life: int, hear: Callable[[int, int, Any], None]) -> None:
-        if worker in self._hands:
-            self._hands[worker].end()
+    def start(self, worker: int, life: int, on_outcome: OnOutcome) -> None:
+        if worker in self._threads:
+            self._threads[worker].end()
         program = self._programs[worker % len(self._programs)]
-        self._hands[worker] = _Hand(program, self._faults, worker, life, hear)
+        self._threads[worker] = _WorkerThread(program, self._faults, worker, life, on_outcome)
 
-    def parcel(self, batch: PyTree) -> PyTree:
+    def prepare(self, batch: PyTree) -> PyTree:
         return batch
 
     def send(self, worker: int, life: int, kind: int, batch: PyTree) -> None:
-        self._hands[worker].inbox.put((life, kind, batch))
+        self._threads[worker].inbox.put((life, kind, batch))
 
-    def room(self, busy: int) -> float:
+    def spare_capacity(self, busy: int) -> float:
         return self._cores - busy
 
-    def lacking(self) -> None:
-        """Threads start at once."""
+    def missing(self) -> None:
+        """Return None: threads start at once."""
 
     def close(self) -> None:
-        for hand in self._hands.values():
-            hand.end()
-        for hand in self._hands.values():
-            hand.thread.join(timeout=1)
+        for each in self._threads.values():
+            each.end()
+        for each in self._threads.values():
+            each.thread.join(timeout=1)
 
 
 class _Death(BaseException):
     """Ends a thread as SIGKILL ends a process: nothing is answered."""
 
 
-class _Hand:
+class _WorkerThread:
     """One life of a worker's thread."""
 
     def __init__(
-        self,
-        program: Program,
-        faults: Faults,
-        worker: int,
-        life: int,
-        hear: Callable[[int, int, Any], None],
+        self, program: Program, faults: Faults, worker: int, life: int, on_outcome: OnOutcome
     ):
         self.inbox: queue.SimpleQueue = queue.SimpleQueue()
         self._ended = threading.Event()
         self._program, self._faults = program, faults
-        self._worker, self._life, self._hear = worker, life, hear
+        self._worker, self._life, self._on_outcome = worker, life, on_outcome
         name = f"nercc-worker-{worker}"
         self.thread = threading.Thread(target=self._work, name=name, daemon=True)
         self.thread.start()
 
     def end(self) -> None:
-        """Lets the thread end when it next looks; it is not waited for."""
+        """Let the thread end when it next looks; it is not waited for."""
         self._ended.set()
         self.inbox.put(None)
 
@@ -158,21 +165,21 @@ class _Hand:
                 self._program, self._faults, self._worker, self._life, _die, self._ended.wait
             )
             with self._program.at_home():
-                self._hear(self._worker, self._life, None)
+                self._on_outcome(self._worker, self._life, None)
                 self._answer(worker)
         except _Death:
             pass
         except BaseException as error:  # a model may have exited
             end += f": {reason_of(error)}"
-        finally:  # who was told to end is not listened to
-            self._hear(self._worker, self._life, WorkerDied(end))
+        finally:  # ignored where `end` was called
+            self._on_outcome(self._worker, self._life, WorkerDied(end))
 
     def _answer(self, worker: Worker) -> None:
-        """Batches as they come, until it is told to end."""
+        """Answer batches as they come, until `end` is called."""
         while (item := self.inbox.get()) is not None and not self._ended.is_set():
             life, kind, batch = item
             if life == self._life:
-                self._hear(self._worker, self._life, _outcome(worker, kind, batch))
+                self._on_outcome(self._worker, self._life, _outcome(worker, kind, batch))
             del item, batch  # it may be large, and the next may not come soon
 
 
@@ -184,7 +191,7 @@ def _outcome(worker: Worker, kind: int, batch: PyTree) -> PyTree | Exception:
 
 
 def _cores() -> float:
-    """Those that this process may use."""
+    """Return the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return float(len(os.sched_getaffinity(0)))
     return float(os.cpu_count() or 1)

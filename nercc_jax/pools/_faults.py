@@ -1,4 +1,4 @@
-"""Faults and delays on purpose: what makes a worker slow, wrong or dead, from a seed.
+"""Fault injection: makes workers slow, wrong or dead on purpose, from a seed.
 
 A fault acts inside the worker, in its thread or process, so that every pool meets it as it would
 meet a real one: the worker is busy while it sleeps, and gone when it dies.
@@ -27,10 +27,18 @@ class InjectedError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Episodes:
-    """Times at which something is the case: exponential spells and pauses, from a seed.
+    """Random spells of time, with exponential lengths and pauses, from a seed.
 
-    `lasting` and `every` are the mean seconds of a spell and from one spell's start to the next.
-    Every process that has the same seed and origin (seconds since the epoch) sees the same spells.
+    Every process that has the same seed and origin sees the same spells.
+
+    Args:
+        every: Mean seconds from the start of one spell to the start of the next.
+        lasting: Mean seconds of a spell.
+        seed: Of the random numbers.
+        origin: Where the spells are counted from, in seconds since the epoch (default: now).
+
+    Raises:
+        ValueError: Unless `lasting` is positive and smaller than `every`.
     """
 
     every: float
@@ -46,7 +54,7 @@ class Episodes:
             )
 
     def spells(self) -> Iterator[tuple[float, float]]:
-        """Start and end of each spell, in seconds since the epoch, one after the other."""
+        """Yield the start and end of each spell, in seconds since the epoch."""
         random = np.random.default_rng([self.seed, 0x5BE11])
         now = self.origin
         while True:
@@ -57,18 +65,21 @@ class Episodes:
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """One thing that goes wrong.
+    """One kind of fault, and which calls it strikes.
 
-    - "delay": the call takes longer by a draw of `latency`, in seconds;
-    - "error": it raises `InjectedError`;
-    - "nan": it answers, with NaN in every place;
-    - "hang": it never answers;
-    - "death": the worker's thread or process ends at once, a process by SIGKILL.
+    Args:
+        kind: "delay": the call takes longer by a draw of `latency`; "error": it raises
+            `InjectedError`; "nan": it answers with NaN in every place; "hang": it never answers;
+            "death": the worker's thread or process ends at once, a process by SIGKILL.
+        probability: With which it strikes a call.
+        workers: Which workers it strikes (default: all).
+        calls: Which of a worker's calls, counted from 0 in each of its lives (default: all).
+        latency: The law of a "delay", in seconds.
+        episodes: Only during these spells. Workers that share a fault with episodes are slow
+            together, as a rack is.
 
-    It strikes each call with `probability`, if the worker is one of `workers` (all unless given),
-    if this is one of its `calls` (counted from 0 in each of the worker's lives; all unless given),
-    and, with `episodes`, during their spells only: workers that share a fault with episodes are
-    slow together, as a rack is.
+    Raises:
+        ValueError: If an argument does not fit.
     """
 
     kind: FaultKind
@@ -89,13 +100,20 @@ class Fault:
 
 @dataclasses.dataclass(frozen=True)
 class Faults:
-    """All that goes wrong at a pool's workers. The same seed gives each call the same faults."""
+    """All faults of a pool's workers. The same seed gives each call the same faults.
+
+    Example:
+        >>> faults = Faults([Fault("error", probability=0.5)], seed=3)
+        >>> injected = faults.at(worker=0, life=0)
+        >>> [sorted(injected.next()[1]) for _ in range(4)]
+        [['error'], ['error'], [], []]
+    """
 
     faults: Sequence[Fault] = ()
     seed: int = 0
 
     @classmethod
-    def on_trial(
+    def from_rates(
         cls,
         *,
         service_delay: float = 0.0,
@@ -104,12 +122,17 @@ class Faults:
         death_rate: float = 0.0,
         seed: int = 0,
     ) -> "Faults":
-        """What a command or server is tried with: calls that take longer, straggle, or kill.
+        """Return faults by their rates: calls that take longer, straggle, or kill their worker.
 
-        Every call takes `service_delay` seconds longer, the share `straggler_rate` of them another
-        `straggler_delay` seconds, and in the share `death_rate` the worker dies.
+        Args:
+            service_delay: Seconds that every call takes longer.
+            straggler_rate: Share of calls that straggle.
+            straggler_delay: Seconds that a straggling call takes longer.
+            death_rate: Share of calls in which the worker dies.
+            seed: Of the random numbers.
 
-        Raises: ValueError for a share outside [0, 1], or seconds that are negative or not finite.
+        Raises:
+            ValueError: If a share is outside [0, 1], or seconds are negative or not finite.
         """
         always = 1.0 if service_delay else 0.0
         faults = [
@@ -122,12 +145,12 @@ class Faults:
         return cls(faults, seed)
 
     def at(self, worker: int, life: int, time: Callable[[], float] = time.time) -> "WorkerFaults":
-        """The faults of one worker in one of its lives (0 for the first), episodes by `time()`."""
+        """Return the faults of one worker in one life (0: the first); episodes go by `time()`."""
         return WorkerFaults(self, worker, life, time)
 
 
 class WorkerFaults:
-    """What strikes the calls of one worker, one after the other."""
+    """The faults of one worker's calls, one call after the other."""
 
     def __init__(self, faults: Faults, worker: int, life: int, time: Callable[[], float]):
         mine = [
@@ -147,7 +170,7 @@ class WorkerFaults:
         self._call = 0
 
     def next(self) -> tuple[float, set[FaultKind]]:
-        """Seconds by which the next call is delayed, and what else happens to it."""
+        """Return the seconds by which the next call is delayed, and its other faults."""
         call, self._call = self._call, self._call + 1
         seconds, kinds = 0.0, set[FaultKind]()
         for fault, delays, spells in zip(self._faults, self._delays, self._spells, strict=True):
@@ -173,13 +196,14 @@ def _draws(latency: AbstractLatency | None, seed: int, *numbers: int) -> np.ndar
 
 
 class _Spells:
-    """Whether a spell is on, asked at times that do not go back."""
+    """The spells of episodes, at times that do not go back."""
 
     def __init__(self, episodes: Episodes, time: Callable[[], float]):
         self._time, self._coming = time, episodes.spells()
         self._start, self._end = next(self._coming)
 
     def now(self) -> bool:
+        """Return whether a spell is on."""
         time_now = self._time()
         while self._end <= time_now:
             self._start, self._end = next(self._coming)

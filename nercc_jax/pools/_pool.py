@@ -10,45 +10,45 @@ import numpy as np
 from jaxtyping import Array, PyTree, Shaped
 
 from ..inference import Conditions, cast_floats
+from ._backend import PoolReport
 from ._batch import Batch, Refuse, refuse_odd
-from ._calls import Call
 from ._clock import AbstractClock
-from ._desk import Desk
-from ._overdue import Overdue
-from ._report import PoolReport
+from ._scheduler import Scheduler
+from ._times import Call, Overdue
 
 
 class AbstractPool(abc.ABC):
-    """Independent workers that run the same models: whoever answers first is decoded.
+    """Independent workers that run the same models; the first answers to come are decoded.
 
     Any worker can run any coded data point, one at a time, so a pool may have more workers than a
-    code (spare ones), or fewer (each then runs several). See `_desk.py` for the rules of who gets
-    what. A pool holds threads or processes: `close` it, or use it as a context manager.
+    code (spare ones), or fewer (each then runs several). The rules of which worker gets which task
+    are at the top of `_scheduler.py`. A pool holds threads or processes: `close` it, or use it as a
+    context manager.
     """
 
-    _desk: Desk
+    _scheduler: Scheduler
     _worker_dtype: str | None = None
     _conditions: Conditions = Conditions()
 
     @property
     def worker_dtype(self) -> str | None:
-        """What coded data points are cast to before they are sent; None: they go as they are."""
+        """The dtype that coded data points are cast to before they are sent; None: no cast."""
         return self._worker_dtype
 
     @property
     def conditions(self) -> Conditions:
-        """At which precision workers answer, and on what; to compare calibrations with."""
+        """The precision and platform of the workers, to compare calibrations with."""
         return self._conditions
 
     @property
     def clock(self) -> AbstractClock:
-        """The time by which it lives, and who serves on it."""
-        return self._desk.clock
+        """The clock of the pool, and of a server on it."""
+        return self._scheduler.clock
 
     @property
     def num_workers(self) -> int:
-        """How many workers there are, dead ones that are being replaced included."""
-        return self._desk.num_workers
+        """The number of workers, dead ones that are being replaced included."""
+        return self._scheduler.num_workers
 
     def dispatch(
         self,
@@ -58,16 +58,22 @@ class AbstractPool(abc.ABC):
         needed: int | None = None,
         copies: int = 2,
     ) -> Batch:
-        """Sends each coded data point, a batch for one worker's model, and comes back at once.
+        """Send each coded data point, a batch for one worker's model, and return at once.
 
-        Coded data points may be pytrees, whose leaves share the first two axes.
-        `kinds` says which of the pool's models each runs, 0 for the served one (all unless given).
-        `needed` is the number of answers that will do (all unless given): beyond it nothing is sent
-        to a worker who could do something else. `copies` is how many workers may have the same
-        coded data point in hand, when the first is overdue and the batch is short of answers.
+        Args:
+            coded: Coded data points; a pytree's leaves share the first two axes.
+            kinds: Which of the pool's models each runs; 0 is the served one (default: all 0).
+            needed: Answers that are enough (default: all). Beyond that number nothing is sent to a
+                worker that could do something else.
+            copies: How many workers may have the same coded data point, if the first is overdue and
+                the batch lacks answers.
 
-        Raises: ValueError where the pool is closed, or a number does not fit; RuntimeError where it
-        is broken (`trouble`).
+        Returns:
+            A batch to wait for.
+
+        Raises:
+            ValueError: If the pool is closed, or a number does not fit.
+            RuntimeError: If the pool is broken (`trouble`).
         """
         values = jax.tree.map(np.asarray, coded)
         leaves, structure = jax.tree.flatten(values)
@@ -93,17 +99,22 @@ class AbstractPool(abc.ABC):
         overdue: Overdue | None = None,
         refuse: Refuse = refuse_odd,
     ) -> Batch:
-        """A batch of coded data points that are sent one after the other, as they become known.
+        """Open a batch whose coded data points are sent one after the other, by `send`.
 
-        `on_change(batch)` is called after each answer, or failure, from one of the pool's threads:
-        it must be quick, and must not wait for the batch. `overdue` is when this batch's coded data
-        points are overdue (the pool's unless given). `refuse(answer)` says why it is none, if so,
-        and the worker has failed: unless given, what is not finite floats cannot be decoded.
-        Numbers as in `dispatch`: a client that waits for more answers than `needed` may have to
-        wait for stragglers, as the rest is only sent if a worker is free at once, or something is
-        overdue.
+        A client that waits for more answers than `needed` may have to wait for stragglers: the rest
+        is only sent if a worker is idle at once, or something is overdue.
+
+        Args:
+            num_points: Coded data points, in all.
+            needed: As in `dispatch`.
+            copies: As in `dispatch`.
+            on_change: Called with the batch after each answer or failure, from one of the pool's
+                threads. It must be quick, and must not wait for the batch.
+            overdue: When this batch's coded data points are overdue (default: the pool's rule).
+            refuse: Returns why an answer cannot be used, in which case the worker has failed
+                (default: answers that are not finite floats).
         """
-        return self._desk.open(num_points, needed, copies, on_change, overdue, refuse)
+        return self._scheduler.open(num_points, needed, copies, on_change, overdue, refuse)
 
     def send(
         self,
@@ -113,72 +124,80 @@ class AbstractPool(abc.ABC):
         *,
         kinds: Sequence[int] | None = None,
     ) -> None:
-        """Sends some coded data points of an open batch; `values` are (batch, ...) for each.
+        """Send some coded data points of an open batch.
 
-        Raises: ValueError where the batch has been forgotten, a point was sent before or is not
-        there, or the pool is closed; RuntimeError where it is broken (`trouble`).
+        Args:
+            batch: From `open`.
+            points: Their places in the batch.
+            values: Inputs (batch, ...) for each.
+            kinds: As in `dispatch`.
+
+        Raises:
+            ValueError: If the batch has been forgotten, a point was sent before or does not exist,
+                or the pool is closed.
+            RuntimeError: If the pool is broken (`trouble`).
         """
         if kinds is None:
             kinds = [0] * len(points)
         cast = (cast_floats(value, self._worker_dtype) for value in values)
-        self._desk.add(batch, points, cast, kinds)
+        self._scheduler.add(batch, points, cast, kinds)
 
     def report(self) -> PoolReport:
-        """What the pool has seen so far."""
-        return self._desk.report()
+        """Return counts of what the pool has seen so far, and the state of its workers."""
+        return self._scheduler.report()
 
     def calls(self) -> list[Call]:
-        """The latest calls that were answered, or given up as hanging: as they ended, 4,096."""
-        return self._desk.calls()
+        """Return the latest 4,096 calls that were answered, or given up as hanging."""
+        return self._scheduler.calls()
 
     @property
     def trouble(self) -> str | None:
-        """Why no answer will come any more, in words; None where the pool works.
+        """Why no answer will come any more; None where the pool works.
 
-        It is closed, or one of its own threads failed. What is open has then failed, and what is
-        sent is refused. Workers that die, hang or do not start are no such trouble.
+        The pool is closed, or one of its own threads failed. All that was open has then failed, and
+        what is sent is refused. Workers that die, hang or do not start are replaced instead.
         """
-        return self._desk.trouble
+        return self._scheduler.trouble
 
     @property
     def alarm(self) -> str | None:
-        """What will end the pool unless somebody mends it, in words; None where all is well."""
+        """The fault that will end the pool unless it is repaired; None where all is well."""
         return None
 
     @property
     def ends_at(self) -> float:
-        """The monotonic time at which that ends this process, where it does: else infinite."""
+        """The monotonic time at which `alarm` ends this process; infinite where it does not."""
         return math.inf
 
     @property
     def heartbeat(self) -> float:
-        """The monotonic time at which the pool last looked after its workers: every second."""
-        return self._desk.heartbeat
+        """The monotonic time at which the pool last looked after its workers: once a second."""
+        return self._scheduler.heartbeat
 
     @property
     def idle(self) -> int:
-        """How many workers have nothing in hand, at this moment."""
-        return self._desk.idle
+        """The number of workers without a task, at this moment."""
+        return self._scheduler.idle
 
     @property
     def spare(self) -> float:
-        """How many of those could take something without slowing down what others have in hand.
+        """The number of idle workers that could run without slowing down busy ones.
 
-        Threads share their host's cores; what is overdue is not counted as work. Infinite where
-        workers share nothing: then what waits for them slows nobody down, either.
+        Threads share their host's cores; overdue tasks are not counted as work. Infinite where
+        workers share nothing: then waiting tasks slow down no other, either.
         """
-        return self._desk.spare
+        return self._scheduler.spare
 
     def on_idle(self, callback: Callable[[], Any]) -> None:
-        """Has `callback()` called whenever a worker is left without a task: one listener a pool.
+        """Have `callback()` called whenever a worker is left without a task: one listener a pool.
 
-        It comes from one of the pool's threads, as `on_change` does, and must be as quick.
+        It is called from one of the pool's threads, as `on_change` is, and must be as quick.
         """
-        self._desk.on_idle(callback)
+        self._scheduler.on_idle(callback)
 
     def close(self) -> None:
-        """Ends the workers. Who still waits gets what is in."""
-        self._desk.close()
+        """End the workers. Whoever still waits gets the answers that are in."""
+        self._scheduler.close()
 
     def __enter__(self):
         return self

@@ -8,32 +8,66 @@ from jax.typing import DTypeLike
 
 from ..codes import x64_enabled
 from ..inference import Model, check_worker_dtype, current_conditions, matmul_precision
-from ._desk import Desk
+from ._clock import ErrorCounter, Watcher
 from ._faults import Faults
-from ._overdue import Overdue
 from ._pool import AbstractPool
+from ._ray_backend import ActorBackend, pack
 from ._ray_cluster import MEMBERSHIP
-from ._ray_crew import Actors
-from ._ray_nodes import by_node, crowding, worker_options
-from ._ray_watch import HeadWatch, Moves, NodeWatch
-from ._ray_weights import pack
-from ._supervision import Guard, Watcher
+from ._ray_nodes import Migration, NodeWatch, by_node, crowding, worker_options
+from ._scheduler import Scheduler
+from ._times import Overdue
 from ._worker import Examples, as_models
 
 _LOG = logging.getLogger(__name__)
 
 
 class RayPool(AbstractPool):
-    """Workers that are Ray actors: processes of their own, each with JAX and the models loaded.
+    """A pool of Ray actors: processes of their own, each with JAX and the models loaded.
 
     Nothing is shared between them, so neither a slow one nor a dead one holds up another. A death
-    is noticed at once, whether the worker has something in hand or not, and a new actor takes the
-    place. Workers lie on the nodes as evenly as those have room, and move, one at a time, when
-    nodes come or go. Weights and large data points exist once a node, whoever uses them.
+    is noticed at once, whether the worker has a task or not, and a new actor takes the place.
+    Workers lie on the nodes as evenly as those have room, and move, one at a time, when nodes come
+    or go. Weights and large data points exist once on a node, however many workers use them.
 
-    Uses the Ray that this process is connected to. Else it joins the one at `address`, at
-    RAY_ADDRESS, or on this machine, and starts one here if there is none, for as long as a pool of
-    this process is open.
+    The pool uses the Ray that this process is connected to. Otherwise it joins the one at
+    `address`, at RAY_ADDRESS, or on this machine, and starts one here if there is none, for as long
+    as a pool of this process is open. The models are sent to the actors by pickle, with classes and
+    functions of a script or a notebook.
+
+    Args:
+        model: As for `DevicePool`.
+        num_workers: Workers.
+        example: As for `DevicePool`.
+        compiled: As for `DevicePool`.
+        worker_dtype: As for `DevicePool`.
+        address: Of Ray's head: "HOST:6379", "ray://HOST:10001" from outside of the cluster, "auto"
+            for the Ray that runs on this machine, "local" for a new one.
+        runtime_env: Ray's, for all workers: `{"working_dir": FOLDER}` sends a folder along.
+        actor_options: Ray's `num_cpus`, `num_gpus`, `resources` and so on. By default a worker
+            counts for half a CPU or less and, where the cluster has GPUs, for one or an equal part,
+            of whose memory it takes that part. A `scheduling_strategy` places the workers, which
+            are then not moved.
+        max_per_node: Workers that may be lost together, N - K; a node with more causes a warning.
+        rebalance_every: Seconds between two checks whether a worker should move.
+        min_workers: Workers to wait for (default: all); the others come in while the pool runs.
+        faults: As for `DevicePool`.
+        overdue: As for `DevicePool`.
+        max_attempts: As for `DevicePool`.
+        hang_timeout: As for `DevicePool`.
+        start_timeout: Seconds until `min_workers` must be ready.
+
+    Raises:
+        ImportError: Without Ray.
+        ConnectionError: If there is no Ray at the address.
+        RuntimeError: If too few workers start, for example because a model does not run on the
+            example.
+        ValueError: If a number does not fit.
+
+    Example:
+        ```text
+        with RayPool(model, 8, example=x[:1]) as pool:
+            predictions = pool_inference(pool, code)(x, 7, deadline=5.0)
+        ```
     """
 
     def __init__(
@@ -56,40 +90,18 @@ class RayPool(AbstractPool):
         hang_timeout: float = 60.0,
         start_timeout: float = 300.0,
     ):
-        """Starts the workers, and waits until `min_workers` are ready: all unless given.
-
-        Args:
-            address: Ray's head, "HOST:6379", "ray://HOST:10001" from outside of the cluster,
-                "auto" for the Ray that runs on this machine, "local" for a new one.
-            runtime_env: Ray's, for all workers: `{"working_dir": FOLDER}` sends a folder along.
-            actor_options: Ray's `num_cpus`, `num_gpus`, `resources` and so on. Unless they say so,
-                a worker counts for half a CPU or less, and where the cluster has GPUs for one or an
-                equal part, of whose memory it takes that part. A `scheduling_strategy` places the
-                workers, which are then not moved.
-            max_per_node: workers that may be lost together, N - K; a warning tells where a node
-                has more.
-            rebalance_every: seconds between two looks whether a worker should move.
-            min_workers: workers to wait for; the others come in while the pool runs.
-
-        Everything else is as in `DevicePool`. The models are sent to the actors by pickle, with
-        classes and functions of a script or a notebook.
-
-        Raises: ImportError without Ray; ConnectionError where the address has none; RuntimeError
-        where too few workers start, for example because a model does not run on the example;
-        ValueError for numbers that do not fit.
-        """
         models = as_models(model, worker_dtype)
         self._worker_dtype = check_worker_dtype(worker_dtype)
         self._probe = MEMBERSHIP.enter(address, runtime_env)
         try:
-            self._crew = Actors(
+            self._backend = ActorBackend(
                 pack((models, example, compiled, faults or Faults())),
                 (x64_enabled(), matmul_precision()),
                 worker_options(actor_options or {}, num_workers),
                 lambda: self._probe.gone,
             )
-            self._desk = Desk(
-                self._crew,
+            self._scheduler = Scheduler(
+                self._backend,
                 num_workers,
                 len(models),
                 overdue=overdue or Overdue(),
@@ -101,25 +113,25 @@ class RayPool(AbstractPool):
         except BaseException:
             MEMBERSHIP.leave()
             raise
-        self._conditions = current_conditions(worker_dtype, self._crew.platform())
+        self._conditions = current_conditions(worker_dtype, self._backend.platform())
         self._open = True
         self._max_per_node = max_per_node
-        moves = Moves(self._crew.misplaced, self._desk.renew, rebalance_every)
-        watch = NodeWatch(self._probe, self._settled, self._tell, moves)
-        looks = {"nercc-head": HeadWatch(self._probe).look, "nercc-nodes": watch.look}
+        migration = Migration(self._backend.misplaced, self._scheduler.restart, rebalance_every)
+        watch = NodeWatch(self._probe, self._settled, self._log_places, migration)
+        looks = {"nercc-head": self._probe.turn, "nercc-nodes": watch.look}
         self._watchers = [
-            Watcher(name, look, Guard(), lambda: None) for name, look in looks.items()
+            Watcher(name, look, ErrorCounter(), lambda: None) for name, look in looks.items()
         ]
         for each in self._watchers:
             each.start()
 
     def processes(self) -> list[int | None]:
-        """The process id of each worker, on whatever machine it is; None while it is replaced."""
-        return self._crew.processes()
+        """Return the process id of each worker, on whatever machine; None while it is replaced."""
+        return self._backend.processes()
 
     def nodes(self) -> list[str | None]:
-        """The node of each worker, by Ray's id; None while it is replaced."""
-        return self._crew.nodes()
+        """Return the node of each worker, by Ray's id; None while it is replaced."""
+        return self._backend.nodes()
 
     @property
     def alarm(self) -> str | None:
@@ -130,18 +142,18 @@ class RayPool(AbstractPool):
         return self._probe.ends_at
 
     def close(self) -> None:
-        """Ends the workers. Who still waits gets what is in."""
+        """End the workers. Whoever still waits gets the answers that are in."""
         if self._open:
             self._open = False
             for each in self._watchers:
                 each.close()
-            self._desk.close()
+            self._scheduler.close()
             MEMBERSHIP.leave()
 
     def _settled(self) -> bool:
-        return self._desk.report().starting == 0
+        return self._scheduler.report().starting == 0
 
-    def _tell(self) -> None:
+    def _log_places(self) -> None:
         held = by_node(self.nodes())
         each = ", ".join(str(number) for number in sorted(held.values(), reverse=True))
         _LOG.info("workers on %d node(s): %s", len(held), each)

@@ -1,16 +1,16 @@
-"""Which Ray a process is part of: the one it is told, one that it finds, or one of its own."""
+"""The Ray that a process is part of: by address, one that it finds, or its own; and its head."""
 
 import concurrent.futures
 import logging
+import math
 import os
 import socket
 import threading
+import time
 import urllib.parse
 import warnings
 from collections.abc import Mapping
 from typing import Any
-
-from ._ray_head import HeadProbe
 
 _LOG = logging.getLogger(__name__)
 
@@ -18,9 +18,19 @@ _LOG = logging.getLogger(__name__)
 _STARTS = 3
 _CONNECT = 5.0  # seconds for a head to take a connection
 
+_EVERY = 0.5  # seconds between two probes of the head, at least, however often `look` is called
+_TURN = 1.0  # seconds between two turns of a watcher
+_PROBE = 2.0  # seconds for the head to answer
+_MISSES = 2  # probes without an answer, one after the other, that make an alarm
+# The preface of HTTP/2 (RFC 9113, 3.4) and an empty frame of settings: gRPC answers with its own at
+# once. An accepted connection proves nothing: the kernel accepts it for a frozen process, too.
+_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+# Seconds without a head after which Ray ends this process, unless this variable says otherwise.
+_ENDS_AFTER, _VARIABLE = 60.0, "RAY_gcs_rpc_server_reconnect_timeout_s"
+
 
 def ray_module() -> Any:
-    """Ray. Raises: ImportError that says how to install it."""
+    """Return Ray; raise ImportError that says how to install it."""
     try:
         import ray
     except ImportError as error:
@@ -28,11 +38,86 @@ def ray_module() -> Any:
     return ray
 
 
-class Membership:
-    """This process's part in a Ray, for as long as somebody in it uses that.
+class HeadProbe:
+    """A probe of a cluster's head at HOST:PORT, which its users have probed by `look`, often.
 
-    What we connected to is left, and what we started ends, with the last who uses it; a Ray that
-    the process was connected to before stays.
+    Without an address, which may not be known, the head counts as there.
+    """
+
+    def __init__(self, address: str):
+        self.address = address
+        host, _, port = address.rpartition(":")
+        self._target = host.strip("[]"), int(port or 0)
+        self._limit = float(os.environ.get(_VARIABLE) or _ENDS_AFTER)
+        self._lock = threading.Lock()
+        self._looked = -math.inf
+        self._seen, self._misses, self._frozen = time.monotonic(), 0, False
+
+    def look(self) -> None:
+        """Probe the head, unless it was probed just now."""
+        with self._lock:
+            if self.address and time.monotonic() - self._looked >= _EVERY:
+                self._ask()
+                self._looked = time.monotonic()
+
+    def turn(self) -> float:
+        """Probe the head, and return the time of the next turn of a `Watcher`.
+
+        It has a thread of its own, since calls to Ray itself wait for a frozen head.
+        """
+        self.look()
+        return time.monotonic() + _TURN
+
+    def _ask(self) -> None:
+        self._frozen = False
+        try:
+            with socket.create_connection(self._target, _PROBE) as connection:
+                self._frozen = True
+                connection.sendall(_GREETING)
+                connection.recv(1)  # an empty one is an answer, too: the peer has hung up
+        except OSError:
+            self._misses += 1
+            if self._misses == _MISSES:
+                _LOG.error("%s", self.alarm)
+            return
+        if self._misses >= _MISSES:
+            _LOG.warning("Ray's head answers again")
+        self._seen, self._misses, self._frozen = time.monotonic(), 0, False
+
+    @property
+    def gone(self) -> bool:
+        """True if the head does not answer."""
+        return self._misses >= _MISSES
+
+    @property
+    def ends_at(self) -> float:
+        """The monotonic time at which Ray ends this process; infinite where the head answers.
+
+        Infinite, too, where the head is frozen: its connections are open, and Ray does not notice.
+        """
+        return self._seen + self._limit if self.gone and not self._frozen else math.inf
+
+    @property
+    def alarm(self) -> str | None:
+        """The fault of the head, if there is one."""
+        if not self.gone:
+            return None
+        if self._frozen:
+            return (
+                f"Ray's head at {self.address} takes connections and says nothing, as a process "
+                "that is stopped: workers go on, and none is replaced until it goes on"
+            )
+        return (
+            f"Ray's head at {self.address} does not answer: workers go on, none is replaced, and "
+            f"unless it is back within {self._limit:g} s Ray ends this process"
+        )
+
+
+class Membership:
+    """This process's connection to a Ray, for as long as a pool of the process uses it.
+
+    With the last user, the connection that we made is closed, and a Ray that we started ends. A Ray
+    that the process was connected to before stays.
     """
 
     def __init__(self):
@@ -48,15 +133,20 @@ class Membership:
         runtime_env: Mapping[str, Any] | None,
         elsewhere: Mapping[str, Any] | None = None,
     ) -> HeadProbe:
-        """Connects this process, unless it is connected; `leave` has to follow.
+        """Connect this process, unless it is connected; `leave` must follow.
 
-        Returns what looks after the cluster's head, one for all.
+        Args:
+            address: As for `RayPool`.
+            runtime_env: Ray's runtime environment.
+            elsewhere: The runtime environment for a Ray that is joined, which may have other
+                machines (default: `runtime_env`).
 
-        `elsewhere` is the runtime environment where a Ray is joined, which may have other machines;
-        a Ray that is started here has `runtime_env`, and so has that, unless it is given.
+        Returns:
+            The probe of the cluster's head, one for all users.
 
-        Raises: ConnectionError where no Ray is at the address, or does not let us in; ValueError
-        where an address or a runtime environment comes too late, or does not fit.
+        Raises:
+            ConnectionError: If no Ray is at the address, or it does not let us in.
+            ValueError: If a runtime environment comes too late, or does not fit.
         """
         with self._lock:
             ray = ray_module()
@@ -77,11 +167,11 @@ class Membership:
 
     @property
     def lost(self) -> bool:
-        """Whether the cluster's head is gone."""
+        """True if the cluster's head is gone."""
         return self._probe is not None and self._probe.gone
 
     def leave(self) -> None:
-        """To be called once for each `enter`."""
+        """End one use; call it once for each `enter`."""
         with self._lock:
             self._users -= 1
             ray = ray_module()
@@ -97,18 +187,18 @@ MEMBERSHIP = Membership()
 
 
 def _head(address: str | None) -> str:
-    """Where the head listens for us, as HOST:PORT."""
+    """Return where the head listens for us, as HOST:PORT."""
     address = address or os.environ.get("RAY_ADDRESS") or ""
     if "://" in address:
         return urllib.parse.urlsplit(address).netloc
     try:
         return str(ray_module().get_runtime_context().gcs_address)
-    except AttributeError:  # by Ray's client, whose own connection has to do
+    except AttributeError:  # Ray's client, whose own connection must be enough
         return ""
 
 
 def _job() -> str:
-    """Which connection to Ray this is: each has a number of its own."""
+    """Return the number of this connection to Ray."""
     return ray_module().get_runtime_context().get_job_id()
 
 
@@ -117,25 +207,35 @@ def join_ray(
     runtime_env: Mapping[str, Any] | None = None,
     elsewhere: Mapping[str, Any] | None = None,
 ) -> None:
-    """Makes this process part of a Ray until `leave_ray`, whatever pools come and go: see `enter`.
+    """Make this process part of a Ray until `leave_ray`, whatever pools come and go.
 
-    One that is connected already stays as it is.
+    A process that is connected already stays as it is.
+
+    Args:
+        address: As for `RayPool`.
+        runtime_env: Ray's runtime environment.
+        elsewhere: The runtime environment for a Ray that is joined, which may have other machines
+            (default: `runtime_env`).
+
+    Raises:
+        ConnectionError: If no Ray is at the address, or it does not let us in.
+        ValueError: If a runtime environment comes too late, or does not fit.
     """
     MEMBERSHIP.enter(address, runtime_env, elsewhere)
 
 
 def leave_ray() -> None:
-    """Ends what `join_ray` began."""
+    """End what `join_ray` began."""
     MEMBERSHIP.leave()
 
 
 def ray_is_lost() -> bool:
-    """Whether this process is part of a Ray whose head is gone: Ray will end it."""
+    """Return whether this process is part of a Ray whose head is gone: Ray will end it."""
     return MEMBERSHIP.lost
 
 
 def _connect(address: str | None, runtime_env: dict[str, Any], elsewhere: dict[str, Any]) -> None:
-    """By address, by RAY_ADDRESS, to what was started on this machine, or to a Ray of our own."""
+    """Connect by address, by RAY_ADDRESS, to a Ray on this machine, or to a Ray of our own."""
     address = address or os.environ.get("RAY_ADDRESS") or None
     if address in (None, "auto"):
         here = _started_here()
@@ -146,16 +246,16 @@ def _connect(address: str | None, runtime_env: dict[str, Any], elsewhere: dict[s
         address = here or "local"
     if address == "local":
         _start(runtime_env)
-        return _tell("started a Ray on this machine")
+        return _log_resources("started a Ray on this machine")
     _reach(address)
     _init(address, elsewhere)
-    _tell(f"joined Ray at {address}")
+    _log_resources(f"joined Ray at {address}")
 
 
 def _started_here() -> str | None:
-    """The address of the Ray that `ray start` made this machine a part of, if it is there.
+    """Return the address of the Ray that `ray start` made this machine a part of, if any.
 
-    Not of those that other processes have for themselves, which end with them.
+    A Ray that another process started for itself ends with that process, and does not count.
     """
     from ray._private.utils import read_ray_address  # what `ray.init` looks at
 
@@ -169,16 +269,16 @@ def _started_here() -> str | None:
     return address
 
 
-def _tell(what: str) -> None:
+def _log_resources(what: str) -> None:
     ray = ray_module()
     alive = [node for node in ray.nodes() if node["Alive"]]
     resources = ray.cluster_resources()
-    told = f"{resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"
-    _LOG.info("%s: %d %s, %s", what, len(alive), "node" if len(alive) == 1 else "nodes", told)
+    total = f"{resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"
+    _LOG.info("%s: %d %s, %s", what, len(alive), "node" if len(alive) == 1 else "nodes", total)
 
 
 def _reach(address: str) -> None:
-    """Raises: ConnectionError where nobody listens there; Ray would try for a minute."""
+    """Raise ConnectionError if there is no listener; Ray would try for a minute."""
     parts = urllib.parse.urlsplit(address if "://" in address else f"//{address}")
     port = parts.port or (10001 if parts.scheme == "ray" else 6379)
     try:
@@ -206,10 +306,10 @@ def _init(address: str, runtime_env: dict[str, Any]) -> None:
 
 
 def _start(runtime_env: dict[str, Any]) -> None:
-    """Starts a Ray of our own.
+    """Start a Ray of our own.
 
-    Linux kills Ray's processes when the thread ends that started them, and then Ray ends ours. So
-    that is the main thread, or one that does nothing else for good: pools may be made by any.
+    Linux kills Ray's processes when the thread that started them ends, and then Ray ends ours. So
+    that is the main thread, or one that does nothing else for good: any thread may make a pool.
     """
 
     def start() -> None:
@@ -243,5 +343,5 @@ def _start(runtime_env: dict[str, Any]) -> None:
 
 
 def last_line(error: BaseException | None) -> str:
-    """Ray puts the reason for which something did not start at the end of a page."""
+    """Return an error's last line: Ray puts the reason at the end of a page."""
     return str(error).strip().splitlines()[-1]

@@ -1,31 +1,36 @@
-"""A cluster's nodes, what workers take of them, and which gets the next."""
+"""A cluster's nodes: their resources, the choice of a node for a worker, and moves between them."""
 
 import collections
 import dataclasses
+import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ._ray_cluster import ray_module
+from ._ray_cluster import HeadProbe, ray_module
 
-# A worker's CPUs unless told: of Ray's budget, which only counts. Never more than this share of
-# what is free, so that others find room.
+_LOG = logging.getLogger(__name__)
+
+# Default CPUs of a worker, in Ray's count, and the largest share of the free CPUs that a pool takes
+# by default, so that others find room.
 _CPUS, _FREE = 0.5, 0.8
-# Of a GPU's memory, what its workers take together: the rest is XLA's and the driver's.
+# Share of a GPU's memory that its workers take together: the rest is XLA's and the driver's.
 _MEMORY = 0.9
 _FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+_EVERY = 1.0  # seconds between two checks of the nodes
 
 
 @dataclasses.dataclass(frozen=True)
 class Node:
-    """A node that is alive, by Ray's id, with all that it has."""
+    """A node that is alive: Ray's id, its address, and its resources in all."""
 
     id: str
     address: str
     resources: Mapping[str, float]
 
     def room(self, demand: Mapping[str, float]) -> float:
-        """How many workers it can hold; infinitely many where they take nothing."""
+        """Return how many workers it can hold; infinitely many where they take nothing."""
         # Ray counts in ten-thousandths.
         return min(
             (
@@ -37,7 +42,7 @@ class Node:
 
 
 def live_nodes() -> list[Node]:
-    """The cluster's nodes, in the order in which Ray tells them."""
+    """Return the cluster's nodes that are alive, in Ray's order."""
     return [
         Node(each["NodeID"], each["NodeManagerAddress"], dict(each["Resources"]))
         for each in ray_module().nodes()
@@ -46,9 +51,9 @@ def live_nodes() -> list[Node]:
 
 
 def worker_options(options: Mapping[str, Any], num_workers: int) -> dict[str, Any]:
-    """An actor's options, with what a worker takes of the cluster's CPUs and GPUs unless told.
+    """Return an actor's options, with defaults for CPUs and GPUs.
 
-    Where the cluster has GPUs each worker gets one, or an equal part, and of its memory as much.
+    Where the cluster has GPUs, each worker gets one, or an equal part of one and of its memory.
     """
     ray = ray_module()
     found = dict(options)
@@ -68,7 +73,7 @@ def worker_options(options: Mapping[str, Any], num_workers: int) -> dict[str, An
 
 
 def demand_of(options: Mapping[str, Any]) -> dict[str, float]:
-    """What a worker takes, by the names of Ray's resources."""
+    """Return the resources that a worker takes, by Ray's names."""
     named = {"CPU": options.get("num_cpus", 0.0), "GPU": options.get("num_gpus", 0.0)}
     named["memory"] = options.get("memory") or 0.0
     named |= dict(options.get("resources") or {})
@@ -78,7 +83,7 @@ def demand_of(options: Mapping[str, Any]) -> dict[str, float]:
 def choose_node(
     nodes: Iterable[Node], demand: Mapping[str, float], held: Mapping[str, int]
 ) -> Node | None:
-    """The node that holds the fewest workers of those with room for one more; None if none has."""
+    """Return the node with the fewest workers among those with room for one more, if any."""
     roomy = [node for node in nodes if node.room(demand) > held.get(node.id, 0)]
     return min(roomy, key=lambda node: held.get(node.id, 0), default=None)
 
@@ -86,9 +91,9 @@ def choose_node(
 def node_to_leave(
     nodes: Sequence[Node], demand: Mapping[str, float], held: Mapping[str, int]
 ) -> str | None:
-    """The node that should give a worker to another: it holds at least two more than that would.
+    """Return the node that should give a worker to another, which has at least two fewer.
 
-    None where workers lie as evenly as nodes' room allows.
+    None where workers lie as evenly as the nodes' room allows.
     """
     target = choose_node(nodes, demand, held)
     if target is None or not held:
@@ -98,7 +103,7 @@ def node_to_leave(
 
 
 def crowding(held: Mapping[str, int], bound: int | None) -> str | None:
-    """Why the workers are not independent of each other, if so."""
+    """Return a warning if one node holds more than `bound` workers, which may die together."""
     most = max(held.values(), default=0)
     if bound is None or most <= bound:
         return None
@@ -110,10 +115,12 @@ def crowding(held: Mapping[str, int], bound: int | None) -> str | None:
     )
 
 
-def lacking(demand: Mapping[str, float], waiting: int, nodes: Sequence[Node]) -> str | None:
-    """What so many workers that have no process yet are waiting for; None if for nothing.
+def missing_resources(
+    demand: Mapping[str, float], waiting: int, nodes: Sequence[Node]
+) -> str | None:
+    """Return the resources that workers without a process are waiting for; None if none.
 
-    While there is enough of everything for one more, nobody waits for that.
+    While there is enough of everything for one more, nothing is missing.
     """
     free = ray_module().available_resources()
     each = ", ".join(f"{name} {amount:g}" for name, amount in demand.items()) or "no resource"
@@ -130,5 +137,68 @@ def lacking(demand: Mapping[str, float], waiting: int, nodes: Sequence[Node]) ->
 
 
 def by_node(places: Iterable[str | None]) -> collections.Counter[str]:
-    """How many workers are at each node."""
+    """Return how many workers are at each node."""
     return collections.Counter(place for place in places if place is not None)
+
+
+# The watch while a pool runs.
+
+
+class Migration:
+    """The moving of workers to nodes that have fewer: one at a time, every `every` seconds at most.
+
+    Args:
+        misplaced: Returns a worker that should move, if any.
+        restart: Restarts a worker elsewhere, if it is idle, and returns whether it was.
+        every: Seconds between two moves.
+    """
+
+    def __init__(
+        self, misplaced: Callable[[], int | None], restart: Callable[[int], bool], every: float
+    ):
+        self._misplaced, self._restart, self._every = misplaced, restart, every
+        self._due = time.monotonic() + every
+
+    def move(self) -> None:
+        """Move a worker, if it is time and one should move."""
+        if time.monotonic() < self._due:
+            return
+        self._due = time.monotonic() + self._every
+        worker = self._misplaced()
+        if worker is None:
+            return
+        if self._restart(worker):
+            _LOG.info("worker %d moves to a node that has fewer of them", worker)
+        else:
+            self._due = 0.0  # it was busy
+
+
+class NodeWatch:
+    """The watch over the places of workers, once all are ready: logs them once, then moves some.
+
+    Args:
+        probe: Of the head.
+        settled: Returns whether all workers are ready.
+        log_places: Logs where they are.
+        migration: Moves them.
+    """
+
+    def __init__(
+        self,
+        probe: HeadProbe,
+        settled: Callable[[], bool],
+        log_places: Callable[[], None],
+        migration: Migration,
+    ):
+        self._probe, self._settled, self._migration = probe, settled, migration
+        self._log_places: Callable[[], None] | None = log_places
+
+    def look(self) -> float:
+        """Move a worker if one should move, and return the time of the next turn."""
+        # Without a head, we would wait for Ray's answer about nodes until it ends us.
+        if not self._probe.gone and self._settled():
+            if self._log_places is not None:
+                self._log_places()
+                self._log_places = None
+            self._migration.move()
+        return time.monotonic() + _EVERY

@@ -1,7 +1,7 @@
-"""Rows of anyone's function on a pool: computed, or decoded from what is known of the function.
+"""Calls of a user's function on rows: computed, or decoded from what is known of the function.
 
-Workers get rows as they are, each one of them or, where some are copied, more than one: so a
-function need not be defined between its rows, nor be a function of JAX's.
+Workers get rows as they are, one copy of each or, where some are copied, more: so a function need
+not be defined between its rows, nor be a JAX function.
 """
 
 import abc
@@ -17,19 +17,29 @@ from ..codes import is_float
 from ..schemes import Scheme
 from ._batch import Batch
 from ._pool import AbstractPool
-from ._schemes import Goal, Sent, scheme_steps
+from ._steps import AccuracyTarget, Outgoing, scheme_steps
 from ._worker import no_mesh, off_meshes
 
-# What is no straggler answers within this share of the time that the others took, after them.
+# After enough answers are in, the others are waited for during this share of the time so far.
 _GRACE = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
 class RowFunction:
-    """A function of a batch of rows as workers call it: as it is, on NumPy's arrays.
+    """A function of a batch of rows, as workers call it: on NumPy arrays, and checked.
 
-    Raises: TypeError for what it gives that is no array of numbers, ValueError for another number
-    of rows.
+    Integers and booleans become float64, half precision float32.
+
+    Args:
+        function: Any callable on (rows, ...) that returns an array (rows, ...).
+
+    Raises:
+        TypeError: When called, if the function returns no array of numbers.
+        ValueError: When called, if it returns another number of rows.
+
+    Example:
+        >>> RowFunction(lambda x: x.sum(axis=1) > 0)(np.ones((2, 3)))
+        array([1., 1.])
     """
 
     function: Callable[[Any], Any]
@@ -51,13 +61,16 @@ class RowFunction:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
-    """What became of some rows.
+class RowValues:
+    """Values of some rows, and how accurate they are.
 
-    `deviation` is 0 where `exact`: there `values` are what the function gave, NaN included. Else it
-    says how far they may be off, infinite where nothing is known, and `score` is what a `Goal` goes
-    by. `values` is None where nothing is known of any. `raised` says why there is no answer, by
-    place, where the function raised.
+    Attributes:
+        values: The function's own values where `exact`, NaN included, otherwise decoded ones; None
+            where no value is known at all.
+        exact: Which rows were computed.
+        deviation: How far values may be off: 0 where exact, infinite where unknown.
+        score: The error bar or the error probability by which an `AccuracyTarget` goes.
+        raised: Why rows have no value on which the function raised.
     """
 
     values: Float[np.ndarray, "rows ..."] | None
@@ -67,23 +80,23 @@ class Rows:
     raised: dict[int, str]
 
 
-class AbstractRound(abc.ABC):
-    """Rows on their way."""
+class AbstractRowCalls(abc.ABC):
+    """Rows that were sent to workers."""
 
     @abc.abstractmethod
     def wait(self, deadline: float) -> None:
-        """Until it is time to `take` what is in, or so many seconds have passed."""
+        """Wait until it is time to `take` the answers, for `deadline` seconds at most."""
 
     @abc.abstractmethod
-    def take(self) -> Rows:
-        """What became of the rows; nothing more is heard of them."""
+    def take(self) -> RowValues:
+        """Return what is known of the rows; answers that come later are ignored."""
 
 
-class ComputedRows(AbstractRound):
-    """All rows computed, `size` of them in a call; a call that is overdue is sent twice."""
+class PlainCalls(AbstractRowCalls):
+    """Calls that compute all rows, `size` of them each; a call that is overdue is sent twice."""
 
     def __init__(self, pool: AbstractPool, x: Shaped[np.ndarray, "rows ..."], size: int):
-        # All calls are alike, as a function that is compiled for each size would have it.
+        # All calls have one size, for functions that are compiled for each.
         number = math.ceil(len(x) / size)
         self._rows, self._places = len(x), np.resize(np.arange(len(x)), (number, size))
         self._batch = _send(pool, [x[places] for places in self._places])
@@ -91,52 +104,59 @@ class ComputedRows(AbstractRound):
     def wait(self, deadline: float) -> None:
         self._batch.wait(deadline=deadline)
 
-    def take(self) -> Rows:
-        values, exact, raised = _heard(self._batch, self._places, self._rows)
+    def take(self) -> RowValues:
+        values, exact, raised = _collect(self._batch, self._places, self._rows)
         unknown = np.where(exact, 0.0, np.inf)
-        return Rows(values, exact, unknown, unknown, raised)
+        return RowValues(values, exact, unknown, unknown, raised)
 
 
 class RowCoder:
-    """A scheme that copies what is doubtful, carried out on rows of a function.
+    """A scheme that copies uncertain rows, carried out on rows of a function.
 
-    `goal` says what a row is scored by, `wait_for` at how many of N answers the rest is decoded.
+    Args:
+        pool: The workers.
+        scheme: With `redundancy="doubtful"`.
+        target: By which rows are scored.
+        wait_for: The number of answers at which the other rows are decoded.
+
+    Raises:
+        ValueError: If the scheme sends anything but rows as they are.
     """
 
-    def __init__(self, pool: AbstractPool, scheme: Scheme, goal: Goal, wait_for: int):
+    def __init__(self, pool: AbstractPool, scheme: Scheme, target: AccuracyTarget, wait_for: int):
         scheme = off_meshes(scheme)
         if not scheme.places_copies:
             raise ValueError("rows go as they are: redundancy='doubtful' is needed")
-        self.scheme, self.goal, self.wait_for = scheme, goal, wait_for
+        self.scheme, self.target, self.wait_for = scheme, target, wait_for
         self._pool = pool
-        self._send, self.judge = scheme_steps(scheme)
+        self._encode, self.decode = scheme_steps(scheme)
 
     @no_mesh()
     def start(
         self,
         x: Shaped[np.ndarray, "groups num_data ..."],
         features: Float[np.ndarray, "groups num_data d"],
-    ) -> "CodedRows":
-        """Sends rows in groups. `features` are what the scheme's surrogate knows them by."""
-        sent = self._send(features)
-        assert sent.encoders is not None
-        holds = np.argmax(sent.encoders, axis=-1)
+    ) -> "CodedCalls":
+        """Send rows in groups; `features` are the inputs of the scheme's surrogate for them."""
+        outgoing = self._encode(features)
+        assert outgoing.encoders is not None
+        holds = np.argmax(outgoing.encoders, axis=-1)
         groups = np.arange(len(x))
         calls = [x[groups, holds[:, worker]] for worker in range(holds.shape[1])]
-        return CodedRows(self, sent, holds, _send(self._pool, calls, self.wait_for))
+        return CodedCalls(self, outgoing, holds, _send(self._pool, calls, self.wait_for))
 
 
-class CodedRows(AbstractRound):
-    """Rows in groups, the doubtful ones copied: who has not answered in time is decoded."""
+class CodedCalls(AbstractRowCalls):
+    """Calls on groups of rows, uncertain ones copied; rows that are late are decoded."""
 
     def __init__(
         self,
         coder: RowCoder,
-        sent: Sent,
+        outgoing: Outgoing,
         holds: Int[np.ndarray, "groups num_workers"],
         batch: Batch,
     ):
-        self._coder, self._sent, self._holds, self._batch = coder, sent, holds, batch
+        self._coder, self._outgoing, self._holds, self._batch = coder, outgoing, holds, batch
 
     def wait(self, deadline: float) -> None:
         waited = self._batch.wait(self._coder.wait_for, deadline).waited
@@ -145,29 +165,29 @@ class CodedRows(AbstractRound):
             self._batch.wait(deadline=grace)
 
     @no_mesh()
-    def take(self) -> Rows:
-        scheme, goal = self._coder.scheme, self._coder.goal
+    def take(self) -> RowValues:
+        scheme, target = self._coder.scheme, self._coder.target
         groups, num_data = len(self._holds), scheme.code.num_data
         places = (self._holds + num_data * np.arange(groups)[:, None]).T
-        values, exact, raised = _heard(self._batch, places, groups * num_data)
+        values, exact, raised = _collect(self._batch, places, groups * num_data)
         if values is None:
             unknown = np.full(groups * num_data, np.inf)
-            return Rows(None, exact, unknown, unknown, raised)
+            return RowValues(None, exact, unknown, unknown, raised)
         vectors = values.reshape(len(values), -1)
         sound = exact & np.isfinite(vectors).all(axis=1)
         y = np.where(sound[:, None], vectors, 0).astype(np.float32)
         available = self._batch.available[:, None] & sound[places]
-        judged = self._coder.judge(self._sent, y[places], available.T)
-        decoded = np.asarray(judged.decoded.predictions).reshape(values.shape)
-        score = np.array(goal.score(scheme.bars, judged), float).reshape(-1)
-        deviation = np.array(judged.deviation, float).reshape(-1)
-        # What the function raised on has no value, whatever its neighbours say.
+        found = self._coder.decode(self._outgoing, y[places], available.T)
+        decoded = np.asarray(found.decoded.predictions).reshape(values.shape)
+        score = np.array(target.score(scheme.bars, found), float).reshape(-1)
+        deviation = np.array(found.deviation, float).reshape(-1)
+        # A row on which the function raised has no value, whatever its neighbours say.
         lost = [place for place in raised if not exact[place]]
         score[lost] = deviation[lost] = np.inf
         score[exact] = deviation[exact] = 0
         lead = (len(values), *[1] * (values.ndim - 1))
         values = np.where(exact.reshape(lead), values, decoded)
-        return Rows(values, exact, deviation, score, raised)
+        return RowValues(values, exact, deviation, score, raised)
 
 
 def _send(pool: AbstractPool, calls: list[np.ndarray], needed: int | None = None) -> Batch:
@@ -176,11 +196,15 @@ def _send(pool: AbstractPool, calls: list[np.ndarray], needed: int | None = None
     return batch
 
 
-def _heard(
+def _collect(
     batch: Batch, places: Int[np.ndarray, "calls size"], rows: int
 ) -> tuple[np.ndarray | None, Bool[np.ndarray, " rows"], dict[int, str]]:
-    """The values of the rows that were computed, zeros elsewhere; which those are; and of those
-    that were not, on which the function raised. Forgets the batch."""
+    """Take a batch's answers row by row, and forget the batch.
+
+    Returns:
+        The values of the rows that were computed, zeros elsewhere; which rows those are; and of the
+        others, why the function raised on them.
+    """
     batch.forget()
     exact, values = np.zeros(rows, bool), None
     for call in np.flatnonzero(batch.available):

@@ -1,4 +1,4 @@
-"""What runs at a worker, in whichever thread or process it lives."""
+"""The code that runs at a worker, in whichever thread or process it lives."""
 
 import contextlib
 import time
@@ -37,7 +37,7 @@ _FOREVER = 1e6
 
 @contextlib.contextmanager
 def no_mesh() -> Iterator[None]:
-    """Outside any mesh that the caller has set (`jax.set_mesh`).
+    """Leave any mesh that the caller has set (`jax.set_mesh`).
 
     A pool's arrays lie each on a device of its own choice, which is not that of a mesh.
     """
@@ -46,7 +46,7 @@ def no_mesh() -> Iterator[None]:
 
 
 def off_meshes(tree: PyTree) -> PyTree:
-    """The tree with those arrays that lie on a mesh on one of its devices alone."""
+    """Return the tree with arrays that lie on a mesh moved to one of its devices."""
 
     def move(leaf: Any) -> Any:
         if not isinstance(leaf, jax.Array) or not isinstance(leaf.sharding, NamedSharding):
@@ -61,8 +61,8 @@ class Program:
     """The models of a worker, served one first, with their arrays on one device.
 
     `compiled=False` calls them as they are: for a model that is no JAX function, such as a remote
-    endpoint. Precision (x64, and of products) is that of the thread that makes the program,
-    whichever thread calls it.
+    endpoint. The precision (x64, and that of products) is that of the thread that makes the
+    program, whichever thread calls it.
     """
 
     def __init__(self, models: tuple[Model, ...], device: Device, compiled: bool):
@@ -73,10 +73,10 @@ class Program:
 
     @contextlib.contextmanager
     def at_home(self) -> Iterator[None]:
-        """On the program's device and at its precision, which are settings of a thread.
+        """Enter the program's device and precision, which are settings of a thread.
 
-        For calls to be made inside: a worker's thread stays, since to come and go takes a tenth of
-        a small model's time.
+        Calls are made inside. A worker's thread stays inside, since entering and leaving takes a
+        tenth of a small model's time.
         """
         with (
             no_mesh(),
@@ -87,7 +87,7 @@ class Program:
             yield
 
     def __call__(self, kind: int, batch: PyTree) -> PyTree[np.ndarray]:
-        """Model `kind`'s answers to a batch, on the host, in float32 at least. Only `at_home`."""
+        """Return model `kind`'s answers, on the host, in float32 at least. Only `at_home`."""
         return _on_host(self._calls[kind](cast_floats(batch, self._dtype)))
 
 
@@ -98,14 +98,14 @@ def _on_host(answer: PyTree) -> PyTree[np.ndarray]:
 
 
 def _array_on_host(answer: Any) -> np.ndarray:
-    """What NumPy has no name for (bfloat16) the host would not know for a float."""
+    """Return an array in float32 at least: NumPy would not take bfloat16 for a float."""
     answer = np.asarray(answer)
     short = answer.dtype.itemsize < 4 and is_float(answer)
     return answer.astype(np.float32) if short else answer
 
 
 def _bound(model: Model, device: Device) -> Callable[[PyTree], Any]:
-    """The model as a compiled function whose arrays lie on the device."""
+    """Return the model as a compiled function whose arrays lie on the device."""
     arrays, rest = eqx.partition(model, eqx.is_array)
     # A device alone would leave an array of an explicit mesh typed by that mesh.
     arrays = jax.device_put(arrays, SingleDeviceSharding(device))
@@ -122,9 +122,10 @@ def _bound(model: Model, device: Device) -> Callable[[PyTree], Any]:
 def as_models(
     model: Model | Sequence[Model], worker_dtype: DTypeLike | None = None
 ) -> tuple[Model, ...]:
-    """One model, or the served and further ones, as a tuple, in the workers' dtype.
+    """Return one model, or the served and further ones, as a tuple, in the workers' dtype.
 
-    Raises: ValueError for none, one in training mode, or one that cannot be cast.
+    Raises:
+        ValueError: If there is none, one is in training mode, or one cannot be cast.
     """
     models = (model,) if callable(model) else tuple(model)
     if not models or not all(callable(model) for model in models):
@@ -134,9 +135,10 @@ def as_models(
 
 
 def warm_up(programs: Sequence[Program], num_models: int, example: Examples) -> None:
-    """Compiles all models for batches like the examples, no fault included.
+    """Compile all models for batches like the examples, without injected faults.
 
-    Raises: RuntimeError where a model does not run on one.
+    Raises:
+        RuntimeError: If a model does not run on one.
     """
     examples = () if example is None else example
     if not isinstance(examples, Sequence):
@@ -155,9 +157,9 @@ def warm_up(programs: Sequence[Program], num_models: int, example: Examples) -> 
 
 
 class Worker:
-    """A program, and the faults that strike it on purpose. To be called where the program is home.
+    """A program with injected faults. To be called inside `Program.at_home`.
 
-    `wait(seconds)` sleeps and is true if the worker was told to end meanwhile; `die()` ends the
+    `wait(seconds)` sleeps, and returns whether the worker was ended meanwhile; `die()` ends the
     worker as its pool's workers die.
     """
 
@@ -175,7 +177,7 @@ class Worker:
         self._die, self._wait = die, wait
 
     def __call__(self, kind: int, batch: PyTree) -> PyTree[np.ndarray]:
-        """Answers a batch, unless a fault has it otherwise."""
+        """Answer a batch, unless a fault prevents it."""
         seconds, kinds = self._faults.next()
         if "death" in kinds:
             self._die()

@@ -41,7 +41,7 @@ class FittedScheme:
     scheme: Scheme
     pairs: int
     deviations: Float[np.ndarray, " held_out"]
-    doubts: Float[np.ndarray, " held_out"] | None = None
+    error_probabilities: Float[np.ndarray, " held_out"] | None = None
 
     def within(self, tolerance: float, coverage: float = 0.9) -> float:
         """Return the share of held-out pairs whose error bar is no larger than the tolerance."""
@@ -50,7 +50,11 @@ class FittedScheme:
 
     def sure(self, limit: float) -> float:
         """Return the share of held-out pairs whose error probability is within the limit."""
-        return 0.0 if self.doubts is None else float(np.mean(self.doubts <= limit))
+        return (
+            0.0
+            if self.error_probabilities is None
+            else float(np.mean(self.error_probabilities <= limit))
+        )
 
 
 def fit_scheme(
@@ -100,14 +104,14 @@ def fit_scheme(
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = np.asarray(row_errors(mean, own)) / np.asarray(deviation)
     bars: ErrorBars = error_bars_from_ratios(ratios)
-    error_probability, doubts = None, None
+    error_probability, error_probabilities = None, None
     if labels:
         error_probability = fit_error_probability_of_predictions(mean, deviation, jnp.asarray(own))
-        doubts = np.asarray(error_probability(mean, deviation, mean))
+        error_probabilities = np.asarray(error_probability(mean, deviation, mean))
     scheme = Scheme(
         code, surrogate=knows, bars=bars, error_probability=error_probability, redundancy="doubtful"
     )
-    return FittedScheme(scheme, len(x), np.asarray(deviation), doubts)
+    return FittedScheme(scheme, len(x), np.asarray(deviation), error_probabilities)
 
 
 def _filled(rows: Float[np.ndarray, "few n"], number: int) -> Float[np.ndarray, "number n"]:

@@ -32,8 +32,7 @@ from ..codes import (
     known_decoders,
 )
 from ..evaluation import agree_on_labels
-from ..pools._encoding import encode_on_host
-from ..pools._inference import shared_decoder
+from ..pools._steps import encode_on_host, shared_decoder
 from ..splines import smoothing_matrix_on_host
 from ._query_doubt import error_probability_from_answers, features_of
 

@@ -34,7 +34,7 @@ class Predictor:
 
     >>> import numpy as np
     >>> from nercc_jax import Uncoded
-    >>> from nercc_jax.pools import SimulatedPool
+    >>> from nercc_jax.testing import SimulatedPool
     >>> from nercc_jax.serving import BatchingPolicy, CodedBatcher, Coder, Predictor
     >>> pool = SimulatedPool(np.tanh, 4, seconds=lambda size: 0.05)
     >>> policy = BatchingPolicy(max_disagreement=0.1)

@@ -240,7 +240,7 @@ def _open_pool(servable: Servable, code: AbstractCode, settings: ModelSettings) 
             np.zeros((size, *inputs.shape), inputs.dtype) for size in settings.policy().batch_sizes
         ],
         "worker_dtype": settings.worker_dtype,
-        "faults": Faults.on_trial(
+        "faults": Faults.from_rates(
             service_delay=settings.service_delay_s,
             straggler_rate=settings.straggler_rate,
             straggler_delay=settings.straggler_delay_s,

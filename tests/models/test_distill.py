@@ -417,7 +417,7 @@ def test_the_command_makes_a_student_of_ones_own_model(run, tmp_path):
 
 @pytest.mark.slow
 def test_the_command_makes_a_student_of_a_shipped_model(run, tmp_path):
-    result = run("--queries", "600", "--epochs", "2", "--output", "s.safetensors")
+    result = run("--answers", "600", "--epochs", "2", "--output", "s.safetensors")
     assert result.exit_code == 0, result.output
     assert "agrees with lenet5-digits" in result.output
     card = json.loads((tmp_path / "s.json").read_text())
@@ -434,8 +434,8 @@ def test_the_command_makes_a_student_of_a_shipped_model(run, tmp_path):
         ("--share 0", "--share 0.0 lies outside (0, 1]"),
         ("--share 0.0001", "too cheap to be worth a student"),
         ("--epochs 0", "--epochs must be positive, not 0"),
-        ("--queries 0", "--queries must be positive, not 0"),
-        ("--mixed 2 --queries 600", "--mixed 2.0 lies outside [0, 1]"),
+        ("--answers 0", "--answers must be positive, not 0"),
+        ("--mixed 2 --answers 600", "--mixed 2.0 lies outside [0, 1]"),
         ("--weights w.npz", "--weights is for a model of your own"),
         ("--inputs none.npy", "--inputs none.npy: there is no such file"),
         ("--model own_scores:scores", "say what it is to run on with --inputs"),

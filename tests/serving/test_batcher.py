@@ -505,7 +505,7 @@ def test_redundancy_slows_nobody_down(spare, monkeypatch):
     """The first of what would be sent, while others have something in hand."""
     gates = Gates()
     with serving(INTERLEAVED, gates, fidelity=knowing, batch_wait_timeout_s=LONG) as batcher:
-        monkeypatch.setattr(batcher._pool._desk._outbox, "_room", lambda busy: float(spare))
+        monkeypatch.setattr(batcher._pool._scheduler._queue, "_capacity", lambda busy: float(spare))
         x = queries(4)
         events = [gates.hold(each) for each in x]
         future = batcher.submit(x)

@@ -8,11 +8,12 @@ from batching import INTERLEAVED
 from traffic import SERVICE, Traffic, labels_right, model
 
 from nercc_jax import Berrut, Replication, Uncoded
-from nercc_jax.pools import Call, Overdue, SimulatedPool
+from nercc_jax.pools import Call, Overdue
 from nercc_jax.serving import BatchingPolicy, Coder, Predictor
 from nercc_jax.serving._controller import Controller
 from nercc_jax.serving._known import Predictions
 from nercc_jax.serving._tails import Replay, Setting, replay_of
+from nercc_jax.testing import SimulatedPool
 
 REPLICATION = Coder(Replication(1, 2))
 MEDIAN = Overdue(0.5, 1.5, floor=0.0)

@@ -3,7 +3,7 @@
 import logging
 
 import pytest
-from desks import soon
+from schedulers import soon
 
 from nercc_jax.serving import _hints
 

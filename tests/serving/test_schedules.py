@@ -16,7 +16,7 @@ import pytest
 from batching import BY_MARGIN, INTERLEAVED, OUT, SHAPE, model
 
 from nercc_jax import Berrut, Replication, Uncoded
-from nercc_jax.pools import Fault, Faults, Overdue, SimulatedClock, SimulatedPool
+from nercc_jax.pools import Fault, Faults, Overdue
 from nercc_jax.serving import (
     BatchingPolicy,
     CodedBatcher,
@@ -30,6 +30,7 @@ from nercc_jax.serving import (
     _tails,
 )
 from nercc_jax.serving._known import Predictions
+from nercc_jax.testing import SimulatedClock, SimulatedPool
 
 SECONDS = 0.02  # that an answer takes
 HANG = 1.0  # seconds until a worker is replaced
@@ -225,9 +226,9 @@ class Schedule:
         self.checked = len(self.ended)
 
     def check_books(self):
-        batcher, desk, now = self.batcher, self.pool._desk, self.clock.now()
+        batcher, scheduler, now = self.batcher, self.pool._scheduler, self.clock.now()
         assert not self.seen["internal_error"]
-        assert not desk._guard.errors
+        assert not scheduler._errors.errors
         for request in batcher._ledger.open:
             assert now <= request.arrived + request.deadline + LATE, "forgotten at its deadline"
         # The queue.
@@ -246,24 +247,24 @@ class Schedule:
         if (share := self.policy.max_reexecution) is not None:
             left = share * self.first - self.seen["reexecution"]
             assert math.isclose(batcher._rescue._budget._left, left, abs_tol=1e-9), "the budget"
-        # The desk.
-        idle = {w for w, seat in enumerate(desk._seats) if seat.ready and seat.task is None}
-        assert set(desk._outbox._idle) == idle
-        busy = [seat for seat in desk._seats if seat.task is not None]
+        # The scheduler.
+        idle = {w for w, seat in enumerate(scheduler._slots) if seat.ready and seat.task is None}
+        assert set(scheduler._queue._idle) == idle
+        busy = [seat for seat in scheduler._slots if seat.task is not None]
         assert all(now <= seat.since + HANG + LATE for seat in busy), "it hangs, and nobody saw"
         running = [seat.task for seat in busy]
-        for batch in desk._outbox.batches:
+        for batch in scheduler._queue.batches:
             fresh = [
                 seat.task
-                for seat in desk._seats
+                for seat in scheduler._slots
                 if seat.task is not None and seat.task.batch is batch and not seat.overdue
             ]
-            assert batch.hopes == len({task for task in fresh if not task.settled})
+            assert batch.pending == len({task for task in fresh if not task.settled})
             for task in batch.tasks.values():
                 assert task.running == running.count(task)
 
     def check_end(self):
-        batcher, desk = self.batcher, self.pool._desk
+        batcher, scheduler = self.batcher, self.pool._scheduler
         assert len(self.ended) == len(self.submitted), "a request was forgotten"
         question = batcher._ledger._question
         assert batcher._ledger.open <= {question}
@@ -271,7 +272,7 @@ class Schedule:
             return  # it still asks whether somebody answers
         assert not batcher._sender.groups
         assert not batcher.waiting
-        assert not desk._outbox.batches
+        assert not scheduler._queue.batches
 
 
 def play(seeds, coders):

@@ -3,8 +3,8 @@
 import numpy as np
 
 from nercc_jax import Uncoded
-from nercc_jax.pools import SimulatedClock, SimulatedPool
 from nercc_jax.serving import CodedBatcher, Coder
+from nercc_jax.testing import SimulatedClock, SimulatedPool
 
 SHAPE, OUT = (4,), (3,)
 WEIGHTS = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Desks whose workers are on paper: they do what a test says, and nothing else."""
+"""Schedulers whose workers are on paper: they do what a test says, and nothing else."""
 
 import collections
 import contextlib
@@ -8,8 +8,8 @@ import time
 import numpy as np
 
 from nercc_jax.pools import Overdue
-from nercc_jax.pools._crew import AbstractCrew
-from nercc_jax.pools._desk import Desk
+from nercc_jax.pools._backend import WorkerBackend
+from nercc_jax.pools._scheduler import Scheduler
 
 SOON = 60.0  # seconds that nothing here should need
 
@@ -21,7 +21,7 @@ def soon(condition, seconds=SOON, every=0.002):
         time.sleep(every)
 
 
-class Script(AbstractCrew):
+class ScriptedBackend(WorkerBackend):
     """Workers on paper: `sent` is what each has in hand; the test answers for them."""
 
     def __init__(self, refuse=()):
@@ -33,22 +33,22 @@ class Script(AbstractCrew):
         self.mistakes = []
         self._ready = set()
 
-    def start(self, worker, life, hear):
-        self.hear = hear
+    def start(self, worker, life, on_outcome):
+        self.on_outcome = on_outcome
         self.lives[worker] += 1
         if self.starting is not None:
             self.starting(worker)
-        # From a thread of its own, as all crews do: the desk is busy with this call.
+        # From a thread of its own, as all backends do: the scheduler is busy with this call.
         threading.Thread(target=self._begin, args=(worker, life)).start()
 
     def _begin(self, worker, life):
         if worker in self.refuse:
-            self.hear(worker, life, OSError("no such host"))
+            self.on_outcome(worker, life, OSError("no such host"))
             return
         self._ready.add((worker, life))
-        self.hear(worker, life, None)
+        self.on_outcome(worker, life, None)
 
-    def parcel(self, batch):
+    def prepare(self, batch):
         return batch
 
     def send(self, worker, life, kind, batch):
@@ -58,7 +58,7 @@ class Script(AbstractCrew):
             self.mistakes.append(f"worker {worker} was not there, and was given work")
         self.sent[worker] = (life, int(batch[0, 0]))
 
-    def lacking(self):
+    def missing(self):
         return None
 
     def close(self):
@@ -66,7 +66,7 @@ class Script(AbstractCrew):
 
     def answer(self, worker, outcome=None):
         life, point = self.sent.pop(worker)
-        self.hear(worker, life, np.full((1, 1), float(point)) if outcome is None else outcome)
+        self.on_outcome(worker, life, np.full((1, 1), float(point)) if outcome is None else outcome)
 
     def answer_all(self):
         for worker in list(self.sent):
@@ -77,35 +77,35 @@ class Script(AbstractCrew):
         return {worker: point for worker, (_, point) in self.sent.items()}
 
 
-def make_desk(crew, num_workers, **options):
-    """A desk at which nothing is overdue and nobody hangs, unless options say so."""
+def make_scheduler(backend, num_workers, **options):
+    """A scheduler at which nothing is overdue and nobody hangs, unless options say so."""
     defaults = {
         "overdue": Overdue(least=10**6),
         "max_attempts": 3,
         "hang_timeout": 60.0,
         "start_timeout": 30.0,
     }
-    return Desk(crew, num_workers, 1, **(defaults | options))
+    return Scheduler(backend, num_workers, 1, **(defaults | options))
 
 
 @contextlib.contextmanager
-def open_desks(crew):
-    """Gives `make_desk` for this crew; closes its desks, whose books must be right in the end."""
-    desks = []
+def open_schedulers(backend):
+    """Yield `make_scheduler` for this backend; close its schedulers, and check their records."""
+    schedulers = []
 
     def make(num_workers, **options):
-        desks.append(make_desk(crew, num_workers, **options))
-        return desks[-1]
+        schedulers.append(make_scheduler(backend, num_workers, **options))
+        return schedulers[-1]
 
     yield make
-    for desk in desks:
-        desk.close()
-        report = desk.report()
+    for scheduler in schedulers:
+        scheduler.close()
+        report = scheduler.report()
         assert report.deaths == sum(report.deaths_by_worker)
-    assert not crew.mistakes
+    assert not backend.mistakes
 
 
-def dispatch(desk, count, needed=None, copies=2):
-    batch = desk.open(count, needed, copies, None, None)
-    desk.add(batch, range(count), np.arange(count, dtype=float)[:, None, None], [0] * count)
+def dispatch(scheduler, count, needed=None, copies=2):
+    batch = scheduler.open(count, needed, copies, None, None)
+    scheduler.add(batch, range(count), np.arange(count, dtype=float)[:, None, None], [0] * count)
     return batch

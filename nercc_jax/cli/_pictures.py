@@ -1,4 +1,4 @@
-"""Evaluations as a table, and as a picture's file."""
+"""Tables and pictures of evaluations and of tuning."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,14 +23,20 @@ from ..evaluation import (
     straggler_figure,
 )
 from ..inference import Model
+from ..tuning import TuningStep
 
 
 def straggler_table(rows: Sequence[Evaluation], metric: str, title: str, *, best: str) -> Table:
-    """One metric of each code (columns) under each law (rows), the best of a row in bold with *.
+    """Return a table of one metric: codes in columns, laws in rows, the best of a row with *.
 
-    Shares are in %, with the ends of their intervals. `best` is "min" or "max". A code that lost
-    predictions cannot win on an error that leaves them out; the last columns tell the share, in %,
-    that each code lost that lost any.
+    Shares are in %, with the ends of their intervals. A code that lost predictions cannot win on an
+    error that leaves them out; the last columns have the share, in %, that such codes lost.
+
+    Args:
+        rows: The evaluations.
+        metric: Of an evaluation.
+        title: Of the table.
+        best: "min" or "max".
     """
     laws, codes = laws_and_codes(rows)
     by_pair = {(row.stragglers, row.code): row for row in rows}
@@ -56,9 +62,14 @@ def straggler_plot(
     path: Path,
     above: Sequence[Callable[[Any], Any]] = (),
 ) -> None:
-    """A picture's file with a panel for each metric {name: (label, logarithmic)}.
+    """Write a picture with a panel for each metric, over the laws.
 
-    Each of `above` draws into a part of the figure over them, side by side.
+    Args:
+        rows: The evaluations.
+        panels: For each metric its label, and whether its axis is logarithmic.
+        title: Of the picture.
+        path: Of its file.
+        above: Functions that draw into parts of the figure above the panels, side by side.
     """
     lines = 1 + bool(above)
     width = 6.2 * max(len(panels), len(above))
@@ -78,9 +89,13 @@ def straggler_plot(
 def draw_batch(
     model: Model, code: AbstractCode, x: np.ndarray, available: np.ndarray
 ) -> Callable[[Any], Any]:
-    """Draws one batch's way: K images, N coded ones, K labels.
+    """Return a function that draws one batch: K images, N coded ones, K labels.
 
-    `x` are (K, height, width, 1 or 3), as the model takes them; what is shown is in their range.
+    Args:
+        model: The model.
+        code: The code.
+        x: Images (K, height, width, 1 or 3), as the model takes them.
+        available: Which workers answer.
     """
     coded = np.asarray(code.encode(x))
     run = batched(model, len(coded))
@@ -90,6 +105,65 @@ def draw_batch(
     return lambda part: batch_figure(
         images, mixtures, available, decoded.argmax(-1).tolist(), own.argmax(-1).tolist(), part
     )
+
+
+def tuning_plot(
+    history: Sequence[TuningStep],
+    lambdas: np.ndarray,
+    landscape: np.ndarray,
+    title: str,
+    path: Path,
+) -> None:
+    """Write a picture of a tuning run.
+
+    Args:
+        history: The run's steps: objective and lambdas are drawn along them.
+        lambdas: The grid of both lambdas.
+        landscape: The objective over (lambda_enc, lambda_dec) on that grid; the run's path is drawn
+            on it.
+        title: Of the picture.
+        path: Of its file.
+    """
+    figure, (first, second, third) = plt.subplots(1, 3, figsize=(15, 4.2))
+    steps = [entry.step for entry in history if entry.objective is not None]
+    values = [entry.objective for entry in history if entry.objective is not None]
+    looks = [(entry.step, entry.held_out) for entry in history if entry.held_out is not None]
+    first.plot(steps, values, color="#bbbbbb", lw=1, label="on each step's own groups")
+    first.plot(*zip(*looks, strict=True), color="#0072b2", marker="o", ms=3, label="held out")
+    first.axhline(1, color="#555555", lw=0.8, ls="--")
+    first.set(xlabel="step", ylabel="objective / the untuned code's", title="objective")
+    first.legend(fontsize=8)
+
+    path_enc, path_dec, exponent = (
+        np.array([entry.parameters[name] for entry in history])
+        for name in ("lambda_enc", "lambda_dec", "gap_exponent")
+    )
+    places = [entry.step for entry in history]
+    second.semilogy(places, path_enc, color="#009e73", label="lambda_enc")
+    second.semilogy(places, path_dec, color="#d55e00", label="lambda_dec, all answering")
+    second.set(xlabel="step", title="lambdas")
+    twin = second.twinx()
+    lines = twin.plot(places, exponent, color="#cc79a7", ls=":", label="gap exponent (right)")
+    # Below: curves go through every corner.
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15), "ncols": 3, "frameon": False}
+    second.legend(handles=[*second.lines, *lines], fontsize=8, **below)
+
+    shown = np.clip(landscape, None, 10 * np.nanmin(landscape))
+    colours = third.pcolormesh(
+        lambdas, lambdas, np.log10(shown).T, cmap="viridis", shading="nearest"
+    )
+    bar = figure.colorbar(colours, ax=third)
+    bar.set_label("log10 objective, cut at 10 times the least")
+    walk = [np.clip(path, lambdas[0], lambdas[-1]) for path in (path_enc, path_dec)]
+    third.plot(*walk, color="white", lw=1.2, marker=".", ms=2)
+    third.plot(walk[0][-1], walk[1][-1], "r*", ms=11, label="end")
+    third.set(xscale="log", yscale="log", xlabel="lambda_enc", ylabel="lambda_dec")
+    third.set_title("held-out objective, other numbers as tuned", fontsize=10)
+    third.legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
 
 
 def _winner(cells: Sequence[Evaluation], metric: str, best: str) -> list[Evaluation]:
@@ -114,7 +188,7 @@ def _cell(row: Evaluation, metric: str, wins: bool) -> str:
 
 
 def _share(estimate: Estimate) -> str:
-    """In %: the mean, and where it may lie."""
+    """Return a share in %, with the ends of its interval."""
     low, high = (100 * end for end in estimate.interval(share=True))
     mean = f"{100 * estimate.mean:.1f}"
     if not high - low >= 0.1:
@@ -124,7 +198,7 @@ def _share(estimate: Estimate) -> str:
 
 
 def _number(value: float) -> str:
-    """Three digits, without an exponent where none is needed."""
+    """Return a number in three digits, without an exponent where none is needed."""
     if value == 0 or np.isnan(value):
         return "0" if value == 0 else "?"
     if abs(value) >= 1e4:

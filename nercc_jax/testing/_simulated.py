@@ -1,4 +1,4 @@
-"""A pool on paper: its workers answer when a law says so, by a clock that jumps."""
+"""Simulated time, and a simulated pool whose workers answer when a law says so."""
 
 import heapq
 import itertools
@@ -12,21 +12,26 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ..inference import Model
-from ._clock import BEAT, AbstractClock, AbstractTurns
-from ._crew import AbstractCrew, WorkerDied
-from ._desk import Desk
-from ._faults import Faults, InjectedError, WorkerFaults
-from ._overdue import Overdue
-from ._pool import AbstractPool
-
-Hear = Callable[[int, int, Any], None]
+from ..pools import AbstractClock, AbstractPool, Faults, InjectedError, Overdue
+from ..pools._backend import OnOutcome, WorkerBackend, WorkerDied
+from ..pools._clock import BEAT, AbstractTurns
+from ..pools._faults import WorkerFaults
+from ..pools._scheduler import Scheduler
 
 
 class SimulatedClock(AbstractClock):
-    """Jumps from event to event, all of one thread: an hour of traffic takes seconds.
+    """A clock that jumps from event to event, in one thread: an hour of traffic takes seconds.
 
-    What happens at the same moment happens in the order in which it was planned, so that a run is
-    the same each time, if what runs by the clock draws from seeds.
+    Events of the same time happen in the order in which they were planned, so that a run is the
+    same each time, if what runs by the clock draws from seeds.
+
+    Example:
+        >>> clock = SimulatedClock()
+        >>> clock.at(3600.0, lambda: print("an hour later"))
+        >>> clock.run(until=7200.0)
+        an hour later
+        >>> clock.now()
+        7200.0
     """
 
     def __init__(self):
@@ -37,21 +42,21 @@ class SimulatedClock(AbstractClock):
         return self._now
 
     def at(self, when: float, event: Callable[[], Any]) -> None:
-        """Plans `event()` for that time, or for now if it has passed."""
+        """Plan a call of `event()` at a time, or now if that time has passed."""
         heapq.heappush(self._events, (max(float(when), self._now), next(self._numbers), event))
 
     @property
     def next(self) -> float:
-        """When the next event is planned; infinite if none is."""
+        """The time of the next event; infinite if none is planned."""
         return self._events[0][0] if self._events else math.inf
 
     def step(self) -> None:
-        """The next event. Raises: IndexError where none is planned."""
+        """Jump to the next event; raise IndexError if none is planned."""
         self._now, _, event = heapq.heappop(self._events)
         event()
 
     def run(self, until: float) -> None:
-        """All events up to that time, at which the clock stands then."""
+        """Run all events up to a time, at which the clock then stands."""
         while self.next <= until:
             self.step()
         self._now = max(self._now, until)
@@ -60,14 +65,14 @@ class SimulatedClock(AbstractClock):
         return _Turns(self, turn)
 
     def wait(self, condition: threading.Condition, seconds: float) -> None:
-        """Time goes on, an event at most: nobody else would notify anybody."""
+        """Jump to the next event, or to the end of the wait: nothing else could notify anybody."""
         end = self._now + seconds
         if self._events and self.next <= end:
             self.step()
         elif end < math.inf:
             self._now = end
         else:
-            raise RuntimeError("nothing is planned any more, and somebody waits for it without end")
+            raise RuntimeError("nothing is planned any more, and a wait for it has no end")
 
 
 class _Turns(AbstractTurns):
@@ -86,7 +91,7 @@ class _Turns(AbstractTurns):
         self._closed = True
 
     def _plan(self, due: float) -> None:
-        """The next turn, unless it is planned for then or earlier."""
+        """Plan the next turn, unless it is planned for that time or earlier."""
         if due < self._due:
             self._due = due
             self._clock.at(due, lambda: self._take(due))
@@ -98,9 +103,30 @@ class _Turns(AbstractTurns):
 
 
 class SimulatedPool(AbstractPool):
-    """Workers that stand on paper, as many as one likes: who gets what, and when, as elsewhere.
+    """A pool of simulated workers, with the scheduler of all pools and a clock that jumps.
 
-    Whatever happens does so in one thread, as time goes on (`clock.run`, or a wait for a batch).
+    Everything happens in one thread, as time goes on: by `clock.run`, or by waiting for a batch.
+    The workers are ready at once.
+
+    Args:
+        model: As for `DevicePool`, on NumPy arrays; it is called at the moment of an answer.
+        num_workers: Workers.
+        seconds: Returns the seconds that an answer to a batch of so many data points takes.
+        clock: Of this pool, and of all else that lives by it (default: a new one).
+        faults: Faults to inject, and how much longer an answer takes. Origins of episodes are times
+            of the clock.
+        start_seconds: Seconds that a worker's further lives take to begin.
+        overdue: When a task counts as overdue.
+        max_attempts: As for `DevicePool`.
+        hang_timeout: As for `DevicePool`.
+        start_timeout: As for `DevicePool`.
+
+    Example:
+        >>> with SimulatedPool(np.negative, 2, seconds=lambda size: 5.0) as pool:
+        ...     with pool.dispatch(np.ones((4, 1, 3))) as batch:
+        ...         answers = batch.wait(deadline=60.0)
+        ...     pool.clock.now()
+        10.0
     """
 
     def __init__(
@@ -117,21 +143,10 @@ class SimulatedPool(AbstractPool):
         hang_timeout: float = 60.0,
         start_timeout: float = 60.0,
     ):
-        """Starts the workers, which are ready at once.
-
-        Args:
-            model: as in `DevicePool`, on NumPy arrays; it is called at the moment of an answer.
-            seconds: that an answer to a batch of so many data points takes.
-            clock: of this pool, and of whatever else lives by it; a new one unless given.
-            faults: what goes wrong on purpose, and how much longer an answer takes; origins of
-                episodes are times of the clock.
-            start_seconds: that a worker's further lives take to begin.
-
-        Everything else is as in `DevicePool`.
-        """
         models = (model,) if callable(model) else tuple(model)
-        self._desk = Desk(
-            _Paper(models, seconds, clock := clock or SimulatedClock(), faults, start_seconds),
+        clock = clock or SimulatedClock()
+        self._scheduler = Scheduler(
+            _SimulatedBackend(models, seconds, clock, faults, start_seconds),
             num_workers,
             len(models),
             overdue=overdue or Overdue(),
@@ -142,8 +157,8 @@ class SimulatedPool(AbstractPool):
         )
 
 
-class _Paper(AbstractCrew):
-    """Outcomes are planned as batches are sent."""
+class _SimulatedBackend(WorkerBackend):
+    """Workers whose outcomes are planned as batches are sent."""
 
     def __init__(
         self,
@@ -155,24 +170,24 @@ class _Paper(AbstractCrew):
     ):
         self._models, self._seconds, self._clock = models, seconds, clock
         self._faults, self._start_seconds = faults or Faults(), start_seconds
-        self._lives: dict[int, tuple[WorkerFaults, Hear]] = {}
+        self._lives: dict[int, tuple[WorkerFaults, OnOutcome]] = {}
 
-    def start(self, worker: int, life: int, hear: Hear) -> None:
-        self._lives[worker] = self._faults.at(worker, life, self._clock.now), hear
+    def start(self, worker: int, life: int, on_outcome: OnOutcome) -> None:
+        self._lives[worker] = self._faults.at(worker, life, self._clock.now), on_outcome
         ready = self._clock.now() + (self._start_seconds if life else 0.0)
-        self._clock.at(ready, lambda: hear(worker, life, None))
+        self._clock.at(ready, lambda: on_outcome(worker, life, None))
 
-    def parcel(self, batch: PyTree) -> PyTree:
+    def prepare(self, batch: PyTree) -> PyTree:
         return batch
 
     def send(self, worker: int, life: int, kind: int, batch: PyTree) -> None:
-        faults, hear = self._lives[worker]
+        faults, on_outcome = self._lives[worker]
         delay, kinds = faults.next()
         if "hang" in kinds:
             return
         size = len(jax.tree.leaves(batch)[0])
         end = self._clock.now() + self._seconds(size) + delay
-        self._clock.at(end, lambda: hear(worker, life, self._outcome(kinds, kind, batch)))
+        self._clock.at(end, lambda: on_outcome(worker, life, self._outcome(kinds, kind, batch)))
 
     def _outcome(self, kinds: set, kind: int, batch: PyTree) -> Any:
         if "death" in kinds:
@@ -185,8 +200,8 @@ class _Paper(AbstractCrew):
             return error
         return jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), y) if "nan" in kinds else y
 
-    def lacking(self) -> None:
-        """All workers have places."""
+    def missing(self) -> None:
+        """Return None: all workers start."""
 
     def close(self) -> None:
-        """What is planned is no longer listened to."""
+        """Do nothing: the scheduler ignores what is still planned."""

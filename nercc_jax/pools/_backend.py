@@ -1,0 +1,232 @@
+"""Workers as the scheduler sees them: how they are reached, their state, reports, and start."""
+
+import abc
+import dataclasses
+import logging
+import math
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias
+
+from jaxtyping import PyTree
+
+from ._batch import Task
+from ._clock import AbstractClock
+
+_LOG = logging.getLogger(__name__)
+
+WorkerState: TypeAlias = Literal["idle", "busy", "overdue", "starting"]
+
+# Called with a worker, its life, and what became of it: see `WorkerBackend`.
+OnOutcome: TypeAlias = Callable[[int, int, Any], None]
+
+_STARTS = 3  # failed starts of a worker after which a new pool gives up
+_WARN_EVERY = 10.0  # seconds between two warnings about workers that are missing
+
+
+class WorkerDied(Exception):
+    """A worker is gone, with the task that it had."""
+
+
+class WorkerBackend(abc.ABC):
+    """The way in which the workers of a pool are started, reached and ended.
+
+    A worker has lives, numbered from 0. A backend calls `on_outcome(worker, life, outcome)` once a
+    life when the worker is ready, with None, and once for each task sent: with the answer, or with
+    an exception, which is `WorkerDied` if the life is over. Only `missing` and `close` may block.
+    Where `start` raises, the start has failed; where `send` raises, the worker is dead.
+    """
+
+    @abc.abstractmethod
+    def start(self, worker: int, life: int, on_outcome: OnOutcome) -> None:
+        """Begin a life of a worker, and end an earlier one that is still there."""
+
+    @abc.abstractmethod
+    def prepare(self, batch: PyTree) -> Any:
+        """Return what `send` takes for a batch: made once, however often the batch is sent."""
+
+    @abc.abstractmethod
+    def send(self, worker: int, life: int, kind: int, batch: Any) -> None:
+        """Send a worker a batch for its model number `kind`."""
+
+    def spare_capacity(self, busy: int) -> float:
+        """Return how many more workers could run next to `busy` ones and slow none of them down."""
+        return math.inf
+
+    @abc.abstractmethod
+    def missing(self) -> str | None:
+        """Return what workers that have not started may be waiting for, if known; may block."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """End all workers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkerReport:
+    """The state of one worker.
+
+    Attributes:
+        state: "idle", "busy", "overdue" or "starting".
+        busy_seconds: For how long it has had its task; 0 without one.
+        deaths: How many of its lives ended.
+        failed_starts: How many of its lives, one after the other, ended before it was ready: the
+            next begins after a pause that grows with them. 0 where it is ready.
+    """
+
+    state: WorkerState
+    busy_seconds: float
+    deaths: int
+    failed_starts: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolReport:
+    """Counts of what a pool has seen so far, and the state of its workers.
+
+    Attributes:
+        num_workers: Workers, dead ones that are being replaced included.
+        idle: Workers without a task now.
+        busy: Workers with a task now.
+        starting: Workers that are not ready now.
+        sent: Tasks sent to a worker.
+        answered: Answers that were used.
+        late: Answers that came after their batch was forgotten, or second.
+        errors: Answers that were exceptions, not finite, or of the wrong shape.
+        deaths: Workers lost, hung ones and failed starts included. Each is replaced, at once or,
+            after a failed start, after a pause that grows.
+        hung: Workers replaced because they did not answer in time.
+        copies: Second copies of a coded data point that were sent.
+        internal_errors: Exceptions in the pool's own steps, such as starting a worker, and in
+            callers' callbacks. The log has each.
+        seconds: Workers' time that the tasks took.
+        wasted_seconds: The part of it that went into answers that were not used.
+        workers: The state of each worker.
+    """
+
+    num_workers: int
+    idle: int
+    busy: int
+    starting: int
+    sent: int
+    answered: int
+    late: int
+    errors: int
+    deaths: int
+    hung: int
+    copies: int
+    internal_errors: int
+    seconds: float
+    wasted_seconds: float
+    workers: tuple[WorkerReport, ...]
+
+    @property
+    def deaths_by_worker(self) -> tuple[int, ...]:
+        """The deaths of each worker."""
+        return tuple(worker.deaths for worker in self.workers)
+
+
+@dataclasses.dataclass
+class WorkerSlot:
+    """A worker's record at the scheduler, through all its lives."""
+
+    life: int = 0
+    begun: bool = False  # this life has begun, and is not over
+    ready: bool = False
+    task: Task | None = None
+    since: float = 0.0  # when it was given its task
+    overdue: bool = False
+    deaths: int = 0
+    failed_starts: int = 0  # lives that ended before it was ready, one after the other
+    start_at: float = math.inf  # when the next life begins, should this one not be ready by then
+
+    @property
+    def state(self) -> WorkerState:
+        """The state that reports show."""
+        if not self.ready:
+            return "starting"
+        if self.task is None:
+            return "idle"
+        return "overdue" if self.overdue else "busy"
+
+    def due(self, hang_timeout: float) -> float:
+        """Return when the worker must be looked at, if nothing happens until then."""
+        if self.task is None:
+            return self.start_at
+        limit = hang_timeout if self.overdue else min(self.task.limit, hang_timeout)
+        return self.since + limit
+
+    def report(self, now: float) -> WorkerReport:
+        """Return the worker's state at the time `now`."""
+        busy_seconds = 0.0 if self.task is None else now - self.since
+        return WorkerReport(self.state, busy_seconds, self.deaths, self.failed_starts)
+
+
+class StartUp:
+    """The start of a pool: waits until enough workers are ready, or until they cannot be.
+
+    Args:
+        lock: The scheduler's lock.
+        slots: The workers' records.
+        least: Workers that are enough to begin with; all if None.
+        missing: Returns what workers that did not start may be waiting for, if known.
+        clock: The pool's clock.
+
+    Raises:
+        ValueError: If `least` is not from 1 to the number of workers.
+    """
+
+    def __init__(
+        self,
+        lock: threading.RLock,
+        slots: Sequence[WorkerSlot],
+        least: int | None,
+        missing: Callable[[], str | None],
+        clock: AbstractClock,
+    ):
+        least = len(slots) if least is None else least
+        if not 1 <= least <= len(slots):
+            raise ValueError(
+                f"min_workers is from 1 to {len(slots)}, the number of workers, not {least}"
+            )
+        self._changed, self._clock = threading.Condition(lock), clock
+        self._slots, self._least, self._missing = slots, least, missing
+        self.trouble: str | None = None  # of the last worker that could not start
+
+    def notify(self) -> None:
+        """Notice that a slot has changed. The caller holds the lock."""
+        self._changed.notify_all()
+
+    def wait(self, broken: Callable[[], str | None], timeout: float) -> str | None:
+        """Wait until enough workers are ready.
+
+        Args:
+            broken: Returns why the pool is broken, if it is.
+            timeout: Seconds to wait at most.
+
+        Returns:
+            None, or the reason why there are not enough.
+        """
+        begin = self._clock.now()
+        warn_at = begin + _WARN_EVERY
+        while True:
+            now = self._clock.now()
+            with self._changed:
+                ready = sum(slot.ready for slot in self._slots)
+                if ready >= self._least:
+                    return None
+                if max(slot.failed_starts for slot in self._slots) >= _STARTS or broken():
+                    return self._reason(ready, broken() or self.trouble)
+                if now < min(warn_at, begin + timeout):
+                    self._clock.wait(self._changed, min(warn_at, begin + timeout) - now)
+                    continue
+            missing = self._missing()  # without the lock: it takes its time
+            if now >= begin + timeout:
+                late = f"the others had not after {timeout} s"
+                return self._reason(ready, self.trouble or missing or late)
+            warn_at = now + _WARN_EVERY
+            if missing is not None:
+                _LOG.warning("%d of %d workers are ready: %s", ready, len(self._slots), missing)
+
+    def _reason(self, ready: int, what: str | None) -> str:
+        return f"{ready} of {len(self._slots)} workers started; {what}"

@@ -1,0 +1,276 @@
+"""Results of a run on disk as they come: parts in a folder, and one manifest of them.
+
+A part is a file that appears whole or not at all, and the manifest names those that count. So
+whatever ends a run, the results written by then are there, and a later run goes on from them.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from ..codes import NeRCC, write_whole
+from ..risk import ErrorBars, ErrorProbability
+from ..schemes import FittedScheme, Scheme
+from ..surrogates import learner_card, load_learner, save_learner
+from ._rows import RowValues
+
+_MANIFEST = "manifest.json"
+_EVERY = 1.0  # seconds between two parts, at least
+_PROBABILITY_FIELDS = (
+    "weights",
+    "knots",
+    "shifts",
+    "levels",
+    "risks",
+    "shares",
+)  # fields that are written
+
+
+@runtime_checkable
+class PartResults(Protocol):
+    """Results of numbered pieces, such as batches, that are saved as named arrays."""
+
+    def rows_of(self, pieces: Sequence[int], /) -> dict[str, np.ndarray]:
+        """Return the results of some pieces as arrays by name."""
+        ...
+
+    def take(self, arrays: Mapping[str, np.ndarray], /) -> None:
+        """Take what `rows_of` returned in another process."""
+
+
+def check_parts(folder: Path, resume: bool) -> None:
+    """Raise ValueError if a folder has parts and a new run is wanted, or holds anything else."""
+    found = (folder / _MANIFEST).is_file()
+    if found and not resume:
+        raise ValueError(
+            f"{folder} has the parts of an earlier run: give --resume (resume=True) to go on "
+            "with it, or remove the folder"
+        )
+    if folder.exists() and not found and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists, and holds no results of a run")
+
+
+class Parts:
+    """The folder of one run, with its parts and their manifest.
+
+    Args:
+        folder: Where the parts are; made when something is written.
+        settings: All that the run's numbers depend on, as JSON takes it.
+        results: Takes the parts that an earlier run has written.
+
+    Raises:
+        ValueError: If the folder holds a run with other settings.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], results: PartResults):
+        self._folder, self._results = folder, results
+        self._manifest: dict[str, Any] = {"settings": settings, "complete": False, "parts": []}
+        if (folder / _MANIFEST).is_file():
+            earlier = json.loads((folder / _MANIFEST).read_text())
+            _check_same(folder, earlier["settings"], settings)
+            self._manifest = earlier | {"complete": False}
+            for part in earlier["parts"]:
+                with np.load(folder / part["file"]) as file:
+                    results.take(dict(file))
+        self._pending: list[int] = []
+        self._written = time.monotonic()
+
+    def add(self, pieces: Iterable[int]) -> None:
+        """Have pieces written that the results hold now; at most one part a second is written."""
+        self._pending.extend(pieces)
+        if time.monotonic() - self._written >= _EVERY:
+            self.flush()
+
+    def flush(self, complete: bool = False) -> None:
+        """Write all that has not been written."""
+        self._folder.mkdir(exist_ok=True)
+        if self._pending:
+            name = f"part-{len(self._manifest['parts']):06d}.npz"
+            arrays: Any = self._results.rows_of(self._pending)
+            write_whole(self._folder / name, lambda file: np.savez(file, **arrays))
+            self._manifest["parts"].append({"file": name})
+        self._manifest["complete"] = complete
+        text = json.dumps(self._manifest).encode()
+        write_whole(self._folder / _MANIFEST, lambda file: file.write(text))
+        self._pending, self._written = [], time.monotonic()
+
+    def keep(self, name: str, file: str, write: Callable[[Path], Any]) -> None:
+        """Write a further file, and enter it in the manifest under a name."""
+        self._folder.mkdir(exist_ok=True)
+        write(self._folder / file)
+        self._manifest[name] = file
+        self.flush()
+
+    def kept(self, name: str) -> Path | None:
+        """Return the file that was kept under a name, if any."""
+        return self._folder / self._manifest[name] if name in self._manifest else None
+
+    def remove(self) -> None:
+        """Remove the folder, if it is there."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def fingerprint(path: Path | None) -> str | None:
+    """Return a hash of a file's content, for the settings of a run; of anything else its name."""
+    if path is None or not path.is_file():
+        return None if path is None else str(path)
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def fingerprint_of_array(x: np.ndarray) -> str:
+    """Return a hash of an array's content."""
+    return hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest()
+
+
+def _check_same(folder: Path, earlier: dict[str, Any], now: dict[str, Any]) -> None:
+    other = [
+        f"{name} was {earlier.get(name)!r} and is {now.get(name)!r}"
+        for name in sorted(earlier.keys() | now.keys())
+        if earlier.get(name) != now.get(name)
+    ]
+    if other:
+        raise ValueError(
+            f"{folder} holds another run, with which --resume cannot go on: {'; '.join(other)}"
+        )
+
+
+class RowTable:
+    """All that is known of each row, in the order of the inputs.
+
+    Attributes:
+        predictions: The function's own values where `exact`, otherwise decoded ones; NaN where
+            unknown. None before the first is known.
+        deviation: How far they may be off: 0 where exact, infinite where unknown.
+        score: Their error bar or error probability, which must be small enough.
+        exact: Which rows were computed.
+        done: Which rows are known well enough.
+    """
+
+    def __init__(self, rows: int):
+        self.predictions: Float[np.ndarray, "rows ..."] | None = None
+        self.exact, self.done = np.zeros(rows, bool), np.zeros(rows, bool)
+        self.deviation, self.score = np.full(rows, np.inf), np.full(rows, np.inf)
+
+    def __len__(self) -> int:
+        return len(self.done)
+
+    def add(self, rows: Int[np.ndarray, " few"], found: RowValues, limit: float) -> np.ndarray:
+        """Take those values of some rows whose score is small enough.
+
+        A row may be among them more than once: its best value counts, an exact one above all.
+
+        Returns:
+            The rows that were taken.
+        """
+        good = found.score <= limit
+        order = np.lexsort((found.exact[good], -found.score[good]))  # the best comes last
+        if found.values is not None:
+            arrays = (found.values, found.deviation, found.score, found.exact)
+            self._set(rows[good][order], *(each[good][order] for each in arrays))
+        return np.unique(rows[good])
+
+    def rows_of(self, pieces: Sequence[int]) -> dict[str, np.ndarray]:
+        """Return what is known of some rows, as arrays by name."""
+        rows = np.asarray(pieces)
+        assert self.predictions is not None
+        return {
+            "index": rows,
+            "predictions": self.predictions[rows],
+            "deviation": self.deviation[rows],
+            "score": self.score[rows],
+            "exact": self.exact[rows],
+        }
+
+    def take(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Take what `rows_of` returned in another process."""
+        names = ("index", "predictions", "deviation", "score", "exact")
+        self._set(*(arrays[name] for name in names))
+
+    def _set(
+        self,
+        rows: Int[np.ndarray, " few"],
+        values: Float[np.ndarray, "few ..."],
+        deviation: Float[np.ndarray, " few"],
+        score: Float[np.ndarray, " few"],
+        exact: Bool[np.ndarray, " few"],
+    ) -> None:
+        if self.predictions is None:
+            self.predictions = np.full((len(self), *values.shape[1:]), np.nan, values.dtype)
+        elif values.shape[1:] != self.predictions.shape[1:]:
+            raise ValueError(
+                f"a row came as {values.shape[1:]}, others as {self.predictions.shape[1:]}"
+            )
+        self.predictions[rows], self.deviation[rows] = values, deviation
+        self.score[rows], self.exact[rows], self.done[rows] = score, exact, True
+
+    @property
+    def vectors(self) -> Float[np.ndarray, "rows outputs"]:
+        """The predictions, each as a vector."""
+        assert self.predictions is not None
+        return self.predictions.reshape(len(self), -1)
+
+    @property
+    def learnable(self) -> Int[np.ndarray, " few"]:
+        """The rows that were computed, and are finite."""
+        computed = np.flatnonzero(self.exact)
+        return computed[np.isfinite(self.vectors[computed]).all(axis=1)]
+
+
+def save_fitted(path: Path, fitted: FittedScheme) -> None:
+    """Write a fitted scheme: its learner's file, with all else in the card."""
+    scheme: Any = fitted.scheme
+    about = {
+        "pairs": fitted.pairs,
+        "deviations": _listed(fitted.deviations),
+        "doubts": None
+        if fitted.error_probabilities is None
+        else _listed(fitted.error_probabilities),
+        "bars": {name: _listed(getattr(scheme.bars, name)) for name in ("coverages", "factors")},
+        "doubt": scheme.error_probability
+        and {
+            name: _listed(getattr(scheme.error_probability, name)) for name in _PROBABILITY_FIELDS
+        },
+    }
+    save_learner(path, scheme.surrogate, about)
+
+
+def load_fitted(path: Path, code: NeRCC) -> FittedScheme:
+    """Return what `save_fitted` wrote.
+
+    Raises:
+        ValueError: As `load_learner` does, naming the file.
+    """
+    learner, about = load_learner(path), learner_card(path)
+    bars, error_probability = about["bars"], about["doubt"]
+    scheme = Scheme(
+        code,
+        surrogate=learner,
+        bars=ErrorBars(**{name: _array(each) for name, each in bars.items()}),
+        error_probability=error_probability
+        and ErrorProbability(**{name: _array(each) for name, each in error_probability.items()}),
+        redundancy="doubtful",
+    )
+    deviations, error_probabilities = np.asarray(about["deviations"]), about["doubts"]
+    return FittedScheme(
+        scheme,
+        about["pairs"],
+        deviations,
+        None if error_probabilities is None else np.asarray(error_probabilities),
+    )
+
+
+def _listed(numbers: Any) -> list[float]:
+    """Return numbers for JSON, which has no infinity."""
+    return np.nan_to_num(np.asarray(numbers, np.float32)).tolist()
+
+
+def _array(numbers: list[float]) -> Any:
+    return jnp.asarray(numbers, float)

@@ -1,0 +1,400 @@
+"""The scheduler's rules of who gets what, with workers that only do what the test says."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from schedulers import SOON, ScriptedBackend, dispatch, make_scheduler, soon
+
+from nercc_jax.pools import Overdue
+from nercc_jax.pools._backend import WorkerDied
+
+
+def test_one_task_a_worker_and_the_rest_as_they_become_free(backend, open_scheduler):
+    scheduler = open_scheduler(2)
+    batch = dispatch(scheduler, 5)
+    assert sorted(backend.points.values()) == [0, 1]
+    order = []
+    while backend.sent:
+        worker = next(iter(backend.sent))
+        order.append(backend.points[worker])
+        backend.answer(worker)
+    assert sorted(order) == list(range(5))
+    np.testing.assert_array_equal(batch.wait().values[:, 0, 0], np.arange(5))
+
+
+def test_workers_stand_in_order_whoever_was_ready_first(backend, open_scheduler):
+    """So that faults on purpose strike the same data points in each run."""
+    begin, begun = backend._begin, [threading.Event() for _ in range(4)]
+    begun[3].set()
+
+    def after_the_next(worker, life):
+        assert begun[worker + 1].wait(SOON)
+        begin(worker, life)
+        begun[worker].set()
+
+    backend._begin = after_the_next
+    scheduler = open_scheduler(3)
+    dispatch(scheduler, 3)
+    assert backend.points == {0: 0, 1: 1, 2: 2}
+
+
+def test_what_is_beyond_need_is_not_sent_to_one_that_becomes_free(backend, open_scheduler):
+    scheduler = open_scheduler(3)
+    dispatch(scheduler, 5, needed=3)
+    assert sorted(backend.points.values()) == [0, 1, 2]
+    backend.answer(0)
+    assert len(backend.sent) == 2, "two are under way, one is in: that may do"
+    backend.answer(1, OSError("lost"))
+    assert len(backend.sent) == 2, "one failed, so another was sent"
+
+
+def test_what_would_slow_down_others_is_told(backend, open_scheduler, monkeypatch):
+    """Of four workers on three cores; who is overdue slows down nobody."""
+    cores = [3]
+    monkeypatch.setattr(backend, "spare_capacity", lambda busy: cores[0] - busy)
+    scheduler = open_scheduler(4, overdue=Overdue(least=1, floor=0.0))
+    assert (scheduler.idle, scheduler.spare) == (4, 3)
+    dispatch(scheduler, 1)
+    backend.answer(*backend.sent)  # now it is known how long one takes, which is no time
+    dispatch(scheduler, 2, copies=1)
+    soon(lambda: [worker.state for worker in scheduler.report().workers].count("overdue") == 2)
+    assert (scheduler.idle, scheduler.spare) == (2, 2)
+    backend.answer_all()
+    cores[0] = 1
+    assert (scheduler.idle, scheduler.spare) == (4, 1)
+    fresh = open_scheduler(3)
+    dispatch(fresh, 2)
+    assert (fresh.idle, fresh.spare) == (1, 0)
+    backend.answer_all()
+
+
+def test_older_batches_come_first(backend, open_scheduler):
+    scheduler = open_scheduler(1)
+    first, second = dispatch(scheduler, 2), dispatch(scheduler, 2)
+    for number in range(4):
+        assert (first.count, second.count) == (min(number, 2), max(number - 2, 0))
+        backend.answer(0)
+    assert first.over
+    assert second.over
+
+
+def test_a_batch_that_was_answered_whole_may_send_more(backend, open_scheduler):
+    scheduler = open_scheduler(1)
+    batch = scheduler.open(2, None, 1, None, None)
+    scheduler.add(batch, [0], [np.zeros((1, 1))], [0])
+    backend.answer(0)
+    other = dispatch(scheduler, 2)
+    scheduler.add(batch, [1], [np.ones((1, 1))], [0])
+    for _ in range(3):
+        backend.answer(0)
+    assert other.over
+    assert batch.available.all()
+
+
+def test_a_forgotten_batch_sends_nothing_more_and_its_answers_are_late(backend, open_scheduler):
+    scheduler = open_scheduler(1)
+    batch = dispatch(scheduler, 3)
+    batch.forget()
+    batch.forget()
+    other = dispatch(scheduler, 1)
+    assert len(backend.sent) == 1
+    backend.answer(0, np.full((1, 1), 99.0))
+    assert scheduler.report().late == 1
+    assert not other.available.any(), "it was not its answer"
+    backend.answer(0)
+    assert other.answer(0) == 0.0
+    assert batch.count == 0
+
+
+def test_a_dead_workers_task_goes_on_and_its_old_life_is_not_heard(backend, open_scheduler):
+    scheduler = open_scheduler(2)
+    batch = dispatch(scheduler, 2)
+    (worker, (life, point)), *_ = backend.sent.items()
+    backend.answer(worker, WorkerDied("killed"))
+    backend.on_outcome(worker, life, np.full((1, 1), 99.0))  # a ghost
+    backend.on_outcome(worker, life, WorkerDied("killed"))
+    assert batch.failures[0].reason == "killed"
+    for _ in range(2):
+        backend.answer(next(iter(backend.sent)))
+    answers = batch.wait()
+    assert answers.values[point, 0, 0] == point
+    report = scheduler.report()
+    assert (report.deaths, report.deaths_by_worker[worker]) == (1, 1)
+    assert backend.lives[worker] == 2
+
+
+def test_the_end_of_an_earlier_life_costs_the_next_one_nothing(backend, open_scheduler):
+    """A worker that hung is replaced; its process ends later, while the new one is at work."""
+    scheduler = open_scheduler(1, hang_timeout=0.05, max_attempts=10**6)
+    batch = dispatch(scheduler, 1)
+    soon(lambda: scheduler.report().hung)
+    scheduler._hang_timeout = SOON
+    soon(lambda: backend.sent[0][0] == backend.lives[0] - 1 and scheduler.report().busy)
+    deaths, life = scheduler.report().deaths, backend.sent[0][0]
+    for earlier in range(life):
+        backend.on_outcome(0, earlier, WorkerDied("killed at last"))
+    assert scheduler.report().deaths == deaths
+    assert scheduler.report().busy == 1
+    backend.answer(0)
+    assert batch.available.all()
+
+
+def test_an_idle_worker_that_dies_and_restarts_gets_one_task(backend, open_scheduler):
+    """It is in the list of idle ones once, and not while it is away."""
+    scheduler = open_scheduler(2)
+    backend.refuse = {0}
+    backend.on_outcome(0, 0, WorkerDied("killed"))
+    assert scheduler.idle == 1
+    batch = dispatch(scheduler, 4)
+    assert set(backend.sent) == {1}
+    backend.refuse = ()
+    soon(lambda: set(backend.sent) == {0, 1})
+    assert scheduler.idle == 0
+    for worker in (0, 1, 0, 1):
+        backend.answer(worker)
+    assert batch.available.all()
+    assert scheduler.idle == 2
+
+
+def test_attempts_are_counted(backend, open_scheduler):
+    scheduler = open_scheduler(2, max_attempts=2)
+    batch = dispatch(scheduler, 1)
+    for _ in range(2):
+        backend.answer(next(iter(backend.sent)), ValueError("cannot"))
+    answers = batch.wait()
+    assert answers.values is None
+    assert [failure.reason for failure in answers.failures] == ["ValueError: cannot"] * 2
+    assert {failure.worker for failure in answers.failures} == {0, 1}, "not the same one again"
+
+
+def test_a_point_that_failed_goes_before_those_that_were_not_sent(backend, open_scheduler):
+    """But not to the worker at which it failed."""
+    scheduler = open_scheduler(3)
+    dispatch(scheduler, 5)
+    assert backend.points == {0: 0, 1: 1, 2: 2}
+    backend.answer(0, OSError("lost"))
+    assert backend.points == {0: 3, 1: 1, 2: 2}
+    backend.answer(1)
+    assert backend.points == {0: 3, 1: 0, 2: 2}
+
+
+def test_a_second_copy_that_comes_first_wins(backend, open_scheduler):
+    scheduler = open_scheduler(2, overdue=Overdue(0.5, 1.0, least=4))
+    for _ in range(2):
+        warm = dispatch(scheduler, 2)
+        backend.answer(0)
+        backend.answer(1)
+        warm.forget()
+    batch = dispatch(scheduler, 1)
+    while len(backend.sent) < 2:
+        assert batch.wait(deadline=0.01).values is None
+    assert set(backend.points.values()) == {0}
+    second = list(backend.sent)[1]
+    backend.answer(second)
+    assert batch.wait().available.all()
+    backend.answer(next(iter(backend.sent)), np.full((1, 1), 99.0))
+    assert batch.answer(0) == 0.0
+    report = scheduler.report()
+    assert (report.copies, report.late, report.errors) == (1, 1, 0)
+
+
+def open_hasty_scheduler(open_scheduler, backend):
+    """Two workers, whose tasks are overdue after a few milliseconds."""
+    scheduler = open_scheduler(2, overdue=Overdue(0.5, 1.0, least=4))
+    for _ in range(2):
+        with dispatch(scheduler, 2):
+            backend.answer(0)
+            backend.answer(1)
+    return scheduler
+
+
+def test_what_a_copy_may_bring_is_hoped_for_once(backend, open_scheduler):
+    """The overdue original answers before its copy: that leaves nothing to hope for."""
+    scheduler = open_hasty_scheduler(open_scheduler, backend)
+    batch = scheduler.open(2, None, 2, None, None)
+    scheduler.add(batch, [0], [np.zeros((1, 1))], [0])
+    original, *_ = backend.sent  # its copy may be on its way already
+    soon(lambda: len(backend.sent) == 2)
+    scheduler.add(batch, [1], [np.ones((1, 1))], [0])
+    backend.answer(original)
+    assert backend.points == {original: 1, 1 - original: 0}, "two are needed, one is in"
+    backend.answer(original)
+    assert batch.available.all()
+
+
+def test_a_copy_is_hoped_for_though_its_overdue_original_fails(backend, open_scheduler):
+    scheduler = open_hasty_scheduler(open_scheduler, backend)
+    batch, send = scheduler.open(2, 1, 2, None, None), backend.send
+
+    def send_in_time(*task):
+        send(*task)
+        if len(backend.sent) == 2:
+            batch.times._limits.clear()  # the copy is not overdue, however slow the machine is
+
+    backend.send = send_in_time
+    scheduler.add(batch, [0], [np.zeros((1, 1))], [0])
+    original, *_ = backend.sent  # its copy may be on its way already
+    soon(lambda: len(backend.sent) == 2)
+    scheduler.add(batch, [1], [np.ones((1, 1))], [0])
+    backend.answer(original, OSError("lost"))
+    assert backend.points == {1 - original: 0}, "one is needed, and one is on its way"
+    backend.answer(1 - original)
+    assert batch.available.tolist() == [True, False]
+
+
+def test_a_task_is_overdue_by_the_times_of_its_size(backend, open_scheduler):
+    scheduler = open_scheduler(3, overdue=Overdue(0.5, 1.0, least=4))
+    for _ in range(4):
+        scheduler._times.add(1, 0.001)
+        scheduler._times.add(8, 10.0)
+    batch = scheduler.open(2, None, 2, None, None)
+    scheduler.add(batch, [0, 1], [np.zeros((1, 1)), np.ones((8, 1))], [0, 0])
+    soon(lambda: len(backend.sent) == 3)
+    assert sorted(backend.points.values()) == [0, 0, 1]
+    (larger,) = (worker for worker, point in backend.points.items() if point == 1)
+    assert scheduler.report().workers[larger].state == "busy"
+
+
+@pytest.mark.parametrize("numbers", [(1, 3), (3, 1)])
+def test_two_threads_wait_for_different_numbers(backend, open_scheduler, numbers):
+    """Each is told when its own is reached, whoever asked first."""
+    scheduler = open_scheduler(3)
+    batch = dispatch(scheduler, 3)
+    with ThreadPoolExecutor(2) as executor:
+        waits = {}
+        for number in numbers:
+            waits[number] = executor.submit(batch.wait, number, SOON)
+            soon(lambda: len(batch._changed._waiters) == len(waits))
+        backend.answer(0)
+        assert waits[1].result(SOON / 2).available.sum() == 1
+        assert not waits[3].done()
+        backend.answer(1)
+        backend.answer(2)
+        assert waits[3].result(SOON / 2).available.all()
+
+
+def test_workers_that_do_not_start_again_are_tried_until_they_do(
+    backend, open_scheduler, monkeypatch
+):
+    monkeypatch.setattr("nercc_jax.pools._clock._PAUSE", 0.001)
+    scheduler = open_scheduler(2)
+    backend.refuse = {0, 1}
+    batch = dispatch(scheduler, 3)
+    for worker in list(backend.sent):
+        backend.answer(worker, WorkerDied("killed"))
+    while min(backend.lives.values()) < 5:
+        assert batch.wait(deadline=0.01).values is None
+    report = scheduler.report()
+    assert (report.starting, report.idle) == (2, 0)
+    assert report.deaths >= 8
+    backend.refuse = set()
+    for _ in range(3):
+        while not backend.sent:
+            batch.wait(deadline=0.01)
+        backend.answer(next(iter(backend.sent)))
+    assert batch.wait().available.all()
+
+
+def test_a_backend_that_does_not_start():
+    backend = ScriptedBackend(refuse={1})
+    with pytest.raises(
+        RuntimeError, match=r"1 of 2 workers started; worker 1 could not start: OSE"
+    ):
+        make_scheduler(backend, 2)
+    assert backend.lives == {0: 1, 1: 3}
+    assert backend.closed
+
+
+def test_a_task_does_not_go_to_the_same_worker_again(backend, open_scheduler):
+    """Not even where no other is free: a worker that always fails must not use up its attempts."""
+    scheduler = open_scheduler(2)
+    busy, batch = dispatch(scheduler, 1), dispatch(scheduler, 1)
+    other, failing = (next(w for w, p in backend.sent.items()), list(backend.sent)[1])
+    backend.answer(failing, OSError("always"))
+    assert failing not in backend.sent
+    backend.answer(other)
+    assert busy.available.all()
+    assert list(backend.sent) == [other]
+    backend.answer(other)
+    assert batch.wait().available.all()
+
+
+def test_a_batch_that_has_enough_sends_no_more_but_hears_what_is_under_way(backend, open_scheduler):
+    scheduler = open_scheduler(2)
+    batch = dispatch(scheduler, 4)
+    batch.suffice()
+    for worker in (0, 1):
+        backend.answer(worker)
+    assert not backend.sent
+    assert batch.available.tolist() == [True, True, False, False]
+    assert not any(batch.lost(point) or batch.abandoned(point) for point in range(4))
+
+
+def test_a_point_that_failed_is_abandoned_when_its_batch_needs_it_no_more(backend, open_scheduler):
+    scheduler = open_scheduler(3)
+    batch = dispatch(scheduler, 3, needed=2)
+    backend.answer(0)
+    backend.answer(1)
+    assert not batch.abandoned(2), "a worker has it in hand"
+    backend.answer(2, OSError("lost"))
+    assert batch.abandoned(2)
+    assert not batch.lost(2), "it has attempts left"
+    assert not backend.sent
+    assert not batch.abandoned(0)
+
+
+def test_a_point_without_attempts_left_is_lost(backend, open_scheduler):
+    scheduler = open_scheduler(1, max_attempts=2)
+    batch = dispatch(scheduler, 1)
+    backend.answer(0, OSError("lost"))
+    assert not batch.lost(0), "it was sent again"
+    assert not batch.abandoned(0)
+    backend.answer(0, OSError("lost again"))
+    assert batch.lost(0)
+    assert batch.abandoned(0)
+
+
+def test_points_of_one_batch_may_hold_different_numbers_of_data_points(backend, open_scheduler):
+    scheduler = open_scheduler(2)
+    batch = scheduler.open(2, None, 1, None, None)
+    scheduler.add(batch, [0, 1], [np.zeros((1, 1)), np.ones((3, 1))], [0, 0])
+    backend.answer(0, np.zeros((1, 4)))
+    backend.answer(1, np.zeros((3, 5)))  # another model's answers
+    assert "each answer has shape (5,), others of this batch (4,)" in batch.failures[0].reason
+    worker = next(iter(backend.sent))
+    backend.answer(worker, np.zeros((3, 4)))
+    assert batch.available.all()
+    assert batch.answer(1).shape == (3, 4)
+
+
+def test_who_waits_for_an_idle_worker_is_told(backend, open_scheduler):
+    scheduler = open_scheduler(2)
+    told = []
+    scheduler.on_idle(lambda: told.append(scheduler.idle))
+    batch = dispatch(scheduler, 3)
+    assert (scheduler.idle, told) == (0, [])
+    backend.answer(0)  # and is given the third
+    assert (scheduler.idle, told) == (0, [])
+    backend.answer(1)
+    assert (scheduler.idle, told) == (1, [1])
+    backend.answer(0)
+    assert (scheduler.idle, told) == (2, [1, 2])
+    assert batch.over
+    states = [worker.state for worker in scheduler.report().workers]
+    assert states == ["idle", "idle"]
+
+
+def test_the_report_tells_of_each_worker(backend, open_scheduler):
+    scheduler = open_scheduler(3)
+    dispatch(scheduler, 2)
+    busy = [worker for worker in scheduler.report().workers if worker.state == "busy"]
+    assert len(busy) == 2
+    assert all(worker.busy_seconds >= 0 for worker in busy)
+    backend.refuse = range(3)  # whoever dies now does not come back
+    victim = next(iter(backend.sent))
+    backend.answer(victim, WorkerDied("gone"))
+    report = scheduler.report()
+    assert report.workers[victim].deaths == report.deaths_by_worker[victim] >= 1
+    assert report.workers[victim].state == "starting"
