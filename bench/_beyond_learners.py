@@ -98,9 +98,11 @@ def _tell_best(
         wrong = float(_wrong(bench, scheme, order, "calibrate", masks).mean())
         choices.append((wrong, name, scheme))
     _, name, scheme = min(choices, key=lambda choice: choice[0])
-    told = ", ".join(f"{name} {100 * wrong:.2f}" for wrong, name, _ in choices)
+    summary = ", ".join(f"{name} {100 * wrong:.2f}" for wrong, name, _ in choices)
     wrong = _wrong(bench, scheme, order, "judge", bench.masks)
-    bench.log(f"{bench.cell.name} {mode}, {order.name}: {told}; judged {100 * wrong.mean():.2f} %")
+    bench.log(
+        f"{bench.cell.name} {mode}, {order.name}: {summary}; judged {100 * wrong.mean():.2f} %"
+    )
     bench.add(mode, wrong, order, layout=name)
 
 

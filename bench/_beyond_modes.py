@@ -89,8 +89,8 @@ class Workload:
         names = [hashlib.sha256(row.tobytes()).digest() for row in rows]
         new = {n: row for n, row in zip(names, rows, strict=True) if n not in self._said}
         if new:
-            told = batched(self.model, 256)(np.stack(list(new.values())))
-            self._said.update(zip(new, np.asarray(told), strict=True))
+            summary = batched(self.model, 256)(np.stack(list(new.values())))
+            self._said.update(zip(new, np.asarray(summary), strict=True))
         return np.stack([self._said[name] for name in names])
 
 

@@ -18,8 +18,8 @@ async def stretch(url, seconds, rate, timeout):
         async def ask(due):
             try:
                 answer = await client.post(url, json={"inputs": [tensor]})
-                told = answer.json()["outputs"] if answer.status_code == 200 else []
-                outputs = {each["name"]: each["data"] for each in told}
+                summary = answer.json()["outputs"] if answer.status_code == 200 else []
+                outputs = {each["name"]: each["data"] for each in summary}
                 exact = bool(outputs.get("exact", [False])[0])
                 seen.append((time.monotonic() - due, answer.status_code, exact))
             except httpx.HTTPError as error:

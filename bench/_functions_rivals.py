@@ -31,10 +31,10 @@ def lost_copies(
         square = jnp.sum((x[:, None] - x) ** 2, axis=-1)
         nearest = own[jnp.argmin(jnp.where(answered, square, jnp.inf), axis=1)]
         process = start.update(x, own, answered).predict(x)[0]
-        return tuple(jnp.where(seen, own, told) for told in (mean, nearest, process))
+        return tuple(jnp.where(seen, own, summary) for summary in (mean, nearest, process))
 
     def of_set(answered: Array) -> tuple[Array, ...]:
-        told = jax.vmap(of_group)(x, own, answered)
-        return tuple(each.reshape(-1, own.shape[-1]) for each in told)
+        summary = jax.vmap(of_group)(x, own, answered)
+        return tuple(each.reshape(-1, own.shape[-1]) for each in summary)
 
     return jax.lax.map(of_set, answered)

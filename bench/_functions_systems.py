@@ -209,8 +209,8 @@ class Bench:
             )
             for kind, learners in found.items()
         }
-        plain: dict[bool, Any] = {told: found[ONE + end][0] for told, end in endings.items()}
-        kernels = {told: learner.kernel for told, learner in plain.items()}
+        plain: dict[bool, Any] = {summary: found[ONE + end][0] for summary, end in endings.items()}
+        kernels = {summary: learner.kernel for summary, learner in plain.items()}
         return {kind: float(error) for kind, error in errors.items()}, kernels
 
     def measure(
@@ -253,18 +253,20 @@ class Bench:
     def chosen(self) -> dict[str, Any]:
         """Return what was chosen in the cell that was prepared last, in numbers."""
         assert self._mixture is not None
-        told = {name: {"lambda_dec": float(code.lambda_dec)} for name, code in self._codes.items()}
+        summary = {
+            name: {"lambda_dec": float(code.lambda_dec)} for name, code in self._codes.items()
+        }
         mixed = {"theta": float(self._mixture.theta), "kappa": float(self._mixture.kappa)}
-        return told | {MIXED: mixed}
+        return summary | {MIXED: mixed}
 
     def decode(self, scheme: Scheme, draw: Draw, masks: Masks, *, ordered: bool = False) -> Told:
         """Decode the points by a scheme under each straggler set; workers answer once."""
         order = draw.order if ordered else np.arange(len(draw.x))
         known, x = Known(known_encoder(scheme.code)), jnp.asarray(draw.x[order])
         prepared, coded = eqx.filter_jit(scheme.encode)(x, known.encoder)
-        told = _conclude(scheme, x, prepared, self._answers(coded), masks, known)
+        summary = _conclude(scheme, x, prepared, self._answers(coded), masks, known)
         home = np.argsort(order)
-        return told.decoded.predictions[:, home], told.deviation[:, home]
+        return summary.decoded.predictions[:, home], summary.deviation[:, home]
 
     def decode_plain(self, code: AbstractCode, draw: Draw, masks: Masks) -> Array:
         """Return the predictions of a code by itself, as the points come."""
@@ -308,20 +310,20 @@ class Bench:
         return self._said[key]
 
     def _choose_codes(self, cell: Cell) -> None:
-        for name, layouts, told in (
+        for name, layouts, summary in (
             (PUBLISHED, ("chebyshev",), self.decode_plain),
             ("NeRCC, tuned", (*LAYOUTS, "repeated"), self.decode_ordered),
         ):
             codes = [
                 _nercc(cell.num_workers, layout, value) for layout in layouts for value in LAMBDAS
             ]
-            errors = [self._chosen(cell, code, told) for code in codes]
+            errors = [self._chosen(cell, code, summary) for code in codes]
             self._codes[name] = codes[int(np.argmin(errors))]
 
-    def _chosen(self, cell: Cell, code: NeRCC, told: Callable[..., Array]) -> float:
+    def _chosen(self, cell: Cell, code: NeRCC, summary: Callable[..., Array]) -> float:
         """Return a code's error where things are chosen."""
         errors = [
-            _rmse(told(code, draw, draw.masks(cell, self.size.sets)), draw)
+            _rmse(summary(code, draw, draw.masks(cell, self.size.sets)), draw)
             for draw in self._choosing
         ]
         return float(np.nan_to_num(np.mean(errors), nan=np.inf))
@@ -352,8 +354,8 @@ class Bench:
             word = self.cheap.prior(jnp.asarray(draw.x))
             seen = answered.reshape(len(answered), -1, 1)
             yield CHEAP, self._numbers(jnp.where(seen, draw.own, word), draw)
-        told = lost_copies(features, draw.own - word, answered, self._kernels[True], None)
-        for name, predictions in zip(HELPED_RIVALS[1:], told[1:], strict=True):
+        summary = lost_copies(features, draw.own - word, answered, self._kernels[True], None)
+        for name, predictions in zip(HELPED_RIVALS[1:], summary[1:], strict=True):
             yield name, self._numbers(predictions + word, draw)
 
     def _learning(

@@ -54,8 +54,8 @@ def main(name: str) -> None:
     config = uvicorn.Config(make_app(model), port=0, log_level="warning", access_log=False)
     server = uvicorn.Server(config)
     sockets = [config.bind_socket()]
-    told = {"message": "ready", "http_port": sockets[0].getsockname()[1]}
-    print(json.dumps(told), file=sys.stderr, flush=True)
+    summary = {"message": "ready", "http_port": sockets[0].getsockname()[1]}
+    print(json.dumps(summary), file=sys.stderr, flush=True)
     server.run(sockets=sockets)
 
 

@@ -106,16 +106,16 @@ def _tail(
             errors += len(result["latency"]) - len(answered)
             rounds_of[name].append(answered)
             exact[name] += result["exact"]
-    p99 = {name: [_ms(each, 0.99) for each in told] for name, told in rounds_of.items()}
+    p99 = {name: [_ms(each, 0.99) for each in summary] for name, summary in rounds_of.items()}
     row = {
         "model": model,
         "loop": "paced",
         "clients": PACED,
         "errors": errors,
-        "queries": {name: sum(map(len, told)) for name, told in rounds_of.items()},
-        "approximate": {name: 1 - float(np.mean(told)) for name, told in exact.items()},
-        "p50_ms": {name: _ms(np.concatenate(told), 0.5) for name, told in rounds_of.items()},
-        "p99_ms": {name: _ms(np.concatenate(told), 0.99) for name, told in rounds_of.items()},
+        "queries": {name: sum(map(len, summary)) for name, summary in rounds_of.items()},
+        "approximate": {name: 1 - float(np.mean(summary)) for name, summary in exact.items()},
+        "p50_ms": {name: _ms(np.concatenate(summary), 0.5) for name, summary in rounds_of.items()},
+        "p99_ms": {name: _ms(np.concatenate(summary), 0.99) for name, summary in rounds_of.items()},
         "p99_ms_by_round": p99,
     }
     _tell(row, {name: np.divide(p99[name], p99["uncoded"]) for name in p99}, p99, " ms")
@@ -156,14 +156,14 @@ def _serve(model: str, system: str) -> Iterator[str]:
     """A server's process; gives where it is asked."""
     settings, served = SYSTEMS[system], model
     if settings is None:
-        command, told = [sys.executable, str(HERE / "_serving_bare.py"), model], {}
+        command, summary = [sys.executable, str(HERE / "_serving_bare.py"), model], {}
     else:
         if "-" not in model:  # shipped ones have a dash
             _, shape = model_of(model)
             served = f"_serving_models:{model}"
             settings = settings | {"input_shape": ",".join(map(str, shape))}
-        command, told = nercc_serve(served, settings)
-    with running(command, told) as port:
+        command, summary = nercc_serve(served, settings)
+    with running(command, summary) as port:
         name = served.replace(":", ".")
         yield f"http://127.0.0.1:{port}/v2/models/{name}/infer"
 

@@ -17,20 +17,20 @@ _ENDS = 60.0  # seconds that a server may take to end
 
 def nercc_serve(model: str, settings: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:
     """The command that serves a model, and the variables that it is told by."""
-    told = {f"NERCC_DEFAULTS__{key.upper()}": str(value) for key, value in settings.items()}
-    told |= {"NERCC_HTTP_PORT": "0", "NERCC_GRPC_PORT": "0"}
-    return [str(Path(sys.executable).parent / "nercc"), "serve", "--model", model], told
+    summary = {f"NERCC_DEFAULTS__{key.upper()}": str(value) for key, value in settings.items()}
+    summary |= {"NERCC_HTTP_PORT": "0", "NERCC_GRPC_PORT": "0"}
+    return [str(Path(sys.executable).parent / "nercc"), "serve", "--model", model], summary
 
 
 @contextlib.contextmanager
-def running(command: Sequence[str], told: Mapping[str, str] | None = None) -> Iterator[int]:
+def running(command: Sequence[str], summary: Mapping[str, str] | None = None) -> Iterator[int]:
     """A server's process, from a line with "ready" and its port, to its end. Gives the port.
 
     Raises: RuntimeError where it does not start.
     """
     process = subprocess.Popen(
         command,
-        env=os.environ | (told or {}),
+        env=os.environ | (summary or {}),
         cwd=HERE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -88,8 +88,8 @@ def main(port: int, replicas: int, batch: int, base: float, rate: float, delay: 
         logging_config={"enable_access_log": False},
     )
     serve.run(Model.bind(), name="bench", route_prefix="/")
-    told = {"message": "ready", "http_port": port}
-    print(json.dumps(told), file=sys.stderr, flush=True)
+    summary = {"message": "ready", "http_port": port}
+    print(json.dumps(summary), file=sys.stderr, flush=True)
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     while not stop.is_set():

@@ -147,9 +147,9 @@ def running_median(beta: np.ndarray, width: int = 5) -> Callable[[np.ndarray], n
     def smooth(y: np.ndarray) -> np.ndarray:
         padded = np.pad(y[:, order], ((0, 0), (width // 2, width // 2), (0, 0)), mode="edge")
         windows = np.lib.stride_tricks.sliding_window_view(padded, width, axis=1)
-        told = np.empty_like(y)
-        told[:, order] = np.median(windows, axis=-1)
-        return told
+        summary = np.empty_like(y)
+        summary[:, order] = np.median(windows, axis=-1)
+        return summary
 
     return smooth
 

@@ -106,12 +106,12 @@ def main() -> None:
                 seconds = round(time.perf_counter() - start, 1)
                 # Another process may have measured another model by now.
                 results = _read(path)
-                told = results.setdefault(name, {})
-                told |= {"outputs": outputs, "student": student_card(name)}
+                summary = results.setdefault(name, {})
+                summary |= {"outputs": outputs, "student": student_card(name)}
                 here = environment(PACKAGES)
                 if part != "learners":
-                    told["environment"] = here
-                told.setdefault(part, {})[cell.name] = {
+                    summary["environment"] = here
+                summary.setdefault(part, {})[cell.name] = {
                     "rows": bench.rows, "size": vars(own_size), "seconds": seconds,
                     "environment": here,
                 }  # fmt: skip

@@ -144,13 +144,17 @@ def main():
     parser.add_argument("--seconds", type=float, default=15.0, help="of a stretch")
     parser.add_argument("--rate", type=float, default=20.0, help="queries a second")
     parser.add_argument("--output", type=Path)
-    told = parser.parse_args()
+    summary = parser.parse_args()
     with cluster_of(3) as (cluster, nodes), server_on(cluster):
-        rows = measure(cluster.head_node, nodes, told.seconds, told.rate)
-    if told.output is not None:
-        found = json.loads(told.output.read_text()) if told.output.is_file() else {}
-        about = {"rate": told.rate, "seconds": told.seconds, "environment": environment(PACKAGES)}
-        write_json(told.output, found | {told.label: about | {"rows": rows}})
+        rows = measure(cluster.head_node, nodes, summary.seconds, summary.rate)
+    if summary.output is not None:
+        found = json.loads(summary.output.read_text()) if summary.output.is_file() else {}
+        about = {
+            "rate": summary.rate,
+            "seconds": summary.seconds,
+            "environment": environment(PACKAGES),
+        }
+        write_json(summary.output, found | {summary.label: about | {"rows": rows}})
 
 
 if __name__ == "__main__":

@@ -180,7 +180,7 @@ def main() -> int:
     described = devices(options.platform)
     print(f"{options.platform}: {described[0].device_kind}\n{row(list(_COLUMNS))}")
     results: dict[str, Measured] = {}
-    told: dict[str, list[str]] = {}
+    result: dict[str, list[str]] = {}
     for name in names:
         results[name] = attempt(
             PROGRAMS[name],
@@ -188,11 +188,11 @@ def main() -> int:
             lambda compiled, name=name: save(options.keep, name, compiled),
         )
         budget = budgets.get(name, Budget())
-        told[name] = list(failures(name, budget, results))
-        print(row(cells(name, results[name], budget, bool(told[name]))), flush=True)
+        result[name] = list(failures(name, budget, results))
+        print(row(cells(name, results[name], budget, bool(result[name]))), flush=True)
     if options.update:
         print(f"wrote {write_results(options.platform, described[0].device_kind, results)}")
-    failed = {name: words for name, words in told.items() if words}
+    failed = {name: words for name, words in result.items() if words}
     print(f"\n{len(names) - len(failed)} of {len(names)} programs keep to their budget")
     for name, words in failed.items():
         print(f"  {name}: {'; '.join(words)}")

@@ -202,7 +202,7 @@ def _checkpoint(
 
 def _write(plan: Plan, tuned: FineTuned[Answering], folder: Path, data_dir: Path) -> None:
     name, shipped = f"{plan.model}-coded", load_model(plan.model)
-    told = store(folder, name, tuned.model.network.state)
+    summary = store(folder, name, tuned.model.network.state)
     card = {
         "name": name,
         "base": plan.model,
@@ -211,7 +211,7 @@ def _write(plan: Plan, tuned: FineTuned[Answering], folder: Path, data_dir: Path
         "train_images": plan.images,
         "classes": list(shipped.classes),
         "score": {},
-        **told,
+        **summary,
         "training_seconds": round(tuned.seconds, 1),
         "machine": made_on(),
         "recipe": model_card(plan.model)["recipe"],  # of the original
@@ -308,9 +308,9 @@ def _rows(
                     network, codes, x[chosen], laws, labels=labels[chosen],
                     key=jax.random.key(1), num_sets=size.sets,
                 ):  # fmt: skip
-                    told = dataclasses.asdict(row)
+                    summary = dataclasses.asdict(row)
                     where = {"cell": [n, k, s], "order": order, "form": form}
-                    rows.append({**where, "layout": told.pop("code"), **told})
+                    rows.append({**where, "layout": summary.pop("code"), **summary})
     return rows
 
 
@@ -350,8 +350,8 @@ def picture(results: Mapping[str, Any], path: Path) -> None:
         for place, (layout, order) in enumerate(groups):
             colour = system_look(layout)["color"]
             for form, face in zip(FORMS, ("none", colour), strict=True):
-                told = [disagreement(part[outputs], c, layout, order, form) for c in CELLS]
-                known = [(i, t) for i, t in enumerate(told) if t is not None]
+                summary = [disagreement(part[outputs], c, layout, order, form) for c in CELLS]
+                known = [(i, t) for i, t in enumerate(summary) if t is not None]
                 if not known:
                     continue
                 axis.errorbar(
@@ -384,11 +384,11 @@ def table(results: Mapping[str, Any]) -> Table:
             for cell in CELLS:
                 for layout in LAYOUTS:
                     for order in ORDERS:
-                        told = [
+                        summary = [
                             disagreement(part[outputs], cell, layout, order, form) for form in FORMS
                         ]
-                        if all(told):
-                            words = [f"{t[0]:.2f} ± {t[1]:.2f}" for t in told if t is not None]
+                        if all(summary):
+                            words = [f"{t[0]:.2f} ± {t[1]:.2f}" for t in summary if t is not None]
                             shown.add_row(model, outputs, str(cell), layout, order, *words)
     return shown
 

@@ -235,8 +235,8 @@ def main() -> None:
     for program in lines[names[-1]]:
         print_row(program, [lines[name].get(program, "-") for name in names])
     name = "first_calls-quick.json" if options.quick else "first_calls.json"
-    told = environment(PACKAGES) | {"before": names[0], "now": names[1]}
-    write_json(RESULTS / name, {"environment": told, "steps": rows, "stablehlo_lines": lines})
+    summary = environment(PACKAGES) | {"before": names[0], "now": names[1]}
+    write_json(RESULTS / name, {"environment": summary, "steps": rows, "stablehlo_lines": lines})
 
 
 if __name__ == "__main__":

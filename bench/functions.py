@@ -60,9 +60,9 @@ def measure(case: Case, size: Size, options: argparse.Namespace, path: Path, log
         if options.cells and cell.name not in options.cells:
             continue
         known = _read(path)[case.name]["cells"][cell.name] if options.learners else None
-        for told in _measured(bench, cell, known):
-            told["seconds"] = round(time.perf_counter() - start, 1)
-            _keep(path, case, size, {"cells": {cell.name: told}})
+        for summary in _measured(bench, cell, known):
+            summary["seconds"] = round(time.perf_counter() - start, 1)
+            _keep(path, case, size, {"cells": {cell.name: summary}})
         log(f"{case.name} {cell.name}: measured in {time.perf_counter() - start:.0f} s")
         start = time.perf_counter()
     if case.name in SIMULATORS and not options.cells:
@@ -72,12 +72,12 @@ def measure(case: Case, size: Size, options: argparse.Namespace, path: Path, log
 def _keep(path: Path, case: Case, size: Size, found: dict[str, Any]) -> None:
     """Write what was found in addition to what is there already."""
     results = _read(path)
-    told = results.setdefault(case.name, {})
-    told |= {"about": case.about}
-    if "cells" in found or "size" not in told:
-        told["size"] = dataclasses.asdict(size)
-    told |= {"environment": environment(PACKAGES)}
-    told |= found | {"cells": told.get("cells", {}) | found.get("cells", {})}
+    summary = results.setdefault(case.name, {})
+    summary |= {"about": case.about}
+    if "cells" in found or "size" not in summary:
+        summary["size"] = dataclasses.asdict(size)
+    summary |= {"environment": environment(PACKAGES)}
+    summary |= found | {"cells": summary.get("cells", {}) | found.get("cells", {})}
     write_json(path, results)
 
 

@@ -93,12 +93,12 @@ def main() -> None:
     cases = ((256, 10),) if options.quick else CASES
     rows = [case(*each, 5 if options.quick else options.repeats) for each in cases]
     for row in rows:
-        told = (f"{name} {1e3 * row[name]['median_s']:.1f} ms" for name in row if " " in name)
+        result = (f"{name} {1e3 * row[name]['median_s']:.1f} ms" for name in row if " " in name)
         alone = (f"{name} {1e3 * row[name]['median_s']:.1f} ms" for name in ("update", "predict"))
-        print(f"{row['window']} x {row['outputs']}: {', '.join([*alone, *told])}", flush=True)
+        print(f"{row['window']} x {row['outputs']}: {', '.join([*alone, *result])}", flush=True)
     name = "learner-quick.json" if options.quick else "learner.json"
-    told = environment(PACKAGES) | {"lapack_threads": os.environ["OPENBLAS_NUM_THREADS"]}
-    write_json(RESULTS / name, {"environment": told, "rows": rows})
+    result = environment(PACKAGES) | {"lapack_threads": os.environ["OPENBLAS_NUM_THREADS"]}
+    write_json(RESULTS / name, {"environment": result, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -167,14 +167,14 @@ def paths(images: Images, size: Size) -> Iterator[dict[str, Any]]:
         for name, way in WAYS.items():
             call = Contender(lambda way=way, rows=rows: jax.block_until_ready(way(rows)))
             order = np.asarray(call.call())
-            told = images.disagreement(order, "repeated", CELLS[0], size.sets)
+            result = images.disagreement(order, "repeated", CELLS[0], size.sets)
             yield {
                 "model": images.name,
                 "features": features,
                 "way": name,
                 "length": np.linalg.norm(np.diff(apart[order], axis=0), axis=1).sum() / plain,
                 "seconds": float(np.median([clock(call) for _ in range(size.repeats)])),
-                "disagreement": dataclasses.asdict(told),
+                "disagreement": dataclasses.asdict(result),
             }
 
 
@@ -227,14 +227,14 @@ def bought(images: Images, size: Size) -> Iterator[dict[str, Any]]:
             order = np.asarray(order_points(images.x, 20, features=rows, buffer_size=buffer))
         for layout in LAYOUTS:
             for cell in CELLS:
-                told = images.disagreement(order, layout, cell, size.sets)
+                result = images.disagreement(order, layout, cell, size.sets)
                 yield {
                     "model": images.name,
                     "features": features,
                     "buffer": buffer,
                     "layout": layout,
                     "cell": cell,
-                    "disagreement": dataclasses.asdict(told),
+                    "disagreement": dataclasses.asdict(result),
                 }
 
 
@@ -276,12 +276,12 @@ def plot(results: dict[str, Any], path: Path) -> None:
                 if row["layout"] == layout and tuple(row["cell"]) == cell
             ]
             for features in ("pixels", "projection", "outputs"):
-                told = [
+                result = [
                     row["disagreement"] for row in rows if row["features"] in ("none", features)
                 ]
-                mean, half = ([100 * one[k] for one in told] for k in ("mean", "half_width"))
+                mean, half = ([100 * one[k] for one in result] for k in ("mean", "half_width"))
                 look = system_look(f"ordered by {features}")
-                axis.errorbar(range(len(told)), mean, half, capsize=3, label=features, **look)
+                axis.errorbar(range(len(result)), mean, half, capsize=3, label=features, **look)
             axis.set_xticks(range(1 + len(BUFFERS)), ["none", *(f"{size:,}" for size in BUFFERS)])
             axis.set_ylim(bottom=0)
             axis.set_title(f"{model}\n{layout}, (N, K, S) = {cell}", fontsize=9)
@@ -312,8 +312,8 @@ def main() -> None:
             rows = list(PARTS[part](images, size))
             show(f"{name}: {part}", rows, console)
             results = json.loads(path.read_text()) if path.exists() else {"models": {}}
-            told = {"environment": start, "size": dataclasses.asdict(size), "rows": rows}
-            results["models"].setdefault(name, {})[part] = told
+            result = {"environment": start, "size": dataclasses.asdict(size), "rows": rows}
+            results["models"].setdefault(name, {})[part] = result
             write_json(path, results)
     results = json.loads(path.read_text())
     if all("bought" in part for part in results["models"].values()):

@@ -171,14 +171,14 @@ def _codes(
         "LCC": Lagrange(*shape),
         "replication": Replication(*shape),
     }
-    told = {
+    summary = {
         "NeRCC": {"objective": tuned.objective, "steps": len(tuned.history) - 1,
                   "seconds": tuned.seconds, "rejected": tuned.rejected,
                   **{n: float(getattr(tuned.code, n)) for n in NUMBERS}},
         "NeRCC published": {n: float(getattr(published, n)) for n in NUMBERS[:2]},
         "BACC": {"objective": rival.objective, "seconds": rival.seconds},
     }  # fmt: skip
-    return codes, told
+    return codes, summary
 
 
 def _add_parm(
@@ -234,7 +234,7 @@ def _noise(
     tuned = codes["NeRCC tuned"]
     assert isinstance(tuned, NeRCC)
     scale = float(jnp.sqrt(jnp.mean(network(jnp.asarray(test[:100])) ** 2)))
-    told = {}
+    summary = {}
     for noise in NOISES:
         channel = _Bfloat16() if noise == "bfloat16" else _Noise(jnp.asarray(float(noise) * scale))
         candidates = {str(p): _scaled(tuned, 10.0**p) for p in range(-1, 6)}
@@ -253,11 +253,11 @@ def _noise(
             network, compared, test, some, key=jax.random.key(1), num_sets=size.sets,
             channel=channel,
         )  # fmt: skip
-        told[noise] = {
+        summary[noise] = {
             "lambda_factor": 10.0 ** int(chosen),
             "rows": [dataclasses.asdict(row) for row in rows],
         }
-    return told
+    return summary
 
 
 def _relative(rows: Sequence[Any], name: str) -> float:

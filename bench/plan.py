@@ -258,8 +258,8 @@ def main() -> None:
     parser.add_argument("plan", type=Path)
     parser.add_argument("--batches", type=int, default=500, help="of queries")
     parser.add_argument("--data-dir", type=Path, default=None)
-    told = parser.parse_args()
-    seen = run_plan(told.plan, told.data_dir, told.batches)
+    summary = parser.parse_args()
+    seen = run_plan(summary.plan, summary.data_dir, summary.batches)
     print(json.dumps(seen, indent=1))
     name = ", ".join(str(seen["about"][part]) for part in ("model", "latency", "seed"))
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}

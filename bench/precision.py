@@ -66,7 +66,7 @@ def main() -> None:
             rows += measure(network, model, num_workers, num_data, x, labels, sets, options.dtypes)
             console.log(f"{model} ({num_workers}, {num_data})")
             jax.clear_caches()
-    told = {
+    summary = {
         "environment": environment(PACKAGES),
         "seconds": round(time.perf_counter() - start, 1),
         "matmul_precision": jax.config.jax_default_matmul_precision,  # pyright: ignore
@@ -76,7 +76,7 @@ def main() -> None:
         "rows": rows,
     }
     name = "precision-quick.json" if options.quick else "precision.json"
-    write_json(options.output / name, told)
+    write_json(options.output / name, summary)
     console.print(table(rows))
 
 
@@ -160,8 +160,8 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
         place = f"{row['model']} ({row['num_workers']}, {row['num_data']}), {row['stragglers']}"
         cost = "" if row["worker_dtype"] == "float32" else _told(row["rel_acc_less_float32"], "+")
         alone = f"{100 * row['alone_rel_acc']:.1f}"
-        told = _told(row["rel_acc"], "")
-        shown.add_row(place, row["code"], row["worker_dtype"], told, cost, alone)
+        summary = _told(row["rel_acc"], "")
+        shown.add_row(place, row["code"], row["worker_dtype"], summary, cost, alone)
     return shown
 
 

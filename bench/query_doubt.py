@@ -82,8 +82,8 @@ def assess(coder: Coder, fidelity: Fidelity, model: Any, groups: np.ndarray) -> 
         first = sure.argmax(axis=0)
         given = sure.any(axis=0)
         mistaken = given & differ[first, np.arange(len(first))]
-        told = {"wrong": float(mistaken.mean()), "again": float(1 - given.mean())}
-        by_limit.append({"asked": share} | told)
+        summary = {"wrong": float(mistaken.mean()), "again": float(1 - given.mean())}
+        by_limit.append({"asked": share} | summary)
     return {"all_wrong": float(differ[-1].mean()), "limits": by_limit}
 
 
@@ -125,9 +125,15 @@ def main() -> None:
         rows.append(about | {"arranged": ordering, **assess(coder, fidelity, model, groups)})
         print(rows[-1], flush=True)
     print(seconds)
-    told = {"model": MODEL, "calibration": CALIBRATION, "test": TEST, "sets": SETS, "batch": ROWS}
-    told |= {"seconds": seconds, "rows": rows, "environment": environment(PACKAGES)}
-    write_json(RESULTS / "query_doubt.json", told)
+    summary = {
+        "model": MODEL,
+        "calibration": CALIBRATION,
+        "test": TEST,
+        "sets": SETS,
+        "batch": ROWS,
+    }
+    summary |= {"seconds": seconds, "rows": rows, "environment": environment(PACKAGES)}
+    write_json(RESULTS / "query_doubt.json", summary)
 
 
 if __name__ == "__main__":

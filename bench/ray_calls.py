@@ -67,23 +67,23 @@ def main():
     parser.add_argument("--seconds", type=float, default=3.0, help="of a measurement")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path)
-    told = parser.parse_args()
+    summary = parser.parse_args()
     warnings.simplefilter("ignore")
     rows = []
-    with RayPool(answer, told.workers, compiled=False, address="local") as pool:
+    with RayPool(answer, summary.workers, compiled=False, address="local") as pool:
         actors = [actor for _, actor in sorted(pool._backend._actors.items())]
         for name, shape in SHAPES.items():
-            points = np.random.default_rng(0).normal(size=(told.workers, 1, *shape))
+            points = np.random.default_rng(0).normal(size=(summary.workers, 1, *shape))
             points = points.astype(np.float32)
             calls = functools.partial(bare, actors, points), functools.partial(pooled, pool, points)
             for call in calls:
                 seconds_of(call, 1.0)
             plain, ours = [], []
-            for _ in range(told.rounds):
-                plain += seconds_of(calls[0], told.seconds)
-                ours += seconds_of(calls[1], told.seconds)
-            each = [statistics.median(times) / told.workers for times in (plain, ours)]
-            rate = [told.workers * len(times) / sum(times) for times in (plain, ours)]
+            for _ in range(summary.rounds):
+                plain += seconds_of(calls[0], summary.seconds)
+                ours += seconds_of(calls[1], summary.seconds)
+            each = [statistics.median(times) / summary.workers for times in (plain, ours)]
+            rate = [summary.workers * len(times) / sum(times) for times in (plain, ours)]
             rows.append(
                 {
                     "inputs": name,
@@ -95,9 +95,9 @@ def main():
                 }
             )
             print(json.dumps(rows[-1]), flush=True)
-    if told.output is not None:
-        about = {"workers": told.workers, "environment": environment(PACKAGES), "rows": rows}
-        write_json(told.output, about)
+    if summary.output is not None:
+        about = {"workers": summary.workers, "environment": environment(PACKAGES), "rows": rows}
+        write_json(summary.output, about)
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def main():
     parser.add_argument("--rate", type=float, default=10.0, help="queries a second")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path)
-    told = parser.parse_args()
+    summary = parser.parse_args()
     warnings.simplefilter("ignore")  # of fork, which Ray follows by exec
     import ray
     from ray import serve
@@ -107,18 +107,20 @@ def main():
         time.sleep(0.2)
     url = f"http://127.0.0.1:{port}/v2/models/{MODEL}/infer"
     rows = []
-    for number in range(told.rounds):
+    for number in range(summary.rounds):
         rows.append(
-            cell("undisturbed", asyncio.run(stretch(url, told.seconds / 3, told.rate, TIMEOUT)))
+            cell(
+                "undisturbed", asyncio.run(stretch(url, summary.seconds / 3, summary.rate, TIMEOUT))
+            )
         )
-        rows.append(killed(url, told.seconds, told.rate))
+        rows.append(killed(url, summary.seconds, summary.rate))
         for row in rows[-2:]:
             print(json.dumps({"round": number, **row}), flush=True)
     serve.shutdown()
     ray.shutdown()
-    if told.output is not None:
-        about = {"rate": told.rate, "replicas": REPLICAS, "workers": WORKERS}
-        write_json(told.output, about | {"rows": rows, "environment": environment(PACKAGES)})
+    if summary.output is not None:
+        about = {"rate": summary.rate, "replicas": REPLICAS, "workers": WORKERS}
+        write_json(summary.output, about | {"rows": rows, "environment": environment(PACKAGES)})
 
 
 if __name__ == "__main__":

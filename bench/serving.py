@@ -212,11 +212,11 @@ def _serve(system: System, rate: float) -> Iterator[int]:
             "max_batch_size": BATCH,
             **system.settings,
         }
-        command, told = nercc_serve(MODEL, settings)
+        command, summary = nercc_serve(MODEL, settings)
     else:
-        command, told = [sys.executable, str(HERE / "_serving_ray.py"), "8765", str(WORKERS)], {}
+        command, summary = [sys.executable, str(HERE / "_serving_ray.py"), "8765", str(WORKERS)], {}
         command += [str(system.ray_batch), str(SERVICE), str(rate), str(STRAGGLE)]
-    with running(command, told | _CACHE) as port:
+    with running(command, summary | _CACHE) as port:
         yield port
     time.sleep(2)  # Ray's processes end
 

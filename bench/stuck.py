@@ -40,9 +40,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--seconds", type=float, default=30.0, help="of a stretch")
     seconds = parser.parse_args().seconds
-    command, told = nercc_serve(MODEL, SETTINGS)
-    told["NERCC_ADDRESS"] = "local"
-    with tempfile.TemporaryDirectory() as folder, running(command, told) as port:
+    command, summary = nercc_serve(MODEL, SETTINGS)
+    summary["NERCC_ADDRESS"] = "local"
+    with tempfile.TemporaryDirectory() as folder, running(command, summary) as port:
         queries = Path(folder) / "queries.npz"
         write_queries(MODEL, queries)
         url = f"http://127.0.0.1:{port}/v2/models/{MODEL}/infer"

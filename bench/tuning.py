@@ -161,8 +161,8 @@ def run_setting(
         for seed in range(size.seeds):
             options = {"key": jax.random.key(seed), "points": kind == "points"}
             options["descent"] = Descent(steps)
-            tuned, told = _timed(counter, tune, network, start, train, laws, **options)
-            runs[kind].append(_run(network, yardstick, tuned, told))
+            tuned, summary = _timed(counter, tune, network, start, train, laws, **options)
+            runs[kind].append(_run(network, yardstick, tuned, summary))
             log(f"gradient, {kind}, seed {seed}: {runs[kind][-1]['objective']:.4f}")
     return {
         "setting": dataclasses.asdict(setting),
@@ -198,7 +198,9 @@ def _grids(
     Answers are computed once for all, and each code is told their seconds in addition to its own.
     """
     rows: dict[str, list[Any]] = {name: [] for name in codes}
-    told = {name: {"seconds": 0.0, "compile_seconds": 0.0, "answer_seconds": 0.0} for name in codes}
+    summary = {
+        name: {"seconds": 0.0, "compile_seconds": 0.0, "answer_seconds": 0.0} for name in codes
+    }
     first = next(iter(codes.values()))
     for enc in GRID:
         encoder = eqx.tree_at(
@@ -210,9 +212,9 @@ def _grids(
             heights, decoded = _timed(counter, landscape, known, code, yardstick, [enc], GRID)
             rows[name].append(np.asarray(heights[0]))
             for what in asked:
-                told[name][what] += asked[what] + decoded[what]
-            told[name]["answer_seconds"] += asked["seconds"] - asked["compile_seconds"]
-    return {name: told[name] | _best(np.stack(rows[name])) for name in codes}
+                summary[name][what] += asked[what] + decoded[what]
+            summary[name]["answer_seconds"] += asked["seconds"] - asked["compile_seconds"]
+    return {name: summary[name] | _best(np.stack(rows[name])) for name in codes}
 
 
 class _Answered(eqx.Module):
@@ -257,11 +259,11 @@ def _affordable_steps(setting: Setting, images: int, most: int, budget: float) -
 
 
 def _run(
-    network: Answering, yardstick: Trial, tuned: Tuned[NeRCC], told: Mapping[str, float]
+    network: Answering, yardstick: Trial, tuned: Tuned[NeRCC], summary: Mapping[str, float]
 ) -> dict[str, Any]:
     code = tuned.code
     return {
-        **told,
+        **summary,
         "objective": float(yardstick.objective(network, code)),
         "own_held_out": tuned.objective,
         "evaluations": tuned.evaluations,

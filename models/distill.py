@@ -175,10 +175,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     test = in_batches(jax.jit(base.preprocess), test_data.images)
     _, card = write_student(path, base, recipe.plan, distilled, test, about)
-    print(told(card))
+    print(summary(card))
 
 
-def told(card: dict[str, Any]) -> str:
+def summary(card: dict[str, Any]) -> str:
     """Return the facts of a student's card in a sentence or two."""
     score, cost, base = card["score"], card["multiplications"], card["base_multiplications"]
     return (

@@ -101,9 +101,9 @@ def load_hub_model(repository: str) -> HubModel | TorchModel:
     return _of_timm(module, resolve_model_data_config(module))
 
 
-def _of_timm(module: Any, told: dict[str, Any]) -> TorchModel:
+def _of_timm(module: Any, summary: dict[str, Any]) -> TorchModel:
     """Return the preprocessing that timm's configuration states."""
-    channels, height, width = told["input_size"]
-    kind = {"bilinear": "linear", "bicubic": "cubic"}[told["interpolation"]]
-    preprocess = Preprocessing(height, told["crop_pct"], kind, told["mean"], told["std"])  # pyright: ignore[reportArgumentType]
+    channels, height, width = summary["input_size"]
+    kind = {"bilinear": "linear", "bicubic": "cubic"}[summary["interpolation"]]
+    preprocess = Preprocessing(height, summary["crop_pct"], kind, summary["mean"], summary["std"])  # pyright: ignore[reportArgumentType]
     return TorchModel(module, module.num_classes, (height, width, channels), preprocess)

@@ -863,26 +863,29 @@ def test_of_two_answers_everything_is_doubted():
     ("code", "options", "message"),
     [
         (SMALL, {"max_disagreement": 0.1}, "doubt and max_disagreement go together"),
-        (SMALL, {"doubt": doubting}, "doubt and max_disagreement go together"),
+        (SMALL, {"error_probability": doubting}, "doubt and max_disagreement go together"),
         (
             SMALL,
-            {"doubt": doubting, "max_disagreement": 1.5},
+            {"error_probability": doubting, "max_disagreement": 1.5},
             r"max_disagreement must be in \[0, 1\], not 1.5",
         ),
         (
             SMALL,
-            {"doubt": doubting, "max_disagreement": 0.1, "max_reexecution": -0.5},
+            {"error_probability": doubting, "max_disagreement": 0.1, "max_reexecution": -0.5},
             r"max_reexecution must be a share in \[0, 1\], not -0.5",
         ),
         (
             Berrut(5, 7),
-            {"doubt": doubting, "max_disagreement": 0.1},
+            {"error_probability": doubting, "max_disagreement": 0.1},
             "Berrut is no regression",
         ),
         (
             SMALL,
-            {"doubt": lambda: ErrorProbability(*jax.numpy.zeros((6, 6))), "max_disagreement": 0.1},
-            "this doubt was calibrated with a surrogate's outputs",
+            {
+                "error_probability": lambda: ErrorProbability(*jax.numpy.zeros((6, 6))),
+                "max_disagreement": 0.1,
+            },
+            "the error probability was calibrated with a surrogate's outputs",
         ),
     ],
 )

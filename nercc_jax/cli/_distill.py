@@ -76,7 +76,7 @@ def distill_command(
         # JAX takes a second or two to import: not for --help, nor for a misspelt option.
         from rich.console import Console
 
-        from nercc_models.distill import told
+        from nercc_models.distill import summary
 
         served, x, test, about = _find_base(model, weights, inputs, data_dir, seed)
         queries = max(2 * len(x), 4000) if answers is None else answers
@@ -99,7 +99,7 @@ def distill_command(
             "seed": seed,
         }
         card = _distill(console, served, x, test, share, output, about, options)
-        console.print(told(card), soft_wrap=True, highlight=False, markup=False)
+        console.print(summary(card), soft_wrap=True, highlight=False, markup=False)
         agreement = card["score"]["agreement"]
         if agreement < _LOW:
             console.print(

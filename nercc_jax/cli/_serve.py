@@ -87,7 +87,7 @@ def _serve(
 
 
 def _read(
-    names: list[str] | None, config: Path | None, told: dict[str, Any]
+    names: list[str] | None, config: Path | None, summary: dict[str, Any]
 ) -> "tuple[ServerSettings, list[ModelSettings]]":
     """The server's settings, and each model's, all sources put together.
 
@@ -95,15 +95,17 @@ def _read(
     """
     from ..serving._settings import ModelSettings, read_settings
 
-    of_all = {name: told.pop(name) for name in list(told) if name in ModelSettings.model_fields}
+    of_all = {
+        name: summary.pop(name) for name in list(summary) if name in ModelSettings.model_fields
+    }
     if names:
-        told["models"] = [{"model": each} for each in names]
+        summary["models"] = [{"model": each} for each in names]
     if of_all:
-        told["defaults"] = of_all
+        summary["defaults"] = of_all
     try:
-        settings = read_settings(config, **told)
+        settings = read_settings(config, **summary)
     except ValueError as error:
-        raise ValueError(_by_flags(str(error), (*told, *of_all))) from error
+        raise ValueError(_by_flags(str(error), (*summary, *of_all))) from error
     if not settings.models:
         settings.models = [ModelSettings(model="lenet5-digits")]
     # Flags come before what a file says of one model, too.
@@ -113,12 +115,12 @@ def _read(
     return settings, chosen
 
 
-def _by_flags(told: str, names: Iterable[str]) -> str:
+def _by_flags(summary: str, names: Iterable[str]) -> str:
     """What is wrong, with the flags' own names for the settings that the command line has."""
     for name in names:
         flag = f"--{name.replace('_', '-')}: "
-        told = re.sub(rf"(?:(?<=; )|^)(?:defaults\.)?{name}: ", flag, told)
-    return told
+        summary = re.sub(rf"(?:(?<=; )|^)(?:defaults\.)?{name}: ", flag, summary)
+    return summary
 
 
 def _run(settings: "ServerSettings", chosen: "list[ModelSettings]") -> None:

@@ -20,7 +20,7 @@ def with_settings(function: Callable[..., None]) -> Callable[..., None]:
     """
 
     @functools.wraps(function)
-    def told(ctx: Any, **arguments: Any) -> None:
+    def summary(ctx: Any, **arguments: Any) -> None:
         on_line = {n for n in arguments if ctx.get_parameter_source(n).name == "COMMANDLINE"}
         function(**{name: arguments[name] for name in on_line})
 
@@ -30,8 +30,8 @@ def with_settings(function: Callable[..., None]) -> Callable[..., None]:
     settings = itertools.chain(_options(ModelSettings), _options(ServerSettings))
     made = [option for option in settings if option.name not in _ELSEWHERE]
     ctx = inspect.Parameter("ctx", _KEYWORD, annotation=typer.Context)
-    told.__signature__ = signature.replace(parameters=[*own, *made, ctx])  # pyright: ignore
-    return told
+    summary.__signature__ = signature.replace(parameters=[*own, *made, ctx])  # pyright: ignore
+    return summary
 
 
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY

@@ -146,21 +146,23 @@ def __getattr__(name: str) -> serve.Application:
 
 
 def _settings(args: Mapping[str, Any]) -> ServerSettings:
-    told = dict(args)
-    file = told.pop("config", None)
-    if "model" in told:
-        told["models"] = [{"model": told.pop("model")}]
-    defaults = dict(told.get("defaults", {}))
-    defaults |= {name: told.pop(name) for name in list(told) if name in ModelSettings.model_fields}
-    unknown = sorted(set(told) - set(_TAKEN))
+    summary = dict(args)
+    file = summary.pop("config", None)
+    if "model" in summary:
+        summary["models"] = [{"model": summary.pop("model")}]
+    defaults = dict(summary.get("defaults", {}))
+    defaults |= {
+        name: summary.pop(name) for name in list(summary) if name in ModelSettings.model_fields
+    }
+    unknown = sorted(set(summary) - set(_TAKEN))
     if unknown:
         raise ValueError(
             f"{', '.join(unknown)}: the application takes what a model is told, "
             f"{', '.join(_TAKEN)} and config; the address, the port and the log are Ray Serve's "
             "(http_options, logging_config)"
         )
-    told["defaults"] = defaults
-    settings = read_settings(None if file is None else Path(file), **told)
+    summary["defaults"] = defaults
+    settings = read_settings(None if file is None else Path(file), **summary)
     if "pool" not in settings.defaults.model_fields_set:
         settings.defaults.pool = "ray"
     return settings

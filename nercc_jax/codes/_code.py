@@ -68,8 +68,8 @@ class AbstractCode(eqx.Module):
     def __repr__(self) -> str:
         """Its numbers, as far as they are known, where Equinox has shapes."""
         fields = (field.name for field in dataclasses.fields(self) if field.repr)
-        told = (f"{name}={_told(getattr(self, name))}" for name in fields)
-        return f"{type(self).__name__}({', '.join(told)})"
+        summary = (f"{name}={_told(getattr(self, name))}" for name in fields)
+        return f"{type(self).__name__}({', '.join(summary)})"
 
     @property
     def worker_models(self) -> Int[np.ndarray, " num_workers"]:

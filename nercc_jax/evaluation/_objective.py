@@ -76,10 +76,10 @@ def nested_objective(
     those of `nested_errors`.
     """
     errors = nested_errors(model, code, x, available, criterion=criterion, originals=originals)
-    told = jnp.any(jax.vmap(code.recovered)(jnp.asarray(available)), axis=1)
+    summary = jnp.any(jax.vmap(code.recovered)(jnp.asarray(available)), axis=1)
     if weights is None:
-        weights = 1 / jnp.maximum(jnp.sum(told), 1)
-    return jnp.sum(jnp.where(told, weights * errors, 0))
+        weights = 1 / jnp.maximum(jnp.sum(summary), 1)
+    return jnp.sum(jnp.where(summary, weights * errors, 0))
 
 
 def nested_answers(

@@ -128,11 +128,11 @@ def relative_objective(trial: Trial, model: Model, code: AbstractCode) -> Float[
 
 @eqx.filter_jit
 def _relative(
-    trial: Trial, errors: Float[Array, " laws"], told: Bool[Array, " laws"]
+    trial: Trial, errors: Float[Array, " laws"], summary: Bool[Array, " laws"]
 ) -> Float[Array, ""]:
     relative = errors / jnp.maximum(trial.scales, _LEAST)
-    powers = jnp.where(told, jnp.where(told, relative, 1) ** trial.power, 0)
-    return (jnp.sum(powers) / jnp.maximum(jnp.sum(told), 1)) ** (1 / trial.power)
+    powers = jnp.where(summary, jnp.where(summary, relative, 1) ** trial.power, 0)
+    return (jnp.sum(powers) / jnp.maximum(jnp.sum(summary), 1)) ** (1 / trial.power)
 
 
 def landscape(
@@ -162,8 +162,8 @@ def _row(
 
     def cell(dec: Float[Array, ""]) -> Float[Array, ""]:
         here = _with_lambdas(code, code.lambda_enc, dec)
-        told = eqx.tree_at(lambda known: known.code, answers, here)
-        losses = told.losses(trial.available, trial.criterion)
+        summary = eqx.tree_at(lambda known: known.code, answers, here)
+        losses = summary.losses(trial.available, trial.criterion)
         return _relative(trial, *_by_law(trial, here, losses))
 
     return jax.lax.map(cell, lambda_dec)
@@ -190,9 +190,9 @@ def _by_law(
     trial: Trial, code: AbstractCode, errors: Float[Array, " sets"]
 ) -> tuple[Float[Array, " laws"], Bool[Array, " laws"]]:
     """Return the mean error under each law; NaN where none of its sets recovers anything."""
-    told = jnp.any(jax.vmap(code.recovered)(trial.available), axis=1)
+    summary = jnp.any(jax.vmap(code.recovered)(trial.available), axis=1)
     total, count = (
         jax.ops.segment_sum(values, trial.law, len(trial.laws), indices_are_sorted=True)
-        for values in (jnp.where(told, errors, 0), told.astype(errors.dtype))
+        for values in (jnp.where(summary, errors, 0), summary.astype(errors.dtype))
     )
     return jnp.where(count > 0, total / jnp.maximum(count, 1), jnp.nan), count > 0

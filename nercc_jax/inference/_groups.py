@@ -60,10 +60,10 @@ def is_grouped(num_data: int, x: PyTree, mask_axes: int = 1, grouped: bool | Non
     shapes = [(label, leaf.shape) for label, leaf in leaves_of("x", x)]
     single = all(shape[:1] == (num_data,) for _, shape in shapes) and mask_axes != 2
     many = all(shape[1:2] == (num_data,) for _, shape in shapes)
-    told = ", ".join(f"{label} of shape {shape}" for label, shape in shapes)
+    summary = ", ".join(f"{label} of shape {shape}" for label, shape in shapes)
     if grouped is None and single and many:
         raise ValueError(
-            f"{told} may be one group of {num_data} or {shapes[0][1][0]} groups: say which with "
+            f"{summary} may be one group of {num_data} or {shapes[0][1][0]} groups: say which with "
             "grouped=True or grouped=False, or give a mask per group, (groups, N)"
         )
     if grouped is not None:
@@ -72,7 +72,7 @@ def is_grouped(num_data: int, x: PyTree, mask_axes: int = 1, grouped: bool | Non
         forms = {None: "(K, ...) or (groups, K, ...)", True: "(groups, K, ...)", False: "(K, ...)"}
         wanted = forms[True if mask_axes == 2 else grouped]
         raise ValueError(
-            f"{told}: with this code and mask it must be {wanted}, K = {num_data}"
+            f"{summary}: with this code and mask it must be {wanted}, K = {num_data}"
             + (", and one mask (N,)" if mask_axes == 2 and grouped is False else "")
         )
     return many

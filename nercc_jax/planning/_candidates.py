@@ -124,17 +124,17 @@ def _replicated(
         for patience in (0.0, early):
             _, end, own = draw(number, patience)
             lost = own > end[..., None]
-            told = {"resent": float(np.mean(lost)), "limit": 0.0}
+            summary = {"resent": float(np.mean(lost)), "limit": 0.0}
             times = last_prediction(end, own, lost, again)
-            yield make_candidate(system, queries, workers, number, patience, times=times, **told)
+            yield make_candidate(system, queries, workers, number, patience, times=times, **summary)
         late = float(np.quantile(draw(number, 0.0)[1], PROMISED))
         _, end, own = draw(number, late)
         wrong = np.mean(own > end[..., None], axis=(1, 2))
         half = 1.96 * float(np.std(wrong)) / math.sqrt(len(wrong))
         share = Estimate(float(np.mean(wrong)), half)
         most = at_most(share, len(wrong) * queries)
-        told = {"disagreement": share, "most_disagreement": most, "exact": False}
-        yield make_candidate(system, queries, workers, number, late, times=end[:, 0], **told)
+        summary = {"disagreement": share, "most_disagreement": most, "exact": False}
+        yield make_candidate(system, queries, workers, number, late, times=end[:, 0], **summary)
 
 
 def make_candidate(
@@ -145,7 +145,7 @@ def make_candidate(
     patience: float,
     *,
     times: np.ndarray,
-    **told: Any,
+    **summary: Any,
 ) -> Candidate:
     defaults = {
         "points": None,
@@ -159,9 +159,9 @@ def make_candidate(
         "exact": True,
         "held_out": True,
     }
-    told = defaults | told
+    summary = defaults | summary
     p50, p99 = (float(np.quantile(times, q)) for q in (0.5, PROMISED))
-    extra = num_workers / num_data - 1 + told["resent"]
+    extra = num_workers / num_data - 1 + summary["resent"]
     return Candidate(
         system=system,
         num_data=num_data,
@@ -171,7 +171,7 @@ def make_candidate(
         extra_work=extra,
         p50=p50,
         p99=p99,
-        **told,
+        **summary,
     )
 
 

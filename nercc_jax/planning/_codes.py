@@ -1,4 +1,4 @@
-"""NeRCC codes measured for the planner: screened on one half of the data, told by the other."""
+"""NeRCC codes measured for the planner: screened on one half of the data, judged on the other."""
 
 import dataclasses
 import functools
@@ -39,7 +39,7 @@ from ._candidates import (
 _SCREEN_SETS, TOLD_SETS, _DOUBT_SETS = 4, 48, 64
 _SCREEN_DRAWS, _TOLD_DRAWS = 5_000, 20_000
 # Of draws that must not be the same; what is compared with each other meets the same.
-_STREAMS = {"shuffle": 0, "ends": 1, "again": 2, "screen": 3, "told": 4}
+_STREAMS = {"shuffle": 0, "ends": 1, "again": 2, "screen": 3, "held_out": 4}
 _CHUNK = 512  # groups that are decoded at a time
 _ENOUGH, _MOST = 3, 10  # measured are those with the least p99: till so many do, and no more
 _STEP = math.log(1.03)  # in the logarithm of the p99, among which the cheaper comes first
@@ -219,17 +219,17 @@ class Codes:
         rows: list[Candidate] = []
         doubts: dict[Candidate, ErrorProbability] = {}
         for entry in _in_turn([(s.row.p99, s.row.extra_work, s) for s in plain], rows, wanted):
-            seen = self._measured(entry, self._held_out, "told")
+            seen = self._measured(entry, self._held_out, "held_out")
             times = self._ends(entry.rule, _TOLD_DRAWS)
             rows.append(_with(entry.row, times, **_disagreement(seen.wrong), held_out=True))
         again = [(*self._guess(s), s) for s in fast]
         again = [g for g in again if g[0] < self._fastest and g[1] <= most]
-        told: list[Candidate] = []
-        for entry in _in_turn(again, told, wanted):
+        summary: list[Candidate] = []
+        for entry in _in_turn(again, summary, wanted):
             error_probability, found = self._with_doubt(entry, key)
-            told += found
+            summary += found
             doubts |= dict.fromkeys(found, error_probability)
-        return rows + told, doubts
+        return rows + summary, doubts
 
     def _guess(self, entry: Screened) -> tuple[float, float]:
         """Estimate the p99 and the extra work if three times the wrong ones are sent again."""
@@ -251,7 +251,7 @@ class Codes:
         error_probability = error_probability_from_answers(
             known, {"rule": entry.rule}, key, _DOUBT_SETS
         )
-        seen = self._measured(entry, self._held_out, "told", error_probability)
+        seen = self._measured(entry, self._held_out, "held_out", error_probability)
         groups = self._asked["num_queries"] // code.num_data
         found = []
         # With a limit of 0 all is sent again that has no answer of its own: replication does that.
@@ -303,8 +303,8 @@ class _Measured:
             given, heard, wanted = map(
                 jnp.asarray, (answers[group], mask[group, index], labels[group])
             )
-            told = _decode(code, given, heard, wanted, error_probability)
-            for kept, new in zip((self.wrong, self.error_probability), told, strict=True):
+            summary = _decode(code, given, heard, wanted, error_probability)
+            for kept, new in zip((self.wrong, self.error_probability), summary, strict=True):
                 kept[tuple(part.T)] = np.asarray(new)[: len(part)]
         self.wrong &= ~known
         self.error_probability[known] = 0
@@ -346,12 +346,12 @@ def _disagreement(wrong: Bool[np.ndarray, "groups sets num_data"]) -> dict[str, 
 
 
 def _in_turn(
-    entries: Sequence[tuple[float, float, Screened]], told: list[Candidate], wanted: float
+    entries: Sequence[tuple[float, float, Screened]], summary: list[Candidate], wanted: float
 ) -> Iterator[Screened]:
     """Yield entries by p99, then by extra work, until enough of the measured ones will do."""
     order = sorted(entries, key=lambda e: (round(math.log(e[0]) / _STEP), e[1], e[0]))
     for _, _, entry in order[:_MOST]:
-        if sum(row.most_disagreement <= wanted for row in told) >= _ENOUGH:
+        if sum(row.most_disagreement <= wanted for row in summary) >= _ENOUGH:
             return
         yield entry
 

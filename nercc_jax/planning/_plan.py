@@ -26,7 +26,7 @@ from ._known import KNOWN, known_systems
 PLANNED = ("chebyshev", "interleaved", "repeated")
 
 _FORMAT, _VERSION = "nercc-jax plan", 1
-# The p99 of two systems is told apart beyond this; among equals the cheaper is better.
+# The p99 of two systems differs beyond this; among equals the cheaper is better.
 ALIKE = 0.03
 
 
@@ -318,17 +318,19 @@ def _best(rows: Sequence[Candidate], asked: Mapping[str, Any]) -> Candidate:
 def _reason(best: Candidate, rows: Sequence[Candidate], asked: Mapping[str, Any]) -> str:
     """Why the best is the best, in one sentence."""
     others = [row for row in rows if feasible(row, asked) and row.system != best.system]
-    told = f"{_words(best)} answers all {asked['num_queries']} queries within {_ms(best.p99)} (p99)"
+    summary = (
+        f"{_words(best)} answers all {asked['num_queries']} queries within {_ms(best.p99)} (p99)"
+    )
     if not best.exact:
-        told += f", with at most {100 * best.most_disagreement:.2f} % of labels different"
+        summary += f", with at most {100 * best.most_disagreement:.2f} % of labels different"
     if not others:
-        return f"{told}; nothing else keeps to the budget."
+        return f"{summary}; nothing else keeps to the budget."
     second = min(others, key=lambda row: row.p99)
     name, time = _words(second), _ms(second.p99)
     if second.p99 <= (1 + ALIKE) * best.p99:
         share = f"{100 * ALIKE:.0f} %"
-        return f"{told}; nothing is faster by more than {share} ({name} takes {time})."
-    return f"{told}; the next best system within the budget, {name}, takes {time}."
+        return f"{summary}; nothing is faster by more than {share} ({name} takes {time})."
+    return f"{summary}; the next best system within the budget, {name}, takes {time}."
 
 
 def _words(row: Candidate) -> str:

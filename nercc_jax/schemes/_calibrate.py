@@ -219,9 +219,11 @@ def cross_validate_error_bars(
         if scheme.surrogate is not None:
             numbers = scheme.surrogate.theta, scheme.surrogate.kappa
             fitted = eqx.tree_at(lambda one: (one.theta, one.kappa), fitted, numbers)
-        told = eqx.tree_at(lambda one: one.surrogate, scheme, fitted, is_leaf=lambda n: n is None)
+        summary = eqx.tree_at(
+            lambda one: one.surrogate, scheme, fitted, is_leaf=lambda n: n is None
+        )
         rows, own = jax.tree.map(lambda leaf: leaf[held], (x, y))  # noqa: B023
-        ratios.append(np.ravel(_ratios(workers, told, rows, own, masks)))
+        ratios.append(np.ravel(_ratios(workers, summary, rows, own, masks)))
     return error_bars_from_ratios(np.concatenate(ratios), current_conditions(None))
 
 

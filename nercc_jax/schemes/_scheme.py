@@ -128,8 +128,8 @@ class Scheme(AbstractScheme):
             raise ValueError(f"follow must be 'inputs' or a function, not {self.follow!r}")
         if self.redundancy not in (None, "code", "doubtful"):
             raise ValueError(f"redundancy must be 'code' or 'doubtful', not {self.redundancy!r}")
-        told = self.surrogate is not None and self.surrogate.has_deviation
-        if self.redundancy == "doubtful" and not told:
+        summary = self.surrogate is not None and self.surrogate.has_deviation
+        if self.redundancy == "doubtful" and not summary:
             raise ValueError("copies of what is doubtful need a surrogate that tells it: a learner")
         if self.budget is not None and not self.places_copies:
             raise ValueError("a budget is for redundancy='doubtful'")
@@ -141,8 +141,8 @@ class Scheme(AbstractScheme):
         """Return whether the redundant workers get copies of uncertain data points."""
         if self.redundancy is not None:
             return self.redundancy == "doubtful"
-        told = self.surrogate is not None and self.surrogate.has_deviation
-        return told and has_points(self.code) and self.code.num_workers > self.code.num_data
+        summary = self.surrogate is not None and self.surrogate.has_deviation
+        return summary and has_points(self.code) and self.code.num_workers > self.code.num_data
 
     def arrange(self, x: PyTree[Shaped[ArrayLike, "points ..."]]) -> Int[Array, " points"]:
         """Return the order in which data points are coded: `x[order]` is cut into groups of K.

@@ -57,22 +57,22 @@ def not_a_knot(
     shifts, fitted = solve(own)
     fitted_values = own + shifts
     kinks = jnp.stack([second, before])
-    wanted, told = (
+    wanted, summary = (
         _jumps(knots.t, *curve, kinks) * half**2
         for curve in ((values, slopes), (fitted_values, fitted))
     )
-    share = jnp.where(knots.number >= 4, _solved(told, wanted), 0)
+    share = jnp.where(knots.number >= 4, _solved(summary, wanted), 0)
     bent, turned = powers - fitted_values, slope / half - fitted
     return values + _combined(bent, share), slopes + _combined(turned, share)
 
 
-def _solved(told: Float[Array, "2 2"], wanted: Float[Array, "2 m"]) -> Float[Array, "2 m"]:
+def _solved(summary: Float[Array, "2 2"], wanted: Float[Array, "2 m"]) -> Float[Array, "2 m"]:
     """The c with told c = wanted, by normal equations; towards 0 where little is told, as where
     much is smoothed.
 
     Of the first step's bias, 0.0003 of c where nothing is smoothed, the third leaves the cube.
     """
-    first, second = told[:, :1], told[:, 1:]
+    first, second = summary[:, :1], summary[:, 1:]
     a, b, d = (jnp.sum(p * q) for p, q in ((first, first), (first, second), (second, second)))
     a, d = a + _LEAST**2, d + _LEAST**2
 
@@ -82,7 +82,7 @@ def _solved(told: Float[Array, "2 2"], wanted: Float[Array, "2 m"]) -> Float[Arr
 
     share = step(wanted)
     for _ in range(2):
-        share = share + step(wanted - _combined(told, share))
+        share = share + step(wanted - _combined(summary, share))
     return share
 
 

@@ -178,9 +178,9 @@ def _code_share(kappa: Array, variance: Float[Array, "*points"]) -> Float[Array,
 
     Nothing shrinks what is known, and nothing is shrunk without a kappa.
     """
-    known, told = variance == 0, jnp.isfinite(variance)
+    known, summary = variance == 0, jnp.isfinite(variance)
     far = jnp.where(kappa > 0, jnp.inf, 0)
-    shrinkage = jnp.where(told, kappa * jnp.where(told & ~known, variance, 1), far)
+    shrinkage = jnp.where(summary, kappa * jnp.where(summary & ~known, variance, 1), far)
     return 1 / (1 + jnp.where(known, 0, shrinkage))
 
 
@@ -278,8 +278,8 @@ def group_prior_of_points(
         # The last part is filled up, so that all have one shape.
         rows = np.minimum(np.arange(place, place + at_once), number - 1)
         part = jax.tree.map(lambda leaf: jnp.asarray(leaf[rows]), groups)  # noqa: B023
-        told = _expect(surrogate, code, part, known_encoder(code))
-        parts.append(jax.tree.map(lambda leaf: leaf[: number - place], told))  # noqa: B023
+        summary = _expect(surrogate, code, part, known_encoder(code))
+        parts.append(jax.tree.map(lambda leaf: leaf[: number - place], summary))  # noqa: B023
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 

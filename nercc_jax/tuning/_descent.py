@@ -46,12 +46,12 @@ class Judgement(NamedTuple):
     Attributes:
         objective: The objective.
         allowed: Whether the parameters may become the best.
-        told: Numbers for the history.
+        summary: Numbers for the history.
     """
 
     objective: float
     allowed: bool = True
-    told: Any = None
+    summary: Any = None
 
 
 class Entry(NamedTuple):

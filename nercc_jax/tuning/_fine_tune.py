@@ -179,9 +179,9 @@ def fine_tune(
     goal = _Goal(criterion, target, sampling)
 
     def record(entry: Entry) -> FineTuningStep:
-        told = {} if entry.judgement is None else entry.judgement.told._asdict()
+        summary = {} if entry.judgement is None else entry.judgement.summary._asdict()
         held = None if entry.judgement is None else entry.judgement.objective
-        step = FineTuningStep(entry.step, entry.objective, held, entry.rejected, **told)
+        step = FineTuningStep(entry.step, entry.objective, held, entry.rejected, **summary)
         on_step(step, _with(model, free, entry.parameters))
         return step
 
@@ -201,8 +201,8 @@ def fine_tune(
     return FineTuned(
         model=_with(model, free, best.parameters),
         objective=best.judgement.objective,
-        agreement=best.judgement.told.agreement,
-        accuracy=best.judgement.told.accuracy,
+        agreement=best.judgement.summary.agreement,
+        accuracy=best.judgement.summary.accuracy,
         original_accuracy=judge.original_accuracy,
         history=history.records,
         evaluations=evaluations + judge.evaluations,
