@@ -70,8 +70,8 @@ def decode_groups(
     """
 
     def in_program() -> Decoded:
-        arrays = jax.tree.map(jnp.asarray, (y, available))
-        return decode_groups_in_program(code, *arrays, given)
+        answers = jax.tree.map(jnp.asarray, y)
+        return decode_groups_in_program(code, answers, jnp.asarray(available), given)
 
     if any_tracer(code, y, available, given):
         return in_program()
