@@ -178,7 +178,10 @@ def test_programs_close_over_answers():
     """What is known while something else is traced is part of the program."""
     code, mask, y, wanted, _ = case("nercc")
     masks = np.broadcast_to(mask, (GROUPS, len(mask)))
+    different = masks & ~np.eye(GROUPS, len(mask), dtype=bool)
+    each = decode_groups(code, y, different).predictions
     programs = [
+        lambda: (decode_groups(code, y, different).predictions, each),
         lambda: (code.decode(y[0], mask), wanted[0]),
         lambda: (decode_groups(code, y, masks).predictions, wanted),
         lambda: (decode_sets(code, jnp.asarray(y), mask[None]).predictions[0], wanted),

@@ -68,16 +68,23 @@ def decode_groups(
         available: The workers of each group that answered.
         given: The decoder's matrices for these workers, where they are made already.
     """
+
+    def in_program() -> Decoded:
+        answers = jax.tree.map(jnp.asarray, y)
+        return decode_groups_in_program(code, answers, jnp.asarray(available), given)
+
     if any_tracer(code, y, available, given):
-        return decode_groups_in_program(code, y, jnp.asarray(available), given)
+        return in_program()
     masks = np.asarray(available)
     given = known_decoders(code, masks) if given is None else given
     if given is not None:
         decoded, sound = _multiply_groups(y, masks, given)
         if isinstance(sound, Tracer):
-            return decode_groups_in_program(code, y, jnp.asarray(masks), given)
+            return in_program()
         if sound:
             return decoded
+    elif isinstance(jnp.zeros(()), Tracer):
+        return in_program()
     found = _groups_on_host(code, y, masks)
     if found is not None:
         return found
