@@ -12,9 +12,9 @@ from traffic import OUT, SERVICE, SHAPE, WEIGHTS, Traffic, model
 
 from nercc_jax import NeRCC, Uncoded
 from nercc_jax.pools import AnswerTimes, Overdue, SimulatedClock, SimulatedPool
-from nercc_jax.serving import BatchingPolicy, CodedBatcher, Coder, Fidelity, InferenceFailed
-from nercc_jax.serving._known import Predictions
-from nercc_jax.serving._predictor import Predictor
+from nercc_jax.serving import BatchingPolicy, CodedBatcher, Coder, ErrorEstimator, InferenceFailed
+from nercc_jax.serving.adapt._predictor import Predictor
+from nercc_jax.serving.core._adaptation import Predictions
 
 
 class KnowsAll(Predictor):
@@ -33,7 +33,7 @@ class KnowsAll(Predictor):
         doubt = np.where(sure, 0.0, 0.9)
         return Predictions(model(x), doubt, np.where(sure, 0.0, 1.0), sure)
 
-    def hear(self, x, own):
+    def add_answer(self, x, own):
         pass
 
     def audit(self, given, own):
@@ -42,16 +42,16 @@ class KnowsAll(Predictor):
 
 def calibrated(coder):
     """What the code's error is on this model: groups are no longer sent whole, to learn from."""
-    fidelity = Fidelity(coder)
+    estimator = ErrorEstimator(coder)
     x = np.random.default_rng(3).normal(size=(400, *SHAPE)).astype(np.float32)
-    fidelity.calibrate(lambda x: jnp.tanh(jnp.asarray(x) @ WEIGHTS), x)
-    return fidelity
+    estimator.calibrate(lambda x: jnp.tanh(jnp.asarray(x) @ WEIGHTS), x)
+    return estimator
 
 
 @pytest.mark.parametrize("sure", [True, False])
 def test_doubtful_redundancy_sends_coded_points_only_where_the_surrogate_doubts(sure):
     policy = BatchingPolicy(patience=1.4, max_disagreement=0.1, redundancy="doubtful")
-    traffic = Traffic(KnowsAll(sure), policy, INTERLEAVED, share=0.0, fidelity=calibrated)
+    traffic = Traffic(KnowsAll(sure), policy, INTERLEAVED, share=0.0, estimator=calibrated)
     told = traffic.send(100)
     assert all(reply.exact.all() for _, reply, _ in told)
     # The code has as many coded points as queries. Of a group of one, none is ever sent.
@@ -75,7 +75,7 @@ def test_a_group_leaves_when_its_oldest_query_has_waited_long_enough():
 def test_a_tolerance_is_kept_by_predicting_or_asking_again_never_by_decoding():
     """How far decoded outputs of a function are off, nobody knows."""
     policy = BatchingPolicy(patience=1.4, tolerance=0.05)
-    traffic = Traffic(KnowsAll(False), policy, INTERLEAVED, share=0.15, fidelity=calibrated)
+    traffic = Traffic(KnowsAll(False), policy, INTERLEAVED, share=0.15, estimator=calibrated)
     told = traffic.send(300)
     assert sum(reply.reexecuted.sum() for _, reply, _ in told) > 20
     assert all((reply.exact | reply.predicted).all() for _, reply, _ in told)
@@ -171,13 +171,13 @@ def test_a_surrogate_that_sees_only_noise_is_equally_unsure_of_all():
 
 def test_a_call_by_grpc_has_as_long_as_draining_takes():
     """Longer than what the server keeps for last errors."""
-    require("nercc_jax.serving._kserve", "serve")
+    require("fastapi", "serve")
     grpc = require("grpc", "serve-test")
+    from grpc_stub import GRPCInferenceServiceStub
     from in_process import Doubles, channel, serving
-    from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceStub
     from nercc_server import ENDS, patience
 
-    from nercc_jax.serving._kserve import messages
+    from nercc_jax.serving.transport import open_inference_pb2 as messages
 
     model = Doubles(at_once=False)
     with serving(model, grpc_port=0, drain_timeout_s=60.0) as server, channel(server) as there:

@@ -19,8 +19,8 @@ def model(x):
 class Traffic:
     """A stream of queries before simulated workers, of which some straggle by ten times."""
 
-    def __init__(self, predictor, policy, code=None, share=0.1, rate=150, fidelity=None):
-        """`fidelity(coder)` makes what is known of the code's error beforehand."""
+    def __init__(self, predictor, policy, code=None, share=0.1, rate=150, estimator=None):
+        """`estimator(coder)` makes what is known of the code's error beforehand."""
         self.random, self.clock = np.random.default_rng(1), SimulatedClock()
         self.model, self.share, self.rate, self.drifts = model, share, rate, 0
         self.pool_seconds = self.seconds
@@ -37,7 +37,7 @@ class Traffic:
             SHAPE,
             OUT,
             policy=policy,
-            fidelity=fidelity and fidelity(coder),
+            estimator=estimator and estimator(coder),
             predictor=predictor,
             observe=self.observe,
         )
