@@ -23,7 +23,7 @@ from nercc_jax import NeRCC
 from nercc_jax.cli._workload import answering
 from nercc_jax.evaluation import batched
 from nercc_jax.serving import Coder, ErrorEstimator
-from nercc_jax.serving.core._ordering import QueryOrdering
+from nercc_jax.serving.core._dispatch import QueryOrdering
 from nercc_jax.serving.core._request import Request
 
 MODEL, OUTPUTS = "lenet5-mnist", "logits"

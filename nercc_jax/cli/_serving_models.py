@@ -15,7 +15,7 @@ from ..serving import Predictor, Servable, make_servable
 from ..serving._metrics import Metrics
 from ..serving._served_model import ServedModel, log_phase
 from ..serving._settings import ModelSettings
-from ..serving.protocol._tensors import FLOAT
+from ..serving.protocol._servable import FLOAT
 from ._calibration_file import calibration_file
 from ._inputs import read_named_inputs
 from ._options import check_model as check_files

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..serving._settings import ModelSettings, ServerSettings, read_settings
 from ..serving._tracing import Telemetry, telemetry_from_environment
-from ..serving.transport._inference import REQUEST_START
+from ..serving.transport._http import REQUEST_START
 from ..serving.transport._rest import make_app
 from ..serving.transport._state import ServerState
 from ._serving_models import start_models

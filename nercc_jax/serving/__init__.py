@@ -4,8 +4,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for readers and type checkers; `_WHERE` says the same
-    from ._api import make_server as make_server
-    from ._api import serve as serve
     from ._batcher import CodedBatcher as CodedBatcher
     from ._policy import BatchingPolicy as BatchingPolicy
     from ._policy import Measure as Measure
@@ -25,11 +23,12 @@ if TYPE_CHECKING:  # for readers and type checkers; `_WHERE` says the same
     from .protocol._servable import Servable as Servable
     from .protocol._servable import make_servable as make_servable
     from .transport._server import Server as Server
+    from .transport._server import make_server as make_server
+    from .transport._server import serve as serve
 
 # Imported when they are first used: a server's settings need no JAX, so that errors in them are
 # reported at once.
 _WHERE = {
-    "_api": "make_server serve",
     "_batcher": "CodedBatcher",
     "_policy": "BatchingPolicy Measure",
     "_served_model": "ServedModel",
@@ -40,7 +39,7 @@ _WHERE = {
     "core._health": "Health",
     "core._request": "DeadlineExceeded InferenceFailed QueueFull Reply ServerClosing",
     "protocol._servable": "Servable make_servable",
-    "transport._server": "Server",
+    "transport._server": "Server make_server serve",
 }
 _FILE_OF = {name: file for file, names in _WHERE.items() for name in names.split()}
 __all__ = [*_FILE_OF]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -10,7 +10,7 @@ from batching import INTERLEAVED, LONG, count, serving, settled
 from nercc_jax import Berrut, NeRCC
 from nercc_jax.serving import Coder
 from nercc_jax.serving.core import _dispatch
-from nercc_jax.serving.core._ordering import QueryOrdering
+from nercc_jax.serving.core._dispatch import QueryOrdering
 from nercc_jax.serving.core._request import Request
 
 CODE = INTERLEAVED

@@ -42,7 +42,7 @@ from nercc_jax.serving import (
     QueueFull,
     ServerClosing,
 )
-from nercc_jax.serving.adapt._background_calibrator import BackgroundCalibrator
+from nercc_jax.serving.adapt._adaptation import BackgroundCalibrator
 from nercc_jax.serving.core._health import Health
 from nercc_jax.serving.core._queue import Lane, QueryQueue
 from nercc_jax.serving.core._request import Request

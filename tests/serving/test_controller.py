@@ -10,8 +10,7 @@ from traffic import SERVICE, Traffic, labels_right, model
 from nercc_jax import Berrut, Replication, Uncoded
 from nercc_jax.pools import Call, Overdue, SimulatedPool
 from nercc_jax.serving import BatchingPolicy, Coder, Predictor
-from nercc_jax.serving.adapt._setting_controller import SettingController
-from nercc_jax.serving.adapt._tail_forecast import CallReplay, replay_calls
+from nercc_jax.serving.adapt._setting_controller import CallReplay, SettingController, replay_calls
 from nercc_jax.serving.core._adaptation import DispatchSetting, Predictions
 
 REPLICATION = Coder(Replication(1, 2))

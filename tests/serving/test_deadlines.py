@@ -22,7 +22,7 @@ from nercc_jax.serving._metrics import Metrics
 from nercc_jax.serving._served_model import ServedModel
 from nercc_jax.serving._settings import ModelSettings
 from nercc_jax.serving.transport import open_inference_pb2 as messages
-from nercc_jax.serving.transport._inference import seconds_since_proxy
+from nercc_jax.serving.transport._http import seconds_since_proxy
 
 HELD = 10.0  # seconds, unless it is released
 
@@ -76,7 +76,7 @@ def test_a_batcher_that_is_held_up_is_not_waited_for(model, monkeypatch):
         for _ in patience(ENDS):
             if server.state.phase == "serving":
                 break
-        patched.setattr(model._batcher, "_dispatch", hold)
+        patched.setattr(model._batcher._scheduler, "_dispatch", hold)
         asked = [clients.submit(ask, server, 0.3) for ask in (by_rest, by_grpc)]
         told = [each.result(ENDS) for each in asked]
         assert held.is_set()

@@ -432,7 +432,7 @@ def test_serves_proxy_tells_when_a_request_came():
     """As a proxy before it has told already, if there is one."""
     require("ray.serve", "ray-serve")
     from nercc_jax.cli.ray_serve import stamp
-    from nercc_jax.serving.transport._inference import seconds_since_proxy
+    from nercc_jax.serving.transport._http import seconds_since_proxy
 
     came = []
 

@@ -11,7 +11,7 @@ from batching import INTERLEAVED, LONG, Held, count, knowing, model, queries, se
 from nercc_jax import Uncoded
 from nercc_jax.pools._clock import WALL
 from nercc_jax.serving import ErrorEstimator, InferenceFailed
-from nercc_jax.serving.adapt import _background_calibrator
+from nercc_jax.serving.adapt import _adaptation
 from nercc_jax.serving.core import _health
 from nercc_jax.serving.core._fallback import FallbackPolicy
 from nercc_jax.serving.core._health import Health
@@ -205,8 +205,8 @@ def test_a_lesson_rests_between_its_steps(monkeypatch):
             turns.append(time.monotonic())
             yield
 
-    monkeypatch.setattr(_background_calibrator, "_SHARE", 0.1)
-    monkeypatch.setattr(_background_calibrator, "_AT_ONCE", 0.0)
+    monkeypatch.setattr(_adaptation, "_SHARE", 0.1)
+    monkeypatch.setattr(_adaptation, "_AT_ONCE", 0.0)
     monkeypatch.setattr(ErrorEstimator, "add_group_in_steps", steps)
     with serving(INTERLEAVED, warm=False) as batcher:
         while len(turns) < 6:
@@ -217,7 +217,7 @@ def test_a_lesson_rests_between_its_steps(monkeypatch):
 
 
 def test_a_set_of_answers_that_is_new_is_looked_up_beside(monkeypatch):
-    monkeypatch.setattr(_background_calibrator, "_SHARE", 1.0)
+    monkeypatch.setattr(_adaptation, "_SHARE", 1.0)
     with serving(INTERLEAVED, estimator=knowing, warm=False) as batcher:
         mask = np.zeros(INTERLEAVED.num_workers, bool)
         mask[[0, 5]] = True

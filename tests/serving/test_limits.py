@@ -20,7 +20,7 @@ from in_process import Doubles, body, channel, connect, is_cut_off, post, read_a
 from nercc_server import ENDS, patience
 
 from nercc_jax.serving.protocol._errors import Overloaded
-from nercc_jax.serving.transport import _inference
+from nercc_jax.serving.transport import _http
 from nercc_jax.serving.transport import open_inference_pb2 as messages
 from nercc_jax.serving.transport._state import RequestMemory
 
@@ -182,15 +182,15 @@ def test_large_json_is_refused_in_favour_of_binary(server):
 @pytest.mark.parametrize("packed", [True, False])
 def test_what_takes_long_to_read_is_read_by_another_thread(server, packed, monkeypatch):
     threads = []
-    monkeypatch.setattr(_inference, "_LARGE", 1000)
+    monkeypatch.setattr(_http, "_LARGE", 1000)
     name = "decompress" if packed else "read_request"
-    real = getattr(_inference, name)
+    real = getattr(_http, name)
 
     def watched(*arguments):
         threads.append(threading.current_thread().name)
         return real(*arguments)
 
-    monkeypatch.setattr(_inference, name, watched)
+    monkeypatch.setattr(_http, name, watched)
     content = body() if packed else body() + b" " * 2000
     told = {"content_encoding": "gzip"} if packed else {}
     assert ask(server, gzip.compress(content) if packed else content, **told).status_code == 200

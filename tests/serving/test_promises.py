@@ -10,7 +10,7 @@ from batching import INTERLEAVED
 from conftest import require
 from traffic import OUT, SERVICE, SHAPE, WEIGHTS, Traffic, model
 
-from nercc_jax import NeRCC, Uncoded
+from nercc_jax import NeRCC, Replication, Uncoded
 from nercc_jax.pools import AnswerTimes, Overdue, SimulatedClock, SimulatedPool
 from nercc_jax.serving import BatchingPolicy, CodedBatcher, Coder, ErrorEstimator, InferenceFailed
 from nercc_jax.serving.adapt._predictor import Predictor
@@ -18,15 +18,13 @@ from nercc_jax.serving.core._adaptation import Predictions
 
 
 class KnowsAll(Predictor):
-    """A surrogate that knows every answer, and is sure of as many as the test says."""
+    """A surrogate that knows every answer, and is sure of all or none."""
+
+    state = "answering"
 
     def __init__(self, sure):
         super().__init__()
         self.is_sure = sure
-
-    @property
-    def state(self):
-        return "answering"
 
     def predict(self, x):
         sure = np.full(len(x), self.is_sure)
@@ -143,6 +141,20 @@ def test_answers_that_fail_leave_the_limits_of_late_calls_as_they_are(fails):
     assert [seconds_of_a_straggler(traffic, **way) for way in ways] == pytest.approx(
         before, rel=0.1
     )
+
+
+def test_what_was_predicted_before_a_drift_is_not_given_out_after_it():
+    """Predictions are looked up when a query goes out, if its redundancy depends on them."""
+    predictor = KnowsAll(True)
+    policy = BatchingPolicy(patience=2.0, max_disagreement=0.1, redundancy="doubtful")
+    traffic = Traffic(predictor, policy, Replication(1, 2), share=0.0)
+    traffic.send(50)
+    traffic.share = 1.0
+    future = traffic.batcher.submit(np.zeros((1, *SHAPE), np.float32))
+    traffic.clock.run(traffic.clock.now() + SERVICE)
+    predictor.state = "drifted"
+    traffic.clock.run(traffic.clock.now() + 20 * SERVICE)
+    assert future.result(0).exact.all()
 
 
 def test_a_new_rule_for_late_calls_knows_the_answers_so_far():

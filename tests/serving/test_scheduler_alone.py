@@ -1,10 +1,14 @@
 """The scheduler without anything that adapts: it answers, hedges, and decodes by numbers alone."""
 
+import ast
+from pathlib import Path
+
 import numpy as np
 import pytest
 from batching import INTERLEAVED
 from traffic import OUT, SERVICE, SHAPE, model
 
+import nercc_jax.serving
 from nercc_jax import Uncoded
 from nercc_jax.pools import SimulatedClock, SimulatedPool, refuse_odd
 from nercc_jax.serving import BatchingPolicy, Coder
@@ -17,7 +21,7 @@ from nercc_jax.serving.core._scheduler import Scheduler
 class NoAdaptation(AbstractAdaptation):
     """A policy's own setting for good; nothing is estimated or predicted."""
 
-    predicts = accepts_samples = False
+    predicts = can_predict = accepts_samples = False
     setting = None
 
     def __init__(self, policy):
@@ -75,3 +79,21 @@ def test_it_serves_by_itself(code):
     assert np.quantile(late, 0.95) < 5 * SERVICE
     scheduler.close()
     pool.close()
+
+
+@pytest.mark.parametrize(
+    ("package", "allowed"),
+    [
+        ("core", {"_policy", "_tracing"}),
+        ("adapt", {"core", "_policy"}),
+        ("protocol", {"core", "_policy"}),
+    ],
+)
+def test_packages_know_only_what_is_below_them(package, allowed):
+    """So that the core can be read, and used, without the rest."""
+    for path in (Path(nercc_jax.serving.__file__).parent / package).glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 2:
+                assert str(node.module).partition(".")[0] in allowed, (
+                    f"{path} imports {node.module}"
+                )

@@ -27,7 +27,7 @@ from nercc_jax.serving import (
     Predictor,
     QueueFull,
 )
-from nercc_jax.serving.adapt import _setting_controller, _tail_forecast
+from nercc_jax.serving.adapt import _setting_controller
 from nercc_jax.serving.core._adaptation import Predictions
 
 SECONDS = 0.02  # that an answer takes
@@ -188,7 +188,7 @@ class Schedule:
         # What is picked, if something is, changes every few queries.
         with (
             mock.patch.object(_setting_controller, "_EVERY", 3),
-            mock.patch.object(_tail_forecast, "_LEAST", 3),
+            mock.patch.object(_setting_controller, "_LEAST", 3),
         ):
             self._run()
 

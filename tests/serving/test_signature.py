@@ -10,7 +10,7 @@ from jax import lax
 
 from nercc_jax import NeRCC
 from nercc_jax.serving import Coder, ErrorEstimator, make_servable
-from nercc_jax.serving.protocol._tensors import DTYPES, Tensor, Tensors
+from nercc_jax.serving.protocol._servable import DTYPES, Tensor, Tensors
 
 RNG = np.random.default_rng(0)
 

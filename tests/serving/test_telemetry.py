@@ -33,7 +33,13 @@ from nercc_jax.serving import make_servable
 from nercc_jax.serving._metrics import Metrics
 from nercc_jax.serving._served_model import ServedModel
 from nercc_jax.serving._settings import ModelSettings
-from nercc_jax.serving._tracing import RequestLog, Telemetry, telemetry_from_environment
+from nercc_jax.serving._tracing import (
+    GroupTrace,
+    RequestLog,
+    RequestTrace,
+    Telemetry,
+    telemetry_from_environment,
+)
 from nercc_jax.serving.transport import open_inference_pb2 as messages
 
 pytestmark = pytest.mark.slow
@@ -145,10 +151,10 @@ def test_what_a_group_does_after_a_request_has_ended_is_not_in_its_trace():
     exporter, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     telemetry, record, group = Telemetry(provider), RequestTrace("model", False), GroupTrace()
-    record.span = telemetry.begin(record, {})
+    record.span = telemetry.start_span(record, {})
     group.sent([0], record.arrived)
     record.enter(group, 0, record.arrived)
-    group.heard(0, record.arrived + 60.0, 1)
+    group.answered(0, record.arrived + 60.0, 1)
     group.add("decode", record.arrived + 60.0, record.arrived + 61.0)
     telemetry.end(record, "ok")
     telemetry.close()

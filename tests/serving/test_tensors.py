@@ -23,7 +23,7 @@ from nercc_jax.serving import make_servable
 from nercc_jax.serving._metrics import Metrics
 from nercc_jax.serving._served_model import ServedModel
 from nercc_jax.serving._settings import ModelSettings
-from nercc_jax.serving.protocol._tensors import DTYPES
+from nercc_jax.serving.protocol._servable import DTYPES
 from nercc_jax.serving.transport import open_inference_pb2 as messages
 
 LONG, REGISTRY = ENDS, CollectorRegistry()

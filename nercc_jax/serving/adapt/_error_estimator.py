@@ -282,7 +282,7 @@ class _GroupSamples:
 
     @property
     def enough(self) -> bool:
-        """Whether there is an estimate for each query."""
+        """Return whether there is an estimate for each query."""
         return self.known >= _LEAST and (
             self._simulation is None or self.error_probability.num_queries > 0
         )

@@ -113,7 +113,7 @@ class Predictor:
 
     @property
     def state(self) -> State:
-        """Whether it answers; if not, whether it still learns, or drift has reset it."""
+        """The state: it answers, it still learns, or drift has reset it."""
         assert self._calibration is not None
         calibrated = self._calibration.calibrated is not None
         if calibrated and self._compiled and not self._drift_detected:

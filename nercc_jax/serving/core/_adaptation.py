@@ -74,7 +74,12 @@ class AbstractAdaptation(abc.ABC):
     @property
     @abc.abstractmethod
     def predicts(self) -> bool:
-        """Whether there is a surrogate, ready or not."""
+        """Return whether there is a surrogate, ready or not."""
+
+    @property
+    @abc.abstractmethod
+    def can_predict(self) -> bool:
+        """Return whether the surrogate may answer now."""
 
     @abc.abstractmethod
     def start(self) -> None:
@@ -95,7 +100,7 @@ class AbstractAdaptation(abc.ABC):
     @property
     @abc.abstractmethod
     def accepts_samples(self) -> bool:
-        """Whether `add_group` would use a group now."""
+        """Return whether `add_group` would use a group now."""
 
     @abc.abstractmethod
     def add_group(

@@ -44,7 +44,7 @@ class Cell:
 
     @property
     def pending(self) -> bool:
-        """Whether somebody waits for one of its queries."""
+        """Return whether somebody waits for one of its queries."""
         return any(not query.done for query in self.queries)
 
 
@@ -85,12 +85,12 @@ class Group:
 
     @property
     def full(self) -> bool:
-        """Whether all K places are taken."""
+        """Return whether all K places are taken."""
         return len(self.cells) == self.coder.num_data
 
     @property
     def pending(self) -> bool:
-        """Whether somebody waits for one of its queries."""
+        """Return whether somebody waits for one of its queries."""
         return any(cell.pending for cell in self.cells)
 
     @property

@@ -17,14 +17,12 @@ from ...pools import AbstractPool, AnswerTimes, Refuse
 from .._policy import MAX_DEADLINE_S, BatchingPolicy
 from .._tracing import RequestTrace
 from ._adaptation import AbstractAdaptation
-from ._approximate import GroupDecoder, GroupPredictor
 from ._coder import Coder
-from ._dispatch import Dispatcher, DispatchRules, Turn
-from ._fallback import FallbackPolicy
+from ._dispatch import Dispatcher, DispatchRules, QueryOrdering, Turn
+from ._fallback import FallbackPolicy, GroupDecoder, GroupPredictor
 from ._group import ApproximateAnswer, Group, GroupTimers
 from ._health import Health, pool_health
 from ._open_requests import OpenRequests
-from ._ordering import QueryOrdering
 from ._queue import EventQueue, QueryQueue
 from ._request import (
     Answer,

@@ -19,8 +19,7 @@ from pydantic import BaseModel, StrictBool, StrictFloat, StrictInt, ValidationEr
 from .._policy import MAX_DEADLINE_S
 from ..core._request import Reply
 from ._errors import InvalidInput, TooLarge, UnsupportedEncoding
-from ._servable import ADDED_OUTPUTS, Servable
-from ._tensors import Tensor
+from ._servable import ADDED_OUTPUTS, Servable, Tensor
 
 # The only version of each model.
 VERSION = "1"
@@ -123,7 +122,7 @@ class InferRequest:
 
 
 class AnswerOptions(TypedDict):
-    """How a request is to be answered: the keywords of `ServedModel.infer`."""
+    """The options with which a request is answered: the keywords of `ServedModel.infer`."""
 
     deadline: float | None
     exact: bool

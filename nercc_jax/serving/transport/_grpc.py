@@ -142,7 +142,7 @@ class HealthService(health_pb2_grpc.HealthServicer):
         return HealthCheckResponse.SERVING if ready else HealthCheckResponse.NOT_SERVING
 
 
-def make_server(state: ServerState) -> grpc.aio.Server:
+def make_grpc_server(state: ServerState) -> grpc.aio.Server:
     """Return the gRPC server, which listens nowhere yet."""
     settings = state.settings
     server = grpc.aio.server(

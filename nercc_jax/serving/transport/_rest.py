@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 
 from ..protocol._errors import INTERNAL, STATUS, ServerNotReady
 from ..protocol._messages import VERSION, InferenceRequest, InferenceResponse
-from ._inference import InferenceEndpoint, error_response
+from ._http import InferenceEndpoint, error_response
 from ._state import ServerState
 
 _PATHS = ("/v2/models/{model_name}", "/v2/models/{model_name}/versions/{version}")
