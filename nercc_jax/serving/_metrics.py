@@ -84,7 +84,7 @@ _TABLE = (
     _one("predict_seconds", "Seconds to predict a group's queries.", "predict_seconds", _SHORT),
     _one(
         "learn_seconds",
-        "Seconds of a learning step, beside the queries.",
+        "Seconds of a learning step, on a thread of its own.",
         "learn_seconds",
         _SECONDS,
     ),
