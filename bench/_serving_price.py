@@ -34,7 +34,7 @@ WORDS = {
 }
 CLIENTS = (1, 8)  # closed loops
 PACED = 8  # clients that ask at a pace
-PACKAGES = ("jax", "jaxlib", "numpy", "fastapi", "uvicorn", "kserve", "aiohttp", "nercc-jax")
+PACKAGES = ("jax", "jaxlib", "numpy", "fastapi", "uvicorn", "grpcio", "aiohttp", "nercc-jax")
 
 
 def model_of(name: str) -> tuple[Any, tuple[int, ...]]:

@@ -56,10 +56,10 @@ def main(port: int, replicas: int, batch: int, base: float, rate: float, delay: 
 
         async def __call__(self, request: Request) -> Response:
             from nercc_jax.serving import Reply
-            from nercc_jax.serving._protocol import queries_of, read_request, write_reply
+            from nercc_jax.serving.protocol._messages import queries_of, read_request, write_reply
 
             length = request.headers.get("inference-header-content-length")
-            asked = read_request(await request.body(), length, "lenet5-digits")
+            asked = read_request(await request.body(), length)
             x: Any = queries_of(asked, self.servable)
             y = await (self.together(x) if batch > 1 else self.call(x))
             ones, zeros = np.ones(len(y), int), np.zeros(len(y))

@@ -2,7 +2,7 @@
 
     python bench/query_doubt.py [--data-dir FOLDER]      # some minutes
 
-With the server's own parts, but without workers: LeNet5 on MNIST; `Fidelity` is calibrated on
+With the server's own parts, but without workers: LeNet5 on MNIST; `ErrorEstimator` is calibrated on
 training images, and test images are decoded in groups under straggler sets. In each, the worker of
 one query straggles, and up to three others. A query is looked at before the last two answers come,
 before the last one, and with all that come, and is answered once its doubt is below the limit. Only
@@ -22,9 +22,9 @@ from _report import environment, write_json
 from nercc_jax import NeRCC
 from nercc_jax.cli._workload import answering
 from nercc_jax.evaluation import batched
-from nercc_jax.serving import Coder, Fidelity
-from nercc_jax.serving._arrangement import Arranger
-from nercc_jax.serving._request import Request
+from nercc_jax.serving import Coder, ErrorEstimator
+from nercc_jax.serving.core._dispatch import QueryOrdering
+from nercc_jax.serving.core._request import Request
 
 MODEL, OUTPUTS = "lenet5-mnist", "logits"
 CALIBRATION, TEST, SETS, ROWS = 1024, 2048, 100, 8
@@ -41,25 +41,27 @@ PACKAGES = ("jax", "jaxlib", "numpy", "nercc-jax")
 RESULTS = Path(__file__).parent / "results"
 
 
-def arranged(arranger: Arranger, x: np.ndarray, few: int) -> tuple[np.ndarray, list[float]]:
+def arranged(arranger: QueryOrdering, x: np.ndarray, few: int) -> tuple[np.ndarray, list[float]]:
     """Queries as the groups of `ROWS` rows that a server makes of them, and seconds for each."""
     groups, seconds = [], []
     for part in x.reshape(-1, ROWS * few, *x.shape[1:]):
         queries = Request(part, np.zeros((len(part), 1)), 0.0, 1.0, False).queries
         begin = time.perf_counter()
-        cells = arranger.deal(queries, [ROWS] * few, 0)
+        cells = arranger.assign(queries, [ROWS] * few, 0)
         seconds.append(time.perf_counter() - begin)
         groups += [[query.x for query in row] for row in zip(*cells, strict=True)]
     return np.asarray(groups), seconds
 
 
-def assess(coder: Coder, fidelity: Fidelity, model: Any, groups: np.ndarray) -> dict[str, Any]:
+def assess(
+    coder: Coder, estimator: ErrorEstimator, model: Any, groups: np.ndarray
+) -> dict[str, Any]:
     """Of stragglers' queries: how many are wrong if all are decoded, and by limit."""
     few, shape = groups.shape[1], groups.shape[2:]
     coded = coder.encode(groups, np.arange(coder.num_workers))
     answers = np.asarray(model(coded.reshape(-1, *shape))).reshape(*coded.shape[:2], -1)
     own = np.asarray(model(groups.reshape(-1, *shape))).reshape(len(groups), few, -1).argmax(-1)
-    layout, doubt = coder.layout(few), fidelity.doubt(few)
+    layout, doubt = coder.layout(few), estimator.error_probability(few)
     sent = np.concatenate([*coder.first[:few], layout.extras])
     random = np.random.default_rng(0)
     doubts, wrong = [], []  # (looks, samples) of each set
@@ -108,21 +110,21 @@ def main() -> None:
     for num_data, num_workers, few, ordering in CASES:
         if (num_data, num_workers) not in known:
             coder = Coder(NeRCC(num_data, num_workers, points="interleaved", lambda_dec=0.0))
-            known[num_data, num_workers] = coder, Fidelity(coder)
+            known[num_data, num_workers] = coder, ErrorEstimator(coder)
             known[num_data, num_workers][1].calibrate(network, calibration)
-        coder, fidelity = known[num_data, num_workers]
+        coder, estimator = known[num_data, num_workers]
         groups = x.reshape(-1, few, *x.shape[1:])
         if ordering:
-            arranger = Arranger(coder, x.shape[1:], ROWS)
+            arranger = QueryOrdering(coder, x.shape[1:], ROWS)
             arranger.compile()
             groups, spent = arranged(arranger, x, few)
             seconds |= {"arrange": float(np.median(spent)), "arrange_most": max(spent)}
             values = np.ones((num_workers, ROWS, 10), np.float32)
-            mask, weights = np.ones(num_workers, bool), fidelity.doubt(few).weights
+            mask, weights = np.ones(num_workers, bool), estimator.error_probability(few).weights
             seconds["decode"] = timed(lambda: coder.decode(values, mask, ROWS))  # noqa: B023
             seconds["assess"] = timed(lambda: coder.assess(values, mask, ROWS, weights))  # noqa: B023
         about = {"num_data": num_data, "num_workers": num_workers, "queries": few}
-        rows.append(about | {"arranged": ordering, **assess(coder, fidelity, model, groups)})
+        rows.append(about | {"arranged": ordering, **assess(coder, estimator, model, groups)})
         print(rows[-1], flush=True)
     print(seconds)
     summary = {

@@ -42,7 +42,7 @@ RATES = (0.0, 0.05, 0.15)  # shares of calls that straggle
 LOAD = 60.0  # queries a second, open loop
 CLIENTS = 96  # closed loop
 BATCH = 8
-PACKAGES = ("jax", "jaxlib", "numpy", "ray", "kserve", "uvicorn", "aiohttp", "nercc-jax")
+PACKAGES = ("jax", "jaxlib", "numpy", "ray", "fastapi", "uvicorn", "aiohttp", "nercc-jax")
 
 
 @dataclasses.dataclass(frozen=True)

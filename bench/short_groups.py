@@ -27,7 +27,7 @@ from _report import environment, write_json
 
 from nercc_jax import NeRCC
 from nercc_jax.codes import Layout
-from nercc_jax.serving._coder import Coder, few_encoders
+from nercc_jax.serving.core._coder import Coder, few_encoders
 from nercc_models import load_data, load_model
 
 MODEL = "lenet5-digits"

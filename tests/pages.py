@@ -17,7 +17,7 @@ def options_of(command: str) -> set[str]:
     from nercc_jax.cli._app import app
 
     if command == "serve":
-        require("kserve", "serve")
+        require("fastapi", "serve")
         from nercc_jax.cli._serve import command_with_options
 
         parameters = command_with_options().params

@@ -106,12 +106,13 @@ def test_no_two_files_import_each_other():
 def test_a_served_model_knows_no_protocol():
     """Whoever embeds one, or reads it, needs none."""
     arrows = {name_of(path): {module for module, _ in imports(path)} for path in FILES}
-    needed, left = set(), {"serving._served"}
+    needed, left = set(), {"serving._served_model"}
     while left:
         needed |= left
         left = set().union(*(arrows.get(module, set()) for module in left)) - needed
     assert "serving._batcher" in needed
-    assert not needed & {"serving._kserve", "serving._protocol", "serving._plane"}
+    assert not needed & {"serving.protocol._messages", "serving.protocol._errors"}
+    assert not any(name.startswith("serving.transport") for name in needed)
 
 
 def test_few_names_at_the_top():

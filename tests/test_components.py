@@ -8,7 +8,13 @@ from scipy.spatial.distance import cdist
 
 from nercc_jax import NeRCC, Scheme, coded_inference
 from nercc_jax.evaluation import relative_rmse
-from nercc_jax.serving._study import AT_ONCE, LEAST, Goal, Study, _tuned
+from nercc_jax.serving.adapt._online_calibration import (
+    BATCH,
+    LEAST,
+    OnlineCalibration,
+    PredictionGoal,
+    _tuned,
+)
 from nercc_jax.surrogates import (
     ComponentLearner,
     LearnerTuning,
@@ -154,13 +160,13 @@ def test_a_server_keeps_what_was_tuned_of_each_component(learner):
 
 
 def test_a_server_learns_by_it_and_goes_by_its_deviations(learner):
-    study = Study(learner, Goal(max_disagreement=None, tolerance=1.0))
+    study = OnlineCalibration(learner, PredictionGoal(max_disagreement=None, tolerance=1.0))
     x = np.random.default_rng(1).uniform(-1, 1, (LEAST, 2)).astype("float32")
     own = np.asarray(model(x), "float32")
-    for start in range(0, LEAST, AT_ONCE):
-        study.take(x[start : start + AT_ONCE], own[start : start + AT_ONCE])
-    assert study.known is not None
+    for start in range(0, LEAST, BATCH):
+        study.add(x[start : start + BATCH], own[start : start + BATCH])
+    assert study.calibrated is not None
     # A bar is a factor of its deviation, and of all that it was examined by it has learned.
-    np.testing.assert_allclose(study.known.factor, 1.645, atol=0.8)
-    learned = study.known.surrogate.rest.place - learner.rest.place
+    np.testing.assert_allclose(study.calibrated.factor, 1.645, atol=0.8)
+    learned = study.calibrated.surrogate.rest.place - learner.rest.place
     assert int(learned) % learner.capacity == LEAST % learner.capacity

@@ -44,7 +44,7 @@ def test_help_imports_no_jax(command):
 @pytest.mark.parametrize("arguments", [["--help"], ["--http-port", "70000"]])
 def test_a_servers_settings_need_no_jax(arguments):
     """So that what is wrong with them is told within a second."""
-    require("kserve", "serve")
+    require("fastapi", "serve")
     code, told, loaded = run(["serve", *arguments])
     assert code == (0 if arguments == ["--help"] else 2), told
     assert "SIGTERM" in told or "--http-port: input should be" in told
@@ -54,7 +54,7 @@ def test_a_servers_settings_need_no_jax(arguments):
 @pytest.mark.parametrize("command", ["demo", "run", "tune", "plan", "distill", "serve"])
 def test_an_unknown_model_is_refused_before_jax_is_imported(command):
     if command == "serve":
-        require("kserve", "serve")
+        require("fastapi", "serve")
     code, told, loaded = run([command, "--model", "lenet6"])
     assert code == 2
     assert "There is no model 'lenet6'" in told

@@ -58,9 +58,9 @@ def test_the_version_is_told_by_all():
 
 def test_every_package_is_shipped():
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    found = {path.parent.name for path in (ROOT / "nercc_jax").glob("*/__init__.py")}
-    names = {"nercc_jax", "nercc_models", *(f"nercc_jax.{each}" for each in found)}
-    assert set(packages["packages"]) == names
+    found = [path.parent for path in (ROOT / "nercc_jax").rglob("__init__.py")]
+    names = {".".join(path.relative_to(ROOT).parts) for path in found}
+    assert set(packages["packages"]) == {"nercc_models", *names}
 
 
 @pytest.mark.parametrize("home", [None, "https://example.org/them/it"])

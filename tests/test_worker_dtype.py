@@ -34,7 +34,7 @@ from nercc_jax.inference import (
     partial_inference,
 )
 from nercc_jax.planning import Candidate, Plan, load_plan
-from nercc_jax.serving import CodedBatcher, Coder, Fidelity
+from nercc_jax.serving import CodedBatcher, Coder, ErrorEstimator
 
 K, N, OUTPUTS = 3, 7, 1000
 CODE = Berrut(K, N)  # quickly compiled, and decoded as all others
@@ -419,12 +419,12 @@ def test_a_pool_with_anothers_doubt_or_forecast_says_so(doubts):
 @pytest.mark.slow
 def test_a_servers_calibration_elsewhere_says_so():
     coder = Coder(NeRCC(2, 4, points="interleaved"))
-    fidelity = Fidelity(coder)
-    fidelity.calibrate(small(), FEW, worker_dtype="float16")
+    estimator = ErrorEstimator(coder)
+    estimator.calibrate(small(), FEW, worker_dtype="float16")
     with (
         DevicePool(small(), 4, worker_dtype="bfloat16") as pool,
         pytest.warns(CalibrationWarning, match="float16 workers.*bfloat16 workers"),
-        CodedBatcher(pool, coder, (5,), (4,), fidelity=fidelity) as batcher,
+        CodedBatcher(pool, coder, (5,), (4,), estimator=estimator) as batcher,
     ):
         answer = batcher.submit(FEW[:1], deadline=60.0).result().values
     np.testing.assert_array_equal(answer, cast_model(small(), "bfloat16")(FEW[:1]))

@@ -1,4 +1,4 @@
-"""Where a shipped model's calibration is kept, which is named by all that it depends on."""
+"""The cache file of a shipped model's calibration, named after all that it depends on."""
 
 import hashlib
 import importlib.metadata
@@ -14,15 +14,16 @@ from ..codes import AbstractCode, x64_enabled
 from ..inference import current_conditions
 from ..serving._settings import ModelSettings
 
-# Our own, whose every line may matter, and others'.
+# Packages whose every line may matter, and those whose version does.
 _SOURCES = ("nercc_jax", "nercc_models")
 _VERSIONS = ("jax", "jaxlib", "numpy", "flax", "scikit-learn")
 
 
 def calibration_file(settings: ModelSettings, code: AbstractCode) -> Path | None:
-    """Beside the compiled programs, where those are kept.
+    """Return the cache file, beside the compiled programs.
 
-    None for a model of your own, too: what it computes cannot be told from its name.
+    None where those are not kept, and for a model of your own: its name does not say what it
+    computes.
     """
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     assert settings.model is not None
@@ -35,7 +36,7 @@ def calibration_file(settings: ModelSettings, code: AbstractCode) -> Path | None
 
 
 def _parts(settings: ModelSettings, code: AbstractCode) -> Iterator[bytes]:
-    """The model, its code, how it runs, and the programs that make use of them."""
+    """Yield all that calibration depends on: the model, its code, how it runs, and our sources."""
     leaves, structure = jax.tree.flatten(code)
     conditions = current_conditions(settings.worker_dtype)
     yield repr((settings.outputs, conditions, x64_enabled(), structure)).encode()

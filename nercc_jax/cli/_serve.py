@@ -3,6 +3,7 @@
 import functools
 import gc
 import importlib.util
+import inspect
 import logging
 import os
 import re
@@ -10,13 +11,12 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ._config import as_toml
 from ._errors import PlainCommand, fail, told_plainly
 from ._options import check_model
 from ._process import keep_programs
@@ -47,38 +47,97 @@ def serve_command(arguments: Annotated[list[str] | None, typer.Argument()] = Non
 
 
 def command_with_options() -> Any:
-    """The command as Typer has it, once the settings are imported, which takes its time."""
-    from ._serve_options import with_settings
-
+    """Return Typer's command, with an option for each setting, which takes a while to import."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(help=serve_command.__doc__, cls=PlainCommand)(with_settings(_serve))
+    app.command(help=serve_command.__doc__, cls=PlainCommand)(_with_settings(_serve))
     return typer.main.get_command(app)
 
 
+# A newcomer's options, which come first, in the panel without a title of its own.
+_FIRST = ("scheme", "num_data", "num_workers", "pool", "workers", "http_port")
+# Models are named by `--model`; the flags are the defaults of all of them.
+_NO_FLAGS = {"model", "models", "defaults"}
+
+
+def _with_settings(function: Callable[..., None]) -> Callable[..., None]:
+    """Return the function with an option for each setting in place of its `**flags`.
+
+    It is called with the options that the command line has, and no others.
+    """
+    from ..serving._settings import ModelSettings, ServerSettings
+
+    @functools.wraps(function)
+    def call(ctx: Any, **arguments: Any) -> None:
+        given = {n for n in arguments if ctx.get_parameter_source(n).name == "COMMANDLINE"}
+        function(**{name: arguments[name] for name in given})
+
+    options = {
+        option.name: option
+        for settings in (ModelSettings, ServerSettings)
+        for option in _options(settings)
+        if option.name not in _NO_FLAGS
+    }
+    signature = inspect.signature(function)
+    own = {p.name: p for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
+    names = dict.fromkeys(("model", "config", *_FIRST, *own, *options))
+    parameters = [(own | options)[name] for name in names]
+    ctx = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    call.__signature__ = signature.replace(parameters=[*parameters, ctx])  # pyright: ignore
+    return call
+
+
+def _options(settings: "type[ModelSettings] | type[ServerSettings]") -> Iterator[inspect.Parameter]:
+    """Yield a keyword parameter for each setting, as Typer reads them."""
+    from pydantic import BeforeValidator
+
+    panel = None
+    for name, field in settings.model_fields.items():
+        panel = settings.panels.get(name, panel)
+        option = typer.Option(
+            help=field.description, rich_help_panel=None if name in _FIRST else panel
+        )
+        kind, default = field.annotation, field.default
+        if any(
+            isinstance(each, BeforeValidator) for each in field.metadata
+        ):  # it reads text by itself
+            kind, default = str, default or None
+        yield inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=default,
+            annotation=Annotated[kind, option],
+        )
+
+
 def _serve(
+    *,
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="A shipped model, module:name of yours, or hf:owner/name; several are served side "
-            "by side. lenet5-digits unless the environment or --config names others.",
-            rich_help_panel="Model",
+            help="Model to serve: a shipped one, your own as module:name, or hf:owner/name; repeat "
+            "it for several (default: lenet5-digits, unless the environment or --config name any)."
         ),
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="A TOML file with settings.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="TOML file with settings."),
+    ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Only say whether the settings fit, and end.")
+        bool, typer.Option("--check", help="Only check the settings and the models, and end.")
     ] = False,
     print_config: Annotated[
-        bool, typer.Option("--print-config", help="Only print the settings as TOML, and end.")
+        bool, typer.Option("--print-config", help="Only print all settings as TOML, and end.")
     ] = False,
     **flags: Any,
 ) -> None:
-    """`flags` are settings of the server and of all models, by name: those that are told."""
+    """Run the command; `flags` are the settings on the command line, by name."""
     with told_plainly():
         for each in model or ():
             check_model(each, None, None)
         settings, chosen = _read(model, config, flags)
         if print_config:
+            from ..serving._settings import as_toml
+
             typer.echo(as_toml(settings, chosen))
         elif check:
             _check(chosen)
@@ -87,25 +146,25 @@ def _serve(
 
 
 def _read(
-    names: list[str] | None, config: Path | None, summary: dict[str, Any]
+    names: list[str] | None, config: Path | None, flags: dict[str, Any]
 ) -> "tuple[ServerSettings, list[ModelSettings]]":
-    """The server's settings, and each model's, all sources put together.
+    """Return the settings of the server and of each model, from all sources.
 
-    Raises: ValueError for settings that are wrong, ImportError for a pool that is not there.
+    Raises:
+        ValueError: for settings that are wrong.
+        ImportError: where a pool's package is missing.
     """
     from ..serving._settings import ModelSettings, read_settings
 
-    of_all = {
-        name: summary.pop(name) for name in list(summary) if name in ModelSettings.model_fields
-    }
+    of_all = {name: flags.pop(name) for name in list(flags) if name in ModelSettings.model_fields}
     if names:
-        summary["models"] = [{"model": each} for each in names]
+        flags["models"] = [{"model": each} for each in names]
     if of_all:
-        summary["defaults"] = of_all
+        flags["defaults"] = of_all
     try:
-        settings = read_settings(config, **summary)
+        settings = read_settings(config, **flags)
     except ValueError as error:
-        raise ValueError(_by_flags(str(error), (*summary, *of_all))) from error
+        raise ValueError(_by_flags(str(error), (*flags, *of_all))) from error
     if not settings.models:
         settings.models = [ModelSettings(model="lenet5-digits")]
     # Flags come before what a file says of one model, too.
@@ -115,16 +174,16 @@ def _read(
     return settings, chosen
 
 
-def _by_flags(summary: str, names: Iterable[str]) -> str:
-    """What is wrong, with the flags' own names for the settings that the command line has."""
+def _by_flags(message: str, names: Iterable[str]) -> str:
+    """Return the message with flags for the names of settings that the command line has."""
     for name in names:
         flag = f"--{name.replace('_', '-')}: "
-        summary = re.sub(rf"(?:(?<=; )|^)(?:defaults\.)?{name}: ", flag, summary)
-    return summary
+        message = re.sub(rf"(?:(?<=; )|^)(?:defaults\.)?{name}: ", flag, message)
+    return message
 
 
 def _run(settings: "ServerSettings", chosen: "list[ModelSettings]") -> None:
-    """Serves until the end. Raises: ValueError and OSError where something does not fit."""
+    """Serve until the end. Raises ValueError and OSError where something does not fit."""
     job = RayJob(settings.address, settings.working_dir, settings.py_modules, settings.runtime_env)
     _start_log(settings.log_format, settings.log_level)
     _check_ports(settings)
@@ -136,7 +195,7 @@ def _run(settings: "ServerSettings", chosen: "list[ModelSettings]") -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     from prometheus_client import CollectorRegistry
 
-    from ..serving._server import Server
+    from ..serving.transport._server import Server
     from ._serving_models import StartFailed, starts_of
 
     registry = CollectorRegistry()
@@ -150,10 +209,7 @@ def _run(settings: "ServerSettings", chosen: "list[ModelSettings]") -> None:
 
 
 def _check_ports(settings: "ServerSettings") -> None:
-    """Whether they can be listened on: told before JAX and the server are imported, for seconds.
-
-    Raises: OSError where one cannot.
-    """
+    """Raise OSError where a port cannot be listened on, before JAX is imported for seconds."""
     for port in filter(None, (settings.http_port, settings.grpc_port)):
         try:
             family, *_, address = socket.getaddrinfo(
@@ -165,7 +221,7 @@ def _check_ports(settings: "ServerSettings") -> None:
 
 
 def _leave() -> None:
-    """Ends the process at once where a hung worker's thread is in a model's hands still.
+    """End the process at once where a hung worker's thread is still in a model's call.
 
     Python's own end stops such a thread when it comes back from compiled code, and XLA aborts then.
     """
@@ -177,7 +233,7 @@ def _leave() -> None:
 
 
 def _check(chosen: "list[ModelSettings]") -> None:
-    """Loads the models, but starts no workers. Raises: ValueError where something does not fit."""
+    """Load the models without workers. Raises ValueError where something does not fit."""
     from ._serving_models import check_model
 
     for settings in chosen:
@@ -191,11 +247,14 @@ def _check_extra() -> None:
         raise ImportError(f"nercc serve needs {', '.join(missing)}: pip install 'nercc-jax[serve]'")
 
 
-_NEEDED = ("grpc_health", "kserve", "prometheus_client", "pydantic_settings", "pythonjsonlogger")
+_NEEDED = (
+    *("fastapi", "grpc", "grpc_health", "httptools", "orjson", "prometheus_client"),
+    *("pydantic_settings", "pythonjsonlogger", "uvicorn"),
+)
 
 
 def _start_log(log_format: str, level: str) -> None:
-    """Everything goes to stderr, a JSON object a line unless a person wants to read it."""
+    """Log to stderr: a JSON object a line, or text for people."""
     from pythonjsonlogger.json import JsonFormatter
 
     handler = logging.StreamHandler(sys.stderr)
@@ -217,9 +276,9 @@ def _start_log(log_format: str, level: str) -> None:
 
 
 class _WithFields(logging.Formatter):
-    """For people: what was told beside the message comes after it, as in JSON.
+    """A format for people, with the fields that JSON would have after the message.
 
-    Not what begins with an underscore: Ray puts its own clock into each record.
+    Fields that begin with an underscore are left out: Ray puts its own clock into each record.
     """
 
     usual = frozenset(vars(logging.makeLogRecord({}))) | {"asctime", "message"}

@@ -1,4 +1,4 @@
-"""From a server's settings to what it serves: shipped models, your own, and their codes."""
+"""From settings to served models: shipped models, your own, and their codes."""
 
 import contextlib
 import functools
@@ -12,11 +12,10 @@ from prometheus_client import CollectorRegistry
 
 from ..codes import AbstractCode, Berrut, NeRCC, Replication, Uncoded, load_code
 from ..serving import Predictor, Servable, make_servable
-from ..serving._metrics import Meters
-from ..serving._phases import phase
-from ..serving._served import ServedModel
+from ..serving._metrics import Metrics
+from ..serving._served_model import ServedModel, log_phase
 from ..serving._settings import ModelSettings
-from ..serving._signature import FLOAT
+from ..serving.protocol._servable import FLOAT
 from ._calibration_file import calibration_file
 from ._options import check_model as check_files
 from ._own_models import example_inputs, find_surrogate, is_own, is_shipped
@@ -38,19 +37,23 @@ def starts_of(
     registry: CollectorRegistry,
     join: Callable[[], Any] = lambda: None,
 ) -> dict[str, Callable[[], ServedModel]]:
-    """What starts each model with its workers, by name; their metrics go to the registry.
+    """Return functions that start each model with its workers, by name.
 
-    `join()` is called before a model whose workers are Ray's. A start raises ValueError for
-    settings that do not fit, what `join` does, and `StartFailed`. What can be seen to be wrong
-    without loading a model is found here.
+    A start raises ValueError for settings that do not fit, `StartFailed`, and what `join` raises.
 
-    Raises: ValueError.
+    Args:
+        chosen: the models' settings.
+        registry: of their metrics.
+        join: called before a model whose workers are Ray actors.
+
+    Raises:
+        ValueError: for mistakes that are found without loading a model.
     """
-    meters = Meters(registry)
+    metrics = Metrics(registry)
     for settings in chosen:
         _check_files(settings)
     return {
-        settings.served_name: functools.partial(_start, settings, code_of(settings), meters, join)
+        settings.served_name: functools.partial(_start, settings, code_of(settings), metrics, join)
         for settings in chosen
     }
 
@@ -58,9 +61,11 @@ def starts_of(
 def start_models(
     chosen: Sequence[ModelSettings], registry: CollectorRegistry
 ) -> dict[str, ServedModel]:
-    """All models, ready to answer, by name. What had started is closed if another does not.
+    """Start all models, and return them by name. If one does not start, the others are closed.
 
-    Raises: ValueError for settings that do not fit; `StartFailed`.
+    Raises:
+        ValueError: for settings that do not fit.
+        StartFailed: where workers do not start.
     """
     served: dict[str, ServedModel] = {}
     with contextlib.ExitStack() as undo:
@@ -72,7 +77,7 @@ def start_models(
 
 
 def check_model(settings: ModelSettings) -> None:
-    """All that can be seen without workers. Raises: ValueError where something does not fit."""
+    """Check all that needs no workers. Raises ValueError where something does not fit."""
     _check_files(settings)
     code = code_of(settings)
     servable = servable_of(settings)
@@ -89,24 +94,24 @@ def _check_files(settings: ModelSettings) -> None:
 
 
 def _start(
-    settings: ModelSettings, code: AbstractCode, meters: Meters, join: Callable[[], Any]
+    settings: ModelSettings, code: AbstractCode, metrics: Metrics, join: Callable[[], Any]
 ) -> ServedModel:
     name = settings.served_name
     if settings.pool == "ray":
-        with phase("joining Ray", name):
+        with log_phase("joining Ray", name):
             join()
-    with phase("loading", name):
+    with log_phase("loading", name):
         servable = servable_of(settings)
         code = fitting_code(code, settings, servable)
     try:
-        kept, predictor = calibration_file(settings, code), predictor_of(settings, servable)
-        return ServedModel(servable, code, settings, meters, kept, predictor)
+        cache, predictor = calibration_file(settings, code), predictor_of(settings, servable)
+        return ServedModel(servable, code, settings, metrics, cache, predictor)
     except RuntimeError as error:
         raise StartFailed(f"the workers of {name} did not start: {error}") from error
 
 
 def servable_of(settings: ModelSettings) -> Servable:
-    """The model that the settings name."""
+    """Return the model that the settings name."""
     assert settings.model is not None
     name = settings.served_name
     model = find_model(settings.model, settings.weights, settings.outputs)
@@ -128,7 +133,7 @@ def servable_of(settings: ModelSettings) -> Servable:
 
 
 def _inputs(settings: ModelSettings, model: Any) -> Any:
-    """Unlabelled inputs, or what gives them; None where there are none."""
+    """Return unlabelled inputs, or a function that does; None where there are none."""
     name = str(settings.model)
     if settings.inputs is not None:
         return read_named_inputs(settings.inputs)
@@ -139,16 +144,17 @@ def _inputs(settings: ModelSettings, model: Any) -> Any:
 
 
 def _row_shape(inputs: Any) -> Any:
-    """None where there are no inputs."""
+    """Return the shape of a query; None where there are no inputs."""
     if isinstance(inputs, dict):
         return {name: each.shape[1:] for name, each in inputs.items()}
     return None if inputs is None else inputs.shape[1:]
 
 
 def predictor_of(settings: ModelSettings, servable: Servable) -> Predictor | None:
-    """What answers from what is known, by the setting `surrogate`.
+    """Return the predictor that the setting `surrogate` names; None for none.
 
-    Raises: ValueError where there is no such surrogate, or nothing can be predicted.
+    Raises:
+        ValueError: where there is no such surrogate, or nothing can be predicted.
     """
     asked, name = settings.surrogate, servable.name
     if asked in (None, "none"):
@@ -167,9 +173,10 @@ def predictor_of(settings: ModelSettings, servable: Servable) -> Predictor | Non
 
 
 def fitting_code(code: AbstractCode, settings: ModelSettings, servable: Servable) -> AbstractCode:
-    """The code, or none where inputs or outputs cannot be coded and none was asked for.
+    """Return the code, or `UNCODED` where the model cannot be coded and no code was asked for.
 
-    Raises: ValueError where one was.
+    Raises:
+        ValueError: where one was.
     """
     if servable.uncodable is None or code.num_data == 1:
         return code
@@ -183,17 +190,17 @@ def fitting_code(code: AbstractCode, settings: ModelSettings, servable: Servable
 
 
 def _images(network: Any) -> np.ndarray:
-    """What a shipped model is calibrated on."""
+    """Return the images that a shipped model is calibrated on."""
     return network.images("train", None, _CALIBRATION, 0)[0]
 
 
 def _has_data(network: Any) -> bool:
-    """Whether the model's own data come with an installed package."""
+    """Return whether the model's own data come with an installed package."""
     return network.network.data == "digits"
 
 
 def code_of(settings: ModelSettings) -> AbstractCode:
-    """The code that the settings name; for a shipped model a tuned one, if it comes with us."""
+    """Return the code that the settings name; for a shipped model a tuned one, if there is one."""
     k, n = settings.num_data, settings.num_workers
     if settings.code is not None:
         return load_plain_code(settings.code, f"--code {settings.code}")

@@ -20,14 +20,14 @@ from ray import serve
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ..serving._arrival import HEADER
-from ..serving._plane import Plane
-from ..serving._rest import make_app
 from ..serving._settings import ModelSettings, ServerSettings, read_settings
-from ..serving._telemetry import Telemetry, telemetry_by_environment
+from ..serving._tracing import Telemetry, telemetry_from_environment
+from ..serving.transport._http import REQUEST_START
+from ..serving.transport._rest import make_app
+from ..serving.transport._state import ServerState
 from ._serving_models import start_models
 
-# What the application takes of a server's settings; Ray Serve itself listens, and keeps the log.
+# The server's settings that the application takes; Ray Serve itself listens, and logs.
 _OF_REQUESTS = (
     *("max_body_bytes", "max_json_bytes", "max_bytes_in_flight", "body_timeout_s"),
     "request_log_rate",
@@ -38,18 +38,20 @@ _ENDING = 10.0  # seconds for the workers to end, after everything is answered
 
 
 def app(args: dict[str, Any]) -> serve.Application:
-    """The application, for `serve run` and for a configuration file.
+    """Return the application, for `serve run` and for a configuration file.
 
-    Arguments are the settings of `nercc serve`: `model`, anything that a model is told (it goes for
-    all models), `models` and `defaults` as in a TOML file, the limits of bodies, the drain timeout
-    and the share of requests that the log has a line of as there, and `config`, the path of such a
-    file. Models run on Ray actors unless `pool` says otherwise.
+    There is one replica unless the configuration's `deployments` set `num_replicas`: groups are
+    made of the queries that come to one process, and each replica has workers of its own. With two,
+    one goes on if the other is killed; for speed, give the models more workers instead.
 
-    There is one replica unless the configuration's `deployments` say `num_replicas`: groups are
-    made of the queries that come to one process, and each replica has workers of its own. Two go
-    on where one is killed; for speed, give the models more workers instead.
+    Args:
+        args: settings of `nercc serve`: `model`; any setting of a model, for all models; `models`
+            and `defaults` as in a TOML file; the limits of bodies, `drain_timeout_s` and
+            `request_log_rate`; and `config`, the path of such a file. Models run on Ray actors
+            unless `pool` is set.
 
-    Raises: ValueError for arguments that are not known, or out of range.
+    Raises:
+        ValueError: for arguments that are unknown or out of range.
     """
     settings = _settings(args)
     chosen = settings.resolved()
@@ -75,47 +77,56 @@ def app(args: dict[str, Any]) -> serve.Application:
 
 @serve.ingress()
 class CodedServer:
-    """What the replica's process runs."""
+    """A replica: the server's REST application in Ray Serve's own server."""
 
-    _plane: Plane | None = None
+    _server_state: ServerState | None = None
     _telemetry: Telemetry | None = None
 
     async def __init__(self, models: Sequence[ModelSettings], limits: Mapping[str, Any]):
+        """Start the models.
+
+        Args:
+            models: their settings.
+            limits: the server's settings of requests, by name.
+        """
         _log_by_serve()
         settings = read_settings(None, **limits)
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
         # By another thread, so that Serve hears meanwhile that the replica lives.
         served = await asyncio.to_thread(start_models, models, self._registry)
-        self._telemetry = telemetry_by_environment()
-        self._plane = Plane(served, settings, telemetry=self._telemetry)
+        self._telemetry = telemetry_from_environment()
+        self._server_state = ServerState(served, settings, telemetry=self._telemetry)
         gc.collect()
         gc.freeze()  # as in `Server.serve`
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        assert self._plane is not None
-        return make_app(self._plane, self._registry)
+        """Return the application, which Serve asks for."""
+        assert self._server_state is not None
+        return make_app(self._server_state, self._registry)
 
     async def check_health(self) -> None:
-        """Serve starts the replica anew after three failures."""
-        for name, model in ({} if self._plane is None else self._plane.models).items():
+        """Raise RuntimeError where no worker is ready: Serve restarts the replica after three."""
+        for name, model in (
+            {} if self._server_state is None else self._server_state.models
+        ).items():
             if all(worker.state == "starting" for worker in model.pool.report().workers):
                 raise RuntimeError(f"{name}: none of its workers is ready")
 
     async def __del__(self) -> None:
-        """Serve has waited until everything was answered; or it never started."""
-        plane, self._plane = self._plane, None
-        for model in () if plane is None else plane.models.values():
+        """Close the models. Serve has waited until all was answered, or it never started."""
+        state, self._server_state = self._server_state, None
+        for model in () if state is None else state.models.values():
             await asyncio.to_thread(model.close, 0.0)
         if self._telemetry is not None:
             await asyncio.to_thread(self._telemetry.close)
 
 
 def stamp() -> list[Middleware]:
-    """For Serve's proxies, which tell replicas by this when a request came: deadlines count thence.
+    """Return the middleware with which Serve's proxies tell replicas when a request came.
 
-    They call it where their nodes are started with the variable
-    RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=nercc_jax.cli.ray_serve.stamp.
+    Deadlines count from that time. Proxies call this where their nodes are started with the
+    variable RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=nercc_jax.cli.ray_serve.stamp.
     """
     return [Middleware(_Stamp)]
 
@@ -125,44 +136,44 @@ class _Stamp:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and all(name != HEADER for name, _ in scope["headers"]):
-            stamp = HEADER, f"t={time.time():.6f}".encode()
+        if scope["type"] == "http" and all(name != REQUEST_START for name, _ in scope["headers"]):
+            stamp = REQUEST_START, f"t={time.time():.6f}".encode()
             scope = {**scope, "headers": [*scope["headers"], stamp]}
         await self._app(scope, receive, send)
 
 
 def _log_by_serve() -> None:
-    """Our lines go where Serve's own do, and at its level; else those of INFO would go nowhere."""
+    """Log where Serve logs, and at its level; otherwise lines of INFO would be lost."""
     ours, serves = logging.getLogger("nercc_jax"), logging.getLogger("ray.serve")
     ours.handlers, ours.propagate = serves.handlers, False
     ours.setLevel(serves.getEffectiveLevel())
 
 
 def __getattr__(name: str) -> serve.Application:
-    """`application` is `app` by the environment alone (NERCC_MODELS), for `serve build`."""
+    """Return `application`, which is `app` by the environment alone, for `serve build`."""
     if name != "application":
         raise AttributeError(f"{__name__} has no {name}")
     return app({})
 
 
 def _settings(args: Mapping[str, Any]) -> ServerSettings:
-    summary = dict(args)
-    file = summary.pop("config", None)
-    if "model" in summary:
-        summary["models"] = [{"model": summary.pop("model")}]
-    defaults = dict(summary.get("defaults", {}))
+    given = dict(args)
+    file = given.pop("config", None)
+    if "model" in given:
+        given["models"] = [{"model": given.pop("model")}]
+    defaults = dict(given.get("defaults", {}))
     defaults |= {
-        name: summary.pop(name) for name in list(summary) if name in ModelSettings.model_fields
+        name: given.pop(name) for name in list(given) if name in ModelSettings.model_fields
     }
-    unknown = sorted(set(summary) - set(_TAKEN))
+    unknown = sorted(set(given) - set(_TAKEN))
     if unknown:
         raise ValueError(
-            f"{', '.join(unknown)}: the application takes what a model is told, "
+            f"{', '.join(unknown)}: the application takes a model's settings, "
             f"{', '.join(_TAKEN)} and config; the address, the port and the log are Ray Serve's "
             "(http_options, logging_config)"
         )
-    summary["defaults"] = defaults
-    settings = read_settings(None if file is None else Path(file), **summary)
+    given["defaults"] = defaults
+    settings = read_settings(None if file is None else Path(file), **given)
     if "pool" not in settings.defaults.model_fields_set:
         settings.defaults.pool = "ray"
     return settings

@@ -1,47 +1,57 @@
-"""Coded serving: the batcher needs nothing but a pool; the server needs `nercc-jax[serve]`."""
+"""Coded serving: a batcher on any pool, and a server around it (`nercc-jax[serve]`)."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # what there is, for readers and type checkers; `_WHERE` says it again
+if TYPE_CHECKING:  # for readers and type checkers; `_WHERE` says the same
     from ._batcher import CodedBatcher as CodedBatcher
-    from ._coder import Coder as Coder
-    from ._fidelity import Audit as Audit
-    from ._fidelity import Fidelity as Fidelity
     from ._policy import BatchingPolicy as BatchingPolicy
     from ._policy import Measure as Measure
-    from ._predictor import Predictor as Predictor
-    from ._request import DeadlineExceeded as DeadlineExceeded
-    from ._request import InferenceFailed as InferenceFailed
-    from ._request import QueueFull as QueueFull
-    from ._request import Reply as Reply
-    from ._request import ServerClosing as ServerClosing
-    from ._servable import Servable as Servable
-    from ._servable import make_servable as make_servable
+    from ._served_model import ServedModel as ServedModel
+    from ._settings import ModelSettings as ModelSettings
+    from ._settings import ServerSettings as ServerSettings
+    from .adapt._error_estimator import Audit as Audit
+    from .adapt._error_estimator import ErrorEstimator as ErrorEstimator
+    from .adapt._predictor import Predictor as Predictor
+    from .core._coder import Coder as Coder
+    from .core._health import Health as Health
+    from .core._request import DeadlineExceeded as DeadlineExceeded
+    from .core._request import InferenceFailed as InferenceFailed
+    from .core._request import QueueFull as QueueFull
+    from .core._request import Reply as Reply
+    from .core._request import ServerClosing as ServerClosing
+    from .protocol._servable import Servable as Servable
+    from .protocol._servable import make_servable as make_servable
+    from .transport._server import Server as Server
+    from .transport._server import make_server as make_server
+    from .transport._server import serve as serve
 
-# Imported late: a server's settings need no JAX, and what is wrong with them is told at once.
+# Imported when they are first used: a server's settings need no JAX, so that errors in them are
+# reported at once.
 _WHERE = {
     "_batcher": "CodedBatcher",
-    "_coder": "Coder",
-    "_fidelity": "Audit Fidelity",
     "_policy": "BatchingPolicy Measure",
-    "_predictor": "Predictor",
-    "_request": "DeadlineExceeded InferenceFailed QueueFull Reply ServerClosing",
-    "_servable": "Servable make_servable",
+    "_served_model": "ServedModel",
+    "_settings": "ModelSettings ServerSettings",
+    "adapt._error_estimator": "Audit ErrorEstimator",
+    "adapt._predictor": "Predictor",
+    "core._coder": "Coder",
+    "core._health": "Health",
+    "core._request": "DeadlineExceeded InferenceFailed QueueFull Reply ServerClosing",
+    "protocol._servable": "Servable make_servable",
+    "transport._server": "Server make_server serve",
 }
-__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
-    name for names in _WHERE.values() for name in names.split()
-]
+_FILE_OF = {name: file for file, names in _WHERE.items() for name in names.split()}
+__all__ = [*_FILE_OF]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, imported when it is first asked for."""
-    for place, names in _WHERE.items():
-        if name in names.split():
-            module = importlib.import_module(f".{place}", __name__)
-            globals()[name] = found = getattr(module, name)
-            return found
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """Import a public name when it is first used."""
+    if name not in _FILE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f".{_FILE_OF[name]}", __name__)
+    globals()[name] = found = getattr(module, name)
+    return found
 
 
 def __dir__() -> list[str]:

@@ -1,11 +1,11 @@
-"""What is counted and measured of one model: for Prometheus, and for the status page."""
+"""The metrics of served models: one table of them, for Prometheus and for the status page."""
 
 import collections
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any, get_args
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
@@ -20,7 +20,7 @@ _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0,
 _SHORT = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1)
 _SHARES = (1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 _RECENT = 60.0  # seconds that the status page's latencies cover, ...
-_MOST = 50_000  # ... unless there are more
+_MOST = 50_000  # ... unless there are more requests than this
 
 OUTCOMES = (
     *("ok", "deadline", "failed", "cancelled"),
@@ -29,9 +29,88 @@ OUTCOMES = (
 ANSWERS = ("exact", "decoded", "predicted", "reexecuted")
 
 
+class _Row(NamedTuple):
+    """A metric: its name after `nercc_`, its help, the measures that it counts, and how.
+
+    A metric with a `label` has a series for each of the measures, called by the label's value; one
+    with `buckets` is a histogram, any other a counter.
+    """
+
+    name: str
+    help: str
+    measures: Mapping[str, str]  # to values of the label
+    label: str | None = None
+    buckets: tuple[int | float, ...] | None = None
+
+
+def _one(
+    name: str, text: str, measure: str, buckets: tuple[int | float, ...] | None = None
+) -> _Row:
+    return _Row(name, text, {measure: ""}, None, buckets)
+
+
+_TENTHS = tuple(np.linspace(0.1, 1, 10).round(1).tolist())
+_TABLE = (
+    _Row(
+        "requests",
+        "Requests by outcome.",
+        {f"request_{each}": each for each in OUTCOMES},
+        "outcome",
+    ),
+    _Row(
+        "queries",
+        "Queries by how they were answered.",
+        {f"query_{each}": each for each in ANSWERS},
+        "answer",
+    ),
+    _one("high_priority_queries", "Queries of high priority.", "high_priority"),
+    _one("request_seconds", "Seconds from arrival to answer.", "request_ok", _SECONDS),
+    _one(
+        "queue_seconds", "Seconds from arrival until sent to a worker.", "queue_seconds", _SECONDS
+    ),
+    _one("compute_seconds", "Seconds from sent until answered.", "compute_seconds", _SECONDS),
+    _one("group_fill", "Share of a group's places that queries took.", "group_fill", _TENTHS),
+    _one("batch_size", "Queries in one worker call.", "batch_size", (1, 2, 4, 8, 16, 32, 64, 128)),
+    _one(
+        "workers_heard",
+        "Answers of a group when it was decoded.",
+        "workers_heard",
+        tuple(range(1, 33)),
+    ),
+    _one("stragglers", "Coded data points that were not waited for.", "straggler"),
+    _one("order_seconds", "Seconds to order the queries of a batch.", "order_seconds", _SHORT),
+    _one("encode_seconds", "Seconds to encode a group.", "encode_seconds", _SHORT),
+    _one("decode_seconds", "Seconds to decode a group.", "decode_seconds", _SHORT),
+    _one("predict_seconds", "Seconds to predict a group's queries.", "predict_seconds", _SHORT),
+    _one(
+        "learn_seconds",
+        "Seconds of a learning step, on a thread of its own.",
+        "learn_seconds",
+        _SECONDS,
+    ),
+    _one("internal_errors", "Failures of the server itself, see its log.", "internal_error"),
+    _one("drifts", "Times that predictions were wrong more often than promised.", "drift"),
+    _one("policy_changes", "Times that another setting was picked.", "policy_change"),
+    _one("reexecutions", "Queries sent a second time.", "reexecution"),
+    _one("over_budget", "Doubtful answers given because the budget was spent.", "over_budget"),
+    _one(
+        "expected_disagreement",
+        "Probability that the label of a decoded or predicted query is not the model's own.",
+        "expected_disagreement",
+        _SHARES,
+    ),
+    _Row(
+        "audited",
+        "Decoded or predicted queries that their own worker answered later.",
+        {"audit_same": "same", "audit_other": "other"},
+        "label",
+    ),
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Spent:
-    """How often something happened, and the seconds that it took in all."""
+    """The number of times that something happened, and its seconds in total."""
 
     count: int = 0
     seconds: float = 0.0
@@ -40,210 +119,119 @@ class Spent:
         return Spent(self.count + other.count, self.seconds + other.seconds)
 
 
-class Meters:
+class Metrics:
     """The metrics of all models of a server, in a registry of their own."""
 
     def __init__(self, registry: CollectorRegistry):
-        def make(kind: Any, name: str, what: str, *labels: str, **options: Any) -> Any:
-            return kind(f"nercc_{name}", what, ("model", *labels), registry=registry, **options)
+        self._reports = _PoolReports()
+        registry.register(self._reports)
+        self._waiting = Gauge(
+            "nercc_queue_queries", "Queries that wait to be sent.", ("model",), registry=registry
+        )
+        self._metrics: list[tuple[_Row, Any]] = []
+        for row in _TABLE:
+            labels = ("model",) if row.label is None else ("model", row.label)
+            kind: Any = Counter if row.buckets is None else Histogram
+            options = {} if row.buckets is None else {"buckets": row.buckets}
+            metric = kind(f"nercc_{row.name}", row.help, labels, registry=registry, **options)
+            self._metrics.append((row, metric))
 
-        collector = _Reports()
-        registry.register(collector)
-        self.served = collector.served
-        self.requests = make(Counter, "requests", "Requests by how they ended.", "outcome")
-        self.queries = make(Counter, "queries", "Queries by how they were answered.", "answer")
-        self.high = make(Counter, "high_priority_queries", "Queries that came with high priority.")
-        self.latency = make(
-            Histogram,
-            "request_seconds",
-            "From arrival to answer, of requests that got one.",
-            buckets=_SECONDS,
-        )
-        self.queued = make(
-            Histogram, "queue_seconds", "From arrival until sent to a worker.", buckets=_SECONDS
-        )
-        self.computed = make(
-            Histogram,
-            "compute_seconds",
-            "From then until answered, of requests that were.",
-            buckets=_SECONDS,
-        )
-        self.waiting = make(Gauge, "queue_queries", "Queries that wait to be sent.")
-        self.fill = make(
-            Histogram,
-            "group_fill",
-            "Share of a group's places that queries took.",
-            buckets=np.linspace(0.1, 1, 10).round(1).tolist(),
-        )
-        self.batch = make(
-            Histogram,
-            "batch_size",
-            "Queries in one worker call.",
-            buckets=(1, 2, 4, 8, 16, 32, 64, 128),
-        )
-        self.heard = make(
-            Histogram,
-            "workers_heard",
-            "Answers of a group when it was decoded.",
-            buckets=tuple(range(1, 33)),
-        )
-        self.stragglers = make(Counter, "stragglers", "Coded data points given up.")
-        self.order = make(
-            Histogram, "order_seconds", "Arranging queries that go out together.", buckets=_SHORT
-        )
-        self.encode = make(Histogram, "encode_seconds", "Encoding a group.", buckets=_SHORT)
-        self.decode = make(Histogram, "decode_seconds", "Decoding a group.", buckets=_SHORT)
-        self.predict = make(
-            Histogram, "predict_seconds", "Predicting a group's queries.", buckets=_SHORT
-        )
-        self.learn = make(
-            Histogram,
-            "learn_seconds",
-            "Learning from answers, beside the queries.",
-            buckets=_SECONDS,
-        )
-        self.internal = make(
-            Counter, "internal_errors", "Failures of the server itself, told in its log."
-        )
-        self.drifts = make(
-            Counter, "drifts", "Times that predictions were wrong more often than promised."
-        )
-        self.policy_changes = make(
-            Counter, "policy_changes", "Times that another patience or redundancy was picked."
-        )
-        self.reexecutions = make(Counter, "reexecutions", "Queries sent a second time.")
-        self.over_budget = make(
-            Counter, "over_budget", "Doubtful queries answered as decoded: the budget was spent."
-        )
-        self.expected = make(
-            Histogram,
-            "expected_disagreement",
-            "Probability that the label of a decoded or predicted query is not the model's own.",
-            buckets=_SHARES,
-        )
-        self.audited = make(
-            Counter,
-            "audited",
-            "Decoded or predicted queries that were answered later, too.",
-            "label",
-        )
+    def add_model(self, model: str, pool: AbstractPool, code: AbstractCode) -> Gauge:
+        """Add a model, and return the gauge of its queue."""
+        self._reports.served[model] = pool, code
+        return self._waiting.labels(model)
+
+    def recorders(self, model: str) -> dict[str, list[Callable[[float], Any]]]:
+        """Return for each measure the functions that record a number for a model."""
+        found: dict[str, list[Callable[[float], Any]]] = collections.defaultdict(list)
+        for row, metric in self._metrics:
+            for measure, value in row.measures.items():
+                series = metric.labels(*((model,) if row.label is None else (model, value)))
+                if row.buckets is not None:
+                    found[measure].append(series.observe)
+                elif measure.startswith(("request_", "audit_")):  # the number is no count
+                    found[measure].append(lambda _, series=series: series.inc())
+                else:
+                    found[measure].append(series.inc)
+        return dict(found)
 
 
 class Meter:
-    """One model's: `observe` is what a batcher tells."""
+    """The metrics of one model, with what its status needs besides."""
 
-    def __init__(self, meters: Meters, model: str, pool: AbstractPool, code: AbstractCode):
+    def __init__(self, metrics: Metrics, model: str, pool: AbstractPool, code: AbstractCode):
         self._lock = threading.Lock()
-        self._outcomes = {o: meters.requests.labels(model, o) for o in OUTCOMES}
-        self._answers = {a: meters.queries.labels(model, a) for a in ANSWERS}
-        self._audits = {label: meters.audited.labels(model, label) for label in ("same", "other")}
-        self._counters = {
-            "high_priority": meters.high.labels(model),
-            "straggler": meters.stragglers.labels(model),
-            "reexecution": meters.reexecutions.labels(model),
-            "over_budget": meters.over_budget.labels(model),
-            "drift": meters.drifts.labels(model),
-            "policy_change": meters.policy_changes.labels(model),
-            "internal_error": meters.internal.labels(model),
-        }
-        self._histograms = {
-            "queue_seconds": meters.queued.labels(model),
-            "compute_seconds": meters.computed.labels(model),
-            "batch_size": meters.batch.labels(model),
-            "group_fill": meters.fill.labels(model),
-            "order_seconds": meters.order.labels(model),
-            "encode_seconds": meters.encode.labels(model),
-            "decode_seconds": meters.decode.labels(model),
-            "predict_seconds": meters.predict.labels(model),
-            "learn_seconds": meters.learn.labels(model),
-            "workers_heard": meters.heard.labels(model),
-            "expected_disagreement": meters.expected.labels(model),
-        }
-        self._latency = meters.latency.labels(model)
-        self.waiting = meters.waiting.labels(model)
+        self._recorders = metrics.recorders(model)
+        self._waiting = metrics.add_model(model, pool, code)
         # For the status page, and Triton's statistics.
-        self._totals: collections.Counter[str] = collections.Counter()
-        self._seconds: collections.defaultdict[str, float] = collections.defaultdict(float)
-        self.last_answer = 0.0  # by the clock on the wall, 0: none yet
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._sums: collections.defaultdict[str, float] = collections.defaultdict(float)
+        self.last_answer = 0.0  # by the wall clock; 0 for none yet
         self._recent: collections.deque[tuple[float, float]] = collections.deque(maxlen=_MOST)
         self._heard = np.zeros(code.num_workers + 1, int)
-        meters.served[model] = pool, code
+
+    def watch_queue(self, waiting: Callable[[], int]) -> None:
+        """Take the number of waiting queries from a function."""
+        self._waiting.set_function(waiting)
 
     def observe(self, what: Measure, number: int | float) -> None:
-        """Takes a measurement, from any thread."""
+        """Take a measurement, from any thread."""
+        number = float(number)
+        if np.isnan(number):  # an expected disagreement that is not known yet
+            return
         with self._lock:
-            self._take(what, float(number))
-
-    def _take(self, what: str, number: float) -> None:
-        kind, _, detail = what.partition("_")
-        if kind == "request" or detail == "seconds":
-            self._totals[what] += 1
-            self._seconds[what] += number
-        if kind == "request":
-            self._outcomes[detail].inc()
-            if detail == "ok":
-                self._latency.observe(number)
+            self._counts[what] += 1
+            self._sums[what] += number
+            for record in self._recorders[what]:
+                record(number)
+            if what == "request_ok":
                 self._recent.append((time.monotonic(), number))
                 self.last_answer = time.time()
-        elif kind == "query":
-            self._totals[what] += int(number)
-            self._answers[detail].inc(number)
-        elif kind == "audit":
-            self._audits[detail].inc()
-        elif what in self._counters:
-            self._totals[what] += int(number)
-            self._counters[what].inc(number)
-        else:
-            if what == "workers_heard":
+            elif what == "workers_heard":
                 self._heard[min(int(number), len(self._heard) - 1)] += 1
-            elif what == "group_fill":
-                self._totals["group"] += 1
-            elif what == "expected_disagreement":
-                if np.isnan(number):  # nothing is known yet
-                    return
-                self._totals["expected"] += 1
-                self._totals["expected_sum"] += number  # pyright: ignore[reportArgumentType]
-            self._histograms[what].observe(number)
 
     def spent(self) -> Mapping[str, Spent]:
-        """By measure, of requests and of what takes seconds."""
+        """Return the numbers and seconds of requests, and of all that takes time."""
         with self._lock:
-            return {what: Spent(self._totals[what], s) for what, s in self._seconds.items()}
+            return {
+                what: Spent(self._counts[what], seconds)
+                for what, seconds in self._sums.items()
+                if what.startswith("request_") or what.endswith("_seconds")
+            }
 
     @property
     def answered(self) -> int:
-        """Queries, however they were."""
+        """The number of queries that were answered."""
         with self._lock:
-            return sum(self._totals[f"query_{answer}"] for answer in ANSWERS)
+            return int(sum(self._sums[f"query_{answer}"] for answer in ANSWERS))
 
     def status(self) -> dict[str, Any]:
-        """The parts of a model's status that are counted here."""
+        """Return the parts of a model's status that are counted here."""
         with self._lock:
-            totals = dict(self._totals)
+            counts, sums = dict(self._counts), dict(self._sums)
             recent = list(self._recent)
             heard = self._heard.tolist()
-
-        def total(name: str) -> int:
-            return int(totals.get(name, 0))
-
-        answers = {answer: total(f"query_{answer}") for answer in ANSWERS}
-        expected = total("expected")
+        answers = {answer: int(sums.get(f"query_{answer}", 0)) for answer in ANSWERS}
+        requests = {outcome: counts.get(f"request_{outcome}", 0) for outcome in OUTCOMES}
+        expected = counts.get("expected_disagreement", 0)
         number = sum(answers.values())
-        guessed = answers["decoded"] + answers["predicted"]
+        approximate = answers["decoded"] + answers["predicted"]
         return {
             "totals": {
-                "requests": sum(total(f"request_{outcome}") for outcome in OUTCOMES),
+                "requests": sum(requests.values()),
                 "queries": answers,
-                "errors": {o: total(f"request_{o}") for o in OUTCOMES if o != "ok"},
-                "groups": total("group"),
-                "stragglers": total("straggler"),
-                "reexecutions": total("reexecution"),
+                "errors": {name: count for name, count in requests.items() if name != "ok"},
+                "groups": counts.get("group_fill", 0),
+                "stragglers": int(sums.get("straggler", 0)),
+                "reexecutions": int(sums.get("reexecution", 0)),
             },
             "latency": _latencies(recent),
             "heard": {"counts": heard},
             "fidelity": {
-                "decoded_share": guessed / number if number else None,
-                "expected_disagreement": totals["expected_sum"] / expected if expected else None,
+                "decoded_share": approximate / number if number else None,
+                "expected_disagreement": (
+                    sums["expected_disagreement"] / expected if expected else None
+                ),
             },
         }
 
@@ -265,17 +253,18 @@ def _latencies(recent: list[tuple[float, float]]) -> dict[str, Any]:
     }
 
 
-class _Reports(Collector):
-    """What all pools and codes report, as it is when somebody asks."""
+class _PoolReports(Collector):
+    """Collects what all pools and codes report at the moment."""
 
     def __init__(self):
         self.served: dict[str, tuple[AbstractPool, AbstractCode]] = {}  # by model
 
     def collect(self) -> Iterator[Metric]:
+        """Yield the metrics."""
         reports = {model: pool.report() for model, (pool, _) in self.served.items()}
         workers = GaugeMetricFamily("nercc_workers", "Workers by state.", labels=["model", "state"])
         calls = CounterMetricFamily(
-            "nercc_worker_calls", "Calls by what came of them.", labels=["model", "result"]
+            "nercc_worker_calls", "Calls of workers by result.", labels=["model", "result"]
         )
         for model, report in reports.items():
             states = collections.Counter(worker.state for worker in report.workers)
@@ -291,7 +280,7 @@ class _Reports(Collector):
         yield calls
         lookups = CounterMetricFamily(
             "nercc_decoder_lookups",
-            "Decoders' matrices that were kept (hit) or had to be made (miss).",
+            "Decoder matrices that were cached (hit) or computed (miss).",
             labels=["model", "result"],
         )
         for model, (_, code) in self.served.items():
@@ -300,14 +289,14 @@ class _Reports(Collector):
                 lookups.add_metric([model, "hit"], kept.lookups.hits)
                 lookups.add_metric([model, "miss"], kept.lookups.misses)
         yield lookups
-        for name, what, field in (
+        for name, text, field in (
             ("worker_deaths", "Workers lost and replaced.", "deaths"),
-            ("worker_hung", "Workers that hung, of those.", "hung"),
+            ("worker_hung", "Workers lost because they hung.", "hung"),
             ("worker_copies", "Second copies sent (hedges).", "copies"),
-            ("worker_seconds", "Workers' time that calls took.", "seconds"),
-            ("worker_wasted_seconds", "What of it nobody used.", "wasted_seconds"),
+            ("worker_seconds", "Seconds of workers' time that calls took.", "seconds"),
+            ("worker_wasted_seconds", "Seconds of it that were of no use.", "wasted_seconds"),
         ):
-            family = CounterMetricFamily(f"nercc_{name}", what, labels=["model"])
+            family = CounterMetricFamily(f"nercc_{name}", text, labels=["model"])
             for model, report in reports.items():
                 family.add_metric([model], getattr(report, field))
             yield family

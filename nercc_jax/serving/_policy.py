@@ -1,73 +1,102 @@
-"""How a batcher forms groups, how long it waits, and what it gives out."""
+"""The batching policy: how groups are formed, how long they wait, and what is given out."""
 
 import dataclasses
 import math
-from typing import Literal, TypeAlias
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
 
-# Seconds that a request may wait at most, whoever asks: no wait is without a bound.
+# The longest deadline, in seconds: no wait is without a bound.
 MAX_DEADLINE_S = 3600.0
+
+
+def _option(default: Any, text: str) -> Any:
+    """Return a field whose help is the only description of the option, also in `nercc serve`."""
+    return dataclasses.field(default=default, metadata={"help": text})
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchingPolicy:
-    """Batching, waiting and fidelity.
+    """Batching, waiting, redundancy, and the quality of answers.
 
-    - `max_batch_size`: queries that a worker gets at once, at most. One idle worker and a long
-      queue make large batches, many idle workers single queries. A power of two: batches are
-      powers of two, for which everything is compiled ahead.
-    - `batch_wait_timeout_s`: seconds after which a group that is not full is completed without
-      waiting for more queries. (Of a code that sends no query as it came, nothing is sent before.)
-    - `max_queue_size`: queries that may wait to be sent; more are refused at once. (Of high
-      priority a quarter more may.)
-    - `deadline_s`: seconds that a request has unless it says otherwise; at most an hour.
-    - `priority_lead_s`: seconds that queries of high priority go ahead of others: before those that
-      came up to so long earlier, and behind those that have waited longer. 0: nobody does.
-    - `patience`: a coded data point straggles once it is out for so many times the running
-      `quantile` (the median) of answer times. What straggles is decoded, or sent again. Hedging as
-      published has the quantile 0.95 and the patience 1.
-    - `wait_for`: how many answers of a group are enough to decode, if nothing better is known;
-      unless given, 85 % of N but at least K, or half of the redundancy for interleaved codes.
-    - `max_disagreement`: of the queries whose own worker straggles (or that have none), this share
-      may get a label that is not the model's own, in the mean. Each is decoded and judged by
-      itself, by its margin and deviation: what is sure enough for that is answered at once; what is
-      doubtful waits for more answers, and is sent again once none are to come. (A code that is no
-      regression tells no deviation: there the mean over queries at its place decides for a query.)
-      None: decode as soon as `wait_for` answers are in, whatever is expected.
-    - `tolerance`: for functions, with a predictor: a straggler's query is answered by it where that
-      is off by no more, in units of the outputs, in nine of ten cases. Then nothing is decoded.
-    - `redundancy`: "always" sends what a code has beyond the queries themselves while workers are
-      free; "doubtful" only where a predictor could not answer for one of a group's queries: copies
-      of those alone, where the code has copies. None is sent before the predictor knows enough.
-    - `max_redundancy`: with "doubtful", send no more than this share of the queries for that.
-    - `max_reexecution`: send no more than this share of all queries again because they are
-      doubtful; beyond it what is best known is given out, with its doubt. None: no bound. (What
-      cannot be decoded at all is sent again in any case, and counts.)
-    - `max_calls`: calls a query that may be spent in the mean (of batches, rows). Then patience and
-      redundancy are not fixed, but picked as queries are served, by the tail that is measured: see
-      `Controller`. Of what is said here redundancy is the most, and hardly more queries straggle
-      than by this patience. None: as is said here.
-    - `ordering`: arrange queries that go out together so that those coded beside each other are
-      alike. Queries are compared as they come, and none waits for it.
-    - `copies`: workers that may have the same query in hand, when it is to be answered exactly, or
-      cannot be decoded, and the first straggles (hedging). 1: what straggles is waited for.
+    Raises:
+        ValueError: for values out of range.
     """
 
-    max_batch_size: int = 8
-    batch_wait_timeout_s: float = 0.01
-    max_queue_size: int = 1024
-    deadline_s: float = 10.0
-    priority_lead_s: float = 1.0
-    patience: float = 1.5
-    quantile: float = 0.5
-    wait_for: int | None = None
-    max_disagreement: float | None = None
-    max_reexecution: float | None = None
-    tolerance: float | None = None
-    redundancy: Literal["always", "doubtful"] = "always"
-    max_redundancy: float | None = None
-    max_calls: float | None = None
-    ordering: bool = True
-    copies: int = 2
+    max_batch_size: int = _option(
+        8,
+        "Maximum queries in one worker call, a power of two. Batches are powers of two, for which "
+        "everything is compiled in advance; few idle workers and a long queue make large ones.",
+    )
+    batch_wait_timeout_s: float = _option(
+        0.01,
+        "Seconds until a group that is not full is sent without waiting for more queries. With a "
+        "systematic code only its redundancy waits.",
+    )
+    max_queue_size: int = _option(
+        1024,
+        "Maximum queries that wait to be sent; more are refused. High priority has a quarter more.",
+    )
+    deadline_s: float = _option(10.0, "Default deadline of a request, in seconds; at most an hour.")
+    priority_lead_s: float = _option(
+        1.0,
+        "Seconds by which requests of high priority overtake earlier ones; 0 for no priority.",
+    )
+    patience: float = _option(
+        1.5,
+        "Straggler threshold, as a multiple of the median answer time (or of `quantile`). Queries "
+        "of stragglers are predicted, decoded, or sent again.",
+    )
+    quantile: float = _option(
+        0.5,
+        "Quantile of answer times that the straggler threshold multiplies. Hedging as published "
+        "uses 0.95 with a threshold of 1.",
+    )
+    wait_for: int | None = _option(
+        None,
+        "Answers of a group that suffice for decoding where no error is estimated. By default half "
+        "of the redundancy for interleaved codes, otherwise 85 % of N but at least K.",
+    )
+    max_disagreement: float | None = _option(
+        None,
+        "Maximum share of wrong labels among the queries whose own worker straggles, in the mean. "
+        "Each query is judged by itself: answers that are too doubtful wait for more workers, and "
+        "are sent again if none are left. 1 in settings, None in Python: decode as soon as "
+        "`wait_for` answers are in.",
+    )
+    max_reexecution: float | None = _option(
+        None,
+        "Maximum share of queries sent again because their answer is doubtful; beyond it the best "
+        "answer is given with its error probability. Unlimited by default.",
+    )
+    tolerance: float | None = _option(
+        None,
+        "For functions: error bound, in units of the outputs and for nine of ten answers, within "
+        "which the surrogate answers stragglers' queries. Nothing is decoded then.",
+    )
+    redundancy: Literal["always", "doubtful"] = _option(
+        "always",
+        "Redundancy to send while workers are free: `always` all that the code has; `doubtful` "
+        "only for queries that the surrogate could not answer, and none before it is calibrated.",
+    )
+    max_redundancy: float | None = _option(
+        None,
+        "With `doubtful`: maximum calls for redundancy, as a share of the queries. Unlimited by "
+        "default.",
+    )
+    max_calls: float | None = _option(
+        None,
+        "Mean calls a query that may be spent. If set, straggler threshold and redundancy are "
+        "picked again and again by the measured tail latency, within this budget and up to the "
+        "redundancy set here.",
+    )
+    ordering: bool = _option(
+        True, "Order the queries of a batch by similarity before encoding. No query waits for it."
+    )
+    copies: int = _option(
+        2,
+        "Maximum workers that compute the same query at a time, if the first straggles and the "
+        "query must be answered exactly or cannot be decoded (hedging). 1 waits for stragglers.",
+    )
 
     def __post_init__(self):
         if self.max_batch_size < 1 or self.max_batch_size & (self.max_batch_size - 1):
@@ -106,30 +135,32 @@ class BatchingPolicy:
             raise ValueError(f"max_reexecution must be in [0, 1], not {self.max_reexecution}")
 
     def shared_by(self, ways: int) -> "BatchingPolicy":
-        """The same where answers are guessed in several ways, which share what may be wrong."""
+        """Return the policy for one of several ways to approximate, which share wrong labels."""
         if self.max_disagreement is None or ways < 2:
             return self
         return dataclasses.replace(self, max_disagreement=self.max_disagreement / ways)
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
-        """The sizes of batches that workers get."""
+        """The sizes of batches that workers receive."""
         return tuple(1 << power for power in range(self.max_batch_size.bit_length()))
 
 
-# What is measured, and what its number is: seconds, a count, or a share.
+POLICY_HELP = {each.name: each.metadata["help"] for each in dataclasses.fields(BatchingPolicy)}
+BatchingPolicy.__doc__ = f"{BatchingPolicy.__doc__}\n    Attributes:\n" + "".join(
+    f"        {name}: {text}\n" for name, text in POLICY_HELP.items()
+)
+
+# What is measured; `_metrics.py` has a table of what each number means.
 Measure: TypeAlias = Literal[
-    # Requests by how they ended, with their seconds, ...
     "request_ok",
     "request_deadline",
     "request_failed",
     "request_cancelled",
-    # ... and 0 for those refused before they were requests.
     "request_queue_full",
     "request_draining",
     "request_invalid",
     "request_overloaded",
-    # Queries by how they were answered.
     "query_exact",
     "query_decoded",
     "query_predicted",
@@ -142,20 +173,18 @@ Measure: TypeAlias = Literal[
     "order_seconds",
     "encode_seconds",
     "decode_seconds",
+    "predict_seconds",
+    "learn_seconds",
     "workers_heard",
     "expected_disagreement",
     "straggler",
     "reexecution",
     "over_budget",
-    "predict_seconds",
-    # Of the learning that goes on beside, a turn of it.
-    "learn_seconds",
-    # Something of ours failed, which should not.
     "internal_error",
-    # Predictions went wrong more often than was promised.
     "drift",
-    # Another patience or redundancy was picked.
     "policy_change",
     "audit_same",
     "audit_other",
 ]
+# Receives measurements, from any thread.
+Observe: TypeAlias = Callable[[Any, float], Any]

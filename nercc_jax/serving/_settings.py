@@ -1,4 +1,4 @@
-"""What a server is told: by flags, by the environment, by a TOML file, in this order of precedence.
+"""The settings of a server: by flags, by the environment, by a TOML file, in this order.
 
 # server.toml                                     NERCC_HTTP_PORT=9000
 http_port = 8000                                  NERCC_DEFAULTS__POOL=ray
@@ -6,13 +6,18 @@ http_port = 8000                                  NERCC_DEFAULTS__POOL=ray
 num_workers = 8
 [[models]]
 model = "lenet5-digits"
+
+The two models below are the only description of every setting: the flags of `nercc serve`, the
+environment, the file, `--print-config` and `docs/deploy/server.toml` are made from them. What they
+share with `BatchingPolicy` has its default and its help there.
 """
 
 import dataclasses
+import json
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -32,197 +37,167 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from ._policy import MAX_DEADLINE_S, BatchingPolicy
-from ._settings_text import datatype, none, paths, shape, table
+from ._policy import MAX_DEADLINE_S, POLICY_HELP, BatchingPolicy
+from ._settings_text import read_datatype, read_none, read_paths, read_shape, read_table
 
 _POLICY = BatchingPolicy()
 
 
+def _setting(default: Any, text: str, example: Any = None, **bounds: Any) -> Any:
+    """Return a field.
+
+    Args:
+        default: the default.
+        text: the help.
+        example: a value to show in the reference where the default is None.
+        bounds: pydantic's.
+    """
+    examples = None if example is None else [example]
+    return Field(default=default, description=text, examples=examples, **bounds)
+
+
+def _of_policy(name: str, example: Any = None, **changes: Any) -> Any:
+    """Return the field of a `BatchingPolicy`'s option."""
+    default = changes.pop("default", getattr(_POLICY, name))
+    return _setting(default, POLICY_HELP[name], example, **changes)
+
+
 class ModelSettings(BaseModel):
-    """One model: what it is, how it is coded, and who runs it. Unset: `defaults`, or as here."""
+    """The settings of one model: what it is, how it is coded, and which workers run it.
+
+    A setting that is not set has the value of the server's `defaults`, or the default here.
+    """
 
     model_config = ConfigDict(extra="forbid")
-    # Of `nercc serve --help`: the first setting of each panel, and what it is called.
+    # By the first setting of each panel of `nercc serve --help`, its title.
     panels: ClassVar[dict[str, str]] = {
         "model": "Model",
         "scheme": "Code",
         "pool": "Workers",
         "max_batch_size": "Queue and batching",
         "patience": "Stragglers",
-        "surrogate": "What is known",
-        "service_delay_s": "Faults on trial",
+        "surrogate": "Surrogate and redundancy",
+        "service_delay_s": "Fault injection",
     }
 
-    model: str | None = Field(
-        default=None, description="A shipped one, module:name of yours, or hf:owner/name."
+    model: str | None = _setting(
+        None, "Model to serve: a shipped one, your own as module:name, or hf:owner/name."
     )
-    name: str | None = Field(
-        default=None,
-        description="What clients call it; unless set as `model`, with a dot for a colon.",
+    name: str | None = _setting(
+        None,
+        "Name that clients use (default: that of the model, with a dot for a colon).",
+        "classifier",
     )
-    weights: Path | None = Field(
-        default=None, description="Given to module:name, which makes the model; a path, or hf:."
+    weights: Path | None = _setting(
+        None, "Weights passed to module:name, which makes the model: a path, or hf:.", "weights.npz"
     )
     input_shape: Annotated[
-        tuple[int, ...] | dict[str, tuple[int, ...]] | None, BeforeValidator(shape)
-    ] = Field(
-        default=None,
-        description="Of one query without the batch: 28,28,1; of a dict image=28,28,1,meta=4. "
-        "Unless set, that of the inputs.",
+        tuple[int, ...] | dict[str, tuple[int, ...]] | None, BeforeValidator(read_shape)
+    ] = _setting(
+        None,
+        "Shape of one query without the batch axis, 28,28,1; of several inputs by name, "
+        "image=28,28,1,meta=4 (default: that of the inputs).",
+        [28, 28, 1],
     )
-    input_datatype: Annotated[str | dict[str, str] | None, BeforeValidator(datatype)] = Field(
-        default=None,
-        description="FP32 unless set: INT64, or by name, ids=INT64,mask=BOOL. Others than FP32 are "
-        "served uncoded.",
+    input_datatype: Annotated[str | dict[str, str] | None, BeforeValidator(read_datatype)] = (
+        _setting(
+            None,
+            "Datatype of the inputs, INT64, or by name, ids=INT64,mask=BOOL (default: FP32). "
+            "Others than FP32 are served uncoded.",
+            "INT64",
+        )
     )
-    output_name: str | None = Field(
-        default=None, description="Of the only output; of several without names, before places."
+    output_name: str | None = _setting(
+        None, "Output name; with several unnamed outputs, a prefix (default: output).", "scores"
     )
-    outputs: Literal["logits", "probabilities"] = Field(
-        default="logits", description="What is served: logits, or their softmax."
+    outputs: Literal["logits", "probabilities"] = _setting(
+        "logits", "Outputs of a shipped model: logits, or their softmax."
     )
-    inputs: Path | None = Field(
-        default=None,
-        description="Unlabelled inputs for the error estimate: .npy, (points, *input_shape), or "
-        ".npz by name. Unless set, example_inputs() of the module, if it has that.",
+    inputs: Path | None = _setting(
+        None,
+        "File of unlabelled inputs to calibrate on: .npy of shape (points, *input_shape), or .npz "
+        "by name (default: example_inputs() of the module, if it has that).",
+        "inputs.npy",
     )
 
-    scheme: Literal["nercc", "berrut", "replication", "uncoded"] | None = Field(
-        default=None,
-        description="How queries are coded; nercc unless set, and uncoded for what cannot be.",
+    scheme: Literal["nercc", "berrut", "replication", "uncoded"] | None = _setting(
+        None,
+        "Code of the queries (default: nercc, or uncoded for what cannot be coded).",
+        "nercc",
     )
-    num_data: int = Field(default=4, ge=1, description="K: queries coded together.")
-    num_workers: int = Field(default=8, ge=1, description="N: coded data points of K queries.")
-    points: Literal["interleaved", "repeated", "chebyshev", "uniform"] = Field(
-        default="interleaved", description="Where the regression points lie."
+    num_data: int = _setting(4, "K: queries coded together.", ge=1)
+    num_workers: int = _setting(8, "N: coded data points of K queries.", ge=1)
+    points: Literal["interleaved", "repeated", "chebyshev", "uniform"] = _setting(
+        "interleaved", "Layout of the regression points."
     )
-    code: Path | None = Field(default=None, description="A code that `nercc tune` wrote, instead.")
+    code: Path | None = _setting(
+        None, "File of a code that `nercc tune` wrote, instead of the settings above.", "code.json"
+    )
 
-    pool: Literal["devices", "ray"] = Field(
-        default="devices", description="Threads on this process's devices, or Ray actors."
+    pool: Literal["devices", "ray"] = _setting(
+        "devices", "Kind of workers: threads on this process's devices, or Ray actors."
     )
-    workers: int | None = Field(
-        default=None, ge=1, description="Workers of each model; N unless set."
+    workers: int | None = _setting(None, "Workers of each model (default: N).", 8, ge=1)
+    worker_cpus: float | None = _setting(
+        None, "CPUs per Ray actor (default: at most 0.5).", 0.5, ge=0
     )
-    worker_cpus: float | None = Field(
-        default=None,
+    worker_gpus: float | None = _setting(
+        None,
+        "GPUs per Ray actor (default: 1 or an equal share, where the cluster has GPUs).",
+        1.0,
         ge=0,
-        description="Of Ray's, that an actor takes; half of one or less unless set.",
     )
-    worker_gpus: float | None = Field(
-        default=None,
-        ge=0,
-        description="Of Ray's, that an actor takes; one, or an equal part, where there are GPUs.",
+    worker_resources: Annotated[dict[str, float], BeforeValidator(read_table)] = _setting(
+        {}, "Other Ray resources per actor, as a TOML table: {TPU = 4}."
     )
-    worker_resources: Annotated[dict[str, float], BeforeValidator(table)] = Field(
-        default={}, description="Further ones of Ray's, that an actor takes: {TPU = 4}."
+    actor_options: Annotated[dict[str, Any], BeforeValidator(read_table)] = _setting(
+        {}, "Other options of Ray actors, as a TOML table: {max_concurrency = 3}."
     )
-    actor_options: Annotated[dict[str, Any], BeforeValidator(table)] = Field(
-        default={}, description="Others of Ray's options of actors: {max_concurrency = 3}."
+    worker_dtype: Literal["float32", "bfloat16", "float16"] | None = _setting(
+        None, "Dtype that workers cast inputs and weights to (default: the model's).", "bfloat16"
     )
-    worker_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
-        default=None, description="Workers run in it, on inputs and weights that are cast to it."
+    max_attempts: int = _setting(
+        3, "Workers that a failing data point is sent to before it is given up.", ge=1
     )
-    max_attempts: int = Field(
-        default=3, ge=1, description="Workers that may fail at a data point before it is lost."
-    )
-    hang_timeout_s: float = Field(
-        default=60.0, gt=0, description="A worker that takes longer hangs, and is replaced."
+    hang_timeout_s: float = _setting(
+        60.0, "Seconds after which a worker counts as hung and is replaced.", gt=0
     )
 
-    max_batch_size: int = Field(
-        default=_POLICY.max_batch_size,
-        description="Queries in one worker call, at most; a power of two.",
-    )
-    batch_wait_timeout_s: float = Field(
-        default=_POLICY.batch_wait_timeout_s,
-        description="How long a group waits for more queries.",
-    )
-    max_queue_size: int = Field(
-        default=_POLICY.max_queue_size, description="Queries that may wait; more are refused."
-    )
-    deadline_s: float = Field(
-        default=_POLICY.deadline_s,
-        gt=0,
-        le=MAX_DEADLINE_S,
-        description="Of a request that does not say.",
-    )
-    priority_lead_s: float = Field(
-        default=_POLICY.priority_lead_s,
-        ge=0,
-        le=MAX_DEADLINE_S,
-        description="Requests of high priority go ahead of those that came up to so long earlier.",
-    )
-    ordering: bool = Field(
-        default=_POLICY.ordering,
-        description="Whether queries that go out together lie beside their like.",
-    )
+    max_batch_size: int = _of_policy("max_batch_size")
+    batch_wait_timeout_s: float = _of_policy("batch_wait_timeout_s")
+    max_queue_size: int = _of_policy("max_queue_size")
+    deadline_s: float = _of_policy("deadline_s", gt=0, le=MAX_DEADLINE_S)
+    priority_lead_s: float = _of_policy("priority_lead_s", ge=0, le=MAX_DEADLINE_S)
+    ordering: bool = _of_policy("ordering")
 
-    patience: float = Field(
-        default=_POLICY.patience,
-        description="Who takes so many times the median straggles.",
-    )
-    quantile: float = Field(
-        default=_POLICY.quantile, description="Of answer times, instead of the median."
-    )
-    wait_for: int | None = Field(
-        default=_POLICY.wait_for,
-        description="Answers of a group that will do where no error is estimated; by the code "
-        "unless set.",
-    )
-    max_disagreement: float | None = Field(
-        default=0.05,
-        le=1,
-        description="The share of stragglers' queries whose label may differ from the model's own, "
-        "in the mean; what is too doubtful for that is sent again. 1 takes what `wait_for` answers "
-        "give.",
-    )
-    max_reexecution: float | None = Field(
-        default=_POLICY.max_reexecution,
-        description="The share of all queries that may be sent again for doubt; any unless set.",
-    )
-    copies: int = Field(
-        default=_POLICY.copies,
-        description="Workers that may have the same query in hand when the first straggles.",
-    )
+    patience: float = _of_policy("patience")
+    quantile: float = _of_policy("quantile")
+    wait_for: int | None = _of_policy("wait_for", 6)
+    max_disagreement: float | None = _of_policy("max_disagreement", default=0.05, le=1)
+    max_reexecution: float | None = _of_policy("max_reexecution", 0.1)
+    copies: int = _of_policy("copies")
 
-    surrogate: str | None = Field(
-        default=None,
-        description="What answers a straggler's query where it is sure enough: `learn`, a learner "
-        "from what is served; `student`, the shipped one; a file that `nercc distill` wrote; or "
-        "module:function, with the model's outputs. `none`, or unset: nothing does.",
+    surrogate: str | None = _setting(
+        None,
+        "Surrogate that answers stragglers' queries where it is certain enough: `learn`, a learner "
+        "from the traffic; `student`, the shipped one; a file that `nercc distill` wrote; "
+        "module:function, with the model's outputs; or `none` (default: none).",
+        "learn",
     )
-    tolerance: float | None = Field(
-        default=_POLICY.tolerance,
-        description="For functions: a surrogate answers where it is off by no more, in units of "
-        "the outputs, in nine of ten cases. Then nothing is decoded.",
-    )
-    redundancy: Literal["always", "doubtful"] = Field(
-        default=_POLICY.redundancy,
-        description="What a code has beyond the queries goes out always, or only where the "
-        "surrogate could not answer.",
-    )
-    max_redundancy: float | None = Field(
-        default=_POLICY.max_redundancy,
-        description="With doubtful: calls for that, as a share of all queries; any unless set.",
-    )
-    max_calls: float | None = Field(
-        default=_POLICY.max_calls,
-        description="Calls a query that may be spent: then patience and redundancy are picked by "
-        "the tail that is measured, again and again. Fixed unless set.",
-    )
+    tolerance: float | None = _of_policy("tolerance", 0.01)
+    redundancy: Literal["always", "doubtful"] = _of_policy("redundancy")
+    max_redundancy: float | None = _of_policy("max_redundancy", 0.1)
+    max_calls: float | None = _of_policy("max_calls", 1.1)
 
-    service_delay_s: float = Field(
-        default=0.0, ge=0, description="Seconds that every call takes longer."
+    service_delay_s: float = _setting(0.0, "Seconds added to every call, for trials.", ge=0)
+    straggler_rate: float = _setting(
+        0.0, "Share of calls that are delayed, for trials.", ge=0, le=1
     )
-    straggler_rate: float = Field(
-        default=0.0, ge=0, le=1, description="The share of calls that straggle ..."
+    straggler_delay_s: float = _setting(1.0, "Seconds by which those calls are delayed.", gt=0)
+    death_rate: float = _setting(
+        0.0, "Share of calls in which the worker dies, for trials.", ge=0, le=1
     )
-    straggler_delay_s: float = Field(default=1.0, gt=0, description="... and by how many seconds.")
-    death_rate: float = Field(
-        default=0.0, ge=0, le=1, description="The share of calls in which the worker dies."
-    )
-    fault_seed: int = Field(default=0, description="The same seed, the same faults.")
+    fault_seed: int = _setting(0, "Seed of the injected faults.")
 
     @model_validator(mode="after")
     def _check(self) -> "ModelSettings":
@@ -231,34 +206,39 @@ class ModelSettings(BaseModel):
 
     @property
     def served_name(self) -> str:
-        """What clients call it. No slash, and no colon: some proxies look for a verb behind one."""
+        """The name that clients use, without slash and colon, which proxies may interpret."""
         return self.name or str(self.model).rpartition("/")[2].replace(":", ".")
 
     def ray_options(self) -> dict[str, Any]:
-        """Of a worker that is an actor."""
-        taken = {"num_cpus": self.worker_cpus, "num_gpus": self.worker_gpus}
-        taken = {name: amount for name, amount in taken.items() if amount is not None}
+        """Return the options of a worker that is a Ray actor."""
+        amounts = {"num_cpus": self.worker_cpus, "num_gpus": self.worker_gpus}
+        amounts = {name: amount for name, amount in amounts.items() if amount is not None}
         named = {"resources": self.worker_resources} if self.worker_resources else {}
-        return self.actor_options | taken | named
+        return self.actor_options | amounts | named
 
     def policy(self) -> BatchingPolicy:
+        """Return the batching policy.
+
+        Raises:
+            ValueError: for values out of range.
+        """
         limit = self.max_disagreement
         if self.tolerance is not None and "max_disagreement" not in self.model_fields_set:
-            limit = None  # a function's outputs are no label
+            limit = None  # a function's outputs are no labels
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(BatchingPolicy)}
         fields["max_disagreement"] = None if limit is None or limit >= 1 else limit
         return BatchingPolicy(**fields)
 
     def over(self, defaults: "ModelSettings") -> "ModelSettings":
-        """These settings, with `defaults` where nothing was set."""
-        told = {
+        """Return these settings, with `defaults` for those that are not set."""
+        values = {
             name: getattr(each, name) for each in (defaults, self) for name in each.model_fields_set
         }
-        return ModelSettings(**told)
+        return ModelSettings(**values)
 
 
 class ServerSettings(BaseSettings):
-    """The whole server."""
+    """The settings of a server, and those of its models."""
 
     model_config = SettingsConfigDict(
         env_prefix="NERCC_",
@@ -273,75 +253,74 @@ class ServerSettings(BaseSettings):
         "log_format": "Log",
     }
 
-    host: str = Field(
-        default="127.0.0.1", description="To listen on; 0.0.0.0 is all of the machine's."
+    host: str = _setting(
+        "127.0.0.1", "Address to listen on; 0.0.0.0 for all interfaces of the machine."
     )
-    http_port: int = Field(
-        default=8000, ge=0, le=65535, description="REST, status page, metrics; 0: any free one."
+    http_port: int = _setting(
+        8000, "Port of REST, status page and metrics; 0 for any free one.", ge=0, le=65535
     )
-    grpc_port: Annotated[int | None, BeforeValidator(none)] = Field(
-        default=8001, ge=0, le=65535, description="gRPC; 0: any free one, none: no gRPC."
-    )
-
-    max_connections: int = Field(
-        default=2000, ge=1, description="Of REST, and calls by gRPC; more are refused."
-    )
-    max_header_bytes: int = Field(
-        default=2**15, ge=2**10, description="Of one request's head, about."
-    )
-    max_body_bytes: int = Field(
-        default=64 * 2**20, gt=0, description="Of one request, decompressed."
-    )
-    max_json_bytes: int = Field(
-        default=8 * 2**20, gt=0, description="Of one request, without its binary tensors."
-    )
-    max_bytes_in_flight: int = Field(
-        default=2**29, gt=0, description="Of all requests that are read or answered at a time."
-    )
-    head_timeout_s: float = Field(
-        default=10.0, gt=0, le=MAX_DEADLINE_S, description="To send a request's head."
-    )
-    body_timeout_s: float = Field(
-        default=60.0, gt=0, le=MAX_DEADLINE_S, description="To send a request's body."
+    grpc_port: Annotated[int | None, BeforeValidator(read_none)] = _setting(
+        8001, "Port of gRPC; 0 for any free one, none for no gRPC.", ge=0, le=65535
     )
 
-    address: str | None = Field(
-        default=None,
-        description="Of the Ray of actors: HOST:6379, ray://HOST:10001, auto or local; unless set "
-        "RAY_ADDRESS, what runs on this machine, or a new one.",
+    max_connections: int = _setting(
+        2000, "Maximum HTTP connections, and gRPC calls; more are refused.", ge=1
     )
-    working_dir: Path | None = Field(
-        default=None,
-        description="Sent to Ray's nodes; the folder of a module:function that is not installed "
-        "unless set.",
+    max_header_bytes: int = _setting(
+        2**15, "Maximum bytes of a request's head, approximately.", ge=2**10
     )
-    py_modules: Annotated[list[Path], BeforeValidator(paths)] = Field(
-        default=[], description="Modules that are sent to Ray's nodes, with commas."
+    max_body_bytes: int = _setting(
+        64 * 2**20, "Maximum bytes of a request's body, decompressed.", gt=0
     )
-    runtime_env: Path | None = Field(
-        default=None, description="A file with Ray's runtime environment: .yaml, .json, .toml."
+    max_json_bytes: int = _setting(
+        8 * 2**20, "Maximum bytes of a request's JSON, without binary tensors.", gt=0
     )
-
-    compilation_cache: bool = Field(
-        default=True,
-        description="Whether compiled programs, and calibrations, are kept, in "
-        "JAX_COMPILATION_CACHE_DIR or the user's cache folder.",
+    max_bytes_in_flight: int = _setting(
+        2**29, "Maximum bytes of all requests that are read or answered at a time.", gt=0
     )
-    drain_delay_s: float = Field(
-        default=0.0, ge=0, description="After SIGTERM: not ready, but answering, for so long."
+    head_timeout_s: float = _setting(
+        10.0, "Seconds that a client has to send a request's head.", gt=0, le=MAX_DEADLINE_S
     )
-    drain_timeout_s: float = Field(
-        default=30.0, ge=0, description="Then: for what has been accepted."
+    body_timeout_s: float = _setting(
+        60.0, "Seconds that a client has to send a request's body.", gt=0, le=MAX_DEADLINE_S
     )
 
-    log_format: Literal["json", "text"] = Field(
-        default="json", description="Of the log, on stderr."
+    address: str | None = _setting(
+        None,
+        "Ray cluster of the actors: HOST:6379, ray://HOST:10001, auto or local (default: "
+        "RAY_ADDRESS, the cluster that runs on this machine, or a new one).",
+        "auto",
     )
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
-        default="INFO", description="What is less than that is not logged."
+    working_dir: Path | None = _setting(
+        None,
+        "Folder sent to Ray's nodes (default: that of a module:function that is not installed).",
+        "app",
     )
-    request_log_rate: float = Field(
-        default=0.0, ge=0, le=1, description="Share of the requests that the log has a line of."
+    py_modules: Annotated[list[Path], BeforeValidator(read_paths)] = _setting(
+        [], "Modules sent to Ray's nodes, separated by commas."
+    )
+    runtime_env: Path | None = _setting(
+        None, "File with Ray's runtime environment: .yaml, .json, or .toml.", "env.yaml"
+    )
+
+    compilation_cache: bool = _setting(
+        True,
+        "Keep compiled programs and calibrations in JAX_COMPILATION_CACHE_DIR, or the user's cache "
+        "folder.",
+    )
+    drain_delay_s: float = _setting(
+        0.0, "Seconds after SIGTERM in which the server answers, but is not ready.", ge=0
+    )
+    drain_timeout_s: float = _setting(
+        30.0, "Seconds after that for answering what was accepted.", ge=0
+    )
+
+    log_format: Literal["json", "text"] = _setting("json", "Format of the log on stderr.")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = _setting(
+        "INFO", "Least level that is logged."
+    )
+    request_log_rate: float = _setting(
+        0.0, "Share of requests that get a line in the log.", ge=0, le=1
     )
 
     defaults: ModelSettings = ModelSettings()
@@ -365,16 +344,18 @@ class ServerSettings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Return the sources in the order of their precedence."""
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
     def cannot_listen(self, port: int) -> OSError:
-        """What is raised where one of the ports cannot be listened on."""
+        """Return the error for a port that cannot be listened on."""
         return OSError(f"cannot listen on {self.host}:{port}: is the port taken?")
 
     def resolved(self) -> list[ModelSettings]:
-        """Every model's settings, defaults filled in.
+        """Return every model's settings, with defaults filled in.
 
-        Raises: ValueError where there is no model, one is not named, or two have the same name.
+        Raises:
+            ValueError: where there is no model, one is not named, or two have the same name.
         """
         models = [model.over(self.defaults) for model in self.models]
         if not models:
@@ -387,11 +368,12 @@ class ServerSettings(BaseSettings):
         return models
 
 
-def read_settings(file: Path | None, **told: Any) -> ServerSettings:
-    """Settings from flags (`told`), the environment and a file.
+def read_settings(file: Path | None, **flags: Any) -> ServerSettings:
+    """Read settings from flags, the environment and a file.
 
-    Raises: ValueError for a file that is not there, names that are unknown, of variables, too, and
-    values out of range.
+    Raises:
+        ValueError: for a file that is missing, unknown names of settings or variables, and values
+            out of range.
     """
     if file is not None and not file.is_file():
         raise ValueError(f"there is no configuration file {file}")
@@ -401,17 +383,17 @@ def read_settings(file: Path | None, **told: Any) -> ServerSettings:
         model_config = SettingsConfigDict(toml_file=file)
 
     try:
-        return FromFile(**told)
+        return FromFile(**flags)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{file} is no TOML: {error}") from error
     except SettingsError as error:
         raise ValueError(f"{error}: {error.__cause__}") from error
     except ValidationError as error:
-        raise ValueError(_in_words(error)) from error
+        raise ValueError(_describe(error)) from error
 
 
-# Variables with our prefix that are not the server's: of the tests, and those that Kubernetes gives
-# containers beside a service whose name begins so.
+# Variables with our prefix that are no settings: those of the tests, and those that Kubernetes
+# gives to containers beside a service whose name begins so.
 _TESTS = {"NERCC_REQUIRE_EXTRAS", "NERCC_COMPILE_AS_USERS_DO"}
 _KUBERNETES = re.compile(
     r"NERCC_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP)(_\w+)?)"
@@ -419,7 +401,7 @@ _KUBERNETES = re.compile(
 
 
 def _check_variables(environment: Mapping[str, str]) -> None:
-    """Raises: ValueError for a variable that looks like a setting, and is none."""
+    """Raise ValueError for a variable that looks like a setting, and is none."""
     for name, value in environment.items():
         setting = name.removeprefix("NERCC_").lower().partition("__")[0]
         theirs = _KUBERNETES.fullmatch(name) or value.startswith(("tcp://", "udp://"))
@@ -429,8 +411,8 @@ def _check_variables(environment: Mapping[str, str]) -> None:
             raise ValueError(f"the environment has {name}: there is no such setting")
 
 
-def _in_words(error: ValidationError) -> str:
-    """What is wrong with which settings, in one line."""
+def _describe(error: ValidationError) -> str:
+    """Return in one line what is wrong with which settings."""
     faults = []
     for fault in error.errors(include_url=False):
         where, what = ".".join(map(str, fault["loc"])), fault["msg"].removeprefix("Value error, ")
@@ -440,3 +422,49 @@ def _in_words(error: ValidationError) -> str:
             what = f"{what[:1].lower()}{what[1:].partition(', unable')[0]}, not {fault['input']!r}"
         faults.append(f"{where}: {what}")
     return "; ".join(faults)
+
+
+def as_toml(server: ServerSettings, models: Sequence[ModelSettings]) -> str:
+    """Return a configuration file with all settings of the server and of each model."""
+    of_server = server.model_dump(exclude={"defaults", "models"})
+    of_server["grpc_port"] = of_server["grpc_port"] or "none"
+    tables = [("", of_server), *(("\n[[models]]\n", model.model_dump()) for model in models)]
+    # TOML has no null: what is not written is None.
+    return "\n".join(
+        head + "\n".join(f"{k} = {_toml(v)}" for k, v in values.items() if v is not None)
+        for head, values in tables
+    )
+
+
+def reference_toml() -> str:
+    """Return a configuration file with each setting, its help and its default.
+
+    Settings that are not set by default are in comments, with an example.
+    """
+    server = _reference(ServerSettings, {"defaults", "models"})
+    model = _reference(ModelSettings, {"model", "name", "weights", "inputs", "outputs"})
+    return "\n".join([*server, "", "[defaults]", *model]) + "\n"
+
+
+def _reference(
+    settings: type[ModelSettings] | type[ServerSettings], without: set[str]
+) -> Iterator[str]:
+    for name, field in settings.model_fields.items():
+        if name in without:
+            continue
+        if name in settings.panels:
+            yield f"\n# {settings.panels[name]}\n"
+        yield f"# {field.description}"
+        example = field.examples[0] if field.examples else None
+        line = f"{name} = {_toml(example if field.default is None else field.default)}"
+        yield f"# {line}" if field.default is None else line
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    if isinstance(value, str | Path):
+        return json.dumps(str(value), ensure_ascii=False)
+    return str(value).lower()  # numbers, infinity and booleans

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from nercc_jax import DevicePool, NeRCC
-from nercc_jax.serving import BatchingPolicy, CodedBatcher, Coder, Fidelity
-from nercc_jax.serving._query_doubt import QueryDoubt
+from nercc_jax.serving import BatchingPolicy, CodedBatcher, Coder, ErrorEstimator
+from nercc_jax.serving.core._error_probability import DecodingErrorProbability
 
 SHAPE, OUT = (6,), (3,)
 WEIGHTS = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
@@ -23,11 +23,11 @@ INTERLEAVED = NeRCC(4, 8, points="interleaved", lambda_dec=0.0)
 OWN, EXTRAS = (1, 3, 0, 2), (5, 7, 4, 6)
 
 # A margin of 0.1 or less is doubtful, whatever else is known.
-BY_MARGIN = QueryDoubt(
+BY_MARGIN = DecodingErrorProbability(
     np.array([2 * np.log(0.1), -2, 0, 0, 0], np.float32),
-    wrong=np.full(100, 0.5, np.float32),
-    last=np.linspace(0, 1, 200, dtype=np.float32),
-    number=10**6,
+    wrong_from=np.full(100, 0.5, np.float32),
+    final=np.linspace(0, 1, 200, dtype=np.float32),
+    num_queries=10**6,
 )
 
 
@@ -83,7 +83,7 @@ class Gates:
 
 
 @contextlib.contextmanager
-def serving(code, run=model, *, workers=12, faults=None, warm=True, fidelity=None, **policy):
+def serving(code, run=model, *, workers=12, faults=None, warm=True, estimator=None, **policy):
     """A batcher on a pool of threads; warm: it knows how long answers take."""
     seen = []
     usual = {"max_batch_size": 1, "batch_wait_timeout_s": 0.02, "deadline_s": LONG}
@@ -96,7 +96,7 @@ def serving(code, run=model, *, workers=12, faults=None, warm=True, fidelity=Non
             SHAPE,
             OUT,
             policy=BatchingPolicy(**policy),
-            fidelity=fidelity and fidelity(coder),
+            estimator=estimator and estimator(coder),
             observe=lambda what, number: seen.append((what, number)),
         ) as batcher:
             batcher.test_coder, batcher.test_seen = coder, seen  # pyright: ignore
@@ -109,15 +109,17 @@ def serving(code, run=model, *, workers=12, faults=None, warm=True, fidelity=Non
 
 
 def knowing(coder):
-    """A fidelity that has seen enough: groups are sent as they are when nothing is to be learnt."""
-    fidelity = Fidelity(coder)
-    fidelity.calibrate(lambda x: jnp.tanh(jnp.asarray(x) @ WEIGHTS), queries(400))
-    return fidelity
+    """An estimator that has seen enough: groups are not sent whole, to learn from."""
+    estimator = ErrorEstimator(coder)
+    estimator.calibrate(lambda x: jnp.tanh(jnp.asarray(x) @ WEIGHTS), queries(400))
+    return estimator
 
 
 def settled(batcher):
     """Waits until nothing is left of what was submitted."""
-    until(lambda: not (batcher._sender.groups or batcher.waiting or batcher.in_flight))
+    until(
+        lambda: not (batcher._scheduler._dispatcher.groups or batcher.waiting or batcher.in_flight)
+    )
 
 
 def until(true, seconds=LONG):

@@ -16,16 +16,16 @@ from conftest import require
 from nercc_server import ENDS, patience
 
 require("grpc", "serve-test")
-require("nercc_jax.serving._kserve", "serve")
+require("fastapi", "serve")
 
 import grpc
 from prometheus_client import CollectorRegistry
 
 from nercc_jax.serving import Reply, make_servable
-from nercc_jax.serving._health import Health
-from nercc_jax.serving._served import ServedModel
-from nercc_jax.serving._server import Server
+from nercc_jax.serving._served_model import ServedModel
 from nercc_jax.serving._settings import ModelSettings, read_settings
+from nercc_jax.serving.core._health import Health
+from nercc_jax.serving.transport._server import Server
 
 SERVABLE = make_servable("digits", lambda x: 2 * x, (4,))
 
@@ -103,7 +103,7 @@ def serving(model: Doubles, **told: Any) -> Iterator[Server]:
     """One that is ready."""
     with listening({"digits": lambda: model}, **told) as server:
         for _ in patience(ENDS):
-            if server.plane.state == "serving":
+            if server.state.phase == "serving":
                 break
         yield server
 

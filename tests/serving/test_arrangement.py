@@ -8,9 +8,10 @@ import pytest
 from batching import INTERLEAVED, LONG, count, serving, settled
 
 from nercc_jax import Berrut, NeRCC
-from nercc_jax.serving import Coder, _sender
-from nercc_jax.serving._arrangement import Arranger
-from nercc_jax.serving._request import Request
+from nercc_jax.serving import Coder
+from nercc_jax.serving.core import _dispatch
+from nercc_jax.serving.core._dispatch import QueryOrdering
+from nercc_jax.serving.core._request import Request
 
 CODE = INTERLEAVED
 
@@ -20,7 +21,7 @@ def queries(x):
 
 
 def arranger(code=CODE, shape=(3,), rows=4):
-    return Arranger(Coder(code), shape, rows)
+    return QueryOrdering(Coder(code), shape, rows)
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 5, 8])
@@ -40,7 +41,7 @@ def test_rows_of_groups_lie_along_the_curve(code):
     coder = Coder(code)
     count = 4 * code.num_data
     x = np.random.default_rng(0).permutation(count)
-    dealt = Arranger(coder, (2,), 4).deal(
+    dealt = QueryOrdering(coder, (2,), 4).assign(
         queries(x[:, None] * np.ones((1, 2))), [4] * code.num_data, 0
     )
     assert [len(cell) for cell in dealt] == [4] * code.num_data
@@ -55,7 +56,7 @@ def test_rows_of_groups_lie_along_the_curve(code):
 def test_cells_of_any_size_and_groups_that_have_begun(place):
     sizes = [4, 2, 2, 1, 1, 1, 1]
     x = np.random.default_rng(1).permutation(12)[:, None] * np.ones((1, 3))
-    cells = arranger().deal(queries(x), sizes, place)
+    cells = arranger().assign(queries(x), sizes, place)
     assert [len(cell) for cell in cells] == sizes
     assert sorted(query.x[0] for cell in cells for query in cell) == list(range(12))
     # A group's cells hold a stretch of the path: the first group's, then the next one's.
@@ -72,7 +73,7 @@ def test_queries_whose_projection_overflows_are_dealt_like_others():
     for number in (3, 5, 9, 16):
         x = np.random.default_rng(number).normal(size=(number, 300))
         x[::2] = 3e38
-        cells = ready.deal(queries(x), [1] * number, 0)
+        cells = ready.assign(queries(x), [1] * number, 0)
         assert sorted(query.place for (query,) in cells) == list(range(number))
 
 
@@ -82,7 +83,7 @@ def test_more_than_a_group_holds_is_arranged_in_stretches():
     assert sorted(order[:8]) == list(range(8))
     assert sorted(order[8:16]) == list(range(8, 16))
     assert sorted(order[16:]) == list(range(16, 20))
-    assert arranger(rows=2).deal([], [], 0) == []
+    assert arranger(rows=2).assign([], [], 0) == []
 
 
 def test_nothing_compiles_once_it_is_compiled():
@@ -100,8 +101,8 @@ def test_nothing_compiles_once_it_is_compiled():
 )
 def test_what_takes_long_to_order_goes_out_as_it_comes(seconds, share, ordered, monkeypatch):
     """The thread that answers orders: no longer than this, or this share of an answer's time."""
-    monkeypatch.setattr(_sender, "_ORDERING", seconds)
-    monkeypatch.setattr(_sender, "_ORDERING_SHARE", share)
+    monkeypatch.setattr(_dispatch, "_ORDERING", seconds)
+    monkeypatch.setattr(_dispatch, "_ORDERING_SHARE", share)
     with serving(CODE, workers=8, ordering=True) as batcher:
         batcher.submit(batching.queries(8)).result(LONG)
         settled(batcher)

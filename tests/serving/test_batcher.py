@@ -37,15 +37,15 @@ from nercc_jax.serving import (
     CodedBatcher,
     Coder,
     DeadlineExceeded,
-    Fidelity,
+    ErrorEstimator,
     InferenceFailed,
     QueueFull,
     ServerClosing,
 )
-from nercc_jax.serving._health import Health
-from nercc_jax.serving._lanes import Lane, Lanes
-from nercc_jax.serving._request import Request
-from nercc_jax.serving._tutor import Tutor
+from nercc_jax.serving.adapt._adaptation import BackgroundCalibrator
+from nercc_jax.serving.core._health import Health
+from nercc_jax.serving.core._queue import Lane, QueryQueue
+from nercc_jax.serving.core._request import Request
 from nercc_jax.stragglers import TraceLatency
 
 SYSTEMATIC = {
@@ -118,7 +118,7 @@ def decoded_by_hand(x, missing):
 def test_a_straggler_is_decoded_from_the_others(number):
     """Of full groups, and of short ones, which get a smaller code on the same workers' points."""
     gates = Gates(SERVICE)
-    with serving(INTERLEAVED, gates, wait_for=1, patience=PATIENCE, fidelity=knowing) as batcher:
+    with serving(INTERLEAVED, gates, wait_for=1, patience=PATIENCE, estimator=knowing) as batcher:
         x = queries(number)
         event = gates.hold(x[1])
         reply = batcher.submit(x).result(LONG)
@@ -128,7 +128,7 @@ def test_a_straggler_is_decoded_from_the_others(number):
         heard = int(reply.heard[1])
         event.set()
         settled(batcher)
-        assert batcher.fidelity.audited().number == 1
+        assert batcher.estimator.audited().number == 1
         assert count(batcher, "audit_same") + count(batcher, "audit_other") == 1
         assert count(batcher, "query_decoded") == 1
         assert reply.asked[1] == 2 * number
@@ -152,15 +152,15 @@ def test_all_answers_but_the_stragglers_are_waited_for():
 def test_what_is_expected_to_be_wrong_is_sent_again(known):
     """Nothing is known of the error, or it is known to be too large: the query is executed anew."""
 
-    def fidelity(coder):
-        made = Fidelity(coder)
+    def estimator(coder):
+        made = ErrorEstimator(coder)
         if known:
             made.calibrate(lambda x: jnp.tanh(20 * x @ WEIGHTS), queries(400))
         return made
 
     gates = Gates(SERVICE)
     with serving(
-        INTERLEAVED, gates, fidelity=fidelity, max_disagreement=0.01, patience=PATIENCE
+        INTERLEAVED, gates, estimator=estimator, max_disagreement=0.01, patience=PATIENCE
     ) as batcher:
         x = queries(4)
         event = gates.hold(x[0], calls=1)
@@ -174,14 +174,14 @@ def test_what_is_expected_to_be_wrong_is_sent_again(known):
 
 
 def test_what_is_expected_to_be_right_is_decoded():
-    def fidelity(coder):
-        made = Fidelity(coder)
+    def estimator(coder):
+        made = ErrorEstimator(coder)
         made.calibrate(lambda x: jnp.asarray(x) @ WEIGHTS + jnp.array([9.0, 0, 0]), queries(400))
         return made
 
     gates = Gates(SERVICE)
     with serving(
-        INTERLEAVED, gates, fidelity=fidelity, max_disagreement=0.05, patience=PATIENCE
+        INTERLEAVED, gates, estimator=estimator, max_disagreement=0.05, patience=PATIENCE
     ) as batcher:
         x = queries(4)
         event = gates.hold(x[0])
@@ -204,7 +204,7 @@ def of_two_kinds(even, odd):
 @pytest.mark.parametrize("budget", [None, 0.5, 0.0])
 def test_each_query_is_judged_by_itself(budget, monkeypatch):
     """Two of one batch, decoded from the same workers: the doubtful one is sent again."""
-    monkeypatch.setattr(Fidelity, "doubt", lambda self, queries: BY_MARGIN)
+    monkeypatch.setattr(ErrorEstimator, "error_probability", lambda self, queries: BY_MARGIN)
     gates = Gates(SERVICE)
     policy = {"max_disagreement": 0.001, "max_reexecution": budget}
     with serving(
@@ -230,7 +230,7 @@ def test_each_query_is_judged_by_itself(budget, monkeypatch):
 
 @pytest.mark.parametrize("doubtful", [2, 3])
 def test_a_budget_for_one_is_spent_on_the_more_doubtful(doubtful, monkeypatch):
-    monkeypatch.setattr(Fidelity, "doubt", lambda self, queries: BY_MARGIN)
+    monkeypatch.setattr(ErrorEstimator, "error_probability", lambda self, queries: BY_MARGIN)
     gates = Gates(SERVICE)
     # 24 queries have come before these 16: that is worth 1.2 of them.
     policy = {"max_disagreement": 0.001, "max_reexecution": 0.03, "max_batch_size": 2}
@@ -370,14 +370,14 @@ def test_what_is_sent_again_goes_ahead_of_high_priority():
     first, high = (
         Request(queries(3), np.zeros((3, 3)), 0.0, 1.0, False, lead) for lead in (0.0, 1.0)
     )
-    lanes = Lanes(6)
-    assert lanes.admit(6)
-    lanes.put(first)
+    lanes = QueryQueue(6)
+    assert lanes.reserve(6)
+    lanes.add(first)
     again = [lanes.pop(lanes.coded) for _ in range(2)]
-    lanes.put(high)
-    lanes.put_again(again)
+    lanes.add(high)
+    lanes.resend(again)
     order = []
-    while lane := lanes.next():
+    while lane := lanes.next_lane():
         order.append(lanes.pop(lane))
     assert order == [*again, *high.queries, first.queries[2]]
     assert lanes.waiting == 0
@@ -387,13 +387,13 @@ def test_a_stream_of_high_priority_leaves_an_ordinary_query_its_turn():
     """However fast they come: it waits for those of the lead, and no others."""
     lane = Lane()
     ordinary = Request(queries(1), np.zeros((1, 3)), time.monotonic(), 1.0, False)
-    lane.put(ordinary)
+    lane.add(ordinary)
     taken = []
     for number in range(1, 100):
         high = Request(queries(1), np.zeros((1, 3)), time.monotonic(), 1.0, False, lead=1.0)
         high.arrived = ordinary.arrived + number / 10
         high.turn = high.arrived - 1.0
-        lane.put(high)
+        lane.add(high)
         taken.append(lane.pop().request)
     assert taken.index(ordinary) in (9, 10)  # rounding
 
@@ -480,11 +480,11 @@ def test_a_full_queue_refuses_at_once_and_then_takes_again():
 
 
 def test_a_full_queue_has_room_for_high_priority():
-    lanes = Lanes(4)
-    assert lanes.admit(4)
-    assert not lanes.admit(1)
-    assert lanes.admit(1, high=True), "a quarter more"
-    assert not lanes.admit(1, high=True)
+    lanes = QueryQueue(4)
+    assert lanes.reserve(4)
+    assert not lanes.reserve(1)
+    assert lanes.reserve(1, high=True), "a quarter more"
+    assert not lanes.reserve(1, high=True)
     gates = Gates()
     with serving(Uncoded(1), gates, workers=1, max_queue_size=1, copies=1) as batcher:
         event = gates.hold(queries(1)[0])
@@ -504,14 +504,16 @@ def test_a_full_queue_has_room_for_high_priority():
 def test_redundancy_slows_nobody_down(spare, monkeypatch):
     """The first of what would be sent, while others have something in hand."""
     gates = Gates()
-    with serving(INTERLEAVED, gates, fidelity=knowing, batch_wait_timeout_s=LONG) as batcher:
-        monkeypatch.setattr(batcher._pool._scheduler._queue, "_capacity", lambda busy: float(spare))
+    with serving(INTERLEAVED, gates, estimator=knowing, batch_wait_timeout_s=LONG) as batcher:
+        monkeypatch.setattr(
+            batcher._scheduler._pool._scheduler._queue, "_capacity", lambda busy: float(spare)
+        )
         x = queries(4)
         events = [gates.hold(each) for each in x]
         future = batcher.submit(x)
-        while not any(group.cells[0].x is None for group in batcher._sender.groups):
+        while not any(group.cells[0].x is None for group in batcher._scheduler._dispatcher.groups):
             time.sleep(0.001)  # until all is sent
-        (group,) = batcher._sender.groups
+        (group,) = batcher._scheduler._dispatcher.groups
         sent = np.flatnonzero(group.sent).tolist()
         for event in events:
             event.set()
@@ -523,11 +525,11 @@ def test_all_answers_are_wanted_only_while_there_is_time_to_learn():
     def do_nothing(*_):
         pass
 
-    tutor = Tutor(Fidelity(Coder(INTERLEAVED)), do_nothing, WALL)
-    assert tutor.hungry(4)
-    assert not tutor.hungry(1)
-    tutor.teach(np.zeros((8, 3)), np.zeros((4, 3)))  # it has not begun
-    assert not tutor.hungry(4)
+    tutor = BackgroundCalibrator(ErrorEstimator(Coder(INTERLEAVED)), do_nothing, WALL)
+    assert tutor.needs_samples(4)
+    assert not tutor.needs_samples(1)
+    tutor.add_group(np.zeros((8, 3)), np.zeros((4, 3)))  # it has not begun
+    assert not tutor.needs_samples(4)
 
 
 def test_deadlines_say_so_and_leave_nothing_behind():

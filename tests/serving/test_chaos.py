@@ -29,9 +29,9 @@ import time
 import jax
 import numpy as np
 
-from nercc_jax.serving import Fidelity
+from nercc_jax.serving import ErrorEstimator
 
-learn = Fidelity.learn_by_steps
+learn = ErrorEstimator.add_group_in_steps
 
 
 def sometimes(self, *lesson):
@@ -40,7 +40,7 @@ def sometimes(self, *lesson):
     return learn(self, *lesson)
 
 
-Fidelity.learn_by_steps = sometimes
+ErrorEstimator.add_group_in_steps = sometimes
 
 
 def answer(x):

@@ -7,6 +7,7 @@ import concurrent.futures
 import multiprocessing
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,22 @@ from nercc_server import ENDS, running
 
 httpx = require("httpx", "serve-test")
 grpc = require("grpc", "serve-test")
-require("nercc_jax.serving._kserve", "serve")
+require("fastapi", "serve")
 require("tritonclient", "serve-test")
 
-from kserve import InferenceGRPCClient, InferenceRESTClient, RESTConfig
+# It reads the command line of its process when it is imported.
+_arguments, sys.argv = sys.argv, sys.argv[:1]
+require("kserve", "serve-test")
+sys.argv = _arguments
 
-from nercc_jax.serving._kserve import InferInput, InferRequest, RequestedOutput
+from kserve import (
+    InferenceGRPCClient,
+    InferenceRESTClient,
+    InferInput,
+    InferRequest,
+    RESTConfig,
+)
+from kserve.protocol.infer_type import RequestedOutput
 
 pytestmark = pytest.mark.slow
 

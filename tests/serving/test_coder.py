@@ -6,7 +6,7 @@ import pytest
 from scipy.interpolate import make_interp_spline
 
 from nercc_jax import Berrut, Lagrange, NeRCC, Parity, Replication, Uncoded
-from nercc_jax.serving import Coder, Fidelity
+from nercc_jax.serving import Coder, ErrorEstimator
 
 CODES = {
     "interleaved": NeRCC(4, 8, points="interleaved", lambda_dec=0.0),
@@ -134,7 +134,7 @@ def test_decoding_is_the_codes_own(name):
 def test_doubts_are_of_each_rows_own_margin_and_deviation(name):
     """Against the code's own deviations: variance and roughness with the same weight are those."""
     coder = coder_of(name)
-    assert coder.doubts
+    assert coder.has_error_probability
     random = np.random.default_rng(1)
     values = random.normal(size=(coder.num_workers, 3, 5)).astype(np.float32)
     mask = np.ones(coder.num_workers, bool)
@@ -171,9 +171,11 @@ def test_what_nothing_tells_is_doubted():
 
 
 def test_codes_that_are_no_regression_have_no_doubt():
-    assert not any(coder_of(name).doubts for name in ("BACC", "LCC", "ParM", "replication"))
-    assert not any(coder_of(name).curved for name in ("LCC", "ParM", "replication", "uncoded"))
-    assert coder_of("BACC").curved
+    assert not any(
+        coder_of(name).has_error_probability for name in ("BACC", "LCC", "ParM", "replication")
+    )
+    assert not any(coder_of(name).needs_order for name in ("LCC", "ParM", "replication", "uncoded"))
+    assert coder_of("BACC").needs_order
 
 
 @pytest.mark.parametrize("name", ["interleaved", "chebyshev", "BACC"])
@@ -182,7 +184,7 @@ def test_places_along_the_curve(name):
     alpha = np.asarray(coder.code.alpha)[coder._order]
     for first in range(coder.num_data):
         for number in range(1, coder.num_data - first + 1):
-            along = coder.along(first, number)
+            along = coder.path_order(first, number)
             assert sorted(along) == list(range(number))
             assert (np.diff(alpha[first + along]) > 0).all()
 
@@ -200,15 +202,15 @@ _WEIGHTS = np.random.default_rng(2).normal(size=(4, 3)).astype(np.float32)
 @pytest.fixture(scope="module")
 def calibrated():
     coder = Coder(CODES["interleaved"])
-    fidelity = Fidelity(coder)
-    fidelity.calibrate(tanh, np.random.default_rng(3).normal(size=(2000, 4)).astype(np.float32))
-    return coder, fidelity
+    estimator = ErrorEstimator(coder)
+    estimator.calibrate(tanh, np.random.default_rng(3).normal(size=(2000, 4)).astype(np.float32))
+    return coder, estimator
 
 
 @pytest.mark.parametrize("queries", [2, 3, 4])
 def test_what_is_expected_is_what_happens(calibrated, queries):
     """On other data, decoded by hand."""
-    coder, fidelity = calibrated
+    coder, estimator = calibrated
     x = np.random.default_rng(4).normal(size=(1500, queries, 4)).astype(np.float32)
     everything = np.arange(coder.num_workers)
     answers = np.asarray(tanh(coder.encode(x, everything)))  # (N, groups, outputs)
@@ -219,8 +221,8 @@ def test_what_is_expected_is_what_happens(calibrated, queries):
         predictions, _ = coder.decode(np.where(mask[:, None, None], answers, 0), mask, len(x))
         wrong = predictions[:, place].argmax(-1) != own[:, place].argmax(-1)
         error = np.sqrt(np.mean(np.sum((predictions[:, place] - own[:, place]) ** 2, axis=-1)))
-        fidelity.foresee(queries, mask)
-        disagreement, expected_error, fresh = fidelity.expect(queries, mask)
+        estimator.update_expected(queries, mask)
+        disagreement, expected_error, fresh = estimator.expected_error(queries, mask)
         assert fresh
         assert len(disagreement) == queries
         spread = 4 * np.sqrt(max(wrong.mean(), 0.02) / (64 if queries < 4 else 256))
@@ -229,62 +231,64 @@ def test_what_is_expected_is_what_happens(calibrated, queries):
 
 
 def test_nothing_wrong_among_a_few_is_not_never(calibrated):
-    coder, fidelity = calibrated
-    disagreement, error, _ = fidelity.expect(4, np.ones(coder.num_workers, bool))
+    coder, estimator = calibrated
+    disagreement, error, _ = estimator.expected_error(4, np.ones(coder.num_workers, bool))
     assert (error < 1e-3).all()
     np.testing.assert_allclose(disagreement, 0.5 / 257, rtol=1e-5)
 
 
 def test_nothing_is_known_at_first_and_then_learnt():
     coder = Coder(CODES["interleaved"])
-    fidelity = Fidelity(coder)
+    estimator = ErrorEstimator(coder)
     mask = np.ones(coder.num_workers, bool)
     mask[coder.first[0]] = False
-    assert np.isnan(fidelity.expect(4, mask).disagreement).all()
-    assert fidelity.known() == (0, 32)
-    assert fidelity.hungry(4)
-    assert not fidelity.hungry(1)
+    assert np.isnan(estimator.expected_error(4, mask).disagreement).all()
+    assert estimator.progress() == (0, 32)
+    assert estimator.needs_samples(4)
+    assert not estimator.needs_samples(1)
     x = np.random.default_rng(5).normal(size=(300, 4, 4)).astype(np.float32)
     answers = np.asarray(tanh(coder.encode(x, np.arange(coder.num_workers)))).swapaxes(0, 1)
     for group, own in zip(answers, np.asarray(tanh(x)), strict=True):
-        fidelity.learn(group, own)
-    assert not fidelity.hungry(4)
-    assert fidelity.hungry(3)
-    assert not fidelity.expect(4, mask).fresh, "nobody has looked it up"
-    fidelity.foresee(4, mask)
-    taught = fidelity.expect(4, mask)
-    assert taught.fresh
-    given = Fidelity(coder)
+        estimator.add_group(group, own)
+    assert not estimator.needs_samples(4)
+    assert estimator.needs_samples(3)
+    assert not estimator.expected_error(4, mask).current, "nobody has looked it up"
+    estimator.update_expected(4, mask)
+    taught = estimator.expected_error(4, mask)
+    assert taught.current
+    given = ErrorEstimator(coder)
     given.calibrate(tanh, np.random.default_rng(6).normal(size=(1200, 4)).astype(np.float32))
     usual = np.ones(coder.num_workers, bool)
     for mask in (usual, usual & (np.arange(coder.num_workers) != coder.first[2][0])):
-        assert given.expect(4, mask).fresh, "calibration looks up the usual ones"
-    fidelity.foresee(4, mask)
-    found, wanted = fidelity.expect(4, mask), given.expect(4, mask)
+        assert given.expected_error(4, mask).current, "calibration looks up the usual ones"
+    estimator.update_expected(4, mask)
+    found, wanted = estimator.expected_error(4, mask), given.expected_error(4, mask)
     np.testing.assert_allclose(found.disagreement, wanted.disagreement, atol=0.15)
-    nobody = fidelity.expect(4, np.zeros(coder.num_workers, bool))
+    nobody = estimator.expected_error(4, np.zeros(coder.num_workers, bool))
     assert np.isnan(nobody.disagreement).all()
     # New groups come, so what was found is looked up anew; it is told until then.
     for group, own in zip(answers, np.asarray(tanh(x)), strict=True):
-        fidelity.learn(group, own)
-    fidelity.foresee(4, usual)
-    assert not fidelity.expect(4, mask).fresh
-    np.testing.assert_array_equal(fidelity.expect(4, mask).disagreement, found.disagreement)
+        estimator.add_group(group, own)
+    estimator.update_expected(4, usual)
+    assert not estimator.expected_error(4, mask).current
+    np.testing.assert_array_equal(
+        estimator.expected_error(4, mask).disagreement, found.disagreement
+    )
 
 
 def test_what_is_expected_follows_a_model_that_changes():
     """Of the same workers: at first all answers are alike, and decoded without an error."""
     coder = coder_of("BACC")
-    fidelity, mask = Fidelity(coder), np.arange(coder.num_workers) != 2
+    estimator, mask = ErrorEstimator(coder), np.arange(coder.num_workers) != 2
     x = np.random.default_rng(7).normal(size=(300, coder.num_data, 4)).astype(np.float32)
     coded = coder.encode(x, np.arange(coder.num_workers)).swapaxes(0, 1)
     errors = []
     for model in (lambda x: 0 * tanh(x) + 1, tanh):
         for answers, own in zip(np.asarray(model(coded)), np.asarray(model(x)), strict=True):
-            fidelity.learn(answers, own)
-        fidelity.foresee(coder.num_data, mask)
-        found = fidelity.expect(coder.num_data, mask)
-        assert found.fresh
+            estimator.add_group(answers, own)
+        estimator.update_expected(coder.num_data, mask)
+        found = estimator.expected_error(coder.num_data, mask)
+        assert found.current
         errors.append(found.error)
     assert (errors[0] < 1e-5).all()
     assert (errors[1] > 0.05).all()
@@ -293,16 +297,16 @@ def test_what_is_expected_follows_a_model_that_changes():
 def test_codes_that_cannot_guess_want_no_lessons():
     for name in ("replication", "uncoded"):
         coder = coder_of(name)
-        assert not coder.guesses
-        assert not Fidelity(coder).hungry(coder.num_data)
-    assert coder_of("repeated").guesses
+        assert not coder.can_decode
+        assert not ErrorEstimator(coder).needs_samples(coder.num_data)
+    assert coder_of("repeated").can_decode
 
 
 def test_audits():
-    fidelity = Fidelity(Coder(CODES["interleaved"]))
-    assert fidelity.audited().number == 0
-    assert np.isnan(fidelity.audited().disagreement)
-    assert fidelity.audit(np.array([0.0, 1]), np.array([2.0, 3]))
-    assert not fidelity.audit(np.array([1.0, 0]), np.array([2.0, 3]))
-    assert fidelity.audited().number == 2
-    assert fidelity.audited().disagreement == 0.5
+    estimator = ErrorEstimator(Coder(CODES["interleaved"]))
+    assert estimator.audited().number == 0
+    assert np.isnan(estimator.audited().disagreement)
+    assert estimator.audit(np.array([0.0, 1]), np.array([2.0, 3]))
+    assert not estimator.audit(np.array([1.0, 0]), np.array([2.0, 3]))
+    assert estimator.audited().number == 2
+    assert estimator.audited().disagreement == 0.5

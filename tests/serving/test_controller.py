@@ -10,24 +10,24 @@ from traffic import SERVICE, Traffic, labels_right, model
 from nercc_jax import Berrut, Replication, Uncoded
 from nercc_jax.pools import Call, Overdue
 from nercc_jax.serving import BatchingPolicy, Coder, Predictor
-from nercc_jax.serving._controller import Controller
-from nercc_jax.serving._known import Predictions
-from nercc_jax.serving._tails import Replay, Setting, replay_of
-from nercc_jax.testing import SimulatedPool
+from nercc_jax.serving.adapt._setting_controller import CallReplay, SettingController, replay_calls
+from nercc_jax.serving.core._adaptation import DispatchSetting, Predictions
 
 REPLICATION = Coder(Replication(1, 2))
 MEDIAN = Overdue(0.5, 1.5, floor=0.0)
 
 
 def foresee(replay, redundancy, known, overdue=MEDIAN, extra=1):
-    return replay.foresee(Setting(overdue, redundancy), known=known, extra=extra, extra_calls=1.0)
+    return replay.forecast(
+        DispatchSetting(overdue, redundancy), known=known, extra=extra, extra_calls=1.0
+    )
 
 
 def test_a_tail_is_that_of_calls_played_again():
     own = np.ones(10_000)
     own[:30] = 11.0  # of which the 20 and more that tails look at are some
     copies = np.full((2, 10_000), 2.0)
-    replay = Replay(own, copies, np.full(10_000, 0.5), 0.05)
+    replay = CallReplay(own, copies, np.full(10_000, 0.5), 0.05)
     hedged = foresee(replay, "none", 0.0)
     assert hedged.tail == pytest.approx(1.5 + 2.0)
     assert hedged.calls == pytest.approx(1 + 30 / 10_000)
@@ -51,16 +51,16 @@ def test_copies_are_other_workers_calls_of_the_same_time():
     calls = [Call(float(i), 0.1 if i % 4 else 1.0, 1, i % 4) for i in range(400)]
     calls += [Call(i + 0.5, 0.4, 8, i % 4) for i in range(40)]  # larger ones take longer
     calls += [Call(0.1, 7.0, 2, 0)]  # of its size nothing is known
-    replay = replay_of(calls, 2, workers=4, seed=0)
+    replay = replay_calls(calls, 2, workers=4, seed=0)
     assert replay.median == pytest.approx(0.1)
     assert set(np.round(replay.own, 6)) == {1.0, 10.0}
     slow = replay.own > 5
     assert (replay.copies[:, slow] == 1).all(), "worker 0 is not its own copy"
     assert (replay.copies[:, ~slow] > 5).any()
-    assert replay_of(calls[:10], 2, workers=4, seed=0) is None
+    assert replay_calls(calls[:10], 2, workers=4, seed=0) is None
     # What is slow together stays together: a copy is as slow as its query.
     together = [Call(float(i), 1.0 if 200 <= i < 400 else 0.1, 1, i % 4) for i in range(600)]
-    replay = replay_of(together, 1, workers=4, seed=0)
+    replay = replay_calls(together, 1, workers=4, seed=0)
     assert np.mean(replay.own == replay.copies[0]) > 0.97
 
 
@@ -77,7 +77,7 @@ class Sure(Predictor):
         sure = x[:, 0] <= 0.5  # seven of ten
         return Predictions(model(x), np.where(sure, 0.01, 0.9), np.zeros(len(x)), sure)
 
-    def hear(self, x, own):
+    def add_answer(self, x, own):
         pass
 
     def audit(self, given, own):
@@ -92,7 +92,7 @@ class Looks:
         self.pool = SimulatedPool(model, 24, seconds=lambda size: SERVICE)
         self.pool.calls = lambda: self.calls
         self.told, self.random = [], np.random.default_rng(0)
-        self.controller = Controller(policy, code, self.pool, predictor, self.hear)
+        self.controller = SettingController(policy, code, self.pool, predictor, self.hear)
         self.controller.start()
 
     def hear(self, what, number):
@@ -210,7 +210,7 @@ def test_traffic_is_served_by_what_is_picked():
     )
     traffic = Traffic(Sure(), policy, code=Replication(1, 2), share=0.05)
     traffic.send(600)
-    assert traffic.batcher.controller.setting.redundancy == "doubtful"
+    assert traffic.batcher._adaptation.setting.redundancy == "doubtful"
     before, told = traffic.calls(), traffic.send(300)
     assert 1.2 < (traffic.calls() - before) / 300 < 1.4  # three of ten twice
     assert np.quantile([seconds for seconds, *_ in told], 0.99) < 1.5 * SERVICE
@@ -223,4 +223,4 @@ def test_arguments():
     with pytest.raises(ValueError, match="sends queries as they came"):
         Traffic(None, BatchingPolicy(max_calls=1.1), code=Berrut(3, 5))
     traffic = Traffic(None, BatchingPolicy(), code=Uncoded(1))
-    assert traffic.batcher.controller.status() is None
+    assert traffic.batcher.setting_status() is None

@@ -12,17 +12,17 @@ from nercc_server import ENDS, patience
 
 httpx = require("httpx", "serve-test")
 grpc = require("grpc", "serve-test")
-require("nercc_jax.serving._kserve", "serve")
+require("fastapi", "serve")
 
 from in_process import SERVABLE, Doubles, body, channel, listening, serving
 from prometheus_client import CollectorRegistry
 
 from nercc_jax import Uncoded
-from nercc_jax.serving._arrival import under_way
-from nercc_jax.serving._kserve import messages
-from nercc_jax.serving._metrics import Meters
-from nercc_jax.serving._served import ServedModel
+from nercc_jax.serving._metrics import Metrics
+from nercc_jax.serving._served_model import ServedModel
 from nercc_jax.serving._settings import ModelSettings
+from nercc_jax.serving.transport import open_inference_pb2 as messages
+from nercc_jax.serving.transport._http import seconds_since_proxy
 
 HELD = 10.0  # seconds, unless it is released
 
@@ -30,7 +30,7 @@ HELD = 10.0  # seconds, unless it is released
 @pytest.fixture
 def model():
     settings = ModelSettings(model="digits", scheme="uncoded", workers=2)
-    model = ServedModel(SERVABLE, Uncoded(1), settings, Meters(CollectorRegistry()))
+    model = ServedModel(SERVABLE, Uncoded(1), settings, Metrics(CollectorRegistry()))
     yield model
     model.close(0.0)
 
@@ -74,9 +74,9 @@ def test_a_batcher_that_is_held_up_is_not_waited_for(model, monkeypatch):
         monkeypatch.context() as patched,
     ):
         for _ in patience(ENDS):
-            if server.plane.state == "serving":
+            if server.state.phase == "serving":
                 break
-        patched.setattr(model._batcher, "_dispatch", hold)
+        patched.setattr(model._batcher._scheduler, "_dispatch", hold)
         asked = [clients.submit(ask, server, 0.3) for ask in (by_rest, by_grpc)]
         told = [each.result(ENDS) for each in asked]
         assert held.is_set()
@@ -113,8 +113,8 @@ NOW = 1_795_000_000.25  # in 2026
 )
 def test_proxies_tell_when_a_request_came(told, seconds):
     headers = [(b"host", b"x"), (b"x-request-start", told.encode())]
-    assert under_way(headers, NOW) == pytest.approx(seconds, abs=1e-6)
-    assert under_way(headers[:1], NOW) == 0
+    assert seconds_since_proxy(headers, NOW) == pytest.approx(seconds, abs=1e-6)
+    assert seconds_since_proxy(headers[:1], NOW) == 0
 
 
 class Listens(Doubles):

@@ -48,7 +48,7 @@ def settings_of(monkeypatch, arguments, environment):
     from typer.testing import CliRunner
 
     from nercc_jax.cli import _app, _serve, _serving_models
-    from nercc_jax.serving import _server
+    from nercc_jax.serving.transport import _server
 
     found = []
     monkeypatch.setattr(_serve, "_start_log", lambda *_: None)
@@ -67,10 +67,10 @@ def settings_of(monkeypatch, arguments, environment):
 def app_of(settings):
     from prometheus_client import CollectorRegistry
 
-    from nercc_jax.serving._plane import Plane
-    from nercc_jax.serving._rest import make_app
+    from nercc_jax.serving.transport._rest import make_app
+    from nercc_jax.serving.transport._state import ServerState
 
-    return make_app(Plane({}, settings), CollectorRegistry())
+    return make_app(ServerState({}, settings), CollectorRegistry())
 
 
 def get(app, path):
@@ -432,7 +432,7 @@ def test_serves_proxy_tells_when_a_request_came():
     """As a proxy before it has told already, if there is one."""
     require("ray.serve", "ray-serve")
     from nercc_jax.cli.ray_serve import stamp
-    from nercc_jax.serving._arrival import under_way
+    from nercc_jax.serving.transport._http import seconds_since_proxy
 
     came = []
 
@@ -447,7 +447,7 @@ def test_serves_proxy_tells_when_a_request_came():
         asyncio.run(proxy({"type": "http", "headers": headers}, None, None))
     asyncio.run(proxy({"type": "lifespan"}, None, None))
     assert came[0][0] == own
-    assert 3 <= under_way(came[0], time.time() + 3) < 3 + SOON
+    assert 3 <= seconds_since_proxy(came[0], time.time() + 3) < 3 + SOON
     assert came[1] == [own, earlier]
     assert came[2] is None
 
@@ -471,7 +471,7 @@ def test_a_replica_that_never_started_ends_quietly():
     require("ray.serve", "ray-serve")
     from nercc_jax.cli.ray_serve import CodedServer
 
-    replica = types.SimpleNamespace(_plane=None, _telemetry=None)
+    replica = types.SimpleNamespace(_server_state=None, _telemetry=None)
     asyncio.run(CodedServer.check_health(replica))
     asyncio.run(CodedServer.__del__(replica))
 
@@ -500,7 +500,7 @@ def test_ray_replica_is_ill_without_workers():
     def check(*states):
         report = types.SimpleNamespace(workers=[types.SimpleNamespace(state=s) for s in states])
         model = types.SimpleNamespace(pool=types.SimpleNamespace(report=lambda: report))
-        replica = types.SimpleNamespace(_plane=types.SimpleNamespace(models={"m": model}))
+        replica = types.SimpleNamespace(_server_state=types.SimpleNamespace(models={"m": model}))
         asyncio.run(CodedServer.check_health(replica))
 
     check("starting", "busy")

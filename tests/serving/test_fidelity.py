@@ -9,9 +9,10 @@ from batching import EXTRAS, INTERLEAVED, OWN
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nercc_jax.serving import Coder, Fidelity
-from nercc_jax.serving._budget import Budget
-from nercc_jax.serving._query_doubt import QueryDoubt, calibrate, unknown
+from nercc_jax.serving import Coder, ErrorEstimator
+from nercc_jax.serving.adapt._straggler_simulation import calibrate
+from nercc_jax.serving.core._error_probability import DecodingErrorProbability, uncalibrated
+from nercc_jax.serving.core._fallback import Budget
 
 CODE = INTERLEAVED
 WEIGHTS = np.random.default_rng(2).normal(size=(4, 3)).astype(np.float32)
@@ -28,21 +29,21 @@ def data(number, seed):
 @pytest.fixture(scope="module")
 def known():
     coder = Coder(CODE)
-    fidelity = Fidelity(coder)
-    fidelity.calibrate(model, data(1024, 3))
-    return coder, fidelity
+    estimator = ErrorEstimator(coder)
+    estimator.calibrate(model, data(1024, 3))
+    return coder, estimator
 
 
 @pytest.mark.parametrize("queries", [2, 4])
 def test_no_more_is_wrong_than_was_asked_for(known, queries):
     """On other data: every query whose own worker straggles, as the last answers come in."""
-    coder, fidelity = known
+    coder, estimator = known
     x = data(400 * queries, 4).reshape(400, queries, 4)
     answers = np.asarray(model(coder.encode(x, np.arange(8))))
     own = np.asarray(model(x)).argmax(-1)
     random, redundancy = np.random.default_rng(5), queries
     sent = np.array([*OWN[:queries], *EXTRAS[:queries]])
-    doubt = fidelity.doubt(queries)
+    doubt = estimator.error_probability(queries)
     limits = {share: doubt.limit(share) for share in (0.3, 0.1, 0.03)}
     wrong, doubts, errors = {share: [] for share in limits}, [], []
     sets = list(itertools.product(range(queries), range(redundancy), range(4)))
@@ -64,20 +65,22 @@ def test_no_more_is_wrong_than_was_asked_for(known, queries):
     total = len(sets) * len(x)
     for share, limit in limits.items():
         assert sum(wrong[share]) / total <= share
-        assert doubt.share(limit) < 0.95, "something is answered at once"
+        assert doubt.share_above(limit) < 0.95, "something is answered at once"
     assert 1 >= limits[0.3] >= limits[0.1] >= limits[0.03] > 0
     assert np.mean(doubts) == pytest.approx(np.mean(errors), rel=0.3)
 
 
 def test_sure_ones_are_right_more_often_than_a_place_is(known):
     """What decides by query beats what decides by the mask alone, from the same workers."""
-    coder, fidelity = known
+    coder, estimator = known
     x = data(1600, 6).reshape(400, 4, 4)
     mask = np.ones(8, bool)
     mask[OWN[0]] = False
     answers = np.asarray(model(coder.encode(x, np.arange(8))))
     given = np.where(mask[:, None, None], answers, 0)
-    predictions, _, doubt = coder.assess(given, mask, len(x), fidelity.doubt(4).weights)
+    predictions, _, doubt = coder.assess(
+        given, mask, len(x), estimator.error_probability(4).weights
+    )
     wrong = predictions[:, 0].argmax(-1) != np.asarray(model(x))[:, 0].argmax(-1)
     sure = doubt[:, 0] <= np.median(doubt[:, 0])
     assert wrong[sure].mean() < 0.5 * wrong.mean() < wrong[~sure].mean()
@@ -85,29 +88,29 @@ def test_sure_ones_are_right_more_often_than_a_place_is(known):
 
 def test_a_doubt_is_learnt_from_traffic():
     coder = Coder(CODE)
-    fidelity = Fidelity(coder)
+    estimator = ErrorEstimator(coder)
     x = data(4 * 70, 7).reshape(70, 4, 4)
     answers = np.asarray(model(coder.encode(x, np.arange(8)))).swapaxes(0, 1)
     learnt = []
     for group, own in zip(answers, np.asarray(model(x)), strict=True):
-        fidelity.learn(group, own)
-        if not learnt or fidelity.doubt(4) is not learnt[-1]:
-            learnt.append(fidelity.doubt(4))
-        assert fidelity.hungry(4) or fidelity.doubt(4).number > 0
-    assert [doubt.number for doubt in learnt] == [0, 4 * 32, 4 * 64]
+        estimator.add_group(group, own)
+        if not learnt or estimator.error_probability(4) is not learnt[-1]:
+            learnt.append(estimator.error_probability(4))
+        assert estimator.needs_samples(4) or estimator.error_probability(4).num_queries > 0
+    assert [doubt.num_queries for doubt in learnt] == [0, 4 * 32, 4 * 64]
     assert np.isnan(learnt[0].weights).all()
     assert learnt[0].limit(0.9) < 0, "nothing is answered before something is known"
-    assert fidelity.doubt(3).number == 0
-    assert fidelity.doubt(1).number == 0
+    assert estimator.error_probability(3).num_queries == 0
+    assert estimator.error_probability(1).num_queries == 0
 
 
 @pytest.mark.parametrize("width", [8, 64])
 def test_traffic_is_rehearsed_a_little_at_a_time(width, monkeypatch):
     """By what decodes, as many groups at once; all of them would keep every core busy for long."""
     coder = Coder(CODE)
-    fidelity = Fidelity(coder)
-    fidelity.compile((3,), width)
-    programs = coder._judge._cache_size(), coder.agree._cache_size()
+    estimator = ErrorEstimator(coder)
+    estimator.compile((3,), width)
+    programs = coder._estimate._cache_size(), coder.agree._cache_size()
     x = data(4 * 100, 7).reshape(100, 4, 4)
     answers = np.asarray(model(coder.encode(x, np.arange(8)))).swapaxes(0, 1)
     compare, seen = coder.compare, []
@@ -119,32 +122,32 @@ def test_traffic_is_rehearsed_a_little_at_a_time(width, monkeypatch):
     monkeypatch.setattr(coder, "compare", record)
     for group, own in zip(answers, np.asarray(model(x)), strict=True):
         before = len(seen)
-        for step, _ in enumerate(fidelity.learn_by_steps(group, own)):
+        for step, _ in enumerate(estimator.add_group_in_steps(group, own)):
             assert len(seen) == before + step + 1
-    assert fidelity.doubt(4).number
+    assert estimator.error_probability(4).num_queries
     mask = np.arange(8) != 3
-    for step, _ in enumerate(fidelity.foresee_by_steps(4, mask)):
+    for step, _ in enumerate(estimator.update_expected_in_steps(4, mask)):
         assert step < 100 / width
-    assert fidelity.expect(4, mask).fresh
+    assert estimator.expected_error(4, mask).current
     assert {len(groups) for groups in seen} == {min(width, 32), 100 % width or width, width}
     looked_at = {group.tobytes() for groups in seen for group in groups}
     assert len(looked_at) >= 64, "each in its turn"
-    assert (coder._judge._cache_size(), coder.agree._cache_size()) == programs
+    assert (coder._estimate._cache_size(), coder.agree._cache_size()) == programs
 
 
 @pytest.mark.parametrize("queries", [4, 3])
 def test_a_doubt_is_learnt_where_calibration_was_too_short(queries):
     """Groups are wanted until it is known, so that it will be."""
     coder = Coder(CODE)
-    fidelity = Fidelity(coder)
-    fidelity.calibrate(model, data(20 * queries, 8))
+    estimator = ErrorEstimator(coder)
+    estimator.calibrate(model, data(20 * queries, 8))
     x = data(40 * queries, 9).reshape(40, queries, 4)
     answers = np.asarray(model(coder.encode(x, np.arange(8)))).swapaxes(0, 1)
     for group, own in zip(answers, np.asarray(model(x)), strict=True):
-        if not fidelity.hungry(queries):
+        if not estimator.needs_samples(queries):
             break
-        fidelity.learn(group, own)
-    assert fidelity.doubt(queries).number >= 32 * queries
+        estimator.add_group(group, own)
+    assert estimator.error_probability(queries).num_queries >= 32 * queries
 
 
 shares = st.floats(0, 1)
@@ -159,7 +162,9 @@ def test_limits_by_counting(samples, share, extra):
     """The largest doubt at which no more than that share is wrong, errors of counting included."""
     doubts, wrong = (np.array(part) for part in zip(*samples, strict=True))
     doubts, number = doubts.astype(np.float32), len(samples) + extra
-    doubt = QueryDoubt(np.zeros(5, np.float32), np.sort(doubts[wrong]), doubts, number)
+    doubt = DecodingErrorProbability(
+        np.zeros(5, np.float32), np.sort(doubts[wrong]), doubts, number
+    )
     limit = doubt.limit(share)
 
     def risk(limit):
@@ -172,12 +177,12 @@ def test_limits_by_counting(samples, share, extra):
     assert risk(limit) <= share + 1e-9
     if limit < 1:
         assert risk(np.nextafter(np.float32(limit), np.float32(2))) > share - 1e-9
-    assert doubt.share(limit) == np.mean(doubts > limit)
+    assert doubt.share_above(limit) == np.mean(doubts > limit)
 
 
 def test_without_samples_nothing_may_be_answered():
-    assert unknown().limit(1.0) < 0
-    assert unknown().share(0.5) == 1
+    assert uncalibrated().limit(1.0) < 0
+    assert uncalibrated().share_above(0.5) == 1
 
 
 def test_what_was_wrong_at_any_look_counts():
@@ -189,9 +194,9 @@ def test_what_was_wrong_at_any_look_counts():
     wrong = np.array([[True, False], [False, True], [False, False], [True, True]])
     told[3] = False
     doubt = calibrate(features, told, wrong, 4)
-    assert doubt.wrong.size == 3
-    np.testing.assert_allclose(doubt.wrong[:2], 1 / (1 + np.exp(-doubt.weights[0])), rtol=1e-6)
-    assert doubt.wrong[2] == 1, "what is not told is as doubtful as can be"
+    assert doubt.wrong_from.size == 3
+    np.testing.assert_allclose(doubt.wrong_from[:2], 1 / (1 + np.exp(-doubt.weights[0])), rtol=1e-6)
+    assert doubt.wrong_from[2] == 1, "what is not told is as doubtful as can be"
     np.testing.assert_allclose(doubt.weights[1:], 0, atol=1e-6)
 
 

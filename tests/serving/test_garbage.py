@@ -10,8 +10,8 @@ from nercc_jax import Replication, Uncoded
 from nercc_jax.pools import Batch
 from nercc_jax.pools._batch import Task
 from nercc_jax.serving import BatchingPolicy
-from nercc_jax.serving._group import Group
-from nercc_jax.serving._request import Query, Request
+from nercc_jax.serving.core._group import Group
+from nercc_jax.serving.core._request import Query, Request
 
 KEPT = Request, Query, Group, Batch, Task
 

@@ -10,9 +10,11 @@ from batching import INTERLEAVED, LONG, Held, count, knowing, model, queries, se
 
 from nercc_jax import Uncoded
 from nercc_jax.pools._clock import WALL
-from nercc_jax.serving import Fidelity, InferenceFailed, _health, _tutor
-from nercc_jax.serving._health import Health
-from nercc_jax.serving._rescue import Rescue
+from nercc_jax.serving import ErrorEstimator, InferenceFailed
+from nercc_jax.serving.adapt import _adaptation
+from nercc_jax.serving.core import _health
+from nercc_jax.serving.core._fallback import FallbackPolicy
+from nercc_jax.serving.core._health import Health
 
 FINE = Health(True, True)
 
@@ -37,7 +39,7 @@ def test_it_is_ready_while_a_group_can_be_answered(workers, starting, alarm, rea
         report=lambda: types.SimpleNamespace(num_workers=workers, starting=starting),
     )
     coder = types.SimpleNamespace(num_data=4, num_workers=8)
-    health = _health.health_of_pool(pool, coder)
+    health = _health.pool_health(pool, coder)
     assert health == Health(True, ready, told)
 
 
@@ -57,16 +59,16 @@ def is_(live, ready):
 @pytest.mark.parametrize("step", ["dispatch", "complete"])
 def test_a_step_that_fails_is_told_at_once_and_the_next_works(step, monkeypatch):
     with serving(INTERLEAVED, patience=1e6) as batcher:  # nobody straggles
-        whole, left = getattr(batcher._sender, step), [1]
+        whole, left = getattr(batcher._scheduler._dispatcher, step), [1]
 
         def fails(*args, **options):
             result = whole(*args, **options) if step == "dispatch" else None
-            if batcher._sender.taken and left[0]:
+            if batcher._scheduler._queue._popped and left[0]:
                 left[0] -= 1
                 raise RuntimeError("a bug of ours")
             return result if step == "dispatch" else whole(*args, **options)
 
-        monkeypatch.setattr(batcher._sender, step, fails)
+        monkeypatch.setattr(batcher._scheduler._dispatcher, step, fails)
         with pytest.raises(InferenceFailed, match="internal error: a bug of ours"):
             batcher.submit(queries(4)).result(5.0)
         assert count(batcher, "internal_error") == count(batcher, "request_failed") == 1
@@ -84,7 +86,7 @@ def test_a_group_that_cannot_be_decided_is_told_at_once(monkeypatch):
     held = Held()
     with serving(INTERLEAVED, held, warm=False) as batcher:
         with monkeypatch.context() as patched:
-            patched.setattr(Rescue, "rescue", fails)
+            patched.setattr(FallbackPolicy, "decide", fails)
             future = batcher.submit(queries(3))
             with pytest.raises(InferenceFailed, match="a bug of ours"):
                 future.result(5.0)
@@ -101,7 +103,7 @@ def test_a_thread_that_dies_fails_what_is_open_and_what_comes(monkeypatch):
         def dies(now):
             raise SystemExit("no memory, say")
 
-        monkeypatch.setattr(batcher, "_look", dies)
+        monkeypatch.setattr(batcher._scheduler, "_handle_due", dies)
         with pytest.raises(InferenceFailed, match="the batcher has failed: no memory, say"):
             future.result(5.0)
         with pytest.raises(InferenceFailed, match="has failed"):
@@ -117,7 +119,7 @@ def test_a_stuck_thread_is_not_alive(monkeypatch):
     release = threading.Event()
     with serving(Uncoded(1), warm=False) as batcher:
         becomes(batcher, is_(True, True))
-        monkeypatch.setattr(batcher, "_look", lambda now: release.wait(LONG))
+        monkeypatch.setattr(batcher._scheduler, "_handle_due", lambda now: release.wait(LONG))
         assert "is stuck" in becomes(batcher, is_(False, False)).trouble
         release.set()
         becomes(batcher, is_(True, True))
@@ -168,7 +170,7 @@ def test_nobody_waits_for_learning(monkeypatch):
         assert release.wait(LONG)
         return iter(())
 
-    monkeypatch.setattr(Fidelity, "learn_by_steps", slow)
+    monkeypatch.setattr(ErrorEstimator, "add_group_in_steps", slow)
     with serving(INTERLEAVED, warm=False) as batcher:
         batcher.submit(queries(4)).result(LONG)
         assert learning.wait(LONG), "a group all of whose answers came is a lesson"
@@ -182,7 +184,7 @@ def test_learning_that_fails_is_counted_and_nothing_else(monkeypatch):
     def fails(self, answers, originals):
         raise RuntimeError("a bug of ours")
 
-    monkeypatch.setattr(Fidelity, "learn_by_steps", fails)
+    monkeypatch.setattr(ErrorEstimator, "add_group_in_steps", fails)
     with serving(INTERLEAVED, warm=False) as batcher:
         end = time.monotonic() + LONG
         while not count(batcher, "internal_error"):
@@ -203,9 +205,9 @@ def test_a_lesson_rests_between_its_steps(monkeypatch):
             turns.append(time.monotonic())
             yield
 
-    monkeypatch.setattr(_tutor, "_SHARE", 0.1)
-    monkeypatch.setattr(_tutor, "_AT_ONCE", 0.0)
-    monkeypatch.setattr(Fidelity, "learn_by_steps", steps)
+    monkeypatch.setattr(_adaptation, "_SHARE", 0.1)
+    monkeypatch.setattr(_adaptation, "_AT_ONCE", 0.0)
+    monkeypatch.setattr(ErrorEstimator, "add_group_in_steps", steps)
     with serving(INTERLEAVED, warm=False) as batcher:
         while len(turns) < 6:
             assert time.monotonic() < end
@@ -215,19 +217,19 @@ def test_a_lesson_rests_between_its_steps(monkeypatch):
 
 
 def test_a_set_of_answers_that_is_new_is_looked_up_beside(monkeypatch):
-    monkeypatch.setattr(_tutor, "_SHARE", 1.0)
-    with serving(INTERLEAVED, fidelity=knowing, warm=False) as batcher:
+    monkeypatch.setattr(_adaptation, "_SHARE", 1.0)
+    with serving(INTERLEAVED, estimator=knowing, warm=False) as batcher:
         mask = np.zeros(INTERLEAVED.num_workers, bool)
         mask[[0, 5]] = True
-        tutor = batcher._tutor
-        first = tutor.expect(4, mask)
+        calibrator = batcher._adaptation
+        first = calibrator.expected_error(4, mask)
         assert np.isnan(first.disagreement).all()
         end = time.monotonic() + LONG
-        while np.isnan(tutor.expect(4, mask).error).any():
+        while np.isnan(calibrator.expected_error(4, mask).error).any():
             assert time.monotonic() < end
             time.sleep(0.01)
         again = knowing(batcher.test_coder)
-        again.foresee(4, mask)
-        found, wanted = tutor.expect(4, mask), again.expect(4, mask)
+        again.update_expected(4, mask)
+        found, wanted = calibrator.expected_error(4, mask), again.expected_error(4, mask)
         np.testing.assert_allclose(found.error, wanted.error, rtol=1e-4)
         np.testing.assert_allclose(found.disagreement, wanted.disagreement, rtol=1e-4)

@@ -5,22 +5,22 @@ import logging
 import pytest
 from schedulers import soon
 
-from nercc_jax.serving import _hints
+from nercc_jax.serving import _served_model
 
 
 @pytest.fixture
 def hear(monkeypatch, caplog):
     """Gives looks to a log of hints, one after the other; what was logged by each."""
-    monkeypatch.setattr(_hints, "_BEGINS", 2)
-    monkeypatch.setattr(_hints, "_ENDS", 3)
+    monkeypatch.setattr(_served_model, "_BEGINS", 2)
+    monkeypatch.setattr(_served_model, "_ENDS", 3)
     caplog.set_level(logging.INFO)
-    log = _hints.HintLog("digits", list)
+    log = _served_model.HintLog("digits", list)
 
     def hear(*looks):
         told = []
         for hints in looks:
             caplog.clear()
-            log.hear(hints)
+            log.update(hints)
             assert all(record.model == "digits" for record in caplog.records)
             told.append([record.message for record in caplog.records])
         return told
@@ -50,8 +50,8 @@ def test_hints_do_not_hide_each_other(hear):
 
 
 def test_a_look_that_fails_is_logged_and_the_next_works(monkeypatch, caplog):
-    monkeypatch.setattr(_hints, "_LOOK", 0.01)
-    monkeypatch.setattr(_hints, "_BEGINS", 1)
+    monkeypatch.setattr(_served_model, "_LOOK", 0.01)
+    monkeypatch.setattr(_served_model, "_BEGINS", 1)
     caplog.set_level(logging.INFO)
     failing = [True]
 
@@ -61,7 +61,7 @@ def test_a_look_that_fails_is_logged_and_the_next_works(monkeypatch, caplog):
             raise RuntimeError("a bug of ours")
         return ["full"]
 
-    log = _hints.HintLog("digits", look)
+    log = _served_model.HintLog("digits", look)
     log.start()
     soon(lambda: "hint: full" in caplog.text)
     log.close()

@@ -12,9 +12,9 @@ require("pydantic_settings", "serve")
 
 from nercc_jax import NeRCC
 from nercc_jax.cli._calibration_file import calibration_file
-from nercc_jax.serving import Coder, Fidelity, make_servable
-from nercc_jax.serving._kept import calibrate
+from nercc_jax.serving import Coder, ErrorEstimator, make_servable
 from nercc_jax.serving._settings import ModelSettings
+from nercc_jax.serving.adapt._error_estimator import calibrate_or_restore
 
 WEIGHTS = np.random.default_rng(2).normal(size=(4, 3)).astype(np.float32)
 FULL = np.ones(8, bool)
@@ -35,58 +35,64 @@ class Rows:
 def told():
     """A servable, and what its calibration told."""
     servable = make_servable("tanh", lambda x: jnp.tanh(3 * x @ WEIGHTS), (4,), calibration=Rows())
-    fidelity = Fidelity(Coder(INTERLEAVED))
-    calibrate(fidelity, servable, None, None)
-    return servable, fidelity
+    estimator = ErrorEstimator(Coder(INTERLEAVED))
+    calibrate_or_restore(estimator, servable.model, servable.calibration, None, None)
+    return servable, estimator
 
 
 def test_what_was_told_is_told_again_without_the_data(told, tmp_path):
-    servable, fidelity = told
+    servable, estimator = told
     path = tmp_path / "folder" / "kept.npz"
-    calibrate(Fidelity(Coder(INTERLEAVED)), servable, None, path)
+    calibrate_or_restore(
+        ErrorEstimator(Coder(INTERLEAVED)), servable.model, servable.calibration, None, path
+    )
     asked = servable.calibration.asked
-    kept = Fidelity(Coder(INTERLEAVED))
-    calibrate(kept, servable, None, path)
+    kept = ErrorEstimator(Coder(INTERLEAVED))
+    calibrate_or_restore(kept, servable.model, servable.calibration, None, path)
     assert servable.calibration.asked == asked
-    assert kept.conditions == fidelity.conditions
-    assert kept.known() == fidelity.known()
+    assert kept.conditions == estimator.conditions
+    assert kept.progress() == estimator.progress()
     for few in (2, 3, 4):
-        for name, value in vars(fidelity.doubt(few)).items():
-            np.testing.assert_array_equal(vars(kept.doubt(few))[name], value)
-        assert not kept.hungry(few)
-        one_missing = fidelity._one_missing(few)[1]
+        for name, value in vars(estimator.error_probability(few)).items():
+            np.testing.assert_array_equal(vars(kept.error_probability(few))[name], value)
+        assert not kept.needs_samples(few)
+        one_missing = estimator._one_missing(few)[1]
         for found, expected in zip(
-            kept.expect(few, one_missing), fidelity.expect(few, one_missing), strict=True
+            kept.expected_error(few, one_missing),
+            estimator.expected_error(few, one_missing),
+            strict=True,
         ):
             np.testing.assert_array_equal(found, expected)
         # And of workers that calibration did not think of, from the same groups.
-        for each in (kept, fidelity):
-            each.foresee(few, FULL)
+        for each in (kept, estimator):
+            each.update_expected(few, FULL)
         np.testing.assert_array_equal(
-            kept.expect(few, FULL).error, fidelity.expect(few, FULL).error
+            kept.expected_error(few, FULL).error, estimator.expected_error(few, FULL).error
         )
 
 
 def test_a_file_that_is_broken_is_made_anew(told, tmp_path):
-    servable, fidelity = told
+    servable, estimator = told
     path = tmp_path / "kept.npz"
     for content in (b"", b"PK\x03\x04 half of it"):
         path.write_bytes(content)
         asked = servable.calibration.asked
-        again = Fidelity(Coder(INTERLEAVED))
-        calibrate(again, servable, None, path)
+        again = ErrorEstimator(Coder(INTERLEAVED))
+        calibrate_or_restore(again, servable.model, servable.calibration, None, path)
         assert servable.calibration.asked == asked + 1
-        assert again.known() == fidelity.known()
+        assert again.progress() == estimator.progress()
         assert path.stat().st_size > 1000
     assert [each.name for each in tmp_path.iterdir()] == ["kept.npz"]
 
 
 def test_where_nothing_can_be_written_nothing_is_kept(told, tmp_path):
-    servable, fidelity = told
+    servable, estimator = told
     (tmp_path / "file").touch()
-    again = Fidelity(Coder(INTERLEAVED))
-    calibrate(again, servable, None, tmp_path / "file" / "kept.npz")
-    assert again.known() == fidelity.known()
+    again = ErrorEstimator(Coder(INTERLEAVED))
+    calibrate_or_restore(
+        again, servable.model, servable.calibration, None, tmp_path / "file" / "kept.npz"
+    )
+    assert again.progress() == estimator.progress()
 
 
 def test_its_name_has_all_that_it_depends_on(tmp_path, monkeypatch):

@@ -13,15 +13,16 @@ from conftest import require
 
 httpx = require("httpx", "serve-test")
 grpc = require("grpc", "serve-test")
-require("nercc_jax.serving._kserve", "serve")
+require("fastapi", "serve")
 
+from grpc_stub import GRPCInferenceServiceStub
 from in_process import Doubles, body, channel, connect, is_cut_off, post, read_answer, serving
-from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceStub
 from nercc_server import ENDS, patience
 
-from nercc_jax.serving import _inference
-from nercc_jax.serving._intake import Intake, Overloaded
-from nercc_jax.serving._kserve import messages
+from nercc_jax.serving.protocol._errors import Overloaded
+from nercc_jax.serving.transport import _http
+from nercc_jax.serving.transport import open_inference_pb2 as messages
+from nercc_jax.serving.transport._state import RequestMemory
 
 SOON, LATE = 0.2, 500.0  # seconds: of a limit that is tried, and of those that are not
 HALF = b"POST /v2/models/digits/infer HTTP/1.1\r\nHost: x\r\nX-Half"
@@ -129,7 +130,7 @@ def test_a_body_that_does_not_come_is_told_and_cut_off(server, drip):
         assert (status, headers["connection"]) == (408, "close")
         assert told == {"error": "the body did not come within 0.2 s"}
         assert is_cut_off(connection)
-    assert server.plane.intake.held == 0
+    assert server.state.memory.used == 0
 
 
 def test_a_body_that_comes_on_after_it_was_refused_is_cut_off(server):
@@ -181,15 +182,15 @@ def test_large_json_is_refused_in_favour_of_binary(server):
 @pytest.mark.parametrize("packed", [True, False])
 def test_what_takes_long_to_read_is_read_by_another_thread(server, packed, monkeypatch):
     threads = []
-    monkeypatch.setattr(_inference, "_LARGE", 1000)
+    monkeypatch.setattr(_http, "_LARGE", 1000)
     name = "decompress" if packed else "read_request"
-    real = getattr(_inference, name)
+    real = getattr(_http, name)
 
     def watched(*arguments):
         threads.append(threading.current_thread().name)
         return real(*arguments)
 
-    monkeypatch.setattr(_inference, name, watched)
+    monkeypatch.setattr(_http, name, watched)
     content = body() if packed else body() + b" " * 2000
     told = {"content_encoding": "gzip"} if packed else {}
     assert ask(server, gzip.compress(content) if packed else content, **told).status_code == 200
@@ -221,11 +222,11 @@ def test_bytes_in_flight_have_a_limit():
     model = Doubles(at_once=False)
     limits = {"max_body_bytes": 1000, "max_bytes_in_flight": 1500, "body_timeout_s": LATE}
     with serving(model, grpc_port=0, **limits) as server:
-        held = server.plane.intake
+        held = server.state.memory
         with connect(server) as stuck:
             stuck.sendall(post(b" " * 900, length=1000))
             for _ in patience(ENDS):
-                if held.held == 900:
+                if held.used == 900:
                     break
             answer = ask(server, body() + b" " * 800)
             assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
@@ -240,32 +241,32 @@ def test_bytes_in_flight_have_a_limit():
             with connect(server) as waits:
                 waits.sendall(post(body()))
                 for _ in patience(ENDS):
-                    if held.held == 900 + len(body()):
+                    if held.used == 900 + len(body()):
                         break
                 assert model.came == 1
                 model.may_answer.set()
                 assert read_answer(waits)[0] == 200
         for _ in patience(ENDS):
-            if held.held == 0:
+            if held.used == 0:
                 break
         assert ask(server, body() + b" " * 800).status_code == 200
-        assert held.held == 0
+        assert held.used == 0
 
 
 def test_what_is_unpacked_counts(server, monkeypatch):
-    monkeypatch.setattr(server.plane, "intake", Intake(1000))
+    monkeypatch.setattr(server.state, "memory", RequestMemory(1000))
     packed = gzip.compress(body() + b" " * 2000)
     assert len(packed) < 500
     assert ask(server, packed, content_encoding="gzip").status_code == 503
-    assert server.plane.intake.held == 0
+    assert server.state.memory.used == 0
 
 
 def test_an_intake_gives_back_what_it_held():
-    intake = Intake(10)
-    with intake.hold() as take:
+    memory = RequestMemory(10)
+    with memory.request() as take:
         take(6)
-        with intake.hold() as other, pytest.raises(Overloaded, match="6 bytes and 5 more came"):
+        with memory.request() as other, pytest.raises(Overloaded, match="6 bytes and 5 more came"):
             other(5)
         take(4)
-        assert intake.held == 10
-    assert intake.held == 0
+        assert memory.used == 10
+    assert memory.used == 0

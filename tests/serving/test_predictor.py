@@ -7,8 +7,8 @@ from traffic import SERVICE, SHAPE, WEIGHTS, Traffic, labels_right, model
 
 from nercc_jax import Replication
 from nercc_jax.serving import BatchingPolicy, Predictor
-from nercc_jax.serving._known import Predictions
-from nercc_jax.serving._request import Answer
+from nercc_jax.serving.core._adaptation import Predictions
+from nercc_jax.serving.core._request import Answer
 from nercc_jax.surrogates import principal_components
 
 
@@ -100,7 +100,7 @@ class Says(Predictor):
         sure = x[:, 0] <= 0
         return Predictions(model(x) + 1e-3, np.where(sure, 0.01, 0.9), np.zeros(len(x)), sure)
 
-    def hear(self, x, own):
+    def add_answer(self, x, own):
         assert np.allclose(model(x[None])[0], own), "a lesson about another query"
 
     def audit(self, given, own):

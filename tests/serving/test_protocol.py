@@ -13,35 +13,33 @@ import pytest
 from conftest import require
 
 httpx = require("httpx", "serve-test")
-require("nercc_jax.serving._kserve", "serve")
+require("fastapi", "serve")
 
 from prometheus_client import CollectorRegistry
 
 from nercc_jax import Uncoded
 from nercc_jax.serving import Reply, make_servable
-from nercc_jax.serving import _request as errors
-from nercc_jax.serving._health import Health
-from nercc_jax.serving._kserve import InferRequest, InvalidInput, messages
-from nercc_jax.serving._metrics import Meters
-from nercc_jax.serving._plane import Plane
+from nercc_jax.serving._metrics import Metrics
 from nercc_jax.serving._policy import MAX_DEADLINE_S
-from nercc_jax.serving._protocol import (
-    TooLarge,
-    UnsupportedEncoding,
+from nercc_jax.serving._served_model import ServedModel
+from nercc_jax.serving._settings import ModelSettings, read_settings
+from nercc_jax.serving.core import _request as errors
+from nercc_jax.serving.core._health import Health
+from nercc_jax.serving.protocol._errors import INTERNAL, InvalidInput, TooLarge, UnsupportedEncoding
+from nercc_jax.serving.protocol._messages import (
+    answer_options,
     check_outputs,
     decompress,
-    demands,
     input_types,
     output_types,
     queries_of,
     read_request,
-    response_of,
     write_reply,
 )
-from nercc_jax.serving._rest import make_app
-from nercc_jax.serving._served import ServedModel
-from nercc_jax.serving._settings import ModelSettings, read_settings
-from nercc_jax.serving._statuses import INTERNAL
+from nercc_jax.serving.transport import open_inference_pb2 as messages
+from nercc_jax.serving.transport._grpc import read_message, write_message
+from nercc_jax.serving.transport._rest import make_app
+from nercc_jax.serving.transport._state import ServerState
 
 
 def double(x):
@@ -67,7 +65,7 @@ def binary(raw, shape=(2, 2, 2), size=None, **more):
 
 
 def read(content, length=None):
-    return queries_of(read_request(content, length, "digits"), SERVABLE)
+    return queries_of(read_request(content, length), SERVABLE)
 
 
 # Reading.
@@ -245,7 +243,7 @@ def test_an_unknown_encoding_is_refused():
 
 
 def asked(**parameters):
-    return read_request(body(parameters=parameters), None, "digits")
+    return read_request(body(parameters=parameters), None)
 
 
 @pytest.mark.parametrize(
@@ -268,7 +266,7 @@ def asked(**parameters):
 )
 def test_deadline_exactness_and_priority(parameters, expected):
     usual = {"deadline": None, "exact": False, "high": False}
-    assert demands(asked(**parameters)) == usual | expected
+    assert answer_options(asked(**parameters)) == usual | expected
 
 
 @pytest.mark.parametrize(
@@ -292,7 +290,7 @@ def test_deadline_exactness_and_priority(parameters, expected):
 )
 def test_parameters_of_the_wrong_kind_are_refused(parameters, message):
     with pytest.raises(InvalidInput, match=message):
-        demands(asked(**parameters))
+        answer_options(asked(**parameters))
 
 
 def by_grpc(raw=None, outputs=(), **parameters):
@@ -307,26 +305,27 @@ def by_grpc(raw=None, outputs=(), **parameters):
         request.outputs.add(name=name)
     for name, (kind, value) in parameters.items():
         setattr(request.parameters[name], kind, value)
-    return InferRequest.from_grpc(request)
+    return read_message(request)
 
 
 def test_grpc_parameters_are_unwrapped():
     parameters = {"nercc_deadline_ms": ("int64_param", 250), "priority": ("int64_param", 1)}
     request = by_grpc(nercc_exact=("bool_param", True), **parameters)
-    assert demands(request) == {"deadline": 0.25, "exact": True, "high": True}
+    assert answer_options(request) == {"deadline": 0.25, "exact": True, "high": True}
 
 
 def test_grpc_parameters_of_kinds_that_only_triton_knows_are_read():
     """`double_param` and `uint64_param`, which its client takes for priorities."""
+    known = {"nercc_deadline_ms": ("double_param", 0.5), "priority": ("uint64_param", 1)}
+    expected = {"deadline": 0.0005, "exact": False, "high": True}
+    assert answer_options(by_grpc(**known)) == expected
     wire = messages.ModelInferRequest()
     wire.parameters["nercc_deadline_ms"].MergeFromString(b"\x21" + np.float64(0.5).tobytes())
     wire.parameters["priority"].MergeFromString(b"\x28\x01")
-    request = by_grpc()
-    request.parameters = wire.parameters
-    assert demands(request) == {"deadline": 0.0005, "exact": False, "high": True}
+    assert answer_options(read_message(wire)) == expected
     wire.parameters["nercc_exact"].MergeFromString(b"\x3a\x01a")  # nobody's kind
     with pytest.raises(InvalidInput, match="nercc_exact must be a boolean, not None"):
-        demands(request)
+        answer_options(read_message(wire))
 
 
 @pytest.mark.parametrize("raw", [None, np.array(DATA, "<f4").tobytes()], ids=["typed", "raw"])
@@ -339,15 +338,15 @@ def test_grpc_tensors_are_read(raw):
 
 @pytest.mark.parametrize("names", [["nothing"], ["output", "nothing"], ["output", "output"]])
 def test_outputs_that_are_not_there_are_refused(names):
-    request = read_request(body(outputs=[{"name": name} for name in names]), None, "digits")
+    request = read_request(body(outputs=[{"name": name} for name in names]), None)
     with pytest.raises(InvalidInput, match=r"has outputs \['output', 'exact', "):
         check_outputs(request, SERVABLE)
 
 
 def test_a_batch_that_would_never_fit_is_refused():
-    assert len(queries_of(read_request(body(), None, "digits"), SERVABLE, 2)) == 2
+    assert len(queries_of(read_request(body(), None), SERVABLE, 2)) == 2
     with pytest.raises(TooLarge, match="2 queries in one request; the queue of digits holds 1"):
-        queries_of(read_request(body(), None, "digits"), SERVABLE, 1)
+        queries_of(read_request(body(), None), SERVABLE, 1)
 
 
 def test_metadata_names_what_goes_in_and_out():
@@ -379,7 +378,7 @@ def reply(disagreement=(0.0, 0.25), error=(0.0, 1.5)):
 
 
 def rest(**more):
-    request = read_request(body(**more), None, "digits")
+    request = read_request(body(**more), None)
     return write_reply(reply(), request, SERVABLE)
 
 
@@ -419,7 +418,7 @@ def test_a_request_without_an_id_gets_one_of_its_own():
 
 
 def test_what_is_not_known_is_minus_one():
-    request = read_request(body(), None, "digits")
+    request = read_request(body(), None)
     unknown = reply((0.0, math.nan), (0.0, math.nan))
     answer = json.loads(write_reply(unknown, request, SERVABLE)[0])
     assert answer["outputs"][2]["data"] == [0.0, -1.0]
@@ -467,7 +466,7 @@ def test_outputs_say_each_whether_they_are_binary(usual):
 
 def test_a_reply_by_grpc():
     request = by_grpc(outputs=["exact", "output"])
-    answer = response_of(reply(), request, SERVABLE).to_grpc()
+    answer = write_message(reply(), request, SERVABLE)
     assert [output.name for output in answer.outputs] == ["exact", "output"]
     assert list(answer.raw_output_contents) == [b"\x01\x00", VALUES.astype("<f4").tobytes()]
     assert answer.id == "7"
@@ -498,13 +497,13 @@ class Fails(ServedModel):
         self.refused.append(refusal)
 
 
-def plane_of(model, **told):
-    return Plane({"digits": model}, read_settings(None, **told))
+def state_of(model, **told):
+    return ServerState({"digits": model}, read_settings(None, **told))
 
 
-def call(plane, method, path, **options):
+def call(state, method, path, **options):
     async def main():
-        app = make_app(plane, CollectorRegistry())
+        app = make_app(state, CollectorRegistry())
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
             return await client.request(method, path, **options)
@@ -524,7 +523,7 @@ def call(plane, method, path, **options):
 )
 def test_errors_are_statuses_with_their_reason(error, status):
     model = Fails(error)
-    answer = call(plane_of(model), "POST", "/v2/models/digits/infer", content=body())
+    answer = call(state_of(model), "POST", "/v2/models/digits/infer", content=body())
     assert answer.status_code == status
     assert answer.json() == {"error": "a reason"}
     assert answer.headers.get("retry-after") == ("1" if status in (429, 503) else None)
@@ -542,7 +541,7 @@ def test_errors_are_statuses_with_their_reason(error, status):
     ],
 )
 def test_ways_that_there_are_not_are_errors_of_the_protocol(method, path, status, words):
-    answer = call(plane_of(Fails(RuntimeError())), method, path)
+    answer = call(state_of(Fails(RuntimeError())), method, path)
     assert (answer.status_code, answer.json()) == (status, {"error": words})
     assert answer.headers["content-type"] == "application/json"
     if status == 405:
@@ -554,7 +553,7 @@ def test_what_nobody_expected_is_an_error_of_the_protocol_and_is_logged():
     told = []
 
     async def main():
-        app = make_app(plane_of(Fails(KeyError("a bug"))), CollectorRegistry())
+        app = make_app(state_of(Fails(KeyError("a bug"))), CollectorRegistry())
 
         async def logged(scope, receive, send):
             try:
@@ -588,13 +587,13 @@ def test_a_model_is_asked_in_plain_words_and_its_reply_becomes_a_message():
     model = Remembers()
     path = "/v2/models/digits/infer"
     content = body(parameters={"nercc_exact": True, "nercc_deadline_ms": 250}, id="mine")
-    answer = call(plane_of(model), "POST", path, content=content)
+    answer = call(state_of(model), "POST", path, content=content)
     ((queries, demanded),) = model.asked
     np.testing.assert_array_equal(queries, DATA)
     assert demanded == {"deadline": 0.25, "exact": True, "high": False}
     assert (answer.json()["id"], answer.json()["outputs"][0]["data"]) == ("mine", [*range(6)])
     wrong = body(parameters={"nercc_exact": 1})
-    assert call(plane_of(model), "POST", path, content=wrong).status_code == 400
+    assert call(state_of(model), "POST", path, content=wrong).status_code == 400
     assert len(model.asked) == 1
 
 
@@ -618,7 +617,7 @@ def test_a_client_that_goes_away_while_it_waits_is_not_computed_for():
     model = Waits()
 
     async def main():
-        app = make_app(plane_of(model), CollectorRegistry())
+        app = make_app(state_of(model), CollectorRegistry())
         parts = [{"type": "http.request", "body": body()}, {"type": "http.disconnect"}]
         path = "/v2/models/digits/infer"
         scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode()}
@@ -642,27 +641,27 @@ def test_a_client_that_goes_away_while_it_waits_is_not_computed_for():
 
 
 def test_a_server_that_drains_says_so_everywhere():
-    plane = plane_of(Fails(RuntimeError()))
-    assert call(plane, "GET", "/v2/health/ready").status_code == 200
-    assert call(plane, "GET", "/v2/models/digits/ready").status_code == 200
-    plane.draining = True
+    state = state_of(Fails(RuntimeError()))
+    assert call(state, "GET", "/v2/health/ready").status_code == 200
+    assert call(state, "GET", "/v2/models/digits/ready").status_code == 200
+    state.draining = True
     for path in ("/v2/health/ready", "/v2/models/digits/ready"):
-        assert call(plane, "GET", path).status_code == 503
-    assert call(plane, "GET", "/v2/health/live").json() == {"live": True}
+        assert call(state, "GET", path).status_code == 503
+    assert call(state, "GET", "/v2/health/live").json() == {"live": True}
 
 
 def test_both_faces_tell_health():
     model = Fails(RuntimeError())
-    plane = plane_of(model)
+    state = state_of(model)
     model.is_well = Health(True, False, "no worker is ready")
-    assert call(plane, "GET", "/v2/health/ready").status_code == 503
-    told = call(plane, "GET", "/v2/models/digits/ready")
+    assert call(state, "GET", "/v2/health/ready").status_code == 503
+    told = call(state, "GET", "/v2/models/digits/ready")
     assert told.status_code == 503
     assert "no worker is ready" in told.json()["error"]
-    assert call(plane, "GET", "/v2/health/live").status_code == 200
-    assert not asyncio.run(plane.ready())  # what gRPC's face asks
+    assert call(state, "GET", "/v2/health/live").status_code == 200
+    assert not state.ready()  # what gRPC's face asks
     model.is_well = Health(False, False, "the batcher is stuck")
-    told = call(plane, "GET", "/v2/health/live")
+    told = call(state, "GET", "/v2/health/live")
     assert told.status_code == 503
     assert "stuck" in told.json()["error"]
 
@@ -670,11 +669,11 @@ def test_both_faces_tell_health():
 def test_a_model_that_is_closed_refuses_with_503_and_counts_it():
     registry = CollectorRegistry()
     settings = ModelSettings(scheme="uncoded", workers=1, max_batch_size=1)
-    model = ServedModel(SERVABLE, Uncoded(1), settings, Meters(registry))
+    model = ServedModel(SERVABLE, Uncoded(1), settings, Metrics(registry))
     x = np.array(DATA, np.float32)
     np.testing.assert_array_equal(asyncio.run(model.infer(x)).values, double(x))
     model.close(0.0)
-    answer = call(plane_of(model), "POST", "/v2/models/digits/infer", content=body())
+    answer = call(state_of(model), "POST", "/v2/models/digits/infer", content=body())
     assert answer.status_code == 503
     assert "shutting down" in answer.json()["error"]
 

@@ -22,15 +22,13 @@ from nercc_jax.serving import (
     CodedBatcher,
     Coder,
     DeadlineExceeded,
-    Fidelity,
+    ErrorEstimator,
     InferenceFailed,
     Predictor,
     QueueFull,
-    _controller,
-    _tails,
 )
-from nercc_jax.serving._known import Predictions
-from nercc_jax.testing import SimulatedClock, SimulatedPool
+from nercc_jax.serving.adapt import _setting_controller
+from nercc_jax.serving.core._adaptation import Predictions
 
 SECONDS = 0.02  # that an answer takes
 HANG = 1.0  # seconds until a worker is replaced
@@ -39,13 +37,13 @@ LATE = 1e-3
 CODES = (Uncoded(1), Replication(1, 2), Replication(3, 6), INTERLEAVED, Berrut(3, 5))
 
 
-class Studied(Fidelity):
+class Studied(ErrorEstimator):
     """One that learns nothing more: a schedule must not depend on those played before it."""
 
     def hungry(self, queries):
         return False
 
-    def learn_by_steps(self, answers, originals):
+    def add_group_in_steps(self, answers, originals):
         return iter(())
 
     def doubt(self, queries):
@@ -66,7 +64,7 @@ class Known(Predictor):
         doubt = np.where(sure, 0.0, 1.0)
         return Predictions(model(x) + self.OFF, doubt, np.zeros(len(x)), sure)
 
-    def hear(self, x, own):
+    def add_answer(self, x, own):
         assert np.allclose(model(x[None])[0], own, atol=1e-6), "a lesson about another query"
 
     def audit(self, given, own):
@@ -98,7 +96,7 @@ class Schedule:
 
     def __init__(self, seed, coders):
         self.random = random = np.random.default_rng(seed)
-        self.coder, fidelity = coders[random.integers(len(coders))]
+        self.coder, estimator = coders[random.integers(len(coders))]
         self.clock, self.slow = SimulatedClock(), random.choice([0.0, 0.1, 0.6])
         self.pool = SimulatedPool(
             model,
@@ -132,12 +130,12 @@ class Schedule:
             SHAPE,
             OUT,
             policy=self.policy,
-            fidelity=fidelity,
+            estimator=estimator,
             predictor=Known() if self.predicts else None,
             observe=self.observe,
         )
         self.first = 0  # queries that went out for the first time
-        self.count_first(self.batcher._lanes)
+        self.count_first(self.batcher._scheduler._queue)
         self.submitted = []
         self.ended = []  # a number of a request each time that one ends
         self.checked = 0  # of those, how many were looked at
@@ -188,7 +186,10 @@ class Schedule:
 
     def run(self):
         # What is picked, if something is, changes every few queries.
-        with mock.patch.object(_controller, "_EVERY", 3), mock.patch.object(_tails, "_LEAST", 3):
+        with (
+            mock.patch.object(_setting_controller, "_EVERY", 3),
+            mock.patch.object(_setting_controller, "_LEAST", 3),
+        ):
             self._run()
 
     def _run(self):
@@ -229,24 +230,26 @@ class Schedule:
         batcher, scheduler, now = self.batcher, self.pool._scheduler, self.clock.now()
         assert not self.seen["internal_error"]
         assert not scheduler._errors.errors
-        for request in batcher._ledger.open:
+        for request in batcher._scheduler._open._open:
             assert now <= request.arrived + request.deadline + LATE, "forgotten at its deadline"
         # The queue.
-        lanes = batcher._lanes
+        lanes = batcher._scheduler._queue
         stand = [
             query
-            for lane in (lanes.again, lanes.exact, lanes.coded)
+            for lane in (lanes.resent, lanes.exact, lanes.coded)
             for queue in (lane._high, lane._ordinary)
             for query in queue
         ]
         waiting = [query for query in stand if query.waiting]
         assert lanes.waiting == len(waiting), "the queue's count is wrong"
         assert not any(query.done for query in waiting)
-        held = math.inf > batcher._sender.wake and not (lanes.again or lanes.exact)
+        held = math.inf > batcher._scheduler._dispatch_due and not (lanes.resent or lanes.exact)
         assert not waiting or not self.pool.idle or held, "a query waits beside an idle worker"
         if (share := self.policy.max_reexecution) is not None:
             left = share * self.first - self.seen["reexecution"]
-            assert math.isclose(batcher._rescue._budget._left, left, abs_tol=1e-9), "the budget"
+            assert math.isclose(batcher._scheduler._fallback._budget._left, left, abs_tol=1e-9), (
+                "the budget"
+            )
         # The scheduler.
         idle = {w for w, seat in enumerate(scheduler._slots) if seat.ready and seat.task is None}
         assert set(scheduler._queue._idle) == idle
@@ -266,11 +269,11 @@ class Schedule:
     def check_end(self):
         batcher, scheduler = self.batcher, self.pool._scheduler
         assert len(self.ended) == len(self.submitted), "a request was forgotten"
-        question = batcher._ledger._question
-        assert batcher._ledger.open <= {question}
-        if batcher._ledger.open:
+        question = batcher._scheduler._open._probe
+        assert batcher._scheduler._open._open <= {question}
+        if batcher._scheduler._open._open:
             return  # it still asks whether somebody answers
-        assert not batcher._sender.groups
+        assert not batcher._scheduler._dispatcher.groups
         assert not batcher.waiting
         assert not scheduler._queue.batches
 

@@ -17,7 +17,7 @@ from nercc_server import ENDS, MODELS, command, environment
 from typer.testing import CliRunner
 
 require("pydantic_settings", "serve")
-require("nercc_jax.serving._kserve", "serve")
+require("fastapi", "serve")
 
 from nercc_jax import NeRCC, save_code
 from nercc_jax.cli import _serve, _serving_models
@@ -111,7 +111,7 @@ def never_serve(monkeypatch):
             start()
         raise Told(server)
 
-    monkeypatch.setattr("nercc_jax.serving._server.Server.run", run)
+    monkeypatch.setattr("nercc_jax.serving.transport._server.Server.run", run)
     monkeypatch.setattr(_serve, "_start_log", lambda *_: None)
     monkeypatch.setattr(_serve, "keep_programs", lambda: None)
     monkeypatch.setattr(_serve.signal, "signal", lambda *_: None)
@@ -262,7 +262,7 @@ def test_a_models_name_is_as_its_documentation_says(told, served):
     settings = ModelSettings(**told, input_shape=(4,))
     assert settings.served_name == served
     about = str(ModelSettings.model_fields["name"].description)
-    assert "unless set as `model`, with a dot for a colon" in about
+    assert "default: that of the model, with a dot for a colon" in about
     if told["model"] == "own:double":
         assert _serving_models.servable_of(settings).name == served
 
@@ -569,7 +569,8 @@ def test_settings_can_be_checked_only():
 def test_missing_extras_are_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     refused(
-        "grpc_health, kserve, prometheus_client, pydantic_settings, pythonjsonlogger: pip install"
+        "fastapi, grpc, grpc_health, httptools, orjson, prometheus_client, pydantic_settings, "
+        "pythonjsonlogger, uvicorn: pip install"
     )
 
 
@@ -581,7 +582,7 @@ def test_a_missing_ray_is_named_with_its_extra(monkeypatch):
 
 @pytest.mark.parametrize("settings", [ModelSettings, ServerSettings])
 def test_help_says_what_each_setting_is_and_what_it_is_unless_set(settings, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setenv("COLUMNS", "600")
     code, output = run("--help")
     assert code == 0
     assert "SIGTERM" in output

@@ -15,11 +15,11 @@ from nercc_server import ENDS, STARTS, Server, command, environment, patience
 
 httpx = require("httpx", "serve-test")
 grpc = require("grpc", "serve-test")
-require("nercc_jax.serving._kserve", "serve")
+require("fastapi", "serve")
 
-from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceStub
+from grpc_stub import GRPCInferenceServiceStub
 
-from nercc_jax.serving._kserve import messages
+from nercc_jax.serving.transport import open_inference_pb2 as messages
 
 pytestmark = pytest.mark.slow
 

@@ -9,8 +9,8 @@ import pytest
 from jax import lax
 
 from nercc_jax import NeRCC
-from nercc_jax.serving import Coder, Fidelity, make_servable
-from nercc_jax.serving._signature import DTYPES, Tensor, Tensors
+from nercc_jax.serving import Coder, ErrorEstimator, make_servable
+from nercc_jax.serving.protocol._servable import DTYPES, Tensor, Tensors
 
 RNG = np.random.default_rng(0)
 
@@ -204,14 +204,19 @@ def test_a_label_of_any_output_that_differs_is_a_disagreement():
     missing = np.array([False, True, True, True])
     wrong = []
     for form in (servable.outputs.form, None):
-        fidelity = Fidelity(coder := Coder(NeRCC(2, 4, points="interleaved"), form=form))
-        fidelity.calibrate(servable.model, servable.inputs.pack(x))
-        fidelity.foresee(2, missing)
+        estimator = ErrorEstimator(coder := Coder(NeRCC(2, 4, points="interleaved"), form=form))
+        estimator.calibrate(servable.model, servable.inputs.pack(x))
+        estimator.update_expected(2, missing)
         own = [1e3, 0, 0, 1, 2, 3, 4]
-        assert fidelity.audit(np.array(own), np.array([1e3, 0, 0, 1, 2, 4, 3])) == (form is None)
-        assert fidelity.audit(np.array(own), np.array([1e3, 5, 0, 0, 1, 2, 3]))
-        wrong.append((fidelity.expect(2, missing).disagreement.max(), fidelity.doubt(2).wrong.size))
-        assert coder.doubts
+        assert estimator.audit(np.array(own), np.array([1e3, 0, 0, 1, 2, 4, 3])) == (form is None)
+        assert estimator.audit(np.array(own), np.array([1e3, 5, 0, 0, 1, 2, 3]))
+        wrong.append(
+            (
+                estimator.expected_error(2, missing).disagreement.max(),
+                estimator.error_probability(2).wrong_from.size,
+            )
+        )
+        assert coder.has_error_probability
     (expected, seen), (without, none) = wrong
     assert expected > 0.1 > without
     assert seen > 0 == none

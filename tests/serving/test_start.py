@@ -3,8 +3,6 @@
 # ruff: noqa: E402 (`require` comes before what needs it)
 
 import socket
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -12,15 +10,15 @@ from conftest import require
 
 httpx = require("httpx", "serve-test")
 grpc = require("grpc", "serve-test")
-require("nercc_jax.serving._kserve", "serve")
+require("fastapi", "serve")
 
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
+from grpc_stub import GRPCInferenceServiceStub
 from in_process import Doubles, body, channel, listening
-from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceStub
 from nercc_server import ENDS, patience
 
-from nercc_jax.serving._kserve import messages
+from nercc_jax.serving.transport import open_inference_pb2 as messages
 
 
 class Starts:
@@ -159,27 +157,3 @@ def test_a_model_that_starts_after_the_end_is_closed():
         if start.model.closed:
             break
     assert start.model.closed
-
-
-# What a start does without.
-
-
-_LATER = """
-import sys
-sys.argv.append("--config")
-from nercc_jax.serving._kserve import InferInput, InferRequest
-assert sys.argv[-1] == "--config"
-assert not {"pandas", "kubernetes", "kubernetes.client"} & sys.modules.keys()
-given = InferInput("x", [2], "FP32", [1.0, 2.0])
-print(InferRequest("m", [given]).as_dataframe().x.tolist(), sys.modules["pandas"].__name__)
-from kserve.api import creds_utils
-print(creds_utils.client.V1Secret.__name__)
-"""
-
-
-@pytest.mark.slow
-def test_kserve_has_pandas_and_kubernetes_once_it_uses_them():
-    done = subprocess.run(
-        [sys.executable, "-c", _LATER], capture_output=True, text=True, timeout=ENDS
-    )
-    assert done.stdout == "[1.0, 2.0] pandas\nV1Secret\n", done.stderr

@@ -16,10 +16,10 @@ from nercc_server import ENDS, patience
 
 httpx = require("httpx", "serve-test")
 grpc = require("grpc", "serve-test")
-require("nercc_jax.serving._kserve", "serve")
+require("fastapi", "serve")
 require("opentelemetry.exporter.otlp.proto.http", "telemetry")
 
-from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceStub
+from grpc_stub import GRPCInferenceServiceStub
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -30,20 +30,24 @@ from prometheus_client import CollectorRegistry
 
 from nercc_jax import NeRCC, Uncoded
 from nercc_jax.serving import make_servable
-from nercc_jax.serving._journal import Journal
-from nercc_jax.serving._kserve import messages
-from nercc_jax.serving._metrics import Meters
-from nercc_jax.serving._record import GroupRecord, Record
-from nercc_jax.serving._served import ServedModel
+from nercc_jax.serving._metrics import Metrics
+from nercc_jax.serving._served_model import ServedModel
 from nercc_jax.serving._settings import ModelSettings
-from nercc_jax.serving._telemetry import Telemetry, telemetry_by_environment
+from nercc_jax.serving._tracing import (
+    GroupTrace,
+    RequestLog,
+    RequestTrace,
+    Telemetry,
+    telemetry_from_environment,
+)
+from nercc_jax.serving.transport import open_inference_pb2 as messages
 
 pytestmark = pytest.mark.slow
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TRACEPARENT = f"00-{TRACE}-{PARENT}-01"
 UNSAMPLED = f"00-{TRACE}-{PARENT}-00"
-JOURNAL = "nercc_jax.serving._journal"
+JOURNAL = "nercc_jax.serving._tracing"
 
 
 def start(name, code):
@@ -52,7 +56,7 @@ def start(name, code):
     faults = {"straggler_rate": 0.3, "straggler_delay_s": 0.3, "max_disagreement": 1}
     settings = ModelSettings(workers=4, **usual | faults)
     servable = make_servable(name, lambda x: 2 * x, (4,))
-    return ServedModel(servable, code, settings, Meters(CollectorRegistry()))
+    return ServedModel(servable, code, settings, Metrics(CollectorRegistry()))
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +76,7 @@ def server(spans):
     told = {"grpc_port": 0, "request_log_rate": 1.0, "telemetry": Telemetry(provider)}
     with listening(starts, **told) as server:
         for _ in patience(ENDS):
-            if server.plane.state == "serving":
+            if server.state.phase == "serving":
                 break
         yield server
 
@@ -146,11 +150,11 @@ def test_what_a_group_does_after_a_request_has_ended_is_not_in_its_trace():
     """Spans are made later, by another thread: others' calls may have ended, or begun, by then."""
     exporter, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    telemetry, record, group = Telemetry(provider), Record("model", False), GroupRecord()
-    record.span = telemetry.begin(record, {})
+    telemetry, record, group = Telemetry(provider), RequestTrace("model", False), GroupTrace()
+    record.span = telemetry.start_span(record, {})
     group.sent([0], record.arrived)
     record.enter(group, 0, record.arrived)
-    group.heard(0, record.arrived + 60.0, 1)
+    group.answered(0, record.arrived + 60.0, 1)
     group.add("decode", record.arrived + 60.0, record.arrived + 61.0)
     telemetry.end(record, "ok")
     telemetry.close()
@@ -235,21 +239,21 @@ class Broken(Sampler):
 
 def test_no_request_fails_for_its_spans(caplog):
     telemetry = Telemetry(TracerProvider(sampler=Broken()))
-    journal = Journal(0.0, telemetry)
-    record = journal.open("digits", dict)
+    log = RequestLog(0.0, telemetry)
+    record = log.start("digits", dict)
     assert record is not None
-    journal.close(record, "ok")
+    log.end(record, "ok")
     telemetry.close()
     assert "a request is not traced" in caplog.text
 
 
 def test_a_share_of_the_requests_is_logged(lines):
-    assert Journal(0.0).open("digits", dict) is None
-    journal = Journal(0.25)
+    assert RequestLog(0.0).start("digits", dict) is None
+    log = RequestLog(0.25)
     for number in range(400):
-        record = journal.open("digits", dict)
+        record = log.start("digits", dict)
         record.id = str(number)
-        journal.close(record, "ok")
+        log.end(record, "ok")
     assert 50 < len(lines()) < 150
 
 
@@ -261,17 +265,17 @@ def bare(monkeypatch):
 
 
 def test_nothing_is_traced_unless_an_endpoint_is_named(bare):
-    assert telemetry_by_environment() is None
+    assert telemetry_from_environment() is None
     bare.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
     bare.setenv("OTEL_SDK_DISABLED", "true")
-    assert telemetry_by_environment() is None
+    assert telemetry_from_environment() is None
 
 
 def test_packages_that_are_missing_are_named(bare):
     bare.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
     bare.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
     with pytest.raises(ImportError, match=r"OTLP_ENDPOINT is set, .*nercc-jax\[telemetry\]"):
-        telemetry_by_environment()
+        telemetry_from_environment()
 
 
 def test_spans_reach_a_collector(bare):
@@ -291,9 +295,9 @@ def test_spans_reach_a_collector(bare):
     with http.server.HTTPServer(("127.0.0.1", 0), Collector) as collector:
         threading.Thread(target=collector.serve_forever, daemon=True).start()
         bare.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector.server_port}")
-        telemetry = telemetry_by_environment()
-        journal = Journal(0.0, telemetry)
-        journal.close(journal.open("digits", dict), "ok")
+        telemetry = telemetry_from_environment()
+        log = RequestLog(0.0, telemetry)
+        log.end(log.start("digits", dict), "ok")
         telemetry.close()
         collector.shutdown()
     ((path, content),) = came
@@ -305,12 +309,12 @@ def test_spans_reach_a_collector(bare):
 
 
 def test_a_collector_that_does_not_answer_keeps_nobody(bare):
-    bare.setattr("nercc_jax.serving._telemetry._LAST", 0.2)
+    bare.setattr("nercc_jax.serving._tracing._LAST", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
         bare.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", address)
-        telemetry = telemetry_by_environment()
-        journal = Journal(0.0, telemetry)
-        journal.close(journal.open("digits", dict), "ok")
+        telemetry = telemetry_from_environment()
+        log = RequestLog(0.0, telemetry)
+        log.end(log.start("digits", dict), "ok")
         telemetry.close()
         assert telemetry._thread.is_alive(), "the server's end waited for the collector"

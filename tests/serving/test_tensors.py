@@ -13,18 +13,18 @@ from nercc_server import ENDS, patience
 
 httpx = require("httpx", "serve-test")
 grpc = require("grpc", "serve-test")
-require("nercc_jax.serving._kserve", "serve")
+require("fastapi", "serve")
 
-from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceStub
+from grpc_stub import GRPCInferenceServiceStub
 from prometheus_client import CollectorRegistry
 
 from nercc_jax import NeRCC, Replication, Uncoded
 from nercc_jax.serving import make_servable
-from nercc_jax.serving._kserve import messages
-from nercc_jax.serving._metrics import Meters
-from nercc_jax.serving._served import ServedModel
+from nercc_jax.serving._metrics import Metrics
+from nercc_jax.serving._served_model import ServedModel
 from nercc_jax.serving._settings import ModelSettings
-from nercc_jax.serving._signature import DTYPES
+from nercc_jax.serving.protocol._servable import DTYPES
+from nercc_jax.serving.transport import open_inference_pb2 as messages
 
 LONG, REGISTRY = ENDS, CollectorRegistry()
 
@@ -62,7 +62,7 @@ def start(name, code, meters, **told):
 
 @pytest.fixture(scope="module")
 def server():
-    meters = Meters(REGISTRY)
+    meters = Metrics(REGISTRY)
     loose = {"max_disagreement": 1, "straggler_rate": 0.3, "straggler_delay_s": 0.2}
     codes = {
         "heads": lambda: start("heads", NeRCC(2, 4, points="interleaved"), meters, **loose),
@@ -71,7 +71,7 @@ def server():
     }
     with listening(codes, grpc_port=0) as server:
         for _ in patience(LONG):
-            if server.plane.state == "serving":
+            if server.state.phase == "serving":
                 break
         yield server
 
@@ -274,4 +274,4 @@ def test_metadata_and_status_say_what_is_coded(http):
 
 def test_a_code_for_integers_is_refused_before_workers_start():
     with pytest.raises(ValueError, match="NeRCC for tokens: input 'ids' is INT64"):
-        start("tokens", NeRCC(2, 4), Meters(CollectorRegistry()))
+        start("tokens", NeRCC(2, 4), Metrics(CollectorRegistry()))

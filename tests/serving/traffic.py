@@ -19,18 +19,25 @@ def model(x):
 class Traffic:
     """A stream of queries before simulated workers, of which some straggle by ten times."""
 
-    def __init__(self, predictor, policy, code=None, share=0.1, rate=150):
+    def __init__(self, predictor, policy, code=None, share=0.1, rate=150, estimator=None):
+        """`estimator(coder)` makes what is known of the code's error beforehand."""
         self.random, self.clock = np.random.default_rng(1), SimulatedClock()
         self.model, self.share, self.rate, self.drifts = model, share, rate, 0
+        self.pool_seconds = self.seconds
         self.pool = SimulatedPool(
-            lambda x: self.model(x), 24, seconds=self.seconds, clock=self.clock
+            lambda x: self.model(x),
+            24,
+            seconds=lambda size: self.pool_seconds(size),
+            clock=self.clock,
         )
+        coder = Coder(code or Uncoded(1))
         self.batcher = CodedBatcher(
             self.pool,
-            Coder(code or Uncoded(1)),
+            coder,
             SHAPE,
             OUT,
             policy=policy,
+            estimator=estimator and estimator(coder),
             predictor=predictor,
             observe=self.observe,
         )

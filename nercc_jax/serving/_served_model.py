@@ -1,0 +1,399 @@
+"""A served model: the model with its workers, its code and its batcher, and its status."""
+
+import asyncio
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Shaped
+
+from ..codes import AbstractCode
+from ..pools import AbstractPool, DevicePool, Faults, Overdue, PoolReport, RayPool
+from ._batcher import CodedBatcher
+from ._metrics import Meter, Metrics
+from ._settings import ModelSettings
+from ._tracing import current
+from .adapt._error_estimator import ErrorEstimator, calibrate_or_restore
+from .adapt._predictor import Predictor
+from .core._coder import Coder
+from .core._health import Health
+from .core._request import DeadlineExceeded, Reply
+from .protocol._servable import Servable
+
+_LOG = logging.getLogger(__name__)
+
+# The share of resent queries above which a code is of no use.
+_MOST_RESENT = 0.9
+# Seconds beyond a deadline in which the batcher itself may report that it has passed, and why.
+_GRACE = 0.25
+_LOOK = 1.0  # seconds between looks for hints
+# Looks in a row that must see a hint before it is logged, and miss it before it is over: a busy
+# pool is saturated every other moment.
+_BEGINS, _ENDS = 3, 30
+
+
+class ServedModel:
+    """A model that takes queries and answers them; transports know the protocol.
+
+    Attributes:
+        servable: the model and its tensors.
+        settings: the model's settings.
+        uncoded: the reason why nothing is coded; None if queries are coded.
+        pool: the workers.
+        meter: the metrics.
+    """
+
+    uncoded: str | None = None
+
+    def __init__(
+        self,
+        servable: Servable,
+        code: AbstractCode,
+        settings: ModelSettings,
+        metrics: Metrics,
+        cache: Path | None = None,
+        predictor: Predictor | None = None,
+    ):
+        """Start the workers, and compile everything, so that no request waits for the compiler.
+
+        Args:
+            servable: the model and its tensors.
+            code: the code.
+            settings: the model's settings.
+            metrics: the server's metrics.
+            cache: the file for results of calibration; None for no cache.
+            predictor: a surrogate, see `CodedBatcher`.
+
+        Raises:
+            ValueError: for a code where nothing can be coded (`Servable.uncodable`), or where
+                calibration shows that it cannot keep `max_disagreement`.
+            RuntimeError: where the workers do not start.
+        """
+        policy = settings.policy()
+        if code.num_data == 1:
+            self.uncoded = servable.uncodable or f"it is served by {type(code).__name__}"
+        elif servable.uncodable is not None:
+            raise ValueError(f"{type(code).__name__} for {servable.name}: {servable.uncodable}")
+        self.servable, self.settings = servable, settings
+        self._predictor = predictor
+        begin = time.monotonic()
+        self._coder = Coder(code, form=servable.outputs.form)
+        estimator = ErrorEstimator(self._coder)
+        x = servable.calibration
+        if x is not None and self._coder.can_decode:
+            with log_phase("calibrating", servable.name):
+                dtype = settings.worker_dtype
+                calibrate_or_restore(estimator, servable.model, x, dtype, cache)
+            _check(estimator, self._coder, policy.max_disagreement)
+        with log_phase("starting workers", servable.name):
+            self.pool = _open_pool(servable, code, settings)
+        self.meter = Meter(metrics, servable.name, self.pool, code)
+        with log_phase("compiling", servable.name):
+            self._batcher = CodedBatcher(
+                self.pool,
+                self._coder,
+                servable.inputs.shape,
+                servable.outputs.shape,
+                dtypes=(servable.inputs.dtype, servable.outputs.dtype),
+                policy=policy,
+                estimator=estimator,
+                predictor=predictor,
+                refuse=servable.outputs.refuse,
+                observe=self.meter.observe,
+            )
+        self.meter.watch_queue(lambda: self._batcher.waiting)
+        self._hint_log = HintLog(
+            servable.name, lambda: self._hints(self.health(), self.pool.report())
+        )
+        self._hint_log.start()
+        _LOG.info(
+            "model is ready",
+            extra={
+                "model": servable.name,
+                "code": type(code).__name__,
+                "num_data": code.num_data,
+                "num_workers": code.num_workers,
+                "uncoded": self.uncoded,
+                "pool": settings.pool,
+                "workers": self.pool.num_workers,
+                "seconds": round(time.monotonic() - begin, 3),
+            },
+        )
+
+    async def infer(
+        self,
+        queries: Shaped[np.ndarray, "batch ..."] | Mapping[str, Shaped[np.ndarray, "batch ..."]],
+        *,
+        deadline: float | None = None,
+        exact: bool = False,
+        high: bool = False,
+    ) -> Reply:
+        """Answer queries.
+
+        Cancelling it drops what has not been sent. The deadline is kept whatever the batcher does.
+
+        Args:
+            queries: an array, or arrays by name where the model takes a dict of arrays.
+            deadline: as for `CodedBatcher.submit`, which also says what it raises.
+            exact: likewise.
+            high: likewise.
+
+        Returns:
+            A reply whose values are an array or a dict of arrays, as the model returns.
+        """
+        inputs, outputs = self.servable.inputs, self.servable.outputs
+        # One array of floats is checked by the batcher itself.
+        if isinstance(queries, Mapping) or not inputs.plain:
+            queries = inputs.pack(queries)
+        deadline = self._batcher.policy.deadline_s if deadline is None else deadline
+        future = self._batcher.submit(
+            queries, deadline=deadline, exact=exact, high=high, trace=current.get()
+        )
+        reply = await _result(future, deadline)
+        if outputs.alone:
+            return reply
+        return dataclasses.replace(reply, values=outputs.named(reply.values))
+
+    def count(
+        self, refusal: Literal["request_invalid", "request_overloaded", "request_deadline"]
+    ) -> None:
+        """Count a request that was refused before it reached the batcher."""
+        self.meter.observe(refusal, 0.0)
+
+    @property
+    def ends_at(self) -> float:
+        """The monotonic time at which something will end this process; infinite for nothing."""
+        return self.pool.ends_at
+
+    def health(self) -> Health:
+        """Return whether it is alive, and would answer a query now."""
+        return self._batcher.health()
+
+    def status(self) -> dict[str, Any]:
+        """Return the model's part of the server's status."""
+        health, report = self.health(), self.pool.report()
+        audit = self._batcher.estimator.audited()
+        counted = self.meter.status()
+        counted["totals"]["deaths"] = report.deaths
+        counted["fidelity"] |= {
+            "audited": audit.number,
+            "audited_disagreement": audit.disagreement if audit.number else None,
+        }
+        code = self._coder.code
+        return {
+            "name": self.servable.name,
+            "health": dataclasses.asdict(health),
+            "hints": self._hints(health, report),
+            "code": {
+                "name": type(code).__name__,
+                "num_data": code.num_data,
+                "num_workers": code.num_workers,
+            },
+            "policy": self._batcher.setting_status(),
+            "predictor": None if self._predictor is None else self._predictor.status(),
+            "pool": {"kind": self.settings.pool, "num_workers": self.pool.num_workers},
+            "workers": [
+                {"state": worker.state, "deaths": worker.deaths, "busy_s": worker.busy_seconds}
+                for worker in report.workers
+            ],
+            "queue": {
+                "waiting": self._batcher.waiting,
+                "max": self._batcher.policy.max_queue_size,
+                "in_flight": self._batcher.in_flight,
+            },
+            **counted,
+        }
+
+    def close(self, drain: float) -> None:
+        """Answer what was accepted for up to `drain` seconds; then end the workers."""
+        self._hint_log.close()
+        self._batcher.close(drain)
+        self.pool.close()
+
+    def _hints(self, health: Health, report: PoolReport) -> list[str]:
+        """Return why things are not as they should be, and why nothing is coded or decoded."""
+        batcher, coder, pool = self._batcher, self._coder, self.pool
+        hints = [] if health.trouble is None else [health.trouble]
+        if all(worker.state == "overdue" for worker in report.workers):
+            hints.append(f"all {pool.num_workers} workers are overdue")
+        if report.internal_errors:
+            hints.append(f"the pool had {report.internal_errors} errors of its own: see the log")
+        if coder.can_decode and batcher.policy.max_disagreement is not None:
+            known, needed = batcher.estimator.progress()
+            if known < needed:
+                hints.append(f"no estimate yet: {known} of {needed} groups; nothing is decoded")
+        if batcher.waiting and not pool.idle:
+            hints.append(
+                "the pool is saturated: queries wait for a worker, none is spare for codes"
+            )
+        if self.servable.uncodable is not None:
+            hints.append(f"nothing is coded: {self.servable.uncodable}")
+        if pool.num_workers < coder.num_workers:
+            hints.append(
+                f"{pool.num_workers} workers for {coder.num_workers} coded data points of a group"
+            )
+        return hints if self._predictor is None else hints + _predictor_hints(self._predictor)
+
+
+def _predictor_hints(predictor: Predictor) -> list[str]:
+    """Return why a predictor answers nothing, if so."""
+    known, needed = predictor.progress()
+    if predictor.state == "drifted":
+        why = "predictions went wrong more often than promised"
+        return [f"{why}: {known} of {needed} answers are known since; nothing is predicted"]
+    if predictor.state == "learning":
+        return [f"still learning: {known} of {needed} answers; nothing is predicted"]
+    if predictor.share == 0:
+        return ["the surrogate is sure of no query: nothing is predicted"]
+    return []
+
+
+class HintLog:
+    """A thread that logs each hint when it has lasted, and when it is over."""
+
+    def __init__(self, model: str, look: Callable[[], Sequence[str]]):
+        """Create the thread.
+
+        Args:
+            model: the model's name.
+            look: returns the present hints. Hints that differ only in numbers are the same.
+        """
+        self._model, self._look = model, look
+        self._logged: dict[str, str] = {}
+        self._changes: collections.Counter[str] = collections.Counter()  # looks that saw a change
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="nercc-hints", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._closing.set()
+        self._thread.join()
+
+    def update(self, hints: Sequence[str]) -> None:
+        """Log the changes that have lasted long enough."""
+        seen = {re.sub(r"\d+", "", hint): hint for hint in hints}
+        changed = seen.keys() ^ self._logged.keys()
+        self._changes = collections.Counter({kind: self._changes[kind] + 1 for kind in changed})
+        for kind in sorted(changed):
+            if self._changes[kind] < (_BEGINS if kind in seen else _ENDS):
+                continue
+            del self._changes[kind]
+            if kind in seen:
+                self._logged[kind] = seen[kind]
+                _LOG.info("hint: %s", seen[kind], extra={"model": self._model})
+            else:
+                _LOG.info("over: %s", self._logged.pop(kind), extra={"model": self._model})
+
+    def _run(self) -> None:
+        while not self._closing.wait(_LOOK):
+            try:
+                self.update(self._look())
+            except Exception:
+                _LOG.exception("looking for hints failed", extra={"model": self._model})
+
+
+@contextlib.contextmanager
+def log_phase(what: str, model: str) -> Iterator[None]:
+    """Log a long phase of a start when it begins, and its seconds when it ends."""
+    begin = time.monotonic()
+    _LOG.info(what, extra={"model": model})
+    yield
+    seconds = round(time.monotonic() - begin, 3)
+    _LOG.info("%s: done", what, extra={"model": model, "seconds": seconds})
+
+
+async def _result(future: concurrent.futures.Future[Reply], deadline: float) -> Reply:
+    """Await a future as `asyncio.wrap_future` does, at half its price.
+
+    That is a twentieth of a small request's. The event loop itself reports that the deadline has
+    passed where the batcher should have, and has not.
+    """
+    loop = asyncio.get_running_loop()
+    done = loop.create_future()
+
+    def wake() -> None:
+        if not done.done():
+            done.set_result(None)
+
+    def notify(_: Any) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(wake)
+
+    def expire() -> None:
+        late = DeadlineExceeded(f"not answered within {deadline:g} s: the batcher is busy")
+        with contextlib.suppress(concurrent.futures.InvalidStateError):  # it was, just now
+            future.set_exception(late)
+
+    timer = loop.call_later(deadline + _GRACE, expire)
+    future.add_done_callback(notify)
+    try:
+        await done
+    except asyncio.CancelledError:
+        future.cancel()
+        raise
+    finally:
+        timer.cancel()
+    return future.result()
+
+
+def _open_pool(servable: Servable, code: AbstractCode, settings: ModelSettings) -> AbstractPool:
+    inputs = servable.inputs
+    options: Any = {
+        "example": [
+            np.zeros((size, *inputs.shape), inputs.dtype) for size in settings.policy().batch_sizes
+        ],
+        "worker_dtype": settings.worker_dtype,
+        "faults": Faults.from_rates(
+            service_delay=settings.service_delay_s,
+            straggler_rate=settings.straggler_rate,
+            straggler_delay=settings.straggler_delay_s,
+            death_rate=settings.death_rate,
+            seed=settings.fault_seed,
+        ),
+        "overdue": Overdue(settings.quantile, settings.patience),
+        "max_attempts": settings.max_attempts,
+        "hang_timeout": settings.hang_timeout_s,
+    }
+    number = settings.workers or settings.num_workers
+    if settings.pool == "ray":
+        return RayPool(
+            servable.model,
+            number,
+            actor_options=settings.ray_options(),
+            max_per_node=code.num_workers - code.num_data or None,
+            min_workers=min(code.num_data, number),
+            **options,
+        )
+    return DevicePool(servable.model, number, **options)
+
+
+def _check(estimator: ErrorEstimator, coder: Coder, limit: float | None) -> None:
+    """Raise ValueError where the limit can only be kept by sending all queries twice."""
+    if limit is None or coder.systematic:
+        return
+    if coder.has_error_probability:
+        probability = estimator.error_probability(coder.num_data)
+        again = probability.share_above(probability.limit(limit))
+        kept, found = again <= _MOST_RESENT, f"{100 * again:.0f} % of the queries"
+    else:
+        everyone = np.ones(coder.num_workers, bool)
+        disagreement = estimator.expected_error(coder.num_data, everyone).disagreement
+        kept, found = bool((disagreement <= limit).all()), "every query"
+    if not kept:
+        raise ValueError(
+            f"max_disagreement {limit}: with this code and calibration data {found} would be sent "
+            "twice; allow more, use interleaved points, or a tuned code (`nercc tune`)"
+        )

@@ -1,0 +1,229 @@
+"""All that adapts, behind the interface that the scheduler knows.
+
+Calibration of decoding has a thread of its own: the scheduler's does nothing but answer queries.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Shaped
+
+from ...pools import AbstractClock, AbstractPool
+from .._policy import BatchingPolicy, Observe
+from ..core._adaptation import (
+    AbstractAdaptation,
+    DispatchSetting,
+    ExpectedError,
+    Predictions,
+    fixed_setting,
+)
+from ..core._coder import Coder
+from ..core._error_probability import DecodingErrorProbability
+from ..core._request import Answer
+from ._error_estimator import ErrorEstimator
+from ._online_calibration import PredictionGoal
+from ._predictor import Predictor
+from ._setting_controller import SettingController
+
+_LOG = logging.getLogger(__name__)
+
+# The share of the time that calibration may take: programs of JAX keep all cores of a CPU busy. It
+# pauses between the steps of an update, too, once they have taken this many seconds more than their
+# share, so that each burst is short.
+_SHARE = 0.005
+_AT_ONCE = 0.01
+_LONGEST = 10.0  # seconds of pause that one step costs at most
+_END = object()  # of steps
+
+
+class BackgroundCalibrator:
+    """A thread that updates an `ErrorEstimator`, whose results others read meanwhile.
+
+    It holds one group and one set of workers at a time. Until the group is used no other is
+    accepted, and a newer set of workers replaces the older: there is more traffic than time.
+    """
+
+    def __init__(
+        self,
+        estimator: ErrorEstimator,
+        observe: Callable[[Any, float], Any],
+        clock: AbstractClock,
+    ):
+        self._estimator, self._observe = estimator, observe
+        self._group: tuple[np.ndarray, np.ndarray] | None = None
+        self._requested: tuple[int, np.ndarray] | None = None
+        self._steps: Iterator[None] | None = None  # of the update in progress
+        # When the time's share makes up for the steps taken so far.
+        self._clock, self._paid_until = clock, -math.inf
+        self._turns = clock.turns("nercc-calibrator", self._turn)
+        self.start, self.close = self._turns.start, self._turns.close
+
+    @property
+    def accepts_samples(self) -> bool:
+        """Return whether `add_group` would use a group now."""
+        return self._group is None
+
+    def needs_samples(self, queries: int) -> bool:
+        """Return whether groups of this size should be sent whole."""
+        return self.accepts_samples and self._estimator.needs_samples(queries)
+
+    def add_group(
+        self,
+        answers: Float[np.ndarray, "num_workers ..."],
+        originals: Float[np.ndarray, "queries ..."],
+    ) -> None:
+        """Take a group for `ErrorEstimator.add_group`, and return at once."""
+        self._group = answers, originals
+        self._turns.wake()
+
+    def expected_error(self, queries: int, mask: Bool[np.ndarray, " num_workers"]) -> ExpectedError:
+        """Return the expected error; request an update where it is unknown or out of date."""
+        expected = self._estimator.expected_error(queries, mask)
+        if not expected.current:
+            self._requested = queries, mask.copy()
+            self._turns.wake()
+        return expected
+
+    def _turn(self) -> float:
+        if self._steps is None and self._group is None and self._requested is None:
+            return math.inf
+        if self._clock.now() >= self._next:
+            seconds = self._try_step()
+            since = max(self._paid_until, self._clock.now())
+            self._paid_until = since + min(seconds * (1 / _SHARE - 1), _LONGEST)
+        return max(self._next, self._clock.now())
+
+    @property
+    def _next(self) -> float:
+        """The time at which the next step may begin."""
+        return self._paid_until - _AT_ONCE / _SHARE
+
+    def _try_step(self) -> float:
+        """Take a step, and return the seconds that it took."""
+        begin = self._clock.now()
+        try:
+            self._steps = self._steps or self._update()
+            if next(self._steps, _END) is _END:
+                self._steps = None
+        except Exception:
+            # Earlier results stay; the next group may do better.
+            _LOG.exception("calibrating with a group failed")
+            self._steps = None
+            self._observe("internal_error", 1)
+        seconds = self._clock.now() - begin
+        self._observe("learn_seconds", seconds)
+        return seconds
+
+    def _update(self) -> Iterator[None]:
+        group, self._group = self._group, None
+        requested, self._requested = self._requested, None
+        if group is not None:
+            yield from self._estimator.add_group_in_steps(*group)
+        if requested is not None:
+            yield from self._estimator.update_expected_in_steps(*requested)
+
+
+class Adaptation(AbstractAdaptation):
+    """Calibration of decoding, a surrogate if there is one, and the choice of settings."""
+
+    def __init__(
+        self,
+        pool: AbstractPool,
+        coder: Coder,
+        policy: BatchingPolicy,
+        estimator: ErrorEstimator,
+        predictor: Predictor | None,
+        observe: Observe,
+    ):
+        """Attach the parts to each other, without starting their threads.
+
+        Args:
+            pool: the workers, whose latest calls settings are chosen by.
+            coder: the code.
+            policy: the batching policy.
+            estimator: the error of decoded answers.
+            predictor: a surrogate.
+            observe: receives all metrics.
+
+        Raises:
+            ValueError: for a policy that does not fit the code or the predictor.
+        """
+        self.estimator, self.predictor = estimator, predictor
+        self._controller = (
+            None
+            if policy.max_calls is None
+            else SettingController(policy, coder, pool, predictor, observe)
+        )
+        self._fixed = fixed_setting(policy)
+        self._observe = observe if self._controller is None else self._controller.observe
+        self._calibrator = BackgroundCalibrator(estimator, self._observe, pool.clock)
+        if predictor is not None:
+            shared = policy.shared_by(coder.can_decode + 1)
+            goal = PredictionGoal(shared.max_disagreement, shared.tolerance)
+            width = policy.max_batch_size
+            predictor.attach(goal, width, coder.form, self._observe, pool.clock)
+        parts = self._calibrator, self._controller, predictor
+        self._parts = [each for each in parts if each is not None]
+
+    @property
+    def setting(self) -> DispatchSetting:
+        return self._fixed if self._controller is None else self._controller.setting
+
+    @property
+    def predicts(self) -> bool:
+        return self.predictor is not None
+
+    @property
+    def can_predict(self) -> bool:
+        return self.predictor is not None and self.predictor.state == "answering"
+
+    def start(self) -> None:
+        for each in self._parts:
+            each.start()
+
+    def close(self) -> None:
+        for each in self._parts:
+            each.close()
+
+    def observe(self, what: Any, number: int | float) -> None:
+        self._observe(what, number)
+
+    def setting_status(self) -> dict[str, Any] | None:
+        """Return the chosen setting for a server's status; None where the policy fixes it."""
+        return None if self._controller is None else self._controller.status()
+
+    def needs_samples(self, queries: int) -> bool:
+        return self._calibrator.needs_samples(queries)
+
+    @property
+    def accepts_samples(self) -> bool:
+        return self._calibrator.accepts_samples
+
+    def add_group(
+        self,
+        answers: Float[np.ndarray, "num_workers ..."],
+        originals: Float[np.ndarray, "queries ..."],
+    ) -> None:
+        self._calibrator.add_group(answers, originals)
+
+    def add_answer(self, x: Shaped[np.ndarray, "..."], own: np.ndarray) -> None:
+        if self.predictor is not None:
+            self.predictor.add_answer(x, own)
+
+    def audit(self, given: Answer, own: np.ndarray) -> bool:
+        if given.source == "predicted":
+            assert self.predictor is not None
+            return self.predictor.audit(given, own)
+        return self.estimator.audit(given.value, own)
+
+    def error_probability(self, queries: int) -> DecodingErrorProbability:
+        return self.estimator.error_probability(queries)
+
+    def expected_error(self, queries: int, mask: Bool[np.ndarray, " num_workers"]) -> ExpectedError:
+        return self._calibrator.expected_error(queries, mask)
+
+    def predict(self, x: Shaped[np.ndarray, "queries ..."]) -> Predictions | None:
+        return None if self.predictor is None else self.predictor.predict(x)

@@ -1,0 +1,394 @@
+"""The error of decoded answers: estimated before decoding, and audited when answers come late."""
+
+import collections
+import contextlib
+import dataclasses
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import ArrayLike, Bool, Float
+
+from ...codes import write_whole
+from ...evaluation import batched, cut_groups
+from ...inference import Conditions, Model, cast_model, current_conditions, run_workers
+from ..core._adaptation import ExpectedError
+from ..core._coder import Coder
+from ..core._error_probability import DecodingErrorProbability, uncalibrated
+from ._straggler_simulation import DRAWS, StragglerSimulation
+
+# The number of groups of each size that an estimate rests on; of smaller groups that calibration
+# makes; and the least with which there is an estimate.
+_GROUPS, _SHORT, _LEAST = 256, 128, 32
+# Simulations with each group that comes, as long as there are any to make, and their groups.
+_AT_ONCE, _FEW = 2, 32
+_MASKS = 4096  # sets of workers whose expected error is kept
+_AUDITS = 1000  # decoded queries that the running audit looks at
+
+
+@dataclasses.dataclass(frozen=True)
+class Audit:
+    """The comparison of decoded answers with the model's own answers that came late.
+
+    Attributes:
+        number: the number of compared answers.
+        disagreement: the share whose label differed; NaN where there is none.
+    """
+
+    number: int
+    disagreement: float
+
+
+class ErrorEstimator:
+    """Estimates the error of each decoded query of a group, before and after decoding.
+
+    Before decoding, given the number of queries and the workers that answered (`expected_error`),
+    it is the mean over calibration groups that are decoded from the same workers. After decoding,
+    the query's own margin and deviation say more (`error_probability`). The groups come from data
+    given beforehand and from traffic: a group all of whose coded data points were answered, the
+    queries themselves among them, shows what decoding from fewer would have given. The oldest group
+    is replaced.
+
+    One thread at a time may update it (`calibrate`, `add_group`, `update_expected`), which takes
+    its time, or does so in steps of a few milliseconds (`add_group_in_steps`,
+    `update_expected_in_steps`). All threads may read its latest results (`needs_samples`,
+    `error_probability`, `expected_error`), which takes none.
+    """
+
+    def __init__(self, coder: Coder):
+        """Create an estimator without groups."""
+        self._coder = coder
+        self.conditions = Conditions()  # of the calibration
+        self._width = _GROUPS  # that a step looks at, at most
+        self._samples = {
+            few: _GroupSamples(
+                coder,
+                StragglerSimulation(coder, few)
+                if coder.has_error_probability and few > 1
+                else None,
+            )
+            for few in range(1, coder.num_data + 1)
+        }
+        self._audits: collections.deque[bool] = collections.deque(maxlen=_AUDITS)
+
+    def calibrate(
+        self,
+        model: Model | Sequence[Model],
+        x: Float[ArrayLike, "points ..."],
+        *,
+        worker_dtype: DTypeLike | None = None,
+    ) -> None:
+        """Run the model on unlabelled data points, coded and uncoded, in groups of every size.
+
+        Args:
+            model: the served model, or all models of the code, the served one first.
+            x: the data points.
+            worker_dtype: the pool's, for both, because a query's own answer is a worker's, too. The
+                batcher warns of a pool whose `conditions` differ.
+
+        Raises:
+            ValueError: where x fills no group, is not floating point, or not finite.
+        """
+        models = cast_model((model,) if callable(model) else tuple(model), worker_dtype)
+        self.conditions = current_conditions(worker_dtype)
+        run = eqx.filter_jit(run_workers)
+        for few in range(2, self._coder.num_data + 1):
+            number = _GROUPS if few == self._coder.num_data else _SHORT
+            groups = cut_groups(x, few)[:number]
+            coded = self._coder.encode(groups, np.arange(self._coder.num_workers)).swapaxes(0, 1)
+            answers = np.asarray(run(models, self._coder.code, jnp.asarray(coded)))
+            points = groups.reshape(-1, *groups.shape[2:])
+            originals = np.asarray(batched(models[0], min(64, len(points)))(points))
+            samples, originals = self._samples[few], originals.reshape(len(groups), few, -1)
+            for group, own in zip(answers, originals, strict=True):
+                samples.add(group.reshape(len(group), -1), self._coder.to_alphas(own))
+            samples.simulate(DRAWS)
+            for mask in self._one_missing(few) if samples.known >= _LEAST else ():
+                _run_all(samples.update_expected(mask, _GROUPS))
+
+    def _one_missing(self, few: int) -> list[Bool[np.ndarray, " num_workers"]]:
+        """Return the usual sets of answers: all, and all but a query's own."""
+        layout = self._coder.layout(few)
+        sent = np.zeros(self._coder.num_workers, bool)
+        sent[np.concatenate([*self._coder.first[:few], layout.extras]).astype(int)] = True
+        masks = [sent]
+        for own in layout.own:
+            masks.append(sent.copy())
+            masks[-1][own] = False
+        return [mask for mask in masks if mask.any()]
+
+    def compile(self, outputs: Sequence[int], width: int) -> None:
+        """Compile for a model's outputs, so that no query waits for it.
+
+        Args:
+            outputs: the shape of an answer.
+            width: the largest number of rows of a group. Updates run the same programs with as many
+                groups a step, so that a step takes no longer than a decoding.
+        """
+        self._width = width
+        if not self._coder.can_decode:
+            return
+        zeros = np.zeros((1, self._coder.num_workers, int(np.prod(outputs))), np.float32)
+        everyone = np.ones(self._coder.num_workers, bool)
+        self._coder.compare(zeros, zeros[:, : self._coder.num_data], everyone, width)
+        self._coder.agree(zeros[0, 0], zeros[0, 0])
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return the results of calibration as arrays by name."""
+        samples = self._samples.items()
+        return {f"{few} {name}": x for few, each in samples for name, x in each.state().items()}
+
+    def restore(self, state: Mapping[str, np.ndarray], conditions: Conditions) -> None:
+        """Take the `state` of an estimator of the same code, calibrated under these conditions."""
+        self.conditions = conditions
+        for few, samples in self._samples.items():
+            prefix = f"{few} "
+            own = {
+                name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)
+            }
+            if own:
+                samples.restore(own)
+
+    def needs_samples(self, queries: int) -> bool:
+        """Return whether there is no estimate yet for groups of this size."""
+        if queries == 1 or not self._coder.can_decode:
+            return False
+        return not self._samples[queries].enough
+
+    def add_group(
+        self,
+        answers: Float[np.ndarray, "num_workers ..."],
+        originals: Float[np.ndarray, "queries ..."],
+    ) -> None:
+        """Take a group: all workers' answers, and the model's own to the queries."""
+        _run_all(self.add_group_in_steps(answers, originals))
+
+    def add_group_in_steps(
+        self,
+        answers: Float[np.ndarray, "num_workers ..."],
+        originals: Float[np.ndarray, "queries ..."],
+    ) -> Iterator[None]:
+        """Take a group as `add_group` does, a step for each item of the iterator."""
+        answers = answers.reshape(len(answers), -1)
+        originals = originals.reshape(len(originals), -1)
+        samples = self._samples[len(originals)]
+        samples.add(answers, self._coder.to_alphas(originals))
+        return samples.simulate_in_steps(self._width)
+
+    def error_probability(self, queries: int) -> DecodingErrorProbability:
+        """Return the error probability for groups of this size; uncalibrated at first.
+
+        Only for codes with a posterior deviation (`Coder.has_error_probability`).
+        """
+        return self._samples[queries].error_probability
+
+    def update_expected(self, queries: int, mask: Bool[np.ndarray, " num_workers"]) -> None:
+        """Compute the expected error of groups of this size, decoded from these workers."""
+        _run_all(self.update_expected_in_steps(queries, mask))
+
+    def update_expected_in_steps(
+        self, queries: int, mask: Bool[np.ndarray, " num_workers"]
+    ) -> Iterator[None]:
+        """Compute as `update_expected` does, a step for each item of the iterator."""
+        if self._samples[queries].known >= _LEAST and mask.any():
+            yield from self._samples[queries].update_expected(mask, self._width)
+
+    def expected_error(self, queries: int, mask: Bool[np.ndarray, " num_workers"]) -> ExpectedError:
+        """Return the latest result of `update_expected`, NaN where there is none."""
+        nothing = np.full(queries, np.nan)
+        if self._samples[queries].known < _LEAST or not mask.any():
+            return ExpectedError(nothing, nothing, True)
+        found = self._samples[queries].expected.get(mask.tobytes())
+        if found is None:
+            return ExpectedError(nothing, nothing, False)
+        disagreement, error = (self._coder.to_query_order(part)[:queries] for part in found[:2])
+        return ExpectedError(disagreement, error, found[2] == self._samples[queries].epoch)
+
+    def progress(self) -> tuple[int, int]:
+        """Return the number of full groups seen, and the number that an estimate needs."""
+        return min(self._samples[self._coder.num_data].known, _GROUPS), _LEAST
+
+    def audit(self, decoded: np.ndarray, own: np.ndarray) -> bool:
+        """Record a decoded answer and the model's own, and return whether the labels agree."""
+        agree = bool(self._coder.agree(decoded.ravel(), own.ravel()))
+        self._audits.append(not agree)
+        return agree
+
+    def audited(self) -> Audit:
+        """Return the result of the latest audits."""
+        audits = list(self._audits)
+        return Audit(len(audits), float(np.mean(audits)) if audits else np.nan)
+
+
+class _GroupSamples:
+    """The last `_GROUPS` groups of one size, and the estimates they give.
+
+    Attributes:
+        known: the number of groups so far.
+        error_probability: the latest calibration.
+        epoch: how often the expected errors became out of date.
+        expected: by mask: disagreement and error by alpha, and their epoch, the oldest first. Each
+            entry is replaced as a whole, so that other threads may read meanwhile.
+    """
+
+    def __init__(self, coder: Coder, simulation: StragglerSimulation | None):
+        self._coder, self._simulation = coder, simulation
+        self.known = self._turn = 0
+        self.error_probability = uncalibrated()
+        self._due = _LEAST  # groups at the next calibration
+        self._draws_left = 0  # simulations until then
+        self._fresh = 0  # groups since the last epoch
+        self._answers: np.ndarray | None = None
+        self._originals: np.ndarray | None = None
+        self.epoch = 0
+        self.expected: dict[bytes, tuple[np.ndarray, np.ndarray, int]] = {}
+
+    def add(self, answers: np.ndarray, originals: np.ndarray) -> None:
+        if self._answers is None or self._originals is None:
+            self._answers = np.zeros((_GROUPS, *answers.shape), np.float32)
+            self._originals = np.zeros((_GROUPS, *originals.shape), np.float32)
+        slot = self.known % _GROUPS
+        self._answers[slot], self._originals[slot] = answers, originals
+        self.known += 1
+        self._fresh += 1
+
+    def state(self) -> dict[str, np.ndarray]:
+        if self._answers is None or self._originals is None:
+            return {}
+        known = min(self.known, _GROUPS)
+        return {
+            "answers": self._answers[:known],
+            "originals": self._originals[:known],
+            "masks": np.array([np.frombuffer(mask, bool) for mask in self.expected]),
+            "disagreement": np.array([each[0] for each in self.expected.values()]),
+            "error": np.array([each[1] for each in self.expected.values()]),
+            **{name: np.asarray(part) for name, part in vars(self.error_probability).items()},
+        }
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        for answers, originals in zip(state["answers"], state["originals"], strict=True):
+            self.add(answers, originals)
+        tables = (state[name] for name in ("masks", "disagreement", "error"))
+        for mask, disagreement, error in zip(*tables, strict=True):
+            self.expected[mask.tobytes()] = disagreement, error, self.epoch
+        self.error_probability = DecodingErrorProbability(
+            state["weights"], state["wrong_from"], state["final"], int(state["num_queries"])
+        )
+        self._due = self.known + _GROUPS
+
+    @property
+    def enough(self) -> bool:
+        """Return whether there is an estimate for each query."""
+        return self.known >= _LEAST and (
+            self._simulation is None or self.error_probability.num_queries > 0
+        )
+
+    def _next_groups(self, number: int = _GROUPS) -> tuple[np.ndarray, np.ndarray]:
+        """Return the next groups in turn, cycling if there are fewer, so that shapes stay fixed."""
+        assert self._answers is not None
+        assert self._originals is not None
+        chosen = (self._turn + np.arange(number)) % min(self.known, _GROUPS)
+        self._turn = (self._turn + number) % _GROUPS
+        return self._answers[chosen], self._originals[chosen]
+
+    def simulate(self, draws: int) -> None:
+        """Calibrate the error probability at once, if there are enough groups."""
+        if self._simulation is None or self.known < _LEAST:
+            return
+        known = min(self.known, _GROUPS)
+        for _ in range(draws):
+            _run_all(self._simulation.draw(*self._next_groups(), known, _GROUPS))
+        self.error_probability = self._simulation.calibrate(known)
+        self._due = self.known + _GROUPS
+
+    def simulate_in_steps(self, width: int) -> Iterator[None]:
+        """Run some simulations with each group, and calibrate when they are complete.
+
+        At first this happens whenever the number of groups has doubled.
+        """
+        if self._simulation is None:
+            return
+        if not self._draws_left and self.known > self._due - DRAWS // _AT_ONCE:
+            self._draws_left = DRAWS
+        if not self._draws_left:
+            return
+        self._draws_left -= _AT_ONCE
+        known = min(self.known, _GROUPS)
+        for _ in range(_AT_ONCE):
+            yield from self._simulation.draw(*self._next_groups(_FEW), min(known, _FEW), width)
+        if not self._draws_left:
+            self.error_probability = self._simulation.calibrate(known)
+            self._due = self.known + known
+
+    def update_expected(self, mask: np.ndarray, width: int) -> Iterator[None]:
+        assert self._answers is not None
+        assert self._originals is not None
+        if not self.epoch or self._fresh >= _GROUPS:
+            self.epoch += 1
+            self._fresh = 0
+        number = min(self.known, _GROUPS)
+        square, wrong = np.zeros((2, self._coder.num_data))
+        recovered = np.ones(self._coder.num_data, bool)
+        for begin in range(0, number, width):
+            some = slice(begin, min(begin + width, number))
+            own = self._originals[some]
+            found, same = self._coder.compare(self._answers[some], own, mask, width)
+            recovered = found.recovered  # the same for all groups: it follows from the mask
+            square += np.sum((found.predictions - own) ** 2, axis=(0, 2), dtype=float)
+            wrong += np.sum(~(recovered & same), axis=0)
+            yield
+        error = np.where(recovered, np.sqrt(square / number), np.nan)
+        # Jeffreys' estimate: none wrong among n does not mean that none ever will be.
+        disagreement = (wrong + 0.5) / (number + 1)
+        while len(self.expected) >= _MASKS:
+            del self.expected[next(iter(self.expected))]
+        self.expected[mask.tobytes()] = disagreement, error, self.epoch
+
+
+def calibrate_or_restore(
+    estimator: ErrorEstimator,
+    model: Model,
+    x: np.ndarray | Callable[[], np.ndarray],
+    worker_dtype: DTypeLike | None,
+    cache: Path | None,
+) -> None:
+    """Calibrate an estimator, or restore it from a cache file: calibration takes seconds.
+
+    Args:
+        estimator: the estimator.
+        model: the served model.
+        x: unlabelled data points, or a function that returns them.
+        worker_dtype: the dtype in which workers compute.
+        cache: the file, named after all that calibration depends on; None for no cache. It is
+            written if it is not there or cannot be read.
+
+    Raises:
+        ValueError: as `ErrorEstimator.calibrate`.
+    """
+    state = None if cache is None else _read(cache)
+    if state is not None:
+        estimator.restore(state, current_conditions(worker_dtype))
+        return
+    estimator.calibrate(model, x() if callable(x) else x, worker_dtype=worker_dtype)
+    if cache is not None:
+        state = estimator.state()
+        with contextlib.suppress(OSError):
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(cache, lambda file: np.savez(file, **state))  # pyright: ignore[reportArgumentType]
+
+
+def _read(path: Path) -> dict[str, np.ndarray] | None:
+    try:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def _run_all(steps: Iterable[None]) -> None:
+    for _ in steps:
+        pass

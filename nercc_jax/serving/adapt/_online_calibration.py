@@ -1,0 +1,363 @@
+"""Online calibration of a surrogate: every own answer of the model first tests it, then trains it.
+
+A batch of the model's own answers is a validation batch: what the surrogate says of those queries,
+against what the model said. The latest validation batches give an error probability and the limit
+below which no more labels are wrong than allowed, or, for functions, error bounds. Then a learner
+learns from the batch.
+
+Validation goes on while answers are given out. If more of them are wrong than promised, beyond
+chance, the traffic or the model has changed, and everything that was calibrated is discarded.
+"""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Bool, Float, Shaped
+
+from ...codes import Form, join
+from ...evaluation import agree_on_labels, row_errors
+from ...risk import ErrorProbability, error_features, fit_error_probability_of_points
+from ...surrogates import (
+    AbstractLearner,
+    AbstractSurrogate,
+    ComponentLearner,
+    Learner,
+    LearnerTuning,
+    init_learner,
+    principal_components,
+    tune_learner,
+)
+from ..core._adaptation import Predictions
+from ..core._request import Answer
+
+# Answers that a learner takes at once, that it starts from, and after which the kernel found on
+# those is tuned again.
+BATCH, FIRST, RETUNE = 32, 256, 1024
+# Validation answers that calibration looks at, at most and at least, and the share by which their
+# number grows until the next calibration.
+_VALIDATION, LEAST, _MORE = 2048, 128, 0.25
+_FEATURES = 64  # principal components, where queries have more numbers
+_COVERAGE = 0.9  # of error bounds
+# Answers that drift detection looks at, and the standard deviations of their number by which more
+# may be wrong than promised before it is not chance: a normal distribution passes that once in
+# 300,000 times.
+_WINDOW, _CHANCE = 512, 4.5
+# One width for all features, from a grid: 256 pairs say nothing about many widths, and on LeNet5's
+# answers descent finds nothing better (93.1 % of labels from 1,024 of them either way).
+_TUNING = LearnerTuning(widths="one", rows=FIRST, steps=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictionGoal:
+    """The bound on what may be given out.
+
+    Attributes:
+        max_disagreement: the share of labels that may be wrong.
+        tolerance: the error bound that answers may have, in units of the outputs.
+
+    Raises:
+        ValueError: where both are None.
+    """
+
+    max_disagreement: float | None
+    tolerance: float | None
+
+    def __post_init__(self):
+        if self.max_disagreement is None and self.tolerance is None:
+            raise ValueError(
+                "to answer from what is known needs a policy with max_disagreement or tolerance"
+            )
+
+
+class DriftDetector:
+    """Detects that answers are wrong more often than promised."""
+
+    def __init__(self):
+        self._failed: collections.deque[bool] = collections.deque(maxlen=_WINDOW)
+
+    def add(self, failed: Iterable[bool]) -> None:
+        """Record answers, by whether they were wrong."""
+        self._failed.extend(failed)
+
+    def detects(self, promised: float) -> bool:
+        """Return whether more than this share is wrong, beyond chance."""
+        number = len(self._failed)
+        usual = promised * number
+        return sum(self._failed) > usual + _CHANCE * math.sqrt(max(usual, 1.0))
+
+    def clear(self) -> None:
+        """Forget all answers."""
+        self._failed.clear()
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibratedSurrogate:
+    """A surrogate and its calibration; immutable, so that one thread may make it for others.
+
+    Attributes:
+        surrogate: the surrogate.
+        doubt: the probability of a wrong label; None where labels do not matter.
+        factor: what deviations are multiplied by to get error bounds.
+        limit: the largest probability of a wrong label with which an answer is given out.
+        tolerance: the largest error bound with which an answer is given out.
+        share: the share of queries that are certain enough, by validation.
+        promised: the share of those that may be wrong.
+    """
+
+    surrogate: AbstractSurrogate
+    doubt: ErrorProbability | None
+    factor: float
+    limit: float
+    tolerance: float
+    share: float
+    promised: float
+
+    def predict(self, x: Shaped[np.ndarray, "queries ..."]) -> Predictions:
+        """Return the answers to some queries; compiled for each number of them."""
+        found = _predict(self.surrogate, _without_levels(self.doubt), x)
+        values, deviation, probability = map(np.asarray, found)
+        bound = self.factor * deviation
+        sure = self.is_sure(probability, bound) & np.isfinite(values).all(axis=1)
+        return Predictions(values, probability, bound, sure)
+
+    def is_sure(
+        self, probability: Float[np.ndarray, " queries"], bound: Float[np.ndarray, " queries"]
+    ) -> Bool[np.ndarray, " queries"]:
+        """Return which answers may be given out."""
+        within = bound <= self.tolerance
+        return within if self.doubt is None else within & (probability <= self.limit)
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationBatch:
+    """A surrogate's answers to some queries, compared with the model's own.
+
+    Attributes:
+        features: of the error probability.
+        deviation: the surrogate's own.
+        error: the root mean squared error.
+        wrong: whether the label differs.
+        probability: the calibrated probability of that; NaN before calibration.
+    """
+
+    features: Float[np.ndarray, "queries features"]
+    deviation: Float[np.ndarray, " queries"]
+    error: Float[np.ndarray, " queries"]
+    wrong: Bool[np.ndarray, " queries"]
+    probability: Float[np.ndarray, " queries"]
+
+
+class OnlineCalibration:
+    """A surrogate that is validated, calibrated and trained batch by batch, by one thread.
+
+    Attributes:
+        calibrated: the latest calibration, for other threads; None until there is one.
+        drifts: how often drift was detected.
+    """
+
+    def __init__(
+        self,
+        surrogate: AbstractSurrogate | None,
+        goal: PredictionGoal,
+        *,
+        features: Callable[[Any], Any] | None = None,
+        capacity: int = 1024,
+        form: Form | None = None,
+    ):
+        """Start without data.
+
+        Args:
+            surrogate: the surrogate; None for a learner that is made from the first answers.
+            goal: what may be given out.
+            features: of queries, for such a learner; by default their principal components.
+            capacity: the number of answers that such a learner keeps.
+            form: the parts of an answer, where each has a label of its own.
+        """
+        self._surrogate, self._goal = surrogate, goal
+        self._features, self._capacity, self._form = features, capacity, form
+        self._first: list[tuple[np.ndarray, np.ndarray]] = []
+        self._learned = 0
+        self._validation: collections.deque[ValidationBatch] = collections.deque(
+            maxlen=_VALIDATION // BATCH
+        )
+        self._count, self._due = 0, float(LEAST)
+        self._detector = DriftDetector()
+        self.calibrated: CalibratedSurrogate | None = None
+        self._current = True  # whether `calibrated` has the latest surrogate
+        self.drifts = 0
+
+    def progress(self) -> tuple[int, int]:
+        """Return the number of answers used so far, and the number that the first result needs."""
+        learns = self._surrogate is None or isinstance(self._surrogate, AbstractLearner)
+        needed = LEAST + FIRST * learns
+        done = min(self._learned, FIRST) * learns + len(self._first) + self._count
+        return needed if self.calibrated is not None else min(done, needed), needed
+
+    def add(self, x: Shaped[np.ndarray, "pairs ..."], own: Float[np.ndarray, "pairs m"]) -> None:
+        """Take the model's own answers to `BATCH` queries."""
+        if self._surrogate is None:
+            self._first += zip(x, own, strict=True)
+            if len(self._first) >= FIRST:
+                self._start_learner(*map(np.stack, zip(*self._first, strict=True)))
+                self._first = []
+            return
+        self._validate(x, own)
+        if isinstance(self._surrogate, AbstractLearner):
+            self._surrogate = _updated(self._surrogate, x, own)
+            self._learned += len(x)
+            if self._learned == RETUNE:
+                # Its deviations change, so earlier validation says nothing about them. Until there
+                # is enough of it again, the learner as it was answers.
+                self._surrogate, self._current = _tuned(self._surrogate), False
+                self._restart_validation()
+            elif self.calibrated is not None and self._current:
+                self.calibrated = dataclasses.replace(self.calibrated, surrogate=self._surrogate)
+
+    def discard(self) -> None:
+        """Discard the calibration after a drift, until there is a new one."""
+        self.calibrated, self._current = None, True
+        self.drifts += 1
+        self._restart_validation()
+
+    def is_wrong(self, given: Answer, own: Float[np.ndarray, " m"]) -> bool:
+        """Return whether an answer that was given out misses the goal."""
+        value = given.value.ravel()
+        wrong = not bool(_agree(value, own, self._form))
+        error = float(np.sqrt(np.mean((value - own) ** 2)))
+        return bool(self._misses_goal(np.array(wrong), np.array(error), np.array(given.error)))
+
+    def _start_learner(
+        self, x: Shaped[np.ndarray, "pairs ..."], own: Float[np.ndarray, "pairs m"]
+    ) -> None:
+        features = self._features
+        if features is None and x[0].size > _FEATURES:
+            features = principal_components(x, _FEATURES)
+        start = init_learner(
+            x, own, features=features, capacity=self._capacity, kernel="squared_exponential"
+        )
+        self._surrogate, self._learned = tune_learner(start, _TUNING), len(x)
+
+    def _restart_validation(self) -> None:
+        self._validation.clear()
+        self._detector.clear()
+        self._count, self._due = 0, float(LEAST)
+
+    def _validate(self, x: np.ndarray, own: np.ndarray) -> None:
+        assert self._surrogate is not None
+        calibrated = self.calibrated if self._current else None
+        doubt = None if calibrated is None else calibrated.doubt
+        found = _validated(self._surrogate, _without_levels(doubt), x, own, self._form)
+        batch = ValidationBatch(*map(np.asarray, found))
+        if calibrated is not None:
+            bound = calibrated.factor * batch.deviation
+            sure = calibrated.is_sure(batch.probability, bound)
+            failed = sure & self._misses_goal(batch.wrong, batch.error, bound)
+            self._detector.add(failed.tolist())
+            if self._detector.detects(calibrated.promised * calibrated.share):
+                self.discard()
+        self._validation.append(batch)
+        self._count += len(own)
+        if self._count >= self._due:
+            self._due = self._count + _MORE * min(self._count, _VALIDATION)
+            self.calibrated, self._current = self._calibrate(), True
+
+    def _misses_goal(self, wrong: np.ndarray, error: np.ndarray, bound: np.ndarray) -> np.ndarray:
+        failed = np.zeros(wrong.shape, bool)
+        if self._goal.max_disagreement is not None:
+            failed |= wrong
+        if self._goal.tolerance is not None:
+            failed |= error > bound
+        return failed
+
+    def _calibrate(self) -> CalibratedSurrogate:
+        """Calibrate the surrogate on the latest validation batches."""
+        assert self._surrogate is not None
+        batches = list(self._validation)
+        features, deviation, error, wrong = (
+            np.concatenate([getattr(batch, part) for batch in batches])
+            for part in ("features", "deviation", "error", "wrong")
+        )
+        # The k-th of n ratios covers k / (n + 1) of others: see `ErrorBars`.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios = np.sort(np.where(error > 0, error / deviation, 0))
+        factor = float(ratios[min(math.ceil(_COVERAGE * (len(ratios) + 1)), len(ratios)) - 1])
+        wanted, tolerance = self._goal.max_disagreement, self._goal.tolerance
+        doubt, limit, share, promised = None, 1.0, 1.0, 0.0
+        if wanted is not None:
+            doubt = fit_error_probability_of_points(
+                features, np.zeros_like(wrong), wrong, self._form
+            )
+            limit = doubt.limit(wanted)
+            share = 1 - doubt.share(limit)
+            promised = wanted / share if share > 0 else 0.0
+        if tolerance is not None:
+            share *= float(np.mean(factor * deviation <= tolerance))
+            promised += 1 - _COVERAGE
+        tolerance = math.inf if tolerance is None else tolerance
+        return CalibratedSurrogate(
+            self._surrogate, doubt, factor, limit, tolerance, share, min(promised, 1.0)
+        )
+
+
+@eqx.filter_jit
+def _predict(
+    surrogate: AbstractSurrogate,
+    doubt: ErrorProbability | None,
+    x: Shaped[ArrayLike, "queries ..."],
+) -> tuple[Float[Array, "queries m"], Float[Array, " queries"], Float[Array, " queries"]]:
+    """Return outputs as vectors, deviations (1 if there are none), and error probabilities."""
+    x = jnp.asarray(x)
+    if isinstance(surrogate, AbstractLearner):
+        mean, deviation = surrogate.predict(x)
+    else:
+        mean, deviation = surrogate.outputs(x), jnp.ones(len(x))
+    values = join(mean, 1)[0]
+    if doubt is None:
+        return values, deviation, jnp.full(len(values), jnp.nan)
+    return values, deviation, doubt(values, deviation, values)
+
+
+@eqx.filter_jit
+def _validated(
+    surrogate: AbstractSurrogate,
+    doubt: ErrorProbability | None,
+    x: Shaped[ArrayLike, "queries ..."],
+    own: Float[ArrayLike, "queries m"],
+    form: Form | None,
+) -> tuple[Array, ...]:
+    """Return the fields of a `ValidationBatch`."""
+    values, deviation, probability = _predict(surrogate, doubt, x)
+    features = error_features(values, deviation, values, form)
+    wrong = ~agree_on_labels(values, own, form)
+    return features, deviation, row_errors(values, own), wrong, probability
+
+
+@eqx.filter_jit
+def _updated(
+    learner: AbstractLearner, x: Shaped[ArrayLike, "pairs ..."], own: Float[ArrayLike, "pairs m"]
+) -> AbstractLearner:
+    return learner.update(jnp.asarray(x), jnp.asarray(own))
+
+
+def _tuned(learner: AbstractLearner) -> AbstractLearner:
+    """Tune the kernels on the learner's data; the ratios of widths that were given stay."""
+    kept = dataclasses.replace(_TUNING, widths="kept")
+    own = isinstance(learner, Learner | ComponentLearner)
+    return tune_learner(learner, kept) if own else learner
+
+
+def _without_levels(doubt: ErrorProbability | None) -> ErrorProbability | None:
+    """Drop the limits, whose number differs between calibrations: one program serves all."""
+    if doubt is None:
+        return None
+    none = jnp.zeros(0)
+    return eqx.tree_at(lambda d: (d.levels, d.risks, d.shares), doubt, (none, none, none))
+
+
+_agree = eqx.filter_jit(agree_on_labels)

@@ -1,0 +1,223 @@
+"""Predicted answers: a surrogate's, where it is certain enough about a straggler's query."""
+
+import collections
+import logging
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Shaped
+
+from ...codes import Form, check_count
+from ...inference import Model
+from ...pools import AbstractClock
+from ...surrogates import AbstractSurrogate, Surrogate
+from ..core._adaptation import Predictions
+from ..core._request import Answer
+from ._online_calibration import BATCH, FIRST, DriftDetector, OnlineCalibration, PredictionGoal
+
+_LOG = logging.getLogger(__name__)
+
+_WAITING = 512  # answers that wait to be learned from; later ones replace the earliest
+# The share of the time that learning may take, since programs of JAX keep all cores of a CPU busy,
+# and the longest pause that follows from it, in seconds.
+_SHARE, _LONGEST = 0.05, 1.0
+
+State = Literal["learning", "answering", "drifted"]
+
+
+class Predictor:
+    """A surrogate that answers stragglers' queries, and learns from the model's own answers.
+
+    Given to a `CodedBatcher`, it answers queries whose own worker straggles, as soon as that is
+    noticed, wherever it is certain enough for the policy's `max_disagreement` or `tolerance`. It
+    answers nothing until it is calibrated, which takes 384 answers, or 128 for a surrogate that
+    does not learn. It learns on a thread of its own, in a twentieth of the time at most.
+
+    Example:
+        >>> import numpy as np
+        >>> from nercc_jax import Uncoded
+        >>> from nercc_jax.testing import SimulatedPool
+        >>> from nercc_jax.serving import BatchingPolicy, CodedBatcher, Coder, Predictor
+        >>> pool = SimulatedPool(np.tanh, 4, seconds=lambda size: 0.05)
+        >>> policy = BatchingPolicy(max_disagreement=0.1)
+        >>> predictor = Predictor()
+        >>> batcher = CodedBatcher(
+        ...     pool, Coder(Uncoded(1)), (3,), (3,), policy=policy, predictor=predictor
+        ... )
+        >>> predictor.state
+        'learning'
+        >>> batcher.close()
+    """
+
+    def __init__(
+        self,
+        surrogate: Model | AbstractSurrogate | None = None,
+        *,
+        features: Callable[[Any], Any] | None = None,
+        capacity: int = 1024,
+    ):
+        """Create a predictor for one batcher.
+
+        Args:
+            surrogate: a cheap model with the served model's outputs (a student), or a learner; by
+                default a learner that is made from the first 256 answers.
+            features: the features of queries by which such a learner measures similarity; by
+                default their 64 principal components.
+            capacity: the number of latest answers that such a learner keeps, 256 or more.
+
+        Raises:
+            ValueError: for a surrogate that is not callable, or a smaller capacity.
+        """
+        check_count("capacity", capacity, FIRST)
+        if surrogate is not None and not isinstance(surrogate, AbstractSurrogate):
+            surrogate = Surrogate(surrogate)
+        self._surrogate = surrogate
+        self._options = {"features": features, "capacity": capacity}
+        self._inbox: collections.deque[tuple[np.ndarray, np.ndarray]] = collections.deque(
+            maxlen=_WAITING
+        )
+        self._late_answers = DriftDetector()
+        self._drift_detected = False
+        self._calibration: OnlineCalibration | None = None
+
+    def attach(
+        self,
+        goal: PredictionGoal,
+        width: int,
+        form: Form | None,
+        observe: Callable[[Any, float], Any],
+        clock: AbstractClock,
+    ) -> None:
+        """Attach the predictor to its batcher, which starts and closes it.
+
+        Args:
+            goal: what may be given out.
+            width: the number of queries that programs are compiled for.
+            form: the parts of an answer, where each has a label of its own.
+            observe: receives metrics.
+            clock: the batcher's clock.
+
+        Raises:
+            ValueError: where it has a batcher already.
+        """
+        if self._calibration is not None:
+            raise ValueError("this predictor is another batcher's: make one for each")
+        self._calibration = OnlineCalibration(self._surrogate, goal, form=form, **self._options)
+        self._width, self._observe, self._clock = width, observe, clock
+        self._compiled = False
+        self._rests_until = -math.inf
+        self._turns = clock.turns("nercc-predictor", self._turn)
+        self.start, self.close = self._turns.start, self._turns.close
+
+    @property
+    def state(self) -> State:
+        """The state: it answers, it still learns, or drift has reset it."""
+        assert self._calibration is not None
+        calibrated = self._calibration.calibrated is not None
+        if calibrated and self._compiled and not self._drift_detected:
+            return "answering"
+        return "drifted" if self._calibration.drifts or self._drift_detected else "learning"
+
+    @property
+    def share(self) -> float:
+        """The share of queries that it would answer, by the latest validation."""
+        assert self._calibration is not None
+        calibrated = self._calibration.calibrated
+        return calibrated.share if calibrated and self.state == "answering" else 0.0
+
+    def status(self) -> dict[str, Any]:
+        """Return the predictor's part of a server's status."""
+        assert self._calibration is not None
+        known, needed = self.progress()
+        return {
+            "state": self.state,
+            "known": known,
+            "needed": needed,
+            "share": self.share,
+            "drifts": self._calibration.drifts,
+        }
+
+    def progress(self) -> tuple[int, int]:
+        """Return the number of answers used so far, and the number that it needs to answer."""
+        assert self._calibration is not None
+        return self._calibration.progress()
+
+    def predict(self, x: Shaped[np.ndarray, "queries ..."]) -> Predictions | None:
+        """Return its answers to some queries; None while it is not calibrated."""
+        assert self._calibration is not None
+        calibrated = self._calibration.calibrated
+        if calibrated is None or not self._compiled or self._drift_detected:
+            return None
+        parts = [x[begin : begin + self._width] for begin in range(0, len(x), self._width)]
+        found = [calibrated.predict(_filled_up(part, self._width)) for part in parts]
+        return Predictions(
+            *(
+                np.concatenate([getattr(each, name) for each in found])[: len(x)]
+                for name in ("values", "disagreement", "error_bound", "sure")
+            )
+        )
+
+    def add_answer(self, x: Shaped[np.ndarray, "..."], own: np.ndarray) -> None:
+        """Take the model's own answer to a query, and return at once."""
+        self._inbox.append((x, own.ravel()))
+        if len(self._inbox) >= BATCH:
+            self._turns.wake()
+
+    def audit(self, given: Answer, own: np.ndarray) -> bool:
+        """Compare an answer that was given out with the model's own, which came late.
+
+        If too many are wrong, nothing more is given out until it is calibrated again.
+
+        Returns:
+            Whether the answer was right.
+        """
+        assert self._calibration is not None
+        wrong = self._calibration.is_wrong(given, own.ravel())
+        self._late_answers.add([wrong])
+        calibrated = self._calibration.calibrated
+        if calibrated is not None and self._late_answers.detects(calibrated.promised):
+            self._drift_detected = True
+        return not wrong
+
+    def _turn(self) -> float:
+        while len(self._inbox) >= BATCH:
+            now = self._clock.now()
+            if now < self._rests_until:
+                return self._rests_until
+            try:
+                self._learn()
+            except Exception:
+                # Earlier results stay; the next answers may do better.
+                _LOG.exception("learning from the traffic failed")
+                self._observe("internal_error", 1)
+            spent = self._clock.now() - now
+            self._observe("learn_seconds", spent)
+            self._rests_until = now + spent + min(spent * (1 / _SHARE - 1), _LONGEST)
+        return math.inf
+
+    def _learn(self) -> None:
+        calibration = self._calibration
+        assert calibration is not None
+        pairs = [self._inbox.popleft() for _ in range(BATCH)]
+        x, own = map(np.stack, zip(*pairs, strict=True))
+        drifts = calibration.drifts
+        if self._drift_detected:
+            calibration.discard()
+            self._late_answers.clear()
+            self._drift_detected = False
+        calibration.add(x, own)
+        if calibration.drifts > drifts:
+            self._observe("drift", 1)
+            _LOG.warning("predictions went wrong more often than promised: they are not given out")
+        if calibration.calibrated is not None and not self._compiled:
+            # Compile what the scheduler's thread calls.
+            calibration.calibrated.predict(_filled_up(x[: self._width], self._width))
+            calibration.is_wrong(Answer(own[0], "predicted", 1, 0), own[0])
+            self._compiled = True
+
+
+def _filled_up(x: np.ndarray, width: int) -> np.ndarray:
+    """Repeat rows up to this number, so that one compiled program serves all."""
+    return x if len(x) == width else x[np.arange(width) % len(x)]

@@ -1,0 +1,378 @@
+"""The controller of settings: picks the late rule and the redundancy by the measured tail.
+
+Tails are forecast by replaying a pool's calls: for each as a query's own call, calls of other
+workers that were sent soon after represent its copies, so that whatever slows many workers at once
+slows copies, too. Only queueing is left out, so forecasts are corrected by what is measured.
+"""
+
+import collections
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from ...pools import AbstractPool, Call, Overdue
+from .._policy import BatchingPolicy, Observe
+from ..core._adaptation import DispatchSetting, Redundancy
+from ..core._coder import Coder
+from ._predictor import Predictor
+
+# The number of calls of a size that its median needs.
+_LEAST = 20
+# How often each call is replayed, with other copies, and another worker's call is looked for.
+_TIMES, _TRIES = 4, 10
+# A tail is the mean of latencies between these quantiles: p99.9 by itself jumps where one query in
+# a thousand straggles twice.
+_P999, _P99 = (0.998, 0.9998), (0.99, 0.999)
+
+
+@dataclasses.dataclass(frozen=True)
+class TailForecast:
+    """The forecast for a setting, in medians of answer times.
+
+    Attributes:
+        tail: the mean latency around p99.9.
+        p99: the mean latency from p99 to p99.9.
+        calls: the calls per query.
+        late: the share of queries whose own worker straggles.
+    """
+
+    tail: float
+    p99: float
+    calls: float
+    late: float
+
+
+@dataclasses.dataclass(frozen=True)
+class CallReplay:
+    """Times of calls in medians of their size.
+
+    Attributes:
+        own: of queries' own calls.
+        copies: of their copies, in turn.
+        draws: uniform in [0, 1), to draw which queries a surrogate can answer.
+        median: of single queries, in seconds.
+    """
+
+    own: Float[np.ndarray, " queries"]
+    copies: Float[np.ndarray, "copies queries"]
+    draws: Float[np.ndarray, " queries"]
+    median: float
+
+    def forecast(
+        self, setting: DispatchSetting, *, known: float, extra: int, extra_calls: float
+    ) -> TailForecast:
+        """Return the forecast for a setting.
+
+        Args:
+            setting: the setting.
+            known: the share of stragglers' queries that are answered at once.
+            extra: the copies that go out with a query where redundancy is sent.
+            extra_calls: the calls that redundancy adds to a query.
+        """
+        overdue = setting.overdue
+        usual = self.median * float(np.quantile(self.own, overdue.quantile))
+        limit = overdue.after(usual) / self.median
+        sure = self.draws < known
+        twice = {"none": np.zeros_like(sure), "doubtful": ~sure, "always": np.ones_like(sure)}
+        first, doubled = self.own, twice[setting.redundancy]
+        for copy in self.copies[:extra]:
+            first = np.where(doubled, np.minimum(first, copy), first)
+        late = first > limit
+        calls = 1.0 + extra_calls * float(doubled.mean())
+        seconds, again = first, late & ~sure
+        for number, copy in enumerate(self.copies[extra:], start=1):
+            again = again & (seconds > number * limit)
+            calls += float(again.mean())
+            seconds = np.where(again, np.minimum(seconds, number * limit + copy), seconds)
+        seconds = np.sort(np.where(late & sure, limit, seconds))
+        return TailForecast(
+            _mean_between(seconds, _P999),
+            _mean_between(seconds, _P99),
+            calls,
+            float(late.mean()),
+        )
+
+
+def replay_calls(calls: Sequence[Call], copies: int, workers: int, seed: int) -> CallReplay | None:
+    """Return a replay of the calls of sizes that are known well enough.
+
+    Args:
+        calls: a pool's latest calls.
+        copies: the largest number of copies of a query, beyond its own call.
+        workers: the number of workers.
+        seed: of the draws.
+
+    Returns:
+        The replay; None where there are too few calls.
+    """
+    if not calls:
+        return None
+    _, seconds, size, worker = map(np.array, zip(*sorted(calls), strict=True))
+    times, medians = np.full(len(calls), np.nan), {}
+    for each in np.unique(size).tolist():
+        of_size = size == each
+        if of_size.sum() >= _LEAST:
+            medians[each] = float(np.median(seconds[of_size]))
+            times[of_size] = seconds[of_size] / medians[each]
+    known = np.isfinite(times)
+    times, worker = times[known], worker[known]
+    if len(times) < _LEAST:
+        return None
+    random = np.random.default_rng(seed)
+    own = np.tile(np.arange(len(times)), _TIMES)
+    drawn = []
+    for copy in range(copies):
+        near = own.copy()
+        for _ in range(_TRIES):  # a copy goes to another worker
+            same = worker[near] == worker[own]
+            steps = random.integers(copy * workers, (copy + 1) * workers, int(same.sum())) + 1
+            near[same] = (own[same] + steps) % len(times)
+        drawn.append(times[near])
+    copied = np.reshape(drawn, (copies, len(own)))
+    return CallReplay(times[own], copied, random.random(len(own)), medians[min(medians)])
+
+
+def p99_in_medians(seconds: Sequence[float]) -> float:
+    """Return the mean latency from p99 to p99.9, in medians."""
+    ordered = np.sort(np.asarray(seconds))
+    return _mean_between(ordered, _P99) / float(ordered[len(ordered) // 2])
+
+
+def _mean_between(ordered: Float[np.ndarray, " queries"], quantiles: tuple[float, float]) -> float:
+    """Return the mean of sorted numbers between two quantiles."""
+    begin, end = (int(quantile * len(ordered)) for quantile in quantiles)
+    return float(ordered[begin : max(end, begin + 1)].mean())
+
+
+_LOG = logging.getLogger(__name__)
+
+# Candidates besides the policy's own rule: multiples of the median, and hedging as published.
+_PATIENCE, _HEDGING = (1.2, 1.35, 1.5, 2.0, 3.0), ((0.9, 1.0), (0.95, 1.0))
+# Queries between two decisions; requests, and stragglers' queries, that a measurement needs.
+_EVERY, _MEASURED, _MEASURED_LATE = 500, 1000, 20
+# Settings whose p99.9, p99, or calls differ by less are equivalent, and the cheaper one is taken.
+# For p99 the margin is wide, because all redundancy would always gain a little.
+_SAME, _SAME_P99, _SAME_CALLS = 0.03, 0.25, 0.01
+# By how much more queries may straggle than by the policy's own rule: of them, and of all queries.
+_MORE_LATE, _LATE_OF_ALL = 0.1, 0.001
+# The correction of forecasts decays at each decision, by half in some 11,000 queries, because load
+# comes and goes; and its largest factor.
+_DECAY, _WORST = 0.97, 5.0
+_SHARE = 0.02  # of the time, that decisions may take
+
+
+class SettingController:
+    """Picks the settings that a policy with `max_calls` leaves open, every 500 queries.
+
+    The tail of each setting is forecast by replaying the pool's latest calls, and corrected by what
+    was measured when that redundancy was last tried. Among the settings that cost at most
+    `max_calls`, and with which hardly more queries straggle than with the policy's own rule, the
+    one with the least p99.9 is taken; among equivalent ones that with the least p99, and then the
+    cheapest. Hedging is always a candidate.
+
+    Attributes:
+        setting: the setting that holds; immutable, and replaced as a whole.
+        settings: all candidates, the policy's own first.
+    """
+
+    def __init__(
+        self,
+        policy: BatchingPolicy,
+        coder: Coder,
+        pool: AbstractPool,
+        predictor: Predictor | None,
+        observe: Observe,
+    ):
+        """Create a controller with the policy's own rule and no redundancy.
+
+        Raises:
+            ValueError: for a code whose redundancy cannot be left out.
+        """
+        assert policy.max_calls is not None
+        if not coder.systematic:
+            raise ValueError(
+                "max_calls needs a code that sends queries as they came (interleaved or repeated "
+                "points, replication, uncoded): of another one all is sent, or nothing"
+            )
+        self._most, self._attempts = policy.max_calls, policy.copies
+        self._coder, self._pool, self._predictor = coder, pool, predictor
+        self._pass_on = observe
+        extra = coder.num_workers - coder.num_data
+        self._extra_calls = extra / coder.num_data
+        self._copies = extra if coder.num_data == 1 else 0
+        allowed: list[Redundancy] = ["none"]
+        if extra and predictor is not None:
+            allowed.append("doubtful")
+        if extra and policy.redundancy == "always":
+            allowed.append("always")
+        rules = [Overdue(policy.quantile, policy.patience)]
+        rules += [Overdue(0.5, patience) for patience in _PATIENCE]
+        rules += [Overdue(*each) for each in _HEDGING]
+        self.settings = [
+            DispatchSetting(rule, each) for each in allowed for rule in dict.fromkeys(rules)
+        ]
+        self.setting, self._reason = self.settings[0], "nothing is known yet"
+        self._factors: dict[Redundancy, tuple[float, float]] = {}  # of tails, and of calls
+        # The share of stragglers' queries that redundancy answers, until it was tried.
+        self._decoded = 1.0
+        self._queries = self._decided_at = self._decisions = 0
+        self._rests_until = -math.inf
+        self._start_measuring()
+        self._turns = pool.clock.turns("nercc-controller", self._turn)
+        self.start, self.close = self._turns.start, self._turns.close
+
+    def observe(self, what: Any, number: int | float) -> None:
+        """Take a measurement, and pass it on. Returns at once."""
+        self._pass_on(what, number)
+        if what in ("request_ok", "request_deadline"):
+            self._seconds.append(number)
+        elif what == "reexecution":
+            self._counts[what] += int(number)
+        elif what.startswith("query_"):
+            self._counts[what] += int(number)
+            self._queries += int(number)
+            if self._queries >= self._decided_at + _EVERY:
+                self._turns.wake()
+
+    def status(self) -> dict[str, Any]:
+        """Return the controller's part of a server's status."""
+        setting = self.setting
+        return {
+            "patience": setting.overdue.factor,
+            "quantile": setting.overdue.quantile,
+            "redundancy": setting.redundancy,
+            "reason": self._reason,
+        }
+
+    def _turn(self) -> float:
+        if self._queries < self._decided_at + _EVERY:
+            return math.inf
+        now = self._pool.clock.now()
+        if now < self._rests_until:
+            return self._rests_until
+        self._decided_at, self._decisions = self._queries, self._decisions + 1
+        try:
+            self._decide()
+        except Exception:
+            # The setting stays; the next decision may do better.
+            _LOG.exception("picking a setting failed")
+            self._pass_on("internal_error", 1)
+        self._rests_until = now + (self._pool.clock.now() - now) / _SHARE
+        return math.inf
+
+    def _decide(self) -> None:
+        calls = self._pool.calls()
+        copies = self._copies + self._attempts - 1
+        replay = replay_calls(calls, copies, self._pool.num_workers, self._decisions)
+        if replay is None:
+            return
+        forecasts = {each: self._forecast(replay, each) for each in self.settings}
+        current = self.setting
+        self._correct(forecasts[current], calls)
+        most_late = forecasts[self.settings[0]].late * (1 + _MORE_LATE) + _LATE_OF_ALL
+        predicts = self._predictor is not None and self._predictor.state == "answering"
+        candidates = [
+            each
+            for each in self.settings
+            if (forecasts[each].late <= most_late or self._answered_share(each) == 0)
+            and (predicts or each.redundancy != "doubtful")  # nothing says what is doubtful
+        ]
+        # If all cost more than may be spent, the cheapest.
+        least = min(self._cost(each, forecasts) for each in candidates)
+        allowed = [e for e in candidates if self._cost(e, forecasts) <= max(self._most, least)]
+        # Where p99.9 cannot be helped, p99 may.
+        same = _least(allowed, lambda each: self._tail(each, forecasts), _SAME)
+        same = _least(same, lambda each: forecasts[each].p99, _SAME_P99)
+        cheapest = min(self._cost(each, forecasts) for each in same)
+        if current in same and self._cost(current, forecasts) <= cheapest + _SAME_CALLS:
+            return
+        self._change(min(same, key=lambda each: self._cost(each, forecasts)), forecasts)
+
+    def _forecast(self, replay: CallReplay, setting: DispatchSetting) -> TailForecast:
+        return replay.forecast(
+            setting,
+            known=self._answered_share(setting),
+            extra=self._copies,
+            extra_calls=self._extra_calls,
+        )
+
+    def _answered_share(self, setting: DispatchSetting) -> float:
+        """Return the share of stragglers' queries that are predicted or decoded."""
+        predicted = 0.0 if self._predictor is None else self._predictor.share
+        decodes = setting.redundancy == "always" and self._coder.can_decode
+        return max(predicted, self._decoded) if decodes else predicted
+
+    def _correct(self, forecast: TailForecast, calls: Sequence[Call]) -> None:
+        """Correct forecasts by what was measured since the present setting holds."""
+        for each, (tail, cost) in self._factors.items():
+            self._factors[each] = 1 + (tail - 1) * _DECAY, 1 + (cost - 1) * _DECAY
+        self._decoded = 1 + (self._decoded - 1) * _DECAY
+        if len(self._seconds) < _MEASURED:
+            return
+        tail = p99_in_medians(self._seconds) / forecast.p99
+        sent = [call.size for call in calls if call.sent >= self._since]
+        again = self._counts["reexecution"]
+        given = self._counts["query_decoded"] + self._counts["query_predicted"]
+        queries = self._counts.total() - again
+        # Where more calls were sent than the pool keeps, their number is unknown.
+        known = queries and len(sent) < len(calls)
+        cost = sum(sent) / queries / forecast.calls if known else 1.0
+        redundancy = self.setting.redundancy
+        self._factors[redundancy] = min(max(tail, 1.0), _WORST), min(max(cost, 1.0), _WORST)
+        if redundancy == "always" and given + again >= _MEASURED_LATE:
+            self._decoded = given / (given + again)
+        self._start_measuring()
+
+    def _start_measuring(self) -> None:
+        """Attribute what is measured from now on to the present setting."""
+        self._seconds, self._since = [], self._pool.clock.now()
+        self._counts = collections.Counter()
+
+    def _tail(
+        self, setting: DispatchSetting, forecasts: dict[DispatchSetting, TailForecast]
+    ) -> float:
+        return forecasts[setting].tail * self._factors.get(setting.redundancy, (1.0, 1.0))[0]
+
+    def _cost(
+        self, setting: DispatchSetting, forecasts: dict[DispatchSetting, TailForecast]
+    ) -> float:
+        return forecasts[setting].calls * self._factors.get(setting.redundancy, (1.0, 1.0))[1]
+
+    def _change(
+        self, chosen: DispatchSetting, forecasts: dict[DispatchSetting, TailForecast]
+    ) -> None:
+        def describe(setting: DispatchSetting) -> str:
+            tail, cost = self._tail(setting, forecasts), self._cost(setting, forecasts)
+            return f"{_words(setting)}: p99.9 of {tail:.2f} medians at {cost:.2f} calls a query"
+
+        reason = f"{describe(chosen)}; before, {describe(self.setting)}"
+        self.setting, self._reason = chosen, reason
+        self._start_measuring()
+        self._pass_on("policy_change", 1)
+        _LOG.info("policy: %s", reason)
+
+
+def _least(
+    settings: list[DispatchSetting], number: Callable[[DispatchSetting], float], margin: float
+) -> list[DispatchSetting]:
+    """Return the settings whose number exceeds the least by no more than this share."""
+    numbers = [number(setting) for setting in settings]
+    most = min(numbers) * (1 + margin)
+    return [each for each, it in zip(settings, numbers, strict=True) if it <= most]
+
+
+def _words(setting: DispatchSetting) -> str:
+    overdue = setting.overdue
+    when = "the median" if overdue.quantile == 0.5 else f"p{100 * overdue.quantile:g}"
+    redundancy = {
+        "none": "no redundancy",
+        "doubtful": "redundancy where the surrogate doubts",
+        "always": "all redundancy",
+    }
+    times = "" if overdue.factor == 1 else f"{overdue.factor:g} times "
+    return f"late after {times}{when}, {redundancy[setting.redundancy]}"

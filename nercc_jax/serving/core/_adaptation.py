@@ -1,0 +1,140 @@
+"""The border between the scheduler and what adapts: observations go over it, results come back.
+
+The scheduler calls these methods from its own thread, so each returns at once. What it reads is
+immutable, and was computed by other threads.
+"""
+
+import abc
+import dataclasses
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Shaped
+
+from ...pools import Overdue
+from .._policy import BatchingPolicy
+from ._error_probability import DecodingErrorProbability
+from ._request import Answer
+
+Redundancy = Literal["none", "doubtful", "always"]
+
+
+class DispatchSetting(NamedTuple):
+    """The part of a policy that may change while queries are served.
+
+    Attributes:
+        overdue: the rule by which a call counts as late.
+        redundancy: the coded data points that are sent beyond the queries: all that the code has
+            ("always"), those for queries that a surrogate could not answer ("doubtful"), or none.
+    """
+
+    overdue: Overdue
+    redundancy: Redundancy
+
+
+class ExpectedError(NamedTuple):
+    """The error to expect of each query of a group; NaN where it is unknown.
+
+    Attributes:
+        disagreement: the probability of another label than the model's own.
+        error: the root mean squared distance to the model's answers.
+        current: whether nothing has been observed since that would change the estimate.
+    """
+
+    disagreement: Float[np.ndarray, " queries"]
+    error: Float[np.ndarray, " queries"]
+    current: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """A surrogate's answers to some queries.
+
+    Attributes:
+        values: the answers.
+        disagreement: the probability of another label; NaN where labels do not matter.
+        error_bound: the error that nine of ten answers do not exceed, in units of the outputs.
+        sure: whether the answers may be given out.
+    """
+
+    values: Float[np.ndarray, "queries m"]
+    disagreement: Float[np.ndarray, " queries"]
+    error_bound: Float[np.ndarray, " queries"]
+    sure: Bool[np.ndarray, " queries"]
+
+
+class AbstractAdaptation(abc.ABC):
+    """Calibration, prediction, and the choice of settings, as the scheduler sees them."""
+
+    @property
+    @abc.abstractmethod
+    def setting(self) -> DispatchSetting:
+        """The setting that holds now."""
+
+    @property
+    @abc.abstractmethod
+    def predicts(self) -> bool:
+        """Return whether there is a surrogate, ready or not."""
+
+    @property
+    @abc.abstractmethod
+    def can_predict(self) -> bool:
+        """Return whether the surrogate may answer now."""
+
+    @abc.abstractmethod
+    def start(self) -> None:
+        """Start the threads."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """End the threads."""
+
+    @abc.abstractmethod
+    def observe(self, what: str, number: int | float) -> None:
+        """Take a measurement of the scheduler's."""
+
+    @abc.abstractmethod
+    def needs_samples(self, queries: int) -> bool:
+        """Return whether to send groups of this size whole, for calibration."""
+
+    @property
+    @abc.abstractmethod
+    def accepts_samples(self) -> bool:
+        """Return whether `add_group` would use a group now."""
+
+    @abc.abstractmethod
+    def add_group(
+        self,
+        answers: Float[np.ndarray, "num_workers ..."],
+        originals: Float[np.ndarray, "queries ..."],
+    ) -> None:
+        """Take a group all of whose coded data points were answered."""
+
+    @abc.abstractmethod
+    def add_answer(self, x: Shaped[np.ndarray, "..."], own: np.ndarray) -> None:
+        """Take the model's own answer to a query."""
+
+    @abc.abstractmethod
+    def audit(self, given: Answer, own: np.ndarray) -> bool:
+        """Compare an answer that was given out with the model's own, which came late.
+
+        Returns:
+            Whether it was right.
+        """
+
+    @abc.abstractmethod
+    def error_probability(self, queries: int) -> DecodingErrorProbability:
+        """Return the calibrated error probability for groups of this size."""
+
+    @abc.abstractmethod
+    def expected_error(self, queries: int, mask: Bool[np.ndarray, " num_workers"]) -> ExpectedError:
+        """Return the error to expect of groups of this size, decoded from these workers."""
+
+    @abc.abstractmethod
+    def predict(self, x: Shaped[np.ndarray, "queries ..."]) -> Predictions | None:
+        """Return a surrogate's answers; None while there is none that is calibrated."""
+
+
+def fixed_setting(policy: BatchingPolicy) -> DispatchSetting:
+    """Return the setting that a policy names."""
+    return DispatchSetting(Overdue(policy.quantile, policy.patience), policy.redundancy)

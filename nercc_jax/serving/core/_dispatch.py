@@ -1,0 +1,407 @@
+"""Dispatch: queries leave the queue for idle workers, alone or in groups.
+
+Within a group, similar queries get neighbouring places (`QueryOrdering`).
+"""
+
+import dataclasses
+import itertools
+import math
+import timeit
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from ...codes import Uncoded
+from ...inference import projection_on_host, short_path
+from ...pools import AbstractPool, Refuse
+from .._policy import BatchingPolicy
+from ._adaptation import AbstractAdaptation, DispatchSetting
+from ._coder import Coder
+from ._fallback import Budget, GroupPredictor
+from ._group import Cell, Group
+from ._queue import EventQueue, Lane, QueryQueue
+from ._request import Query
+
+# Fewer queries have only one path through them.
+_FEWEST = 3
+# How often the longest path is timed.
+_TIMED = 5
+# Doublings between the numbers of queries that a program is compiled for.
+_STEP = 3
+
+
+class QueryOrdering:
+    """Assigns queries to places of groups along a short path through them.
+
+    Distances are those of random projections (`random_projection`): queries are compared as they
+    come, without a model. Programs are compiled for a few numbers of queries; other numbers are
+    filled up.
+
+    Attributes:
+        seconds: the time that the longest path takes; infinite before `compile`.
+    """
+
+    def __init__(self, coder: Coder, shape: Sequence[int], rows: int):
+        """Prepare the ordering.
+
+        Args:
+            coder: the code.
+            shape: the shape of a query.
+            rows: the largest number of rows of a group; the longest path has as many queries as
+                such a group.
+        """
+        self._coder = coder
+        powers = {*range(0, rows.bit_length(), _STEP), rows.bit_length() - 1}
+        self._sizes = [coder.num_data << power for power in sorted(powers)]
+        self._project = projection_on_host(shape)
+        self._path = jax.jit(short_path)
+        self._zeros = np.zeros(tuple(shape), np.float32)
+        self.seconds = math.inf
+
+    def compile(self) -> None:
+        """Compile all programs, so that no query waits for it, and time the largest."""
+        for size in self._sizes:
+            self._order([self._zeros] * size)
+        x = [self._zeros] * self._sizes[-1]
+        # The least of a few: one that other programs delayed would switch ordering off for good.
+        self.seconds = min(timeit.repeat(lambda: self._order(x), repeat=_TIMED, number=1))
+
+    def assign(
+        self, queries: Sequence[Query], sizes: Sequence[int], place: int
+    ) -> list[list[Query]]:
+        """Distribute queries over cells.
+
+        A row of a group is a stretch of the path, with its queries at the alphas in order.
+
+        Args:
+            queries: as many as the cells hold.
+            sizes: the cells' sizes.
+            place: the first cell's place in its group; after a group's last place the next group's
+                first follows.
+
+        Returns:
+            The queries of each cell.
+        """
+        order = iter(self.path(queries))
+        cells: list[list[Query]] = [[] for _ in sizes]
+        begin = 0
+        while begin < len(sizes):
+            number = min(self._coder.num_data - place, len(sizes) - begin)
+            along = begin + self._coder.path_order(place, number)
+            for row in range(max(sizes[begin : begin + number])):
+                for cell in along.tolist():
+                    if row < sizes[cell]:
+                        cells[cell].append(queries[next(order)])
+            begin, place = begin + number, 0
+        return cells
+
+    def path(self, queries: Sequence[Query]) -> list[int]:
+        """Return an order in which neighbours are similar, in stretches of bounded length."""
+        most = self._sizes[-1]
+        order: list[int] = []
+        for begin in range(0, len(queries), most):
+            x = [query.x for query in queries[begin : begin + most]]
+            found = self._order(x) if len(x) >= _FEWEST else np.arange(len(x))
+            order += (begin + found).tolist()
+        return order
+
+    def _order(self, x: Sequence[np.ndarray | None]) -> Int[np.ndarray, " n"]:
+        size = next(size for size in self._sizes if size >= len(x))
+        features = [self._project(each) for each in x if each is not None]
+        # What is not finite comes last in the path: the filling, and queries whose projection
+        # overflows, in any order.
+        filled = np.full((size, *features[0].shape), np.nan, np.float32)
+        filled[: len(x)] = features
+        order = np.asarray(self._path(filled))
+        return order[order < len(x)]
+
+
+# Ordering takes the scheduler's time. It is left out where it takes more seconds than this, and
+# more than this share of the time that an answer takes.
+_ORDERING, _ORDERING_SHARE = 0.002, 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class DispatchRules:
+    """The fixed rules by which groups are opened at the pool.
+
+    Attributes:
+        policy: the batching policy.
+        enough: the number of answers with which a group of a code that is not systematic can be
+            decoded.
+        refuse: tells which answers of workers are not valid.
+    """
+
+    policy: BatchingPolicy
+    enough: int
+    refuse: Refuse
+
+
+class Turn(NamedTuple):
+    """The circumstances of one turn of the scheduler.
+
+    Attributes:
+        now: the time.
+        setting: the setting that holds.
+        answer_time: the median seconds that an answer takes; infinite if unknown.
+        at_once: do not wait for groups to fill up.
+    """
+
+    now: float
+    setting: DispatchSetting
+    answer_time: float
+    at_once: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Dispatched:
+    """The result of a dispatch.
+
+    Attributes:
+        groups: the coded groups of which something was sent.
+        due: when to dispatch again although nothing happens; infinite if never.
+    """
+
+    groups: list[Group]
+    due: float
+
+
+class Dispatcher:
+    """Forms groups and sends them to the pool. It sends nothing that would only wait there.
+
+    Attributes:
+        filling: the group of a systematic code that has room for more queries.
+        groups: all groups that are not closed.
+    """
+
+    def __init__(
+        self,
+        pool: AbstractPool,
+        coder: Coder,
+        queue: QueryQueue,
+        events: EventQueue,
+        rules: DispatchRules,
+        predictor: GroupPredictor,
+        adaptation: AbstractAdaptation,
+        ordering: QueryOrdering | None,
+    ):
+        """Create a dispatcher without groups.
+
+        Args:
+            pool: the workers.
+            coder: the code.
+            queue: the queue that queries are taken from.
+            events: receives each group to which something happens.
+            rules: how groups are opened at the pool.
+            predictor: the surrogate's answers to a group's queries.
+            adaptation: takes metrics, and says when whole groups are wanted.
+            ordering: the order of queries; None to take them as they come.
+        """
+        self._pool, self._coder, self._queue, self._events = pool, coder, queue, events
+        self._rules, self._policy, self._ordering = rules, rules.policy, ordering
+        self._predictor, self._adaptation = predictor, adaptation
+        self._budget = Budget(self._policy.max_redundancy)
+        self._observe, self._clock = adaptation.observe, pool.clock
+        self._alone = Coder(Uncoded(1), (coder.kinds[0],))
+        self.filling: Group | None = None
+        self.groups: set[Group] = set()
+
+    def dispatch(self, turn: Turn) -> Dispatched:
+        """Send what waits while workers are idle, then the coded data points of full groups."""
+        sent: list[Group] = []
+        due = math.inf
+        while self._pool.idle and (lane := self._queue.next_lane(hold_coded=due < math.inf)):
+            if lane is not self._queue.coded:
+                self._send_alone(self._next_cell(lane, turn.now), turn)
+            elif self._coder.systematic:
+                sent += self._send_own(turn)
+            else:
+                due = lane.since + self._policy.batch_wait_timeout_s
+                if len(lane) >= self._coder.num_data or turn.now >= due or turn.at_once:
+                    due = math.inf
+                    sent += self._send_group(turn)
+        groups = list(dict.fromkeys(sent))
+        for group in groups:
+            if group is not self.filling:
+                self.complete(group, turn)
+        return Dispatched(groups, due)
+
+    def complete(self, group: Group, turn: Turn) -> None:
+        """Close a group for further queries, and send its coded data points if they are of use."""
+        if group is self.filling:
+            self.filling = None
+        coder, queries = self._coder, len(group.cells)
+        group.layout = coder.layout(queries)
+        self._observe("group_fill", queries / coder.num_data)
+        whole = self._adaptation.needs_samples(queries)
+        # Redundancy for one query is not worth slowing down others.
+        points = np.flatnonzero(~group.sent) if whole else self._redundancy(group, turn)
+        if len(points) and (group.pending or whole):
+            begin = self._clock.now()
+            coded = coder.encode(group.inputs(), points)
+            end = self._clock.now()
+            self._observe("encode_seconds", end - begin)
+            if group.trace is not None:
+                group.trace.add("encode", begin, end, queries=queries, points=len(points))
+            self._send(group, points, coded, turn.now)
+        group.drop_inputs()
+
+    def close(self, group: Group) -> None:
+        """Give up what is still under way of a group."""
+        if group is self.filling:
+            self.filling = None
+        group.closed = True
+        self.groups.discard(group)
+        if group.batch is not None:
+            group.batch.forget()
+
+    def _redundancy(self, group: Group, turn: Turn) -> Int[np.ndarray, " points"]:
+        """Return the coded data points to send beyond the queries themselves."""
+        points = group.layout.extras[: self._room()]
+        redundancy = turn.setting.redundancy
+        if redundancy == "always" or not len(points):
+            return points
+        if redundancy == "none":
+            return points[:0]
+        doubtful = self._predictor.doubtful_cells(group)
+        # Copies of doubtful queries; a point that mixes queries serves all of them.
+        places = group.layout.place_of[points]
+        wanted = points[np.isin(places, list(doubtful)) | ((places < 0) & bool(doubtful))]
+        number = 0
+        while number < len(wanted) and self._budget.affords():
+            self._budget.spend()
+            number += 1
+        return wanted[:number]
+
+    def _room(self) -> int:
+        """Return how many coded data points may be sent: all, of a code that mixes queries."""
+        most = self._coder.num_workers
+        return int(min(self._pool.spare, most)) if self._coder.systematic else most
+
+    def _send_own(self, turn: Turn) -> list[Group]:
+        """Send queries as they came, each to its own worker, and return their groups."""
+        sent = []
+        for cell in self._next_cells(self._queue.coded, turn):
+            if self.filling is None:
+                self.filling = self._new_group(self._coder, turn)
+            group = self.filling
+            sent.append(group)
+            own = self._coder.first[len(group.cells)]
+            group.add(cell)
+            assert cell.x is not None
+            self._send(group, own, [cell.x] * len(own), turn.now)
+            if group.full:
+                self.filling = None
+        return sent
+
+    def _send_group(self, turn: Turn) -> list[Group]:
+        """Form a group of a code that is not systematic."""
+        num_data, lane = self._coder.num_data, self._queue.coded
+        number = len(lane)
+        rows = _power_of_two(min(max(number // num_data, 1), self._policy.max_batch_size))
+        columns = min(number, num_data)
+        queries = [self._pop(lane, turn.now) for _ in range(rows * columns)]
+        cells = self._assign(queries, [rows] * columns, 0, turn)
+        if columns == 1:
+            self._send_alone(cells[0], turn)  # all coded data points would be the query
+            return []
+        group = self._new_group(self._coder, turn)
+        for cell in cells:
+            group.add(cell)
+        return [group]
+
+    def _send_alone(self, cell: Cell, turn: Turn) -> None:
+        """Send a batch to one worker, hedged: the answers are exact."""
+        group = self._new_group(self._alone, turn, alone=True)
+        group.add(cell)
+        assert cell.x is not None
+        self._send(group, np.arange(1), [cell.x], turn.now)
+        group.drop_inputs()
+
+    def _new_group(self, coder: Coder, turn: Turn, *, alone: bool = False) -> Group:
+        group = Group(coder, turn.now, alone=alone)
+
+        def changed(_: object) -> None:
+            self._events.post_group(group)
+
+        group.batch = self._pool.open(
+            coder.num_workers,
+            needed=coder.num_data if coder.systematic else self._rules.enough,
+            copies=self._policy.copies if alone else 1,
+            on_change=changed,
+            overdue=turn.setting.overdue,
+            refuse=self._rules.refuse,
+        )
+        self.groups.add(group)
+        return group
+
+    def _send(
+        self, group: Group, points: np.ndarray, values: Iterable[np.ndarray], now: float
+    ) -> None:
+        assert group.batch is not None
+        group.sent_at[points] = now
+        if group.trace is not None:
+            group.trace.sent(points.tolist(), now)
+        values = list(values)
+        for value in values:
+            self._observe("batch_size", len(value))
+        kinds = [group.coder.kinds[point] for point in points]
+        self._pool.send(group.batch, points.tolist(), values, kinds=kinds)
+
+    def _next_cell(self, lane: Lane, now: float) -> Cell:
+        """Take the next batch for one worker, if a lane's workers share its queries out."""
+        size = self._size(len(lane), self._queue.workers_for(lane, self._pool.idle))
+        return _cell([self._pop(lane, now) for _ in range(size)])
+
+    def _next_cells(self, lane: Lane, turn: Turn) -> list[Cell]:
+        """Take the next batches for all workers that a lane may use."""
+        sizes: list[int] = []
+        left, idle = len(lane), self._queue.workers_for(lane, self._pool.idle)
+        while left and idle:
+            sizes.append(self._size(left, idle))
+            left, idle = left - sizes[-1], idle - 1
+        queries = [self._pop(lane, turn.now) for _ in range(sum(sizes))]
+        place = 0 if self.filling is None else len(self.filling.cells)
+        return self._assign(queries, sizes, place, turn)
+
+    def _size(self, waiting: int, idle: int) -> int:
+        return _power_of_two(min(math.ceil(waiting / idle), self._policy.max_batch_size))
+
+    def _assign(self, queries: list[Query], sizes: list[int], place: int, turn: Turn) -> list[Cell]:
+        """Distribute queries over cells of these sizes, for a group's places from `place` on."""
+        if self._ordering is None or self._ordering.seconds > _longest_ordering(turn.answer_time):
+            rest = iter(queries)
+            assigned = [list(itertools.islice(rest, size)) for size in sizes]
+        else:
+            begin = self._clock.now()
+            assigned = self._ordering.assign(queries, sizes, place)
+            self._observe("order_seconds", self._clock.now() - begin)
+        return [_cell(each) for each in assigned]
+
+    def _pop(self, lane: Lane, now: float) -> Query:
+        query = self._queue.pop(lane)
+        if not query.reexecuted:
+            self._budget.earn(1)
+        if math.isinf(query.request.sent):
+            query.request.sent = now
+            self._observe("queue_seconds", now - query.request.arrived)
+        return query
+
+
+def _longest_ordering(answer_time: float) -> float:
+    """Return the seconds that ordering may take. Where answer times are unknown, be quick."""
+    return max(_ORDERING, _ORDERING_SHARE * answer_time if answer_time < math.inf else 0.0)
+
+
+def _power_of_two(number: int) -> int:
+    """Return the largest power of two that is no larger than a positive number."""
+    return 1 << (number.bit_length() - 1)
+
+
+def _cell(queries: Sequence[Query]) -> Cell:
+    x = [query.x for query in queries if query.x is not None]
+    assert len(x) == len(queries), "queries that are over are taken out of the queue"
+    return Cell(list(queries), x[0][None] if len(x) == 1 else np.stack(x))

@@ -1,0 +1,375 @@
+"""The fallback for queries whose own workers straggle: predict, decode, or send again.
+
+`GroupPredictor` and `GroupDecoder` make approximate answers, and `FallbackPolicy` decides.
+"""
+
+import dataclasses
+import math
+from collections.abc import Container, Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from ...pools import AbstractClock
+from .._policy import BatchingPolicy
+from ._adaptation import AbstractAdaptation
+from ._coder import Coder
+from ._group import Group, GroupPrediction
+from ._request import CODED, Answer, BatchSpec, Query
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupAnswer:
+    """An answer that is not the model's own, and the cell and row of its query in the group."""
+
+    cell: int
+    row: int
+    answer: Answer
+
+
+class GroupPredictor:
+    """Looks up a surrogate's answers to a group's queries, once for each query."""
+
+    def __init__(
+        self,
+        adaptation: AbstractAdaptation,
+        policy: BatchingPolicy,
+        queries: BatchSpec,
+        answers: BatchSpec,
+        clock: AbstractClock,
+    ):
+        """Create a lookup.
+
+        Args:
+            adaptation: has the surrogate, if there is one.
+            policy: the batching policy.
+            queries: the shape and dtype of queries.
+            answers: the shape and dtype of answers.
+            clock: the scheduler's clock.
+
+        Raises:
+            ValueError: where the policy needs a surrogate and there is none, or where queries or
+                answers cannot be predicted.
+        """
+        self._adaptation, self._shape, self._clock = adaptation, answers.shape, clock
+        if adaptation.predicts:
+            dtypes = [str(each.dtype) for each in (queries, answers)]
+            if {queries.dtype, answers.dtype} != {CODED}:
+                raise ValueError(f"only float32 can be predicted, not {dtypes}")
+        elif policy.redundancy == "doubtful" or policy.tolerance is not None:
+            raise ValueError(
+                "redundancy 'doubtful' and a tolerance need a predictor (`--surrogate`): "
+                "nothing else tells what is doubtful, or how far off"
+            )
+
+    def predictions(
+        self, group: Group, cells: Iterable[int]
+    ) -> dict[tuple[int, int], GroupPrediction]:
+        """Return predictions for the open queries of these cells, by cell and row.
+
+        Empty while no surrogate is ready. A query is looked up once: what a surrogate learns while
+        the query waits is hardly more.
+        """
+        if not self._adaptation.can_predict:  # nor what it predicted before it drifted
+            return {}
+        waiting = list(group.open_queries(cells))
+        new = [each for each in waiting if each[:2] not in group.predictions]
+        if new:
+            begin = self._clock.now()
+            found = self._adaptation.predict(np.stack([_data_of(query.x) for *_, query in new]))
+            if found is None:
+                return {}
+            end = self._clock.now()
+            self._adaptation.observe("predict_seconds", end - begin)
+            basis = int(group.sent.sum()), int(group.mask.sum())
+            for place, (cell, row, _) in enumerate(new):
+                value = found.values[place].reshape(self._shape)
+                errors = float(found.disagreement[place]), float(found.error_bound[place])
+                answer = Answer(value, "predicted", *basis, *errors)
+                group.predictions[cell, row] = GroupPrediction(answer, bool(found.sure[place]))
+            if group.trace is not None:
+                sure = int(found.sure.sum())
+                group.trace.add("predict", begin, end, sure=sure, doubtful=len(new) - sure)
+        return {each[:2]: group.predictions[each[:2]] for each in waiting}
+
+    def doubtful_cells(self, group: Group) -> set[int]:
+        """Return the cells with a query that the surrogate could not answer."""
+        found = self.predictions(group, range(len(group.cells)))
+        return {cell for (cell, _), prediction in found.items() if not prediction.sure}
+
+
+class GroupDecoder:
+    """Decodes groups, and decides which decoded answers are good enough to be given out."""
+
+    def __init__(
+        self,
+        coder: Coder,
+        policy: BatchingPolicy,
+        adaptation: AbstractAdaptation,
+        clock: AbstractClock,
+    ):
+        """Create a decoder.
+
+        Args:
+            coder: the code.
+            policy: the batching policy, its `max_disagreement` being that of decoded answers.
+            adaptation: knows the error to expect.
+            clock: the scheduler's clock.
+
+        Raises:
+            ValueError: where `wait_for` does not fit the code.
+        """
+        self._coder, self._adaptation, self._clock = coder, adaptation, clock
+        self._width, self._resends_within_budget = (
+            policy.max_batch_size,
+            policy.max_reexecution is not None,
+        )
+        # The distance of a decoded answer to the function's own is not estimated: none is given.
+        function = policy.max_disagreement is None and policy.tolerance is not None
+        self._max_disagreement = 0.0 if function else policy.max_disagreement
+        self.enough = _enough(coder, policy)
+
+    def decode_group(
+        self, group: Group, cells: list[int], last: bool, skip: Container[tuple[int, int]]
+    ) -> tuple[list[GroupAnswer], list[GroupAnswer]]:
+        """Decode the queries of some cells.
+
+        Args:
+            group: the group.
+            cells: the cells whose own workers will not answer in time.
+            last: whether no further answers are waited for.
+            skip: cells and rows of queries that have an answer already.
+
+        Returns:
+            The answers that may be given out, and the best there are to other queries. Both are
+            empty where no answer is sound, or none could be given.
+        """
+        number, limit = len(group.cells), None
+        expected = self._adaptation.expected_error(number, group.mask)
+        if self._max_disagreement is None:
+            good = np.full(number, self._enough_answers(group, last))
+        elif self._coder.has_error_probability:
+            limit = self._adaptation.error_probability(number).limit(self._max_disagreement)
+            good = np.full(number, limit >= 0)
+        else:
+            good = expected.disagreement <= self._max_disagreement
+        if not (good[cells].any() or (last and self._resends_within_budget)):
+            return [], []
+        begin = self._clock.now()
+        predictions, sound, probability = self.decode(group.values(), group.mask, number)
+        decoded = self._clock.now()
+        self._adaptation.observe("decode_seconds", decoded - begin)
+        self._adaptation.observe("workers_heard", int(group.mask.sum()))
+        good = np.broadcast_to(good if limit is None else probability <= limit, probability.shape)
+        probability = np.where(np.isnan(probability), expected.disagreement, probability)
+        basis = int(group.sent.sum()), int(group.mask.sum())
+        found: tuple[list[GroupAnswer], list[GroupAnswer]] = [], []
+        for cell, row, _ in group.open_queries(cells):
+            if sound[row, cell] and (cell, row) not in skip:
+                errors = float(probability[row, cell]), float(expected.error[cell])
+                answer = Answer(predictions[row, cell], "decoded", *basis, *errors)
+                found[not good[row, cell]].append(GroupAnswer(cell, row, answer))
+        if group.trace is not None:
+            group.trace.add("decode", begin, decoded, answers=basis[1])
+            sure, doubtful = map(len, found)
+            now = self._clock.now()
+            group.trace.add("doubt", decoded, now, sure=sure, doubtful=doubtful)
+        return found
+
+    def decode(
+        self, values: np.ndarray, mask: np.ndarray, queries: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Decode values for a number of queries.
+
+        Returns:
+            By row and place: the predictions; whether they are sound, since a code may have lost a
+            query, or a sum of large answers may have overflowed; and the probability of a wrong
+            label, NaN if unknown.
+        """
+        if self._coder.has_error_probability:
+            weights = self._adaptation.error_probability(queries).weights
+            predictions, recovered, probability = self._coder.assess(
+                values, mask, self._width, weights
+            )
+        else:
+            predictions, recovered = self._coder.decode(values, mask, self._width)
+            probability = np.full(predictions.shape[:2], np.nan)
+        finite = np.isfinite(predictions).reshape(*probability.shape, -1).all(axis=-1)
+        sound = recovered & finite
+        return predictions[:, :queries], sound[:, :queries], probability[:, :queries]
+
+    def ready(self, group: Group, last: bool) -> bool:
+        """Return whether it makes sense to decode a group now."""
+        answers = int(group.mask.sum())
+        waited = self._coder.systematic or answers >= self.enough or last
+        return bool(answers) and waited and self._coder.can_decode
+
+    def _enough_answers(self, group: Group, last: bool) -> bool:
+        """Return whether the number of answers alone allows decoding."""
+        answers = int(group.mask.sum())
+        enough, least = self.enough, min(group.coder.num_data, self.enough)
+        if group.coder.systematic:
+            redundancy = int(group.sent.sum()) - len(group.cells)
+            enough = enough if group.full else len(group.cells) + redundancy // 2
+            least = max(len(group.cells) - 2, 1)
+        return answers >= enough or (last and answers >= least)
+
+
+def _data_of(x: np.ndarray | None) -> np.ndarray:
+    assert x is not None, "queries that somebody waits for have their data"
+    return x
+
+
+def _enough(coder: Coder, policy: BatchingPolicy) -> int:
+    """Return the number of answers that suffice to decode a full group if no error is estimated."""
+    num_data, num_workers = coder.num_data, coder.num_workers
+    enough = policy.wait_for
+    if enough is None and coder.systematic:
+        enough = num_workers - (num_workers - num_data) // 2
+    elif enough is None:
+        enough = min(max(num_workers * 85 // 100, num_data), num_workers)
+    if not 1 <= enough <= num_workers:
+        raise ValueError(f"wait_for must be from 1 to N = {num_workers}, not {enough}")
+    return enough
+
+
+class Budget:
+    """A share of the queries that may be spent on further calls, earned as queries come.
+
+    No stretch of queries costs much more than its share: at most what `_SAVED` queries earn is kept
+    for later.
+    """
+
+    _SAVED = 1000
+
+    def __init__(self, share: float | None):
+        """Create a budget; a share of None means no bound."""
+        self._share, self._left = share, 0.0
+
+    def earn(self, queries: int) -> None:
+        """Add the share of this number of queries."""
+        if self._share is not None:
+            self._left = min(self._left + self._share * queries, max(self._share * self._SAVED, 1))
+
+    def affords(self) -> bool:
+        """Return whether one more call is within the budget."""
+        return self._share is None or self._left >= 1
+
+    def spend(self) -> None:
+        """Spend one call, even if that makes the budget negative."""
+        if self._share is not None:
+            self._left -= 1
+
+
+class Fallback(NamedTuple):
+    """The answers to give out now, and the queries to send again."""
+
+    answers: list[GroupAnswer]
+    resend: list[Query]
+
+
+class FallbackPolicy:
+    """Decides what becomes of queries whose own workers straggle.
+
+    It takes the cheapest way that is good enough: a surrogate's answer, a decoded one, and else a
+    second call within the budget. Of a group it changes only which stragglers are counted.
+    """
+
+    def __init__(
+        self,
+        coder: Coder,
+        policy: BatchingPolicy,
+        adaptation: AbstractAdaptation,
+        predictor: GroupPredictor,
+        decoder: GroupDecoder,
+    ):
+        """Create a policy with an empty budget."""
+        self._coder, self._observe = coder, adaptation.observe
+        self._hedges = policy.copies > 1
+        self._predictor, self._decoder = predictor, decoder
+        self._budget = Budget(policy.max_reexecution)
+
+    def earn(self, queries: int) -> None:
+        """Add queries that were sent for the first time to the budget."""
+        self._budget.earn(queries)
+
+    def decide(self, group: Group, late: np.ndarray) -> Fallback:
+        """Decide about a group's queries.
+
+        Args:
+            group: the group.
+            late: mask of the coded data points that are not waited for any more.
+        """
+        if self._coder.systematic and not late.any():
+            return Fallback([], [])  # each query has a worker of its own that is in time
+        lost = [
+            number
+            for number, cell in enumerate(group.cells)
+            if cell.pending and not (group.sent & ~late)[group.layout.own[number]].any()
+        ]
+        if not lost:
+            return Fallback([], [])
+        self._observe("straggler", int((late & ~group.counted).sum()))
+        group.counted |= late
+        last = not (group.outstanding & ~late).any()
+        good = self._predicted(group, lost) if late.any() else []
+        best: list[GroupAnswer] = []
+        if self._decoder.ready(group, last):
+            answered = {(given.cell, given.row) for given in good}
+            more, best = self._decoder.decode_group(group, lost, last, answered)
+            good += more
+        if not last:
+            return Fallback(good, [])
+        more, resend = self._resend(group, lost, good, best)
+        return Fallback(good + more, resend)
+
+    def _predicted(self, group: Group, cells: list[int]) -> list[GroupAnswer]:
+        """Return the predictions for these cells that are sure enough."""
+        found = self._predictor.predictions(group, cells)
+        return [GroupAnswer(*place, each.answer) for place, each in found.items() if each.sure]
+
+    def _resend(
+        self, group: Group, cells: list[int], good: list[GroupAnswer], best: list[GroupAnswer]
+    ) -> Fallback:
+        """Send queries again, once each and the most doubtful first; beyond the budget give `best`.
+
+        Without hedging, only queries whose calls have failed are sent again.
+        """
+        if not self._hedges:
+            cells = [number for number in cells if _has_failed(group, number)]
+        doubtful = {(given.cell, given.row): given for given in best}
+        answered = {(given.cell, given.row) for given in good}
+        left = [
+            (cell, row, query)
+            for cell, row, query in group.open_queries(cells)
+            if not query.reexecuted and (cell, row) not in answered
+        ]
+        answers, resend = [], []
+        for cell, row, query in sorted(left, key=lambda each: _certainty(doubtful.get(each[:2]))):
+            answer = doubtful.get((cell, row))
+            if answer is not None and not self._budget.affords():
+                self._observe("over_budget", 1)
+                answers.append(answer)
+                continue
+            self._budget.spend()
+            query.reexecuted = True
+            if query.request.trace is not None:
+                query.request.trace.send_again(query.place)
+            self._observe("reexecution", 1)
+            resend.append(query)
+        return Fallback(answers, resend)
+
+
+def _has_failed(group: Group, cell: int) -> bool:
+    """Return whether a cell's own coded data points will get no answer."""
+    assert group.batch is not None
+    points: Iterable[int] = group.layout.own[cell].tolist()
+    return all(group.batch.abandoned(point) for point in points if group.sent[point])
+
+
+def _certainty(given: GroupAnswer | None) -> float:
+    """Return how certain an answer is: -1 where there is none, 0 where nothing is known of it."""
+    if given is None:
+        return -1.0
+    disagreement = given.answer.disagreement
+    return 0.0 if math.isnan(disagreement) else 1 - disagreement

@@ -1,0 +1,190 @@
+"""Groups: queries that are coded together, and the state of their coded data points."""
+
+import dataclasses
+import heapq
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from ...pools import Batch
+from .._tracing import GroupTrace
+from ._coder import Coder
+from ._request import Answer, Query
+
+# Seconds after its due time at which a group is handled, so that what was due has happened.
+_MARGIN = 1e-4
+
+
+class GroupPrediction(NamedTuple):
+    """A surrogate's answer to a query of a group, and whether it is sure enough to be given."""
+
+    answer: Answer
+    sure: bool
+
+
+class ApproximateAnswer(NamedTuple):
+    """An answer that was given out but is not the model's own, and its query's data point."""
+
+    answer: Answer
+    x: np.ndarray
+
+
+@dataclasses.dataclass
+class Cell:
+    """The queries at one place of a group, which one worker receives as one batch.
+
+    `x` has their data, (size, ...), until nothing more is encoded from it.
+    """
+
+    queries: list[Query]
+    x: np.ndarray | None
+
+    @property
+    def pending(self) -> bool:
+        """Return whether somebody waits for one of its queries."""
+        return any(not query.done for query in self.queries)
+
+
+class Group:
+    """Up to K cells behind one code, and what came back of their N coded data points.
+
+    Cells may differ in size. Coded data points have as many rows as the largest cell; the rows of a
+    smaller cell are repeated.
+    """
+
+    def __init__(self, coder: Coder, now: float, *, alone: bool = False):
+        """Create an empty group.
+
+        Args:
+            coder: the code, made ready for streams.
+            now: the time.
+            alone: the group is a single batch that goes to one worker uncoded.
+        """
+        self.coder, self.began, self.alone = coder, now, alone
+        self.cells: list[Cell] = []
+        self.rows = 0  # of the largest cell
+        self.layout = coder.layout(coder.num_data)  # of a full group, until it is complete
+        self.batch: Batch | None = None
+        # By coded data point.
+        self.mask = np.zeros(coder.num_workers, bool)
+        self.sent_at = np.full(coder.num_workers, np.nan)
+        self.answers: list[np.ndarray | None] = [None] * coder.num_workers
+        self.counted = np.zeros(coder.num_workers, bool)  # as stragglers
+        # By cell and row: predictions, looked up once for each query, ...
+        self.predictions: dict[tuple[int, int], GroupPrediction] = {}
+        # ... and what was given out, to be compared with the model's own answer if that comes.
+        self.given: dict[tuple[int, int], ApproximateAnswer] = {}
+        self.posted = False  # it is in the scheduler's inbox
+        self.closed = False
+        self.due = np.inf
+        self.linger_until = np.inf
+        self.trace: GroupTrace | None = None
+
+    @property
+    def full(self) -> bool:
+        """Return whether all K places are taken."""
+        return len(self.cells) == self.coder.num_data
+
+    @property
+    def pending(self) -> bool:
+        """Return whether somebody waits for one of its queries."""
+        return any(cell.pending for cell in self.cells)
+
+    @property
+    def sent(self) -> np.ndarray:
+        """Mask of the coded data points that were sent."""
+        return ~np.isnan(self.sent_at)
+
+    @property
+    def outstanding(self) -> np.ndarray:
+        """Mask of the coded data points that were sent and not answered yet."""
+        return self.sent & ~self.mask
+
+    def add(self, cell: Cell) -> None:
+        """Add a cell at the next place."""
+        self.cells.append(cell)
+        self.rows = max(self.rows, len(cell.queries))
+        for query in cell.queries:
+            query.group = query.group or self
+            request = query.request
+            if request.trace is not None:
+                self.trace = self.trace or GroupTrace()
+                request.trace.enter(self.trace, query.place, request.arrived)
+
+    def add_answer(self, point: int, answer: np.ndarray, now: float, worker: int) -> None:
+        """Store the answer to a coded data point."""
+        self.answers[point], self.mask[point] = answer, True
+        if self.trace is not None:
+            self.trace.answered(point, now, worker)
+
+    def open_queries(self, cells: Iterable[int] | None = None) -> Iterator[tuple[int, int, Query]]:
+        """Yield (cell, row, query) for the queries of these cells (all) that somebody waits for."""
+        for number in range(len(self.cells)) if cells is None else cells:
+            for row, query in enumerate(self.cells[number].queries):
+                if not query.done:
+                    yield number, row, query
+
+    def inputs(self) -> np.ndarray:
+        """Return the queries' data, (rows, cells, ...)."""
+        return np.stack([_repeated(cell.x, self.rows) for cell in self.cells], axis=1)
+
+    def drop_inputs(self) -> None:
+        """Let the queries' data go, which may be large: nothing more will be encoded."""
+        for cell in self.cells:
+            cell.x = None
+
+    def values(self) -> np.ndarray:
+        """Return all answers, (N, rows, ...), with zeros where there is none."""
+        some = next(answer for answer in self.answers if answer is not None)
+        values = np.zeros((len(self.answers), self.rows, *some.shape[1:]), some.dtype)
+        for point, answer in enumerate(self.answers):
+            if answer is not None:
+                values[point] = _repeated(answer, self.rows)
+        return values
+
+    def calibration_pair(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return all workers' answers, and the model's own, to the first query of each cell.
+
+        None unless every coded data point was answered and every query has one of its own.
+        """
+        if not self.mask.all() or not all(len(points) for points in self.layout.own):
+            return None
+        firsts = np.stack([answer[0] for answer in self.answers if answer is not None])
+        return firsts, firsts[[points[0] for points in self.layout.own]]
+
+
+def _repeated(x: np.ndarray | None, rows: int) -> np.ndarray:
+    """Return x with its rows repeated in turn up to this number."""
+    assert x is not None
+    return x if len(x) == rows else x[np.arange(rows) % len(x)]
+
+
+class GroupTimers:
+    """The times at which groups are to be handled; each group has one."""
+
+    def __init__(self):
+        self._heap: list[tuple[float, int, Group]] = []
+        self._numbers = itertools.count()
+
+    @property
+    def next(self) -> float:
+        """The time of the next one; infinite if there is none."""
+        return self._heap[0][0] if self._heap else math.inf
+
+    def set(self, group: Group, due: float, now: float) -> None:
+        """Handle the group at this time, instead of the time set before."""
+        when = max(due, now) + _MARGIN
+        if when < math.inf and when != group.due:
+            group.due = when
+            heapq.heappush(self._heap, (when, next(self._numbers), group))
+
+    def pop_due(self, now: float) -> Iterator[Group]:
+        """Yield the groups whose time has come."""
+        while self._heap and self._heap[0][0] <= now:
+            due, _, group = heapq.heappop(self._heap)
+            if due == group.due and not group.closed:
+                group.due = math.inf
+                yield group

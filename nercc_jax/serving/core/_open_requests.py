@@ -1,0 +1,212 @@
+"""The requests that were accepted and have no reply yet: each ends exactly once."""
+
+import concurrent.futures
+import contextlib
+import heapq
+import itertools
+import math
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ...pools import AbstractClock
+from ._group import Group
+from ._health import Health, HealthMonitor
+from ._queue import QueryQueue
+from ._request import (
+    Answer,
+    DeadlineExceeded,
+    InferenceFailed,
+    Query,
+    QueueFull,
+    Request,
+    ServerClosing,
+    message_of,
+)
+
+_STALE = 256  # deadlines of finished requests that are kept before the heap is rebuilt
+
+
+class OpenRequests:
+    """Accepts requests, resolves their futures, and keeps their deadlines.
+
+    `accept`, `close`, `wait`, `trouble` and `len` may be used by any thread, all else only by the
+    scheduler's. Methods that end queries return the groups that should be looked at because of it.
+    """
+
+    def __init__(
+        self, queue: QueryQueue, observe: Callable[[Any, float], Any], clock: AbstractClock
+    ):
+        """Create an empty set.
+
+        Args:
+            queue: the queue that reserves room for accepted requests.
+            observe: receives the metrics of requests and queries.
+            clock: the scheduler's clock.
+        """
+        self._queue, self._observe, self._clock = queue, observe, clock
+        self._settled = threading.Condition()
+        self._open: set[Request] = set()
+        self._deadlines: list[tuple[float, int, Request]] = []
+        self._numbers = itertools.count()
+        self.monitor = HealthMonitor(clock)
+        self.closing = False
+        self._broken: str | None = None
+        self._probe: Request | None = None  # the batcher's own request, which is not counted
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(list(self._open))
+
+    def accept(self, request: Request) -> None:
+        """Accept a request.
+
+        Raises:
+            QueueFull: where the queue has no room.
+            ServerClosing: after `close`.
+            InferenceFailed: where the scheduler has died.
+        """
+        number = len(request.queries)
+        with self._settled:
+            if self._broken is not None:
+                self._observe("request_failed", 0.0)
+                raise InferenceFailed(self._broken)
+            if self.closing:
+                self._observe("request_draining", 0.0)
+                raise ServerClosing("no more requests are taken: the server is shutting down")
+            if not self._queue.reserve(number, high=request.high):
+                self._observe("request_queue_full", 0.0)
+                raise QueueFull(
+                    f"{self._queue.waiting} queries wait and {number} more came; the queue holds "
+                    f"{self._queue.capacity}: come again later, or with fewer at once"
+                )
+            self._open.add(request)
+
+    def accept_probe(self, probe: Request) -> bool:
+        """Accept a request of the batcher's own, unless there is one, and return whether."""
+        with self._settled:
+            if self.closing or self._probe in self._open or not self._queue.reserve(1):
+                return False
+            self._probe = probe
+            self._open.add(probe)
+        return True
+
+    def keep_deadline(self, request: Request) -> None:
+        """Include the request in `pop_expired`."""
+        end = request.arrived + request.deadline
+        heapq.heappush(self._deadlines, (end, next(self._numbers), request))
+
+    @property
+    def next_deadline(self) -> float:
+        """The time of the next deadline; infinite if there is none."""
+        return self._deadlines[0][0] if self._deadlines else math.inf
+
+    def pop_expired(self, now: float) -> Iterator[Request]:
+        """Yield the requests whose deadlines have passed."""
+        if len(self._deadlines) > 2 * len(self._open) + _STALE:
+            self._deadlines = [each for each in self._deadlines if each[2] in self._open]
+            heapq.heapify(self._deadlines)
+        while self._deadlines and self._deadlines[0][0] <= now:
+            yield heapq.heappop(self._deadlines)[2]
+
+    def answer(self, query: Query, answer: Answer, now: float) -> list[Group]:
+        """Give a query its answer, unless nobody waits for it any more."""
+        if query.done:
+            return []
+        self._queue.discard(query)
+        self.monitor.report_answer(now)
+        group = query.leave_group()
+        request = query.request
+        counted = request is not self._probe
+        if counted:
+            self._observe(f"query_{query.source_of(answer)}", 1)
+        if request.answer(query, answer):
+            reply = request.reply(self._clock.now())
+            if counted:
+                self._observe("request_ok", reply.seconds)
+                self._observe("compute_seconds", reply.seconds - reply.queued)
+            self._settle(request)
+            _resolve(request.future.set_result, reply)
+        # The answer to a resent query did not come from its first group, which may be over now.
+        return [group] if query.reexecuted and group is not None else []
+
+    def fail(self, request: Request, error: Exception) -> list[Group]:
+        """End a request with an error, unless it has ended."""
+        if request not in self._open:
+            return []
+        groups = self._drop(request)
+        if request is self._probe:
+            self.monitor.report_failed_probe(message_of(error))
+        else:
+            late = isinstance(error, DeadlineExceeded)
+            what = "request_deadline" if late else "request_failed"
+            self._observe(what, self._clock.now() - request.arrived)
+            self.monitor.report_failure()
+        _resolve(request.future.set_exception, error)
+        return groups
+
+    def cancel(self, request: Request, now: float) -> list[Group]:
+        """End a request that its client gave up."""
+        if request not in self._open:
+            return []
+        self._observe("request_cancelled", now - request.arrived)
+        return self._drop(request)
+
+    def close(self) -> None:
+        """Accept no more requests."""
+        with self._settled:
+            self.closing = True
+
+    def wait(self, seconds: float) -> None:
+        """Wait until all requests have ended, but no longer than this."""
+        end = self._clock.now() + seconds
+        with self._settled:
+            while self._open and (left := end - self._clock.now()) > 0:
+                self._clock.wait(self._settled, left)
+
+    def fail_all(self, error: BaseException) -> None:
+        """Fail all open requests and all that come, because the scheduler's thread ends."""
+        with self._settled:
+            self._broken = f"the batcher has failed: {message_of(error)}"
+            left, self._open = self._open, set()
+            self._settled.notify_all()
+        now = self._clock.now()
+        counts = [("request_failed", now - request.arrived) for request in left]
+        for request in left:
+            _resolve(request.future.set_exception, InferenceFailed(self._broken))
+        for what, number in (("internal_error", 1), *counts):
+            with contextlib.suppress(Exception):  # it may be what failed
+                self._observe(what, number)
+
+    def trouble(self, answer_time: float) -> Health | None:
+        """Return what is wrong, if anything; see `HealthMonitor.trouble`."""
+        if self._broken is not None:
+            return Health(False, False, self._broken)
+        if self.closing:
+            return Health(True, False, "draining")
+        return self.monitor.trouble(answer_time)
+
+    def _drop(self, request: Request) -> list[Group]:
+        groups: list[Group] = []
+        for query in request.queries:
+            if not query.done:
+                self._queue.discard(query)
+                group = query.leave_group()
+                if group is not None:
+                    groups.append(group)
+        self._settle(request)
+        return groups
+
+    def _settle(self, request: Request) -> None:
+        request.release()
+        with self._settled:
+            self._open.discard(request)
+            if not self._open:
+                self._settled.notify_all()
+
+
+def _resolve(settle: Callable[[Any], None], outcome: Any) -> None:
+    with contextlib.suppress(concurrent.futures.InvalidStateError):  # it was cancelled
+        settle(outcome)

@@ -1,0 +1,247 @@
+"""Requests to a batcher, the replies to them, and the errors that replace a reply."""
+
+import concurrent.futures
+import dataclasses
+import weakref
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, PyTree, Shaped
+
+from .._tracing import RequestTrace
+
+Source: TypeAlias = Literal["exact", "decoded", "predicted"]
+
+# The only dtype that can be coded.
+CODED = np.dtype(np.float32)
+
+
+class QueueFull(RuntimeError):
+    """The queue has no room for a request: the client should come back later."""
+
+
+class DeadlineExceeded(TimeoutError):
+    """The deadline of a request passed before all its queries were answered."""
+
+
+class InferenceFailed(RuntimeError):
+    """No worker could answer a query, and it could not be decoded."""
+
+
+class ServerClosing(RuntimeError):
+    """The batcher accepts no more requests, or closed before it answered this one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """The answers to the B queries of a request, and what each answer rests on.
+
+    Attributes:
+        values: the answers, an array or, for a model with several outputs, a dict of arrays.
+        exact: whether an answer is the model's own answer to the query itself.
+        predicted: whether an answer comes from a surrogate (`Predictor`).
+        reexecuted: whether the query was sent to a worker a second time.
+        asked: the number of workers that had received the query, or a coded data point of its
+            group, when it was answered.
+        heard: the number of those workers that had responded.
+        expected_disagreement: the probability that the label differs from the model's own label.
+            It follows from the margin and the posterior deviation of the query; for codes that are
+            no regression it is the mean over calibration data decoded from the same workers. It is
+            0 for exact answers and NaN as long as nothing is known.
+        expected_error: the expected distance to the model's answer, in units of the outputs: for a
+            decoded answer the root mean squared error over calibration data, for a predicted one
+            the bound that holds in nine of ten cases. 0 for exact answers, NaN if unknown.
+        queued: the seconds until the first query was sent.
+        seconds: the seconds from arrival to reply.
+    """
+
+    values: PyTree[Shaped[np.ndarray, "batch ..."]]
+    exact: Bool[np.ndarray, " batch"]
+    predicted: Bool[np.ndarray, " batch"]
+    reexecuted: Bool[np.ndarray, " batch"]
+    asked: Int[np.ndarray, " batch"]
+    heard: Int[np.ndarray, " batch"]
+    expected_disagreement: Float[np.ndarray, " batch"]
+    expected_error: Float[np.ndarray, " batch"]
+    queued: float
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """The answer to one query, and where it came from."""
+
+    value: np.ndarray
+    source: Source
+    asked: int
+    heard: int
+    disagreement: float = 0.0
+    error: float = 0.0
+
+
+class Request:
+    """B queries that arrived together and get one reply. Only the scheduler's thread changes it."""
+
+    def __init__(
+        self,
+        x: np.ndarray,
+        values: np.ndarray,
+        arrived: float,
+        deadline: float,
+        exact: bool,
+        lead: float = 0.0,
+        trace: RequestTrace | None = None,
+    ):
+        """Create a request.
+
+        Args:
+            x: the queries, (B, ...).
+            values: the array that answers are written into.
+            arrived: the time of arrival by the scheduler's clock.
+            deadline: seconds from arrival until the request fails.
+            exact: accept only the model's own answers.
+            lead: seconds by which the request overtakes earlier ones; 0 for ordinary priority.
+            trace: a record of the request's life, if somebody wants one.
+        """
+        size = len(x)
+        self.trace = trace
+        self.future: concurrent.futures.Future[Reply] = concurrent.futures.Future()
+        self.arrived, self.deadline = arrived, deadline
+        self.high, self.turn = lead > 0, arrived - lead
+        self.sent = np.inf  # when its first query was sent
+        self.exact_only = exact
+        self.queued = False
+        self.queries = [Query(self, place, row) for place, row in enumerate(x)]
+        self._left = size
+        self._values = values
+        self._exact, self._predicted = np.ones(size, bool), np.zeros(size, bool)
+        self._reexecuted = np.zeros(size, bool)
+        self._asked = np.zeros(size, int)
+        self._heard = np.zeros(size, int)
+        self._expected = np.zeros((2, size))
+
+    def on_cancel(self, notify: Callable[["Request"], Any]) -> None:
+        """Call `notify(self)`, from any thread, when somebody cancels the future."""
+        # A weak reference: the request holds the future, and must not live in a cycle.
+        reference = weakref.ref(self)
+
+        def ended(future: concurrent.futures.Future[Reply]) -> None:
+            request = reference()
+            if request is not None and future.cancelled():
+                notify(request)
+
+        self.future.add_done_callback(ended)
+
+    def answer(self, query: "Query", answer: Answer) -> bool:
+        """Store the answer to one query, and return whether it was the last one missing."""
+        place = query.place
+        self._values[place] = answer.value
+        self._exact[place], self._reexecuted[place] = answer.source == "exact", query.reexecuted
+        self._predicted[place] = answer.source == "predicted"
+        self._asked[place], self._heard[place] = answer.asked, answer.heard
+        self._expected[:, place] = answer.disagreement, answer.error
+        if self.trace is not None:
+            self.trace.answers[place] = query.source_of(answer)
+        self._left -= 1
+        return self._left == 0
+
+    def reply(self, now: float) -> Reply:
+        """Return the reply of a request whose queries are all answered."""
+        return Reply(
+            self._values,
+            self._exact,
+            self._predicted,
+            self._reexecuted,
+            self._asked,
+            self._heard,
+            *self._expected,
+            queued=self.sent - self.arrived,
+            seconds=now - self.arrived,
+        )
+
+    def release(self) -> None:
+        """Drop the queries' data, which may be large and must not live until the deadline."""
+        for query in self.queries:
+            query.x = None
+        self.queries = []
+
+
+class Query:
+    """One data point of a request.
+
+    Attributes:
+        x: the data point; None once the request is over.
+        group: the first group that the query was part of, until the query is over.
+        done: whether nobody waits for it any more.
+        waiting: whether it stands in the queue.
+        reexecuted: whether it was sent a second time.
+    """
+
+    __slots__ = ("done", "group", "place", "reexecuted", "request", "waiting", "x")
+
+    def __init__(self, request: Request, place: int, x: np.ndarray):
+        self.request, self.place = request, place
+        self.x: np.ndarray | None = x
+        self.group: Any = None  # a `Group`, which this file does not know
+        self.done = self.reexecuted = False
+        self.waiting = True
+
+    def leave_group(self) -> Any:
+        """Forget the first group, and return it.
+
+        A finished query must not hold its group in a reference cycle: a collection of garbage
+        stops all threads of a server.
+        """
+        group, self.group = self.group, None
+        return group
+
+    def source_of(self, answer: Answer) -> str:
+        """Return the answer's source, or "reexecuted" for an exact answer at the second attempt."""
+        return "reexecuted" if answer.source == "exact" and self.reexecuted else answer.source
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchSpec:
+    """The shape and dtype of the rows of a batch: queries, or answers."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype = CODED
+
+    def zeros(self, number: int) -> Shaped[np.ndarray, "number ..."]:
+        """Return this number of rows of zeros."""
+        return np.zeros((number, *self.shape), self.dtype)
+
+    def check(self, x: np.ndarray) -> Shaped[np.ndarray, "batch ..."]:
+        """Return queries as workers receive them.
+
+        Raises:
+            ValueError: where they are not one or more rows of this shape and kind, or not finite.
+        """
+        x = np.asarray(x)
+        if x.ndim != len(self.shape) + 1 or x.shape[1:] != self.shape or not len(x):
+            raise ValueError(
+                f"queries must come as an array of shape (B, {', '.join(map(str, self.shape))}) "
+                f"with B of 1 or more, not {x.shape}"
+            )
+        if self.dtype != CODED:
+            if x.dtype != self.dtype:
+                raise ValueError(f"queries are {x.dtype}, but the model takes {self.dtype}")
+            return np.ascontiguousarray(x)
+        if not np.issubdtype(x.dtype, np.floating):
+            raise ValueError(f"queries are {x.dtype}: codes work on floats, so convert them first")
+        if x.dtype != self.dtype:  # workers compute in float32, where too large a number is inf
+            with np.errstate(over="ignore"):
+                x = x.astype(self.dtype)
+        x = np.ascontiguousarray(x)
+        if not np.isfinite(x).all():
+            finite = np.isfinite(x.reshape(len(x), -1)).all(axis=1)
+            raise ValueError(
+                f"queries {np.flatnonzero(~finite).tolist()} are not finite in float32"
+            )
+        return x
+
+
+def message_of(error: BaseException) -> str:
+    """Return the text that clients see of an error."""
+    return str(error) or type(error).__name__

@@ -1,0 +1,386 @@
+"""The scheduler: one thread that takes queries from the queue to their replies.
+
+It sends nothing that would only wait at the pool: while all workers are busy, queries wait in the
+queue, and go out in larger batches once a worker is free.
+"""
+
+import concurrent.futures
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Shaped
+
+from ...pools import AbstractPool, AnswerTimes, Refuse
+from .._policy import MAX_DEADLINE_S, BatchingPolicy
+from .._tracing import RequestTrace
+from ._adaptation import AbstractAdaptation
+from ._coder import Coder
+from ._dispatch import Dispatcher, DispatchRules, QueryOrdering, Turn
+from ._fallback import FallbackPolicy, GroupDecoder, GroupPredictor
+from ._group import ApproximateAnswer, Group, GroupTimers
+from ._health import Health, pool_health
+from ._open_requests import OpenRequests
+from ._queue import EventQueue, QueryQueue
+from ._request import (
+    Answer,
+    BatchSpec,
+    DeadlineExceeded,
+    InferenceFailed,
+    Reply,
+    Request,
+    ServerClosing,
+    message_of,
+)
+
+_LOG = logging.getLogger(__name__)
+
+# Groups that may be kept after their queries are answered, to receive their stragglers' answers,
+# and for how many median answer times (but at least a second).
+_LINGERING, _LINGER = 256, 20
+_PROBE = 5.0  # seconds that a probe may take
+_WORKER_FREE = object()  # an event
+
+
+class Scheduler:
+    """Serves requests by one code on one pool: queue, groups, dispatch, fallback, replies.
+
+    `submit`, `waiting`, `in_flight`, `health` and `close` are for any thread.
+    """
+
+    def __init__(
+        self,
+        pool: AbstractPool,
+        coder: Coder,
+        queries: BatchSpec,
+        answers: BatchSpec,
+        policy: BatchingPolicy,
+        adaptation: AbstractAdaptation,
+        refuse: Refuse,
+    ):
+        """Compile the scheduler's own programs, without starting the thread.
+
+        Args:
+            pool: the workers; the caller closes it, after the scheduler.
+            coder: the code.
+            queries: the shape and dtype of queries.
+            answers: the shape and dtype of answers.
+            policy: the batching policy.
+            adaptation: calibration, prediction, and the setting that holds.
+            refuse: tells which answers of workers are not valid.
+
+        Raises:
+            ValueError: for a policy that does not fit the code or the adaptation.
+        """
+        self.policy = policy
+        self._pool, self._clock, self._coder = pool, pool.clock, coder
+        self._queries, self._answers = queries, answers
+        self._adaptation, self._observe = adaptation, adaptation.observe
+        shared = policy.shared_by(coder.can_decode + adaptation.predicts)
+        predictor = GroupPredictor(adaptation, shared, queries, answers, self._clock)
+        self._decoder = GroupDecoder(coder, shared, adaptation, self._clock)
+        self._fallback = FallbackPolicy(coder, shared, adaptation, predictor, self._decoder)
+        ordered = policy.ordering and coder.needs_order
+        ordering = QueryOrdering(coder, queries.shape, policy.max_batch_size) if ordered else None
+        self._compile(ordering)
+        self._queue = QueryQueue(policy.max_queue_size)
+        self._open = OpenRequests(self._queue, self._observe, self._clock)
+        self._events = EventQueue(self._clock, "nercc-batcher", self._run)
+        self._setting = adaptation.setting
+        self._times = AnswerTimes(self._setting.overdue)
+        rules = DispatchRules(policy, self._decoder.enough, refuse)
+        self._dispatcher = Dispatcher(
+            pool, coder, self._queue, self._events, rules, predictor, adaptation, ordering
+        )
+        self._timers = GroupTimers()
+        self._dispatch_due = math.inf
+        self._worker_free_posted = False
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._pool.on_idle(self._worker_free)
+        self._events.start()
+
+    def submit(
+        self,
+        x: Shaped[np.ndarray, "batch ..."],
+        *,
+        deadline: float | None = None,
+        exact: bool = False,
+        high: bool = False,
+        trace: RequestTrace | None = None,
+    ) -> concurrent.futures.Future[Reply]:
+        """Submit a request; see `CodedBatcher.submit`."""
+        x = self._queries.check(x)
+        deadline = self.policy.deadline_s if deadline is None else deadline
+        if not 0 < deadline <= MAX_DEADLINE_S:
+            raise ValueError(
+                f"a deadline is a positive number of seconds, {MAX_DEADLINE_S:g} at most, not "
+                f"{deadline:g}"
+            )
+        lead = self.policy.priority_lead_s if high else 0.0
+        arrived, values = self._clock.now(), self._answers.zeros(len(x))
+        request = Request(x, values, arrived, deadline, exact, lead, trace)
+        self._open.accept(request)
+        if high:
+            self._observe("high_priority", len(x))
+        request.on_cancel(self._events.post)
+        self._events.post(request)
+        return request.future
+
+    @property
+    def waiting(self) -> int:
+        """The number of queries that wait to be sent."""
+        return self._queue.waiting
+
+    @property
+    def in_flight(self) -> int:
+        """The number of requests without a reply."""
+        return len(self._open)
+
+    def health(self) -> Health:
+        """Return whether the scheduler is alive and would answer a query now."""
+        trouble = self._open.trouble(self._times.median(self.policy.max_batch_size))
+        return pool_health(self._pool, self._coder) if trouble is None else trouble
+
+    def close(self, drain: float = 0.0) -> None:
+        """Accept no more requests, answer for up to `drain` seconds, and stop the thread."""
+        self._open.close()
+        self._events.wake()
+        self._open.wait(drain)
+        self._events.close()
+
+    def fail_open(self) -> None:
+        """Fail what has no reply after `close`."""
+        for request in self._open:
+            self._open.fail(request, ServerClosing("the server shut down before it could answer"))
+
+    # From any thread.
+
+    def _worker_free(self) -> None:
+        if self.waiting and not self._worker_free_posted:
+            self._worker_free_posted = True
+            self._events.post(_WORKER_FREE)
+
+    # The scheduler's thread.
+
+    def _compile(self, ordering: QueryOrdering | None) -> None:
+        """Compile what decoding runs, so that no query waits for the compiler."""
+        if ordering is not None:
+            ordering.compile()
+        if self._coder.can_decode:
+            everyone = np.ones(self._coder.num_workers, bool)
+            zeros = self._answers.zeros(len(everyone))[:, None]
+            self._decoder.decode(zeros, everyone, self._coder.num_data)
+
+    def _run(self) -> float:
+        """Take a turn, and return when the next one is due."""
+        try:
+            self._turn()
+        except BaseException as error:
+            _LOG.exception("the batcher ends")
+            self._open.fail_all(error)
+            self._events.close()
+        return min(self._dispatch_due, self._timers.next, self._open.next_deadline)
+
+    def _turn(self) -> None:
+        for event in self._events.take():
+            self._guard(self._handle, event, self._clock.now(), concerned=event)
+        if (setting := self._adaptation.setting) is not self._setting:
+            self._setting, self._times = setting, self._times.under(setting.overdue)
+        monitor = self._open.monitor
+        now = monitor.report_turn(len(self._open) > 0)
+        self._guard(self._handle_due, now)
+        if monitor.probe_due(now):
+            self._guard(self._send_probe)
+        self._guard(self._dispatch, now)
+
+    def _guard(self, step: Callable[..., None], *args: Any, concerned: Any = None) -> None:
+        """Run a step. If it fails, fail the requests it concerns instead of the thread.
+
+        Those are `concerned`, a group or a request, and the queries that the step took out of the
+        queue.
+        """
+        try:
+            step(*args)
+            if popped := self._queue.take_popped():
+                self._fallback.earn(sum(not query.reexecuted for query in popped))
+        except Exception as error:
+            _LOG.exception("the batcher's step %s failed", step.__name__)
+            self._observe("internal_error", 1)
+            requests = {query.request for query in self._queue.take_popped()}
+            if isinstance(concerned, Group):
+                requests |= {query.request for *_, query in concerned.open_queries()}
+                self._dispatcher.close(concerned)
+            elif isinstance(concerned, Request):
+                requests.add(concerned)
+            for request in requests:
+                self._fail(request, InferenceFailed(f"internal error: {message_of(error)}"))
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        self._revisit(self._open.fail(request, error))
+
+    def _revisit(self, groups: Sequence[Group]) -> None:
+        """Look at groups in the next turn: some of their queries ended elsewhere."""
+        for group in groups:
+            self._events.post_group(group)
+
+    def _handle(self, event: Any, now: float) -> None:
+        # However long a turn is: deadlines come before the answers that were too late for them.
+        self._expire(now)
+        if isinstance(event, Group):
+            event.posted = False
+            self._receive(event, now)
+        elif event is _WORKER_FREE:
+            self._worker_free_posted = False
+        else:
+            self._enqueue(event, now)
+
+    def _enqueue(self, request: Request, now: float) -> None:
+        """Put a request into the queue. The second time that it comes it was cancelled."""
+        if not request.queued:
+            request.queued = True
+            self._queue.add(request)
+            self._open.keep_deadline(request)
+        if request.future.cancelled():
+            self._revisit(self._open.cancel(request, now))
+
+    def _send_probe(self) -> None:
+        """Send a query of zeros, to notice when workers answer again."""
+        now, zeros = self._clock.now(), (self._queries.zeros(1), self._answers.zeros(1))
+        probe = Request(*zeros, now, _PROBE, True)
+        if self._open.accept_probe(probe):
+            self._enqueue(probe, now)
+
+    def _expire(self, now: float) -> None:
+        """Fail the requests whose deadlines have passed."""
+        for request in self._open.pop_expired(now):
+            why = (
+                f"not answered within {request.deadline:g} s: {self.waiting} queries wait, "
+                f"{self._pool.idle} of {self._pool.num_workers} workers are idle"
+            )
+            self._fail(request, DeadlineExceeded(why))
+
+    def _handle_due(self, now: float) -> None:
+        """Handle what is due: deadlines, groups to be completed, stragglers."""
+        self._expire(now)
+        for group in self._timers.pop_due(now):
+            self._guard(self._decide, group, now, concerned=group)
+        filling = self._dispatcher.filling
+        if self._open.closing and filling is not None:
+            self._guard(self._decide, filling, now, concerned=filling)
+
+    def _dispatch(self, now: float) -> None:
+        self._dispatch_due = math.inf
+        sent = self._dispatcher.dispatch(self._turn_at(now))
+        self._dispatch_due = sent.due
+        for group in sent.groups:
+            self._guard(self._set_timer, group, now, concerned=group)
+
+    def _turn_at(self, now: float) -> Turn:
+        answer_time = self._times.median(self.policy.max_batch_size)
+        return Turn(now, self._setting, answer_time, self._open.closing)
+
+    def _receive(self, group: Group, now: float) -> None:
+        """Take a group's new answers from the pool."""
+        batch = group.batch
+        if group.closed or batch is None:
+            return
+        for point in np.flatnonzero(batch.available & ~group.mask).tolist():
+            value = batch.answer(point)
+            assert value is not None
+            group.add_answer(point, value, now, batch.workers[point])
+            place = int(group.layout.place_of[point])
+            # Coded data points may have waited for a worker: their time is not an answer time.
+            if place >= 0 or not group.coder.systematic:
+                self._times.add(len(value), now - float(group.sent_at[point]))
+            if place >= 0:
+                self._receive_own(group, place, value, now)
+        self._decide(group, now)
+
+    def _receive_own(self, group: Group, place: int, value: np.ndarray, now: float) -> None:
+        """Take the model's own answers to the queries of a cell."""
+        own = group.layout.own[place]
+        asked, heard = int(group.sent[own].sum()), int(group.mask[own].sum())
+        for row, query in enumerate(group.cells[place].queries):
+            given = group.given.pop((place, row), None)
+            if given is not None:
+                right = self._adaptation.audit(given.answer, value[row])
+                self._observe("audit_same" if right else "audit_other", 1)
+            x = query.x if given is None else given.x
+            if x is not None:
+                self._adaptation.add_answer(x, value[row])
+            answer = Answer(value[row], "exact", asked, heard)
+            self._revisit(self._open.answer(query, answer, now))
+
+    def _decide(self, group: Group, now: float) -> None:
+        """Complete a group, answer or resend its stragglers' queries, or close it."""
+        if group is self._dispatcher.filling:
+            due = group.began + self.policy.batch_wait_timeout_s
+            if now < due and not self._open.closing:
+                self._set_timer(group, now)
+                return
+            self._dispatcher.complete(group, self._turn_at(now))
+        if group.pending and group.alone:
+            self._fail_if_lost(group)
+        elif group.pending:
+            answers, resend = self._fallback.decide(group, self._late(group, now))
+            for each in answers:
+                query = group.cells[each.cell].queries[each.row]
+                if query.x is not None:
+                    group.given[each.cell, each.row] = ApproximateAnswer(each.answer, query.x)
+                self._observe("expected_disagreement", each.answer.disagreement)
+                self._revisit(self._open.answer(query, each.answer, now))
+            self._queue.resend(resend)
+        if not group.pending:
+            self._close_group(group, now)
+        if not group.closed:
+            self._set_timer(group, now)
+
+    def _late(self, group: Group, now: float) -> np.ndarray:
+        """Return the mask of coded data points not to wait for: late ones, and failed ones."""
+        assert group.batch is not None
+        outstanding = group.outstanding
+        late = outstanding & (now - group.sent_at >= self._times.limit(group.rows))
+        for point in np.flatnonzero(outstanding & ~late).tolist():
+            late[point] = group.batch.abandoned(point)
+        return late
+
+    def _fail_if_lost(self, group: Group) -> None:
+        assert group.batch is not None
+        if not group.batch.lost(0):
+            return
+        reasons = [failure.reason for failure in group.batch.failures]
+        why = f"{len(reasons)} workers failed, the last: {reasons[-1]}" if reasons else "no worker"
+        for query in group.cells[0].queries:
+            if not query.done:
+                self._fail(query.request, InferenceFailed(f"a query got no answer: {why}"))
+
+    def _close_group(self, group: Group, now: float) -> None:
+        """Close a group whose queries are answered, or keep it to receive stragglers' answers."""
+        assert group.batch is not None
+        if not group.alone and group.outstanding.any() and now < group.linger_until:
+            if math.isinf(group.linger_until) and len(self._dispatcher.groups) < _LINGERING:
+                group.batch.suffice()
+                median = self._times.median(group.rows)
+                group.linger_until = now + max(1.0, _LINGER * median if median < math.inf else 0)
+            if group.linger_until < math.inf:
+                return
+        useful = not group.alone and self._coder.can_decode and self._adaptation.accepts_samples
+        if useful and (pair := group.calibration_pair()) is not None:
+            self._adaptation.add_group(*pair)
+        self._dispatcher.close(group)
+
+    def _set_timer(self, group: Group, now: float) -> None:
+        """Set when to look at a group next, should nothing happen to it."""
+        due = math.inf
+        if group is self._dispatcher.filling:
+            due = group.began + self.policy.batch_wait_timeout_s
+        elif group.linger_until < math.inf:
+            due = group.linger_until
+        elif not group.alone:
+            ends = group.sent_at[group.outstanding] + self._times.limit(group.rows)
+            due = float(np.min(ends[ends > now], initial=math.inf))
+        self._timers.set(group, due, now)

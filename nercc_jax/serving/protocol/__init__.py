@@ -1,0 +1,1 @@
+"""The Open Inference Protocol: models' tensors, messages, and errors, apart from any transport."""

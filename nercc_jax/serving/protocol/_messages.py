@@ -1,0 +1,427 @@
+"""Messages of the Open Inference Protocol: requests to queries, and replies to outputs.
+
+`InferRequest` is a request of either transport. Its REST form is read and written here; `_grpc.py`
+has the other.
+"""
+
+import dataclasses
+import math
+import sys
+import uuid
+import zlib
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, TypeAlias, TypedDict
+
+import numpy as np
+import orjson
+from pydantic import BaseModel, StrictBool, StrictFloat, StrictInt, ValidationError
+
+from .._policy import MAX_DEADLINE_S
+from ..core._request import Reply
+from ._errors import InvalidInput, TooLarge, UnsupportedEncoding
+from ._servable import ADDED_OUTPUTS, Servable, Tensor
+
+# The only version of each model.
+VERSION = "1"
+# The value of a probability or an error that is unknown: JSON has no NaN.
+UNKNOWN = -1.0
+
+_MICROSECONDS, _MILLISECONDS = 1e6, 1e3
+
+# By kind of a tensor's dtype: the kinds that NumPy may find in JSON for it, and their name.
+_IN_JSON = {
+    "f": ("fiu", "numbers"),
+    "i": ("iu", "whole numbers"),
+    "u": ("iu", "whole numbers"),
+    "b": ("b", "booleans"),
+}
+
+Parameters: TypeAlias = dict[str, StrictFloat | StrictInt | StrictBool | str]
+
+
+class RequestInput(BaseModel):
+    """A tensor of a REST request."""
+
+    name: str
+    shape: list[int]
+    datatype: str
+    parameters: Parameters | None = None
+    data: list[Any] | None = None
+
+
+class RequestOutput(BaseModel):
+    """An output that a REST request asks for."""
+
+    name: str
+    parameters: Parameters | None = None
+
+
+class InferenceRequest(BaseModel):
+    """The JSON of a REST request."""
+
+    id: str | None = None
+    parameters: Parameters | None = None
+    inputs: list[RequestInput]
+    outputs: list[RequestOutput] | None = None
+
+
+class ResponseOutput(BaseModel):
+    """A tensor of a REST response."""
+
+    name: str
+    shape: list[int]
+    datatype: str
+    parameters: Parameters | None = None
+    data: list[Any]
+
+
+class InferenceResponse(BaseModel):
+    """The JSON of a REST response."""
+
+    model_name: str
+    model_version: str | None = None
+    id: str
+    parameters: Parameters | None = None
+    outputs: list[ResponseOutput]
+
+
+class InputTensor(NamedTuple):
+    """An input tensor: as numbers (`data`), or as bytes (`raw`)."""
+
+    name: str
+    shape: list[int]
+    datatype: str
+    data: list[Any] | None = None
+    raw: bytes | memoryview | None = None
+
+
+class RequestedOutput(NamedTuple):
+    """An output that a request asks for, and whether as binary data."""
+
+    name: str
+    binary: bool = False
+
+
+@dataclasses.dataclass
+class InferRequest:
+    """An inference request of either transport.
+
+    Attributes:
+        inputs: the tensors.
+        id: the client's id, or one of ours.
+        parameters: the request's parameters.
+        outputs: the outputs asked for; all if empty.
+        binary_outputs: whether to send all outputs as binary data.
+    """
+
+    inputs: list[InputTensor]
+    id: str | None = None
+    parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    outputs: list[RequestedOutput] = dataclasses.field(default_factory=list)
+    binary_outputs: bool = False
+
+
+class AnswerOptions(TypedDict):
+    """The options with which a request is answered: the keywords of `ServedModel.infer`."""
+
+    deadline: float | None
+    exact: bool
+    high: bool
+
+
+def decompress(body: bytes, encoding: str | None, limit: int) -> bytes:
+    """Return a body as it was before compression.
+
+    Args:
+        body: the compressed body.
+        encoding: the Content-Encoding.
+        limit: the largest size of the result, in bytes.
+
+    Raises:
+        TooLarge: where the result is larger.
+        UnsupportedEncoding: for an unknown encoding.
+        InvalidInput: where the body is not compressed so.
+    """
+    kind = (encoding or "identity").lower()
+    if kind == "identity":
+        return body
+    if kind not in ("gzip", "deflate"):
+        raise UnsupportedEncoding(f"Content-Encoding {encoding!r}: gzip and deflate are known")
+    reader = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # tells gzip from zlib by itself
+    try:
+        plain = reader.decompress(body, limit + 1)
+    except zlib.error as error:
+        raise InvalidInput(f"the body is not {kind}: {error}") from error
+    if len(plain) > limit:
+        raise TooLarge(f"the body is more than {limit} bytes when decompressed")
+    if not reader.eof:
+        raise InvalidInput(f"the body's {kind} data ends too early")
+    if reader.unused_data:
+        raise InvalidInput(f"{len(reader.unused_data)} bytes after the body's {kind} data")
+    return plain
+
+
+def json_size(size: int, json_length: str | None, limit: int = sys.maxsize) -> int:
+    """Return how many of a body's bytes are JSON.
+
+    Args:
+        size: the body's size.
+        json_length: the length that the request's header gives, if binary tensors follow the JSON.
+        limit: the largest JSON, in bytes.
+
+    Raises:
+        InvalidInput: where `json_length` is not a length within the body.
+        TooLarge: above the limit.
+    """
+    length = size
+    if json_length is not None:
+        # Python refuses to read a number of thousands of digits.
+        short = json_length.isascii() and json_length.isdigit() and len(json_length) < 20
+        if not short or int(json_length) > size:
+            raise InvalidInput(
+                f"Inference-Header-Content-Length {json_length[:20]!r} is no length within the "
+                f"body's {size} bytes"
+            )
+        length = int(json_length)
+    if length > limit:
+        raise TooLarge(
+            f"{length} bytes of JSON; at most {limit} are taken: send large tensors as binary data "
+            "(the protocol's extension: binary_data_size)"
+        )
+    return length
+
+
+def read_request(body: bytes, json_length: str | None) -> InferRequest:
+    """Read a REST body: JSON, which ends at `json_length` if binary tensors follow it.
+
+    Raises:
+        InvalidInput: where it is not such a body.
+    """
+    head = body if json_length is None else body[: json_size(len(body), json_length)]
+    try:
+        request = InferenceRequest.model_validate(orjson.loads(head))
+    except orjson.JSONDecodeError as error:
+        raise InvalidInput(f"the body is not JSON: {error}") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = "".join(f"{part}: " for part in (".".join(map(str, first["loc"])),) if part)
+        raise InvalidInput(f"the request is not as it should be: {where}{first['msg']}") from error
+    binary = memoryview(body)[len(head) :]
+    inputs = []
+    for each in request.inputs:
+        raw = None
+        size = (each.parameters or {}).get("binary_data_size")
+        if size is not None and each.data is None:
+            if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= len(binary):
+                raise InvalidInput(
+                    f"input {each.name!r}: binary_data_size {size!r} does not fit the "
+                    f"{len(binary)} bytes that are left after the JSON"
+                )
+            raw, binary = binary[:size], binary[size:]
+        elif each.data is None:
+            raise InvalidInput(f"input {each.name!r} has neither data nor a binary_data_size")
+        inputs.append(InputTensor(each.name, each.shape, each.datatype.upper(), each.data, raw))
+    if len(binary):
+        raise InvalidInput(f"{len(binary)} bytes are left over after all binary tensors")
+    parameters = request.parameters or {}
+    # An output that does not say so is binary if the request says that all are.
+    every = bool(parameters.get("binary_data_output", False))
+    outputs = [
+        RequestedOutput(each.name, bool((each.parameters or {}).get("binary_data", every)))
+        for each in request.outputs or ()
+    ]
+    return InferRequest(inputs, request.id, parameters, outputs, every)
+
+
+def queries_of(
+    request: InferRequest, servable: Servable, most: int = sys.maxsize
+) -> np.ndarray | dict[str, np.ndarray]:
+    """Return a request's queries, (B, *shape), by name where the model takes a dict of arrays.
+
+    Args:
+        request: the request.
+        servable: the model.
+        most: the largest B, beyond which there would never be room.
+
+    Raises:
+        InvalidInput: for anything but tensors of the names, types and shapes in the metadata.
+        TooLarge: for a larger B.
+    """
+    inputs = servable.inputs
+    given = {each.name: each for each in request.inputs}
+    try:
+        inputs.check_names([each.name for each in request.inputs])
+        arrays = {each.name: _read_tensor(given[each.name], each) for each in inputs.parts}
+        inputs.check_sizes(arrays)
+    except ValueError as error:
+        raise InvalidInput(str(error)) from error
+    some = arrays[inputs.parts[0].name]
+    if len(some) > most:
+        raise TooLarge(
+            f"{len(some)} queries in one request; the queue of {servable.name} holds {most}"
+        )
+    return some if inputs.alone else arrays
+
+
+def _read_tensor(given: InputTensor, wanted: Tensor) -> np.ndarray:
+    """Return a tensor as an array. Raises ValueError where it is not the wanted one."""
+    shape, dtype = tuple(given.shape), wanted.sent
+    if given.datatype != wanted.datatype:
+        raise ValueError(f"the model takes {wanted}, not {given.datatype}")
+    if len(shape) != len(wanted.shape) + 1 or shape[1:] != wanted.shape or shape[0] < 1:
+        raise ValueError(f"the model takes {wanted}, not of shape {list(shape)}")
+    if given.raw is not None:
+        size = dtype.itemsize * math.prod(shape)
+        if len(given.raw) != size:
+            raise ValueError(
+                f"shape {list(shape)} takes {size} bytes of {wanted.datatype}, but "
+                f"{len(given.raw)} came for {wanted.name!r}"
+            )
+        array = np.frombuffer(given.raw, np.uint8 if dtype.kind == "b" else dtype)
+        return (array != 0 if dtype.kind == "b" else array).reshape(shape)
+    try:
+        # Nulls would become NaN, strings and booleans numbers.
+        numbers = np.array(given.data)
+        kinds, what = _IN_JSON[dtype.kind]
+        if numbers.dtype.kind not in kinds:
+            raise ValueError(f"not all of it are {what}")
+        with np.errstate(over="ignore"):
+            # What does not fit into integers is refused later, with the numbers of the queries.
+            return (numbers.astype(dtype) if dtype.kind == "f" else numbers).reshape(shape)
+    except (ValueError, OverflowError, TypeError) as error:
+        raise ValueError(
+            f"the data of {wanted.name!r} do not make a tensor of shape {list(shape)}: {error}"
+        ) from error
+
+
+def answer_options(request: InferRequest) -> AnswerOptions:
+    """Return the deadline in seconds, exactness and priority that a request asks for.
+
+    They are the parameters `nercc_exact` (a boolean), `nercc_deadline_ms`, and Triton's `timeout`
+    in microseconds and `priority`, 1 or 2 (0 means the default).
+
+    Raises:
+        InvalidInput: for values of another kind.
+    """
+    parameters = request.parameters
+    exact = parameters.get("nercc_exact", False)
+    if not isinstance(exact, bool):
+        raise InvalidInput(f"parameter nercc_exact must be a boolean, not {exact!r}")
+    deadline = None
+    for name, unit in (("timeout", _MICROSECONDS), ("nercc_deadline_ms", _MILLISECONDS)):
+        if name not in parameters or (name == "timeout" and parameters[name] == 0):
+            continue
+        value = parameters[name]
+        most = unit * MAX_DEADLINE_S
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
+            raise InvalidInput(
+                f"parameter {name} must be a positive number up to {most:.0f}, an hour, not "
+                f"{value!r}"
+            )
+        deadline = value / unit
+    priority = parameters.get("priority", 0)
+    if isinstance(priority, bool) or priority not in (0, 1, 2):
+        raise InvalidInput(f"parameter priority must be 1 (high) or 2 (as usual), not {priority!r}")
+    return {"deadline": deadline, "exact": exact, "high": priority == 1}
+
+
+def write_reply(
+    reply: Reply, request: InferRequest, servable: Servable
+) -> tuple[bytes, dict[str, str]]:
+    """Return a REST body and its headers, with all outputs unless some are asked for."""
+    asked = dict(request.outputs)
+    outputs, binary = [], []
+    for name, (datatype, array) in fixed_outputs_of_answers(reply, request, servable).items():
+        output = {"name": name, "shape": array.shape, "datatype": datatype}
+        if asked.get(name, request.binary_outputs):
+            raw = array.tobytes()
+            output["parameters"] = {"binary_data_size": len(raw)}
+            binary.append(raw)
+        else:
+            output["data"] = array.ravel().tolist()
+        outputs.append(output)
+    head = orjson.dumps(
+        {
+            "id": request.id or uuid.uuid4().hex,
+            "model_name": servable.name,
+            "model_version": VERSION,
+            "outputs": outputs,
+            "parameters": reply_parameters(reply),
+        }
+    )
+    if not binary:
+        return head, {"content-type": "application/json"}
+    return b"".join([head, *binary]), {
+        "content-type": "application/octet-stream",
+        "inference-header-content-length": str(len(head)),
+    }
+
+
+def fixed_outputs_of_answers(
+    reply: Reply, request: InferRequest, servable: Servable
+) -> dict[str, tuple[str, np.ndarray]]:
+    """Return datatypes and arrays by name, of the outputs that are asked for (`check_outputs`)."""
+    values = reply.values
+    if servable.outputs.alone:
+        values = {servable.outputs.parts[0].name: values}
+    tensors = {
+        **{part.name: (part.datatype, values[part.name]) for part in servable.outputs.parts},
+        "exact": ("BOOL", reply.exact),
+        "expected_disagreement": ("FP32", _tensor(reply.expected_disagreement)),
+        "expected_error": ("FP32", _tensor(reply.expected_error)),
+    }
+    return {name: tensors[name] for name, _ in request.outputs} if request.outputs else tensors
+
+
+def reply_parameters(reply: Reply) -> dict[str, Any]:
+    """Return what the reply as a whole rests on: a response's parameters."""
+    # By lists: NumPy takes longer for the numbers of one query.
+    exact = reply.exact.tolist()
+    return {
+        "nercc_exact": all(exact),
+        "nercc_approximate": exact.count(False),
+        "nercc_predicted": sum(reply.predicted.tolist()),
+        "nercc_reexecuted": sum(reply.reexecuted.tolist()),
+        "nercc_workers_asked": sum(reply.asked.tolist()),
+        "nercc_workers_heard": sum(reply.heard.tolist()),
+        "nercc_expected_disagreement": max(_without_nan(reply.expected_disagreement)),
+        "nercc_expected_error": max(_without_nan(reply.expected_error)),
+        "nercc_queue_ms": 1e3 * reply.queued,
+    }
+
+
+def check_outputs(request: InferRequest, servable: Servable) -> None:
+    """Raise InvalidInput where an output is asked for that there is not, or twice."""
+    if not request.outputs:
+        return
+    known = [output["name"] for output in output_types(servable)]
+    names = [name for name, _ in request.outputs]
+    unknown = [name for name in names if name not in known]
+    if unknown or len(set(names)) < len(names):
+        raise InvalidInput(f"{servable.name} has outputs {known}, each once, not {names}")
+
+
+def input_types(servable: Servable) -> list[dict[str, Any]]:
+    """Return the inputs as the metadata have them."""
+    return _types(servable.inputs.parts)
+
+
+def output_types(servable: Servable) -> list[dict[str, Any]]:
+    """Return the outputs as the metadata have them, the server's own included."""
+    added = (Tensor(name, "BOOL" if name == "exact" else "FP32", ()) for name in ADDED_OUTPUTS)
+    return _types((*servable.outputs.parts, *added))
+
+
+def _types(tensors: Iterable[Tensor]) -> list[dict[str, Any]]:
+    return [
+        {"name": each.name, "datatype": each.datatype, "shape": each.batch_shape}
+        for each in tensors
+    ]
+
+
+def _without_nan(values: np.ndarray) -> list[float]:
+    return [UNKNOWN if math.isnan(value) else value for value in values.tolist()]
+
+
+def _tensor(values: np.ndarray) -> np.ndarray:
+    return np.array(_without_nan(values), np.float32)

@@ -1,0 +1,423 @@
+"""A model that can be served: a callable on a batch, its named tensors, and their rows.
+
+The batcher and its coder know only arrays of which each row is a query, or an answer: a code acts
+on every number alike. So the tensors of a query are packed into one row before they reach the
+batcher, and unpacked in front of the model, in its own program. A model of one array needs none of
+that.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree, Shaped
+
+from ...codes import Form
+from ...inference import Model, call_model, check_model
+
+FLOAT = "FP32"
+# By the protocol's datatype, the dtype on the wire.
+DTYPES: Mapping[str, np.dtype] = {
+    "BOOL": np.dtype("bool"),
+    **{f"{'U' * unsigned}INT{8 * size}": np.dtype(f"<{'iu'[unsigned]}{size}")
+       for unsigned in (False, True) for size in (1, 2, 4, 8)},
+    FLOAT: np.dtype("<f4"),
+}  # fmt: skip
+_HINTS = {
+    "BYTES": "JAX, which runs models here, has no strings: take token ids (INT32 or INT64) instead",
+    **dict.fromkeys(
+        ("FP16", "FP64", "BF16"),
+        "floats come and go as FP32; workers may compute in others (worker_dtype)",
+    ),
+}
+_BYTES = np.dtype(np.uint8)
+# By kind of dtype, the kinds that may be given for it.
+_KINDS = {"f": "f", "i": "iu", "u": "iu", "b": "b"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """An input or output: its name, the protocol's datatype, and its shape for one query."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+    def __post_init__(self):
+        if self.datatype not in DTYPES:
+            hint = _HINTS.get(self.datatype, f"there are {', '.join(DTYPES)}")
+            raise ValueError(f"{self.name!r} cannot be {self.datatype}: {hint}")
+
+    @property
+    def sent(self) -> np.dtype:
+        """The dtype on the wire."""
+        return DTYPES[self.datatype]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype in JAX: 64 bits become 32 unless JAX_ENABLE_X64 is set."""
+        return jax.dtypes.canonicalize_dtype(self.sent)
+
+    @property
+    def batch_shape(self) -> list[int]:
+        """The shape of a batch in the protocol's terms."""
+        return [-1, *self.shape]
+
+    def fit(self, x: np.ndarray) -> np.ndarray:
+        """Return queries (B, *shape) in the model's dtype.
+
+        Raises:
+            ValueError: where they have another shape or kind, or do not fit into the dtype.
+        """
+        if x.ndim != len(self.shape) + 1 or x.shape[1:] != self.shape or not len(x):
+            raise ValueError(f"the model takes {self}, not of shape {list(x.shape)}")
+        if x.dtype.kind not in _KINDS[self.dtype.kind]:
+            raise ValueError(f"the model takes {self}, not {x.dtype}")
+        with np.errstate(over="ignore"):
+            fitting = np.ascontiguousarray(x, self.dtype)
+        if self.dtype.kind == "f":
+            good = np.isfinite(fitting)
+            wrong = f"are not finite in {self.dtype}"
+        elif x.dtype == self.dtype:
+            return fitting
+        else:
+            limits = np.iinfo(self.dtype)
+            good = (x >= limits.min) & (x <= limits.max)
+            wrong = f"have numbers beyond {self.dtype}"
+            if self.sent != self.dtype:
+                wrong += ", in which JAX computes unless JAX_ENABLE_X64 is set"
+        if not good.all():
+            bad = np.flatnonzero(~good.reshape(len(x), -1).all(axis=1)).tolist()
+            raise ValueError(f"{self.name!r}: queries {bad} {wrong}")
+        return fitting
+
+    def __str__(self) -> str:
+        return f"{self.name!r}, {self.datatype}, of shape {self.batch_shape}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensors:
+    """The tensors of a query or an answer.
+
+    A row is the tensor itself where there is one, (d,) float32 where all are floats, and otherwise
+    the bytes of all, which are never coded.
+
+    Attributes:
+        parts: the tensors.
+        alone: whether the model has one array instead of a dict.
+    """
+
+    parts: tuple[Tensor, ...]
+    alone: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        """The tensors' names."""
+        return [part.name for part in self.parts]
+
+    @functools.cached_property
+    def dtype(self) -> np.dtype:
+        """The dtype of rows."""
+        kinds = {part.dtype for part in self.parts}
+        return kinds.pop() if len(self.parts) == 1 or kinds == {DTYPES[FLOAT]} else _BYTES
+
+    @functools.cached_property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of a row."""
+        return self.parts[0].shape if len(self.parts) == 1 else (sum(self._widths),)
+
+    @functools.cached_property
+    def _widths(self) -> list[int]:
+        size = 1 if self.dtype == _BYTES else self.dtype.itemsize
+        return [math.prod(p.shape) * p.dtype.itemsize // size for p in self.parts]
+
+    @functools.cached_property
+    def form(self) -> Form | None:
+        """The parts of an answer, each with a label of its own; None for one array."""
+        if len(self.parts) == 1:
+            return None
+        structure = jax.tree.structure((0,) * len(self.parts))
+        shapes = tuple(part.shape for part in self.parts)
+        return Form(structure, shapes, ("float32",) * len(self.parts))
+
+    @property
+    def plain(self) -> bool:
+        """Return whether it is one array of floats."""
+        return self.alone and self.parts[0].datatype == FLOAT
+
+    @property
+    def uncodable(self) -> str | None:
+        """The reason why it cannot be coded; None if it can."""
+        for part in self.parts:
+            if part.datatype != FLOAT:
+                return f"{part.name!r} is {part.datatype}, and codes mix floats ({FLOAT}) only"
+        return None
+
+    def pack(self, given: Any) -> np.ndarray:
+        """Return rows of queries from arrays (B, *shape) by name, or from one array.
+
+        Raises:
+            ValueError: where a name is missing or unknown, the numbers of queries differ, or as
+                `Tensor.fit`.
+        """
+        if isinstance(given, Mapping) == self.alone:
+            given_kind = (
+                f"arrays by name {list(given)}" if self.alone else f"a {type(given).__name__}"
+            )
+            raise ValueError(f"the model takes {self}, not {given_kind}")
+        arrays = {self.parts[0].name: given} if self.alone else given
+        self.check_names(list(arrays))
+        columns = {part.name: part.fit(np.asarray(arrays[part.name])) for part in self.parts}
+        self.check_sizes(columns)
+        if len(columns) == 1:
+            return columns[self.parts[0].name]
+        flat = [column.reshape(len(column), -1) for column in columns.values()]
+        if self.dtype == _BYTES:
+            flat = [column.view(np.uint8) for column in flat]
+        return np.concatenate(flat, axis=1)
+
+    def check_names(self, names: Sequence[str]) -> None:
+        """Raise ValueError where a name is missing, unknown, or there twice."""
+        if list(names) == self.names or sorted(names) == sorted(self.names):
+            return
+        missing = [name for name in self.names if name not in names]
+        unknown = [name for name in names if name not in self.names]
+        trouble = [f"{missing} missing"] * bool(missing) + [f"{unknown} unknown"] * bool(unknown)
+        problem = ", ".join(trouble) or "each comes once"
+        raise ValueError(f"the model takes {self}, not inputs {list(names)}: {problem}")
+
+    def check_sizes(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Raise ValueError where arrays have different numbers of queries."""
+        if len({len(array) for array in arrays.values()}) > 1:
+            sizes = ", ".join(f"{name!r} has {len(array)}" for name, array in arrays.items())
+            raise ValueError(f"all inputs have as many queries, their first axis, but {sizes}")
+
+    def refuse(self, rows: np.ndarray) -> str | None:
+        """Return why rows are no valid answers, None if they are: an output is not finite."""
+        for name, array in self.named(rows).items():
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                return f"the model's output {name!r} is not finite"
+        return None
+
+    def named(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Return rows, on the host, as arrays by name."""
+        return dict(zip(self.names, self._split(rows, _view), strict=True))
+
+    def split(self, rows: Array) -> PyTree[Array]:
+        """Return rows as the model takes them; to be compiled."""
+        arrays = list(self._split(rows, _bitcast))
+        return arrays[0] if self.alone else dict(zip(self.names, arrays, strict=True))
+
+    def join(self, answer: PyTree[Array]) -> Array:
+        """Return the model's answer as rows; to be compiled."""
+        leaves = jax.tree.leaves(answer)
+        if len(leaves) == 1:
+            return leaves[0]
+        if self.dtype == _BYTES:
+            leaves = [_bytes(x, p.dtype) for x, p in zip(leaves, self.parts, strict=True)]
+        return jnp.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], axis=-1)
+
+    def _split(self, rows: Any, of_bytes: Callable[[Any, np.dtype], Any]) -> Iterator[Any]:
+        if len(self.parts) == 1:
+            yield rows
+            return
+        begin = 0
+        for part, width in zip(self.parts, self._widths, strict=True):
+            column = rows[:, begin : begin + width]
+            if self.dtype == _BYTES:
+                column = of_bytes(column, part.dtype)
+            yield column.reshape(len(rows), *part.shape)
+            begin += width
+
+    def __str__(self) -> str:
+        if self.alone:
+            return f"one input {self.parts[0]}"
+        return f"inputs {'; '.join(map(str, self.parts))}"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowModel:
+    """A model of named tensors as a model of rows, which workers run.
+
+    Floats among bytes are float32 whatever `worker_dtype` is; the weights follow it.
+    """
+
+    func: Any
+    inputs: Tensors = dataclasses.field(metadata={"static": True})
+    outputs: Tensors = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, rows: Shaped[Array, "batch ..."]) -> Shaped[Array, "batch ..."]:
+        return self.outputs.join(self.func(self.inputs.split(rows)))
+
+
+def _view(column: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    return np.ascontiguousarray(column).view(dtype)
+
+
+def _bitcast(column: Array, dtype: np.dtype) -> Array:
+    if dtype.kind == "b":
+        return column != 0
+    if dtype.itemsize > 1:
+        column = column.reshape(len(column), -1, dtype.itemsize)
+    return jax.lax.bitcast_convert_type(column, dtype)
+
+
+def _bytes(leaf: Array, dtype: np.dtype) -> Array:
+    return jax.lax.bitcast_convert_type(
+        leaf.astype(np.uint8 if dtype.kind == "b" else dtype), np.uint8
+    )
+
+
+# The name of a model's only input.
+INPUT = "input"
+# The names of the outputs that the server adds to the model's own.
+ADDED_OUTPUTS = ("exact", "expected_disagreement", "expected_error")
+
+# The shape of a query, or shapes by name where the model takes a dict of arrays.
+Shapes = Sequence[int] | Mapping[str, Sequence[int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Servable:
+    """A model to serve; `make_servable` makes one.
+
+    Attributes:
+        name: the name that clients use.
+        model: maps rows of inputs, (B, ...), to rows of outputs (above).
+        inputs: the input tensors.
+        outputs: the output tensors.
+        calibration: rows of unlabelled inputs, or a function that returns them, to estimate errors
+            from; None to estimate them from the traffic.
+    """
+
+    name: str
+    model: Model
+    inputs: Tensors
+    outputs: Tensors
+    calibration: np.ndarray | Callable[[], np.ndarray] | None = None
+
+    def __post_init__(self):
+        if not self.name or "/" in self.name:
+            raise ValueError(f"a model's name is not empty and has no slash, not {self.name!r}")
+        names = self.outputs.names
+        for name in names:
+            if not name or name in ADDED_OUTPUTS:
+                raise ValueError(f"an output cannot be called {name!r}: the server's is")
+        if len(set(names)) < len(names):
+            raise ValueError(f"{self.name}: outputs must have different names, not {names}")
+
+    def on_rows(self, model: Model) -> Model:
+        """Return another model with the same inputs and outputs, as a model on rows."""
+        alone = self.inputs.alone and self.outputs.alone
+        return model if alone else RowModel(model, self.inputs, self.outputs)
+
+    @property
+    def uncodable(self) -> str | None:
+        """The reason why no code can be used; None if one can."""
+        for what, tensors in (("input", self.inputs), ("output", self.outputs)):
+            if tensors.uncodable is not None:
+                return f"{what} {tensors.uncodable}"
+        return None
+
+
+def make_servable(
+    name: str,
+    model: Model,
+    shape: Shapes,
+    *,
+    datatype: str | Mapping[str, str] = FLOAT,
+    output_name: str = "output",
+    calibration: np.ndarray | Mapping[str, np.ndarray] | Callable[[], np.ndarray] | None = None,
+) -> Servable:
+    """Describe a model by tracing it on one query.
+
+    A model that returns one array has one output, `output_name`. Of a dict of arrays, or a tuple
+    with named fields, each array is an output of its name; of any other tuple they are
+    `output_name` with their places, `output_0`, `output_1`; nested names are joined by dots.
+
+    Args:
+        name: the name that clients use, without a slash.
+        model: a callable on a batch; a model of several inputs takes a dict of arrays.
+        shape: the shape of one query, or a dict of shapes.
+        datatype: the protocol's datatype ("FP32", "INT64", ...) of all inputs, or a dict of them.
+        output_name: the name of an unnamed output.
+        calibration: unlabelled inputs, (points, *shape), or a dict of them; or a function that
+            returns them as rows, called when they are needed.
+
+    Raises:
+        ValueError: where the model does not run on such a query, returns anything but float32,
+            integers and booleans with an axis B, or is in training mode; where `datatype` or
+            `calibration` do not fit.
+    """
+    check_model(model)
+    inputs = _inputs(name, shape, datatype)
+    batch = _example(inputs)
+    try:
+        answer: Any = eqx.filter_eval_shape(lambda x: call_model(model, x), batch)
+    except Exception as error:
+        first = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{name} does not run on a batch of {inputs}: {first}") from error
+    outputs = _outputs(name, answer, output_name)
+    if not (inputs.alone and outputs.alone):
+        model = RowModel(model, inputs, outputs)
+    try:
+        rows = (
+            calibration
+            if calibration is None or callable(calibration)
+            else inputs.pack(calibration)
+        )
+    except ValueError as error:
+        raise ValueError(f"{name}: calibration data do not fit: {error}") from error
+    return Servable(name, model, inputs, outputs, rows)
+
+
+def _inputs(name: str, shape: Shapes, datatype: str | Mapping[str, str]) -> Tensors:
+    alone = not isinstance(shape, Mapping)
+    shapes: Mapping[str, Sequence[int]] = {INPUT: shape} if alone else shape  # pyright: ignore
+    words = dict.fromkeys(shapes, datatype) if isinstance(datatype, str) else datatype
+    unknown = [each for each in words if each not in shapes]
+    if unknown or not shapes:
+        raise ValueError(f"{name}: inputs {list(shapes)} have shapes, but {unknown} have none")
+    try:
+        parts = (Tensor(n, words.get(n, FLOAT), tuple(each)) for n, each in shapes.items())
+        return Tensors(tuple(parts), alone)
+    except ValueError as error:
+        raise ValueError(f"{name}: input {error}") from error
+
+
+def _example(inputs: Tensors) -> Any:
+    """Return one query as shapes and dtypes."""
+    each = {p.name: jax.ShapeDtypeStruct((1, *p.shape), p.dtype) for p in inputs.parts}
+    return each[INPUT] if inputs.alone else each
+
+
+def _outputs(name: str, answer: Any, output_name: str) -> Tensors:
+    words = {dtype: word for word, dtype in DTYPES.items()}
+    found = jax.tree_util.tree_flatten_with_path(answer)[0]
+    parts = []
+    for path, leaf in found:
+        shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
+        called = _name_of(path, output_name)
+        if not shape or shape[0] != 1 or dtype not in words:
+            raise ValueError(
+                f"{name} must map a batch of B queries to arrays (B, ...) of float32, integers or "
+                f"booleans; for B = 1, {called!r} was {leaf}"
+            )
+        parts.append(Tensor(called, words[np.dtype(dtype)], shape[1:]))
+    if not parts:
+        raise ValueError(f"{name} must map a batch to arrays; it returned {answer}")
+    return Tensors(tuple(parts), alone=not found[0][0])
+
+
+def _name_of(path: tuple[Any, ...], output_name: str) -> str:
+    if not path:
+        return output_name
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    return f"{output_name}_{name}" if isinstance(path[0], jax.tree_util.SequenceKey) else name

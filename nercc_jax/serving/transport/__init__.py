@@ -1,0 +1,1 @@
+"""The transports: HTTP and gRPC, what both ask of the server, and the server's life."""

@@ -1,0 +1,241 @@
+"""The gRPC server: the Open Inference Protocol, Triton's extensions, and gRPC's health service.
+
+Messages are those of `open_inference.proto`.
+"""
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any
+
+import grpc
+from google.protobuf.json_format import ParseDict
+from google.protobuf.message_factory import GetMessageClass
+from grpc_health.v1 import health_pb2_grpc
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+
+from ..core._request import Reply, message_of
+from ..protocol._errors import INTERNAL, STATUS, InvalidInput
+from ..protocol._messages import (
+    VERSION,
+    InferRequest,
+    InputTensor,
+    RequestedOutput,
+    fixed_outputs_of_answers,
+    reply_parameters,
+)
+from ..protocol._servable import Servable
+from . import open_inference_pb2 as messages
+from ._state import ServerState
+
+_LOG = logging.getLogger(__name__)
+
+_SERVICE = messages.DESCRIPTOR.services_by_name["GRPCInferenceService"]
+# By datatype, the field of a tensor's contents.
+_CONTENTS = {
+    "BOOL": "bool_contents",
+    **dict.fromkeys(("UINT8", "UINT16", "UINT32"), "uint_contents"),
+    "UINT64": "uint64_contents",
+    **dict.fromkeys(("INT8", "INT16", "INT32"), "int_contents"),
+    "INT64": "int64_contents",
+    "FP32": "fp32_contents",
+    "FP64": "fp64_contents",
+    "BYTES": "bytes_contents",
+}
+# By Python type, the field of a parameter. KServe's clients know no doubles.
+_PARAMETERS = {bool: "bool_param", int: "int64_param", str: "string_param"}
+
+Method = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]
+
+
+class InferenceService:
+    """The methods of the protocol's service, by their names in it."""
+
+    def __init__(self, state: ServerState):
+        self._state = state
+
+    async def ServerLive(self, request: Any, context: Any) -> messages.ServerLiveResponse:
+        self._state.check_live()
+        return messages.ServerLiveResponse(live=True)
+
+    async def ServerReady(self, request: Any, context: Any) -> messages.ServerReadyResponse:
+        return messages.ServerReadyResponse(ready=self._state.ready())
+
+    async def ServerMetadata(self, request: Any, context: Any) -> messages.ServerMetadataResponse:
+        return messages.ServerMetadataResponse(**self._state.metadata())
+
+    async def ModelReady(self, request: Any, context: Any) -> messages.ModelReadyResponse:
+        self._state.check(request.name, request.version or VERSION)
+        return messages.ModelReadyResponse(ready=self._state.model_ready(request.name))
+
+    async def ModelMetadata(self, request: Any, context: Any) -> messages.ModelMetadataResponse:
+        metadata = self._state.model_metadata(request.name, request.version or VERSION)
+        del metadata["parameters"]  # which these messages do not have
+        return messages.ModelMetadataResponse(**metadata)
+
+    async def ModelConfig(self, request: Any, context: Any) -> messages.ModelConfigResponse:
+        config = self._state.configuration(request.name, request.version or VERSION)
+        return ParseDict({"config": config}, messages.ModelConfigResponse())
+
+    async def ModelStatistics(self, request: Any, context: Any) -> messages.ModelStatisticsResponse:
+        statistics = self._state.statistics(request.name, request.version or VERSION)
+        return ParseDict(statistics, messages.ModelStatisticsResponse())
+
+    async def RepositoryModelLoad(self, request: Any, context: Any) -> Any:
+        raise NotImplementedError("models are configured when the server starts")
+
+    RepositoryModelUnload = RepositoryModelLoad
+
+    async def ModelInfer(self, request: Any, context: Any) -> messages.ModelInferResponse:
+        def metadata() -> dict[str, Any]:
+            return dict(context.invocation_metadata() or ())
+
+        state = self._state
+        with state.watch(request.model_name, metadata), state.memory.request() as add:
+            add(request.ByteSize())
+            model = state.find(request.model_name, request.model_version or VERSION)
+            given = read_message(request)
+            reply = await state.answer(model, given)
+            return write_message(reply, given, model.servable)
+
+
+class HealthService(health_pb2_grpc.HealthServicer):
+    """gRPC's own health service (grpc.health.v1), for its probes and load balancers."""
+
+    # Names of the whole server; other names are models'.
+    _SERVER = ("", _SERVICE.full_name)
+    _LOOK = 0.2  # seconds between looks for those who watch
+
+    def __init__(self, state: ServerState):
+        self._state = state
+
+    async def Check(self, request: HealthCheckRequest, context: Any) -> HealthCheckResponse:
+        return await _with_statuses(self._check)(request, context)
+
+    async def _check(self, request: HealthCheckRequest, context: Any) -> HealthCheckResponse:
+        if request.service not in self._SERVER:
+            self._state.check(request.service)
+        return HealthCheckResponse(status=self._status(request.service))
+
+    async def Watch(
+        self, request: HealthCheckRequest, context: Any
+    ) -> AsyncIterator[HealthCheckResponse]:
+        """Yield every change, and end when the server does, so that no client keeps it alive."""
+        last = None
+        while last is None or not self._state.draining:
+            status = self._status(request.service)
+            if status != last:
+                yield HealthCheckResponse(status=status)
+                last = status
+            await asyncio.sleep(self._LOOK)
+        if last == HealthCheckResponse.SERVING:
+            yield HealthCheckResponse(status=HealthCheckResponse.NOT_SERVING)
+
+    def _status(self, service: str) -> Any:
+        if service in self._SERVER:
+            ready = self._state.ready()
+        elif service in self._state.names:
+            ready = self._state.model_ready(service)
+        else:
+            return HealthCheckResponse.SERVICE_UNKNOWN
+        return HealthCheckResponse.SERVING if ready else HealthCheckResponse.NOT_SERVING
+
+
+def make_grpc_server(state: ServerState) -> grpc.aio.Server:
+    """Return the gRPC server, which listens nowhere yet."""
+    settings = state.settings
+    server = grpc.aio.server(
+        options=[
+            ("grpc.max_receive_message_length", settings.max_body_bytes),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.max_metadata_size", settings.max_header_bytes),
+            ("grpc.absolute_max_metadata_size", settings.max_header_bytes),
+            ("grpc.server_handshake_timeout_ms", int(1000 * settings.head_timeout_s)),
+            ("grpc.so_reuseport", 0),
+        ],
+        maximum_concurrent_rpcs=settings.max_connections,
+    )
+    service = InferenceService(state)
+    handlers = {
+        method.name: grpc.unary_unary_rpc_method_handler(
+            _with_statuses(getattr(service, method.name)),  # pyright: ignore[reportArgumentType]
+            request_deserializer=GetMessageClass(method.input_type).FromString,
+            response_serializer=GetMessageClass(method.output_type).SerializeToString,
+        )
+        for method in _SERVICE.methods
+    }
+    generic = grpc.method_handlers_generic_handler(_SERVICE.full_name, handlers)
+    server.add_generic_rpc_handlers((generic,))
+    health_pb2_grpc.add_HealthServicer_to_server(HealthService(state), server)
+    return server
+
+
+def _with_statuses(method: Method) -> Method:
+    """Return the method with its errors as gRPC statuses."""
+
+    async def answer(request: Any, context: grpc.aio.ServicerContext) -> Any:
+        try:
+            return await method(request, context)
+        except tuple(STATUS) as error:
+            await context.abort(STATUS[type(error)][1], message_of(error))
+        except Exception:
+            _LOG.exception("a gRPC call failed", extra={"method": method.__qualname__})
+            await context.abort(grpc.StatusCode.INTERNAL, INTERNAL)
+
+    return answer
+
+
+def read_message(request: messages.ModelInferRequest) -> InferRequest:
+    """Return an inference request's message as an `InferRequest`.
+
+    Raises:
+        InvalidInput: where raw contents do not fit the inputs.
+    """
+    raw = request.raw_input_contents
+    if raw and len(raw) != len(request.inputs):
+        raise InvalidInput(
+            f"the number of inputs ({len(request.inputs)}) does not match the expected number of "
+            f"raw input contents ({len(raw)}) for model {request.model_name!r}."
+        )
+    inputs = []
+    for place, each in enumerate(request.inputs):
+        datatype, data = each.datatype.upper(), None
+        if raw and each.HasField("contents"):
+            raise InvalidInput(
+                "contents field must not be specified when using raw_input_contents for input "
+                f"{each.name!r} for model {request.model_name!r}"
+            )
+        if not raw:
+            field = _CONTENTS.get(datatype)
+            data = [] if field is None else list(getattr(each.contents, field))
+        content = raw[place] if raw else None
+        inputs.append(InputTensor(each.name, list(each.shape), datatype, data, content))
+    outputs = [RequestedOutput(each.name) for each in request.outputs]
+    return InferRequest(inputs, request.id or None, _plain(request.parameters), outputs)
+
+
+def write_message(
+    reply: Reply, request: InferRequest, servable: Servable
+) -> messages.ModelInferResponse:
+    """Return a reply's message, with all outputs unless some are asked for."""
+    response = messages.ModelInferResponse(
+        model_name=servable.name, model_version=VERSION, id=request.id or uuid.uuid4().hex
+    )
+    for name, value in reply_parameters(reply).items():
+        if isinstance(value, float):
+            value = f"{value:.6g}"
+        setattr(response.parameters[name], _PARAMETERS[type(value)], value)
+    for name, (datatype, array) in fixed_outputs_of_answers(reply, request, servable).items():
+        response.outputs.add(name=name, datatype=datatype, shape=array.shape)
+        response.raw_output_contents.append(array.tobytes())
+    return response
+
+
+def _plain(parameters: Mapping[str, messages.InferParameter]) -> dict[str, Any]:
+    """Return parameters without what gRPC wraps them in; None for unknown kinds."""
+    kinds = {name: value.WhichOneof("parameter_choice") for name, value in parameters.items()}
+    return {
+        name: None if kind is None else getattr(parameters[name], kind)
+        for name, kind in kinds.items()
+    }

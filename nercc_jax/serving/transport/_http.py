@@ -1,0 +1,364 @@
+"""HTTP: connections with bounds on what clients may send, and the way of inference requests.
+
+Uvicorn bounds neither the size nor the time of a request's head: half a head would be held for
+ever. Inference stands in front of FastAPI, whose routing and layers take as long as everything that
+is done here.
+"""
+
+import asyncio
+import http
+import json
+import re
+import time
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any, Literal
+
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from .._policy import MAX_DEADLINE_S
+from .._settings import ServerSettings
+from ..core._request import Reply, message_of
+from ..protocol._errors import INTERNAL, STATUS, BodyTimeout, TooLarge
+from ..protocol._messages import (
+    VERSION,
+    InferRequest,
+    decompress,
+    json_size,
+    read_request,
+    write_reply,
+)
+from ._state import ServerState
+
+
+class BoundedHttp(HttpToolsProtocol):
+    """A connection. A client beyond a bound gets the reason as an error, and is cut off.
+
+    A connection reads nothing, the head of a request, or its body.
+    """
+
+    def __init__(self, settings: ServerSettings, **options: Any):
+        """Create a connection; `options` are uvicorn's."""
+        HttpToolsProtocol.__init__(self, **options)
+        self._settings = settings
+        self._reading: Literal["nothing", "head", "body"] = "nothing"
+        # Bytes of one request: of names and values in the head, and of everything.
+        self._head = self._raw = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._refusal = 400, "the request is no HTTP"
+
+    # Called by uvicorn, and by the event loop.
+
+    def connection_made(self, transport: Any) -> None:  # uvloop's has none of asyncio's classes
+        HttpToolsProtocol.connection_made(self, transport)
+        most = self._settings.max_connections
+        if len(self.connections) > most:
+            self._refuse(503, f"there are {most} connections: come again later")
+        else:
+            self._wait(self.timeout_keep_alive, self._abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        HttpToolsProtocol.connection_lost(self, exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._reading == "nothing":
+            self._begin()
+        self._raw += len(data)
+        HttpToolsProtocol.data_received(self, data)
+        if self._reading == "head" and self._raw > self._settings.max_header_bytes:
+            self._refuse(*self._head_too_large())
+        # Chunks have their price, too.
+        elif self._raw > self._settings.max_header_bytes + 8 * self._settings.max_body_bytes:
+            self._refuse(413, "the body is sent in too small chunks")
+
+    def on_message_begin(self) -> None:
+        if self._reading == "nothing":  # right after the request before it
+            self._begin()
+        HttpToolsProtocol.on_message_begin(self)
+
+    def on_url(self, url: bytes) -> None:
+        self._count(len(url))
+        HttpToolsProtocol.on_url(self, url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count(len(name) + len(value))
+        HttpToolsProtocol.on_header(self, name, value)
+
+    def on_headers_complete(self) -> None:
+        self._stop_waiting()
+        self._reading = "body"
+        HttpToolsProtocol.on_headers_complete(self)
+
+    def on_message_complete(self) -> None:
+        self._stop_waiting()
+        self._reading = "nothing"
+        self._raw = 0
+        HttpToolsProtocol.on_message_complete(self)
+        if self.cycle.response_complete:  # uvicorn's own timer ended with the data
+            self._wait(self.timeout_keep_alive, self._abort)
+
+    def on_response_complete(self) -> None:
+        HttpToolsProtocol.on_response_complete(self)
+        if self._reading == "body":  # answered, and still being sent
+            self._wait(self._settings.head_timeout_s, self._abort)
+
+    def timeout_keep_alive_handler(self) -> None:
+        self._abort()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(*self._refusal)
+
+    # Our own.
+
+    def _begin(self) -> None:
+        self._reading, self._head, self._raw = "head", 0, 0
+        self._wait(self._settings.head_timeout_s, self._head_is_late)
+
+    def _count(self, size: int) -> None:
+        """Count bytes of the head, or of a chunked body's trailer.
+
+        Raises:
+            RuntimeError: above the limit, to end the parser.
+        """
+        self._head += size
+        if self._head > self._settings.max_header_bytes:
+            self._refusal = self._head_too_large()
+            raise RuntimeError("the head is too large")
+
+    def _head_too_large(self) -> tuple[int, str]:
+        return 431, f"the head has more than {self._settings.max_header_bytes} bytes"
+
+    def _head_is_late(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            seconds = self._settings.head_timeout_s
+            self._refuse(408, f"the request's head did not come within {seconds:g} s")
+        else:  # the request before this one is to be answered first
+            self._wait(self._settings.head_timeout_s, self._head_is_late)
+
+    def _abort(self) -> None:
+        """End the connection; `close` would wait for a client that does not read its answer."""
+        self.transport.abort()
+
+    def _refuse(self, status: int, message: str) -> None:
+        if self.transport.is_closing():
+            return
+        body = json.dumps({"error": message}).encode()
+        head = (
+            f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\n"
+            "content-type: application/json\r\n"
+            f"content-length: {len(body)}\r\n"
+            "connection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        self.transport.close()
+
+    def _wait(self, seconds: int | float, then: Callable[[], None]) -> None:
+        self._stop_waiting()
+        self._timer = self.loop.call_later(seconds, then)
+
+    def _stop_waiting(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+_PATH = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
+
+# JSON of this size is read by another thread, so that other requests go on.
+_LARGE = 2**18
+
+# Seconds until the server starts to look whether the client is still there, which takes a task that
+# most answers come sooner than.
+_WATCH_AFTER = 0.02
+
+_RETRY = {"retry-after": "1"}
+# Headers by status of errors. After 408 nobody reads the rest of the body.
+_HEADERS = {408: {"connection": "close"}, 429: _RETRY, 503: _RETRY}
+
+# nginx's status for a client that went away before it was answered.
+_CLIENT_CLOSED = 499
+
+# The header with the time at which a proxy took the request: Unix time, with or without "t=" before
+# it, as Heroku's router sends it, and nginx and Apache as they are usually configured. It is in
+# seconds with a fraction (nginx's `$msec`), milliseconds, or microseconds (Apache's `%t`); the size
+# of the number says which, since as seconds the others would be after the year 5000.
+REQUEST_START = b"x-request-start"
+_TIME = re.compile(rb"(?:t=)?(\d{9,20}(?:\.\d{1,9})?)")
+_UNITS = ((1e14, 1e-6), (1e11, 1e-3))
+
+
+class InferenceEndpoint:
+    """Answers inference requests, and passes all others to the application behind it.
+
+    An unexpected exception is answered by an error of the protocol, and raised.
+    """
+
+    def __init__(self, app: ASGIApp, state: ServerState):
+        self._app, self._state = app, state
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST":
+            path = scope["path"].removeprefix(scope.get("root_path", ""))
+            if (found := _PATH.fullmatch(path)) is not None:
+                name, version = found.groups(VERSION)
+                await self._respond(name, version, scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    async def _respond(
+        self, name: str, version: str, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        try:
+            content, headers = await self._infer(name, version, scope, receive)
+        except ClientDisconnect:
+            await Response(status_code=_CLIENT_CLOSED)(scope, receive, send)
+        except tuple(STATUS) as error:
+            await error_response(error)(scope, receive, send)
+        except Exception:
+            await JSONResponse({"error": INTERNAL}, 500)(scope, receive, send)
+            raise  # for the server around it to log
+        else:
+            headers["content-length"] = str(len(content))
+            lines = [(key.encode(), value.encode()) for key, value in headers.items()]
+            await send({"type": "http.response.start", "status": 200, "headers": lines})
+            await send({"type": "http.response.body", "body": content})
+
+    async def _infer(
+        self, name: str, version: str, scope: Scope, receive: Receive
+    ) -> tuple[bytes, dict[str, str]]:
+        state = self._state
+        with state.watch(name, lambda: Headers(scope=scope)), state.memory.request() as add:
+            model = state.find(name, version)
+            request = await _read(scope, receive, state.settings, add)
+            elapsed = seconds_since_proxy(scope["headers"], time.time())
+            reply = await _while_connected(receive, state.answer(model, request, elapsed))
+            return write_reply(reply, request, model.servable)
+
+
+def error_response(error: Exception) -> Response:
+    """Return the response to an error that has a status."""
+    status, _ = STATUS[type(error)]
+    return JSONResponse({"error": message_of(error)}, status, _HEADERS.get(status))
+
+
+def seconds_since_proxy(headers: Iterable[tuple[bytes, bytes]], now: float) -> float:
+    """Return the seconds since a proxy took the request, by the `X-Request-Start` header.
+
+    Args:
+        headers: the request's headers.
+        now: the wall clock's time.
+
+    Returns:
+        The seconds; 0 without the header, and for a time in the future or more than an hour ago,
+        longer than any deadline, by which clocks of machines differ and not requests.
+    """
+    for name, value in headers:
+        if name == REQUEST_START and (found := _TIME.fullmatch(value.strip())) is not None:
+            start = float(found[1])
+            start *= next((unit for least, unit in _UNITS if start >= least), 1.0)
+            return now - start if 0 < now - start < MAX_DEADLINE_S else 0.0
+    return 0.0
+
+
+async def _read(
+    scope: Scope, receive: Receive, settings: ServerSettings, add: Callable[[int], None]
+) -> InferRequest:
+    """Read the request. What takes long is done by another thread.
+
+    Raises as `_read_body`, `decompress`, `json_size` and `read_request` do.
+    """
+    headers = dict(scope["headers"])
+    length, encoding = (
+        None if name not in headers else headers[name].decode("latin-1")
+        for name in (b"inference-header-content-length", b"content-encoding")
+    )
+    announced = headers.get(b"content-length", b"0")
+    _check_announced(announced, length is None and encoding is None, settings)
+    body = await _read_body(receive, settings, add)
+    if encoding is not None:
+        packed = len(body)
+        body = await asyncio.to_thread(decompress, body, encoding, settings.max_body_bytes)
+        add(max(len(body) - packed, 0))
+    if json_size(len(body), length, settings.max_json_bytes) > _LARGE:
+        return await asyncio.to_thread(read_request, body, length)
+    return read_request(body, length)
+
+
+def _check_announced(announced: bytes, only_json: bool, settings: ServerSettings) -> None:
+    """Raise TooLarge where the announced size is, before the body is read."""
+    limit = settings.max_body_bytes
+    if not announced.isdigit() or int(announced) > limit:
+        size = announced.decode("latin-1")
+        raise TooLarge(f"the body has {size} bytes; at most {limit} are taken")
+    if only_json:
+        json_size(int(announced), None, settings.max_json_bytes)
+
+
+async def _read_body(
+    receive: Receive, settings: ServerSettings, add: Callable[[int], None]
+) -> bytes:
+    """Return the body.
+
+    Raises:
+        TooLarge: above the limit, before more is held in memory.
+        Overloaded: where all requests together hold too much.
+        BodyTimeout: where it does not arrive in time.
+        ClientDisconnect: where the client goes away.
+    """
+    limit, seconds = settings.max_body_bytes, settings.body_timeout_s
+    parts, size, more = [], 0, True
+    try:
+        async with asyncio.timeout(seconds):
+            while more:
+                message: Message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                part, more = message.get("body", b""), message.get("more_body", False)
+                add(len(part))
+                size += len(part)
+                if size > limit:
+                    raise TooLarge(f"the body has more than {limit} bytes")
+                parts.append(part)
+    except TimeoutError as error:
+        raise BodyTimeout(f"the body did not come within {seconds:g} s") from error
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+async def _while_connected(receive: Receive, answer: Coroutine[Any, Any, Reply]) -> Reply:
+    """Await the answer, and give it up once the client has gone away.
+
+    Raises:
+        ClientDisconnect: then.
+        Exception: as the answer does.
+    """
+    asker = asyncio.current_task()
+    assert asker is not None
+    gone = False
+    watcher: asyncio.Task[None] | None = None
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        asker.cancel()
+
+    def start() -> None:
+        nonlocal watcher
+        watcher = asyncio.create_task(watch())
+
+    soon = asyncio.get_running_loop().call_later(_WATCH_AFTER, start)
+    try:
+        return await answer
+    except asyncio.CancelledError:
+        if not gone or asker.uncancel():  # by somebody else
+            raise
+        raise ClientDisconnect from None
+    finally:
+        soon.cancel()
+        if watcher is not None:
+            watcher.cancel()

@@ -1,0 +1,224 @@
+"""The REST application: the Open Inference Protocol, its description, the status page, metrics."""
+
+import asyncio
+import importlib.resources
+from collections.abc import Mapping
+from typing import Any
+
+import fastapi
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from prometheus_client import CollectorRegistry, exposition
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from ..protocol._errors import INTERNAL, STATUS, ServerNotReady
+from ..protocol._messages import VERSION, InferenceRequest, InferenceResponse
+from ._http import InferenceEndpoint, error_response
+from ._state import ServerState
+
+_PATHS = ("/v2/models/{model_name}", "/v2/models/{model_name}/versions/{version}")
+
+
+class ErrorResponse(BaseModel):
+    """The body of every error."""
+
+    error: str
+
+
+class ServerMetadataResponse(BaseModel):
+    """The server's metadata."""
+
+    name: str
+    version: str
+    extensions: list[str]
+
+
+class ServerLiveResponse(BaseModel):
+    """The server is alive."""
+
+    live: bool
+
+
+class ServerReadyResponse(BaseModel):
+    """The server is ready."""
+
+    ready: bool
+
+
+class ListModelsResponse(BaseModel):
+    """The names of all models."""
+
+    models: list[str]
+
+
+class MetadataTensor(BaseModel):
+    """An input or output of a model."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+class ModelMetadataResponse(BaseModel):
+    """A model's metadata."""
+
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[MetadataTensor]
+    outputs: list[MetadataTensor]
+    parameters: dict[str, bool | float | str]
+
+
+class ModelReadyResponse(BaseModel):
+    """A model is ready."""
+
+    name: str
+    ready: bool
+
+
+def make_app(state: ServerState, registry: CollectorRegistry) -> fastapi.FastAPI:
+    """Return the ASGI application: for this server, Ray Serve, or any other."""
+    app = fastapi.FastAPI(
+        title="nercc_jax",
+        description="Coded inference by the Open Inference Protocol (V2).",
+        version=state.metadata()["version"],
+        redoc_url=None,
+    )
+    _add_server(app, state)
+    _add_models(app, state)
+    _add_pages(app, state, registry)
+    _add_errors(app)
+    app.add_middleware(InferenceEndpoint, state=state)  # pyright: ignore[reportArgumentType]
+    return app
+
+
+def _add_server(app: fastapi.FastAPI, state: ServerState) -> None:
+    not_ready: dict[int | str, dict[str, Any]] = {503: {"model": ErrorResponse}}
+
+    @app.get("/v2", responses=not_ready)
+    async def metadata() -> ServerMetadataResponse:
+        return ServerMetadataResponse(**state.metadata())
+
+    @app.get("/v2/health/live", responses=not_ready)
+    async def live() -> ServerLiveResponse:
+        state.check_live()
+        return ServerLiveResponse(live=True)
+
+    @app.get("/v2/health/ready", responses=not_ready)
+    async def ready() -> ServerReadyResponse:
+        if not state.ready():
+            raise ServerNotReady
+        return ServerReadyResponse(ready=True)
+
+    @app.get("/v2/models", responses=not_ready)
+    async def models() -> ListModelsResponse:
+        return ListModelsResponse(models=list(state.names))
+
+    # Before the models' own paths: one called `stats` has no metadata here.
+    @app.get("/v2/models/stats", responses=not_ready)
+    async def all_statistics() -> dict[str, Any]:
+        return state.statistics()
+
+
+def _add_models(app: fastapi.FastAPI, state: ServerState) -> None:
+    async def model_metadata(model_name: str, version: str = VERSION) -> Any:
+        return state.model_metadata(model_name, version)
+
+    async def model_config(model_name: str, version: str = VERSION) -> dict[str, Any]:
+        return state.configuration(model_name, version)
+
+    async def model_statistics(model_name: str, version: str = VERSION) -> dict[str, Any]:
+        return state.statistics(model_name, version)
+
+    async def model_ready(model_name: str, version: str = VERSION) -> Any:
+        state.find(model_name, version)
+        if not state.model_ready(model_name):
+            raise ServerNotReady(state.trouble(model_name))
+        return {"name": model_name, "ready": True}
+
+    async def infer(model_name: str, version: str = VERSION) -> None:
+        """Describe inference and its errors; `InferenceEndpoint` answers it."""
+
+    missing: dict[int | str, dict[str, Any]] = {
+        404: {"model": ErrorResponse},
+        503: {"model": ErrorResponse},
+    }
+    errors = {status: {"model": ErrorResponse} for status, _ in STATUS.values() if status != 501}
+    schema = InferenceRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+    _define(app, schema.pop("$defs"))
+    body = {"content": {"application/json": {"schema": schema}}, "required": True}
+    for path in _PATHS:
+        for suffix, endpoint, model in (
+            ("", model_metadata, ModelMetadataResponse),
+            ("/config", model_config, dict[str, Any]),
+            ("/stats", model_statistics, dict[str, Any]),
+            ("/ready", model_ready, ModelReadyResponse),
+        ):
+            app.add_api_route(
+                path + suffix,
+                endpoint,
+                response_model=model,
+                responses=missing,
+                include_in_schema="versions" not in path,
+            )
+        app.add_api_route(
+            f"{path}/infer",
+            infer,
+            methods=["POST"],
+            response_class=JSONResponse,
+            responses={200: {"model": InferenceResponse}, **errors},
+            openapi_extra={"requestBody": body},
+            include_in_schema="versions" not in path,
+        )
+
+
+def _define(app: fastapi.FastAPI, schemas: Mapping[str, Any]) -> None:
+    """Add the parts of a schema that FastAPI did not make to the description."""
+    describe = app.openapi
+
+    def describe_all() -> dict[str, Any]:
+        description = describe()
+        description["components"]["schemas"] |= schemas
+        return description
+
+    app.openapi = describe_all
+
+
+def _add_pages(app: fastapi.FastAPI, state: ServerState, registry: CollectorRegistry) -> None:
+    page = importlib.resources.files("nercc_jax.serving").joinpath("status.html").read_text()
+
+    @app.get("/", include_in_schema=False)
+    async def show_page() -> HTMLResponse:
+        return HTMLResponse(page)
+
+    # Put together by other threads, because it takes milliseconds.
+
+    @app.get("/status", include_in_schema=False)
+    async def status() -> JSONResponse:
+        content = await asyncio.to_thread(state.status)
+        return JSONResponse(content, headers={"cache-control": "no-store"})
+
+    @app.get("/metrics", include_in_schema=False)
+    async def metrics(request: fastapi.Request) -> Response:
+        write, content_type = exposition.choose_encoder(request.headers.get("accept", ""))
+        content = await asyncio.to_thread(write, registry)
+        return Response(content, headers={"content-type": content_type})
+
+
+def _add_errors(app: fastapi.FastAPI) -> None:
+    async def known(request: fastapi.Request, error: Exception) -> Response:
+        return error_response(error)
+
+    async def no_such_path(request: fastapi.Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        return JSONResponse({"error": message}, error.status_code, error.headers)
+
+    async def unexpected(request: fastapi.Request, error: Exception) -> Response:
+        return JSONResponse({"error": INTERNAL}, 500)  # and the server raises it, to be logged
+
+    for kind in STATUS:
+        app.add_exception_handler(kind, known)
+    app.add_exception_handler(HTTPException, no_such_path)
+    app.add_exception_handler(Exception, unexpected)

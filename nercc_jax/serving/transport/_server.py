@@ -1,0 +1,411 @@
+"""The server's life: it listens by HTTP and gRPC, starts its models, and drains at a signal.
+
+`serve` and `make_server` do from Python what `nercc serve` does.
+"""
+
+import asyncio
+import contextlib
+import functools
+import gc
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import grpc
+import numpy as np
+import uvicorn
+from prometheus_client import CollectorRegistry
+from prometheus_client.process_collector import ProcessCollector
+
+from ...codes import AbstractCode, NeRCC, Uncoded
+from ...inference import Model
+from .._metrics import Metrics
+from .._served_model import ServedModel
+from .._settings import ModelSettings, ServerSettings
+from .._tracing import Telemetry, telemetry_from_environment
+from ..adapt._predictor import Predictor
+from ..protocol._servable import Servable, make_servable
+from ._grpc import make_grpc_server
+from ._http import BoundedHttp, InferenceEndpoint
+from ._rest import make_app
+from ._state import ServerState
+
+try:  # it takes less time for each request; there is none for Windows
+    from uvloop import new_event_loop
+except ImportError:
+    from asyncio import new_event_loop
+
+_LOG = logging.getLogger(__name__)
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_NOT_MAIN_THREAD = ValueError, RuntimeError  # raised where signals cannot be handled
+# Seconds between looks at whether the server should end.
+_TICK = 0.02
+# Seconds in which the last errors may reach their clients, if draining takes too long.
+_LAST_ERRORS = 3.0
+
+
+class Server:
+    """A server of some models, by REST and gRPC.
+
+    `run` it, `await serve()` in a loop of your own, or use it as a context manager, which serves
+    from a thread and enters once all models are ready. See `make_server`.
+
+    Attributes:
+        settings: the server's settings.
+        http_port: the port of REST; 0 before it listens.
+        grpc_port: the port of gRPC; 0 before it listens.
+    """
+
+    def __init__(
+        self,
+        starts: Mapping[str, Callable[[], ServedModel]],
+        settings: ServerSettings | None = None,
+        registry: CollectorRegistry | None = None,
+        telemetry: Telemetry | None = None,
+    ):
+        """Create a server that does not listen yet.
+
+        Args:
+            starts: by each model's name a function that starts it, which may take minutes.
+            settings: the server's settings.
+            registry: of the metrics; by default a new one.
+            telemetry: makes spans of requests, and is closed at the end; by default as
+                OpenTelemetry's variables say.
+
+        Raises:
+            ImportError: where they ask for packages that are missing.
+        """
+        self.settings, self.starts = settings or ServerSettings(), dict(starts)
+        self._telemetry = telemetry or telemetry_from_environment()
+        self.state = ServerState({}, self.settings, list(starts), self._telemetry)
+        self._open: dict[str, ServedModel] = {}  # not closed yet
+        registry = registry or CollectorRegistry()
+        with contextlib.suppress(ValueError):  # it is there already, if a server had the registry
+            ProcessCollector(registry=registry)
+        # In front of FastAPI's own layers, too. Ray Serve needs the application as FastAPI has it:
+        # it looks at its routes, and adds handlers of its own errors.
+        app = InferenceEndpoint(make_app(self.state, registry), self.state)
+        self.http_port = self.grpc_port = 0
+        drain = self.settings.drain_timeout_s
+        self._http = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                host=self.settings.host,
+                port=self.settings.http_port,
+                http=functools.partial(BoundedHttp, self.settings),  # pyright: ignore[reportArgumentType]
+                ws="none",
+                log_config=None,
+                access_log=False,
+                proxy_headers=False,  # nothing asks for whom a proxy speaks
+                lifespan="off",
+                timeout_keep_alive=65,
+                # Ours ends first, see `_drain`.
+                timeout_graceful_shutdown=int(drain + 2 * _LAST_ERRORS) + 1,
+            )
+        )
+        # Uvicorn would end at a signal, before the server can say that it drains.
+        self._http.capture_signals = contextlib.nullcontext  # pyright: ignore[reportAttributeAccessIssue]
+        self._grpc: grpc.aio.Server | None = None
+        self._at_once = False
+        self._signal: signal.Signals | None = None
+        self._started = False
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT, then drain.
+
+        Raises:
+            SystemExit: with a shell's code, where a signal came before all models had started. A
+                thread may still be starting one.
+            Exception: as `serve`.
+        """
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            runner.run(self.serve())
+        if self._signal is not None and not self._started:
+            raise SystemExit(128 + self._signal)
+
+    async def serve(self) -> None:
+        """Listen, start the models, serve until `stop` or a signal, drain, and close the models.
+
+        Signals are handled if this is the main thread's loop.
+
+        Raises:
+            OSError: where a port is taken.
+            Exception: as starting a model does.
+        """
+        http = asyncio.create_task(self._serve_http())
+        try:
+            with self._catching_signals():
+                while not self._http.started and not http.done():
+                    await asyncio.sleep(0.01)
+                if not http.done():
+                    await self._answer(http)
+            await http
+        finally:
+            await self._close_models()
+            if self._telemetry is not None:
+                await asyncio.to_thread(self._telemetry.close)
+
+    def stop(self) -> None:
+        """Drain: answer what was accepted, and nothing new. The second time, end at once."""
+        self._at_once = self.state.draining or not self.state.models
+        self.state.draining = True
+        _LOG.info("ending at once" if self._at_once else "draining")
+
+    def __enter__(self) -> "Server":
+        """Serve from a thread, and wait until all models are ready.
+
+        Raises:
+            Exception: as `serve`.
+        """
+
+        def run() -> None:
+            try:
+                self.run()
+            except BaseException as error:
+                self._failure = error
+
+        self._thread = threading.Thread(target=run, name="nercc-server", daemon=True)
+        self._thread.start()
+        while self._thread.is_alive() and not self._started:
+            time.sleep(_TICK)
+        if self._failure is not None:
+            raise self._failure
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._thread is not None
+        self.stop()
+        self._thread.join()
+
+    async def _answer(self, http: asyncio.Task) -> None:
+        try:
+            await self._listen()
+            await self._start_models()
+            while not self.state.draining and not http.done():
+                if self._must_end():
+                    self.stop()
+                await asyncio.sleep(_TICK)
+        except BaseException:
+            self._at_once = True
+            raise
+        finally:
+            await self._drain(http)
+
+    def _must_end(self) -> bool:
+        """Return whether to drain because something will end this process soon."""
+        ends_at = min((each.ends_at for each in self._open.values()), default=math.inf)
+        return ends_at - time.monotonic() < self.settings.drain_timeout_s + 2 * _LAST_ERRORS
+
+    async def _listen(self) -> None:
+        """Listen by gRPC; uvicorn listens already."""
+        self.http_port = self._http.servers[0].sockets[0].getsockname()[1]
+        if self.settings.grpc_port is not None:
+            server = make_grpc_server(self.state)
+            address = f"{self.settings.host}:{self.settings.grpc_port}"
+            try:
+                self.grpc_port = server.add_insecure_port(address)
+            except RuntimeError as error:
+                raise self.settings.cannot_listen(self.settings.grpc_port) from error
+            await server.start()
+            self._grpc = server
+        _LOG.info("listening", extra=self._address())
+
+    def _address(self) -> dict[str, Any]:
+        return {
+            "host": self.settings.host,
+            "http_port": self.http_port,
+            "grpc_port": self.grpc_port if self._grpc else None,
+        }
+
+    async def _start_models(self) -> None:
+        """Start the models in a thread; meanwhile clients are told to come again."""
+        begin = time.monotonic()
+        failures: list[BaseException] = []
+        thread = threading.Thread(
+            target=self._start_each, args=(failures,), name="nercc-start", daemon=True
+        )
+        thread.start()
+        while thread.is_alive() and not self.state.draining:
+            self._catch_signals()
+            await asyncio.sleep(_TICK)
+        self._catch_signals()
+        if failures:
+            raise failures[0]
+        if len(self.state.models) < len(self.starts):  # it drains
+            return
+        self._started = True
+        gc.collect()
+        gc.freeze()  # JAX leaves so many objects that collecting them stops all for 0.2 s
+        gc.enable()  # `nercc serve` starts without
+        seconds = round(time.monotonic() - begin, 3)
+        models = list(self.state.models)
+        _LOG.info("ready", extra={**self._address(), "models": models, "seconds": seconds})
+
+    def _start_each(self, failures: list[BaseException]) -> None:
+        try:
+            for name, start in self.starts.items():
+                if self.state.draining:
+                    return
+                self._open[name] = self.state.models[name] = start()
+                if self.state.draining:  # the others may have been closed by now
+                    self._close(name)
+        except BaseException as error:
+            failures.append(error)
+
+    async def _drain(self, http: asyncio.Task) -> None:
+        """Be not ready, then accept nothing new, and fail what takes too long."""
+        await self._wait(lambda: False, self.settings.drain_delay_s)
+        self._http.should_exit = True
+        ends = [http]
+        if self._grpc is not None:
+            grace = self.settings.drain_timeout_s + _LAST_ERRORS
+            ends.append(asyncio.create_task(self._grpc.stop(grace)))
+
+        def ended() -> bool:
+            return all(end.done() for end in ends)
+
+        await self._wait(ended, self.settings.drain_timeout_s)
+        if not ended():
+            await self._close_models()
+            await self._wait(ended, _LAST_ERRORS)
+        self._http.force_exit = True
+        if self._grpc is not None:
+            await self._grpc.stop(None)
+        await asyncio.wait(ends)
+
+    async def _wait(self, happened: Callable[[], bool], seconds: float) -> None:
+        """Wait until it happened, but no longer, and not if the server should end at once."""
+        end = time.monotonic() + seconds
+        while not happened() and not self._at_once and time.monotonic() < end:
+            await asyncio.sleep(_TICK)
+
+    async def _close_models(self) -> None:
+        """Close all models. Only those for whom draining was too short still wait."""
+        for name in list(self._open):
+            await asyncio.to_thread(self._close, name)
+
+    def _close(self, name: str) -> None:
+        model = self._open.pop(name, None)
+        if model is not None:
+            model.close(0.0)
+            _LOG.info("model is closed", extra={"model": name})
+
+    async def _serve_http(self) -> None:
+        try:
+            await self._http.serve()
+        except SystemExit:  # uvicorn has logged why
+            raise self.settings.cannot_listen(self.settings.http_port) from None
+
+    @contextlib.contextmanager
+    def _catching_signals(self) -> Iterator[None]:
+        self._catch_signals()
+        try:
+            yield
+        finally:
+            loop = asyncio.get_running_loop()
+            with contextlib.suppress(*_NOT_MAIN_THREAD):
+                for each in _SIGNALS:
+                    loop.remove_signal_handler(each)
+
+    def _catch_signals(self) -> None:
+        """Handle signals. Repeated while models start: Ray would take SIGTERM for its own crash."""
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(*_NOT_MAIN_THREAD):
+            for each in _SIGNALS:
+                loop.add_signal_handler(each, self._interrupt, each)
+
+    def _interrupt(self, which: signal.Signals) -> None:
+        self._signal = which
+        self.stop()
+
+
+def make_server(
+    model: Model | Servable,
+    code: AbstractCode | None = None,
+    shape: Sequence[int] | None = None,
+    *,
+    name: str = "model",
+    calibration: np.ndarray | Callable[[], np.ndarray] | None = None,
+    predictor: Predictor | None = None,
+    settings: ModelSettings | None = None,
+    server_settings: ServerSettings | None = None,
+) -> Server:
+    """Return a server of one model, which does not listen yet.
+
+    `serve` runs it; as a context manager it serves from a thread:
+
+        >>> import json
+        >>> import urllib.request
+        >>> import jax.numpy as jnp
+        >>> from nercc_jax import NeRCC
+        >>> from nercc_jax.serving import ServerSettings, make_server
+        >>> free_port = ServerSettings(http_port=0, grpc_port=None)
+        >>> code = NeRCC(2, 4, points="interleaved")
+        >>> with make_server(jnp.tanh, code, (3,), server_settings=free_port) as server:
+        ...     x = {"name": "input", "datatype": "FP32", "shape": [1, 3], "data": [0.0, 0.5, 1.0]}
+        ...     response = urllib.request.urlopen(
+        ...         f"http://127.0.0.1:{server.http_port}/v2/models/model/infer",
+        ...         json.dumps({"inputs": [x]}).encode(),
+        ...     )
+        ...     print([round(y, 2) for y in json.load(response)["outputs"][0]["data"]])
+        [0.0, 0.46, 0.76]
+
+    Args:
+        model: a callable on a batch, or the result of `make_servable`.
+        code: the code of its queries; by default NeRCC with K and N from `settings`, or none where
+            inputs or outputs cannot be coded.
+        shape: the shape of one query without the batch axis; not for a `Servable`.
+        name: the name that clients use; not for a `Servable`.
+        calibration: unlabelled inputs, (points, *shape), or a function that returns them, from
+            which the error of decoded answers is estimated; by default from the traffic.
+        predictor: a surrogate that answers stragglers' queries.
+        settings: the model's settings, such as workers and batching.
+        server_settings: the server's settings, such as ports and limits.
+
+    Raises:
+        ValueError: for a model without a shape, or that cannot be served (`make_servable`).
+    """
+    if not isinstance(model, Servable):
+        if shape is None:
+            raise ValueError("give the shape of one query, without the batch axis")
+        model = make_servable(name, model, shape, calibration=calibration)
+    settings = settings or ModelSettings()
+    if code is None and model.uncodable is None:
+        code = NeRCC(settings.num_data, settings.num_workers, points="interleaved", lambda_dec=0.0)
+    code = code or Uncoded(1)
+    if "num_workers" not in settings.model_fields_set:
+        settings = ModelSettings(num_workers=code.num_workers).over(settings)
+    registry = CollectorRegistry()
+    start = functools.partial(
+        ServedModel, model, code, settings, Metrics(registry), predictor=predictor
+    )
+    return Server({model.name: start}, server_settings, registry)
+
+
+def serve(
+    model: Model | Servable,
+    code: AbstractCode | None = None,
+    shape: Sequence[int] | None = None,
+    **options: Any,
+) -> None:
+    """Serve a model behind a code until SIGTERM or SIGINT, as `nercc serve` does.
+
+    Args:
+        model: a callable on a batch, or the result of `make_servable`.
+        code: the code of its queries; by default NeRCC.
+        shape: the shape of one query without the batch axis.
+        **options: further arguments of `make_server`.
+
+    Raises:
+        OSError: where a port is taken.
+        ValueError: as `make_server`.
+        RuntimeError: where the workers do not start.
+    """
+    make_server(model, code, shape, **options).run()

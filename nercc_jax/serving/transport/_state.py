@@ -1,0 +1,352 @@
+"""The state of the server: its models, and all that both transports ask of it."""
+
+import contextlib
+import importlib.metadata
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from .._metrics import Meter, Spent
+from .._policy import MAX_DEADLINE_S
+from .._served_model import ServedModel
+from .._settings import ModelSettings, ServerSettings
+from .._tracing import RequestLog, Telemetry, current
+from ..core._health import Health
+from ..core._request import DeadlineExceeded, Reply, message_of
+from ..protocol._errors import (
+    OUTCOME,
+    REFUSED,
+    InvalidInput,
+    ModelNotFound,
+    Overloaded,
+    ServerNotReady,
+)
+from ..protocol._messages import (
+    VERSION,
+    InferRequest,
+    answer_options,
+    check_outputs,
+    input_types,
+    output_types,
+    queries_of,
+)
+from ..protocol._servable import Servable
+
+# Triton's extensions of the protocol that the server has.
+_EXTENSIONS = ("model_configuration", "schedule_policy", "statistics")
+
+
+class RequestMemory:
+    """Counts the bytes of all requests from their first byte to their answer.
+
+    For the event loop's thread only.
+    """
+
+    def __init__(self, limit: int):
+        """Create a count with the bytes that all requests together may use."""
+        self.limit, self.used = limit, 0
+
+    @contextlib.contextmanager
+    def request(self) -> Iterator[Callable[[int], None]]:
+        """Count one request's bytes until the end of the block.
+
+        Yields:
+            A function that adds a number of bytes; it raises `Overloaded` above the limit.
+        """
+        own = 0
+
+        def add(size: int) -> None:
+            nonlocal own
+            if self.used + size > self.limit:
+                raise Overloaded(
+                    f"the requests in hand have {self.used} bytes and {size} more came; at most "
+                    f"{self.limit} are held: come again later"
+                )
+            own += size
+            self.used += size
+
+        try:
+            yield add
+        finally:
+            self.used -= own
+
+
+class ServerState:
+    """The models of a server, and the answers to what clients ask.
+
+    Attributes:
+        models: the models that are started, by name.
+        names: the names of all models.
+        settings: the server's settings.
+        memory: the bytes of the requests in progress.
+        draining: whether the server answers its last requests.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, ServedModel],
+        settings: ServerSettings,
+        starting: Sequence[str] = (),
+        telemetry: Telemetry | None = None,
+    ):
+        """Create the state.
+
+        Args:
+            models: started models, by name.
+            settings: the server's settings.
+            starting: the names of further models, which are put into `models` once they answer.
+            telemetry: makes spans of requests.
+        """
+        self.models = dict(models)
+        self.settings = settings
+        self.names = (*models, *starting)
+        self.memory = RequestMemory(settings.max_bytes_in_flight)
+        self._log = RequestLog(settings.request_log_rate, telemetry)
+        self.draining = False
+        self._started = time.monotonic()
+
+    @property
+    def phase(self) -> Literal["starting", "serving", "draining"]:
+        """The phase of the server's life."""
+        if self.draining:
+            return "draining"
+        return "serving" if len(self.models) == len(self.names) else "starting"
+
+    # Health.
+
+    def check_live(self) -> None:
+        """Raise ServerNotReady where only a restart would help."""
+        for name, health in self._health():
+            if not health.live:
+                raise ServerNotReady(f"{name}: {health.trouble}")
+
+    def ready(self) -> bool:
+        """Return whether all models would answer now."""
+        return self.phase == "serving" and all(health.ready for _, health in self._health())
+
+    def model_ready(self, name: str) -> bool:
+        """Return whether a model would answer now."""
+        if self.draining or name not in self.models:
+            return False
+        return self.models[name].health().ready
+
+    def trouble(self, name: str) -> str:
+        """Return why a model is not ready."""
+        if self.draining:
+            return "It is draining."
+        if name not in self.models:
+            return "It is being started."
+        return self.models[name].health().trouble or "It is ready again."
+
+    def _health(self) -> Iterator[tuple[str, Health]]:
+        return ((name, model.health()) for name, model in list(self.models.items()))
+
+    # Models.
+
+    def check(self, name: str, version: str = VERSION) -> None:
+        """Raise ModelNotFound where there is no such model, nor will be."""
+        if name not in self.names:
+            raise ModelNotFound(name)
+        if version != VERSION:
+            raise ModelNotFound(f"{name}, version {version}")
+
+    def find(self, name: str, version: str = VERSION) -> ServedModel:
+        """Return a model.
+
+        Raises:
+            ModelNotFound: where there is no such model.
+            ServerNotReady: while it is started.
+        """
+        self.check(name, version)
+        if name not in self.models:
+            raise ServerNotReady(f"{name} is being started: come again later.")
+        return self.models[name]
+
+    async def answer(
+        self, model: ServedModel, request: InferRequest, elapsed: float = 0.0
+    ) -> Reply:
+        """Answer a request.
+
+        Args:
+            model: the model.
+            request: the request.
+            elapsed: the seconds of its deadline that passed before it arrived.
+
+        Raises:
+            InvalidInput: where it does not fit the model.
+            TooLarge: where it has more queries than the queue holds.
+            Exception: as `ServedModel.infer`.
+        """
+        if (trace := current.get()) is not None:
+            trace.id = request.id = request.id or uuid.uuid4().hex
+        check_outputs(request, model.servable)
+        options = answer_options(request)
+        if elapsed > 0:
+            options["deadline"] = _rest_of_deadline(model, options["deadline"], elapsed)
+        queries = queries_of(request, model.servable, model.settings.max_queue_size)
+        try:
+            return await model.infer(queries, **options)
+        except ValueError as error:
+            raise InvalidInput(str(error)) from error
+
+    @contextlib.contextmanager
+    def watch(self, name: str, headers: Callable[[], Mapping[str, str]]) -> Iterator[None]:
+        """Log and trace the request of this block, and count it if it is refused.
+
+        Args:
+            name: the model's name.
+            headers: returns the request's headers, which may name a trace.
+        """
+        trace = self._log.start(name, headers)
+        outcome = "ok"
+        try:
+            yield
+        except BaseException as error:  # a client that goes away cancels its call
+            outcome = OUTCOME.get(type(error), "failed")
+            if outcome in REFUSED and name in self.models:
+                self.models[name].count(REFUSED[outcome])
+            if trace is not None:
+                trace.error = message_of(error)
+            raise
+        finally:
+            if trace is not None:
+                self._log.end(trace, outcome)
+
+    # What the server says about itself.
+
+    def metadata(self) -> dict[str, Any]:
+        """Return the server's metadata."""
+        version = importlib.metadata.version("nercc-jax")
+        extensions = ["binary_tensor_data", *_EXTENSIONS]
+        return {"name": "nercc_jax", "version": version, "extensions": extensions}
+
+    def model_metadata(self, name: str, version: str = VERSION) -> dict[str, Any]:
+        """Return a model's metadata. Raises as `find` does."""
+        model = self.find(name, version)
+        coded = (
+            {"nercc_coded": True}
+            if model.uncoded is None
+            else {"nercc_coded": False, "nercc_uncoded": model.uncoded}
+        )
+        return {
+            "name": name,
+            "versions": [VERSION],
+            "platform": "nercc_jax",
+            "inputs": input_types(model.servable),
+            "outputs": output_types(model.servable),
+            "parameters": {
+                "nercc_max_queries": model.settings.max_queue_size,
+                "nercc_deadline_ms": 1e3 * model.settings.deadline_s,
+                "nercc_max_deadline_ms": 1e3 * MAX_DEADLINE_S,
+                **coded,
+            },
+        }
+
+    def configuration(self, name: str, version: str = VERSION) -> dict[str, Any]:
+        """Return a model's configuration by Triton's extension. Raises as `find` does."""
+        model = self.find(name, version)
+        return _configuration(model.servable, model.settings)
+
+    def statistics(self, name: str = "", version: str = VERSION) -> dict[str, Any]:
+        """Return the statistics of one model, or of all started ones, by Triton's extension.
+
+        Raises as `find` does.
+        """
+        models = [self.find(name, version)] if name else list(self.models.values())
+        found = [
+            _statistics(each.servable, each.meter, each.pool.report().answered) for each in models
+        ]
+        return {"model_stats": found}
+
+    def status(self) -> dict[str, Any]:
+        """Return all that the status page shows."""
+        metadata = self.metadata()
+        return {
+            "server": {
+                "name": metadata["name"],
+                "version": metadata["version"],
+                "state": self.phase,
+                "uptime_s": time.monotonic() - self._started,
+            },
+            "models": [self.models[name].status() for name in self.names if name in self.models],
+        }
+
+
+def _rest_of_deadline(model: ServedModel, deadline: float | None, elapsed: float) -> float:
+    """Return the seconds left of a deadline. Raises DeadlineExceeded where none are."""
+    deadline = model.settings.deadline_s if deadline is None else deadline
+    if elapsed >= deadline:
+        model.count("request_deadline")
+        raise DeadlineExceeded(
+            f"its {deadline:g} s had passed before it came: it was under way for {elapsed:.3f} s, "
+            "by the proxy's X-Request-Start"
+        )
+    return deadline - elapsed
+
+
+def _configuration(servable: Servable, settings: ModelSettings) -> dict[str, Any]:
+    """Return Triton's model configuration, without what has no counterpart here.
+
+    `max_batch_size` is that of a request, as `nercc_max_queries` in the metadata;
+    `preferred_batch_size` are the batches that workers receive.
+    """
+    policy = settings.policy()
+
+    def tensor(metadata: Mapping[str, Any]) -> dict[str, Any]:
+        kind = {"BYTES": "STRING"}.get(metadata["datatype"], metadata["datatype"])
+        without_batch = metadata["shape"][1:]
+        return {"name": metadata["name"], "data_type": f"TYPE_{kind}", "dims": without_batch}
+
+    return {
+        "name": servable.name,
+        "platform": "nercc_jax",
+        "backend": "nercc_jax",
+        "max_batch_size": policy.max_queue_size,
+        "input": [tensor(each) for each in input_types(servable)],
+        "output": [tensor(each) for each in output_types(servable)],
+        "dynamic_batching": {
+            "preferred_batch_size": list(policy.batch_sizes),
+            "max_queue_delay_microseconds": round(1e6 * policy.batch_wait_timeout_s),
+            "priority_levels": 2,
+            "default_priority_level": 2,
+        },
+    }
+
+
+def _statistics(servable: Servable, meter: Meter, worker_calls: int) -> dict[str, Any]:
+    """Return Triton's statistics: how often something happened, and how long it took in total.
+
+    `success` are requests that were answered, `fail` all others (the time of those refused at once
+    is not measured). `queue` is from arrival until the first query is sent, `compute_infer` from
+    then until the answer. Encoding and decoding are within that, and belong to groups: so
+    `compute_input` and `compute_output`, which count as often (`perf_analyzer` insists), have no
+    time. `execution_count` are workers' calls that answered in time, coded ones and copies
+    included. There is no cache, and nothing by batch size.
+    """
+    spent = meter.spent()
+    none = Spent()
+    failed = [spent[each] for each in spent if each.startswith("request_") and each != "request_ok"]
+    computed = spent.get("compute_seconds", none)
+    durations = {
+        "success": spent.get("request_ok", none),
+        "fail": sum(failed, none),
+        "queue": spent.get("queue_seconds", none),
+        "compute_input": Spent(computed.count),
+        "compute_infer": computed,
+        "compute_output": Spent(computed.count),
+        "cache_hit": none,
+        "cache_miss": none,
+    }
+    return {
+        "name": servable.name,
+        "version": VERSION,
+        "last_inference": round(1e3 * meter.last_answer),
+        "inference_count": meter.answered,
+        "execution_count": worker_calls,
+        "inference_stats": {
+            name: {"count": each.count, "ns": round(1e9 * each.seconds)}
+            for name, each in durations.items()
+        },
+        "batch_stats": [],
+    }

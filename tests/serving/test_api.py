@@ -1,0 +1,73 @@
+"""A server from Python: the examples run, and a model needs no more than its code and shape."""
+
+# ruff: noqa: E402 (`require` comes before what needs it)
+
+import asyncio
+import doctest
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import require
+
+require("fastapi", "serve")
+
+from nercc_jax import Berrut
+from nercc_jax.serving import ModelSettings, Predictor, ServerSettings, make_servable, make_server
+
+
+@pytest.mark.parametrize("example", [make_server, Predictor])
+def test_examples_run(example):
+    (test,) = doctest.DocTestFinder(recurse=False).find(example, "example")
+    assert test.examples
+    report = []
+    runner = doctest.DocTestRunner()
+    runner.run(test, out=report.append)
+    assert runner.failures == 0, "".join(report)
+
+
+def started(server):
+    """Returns the server's only model, started."""
+    (start,) = server.starts.values()
+    return start()
+
+
+def test_a_code_has_as_many_workers_as_it_needs():
+    model = started(make_server(jnp.tanh, Berrut(2, 3), (3,), settings=ModelSettings(deadline_s=5)))
+    try:
+        assert model.pool.num_workers == 3
+        assert (model.uncoded, model.settings.deadline_s) == (None, 5)
+        x = np.array([[0.0, 0.5, 1.0]], np.float32)
+        reply = asyncio.run(model.infer(x, exact=True))
+        np.testing.assert_allclose(reply.values, np.tanh(x), atol=1e-6)
+    finally:
+        model.close(0.0)
+
+
+def test_what_cannot_be_coded_is_served_uncoded():
+    counts = make_servable("counts", lambda x: x + 1, (2,), datatype="INT32")
+    model = started(make_server(counts, settings=ModelSettings(num_workers=2)))
+    try:
+        assert "codes mix floats" in str(model.uncoded)
+        reply = asyncio.run(model.infer(np.array([[1, 2]], np.int32)))
+        assert reply.values.tolist() == [[2, 3]]
+    finally:
+        model.close(0.0)
+
+
+def test_a_model_without_a_shape_is_refused():
+    with pytest.raises(ValueError, match="the shape of one query"):
+        make_server(jnp.tanh)
+
+
+def test_a_start_that_fails_says_so():
+    def fails(x):
+        raise RuntimeError("no weights")
+
+    with pytest.raises(ValueError, match="no weights"):
+        make_server(fails, None, (3,))
+    free_port = ServerSettings(http_port=0, grpc_port=None)
+    server = make_server(jnp.tanh, Berrut(2, 3), (3,), server_settings=free_port)
+    server.starts["model"] = lambda: fails(None)
+    with pytest.raises(RuntimeError, match="no weights"), server:
+        raise AssertionError("it is not ready")

@@ -1,0 +1,100 @@
+"""The scheduler without anything that adapts: it answers, hedges, and decodes by numbers alone."""
+
+import ast
+from pathlib import Path
+
+import numpy as np
+import pytest
+from batching import INTERLEAVED
+from traffic import OUT, SERVICE, SHAPE, model
+
+import nercc_jax.serving
+from nercc_jax import Uncoded
+from nercc_jax.pools._batch import refuse_odd
+from nercc_jax.serving import BatchingPolicy, Coder
+from nercc_jax.serving.core._adaptation import AbstractAdaptation, ExpectedError, fixed_setting
+from nercc_jax.serving.core._error_probability import uncalibrated
+from nercc_jax.serving.core._request import BatchSpec
+from nercc_jax.serving.core._scheduler import Scheduler
+from nercc_jax.testing import SimulatedClock, SimulatedPool
+
+
+class NoAdaptation(AbstractAdaptation):
+    """A policy's own setting for good; nothing is estimated or predicted."""
+
+    predicts = can_predict = accepts_samples = False
+    setting = None
+
+    def __init__(self, policy):
+        self.setting = fixed_setting(policy)
+
+    def start(self):
+        pass
+
+    close = start
+
+    def observe(self, what, number):
+        assert what != "internal_error"
+
+    def needs_samples(self, queries):
+        return False
+
+    def add_group(self, answers, originals):
+        raise AssertionError("nobody wants it")
+
+    def add_answer(self, x, own):
+        pass
+
+    def audit(self, given, own):
+        return True
+
+    def error_probability(self, queries):
+        return uncalibrated()
+
+    def expected_error(self, queries, mask):
+        return ExpectedError(np.full(queries, np.nan), np.full(queries, np.nan), True)
+
+    def predict(self, x):
+        return None
+
+
+@pytest.mark.parametrize("code", [Uncoded(1), INTERLEAVED], ids=["hedged", "decoded"])
+def test_it_serves_by_itself(code):
+    clock, random = SimulatedClock(), np.random.default_rng(0)
+    slow = lambda size: SERVICE * (10 if random.random() < 0.1 else 1)  # noqa: E731
+    pool = SimulatedPool(model, 16, seconds=slow, clock=clock)
+    policy = BatchingPolicy(ordering=False, max_batch_size=1, patience=2.0)
+    spec = BatchSpec(SHAPE), BatchSpec(OUT)
+    scheduler = Scheduler(pool, Coder(code), *spec, policy, NoAdaptation(policy), refuse_odd)
+    scheduler.start()
+    x, futures = random.normal(size=(200, *SHAPE)).astype(np.float32), []
+    for number, each in enumerate(x):
+        clock.at(number / 100, lambda each=each: futures.append(scheduler.submit(each[None])))
+    clock.run(5.0)
+    replies = [future.result(0) for future in futures]
+    exact = np.array([reply.exact[0] for reply in replies])
+    assert exact.all() == (code.num_data == 1)
+    values = np.concatenate([reply.values for reply in replies])
+    np.testing.assert_allclose(values[exact], model(x[exact]), atol=1e-6)
+    late = np.array([reply.seconds for reply in replies])[50:]
+    assert np.quantile(late, 0.95) < 5 * SERVICE
+    scheduler.close()
+    pool.close()
+
+
+@pytest.mark.parametrize(
+    ("package", "allowed"),
+    [
+        ("core", {"_policy", "_tracing"}),
+        ("adapt", {"core", "_policy"}),
+        ("protocol", {"core", "_policy"}),
+    ],
+)
+def test_packages_know_only_what_is_below_them(package, allowed):
+    """So that the core can be read, and used, without the rest."""
+    for path in (Path(nercc_jax.serving.__file__).parent / package).glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 2:
+                assert str(node.module).partition(".")[0] in allowed, (
+                    f"{path} imports {node.module}"
+                )
