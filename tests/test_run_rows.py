@@ -465,7 +465,7 @@ def test_late_rows_are_decoded_once_enough_is_known(tolerance, monkeypatch):
     monkeypatch.setattr("nercc_jax.pools._row_engine.fit_scheme", quick_fit)
     monkeypatch.setattr("nercc_jax.pools._row_engine._LEARNING", 1e6)  # each fit is waited for
     x = np.random.default_rng(0).uniform(-1, 1, (400, 1))
-    slow = Fault("delay", workers=[3], latency=TraceLatency(jax.numpy.array([30.0])))
+    slow = Fault("delay", workers=[2, 3], latency=TraceLatency(jax.numpy.array([30.0])))
 
     def made(*arguments, **options):
         return DevicePool(*arguments, faults=Faults([slow]), **options)
