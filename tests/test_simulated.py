@@ -180,7 +180,7 @@ def test_answers_that_are_none_say_nothing_about_service_times():
             raise ValueError("negative")
         return x
 
-    faults = Faults([delay(59.0, calls=range(8, 99))])
+    faults = Faults([delay(59.0, calls=range(12, 99))])
     with paper(2, refuses, faults=faults, overdue=Overdue(0.5, 2.0, least=4)) as pool:
         for _ in range(4):
             assert pool.dispatch(-np.ones((2, 1, 1))).wait().values is None
