@@ -319,6 +319,22 @@ def test_a_model_that_is_not_installed_has_its_folder_sent_along(tmp_path, monke
         RayJob(py_modules=[tmp_path.__class__("/nowhere")])
 
 
+def test_the_folder_is_sent_to_a_ray_that_is_joined_unless_something_else_is(tmp_path, monkeypatch):
+    from nercc_jax.cli._ray_job import RayJob
+
+    (tmp_path / "nercc_alone.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    joined = []
+    monkeypatch.setattr("nercc_jax.pools.join_ray", lambda *arguments: joined.append(arguments))
+    RayJob("HEAD:1").connect(["nercc_alone:model"])
+    RayJob("HEAD:1", working_dir=tmp_path.parent).connect(["nercc_alone:model"])
+    (address, here, there), (_, _, chosen) = joined
+    assert (address, here) == ("HEAD:1", {}), "a Ray that is started here needs no copy"
+    assert there["working_dir"] == str(tmp_path)
+    assert chosen == {"working_dir": str(tmp_path.parent)}
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])
 def test_where_no_ray_is_that_is_told_at_once(address):
     ray = require("ray", "ray")

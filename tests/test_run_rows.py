@@ -1,6 +1,7 @@
 """`nercc run --inputs`: a function of one's own on each row, within a tolerance or computed."""
 
 import csv
+import itertools
 import json
 import os
 import signal
@@ -17,12 +18,14 @@ from typer.testing import CliRunner
 
 from nercc_jax import DevicePool, NeRCC
 from nercc_jax.cli._app import app
+from nercc_jax.cli._run_rows import _write_rows
 from nercc_jax.cli._workload import read_inputs
-from nercc_jax.pools import Faults, RowFunction, run_rows
+from nercc_jax.pools import Fault, Faults, RowFunction, RowResult, run_rows
 from nercc_jax.pools._row_files import RowTable
 from nercc_jax.pools._rows import PlainCalls, RowCoder, RowValues
 from nercc_jax.pools._steps import AccuracyTarget
 from nercc_jax.schemes import fit_scheme
+from nercc_jax.stragglers import TraceLatency
 from nercc_jax.surrogates import LearnerTuning
 
 # As users write them: NumPy, which JAX cannot trace.
@@ -316,6 +319,15 @@ def test_a_row_on_which_the_function_raises_is_not_decoded_from_its_neighbours()
     results.add(np.arange(3), found, 1e9)
     assert np.isnan(results.predictions[1]).all()
     assert results.done.tolist() == [True, False, True]
+    # Where it gives NaN, that is its value.
+    with DevicePool(lambda x: np.where(x == 0, np.nan, 3 * x), 4, compiled=False) as pool:
+        coder = RowCoder(pool, lesson.scheme, AccuracyTarget(tolerance=0.1), wait_for=4)
+        calls = coder.start(rows, rows)
+        calls.wait(60.0)
+        found = calls.take()
+    assert found.exact.all()
+    assert not found.score.any()
+    assert np.isnan(found.values[1])
 
 
 # From Python.
@@ -371,8 +383,11 @@ def test_a_folder_is_resumed_and_only_by_the_same_run(tmp_path):
     with pytest.raises(ValueError, match="has the parts of an earlier run"):
         run_rows(counted, rows, DevicePool, **options, about={"v": 1})
     calls.clear()
-    for other, told in ((rows + 1, "inputs was"), (rows, "v was 1 and is 2")):
-        about = {"v": 1 if other is not rows else 2}
+    for other, about, told in (
+        (rows + 1, {"v": 1}, "inputs was"),
+        (rows, {"v": 2}, "v was 1 and is 2"),
+        (rows, {}, "v was 1 and is None"),
+    ):
         with pytest.raises(ValueError, match=told):
             run_rows(counted, other, DevicePool, **options, about=about, resume=True)
     assert not calls
@@ -436,6 +451,49 @@ def test_rows_that_are_no_finite_numbers_are_refused(untyped):
 def test_numbers_that_do_not_fit_are_refused_before_a_pool_is_opened(options, message, untyped):
     with pytest.raises(ValueError, match=message):
         run_rows(picky, X, lambda *arguments, **others: pytest.fail("opened"), **options)
+
+
+@pytest.mark.parametrize("tolerance", [pytest.param(0.5, marks=pytest.mark.slow), 1e-9])
+def test_late_rows_are_decoded_once_enough_is_known(tolerance, monkeypatch):
+    """By a learner that is fitted again each time twice as many rows are there."""
+    pairs = []
+
+    def quick_fit(x, y, code, *, capacity, labels):
+        pairs.append(len(x))
+        quick = LearnerTuning(rows=32, steps=2)
+        return fit_scheme(x, y, code, capacity=64, labels=labels, tuning=quick)
+
+    monkeypatch.setattr("nercc_jax.pools._row_engine.fit_scheme", quick_fit)
+    monkeypatch.setattr("nercc_jax.pools._row_engine._LEARNING", 1e6)  # each fit is waited for
+    x = np.random.default_rng(0).uniform(-1, 1, (400, 1))
+    slow = Fault("delay", workers=[2, 3], latency=TraceLatency(jax.numpy.array([30.0])))
+
+    def made(*arguments, **options):
+        return DevicePool(*arguments, faults=Faults([slow]), **options)
+
+    options = {"num_workers": 4, "wait_for": 2, "rows_per_call": 2, "deadline": 20.0}
+    result = run_rows(lambda rows: 3 * rows, x, made, tolerance=tolerance, **options)
+    computed, decoded = result.status == "computed", result.status == "decoded"
+    assert (computed | decoded).all()
+    np.testing.assert_array_equal(result.values[computed], 3 * x[computed])
+    assert (result.score <= tolerance).all()
+    assert decoded.any() == (tolerance == 0.5), "nearly nothing is known to a billionth"
+    assert np.abs(result.values - 3 * x).max() < 1
+    assert pairs
+    assert all(later >= 2 * earlier for earlier, later in itertools.pairwise(pairs))
+
+
+def test_a_file_has_what_was_computed_apart_from_what_was_decoded(tmp_path):
+    status = np.array(["computed", "decoded", "lost"])
+    values, score = np.array([[1.0], [2.0], [np.nan]]), np.array([0.0, 0.1, np.inf])
+    with DevicePool(np.negative, 1, compiled=False) as pool:
+        report = pool.report()
+    result = RowResult(values, status, score, score, {2: "why"}, {}, report, None, None)
+    _write_rows(tmp_path / "y.npz", result, "bar")
+    _write_rows(tmp_path / "y.csv", result, "bar")
+    assert load(tmp_path / "y.npz")["exact"].tolist() == [True, False, False]
+    with (tmp_path / "y.csv").open() as file:
+        assert [row["exact"] for row in csv.DictReader(file)] == ["True", "False", "False"]
 
 
 # With a learner.
