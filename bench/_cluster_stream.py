@@ -8,7 +8,7 @@ import numpy as np
 
 
 async def stretch(url, seconds, rate, timeout):
-    """Sends a query at each tick; (latency in s, status, whether it is exact) of each."""
+    """Send a query at each tick; return (latency in s, status, whether it is exact) of each."""
     x = np.random.default_rng(0).uniform(size=1024).round(3).tolist()
     tensor = {"name": "input", "datatype": "FP32", "shape": [1, 32, 32, 1], "data": x}
     seen = []
@@ -35,7 +35,7 @@ async def stretch(url, seconds, rate, timeout):
 
 
 def latencies(seen):
-    """Of those that were answered."""
+    """Return the latencies of answered queries."""
     times = np.array([1e3 * seconds for seconds, status, _ in seen if status == 200])
     return {
         "p50_ms": round(float(np.median(times)), 1),

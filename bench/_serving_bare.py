@@ -1,4 +1,4 @@
-"""What an engineer would write without us, for serving.py: FastAPI around the jitted model.
+"""The bare server that an engineer writes first, for serving.py: FastAPI around the model.
 
     python bench/_serving_bare.py MODEL
 

@@ -11,12 +11,12 @@ _OUTPUTS, _HIDDEN, _PATCH = 1000, 256, 16
 
 
 def wide(x: Any) -> Any:
-    """(B, 64) -> (B, 1000): two layers."""
+    """Map (B, 64) to (B, 1000) by two layers."""
     return _head("wide", x, 64)
 
 
 def images(x: Any) -> Any:
-    """(B, 224, 224, 3) -> (B, 1000): patches of 16 x 16, as a ViT has them, their mean, two layers.
+    """Map (B, 224, 224, 3) to (B, 1000): patches as a ViT has them, their mean, two layers.
 
     Some 60 million operations a query, a millisecond on one core: what a server adds shows.
     """

@@ -1,4 +1,4 @@
-"""What the server costs where nothing straggles and no worker sleeps, for serving.py.
+"""The cost of the server where nothing straggles and no worker sleeps, for serving.py.
 
 The bare handler of `_serving_bare.py`, uncoded and coded servers stand side by side, with workers
 that are threads of their processes, and are asked in turn: so what else the machine does meets all
@@ -38,7 +38,7 @@ PACKAGES = ("jax", "jaxlib", "numpy", "fastapi", "uvicorn", "grpcio", "aiohttp",
 
 
 def model_of(name: str) -> tuple[Any, tuple[int, ...]]:
-    """A model on a batch, and one query's shape."""
+    """Return a model on a batch, and one query's shape."""
     import _serving_models
 
     from nercc_models import load_model
@@ -50,7 +50,7 @@ def model_of(name: str) -> tuple[Any, tuple[int, ...]]:
 
 
 def measure_price(seconds: float, rounds: int) -> dict[str, Any]:
-    """Each model's cells: `seconds` for each of `rounds` turns of each system.
+    """Measure each model's cells: `seconds` for each of `rounds` turns of each system.
 
     Tails get twice as many turns, twice as long: of few queries p99 is one stall, or none.
     """
@@ -79,7 +79,7 @@ def measure_price(seconds: float, rounds: int) -> dict[str, Any]:
 def _throughput(
     model: str, queries: Path, urls: dict[str, str], clients: int, seconds: float, rounds: int
 ) -> dict[str, Any]:
-    """Requests a second of a closed loop, a number a round."""
+    """Return requests a second of a closed loop, a number for each round."""
     rates: dict[str, list[float]] = {name: [] for name in urls}
     errors = 0
     for seed in range(rounds):
@@ -96,7 +96,7 @@ def _throughput(
 def _tail(
     model: str, queries: Path, urls: dict[str, str], seconds: float, rounds: int
 ) -> dict[str, Any]:
-    """p50 and p99 of clients that ask at a pace of their own, over all rounds and in each."""
+    """Return p50 and p99 of paced clients, over all rounds and in each."""
     rounds_of: dict[str, list[list[float]]] = {name: [] for name in urls}
     errors, exact = 0, {name: [] for name in urls}
     for seed in range(rounds):
@@ -128,7 +128,7 @@ def _ms(latencies: Sequence[float] | np.ndarray, share: float) -> float:
 
 
 def _turn(urls: dict[str, str], seed: int) -> list[str]:
-    """Who is asked first changes from round to round."""
+    """Return the order of servers in a round, which changes from round to round."""
     names = list(urls)
     return names[seed % len(names) :] + names[: seed % len(names)]
 
@@ -153,7 +153,7 @@ def write_queries(name: str, path: Path) -> None:
 
 @contextlib.contextmanager
 def _serve(model: str, system: str) -> Iterator[str]:
-    """A server's process; gives where it is asked."""
+    """Run a server's process, and give its address."""
     settings, served = SYSTEMS[system], model
     if settings is None:
         command, summary = [sys.executable, str(HERE / "_serving_bare.py"), model], {}

@@ -16,7 +16,7 @@ _ENDS = 60.0  # seconds that a server may take to end
 
 
 def nercc_serve(model: str, settings: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:
-    """The command that serves a model, and the variables that it is told by."""
+    """Return the command that serves a model, and its environment variables."""
     summary = {f"NERCC_DEFAULTS__{key.upper()}": str(value) for key, value in settings.items()}
     summary |= {"NERCC_HTTP_PORT": "0", "NERCC_GRPC_PORT": "0"}
     return [str(Path(sys.executable).parent / "nercc"), "serve", "--model", model], summary
@@ -24,7 +24,7 @@ def nercc_serve(model: str, settings: Mapping[str, Any]) -> tuple[list[str], dic
 
 @contextlib.contextmanager
 def running(command: Sequence[str], summary: Mapping[str, str] | None = None) -> Iterator[int]:
-    """A server's process, from a line with "ready" and its port, to its end. Gives the port.
+    """Run a server's process until the end of the context, and give its port.
 
     Raises: RuntimeError where it does not start.
     """
@@ -57,7 +57,7 @@ def running(command: Sequence[str], summary: Mapping[str, str] | None = None) ->
 
 
 def load(queries: Path, url: str, loop: str, amount: float, seconds: float, seed: int) -> Any:
-    """What became of a load, by `_serving_load.py`."""
+    """Run a load by `_serving_load.py`, and return its outcome."""
     command = [sys.executable, str(HERE / "_serving_load.py"), str(queries), url, loop]
     command += [str(amount), str(seconds), str(seed)]
     done = subprocess.run(command, check=True, capture_output=True, timeout=seconds + 120)

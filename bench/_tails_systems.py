@@ -1,4 +1,4 @@
-"""What tails.py compares: batchers, each with its code, policy and what it knows beside."""
+"""Systems that tails.py compares: schedulers, each with its code, policy and surrogate."""
 
 import dataclasses
 from collections.abc import Callable
@@ -32,10 +32,10 @@ DEADLINE = 60.0
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What is served: queries, the model's own answers, and what is wanted of others.
+    """A served model: queries, its own answers, and the allowance for other answers.
 
-    `wanted` is the share of stragglers' labels that may be another, by law where it is another
-    than usual; or None with a `tolerance`: then answers may be off by so much. `student` costs
+    `wanted` is the share of stragglers' labels that may be another, by law where it is another than
+    usual; or None with a `tolerance`: then answers may be off by so much. `student` costs
     `student_calls` of a call. `training()`: others of `model`, to tune codes on.
     """
 
@@ -62,7 +62,7 @@ class System:
 
 
 def works(data_dir: Path) -> dict[str, Callable[[], Work]]:
-    """By name; each is loaded when it is wanted."""
+    """Return makers of works by name; each is loaded when it is wanted."""
     return {
         "lenet5": lambda: _classifier("lenet5-mnist", data_dir, 0.1, student=False),
         "repvgg": lambda: _classifier("repvgg-cifar10", data_dir, 0.1),
@@ -114,7 +114,7 @@ WANTED = {"15 %": 0.065}
 
 
 def systems(work: Work, law: str) -> tuple[System, ...]:
-    """All that are compared on this work under a law, the simplest first."""
+    """Return all systems that are compared on this work under a law, the simplest first."""
     wanted = None if work.wanted is None else WANTED.get(law, work.wanted)
     base = {"deadline_s": DEADLINE, "ordering": False, "max_batch_size": 8}
     hedged = BatchingPolicy(patience=PATIENCE, **base)
@@ -159,12 +159,12 @@ def systems(work: Work, law: str) -> tuple[System, ...]:
 
 
 def parity_models(work: Work) -> list[Any]:
-    """ParM's parity models, compiled when they are called."""
+    """Return ParM's parity models, compiled when they are called."""
     return [eqx.filter_jit(load_parity_model(str(work.model), k, "logits")) for k in PARITIES]
 
 
 def tuned_code(work: Work, num_workers: int, num_data: int) -> NeRCC:
-    """An interleaved code with points by gradient descent for up to four stragglers, or its file.
+    """Return an interleaved code tuned for up to four stragglers, or its file.
 
     Queries go out as they came: tuning walks on log lambda_enc, which is 0 in the end.
     """

@@ -78,13 +78,13 @@ def server_on(cluster):
 
 
 def processes_of(node):
-    """The raylet of a node, and all that it started."""
+    """Return the raylet of a node, and all that it started."""
     raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
     return [raylet, *raylet.children(recursive=True)]
 
 
 def workers_by_node(nodes):
-    """Of each node, how many of its processes are workers of a pool."""
+    """Return for each node how many of its processes are workers of a pool."""
     named = [[" ".join(each.cmdline()) for each in processes_of(node)] for node in nodes]
     return [
         sum(name.startswith(("ray::Actor", "ray::_Actor")) for name in names) for names in named
@@ -92,7 +92,7 @@ def workers_by_node(nodes):
 
 
 def fullest(nodes):
-    """The node with the most workers: the worst that can happen."""
+    """Return the node with the most workers: the worst that can happen."""
     return nodes[int(np.argmax(workers_by_node(nodes)))]
 
 
@@ -116,7 +116,7 @@ def cell(name, seen, placed):
 
 
 def measure(head, nodes, seconds, rate):
-    """A row for each stretch."""
+    """Return a row for each stretch."""
     rows = []
 
     def run(name):

@@ -1,4 +1,4 @@
-"""Whether a server's doubt keeps its limits, and what arranging queries buys: offline.
+"""Measure whether a server's error probability keeps its limits, and the worth of ordering.
 
     python bench/query_doubt.py [--data-dir FOLDER]      # some minutes
 
@@ -42,7 +42,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def arranged(arranger: QueryOrdering, x: np.ndarray, few: int) -> tuple[np.ndarray, list[float]]:
-    """Queries as the groups of `ROWS` rows that a server makes of them, and seconds for each."""
+    """Return queries as the groups of `ROWS` rows that a server makes, and seconds for each."""
     groups, seconds = [], []
     for part in x.reshape(-1, ROWS * few, *x.shape[1:]):
         queries = Request(part, np.zeros((len(part), 1)), 0.0, 1.0, False).queries
@@ -56,7 +56,7 @@ def arranged(arranger: QueryOrdering, x: np.ndarray, few: int) -> tuple[np.ndarr
 def assess(
     coder: Coder, estimator: ErrorEstimator, model: Any, groups: np.ndarray
 ) -> dict[str, Any]:
-    """Of stragglers' queries: how many are wrong if all are decoded, and by limit."""
+    """Return how many stragglers' queries are wrong if all are decoded, and by limit."""
     few, shape = groups.shape[1], groups.shape[2:]
     coded = coder.encode(groups, np.arange(coder.num_workers))
     answers = np.asarray(model(coded.reshape(-1, *shape))).reshape(*coded.shape[:2], -1)
@@ -90,7 +90,7 @@ def assess(
 
 
 def timed(call: Any, repeats: int = 64) -> float:
-    """The median, in seconds."""
+    """Return the median, in seconds."""
     seconds = []
     for _ in range(repeats + 1):
         begin = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What a call of a RayPool costs beyond Ray's own futures, with small inputs and with large images.
+"""Measure a RayPool's call against Ray's own futures, with small inputs and large images.
 
     python bench/ray_calls.py [--workers 20] [--output bench/results/ray_calls.json]
 
@@ -30,7 +30,7 @@ def answer(batch):
 
 
 def bare(actors, points):
-    """As whoever cannot wait for all would do it: arguments as they are, answers by futures."""
+    """Call actors as Ray's users do: arguments as they are, answers by futures."""
     done, left, answers = threading.Event(), [len(points)], list(points)
 
     def heard(place, future):
@@ -52,7 +52,7 @@ def pooled(pool, points):
 
 
 def seconds_of(function, seconds):
-    """Seconds of each call, for so long."""
+    """Return the seconds of each call, for this long."""
     found, end = [], time.perf_counter() + seconds
     while time.perf_counter() < end:
         begin = time.perf_counter()

@@ -31,7 +31,7 @@ REPLICAS = 2
 
 
 def alive(class_name):
-    """The process ids of actors that live, by the name of their class."""
+    """Return the process ids of living actors, by the name of their class."""
     from ray._private import state
 
     actors = [each for each in state.actors().values() if each["State"] == "ALIVE"]
@@ -39,7 +39,7 @@ def alive(class_name):
 
 
 def running():
-    """How many replicas take requests."""
+    """Return the number of replicas that take requests."""
     from ray import serve
     from ray.serve._private.common import ReplicaState
 
@@ -64,7 +64,7 @@ def cell(name, seen):
 
 
 def killed(url, seconds, rate):
-    """The stretch in which a replica dies, and the seconds until there are two again."""
+    """Return the stretch in which a replica dies, and the seconds until there are two again."""
     took = []
 
     def watch(victim, begin):

@@ -151,7 +151,7 @@ def _write_queries(path: Path) -> int:
 
 
 def _cell(system: System, rate: float, queries: Path, seconds: float) -> dict[str, Any]:
-    """One system under one law: an open loop for latency, without stragglers also a closed one."""
+    """Measure one system under one law: an open loop for latency, and a closed one."""
     with _serve(system, rate) as port:
         url = f"http://127.0.0.1:{port}/v2/models/{MODEL}/infer"
         ask = functools.partial(load, queries, url)
@@ -185,7 +185,7 @@ _SHARES = (("50", 0.5), ("99", 0.99), ("999", 0.999))
 
 
 def _intervals(latency: np.ndarray) -> dict[str, list[float]]:
-    """95 % intervals by bootstrap over stretches of 100 queries, which are not independent."""
+    """Return 95 % intervals by bootstrap over stretches of 100 queries."""
     shares = [share for _, share in _SHARES]
     _, low, high = block_bootstrap([latency], lambda t: 1e3 * np.quantile(t, shares), rounds=500)
     ends = zip(low.tolist(), high.tolist(), strict=True)
@@ -201,7 +201,7 @@ _CACHE = {
 
 @contextlib.contextmanager
 def _serve(system: System, rate: float) -> Iterator[int]:
-    """A system's process; gives its port."""
+    """Run a system's process, and give its port."""
     if system.settings is not None:
         settings = {
             "pool": "ray",
@@ -222,7 +222,7 @@ def _serve(system: System, rate: float) -> Iterator[int]:
 
 
 def _calls(system: System, port: int) -> int:
-    """Calls that workers got so far; 0 where the server does not say."""
+    """Return the calls that workers got so far; 0 where the server does not say."""
     if system.settings is None:
         return 0
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:

@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def _worker() -> psutil.Process:
-    """One of the pool's processes."""
+    """Return one of the pool's processes."""
     below = psutil.Process().children(recursive=True)
     actors = ("ray::Actor", "ray::_Actor")
     found = [each for each in below if " ".join(each.cmdline()).startswith(actors)]
@@ -67,7 +67,7 @@ def _worker() -> psutil.Process:
 
 
 def _stretch(name: str, queries: Path, url: str, seconds: float) -> dict[str, Any]:
-    """The paced clients first: they are there at the moment that something happens."""
+    """Start the paced clients first, so that they are there when something happens."""
     row: dict[str, Any] = {"stretch": name}
     for loop, clients in (("paced", PACED), ("closed", BUSY)):
         result = load(queries, url, loop, clients, seconds, 0)

@@ -125,7 +125,7 @@ def _run(
 
 
 def _matching(patterns: list[str], *parts: str) -> list[str]:
-    """Of patterns with slashes whose first parts match these, the last parts."""
+    """Return the last parts of patterns with slashes whose first parts match these."""
     found = []
     for pattern in patterns:
         *first, last = (pattern.split("/") + ["*"] * 3)[:3]
@@ -135,7 +135,7 @@ def _matching(patterns: list[str], *parts: str) -> list[str]:
 
 
 def serve(work: Work, system: System, law: Law, load: Load, *, real: bool) -> dict[str, Any]:
-    """One cell: a Poisson stream, each query's seconds, and what it was answered with."""
+    """Run one cell: a Poisson stream, each query's seconds, and its answer."""
     random = np.random.default_rng(0)
     warm_up = REAL_WARM_UP if real else WARM_UP
     queries = load.queries - WARM_UP + warm_up
@@ -211,7 +211,7 @@ def _pool(work: Work, system: System, law: Law, load: Load, *, real: bool) -> Ab
 
 
 def _from_now(fault: Fault) -> Fault:
-    """Its spells, if it has some, counted from now on."""
+    """Return the fault with its spells, if it has some, counted from now on."""
     if fault.episodes is None:
         return fault
     episodes = dataclasses.replace(fault.episodes, origin=time.time())
@@ -219,7 +219,7 @@ def _from_now(fault: Fault) -> Fault:
 
 
 def _narrow(model: Any) -> Callable[[np.ndarray], np.ndarray]:
-    """A model of few rows on the host, compiled for more."""
+    """Return a model of few rows on the host, compiled for more."""
 
     def run(rows: np.ndarray) -> np.ndarray:
         wide = rows[np.arange(_WIDTH) % len(rows)]
@@ -229,7 +229,7 @@ def _narrow(model: Any) -> Callable[[np.ndarray], np.ndarray]:
 
 
 class Outcomes:
-    """What became of each query."""
+    """The outcome of each query."""
 
     def __init__(self, work: Work, order: np.ndarray, batcher: CodedBatcher, pool: AbstractPool):
         self._work, self._order, self._batcher, self._pool = work, order, batcher, pool
@@ -239,7 +239,7 @@ class Outcomes:
         self.ended = 0
 
     def plan(self, arrivals: np.ndarray) -> None:
-        """By a clock that jumps."""
+        """Run the stream by a clock that jumps."""
         clock: Any = self._pool.clock
         for number, when in enumerate(arrivals):
             clock.at(when, lambda number=number, when=when: self._send(number, when))
@@ -247,7 +247,7 @@ class Outcomes:
             clock.step()
 
     def stream(self, arrivals: np.ndarray) -> None:
-        """As time goes by; latencies count from the scheduled arrival."""
+        """Run the stream as time goes by; latencies count from the scheduled arrival."""
         gc.collect()
         gc.freeze()
         begin = self._pool.clock.now()

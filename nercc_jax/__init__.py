@@ -73,7 +73,7 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, or a room, imported when it is first asked for."""
+    """Return a public name or a room, imported when it is first asked for."""
     for place, names in _WHERE.items():
         if name == place or name in names.split():
             module = importlib.import_module(f".{place}", __name__)

@@ -30,7 +30,8 @@ def decode_at_hand(code: Any, y: PyTree, available: ArrayLike) -> Decoded | None
 
     That is where something is traced, or a broken answer meets a code without matrices on the host.
 
-    Raises: ValueError where answers are not one for each worker, or no floats.
+    Raises:
+        ValueError: Answers are not one for each worker, or no floats.
     """
     if any_tracer(code, y, available):
         return None

@@ -7,9 +7,10 @@ import numpy as np
 
 
 def check_count(name: str, value: Any, least: int = 1) -> int:
-    """The value as Python's integer, from NumPy's or JAX's as well.
+    """Return the value as Python's integer, from NumPy's or JAX's as well.
 
-    Raises: ValueError for what is no integer (a bool is none), or less than `least`.
+    Raises:
+        ValueError: It is no integer (a bool is none), or less than `least`.
     """
     try:
         count = operator.index(value)
@@ -22,25 +23,25 @@ def check_count(name: str, value: Any, least: int = 1) -> int:
 
 
 def check_counts(**counts: Any) -> tuple[int, ...]:
-    """`check_count` of several, by name: all of them, in this order."""
+    """Check several counts by name, and return them in this order (`check_count`)."""
     return tuple(check_count(name, value) for name, value in counts.items())
 
 
 def check_fields(record: Any, *names: str, least: int = 1) -> None:
-    """`check_count` of a frozen dataclass's own fields, which become Python's integers."""
+    """Check counts among a frozen dataclass's fields, which become Python's integers."""
     for name in names:
         object.__setattr__(record, name, check_count(name, getattr(record, name), least))
 
 
 def check_positive(**numbers: float) -> None:
-    """Raises: ValueError for what is not positive and finite."""
+    """Raise ValueError for numbers that are not positive and finite."""
     for name, value in numbers.items():
         if not 0 < value < np.inf:
             raise ValueError(f"{name} must be positive and finite, not {value}")
 
 
 def check_not_negative(**numbers: float) -> None:
-    """Raises: ValueError for what is negative or not finite."""
+    """Raise ValueError for numbers that are negative or not finite."""
     for name, value in numbers.items():
         if not 0 <= value < np.inf:
             raise ValueError(f"{name} must be 0 or positive, and finite, not {value}")

@@ -66,32 +66,34 @@ class AbstractCode(eqx.Module):
     num_workers: eqx.AbstractVar[int]
 
     def __repr__(self) -> str:
-        """Its numbers, as far as they are known, where Equinox has shapes."""
+        """Show the code's numbers as far as they are known, where Equinox has shapes."""
         fields = (field.name for field in dataclasses.fields(self) if field.repr)
         summary = (f"{name}={_told(getattr(self, name))}" for name in fields)
         return f"{type(self).__name__}({', '.join(summary)})"
 
     @property
     def worker_models(self) -> Int[np.ndarray, " num_workers"]:
-        """The model that each worker runs; unless a code overrides it, all run the served one.
+        """Return the model that each worker runs; unless a code overrides it, the served one.
 
-        0 is the served model, and 1, 2, ... (without gaps) are further ones that the code needs
-        beside it. Static: it depends on the code's numbers, never on data.
+        0 is the served model, and 1, 2, ... (without gaps) are further ones that the code needs.
+        Static: it depends on the code's numbers, never on data.
         """
         return np.zeros(self.num_workers, int)
 
     @abc.abstractmethod
     def encoder_matrix(self) -> Float[Array, "num_workers num_data"]:
-        """The matrix E: coded data points are E @ x."""
+        """Return the matrix E: coded data points are E @ x."""
 
     @abc.abstractmethod
     def decoder_matrix(
         self, available: Bool[ArrayLike, " num_workers"]
     ) -> Float[Array, "num_data num_workers"]:
-        """The matrix D for these workers: predictions are D @ y.
+        """Return the matrix D for these workers: predictions are D @ y.
 
         Columns of unavailable workers and rows of data points that are not recovered are zero.
-        Raises: ValueError for what is no mask of N workers (`as_mask` says so).
+
+        Raises:
+            ValueError: `available` is no mask of N workers.
         """
 
     @abc.abstractmethod
@@ -115,8 +117,10 @@ class AbstractCode(eqx.Module):
         return None
 
     def decoder_on_host(self, available: Bool[np.ndarray, " num_workers"]) -> MatrixOnHost | None:
-        """Return D and `recovered` by NumPy, in float64 for full accuracy of the product with D, or
-        None: as `encoder_on_host`."""
+        """Return D and `recovered` by NumPy, or None: as `encoder_on_host`.
+
+        D is float64, for full accuracy of the product with it.
+        """
         return None
 
     def posterior_variance(
@@ -125,19 +129,25 @@ class AbstractCode(eqx.Module):
         """Return the variance of each prediction given these workers' answers, whatever they are.
 
         It is in units of the process's variance (`process_variance`): 0 where a prediction is an
-        answer itself, infinite where the answers say nothing of it. A code that is a regression
+        answer itself, infinite where the answers do not determine it. A code that is a regression
         has it, and copies have it.
 
-        Raises: ValueError for a code that has none.
+        Raises:
+            ValueError: The code has none.
         """
         raise ValueError(f"{type(self).__name__} is no regression: it has no posterior variance")
 
     def process_variance(
         self, y: Float[Array, "num_workers m"], available: Bool[Array, " num_workers"]
     ) -> Float[Array, ""]:
-        """Return how much finite answers y vary along the path, over all outputs: the unit of
-        `posterior_variance`, squared outputs. Infinite where they are too few to tell. Raises: as
-        there."""
+        """Return the roughness of the path by finite answers y, over all outputs.
+
+        It is the unit of `posterior_variance`, in squared outputs; infinite where the answers are
+        too few.
+
+        Raises:
+            ValueError: The code has none.
+        """
         raise ValueError(f"{type(self).__name__} is no regression: it has no process variance")
 
     def variances(
@@ -145,17 +155,19 @@ class AbstractCode(eqx.Module):
     ) -> tuple[Float[Array, " num_data"], Float[Array, ""]]:
         """Return `posterior_variance` and `process_variance`, where possible from one regression.
 
-        Raises: as there.
+        Raises:
+            ValueError: The code has none.
         """
         return self.posterior_variance(available), self.process_variance(y, available)
 
     def replace(self: Code, **numbers: Any) -> Code:
-        """The same code with other numbers: `code.replace(lambda_dec=1e-3)`.
+        """Return the same code with other numbers: `code.replace(lambda_dec=1e-3)`.
 
-        Whatever the constructor takes may be given, and `alpha` or `beta` by themselves. Checked as
-        there; differentiable in the numbers.
+        All arguments of the constructor may be given, and `alpha` or `beta` by themselves. They are
+        checked as there; the result is differentiable in them.
 
-        Raises: ValueError for a number that the code does not have, and as the constructor does.
+        Raises:
+            ValueError: The code does not have such a number; and as the constructor.
         """
         wanted = [name for name in inspect.signature(type(self)).parameters if name != "self"]
         given = dict(numbers)
@@ -173,14 +185,17 @@ class AbstractCode(eqx.Module):
     def encode(
         self, x: PyTree[Shaped[ArrayLike, "num_data ..."]]
     ) -> PyTree[Shaped[Array, "num_workers ..."]]:
-        """The coded data points E @ x, for x of any trailing shape, in x's dtype.
+        """Return the coded data points E @ x, for x of any trailing shape, in x's dtype.
 
-        x may be a pytree of such arrays, coded leaf by leaf. A leaf that is no float (token ids, a
-        flag) cannot be mixed: it may stand beside the others if it is the same for all K data
-        points, and goes to all workers.
+        Args:
+            x: K data points, or a pytree of such arrays, which is coded leaf by leaf. A leaf that
+                is no float (token ids, a flag) is not coded: it must be the same for all K data
+                points, and goes to all workers.
 
-        Raises: ValueError where x is not K data points, no leaf is a float, or, outside jit, where
-        one is not finite (it would spoil every coded data point), or what cannot be mixed differs.
+        Raises:
+            ValueError: x is not K data points, no leaf is a float, or, outside jit, one is not
+                finite (it would spoil every coded data point) or a leaf that is not coded differs.
+
         Source: arXiv 2402.04377.
         """
         x = to_device(x)
@@ -219,25 +234,29 @@ class AbstractCode(eqx.Module):
         *,
         return_uncertainty: bool = False,
     ) -> PyTree | tuple[PyTree, Array]:
-        """The predictions of all K data points from the available workers' answers y.
+        """Return the predictions of all K data points from the available workers' answers y.
 
-        y may be a pytree of arrays (a dict of heads): one mask counts for all its leaves, and so do
-        the predictions come back. An unavailable worker's value reaches neither the result nor a
-        gradient. An available one that is not finite makes its worker a straggler; outside jit a
-        RuntimeWarning says which. Predictions that cannot be recovered are NaN. Decoding takes one
-        product with the matrix; a value that is not finite, in an unavailable worker's place too,
-        costs a second pass.
+        An unavailable worker's value reaches neither the result nor a gradient. An available one
+        that is not finite makes its worker a straggler; outside jit a RuntimeWarning says which.
+        Predictions that cannot be recovered are NaN. Decoding takes one product with the matrix; a
+        value that is not finite, in an unavailable worker's place, too, costs a second pass.
 
-        With `return_uncertainty` also the standard deviation of each prediction (K,), in units of
-        the outputs and alike for all of them: the spline is the posterior mean of a Gaussian
-        process, whose variance is `posterior_variance` times `process_variance`. It is 0 where a
-        prediction is an answer itself, and infinite where the answers are too few to tell. It says
-        how far the path may be off, in the mean over data; `calibrate_error_probability` turns it
-        into the probability that a label is wrong.
+        Args:
+            y: The answers of N workers, or a pytree of arrays (a dict of heads), of which
+                predictions have the structure.
+            available: Which workers answered; one mask for all leaves.
+            return_uncertainty: Whether to return in addition the standard deviation of each
+                prediction (K,), in units of the outputs and the same for all of them. The spline is
+                the posterior mean of a Gaussian process, whose variance is `posterior_variance`
+                times `process_variance`. It is 0 where a prediction is an answer itself, and
+                infinite where the answers are too few. It is a mean over data of how far the path
+                may be off; `calibrate_error_probability` turns it into the probability that a label
+                is wrong.
 
-        Raises: ValueError where shapes or dtypes do not agree, and, outside jit, where no
-        prediction can be recovered, and with `return_uncertainty` for a code that is no regression.
-        Inside jit use `try_decode` for the status.
+        Raises:
+            ValueError: Shapes or dtypes do not agree; outside jit, no prediction can be recovered
+                (inside jit use `try_decode` for the status); or uncertainty is asked of a code that
+                is no regression.
         """
         decoded = _try_to_decode(self, y, available)
         if not isinstance(decoded.heard, Tracer):
@@ -268,7 +287,10 @@ class AbstractCode(eqx.Module):
         y: PyTree[Float[ArrayLike, "num_workers ..."]],
         available: Bool[ArrayLike, " num_workers"],
     ) -> Decoded:
-        """As `decode`, with the status beside the predictions and no exception for bad answers."""
+        """Return the predictions with their status, without an exception for bad answers.
+
+        Arguments are those of `decode`.
+        """
         return _try_to_decode(self, y, available)
 
 
@@ -281,8 +303,10 @@ def _try_to_decode(code: AbstractCode, y: PyTree, available: ArrayLike) -> Decod
 def _encode(
     code: AbstractCode, x: PyTree, matrix: ArrayLike | None
 ) -> tuple[PyTree, Bool[Array, ""]]:
-    """Return the coded data points of one group, and whether they are finite: what is not shows in
-    every row of the product."""
+    """Return the coded data points of one group, and whether they are finite.
+
+    What is not finite shows in every row of the product.
+    """
     coded = encode_groups(code, jax.tree.map(lambda leaf: leaf[None], x), matrix)
     coded = jax.tree.map(lambda leaf: leaf[0], coded)
     return coded, finite_points(jax.tree.map(lambda leaf: leaf[:1], coded), 1)[0]
@@ -301,7 +325,8 @@ def _try_decode(code: AbstractCode, y: PyTree, available: ArrayLike) -> Decoded:
 def checked_answers(code: AbstractCode, y: PyTree) -> PyTree[Float[Array, "num_workers ..."]]:
     """Return one group's answers as arrays.
 
-    Raises: ValueError where they are not one for each worker, or no floats.
+    Raises:
+        ValueError: They are not one for each worker, or no floats.
     """
     y = jax.tree.map(jnp.asarray, y)
     check_leading("y", y, (code.num_workers,), "workers")
@@ -312,7 +337,8 @@ def checked_answers(code: AbstractCode, y: PyTree) -> PyTree[Float[Array, "num_w
 def joined_answers(code: AbstractCode, y: PyTree) -> tuple[Float[Array, "num_workers m"], Form]:
     """Return one group's answers as vectors, and in which form they came.
 
-    Raises: ValueError as `checked_answers` does.
+    Raises:
+        ValueError: As `checked_answers`.
     """
     return join(checked_answers(code, y), 1)
 
@@ -330,23 +356,23 @@ def variances(
 
 @jax.jit
 def deviation(share: Float[Array, "..."], process: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The standard deviation of predictions from posterior and process variance.
+    """Return the standard deviation of predictions from posterior and process variance.
 
-    What is known (0) is so however much the process varies, which may not be known (infinite).
+    What is known (0) stays 0 however much the process varies, which may be unknown (infinite).
     """
     known = share == 0
     return jnp.where(known, 0, jnp.sqrt(jnp.where(known, 1, share) * process))
 
 
 def as_mask(available: ArrayLike, shape: tuple[int, ...]) -> Bool[Array, "..."]:
-    """Return the mask as an array. Raises: ValueError as `check_mask` does."""
+    """Return the mask as an array; raise as `check_mask`."""
     available = jnp.asarray(available)
     check_mask(available, shape)
     return available
 
 
 def check_mask(available: Array | np.ndarray, shape: tuple[int, ...]) -> None:
-    """Raises: ValueError for what is no mask of this shape, which says what it should have been."""
+    """Raise ValueError for what is no mask of this shape, with what it should have been."""
     if available.dtype != bool or available.shape != shape:
         raise ValueError(
             f"available must be a boolean mask of shape {shape}, "
@@ -358,8 +384,10 @@ _SHOWN = 8  # of the numbers of an array
 
 
 def _is_at_hand(array: Any) -> bool:
-    """Return whether an array's numbers can be read: not those of a tracer or a random key, of a
-    donated array, or of one that lies on other hosts."""
+    """Return whether an array's numbers can be read.
+
+    They cannot of a tracer or a random key, of a donated array, or of one that lies on other hosts.
+    """
     if not isinstance(array, jax.Array):
         return True
     if isinstance(array, Tracer) or jnp.issubdtype(array.dtype, jax.dtypes.extended):

@@ -226,7 +226,7 @@ def sets_multiplied(
     available: Bool[Array, "sets num_workers"],
     given: Matrices,
 ) -> tuple[Decoded, Bool[Array, ""]]:
-    """`multiplied` under each straggler set, with a matrix for each: axes (sets, groups)."""
+    """Return `multiplied` under each straggler set, with a matrix for each: axes (sets, groups)."""
     matrices, recovered = jnp.asarray(given.decoder), jnp.asarray(given.recovered)
     shape = (available.shape[0], y.shape[0])
     decoded = Decoded(
@@ -242,7 +242,7 @@ def alike_only(
     available: Bool[Array, "groups num_workers"],
     given: Matrices | None,
 ) -> tuple[Bool[Array, "groups num_workers"], Matrices | None]:
-    """Masks without the groups in which something beside differs, and their matrices if given."""
+    """Mask out groups in which parts that are not coded differ; return their matrices if given."""
     if all(map(is_float, jax.tree.leaves(x))):
         return available, given
     return available & alike_beside(x, 2)[:, None], None
@@ -320,7 +320,7 @@ def _of_heard(maps: Any, y: Array, heard: Array, recovered: Array, steady: Array
 
 
 def _fitted(code: Decoder, heard: Bool[Array, "sets num_workers"]) -> tuple[Any, Array]:
-    """The decoder's map of each set, and what it recovers."""
+    """Return the decoder's map of each set, and what it recovers."""
     return jax.vmap(lambda mask: (code.decoder_map(mask), code.recovered(mask)))(heard)
 
 
@@ -357,6 +357,6 @@ def _unless(sound: Bool[Array, ""], attempt: State, otherwise: Callable[[], Stat
 
 
 def _alike(tree: State) -> State:
-    """The tree with arrays that all vary over the same manual axes, as loops want it."""
+    """Return the tree with arrays that all vary over the same manual axes, as loops want it."""
     leaves, structure = jax.tree.flatten(tree)
     return jax.tree.unflatten(structure, alike_in_shard_map(*leaves))

@@ -25,11 +25,18 @@ _KINDS = {kind.__name__: kind for kind in (Berrut, Lagrange, NeRCC, Parity, Repl
 
 
 def save_code(path: str | Path, code: AbstractCode, about: Mapping[str, Any] | None = None) -> None:
-    """Writes a code as JSON: version, kind, numbers (points and lambdas), their dtype.
+    """Write a code as JSON: version, kind, numbers (points and lambdas), their dtype.
 
-    `about`, JSON values of the caller's choice, is kept beside it: what it was tuned on. Raises:
-    ValueError for a code that is none of this package's, or whose numbers are not finite, TypeError
-    where `about` is no JSON, OSError as `open` does.
+    Args:
+        path: The file.
+        code: The code.
+        about: JSON values of the caller's choice that are kept in the file (`code_card`), such as
+            what it was tuned on.
+
+    Raises:
+        ValueError: The code is none of this package's, or its numbers are not finite.
+        TypeError: `about` is no JSON.
+        OSError: As `open`; the file is then as before.
     """
     kind = type(code).__name__
     if _KINDS.get(kind) is not type(code):
@@ -52,11 +59,14 @@ def save_code(path: str | Path, code: AbstractCode, about: Mapping[str, Any] | N
 
 
 def load_code(path: str | Path) -> AbstractCode:
-    """The code that `save_code` wrote, with the same matrices to the last bit.
+    """Read the code that `save_code` wrote, with the same matrices to the last bit.
 
-    A code of float64 numbers loses digits where JAX's x64 is off. Raises: ValueError, naming the
-    file, where it is no such file, of a later version, or its numbers make no code; OSError as
-    `open` does.
+    A code of float64 numbers loses digits where JAX's x64 is off.
+
+    Raises:
+        ValueError: The file, which is named, is no such file, of a later version, or its numbers
+            make no code.
+        OSError: As `open`.
     """
     content = _read(path)
     kind = _KINDS.get(str(content["code"]))
@@ -77,7 +87,7 @@ def load_code(path: str | Path) -> AbstractCode:
 
 
 def code_card(path: str | Path) -> dict[str, Any]:
-    """What a file says of its code beside the numbers: `about`, as given to `save_code`."""
+    """Return what `save_code` was given as `about`."""
     return _read(path)["about"]
 
 

@@ -22,11 +22,11 @@ class GroupPoints(eqx.Module):
     exact: bool = eqx.field(static=True, default=False)
 
     def encoders(self, code: AbstractCode) -> Float[Array, "groups num_workers num_data"]:
-        """Each group's encoder."""
+        """Return each group's encoder."""
         return jax.vmap(lambda own: own.of(code).encoder_matrix())(self)
 
     def of(self, code: Any) -> Any:
-        """The code with these points, of one group (without the axis of groups)."""
+        """Return the code with these points, of one group (without the axis of groups)."""
         moved = eqx.tree_at(lambda c: (c.alpha, c.beta), code, (self.alpha, self.beta))
         if not self.exact:
             return moved
@@ -35,7 +35,7 @@ class GroupPoints(eqx.Module):
 
 
 def check_has_points(code: AbstractCode) -> None:
-    """Raises: ValueError for a code without regression points, or lambdas."""
+    """Raise ValueError for a code without regression points, or lambdas."""
     if not has_points(code):
         raise ValueError(
             f"{type(code).__name__} has no smoothing splines whose points could be moved: NeRCC has"
@@ -43,7 +43,7 @@ def check_has_points(code: AbstractCode) -> None:
 
 
 def has_points(code: AbstractCode) -> bool:
-    """Whether a code has points and lambdas, as NeRCC has."""
+    """Return whether a code has points and lambdas, as NeRCC has."""
     names = {field.name for field in dataclasses.fields(code)}
     return {"alpha", "beta", "lambda_enc", "lambda_dec"} <= names
 
@@ -51,13 +51,17 @@ def has_points(code: AbstractCode) -> bool:
 def following_points(
     code: Any, coordinates: Float[Array, "num_data d"]
 ) -> tuple[Float[Array, " num_data"], Float[Array, " num_workers"]]:
-    """Alphas as far apart as a group's data points are, and betas that go along with them.
+    """Return alphas as far apart as a group's data points are, and betas that go along with them.
 
-    `coordinates` say where data points are: inputs, features, or the one parameter they differ by.
     In the order of the code's alphas, chord lengths between neighbours divide the range from the
     first alpha to the last. A beta at an alpha stays at it, one between two stays between them at
     the same share of the gap, and one outside stays. Differentiable in the coordinates, but where
     neighbours are the same.
+
+    Args:
+        code: A code with points.
+        coordinates: The places of the data points: inputs, features, or the one parameter they
+            differ by.
     """
     if code.num_data == 1:
         return code.alpha, code.beta
@@ -85,14 +89,21 @@ def copies_of_doubtful(
     lost: float = 0.1,
     budget: float | None = None,
 ) -> tuple[Int[Array, "groups num_workers"], Array]:
-    """Which data point each worker gets, in each group: all once, and the doubtful again.
+    """Return the data point of each worker in each group, and which workers have one.
 
-    With the share `lost` of the workers, a further copy of a data point that c workers have takes
-    deviation^2 lost^c off the expected squared error; copies go, one by one, where that is most.
-    `budget` is the mean number of workers of a group: then groups with more doubt get more of them,
-    up to `num_workers`, and those left over have nothing to do. Returned beside is who has.
+    All data points come once, and uncertain ones again: with the share `lost` of the workers, a
+    further copy of a data point that c workers have takes deviation^2 lost^c off the expected
+    squared error, and copies go, one by one, where that is most.
 
-    Raises: ValueError for fewer workers than data points, and a budget not between them.
+    Args:
+        deviation: The standard deviation of each data point's prediction.
+        num_workers: N.
+        lost: The share of workers that are expected to straggle.
+        budget: The mean number of workers of a group: groups with more uncertainty get more of
+            them, up to N, and those left over have nothing to do.
+
+    Raises:
+        ValueError: There are fewer workers than data points, or the budget is not between them.
     """
     groups, num_data = deviation.shape
     further = num_workers - num_data

@@ -19,12 +19,11 @@ def encode_groups(
     x: PyTree[Shaped[Array, "groups num_data ..."]],
     matrix: Float[ArrayLike, "*groups num_workers num_data"] | None = None,
 ) -> PyTree[Shaped[Array, "groups num_workers ..."]]:
-    """Return the coded data points of many groups, in x's dtype; `matrix` is the encoder's, if
-    made, or one for each group.
+    """Return the coded data points of many groups, in x's dtype.
 
-    What is no float is taken to be the same for all data points of a group: see `alike_beside`.
+    `matrix` is the encoder's, if it is made, or one for each group. What is no float is taken to be
+    the same for all data points of a group: see `alike_beside`.
     """
-
     arrays, rest = eqx.partition(code, eqx.is_array)
 
     def encoded(arrays: PyTree, x: PyTree, matrix: ArrayLike | None) -> PyTree:
@@ -39,8 +38,10 @@ def encode_groups(
 def encode_leaf(
     matrix: Float[Array, "*groups rows num_data"], x: Shaped[Array, "groups num_data ..."]
 ) -> Shaped[Array, "groups rows ..."]:
-    """Return one leaf of groups times an encoder's matrix, or each group's; what is no float,
-    repeated for each row."""
+    """Return one leaf of groups times an encoder's matrix, or each group's.
+
+    A leaf that is no float is repeated for each row.
+    """
     shape = (x.shape[0], matrix.shape[-2], *x.shape[2:])
     if not is_float(x):
         return jnp.broadcast_to(x[:, :1], shape)
@@ -54,7 +55,6 @@ def decode_groups_in_program(
     given: Matrices | None = None,
 ) -> Decoded:
     """Decode many groups as part of a program. See `decode_vectors`."""
-
     arrays, rest = eqx.partition(code, eqx.is_array)
 
     def decoded(

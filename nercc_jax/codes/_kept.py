@@ -87,8 +87,10 @@ class KeptMatrices:
     def decoders(
         self, available: Bool[np.ndarray, "groups num_workers"], most: int = FEW_SETS
     ) -> Matrices | None:
-        """Return the matrices for these straggler sets: once if they are all the same, None if
-        there are more than `most` different ones."""
+        """Return the matrices for these straggler sets: once if they are all the same.
+
+        Returns None if there are more than `most` different ones.
+        """
         names = [row.tobytes() for row in available]
         sets = dict(zip(names, available, strict=True))
         if not 1 <= len(sets) <= most:
@@ -100,8 +102,10 @@ class KeptMatrices:
         return jax.tree.map(lambda *leaves: np.concatenate(leaves), *each)
 
     def exact_decoder(self, available: Bool[np.ndarray, " num_workers"]) -> Matrices | None:
-        """Return the matrix in float64, whose product loses no digit of float32; None for a code
-        whose matrices are compiled."""
+        """Return the matrix in float64, whose product loses no digit of float32.
+
+        Returns None for a code whose matrices are compiled.
+        """
         with np.errstate(all="ignore"):  # infinite lambdas are valid
             # As `self._code.decoder_on_host` would, but for binding it, which takes 0.1 ms.
             made = type(self._code).decoder_on_host(self._code, available)
@@ -159,8 +163,10 @@ def known_matrices(code: Any, available: ArrayLike) -> Known:
 
 
 def known_decoders(code: Any, available: ArrayLike) -> Matrices | None:
-    """Return the decoder's matrices for a mask, or one for each group, where code and masks are
-    known, and the masks are few different ones."""
+    """Return the decoder's matrices for a mask, or one for each group, where they are known.
+
+    They are where code and masks are known, and the masks are few different ones.
+    """
     if isinstance(available, Tracer):
         return None
     kept, masks = kept_matrices(code), np.atleast_2d(np.asarray(available))
@@ -186,8 +192,10 @@ def encoder_rows(code: Any) -> Float[np.ndarray, "num_workers num_data"]:
 
 
 def kept_matrices(code: Any) -> KeptMatrices | None:
-    """Return a code's matrices, or None while JAX traces the code: then they are part of its
-    program."""
+    """Return a code's matrices, or None while JAX traces the code.
+
+    Then they are part of its program.
+    """
     if any_tracer(code):
         return None
     place = id(code), x64_enabled()
@@ -208,7 +216,7 @@ def x64_enabled() -> bool:
 
 
 def _dtype_of(arrays: PyTree) -> Any:
-    """The dtype of the matrices: that of the code's numbers, or JAX's for floats without any."""
+    """Return the dtype of the matrices: that of the code's numbers, or JAX's default."""
     floats = [a.dtype for a in jax.tree.leaves(arrays) if jnp.issubdtype(a.dtype, jnp.floating)]
     return jnp.result_type(*floats) if floats else jax.dtypes.canonicalize_dtype(float)
 
@@ -232,12 +240,12 @@ def _plainly(run: Callable[[], Any]) -> Any:
 
 
 def _as_numpy(leaf: Array | np.ndarray) -> Array | np.ndarray:
-    """An array as NumPy's; a random key as it is."""
+    """Return an array as NumPy's; a random key as it is."""
     return leaf if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else np.asarray(leaf)
 
 
 def _on_cpu(leaf: Array | np.ndarray) -> Array | np.ndarray:
-    """An array on the CPU, and computed with there; as it is where JAX_PLATFORMS leaves it out."""
+    """Return an array on the CPU; as it is where JAX_PLATFORMS leaves the CPU out."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return leaf
     try:

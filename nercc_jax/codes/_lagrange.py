@@ -35,9 +35,10 @@ class Lagrange(AbstractCode):
     def __init__(
         self, num_data: int, num_workers: int, *, degree: int = 1, points: Points = "chebyshev"
     ):
-        """Points by layout name or as (alpha, beta): see `regression_points`.
+        """Make a code with points by layout name or as (alpha, beta): see `regression_points`.
 
-        Raises: ValueError as `regression_points` does, and for a degree whose threshold exceeds N.
+        Raises:
+            ValueError: As `regression_points`; or the degree's threshold exceeds N.
         """
         counts = check_counts(num_data=num_data, num_workers=num_workers)
         self.num_data, self.num_workers = counts
@@ -51,7 +52,7 @@ class Lagrange(AbstractCode):
 
     @property
     def threshold(self) -> int:
-        """The number of answers that decoding takes."""
+        """Return the number of answers that decoding takes."""
         return (self.num_data - 1) * self.degree + 1
 
     def encoder_matrix(self) -> Float[Array, "num_workers num_data"]:

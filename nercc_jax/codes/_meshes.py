@@ -45,7 +45,7 @@ def coded_on_mesh(
 
 
 def _explicit_mesh_of(leaf: Any) -> Any:
-    """The mesh of an array with Explicit axes, if it lies on such a one."""
+    """Return the mesh of an array with Explicit axes, if it lies on one."""
     if not isinstance(leaf, jax.Array):
         return None
     mesh = jax.typeof(leaf).sharding.mesh

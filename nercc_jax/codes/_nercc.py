@@ -33,29 +33,33 @@ class NeRCC(AbstractCode):
     Coded data points are samples at beta of the smoothing spline through the data points at alpha,
     with `lambda_enc`; predictions are samples at alpha of the smoothing spline through the answers
     at beta, with `decoder_penalty`. A lambda weighs the integral of u''^2 over [-1, 1] against the
-    mean squared error; 0 interpolates.
+    mean squared error; 0 interpolates. One answer gives a constant.
 
     Two terms go beyond the published method, which is the special case where both are zero:
+    `gap_exponent` and `end_penalty`. Beyond the outermost answers the spline is a straight line,
+    whose slope few answers determine.
 
-    - `gap_exponent`. The best penalty of the decoder grows with the gaps that stragglers leave, so
-      it is `lambda_dec` when all workers answer, and grows with this power of the mean gap between
-      the answers.
-    - `end_penalty`. Beyond the outermost answers the spline is a straight line, whose slope few
-      answers tell. So lambda_dec weighs, beside the integral, end_penalty (1 - t^2) u'(t)^2 at the
-      two outermost answers t: nothing at -1 and 1, and the more the farther the line must go.
-
-    With `exact`, an answer at a data point's own place (interleaved and repeated points) weighs 1
-    over the rounding in the decoding regression: that prediction is the answer itself, whatever
-    lambda_dec smooths elsewhere. Without, that holds for lambda_dec = 0 only. It takes a
-    `lambda_enc` of 0, or the worker has not run on the data point itself.
-
-    With `ends` "not-a-knot" the decoding regression does not end without curvature, as a natural
-    spline does, but with one cubic over its first two gaps, and one over its last two. For smooth
-    curves with little smoothing: sweeps of a parameter had a tenth to six tenths less error by it
-    (docs/functions.md). Its `posterior_variance` is that of natural ends.
-
-    `lambda_enc`, `lambda_dec`, `gap_exponent`, `end_penalty`, `alpha` and `beta` are leaves. One
-    answer gives a constant.
+    Attributes:
+        num_data: K.
+        num_workers: N.
+        alpha: Regression points of the data points; a leaf.
+        beta: Regression points of the workers; a leaf.
+        lambda_enc: The encoder's smoothing; a leaf.
+        lambda_dec: The decoder's smoothing when all workers answer; a leaf.
+        gap_exponent: The decoder's lambda grows with this power of the mean gap between the
+            answers; a leaf.
+        end_penalty: lambda_dec weighs, in addition to the integral, end_penalty (1 - t^2) u'(t)^2
+            at the two outermost answers t: nothing at -1 and 1, and more the farther the line must
+            go; a leaf.
+        exact: Whether an answer at a data point's own place (interleaved and repeated points)
+            weighs 1 over the rounding in the decoding regression, so that this prediction is the
+            answer itself, whatever lambda_dec smooths elsewhere. Otherwise that holds for
+            lambda_dec = 0 only. It takes a `lambda_enc` of 0, or the worker has not run on the data
+            point itself.
+        ends: "natural", or "not-a-knot": the decoding regression then ends with one cubic over its
+            first two gaps, and one over its last two, in place of no curvature. It is for smooth
+            curves with little smoothing: sweeps of a parameter had a tenth to six tenths less error
+            (docs/functions.md). Its `posterior_variance` is that of natural ends.
     """
 
     num_data: int = eqx.field(static=True)
@@ -82,7 +86,7 @@ class NeRCC(AbstractCode):
         exact: bool = False,
         ends: Ends = "natural",
     ):
-        """Points by layout name or as (alpha, beta): see `regression_points`.
+        """Make a code with points by layout name or as (alpha, beta): see `regression_points`.
 
         Without tuning, `lambda_enc` = 0 (workers see the data points' own curve); `lambda_dec` is
         the fourth power of a tenth of the workers' mean gap or a 28th of the data points', in
@@ -92,9 +96,9 @@ class NeRCC(AbstractCode):
         softmax. With a `lambda_dec` of your own, the last two are 0 unless given; with `ends` that
         are not natural, `end_penalty` is.
 
-        Raises: ValueError as `regression_points` does, for a lambda or `end_penalty` that is
-        negative, for NaN, for infinities other than in a lambda, for what is no scalar, and for
-        unknown `ends`.
+        Raises:
+            ValueError: As `regression_points`; a lambda or `end_penalty` is negative, a number is
+                NaN or (other than a lambda) infinite or no scalar, or `ends` is unknown.
         """
         if not isinstance(exact, bool):
             raise ValueError(f"exact must be True or False, not {exact!r}")
@@ -117,10 +121,10 @@ class NeRCC(AbstractCode):
         self.end_penalty = _scalar("end_penalty", penalty, dtype, least=0.0, most=largest)
 
     def decoder_penalty(self, available: Bool[ArrayLike, " num_workers"]) -> Float[Array, ""]:
-        """The lambda that these workers' answers are decoded with:
+        """Return the lambda that these workers' answers are decoded with.
 
-        lambda_dec * (mean gap of the available betas / mean gap of all betas) ^ gap_exponent, gaps
-        as `nercc_jax.codes._points.mean_gap` has them.
+        It is lambda_dec * (mean gap of the available betas / mean gap of all betas) ^ gap_exponent,
+        with gaps as in `nercc_jax.codes._points.mean_gap`.
         """
         return _penalty(self, as_mask(available, (self.num_workers,)))
 
@@ -208,7 +212,7 @@ def decoding_options(code: NeRCC, available: Bool[Any, " num_workers"]) -> dict[
 
 
 def _smoothing_length(alpha: Array, beta: Array) -> Any:
-    """The length that the untuned decoder smooths over, in radians; measured, see `NeRCC`."""
+    """Return the length that the untuned decoder smooths over, in radians: see `NeRCC`."""
     given: Any = alpha, beta
     if not any_tracer(given):  # then nothing is compiled
         given = np.asarray(alpha), np.asarray(beta)

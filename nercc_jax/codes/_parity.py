@@ -31,8 +31,7 @@ class Parity(AbstractCode):
     num_workers: int = eqx.field(static=True)
 
     def __init__(self, num_data: int, num_workers: int):
-        """Raises: ValueError unless there are parity workers, and K is a multiple of their
-        number."""
+        """Make a code; raise ValueError unless K is a multiple of the number of parity workers."""
         num_data, num_workers = check_counts(num_data=num_data, num_workers=num_workers)
         parities = num_workers - num_data
         if parities < 1 or num_data % parities:
@@ -44,7 +43,7 @@ class Parity(AbstractCode):
 
     @property
     def k(self) -> int:
-        """The number of data points that a parity worker protects."""
+        """Return the number of data points that a parity worker protects."""
         return self.num_data // (self.num_workers - self.num_data)
 
     @property

@@ -28,12 +28,12 @@ _KNOWN = ", ".join([*LAYOUTS, *(f"{family}:SHARE" for family in FAMILIES)])
 def regression_points(
     num_data: int, num_workers: int, points: Points = "chebyshev"
 ) -> tuple[Float[Array, " num_data"], Float[Array, " num_workers"]]:
-    """The points (alpha, beta) of a layout by name, or given ones after a check.
+    """Return the points (alpha, beta) of a layout by name, or given ones after a check.
 
     - "chebyshev": alpha_k = cos((2k-1) pi / 2K), beta_n = cos((n-1) pi / (N-1)) (arXiv 2402.04377).
     - "approxifer": the same alpha, beta_n = cos((n-1) pi / N) (ApproxIFER, AAAI 2022).
     - "uniform": alpha_k = (2k-1)/K - 1, beta evenly from 1 to -1.
-    - "interleaved": Chebyshev alphas, each of them a beta too, the further workers spread evenly
+    - "interleaved": Chebyshev alphas, each of them a beta, too, the further workers spread evenly
       over the gaps between them: under interpolation an answered data point is exact.
     - "repeated": Chebyshev alphas, each a beta once or more: replication's placement.
     - "mixed:0.5": Chebyshev alphas, each a beta once; of the further workers this share (0 to 1)
@@ -43,8 +43,10 @@ def regression_points(
       the beta that is nearest to each lies on it; -1 and 1 keep their workers if N > K + 1.
     - (alpha, beta): given, in any order; alphas distinct, all within [-1, 1].
 
-    Raises: ValueError for an unknown name, a share out of range, counts that a layout cannot serve,
-    or given points that are of the wrong shape, out of range, not finite, or alphas that coincide.
+    Raises:
+        ValueError: The name is unknown, a share is out of range, a layout cannot serve these
+            counts, or given points have the wrong shape, are out of range or not finite, or alphas
+            coincide.
     """
     num_data, num_workers = check_counts(num_data=num_data, num_workers=num_workers)
     if isinstance(points, str):
@@ -71,7 +73,8 @@ def copies(num_data: int, num_workers: int) -> Int[np.ndarray, " num_workers"]:
 
     The last, incomplete round is spread evenly. For K dividing N, worker n has data point n mod K.
 
-    Raises: ValueError for fewer workers than data points.
+    Raises:
+        ValueError: There are fewer workers than data points.
     """
     num_data, num_workers = check_counts(num_data=num_data, num_workers=num_workers)
     if num_workers < num_data:
@@ -91,12 +94,12 @@ def coincident(points: Float[Any, " n"], others: Float[Any, " k"]) -> Bool[Any, 
 
 
 def mean_gap(points: Float[Any, " n"], available: Bool[Any, "*sets n"]) -> Float[Any, "*sets"]:
-    """Return the gap, in radians, that a point on the unit circle falls into on average, with the
-    available points of each set.
+    """Return the mean gap, in radians, that a point on the unit circle falls into.
 
-    Points t are seen at the angles +-arccos(t), where Chebyshev points are evenly spaced; of gaps
-    g with the sum 2 pi, that mean is sum g^2 / 2 pi. The gap over an end of [-1, 1] is twice the
-    distance of the outermost point to it. With no point it is the whole circle.
+    Each set of available points t has its own. They are seen at the angles +-arccos(t), where
+    Chebyshev points are evenly spaced; of gaps g with the sum 2 pi, that mean is sum g^2 / 2 pi.
+    The gap over an end of [-1, 1] is twice the distance of the outermost point to it. With no point
+    it is the whole circle.
 
     Differentiable in the points, but for those at -1 or 1, whose derivative is taken as zero: the
     angle has none there.
@@ -122,7 +125,7 @@ def mean_gap(points: Float[Any, " n"], available: Bool[Any, "*sets n"]) -> Float
 
 
 def _gap_of(angles: Float[np.ndarray, " n"]) -> float:
-    """`mean_gap` of all these points, by their angles in order."""
+    """Return `mean_gap` of all these points, by their angles in order."""
     if not len(angles):
         return 2 * np.pi
     ends = angles[0] ** 2 + (np.pi - angles[-1]) ** 2
@@ -159,9 +162,10 @@ def _layout(num_data: int, num_workers: int, name: str) -> tuple[np.ndarray, np.
 
 
 def _share(name: str) -> float:
-    """The share that a layout with workers on data points goes by.
+    """Return the share in the name of a layout with workers on data points.
 
-    Raises: ValueError for a layout of another name, or a share out of range.
+    Raises:
+        ValueError: The layout has another name, or the share is out of range.
     """
     if name in ("interleaved", "repeated"):
         return float(name == "repeated")
@@ -202,17 +206,17 @@ def _further(num_data: int, further: int, repeats: int) -> tuple[np.ndarray, np.
 
 
 def _spread(number: int, slots: int) -> Int[np.ndarray, " number"]:
-    """`number` of the slots, spread evenly, in order."""
+    """Return `number` of the slots, spread evenly, in order."""
     return (2 * np.arange(number) + 1) * slots // (2 * max(number, 1))
 
 
 def _cosine(half_turns: np.ndarray) -> np.ndarray:
-    """cos(pi x), symmetric to the last bit: as sin(pi (1/2 - x))."""
+    """Return cos(pi x), symmetric to the last bit: as sin(pi (1/2 - x))."""
     return np.sin(np.pi * (0.5 - half_turns))
 
 
 def _between(num_data: int, gaps: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Angles, in half turns, of points in these gaps between the alphas, evenly in each."""
+    """Return angles, in half turns, of points spread evenly in these gaps between the alphas."""
     counts = np.bincount(gaps, minlength=num_data)
     parts = [g + 1 + np.arange(1, c + 1) / (c + 1) for g, c in enumerate(counts)]
     return (2 * np.concatenate(parts) - 1) / (2 * num_data)

@@ -11,7 +11,7 @@ FULL = jax.lax.Precision.HIGHEST
 def multiply(
     matrix: Float[Array, "... a b"], x: Float[Array, "... b m"]
 ) -> Float[Array, "... a m"]:
-    """matrix @ x in x's precision, float32 at least; one matrix may be for many groups."""
+    """Return matrix @ x in x's precision, float32 at least; one matrix may be for many groups."""
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     matrix, x = matrix.astype(dtype), x.astype(dtype)
     one = matrix.ndim == 2 or matrix.shape[0] == 1

@@ -1,4 +1,4 @@
-"""What engineers do today: copies, or nothing."""
+"""Copies, or nothing: what engineers do today."""
 
 from typing import Any
 
@@ -39,7 +39,7 @@ class Replication(AbstractCopies):
     num_workers: int = eqx.field(static=True)
 
     def __init__(self, num_data: int, num_workers: int):
-        """Raises: ValueError for fewer workers than data points."""
+        """Make a code; raise ValueError for fewer workers than data points."""
         counts = check_counts(num_data=num_data, num_workers=num_workers)
         copies(*counts)  # says whether there are enough
         self.num_data, self.num_workers = counts
@@ -76,7 +76,7 @@ class Uncoded(AbstractCopies):
     num_workers: int = eqx.field(static=True)
 
     def __init__(self, num_data: int, num_workers: int | None = None):
-        """Raises: ValueError for a number of workers other than that of data points."""
+        """Make a code; raise ValueError for a number of workers other than that of data points."""
         num_data = check_count("num_data", num_data)
         if num_workers not in (None, num_data):
             raise ValueError(

@@ -18,9 +18,10 @@ from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
 
 
 def leaves_of(name: str, tree: PyTree) -> Iterator[tuple[str, Any]]:
-    """Every leaf with what to call it: "x" for an array, "x['image']" in a dict.
+    """Return every leaf with its name: "x" for an array, "x['image']" in a dict.
 
-    Raises: ValueError for a tree without leaves.
+    Raises:
+        ValueError: The tree has no leaves.
     """
     found = jax.tree_util.tree_flatten_with_path(tree)[0]
     if not found:
@@ -50,7 +51,7 @@ def is_float(leaf: Any) -> bool:
 
 
 def check_floats(name: str, tree: PyTree, *, beside: bool = False) -> None:
-    """Raises: ValueError for leaves that are no floats; with `beside`, where none is a float."""
+    """Raise ValueError for leaves that are no floats; with `beside`, where none is a float."""
     named = list(leaves_of(name, tree))
     if beside and any(is_float(leaf) for _, leaf in named):
         return
@@ -63,7 +64,7 @@ def check_floats(name: str, tree: PyTree, *, beside: bool = False) -> None:
 
 
 def check_leading(name: str, tree: PyTree, wanted: tuple[int, ...], what: str) -> None:
-    """Raises: ValueError where a leaf's first axes are not the wanted ones."""
+    """Raise ValueError where a leaf's first axes are not the wanted ones."""
     for label, leaf in leaves_of(name, tree):
         if leaf.shape[: len(wanted)] != wanted:
             axes = "first axis" if len(wanted) == 1 else f"first {len(wanted)} axes"
@@ -75,7 +76,7 @@ def check_leading(name: str, tree: PyTree, wanted: tuple[int, ...], what: str) -
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """How vectors were joined from a pytree's leaves: the tree, and each leaf's shape and dtype."""
+    """The structure of a pytree whose leaves were joined to vectors: shapes and dtypes."""
 
     structure: Any
     shapes: tuple[tuple[int, ...], ...]
@@ -83,16 +84,16 @@ class Form:
 
     @property
     def size(self) -> int:
-        """The length of the vectors."""
+        """Return the length of the vectors."""
         return sum(math.prod(shape) for shape in self.shapes)
 
     @property
     def is_vector(self) -> bool:
-        """Whether it was one array of vectors."""
+        """Return whether it was one array of vectors."""
         return self.structure == jax.tree.structure(0) and len(self.shapes[0]) == 1
 
     def split(self, vectors: Float[Array, "*lead m"]) -> PyTree[Float[Array, "..."]]:
-        """The tree of vectors with any first axes, in the precision that came, float32 at least."""
+        """Return the tree of vectors with any first axes, in its precision, float32 at least."""
         parts = [vectors]
         if len(self.shapes) > 1:
             ends = np.cumsum([math.prod(shape) for shape in self.shapes])
@@ -106,9 +107,9 @@ class Form:
 
 
 def join(tree: PyTree, axes: int) -> tuple[Float[Array, "*lead m"], Form]:
-    """The leaves as vectors, side by side, and the way back.
+    """Return the leaves as vectors, next to each other, and the way back.
 
-    `axes` are the first axes, which all leaves share.
+    `axes` is the number of first axes, which all leaves share.
     """
     leaves, structure = jax.tree.flatten(tree)
     dtypes = [jnp.promote_types(leaf.dtype, jnp.float32) for leaf in leaves]
@@ -121,12 +122,12 @@ def join(tree: PyTree, axes: int) -> tuple[Float[Array, "*lead m"], Form]:
 
 
 def points_of(groups: PyTree[Shaped[Array | np.ndarray, "groups size ..."]]) -> PyTree:
-    """The data points of all groups in a row: (groups * K, ...)."""
+    """Return the data points of all groups in a row: (groups * K, ...)."""
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), groups)
 
 
 def groups_of(points: PyTree[Shaped[Array | np.ndarray, "points ..."]], num_data: int) -> PyTree:
-    """Data points in a row as groups (groups, K, ...), which they fill."""
+    """Return data points in a row as groups (groups, K, ...), which they fill."""
     return jax.tree.map(lambda leaf: leaf.reshape(-1, num_data, *leaf.shape[1:]), points)
 
 
@@ -144,7 +145,7 @@ _finite_points = jax.jit(finite_points, static_argnums=1)
 
 
 def check_finite(x: PyTree, axes: int) -> None:
-    """Raises: ValueError that names the data points that are not finite; not for tracers."""
+    """Raise ValueError that names the data points that are not finite; not for tracers."""
     if any_tracer(x):
         return
     known = all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(x))
@@ -155,9 +156,9 @@ def check_finite(x: PyTree, axes: int) -> None:
 
 
 def alike_beside(x: PyTree, axes: int) -> Bool[Array, "*groups"]:
-    """Whether what cannot be mixed (integers, booleans) is the same for a group's data points.
+    """Return whether parts that are not coded (integers, booleans) are the same within a group.
 
-    `axes` are the first axes, the last of them that of a group's data points.
+    `axes` is the number of first axes, the last of them that of a group's data points.
     """
     lead = jax.tree.leaves(x)[0].shape[: axes - 1]
     alike = jnp.ones(lead, bool)
@@ -169,7 +170,7 @@ def alike_beside(x: PyTree, axes: int) -> Bool[Array, "*groups"]:
 
 
 def check_beside(name: str, x: PyTree, axes: int) -> None:
-    """Raises: ValueError where what cannot be mixed differs within a group; not for tracers."""
+    """Raise ValueError where parts that are not coded differ within a group; not for tracers."""
     for label, leaf in leaves_of(name, x):
         if is_float(leaf) or isinstance(leaf, Tracer):
             continue

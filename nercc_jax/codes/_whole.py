@@ -7,10 +7,12 @@ from typing import Any, BinaryIO
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Puts on disk what `write` writes into a file, in place of what was there.
+    """Put on disk what `write` writes into a file, in place of what was there.
 
-    Of two processes that write the same, one does last. Raises: OSError as `open` does, and what
-    `write` does; the file is as before then.
+    Of two processes that write the same, one is the last. The file is as before where it fails.
+
+    Raises:
+        OSError: As `open`; and what `write` raises.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -45,7 +45,6 @@ def labels_of(outputs: PyTree, axes: int) -> PyTree[Int[Array, "..."]]:
 
 def same_labels(labels: PyTree, others: PyTree, axes: int) -> Bool[Array, "*lead"]:
     """Return whether all labels of data points are the same; `axes` as in `labels_of`."""
-
     same = [
         jnp.all((mine.reshape(theirs.shape) == theirs).reshape(*theirs.shape[:axes], -1), axis=-1)
         for mine, theirs in zip(jax.tree.leaves(labels), jax.tree.leaves(others), strict=True)

@@ -63,7 +63,7 @@ class AbstractScheme(eqx.Module):
         available: Bool[Array, "groups num_workers"],
         known: Known,
     ) -> Any:
-        """Predictions of data points (whole groups of K), with what `work` makes of groups.
+        """Return predictions of data points (whole groups of K), with what `work` makes of groups.
 
         `known` are the code's matrices where they are made already: the decoder's for these masks.
         """
@@ -76,14 +76,14 @@ def coded_predictions(
     available: Bool[ArrayLike, "groups num_workers"],
     *args: Any,
 ) -> Decoded:
-    """Encodes groups of K data points, runs the model on all coded ones at once, and decodes.
+    """Encode groups of K data points, run the model on all coded ones at once, and decode.
 
-    A pure function: jit it, and differentiate it in x, the code, the model and its arguments. x and
-    the model's answers may be pytrees. A group in which something that cannot be mixed (integers)
-    differs is not recovered.
+    This is a pure function: jit it, and differentiate it in x, the code, the model and its
+    arguments. x and the model's answers may be pytrees. A group in which a part that is not coded
+    (integers) differs is not recovered. Models, and the errors raised for them, are those of
+    `run_workers`.
 
-    Models, and the errors raised for them: see `run_workers`. Source: arXiv 2402.04377, the three
-    steps of NeRCC.
+    Source: arXiv 2402.04377, the three steps of NeRCC.
     """
     return _predictions(model, code, x, available, args, Known())
 
@@ -114,13 +114,6 @@ def coded_inference(
 ) -> "CodedInference":
     """Return one jitted function `(x, available, *args) -> predictions` for a model behind a code.
 
-    x: (K, ...) for one group, or (groups, K, ...), of a float dtype; `grouped` says which, unless
-    the axes do. available: a mask (N,) for all groups, or one per group (groups, N). Predictions
-    are (K, ...) or (groups, K, ...) accordingly, NaN where nothing can be recovered: in a group
-    with a data point that is not finite, or where no worker is available. `with_status=True`
-    returns `Decoded`, which tells the workers that were heard and the predictions that were
-    recovered.
-
     >>> import jax.numpy as jnp
     >>> from nercc_jax import NeRCC, coded_inference
     >>> infer = coded_inference(lambda x: jnp.sin(x), NeRCC(4, 8))
@@ -128,41 +121,50 @@ def coded_inference(
     >>> bool(jnp.max(jnp.abs(infer(x, jnp.arange(8) != 3) - jnp.sin(x))) < 0.05)
     True
 
+    The function takes x, (K, ...) for one group or (groups, K, ...), of a float dtype, and
+    available, a mask (N,) for all groups or one for each (groups, N). Predictions have x's axes;
+    they are NaN where nothing can be recovered: in a group with a data point that is not finite, or
+    where no worker is available. Data points and answers may be pytrees of arrays, each leaf with
+    these axes; a leaf of x that is no float is not coded, and must be the same for all data points
+    of a group.
+
     Behind a **scheme** (`nercc_jax.Scheme`), x is (points, ...), any number of whole groups in any
-    order; masks are of groups as they are sent. With `grouped=True` x is (groups, K, ...).
-    `with_status=True` returns what the scheme tells beside predictions, such as its doubt.
-
-    `model` is any callable on a batch. If it is a pytree (an Equinox or NNX module, a
-    `jax.tree_util.Partial`), its arrays are arguments of the program, not constants in it. `args`
-    are passed on to it: `model(batch, *args)`. A code whose workers run further models beside the
-    served one takes all of them, (served, further...). Data points and answers may be pytrees of
-    arrays, each leaf with the axes above. A leaf of x that is no float cannot be mixed: it may
-    stand beside the others if it is the same for all data points of a group.
-
-    With a `mesh`, the coded data points are spread over an axis of it, any N on any number of
-    devices, and the predictions come back on all of them. It is the `axis` of that name, or else
-    `workers`, or the only one there is; its type, Explicit or Auto, does not matter. Arrays of the
-    model and of the code are placed once, here: those that lie on just this mesh's devices keep
-    their sharding (over a further axis, say), others are replicated. `args` are placed likewise, on
-    each call. Several processes (`jax.distributed`) all call with the same x and mask.
-
-    With a `worker_dtype`, such as "bfloat16" or "float16", workers run in that: coded data points
-    are cast to it, and so are `args` and, once, here, the arrays of the model, as far as
-    `cast_model` reaches them (not those that a function closes over); answers are decoded in
-    float32. It costs some RelAcc (`bench/precision.py`). The encoder, the decoder and what a scheme
-    adds stay as they are; what it has calibrated at another precision, or on another platform,
-    says so here, by a `CalibrationWarning`.
+    order; masks are of groups as they are sent.
 
     One compilation serves every straggler set; groups with sets of their own take another one, and
     more than a few different sets in a call a third. The encoder's matrix is made once, on the
     host's CPU, and so is the decoder's for each mask that is given outside jit, unless a call has
-    many: the last thousands are kept. Then the program is encode, model and one product, the call
-    waits for its result, and looks whether the product is all there is to decoding. Composes with
-    jit, grad, vmap, with a mesh too; `lower` compiles ahead of time.
+    many: the last thousands are kept. Then the program is encode, model and one product, and the
+    call waits for its result to see whether the product is enough. It composes with jit, grad,
+    vmap, with a mesh, too; `lower` compiles ahead of time.
 
-    Raises: ValueError for shapes and dtypes that do not fit, before anything runs; for a model in
-    training mode, or one that cannot be cast; for a mesh without the axis; and, behind a scheme,
-    outside jit, for data points that are not finite.
+    Args:
+        model: Any callable on a batch. If it is a pytree (an Equinox or NNX module, a
+            `jax.tree_util.Partial`), its arrays are arguments of the program, not constants in it.
+            `args` are passed on to it: `model(batch, *args)`. A code whose workers run further
+            models takes all of them, (served, further...).
+        code: A code or a scheme.
+        with_status: Whether to return `Decoded`, with the workers that were used and the
+            predictions that were recovered; for a scheme what it knows in addition, such as its
+            error probability.
+        grouped: Whether x has an axis of groups. Default: by its axes.
+        mesh: Spread the coded data points over an axis of this mesh, any N on any number of
+            devices; predictions come back on all of them. Arrays of the model and of the code are
+            placed once, here: those that lie on just this mesh's devices keep their sharding,
+            others are replicated; `args` are placed likewise, on each call. Several processes
+            (`jax.distributed`) all call with the same x and mask.
+        axis: The name of that axis, of Explicit or Auto type. Default: `workers`, or the only one
+            there is.
+        worker_dtype: A dtype such as "bfloat16" or "float16" that workers run in: coded data points
+            are cast to it, and so are `args` and, once, here, the arrays of the model, as far as
+            `cast_model` reaches them; answers are decoded in float32. It costs some RelAcc
+            (`bench/precision.py`). Encoder, decoder and a scheme's parts stay as they are; what is
+            calibrated at another precision, or on another platform, warns (`CalibrationWarning`).
+
+    Raises:
+        ValueError: Shapes or dtypes do not fit, before anything runs; the model is in training
+            mode, or cannot be cast; the mesh lacks the axis; or, behind a scheme, outside jit, data
+            points are not finite.
     """
     check_model(model)
     scheme = code if isinstance(code, AbstractScheme) else None
@@ -245,9 +247,10 @@ class CompiledInference:
     arrays: PyTree
 
     def __call__(self, x: PyTree, available: ArrayLike, *args: Any) -> Any:
-        """Return what the program makes of arguments of the shapes and dtypes it was lowered for.
+        """Run the program on arguments of the shapes and dtypes that it was lowered for.
 
-        Raises: TypeError for others.
+        Raises:
+            TypeError: They are others.
         """
         return self.compiled(self.arrays, x, available, *args)
 
@@ -337,7 +340,7 @@ def _run_on_mesh(
     grouped: bool,
     shape: tuple[int, ...] | None,
 ) -> Decoded:
-    """`shape` is the data points' where x holds shares of their coordinates."""
+    """Run on a mesh; `shape` is the data points' where x holds shares of their coordinates."""
     there, given = alike_only(x, jnp.asarray(available), given)
     decoded = spmd_decoded(placed, x, there, args, shape, given)
     return decoded if grouped else _first(decoded)
@@ -396,7 +399,7 @@ def _run_scheme(
 def _points(
     code: AbstractCode, x: PyTree, available: ArrayLike, grouped: bool
 ) -> tuple[PyTree, Bool[Array | np.ndarray, "groups num_workers"]]:
-    """Data points in a row, and a mask for each of their groups. Raises: as `coded_inference`."""
+    """Return data points in a row, and a mask for each group; raise as `coded_inference`."""
     x = to_device(x)
     if not grouped:
         shapes = [leaf.shape for leaf in jax.tree.leaves(x)]

@@ -21,7 +21,7 @@ UNKNOWN = "unknown"
 
 
 class CalibrationWarning(UserWarning):
-    """What is calibrated is used under other conditions."""
+    """A calibrated object is used under other conditions."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Conditions:
         )
 
     def differ(self, other: "Conditions") -> bool:
-        """Whether anything differs that is known of both."""
+        """Return whether anything differs that is known of both."""
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
         return any(mine != theirs and UNKNOWN not in (mine, theirs) for mine, theirs in pairs)
 
@@ -54,13 +54,16 @@ class AbstractCalibrated(eqx.Module):
 
     @abc.abstractmethod
     def calibrated_under(self) -> Conditions:
-        """The conditions of those answers."""
+        """Return the conditions of the answers of the calibration."""
 
 
 def current_conditions(
     worker_dtype: DTypeLike | None = None, platform: str | None = None
 ) -> Conditions:
-    """Of workers that run here and now; on JAX's default device unless a platform is given."""
+    """Return the conditions of workers that run here and now.
+
+    They run on JAX's default device unless a platform is given.
+    """
     working = "float64" if x64_enabled() else "float32"
     return Conditions(
         check_worker_dtype(worker_dtype) or working,
@@ -70,7 +73,7 @@ def current_conditions(
 
 
 def matmul_precision() -> str | None:
-    """`jax.default_matmul_precision` in this thread, None if none is set."""
+    """Return `jax.default_matmul_precision` in this thread, None if none is set."""
     return jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -82,7 +85,7 @@ def _default_platform() -> str:
 
 
 def check_conditions(tree: PyTree, used: Conditions) -> None:
-    """Warns of everything in a tree that was calibrated under other conditions than it is used."""
+    """Warn of everything in a tree that was calibrated under other conditions."""
     found = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, AbstractCalibrated))
     for node in found:
         if isinstance(node, AbstractCalibrated):
@@ -90,7 +93,7 @@ def check_conditions(tree: PyTree, used: Conditions) -> None:
 
 
 def warn_if_other(what: str, calibrated: Conditions, used: Conditions) -> None:
-    """The warning, where these conditions differ: `CalibrationWarning`."""
+    """Warn where these conditions differ: `CalibrationWarning`."""
     if calibrated.differ(used):
         warnings.warn(
             f"{what} was calibrated on answers of {calibrated}, and is used with {used}: what it "

@@ -12,9 +12,10 @@ from ..codes._code import check_mask
 def as_groups(
     code: AbstractCode, x: PyTree, available: ArrayLike, grouped: bool | None = None
 ) -> tuple[PyTree, Bool[Array | np.ndarray, "groups num_workers"], bool]:
-    """Data points as groups with a mask each, and whether they came as groups.
+    """Return data points as groups with a mask each, and whether they came as groups.
 
-    x, and errors: see `group_points`. available: a mask (N,) for all groups or one per group.
+    x, and errors, are those of `group_points`; `available` is a mask (N,) for all groups or one for
+    each.
     """
     known = not (isinstance(available, jax.Array) or any_tracer(x))
     available = np.asarray(available) if known else jnp.asarray(available)
@@ -29,13 +30,19 @@ def as_groups(
 def group_points(
     code: AbstractCode, x: PyTree, grouped: bool | None = None, mask_axes: int = 1
 ) -> tuple[PyTree, bool]:
-    """Data points as groups (groups, K, ...), and whether they came so.
+    """Return data points as groups (groups, K, ...), and whether they came so.
 
-    x: a pytree of arrays (K, ...) or (groups, K, ...); `grouped` says which, unless given the axes
-    do, of x or of the mask. What is not on a device stays where it is.
+    What is not on a device stays where it is.
 
-    Raises: ValueError for shapes and dtypes that do not fit, no group at all, and what cannot be
-    mixed and differs within a group.
+    Args:
+        code: The code.
+        x: A pytree of arrays (K, ...) or (groups, K, ...).
+        grouped: Which of the two. Default: by the axes, of x or of the mask.
+        mask_axes: The number of axes of the mask.
+
+    Raises:
+        ValueError: Shapes or dtypes do not fit, there is no group, or a part that is not coded
+            differs within a group.
     """
     x = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf), x)
     check_floats("x", x, beside=True)
@@ -55,7 +62,8 @@ def group_points(
 def is_grouped(num_data: int, x: PyTree, mask_axes: int = 1, grouped: bool | None = None) -> bool:
     """Return whether x is many groups: as `grouped` says, else by the mask's axes or where K is.
 
-    Raises: ValueError where that does not tell, or x is neither.
+    Raises:
+        ValueError: That does not decide, or x is neither.
     """
     shapes = [(label, leaf.shape) for label, leaf in leaves_of("x", x)]
     single = all(shape[:1] == (num_data,) for _, shape in shapes) and mask_axes != 2

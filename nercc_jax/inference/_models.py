@@ -1,4 +1,4 @@
-"""What a model must be: a callable on a batch."""
+"""Models: callables on a batch."""
 
 import functools
 import sys
@@ -16,13 +16,15 @@ _INNER = ("func", "__self__", "__wrapped__")
 
 
 def check_model(model: Model | Sequence[Model]) -> None:
-    """Refuses a model, or several, that holds an Equinox or Flax NNX layer in training mode.
+    """Refuse a model, or several, that holds an Equinox or Flax NNX layer in training mode.
 
     Dropout would draw at random, and batch norm would mix the data points of a batch. Layers are
     looked for in modules, what those hold, and the functions around them (partial ones, bound
     methods, what JAX's transformations make); not in closures.
 
-    Raises: ValueError that names the layer, and says how to put the model into evaluation mode.
+    Raises:
+        ValueError: A layer is in training mode; the message names it, and says how to put the model
+            into evaluation mode.
     """
     for name, layer in modules_of(model):
         if remedy := _remedy(layer):
@@ -34,12 +36,12 @@ def check_model(model: Model | Sequence[Model]) -> None:
 
 
 def modules_of(model: Any) -> Iterator[tuple[str, Any]]:
-    """All modules that a model holds, with their names in it; where, see `check_model`."""
+    """Return all modules that a model holds, with their names in it; where, see `check_model`."""
     yield from _layers(model, "", {})
 
 
 def _layers(node: Any, name: str, seen: dict[int, Any]) -> Iterator[tuple[str, Any]]:
-    """`modules_of` a node by this name; `seen` are nodes by their id."""
+    """Return `modules_of` a node by this name; `seen` are nodes by their id."""
     if id(node) in seen:
         return
     seen[id(node)] = node  # alive, so that no other gets its id
@@ -68,7 +70,7 @@ def _is_module(node: Any) -> bool:
 
 
 def _remedy(layer: Any) -> str | None:
-    """How a layer that is in training mode leaves it."""
+    """Return how a layer in training mode leaves it."""
     if getattr(layer, "inference", None) is False and _drops(getattr(layer, "p", 1.0)):
         return "eqx.nn.inference_mode(model)"
     rates = [getattr(layer, name, 0.0) for name in ("rate", "dropout_rate")]
@@ -82,10 +84,11 @@ def _drops(rate: Any) -> bool:
 
 
 def call_model(model: Model, batch: PyTree, *args: Any) -> Any:
-    """`model(batch, *args)`, for a model that JAX can trace.
+    """Return `model(batch, *args)`, for a model that JAX can trace.
 
-    Raises: ValueError, from the model's own error, where it takes one data point instead of a batch
-    of them; else whatever the model raises.
+    Raises:
+        ValueError: The model takes one data point instead of a batch (from the model's own error);
+            else what the model raises.
     """
     try:
         return model(batch, *args)

@@ -34,33 +34,39 @@ def partial_inference(
     max_behind: int = 2,
     worker_dtype: DTypeLike | None = None,
 ) -> Callable[..., Decoded]:
-    """A function `infer(x, *, number=None, deadline) -> Decoded`, which waits for no slow device.
+    """Return a function `infer(x, *, number=None, deadline) -> Decoded` for slow devices.
 
     Workers are spread over an axis of the mesh, as by `coded_inference(..., mesh=mesh)`, but the
-    program that encodes and runs the model moves nothing between them, so each device is done
-    when it is done. `infer` decodes as soon as the answers of `number` workers (all N unless given)
-    are there, or `deadline` seconds after the call from those that are there by then. A device's
-    answers come all at once: those of all its workers for all groups. `heard` tells the workers
-    that were used; one whose answer is there but not finite is a straggler.
-
-    x: (K, ...) or (groups, K, ...), floats, or a pytree of such; the result has groups accordingly.
-    `grouped` says which, unless the axes do. A group with a data point that is not finite is NaN,
-    and not `recovered`. Decoding runs on a CPU device outside the mesh where there is one, else on
-    a device that has answered.
+    program that encodes and runs the model moves nothing between them, so each device is done when
+    it is done. `infer` decodes as soon as the answers of `number` workers (default: all N) are
+    there, or `deadline` seconds after the call from those that are there by then. A device's
+    answers come all at once: those of all its workers for all groups. `heard` are the workers that
+    were used; one whose answer is not finite is a straggler. x is (K, ...) or (groups, K, ...),
+    floats, or a pytree of such. A group with a data point that is not finite is NaN, and not
+    `recovered`. Decoding runs on a CPU device outside the mesh where there is one, else on a device
+    that has answered.
 
     A running XLA program cannot be cancelled: what is left behind runs to its end, and the next
-    program queues behind it (of CPU devices, all wait until it is done on all). So before it adds
-    one, a call waits until no device has more than `max_behind` of this function's programs
-    unfinished. Compiling, on the first call for a shape, takes from the deadline: warm up with a
-    long one. One caller at a time: it is not thread-safe.
+    program queues behind it (of CPU devices, all wait until it is done on all). Compiling, on the
+    first call for a shape, takes from the deadline: warm up with a long one. One caller at a time:
+    it is not thread-safe.
 
-    Workers may run in another precision, `worker_dtype`: see `coded_inference`.
+    Args:
+        model: As in `coded_inference`.
+        code: The code.
+        mesh: The mesh.
+        axis: As in `coded_inference`.
+        grouped: As in `coded_inference`.
+        max_behind: A call waits until no device has more than this many of this function's programs
+            unfinished.
+        worker_dtype: As in `coded_inference`.
 
-    Raises: ValueError where several processes run (they would have to wait for each other), the
-    mesh has no such axis, the model is in training mode, an argument is out of range, or
-    `number` answers recover nothing;
-    TimeoutError where devices have too much to do until the deadline, or what answered by then
-    recovers nothing.
+    Raises:
+        ValueError: Several processes run (they would have to wait for each other), the mesh has no
+            such axis, the model is in training mode, an argument is out of range, or `number`
+            answers recover nothing.
+        TimeoutError: Devices have too much to do until the deadline, or what answered by then
+            recovers nothing.
     """
     if jax.process_count() > 1:
         raise ValueError(f"partial results are for one process, not {jax.process_count()}")
@@ -140,7 +146,7 @@ class _Arrivals:
         return there
 
     def answers(self) -> PyTree[Float[np.ndarray, "groups num_workers ..."]]:
-        """Those that were there at the last look, zeros elsewhere."""
+        """Return the answers that were there at the last look, zeros elsewhere."""
         leaves = [np.zeros(shape, dtype) for shape, dtype in self._forms]
         for workers, parts in self._ready:
             for leaf, part in zip(leaves, parts, strict=True):
@@ -149,7 +155,7 @@ class _Arrivals:
 
     @property
     def device(self) -> Any:
-        """The one with the lowest number that is done: decoding is compiled for each anew."""
+        """Return the first device that is done: decoding is compiled for each device."""
         return min((next(iter(parts[0].devices())) for _, parts in self._ready), key=lambda d: d.id)
 
 
@@ -163,7 +169,7 @@ def _wait(condition: Callable[[], Any], until: float) -> bool:
 
 
 def _behind(unfinished: list[Array], most: int) -> list[Any]:
-    """The devices on which more than so many programs are unfinished; forgets those that are."""
+    """Return the devices with more than `most` programs unfinished; forget what is finished."""
     unfinished[:] = [y for y in unfinished if not y.is_ready()]  # pyright: ignore
     shards = [shard for y in unfinished for shard in y.addressable_shards]
     counts = Counter(shard.device for shard in shards if not shard.data.is_ready())
@@ -179,7 +185,7 @@ def _decoding_device(mesh: Mesh, arrivals: _Arrivals) -> Any:
 
 
 def _program(placed: Placed) -> Callable[[PyTree], PyTree[Float[Array, "groups slots ..."]]]:
-    """Encodes and runs the model; returns at once, which `eqx.filter_jit` would not."""
+    """Encode and run the model; return at once, which `eqx.filter_jit` would not."""
     arrays, static = eqx.partition(placed, eqx.is_array)
     # Only along the workers' axis: each device of a worker gets the whole of its answers.
     shares = NamedSharding(placed.mesh, placed.by(1))

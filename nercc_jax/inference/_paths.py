@@ -35,30 +35,33 @@ _TURNS = 32
 
 
 def short_path(features: Float[ArrayLike, "n d"]) -> Int[Array, " n"]:
-    """An order of the rows in which the path through them, from one to the next, is short.
+    """Return an order of the rows in which the path from one to the next is short.
 
     The length is the sum of Euclidean distances between neighbours; the path is open. It takes
     O(n^2) time and memory, and is searched as the platform likes:
 
     - On a CPU it starts at the row farthest from the mean and goes on to the nearest row not yet
-      visited; then 2-opt turns stretches of it round, beginning at the longest steps, until each
-      step has been tried, or 2n were: 1,024 rows of 128 features take about 20 ms on two cores.
+      visited; then 2-opt reverses stretches of it, beginning at the longest steps, until each step
+      has been tried, or 2n were: 1,024 rows of 128 features take about 20 ms on two cores.
     - Elsewhere ends that are nearest to each other are linked, all such at once, until there is one
-      path, and 2-opt turns many stretches at once. The number of rounds is fixed: an H100 runs
+      path, and 2-opt reverses many stretches at once. The number of rounds is fixed: an H100 runs
       about 700 kernels for 1,024 rows, no more for 16 such buffers, and never waits for the host
       (as compiled; it has not been timed).
 
-    The two ways give different paths, equally short. Beside the first, those of the second were, in
-    the mean of 16 buffers of 1,024 images by `random_projection`, 0.7 % shorter on MNIST and 0.2 %
-    on CIFAR-10, and 1.8 % for points of a square; on 4 of 4,096 CIFAR-10 images 0.1 % longer. Of 20
-    images either may be 2 % longer than the other.
+    The two ways give different paths of similar length: those of the second were, in the mean of 16
+    buffers of 1,024 images by `random_projection`, 0.7 % shorter on MNIST and 0.2 % on CIFAR-10,
+    and 1.8 % for points of a square; on 4 of 4,096 CIFAR-10 images 0.1 % longer. Of 20 images
+    either may be 2 % longer than the other.
 
-    Batch it with `jax.vmap`. One compilation serves all features of one shape. Rows that are alike
-    lie side by side. Inside jit, rows that are not finite come last.
+    Batch it with `jax.vmap`. One compilation serves all features of one shape. Equal rows are
+    neighbours. Inside jit, rows that are not finite come last.
 
-    Raises: ValueError for what is no matrix of floats with a row, and, outside jit, where a row is
-    not finite. Source: nearest neighbour, greedy links and 2-opt are those of the travelling
-    salesman (Croes 1958; Bentley 1992).
+    Raises:
+        ValueError: `features` is no matrix of floats with a row, or, outside jit, a row is not
+            finite.
+
+    Source: nearest neighbour, greedy links and 2-opt are those of the travelling salesman (Croes
+    1958; Bentley 1992).
     """
     features = jnp.asarray(features)
     if features.ndim != 2 or len(features) == 0:
@@ -80,8 +83,10 @@ def _short_path(features: Float[Array, "n d"]) -> tuple[Int[Array, " n"], Bool[A
 def short_paths(
     features: Float[Array, "buffers n d"], on_cpu: bool | None = None
 ) -> tuple[Int[Array, "buffers n"], Bool[Array, "buffers n"]]:
-    """Return `short_path` of each buffer, and which rows are finite; searched as on a CPU, or not,
-    or else as the platform likes."""
+    """Return `short_path` of each buffer, and which rows are finite.
+
+    Paths are searched as on a CPU, or not, or by default as the platform likes.
+    """
     # An order has no derivative, and loops of unknown length have none in reverse.
     features = jax.lax.stop_gradient(features)
     features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
@@ -115,7 +120,7 @@ def check_finite(finite: Bool[Array, " n"], what: str) -> None:
 def _searched(
     search: Search, together: int, features: Float[Array, "buffers n d"]
 ) -> tuple[Int[Array, "buffers n"], Bool[Array, "buffers n"]]:
-    """`short_paths`, so many buffers at a time."""
+    """Return `short_paths`, for `together` buffers at a time."""
     count = len(features)
     find = functools.partial(_found, search)
     if count <= together:
@@ -148,7 +153,7 @@ def distances_of(rows: Float[Array, "*buffers n d"]) -> Float[Array, "*buffers n
 
 
 def one_at_a_time(rows: Float[Array, "buffers n d"]) -> Int[Array, "buffers n"]:
-    """Starts far from the mean, goes on to the nearest row; 2-opt turns stretches round."""
+    """Start far from the mean, go on to the nearest row, and improve the path by 2-opt."""
 
     def path(rows: Float[Array, "n d"]) -> Int[Array, " n"]:
         start = _place_of_least(-jnp.sum(rows**2, axis=1))
@@ -170,10 +175,10 @@ def nearest_neighbour(distances: Float[Array, "n n"], start: Int[Array, ""]) -> 
 
 
 def _two_opt(distances: Float[Array, "n n"], order: Int[Array, " n"]) -> Int[Array, " n"]:
-    """Turns stretches of the path round while that makes it shorter.
+    """Reverse stretches of the path while that makes it shorter.
 
     The path is closed by a row at distance 0 from all, before its first and after its last row, so
-    that its ends are no exception. Step e leads from place e to e + 1. To turn places i+1..j round
+    that its ends are no exception. Step e leads from place e to e + 1. Reversing places i+1..j
     replaces the steps i and j by those between p_i and p_j, and p_(i+1) and p_(j+1). One trial
     takes the longest step i that is `untried`, new or not yet looked at, with its best partner j.
     Shorter steps have less to give, so the path is good long before the last trial.
@@ -209,7 +214,7 @@ def _two_opt(distances: Float[Array, "n n"], order: Int[Array, " n"]) -> Int[Arr
 
 
 def _place_of_least(values: Float[Array, " n"]) -> Int[Array, ""]:
-    """`argmin`, of which XLA makes slow code on a CPU: 1,024 values in 2 us instead of 9."""
+    """Return `argmin`, of which XLA makes slow code on a CPU: 1,024 values in 2 us instead of 9."""
     place = jnp.arange(len(values))
     return jnp.min(jnp.where(values == jnp.min(values), place, len(values) - 1))
 
@@ -224,7 +229,7 @@ class _Pieces(NamedTuple):
 
 
 def all_at_once(rows: Float[Array, "buffers n d"]) -> Int[Array, "buffers n"]:
-    """Links near ends of pieces until one path is left; 2-opt turns stretches round.
+    """Link near ends of pieces until one path is left, and improve it by 2-opt.
 
     First two pieces are linked where each is the nearest of the other: all such pairs at once. This
     is what the greedy search finds, which takes the shortest link of all, one after another. A few
@@ -294,7 +299,7 @@ def _can_link(pieces: _Pieces, shape: tuple[int, ...]) -> Bool[Array, "buffers n
 def _nearest(
     distances: Float[Array, "buffers n n"], allowed: Bool[Array, "buffers n n"]
 ) -> tuple[Float[Array, " rows"], Int[Array, " rows"]]:
-    """For each row the least distance that is allowed, infinity if none is, and to which row.
+    """Return for each row the least distance that is allowed (or infinity), and to which row.
 
     Of equal distances that to the row j counts for which i ^ j is least. So equal rows pair off,
     where the first of them would be the nearest of all the others.
@@ -307,7 +312,7 @@ def _nearest(
 
 
 def _linked(pieces: _Pieces, linked: Bool[Array, " rows"], partner: Int[Array, " rows"]) -> _Pieces:
-    """With links between `linked` ends, one of a piece, and their partners."""
+    """Return the pieces with links between `linked` ends, one of a piece, and their partners."""
     end, head, place, free = pieces
     row = jnp.arange(len(end))
     tail = end[head]
@@ -330,7 +335,7 @@ def _linked(pieces: _Pieces, linked: Bool[Array, " rows"], partner: Int[Array, "
 
 
 def _in_order(pieces: _Pieces, buffers: int) -> Int[Array, "buffers n"]:
-    """The rows of each buffer, one piece after another."""
+    """Return the rows of each buffer, one piece after another."""
     shape = buffers, len(pieces.head) // buffers
     head, head_there = _pairs(pieces.head, shape)
     place, place_there = _pairs(pieces.place, shape)
@@ -341,10 +346,10 @@ def _in_order(pieces: _Pieces, buffers: int) -> Int[Array, "buffers n"]:
 def _turn(
     distances: Float[Array, "buffers m m"], path: Int[Array, "buffers m"]
 ) -> Int[Array, "buffers m"]:
-    """2-opt's best move for each step, and of these those that better ones do not forbid.
+    """Apply 2-opt's best move for each step, as far as better ones do not forbid it.
 
-    The path is closed; step e leads from place e to the next. A move (first, last) turns the places
-    first+1..last round, and so replaces steps `first` and `last`.
+    The path is closed; step e leads from place e to the next. A move (first, last) reverses the
+    places first+1..last, and so replaces steps `first` and `last`.
     """
     buffers, m = path.shape
     block = m * jnp.arange(buffers)[:, None]
@@ -408,7 +413,7 @@ def _is_before(a: tuple[Array, ...], b: tuple[Array, ...]) -> Bool[Array, "..."]
 
 
 def _pairs(vector: Array, shape: tuple[int, ...] | None = None) -> tuple[Array, Array]:
-    """(buffers, n) made ready for matrices of pairs: those of rows i, and those of rows j."""
+    """Return (buffers, n) made ready for matrices of pairs: by rows i, and by rows j."""
     vector = vector if shape is None else vector.reshape(shape)
     return vector[:, :, None], vector[:, None, :]
 
@@ -420,7 +425,7 @@ def _places(shape: tuple[int, ...]) -> Int[Array, "buffers n"]:
 def _moved(
     values: Int[Array, "buffers n"], places: Int[Array, "buffers n"]
 ) -> Int[Array, "buffers n"]:
-    """Each value at its place in its buffer."""
+    """Return each value at its place in its buffer."""
     buffers, n = values.shape
     flat, places = values.reshape(-1), (places + n * jnp.arange(buffers)[:, None]).reshape(-1)
     moved = flat.at[places].set(

@@ -35,30 +35,35 @@ class CastModel:
 
 
 def cast_model(model: Model | Sequence[Model], dtype: DTypeLike | None) -> Any:
-    """The model as workers run it in `dtype`, or each of several: any floating one up to 32 bits.
+    """Return the model, or each of several, as workers run it in `dtype`.
 
     It casts a batch's floats to `dtype`, and the answers to float32, in which they are decoded.
-    What is no float stays. The model's own float arrays are cast too, or JAX would promote all
-    products with them to float32: those of Equinox and Flax NNX modules, of other pytrees, of
+    Parts that are no floats stay. The model's own float arrays are cast, too, or JAX would promote
+    all products with them to float32: those of Equinox and Flax NNX modules, of other pytrees, of
     `functools.partial` and bound methods of such, once, here; those in further arguments,
     `model(batch, *args)`, in each call. **Out of reach** are arrays that a function closes over
-    (give them as arguments, or a module) and those of classes that are no pytree; and a layer that
-    was told a dtype of its own (`nnx.Linear(dtype=jnp.float32)`) computes in that. There the inputs
-    are rounded, and nothing is gained. Casts are differentiable.
+    (give them as arguments, or a module) and those of classes that are no pytree; and a layer with
+    a dtype of its own (`nnx.Linear(dtype=jnp.float32)`) computes in that. There the inputs are
+    rounded, and nothing is gained. Casts are differentiable.
 
     The cost is one rounding of inputs, weights and every layer's result: 2^-9 of the value in
-    bfloat16, 2^-12 in float16, where what is larger than 65,504 is infinite, and so makes a
+    bfloat16, 2^-12 in float16, where a number larger than 65,504 is infinite, and so makes a
     straggler of its worker. The gain is half the bytes to send and to keep, and on accelerators
-    faster products; CPUs are slower. `bench/precision.py` measures what it costs in labels.
-
-    None: the model as it is. Raises: ValueError for another dtype, and for a module that is no
-    pytree, or within a function that JAX made of it (`jax.vmap(model)`), where it cannot be cast.
+    faster products; CPUs are slower. `bench/precision.py` measures the cost in labels.
 
     >>> import equinox as eqx, jax, jax.numpy as jnp
     >>> linear = eqx.nn.Linear(2, 3, key=jax.random.key(0))
     >>> half = cast_model(eqx.filter_vmap(linear), "bfloat16")
     >>> half.func._fun.weight.dtype, half(jnp.ones((5, 2))).dtype
     (dtype(bfloat16), dtype('float32'))
+
+    Args:
+        model: A model, or several.
+        dtype: A floating dtype of up to 32 bits; None returns the model as it is.
+
+    Raises:
+        ValueError: The dtype is another; or a module cannot be cast, as it is no pytree, or within
+            a function that JAX made of it (`jax.vmap(model)`).
     """
     wanted = check_worker_dtype(dtype)
     if wanted is None:
@@ -78,9 +83,10 @@ def cast_model(model: Model | Sequence[Model], dtype: DTypeLike | None) -> Any:
 
 
 def check_worker_dtype(dtype: DTypeLike | None) -> str | None:
-    """The name of a dtype that workers may run in, None for None.
+    """Return the name of a dtype that workers may run in, None for None.
 
-    Raises: ValueError for any other.
+    Raises:
+        ValueError: It is any other.
     """
     if dtype is None:
         return None
@@ -98,13 +104,13 @@ def check_worker_dtype(dtype: DTypeLike | None) -> str | None:
 
 
 def worker_dtype_of(model: Any) -> str | None:
-    """What a model, or the first of several, was cast to by `cast_model`."""
+    """Return what a model, or the first of several, was cast to by `cast_model`."""
     first = model if callable(model) else model[0]
     return first.dtype if isinstance(first, CastModel) else None
 
 
 def cast_floats(tree: PyTree, dtype: DTypeLike | None) -> PyTree:
-    """The tree with its float arrays in `dtype`, on the host or the device where they are."""
+    """Return the tree with its float arrays in `dtype`, on the host or device where they are."""
     if dtype is None:
         return tree
     wanted = jnp.dtype(dtype)  # NumPy does not know bfloat16 by name
@@ -112,7 +118,7 @@ def cast_floats(tree: PyTree, dtype: DTypeLike | None) -> PyTree:
 
 
 def _cast(node: Any, dtype: str) -> Any:
-    """`cast_floats`, within functions too, as far as they can be made again."""
+    """Return `cast_floats`, within functions, too, as far as they can be made again."""
     if isinstance(node, functools.partial) and not isinstance(node, jax.tree_util.Partial):
         func, args, keywords = (_cast(x, dtype) for x in (node.func, node.args, node.keywords))
         return functools.partial(func, *args, **keywords)

@@ -43,7 +43,7 @@ _FEWEST = 4
 
 
 class RobustDecoded(eqx.Module):
-    """What was decoded, and who is suspected.
+    """Decoded predictions, and the workers that are suspected.
 
     `decoded.heard` are the workers whose answers were used, `suspected` those whose finite answers
     came in time and were left out.
@@ -64,36 +64,40 @@ def robust_decode(
     rate_constant: Float[ArrayLike, ""] = 4e-6,
     bounds: tuple[float, float] | None = None,
 ) -> RobustDecoded:
-    """Decodes one group where up to `max_adversaries` of the workers may answer anything.
+    """Decode one group where up to `max_adversaries` of the workers may answer anything.
 
-    - "reject": the answers that fit their neighbours least are left out, and the others are decoded
-      as the code decodes. See `find_adversaries`. Without adversaries it is the plain decoding
-      unless an honest answer is found guilty.
-    - "smooth": all answers are used, with a large lambda_dec, `rate_constant` (A / n)^(8/5) for
-      A = `max_adversaries` and n answers (the code's own, where that is larger). The paper's
-      decoder: lies are averaged with their neighbours, and so is the path.
+    "reject" (docs/adversaries.md) errs less by far where the path is rough, as for images in any
+    order; "smooth" has the proven rate. Groups that the same workers answered judge them better
+    together: put them into a trailing axis, y (N, groups, ...), for predictions (K, groups, ...).
+    Else `jax.vmap` over groups. There is one compilation for every mask; predictions are
+    differentiable in y. An answer that is not finite makes its worker a straggler, as in
+    `try_decode`, whose status is returned.
 
-    Measured (docs/adversaries.md), "reject" errs less by far where the path is rough, as for images
-    in any order; "smooth" has the proven rate.
+    Args:
+        code: A regression code.
+        y: The answers of N workers, or a pytree of arrays, judged together.
+        available: Which workers answered.
+        max_adversaries: The most workers that may lie, a minority of N; an array to have one
+            compilation for any number, which is then not checked.
+        method: "reject" leaves out the answers that fit their neighbours least
+            (`find_adversaries`), and decodes the others as the code does: without adversaries it is
+            the plain decoding unless an honest answer is found guilty. "smooth" uses all answers,
+            with a large lambda_dec, `rate_constant` (A / n)^(8/5) for A = `max_adversaries` and n
+            answers (the code's own, where that is larger): the paper's decoder, in which lies are
+            averaged with their neighbours, and so is the path.
+        threshold: How many times worse than the median answer one must fit to be left out by
+            "reject". Default: 4 + 6 / sqrt(m) for m outputs.
+        rate_constant: The constant of "smooth".
+        bounds: (low, high), between which every honest output lies. "reject" leaves out an answer
+            beyond them, which is not counted among `max_adversaries`, and "smooth" clips it.
 
-    Groups that the same workers answered judge them better together than each for itself: put them
-    into a trailing axis, y (N, groups, ...), for predictions (K, groups, ...). Else `jax.vmap`
-    over groups. One compilation for every mask; predictions are differentiable in y. An answer that
-    is not finite makes its worker a straggler, as in `try_decode`, whose status is returned. y may
-    be a pytree of arrays, judged together.
-
-    Arguments: `max_adversaries`, an array to have one compilation for any number, which is then not
-    checked; `threshold`, how many times worse than the median answer one must fit to be left out by
-    "reject", 4 + 6 / sqrt(m) for m outputs unless given; `bounds`, (low, high), between which every
-    honest output lies: "reject" leaves out an answer beyond them, which is not counted among
-    `max_adversaries`, and "smooth" clips it.
-
-    Raises: ValueError for a code that is no regression, for `max_adversaries` that is negative or
-    no minority of N, an unknown method, bounds in the wrong order, and as `try_decode` does.
+    Raises:
+        ValueError: The code is no regression, `max_adversaries` is negative or no minority of N,
+            the method is unknown, or bounds are in the wrong order; and as `try_decode`.
 
     Source: Moradi, Akbarinodehi and Maddah-Ali, arXiv 2502.08058: adversaries within bounds, and
-    the rate of lambda_dec, from lambda^(3/4) = A^2 / (n^2 lambda^(1/2)), where what smoothing and
-    what lies do to the squared error are alike; then it falls as (A / n)^(6/5).
+    the rate of lambda_dec, from lambda^(3/4) = A^2 / (n^2 lambda^(1/2)), where smoothing and lies
+    add as much to the squared error; then it falls as (A / n)^(6/5).
     """
     return _robust_decode(
         _checked(code, max_adversaries, method, bounds),
@@ -117,12 +121,13 @@ def find_adversaries(
     max_adversaries: Int[ArrayLike, ""],
     threshold: Float[ArrayLike, ""],
 ) -> Bool[Array, " n"]:
-    """Which observations of a smoothing spline do not fit the others: at most `max_adversaries`.
+    """Return which observations of a smoothing spline do not fit the others.
 
-    For each observation, how far is it from the spline through all others, in units of what it may
-    be? That is |y_i - g_i| / sqrt(1 - S_ii) with the fit g = S y, the norm over all m coordinates;
-    for one that is left out it is |y_j - g_j| / sqrt(1 + V_jj), V_jj sigma^2 the posterior variance
-    of g_j. (For the process that the spline is the posterior mean of all have the same law.)
+    The misfit of an observation is its distance from the spline through all others, in units of its
+    expected size: |y_i - g_i| / sqrt(1 - S_ii) with the fit g = S y, the norm over all m
+    coordinates; for one that is left out it is |y_j - g_j| / sqrt(1 + V_jj), with V_jj sigma^2 the
+    posterior variance of g_j. (For the process that the spline is the posterior mean of, all have
+    the same law.)
 
     First the worst is left out, `max_adversaries` times, so that no lie is left to hide others, to
     make honest neighbours look bad, or to make large misfits usual. Then they come back, the least
@@ -164,8 +169,10 @@ def find_adversaries(
 def _misfits(
     covariance: Float[Array, "n n"], y: Float[Array, "n m"], kept: Bool[Array, " n"]
 ) -> Float[Array, " n"]:
-    """How far each observation is from the spline through the other kept ones, standardised, in
-    units of the largest kept number."""
+    """Return the standardised distance of each observation from the spline through the others.
+
+    Only kept observations count; the unit is the largest kept number.
+    """
     # Squares of a lie's 1e30 would overflow, and hide who it was. Not divided by the largest number
     # there is: its reciprocal, which XLA multiplies with, is zero.
     largest = jnp.max(jnp.abs(y), where=kept[:, None], initial=0)
@@ -177,7 +184,7 @@ def _misfits(
 
 
 def _positive(value: Float[Array, "*n"]) -> Float[Array, "*n"]:
-    """1 - S_ii is positive but for rounding: 0 where no other observation tells anything of i."""
+    """Return 1 - S_ii, positive but for rounding; 0 where no other observation informs on i."""
     return jnp.maximum(value, jnp.finfo(value.dtype).eps)
 
 

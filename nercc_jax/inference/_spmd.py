@@ -49,12 +49,12 @@ class Slots:
 
     @property
     def of_worker(self) -> Int[np.ndarray, " num_workers"]:
-        """The first slot of each worker."""
+        """Return the first slot of each worker."""
         return np.unique(self.worker, return_index=True)[1]
 
 
 def slots(kinds: Int[np.ndarray, " num_workers"], devices: int) -> Slots:
-    """Spreads workers over devices, in order, those of each kind by themselves."""
+    """Spread workers over devices, in order, those of each kind by themselves."""
     of_device, of_slot = [], []
     for kind in range(int(kinds.max()) + 1):
         workers = np.flatnonzero(kinds == kind)
@@ -83,7 +83,7 @@ class Placed:
         return self.mesh.shape[self.axis]
 
     def by(self, dimension: int) -> PartitionSpec:
-        """Arrays whose dimension of this number is spread over the workers' axis."""
+        """Return the sharding of arrays with this dimension spread over the workers' axis."""
         return PartitionSpec(*(None,) * dimension, self.axis)
 
     @property
@@ -99,7 +99,8 @@ def place(
     Arrays that lie on exactly its devices keep their sharding; others are replicated. Without an
     `axis` it is the one named `workers`, or the only one.
 
-    Raises: ValueError where the mesh has no such axis.
+    Raises:
+        ValueError: The mesh has no such axis.
     """
     axis = _axis_of(mesh, axis)
     # Axes of every type become automatic: models need not know that they are sharded.
@@ -121,7 +122,7 @@ def _axis_of(mesh: Mesh, axis: str | None) -> str:
 
 
 def on_mesh(tree: PyTree, mesh: Mesh) -> PyTree:
-    """The tree with its arrays on the mesh's devices, replicated unless they lie there already."""
+    """Return the tree on the mesh's devices, replicated unless its arrays lie there already."""
     devices = tuple(mesh.devices.flat)
 
     def move(leaf):
@@ -145,7 +146,7 @@ def _automatically(leaf: Any) -> NamedSharding | None:
 
 
 def put(value: ArrayLike, sharding: Sharding) -> Array:
-    """The array on devices of all processes, each of which calls this with the same value."""
+    """Return the array on devices of all processes, which all call this with the same value."""
     if isinstance(value, Tracer):
         return value
     everywhere = isinstance(value, jax.Array) and not value.is_fully_addressable
@@ -167,12 +168,12 @@ def place_inputs(
     *,
     share: bool = True,
 ) -> tuple[tuple[PyTree, Array, PyTree, Matrices | None], tuple[int, ...] | None]:
-    """Groups of data points, masks, arguments and decoders' matrices on the mesh.
+    """Return groups of data points, masks, arguments and decoders' matrices on the mesh.
 
     Of d coordinates, all are K d numbers for each further device to receive, and then it encodes
     for its own workers. Shares are K d / D for each of D devices, which encode their share for all
     workers and exchange those: N d / D more. Where that is less, and x is one array, x becomes
-    vectors in shares, and the data points' shape is returned beside.
+    vectors in shares, and the data points' shape is returned, too.
     """
     # Of Explicit axes it would have to be said how what is made of x here lies.
     x = jax.tree.map(lambda leaf: put(leaf, lies) if (lies := _automatically(leaf)) else leaf, x)
@@ -189,9 +190,9 @@ def place_inputs(
 
 
 def enter(placed: Placed, inputs: PyTree) -> contextlib.AbstractContextManager:
-    """The mesh as the context's: another one of the caller's would not do for arrays on this one.
+    """Make the mesh the context's: another one of the caller's would not do for arrays on this one.
 
-    Not where JAX traces anything of what goes in: then the context is no longer ours to set.
+    This does nothing where JAX traces any of the inputs: then the context is no longer ours to set.
     """
     return contextlib.nullcontext() if any_tracer(placed, inputs) else jax.set_mesh(placed.mesh)
 
@@ -220,7 +221,7 @@ def spmd_answers(
     args: tuple,
     encoders: Float[Array, "groups num_workers num_data"] | None = None,
 ) -> PyTree[Float[Array, "groups num_workers ..."]]:
-    """All workers' answers to groups, on all devices; `encoders` are the groups' own, if any."""
+    """Return all workers' answers to groups, on all devices; `encoders` are the groups' own."""
     y = work(placed, _everywhere(placed, x), args, encoders=encoders)
     first = placed.slots.of_worker
     return _everywhere(placed, jax.tree.map(lambda leaf: leaf[:, first], y))
@@ -237,7 +238,7 @@ def work(
     shape: tuple[int, ...] | None = None,
     encoders: Float[Array, "groups num_workers num_data"] | None = None,
 ) -> PyTree[Float[Array, "groups slots ..."]]:
-    """The answers of all slots, on their devices, to groups of data points.
+    """Return the answers of all slots, on their devices, to groups of data points.
 
     x is (groups, K, ...), replicated, and nothing moves; or it is vectors, a share of their
     coordinates on each device, of data points of that `shape`. `encoders` are the groups' own.
@@ -333,7 +334,7 @@ def _on_each_device(placed: Placed, function: Callable, inputs: Any, outputs: An
 
 
 def _padded(array: Any, axis: int, devices: int) -> Any:
-    """The last entry along the axis again, until devices have equal shares."""
+    """Repeat the last entry along the axis until devices have equal shares."""
     missing = -array.shape[axis] % devices
     if not missing:
         return array

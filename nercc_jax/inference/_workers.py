@@ -1,4 +1,4 @@
-"""What workers do: run the models of a code on coded data points."""
+"""Workers: the models of a code on coded data points."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,13 +20,18 @@ def run_workers(
 ) -> PyTree[Float[Array, "groups num_workers ..."]]:
     """Return all workers' answers: each runs its own model on its coded data point of every group.
 
-    `model(batch, *args)` maps (B, ...) to (B, ...), floats, and is called once; both may be pytrees
-    of such arrays. For a code whose workers run several (`worker_models`) it is a sequence of such,
-    the served model first; each is called once, on the coded data points of all its workers, with
-    the same `args`.
+    Args:
+        model: A function `model(batch, *args)`, (B, ...) to (B, ...), of floats, which is called
+            once; both may be pytrees of such arrays. For a code whose workers run several
+            (`worker_models`), a sequence of such, the served model first; each is called once, on
+            the coded data points of all its workers.
+        code: The code.
+        coded: Coded data points.
+        *args: Further arguments of the models.
 
-    Raises: ValueError where the number of models is not the code's, one returns another first axis
-    or no floats, or their answers differ in shape.
+    Raises:
+        ValueError: The number of models is not the code's, one returns another first axis or no
+            floats, or their answers differ in shape.
     """
     return run_models(model, code.worker_models, coded, *args)
 
@@ -37,7 +42,7 @@ def run_models(
     coded: PyTree[Shaped[Array, "groups slots ..."]],
     *args: Any,
 ) -> PyTree[Float[Array, "groups slots ..."]]:
-    """As `run_workers`, for any places of work and which model runs in each of them."""
+    """Run models as `run_workers`, for any places of work and which model runs in each of them."""
     models = _models(model, kinds)
     if len(models) == 1:
         return _answers(models[0], coded, args)

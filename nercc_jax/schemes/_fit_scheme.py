@@ -35,7 +35,7 @@ class FittedScheme:
         scheme: The scheme.
         pairs: The number of pairs that its learner knows now, the held-out ones included.
         deviations: Deviations of the held-out pairs' predictions.
-        doubts: Their error probabilities, if the outputs have labels.
+        error_probabilities: Their error probabilities, if the outputs have labels.
     """
 
     scheme: Scheme

@@ -50,7 +50,7 @@ def _setting(default: Any, text: str, example: Any = None, **bounds: Any) -> Any
         default: the default.
         text: the help.
         example: a value to show in the reference where the default is None.
-        bounds: pydantic's.
+        **bounds: pydantic's.
     """
     examples = None if example is None else [example]
     return Field(default=default, description=text, examples=examples, **bounds)

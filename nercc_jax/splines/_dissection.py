@@ -45,7 +45,7 @@ _FEWER_ROWS, _ROWS_AT_ONCE = 8, 1 << 20
 
 
 class Level(eqx.Module):
-    """How every second knot j is found from its neighbours i and k; one entry for each j.
+    """The elimination of every second knot j between its neighbours i and k; one entry for each j.
 
     `value_row` and `slope_row` are rows of the triangular factor, in the order g_j (the first
     only), v_j, g_i, v_i, g_k, v_k. `turn` makes their right-hand sides, and those of the rows that
@@ -72,7 +72,7 @@ class Dissection(eqx.Module):
     turn: Float[Array, "4 given"]
 
     def solve(self, y: Float[Array, "n m"]) -> tuple[Float[Array, "n m"], Float[Array, "n m"]]:
-        """g - y and v at the knots: see `RootInformation.solve`."""
+        """Return g - y and v at the knots: see `RootInformation.solve`."""
         number = len(y)
         if number >= _MANY_KNOTS and y.shape[1] <= _FEW_COLUMNS:
             return _solve_at_once(*self.problem, y)
@@ -92,7 +92,7 @@ class Dissection(eqx.Module):
     def variance(
         self, gap: Int[Array, " k"], left: Float[Array, "2 k"], right: Float[Array, "2 k"]
     ) -> Float[Array, " k"]:
-        """The variance of left . s_i + right . s_{i+1}: see `RootInformation.variance`.
+        """Return the variance of left . s_i + right . s_{i+1}: see `RootInformation.variance`.
 
         For the coefficients c of all knots it is |R'^-1 c|^2. On each level only one knot that is
         eliminated has coefficients, and passes some on to its neighbours.
@@ -121,9 +121,9 @@ def dissect(
     mu: Float[Array, ""],
     most: int,
 ) -> Dissection:
-    """The factors for knots as in `_root_information.factorize`.
+    """Return the factors for knots as in `_root_information.factorize`.
 
-    At most so many rows join two knots before a QR makes four of them.
+    At most `most` rows join two knots before a QR makes four of them.
     """
     problem = gaps, weights, slope_weights, mu
     gaps, own = _filled(gaps, weights, slope_weights)
@@ -146,7 +146,7 @@ def _solve_at_once(
     mu: Float[Array, ""],
     y: Float[Array, "n m"],
 ) -> tuple[Float[Array, "n m"], Float[Array, "n m"]]:
-    """`dissect(...).solve(y)`, for these right-hand sides only, and in parts of the knots."""
+    """Return `dissect(...).solve(y)` for these right-hand sides only, in parts of the knots."""
 
     def eliminate(gaps, own, rows, missed, right):
         data = _data_known(2, missed, right[..., 1::2], right[..., ::2])
@@ -188,7 +188,7 @@ class _Data(NamedTuple):
 
 
 def _data_unknown(*, free: int, rows: int, knots: int, dtype: Any) -> _Data:
-    """A column for each right-hand side that there may be: the first `free` rows have none."""
+    """Return a column for each possible right-hand side: the first `free` rows have none."""
     missed, right = np.eye(2), np.zeros((free + rows, 2))
     shared = np.eye(free + rows)[:, free:]
     columns = (missed, right, shared)
@@ -200,7 +200,7 @@ def _data_unknown(*, free: int, rows: int, knots: int, dtype: Any) -> _Data:
 def _data_known(
     free: int, missed: Float[Array, "2 m knots"], *right: Float[Array, "_ m knots"]
 ) -> _Data:
-    """These right-hand sides, block by block: the first `free` rows have none."""
+    """Return these right-hand sides, block by block: the first `free` rows have none."""
     none = jnp.zeros((free, *missed.shape[1:]), missed.dtype)
     columns = jnp.concatenate([none, *right])
     return _Data(missed, columns, columns[:, :0])
@@ -209,14 +209,17 @@ def _data_known(
 def _filled(
     gaps: Float[Array, " gaps"], weights: Float[Array, " n"], slope_weights: Float[Array, " n"]
 ) -> tuple[Float[Array, " all"], Float[Array, "2 knots"]]:
-    """A power of two of gaps, and the roots of the weights of the knots between."""
+    """Return a power of two of gaps, and the roots of the weights of the knots between."""
     filling = (0, 2 ** (len(gaps) - 1).bit_length() - len(gaps))
     own = jnp.stack([root(jnp.pad(each, filling)) for each in (weights, slope_weights)])
     return jnp.pad(gaps, filling, constant_values=1), own
 
 
 def _determined(triangle: Float[Array, "4 4"], weights: Float[Array, " n"]) -> Float[Array, "4 4"]:
-    """With what too few observations leave open set to zero: with one the slope, with none all."""
+    """Return the triangle with zeros for what too few observations leave open.
+
+    With one observation that is the slope, with none all.
+    """
     observed = jnp.sum(weights > 0)
     is_open = jnp.stack([jnp.zeros((), bool)] * 2 + [observed < 1, observed < 2])
     return jnp.where(jnp.diag(is_open), 1, triangle)
@@ -230,9 +233,10 @@ def _eliminate(
     data: _Data,
     most: int,
 ) -> tuple[Float[Array, "2 _ knots"], Float[Array, "left _ knots"]]:
-    """Takes every second knot out; `own` are its observations' weights, rows those of its gaps.
+    """Eliminate every second knot.
 
-    Returns the rows for it, and those that join what is left, with their right-hand sides.
+    `own` are its observations' weights, `rows` those of its gaps. Returns the rows for it, and
+    those that join what is left, with their right-hand sides.
     """
     before, after = gaps[::2], gaps[1::2]
     left, right = rows[..., ::2], rows[..., 1::2]
@@ -257,7 +261,7 @@ def _ends(
     rows: Float[Array, "rows 4 1"],
     data: _Data,
 ) -> tuple[Float[Array, "4 4"], Float[Array, "4 _"]]:
-    """The triangle for the last knot and the first, and its right-hand sides.
+    """Return the triangle for the last knot and the first, and its right-hand sides.
 
     The last knot's prior is a straight line through the first.
     """
@@ -281,10 +285,10 @@ def _condition(
     of_others: Float[Array, "rows others knots"],
     data: _Data,
 ) -> tuple[Float[Array, "2 _ knots"], Float[Array, "rows _ knots"]]:
-    """Eliminates s_j from |precision (s_j - mean s - missed)|^2 and the rows.
+    """Eliminate s_j from |precision (s_j - mean s - missed)|^2 and the rows.
 
-    Returned are two rows for s_j, with columns for s_j, for the others s, and for the right-hand
-    sides; and the rows for the others alone, with the same columns but for s_j.
+    Returns two rows for s_j, with columns for s_j, for the others s, and for the right-hand sides;
+    and the rows for the others alone, with the same columns but for s_j.
     """
     missed, right, shared = data
     # What is passed on is the same however s_j is told. By its distance from the prior's mean it is
@@ -313,7 +317,7 @@ def _condition(
 def _in_parts(
     function: Callable[..., Any], arrays: tuple[Array, ...], knots: int, most: int
 ) -> Any:
-    """The function of arrays along their last axis, at most so many knots at a time."""
+    """Apply a function to arrays along their last axis, to at most `most` knots at a time."""
     parts = 1
     while knots // parts > most:
         parts *= 2
@@ -334,7 +338,7 @@ def _in_parts(
 def _bridge(
     before: Float[Array, " knots"], after: Float[Array, " knots"], mu: Float[Array, ""]
 ) -> Float[Array, "2 2 knots"]:
-    """M, a triangle: the root of what the two gaps' penalty is curved like at the knot."""
+    """Return M, a triangle: the root of the curvature of the two gaps' penalty at the knot."""
     a, b = 1 / before, 1 / after
     value = jnp.sqrt(12 * (a**3 + b**3))
     both = 6 * (b - a) * (b + a) / value
@@ -346,7 +350,7 @@ def _bridge(
 def _cubic(
     before: Float[Array, " knots"], after: Float[Array, " knots"]
 ) -> Float[Array, "2 4 knots"]:
-    """H: the value and slope at the knot of the cubic through its neighbours' values and slopes."""
+    """Return H: the cubic through the neighbours' values and slopes, at the knot."""
     gap = before + after
     s, r = before / gap, after / gap
     value = [r * r * (1 + 2 * s), r * r * before, s * s * (1 + 2 * r), -s * s * after]
@@ -355,7 +359,7 @@ def _cubic(
 
 
 def _uneven(gaps: Float[Array, " gaps"]) -> Float[Array, "3 knots"]:
-    """What `_missed` takes of H at every second knot."""
+    """Return what `_missed` takes of H at every second knot."""
     cubic = _cubic(gaps[::2], gaps[1::2])
     return jnp.stack([cubic[0, 0], cubic[0, 2], cubic[1, 2]])
 
@@ -363,7 +367,10 @@ def _uneven(gaps: Float[Array, " gaps"]) -> Float[Array, "3 knots"]:
 def _missed(
     cubic: Float[Array, "3 ..."], before: Array, here: Array, after: Array
 ) -> Float[Array, "2 ..."]:
-    """By how much H, of data without slopes, misses each second knot's: in differences only."""
+    """Return by how much H, of data without slopes, misses each second knot's data.
+
+    Only differences of the data enter.
+    """
     of_before, of_after, slope = cubic
     value = of_before * (before - here) + of_after * (after - here)
     return jnp.stack([value, slope * (after - before)])
@@ -372,7 +379,7 @@ def _missed(
 def _substituted(
     ends: Float[Array, "4 m"], known: list[tuple[Array, Array, Array]], number: int
 ) -> tuple[Float[Array, "n m"], Float[Array, "n m"]]:
-    """Values and slopes at the first so many knots, from those at the last and the first.
+    """Return values and slopes at the first knots, from those at the last and the first.
 
     `known` are, for each level, the rows for its knots' values and slopes, and their right-hand
     sides.
@@ -391,6 +398,6 @@ def _substituted(
 def _interleaved(
     outer: Float[Array, "_ 2 m"], inner: Float[Array, "knots 2 m"]
 ) -> Float[Array, "both 2 m"]:
-    """outer[0], inner[0], outer[1], inner[1], ..., the last of outer."""
+    """Return outer[0], inner[0], outer[1], inner[1], ..., the last of outer."""
     pairs = jnp.stack([outer[:-1], inner], axis=1).reshape(-1, *outer.shape[1:])
     return jnp.concatenate([pairs, outer[-1:]])

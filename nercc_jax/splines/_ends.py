@@ -1,13 +1,13 @@
-"""How a spline ends: as a natural one, or with the cubics of its last two gaps alike.
+"""Ends of a spline: natural ones, or "not-a-knot" with one cubic over the last two gaps.
 
-A natural spline has no curvature at its ends, and so near them an error of the second power of the
-gaps where inside it is the fourth. T - s_T, of T = t^2 and t^3 and their own natural fits s_T, is
+A natural spline has no curvature at its ends, so near them its error is the second power of the
+gaps, where inside it is the fourth. T - s_T, for T = t^2 and t^3 and their own natural fits s_T, is
 zero at all observations that are interpolated, and curved at the ends: with two numbers c,
 
     u = s_y + (T - s_T) c
 
 is the spline whose third derivative does not jump at the second and at the last but one knot ("not
-a knot"). It gives cubics back, unless lambda smooths over several gaps: then it is natural.
+a knot"). It reproduces cubics, unless lambda smooths over several gaps: then it is natural.
 
 Source: de Boor 1978, "A Practical Guide to Splines", chapter IV.
 """
@@ -29,7 +29,7 @@ Solve: TypeAlias = Callable[[Array], tuple[Array, Array]]
 
 
 def check_ends(ends: Ends) -> Ends:
-    """The same. Raises: ValueError for an unknown one."""
+    """Return the ends; raise ValueError for unknown ones."""
     if ends not in get_args(Ends):
         raise ValueError(f"ends must be one of {', '.join(get_args(Ends))}, not {ends!r}")
     return ends
@@ -41,7 +41,7 @@ def not_a_knot(
     values: Float[Array, "n m"],
     slopes: Float[Array, "n m"],
 ) -> tuple[Float[Array, "n m"], Float[Array, "n m"]]:
-    """Values and slopes of the spline that ends so, from those of the natural one.
+    """Return values and slopes of the spline with these ends, from those of the natural one.
 
     `solve` fits observations at the knots. With fewer than four of them it stays natural.
     """
@@ -67,10 +67,10 @@ def not_a_knot(
 
 
 def _solved(summary: Float[Array, "2 2"], wanted: Float[Array, "2 m"]) -> Float[Array, "2 m"]:
-    """The c with told c = wanted, by normal equations; towards 0 where little is told, as where
-    much is smoothed.
+    """Return the c with told c = wanted, by normal equations.
 
-    Of the first step's bias, 0.0003 of c where nothing is smoothed, the third leaves the cube.
+    c goes towards 0 where little is known, as where much is smoothed. Of the first step's bias,
+    0.0003 of c where nothing is smoothed, the third leaves the cube.
     """
     first, second = summary[:, :1], summary[:, 1:]
     a, b, d = (jnp.sum(p * q) for p, q in ((first, first), (first, second), (second, second)))
@@ -87,12 +87,12 @@ def _solved(summary: Float[Array, "2 2"], wanted: Float[Array, "2 m"]) -> Float[
 
 
 def _combined(columns: Float[Array, "n 2"], share: Float[Array, "2 m"]) -> Float[Array, "n m"]:
-    """columns @ share, as sums: of matrices accelerators make products of fewer digits."""
+    """Return columns @ share, as sums: accelerators' matrix products have fewer digits."""
     return columns[:, :1] * share[0] + columns[:, 1:] * share[1]
 
 
 def _outermost(knots: Knots) -> tuple[Int[Array, ""], ...]:
-    """The first two knots that are observed, and the last two, as far as there are so many."""
+    """Return the first two knots that are observed, and the last two, as far as there are."""
     counts = knots.weights > 0
     seen = jnp.cumsum(counts)
     number = seen[-1]
@@ -105,8 +105,11 @@ def _jumps(
     slopes: Float[Array, "n m"],
     kinks: Int[Array, " kinks"],
 ) -> Float[Array, "kinks m"]:
-    """By how much the third derivative of a piecewise cubic jumps at these knots, times the shorter
-    of the gaps beside each, so that one of rounding's size does not drown the other."""
+    """Return by how much the third derivative of a piecewise cubic jumps at these knots.
+
+    It is scaled by the shorter of the adjacent gaps, so that one of rounding's size does not drown
+    the other.
+    """
     gaps = jnp.diff(t)[:, None]
     steps = jnp.diff(values, axis=0) / gaps
     third = 6 * (slopes[:-1] + slopes[1:] - 2 * steps) / gaps**2

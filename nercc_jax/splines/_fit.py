@@ -47,7 +47,7 @@ class LinearMap(eqx.Module):
 
 @jax.custom_jvp
 def _product_of(matrix: Array, y: Array, value: Array) -> Array:
-    """The product of both, whose value is known."""
+    """Return the product of both, whose value is known."""
     del matrix, y
     return value
 
@@ -136,7 +136,7 @@ class Fit(eqx.Module):
     def _through(
         self, factor: RootInformation | Dissection, means: Float[Array, "knots m"]
     ) -> tuple[Array, Array]:
-        """Values and slopes at the knots, from the observations there; linear in these."""
+        """Return values and slopes at the knots, from the observations there; linear in these."""
         shifts, slopes = factor.solve(means)
         if self.ends == "natural":
             return means + shifts, slopes
@@ -145,8 +145,10 @@ class Fit(eqx.Module):
     def _by_adjoint(
         self, at: Float[Array, " k"], gap: Int[Array, " k"] | None = None
     ) -> tuple[Problem, Array, Array]:
-        """The problem with each point's coefficients on the right side, the gap that each lies in,
-        and the coefficients of the value at its right end."""
+        """Return the adjoint problem, the gap of each point, and its coefficients of the right end.
+
+        The problem has each point's coefficients on the right side.
+        """
         knots = self.knots
         place, _, (left_value, left_slope, value, slope) = hermite_basis(knots.t, at, gap)
         slot = jnp.arange(len(knots.t))[:, None]
@@ -160,7 +162,7 @@ class Fit(eqx.Module):
         return LinearMap(self.knots.spread(made.matrix), differences, gap, self.knots)
 
     def _by_differences(self, at: Float[Array, " k"]) -> LinearMap:
-        """The map, by one solution for each difference of neighbouring observations."""
+        """Return the map, by one solution for each difference of neighbouring observations."""
         knots = self.knots
         slot = jnp.arange(len(knots.t))
         steps = (slot[:, None] > slot[:-1]).astype(knots.t.dtype)
@@ -214,7 +216,8 @@ def regression_of(
 ) -> tuple[Array, Array, Array, Array]:
     """Return the arguments of `fit` as arrays of one dtype, with zeros for what is not available.
 
-    Raises: ValueError where shapes or dtypes do not agree.
+    Raises:
+        ValueError: Shapes or dtypes do not agree.
     """
     t = jnp.asarray(t)
     if t.ndim != 1 or t.shape[0] == 0 or not jnp.issubdtype(t.dtype, jnp.floating):
@@ -239,7 +242,8 @@ def observations_of(
 ) -> Float[Array, "n m"]:
     """Return observations as vectors in t's dtype, zeros where the weight is zero.
 
-    Raises: ValueError where they are not one for each point.
+    Raises:
+        ValueError: They are not one for each point.
     """
     y, number = jnp.asarray(y), t.shape[0]
     if y.ndim < 1 or y.shape[0] != number:
@@ -250,8 +254,11 @@ def observations_of(
 def hermite_basis(
     t: Float[Any, " n"], at: Float[Any, " k"], gap: Int[Any, " k"] | None = None
 ) -> tuple[Any, Any, tuple[Any, Any, Any, Any]]:
-    """Return the gap that each point lies in, how far into it (0 to 1), and the coefficients of the
-    left knot's value and slope, and the right one's. Straight lines beyond the ends."""
+    """Return each point's gap, its share of the gap (0 to 1), and its coefficients.
+
+    The coefficients are those of the left knot's value and slope, and the right one's. Beyond the
+    ends there are straight lines.
+    """
     gap = _gap_of(t, at) if gap is None else gap
     assert gap is not None
     left = taken(t, gap)

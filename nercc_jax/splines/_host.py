@@ -61,7 +61,7 @@ def _matrix(
     end_weights: Float[np.ndarray, "2"],
     at: Float[np.ndarray, " k"],
 ) -> Float[np.ndarray, "k n"]:
-    """The matrix for increasing knots, all of them with a weight."""
+    """Return the matrix for increasing knots, all of them with a weight."""
     h, span = np.diff(t), t[-1] - t[0]
     # Beyond it the fit is the straight line, to rounding.
     mu = min(lambda_, (1 + span**3) / np.finfo(np.float64).eps) * weights.sum()

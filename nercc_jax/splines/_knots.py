@@ -50,20 +50,22 @@ class Knots(NamedTuple):
         return product(shares.astype(y.dtype), y)
 
     def spread(self, matrix: Float[Any, "k n"]) -> Float[Any, "k points"]:
-        """Return the matrix on points: `matrix @ means of y == spread(matrix) @ y`."""
+        """Return the matrix on points, whose product with y is that of `matrix` with y's means."""
         return taken(matrix, self.knot, axis=1) * self.share
 
     @property
     def number(self) -> Int[Any, ""]:
-        """The number of knots that carry weight."""
+        """Return the number of knots that carry weight."""
         return namespace(self.weights).sum(self.weights > 0)
 
 
 def by_observation(
     direct: Float[Array, "k n"], differences: Float[Array, "k gaps"], shown: Int[Array, " n"]
 ) -> Float[Array, "k n"]:
-    """Return the matrix from observations at the knots to `direct @ y + differences @ diff(y)`,
-    where y repeats observations as `shown` says: see `Knots`."""
+    """Return the matrix from observations at the knots to `direct @ y + differences @ diff(y)`.
+
+    y repeats observations as `shown` says: see `Knots`.
+    """
     none = jnp.zeros_like(differences[:, :1])
     padded = jnp.concatenate([none, differences, none], axis=1)
     matrix = direct + padded[:, :-1] - padded[:, 1:]

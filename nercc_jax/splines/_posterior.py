@@ -26,14 +26,15 @@ def posterior_variance(
     available: Bool[ArrayLike, " n"] | None = None,
     end_weights: Float[ArrayLike, "2"] | None = None,
 ) -> Float[Array, " k"]:
-    """The posterior variance of u at the points `at`, by tau^2 (in units of t^3).
+    """Return the posterior variance of u at the points `at`, over tau^2 (in units of t^3).
 
-    What `smoothing_spline` with the same arguments does not know: 0 (to rounding) at points that it
-    interpolates, and growing with the third power of the distance to the next observations. It does
-    not depend on what was observed. Infinite with fewer than two observed points, since then
-    nothing tells the straight line. Differentiable in the arguments as `smoothing_matrix` is.
+    It is what `smoothing_spline` with the same arguments leaves open: 0 (to rounding) at points
+    that it interpolates, growing with the third power of the distance to the next observations. It
+    does not depend on what was observed. It is infinite with fewer than two observed points, which
+    do not determine the straight line. Differentiable in the arguments as `smoothing_matrix` is.
 
-    Raises: ValueError where shapes do not agree.
+    Raises:
+        ValueError: Shapes do not agree.
     """
     given = regression_of(t, lambda_, weights, available, end_weights)
     at = jnp.asarray(at, given[0].dtype)
@@ -56,13 +57,14 @@ def process_variance(
     available: Bool[ArrayLike, " n"] | None = None,
     end_weights: Float[ArrayLike, "2"] | None = None,
 ) -> Float[Array, ""]:
-    """tau^2 as these observations tell it, over all coordinates of y: how rough the path is.
+    """Return the estimate of tau^2 from these observations, over all coordinates of y.
 
-    The restricted maximum likelihood estimate, the minimum of the penalised least squares by mu,
-    with one degree of freedom a coordinate for each distinct observed point beyond the two that a
-    straight line takes. What coincident observations differ by among themselves is left out. With
-    two distinct points or fewer nothing tells it: infinite. Arguments as for `smoothing_spline`;
-    mind that answers far from another make tau^2, like any scale, uncertain when they are few.
+    tau^2 is the roughness of the path. This is the restricted maximum likelihood estimate, the
+    minimum of the penalised least squares over mu, with one degree of freedom in each coordinate
+    for each distinct observed point beyond the two that a straight line takes. Differences among
+    coincident observations are left out. It is infinite with two distinct points or fewer.
+    Arguments as for `smoothing_spline`; answers far from another make tau^2, like any scale,
+    uncertain when they are few.
     """
     given = regression_of(t, lambda_, weights, available, end_weights)
     flat = observations_of(y, given[0], given[2])

@@ -43,16 +43,22 @@ class Problem(NamedTuple):
 
 
 class Responses(NamedTuple):
-    """The change of each prediction by one more unit: of each knot's observation (`matrix`), and of
-    the difference between the observations on both sides of each gap."""
+    """The change of each prediction by one more unit of data.
+
+    `matrix` is that of each knot's observation, `differences` that of the difference between the
+    observations on both sides of each gap.
+    """
 
     matrix: Float[Array, "k n"]
     differences: Float[Array, "k gaps"]
 
 
 class Solutions(NamedTuple):
-    """What the derivative is made of: a column for each prediction, then one for the observation at
-    each knot. `values` and `slopes` are the solutions at the knots, `rows` those of M."""
+    """The solutions that the derivative needs.
+
+    There is a column for each prediction, then one for the observation at each knot. `values` and
+    `slopes` are the solutions at the knots, `rows` those of M.
+    """
 
     values: Float[Array, "n columns"]
     slopes: Float[Array, "n columns"]

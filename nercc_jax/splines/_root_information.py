@@ -76,12 +76,11 @@ class RootInformation(eqx.Module):
     last: Float[Array, "3"]
 
     def solve(self, y: Float[Array, "n m"]) -> tuple[Float[Array, "n m"], Float[Array, "n m"]]:
-        """Return g - y, what the fitted spline's values at the knots differ by from the
-        observations y, and its slopes there; linear in y.
+        """Return the fitted spline's values at the knots less the observations y, and its slopes.
 
-        The unknowns are g_i - y_i and v_i here, so that data enter as the differences
-        y_{i+1} - y_i, which are exact for neighbours: a slope that carries the spline over a wide
-        gap is not made of rounded values.
+        The unknowns are g_i - y_i and v_i here, so that data enter as the differences y_{i+1} -
+        y_i, which are exact for neighbours: a slope that carries the spline over a wide gap is not
+        made of rounded values. The result is linear in y.
         """
         shear = -self.shears[:, None] * (y[1:] - y[:-1])
         nothing = jnp.zeros_like(shear[0])
@@ -133,8 +132,10 @@ class RootInformation(eqx.Module):
     def variance(
         self, gap: Int[Array, " k"], left: Float[Array, "2 k"], right: Float[Array, "2 k"]
     ) -> Float[Array, " k"]:
-        """Return the variance of left . s_i + right . s_{i+1} for these gaps i, where observations
-        have the variance 1 / weight."""
+        """Return the variance of left . s_i + right . s_{i+1} for these gaps i.
+
+        Observations have the variance 1 / weight.
+        """
         covariance, forward, noise = self._covariances()
         left, right = left.T, right.T
         right = right + product(left[:, None], forward[gap])[:, 0]
@@ -227,7 +228,7 @@ def factorize_beside(
     slopes: Float[Array, "n k"],
     observations: Float[Array, "n m"] | None = None,
 ) -> tuple[RootInformation, Pivots, tuple[Pivots, Residuals] | None]:
-    """Return the factors, and beside them, in the same pass along the knots:
+    """Return the factors, and what the same pass along the knots can compute, too.
 
     - R'^-1 of columns with these entries for the knots' values and slopes;
     - for `observations`, Q' r for columns r of value rows: the pivots, and what no solution
@@ -306,7 +307,7 @@ def _factorize(
 
 
 def _forward(carry, gap):
-    """Q' of columns of shear rows: the rows that R is solved for."""
+    """Apply Q' to columns of shear rows: the rows that R is solved for."""
     top, low = carry
     (r0, r1, r2, r3, r4, r5, r6), shear = gap
     pivot, top = _rotate(r0, shear, top)
@@ -320,7 +321,7 @@ def _forward(carry, gap):
 
 
 def _forward_observation(carry, gap):
-    """Q' of columns of value rows."""
+    """Apply Q' to columns of value rows."""
     top, low = carry
     (r0, r1, r2, r3, r4, r5, r6), value = gap
     pivot, top = r0[1] * top, r0[0] * top
@@ -334,7 +335,7 @@ def _forward_observation(carry, gap):
 
 
 def _back(carry, gap):
-    """R^-1 of columns, from the last gap to the first."""
+    """Apply R^-1 to columns, from the last gap to the first."""
     g_next, v_next = carry
     value_row, slope_row, value, slope = gap
     v = (slope - slope_row[1] * g_next - slope_row[2] * v_next) / slope_row[0]
@@ -344,7 +345,7 @@ def _back(carry, gap):
 
 
 def _back_transposed(carry, gap):
-    """R'^-1 of columns."""
+    """Apply R'^-1 to columns."""
     value_row, slope_row, value, slope = gap
     value, slope = value - carry[0], slope - carry[1]
     p = value / value_row[0]
@@ -357,7 +358,7 @@ def _back_transposed(carry, gap):
 
 
 def _spread(carry, gap):
-    """Q of columns, from the last gap to the first."""
+    """Apply Q to columns, from the last gap to the first."""
     top, low = carry
     (r0, r1, r2, r3, r4, r5, r6), pivot, slope, *left = gap
     first, second = left or (0.0, 0.0)
@@ -387,17 +388,17 @@ def shears_of(gaps: Float[Array, " gaps"], mu: Float[Array, ""]) -> Float[Array,
 
 
 def product(a: Float[Array, "*n i j"], b: Float[Array, "*n j k"]) -> Float[Array, "*n i k"]:
-    """The product of small matrices, as sums: a device's matrix unit may round their entries.
+    """Return the product of small matrices, as sums: a matrix unit may round their entries.
 
-    Term by term: under three vmaps a sum along an axis would be of seven, of which jaxlib 0.10's
-    code for CPUs dies (a segmentation fault in its YNNPACK).
+    It goes term by term: under three vmaps a sum along an axis would be of seven, of which jaxlib
+    0.10's code for CPUs dies (a segmentation fault in its YNNPACK).
     """
     terms = [a[..., :, j, None] * b[..., j, None, :] for j in range(a.shape[-1])]
     return functools.reduce(jnp.add, terms)
 
 
 def _triangle_inverse(a: Array, b: Array, d: Array, zero: Array) -> Float[Array, "*gaps 2 2"]:
-    """The inverse of [[a, b], [0, d]]."""
+    """Return the inverse of [[a, b], [0, d]]."""
     upper = jnp.stack([1 / a, -b / a / d], -1)
     return jnp.stack([upper, jnp.stack([zero, 1 / d], -1)], -2)
 

@@ -18,7 +18,7 @@ def diagonal(values: Float[Array, "2 knots"]) -> Float[Array, "2 2 knots"]:
 def triangle_of(
     rows: Float[Array, "rows columns knots"], size: int
 ) -> tuple[Float[Array, "size columns knots"], Float[Array, "left _ knots"]]:
-    """QR of the first `size` columns: the triangle's rows, and the rest without these columns."""
+    """Return the QR of the first `size` columns: the triangle's rows, and the rest without them."""
     made = []
     for place in range(size):
         pivot, rows = _column(rows)
@@ -29,7 +29,7 @@ def triangle_of(
 def _column(
     rows: Float[Array, "rows columns knots"],
 ) -> tuple[Float[Array, "columns knots"], Float[Array, "rows-1 columns-1 knots"]]:
-    """Rotates all rows' first entries into the first row; returns it, and the others without them.
+    """Rotate all rows' first entries into the first row; return it, and the others without them.
 
     That is one Givens rotation after the other, in closed form: after k of them the first row is
     sum_{i<=k} a_i row_i / l_k, where a_i are the first entries and l_k^2 = sum_{i<=k} a_i^2.
@@ -49,7 +49,7 @@ def _column(
 
 
 def back(triangle: Float[Array, "4 4"], right: Float[Array, "4 m"]) -> Float[Array, "4 m"]:
-    """Solves with the upper triangle."""
+    """Solve with the upper triangle."""
     found: list[Array] = []
     for i in reversed(range(4)):
         rest = right[i] - sum(
@@ -60,7 +60,7 @@ def back(triangle: Float[Array, "4 4"], right: Float[Array, "4 m"]) -> Float[Arr
 
 
 def forth(triangle: Float[Array, "4 4"], right: Float[Array, "4 k"]) -> Float[Array, "4 k"]:
-    """Solves with the upper triangle's transpose."""
+    """Solve with the upper triangle's transpose."""
     found: list[Array] = []
     for i in range(4):
         rest = right[i] - sum(triangle[j, i] * x for j, x in enumerate(found))

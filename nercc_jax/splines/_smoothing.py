@@ -45,7 +45,7 @@ def smoothing_spline(
     end_weights: Float[ArrayLike, "2"] | None = None,
     ends: Ends = "natural",
 ) -> SmoothingSpline:
-    """Fit the natural cubic smoothing spline
+    """Fit the natural cubic smoothing spline.
 
         argmin_u  1/W sum_i w_i |u(t_i) - y_i|^2 + lambda integral |u''(t)|^2 dt,   W = sum_i w_i,
 
@@ -195,7 +195,7 @@ def _map(platform: str, ends: Ends, real: Any, whole: Any, *arguments: Array) ->
 def _solved_map(
     platform: str, ends: Ends, real: Any, whole: Any, *arguments: Array
 ) -> tuple[Array, ...]:
-    """`_map`, and the arrays of its `Solutions`; zeros where there are none."""
+    """Return `_map`, and the arrays of its `Solutions`; zeros where there are none."""
     *given, at = arguments
     found = fit(*given, ends=ends, rows=ROWS[platform])
     if has_solutions(ends, ROWS[platform]):
@@ -207,7 +207,7 @@ def _solved_map(
 def _known_map(
     platform: str, ends: Ends, real: Any, whole: Any, *arguments: Array
 ) -> tuple[Array, ...]:
-    """`_map` of its arguments, and of what `_solved_map` gave but for matrix and differences."""
+    """Return `_map` of its arguments, and of what `_solved_map` gave but for the map itself."""
     *given, at = arguments[:5]
     if not has_solutions(ends, ROWS[platform]):
         return _map(platform, ends, real, whole, *arguments[:5])
