@@ -247,7 +247,7 @@ def _tuning_step() -> Steps:
     def run() -> list[float]:
         times: list[float] = []
         x = _data("float32", _TUNED_GROUPS * k, *INPUT_SHAPE)
-        descent = Descent(steps=_TUNING_STEPS, check_every=10 * _TUNING_STEPS, patience=None)
+        descent = Descent(steps=_TUNING_STEPS, check_every=10 * _TUNING_STEPS, stop_after=None)
         law = {"few": ExactStragglers(_LOST)}
         tune(
             model,

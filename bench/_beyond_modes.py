@@ -78,7 +78,7 @@ class Workload:
     student: Model
     choose: np.ndarray
     calibrate: np.ndarray
-    judge: np.ndarray
+    judged: np.ndarray
     sets: int
     _said: dict[bytes, np.ndarray] = dataclasses.field(
         init=False, repr=False, compare=False, default_factory=dict
@@ -131,7 +131,7 @@ class Bench:
         return x.reshape(-1, self.cell.num_data, *x.shape[1:])
 
     def points(self, part: str, order: Order) -> np.ndarray:
-        return self.groups(part, order).reshape(-1, *self.work.judge.shape[1:])
+        return self.groups(part, order).reshape(-1, *self.work.judged.shape[1:])
 
     def answers(self, part: str, order: Order, model: str = "model") -> Recorder:
         key = (order, part + model)
@@ -197,7 +197,7 @@ class Bench:
     def with_surrogate(self, codes: Mapping[str, NeRCC], order: Order) -> None:
         """Measure the code that does best with the surrogate where it was chosen."""
         code, surrogate, numbers = self.best_with_surrogate(codes, order)
-        self.tell("with surrogate", self.judge(code, surrogate, order), order, **numbers)
+        self.tell("with surrogate", self.judged(code, surrogate, order), order, **numbers)
 
     def best_with_surrogate(
         self, codes: Mapping[str, NeRCC], order: Order
@@ -215,7 +215,7 @@ class Bench:
         numbers = {"layout": name, "theta": float(surrogate.theta), "kappa": float(surrogate.kappa)}
         return code, surrogate, numbers
 
-    def judge(self, code: NeRCC, surrogate: Surrogate | None, order: Order) -> Judged:
+    def judged(self, code: NeRCC, surrogate: Surrogate | None, order: Order) -> Judged:
         """Return the calibrated error probabilities of the part to judge, and the truth."""
         own = self.answers("calibrate", order).of(code)
         beside = None

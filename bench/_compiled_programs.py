@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from nercc_jax import Berrut, NeRCC, nested_objective
-from nercc_jax.codes import AbstractCode, Known, Matrices, decode_groups, encode_groups
+from nercc_jax.codes import AbstractCode, CachedMatrices, Matrices, decode_groups, encode_groups
 from nercc_jax.inference import order_points
 from nercc_jax.inference._coded import _run, _run_on_mesh
 from nercc_jax.inference._spmd import WORKERS, Placed, place_inputs
@@ -81,7 +81,7 @@ def encode(code: AbstractCode, known: bool, _: Devices) -> Program:
 
 def infer(code: AbstractCode, groups: int, known: bool, _: Devices) -> Program:
     """Run LeNet5 behind a code whose encoder is made once; `known`: the decoder, too."""
-    matrices = Known(encoder(code), given(code, 1) if known else None)
+    matrices = CachedMatrices(encoder(code), given(code, 1) if known else None)
 
     def run(model, code, x, masks, known):
         return _run(model, code, x, masks, (), True, known)

@@ -16,7 +16,7 @@ from _functions_rivals import NUM_DATA, lost_copies
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from nercc_jax import AbstractCode, Berrut, NeRCC, Scheme, fit_surrogate
-from nercc_jax.codes import Known, decode_vectors, encode_groups, known_encoder
+from nercc_jax.codes import CachedMatrices, decode_vectors, encode_groups, known_encoder
 from nercc_jax.evaluation import recall, row_errors
 from nercc_jax.inference import order_points
 from nercc_jax.risk import ErrorBars
@@ -262,7 +262,7 @@ class Bench:
     def decode(self, scheme: Scheme, draw: Draw, masks: Masks, *, ordered: bool = False) -> Told:
         """Decode the points by a scheme under each straggler set; workers answer once."""
         order = draw.order if ordered else np.arange(len(draw.x))
-        known, x = Known(known_encoder(scheme.code)), jnp.asarray(draw.x[order])
+        known, x = CachedMatrices(known_encoder(scheme.code)), jnp.asarray(draw.x[order])
         prepared, coded = eqx.filter_jit(scheme.encode)(x, known.encoder)
         summary = _conclude(scheme, x, prepared, self._answers(coded), masks, known)
         home = np.argsort(order)
@@ -388,9 +388,9 @@ class Bench:
                 for name in HELPED
             }
         for name, scheme in schemes.items():
-            heard = masks[..., : scheme.code.num_workers]
+            responded = masks[..., : scheme.code.num_workers]
             ordered = name.removesuffix(WITH) in (*CODED, MIXED)
-            predictions, deviation = self.decode(scheme, draw, heard, ordered=ordered)
+            predictions, deviation = self.decode(scheme, draw, responded, ordered=ordered)
             bar = None
             if name in bars:
                 kernels = self.picked_kernels(name.endswith(WITH))
@@ -497,7 +497,7 @@ def _recall(predictions: Array, own: Array, others: Array) -> Array:
 
 @eqx.filter_jit
 def _conclude(
-    scheme: Scheme, x: Array, prepared: Any, y: Array, masks: Array, known: Known
+    scheme: Scheme, x: Array, prepared: Any, y: Array, masks: Array, known: CachedMatrices
 ) -> AssessedPredictions:
     return jax.lax.map(lambda mask: scheme.decode(x, prepared, y, mask, known), masks)
 

@@ -26,7 +26,7 @@ from nercc_jax.serving import BatchingPolicy, Predictor
 from nercc_models import load_data, load_model, load_parity_model, load_student, student_card
 
 CODES = Path(__file__).parent / "results" / "codes"
-PATIENCE = 1.35
+THRESHOLD = 1.35
 DEADLINE = 60.0
 
 
@@ -117,7 +117,7 @@ def systems(work: Work, law: str) -> tuple[System, ...]:
     """Return all systems that are compared on this work under a law, the simplest first."""
     wanted = None if work.wanted is None else WANTED.get(law, work.wanted)
     base = {"deadline_s": DEADLINE, "ordering": False, "max_batch_size": 8}
-    hedged = BatchingPolicy(patience=PATIENCE, **base)
+    hedged = BatchingPolicy(straggler_threshold=THRESHOLD, **base)
     three = dataclasses.replace(hedged, copies=3)
     known = dataclasses.replace(
         three, max_disagreement=wanted, tolerance=work.tolerance, redundancy="doubtful"
@@ -125,9 +125,15 @@ def systems(work: Work, law: str) -> tuple[System, ...]:
     known_once = dataclasses.replace(known, redundancy="always")
     found = [
         System("as it comes", Uncoded(1), dataclasses.replace(hedged, copies=1)),
-        System("hedged, p95", Uncoded(1), BatchingPolicy(quantile=0.95, patience=1.0, **base)),
-        System("hedged, p90", Uncoded(1), BatchingPolicy(quantile=0.9, patience=1.0, **base)),
-        System(f"hedged, {PATIENCE} x median", Uncoded(1), three),
+        System(
+            "hedged, p95",
+            Uncoded(1),
+            BatchingPolicy(quantile=0.95, straggler_threshold=1.0, **base),
+        ),
+        System(
+            "hedged, p90", Uncoded(1), BatchingPolicy(quantile=0.9, straggler_threshold=1.0, **base)
+        ),
+        System(f"hedged, {THRESHOLD} x median", Uncoded(1), three),
         System("two copies", Replication(1, 2), three),
     ]
     if work.model == "lenet5-mnist":

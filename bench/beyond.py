@@ -130,8 +130,8 @@ def workload(name: str, outputs: Outputs, size: Size, data_dir: Path) -> Workloa
     network = answering(name, outputs)
     x, _ = network.images(size.split, data_dir, size.choose + 2 * size.points, 0)
     student = Answering(load_student(name), outputs)
-    choose, calibrate, judge = np.split(x, [size.choose, size.choose + size.points])
-    return Workload(network, student, choose, calibrate, judge, size.sets)
+    choose, calibrate, judged = np.split(x, [size.choose, size.choose + size.points])
+    return Workload(network, student, choose, calibrate, judged, size.sets)
 
 
 def promises(bench: Bench, name: str, outputs: Outputs, size: Size) -> None:
@@ -140,7 +140,7 @@ def promises(bench: Bench, name: str, outputs: Outputs, size: Size) -> None:
     Each half of the images is judged by what was calibrated on the other one.
     """
     work = bench.work
-    swapped = dataclasses.replace(work, calibrate=work.judge, judge=work.calibrate)
+    swapped = dataclasses.replace(work, calibrate=work.judged, judged=work.calibrate)
     halves = (bench, Bench(swapped, bench.cell, bench.log))
     num_workers, num_data = bench.cell.num_workers, bench.cell.num_data
     code = NeRCC(num_data, num_workers, points="repeated", exact=True)
@@ -150,7 +150,7 @@ def promises(bench: Bench, name: str, outputs: Outputs, size: Size) -> None:
             ("repeated", None, {}),
             ("with surrogate", surrogate, numbers),
         ):
-            both = [half.judge(code, helper, order) for half in halves]
+            both = [half.judged(code, helper, order) for half in halves]
             judged = Judged(*(np.concatenate(part, axis=1) for part in zip(*both, strict=True)))
             bench.tell(mode, judged, order, **more)
 
@@ -189,7 +189,7 @@ def every_mode(bench: Bench, name: str, outputs: Outputs, size: Size) -> None:
         codes = found.get(order, found[orders[-1]])
         for layout, code in codes.items():
             if (layout, order) == ("search", orders[-1]):
-                bench.tell(layout, bench.judge(code, None, order), order)
+                bench.tell(layout, bench.judged(code, None, order), order)
             else:
                 bench.plain(layout, code, order)
     for order in (unordered, by_student):

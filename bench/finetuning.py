@@ -156,7 +156,7 @@ def train(plan: Plan, data_dir: Path, folder: Path, log: Callable[[str], None]) 
             augment=_augmented(plan),
         ),
         descent=Descent(
-            plan.steps, plan.learning_rate, max(plan.steps // plan.checks, 1), patience=None
+            plan.steps, plan.learning_rate, max(plan.steps // plan.checks, 1), stop_after=None
         ),
         on_step=lambda step, model: _checkpoint(plan, step, model, log),
     )

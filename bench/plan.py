@@ -99,7 +99,7 @@ class _Run:
                 now = server._clock() - start
                 if now > _DEADLINE:
                     break
-                # One look for both: an answer between two looks would be heard by neither.
+                # One look for both: an answer between two looks would be seen by neither.
                 available = np.array(batch.available)
                 self._hear(batch, available)
                 self._hedge(batch, now)
@@ -156,7 +156,7 @@ class _Run:
         """Decode a group when its rule says so, and send again what is uncertain."""
         row, queries = self._row, slice(group * self._k, (group + 1) * self._k)
         mask = available[group * self._workers : (group + 1) * self._workers]
-        enough = mask.sum() >= row.wait_for and now >= row.patience
+        enough = mask.sum() >= row.wait_for and now >= row.min_wait
         if not (enough or mask.all()) or row.hedge_after is not None:
             return
         self._decided[group] = True
@@ -187,8 +187,8 @@ class _Run:
         if row.hedge_after is not None:
             more = self._copies < row.copies
             return self._copies * row.hedge_after if more else now + 1.0
-        waiting = not self._decided.all() and now < row.patience
-        return row.patience if waiting else now + 1.0
+        waiting = not self._decided.all() and now < row.min_wait
+        return row.min_wait if waiting else now + 1.0
 
 
 def run_plan(path: Path, data_dir: Path | None, batches: int) -> dict[str, Any]:

@@ -67,9 +67,9 @@ def assess(
     doubts, wrong = [], []  # (looks, samples) of each set
     for _ in range(SETS):
         others = random.permutation(np.setdiff1d(sent, layout.own[random.integers(few)]))
-        heard = len(others) - random.integers(min(4, len(others)))
+        responded = len(others) - random.integers(min(4, len(others)))
         looks = []
-        for number in (heard - 2, heard - 1, heard):
+        for number in (responded - 2, responded - 1, responded):
             mask = np.isin(np.arange(coder.num_workers), others[: max(number, 1)])
             given = np.where(mask[:, None, None], answers, 0)
             predictions, _, seen = coder.assess(given, mask, len(groups), doubt.weights)

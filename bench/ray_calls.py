@@ -33,7 +33,7 @@ def bare(actors, points):
     """Call actors as Ray's users do: arguments as they are, answers by futures."""
     done, left, answers = threading.Event(), [len(points)], list(points)
 
-    def heard(place, future):
+    def responded(place, future):
         answers[place] = future.result()
         left[0] -= 1
         if not left[0]:
@@ -41,7 +41,7 @@ def bare(actors, points):
 
     for place, (actor, x) in enumerate(zip(actors, points, strict=True)):
         future = actor.run.remote(0, x).future()
-        future.add_done_callback(functools.partial(heard, place))
+        future.add_done_callback(functools.partial(responded, place))
     done.wait()
     return np.stack(answers)
 

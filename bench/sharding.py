@@ -69,7 +69,7 @@ class Slowed:
     repeated: int
     whole: Timing
     partial: Timing
-    heard: int
+    responded: int
 
 
 def measure(name: str, groups: int, repeats: int) -> Measured:
@@ -117,11 +117,11 @@ def measure_slowed(repeated: int, repeats: int) -> Slowed | None:
     whole = coded_inference(uneven, code, mesh=mesh)
     partial = partial_inference(uneven, code, mesh)
     number = _N - _N // _OF
-    heard = []
+    responded = []
 
     def call() -> None:
         decoded = jax.block_until_ready(partial(x, number=number, deadline=60.0, grouped=True))
-        heard.append(int(decoded.heard[0].sum()))
+        responded.append(int(decoded.responded[0].sum()))
 
     def settled() -> tuple[()]:
         # What the call before has left behind is not this one's.
@@ -135,7 +135,7 @@ def measure_slowed(repeated: int, repeats: int) -> Slowed | None:
     for _ in range(2 * _OF):
         call()  # decoding is compiled for each device that may do it
     timings = interleaved(contenders, repeats)
-    return Slowed(repeated, timings["whole"], timings["partial"], int(np.median(heard)))
+    return Slowed(repeated, timings["whole"], timings["partial"], int(np.median(responded)))
 
 
 # --- reporting
@@ -162,12 +162,12 @@ def sharding_table(measured: list[Measured]) -> Table:
 
 def slowed_table(slowed: list[Slowed]) -> Table:
     table = Table(title=f"LeNet5, 8 groups, {_OF} devices, one slow: ms a call (median)")
-    for column in ("slow device's work", "whole program", "partial results", "ratio", "heard"):
+    for column in ("slow device's work", "whole program", "partial results", "ratio", "responded"):
         table.add_column(column, justify="right")
     for one in slowed:
         ratio = f"{one.partial.ratio(one.whole):.2f}x"
-        heard = f"{one.heard} of {_N}"
-        table.add_row(f"{one.repeated}x", _ms(one.whole), _ms(one.partial), ratio, heard)
+        responded = f"{one.responded} of {_N}"
+        table.add_row(f"{one.repeated}x", _ms(one.whole), _ms(one.partial), ratio, responded)
     return table
 
 
@@ -196,7 +196,7 @@ def as_json(measured: list[Measured], slowed: list[Slowed]) -> dict[str, Any]:
         "slow_device": [
             {
                 "repeated": one.repeated,
-                "heard": one.heard,
+                "responded": one.responded,
                 "whole": one.whole.summary(),
                 "partial": one.partial.summary(),
                 "partial_by_whole": one.partial.ratio(one.whole),

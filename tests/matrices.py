@@ -38,17 +38,17 @@ def encoder_matrix(code) -> np.ndarray:
 
 def decoder_matrix(code, available) -> np.ndarray:
     """(num_data, num_workers): what makes predictions of answers; 0 where there is none."""
-    heard = np.flatnonzero(available)
+    responded = np.flatnonzero(available)
     matrix = np.zeros((code.num_data, code.num_workers))
     if isinstance(code, NeRCC):
-        if heard.size:
-            matrix[:, heard] = _regression(code, np.asarray(available))
+        if responded.size:
+            matrix[:, responded] = _regression(code, np.asarray(available))
     elif isinstance(code, Berrut):
-        if heard.size:
-            matrix[:, heard] = berrut_matrix(_float64(code.beta)[heard], code.alpha)
+        if responded.size:
+            matrix[:, responded] = berrut_matrix(_float64(code.beta)[responded], code.alpha)
     elif isinstance(code, Lagrange):
         # Of more than the threshold, that many spread evenly along the line.
-        order = heard[np.argsort(_float64(code.beta)[heard], kind="stable")]
+        order = responded[np.argsort(_float64(code.beta)[responded], kind="stable")]
         if order.size >= code.threshold:
             taken = np.floor(np.linspace(0, order.size - 1, code.threshold) + 0.5).astype(int)
             chosen = order[taken]
@@ -57,7 +57,7 @@ def decoder_matrix(code, available) -> np.ndarray:
         return _float64(code.decoder_matrix(available))
     else:
         for data_point in range(code.num_data):
-            _subtract(code, data_point, heard, matrix[data_point])
+            _subtract(code, data_point, responded, matrix[data_point])
     return matrix
 
 
@@ -136,16 +136,18 @@ def _data_points_of(code, worker) -> list[int]:
     return [int((worker - rounds * k + 0.5) * k / left)]  # the last round, spread evenly
 
 
-def _subtract(code, data_point, heard, row):
+def _subtract(code, data_point, responded, row):
     """Fills in a row of the decoder: the first copy, else the parity without the others."""
     k, sums = code.num_data, isinstance(code, Parity)
-    copies = [n for n in heard if (n < k or not sums) and _data_points_of(code, n) == [data_point]]
+    copies = [
+        n for n in responded if (n < k or not sums) and _data_points_of(code, n) == [data_point]
+    ]
     if copies:
         row[copies[0]] = 1
     elif sums:
         parity = k + data_point % (code.num_workers - k)
         others = [i for i in _data_points_of(code, parity) if i != data_point]
-        if {parity, *others} <= set(heard):
+        if {parity, *others} <= set(responded):
             row[parity], row[others] = 1, -1
 
 

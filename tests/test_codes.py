@@ -41,7 +41,7 @@ EPS = {"float32": 1e-5, "float64": 1e-11}
 
 # Other sizes and points make other programs of the same source: in float64 one of each class, and
 # of the ways that NeRCC's matrices are made, tells as much. What follows from the matrices, or asks
-# who was heard, does so in either precision.
+# who responded, does so in either precision.
 WIDE = ("nercc", "nercc-interleaved", "berrut", "lagrange-quadratic", "parity", "replication")
 IN_FLOAT32 = [(name, "float32") for name in CODES]
 every_code = pytest.mark.parametrize(("code", "dtype"), IN_FLOAT32, indirect=True)

@@ -90,12 +90,12 @@ def test_it_is_each_components_posterior(learner):
     wanted, wanted_deviation = exact(after, PAST, model(PAST), NEW, slice(None))
     np.testing.assert_allclose(mean, wanted, atol=2e-3)
     np.testing.assert_allclose(deviation, wanted_deviation, rtol=0.02)
-    # Of a group, the answers that were heard are pairs, too.
+    # Of a group, the answers that came are pairs, too.
     coded = jnp.asarray(NEW[:N][None])
-    heard = np.arange(N) != 2
+    responded = np.arange(N) != 2
     expected = after.group_prior(jnp.asarray(NEW[None, -K:]), coded)
-    told = expected.condition_on_available(model(coded[0])[None], jnp.asarray(heard[None]))
-    both = np.concatenate([PAST, NEW[:N][heard]])
+    told = expected.condition_on_available(model(coded[0])[None], jnp.asarray(responded[None]))
+    both = np.concatenate([PAST, NEW[:N][responded]])
     wanted, wanted_deviation = exact(after, both, model(both), NEW[-K:], slice(80))
     np.testing.assert_allclose(told.own[0], wanted, atol=2e-3)
     np.testing.assert_allclose(told.deviation[0], wanted_deviation, rtol=0.05)

@@ -108,7 +108,7 @@ def test_codes(name):
         spoilt, spoilt_along = compositions(code, spoil(y, masks, bad), masks, direction, every_way)
         close(spoilt, ways, 1e-5)
         close(spoilt_along, along, 1e-5)
-    # What nobody heard has no influence, and what was heard that of the matrix.
+    # Stragglers have no influence, and answers that of the matrix.
     slope = np.asarray(ways["gradient over vmap"][1])
     np.testing.assert_array_equal(slope[~masks], 0)
     for answers, mask, got in zip(np.asarray(y, np.float64), masks, slope, strict=True):

@@ -190,7 +190,7 @@ def test_a_channel_has_a_key_of_its_own_for_every_set(x, key):
 
 
 def test_a_channels_key_is_not_the_masks(x, key):
-    """It spoils whom its key makes stragglers: who really is one would not be heard anyway."""
+    """It spoils whom its key makes stragglers: who really is one would not respond anyway."""
     law = ExactStragglers(4)
 
     def spoilt(answers, key):

@@ -66,7 +66,7 @@ QUICK = Sampling(groups_per_step=4, sets_per_step=3, held_out_share=HELD_OUT, he
 
 
 def quick(steps=20, check_every=10, learning_rate=3e-4):
-    return Descent(steps, learning_rate, check_every, patience=None)
+    return Descent(steps, learning_rate, check_every, stop_after=None)
 
 
 def looks(seen):

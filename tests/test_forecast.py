@@ -61,8 +61,8 @@ def worker_answers(name, group, served):
 
 
 @eqx.filter_jit
-def matrix(code, heard):
-    return code.decoder_matrix(heard)
+def matrix(code, responded):
+    return code.decoder_matrix(responded)
 
 
 def expected(name, x, mask, served=model):
@@ -71,11 +71,11 @@ def expected(name, x, mask, served=model):
     for group in x[: len(x) // K * K].reshape(-1, K, 3):
         own = np.asarray(served(group))
         answers = worker_answers(name, group, served)
-        heard = mask & np.isfinite(answers).all(axis=1)
-        clean = np.where(heard[:, None], answers, 0).astype(float)
-        decoded = np.asarray(matrix(CODES[name], heard), float) @ clean
+        responded = mask & np.isfinite(answers).all(axis=1)
+        clean = np.where(responded[:, None], answers, 0).astype(float)
+        decoded = np.asarray(matrix(CODES[name], responded), float) @ clean
         for k in range(K):
-            kept = bool(CODES[name].recovered(heard)[k])
+            kept = bool(CODES[name].recovered(responded)[k])
             wrong.append(not kept or decoded[k].argmax() != own[k].argmax())
             if kept:
                 squares.append(((decoded[k] - own[k]) ** 2).sum())

@@ -73,10 +73,10 @@ def test_one_function_by_hand(bench):
     scheme = systems.Scheme(code, learner, redundancy="code")
     predictions, deviation = found.decode(scheme, draw, masks)
     numbers = found._numbers(predictions, draw, calibrate_learner_bars(learner)(deviation))
-    heard, own = np.asarray(masks).reshape(size.sets, -1), np.asarray(draw.own)
+    responded, own = np.asarray(masks).reshape(size.sets, -1), np.asarray(draw.own)
     told = np.stack([_posterior(learner.kernel, draw, mask) for mask in np.asarray(masks)])
-    assert numbers.uncertain == np.sum(~heard)
-    exact, wanted = np.asarray(predictions)[heard], np.stack([own, own])[heard]
+    assert numbers.uncertain == np.sum(~responded)
+    exact, wanted = np.asarray(predictions)[responded], np.stack([own, own])[responded]
     np.testing.assert_allclose(exact, wanted, rtol=1e-6)
     assert numbers.rmse == pytest.approx(_relative(told, own), rel=0.03)
 

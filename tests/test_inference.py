@@ -49,8 +49,8 @@ def test_status(x, masks):
     lost = np.array([False, False, True, False, True, False])
     np.testing.assert_array_equal(status.recovered, np.broadcast_to(~lost[:, None], (6, K)))
     np.testing.assert_array_equal(np.isnan(status.predictions).all(axis=(1, 2)), lost)
-    np.testing.assert_array_equal(status.heard[~lost], masks[~lost])
-    assert not status.heard[4].any(), "every coded point holds a part of the broken one"
+    np.testing.assert_array_equal(status.responded[~lost], masks[~lost])
+    assert not status.responded[4].any(), "every coded point holds a part of the broken one"
 
 
 def test_a_worker_that_breaks_costs_only_itself(x, masks):
@@ -65,10 +65,10 @@ def test_a_worker_that_breaks_costs_only_itself(x, masks):
 
     everyone = np.ones(N, bool)
     status = coded_inference(fragile, code, with_status=True)(x, everyone)
-    assert (~status.heard).sum() == 1
+    assert (~status.responded).sum() == 1
     assert status.recovered.all()
-    group = int(np.flatnonzero(~status.heard.all(axis=1))[0])
-    expected = code.decode(model(code.encode(x[group])), status.heard[group])
+    group = int(np.flatnonzero(~status.responded.all(axis=1))[0])
+    expected = code.decode(model(code.encode(x[group])), status.responded[group])
     np.testing.assert_allclose(status.predictions[group], expected, atol=1e-5)
 
 

@@ -112,7 +112,7 @@ def test_under_the_callers_mesh(kind):
 
 @pytest.mark.parametrize("mesh", [False, True])
 def test_a_broken_answer_still_makes_a_straggler(mesh):
-    """The matrix that was looked up is not for whom was heard then."""
+    """The matrix that was looked up is not for those who responded then."""
     code = Berrut(3, 6)
     mesh = jax.make_mesh((4,), ("workers",)) if mesh else None
 
@@ -121,8 +121,8 @@ def test_a_broken_answer_still_makes_a_straggler(mesh):
         return jnp.sin(x).at[:, 0].set(jnp.where(broken, jnp.nan, jnp.sin(x[:, 0])))
 
     decoded = coded_inference(model, code, mesh=mesh, with_status=True)(X, MASK)
-    np.testing.assert_array_equal(decoded.heard, MASK & (np.arange(6) != 3))
-    wanted = by_hand(code, np.asarray(decoded.heard))
+    np.testing.assert_array_equal(decoded.responded, MASK & (np.arange(6) != 3))
+    wanted = by_hand(code, np.asarray(decoded.responded))
     np.testing.assert_allclose(decoded.predictions, wanted, atol=1e-5)
 
 

@@ -19,7 +19,7 @@ from nercc_jax.surrogates import (
     save_learner,
     tune_learner,
 )
-from nercc_jax.surrogates._whitening import factorize
+from nercc_jax.surrogates._whitening import cholesky_factor
 
 CAPACITY, B = 48, 6
 RNG = np.random.default_rng(0)
@@ -166,7 +166,7 @@ def test_the_same_pair_many_times_and_no_noise_raise_the_jitter_and_say_so():
     fresh = learner.refactorized()
     assert learner.jitter == pytest.approx(float(fresh.jitter), rel=1e-5)
     np.testing.assert_allclose(learner.covariance, fresh.covariance, atol=1e-6)
-    broken, jitter = factorize(jnp.full((3, 3), jnp.nan))
+    broken, jitter = cholesky_factor(jnp.full((3, 3), jnp.nan))
     assert np.isnan(jnp.diagonal(broken)).any()
     assert jitter != 0
 

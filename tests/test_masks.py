@@ -33,7 +33,7 @@ def test_sets_of_groups_are_groups_one_by_one(name, bad):
     for number, mask in enumerate(SETS):
         masks = jnp.broadcast_to(mask, (GROUPS, N))
         alone = eqx.filter_jit(decode_groups)(code, jnp.asarray(y), masks)
-        np.testing.assert_array_equal(got.heard[number], alone.heard)
+        np.testing.assert_array_equal(got.responded[number], alone.responded)
         np.testing.assert_array_equal(got.recovered[number], alone.recovered)
         np.testing.assert_allclose(got.predictions[number], alone.predictions, atol=2e-6)
         matrix = np.asarray(code.decoder_matrix(mask), np.float64)

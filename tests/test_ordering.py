@@ -152,7 +152,7 @@ def test_masks_and_workers_are_those_of_the_groups_sent(x):
     recovered = np.zeros(24, bool)
     recovered[order] = masks.reshape(-1)
     np.testing.assert_array_equal(status.recovered, recovered.reshape(6, K))
-    np.testing.assert_array_equal(status.heard, masks)
+    np.testing.assert_array_equal(status.responded, masks)
     lost = np.isnan(np.asarray(status.predictions)).all(axis=-1)
     np.testing.assert_array_equal(lost, ~recovered.reshape(6, K))
 

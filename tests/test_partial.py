@@ -69,7 +69,7 @@ def test_a_slow_device_is_not_waited_for(x, devices, slow, num_workers):
     infer = partial_inference(held, code, mesh_of(devices))
     reference = coded_inference(model, code)
     everyone = infer(x, deadline=LONG)
-    assert everyone.heard.all()
+    assert everyone.responded.all()
     np.testing.assert_allclose(
         everyone.predictions, reference(x, np.ones(num_workers, bool)), atol=1e-5
     )
@@ -81,7 +81,7 @@ def test_a_slow_device_is_not_waited_for(x, devices, slow, num_workers):
     late[twice.ravel()] = False
     with held.up():
         partial = infer(x, number=int((~late).sum()), deadline=LONG)
-        np.testing.assert_array_equal(partial.heard, np.broadcast_to(~late, (2, num_workers)))
+        np.testing.assert_array_equal(partial.responded, np.broadcast_to(~late, (2, num_workers)))
         assert partial.recovered.all()
         np.testing.assert_allclose(partial.predictions, reference(x, ~late), atol=1e-5)
 
@@ -92,11 +92,11 @@ def test_the_deadline_and_what_is_left_behind(x):
     infer(x, deadline=LONG)
     with held.up():
         partial = infer(x, deadline=4.0)
-        assert not partial.heard[:, workers_of(2, 3, 10)[0]].any()
+        assert not partial.responded[:, workers_of(2, 3, 10)[0]].any()
         assert partial.recovered.all()
         with pytest.raises(TimeoutError, match=r"devices \[2\] still have more than 0 earlier"):
             infer(x, deadline=0.05)
-    assert infer(x, deadline=LONG).heard.all(), "and then it goes on"
+    assert infer(x, deadline=LONG).responded.all(), "and then it goes on"
 
 
 class Turns:
@@ -142,7 +142,7 @@ def test_waiting_behind_a_busy_device_is_part_of_the_deadline(x, monkeypatch):
     monkeypatch.setattr("nercc_jax.inference._partial.time", clock)
     partial = infer(x, deadline=4.0)
     assert now[0] == 4.0
-    assert not partial.heard[:, workers_of(2, 3, 10)[0]].any()
+    assert not partial.responded[:, workers_of(2, 3, 10)[0]].any()
     third.set()
 
 
@@ -161,7 +161,7 @@ def test_broken_data_points_answers_and_one_group(x):
     x = x.copy()
     x[1, 2, 0] = np.nan
     got, expected = infer(x, deadline=LONG), reference(x, np.ones(7, bool))
-    assert not expected.heard[0].all()
+    assert not expected.responded[0].all()
     for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
     alone = infer(x[0], deadline=LONG)

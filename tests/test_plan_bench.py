@@ -45,7 +45,7 @@ def test_a_plan_is_carried_out(bench, name):
     """Three of ten calls straggle: hedging and re-execution make up for them, and decoding."""
     plan = Plan((), PLANS[name], "", None, {"num_queries": 4, "buffer_size": 4}, {})
     again = name in ("hedged", "lost again")
-    # Those do not wait for stragglers, on a busy machine neither; patience grows with what it sees.
+    # Those do not wait for stragglers, on a busy machine neither; waiting grows with what it sees.
     slow = Fault("delay", 0.3, latency=TraceLatency(jnp.array([2.0 if again else 0.6])))
     with DevicePool(_linear, 40, example=IMAGES[:1], faults=Faults((slow,))) as pool:
         server = bench.PlanServer(pool, plan)

@@ -125,24 +125,24 @@ def _events(row, code, matrix, error_probability, x, latency, random):
     own = [np.flatnonzero(near[k]) for k in range(row.num_data)]
     draws = random.choice(latency, row.num_workers)
     events = sorted((t, n) for n, t in enumerate(draws))
-    answered, heard, moment = {}, [], 0.0
+    answered, responded, moment = {}, [], 0.0
     for t, n in events:
-        if len(heard) >= row.wait_for and t > row.patience:
+        if len(responded) >= row.wait_for and t > row.min_wait:
             break
-        heard.append(n)
+        responded.append(n)
         moment = t
         answered |= {k: t for k in range(row.num_data) if n in own[k] and k not in answered}
         if len(answered) == row.num_data:
             break
-    everything = len(answered) == row.num_data or len(heard) == row.num_workers
-    end = moment if everything else max(moment, row.patience)
+    everything = len(answered) == row.num_data or len(responded) == row.num_workers
+    end = moment if everything else max(moment, row.min_wait)
     labels = np.argmax(_model(x, np), axis=1)
     wanting = [k for k in range(row.num_data) if k not in answered]
     if not wanting:
         return end, labels, row.num_workers
     made, trust = np.full(row.num_data, -1), np.full(row.num_data, np.inf)
     if row.points is not None:
-        mask = np.isin(np.arange(row.num_workers), heard)
+        mask = np.isin(np.arange(row.num_workers), responded)
         told = _assess(code, error_probability, _model(coded, np)[None], mask[None])
         made, trust = (np.asarray(part[0]) for part in told)
     calls, last = row.num_workers, end
@@ -237,8 +237,8 @@ def test_re_execution_keeps_its_promise_on_fresh_data(key):
         assert row.extra_work == pytest.approx(row.num_workers / 4 - 1 + row.resent)
     row = max(again, key=lambda row: row.resent)
     assert row.resent > 0.001
-    kind = (row.num_workers, row.wait_for, row.patience)
-    kinds = [(r.row.num_workers, r.row.wait_for, r.row.patience) for r in screened]
+    kind = (row.num_workers, row.wait_for, row.min_wait)
+    kinds = [(r.row.num_workers, r.row.wait_for, r.row.min_wait) for r in screened]
     plain = screened[kinds.index(kind)].row
     assert row.disagreement.mean < plain.disagreement.mean
     _keeps(row, *_simulate(row, doubts[row]))
@@ -408,7 +408,7 @@ def test_the_command_tells_plainly_what_is_wrong(tmp_path, untyped, arguments, m
 
 
 def test_a_surrogate_answers_stragglers_where_it_is_sure(key):
-    """Nine of ten labels are known: the tail is that of patience, and the promise is kept."""
+    """Nine of ten labels are known: the tail is that of waiting, and the promise is kept."""
 
     def cheap(x):
         x = jnp.asarray(x)

@@ -134,7 +134,7 @@ def test_a_pool_whose_watcher_is_gone_fails_at_once_and_says_so(backend, open_sc
         dispatch(scheduler, 1)
 
 
-def test_books_that_fail_while_a_worker_is_heard_break_the_pool(
+def test_books_that_fail_while_a_worker_responds_break_the_pool(
     backend, open_scheduler, monkeypatch
 ):
     def fail(worker, outcome):

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from conftest import require
 
-from nercc_jax.pools._ray_backend import ActorBackend, NodePlacement, Packed, pack
+from nercc_jax.pools._ray_backend import ActorBackend, EncodedInputs, NodePlacement, pack
 from nercc_jax.pools._ray_cluster import HeadProbe
 from nercc_jax.pools._ray_nodes import (
     Migration,
@@ -164,7 +164,7 @@ def test_a_worker_that_was_placed_elsewhere_than_planned_is_counted_where_it_is(
     ray = PlacedElsewhere()
     for file in BACKEND_FILES:
         monkeypatch.setattr(f"nercc_jax.pools.{file}.ray_module", lambda: ray)
-    backend = ActorBackend(Packed(b"", []), (False, None), {"num_cpus": 0.5}, lambda: False)
+    backend = ActorBackend(EncodedInputs(b"", []), (False, None), {"num_cpus": 0.5}, lambda: False)
     for worker in range(4):
         ready = threading.Event()
         backend.start(worker, 0, lambda *outcome, ready=ready: ready.set())

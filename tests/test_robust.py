@@ -129,7 +129,7 @@ def test_gross_lies_leave_what_decoding_without_them_gives(layout, gone, dtype):
     got = robust_decode(code, lies(y, liars), mask(32, gone), max_adversaries=4)
     expected = code.try_decode(y, mask(32, [*gone, *liars]))
     assert np.flatnonzero(got.suspected).tolist() == liars
-    assert np.array_equal(got.decoded.heard, mask(32, [*gone, *liars]))
+    assert np.array_equal(got.decoded.responded, mask(32, [*gone, *liars]))
     np.testing.assert_allclose(got.decoded.predictions, expected.predictions, atol=1e-6)
     assert np.all(got.decoded.recovered)
     assert got.decoded.predictions.dtype == dtype
@@ -179,8 +179,8 @@ def test_no_more_are_left_out_than_asked_and_nobody_absent(seed, count, most, go
     available = mask(32, random.permutation(32)[:gone])
     got = robust_decode(code, y, available, max_adversaries=most)
     assert np.sum(got.suspected) <= min(most, max(available.sum() - 4, 0))
-    assert np.array_equal(got.decoded.heard | got.suspected, available)
-    assert not np.any(got.decoded.heard & got.suspected)
+    assert np.array_equal(got.decoded.responded | got.suspected, available)
+    assert not np.any(got.decoded.responded & got.suspected)
     assert np.all(np.isfinite(got.decoded.predictions))
 
 
@@ -194,7 +194,7 @@ def test_broken_and_absent_answers_are_never_read(method):
     decode = functools.partial(robust_decode, code, max_adversaries=3, method=method)
     got = decode(broken, available)
     expected = decode(y, mask(32, (3, 11, 20)))
-    assert np.array_equal(got.decoded.heard, mask(32, (3, 11, 20)))
+    assert np.array_equal(got.decoded.responded, mask(32, (3, 11, 20)))
     assert not np.any(got.suspected)
     np.testing.assert_allclose(got.decoded.predictions, expected.decoded.predictions, atol=1e-6)
 
@@ -214,7 +214,7 @@ def test_nobody_answered():
         got = robust_decode(code, y, jnp.zeros(32, bool), max_adversaries=2, method=method)
         assert np.all(np.isnan(got.decoded.predictions))
         assert not np.any(got.decoded.recovered)
-        assert not np.any(got.decoded.heard | got.suspected)
+        assert not np.any(got.decoded.responded | got.suspected)
 
 
 @pytest.mark.parametrize("adversaries", [0, 2, 6])
@@ -266,7 +266,7 @@ def test_bounds():
         code, np.clip(lying, -1.5, 1.5), mask(32), max_adversaries=2, method="smooth"
     )
     assert np.array_equal(smooth.decoded.predictions, clipped.decoded.predictions)
-    assert np.all(smooth.decoded.heard)
+    assert np.all(smooth.decoded.responded)
 
 
 def test_jit_vmap_and_one_compilation_for_every_mask():

@@ -228,7 +228,7 @@ def test_killing_ray_workers_loses_no_batch_and_mixes_up_none(ray_pool, code, nu
             if isinstance(code, Replication):
                 np.testing.assert_array_equal(decoded.predictions, exact(x))
             else:
-                expected = unsharded(x, decoded.heard)
+                expected = unsharded(x, decoded.responded)
                 np.testing.assert_allclose(decoded.predictions, expected, rtol=1e-5, atol=0.01)
             killer.done += 1
     finally:
@@ -310,26 +310,26 @@ def test_the_summary_is_a_file_too(small):
     assert (told["data_points"], told["batches"], told["lost"]) == (30, 4, 0)
     assert told["deaths_by_worker"] == [0] * 8
     rows = load(small[1])
-    assert told["stragglers_per_batch"] * 4 == np.sum(~rows["heard"][[0, 8, 16, 24]])
+    assert told["stragglers_per_batch"] * 4 == np.sum(~rows["responded"][[0, 8, 16, 24]])
     own = load_model("lenet5-digits")
     images = own.preprocess(load_data("digits", "test", limit=30).images)
     same = np.sum(np.asarray(own(images)).argmax(axis=1) == rows["predicted"])
     assert (told["same_labels"], told["compared"]) == (same, 30)
 
 
-def test_the_result_is_what_coded_inference_makes_of_the_workers_heard(small):
+def test_the_result_is_what_coded_inference_makes_of_the_workers_that_responded(small):
     rows = load(small[1])
     data = load_data("digits", "test", limit=30)
     np.testing.assert_array_equal(rows["index"], np.arange(30))
     np.testing.assert_array_equal(rows["label"], data.labels)
     np.testing.assert_array_equal(rows["batch"], np.arange(30) // 8)
     assert rows["recovered"].all()
-    assert (rows["heard"].sum(axis=1) >= 6).all()
+    assert (rows["responded"].sum(axis=1) >= 6).all()
     network = load_model("lenet5-digits")
     filled = np.arange(32) % 30  # the last group is filled from the start
     x = np.asarray(network.preprocess(data.images[filled])).reshape(8, 4, 32, 32, 1)
-    heard = rows["heard"][filled].reshape(8, 4, 8)
-    expected = coded_inference(network, NeRCC(4, 8))(x, jnp.asarray(heard[:, 0]))
+    responded = rows["responded"][filled].reshape(8, 4, 8)
+    expected = coded_inference(network, NeRCC(4, 8))(x, jnp.asarray(responded[:, 0]))
     expected = np.asarray(expected).reshape(32, -1)[:30]
     np.testing.assert_allclose(rows["predictions"], expected, rtol=1e-3, atol=1e-3)
     np.testing.assert_array_equal(rows["predicted"], rows["predictions"].argmax(axis=1))
@@ -344,7 +344,7 @@ def test_batches_go_over_the_data_again(tmp_path):
         rows = list(csv.DictReader(file))
     assert [int(row["index"]) for row in rows] == [*range(30), *range(10)]
     assert {row["recovered"] for row in rows} == {"True"}
-    assert all(6 <= int(row["heard"]) <= 8 for row in rows)
+    assert all(6 <= int(row["responded"]) <= 8 for row in rows)
     for row in rows:
         logits = [float(row[f"output_{k}"]) for k in range(10)]
         assert int(row["predicted"]) == int(np.argmax(logits))
@@ -375,7 +375,7 @@ def test_what_is_lost_is_nan_and_told(tmp_path):
     assert not rows["recovered"].any()
     assert np.isnan(rows["predictions"]).all()
     assert (rows["predicted"] == -1).all()
-    assert not rows["heard"].any()
+    assert not rows["responded"].any()
 
 
 def test_what_is_recovered_of_a_batch_is_told_and_why_the_rest_is_not(tmp_path, monkeypatch):
@@ -399,8 +399,8 @@ def test_what_is_recovered_of_a_batch_is_told_and_why_the_rest_is_not(tmp_path, 
     rows = load(path)
     lost = np.isin(np.arange(16), [1, 4, 5, 6, 7])
     np.testing.assert_array_equal(rows["recovered"], ~lost)
-    assert not rows["heard"][lost].any()
-    assert (rows["heard"][~lost].sum(axis=1) >= 6).all()
+    assert not rows["responded"][lost].any()
+    assert (rows["responded"][~lost].sum(axis=1) >= 6).all()
     assert (rows["predicted"] == -1).tolist() == lost.tolist()
 
 

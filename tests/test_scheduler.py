@@ -108,7 +108,7 @@ def test_a_forgotten_batch_sends_nothing_more_and_its_answers_are_late(backend, 
     assert batch.count == 0
 
 
-def test_a_dead_workers_task_goes_on_and_its_old_life_is_not_heard(backend, open_scheduler):
+def test_a_dead_workers_task_goes_on_and_its_old_life_is_ignored(backend, open_scheduler):
     scheduler = open_scheduler(2)
     batch = dispatch(scheduler, 2)
     (worker, (life, point)), *_ = backend.sent.items()

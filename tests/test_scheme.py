@@ -48,9 +48,9 @@ def test_without_extras_it_is_coded_inference():
     np.testing.assert_array_equal(assessed.decoded.predictions, expected.reshape(-1, OUTPUTS))
     assert assessed.decoded.recovered.all()
     assert np.isnan(assessed.error_probability).all()
-    np.testing.assert_array_equal(assessed.decoded.heard, MASKS)
+    np.testing.assert_array_equal(assessed.decoded.responded, MASKS)
     one = decode_with_deviation(model, Scheme(CODE))(x, MASKS[0])
-    np.testing.assert_array_equal(one.decoded.heard, np.tile(MASKS[0], (6, 1)))
+    np.testing.assert_array_equal(one.decoded.responded, np.tile(MASKS[0], (6, 1)))
 
 
 @pytest.mark.parametrize("order", [None, "pixels", "surrogate", model])

@@ -31,7 +31,7 @@ def model(x, limit=np.inf):
 
 def assert_same(got, expected, tolerance=1e-5):
     assert got.predictions.is_fully_replicated
-    np.testing.assert_array_equal(got.heard, expected.heard)
+    np.testing.assert_array_equal(got.responded, expected.responded)
     np.testing.assert_array_equal(got.recovered, expected.recovered)
     assert got.predictions.dtype == expected.predictions.dtype
     np.testing.assert_allclose(got.predictions, expected.predictions, atol=tolerance)
@@ -72,7 +72,7 @@ def test_it_equals_the_unsharded(devices, num_data, num_workers, precision):
             False,
             False,
         ]
-        assert np.asarray(masks & ~expected.heard)[[0, 4, 5]].any(), "an answer was broken"
+        assert np.asarray(masks & ~expected.responded)[[0, 4, 5]].any(), "an answer was broken"
         infer = coded_inference(model, code, with_status=True, mesh=mesh_of(devices))
         tolerance = 1e-5 if precision == "float32" else 1e-10
         # Beyond two close workers the line is steep: rounding there counts by its slope.

@@ -101,8 +101,8 @@ def test_broken_answers_are_stragglers_and_without_answers_it_is_the_surrogate(d
     broken, _ = decode(code, surrogate, y.at[0, worker].set(jnp.nan), masks, cheap, cheap_coded)
     missing, _ = decode(code, surrogate, y, masks.at[0, worker].set(False), cheap, cheap_coded)
     np.testing.assert_allclose(broken.predictions, missing.predictions, atol=1e-6)
-    np.testing.assert_array_equal(broken.heard, missing.heard)
-    assert not broken.heard[0, worker]
+    np.testing.assert_array_equal(broken.responded, missing.responded)
+    assert not broken.responded[0, worker]
     nobody, _ = decode(
         code, surrogate, jnp.full_like(y, jnp.nan), jnp.zeros_like(masks), cheap, cheap_coded
     )

@@ -146,7 +146,7 @@ def test_one_mask_counts_for_all_leaves():
     """What breaks in one head makes a straggler in all."""
     y = {"a": jnp.ones((N, 2)), "b": jnp.ones((N, 3, 1)).at[4, 1, 0].set(jnp.nan)}
     decoded = CODE.try_decode(y, np.ones(N, bool))
-    assert np.flatnonzero(~decoded.heard).tolist() == [4]
+    assert np.flatnonzero(~decoded.responded).tolist() == [4]
     assert np.isfinite(decoded.predictions["a"]).all()
     half = CODE.try_decode({"a": jnp.ones((N, 2), jnp.bfloat16), "b": jnp.ones((N, 1))}, MASK)
     assert half.predictions["a"].dtype == half.predictions["b"].dtype == jnp.float32

@@ -222,7 +222,7 @@ def test_tuning_errors(x, message, key):
         (lambda: Descent(learning_rate=-1.0), "learning_rate must be positive"),
         (lambda: Descent(learning_rate=np.nan), "positive and finite, not nan"),
         (lambda: Descent(check_every=0), "check_every must be a positive integer"),
-        (lambda: Descent(patience=0), "patience must be a positive integer"),
+        (lambda: Descent(stop_after=0), "stop_after must be a positive integer"),
         (lambda: Sampling(groups_per_step=1.5), "groups_per_step must be a positive integer"),
         (lambda: Sampling(sets_per_step=0), "sets_per_step must be a positive integer"),
         (lambda: Sampling(held_out_sets=True), "held_out_sets must be a positive integer"),
@@ -240,7 +240,7 @@ def test_numpys_numbers_are_pythons(untyped):
     descent, sampling = Descent(steps=np.int64(3)), Sampling(groups_per_step=np.int32(2))
     assert type(descent.steps) is type(sampling.groups_per_step) is int
     assert descent == Descent(steps=3)
-    assert Descent(patience=None).patience is None
+    assert Descent(stop_after=None).stop_after is None
 
 
 def test_a_model_in_training_mode_is_not_tuned(key):
@@ -416,7 +416,7 @@ def test_steps_that_are_not_finite_change_nothing_and_are_told():
     with pytest.warns(RuntimeWarning, match=r"\d+ of 30 steps were rejected"):
         tuned = nj.tune(
             fragile, code, x, LAWS, key=key, points=True, sampling=SAMPLING,
-            descent=Descent(steps=30, check_every=1, patience=31),
+            descent=Descent(steps=30, check_every=1, stop_after=31),
             on_step=lambda step, code: shifts.append(step),
         )  # fmt: skip
     assert 0 < tuned.rejected < 30
@@ -433,7 +433,7 @@ def test_steps_that_are_not_finite_change_nothing_and_are_told():
 def test_tuning_stops_when_nothing_gets_better(key):
     tuned = nj.tune(
         model, nj.Berrut(K, N), DATA, LAWS, key=key, points=True, sampling=SAMPLING,
-        descent=Descent(steps=40, learning_rate=12.0, check_every=1, patience=3),
+        descent=Descent(steps=40, learning_rate=12.0, check_every=1, stop_after=3),
     )  # fmt: skip
     assert len(tuned.history) <= 6
     assert tuned.objective <= 1

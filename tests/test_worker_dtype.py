@@ -337,7 +337,7 @@ def test_under_a_mesh_of_the_callers(kind):
 def test_answers_beyond_float16_make_stragglers():
     infer = coded_inference(lambda x: 100 * x, CODE, worker_dtype="float16", with_status=True)
     decoded = infer(np.full((K, 5), 1e3, np.float32), MASK)
-    assert not decoded.heard.any()
+    assert not decoded.responded.any()
 
 
 # What is calibrated, and where.

@@ -19,8 +19,8 @@ from ._options import (
     Seed,
     Sets,
     Weights,
+    check_files,
     check_folder,
-    check_model,
     option,
 )
 from ._process import compile_quickly
@@ -55,7 +55,7 @@ def demo(
     with told_plainly():
         check_folder("--plot", plot)
         check_folder("--numbers", numbers)
-        check_model(model, weights, inputs)
+        check_files(model, weights, inputs)
         # JAX takes a second or two to import: not for --help, nor for a misspelt option.
         import jax
         import numpy as np

@@ -80,22 +80,22 @@ def shipped_queries(
 
 def kept_labels(queries: Queries, num_data: int, num_workers: int, seed: int) -> list[Kept]:
     """Return the labels kept by the published method, its rivals, and a scheme on few workers."""
-    judge = queries.test[len(queries.test) // 2 :]
-    judge = judge[: len(judge) // num_data * num_data]
+    judged = queries.test[len(queries.test) // 2 :]
+    judged = judged[: len(judged) // num_data * num_data]
     run = batched(queries.model, 256)
-    own = np.asarray(run(judge)).argmax(-1)
+    own = np.asarray(run(judged)).argmax(-1)
     few, many = num_data + max(num_data // 4, 1), num_workers
 
     def kept(infer: Callable[[np.ndarray], np.ndarray], workers: int) -> Estimate:
         draw = np.random.default_rng(seed)
         shares = []
         for _ in range(_SETS):
-            masks = draw.random((len(judge) // num_data, workers)) >= RATE
+            masks = draw.random((len(judged) // num_data, workers)) >= RATE
             shares.append(float(np.mean(infer(masks) == own)))
         return Estimate.over(shares)
 
     def labels(code: AbstractCode) -> Callable[[np.ndarray], np.ndarray]:
-        answers, form = all_answers((run,), code, groups_of(judge, num_data))
+        answers, form = all_answers((run,), code, groups_of(judged, num_data))
         y = form.split(answers)
         return lambda masks: _labels(decode_groups(code, y, masks).predictions).ravel()
 
@@ -112,13 +112,13 @@ def kept_labels(queries: Queries, num_data: int, num_workers: int, seed: int) ->
                 ("NeRCC as published", "NeRCC published", many, published),
             )
         ),
-        *_with_scheme(queries, judge, own, NeRCC(num_data, few, points="repeated"), kept, seed),
+        *_with_scheme(queries, judged, own, NeRCC(num_data, few, points="repeated"), kept, seed),
     ]
 
 
 def _with_scheme(
     queries: Queries,
-    judge: np.ndarray,
+    judged: np.ndarray,
     own: np.ndarray,
     code: NeRCC,
     kept: Callable[..., Estimate],
@@ -148,14 +148,14 @@ def _with_scheme(
     def assessed(masks: np.ndarray) -> AssessedPredictions:
         name = masks.tobytes()
         if name not in known:
-            known[name] = infer(judge, masks)
+            known[name] = infer(judged, masks)
         return known[name]
 
     def labels(masks: np.ndarray) -> np.ndarray:
         return _labels(assessed(masks).decoded.predictions)
 
     def again(masks: np.ndarray) -> np.ndarray:
-        sure = reexecute(queries.model, judge, assessed(masks), share=_AGAIN)
+        sure = reexecute(queries.model, judged, assessed(masks), share=_AGAIN)
         return _labels(sure.decoded.predictions)
 
     yield Kept("scheme", "scheme", workers, calls, kept(labels, workers))

@@ -12,9 +12,9 @@ from ._options import (
     ModelName,
     Seed,
     Weights,
+    check_files,
     check_folder,
-    check_model,
-    check_positive,
+    check_positive_options,
     option,
 )
 
@@ -69,10 +69,12 @@ def distill_command(
         check_folder("--output", output)
         if not 0 < share <= 1:
             raise ValueError(f"--share {share} lies outside (0, 1]")
-        check_positive("--epochs", epochs, "--answers", answers, "--learning-rate", learning_rate)
+        check_positive_options(
+            "--epochs", epochs, "--answers", answers, "--learning-rate", learning_rate
+        )
         if not 0 <= mixed <= 1:
             raise ValueError(f"--mixed {mixed} lies outside [0, 1]")
-        check_model(model, weights, inputs)
+        check_files(model, weights, inputs)
         # JAX takes a second or two to import: not for --help, nor for a misspelt option.
         from rich.console import Console
 

@@ -130,7 +130,7 @@ def check_shipped(model: str) -> None:
         check_model_name(model)
 
 
-def check_model(model: str, weights: Path | None, inputs: Path | None) -> None:
+def check_files(model: str, weights: Path | None, inputs: Path | None) -> None:
     """Check the options of a model as far as possible before JAX is imported.
 
     Raises:
@@ -165,7 +165,7 @@ def check_file(option: str, path: Path) -> None:
         raise ValueError(f"{option} {path}: there is no such file")
 
 
-def check_positive(*options: Any) -> None:
+def check_positive_options(*options: Any) -> None:
     """Raise ValueError if an option is given and not positive.
 
     Args:

@@ -16,8 +16,8 @@ from ._options import (
     OutputsOption,
     Seed,
     Weights,
-    check_model,
-    check_positive,
+    check_files,
+    check_positive_options,
     option,
 )
 from ._process import compile_quickly
@@ -107,8 +107,10 @@ def plan_command(
     differ from the model's own.
     """
     with told_plainly():
-        check_model(model, weights, inputs)
-        check_positive("--max-workers", max_workers, "--queries", queries, "--buffer", buffer)
+        check_files(model, weights, inputs)
+        check_positive_options(
+            "--max-workers", max_workers, "--queries", queries, "--buffer", buffer
+        )
         if not 0 <= max_disagreement <= 1:
             raise ValueError(f"--max-disagreement is a share from 0 to 1, not {max_disagreement}")
         for option, value in (("--budget", budget), ("--overhead-s", overhead_s)):

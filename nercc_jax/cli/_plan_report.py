@@ -114,7 +114,7 @@ def shown_rows(found: Plan) -> list[Candidate]:
 
 
 def _cells(row: Candidate) -> tuple[str, ...]:
-    wait = str(row.wait_for) + (f", {_ms(row.patience)}" if row.patience else "")
+    wait = str(row.wait_for) + (f", {_ms(row.min_wait)}" if row.min_wait else "")
     share = f"{100 * row.disagreement.mean:.2f}<{100 * row.most_disagreement:.2f}"
     return (
         f"({row.num_workers}, {row.num_data})",
@@ -139,7 +139,7 @@ def plan_words(found: Plan, data: str) -> str:
         again = {None: "", 0.0: "; send again what has no answer"}
         lines.append(
             f"decode when {row.wait_for} of {row.num_workers} workers have answered, but not "
-            f"before {1e3 * row.patience:.3g} ms unless all have"
+            f"before {1e3 * row.min_wait:.3g} ms unless all have"
             + again.get(row.limit, f"; send again what has an error probability above {row.limit}")
         )
     if row.hedge_after is not None:

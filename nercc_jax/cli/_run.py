@@ -25,9 +25,9 @@ from ._options import (
     RunOptions,
     Seed,
     Weights,
+    check_files,
     check_folder,
-    check_model,
-    check_positive,
+    check_positive_options,
     option,
     refuse,
 )
@@ -181,11 +181,11 @@ def run_command(
     """
     with told_plainly():
         check_folder("--output", output)
-        check_model(model, weights, inputs)
+        check_files(model, weights, inputs)
         own = inputs is not None or not is_shipped(model)
         by_row = tolerance is not None or (own and max_disagreement is not None)
-        check_positive("--groups", groups, "--max-inputs", max_inputs, "--batches", batches)
-        check_positive("--workers", workers, "--deadline-s", deadline_s)
+        check_positive_options("--groups", groups, "--max-inputs", max_inputs, "--batches", batches)
+        check_positive_options("--workers", workers, "--deadline-s", deadline_s)
         if pool == "ray" and importlib.util.find_spec("ray") is None:
             raise ImportError("--pool ray needs Ray: pip install 'nercc-jax[ray]'")
         job_of_ray = RayJob(address, working_dir, tuple(py_modules or ()), runtime_env)

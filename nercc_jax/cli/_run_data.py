@@ -297,7 +297,7 @@ class _Results:
         self._index, self._batch_size = rows, batch_size
         self._predictions = np.full((len(rows), outputs), np.nan, np.float32)
         self._recovered = np.zeros(len(rows), bool)
-        self._heard = np.zeros((len(rows), workers), bool)
+        self._responded = np.zeros((len(rows), workers), bool)
         self._done = np.zeros(len(rows), bool)
 
     def __len__(self) -> int:
@@ -311,12 +311,12 @@ class _Results:
         if outcome.result is not None:
             decoded = outcome.result.decoded
             groups, num_data = decoded.recovered.shape
-            heard = np.repeat(np.asarray(decoded.heard), num_data, axis=0)
+            responded = np.repeat(np.asarray(decoded.responded), num_data, axis=0)
             predictions = np.asarray(decoded.predictions).reshape(groups * num_data, -1)
             self._predictions[rows] = predictions[:count]
             self._recovered[rows] = np.ravel(decoded.recovered)[:count]
-            self._heard[rows] = heard[:count]
-            self._heard[rows] &= self._recovered[rows, None]
+            self._responded[rows] = responded[:count]
+            self._responded[rows] &= self._recovered[rows, None]
         return count
 
     def take(self, arrays: Mapping[str, np.ndarray]) -> None:
@@ -324,7 +324,8 @@ class _Results:
         rows = np.concatenate([np.r_[self._rows(batch)] for batch in arrays["batches"].tolist()])
         self._predictions[rows] = arrays["predictions"]
         self._recovered[rows] = arrays["recovered"]
-        self._heard[rows] = arrays["heard"]
+        # Runs of an earlier version call it "heard".
+        self._responded[rows] = arrays["responded" if "responded" in arrays else "heard"]
         self._done[rows] = True
 
     def rows_of(self, batches: Sequence[int]) -> dict[str, np.ndarray]:
@@ -335,7 +336,7 @@ class _Results:
             "index": self._index[rows],
             "predictions": self._predictions[rows],
             "recovered": self._recovered[rows],
-            "heard": self._heard[rows],
+            "responded": self._responded[rows],
         }
 
     def unfinished(self, batches: int) -> list[int]:
@@ -367,9 +368,9 @@ class _Results:
         return self._recovered[self._done]
 
     @property
-    def heard(self) -> Bool[np.ndarray, "done num_workers"]:
+    def responded(self) -> Bool[np.ndarray, "done num_workers"]:
         """The workers whose answers each prediction rests on."""
-        return self._heard[self._done]
+        return self._responded[self._done]
 
     @property
     def predicted(self) -> Int[np.ndarray, " done"]:
@@ -384,7 +385,7 @@ class _Results:
 
 
 def _write(path: Path, results: _Results, labels: Int[np.ndarray, " points"]) -> None:
-    """Write the rows with the split's true labels; a .csv has the number of workers heard."""
+    """Write the rows with the true labels; a .csv has the number of workers that responded."""
     columns: dict[str, Any] = {
         "index": results.index,
         "batch": results.batch,
@@ -393,9 +394,9 @@ def _write(path: Path, results: _Results, labels: Int[np.ndarray, " points"]) ->
         "recovered": results.recovered,
     }
     if path.suffix == ".npz":
-        np.savez(path, **columns, heard=results.heard, predictions=results.predictions)
+        np.savez(path, **columns, responded=results.responded, predictions=results.predictions)
         return
-    columns["heard"] = results.heard.sum(axis=1)
+    columns["responded"] = results.responded.sum(axis=1)
     for output, values in enumerate(results.predictions.T):
         columns[f"output_{output}"] = values
     write_csv(path, columns)

@@ -16,7 +16,7 @@ from rich.logging import RichHandler
 from ..pools import AbstractPool, DevicePool, Faults, PoolReport, RayPool
 from ..pools._row_engine import hang_timeout
 from ._errors import fail
-from ._options import check_positive
+from ._options import check_positive_options
 from ._ray_job import RayJob
 
 PARTIAL = 3  # the exit code of a run that has results, but not all
@@ -79,7 +79,7 @@ def make_faults(rate: float, delay: float, death_rate: float, seed: int) -> Faul
     for option, value in (("--straggler-rate", rate), ("--death-rate", death_rate)):
         if not 0 <= value <= 1:
             raise ValueError(f"{option} is a share of the calls, from 0 to 1, not {value}")
-    check_positive("--straggler-delay-s", delay)
+    check_positive_options("--straggler-delay-s", delay)
     return Faults.from_rates(
         straggler_rate=rate, straggler_delay=delay, death_rate=death_rate, seed=seed
     )

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ._errors import PlainCommand, fail, told_plainly
-from ._options import check_model
+from ._options import check_files
 from ._process import keep_programs
 from ._ray_job import RayJob, end_at_once, leave_accelerators
 
@@ -133,7 +133,7 @@ def _serve(
     """Run the command; `flags` are the settings on the command line, by name."""
     with told_plainly():
         for each in model or ():
-            check_model(each, None, None)
+            check_files(each, None, None)
         settings, chosen = _read(model, config, flags)
         if print_config:
             from ..serving._settings import as_toml
@@ -234,10 +234,10 @@ def _leave() -> None:
 
 def _check(chosen: "list[ModelSettings]") -> None:
     """Load the models without workers. Raises ValueError where something does not fit."""
-    from ._serving_models import check_model
+    from ._serving_models import check_loadable
 
     for settings in chosen:
-        check_model(settings)
+        check_loadable(settings)
         typer.echo(f"{settings.served_name} can be served")
 
 

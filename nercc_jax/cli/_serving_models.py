@@ -17,7 +17,7 @@ from ..serving._served_model import ServedModel, log_phase
 from ..serving._settings import ModelSettings
 from ..serving.protocol._servable import FLOAT
 from ._calibration_file import calibration_file
-from ._options import check_model as check_files
+from ._options import check_files
 from ._own_models import example_inputs, find_surrogate, is_own, is_shipped
 from ._workload import find_model, load_plain_code, read_named_inputs
 
@@ -76,7 +76,7 @@ def start_models(
     return served
 
 
-def check_model(settings: ModelSettings) -> None:
+def check_loadable(settings: ModelSettings) -> None:
     """Check all that needs no workers. Raises ValueError where something does not fit."""
     _check_files(settings)
     code = code_of(settings)

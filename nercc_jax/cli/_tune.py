@@ -20,8 +20,8 @@ from ._options import (
     Seed,
     Sets,
     Weights,
+    check_files,
     check_folder,
-    check_model,
     option,
 )
 from ._process import compile_quickly, start_parallel
@@ -87,7 +87,7 @@ def tune_command(
             raise ValueError("--criterion cross_entropy needs --outputs logits")
         if layout == "search" and outputs == "values":
             raise ValueError("--layout search goes by labels, and --outputs values have none")
-        check_model(model, weights, inputs)
+        check_files(model, weights, inputs)
         # JAX takes a second or two to import: not for --help, nor for a misspelt option.
         import jax
         from rich.console import Console

@@ -63,7 +63,7 @@ class Points:
     preprocess: Callable[[np.ndarray], Any]
 
 
-def points_of(network: Answering, split: str, data_dir: Path | None) -> Points:
+def inputs_of(network: Answering, split: str, data_dir: Path | None) -> Points:
     """Return a split of a shipped model's data set."""
     from nercc_models import load_data
 
@@ -110,7 +110,7 @@ class Workload:
     def rows(self, split: str) -> Points:
         """Return all data points of a split, or all of `x`, in their order."""
         if self.x is None:
-            return points_of(self.model, split, self.data_dir)
+            return inputs_of(self.model, split, self.data_dir)
         return Points(Path(self.source).name, self.x, np.full(len(self.x), -1), np.asarray)
 
 

@@ -14,8 +14,8 @@ from ._decoding import (
     AMPLIFICATION,
     Decoded,
     Matrices,
-    alike_only,
     decode_vectors,
+    mask_mixed_groups,
 )
 from ._files import code_card, load_code, save_code
 from ._grouped import (
@@ -27,7 +27,7 @@ from ._grouped import (
 )
 from ._groups import encode_groups, encode_leaf, multiply_groups
 from ._kept import (
-    Known,
+    CachedMatrices,
     Lookups,
     encoder_of,
     encoder_rows,
@@ -66,10 +66,10 @@ __all__ = [
     "LAYOUTS",
     "AbstractCode",
     "Berrut",
+    "CachedMatrices",
     "Decoded",
     "Form",
     "GroupPoints",
-    "Known",
     "Lagrange",
     "Layout",
     "Lookups",
@@ -78,7 +78,6 @@ __all__ = [
     "Parity",
     "Replication",
     "Uncoded",
-    "alike_only",
     "any_tracer",
     "as_mask",
     "berrut_matrix",
@@ -118,6 +117,7 @@ __all__ = [
     "known_matrices",
     "leaves_of",
     "load_code",
+    "mask_mixed_groups",
     "mean_gap",
     "multiply",
     "multiply_groups",

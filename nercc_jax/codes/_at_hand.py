@@ -145,8 +145,8 @@ def _groups_on_host(code: Any, y: PyTree, available: np.ndarray) -> Decoded | No
         return None
     vectors, form = join(to_device(y), 2)
     made = _on_host(kept, np.asarray(vectors), np.arange(len(vectors)), available)
-    predictions, heard, recovered = to_device(made)
-    return Decoded(form.split(predictions), heard, recovered)
+    predictions, responded, recovered = to_device(made)
+    return Decoded(form.split(predictions), responded, recovered)
 
 
 def _is_here(y: PyTree) -> bool:
@@ -162,12 +162,12 @@ def _on_host(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return predictions, which workers they rest on, and which are recovered, of these groups."""
     finite = np.all(np.isfinite(y), axis=-1, keepdims=True)
-    heard = available & finite[group][..., 0]
+    responded = available & finite[group][..., 0]
     matrices: dict[bytes, Matrices] = {}
     dtype = jnp.promote_types(y.dtype, jnp.float32)
     predictions, recovered = [], []
     with np.errstate(all="ignore"):  # what overflows becomes infinite, as in a program
-        for place, mask in zip(group, heard, strict=True):
+        for place, mask in zip(group, responded, strict=True):
             name = mask.tobytes()
             made = matrices.get(name) or kept.exact_decoder(mask)
             assert made is not None
@@ -177,4 +177,4 @@ def _on_host(
             known = np.asarray(made.recovered[0])
             predictions.append(np.where(known[:, None], values, np.nan).astype(dtype))
             recovered.append(known)
-    return np.stack(predictions), heard, np.stack(recovered)
+    return np.stack(predictions), responded, np.stack(recovered)

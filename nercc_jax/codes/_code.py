@@ -259,9 +259,9 @@ class AbstractCode(eqx.Module):
                 is no regression.
         """
         decoded = _try_to_decode(self, y, available)
-        if not isinstance(decoded.heard, Tracer):
-            available, heard = np.asarray(available), np.asarray(decoded.heard)
-            broken = np.flatnonzero(available & ~heard)
+        if not isinstance(decoded.responded, Tracer):
+            available, responded = np.asarray(available), np.asarray(decoded.responded)
+            broken = np.flatnonzero(available & ~responded)
             if not np.any(decoded.recovered):
                 raise ValueError(
                     f"no prediction can be recovered: of {self.num_workers} workers "
@@ -277,7 +277,7 @@ class AbstractCode(eqx.Module):
                 )
         if return_uncertainty:
             flat, _ = joined_answers(self, y)
-            spread = deviation(*variances(self, flat[None], decoded.heard[None]))[0]
+            spread = deviation(*variances(self, flat[None], decoded.responded[None]))[0]
             return decoded.predictions, spread
         return decoded.predictions
 
@@ -347,10 +347,10 @@ def joined_answers(code: AbstractCode, y: PyTree) -> tuple[Float[Array, "num_wor
 def variances(
     code: AbstractCode,
     y: Float[Array, "groups num_workers m"],
-    heard: Bool[Array, "groups num_workers"],
+    responded: Bool[Array, "groups num_workers"],
 ) -> tuple[Float[Array, "groups num_data"], Float[Array, "groups 1"]]:
-    """Posterior and process variance of groups, whatever workers that are not heard say."""
-    posterior, process = jax.vmap(code.variances)(jnp.where(heard[..., None], y, 0), heard)
+    """Posterior and process variance of groups, whatever workers that did not respond say."""
+    posterior, process = jax.vmap(code.variances)(jnp.where(responded[..., None], y, 0), responded)
     return posterior, process[:, None]
 
 

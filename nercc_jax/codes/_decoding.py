@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, PyTree, Shaped
 
 from ..splines import alike_in_shard_map
 from ._products import multiply, multiply_sets
-from ._trees import alike_beside, is_float
+from ._trees import is_float, same_within_group
 
 # Above this sum of a decoder row's magnitudes the product with the matrix loses digits that the
 # regression itself keeps. Two close workers then carry the spline over a wide gap: their entries
@@ -35,12 +35,12 @@ State = TypeVar("State", bound=PyTree)
 class Decoded(eqx.Module):
     """Predictions, and what they rest on. With groups, every field has a leading axis.
 
-    `predictions` are NaN where `recovered` is false. `heard` are the workers whose answers were
+    `predictions` are NaN where `recovered` is false. `responded` are the workers whose answers were
     used: available, and finite in every coordinate.
     """
 
     predictions: PyTree[Float[Array, "..."]]
-    heard: Bool[Array, "... num_workers"]
+    responded: Bool[Array, "... num_workers"]
     recovered: Bool[Array, "..."]
 
 
@@ -131,22 +131,24 @@ def _in_a_loop(code: Decoder, y: Array, available: Array) -> Decoded:
     """
 
     def attempt(state: tuple[Decoded, Array, Array]) -> tuple[Decoded, Array, Array]:
-        heard, first = state[0].heard, state[2]
-        maps, recovered = _fitted(code, heard)
-        decoded = _multiplied(y, heard, maps.matrix, recovered)
+        responded, first = state[0].responded, state[2]
+        maps, recovered = _fitted(code, responded)
+        decoded = _multiplied(y, responded, maps.matrix, recovered)
         broken = first & ~_finite(decoded)
-        known = _unless(~broken, heard, lambda: heard & _all_finite(y))
+        known = _unless(~broken, responded, lambda: responded & _all_finite(y))
         steady = _is_steady(maps.matrix)
         # Else the product still holds an answer that is left out, or what is not recovered.
         done = broken | (first & steady & jnp.all(recovered))
-        decoded = _unless(done, decoded, lambda: _of_heard(maps, y, heard, recovered, steady))
+        decoded = _unless(
+            done, decoded, lambda: _of_responded(maps, y, responded, recovered, steady)
+        )
         return Decoded(decoded.predictions, known, recovered), broken, jnp.zeros_like(first)
 
     start, again = _alike((_nothing(code, y.shape[:1], y, available), jnp.ones((), bool)))
     return jax.lax.while_loop(lambda state: state[1], attempt, (start, again, again))[0]
 
 
-def _nothing(code: Decoder, lead: tuple[int, ...], y: Array, heard: Array) -> Decoded:
+def _nothing(code: Decoder, lead: tuple[int, ...], y: Array, responded: Array) -> Decoded:
     """Return the state that a loop of attempts starts from."""
     workers, size = y.shape[1:]
     mask = jax.ShapeDtypeStruct((workers,), bool)
@@ -154,7 +156,7 @@ def _nothing(code: Decoder, lead: tuple[int, ...], y: Array, heard: Array) -> De
     dtype = jnp.promote_types(y.dtype, jnp.float32)
     return Decoded(
         jnp.zeros((*lead, points, size), dtype),
-        jnp.broadcast_to(heard, (*lead, workers)),
+        jnp.broadcast_to(responded, (*lead, workers)),
         jnp.zeros((*lead, points), bool),
     )
 
@@ -198,18 +200,18 @@ def _sets_from_scratch(code: Decoder, y: Array, available: Array, given: None) -
         so_far, turn = state
         first, group = turn < 0, jnp.maximum(turn, 0)
         own = jax.lax.dynamic_index_in_dim(y, group, keepdims=False)
-        heard = available & (first | _all_finite(own))
-        maps, recovered = _fitted(code, heard)
+        responded = available & (first | _all_finite(own))
+        maps, recovered = _fitted(code, responded)
 
         def of_all() -> Decoded:
             return sets_multiplied(y, available, Matrices(maps.matrix, recovered))[0]
 
         def with_group() -> Decoded:
-            every = jnp.broadcast_to(own, (len(heard), *own.shape))
+            every = jnp.broadcast_to(own, (len(responded), *own.shape))
             return jax.tree.map(
                 lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, group, 1),
                 so_far,
-                _accurately(maps, every, heard, recovered),
+                _accurately(maps, every, responded, recovered),
             )
 
         made = _unless(first, _unless(~first, so_far, of_all), with_group)
@@ -237,7 +239,7 @@ def sets_multiplied(
     return decoded, _finite(decoded) & _exact(decoded, matrices)
 
 
-def alike_only(
+def mask_mixed_groups(
     x: PyTree[Shaped[Array, "groups num_data ..."]],
     available: Bool[Array, "groups num_workers"],
     given: Matrices | None,
@@ -245,7 +247,7 @@ def alike_only(
     """Mask out groups in which parts that are not coded differ; return their matrices if given."""
     if all(map(is_float, jax.tree.leaves(x))):
         return available, given
-    return available & alike_beside(x, 2)[:, None], None
+    return available & same_within_group(x, 2)[:, None], None
 
 
 def _derived(
@@ -287,9 +289,9 @@ def _derived(
 
 def _carefully(code: Decoder, y: Array, available: Array) -> Decoded:
     """Decode answers of which some may be broken, or whose matrix would lose digits."""
-    heard = available & _all_finite(y)
-    maps, recovered = _fitted(code, heard)
-    return _accurately(maps, y, heard, recovered)
+    responded = available & _all_finite(y)
+    maps, recovered = _fitted(code, responded)
+    return _accurately(maps, y, responded, recovered)
 
 
 def _sets_carefully(code: Decoder, y: Array, available: Array) -> Decoded:
@@ -299,14 +301,16 @@ def _sets_carefully(code: Decoder, y: Array, available: Array) -> Decoded:
     return jax.vmap(of_set)(available)
 
 
-def _accurately(maps: Any, y: Array, heard: Array, recovered: Array) -> Decoded:
-    """Decode the answers that were heard by the most accurate way."""
-    return _of_heard(maps, y, heard, recovered, None)
+def _accurately(maps: Any, y: Array, responded: Array, recovered: Array) -> Decoded:
+    """Decode the answers that came by the most accurate way."""
+    return _of_responded(maps, y, responded, recovered, None)
 
 
-def _of_heard(maps: Any, y: Array, heard: Array, recovered: Array, steady: Array | None) -> Decoded:
-    """Decode the answers that were heard: by the product where that is steady, else accurately."""
-    clean = jnp.where(heard[..., None], y, 0).astype(jnp.promote_types(y.dtype, jnp.float32))
+def _of_responded(
+    maps: Any, y: Array, responded: Array, recovered: Array, steady: Array | None
+) -> Decoded:
+    """Decode the answers that came: by the product where that is steady, else accurately."""
+    clean = jnp.where(responded[..., None], y, 0).astype(jnp.promote_types(y.dtype, jnp.float32))
 
     def apply(clean: Array) -> Array:
         return jax.vmap(lambda one, answers: one.apply(answers))(maps, clean)
@@ -316,12 +320,12 @@ def _of_heard(maps: Any, y: Array, heard: Array, recovered: Array, steady: Array
     else:
         product = functools.partial(multiply, maps.matrix)
         predictions = jax.lax.cond(steady, product, apply, clean)
-    return Decoded(jnp.where(recovered[..., None], predictions, jnp.nan), heard, recovered)
+    return Decoded(jnp.where(recovered[..., None], predictions, jnp.nan), responded, recovered)
 
 
-def _fitted(code: Decoder, heard: Bool[Array, "sets num_workers"]) -> tuple[Any, Array]:
+def _fitted(code: Decoder, responded: Bool[Array, "sets num_workers"]) -> tuple[Any, Array]:
     """Return the decoder's map of each set, and what it recovers."""
-    return jax.vmap(lambda mask: (code.decoder_map(mask), code.recovered(mask)))(heard)
+    return jax.vmap(lambda mask: (code.decoder_map(mask), code.recovered(mask)))(responded)
 
 
 def _all_finite(y: Float[Array, "*groups num_workers m"]) -> Bool[Array, "*groups num_workers"]:

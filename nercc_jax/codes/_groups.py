@@ -22,7 +22,7 @@ def encode_groups(
     """Return the coded data points of many groups, in x's dtype.
 
     `matrix` is the encoder's, if it is made, or one for each group. What is no float is taken to be
-    the same for all data points of a group: see `alike_beside`.
+    the same for all data points of a group: see `same_within_group`.
     """
     arrays, rest = eqx.partition(code, eqx.is_array)
 
@@ -63,7 +63,7 @@ def decode_groups_in_program(
         with jax.named_scope("nercc.decode"):
             flat, form = join(y, 2)
             made = decode_vectors(eqx.combine(arrays, rest), flat, available, given)
-            return form.split(made.predictions), made.heard, made.recovered
+            return form.split(made.predictions), made.responded, made.recovered
 
     arguments = arrays, y, available, given
     return Decoded(*coded_on_mesh(decoded, arguments, lambda names: _decoded_specs(y, names)))
@@ -81,7 +81,7 @@ def multiply_groups(
         with jax.named_scope("nercc.decode"):
             vectors, form = join(y, 2)
             made, sound = multiplied(vectors, available, given)
-            return form.split(made.predictions), made.heard, made.recovered, sound
+            return form.split(made.predictions), made.responded, made.recovered, sound
 
     def specs(names: Any) -> tuple[PyTree, ...]:
         return *_decoded_specs(y, names), PartitionSpec()

@@ -33,7 +33,7 @@ _MOST_BYTES = 1 << 25
 FEW_SETS = 4
 
 
-class Known(eqx.Module):
+class CachedMatrices(eqx.Module):
     """A code's matrices that are there before a program runs; None where the program makes them."""
 
     encoder: Float[ArrayLike, "num_workers num_data"] | None = None
@@ -157,9 +157,9 @@ class _Compiled:
         return _plainly(run)
 
 
-def known_matrices(code: Any, available: ArrayLike) -> Known:
+def known_matrices(code: Any, available: ArrayLike) -> CachedMatrices:
     """Return the encoder's where the code is known, and the decoder's where the masks are, too."""
-    return Known(known_encoder(code), known_decoders(code, available))
+    return CachedMatrices(known_encoder(code), known_decoders(code, available))
 
 
 def known_decoders(code: Any, available: ArrayLike) -> Matrices | None:

@@ -2,7 +2,7 @@
 
 A code acts on every coordinate alike, so a data point or an answer may be any pytree of arrays: a
 dict of heads, an image with its metadata. Data points are encoded leaf by leaf; answers are joined,
-so that one mask tells of all leaves who was heard.
+so that one mask of workers serves all leaves.
 """
 
 import dataclasses
@@ -155,7 +155,7 @@ def check_finite(x: PyTree, axes: int) -> None:
         raise ValueError(f"data points {broken.tolist()} are not finite: take them out")
 
 
-def alike_beside(x: PyTree, axes: int) -> Bool[Array, "*groups"]:
+def same_within_group(x: PyTree, axes: int) -> Bool[Array, "*groups"]:
     """Return whether parts that are not coded (integers, booleans) are the same within a group.
 
     `axes` is the number of first axes, the last of them that of a group's data points.
@@ -174,7 +174,7 @@ def check_beside(name: str, x: PyTree, axes: int) -> None:
     for label, leaf in leaves_of(name, x):
         if is_float(leaf) or isinstance(leaf, Tracer):
             continue
-        if not np.all(alike_beside(np.asarray(leaf), axes)):
+        if not np.all(same_within_group(np.asarray(leaf), axes)):
             raise ValueError(
                 f"{label} is {leaf.dtype} and differs within a group: it cannot be mixed. It may "
                 "stand beside what is coded only if it is the same for all data points of a group; "

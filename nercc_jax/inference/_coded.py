@@ -16,10 +16,9 @@ from jaxtyping import Array, ArrayLike, Bool, PyTree, Shaped
 
 from ..codes import (
     AbstractCode,
+    CachedMatrices,
     Decoded,
-    Known,
     Matrices,
-    alike_only,
     any_tracer,
     as_mask,
     check_finite,
@@ -29,6 +28,7 @@ from ..codes import (
     groups_of,
     is_float,
     known_matrices,
+    mask_mixed_groups,
     multiply_groups,
     points_of,
     to_device,
@@ -50,7 +50,7 @@ class AbstractScheme(eqx.Module):
 
     `infer` is pure, and part of one program with the workers. It returns an Equinox module whose
     field `decoded` holds the predictions in the order in which the data points came; all its other
-    arrays have a first axis of points too, but for what is `heard`.
+    arrays have a first axis of points too, but for what is `responded`.
     """
 
     code: eqx.AbstractVar[AbstractCode]
@@ -61,7 +61,7 @@ class AbstractScheme(eqx.Module):
         work: Work,
         x: PyTree[Shaped[Array, "points ..."]],
         available: Bool[Array, "groups num_workers"],
-        known: Known,
+        known: CachedMatrices,
     ) -> Any:
         """Return predictions of data points (whole groups of K), with what `work` makes of groups.
 
@@ -85,7 +85,7 @@ def coded_predictions(
 
     Source: arXiv 2402.04377, the three steps of NeRCC.
     """
-    return _predictions(model, code, x, available, args, Known())
+    return _predictions(model, code, x, available, args, CachedMatrices())
 
 
 def _predictions(
@@ -94,12 +94,12 @@ def _predictions(
     x: PyTree,
     available: ArrayLike,
     args: tuple,
-    known: Known,
+    known: CachedMatrices,
 ) -> Decoded:
     x = jax.tree.map(jnp.asarray, x)
     y = run_workers(model, code, encode_groups(code, x, known.encoder), *args)
     available = as_mask(available, jax.tree.leaves(y)[0].shape[:2])
-    return decode_groups(code, y, *alike_only(x, available, known.decoders))
+    return decode_groups(code, y, *mask_mixed_groups(x, available, known.decoders))
 
 
 def coded_inference(
@@ -287,7 +287,7 @@ def _infer_at_hand(
     x: PyTree,
     available: ArrayLike,
     args: tuple,
-    known: Known,
+    known: CachedMatrices,
 ) -> Decoded | None:
     """Infer by a program with no regression in it, or return None where that does not do."""
     floats = all(map(is_float, jax.tree.leaves(x)))
@@ -306,7 +306,7 @@ def _run_known(
     x: PyTree,
     available: ArrayLike,
     args: tuple,
-    known: Known,
+    known: CachedMatrices,
 ) -> tuple[Decoded, Array, PyTree]:
     """Return predictions by one product, whether that is sound, and the answers."""
     x = jax.tree.map(jnp.asarray, x)
@@ -324,7 +324,7 @@ def _run(
     available: ArrayLike,
     args: tuple,
     grouped: bool,
-    known: Known,
+    known: CachedMatrices,
 ) -> Decoded:
     decoded = _predictions(model, code, x, available, args, known)
     return decoded if grouped else _first(decoded)
@@ -341,7 +341,7 @@ def _run_on_mesh(
     shape: tuple[int, ...] | None,
 ) -> Decoded:
     """Run on a mesh; `shape` is the data points' where x holds shares of their coordinates."""
-    there, given = alike_only(x, jnp.asarray(available), given)
+    there, given = mask_mixed_groups(x, jnp.asarray(available), given)
     decoded = spmd_decoded(placed, x, there, args, shape, given)
     return decoded if grouped else _first(decoded)
 
@@ -372,7 +372,7 @@ def _run_scheme(
     available: ArrayLike,
     args: tuple,
     grouped: bool,
-    known: Known,
+    known: CachedMatrices,
 ) -> Any:
     code = scheme.code
 
@@ -391,9 +391,9 @@ def _run_scheme(
         of_points = leaf.shape[:1] == (points,)
         return leaf.reshape(groups, code.num_data, *leaf.shape[1:]) if of_points else leaf
 
-    heard = result.decoded.heard
+    responded = result.decoded.responded
     result = jax.tree.map(by_group, result)
-    return eqx.tree_at(lambda r: r.decoded.heard, result, heard)
+    return eqx.tree_at(lambda r: r.decoded.responded, result, responded)
 
 
 def _points(

@@ -70,8 +70,8 @@ def ordered(
     `(x, available, *args) -> predictions`, or `Decoded`, has the arguments and results of `infer`.
     The caller sees nothing of the order: predictions, and `recovered`, are of the data points where
     they came. What belongs to workers belongs to the groups that are sent: the g-th mask, and the
-    g-th row of `heard`, is of the g-th group in the new order. Data points that are not finite come
-    last in their buffer: `infer` gives NaN for their groups, and these are as few as can be.
+    g-th row of `responded`, is of the g-th group in the new order. Data points that are not finite
+    come last in their buffer: `infer` gives NaN for their groups, and these are as few as can be.
 
     Args:
         infer: A function of `coded_inference` for a code of K = `num_data`.
@@ -208,7 +208,7 @@ def _in_place(result: Any, back: Int[Array, " points"], grouped: bool) -> Any:
     if not isinstance(result, Decoded):
         return jax.tree.map(move, result)
     predictions = jax.tree.map(move, result.predictions)
-    return Decoded(predictions, result.heard, move(result.recovered))
+    return Decoded(predictions, result.responded, move(result.recovered))
 
 
 def _whole_groups(num_data: int, buffer_size: int) -> int:

@@ -40,9 +40,9 @@ def partial_inference(
     program that encodes and runs the model moves nothing between them, so each device is done when
     it is done. `infer` decodes as soon as the answers of `number` workers (default: all N) are
     there, or `deadline` seconds after the call from those that are there by then. A device's
-    answers come all at once: those of all its workers for all groups. `heard` are the workers that
-    were used; one whose answer is not finite is a straggler. x is (K, ...) or (groups, K, ...),
-    floats, or a pytree of such. A group with a data point that is not finite is NaN, and not
+    answers come all at once: those of all its workers for all groups. `responded` are the workers
+    that were used; one whose answer is not finite is a straggler. x is (K, ...) or (groups, K,
+    ...), floats, or a pytree of such. A group with a data point that is not finite is NaN, and not
     `recovered`. Decoding runs on a CPU device outside the mesh where there is one, else on a device
     that has answered.
 

@@ -69,7 +69,7 @@ def short_path(features: Float[ArrayLike, "n d"]) -> Int[Array, " n"]:
     if not jnp.issubdtype(features.dtype, jnp.floating):
         raise ValueError(f"features are {features.dtype}: convert them to floats first")
     order, finite = _short_path(features)
-    check_finite(finite, "rows of features")
+    check_rows_finite(finite, "rows of features")
     return order
 
 
@@ -110,7 +110,7 @@ def _searched_on(
     return orders.astype(jnp.arange(0).dtype), finite
 
 
-def check_finite(finite: Bool[Array, " n"], what: str) -> None:
+def check_rows_finite(finite: Bool[Array, " n"], what: str) -> None:
     if not isinstance(finite, Tracer) and not np.all(finite):
         broken = np.flatnonzero(~np.asarray(finite))
         shown = ", ".join(map(str, broken[:10])) + (", ..." if broken.size > 10 else "")
@@ -281,8 +281,8 @@ def _link_asking(
     least, partner = _nearest(distances, _can_link(pieces, shape) & asking & ~asked)
     asks = (least < jnp.inf) & ~_is_before((least[end], end), (least, row))
     wanted = _pairs(row, shape)[0] == _pairs(partner, shape)[1]
-    heard = wanted & _pairs(asks, shape)[1]
-    best, asker = _nearest(jnp.broadcast_to(_pairs(least, shape)[1], heard.shape), heard)
+    responded = wanted & _pairs(asks, shape)[1]
+    best, asker = _nearest(jnp.broadcast_to(_pairs(least, shape)[1], responded.shape), responded)
     takes = (best < jnp.inf) & ~_is_before((best[end], end), (best, row))
     linked = takes | (asks & takes[partner] & (asker[partner] == row))
     return _linked(pieces, linked, jnp.where(takes, asker, partner))

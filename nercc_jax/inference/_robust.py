@@ -45,8 +45,8 @@ _FEWEST = 4
 class RobustDecoded(eqx.Module):
     """Decoded predictions, and the workers that are suspected.
 
-    `decoded.heard` are the workers whose answers were used, `suspected` those whose finite answers
-    came in time and were left out.
+    `decoded.responded` are the workers whose answers were used, `suspected` those whose finite
+    answers came in time and were left out.
     """
 
     decoded: Decoded
@@ -203,16 +203,20 @@ def _robust_decode(
     answered = as_mask(available, (code.num_workers,)) & jnp.all(jnp.isfinite(flat), axis=1)
     flat = jnp.where(answered[:, None], flat, 0)
     if method == "reject":
-        heard = answered & _within(flat, bounds)
-        heard = heard & ~_rejected(code, flat, heard, max_adversaries, threshold)
-        decoded = decode_vectors(code, jnp.where(heard[:, None], flat, 0)[None], heard[None])
+        responded = answered & _within(flat, bounds)
+        responded = responded & ~_rejected(code, flat, responded, max_adversaries, threshold)
+        decoded = decode_vectors(
+            code, jnp.where(responded[:, None], flat, 0)[None], responded[None]
+        )
         predictions, recovered = decoded.predictions[0], decoded.recovered[0]
     else:
-        heard, recovered = answered, code.recovered(answered)
+        responded, recovered = answered, code.recovered(answered)
         flat = flat if bounds is None else jnp.clip(flat, *bounds.astype(flat.dtype))
-        matrix = _smooth_decoder(code, heard, rate_constant, max_adversaries)
+        matrix = _smooth_decoder(code, responded, rate_constant, max_adversaries)
         predictions = jnp.where(recovered[:, None], multiply(matrix, flat), jnp.nan)
-    return RobustDecoded(Decoded(form.split(predictions), heard, recovered), answered & ~heard)
+    return RobustDecoded(
+        Decoded(form.split(predictions), responded, recovered), answered & ~responded
+    )
 
 
 def _within(flat: Float[Array, "n m"], bounds: Array | None) -> Bool[Array, " n"]:
@@ -225,12 +229,12 @@ def _within(flat: Float[Array, "n m"], bounds: Array | None) -> Bool[Array, " n"
 def _rejected(
     code: NeRCC,
     flat: Float[Array, "n m"],
-    heard: Bool[Array, " n"],
+    responded: Bool[Array, " n"],
     max_adversaries: Int[Array, ""],
     threshold: Array | None,
 ) -> Bool[Array, " n"]:
-    number = jnp.maximum(jnp.sum(heard), 1)
-    distinct = gather_knots(code.beta, heard.astype(code.beta.dtype)).number / number
+    number = jnp.maximum(jnp.sum(responded), 1)
+    distinct = gather_knots(code.beta, responded.astype(code.beta.dtype)).number / number
     length = _JUDGED_OVER * jnp.pi / number * distinct**_COPIES_VOTE
     if threshold is None:
         threshold = jnp.asarray(_LEAST_THRESHOLD + _FEW_OUTPUTS / max(flat.shape[1], 1) ** 0.5)
@@ -238,7 +242,7 @@ def _rejected(
     return find_adversaries(
         jax.lax.stop_gradient(code.beta),
         jax.lax.stop_gradient(flat.astype(dtype)),
-        heard,
+        responded,
         length**4,
         max_adversaries=max_adversaries,
         threshold=threshold,
@@ -246,11 +250,11 @@ def _rejected(
 
 
 def _smooth_decoder(
-    code: NeRCC, heard: Bool[Array, " n"], constant: Array, max_adversaries: Int[Array, ""]
+    code: NeRCC, responded: Bool[Array, " n"], constant: Array, max_adversaries: Int[Array, ""]
 ) -> Float[Array, "num_data num_workers"]:
-    options = decoding_options(code, heard)
-    share = max_adversaries / jnp.maximum(jnp.sum(heard), 1)
-    lambda_ = jnp.maximum(code.decoder_penalty(heard), constant * share ** (8 / 5))
+    options = decoding_options(code, responded)
+    share = max_adversaries / jnp.maximum(jnp.sum(responded), 1)
+    lambda_ = jnp.maximum(code.decoder_penalty(responded), constant * share ** (8 / 5))
     # No answer is so sure that it outweighs all others when any may be a lie.
     options |= {"lambda_": lambda_, "weights": jnp.ones_like(code.beta)}
     return smoothing_matrix(code.beta, code.alpha, **options)

@@ -212,7 +212,7 @@ def spmd_decoded(
     decoded = _everywhere(placed, decode(placed, flat, available, given))
     decoded = jax.tree.map(lambda leaf: leaf[: flat.shape[0]], decoded)
     predictions = form.split(decoded.predictions[..., : flat.shape[2]])
-    return Decoded(predictions, decoded.heard, decoded.recovered)
+    return Decoded(predictions, decoded.responded, decoded.recovered)
 
 
 def spmd_answers(
@@ -310,7 +310,7 @@ def _decode_by_coordinate(
         flat = jax.lax.all_to_all(flat, placed.axis, split_axis=2, concat_axis=1, tiled=True)
         code = eqx.combine(arrays, static)
         decoded = decode_vectors(code, flat[:, first], available, given)
-        return decoded.predictions, decoded.heard, decoded.recovered
+        return decoded.predictions, decoded.responded, decoded.recovered
 
     flat = _padded(flat, 2, placed.devices)
     inputs = (_REPLICATED, placed.by(1), _REPLICATED, _REPLICATED)

@@ -28,7 +28,7 @@ class Candidate:
 
     `num_data` queries are coded together on `num_workers` workers, at the layout `points`, in the
     order `order` ("pixels", "surrogate" or None). A group is decoded when `wait_for` workers have
-    answered, but not before `patience` seconds; predictions with more doubt than `limit` are sent
+    answered, but not before `min_wait` seconds; predictions with more doubt than `limit` are sent
     again as they came (None: none is). Hedging sends up to `copies` of a query, one every
     `hedge_after` seconds.
 
@@ -44,7 +44,7 @@ class Candidate:
     num_data: int
     num_workers: int
     wait_for: int
-    patience: float
+    min_wait: float
     points: str | None
     order: str | None
     copies: int
@@ -112,8 +112,8 @@ def _replicated(
     shape = (number_of_draws(DRAWS, workers), 1)
     again = latencies.draw(_STREAMS["again"], (*shape, queries))
 
-    def draw(number: int, patience: float):
-        rule = Waiting(latencies.law, held, number, patience)
+    def draw(number: int, min_wait: float):
+        rule = Waiting(latencies.law, held, number, min_wait)
         return draw_groups(rule, latencies, _STREAMS["groups"], shape)
 
     if workers > queries:
@@ -121,12 +121,12 @@ def _replicated(
             "replication", queries, workers, workers, 0.0, times=draw(workers, 0.0)[1][:, 0]
         )
     for number in waits(queries, workers):
-        for patience in (0.0, early):
-            _, end, own = draw(number, patience)
+        for min_wait in (0.0, early):
+            _, end, own = draw(number, min_wait)
             lost = own > end[..., None]
             summary = {"resent": float(np.mean(lost)), "limit": 0.0}
             times = last_prediction(end, own, lost, again)
-            yield make_candidate(system, queries, workers, number, patience, times=times, **summary)
+            yield make_candidate(system, queries, workers, number, min_wait, times=times, **summary)
         late = float(np.quantile(draw(number, 0.0)[1], PROMISED))
         _, end, own = draw(number, late)
         wrong = np.mean(own > end[..., None], axis=(1, 2))
@@ -142,7 +142,7 @@ def make_candidate(
     num_data: int,
     num_workers: int,
     wait_for: int,
-    patience: float,
+    min_wait: float,
     *,
     times: np.ndarray,
     **summary: Any,
@@ -167,7 +167,7 @@ def make_candidate(
         num_data=num_data,
         num_workers=num_workers,
         wait_for=wait_for,
-        patience=float(patience),
+        min_wait=float(min_wait),
         extra_work=extra,
         p50=p50,
         p99=p99,

@@ -167,10 +167,10 @@ class Codes:
         for number in numbers:
             late = self._ends(Waiting(self._latencies.law, own, number, 0.0))
             late = float(np.quantile(late, PROMISED))
-            for patience in sorted({early, late}):
-                rule = Waiting(self._latencies.law, own, number, patience)
+            for min_wait in sorted({early, late}):
+                rule = Waiting(self._latencies.law, own, number, min_wait)
                 times = self._ends(rule)
-                shown = number == numbers[-1] and patience == late
+                shown = number == numbers[-1] and min_wait == late
                 if shown or np.quantile(times, PROMISED) < self._fastest:
                     yield rule, times
 
@@ -189,7 +189,7 @@ class Codes:
     ) -> Screened:
         row = make_candidate(
             f"NeRCC {points}",
-            *(code.num_data, code.num_workers, int(rule.number), float(rule.patience)),
+            *(code.num_data, code.num_workers, int(rule.number), float(rule.min_wait)),
             times=times,
             points=points,
             order=order,
@@ -300,10 +300,10 @@ class _Measured:
         for start in range(0, len(rows), _CHUNK):
             part = rows[start : start + _CHUNK]
             group, index = np.resize(part, (_CHUNK, 2)).T
-            given, heard, wanted = map(
+            given, responded, wanted = map(
                 jnp.asarray, (answers[group], mask[group, index], labels[group])
             )
-            summary = _decode(code, given, heard, wanted, error_probability)
+            summary = _decode(code, given, responded, wanted, error_probability)
             for kept, new in zip((self.wrong, self.error_probability), summary, strict=True):
                 kept[tuple(part.T)] = np.asarray(new)[: len(part)]
         self.wrong &= ~known

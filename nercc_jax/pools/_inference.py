@@ -404,9 +404,9 @@ def _persist(
             best, most = result, recovered.sum()
         if recovered.all():
             return best, attempt, trouble
-        heard = int(result.answers.available.sum())
+        responded = int(result.answers.available.sum())
         trouble = (
             f"{recovered.size - recovered.sum()} of {recovered.size} data points cannot be "
-            f"recovered from the {heard} answers that were in"
+            f"recovered from the {responded} answers that were in"
         )
     return best, attempts, trouble

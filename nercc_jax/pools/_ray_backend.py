@@ -49,7 +49,7 @@ _FEWEST_STARTS = 4  # starts under way at once, at least; otherwise as many as t
 
 
 @dataclasses.dataclass(frozen=True)
-class Packed:
+class EncodedInputs:
     """A pickled value, with its arrays' bytes apart, which Ray does not copy."""
 
     pickled: bytes
@@ -60,7 +60,7 @@ class Packed:
         return pickle.loads(self.pickled, buffers=self.arrays)
 
 
-def pack(value: Any) -> Packed:
+def pack(value: Any) -> EncodedInputs:
     """Pickle a value, which may hold functions and classes of a script or a notebook.
 
     Raises:
@@ -85,7 +85,7 @@ def pack(value: Any) -> Packed:
         Pickler(file, protocol=5, buffer_callback=buffers.append).dump(value)
     except (TypeError, pickle.PicklingError) as error:
         raise ValueError(f"what workers run is sent to them by pickle: {error}") from error
-    return Packed(file.getvalue(), [np.frombuffer(each.raw(), np.uint8) for each in buffers])
+    return EncodedInputs(file.getvalue(), [np.frombuffer(each.raw(), np.uint8) for each in buffers])
 
 
 def _plain(array: jax.Array) -> bool:
@@ -142,7 +142,7 @@ class Actor:
         node = ray_module().get_runtime_context().get_node_id()
         return NodePlacement(os.getpid(), jax.default_backend(), node)
 
-    def load(self, load: Packed, precision: tuple[Any, Any], worker: int, life: int) -> None:
+    def load(self, load: EncodedInputs, precision: tuple[Any, Any], worker: int, life: int) -> None:
         """Load the models, and compile them."""
         x64, products = precision
         jax.config.update("jax_enable_x64", x64)
@@ -162,7 +162,7 @@ class Actor:
         threading.Event().wait()
 
 
-def _unpack(load: Packed) -> Any:
+def _unpack(load: EncodedInputs) -> Any:
     try:
         return load.unpack()
     except ImportError as error:
@@ -205,7 +205,7 @@ class ActorBackend(WorkerBackend):
 
     def __init__(
         self,
-        load: Packed,
+        load: EncodedInputs,
         precision: tuple[Any, Any],
         options: Mapping[str, Any],
         gone: Callable[[], bool],

@@ -15,8 +15,8 @@ from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
 
 from ..codes import (
     AbstractCode,
+    CachedMatrices,
     Decoded,
-    Known,
     decode_groups,
     encoder_rows,
     is_float,
@@ -148,7 +148,7 @@ def _probability_decoder(
         decoded, deviation = decode_with_deviation(code, None, y, masks, given=given)
         error_probabilities = error_probability(decoded.predictions, deviation)
         predictions = form.split(decoded.predictions)
-        return Decoded(predictions, decoded.heard, decoded.recovered), error_probabilities
+        return Decoded(predictions, decoded.responded, decoded.recovered), error_probabilities
 
     return lambda values, available: decode(values, available, known_decoders(code, available))
 
@@ -181,7 +181,7 @@ def scheme_steps(scheme: Scheme) -> tuple[Encode, Decode]:
     ) -> ScoredPredictions:
         assert outgoing.prepared is not None
         given = None if outgoing.prepared.points is not None else known_decoders(code, available)
-        known = Known(encoder, given)
+        known = CachedMatrices(encoder, given)
         found = _decode(scheme, outgoing.points, outgoing.prepared, values, available, known)
         decoded, error_probability, deviation = jax.tree.map(np.asarray, found)
         return ScoredPredictions(
@@ -205,7 +205,7 @@ def _decode(
     prepared: PreparedInputs,
     values: PyTree,
     available: ArrayLike,
-    known: Known,
+    known: CachedMatrices,
 ) -> tuple[Decoded, Array, Array]:
     points = jax.tree.map(jnp.asarray, points)
     y = jax.tree.map(lambda leaf: jnp.swapaxes(jnp.asarray(leaf), 0, 1), values)
@@ -218,5 +218,5 @@ def _decode(
 
     decoded = assessed.decoded
     predictions = jax.tree.map(by_group, decoded.predictions)
-    status = Decoded(predictions, decoded.heard, by_group(decoded.recovered))
+    status = Decoded(predictions, decoded.responded, by_group(decoded.recovered))
     return status, by_group(assessed.error_probability), by_group(assessed.deviation)

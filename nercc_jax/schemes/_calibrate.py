@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray, PyTree, Shaped
 
-from ..codes import AbstractCode, Form, Known, check_count, join, known_encoder, points_of
+from ..codes import AbstractCode, CachedMatrices, Form, check_count, join, known_encoder, points_of
 from ..evaluation import cut_groups, draw_sets, labels_of, record_answers, row_errors, same_labels
 from ..inference import Model, cast_model, check_model, current_conditions, run_workers
 from ..risk import (
@@ -117,7 +117,7 @@ def _observe_errors(
 
     def of_set(mask: Array) -> tuple[Array, Array, Array]:
         available = jnp.broadcast_to(mask, (len(own), len(mask)))
-        judged = scheme.decode_sent(x, prepared, y, available, Known(encoder))
+        judged = scheme.decode_sent(x, prepared, y, available, CachedMatrices(encoder))
         decoded, deviation = judged.decoded, judged.deviation
         vectors = None if form.is_vector else form
         features = error_features(decoded.predictions, deviation, judged.cheap, vectors)
@@ -266,7 +266,7 @@ def _judged(
 
     def of_set(mask):
         available = jnp.broadcast_to(mask, (groups, len(mask)))
-        assessed = scheme.decode(x, prepared, y, available, Known(encoder))
+        assessed = scheme.decode(x, prepared, y, available, CachedMatrices(encoder))
         error, deviation = row_errors(assessed.decoded.predictions, own), assessed.deviation
         counts = (deviation > 0) & jnp.isfinite(deviation) & assessed.decoded.recovered
         return jnp.where(counts, error / jnp.where(counts, deviation, 1), jnp.nan)

@@ -17,7 +17,7 @@ class AssessedPredictions(eqx.Module):
     Data points in groups have an axis of groups in all fields.
 
     Attributes:
-        decoded: Predictions and `recovered`, a row for each data point; `heard` are the workers
+        decoded: Predictions and `recovered`, a row for each data point; `responded` are the workers
             that were used, a row for each group as it was sent.
         deviation: Standard deviations in units of the outputs; infinite where nothing is known.
         error_probability: The probability that the label differs from the model's own; NaN without
@@ -121,7 +121,7 @@ def reexecute(
     decoded = assessed.decoded
     status = Decoded(
         jax.tree.map(fill, decoded.predictions, own),
-        decoded.heard,
+        decoded.responded,
         fill(decoded.recovered, True),
     )
     return AssessedPredictions(

@@ -11,11 +11,10 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
 from ..codes import (
     AbstractCode,
+    CachedMatrices,
     Decoded,
     Form,
     GroupPoints,
-    Known,
-    alike_only,
     check_has_points,
     copies_of_doubtful,
     encode_groups,
@@ -23,6 +22,7 @@ from ..codes import (
     groups_of,
     has_points,
     join,
+    mask_mixed_groups,
 )
 from ..inference import AbstractScheme, Features, Work, order_points
 from ..risk import ErrorBars, ErrorProbability
@@ -197,7 +197,7 @@ class Scheme(AbstractScheme):
         work: Work,
         x: PyTree[Shaped[Array, "points ..."]],
         available: Bool[Array, "groups num_workers"],
-        known: Known,
+        known: CachedMatrices,
     ) -> AssessedPredictions:
         """Run the scheme on data points, as `coded_inference` does; a pure function.
 
@@ -236,7 +236,7 @@ class Scheme(AbstractScheme):
         prepared: PreparedInputs,
         y: PyTree[Float[Array, "groups num_workers ..."]],
         available: Bool[Array, "groups num_workers"],
-        known: Known,
+        known: CachedMatrices,
     ) -> AssessedPredictions:
         """Return predictions of the data points in the order in which they came; a pure function.
 
@@ -255,7 +255,7 @@ class Scheme(AbstractScheme):
             return jnp.zeros_like(values).at[prepared.order].set(values)
 
         predictions = judged.form.split(home(decoded.predictions))
-        status = Decoded(predictions, decoded.heard, home(decoded.recovered))
+        status = Decoded(predictions, decoded.responded, home(decoded.recovered))
         return AssessedPredictions(status, home(deviation), home(error_probability))
 
     def decode_sent(
@@ -264,7 +264,7 @@ class Scheme(AbstractScheme):
         prepared: PreparedInputs,
         y: PyTree[Float[Array, "groups num_workers ..."]],
         available: Bool[Array, "groups num_workers"],
-        known: Known,
+        known: CachedMatrices,
     ) -> SentPredictions:
         """Return predictions of the groups as they were sent; a pure function.
 
@@ -275,7 +275,7 @@ class Scheme(AbstractScheme):
         sent = self.groups(x, prepared)
         vectors, form = join(y, 2)
         available = available if prepared.busy is None else available & prepared.busy
-        available, given = alike_only(sent, available, known.decoders)
+        available, given = mask_mixed_groups(sent, available, known.decoders)
         prior = None
         if surrogate is not None:
             coded = self._coded(sent, prepared, known.encoder)

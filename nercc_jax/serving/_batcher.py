@@ -18,7 +18,7 @@ from .adapt._predictor import Predictor
 from .core._coder import Coder
 from .core._health import Health
 from .core._request import CODED, BatchSpec, Reply
-from .core._scheduler import Scheduler
+from .core._scheduler import QueryScheduler
 
 
 class CodedBatcher:
@@ -86,7 +86,9 @@ class CodedBatcher:
             predictor,
             observe or (lambda what, number: None),
         )
-        self._scheduler = Scheduler(pool, coder, queries, answers, policy, self._adaptation, refuse)
+        self._scheduler = QueryScheduler(
+            pool, coder, queries, answers, policy, self._adaptation, refuse
+        )
         self.estimator.compile(answers.shape, policy.max_batch_size)
         self._adaptation.start()
         self._scheduler.start()

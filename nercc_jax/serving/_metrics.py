@@ -72,9 +72,9 @@ _TABLE = (
     _one("group_fill", "Share of a group's places that queries took.", "group_fill", _TENTHS),
     _one("batch_size", "Queries in one worker call.", "batch_size", (1, 2, 4, 8, 16, 32, 64, 128)),
     _one(
-        "workers_heard",
+        "workers_responded",
         "Answers of a group when it was decoded.",
-        "workers_heard",
+        "workers_responded",
         tuple(range(1, 33)),
     ),
     _one("stragglers", "Coded data points that were not waited for.", "straggler"),
@@ -168,7 +168,7 @@ class Meter:
         self._sums: collections.defaultdict[str, float] = collections.defaultdict(float)
         self.last_answer = 0.0  # by the wall clock; 0 for none yet
         self._recent: collections.deque[tuple[float, float]] = collections.deque(maxlen=_MOST)
-        self._heard = np.zeros(code.num_workers + 1, int)
+        self._responded = np.zeros(code.num_workers + 1, int)
 
     def watch_queue(self, waiting: Callable[[], int]) -> None:
         """Take the number of waiting queries from a function."""
@@ -187,8 +187,8 @@ class Meter:
             if what == "request_ok":
                 self._recent.append((time.monotonic(), number))
                 self.last_answer = time.time()
-            elif what == "workers_heard":
-                self._heard[min(int(number), len(self._heard) - 1)] += 1
+            elif what == "workers_responded":
+                self._responded[min(int(number), len(self._responded) - 1)] += 1
 
     def spent(self) -> Mapping[str, Spent]:
         """Return the numbers and seconds of requests, and of all that takes time."""
@@ -210,7 +210,7 @@ class Meter:
         with self._lock:
             counts, sums = dict(self._counts), dict(self._sums)
             recent = list(self._recent)
-            heard = self._heard.tolist()
+            responded = self._responded.tolist()
         answers = {answer: int(sums.get(f"query_{answer}", 0)) for answer in ANSWERS}
         requests = {outcome: counts.get(f"request_{outcome}", 0) for outcome in OUTCOMES}
         expected = counts.get("expected_disagreement", 0)
@@ -226,7 +226,7 @@ class Meter:
                 "reexecutions": int(sums.get("reexecution", 0)),
             },
             "latency": _latencies(recent),
-            "heard": {"counts": heard},
+            "responded": {"counts": responded},
             "fidelity": {
                 "decoded_share": approximate / number if number else None,
                 "expected_disagreement": (

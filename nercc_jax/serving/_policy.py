@@ -41,7 +41,7 @@ class BatchingPolicy:
         1.0,
         "Seconds by which requests of high priority overtake earlier ones; 0 for no priority.",
     )
-    patience: float = _option(
+    straggler_threshold: float = _option(
         1.5,
         "Straggler threshold, as a multiple of the median answer time (or of `quantile`). Queries "
         "of stragglers are predicted, decoded, or sent again.",
@@ -108,12 +108,12 @@ class BatchingPolicy:
         if not (
             0 <= self.batch_wait_timeout_s < math.inf
             and 0 < self.deadline_s <= MAX_DEADLINE_S
-            and self.patience > 0
+            and self.straggler_threshold > 0
         ):
             raise ValueError(
                 f"batch_wait_timeout_s {self.batch_wait_timeout_s} must be 0 or more, deadline_s "
-                f"{self.deadline_s} from above 0 to {MAX_DEADLINE_S:g}, and patience "
-                f"{self.patience} positive"
+                f"{self.deadline_s} from above 0 to {MAX_DEADLINE_S:g}, and straggler_threshold "
+                f"{self.straggler_threshold} positive"
             )
         if not 0 < self.quantile < 1:
             raise ValueError(f"quantile must be between 0 and 1, not {self.quantile}")
@@ -175,7 +175,7 @@ Measure: TypeAlias = Literal[
     "decode_seconds",
     "predict_seconds",
     "learn_seconds",
-    "workers_heard",
+    "workers_responded",
     "expected_disagreement",
     "straggler",
     "reexecution",

@@ -363,7 +363,7 @@ def _open_pool(servable: Servable, code: AbstractCode, settings: ModelSettings) 
             death_rate=settings.death_rate,
             seed=settings.fault_seed,
         ),
-        "overdue": Overdue(settings.quantile, settings.patience),
+        "overdue": Overdue(settings.quantile, settings.straggler_threshold),
         "max_attempts": settings.max_attempts,
         "hang_timeout": settings.hang_timeout_s,
     }

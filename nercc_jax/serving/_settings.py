@@ -75,7 +75,7 @@ class ModelSettings(BaseModel):
         "scheme": "Code",
         "pool": "Workers",
         "max_batch_size": "Queue and batching",
-        "patience": "Stragglers",
+        "straggler_threshold": "Stragglers",
         "surrogate": "Surrogate and redundancy",
         "service_delay_s": "Fault injection",
     }
@@ -170,7 +170,7 @@ class ModelSettings(BaseModel):
     priority_lead_s: float = _of_policy("priority_lead_s", ge=0, le=MAX_DEADLINE_S)
     ordering: bool = _of_policy("ordering")
 
-    patience: float = _of_policy("patience")
+    straggler_threshold: float = _of_policy("straggler_threshold")
     quantile: float = _of_policy("quantile")
     wait_for: int | None = _of_policy("wait_for", 6)
     max_disagreement: float | None = _of_policy("max_disagreement", default=0.05, le=1)

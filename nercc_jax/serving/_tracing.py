@@ -120,7 +120,7 @@ class RequestTrace:
     def groups(self) -> list[dict[str, Any]]:
         """Return for each group the request's queries, and the requests that shared it.
 
-        `asked` and `heard` count coded data points that were sent, and answered by now.
+        `asked` and `responded` count coded data points that were sent, and answered by now.
         """
         found = []
         for group, queries in dict(self._groups).items():
@@ -131,7 +131,7 @@ class RequestTrace:
                     "queries": list(queries),
                     "shared_with": sorted(set(group.requests) - {self.id}),
                     "asked": len(calls),
-                    "heard": sum(call.end is not None for call in calls),
+                    "responded": sum(call.end is not None for call in calls),
                 }
             )
         return found

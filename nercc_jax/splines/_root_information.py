@@ -138,7 +138,7 @@ class RootInformation(eqx.Module):
         """
         covariance, forward, noise = self._covariances()
         left, right = left.T, right.T
-        right = right + product(left[:, None], forward[gap])[:, 0]
+        right = right + small_product(left[:, None], forward[gap])[:, 0]
         return _quadratic(right, covariance[gap + 1]) + _quadratic(left, noise[gap])
 
     def _covariances(
@@ -155,19 +155,19 @@ class RootInformation(eqx.Module):
         a0, a1, a2, a3 = jnp.moveaxis(self.value_row, -1, 0)
         b0, b1, b2 = jnp.moveaxis(self.slope_row, -1, 0)
         inverse = _triangle_inverse(a0, a1, b0, zero)
-        forward = -product(
+        forward = -small_product(
             inverse, jnp.stack([jnp.stack([a2, a3], -1), jnp.stack([b1, b2], -1)], -2)
         )
-        noise = product(inverse, jnp.swapaxes(inverse, -1, -2))
+        noise = small_product(inverse, jnp.swapaxes(inverse, -1, -2))
         a, b, d = (self.last[i] for i in range(3))
         last = _triangle_inverse(a, b, d, jnp.zeros_like(a))
 
         def backward(covariance, gap):
             forward, noise = gap
-            covariance = product(product(forward, covariance), forward.T) + noise
+            covariance = small_product(small_product(forward, covariance), forward.T) + noise
             return covariance, covariance
 
-        final = product(last, last.T)
+        final = small_product(last, last.T)
         _, others = jax.lax.scan(backward, final, (forward, noise), reverse=True)
         return jnp.concatenate([others, final[None]]), forward, noise
 
@@ -387,7 +387,7 @@ def shears_of(gaps: Float[Array, " gaps"], mu: Float[Array, ""]) -> Float[Array,
     return jnp.sqrt(12 * mu / gaps) / gaps
 
 
-def product(a: Float[Array, "*n i j"], b: Float[Array, "*n j k"]) -> Float[Array, "*n i k"]:
+def small_product(a: Float[Array, "*n i j"], b: Float[Array, "*n j k"]) -> Float[Array, "*n i k"]:
     """Return the product of small matrices, as sums: a matrix unit may round their entries.
 
     It goes term by term: under three vmaps a sum along an axis would be of seven, of which jaxlib
@@ -404,4 +404,4 @@ def _triangle_inverse(a: Array, b: Array, d: Array, zero: Array) -> Float[Array,
 
 
 def _quadratic(vector: Float[Array, "k 2"], matrix: Float[Array, "k 2 2"]) -> Float[Array, " k"]:
-    return product(product(vector[:, None], matrix), vector[..., None])[:, 0, 0]
+    return small_product(small_product(vector[:, None], matrix), vector[..., None])[:, 0, 0]

@@ -49,7 +49,7 @@ class Latencies:
 
 
 class Waiting(AbstractStragglers):
-    """The rule "decode when `number` workers have answered, but not before `patience` seconds".
+    """The rule "decode when `number` workers have answered, but not before `min_wait` seconds".
 
     A group ends sooner if all its workers have answered, or each data point has an answer of its
     own: `own[k, n]` says that worker n runs on data point k as it came (`own_workers`).
@@ -58,7 +58,7 @@ class Waiting(AbstractStragglers):
     latency: AbstractLatency
     own: Bool[Array, "num_data num_workers"] = eqx.field(converter=jnp.asarray)
     number: Int[Array, ""] = eqx.field(converter=jnp.asarray)
-    patience: Float[Array, ""] = eqx.field(converter=lambda value: jnp.asarray(value, float))
+    min_wait: Float[Array, ""] = eqx.field(converter=lambda value: jnp.asarray(value, float))
 
     def available(self, key: PRNGKeyArray, num_workers: int) -> Bool[Array, " num_workers"]:
         if num_workers != self.own.shape[1]:
@@ -72,17 +72,17 @@ class Waiting(AbstractStragglers):
 
         A data point's own time is that of its own answer, infinite where no worker runs on it.
         """
-        return _wait(jnp, latencies, self.own, self.number, self.patience)
+        return _wait(jnp, latencies, self.own, self.number, self.min_wait)
 
 
-def _wait(xp: Any, latencies: Any, own: Any, number: Any, patience: Any) -> tuple[Any, Any, Any]:
+def _wait(xp: Any, latencies: Any, own: Any, number: Any, min_wait: Any) -> tuple[Any, Any, Any]:
     """Return `Waiting.outcome` by NumPy or JAX, for latencies with any leading axes.
 
     NumPy sorts many short rows several times faster than XLA does on a CPU.
     """
     arrivals = xp.sort(latencies, axis=-1)
     own = xp.min(xp.where(own, latencies[..., None, :], xp.inf), axis=-1)
-    enough = xp.maximum(arrivals[..., number - 1], patience)
+    enough = xp.maximum(arrivals[..., number - 1], min_wait)
     end = xp.minimum(xp.minimum(enough, arrivals[..., -1]), xp.max(own, axis=-1))
     return latencies <= end[..., None], end, own
 
@@ -99,8 +99,8 @@ def draw_groups(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return `Waiting.outcome` of many independent groups, with the axes `shape` in front."""
     drawn = latencies.draw(stream, (*shape, rule.own.shape[1]))
-    patience = np.asarray(rule.patience, drawn.dtype)
-    return _wait(np, drawn, np.asarray(rule.own), int(rule.number), patience)
+    min_wait = np.asarray(rule.min_wait, drawn.dtype)
+    return _wait(np, drawn, np.asarray(rule.own), int(rule.number), min_wait)
 
 
 def last_prediction(

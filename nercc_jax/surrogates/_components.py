@@ -21,7 +21,7 @@ from ._interface import (
     SurrogatePredictions,
     outputs_of_groups,
 )
-from ._kernels import root
+from ._kernels import safe_sqrt
 from ._learner import Learner
 from ._pairs import Function, features_of, pairs_of, prior_of_groups
 
@@ -137,7 +137,7 @@ class ComponentGroupPrior(AbstractGroupPrior):
     def condition(
         self,
         y: Float[Array, "groups num_workers m"],
-        heard: Bool[Array, "groups num_workers"],
+        responded: Bool[Array, "groups num_workers"],
     ) -> SurrogatePredictions:
         workers = y.shape[1]
         if self.prior is not None:
@@ -153,13 +153,15 @@ class ComponentGroupPrior(AbstractGroupPrior):
             )
         )
         known, white = jax.vmap(jax.vmap(whiten_group, in_axes=(0, 0, None)))(
-            covariance, noise, heard
+            covariance, noise, responded
         )
         apart = eqx.filter_vmap(
-            lambda one, known, white, t: one.condition_whitened(known, white, t[..., None], heard),
+            lambda one, known, white, t: one.condition_whitened(
+                known, white, t[..., None], responded
+            ),
             in_axes=(eqx.if_array(1), 1, 1, 2),
         )(self.own, known[:, :-1], white[:, :-1], along)
-        rest = self.rest.condition_whitened(known[:, -1], white[:, -1], left, heard)
+        rest = self.rest.condition_whitened(known[:, -1], white[:, -1], left, responded)
 
         def whole(rest: Array, apart: Array) -> Array:
             along = jnp.moveaxis(apart[..., 0], 0, -1)
@@ -186,4 +188,4 @@ def _together(
     """Return the root mean square deviation of outputs by the deviations of their parts."""
     assert rest is not None
     assert apart is not None
-    return root(rest**2 + jnp.sum(apart**2, axis=0) / m)
+    return safe_sqrt(rest**2 + jnp.sum(apart**2, axis=0) / m)

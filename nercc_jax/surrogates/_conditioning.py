@@ -7,8 +7,8 @@ from jaxtyping import Array, Bool, Float
 
 from ..codes import Form, multiply
 from ._interface import AbstractGroupPrior, SurrogatePredictions
-from ._kernels import root
-from ._whitening import factorize
+from ._kernels import safe_sqrt
+from ._whitening import cholesky_factor
 
 
 class GaussianGroupPrior(AbstractGroupPrior):
@@ -32,40 +32,42 @@ class GaussianGroupPrior(AbstractGroupPrior):
     def condition(
         self,
         y: Float[Array, "groups num_workers m"],
-        heard: Bool[Array, "groups num_workers"],
+        responded: Bool[Array, "groups num_workers"],
     ) -> SurrogatePredictions:
-        known, white = jax.vmap(whiten_group)(self.covariance, self.noise, heard)
-        return self.condition_whitened(known, white, y, heard)
+        known, white = jax.vmap(whiten_group)(self.covariance, self.noise, responded)
+        return self.condition_whitened(known, white, y, responded)
 
     def condition_whitened(
         self,
         known: Float[Array, "groups num_workers points"],
         white: Float[Array, "groups num_workers num_workers"],
         y: Float[Array, "groups num_workers m"],
-        heard: Bool[Array, "groups num_workers"],
+        responded: Bool[Array, "groups num_workers"],
     ) -> SurrogatePredictions:
         """Condition groups that are whitened already (`whiten_group`)."""
         mean, variance = jax.vmap(_posterior)(
-            self.mean, self.covariance, self.noise, known, white, y, heard
+            self.mean, self.covariance, self.noise, known, white, y, responded
         )
         num_data = mean.shape[1] - y.shape[1]
-        deviation = self.unit[:, None] * root(variance[:, :num_data])
+        deviation = self.unit[:, None] * safe_sqrt(variance[:, :num_data])
         return SurrogatePredictions(mean[:, :num_data], mean[:, num_data:], deviation)
 
 
 def whiten_group(
     covariance: Float[Array, "points points"],
     noise: Float[Array, ""],
-    heard: Bool[Array, " num_workers"],
+    responded: Bool[Array, " num_workers"],
 ) -> tuple[Float[Array, "num_workers points"], Float[Array, "num_workers num_workers"]]:
     """Return L^-1 C and L^-1, with L the factor of the answers' covariances.
 
     C are the covariances of the answers that came with all points of the group.
     """
-    num_workers = len(heard)
-    cross = jnp.where(heard[:, None], covariance[-num_workers:], 0)
-    own = jnp.where(heard, cross[:, -num_workers:], 0) + jnp.diag(jnp.where(heard, noise, 1))
-    factor, _ = factorize(own)
+    num_workers = len(responded)
+    cross = jnp.where(responded[:, None], covariance[-num_workers:], 0)
+    own = jnp.where(responded, cross[:, -num_workers:], 0) + jnp.diag(
+        jnp.where(responded, noise, 1)
+    )
+    factor, _ = cholesky_factor(own)
     right = jnp.concatenate([cross, jnp.eye(num_workers, dtype=cross.dtype)], axis=1)
     both = jax.lax.linalg.triangular_solve(factor, right, left_side=True, lower=True)
     return both[:, : len(covariance)], both[:, len(covariance) :]
@@ -78,9 +80,9 @@ def _posterior(
     known: Float[Array, "num_workers points"],
     white: Float[Array, "num_workers num_workers"],
     y: Float[Array, "num_workers m"],
-    heard: Bool[Array, " num_workers"],
+    responded: Bool[Array, " num_workers"],
 ) -> tuple[Float[Array, "points m"], Float[Array, " points"]]:
     """Return one group's posterior mean and variance, noise included."""
-    residual = jnp.where(heard[:, None], y.astype(mean.dtype) - mean[-len(heard) :], 0)
+    residual = jnp.where(responded[:, None], y.astype(mean.dtype) - mean[-len(responded) :], 0)
     variance = jnp.maximum(jnp.diagonal(covariance) - jnp.sum(known**2, axis=0), 0) + noise
     return mean + multiply(known.T, multiply(white, residual)), variance

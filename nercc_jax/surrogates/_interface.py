@@ -47,14 +47,14 @@ class AbstractGroupPrior(eqx.Module):
     def condition(
         self,
         y: Float[Array, "groups num_workers m"],
-        heard: Bool[Array, "groups num_workers"],
+        responded: Bool[Array, "groups num_workers"],
     ) -> SurrogatePredictions:
         """Return the surrogate's predictions after these answers.
 
         Args:
             y: Answers as vectors, all of which must be finite; those of workers that did not answer
                 are not used.
-            heard: Which workers answered.
+            responded: Which workers answered.
         """
 
     def condition_on_available(
@@ -63,8 +63,8 @@ class AbstractGroupPrior(eqx.Module):
         available: Bool[Array, "groups num_workers"],
     ) -> SurrogatePredictions:
         """Return the predictions after answers; the workers of broken ones are stragglers."""
-        heard = available & jnp.all(jnp.isfinite(y), axis=-1)
-        return self.condition(jnp.where(heard[..., None], y, 0), heard)
+        responded = available & jnp.all(jnp.isfinite(y), axis=-1)
+        return self.condition(jnp.where(responded[..., None], y, 0), responded)
 
 
 class AbstractSurrogate(eqx.Module):
@@ -173,7 +173,7 @@ class FixedOutputs(AbstractGroupPrior):
     def condition(
         self,
         y: Float[Array, "groups num_workers m"],
-        heard: Bool[Array, "groups num_workers"],
+        responded: Bool[Array, "groups num_workers"],
     ) -> SurrogatePredictions:
         return SurrogatePredictions(self.own, self.coded)
 

@@ -125,19 +125,19 @@ def _check(name: str, value: Array, wanted: str, sound: Callable[[np.ndarray], n
         raise ValueError(f"{name} must be {wanted} and finite, not {value}")
 
 
-def root(square: Float[Array, "..."]) -> Float[Array, "..."]:
+def safe_sqrt(square: Float[Array, "..."]) -> Float[Array, "..."]:
     """Return the square root, which is 0 below 0 and has a derivative of 0 there."""
     positive = square > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
 
 
 def _matern32(square: Array) -> Array:
-    r = root(3 * square)
+    r = safe_sqrt(3 * square)
     return (1 + r) * jnp.exp(-r)
 
 
 def _matern52(square: Array) -> Array:
-    r = root(5 * square)
+    r = safe_sqrt(5 * square)
     return (1 + r + r**2 / 3) * jnp.exp(-r)
 
 

@@ -29,7 +29,7 @@ from ..codes import (
 )
 from ._conditioning import GaussianGroupPrior
 from ._interface import AbstractLearner, outputs_of_groups
-from ._kernels import Kernel, Shape, root, wide_kernel
+from ._kernels import Kernel, Shape, safe_sqrt, wide_kernel
 from ._pairs import (
     Function,
     features_of,
@@ -241,11 +241,11 @@ class Learner(AbstractLearner):
         """Return the residuals' standard deviation over window and outputs; NaN for none."""
         square = jnp.where(self.filled[:, None], (self.residuals - self._centre()) ** 2, 0)
         count = self.size * self.residuals.shape[1]
-        return jnp.where(self.size > 0, root(jnp.sum(square) / jnp.maximum(count, 1)), jnp.nan)
+        return jnp.where(self.size > 0, safe_sqrt(jnp.sum(square) / jnp.maximum(count, 1)), jnp.nan)
 
     def deviation_of(self, variance: Float[Array, "..."]) -> Float[Array, "..."]:
         """Return a standard deviation in units of the outputs, from the process's variance."""
-        return jnp.where(self.size > 0, self.scale * self.spread() * root(variance), jnp.inf)
+        return jnp.where(self.size > 0, self.scale * self.spread() * safe_sqrt(variance), jnp.inf)
 
     def with_kernel(self: L, kernel: Kernel, scale: Float[ArrayLike, ""] = 1.0) -> L:
         """Return the same window with another kernel."""

@@ -42,7 +42,7 @@ from ._interface import (
     fixed_outputs,
     outputs_of_groups,
 )
-from ._kernels import root
+from ._kernels import safe_sqrt
 
 _THETAS = np.linspace(0, 1, 9)
 # By the reciprocal of a typical posterior variance.
@@ -136,7 +136,7 @@ def decode_with_surrogate(
     expected = prior.condition_on_available(y, available)
     residual = y - surrogate.theta * expected.coded
     decoded = decode_vectors(code, residual, available, given)
-    variance, process = variances(code, residual, decoded.heard)
+    variance, process = variances(code, residual, decoded.responded)
     # Where no answer tells a data point there is no code to go by, whatever kappa says.
     rho = jnp.where(decoded.recovered, _code_share(surrogate.kappa, variance), 0)
     predictions = _blend(surrogate.theta, rho, expected.own, decoded.predictions)
@@ -146,15 +146,15 @@ def decode_with_surrogate(
         known = variance == 0
         # v / (1 + kappa v), written so that it has a value where v is infinite.
         share = jnp.where(known, 0, 1 / (1 / jnp.where(known, 1, variance) + kappa))
-        return Decoded(predictions, decoded.heard, recovered), deviation(share, process)
+        return Decoded(predictions, decoded.responded, recovered), deviation(share, process)
     own = expected.deviation
     by_code = jnp.where(rho > 0, rho, 1) * deviation(variance, process) ** 2
     square = jnp.where(rho > 0, by_code, 0) + jnp.where(rho < 1, (1 - rho) * own**2, 0)
-    spread = root(square)
+    spread = safe_sqrt(square)
     # Without a pair or an answer to go by, a learner's output is no prediction.
     recovered &= jnp.isfinite(spread)
     predictions = jnp.where(recovered[..., None], predictions, jnp.nan)
-    return Decoded(predictions, decoded.heard, recovered), spread
+    return Decoded(predictions, decoded.responded, recovered), spread
 
 
 def decode_with_deviation(
@@ -170,7 +170,7 @@ def decode_with_deviation(
         assert prior is not None
         return decode_with_surrogate(code, surrogate, y, available, prior, given)
     decoded = decode_vectors(code, y, available, given)
-    return decoded, deviation(*variances(code, y, decoded.heard))
+    return decoded, deviation(*variances(code, y, decoded.responded))
 
 
 def _code_share(kappa: Array, variance: Float[Array, "*points"]) -> Float[Array, "*points"]:

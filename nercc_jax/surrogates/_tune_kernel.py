@@ -271,7 +271,7 @@ def _tuned(
     inputs, residuals, mask = known.inputs, known.residuals, known.filled
     outputs = residuals if known.priors is None else residuals + known.priors
 
-    def judge(free: dict[str, Array]) -> Array:
+    def objective(free: dict[str, Array]) -> Array:
         out = leave_one_out(_kernel(start, free, least_noise), inputs, residuals, mask)
         unlike = jnp.sum((free["widths"] - jnp.mean(free["widths"])) ** 2)
         price = _PRICE * unlike / jnp.maximum(jnp.sum(mask), 1)
@@ -293,10 +293,10 @@ def _tuned(
     ]
     grid.append(first)  # as it is: what was tuned before is not lost
     candidates = jax.tree.map(lambda *leaves: jnp.stack(leaves), *grid)
-    values = jax.lax.map(judge, candidates)
+    values = jax.lax.map(objective, candidates)
     place = jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))
     state = jax.tree.map(lambda leaf: leaf[place], candidates), values[place]
-    best, value = _descend(judge, *state, steps)
+    best, value = _descend(objective, *state, steps)
     kernel = _kernel(start, best, least_noise)
     out = leave_one_out(kernel, inputs, residuals, mask)
     spread = jnp.maximum(_variance(residuals, mask), jnp.finfo(inputs.dtype).tiny)
@@ -304,7 +304,7 @@ def _tuned(
     return value, kernel, jnp.sqrt(jnp.mean(square, where=mask) / spread)
 
 
-def _descend(judge: Any, start: PyTree, value: Array, steps: int) -> tuple[PyTree, Array]:
+def _descend(objective: Any, start: PyTree, value: Array, steps: int) -> tuple[PyTree, Array]:
     """Return the best parameters along the descent, and their objective.
 
     `tuning`'s descent compiles its step for each call, and windows change, so their kernels are
@@ -319,7 +319,7 @@ def _descend(judge: Any, start: PyTree, value: Array, steps: int) -> tuple[PyTre
 
     def step(state, _):
         here, moments, best, least = state
-        found, slopes = jax.value_and_grad(judge)(here)
+        found, slopes = jax.value_and_grad(objective)(here)
         better = found < least
         best = jax.tree.map(lambda new, old: jnp.where(better, new, old), here, best)
         updates, moments = optimizer.update(slopes, moments, here)

@@ -33,7 +33,7 @@ def whiten(
     Nothing is added where that is enough, else as little as makes the factor finite. NaN where the
     matrix is not finite.
     """
-    factor, jitter = factorize(covariance)
+    factor, jitter = cholesky_factor(covariance)
     eye = jnp.eye(len(covariance), dtype=covariance.dtype)
     return jax.lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True), jitter
 
@@ -95,7 +95,7 @@ def sound_or_anew(
 
 
 @jax.custom_jvp
-def factorize(
+def cholesky_factor(
     covariance: Float[Array, "n n"],
 ) -> tuple[Float[Array, "n n"], Float[Array, ""]]:
     """Return Cholesky's factor, and what was added to the diagonal: see `whiten`."""
@@ -121,10 +121,10 @@ def factorize(
     return jnp.tril(factor), jitter
 
 
-@factorize.defjvp
+@cholesky_factor.defjvp
 def _(primals, tangents):
     """Return dL = L Phi(L^-1 dA L^-T), Phi the lower half with half the diagonal."""
-    factor, jitter = factorize(*primals)
+    factor, jitter = cholesky_factor(*primals)
     solve = functools.partial(jax.lax.linalg.triangular_solve, factor, lower=True)
     middle = solve(solve(tangents[0], left_side=True), left_side=False, transpose_a=True)
     half = jnp.tril(middle) - jnp.diag(jnp.diagonal(middle)) / 2

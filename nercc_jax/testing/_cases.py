@@ -23,7 +23,7 @@ class Cases:
     tolerance: float
 
 
-def product(matrix: np.ndarray, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def float64_product(matrix: np.ndarray, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return a product in float64, and the sum of magnitudes that each entry is made of, plus 1."""
     vectors = np.asarray(vectors, np.float64)
     return matrix @ vectors, 1 + np.abs(matrix) @ np.abs(vectors)

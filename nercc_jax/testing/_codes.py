@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ..codes import AbstractCode, Decoded
-from ._cases import Cases, check_close, check_matrices, describe, product
+from ._cases import Cases, check_close, check_matrices, describe, float64_product
 from ._matrices import check_decoder, check_on_host, check_recovered
 from ._structure import check_structure, require, try_decode
 
@@ -181,13 +181,13 @@ def _check_decoder_map(code: AbstractCode, cases: Cases) -> None:
     matrices, applied = jax.device_get(_compiled(_map)(code, cases.y, cases.masks))
     name = "decoder_map(available)"
     check_matrices(f"{name}.matrix", matrices, cases)
-    expected, scale = product(cases.decoders, cases.y)
+    expected, scale = float64_product(cases.decoders, cases.y)
     found = np.asarray(applied, np.float64)
     check_close(f"{name}.apply(y)", found, expected, scale, cases, cases.recovered)
 
 
 def _check_encode(code: AbstractCode, cases: Cases) -> None:
-    expected, scale = product(cases.encoder, cases.x)
+    expected, scale = float64_product(cases.encoder, cases.x)
     ways = {
         "inside `jax.jit`": _compiled(_encode)(code, cases.x)[1],
         "outside": code.encode(cases.x),
@@ -221,7 +221,7 @@ def _check_decoded(name: str, decoded: _Result, cases: Cases) -> None:
         f"{name} must predict NaN where recovered(available) does not hold; with "
         f"{describe(cases.masks[lost.any(axis=1).argmax()])} it does not",
     )
-    expected, scale = product(cases.decoders, cases.y)
+    expected, scale = float64_product(cases.decoders, cases.y)
     check_close(name, decoded.predictions, expected, scale, cases, decoded.recovered)
 
 
@@ -308,7 +308,7 @@ def _check_gradients(code: AbstractCode, cases: Cases) -> None:
         ("answers must be decoder_matrix(available)", found[2], cases.decoders, cotangents[1]),
     )
     for name, gradient, matrix, cotangent in transposes:
-        expected, scale = product(np.swapaxes(matrix, -1, -2), cotangent)
+        expected, scale = float64_product(np.swapaxes(matrix, -1, -2), cotangent)
         name = f"the gradient with respect to the {name}'s transpose; it"
         check_close(name, np.asarray(gradient, np.float64), expected, scale, cases)
 
@@ -320,5 +320,5 @@ def _check_same(name: str, found: _Result, wanted: _Result, cases: Cases) -> Non
             f"{name} with {describe(mask)} data points {np.flatnonzero(got)} are recovered, not "
             f"{np.flatnonzero(expected)}",
         )
-    _, scale = product(cases.decoders, cases.y)
+    _, scale = float64_product(cases.decoders, cases.y)
     check_close(name, found.predictions, wanted.predictions, scale, cases, wanted.recovered)

@@ -22,7 +22,7 @@ class Descent:
         steps: The most gradient steps.
         learning_rate: The optimizer's highest learning rate; it falls to zero along a cosine.
         check_every: Steps between judgements on the held-out part; the last step is judged, too.
-        patience: Judgements without a better one after which the descent stops; None for never.
+        stop_after: Judgements without a better one after which the descent stops; None for never.
 
     Raises:
         ValueError: A number is out of range.
@@ -31,13 +31,13 @@ class Descent:
     steps: int = 150
     learning_rate: float = 0.3
     check_every: int = 10
-    patience: int | None = 6
+    stop_after: int | None = 6
 
     def __post_init__(self):
         check_positive(learning_rate=self.learning_rate)
         check_fields(self, "steps", "check_every")
-        if self.patience is not None:
-            check_fields(self, "patience")
+        if self.stop_after is not None:
+            check_fields(self, "stop_after")
 
 
 class Judgement(NamedTuple):
@@ -96,7 +96,7 @@ def descend(
     descent: Descent,
     optimizer: optax.GradientTransformation,
     key: PRNGKeyArray,
-    judge: Callable[[PyTree], Judgement],
+    validate: Callable[[PyTree], Judgement],
     record: Callable[[Entry], R],
     start: Judgement | None = None,
 ) -> History[R]:
@@ -112,7 +112,7 @@ def descend(
         descent: Length and speed.
         optimizer: The optimizer.
         key: Random key.
-        judge: Judges parameters on the held-out part.
+        validate: Judges parameters on the held-out part.
         record: Makes the history's entry of each step.
         start: The judgement of what was there before `parameters`, if it is known: the best must be
             better.
@@ -125,11 +125,11 @@ def descend(
     for number in range(descent.steps + 1):
         here, judgement, value, sound = parameters, None, None, True
         if number % descent.check_every == 0 or number == descent.steps:
-            judgement = judge(here)
+            judgement = validate(here)
             judgements, stale = judgements + 1, stale + 1
             if best is None or _better(judgement, best.judgement):
                 best, stale = Best(here, judgement), 0
-        ends = number == descent.steps or stale == descent.patience
+        ends = number == descent.steps or stale == descent.stop_after
         if not ends:
             value, sound, parameters, state = turns[number % len(turns)](
                 parameters, state, arguments, key, jnp.asarray(number)

@@ -131,7 +131,7 @@ def fine_tune(
     criterion: Criterion = "mse",
     target: Target = Target(),
     sampling: Sampling = Sampling(groups_per_step=4, held_out_sets=8),  # noqa: B008
-    descent: Descent = Descent(1000, 3e-4, check_every=100, patience=None),  # noqa: B008
+    descent: Descent = Descent(1000, 3e-4, check_every=100, stop_after=None),  # noqa: B008
     on_step: Callable[[FineTuningStep, M], None] = lambda step, model: None,
 ) -> FineTuned[M]:
     """Fine-tune a model so that its coded predictions come nearer to its uncoded ones.
@@ -174,7 +174,7 @@ def fine_tune(
     most = max(code.num_data for code, _ in pairs)
     split = split_points(x, most, sampling, key_split, labels)
     _check_evaluation_mode(f, split.training)
-    judge = _Looks(f, pairs, split, sampling, key_judge, criterion, target.tolerance)
+    validate = _Looks(f, pairs, split, sampling, key_judge, criterion, target.tolerance)
     free = _free(model)
     goal = _Goal(criterion, target, sampling)
 
@@ -192,7 +192,7 @@ def fine_tune(
         descent=descent,
         optimizer=_optimizer(descent, target.weight_decay),
         key=key_steps,
-        judge=lambda parameters: judge(_with(model, free, parameters)),
+        validate=lambda parameters: validate(_with(model, free, parameters)),
         record=record,
     )
     best = history.best
@@ -203,9 +203,9 @@ def fine_tune(
         objective=best.judgement.objective,
         agreement=best.judgement.summary.agreement,
         accuracy=best.judgement.summary.accuracy,
-        original_accuracy=judge.original_accuracy,
+        original_accuracy=validate.original_accuracy,
         history=history.records,
-        evaluations=evaluations + judge.evaluations,
+        evaluations=evaluations + validate.evaluations,
         differentiated=differentiated,
         seconds=time.perf_counter() - start,
     )

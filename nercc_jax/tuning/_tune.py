@@ -120,7 +120,7 @@ def tune(
     held = sampling.cut_held_out(split.held, code.num_data)
     training = jax.tree.map(jnp.asarray, split.training)
     key_held, key_steps = jax.random.split(jax.random.fold_in(key, _DRAWS))
-    judge = make_trial(
+    validate = make_trial(
         model, code, held, stragglers,
         key=key_held, num_sets=sampling.held_out_sets, criterion=criterion, power=power,
     )  # fmt: skip
@@ -134,13 +134,15 @@ def tune(
         return step
 
     history = descend(
-        [_objective(code, rebuild, judge, stragglers, sampling)],
+        [_objective(code, rebuild, validate, stragglers, sampling)],
         parameters,
         (model, training),
         descent=descent,
         optimizer=_optimizer(parameters, descent),
         key=key_steps,
-        judge=lambda parameters: Judgement(float(judge.objective(model, rebuild(parameters)))),
+        validate=lambda parameters: Judgement(
+            float(validate.objective(model, rebuild(parameters)))
+        ),
         record=record,
         start=Judgement(1.0),
     )
@@ -161,7 +163,7 @@ def tune(
 def _objective(
     code: AbstractCode,
     rebuild: Callable[[Parameters], AbstractCode],
-    judge: Trial,
+    validate: Trial,
     stragglers: Mapping[str, AbstractStragglers],
     sampling: Sampling,
 ) -> Callable[..., Float[Array, ""]]:
@@ -171,7 +173,9 @@ def _objective(
         key_groups, key_sets = jax.random.split(key)
         chosen, _ = sampling.draw(code.num_data, training, None, key_groups)
         available, law = draw_sets(stragglers, key_sets, code.num_workers, sampling.sets_per_step)
-        fresh = dataclasses.replace(judge, x=chosen, originals=None, available=available, law=law)
+        fresh = dataclasses.replace(
+            validate, x=chosen, originals=None, available=available, law=law
+        )
         return relative_objective(fresh, model, rebuild(parameters))
 
     return objective

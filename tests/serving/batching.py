@@ -15,7 +15,7 @@ SHAPE, OUT = (6,), (3,)
 WEIGHTS = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
 LONG = 30.0  # seconds that nothing here takes, unless it hangs
 # Of calls where it matters who straggles: longer than threads of a busy machine wait for a turn.
-SERVICE, PATIENCE = 0.03, 4.0
+SERVICE, THRESHOLD = 0.03, 4.0
 INTERLEAVED = NeRCC(4, 8, points="interleaved", lambda_dec=0.0)
 # By hand, of that code: which coded data point each query of a group is, and which are sent when
 # the group is complete, one for each query: the nearest to its alpha. On the half circle, whose

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from conftest import require
-from nercc_server import ENDS, patience
+from nercc_server import ENDS, straggler_threshold
 
 require("grpc", "serve-test")
 require("fastapi", "serve")
@@ -88,7 +88,7 @@ def listening(
     thread = threading.Thread(target=run)
     thread.start()
     try:
-        for _ in patience(ENDS):
+        for _ in straggler_threshold(ENDS):
             if server.http_port or not thread.is_alive():
                 break
         yield server
@@ -102,7 +102,7 @@ def listening(
 def serving(model: Doubles, **told: Any) -> Iterator[Server]:
     """One that is ready."""
     with listening({"digits": lambda: model}, **told) as server:
-        for _ in patience(ENDS):
+        for _ in straggler_threshold(ENDS):
             if server.state.phase == "serving":
                 break
         yield server
@@ -115,7 +115,7 @@ def connect(server: Server) -> socket.socket:
 @contextlib.contextmanager
 def channel(server: Server) -> Iterator[grpc.Channel]:
     """To its gRPC, once it listens there."""
-    for _ in patience(ENDS):
+    for _ in straggler_threshold(ENDS):
         if server.grpc_port:
             break
     with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
@@ -151,7 +151,7 @@ def read_answer(connection: socket.socket) -> tuple[int, dict[str, str], Any]:
 def is_cut_off(connection: socket.socket, drip: bytes = b"") -> bool:
     """Waits until the server closes it, while `drip` is sent again and again."""
     connection.settimeout(0.02)
-    for _ in patience(ENDS):
+    for _ in straggler_threshold(ENDS):
         try:
             if drip:
                 connection.sendall(drip)

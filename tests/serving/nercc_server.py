@@ -116,7 +116,7 @@ class Server:
 
     def wait_for(self, message: str, seconds: float = ENDS) -> dict[str, Any]:
         """The first line with this message."""
-        for _ in patience(seconds):
+        for _ in straggler_threshold(seconds):
             found = [line for line in self.log() if line["message"] == message]
             if found:
                 return found[0]
@@ -160,7 +160,7 @@ class Server:
         self.process.wait()
 
 
-def patience(seconds: float) -> Iterator[None]:
+def straggler_threshold(seconds: float) -> Iterator[None]:
     """Rounds of a loop that waits for something."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

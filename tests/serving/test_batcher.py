@@ -16,9 +16,9 @@ from batching import (
     LONG,
     OUT,
     OWN,
-    PATIENCE,
     SERVICE,
     SHAPE,
+    THRESHOLD,
     WEIGHTS,
     Gates,
     count,
@@ -68,7 +68,7 @@ ONCE = {"few more": (3,), "repeated": (3,), "interleaved": (1, 100)}
 )
 def test_answers_are_the_models_own_and_in_order(name, batch):
     # Patience: a thread that waits for its turn is no straggler.
-    policy = {"max_batch_size": 4, "patience": 1e6, "ordering": True}
+    policy = {"max_batch_size": 4, "straggler_threshold": 1e6, "ordering": True}
     with serving(SYSTEMATIC[name], warm=False, **policy) as batcher:
         x = queries(batch)
         parts = [batcher.submit(x), batcher.submit(x[::-1].copy())]
@@ -77,14 +77,14 @@ def test_answers_are_the_models_own_and_in_order(name, batch):
             assert reply.exact.all()
             assert not reply.reexecuted.any()
             np.testing.assert_allclose(reply.values, wanted, atol=1e-6)
-            assert (reply.heard >= 1).all()
+            assert (reply.responded >= 1).all()
             assert (reply.expected_disagreement == 0).all()
 
 
 @pytest.mark.parametrize("code", [NeRCC(4, 8), Berrut(4, 7)], ids=["NeRCC", "BACC"])
 def test_full_groups_are_what_the_code_makes_of_them(code):
     """All coded data points mix queries: the reply is the code's own encode and decode."""
-    with serving(code, wait_for=code.num_workers, patience=1e3) as batcher:
+    with serving(code, wait_for=code.num_workers, straggler_threshold=1e3) as batcher:
         x = queries(4)
         reply = batcher.submit(x).result(LONG)
         # The batcher puts queries at alphas of its own order; the code sees them there.
@@ -95,7 +95,7 @@ def test_full_groups_are_what_the_code_makes_of_them(code):
         wanted = np.asarray(code.decode(answers, np.ones(code.num_workers, bool)))[order]
         np.testing.assert_allclose(reply.values, wanted, atol=1e-4)
         assert not reply.exact.any()
-        assert (reply.heard == code.num_workers).all()
+        assert (reply.responded == code.num_workers).all()
         assert (reply.asked == code.num_workers).all()
         # One by itself needs no code: it goes to one worker, and is exact.
         single = batcher.submit(x[:1]).result(LONG)
@@ -118,14 +118,16 @@ def decoded_by_hand(x, missing):
 def test_a_straggler_is_decoded_from_the_others(number):
     """Of full groups, and of short ones, which get a smaller code on the same workers' points."""
     gates = Gates(SERVICE)
-    with serving(INTERLEAVED, gates, wait_for=1, patience=PATIENCE, estimator=knowing) as batcher:
+    with serving(
+        INTERLEAVED, gates, wait_for=1, straggler_threshold=THRESHOLD, estimator=knowing
+    ) as batcher:
         x = queries(number)
         event = gates.hold(x[1])
         reply = batcher.submit(x).result(LONG)
         others = np.delete(np.arange(number), 1)
         assert reply.exact.tolist() == [place != 1 for place in range(number)]
         np.testing.assert_allclose(reply.values[others], model(x[others]), atol=1e-6)
-        heard = int(reply.heard[1])
+        responded = int(reply.responded[1])
         event.set()
         settled(batcher)
         assert batcher.estimator.audited().number == 1
@@ -133,17 +135,17 @@ def test_a_straggler_is_decoded_from_the_others(number):
         assert count(batcher, "query_decoded") == 1
         assert reply.asked[1] == 2 * number
         # All that was sent but the straggler, unless decoding was earlier than some answers.
-        if heard == 2 * number - 1:
+        if responded == 2 * number - 1:
             np.testing.assert_allclose(reply.values[1], decoded_by_hand(x, 1), atol=1e-4)
 
 
 def test_all_answers_but_the_stragglers_are_waited_for():
     gates = Gates(SERVICE)
-    with serving(INTERLEAVED, gates, wait_for=7, patience=PATIENCE) as batcher:
+    with serving(INTERLEAVED, gates, wait_for=7, straggler_threshold=THRESHOLD) as batcher:
         x = queries(4)
         event = gates.hold(x[2])
         reply = batcher.submit(x).result(LONG)
-        assert reply.heard[2] == 7
+        assert reply.responded[2] == 7
         np.testing.assert_allclose(reply.values[2], decoded_by_hand(x, 2), atol=1e-4)
         event.set()
 
@@ -160,7 +162,11 @@ def test_what_is_expected_to_be_wrong_is_sent_again(known):
 
     gates = Gates(SERVICE)
     with serving(
-        INTERLEAVED, gates, estimator=estimator, max_disagreement=0.01, patience=PATIENCE
+        INTERLEAVED,
+        gates,
+        estimator=estimator,
+        max_disagreement=0.01,
+        straggler_threshold=THRESHOLD,
     ) as batcher:
         x = queries(4)
         event = gates.hold(x[0], calls=1)
@@ -181,7 +187,11 @@ def test_what_is_expected_to_be_right_is_decoded():
 
     gates = Gates(SERVICE)
     with serving(
-        INTERLEAVED, gates, estimator=estimator, max_disagreement=0.05, patience=PATIENCE
+        INTERLEAVED,
+        gates,
+        estimator=estimator,
+        max_disagreement=0.05,
+        straggler_threshold=THRESHOLD,
     ) as batcher:
         x = queries(4)
         event = gates.hold(x[0])
@@ -208,7 +218,7 @@ def test_each_query_is_judged_by_itself(budget, monkeypatch):
     gates = Gates(SERVICE)
     policy = {"max_disagreement": 0.001, "max_reexecution": budget}
     with serving(
-        INTERLEAVED, gates, workers=8, max_batch_size=2, patience=PATIENCE, **policy
+        INTERLEAVED, gates, workers=8, max_batch_size=2, straggler_threshold=THRESHOLD, **policy
     ) as batcher:
         x = of_two_kinds(2.0, 0.0)
         event = gates.hold(x[2], calls=1)
@@ -234,7 +244,7 @@ def test_a_budget_for_one_is_spent_on_the_more_doubtful(doubtful, monkeypatch):
     gates = Gates(SERVICE)
     # 24 queries have come before these 16: that is worth 1.2 of them.
     policy = {"max_disagreement": 0.001, "max_reexecution": 0.03, "max_batch_size": 2}
-    with serving(INTERLEAVED, gates, workers=8, patience=PATIENCE, **policy) as batcher:
+    with serving(INTERLEAVED, gates, workers=8, straggler_threshold=THRESHOLD, **policy) as batcher:
         x = of_two_kinds(*((0.0, 0.06) if doubtful == 2 else (0.06, 0.0)))
         event = gates.hold(x[2], calls=1)
         reply = batcher.submit(x).result(LONG)
@@ -249,14 +259,16 @@ def test_a_budget_for_one_is_spent_on_the_more_doubtful(doubtful, monkeypatch):
 def test_what_cannot_be_decoded_is_sent_again_whatever_the_budget():
     gates = Gates(SERVICE)
     with serving(
-        Uncoded(1), gates, patience=PATIENCE, max_reexecution=0.0, max_disagreement=0.1
+        Uncoded(1), gates, straggler_threshold=THRESHOLD, max_reexecution=0.0, max_disagreement=0.1
     ) as batcher:
         x = queries(1)
         event = gates.hold(x[0], calls=1)
         assert batcher.submit(x).result(LONG).exact.all()
         event.set()
     # Nothing is known of the code's answers either, and nobody but the own workers answers.
-    with serving(Replication(2, 4), gates, patience=PATIENCE, max_reexecution=0.0) as batcher:
+    with serving(
+        Replication(2, 4), gates, straggler_threshold=THRESHOLD, max_reexecution=0.0
+    ) as batcher:
         x = queries(2)
         events = [gates.hold(x[0], calls=2)]
         assert batcher.submit(x).result(LONG).exact.all()
@@ -273,7 +285,7 @@ def test_alike_queries_are_coded_together():
     x = np.tile(np.repeat(kinds, 4, axis=0), (2, 1)) + 1e-2 * queries(16)
     errors = {}
     for ordering in (False, True):
-        policy = {"ordering": ordering, "wait_for": 8, "patience": 1e3, "warm": False}
+        policy = {"ordering": ordering, "wait_for": 8, "straggler_threshold": 1e3, "warm": False}
         with serving(code, workers=8, max_batch_size=4, **policy) as batcher:
             reply = batcher.submit(x).result(LONG)
             assert not reply.exact.any()
@@ -284,7 +296,7 @@ def test_alike_queries_are_coded_together():
 
 def test_without_hedging_a_straggler_is_waited_for():
     gates = Gates()
-    with serving(Uncoded(1), gates, copies=1, patience=3.0) as batcher:
+    with serving(Uncoded(1), gates, copies=1, straggler_threshold=3.0) as batcher:
         x = queries(1)
         event = gates.hold(x[0])
         future = batcher.submit(x)
@@ -297,7 +309,7 @@ def test_without_hedging_a_straggler_is_waited_for():
 
 def test_exact_queries_are_hedged_and_never_decoded():
     gates = Gates()
-    with serving(INTERLEAVED, gates, wait_for=1, patience=3.0) as batcher:
+    with serving(INTERLEAVED, gates, wait_for=1, straggler_threshold=3.0) as batcher:
         x = queries(4)
         event = gates.hold(x[0], calls=1)
         reply = batcher.submit(x, exact=True).result(LONG)
@@ -316,7 +328,7 @@ def test_exact_queries_take_their_turn():
     """Who came first goes first, exact or not: neither starves the other."""
     gates = Gates()
     code = NeRCC(1, 2, points="interleaved", lambda_dec=0.0)
-    with serving(code, gates, workers=1, copies=1, patience=1e6) as batcher:
+    with serving(code, gates, workers=1, copies=1, straggler_threshold=1e6) as batcher:
         x = queries(10)
         gates.calls.clear()
         event = gates.hold(x[0])
@@ -345,7 +357,7 @@ def test_exact_queries_take_their_turn():
 @pytest.mark.parametrize("code", [NeRCC(1, 2, points="interleaved", lambda_dec=0.0), Uncoded(1)])
 def test_queries_of_high_priority_go_ahead_but_nobody_starves(lead, kinds, expected, code):
     gates = Gates()
-    policy = {"priority_lead_s": lead, "copies": 1, "patience": 1e6}
+    policy = {"priority_lead_s": lead, "copies": 1, "straggler_threshold": 1e6}
     with serving(code, gates, workers=1, **policy) as batcher:
         x = queries(7)
         event = gates.hold(x[6])
@@ -444,7 +456,7 @@ def test_bad_deadlines_and_policies(untyped):
         {"copies": 0},
         {"deadline_s": 0},
         {"deadline_s": 9e11},
-        {"patience": np.nan},
+        {"straggler_threshold": np.nan},
         {"batch_wait_timeout_s": -1},
         {"max_disagreement": 1.0},
         {"max_reexecution": 1.5},

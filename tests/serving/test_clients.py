@@ -375,7 +375,7 @@ def test_answers_say_what_they_rest_on(server):
         parameters = answer["parameters"]
         assert parameters["nercc_exact"] == exact.all()
         assert parameters["nercc_approximate"] == (~exact).sum()
-        assert parameters["nercc_workers_heard"] <= parameters["nercc_workers_asked"]
+        assert parameters["nercc_workers_responded"] <= parameters["nercc_workers_asked"]
         decoded += parameters["nercc_approximate"]
         reexecuted += parameters["nercc_reexecuted"]
     assert decoded > 0
@@ -390,4 +390,4 @@ def test_answers_say_what_they_rest_on(server):
         for result in ("hit", "miss")
     ]
     assert all(looked_up), "one rack straggles: its straggler set comes again"
-    assert sum(server.status("rack")["heard"]["counts"]) > 0
+    assert sum(server.status("rack")["responded"]["counts"]) > 0

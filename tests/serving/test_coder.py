@@ -160,8 +160,8 @@ def test_what_nothing_tells_is_doubted():
     coder = coder_of("interleaved")
     values = np.random.default_rng(0).normal(size=(8, 1, 3)).astype(np.float32)
 
-    def doubt(heard, weights):
-        mask = np.isin(np.arange(8), heard)
+    def doubt(responded, weights):
+        mask = np.isin(np.arange(8), responded)
         return coder.assess(values, mask, 4, np.array(weights, np.float32))[2]
 
     assert (doubt([4], [0.0] * 5) == 1).all()

@@ -88,7 +88,7 @@ class Looks:
     """A controller by itself, before calls that a law has made."""
 
     def __init__(self, most, predictor=None, code=REPLICATION, copies=3):
-        policy = BatchingPolicy(patience=1.5, copies=copies, max_calls=most)
+        policy = BatchingPolicy(straggler_threshold=1.5, copies=copies, max_calls=most)
         self.pool = SimulatedPool(model, 24, seconds=lambda size: SERVICE)
         self.pool.calls = lambda: self.calls
         self.told, self.random = [], np.random.default_rng(0)
@@ -134,7 +134,7 @@ def test_what_may_be_spent_buys_the_shortest_tail(most, known, redundancy, caplo
     with caplog.at_level(logging.INFO):
         setting = looks.look(0.05)
     assert setting.redundancy == redundancy
-    # As many straggle by 1.2 times the median as by the policy's patience.
+    # As many straggle by 1.2 times the median as by the policy's threshold.
     assert setting.overdue.factor * setting.overdue.quantile < 1.5
     assert looks.told.count("policy_change") == 1
     assert "p99.9 of" in looks.controller.status()["reason"]
@@ -160,7 +160,7 @@ def test_when_nothing_is_known_any_more_it_hedges_again():
     assert looks.look(0.05).redundancy == "none"
 
 
-def test_no_more_may_straggle_than_by_the_patience_where_answers_are_known():
+def test_no_more_may_straggle_than_by_the_threshold_where_answers_are_known():
     looks = Looks(1.4, Sure())
     looks.random = Noisy()
     assert looks.look(0.05).overdue.factor == 1.35
@@ -206,7 +206,7 @@ def test_what_is_decoded_shows_when_it_is_tried():
 
 def test_traffic_is_served_by_what_is_picked():
     policy = BatchingPolicy(
-        patience=1.5, copies=3, max_calls=1.4, max_disagreement=0.1, ordering=False
+        straggler_threshold=1.5, copies=3, max_calls=1.4, max_disagreement=0.1, ordering=False
     )
     traffic = Traffic(Sure(), policy, code=Replication(1, 2), share=0.05)
     traffic.send(600)

@@ -49,9 +49,9 @@ def test_no_more_is_wrong_than_was_asked_for(known, queries):
     sets = list(itertools.product(range(queries), range(redundancy), range(4)))
     for place, more, _ in sets:
         others = random.permutation(np.setdiff1d(sent, OWN[place]))
-        heard = len(others) - more
+        responded = len(others) - more
         open_ = {share: np.ones(len(x), bool) for share in limits}
-        for number in (heard - 2, heard - 1, heard):
+        for number in (responded - 2, responded - 1, responded):
             mask = np.isin(np.arange(8), others[: max(number, 1)])
             given = np.where(mask[:, None, None], answers, 0)
             predictions, _, seen = coder.assess(given, mask, len(x), doubt.weights)

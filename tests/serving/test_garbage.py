@@ -23,7 +23,9 @@ def living():
 
 @pytest.mark.parametrize("code", [Uncoded(1), Replication(1, 2)], ids=("hedged", "twice"))
 def test_what_is_over_goes_without_a_look_for_garbage(code):
-    policy = BatchingPolicy(ordering=False, patience=1.5, max_disagreement=0.5, deadline_s=1.0)
+    policy = BatchingPolicy(
+        ordering=False, straggler_threshold=1.5, max_disagreement=0.5, deadline_s=1.0
+    )
     traffic = Traffic(None, policy, code)
     gc.collect()
     before = living()

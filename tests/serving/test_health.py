@@ -58,7 +58,7 @@ def is_(live, ready):
 
 @pytest.mark.parametrize("step", ["dispatch", "complete"])
 def test_a_step_that_fails_is_told_at_once_and_the_next_works(step, monkeypatch):
-    with serving(INTERLEAVED, patience=1e6) as batcher:  # nobody straggles
+    with serving(INTERLEAVED, straggler_threshold=1e6) as batcher:  # nobody straggles
         whole, left = getattr(batcher._scheduler._dispatcher, step), [1]
 
         def fails(*args, **options):

@@ -17,7 +17,7 @@ require("fastapi", "serve")
 
 from grpc_stub import GRPCInferenceServiceStub
 from in_process import Doubles, body, channel, connect, is_cut_off, post, read_answer, serving
-from nercc_server import ENDS, patience
+from nercc_server import ENDS, straggler_threshold
 
 from nercc_jax.serving.protocol._errors import Overloaded
 from nercc_jax.serving.transport import _http
@@ -212,7 +212,7 @@ def test_connections_have_a_limit():
                 assert told == {"error": "there are 2 connections: come again later"}
                 assert is_cut_off(third)
             assert is_fine(server, second)
-        for _ in patience(ENDS):
+        for _ in straggler_threshold(ENDS):
             if not server._http.server_state.connections:
                 break
         assert is_fine(server)
@@ -225,7 +225,7 @@ def test_bytes_in_flight_have_a_limit():
         held = server.state.memory
         with connect(server) as stuck:
             stuck.sendall(post(b" " * 900, length=1000))
-            for _ in patience(ENDS):
+            for _ in straggler_threshold(ENDS):
                 if held.used == 900:
                     break
             answer = ask(server, body() + b" " * 800)
@@ -240,13 +240,13 @@ def test_bytes_in_flight_have_a_limit():
             # What waits for its answer counts, too.
             with connect(server) as waits:
                 waits.sendall(post(body()))
-                for _ in patience(ENDS):
+                for _ in straggler_threshold(ENDS):
                     if held.used == 900 + len(body()):
                         break
                 assert model.came == 1
                 model.may_answer.set()
                 assert read_answer(waits)[0] == 200
-        for _ in patience(ENDS):
+        for _ in straggler_threshold(ENDS):
             if held.used == 0:
                 break
         assert ask(server, body() + b" " * 800).status_code == 200

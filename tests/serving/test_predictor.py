@@ -19,7 +19,7 @@ def turned(x):
 
 def test_stragglers_are_answered_as_soon_as_they_are_noticed():
     predictor = Predictor()
-    traffic = Traffic(predictor, BatchingPolicy(patience=1.4, max_disagreement=0.1))
+    traffic = Traffic(predictor, BatchingPolicy(straggler_threshold=1.4, max_disagreement=0.1))
     early = traffic.send(300)
     assert predictor.state == "learning"
     assert not any(reply.predicted[0] for _, reply, _ in early)
@@ -44,7 +44,7 @@ def test_stragglers_are_answered_as_soon_as_they_are_noticed():
 
 def test_when_the_world_changes_nothing_is_predicted_until_it_is_known_anew():
     predictor = Predictor(capacity=256)  # forgets quickly
-    traffic = Traffic(predictor, BatchingPolicy(patience=1.4, max_disagreement=0.1))
+    traffic = Traffic(predictor, BatchingPolicy(straggler_threshold=1.4, max_disagreement=0.1))
     traffic.send(500)
     assert predictor.state == "answering"
     traffic.model = turned
@@ -67,7 +67,7 @@ def test_when_the_world_changes_nothing_is_predicted_until_it_is_known_anew():
 )
 def test_a_student_answers_once_it_has_shown_that_it_is_right(student, answers):
     predictor = Predictor(student)
-    traffic = Traffic(predictor, BatchingPolicy(patience=1.4, max_disagreement=0.05))
+    traffic = Traffic(predictor, BatchingPolicy(straggler_threshold=1.4, max_disagreement=0.05))
     assert not any(reply.predicted[0] for _, reply, _ in traffic.send(120))
     told = traffic.send(250)
     assert any(reply.predicted[0] for _, reply, _ in told) == answers
@@ -77,7 +77,7 @@ def test_a_student_answers_once_it_has_shown_that_it_is_right(student, answers):
 
 def test_functions_are_answered_within_a_tolerance():
     predictor = Predictor()
-    traffic = Traffic(predictor, BatchingPolicy(patience=1.4, tolerance=0.05))
+    traffic = Traffic(predictor, BatchingPolicy(straggler_threshold=1.4, tolerance=0.05))
     traffic.send(500)
     told = [each for each in traffic.send(400) if each[1].predicted[0]]
     errors = [np.sqrt(np.mean((reply.values[0] - own) ** 2)) for _, reply, own in told]
@@ -109,12 +109,12 @@ class Says(Predictor):
 
 
 def test_what_is_doubted_goes_out_twice_from_the_start_and_all_else_once():
-    policy = BatchingPolicy(patience=1.4, max_disagreement=0.1, redundancy="doubtful")
+    policy = BatchingPolicy(straggler_threshold=1.4, max_disagreement=0.1, redundancy="doubtful")
     traffic = Traffic(Says(), policy, code=Replication(1, 2), share=0.0)
     traffic.send(200)
     assert 270 < traffic.calls() < 330
     few = BatchingPolicy(
-        patience=1.4, max_disagreement=0.1, redundancy="doubtful", max_redundancy=0.1
+        straggler_threshold=1.4, max_disagreement=0.1, redundancy="doubtful", max_redundancy=0.1
     )
     traffic = Traffic(Says(), few, code=Replication(1, 2), share=0.0)
     traffic.send(200)
@@ -123,7 +123,7 @@ def test_what_is_doubted_goes_out_twice_from_the_start_and_all_else_once():
 
 def test_late_answers_audit_what_was_given_to_the_same_query():
     predictor = Says()
-    policy = BatchingPolicy(patience=1.4, max_disagreement=0.1, max_batch_size=8)
+    policy = BatchingPolicy(straggler_threshold=1.4, max_disagreement=0.1, max_batch_size=8)
     traffic = Traffic(predictor, policy)
     traffic.send(200)
     assert len(predictor.audited) > 4
@@ -132,7 +132,7 @@ def test_late_answers_audit_what_was_given_to_the_same_query():
 
 def test_what_was_given_out_and_was_wrong_stops_it_at_once():
     predictor = Predictor()
-    traffic = Traffic(predictor, BatchingPolicy(patience=1.4, max_disagreement=0.05))
+    traffic = Traffic(predictor, BatchingPolicy(straggler_threshold=1.4, max_disagreement=0.05))
     traffic.send(450)
     assert predictor.state == "answering"
     # Those that straggle may be unlike the others: exams do not see them.
@@ -180,7 +180,7 @@ def test_principal_components_are_those_of_the_covariance():
 
 def test_a_promise_of_nothing_wrong_is_kept_by_giving_nothing_out():
     predictor = Predictor(lambda x: jnp.tanh(x @ WEIGHTS))  # however good it is
-    traffic = Traffic(predictor, BatchingPolicy(patience=1.4, max_disagreement=0.0))
+    traffic = Traffic(predictor, BatchingPolicy(straggler_threshold=1.4, max_disagreement=0.0))
     told = traffic.send(260)
     assert not any(reply.predicted[0] for _, reply, _ in told)
     assert labels_right(told) == 1

@@ -50,7 +50,7 @@ def calibrated(coder):
 
 @pytest.mark.parametrize("sure", [True, False])
 def test_doubtful_redundancy_sends_coded_points_only_where_the_surrogate_doubts(sure):
-    policy = BatchingPolicy(patience=1.4, max_disagreement=0.1, redundancy="doubtful")
+    policy = BatchingPolicy(straggler_threshold=1.4, max_disagreement=0.1, redundancy="doubtful")
     traffic = Traffic(KnowsAll(sure), policy, INTERLEAVED, share=0.0, estimator=calibrated)
     told = traffic.send(100)
     assert all(reply.exact.all() for _, reply, _ in told)
@@ -74,7 +74,7 @@ def test_a_group_leaves_when_its_oldest_query_has_waited_long_enough():
 
 def test_a_tolerance_is_kept_by_predicting_or_asking_again_never_by_decoding():
     """How far decoded outputs of a function are off, nobody knows."""
-    policy = BatchingPolicy(patience=1.4, tolerance=0.05)
+    policy = BatchingPolicy(straggler_threshold=1.4, tolerance=0.05)
     traffic = Traffic(KnowsAll(False), policy, INTERLEAVED, share=0.15, estimator=calibrated)
     told = traffic.send(300)
     assert sum(reply.reexecuted.sum() for _, reply, _ in told) > 20
@@ -118,7 +118,9 @@ def seconds_of_a_straggler(traffic, **options):
 @pytest.mark.parametrize("fails", ["raises", "is no number"])
 def test_answers_that_fail_leave_the_limits_of_late_calls_as_they_are(fails):
     """However quickly they fail: of predicted queries as of those that are sent again."""
-    policy = BatchingPolicy(patience=2.0, max_disagreement=0.1, ordering=False, max_batch_size=1)
+    policy = BatchingPolicy(
+        straggler_threshold=2.0, max_disagreement=0.1, ordering=False, max_batch_size=1
+    )
     traffic = Traffic(KnowsAll(True), policy, Uncoded(1), share=0.0)
     ways = ({"exact": False}, {"exact": True})
     traffic.send(100)
@@ -148,7 +150,7 @@ def test_answers_that_fail_leave_the_limits_of_late_calls_as_they_are(fails):
 def test_what_was_predicted_before_a_drift_is_not_given_out_after_it():
     """Predictions are looked up when a query goes out, if its redundancy depends on them."""
     predictor = KnowsAll(True)
-    policy = BatchingPolicy(patience=2.0, max_disagreement=0.1, redundancy="doubtful")
+    policy = BatchingPolicy(straggler_threshold=2.0, max_disagreement=0.1, redundancy="doubtful")
     traffic = Traffic(predictor, policy, Replication(1, 2), share=0.0)
     traffic.send(50)
     traffic.share = 1.0
@@ -189,7 +191,7 @@ def test_a_call_by_grpc_has_as_long_as_draining_takes():
     grpc = require("grpc", "serve-test")
     from grpc_stub import GRPCInferenceServiceStub
     from in_process import Doubles, channel, serving
-    from nercc_server import ENDS, patience
+    from nercc_server import ENDS, straggler_threshold
 
     from nercc_jax.serving.transport import open_inference_pb2 as messages
 
@@ -200,7 +202,7 @@ def test_a_call_by_grpc_has_as_long_as_draining_takes():
         tensor["contents"] = {"fp32_contents": [1, 2, 3, 4]}
         request = messages.ModelInferRequest(model_name="digits", inputs=[tensor])
         future = stub.ModelInfer.future(request, timeout=ENDS)
-        for _ in patience(ENDS):
+        for _ in straggler_threshold(ENDS):
             if model.came:
                 break
         server.stop()

@@ -403,7 +403,7 @@ def test_a_reply_in_json():
         "nercc_predicted": 1,
         "nercc_reexecuted": 1,
         "nercc_workers_asked": 9,
-        "nercc_workers_heard": 7,
+        "nercc_workers_responded": 7,
         "nercc_expected_disagreement": 0.25,
         "nercc_expected_error": 1.5,
         "nercc_queue_ms": 250.0,

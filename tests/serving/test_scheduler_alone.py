@@ -15,7 +15,7 @@ from nercc_jax.serving import BatchingPolicy, Coder
 from nercc_jax.serving.core._adaptation import AbstractAdaptation, ExpectedError, fixed_setting
 from nercc_jax.serving.core._error_probability import uncalibrated
 from nercc_jax.serving.core._request import BatchSpec
-from nercc_jax.serving.core._scheduler import Scheduler
+from nercc_jax.serving.core._scheduler import QueryScheduler
 from nercc_jax.testing import SimulatedClock, SimulatedPool
 
 
@@ -63,9 +63,9 @@ def test_it_serves_by_itself(code):
     clock, random = SimulatedClock(), np.random.default_rng(0)
     slow = lambda size: SERVICE * (10 if random.random() < 0.1 else 1)  # noqa: E731
     pool = SimulatedPool(model, 16, seconds=slow, clock=clock)
-    policy = BatchingPolicy(ordering=False, max_batch_size=1, patience=2.0)
+    policy = BatchingPolicy(ordering=False, max_batch_size=1, straggler_threshold=2.0)
     spec = BatchSpec(SHAPE), BatchSpec(OUT)
-    scheduler = Scheduler(pool, Coder(code), *spec, policy, NoAdaptation(policy), refuse_odd)
+    scheduler = QueryScheduler(pool, Coder(code), *spec, policy, NoAdaptation(policy), refuse_odd)
     scheduler.start()
     x, futures = random.normal(size=(200, *SHAPE)).astype(np.float32), []
     for number, each in enumerate(x):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import require
-from nercc_server import ENDS, patience, running
+from nercc_server import ENDS, running, straggler_threshold
 
 httpx = require("httpx", "serve-test")
 grpc = require("grpc", "serve-test")
@@ -432,11 +432,11 @@ def test_a_client_that_goes_away_while_it_waits_is_dropped(server, ask):
 
     cancelled, ok = ended()
     go_away = ask(server, [[1.0] * 4] * 4)
-    for _ in patience(ENDS):
+    for _ in straggler_threshold(ENDS):
         if server.status("slow")["queue"]["in_flight"]:
             break
     go_away()
-    for _ in patience(ENDS):
+    for _ in straggler_threshold(ENDS):
         if not server.status("slow")["queue"]["in_flight"]:
             break
     assert ended() == [cancelled + 1, ok]
@@ -446,7 +446,7 @@ def test_a_client_that_goes_away_while_it_waits_is_dropped(server, ask):
 def test_a_queue_that_is_full_is_told_by_both_faces(server, stub):
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
         answered = thread.submit(server.infer, "slow", [1.0] * 16)
-        for _ in patience(ENDS):
+        for _ in straggler_threshold(ENDS):
             if server.status("slow")["queue"]["waiting"]:
                 break
         answer = server.infer("slow", [1.0] * 16)
@@ -486,7 +486,13 @@ def test_every_label_is_there_from_the_start(server):
     assert values("workers", "state") == {"idle": 2, "busy": 0, "overdue": 0, "starting": 0}
     for name in ("stragglers_total", "reexecutions_total", "worker_deaths_total", "queue_queries"):
         assert values(name, "model") == {"untouched": 0}
-    for name in ("request_seconds", "queue_seconds", "batch_size", "group_fill", "workers_heard"):
+    for name in (
+        "request_seconds",
+        "queue_seconds",
+        "batch_size",
+        "group_fill",
+        "workers_responded",
+    ):
         assert values(f"{name}_count", "model") == {"untouched": 0}
         assert set(values(f"{name}_bucket", "le").values()) == {0}
 
@@ -585,7 +591,7 @@ STATUS = {
         "number": int,
         "seconds": NUMBER,
     },
-    "heard": {"counts": [int]},
+    "responded": {"counts": [int]},
     "fidelity": {
         "decoded_share": MAYBE,
         "expected_disagreement": MAYBE,
@@ -622,7 +628,7 @@ def test_the_status_has_what_the_page_reads(server):
     assert server.status("counted")["code"] == {"name": "Uncoded", "num_data": 1, "num_workers": 1}
     # Whatever the page takes out of an object by name is in the status somewhere.
     page = (ROOT / "nercc_jax/serving/status.html").read_text()
-    read = set(re.findall(r"\b(?:totals|queue|pool|code|fidelity|latency|heard)\.(\w+)", page))
+    read = set(re.findall(r"\b(?:totals|queue|pool|code|fidelity|latency|responded)\.(\w+)", page))
     assert len(read) > 8
     assert all(f'"{name}":' in answer.text for name in read)
 
@@ -645,7 +651,7 @@ def test_every_request_is_a_line_of_json_if_that_is_wished(server, stub):
         assert 0 < line["queue_ms"] < line["ms"] < 1e3 * ENDS
         (group,) = line["groups"]
         assert group.pop("group") > 0
-        assert group == {"queries": [0], "shared_with": [], "asked": 1, "heard": 1}
+        assert group == {"queries": [0], "shared_with": [], "asked": 1, "responded": 1}
         assert line["time"]
     refused = [line for line in lines if line["message"] == "not answered"]
     assert [line["outcome"] for line in refused[-2:]] == ["invalid", "invalid"]

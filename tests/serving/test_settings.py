@@ -75,7 +75,7 @@ MODEL = {
     "max_queue_size": 10,
     "deadline_s": 3.5,
     "priority_lead_s": 1.5,
-    "patience": 2.5,
+    "straggler_threshold": 2.5,
     "wait_for": 6,
     "quantile": 0.9,
     "surrogate": "learn",

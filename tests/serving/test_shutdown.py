@@ -11,7 +11,7 @@ import subprocess
 import numpy as np
 import pytest
 from conftest import require
-from nercc_server import ENDS, STARTS, Server, command, environment, patience
+from nercc_server import ENDS, STARTS, Server, command, environment, straggler_threshold
 
 httpx = require("httpx", "serve-test")
 grpc = require("grpc", "serve-test")
@@ -88,7 +88,7 @@ def by_grpc(server, number, model="slow"):
 
 def accepted(server, calls, model="slow"):
     """Waits until the server has so many requests in hand, or has answered them."""
-    for _ in patience(ENDS):
+    for _ in straggler_threshold(ENDS):
         status = server.status(model)
         if status["queue"]["in_flight"] + status["totals"]["requests"] == calls:
             return
@@ -180,7 +180,7 @@ def test_signals_end_a_start(tmp_path, which, code):
         told, cwd=tmp_path, env=environment(**ports), stderr=subprocess.DEVNULL
     )
     try:
-        for _ in patience(STARTS):
+        for _ in straggler_threshold(STARTS):
             if (tmp_path / "begun").exists():
                 break
         process.send_signal(which)

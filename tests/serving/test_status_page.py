@@ -52,9 +52,9 @@ def page():
 
 
 def test_the_log_tells_why_nothing_is_decoded(server):
-    from nercc_server import ENDS, patience
+    from nercc_server import ENDS, straggler_threshold
 
-    for _ in patience(ENDS):
+    for _ in straggler_threshold(ENDS):
         hints = [line for line in server.log() if line["message"].startswith("hint: ")]
         if hints:
             break
@@ -163,7 +163,7 @@ def forget(value):
 def test_what_is_unknown_is_not_shown_as_nothing(shown):
     model, show = shown
     bounds = model["latency"]["bounds_ms"]
-    for part in ("code", "workers", "queue", "totals", "latency", "heard", "fidelity"):
+    for part in ("code", "workers", "queue", "totals", "latency", "responded", "fidelity"):
         model[part] = forget(model[part])
     model["latency"]["bounds_ms"] = bounds
     page = show()

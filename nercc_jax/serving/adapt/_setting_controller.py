@@ -152,7 +152,7 @@ def _mean_between(ordered: Float[np.ndarray, " queries"], quantiles: tuple[float
 _LOG = logging.getLogger(__name__)
 
 # Candidates besides the policy's own rule: multiples of the median, and hedging as published.
-_PATIENCE, _HEDGING = (1.2, 1.35, 1.5, 2.0, 3.0), ((0.9, 1.0), (0.95, 1.0))
+_THRESHOLDS, _HEDGING = (1.2, 1.35, 1.5, 2.0, 3.0), ((0.9, 1.0), (0.95, 1.0))
 # Queries between two decisions; requests, and stragglers' queries, that a measurement needs.
 _EVERY, _MEASURED, _MEASURED_LATE = 500, 1000, 20
 # Settings whose p99.9, p99, or calls differ by less are equivalent, and the cheaper one is taken.
@@ -210,8 +210,8 @@ class SettingController:
             allowed.append("doubtful")
         if extra and policy.redundancy == "always":
             allowed.append("always")
-        rules = [Overdue(policy.quantile, policy.patience)]
-        rules += [Overdue(0.5, patience) for patience in _PATIENCE]
+        rules = [Overdue(policy.quantile, policy.straggler_threshold)]
+        rules += [Overdue(0.5, straggler_threshold) for straggler_threshold in _THRESHOLDS]
         rules += [Overdue(*each) for each in _HEDGING]
         self.settings = [
             DispatchSetting(rule, each) for each in allowed for rule in dict.fromkeys(rules)
@@ -243,7 +243,7 @@ class SettingController:
         """Return the controller's part of a server's status."""
         setting = self.setting
         return {
-            "patience": setting.overdue.factor,
+            "straggler_threshold": setting.overdue.factor,
             "quantile": setting.overdue.quantile,
             "redundancy": setting.redundancy,
             "reason": self._reason,

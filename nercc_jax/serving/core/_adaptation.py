@@ -137,4 +137,4 @@ class AbstractAdaptation(abc.ABC):
 
 def fixed_setting(policy: BatchingPolicy) -> DispatchSetting:
     """Return the setting that a policy names."""
-    return DispatchSetting(Overdue(policy.quantile, policy.patience), policy.redundancy)
+    return DispatchSetting(Overdue(policy.quantile, policy.straggler_threshold), policy.redundancy)

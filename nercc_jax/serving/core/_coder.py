@@ -35,7 +35,7 @@ from ...codes import (
 from ...evaluation import agree_on_labels
 from ...pools._steps import encode_on_host, shared_decoder
 from ...splines import smoothing_matrix_on_host
-from ._error_probability import error_probability, features_of
+from ._error_probability import decoding_features, error_probability
 
 # The rows of a spline are one-hot up to rounding.
 _ROUNDING = 1e-5
@@ -59,7 +59,7 @@ class Layout:
     extras: Int[np.ndarray, " extras"]
 
 
-class Decoded(NamedTuple):
+class DecodedGroup(NamedTuple):
     """Decoded predictions, by alpha, and the features of their error probability if there is one.
 
     `informative` masks the predictions whose features say anything.
@@ -187,20 +187,20 @@ class Coder:
         values: Float[np.ndarray, "num_workers rows ..."],
         mask: Bool[np.ndarray, " num_workers"],
         width: int,
-    ) -> Decoded:
+    ) -> DecodedGroup:
         """Decode at the code's alphas, with the features of the error probability.
 
         All rows share the workers, so they are further coordinates of one group. They are filled up
         with zeros to `width` rows, so that one compiled program serves any number up to it.
         """
         if not self.has_error_probability:
-            return Decoded(*self._decoded(values, mask, width))
+            return DecodedGroup(*self._decoded(values, mask, width))
         _, rows, *out = values.shape
         filled = _filled(values, width).reshape(self.num_workers, width, -1)
         found = self._estimate(filled, mask, known_decoders(self.code, mask))
         predictions, recovered, features, informative = map(np.asarray, found)
         predictions = predictions.reshape(width, self.num_data, *out)
-        return Decoded(predictions[:rows], recovered, features[:rows], informative[:rows])
+        return DecodedGroup(predictions[:rows], recovered, features[:rows], informative[:rows])
 
     def compare(
         self,
@@ -208,7 +208,7 @@ class Coder:
         originals: Float[np.ndarray, "groups num_data m"],
         mask: Bool[np.ndarray, " num_workers"],
         width: int,
-    ) -> tuple[Decoded, Bool[np.ndarray, "groups num_data"]]:
+    ) -> tuple[DecodedGroup, Bool[np.ndarray, "groups num_data"]]:
         """Decode groups, and return whether the labels are those of the originals, by alpha.
 
         It runs the programs that decoding has compiled for the width, and hardly anything else.
@@ -243,7 +243,7 @@ class Coder:
         Float[Array, "rows num_data features"],
         Bool[Array, "rows num_data"],
     ]:
-        """Return the fields of `Decoded`; to be compiled.
+        """Return the fields of `DecodedGroup`; to be compiled.
 
         Args:
             values: the workers' answers.
@@ -255,11 +255,11 @@ class Coder:
         decoded = decode_groups(self.code, y, mask[None], given)
         predictions = decoded.predictions.reshape(self.num_data, rows, outputs).swapaxes(0, 1)
         # All rows share the workers, so the spline is factorised once.
-        heard = decoded.heard[0]
-        y = jnp.where(heard[:, None, None], values, 0).swapaxes(0, 1)
-        roughness = jax.vmap(lambda row: self.code.process_variance(row, heard))(y)
-        variance = self.code.posterior_variance(heard)
-        found = features_of(predictions, roughness, variance, self.form)
+        responded = decoded.responded[0]
+        y = jnp.where(responded[:, None, None], values, 0).swapaxes(0, 1)
+        roughness = jax.vmap(lambda row: self.code.process_variance(row, responded))(y)
+        variance = self.code.posterior_variance(responded)
+        found = decoding_features(predictions, roughness, variance, self.form)
         return predictions, decoded.recovered[0], *found
 
     def alphas_of(self, queries: int) -> Int[np.ndarray, " queries"]:

@@ -31,7 +31,7 @@ class DecodingErrorProbability:
     """A calibrated logistic regression, and the trade-off of each limit on its probabilities.
 
     Attributes:
-        weights: of the features (`features_of`).
+        weights: of the features (`decoding_features`).
         wrong_from: sorted; for each calibration query that would get a wrong label at some point,
             the least probability at which it would be answered so.
         final: for each calibration query, the probability once all answers are in.
@@ -76,7 +76,7 @@ def uncalibrated() -> DecodingErrorProbability:
     return DecodingErrorProbability(np.full(FEATURES, np.nan, np.float32), nothing, nothing, 0)
 
 
-def features_of(
+def decoding_features(
     predictions: Float[Array, "rows num_data m"],
     roughness: Float[Array, " rows"],
     variance: Float[Array, " num_data"],

@@ -159,7 +159,7 @@ class GroupDecoder:
         predictions, sound, probability = self.decode(group.values(), group.mask, number)
         decoded = self._clock.now()
         self._adaptation.observe("decode_seconds", decoded - begin)
-        self._adaptation.observe("workers_heard", int(group.mask.sum()))
+        self._adaptation.observe("workers_responded", int(group.mask.sum()))
         good = np.broadcast_to(good if limit is None else probability <= limit, probability.shape)
         probability = np.where(np.isnan(probability), expected.disagreement, probability)
         basis = int(group.sent.sum()), int(group.mask.sum())

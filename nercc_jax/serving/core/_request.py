@@ -44,7 +44,7 @@ class Reply:
         reexecuted: whether the query was sent to a worker a second time.
         asked: the number of workers that had received the query, or a coded data point of its
             group, when it was answered.
-        heard: the number of those workers that had responded.
+        responded: the number of those workers that had responded.
         expected_disagreement: the probability that the label differs from the model's own label.
             It follows from the margin and the posterior deviation of the query; for codes that are
             no regression it is the mean over calibration data decoded from the same workers. It is
@@ -61,7 +61,7 @@ class Reply:
     predicted: Bool[np.ndarray, " batch"]
     reexecuted: Bool[np.ndarray, " batch"]
     asked: Int[np.ndarray, " batch"]
-    heard: Int[np.ndarray, " batch"]
+    responded: Int[np.ndarray, " batch"]
     expected_disagreement: Float[np.ndarray, " batch"]
     expected_error: Float[np.ndarray, " batch"]
     queued: float
@@ -75,7 +75,7 @@ class Answer:
     value: np.ndarray
     source: Source
     asked: int
-    heard: int
+    responded: int
     disagreement: float = 0.0
     error: float = 0.0
 
@@ -118,7 +118,7 @@ class Request:
         self._exact, self._predicted = np.ones(size, bool), np.zeros(size, bool)
         self._reexecuted = np.zeros(size, bool)
         self._asked = np.zeros(size, int)
-        self._heard = np.zeros(size, int)
+        self._responded = np.zeros(size, int)
         self._expected = np.zeros((2, size))
 
     def on_cancel(self, notify: Callable[["Request"], Any]) -> None:
@@ -139,7 +139,7 @@ class Request:
         self._values[place] = answer.value
         self._exact[place], self._reexecuted[place] = answer.source == "exact", query.reexecuted
         self._predicted[place] = answer.source == "predicted"
-        self._asked[place], self._heard[place] = answer.asked, answer.heard
+        self._asked[place], self._responded[place] = answer.asked, answer.responded
         self._expected[:, place] = answer.disagreement, answer.error
         if self.trace is not None:
             self.trace.answers[place] = query.source_of(answer)
@@ -154,7 +154,7 @@ class Request:
             self._predicted,
             self._reexecuted,
             self._asked,
-            self._heard,
+            self._responded,
             *self._expected,
             queued=self.sent - self.arrived,
             seconds=now - self.arrived,

@@ -44,7 +44,7 @@ _PROBE = 5.0  # seconds that a probe may take
 _WORKER_FREE = object()  # an event
 
 
-class Scheduler:
+class QueryScheduler:
     """Serves requests by one code on one pool: queue, groups, dispatch, fallback, replies.
 
     `submit`, `waiting`, `in_flight`, `health` and `close` are for any thread.
@@ -303,7 +303,7 @@ class Scheduler:
     def _receive_own(self, group: Group, place: int, value: np.ndarray, now: float) -> None:
         """Take the model's own answers to the queries of a cell."""
         own = group.layout.own[place]
-        asked, heard = int(group.sent[own].sum()), int(group.mask[own].sum())
+        asked, responded = int(group.sent[own].sum()), int(group.mask[own].sum())
         for row, query in enumerate(group.cells[place].queries):
             given = group.given.pop((place, row), None)
             if given is not None:
@@ -312,7 +312,7 @@ class Scheduler:
             x = query.x if given is None else given.x
             if x is not None:
                 self._adaptation.add_answer(x, value[row])
-            answer = Answer(value[row], "exact", asked, heard)
+            answer = Answer(value[row], "exact", asked, responded)
             self._revisit(self._open.answer(query, answer, now))
 
     def _decide(self, group: Group, now: float) -> None:

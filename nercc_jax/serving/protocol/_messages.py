@@ -331,7 +331,7 @@ def write_reply(
     """Return a REST body and its headers, with all outputs unless some are asked for."""
     asked = dict(request.outputs)
     outputs, binary = [], []
-    for name, (datatype, array) in fixed_outputs_of_answers(reply, request, servable).items():
+    for name, (datatype, array) in response_outputs(reply, request, servable).items():
         output = {"name": name, "shape": array.shape, "datatype": datatype}
         if asked.get(name, request.binary_outputs):
             raw = array.tobytes()
@@ -357,7 +357,7 @@ def write_reply(
     }
 
 
-def fixed_outputs_of_answers(
+def response_outputs(
     reply: Reply, request: InferRequest, servable: Servable
 ) -> dict[str, tuple[str, np.ndarray]]:
     """Return datatypes and arrays by name, of the outputs that are asked for (`check_outputs`)."""
@@ -383,7 +383,7 @@ def reply_parameters(reply: Reply) -> dict[str, Any]:
         "nercc_predicted": sum(reply.predicted.tolist()),
         "nercc_reexecuted": sum(reply.reexecuted.tolist()),
         "nercc_workers_asked": sum(reply.asked.tolist()),
-        "nercc_workers_heard": sum(reply.heard.tolist()),
+        "nercc_workers_responded": sum(reply.responded.tolist()),
         "nercc_expected_disagreement": max(_without_nan(reply.expected_disagreement)),
         "nercc_expected_error": max(_without_nan(reply.expected_error)),
         "nercc_queue_ms": 1e3 * reply.queued,

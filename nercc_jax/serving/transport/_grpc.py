@@ -22,8 +22,8 @@ from ..protocol._messages import (
     InferRequest,
     InputTensor,
     RequestedOutput,
-    fixed_outputs_of_answers,
     reply_parameters,
+    response_outputs,
 )
 from ..protocol._servable import Servable
 from . import open_inference_pb2 as messages
@@ -226,7 +226,7 @@ def write_message(
         if isinstance(value, float):
             value = f"{value:.6g}"
         setattr(response.parameters[name], _PARAMETERS[type(value)], value)
-    for name, (datatype, array) in fixed_outputs_of_answers(reply, request, servable).items():
+    for name, (datatype, array) in response_outputs(reply, request, servable).items():
         response.outputs.add(name=name, datatype=datatype, shape=array.shape)
         response.raw_output_contents.append(array.tobytes())
     return response
