@@ -12,7 +12,8 @@ import numpy as np
 from flax import nnx
 
 from nercc_jax import ExactStragglers, NeRCC, coded_inference, tune
-from nercc_jax.codes import AbstractCode, Matrices, decode_groups, encode_groups
+from nercc_jax.codes import AbstractCode, decode_groups, encode_groups
+from nercc_jax.codes._decoding import Matrices
 from nercc_jax.inference import order_points
 from nercc_jax.splines import smoothing_spline
 from nercc_jax.tuning import Descent, Sampling

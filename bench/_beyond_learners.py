@@ -11,20 +11,19 @@ from _beyond_modes import Bench, Order
 from jaxtyping import Array, Bool, Float
 
 from nercc_jax import NeRCC, Scheme, fit_surrogate
-from nercc_jax.codes import known_encoder
-from nercc_jax.evaluation import draw_sets
-from nercc_jax.inference import Model
-from nercc_jax.schemes import PreparedInputs
-from nercc_jax.schemes._scheme import assess_each
+from nercc_jax.codes._kept import known_encoder
+from nercc_jax.evaluation._trial import draw_sets
+from nercc_jax.inference._models import Model
+from nercc_jax.schemes._scheme import PreparedInputs, assess_each
 from nercc_jax.surrogates import (
     Kernel,
     Learner,
     LearnerTuning,
-    decode_with_deviation,
     init_learner,
     principal_components,
     tune_learner,
 )
+from nercc_jax.surrogates._surrogate import decode_with_deviation
 
 PAST = 1000  # answers that a learner knows
 ROWS = 256  # that kernels are judged by

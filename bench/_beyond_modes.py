@@ -19,19 +19,14 @@ from nercc_jax import (
     fit_surrogate,
     search_layout,
 )
-from nercc_jax.evaluation import (
-    Answers,
-    Estimate,
-    Forecast,
-    Recorder,
-    all_answers,
-    batched,
-    draw_sets,
-    mean_losses,
-)
+from nercc_jax.evaluation import Answers, Estimate, Forecast
+from nercc_jax.evaluation._answers import Recorder, all_answers, batched, mean_losses
+from nercc_jax.evaluation._trial import draw_sets
 from nercc_jax.inference import order_points
-from nercc_jax.risk import ErrorProbability, error_probability_from_answers, observe_errors
-from nercc_jax.surrogates import Surrogate, fixed_outputs_of_answers
+from nercc_jax.risk import ErrorProbability
+from nercc_jax.risk._error_probability import error_probability_from_answers, observe_errors
+from nercc_jax.surrogates import Surrogate
+from nercc_jax.surrogates._interface import fixed_outputs_of_answers
 from nercc_jax.tuning import Descent, LayoutTuning, Sampling
 
 Model = Callable[..., Array]

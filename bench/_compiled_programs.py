@@ -16,7 +16,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from nercc_jax import Berrut, NeRCC, nested_objective
-from nercc_jax.codes import AbstractCode, CachedMatrices, Matrices, decode_groups, encode_groups
+from nercc_jax.codes import AbstractCode, decode_groups, encode_groups
+from nercc_jax.codes._decoding import Matrices
+from nercc_jax.codes._kept import CachedMatrices
 from nercc_jax.inference import order_points
 from nercc_jax.inference._coded import _run, _run_on_mesh
 from nercc_jax.inference._spmd import WORKERS, Placed, place_inputs

@@ -16,7 +16,9 @@ from _functions_rivals import NUM_DATA, lost_copies
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from nercc_jax import AbstractCode, Berrut, NeRCC, Scheme, fit_surrogate
-from nercc_jax.codes import CachedMatrices, decode_vectors, encode_groups, known_encoder
+from nercc_jax.codes import encode_groups
+from nercc_jax.codes._decoding import decode_vectors
+from nercc_jax.codes._kept import CachedMatrices, known_encoder
 from nercc_jax.evaluation import recall, row_errors
 from nercc_jax.inference import order_points
 from nercc_jax.risk import ErrorBars

@@ -38,9 +38,11 @@ from _settings import PACKAGES, Setting
 from nercc_jax import AbstractCode, Berrut, NeRCC, Replication
 from nercc_jax.cli._options import Outputs
 from nercc_jax.cli._workload import answering
-from nercc_jax.codes import copies
-from nercc_jax.evaluation import Estimate, all_answers, batched, cut_groups, own_outputs
-from nercc_jax.inference import RobustMethod, robust_decode
+from nercc_jax.codes._points import copies
+from nercc_jax.evaluation import Estimate
+from nercc_jax.evaluation._answers import all_answers, batched, cut_groups, own_outputs
+from nercc_jax.inference import robust_decode
+from nercc_jax.inference._robust import RobustMethod
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

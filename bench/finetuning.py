@@ -45,9 +45,11 @@ from jaxtyping import Array, PRNGKeyArray
 from nercc_jax import ExactStragglers, NeRCC, evaluate
 from nercc_jax.cli._options import Outputs
 from nercc_jax.cli._workload import Answering, answering
-from nercc_jax.evaluation import batched, system_look
+from nercc_jax.evaluation import system_look
+from nercc_jax.evaluation._answers import batched
 from nercc_jax.inference import order_points
-from nercc_jax.tuning import Descent, FineTuned, FineTuningStep, Sampling, Target, fine_tune
+from nercc_jax.tuning import Descent, Sampling, Target, fine_tune
+from nercc_jax.tuning._fine_tune import FineTuned, FineTuningStep
 from nercc_models import ReadyModel, load_data, load_model, model_card, score
 from nercc_models.augmentation import Augmentation, augment
 from nercc_models.cards import made_on, store, write_card

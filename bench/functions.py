@@ -29,7 +29,7 @@ from _settings import PACKAGES
 from rich.console import Console
 
 from nercc_jax import NeRCC, Scheme
-from nercc_jax.splines import Ends
+from nercc_jax.splines._ends import Ends
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

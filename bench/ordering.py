@@ -35,7 +35,8 @@ from nercc_jax import ExactStragglers, NeRCC
 from nercc_jax.cli._options import Outputs
 from nercc_jax.cli._workload import answering
 from nercc_jax.codes import AMPLIFICATION
-from nercc_jax.evaluation import Estimate, batched, cut_groups, system_look
+from nercc_jax.evaluation import Estimate, system_look
+from nercc_jax.evaluation._answers import batched, cut_groups
 from nercc_jax.inference import order_points, random_projection, short_path
 from nercc_jax.inference._paths import distances_of, nearest_neighbour
 

@@ -38,13 +38,8 @@ from nercc_jax import (
 )
 from nercc_jax.cli._options import Outputs
 from nercc_jax.cli._workload import Answering, answering
-from nercc_jax.evaluation import (
-    Estimate,
-    Evaluation,
-    landscape,
-    make_trial,
-    straggler_curves,
-)
+from nercc_jax.evaluation import Estimate, Evaluation, landscape, straggler_curves
+from nercc_jax.evaluation._trial import make_trial
 from nercc_jax.tuning import Descent
 from nercc_models import list_parity_models, load_parity_model
 

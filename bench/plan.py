@@ -24,12 +24,13 @@ from scipy.stats import binom
 from nercc_jax import DevicePool
 from nercc_jax.cli._plan_report import latency_law
 from nercc_jax.cli._workload import answering
-from nercc_jax.evaluation import Estimate, batched
+from nercc_jax.evaluation import Estimate
+from nercc_jax.evaluation._answers import batched
 from nercc_jax.inference import order_points
 from nercc_jax.planning import Plan, load_plan
 from nercc_jax.pools import AbstractPool, Batch, Fault, Faults
-from nercc_jax.stragglers import own_workers
-from nercc_jax.surrogates import decode_with_deviation
+from nercc_jax.stragglers._waiting import own_workers
+from nercc_jax.surrogates._surrogate import decode_with_deviation
 
 RESULTS = Path(__file__).parent / "results" / "plan.json"
 PACKAGES = ("jax", "jaxlib", "numpy", "equinox", "flax")

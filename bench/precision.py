@@ -34,7 +34,8 @@ from rich.table import Table
 
 from nercc_jax import ExactStragglers, NeRCC
 from nercc_jax.cli._workload import Answering, answering
-from nercc_jax.evaluation import Estimate, batched, record_answers
+from nercc_jax.evaluation import Estimate, record_answers
+from nercc_jax.evaluation._answers import batched
 from nercc_jax.inference import cast_model
 from nercc_jax.stragglers import straggler_sets
 

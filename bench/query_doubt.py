@@ -21,7 +21,7 @@ from _report import environment, write_json
 
 from nercc_jax import NeRCC
 from nercc_jax.cli._workload import answering
-from nercc_jax.evaluation import batched
+from nercc_jax.evaluation._answers import batched
 from nercc_jax.serving import Coder, ErrorEstimator
 from nercc_jax.serving.core._dispatch import QueryOrdering
 from nercc_jax.serving.core._request import Request

@@ -26,7 +26,7 @@ import numpy as np
 from _report import environment, write_json
 
 from nercc_jax import NeRCC
-from nercc_jax.codes import Layout
+from nercc_jax.codes._points import Layout
 from nercc_jax.serving.core._coder import Coder, few_encoders
 from nercc_models import load_data, load_model
 

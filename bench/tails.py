@@ -97,15 +97,15 @@ def _run(
     }
     work = None
     for law_name, law in chosen.items():
-        for told, heavier in loads.items():
-            if told and law_name != "5 %":
+        for suffix, heavier in loads.items():
+            if suffix and law_name != "5 %":
                 continue
-            wanted = _matching(options.only, name, law_name + told)
+            wanted = _matching(options.only, name, law_name + suffix)
             if not wanted:
                 continue
             work = work or make()
             for system in systems(work, law_name):
-                cell = f"{name}/{law_name}{told}/{system.name}"
+                cell = f"{name}/{law_name}{suffix}/{system.name}"
                 if not any(fnmatch.fnmatch(system.name, pattern) for pattern in wanted):
                     continue
                 if options.real and system.name not in REAL:

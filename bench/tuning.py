@@ -46,7 +46,8 @@ from nercc_jax import NeRCC, tune
 from nercc_jax.cli._options import Outputs
 from nercc_jax.cli._workload import Answering, answering
 from nercc_jax.codes import encode_groups
-from nercc_jax.evaluation import Trial, landscape, make_trial
+from nercc_jax.evaluation import landscape
+from nercc_jax.evaluation._trial import Trial, make_trial
 from nercc_jax.tuning import Descent, Tuned
 
 _RESULTS = Path(__file__).parent / "results"

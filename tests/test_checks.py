@@ -16,7 +16,8 @@ from nercc_jax import (
     Replication,
     Uncoded,
 )
-from nercc_jax.codes import check_count, check_counts, regression_points
+from nercc_jax.codes import regression_points
+from nercc_jax.codes._checks import check_count, check_counts
 from nercc_jax.stragglers import (
     ContiguousStragglers,
     ExponentialLatency,

@@ -9,9 +9,11 @@ from scipy.special import expit
 
 from nercc_jax import Berrut, ExactStragglers, NeRCC, calibrate_error_probability
 from nercc_jax.evaluation import record_answers
-from nercc_jax.risk import fit_error_probability, logistic_regression, observe_errors
+from nercc_jax.risk import logistic_regression
 from nercc_jax.risk._calibration import regression
-from nercc_jax.surrogates import Surrogate, group_prior_of_points
+from nercc_jax.risk._error_probability import fit_error_probability, observe_errors
+from nercc_jax.surrogates import Surrogate
+from nercc_jax.surrogates._surrogate import group_prior_of_points
 
 K, N, OUTPUTS = 4, 7, 4
 LAWS = {"three": ExactStragglers(3)}

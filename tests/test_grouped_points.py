@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from nercc_jax import Lagrange, NeRCC, Scheme, coded_inference
-from nercc_jax.codes import check_has_points, copies_of_doubtful, following_points
+from nercc_jax.codes import copies_of_doubtful, following_points
+from nercc_jax.codes._grouped import check_has_points
 
 K, N = 20, 24
 

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from nercc_jax import AbstractCode, Berrut, NeRCC, Parity, Replication, Uncoded, coded_inference
-from nercc_jax.inference import coded_predictions
+from nercc_jax.inference._coded import coded_predictions
 
 K, N = 4, 10
 

@@ -15,8 +15,8 @@ from jax.sharding import AxisType
 from jaxtyping import Array
 
 from nercc_jax import AbstractCode, Berrut, NeRCC, Uncoded, coded_inference
-from nercc_jax.codes import _kept, kept_matrices, known_decoders
-from nercc_jax.codes._kept import Lookups
+from nercc_jax.codes import _kept
+from nercc_jax.codes._kept import Lookups, kept_matrices, known_decoders
 
 MASK = np.array([1, 1, 0, 1, 1, 1], bool)
 OTHER = np.array([0, 1, 1, 1, 1, 1], bool)

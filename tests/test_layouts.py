@@ -15,9 +15,13 @@ from nercc_jax.cli._app import app
 from nercc_jax.cli._pictures import tuning_plot
 from nercc_jax.cli._tune_job import start_code
 from nercc_jax.codes import code_card, regression_points
-from nercc_jax.evaluation import Recorder, draw_sets, nested_errors
-from nercc_jax.tuning import SEARCHED, Descent, LayoutTuning, Sampling, TuningStep, split_points
-from nercc_jax.tuning._layouts import _plain_codes
+from nercc_jax.evaluation import nested_errors
+from nercc_jax.evaluation._answers import Recorder
+from nercc_jax.evaluation._trial import draw_sets
+from nercc_jax.tuning import Descent, LayoutTuning, Sampling
+from nercc_jax.tuning._layouts import SEARCHED, _plain_codes
+from nercc_jax.tuning._sampling import split_points
+from nercc_jax.tuning._tune import TuningStep
 
 K, N = 4, 8
 LAWS = {"1": nj.ExactStragglers(1), "3": nj.ExactStragglers(3)}

@@ -14,11 +14,11 @@ from nercc_jax.surrogates import (
     LearnerTuning,
     fit_learner,
     init_learner,
-    leave_one_out,
     load_learner,
     save_learner,
     tune_learner,
 )
+from nercc_jax.surrogates._tune_kernel import leave_one_out
 from nercc_jax.surrogates._whitening import cholesky_factor
 
 CAPACITY, B = 48, 6

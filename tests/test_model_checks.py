@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from nercc_jax import DevicePool, NeRCC, coded_inference
-from nercc_jax.inference import call_model, check_model
+from nercc_jax.inference._models import call_model, check_model
 from nercc_jax.serving import make_servable
 
 K, N = 3, 5

@@ -8,13 +8,8 @@ import pytest
 
 from nercc_jax import Berrut, NeRCC, Replication, Uncoded, coded_inference
 from nercc_jax.codes import Decoded
-from nercc_jax.inference import (
-    order_points,
-    ordered,
-    projection_on_host,
-    random_projection,
-    short_path,
-)
+from nercc_jax.inference import order_points, ordered, random_projection, short_path
+from nercc_jax.inference._ordering import projection_on_host
 
 K, N = 4, 10
 

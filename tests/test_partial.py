@@ -12,8 +12,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nercc_jax import NeRCC, Replication, Uncoded, coded_inference
-from nercc_jax.inference import partial_inference, place, slots
+from nercc_jax.inference import partial_inference
 from nercc_jax.inference._partial import _program
+from nercc_jax.inference._spmd import place, slots
 
 LONG = 60.0  # a deadline that no test is meant to reach
 

@@ -6,7 +6,8 @@ import pytest
 from conftest import bench_modules
 
 from nercc_jax import DevicePool
-from nercc_jax.planning import Plan, make_candidate
+from nercc_jax.planning import Plan
+from nercc_jax.planning._candidates import make_candidate
 from nercc_jax.pools import Fault, Faults
 from nercc_jax.stragglers import TraceLatency
 

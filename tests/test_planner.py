@@ -11,20 +11,20 @@ from typer.testing import CliRunner
 
 from nercc_jax import NeRCC, Replication, coded_inference, plan
 from nercc_jax.inference import order_points
-from nercc_jax.planning import Codes, Half, load_plan, waits
+from nercc_jax.planning import load_plan
+from nercc_jax.planning._candidates import waits
+from nercc_jax.planning._codes import Codes, Half
 from nercc_jax.stragglers import (
     ExponentialLatency,
     Latencies,
     LogNormalLatency,
     ParetoLatency,
     TraceLatency,
-    Waiting,
-    draw_groups,
     draw_hedged,
-    own_workers,
     straggler_sets,
 )
-from nercc_jax.surrogates import decode_with_deviation
+from nercc_jax.stragglers._waiting import Waiting, draw_groups, own_workers
+from nercc_jax.surrogates._surrogate import decode_with_deviation
 
 QUERIES = 4
 # Eight in a hundred calls take ten times as long; hardly two take the same time.

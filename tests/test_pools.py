@@ -28,7 +28,7 @@ from nercc_jax import (
     pool_inference,
 )
 from nercc_jax.evaluation import make_forecast
-from nercc_jax.inference import Conditions
+from nercc_jax.inference._conditions import Conditions
 from nercc_jax.pools import Episodes, Fault, Faults, Overdue
 from nercc_jax.risk import ErrorProbability
 from nercc_jax.stragglers import ExponentialLatency, TraceLatency

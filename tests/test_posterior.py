@@ -8,12 +8,8 @@ import pytest
 from jax.test_util import check_grads
 
 from nercc_jax.codes import regression_points
-from nercc_jax.splines import (
-    posterior_variance,
-    posterior_variances,
-    process_variance,
-    smoothing_spline,
-)
+from nercc_jax.splines import posterior_variance, process_variance, smoothing_spline
+from nercc_jax.splines._posterior import posterior_variances
 
 mp.mp.dps = 50
 

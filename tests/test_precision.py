@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from nercc_jax import Berrut, Lagrange, NeRCC, Parity, Replication, Uncoded, coded_inference
-from nercc_jax.codes import variances
+from nercc_jax.codes._code import variances
 from nercc_jax.evaluation import nested_objective
 from nercc_jax.inference import robust_decode
 from nercc_jax.splines import (

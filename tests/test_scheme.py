@@ -13,7 +13,8 @@ from nercc_jax import (
     coded_inference,
     reexecute,
 )
-from nercc_jax.schemes import AssessedPredictions, select_uncertain
+from nercc_jax.schemes import AssessedPredictions
+from nercc_jax.schemes._reexecute import select_uncertain
 from nercc_jax.surrogates import Surrogate
 
 K, N, OUTPUTS = 4, 7, 3

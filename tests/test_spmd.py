@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nercc_jax import NeRCC, Parity, coded_inference
-from nercc_jax.inference import place, slots
+from nercc_jax.inference._spmd import place, slots
 
 GROUPS = 6
 

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from nercc_jax import Berrut, ExactStragglers, NeRCC, fit_surrogate
-from nercc_jax.surrogates import Surrogate, decode_with_surrogate, fixed_outputs
+from nercc_jax.surrogates import Surrogate
+from nercc_jax.surrogates._interface import fixed_outputs
+from nercc_jax.surrogates._surrogate import decode_with_surrogate
 
 K, N, GROUPS, OUTPUTS = 4, 7, 6, 3
 _WEIGHTS = np.random.default_rng(0).normal(size=(2, 5, OUTPUTS))

@@ -26,15 +26,12 @@ from nercc_jax import (
     pool_inference,
 )
 from nercc_jax.evaluation import Estimate, make_forecast, nested_objective, record_answers
-from nercc_jax.inference import (
-    CalibrationWarning,
-    Conditions,
-    cast_model,
-    current_conditions,
-    partial_inference,
-)
-from nercc_jax.planning import Candidate, Plan, load_plan
-from nercc_jax.serving import CodedBatcher, Coder, ErrorEstimator
+from nercc_jax.inference import CalibrationWarning, cast_model, partial_inference
+from nercc_jax.inference._conditions import Conditions, current_conditions
+from nercc_jax.planning import Plan, load_plan
+from nercc_jax.planning._candidates import Candidate
+from nercc_jax.serving import CodedBatcher, Coder
+from nercc_jax.serving.adapt._error_estimator import ErrorEstimator
 
 K, N, OUTPUTS = 3, 7, 1000
 CODE = Berrut(K, N)  # quickly compiled, and decoded as all others

@@ -10,8 +10,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ..codes import AbstractCode, x64_enabled
-from ..inference import current_conditions
+from ..codes import AbstractCode
+from ..codes._kept import x64_enabled
+from ..inference._conditions import current_conditions
 from ..serving._settings import ModelSettings
 
 # Packages whose every line may matter, and those whose version does.

@@ -9,9 +9,12 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from ..codes import AbstractCode, Berrut, NeRCC, Replication, decode_groups, groups_of
-from ..evaluation import Estimate, all_answers, batched, system_look
-from ..inference import Model, coded_inference, order_points
+from ..codes import AbstractCode, Berrut, NeRCC, Replication, decode_groups
+from ..codes._trees import groups_of
+from ..evaluation import Estimate, system_look
+from ..evaluation._answers import all_answers, batched
+from ..inference import coded_inference, order_points
+from ..inference._models import Model
 from ..schemes import AssessedPredictions, Scheme, calibrate_error_probability, reexecute
 from ..stragglers import IndependentStragglers
 from ..surrogates import fit_surrogate

@@ -13,17 +13,12 @@ from rich import box
 from rich.table import Table
 
 from ..codes import AbstractCode
-from ..evaluation import (
-    SHARES,
-    Estimate,
-    Evaluation,
-    batch_figure,
-    batched,
-    laws_and_codes,
-    straggler_figure,
-)
-from ..inference import Model
-from ..tuning import TuningStep
+from ..evaluation import Estimate, Evaluation, batch_figure
+from ..evaluation._answers import batched
+from ..evaluation._evaluation import SHARES
+from ..evaluation._pictures import laws_and_codes, straggler_figure
+from ..inference._models import Model
+from ..tuning._tune import TuningStep
 
 
 def straggler_table(rows: Sequence[Evaluation], metric: str, title: str, *, best: str) -> Table:

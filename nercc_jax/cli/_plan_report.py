@@ -10,7 +10,9 @@ from rich import box
 from rich.table import Table
 
 from ..evaluation import system_look
-from ..planning import ALIKE, Candidate, Plan
+from ..planning import Plan
+from ..planning._candidates import Candidate
+from ..planning._plan import ALIKE
 from ..stragglers import (
     AbstractLatency,
     ExponentialLatency,

@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..codes import AbstractCode, NeRCC
-from ..evaluation import batched, make_forecast
-from ..inference import Model
+from ..evaluation import make_forecast
+from ..evaluation._answers import batched
+from ..inference._models import Model
 from ..pools import AbstractPool, BatchOutcome, PoolReport, run_batches
 from ..pools._row_engine import ATTEMPTS, LAST_SECONDS, answers_to_wait_for, pool_counts
 from ..pools._row_files import Parts, check_parts, fingerprint

@@ -93,7 +93,8 @@ def tune_command(
         from rich.console import Console
 
         from ..codes import save_code
-        from ..evaluation import Evaluations, Trial
+        from ..evaluation import Evaluations
+        from ..evaluation._trial import Trial
         from ..tuning import Descent, LayoutTuning
         from ._output import write_json
         from ._tune_job import (

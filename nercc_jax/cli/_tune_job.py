@@ -16,18 +16,13 @@ from rich.console import Console
 from rich.table import Table
 
 from ..codes import AbstractCode, Berrut, NeRCC, Replication, coincident
-from ..evaluation import Evaluations, Trial, evaluate, landscape, make_trial, system_look
-from ..inference import Model
+from ..evaluation import Evaluations, evaluate, landscape, system_look
+from ..evaluation._trial import Trial, make_trial
+from ..inference._models import Model
 from ..stragglers import AbstractStragglers
-from ..tuning import (
-    Descent,
-    LayoutCandidate,
-    LayoutSearch,
-    Tuned,
-    TuningStep,
-    search_layout,
-    tune,
-)
+from ..tuning import Descent, Tuned, search_layout, tune
+from ..tuning._layouts import LayoutCandidate, LayoutSearch
+from ..tuning._tune import TuningStep
 from ._output import evaluating, print_whole, steps_bar
 from ._pictures import straggler_table, tuning_plot
 

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ..codes import AbstractCode, load_code
-from ..inference import call_model, check_model
+from ..inference._models import call_model, check_model
 from ..pools._row_files import fingerprint_of_array
 from ..stragglers import AbstractStragglers, ExactStragglers
 from ._errors import of_option

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from ..splines import namespace
+from ..splines._namespace import namespace
 
 
 def barycentric_matrix(

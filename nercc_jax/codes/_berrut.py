@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from ..splines import gather_knots, namespace
+from ..splines._knots import gather_knots
+from ..splines._namespace import namespace
 from ._barycentric import barycentric_matrix
 from ._checks import check_counts
 from ._code import AbstractCode, MatrixOnHost, as_mask

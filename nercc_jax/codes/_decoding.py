@@ -20,7 +20,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, PyTree, Shaped
 
-from ..splines import alike_in_shard_map
+from ..splines._platforms import alike_in_shard_map
 from ._products import multiply, multiply_sets
 from ._trees import is_float, same_within_group
 

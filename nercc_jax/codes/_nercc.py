@@ -9,18 +9,13 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from ..splines import (
-    Ends,
-    LinearMap,
-    check_ends,
-    namespace,
-    posterior_variance,
-    posterior_variances,
-    process_variance,
-    smoothing_map,
-    smoothing_matrix,
-    smoothing_matrix_on_host,
-)
+from ..splines import posterior_variance, process_variance, smoothing_matrix
+from ..splines._ends import Ends, check_ends
+from ..splines._fit import LinearMap
+from ..splines._host import smoothing_matrix_on_host
+from ..splines._namespace import namespace
+from ..splines._posterior import posterior_variances
+from ..splines._smoothing import smoothing_map
 from ._checks import check_counts
 from ._code import AbstractCode, MatrixOnHost, as_mask
 from ._points import Points, coincident, mean_gap, regression_points

@@ -19,15 +19,15 @@ def enable_compilation_cache(folder: str | Path | None = None) -> Path:
     with people whom you do not trust.
 
     Args:
-      folder: Folder for the programs; it is created if necessary (default: JAX's own setting, else
-        a folder for this kind of processor in `nercc_jax` in the user's cache folder,
-        $XDG_CACHE_HOME or ~/.cache).
+        folder: Folder for the programs; it is created if necessary (default: JAX's own setting,
+            else a folder for this kind of processor in `nercc_jax` in the user's cache folder,
+            $XDG_CACHE_HOME or ~/.cache).
 
     Returns:
-      The folder in use.
+        The folder in use.
 
     Raises:
-      OSError: If the folder cannot be created.
+        OSError: If the folder cannot be created.
 
     ```python
     from nercc_jax.compilation import enable_compilation_cache

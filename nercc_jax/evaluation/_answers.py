@@ -13,34 +13,24 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
-from ..codes import (
-    AbstractCode,
-    Decoded,
+from ..codes import AbstractCode, Decoded, decode_sets, encode_groups, following_points
+from ..codes._grouped import GroupPoints
+from ..codes._groups import encode_leaf
+from ..codes._kept import encoder_rows, known_encoder
+from ..codes._trees import (
     Form,
-    GroupPoints,
     check_finite,
     check_floats,
-    decode_sets,
-    encode_groups,
-    encode_leaf,
-    encoder_rows,
-    following_points,
     groups_of,
     is_float,
     join,
-    known_encoder,
     leaves_of,
     points_of,
 )
-from ..inference import (
-    Conditions,
-    Model,
-    call_model,
-    cast_model,
-    check_model,
-    current_conditions,
-    run_workers,
-)
+from ..inference import cast_model
+from ..inference._conditions import Conditions, current_conditions
+from ..inference._models import Model, call_model, check_model
+from ..inference._workers import run_workers
 from ._criteria import Criterion, labels_of, point_criterion, same_labels
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
-from ..codes import Form
+from ..codes._trees import Form
 
 CriterionName: TypeAlias = Literal["mse", "cross_entropy", "disagreement"]
 Criterion: TypeAlias = CriterionName | Callable[[PyTree, PyTree], Float[Array, ""]]

@@ -12,8 +12,11 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Int, PRNGKeyArray, PyTree, Shaped
 
-from ..codes import AbstractCode, Decoded, check_count, join, leaves_of
-from ..inference import Model, cast_model
+from ..codes import AbstractCode, Decoded
+from ..codes._checks import check_count
+from ..codes._trees import join, leaves_of
+from ..inference import cast_model
+from ..inference._models import Model
 from ..stragglers import AbstractStragglers
 from ._answers import Answers, all_answers, batched, cut_groups, own_outputs
 

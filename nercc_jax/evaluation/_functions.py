@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
-from ..codes import check_count, join
+from ..codes._checks import check_count
+from ..codes._trees import join
 
 
 def relative_rmse(

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
 
-from ..codes import AbstractCode, check_leading, encode_groups, groups_of, join, points_of
-from ..inference import Model, call_model, run_workers
+from ..codes import AbstractCode, encode_groups
+from ..codes._trees import check_leading, groups_of, join, points_of
+from ..inference._models import Model, call_model
+from ..inference._workers import run_workers
 from ._answers import Answers
 from ._criteria import Criterion
 

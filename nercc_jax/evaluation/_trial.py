@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
 
 from ..codes import AbstractCode, NeRCC
-from ..inference import Model, check_model
+from ..inference._models import Model, check_model
 from ..stragglers import AbstractStragglers, straggler_sets
 from ._criteria import Criterion
 from ._objective import nested_answers, nested_errors, original_predictions

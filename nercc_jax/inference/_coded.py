@@ -14,25 +14,12 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, PyTree, Shaped
 
-from ..codes import (
-    AbstractCode,
-    CachedMatrices,
-    Decoded,
-    Matrices,
-    any_tracer,
-    as_mask,
-    check_finite,
-    coded_on_mesh,
-    decode_groups,
-    encode_groups,
-    groups_of,
-    is_float,
-    known_matrices,
-    mask_mixed_groups,
-    multiply_groups,
-    points_of,
-    to_device,
-)
+from ..codes import AbstractCode, Decoded, as_mask, decode_groups, encode_groups
+from ..codes._decoding import Matrices, mask_mixed_groups
+from ..codes._groups import multiply_groups
+from ..codes._kept import CachedMatrices, known_matrices
+from ..codes._meshes import coded_on_mesh
+from ..codes._trees import any_tracer, check_finite, groups_of, is_float, points_of, to_device
 from ._conditions import check_conditions, current_conditions
 from ._groups import as_groups
 from ._models import Model, check_model

@@ -14,14 +14,23 @@ import jax
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from ..codes import x64_enabled
+from ..codes._kept import x64_enabled
 from ._precision import check_worker_dtype
 
 UNKNOWN = "unknown"
 
 
 class CalibrationWarning(UserWarning):
-    """A calibrated object is used under other conditions."""
+    """A calibrated object is used under other conditions than it was calibrated under.
+
+    ```python
+    import warnings
+
+    from nercc_jax.inference import CalibrationWarning
+
+    warnings.simplefilter("error", CalibrationWarning)  # fail instead of going on
+    ```
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +107,7 @@ def warn_if_other(what: str, calibrated: Conditions, used: Conditions) -> None:
         warnings.warn(
             f"{what} was calibrated on answers of {calibrated}, and is used with {used}: what it "
             "promises was not measured there. Calibrate again under the conditions of use "
-            "(worker_dtype of calibrate_doubt, make_forecast)",
+            "(worker_dtype of calibrate_error_probability, make_forecast)",
             CalibrationWarning,
             stacklevel=3,
         )

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, PyTree
 
-from ..codes import AbstractCode, any_tracer, check_beside, check_floats, leaves_of
+from ..codes import AbstractCode
 from ..codes._code import check_mask
+from ..codes._trees import any_tracer, check_beside, check_floats, leaves_of
 
 
 def as_groups(

@@ -14,9 +14,11 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
-from ..codes import Decoded, check_count, is_float, join, leaves_of, points_of, to_device
+from ..codes import Decoded
+from ..codes._checks import check_count
+from ..codes._trees import is_float, join, leaves_of, points_of, to_device
 from ._groups import is_grouped
-from ._paths import check_finite, short_paths
+from ._paths import check_rows_finite, short_paths
 
 Features: TypeAlias = Callable[[PyTree], PyTree] | PyTree[Float[ArrayLike, "points ..."]]
 
@@ -53,7 +55,7 @@ def order_points(
     """
     x = to_device(x)
     order, finite = _order(x, features, _whole_groups(num_data, buffer_size))
-    check_finite(finite, "the features of data points")
+    check_rows_finite(finite, "the features of data points")
     return order
 
 

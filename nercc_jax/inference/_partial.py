@@ -14,7 +14,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
 
-from ..codes import AbstractCode, Decoded, Matrices, decode_groups, known_decoders
+from ..codes import AbstractCode, Decoded, decode_groups
+from ..codes._decoding import Matrices
+from ..codes._kept import known_decoders
 from ._groups import group_points
 from ._models import check_model
 from ._precision import cast_model

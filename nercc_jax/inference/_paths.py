@@ -17,7 +17,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from ..splines import by_platform
+from ..splines._platforms import by_platform
 
 Search: TypeAlias = Callable[[Float[Array, "buffers n d"]], Int[Array, "buffers n"]]
 

@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from ..codes import is_float
+from ..codes._trees import is_float
 from ._models import Model, modules_of
 
 _MOST_BITS = 32

@@ -8,17 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
-from ..codes import (
-    AbstractCode,
-    Decoded,
-    NeRCC,
-    as_mask,
-    decode_vectors,
-    joined_answers,
-    multiply,
-)
+from ..codes import AbstractCode, Decoded, NeRCC, as_mask
+from ..codes._code import joined_answers
+from ..codes._decoding import decode_vectors
 from ..codes._nercc import decoding_options
-from ..splines import gather_knots, smoothing_matrix
+from ..codes._products import multiply
+from ..splines import smoothing_matrix
+from ..splines._knots import gather_knots
 
 RobustMethod: TypeAlias = Literal["reject", "smooth"]
 

@@ -19,16 +19,11 @@ from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Shaped
 
-from ..codes import (
-    AbstractCode,
-    Decoded,
-    Matrices,
-    any_tracer,
-    decode_vectors,
-    encode_leaf,
-    encoder_of,
-    join,
-)
+from ..codes import AbstractCode, Decoded
+from ..codes._decoding import Matrices, decode_vectors
+from ..codes._groups import encode_leaf
+from ..codes._kept import encoder_of
+from ..codes._trees import any_tracer, join
 from ._precision import cast_floats, worker_dtype_of
 from ._workers import Model, run_models
 

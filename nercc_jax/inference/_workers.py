@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree, Shaped
 
-from ..codes import AbstractCode, is_float, leaves_of, points_of
+from ..codes import AbstractCode
+from ..codes._trees import is_float, leaves_of, points_of
 from ._models import Model, call_model
 
 

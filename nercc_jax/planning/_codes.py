@@ -11,19 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from ..codes import Form, NeRCC, decode_groups, join
-from ..evaluation import (
-    Estimate,
-    Recorder,
-    agree_on_labels,
-    batched,
-    cut_groups,
-    own_outputs,
-)
-from ..inference import Model, order_points
-from ..risk import ErrorProbability, error_features, error_probability_from_answers
-from ..stragglers import Latencies, Waiting, draw_groups, last_prediction, own_workers
-from ..surrogates import decode_with_deviation
+from ..codes import NeRCC, decode_groups
+from ..codes._trees import Form, join
+from ..evaluation import Estimate
+from ..evaluation._answers import Recorder, batched, cut_groups, own_outputs
+from ..evaluation._criteria import agree_on_labels
+from ..inference import order_points
+from ..inference._models import Model
+from ..risk import ErrorProbability
+from ..risk._error_probability import error_features, error_probability_from_answers
+from ..stragglers import Latencies
+from ..stragglers._waiting import Waiting, draw_groups, last_prediction, own_workers
+from ..surrogates._surrogate import decode_with_deviation
 from ._candidates import (
     EARLY,
     PROMISED,

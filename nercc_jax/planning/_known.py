@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..evaluation import Estimate
-from ..risk import ErrorProbability, fit_error_probability_of_points
+from ..risk import ErrorProbability
+from ..risk._error_probability import fit_error_probability_of_points
 from ..stragglers import Latencies, draw_hedged
 from ._candidates import DRAWS, QUANTILES, Candidate, at_most, make_candidate, number_of_draws
 from ._codes import Half

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
-from ..codes import check_counts, check_not_negative, regression_points
+from ..codes import regression_points
+from ..codes._checks import check_counts, check_not_negative
 from ..evaluation import Estimate
-from ..inference import Conditions, Model, check_model
+from ..inference._conditions import Conditions
+from ..inference._models import Model, check_model
 from ..risk import ErrorProbability
 from ..schemes import Scheme
 from ..stragglers import AbstractLatency, Latencies

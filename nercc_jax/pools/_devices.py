@@ -10,7 +10,9 @@ import jax
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from ..inference import UNKNOWN, Model, check_worker_dtype, current_conditions
+from ..inference._conditions import UNKNOWN, current_conditions
+from ..inference._models import Model
+from ..inference._precision import check_worker_dtype
 from ._backend import OnOutcome, WorkerBackend, WorkerDied
 from ._batch import reason_of
 from ._faults import Faults

@@ -11,10 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int, PyTree, Shaped
 
-from ..codes import AbstractCode, Decoded, check_count, check_finite, points_of
-from ..inference import check_conditions, group_points
+from ..codes import AbstractCode, Decoded
+from ..codes._checks import check_count
+from ..codes._trees import check_finite, points_of
+from ..inference._conditions import check_conditions
+from ..inference._groups import group_points
 from ..risk import ErrorProbability
-from ..schemes import Scheme, select_uncertain
+from ..schemes import Scheme
+from ..schemes._reexecute import select_uncertain
 from ._batch import BatchAnswers, Enough, check_deadline
 from ._pool import AbstractPool
 from ._steps import AccuracyTarget, ScoredPredictions, code_steps, scheme_steps

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, PyTree, Shaped
 
-from ..inference import Conditions, cast_floats
+from ..inference._conditions import Conditions
+from ..inference._precision import cast_floats
 from ._backend import PoolReport
 from ._batch import Batch, Refuse, refuse_odd
 from ._clock import AbstractClock

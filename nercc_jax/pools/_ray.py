@@ -6,8 +6,10 @@ from typing import Any
 
 from jax.typing import DTypeLike
 
-from ..codes import x64_enabled
-from ..inference import Model, check_worker_dtype, current_conditions, matmul_precision
+from ..codes._kept import x64_enabled
+from ..inference._conditions import current_conditions, matmul_precision
+from ..inference._models import Model
+from ..inference._precision import check_worker_dtype
 from ._clock import ErrorCounter, Watcher
 from ._faults import Faults
 from ._pool import AbstractPool

@@ -25,7 +25,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from ..inference import UNKNOWN
+from ..inference._conditions import UNKNOWN
 from ._backend import OnOutcome, WorkerBackend, WorkerDied
 from ._batch import arrays_of
 from ._ray_cluster import last_line, ray_module

@@ -19,7 +19,8 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 
 from ..codes import NeRCC
-from ..schemes import FittedScheme, fit_scheme
+from ..schemes import fit_scheme
+from ..schemes._fit_scheme import FittedScheme
 from ._backend import PoolReport
 from ._batch import check_deadline
 from ._pool import AbstractPool

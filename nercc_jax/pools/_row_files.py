@@ -16,9 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from ..codes import NeRCC, write_whole
+from ..codes import NeRCC
+from ..codes._whole import write_whole
 from ..risk import ErrorBars, ErrorProbability
-from ..schemes import FittedScheme, Scheme
+from ..schemes import Scheme
+from ..schemes._fit_scheme import FittedScheme
 from ..surrogates import learner_card, load_learner, save_learner
 from ._rows import RowValues
 

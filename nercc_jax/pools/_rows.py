@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-from ..codes import is_float
+from ..codes._trees import is_float
 from ..schemes import Scheme
 from ._batch import Batch
 from ._pool import AbstractPool

@@ -27,7 +27,7 @@ from typing import Any
 
 from jaxtyping import PyTree
 
-from ..codes import check_counts
+from ..codes._checks import check_counts
 from ._backend import PoolReport, StartUp, WorkerBackend, WorkerDied, WorkerSlot
 from ._batch import Batch, BatchContext, Failure, Refuse, Task, reason_of, refuse_odd
 from ._clock import WALL, AbstractClock, ErrorCounter, Watcher, pause_after

@@ -13,21 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
 
-from ..codes import (
-    AbstractCode,
-    CachedMatrices,
-    Decoded,
-    decode_groups,
-    encoder_rows,
-    is_float,
-    join,
-    known_decoders,
-    known_encoder,
-    points_of,
-)
-from ..risk import ErrorBars, ErrorProbability, error_bars
-from ..schemes import PreparedInputs, Scheme
-from ..surrogates import decode_with_deviation
+from ..codes import AbstractCode, Decoded, decode_groups
+from ..codes._kept import CachedMatrices, encoder_rows, known_decoders, known_encoder
+from ..codes._trees import is_float, join, points_of
+from ..risk import ErrorBars, ErrorProbability
+from ..risk._error_bars import error_bars
+from ..schemes import Scheme
+from ..schemes._scheme import PreparedInputs
+from ..surrogates._surrogate import decode_with_deviation
 
 
 class ScoredPredictions(NamedTuple):

@@ -12,16 +12,12 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from ..codes import is_float, x64_enabled
-from ..inference import (
-    Model,
-    call_model,
-    cast_floats,
-    cast_model,
-    check_model,
-    matmul_precision,
-    worker_dtype_of,
-)
+from ..codes._kept import x64_enabled
+from ..codes._trees import is_float
+from ..inference import cast_model
+from ..inference._conditions import matmul_precision
+from ..inference._models import Model, call_model, check_model
+from ..inference._precision import cast_floats, worker_dtype_of
 from ._faults import Faults, InjectedError
 
 Device: TypeAlias = Any  # `jax.Device`, which pyright does not take for a type

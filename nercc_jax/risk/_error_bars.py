@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from ..codes import check_count
-from ..inference import AbstractCalibrated, Conditions
+from ..codes._checks import check_count
+from ..inference._conditions import AbstractCalibrated, Conditions
 from ..surrogates import Kernel, Learner, LearnerTuning
 from ..surrogates._kernels import wide_kernel
 from ..surrogates._tune_kernel import find_kernel

@@ -20,11 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray
 
-from ..codes import Form
-from ..evaluation import Answers, agree_on_labels, draw_sets
-from ..inference import AbstractCalibrated, Conditions
+from ..codes._trees import Form
+from ..evaluation import Answers
+from ..evaluation._criteria import agree_on_labels
+from ..evaluation._trial import draw_sets
+from ..inference._conditions import AbstractCalibrated, Conditions
 from ..stragglers import AbstractStragglers
-from ..surrogates import AbstractGroupPrior, AbstractSurrogate, decode_with_deviation
+from ..surrogates import AbstractSurrogate
+from ..surrogates._interface import AbstractGroupPrior
+from ..surrogates._surrogate import decode_with_deviation
 from ._calibration import correction, regression, risks
 
 _RATIOS = (1, 2)  # features that must not raise the probability of an error

@@ -11,21 +11,30 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray, PyTree, Shaped
 
-from ..codes import AbstractCode, CachedMatrices, Form, check_count, join, known_encoder, points_of
-from ..evaluation import cut_groups, draw_sets, labels_of, record_answers, row_errors, same_labels
-from ..inference import Model, cast_model, check_model, current_conditions, run_workers
-from ..risk import (
-    ErrorBars,
-    ErrorProbability,
-    error_bars_from_ratios,
+from ..codes import AbstractCode
+from ..codes._checks import check_count
+from ..codes._kept import CachedMatrices, known_encoder
+from ..codes._trees import Form, join, points_of
+from ..evaluation import record_answers, row_errors
+from ..evaluation._answers import cut_groups
+from ..evaluation._criteria import labels_of, same_labels
+from ..evaluation._trial import draw_sets
+from ..inference import cast_model
+from ..inference._conditions import current_conditions
+from ..inference._models import Model, check_model
+from ..inference._workers import run_workers
+from ..risk import ErrorBars, ErrorProbability
+from ..risk._error_bars import error_bars_from_ratios
+from ..risk._error_probability import (
     error_features,
     error_probability_from_answers,
     fit_error_probability,
 )
 from ..stragglers import AbstractStragglers
-from ..surrogates import AbstractSurrogate, group_prior_of_points
+from ..surrogates import AbstractSurrogate
 from ..surrogates._interface import check_like
 from ..surrogates._pairs import length_of
+from ..surrogates._surrogate import group_prior_of_points
 from ._scheme import PreparedInputs, Scheme
 
 

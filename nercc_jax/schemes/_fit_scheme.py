@@ -7,14 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
-from ..codes import AbstractCode, check_count
+from ..codes import AbstractCode
+from ..codes._checks import check_count
 from ..evaluation import row_errors
-from ..risk import (
-    ErrorBars,
-    error_bars,
-    error_bars_from_ratios,
-    fit_error_probability_of_predictions,
-)
+from ..risk import ErrorBars
+from ..risk._error_bars import error_bars, error_bars_from_ratios
+from ..risk._error_probability import fit_error_probability_of_predictions
 from ..surrogates import Learner, LearnerTuning, init_learner, tune_learner
 from ..surrogates._kernels import Shape
 from ._scheme import Scheme

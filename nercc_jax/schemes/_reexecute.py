@@ -7,8 +7,9 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Shaped
 
 from ..codes import Decoded
-from ..inference import Model, check_model
-from ..risk import ErrorBars, error_bars
+from ..inference._models import Model, check_model
+from ..risk import ErrorBars
+from ..risk._error_bars import error_bars
 
 
 class AssessedPredictions(eqx.Module):

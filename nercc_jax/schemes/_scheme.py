@@ -9,26 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
-from ..codes import (
-    AbstractCode,
-    CachedMatrices,
-    Decoded,
-    Form,
-    GroupPoints,
-    check_has_points,
-    copies_of_doubtful,
-    encode_groups,
-    following_points,
-    groups_of,
-    has_points,
-    join,
-    mask_mixed_groups,
-)
-from ..inference import AbstractScheme, Features, Work, order_points
+from ..codes import AbstractCode, Decoded, copies_of_doubtful, encode_groups, following_points
+from ..codes._decoding import mask_mixed_groups
+from ..codes._grouped import GroupPoints, check_has_points, has_points
+from ..codes._kept import CachedMatrices
+from ..codes._trees import Form, groups_of, join
+from ..inference import order_points
+from ..inference._coded import AbstractScheme, Work
+from ..inference._ordering import Features
 from ..risk import ErrorBars, ErrorProbability
-from ..surrogates import AbstractGroupPrior, AbstractSurrogate, decode_with_deviation
-from ..surrogates._interface import check_like, outputs_of_groups
+from ..surrogates import AbstractSurrogate
+from ..surrogates._interface import AbstractGroupPrior, check_like, outputs_of_groups
 from ..surrogates._pairs import features_of
+from ..surrogates._surrogate import decode_with_deviation
 from ._reexecute import AssessedPredictions
 
 

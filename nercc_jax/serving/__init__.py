@@ -6,15 +6,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # for readers and type checkers; `_WHERE` says the same
     from ._batcher import CodedBatcher as CodedBatcher
     from ._policy import BatchingPolicy as BatchingPolicy
-    from ._policy import Measure as Measure
     from ._served_model import ServedModel as ServedModel
     from ._settings import ModelSettings as ModelSettings
     from ._settings import ServerSettings as ServerSettings
-    from .adapt._error_estimator import Audit as Audit
-    from .adapt._error_estimator import ErrorEstimator as ErrorEstimator
     from .adapt._predictor import Predictor as Predictor
     from .core._coder import Coder as Coder
-    from .core._health import Health as Health
     from .core._request import DeadlineExceeded as DeadlineExceeded
     from .core._request import InferenceFailed as InferenceFailed
     from .core._request import QueueFull as QueueFull
@@ -30,13 +26,11 @@ if TYPE_CHECKING:  # for readers and type checkers; `_WHERE` says the same
 # reported at once.
 _WHERE = {
     "_batcher": "CodedBatcher",
-    "_policy": "BatchingPolicy Measure",
+    "_policy": "BatchingPolicy",
     "_served_model": "ServedModel",
     "_settings": "ModelSettings ServerSettings",
-    "adapt._error_estimator": "Audit ErrorEstimator",
     "adapt._predictor": "Predictor",
     "core._coder": "Coder",
-    "core._health": "Health",
     "core._request": "DeadlineExceeded InferenceFailed QueueFull Reply ServerClosing",
     "protocol._servable": "Servable make_servable",
     "transport._server": "Server make_server serve",

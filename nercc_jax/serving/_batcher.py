@@ -8,7 +8,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Shaped
 
-from ..inference import warn_if_other
+from ..inference._conditions import warn_if_other
 from ..pools import AbstractPool, Refuse, refuse_odd
 from ._policy import BatchingPolicy, Observe
 from ._tracing import RequestTrace

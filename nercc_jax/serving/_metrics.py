@@ -12,7 +12,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metr
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from ..codes import AbstractCode, kept_matrices
+from ..codes import AbstractCode
+from ..codes._kept import kept_matrices
 from ..pools import AbstractPool, WorkerState
 from ._policy import Measure
 

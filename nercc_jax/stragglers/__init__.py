@@ -14,7 +14,7 @@ from ._laws import (
     WaitUntil,
     straggler_sets,
 )
-from ._waiting import Latencies, Waiting, draw_groups, draw_hedged, last_prediction, own_workers
+from ._waiting import Latencies, draw_hedged
 
 __all__ = [
     "AbstractLatency",
@@ -29,10 +29,6 @@ __all__ = [
     "TraceLatency",
     "WaitFor",
     "WaitUntil",
-    "Waiting",
-    "draw_groups",
     "draw_hedged",
-    "last_prediction",
-    "own_workers",
     "straggler_sets",
 ]

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray
 
-from ..codes import check_count, check_positive
+from ..codes._checks import check_count, check_positive
 
 
 def _number(value: Any) -> int:

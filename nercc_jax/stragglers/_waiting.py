@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from ..codes import AbstractCode, encoder_rows
+from ..codes import AbstractCode
+from ..codes._kept import encoder_rows
 from ._laws import AbstractLatency, AbstractStragglers
 
 # A row of a spline's encoder that stands for a data point as it came does so to rounding.

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
-from ..codes import Form, join, multiply
+from ..codes._products import multiply
+from ..codes._trees import Form, join
 from ._conditioning import GaussianGroupPrior, whiten_group
 from ._interface import (
     AbstractGroupPrior,

@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ..codes import Form, multiply
+from ..codes._products import multiply
+from ..codes._trees import Form
 from ._interface import AbstractGroupPrior, SurrogatePredictions
 from ._kernels import safe_sqrt
 from ._whitening import cholesky_factor

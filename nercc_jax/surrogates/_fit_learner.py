@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Shaped
 
-from ..codes import check_count, check_floats, join, multiply
+from ..codes._checks import check_count
+from ..codes._products import multiply
+from ..codes._trees import check_floats, join
 from ._components import ComponentLearner, split_outputs
 from ._kernels import Kernel
 from ._learner import Learner, init_learner

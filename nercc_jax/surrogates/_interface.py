@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
 
-from ..codes import Form, join
+from ..codes._trees import Form, join
 from ..evaluation import Answers
-from ..inference import Model
+from ..inference._models import Model
 
 L = TypeVar("L", bound="AbstractLearner")
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from ..codes import multiply
+from ..codes._products import multiply
 
 Shape: TypeAlias = Literal["squared_exponential", "matern32", "matern52"]
 SHAPES: tuple[str, ...] = get_args(Shape)

@@ -20,13 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
-from ..codes import (
-    Form,
-    check_count,
-    check_floats,
-    join,
-    multiply,
-)
+from ..codes._checks import check_count
+from ..codes._products import multiply
+from ..codes._trees import Form, check_floats, join
 from ._conditioning import GaussianGroupPrior
 from ._interface import AbstractLearner, outputs_of_groups
 from ._kernels import Kernel, Shape, safe_sqrt, wide_kernel

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..codes import Form, join, write_whole
+from ..codes._trees import Form, join
+from ..codes._whole import write_whole
 from ._components import ComponentLearner
 from ._kernels import Kernel
 from ._learner import Learner

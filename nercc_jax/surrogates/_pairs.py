@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
-from ..codes import Form, finite_points, is_float, join, leaves_of
+from ..codes._trees import Form, finite_points, is_float, join, leaves_of
 from ._interface import check_like, outputs_of_groups
 
 Function = Callable[[PyTree], PyTree]

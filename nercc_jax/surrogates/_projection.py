@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PyTree, Shaped
 
-from ..codes import check_count, multiply
+from ..codes._checks import check_count
+from ..codes._products import multiply
 from ._pairs import features_of
 
 

@@ -21,18 +21,14 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray, PyTree, Shaped
 
-from ..codes import (
-    AbstractCode,
-    Decoded,
-    Matrices,
-    decode_vectors,
-    deviation,
-    encode_groups,
-    known_encoder,
-    variances,
-)
-from ..evaluation import Answers, cut_groups, draw_sets, record_answers
-from ..inference import Model
+from ..codes import AbstractCode, Decoded, encode_groups
+from ..codes._code import deviation, variances
+from ..codes._decoding import Matrices, decode_vectors
+from ..codes._kept import known_encoder
+from ..evaluation import Answers, record_answers
+from ..evaluation._answers import cut_groups
+from ..evaluation._trial import draw_sets
+from ..inference._models import Model
 from ..stragglers import AbstractStragglers
 from ._interface import (
     AbstractGroupPrior,

@@ -19,8 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ..codes import Form, check_count, multiply
-from ..evaluation import labels_of
+from ..codes._checks import check_count
+from ..codes._products import multiply
+from ..codes._trees import Form
+from ..evaluation._criteria import labels_of
 from ._kernels import Kernel, Shape, check_shape
 from ._learner import Learner
 from ._whitening import whiten

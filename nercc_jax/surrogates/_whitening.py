@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int
 
-from ..codes import multiply
+from ..codes._products import multiply
 
 _FIRST, _FACTOR, _TRIES = 4.0, 8.0, 24  # of epsilon times the diagonal; 8^24 makes all diagonal
 # By how much of its right side a solution may miss it before it is refined, once, which squares it.

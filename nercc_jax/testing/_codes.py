@@ -61,13 +61,13 @@ def check_code(code: AbstractCode, *, tolerance: float | None = None) -> None:
     products, half a minute for one of the splines, nearly all of it compilation.
 
     Args:
-      code: The code to check.
-      tolerance: Largest error, relative to the sum of the magnitudes that a result is made of
-        (default: 1e-4 for matrices in float32, 1e-10 in float64).
+        code: The code to check.
+        tolerance: Largest error, relative to the sum of the magnitudes that a result is made of
+          (default: 1e-4 for matrices in float32, 1e-10 in float64).
 
     Raises:
-      AssertionError: If a rule is broken. The message names the rule and what was seen.
-      ValueError: If `code` is no `AbstractCode`.
+        AssertionError: If a rule is broken. The message names the rule and what was seen.
+        ValueError: If `code` is no `AbstractCode`.
 
     >>> from nercc_jax import Replication
     >>> from nercc_jax.testing import check_code

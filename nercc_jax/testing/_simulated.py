@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from ..inference import Model
+from ..inference._models import Model
 from ..pools import AbstractClock, AbstractPool, Faults, InjectedError, Overdue
 from ..pools._backend import OnOutcome, WorkerBackend, WorkerDied
 from ..pools._clock import BEAT, AbstractTurns

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from ..codes import check_fields, check_positive
+from ..codes._checks import check_fields, check_positive
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,9 +12,13 @@ import numpy as np
 import optax
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
-from ..codes import AbstractCode, Uncoded, check_not_negative
-from ..evaluation import Criterion, Trial, batched, make_trial, nested_objective, own_outputs
-from ..inference import Model, check_model
+from ..codes import AbstractCode, Uncoded
+from ..codes._checks import check_not_negative
+from ..evaluation import nested_objective
+from ..evaluation._answers import batched, own_outputs
+from ..evaluation._criteria import Criterion
+from ..evaluation._trial import Trial, make_trial
+from ..inference._models import Model, check_model
 from ..stragglers import AbstractStragglers, straggler_sets
 from ._descent import Descent, Entry, Judgement, descend
 from ._sampling import Sampling, Split, split_points

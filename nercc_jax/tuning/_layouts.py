@@ -11,9 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 
-from ..codes import Form, NeRCC, check_fields, coincident
-from ..evaluation import Criterion, Recorder, batched, draw_sets, mean_losses, point_criterion
-from ..inference import Model, check_model
+from ..codes import NeRCC, coincident
+from ..codes._checks import check_fields
+from ..codes._trees import Form
+from ..evaluation._answers import Recorder, batched, mean_losses
+from ..evaluation._criteria import Criterion, point_criterion
+from ..evaluation._trial import draw_sets
+from ..inference._models import Model, check_model
 from ..stragglers import AbstractStragglers
 from ._descent import Descent
 from ._sampling import Sampling, split_points

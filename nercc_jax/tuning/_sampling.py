@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree, Shaped
 
-from ..codes import check_fields, leaves_of
-from ..evaluation import cut_groups
+from ..codes._checks import check_fields
+from ..codes._trees import leaves_of
+from ..evaluation._answers import cut_groups
 
 # Data points (points, ...) to a permutation of them, and to changed ones.
 Order: TypeAlias = Callable[[Any], Int[Array, " points"]]

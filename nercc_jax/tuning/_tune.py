@@ -12,8 +12,9 @@ import optax
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree, Shaped
 
 from ..codes import AbstractCode
-from ..evaluation import Criterion, Trial, draw_sets, make_trial, relative_objective
-from ..inference import Model, check_model
+from ..evaluation._criteria import Criterion
+from ..evaluation._trial import Trial, draw_sets, make_trial, relative_objective
+from ..inference._models import Model, check_model
 from ..stragglers import AbstractStragglers
 from ._descent import Descent, Entry, Judgement, descend
 from ._parameters import Code, Parameters, parametrize

@@ -29,7 +29,7 @@ import time
 import jax
 import numpy as np
 
-from nercc_jax.serving import ErrorEstimator
+from nercc_jax.serving.adapt._error_estimator import ErrorEstimator
 
 learn = ErrorEstimator.add_group_in_steps
 

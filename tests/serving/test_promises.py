@@ -174,7 +174,7 @@ def test_a_new_rule_for_late_calls_knows_the_answers_so_far():
 
 def test_a_surrogate_that_sees_only_noise_is_equally_unsure_of_all():
     """What a regression makes of noise on its own samples is not there on others."""
-    from nercc_jax.risk import fit_error_probability_of_points
+    from nercc_jax.risk._error_probability import fit_error_probability_of_points
 
     random, spreads = np.random.default_rng(0), []
     for _ in range(8):

@@ -13,9 +13,12 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import ArrayLike, Bool, Float
 
-from ...codes import write_whole
-from ...evaluation import batched, cut_groups
-from ...inference import Conditions, Model, cast_model, current_conditions, run_workers
+from ...codes._whole import write_whole
+from ...evaluation._answers import batched, cut_groups
+from ...inference import cast_model
+from ...inference._conditions import Conditions, current_conditions
+from ...inference._models import Model
+from ...inference._workers import run_workers
 from ..core._adaptation import ExpectedError
 from ..core._coder import Coder
 from ..core._error_probability import DecodingErrorProbability, uncalibrated

@@ -20,9 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Shaped
 
-from ...codes import Form, join
-from ...evaluation import agree_on_labels, row_errors
-from ...risk import ErrorProbability, error_features, fit_error_probability_of_points
+from ...codes._trees import Form, join
+from ...evaluation import row_errors
+from ...evaluation._criteria import agree_on_labels
+from ...risk import ErrorProbability
+from ...risk._error_probability import error_features, fit_error_probability_of_points
 from ...surrogates import (
     AbstractLearner,
     AbstractSurrogate,

@@ -9,8 +9,9 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Shaped
 
-from ...codes import Form, check_count
-from ...inference import Model
+from ...codes._checks import check_count
+from ...codes._trees import Form
+from ...inference._models import Model
 from ...pools import AbstractClock
 from ...surrogates import AbstractSurrogate, Surrogate
 from ..core._adaptation import Predictions

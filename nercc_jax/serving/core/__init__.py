@@ -2,7 +2,7 @@
 
 1. `transport/_http.py` reads the request's body and `protocol/_messages.py` its tensors; the
    `ServedModel` (`_served_model.py`) hands the queries to `CodedBatcher` (`_batcher.py`).
-2. `QueryScheduler.submit` (`_scheduler.py`) accepts the request (`_open_requests.py`: room, deadline)
+2. `QueryScheduler.submit` (`_scheduler.py`) accepts the request (`_open_requests.py`: deadline)
    and posts it to the scheduler's thread, which puts its queries into the queue (`_queue.py`).
 3. `_dispatch.py`: while workers are idle, queries leave the queue as cells of a group
    (`_group.py`). Each goes to its own worker, and the code's redundancy follows.

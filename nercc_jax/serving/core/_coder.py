@@ -21,20 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Shaped
 
-from ...codes import (
-    AbstractCode,
-    Berrut,
-    Form,
-    Matrices,
-    NeRCC,
-    berrut_matrix,
-    decode_groups,
-    encoder_rows,
-    known_decoders,
-)
-from ...evaluation import agree_on_labels
+from ...codes import AbstractCode, Berrut, NeRCC, decode_groups
+from ...codes._berrut import berrut_matrix
+from ...codes._decoding import Matrices
+from ...codes._kept import encoder_rows, known_decoders
+from ...codes._trees import Form
+from ...evaluation._criteria import agree_on_labels
 from ...pools._steps import encode_on_host, shared_decoder
-from ...splines import smoothing_matrix_on_host
+from ...splines._host import smoothing_matrix_on_host
 from ._error_probability import decoding_features, error_probability
 
 # The rows of a spline are one-hot up to rounding.

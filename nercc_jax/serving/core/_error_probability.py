@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from ...codes import Form
-from ...risk import margin
+from ...codes._trees import Form
+from ...risk._error_probability import margin
 
 FEATURES = 5
 _TINY = 1e-30

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree, Shaped
 
-from ...codes import Form
-from ...inference import Model, call_model, check_model
+from ...codes._trees import Form
+from ...inference._models import Model, call_model, check_model
 
 FLOAT = "FP32"
 # By the protocol's datatype, the dtype on the wire.

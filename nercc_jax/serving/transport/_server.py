@@ -22,7 +22,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.process_collector import ProcessCollector
 
 from ...codes import AbstractCode, NeRCC, Uncoded
-from ...inference import Model
+from ...inference._models import Model
 from .._metrics import Metrics
 from .._served_model import ServedModel
 from .._settings import ModelSettings, ServerSettings
