@@ -16,7 +16,7 @@ _TAG = os.environ.get("NERCC_TAG", "main")
 
 
 def readme() -> str:
-    """README.md, with links that hold anywhere."""
+    """Return README.md, with links that hold anywhere."""
     text = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
     text = re.sub(r"^```(\w+) \w+$", r"```\1", text, flags=re.MULTILINE)  # marks of our own
     if HOME is None:
@@ -28,7 +28,7 @@ def readme() -> str:
 
 
 def urls() -> dict[str, str]:
-    """The project's pages, as far as they are known."""
+    """Return the addresses of the project's pages, as far as they are known."""
     paper = {"Paper": "https://arxiv.org/abs/2402.04377"}
     if HOME is None:
         return paper

@@ -39,9 +39,7 @@ try:
     from rich.table import Table
     from scipy.interpolate import make_smoothing_spline
 except ModuleNotFoundError as error:
-    sys.exit(
-        f"bench/coding.py needs {error.name}, which is missing: pip install 'nercc-jax[bench,demo]'"
-    )
+    sys.exit(f"bench/coding.py needs {error.name}, missing: pip install '.[bench,demo]' in a clone")
 
 import jax
 import jax.numpy as jnp

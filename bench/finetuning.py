@@ -27,9 +27,7 @@ try:
     from rich.console import Console
     from rich.table import Table
 except ModuleNotFoundError as error:
-    sys.exit(
-        f"bench/finetuning.py needs {error.name}, which is missing: pip install 'nercc-jax[demo]'"
-    )
+    sys.exit(f"bench/finetuning.py needs {error.name}, missing: pip install '.[demo]' in a clone")
 
 matplotlib.use("Agg")
 import equinox as eqx

@@ -39,9 +39,7 @@ try:
     from timm.models import byobnet  # pyright: ignore[reportMissingImports]
     from timm.utils import reparameterize_model  # pyright: ignore
 except ModuleNotFoundError as error:
-    sys.exit(
-        f"bench/models.py needs {error.name}, which is missing: pip install 'nercc-jax[demo,torch]'"
-    )
+    sys.exit(f"bench/models.py needs {error.name}, missing: pip install '.[demo,torch]' in a clone")
 
 import jax
 import numpy as np

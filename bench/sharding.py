@@ -30,7 +30,7 @@ try:
     from rich.console import Console
     from rich.table import Table
 except ModuleNotFoundError as error:
-    sys.exit(f"bench/sharding.py needs {error.name}: pip install 'nercc-jax[demo]'")
+    sys.exit(f"bench/sharding.py needs {error.name}: pip install '.[demo]' in a clone")
 
 import jax
 import jax.numpy as jnp

@@ -33,7 +33,7 @@ try:
     from rich.console import Console
     from rich.table import Table
 except ModuleNotFoundError as error:
-    sys.exit(f"bench/tuning.py needs {error.name}, which is missing: pip install 'nercc-jax[demo]'")
+    sys.exit(f"bench/tuning.py needs {error.name}, missing: pip install '.[demo]' in a clone")
 
 import equinox as eqx
 import jax

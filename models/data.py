@@ -137,7 +137,7 @@ def _load_digits(split: str, seed: int) -> Data:
         from sklearn.model_selection import train_test_split
     except ImportError as error:
         raise ImportError(
-            "The data set 'digits' comes with scikit-learn: pip install 'nercc-jax[demo]'."
+            "The data set 'digits' comes with scikit-learn: pip install '.[demo]' in a clone."
         ) from error
     raw: Any = load_digits()
     labels = raw["target"].astype(np.int32)
@@ -163,7 +163,7 @@ def _import_datasets() -> Any:
     except ImportError as error:
         raise ImportError(
             "This data set is read by Hugging Face datasets and Pillow: "
-            "pip install 'nercc-jax[data]'. (The data set 'digits' needs neither.)"
+            "pip install '.[data]' in a clone. (The data set 'digits' needs neither.)"
         ) from error
     return datasets
 

@@ -93,7 +93,7 @@ def load_hub_model(repository: str) -> HubModel | TorchModel:
         import timm  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(
-            f"{architecture}, of {repository!r}, runs in PyTorch: pip install 'nercc-jax[torch]'"
+            f"{architecture}, of {repository!r}, runs in PyTorch: pip install '.[torch]' in a clone"
         ) from error
     module = timm.create_model(f"hf_hub:{repository}", pretrained=True)
     from timm.data.config import resolve_model_data_config  # pyright: ignore[reportMissingImports]

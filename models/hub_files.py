@@ -38,7 +38,7 @@ def hub_file(repository: str, file: str) -> Path:
         import huggingface_hub
     except ImportError as error:
         raise ImportError(
-            "Hugging Face's hub needs huggingface_hub: pip install 'nercc-jax[hub]'"
+            "Hugging Face's hub needs huggingface_hub: pip install '.[hub]' in a clone"
         ) from error
     try:
         cached = huggingface_hub.try_to_load_from_cache(repository, file)

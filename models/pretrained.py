@@ -177,7 +177,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         import safetensors.numpy
     except ImportError as error:
         raise ImportError(
-            f"Reading {path.name} needs safetensors: pip install 'nercc-jax[demo]'."
+            f"Reading {path.name} needs safetensors: pip install '.[demo]' in a clone."
         ) from error
     try:
         return safetensors.numpy.load_file(path)
@@ -190,7 +190,7 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         import torch  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(
-            f"Reading {path.name} needs PyTorch: pip install 'nercc-jax[torch]'; "
+            f"Reading {path.name} needs PyTorch: pip install '.[torch]' in a clone; "
             "a .safetensors file is read without it."
         ) from error
     state = torch.load(path, map_location="cpu", weights_only=True)

@@ -13,7 +13,9 @@ def progress_bar(
     try:
         from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
     except ImportError as error:
-        raise ImportError("The progress bar is rich's: pip install 'nercc-jax[demo]'.") from error
+        raise ImportError(
+            "The progress bar is rich's: pip install '.[demo]' in a clone."
+        ) from error
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         task = progress.add_task(name, total=None)

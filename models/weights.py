@@ -15,7 +15,7 @@ def _import_safetensors() -> Any:
         import safetensors.numpy
     except ImportError as error:
         raise ImportError(
-            "Weights are stored as safetensors: pip install 'nercc-jax[demo]'."
+            "Weights are stored as safetensors: pip install '.[demo]' in a clone."
         ) from error
     return safetensors.numpy
 

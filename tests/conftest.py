@@ -207,7 +207,7 @@ def require(module: str, extra: str):
             warnings.simplefilter("ignore")
             importlib.import_module(module)
         return sys.modules[module]
-    return pytest.importorskip(module, reason=f"needs pip install 'nercc-jax[{extra}]'")
+    return pytest.importorskip(module, reason=f"needs pip install '.[{extra}]'")
 
 
 hypothesis.settings.register_profile("nercc", deadline=None, max_examples=60, derandomize=True)

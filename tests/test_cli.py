@@ -152,14 +152,14 @@ def test_a_missing_ray_is_named_with_its_extra(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     result = run("run", "--pool", "ray")
     assert result.exit_code == 2
-    assert "pip install 'nercc-jax[ray]'" in result.output
+    assert "pip install '.[ray]'" in result.output
 
 
 def test_a_missing_extra_is_named():
     code = "import sys; sys.modules['typer'] = None; from nercc_jax.cli import main; main()"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 1
-    assert "pip install 'nercc-jax[demo]'" in result.stderr
+    assert "pip install '.[demo]'" in result.stderr
 
 
 def test_what_goes_beside_gives_its_result_and_its_errors():

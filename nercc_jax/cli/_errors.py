@@ -65,7 +65,7 @@ def _plainly(fault: dict[str, Any]) -> str:
 
 def fail(message: str, code: int) -> NoReturn:
     """Print what went wrong, and end the command with an exit code."""
-    # Escaped: Rich would take the brackets of "pip install 'nercc-jax[ray]'" for markup, and the
+    # Escaped: Rich would take the brackets of "pip install '.[ray]' in a clone" for markup, and the
     # end of a model "own:x:" for an emoji.
     text = f"[red]error:[/red] {escape(message)}"
     Console(stderr=True).print(text, highlight=False, soft_wrap=True, emoji=False)

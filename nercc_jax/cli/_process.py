@@ -18,7 +18,7 @@ _LOG = logging.getLogger(__name__)
 _FEW = 2e11  # operations, which take some seconds on two cores
 _BACKGROUND = "nercc-background"  # the name of threads that a process does not wait for
 _LEARNER = "nercc-learner"  # the same, of `nercc_jax.pools.run_rows`
-_EXTRA = ("matplotlib", "rich", "safetensors", "sklearn", "typer")  # packages of nercc-jax[demo]
+_EXTRA = ("matplotlib", "rich", "safetensors", "sklearn", "typer")  # packages of the extra "demo"
 
 R = TypeVar("R")
 
@@ -127,4 +127,4 @@ def missing_extra(error: ModuleNotFoundError) -> str | None:
     """Return what to install for a missing package; None if it is none of the extra's."""
     if error.name not in _EXTRA:
         return None
-    return f"nercc needs {error.name}, which is missing: pip install 'nercc-jax[demo]'"
+    return f"nercc needs {error.name}, which is missing: pip install '.[demo]' in a clone"

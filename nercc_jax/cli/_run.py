@@ -187,7 +187,7 @@ def run_command(
         check_positive_options("--groups", groups, "--max-inputs", max_inputs, "--batches", batches)
         check_positive_options("--workers", workers, "--deadline-s", deadline_s)
         if pool == "ray" and importlib.util.find_spec("ray") is None:
-            raise ImportError("--pool ray needs Ray: pip install 'nercc-jax[ray]'")
+            raise ImportError("--pool ray needs Ray: pip install '.[ray]' in a clone")
         job_of_ray = RayJob(address, working_dir, tuple(py_modules or ()), runtime_env)
         if pool == "ray":
             leave_accelerators()

@@ -170,7 +170,7 @@ def _read(
     # Flags come before what a file says of one model, too.
     chosen = [ModelSettings(**of_all).over(each) for each in settings.resolved()]
     if any(each.pool == "ray" for each in chosen) and importlib.util.find_spec("ray") is None:
-        raise ImportError("--pool ray needs Ray: pip install 'nercc-jax[ray]'")
+        raise ImportError("--pool ray needs Ray: pip install '.[ray]' in a clone")
     return settings, chosen
 
 
@@ -244,7 +244,9 @@ def _check(chosen: "list[ModelSettings]") -> None:
 def _check_extra() -> None:
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise ImportError(f"nercc serve needs {', '.join(missing)}: pip install 'nercc-jax[serve]'")
+        raise ImportError(
+            f"nercc serve needs {', '.join(missing)}: pip install '.[serve]' in a clone"
+        )
 
 
 _NEEDED = (

@@ -255,7 +255,7 @@ def straggler_laws(
 def needs_pyarrow(option: str) -> None:
     """Raise ImportError, beginning with the option that needs it, if pyarrow is missing."""
     if importlib.util.find_spec("pyarrow") is None:
-        raise ImportError(f"{option} needs pyarrow: pip install 'nercc-jax[data]'")
+        raise ImportError(f"{option} needs pyarrow: pip install '.[data]' in a clone")
 
 
 def read_inputs(path: Path) -> Float[np.ndarray, "rows ..."]:

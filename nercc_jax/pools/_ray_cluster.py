@@ -34,7 +34,7 @@ def ray_module() -> Any:
     try:
         import ray
     except ImportError as error:
-        raise ImportError("RayPool needs Ray: pip install 'nercc-jax[ray]'") from error
+        raise ImportError("RayPool needs Ray: pip install '.[ray]' in a clone") from error
     return ray
 
 

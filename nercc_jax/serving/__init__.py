@@ -1,4 +1,4 @@
-"""Coded serving: a batcher on any pool, and a server around it (`nercc-jax[serve]`)."""
+"""Coded serving: a batcher on any pool, and a server around it (extra `serve`)."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -313,8 +313,8 @@ def telemetry_from_environment() -> Telemetry | None:
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     except ImportError as error:
         raise ImportError(
-            f"{endpoint} is set, but {error.name} is missing: pip install 'nercc-jax[telemetry]', "
-            "or OTEL_SDK_DISABLED=true"
+            f"{endpoint} is set, but {error.name} is missing: pip install '.[telemetry]' in a "
+            "clone, or OTEL_SDK_DISABLED=true"
         ) from error
     resource = Resource.create({SERVICE_NAME: "nercc_jax"}).merge(OTELResourceDetector().detect())
     provider = TracerProvider(resource=resource, shutdown_on_exit=False)

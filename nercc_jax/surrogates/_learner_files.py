@@ -140,7 +140,7 @@ def _read(path: str | Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
 
 def _needs_safetensors() -> None:
     if importlib.util.find_spec("safetensors") is None:
-        raise ImportError("files of learners need safetensors: pip install 'nercc-jax[demo]'")
+        raise ImportError("files of learners need safetensors: pip install '.[demo]' in a clone")
 
 
 def _learner(

@@ -126,7 +126,7 @@ def test_a_missing_package_names_the_extra(monkeypatch, name, module, extra):
         return real_import(wanted, *args, **options)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=rf"pip install 'nercc-jax\[{extra}\]'"):
+    with pytest.raises(ImportError, match=rf"pip install '\.\[{extra}\]'"):
         load_data(name)
 
 

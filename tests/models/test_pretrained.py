@@ -313,7 +313,7 @@ def test_the_number_of_classes_is_the_files():
 def test_pytorchs_files_need_pytorch(tmp_path, monkeypatch):
     (tmp_path / "lenet5.pth").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(ImportError, match=r"pip install 'nercc-jax\[torch\]'"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[torch\]'"):
         read_state_dict(tmp_path / "lenet5.pth")
 
 

@@ -65,7 +65,7 @@ def shaky(x):
 
 @pytest.fixture
 def server(tmp_path):
-    require("kserve", "serve")
+    require("fastapi", "serve")
     from nercc_server import Server
 
     (tmp_path / "chaos.py").write_text(MODEL)

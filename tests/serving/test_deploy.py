@@ -35,7 +35,7 @@ def bare(monkeypatch):
     for name in [name for name in os.environ if name.startswith("NERCC_")]:
         if name != "NERCC_REQUIRE_EXTRAS":
             monkeypatch.delenv(name)
-    require("kserve", "serve")
+    require("fastapi", "serve")
     require("pydantic_settings", "serve")
 
 

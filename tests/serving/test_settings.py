@@ -577,7 +577,7 @@ def test_missing_extras_are_named(monkeypatch):
 def test_a_missing_ray_is_named_with_its_extra(monkeypatch):
     real = _serve.importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda n: None if n == "ray" else real(n))
-    refused("pip install 'nercc-jax[ray]'", *OWN, "--pool", "ray")
+    refused("pip install '.[ray]'", *OWN, "--pool", "ray")
 
 
 @pytest.mark.parametrize("settings", [ModelSettings, ServerSettings])

@@ -25,7 +25,7 @@ HANG = 60.0  # seconds after which a client takes its request to be lost
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    require("kserve", "serve")
+    require("fastapi", "serve")
     require("ray", "ray")
     from nercc_server import Server
 

@@ -12,7 +12,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    require("kserve", "serve")
+    require("fastapi", "serve")
     from nercc_server import Server
 
     server = Server(
