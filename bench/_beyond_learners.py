@@ -30,7 +30,7 @@ ROWS = 256  # that kernels are judged by
 COMPONENTS = 64  # of the pixels, that it goes by
 LAYOUTS = ("repeated", "interleaved")
 ALONE, BESIDE, STUDENT = "learner", "student and learner", "student"
-DOUBTFUL = "copies of the most doubtful"
+UNCERTAIN = "copies of the most uncertain"
 
 
 class Learners(NamedTuple):
@@ -60,8 +60,8 @@ def learn(bench: Bench, logits: Model) -> Learners:
 def learners(bench: Bench, known: Learners, with_student: bool = True) -> None:
     """Measure the learner ordered by pixels, and the student with and without one, in two orders.
 
-    The scheme that each is part of is chosen on images that calibrate doubts, which no learner
-    knows. None are judged.
+    The scheme that each is part of is chosen on images that calibrate error probabilities, which no
+    learner knows. None are judged.
     """
     student = bench.work.student
     _tell_best(bench, ALONE, [known.alone], Order("pixels", 1024))
@@ -92,7 +92,7 @@ def _tell_best(
     law, num_workers = bench.cell.law, bench.cell.num_workers
     masks, _ = draw_sets(law, jax.random.key(6), num_workers, bench.work.sets)
     choices: list[tuple[float, str, Scheme]] = []
-    schemes = [*_mixed(bench, candidates, order), *_doubtful(bench, candidates)]
+    schemes = [*_mixed(bench, candidates, order), *_uncertain(bench, candidates)]
     for name, scheme in schemes:
         wrong = float(_wrong(bench, scheme, order, "calibrate", masks).mean())
         choices.append((wrong, name, scheme))
@@ -120,11 +120,11 @@ def _mixed(
     return found
 
 
-def _doubtful(bench: Bench, candidates: Sequence[Model | Learner]) -> list[tuple[str, Scheme]]:
+def _uncertain(bench: Bench, candidates: Sequence[Model | Learner]) -> list[tuple[str, Scheme]]:
     """Return copies of the data points that a learner is least certain of."""
     code = NeRCC(bench.cell.num_data, bench.cell.num_workers, points="interleaved")
     return [
-        (DOUBTFUL, Scheme(code, learner, redundancy="doubtful"))
+        (UNCERTAIN, Scheme(code, learner, redundancy="uncertain"))
         for learner in candidates
         if isinstance(learner, Learner)
     ]

@@ -67,7 +67,7 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """A model, its student, and images: to choose by, to calibrate the doubt on, to judge by."""
+    """A model, its student, and images to choose, calibrate and judge by."""
 
     model: Model
     student: Model
@@ -204,7 +204,7 @@ class Bench:
                 self.work.model, self.work.student, code, self.points("choose", order),
                 self.cell.law, key=jax.random.key(4), num_sets=40,
             )  # fmt: skip
-            _, wrong = self._doubts("choose", order, code, surrogate)
+            _, wrong = self._error_probabilities("choose", order, code, surrogate)
             choices.append((wrong.mean(), name, code, surrogate))
         _, name, code, surrogate = min(choices, key=lambda choice: choice[0])
         numbers = {"layout": name, "theta": float(surrogate.theta), "kappa": float(surrogate.kappa)}
@@ -219,7 +219,7 @@ class Bench:
         error_probability = error_probability_from_answers(
             own, self.cell.law, jax.random.key(5), 100, surrogate, beside
         )
-        score, wrong = self._doubts("judge", order, code, surrogate, error_probability)
+        score, wrong = self._error_probabilities("judge", order, code, surrogate, error_probability)
         return Judged(score, wrong, score <= error_probability.limit(WANTED))
 
     def tell(self, mode: str, judged: Judged, order: Order, **more: Any) -> None:
@@ -236,7 +236,7 @@ class Bench:
             **more, again=float(1 - kept.mean()), promised=WANTED,
         )  # fmt: skip
 
-    def _doubts(
+    def _error_probabilities(
         self,
         part: str,
         order: Order,

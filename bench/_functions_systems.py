@@ -48,16 +48,16 @@ RIVALS = (
     "copies, else a GP over the group",
 )
 ALONE = "learner, no redundancy"
-RANDOM, DOUBTFUL = "learner, copies of random points", "learner, copies of the most doubtful"
+RANDOM, UNCERTAIN = "learner, copies of random points", "learner, copies of the most uncertain"
 CODED = tuple(f"learner, {layout}" for layout in LAYOUTS)
 MIXED = "learner and code, as fit_surrogate mixes them"
 ONE, EACH = "one for all outputs", "one for each principal component"
-LEARNERS = (ALONE, RANDOM, DOUBTFUL, *CODED, MIXED)
+LEARNERS = (ALONE, RANDOM, UNCERTAIN, *CODED, MIXED)
 # The same where a cheap model is there: what fills lost copies, and what a learner knows.
 WITH = ", with a cheap model"
 CHEAP = "copies, else the cheap model"
 HELPED_RIVALS = (CHEAP, *(name + WITH for name in RIVALS[5:]))
-HELPED = tuple(name + WITH for name in (ALONE, RANDOM, DOUBTFUL, CODED[0]))
+HELPED = tuple(name + WITH for name in (ALONE, RANDOM, UNCERTAIN, CODED[0]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -372,8 +372,8 @@ class Bench:
         schemes = {
             ALONE: Scheme(alone, learner, **plain),
             RANDOM: Scheme(copies, learner, **plain),
-            DOUBTFUL: Scheme(
-                _nercc(cell.num_workers, "interleaved"), learner, redundancy="doubtful"
+            UNCERTAIN: Scheme(
+                _nercc(cell.num_workers, "interleaved"), learner, redundancy="uncertain"
             ),
             **{
                 name: Scheme(_nercc(cell.num_workers, layout), learner, **plain)

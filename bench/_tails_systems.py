@@ -120,7 +120,7 @@ def systems(work: Work, law: str) -> tuple[System, ...]:
     hedged = BatchingPolicy(straggler_threshold=THRESHOLD, **base)
     three = dataclasses.replace(hedged, copies=3)
     known = dataclasses.replace(
-        three, max_disagreement=wanted, tolerance=work.tolerance, redundancy="doubtful"
+        three, max_disagreement=wanted, tolerance=work.tolerance, redundancy="uncertain"
     )
     known_once = dataclasses.replace(known, redundancy="always")
     found = [
@@ -151,12 +151,12 @@ def systems(work: Work, law: str) -> tuple[System, ...]:
         return Predictor(work.student)
 
     if wanted is not None:
-        # ParM's cheap backup: whatever its doubt.
+        # ParM's cheap backup: however likely it is wrong.
         any_label = dataclasses.replace(known_once, max_disagreement=0.999)
         found.append(System("surrogate alone", Uncoded(1), any_label, knows))
     ours = [
         System("known, else hedged", Uncoded(1), known_once, knows),
-        System("known, doubtful twice", Replication(1, 2), known, knows),
+        System("known, uncertain twice", Replication(1, 2), known, knows),
     ]
     for most in MAX_CALLS:
         picked = dataclasses.replace(known_once, max_calls=most)

@@ -37,7 +37,7 @@ from _settings import PACKAGES, Setting
 
 from nercc_jax import AbstractCode, Berrut, NeRCC, Replication
 from nercc_jax.cli._options import Outputs
-from nercc_jax.cli._workload import answering
+from nercc_jax.cli._workload import load_worker_model
 from nercc_jax.codes._points import copies
 from nercc_jax.evaluation import Estimate
 from nercc_jax.evaluation._answers import all_answers, batched, cut_groups, own_outputs
@@ -231,7 +231,7 @@ def worst_ends(
 def run_setting(setting: Setting, size: Size, data_dir: Path) -> dict[str, Any]:
     """Every method under every attack: rows of estimates over sets of adversaries."""
     start = time.perf_counter()
-    network = answering(setting.model, SETTINGS[setting])
+    network = load_worker_model(setting.model, SETTINGS[setting])
     images, _ = network.images("test", data_dir, size.points, 0)
     train, _ = network.images("train", data_dir, 1000, 0)
     run = batched(network, 256)

@@ -1,12 +1,12 @@
-"""Past the paper: ordering, layouts, a surrogate, doubt and training, beside replication and ParM.
+"""Past the paper: ordering, layouts, surrogates, error probabilities, training, and rivals.
 
     python bench/beyond.py [--only MODEL] [--cells 60:20:20 ...] [--parts PART ...] [--quick]
         [--data-dir FOLDER]
 
 Measures the disagreement (1 - RelAcc) of every mode for each model at each (N, K, S), with its 95 %
 interval over straggler sets, the same for all. Whatever is chosen (lambdas, layouts, shrinkage,
-doubt) is chosen on other test images than those that judge: unlabelled, and as new to the model and
-its student as queries will be. Writes results/beyond.json, which
+error probability) is chosen on other test images than those that judge: unlabelled, and as new to
+the model and its student as queries will be. Writes results/beyond.json, which
 docs/beyond.md shows. An hour for a model on one core. Needs MNIST and
 CIFAR-10 as parquet files (`models/data.py` says where).
 """
@@ -28,7 +28,7 @@ from rich.console import Console
 
 from nercc_jax import NeRCC
 from nercc_jax.cli._options import Outputs
-from nercc_jax.cli._workload import Answering, answering
+from nercc_jax.cli._workload import WorkerModel, load_worker_model
 from nercc_models import (
     list_models,
     list_parity_models,
@@ -72,8 +72,8 @@ class Size:
 
 PARTS = ("cells", "promises", "learners")
 
-# What a doubt promises is told by many labels that are wrong. LeNet5's student gives so few that
-# the 5,000 test images do not do.
+# What an error probability promises is measured by many labels that are wrong. LeNet5's
+# student gives so few that the 5,000 test images do not do.
 PROMISED_CELLS = (Cell(30, 20, 5), Cell(24, 20, 2), Cell(10, 8, 2))
 PROMISED = {
     "lenet5-mnist": Size(choose=1000, points=10_000, split="train", sets=100),
@@ -127,9 +127,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 def workload(name: str, outputs: Outputs, size: Size, data_dir: Path) -> Workload:
     """Return the model, its student, and three disjoint parts of the images."""
-    network = answering(name, outputs)
+    network = load_worker_model(name, outputs)
     x, _ = network.images(size.split, data_dir, size.choose + 2 * size.points, 0)
-    student = Answering(load_student(name), outputs)
+    student = WorkerModel(load_student(name), outputs)
     choose, calibrate, judged = np.split(x, [size.choose, size.choose + size.points])
     return Workload(network, student, choose, calibrate, judged, size.sets)
 
@@ -161,7 +161,7 @@ LEARNED: dict[str, Learners] = {}  # by model: all cells have the same
 def with_learners(bench: Bench, name: str, with_student: bool) -> None:
     """Measure a learner from past answers, without a student and with it."""
     if name not in LEARNED:
-        LEARNED[name] = learn(bench, Answering(load_student(name), "logits"))
+        LEARNED[name] = learn(bench, WorkerModel(load_student(name), "logits"))
     learners(bench, LEARNED[name], with_student)
 
 
@@ -208,7 +208,7 @@ def every_mode(bench: Bench, name: str, outputs: Outputs, size: Size) -> None:
 
 def _friendly(work: Workload, name: str, outputs: Outputs) -> Workload:
     """Measure the model that was trained for coding, against its own labels."""
-    return dataclasses.replace(work, model=answering(f"{name}-coded", outputs))
+    return dataclasses.replace(work, model=load_worker_model(f"{name}-coded", outputs))
 
 
 def _parse() -> argparse.Namespace:

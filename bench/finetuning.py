@@ -42,7 +42,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from nercc_jax import ExactStragglers, NeRCC, evaluate
 from nercc_jax.cli._options import Outputs
-from nercc_jax.cli._workload import Answering, answering
+from nercc_jax.cli._workload import WorkerModel, load_worker_model
 from nercc_jax.evaluation import system_look
 from nercc_jax.evaluation._answers import batched
 from nercc_jax.inference import order_points
@@ -132,7 +132,7 @@ def surprise(probabilities: Array, label: Array) -> Array:
 
 def train(plan: Plan, data_dir: Path, folder: Path, log: Callable[[str], None]) -> None:
     """Fine-tunes a shipped model on training images and writes its weights and card."""
-    original = answering(plan.model, plan.outputs)
+    original = load_worker_model(plan.model, plan.outputs)
     x, labels = original.images("train", data_dir, plan.images, plan.seed)
     probabilities = plan.outputs == "probabilities"
     tuned = fine_tune(
@@ -163,7 +163,7 @@ def train(plan: Plan, data_dir: Path, folder: Path, log: Callable[[str], None]) 
     _write(plan, tuned, folder, data_dir)
 
 
-def _fast(network: Answering) -> Answering:
+def _fast(network: WorkerModel) -> WorkerModel:
     """Return the same function, with convolutions whose gradient a CPU computes fast."""
     ready = network.network
     module: Any = nnx.merge(ready.graphdef, ready.state)
@@ -171,7 +171,7 @@ def _fast(network: Answering) -> Answering:
         if isinstance(part, nnx.Conv) and plain_padding(part.padding):
             part.conv_general_dilated = convolve
     graphdef, state = nnx.split(module)
-    return Answering(dataclasses.replace(ready, graphdef=graphdef, state=state), network.outputs)
+    return WorkerModel(dataclasses.replace(ready, graphdef=graphdef, state=state), network.outputs)
 
 
 def plain_padding(padding: Any) -> bool:
@@ -187,7 +187,7 @@ def _augmented(plan: Plan) -> Callable[[Array, PRNGKeyArray], Array]:
 
 
 def _checkpoint(
-    plan: Plan, step: FineTuningStep, model: Answering, log: Callable[[str], None]
+    plan: Plan, step: FineTuningStep, model: WorkerModel, log: Callable[[str], None]
 ) -> None:
     """Write the model so far at each judgement: a long run may be cut off."""
     if step.held_out is None:
@@ -200,7 +200,7 @@ def _checkpoint(
     )
 
 
-def _write(plan: Plan, tuned: FineTuned[Answering], folder: Path, data_dir: Path) -> None:
+def _write(plan: Plan, tuned: FineTuned[WorkerModel], folder: Path, data_dir: Path) -> None:
     name, shipped = f"{plan.model}-coded", load_model(plan.model)
     summary = store(folder, name, tuned.model.network.state)
     card = {
@@ -262,7 +262,7 @@ def measure(
     }
     part["agreement"] = _agreement(networks, data_dir)
     for outputs in OUTPUTS:
-        forms = {form: Answering(network, outputs) for form, network in networks.items()}
+        forms = {form: WorkerModel(network, outputs) for form, network in networks.items()}
         # What it was not fine-tuned for is looked at in the published form alone.
         own = outputs == plan.outputs
         layouts, orders = (LAYOUTS, ORDERS) if own else (LAYOUTS[:1], ORDERS[:1])
@@ -289,7 +289,7 @@ def _agreement(networks: Mapping[str, ReadyModel], data_dir: Path) -> float:
 
 
 def _rows(
-    forms: Mapping[str, Answering],
+    forms: Mapping[str, WorkerModel],
     size: Size,
     data_dir: Path,
     layouts: Sequence[str],
@@ -314,7 +314,7 @@ def _rows(
     return rows
 
 
-def _arranged(original: Answering, x: np.ndarray, num_data: int, order: str) -> np.ndarray:
+def _arranged(original: WorkerModel, x: np.ndarray, num_data: int, order: str) -> np.ndarray:
     """Return the order of the data points, the same for both forms of a model.
 
     A shallow model's are ordered by their pixels, a deep one's by the original's own outputs, an

@@ -33,7 +33,7 @@ from rich.table import Table
 
 from nercc_jax import ExactStragglers, NeRCC
 from nercc_jax.cli._options import Outputs
-from nercc_jax.cli._workload import answering
+from nercc_jax.cli._workload import load_worker_model
 from nercc_jax.codes import AMPLIFICATION
 from nercc_jax.evaluation import Estimate, system_look
 from nercc_jax.evaluation._answers import batched, cut_groups
@@ -67,7 +67,7 @@ class Images:
 
     def __init__(self, name: str, size: Size, data_dir: Path):
         self.name = name
-        self.network = answering(name, MODELS[name])
+        self.network = load_worker_model(name, MODELS[name])
         self.run = batched(self.network, 256)
         self.x, _ = self.network.images("test", data_dir, size.points, 0)
         self.own = np.asarray(self.run(self.x))

@@ -37,9 +37,9 @@ from nercc_jax import (
     tune,
 )
 from nercc_jax.cli._options import Outputs
-from nercc_jax.cli._workload import Answering, answering
-from nercc_jax.evaluation import Estimate, Evaluation, landscape, straggler_curves
-from nercc_jax.evaluation._trial import make_trial
+from nercc_jax.cli._workload import WorkerModel, load_worker_model
+from nercc_jax.evaluation import Estimate, Evaluation, straggler_curves
+from nercc_jax.evaluation._trial import landscape, make_trial
 from nercc_jax.tuning import Descent
 from nercc_models import list_parity_models, load_parity_model
 
@@ -121,7 +121,7 @@ def run_setting(setting: Setting, size: Size, data_dir: Path, console: Console) 
 def _run_outputs(
     setting: Setting, size: Size, outputs: Outputs, data_dir: Path, console: Console
 ) -> dict[str, Any]:
-    network = answering(setting.model, outputs)
+    network = load_worker_model(setting.model, outputs)
     train, _ = network.images("train", data_dir, size.points, 0)
     test, labels = network.images("test", data_dir, size.points, 0)
     laws = setting.laws(size.cells)
@@ -145,7 +145,7 @@ def _run_outputs(
 
 
 def _codes(
-    setting: Setting, size: Size, network: Answering, train: np.ndarray, laws: Mapping
+    setting: Setting, size: Size, network: WorkerModel, train: np.ndarray, laws: Mapping
 ) -> tuple[dict[str, AbstractCode], dict[str, Any]]:
     """Return all codes at this (N, K), tuned on training images without labels where possible."""
     shape = (setting.num_data, setting.num_workers)
@@ -194,7 +194,7 @@ _OUTPUTS: tuple[Outputs, ...] = ("probabilities", "logits")
 
 
 def _best_of_grid(
-    size: Size, network: Answering, code: NeRCC, train: np.ndarray, laws: Mapping
+    size: Size, network: WorkerModel, code: NeRCC, train: np.ndarray, laws: Mapping
 ) -> NeRCC:
     """Return the published method: two constants, the best of a grid on training images."""
     groups = train[: min(len(train) // code.num_data, size.grid_groups) * code.num_data]
@@ -212,7 +212,7 @@ def _best_of_grid(
 def _noise(
     setting: Setting,
     size: Size,
-    network: Answering,
+    network: WorkerModel,
     train: np.ndarray,
     test: np.ndarray,
     laws: Mapping,

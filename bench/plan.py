@@ -23,7 +23,7 @@ from scipy.stats import binom
 
 from nercc_jax import DevicePool
 from nercc_jax.cli._plan_report import latency_law
-from nercc_jax.cli._workload import answering
+from nercc_jax.cli._workload import load_worker_model
 from nercc_jax.evaluation import Estimate
 from nercc_jax.evaluation._answers import batched
 from nercc_jax.inference import order_points
@@ -202,7 +202,7 @@ def run_plan(path: Path, data_dir: Path | None, batches: int) -> dict[str, Any]:
     row, asked = plan.recommended, plan.asked
     if row.order == "surrogate":
         raise ValueError("a plan that orders by a surrogate cannot be carried out here")
-    network = answering(plan.about["model"], plan.about["outputs"])
+    network = load_worker_model(plan.about["model"], plan.about["outputs"])
     images, _ = network.images("test", data_dir, 5000, 1)
     if row.order is not None:
         size = asked["buffer_size"]

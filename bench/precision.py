@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nercc_jax import ExactStragglers, NeRCC
-from nercc_jax.cli._workload import Answering, answering
+from nercc_jax.cli._workload import WorkerModel, load_worker_model
 from nercc_jax.evaluation import Estimate, record_answers
 from nercc_jax.evaluation._answers import batched
 from nercc_jax.inference import cast_model
@@ -61,7 +61,7 @@ def main() -> None:
         points, sets = 160, 5
     start = time.perf_counter()
     for model in MODELS if options.only is None else (options.only,):
-        network = answering(model, "logits")
+        network = load_worker_model(model, "logits")
         for num_workers, num_data in SIZES:
             x, labels = network.images("test", options.data_dir, points // 40 * 40, SEED)
             rows += measure(network, model, num_workers, num_data, x, labels, sets, options.dtypes)
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def measure(
-    network: Answering,
+    network: WorkerModel,
     model: str,
     num_workers: int,
     num_data: int,
@@ -142,7 +142,7 @@ def _labels(answers: Any, masks: Array) -> Array:
     return jax.lax.map(of_set, masks)
 
 
-def _alone(network: Answering, dtype: str, x: np.ndarray) -> np.ndarray:
+def _alone(network: WorkerModel, dtype: str, x: np.ndarray) -> np.ndarray:
     return np.argmax(batched(cast_model(network, dtype), 256)(x), axis=-1)
 
 
@@ -159,14 +159,16 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
         shown.add_column(column, no_wrap=True)
     for row in rows:
         place = f"{row['model']} ({row['num_workers']}, {row['num_data']}), {row['stragglers']}"
-        cost = "" if row["worker_dtype"] == "float32" else _told(row["rel_acc_less_float32"], "+")
+        cost = (
+            "" if row["worker_dtype"] == "float32" else _described(row["rel_acc_less_float32"], "+")
+        )
         alone = f"{100 * row['alone_rel_acc']:.1f}"
-        summary = _told(row["rel_acc"], "")
+        summary = _described(row["rel_acc"], "")
         shown.add_row(place, row["code"], row["worker_dtype"], summary, cost, alone)
     return shown
 
 
-def _told(each: dict[str, float | None], sign: str) -> str:
+def _described(each: dict[str, float | None], sign: str) -> str:
     half = "" if each["half_width"] is None else f" ± {100 * each['half_width']:.2f}"
     return f"{100 * (each['mean'] or 0):{sign}.2f}{half}"
 

@@ -111,8 +111,8 @@ def _run(
                 if options.real and system.name not in REAL:
                     continue
                 ground = "real" if options.real else "paper"
-                told_of = serve(work, system, law, heavier, real=options.real)
-                found.setdefault(ground, {})[cell] = told_of
+                cell_of = serve(work, system, law, heavier, real=options.real)
+                found.setdefault(ground, {})[cell] = cell_of
                 found["about"] = {
                     "environment": environment(PACKAGES),
                     "load": dataclasses.asdict(load),
@@ -121,7 +121,7 @@ def _run(
                     "real_warm_up": REAL_WARM_UP,
                 }
                 write_json(path, found)
-                print(ground, cell, _told(told_of), flush=True)
+                print(ground, cell, _described(cell_of), flush=True)
 
 
 def _matching(patterns: list[str], *parts: str) -> list[str]:
@@ -304,7 +304,7 @@ class Outcomes:
         }
 
 
-def _told(cell: dict[str, Any]) -> str:
+def _described(cell: dict[str, Any]) -> str:
     return (
         f"p50 {cell['p50_ms'][0]:.0f} ms, p99 {cell['p99_by_p50'][0]:.2f}, p99.9 "
         f"{cell['p999_by_p50'][0]:.2f} times; {cell['calls']:.3f} calls, right "

@@ -44,10 +44,9 @@ from _settings import GRID, NUMBERS, PACKAGES, PAPER, Setting
 
 from nercc_jax import NeRCC, tune
 from nercc_jax.cli._options import Outputs
-from nercc_jax.cli._workload import Answering, answering
+from nercc_jax.cli._workload import WorkerModel, load_worker_model
 from nercc_jax.codes import encode_groups
-from nercc_jax.evaluation import landscape
-from nercc_jax.evaluation._trial import Trial, make_trial
+from nercc_jax.evaluation._trial import Trial, landscape, make_trial
 from nercc_jax.tuning import Descent, Tuned
 
 _RESULTS = Path(__file__).parent / "results"
@@ -143,7 +142,7 @@ def run_setting(
     log: Callable[[str], None],
 ) -> dict[str, Any]:
     """Both grids and all gradient runs of one setting, on one yardstick."""
-    network = answering(setting.model, outputs)
+    network = load_worker_model(setting.model, outputs)
     start = NeRCC(setting.num_data, setting.num_workers)
     train, _ = network.images("train", data_dir, size.images, seed=0)
     test, _ = network.images("test", data_dir, size.images, seed=0)
@@ -192,7 +191,7 @@ def _timed(
 
 
 def _grids(
-    network: Answering, codes: Mapping[str, NeRCC], yardstick: Trial, counter: CompileCounter
+    network: WorkerModel, codes: Mapping[str, NeRCC], yardstick: Trial, counter: CompileCounter
 ) -> dict[str, dict[str, Any]]:
     """Return `landscape` for several codes that encode alike.
 
@@ -228,7 +227,7 @@ class _Answered(eqx.Module):
 
 
 @eqx.filter_jit
-def _answers(network: Answering, code: NeRCC, x: jax.Array) -> jax.Array:
+def _answers(network: WorkerModel, code: NeRCC, x: jax.Array) -> jax.Array:
     coded = encode_groups(code, x)
     return network(coded.reshape(-1, *coded.shape[2:]))
 
@@ -260,7 +259,7 @@ def _affordable_steps(setting: Setting, images: int, most: int, budget: float) -
 
 
 def _run(
-    network: Answering, yardstick: Trial, tuned: Tuned[NeRCC], summary: Mapping[str, float]
+    network: WorkerModel, yardstick: Trial, tuned: Tuned[NeRCC], summary: Mapping[str, float]
 ) -> dict[str, Any]:
     code = tuned.code
     return {

@@ -27,7 +27,7 @@ def test_demo_prints_a_table_and_draws_a_picture(demo):
     result, plot = demo
     assert result.exit_code == 0, result.output
     words = ("NeRCC", "BACC", "LCC", "replication", "MSE", "RelAcc", "K=8, N=20", "*")
-    for word in (*words, "Labels kept against work", "scheme, doubtful 5 % again"):
+    for word in (*words, "Labels kept against work", "scheme, uncertain 5 % again"):
         assert word in result.output
     assert str(plot) in result.output
     assert plot.read_bytes().startswith(b"\x89PNG")
@@ -56,10 +56,10 @@ def test_models_evaluates():
     ("command", "arguments", "message"),
     [
         ("demo", ("--model", "nothing"), "nothing"),
-        ("demo", ("--max-stragglers", "20"), "leaves none of 20 workers"),
+        ("demo", ("--max-stragglers", "20"), "must be from 0 to 19, for 20 workers"),
         ("demo", ("--num-workers", "6"), "at least as many workers"),
         ("demo", ("--plot", "/no/such/folder/x.png"), "there is no folder"),
-        ("demo", ("--max-inputs", "3"), "3 data points fill no group of 8"),
+        ("demo", ("--max-inputs", "3"), "3 data points of digits, too few for a group of 8"),
         ("demo", ("--sets", "0"), "--sets"),
         (
             "tune",
@@ -76,13 +76,13 @@ def test_models_evaluates():
             ("--criterion", "cross_entropy", "--outputs", "probabilities"),
             "needs --outputs logits",
         ),
-        ("tune", ("--max-stragglers", "20"), "leaves none of 20 workers"),
+        ("tune", ("--max-stragglers", "20"), "must be from 0 to 19, for 20 workers"),
         ("tune", ("--max-stragglers", "-1"), "--max-stragglers -1"),
         ("tune", ("--layout", "chebishev"), "--layout chebishev: points must be one of"),
         (
             "tune",
             ("--max-inputs", "3"),
-            "3 data points fill no 2 groups of 8: those that --max-inputs 3",
+            "--max-inputs 3 gives 3 data points",
         ),
         ("tune", ("--num-workers", "1", "--num-data", "1"), "--num-workers 1: without stragglers"),
         ("plan", ("--max-workers", "0"), "--max-workers must be positive, not 0"),

@@ -105,7 +105,7 @@ def test_decoding_is_the_posterior_of_window_and_group():
         )
 
 
-def test_copies_of_the_doubtful_are_the_default_and_what_is_answered_is_exact(learner):
+def test_copies_of_the_uncertain_are_the_default_and_what_is_answered_is_exact(learner):
     x = points(3)
     scheme = Scheme(CODE, learner)
     prepared = scheme.prepare(jnp.asarray(x))
@@ -242,8 +242,8 @@ def test_doubt_order_and_a_mesh_go_with_it(learner, key):
     assert np.isfinite(assessed.error_probability).all()
     assert (np.asarray(assessed.error_probability)[np.asarray(assessed.deviation) == 0] == 0).all()
     on_mesh = infer(scheme, mesh=mesh)(x, MASKS)
-    # Float32 rounds otherwise there: who gets a copy may change where two are as doubtful, and what
-    # is hardly known differs by about what is doubted.
+    # Float32 rounds otherwise there: who gets a copy may change where two are as
+    # uncertain, and what is hardly known differs by about its deviation.
     deviations = np.stack([assessed.deviation, on_mesh.deviation])
     assert np.mean((deviations[0] == 0) == (deviations[1] == 0)) >= 0.9
     apart = np.abs(assessed.decoded.predictions - on_mesh.decoded.predictions).max(axis=1)
@@ -280,9 +280,9 @@ def test_recall_and_what_does_not_fit(learner, untyped):
     near = np.argsort(cdist(own + 0.3, others), axis=1)[:, :10]
     wanted = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(far, near, strict=True)])
     np.testing.assert_allclose(recall(own + 0.3, own, jnp.asarray(others)), wanted, atol=1e-6)
-    with pytest.raises(ValueError, match="copies of what is doubtful need a surrogate that tells"):
-        Scheme(CODE, Surrogate(rough), redundancy="doubtful")
-    with pytest.raises(ValueError, match="a budget is for redundancy='doubtful'"):
+    with pytest.raises(ValueError, match="copies of what is uncertain need a surrogate that tells"):
+        Scheme(CODE, Surrogate(rough), redundancy="uncertain")
+    with pytest.raises(ValueError, match="a budget is for redundancy='uncertain'"):
         Scheme(CODE, learner, redundancy="code", budget=7.0)
     with pytest.raises(ValueError, match="follow must be 'inputs' or a function"):
         Scheme(CODE, follow="pixels")

@@ -430,7 +430,7 @@ def test_a_surrogate_answers_stragglers_where_it_is_sure(key):
     assert 0.05 < np.mean(wrong) < 0.3
     assert late * np.mean(sure & wrong) <= best.most_disagreement <= 0.01
     assert best.resent == pytest.approx(late * np.mean(~sure), abs=0.01)
-    # The same as a scheme: what is lost is answered by the surrogate, and is as doubtful.
+    # The same as a scheme: what is lost is answered by the surrogate, and is as uncertain.
     with pytest.raises(ValueError, match="answers by it"):
         found.scheme()
     infer = coded_inference(_model, found.scheme(cheap), with_status=True)

@@ -729,13 +729,13 @@ def test_errors_in_faults(make, message, untyped):
         make()
 
 
-# What is doubtful is run again.
+# What is uncertain is run again.
 
 SMALL = NeRCC(4, 7)
 LONG = 10 * SOON  # where it takes the compiler with it
 
 
-def doubting():
+def uncertain():
     """A doubt of deviation / (deviation + margin); a limit is the disagreement asked for."""
     steps, weights = jax.numpy.linspace(0, 1, 1001), jax.numpy.array([0.0, -1.0, -1.0, 0.0])
     return ErrorProbability(
@@ -743,12 +743,12 @@ def doubting():
     )
 
 
-def doubtful_pool_inference(pool, max_disagreement, **options):
+def uncertain_pool_inference(pool, max_disagreement, **options):
     return pool_inference(
         pool,
         SMALL,
         with_status=True,
-        error_probability=doubting(),
+        error_probability=uncertain(),
         max_disagreement=max_disagreement,
         **options,
     )
@@ -766,9 +766,9 @@ def groups_of(number, seed):
     return np.random.default_rng(seed).normal(size=(number, 4, 6)).astype(np.float32)
 
 
-def test_doubtful_data_points_are_run_again(networks):
+def test_uncertain_data_points_are_run_again(networks):
     x = groups_of(3, 3)
-    result = doubtful_pool_inference(networks, 0.1)(x, 5, LONG)
+    result = uncertain_pool_inference(networks, 0.1)(x, 5, LONG)
     exact = np.asarray(network(x.reshape(-1, 6))).reshape(3, 4, 2)
     for group in range(3):
         decoded, doubts = by_hand(x[group], result.answers.available)
@@ -787,16 +787,16 @@ def test_doubtful_data_points_are_run_again(networks):
 
 def test_any_disagreement_may_be_allowed(networks):
     """1 is a share like any other, and the last one: nothing is run again."""
-    result = doubtful_pool_inference(networks, 1.0)(groups_of(3, 3), 5, LONG)
+    result = uncertain_pool_inference(networks, 1.0)(groups_of(3, 3), 5, LONG)
     assert not result.reexecuted.any()
     assert result.error_probability.max() > 0.1
     assert result.timing.reexecute < result.timing.total
 
 
-def test_no_more_than_the_budget_is_run_again_the_most_doubtful_first():
+def test_no_more_than_the_budget_is_run_again_the_most_uncertain_first():
     x = groups_of(1, 4)[0]
     with DevicePool(network, 4, example=x[:1]) as pool:
-        result = doubtful_pool_inference(pool, 0.0, max_reexecution=0.5)(x, 7, LONG)
+        result = uncertain_pool_inference(pool, 0.0, max_reexecution=0.5)(x, 7, LONG)
         assert result.reexecuted.shape == result.error_probability.shape == (4,)
         _, doubts = by_hand(x, np.ones(7, bool))
         assert result.reexecuted.sum() == 2
@@ -804,7 +804,7 @@ def test_no_more_than_the_budget_is_run_again_the_most_doubtful_first():
 
 
 def test_a_deadline_before_the_answer_leaves_what_was_decoded():
-    """Whatever is sent a second time hangs: the decoded ones are given, and say how doubtful."""
+    """Whatever is sent a second time hangs: the decoded ones are given, and say how uncertain."""
     x, opened, reached = groups_of(1, 5)[0], threading.Event(), threading.Event()
 
     def run(batch):
@@ -814,7 +814,7 @@ def test_a_deadline_before_the_answer_leaves_what_was_decoded():
         return np.asarray(network(batch))
 
     with DevicePool(run, 7, compiled=False) as pool:
-        infer = doubtful_pool_inference(pool, 0.0)
+        infer = uncertain_pool_inference(pool, 0.0)
         infer(x + 1, 7)  # compiles
         result = infer(x, 7, deadline=4.0)
         opened.set()
@@ -836,7 +836,7 @@ def test_stragglers_and_deaths_leave_no_data_point_without_an_answer():
     )
     x, again = groups_of(12, 6), 0
     with DevicePool(network, 8, example=x[0, :1], faults=faults) as pool:
-        infer = doubtful_pool_inference(pool, 0.05)
+        infer = uncertain_pool_inference(pool, 0.05)
         for group in x:
             result = infer(group, 5, LONG)
             known, exact = result.reexecuted, np.asarray(network(group))
@@ -853,7 +853,7 @@ def test_of_two_answers_everything_is_doubted():
     x = groups_of(1, 7)[0]
     gone = Faults([Fault("error", calls=range(2, 7))])  # one worker: the first two calls answer
     with DevicePool(network, 1, example=x[:1], faults=gone, max_attempts=1) as pool:
-        result = doubtful_pool_inference(pool, 0.9)(x, None, LONG)
+        result = uncertain_pool_inference(pool, 0.9)(x, None, LONG)
         assert result.answers.available.sum() == 2
         assert result.reexecuted.all()
         np.testing.assert_allclose(result.decoded.predictions, network(x), atol=1e-5)
@@ -862,21 +862,25 @@ def test_of_two_answers_everything_is_doubted():
 @pytest.mark.parametrize(
     ("code", "options", "message"),
     [
-        (SMALL, {"max_disagreement": 0.1}, "doubt and max_disagreement go together"),
-        (SMALL, {"error_probability": doubting}, "doubt and max_disagreement go together"),
+        (SMALL, {"max_disagreement": 0.1}, "error_probability and max_disagreement go together"),
         (
             SMALL,
-            {"error_probability": doubting, "max_disagreement": 1.5},
+            {"error_probability": uncertain},
+            "error_probability and max_disagreement go together",
+        ),
+        (
+            SMALL,
+            {"error_probability": uncertain, "max_disagreement": 1.5},
             r"max_disagreement must be in \[0, 1\], not 1.5",
         ),
         (
             SMALL,
-            {"error_probability": doubting, "max_disagreement": 0.1, "max_reexecution": -0.5},
+            {"error_probability": uncertain, "max_disagreement": 0.1, "max_reexecution": -0.5},
             r"max_reexecution must be a share in \[0, 1\], not -0.5",
         ),
         (
             Berrut(5, 7),
-            {"error_probability": doubting, "max_disagreement": 0.1},
+            {"error_probability": uncertain, "max_disagreement": 0.1},
             "Berrut is no regression",
         ),
         (

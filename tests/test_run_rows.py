@@ -207,7 +207,7 @@ def test_inputs_come_as_arrays_or_tables(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.npy", np.zeros((0, 3)), r"\(rows, \*shape of one\) is needed, not \(0, 3\)"),
+        ("x.npy", np.zeros((0, 3)), r"needs shape \(rows, \*shape of a data point\), not \(0, 3\)"),
         (
             "x.npy",
             np.array([[1.0], [np.nan], [np.inf]]),
@@ -237,7 +237,7 @@ def test_inputs_that_do_not_fit_are_told_by_their_option(tmp_path, name, content
     ("arguments", "message"),
     [
         ("--model a:b --inputs no.npy", "--inputs no.npy: there is no such file"),
-        ("--model nercc_own_rows:swing", "say what it is to run on with --inputs"),
+        ("--model nercc_own_rows:swing", "needs data points: use --inputs"),
         ("--inputs x.npy --weights x.npy", "--weights is for a model of your own"),
         ("--model a:b --weights no.npy", "there are no weights at no.npy"),
         ("--model a:b --inputs x.npy --tolerance nan", "--tolerance must be 0 or positive"),

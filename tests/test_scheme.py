@@ -74,7 +74,7 @@ def test_predictions_come_back_where_data_points_came(order):
     assert (order is None) == (list(arranged) == list(range(len(x))))
 
 
-def test_what_is_doubtful_becomes_the_models_own(key):
+def test_what_is_uncertain_becomes_the_models_own(key):
     scheme = Scheme(CODE, order="pixels")
     data = points(2, 60)
     error_probability = calibrate_error_probability(

@@ -40,10 +40,12 @@ def test_data_points_that_are_run_again_have_the_rest_of_the_deadline():
     """Of four seconds three are gone when the answers are in: nothing is run again in one."""
     code = NeRCC(4, 8)
     steps, weights = jnp.linspace(0, 1, 1001), jnp.array([0.0, -1.0, -1.0, 0.0])
-    doubt = ErrorProbability(weights, jnp.zeros(1), jnp.zeros(1), steps, steps, 1 - steps)
+    probability = ErrorProbability(weights, jnp.zeros(1), jnp.zeros(1), steps, steps, 1 - steps)
     for deadline, again in ((4.0, False), (7.0, True)):
         with paper(8, np.tanh, seconds=lambda size: 3.0) as pool:
-            infer = pool_inference(pool, code, with_status=True, doubt=doubt, max_disagreement=0.0)
+            infer = pool_inference(
+                pool, code, with_status=True, error_probability=probability, max_disagreement=0.0
+            )
             result = infer(X, None, deadline)
             assert pool.clock.now() == min(deadline, 6.0)
         assert result.reexecuted.all() == again

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-from ._errors import of_option, told_plainly
+from ._errors import of_option, report_errors
 from ._options import (
     CODE,
     MODEL,
@@ -36,7 +36,7 @@ def demo(
     code: Annotated[
         Path | None,
         option(
-            "File of a code that `nercc tune` wrote, to compare as well; K and N are its own.", CODE
+            "File of a code, written by `nercc tune`, to compare too; its K and N are used.", CODE
         ),
     ] = None,
     max_stragglers: MaxStragglers = None,
@@ -47,16 +47,17 @@ def demo(
     plot: Annotated[Path, option("File for the picture.", RESULTS)] = Path("nercc-demo.png"),
     numbers: Numbers = None,
 ) -> None:
-    """Compare NeRCC with BACC, LCC and replication on a model whose workers straggle.
+    """Compare NeRCC with BACC, ApproxIFER, LCC and replication when workers straggle.
 
-    Groups of K images become N coded images, and the model runs on those. S of the N workers
-    straggle. All K predictions are recovered from the others, and compared with the model's own.
+    Each group of K data points is encoded as N coded data points, and each worker runs the model
+    on one of them. S of the N workers straggle. All K predictions are recovered from the answers
+    of the other workers, and compared with what the model predicts without coding.
     """
-    with told_plainly():
+    with report_errors():
         check_folder("--plot", plot)
         check_folder("--numbers", numbers)
         check_files(model, weights, inputs)
-        # JAX takes a second or two to import: not for --help, nor for a misspelt option.
+        # JAX takes a second or two to import: --help and misspelt options do not wait for it.
         import jax
         import numpy as np
         from rich.console import Console
@@ -66,20 +67,20 @@ def demo(
         from ._demo_work import draw_kept, kept_labels, kept_table, shipped_queries
         from ._output import evaluating, print_whole, write_json
         from ._pictures import draw_batch, straggler_plot, straggler_table
-        from ._workload import enough, find_workload, straggler_laws
+        from ._workload import find_workload, require_groups, straggler_laws
 
-        further: dict[str, AbstractCode] = {}
+        tuned_codes: dict[str, AbstractCode] = {}
         if code is not None:
             with of_option(f"--code {code}"):
-                further = {"tuned": load_code(code)}
-            num_data, num_workers = further["tuned"].num_data, further["tuned"].num_workers
+                tuned_codes = {"tuned": load_code(code)}
+            num_data, num_workers = tuned_codes["tuned"].num_data, tuned_codes["tuned"].num_workers
         if num_workers < num_data:
             raise ValueError(
                 f"--num-workers {num_workers}: the codes compared need at least as many workers as "
                 f"data points, {num_data}"
             )
         laws = straggler_laws(num_data, num_workers, max_stragglers)
-        codes = further | {
+        codes = tuned_codes | {
             "NeRCC": NeRCC(num_data, num_workers),
             "BACC": Berrut(num_data, num_workers),
             "ApproxIFER": Berrut(num_data, num_workers, points="approxifer"),
@@ -90,7 +91,7 @@ def demo(
             model, weights=weights, inputs=inputs, data_dir=data_dir, outputs=outputs
         )
         x = workload.points("test", max_inputs, seed)
-        x = enough(x, workload.source, num_data, 1, f"--max-inputs {max_inputs}")
+        x = require_groups(x, workload.source, num_data, 1, f"--max-inputs {max_inputs}")
         compile_quickly(workload.model, x, 20 * len(x))
 
         console = Console()
@@ -106,7 +107,7 @@ def demo(
             )
         used = rows[0].num_data_points
         what = f"{model}, K={num_data}, N={num_workers}, {used} data points x {sets} straggler sets"
-        console.print(f"\n{what}; means and 95 % intervals over the sets; * marks a row's best.")
+        console.print(f"\n{what}; means over the sets with 95 % intervals; * is the best in a row.")
         # Replication recovers exact predictions or none: it has no error to compare.
         approximate = [row for row in rows if row.code != "replication"]
         print_whole(
@@ -114,22 +115,25 @@ def demo(
         )
         panels = {"mse": (f"MSE of {outputs}", True)}
         if outputs != "values":
-            title = "RelAcc in %: same label as the model's own; lost predictions count as wrong"
+            title = (
+                "RelAcc: % of predictions with the label that the uncoded model gives; those not "
+                "recovered count as wrong"
+            )
             print_whole(console, straggler_table(rows, "rel_acc", title, best="max"))
             panels["rel_acc"] = ("labels kept (RelAcc)", False)
-        work, queries = [], shipped_queries(workload, model, x, num_data, max_inputs, seed)
+        kept_rows, queries = [], shipped_queries(workload, model, x, num_data, max_inputs, seed)
         if queries is not None:
-            with console.status("labels kept against work: compiling, then data points ..."):
-                work = kept_labels(queries, num_data, num_workers, seed)
-            print_whole(console, kept_table(work))
-        above = []
+            with console.status("measuring labels kept for an amount of work; compiles first ..."):
+                kept_rows = kept_labels(queries, num_data, num_workers, seed)
+            print_whole(console, kept_table(kept_rows))
+        top_panels = []
         if outputs != "values" and x.ndim == 4 and x.shape[-1] in (1, 3):
             available = np.random.default_rng(seed).permutation(num_workers) >= num_workers // 5
-            above = [draw_batch(workload.model, codes["NeRCC"], x[:num_data], available)]
-        above += [draw_kept(work)] if work else []
-        straggler_plot(rows, panels, what, plot, above)
+            top_panels = [draw_batch(workload.model, codes["NeRCC"], x[:num_data], available)]
+        top_panels += [draw_kept(kept_rows)] if kept_rows else []
+        straggler_plot(rows, panels, what, plot, top_panels)
         console.print(f"picture: {plot.resolve()}", soft_wrap=True)
         about = {"model": model, "data": workload.source, "outputs": outputs, "seed": seed}
         about |= {"num_data": num_data, "num_workers": num_workers}
-        about |= {"labels_kept": [row.record() for row in work]}
+        about |= {"labels_kept": [row.record() for row in kept_rows]}
         write_json(console, numbers, about, rows.records())

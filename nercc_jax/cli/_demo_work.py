@@ -18,7 +18,7 @@ from ..inference._models import Model
 from ..schemes import AssessedPredictions, Scheme, calibrate_error_probability, reexecute
 from ..stragglers import IndependentStragglers
 from ..surrogates import fit_surrogate
-from ._workload import Answering, Workload
+from ._workload import WorkerModel, Workload
 
 RATE = 0.1  # share of the workers that straggle, independently of each other
 _AGAIN = 0.05  # share of the data points, the least certain, that the model answers itself
@@ -74,7 +74,7 @@ def shipped_queries(
     card = student_card(model)
     return Queries(
         workload.model,
-        Answering(load_student(model), workload.model.outputs),
+        WorkerModel(load_student(model), workload.model.outputs),
         card["multiplications"] / card["base_multiplications"],
         workload.points("train", count, seed),
         test,
@@ -162,7 +162,7 @@ def _with_scheme(
         return _labels(sure.decoded.predictions)
 
     yield Kept("scheme", "scheme", workers, calls, kept(labels, workers))
-    name, look = "scheme, uncertain 5 % again", "scheme, doubtful again"
+    name, look = "scheme, uncertain 5 % again", "scheme, uncertain again"
     yield Kept(name, look, workers, calls + _AGAIN, kept(again, workers))
 
 

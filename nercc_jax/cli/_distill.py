@@ -4,7 +4,7 @@ import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from ._errors import told_plainly
+from ._errors import report_errors
 from ._options import (
     RESULTS,
     DataDir,
@@ -63,7 +63,7 @@ def distill_command(
     student and model agree; for a shipped model these are the test images.
     `nercc_models.load_student_file` reads the student back.
     """
-    with told_plainly():
+    with report_errors():
         if output.suffix != ".safetensors":
             raise ValueError(f"--output {output}: its name must end in .safetensors")
         check_folder("--output", output)

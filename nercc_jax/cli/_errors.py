@@ -13,7 +13,7 @@ from ._process import missing_extra
 
 
 @contextlib.contextmanager
-def told_plainly() -> Iterator[None]:
+def report_errors() -> Iterator[None]:
     """Turn the errors that our own code raises about input into a message and exit code 2."""
     try:
         yield

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ._errors import told_plainly
+from ._errors import report_errors
 from ._options import Numbers, check_folder, option
 from ._output import print_whole, write_json
 
@@ -31,7 +31,7 @@ def models(
     numbers: Numbers = None,
 ) -> None:
     """List the shipped models with their scores, as their cards say or as measured now."""
-    with told_plainly():
+    with report_errors():
         check_folder("--numbers", numbers)
         _run(names, evaluate, data_dir, numbers)
 
@@ -77,7 +77,7 @@ def new_model_command(
 
     Its comments say what a model must provide, and how each command uses it.
     """
-    with told_plainly():
+    with report_errors():
         check_folder("FILE", file)
         if file.suffix != ".py" or not re.fullmatch(r"[A-Za-z_]\w*", file.stem):
             raise ValueError(f"{file}: the name of a module is needed, as my_model.py")

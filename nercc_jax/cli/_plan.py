@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Annotated
 
-from ._errors import of_option, told_plainly
+from ._errors import of_option, report_errors
 from ._options import (
     LATENCIES,
     MODEL,
@@ -106,7 +106,7 @@ def plan_command(
     recommends the one whose last prediction is there soonest (p99), with few enough labels that
     differ from the model's own.
     """
-    with told_plainly():
+    with report_errors():
         check_files(model, weights, inputs)
         check_positive_options(
             "--max-workers", max_workers, "--queries", queries, "--buffer", buffer

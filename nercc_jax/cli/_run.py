@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from ._errors import told_plainly
+from ._errors import report_errors
 from ._options import (
     CALIBRATION,
     CODE,
@@ -179,7 +179,7 @@ def run_command(
     everything is done, 1 nothing is, 2 an option does not fit, 3 a part is missing or lost, 130
     Ctrl-C.
     """
-    with told_plainly():
+    with report_errors():
         check_folder("--output", output)
         check_files(model, weights, inputs)
         own = inputs is not None or not is_shipped(model)

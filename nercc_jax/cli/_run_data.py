@@ -35,7 +35,7 @@ from ._run_pool import (
     summary_file,
     write_csv,
 )
-from ._workload import Answering, Points, find_workload, load_plain_code
+from ._workload import Points, WorkerModel, find_workload, load_plain_code
 
 _FILES = (".npz", ".csv")  # or a folder, of parts
 _COMPARED = 1000  # data points that are compared with the model
@@ -185,7 +185,7 @@ def _number_to_wait_for(code: AbstractCode, options: RunOptions) -> int | None:
 
 
 def _enough_by_forecast(
-    network: Answering, code: AbstractCode, options: RunOptions, worker_dtype: str | None
+    network: WorkerModel, code: AbstractCode, options: RunOptions, worker_dtype: str | None
 ) -> Any:
     """Return a rule for when to decode; raise ValueError if even all answers would not do."""
     limit = options.max_disagreement

@@ -99,7 +99,8 @@ def run_function(options: RunOptions, pool: ChosenPool, output: Path, resume: bo
         fail(str(error), 1)
     if result.values is not None:
         if output != folder:
-            _write_rows(output, result, "bar" if settings.max_disagreement is None else "doubt")
+            score = "bar" if settings.max_disagreement is None else "error_probability"
+            _write_rows(output, result, score)
         console.print(summary_table(_summary(result, settings)))
         console.print(f"results: {output.resolve()}", soft_wrap=True)
         write_json(console, summary_file(output), result.summary)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ._errors import PlainCommand, fail, told_plainly
+from ._errors import PlainCommand, fail, report_errors
 from ._options import check_files
 from ._process import keep_programs
 from ._ray_job import RayJob, end_at_once, leave_accelerators
@@ -39,7 +39,7 @@ def serve_command(arguments: Annotated[list[str] | None, typer.Argument()] = Non
     # the server is ready, it looks again.
     gc.disable()
     try:
-        with told_plainly():
+        with report_errors():
             _check_extra()
         command_with_options()(arguments or [], prog_name="nercc serve")
     finally:
@@ -131,7 +131,7 @@ def _serve(
     **flags: Any,
 ) -> None:
     """Run the command; `flags` are the settings on the command line, by name."""
-    with told_plainly():
+    with report_errors():
         for each in model or ():
             check_files(each, None, None)
         settings, chosen = _read(model, config, flags)

@@ -158,8 +158,8 @@ def predictor_of(settings: ModelSettings, servable: Servable) -> Predictor | Non
     """
     asked, name = settings.surrogate, servable.name
     if asked in (None, "none"):
-        if settings.tolerance is not None or settings.redundancy == "doubtful":
-            raise ValueError(f"{name}: tolerance and redundancy 'doubtful' need a surrogate")
+        if settings.tolerance is not None or settings.redundancy == "uncertain":
+            raise ValueError(f"{name}: tolerance and redundancy 'uncertain' need a surrogate")
         return None
     if servable.uncodable is not None:
         raise ValueError(f"{name} cannot have a surrogate: {servable.uncodable}")

@@ -4,7 +4,7 @@ import datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
-from ._errors import of_option, told_plainly
+from ._errors import of_option, report_errors
 from ._options import (
     CODE,
     MODEL,
@@ -79,7 +79,7 @@ def tune_command(
     No labels are needed. The errors before and after are printed, on other data points, and the
     tuned code is written, for `nercc demo --code`, `nercc run --code` and `nercc serve --code`.
     """
-    with told_plainly():
+    with report_errors():
         check_folder("--output", output)
         check_folder("--plot", plot)
         check_folder("--numbers", numbers)
@@ -106,7 +106,7 @@ def tune_command(
             tune_with_bar,
             tuned_words,
         )
-        from ._workload import enough, find_workload, straggler_laws
+        from ._workload import find_workload, require_groups, straggler_laws
 
         laws = straggler_laws(num_data, num_workers, max_stragglers)
         searching = layout == "search"
@@ -124,8 +124,8 @@ def tune_command(
         )
         network = workload.model
         kept, option = (workload.source, num_data), f"--max-inputs {max_inputs}"
-        x = enough(workload.points("train", max_inputs, seed), *kept, 2, option)
-        held = enough(workload.points("test", max_inputs, seed), *kept, 1, option)
+        x = require_groups(workload.points("train", max_inputs, seed), *kept, 2, option)
+        held = require_groups(workload.points("test", max_inputs, seed), *kept, 1, option)
         quick = compile_quickly(network, x, (6 * steps + max_inputs) * num_workers)
         console = Console()
         comparison = Comparison(network, start, held, laws, sets, seed)

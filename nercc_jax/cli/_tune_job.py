@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..codes import AbstractCode, Berrut, NeRCC, Replication, coincident
-from ..evaluation import Evaluations, evaluate, landscape, system_look
-from ..evaluation._trial import Trial, make_trial
+from ..evaluation import Evaluations, evaluate, system_look
+from ..evaluation._trial import Trial, landscape, make_trial
 from ..inference._models import Model
 from ..stragglers import AbstractStragglers
 from ..tuning import Descent, Tuned, search_layout, tune

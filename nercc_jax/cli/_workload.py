@@ -23,11 +23,11 @@ from ._errors import of_option
 from ._options import Returned
 from ._own_models import EXAMPLES, example_inputs, is_own, is_shipped, load_callable, load_hub
 
-_HELD_OUT = 1000  # inputs kept apart, at most; of few inputs a fifth
-_FILES = (".npy", ".npz", ".csv", ".parquet")  # of inputs
+_HELD_OUT = 1000  # most inputs in the test split; a fifth of the inputs if that is fewer
+_FILES = (".npy", ".npz", ".csv", ".parquet")  # suffixes of files of inputs
 
 
-class Answering(eqx.Module):
+class WorkerModel(eqx.Module):
     """A network as workers run it: its logits, or their softmax."""
 
     network: Any
@@ -39,7 +39,7 @@ class Answering(eqx.Module):
 
     @property
     def input_shape(self) -> tuple[int, ...] | None:
-        """The shape of one data point, where the network has it."""
+        """The shape of one data point, or None if the network does not state it."""
         return getattr(self.network, "input_shape", None)
 
     def images(
@@ -55,7 +55,7 @@ class Answering(eqx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Points:
-    """Data points as they are stored, their preprocessing, and labels: -1 where not known."""
+    """Data points as they are stored, their preprocessing, and labels (-1 where unknown)."""
 
     name: str
     images: np.ndarray
@@ -63,7 +63,7 @@ class Points:
     preprocess: Callable[[np.ndarray], Any]
 
 
-def inputs_of(network: Answering, split: str, data_dir: Path | None) -> Points:
+def inputs_of(network: WorkerModel, split: str, data_dir: Path | None) -> Points:
     """Return a split of a shipped model's data set."""
     from nercc_models import load_data
 
@@ -76,10 +76,11 @@ def inputs_of(network: Answering, split: str, data_dir: Path | None) -> Points:
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """A model as workers run it, and its data points: from its data set, or `x`, one a row.
+    """A model as workers run it, and its data points.
 
-    `source` is the name of the data points. Of `x`, "test" is a fifth, `_HELD_OUT` at most, the
-    same for all commands, and "train" the others.
+    The data points come from the model's data set or, if `x` is given, are the rows of `x`.
+    `source` names where they come from. The "test" split of `x` is a fifth of its rows, at most
+    `_HELD_OUT`, and every command chooses the same ones; "train" is the rest.
     """
 
     name: str
@@ -97,14 +98,14 @@ class Workload:
         if self.x is None:
             return self.model.images(split, self.data_dir, count, seed)[0]
         if split not in ("train", "test"):
-            raise ValueError(f"--split {split}: of {self.source} there are train and test")
+            raise ValueError(f"--split {split}: {self.source} has only the splits train and test")
         order = np.random.default_rng(0).permutation(len(self.x))
         held = min(_HELD_OUT, len(order) // 5)
         rows = order[:held] if split == "test" else order[held:]
         return self.x[np.random.default_rng(seed).permutation(rows)[:count]]
 
     def fingerprint(self, split: str) -> str:
-        """Return a text that identifies the data points of a split."""
+        """Return a text that identifies the data: the split's name, or a fingerprint of all `x`."""
         return split if self.x is None else fingerprint_of_array(self.x)
 
     def rows(self, split: str) -> Points:
@@ -123,16 +124,16 @@ def find_workload(
     outputs: Returned = "logits",
     traced: bool = True,
 ) -> Workload:
-    """Return the model and data points that the options of these names ask for.
+    """Return the model and data points that the options of the command line select.
 
     Args:
-        name: Of the model.
-        weights: Of your own model.
+        name: The model's name.
+        weights: File with the weights of your own model.
         inputs: File of data points.
         data_dir: Folder with the data sets.
         outputs: What workers return.
-        traced: Whether JAX must be able to trace the model. Inputs are then float32, otherwise as
-            the file has them.
+        traced: Whether JAX must be able to trace the model. If so, inputs of your own are
+            converted to float32; otherwise they keep the type in which they were read.
 
     Raises:
         ValueError: If there is no such model, no inputs are known, or the model does not run on
@@ -152,9 +153,9 @@ def find_workload(
 def find_model(name: str, weights: Path | None, outputs: Returned) -> Any:
     """Return the model that an option names, as workers run it; raise as `find_workload`."""
     if is_shipped(name):
-        return answering(name, outputs)
+        return load_worker_model(name, outputs)
     network = load_callable(name, weights) if is_own(name) else load_hub(name)
-    return Answering(network, outputs) if outputs == "probabilities" else network
+    return WorkerModel(network, outputs) if outputs == "probabilities" else network
 
 
 def own_inputs(name: str, path: Path | None) -> tuple[np.ndarray, str]:
@@ -163,19 +164,19 @@ def own_inputs(name: str, path: Path | None) -> tuple[np.ndarray, str]:
         return read_inputs(path), str(path)
     found = example_inputs(name) if is_own(name) else None
     if found is None:
-        module = f", or give its module {EXAMPLES}()" if is_own(name) else ""
-        raise ValueError(f"--model {name}: say what it is to run on with --inputs FILE{module}")
+        module = f", or define {EXAMPLES}() in its module" if is_own(name) else ""
+        raise ValueError(f"--model {name} needs data points: use --inputs FILE{module}")
     x = np.asarray(found)
     if x.ndim < 2 or not x.size or x.dtype.kind not in "biuf":
         raise ValueError(
-            f"--model {name}: {EXAMPLES}() gave {x.dtype} of shape {x.shape}: numbers, "
-            "(rows, *shape of one), are needed"
+            f"--model {name}: {EXAMPLES}() gave {x.dtype} of shape {x.shape}: an array of "
+            "numbers is needed, of shape (rows, *shape of a data point)"
         )
     return x, f"{EXAMPLES}() of {name.partition(':')[0]}"
 
 
 def _check_runs(name: str, model: Any, x: np.ndarray, source: str) -> None:
-    """Raise ValueError if JAX cannot run the model on a batch of `x`, or it gives no rows."""
+    """Raise ValueError if JAX cannot run the model on rows of `x`, or it gives no row for each."""
     check_model(model)
     one = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
     try:
@@ -183,8 +184,8 @@ def _check_runs(name: str, model: Any, x: np.ndarray, source: str) -> None:
     except Exception as error:
         first = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(
-            f"--model {name} does not run on a batch of shape {one.shape}, of {source}, which JAX "
-            f"traces (`nercc run --tolerance` traces nothing): {first}"
+            f"--model {name} does not run on a batch of shape {one.shape} of {source} when JAX "
+            f"traces it: {first} (`nercc run --tolerance` needs no tracing)"
         ) from error
     if getattr(answer, "shape", ())[:1] != (1,) or len(answer.shape) < 2:
         wanted = f"--model {name} must give an array, a row for each of a batch"
@@ -194,11 +195,11 @@ def _check_runs(name: str, model: Any, x: np.ndarray, source: str) -> None:
         raise ValueError(f"{wanted}, not {got}")
 
 
-def answering(model: str, outputs: Returned) -> Answering:
+def load_worker_model(model: str, outputs: Returned) -> WorkerModel:
     """Return a shipped model by name, as workers run it."""
     from nercc_models import load_model
 
-    return Answering(load_model(model), outputs)
+    return WorkerModel(load_model(model), outputs)
 
 
 def load_plain_code(path: Path, option: str) -> AbstractCode:
@@ -209,25 +210,27 @@ def load_plain_code(path: Path, option: str) -> AbstractCode:
         option: Its name in errors.
 
     Raises:
-        ValueError: If some workers of the code run further models, and as `load_code`.
+        ValueError: If some workers would run other models; and as `load_code`.
     """
     with of_option(option):
         code = load_code(path)
     if code.worker_models.any():
         raise ValueError(
-            f"{option}: {type(code).__name__} has workers that run other models; here all run the "
-            "served one"
+            f"{option}: {type(code).__name__} has workers that run other models; here all "
+            "workers must run the served model"
         )
     return code
 
 
-def enough(x: np.ndarray, source: str, num_data: int, groups: int, option: str) -> np.ndarray:
-    """Return the data points; raise ValueError if they do not fill so many groups."""
+def require_groups(
+    x: np.ndarray, source: str, num_data: int, groups: int, option: str
+) -> np.ndarray:
+    """Return `x`; raise ValueError if its rows do not fill `groups` groups."""
     if len(x) < groups * num_data:
-        what = f"no group of {num_data}" if groups == 1 else f"no {groups} groups of {num_data}"
+        what = "a group" if groups == 1 else f"{groups} groups"
         raise ValueError(
-            f"{len(x)} data points fill {what}: those that {option} leaves of {source}; ask for "
-            "more of them, or for a smaller --num-data"
+            f"{option} gives {len(x)} data points of {source}, too few for {what} of {num_data}; "
+            "ask for more data points or a smaller --num-data"
         )
     return x
 
@@ -238,13 +241,14 @@ def straggler_laws(
     """Return laws for each number of stragglers from 0 to `max_stragglers` (default: N - K).
 
     Raises:
-        ValueError: If that leaves no worker, or is negative.
+        ValueError: If `max_stragglers` is negative, or leaves no worker to answer.
     """
     if max_stragglers is None:
         max_stragglers = max(num_workers - num_data, 0)
     if not 0 <= max_stragglers < num_workers:
         raise ValueError(
-            f"--max-stragglers {max_stragglers} leaves none of {num_workers} workers to answer"
+            f"--max-stragglers {max_stragglers}: it must be from 0 to {num_workers - 1}, for "
+            f"{num_workers} workers"
         )
     return {str(s): ExactStragglers(s) for s in range(max_stragglers + 1)}
 
@@ -261,8 +265,8 @@ def needs_pyarrow(option: str) -> None:
 def read_inputs(path: Path) -> Float[np.ndarray, "rows ..."]:
     """Return a row for each input of a file: float32 where the file has that, otherwise float64.
 
-    The file is .npy, .npz with one array, or a table whose columns are the inputs, side by side; a
-    .csv may begin with their names.
+    The file is .npy, .npz with one array, or a table (.csv or .parquet) with one input a row and
+    one number of it in each column. A .csv may begin with a line of column names.
 
     Raises:
         ValueError: If there is no such file, or it has anything but finite numbers; it names the
@@ -282,7 +286,7 @@ def read_inputs(path: Path) -> Float[np.ndarray, "rows ..."]:
     found = found if found.dtype == np.float32 else found.astype(np.float64)
     found = found[:, None] if found.ndim == 1 and path.suffix != ".npy" else found
     if found.ndim < 2 or not found.size:
-        raise ValueError(f"{option}: (rows, *shape of one) is needed, not {found.shape}")
+        raise ValueError(f"{option}: needs shape (rows, *shape of a data point), not {found.shape}")
     sound = np.isfinite(found.reshape(len(found), -1)).all(axis=1)
     if not sound.all():
         row, count = int(np.argmin(sound)), int(np.sum(~sound))

@@ -5,7 +5,7 @@ from ._berrut import Berrut
 from ._code import AbstractCode, as_mask
 from ._decoding import AMPLIFICATION, Decoded
 from ._files import code_card, load_code, save_code
-from ._grouped import copies_of_doubtful, following_points
+from ._grouped import copies_of_uncertain, following_points
 from ._groups import encode_groups
 from ._lagrange import Lagrange
 from ._nercc import NeRCC
@@ -27,7 +27,7 @@ __all__ = [
     "as_mask",
     "code_card",
     "coincident",
-    "copies_of_doubtful",
+    "copies_of_uncertain",
     "decode_groups",
     "decode_sets",
     "encode_groups",

@@ -68,7 +68,7 @@ class AbstractCode(eqx.Module):
     def __repr__(self) -> str:
         """Show the code's numbers as far as they are known, where Equinox has shapes."""
         fields = (field.name for field in dataclasses.fields(self) if field.repr)
-        summary = (f"{name}={_told(getattr(self, name))}" for name in fields)
+        summary = (f"{name}={_described(getattr(self, name))}" for name in fields)
         return f"{type(self).__name__}({', '.join(summary)})"
 
     @property
@@ -395,7 +395,7 @@ def _is_at_hand(array: Any) -> bool:
     return array.is_fully_addressable and not array.is_deleted()
 
 
-def _told(value: Any) -> str:
+def _described(value: Any) -> str:
     if not eqx.is_array(value) or value.ndim > 1 or not _is_at_hand(value):
         return eqx.tree_pformat(value)
     if value.ndim == 0:

@@ -82,7 +82,7 @@ def following_points(
     return jnp.zeros_like(alpha).at[order].set(new), moved
 
 
-def copies_of_doubtful(
+def copies_of_uncertain(
     deviation: Float[Array, "groups num_data"],
     num_workers: int,
     *,

@@ -7,7 +7,6 @@ from ._functions import coverage, recall, relative_rmse, row_errors
 from ._looks import system_look
 from ._objective import nested_errors, nested_objective
 from ._pictures import batch_figure, straggler_curves
-from ._trial import landscape
 
 __all__ = [
     "Answers",
@@ -18,7 +17,6 @@ __all__ = [
     "batch_figure",
     "coverage",
     "evaluate",
-    "landscape",
     "make_forecast",
     "nested_errors",
     "nested_objective",

@@ -29,16 +29,16 @@ class Candidate:
 
     `num_data` queries are coded together on `num_workers` workers, at the layout `points`, in the
     order `order` ("pixels", "surrogate" or None). A group is decoded when `wait_for` workers have
-    answered, but not before `min_wait` seconds; predictions with more doubt than `limit` are sent
-    again as they came (None: none is). Hedging sends up to `copies` of a query, one every
-    `hedge_after` seconds.
+    answered, but not before `min_wait` seconds; predictions with an error probability over
+    `limit` are sent again as they came (None: none is). Hedging sends up to `copies` of a
+    query, one every `hedge_after` seconds.
 
     `extra_work` is what is sent beyond one call a query, as a share: N/K - 1 and what is sent
     again, `resent`. `disagreement` is the share of labels that differ from the model's own, lost
     ones included, and `most_disagreement` what it is at most (see `at_most`); 0 for `exact` ones
     whose predictions are all the model's own. `p50` and `p99` are of the seconds until the last of
     the queries is answered. What is not `held_out` was only screened: on few straggler sets, and
-    its disagreement on the data that doubt is calibrated on.
+    its disagreement on the data that the error probability is calibrated on.
     """
 
     system: str

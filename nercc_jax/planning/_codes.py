@@ -34,8 +34,8 @@ from ._candidates import (
     waits,
 )
 
-# Straggler sets that each group meets: when screened, when held out, when doubt is calibrated.
-_SCREEN_SETS, TOLD_SETS, _DOUBT_SETS = 4, 48, 64
+# Straggler sets that each group meets: in screening, on held-out data, in calibration.
+_SCREEN_SETS, TOLD_SETS, _CALIBRATION_SETS = 4, 48, 64
 _SCREEN_DRAWS, _TOLD_DRAWS = 5_000, 20_000
 # Of draws that must not be the same; what is compared with each other meets the same.
 _STREAMS = {"shuffle": 0, "ends": 1, "again": 2, "screen": 3, "held_out": 4}
@@ -216,7 +216,7 @@ class Codes:
         fast = [s for s in screened if s.row.p99 < self._fastest and wanted > 0]
         plain = [s for s in fast if s.row.disagreement.mean <= wanted]
         rows: list[Candidate] = []
-        doubts: dict[Candidate, ErrorProbability] = {}
+        probabilities: dict[Candidate, ErrorProbability] = {}
         for entry in _in_turn([(s.row.p99, s.row.extra_work, s) for s in plain], rows, wanted):
             seen = self._measured(entry, self._held_out, "held_out")
             times = self._ends(entry.rule, _TOLD_DRAWS)
@@ -225,10 +225,10 @@ class Codes:
         again = [g for g in again if g[0] < self._fastest and g[1] <= most]
         summary: list[Candidate] = []
         for entry in _in_turn(again, summary, wanted):
-            error_probability, found = self._with_doubt(entry, key)
+            error_probability, found = self._with_error_probability(entry, key)
             summary += found
-            doubts |= dict.fromkeys(found, error_probability)
-        return rows + summary, doubts
+            probabilities |= dict.fromkeys(found, error_probability)
+        return rows + summary, probabilities
 
     def _guess(self, entry: Screened) -> tuple[float, float]:
         """Estimate the p99 and the extra work if three times the wrong ones are sent again."""
@@ -241,14 +241,14 @@ class Codes:
         times = last_prediction(end, own, again, seconds)
         return float(np.quantile(times, PROMISED)), entry.row.extra_work + share
 
-    def _with_doubt(
+    def _with_error_probability(
         self, entry: Screened, key: PRNGKeyArray
     ) -> tuple[ErrorProbability, list[Candidate]]:
         """Measure re-execution of uncertain ones, for this disagreement and for half of it."""
         code, row, wanted = entry.code, entry.row, self._asked["max_disagreement"]
         known = self._calibration.answers(row.order, row.num_data).of(code)
         error_probability = error_probability_from_answers(
-            known, {"rule": entry.rule}, key, _DOUBT_SETS
+            known, {"rule": entry.rule}, key, _CALIBRATION_SETS
         )
         seen = self._measured(entry, self._held_out, "held_out", error_probability)
         groups = self._asked["num_queries"] // code.num_data

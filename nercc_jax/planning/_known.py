@@ -32,11 +32,11 @@ def known_systems(
     error_probability = fit_error_probability_of_points(
         calibration.features, no_answers, calibration.wrong, calibration.form
     )
-    doubts = np.asarray(error_probability.of_features(jnp.asarray(held_out.features)))
+    probabilities = np.asarray(error_probability.of_features(jnp.asarray(held_out.features)))
     queries = asked["num_queries"]
     shape = (number_of_draws(DRAWS, _COPIES * queries), queries)
     own = latencies.draw(_STREAM, (_COPIES, *shape))[0]
-    point = latencies.random(_CHOSEN).integers(0, len(doubts), shape)
+    point = latencies.random(_CHOSEN).integers(0, len(probabilities), shape)
     found: dict[Candidate, ErrorProbability] = {}
     for share in QUANTILES:
         after = latencies.quantile(share)
@@ -49,7 +49,7 @@ def known_systems(
         for limit in sorted(
             {error_probability.limit(wanted), error_probability.limit(wanted / 2)} - {0.0}
         ):
-            sure = doubts <= limit
+            sure = probabilities <= limit
             known = (own > after) & sure[point]
             wrongly = Estimate.over((sure & held_out.wrong).astype(float).tolist())
             row = make_candidate(
@@ -61,7 +61,7 @@ def known_systems(
                 limit=limit,
                 resent=float(np.mean(np.where(known, 1, sent))) - 1,
                 disagreement=Estimate(late * wrongly.mean, late * wrongly.half_width),
-                most_disagreement=late * at_most(wrongly, len(doubts)),
+                most_disagreement=late * at_most(wrongly, len(probabilities)),
                 exact=False,
             )
             found[row] = error_probability

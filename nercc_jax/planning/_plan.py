@@ -243,7 +243,7 @@ def plan(
     latencies = Latencies(latency, keys[0])
     on_stage("systems without a code")
     exact = list(uncoded_systems(latencies, asked))
-    doubts: dict[Candidate, ErrorProbability] = {}
+    probabilities: dict[Candidate, ErrorProbability] = {}
     fastest = min(row.p99 for row in exact if row.exact and feasible(row, asked))
     on_stage("the model's own answers")
     halves = [
@@ -252,14 +252,14 @@ def plan(
     ]
     known: list[Candidate] = []
     if surrogate is not None:
-        known, doubts = known_systems(latencies, asked, (halves[0], halves[1]))
+        known, probabilities = known_systems(latencies, asked, (halves[0], halves[1]))
     codes = Codes(latencies, asked, (halves[0], halves[1]), fastest)
     on_stage("screening codes")
     orders = (None, "pixels") + (() if surrogate is None else ("surrogate",))
     screened = codes.screen(sizes, layouts, orders)
     on_stage("measuring on held-out data")
     coded, of_codes = codes.measure(screened, keys[2])
-    doubts |= of_codes
+    probabilities |= of_codes
     found = (*exact, *known, *coded, *(entry.row for entry in screened))
     rows = tuple(_later(row, asked["overhead"]) for row in found)
     best = _best(rows, asked)
@@ -269,7 +269,7 @@ def plan(
         "straggler_sets": TOLD_SETS,
         "seconds": round(time.perf_counter() - begin, 1),
     }
-    error_probability = doubts.get(found[rows.index(best)])
+    error_probability = probabilities.get(found[rows.index(best)])
     return Plan(rows, best, _reason(best, rows, asked), error_probability, asked, about)
 
 

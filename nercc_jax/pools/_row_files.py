@@ -258,7 +258,7 @@ def load_fitted(path: Path, code: NeRCC) -> FittedScheme:
         bars=ErrorBars(**{name: _array(each) for name, each in bars.items()}),
         error_probability=error_probability
         and ErrorProbability(**{name: _array(each) for name, each in error_probability.items()}),
-        redundancy="doubtful",
+        redundancy="uncertain",
     )
     deviations, error_probabilities = np.asarray(about["deviations"]), about["doubts"]
     return FittedScheme(

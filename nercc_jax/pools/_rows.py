@@ -115,7 +115,7 @@ class RowCoder:
 
     Args:
         pool: The workers.
-        scheme: With `redundancy="doubtful"`.
+        scheme: With `redundancy="uncertain"`.
         target: By which rows are scored.
         wait_for: The number of answers at which the other rows are decoded.
 
@@ -126,7 +126,7 @@ class RowCoder:
     def __init__(self, pool: AbstractPool, scheme: Scheme, target: AccuracyTarget, wait_for: int):
         scheme = off_meshes(scheme)
         if not scheme.places_copies:
-            raise ValueError("rows go as they are: redundancy='doubtful' is needed")
+            raise ValueError("rows go as they are: redundancy='uncertain' is needed")
         self.scheme, self.target, self.wait_for = scheme, target, wait_for
         self._pool = pool
         self._encode, self.decode = scheme_steps(scheme)

@@ -107,7 +107,11 @@ def fit_scheme(
         error_probability = fit_error_probability_of_predictions(mean, deviation, jnp.asarray(own))
         error_probabilities = np.asarray(error_probability(mean, deviation, mean))
     scheme = Scheme(
-        code, surrogate=knows, bars=bars, error_probability=error_probability, redundancy="doubtful"
+        code,
+        surrogate=knows,
+        bars=bars,
+        error_probability=error_probability,
+        redundancy="uncertain",
     )
     return FittedScheme(scheme, len(x), np.asarray(deviation), error_probabilities)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
-from ..codes import AbstractCode, Decoded, copies_of_doubtful, encode_groups, following_points
+from ..codes import AbstractCode, Decoded, copies_of_uncertain, encode_groups, following_points
 from ..codes._decoding import mask_mixed_groups
 from ..codes._grouped import GroupPoints, check_has_points, has_points
 from ..codes._kept import CachedMatrices
@@ -88,10 +88,10 @@ class Scheme(AbstractScheme):
         follow: Regression points that are as far apart as each group's data points are: by their
             "inputs", or by a function of a batch (features, or the one parameter that they differ
             by). None keeps the code's.
-        redundancy: "code" leaves the redundant workers to the code; "doubtful" gives them copies of
-            those data points of each group that the surrogate is least certain of. None is
-            "doubtful" where the surrogate has a deviation (a learner does) and the code is NeRCC.
-        budget: With "doubtful", the mean number of workers for a group: groups with more
+        redundancy: "code" leaves the redundant workers to the code; "uncertain" gives them copies
+            of those data points of each group that the surrogate is least certain of. None is
+            "uncertain" where the surrogate has a deviation (a learner does) and the code is NeRCC.
+        budget: With "uncertain", the mean number of workers for a group: groups with more
             uncertainty get more, up to N. None is always N.
 
     Raises:
@@ -108,7 +108,7 @@ class Scheme(AbstractScheme):
     buffer_size: int = eqx.field(static=True, default=1024)
     bars: ErrorBars | None = None
     follow: Literal["inputs"] | Callable[[PyTree], PyTree] | None = eqx.field(default=None)
-    redundancy: Literal["code", "doubtful"] | None = eqx.field(static=True, default=None)
+    redundancy: Literal["code", "uncertain"] | None = eqx.field(static=True, default=None)
     budget: float | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):
@@ -119,13 +119,15 @@ class Scheme(AbstractScheme):
             raise ValueError("order by 'surrogate' needs a surrogate")
         if isinstance(self.follow, str) and self.follow != "inputs":
             raise ValueError(f"follow must be 'inputs' or a function, not {self.follow!r}")
-        if self.redundancy not in (None, "code", "doubtful"):
-            raise ValueError(f"redundancy must be 'code' or 'doubtful', not {self.redundancy!r}")
+        if self.redundancy not in (None, "code", "uncertain"):
+            raise ValueError(f"redundancy must be 'code' or 'uncertain', not {self.redundancy!r}")
         summary = self.surrogate is not None and self.surrogate.has_deviation
-        if self.redundancy == "doubtful" and not summary:
-            raise ValueError("copies of what is doubtful need a surrogate that tells it: a learner")
+        if self.redundancy == "uncertain" and not summary:
+            raise ValueError(
+                "copies of uncertain points need a surrogate with deviations, such as a learner"
+            )
         if self.budget is not None and not self.places_copies:
-            raise ValueError("a budget is for redundancy='doubtful'")
+            raise ValueError("a budget is for redundancy='uncertain'")
         if self.follow is not None or self.places_copies:
             check_has_points(self.code)
 
@@ -133,7 +135,7 @@ class Scheme(AbstractScheme):
     def places_copies(self) -> bool:
         """Return whether the redundant workers get copies of uncertain data points."""
         if self.redundancy is not None:
-            return self.redundancy == "doubtful"
+            return self.redundancy == "uncertain"
         summary = self.surrogate is not None and self.surrogate.has_deviation
         return summary and has_points(self.code) and self.code.num_workers > self.code.num_data
 
@@ -180,7 +182,7 @@ class Scheme(AbstractScheme):
         if self.places_copies:
             assert surrogate is not None
             deviation = surrogate.prior_deviation(groups)
-            holds, busy = copies_of_doubtful(deviation, code.num_workers, budget=self.budget)
+            holds, busy = copies_of_uncertain(deviation, code.num_workers, budget=self.budget)
             beta = jnp.take_along_axis(alpha, holds, axis=1)
         placed = GroupPoints(alpha, beta, exact=self.places_copies)
         return PreparedInputs(arranged.order, own, placed, busy)

@@ -93,7 +93,7 @@ _TABLE = (
     _one("drifts", "Times that predictions were wrong more often than promised.", "drift"),
     _one("policy_changes", "Times that another setting was picked.", "policy_change"),
     _one("reexecutions", "Queries sent a second time.", "reexecution"),
-    _one("over_budget", "Doubtful answers given because the budget was spent.", "over_budget"),
+    _one("over_budget", "Uncertain answers given because the budget was spent.", "over_budget"),
     _one(
         "expected_disagreement",
         "Probability that the label of a decoded or predicted query is not the model's own.",

@@ -59,13 +59,13 @@ class BatchingPolicy:
     max_disagreement: float | None = _option(
         None,
         "Maximum share of wrong labels among the queries whose own worker straggles, in the mean. "
-        "Each query is judged by itself: answers that are too doubtful wait for more workers, and "
+        "Each query is judged by itself: answers that are too uncertain wait for more workers, and "
         "are sent again if none are left. 1 in settings, None in Python: decode as soon as "
         "`wait_for` answers are in.",
     )
     max_reexecution: float | None = _option(
         None,
-        "Maximum share of queries sent again because their answer is doubtful; beyond it the best "
+        "Maximum share of queries sent again because their answer is uncertain; beyond it the best "
         "answer is given with its error probability. Unlimited by default.",
     )
     tolerance: float | None = _option(
@@ -73,14 +73,14 @@ class BatchingPolicy:
         "For functions: error bound, in units of the outputs and for nine of ten answers, within "
         "which the surrogate answers stragglers' queries. Nothing is decoded then.",
     )
-    redundancy: Literal["always", "doubtful"] = _option(
+    redundancy: Literal["always", "uncertain"] = _option(
         "always",
-        "Redundancy to send while workers are free: `always` all that the code has; `doubtful` "
+        "Redundancy to send while workers are free: `always` all that the code has; `uncertain` "
         "only for queries that the surrogate could not answer, and none before it is calibrated.",
     )
     max_redundancy: float | None = _option(
         None,
-        "With `doubtful`: maximum calls for redundancy, as a share of the queries. Unlimited by "
+        "With `uncertain`: maximum calls for redundancy, as a share of the queries. Unlimited by "
         "default.",
     )
     max_calls: float | None = _option(
@@ -123,8 +123,8 @@ class BatchingPolicy:
             raise ValueError(f"max_disagreement must be in [0, 1), not {self.max_disagreement}")
         if self.tolerance is not None and not 0 < self.tolerance < math.inf:
             raise ValueError(f"tolerance must be positive, not {self.tolerance}")
-        if self.redundancy not in ("always", "doubtful"):
-            raise ValueError(f"redundancy must be 'always' or 'doubtful', not {self.redundancy!r}")
+        if self.redundancy not in ("always", "uncertain"):
+            raise ValueError(f"redundancy must be 'always' or 'uncertain', not {self.redundancy!r}")
         if self.max_redundancy is not None and not self.max_redundancy >= 0:
             raise ValueError(f"max_redundancy must be 0 or more, not {self.max_redundancy}")
         if self.max_calls is not None and not 1 <= self.max_calls < math.inf:

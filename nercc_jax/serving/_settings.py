@@ -185,7 +185,7 @@ class ModelSettings(BaseModel):
         "learn",
     )
     tolerance: float | None = _of_policy("tolerance", 0.01)
-    redundancy: Literal["always", "doubtful"] = _of_policy("redundancy")
+    redundancy: Literal["always", "uncertain"] = _of_policy("redundancy")
     max_redundancy: float | None = _of_policy("max_redundancy", 0.1)
     max_calls: float | None = _of_policy("max_calls", 1.1)
 

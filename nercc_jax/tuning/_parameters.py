@@ -1,4 +1,4 @@
-"""A code's tunable numbers as free ones, and back: what gradient descent walks on."""
+"""Convert a code's tunable numbers to unconstrained parameters, and back."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,35 +11,38 @@ from jaxtyping import Array, Float
 
 from ..codes import AbstractCode, mean_gap
 
-# `dict[str, Array]`, said loosely: optax types its trees as anything.
+# A `dict[str, Array]`, but declared as Any, because optax's own types accept any tree.
 Parameters: TypeAlias = Any
 Code = TypeVar("Code", bound=AbstractCode)
 
-# Angles this close are the same: the points coincide, or one lies at an end of [-1, 1].
-_SAME = 1e-6
+# Angles closer than this are equal: two points coincide, or a point is at an end of [-1, 1].
+_SAME_ANGLE = 1e-6
 
 
 def parametrize(
     code: Code, *, points: bool = False
 ) -> tuple[Parameters, Callable[[Parameters], Code]]:
-    """Return a code's free parameters, unbounded numbers, and the function that rebuilds the code.
+    """Return a code's unconstrained parameters, and the function that rebuilds the code.
 
-    The parameters are those whose leaves the code has:
+    There is a parameter for each of these leaves that the code has:
 
-    - "log_lambda_enc", "log_lambda_dec", "log_end_penalty": natural logarithms. A lambda of 0
-      starts from the fourth power of a thirtieth of the mean gap between its points, where
-      smoothing hardly acts, and an `end_penalty` of 0 from 1. But an `exact` code with a lambda_enc
-      of 0 keeps it: else its workers would no longer run on the data points themselves.
+    - "log_lambda_enc", "log_lambda_dec", "log_end_penalty": natural logarithms. As 0 has none, a
+      lambda of 0 starts at (g / 30)**4, with g the mean gap between its points, where smoothing
+      has almost no effect; an `end_penalty` of 0 starts at 1. But if an `exact` code has a
+      lambda_enc of 0, that is left at 0 and is not a parameter: otherwise its workers would no
+      longer run on the data points themselves.
     - "gap_exponent": itself.
-    - With `points`, "alpha_shifts" and "beta_shifts", zero at the start: a shift s_i of a point's
-      angle arccos(t) multiplies the gap before it by exp(s_i) and the one behind it by exp(-s_i),
-      and then all gaps are scaled to fill [0, pi]. So a point moves by itself, and all keep their
-      order. Betas at an end of [-1, 1] or at each other stay there, and a beta that coincides with
-      an alpha follows it: it never leaves, so answers stay exact and copies stay copies. (For an
-      `exact` code leaving is a jump of the objective, which no gradient sees: compare layouts.)
+    - With `points`, "alpha_shifts" and "beta_shifts", zero at the start. In order of the angle
+      arccos(t), the shift s_i of a point multiplies the gap before that point by exp(s_i) and the
+      gap after it by exp(-s_i); then all gaps are scaled to fill [0, pi]. So each point has a
+      shift of its own, and the points keep their order. A beta at an end of [-1, 1] stays there,
+      and betas that coincide stay together. A beta that coincides with an alpha moves with it, so
+      exact answers stay exact and copies stay copies. (If a beta of an `exact` code left its
+      alpha, the objective would jump, which a gradient does not show. To decide whether they
+      should coincide, compare layouts.)
 
-    A descent of your own goes over these, not over the code's leaves: no step makes a lambda
-    negative, where it would have no slope and stay for ever.
+    If you write your own gradient descent, optimise these parameters, not the code's leaves. Then
+    no step can make a lambda negative, where its gradient is zero and it would stay for ever.
 
     ```python
     import jax
@@ -58,8 +61,8 @@ def parametrize(
     @jax.jit
     def step(parameters, state):
         objective = lambda parameters: nested_objective(model, rebuild(parameters), x, available)
-        value, slopes = jax.value_and_grad(objective)(parameters)
-        updates, state = optimizer.update(slopes, state)
+        value, gradients = jax.value_and_grad(objective)(parameters)
+        updates, state = optimizer.update(gradients, state)
         return value, optax.apply_updates(parameters, updates), state
 
     for _ in range(30):
@@ -83,10 +86,10 @@ def parametrize(
         free["gap_exponent"] = leaves["gap_exponent"]
     place = None
     if points and {"alpha", "beta"} <= leaves.keys():
-        shifts, place = _moving_points(leaves["alpha"], leaves["beta"])
+        shifts, place = _shifts_of_points(leaves["alpha"], leaves["beta"])
         free |= shifts
     if not free:
-        also = " but points, which are left as they are" if "alpha" in leaves else ""
+        also = " except its points, which stay fixed" if "alpha" in leaves else ""
         raise ValueError(f"{type(code).__name__} has nothing to tune{also}")
 
     def rebuild(parameters: Parameters) -> Code:
@@ -105,18 +108,20 @@ def parametrize(
 
 
 def _logarithm(value: Float[Array, ""], points: Float[Array, " n"]) -> Float[Array, ""]:
-    least = (mean_gap(points, jnp.ones(points.shape, bool)) / 30) ** 4
-    return jnp.log(jnp.where(value > 0, value, least))
+    start = (mean_gap(points, jnp.ones(points.shape, bool)) / 30) ** 4
+    return jnp.log(jnp.where(value > 0, value, start))
 
 
-def _moving_points(
+def _shifts_of_points(
     alpha: Float[Array, " k"], beta: Float[Array, " n"]
 ) -> tuple[Parameters, Callable[[Parameters], tuple[Array, Array]]]:
-    same = np.abs(np.arccos(np.asarray(alpha, float)) - np.arccos(np.asarray(beta, float))[:, None])
-    follows = np.min(same, axis=1) < _SAME
-    leader = np.argmin(same, axis=1)
-    free_alpha, place_alpha = _moving(np.asarray(alpha, float))
-    free_beta, place_beta = _moving(np.asarray(beta, float)[~follows])
+    """Return zero shifts of all points, and a function from shifts to (alpha, beta)."""
+    angles = np.arccos(np.asarray(beta, float))
+    distances = np.abs(np.arccos(np.asarray(alpha, float)) - angles[:, None])
+    follows = np.min(distances, axis=1) < _SAME_ANGLE
+    leader = np.argmin(distances, axis=1)
+    num_alpha_shifts, place_alpha = _shifts_of(np.asarray(alpha, float))
+    num_beta_shifts, place_beta = _shifts_of(np.asarray(beta, float)[~follows])
     dtype = alpha.dtype
 
     def place(parameters: Parameters) -> tuple[Array, Array]:
@@ -125,23 +130,23 @@ def _moving_points(
         return new, new[leader].at[~follows].set(others)
 
     return {
-        "alpha_shifts": jnp.zeros(free_alpha, dtype),
-        "beta_shifts": jnp.zeros(free_beta, dtype),
+        "alpha_shifts": jnp.zeros(num_alpha_shifts, dtype),
+        "beta_shifts": jnp.zeros(num_beta_shifts, dtype),
     }, place
 
 
-def _moving(points: np.ndarray) -> tuple[int, Callable[[Array], Array]]:
+def _shifts_of(points: np.ndarray) -> tuple[int, Callable[[Array], Array]]:
     """Return the number of shifts of these points, and a function from shifts to points."""
     angles = np.arccos(points)
     order = np.argsort(angles)
     gaps = np.diff(np.concatenate([[0], angles[order], [np.pi]]))
-    wide = gaps > _SAME
+    wide = gaps > _SAME_ANGLE
 
     def place(shifts: Array) -> Array:
         stretch = jnp.diff(shifts, prepend=0, append=0)
         wide_gaps = jnp.asarray(gaps[wide], shifts.dtype) * jnp.exp(stretch)
         shares = jnp.zeros(gaps.size, shifts.dtype).at[wide].set(wide_gaps / jnp.sum(wide_gaps))
-        # cos(pi x) as a sine: symmetric to the last bit, and exactly 1 at 0.
+        # cos(pi x), x the cumulative share, as a sine: exactly symmetric, and exactly 1 at x = 0.
         t = jnp.sin(jnp.pi * (0.5 - jnp.cumsum(shares)[:-1]))
         return jnp.zeros_like(t).at[order].set(t)
 

@@ -438,10 +438,13 @@ def test_the_command_makes_a_student_of_a_shipped_model(run, tmp_path):
         ("--mixed 2 --answers 600", "--mixed 2.0 lies outside [0, 1]"),
         ("--weights w.npz", "--weights is for a model of your own"),
         ("--inputs none.npy", "--inputs none.npy: there is no such file"),
-        ("--model own_scores:scores", "say what it is to run on with --inputs"),
+        ("--model own_scores:scores", "needs data points: use --inputs"),
         ("--model own_scores:nothing --inputs x.npy", "has no attribute 'nothing'"),
         ("--model own_scores:scores --inputs words.npy", "words.npy cannot be read"),
-        ("--model own_scores:scores --inputs row.npy", "(rows, *shape of one) is needed, not (9,)"),
+        (
+            "--model own_scores:scores --inputs row.npy",
+            "needs shape (rows, *shape of a data point), not (9,)",
+        ),
         ("--model own_scores:scores --inputs few.npy", "has 4 inputs: needs five or more"),
         (
             "--inputs x.npy",

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from nercc_jax import DevicePool, NeRCC
-from nercc_jax.serving import BatchingPolicy, CodedBatcher, Coder, ErrorEstimator
+from nercc_jax.serving import BatchingPolicy, CodedBatcher, Coder
+from nercc_jax.serving.adapt._error_estimator import ErrorEstimator
 from nercc_jax.serving.core._error_probability import DecodingErrorProbability
 
 SHAPE, OUT = (6,), (3,)
@@ -22,7 +23,7 @@ INTERLEAVED = NeRCC(4, 8, points="interleaved", lambda_dec=0.0)
 # angles are even, alphas are at 22.5, 67.5, ... degrees, the others of the betas at 45, 82.5, ...
 OWN, EXTRAS = (1, 3, 0, 2), (5, 7, 4, 6)
 
-# A margin of 0.1 or less is doubtful, whatever else is known.
+# A margin of 0.1 or less is uncertain, whatever else is known.
 BY_MARGIN = DecodingErrorProbability(
     np.array([2 * np.log(0.1), -2, 0, 0, 0], np.float32),
     wrong_from=np.full(100, 0.5, np.float32),

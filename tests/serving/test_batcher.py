@@ -213,7 +213,7 @@ def of_two_kinds(even, odd):
 
 @pytest.mark.parametrize("budget", [None, 0.5, 0.0])
 def test_each_query_is_judged_by_itself(budget, monkeypatch):
-    """Two of one batch, decoded from the same workers: the doubtful one is sent again."""
+    """Two of one batch, decoded from the same workers: the uncertain one is sent again."""
     monkeypatch.setattr(ErrorEstimator, "error_probability", lambda self, queries: BY_MARGIN)
     gates = Gates(SERVICE)
     policy = {"max_disagreement": 0.001, "max_reexecution": budget}
@@ -228,7 +228,7 @@ def test_each_query_is_judged_by_itself(budget, monkeypatch):
         assert not reply.exact[2], "what is sure is not sent again"
         assert 0 < reply.expected_disagreement[2] < 0.5
         assert reply.exact[3] == reply.reexecuted[3] == (budget != 0)
-        assert (reply.expected_disagreement[3] > 0.5) == (budget == 0), "it says how doubtful it is"
+        assert (reply.expected_disagreement[3] > 0.5) == (budget == 0), "it says how uncertain"
         assert np.abs(reply.values - model(x)).max() < 0.1
         assert count(batcher, "reexecution") == (budget != 0)
         assert count(batcher, "over_budget") == (budget == 0)
@@ -238,21 +238,21 @@ def test_each_query_is_judged_by_itself(budget, monkeypatch):
         assert audits == 1 + (budget == 0), "what was given out is compared with what comes late"
 
 
-@pytest.mark.parametrize("doubtful", [2, 3])
-def test_a_budget_for_one_is_spent_on_the_more_doubtful(doubtful, monkeypatch):
+@pytest.mark.parametrize("uncertain", [2, 3])
+def test_a_budget_for_one_is_spent_on_the_more_uncertain(uncertain, monkeypatch):
     monkeypatch.setattr(ErrorEstimator, "error_probability", lambda self, queries: BY_MARGIN)
     gates = Gates(SERVICE)
     # 24 queries have come before these 16: that is worth 1.2 of them.
     policy = {"max_disagreement": 0.001, "max_reexecution": 0.03, "max_batch_size": 2}
     with serving(INTERLEAVED, gates, workers=8, straggler_threshold=THRESHOLD, **policy) as batcher:
-        x = of_two_kinds(*((0.0, 0.06) if doubtful == 2 else (0.06, 0.0)))
+        x = of_two_kinds(*((0.0, 0.06) if uncertain == 2 else (0.06, 0.0)))
         event = gates.hold(x[2], calls=1)
         reply = batcher.submit(x).result(LONG)
         event.set()
-        assert np.flatnonzero(reply.reexecuted).tolist() == [doubtful]
-        other = 5 - doubtful
+        assert np.flatnonzero(reply.reexecuted).tolist() == [uncertain]
+        other = 5 - uncertain
         assert not reply.exact[other]
-        assert reply.expected_disagreement[other] > 0.5, "it is doubtful, too"
+        assert reply.expected_disagreement[other] > 0.5, "it is uncertain, too"
         assert count(batcher, "reexecution") == count(batcher, "over_budget") == 1
 
 

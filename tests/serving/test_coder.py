@@ -6,7 +6,8 @@ import pytest
 from scipy.interpolate import make_interp_spline
 
 from nercc_jax import Berrut, Lagrange, NeRCC, Parity, Replication, Uncoded
-from nercc_jax.serving import Coder, ErrorEstimator
+from nercc_jax.serving import Coder
+from nercc_jax.serving.adapt._error_estimator import ErrorEstimator
 
 CODES = {
     "interleaved": NeRCC(4, 8, points="interleaved", lambda_dec=0.0),

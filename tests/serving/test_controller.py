@@ -35,8 +35,8 @@ def test_a_tail_is_that_of_calls_played_again():
     known = foresee(replay, "none", 0.6)
     assert (known.tail, known.calls) == (pytest.approx(1.5), 1.0)
     # Half of the queries are drawn as known or not: here all alike.
-    assert foresee(replay, "doubtful", 0.6).calls == 1.0
-    doubted = foresee(replay, "doubtful", 0.4)
+    assert foresee(replay, "uncertain", 0.6).calls == 1.0
+    doubted = foresee(replay, "uncertain", 0.4)
     assert (doubted.tail, doubted.calls) == (pytest.approx(2.0), pytest.approx(2 + 30 / 10_000))
     assert foresee(replay, "always", 0.6) == foresee(replay, "always", 0.6)
     assert foresee(replay, "always", 0.6).tail == pytest.approx(1.5)
@@ -121,8 +121,8 @@ class Looks:
     ("most", "known", "redundancy"),
     [
         (1.05, 0.7, "none"),
-        (1.4, 0.7, "doubtful"),
-        (2.2, 0.7, "doubtful"),
+        (1.4, 0.7, "uncertain"),
+        (2.2, 0.7, "uncertain"),
         (1.2, 0.0, "none"),
         (2.2, 0.0, "always"),
     ],
@@ -155,7 +155,7 @@ def test_where_p999_cannot_be_helped_p99_is():
 def test_when_nothing_is_known_any_more_it_hedges_again():
     predictor = Sure()
     looks = Looks(1.4, predictor)
-    assert looks.look(0.05).redundancy == "doubtful"
+    assert looks.look(0.05).redundancy == "uncertain"
     predictor.share = 0.0
     assert looks.look(0.05).redundancy == "none"
 
@@ -210,7 +210,7 @@ def test_traffic_is_served_by_what_is_picked():
     )
     traffic = Traffic(Sure(), policy, code=Replication(1, 2), share=0.05)
     traffic.send(600)
-    assert traffic.batcher._adaptation.setting.redundancy == "doubtful"
+    assert traffic.batcher._adaptation.setting.redundancy == "uncertain"
     before, told = traffic.calls(), traffic.send(300)
     assert 1.2 < (traffic.calls() - before) / 300 < 1.4  # three of ten twice
     assert np.quantile([seconds for seconds, *_ in told], 0.99) < 1.5 * SERVICE

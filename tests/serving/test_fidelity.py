@@ -197,7 +197,7 @@ def test_what_was_wrong_at_any_look_counts():
     doubt = calibrate(features, told, wrong, 4)
     assert doubt.wrong_from.size == 3
     np.testing.assert_allclose(doubt.wrong_from[:2], 1 / (1 + np.exp(-doubt.weights[0])), rtol=1e-6)
-    assert doubt.wrong_from[2] == 1, "what is not told is as doubtful as can be"
+    assert doubt.wrong_from[2] == 1, "what is not told is as uncertain as can be"
     np.testing.assert_allclose(doubt.weights[1:], 0, atol=1e-6)
 
 

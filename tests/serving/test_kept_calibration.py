@@ -12,9 +12,9 @@ require("pydantic_settings", "serve")
 
 from nercc_jax import NeRCC
 from nercc_jax.cli._calibration_file import calibration_file
-from nercc_jax.serving import Coder, ErrorEstimator, make_servable
+from nercc_jax.serving import Coder, make_servable
 from nercc_jax.serving._settings import ModelSettings
-from nercc_jax.serving.adapt._error_estimator import calibrate_or_restore
+from nercc_jax.serving.adapt._error_estimator import ErrorEstimator, calibrate_or_restore
 
 WEIGHTS = np.random.default_rng(2).normal(size=(4, 3)).astype(np.float32)
 FULL = np.ones(8, bool)

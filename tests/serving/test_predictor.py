@@ -109,12 +109,12 @@ class Says(Predictor):
 
 
 def test_what_is_doubted_goes_out_twice_from_the_start_and_all_else_once():
-    policy = BatchingPolicy(straggler_threshold=1.4, max_disagreement=0.1, redundancy="doubtful")
+    policy = BatchingPolicy(straggler_threshold=1.4, max_disagreement=0.1, redundancy="uncertain")
     traffic = Traffic(Says(), policy, code=Replication(1, 2), share=0.0)
     traffic.send(200)
     assert 270 < traffic.calls() < 330
     few = BatchingPolicy(
-        straggler_threshold=1.4, max_disagreement=0.1, redundancy="doubtful", max_redundancy=0.1
+        straggler_threshold=1.4, max_disagreement=0.1, redundancy="uncertain", max_redundancy=0.1
     )
     traffic = Traffic(Says(), few, code=Replication(1, 2), share=0.0)
     traffic.send(200)
@@ -150,7 +150,7 @@ def test_arguments():
     Traffic(used, BatchingPolicy(max_disagreement=0.1))
     with pytest.raises(ValueError, match="another batcher's"):
         Traffic(used, BatchingPolicy(max_disagreement=0.1))
-    for alone in ({"tolerance": 0.1}, {"redundancy": "doubtful"}):
+    for alone in ({"tolerance": 0.1}, {"redundancy": "uncertain"}):
         with pytest.raises(ValueError, match="need a predictor"):
             Traffic(None, BatchingPolicy(**alone))
     with pytest.raises(ValueError, match="capacity"):

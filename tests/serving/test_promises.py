@@ -13,7 +13,8 @@ from traffic import OUT, SERVICE, SHAPE, WEIGHTS, Traffic, model
 from nercc_jax import NeRCC, Replication, Uncoded
 from nercc_jax.pools import Overdue
 from nercc_jax.pools._times import AnswerTimes
-from nercc_jax.serving import BatchingPolicy, CodedBatcher, Coder, ErrorEstimator, InferenceFailed
+from nercc_jax.serving import BatchingPolicy, CodedBatcher, Coder, InferenceFailed
+from nercc_jax.serving.adapt._error_estimator import ErrorEstimator
 from nercc_jax.serving.adapt._predictor import Predictor
 from nercc_jax.serving.core._adaptation import Predictions
 from nercc_jax.testing import SimulatedClock, SimulatedPool
@@ -49,8 +50,8 @@ def calibrated(coder):
 
 
 @pytest.mark.parametrize("sure", [True, False])
-def test_doubtful_redundancy_sends_coded_points_only_where_the_surrogate_doubts(sure):
-    policy = BatchingPolicy(straggler_threshold=1.4, max_disagreement=0.1, redundancy="doubtful")
+def test_uncertain_redundancy_sends_coded_points_only_where_the_surrogate_doubts(sure):
+    policy = BatchingPolicy(straggler_threshold=1.4, max_disagreement=0.1, redundancy="uncertain")
     traffic = Traffic(KnowsAll(sure), policy, INTERLEAVED, share=0.0, estimator=calibrated)
     told = traffic.send(100)
     assert all(reply.exact.all() for _, reply, _ in told)
@@ -85,7 +86,11 @@ def test_a_slow_model_is_well_for_as_long_as_its_answers_take():
     """Answers take ten seconds: four of silence are no trouble, five answers' time is."""
     clock, answering = SimulatedClock(), [True]
     pool = SimulatedPool(
-        model, 4, seconds=lambda size: 10.0 if answering[0] else 1e4, clock=clock, hang_timeout=1e5
+        model,
+        4,
+        seconds=lambda size: 10.0 if answering[0] else 1e4,
+        clock=clock,
+        hang_timeout=1e5,
     )
     policy = BatchingPolicy(deadline_s=3000.0, copies=1, ordering=False, max_batch_size=1)
     with CodedBatcher(pool, Coder(Uncoded(1)), SHAPE, OUT, policy=policy) as batcher:
@@ -150,7 +155,7 @@ def test_answers_that_fail_leave_the_limits_of_late_calls_as_they_are(fails):
 def test_what_was_predicted_before_a_drift_is_not_given_out_after_it():
     """Predictions are looked up when a query goes out, if its redundancy depends on them."""
     predictor = KnowsAll(True)
-    policy = BatchingPolicy(straggler_threshold=2.0, max_disagreement=0.1, redundancy="doubtful")
+    policy = BatchingPolicy(straggler_threshold=2.0, max_disagreement=0.1, redundancy="uncertain")
     traffic = Traffic(predictor, policy, Replication(1, 2), share=0.0)
     traffic.send(50)
     traffic.share = 1.0

@@ -116,7 +116,7 @@ class Schedule:
             max_queue_size=int(random.choice([6, 200])),
             deadline_s=float(random.choice([0.3, 5.0])),
             max_disagreement=0.01 if self.predicts else random.choice([None, 0.01]),
-            redundancy=random.choice(["always", "doubtful"]) if self.predicts else "always",
+            redundancy=random.choice(["always", "uncertain"]) if self.predicts else "always",
             max_redundancy=random.choice([None, 0.2]),
             max_reexecution=random.choice([None, 0.1]),
             copies=int(random.integers(1, 4)),

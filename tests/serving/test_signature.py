@@ -9,7 +9,8 @@ import pytest
 from jax import lax
 
 from nercc_jax import NeRCC
-from nercc_jax.serving import Coder, ErrorEstimator, make_servable
+from nercc_jax.serving import Coder, make_servable
+from nercc_jax.serving.adapt._error_estimator import ErrorEstimator
 from nercc_jax.serving.protocol._servable import DTYPES, Tensor, Tensors
 
 RNG = np.random.default_rng(0)

@@ -185,7 +185,7 @@ def test_a_request_belongs_to_the_trace_of_who_asked(server, spans):
 @pytest.mark.parametrize(
     ("model", "answer", "names"),
     [
-        ("decodes", "decoded", {"queue", "encode", "worker call", "decode", "doubt"}),
+        ("decodes", "decoded", {"queue", "encode", "worker call", "decode", "error probability"}),
         ("repeats", "reexecuted", {"queue", "worker call", "send again"}),
     ],
 )

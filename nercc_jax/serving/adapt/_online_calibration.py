@@ -104,7 +104,7 @@ class CalibratedSurrogate:
 
     Attributes:
         surrogate: the surrogate.
-        doubt: the probability of a wrong label; None where labels do not matter.
+        error_probability: the probability of a wrong label; None where labels do not matter.
         factor: what deviations are multiplied by to get error bounds.
         limit: the largest probability of a wrong label with which an answer is given out.
         tolerance: the largest error bound with which an answer is given out.
@@ -113,7 +113,7 @@ class CalibratedSurrogate:
     """
 
     surrogate: AbstractSurrogate
-    doubt: ErrorProbability | None
+    error_probability: ErrorProbability | None
     factor: float
     limit: float
     tolerance: float
@@ -122,7 +122,7 @@ class CalibratedSurrogate:
 
     def predict(self, x: Shaped[np.ndarray, "queries ..."]) -> Predictions:
         """Return the answers to some queries; compiled for each number of them."""
-        found = _predict(self.surrogate, _without_levels(self.doubt), x)
+        found = _predict(self.surrogate, _without_levels(self.error_probability), x)
         values, deviation, probability = map(np.asarray, found)
         bound = self.factor * deviation
         sure = self.is_sure(probability, bound) & np.isfinite(values).all(axis=1)
@@ -133,7 +133,7 @@ class CalibratedSurrogate:
     ) -> Bool[np.ndarray, " queries"]:
         """Return which answers may be given out."""
         within = bound <= self.tolerance
-        return within if self.doubt is None else within & (probability <= self.limit)
+        return within if self.error_probability is None else within & (probability <= self.limit)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,8 +253,8 @@ class OnlineCalibration:
     def _validate(self, x: np.ndarray, own: np.ndarray) -> None:
         assert self._surrogate is not None
         calibrated = self.calibrated if self._current else None
-        doubt = None if calibrated is None else calibrated.doubt
-        found = _validated(self._surrogate, _without_levels(doubt), x, own, self._form)
+        error_probability = None if calibrated is None else calibrated.error_probability
+        found = _validated(self._surrogate, _without_levels(error_probability), x, own, self._form)
         batch = ValidationBatch(*map(np.asarray, found))
         if calibrated is not None:
             bound = calibrated.factor * batch.deviation
@@ -290,27 +290,27 @@ class OnlineCalibration:
             ratios = np.sort(np.where(error > 0, error / deviation, 0))
         factor = float(ratios[min(math.ceil(_COVERAGE * (len(ratios) + 1)), len(ratios)) - 1])
         wanted, tolerance = self._goal.max_disagreement, self._goal.tolerance
-        doubt, limit, share, promised = None, 1.0, 1.0, 0.0
+        error_probability, limit, share, promised = None, 1.0, 1.0, 0.0
         if wanted is not None:
-            doubt = fit_error_probability_of_points(
+            error_probability = fit_error_probability_of_points(
                 features, np.zeros_like(wrong), wrong, self._form
             )
-            limit = doubt.limit(wanted)
-            share = 1 - doubt.share(limit)
+            limit = error_probability.limit(wanted)
+            share = 1 - error_probability.share(limit)
             promised = wanted / share if share > 0 else 0.0
         if tolerance is not None:
             share *= float(np.mean(factor * deviation <= tolerance))
             promised += 1 - _COVERAGE
         tolerance = math.inf if tolerance is None else tolerance
         return CalibratedSurrogate(
-            self._surrogate, doubt, factor, limit, tolerance, share, min(promised, 1.0)
+            self._surrogate, error_probability, factor, limit, tolerance, share, min(promised, 1.0)
         )
 
 
 @eqx.filter_jit
 def _predict(
     surrogate: AbstractSurrogate,
-    doubt: ErrorProbability | None,
+    error_probability: ErrorProbability | None,
     x: Shaped[ArrayLike, "queries ..."],
 ) -> tuple[Float[Array, "queries m"], Float[Array, " queries"], Float[Array, " queries"]]:
     """Return outputs as vectors, deviations (1 if there are none), and error probabilities."""
@@ -320,21 +320,21 @@ def _predict(
     else:
         mean, deviation = surrogate.outputs(x), jnp.ones(len(x))
     values = join(mean, 1)[0]
-    if doubt is None:
+    if error_probability is None:
         return values, deviation, jnp.full(len(values), jnp.nan)
-    return values, deviation, doubt(values, deviation, values)
+    return values, deviation, error_probability(values, deviation, values)
 
 
 @eqx.filter_jit
 def _validated(
     surrogate: AbstractSurrogate,
-    doubt: ErrorProbability | None,
+    error_probability: ErrorProbability | None,
     x: Shaped[ArrayLike, "queries ..."],
     own: Float[ArrayLike, "queries m"],
     form: Form | None,
 ) -> tuple[Array, ...]:
     """Return the fields of a `ValidationBatch`."""
-    values, deviation, probability = _predict(surrogate, doubt, x)
+    values, deviation, probability = _predict(surrogate, error_probability, x)
     features = error_features(values, deviation, values, form)
     wrong = ~agree_on_labels(values, own, form)
     return features, deviation, row_errors(values, own), wrong, probability
@@ -354,12 +354,14 @@ def _tuned(learner: AbstractLearner) -> AbstractLearner:
     return tune_learner(learner, kept) if own else learner
 
 
-def _without_levels(doubt: ErrorProbability | None) -> ErrorProbability | None:
+def _without_levels(error_probability: ErrorProbability | None) -> ErrorProbability | None:
     """Drop the limits, whose number differs between calibrations: one program serves all."""
-    if doubt is None:
+    if error_probability is None:
         return None
     none = jnp.zeros(0)
-    return eqx.tree_at(lambda d: (d.levels, d.risks, d.shares), doubt, (none, none, none))
+    return eqx.tree_at(
+        lambda d: (d.levels, d.risks, d.shares), error_probability, (none, none, none)
+    )
 
 
 _agree = eqx.filter_jit(agree_on_labels)

@@ -78,7 +78,7 @@ class CallReplay:
         usual = self.median * float(np.quantile(self.own, overdue.quantile))
         limit = overdue.after(usual) / self.median
         sure = self.draws < known
-        twice = {"none": np.zeros_like(sure), "doubtful": ~sure, "always": np.ones_like(sure)}
+        twice = {"none": np.zeros_like(sure), "uncertain": ~sure, "always": np.ones_like(sure)}
         first, doubled = self.own, twice[setting.redundancy]
         for copy in self.copies[:extra]:
             first = np.where(doubled, np.minimum(first, copy), first)
@@ -207,7 +207,7 @@ class SettingController:
         self._copies = extra if coder.num_data == 1 else 0
         allowed: list[Redundancy] = ["none"]
         if extra and predictor is not None:
-            allowed.append("doubtful")
+            allowed.append("uncertain")
         if extra and policy.redundancy == "always":
             allowed.append("always")
         rules = [Overdue(policy.quantile, policy.straggler_threshold)]
@@ -280,7 +280,7 @@ class SettingController:
             each
             for each in self.settings
             if (forecasts[each].late <= most_late or self._answered_share(each) == 0)
-            and (predicts or each.redundancy != "doubtful")  # nothing says what is doubtful
+            and (predicts or each.redundancy != "uncertain")  # nothing says what is uncertain
         ]
         # If all cost more than may be spent, the cheapest.
         least = min(self._cost(each, forecasts) for each in candidates)
@@ -371,7 +371,7 @@ def _words(setting: DispatchSetting) -> str:
     when = "the median" if overdue.quantile == 0.5 else f"p{100 * overdue.quantile:g}"
     redundancy = {
         "none": "no redundancy",
-        "doubtful": "redundancy where the surrogate doubts",
+        "uncertain": "redundancy where the surrogate is uncertain",
         "always": "all redundancy",
     }
     times = "" if overdue.factor == 1 else f"{overdue.factor:g} times "

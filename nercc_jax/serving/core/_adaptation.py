@@ -16,7 +16,7 @@ from .._policy import BatchingPolicy
 from ._error_probability import DecodingErrorProbability
 from ._request import Answer
 
-Redundancy = Literal["none", "doubtful", "always"]
+Redundancy = Literal["none", "uncertain", "always"]
 
 
 class DispatchSetting(NamedTuple):
@@ -25,7 +25,7 @@ class DispatchSetting(NamedTuple):
     Attributes:
         overdue: the rule by which a call counts as late.
         redundancy: the coded data points that are sent beyond the queries: all that the code has
-            ("always"), those for queries that a surrogate could not answer ("doubtful"), or none.
+            ("always"), those for queries that a surrogate could not answer ("uncertain"), or none.
     """
 
     overdue: Overdue

@@ -267,10 +267,10 @@ class Dispatcher:
             return points
         if redundancy == "none":
             return points[:0]
-        doubtful = self._predictor.doubtful_cells(group)
-        # Copies of doubtful queries; a point that mixes queries serves all of them.
+        uncertain = self._predictor.uncertain_cells(group)
+        # Copies of uncertain queries; a point that mixes queries serves all of them.
         places = group.layout.place_of[points]
-        wanted = points[np.isin(places, list(doubtful)) | ((places < 0) & bool(doubtful))]
+        wanted = points[np.isin(places, list(uncertain)) | ((places < 0) & bool(uncertain))]
         number = 0
         while number < len(wanted) and self._budget.affords():
             self._budget.spend()

@@ -56,10 +56,10 @@ class GroupPredictor:
             dtypes = [str(each.dtype) for each in (queries, answers)]
             if {queries.dtype, answers.dtype} != {CODED}:
                 raise ValueError(f"only float32 can be predicted, not {dtypes}")
-        elif policy.redundancy == "doubtful" or policy.tolerance is not None:
+        elif policy.redundancy == "uncertain" or policy.tolerance is not None:
             raise ValueError(
-                "redundancy 'doubtful' and a tolerance need a predictor (`--surrogate`): "
-                "nothing else tells what is doubtful, or how far off"
+                "redundancy 'uncertain' and a tolerance need a predictor (`--surrogate`): "
+                "nothing else tells what is uncertain, or how far off"
             )
 
     def predictions(
@@ -89,10 +89,10 @@ class GroupPredictor:
                 group.predictions[cell, row] = GroupPrediction(answer, bool(found.sure[place]))
             if group.trace is not None:
                 sure = int(found.sure.sum())
-                group.trace.add("predict", begin, end, sure=sure, doubtful=len(new) - sure)
+                group.trace.add("predict", begin, end, sure=sure, uncertain=len(new) - sure)
         return {each[:2]: group.predictions[each[:2]] for each in waiting}
 
-    def doubtful_cells(self, group: Group) -> set[int]:
+    def uncertain_cells(self, group: Group) -> set[int]:
         """Return the cells with a query that the surrogate could not answer."""
         found = self.predictions(group, range(len(group.cells)))
         return {cell for (cell, _), prediction in found.items() if not prediction.sure}
@@ -171,9 +171,9 @@ class GroupDecoder:
                 found[not good[row, cell]].append(GroupAnswer(cell, row, answer))
         if group.trace is not None:
             group.trace.add("decode", begin, decoded, answers=basis[1])
-            sure, doubtful = map(len, found)
+            sure, uncertain = map(len, found)
             now = self._clock.now()
-            group.trace.add("doubt", decoded, now, sure=sure, doubtful=doubtful)
+            group.trace.add("error probability", decoded, now, sure=sure, uncertain=uncertain)
         return found
 
     def decode(
@@ -331,13 +331,13 @@ class FallbackPolicy:
     def _resend(
         self, group: Group, cells: list[int], good: list[GroupAnswer], best: list[GroupAnswer]
     ) -> Fallback:
-        """Send queries again, once each and the most doubtful first; beyond the budget give `best`.
+        """Send queries again, once each and the least certain first; beyond the budget give `best`.
 
         Without hedging, only queries whose calls have failed are sent again.
         """
         if not self._hedges:
             cells = [number for number in cells if _has_failed(group, number)]
-        doubtful = {(given.cell, given.row): given for given in best}
+        uncertain = {(given.cell, given.row): given for given in best}
         answered = {(given.cell, given.row) for given in good}
         left = [
             (cell, row, query)
@@ -345,8 +345,8 @@ class FallbackPolicy:
             if not query.reexecuted and (cell, row) not in answered
         ]
         answers, resend = [], []
-        for cell, row, query in sorted(left, key=lambda each: _certainty(doubtful.get(each[:2]))):
-            answer = doubtful.get((cell, row))
+        for cell, row, query in sorted(left, key=lambda each: _certainty(uncertain.get(each[:2]))):
+            answer = uncertain.get((cell, row))
             if answer is not None and not self._budget.affords():
                 self._observe("over_budget", 1)
                 answers.append(answer)

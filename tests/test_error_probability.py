@@ -66,7 +66,7 @@ def test_it_keeps_its_promises_on_other_data(code, surrogate, key):
         chosen = order[(share > part / 5) & (share <= (part + 1) / 5)]
         ratio = wrong.ravel()[chosen].mean() / promised.ravel()[chosen].mean()
         assert 0.7 < ratio < 1.3, (part, ratio)
-    # And it tells more than the mean does, if there is anything to tell: the least doubtful half.
+    # And it tells more than the mean does, if there is anything to tell: the least uncertain half.
     least = order[promised.ravel()[order] > 0]
     least = least[: least.size // 2]
     if surrogate is not None or not sure.any():

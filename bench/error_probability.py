@@ -1,14 +1,14 @@
 """Measure whether a server's error probability keeps its limits, and the worth of ordering.
 
-    python bench/query_doubt.py [--data-dir FOLDER]      # some minutes
+    python bench/error_probability.py [--data-dir FOLDER]      # some minutes
 
 With the server's own parts, but without workers: LeNet5 on MNIST; `ErrorEstimator` is calibrated on
 training images, and test images are decoded in groups under straggler sets. In each, the worker of
 one query straggles, and up to three others. A query is looked at before the last two answers come,
-before the last one, and with all that come, and is answered once its doubt is below the limit. Only
-queries whose own worker straggles count.
+before the last one, and with all that come, and is answered once its error probability is below
+the limit. Only queries whose own worker straggles count.
 
-Writes results/query_doubt.json, which docs/serving.md shows.
+Writes results/error_probability.json, which docs/serving.md shows.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import numpy as np
 from _report import environment, write_json
 
 from nercc_jax import NeRCC
-from nercc_jax.cli._workload import answering
+from nercc_jax.cli._workload import load_worker_model
 from nercc_jax.evaluation._answers import batched
 from nercc_jax.serving import Coder, ErrorEstimator
 from nercc_jax.serving.core._dispatch import QueryOrdering
@@ -61,10 +61,10 @@ def assess(
     coded = coder.encode(groups, np.arange(coder.num_workers))
     answers = np.asarray(model(coded.reshape(-1, *shape))).reshape(*coded.shape[:2], -1)
     own = np.asarray(model(groups.reshape(-1, *shape))).reshape(len(groups), few, -1).argmax(-1)
-    layout, doubt = coder.layout(few), estimator.error_probability(few)
+    layout, estimate = coder.layout(few), estimator.error_probability(few)
     sent = np.concatenate([*coder.first[:few], layout.extras])
     random = np.random.default_rng(0)
-    doubts, wrong = [], []  # (looks, samples) of each set
+    probabilities, wrong = [], []  # (looks, samples) of each set
     for _ in range(SETS):
         others = random.permutation(np.setdiff1d(sent, layout.own[random.integers(few)]))
         responded = len(others) - random.integers(min(4, len(others)))
@@ -72,15 +72,15 @@ def assess(
         for number in (responded - 2, responded - 1, responded):
             mask = np.isin(np.arange(coder.num_workers), others[: max(number, 1)])
             given = np.where(mask[:, None, None], answers, 0)
-            predictions, _, seen = coder.assess(given, mask, len(groups), doubt.weights)
+            predictions, _, seen = coder.assess(given, mask, len(groups), estimate.weights)
             looks.append((seen[:, :few], predictions[:, :few].argmax(-1) != own))
         missing = [place for place in range(few) if not mask[layout.own[place]].any()]
-        doubts.append([seen[:, missing].ravel() for seen, _ in looks])
+        probabilities.append([seen[:, missing].ravel() for seen, _ in looks])
         wrong.append([differ[:, missing].ravel() for _, differ in looks])
-    seen, differ = np.concatenate(doubts, axis=1), np.concatenate(wrong, axis=1)
+    seen, differ = np.concatenate(probabilities, axis=1), np.concatenate(wrong, axis=1)
     by_limit = []
     for share in LIMITS:
-        sure = seen <= doubt.limit(share)
+        sure = seen <= estimate.limit(share)
         first = sure.argmax(axis=0)
         given = sure.any(axis=0)
         mistaken = given & differ[first, np.arange(len(first))]
@@ -100,10 +100,12 @@ def timed(call: Any, repeats: int = 64) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="A server's doubt of single queries, offline.")
+    parser = argparse.ArgumentParser(
+        description="A server's error probabilities of single queries, offline."
+    )
     parser.add_argument("--data-dir", type=Path, default=None)
     data_dir = parser.parse_args().data_dir
-    network = answering(MODEL, OUTPUTS)
+    network = load_worker_model(MODEL, OUTPUTS)
     calibration, _ = network.images("train", data_dir, CALIBRATION, 0)
     x, _ = network.images("test", data_dir, TEST, 1)
     model, known, rows, seconds = batched(network, 256), {}, [], {}
@@ -135,7 +137,7 @@ def main() -> None:
         "batch": ROWS,
     }
     summary |= {"seconds": seconds, "rows": rows, "environment": environment(PACKAGES)}
-    write_json(RESULTS / "query_doubt.json", summary)
+    write_json(RESULTS / "error_probability.json", summary)
 
 
 if __name__ == "__main__":
