@@ -183,7 +183,7 @@ def test_derivatives_are_those_of_the_posterior():
             mean, deviation = after.predict(x[60:63] + shift[0])
             return jnp.sum(mean[:, 0]) + 3 * jnp.sum(deviation)
 
-        slope = jax.jit(jax.grad(told))(jnp.zeros(3))
+        slope = jax.jit(jax.grad(whitened))(jnp.zeros(3))
         steps = 1e-5 * np.eye(3)
         told = jax.jit(told)
         wanted = [(told(step) - told(-step)) / 2e-5 for step in jnp.asarray(steps)]
@@ -205,14 +205,14 @@ def test_transformations_compose():
         x = jnp.asarray(X, jnp.float64)
         learner = init_learner(x[:12], model(x[:12]), capacity=24)
 
-        def condition_whitened(query, shift):
+        def whitened(query, shift):
             after = learner.update(x[12:15], model(x[12:15]) + shift)
             mean, deviation = after.predict(query[None])
             return mean[0, 0] + deviation[0]
 
         queries, shift = x[60:63], jnp.asarray(0.1)
-        slopes = jax.jit(jax.vmap(jax.grad(told), in_axes=(0, None)))(queries, shift)
-        one = jax.jit(jax.grad(told))
+        slopes = jax.jit(jax.vmap(jax.grad(whitened), in_axes=(0, None)))(queries, shift)
+        one = jax.jit(jax.grad(whitened))
         np.testing.assert_allclose(slopes[1], one(queries[1], shift), rtol=1e-6, atol=1e-9)
         along = jnp.asarray([1.0, -1.0, 0.5])
         _, curvature = jax.jvp(lambda q: one(q, shift), (queries[0],), (along,))

@@ -139,7 +139,7 @@ def test_what_straggles_reaches_nothing(learner):
     others, everyone = np.tile(np.arange(N) > 0, (GROUPS, 1)), np.ones((GROUPS, N), bool)
 
     @jax.jit  # one program for all values
-    def condition_whitened(x, w, value, masks):
+    def decoded(x, w, value, masks):
         def broken(batch):  # worker 0 of each group
             y = jnp.sin(batch @ w)
             return jnp.where(jnp.arange(len(batch))[:, None] % N == 0, value, y)
@@ -147,17 +147,17 @@ def test_what_straggles_reaches_nothing(learner):
         return coded_inference(broken, scheme)(x, masks)
 
     w = jnp.asarray(_WEIGHTS[0], x.dtype)
-    clean = told(x, w, 0.0, others)
+    clean = decoded(x, w, 0.0, others)
     for value in (jnp.nan, jnp.inf, 1e30):
-        np.testing.assert_array_equal(told(x, w, value, others), clean)
-    slope = jax.grad(lambda x, w: told(x, w, jnp.nan, others).sum(), argnums=(0, 1))(x, w)
+        np.testing.assert_array_equal(decoded(x, w, value, others), clean)
+    slope = jax.grad(lambda x, w: decoded(x, w, jnp.nan, others).sum(), argnums=(0, 1))(x, w)
     assert all(np.isfinite(leaf).all() for leaf in slope)
     step = 1e-2 * jnp.ones_like(w)
-    above, below = (told(x, w + shift, 0.0, others).sum() for shift in (step, -step))
+    above, below = (decoded(x, w + shift, 0.0, others).sum() for shift in (step, -step))
     np.testing.assert_allclose(slope[1].sum(), (above - below) / 2e-2, rtol=0.05)
 
     # A broken answer that is not known to be late makes its worker a straggler.
-    np.testing.assert_allclose(told(x, w, jnp.nan, everyone), clean, atol=1e-5)
+    np.testing.assert_allclose(decoded(x, w, jnp.nan, everyone), clean, atol=1e-5)
 
 
 def test_the_best_of_several_is_found(learner, key):
@@ -280,7 +280,7 @@ def test_recall_and_what_does_not_fit(learner, untyped):
     near = np.argsort(cdist(own + 0.3, others), axis=1)[:, :10]
     wanted = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(far, near, strict=True)])
     np.testing.assert_allclose(recall(own + 0.3, own, jnp.asarray(others)), wanted, atol=1e-6)
-    with pytest.raises(ValueError, match="copies of what is uncertain need a surrogate that tells"):
+    with pytest.raises(ValueError, match="copies of uncertain points need a surrogate"):
         Scheme(CODE, Surrogate(rough), redundancy="uncertain")
     with pytest.raises(ValueError, match="a budget is for redundancy='uncertain'"):
         Scheme(CODE, learner, redundancy="code", budget=7.0)

@@ -37,12 +37,12 @@ from nercc_jax.serving import (
     CodedBatcher,
     Coder,
     DeadlineExceeded,
-    ErrorEstimator,
     InferenceFailed,
     QueueFull,
     ServerClosing,
 )
 from nercc_jax.serving.adapt._adaptation import BackgroundCalibrator
+from nercc_jax.serving.adapt._error_estimator import ErrorEstimator
 from nercc_jax.serving.core._health import Health
 from nercc_jax.serving.core._queue import Lane, QueryQueue
 from nercc_jax.serving.core._request import Request

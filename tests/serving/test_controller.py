@@ -12,6 +12,7 @@ from nercc_jax.pools import Call, Overdue
 from nercc_jax.serving import BatchingPolicy, Coder, Predictor
 from nercc_jax.serving.adapt._setting_controller import CallReplay, SettingController, replay_calls
 from nercc_jax.serving.core._adaptation import DispatchSetting, Predictions
+from nercc_jax.testing import SimulatedPool
 
 REPLICATION = Coder(Replication(1, 2))
 MEDIAN = Overdue(0.5, 1.5, floor=0.0)

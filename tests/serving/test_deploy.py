@@ -300,11 +300,11 @@ def test_readme_has_commands():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_readme_commands_name_what_there_is(command, monkeypatch):
-    words = shlex.split(command)
+    words = shlex.split(command, comments=True)
     for path in re.findall(r"docs/deploy/[\w.-]+", command):
         assert (ROOT / path).is_file(), path
     if words[0] == "pip":
-        extras = re.fullmatch(r"nercc-jax\[(.+)\]", words[-1])
+        extras = re.fullmatch(r"\.\[(.+)\]", words[-1])
         assert extras
         assert set(extras[1].split(",")) <= PROJECT["optional-dependencies"].keys()
     elif words[0] == "nercc":

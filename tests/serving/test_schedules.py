@@ -22,13 +22,14 @@ from nercc_jax.serving import (
     CodedBatcher,
     Coder,
     DeadlineExceeded,
-    ErrorEstimator,
     InferenceFailed,
     Predictor,
     QueueFull,
 )
 from nercc_jax.serving.adapt import _setting_controller
+from nercc_jax.serving.adapt._error_estimator import ErrorEstimator
 from nercc_jax.serving.core._adaptation import Predictions
+from nercc_jax.testing import SimulatedClock, SimulatedPool
 
 SECONDS = 0.02  # that an answer takes
 HANG = 1.0  # seconds until a worker is replaced
