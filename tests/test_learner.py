@@ -177,7 +177,7 @@ def test_derivatives_are_those_of_the_posterior():
         x = jnp.asarray(X, jnp.float64)
         learner = init_learner(x[:40], model(x[:40]), capacity=CAPACITY)
 
-        def condition_whitened(shift):
+        def whitened(shift):
             y = model(x[40 : 40 + B]) + shift[1] * jnp.arange(B)[:, None]
             after = learner.update(x[40 : 40 + B] + shift[2] * jnp.arange(B)[:, None], y)
             mean, deviation = after.predict(x[60:63] + shift[0])
