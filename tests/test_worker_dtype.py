@@ -384,7 +384,7 @@ def test_own_answers_stay_in_float32():
 def test_a_scheme_with_anothers_doubt_says_so(doubts):
     scheme = Scheme(REGRESSION, error_probability=doubts[None])
     coded_inference(small(), scheme)
-    told = r"Doubt was calibrated on answers of float32 workers .* is used with bfloat16 workers"
+    told = "ErrorProbability was calibrated on .* float32 workers .* used with bfloat16 workers"
     with pytest.warns(CalibrationWarning, match=told):
         coded_inference(small(), scheme, worker_dtype="bfloat16")
     right = Scheme(REGRESSION, error_probability=doubts["bfloat16"])
