@@ -59,7 +59,7 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """Where a data set of Hugging Face lies. `files` maps a split to the stem of its files."""
+    """The location of a data set on Hugging Face: `files` maps a split to the stem of its files."""
 
     hub: str | None
     files: dict[str, str]

@@ -5,28 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rooms import ROOMS
 
 import nercc_jax
 
 HOUSE = Path(nercc_jax.__file__).parent
-# From the bottom up: a room imports from those before it only.
-ROOMS = (
-    "compilation",
-    "splines",
-    "codes",
-    "stragglers",
-    "inference",
-    "evaluation",
-    "tuning",
-    "surrogates",
-    "risk",
-    "schemes",
-    "planning",
-    "pools",
-    "serving",
-    "testing",
-    "cli",
-)
 FILES = sorted(HOUSE.rglob("*.py"))
 
 

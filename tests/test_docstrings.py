@@ -7,24 +7,14 @@ import pkgutil
 
 import pytest
 from pages import blocks
+from rooms import ROOMS
 
 # What needs an extra is imported by its own tests.
-ROOMS = (
-    "codes",
-    "splines",
-    "stragglers",
-    "inference",
-    "evaluation",
-    "tuning",
-    "surrogates",
-    "risk",
-    "schemes",
-)
-ROOMS += ("planning", "pools", "testing", "compilation")
+WITH_EXTRAS = {"serving", "cli"}
 
 
 def examples():
-    for room in ROOMS:
+    for room in sorted({*ROOMS} - WITH_EXTRAS):
         package = importlib.import_module(f"nercc_jax.{room}")
         for found in pkgutil.iter_modules(package.__path__, f"nercc_jax.{room}."):
             module = importlib.import_module(found.name)

@@ -20,7 +20,8 @@ from ..evaluation import make_forecast
 from ..evaluation._answers import batched
 from ..inference._models import Model
 from ..pools import AbstractPool, BatchOutcome, PoolReport, run_batches
-from ..pools._row_engine import ATTEMPTS, LAST_SECONDS, answers_to_wait_for, pool_counts
+from ..pools._batch import answers_to_wait_for
+from ..pools._row_engine import ATTEMPTS, pool_counts, reason_to_stop
 from ..pools._row_files import Parts, check_parts, fingerprint
 from ._errors import fail
 from ._options import CALIBRATION, RunOptions
@@ -278,8 +279,8 @@ def _run(
                     f"batch, {pool.report().deaths} deaths"
                 )
                 progress.update(task, advance=rows, description=text)
-                if pool.ends_at - time.monotonic() < LAST_SECONDS:
-                    counts.stopped = "stopped before Ray ends this process, whose head is gone"
+                if (reason := reason_to_stop(pool)) is not None:
+                    counts.stopped = reason
                     break
         except KeyboardInterrupt:
             counts.stopped, counts.interrupted = "interrupted", True

@@ -62,27 +62,18 @@ def coded_predictions(
     x: PyTree[Shaped[ArrayLike, "groups num_data ..."]],
     available: Bool[ArrayLike, "groups num_workers"],
     *args: Any,
+    known: CachedMatrices | None = None,
 ) -> Decoded:
     """Encode groups of K data points, run the model on all coded ones at once, and decode.
 
     This is a pure function: jit it, and differentiate it in x, the code, the model and its
     arguments. x and the model's answers may be pytrees. A group in which a part that is not coded
     (integers) differs is not recovered. Models, and the errors raised for them, are those of
-    `run_workers`.
+    `run_workers`. `known` are the code's matrices for these masks, where they are made already.
 
     Source: arXiv 2402.04377, the three steps of NeRCC.
     """
-    return _predictions(model, code, x, available, args, CachedMatrices())
-
-
-def _predictions(
-    model: Model | Sequence[Model],
-    code: AbstractCode,
-    x: PyTree,
-    available: ArrayLike,
-    args: tuple,
-    known: CachedMatrices,
-) -> Decoded:
+    known = known or CachedMatrices()
     x = jax.tree.map(jnp.asarray, x)
     y = run_workers(model, code, encode_groups(code, x, known.encoder), *args)
     available = as_mask(available, jax.tree.leaves(y)[0].shape[:2])
@@ -313,7 +304,7 @@ def _run(
     grouped: bool,
     known: CachedMatrices,
 ) -> Decoded:
-    decoded = _predictions(model, code, x, available, args, known)
+    decoded = coded_predictions(model, code, x, available, *args, known=known)
     return decoded if grouped else _first(decoded)
 
 

@@ -375,6 +375,11 @@ def refuse_odd(answer: PyTree[np.ndarray]) -> str | None:
     return None
 
 
+def answers_to_wait_for(num_data: int, num_workers: int) -> int:
+    """Return the default number of answers at which the rest is decoded: 85 % of N, at least K."""
+    return min(max(num_workers * 85 // 100, num_data), num_workers)
+
+
 def check_deadline(seconds: float) -> float:
     """Return the seconds; raise ValueError if they are not positive, as NaN is not."""
     if not seconds > 0:

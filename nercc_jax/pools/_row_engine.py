@@ -22,7 +22,7 @@ from ..codes import NeRCC
 from ..schemes import fit_scheme
 from ..schemes._fit_scheme import FittedScheme
 from ._backend import PoolReport
-from ._batch import check_deadline
+from ._batch import answers_to_wait_for, check_deadline
 from ._pool import AbstractPool
 from ._row_files import (
     Parts,
@@ -41,7 +41,7 @@ RowStatus: TypeAlias = Literal["computed", "decoded", "lost", "waiting"]
 
 ATTEMPTS = 3  # how often a row is sent before it is lost
 LEARNER_THREAD = "nercc-learner"  # for which the end of a process waits
-LAST_SECONDS = 10.0  # a run stops itself so long before something else ends its process
+_LAST_SECONDS = 10.0  # a run stops itself so long before something else ends its process
 
 _HANG = 10.0  # seconds before which no worker is taken to hang
 _ROUND = 2.0  # seconds of a round in which all rows are computed
@@ -166,23 +166,18 @@ class RowSettings:
 
     @property
     def code(self) -> NeRCC:
-        """K rows and N - K copies."""
+        """The code: K rows and N - K copies."""
         return NeRCC(self.num_data, self.num_workers)
 
     @property
     def target(self) -> AccuracyTarget:
-        """When a row is known well enough."""
+        """The accuracy at which a row is known well enough."""
         return AccuracyTarget(self.tolerance, self.max_disagreement, self.coverage)
 
     def kept(self) -> dict[str, Any]:
         """Return the settings that a run's values depend on."""
         names = ("tolerance", "max_disagreement", "coverage", "num_data", "num_workers", "seed")
         return {name: getattr(self, name) for name in names}
-
-
-def answers_to_wait_for(num_data: int, num_workers: int) -> int:
-    """Return the default number of answers at which the rest is decoded: 85 % of N, at least K."""
-    return min(max(num_workers * 85 // 100, num_data), num_workers)
 
 
 def hang_timeout(deadline: float) -> float:
@@ -355,8 +350,7 @@ class _RowRun:
             show(self._progress())
             for _ in self._rounds():
                 show(self._progress())
-                if self._pool.ends_at - time.monotonic() < LAST_SECONDS:
-                    stopped = "stopped before Ray ends this process, whose head is gone"
+                if (stopped := reason_to_stop(self._pool)) is not None:
                     break
         except KeyboardInterrupt:
             stopped = "interrupted"
@@ -528,6 +522,13 @@ class _RowRun:
             **pool_counts(report),
             "lost": progress.lost,
         }
+
+
+def reason_to_stop(pool: AbstractPool) -> str | None:
+    """Return why a run must end now: something else is about to end its process."""
+    if pool.ends_at - time.monotonic() >= _LAST_SECONDS:
+        return None
+    return "stopped before Ray ends this process, whose head is gone"
 
 
 def pool_counts(report: PoolReport) -> dict[str, Any]:

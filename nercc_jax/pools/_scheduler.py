@@ -284,7 +284,7 @@ class Scheduler:
 
     @property
     def heartbeat(self) -> float:
-        """When the watcher last looked after the workers."""
+        """The time at which the watcher last looked after the workers."""
         return self._watcher.heartbeat
 
     @property

@@ -190,6 +190,6 @@ def _directions(
     if count < 1:
         raise ValueError(
             f"outputs of {residuals.shape[1]} numbers that are alike or alone have no components: "
-            "use `fit_learner`"
+            "leave `components` out"
         )
     return jnp.asarray(directions[:count].T, jnp.float32)

@@ -89,8 +89,14 @@ def get(app, path):
 
 
 def test_server_toml_shows_every_setting_with_its_default():
-    from nercc_jax.serving._settings import ModelSettings, ServerSettings, read_settings
+    from nercc_jax.serving._settings import (
+        ModelSettings,
+        ServerSettings,
+        read_settings,
+        reference_toml,
+    )
 
+    assert reference_toml() in (DEPLOY / "server.toml").read_text()
     settings = read_settings(DEPLOY / "server.toml")
     assert [each.model for each in settings.resolved()] == ["lenet5-digits"]
     plain = ServerSettings()

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ...pools import AbstractClock
+from ...pools._batch import answers_to_wait_for
 from .._policy import BatchingPolicy
 from ._adaptation import AbstractAdaptation
 from ._coder import Coder
@@ -227,7 +228,7 @@ def _enough(coder: Coder, policy: BatchingPolicy) -> int:
     if enough is None and coder.systematic:
         enough = num_workers - (num_workers - num_data) // 2
     elif enough is None:
-        enough = min(max(num_workers * 85 // 100, num_data), num_workers)
+        enough = answers_to_wait_for(num_data, num_workers)
     if not 1 <= enough <= num_workers:
         raise ValueError(f"wait_for must be from 1 to N = {num_workers}, not {enough}")
     return enough
