@@ -74,9 +74,19 @@ def test_what_type_checkers_see_is_what_there_is(package):
     told = {(node.module, alias.name) for node in seen for alias in node.names}
     places = {(place, name) for place, names in package._WHERE.items() for name in names.split()}
     assert told == places
+    if package is nercc_jax.serving:
+        require("fastapi", "serve")
     for place, name in places:
         module = importlib.import_module(f".{place}", package.__name__)
         assert getattr(package, name) is getattr(module, name)
     assert set(package.__all__) <= set(dir(package))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = package.nothing
+
+
+def test_a_server_without_its_extra_says_what_to_install():
+    lines = ("import sys", "sys.modules['uvicorn'] = None", "from nercc_jax.serving import Server")
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("ModuleNotFoundError: nercc_jax.serving.Server needs ")
+    assert last.endswith(": pip install '.[serve]' in a clone")

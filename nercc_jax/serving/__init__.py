@@ -43,7 +43,13 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is first used."""
     if name not in _FILE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f".{_FILE_OF[name]}", __name__)
+    try:
+        module = importlib.import_module(f".{_FILE_OF[name]}", __name__)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{__name__}.{name} needs {error.name}: pip install '.[serve]' in a clone",
+            name=error.name,
+        ) from error
     globals()[name] = found = getattr(module, name)
     return found
 

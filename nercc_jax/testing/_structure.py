@@ -127,7 +127,7 @@ def _check_array(name: str, array: Any, shape: tuple[int, ...], dtypes: Sequence
 
 def _check_masks(code: AbstractCode) -> None:
     n = code.num_workers
-    for shape, dtype in (((n + 1,), bool), ((1, n), bool), ((n,), float)):
+    for shape, dtype in (((n + 1,), bool), ((1, n), bool), ((n,), jnp.float32)):
         bad = jax.ShapeDtypeStruct(shape, dtype)
         try:
             jax.eval_shape(_decoder_matrix, code, bad)

@@ -1,9 +1,14 @@
 """Hints for the log: each is told once when it has lasted, and once when it is over."""
 
+# ruff: noqa: E402 (`require` comes before what needs it)
+
 import logging
 
 import pytest
+from conftest import require
 from schedulers import soon
+
+require("fastapi", "serve")
 
 from nercc_jax.serving import _served_model
 
