@@ -416,7 +416,7 @@ def measure(
     """Return all points, slopes and verdicts, ready for JSON.
 
     `data_dir` holds MNIST as `load_data` wants it; without it LeNet5 runs on scikit-learn's digits,
-    and the results say why. `progress` is told a line a step.
+    and the results say why. `progress` gets a line a step.
     """
     plan = QUICK if quick else FULL
     name, images, instead = _images(data_dir)

@@ -46,7 +46,7 @@ Cell: TypeAlias = tuple[int, int, int]  # N, K, stragglers
 CELLS: tuple[Cell, ...] = ((60, 20, 20), (24, 20, 2))
 LAYOUTS = ("repeated", "chebyshev")
 BUFFERS = (20, 256, 1024)
-IMAGES = 1000  # that the cost is told for
+IMAGES = 1000  # that the cost is measured for
 COUNTER = CompileCounter()
 
 

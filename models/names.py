@@ -1,4 +1,4 @@
-"""The shipped models' names and cards: what can be told at once, without importing JAX."""
+"""The shipped models' names and cards: all that needs no import of JAX."""
 
 import json
 from pathlib import Path

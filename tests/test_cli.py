@@ -107,14 +107,14 @@ def test_errors_are_one_sentence(command, arguments, message):
 
 
 @pytest.mark.parametrize("command", [("demo", "--plot"), ("tune", "--output")])
-def test_what_cannot_be_written_is_told_first(command, tmp_path, monkeypatch):
+def test_what_cannot_be_written_is_reported_first(command, tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
     result = run(*command, str(tmp_path / "result"))
     assert result.exit_code == 2
     assert f"{tmp_path} may not be written to" in result.output.replace("\n", "")
 
 
-def test_a_module_that_cannot_be_imported_is_told(tmp_path, monkeypatch):
+def test_a_module_that_cannot_be_imported_is_reported(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "nercc_broken.py").write_text("def model(x:")
     (tmp_path / "nercc_raises.py").write_text("raise KeyError('weights')")
@@ -124,7 +124,7 @@ def test_a_module_that_cannot_be_imported_is_told(tmp_path, monkeypatch):
         assert f"--model nercc_{name}:model: {message}" in result.output
 
 
-def test_a_file_that_is_no_code_is_told(tmp_path):
+def test_a_file_that_is_no_code_is_reported(tmp_path):
     for content, message in (("[]", "it is no file of a code"), ("words", "is no JSON")):
         path = tmp_path / "thing.json"
         path.write_text(content)
@@ -169,8 +169,8 @@ def test_what_goes_beside_gives_its_result_and_its_errors():
 
 
 def test_only_models_with_little_to_do_are_compiled_quickly(monkeypatch):
-    told = []
-    monkeypatch.setattr(jax.config, "update", lambda name, value: told.append(name))
+    reported = []
+    monkeypatch.setattr(jax.config, "update", lambda name, value: reported.append(name))
     x = np.ones((4, 100), np.float32)
 
     def product(batch):
@@ -181,6 +181,6 @@ def test_only_models_with_little_to_do_are_compiled_quickly(monkeypatch):
 
     compile_quickly(product, x, 10**9)
     compile_quickly(loop, x, 10)
-    assert not told
+    assert not reported
     compile_quickly(product, x, 10**6)
-    assert told == ["jax_disable_most_optimizations"]
+    assert reported == ["jax_disable_most_optimizations"]

@@ -196,7 +196,7 @@ def test_float64_is_found_before_the_compiler(bench):
         assert bench.hlo.has_float64(_sent(jnp.sin, jnp.ones(3, "float64")))
 
 
-def told(bench, written, others=None, **numbers):
+def violations(bench, written, others=None, **numbers):
     """What is said of a program with these numbers under a budget as written in the file."""
     found = bench.budget.Measured(1.0, **numbers)
     budget = bench.budget.read_budget("p", written)
@@ -205,7 +205,7 @@ def told(bench, written, others=None, **numbers):
 
 def test_a_program_within_its_budget(bench):
     written = {"launches": 110, "loops": 0, "open_loops": 1}
-    assert told(bench, written, launches=110, open_loops=1) == []
+    assert violations(bench, written, launches=110, open_loops=1) == []
 
 
 @pytest.mark.parametrize(
@@ -226,23 +226,23 @@ def test_a_program_within_its_budget(bench):
 )
 def test_a_program_beyond_its_budget(bench, numbers, words):
     written = {"launches": 110, "loops": 0, "open_loops": 1, "temp_bytes": 1000}
-    assert told(bench, written, **numbers) == [words]
+    assert violations(bench, written, **numbers) == [words]
 
 
 def test_what_no_program_may_have_fails_without_a_budget(bench):
-    assert told(bench, {}, rounded=2, float64=True, launches=10**9) == [
+    assert violations(bench, {}, rounded=2, float64=True, launches=10**9) == [
         "float64",
         "products below full precision 2 > 0",
     ]
-    assert told(bench, {"rounded": 5}, rounded=5) == []
+    assert violations(bench, {"rounded": 5}, rounded=5) == []
 
 
 def test_a_program_beside_another(bench):
     written = {"times": {"one": 1.3}}
     one = {"one": bench.budget.Measured(1.0, launches=100)}
-    assert told(bench, written, one, launches=130) == []
-    assert told(bench, written, one, launches=131) == ["launches 131 > 1.3 x 100 of one"]
-    (missing,) = told(bench, written, launches=1)
+    assert violations(bench, written, one, launches=130) == []
+    assert violations(bench, written, one, launches=131) == ["launches 131 > 1.3 x 100 of one"]
+    (missing,) = violations(bench, written, launches=1)
     assert "one was not compiled" in missing
 
 
@@ -270,7 +270,7 @@ def test_what_a_program_is_compared_with_is_compiled_too(bench):
     assert bench.command.chosen(names, ["*"], budgets) == names
 
 
-def test_what_does_not_compile_is_told(bench):
+def test_what_does_not_compile_is_reported(bench):
     def broken(devices):
         raise TypeError("no\n  tiles")
 

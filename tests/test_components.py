@@ -74,9 +74,9 @@ def exact(learner, x, y, at, centred):
         spread = np.mean((targets[centred] - centre) ** 2)
         cross = covariance(a, b)
         weights = np.linalg.solve(covariance(a, a) + noise * np.eye(len(a)), cross)
-        told = centre + weights.T @ (targets - centre)
+        mean_given = centre + weights.T @ (targets - centre)
         variance = np.diag(covariance(b, b)) - np.sum(weights * cross, axis=0) + noise
-        along, share = (told, 1) if i is ... else (told @ v[:, i : i + 1].T, 1 / len(v))
+        along, share = (mean_given, 1) if i is ... else (mean_given @ v[:, i : i + 1].T, 1 / len(v))
         mean, square = mean + along, square + share * scale**2 * spread * variance
     return mean, np.sqrt(square)
 
@@ -94,11 +94,11 @@ def test_it_is_each_components_posterior(learner):
     coded = jnp.asarray(NEW[:N][None])
     responded = np.arange(N) != 2
     expected = after.group_prior(jnp.asarray(NEW[None, -K:]), coded)
-    told = expected.condition_on_available(model(coded[0])[None], jnp.asarray(responded[None]))
+    result = expected.condition_on_available(model(coded[0])[None], jnp.asarray(responded[None]))
     both = np.concatenate([PAST, NEW[:N][responded]])
     wanted, wanted_deviation = exact(after, both, model(both), NEW[-K:], slice(80))
-    np.testing.assert_allclose(told.own[0], wanted, atol=2e-3)
-    np.testing.assert_allclose(told.deviation[0], wanted_deviation, rtol=0.05)
+    np.testing.assert_allclose(result.own[0], wanted, atol=2e-3)
+    np.testing.assert_allclose(result.deviation[0], wanted_deviation, rtol=0.05)
 
 
 def test_waves_of_different_length_want_different_kernels(learner):

@@ -122,7 +122,7 @@ def test_gradients_of_many_masks_are_finite():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(slopes))
 
 
-def test_unknown_ends_are_told(untyped):
+def test_unknown_ends_are_reported(untyped):
     with pytest.raises(ValueError, match="ends must be one of natural, not-a-knot, not 'clamped'"):
         nj.NeRCC(4, 6, ends="clamped")
     with pytest.raises(ValueError, match="ends must be one of"):

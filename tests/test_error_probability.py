@@ -143,13 +143,13 @@ def test_the_correction_is_for_what_is_no_logistic_curve(dtype):
     )
 
 
-@pytest.mark.parametrize("told", [0.0, 1e-4, 0.3])
-def test_where_hardly_anything_is_told_rounding_decides_nothing(told, dtype):
+@pytest.mark.parametrize("slope", [0.0, 1e-4, 0.3])
+def test_where_hardly_anything_is_known_rounding_decides_nothing(slope, dtype):
     """All doubts are nearly the same: in a compiled program as many are kept as in calibration."""
     rng = np.random.default_rng(1)
     shape = (20, 300, 4)
     feature = rng.normal(size=shape)
-    wrong = rng.uniform(size=shape) < expit(told * feature)
+    wrong = rng.uniform(size=shape) < expit(slope * feature)
     sure = rng.uniform(size=shape) < 0.5
     features = np.stack([np.ones(shape), -feature], axis=-1)
     error_probability = fit_error_probability(features, sure, wrong & ~sure)
@@ -168,7 +168,7 @@ def test_where_hardly_anything_is_told_rounding_decides_nothing(told, dtype):
         )
 
 
-def test_what_a_group_is_told_does_not_come_from_itself():
+def test_a_groups_calibration_does_not_come_from_itself():
     """Other labels in a group change its own log-odds by the common shift and scale only."""
     rng = np.random.default_rng(0)
     features = np.column_stack([np.ones(300), rng.normal(size=(300, 3))])

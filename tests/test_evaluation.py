@@ -107,7 +107,7 @@ def one_missing_share(key):
     return (~masks[:, :4]).mean()
 
 
-def test_all_lost_is_told(x, key):
+def test_all_lost_is_reported(x, key):
     (row,) = evaluate(
         model, {"n": NeRCC(5, 12)}, x, {"all": ExactStragglers(12)}, key=key, num_sets=2
     )

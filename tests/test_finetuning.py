@@ -125,7 +125,7 @@ def test_the_objective_is_coded_error_and_fidelity_and_labels(criterion, labelle
     labels = np.arange(2 * K) % OUTPUTS
     moved = eqx.tree_at(lambda m: m.second, network(dtype), jnp.asarray(SECOND.T[::-1].T, dtype))
     goal = _goal(criterion=criterion, sets=20)
-    told = goal(
+    reported = goal(
         moved, network(dtype), code, ONE, jnp.asarray(x),
         jnp.asarray(labels).reshape(2, K) if labelled else None, key,
     )  # fmt: skip
@@ -147,9 +147,9 @@ def test_the_objective_is_coded_error_and_fidelity_and_labels(criterion, labelle
     wanted = np.mean(coded) + 0.7 * np.mean(kept)
     if labelled:
         wanted -= 0.3 * np.mean(g(x.reshape(-1, INPUTS))[np.arange(2 * K), labels])
-    assert told.dtype == dtype
+    assert reported.dtype == dtype
     tolerance = {"float32": 2e-4, "float64": 1e-9}[dtype]
-    assert float(told) == pytest.approx(wanted, rel=tolerance)
+    assert float(reported) == pytest.approx(wanted, rel=tolerance)
 
 
 def test_the_gradient_in_the_parameters_is_that_of_finite_differences(key):
@@ -375,7 +375,7 @@ def test_batch_statistics_are_refused(key):
         fine_tune(hidden, CODE, X, ONE, key=key, sampling=QUICK)
 
 
-def test_steps_that_are_not_finite_change_nothing_and_are_told():
+def test_steps_that_are_not_finite_change_nothing_and_are_reported():
     """One data point breaks the model where it is mixed with others."""
 
     class Fragile(Network):

@@ -48,10 +48,10 @@ def test_lost_copies_by_hand(bench):
             rows = slice(g * NUM_DATA, (g + 1) * NUM_DATA)
             points, outputs, seen = x[rows].astype(float), own[rows], answered[s, g]
             square = ((points[:, None] - points) ** 2).sum(-1)
-            told = np.exp(-square[:, seen] / 2)
-            covariance = told[seen] + 1e-4 * np.eye(seen.sum())
+            known = np.exp(-square[:, seen] / 2)
+            covariance = known[seen] + 1e-4 * np.eye(seen.sum())
             mean = outputs[seen].mean(0)
-            process = mean + told @ np.linalg.solve(covariance, outputs[seen] - mean)
+            process = mean + known @ np.linalg.solve(covariance, outputs[seen] - mean)
             nearest = outputs[seen][square[:, seen].argmin(1)]
             for place, filled in enumerate((mean, nearest, process)):
                 wanted[place][s, rows] = np.where(seen[:, None], outputs, filled)
@@ -74,11 +74,11 @@ def test_one_function_by_hand(bench):
     predictions, deviation = found.decode(scheme, draw, masks)
     numbers = found._numbers(predictions, draw, calibrate_learner_bars(learner)(deviation))
     responded, own = np.asarray(masks).reshape(size.sets, -1), np.asarray(draw.own)
-    told = np.stack([_posterior(learner.kernel, draw, mask) for mask in np.asarray(masks)])
+    posterior = np.stack([_posterior(learner.kernel, draw, mask) for mask in np.asarray(masks)])
     assert numbers.uncertain == np.sum(~responded)
     exact, wanted = np.asarray(predictions)[responded], np.stack([own, own])[responded]
     np.testing.assert_allclose(exact, wanted, rtol=1e-6)
-    assert numbers.rmse == pytest.approx(_relative(told, own), rel=0.03)
+    assert numbers.rmse == pytest.approx(_relative(posterior, own), rel=0.03)
 
 
 def _posterior(kernel, draw, mask):
@@ -91,8 +91,8 @@ def _posterior(kernel, draw, mask):
         known = np.concatenate([past, x[rows[seen]]])
         y = np.concatenate([outputs, own[rows[seen]]]) - centre
         covariance = _covariance(kernel, known, known) + noise * np.eye(len(known))
-        told = _covariance(kernel, x[rows[~seen]], known) @ np.linalg.solve(covariance, y)
-        predictions[rows[~seen]] = centre + told
+        added = _covariance(kernel, x[rows[~seen]], known) @ np.linalg.solve(covariance, y)
+        predictions[rows[~seen]] = centre + added
     return predictions
 
 

@@ -29,25 +29,25 @@ def run(arguments):
     """Exit code, what was printed, and the packages loaded at the end, in a fresh process."""
     command = [sys.executable, "-c", CODE.format(arguments=arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
-    told, _, loaded = done.stdout.partition("loaded:")
-    return done.returncode, told + done.stderr, set(loaded.split())
+    output, _, loaded = done.stdout.partition("loaded:")
+    return done.returncode, output + done.stderr, set(loaded.split())
 
 
 @pytest.mark.parametrize("command", [[], *([n] for n in ("demo", "run", "tune", "plan", "models"))])
 def test_help_imports_no_jax(command):
-    code, told, loaded = run([*command, "--help"])
-    assert code == 0, told
-    assert "Usage" in told
+    code, output, loaded = run([*command, "--help"])
+    assert code == 0, output
+    assert "Usage" in output
     assert not loaded & {*HEAVY, "pydantic_settings"}
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--http-port", "70000"]])
 def test_a_servers_settings_need_no_jax(arguments):
-    """So that what is wrong with them is told within a second."""
+    """What is wrong with them is reported within a second."""
     require("fastapi", "serve")
-    code, told, loaded = run(["serve", *arguments])
-    assert code == (0 if arguments == ["--help"] else 2), told
-    assert "SIGTERM" in told or "--http-port: input should be" in told
+    code, output, loaded = run(["serve", *arguments])
+    assert code == (0 if arguments == ["--help"] else 2), output
+    assert "SIGTERM" in output or "--http-port: input should be" in output
     assert not loaded & set(HEAVY)
 
 
@@ -55,10 +55,10 @@ def test_a_servers_settings_need_no_jax(arguments):
 def test_an_unknown_model_is_refused_before_jax_is_imported(command):
     if command == "serve":
         require("fastapi", "serve")
-    code, told, loaded = run([command, "--model", "lenet6"])
+    code, output, loaded = run([command, "--model", "lenet6"])
     assert code == 2
-    assert "There is no model 'lenet6'" in told
-    assert "lenet5-digits" in told
+    assert "There is no model 'lenet6'" in output
+    assert "lenet5-digits" in output
     assert not loaded & {"jax", "flax"}
 
 
@@ -71,9 +71,9 @@ def test_what_type_checkers_see_is_what_there_is(package):
     """The names are written twice: as imports for readers, and with their places for Python."""
     tree = ast.parse(Path(package.__file__).read_text())
     seen = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
-    told = {(node.module, alias.name) for node in seen for alias in node.names}
+    imported = {(node.module, alias.name) for node in seen for alias in node.names}
     places = {(place, name) for place, names in package._WHERE.items() for name in names.split()}
-    assert told == places
+    assert imported == places
     if package is nercc_jax.serving:
         require("fastapi", "serve")
     for place, name in places:

@@ -39,19 +39,19 @@ def model(x):
 
 
 @pytest.fixture(scope="module")
-def told():
+def reported():
     """What the search below says of itself as it goes."""
     return []
 
 
 @pytest.fixture(scope="module")
-def search(told):
+def search(reported):
     return search_layout(
-        model, DATA, K, N, LAWS, key=jax.random.key(1), on_stage=told.append,
+        model, DATA, K, N, LAWS, key=jax.random.key(1), on_stage=reported.append,
         tuning=LayoutTuning(
             best=1, sampling=Sampling(sets_per_step=4, held_out_sets=8),
             descent=Descent(steps=10, check_every=5),
-            on_step=lambda step, code: told.append(step),
+            on_step=lambda step, code: reported.append(step),
         ), **OPTIONS,
     )  # fmt: skip
 
@@ -108,16 +108,16 @@ def test_the_best_of_each_layout_comes_once(search):
         assert one.objective == min(c.objective for c in same)
 
 
-def test_the_best_layout_is_tuned(search, told):
+def test_the_best_layout_is_tuned(search, reported):
     (tuned,) = (c for c in search.candidates if c.tuned)
     number = len(search.candidates)
-    stages = [stage for stage in told if isinstance(stage, str)]
+    stages = [stage for stage in reported if isinstance(stage, str)]
     assert stages == [
         f"judging {number - 1} untuned codes",
         f"tuning {tuned.layout}",
         f"judging {number} codes on held-out groups",
     ]
-    steps = [step for step in told if not isinstance(step, str)]
+    steps = [step for step in reported if not isinstance(step, str)]
     assert [step.step for step in steps] == list(range(11))
     assert steps[-1].parameters["lambda_dec"] != steps[0].parameters["lambda_dec"]
     assert tuned.code.num_workers == N

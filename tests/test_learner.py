@@ -288,15 +288,17 @@ def test_tuning_again_keeps_how_wide_widths_are_beside_each_other():
 def test_features_of_one_width_have_one_unit_where_that_tells_more():
     tuning = LearnerTuning(shapes=("squared_exponential",), widths="one", steps=2)
     rng = np.random.default_rng(4)
-    told, idle = rng.uniform(-1, 1, size=(2, 48, 2))
-    y = jnp.asarray(np.sin(3 * told), float)
+    relevant, idle = rng.uniform(-1, 1, size=(2, 48, 2))
+    y = jnp.asarray(np.sin(3 * relevant), float)
 
     def ratio(x):  # of the largest and the least unit
         unit = fit_learner(jnp.asarray(x, float), y, capacity=48, tuning=tuning).kernel.unit
         return float(jnp.max(unit) / jnp.min(unit))
 
-    assert ratio(np.hstack([told, 0.05 * idle])) == pytest.approx(1)  # what hardly varies is idle
-    assert ratio(told * [1, 100]) > 50  # of different kinds, both tell
+    assert ratio(np.hstack([relevant, 0.05 * idle])) == pytest.approx(
+        1
+    )  # what hardly varies is idle
+    assert ratio(relevant * [1, 100]) > 50  # of different kinds, both tell
 
 
 def test_bars_are_of_pairs_that_the_kernel_was_not_tuned_on():

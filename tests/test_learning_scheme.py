@@ -62,14 +62,14 @@ def test_without_a_regression_the_surrogate_answers_for_what_is_lost(code, learn
     x, mask = jnp.asarray(points(12, 1)), np.arange(code.num_workers) % 2 != 1
     lost = np.arange(K) % 2 == 1
     for surrogate in (fitted, Surrogate(lambda x: model(x) + 0.5)):
-        told = infer(Scheme(code, surrogate=surrogate))(x, mask)
-        assert told.decoded.recovered.all()
-        predictions, cheap = told.decoded.predictions, surrogate.theta * surrogate.outputs(x)
+        result = infer(Scheme(code, surrogate=surrogate))(x, mask)
+        assert result.decoded.recovered.all()
+        predictions, cheap = result.decoded.predictions, surrogate.theta * surrogate.outputs(x)
         np.testing.assert_allclose(predictions[~lost], model(x)[~lost], atol=1e-6)
         # A learner has learned from the group's answers, too.
         exactly = 0.1 if surrogate is fitted else 1e-5
         np.testing.assert_allclose(predictions[lost], cheap[lost], atol=exactly)
-        deviation = np.asarray(told.deviation)
+        deviation = np.asarray(result.deviation)
         assert (deviation[~lost] == 0).all()
         assert (np.isfinite(deviation[lost]) == surrogate.has_deviation).all()
 
@@ -296,8 +296,8 @@ def test_doubt_is_of_the_scheme_as_it_runs(learner, key):
     law = {"1": ExactStragglers(1)}
     error_probability = calibrate_error_probability(model, scheme, x, law, key=key, num_sets=N)
     run = infer(scheme)
-    told = [run(x, mask) for mask in ~np.eye(N, dtype=bool)]
-    unsure = np.mean([np.asarray(each.deviation) != 0 for each in told])
+    result = [run(x, mask) for mask in ~np.eye(N, dtype=bool)]
+    unsure = np.mean([np.asarray(each.deviation) != 0 for each in result])
     assert 0 < unsure < 1
     assert error_probability.share(0.0) == pytest.approx(unsure, abs=1e-6)
     with pytest.raises(ValueError, match="a scheme has its own surrogate"):

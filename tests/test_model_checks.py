@@ -30,7 +30,7 @@ def test_a_model_of_one_data_point_is_refused_in_words(mlp):
     assert coded_inference(jax.vmap(mlp), NeRCC(K, N))(x, everyone).shape == (K, 4)
 
 
-def test_arguments_and_inputs_of_several_arrays_are_told_alike():
+def test_arguments_and_inputs_of_several_arrays_are_reported_alike():
     def one(x, scale):
         return jnp.dot(x["image"], jnp.ones(2)) * scale + x["age"]
 

@@ -335,6 +335,6 @@ def test_errors(change, message, untyped):
             eqx.filter_eval_shape(function, model, nj.Berrut(K, N), x, masks, **given)
 
 
-def test_a_missing_model_is_told():
+def test_a_missing_model_is_reported():
     with pytest.raises(ValueError, match="the workers of this code run 2 models, but 1 came"):
         nj.evaluation.nested_errors(model, nj.Parity(6, 7), groups_of(nj.Parity(6, 7)), MASKS)

@@ -85,7 +85,7 @@ def test_outputs_are_as_asked(folder):
     np.testing.assert_array_equal(model(x), 3 * x)
 
 
-def test_what_jax_cannot_trace_is_told_and_runs_row_by_row(folder):
+def test_what_jax_cannot_trace_is_reported_and_runs_row_by_row(folder):
     with pytest.raises(ValueError, match=r"by_hand does not run on a batch of shape \(1, 3\)"):
         find_workload("own_parts:by_hand")
     assert find_workload("own_parts:by_hand", traced=False).x is not None
@@ -123,19 +123,19 @@ def test_tune_compares_draws_and_writes_a_code(tuned, folder):
 def test_demo_takes_a_tuned_code_and_weights(tuned, folder):
     small = "--weights their_model.safetensors --max-stragglers 1 --sets 2 --max-inputs 80"
     options = ("--code", "nercc-tuned.json", "--plot", "demo.png", *small.split())
-    told = run("demo", "--model", "their_model:load", *options)
-    assert "tuned" in told
-    assert "K=4, N=8" in told
-    assert "RelAcc" in told
+    reported = run("demo", "--model", "their_model:load", *options)
+    assert "tuned" in reported
+    assert "K=4, N=8" in reported
+    assert "RelAcc" in reported
 
 
 @pytest.mark.slow
 def test_plan_writes_a_plan_and_a_picture(folder):
     arguments = "--latency stragglers:0.05:0.08:10 --queries 4 --max-workers 5 --budget 0.25"
     arguments += " --max-inputs 96 --max-disagreement 0.2 --layouts interleaved --output-dir a/b"
-    told = run("plan", "--model", MODEL, *arguments.split())
+    reported = run("plan", "--model", MODEL, *arguments.split())
     for word in ("uncoded", "hedged", "NeRCC interleaved", "recommended:", "*"):
-        assert word in told
+        assert word in reported
     assert (folder / "a/b/plan.png").read_bytes().startswith(b"\x89PNG")
     back = load_plan(folder / "a/b/plan.json")
     assert back.about["latency"] == "stragglers:0.05:0.08:10"
@@ -159,5 +159,5 @@ def test_distill_and_serve_take_it(folder):
     small = "--answers 200 --epochs 1 --output s.safetensors"
     assert f"agrees with {MODEL} on" in run("distill", "--model", MODEL, *small.split())
     require("pydantic_settings", "serve")
-    told = run("serve", "--check", "--model", MODEL, "--surrogate", "s.safetensors")
-    assert "their_model.model can be served" in told
+    reported = run("serve", "--check", "--model", MODEL, "--surrogate", "s.safetensors")
+    assert "their_model.model can be served" in reported

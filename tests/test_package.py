@@ -48,7 +48,7 @@ def test_importing_needs_only_the_core():
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_version_is_told_by_all():
+def test_the_version_is_reported_by_all():
     done = subprocess.run(
         [Path(sys.executable).with_name("nercc"), "--version"], capture_output=True, text=True
     )
@@ -66,21 +66,21 @@ def test_every_package_is_shipped():
 @pytest.mark.parametrize("home", [None, "https://example.org/them/it"])
 def test_readme_has_no_link_that_leads_nowhere(home, monkeypatch):
     """On PyPI, and wherever else it is read without the folder it lies in."""
-    told = {}
-    fake = types.SimpleNamespace(setup=lambda **given: told.update(given))
+    metadata = {}
+    fake = types.SimpleNamespace(setup=lambda **given: metadata.update(given))
     monkeypatch.setitem(sys.modules, "setuptools", fake)
     for name, value in (("NERCC_HOME", home), ("NERCC_TAG", "v1")):
         monkeypatch.delenv(name, raising=False)
         if home is not None:
             monkeypatch.setenv(name, value)
     runpy.run_path(str(ROOT / "setup.py"))
-    text = told["long_description"]
+    text = metadata["long_description"]
     links = re.findall(r"\]\(([^)]*)\)", text)
     assert links
     assert all(link.startswith("https://") for link in links)
     assert "```bash\n" in text
     if home is not None:
         assert f"]({home}/raw/v1/docs/how-it-works.png)" in text
-        assert told["project_urls"]["Documentation"] == "https://them.github.io/it"
+        assert metadata["project_urls"]["Documentation"] == "https://them.github.io/it"
         kept = {link.removeprefix(f"{home}/blob/v1/") for link in links if "/blob/" in link}
         assert all((ROOT / link).exists() for link in kept)

@@ -76,5 +76,5 @@ def test_commands_have_the_options_that_they_are_given():
     assert {page for page, _ in found} >= {"docs/serve.md", "docs/quickstart.md", "docs/which.md"}
     for page, command in found:
         name, *words = shlex.split(command, comments=True)
-        told = {word for word in words if word.startswith("--")}
-        assert told <= options_of(name), (page, command)
+        named = {word for word in words if word.startswith("--")}
+        assert named <= options_of(name), (page, command)

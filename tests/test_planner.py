@@ -143,8 +143,8 @@ def _events(row, code, matrix, error_probability, x, latency, random):
     made, trust = np.full(row.num_data, -1), np.full(row.num_data, np.inf)
     if row.points is not None:
         mask = np.isin(np.arange(row.num_workers), responded)
-        told = _assess(code, error_probability, _model(coded, np)[None], mask[None])
-        made, trust = (np.asarray(part[0]) for part in told)
+        assessed = _assess(code, error_probability, _model(coded, np)[None], mask[None])
+        made, trust = (np.asarray(part[0]) for part in assessed)
     calls, last = row.num_workers, end
     for k in wanting:
         if row.limit is not None and trust[k] > row.limit:
@@ -348,7 +348,7 @@ def test_a_file_that_is_no_plan_says_so(tmp_path, content):
         ({"layouts": ("none",)}, "points must be one of"),
     ],
 )
-def test_what_does_not_fit_is_told(key, untyped, changes, message):
+def test_what_does_not_fit_is_reported(key, untyped, changes, message):
     changes = {"num_data": (4,), "count": 64, "max_workers": 6} | changes
     x = _data(changes.pop("count"))
     with pytest.raises(ValueError, match=message):
@@ -359,7 +359,7 @@ def test_what_does_not_fit_is_told(key, untyped, changes, message):
 
 
 @pytest.mark.parametrize(
-    ("told", "law"),
+    ("text", "law"),
     [
         ("lognormal:0.05:0.6", LogNormalLatency(0.05, 0.6)),
         ("exponential:0.1", ExponentialLatency(0.1)),
@@ -367,10 +367,10 @@ def test_what_does_not_fit_is_told(key, untyped, changes, message):
         ("pareto:0.05:1.5", ParetoLatency(0.05, 1.5)),
     ],
 )
-def test_laws_by_name(told, law):
+def test_laws_by_name(text, law):
     from nercc_jax.cli._plan_report import latency_law
 
-    assert latency_law(told) == law
+    assert latency_law(text) == law
 
 
 def test_laws_of_stragglers_and_traces(tmp_path, key):
@@ -434,10 +434,12 @@ def test_a_surrogate_answers_stragglers_where_it_is_sure(key):
     with pytest.raises(ValueError, match="answers by it"):
         found.scheme()
     infer = coded_inference(_model, found.scheme(cheap), with_status=True)
-    told = infer(x[:8], jnp.arange(QUERIES) != 1)
+    result = infer(x[:8], jnp.arange(QUERIES) != 1)
     lost = np.arange(8) % QUERIES == 1
-    np.testing.assert_allclose(told.decoded.predictions[lost], cheap(x[:8])[lost], atol=1e-5)
-    np.testing.assert_allclose(told.error_probability[lost], error_probability[:8][lost], atol=1e-5)
+    np.testing.assert_allclose(result.decoded.predictions[lost], cheap(x[:8])[lost], atol=1e-5)
+    np.testing.assert_allclose(
+        result.error_probability[lost], error_probability[:8][lost], atol=1e-5
+    )
     # One that is always wrong is asked in vain.
     worse = _plan(key, count=1600, **options | {"surrogate": lambda x: -cheap(x)})
     assert worse.recommended.p99 > 0.9 * hedged

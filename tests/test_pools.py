@@ -269,10 +269,10 @@ def test_processes_run_in_a_precision_of_their_own(cluster):
     code, x = Berrut(5, 7), np.random.default_rng(0).normal(size=(5, 6)).astype(np.float32)
     model = eqx.filter_vmap(eqx.nn.MLP(6, 2, 8, 1, key=jax.random.key(0)))
     with RayPool(model, 1, example=x[:1], worker_dtype="bfloat16") as pool:
-        told = pool_inference(pool, code)(x)
+        predictions = pool_inference(pool, code)(x)
         assert pool.conditions == Conditions("bfloat16", "cpu", "default")
     expected = coded_inference(model, code, worker_dtype="bfloat16")(x, np.ones(7, bool))
-    np.testing.assert_allclose(told, expected, atol=2e-2)
+    np.testing.assert_allclose(predictions, expected, atol=2e-2)
 
 
 # On threads, where a test can hold a worker back for as long as it likes.
@@ -417,13 +417,13 @@ def test_threads_share_the_hosts_cores(options, spare, monkeypatch):
         assert (pool.idle, pool.spare) == (4, spare)
 
 
-def test_points_go_out_one_after_the_other_and_changes_are_told():
-    told = threading.Semaphore(0)
+def test_points_go_out_one_after_the_other_and_changes_are_reported():
+    changes = threading.Semaphore(0)
     with DevicePool(itself, 2, compiled=False) as pool:
-        with pool.open(3, on_change=lambda batch: told.release()) as batch:
+        with pool.open(3, on_change=lambda batch: changes.release()) as batch:
             for point in (2, 0, 1):
                 pool.send(batch, [point], points(3)[[point]])
-                assert told.acquire(timeout=SOON)
+                assert changes.acquire(timeout=SOON)
                 np.testing.assert_array_equal(batch.answer(point), 2 * points(3)[point])
             assert batch.count == 3
         with pytest.raises(ValueError, match="has been forgotten"):
@@ -600,7 +600,7 @@ def test_a_wait_without_an_end(gate, monkeypatch):
 
 
 def test_a_delay_without_an_end_is_no_error():
-    """It would be an OverflowError, told as the model's."""
+    """It would be an OverflowError, reported as the model's."""
     faults = Faults([Fault("delay", latency=TraceLatency(jax.numpy.array([1e30])))])
     with DevicePool(itself, 1, compiled=False, faults=faults) as pool:
         assert not pool.dispatch(points(1)).wait(deadline=0.2).failures
@@ -894,6 +894,6 @@ def test_of_two_answers_everything_is_doubted():
     ],
 )
 def test_doubts_that_do_not_fit(code, options, message, untyped):
-    told = {name: value() if callable(value) else value for name, value in options.items()}
+    given = {name: value() if callable(value) else value for name, value in options.items()}
     with DevicePool(itself, 1) as pool, pytest.raises(ValueError, match=message):
-        pool_inference(pool, code, **told)
+        pool_inference(pool, code, **given)

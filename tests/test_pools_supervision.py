@@ -118,8 +118,8 @@ def test_a_pool_whose_watcher_is_gone_fails_at_once_and_says_so(backend, open_sc
         raise SystemExit
 
     scheduler = open_scheduler(2, hang_timeout=0.2)
-    told = threading.Event()
-    watched = scheduler.open(1, None, 1, lambda batch: told.set(), None)
+    changed = threading.Event()
+    watched = scheduler.open(1, None, 1, lambda batch: changed.set(), None)
     scheduler.add(watched, [0], [np.zeros((1, 1))], [0])
     batch = dispatch(scheduler, 3)
     backend.starting = end_thread
@@ -127,7 +127,7 @@ def test_a_pool_whose_watcher_is_gone_fails_at_once_and_says_so(backend, open_sc
     assert answers.waited < SOON / 2
     assert answers.values is None
     assert "the pool's watcher ended" in answers.failures[-1].reason
-    assert told.wait(SOON)
+    assert changed.wait(SOON)
     assert watched.lost(0)
     assert "the pool's watcher ended" in scheduler.trouble
     with pytest.raises(RuntimeError, match=r"this pool is broken: .*: make a new one"):
@@ -153,12 +153,12 @@ def test_books_that_fail_while_a_worker_responds_break_the_pool(
     assert scheduler.report().internal_errors == 1, "nobody is listened to any more"
 
 
-def test_who_is_lost_by_hanging_is_told_at_once(backend, open_scheduler):
+def test_who_is_lost_by_hanging_is_reported_at_once(backend, open_scheduler):
     scheduler = open_scheduler(1, hang_timeout=0.05, max_attempts=1)
-    told = threading.Event()
-    batch = scheduler.open(1, None, 1, lambda batch: told.set(), None)
+    changed = threading.Event()
+    batch = scheduler.open(1, None, 1, lambda batch: changed.set(), None)
     scheduler.add(batch, [0], [np.zeros((1, 1))], [0])
-    assert told.wait(SOON)
+    assert changed.wait(SOON)
     assert batch.lost(0)
 
 

@@ -38,7 +38,7 @@ def test_nothing_is_late_before_enough_is_known():
     for _ in range(3):
         assert not times.add(1, 0.1)
         assert times.median(1) == times.limit(1) == math.inf
-    assert times.add(1, 0.1), "who waits for the limit is told that there is one"
+    assert times.add(1, 0.1), "a wait for the limit is notified that there is one"
     assert times.limit(1) == pytest.approx(0.3)
 
 

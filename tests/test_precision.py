@@ -1,4 +1,4 @@
-"""What accelerators would do to the numbers, told by the programs that are sent to them.
+"""What accelerators would do to the numbers, read from the programs that are sent to them.
 
 A TPU rounds the factors of a float32 product to bfloat16, and a GPU may round them to TF32, unless
 the product asks for full precision. Lowering needs no device.

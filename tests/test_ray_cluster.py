@@ -120,8 +120,8 @@ def test_workers_lie_apart_and_nothing_is_lost(cluster):
         fraction = shared["runtime_env"]["env_vars"]["XLA_PYTHON_CLIENT_MEM_FRACTION"]
         assert float(fraction) == 0.45
         assert missing_resources({"GPU": 1.0}, 3, live_nodes()) is None
-        told = missing_resources({"CPU": 1.0, "GPU": 2.5}, 3, live_nodes())
-        assert told == "none of 4 nodes has what a worker takes (CPU 1, GPU 2.5)"
+        message = missing_resources({"CPU": 1.0, "GPU": 2.5}, 3, live_nodes())
+        assert message == "none of 4 nodes has what a worker takes (CPU 1, GPU 2.5)"
 
 
 def strike(node, what):
@@ -160,8 +160,8 @@ def test_a_head_that_dies_takes_nothing_with_it(cluster, tmp_path):
 
     parts = tmp_path / "result.npz.parts" / "manifest.json"
     with (tmp_path / "log").open("w") as log, httpx.Client(timeout=SOON, trust_env=False) as client:
-        told = {"cwd": cluster.folder, "env": variables, "stdout": log, "stderr": log}
-        server = subprocess.Popen([*serve, "--max-batch-size", "1"], **told)
+        streams = {"cwd": cluster.folder, "env": variables, "stdout": log, "stderr": log}
+        server = subprocess.Popen([*serve, "--max-batch-size", "1"], **streams)
         runner = None
         try:
             soon(lambda: ready() or server.poll() is not None, STARTS, every=0.2)
@@ -174,7 +174,7 @@ def test_a_head_that_dies_takes_nothing_with_it(cluster, tmp_path):
             head.send_signal(signal.SIGCONT)
             soon(ready, every=0.2)
             assert server.poll() is None
-            runner = subprocess.Popen([*run, *own, *slow, *output], **told)
+            runner = subprocess.Popen([*run, *own, *slow, *output], **streams)
             soon(lambda: parts.exists() or runner.poll() is not None, STARTS)
             cluster.head_node.kill_gcs_server()
             begin = time.monotonic()

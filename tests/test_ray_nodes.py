@@ -89,27 +89,27 @@ def test_a_worker_moves_where_that_makes_them_even():
     assert node_to_leave(nodes(8, 0), HALF, {"n0": 6}) is None
 
 
-def test_crowded_nodes_are_told():
+def test_crowded_nodes_are_reported():
     assert crowding({"a": 5, "b": 5, "c": 5, "d": 5}, 12) is None
-    told = crowding({"a": 10, "b": 10}, 8)
-    assert told is not None
-    assert "one of 2 node(s) holds 10 of 20 workers" in told
-    assert "3 nodes with room for 8 workers" in told
+    message = crowding({"a": 10, "b": 10}, 8)
+    assert message is not None
+    assert "one of 2 node(s) holds 10 of 20 workers" in message
+    assert "3 nodes with room for 8 workers" in message
 
 
 def test_moves_are_one_at_a_time_and_not_while_workers_start():
     moved, settled = [], [False]
     moves = Migration(lambda: 3, lambda worker: not moved.append(worker), every=0.0)
     probe = HeadProbe("127.0.0.1:1")
-    told = []
-    watch = NodeWatch(probe, lambda: settled[0], lambda: told.append(True), moves)
+    changes = []
+    watch = NodeWatch(probe, lambda: settled[0], lambda: changes.append(True), moves)
     watch.look()
     assert not moved
     settled[0] = True
     watch.look()
     watch.look()
     assert moved == [3, 3]
-    assert told == [True]
+    assert changes == [True]
     slow = Migration(lambda: 3, lambda worker: not moved.append(worker), every=1e3)
     slow.move()
     assert len(moved) == 2
@@ -286,7 +286,7 @@ def test_own_classes_are_pytrees_at_workers_too(tmp_path):
     assert leaves == [len(jax.tree.leaves(each)) for each in models]
 
 
-def test_what_cannot_be_sent_is_told():
+def test_what_cannot_be_sent_is_reported():
     require("ray", "ray")
     lock = __import__("threading").Lock()
     with pytest.raises(ValueError, match="by pickle: cannot pickle"):
@@ -336,7 +336,7 @@ def test_the_folder_is_sent_to_a_ray_that_is_joined_unless_something_else_is(tmp
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])
-def test_where_no_ray_is_that_is_told_at_once(address):
+def test_where_no_ray_is_that_is_reported_at_once(address):
     ray = require("ray", "ray")
     from nercc_jax.pools import join_ray
 

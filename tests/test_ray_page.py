@@ -30,9 +30,9 @@ def test_commands_have_the_options_that_they_are_given(line):
         assert words[1:3] == ["job", "submit"]
         words = words[words.index("--") + 1 :]
     assert words[0] == "nercc"
-    told = {word for word in words[2:] if word.startswith("--")}
-    assert told
-    assert told <= options_of(words[1])
+    named = {word for word in words[2:] if word.startswith("--")}
+    assert named
+    assert named <= options_of(words[1])
 
 
 def test_the_page_names_options_files_and_tables_that_there_are():

@@ -41,7 +41,7 @@ def refitted(t, y, mu, place, others):
     """How far observation `place` is from the oracle's spline through the others, standardised.
 
     The variance of y_i - u(t_i) given the others is sigma^2 (1 + v), with v the weight that mu puts
-    on the reproducing kernel: told by refitting, as the fit's answer to a unit step in y_i.
+    on the reproducing kernel: found by refitting, as the fit's answer to a unit step in y_i.
     """
     ours = [i for i in others if i != place]
 
@@ -320,7 +320,7 @@ def test_predictions_are_differentiable_in_answers():
 
 
 @pytest.mark.parametrize("code", [Berrut(4, 12), Lagrange(4, 12), Replication(4, 12), Uncoded(12)])
-def test_other_codes_are_told_what_would_do(code, untyped):
+def test_other_codes_get_an_error_that_names_a_remedy(code, untyped):
     with pytest.raises(ValueError, match=rf"{type(code).__name__} .*use NeRCC"):
         robust_decode(code, np.zeros((12, 2), "float32"), mask(12), max_adversaries=1)
 

@@ -91,7 +91,7 @@ def test_a_batch_that_nobody_answers_is_sent_again():
         np.testing.assert_array_equal(outcome.result.decoded.predictions, exact(x))
 
 
-def test_a_batch_that_stays_lost_is_told_and_the_next_follows():
+def test_a_batch_that_stays_lost_is_reported_and_the_next_follows():
     with DevicePool(failing_on(2, 3), 4, compiled=False) as pool:
         outcomes = list(run_batches(pool, Replication(2, 4), numbered(3, 1, 2), attempts=2))
     assert [outcome.result is None for outcome in outcomes] == [False, True, False]
@@ -305,16 +305,16 @@ def test_run_tells_what_it_saw(small):
 
 
 def test_the_summary_is_a_file_too(small):
-    told = json.loads(small[1].with_suffix(".summary.json").read_text())
-    assert (told["model"], told["code"]) == ("lenet5-digits", "NeRCC with K=4, N=8")
-    assert (told["data_points"], told["batches"], told["lost"]) == (30, 4, 0)
-    assert told["deaths_by_worker"] == [0] * 8
+    summary = json.loads(small[1].with_suffix(".summary.json").read_text())
+    assert (summary["model"], summary["code"]) == ("lenet5-digits", "NeRCC with K=4, N=8")
+    assert (summary["data_points"], summary["batches"], summary["lost"]) == (30, 4, 0)
+    assert summary["deaths_by_worker"] == [0] * 8
     rows = load(small[1])
-    assert told["stragglers_per_batch"] * 4 == np.sum(~rows["responded"][[0, 8, 16, 24]])
+    assert summary["stragglers_per_batch"] * 4 == np.sum(~rows["responded"][[0, 8, 16, 24]])
     own = load_model("lenet5-digits")
     images = own.preprocess(load_data("digits", "test", limit=30).images)
     same = np.sum(np.asarray(own(images)).argmax(axis=1) == rows["predicted"])
-    assert (told["same_labels"], told["compared"]) == (same, 30)
+    assert (summary["same_labels"], summary["compared"]) == (same, 30)
 
 
 def test_the_result_is_what_coded_inference_makes_of_the_workers_that_responded(small):
@@ -378,8 +378,8 @@ def test_what_is_lost_is_nan_and_told(tmp_path):
     assert not rows["responded"].any()
 
 
-def test_what_is_recovered_of_a_batch_is_told_and_why_the_rest_is_not(tmp_path, monkeypatch):
-    """A lost row rests on nobody's answers; the trouble is told though the last batch went well."""
+def test_what_is_recovered_of_a_batch_is_reported_and_why_the_rest_is_not(tmp_path, monkeypatch):
+    """A lost row rests on nobody's answers; the trouble is reported though the last batch went well."""
 
     def spoilt(*arguments, **options):
         first, *others = run_batches(*arguments, **options)

@@ -128,9 +128,9 @@ def test_rows_are_what_the_function_gives_to_the_bit(folder, function):
     assert not rows["deviation"].any()
     assert not rows["bar"].any()
     assert not (folder / "y.npz.parts").exists()
-    told = json.loads((folder / "y.summary.json").read_text())
-    assert (told["rows_done"], told["computed"], told["decoded"]) == (50, 50, 0)
-    assert told["learned_from"] is None
+    summary = json.loads((folder / "y.summary.json").read_text())
+    assert (summary["rows_done"], summary["computed"], summary["decoded"]) == (50, 50, 0)
+    assert summary["learned_from"] is None
 
 
 def test_what_the_function_gives_is_kept_though_it_be_nan(folder):
@@ -140,7 +140,7 @@ def test_what_the_function_gives_is_kept_though_it_be_nan(folder):
     np.testing.assert_array_equal(load("y.npz")["predictions"], own("some_nan"))
 
 
-def test_rows_on_which_the_function_raises_are_told_and_no_others_are_lost(folder):
+def test_rows_on_which_the_function_raises_are_reported_and_no_others_are_lost(folder):
     result = run("picky", *SMALL, "--groups", "4", "--output", "y.npz")
     odd = np.load("x.npy")[:, 0] > 0.9
     assert result.exit_code == 3
@@ -220,7 +220,7 @@ def test_inputs_come_as_arrays_or_tables(tmp_path):
         ("x.txt", "1", "ends in .npy, .npz, .csv, .parquet"),
     ],
 )
-def test_inputs_that_do_not_fit_are_told_by_their_option(tmp_path, name, content, message):
+def test_inputs_that_do_not_fit_are_reported_by_their_option(tmp_path, name, content, message):
     path = tmp_path / name
     if isinstance(content, str):
         path.write_text(content)
@@ -383,12 +383,12 @@ def test_a_folder_is_resumed_and_only_by_the_same_run(tmp_path):
     with pytest.raises(ValueError, match="has the parts of an earlier run"):
         run_rows(counted, rows, DevicePool, **options, about={"v": 1})
     calls.clear()
-    for other, about, told in (
+    for other, about, message in (
         (rows + 1, {"v": 1}, "inputs was"),
         (rows, {"v": 2}, "v was 1 and is 2"),
         (rows, {}, "v was 1 and is None"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             run_rows(counted, other, DevicePool, **options, about=about, resume=True)
     assert not calls
     second = run_rows(counted, rows, DevicePool, **options, about={"v": 1}, resume=True)
@@ -525,14 +525,14 @@ def test_a_run_with_stragglers_and_deaths_that_is_killed_and_goes_on(folder):
     np.save("x.npy", x)
     asked = "--pool ray --address local --num-workers 5 --worker-cpus 0.1 --output results"
     faults = "--straggler-rate 0.05 --straggler-delay-s 1 --death-rate 0.005"
-    told = command(
+    arguments = command(
         *("--model", "nercc_own_rows:slow", "--tolerance", str(tolerance)),
         *(*asked.split(), *faults.split()),
     )
     cache = jax.config.jax_compilation_cache_dir or ""
     options = {"cwd": folder, "env": os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}}
     with open("log", "w") as log:
-        first = subprocess.Popen(told, stdout=log, stderr=log, **options)
+        first = subprocess.Popen(arguments, stdout=log, stderr=log, **options)
         try:
             end = time.monotonic() + 300
             learner, before = parts_of(folder / "results")
@@ -547,7 +547,7 @@ def test_a_run_with_stragglers_and_deaths_that_is_killed_and_goes_on(folder):
     learner, before = parts_of(folder / "results")
     assert len(before["index"]) < rows
     (folder / "seen").touch()
-    again = subprocess.run([*told, "--resume"], capture_output=True, text=True, **options)
+    again = subprocess.run([*arguments, "--resume"], capture_output=True, text=True, **options)
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"{len(before['index'])} rows are done already" in again.stdout
     after_learner, after = parts_of(folder / "results")
@@ -567,4 +567,4 @@ def test_a_run_with_stragglers_and_deaths_that_is_killed_and_goes_on(folder):
     assert (after["score"] <= tolerance).all()
     assert (~exact).sum() > 5
     error = np.sqrt(np.mean((after["predictions"] - y) ** 2, axis=1))
-    assert np.mean(error[~exact] <= after["score"][~exact]) > 0.7  # of nine tenths that are told
+    assert np.mean(error[~exact] <= after["score"][~exact]) > 0.7  # nine tenths are promised

@@ -50,7 +50,7 @@ def test_what_is_beyond_need_is_not_sent_to_one_that_becomes_free(backend, open_
     assert len(backend.sent) == 2, "one failed, so another was sent"
 
 
-def test_what_would_slow_down_others_is_told(backend, open_scheduler, monkeypatch):
+def test_what_would_slow_down_others_is_reported(backend, open_scheduler, monkeypatch):
     """Of four workers on three cores; who is overdue slows down nobody."""
     cores = [3]
     monkeypatch.setattr(backend, "spare_capacity", lambda busy: cores[0] - busy)
@@ -259,7 +259,7 @@ def test_a_task_is_overdue_by_the_times_of_its_size(backend, open_scheduler):
 
 @pytest.mark.parametrize("numbers", [(1, 3), (3, 1)])
 def test_two_threads_wait_for_different_numbers(backend, open_scheduler, numbers):
-    """Each is told when its own is reached, whoever asked first."""
+    """Each is notified when its own is reached, whoever asked first."""
     scheduler = open_scheduler(3)
     batch = dispatch(scheduler, 3)
     with ThreadPoolExecutor(2) as executor:
@@ -369,18 +369,18 @@ def test_points_of_one_batch_may_hold_different_numbers_of_data_points(backend, 
     assert batch.answer(1).shape == (3, 4)
 
 
-def test_who_waits_for_an_idle_worker_is_told(backend, open_scheduler):
+def test_a_wait_for_an_idle_worker_is_reported(backend, open_scheduler):
     scheduler = open_scheduler(2)
-    told = []
-    scheduler.on_idle(lambda: told.append(scheduler.idle))
+    seen = []
+    scheduler.on_idle(lambda: seen.append(scheduler.idle))
     batch = dispatch(scheduler, 3)
-    assert (scheduler.idle, told) == (0, [])
+    assert (scheduler.idle, seen) == (0, [])
     backend.answer(0)  # and is given the third
-    assert (scheduler.idle, told) == (0, [])
+    assert (scheduler.idle, seen) == (0, [])
     backend.answer(1)
-    assert (scheduler.idle, told) == (1, [1])
+    assert (scheduler.idle, seen) == (1, [1])
     backend.answer(0)
-    assert (scheduler.idle, told) == (2, [1, 2])
+    assert (scheduler.idle, seen) == (2, [1, 2])
     assert batch.over
     states = [worker.state for worker in scheduler.report().workers]
     assert states == ["idle", "idle"]

@@ -133,7 +133,7 @@ def test_a_run_is_the_same_each_time():
     assert run() == run()
 
 
-def test_what_nobody_will_end_is_told():
+def test_what_nobody_will_end_is_reported():
     with paper(1) as pool:
         pool.dispatch(POINTS[:1]).wait(deadline=2.0)
     clock = SimulatedClock()

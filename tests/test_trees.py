@@ -209,8 +209,8 @@ def test_evaluation_and_the_objective():
     wrong = nested_errors(heads, CODE, one, MASK[None], criterion="disagreement")
     np.testing.assert_allclose(wrong, 1 - np.mean(np.logical_and(*same)), atol=1e-6)
     labels = {name: np.argmax(own[name], -1) for name in own}
-    told = evaluate(heads, {"c": CODE}, points(one), laws, key=key, num_sets=3, labels=labels)[0]
-    assert told.accuracy.mean == told.rel_acc.mean
+    row = evaluate(heads, {"c": CODE}, points(one), laws, key=key, num_sets=3, labels=labels)[0]
+    assert row.accuracy.mean == row.rel_acc.mean
 
 
 def test_a_scheme_with_all_that_it_may_have():

@@ -372,11 +372,11 @@ def test_the_tuned_code_is_better_on_other_data(runs, start):
     assert float(trial.objective(model, runs[0].code)) < 0.97
 
 
-def test_every_step_is_told_and_counted(runs):
-    moved, _, _, told = runs
-    steps = [step for step, _ in told]
+def test_every_step_is_reported_and_counted(runs):
+    moved, _, _, reported = runs
+    steps = [step for step, _ in reported]
     assert list(moved.history) == steps
-    for step, code in told:
+    for step, code in reported:
         assert float(code.lambda_dec) == step.parameters["lambda_dec"]
     assert [step.step for step in steps] == list(range(13))
     assert [step.step for step in steps if step.held_out is not None] == [0, 4, 8, 12]
@@ -404,7 +404,7 @@ def test_one_seed_gives_one_code_to_the_last_bit(runs, start):
     assert not np.array_equal(other.code.beta, again.code.beta)
 
 
-def test_steps_that_are_not_finite_change_nothing_and_are_told():
+def test_steps_that_are_not_finite_change_nothing_and_are_reported():
     """One training point breaks the model, so the steps that draw it are rejected."""
     code, key = nj.Berrut(K, N), jax.random.key(0)
     training = split_points(DATA, K, Sampling(), jax.random.fold_in(key, 0)).training

@@ -28,40 +28,40 @@ def test_of_servers(page):
         np.array(price["rates"][name]) for name in ("bare", "uncoded", "coded (8, 4)")
     )
     plain, ours = np.median(uncoded / bare), np.median(coded / bare)  # round by round
-    told = f"{plain:.2f} of a bare handler's requests a second uncoded, {ours:.2f} coded"
-    assert f"{told}, LeNet5 with 8 clients" in page
+    sentence = f"{plain:.2f} of a bare handler's requests a second uncoded, {ours:.2f} coded"
+    assert f"{sentence}, LeNet5 with 8 clients" in page
     rows = {r["system"]: r for r in read("serving")["rows"] if r["straggler_rate"] == 0.05}
     hedged, plain, copies = (rows[name] for name in ("hedged", "uncoded", "replication (2, 1)"))
     assert f"p99 of {hedged['p99_ms']:.0f} ms against {plain['p99_ms']:.0f} uncoded" in page
-    told = f"{copies['p99_ms']:.0f} ms at the same, at {copies['calls_per_query']:.2f} calls a"
-    assert told in page
+    sentence = f"{copies['p99_ms']:.0f} ms at the same, at {copies['calls_per_query']:.2f} calls a"
+    assert sentence in page
 
 
 def test_of_what_is_known(page):
     cells = read("tails")["paper"]
 
-    def told(law, system):
+    def figures(law, system):
         cell = cells[f"lenet5/{law}/{system}"]
         return f"{cell['p999_by_p50'][0]:.2f}", f"{cell['calls']:.2f}", f"{100 * cell['right']:.2f}"
 
     def hedged(law):
-        rivals = [told(law, f"hedged, {how}") for how in ("p95", "p90", "1.35 x median")]
+        rivals = [figures(law, f"hedged, {how}") for how in ("p95", "p90", "1.35 x median")]
         return min(rivals, key=lambda rival: float(rival[0]))
 
-    picked, calls, right = told("5 %", "picked, 1.1 calls")
+    picked, calls, right = figures("5 %", "picked, 1.1 calls")
     assert f"p99.9 is {picked} times the median at {calls} calls a query, {right} % of" in page
-    known, _, right = told("5 %", "known, else hedged")
+    known, _, right = figures("5 %", "known, else hedged")
     assert f"(by hand, {known} times and {right} %)" in page
     (parm, work, right), (nercc, _, kept) = (
-        told("5 %", s) for s in ("ParM, k = 2", "NeRCC (6, 4)")
+        figures("5 %", s) for s in ("ParM, k = 2", "NeRCC (6, 4)")
     )
     assert f"p99.9 of {parm} times the median at {work} calls a query, {right} % of" in page
     assert f"NeRCC (6, 4) has {nercc} with {kept} %" in page
-    (tail, calls, _), (copies, work, _) = hedged("5 %"), told("5 %", "two copies")
+    (tail, calls, _), (copies, work, _) = hedged("5 %"), figures("5 %", "two copies")
     assert f"hedging {tail} times at {calls}, two copies {copies} at {work}" in page
-    known, calls, right = told("slow rack", "known, else hedged")
+    known, calls, right = figures("slow rack", "known, else hedged")
     assert f"p99.9 is {known} times the median at {calls} calls, {right} % of the labels" in page
-    (tail, calls, _), (copies, work, _) = hedged("slow rack"), told("slow rack", "two copies")
+    (tail, calls, _), (copies, work, _) = hedged("slow rack"), figures("slow rack", "two copies")
     assert f"the best hedging has {tail} at {calls}, two copies {copies} at {work}" in page
 
 
@@ -114,8 +114,8 @@ def test_of_bacc(page):
 def test_of_error_probabilities(page):
     rows = [
         row
-        for told in read("beyond").values()
-        for cell in told.get("promises", {}).values()
+        for model in read("beyond").values()
+        for cell in model.get("promises", {}).values()
         for row in cell["rows"]
         if "promised" in row
     ]

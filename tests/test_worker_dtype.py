@@ -157,10 +157,10 @@ def test_pytrees_and_integers_beside():
         return {"logits": logits, "mean": logits.mean(axis=1).astype(jnp.float16)}
 
     x = {"x": X, "scale": np.full((2, K), 4, np.int32), "flag": np.ones((2, K), bool)}
-    told = coded_inference(model, CODE, worker_dtype="bfloat16")(x, MASK, jnp.asarray(WEIGHTS))
+    predictions = coded_inference(model, CODE, worker_dtype="bfloat16")(x, MASK, jnp.asarray(WEIGHTS))
     assert seen == {"x": jnp.bfloat16, "scale": jnp.int32, "flag": jnp.bool_}
-    assert told["logits"].shape == (2, K, OUTPUTS)
-    assert {leaf.dtype for leaf in jax.tree.leaves(told)} == {jnp.dtype("float32")}
+    assert predictions["logits"].shape == (2, K, OUTPUTS)
+    assert {leaf.dtype for leaf in jax.tree.leaves(predictions)} == {jnp.dtype("float32")}
 
 
 def test_jit_and_vmap_agree():
@@ -240,9 +240,9 @@ def test_several_models():
     code = Parity(2, 3)
     models = (linear(), Linear(jnp.asarray(2 * WEIGHTS), jnp.arange(OUTPUTS)))
     infer = coded_inference(models, code, worker_dtype="bfloat16", grouped=True)
-    told = infer(X[:, :2], np.ones(3, bool))
+    predictions = infer(X[:, :2], np.ones(3, bool))
     expected = np.tanh(rounded(X[:, :2], BFLOAT16) @ rounded(WEIGHTS, BFLOAT16))
-    np.testing.assert_allclose(told, expected, atol=1e-2)
+    np.testing.assert_allclose(predictions, expected, atol=1e-2)
 
 
 # Pools.
@@ -261,8 +261,8 @@ def test_a_pool_of_threads():
     assert set(seen) == {np.dtype(BFLOAT16)}
     assert coded.answers.values.dtype == np.float32
     with DevicePool(linear(), 2, example=X[:, 0], worker_dtype="bfloat16") as pool:
-        told = pool_inference(pool, CODE)(X)
-    np.testing.assert_allclose(told, coded.decoded.predictions, atol=3e-2)
+        predictions = pool_inference(pool, CODE)(X)
+    np.testing.assert_allclose(predictions, coded.decoded.predictions, atol=3e-2)
 
 
 def test_a_pool_of_a_model_that_answers_in_bfloat16():
@@ -300,14 +300,14 @@ def test_no_other_dtype(dtype, untyped):
 
 
 @pytest.mark.parametrize("wrap", [jax.vmap, jax.jit], ids=["vmap", "jit"])
-def test_a_module_within_a_function_is_told(wrap):
+def test_a_module_within_a_function_is_reported(wrap):
     module = eqx.nn.Linear(5, 3, key=jax.random.key(0))
     with pytest.raises(ValueError, match=r"the arrays of Linear cannot be cast to bfloat16"):
         coded_inference(wrap(module), CODE, worker_dtype="bfloat16")
     coded_inference(eqx.filter_vmap(module), CODE, worker_dtype="bfloat16")
 
 
-def test_a_module_that_is_no_pytree_is_told():
+def test_a_module_that_is_no_pytree_is_reported():
     class Plain(nnx.Module, pytree=False):
         def __init__(self):
             self.linear = nnx.Linear(5, 3, rngs=nnx.Rngs(0))
@@ -323,12 +323,12 @@ def test_a_module_that_is_no_pytree_is_told():
 def test_under_a_mesh_of_the_callers(kind):
     mesh = jax.make_mesh((8,), ("workers",), axis_types=(kind,))
     with jax.set_mesh(mesh), DevicePool(linear(), 2, worker_dtype="bfloat16") as pool:
-        told = pool_inference(pool, CODE)(X)
+        predictions = pool_inference(pool, CODE)(X)
     spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "workers"))
     model = eqx.tree_at(lambda m: m.weights, linear(), jax.device_put(WEIGHTS, spread))
     assert cast_model(model, "bfloat16").func.weights.sharding.is_equivalent_to(spread, 2)
     expected = np.asarray(coded_inference(linear(), CODE, worker_dtype="bfloat16")(X, MASK | True))
-    np.testing.assert_allclose(told, expected, atol=2e-2)
+    np.testing.assert_allclose(predictions, expected, atol=2e-2)
 
 
 def test_answers_beyond_float16_make_stragglers():
@@ -384,8 +384,8 @@ def test_own_answers_stay_in_float32():
 def test_a_scheme_with_anothers_doubt_says_so(doubts):
     scheme = Scheme(REGRESSION, error_probability=doubts[None])
     coded_inference(small(), scheme)
-    told = "ErrorProbability was calibrated on .* float32 workers .* used with bfloat16 workers"
-    with pytest.warns(CalibrationWarning, match=told):
+    message = "ErrorProbability was calibrated on .* float32 workers .* used with bfloat16 workers"
+    with pytest.warns(CalibrationWarning, match=message):
         coded_inference(small(), scheme, worker_dtype="bfloat16")
     right = Scheme(REGRESSION, error_probability=doubts["bfloat16"])
     coded_inference(small(), right, worker_dtype="bfloat16")

@@ -109,7 +109,7 @@ def shown(folder: Path, name: str, thing: Any) -> bool:
 @functools.cache
 def users_of(folder: Path) -> dict[str, list[str]]:
     """For each public name that no page's Python uses, and that has no example of its own: the full
-    names of three, at most, that have one, or are told so, and work with it.
+    names of three, at most, that have one, or whose settings say so, and work with it.
 
     By their examples if these use it, or else by their sources, or those of their modules.
     """

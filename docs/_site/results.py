@@ -66,8 +66,8 @@ def percent(mean: float, half: float, digits: int = 1) -> str:
     if not np.isfinite(mean):
         return ""
     low, high = Estimate(mean, half).interval(share=True)
-    told = f"{100 * mean:.{digits}f}"
-    return f"{told} [{100 * low:.{digits}f},\u00a0{100 * high:.{digits}f}]" if half > 0 else told
+    text = f"{100 * mean:.{digits}f}"
+    return f"{text} [{100 * low:.{digits}f},\u00a0{100 * high:.{digits}f}]" if half > 0 else text
 
 
 def table(rows: Iterable[Mapping[str, Any]]) -> HTML:

@@ -269,7 +269,7 @@ def _start_log(log_format: str, level: str) -> None:
         )
     else:
         handler.setFormatter(_WithFields("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    # gRPC's core would write lines of its own; what matters of them is told by exceptions.
+    # gRPC's core would write lines of its own; exceptions report what matters of them.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     logging.basicConfig(level=level, handlers=[handler], force=True)
     # Uvicorn's word for each step of its life says less than ours; JAX misses TPUs everywhere.

@@ -220,7 +220,7 @@ def _place_of_least(values: Float[Array, " n"]) -> Int[Array, ""]:
 
 
 class _Pieces(NamedTuple):
-    """Pieces of paths, told row by row; rows are counted through all buffers."""
+    """Pieces of paths, kept row by row; rows are counted through all buffers."""
 
     end: Int[Array, " rows"]  # of a row at an end of its piece: the row at the other end
     head: Int[Array, " rows"]  # the row at place 0

@@ -67,7 +67,7 @@ def not_a_knot(
 
 
 def _solved(summary: Float[Array, "2 2"], wanted: Float[Array, "2 m"]) -> Float[Array, "2 m"]:
-    """Return the c with told c = wanted, by normal equations.
+    """Return the c with summary @ c = wanted, by normal equations.
 
     c goes towards 0 where little is known, as where much is smoothed. Of the first step's bias,
     0.0003 of c where nothing is smoothed, the third leaves the cube.
