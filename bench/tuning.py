@@ -195,7 +195,7 @@ def _grids(
 ) -> dict[str, dict[str, Any]]:
     """Return `landscape` for several codes that encode alike.
 
-    Answers are computed once for all, and each code is charged their seconds in addition to its own.
+    Answers are computed once for all, and each code is charged their seconds, too.
     """
     rows: dict[str, list[Any]] = {name: [] for name in codes}
     summary = {

@@ -379,7 +379,7 @@ def test_what_is_lost_is_nan_and_told(tmp_path):
 
 
 def test_what_is_recovered_of_a_batch_is_reported_and_why_the_rest_is_not(tmp_path, monkeypatch):
-    """A lost row rests on nobody's answers; the trouble is reported though the last batch went well."""
+    """A lost row rests on nobody's answers; the trouble is reported though the last went well."""
 
     def spoilt(*arguments, **options):
         first, *others = run_batches(*arguments, **options)

@@ -157,7 +157,8 @@ def test_pytrees_and_integers_beside():
         return {"logits": logits, "mean": logits.mean(axis=1).astype(jnp.float16)}
 
     x = {"x": X, "scale": np.full((2, K), 4, np.int32), "flag": np.ones((2, K), bool)}
-    predictions = coded_inference(model, CODE, worker_dtype="bfloat16")(x, MASK, jnp.asarray(WEIGHTS))
+    infer = coded_inference(model, CODE, worker_dtype="bfloat16")
+    predictions = infer(x, MASK, jnp.asarray(WEIGHTS))
     assert seen == {"x": jnp.bfloat16, "scale": jnp.int32, "flag": jnp.bool_}
     assert predictions["logits"].shape == (2, K, OUTPUTS)
     assert {leaf.dtype for leaf in jax.tree.leaves(predictions)} == {jnp.dtype("float32")}

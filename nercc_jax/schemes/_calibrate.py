@@ -217,7 +217,9 @@ def cross_validate_error_bars(
     groups = len(jax.tree.leaves(cut_groups(x, size))[0])
     folds = min(check_count("folds", folds, 2), groups)
     if folds < 2:
-        raise ValueError(f"one group of {size} cannot be calibrated on others: give two groups at least")
+        raise ValueError(
+            f"one group of {size} cannot be calibrated on others: give two groups at least"
+        )
     masks, _ = draw_sets(stragglers, key, scheme.code.num_workers, num_sets)
     workers = model if callable(model) else tuple(model)
     ratios = []

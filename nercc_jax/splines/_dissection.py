@@ -291,9 +291,9 @@ def _condition(
     and the rows for the others alone, with the same columns but for s_j.
     """
     missed, right, shared = data
-    # What is passed on is the same in whichever way s_j is written. By its distance from the prior's mean it is
-    # not rounded as the penalty is, which matters where that is stiff; and by itself not as the
-    # observations are, where these are the larger.
+    # The result is the same in whichever way s_j is written. By its distance from the prior's mean
+    # it is not rounded as the penalty is, which matters where that is stiff; and by itself not as
+    # the observations are, where these are the larger.
     stiff = jnp.sum(of_knot[:, 0] ** 2, axis=0) < precision[0, 0] ** 2
     base, start = jnp.where(stiff, mean, 0), jnp.where(stiff, missed, 0)
     prior = [-product_of(precision, mean - base), product_of(precision, missed - start)]

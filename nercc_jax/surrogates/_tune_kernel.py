@@ -36,7 +36,7 @@ _LEAST_LINEAR = 1e-6  # whose logarithm is walked on
 _SHARPNESS = 4.0  # of labels: outputs' spreads that make one label e times as likely
 _LEARNING_RATE = 0.1
 # Of how unlike logarithms of widths are, by pair: as if their deviation were expected to be 0.7. So
-# features that tell nothing by themselves are not distinguished by chance (diabetes, ten features, 100
+# features that tell nothing by themselves are not set apart by chance (diabetes, ten features, 100
 # pairs: error by spread .52 with a width each and no price, .48 with one width for all).
 _PRICE = 1.0
 
