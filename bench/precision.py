@@ -7,8 +7,8 @@ gives; relative accuracy is the share of right labels by the uncoded float32 mod
 the shipped model in `worker_dtype`, weights included; encoding and decoding are in float32. The
 code is NeRCC with the defaults of its constructor, or the published form, lambda_dec = 0 and
 Chebyshev points. All dtypes meet the same groups and the same straggler sets, so what the dtype
-costs is measured by pairs: the mean over sets of the difference, and half its 95 % interval. "alone"
-is the uncoded model in that dtype.
+costs is measured by pairs: the mean over sets of the difference, and half its 95 % interval.
+"alone" is the uncoded model in that dtype.
 
 No times: CPUs have no bfloat16 products, and tell nothing of how fast accelerators are.
 
