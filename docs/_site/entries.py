@@ -218,7 +218,7 @@ def _prose(text: str) -> str:
 
 def _escape(text: str) -> str:
     """What reStructuredText would take for markup and Markdown does not."""
-    pieces = re.split(r"(`[^`]*`|\*\*[^*]+\*\*)", text)
+    pieces = re.split(r"(`[^`]*`|\*\*(?:\\.|[^*\\])+\*\*)", text)
     return "".join(
         piece if place % 2 else MARKUP.sub(r"\\\1", piece) for place, piece in enumerate(pieces)
     )
