@@ -37,6 +37,9 @@ class KnowsAll(Predictor):
     def add_answer(self, x, own):
         pass
 
+    def admits(self, answer):
+        return True
+
     def audit(self, given, own):
         return True
 

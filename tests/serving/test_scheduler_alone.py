@@ -45,6 +45,18 @@ class NoAdaptation(AbstractAdaptation):
     def add_answer(self, x, own):
         pass
 
+    def epoch(self, source):
+        return 0
+
+    def needs_evidence(self, source):
+        return False
+
+    def admits(self, answer):
+        return True
+
+    def give(self, answer):
+        pass
+
     def audit(self, given, own):
         return True
 

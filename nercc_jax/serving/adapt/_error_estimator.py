@@ -215,11 +215,18 @@ class ErrorEstimator:
         """Return the number of full groups seen, and the number that an estimate needs."""
         return min(self._samples[self._coder.num_data].known, _GROUPS), _LEAST
 
-    def audit(self, decoded: np.ndarray, own: np.ndarray) -> bool:
-        """Record a decoded answer and the model's own, and return whether the labels agree."""
-        agree = bool(self._coder.agree(decoded.ravel(), own.ravel()))
-        self._audits.append(not agree)
-        return agree
+    def discard(self) -> None:
+        """Discard all groups after a drift: nothing is estimated until there are new ones."""
+        for samples in self._samples.values():
+            samples.discard()
+
+    def agrees(self, decoded: np.ndarray, own: np.ndarray) -> bool:
+        """Return whether a decoded answer has the label of the model's own."""
+        return bool(self._coder.agree(decoded.ravel(), own.ravel()))
+
+    def audit(self, right: bool) -> None:
+        """Record whether a decoded answer that was given out had the model's own label."""
+        self._audits.append(not right)
 
     def audited(self) -> Audit:
         """Return the result of the latest audits."""
@@ -249,6 +256,14 @@ class _GroupSamples:
         self._originals: np.ndarray | None = None
         self.epoch = 0
         self.expected: dict[bytes, tuple[np.ndarray, np.ndarray, int]] = {}
+
+    def discard(self) -> None:
+        self.known = self._turn = self._fresh = self._draws_left = 0
+        self._due = _LEAST
+        self.error_probability = uncalibrated()
+        self.expected = {}
+        if self._simulation is not None:
+            self._simulation.discard()
 
     def add(self, answers: np.ndarray, originals: np.ndarray) -> None:
         if self._answers is None or self._originals is None:

@@ -69,6 +69,10 @@ class StragglerSimulation:
             )
         )
 
+    def discard(self) -> None:
+        """Forget the simulations so far."""
+        self._seen.clear()
+
     def calibrate(self, known: int) -> DecodingErrorProbability:
         """Return the error probability that the simulations of `known` groups give."""
         parts = (np.concatenate(part) for part in zip(*self._seen, strict=True))
