@@ -93,6 +93,7 @@ def test_a_limit_is_that_of_rows_that_straggle():
     assert risk.admits(0.02, 0.0)
     assert not risk.admits(0.04, 0.0)
     assert risk.share == 0.5
+    assert risk.expected(0.02) == 0.02, "they were right"
     assert risk.disagreement() == (100, 200)
 
 
@@ -151,3 +152,10 @@ def test_evidence_from_before_a_drift_does_not_count():
 
 def test_a_small_promise_has_a_small_cap():
     assert [risk_cap(share) for share in (0.0, 0.01, 0.1, 0.3, 1.0)] == [0, 0.05, 0.5, 0.5, 1]
+
+
+def test_what_is_said_is_what_other_stragglers_showed():
+    risk = StragglerRisk(0.1, None, needs_evidence=True)
+    for number in range(500):
+        risk.add(row(0.01, wrong=number % 20 == 0), given=False)
+    assert risk.expected(0.02) == pytest.approx(0.06)

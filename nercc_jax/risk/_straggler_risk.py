@@ -51,6 +51,7 @@ class StragglerRisk:
     and at most a tenth an error beyond its bound. One thread feeds it; others may read `status`.
 
     Attributes:
+        needed: The least number of straggling rows with which the evidence may suffice.
         epoch: How often the evidence began again.
         drifts: How often more of the answers were wrong than promised.
         unknown: The number of answers given out whose rows never got an answer of the model's own.
@@ -74,6 +75,9 @@ class StragglerRisk:
         self._monitor = RiskMonitor(min((max_disagreement or 0.0) + outside, 1.0))
         self._allowed = allowed_errors(max_disagreement or 0.0, _ROWS)
         self._allowed_outside = allowed_errors(1 - COVERAGE, _ROWS)
+        tables = [self._allowed] * (max_disagreement is not None)
+        tables += [self._allowed_outside] * (tolerance is not None)
+        self.needed = max((int(np.searchsorted(table, 0)) for table in tables), default=0)
         self._rows: collections.deque[StragglerRow] = collections.deque(maxlen=_ROWS)
         self.epoch = self.drifts = self.unknown = 0
         self._pending = 0
@@ -90,6 +94,13 @@ class StragglerRisk:
             return False
         within = self._tolerance is None or bound * self._factor <= self._tolerance
         return within and not probability > min(self._limit, self.cap)
+
+    def expected(self, probability: float) -> float:
+        """Return the probability that the label of a straggling row is wrong.
+
+        It is the calibrated probability, and more where those of other stragglers were too small.
+        """
+        return min(probability + self._shift, 1.0)
 
     def give(self) -> None:
         """Count an answer that is given out, and that the model's own answer will be compared to.
@@ -146,13 +157,6 @@ class StragglerRisk:
         """The share of straggling rows whose answers may be given out."""
         return self._admitted
 
-    @property
-    def needed(self) -> int:
-        """The least number of straggling rows with which the evidence may suffice."""
-        tables = [self._allowed] * (self._share is not None)
-        tables += [self._allowed_outside] * (self._tolerance is not None)
-        return max((int(np.searchsorted(table, 0)) for table in tables), default=0)
-
     def disagreement(self) -> tuple[int, int]:
         """Return the number of wrong labels of all approximate answers, and of those answers."""
         rows = list(self._rows)
@@ -176,29 +180,26 @@ class StragglerRisk:
 
     def _limits(self) -> None:
         """Choose the largest probability, and the factor of error bounds, of what is given out."""
-        self._limit, self._factor, self._admitted = math.inf, 1.0, 1.0
-        rows = list(self._rows)
-        number = len(rows)
-        if self._share == 0 or (self._needs_evidence and number < self.needed):
-            self._limit, self._admitted = -1.0, 0.0
-        elif number >= self.needed:
-            if self._share is not None:
-                self._limit = _largest_score(
-                    np.array([row.probability for row in rows]),
-                    np.array([row.wrong for row in rows]),
-                    self._allowed,
-                )
-            bounds = np.array([row.bound for row in rows])
-            if self._tolerance is not None:
-                excess = np.array([row.excess for row in rows])
-                self._factor = self._least_factor(bounds, excess)
-            given = np.array([row.probability <= self._limit or math.isnan(row.probability)
-                              for row in rows])  # fmt: skip
-            if self._tolerance is not None:
-                given &= bounds * self._factor <= self._tolerance
-            self._admitted = float(np.mean(given))
-            if not math.isfinite(self._factor):
+        self._limit, self._factor, self._admitted, self._shift = math.inf, 1.0, 1.0, 0.0
+        number = len(self._rows)
+        if number < self.needed or self._share == 0:
+            if self._needs_evidence or self._share == 0:
+                self._limit, self._admitted = -1.0, 0.0
+            return
+        probability, bound, wrong, excess = map(np.array, zip(*self._rows, strict=True))
+        if self._share is not None:
+            self._limit = _largest_score(probability, wrong, self._allowed)
+        if self._tolerance is not None:
+            self._factor = self._least_factor(bound, excess)
+            if math.isinf(self._factor):
                 self._limit = -1.0
+        given = ~(probability > self._limit)
+        if self._tolerance is not None:
+            given &= bound * self._factor <= self._tolerance
+        self._admitted = float(np.mean(given)) if self._limit >= 0 else 0.0
+        if self._share is not None and given.any():
+            more = wrong[given] - probability[given]
+            self._shift = max(float(np.mean(more[~np.isnan(more)])), 0.0)
 
     def _least_factor(self, bounds: np.ndarray, excess: np.ndarray) -> float:
         """Return the least factor with which the error bounds of what is given out are right."""
@@ -212,7 +213,7 @@ class StragglerRisk:
 
 def risk_cap(share: float) -> float:
     """Return the largest error probability of a single answer, if this share may be wrong."""
-    return min(_CAP * share, _MOST) if share < 1 else 1.0
+    return max(min(_CAP * share, _MOST), share)
 
 
 def allowed_errors(share: float, most: int) -> Int[np.ndarray, " numbers"]:

@@ -1,9 +1,11 @@
 """Answers from what is known: when they are given, how right they are, and when they stop."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from traffic import SERVICE, SHAPE, WEIGHTS, Traffic, labels_right, model
+from traffic import OUT, SERVICE, SHAPE, WEIGHTS, Traffic, labels_right, model
 
 from nercc_jax import Replication
 from nercc_jax.serving import BatchingPolicy, Predictor
@@ -135,6 +137,35 @@ def test_late_answers_audit_what_was_given_to_the_same_query():
     assert max(predictor.audited) < 2e-3
 
 
+class Keeps(Says):
+    """Sure of all, it keeps what came of its answers: NaN where nothing will ever come."""
+
+    def predict(self, x):
+        found = super().predict(x)
+        return dataclasses.replace(found, sure=np.ones(len(x), bool))
+
+    def audit(self, given, own):
+        own = np.full(OUT, np.nan) if own is None else own
+        return super().audit(given, own)
+
+
+def test_what_hangs_is_computed_elsewhere_to_be_compared():
+    """The calls of a tenth hang until their workers are replaced, long after groups are kept."""
+    predictor = Keeps()
+    traffic = Traffic(predictor, BatchingPolicy(straggler_threshold=1.4, max_disagreement=0.1))
+    traffic.pool_seconds = lambda size: SERVICE
+    traffic.send(50)
+    traffic.pool_seconds = lambda size: 1e4 if traffic.random.random() < 0.1 else SERVICE
+    told = traffic.send(100)
+    predicted = sum(bool(reply.predicted[0]) for _, reply, _ in told)
+    assert predicted > 4
+    assert len(predictor.audited) < predicted
+    traffic.pool_seconds = lambda size: SERVICE
+    traffic.clock.run(traffic.clock.now() + 100)
+    assert len(predictor.audited) == predicted
+    assert np.max(predictor.audited) < 2e-3
+
+
 def test_what_was_given_out_and_was_wrong_stops_it_at_once():
     predictor = Predictor()
     traffic = Traffic(predictor, BatchingPolicy(straggler_threshold=1.4, max_disagreement=0.05))
@@ -144,7 +175,7 @@ def test_what_was_given_out_and_was_wrong_stops_it_at_once():
     x = np.ones((1, *SHAPE), np.float32)
     for _ in range(20):
         answer = Answer(model(x)[0], "predicted", 1, 0, disagreement=0.01)
-        given = ApproximateAnswer(answer, x[0], predictor.epoch, given=True)
+        given = ApproximateAnswer(answer, x[0], predictor.risk.epoch, given=True)
         predictor.audit(given, turned(x)[0])
     assert predictor.state == "drifted"
     assert predictor.predict(x) is None

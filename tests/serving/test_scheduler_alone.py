@@ -54,6 +54,9 @@ class NoAdaptation(AbstractAdaptation):
     def admits(self, answer):
         return True
 
+    def expected(self, answer):
+        return answer.disagreement
+
     def give(self, answer):
         pass
 

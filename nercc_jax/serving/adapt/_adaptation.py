@@ -228,9 +228,8 @@ class Adaptation(AbstractAdaptation):
             self.predictor.add_answer(x, own)
 
     def epoch(self, source: Source) -> int:
-        if source == "predicted":
-            return 0 if self.predictor is None else self.predictor.epoch
-        return 0 if self.decoding_risk is None else self.decoding_risk.epoch
+        risk = self._risk(source)
+        return 0 if risk is None else risk.epoch
 
     def needs_evidence(self, source: Source) -> bool:
         risk = self.decoding_risk
@@ -242,12 +241,19 @@ class Adaptation(AbstractAdaptation):
             return self.predictor.admits(answer)
         return self.decoding_risk is None or self.decoding_risk.admits(answer.disagreement, 0.0)
 
+    def expected(self, answer: Answer) -> float:
+        risk = self._risk(answer.source)
+        return answer.disagreement if risk is None else risk.expected(answer.disagreement)
+
     def give(self, answer: Answer) -> None:
-        if answer.source == "predicted":
-            assert self.predictor is not None
-            self.predictor.risk.give()
-        elif self.decoding_risk is not None:
-            self.decoding_risk.give()
+        risk = self._risk(answer.source)
+        if risk is not None:
+            risk.give()
+
+    def _risk(self, source: Source) -> StragglerRisk | None:
+        if source == "decoded":
+            return self.decoding_risk
+        return None if self.predictor is None else self.predictor.risk
 
     def audit(self, given: ApproximateAnswer, own: np.ndarray | None) -> bool:
         if given.answer.source == "predicted":

@@ -224,11 +224,6 @@ class Predictor:
             self._turns.wake()
         return not self._calibration.misses_goal(row)
 
-    @property
-    def epoch(self) -> int:
-        """How often the evidence on stragglers began again."""
-        return self.risk.epoch
-
     def _follow_drifts(self) -> None:
         """Discard the evidence on stragglers where calibration began again."""
         assert self._calibration is not None

@@ -127,6 +127,10 @@ class AbstractAdaptation(abc.ABC):
         """Return whether an approximate answer may be given out, by what stragglers showed."""
 
     @abc.abstractmethod
+    def expected(self, answer: Answer) -> float:
+        """Return the probability that an approximate answer to a straggler's query is wrong."""
+
+    @abc.abstractmethod
     def give(self, answer: Answer) -> None:
         """Count an answer that is given out; its `audit` will follow."""
 

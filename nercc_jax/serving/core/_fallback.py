@@ -322,10 +322,12 @@ class FallbackPolicy:
         good, best = self._predicted(group, lost) if late.any() else [], []
         if self._decoder.ready(group, last):
             answered = {(given.cell, given.row) for given in good}
-            more, best = self._decoder.decode_group(group, lost, last, answered)
-            good += self._admitted(group, more)
+            sure, best = self._decoder.decode_group(group, lost, last, answered)
             self._remember(group, best)
-            best += [each for each in more if each not in good]
+            admitted = self._admitted(group, sure)
+            places = {(given.cell, given.row) for given in admitted}
+            best += [each for each in sure if (each.cell, each.row) not in places]
+            good += admitted
         if not last:
             return Fallback(good, [])
         more, resend = self._resend(group, lost, good, best)
@@ -343,7 +345,14 @@ class FallbackPolicy:
     def _admitted(self, group: Group, answers: list[GroupAnswer]) -> list[GroupAnswer]:
         """Return the answers that may be given out by what was seen of other stragglers."""
         self._remember(group, answers)
-        return [each for each in answers if self._adaptation.admits(each.answer)]
+        admitted = [each for each in answers if self._adaptation.admits(each.answer)]
+        return [
+            dataclasses.replace(
+                each, answer=dataclasses.replace(each.answer, disagreement=expected)
+            )
+            for each in admitted
+            for expected in [self._adaptation.expected(each.answer)]
+        ]
 
     def _remember(self, group: Group, answers: list[GroupAnswer]) -> None:
         """Have answers compared with the model's own, whether they are given out or not."""
