@@ -93,7 +93,7 @@ def test_a_limit_is_that_of_rows_that_straggle():
     assert risk.admits(0.02, 0.0)
     assert not risk.admits(0.04, 0.0)
     assert risk.share == 0.5
-    assert risk.expected(0.02) == 0.02, "they were right"
+    assert risk.expected(0.02, 0.0) == (0.02, 0.0), "they were right"
     assert risk.disagreement() == (100, 200)
 
 
@@ -103,6 +103,7 @@ def test_error_bounds_are_widened_until_they_are_right_for_rows_that_straggle():
     for excess in np.abs(random.normal(size=400)):  # of a bound that is one standard deviation
         risk.add(row(math.nan, bound=0.1, excess=float(excess)), given=False)
     assert risk.admits(math.nan, 0.5)
+    assert 1.64 < risk.expected(math.nan, 1.0)[1] < 2
     assert not risk.admits(math.nan, 0.65), "1.64 deviations are 90 %"
 
 
@@ -158,4 +159,4 @@ def test_what_is_said_is_what_other_stragglers_showed():
     risk = StragglerRisk(0.1, None, needs_evidence=True)
     for number in range(500):
         risk.add(row(0.01, wrong=number % 20 == 0), given=False)
-    assert risk.expected(0.02) == pytest.approx(0.06)
+    assert risk.expected(0.02, 0.0)[0] == pytest.approx(0.06)

@@ -95,12 +95,12 @@ class StragglerRisk:
         within = self._tolerance is None or bound * self._factor <= self._tolerance
         return within and not probability > min(self._limit, self.cap)
 
-    def expected(self, probability: float) -> float:
-        """Return the probability that the label of a straggling row is wrong.
+    def expected(self, probability: float, bound: float) -> tuple[float, float]:
+        """Return the probability that a straggling row's label is wrong, and its error bound.
 
-        It is the calibrated probability, and more where those of other stragglers were too small.
+        They are the calibrated ones, and more where those of other stragglers were too small.
         """
-        return min(probability + self._shift, 1.0)
+        return min(probability + self._shift, 1.0), bound * self._factor
 
     def give(self) -> None:
         """Count an answer that is given out, and that the model's own answer will be compared to.

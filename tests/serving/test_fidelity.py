@@ -166,7 +166,7 @@ def test_limits_by_counting(samples, share, extra):
     doubts, wrong = (np.array(part) for part in zip(*samples, strict=True))
     doubts, number = doubts.astype(np.float32), len(samples) + extra
     doubt = DecodingErrorProbability(
-        np.zeros(5, np.float32), np.sort(doubts[wrong]), doubts, number
+        np.zeros(5, np.float32), np.sort(doubts[wrong]), np.sort(doubts), number
     )
     limit = doubt.limit(share)
 

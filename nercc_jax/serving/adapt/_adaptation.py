@@ -3,6 +3,7 @@
 Calibration of decoding has a thread of its own: the scheduler's does nothing but answer queries.
 """
 
+import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from ._error_estimator import ErrorEstimator
 from ._online_calibration import PredictionGoal
 from ._predictor import Predictor
 from ._setting_controller import SettingController
+from ._time_share import TimeShare
 
 _LOG = logging.getLogger(__name__)
 
@@ -58,8 +60,8 @@ class BackgroundCalibrator:
         self._requested: tuple[int, np.ndarray] | None = None
         self._discard = False
         self._steps: Iterator[None] | None = None  # of the update in progress
-        # When the time's share makes up for the steps taken so far.
-        self._clock, self._paid_until = clock, -math.inf
+        self._clock = clock
+        self._time = TimeShare(clock, _SHARE, longest=_LONGEST, at_once=_AT_ONCE)
         self._turns = clock.turns("nercc-calibrator", self._turn)
         self.start, self.close = self._turns.start, self._turns.close
 
@@ -101,19 +103,11 @@ class BackgroundCalibrator:
             self._estimator.discard()
         if self._steps is None and self._group is None and self._requested is None:
             return math.inf
-        if self._clock.now() >= self._next:
-            seconds = self._try_step()
-            since = max(self._paid_until, self._clock.now())
-            self._paid_until = since + min(seconds * (1 / _SHARE - 1), _LONGEST)
-        return max(self._next, self._clock.now())
+        if self._clock.now() >= self._time.next:
+            self._try_step()
+        return max(self._time.next, self._clock.now())
 
-    @property
-    def _next(self) -> float:
-        """The time at which the next step may begin."""
-        return self._paid_until - _AT_ONCE / _SHARE
-
-    def _try_step(self) -> float:
-        """Take a step, and return the seconds that it took."""
+    def _try_step(self) -> None:
         begin = self._clock.now()
         try:
             self._steps = self._steps or self._update()
@@ -124,9 +118,7 @@ class BackgroundCalibrator:
             _LOG.exception("calibrating with a group failed")
             self._steps = None
             self._observe("internal_error", 1)
-        seconds = self._clock.now() - begin
-        self._observe("learn_seconds", seconds)
-        return seconds
+        self._observe("learn_seconds", self._time.spend(begin))
 
     def _update(self) -> Iterator[None]:
         group, self._group = self._group, None
@@ -241,9 +233,12 @@ class Adaptation(AbstractAdaptation):
             return self.predictor.admits(answer)
         return self.decoding_risk is None or self.decoding_risk.admits(answer.disagreement, 0.0)
 
-    def expected(self, answer: Answer) -> float:
+    def expected(self, answer: Answer) -> Answer:
         risk = self._risk(answer.source)
-        return answer.disagreement if risk is None else risk.expected(answer.disagreement)
+        if risk is None:
+            return answer
+        disagreement, error = risk.expected(answer.disagreement, answer.error)
+        return dataclasses.replace(answer, disagreement=disagreement, error=error)
 
     def give(self, answer: Answer) -> None:
         risk = self._risk(answer.source)

@@ -294,7 +294,10 @@ class _GroupSamples:
         for mask, disagreement, error in zip(*tables, strict=True):
             self.expected[mask.tobytes()] = disagreement, error, self.epoch
         self.error_probability = DecodingErrorProbability(
-            state["weights"], state["wrong_from"], state["final"], int(state["num_queries"])
+            state["weights"],
+            state["wrong_from"],
+            state["answered_from"],
+            int(state["num_queries"]),
         )
         self._due = self.known + _GROUPS
 

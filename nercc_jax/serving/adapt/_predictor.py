@@ -18,6 +18,7 @@ from ...surrogates import AbstractSurrogate, Surrogate
 from ..core._adaptation import Predictions
 from ..core._request import Answer, ApproximateAnswer
 from ._online_calibration import BATCH, FIRST, OnlineCalibration, PredictionGoal
+from ._time_share import TimeShare
 
 _LOG = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ class Predictor:
         self._followed = 0  # the drifts of calibration that `risk` knows
         self._width, self._observe, self._clock = width, observe, clock
         self._compiled = False
-        self._rests_until = -math.inf
+        self._time = TimeShare(clock, _SHARE, longest=_LONGEST)
         self._turns = clock.turns("nercc-predictor", self._turn)
         self.start, self.close = self._turns.start, self._turns.close
 
@@ -234,17 +235,15 @@ class Predictor:
     def _turn(self) -> float:
         while len(self._inbox) >= BATCH:
             now = self._clock.now()
-            if now < self._rests_until:
-                return self._rests_until
+            if now < self._time.next:
+                return self._time.next
             try:
                 self._learn()
             except Exception:
                 # Earlier results stay; the next answers may do better.
                 _LOG.exception("learning from the traffic failed")
                 self._observe("internal_error", 1)
-            spent = self._clock.now() - now
-            self._observe("learn_seconds", spent)
-            self._rests_until = now + spent + min(spent * (1 / _SHARE - 1), _LONGEST)
+            self._observe("learn_seconds", self._time.spend(now))
         return math.inf
 
     def _learn(self) -> None:

@@ -124,4 +124,5 @@ def calibrate(
     probability = error_probability(features, informative, weights)
     least = np.min(np.where(wrong, probability, np.inf), axis=1)
     wrong_from = np.sort(least[np.isfinite(least)])
-    return DecodingErrorProbability(weights, wrong_from, probability[:, -1], number)
+    answered_from = np.sort(np.min(probability, axis=1))
+    return DecodingErrorProbability(weights, wrong_from, answered_from, number)

@@ -127,8 +127,8 @@ class AbstractAdaptation(abc.ABC):
         """Return whether an approximate answer may be given out, by what stragglers showed."""
 
     @abc.abstractmethod
-    def expected(self, answer: Answer) -> float:
-        """Return the probability that an approximate answer to a straggler's query is wrong."""
+    def expected(self, answer: Answer) -> Answer:
+        """Return an answer to a straggler's query with what others showed of its errors."""
 
     @abc.abstractmethod
     def give(self, answer: Answer) -> None:

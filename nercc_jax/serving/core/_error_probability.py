@@ -35,13 +35,14 @@ class DecodingErrorProbability:
         weights: of the features (`decoding_features`).
         wrong_from: sorted; for each calibration query that would get a wrong label at some point,
             the least probability at which it would be answered so.
-        final: for each calibration query, the probability once all answers are in.
+        answered_from: sorted; for each calibration query, the least probability at any look, so
+            that it is answered at this limit or a larger one.
         num_queries: the number of different calibration queries; 0 before calibration.
     """
 
     weights: Float[np.ndarray, " features"]
     wrong_from: Float[np.ndarray, " wrong"]
-    final: Float[np.ndarray, " samples"]
+    answered_from: Float[np.ndarray, " samples"]
     num_queries: int
 
     def limit(self, max_disagreement: float) -> float:
@@ -62,17 +63,16 @@ class DecodingErrorProbability:
         below = np.nextafter(self.wrong_from.astype(np.float32), np.float32(-1))
         limits = np.minimum(np.append(below, np.float32(1)), np.float32(risk_cap(max_disagreement)))
         wrong = np.searchsorted(self.wrong_from, limits, side="right")
-        # Those that were answered at an earlier look only are not counted.
-        answered = np.searchsorted(np.sort(self.final), limits, side="right")
-        number = self.num_queries * answered / max(self.final.size, 1)
+        answered = np.searchsorted(self.answered_from, limits, side="right")
+        number = self.num_queries * answered / max(self.answered_from.size, 1)
         share = wrong / np.maximum(answered, 1)
         risk = (number * share + 2 * np.sqrt(number * share) + 1) / (number + 1)
         kept = np.flatnonzero((risk <= max_disagreement) & (answered > 0))
         return float(limits[kept[-1]]) if kept.size else -1.0
 
     def share_above(self, limit: float) -> float:
-        """Return the share of calibration queries that end above a limit, and are resent."""
-        return float(np.mean(self.final > limit)) if self.final.size else 1.0
+        """Return the share of calibration queries that stay above a limit, and are resent."""
+        return float(np.mean(self.answered_from > limit)) if self.answered_from.size else 1.0
 
 
 def uncalibrated() -> DecodingErrorProbability:

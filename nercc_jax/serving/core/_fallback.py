@@ -345,13 +345,10 @@ class FallbackPolicy:
     def _admitted(self, group: Group, answers: list[GroupAnswer]) -> list[GroupAnswer]:
         """Return the answers that may be given out by what was seen of other stragglers."""
         self._remember(group, answers)
-        admitted = [each for each in answers if self._adaptation.admits(each.answer)]
         return [
-            dataclasses.replace(
-                each, answer=dataclasses.replace(each.answer, disagreement=expected)
-            )
-            for each in admitted
-            for expected in [self._adaptation.expected(each.answer)]
+            dataclasses.replace(each, answer=self._adaptation.expected(each.answer))
+            for each in answers
+            if self._adaptation.admits(each.answer)
         ]
 
     def _remember(self, group: Group, answers: list[GroupAnswer]) -> None:
