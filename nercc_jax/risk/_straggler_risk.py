@@ -12,7 +12,7 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from ._monitor import RiskMonitor
 
@@ -190,7 +190,7 @@ class StragglerRisk:
         if self._share is not None:
             self._limit = _largest_score(probability, wrong, self._allowed)
         if self._tolerance is not None:
-            self._factor = self._least_factor(bound, excess)
+            self._factor = least_factor(bound, excess, self._tolerance, self._allowed_outside)
             if math.isinf(self._factor):
                 self._limit = -1.0
         given = ~(probability > self._limit)
@@ -200,15 +200,6 @@ class StragglerRisk:
         if self._share is not None and given.any():
             more = wrong[given] - probability[given]
             self._shift = max(float(np.mean(more[~np.isnan(more)])), 0.0)
-
-    def _least_factor(self, bounds: np.ndarray, excess: np.ndarray) -> float:
-        """Return the least factor with which the error bounds of what is given out are right."""
-        assert self._tolerance is not None
-        for factor in _FACTORS.tolist():
-            given = bounds * factor <= self._tolerance
-            if np.sum(excess[given] > factor) <= self._allowed_outside[int(np.sum(given))]:
-                return factor
-        return math.inf
 
 
 def risk_cap(share: float) -> float:
@@ -232,6 +223,30 @@ def allowed_errors(share: float, most: int) -> Int[np.ndarray, " numbers"]:
             wrong += 1
         allowed[number] = wrong
     return allowed
+
+
+def least_factor(
+    bounds: Float[np.ndarray, " rows"],
+    excess: Float[np.ndarray, " rows"],
+    tolerance: float,
+    allowed: Int[np.ndarray, " numbers"],
+) -> float:
+    """Return the least factor of error bounds with which they are right for what is given out.
+
+    Args:
+        bounds: Error bounds; rows are given out where they are within the tolerance.
+        excess: Errors over their bounds.
+        tolerance: The largest bound of what is given out.
+        allowed: The errors that may be beyond their bounds, by the number of rows.
+
+    Returns:
+        The factor; infinite where none would do.
+    """
+    for factor in _FACTORS.tolist():
+        given = bounds * factor <= tolerance
+        if np.sum(excess[given] > factor) <= allowed[int(np.sum(given))]:
+            return factor
+    return math.inf
 
 
 def _largest_score(

@@ -26,7 +26,13 @@ from ...evaluation import row_errors
 from ...evaluation._criteria import agree_on_labels
 from ...risk import ErrorProbability, RiskMonitor
 from ...risk._error_probability import error_features, fit_error_probability_of_points
-from ...risk._straggler_risk import COVERAGE, StragglerRow, risk_cap
+from ...risk._straggler_risk import (
+    COVERAGE,
+    StragglerRow,
+    allowed_errors,
+    least_factor,
+    risk_cap,
+)
 from ...surrogates import (
     AbstractLearner,
     AbstractSurrogate,
@@ -172,6 +178,7 @@ class OnlineCalibration:
         )
         self._count, self._due = 0, float(LEAST)
         self._monitor = RiskMonitor(goal.promised)
+        self._outside = allowed_errors(1 - COVERAGE, _VALIDATION)  # of error bounds
         self.calibrated: CalibratedSurrogate | None = None
         self._current = True  # whether `calibrated` has the latest surrogate
         self.drifts = 0
@@ -285,6 +292,10 @@ class OnlineCalibration:
             limit = error_probability.selective_limit(wanted, risk_cap(wanted))
             share = 1 - error_probability.share(limit)
         if tolerance is not None:
+            # It has to be right for those that are given out, not for all.
+            with np.errstate(divide="ignore", invalid="ignore"):
+                excess = np.where(error > 0, error / (factor * deviation), 0)
+            factor *= least_factor(factor * deviation, excess, tolerance, self._outside)
             share *= float(np.mean(factor * deviation <= tolerance))
         tolerance = math.inf if tolerance is None else tolerance
         disagreement = float(np.mean(wrong))

@@ -374,7 +374,8 @@ class QueryScheduler:
         # A query that nobody has as it came is computed for comparison alone, now and then.
         if not group.sent[own].any():
             del query.approximate[given.answer.source]
-            record.given = self._random.random() < _AUDITED and self._ask_again(record)
+            computed = not given.forced and self._random.random() < _AUDITED
+            record.given = computed and self._ask_again(record)
         else:
             record.given = not given.forced
         if record.given:
@@ -438,7 +439,7 @@ class QueryScheduler:
     def _give_up(self, query: Query, given: ApproximateAnswer) -> None:
         """Have an answer computed that does not come by itself, or count it as unknown."""
         query.approximate.pop(given.answer.source, None)
-        if not self._ask_again(given):
+        if given.forced or not self._ask_again(given):
             self._audit(given, None)
 
     def _set_timer(self, group: Group, now: float) -> None:
