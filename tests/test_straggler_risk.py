@@ -160,3 +160,11 @@ def test_what_is_said_is_what_other_stragglers_showed():
     for number in range(500):
         risk.add(row(0.01, wrong=number % 20 == 0), given=False)
     assert risk.expected(0.02, 0.0)[0] == pytest.approx(0.06)
+
+
+def test_what_nothing_is_known_of_is_not_given_out():
+    risk = StragglerRisk(0.1, None, needs_evidence=False)
+    assert not risk.admits(math.nan, 0.0)
+    for _ in range(30):
+        risk.add(row(math.nan), given=False)
+    assert risk.status()["compared"] == 0

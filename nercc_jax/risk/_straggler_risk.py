@@ -93,7 +93,7 @@ class StragglerRisk:
         if self._limit < 0 or self._pending >= _UNSEEN + self._monitor.number:
             return False
         within = self._tolerance is None or bound * self._factor <= self._tolerance
-        return within and not probability > min(self._limit, self.cap)
+        return within and (self._share is None or probability <= min(self._limit, self.cap))
 
     def expected(self, probability: float, bound: float) -> tuple[float, float]:
         """Return the probability that a straggling row's label is wrong, and its error bound.
@@ -129,7 +129,8 @@ class StragglerRisk:
             self.unknown += unknown
         if epoch is not None and epoch != self.epoch:
             return False
-        self._rows.append(row)
+        if self._share is None or not math.isnan(row.probability):
+            self._rows.append(row)
         failed = row.wrong and self._share is not None
         failed |= row.excess > 1 and self._tolerance is not None
         if given and self._monitor.add([failed]):
@@ -193,13 +194,12 @@ class StragglerRisk:
             self._factor = least_factor(bound, excess, self._tolerance, self._allowed_outside)
             if math.isinf(self._factor):
                 self._limit = -1.0
-        given = ~(probability > self._limit)
+        given = np.full(number, True) if self._share is None else probability <= self._limit
         if self._tolerance is not None:
             given &= bound * self._factor <= self._tolerance
         self._admitted = float(np.mean(given)) if self._limit >= 0 else 0.0
         if self._share is not None and given.any():
-            more = wrong[given] - probability[given]
-            self._shift = max(float(np.mean(more[~np.isnan(more)])), 0.0)
+            self._shift = max(float(np.mean(wrong[given] - probability[given])), 0.0)
 
 
 def risk_cap(share: float) -> float:
