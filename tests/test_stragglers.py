@@ -56,6 +56,26 @@ def test_latency_laws(law, reference, key):
     assert scipy.stats.kstest(sample, reference.cdf).pvalue > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("law", "hard", "others"),
+    [
+        (room.RowLatency.independent, 0.05, 0.05),
+        (room.RowLatency.leaning_to, 0.025 + 0.025 / 0.12, 0.025),
+        (room.RowLatency.extreme, 1.0, 0.0),
+    ],
+)
+def test_rows_straggle_by_their_scores(law, hard, others, key):
+    """Shares against the definition, and delays of those rows alone."""
+    law = law(room.TraceLatency([1.0]), room.TraceLatency([10.0]), 0.05)
+    scores = jax.random.normal(key, (20_000,))
+    late = np.asarray(law.sample(key, scores)) > 5
+    order = np.argsort(-np.asarray(scores))
+    number = round(law.hardest * len(order)) if law.leaning else len(order) // 2
+    assert late[order[:number]].mean() == pytest.approx(hard, abs=0.02)
+    assert late[order[number:]].mean() == pytest.approx(others, abs=0.01)
+    assert late.mean() == pytest.approx(0.05, abs=0.01)
+
+
 def test_traces(tmp_path, key):
     path = tmp_path / "trace.txt"
     path.write_text("# seconds\n0.1\n0.2\n0.7\n")
@@ -170,6 +190,11 @@ def test_sets_of_more_stragglers_than_workers():
         (lambda key: room.ExponentialLatency(1.0, shift=-1.0), "shift must be 0 or positive"),
         (lambda key: room.LogNormalLatency(1.0, np.nan), "sigma must be positive"),
         (lambda key: room.ParetoLatency(1.0, -2.0), "shape must be positive"),
+        (lambda key: room.RowLatency.independent(None, None, 1.5), r"rate must be in \[0, 1\]"),
+        (
+            lambda key: room.RowLatency.leaning_to(None, None, 0.5, leaning=0.9, hardest=0.1),
+            "the hardest 0.1 of the rows are too few",
+        ),
         (
             lambda key: room.WaitUntil(room.ExponentialLatency(1.0), 0.0),
             "deadline must be positive",

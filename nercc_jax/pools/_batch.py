@@ -237,6 +237,11 @@ class Batch:
         with self._changed:
             self.needed = 0
 
+    def drop_answers(self) -> None:
+        """Drop the answers that are in, which may be large; ones that still come are collected."""
+        with self._changed:
+            self._values = [None] * self.num_points
+
     def answer(self, point: int) -> PyTree[np.ndarray] | None:
         """Return one coded data point's answer, or None if it is not in."""
         return self._values[point]

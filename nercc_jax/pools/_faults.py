@@ -7,13 +7,14 @@ meet a real one: the worker is busy while it sleeps, and gone when it dies.
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import ArrayLike, PyTree
 
-from ..stragglers import AbstractLatency, TraceLatency
+from ..stragglers import AbstractLatency, RowLatency, TraceLatency
 
 FaultKind: TypeAlias = Literal["delay", "error", "nan", "hang", "death"]
 
@@ -77,6 +78,9 @@ class Fault:
         latency: The law of a "delay", in seconds.
         episodes: Only during these spells. Workers that share a fault with episodes are slow
             together, as a rack is.
+        score: Only calls with a row whose score is `least_score` or more. It maps a batch to one
+            score a row, and is called in the worker.
+        least_score: The least score that is struck.
 
     Raises:
         ValueError: If an argument does not fit.
@@ -88,6 +92,8 @@ class Fault:
     calls: Sequence[int] | None = None
     latency: AbstractLatency | None = None
     episodes: Episodes | None = None
+    score: Callable[[Any], Any] | None = None
+    least_score: float = 0.0
 
     def __post_init__(self):
         if self.kind not in get_args(FaultKind):
@@ -96,6 +102,12 @@ class Fault:
             raise ValueError(f"probability must be in [0, 1], not {self.probability}")
         if (self.kind == "delay") != (self.latency is not None):
             raise ValueError('a "delay" needs a latency law, and nothing else takes one')
+
+    def strikes_rows(self, batch: PyTree | None) -> bool:
+        """Return whether a call with these rows may be struck."""
+        if self.score is None:
+            return True
+        return batch is not None and bool(np.max(self.score(batch)) >= self.least_score)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +156,31 @@ class Faults:
             faults.append(Fault("death", death_rate))
         return cls(faults, seed)
 
+    @classmethod
+    def from_rows(
+        cls, law: RowLatency, score: Callable[[Any], Any], scores: ArrayLike, *, seed: int = 0
+    ) -> "Faults":
+        """Return faults that delay calls by the scores of their rows.
+
+        The delays are those of `law`; its base latency is left to the model. A call of several rows
+        is delayed like the hardest of them.
+
+        Args:
+            law: Which rows straggle.
+            score: Maps a batch to one score a row.
+            scores: Scores of typical rows, from which it is known which scores are the hardest.
+            seed: Of the random numbers.
+        """
+        hard, other = law.probabilities()
+        least = float(np.quantile(np.asarray(scores), 1 - law.hardest))
+        # Both may strike a row; together they do so with the probability of the hardest rows.
+        more = (hard - other) / (1 - other) if other < 1 else 0.0
+        faults = [
+            Fault("delay", other, latency=law.delay),
+            Fault("delay", more, latency=law.delay, score=score, least_score=least),
+        ]
+        return cls([fault for fault in faults if fault.probability], seed)
+
     def at(self, worker: int, life: int, time: Callable[[], float] = time.time) -> "WorkerFaults":
         """Return the faults of one worker in one life (0: the first); episodes go by `time()`."""
         return WorkerFaults(self, worker, life, time)
@@ -169,8 +206,12 @@ class WorkerFaults:
         ]
         self._call = 0
 
-    def next(self) -> tuple[float, set[FaultKind]]:
-        """Return the seconds by which the next call is delayed, and its other faults."""
+    def next(self, batch: PyTree | None = None) -> tuple[float, set[FaultKind]]:
+        """Return the seconds by which the next call is delayed, and its other faults.
+
+        Args:
+            batch: The call's rows, for faults that strike rows by their score.
+        """
         call, self._call = self._call, self._call + 1
         seconds, kinds = 0.0, set[FaultKind]()
         for fault, delays, spells in zip(self._faults, self._delays, self._spells, strict=True):
@@ -178,7 +219,7 @@ class WorkerFaults:
             strikes = self._random.random() < fault.probability
             if fault.calls is not None and call not in fault.calls:
                 continue
-            if strikes and (spells is None or spells.now()):
+            if strikes and (spells is None or spells.now()) and fault.strikes_rows(batch):
                 if delays is not None:
                     seconds += float(delays[call % _DRAWS])
                 else:

@@ -174,7 +174,7 @@ class Worker:
 
     def __call__(self, kind: int, batch: PyTree) -> PyTree[np.ndarray]:
         """Answer a batch, unless a fault prevents it."""
-        seconds, kinds = self._faults.next()
+        seconds, kinds = self._faults.next(batch)
         if "death" in kinds:
             self._die()
         if "hang" in kinds:

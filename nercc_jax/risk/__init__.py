@@ -3,10 +3,12 @@
 from ._error_bars import ErrorBars, calibrate_learner_bars
 from ._error_probability import ErrorProbability
 from ._logistic import logistic_regression
+from ._monitor import RiskMonitor
 
 __all__ = [
     "ErrorBars",
     "ErrorProbability",
+    "RiskMonitor",
     "calibrate_learner_bars",
     "logistic_regression",
 ]

@@ -120,6 +120,27 @@ class ErrorProbability(AbstractCalibrated):
         kept = np.flatnonzero(np.asarray(self.risks) <= max_disagreement)
         return float(self.levels[kept[-1]]) if kept.size else 0.0
 
+    def selective_limit(self, max_disagreement: float, cap: float = 1.0) -> float:
+        """Return the largest probability up to `cap` at which a prediction may be given out.
+
+        Args:
+            max_disagreement: The largest share of the labels given out that may differ from the
+                model's: not of all labels, as for `limit` (Geifman and El-Yaniv 2017, "Selective
+                classification for deep neural networks").
+            cap: The largest probability of a single label's differing.
+
+        Returns:
+            The limit; 0 where only the model's own answers will do.
+
+        Raises:
+            ValueError: `max_disagreement` is outside [0, 1].
+        """
+        if not 0 <= max_disagreement <= 1:
+            raise ValueError(f"max_disagreement must be in [0, 1], not {max_disagreement}")
+        given = 1 - np.asarray(self.shares)
+        kept = np.flatnonzero(np.asarray(self.risks) <= max_disagreement * given)
+        return min(float(self.levels[kept[-1]]), cap) if kept.size else 0.0
+
     def share(self, limit: float) -> float:
         """Return the share of the calibration's data points above a limit.
 

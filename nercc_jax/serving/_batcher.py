@@ -60,8 +60,7 @@ class CodedBatcher:
             dtypes: of queries and answers; dtypes other than float32 cannot be coded.
             policy: the batching policy.
             estimator: may be calibrated beforehand; the batcher continues with it.
-            predictor: answers queries independently of their groups. Wrong labels of decoded and
-                predicted answers together stay below the policy's `max_disagreement`.
+            predictor: answers queries independently of their groups.
             refuse: tells which answers of workers are not valid.
             observe: called with every measurement, `observe(what, number)`; it must be quick.
 
@@ -141,6 +140,11 @@ class CodedBatcher:
     def setting_status(self) -> dict[str, Any] | None:
         """Return the setting picked under `max_calls`, and why; None where the policy is fixed."""
         return self._adaptation.setting_status()
+
+    def decoding_status(self) -> dict[str, Any] | None:
+        """Return what stragglers showed of decoded answers; None where nothing is promised."""
+        risk = self._adaptation.decoding_risk
+        return None if risk is None else risk.status()
 
     def close(self, drain: float = 0.0) -> None:
         """Accept no more requests, answer for up to `drain` seconds, and fail the rest."""

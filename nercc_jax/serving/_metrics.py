@@ -102,8 +102,8 @@ _TABLE = (
     ),
     _Row(
         "audited",
-        "Decoded or predicted queries that their own worker answered later.",
-        {"audit_same": "same", "audit_other": "other"},
+        "Decoded or predicted queries by whether the model's own answer, which came later, agrees.",
+        {"audit_same": "same", "audit_other": "other", "audit_unknown": "unknown"},
         "label",
     ),
 )

@@ -58,10 +58,10 @@ class BatchingPolicy:
     )
     max_disagreement: float | None = _option(
         None,
-        "Maximum share of wrong labels among the queries whose own worker straggles, in the mean. "
-        "Each query is judged by itself: answers that are too uncertain wait for more workers, and "
-        "are sent again if none are left. 1 in settings, None in Python: decode as soon as "
-        "`wait_for` answers are in.",
+        "Maximum share of wrong labels among the answers that are not the model's own; no single "
+        "one may be wrong with more than five times that probability, or a half. Answers that are "
+        "too uncertain wait for more workers, and are sent again if none are left. 1 in settings, "
+        "None in Python: decode as soon as `wait_for` answers are in.",
     )
     max_reexecution: float | None = _option(
         None,
@@ -134,12 +134,6 @@ class BatchingPolicy:
         if self.max_reexecution is not None and not 0 <= self.max_reexecution <= 1:
             raise ValueError(f"max_reexecution must be in [0, 1], not {self.max_reexecution}")
 
-    def shared_by(self, ways: int) -> "BatchingPolicy":
-        """Return the policy for one of several ways to approximate, which share wrong labels."""
-        if self.max_disagreement is None or ways < 2:
-            return self
-        return dataclasses.replace(self, max_disagreement=self.max_disagreement / ways)
-
     @property
     def batch_sizes(self) -> tuple[int, ...]:
         """The sizes of batches that workers receive."""
@@ -185,6 +179,7 @@ Measure: TypeAlias = Literal[
     "policy_change",
     "audit_same",
     "audit_other",
+    "audit_unknown",
 ]
 # Receives measurements, from any thread.
 Observe: TypeAlias = Callable[[Any, float], Any]

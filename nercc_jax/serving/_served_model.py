@@ -187,6 +187,7 @@ class ServedModel:
         counted["fidelity"] |= {
             "audited": audit.number,
             "audited_disagreement": audit.disagreement if audit.number else None,
+            "stragglers": self._batcher.decoding_status(),
         }
         code = self._coder.code
         return {
@@ -241,20 +242,31 @@ class ServedModel:
             hints.append(
                 f"{pool.num_workers} workers for {coder.num_workers} coded data points of a group"
             )
+        decoding = batcher.decoding_status()
+        if decoding is not None and decoding["drifts"] and not decoding["admitted"]:
+            hints.append(
+                f"decoded answers went wrong more often than promised: {decoding['compared']} of "
+                f"{decoding['needed']} stragglers were compared since; nothing is decoded"
+            )
         return hints if self._predictor is None else hints + _predictor_hints(self._predictor)
 
 
 def _predictor_hints(predictor: Predictor) -> list[str]:
-    """Return why a predictor answers nothing, if so."""
+    """Return why a predictor answers nothing, if so, and whether stragglers are harder."""
     known, needed = predictor.progress()
+    harder = [] if predictor.hardship is None else [predictor.hardship]
     if predictor.state == "drifted":
         why = "predictions went wrong more often than promised"
         return [f"{why}: {known} of {needed} answers are known since; nothing is predicted"]
     if predictor.state == "learning":
         return [f"still learning: {known} of {needed} answers; nothing is predicted"]
+    evidence = predictor.risk.status()
+    if evidence["compared"] < evidence["needed"]:
+        compared = f"{evidence['compared']} of {evidence['needed']} stragglers' answers"
+        return [f"{compared} were compared with predictions; nothing is predicted", *harder]
     if predictor.share == 0:
-        return ["the surrogate is sure of no query: nothing is predicted"]
-    return []
+        return ["the surrogate is sure of no query: nothing is predicted", *harder]
+    return harder
 
 
 class HintLog:

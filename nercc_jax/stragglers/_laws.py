@@ -19,6 +19,8 @@ from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray
 
 from ..codes._checks import check_count, check_positive
 
+_ROUNDING = 1e-9  # of shares
+
 
 def _number(value: Any) -> int:
     """Return a number of workers."""
@@ -187,6 +189,98 @@ class TraceLatency(AbstractLatency):
 
     def sample(self, key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
         return jax.random.choice(key, self.latencies, shape)
+
+
+class RowLatency(eqx.Module):
+    """A law of the time that a row takes, where slow rows differ from others by a score.
+
+    A share `rate` of all rows straggles and takes a draw of `delay` more than a draw of `base`. A
+    share `leaning` of these stragglers comes from the `hardest` share of rows, those with the
+    largest scores (cost, stiffness, norm, negative margin); the others come from all rows alike.
+    `RowLatency.independent`, `.leaning_to` and `.extreme` name three cases.
+
+    Args:
+        base: The latency of every row.
+        delay: The latency that a straggling row has in addition.
+        rate: The share of rows that straggle, in the mean.
+        leaning: The share of stragglers that come from the hardest rows: 0 for independence.
+        hardest: The share of rows that count as hardest.
+
+    Raises:
+        ValueError: A share is outside [0, 1], or the hardest rows are too few for their stragglers.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from nercc_jax.stragglers import RowLatency, TraceLatency
+        >>> law = RowLatency.extreme(TraceLatency([0.1]), TraceLatency([1.0]), rate=0.25)
+        >>> law.straggles(jax.random.key(0), jnp.array([3.0, 1.0, 9.0, 2.0])).tolist()
+        [False, False, True, False]
+    """
+
+    base: AbstractLatency
+    delay: AbstractLatency
+    rate: float = eqx.field(converter=float, static=True)
+    leaning: float = eqx.field(converter=float, static=True, default=0.0)
+    hardest: float = eqx.field(converter=float, static=True, default=1.0)
+
+    def __check_init__(self):
+        for name in ("rate", "leaning", "hardest"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], not {getattr(self, name)}")
+        others = self.rate * (1 - self.leaning)
+        if self.rate * self.leaning > self.hardest * (1 - others) + _ROUNDING:
+            raise ValueError(
+                f"the hardest {self.hardest:g} of the rows are too few for a share "
+                f"{self.leaning:g} of the stragglers, which are {self.rate:g} of all rows"
+            )
+
+    @classmethod
+    def independent(
+        cls, base: AbstractLatency, delay: AbstractLatency, rate: float
+    ) -> "RowLatency":
+        """Return the law under which every row straggles alike."""
+        return cls(base, delay, rate)
+
+    @classmethod
+    def leaning_to(
+        cls,
+        base: AbstractLatency,
+        delay: AbstractLatency,
+        rate: float,
+        *,
+        leaning: float = 0.5,
+        hardest: float = 0.12,
+    ) -> "RowLatency":
+        """Return the law under which a share of the stragglers comes from the hardest rows."""
+        return cls(base, delay, rate, leaning, hardest)
+
+    @classmethod
+    def extreme(cls, base: AbstractLatency, delay: AbstractLatency, rate: float) -> "RowLatency":
+        """Return the law under which the hardest rows straggle, and no others."""
+        return cls(base, delay, rate, 1.0, rate)
+
+    def probabilities(self) -> tuple[float, float]:
+        """Return the probability of straggling of the hardest rows, and of all others."""
+        others = self.rate * (1 - self.leaning)
+        if self.leaning == 0 or self.rate == 0:
+            return others, others
+        return min(others + self.rate * self.leaning / self.hardest, 1.0), others
+
+    def straggles(self, key: PRNGKeyArray, scores: Float[Array, " rows"]) -> Bool[Array, " rows"]:
+        """Draw which rows straggle, given their scores; the hardest are those among these rows."""
+        number = jnp.round(self.hardest * scores.shape[0])
+        rank = jnp.argsort(jnp.argsort(-scores))
+        hard, other = self.probabilities()
+        probability = jnp.where(rank < number, hard, other)
+        return jax.random.uniform(key, scores.shape) < probability
+
+    def sample(self, key: PRNGKeyArray, scores: Float[Array, " rows"]) -> Float[Array, " rows"]:
+        """Draw each row's latency in seconds, given their scores."""
+        of_base, of_delay, of_rows = jax.random.split(key, 3)
+        late = self.straggles(of_rows, scores)
+        delay = self.delay.sample(of_delay, scores.shape)
+        return self.base.sample(of_base, scores.shape) + jnp.where(late, delay, 0)
 
 
 class WaitFor(AbstractStragglers):

@@ -182,7 +182,7 @@ class _SimulatedBackend(WorkerBackend):
 
     def send(self, worker: int, life: int, kind: int, batch: PyTree) -> None:
         faults, on_outcome = self._lives[worker]
-        delay, kinds = faults.next()
+        delay, kinds = faults.next(batch)
         if "hang" in kinds:
             return
         size = len(jax.tree.leaves(batch)[0])

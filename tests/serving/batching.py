@@ -27,7 +27,7 @@ OWN, EXTRAS = (1, 3, 0, 2), (5, 7, 4, 6)
 BY_MARGIN = DecodingErrorProbability(
     np.array([2 * np.log(0.1), -2, 0, 0, 0], np.float32),
     wrong_from=np.full(100, 0.5, np.float32),
-    final=np.linspace(0, 1, 200, dtype=np.float32),
+    answered_from=np.linspace(0, 1, 200, dtype=np.float32),
     num_queries=10**6,
 )
 

@@ -216,7 +216,7 @@ def test_each_query_is_judged_by_itself(budget, monkeypatch):
     """Two of one batch, decoded from the same workers: the uncertain one is sent again."""
     monkeypatch.setattr(ErrorEstimator, "error_probability", lambda self, queries: BY_MARGIN)
     gates = Gates(SERVICE)
-    policy = {"max_disagreement": 0.001, "max_reexecution": budget}
+    policy = {"max_disagreement": 0.1, "max_reexecution": budget}
     with serving(
         INTERLEAVED, gates, workers=8, max_batch_size=2, straggler_threshold=THRESHOLD, **policy
     ) as batcher:
@@ -243,7 +243,7 @@ def test_a_budget_for_one_is_spent_on_the_more_uncertain(uncertain, monkeypatch)
     monkeypatch.setattr(ErrorEstimator, "error_probability", lambda self, queries: BY_MARGIN)
     gates = Gates(SERVICE)
     # 24 queries have come before these 16: that is worth 1.2 of them.
-    policy = {"max_disagreement": 0.001, "max_reexecution": 0.03, "max_batch_size": 2}
+    policy = {"max_disagreement": 0.1, "max_reexecution": 0.03, "max_batch_size": 2}
     with serving(INTERLEAVED, gates, workers=8, straggler_threshold=THRESHOLD, **policy) as batcher:
         x = of_two_kinds(*((0.0, 0.06) if uncertain == 2 else (0.06, 0.0)))
         event = gates.hold(x[2], calls=1)

@@ -307,7 +307,8 @@ def test_audits():
     estimator = ErrorEstimator(Coder(CODES["interleaved"]))
     assert estimator.audited().number == 0
     assert np.isnan(estimator.audited().disagreement)
-    assert estimator.audit(np.array([0.0, 1]), np.array([2.0, 3]))
-    assert not estimator.audit(np.array([1.0, 0]), np.array([2.0, 3]))
+    for decoded, right in (([0.0, 1], True), ([1.0, 0], False)):
+        assert estimator.agrees(np.array(decoded), np.array([2.0, 3])) == right
+        estimator.audit(right)
     assert estimator.audited().number == 2
     assert estimator.audited().disagreement == 0.5

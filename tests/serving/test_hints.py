@@ -7,10 +7,12 @@ import logging
 import pytest
 from conftest import require
 from schedulers import soon
+from traffic import Traffic
 
 require("fastapi", "serve")
 
-from nercc_jax.serving import _served_model
+from nercc_jax.risk._straggler_risk import StragglerRow
+from nercc_jax.serving import BatchingPolicy, Predictor, _served_model
 
 
 @pytest.fixture
@@ -71,3 +73,20 @@ def test_a_look_that_fails_is_logged_and_the_next_works(monkeypatch, caplog):
     soon(lambda: "hint: full" in caplog.text)
     log.close()
     assert "looking for hints failed" in caplog.text
+
+
+def test_hints_say_why_nothing_is_predicted():
+    predictor = Predictor()
+    traffic = Traffic(predictor, BatchingPolicy(straggler_threshold=1.4, max_disagreement=0.1))
+    assert "still learning: 0 of 384" in _served_model._predictor_hints(predictor)[0]
+    traffic.send(500)
+    compared = predictor.risk.status()["compared"]
+    (hint,) = _served_model._predictor_hints(predictor)
+    assert f"{compared} of 22 stragglers' answers were compared" in hint
+    for _ in range(40):
+        predictor.risk.add(StragglerRow(0.01, 0.0, False, 0.0), given=False)
+    assert _served_model._predictor_hints(predictor) == []
+    for _ in range(20):
+        predictor.risk.add(StragglerRow(0.4, 0.0, True, 0.0), given=False)
+    (harder,) = _served_model._predictor_hints(predictor)
+    assert "harder than others" in harder

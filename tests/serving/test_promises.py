@@ -17,6 +17,7 @@ from nercc_jax.serving import BatchingPolicy, CodedBatcher, Coder, InferenceFail
 from nercc_jax.serving.adapt._error_estimator import ErrorEstimator
 from nercc_jax.serving.adapt._predictor import Predictor
 from nercc_jax.serving.core._adaptation import Predictions
+from nercc_jax.serving.core._request import Answer, ApproximateAnswer
 from nercc_jax.testing import SimulatedClock, SimulatedPool
 
 
@@ -37,6 +38,9 @@ class KnowsAll(Predictor):
     def add_answer(self, x, own):
         pass
 
+    def admits(self, answer):
+        return True
+
     def audit(self, given, own):
         return True
 
@@ -44,9 +48,13 @@ class KnowsAll(Predictor):
 def calibrated(coder):
     """What the code's error is on this model: groups are no longer sent whole, to learn from."""
     estimator = ErrorEstimator(coder)
+    calibrate(estimator)
+    return estimator
+
+
+def calibrate(estimator):
     x = np.random.default_rng(3).normal(size=(400, *SHAPE)).astype(np.float32)
     estimator.calibrate(lambda x: jnp.tanh(jnp.asarray(x) @ WEIGHTS), x)
-    return estimator
 
 
 @pytest.mark.parametrize("sure", [True, False])
@@ -164,6 +172,32 @@ def test_what_was_predicted_before_a_drift_is_not_given_out_after_it():
     predictor.state = "drifted"
     traffic.clock.run(traffic.clock.now() + 20 * SERVICE)
     assert future.result(0).exact.all()
+
+
+def test_nothing_is_decoded_after_a_drift_until_new_stragglers_were_compared():
+    """Groups from before do not count, nor does what was decoded from them."""
+    policy = BatchingPolicy(straggler_threshold=1.4, max_disagreement=0.3)
+    traffic = Traffic(None, policy, INTERLEAVED, share=0.15, estimator=calibrated)
+    assert any(not reply.exact.all() for _, reply, _ in traffic.send(150))
+    adaptation = traffic.batcher._adaptation
+    while not traffic.drifts:
+        answer = Answer(np.eye(3, dtype=np.float32)[0], "decoded", 8, 7, disagreement=0.01)
+        adaptation.give(answer)
+        given = ApproximateAnswer(answer, None, adaptation.epoch("decoded"), given=True)
+        adaptation.audit(given, np.eye(3, dtype=np.float32)[1])
+    assert not adaptation.admits(answer)
+    told = traffic.send(20)
+    assert all(reply.exact.all() for _, reply, _ in told)
+    assert traffic.batcher.estimator.progress()[0] < 20, "of 256 that were known"
+    status = traffic.batcher.decoding_status()
+    assert status["drifts"] == 1
+    assert status["admitted"] == 0
+    # Other groups, whole ones, come with time; then what would be decoded is compared.
+    calibrate(traffic.batcher.estimator)
+    assert all(reply.exact.all() for _, reply, _ in traffic.send(20))
+    traffic.send(300)
+    assert traffic.batcher.decoding_status()["compared"] > 7
+    assert any(not reply.exact.all() for _, reply, _ in traffic.send(200))
 
 
 def test_a_new_rule_for_late_calls_knows_the_answers_so_far():

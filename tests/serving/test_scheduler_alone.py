@@ -14,7 +14,8 @@ from nercc_jax.pools._batch import refuse_odd
 from nercc_jax.serving import BatchingPolicy, Coder
 from nercc_jax.serving.core._adaptation import AbstractAdaptation, ExpectedError, fixed_setting
 from nercc_jax.serving.core._error_probability import uncalibrated
-from nercc_jax.serving.core._request import BatchSpec
+from nercc_jax.serving.core._group import Cell, Group, LateGroups
+from nercc_jax.serving.core._request import Answer, ApproximateAnswer, BatchSpec, Request
 from nercc_jax.serving.core._scheduler import QueryScheduler
 from nercc_jax.testing import SimulatedClock, SimulatedPool
 
@@ -43,6 +44,21 @@ class NoAdaptation(AbstractAdaptation):
         raise AssertionError("nobody wants it")
 
     def add_answer(self, x, own):
+        pass
+
+    def epoch(self, source):
+        return 0
+
+    def needs_evidence(self, source):
+        return False
+
+    def admits(self, answer):
+        return True
+
+    def expected(self, answer):
+        return answer
+
+    def give(self, answer):
         pass
 
     def audit(self, given, own):
@@ -98,3 +114,31 @@ def test_packages_know_only_what_is_below_them(package, allowed):
                 assert str(node.module).partition(".")[0] in allowed, (
                     f"{path} imports {node.module}"
                 )
+
+
+def group_given(value):
+    """A group whose only query was given an answer of so many numbers."""
+    coder = Coder(Uncoded(1))
+    group = Group(coder, 0.0)
+    query = Request(np.zeros((1, 3), np.float32), np.zeros((1, value)), 0.0, 1.0, False).queries[0]
+    answer = Answer(np.zeros(value, np.float32), "predicted", 1, 0)
+    query.approximate["predicted"] = ApproximateAnswer(answer, query.x, 0, given=True)
+    query.done = True
+    group.cells.append(Cell([query], query.x[None]))
+    return group
+
+
+def test_what_is_kept_for_late_answers_is_small():
+    late = LateGroups(groups=3, size=1000)
+    groups = [group_given(50) for _ in range(5)]
+    assert [late.add(group) for group in groups] == [[], [], [], [groups[0]], [groups[1]]]
+    for group in groups:
+        (query,) = group.cells[0].queries
+        assert group.cells[0].x is None
+        assert query.x is None
+        kept = query.approximate["predicted"]
+        assert kept.answer.value.base is None
+        np.testing.assert_array_equal(kept.x, np.zeros(3))
+    large = group_given(1000)
+    assert late.add(large) == [*groups[2:], large], "by bytes, too"
+    assert len(late) == 0

@@ -68,8 +68,13 @@ class CachedMatrices(Predictor):
     def add_answer(self, x, own):
         assert np.allclose(model(x[None])[0], own, atol=1e-6), "a lesson about another query"
 
+    def admits(self, answer):
+        return True
+
     def audit(self, given, own):
-        assert np.allclose(given.value - self.OFF, own, atol=1e-6), "an audit of another query"
+        if own is not None:
+            value = given.answer.value - self.OFF
+            assert np.allclose(value, own, atol=1e-6), "an audit of another query"
         return True
 
 

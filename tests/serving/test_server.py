@@ -481,7 +481,7 @@ def test_every_label_is_there_from_the_start(server):
     assert values("requests_total", "outcome") == dict.fromkeys(OUTCOMES, 0)
     answers = ("exact", "decoded", "predicted", "reexecuted")
     assert values("queries_total", "answer") == dict.fromkeys(answers, 0)
-    assert values("audited_total", "label") == {"same": 0, "other": 0}
+    assert values("audited_total", "label") == {"same": 0, "other": 0, "unknown": 0}
     assert values("worker_calls_total", "result") == {"answered": 0, "late": 0, "error": 0}
     assert values("workers", "state") == {"idle": 2, "busy": 0, "overdue": 0, "starting": 0}
     for name in ("stragglers_total", "reexecutions_total", "worker_deaths_total", "queue_queries"):
@@ -597,6 +597,7 @@ STATUS = {
         "expected_disagreement": MAYBE,
         "audited": int,
         "audited_disagreement": MAYBE,
+        "stragglers": (dict, type(None)),
     },
 }
 

@@ -209,8 +209,8 @@ def test_a_label_of_any_output_that_differs_is_a_disagreement():
         estimator.calibrate(servable.model, servable.inputs.pack(x))
         estimator.update_expected(2, missing)
         own = [1e3, 0, 0, 1, 2, 3, 4]
-        assert estimator.audit(np.array(own), np.array([1e3, 0, 0, 1, 2, 4, 3])) == (form is None)
-        assert estimator.audit(np.array(own), np.array([1e3, 5, 0, 0, 1, 2, 3]))
+        assert estimator.agrees(np.array(own), np.array([1e3, 0, 0, 1, 2, 4, 3])) == (form is None)
+        assert estimator.agrees(np.array(own), np.array([1e3, 5, 0, 0, 1, 2, 3]))
         wrong.append(
             (
                 estimator.expected_error(2, missing).disagreement.max(),

@@ -23,7 +23,7 @@ class Traffic:
         """`estimator(coder)` makes what is known of the code's error beforehand."""
         self.random, self.clock = np.random.default_rng(1), SimulatedClock()
         self.model, self.share, self.rate, self.drifts = model, share, rate, 0
-        self.pool_seconds = self.seconds
+        self.pool_seconds, self.settle = self.seconds, 20 * SERVICE
         self.pool = SimulatedPool(
             lambda x: self.model(x),
             24,
@@ -64,7 +64,7 @@ class Traffic:
         for place in range(number):
             x = self.random.normal(size=(1, *SHAPE)).astype(np.float32)
             self.clock.at(begin + place / self.rate, lambda x=x: come(x))
-        self.clock.run(begin + number / self.rate + 20 * SERVICE)
+        self.clock.run(begin + number / self.rate + self.settle)
         assert len(told) == number
         return told
 

@@ -3,6 +3,7 @@
 Calibration of decoding has a thread of its own: the scheduler's does nothing but answer queries.
 """
 
+import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
 from ...pools import AbstractClock, AbstractPool
+from ...risk._straggler_risk import StragglerRisk, StragglerRow
 from .._policy import BatchingPolicy, Observe
 from ..core._adaptation import (
     AbstractAdaptation,
@@ -22,11 +24,12 @@ from ..core._adaptation import (
 )
 from ..core._coder import Coder
 from ..core._error_probability import DecodingErrorProbability
-from ..core._request import Answer
+from ..core._request import Answer, ApproximateAnswer, Source
 from ._error_estimator import ErrorEstimator
 from ._online_calibration import PredictionGoal
 from ._predictor import Predictor
 from ._setting_controller import SettingController
+from ._time_share import TimeShare
 
 _LOG = logging.getLogger(__name__)
 
@@ -55,9 +58,10 @@ class BackgroundCalibrator:
         self._estimator, self._observe = estimator, observe
         self._group: tuple[np.ndarray, np.ndarray] | None = None
         self._requested: tuple[int, np.ndarray] | None = None
+        self._discard = False
         self._steps: Iterator[None] | None = None  # of the update in progress
-        # When the time's share makes up for the steps taken so far.
-        self._clock, self._paid_until = clock, -math.inf
+        self._clock = clock
+        self._time = TimeShare(clock, _SHARE, longest=_LONGEST, at_once=_AT_ONCE)
         self._turns = clock.turns("nercc-calibrator", self._turn)
         self.start, self.close = self._turns.start, self._turns.close
 
@@ -79,6 +83,11 @@ class BackgroundCalibrator:
         self._group = answers, originals
         self._turns.wake()
 
+    def discard(self) -> None:
+        """Discard all groups, as `ErrorEstimator.discard` does, at once for readers."""
+        self._discard = True
+        self._turns.wake()
+
     def expected_error(self, queries: int, mask: Bool[np.ndarray, " num_workers"]) -> ExpectedError:
         """Return the expected error; request an update where it is unknown or out of date."""
         expected = self._estimator.expected_error(queries, mask)
@@ -88,21 +97,17 @@ class BackgroundCalibrator:
         return expected
 
     def _turn(self) -> float:
+        if self._discard:
+            # What is in progress is from before.
+            self._discard, self._steps, self._group = False, None, None
+            self._estimator.discard()
         if self._steps is None and self._group is None and self._requested is None:
             return math.inf
-        if self._clock.now() >= self._next:
-            seconds = self._try_step()
-            since = max(self._paid_until, self._clock.now())
-            self._paid_until = since + min(seconds * (1 / _SHARE - 1), _LONGEST)
-        return max(self._next, self._clock.now())
+        if self._clock.now() >= self._time.next:
+            self._try_step()
+        return max(self._time.next, self._clock.now())
 
-    @property
-    def _next(self) -> float:
-        """The time at which the next step may begin."""
-        return self._paid_until - _AT_ONCE / _SHARE
-
-    def _try_step(self) -> float:
-        """Take a step, and return the seconds that it took."""
+    def _try_step(self) -> None:
         begin = self._clock.now()
         try:
             self._steps = self._steps or self._update()
@@ -113,9 +118,7 @@ class BackgroundCalibrator:
             _LOG.exception("calibrating with a group failed")
             self._steps = None
             self._observe("internal_error", 1)
-        seconds = self._clock.now() - begin
-        self._observe("learn_seconds", seconds)
-        return seconds
+        self._observe("learn_seconds", self._time.spend(begin))
 
     def _update(self) -> Iterator[None]:
         group, self._group = self._group, None
@@ -159,10 +162,13 @@ class Adaptation(AbstractAdaptation):
         )
         self._fixed = fixed_setting(policy)
         self._observe = observe if self._controller is None else self._controller.observe
+        share = policy.max_disagreement
+        self.decoding_risk = (
+            StragglerRisk(share, None, needs_evidence=False) if share and coder.can_decode else None
+        )
         self._calibrator = BackgroundCalibrator(estimator, self._observe, pool.clock)
         if predictor is not None:
-            shared = policy.shared_by(coder.can_decode + 1)
-            goal = PredictionGoal(shared.max_disagreement, shared.tolerance)
+            goal = PredictionGoal(policy.max_disagreement, policy.tolerance)
             width = policy.max_batch_size
             predictor.attach(goal, width, coder.form, self._observe, pool.clock)
         parts = self._calibrator, self._controller, predictor
@@ -213,11 +219,52 @@ class Adaptation(AbstractAdaptation):
         if self.predictor is not None:
             self.predictor.add_answer(x, own)
 
-    def audit(self, given: Answer, own: np.ndarray) -> bool:
-        if given.source == "predicted":
+    def epoch(self, source: Source) -> int:
+        risk = self._risk(source)
+        return 0 if risk is None else risk.epoch
+
+    def needs_evidence(self, source: Source) -> bool:
+        risk = self.decoding_risk
+        return source == "decoded" and risk is not None and not risk.suffices
+
+    def admits(self, answer: Answer) -> bool:
+        if answer.source == "predicted":
+            assert self.predictor is not None
+            return self.predictor.admits(answer)
+        return self.decoding_risk is None or self.decoding_risk.admits(answer.disagreement, 0.0)
+
+    def expected(self, answer: Answer) -> Answer:
+        risk = self._risk(answer.source)
+        if risk is None:
+            return answer
+        disagreement, error = risk.expected(answer.disagreement, answer.error)
+        return dataclasses.replace(answer, disagreement=disagreement, error=error)
+
+    def give(self, answer: Answer) -> None:
+        risk = self._risk(answer.source)
+        if risk is not None:
+            risk.give()
+
+    def _risk(self, source: Source) -> StragglerRisk | None:
+        if source == "decoded":
+            return self.decoding_risk
+        return None if self.predictor is None else self.predictor.risk
+
+    def audit(self, given: ApproximateAnswer, own: np.ndarray | None) -> bool:
+        if given.answer.source == "predicted":
             assert self.predictor is not None
             return self.predictor.audit(given, own)
-        return self.estimator.audit(given.value, own)
+        right = own is not None and self.estimator.agrees(given.answer.value, own)
+        if given.given or given.forced:
+            self.estimator.audit(right)
+        if self.decoding_risk is not None:
+            row = StragglerRow(given.answer.disagreement, 0.0, not right, 0.0)
+            facts = {"given": given.given, "epoch": given.epoch, "unknown": own is None}
+            if self.decoding_risk.add(row, **facts):
+                self._calibrator.discard()
+                self._observe("drift", 1)
+                _LOG.warning("decoded answers went wrong more often than promised: see the status")
+        return right
 
     def error_probability(self, queries: int) -> DecodingErrorProbability:
         return self.estimator.error_probability(queries)

@@ -215,11 +215,18 @@ class ErrorEstimator:
         """Return the number of full groups seen, and the number that an estimate needs."""
         return min(self._samples[self._coder.num_data].known, _GROUPS), _LEAST
 
-    def audit(self, decoded: np.ndarray, own: np.ndarray) -> bool:
-        """Record a decoded answer and the model's own, and return whether the labels agree."""
-        agree = bool(self._coder.agree(decoded.ravel(), own.ravel()))
-        self._audits.append(not agree)
-        return agree
+    def discard(self) -> None:
+        """Discard all groups after a drift: nothing is estimated until there are new ones."""
+        for samples in self._samples.values():
+            samples.discard()
+
+    def agrees(self, decoded: np.ndarray, own: np.ndarray) -> bool:
+        """Return whether a decoded answer has the label of the model's own."""
+        return bool(self._coder.agree(decoded.ravel(), own.ravel()))
+
+    def audit(self, right: bool) -> None:
+        """Record whether a decoded answer that was given out had the model's own label."""
+        self._audits.append(not right)
 
     def audited(self) -> Audit:
         """Return the result of the latest audits."""
@@ -250,6 +257,14 @@ class _GroupSamples:
         self.epoch = 0
         self.expected: dict[bytes, tuple[np.ndarray, np.ndarray, int]] = {}
 
+    def discard(self) -> None:
+        self.known = self._turn = self._fresh = self._draws_left = 0
+        self._due = _LEAST
+        self.error_probability = uncalibrated()
+        self.expected = {}
+        if self._simulation is not None:
+            self._simulation.discard()
+
     def add(self, answers: np.ndarray, originals: np.ndarray) -> None:
         if self._answers is None or self._originals is None:
             self._answers = np.zeros((_GROUPS, *answers.shape), np.float32)
@@ -279,7 +294,10 @@ class _GroupSamples:
         for mask, disagreement, error in zip(*tables, strict=True):
             self.expected[mask.tobytes()] = disagreement, error, self.epoch
         self.error_probability = DecodingErrorProbability(
-            state["weights"], state["wrong_from"], state["final"], int(state["num_queries"])
+            state["weights"],
+            state["wrong_from"],
+            state["answered_from"],
+            int(state["num_queries"]),
         )
         self._due = self.known + _GROUPS
 

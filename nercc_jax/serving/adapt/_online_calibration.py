@@ -5,14 +5,15 @@ against what the model said. The latest validation batches give an error probabi
 below which no more labels are wrong than allowed, or, for functions, error bounds. Then a learner
 learns from the batch.
 
-Validation goes on while answers are given out. If more of them are wrong than promised, beyond
-chance, the traffic or the model has changed, and everything that was calibrated is discarded.
+Validation goes on while answers are given out. If more of those that are certain enough are wrong
+than promised, by a test that is valid at every time (`RiskMonitor`), the traffic or the model has
+changed, and everything that was calibrated is discarded.
 """
 
 import collections
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -23,8 +24,15 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Shaped
 from ...codes._trees import Form, join
 from ...evaluation import row_errors
 from ...evaluation._criteria import agree_on_labels
-from ...risk import ErrorProbability
+from ...risk import ErrorProbability, RiskMonitor
 from ...risk._error_probability import error_features, fit_error_probability_of_points
+from ...risk._straggler_risk import (
+    COVERAGE,
+    StragglerRow,
+    allowed_errors,
+    least_factor,
+    risk_cap,
+)
 from ...surrogates import (
     AbstractLearner,
     AbstractSurrogate,
@@ -45,11 +53,6 @@ BATCH, FIRST, RETUNE = 32, 256, 1024
 # number grows until the next calibration.
 _VALIDATION, LEAST, _MORE = 2048, 128, 0.25
 _FEATURES = 64  # principal components, where queries have more numbers
-_COVERAGE = 0.9  # of error bounds
-# Answers that drift detection looks at, and the standard deviations of their number by which more
-# may be wrong than promised before it is not chance: a normal distribution passes that once in
-# 300,000 times.
-_WINDOW, _CHANCE = 512, 4.5
 # One width for all features, from a grid: 256 pairs say nothing about many widths, and on LeNet5's
 # answers descent finds nothing better (93.1 % of labels from 1,024 of them either way).
 _TUNING = LearnerTuning(widths="one", rows=FIRST, steps=0)
@@ -60,7 +63,7 @@ class PredictionGoal:
     """The bound on what may be given out.
 
     Attributes:
-        max_disagreement: the share of labels that may be wrong.
+        max_disagreement: the share of the labels given out that may be wrong.
         tolerance: the error bound that answers may have, in units of the outputs.
 
     Raises:
@@ -76,26 +79,11 @@ class PredictionGoal:
                 "to answer from what is known needs a policy with max_disagreement or tolerance"
             )
 
-
-class DriftDetector:
-    """Detects that answers are wrong more often than promised."""
-
-    def __init__(self):
-        self._failed: collections.deque[bool] = collections.deque(maxlen=_WINDOW)
-
-    def add(self, failed: Iterable[bool]) -> None:
-        """Record answers, by whether they were wrong."""
-        self._failed.extend(failed)
-
-    def detects(self, promised: float) -> bool:
-        """Return whether more than this share is wrong, beyond chance."""
-        number = len(self._failed)
-        usual = promised * number
-        return sum(self._failed) > usual + _CHANCE * math.sqrt(max(usual, 1.0))
-
-    def clear(self) -> None:
-        """Forget all answers."""
-        self._failed.clear()
+    @property
+    def promised(self) -> float:
+        """The share of the answers given out that may miss the goal."""
+        outside = 0.0 if self.tolerance is None else 1 - COVERAGE
+        return min((self.max_disagreement or 0.0) + outside, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +97,7 @@ class CalibratedSurrogate:
         limit: the largest probability of a wrong label with which an answer is given out.
         tolerance: the largest error bound with which an answer is given out.
         share: the share of queries that are certain enough, by validation.
-        promised: the share of those that may be wrong.
+        disagreement: the share of all labels that were wrong in validation.
     """
 
     surrogate: AbstractSurrogate
@@ -118,7 +106,7 @@ class CalibratedSurrogate:
     limit: float
     tolerance: float
     share: float
-    promised: float
+    disagreement: float
 
     def predict(self, x: Shaped[np.ndarray, "queries ..."]) -> Predictions:
         """Return the answers to some queries; compiled for each number of them."""
@@ -189,7 +177,8 @@ class OnlineCalibration:
             maxlen=_VALIDATION // BATCH
         )
         self._count, self._due = 0, float(LEAST)
-        self._detector = DriftDetector()
+        self._monitor = RiskMonitor(goal.promised)
+        self._outside = allowed_errors(1 - COVERAGE, _VALIDATION)  # of error bounds
         self.calibrated: CalibratedSurrogate | None = None
         self._current = True  # whether `calibrated` has the latest surrogate
         self.drifts = 0
@@ -227,12 +216,14 @@ class OnlineCalibration:
         self.drifts += 1
         self._restart_validation()
 
-    def is_wrong(self, given: Answer, own: Float[np.ndarray, " m"]) -> bool:
-        """Return whether an answer that was given out misses the goal."""
-        value = given.value.ravel()
+    def compare(self, answer: Answer, own: Float[np.ndarray, " m"]) -> StragglerRow:
+        """Compare an answer to a straggler's query with the model's own."""
+        value = answer.value.ravel()
         wrong = not bool(_agree(value, own, self._form))
         error = float(np.sqrt(np.mean((value - own) ** 2)))
-        return bool(self._misses_goal(np.array(wrong), np.array(error), np.array(given.error)))
+        # A bound of 0 is right only where there is no error.
+        excess = error / answer.error if answer.error > 0 else (math.inf if error > 0 else 0.0)
+        return StragglerRow(answer.disagreement, answer.error, wrong, excess)
 
     def _start_learner(
         self, x: Shaped[np.ndarray, "pairs ..."], own: Float[np.ndarray, "pairs m"]
@@ -247,7 +238,7 @@ class OnlineCalibration:
 
     def _restart_validation(self) -> None:
         self._validation.clear()
-        self._detector.clear()
+        self._monitor.clear()
         self._count, self._due = 0, float(LEAST)
 
     def _validate(self, x: np.ndarray, own: np.ndarray) -> None:
@@ -259,15 +250,18 @@ class OnlineCalibration:
         if calibrated is not None:
             bound = calibrated.factor * batch.deviation
             sure = calibrated.is_sure(batch.probability, bound)
-            failed = sure & self._misses_goal(batch.wrong, batch.error, bound)
-            self._detector.add(failed.tolist())
-            if self._detector.detects(calibrated.promised * calibrated.share):
+            failed = self._misses_goal(batch.wrong, batch.error, bound)
+            if self._monitor.add(failed[sure].tolist()):
                 self.discard()
         self._validation.append(batch)
         self._count += len(own)
         if self._count >= self._due:
             self._due = self._count + _MORE * min(self._count, _VALIDATION)
             self.calibrated, self._current = self._calibrate(), True
+
+    def misses_goal(self, row: StragglerRow) -> bool:
+        """Return whether an answer's label, or its error bound, misses the goal."""
+        return bool(self._misses_goal(np.array(row.wrong), np.array(row.excess), np.array(1.0)))
 
     def _misses_goal(self, wrong: np.ndarray, error: np.ndarray, bound: np.ndarray) -> np.ndarray:
         failed = np.zeros(wrong.shape, bool)
@@ -288,22 +282,25 @@ class OnlineCalibration:
         # The k-th of n ratios covers k / (n + 1) of others: see `ErrorBars`.
         with np.errstate(divide="ignore", invalid="ignore"):
             ratios = np.sort(np.where(error > 0, error / deviation, 0))
-        factor = float(ratios[min(math.ceil(_COVERAGE * (len(ratios) + 1)), len(ratios)) - 1])
+        factor = float(ratios[min(math.ceil(COVERAGE * (len(ratios) + 1)), len(ratios)) - 1])
         wanted, tolerance = self._goal.max_disagreement, self._goal.tolerance
-        error_probability, limit, share, promised = None, 1.0, 1.0, 0.0
+        error_probability, limit, share = None, 1.0, 1.0
         if wanted is not None:
             error_probability = fit_error_probability_of_points(
                 features, np.zeros_like(wrong), wrong, self._form
             )
-            limit = error_probability.limit(wanted)
+            limit = error_probability.selective_limit(wanted, risk_cap(wanted))
             share = 1 - error_probability.share(limit)
-            promised = wanted / share if share > 0 else 0.0
         if tolerance is not None:
+            # It has to be right for those that are given out, not for all.
+            with np.errstate(divide="ignore", invalid="ignore"):
+                excess = np.where(error > 0, error / (factor * deviation), 0)
+            factor *= least_factor(factor * deviation, excess, tolerance, self._outside)
             share *= float(np.mean(factor * deviation <= tolerance))
-            promised += 1 - _COVERAGE
         tolerance = math.inf if tolerance is None else tolerance
+        disagreement = float(np.mean(wrong))
         return CalibratedSurrogate(
-            self._surrogate, error_probability, factor, limit, tolerance, share, min(promised, 1.0)
+            self._surrogate, error_probability, factor, limit, tolerance, share, disagreement
         )
 
 

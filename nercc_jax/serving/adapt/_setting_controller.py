@@ -20,6 +20,7 @@ from .._policy import BatchingPolicy, Observe
 from ..core._adaptation import DispatchSetting, Redundancy
 from ..core._coder import Coder
 from ._predictor import Predictor
+from ._time_share import TimeShare
 
 # The number of calls of a size that its median needs.
 _LEAST = 20
@@ -221,7 +222,7 @@ class SettingController:
         # The share of stragglers' queries that redundancy answers, until it was tried.
         self._decoded = 1.0
         self._queries = self._decided_at = self._decisions = 0
-        self._rests_until = -math.inf
+        self._time = TimeShare(pool.clock, _SHARE)
         self._start_measuring()
         self._turns = pool.clock.turns("nercc-controller", self._turn)
         self.start, self.close = self._turns.start, self._turns.close
@@ -253,8 +254,8 @@ class SettingController:
         if self._queries < self._decided_at + _EVERY:
             return math.inf
         now = self._pool.clock.now()
-        if now < self._rests_until:
-            return self._rests_until
+        if now < self._time.next:
+            return self._time.next
         self._decided_at, self._decisions = self._queries, self._decisions + 1
         try:
             self._decide()
@@ -262,7 +263,7 @@ class SettingController:
             # The setting stays; the next decision may do better.
             _LOG.exception("picking a setting failed")
             self._pass_on("internal_error", 1)
-        self._rests_until = now + (self._pool.clock.now() - now) / _SHARE
+        self._time.spend(now)
         return math.inf
 
     def _decide(self) -> None:

@@ -69,6 +69,10 @@ class StragglerSimulation:
             )
         )
 
+    def discard(self) -> None:
+        """Forget the simulations so far."""
+        self._seen.clear()
+
     def calibrate(self, known: int) -> DecodingErrorProbability:
         """Return the error probability that the simulations of `known` groups give."""
         parts = (np.concatenate(part) for part in zip(*self._seen, strict=True))
@@ -120,4 +124,5 @@ def calibrate(
     probability = error_probability(features, informative, weights)
     least = np.min(np.where(wrong, probability, np.inf), axis=1)
     wrong_from = np.sort(least[np.isfinite(least)])
-    return DecodingErrorProbability(weights, wrong_from, probability[:, -1], number)
+    answered_from = np.sort(np.min(probability, axis=1))
+    return DecodingErrorProbability(weights, wrong_from, answered_from, number)

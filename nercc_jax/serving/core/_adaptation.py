@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Shaped
 from ...pools import Overdue
 from .._policy import BatchingPolicy
 from ._error_probability import DecodingErrorProbability
-from ._request import Answer
+from ._request import Answer, ApproximateAnswer, Source
 
 Redundancy = Literal["none", "uncertain", "always"]
 
@@ -115,8 +115,32 @@ class AbstractAdaptation(abc.ABC):
         """Take the model's own answer to a query."""
 
     @abc.abstractmethod
-    def audit(self, given: Answer, own: np.ndarray) -> bool:
-        """Compare an answer that was given out with the model's own, which came late.
+    def epoch(self, source: Source) -> int:
+        """Return how often the evidence on approximate answers of this source began again."""
+
+    @abc.abstractmethod
+    def needs_evidence(self, source: Source) -> bool:
+        """Return whether nothing may be given out before other stragglers were compared."""
+
+    @abc.abstractmethod
+    def admits(self, answer: Answer) -> bool:
+        """Return whether an approximate answer may be given out, by what stragglers showed."""
+
+    @abc.abstractmethod
+    def expected(self, answer: Answer) -> Answer:
+        """Return an answer to a straggler's query with what others showed of its errors."""
+
+    @abc.abstractmethod
+    def give(self, answer: Answer) -> None:
+        """Count an answer that is given out; its `audit` will follow."""
+
+    @abc.abstractmethod
+    def audit(self, given: ApproximateAnswer, own: np.ndarray | None) -> bool:
+        """Compare an answer to a straggler's query with the model's own, which came late.
+
+        Args:
+            given: the answer, whether it was given out or not.
+            own: the model's own answer; None if it will never come.
 
         Returns:
             Whether it was right.

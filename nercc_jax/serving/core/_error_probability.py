@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float
 
 from ...codes._trees import Form
 from ...risk._error_probability import margin
+from ...risk._straggler_risk import risk_cap
 
 FEATURES = 5
 _TINY = 1e-30
@@ -34,40 +35,44 @@ class DecodingErrorProbability:
         weights: of the features (`decoding_features`).
         wrong_from: sorted; for each calibration query that would get a wrong label at some point,
             the least probability at which it would be answered so.
-        final: for each calibration query, the probability once all answers are in.
+        answered_from: sorted; for each calibration query, the least probability at any look, so
+            that it is answered at this limit or a larger one.
         num_queries: the number of different calibration queries; 0 before calibration.
     """
 
     weights: Float[np.ndarray, " features"]
     wrong_from: Float[np.ndarray, " wrong"]
-    final: Float[np.ndarray, " samples"]
+    answered_from: Float[np.ndarray, " samples"]
     num_queries: int
 
     def limit(self, max_disagreement: float) -> float:
         """Return the largest probability at which to answer.
 
-        At most a share of `max_disagreement` of the queries whose own worker straggles then get a
-        wrong label, resent ones included. As in the surrogates' calibration, one more wrong label
-        than there were is counted, and two standard errors more for the number of queries: a single
-        calibration has an error, which should not be at the user's cost.
+        At most a share of `max_disagreement` of the queries that are answered so then get a wrong
+        label, and no single one may have a larger probability of that than `risk_cap`. As in the
+        surrogates' calibration, one more wrong label than there were is counted, and two standard
+        errors more for the number of queries: a single calibration has an error, which should not
+        be at the user's cost.
 
         Returns:
             A probability; negative where nothing may be answered, 1 where everything may.
         """
-        number = max(self.num_queries, 1)
-        share = (max_disagreement * (number + 1) - 1) / number
-        if share < 0 or self.num_queries == 0:
+        if self.num_queries == 0:
             return -1.0
-        # The root of what keeps p + 2 sqrt(p / number) <= share.
-        root = np.sqrt(1 / number + share) - np.sqrt(1 / number)
-        allowed = int(np.floor(root**2 * self.final.size))
-        if allowed >= self.wrong_from.size:
-            return 1.0
-        return float(np.nextafter(self.wrong_from[allowed], np.float32(-1)))
+        # The limits worth trying: each lies just below the next wrong label.
+        below = np.nextafter(self.wrong_from.astype(np.float32), np.float32(-1))
+        limits = np.minimum(np.append(below, np.float32(1)), np.float32(risk_cap(max_disagreement)))
+        wrong = np.searchsorted(self.wrong_from, limits, side="right")
+        answered = np.searchsorted(self.answered_from, limits, side="right")
+        number = self.num_queries * answered / max(self.answered_from.size, 1)
+        share = wrong / np.maximum(answered, 1)
+        risk = (number * share + 2 * np.sqrt(number * share) + 1) / (number + 1)
+        kept = np.flatnonzero((risk <= max_disagreement) & (answered > 0))
+        return float(limits[kept[-1]]) if kept.size else -1.0
 
     def share_above(self, limit: float) -> float:
-        """Return the share of calibration queries that end above a limit, and are resent."""
-        return float(np.mean(self.final > limit)) if self.final.size else 1.0
+        """Return the share of calibration queries that stay above a limit, and are resent."""
+        return float(np.mean(self.answered_from > limit)) if self.answered_from.size else 1.0
 
 
 def uncalibrated() -> DecodingErrorProbability:

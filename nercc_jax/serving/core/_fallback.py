@@ -16,16 +16,20 @@ from .._policy import BatchingPolicy
 from ._adaptation import AbstractAdaptation
 from ._coder import Coder
 from ._group import Group, GroupPrediction
-from ._request import CODED, Answer, BatchSpec, Query
+from ._request import CODED, Answer, ApproximateAnswer, BatchSpec, Query
 
 
 @dataclasses.dataclass(frozen=True)
 class GroupAnswer:
-    """An answer that is not the model's own, and the cell and row of its query in the group."""
+    """An answer that is not the model's own, and the cell and row of its query in the group.
+
+    It is forced where it is less certain than was promised, but the budget allows no other.
+    """
 
     cell: int
     row: int
     answer: Answer
+    forced: bool = False
 
 
 class GroupPredictor:
@@ -154,7 +158,9 @@ class GroupDecoder:
             good = np.full(number, limit >= 0)
         else:
             good = expected.disagreement <= self._max_disagreement
-        if not (good[cells].any() or (last and self._resends_within_budget)):
+        # After a drift, what would be decoded is compared without being given out.
+        wanted = self._resends_within_budget or self._adaptation.needs_evidence("decoded")
+        if not (good[cells].any() or (last and wanted)):
             return [], []
         begin = self._clock.now()
         predictions, sound, probability = self.decode(group.values(), group.mask, number)
@@ -285,7 +291,7 @@ class FallbackPolicy:
         decoder: GroupDecoder,
     ):
         """Create a policy with an empty budget."""
-        self._coder, self._observe = coder, adaptation.observe
+        self._coder, self._adaptation, self._observe = coder, adaptation, adaptation.observe
         self._hedges = policy.copies > 1
         self._predictor, self._decoder = predictor, decoder
         self._budget = Budget(policy.max_reexecution)
@@ -313,21 +319,45 @@ class FallbackPolicy:
         self._observe("straggler", int((late & ~group.counted).sum()))
         group.counted |= late
         last = not (group.outstanding & ~late).any()
-        good = self._predicted(group, lost) if late.any() else []
-        best: list[GroupAnswer] = []
+        good, best = self._predicted(group, lost) if late.any() else [], []
         if self._decoder.ready(group, last):
             answered = {(given.cell, given.row) for given in good}
-            more, best = self._decoder.decode_group(group, lost, last, answered)
-            good += more
+            sure, best = self._decoder.decode_group(group, lost, last, answered)
+            self._remember(group, best)
+            admitted = self._admitted(group, sure)
+            places = {(given.cell, given.row) for given in admitted}
+            best += [each for each in sure if (each.cell, each.row) not in places]
+            good += admitted
         if not last:
             return Fallback(good, [])
         more, resend = self._resend(group, lost, good, best)
         return Fallback(good + more, resend)
 
     def _predicted(self, group: Group, cells: list[int]) -> list[GroupAnswer]:
-        """Return the predictions for these cells that are sure enough."""
+        """Return the predictions for these cells that may be given out."""
         found = self._predictor.predictions(group, cells)
-        return [GroupAnswer(*place, each.answer) for place, each in found.items() if each.sure]
+        answers = {each.sure: [] for each in found.values()}
+        for place, each in found.items():
+            answers[each.sure].append(GroupAnswer(*place, each.answer))
+        self._remember(group, answers.get(False, []))
+        return self._admitted(group, answers.get(True, []))
+
+    def _admitted(self, group: Group, answers: list[GroupAnswer]) -> list[GroupAnswer]:
+        """Return the answers that may be given out by what was seen of other stragglers."""
+        self._remember(group, answers)
+        return [
+            dataclasses.replace(each, answer=self._adaptation.expected(each.answer))
+            for each in answers
+            if self._adaptation.admits(each.answer)
+        ]
+
+    def _remember(self, group: Group, answers: list[GroupAnswer]) -> None:
+        """Have answers compared with the model's own, whether they are given out or not."""
+        for each in answers:
+            query = group.cells[each.cell].queries[each.row]
+            source = each.answer.source
+            epoch = self._adaptation.epoch(source)
+            query.approximate[source] = ApproximateAnswer(each.answer, query.x, epoch)
 
     def _resend(
         self, group: Group, cells: list[int], good: list[GroupAnswer], best: list[GroupAnswer]
@@ -350,7 +380,7 @@ class FallbackPolicy:
             answer = uncertain.get((cell, row))
             if answer is not None and not self._budget.affords():
                 self._observe("over_budget", 1)
-                answers.append(answer)
+                answers.append(dataclasses.replace(answer, forced=True))
                 continue
             self._budget.spend()
             query.reexecuted = True

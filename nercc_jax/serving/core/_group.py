@@ -12,7 +12,12 @@ import numpy as np
 from ...pools import Batch
 from .._tracing import GroupTrace
 from ._coder import Coder
-from ._request import Answer, Query
+from ._request import Answer, ApproximateAnswer, Query, Request
+
+# Data points larger than this are not kept for late answers: one could not ask for them again.
+_ROW_BYTES = 1 << 14
+_NO_DATA = np.empty(0)
+_NOBODY = Request(np.empty((0, 0)), _NO_DATA, 0.0, 0.0, False)  # of queries that are over
 
 # Seconds after its due time at which a group is handled, so that what was due has happened.
 _MARGIN = 1e-4
@@ -23,13 +28,6 @@ class GroupPrediction(NamedTuple):
 
     answer: Answer
     sure: bool
-
-
-class ApproximateAnswer(NamedTuple):
-    """An answer that was given out but is not the model's own, and its query's data point."""
-
-    answer: Answer
-    x: np.ndarray
 
 
 @dataclasses.dataclass
@@ -73,10 +71,9 @@ class Group:
         self.sent_at = np.full(coder.num_workers, np.nan)
         self.answers: list[np.ndarray | None] = [None] * coder.num_workers
         self.counted = np.zeros(coder.num_workers, bool)  # as stragglers
-        # By cell and row: predictions, looked up once for each query, ...
+        # By cell and row: predictions, looked up once for each query.
         self.predictions: dict[tuple[int, int], GroupPrediction] = {}
-        # ... and what was given out, to be compared with the model's own answer if that comes.
-        self.given: dict[tuple[int, int], ApproximateAnswer] = {}
+        self.stripped = False  # of all but what is to be compared with late answers
         self.posted = False  # it is in the scheduler's inbox
         self.closed = False
         self.due = np.inf
@@ -145,12 +142,57 @@ class Group:
                 values[point] = _repeated(answer, self.rows)
         return values
 
+    def awaited(self) -> Iterator[tuple[bool, Query, ApproximateAnswer]]:
+        """Yield the approximate answers given out whose query's own worker has not answered.
+
+        Each comes with its query, and with whether that answer may still come.
+        """
+        assert self.batch is not None
+        for place, cell in enumerate(self.cells):
+            own = self.layout.own[place]
+            left = [point for point in own.tolist() if self.outstanding[point]]
+            coming = any(not self.batch.abandoned(point) for point in left)
+            for query in cell.queries if len(own) else ():
+                for each in query.approximate.values():
+                    if each.given or each.forced:
+                        yield coming, query, each
+
+    def strip(self) -> None:
+        """Drop all but what late answers will be compared with: queries, their data, answers."""
+        if self.stripped:
+            return
+        self.stripped = True
+        for cell in self.cells:
+            cell.x = None
+            cell.queries = [_stripped(query) for query in cell.queries]
+        self.answers = [None] * len(self.answers)
+        self.predictions, self.trace = {}, None
+        if self.batch is not None:
+            self.batch.drop_answers()
+
+    @property
+    def kept_bytes(self) -> int:
+        """The memory of what late answers will be compared with."""
+        records = [
+            each
+            for cell in self.cells
+            for query in cell.queries
+            for each in query.approximate.values()
+        ]
+        return sum(
+            each.answer.value.nbytes + (0 if each.x is None else each.x.nbytes) for each in records
+        )
+
     def calibration_pair(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Return all workers' answers, and the model's own, to the first query of each cell.
 
         None unless every coded data point was answered and every query has one of its own.
         """
-        if not self.mask.all() or not all(len(points) for points in self.layout.own):
+        if (
+            self.stripped
+            or not self.mask.all()
+            or not all(len(points) for points in self.layout.own)
+        ):
             return None
         firsts = np.stack([answer[0] for answer in self.answers if answer is not None])
         return firsts, firsts[[points[0] for points in self.layout.own]]
@@ -160,6 +202,48 @@ def _repeated(x: np.ndarray | None, rows: int) -> np.ndarray:
     """Return x with its rows repeated in turn up to this number."""
     assert x is not None
     return x if len(x) == rows else x[np.arange(rows) % len(x)]
+
+
+def _stripped(query: Query) -> Query:
+    """Return a finished query that has nothing but its approximate answers."""
+    left = Query(_NOBODY, query.place, _NO_DATA)
+    left.x, left.done, left.waiting = None, True, False
+    for source, each in query.approximate.items():
+        each.answer = dataclasses.replace(each.answer, value=np.array(each.answer.value))
+        each.x = None if each.x is None or each.x.nbytes > _ROW_BYTES else np.array(each.x)
+        left.approximate[source] = each
+    return left
+
+
+class LateGroups:
+    """Groups that are over, but for late answers that are to be compared with what was given out.
+
+    Memory is bounded: only the answers given out are kept, and data points where they are small.
+    """
+
+    def __init__(self, groups: int = 4096, size: int = 1 << 26):
+        """Keep at most this number of groups, and this number of bytes."""
+        self._groups: dict[Group, int] = {}
+        self._most, self._left = groups, size
+
+    def add(self, group: Group) -> list[Group]:
+        """Keep a group, stripped; return the groups that have to be given up for it."""
+        if group not in self._groups:
+            group.strip()
+            self._groups[group] = group.kept_bytes
+            self._left -= self._groups[group]
+        evicted = []
+        while len(self._groups) > self._most or (self._left < 0 and self._groups):
+            evicted.append(next(iter(self._groups)))
+            self.discard(evicted[-1])
+        return evicted
+
+    def discard(self, group: Group) -> None:
+        """Forget a group."""
+        self._left += self._groups.pop(group, 0)
+
+    def __len__(self) -> int:
+        return len(self._groups)
 
 
 class GroupTimers:

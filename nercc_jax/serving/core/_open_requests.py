@@ -93,6 +93,18 @@ class OpenRequests:
             self._open.add(probe)
         return True
 
+    def accept_audit(self, audit: Request) -> bool:
+        """Accept a request of the batcher's own that nobody counts, and return whether.
+
+        It is not accepted where queries wait.
+        """
+        with self._settled:
+            if self.closing or self._queue.waiting or not self._queue.reserve(len(audit.queries)):
+                return False
+            audit.audits = True
+            self._open.add(audit)
+        return True
+
     def keep_deadline(self, request: Request) -> None:
         """Include the request in `pop_expired`."""
         end = request.arrived + request.deadline
@@ -119,7 +131,7 @@ class OpenRequests:
         self.monitor.report_answer(now)
         group = query.leave_group()
         request = query.request
-        counted = request is not self._probe
+        counted = request is not self._probe and not request.audits
         if counted:
             self._observe(f"query_{query.source_of(answer)}", 1)
         if request.answer(query, answer):
@@ -139,7 +151,7 @@ class OpenRequests:
         groups = self._drop(request)
         if request is self._probe:
             self.monitor.report_failed_probe(message_of(error))
-        else:
+        elif not request.audits:
             late = isinstance(error, DeadlineExceeded)
             what = "request_deadline" if late else "request_failed"
             self._observe(what, self._clock.now() - request.arrived)
@@ -163,7 +175,7 @@ class OpenRequests:
         """Wait until all requests have ended, but no longer than this."""
         end = self._clock.now() + seconds
         with self._settled:
-            while self._open and (left := end - self._clock.now()) > 0:
+            while self._owed and (left := end - self._clock.now()) > 0:
                 self._clock.wait(self._settled, left)
 
     def fail_all(self, error: BaseException) -> None:
@@ -199,11 +211,16 @@ class OpenRequests:
         self._settle(request)
         return groups
 
+    @property
+    def _owed(self) -> bool:
+        """Whether somebody waits for a request: comparisons of the batcher's own do not count."""
+        return any(not request.audits for request in self._open)
+
     def _settle(self, request: Request) -> None:
         request.release()
         with self._settled:
             self._open.discard(request)
-            if not self._open:
+            if not self._owed:
                 self._settled.notify_all()
 
 

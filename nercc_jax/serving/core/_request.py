@@ -80,6 +80,27 @@ class Answer:
     error: float = 0.0
 
 
+@dataclasses.dataclass
+class ApproximateAnswer:
+    """An answer to a straggler's query that will be compared with the model's own.
+
+    Attributes:
+        answer: the answer, not the model's own.
+        x: the query's data point; None once it is not kept any more.
+        epoch: of the evidence (`AbstractAdaptation.epoch`) when the answer was made.
+        given: whether it was given out, and counts for what was promised.
+        forced: whether it was given out although it is less certain than was promised.
+        repeated: whether the model was asked again because the first call failed.
+    """
+
+    answer: Answer
+    x: np.ndarray | None
+    epoch: int
+    given: bool = False
+    forced: bool = False
+    repeated: bool = False
+
+
 class Request:
     """B queries that arrived together and get one reply. Only the scheduler's thread changes it."""
 
@@ -111,6 +132,7 @@ class Request:
         self.high, self.turn = lead > 0, arrived - lead
         self.sent = np.inf  # when its first query was sent
         self.exact_only = exact
+        self.audits = False  # it is the scheduler's own, to compare what was given out
         self.queued = False
         self.queries = [Query(self, place, row) for place, row in enumerate(x)]
         self._left = size
@@ -176,15 +198,19 @@ class Query:
         done: whether nobody waits for it any more.
         waiting: whether it stands in the queue.
         reexecuted: whether it was sent a second time.
+        approximate: answers that are to be compared with the model's own, by their sources.
     """
 
-    __slots__ = ("done", "group", "place", "reexecuted", "request", "waiting", "x")
+    __slots__ = (
+        "approximate", "done", "group", "place", "reexecuted", "request", "waiting", "x",
+    )  # fmt: skip
 
     def __init__(self, request: Request, place: int, x: np.ndarray):
         self.request, self.place = request, place
         self.x: np.ndarray | None = x
         self.group: Any = None  # a `Group`, which this file does not know
         self.done = self.reexecuted = False
+        self.approximate: dict[Source, ApproximateAnswer] = {}
         self.waiting = True
 
     def leave_group(self) -> Any:

@@ -19,16 +19,18 @@ from .._tracing import RequestTrace
 from ._adaptation import AbstractAdaptation
 from ._coder import Coder
 from ._dispatch import Dispatcher, DispatchRules, QueryOrdering, Turn
-from ._fallback import FallbackPolicy, GroupDecoder, GroupPredictor
-from ._group import ApproximateAnswer, Group, GroupTimers
+from ._fallback import FallbackPolicy, GroupAnswer, GroupDecoder, GroupPredictor
+from ._group import Group, GroupTimers, LateGroups
 from ._health import Health, pool_health
 from ._open_requests import OpenRequests
 from ._queue import EventQueue, QueryQueue
 from ._request import (
     Answer,
+    ApproximateAnswer,
     BatchSpec,
     DeadlineExceeded,
     InferenceFailed,
+    Query,
     Reply,
     Request,
     ServerClosing,
@@ -40,6 +42,8 @@ _LOG = logging.getLogger(__name__)
 # Groups that may be kept after their queries are answered, to receive their stragglers' answers,
 # and for how many median answer times (but at least a second).
 _LINGERING, _LINGER = 256, 20
+# The share of approximate answers whose queries nobody has as they came that is computed, too.
+_AUDITED = 0.02
 _PROBE = 5.0  # seconds that a probe may take
 _WORKER_FREE = object()  # an event
 
@@ -78,10 +82,9 @@ class QueryScheduler:
         self._pool, self._clock, self._coder = pool, pool.clock, coder
         self._queries, self._answers = queries, answers
         self._adaptation, self._observe = adaptation, adaptation.observe
-        shared = policy.shared_by(coder.can_decode + adaptation.predicts)
-        predictor = GroupPredictor(adaptation, shared, queries, answers, self._clock)
-        self._decoder = GroupDecoder(coder, shared, adaptation, self._clock)
-        self._fallback = FallbackPolicy(coder, shared, adaptation, predictor, self._decoder)
+        predictor = GroupPredictor(adaptation, policy, queries, answers, self._clock)
+        self._decoder = GroupDecoder(coder, policy, adaptation, self._clock)
+        self._fallback = FallbackPolicy(coder, policy, adaptation, predictor, self._decoder)
         ordered = policy.ordering and coder.needs_order
         ordering = QueryOrdering(coder, queries.shape, policy.max_batch_size) if ordered else None
         self._compile(ordering)
@@ -95,6 +98,8 @@ class QueryScheduler:
             pool, coder, self._queue, self._events, rules, predictor, adaptation, ordering
         )
         self._timers = GroupTimers()
+        self._late_groups = LateGroups()
+        self._random = np.random.default_rng(0)
         self._dispatch_due = math.inf
         self._worker_free_posted = False
 
@@ -220,6 +225,10 @@ class QueryScheduler:
                 self._fail(request, InferenceFailed(f"internal error: {message_of(error)}"))
 
     def _fail(self, request: Request, error: Exception) -> None:
+        for query in request.queries if request.audits else ():
+            for each in query.approximate.values():
+                self._audit(each, None)
+            query.approximate = {}
         self._revisit(self._open.fail(request, error))
 
     def _revisit(self, groups: Sequence[Group]) -> None:
@@ -305,15 +314,34 @@ class QueryScheduler:
         own = group.layout.own[place]
         asked, responded = int(group.sent[own].sum()), int(group.mask[own].sum())
         for row, query in enumerate(group.cells[place].queries):
-            given = group.given.pop((place, row), None)
-            if given is not None:
-                right = self._adaptation.audit(given.answer, value[row])
-                self._observe("audit_same" if right else "audit_other", 1)
-            x = query.x if given is None else given.x
+            x, (approximate, query.approximate) = query.x, (query.approximate, {})
+            for each in approximate.values():
+                self._audit(each, value[row])
+                x = each.x if x is None else x
             if x is not None:
                 self._adaptation.add_answer(x, value[row])
             answer = Answer(value[row], "exact", asked, responded)
             self._revisit(self._open.answer(query, answer, now))
+
+    def _audit(self, given: ApproximateAnswer, own: np.ndarray | None) -> None:
+        """Compare an approximate answer with the model's own, None if that will never come."""
+        right = self._adaptation.audit(given, own)
+        if given.given or given.forced:
+            known = "audit_same" if right else "audit_other"
+            self._observe("audit_unknown" if own is None else known, 1)
+
+    def _ask_again(self, given: ApproximateAnswer) -> bool:
+        """Have the model answer, for comparison, where workers are free; return whether."""
+        if given.x is None or given.repeated or not self._pool.idle:
+            return False
+        zeros = self._answers.zeros(1)
+        request = Request(given.x[None], zeros, self._clock.now(), MAX_DEADLINE_S, True)
+        if not self._open.accept_audit(request):
+            return False
+        given.repeated = True
+        request.queries[0].approximate[given.answer.source] = given
+        self._enqueue(request, request.arrived)
+        return True
 
     def _decide(self, group: Group, now: float) -> None:
         """Complete a group, answer or resend its stragglers' queries, or close it."""
@@ -329,8 +357,7 @@ class QueryScheduler:
             answers, resend = self._fallback.decide(group, self._late(group, now))
             for each in answers:
                 query = group.cells[each.cell].queries[each.row]
-                if query.x is not None:
-                    group.given[each.cell, each.row] = ApproximateAnswer(each.answer, query.x)
+                self._give(group, query, each)
                 self._observe("expected_disagreement", each.answer.disagreement)
                 self._revisit(self._open.answer(query, each.answer, now))
             self._queue.resend(resend)
@@ -338,6 +365,21 @@ class QueryScheduler:
             self._close_group(group, now)
         if not group.closed:
             self._set_timer(group, now)
+
+    def _give(self, group: Group, query: Query, given: GroupAnswer) -> None:
+        """Note that an approximate answer is given out, if it can be compared with the model's."""
+        record = query.approximate[given.answer.source]
+        record.forced = given.forced
+        own = group.layout.own[given.cell]
+        # A query that nobody has as it came is computed for comparison alone, now and then.
+        if not group.sent[own].any():
+            del query.approximate[given.answer.source]
+            computed = not given.forced and self._random.random() < _AUDITED
+            record.given = computed and self._ask_again(record)
+        else:
+            record.given = not given.forced
+        if record.given:
+            self._adaptation.give(given.answer)
 
     def _late(self, group: Group, now: float) -> np.ndarray:
         """Return the mask of coded data points not to wait for: late ones, and failed ones."""
@@ -362,16 +404,43 @@ class QueryScheduler:
         """Close a group whose queries are answered, or keep it to receive stragglers' answers."""
         assert group.batch is not None
         if not group.alone and group.outstanding.any() and now < group.linger_until:
-            if math.isinf(group.linger_until) and len(self._dispatcher.groups) < _LINGERING:
+            kept = len(self._dispatcher.groups) - len(self._late_groups)
+            if math.isinf(group.linger_until) and kept < _LINGERING and not group.stripped:
                 group.batch.suffice()
                 median = self._times.median(group.rows)
                 group.linger_until = now + max(1.0, _LINGER * median if median < math.inf else 0)
             if group.linger_until < math.inf:
                 return
+        if self._keeps_late(group):
+            return
         useful = not group.alone and self._coder.can_decode and self._adaptation.accepts_samples
         if useful and (pair := group.calibration_pair()) is not None:
             self._adaptation.add_group(*pair)
         self._dispatcher.close(group)
+
+    def _keeps_late(self, group: Group) -> bool:
+        """Keep what is to be compared with answers that come later than groups are kept."""
+        awaited = list(group.awaited()) if group.outstanding.any() else []
+        for coming, query, given in awaited:
+            if not coming:
+                self._give_up(query, given)
+        if not any(coming for coming, *_ in awaited):
+            self._late_groups.discard(group)
+            return False
+        assert group.batch is not None
+        group.batch.suffice()
+        group.linger_until = math.inf
+        for evicted in self._late_groups.add(group):
+            for _, query, given in evicted.awaited():
+                self._give_up(query, given)
+            self._dispatcher.close(evicted)
+        return not group.closed
+
+    def _give_up(self, query: Query, given: ApproximateAnswer) -> None:
+        """Have an answer computed that does not come by itself, or count it as unknown."""
+        query.approximate.pop(given.answer.source, None)
+        if given.forced or not self._ask_again(given):
+            self._audit(given, None)
 
     def _set_timer(self, group: Group, now: float) -> None:
         """Set when to look at a group next, should nothing happen to it."""

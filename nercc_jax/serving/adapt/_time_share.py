@@ -1,0 +1,39 @@
+"""The share of the time that calibrating, learning, and choosing settings may take."""
+
+import math
+
+from ...pools import AbstractClock
+
+
+class TimeShare:
+    """A bound on the share of the time that a thread's work may take.
+
+    Programs of JAX keep all cores of a CPU busy, and queries are answered meanwhile.
+    """
+
+    def __init__(
+        self, clock: AbstractClock, share: float, *, longest: float = math.inf, at_once: float = 0.0
+    ):
+        """Start with nothing to make up for.
+
+        Args:
+            clock: the clock that the work is timed by.
+            share: the largest share of the time.
+            longest: the longest pause that one piece of work costs, in seconds.
+            at_once: seconds of work beyond the share that may be done without a pause.
+        """
+        self._clock, self._share, self._longest = clock, share, longest
+        self._at_once = at_once
+        self._paid_until = -math.inf
+
+    @property
+    def next(self) -> float:
+        """The time at which work may begin again."""
+        return self._paid_until - self._at_once / self._share
+
+    def spend(self, begin: float) -> float:
+        """Count work from `begin` until now, and return its seconds."""
+        now = self._clock.now()
+        pause = min((now - begin) * (1 / self._share - 1), self._longest)
+        self._paid_until = max(self._paid_until, now) + pause
+        return now - begin

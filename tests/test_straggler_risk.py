@@ -1,0 +1,170 @@
+"""Evidence on stragglers: bounds against their closed form, false alarms, delays, and decisions."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from nercc_jax.risk import RiskMonitor
+from nercc_jax.risk._straggler_risk import StragglerRisk, StragglerRow, allowed_errors, risk_cap
+
+RATE = 2e-5  # of false alarms, by default
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.5])
+def test_allowed_errors_are_those_of_clopper_and_pearson(share):
+    allowed = allowed_errors(share, 400)
+    for number in (1, 7, 22, 23, 230, 400):
+        bounds = scipy.stats.beta.ppf(0.9, np.arange(number) + 1, number - np.arange(number))
+        assert allowed[number] == np.sum(bounds <= share) - 1
+    assert allowed[0] == -1
+
+
+def test_everything_is_allowed_where_all_may_be_wrong():
+    np.testing.assert_array_equal(allowed_errors(1.0, 3), [0, 1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    "days", [100, pytest.param(1000, marks=pytest.mark.slow)], ids=lambda days: f"{days} days"
+)
+@pytest.mark.parametrize("dependent", [False, True])
+def test_the_monitor_alarms_no_more_often_than_stated(days, dependent):
+    """Days of 1,000 answers as wrong as was promised: alone, or in runs whose mean is promised."""
+    random, alarms = np.random.default_rng(0), 0
+    for _ in range(days):
+        if dependent:  # a wrong answer makes the next one right: still no more than promised
+            wrong = random.random(1000) < 0.1
+            wrong[1:] &= ~wrong[:-1]
+        else:
+            wrong = random.random(1000) < 0.1
+        alarms += RiskMonitor(0.1).add(wrong.tolist())
+    most = days * 1000 * RATE
+    assert alarms <= most + 3 * math.sqrt(most)
+
+
+@pytest.mark.parametrize(("times", "most"), [(1.5, 700), (2.0, 250), (4.0, 50)])
+def test_a_broken_promise_is_found_after_a_long_good_time(times, most):
+    random, delays = np.random.default_rng(1), []
+    for _ in range(20):
+        monitor = RiskMonitor(0.1)
+        assert not monitor.add((random.random(1000) < 0.05).tolist())
+        delay = 0
+        while not monitor.add([bool(random.random() < 0.1 * times)]):
+            delay += 1
+        delays.append(delay)
+    assert np.mean(delays) < most
+
+
+def test_a_monitor_begins_anew():
+    monitor = RiskMonitor(0.1)
+    assert monitor.add([1.0] * 20)
+    assert monitor.add([0.0]), "an alarm stays"
+    monitor.clear()
+    assert not monitor.add([0.5, True])
+    assert (monitor.number, monitor.wrong) == (2, 1.5)
+    for wrong in ({"promised": 1.5}, {"promised": 0.1, "false_alarms": 0.0}):
+        with pytest.raises(ValueError, match=list(wrong)[-1]):
+            RiskMonitor(**wrong)
+
+
+def row(probability=0.01, *, wrong=False, bound=0.0, excess=0.0):
+    return StragglerRow(probability, bound, wrong, excess)
+
+
+def test_nothing_is_given_out_without_evidence_on_stragglers():
+    risk = StragglerRisk(0.1, None, needs_evidence=True)
+    assert risk.needed == 22
+    for _ in range(21):
+        risk.add(row(), given=False)
+        assert not risk.admits(0.0, 0.0)
+        assert not risk.suffices
+    risk.add(row(), given=False)
+    assert risk.admits(0.01, 0.0)
+    assert not risk.admits(0.51, 0.0), "the cap of a single answer"
+    assert risk.share == 1
+
+
+def test_a_limit_is_that_of_rows_that_straggle():
+    """Those with a small probability are right, the others wrong, whatever was calibrated."""
+    risk = StragglerRisk(0.1, None, needs_evidence=True)
+    for number in range(200):
+        risk.add(row(0.02 + 0.02 * (number % 2), wrong=bool(number % 2)), given=False)
+    assert risk.admits(0.02, 0.0)
+    assert not risk.admits(0.04, 0.0)
+    assert risk.share == 0.5
+    assert risk.expected(0.02, 0.0) == (0.02, 0.0), "they were right"
+    assert risk.disagreement() == (100, 200)
+
+
+def test_error_bounds_are_widened_until_they_are_right_for_rows_that_straggle():
+    risk = StragglerRisk(None, 1.0, needs_evidence=True)
+    random = np.random.default_rng(0)
+    for excess in np.abs(random.normal(size=400)):  # of a bound that is one standard deviation
+        risk.add(row(math.nan, bound=0.1, excess=float(excess)), given=False)
+    assert risk.admits(math.nan, 0.5)
+    assert 1.64 < risk.expected(math.nan, 1.0)[1] < 2
+    assert not risk.admits(math.nan, 0.65), "1.64 deviations are 90 %"
+
+
+def test_answers_that_never_come_count_as_wrong():
+    risk = StragglerRisk(0.1, None, needs_evidence=False)
+    given, detected = 0, False
+    while not detected:
+        assert risk.admits(0.01, 0.0) or given >= risk.needed
+        risk.give()
+        given += 1
+        detected = risk.add(row(wrong=True), given=True, unknown=True)
+    assert risk.unknown == given < 30
+    assert not risk.admits(0.0, 0.0)
+
+
+def test_no_more_is_given_out_than_can_be_compared():
+    risk = StragglerRisk(0.1, None, needs_evidence=False)
+    given = 0
+    while risk.admits(0.01, 0.0):
+        risk.give()
+        given += 1
+    assert given == 32
+    for _ in range(given):
+        risk.add(row(), given=True)
+    while risk.admits(0.01, 0.0):
+        risk.give()
+        given += 1
+    assert given == 32 + 64, "as many more as were right"
+
+
+def test_evidence_from_before_a_drift_does_not_count():
+    risk = StragglerRisk(0.1, None, needs_evidence=False)
+    assert risk.admits(0.01, 0.0)
+    before, detected = risk.epoch, False
+    while not detected:
+        risk.give()
+        detected = risk.add(row(wrong=True), given=True)
+    assert risk.drifts == 1
+    for _ in range(30):
+        risk.add(row(), given=False, epoch=before)
+    assert not risk.admits(0.0, 0.0)
+    assert risk.status()["compared"] == 0
+    for _ in range(22):
+        risk.add(row(), given=False, epoch=risk.epoch)
+    assert risk.admits(0.01, 0.0)
+
+
+def test_a_small_promise_has_a_small_cap():
+    assert [risk_cap(share) for share in (0.0, 0.01, 0.1, 0.3, 1.0)] == [0, 0.05, 0.5, 0.5, 1]
+
+
+def test_what_is_said_is_what_other_stragglers_showed():
+    risk = StragglerRisk(0.1, None, needs_evidence=True)
+    for number in range(500):
+        risk.add(row(0.01, wrong=number % 20 == 0), given=False)
+    assert risk.expected(0.02, 0.0)[0] == pytest.approx(0.06)
+
+
+def test_what_nothing_is_known_of_is_not_given_out():
+    risk = StragglerRisk(0.1, None, needs_evidence=False)
+    assert not risk.admits(math.nan, 0.0)
+    for _ in range(30):
+        risk.add(row(math.nan), given=False)
+    assert risk.status()["compared"] == 0
