@@ -114,7 +114,10 @@ class RunOptions:
     max_disagreement: float | None
     tolerance: float | None
     coverage: float
+    compute: Literal["needed", "all"]
     groups: int | None
+    job_deadline: float | None
+    max_calls: int | None
     batches: int | None
     seed: int
 

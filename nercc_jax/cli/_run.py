@@ -54,7 +54,7 @@ def run_command(
     num_data: Annotated[
         int | None,
         option(
-            "K: data points that are coded together (default: 8; row by row nine tenths of N).",
+            "K: data points that are coded together (default: 8).",
             CODE,
         ),
     ] = None,
@@ -83,6 +83,22 @@ def run_command(
         ),
     ] = None,
     coverage: Annotated[float, option("Share of errors that error bars cover.", ROWS)] = 0.9,
+    compute: Annotated[
+        Literal["needed", "all"],
+        option(
+            "Rows to compute: those that are not known well enough, or all that arrive in time.",
+            ROWS,
+        ),
+    ] = "needed",
+    job_deadline_s: Annotated[
+        float | None,
+        option(
+            "Seconds after which a run row by row ends with what is known (default: none).", ROWS
+        ),
+    ] = None,
+    max_calls: Annotated[
+        int | None, option("Rows to compute, at most (default: no limit).", ROWS)
+    ] = None,
     wait_for: Annotated[
         int | None,
         option(
@@ -174,8 +190,8 @@ def run_command(
     """Run a model over a data set on a pool whose workers may straggle or die.
 
     Each batch is encoded, sent to the workers, and decoded once enough of them answered; a batch
-    that cannot be recovered is sent again. With --tolerance, each row is computed, or known well
-    enough. Results are written as they come, and --resume goes on after any end. Exit codes: 0
+    that cannot be recovered is sent again. With --tolerance, each row is computed, or predicted
+    well enough. Results are written as they come, and --resume goes on after any end. Exit codes: 0
     everything is done, 1 nothing is, 2 an option does not fit, 3 a part is missing or lost, 130
     Ctrl-C.
     """
@@ -193,7 +209,8 @@ def run_command(
             leave_accelerators()
         options = RunOptions(
             model, weights, inputs, data_dir, split, outputs, max_inputs, code, num_data,
-            num_workers, wait_for, max_disagreement, tolerance, coverage, groups, batches, seed,
+            num_workers, wait_for, max_disagreement, tolerance, coverage, compute, groups,
+            job_deadline_s, max_calls, batches, seed,
         )  # fmt: skip
         # JAX takes a second or two to import: not for --help, nor for a misspelt option.
         from ..pools import leave_ray
@@ -214,7 +231,9 @@ def run_command(
 
                 other = "--tolerance" if max_disagreement is None else "--max-disagreement"
                 refuse(other, code=code, batches=batches, worker_dtype=worker_dtype)
+                refuse(other, num_data=num_data, wait_for=wait_for)
             else:
+                refuse("a coded run", job_deadline_s=job_deadline_s, max_calls=max_calls)
                 from ._run_data import run_data as run
 
             run(options, chosen, output, resume)

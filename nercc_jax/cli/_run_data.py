@@ -21,8 +21,9 @@ from ..evaluation._answers import batched
 from ..inference._models import Model
 from ..pools import AbstractPool, BatchOutcome, PoolReport, run_batches
 from ..pools._batch import answers_to_wait_for
-from ..pools._row_engine import ATTEMPTS, pool_counts, reason_to_stop
+from ..pools._row_engine import pool_counts, reason_to_stop
 from ..pools._row_files import Parts, check_parts, fingerprint
+from ..pools._row_settings import ATTEMPTS
 from ._errors import fail
 from ._options import CALIBRATION, RunOptions
 from ._output import summary_table, write_json

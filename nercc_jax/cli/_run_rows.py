@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..pools import RowProgress, RowResult, run_rows
-from ..pools._row_engine import ATTEMPTS, RowSettings
 from ..pools._row_files import check_parts, fingerprint
+from ..pools._row_settings import RowSettings
 from ._errors import fail
 from ._options import RunOptions
 from ._output import summary_table, write_json
@@ -45,15 +45,15 @@ def run_function(options: RunOptions, pool: ChosenPool, output: Path, resume: bo
         "tolerance": options.tolerance,
         "max_disagreement": options.max_disagreement,
         "coverage": options.coverage,
-        "num_workers": options.num_workers,
-        "num_data": options.num_data,
-        "wait_for": options.wait_for,
+        "compute": options.compute,
         "rows_per_call": options.groups,
         "deadline": pool.deadline,
+        "job_deadline": options.job_deadline,
+        "max_calls": options.max_calls,
         "seed": options.seed,
     }
     with _naming_options():
-        settings = RowSettings.of(**numbers)
+        settings = RowSettings(**numbers)
     folder = parts_folder(output)
     check_parts(folder, resume)
     workload = find_workload(
@@ -69,8 +69,7 @@ def run_function(options: RunOptions, pool: ChosenPool, output: Path, resume: bo
     console = Console()
 
     def open_pool(function: Any, num_workers: int, **further: Any) -> Any:
-        size = settings.num_data, num_workers
-        opened = pool.open(console, function, options.model, *size, **further)
+        opened = pool.open(console, function, options.model, 1, num_workers, **further)
         console.print(
             f"{options.model}, {len(x):,} rows of {source.name!r}, {_target_text(settings)}; "
             f"{pool.count(num_workers)} workers ({pool.kind})",
@@ -93,6 +92,7 @@ def run_function(options: RunOptions, pool: ChosenPool, output: Path, resume: bo
                 resume=resume,
                 about=about,
                 on_progress=bar.show,
+                num_workers=options.num_workers,
                 **numbers,
             )
     except RuntimeError as error:
@@ -118,7 +118,12 @@ def _naming_options() -> Iterator[None]:
         name, _, rest = str(error).partition(" ")
         if name not in {field.name for field in dataclasses.fields(RowSettings)}:
             raise
-        option = {"rows_per_call": "groups", "deadline": "deadline_s"}.get(name, name)
+        renamed = {
+            "rows_per_call": "groups",
+            "deadline": "deadline_s",
+            "job_deadline": "job_deadline_s",
+        }
+        option = renamed.get(name, name)
         raise ValueError(f"--{option.replace('_', '-')} {rest}") from error
 
 
@@ -141,12 +146,14 @@ class _Bar(contextlib.ExitStack):
             self._task = self._bar.add_task("computing the first rows ...", total=progress.rows)
             return
         text = (
-            f"exact {progress.computed:,}, decoded {progress.decoded:,}, "
+            f"computed {progress.computed:,}, predicted {progress.predicted:,}, "
             f"waiting {progress.waiting:,}"
         )
-        if progress.lost:
-            text += f", lost {progress.lost:,}"
-        text += f"; {progress.rows_per_second:,.1f} rows/s"
+        if progress.late:
+            text += f", of them late {progress.late:,}"
+        if progress.unknown:
+            text += f", unknown {progress.unknown:,}"
+        text += f"; {progress.rows_per_second:,.1f} rows/s, {progress.workers:,} workers"
         self._bar.update(self._task, completed=progress.done, description=text)
 
 
@@ -167,30 +174,38 @@ def _summary(result: RowResult, settings: RowSettings) -> Iterator[tuple[str, st
         yield "of them not finite", f"{odd:,}, as the function gave them"
     bar = numbers["largest_bar"]
     largest = "" if bar is None else f", the largest error bar {bar:.3g}"
-    yield "decoded", f"{numbers['decoded']:,}{largest}"
+    yield "predicted", f"{numbers['predicted']:,}{largest}"
     yield "learner", _learner_text(result, settings)
+    if result.fitted is not None:
+        for name, rows in (
+            ("audited", "rows drawn at random"),
+            ("came_late", "rows that came late"),
+        ):
+            if numbers[name]:
+                held = f"{numbers[f'{name}_held']:,} of {numbers[name]:,}"
+                yield f"bars held, {rows}", held
+        yield "all computed", f"would have taken {numbers['seconds_if_all_were_computed']:.0f} s"
     yield "late answers", f"{report.late:,}"
     yield "errors", f"{report.errors:,}"
     yield "deaths", deaths_text(report)
-    yield "lost", f"{numbers['lost']:,}"
+    yield "unknown", f"{numbers['unknown']:,}"
 
 
 def _learner_text(result: RowResult, settings: RowSettings) -> str:
     if result.fitted is None:
         return "none: all rows were computed before anything was learned"
-    known = 100 * result.summary["known_share"]
-    text = f"fitted to {result.fitted.pairs:,} rows; it knows {known:.0f} % of others well enough"
+    text = f"fitted to {result.fitted.pairs:,} rows"
     if settings.tolerance is not None and result.values is not None:
         vectors = result.values[result.status == "computed"].reshape(result.summary["computed"], -1)
         vectors = vectors[np.isfinite(vectors).all(axis=1)]
         spread = float(np.sqrt(np.mean(np.var(vectors, axis=0))))
         share = f" ({100 * settings.tolerance / spread:.2g} % of the spread)" if spread > 0 else ""
-        text += f": within {settings.tolerance:g}{share}"
+        text += f"; the tolerance is {settings.tolerance:g}{share}"
     return text
 
 
 def _exit_unless_done(result: RowResult, folder: Path) -> None:
-    """Exit with 130 after Ctrl-C, with 3 where rows are missing or lost."""
+    """Exit with 130 after Ctrl-C, with 3 where rows are missing or unknown."""
     rest = f"; {folder} has what is done, and --resume goes on from there"
     count = f"{result.summary['rows_done']:,} of {len(result.status):,} rows are done"
     if result.stopped is not None:
@@ -199,8 +214,7 @@ def _exit_unless_done(result: RowResult, folder: Path) -> None:
     if result.reasons:
         row, why = next(iter(result.reasons.items()))
         fail(
-            f"{len(result.reasons):,} rows are lost after {ATTEMPTS} attempts, and NaN in the "
-            f"result: row {row}: {why}; {count}{rest}",
+            f"{len(result.reasons):,} rows are unknown: row {row}: {why}; {count}{rest}",
             PARTIAL,
         )
 

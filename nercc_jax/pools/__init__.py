@@ -13,7 +13,8 @@ from ._inference import BatchOutcome, PoolResult, Timing, pool_inference, run_ba
 from ._pool import AbstractPool
 from ._ray import RayPool
 from ._ray_cluster import join_ray, leave_ray, ray_is_lost
-from ._row_engine import RowProgress, RowResult, run_rows
+from ._row_engine import run_rows
+from ._row_settings import RowProgress, RowResult
 from ._rows import RowFunction
 from ._times import AnswerTimes as AnswerTimes
 from ._times import Call, Overdue

@@ -42,6 +42,7 @@ from ._worker import Program, Worker, warm_up
 # Size in bytes from which on Ray would put an argument into its store, again for each call.
 _LARGE = 100_000
 _PAUSE = 0.1  # seconds between two checks whether a worker may be started
+_END = 5.0  # seconds to wait, at most, until all that was with workers has failed at the end
 _FEWEST_STARTS = 4  # starts under way at once, at least; otherwise as many as there are CPUs
 
 
@@ -221,6 +222,7 @@ class ActorBackend(WorkerBackend):
         self._places: dict[int, NodePlacement] = {}  # of workers that have one
         self._ready: set[tuple[int, int]] = set()
         self._planned: dict[int, str | None] = {}  # the node that a worker was started on
+        self._pending: set[Any] = set()  # futures of Ray's
         self._closed = False
         self._starts = concurrent.futures.ThreadPoolExecutor(1, "nercc-ray")
         wave = max(_FEWEST_STARTS, int(ray.cluster_resources().get("CPU", 0)))
@@ -263,9 +265,9 @@ class ActorBackend(WorkerBackend):
             self._wave.release()
             on_outcome(worker, life, error)
             return
-        _when_done(there, placed)
-        _when_done(ready, loaded)
-        _when_done(death, died)
+        self._when_done(there, placed)
+        self._when_done(ready, loaded)
+        self._when_done(death, died)
 
     def _placed_actor(self, worker: int) -> Any:
         """Return the actor's class, to be made on the node that has the fewest of the workers.
@@ -298,7 +300,13 @@ class ActorBackend(WorkerBackend):
         except Exception as error:  # Ray itself is gone, for example
             on_outcome(worker, life, WorkerDied(f"it cannot be reached: {error}"))
             return
-        _when_done(answer, lambda future: on_outcome(worker, life, _result(future)))
+        self._when_done(answer, lambda future: on_outcome(worker, life, _result(future)))
+
+    def _when_done(self, answer: Any, callback: Callable[[Any], None]) -> None:
+        future = answer.future()
+        self._pending.add(future)
+        future.add_done_callback(callback)
+        future.add_done_callback(self._pending.discard)
 
     def missing(self) -> str | None:
         if self._gone():
@@ -313,6 +321,9 @@ class ActorBackend(WorkerBackend):
         if not gone:  # otherwise Ray's nodes end them, as they end those of a dead driver
             for worker in list(self._on_outcome):
                 self._kill(worker)
+            # What was with them fails in a moment. Ray ends a process that hears of it after
+            # `ray.shutdown`.
+            concurrent.futures.wait(tuple(self._pending), timeout=_END)
 
     def processes(self) -> list[int | None]:
         """Return the process id of each worker; None while it is replaced."""
@@ -368,10 +379,6 @@ class _StoredInputs:
         if self._stored is None:
             self._stored = ray_module().put(self._batch)
         return self._stored
-
-
-def _when_done(answer: Any, callback: Callable[[Any], None]) -> None:
-    answer.future().add_done_callback(callback)
 
 
 def _reason(error: BaseException | None) -> str:

@@ -1,28 +1,23 @@
 """The engine for rows: runs a function on each row, computing it or knowing it well enough.
 
-A first part of the rows is computed. A learner, on a thread of its own, is fitted to those, and
-again each time twice as many are there. Once it knows enough of the function, the other rows go in
-groups, uncertain ones copied, and rows that are late are decoded, or computed after all.
+Workers are kept busy, row after row: no row waits for others. Once a learner, on a thread of its
+own, has been fitted to what came, rows that it knows well enough need not be computed, and those
+that it knows least go next. Some are computed all the same, drawn at random: they judge its bars.
 """
 
 import collections
-import dataclasses
-import logging
 import math
-import threading
+import queue
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
-from ..codes import NeRCC
-from ..schemes import fit_scheme
-from ..schemes._fit_scheme import FittedScheme
 from ._backend import PoolReport
-from ._batch import answers_to_wait_for, check_deadline
+from ._batch import Batch
 from ._pool import AbstractPool
 from ._row_files import (
     Parts,
@@ -32,161 +27,24 @@ from ._row_files import (
     load_fitted,
     save_fitted,
 )
-from ._rows import AbstractRowCalls, PlainCalls, RowCoder, RowFunction
-from ._steps import AccuracyTarget
+from ._row_learner import RowLearner
+from ._row_settings import (
+    ATTEMPTS,
+    Compute,
+    RowProgress,
+    RowResult,
+    RowSettings,
+    hang_timeout,
+)
+from ._rows import RowCall, RowFunction
 
-_LOG = logging.getLogger(__name__)
-
-RowStatus: TypeAlias = Literal["computed", "decoded", "lost", "waiting"]
-
-ATTEMPTS = 3  # how often a row is sent before it is lost
-LEARNER_THREAD = "nercc-learner"  # for which the end of a process waits
 _LAST_SECONDS = 10.0  # a run stops itself so long before something else ends its process
-
-_HANG = 10.0  # seconds before which no worker is taken to hang
-_ROUND = 2.0  # seconds of a round in which all rows are computed
 _CALL = 0.25  # seconds of a call, where rows are so quick that several go together
-_LEARNING = 0.1  # share of the remaining time that workers may wait for the learner
-_CAPACITY = 1024  # rows that the learner holds at most
-_USEFUL = 0.5  # share of rows that the learner must know before late rows are decoded
+_AHEAD = 2  # calls for each worker that are with the pool, so that none waits for the next
+_COPIES = 2  # further calls with the rows of a late one, at most
+_AUDITED = 20  # of so many rows one is computed whatever is known of it
+_TICK = 0.05  # seconds between two looks at what is late
 _LEARNER = "learner"  # the name of its file in the manifest
-
-
-@dataclasses.dataclass(frozen=True)
-class RowProgress:
-    """The state of a run over rows.
-
-    Attributes:
-        rows: Rows in all.
-        computed: Rows that were computed.
-        decoded: Rows that were decoded.
-        lost: Rows without a value after all attempts.
-        seconds: Since the run began.
-        rows_per_second: Rows done by this run in a second.
-    """
-
-    rows: int
-    computed: int
-    decoded: int
-    lost: int
-    seconds: float
-    rows_per_second: float
-
-    @property
-    def done(self) -> int:
-        """The rows that have a value."""
-        return self.computed + self.decoded
-
-    @property
-    def waiting(self) -> int:
-        """The rows that have no value yet."""
-        return self.rows - self.done - self.lost
-
-
-@dataclasses.dataclass(frozen=True)
-class RowResult:
-    """The result of a run over rows, in the order of the inputs.
-
-    Attributes:
-        values: The function's own values where computed, otherwise decoded ones; NaN where there is
-            none. None if no row has a value.
-        status: "computed", "decoded", "lost" or "waiting", for each row.
-        deviation: How far values may be off: 0 where computed, infinite where unknown.
-        score: Error bars or, with `max_disagreement`, error probabilities.
-        reasons: Why rows are lost, by row.
-        summary: The settings and counts of the run, by name.
-        report: Of the pool.
-        stopped: Why the run ended early, if it did.
-        fitted: The fitted scheme that late rows were decoded by, if one was learned.
-    """
-
-    values: Float[np.ndarray, "rows ..."] | None
-    status: Shaped[np.ndarray, " rows"]
-    deviation: Float[np.ndarray, " rows"]
-    score: Float[np.ndarray, " rows"]
-    reasons: dict[int, str]
-    summary: dict[str, Any]
-    report: PoolReport
-    stopped: str | None
-    fitted: FittedScheme | None
-
-
-@dataclasses.dataclass(frozen=True)
-class RowSettings:
-    """The numbers of a run over rows, by the names of `run_rows`.
-
-    Messages begin with the name of the argument, by which the command line names its option.
-    """
-
-    tolerance: float | None
-    max_disagreement: float | None
-    coverage: float
-    num_data: int
-    num_workers: int
-    wait_for: int
-    rows_per_call: int | None
-    deadline: float
-    seed: int
-
-    @classmethod
-    def of(
-        cls, num_workers: int, num_data: int | None, wait_for: int | None, **others: Any
-    ) -> "RowSettings":
-        """Return settings with the defaults of K and of the answers to wait for."""
-        if num_data is None:
-            num_data = max(1, num_workers * 9 // 10)
-        if wait_for is None:
-            wait_for = answers_to_wait_for(num_data, num_workers)
-        return cls(num_data=num_data, num_workers=num_workers, wait_for=wait_for, **others)
-
-    def __post_init__(self):
-        if (self.tolerance is None) == (self.max_disagreement is None):
-            raise ValueError(
-                "tolerance is needed, in units of the outputs (0: all rows are computed), or "
-                "max_disagreement, where the outputs are scores of labels, not both"
-            )
-        if self.tolerance is not None and not 0 <= self.tolerance < np.inf:
-            raise ValueError(f"tolerance must be 0 or positive, not {self.tolerance}")
-        if self.max_disagreement is not None and not 0 <= self.max_disagreement <= 1:
-            raise ValueError(f"max_disagreement must be in [0, 1], not {self.max_disagreement}")
-        if not 0 < self.coverage < 1:
-            raise ValueError(f"coverage is a share between 0 and 1, not {self.coverage}")
-        if not 1 <= self.num_data <= self.num_workers:
-            raise ValueError(
-                f"num_data must be from 1 to N = {self.num_workers}, not {self.num_data}: each row "
-                "goes to a worker, and the others get copies"
-            )
-        if not 1 <= self.wait_for <= self.num_workers:
-            raise ValueError(
-                f"wait_for must be from 1 to N = {self.num_workers}, not {self.wait_for}"
-            )
-        if self.rows_per_call is not None and self.rows_per_call < 1:
-            raise ValueError(f"rows_per_call must be positive, not {self.rows_per_call}")
-        check_deadline(self.deadline)
-
-    @property
-    def code(self) -> NeRCC:
-        """The code: K rows and N - K copies."""
-        return NeRCC(self.num_data, self.num_workers)
-
-    @property
-    def target(self) -> AccuracyTarget:
-        """The accuracy at which a row is known well enough."""
-        return AccuracyTarget(self.tolerance, self.max_disagreement, self.coverage)
-
-    def kept(self) -> dict[str, Any]:
-        """Return the settings that a run's values depend on."""
-        names = ("tolerance", "max_disagreement", "coverage", "num_data", "num_workers", "seed")
-        return {name: getattr(self, name) for name in names}
-
-
-def hang_timeout(deadline: float) -> float:
-    """Return the seconds after which a worker is replaced, for calls with a deadline.
-
-    All attempts but one are over by then: the last one finds new workers if all of them hung. It is
-    10 s at least, since a worker may just straggle, and a new one needs time to start.
-    """
-    return max((ATTEMPTS - 1) * deadline, _HANG)
 
 
 def run_rows(
@@ -197,45 +55,48 @@ def run_rows(
     tolerance: float | None = None,
     max_disagreement: float | None = None,
     coverage: float = 0.9,
+    compute: Compute = "needed",
     num_workers: int | None = None,
-    num_data: int | None = None,
-    wait_for: int | None = None,
     rows_per_call: int | None = None,
     deadline: float = 30.0,
+    job_deadline: float | None = None,
+    max_calls: int | None = None,
     seed: int = 0,
     folder: Path | str | None = None,
     resume: bool = False,
     about: Mapping[str, Any] | None = None,
     on_progress: Callable[[RowProgress], Any] | None = None,
 ) -> RowResult:
-    """Run a function on each row: every row is computed, or decoded within a tolerance.
+    """Run a function on each row: every row is computed, or predicted within a tolerance.
 
-    A computed row has exactly the value that the function gave. A decoded row has a prediction from
-    the rows that were computed, and its error bar is no larger than the tolerance. A row that is
-    too uncertain is computed. `docs/run.md` describes how.
+    A computed row has exactly the value that the function gave. A predicted row has a prediction
+    from the rows that were computed, and its error bar is no larger than the tolerance. A row that
+    is too uncertain is computed. `docs/run.md` describes how.
 
     Args:
         function: Any callable on (rows, ...) that returns an array (rows, ...).
         rows: Inputs, one a row: finite numbers.
         pool: An open pool whose workers run `RowFunction(function)`, not compiled; or a class such
             as `DevicePool` or `RayPool`, which is opened for the run.
-        tolerance: The largest error bar of a decoded row, in units of the outputs (root mean square
-            over a row's outputs). 0 computes all rows.
-        max_disagreement: Instead, where outputs are scores of labels: the share of labels that may
-            differ.
+        tolerance: The largest error bar of a predicted row, in units of the outputs (root mean
+            square over a row's outputs). 0 computes all rows.
+        max_disagreement: Instead, where outputs are scores of labels: the share of predicted labels
+            that may differ from the function's own.
         coverage: The share of errors that error bars cover.
-        num_workers: N (default: the open pool's workers, or 20).
-        num_data: K, rows in a group; the others of N workers get copies (default: nine tenths
-            of N).
-        wait_for: Answers at which the other rows are decoded (default: 85 % of N, at least K).
+        compute: "needed" computes no row that is known well enough, except some at random, which
+            judge the error bars; "all" predicts only rows that are late.
+        num_workers: The number of workers of a pool that is opened (default: 20).
         rows_per_call: Rows in one call (default: as many as take a quarter of a second).
-        deadline: Seconds that a call may take.
+        deadline: Seconds that a call may take before its rows are sent again.
+        job_deadline: Seconds after which the run ends, with what is known by then (default: none).
+        max_calls: Rows to compute at most, those chosen that tell most (default: no limit).
         seed: Of the order of the rows, which is random, so that the first ones are typical.
         folder: Where results are written as they come (default: nowhere).
         resume: Go on with the run that the folder holds.
         about: What else the values depend on, such as a version of the function, as JSON takes it;
             a run with other values cannot be resumed.
-        on_progress: Called at the beginning, and after each round of rows.
+        on_progress: Called at the beginning, at the end, and in between when rows came, ten times a
+            second at most.
 
     Returns:
         Values and a status for each row. After Ctrl-C, or where the pool is about to end, the rest
@@ -255,16 +116,15 @@ def run_rows(
         >>> result.values.shape, set(result.status.tolist())
         ((200, 2), {'computed'})
     """
-    opened = isinstance(pool, AbstractPool)
-    settings = RowSettings.of(
-        num_workers or (pool.num_workers if opened else 20),
-        num_data,
-        wait_for,
+    settings = RowSettings(
         tolerance=tolerance,
         max_disagreement=max_disagreement,
         coverage=coverage,
+        compute=compute,
         rows_per_call=rows_per_call,
         deadline=deadline,
+        job_deadline=job_deadline,
+        max_calls=max_calls,
         seed=seed,
     )
     x = _checked(rows)
@@ -273,10 +133,10 @@ def run_rows(
     if folder is not None:
         check_parts(Path(folder), resume)
         parts = Parts(Path(folder), kept, table)
-    if opened:
+    if isinstance(pool, AbstractPool):
         return _RowRun(pool, x, settings, table, parts).carry_out(kept, on_progress)
     options: dict[str, Any] = {"compiled": False, "hang_timeout": hang_timeout(deadline)}
-    with pool(RowFunction(function), settings.num_workers, **options) as made:
+    with pool(RowFunction(function), num_workers or 20, **options) as made:
         return _RowRun(made, x, settings, table, parts).carry_out(kept, on_progress)
 
 
@@ -288,29 +148,8 @@ def _checked(rows: Any) -> Shaped[np.ndarray, "rows ..."]:
     return x
 
 
-@dataclasses.dataclass(frozen=True)
-class _Round:
-    """Rows that are with the workers.
-
-    Attributes:
-        calls: The calls that have them.
-        rows: Their numbers.
-        size: Rows in a call.
-        limit: The largest score that will do; None where all are computed.
-        seconds: To wait for them, at most.
-        begin: When they were sent.
-    """
-
-    calls: AbstractRowCalls
-    rows: Int[np.ndarray, " rows"]
-    size: int
-    limit: float | None
-    seconds: float
-    begin: float = dataclasses.field(default_factory=time.monotonic)
-
-
 class _RowRun:
-    """One run over rows: which go next, which are done, and which are lost."""
+    """One run over rows: which go next, which are with workers, and which are done."""
 
     def __init__(
         self,
@@ -322,24 +161,29 @@ class _RowRun:
     ):
         self._pool, self._x, self._settings = pool, x, settings
         self._table, self._parts = table, parts
-        self._code, self._target = settings.code, settings.target
-        self._features = _features_of(x)
-        order = np.random.default_rng(settings.seed).permutation(len(x))
-        self._fresh = order[~table.done[order]].tolist()
-        self._again: list[int] = []  # without an answer, or too uncertain
-        self._alone: list[int] = []  # of calls that raised
-        self._unanswered = np.zeros(len(x), int)  # rounds in which no worker computed a row in time
-        self._lost: dict[int, str] = {}
-        self._size, self._speed = settings.rows_per_call, 0.0
-        # Rows that are computed before anything is learned: a tenth, within limits.
-        self._first = min(max(len(x) // 10, 100), 256)
-        self._learner = _Learner(settings, self._first)
-        self._coder: RowCoder | None = None
-        self._limit = 0.0
         self._begin, self._earlier = time.monotonic(), int(table.done.sum())
+        order = np.random.default_rng(settings.seed).permutation(len(x))
+        # Rows that are computed before anything is learned: a tenth, within limits. These and some
+        # of the others, all of them at random, judge the learner's error bars.
+        self._first = min(max(len(x) // 10, 100), 256)
+        self._audits = np.zeros(len(x), bool)
+        self._audits[order[: self._first]] = self._audits[order[self._first :: _AUDITED]] = True
+        self._learner = RowLearner(settings.target, _features_of(x), self._audits)
+        self._waiting = collections.deque(order[~table.done[order]].tolist())
+        self._again: collections.deque[int] = collections.deque()  # without an answer in time
+        self._alone: collections.deque[int] = collections.deque()  # of calls that raised
+        self._calls: dict[Batch, RowCall] = {}
+        self._news: queue.SimpleQueue[Batch] = queue.SimpleQueue()
+        self._held = np.zeros(len(x), int)  # calls that have a row, and are not given up
+        self._tries = np.zeros(len(x), int)  # calls that had it, and gave no answer in time
+        self._late = np.zeros(len(x), bool)  # rows that came late, or are late
+        self._unknown: dict[int, str] = {}
+        self._size, self._of_size = settings.rows_per_call or 1, 0
+        self._computed = 0  # rows that this run has had computed
+        self._sent = 0  # rows that it has sent, without copies
+        self._known = np.zeros(len(x), bool)  # rows that need not be computed, as things are
         if parts is not None and (path := parts.kept(_LEARNER)) is not None:
-            self._learner.resume(fitted := load_fitted(path, self._code))
-            self._adopt(fitted)
+            self._learner.resume(load_fitted(path), np.flatnonzero(~table.done))
 
     def carry_out(
         self, kept: dict[str, Any], on_progress: Callable[[RowProgress], Any] | None
@@ -348,10 +192,13 @@ class _RowRun:
         stopped, show = None, on_progress or (lambda progress: None)
         try:
             show(self._progress())
-            for _ in self._rounds():
+            for _ in self._turns():
                 show(self._progress())
                 if (stopped := reason_to_stop(self._pool)) is not None:
                     break
+            else:
+                self._predict()
+            show(self._progress())
         except KeyboardInterrupt:
             stopped = "interrupted"
         except RuntimeError:
@@ -360,167 +207,374 @@ class _RowRun:
                 self._parts = None
             raise
         finally:
+            for batch in self._calls:
+                batch.forget()
             if self._parts is not None:
                 self._parts.flush(complete=bool(self._table.done.all()))
         return self._result(kept, stopped)
 
-    def _rounds(self) -> Iterator[None]:
-        """Yield after each round whose rows are in the table, until no row waits.
-
-        While a round's answers are decoded, the next one is with the workers.
+    def _turns(self) -> Iterator[None]:
+        """Yield now and then, until no row is to be waited for or the job's time is over.
 
         Raises:
             RuntimeError: If the function raises on all of the first rows.
             ValueError: If it gives what the target does not fit.
         """
-        flying: _Round | None = None
+        look_at = shown = 0.0
+        if self._learner.fitted is not None:
+            self._arrange()
         while True:
-            alone = flying is not None and self._table.predictions is None
-            coming = None if alone else self._next()
-            if flying is not None:
-                self._settle(flying)
+            self._send()
+            now = time.monotonic()
+            if now >= look_at:
+                self._look_at_late_calls()
+                self._learn()
+                if self._finished() or now >= self._ends_at:
+                    return
+                look_at = now + _TICK
+            came = self._take_news(max(look_at - time.monotonic(), 0.001))
+            if came and time.monotonic() >= shown + 2 * _TICK:
                 yield
-            elif coming is None:
-                return
-            if (flying := coming) is not None:
-                flying.calls.wait(flying.seconds)
+                shown = time.monotonic()
 
-    def _next(self) -> _Round | None:
-        """Send the next rows; None where none waits."""
-        self._learn()
-        size, workers = self._size or 1, self._pool.num_workers
-        if self._alone:
-            return self._compute(_cut(self._alone, 4 * workers), 1)
-        if len(self._again) >= workers * size or not self._fresh:
-            return self._compute(_cut(self._again, len(self._again)), size)
-        if self._coder is not None and self._size is not None:
-            return self._decode(self._coder, size)
-        number = max(int(self._speed * _ROUND), workers * size)
-        if self._table.predictions is None:
-            number = self._first
-        return self._compute(_cut(self._fresh, number), size)
+    @property
+    def _ends_at(self) -> float:
+        return self._begin + (self._settings.job_deadline or math.inf)
 
-    def _compute(self, rows: np.ndarray, size: int) -> _Round | None:
-        if not len(rows):
-            return None
-        calls = math.ceil(len(rows) / size)
-        seconds = self._settings.deadline * math.ceil(calls / self._pool.num_workers)
-        return _Round(PlainCalls(self._pool, self._x[rows], size), rows, size, None, seconds)
+    # Sending.
 
-    def _decode(self, coder: RowCoder, size: int) -> _Round:
-        groups = size, self._settings.num_data
-        rows = _cut(self._fresh, math.prod(groups))
-        # The last groups are filled with their own rows once more: further copies.
-        rows = np.resize(rows, math.prod(groups))
-        x, features = (each[rows] for each in (self._x, self._features))
-        grouped = (each.reshape(*groups, *each.shape[1:]) for each in (x, features))
-        return _Round(coder.start(*grouped), rows, size, self._limit, self._settings.deadline)
+    def _send(self) -> None:
+        """Keep all workers busy."""
+        room = _AHEAD * self._pool.num_workers - sum(
+            not call.given_up for call in self._calls.values()
+        )
+        while room > 0 and len(rows := self._next()):
+            self._held[rows] += 1
+            self._open(rows, copy=False)
+            room -= 1
 
-    def _settle(self, flying: _Round) -> None:
-        """Take a round's rows into the table, and sort out those that are not good enough."""
-        found, rows = flying.calls.take(), flying.rows
-        computed = flying.limit is None
-        done = self._table.add(rows, found, flying.limit or 0.0)
-        if self._parts is not None:
-            self._parts.add(done.tolist())
-        left = np.setdiff1d(rows, done)
-        raised = {int(rows[place]): why for place, why in found.raised.items()}
-        if computed and not len(done) and self._table.predictions is None and raised:
-            why = next(iter(raised.values()))
-            raise RuntimeError(f"the function raises on all of the first {len(rows)} rows: {why}")
-        if computed:
-            seconds = time.monotonic() - flying.begin
-            self._speed = max(len(done) / seconds, self._speed / 2)
-            if self._size is None and len(done):
-                self._size = self._rows_of_call(seconds, len(done))
-        for row in left.tolist():
-            if row in raised and flying.size > 1:
-                self._alone.append(row)
-            elif row in raised:
-                self._lost[row] = raised[row]
+    def _open(self, rows: Int[np.ndarray, " few"], copy: bool) -> None:
+        size = self._settings.rows_per_call or 1 << (len(rows) - 1).bit_length()
+        call = RowCall(self._pool, rows, self._x, size, copy, self._news.put)
+        self._calls[call.batch] = call
+
+    def _next(self) -> Int[np.ndarray, " few"]:
+        """Take the rows of the next call from those that wait."""
+        size = 1 if self._alone else self._call_size()
+        source = self._alone or self._again or self._waiting
+        if source is self._waiting and self._settings.max_calls is not None:
+            size = min(size, self._settings.max_calls - self._sent)
+        rows: list[int] = []
+        while source and len(rows) < size:
+            row = source.popleft()
+            if not self._table.done[row]:
+                rows.append(row)
+        if source is self._waiting:
+            self._sent += len(rows)
+        return np.asarray(rows, int)
+
+    def _call_size(self) -> int:
+        """Return how many rows make a call long enough, and leave each worker several calls."""
+        if self._settings.rows_per_call is not None:
+            return self._settings.rows_per_call
+        size, most = self._size, len(self._waiting) // (4 * self._pool.num_workers)
+        while size > max(most, 1):
+            size //= 2
+        return size
+
+    def _observe(self, call: RowCall) -> None:
+        """Fit the size of calls to the time that they take: transport and all."""
+        if self._settings.rows_per_call is not None or call.size != self._size:
+            return
+        self._of_size += 1
+        usual = call.batch.times.median(call.size)
+        if self._of_size < call.batch.times.overdue.least or not np.isfinite(usual):
+            return
+        if usual < _CALL / 2:
+            self._size, self._of_size = 2 * self._size, 0
+        elif usual > 2 * _CALL and self._size > 1:
+            self._size, self._of_size = self._size // 2, 0
+
+    # Answers.
+
+    def _take_news(self, seconds: float) -> bool:
+        """Wait for an answer; take all that are in. Return whether there were any."""
+        try:
+            batches = [self._news.get(timeout=seconds)]
+        except queue.Empty:
+            return False
+        while not self._news.empty():
+            batches.append(self._news.get())
+        for batch in batches:
+            call = self._calls.get(batch)
+            if call is not None and call.over:
+                self._take(call)
+        return True
+
+    def _take(self, call: RowCall) -> None:
+        late, values = call.late, call.values()
+        del self._calls[call.batch]
+        call.batch.forget()
+        if not call.copy and not call.given_up:
+            self._held[call.rows] -= 1
+        if values is None:
+            self._fail(call)
+            return
+        fresh = ~self._table.exact[call.rows]
+        rows, values = call.rows[fresh], values[fresh]
+        if len(rows):
+            vectors = values.reshape(len(rows), -1)
+            late |= call.given_up
+            self._late[rows] = late
+            self._learner.compare(rows, vectors, late)
+            nothing = np.zeros(len(rows))
+            self._table.add(rows, values, nothing, nothing, exact=True)
+            self._computed += len(rows)
+            self._known[rows] = False
+            for row in rows.tolist():
+                self._unknown.pop(row, None)
+            if self._parts is not None:
+                self._parts.add(rows.tolist())
+        self._observe(call)
+
+    def _fail(self, call: RowCall) -> None:
+        """Sort out the rows of a call that has no answer."""
+        raised = call.raised()
+        rows = [row for row in call.rows.tolist() if not self._table.done[row]]
+        if raised is None:
+            if not call.given_up and not call.copy:
+                self._try_again(rows)
+            return
+        if len(call.rows) > 1:
+            self._alone.extend(rows)
+            return
+        self._unknown |= dict.fromkeys(rows, raised)
+        if self._table.predictions is None and len(self._unknown) >= min(
+            self._first, len(self._table)
+        ):
+            raise RuntimeError(
+                f"the function raises on all of the first {len(self._unknown)} rows: {raised}"
+            )
+
+    def _try_again(self, rows: list[int]) -> None:
+        for row in rows:
+            self._tries[row] += 1
+            if self._tries[row] < ATTEMPTS:
+                self._again.append(row)
             else:
-                self._unanswered[row] += computed
-                if self._unanswered[row] < ATTEMPTS:
-                    self._again.append(row)
-                else:
-                    self._lost[row] = f"no answer within {self._settings.deadline:g} s"
+                self._unknown[row] = f"no answer within {self._settings.deadline:g} s"
 
-    def _rows_of_call(self, seconds: float, rows: int) -> int:
-        """Return how many rows make a call long enough, but leave enough calls."""
-        each = seconds * self._pool.num_workers / rows
-        most = len(self._fresh) // (8 * self._settings.num_data)
-        return max(1, min(round(_CALL / max(each, 1e-9)), most))
+    def _look_at_late_calls(self) -> None:
+        """Give up calls after their deadline; copy late ones where workers would be idle."""
+        idle = self._pool.idle if not (self._alone or self._again or self._waiting) else 0
+        for call in sorted(self._calls.values(), key=lambda call: -call.age()):
+            if call.over:  # what its `on_change` said came before it was in the table of calls
+                self._take(call)
+            elif call.age() > self._settings.deadline and not call.given_up:
+                call.given_up = True  # an answer that still comes is welcome
+                if not call.copy:
+                    self._held[call.rows] -= 1
+                    open_rows = call.rows[~self._table.done[call.rows]]
+                    self._try_again([row for row in open_rows.tolist() if not self._held[row]])
+            elif call.late and not call.copy and idle > 0 and call.copies < _COPIES:
+                rows = call.rows[~self._table.done[call.rows]]
+                if len(rows):
+                    call.copies, idle = call.copies + 1, idle - 1
+                    self._open(rows, copy=True)
+
+    # Learning.
 
     def _learn(self) -> None:
-        """Have the learner fitted to what there is, and take what it has learned."""
-        if self._table.predictions is None or self._settings.tolerance == 0:
+        """Have the learner learn what came, and take what it has learned."""
+        settings, table = self._settings, self._table
+        if settings.tolerance == 0 or table.predictions is None:
             return
-        if self._settings.max_disagreement is not None and self._table.vectors.shape[1] < 2:
+        if settings.max_disagreement is not None and table.vectors.shape[1] < 2:
             raise ValueError(
                 "max_disagreement is for labels, the largest of several outputs; this function "
                 "gives one number: give a tolerance"
             )
-        known = self._table.learnable
-        if len(self._fresh) > self._first // 2:
-            waiting = self._progress().waiting
-            seconds = _LEARNING * waiting / self._speed if self._speed > 0 else 0.0
-            self._learner.teach(len(known), lambda number: self._pairs(known, number), seconds)
-        if (fitted := self._learner.look()) is not None:
-            if self._parts is not None:
+        before = self._learner.fitted
+        if self._learner.look():
+            fitted = self._learner.fitted
+            assert fitted is not None
+            new = before is None or fitted.pairs != before.pairs  # else it only learned some more
+            if self._parts is not None and new:
                 name = f"learner-{fitted.pairs:06d}.safetensors"
                 self._parts.keep(_LEARNER, name, lambda path: save_fitted(path, fitted))
-            self._adopt(fitted)
+            self._arrange()
+        left = min(self._seconds_left(), self._ends_at - time.monotonic())
+        hurry = self._ends_at - time.monotonic() < 3 * self._learner.seconds
+        if not self._learner.busy and (left > self._learner.seconds or hurry):
+            open_rows = np.flatnonzero(~table.done)
+            late = self._late.copy()
+            for call in self._calls.values():
+                late[call.rows] |= call.late
+            self._learner.begin(table.learnable, table.vectors, open_rows, late, hurry)
 
-    def _adopt(self, fitted: FittedScheme) -> None:
-        self._limit, self._coder = self._learner.limit(fitted), None
-        if self._learner.useful(fitted):
-            self._coder = RowCoder(self._pool, fitted.scheme, self._target, self._settings.wait_for)
+    def _seconds_left(self) -> float:
+        """Return how long it takes to compute the rows that wait, at the speed so far."""
+        speed = self._computed / max(time.monotonic() - self._begin, 1e-9)
+        return len(self._waiting) / max(speed, 1e-9)
 
-    def _pairs(self, known: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return some of these rows, at random, with their values."""
-        rows = np.random.default_rng(len(known)).permutation(known)[:number]
-        return self._features[rows], self._table.vectors[rows]
+    def _arrange(self) -> None:
+        """Decide which rows are computed, and in which order."""
+        free = ~self._table.done & (self._held == 0)
+        free[[*self._unknown, *self._again, *self._alone]] = False
+        rows = np.flatnonzero(free)
+        self._known[:] = False
+        self._known[rows] = self._learner.score(rows) <= self._learner.limit
+        if self._settings.compute == "needed":
+            rows = rows[~self._known[rows] | self._audits[rows]]
+        self._waiting = collections.deque(self._learner.order(rows).tolist())
+
+    def _finished(self) -> bool:
+        """Return whether no row is to be waited for."""
+        settings = self._settings
+        spent = settings.max_calls is not None and self._sent >= settings.max_calls
+        if self._alone or self._again or (self._waiting and not spent):
+            return False
+        if not spent and len(doubtful := self._doubtful()):
+            self._waiting.extend(self._learner.order(doubtful).tolist())
+            return False
+        rows = np.flatnonzero((self._held > 0) & ~self._table.done)
+        if not len(rows):
+            return True
+        # A call that is not late has its answer soon, which is better than a prediction; and
+        # audits are computed, however late they are.
+        late = [call.rows for call in self._calls.values() if call.late]
+        if self._learner.fitted is None or not np.isin(rows, np.concatenate([[], *late])).all():
+            return False
+        audited = self._audits[rows] & (settings.compute == "needed")
+        good = self._learner.score(rows, late=True) <= self._learner.limit
+        return bool((good & ~audited).all())
+
+    def _doubtful(self) -> Int[np.ndarray, " rows"]:
+        """Return rows that nobody has, since they were known well enough, and now are not.
+
+        An audit may have shown since then that the bars were too short.
+        """
+        free = ~self._table.done & (self._held == 0)
+        free[[*self._unknown]] = False
+        rows = np.flatnonzero(free)
+        if not len(rows) or self._learner.fitted is None:
+            return rows
+        return rows[self._learner.score(rows) > self._learner.limit]
+
+    def _predict(self) -> None:
+        """Take predictions for the rows that are not computed, where they are good enough."""
+        rows = np.flatnonzero(~self._table.done)
+        if self._settings.tolerance == 0 or self._learner.fitted is None or not len(rows):
+            return
+        if self._table.predictions is None:
+            return
+        score = self._scores(rows)
+        raised = np.isin(rows, [row for row in self._unknown if self._tries[row] < ATTEMPTS])
+        good = (score <= self._learner.limit) & ~raised
+        rows, score = rows[good], score[good]
+        if len(rows):
+            deviation = self._learner.deviation[rows]
+            self._table.add(rows, self._values_of(rows), deviation, score, exact=False)
+            for row in rows.tolist():
+                self._unknown.pop(row, None)
+            if self._parts is not None:
+                self._parts.add(rows.tolist())
+
+    def _scores(self, rows: Int[np.ndarray, " some"]) -> Float[np.ndarray, " some"]:
+        """Return the scores of rows; those that straggle are compared with others that did."""
+        late = np.zeros(len(self._table), bool)
+        for call in self._calls.values():
+            late[call.rows] |= call.late or call.given_up
+        late = late[rows] | (self._tries[rows] > 0)
+        return np.where(
+            late, self._learner.score(rows, late=True), self._learner.score(rows)
+        )  # fmt: skip
+
+    def _values_of(self, rows: Int[np.ndarray, " some"]) -> Float[np.ndarray, "some ..."]:
+        """Return the predictions of rows, in the shape and dtype of the function's values."""
+        assert self._learner.mean is not None
+        assert self._table.predictions is not None
+        shape = self._table.predictions.shape[1:]
+        return self._learner.mean[rows].reshape(-1, *shape).astype(self._table.predictions.dtype)
+
+    # What there is.
 
     def _progress(self) -> RowProgress:
         exact, done = int(self._table.exact.sum()), int(self._table.done.sum())
         seconds = time.monotonic() - self._begin
-        speed = (done - self._earlier) / max(seconds, 1e-9)
-        return RowProgress(len(self._table), exact, done - exact, len(self._lost), seconds, speed)
+        known = self._known & ~self._table.done
+        if self._settings.compute == "all":
+            known[:] = False
+        late = sum(len(call.rows) for call in self._calls.values() if call.late and not call.copy)
+        return RowProgress(
+            rows=len(self._table),
+            computed=exact,
+            predicted=done - exact + int(known.sum()),
+            unknown=len(self._unknown),
+            late=late,
+            workers=self._pool.num_workers - self._pool.report().starting,
+            seconds=seconds,
+            rows_per_second=self._computed / max(seconds, 1e-9),
+        )
 
     def _result(self, kept: dict[str, Any], stopped: str | None) -> RowResult:
-        table, report, fitted = self._table, self._pool.report(), self._learner.fitted
-        status = np.select([table.exact, table.done], ["computed", "decoded"], "waiting")
-        status[list(self._lost)] = "lost"
+        table, report = self._table, self._pool.report()
+        status = np.select([table.exact, table.done], ["computed", "predicted"], "waiting")
+        values, deviation, score = table.predictions, table.deviation.copy(), table.score.copy()
+        if stopped is None:
+            # The job's deadline, or its number of calls: the bar is larger than the tolerance.
+            rows = np.flatnonzero(~table.done)
+            rows = rows[~np.isin(rows, [*self._unknown])]
+            found = self._scores(rows)
+            if values is not None and np.isfinite(found).any():
+                values, known = values.copy(), rows[np.isfinite(found)]
+                values[known], deviation[known] = (
+                    self._values_of(known),
+                    self._learner.deviation[known],
+                )
+                score[known] = found[np.isfinite(found)]
+            why = "deadline" if time.monotonic() >= self._ends_at else "last call"
+            self._unknown |= {
+                row: f"not computed before the job's {why}"
+                + (f"; its error bar is {bar:.3g}" if np.isfinite(bar) else "")
+                for row, bar in zip(rows.tolist(), found.tolist(), strict=True)
+            }
+        status[[*self._unknown]] = "unknown"
         return RowResult(
-            table.predictions,
+            values,
             status,
-            table.deviation,
-            table.score,
-            dict(sorted(self._lost.items())),
+            deviation,
+            score,
+            dict(sorted(self._unknown.items())),
             kept | self._counts(report),
             report,
             stopped,
-            fitted,
+            self._learner.fitted,
         )
 
     def _counts(self, report: PoolReport) -> dict[str, Any]:
         table, progress, fitted = self._table, self._progress(), self._learner.fitted
-        finite = 0
-        if table.predictions is not None:
-            finite = len(table.learnable)
-        decoded, bars = table.done & ~table.exact, self._settings.tolerance is not None
+        finite = 0 if table.predictions is None else len(table.learnable)
+        predicted, bars = table.done & ~table.exact, self._settings.tolerance is not None
+        number = int(predicted.sum())
+        audited, late = self._learner.held(late=False), self._learner.held(late=True)
+        speed = max(progress.rows_per_second, 1e-9)
         return {
-            "rows_done": progress.done,
+            "rows_done": progress.computed + number,
             "seconds": progress.seconds,
+            "seconds_if_all_were_computed": progress.seconds + number / speed,
             "rows_per_second": progress.rows_per_second,
             "computed": progress.computed,
             "not_finite": progress.computed - finite,
-            "decoded": progress.decoded,
-            "largest_bar": float(table.score[decoded].max()) if bars and decoded.any() else None,
+            "predicted": number,
+            "largest_bar": float(table.score[predicted].max()) if bars and number else None,
             "learned_from": None if fitted is None else fitted.pairs,
-            "known_share": 0.0 if fitted is None else self._learner.known(fitted),
+            "audited": audited[1],
+            "audited_held": audited[0],
+            "came_late": late[1],
+            "came_late_held": late[0],
             **pool_counts(report),
-            "lost": progress.lost,
+            "unknown": progress.unknown,
         }
 
 
@@ -547,92 +601,3 @@ def _features_of(x: Shaped[np.ndarray, "rows ..."]) -> Float[np.ndarray, "rows i
     x = x.reshape(len(x), -1).astype(np.float64)
     spread = x.std(axis=0)
     return ((x - x.mean(axis=0)) / np.where(spread > 0, spread, 1)).astype(np.float32)
-
-
-def _cut(rows: list[int], number: int) -> Int[np.ndarray, " few"]:
-    """Take the first rows off a list."""
-    taken = np.asarray(rows[:number], int)
-    del rows[:number]
-    return taken
-
-
-class _Learner:
-    """The fitting of a scheme to computed rows, on a thread of its own: workers need not wait.
-
-    It is fitted to `first` rows, and then each time to twice as many.
-    """
-
-    def __init__(self, settings: RowSettings, first: int):
-        self._settings, self._code, self._due = settings, settings.code, first
-        self._thread: threading.Thread | None = None
-        self._news: collections.deque[FittedScheme] = collections.deque()
-        self.fitted: FittedScheme | None = None
-
-    def teach(
-        self,
-        number: int,
-        pairs: Callable[[int], tuple[np.ndarray, np.ndarray]],
-        seconds: float,
-    ) -> None:
-        """Begin a fit, if enough rows are there.
-
-        Args:
-            number: Rows that are there.
-            pairs: Returns that many inputs and values.
-            seconds: To wait for the fit: threads that compute keep the interpreter busy.
-        """
-        if self._thread is not None and self._thread.is_alive():
-            return
-        if number < self._due or (self.fitted is not None and self._full(self.fitted)):
-            return
-        self._due = 2 * number
-        x, y = pairs(min(number, _CAPACITY))
-        # No daemon: JAX aborts a process that ends while it compiles.
-        self._thread = threading.Thread(target=self._fit, args=(x, y), name=LEARNER_THREAD)
-        self._thread.start()
-        self._thread.join(seconds)
-
-    def look(self) -> FittedScheme | None:
-        """Return a new fitted scheme, if there is one since the last look."""
-        if not self._news:
-            return None
-        self.fitted = self._news.pop()
-        return self.fitted
-
-    def resume(self, fitted: FittedScheme) -> None:
-        """Go on with what an earlier run learned."""
-        self.fitted, self._due = fitted, 2 * fitted.pairs
-
-    def limit(self, fitted: FittedScheme) -> float:
-        """Return how large a score may be.
-
-        Of labels, more of the decoded ones may be wrong, since only some rows are decoded.
-        """
-        settings = self._settings
-        if settings.tolerance is not None:
-            return settings.tolerance
-        assert fitted.scheme.error_probability is not None
-        assert settings.max_disagreement is not None
-        workers = settings.num_workers
-        decoded = max(workers - settings.wait_for, 1) / workers
-        return fitted.scheme.error_probability.limit(min(1.0, settings.max_disagreement / decoded))
-
-    def known(self, fitted: FittedScheme) -> float:
-        """Return the share of rows that need not be computed."""
-        if self._settings.tolerance is not None:
-            return fitted.within(self._settings.tolerance, self._settings.coverage)
-        return fitted.sure(self.limit(fitted))
-
-    def useful(self, fitted: FittedScheme) -> bool:
-        """Return whether it knows enough rows to be worth the copies of others."""
-        return self.known(fitted) >= _USEFUL
-
-    def _full(self, fitted: FittedScheme) -> bool:
-        return fitted.pairs >= _CAPACITY and self.useful(fitted)
-
-    def _fit(self, x: np.ndarray, y: np.ndarray) -> None:
-        labels = self._settings.max_disagreement is not None
-        try:
-            self._news.append(fit_scheme(x, y, self._code, capacity=_CAPACITY, labels=labels))
-        except ValueError as error:  # a function that is constant, for example
-            _LOG.warning("nothing could be learned from %d rows: %s", len(x), error)

@@ -22,7 +22,6 @@ from ..risk import ErrorBars, ErrorProbability
 from ..schemes import Scheme
 from ..schemes._fit_scheme import FittedScheme
 from ..surrogates import learner_card, load_learner, save_learner
-from ._rows import RowValues
 
 _MANIFEST = "manifest.json"
 _EVERY = 1.0  # seconds between two parts, at least
@@ -148,7 +147,7 @@ class RowTable:
     """All that is known of each row, in the order of the inputs.
 
     Attributes:
-        predictions: The function's own values where `exact`, otherwise decoded ones; NaN where
+        predictions: The function's own values where `exact`, otherwise predicted ones; NaN where
             unknown. None before the first is known.
         deviation: How far they may be off: 0 where exact, infinite where unknown.
         score: Their error bar or error probability, which must be small enough.
@@ -164,20 +163,20 @@ class RowTable:
     def __len__(self) -> int:
         return len(self.done)
 
-    def add(self, rows: Int[np.ndarray, " few"], found: RowValues, limit: float) -> np.ndarray:
-        """Take those values of some rows whose score is small enough.
+    def add(
+        self,
+        rows: Int[np.ndarray, " few"],
+        values: Float[np.ndarray, "few ..."],
+        deviation: Float[np.ndarray, " few"],
+        score: Float[np.ndarray, " few"],
+        exact: bool,
+    ) -> None:
+        """Take the values of some rows, computed ones if `exact`.
 
-        A row may be among them more than once: its best value counts, an exact one above all.
-
-        Returns:
-            The rows that were taken.
+        Raises:
+            ValueError: They have another shape than those of other rows.
         """
-        good = found.score <= limit
-        order = np.lexsort((found.exact[good], -found.score[good]))  # the best comes last
-        if found.values is not None:
-            arrays = (found.values, found.deviation, found.score, found.exact)
-            self._set(rows[good][order], *(each[good][order] for each in arrays))
-        return np.unique(rows[good])
+        self._set(rows, values, deviation, score, np.full(len(rows), exact))
 
     def rows_of(self, pieces: Sequence[int]) -> dict[str, np.ndarray]:
         """Return what is known of some rows, as arrays by name."""
@@ -244,7 +243,7 @@ def save_fitted(path: Path, fitted: FittedScheme) -> None:
     save_learner(path, scheme.surrogate, about)
 
 
-def load_fitted(path: Path, code: NeRCC) -> FittedScheme:
+def load_fitted(path: Path) -> FittedScheme:
     """Return what `save_fitted` wrote.
 
     Raises:
@@ -253,7 +252,7 @@ def load_fitted(path: Path, code: NeRCC) -> FittedScheme:
     learner, about = load_learner(path), learner_card(path)
     bars, error_probability = about["bars"], about["doubt"]
     scheme = Scheme(
-        code,
+        NeRCC(1, 2),  # it must have one
         surrogate=learner,
         bars=ErrorBars(**{name: _array(each) for name, each in bars.items()}),
         error_probability=error_probability

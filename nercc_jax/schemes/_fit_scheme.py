@@ -19,10 +19,10 @@ from ._scheme import Scheme
 
 _HELD_OUT = 4  # of so many pairs one is kept apart
 _MOST_HELD_OUT = 256
-_EACH = 32  # features that have a width of their own
+EACH = 32  # features that have a width of their own
 # Pairs that kernels are judged on: their time grows with the cube of that.
 _JUDGED = 128
-_SHAPE: Shape = "squared_exponential"  # to start from
+SHAPE: Shape = "squared_exponential"  # to start from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ def fit_scheme(
         (_filled(x[chosen], most), _filled(y[chosen], most)) for chosen in (~held, held)
     )
     if tuning is None:
-        tuning = LearnerTuning(widths="each" if x.shape[1] <= _EACH else "one", rows=_JUDGED)
+        tuning = LearnerTuning(widths="each" if x.shape[1] <= EACH else "one", rows=_JUDGED)
     learner = tune_learner(_start(*first, capacity), tuning)
     knows, mean, deviation = _tried(learner, *second)
     count = int(held.sum())
@@ -127,7 +127,7 @@ def _filled(rows: Float[np.ndarray, "few n"], number: int) -> Float[np.ndarray, 
 def _start(
     x: Float[ArrayLike, "pairs features"], y: Float[ArrayLike, "pairs outputs"], capacity: int
 ) -> Learner:
-    return init_learner(x, y, capacity=capacity, kernel=_SHAPE)
+    return init_learner(x, y, capacity=capacity, kernel=SHAPE)
 
 
 @eqx.filter_jit

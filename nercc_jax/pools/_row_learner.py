@@ -1,0 +1,467 @@
+"""What is known of rows that have not been computed: predictions, and how far they may be off.
+
+A learner is fitted to computed rows on a thread of its own, so that nothing waits for it. Between
+two fits it learns the rows that have come since, which takes a hundredth of the time. Its error
+bars are calibrated on rows that were drawn at random and computed after they had been predicted.
+"""
+
+import collections
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
+
+from ..codes import NeRCC
+from ..evaluation import row_errors
+from ..schemes import fit_scheme
+from ..schemes._fit_scheme import EACH, SHAPE, FittedScheme
+from ..surrogates import Learner, LearnerTuning
+from ._steps import AccuracyTarget
+
+_LOG = logging.getLogger(__name__)
+
+LEARNER_THREAD = "nercc-learner"  # for which the end of a process waits
+
+_CAPACITY = 1024  # rows that the learner holds at most
+_FIRST = 96  # rows of the first fit
+_FEW = 512  # rows up to which a smaller learner is fitted, in a third of the time
+_NEWS = 32  # rows that are learned together between two fits
+_CHUNK = 1024  # rows that are predicted together
+_EVIDENCE = 20  # late rows, at least, by which the bars of other late rows are known
+_NEIGHBOURS = 8  # computed rows that a row is compared with, to see whether it may be late
+_OF_THEM_LATE = 1  # of them, for a row to be taken for one that may be late, too
+_UNSURE = 256  # of the least certain rows, from which those that tell most are picked
+_TELLING = 64  # that are picked
+_CODE = NeRCC(1, 2)  # a scheme has one; rows are sent as they are
+
+
+class RowEstimates(NamedTuple):
+    """Predictions of some rows.
+
+    Attributes:
+        rows: The rows.
+        mean: Their predicted values, as vectors.
+        deviation: How far these may be off, in units of the outputs.
+        like_late: Whether rows like these came late.
+        telling: The rows that tell most about the others, in that order.
+        fitted: The learner that made them, with its calibration.
+    """
+
+    rows: Int[np.ndarray, " rows"]
+    mean: Float[np.ndarray, "rows outputs"]
+    deviation: Float[np.ndarray, " rows"]
+    like_late: Bool[np.ndarray, " rows"]
+    telling: Int[np.ndarray, " few"]
+    fitted: FittedScheme
+
+
+class RowLearner:
+    """The latest estimate of all rows, and the thread that makes the next one.
+
+    Args:
+        target: The accuracy at which a row is known well enough.
+        features: The learner's inputs, of all rows.
+        audits: Rows that are computed whatever is known of them, drawn at random.
+    """
+
+    def __init__(
+        self,
+        target: AccuracyTarget,
+        features: Float[np.ndarray, "rows inputs"],
+        audits: Bool[np.ndarray, " rows"],
+    ):
+        self._target, self._features, self._audits = target, features, audits
+        self._due = _FIRST
+        self.fitted: FittedScheme | None = None
+        self.known = np.zeros(len(features), bool)  # rows that have an estimate
+        self.mean: Float[np.ndarray, "rows outputs"] | None = None
+        self.deviation = np.full(len(features), np.inf)
+        self.seconds = 5.0  # that the last fit took; a guess before the first, which compiles
+        self._learned = np.zeros(len(features), bool)  # rows that the learner has been given
+        self._like_late = np.zeros(len(features), bool)  # rows whose neighbours came late
+        self._telling = np.zeros(0, int)
+        self._ratios: dict[bool, list[float]] = {False: [], True: []}  # of audits, of late rows
+        self._wrong: list[bool] = []  # whether the labels of audited rows differed
+        self._held: dict[bool, list[bool]] = {False: [], True: []}
+        self._thread: threading.Thread | None = None
+        self._made: collections.deque[RowEstimates] = collections.deque()
+        self._ended = -np.inf
+
+    # Learning.
+
+    @property
+    def busy(self) -> bool:
+        """Return whether the thread is at work, or has just been: it leaves the cores to others."""
+        if self._thread is not None and self._thread.is_alive():
+            return True
+        return time.monotonic() - self._ended < self.seconds and self.fitted is not None
+
+    def begin(
+        self,
+        computed: Int[np.ndarray, " some"],
+        y: Float[np.ndarray, "rows outputs"],
+        open_rows: Int[np.ndarray, " others"],
+        late: Bool[np.ndarray, " rows"],
+        hurry: bool = False,
+    ) -> None:
+        """Learn computed rows, if there are enough new ones, and predict the open ones.
+
+        Args:
+            computed: All rows that have finite values.
+            y: The values of all rows.
+            open_rows: Rows to predict.
+            late: Which rows came late, or are late.
+            hurry: Whether a first fit does with as few rows as there may be.
+        """
+        if self.busy or len(computed) < _FIRST // 4:
+            return
+        features, fitted = self._features[open_rows], self.fitted
+        new = computed[~self._learned[computed]]
+        full = fitted is not None and fitted.pairs >= _CAPACITY
+        if (len(computed) >= self._due and not full) or (hurry and fitted is None):
+            self._due, chosen = 2 * len(computed), self._chosen(computed)
+            job = _fit_job(self._features[chosen], y[chosen].copy(), self._target)
+            self._learned[computed] = True
+        elif fitted is not None and len(new) >= _NEWS:
+            new = new[-_CAPACITY:]
+            job = _update_job(fitted, self._features[new], y[new].copy())
+            self._learned[new] = True
+        else:
+            return
+        self._thread = threading.Thread(
+            target=self._work,
+            args=(job, open_rows, features, *self._neighbours(computed, y, late)),
+            name=LEARNER_THREAD,
+        )  # no daemon: JAX aborts a process that ends while it compiles
+        self._thread.start()
+
+    def wait(self, seconds: float) -> None:
+        """Wait until the thread is not at work."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+
+    def look(self) -> bool:
+        """Take a new estimate, if there is one; return whether there was."""
+        if not self._made:
+            return False
+        made = self._made.pop()
+        self.fitted, self._telling = made.fitted, made.telling
+        if self.mean is None:
+            self.mean = np.zeros((len(self.known), made.mean.shape[1]), np.float32)
+        self.known[made.rows], self._like_late[made.rows] = True, made.like_late
+        self.mean[made.rows], self.deviation[made.rows] = made.mean, made.deviation
+        return True
+
+    def resume(self, fitted: FittedScheme, rows: Int[np.ndarray, " open"]) -> None:
+        """Go on with what an earlier run learned."""
+        unknown = np.zeros(len(rows), bool)
+        predicted = _predicted(fitted, self._features[rows])
+        self._made.append(RowEstimates(rows, *predicted, unknown, rows[:0], fitted))
+        self.look()
+
+    def _chosen(self, computed: np.ndarray) -> np.ndarray:
+        """Return the rows to fit to, so that every fourth, which calibrates, is one at random."""
+        random = np.random.default_rng(len(computed)).permutation(computed)
+        audited = random[self._audits[random]]
+        others = random[~self._audits[random]]
+        count = min(len(computed), _CAPACITY)
+        held = count // 4
+        last = np.concatenate([audited, others])[:held]
+        rest = np.setdiff1d(random, last, assume_unique=True)
+        rest = np.random.default_rng(0).permutation(rest)[: count - held]
+        chosen = np.empty(count, int)
+        places = np.arange(count) % 4 == 3
+        chosen[places], chosen[~places] = last, rest
+        return chosen
+
+    def _neighbours(
+        self,
+        computed: Int[np.ndarray, " some"],
+        y: Float[np.ndarray, "rows outputs"],
+        late: Bool[np.ndarray, " rows"],
+    ) -> tuple["Neighbours", "Neighbours"]:
+        """Return inputs, and outputs, of rows of which it is known whether they are late."""
+        rows = np.union1d(computed, np.flatnonzero(late))
+        rows = np.random.default_rng(len(rows)).permutation(rows)[:_CAPACITY]
+        known = rows[np.isin(rows, computed)]
+        return Neighbours(self._features[rows], late[rows]), Neighbours(y[known], late[known])
+
+    def _work(
+        self,
+        job: Callable[[], FittedScheme | None],
+        rows: Int[np.ndarray, " open"],
+        features: Float[np.ndarray, "open inputs"],
+        by_input: "Neighbours",
+        by_output: "Neighbours",
+    ) -> None:
+        begin = time.monotonic()
+        try:
+            if (fitted := job()) is not None:
+                predicted = _predicted(fitted, features)
+                like_late = _like_late(features, by_input) | _like_late(predicted[0], by_output)
+                telling = rows[_telling(fitted, features, predicted[1])]
+                self._made.append(RowEstimates(rows, *predicted, like_late, telling, fitted))
+        finally:
+            self._ended = time.monotonic()
+            self.seconds = self._ended - begin
+
+    # What may be given out.
+
+    def score(
+        self, rows: Int[np.ndarray, " some"], late: bool = False
+    ) -> Float[np.ndarray, " some"]:
+        """Return the rows' error bars or error probabilities; infinite where nothing is known.
+
+        Args:
+            rows: The rows.
+            late: Whether these straggle. Such rows, and those like them, may be harder than others.
+                So their bars are those of other rows that came late, and infinite before there are
+                enough.
+        """
+        score = np.full(len(rows), np.inf)
+        known = self.known[rows]
+        if self.fitted is None or self.mean is None or not known.any():
+            return score
+        mean, deviation = self.mean[rows[known]], self.deviation[rows[known]]
+        straggle = late | self._like_late[rows[known]]
+        if self._target.tolerance is not None:
+            factors = [self.factor(straggler) for straggler in (False, True)]
+            score[known] = deviation * np.where(straggle, *reversed(factors))
+        else:
+            probability = self.fitted.scheme.error_probability
+            assert probability is not None
+            outputs = jnp.asarray(mean)
+            found = np.asarray(probability(outputs, jnp.asarray(deviation), outputs), float)
+            enough = len(self._ratios[True]) >= _EVIDENCE
+            score[known] = np.where(straggle & (not enough), np.inf, found)
+        return score
+
+    def factor(self, late: bool = False) -> float:
+        """Return the factor from deviations to error bars (split conformal prediction)."""
+        assert self.fitted is not None
+        bars = self.fitted.scheme.bars
+        assert bars is not None
+        ratios = np.concatenate([np.asarray(bars.factors), self._ratios[False]])
+        factor = _quantile(ratios, self._target.coverage)
+        if not late:
+            return factor
+        if len(self._ratios[True]) < _EVIDENCE:
+            return np.inf
+        return max(factor, _quantile(np.asarray(self._ratios[True]), self._target.coverage))
+
+    @property
+    def limit(self) -> float:
+        """The largest score that will do; negative where no prediction is to be given out."""
+        if self._target.tolerance is not None:
+            return self._target.tolerance
+        assert self.fitted is not None
+        assert self._target.max_disagreement is not None
+        probability = self.fitted.scheme.error_probability
+        assert probability is not None
+        if _surely_above(self._wrong, self._target.max_disagreement):
+            return -1.0
+        return float(probability.limit(self._target.max_disagreement))
+
+    def order(self, rows: Int[np.ndarray, " some"]) -> Int[np.ndarray, " some"]:
+        """Return these rows in the order in which to compute them.
+
+        The least certain come first, those that tell most about the others before all. Among them
+        are the audits, one in four, in their own order, which is random.
+        """
+        audits = rows[self._audits[rows]]
+        audits = np.random.default_rng(0).permutation(audits)
+        others = rows[~self._audits[rows]]
+        others = others[np.argsort(-self.deviation[others], kind="stable")]
+        telling = self._telling[np.isin(self._telling, others)]
+        others = np.concatenate([telling, others[~np.isin(others, telling)]])
+        places = np.concatenate([4.0 * np.arange(len(audits)), np.arange(len(others)) * 4 / 3 + 1])
+        return np.concatenate([audits, others])[np.argsort(places, kind="stable")].astype(int)
+
+    def compare(
+        self,
+        rows: Int[np.ndarray, " some"],
+        y: Float[np.ndarray, "some outputs"],
+        late: bool,
+    ) -> None:
+        """Compare rows that have come with what was predicted of them, where that counts."""
+        counts = self.known[rows] & np.isfinite(y).all(axis=1)
+        if not late:
+            counts &= self._audits[rows]
+        if not counts.any() or self.mean is None or self.fitted is None:
+            return
+        rows, y = rows[counts], y[counts]
+        score, mean = self.score(rows, late), self.mean[rows]
+        error = np.asarray(row_errors(jnp.asarray(mean), jnp.asarray(y, jnp.float32)))
+        if self._target.tolerance is None:
+            differs = np.argmax(mean, axis=1) != np.argmax(y, axis=1)
+            sure = score <= self.limit
+            self._wrong += differs[sure].tolist()
+            self._held[late] += (~differs[sure]).tolist()
+        else:
+            self._held[late] += (error <= score)[np.isfinite(score)].tolist()
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios = error / self.deviation[rows]
+        self._ratios[late] += ratios[np.isfinite(ratios)].tolist()
+
+    def held(self, late: bool) -> tuple[int, int]:
+        """Return how many bars held, and of how many rows: audited ones, or those that came late.
+
+        Of labels, how many predictions were right of those that were sure enough.
+        """
+        return sum(self._held[late]), len(self._held[late])
+
+
+def _fit_job(
+    x: Float[np.ndarray, "pairs inputs"], y: Float[np.ndarray, "pairs outputs"],
+    target: AccuracyTarget,
+) -> Callable[[], FittedScheme | None]:  # fmt: skip
+    def job() -> FittedScheme | None:
+        labels = target.max_disagreement is not None
+        try:
+            if len(x) >= _FEW:
+                return fit_scheme(x, y, _CODE, capacity=_CAPACITY, labels=labels)
+            widths = "each" if x.shape[1] <= EACH else "one"
+            quick = LearnerTuning(shapes=(SHAPE,), widths=widths, steps=40, rows=64)
+            return fit_scheme(x, y, _CODE, capacity=_FEW // 2, labels=labels, tuning=quick)
+        except ValueError as error:  # a function that is constant, for example
+            _LOG.warning("nothing could be learned from %d rows: %s", len(x), error)
+            return None
+
+    return job
+
+
+def _update_job(
+    fitted: FittedScheme,
+    x: Float[np.ndarray, "news inputs"],
+    y: Float[np.ndarray, "news outputs"],
+) -> Callable[[], FittedScheme]:
+    def job() -> FittedScheme:
+        learner = _learner_of(fitted)
+        for place in range(0, len(x), _NEWS):
+            pairs = (each[place : place + _NEWS] for each in (x, y))
+            learner = _updated(learner, *(_filled(each, _NEWS) for each in pairs))
+        scheme = eqx.tree_at(lambda scheme: scheme.surrogate, fitted.scheme, learner)
+        return dataclasses.replace(fitted, scheme=scheme)
+
+    return job
+
+
+def _learner_of(fitted: FittedScheme) -> Learner:
+    learner = fitted.scheme.surrogate
+    assert isinstance(learner, Learner)
+    return learner
+
+
+def _predicted(
+    fitted: FittedScheme, features: Float[np.ndarray, "rows inputs"]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and deviation of rows, in chunks of one size."""
+    means, deviations = [], []
+    for place in range(0, len(features), _CHUNK):
+        chunk = features[place : place + _CHUNK]
+        filled = np.zeros((_CHUNK, features.shape[1]), np.float32)
+        filled[: len(chunk)] = chunk
+        mean, deviation = _predictions(_learner_of(fitted), filled)
+        means.append(np.asarray(mean, np.float32)[: len(chunk)])
+        deviations.append(np.asarray(deviation, float)[: len(chunk)])
+    if not means:
+        return np.zeros((0, 1), np.float32), np.zeros(0)
+    return np.concatenate(means), np.concatenate(deviations)
+
+
+@eqx.filter_jit
+def _predictions(learner: Learner, x: ArrayLike) -> tuple[Array, Array]:
+    return learner.predict(jnp.asarray(x))
+
+
+@eqx.filter_jit
+def _covariance(learner: Learner, x: ArrayLike) -> Array:
+    """Return the posterior covariance of points."""
+    return learner.window_posterior(jnp.asarray(x)[None])[1][0]
+
+
+@eqx.filter_jit
+def _updated(learner: Learner, x: ArrayLike, y: ArrayLike) -> Learner:
+    return learner.update(jnp.asarray(x), jnp.asarray(y))
+
+
+def _filled(rows: np.ndarray, number: int) -> Float[np.ndarray, "number n"]:
+    """Return the rows, filled up with NaN, which is no pair, to a fixed number."""
+    filled = np.full((number, rows.shape[1]), np.nan, np.float32)
+    filled[: len(rows)] = rows
+    return filled
+
+
+def _telling(
+    fitted: FittedScheme,
+    features: Float[np.ndarray, "rows inputs"],
+    deviation: Float[np.ndarray, " rows"],
+) -> Int[np.ndarray, " few"]:
+    """Return the places of rows each of which is the least certain one given those before it.
+
+    That is a Cholesky factorization with pivots of their posterior covariance, which makes the
+    determinant of the first ones' covariance large (Harbrecht et al. 2012).
+    """
+    places = np.argsort(-deviation, kind="stable")[:_UNSURE]
+    if len(places) < _UNSURE:
+        return places
+    covariance = np.array(_covariance(_learner_of(fitted), features[places]), float)
+    chosen, left = [], np.diag(covariance).copy()
+    least = 1e-4 * left.max()  # what is left then is float32's rounding
+    factor = np.zeros((_UNSURE, _TELLING))
+    for step in range(_TELLING):
+        best = int(np.argmax(left))
+        if not left[best] > least:
+            break
+        chosen.append(best)
+        column = covariance[:, best] - factor[:, :step] @ factor[best, :step]
+        factor[:, step] = column / np.sqrt(left[best])
+        left = np.maximum(left - factor[:, step] ** 2, 0)
+        left[chosen] = 0
+    return places[chosen]
+
+
+class Neighbours(NamedTuple):
+    """Rows of which it is known whether they are late, by their inputs or their outputs."""
+
+    places: Float[np.ndarray, "others coordinates"]
+    late: Bool[np.ndarray, " others"]
+
+
+def _like_late(
+    places: Float[np.ndarray, "rows coordinates"], known: Neighbours
+) -> Bool[np.ndarray, " rows"]:
+    """Return whether one or more of each row's nearest neighbours are late."""
+    found = np.zeros(len(places), bool)
+    if np.sum(known.late) < _OF_THEM_LATE or len(known.late) < _NEIGHBOURS:
+        return found
+    spread = known.places.std(axis=0)
+    unit = np.where(spread > 0, spread, 1)
+    others = known.places / unit
+    squares = np.sum(others**2, axis=1)
+    for place in range(0, len(places), _CHUNK):
+        chunk = places[place : place + _CHUNK] / unit
+        nearest = np.argpartition(squares - 2 * chunk @ others.T, _NEIGHBOURS - 1, axis=1)
+        late = known.late[nearest[:, :_NEIGHBOURS]].sum(axis=1)
+        found[place : place + len(chunk)] = late >= _OF_THEM_LATE
+    return found
+
+
+def _quantile(ratios: Float[np.ndarray, " n"], coverage: float) -> float:
+    """Return the ratio that covers a share of others; infinite where there are too few."""
+    place = int(np.ceil((len(ratios) + 1) * coverage)) - 1
+    return float(np.sort(ratios)[place]) if place < len(ratios) else np.inf
+
+
+def _surely_above(wrong: list[bool], share: float) -> bool:
+    """Return whether more than this share is wrong, by Hoeffding's bound at 99 %."""
+    if not wrong:
+        return False
+    return np.mean(wrong) - np.sqrt(np.log(100) / (2 * len(wrong))) > share

@@ -1,0 +1,143 @@
+"""The settings of a run over rows, its progress, and its result."""
+
+import dataclasses
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from jaxtyping import Float, Shaped
+
+from ..schemes._fit_scheme import FittedScheme
+from ._backend import PoolReport
+from ._batch import check_deadline
+from ._steps import AccuracyTarget
+
+RowStatus: TypeAlias = Literal["computed", "predicted", "unknown", "waiting"]
+Compute: TypeAlias = Literal["needed", "all"]
+
+ATTEMPTS = 3  # how often a row is sent before it is unknown
+_HANG = 10.0  # seconds before which no worker is taken to hang
+
+
+@dataclasses.dataclass(frozen=True)
+class RowProgress:
+    """The state of a run over rows.
+
+    Attributes:
+        rows: Rows in all.
+        computed: Rows that were computed.
+        predicted: Rows that need not be computed, as things are.
+        unknown: Rows without a value after all attempts.
+        late: Rows with workers that take longer than usual.
+        workers: Workers that are alive.
+        seconds: Since the run began.
+        rows_per_second: Rows computed by this run in a second.
+    """
+
+    rows: int
+    computed: int
+    predicted: int
+    unknown: int
+    late: int
+    workers: int
+    seconds: float
+    rows_per_second: float
+
+    @property
+    def done(self) -> int:
+        """The rows that have a value, or need none."""
+        return self.computed + self.predicted
+
+    @property
+    def waiting(self) -> int:
+        """The rows that have no value yet."""
+        return self.rows - self.done - self.unknown
+
+
+@dataclasses.dataclass(frozen=True)
+class RowResult:
+    """The result of a run over rows, in the order of the inputs.
+
+    Attributes:
+        values: The function's own values where computed, otherwise predicted ones; NaN where there
+            is none. None if no row has a value.
+        status: "computed", "predicted", "unknown" or "waiting", for each row.
+        deviation: How far values may be off: 0 where computed, infinite where unknown.
+        score: Error bars or, with `max_disagreement`, error probabilities.
+        reasons: Why rows are unknown, by row. One that is unknown because of the job's deadline may
+            have a prediction, whose error bar is larger than the tolerance.
+        summary: The settings and counts of the run, by name.
+        report: Of the pool.
+        stopped: Why the run ended early, if it did.
+        fitted: The fitted scheme that rows were predicted by, if one was learned.
+    """
+
+    values: Float[np.ndarray, "rows ..."] | None
+    status: Shaped[np.ndarray, " rows"]
+    deviation: Float[np.ndarray, " rows"]
+    score: Float[np.ndarray, " rows"]
+    reasons: dict[int, str]
+    summary: dict[str, Any]
+    report: PoolReport
+    stopped: str | None
+    fitted: FittedScheme | None
+
+
+@dataclasses.dataclass(frozen=True)
+class RowSettings:
+    """The numbers of a run over rows, by the names of `run_rows`.
+
+    Messages begin with the name of the argument, by which the command line names its option.
+    """
+
+    tolerance: float | None = None
+    max_disagreement: float | None = None
+    coverage: float = 0.9
+    compute: Compute = "needed"
+    rows_per_call: int | None = None
+    deadline: float = 30.0
+    job_deadline: float | None = None
+    max_calls: int | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        if (self.tolerance is None) == (self.max_disagreement is None):
+            raise ValueError(
+                "tolerance is needed, in units of the outputs (0: all rows are computed), or "
+                "max_disagreement, where the outputs are scores of labels, not both"
+            )
+        if self.tolerance is not None and not 0 <= self.tolerance < np.inf:
+            raise ValueError(f"tolerance must be 0 or positive, not {self.tolerance}")
+        if self.max_disagreement is not None and not 0 <= self.max_disagreement <= 1:
+            raise ValueError(f"max_disagreement must be in [0, 1], not {self.max_disagreement}")
+        if not 0 < self.coverage < 1:
+            raise ValueError(f"coverage is a share between 0 and 1, not {self.coverage}")
+        if self.compute not in ("needed", "all"):
+            raise ValueError(f"compute is 'needed' or 'all', not {self.compute!r}")
+        for name in ("rows_per_call", "max_calls"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be positive, not {value}")
+        check_deadline(self.deadline)
+        if self.job_deadline is not None and not self.job_deadline > 0:
+            raise ValueError(
+                f"job_deadline is a positive number of seconds, not {self.job_deadline}"
+            )
+
+    @property
+    def target(self) -> AccuracyTarget:
+        """The accuracy at which a row is known well enough."""
+        return AccuracyTarget(self.tolerance, self.max_disagreement, self.coverage)
+
+    def kept(self) -> dict[str, Any]:
+        """Return the settings that a run's values depend on."""
+        names = ("tolerance", "max_disagreement", "coverage", "seed")
+        return {name: getattr(self, name) for name in names}
+
+
+def hang_timeout(deadline: float) -> float:
+    """Return the seconds after which a worker is replaced, for calls with a deadline.
+
+    All attempts but one are over by then: the last one finds new workers if all of them hung. It is
+    10 s at least, since a worker may just straggle, and a new one needs time to start.
+    """
+    return max((ATTEMPTS - 1) * deadline, _HANG)
