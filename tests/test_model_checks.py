@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nercc_jax import DevicePool, NeRCC, coded_inference
+from nercc_jax import DevicePool, NeRCC, coded_inference, pool_inference
 from nercc_jax.inference._models import call_model, check_model
 from nercc_jax.serving import make_servable
 
@@ -44,6 +44,19 @@ def test_arguments_and_inputs_of_several_arrays_are_reported_alike():
 
     with pytest.raises(ValueError, match=ONE):
         call_model(strict, batch, 2.0)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [lambda x: np.tanh(np.asarray(x)), lambda x: x if x.sum() > 0 else -x],
+    ids=["numpy", "branch"],
+)
+def test_a_model_that_jax_cannot_trace_is_for_a_pool(model):
+    x = np.ones((K, 2), np.float32)
+    with pytest.raises(TypeError, match="JAX cannot trace the model.*Workers of a pool call any"):
+        coded_inference(model, NeRCC(K, N))(x, np.ones(N, bool))
+    with DevicePool(model, N, compiled=False) as pool:
+        assert pool_inference(pool, NeRCC(K, N))(x).shape == (K, 2)
 
 
 def test_other_errors_of_a_model_are_its_own():

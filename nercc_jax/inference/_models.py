@@ -11,6 +11,14 @@ from jaxtyping import Array, PyTree
 
 Model: TypeAlias = Callable[..., Array]
 
+# Raised by JAX where a function does not take tracers.
+_UNTRACEABLE = (
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerBoolConversionError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.ConcretizationTypeError,
+)
+
 # Where functions keep the function, or the object, that they call.
 _INNER = ("func", "__self__", "__wrapped__")
 
@@ -89,9 +97,16 @@ def call_model(model: Model, batch: PyTree, *args: Any) -> Any:
     Raises:
         ValueError: The model takes one data point instead of a batch (from the model's own error);
             else what the model raises.
+        TypeError: JAX cannot trace the model: it works on NumPy arrays, or looks at values.
     """
     try:
         return model(batch, *args)
+    except _UNTRACEABLE as error:
+        raise TypeError(
+            "JAX cannot trace the model: it works on NumPy arrays, or looks at values. Workers of "
+            "a pool call any function: pool_inference(DevicePool(model, N, compiled=False), code); "
+            "row by row, `run_rows` or `nercc run --tolerance`"
+        ) from error
     except Exception as error:
         one = jax.tree.map(lambda leaf: leaf[0], batch)
         # What fails on the batch while running only says nothing of shapes.
