@@ -53,7 +53,7 @@ def test_arguments_and_inputs_of_several_arrays_are_reported_alike():
 )
 def test_a_model_that_jax_cannot_trace_is_for_a_pool(model):
     x = np.ones((K, 2), np.float32)
-    with pytest.raises(TypeError, match="JAX cannot trace the model.*Workers of a pool call any"):
+    with pytest.raises(TypeError, match=r"JAX cannot trace the model.*Workers of a pool call any"):
         coded_inference(model, NeRCC(K, N))(x, np.ones(N, bool))
     with DevicePool(model, N, compiled=False) as pool:
         assert pool_inference(pool, NeRCC(K, N))(x).shape == (K, 2)
