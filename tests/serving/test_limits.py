@@ -179,23 +179,21 @@ def test_large_json_is_refused_in_favour_of_binary(server):
     assert ask(server, head + x.tobytes(), **told).status_code == 200
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_what_takes_long_to_read_is_read_by_another_thread(server, packed, monkeypatch):
-    threads = []
+def test_large_json_is_parsed_by_another_process(server, monkeypatch):
+    """Which is started again should it end; compressed bodies are unpacked by another thread."""
     monkeypatch.setattr(_http, "_LARGE", 1000)
-    name = "decompress" if packed else "read_request"
-    real = getattr(_http, name)
-
-    def watched(*arguments):
-        threads.append(threading.current_thread().name)
-        return real(*arguments)
-
-    monkeypatch.setattr(_http, name, watched)
-    content = body() if packed else body() + b" " * 2000
-    told = {"content_encoding": "gzip"} if packed else {}
-    assert ask(server, gzip.compress(content) if packed else content, **told).status_code == 200
-    (thread,) = threads
-    assert thread.startswith(("asyncio_", "uvloop_"))  # of the pool that the loop hands work to
+    process = server.state.reader._process
+    processes = set()
+    for content in (body() + b" " * 2000, body() + b" " * 3000):
+        assert ask(server, content).status_code == 200
+        processes.add(process._process.pid)
+        process._process.kill()
+        process._process.wait()
+    assert len(processes) == 2
+    answer = ask(server, b"{" + b" " * 2000)
+    assert (answer.status_code, "as it should be" in answer.json()["error"]) == (400, True)
+    wrong = ask(server, body([None] * 4) + b" " * 2000)
+    assert (wrong.status_code, "not all of it are numbers" in wrong.json()["error"]) == (400, True)
 
 
 # All together.

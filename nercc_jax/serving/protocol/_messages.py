@@ -9,7 +9,7 @@ import math
 import sys
 import uuid
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias, TypedDict
 
 import numpy as np
@@ -19,6 +19,7 @@ from pydantic import BaseModel, StrictBool, StrictFloat, StrictInt, ValidationEr
 from .._policy import MAX_DEADLINE_S
 from ..core._request import Reply
 from ._errors import InvalidInput, TooLarge, UnsupportedEncoding
+from ._json import JsonBounds, loads
 from ._servable import ADDED_OUTPUTS, Servable, Tensor
 
 # The only version of each model.
@@ -28,13 +29,8 @@ UNKNOWN = -1.0
 
 _MICROSECONDS, _MILLISECONDS = 1e6, 1e3
 
-# By kind of a tensor's dtype: the kinds that NumPy may find in JSON for it, and their name.
-_IN_JSON = {
-    "f": ("fiu", "numbers"),
-    "i": ("iu", "whole numbers"),
-    "u": ("iu", "whole numbers"),
-    "b": ("b", "booleans"),
-}
+# Bytes that a compressed body may become at a time.
+_UNPACKED = 2**20
 
 Parameters: TypeAlias = dict[str, StrictFloat | StrictInt | StrictBool | str]
 
@@ -86,12 +82,12 @@ class InferenceResponse(BaseModel):
 
 
 class InputTensor(NamedTuple):
-    """An input tensor: as numbers (`data`), or as bytes (`raw`)."""
+    """An input tensor: as numbers (`data`, or what is wrong with them), or as bytes (`raw`)."""
 
     name: str
     shape: list[int]
     datatype: str
-    data: list[Any] | None = None
+    data: np.ndarray | str | None = None
     raw: bytes | memoryview | None = None
 
 
@@ -129,8 +125,8 @@ class AnswerOptions(TypedDict):
     high: bool
 
 
-def decompress(body: bytes, encoding: str | None, limit: int) -> bytes:
-    """Return a body as it was before compression.
+def decompress(body: bytes | bytearray, encoding: str, limit: int) -> Iterator[bytes]:
+    """Yield the pieces of a body as it was before compression.
 
     Args:
         body: the compressed body.
@@ -142,23 +138,28 @@ def decompress(body: bytes, encoding: str | None, limit: int) -> bytes:
         UnsupportedEncoding: for an unknown encoding.
         InvalidInput: where the body is not compressed so.
     """
-    kind = (encoding or "identity").lower()
+    kind = encoding.lower()
     if kind == "identity":
-        return body
+        yield bytes(body)
+        return
     if kind not in ("gzip", "deflate"):
         raise UnsupportedEncoding(f"Content-Encoding {encoding!r}: gzip and deflate are known")
     reader = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # tells gzip from zlib by itself
-    try:
-        plain = reader.decompress(body, limit + 1)
-    except zlib.error as error:
-        raise InvalidInput(f"the body is not {kind}: {error}") from error
-    if len(plain) > limit:
-        raise TooLarge(f"the body is more than {limit} bytes when decompressed")
-    if not reader.eof:
-        raise InvalidInput(f"the body's {kind} data ends too early")
+    size = 0
+    while not reader.eof:
+        try:
+            piece = reader.decompress(body, min(_UNPACKED, limit + 1 - size))
+        except zlib.error as error:
+            raise InvalidInput(f"the body is not {kind}: {error}") from error
+        size += len(piece)
+        if size > limit:
+            raise TooLarge(f"the body is more than {limit} bytes when decompressed")
+        if not piece and not reader.eof:
+            raise InvalidInput(f"the body's {kind} data ends too early")
+        yield piece
+        body = reader.unconsumed_tail
     if reader.unused_data:
         raise InvalidInput(f"{len(reader.unused_data)} bytes after the body's {kind} data")
-    return plain
 
 
 def json_size(size: int, json_length: str | None, limit: int = sys.maxsize) -> int:
@@ -191,24 +192,39 @@ def json_size(size: int, json_length: str | None, limit: int = sys.maxsize) -> i
     return length
 
 
-def read_request(body: bytes, json_length: str | None) -> InferRequest:
+def json_bounds(servable: Servable, rows: int) -> JsonBounds:
+    """Return the most that the JSON of a request of this number of queries may hold."""
+    return JsonBounds.of([part.shape for part in servable.inputs.parts], rows)
+
+
+def read_request(
+    body: bytes | bytearray,
+    json_length: str | None,
+    parsed: tuple[Any, list[np.ndarray | str | None]] | None = None,
+) -> InferRequest:
     """Read a REST body: JSON, which ends at `json_length` if binary tensors follow it.
+
+    Args:
+        body: the body.
+        json_length: the length of the JSON by the request's header.
+        parsed: the JSON as `_json.loads` parses it, if that was done elsewhere.
 
     Raises:
         InvalidInput: where it is not such a body.
     """
-    head = body if json_length is None else body[: json_size(len(body), json_length)]
+    size = json_size(len(body), json_length)
     try:
-        request = InferenceRequest.model_validate(orjson.loads(head))
+        value, data = loads(memoryview(body)[:size]) if parsed is None else parsed
+        request = InferenceRequest.model_validate(value)
     except orjson.JSONDecodeError as error:
         raise InvalidInput(f"the body is not JSON: {error}") from error
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = "".join(f"{part}: " for part in (".".join(map(str, first["loc"])),) if part)
         raise InvalidInput(f"the request is not as it should be: {where}{first['msg']}") from error
-    binary = memoryview(body)[len(head) :]
+    binary = memoryview(body)[size:]
     inputs = []
-    for each in request.inputs:
+    for each, numbers in zip(request.inputs, data, strict=True):
         raw = None
         size = (each.parameters or {}).get("binary_data_size")
         if size is not None and each.data is None:
@@ -220,7 +236,7 @@ def read_request(body: bytes, json_length: str | None) -> InferRequest:
             raw, binary = binary[:size], binary[size:]
         elif each.data is None:
             raise InvalidInput(f"input {each.name!r} has neither data nor a binary_data_size")
-        inputs.append(InputTensor(each.name, each.shape, each.datatype.upper(), each.data, raw))
+        inputs.append(InputTensor(each.name, each.shape, each.datatype.upper(), numbers, raw))
     if len(binary):
         raise InvalidInput(f"{len(binary)} bytes are left over after all binary tensors")
     parameters = request.parameters or {}
@@ -279,19 +295,11 @@ def _read_tensor(given: InputTensor, wanted: Tensor) -> np.ndarray:
             )
         array = np.frombuffer(given.raw, np.uint8 if dtype.kind == "b" else dtype)
         return (array != 0 if dtype.kind == "b" else array).reshape(shape)
-    try:
-        # Nulls would become NaN, strings and booleans numbers.
-        numbers = np.array(given.data)
-        kinds, what = _IN_JSON[dtype.kind]
-        if numbers.dtype.kind not in kinds:
-            raise ValueError(f"not all of it are {what}")
-        with np.errstate(over="ignore"):
-            # What does not fit into integers is refused later, with the numbers of the queries.
-            return (numbers.astype(dtype) if dtype.kind == "f" else numbers).reshape(shape)
-    except (ValueError, OverflowError, TypeError) as error:
+    if not isinstance(given.data, np.ndarray):
         raise ValueError(
-            f"the data of {wanted.name!r} do not make a tensor of shape {list(shape)}: {error}"
-        ) from error
+            f"the data of {wanted.name!r} do not make a tensor of shape {list(shape)}: {given.data}"
+        )
+    return given.data.reshape(shape)
 
 
 def answer_options(request: InferRequest) -> AnswerOptions:

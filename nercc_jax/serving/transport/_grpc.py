@@ -17,6 +17,7 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
 from ..core._request import Reply, message_of
 from ..protocol._errors import INTERNAL, STATUS, InvalidInput
+from ..protocol._json import array_or_error
 from ..protocol._messages import (
     VERSION,
     InferRequest,
@@ -92,7 +93,10 @@ class InferenceService:
             return dict(context.invocation_metadata() or ())
 
         state = self._state
-        with state.watch(request.model_name, metadata), state.memory.request() as add:
+        with (
+            state.watch(request.model_name, metadata),
+            state.memory.request(_client(context)) as add,
+        ):
             add(request.ByteSize())
             model = state.find(request.model_name, request.model_version or VERSION)
             given = read_message(request)
@@ -186,6 +190,11 @@ def _with_statuses(method: Method) -> Method:
     return answer
 
 
+def _client(context: Any) -> str:
+    """Return the address of a call's client, without its port."""
+    return context.peer().rpartition(":")[0]
+
+
 def read_message(request: messages.ModelInferRequest) -> InferRequest:
     """Return an inference request's message as an `InferRequest`.
 
@@ -208,7 +217,8 @@ def read_message(request: messages.ModelInferRequest) -> InferRequest:
             )
         if not raw:
             field = _CONTENTS.get(datatype)
-            data = [] if field is None else list(getattr(each.contents, field))
+            values = [] if field is None else getattr(each.contents, field)
+            data = array_or_error(values, list(each.shape), datatype)
         content = raw[place] if raw else None
         inputs.append(InputTensor(each.name, list(each.shape), datatype, data, content))
     outputs = [RequestedOutput(each.name) for each in request.outputs]

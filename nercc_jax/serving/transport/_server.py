@@ -32,6 +32,7 @@ from ..protocol._servable import Servable, make_servable
 from ._grpc import make_grpc_server
 from ._http import BoundedHttp, InferenceEndpoint
 from ._rest import make_app
+from ._shares import Connections
 from ._state import ServerState
 
 try:  # it takes less time for each request; there is none for Windows
@@ -97,7 +98,7 @@ class Server:
                 app,
                 host=self.settings.host,
                 port=self.settings.http_port,
-                http=functools.partial(BoundedHttp, self.settings),  # pyright: ignore[reportArgumentType]
+                http=functools.partial(BoundedHttp, self.settings, Connections()),  # pyright: ignore[reportArgumentType]
                 ws="none",
                 log_config=None,
                 access_log=False,
@@ -149,6 +150,7 @@ class Server:
             await http
         finally:
             await self._close_models()
+            self.state.reader.close()
             if self._telemetry is not None:
                 await asyncio.to_thread(self._telemetry.close)
 

@@ -19,7 +19,6 @@ from ..protocol._errors import (
     REFUSED,
     InvalidInput,
     ModelNotFound,
-    Overloaded,
     ServerNotReady,
 )
 from ..protocol._messages import (
@@ -32,44 +31,10 @@ from ..protocol._messages import (
     queries_of,
 )
 from ..protocol._servable import Servable
+from ._shares import JsonReader, RequestMemory
 
 # Triton's extensions of the protocol that the server has.
 _EXTENSIONS = ("model_configuration", "schedule_policy", "statistics")
-
-
-class RequestMemory:
-    """Counts the bytes of all requests from their first byte to their answer.
-
-    For the event loop's thread only.
-    """
-
-    def __init__(self, limit: int):
-        """Create a count with the bytes that all requests together may use."""
-        self.limit, self.used = limit, 0
-
-    @contextlib.contextmanager
-    def request(self) -> Iterator[Callable[[int], None]]:
-        """Count one request's bytes until the end of the block.
-
-        Yields:
-            A function that adds a number of bytes; it raises `Overloaded` above the limit.
-        """
-        own = 0
-
-        def add(size: int) -> None:
-            nonlocal own
-            if self.used + size > self.limit:
-                raise Overloaded(
-                    f"the requests in hand have {self.used} bytes and {size} more came; at most "
-                    f"{self.limit} are held: come again later"
-                )
-            own += size
-            self.used += size
-
-        try:
-            yield add
-        finally:
-            self.used -= own
 
 
 class ServerState:
@@ -80,6 +45,7 @@ class ServerState:
         names: the names of all models.
         settings: the server's settings.
         memory: the bytes of the requests in progress.
+        reader: parses large JSON.
         draining: whether the server answers its last requests.
     """
 
@@ -102,6 +68,7 @@ class ServerState:
         self.settings = settings
         self.names = (*models, *starting)
         self.memory = RequestMemory(settings.max_bytes_in_flight)
+        self.reader = JsonReader()
         self._log = RequestLog(settings.request_log_rate, telemetry)
         self.draining = False
         self._started = time.monotonic()
@@ -279,8 +246,8 @@ def _rest_of_deadline(model: ServedModel, deadline: float | None, elapsed: float
     if elapsed >= deadline:
         model.count("request_deadline")
         raise DeadlineExceeded(
-            f"its {deadline:g} s had passed before it came: it was under way for {elapsed:.3f} s, "
-            "by the proxy's X-Request-Start"
+            f"its {deadline:g} s had passed before it was read: it was under way for {elapsed:.3f} "
+            "s, by the proxy's X-Request-Start and the time that reading took"
         )
     return deadline - elapsed
 
