@@ -41,6 +41,7 @@ _LOG = logging.getLogger(__name__)
 # and for how many median answer times (but at least a second).
 _LINGERING, _LINGER = 256, 20
 _PROBE = 5.0  # seconds that a probe may take
+_LAST_TURN = 1.0  # seconds for which closing waits for a turn under way
 _WORKER_FREE = object()  # an event
 
 
@@ -146,11 +147,14 @@ class QueryScheduler:
         return pool_health(self._pool, self._coder) if trouble is None else trouble
 
     def close(self, drain: float = 0.0) -> None:
-        """Accept no more requests, answer for up to `drain` seconds, and stop the thread."""
+        """Accept no more requests, answer for up to `drain` seconds, and stop the thread.
+
+        A turn that does not end is not waited for.
+        """
         self._open.close()
         self._events.wake()
         self._open.wait(drain)
-        self._events.close()
+        self._events.close(_LAST_TURN)
 
     def fail_open(self) -> None:
         """Fail what has no reply after `close`."""
