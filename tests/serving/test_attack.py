@@ -5,13 +5,16 @@ Longer, and with 60 attackers: NERCC_CHAOS_SECONDS=600 pytest -m slow tests/serv
 
 # ruff: noqa: E402 (`require` comes before what needs it)
 
+import contextlib
 import json
 import os
+import socket
+import time
 
 import pytest
 from conftest import require
 
-require("httpx", "serve-test")
+httpx = require("httpx", "serve-test")
 require("fastapi", "serve")
 
 import psutil
@@ -92,3 +95,24 @@ def test_a_large_request_is_answered_among_attackers_elsewhere(server):
     with attacking(server.http_port, PATH, body, 60, source="127.0.0.2"):
         times, faults = ask(server.http_port, PATH, large, 1, 4 * SHORT)
     assert (faults, max(times) < DEADLINE) == ([], True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["127.0.0.1", "127.0.0.2"])
+@pytest.mark.parametrize("number", [2100, 10_000])
+def test_idle_connections_lock_nobody_out(server, number, source):
+    resource = pytest.importorskip("resource")
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < number + 1000:
+        pytest.skip(f"{hard} files may be open")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with contextlib.ExitStack() as stack:
+        for _ in range(number):
+            address = ("127.0.0.1", server.http_port)
+            stack.enter_context(socket.create_connection(address, DEADLINE, (source, 0)))
+        for _ in range(20):
+            begin = time.monotonic()
+            assert httpx.get(f"{server.url}/v2/health/live", trust_env=False).status_code == 200
+            answer = httpx.post(f"{server.url}{PATH}", content=HONEST, trust_env=False)
+            assert answer.status_code == 200
+            assert time.monotonic() - begin < 2

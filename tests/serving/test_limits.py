@@ -22,7 +22,7 @@ from nercc_server import ENDS, straggler_threshold
 from nercc_jax.serving.protocol._errors import Overloaded
 from nercc_jax.serving.transport import _http
 from nercc_jax.serving.transport import open_inference_pb2 as messages
-from nercc_jax.serving.transport._state import RequestMemory
+from nercc_jax.serving.transport._shares import Connections, RequestMemory
 
 SOON, LATE = 0.2, 500.0  # seconds: of a limit that is tried, and of those that are not
 HALF = b"POST /v2/models/digits/infer HTTP/1.1\r\nHost: x\r\nX-Half"
@@ -202,18 +202,68 @@ def test_large_json_is_parsed_by_another_process(server, monkeypatch):
 def test_connections_have_a_limit():
     with serving(Doubles(), max_connections=2, head_timeout_s=LATE) as server:
         with connect(server) as first, connect(server) as second:
-            first.sendall(HALF)
-            assert is_fine(server, second)
+            for each in (first, second):
+                each.sendall(HALF)
+            for _ in straggler_threshold(ENDS):
+                if not silent(server):
+                    break
             with connect(server) as third:
                 status, headers, told = read_answer(third)
                 assert (status, headers["connection"]) == (503, "close")
                 assert told == {"error": "there are 2 connections: come again later"}
                 assert is_cut_off(third)
-            assert is_fine(server, second)
         for _ in straggler_threshold(ENDS):
             if not server._http.server_state.connections:
                 break
         assert is_fine(server)
+
+
+def silent(server):
+    """The connections that wait for a request."""
+    return [each for each in server._http.server_state.connections if each._reading == "nothing"]
+
+
+def test_silent_connections_make_room_for_others():
+    """The one that has been silent for longest is closed, and none that has a request."""
+    model = Doubles(at_once=False)
+    with serving(model, max_connections=4) as server, contextlib.ExitStack() as stack:
+        busy, *idle = (stack.enter_context(connect(server)) for _ in range(4))
+        busy.sendall(post(body()))
+        for _ in straggler_threshold(ENDS):
+            if model.came:
+                break
+        idle[0].sendall(b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert read_answer(idle[0])[0] == 200  # silent again, but not for long
+        more = [stack.enter_context(connect(server)) for _ in range(2)]
+        assert all(is_cut_off(each) for each in idle[1:])
+        for each in (*more, idle[0]):
+            each.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert read_answer(each)[0] == 200
+        model.may_answer.set()
+        assert read_answer(busy)[0] == 200
+
+
+def test_a_part_of_the_connections_is_kept_for_clients_with_few():
+    connections = Connections(32)
+    many = [f"many {number}" for number in range(40)]
+    for each in many:
+        admitted = connections.admit(each, "one") is not each
+        connections.remove_silent(each)
+        assert admitted == (each in many[:30])
+    assert connections.admit("a probe", "another") is None
+    connections.remove("a probe")
+    connections.remove(many[0])
+    assert connections.admit("again", "one") is None
+
+
+def test_whoever_has_most_connections_makes_room():
+    connections = Connections(10)
+    assert connections.admit("first", "few") is None
+    for number in range(9):
+        assert connections.admit(number, "most") is None
+    assert connections.admit("second", "few") == 0
+    assert connections.admit("third", "third") == 1
+    assert connections.admit(9, "most") == 2
 
 
 def test_bytes_in_flight_have_a_limit():
@@ -257,6 +307,18 @@ def test_what_is_unpacked_counts(server, monkeypatch):
     assert len(packed) < 500
     assert ask(server, packed, content_encoding="gzip").status_code == 503
     assert server.state.memory.used == 0
+
+
+def test_the_last_of_the_memory_is_for_small_requests_and_those_with_one():
+    memory = RequestMemory(2**20)
+    with memory.request("many") as first, memory.request("many") as second:
+        first(2**19)
+        second(2**16)
+        with pytest.raises(Overloaded):
+            second(2**18)
+        with memory.request("other") as other, memory.request("many") as third:
+            other(2**18)
+            third(2**16)
 
 
 def test_an_intake_gives_back_what_it_held():

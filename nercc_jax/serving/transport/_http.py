@@ -44,7 +44,9 @@ class BoundedHttp(HttpToolsProtocol):
     A connection reads nothing, the head of a request, or its body.
     """
 
-    def __init__(self, settings: ServerSettings, shared: Connections, **options: Any):
+    def __init__(
+        self, settings: ServerSettings, shared: "Connections[BoundedHttp]", **options: Any
+    ):
         """Create a connection; `options` are uvicorn's."""
         HttpToolsProtocol.__init__(self, **options)
         self._settings, self._shared = settings, shared
@@ -58,13 +60,17 @@ class BoundedHttp(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:  # uvloop's has none of asyncio's classes
         HttpToolsProtocol.connection_made(self, transport)
-        most = self._settings.max_connections
-        if len(self.connections) > most:
+        closed = self._shared.admit(self, (self.client or ("",))[0])
+        if closed is self:
+            most = self._shared.limit
             self._refuse(503, f"there are {most} connections: come again later")
-        else:
-            self._wait(self.timeout_keep_alive, self._abort)
+            return
+        if closed is not None:
+            closed._abort()
+        self._wait(self.timeout_keep_alive, self._abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._shared.remove(self)
         self._stop_waiting()
         HttpToolsProtocol.connection_lost(self, exc)
 
@@ -106,10 +112,13 @@ class BoundedHttp(HttpToolsProtocol):
         HttpToolsProtocol.on_message_complete(self)
         if self.cycle.response_complete:  # uvicorn's own timer ended with the data
             self._wait(self.timeout_keep_alive, self._abort)
+            self._shared.add_silent(self)
 
     def on_response_complete(self) -> None:
         HttpToolsProtocol.on_response_complete(self)
-        if self._reading == "body":  # answered, and still being sent
+        if self._reading == "nothing" and self.cycle.response_complete:
+            self._shared.add_silent(self)
+        elif self._reading == "body":  # answered, and still being sent
             self._wait(self._settings.head_timeout_s, self._abort)
             self._shared.drain(self.transport)
 
@@ -123,6 +132,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     def _begin(self) -> None:
         self._reading, self._head, self._raw = "head", 0, 0
+        self._shared.remove_silent(self)
         self._wait(self._settings.head_timeout_s, self._head_is_late)
 
     def _count(self, size: int) -> None:

@@ -98,12 +98,13 @@ class Server:
         app = InferenceEndpoint(make_app(self.state, registry), self.state)
         self.http_port = self.grpc_port = 0
         drain = self.settings.drain_timeout_s
+        connections = Connections(self.settings.max_connections)
         self._http = uvicorn.Server(
             uvicorn.Config(
                 app,
                 host=self.settings.host,
                 port=self.settings.http_port,
-                http=functools.partial(BoundedHttp, self.settings, Connections()),  # pyright: ignore[reportArgumentType]
+                http=functools.partial(BoundedHttp, self.settings, connections),  # pyright: ignore[reportArgumentType]
                 ws="none",
                 log_config=None,
                 access_log=False,

@@ -7,7 +7,7 @@ import asyncio
 import collections
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from ..protocol._errors import Overloaded
 from ..protocol._json import JsonProcess
@@ -20,8 +20,12 @@ _LONGEST = 30.0
 # Bytes of JSON that are received without a pause, and the pause after them, over all connections:
 # JSON comes no faster than it is parsed.
 PIECE, _PIECE_PAUSE = 2**18, 0.002
+# Connections of a client that has few of them, for which a part of all connections is kept free.
+_FEW, _KEPT_FOR_FEW = 8, 16
 # Seconds between two pieces of refused bodies that are still received, over all connections.
 _DRAIN_PAUSE = 0.005
+
+C = TypeVar("C")
 
 
 class RequestMemory:
@@ -152,14 +156,59 @@ class JsonReader:
         self._process.end()
 
 
-class Connections:
-    """What all connections of a server share.
+class Connections(Generic[C]):
+    """The connections of a server: which there may be, and which make room for others.
 
+    At the limit, the connection that has been silent for longest is closed, of the client that has
+    most. So neither probes nor clients with few connections are locked out by those with many.
     For the event loop's thread only.
     """
 
-    def __init__(self):
+    def __init__(self, limit: int):
+        """Create an empty set with the number of connections that there may be."""
+        self.limit = limit
+        self._clients: dict[C, str] = {}
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._silent: dict[str, dict[C, None]] = {}  # by client, longest first
         self._drained: collections.deque[Any] = collections.deque()
+
+    def admit(self, connection: C, client: str) -> C | None:
+        """Add a silent connection, and return the one to close instead: it itself at worst."""
+        self._clients[connection] = client
+        self._counts[client] += 1
+        closed = None
+        few = self._counts[client] <= _FEW
+        if len(self._clients) > self.limit - (0 if few else self.limit // _KEPT_FOR_FEW):
+            most = max(self._silent, key=self._counts.__getitem__, default=None)
+            closed = connection if most is None else next(iter(self._silent[most]))
+        if closed is not connection:
+            self.add_silent(connection)
+        if closed is not None:
+            self.remove(closed)
+        return closed
+
+    def remove(self, connection: C) -> None:
+        """Remove a connection, if it is there."""
+        if connection not in self._clients:
+            return
+        self.remove_silent(connection)
+        client = self._clients.pop(connection)
+        self._counts[client] -= 1
+        if not self._counts[client]:
+            del self._counts[client]
+
+    def add_silent(self, connection: C) -> None:
+        """Note that a connection waits for its next request, or its first."""
+        if (client := self._clients.get(connection)) is not None:
+            self._silent.setdefault(client, {})[connection] = None
+
+    def remove_silent(self, connection: C) -> None:
+        """Note that a request has begun."""
+        client = self._clients.get(connection)
+        if client is not None and (silent := self._silent.get(client)) is not None:
+            silent.pop(connection, None)
+            if not silent:
+                del self._silent[client]
 
     def drain(self, transport: Any) -> None:
         """Receive the next piece of a refused body when its turn comes, so that it costs little."""
