@@ -271,7 +271,7 @@ INVALID = grpc.StatusCode.INVALID_ARGUMENT
             {"model": "moody", "data": [-1, 2, 3, 4]},
             502,
             grpc.StatusCode.INTERNAL,
-            "a query got no answer: 2 workers failed, the last: ",
+            "a query got no answer: 2 workers failed: the server's log says why, by id ",
         ),
         (
             {"model": "slow", "parameters": {"nercc_deadline_ms": 50}},
@@ -308,9 +308,37 @@ def test_errors_by_both_faces(server, stub, more, status, code, words):
     assert outputs(server.infer("double", [1, 2, 3, 4]))["output"].tolist() == [[2, 4, 6]]
 
 
-def test_what_a_model_raises_is_told(server):
-    answer = server.infer("moody", [-1, 2, 3, 4])
-    assert "no negative numbers, please" in answer.json()["error"]
+def test_what_a_model_raises_is_in_the_log_only(server):
+    answer = server.infer("moody", [-1, 2, 3, 4], id="moody 7")
+    assert "no negative numbers" not in answer.json()["error"]
+    assert answer.json()["error"].endswith("the server's log says why, by id moody 7")
+    (line,) = [line for line in server.log() if line.get("id") == "moody 7"]
+    assert (line["message"], line["level"]) == ("inference failed", "WARNING")
+    assert "no negative numbers, please" in line["why"]
+
+
+@pytest.mark.parametrize("path", ["/v2/health/live", "/v2/health/ready", "/v2", "/metrics"])
+def test_head_has_the_status_of_get(server, path):
+    answer = server.http.head(path)
+    assert (answer.status_code, answer.content) == (200, b"")
+
+
+def test_the_description_loads_nothing_from_elsewhere(server):
+    page = server.http.get("/docs").text
+    assert "http" not in page
+    assert "/v2/models/{model_name}/infer" in page
+
+
+def test_errors_do_not_echo_all_that_was_sent(server):
+    long = "x" * 20_000
+    for answer in (
+        server.infer("double", [1, 2, 3, 4], outputs=[{"name": long}]),
+        server.infer("double", [1, 2, 3, 4], parameters={long: 1}),
+        server.http.get(f"/v2/models/{long}"),
+        server.http.get(f"/{long}"),
+    ):
+        assert 400 <= answer.status_code < 500
+        assert len(answer.text) < 1000
 
 
 @pytest.mark.parametrize("kind", ["ModelReady", "ModelMetadata"])

@@ -169,7 +169,7 @@ class OpenRequests:
     def fail_all(self, error: BaseException) -> None:
         """Fail all open requests and all that come, because the scheduler's thread ends."""
         with self._settled:
-            self._broken = f"the batcher has failed: {message_of(error)}"
+            self._broken = f"the batcher has failed: {error}"
             left, self._open = self._open, set()
             self._settled.notify_all()
         now = self._clock.now()

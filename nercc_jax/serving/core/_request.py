@@ -1,7 +1,9 @@
 """Requests to a batcher, the replies to them, and the errors that replace a reply."""
 
+import collections
 import concurrent.futures
 import dataclasses
+import statistics
 import weakref
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
@@ -12,6 +14,12 @@ from jaxtyping import Bool, Float, Int, PyTree, Shaped
 from .._tracing import RequestTrace
 
 Source: TypeAlias = Literal["exact", "decoded", "predicted"]
+
+_LONGEST_MESSAGE = 500  # characters
+
+# Scales of queries that are remembered, how many must be to judge others by their median, and the
+# factor beyond which a query is odd.
+_SCALES, _FEWEST_SCALES, _ODD = 127, 16, 100.0
 
 # The only dtype that can be coded.
 CODED = np.dtype(np.float32)
@@ -26,7 +34,15 @@ class DeadlineExceeded(TimeoutError):
 
 
 class InferenceFailed(RuntimeError):
-    """No worker could answer a query, and it could not be decoded."""
+    """No worker could answer a query, and it could not be decoded.
+
+    Attributes:
+        public: the message for clients, without what the model raised.
+    """
+
+    def __init__(self, message: str, public: str | None = None):
+        RuntimeError.__init__(self, message)
+        self.public = message if public is None else public
 
 
 class ServerClosing(RuntimeError):
@@ -242,6 +258,34 @@ class BatchSpec:
         return x
 
 
+class ScaleMonitor:
+    """Tells queries of quite another scale than most: coded with others, they would spoil them.
+
+    A coded data point is a sum of queries, in which much larger ones leave little of the others.
+    """
+
+    def __init__(self):
+        self._scales: collections.deque[float] = collections.deque(maxlen=_SCALES)
+
+    def is_odd(self, x: Shaped[np.ndarray, "batch ..."]) -> bool:
+        """Return whether some of these queries are so, and remember their scales."""
+        flat = x.reshape(len(x), -1)
+        scales = np.maximum(flat.max(axis=1), -flat.min(axis=1))
+        known = len(self._scales) >= _FEWEST_SCALES
+        usual = statistics.median(tuple(self._scales)) if known else 0.0
+        self._scales.extend(scales[:_SCALES].tolist())
+        odd = (scales > _ODD * usual) | (_ODD * scales < usual)
+        return usual > 0 and bool(odd.any())
+
+
 def message_of(error: BaseException) -> str:
-    """Return the text that clients see of an error."""
-    return str(error) or type(error).__name__
+    """Return the text that clients see of an error, which may echo much of what they sent."""
+    public = error.public if isinstance(error, InferenceFailed) else str(error)
+    return shorten(public or type(error).__name__)
+
+
+def shorten(text: str) -> str:
+    """Return the text, or its beginning and its length."""
+    if len(text) <= _LONGEST_MESSAGE:
+        return text
+    return f"{text[:_LONGEST_MESSAGE]}... ({len(text)} characters)"

@@ -9,7 +9,7 @@ import math
 import sys
 import uuid
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any, NamedTuple, TypeAlias, TypedDict
 
 import numpy as np
@@ -28,6 +28,10 @@ VERSION = "1"
 UNKNOWN = -1.0
 
 _MICROSECONDS, _MILLISECONDS = 1e6, 1e3
+
+_REQUEST_PARAMETERS = frozenset(
+    ("nercc_exact", "nercc_deadline_ms", "timeout", "priority", "binary_data_output")
+)
 
 # Bytes that a compressed body may become at a time.
 _UNPACKED = 2**20
@@ -226,8 +230,11 @@ def read_request(
     inputs = []
     for each, numbers in zip(request.inputs, data, strict=True):
         raw = None
+        check_parameters(f"input {each.name!r}", each.parameters, {"binary_data_size"})
         size = (each.parameters or {}).get("binary_data_size")
-        if size is not None and each.data is None:
+        if size is not None and each.data is not None:
+            raise InvalidInput(f"input {each.name!r} has both data and a binary_data_size")
+        if size is not None:
             if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= len(binary):
                 raise InvalidInput(
                     f"input {each.name!r}: binary_data_size {size!r} does not fit the "
@@ -241,11 +248,12 @@ def read_request(
         raise InvalidInput(f"{len(binary)} bytes are left over after all binary tensors")
     parameters = request.parameters or {}
     # An output that does not say so is binary if the request says that all are.
-    every = bool(parameters.get("binary_data_output", False))
-    outputs = [
-        RequestedOutput(each.name, bool((each.parameters or {}).get("binary_data", every)))
-        for each in request.outputs or ()
-    ]
+    every = _boolean(parameters, "binary_data_output", False)
+    outputs = []
+    for each in request.outputs or ():
+        check_parameters(f"output {each.name!r}", each.parameters, {"binary_data"})
+        binary_output = _boolean(each.parameters or {}, "binary_data", every)
+        outputs.append(RequestedOutput(each.name, binary_output))
     return InferRequest(inputs, request.id, parameters, outputs, every)
 
 
@@ -309,12 +317,11 @@ def answer_options(request: InferRequest) -> AnswerOptions:
     in microseconds and `priority`, 1 or 2 (0 means the default).
 
     Raises:
-        InvalidInput: for values of another kind.
+        InvalidInput: for values of another kind, and other parameters.
     """
     parameters = request.parameters
-    exact = parameters.get("nercc_exact", False)
-    if not isinstance(exact, bool):
-        raise InvalidInput(f"parameter nercc_exact must be a boolean, not {exact!r}")
+    check_parameters("a request", parameters, _REQUEST_PARAMETERS)
+    exact = _boolean(parameters, "nercc_exact", False)
     deadline = None
     for name, unit in (("timeout", _MICROSECONDS), ("nercc_deadline_ms", _MILLISECONDS)):
         if name not in parameters or (name == "timeout" and parameters[name] == 0):
@@ -331,6 +338,20 @@ def answer_options(request: InferRequest) -> AnswerOptions:
     if isinstance(priority, bool) or priority not in (0, 1, 2):
         raise InvalidInput(f"parameter priority must be 1 (high) or 2 (as usual), not {priority!r}")
     return {"deadline": deadline, "exact": exact, "high": priority == 1}
+
+
+def check_parameters(where: str, given: Mapping[str, Any] | None, known: Set[str]) -> None:
+    """Raise InvalidInput for parameters that would be ignored, such as Triton's classification."""
+    if unknown := [name for name in given or () if name not in known]:
+        raise InvalidInput(f"{where} has no parameters {unknown}, only {sorted(known)}")
+
+
+def _boolean(parameters: Mapping[str, Any], name: str, default: bool) -> bool:
+    """Return a boolean parameter. Raises InvalidInput where it is something else."""
+    value = parameters.get(name, default)
+    if not isinstance(value, bool):
+        raise InvalidInput(f"parameter {name} must be a boolean, not {value!r}")
+    return value
 
 
 def write_reply(

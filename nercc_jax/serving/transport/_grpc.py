@@ -23,6 +23,7 @@ from ..protocol._messages import (
     InferRequest,
     InputTensor,
     RequestedOutput,
+    check_parameters,
     reply_parameters,
     response_outputs,
 )
@@ -208,6 +209,8 @@ def read_message(request: messages.ModelInferRequest) -> InferRequest:
             f"raw input contents ({len(raw)}) for model {request.model_name!r}."
         )
     inputs = []
+    for each in (*request.inputs, *request.outputs):
+        check_parameters(repr(each.name), each.parameters, set())
     for place, each in enumerate(request.inputs):
         datatype, data = each.datatype.upper(), None
         if raw and each.HasField("contents"):

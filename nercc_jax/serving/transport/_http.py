@@ -226,6 +226,9 @@ class InferenceEndpoint:
                 name, version = found.groups(VERSION)
                 await self._respond(name, version, scope, receive, send)
                 return
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            # The application has none of its own; whoever sends the response leaves out the body.
+            scope = {**scope, "method": "GET"}
         await self._app(scope, receive, send)
 
     async def _respond(

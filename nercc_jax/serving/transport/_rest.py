@@ -1,6 +1,7 @@
 """The REST application: the Open Inference Protocol, its description, the status page, metrics."""
 
 import asyncio
+import html
 import importlib.resources
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,7 @@ from prometheus_client import CollectorRegistry, exposition
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+from ..core._request import shorten
 from ..protocol._errors import INTERNAL, STATUS, ServerNotReady
 from ..protocol._messages import VERSION, InferenceRequest, InferenceResponse
 from ._http import InferenceEndpoint, error_response
@@ -83,6 +85,7 @@ def make_app(state: ServerState, registry: CollectorRegistry) -> fastapi.FastAPI
         title="nercc_jax",
         description="Coded inference by the Open Inference Protocol (V2).",
         version=state.metadata()["version"],
+        docs_url=None,  # FastAPI's pages load their scripts from elsewhere
         redoc_url=None,
     )
     _add_server(app, state)
@@ -192,6 +195,10 @@ def _add_pages(app: fastapi.FastAPI, state: ServerState, registry: CollectorRegi
     async def show_page() -> HTMLResponse:
         return HTMLResponse(page)
 
+    @app.get("/docs", include_in_schema=False)
+    async def show_description() -> HTMLResponse:
+        return HTMLResponse(_describe(app.openapi()))
+
     # Put together by other threads, because it takes milliseconds.
 
     @app.get("/status", include_in_schema=False)
@@ -206,13 +213,33 @@ def _add_pages(app: fastapi.FastAPI, state: ServerState, registry: CollectorRegi
         return Response(content, headers={"content-type": content_type})
 
 
+def _describe(description: Mapping[str, Any]) -> str:
+    """Return a page with all paths of a description, which loads nothing from elsewhere."""
+    rows = []
+    for path, methods in description["paths"].items():
+        for method, about in methods.items():
+            statuses = ", ".join(about["responses"])
+            text = about.get("description") or about["summary"]
+            cells = (method.upper(), path, text, statuses)
+            rows.append("".join(f"<td>{html.escape(cell)}</td>" for cell in cells))
+    title = html.escape(description["info"]["title"])
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
+        "<style>body{font-family:sans-serif;margin:2rem}td,th{text-align:left;padding:.3rem 1rem "
+        f".3rem 0}}</style><h1>{title}</h1><p>{html.escape(description['info']['description'])} "
+        'All schemas: <a href="openapi.json">openapi.json</a>.</p>'
+        "<table><tr><th>Method</th><th>Path</th><th>About</th><th>Statuses</th></tr><tr>"
+        f"{'</tr><tr>'.join(rows)}</tr></table></html>"
+    )
+
+
 def _add_errors(app: fastapi.FastAPI) -> None:
     async def known(request: fastapi.Request, error: Exception) -> Response:
         return error_response(error)
 
     async def no_such_path(request: fastapi.Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        message = f"{request.method} {request.url.path}: {error.detail}"
+        message = shorten(f"{request.method} {request.url.path}: {error.detail}")
         return JSONResponse({"error": message}, error.status_code, error.headers)
 
     async def unexpected(request: fastapi.Request, error: Exception) -> Response:

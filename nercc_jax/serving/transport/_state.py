@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import logging
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from .._served_model import ServedModel
 from .._settings import ModelSettings, ServerSettings
 from .._tracing import RequestLog, Telemetry, current
 from ..core._health import Health
-from ..core._request import DeadlineExceeded, Reply, message_of
+from ..core._request import DeadlineExceeded, InferenceFailed, Reply
 from ..protocol._errors import (
     OUTCOME,
     REFUSED,
@@ -32,6 +33,8 @@ from ..protocol._messages import (
 )
 from ..protocol._servable import Servable
 from ._shares import JsonReader, RequestMemory
+
+_LOG = logging.getLogger(__name__)
 
 # Triton's extensions of the protocol that the server has.
 _EXTENSIONS = ("model_configuration", "schedule_policy", "statistics")
@@ -156,6 +159,12 @@ class ServerState:
             return await model.infer(queries, **options)
         except ValueError as error:
             raise InvalidInput(str(error)) from error
+        except InferenceFailed as error:
+            request.id = request.id or uuid.uuid4().hex
+            about = {"model": model.servable.name, "id": request.id, "why": str(error)}
+            _LOG.warning("inference failed", extra=about)
+            error.public += f": the server's log says why, by id {request.id}"
+            raise
 
     @contextlib.contextmanager
     def watch(self, name: str, headers: Callable[[], Mapping[str, str]]) -> Iterator[None]:
@@ -174,7 +183,7 @@ class ServerState:
             if outcome in REFUSED and name in self.models:
                 self.models[name].count(REFUSED[outcome])
             if trace is not None:
-                trace.error = message_of(error)
+                trace.error = str(error) or type(error).__name__
             raise
         finally:
             if trace is not None:
