@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ..serving._settings import ModelSettings, ServerSettings
     from ..serving.transport._server import Server
 
-# Seconds that the process may take to end after the server has.
+# Seconds that the server may take longer to end than it should.
 _MOMENT = 0.25
 
 
@@ -146,6 +146,8 @@ def _serve(
 
             typer.echo(as_toml(settings, chosen))
         elif check:
+            settings.tokens()
+            settings.tls_pair()
             _check(chosen)
         else:
             _run(settings, chosen)
@@ -209,8 +211,8 @@ def _run(settings: "ServerSettings", chosen: "list[ModelSettings]") -> None:
     try:
         join = functools.cache(lambda: job.connect([str(each.model) for each in chosen]))
         server = Server(starts_of(chosen, registry, join), settings, registry)
-        threading.Thread(target=_leave_in_time, args=(server,), daemon=True).start()
-        server.run()
+        with _leaving_in_time(server):
+            server.run()
     except StartFailed as error:
         fail(str(error), 1)
     code = int(bool(server.lost))
@@ -243,12 +245,22 @@ def _allow_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _leave_in_time(server: "Server") -> None:
-    """End the process where it has not ended a moment after the server should have."""
-    while time.monotonic() < server.ends_by + _MOMENT:
-        time.sleep(_MOMENT)
-    logging.getLogger(__name__).warning("ending with something left behind")
-    _leave(1)
+@contextlib.contextmanager
+def _leaving_in_time(server: "Server") -> Iterator[None]:
+    """End the process should the server not have ended a moment after it should have."""
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.wait(_MOMENT):
+            if time.monotonic() > server.ends_by + _MOMENT:
+                logging.getLogger(__name__).warning("ending with something left behind")
+                _leave(1)
+
+    threading.Thread(target=look, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 def _leave(code: int) -> None:

@@ -255,6 +255,7 @@ class ServerSettings(BaseSettings):
     )
     panels: ClassVar[dict[str, str]] = {
         "host": "Addresses",
+        "token_file": "Authentication and TLS",
         "max_connections": "Limits",
         "address": "Ray",
         "compilation_cache": "Start and end",
@@ -270,6 +271,19 @@ class ServerSettings(BaseSettings):
     grpc_port: Annotated[int | None, BeforeValidator(read_none)] = _setting(
         8001, "Port of gRPC; 0 for any free one, none for no gRPC.", ge=0, le=65535
     )
+
+    token_file: Path | None = _setting(
+        None,
+        "File of bearer tokens, one a line, of which clients send one (default: none is needed). "
+        "Health needs none.",
+        "tokens",
+    )
+    tls_certificate: Path | None = _setting(
+        None,
+        "File of the certificate in PEM, with its chain: REST and gRPC speak only TLS then.",
+        "tls.crt",
+    )
+    tls_key: Path | None = _setting(None, "File of the certificate's key in PEM.", "tls.key")
 
     max_connections: int = _setting(
         2000, "Maximum HTTP connections, and gRPC calls; more are refused.", ge=1, le=_QUERIES
@@ -346,6 +360,32 @@ class ServerSettings(BaseSettings):
             )
         return self
 
+    def tokens(self) -> frozenset[bytes]:
+        """Return the tokens that clients may send; none where none is needed.
+
+        Raises:
+            ValueError: where the file is missing or empty.
+        """
+        if self.token_file is None:
+            return frozenset()
+        lines = _read(self.token_file).splitlines()
+        found = frozenset(filter(None, map(bytes.strip, lines)))
+        if not found:
+            raise ValueError(f"{self.token_file} has no token")
+        return found
+
+    def tls_pair(self) -> tuple[bytes, bytes] | None:
+        """Return the key and the certificate; None without TLS.
+
+        Raises:
+            ValueError: where one of them is missing.
+        """
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key belong together")
+        if self.tls_certificate is None or self.tls_key is None:
+            return None
+        return _read(self.tls_key), _read(self.tls_certificate)
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -377,6 +417,14 @@ class ServerSettings(BaseSettings):
         if len(set(names)) < len(names):
             raise ValueError(f"models must have different names (`name`), not {names}")
         return models
+
+
+def _read(file: Path) -> bytes:
+    """Return a file's content. Raises ValueError where there is none."""
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from error
 
 
 def read_settings(file: Path | None, **flags: Any) -> ServerSettings:

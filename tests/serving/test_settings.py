@@ -29,6 +29,9 @@ SERVER = {
     "host": "0.0.0.0",
     "http_port": 9000,
     "grpc_port": 9001,
+    "token_file": "tokens",
+    "tls_certificate": "tls.crt",
+    "tls_key": "tls.key",
     "max_connections": 77,
     "max_header_bytes": 2000,
     "max_body_bytes": 1000,
@@ -605,3 +608,14 @@ def test_help_says_what_each_setting_is_and_what_it_is_unless_set(settings, monk
         default = f"no-{name.replace('_', '-')}" if field.default is False else field.default
         default = name.replace("_", "-") if field.default is True else default
         assert f"[default: {default}]" in line or default in (None, {}, [])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--tls-key", "tls.key"), "tls_certificate and tls_key belong together"),
+        (("--token-file", "nowhere"), "nowhere cannot be read: No such file or directory"),
+    ],
+)
+def test_files_of_tokens_and_tls_are_checked(flags, message):
+    refused(message, "--check", *flags)

@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
 from ..core._request import Reply, message_of
-from ..protocol._errors import INTERNAL, STATUS, InvalidInput
+from ..protocol._errors import INTERNAL, STATUS, InvalidInput, Unauthenticated
 from ..protocol._json import array_or_error
 from ..protocol._messages import (
     VERSION,
@@ -84,6 +84,10 @@ class InferenceService:
         statistics = self._state.statistics(request.name, request.version or VERSION)
         return ParseDict(statistics, messages.ModelStatisticsResponse())
 
+    async def RepositoryIndex(self, request: Any, context: Any) -> messages.RepositoryIndexResponse:
+        models = self._state.repository_index(request.ready)
+        return ParseDict({"models": models}, messages.RepositoryIndexResponse())
+
     async def RepositoryModelLoad(self, request: Any, context: Any) -> Any:
         raise NotImplementedError("models are configured when the server starts")
 
@@ -147,10 +151,41 @@ class HealthService(health_pb2_grpc.HealthServicer):
         return HealthCheckResponse.SERVING if ready else HealthCheckResponse.NOT_SERVING
 
 
+class _Authentication(grpc.aio.ServerInterceptor):
+    """Refuses calls without a token that the server knows, except those of health."""
+
+    _OPEN = (
+        f"/{_SERVICE.full_name}/ServerLive",
+        f"/{_SERVICE.full_name}/ServerReady",
+        "/grpc.health.v1.Health/Check",
+        "/grpc.health.v1.Health/Watch",
+    )
+
+    def __init__(self, state: ServerState):
+        self._state = state
+
+    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+        """Return the method's handler, or one that refuses."""
+        given = dict(handler_call_details.invocation_metadata or ()).get("authorization", "")
+        given = given if isinstance(given, bytes) else given.encode()
+        try:
+            if handler_call_details.method not in self._OPEN:
+                self._state.check_token(given)
+        except Unauthenticated as error:
+            status, message = STATUS[Unauthenticated][1], str(error)
+
+            async def refuse(request: Any, context: grpc.aio.ServicerContext) -> None:
+                await context.abort(status, message)
+
+            return grpc.unary_unary_rpc_method_handler(refuse)  # pyright: ignore[reportArgumentType]
+        return await continuation(handler_call_details)
+
+
 def make_grpc_server(state: ServerState) -> grpc.aio.Server:
     """Return the gRPC server, which listens nowhere yet."""
     settings = state.settings
     server = grpc.aio.server(
+        interceptors=[_Authentication(state)] if settings.token_file is not None else None,
         options=[
             ("grpc.max_receive_message_length", settings.max_body_bytes),
             ("grpc.max_send_message_length", -1),

@@ -24,7 +24,14 @@ from .._policy import MAX_DEADLINE_S
 from .._served_model import ServedModel
 from .._settings import ServerSettings
 from ..core._request import Reply, message_of
-from ..protocol._errors import INTERNAL, STATUS, BodyTimeout, InvalidInput, TooLarge
+from ..protocol._errors import (
+    INTERNAL,
+    STATUS,
+    BodyTimeout,
+    InvalidInput,
+    TooLarge,
+    Unauthenticated,
+)
 from ..protocol._json import JsonCounter, TooManyNumbers
 from ..protocol._messages import (
     VERSION,
@@ -196,7 +203,14 @@ _WATCH_AFTER = 0.02
 
 _RETRY = {"retry-after": "1"}
 # Headers by status of errors. After 408 nobody reads the rest of the body.
-_HEADERS = {408: {"connection": "close"}, 429: _RETRY, 503: _RETRY}
+_HEADERS = {
+    401: {"www-authenticate": "Bearer"},
+    408: {"connection": "close"},
+    429: _RETRY,
+    503: _RETRY,
+}
+# Paths that need no token: probes have none, and the status page sends that of its own address.
+_OPEN = frozenset(("/", "/v2/health/live", "/v2/health/ready"))
 
 # nginx's status for a client that went away before it was answered.
 _CLIENT_CLOSED = 499
@@ -220,12 +234,18 @@ class InferenceEndpoint:
         self._app, self._state = app, state
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] == "POST":
-            path = scope["path"].removeprefix(scope.get("root_path", ""))
-            if (found := _PATH.fullmatch(path)) is not None:
-                name, version = found.groups(VERSION)
-                await self._respond(name, version, scope, receive, send)
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        if scope["type"] == "http" and path not in _OPEN:
+            try:
+                self._state.check_token(dict(scope["headers"]).get(b"authorization", b""))
+            except Unauthenticated as error:
+                await error_response(error)(scope, receive, send)
                 return
+        found = _PATH.fullmatch(path)
+        if found is not None and scope["type"] == "http" and scope["method"] == "POST":
+            name, version = found.groups(VERSION)
+            await self._respond(name, version, scope, receive, send)
+            return
         if scope["type"] == "http" and scope["method"] == "HEAD":
             # The application has none of its own; whoever sends the response leaves out the body.
             scope = {**scope, "method": "GET"}
@@ -305,7 +325,7 @@ async def _read(
 ) -> tuple[bytes | bytearray, str | None]:
     """Return the body, and the length of its JSON by the header. What takes long is refused early.
 
-    Raises as `_read_body`, `decompress` and `json_size` do.
+    Raises as `read_body`, `decompress` and `json_size` do.
     """
     settings, headers = state.settings, dict(scope["headers"])
     length, encoding = (
@@ -334,9 +354,9 @@ async def _read(
             await state.reader.pause((scope.get("client") or ("",))[0])
 
     if encoding is None:
-        body = await _read_body(receive, settings, take, pause)
+        body = await read_body(receive, settings, take, pause)
     else:
-        packed = await _read_body(receive, settings, lambda part: add(len(part)), pause)
+        packed = await read_body(receive, settings, lambda part: add(len(part)), pause)
         body = await _unpack(decompress(packed, encoding, settings.max_body_bytes), take)
     json_size(len(body), length, most)
     add(_NUMBER * counter.numbers)
@@ -375,7 +395,7 @@ def _check_announced(
         json_size(int(announced), None, most)
 
 
-async def _read_body(
+async def read_body(
     receive: Receive,
     settings: ServerSettings,
     take: Callable[[bytes], None],

@@ -9,13 +9,13 @@ from typing import Any
 import fastapi
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CollectorRegistry, exposition
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
 from ..core._request import shorten
-from ..protocol._errors import INTERNAL, STATUS, ServerNotReady
+from ..protocol._errors import INTERNAL, STATUS, InvalidInput, ServerNotReady
 from ..protocol._messages import VERSION, InferenceRequest, InferenceResponse
-from ._http import InferenceEndpoint, error_response
+from ._http import InferenceEndpoint, error_response, read_body
 from ._state import ServerState
 
 _PATHS = ("/v2/models/{model_name}", "/v2/models/{model_name}/versions/{version}")
@@ -51,6 +51,21 @@ class ListModelsResponse(BaseModel):
     """The names of all models."""
 
     models: list[str]
+
+
+class IndexRequest(BaseModel):
+    """Which models to list: all, or those that are ready."""
+
+    ready: bool = False
+
+
+class IndexEntry(BaseModel):
+    """A model of the repository, and its state."""
+
+    name: str
+    version: str
+    state: str
+    reason: str
 
 
 class MetadataTensor(BaseModel):
@@ -117,6 +132,22 @@ def _add_server(app: fastapi.FastAPI, state: ServerState) -> None:
     @app.get("/v2/models", responses=not_ready)
     async def models() -> ListModelsResponse:
         return ListModelsResponse(models=list(state.names))
+
+    @app.post("/v2/repository/index", responses=not_ready)
+    async def index(request: fastapi.Request) -> list[IndexEntry]:
+        client = "" if request.client is None else request.client.host
+        with state.memory.request(client) as add:
+            body = await read_body(
+                request.receive,
+                state.settings,
+                lambda part: add(len(part)),
+                lambda: asyncio.sleep(0),
+            )
+            try:
+                asked = IndexRequest.model_validate_json(body or b"{}")
+            except ValidationError as error:
+                raise InvalidInput(error.errors()[0]["msg"]) from error
+        return [IndexEntry(**each) for each in state.repository_index(asked.ready)]
 
     # Before the models' own paths: one called `stats` has no metadata here.
     @app.get("/v2/models/stats", responses=not_ready)

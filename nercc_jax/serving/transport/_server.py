@@ -84,10 +84,12 @@ class Server:
 
         Raises:
             ImportError: where they ask for packages that are missing.
+            ValueError: for files of tokens or TLS that are missing.
         """
         self.settings, self.starts = settings or ServerSettings(), dict(starts)
         self._telemetry = telemetry or telemetry_from_environment()
         self.state = ServerState({}, self.settings, list(starts), self._telemetry)
+        self._tls_pair = self.settings.tls_pair()
         self._open: dict[str, ServedModel] = {}  # not closed yet
         self._closing: dict[str, threading.Thread] = {}
         registry = registry or CollectorRegistry()
@@ -105,6 +107,8 @@ class Server:
                 host=self.settings.host,
                 port=self.settings.http_port,
                 http=functools.partial(BoundedHttp, self.settings, connections),  # pyright: ignore[reportArgumentType]
+                ssl_certfile=self.settings.tls_certificate,
+                ssl_keyfile=self.settings.tls_key,  # pyright: ignore[reportArgumentType]
                 ws="none",
                 log_config=None,
                 access_log=False,
@@ -232,12 +236,18 @@ class Server:
             server = make_grpc_server(self.state)
             address = f"{self.settings.host}:{self.settings.grpc_port}"
             try:
-                self.grpc_port = server.add_insecure_port(address)
+                self.grpc_port = self._add_grpc_port(server, address)
             except RuntimeError as error:
                 raise self.settings.cannot_listen(self.settings.grpc_port) from error
             await server.start()
             self._grpc = server
         _LOG.info("listening", extra=self._address())
+
+    def _add_grpc_port(self, server: grpc.aio.Server, address: str) -> int:
+        """Add the port, with TLS if there is a certificate. Raises RuntimeError if it is taken."""
+        if self._tls_pair is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, grpc.ssl_server_credentials([self._tls_pair]))
 
     def _address(self) -> dict[str, Any]:
         return {

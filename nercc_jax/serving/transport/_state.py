@@ -1,6 +1,7 @@
 """The state of the server: its models, and all that both transports ask of it."""
 
 import contextlib
+import hmac
 import importlib.metadata
 import logging
 import time
@@ -21,6 +22,7 @@ from ..protocol._errors import (
     InvalidInput,
     ModelNotFound,
     ServerNotReady,
+    Unauthenticated,
 )
 from ..protocol._messages import (
     VERSION,
@@ -37,7 +39,7 @@ from ._shares import JsonReader, RequestMemory
 _LOG = logging.getLogger(__name__)
 
 # Triton's extensions of the protocol that the server has.
-_EXTENSIONS = ("model_configuration", "schedule_policy", "statistics")
+_EXTENSIONS = ("model_configuration", "model_repository", "schedule_policy", "statistics")
 
 
 class ServerState:
@@ -72,6 +74,7 @@ class ServerState:
         self.names = (*models, *starting)
         self.memory = RequestMemory(settings.max_bytes_in_flight)
         self.reader = JsonReader()
+        self._tokens = settings.tokens()
         self._log = RequestLog(settings.request_log_rate, telemetry)
         self.draining = False
         self._started = time.monotonic()
@@ -82,6 +85,17 @@ class ServerState:
         if self.draining:
             return "draining"
         return "serving" if len(self.models) == len(self.names) else "starting"
+
+    def check_token(self, authorization: bytes) -> None:
+        """Raise Unauthenticated unless a token is needed and given, or none is needed.
+
+        Args:
+            authorization: the header, or gRPC's metadata, of this name; empty where there is none.
+        """
+        kind, _, token = authorization.strip().partition(b" ")
+        known = [hmac.compare_digest(token.strip(), each) for each in self._tokens]
+        if self._tokens and not (kind.lower() == b"bearer" and any(known)):
+            raise Unauthenticated
 
     # Health.
 
@@ -190,6 +204,20 @@ class ServerState:
                 self._log.end(trace, outcome)
 
     # What the server says about itself.
+
+    def repository_index(self, ready: bool = False) -> list[dict[str, str]]:
+        """Return all models with their states, by Triton's extension; or only those ready."""
+        index = []
+        for name in self.names:
+            state, reason = "READY", ""
+            if not self.model_ready(name):
+                state, reason = "UNAVAILABLE", self.trouble(name)
+            if name not in self.models and not self.draining:
+                state = "LOADING"
+            if state == "READY" or not ready:
+                entry = {"name": name, "version": VERSION, "state": state, "reason": reason}
+                index.append(entry)
+        return index
 
     def metadata(self) -> dict[str, Any]:
         """Return the server's metadata."""
