@@ -20,6 +20,7 @@ from in_process import Doubles, body, channel, connect, is_cut_off, post, read_a
 from nercc_server import ENDS, straggler_threshold
 
 from nercc_jax.serving.protocol._errors import Overloaded
+from nercc_jax.serving.protocol._json import JsonBounds, JsonCounter, loads
 from nercc_jax.serving.transport import _http
 from nercc_jax.serving.transport import open_inference_pb2 as messages
 from nercc_jax.serving.transport._shares import Connections, RequestMemory
@@ -194,6 +195,40 @@ def test_large_json_is_parsed_by_another_process(server, monkeypatch):
     assert (answer.status_code, "as it should be" in answer.json()["error"]) == (400, True)
     wrong = ask(server, body([None] * 4) + b" " * 2000)
     assert (wrong.status_code, "not all of it are numbers" in wrong.json()["error"]) == (400, True)
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (28, 28, 1), (1, 1, 1)])
+@pytest.mark.parametrize("nested", [True, False])
+def test_all_that_a_model_takes_is_within_the_bounds_of_its_json(shape, nested):
+    rows = 1000
+    x = np.full((rows, *shape), -2.2250738585072014e-308)
+    data = x.tolist() if nested else x.ravel().tolist()
+    tensor = {"name": "input", "datatype": "FP32", "shape": x.shape, "data": data}
+    content = json.dumps({"inputs": [tensor]}).encode()
+    bounds = JsonBounds.of([shape], rows)
+    assert len(content) <= bounds.bytes
+    JsonCounter(bounds, None).add(content)
+    _, (found,) = loads(content)
+    assert (found.shape, found.dtype) == ((x.size,), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [(b"0,", "numbers"), (b"[]", "'\\['"), (b"{}", "'{'"), (b'"a":', "':'"), (b'""', "'\"'")],
+)
+@pytest.mark.parametrize("size", [1000, 2**18, 10**7])
+def test_parts_beyond_the_bounds_are_refused_wherever_pieces_end(part, message, size):
+    counter = JsonCounter(JsonBounds.of([(4,)], 100), None)
+    content = part * 30_000
+    pieces = [content[begin : begin + size] for begin in range(0, len(content), size)]
+    with pytest.raises(ValueError, match=message):
+        list(map(counter.add, pieces))
+
+
+def test_what_follows_the_json_is_not_counted():
+    counter = JsonCounter(JsonBounds.of([(4,)], 1), 10)
+    counter.add(b"{" * 8)
+    counter.add(b"{" * 100_000)
 
 
 # All together.

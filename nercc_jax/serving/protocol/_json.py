@@ -260,7 +260,7 @@ def _serve() -> None:
         while True:
             try:
                 value: Any = loads(_read(sys.stdin.buffer))
-            except ValueError as error:
+            except (ValueError, MemoryError, RecursionError) as error:
                 value = ValueError(str(error))  # orjson's own cannot be pickled
             _write(sys.stdout.buffer, pickle.dumps(value, 5))
 
