@@ -205,7 +205,7 @@ def test_all_that_a_model_takes_is_within_the_bounds_of_its_json(shape, nested):
     data = x.tolist() if nested else x.ravel().tolist()
     tensor = {"name": "input", "datatype": "FP32", "shape": x.shape, "data": data}
     content = json.dumps({"inputs": [tensor]}).encode()
-    bounds = JsonBounds.of([shape], rows)
+    bounds = JsonBounds.of((shape,), rows)
     assert len(content) <= bounds.bytes
     JsonCounter(bounds, None).add(content)
     _, (found,) = loads(content)
@@ -218,7 +218,7 @@ def test_all_that_a_model_takes_is_within_the_bounds_of_its_json(shape, nested):
 )
 @pytest.mark.parametrize("size", [1000, 2**18, 10**7])
 def test_parts_beyond_the_bounds_are_refused_wherever_pieces_end(part, message, size):
-    counter = JsonCounter(JsonBounds.of([(4,)], 100), None)
+    counter = JsonCounter(JsonBounds.of(((4,),), 100), None)
     content = part * 30_000
     pieces = [content[begin : begin + size] for begin in range(0, len(content), size)]
     with pytest.raises(ValueError, match=message):
@@ -226,7 +226,7 @@ def test_parts_beyond_the_bounds_are_refused_wherever_pieces_end(part, message, 
 
 
 def test_what_follows_the_json_is_not_counted():
-    counter = JsonCounter(JsonBounds.of([(4,)], 1), 10)
+    counter = JsonCounter(JsonBounds.of(((4,),), 1), 10)
     counter.add(b"{" * 8)
     counter.add(b"{" * 100_000)
 

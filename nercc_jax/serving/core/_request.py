@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import dataclasses
+import math
 import statistics
 import weakref
 from collections.abc import Callable
@@ -17,8 +18,8 @@ Source: TypeAlias = Literal["exact", "decoded", "predicted"]
 
 _LONGEST_MESSAGE = 500  # characters
 
-# Scales of queries that are remembered, how many must be to judge others by their median, and the
-# factor beyond which a query is odd.
+# Scales of queries that are remembered, after how many the median is computed, and the factor
+# beyond which a query is odd.
 _SCALES, _FEWEST_SCALES, _ODD = 127, 16, 100.0
 
 # The only dtype that can be coded.
@@ -266,16 +267,24 @@ class ScaleMonitor:
 
     def __init__(self):
         self._scales: collections.deque[float] = collections.deque(maxlen=_SCALES)
+        self._range = 0.0, math.inf
+        self._new = 0  # scales since the range was computed
 
     def is_odd(self, x: Shaped[np.ndarray, "batch ..."]) -> bool:
         """Return whether some of these queries are so, and remember their scales."""
-        flat = x.reshape(len(x), -1)
-        scales = np.maximum(flat.max(axis=1), -flat.min(axis=1))
-        known = len(self._scales) >= _FEWEST_SCALES
-        usual = statistics.median(tuple(self._scales)) if known else 0.0
-        self._scales.extend(scales[:_SCALES].tolist())
-        odd = (scales > _ODD * usual) | (_ODD * scales < usual)
-        return usual > 0 and bool(odd.any())
+        if len(x) == 1:  # most often: Python's numbers are quicker
+            scales = [max(float(x.max()), -float(x.min()))]
+        else:
+            flat = x.reshape(len(x), -1)
+            scales = np.maximum(flat.max(axis=1), -flat.min(axis=1)).tolist()
+        self._scales.extend(scales)
+        self._new += len(scales)
+        if self._new >= _FEWEST_SCALES:
+            self._new = 0
+            usual = statistics.median(tuple(self._scales))
+            self._range = (usual / _ODD, usual * _ODD) if usual > 0 else (0.0, math.inf)
+        least, most = self._range
+        return not (least <= min(scales) and max(scales) <= most)
 
 
 def message_of(error: BaseException) -> str:

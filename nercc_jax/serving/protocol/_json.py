@@ -6,6 +6,7 @@ therefore read by a process of its own, which runs this file: it imports nothing
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -55,7 +56,8 @@ class JsonBounds:
     lists: int
 
     @classmethod
-    def of(cls, shapes: Sequence[Sequence[int]], rows: int) -> "JsonBounds":
+    @functools.cache
+    def of(cls, shapes: tuple[tuple[int, ...], ...], rows: int) -> "JsonBounds":
         """Return the bounds for this number of queries, whose tensors have these shapes."""
         numbers = rows * sum(math.prod(shape) for shape in shapes)
         prefixes = (math.prod(shape[:axis]) for shape in shapes for axis in range(len(shape)))
@@ -65,6 +67,16 @@ class JsonBounds:
     def bytes(self) -> int:
         """The size of the JSON."""
         return NUMBER_BYTES * self.numbers + _OTHER_BYTES
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """The number of each sign of JSON's structure."""
+        return {
+            ",": self.numbers + _OTHER_PARTS,
+            "[": self.lists + _OTHER_PARTS,
+            **dict.fromkeys("{:", _OTHER_PARTS),
+            '"': 4 * _OTHER_PARTS,
+        }
 
 
 class JsonCounter:
@@ -77,16 +89,9 @@ class JsonCounter:
             bounds: the bounds.
             length: the bytes of JSON, if something else follows it.
         """
-        self._left = math.inf if length is None else length
-        other = _OTHER_PARTS
-        self._limits = {
-            ",": bounds.numbers + other,
-            "[": bounds.lists + other,
-            **dict.fromkeys("{:", other),
-            '"': 4 * other,
-        }
-        self._counts = dict.fromkeys(self._limits, 0)
+        self._bounds, self._left = bounds, math.inf if length is None else length
         self._seen = 0
+        self._counts: dict[str, int] = {}
 
     def add(self, part: bytes | bytearray | memoryview) -> None:
         """Count the parts of the next bytes.
@@ -95,17 +100,18 @@ class JsonCounter:
             TooManyNumbers: for more numbers than the bounds.
             ValueError: for more of anything else.
         """
-        text = np.frombuffer(part, np.uint8)
-        text = text[: int(min(self._left, len(text)))]
-        self._left -= len(text)
-        self._seen += len(text)
+        size = int(min(self._left, len(part)))
+        self._left -= size
+        self._seen += size
         if self._seen <= _SMALL:
             return
+        text, limits = np.frombuffer(part, np.uint8, size), self._bounds.limits
         for begin in range(0, len(text), _PIECE):
             piece = text[begin : begin + _PIECE]
-            for sign, limit in self._limits.items():
-                self._counts[sign] += int(np.count_nonzero(piece == ord(sign)))
-                if self._counts[sign] > limit:
+            for sign, limit in limits.items():
+                count = self._counts.get(sign, 0) + int(np.count_nonzero(piece == ord(sign)))
+                self._counts[sign] = count
+                if count > limit:
                     self._refuse(sign, limit)
 
     @property
@@ -116,7 +122,7 @@ class JsonCounter:
     @property
     def numbers(self) -> int:
         """The most numbers that there are so far."""
-        return self._counts[","]
+        return self._counts.get(",", 0)
 
     def _refuse(self, sign: str, limit: int) -> None:
         if sign == ",":

@@ -198,7 +198,7 @@ def json_size(size: int, json_length: str | None, limit: int = sys.maxsize) -> i
 
 def json_bounds(servable: Servable, rows: int) -> JsonBounds:
     """Return the most that the JSON of a request of this number of queries may hold."""
-    return JsonBounds.of([part.shape for part in servable.inputs.parts], rows)
+    return JsonBounds.of(tuple(part.shape for part in servable.inputs.parts), rows)
 
 
 def read_request(

@@ -6,7 +6,6 @@ is done here.
 """
 
 import asyncio
-import contextlib
 import http
 import json
 import re
@@ -235,7 +234,7 @@ class InferenceEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
-        if scope["type"] == "http" and path not in _OPEN:
+        if self._state.needs_token and scope["type"] == "http" and path not in _OPEN:
             try:
                 self._state.check_token(dict(scope["headers"]).get(b"authorization", b""))
             except Unauthenticated as error:
@@ -283,8 +282,10 @@ class InferenceEndpoint:
             parsed, begin = None, time.monotonic()
             if (size := json_size(len(body), length)) > _LARGE:
                 text, seconds = memoryview(body)[:size], model.settings.deadline_s
-                with _refusing():
+                try:
                     parsed = await state.reader.loads(client, text, seconds)
+                except ValueError as error:
+                    raise _refusal(error) from error
                 elapsed += time.monotonic() - begin
             request = read_request(body, length, parsed)
             reply = await _while_connected(receive, state.answer(model, request, elapsed))
@@ -346,8 +347,10 @@ async def _read(
         if length is None:
             json_size(taken, None, most)
         add(len(part))
-        with _refusing():
+        try:
             counter.add(part)
+        except ValueError as error:
+            raise _refusal(error) from error
 
     async def pause() -> None:
         if counter.counting:
@@ -363,15 +366,11 @@ async def _read(
     return body, length
 
 
-@contextlib.contextmanager
-def _refusing() -> Iterator[None]:
-    """Raise the protocol's errors for those of reading JSON."""
-    try:
-        yield
-    except TooManyNumbers as error:
-        raise TooLarge(str(error)) from error
-    except ValueError as error:
-        raise InvalidInput(f"the body is not as it should be: {error}") from error
+def _refusal(error: ValueError) -> Exception:
+    """Return the protocol's error for one of reading JSON."""
+    if isinstance(error, TooManyNumbers):
+        return TooLarge(str(error))
+    return InvalidInput(f"the body is not as it should be: {error}")
 
 
 async def _unpack(pieces: Iterator[bytes], take: Callable[[bytes], None]) -> bytearray:

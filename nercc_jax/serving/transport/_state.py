@@ -86,6 +86,11 @@ class ServerState:
             return "draining"
         return "serving" if len(self.models) == len(self.names) else "starting"
 
+    @property
+    def needs_token(self) -> bool:
+        """Whether clients must send a token."""
+        return bool(self._tokens)
+
     def check_token(self, authorization: bytes) -> None:
         """Raise Unauthenticated unless a token is needed and given, or none is needed.
 
