@@ -27,6 +27,7 @@ BODIES = bodies(SHAPE)
 DEADLINE = 10.0
 SECONDS = float(os.environ.get("NERCC_CHAOS_SECONDS", "60"))
 CLIENTS, SHORT = 4, 1.5
+TURN = 0.015  # seconds that p99 may vary by where other processes share the cores
 # What requests may hold (`max_bytes_in_flight`), and what the process that parses takes at most.
 IN_FLIGHT, PARSING = 2**29, 2**28
 
@@ -58,10 +59,11 @@ def look(server, seconds):
     return times
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def undisturbed(server):
-    look(server, SHORT)
-    return look(server, 2 * SHORT)
+    """The seconds of answers just before: other processes on the machine come and go."""
+    look(server, SHORT / 3)
+    return look(server, SHORT)
 
 
 @pytest.mark.parametrize("what", ["objects", "numbers", "an unknown output"])
@@ -69,7 +71,7 @@ def test_others_hardly_notice_what_is_refused(server, undisturbed, what):
     """Before, a client got a fortieth to a fifth of its answers."""
     with attacking(server.http_port, PATH, BODIES[what], 4):
         times = look(server, SHORT)
-    assert len(times) > len(undisturbed) / 2 / 3
+    assert len(times) > len(undisturbed) / 3
 
 
 @pytest.mark.slow
@@ -81,7 +83,7 @@ def test_attacks(server, undisturbed, what, attackers):
         times = look(server, max(SECONDS / 2 / len(BODIES), SHORT))
         most = memory(server)
     print(f"p99 {percentile(times, 0.99):.4f}, without {percentile(undisturbed, 0.99):.4f} s")
-    assert percentile(times, 0.99) < 3 * percentile(undisturbed, 0.99)
+    assert percentile(times, 0.99) < 3 * max(percentile(undisturbed, 0.99), TURN)
     assert most < before + IN_FLIGHT + PARSING
 
 

@@ -261,7 +261,7 @@ def _read(file: IO[bytes]) -> bytes:
 def _serve() -> None:
     """Answer messages from the standard input until it ends, below the priority of all else."""
     with contextlib.suppress(OSError, AttributeError):
-        os.nice(10)
+        os.nice(15)
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
             try:

@@ -19,11 +19,11 @@ _SMALL = 2**16  # bytes of a small request
 _LONGEST = 30.0
 # Bytes of JSON that are received without a pause, and the pause after them, over all connections:
 # JSON comes no faster than it is parsed.
-PIECE, _PIECE_PAUSE = 2**18, 0.002
+PIECE, _PIECE_PAUSE = 2**18, 0.004
 # Connections of a client that has few of them, for which a part of all connections is kept free.
 _FEW, _KEPT_FOR_FEW = 8, 16
 # Seconds between two pieces of refused bodies that are still received, over all connections.
-_DRAIN_PAUSE = 0.005
+_DRAIN_PAUSE = 0.01
 
 C = TypeVar("C")
 
