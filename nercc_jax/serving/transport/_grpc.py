@@ -244,8 +244,11 @@ def read_message(request: messages.ModelInferRequest) -> InferRequest:
             f"raw input contents ({len(raw)}) for model {request.model_name!r}."
         )
     inputs = []
-    for each in (*request.inputs, *request.outputs):
-        check_parameters(repr(each.name), each.parameters, set())
+    # Those of REST mean nothing here, but kserve's client sends them.
+    for each in request.inputs:
+        check_parameters(f"input {each.name!r}", each.parameters, {"binary_data_size"})
+    for each in request.outputs:
+        check_parameters(f"output {each.name!r}", each.parameters, {"binary_data"})
     for place, each in enumerate(request.inputs):
         datatype, data = each.datatype.upper(), None
         if raw and each.HasField("contents"):
