@@ -1,5 +1,6 @@
 """`nercc serve`: a coded prediction server."""
 
+import contextlib
 import functools
 import gc
 import importlib.util
@@ -11,6 +12,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +26,10 @@ from ._ray_job import RayJob, end_at_once, leave_accelerators
 
 if TYPE_CHECKING:
     from ..serving._settings import ModelSettings, ServerSettings
+    from ..serving.transport._server import Server
+
+# Seconds that the server may take longer to end than it should.
+_MOMENT = 0.25
 
 
 def serve_command(arguments: Annotated[list[str] | None, typer.Argument()] = None) -> None:
@@ -140,6 +146,8 @@ def _serve(
 
             typer.echo(as_toml(settings, chosen))
         elif check:
+            settings.tokens()
+            settings.tls_pair()
             _check(chosen)
         else:
             _run(settings, chosen)
@@ -187,6 +195,7 @@ def _run(settings: "ServerSettings", chosen: "list[ModelSettings]") -> None:
     job = RayJob(settings.address, settings.working_dir, settings.py_modules, settings.runtime_env)
     _start_log(settings.log_format, settings.log_level)
     _check_ports(settings)
+    _allow_files()
     if all(each.pool == "ray" for each in chosen):
         leave_accelerators()
     if settings.compilation_cache:
@@ -201,11 +210,18 @@ def _run(settings: "ServerSettings", chosen: "list[ModelSettings]") -> None:
     registry = CollectorRegistry()
     try:
         join = functools.cache(lambda: job.connect([str(each.model) for each in chosen]))
-        Server(starts_of(chosen, registry, join), settings, registry).run()
+        server = Server(starts_of(chosen, registry, join), settings, registry)
+        with _leaving_in_time(server):
+            server.run()
     except StartFailed as error:
         fail(str(error), 1)
-    end_at_once(0)
-    _leave()
+    code = int(bool(server.lost))
+    end_at_once(code)
+    if any(thread.name.startswith("nercc-worker-") for thread in threading.enumerate()):
+        # Python's own end stops a hung worker's thread when it comes back from compiled code, and
+        # XLA aborts then.
+        _leave(code)
+    sys.exit(code)
 
 
 def _check_ports(settings: "ServerSettings") -> None:
@@ -220,16 +236,39 @@ def _check_ports(settings: "ServerSettings") -> None:
             raise settings.cannot_listen(port) from error
 
 
-def _leave() -> None:
-    """End the process at once where a hung worker's thread is still in a model's call.
+def _allow_files() -> None:
+    """Let this process open as many files as it may: connections are files."""
+    with contextlib.suppress(ImportError, OSError, ValueError):  # ImportError: Windows
+        import resource
 
-    Python's own end stops such a thread when it comes back from compiled code, and XLA aborts then.
-    """
-    if any(thread.name.startswith("nercc-worker-") for thread in threading.enumerate()):
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+@contextlib.contextmanager
+def _leaving_in_time(server: "Server") -> Iterator[None]:
+    """End the process should the server not have ended a moment after it should have."""
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.wait(_MOMENT):
+            if time.monotonic() > server.ends_by + _MOMENT:
+                logging.getLogger(__name__).warning("ending with something left behind")
+                _leave(1)
+
+    threading.Thread(target=look, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+def _leave(code: int) -> None:
+    """End the process at once, whatever threads it has."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _check(chosen: "list[ModelSettings]") -> None:

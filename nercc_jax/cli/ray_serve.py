@@ -118,6 +118,8 @@ class CodedServer:
         state, self._server_state = self._server_state, None
         for model in () if state is None else state.models.values():
             await asyncio.to_thread(model.close, 0.0)
+        if state is not None:
+            state.reader.close()
         if self._telemetry is not None:
             await asyncio.to_thread(self._telemetry.close)
 

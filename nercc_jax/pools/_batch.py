@@ -31,12 +31,14 @@ class Failure:
         reason: What went wrong, in one line.
         raised: Whether the model raised, or its answer could not be used; otherwise the worker died
             or hung.
+        refused: Whether there was an answer that could not be used.
     """
 
     worker: int
     point: int
     reason: str
     raised: bool = False
+    refused: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +92,7 @@ class Task:
         "kind",
         "on_time",
         "point",
+        "refusals",
         "running",
         "settled",
         "size",
@@ -102,6 +105,7 @@ class Task:
         self.given = batch.clock.now()
         self.attempts = 0
         self.failed: set[int] = set()  # workers at which it failed
+        self.refusals = 0  # answers that could not be used
         self.running = 0  # workers that have it
         self.on_time = 0  # those of them that are not overdue
         self.settled = False

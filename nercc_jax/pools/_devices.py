@@ -4,6 +4,7 @@ import math
 import os
 import queue
 import threading
+import time
 from collections.abc import Sequence
 
 import jax
@@ -20,6 +21,8 @@ from ._pool import AbstractPool
 from ._scheduler import Scheduler
 from ._times import Overdue
 from ._worker import Device, Examples, Program, Worker, as_models, warm_up
+
+_LAST_CALL = 1.0  # seconds for which closing waits for calls under way
 
 
 class DevicePool(AbstractPool):
@@ -133,8 +136,9 @@ class _ThreadBackend(WorkerBackend):
     def close(self) -> None:
         for each in self._threads.values():
             each.end()
+        end = time.monotonic() + _LAST_CALL
         for each in self._threads.values():
-            each.thread.join(timeout=1)
+            each.thread.join(max(end - time.monotonic(), 0.0))
 
 
 class _Death(BaseException):

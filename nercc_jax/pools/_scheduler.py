@@ -6,7 +6,8 @@ The rules:
 
 - A worker has one task at a time. One that straggles is busy, so it gets no new work.
 - An answer belongs to its task, and the task to its batch: a late one cannot be taken for another.
-- A task whose worker failed or died goes to another worker, `max_attempts` times in all.
+- A task whose worker failed or died goes to another worker, `max_attempts` times in all. After two
+  answers that cannot be used it is given up: that is the model's doing, no accident of a worker.
 - A task that finds no idle worker waits. It is sent as long as its batch may otherwise not get the
   number of answers it needs; coded data points beyond that number are not worth a worker that the
   next batch could use.
@@ -384,7 +385,8 @@ class Scheduler:
         else:
             self._counts["errors"] += 1
             self._wasted += spent
-            self._try_again(worker, task, refused, raised=True)
+            answered = not isinstance(outcome, Exception)
+            self._try_again(worker, task, Failure(worker, task.point, refused, True, answered))
 
     def _handle_death(self, worker: int, reason: str) -> None:
         """Give a dead worker's task to another, and begin the worker's next life."""
@@ -396,7 +398,7 @@ class Scheduler:
             self._wasted += spent
             self._release(worker)
             if task.batch.open and not task.settled:
-                self._try_again(worker, task, reason)
+                self._try_again(worker, task, Failure(worker, task.point, reason))
         self._queue.take(worker)
         failed = slot.failed_starts = 0 if slot.ready else slot.failed_starts + 1
         slot.ready = slot.begun = False
@@ -425,13 +427,14 @@ class Scheduler:
         self._startup.trouble = f"worker {worker} could not start: {reason}"
         self._handle_death(worker, self._startup.trouble)
 
-    def _try_again(self, worker: int, task: Task, reason: str, raised: bool = False) -> None:
+    def _try_again(self, worker: int, task: Task, failure: Failure) -> None:
         batch = task.batch
-        batch.failures.append(Failure(worker, task.point, reason, raised))
+        batch.failures.append(failure)
         task.failed.add(worker)
+        task.refusals += failure.refused
         if task.running:
             return  # a copy of it is still on its way
-        if task.attempts < self._max_attempts:
+        if task.attempts < self._max_attempts and task.refusals < _REFUSALS:
             batch.waiting.insert(0, task)
         else:
             batch.settle(task, None)
@@ -569,4 +572,5 @@ class Scheduler:
             self._errors.run(what, on_change, batch)
 
 
+_REFUSALS = 2  # answers of a task that cannot be used, after which it is given up
 _COUNTED = ("sent", "answered", "late", "errors", "deaths", "hung")

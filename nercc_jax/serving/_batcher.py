@@ -149,8 +149,8 @@ class CodedBatcher:
     def close(self, drain: float = 0.0) -> None:
         """Accept no more requests, answer for up to `drain` seconds, and fail the rest."""
         self._scheduler.close(drain)
-        self._adaptation.close()
         self._scheduler.fail_open()
+        self._adaptation.close()
 
     def __enter__(self) -> "CodedBatcher":
         return self

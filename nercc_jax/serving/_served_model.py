@@ -174,6 +174,11 @@ class ServedModel:
         """The monotonic time at which something will end this process; infinite for nothing."""
         return self.pool.ends_at
 
+    @property
+    def in_flight(self) -> int:
+        """The number of requests without a reply."""
+        return self._batcher.in_flight
+
     def health(self) -> Health:
         """Return whether it is alive, and would answer a query now."""
         return self._batcher.health()
@@ -209,7 +214,7 @@ class ServedModel:
             "queue": {
                 "waiting": self._batcher.waiting,
                 "max": self._batcher.policy.max_queue_size,
-                "in_flight": self._batcher.in_flight,
+                "in_flight": self.in_flight,
             },
             **counted,
         }
@@ -292,7 +297,7 @@ class HintLog:
     def close(self) -> None:
         """End the thread."""
         self._closing.set()
-        self._thread.join()
+        self._thread.join(_LOOK)
 
     def update(self, hints: Sequence[str]) -> None:
         """Log the changes that have lasted long enough."""

@@ -42,6 +42,9 @@ from ._settings_text import read_datatype, read_none, read_paths, read_shape, re
 
 _POLICY = BatchingPolicy()
 
+# Upper bounds: what is beyond is a mistake, or would stop the machine.
+_MANY, _QUERIES, _BYTES, _DAY_S = 10_000, 10**6, 2**40, 86_400.0
+
 
 def _setting(default: Any, text: str, example: Any = None, **bounds: Any) -> Any:
     """Return a field.
@@ -125,8 +128,8 @@ class ModelSettings(BaseModel):
         "Code of the queries (default: nercc, or uncoded for what cannot be coded).",
         "nercc",
     )
-    num_data: int = _setting(4, "K: queries coded together.", ge=1)
-    num_workers: int = _setting(8, "N: coded data points of K queries.", ge=1)
+    num_data: int = _setting(4, "K: queries coded together.", ge=1, le=_MANY)
+    num_workers: int = _setting(8, "N: coded data points of K queries.", ge=1, le=_MANY)
     points: Literal["interleaved", "repeated", "chebyshev", "uniform"] = _setting(
         "interleaved", "Layout of the regression points."
     )
@@ -137,15 +140,16 @@ class ModelSettings(BaseModel):
     pool: Literal["devices", "ray"] = _setting(
         "devices", "Kind of workers: threads on this process's devices, or Ray actors."
     )
-    workers: int | None = _setting(None, "Workers of each model (default: N).", 8, ge=1)
+    workers: int | None = _setting(None, "Workers of each model (default: N).", 8, ge=1, le=_MANY)
     worker_cpus: float | None = _setting(
-        None, "CPUs per Ray actor (default: at most 0.5).", 0.5, ge=0
+        None, "CPUs per Ray actor (default: at most 0.5).", 0.5, ge=0, le=_MANY
     )
     worker_gpus: float | None = _setting(
         None,
         "GPUs per Ray actor (default: 1 or an equal share, where the cluster has GPUs).",
         1.0,
         ge=0,
+        le=_MANY,
     )
     worker_resources: Annotated[dict[str, float], BeforeValidator(read_table)] = _setting(
         {}, "Other Ray resources per actor, as a TOML table: {TPU = 4}."
@@ -157,25 +161,25 @@ class ModelSettings(BaseModel):
         None, "Dtype that workers cast inputs and weights to (default: the model's).", "bfloat16"
     )
     max_attempts: int = _setting(
-        3, "Workers that a failing data point is sent to before it is given up.", ge=1
+        3, "Workers that a failing data point is sent to before it is given up.", ge=1, le=_MANY
     )
     hang_timeout_s: float = _setting(
-        60.0, "Seconds after which a worker counts as hung and is replaced.", gt=0
+        60.0, "Seconds after which a worker counts as hung and is replaced.", gt=0, le=_DAY_S
     )
 
-    max_batch_size: int = _of_policy("max_batch_size")
-    batch_wait_timeout_s: float = _of_policy("batch_wait_timeout_s")
-    max_queue_size: int = _of_policy("max_queue_size")
+    max_batch_size: int = _of_policy("max_batch_size", le=2**16)
+    batch_wait_timeout_s: float = _of_policy("batch_wait_timeout_s", le=MAX_DEADLINE_S)
+    max_queue_size: int = _of_policy("max_queue_size", le=_QUERIES)
     deadline_s: float = _of_policy("deadline_s", gt=0, le=MAX_DEADLINE_S)
     priority_lead_s: float = _of_policy("priority_lead_s", ge=0, le=MAX_DEADLINE_S)
     ordering: bool = _of_policy("ordering")
 
     straggler_threshold: float = _of_policy("straggler_threshold")
     quantile: float = _of_policy("quantile")
-    wait_for: int | None = _of_policy("wait_for", 6)
+    wait_for: int | None = _of_policy("wait_for", 6, le=_MANY)
     max_disagreement: float | None = _of_policy("max_disagreement", default=0.05, le=1)
     max_reexecution: float | None = _of_policy("max_reexecution", 0.1)
-    copies: int = _of_policy("copies")
+    copies: int = _of_policy("copies", le=_MANY)
 
     surrogate: str | None = _setting(
         None,
@@ -189,11 +193,15 @@ class ModelSettings(BaseModel):
     max_redundancy: float | None = _of_policy("max_redundancy", 0.1)
     max_calls: float | None = _of_policy("max_calls", 1.1)
 
-    service_delay_s: float = _setting(0.0, "Seconds added to every call, for trials.", ge=0)
+    service_delay_s: float = _setting(
+        0.0, "Seconds added to every call, for trials.", ge=0, le=_DAY_S
+    )
     straggler_rate: float = _setting(
         0.0, "Share of calls that are delayed, for trials.", ge=0, le=1
     )
-    straggler_delay_s: float = _setting(1.0, "Seconds by which those calls are delayed.", gt=0)
+    straggler_delay_s: float = _setting(
+        1.0, "Seconds by which those calls are delayed.", gt=0, le=_DAY_S
+    )
     death_rate: float = _setting(
         0.0, "Share of calls in which the worker dies, for trials.", ge=0, le=1
     )
@@ -247,6 +255,7 @@ class ServerSettings(BaseSettings):
     )
     panels: ClassVar[dict[str, str]] = {
         "host": "Addresses",
+        "token_file": "Authentication and TLS",
         "max_connections": "Limits",
         "address": "Ray",
         "compilation_cache": "Start and end",
@@ -263,20 +272,33 @@ class ServerSettings(BaseSettings):
         8001, "Port of gRPC; 0 for any free one, none for no gRPC.", ge=0, le=65535
     )
 
+    token_file: Path | None = _setting(
+        None,
+        "File of bearer tokens, one a line, of which clients send one (default: none is needed). "
+        "Health needs none.",
+        "tokens",
+    )
+    tls_certificate: Path | None = _setting(
+        None,
+        "File of the certificate in PEM, with its chain: REST and gRPC speak only TLS then.",
+        "tls.crt",
+    )
+    tls_key: Path | None = _setting(None, "File of the certificate's key in PEM.", "tls.key")
+
     max_connections: int = _setting(
-        2000, "Maximum HTTP connections, and gRPC calls; more are refused.", ge=1
+        2000, "Maximum HTTP connections, and gRPC calls; more are refused.", ge=1, le=_QUERIES
     )
     max_header_bytes: int = _setting(
-        2**15, "Maximum bytes of a request's head, approximately.", ge=2**10
+        2**15, "Maximum bytes of a request's head, approximately.", ge=2**10, le=2**24
     )
     max_body_bytes: int = _setting(
-        64 * 2**20, "Maximum bytes of a request's body, decompressed.", gt=0
+        64 * 2**20, "Maximum bytes of a request's body, decompressed.", gt=0, le=_BYTES
     )
     max_json_bytes: int = _setting(
-        8 * 2**20, "Maximum bytes of a request's JSON, without binary tensors.", gt=0
+        8 * 2**20, "Maximum bytes of a request's JSON, without binary tensors.", gt=0, le=_BYTES
     )
     max_bytes_in_flight: int = _setting(
-        2**29, "Maximum bytes of all requests that are read or answered at a time.", gt=0
+        2**29, "Maximum bytes of all requests that are read or answered at a time.", gt=0, le=_BYTES
     )
     head_timeout_s: float = _setting(
         10.0, "Seconds that a client has to send a request's head.", gt=0, le=MAX_DEADLINE_S
@@ -309,10 +331,13 @@ class ServerSettings(BaseSettings):
         "folder.",
     )
     drain_delay_s: float = _setting(
-        0.0, "Seconds after SIGTERM in which the server answers, but is not ready.", ge=0
+        0.0,
+        "Seconds after SIGTERM in which the server answers, but is not ready.",
+        ge=0,
+        le=MAX_DEADLINE_S,
     )
     drain_timeout_s: float = _setting(
-        30.0, "Seconds after that for answering what was accepted.", ge=0
+        30.0, "Seconds after that for answering what was accepted.", ge=0, le=MAX_DEADLINE_S
     )
 
     log_format: Literal["json", "text"] = _setting("json", "Format of the log on stderr.")
@@ -334,6 +359,32 @@ class ServerSettings(BaseSettings):
                 f"{self.max_bytes_in_flight}"
             )
         return self
+
+    def tokens(self) -> frozenset[bytes]:
+        """Return the tokens that clients may send; none where none is needed.
+
+        Raises:
+            ValueError: where the file is missing or empty.
+        """
+        if self.token_file is None:
+            return frozenset()
+        lines = _read(self.token_file).splitlines()
+        found = frozenset(filter(None, map(bytes.strip, lines)))
+        if not found:
+            raise ValueError(f"{self.token_file} has no token")
+        return found
+
+    def tls_pair(self) -> tuple[bytes, bytes] | None:
+        """Return the key and the certificate; None without TLS.
+
+        Raises:
+            ValueError: where one of them is missing.
+        """
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key belong together")
+        if self.tls_certificate is None or self.tls_key is None:
+            return None
+        return _read(self.tls_key), _read(self.tls_certificate)
 
     @classmethod
     def settings_customise_sources(
@@ -366,6 +417,14 @@ class ServerSettings(BaseSettings):
         if len(set(names)) < len(names):
             raise ValueError(f"models must have different names (`name`), not {names}")
         return models
+
+
+def _read(file: Path) -> bytes:
+    """Return a file's content. Raises ValueError where there is none."""
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from error
 
 
 def read_settings(file: Path | None, **flags: Any) -> ServerSettings:

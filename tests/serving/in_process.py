@@ -36,6 +36,7 @@ class Doubles(ServedModel):
     servable, settings = SERVABLE, ModelSettings(model="digits")
     is_well = Health(True, True)
     ends_at = math.inf
+    in_flight = 0
 
     def __init__(self, at_once: bool = True):
         self.may_answer = threading.Event()

@@ -139,6 +139,23 @@ def test_a_straggler_is_decoded_from_the_others(number):
             np.testing.assert_allclose(reply.values[1], decoded_by_hand(x, 1), atol=1e-4)
 
 
+@pytest.mark.parametrize("factor", [1e4, 1e-4])
+def test_queries_of_another_scale_are_coded_with_none(factor):
+    """Before, they were part of the group, of which little else was left."""
+    gates = Gates(SERVICE)
+    with serving(
+        INTERLEAVED, gates, wait_for=1, straggler_threshold=THRESHOLD, estimator=knowing
+    ) as batcher:
+        x = queries(3)
+        event = gates.hold(x[1])
+        odd = batcher.submit(factor * queries(1, seed=7))
+        reply = batcher.submit(x).result(LONG)
+        event.set()
+        assert reply.exact.tolist() == [True, False, True]
+        assert reply.asked[1] == 2 * 3  # and not of four queries
+        assert odd.result(LONG).exact.all()
+
+
 def test_all_answers_but_the_stragglers_are_waited_for():
     gates = Gates(SERVICE)
     with serving(INTERLEAVED, gates, wait_for=7, straggler_threshold=THRESHOLD) as batcher:

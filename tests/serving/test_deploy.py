@@ -54,7 +54,7 @@ def settings_of(monkeypatch, arguments, environment):
     monkeypatch.setattr(_serve, "_start_log", lambda *_: None)
     monkeypatch.setattr(_serve, "keep_programs", lambda: None)
     monkeypatch.setattr(_serving_models, "starts_of", lambda *_: {})
-    stub = types.SimpleNamespace(run=lambda: None)
+    stub = types.SimpleNamespace(run=lambda: None, lost={})
     monkeypatch.setattr(
         _server, "Server", lambda _starts, settings, _registry: found.append(settings) or stub
     )

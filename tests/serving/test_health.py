@@ -140,7 +140,7 @@ def test_who_answers_nobody_is_not_ready_until_it_does():
         for each in queries(4):
             with pytest.raises(InferenceFailed):
                 batcher.submit(each[None], exact=True).result(LONG)
-        assert "out of order" in becomes(batcher, is_(True, False)).trouble
+        assert "3 workers failed" in becomes(batcher, is_(True, False)).trouble
         failed = count(batcher, "request_failed")
         broken.clear()
         becomes(batcher, is_(True, True))  # nobody asks but itself

@@ -20,9 +20,10 @@ from in_process import Doubles, body, channel, connect, is_cut_off, post, read_a
 from nercc_server import ENDS, straggler_threshold
 
 from nercc_jax.serving.protocol._errors import Overloaded
+from nercc_jax.serving.protocol._json import JsonBounds, JsonCounter, loads
 from nercc_jax.serving.transport import _http
 from nercc_jax.serving.transport import open_inference_pb2 as messages
-from nercc_jax.serving.transport._state import RequestMemory
+from nercc_jax.serving.transport._shares import Connections, RequestMemory
 
 SOON, LATE = 0.2, 500.0  # seconds: of a limit that is tried, and of those that are not
 HALF = b"POST /v2/models/digits/infer HTTP/1.1\r\nHost: x\r\nX-Half"
@@ -179,23 +180,55 @@ def test_large_json_is_refused_in_favour_of_binary(server):
     assert ask(server, head + x.tobytes(), **told).status_code == 200
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_what_takes_long_to_read_is_read_by_another_thread(server, packed, monkeypatch):
-    threads = []
+def test_large_json_is_parsed_by_another_process(server, monkeypatch):
+    """Which is started again should it end; compressed bodies are unpacked by another thread."""
     monkeypatch.setattr(_http, "_LARGE", 1000)
-    name = "decompress" if packed else "read_request"
-    real = getattr(_http, name)
+    process = server.state.reader._process
+    processes = set()
+    for content in (body() + b" " * 2000, body() + b" " * 3000):
+        assert ask(server, content).status_code == 200
+        processes.add(process._process.pid)
+        process._process.kill()
+        process._process.wait()
+    assert len(processes) == 2
+    answer = ask(server, b"{" + b" " * 2000)
+    assert (answer.status_code, "as it should be" in answer.json()["error"]) == (400, True)
+    wrong = ask(server, body([None] * 4) + b" " * 2000)
+    assert (wrong.status_code, "not all of it are numbers" in wrong.json()["error"]) == (400, True)
 
-    def watched(*arguments):
-        threads.append(threading.current_thread().name)
-        return real(*arguments)
 
-    monkeypatch.setattr(_http, name, watched)
-    content = body() if packed else body() + b" " * 2000
-    told = {"content_encoding": "gzip"} if packed else {}
-    assert ask(server, gzip.compress(content) if packed else content, **told).status_code == 200
-    (thread,) = threads
-    assert thread.startswith(("asyncio_", "uvloop_"))  # of the pool that the loop hands work to
+@pytest.mark.parametrize("shape", [(), (4,), (28, 28, 1), (1, 1, 1)])
+@pytest.mark.parametrize("nested", [True, False])
+def test_all_that_a_model_takes_is_within_the_bounds_of_its_json(shape, nested):
+    rows = 1000
+    x = np.full((rows, *shape), -2.2250738585072014e-308)
+    data = x.tolist() if nested else x.ravel().tolist()
+    tensor = {"name": "input", "datatype": "FP32", "shape": x.shape, "data": data}
+    content = json.dumps({"inputs": [tensor]}).encode()
+    bounds = JsonBounds.of((shape,), rows)
+    assert len(content) <= bounds.bytes
+    JsonCounter(bounds, None).add(content)
+    _, (found,) = loads(content)
+    assert (found.shape, found.dtype) == ((x.size,), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [(b"0,", "numbers"), (b"[]", "'\\['"), (b"{}", "'{'"), (b'"a":', "':'"), (b'""', "'\"'")],
+)
+@pytest.mark.parametrize("size", [1000, 2**18, 10**7])
+def test_parts_beyond_the_bounds_are_refused_wherever_pieces_end(part, message, size):
+    counter = JsonCounter(JsonBounds.of(((4,),), 100), None)
+    content = part * 30_000
+    pieces = [content[begin : begin + size] for begin in range(0, len(content), size)]
+    with pytest.raises(ValueError, match=message):
+        list(map(counter.add, pieces))
+
+
+def test_what_follows_the_json_is_not_counted():
+    counter = JsonCounter(JsonBounds.of(((4,),), 1), 10)
+    counter.add(b"{" * 8)
+    counter.add(b"{" * 100_000)
 
 
 # All together.
@@ -204,18 +237,68 @@ def test_what_takes_long_to_read_is_read_by_another_thread(server, packed, monke
 def test_connections_have_a_limit():
     with serving(Doubles(), max_connections=2, head_timeout_s=LATE) as server:
         with connect(server) as first, connect(server) as second:
-            first.sendall(HALF)
-            assert is_fine(server, second)
+            for each in (first, second):
+                each.sendall(HALF)
+            for _ in straggler_threshold(ENDS):
+                if not silent(server):
+                    break
             with connect(server) as third:
                 status, headers, told = read_answer(third)
                 assert (status, headers["connection"]) == (503, "close")
                 assert told == {"error": "there are 2 connections: come again later"}
                 assert is_cut_off(third)
-            assert is_fine(server, second)
         for _ in straggler_threshold(ENDS):
             if not server._http.server_state.connections:
                 break
         assert is_fine(server)
+
+
+def silent(server):
+    """The connections that wait for a request."""
+    return [each for each in server._http.server_state.connections if each._reading == "nothing"]
+
+
+def test_silent_connections_make_room_for_others():
+    """The one that has been silent for longest is closed, and none that has a request."""
+    model = Doubles(at_once=False)
+    with serving(model, max_connections=4) as server, contextlib.ExitStack() as stack:
+        busy, *idle = (stack.enter_context(connect(server)) for _ in range(4))
+        busy.sendall(post(body()))
+        for _ in straggler_threshold(ENDS):
+            if model.came:
+                break
+        idle[0].sendall(b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert read_answer(idle[0])[0] == 200  # silent again, but not for long
+        more = [stack.enter_context(connect(server)) for _ in range(2)]
+        assert all(is_cut_off(each) for each in idle[1:])
+        for each in (*more, idle[0]):
+            each.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert read_answer(each)[0] == 200
+        model.may_answer.set()
+        assert read_answer(busy)[0] == 200
+
+
+def test_a_part_of_the_connections_is_kept_for_clients_with_few():
+    connections = Connections(32)
+    many = [f"many {number}" for number in range(40)]
+    for each in many:
+        admitted = connections.admit(each, "one") is not each
+        connections.remove_silent(each)
+        assert admitted == (each in many[:30])
+    assert connections.admit("a probe", "another") is None
+    connections.remove("a probe")
+    connections.remove(many[0])
+    assert connections.admit("again", "one") is None
+
+
+def test_whoever_has_most_connections_makes_room():
+    connections = Connections(10)
+    assert connections.admit("first", "few") is None
+    for number in range(9):
+        assert connections.admit(number, "most") is None
+    assert connections.admit("second", "few") == 0
+    assert connections.admit("third", "third") == 1
+    assert connections.admit(9, "most") == 2
 
 
 def test_bytes_in_flight_have_a_limit():
@@ -259,6 +342,18 @@ def test_what_is_unpacked_counts(server, monkeypatch):
     assert len(packed) < 500
     assert ask(server, packed, content_encoding="gzip").status_code == 503
     assert server.state.memory.used == 0
+
+
+def test_the_last_of_the_memory_is_for_small_requests_and_those_with_one():
+    memory = RequestMemory(2**20)
+    with memory.request("many") as first, memory.request("many") as second:
+        first(2**19)
+        second(2**16)
+        with pytest.raises(Overloaded):
+            second(2**18)
+        with memory.request("other") as other, memory.request("many") as third:
+            other(2**18)
+            third(2**16)
 
 
 def test_an_intake_gives_back_what_it_held():

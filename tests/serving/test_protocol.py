@@ -204,11 +204,11 @@ def test_binary_data_without_their_header_are_no_json():
 
 @pytest.mark.parametrize(
     ("encoding", "squeeze"),
-    [("gzip", gzip.compress), ("deflate", zlib.compress), ("identity", bytes), (None, bytes)],
+    [("gzip", gzip.compress), ("deflate", zlib.compress), ("identity", bytes)],
 )
-def test_bodies_are_decompressed(encoding, squeeze):
-    content = body()
-    assert decompress(squeeze(content), encoding, len(content)) == content
+@pytest.mark.parametrize("content", [body(), bytes(3 * 2**20)], ids=["one piece", "pieces"])
+def test_bodies_are_decompressed(encoding, squeeze, content):
+    assert b"".join(decompress(squeeze(content), encoding, len(content))) == content
 
 
 @pytest.mark.parametrize("squeeze", [gzip.compress, zlib.compress])
@@ -216,7 +216,7 @@ def test_a_body_that_expands_beyond_the_limit_is_refused(squeeze):
     bomb = squeeze(bytes(10**7))
     assert len(bomb) < 10**5
     with pytest.raises(TooLarge, match="more than 100000 bytes when decompressed"):
-        decompress(bomb, "gzip", 10**5)
+        list(decompress(bomb, "gzip", 10**5))
 
 
 @pytest.mark.parametrize(
@@ -231,12 +231,12 @@ def test_a_body_that_expands_beyond_the_limit_is_refused(squeeze):
 )
 def test_what_is_not_gzip_is_refused(content, message):
     with pytest.raises(InvalidInput, match=message):
-        decompress(content, "gzip", 10**6)
+        list(decompress(content, "gzip", 10**6))
 
 
 def test_an_unknown_encoding_is_refused():
     with pytest.raises(UnsupportedEncoding, match="'br': gzip and deflate are known"):
-        decompress(b"", "br", 10)
+        list(decompress(b"", "br", 10))
 
 
 # Parameters.
@@ -251,7 +251,7 @@ def asked(**parameters):
     [
         ({}, {}),
         ({"nercc_exact": True}, {"exact": True}),
-        ({"nercc_exact": False, "other": 3}, {}),
+        ({"nercc_exact": False, "binary_data_output": True}, {}),
         ({"nercc_deadline_ms": 250}, {"deadline": 0.25}),
         ({"nercc_deadline_ms": 0.5}, {"deadline": 0.0005}),
         ({"timeout": 250_000}, {"deadline": 0.25}),
@@ -286,11 +286,53 @@ def test_deadline_exactness_and_priority(parameters, expected):
         ({"priority": -1}, "priority must be 1"),
         ({"priority": True}, "priority must be 1"),
         ({"priority": "high"}, "priority must be 1"),
+        ({"nercc_deadline": 1}, r"a request has no parameters \['nercc_deadline'\], only"),
     ],
 )
 def test_parameters_of_the_wrong_kind_are_refused(parameters, message):
     with pytest.raises(InvalidInput, match=message):
         answer_options(asked(**parameters))
+
+
+NAMED = {"name": "logits"}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"parameters": {"binary_data_output": "yes"}}, "must be a boolean, not 'yes'"),
+        ({"parameters": {"binary_data_output": 1}}, "must be a boolean, not 1"),
+        ({"outputs": [NAMED | {"parameters": {"binary_data": "yes"}}]}, "must be a boolean"),
+        ({"outputs": [NAMED | {"parameters": {"classification": 3}}]}, "no parameters .'classif"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(more, message):
+    with pytest.raises(InvalidInput, match=message):
+        read_request(body(**more), None)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"data": [True, *[1.0] * 7]}, "not all of it are numbers"),
+        ({"parameters": {"shared_memory_region": "a"}}, "no parameters .'shared_memory_region'"),
+        ({"parameters": {"binary_data_size": 0}}, "has both data and a binary_data_size"),
+    ],
+)
+def test_inputs_that_would_be_taken_for_others_are_refused(more, message):
+    tensor = {"name": "input", "shape": [2, 2, 2], "datatype": "FP32", "data": [0.5] * 8} | more
+    with pytest.raises(InvalidInput, match=message):
+        read(json.dumps({"inputs": [tensor]}).encode())
+
+
+def test_grpc_refuses_what_would_be_ignored():
+    for tensors in ("inputs", "outputs"):
+        request = messages.ModelInferRequest(model_name="digits")
+        request.inputs.add(name="input", datatype="FP32", shape=[2, 2, 2])
+        request.outputs.add(name="logits")
+        getattr(request, tensors)[0].parameters["classification"].int64_param = 3
+        with pytest.raises(InvalidInput, match=r"no parameters \['classification'\]"):
+            read_message(request)
 
 
 def by_grpc(raw=None, outputs=(), **parameters):
@@ -525,7 +567,8 @@ def test_errors_are_statuses_with_their_reason(error, status):
     model = Fails(error)
     answer = call(state_of(model), "POST", "/v2/models/digits/infer", content=body())
     assert answer.status_code == status
-    assert answer.json() == {"error": "a reason"}
+    by_id = ": the server's log says why, by id " if status == 502 else ""
+    assert answer.json()["error"].startswith(f"a reason{by_id}")
     assert answer.headers.get("retry-after") == ("1" if status in (429, 503) else None)
     assert model.refused == ["request_invalid"] * (status == 400)
 

@@ -62,7 +62,7 @@ name = "untouched"
 NAMES = ["double", "moody", "own.from_weights", "slow", "counted", "untouched"]
 MATRIX = np.arange(20, dtype=np.float32).reshape(4, 5)
 ROOT = Path(__file__).parents[2]
-EXTENSIONS = ["model_configuration", "schedule_policy", "statistics"]
+EXTENSIONS = ["model_configuration", "model_repository", "schedule_policy", "statistics"]
 OUTCOMES = ("ok", "deadline", "failed", "cancelled")
 OUTCOMES += ("invalid", "overloaded", "queue_full", "draining")
 
@@ -136,10 +136,10 @@ def test_a_model_made_from_weights(server):
 
 
 def test_a_large_body(server):
-    count = 900  # about the queue's length; megabytes of spaces make JSON large
+    count = 900  # about the queue's length; spaces make JSON large
     x = numbers(count)
     tensor = {"name": "input", "datatype": "FP32", "shape": [count, 4], "data": x.tolist()}
-    content = json.dumps({"inputs": [tensor]}).encode() + b" " * 5_000_000
+    content = json.dumps({"inputs": [tensor]}).encode() + b" " * 100_000
     answer = outputs(server.http.post("/v2/models/double/infer", content=content))
     np.testing.assert_array_equal(answer["output"].astype(np.float32), 2 * x[:, :3])
 
@@ -271,7 +271,7 @@ INVALID = grpc.StatusCode.INVALID_ARGUMENT
             {"model": "moody", "data": [-1, 2, 3, 4]},
             502,
             grpc.StatusCode.INTERNAL,
-            "a query got no answer: 2 workers failed, the last: ",
+            "a query got no answer: 2 workers failed: the server's log says why, by id ",
         ),
         (
             {"model": "slow", "parameters": {"nercc_deadline_ms": 50}},
@@ -308,9 +308,38 @@ def test_errors_by_both_faces(server, stub, more, status, code, words):
     assert outputs(server.infer("double", [1, 2, 3, 4]))["output"].tolist() == [[2, 4, 6]]
 
 
-def test_what_a_model_raises_is_told(server):
-    answer = server.infer("moody", [-1, 2, 3, 4])
-    assert "no negative numbers, please" in answer.json()["error"]
+def test_what_a_model_raises_is_in_the_log_only(server):
+    answer = server.infer("moody", [-1, 2, 3, 4], id="moody 7")
+    assert "no negative numbers" not in answer.json()["error"]
+    assert answer.json()["error"].endswith("the server's log says why, by id moody 7")
+    lines = [line for line in server.log() if line.get("id") == "moody 7"]
+    (line,) = [line for line in lines if line["message"] == "inference failed"]
+    assert line["level"] == "WARNING"
+    assert "no negative numbers, please" in line["why"]
+
+
+@pytest.mark.parametrize("path", ["/v2/health/live", "/v2/health/ready", "/v2", "/metrics"])
+def test_head_has_the_status_of_get(server, path):
+    answer = server.http.head(path)
+    assert (answer.status_code, answer.content) == (200, b"")
+
+
+def test_the_description_loads_nothing_from_elsewhere(server):
+    page = server.http.get("/docs").text
+    assert "http" not in page
+    assert "/v2/models/{model_name}/infer" in page
+
+
+def test_errors_do_not_echo_all_that_was_sent(server):
+    long = "x" * 20_000
+    for answer in (
+        server.infer("double", [1, 2, 3, 4], outputs=[{"name": long}]),
+        server.infer("double", [1, 2, 3, 4], parameters={long: 1}),
+        server.http.get(f"/v2/models/{long}"),
+        server.http.get(f"/{long}"),
+    ):
+        assert 400 <= answer.status_code < 500
+        assert len(answer.text) < 1000
 
 
 @pytest.mark.parametrize("kind", ["ModelReady", "ModelMetadata"])
@@ -373,8 +402,13 @@ def pieces(total):
         (BODY, {"content_encoding": "gzip"}, 400, "the body is not gzip"),
         (BODY, {"content_encoding": "br"}, 415, "gzip and deflate are known"),
         (b"x" * (LIMIT + 1), {}, 413, f"at most {LIMIT} are taken"),
-        (lambda: pieces(2 * LIMIT), {}, 413, f"more than {LIMIT} bytes"),
-        (gzip.compress(bytes(LIMIT + 1)), {"content_encoding": "gzip"}, 413, "when decompressed"),
+        (lambda: pieces(2 * LIMIT), {}, 413, "bytes of JSON; at most 196608 are taken"),
+        (
+            gzip.compress(bytes(LIMIT)),
+            {"content_encoding": "gzip"},
+            413,
+            "at most 196608 are taken",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

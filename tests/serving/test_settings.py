@@ -29,6 +29,9 @@ SERVER = {
     "host": "0.0.0.0",
     "http_port": 9000,
     "grpc_port": 9001,
+    "token_file": "tokens",
+    "tls_certificate": "tls.crt",
+    "tls_key": "tls.key",
     "max_connections": 77,
     "max_header_bytes": 2000,
     "max_body_bytes": 1000,
@@ -370,6 +373,14 @@ def refused(message, *arguments, **variables):
         ),
         ('log_level = "LOUD"', "log_level: input should be 'DEBUG', 'INFO'"),
         ("defaults = 7", "defaults: input should be"),
+        ("drain_timeout_s = inf", "drain_timeout_s: input should be less than or equal to 3600"),
+        ("drain_delay_s = 1e9", "drain_delay_s: input should be less than or equal to 3600"),
+        ("max_body_bytes = 1000000000000000", "max_body_bytes: input should be less than or"),
+        ("[defaults]\nworkers = 1000000", "workers: input should be less than or equal to 10000"),
+        ("[defaults]\nnum_workers = 1000000", "num_workers: input should be less than or equal"),
+        ("[defaults]\nmax_queue_size = 1000000000", "max_queue_size: input should be less than"),
+        ("[defaults]\nmax_batch_size = 1073741824", "max_batch_size: input should be less than"),
+        ("[defaults]\nhang_timeout_s = inf", "hang_timeout_s: input should be less than or equal"),
         ("[defaults]\nnum_dat = 3", "defaults.num_dat: there is no such setting"),
         ("[defaults]\nnum_data = 0", "defaults.num_data: input should be greater than or equal"),
         ("[defaults]\nmax_batch_size = 3", "max_batch_size must be a power of two, not 3"),
@@ -597,3 +608,14 @@ def test_help_says_what_each_setting_is_and_what_it_is_unless_set(settings, monk
         default = f"no-{name.replace('_', '-')}" if field.default is False else field.default
         default = name.replace("_", "-") if field.default is True else default
         assert f"[default: {default}]" in line or default in (None, {}, [])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--tls-key", "tls.key"), "tls_certificate and tls_key belong together"),
+        (("--token-file", "nowhere"), "nowhere cannot be read: No such file or directory"),
+    ],
+)
+def test_files_of_tokens_and_tls_are_checked(flags, message):
+    refused(message, "--check", *flags)

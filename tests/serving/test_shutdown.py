@@ -7,6 +7,7 @@ import contextlib
 import signal
 import socket
 import subprocess
+import time
 
 import numpy as np
 import pytest
@@ -138,7 +139,8 @@ def test_it_says_that_it_drains_and_answers_meanwhile(start, threads):
     calls = [threads.submit(ask, server, -1, "hangs") for ask in (by_rest, by_grpc)]
     accepted(server, 2, "hangs")
     server.signal()
-    assert server.wait() == 0
+    assert server.wait() == 1
+    assert lost(server) == {"hangs": 2}
     for call in calls:  # told, or cut off
         with contextlib.suppress(httpx.TransportError):
             assert call.result(ENDS)[0] != 200
@@ -164,9 +166,48 @@ def test_whoever_waits_longer_than_draining_takes_is_told(start, threads):
         assert [status for status, _ in told] == [503] * 3 + [grpc.StatusCode.UNAVAILABLE] * 3
         assert {words for _, words in told} == {"the server shut down before it could answer"}
         assert hanging.result(ENDS)[0] == 503
-        assert server.wait() == 0
+        assert server.wait() == 1
+    assert lost(server) == {"slow": 6, "hangs": 1}
     log = [line["message"] for line in server.log()]
     assert log.count("model is closed") == 2
+
+
+@pytest.mark.parametrize("pool", ["devices", "ray"])
+@pytest.mark.parametrize("queries", [1, 6, 32, 200])
+def test_it_ends_whatever_models_do(tmp_path, pool, queries):
+    """Also where all of XLA's threads are in a model that hangs, and its workers were replaced."""
+    if pool == "ray":
+        require("ray", "ray")
+    server = Server(
+        tmp_path,
+        *("--model", "own:hangs", "--input-shape", "4", "--hang-timeout-s", "2"),
+        *("--pool", pool, "--workers", "4", "--address", "local", "--max-attempts", "99"),
+        *("--deadline-s", "600", "--drain-delay-s", "1", "--drain-timeout-s", "2"),
+    )
+    try:
+        with concurrent.futures.ThreadPoolExecutor(queries) as threads:
+            calls = [threads.submit(by_rest, server, -1, "own.hangs") for _ in range(queries)]
+            accepted(server, queries, "own.hangs")
+            for _ in straggler_threshold(ENDS):
+                if server.http.get("/v2/health/ready").status_code == 503:
+                    break
+            time.sleep(2 * 2)  # until the first workers that hang were replaced
+            open_calls = server.status("own.hangs")["queue"]["in_flight"]
+            server.signal()
+            begin = time.monotonic()
+            assert server.wait() == 1
+            assert time.monotonic() - begin < 1 + 2 + 5
+            statuses = [call.result(ENDS)[0] for call in calls]
+        assert statuses.count(503) == open_calls
+        assert lost(server) == {"own.hangs": open_calls}
+    finally:
+        server.kill()
+
+
+def lost(server):
+    """The requests that the log says were lost, by model."""
+    (line,) = [line for line in server.log() if line["message"].startswith("requests are lost")]
+    return line["lost"]
 
 
 @pytest.mark.parametrize(("which", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

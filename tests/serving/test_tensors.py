@@ -187,10 +187,11 @@ SCALED = "the model's output 'scaled'"
 
 
 def test_no_answer_that_is_not_finite_is_given(ask):
-    """Among integers, too, where the pool sees bytes: it is tried at others first."""
+    """Among integers, too, where the pool sees bytes: it is tried at one other first."""
     x = {"ids": np.full((1, 5), 10**6), "mask": np.ones((1, 5), bool)}
     told = ask("tokens", {**x, "scale": np.full(1, 3e38, "<f4")}, WORDS)
-    assert told == f"a query got no answer: 3 workers failed, the last: {SCALED} is not finite"
+    why = f"a query got no answer: 2 workers failed, the last: {SCALED} is not finite: "
+    assert told.startswith(why)
 
 
 X, ONES = pictures(2), np.ones((2, 4), np.int8)

@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import heapq
 import itertools
+import logging
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -23,6 +24,8 @@ from ._request import (
     ServerClosing,
     message_of,
 )
+
+_LOG = logging.getLogger(__name__)
 
 _STALE = 256  # deadlines of finished requests that are kept before the heap is rebuilt
 
@@ -150,6 +153,7 @@ class OpenRequests:
             return []
         groups = self._drop(request)
         if request is self._probe:
+            _LOG.info("a query of the server's own got no answer", extra={"why": str(error)})
             self.monitor.report_failed_probe(message_of(error))
         elif not request.audits:
             late = isinstance(error, DeadlineExceeded)
@@ -181,7 +185,7 @@ class OpenRequests:
     def fail_all(self, error: BaseException) -> None:
         """Fail all open requests and all that come, because the scheduler's thread ends."""
         with self._settled:
-            self._broken = f"the batcher has failed: {message_of(error)}"
+            self._broken = f"the batcher has failed: {error}"
             left, self._open = self._open, set()
             self._settled.notify_all()
         now = self._clock.now()

@@ -1,7 +1,10 @@
 """Requests to a batcher, the replies to them, and the errors that replace a reply."""
 
+import collections
 import concurrent.futures
 import dataclasses
+import math
+import statistics
 import weakref
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
@@ -12,6 +15,12 @@ from jaxtyping import Bool, Float, Int, PyTree, Shaped
 from .._tracing import RequestTrace
 
 Source: TypeAlias = Literal["exact", "decoded", "predicted"]
+
+_LONGEST_MESSAGE = 500  # characters
+
+# Scales of queries that are remembered, after how many the median is computed, and the factor
+# beyond which a query is odd.
+_SCALES, _FEWEST_SCALES, _ODD = 127, 16, 100.0
 
 # The only dtype that can be coded.
 CODED = np.dtype(np.float32)
@@ -26,7 +35,15 @@ class DeadlineExceeded(TimeoutError):
 
 
 class InferenceFailed(RuntimeError):
-    """No worker could answer a query, and it could not be decoded."""
+    """No worker could answer a query, and it could not be decoded.
+
+    Attributes:
+        public: the message for clients, without what the model raised.
+    """
+
+    def __init__(self, message: str, public: str | None = None):
+        RuntimeError.__init__(self, message)
+        self.public = message if public is None else public
 
 
 class ServerClosing(RuntimeError):
@@ -268,6 +285,42 @@ class BatchSpec:
         return x
 
 
+class ScaleMonitor:
+    """Tells queries of quite another scale than most: coded with others, they would spoil them.
+
+    A coded data point is a sum of queries, in which much larger ones leave little of the others.
+    """
+
+    def __init__(self):
+        self._scales: collections.deque[float] = collections.deque(maxlen=_SCALES)
+        self._range = 0.0, math.inf
+        self._new = 0  # scales since the range was computed
+
+    def is_odd(self, x: Shaped[np.ndarray, "batch ..."]) -> bool:
+        """Return whether some of these queries are so, and remember their scales."""
+        if len(x) == 1:  # most often: Python's numbers are quicker
+            scales = [max(float(x.max()), -float(x.min()))]
+        else:
+            flat = x.reshape(len(x), -1)
+            scales = np.maximum(flat.max(axis=1), -flat.min(axis=1)).tolist()
+        self._scales.extend(scales)
+        self._new += len(scales)
+        if self._new >= _FEWEST_SCALES:
+            self._new = 0
+            usual = statistics.median(tuple(self._scales))
+            self._range = (usual / _ODD, usual * _ODD) if usual > 0 else (0.0, math.inf)
+        least, most = self._range
+        return not (least <= min(scales) and max(scales) <= most)
+
+
 def message_of(error: BaseException) -> str:
-    """Return the text that clients see of an error."""
-    return str(error) or type(error).__name__
+    """Return the text that clients see of an error, which may echo much of what they sent."""
+    public = error.public if isinstance(error, InferenceFailed) else str(error)
+    return shorten(public or type(error).__name__)
+
+
+def shorten(text: str) -> str:
+    """Return the text, or its beginning and its length."""
+    if len(text) <= _LONGEST_MESSAGE:
+        return text
+    return f"{text[:_LONGEST_MESSAGE]}... ({len(text)} characters)"

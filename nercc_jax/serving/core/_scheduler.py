@@ -33,8 +33,8 @@ from ._request import (
     Query,
     Reply,
     Request,
+    ScaleMonitor,
     ServerClosing,
-    message_of,
 )
 
 _LOG = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ _LINGERING, _LINGER = 256, 20
 # The share of approximate answers whose queries nobody has as they came that is computed, too.
 _AUDITED = 0.02
 _PROBE = 5.0  # seconds that a probe may take
+_LAST_TURN = 1.0  # seconds for which closing waits for a turn under way
 _WORKER_FREE = object()  # an event
 
 
@@ -81,6 +82,7 @@ class QueryScheduler:
         self.policy = policy
         self._pool, self._clock, self._coder = pool, pool.clock, coder
         self._queries, self._answers = queries, answers
+        self._scales = ScaleMonitor() if coder.num_data > 1 else None
         self._adaptation, self._observe = adaptation, adaptation.observe
         predictor = GroupPredictor(adaptation, policy, queries, answers, self._clock)
         self._decoder = GroupDecoder(coder, policy, adaptation, self._clock)
@@ -125,6 +127,8 @@ class QueryScheduler:
                 f"a deadline is a positive number of seconds, {MAX_DEADLINE_S:g} at most, not "
                 f"{deadline:g}"
             )
+        # Queries of another scale travel alone, as those that must be answered exactly.
+        exact = exact or (self._scales is not None and self._scales.is_odd(x))
         lead = self.policy.priority_lead_s if high else 0.0
         arrived, values = self._clock.now(), self._answers.zeros(len(x))
         request = Request(x, values, arrived, deadline, exact, lead, trace)
@@ -151,11 +155,14 @@ class QueryScheduler:
         return pool_health(self._pool, self._coder) if trouble is None else trouble
 
     def close(self, drain: float = 0.0) -> None:
-        """Accept no more requests, answer for up to `drain` seconds, and stop the thread."""
+        """Accept no more requests, answer for up to `drain` seconds, and stop the thread.
+
+        A turn that does not end is not waited for.
+        """
         self._open.close()
         self._events.wake()
         self._open.wait(drain)
-        self._events.close()
+        self._events.close(_LAST_TURN)
 
     def fail_open(self) -> None:
         """Fail what has no reply after `close`."""
@@ -222,7 +229,8 @@ class QueryScheduler:
             elif isinstance(concerned, Request):
                 requests.add(concerned)
             for request in requests:
-                self._fail(request, InferenceFailed(f"internal error: {message_of(error)}"))
+                why = f"internal error: {error}"
+                self._fail(request, InferenceFailed(why, "internal error"))
 
     def _fail(self, request: Request, error: Exception) -> None:
         for query in request.queries if request.audits else ():
@@ -394,11 +402,14 @@ class QueryScheduler:
         assert group.batch is not None
         if not group.batch.lost(0):
             return
-        reasons = [failure.reason for failure in group.batch.failures]
-        why = f"{len(reasons)} workers failed, the last: {reasons[-1]}" if reasons else "no worker"
+        failures = group.batch.failures
+        public = f"a query got no answer: {len(failures) or 'no'} workers failed"
+        why = f"{public}, the last: {failures[-1].reason}" if failures else public
+        if failures and failures[-1].refused:
+            public = why  # the server's own words
         for query in group.cells[0].queries:
             if not query.done:
-                self._fail(query.request, InferenceFailed(f"a query got no answer: {why}"))
+                self._fail(query.request, InferenceFailed(why, public))
 
     def _close_group(self, group: Group, now: float) -> None:
         """Close a group whose queries are answered, or keep it to receive stragglers' answers."""

@@ -14,6 +14,13 @@ class InvalidInput(ValueError):
     """A request that is not as the protocol or the model wants it."""
 
 
+class Unauthenticated(Exception):
+    """A request without a token that the server knows."""
+
+    def __init__(self):
+        Exception.__init__(self, "a token is needed: Authorization: Bearer TOKEN")
+
+
 class ModelNotFound(Exception):
     """There is no such model, or no such version of it."""
 
@@ -47,6 +54,7 @@ class Overloaded(RuntimeError):
 # By error: the statuses of HTTP and gRPC.
 STATUS: Mapping[type[Exception], tuple[int, grpc.StatusCode]] = {
     InvalidInput: (400, grpc.StatusCode.INVALID_ARGUMENT),
+    Unauthenticated: (401, grpc.StatusCode.UNAUTHENTICATED),
     ModelNotFound: (404, grpc.StatusCode.NOT_FOUND),
     BodyTimeout: (408, grpc.StatusCode.DEADLINE_EXCEEDED),
     TooLarge: (413, grpc.StatusCode.RESOURCE_EXHAUSTED),

@@ -9,7 +9,7 @@ import math
 import sys
 import uuid
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any, NamedTuple, TypeAlias, TypedDict
 
 import numpy as np
@@ -19,6 +19,7 @@ from pydantic import BaseModel, StrictBool, StrictFloat, StrictInt, ValidationEr
 from .._policy import MAX_DEADLINE_S
 from ..core._request import Reply
 from ._errors import InvalidInput, TooLarge, UnsupportedEncoding
+from ._json import JsonBounds, loads
 from ._servable import ADDED_OUTPUTS, Servable, Tensor
 
 # The only version of each model.
@@ -28,13 +29,12 @@ UNKNOWN = -1.0
 
 _MICROSECONDS, _MILLISECONDS = 1e6, 1e3
 
-# By kind of a tensor's dtype: the kinds that NumPy may find in JSON for it, and their name.
-_IN_JSON = {
-    "f": ("fiu", "numbers"),
-    "i": ("iu", "whole numbers"),
-    "u": ("iu", "whole numbers"),
-    "b": ("b", "booleans"),
-}
+_REQUEST_PARAMETERS = frozenset(
+    ("nercc_exact", "nercc_deadline_ms", "timeout", "priority", "binary_data_output")
+)
+
+# Bytes that a compressed body may become at a time.
+_UNPACKED = 2**20
 
 Parameters: TypeAlias = dict[str, StrictFloat | StrictInt | StrictBool | str]
 
@@ -86,12 +86,12 @@ class InferenceResponse(BaseModel):
 
 
 class InputTensor(NamedTuple):
-    """An input tensor: as numbers (`data`), or as bytes (`raw`)."""
+    """An input tensor: as numbers (`data`, or what is wrong with them), or as bytes (`raw`)."""
 
     name: str
     shape: list[int]
     datatype: str
-    data: list[Any] | None = None
+    data: np.ndarray | str | None = None
     raw: bytes | memoryview | None = None
 
 
@@ -129,8 +129,8 @@ class AnswerOptions(TypedDict):
     high: bool
 
 
-def decompress(body: bytes, encoding: str | None, limit: int) -> bytes:
-    """Return a body as it was before compression.
+def decompress(body: bytes | bytearray, encoding: str, limit: int) -> Iterator[bytes]:
+    """Yield the pieces of a body as it was before compression.
 
     Args:
         body: the compressed body.
@@ -142,23 +142,28 @@ def decompress(body: bytes, encoding: str | None, limit: int) -> bytes:
         UnsupportedEncoding: for an unknown encoding.
         InvalidInput: where the body is not compressed so.
     """
-    kind = (encoding or "identity").lower()
+    kind = encoding.lower()
     if kind == "identity":
-        return body
+        yield bytes(body)
+        return
     if kind not in ("gzip", "deflate"):
         raise UnsupportedEncoding(f"Content-Encoding {encoding!r}: gzip and deflate are known")
     reader = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # tells gzip from zlib by itself
-    try:
-        plain = reader.decompress(body, limit + 1)
-    except zlib.error as error:
-        raise InvalidInput(f"the body is not {kind}: {error}") from error
-    if len(plain) > limit:
-        raise TooLarge(f"the body is more than {limit} bytes when decompressed")
-    if not reader.eof:
-        raise InvalidInput(f"the body's {kind} data ends too early")
+    size = 0
+    while not reader.eof:
+        try:
+            piece = reader.decompress(body, min(_UNPACKED, limit + 1 - size))
+        except zlib.error as error:
+            raise InvalidInput(f"the body is not {kind}: {error}") from error
+        size += len(piece)
+        if size > limit:
+            raise TooLarge(f"the body is more than {limit} bytes when decompressed")
+        if not piece and not reader.eof:
+            raise InvalidInput(f"the body's {kind} data ends too early")
+        yield piece
+        body = reader.unconsumed_tail
     if reader.unused_data:
         raise InvalidInput(f"{len(reader.unused_data)} bytes after the body's {kind} data")
-    return plain
 
 
 def json_size(size: int, json_length: str | None, limit: int = sys.maxsize) -> int:
@@ -191,27 +196,45 @@ def json_size(size: int, json_length: str | None, limit: int = sys.maxsize) -> i
     return length
 
 
-def read_request(body: bytes, json_length: str | None) -> InferRequest:
+def json_bounds(servable: Servable, rows: int) -> JsonBounds:
+    """Return the most that the JSON of a request of this number of queries may hold."""
+    return JsonBounds.of(tuple(part.shape for part in servable.inputs.parts), rows)
+
+
+def read_request(
+    body: bytes | bytearray,
+    json_length: str | None,
+    parsed: tuple[Any, list[np.ndarray | str | None]] | None = None,
+) -> InferRequest:
     """Read a REST body: JSON, which ends at `json_length` if binary tensors follow it.
+
+    Args:
+        body: the body.
+        json_length: the length of the JSON by the request's header.
+        parsed: the JSON as `_json.loads` parses it, if that was done elsewhere.
 
     Raises:
         InvalidInput: where it is not such a body.
     """
-    head = body if json_length is None else body[: json_size(len(body), json_length)]
+    size = json_size(len(body), json_length)
     try:
-        request = InferenceRequest.model_validate(orjson.loads(head))
+        value, data = loads(memoryview(body)[:size]) if parsed is None else parsed
+        request = InferenceRequest.model_validate(value)
     except orjson.JSONDecodeError as error:
         raise InvalidInput(f"the body is not JSON: {error}") from error
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = "".join(f"{part}: " for part in (".".join(map(str, first["loc"])),) if part)
         raise InvalidInput(f"the request is not as it should be: {where}{first['msg']}") from error
-    binary = memoryview(body)[len(head) :]
+    binary = memoryview(body)[size:]
     inputs = []
-    for each in request.inputs:
+    for each, numbers in zip(request.inputs, data, strict=True):
         raw = None
+        check_parameters(f"input {each.name!r}", each.parameters, {"binary_data_size"})
         size = (each.parameters or {}).get("binary_data_size")
-        if size is not None and each.data is None:
+        if size is not None and each.data is not None:
+            raise InvalidInput(f"input {each.name!r} has both data and a binary_data_size")
+        if size is not None:
             if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= len(binary):
                 raise InvalidInput(
                     f"input {each.name!r}: binary_data_size {size!r} does not fit the "
@@ -220,16 +243,17 @@ def read_request(body: bytes, json_length: str | None) -> InferRequest:
             raw, binary = binary[:size], binary[size:]
         elif each.data is None:
             raise InvalidInput(f"input {each.name!r} has neither data nor a binary_data_size")
-        inputs.append(InputTensor(each.name, each.shape, each.datatype.upper(), each.data, raw))
+        inputs.append(InputTensor(each.name, each.shape, each.datatype.upper(), numbers, raw))
     if len(binary):
         raise InvalidInput(f"{len(binary)} bytes are left over after all binary tensors")
     parameters = request.parameters or {}
     # An output that does not say so is binary if the request says that all are.
-    every = bool(parameters.get("binary_data_output", False))
-    outputs = [
-        RequestedOutput(each.name, bool((each.parameters or {}).get("binary_data", every)))
-        for each in request.outputs or ()
-    ]
+    every = _boolean(parameters, "binary_data_output", False)
+    outputs = []
+    for each in request.outputs or ():
+        check_parameters(f"output {each.name!r}", each.parameters, {"binary_data"})
+        binary_output = _boolean(each.parameters or {}, "binary_data", every)
+        outputs.append(RequestedOutput(each.name, binary_output))
     return InferRequest(inputs, request.id, parameters, outputs, every)
 
 
@@ -279,19 +303,11 @@ def _read_tensor(given: InputTensor, wanted: Tensor) -> np.ndarray:
             )
         array = np.frombuffer(given.raw, np.uint8 if dtype.kind == "b" else dtype)
         return (array != 0 if dtype.kind == "b" else array).reshape(shape)
-    try:
-        # Nulls would become NaN, strings and booleans numbers.
-        numbers = np.array(given.data)
-        kinds, what = _IN_JSON[dtype.kind]
-        if numbers.dtype.kind not in kinds:
-            raise ValueError(f"not all of it are {what}")
-        with np.errstate(over="ignore"):
-            # What does not fit into integers is refused later, with the numbers of the queries.
-            return (numbers.astype(dtype) if dtype.kind == "f" else numbers).reshape(shape)
-    except (ValueError, OverflowError, TypeError) as error:
+    if not isinstance(given.data, np.ndarray):
         raise ValueError(
-            f"the data of {wanted.name!r} do not make a tensor of shape {list(shape)}: {error}"
-        ) from error
+            f"the data of {wanted.name!r} do not make a tensor of shape {list(shape)}: {given.data}"
+        )
+    return given.data.reshape(shape)
 
 
 def answer_options(request: InferRequest) -> AnswerOptions:
@@ -301,12 +317,11 @@ def answer_options(request: InferRequest) -> AnswerOptions:
     in microseconds and `priority`, 1 or 2 (0 means the default).
 
     Raises:
-        InvalidInput: for values of another kind.
+        InvalidInput: for values of another kind, and other parameters.
     """
     parameters = request.parameters
-    exact = parameters.get("nercc_exact", False)
-    if not isinstance(exact, bool):
-        raise InvalidInput(f"parameter nercc_exact must be a boolean, not {exact!r}")
+    check_parameters("a request", parameters, _REQUEST_PARAMETERS)
+    exact = _boolean(parameters, "nercc_exact", False)
     deadline = None
     for name, unit in (("timeout", _MICROSECONDS), ("nercc_deadline_ms", _MILLISECONDS)):
         if name not in parameters or (name == "timeout" and parameters[name] == 0):
@@ -323,6 +338,20 @@ def answer_options(request: InferRequest) -> AnswerOptions:
     if isinstance(priority, bool) or priority not in (0, 1, 2):
         raise InvalidInput(f"parameter priority must be 1 (high) or 2 (as usual), not {priority!r}")
     return {"deadline": deadline, "exact": exact, "high": priority == 1}
+
+
+def check_parameters(where: str, given: Mapping[str, Any] | None, known: Set[str]) -> None:
+    """Raise InvalidInput for parameters that would be ignored, such as Triton's classification."""
+    if unknown := [name for name in given or () if name not in known]:
+        raise InvalidInput(f"{where} has no parameters {unknown}, only {sorted(known)}")
+
+
+def _boolean(parameters: Mapping[str, Any], name: str, default: bool) -> bool:
+    """Return a boolean parameter. Raises InvalidInput where it is something else."""
+    value = parameters.get(name, default)
+    if not isinstance(value, bool):
+        raise InvalidInput(f"parameter {name} must be a boolean, not {value!r}")
+    return value
 
 
 def write_reply(

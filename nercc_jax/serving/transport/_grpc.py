@@ -16,12 +16,14 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
 from ..core._request import Reply, message_of
-from ..protocol._errors import INTERNAL, STATUS, InvalidInput
+from ..protocol._errors import INTERNAL, STATUS, InvalidInput, Unauthenticated
+from ..protocol._json import array_or_error
 from ..protocol._messages import (
     VERSION,
     InferRequest,
     InputTensor,
     RequestedOutput,
+    check_parameters,
     reply_parameters,
     response_outputs,
 )
@@ -82,6 +84,10 @@ class InferenceService:
         statistics = self._state.statistics(request.name, request.version or VERSION)
         return ParseDict(statistics, messages.ModelStatisticsResponse())
 
+    async def RepositoryIndex(self, request: Any, context: Any) -> messages.RepositoryIndexResponse:
+        models = self._state.repository_index(request.ready)
+        return ParseDict({"models": models}, messages.RepositoryIndexResponse())
+
     async def RepositoryModelLoad(self, request: Any, context: Any) -> Any:
         raise NotImplementedError("models are configured when the server starts")
 
@@ -92,7 +98,10 @@ class InferenceService:
             return dict(context.invocation_metadata() or ())
 
         state = self._state
-        with state.watch(request.model_name, metadata), state.memory.request() as add:
+        with (
+            state.watch(request.model_name, metadata),
+            state.memory.request(_client(context)) as add,
+        ):
             add(request.ByteSize())
             model = state.find(request.model_name, request.model_version or VERSION)
             given = read_message(request)
@@ -142,10 +151,41 @@ class HealthService(health_pb2_grpc.HealthServicer):
         return HealthCheckResponse.SERVING if ready else HealthCheckResponse.NOT_SERVING
 
 
+class _Authentication(grpc.aio.ServerInterceptor):
+    """Refuses calls without a token that the server knows, except those of health."""
+
+    _OPEN = (
+        f"/{_SERVICE.full_name}/ServerLive",
+        f"/{_SERVICE.full_name}/ServerReady",
+        "/grpc.health.v1.Health/Check",
+        "/grpc.health.v1.Health/Watch",
+    )
+
+    def __init__(self, state: ServerState):
+        self._state = state
+
+    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+        """Return the method's handler, or one that refuses."""
+        given = dict(handler_call_details.invocation_metadata or ()).get("authorization", "")
+        given = given if isinstance(given, bytes) else given.encode()
+        try:
+            if handler_call_details.method not in self._OPEN:
+                self._state.check_token(given)
+        except Unauthenticated as error:
+            status, message = STATUS[Unauthenticated][1], str(error)
+
+            async def refuse(request: Any, context: grpc.aio.ServicerContext) -> None:
+                await context.abort(status, message)
+
+            return grpc.unary_unary_rpc_method_handler(refuse)  # pyright: ignore[reportArgumentType]
+        return await continuation(handler_call_details)
+
+
 def make_grpc_server(state: ServerState) -> grpc.aio.Server:
     """Return the gRPC server, which listens nowhere yet."""
     settings = state.settings
     server = grpc.aio.server(
+        interceptors=[_Authentication(state)] if settings.token_file is not None else None,
         options=[
             ("grpc.max_receive_message_length", settings.max_body_bytes),
             ("grpc.max_send_message_length", -1),
@@ -186,6 +226,11 @@ def _with_statuses(method: Method) -> Method:
     return answer
 
 
+def _client(context: Any) -> str:
+    """Return the address of a call's client, without its port."""
+    return context.peer().rpartition(":")[0]
+
+
 def read_message(request: messages.ModelInferRequest) -> InferRequest:
     """Return an inference request's message as an `InferRequest`.
 
@@ -199,6 +244,11 @@ def read_message(request: messages.ModelInferRequest) -> InferRequest:
             f"raw input contents ({len(raw)}) for model {request.model_name!r}."
         )
     inputs = []
+    # Those of REST mean nothing here, but kserve's client sends them.
+    for each in request.inputs:
+        check_parameters(f"input {each.name!r}", each.parameters, {"binary_data_size"})
+    for each in request.outputs:
+        check_parameters(f"output {each.name!r}", each.parameters, {"binary_data"})
     for place, each in enumerate(request.inputs):
         datatype, data = each.datatype.upper(), None
         if raw and each.HasField("contents"):
@@ -208,7 +258,8 @@ def read_message(request: messages.ModelInferRequest) -> InferRequest:
             )
         if not raw:
             field = _CONTENTS.get(datatype)
-            data = [] if field is None else list(getattr(each.contents, field))
+            values = [] if field is None else getattr(each.contents, field)
+            data = array_or_error(values, list(each.shape), datatype)
         content = raw[place] if raw else None
         inputs.append(InputTensor(each.name, list(each.shape), datatype, data, content))
     outputs = [RequestedOutput(each.name) for each in request.outputs]

@@ -10,7 +10,7 @@ import http
 import json
 import re
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from typing import Any, Literal
 
 from starlette.datastructures import Headers
@@ -20,17 +20,27 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .._policy import MAX_DEADLINE_S
+from .._served_model import ServedModel
 from .._settings import ServerSettings
 from ..core._request import Reply, message_of
-from ..protocol._errors import INTERNAL, STATUS, BodyTimeout, TooLarge
+from ..protocol._errors import (
+    INTERNAL,
+    STATUS,
+    BodyTimeout,
+    InvalidInput,
+    TooLarge,
+    Unauthenticated,
+)
+from ..protocol._json import JsonCounter, TooManyNumbers
 from ..protocol._messages import (
     VERSION,
-    InferRequest,
     decompress,
+    json_bounds,
     json_size,
     read_request,
     write_reply,
 )
+from ._shares import PIECE, Connections
 from ._state import ServerState
 
 
@@ -40,10 +50,12 @@ class BoundedHttp(HttpToolsProtocol):
     A connection reads nothing, the head of a request, or its body.
     """
 
-    def __init__(self, settings: ServerSettings, **options: Any):
+    def __init__(
+        self, settings: ServerSettings, shared: "Connections[BoundedHttp]", **options: Any
+    ):
         """Create a connection; `options` are uvicorn's."""
         HttpToolsProtocol.__init__(self, **options)
-        self._settings = settings
+        self._settings, self._shared = settings, shared
         self._reading: Literal["nothing", "head", "body"] = "nothing"
         # Bytes of one request: of names and values in the head, and of everything.
         self._head = self._raw = 0
@@ -54,13 +66,17 @@ class BoundedHttp(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:  # uvloop's has none of asyncio's classes
         HttpToolsProtocol.connection_made(self, transport)
-        most = self._settings.max_connections
-        if len(self.connections) > most:
+        closed = self._shared.admit(self, (self.client or ("",))[0])
+        if closed is self:
+            most = self._shared.limit
             self._refuse(503, f"there are {most} connections: come again later")
-        else:
-            self._wait(self.timeout_keep_alive, self._abort)
+            return
+        if closed is not None:
+            closed._abort()
+        self._wait(self.timeout_keep_alive, self._abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._shared.remove(self)
         self._stop_waiting()
         HttpToolsProtocol.connection_lost(self, exc)
 
@@ -74,6 +90,8 @@ class BoundedHttp(HttpToolsProtocol):
         # Chunks have their price, too.
         elif self._raw > self._settings.max_header_bytes + 8 * self._settings.max_body_bytes:
             self._refuse(413, "the body is sent in too small chunks")
+        elif self._reading == "body" and self.cycle.response_complete:
+            self._shared.drain(self.transport)
 
     def on_message_begin(self) -> None:
         if self._reading == "nothing":  # right after the request before it
@@ -100,11 +118,15 @@ class BoundedHttp(HttpToolsProtocol):
         HttpToolsProtocol.on_message_complete(self)
         if self.cycle.response_complete:  # uvicorn's own timer ended with the data
             self._wait(self.timeout_keep_alive, self._abort)
+            self._shared.add_silent(self)
 
     def on_response_complete(self) -> None:
         HttpToolsProtocol.on_response_complete(self)
-        if self._reading == "body":  # answered, and still being sent
+        if self._reading == "nothing" and self.cycle.response_complete:
+            self._shared.add_silent(self)
+        elif self._reading == "body":  # answered, and still being sent
             self._wait(self._settings.head_timeout_s, self._abort)
+            self._shared.drain(self.transport)
 
     def timeout_keep_alive_handler(self) -> None:
         self._abort()
@@ -116,6 +138,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     def _begin(self) -> None:
         self._reading, self._head, self._raw = "head", 0, 0
+        self._shared.remove_silent(self)
         self._wait(self._settings.head_timeout_s, self._head_is_late)
 
     def _count(self, size: int) -> None:
@@ -168,8 +191,10 @@ class BoundedHttp(HttpToolsProtocol):
 
 _PATH = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
 
-# JSON of this size is read by another thread, so that other requests go on.
-_LARGE = 2**18
+# JSON above this size is parsed by another process, so that other requests go on.
+_LARGE = 2**17
+# Bytes of a number that was parsed.
+_NUMBER = 8
 
 # Seconds until the server starts to look whether the client is still there, which takes a task that
 # most answers come sooner than.
@@ -177,7 +202,14 @@ _WATCH_AFTER = 0.02
 
 _RETRY = {"retry-after": "1"}
 # Headers by status of errors. After 408 nobody reads the rest of the body.
-_HEADERS = {408: {"connection": "close"}, 429: _RETRY, 503: _RETRY}
+_HEADERS = {
+    401: {"www-authenticate": "Bearer"},
+    408: {"connection": "close"},
+    429: _RETRY,
+    503: _RETRY,
+}
+# Paths that need no token: probes have none, and the status page sends that of its own address.
+_OPEN = frozenset(("/", "/v2/health/live", "/v2/health/ready"))
 
 # nginx's status for a client that went away before it was answered.
 _CLIENT_CLOSED = 499
@@ -201,12 +233,21 @@ class InferenceEndpoint:
         self._app, self._state = app, state
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] == "POST":
-            path = scope["path"].removeprefix(scope.get("root_path", ""))
-            if (found := _PATH.fullmatch(path)) is not None:
-                name, version = found.groups(VERSION)
-                await self._respond(name, version, scope, receive, send)
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        if self._state.needs_token and scope["type"] == "http" and path not in _OPEN:
+            try:
+                self._state.check_token(dict(scope["headers"]).get(b"authorization", b""))
+            except Unauthenticated as error:
+                await error_response(error)(scope, receive, send)
                 return
+        found = _PATH.fullmatch(path)
+        if found is not None and scope["type"] == "http" and scope["method"] == "POST":
+            name, version = found.groups(VERSION)
+            await self._respond(name, version, scope, receive, send)
+            return
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            # The application has none of its own; whoever sends the response leaves out the body.
+            scope = {**scope, "method": "GET"}
         await self._app(scope, receive, send)
 
     async def _respond(
@@ -230,11 +271,23 @@ class InferenceEndpoint:
     async def _infer(
         self, name: str, version: str, scope: Scope, receive: Receive
     ) -> tuple[bytes, dict[str, str]]:
-        state = self._state
-        with state.watch(name, lambda: Headers(scope=scope)), state.memory.request() as add:
+        state, client = self._state, (scope.get("client") or ("",))[0]
+        with (
+            state.watch(name, lambda: Headers(scope=scope)),
+            state.memory.request(client) as add,
+        ):
             model = state.find(name, version)
-            request = await _read(scope, receive, state.settings, add)
             elapsed = seconds_since_proxy(scope["headers"], time.time())
+            body, length = await _read(scope, receive, model, state, add)
+            parsed, begin = None, time.monotonic()
+            if (size := json_size(len(body), length)) > _LARGE:
+                text, seconds = memoryview(body)[:size], model.settings.deadline_s
+                try:
+                    parsed = await state.reader.loads(client, text, seconds)
+                except ValueError as error:
+                    raise _refusal(error) from error
+                elapsed += time.monotonic() - begin
+            request = read_request(body, length, parsed)
             reply = await _while_connected(receive, state.answer(model, request, elapsed))
             return write_reply(reply, request, model.servable)
 
@@ -265,52 +318,98 @@ def seconds_since_proxy(headers: Iterable[tuple[bytes, bytes]], now: float) -> f
 
 
 async def _read(
-    scope: Scope, receive: Receive, settings: ServerSettings, add: Callable[[int], None]
-) -> InferRequest:
-    """Read the request. What takes long is done by another thread.
+    scope: Scope,
+    receive: Receive,
+    model: ServedModel,
+    state: ServerState,
+    add: Callable[[int], None],
+) -> tuple[bytes | bytearray, str | None]:
+    """Return the body, and the length of its JSON by the header. What takes long is refused early.
 
-    Raises as `_read_body`, `decompress`, `json_size` and `read_request` do.
+    Raises as `read_body`, `decompress` and `json_size` do.
     """
-    headers = dict(scope["headers"])
+    settings, headers = state.settings, dict(scope["headers"])
     length, encoding = (
         None if name not in headers else headers[name].decode("latin-1")
         for name in (b"inference-header-content-length", b"content-encoding")
     )
+    bounds = json_bounds(model.servable, model.settings.max_queue_size)
+    most = min(bounds.bytes, settings.max_json_bytes)
     announced = headers.get(b"content-length", b"0")
-    _check_announced(announced, length is None and encoding is None, settings)
-    body = await _read_body(receive, settings, add)
-    if encoding is not None:
-        packed = len(body)
-        body = await asyncio.to_thread(decompress, body, encoding, settings.max_body_bytes)
-        add(max(len(body) - packed, 0))
-    if json_size(len(body), length, settings.max_json_bytes) > _LARGE:
-        return await asyncio.to_thread(read_request, body, length)
-    return read_request(body, length)
+    _check_announced(announced, length is None and encoding is None, settings, most)
+    counter = JsonCounter(bounds, json_size(settings.max_body_bytes, length) if length else None)
+
+    taken = 0
+
+    def take(part: bytes) -> None:
+        nonlocal taken
+        taken += len(part)
+        if length is None:
+            json_size(taken, None, most)
+        add(len(part))
+        try:
+            counter.add(part)
+        except ValueError as error:
+            raise _refusal(error) from error
+
+    async def pause() -> None:
+        if counter.counting:
+            await state.reader.pause((scope.get("client") or ("",))[0])
+
+    if encoding is None:
+        body = await read_body(receive, settings, take, pause)
+    else:
+        packed = await read_body(receive, settings, lambda part: add(len(part)), pause)
+        body = await _unpack(decompress(packed, encoding, settings.max_body_bytes), take)
+    json_size(len(body), length, most)
+    add(_NUMBER * counter.numbers)
+    return body, length
 
 
-def _check_announced(announced: bytes, only_json: bool, settings: ServerSettings) -> None:
+def _refusal(error: ValueError) -> Exception:
+    """Return the protocol's error for one of reading JSON."""
+    if isinstance(error, TooManyNumbers):
+        return TooLarge(str(error))
+    return InvalidInput(f"the body is not as it should be: {error}")
+
+
+async def _unpack(pieces: Iterator[bytes], take: Callable[[bytes], None]) -> bytearray:
+    """Return a decompressed body, whose pieces another thread makes and `take` counts."""
+    body = bytearray()
+    while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+        take(piece)
+        body += piece
+    return body
+
+
+def _check_announced(
+    announced: bytes, only_json: bool, settings: ServerSettings, most: int
+) -> None:
     """Raise TooLarge where the announced size is, before the body is read."""
     limit = settings.max_body_bytes
     if not announced.isdigit() or int(announced) > limit:
         size = announced.decode("latin-1")
         raise TooLarge(f"the body has {size} bytes; at most {limit} are taken")
     if only_json:
-        json_size(int(announced), None, settings.max_json_bytes)
+        json_size(int(announced), None, most)
 
 
-async def _read_body(
-    receive: Receive, settings: ServerSettings, add: Callable[[int], None]
-) -> bytes:
-    """Return the body.
+async def read_body(
+    receive: Receive,
+    settings: ServerSettings,
+    take: Callable[[bytes], None],
+    pause: Callable[[], Awaitable[None]],
+) -> bytes | bytearray:
+    """Return the body, whose parts `take` counts as they come, with pauses between pieces.
 
     Raises:
         TooLarge: above the limit, before more is held in memory.
-        Overloaded: where all requests together hold too much.
         BodyTimeout: where it does not arrive in time.
         ClientDisconnect: where the client goes away.
+        Exception: as `take` does.
     """
     limit, seconds = settings.max_body_bytes, settings.body_timeout_s
-    parts, size, more = [], 0, True
+    body, more, next_pause = b"", True, PIECE
     try:
         async with asyncio.timeout(seconds):
             while more:
@@ -318,14 +417,19 @@ async def _read_body(
                 if message["type"] == "http.disconnect":
                     raise ClientDisconnect
                 part, more = message.get("body", b""), message.get("more_body", False)
-                add(len(part))
-                size += len(part)
-                if size > limit:
+                take(part)
+                if len(body) + len(part) > limit:
                     raise TooLarge(f"the body has more than {limit} bytes")
-                parts.append(part)
+                if isinstance(body, bytearray):
+                    body += part
+                else:  # one part, most often
+                    body = bytearray(part) if more else part
+                if more and len(body) >= next_pause:
+                    next_pause += PIECE
+                    await pause()
     except TimeoutError as error:
         raise BodyTimeout(f"the body did not come within {seconds:g} s") from error
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+    return body
 
 
 async def _while_connected(receive: Receive, answer: Coroutine[Any, Any, Reply]) -> Reply:

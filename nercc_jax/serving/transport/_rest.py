@@ -1,6 +1,7 @@
 """The REST application: the Open Inference Protocol, its description, the status page, metrics."""
 
 import asyncio
+import html
 import importlib.resources
 from collections.abc import Mapping
 from typing import Any
@@ -8,12 +9,13 @@ from typing import Any
 import fastapi
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CollectorRegistry, exposition
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
-from ..protocol._errors import INTERNAL, STATUS, ServerNotReady
+from ..core._request import shorten
+from ..protocol._errors import INTERNAL, STATUS, InvalidInput, ServerNotReady
 from ..protocol._messages import VERSION, InferenceRequest, InferenceResponse
-from ._http import InferenceEndpoint, error_response
+from ._http import InferenceEndpoint, error_response, read_body
 from ._state import ServerState
 
 _PATHS = ("/v2/models/{model_name}", "/v2/models/{model_name}/versions/{version}")
@@ -51,6 +53,21 @@ class ListModelsResponse(BaseModel):
     models: list[str]
 
 
+class IndexRequest(BaseModel):
+    """Which models to list: all, or those that are ready."""
+
+    ready: bool = False
+
+
+class IndexEntry(BaseModel):
+    """A model of the repository, and its state."""
+
+    name: str
+    version: str
+    state: str
+    reason: str
+
+
 class MetadataTensor(BaseModel):
     """An input or output of a model."""
 
@@ -83,6 +100,7 @@ def make_app(state: ServerState, registry: CollectorRegistry) -> fastapi.FastAPI
         title="nercc_jax",
         description="Coded inference by the Open Inference Protocol (V2).",
         version=state.metadata()["version"],
+        docs_url=None,  # FastAPI's pages load their scripts from elsewhere
         redoc_url=None,
     )
     _add_server(app, state)
@@ -114,6 +132,22 @@ def _add_server(app: fastapi.FastAPI, state: ServerState) -> None:
     @app.get("/v2/models", responses=not_ready)
     async def models() -> ListModelsResponse:
         return ListModelsResponse(models=list(state.names))
+
+    @app.post("/v2/repository/index", responses=not_ready)
+    async def index(request: fastapi.Request) -> list[IndexEntry]:
+        client = "" if request.client is None else request.client.host
+        with state.memory.request(client) as add:
+            body = await read_body(
+                request.receive,
+                state.settings,
+                lambda part: add(len(part)),
+                lambda: asyncio.sleep(0),
+            )
+            try:
+                asked = IndexRequest.model_validate_json(body or b"{}")
+            except ValidationError as error:
+                raise InvalidInput(error.errors()[0]["msg"]) from error
+        return [IndexEntry(**each) for each in state.repository_index(asked.ready)]
 
     # Before the models' own paths: one called `stats` has no metadata here.
     @app.get("/v2/models/stats", responses=not_ready)
@@ -192,6 +226,10 @@ def _add_pages(app: fastapi.FastAPI, state: ServerState, registry: CollectorRegi
     async def show_page() -> HTMLResponse:
         return HTMLResponse(page)
 
+    @app.get("/docs", include_in_schema=False)
+    async def show_description() -> HTMLResponse:
+        return HTMLResponse(_describe(app.openapi()))
+
     # Put together by other threads, because it takes milliseconds.
 
     @app.get("/status", include_in_schema=False)
@@ -206,13 +244,33 @@ def _add_pages(app: fastapi.FastAPI, state: ServerState, registry: CollectorRegi
         return Response(content, headers={"content-type": content_type})
 
 
+def _describe(description: Mapping[str, Any]) -> str:
+    """Return a page with all paths of a description, which loads nothing from elsewhere."""
+    rows = []
+    for path, methods in description["paths"].items():
+        for method, about in methods.items():
+            statuses = ", ".join(about["responses"])
+            text = about.get("description") or about["summary"]
+            cells = (method.upper(), path, text, statuses)
+            rows.append("".join(f"<td>{html.escape(cell)}</td>" for cell in cells))
+    title = html.escape(description["info"]["title"])
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
+        "<style>body{font-family:sans-serif;margin:2rem}td,th{text-align:left;padding:.3rem 1rem "
+        f".3rem 0}}</style><h1>{title}</h1><p>{html.escape(description['info']['description'])} "
+        'All schemas: <a href="openapi.json">openapi.json</a>.</p>'
+        "<table><tr><th>Method</th><th>Path</th><th>About</th><th>Statuses</th></tr><tr>"
+        f"{'</tr><tr>'.join(rows)}</tr></table></html>"
+    )
+
+
 def _add_errors(app: fastapi.FastAPI) -> None:
     async def known(request: fastapi.Request, error: Exception) -> Response:
         return error_response(error)
 
     async def no_such_path(request: fastapi.Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        message = f"{request.method} {request.url.path}: {error.detail}"
+        message = shorten(f"{request.method} {request.url.path}: {error.detail}")
         return JSONResponse({"error": message}, error.status_code, error.headers)
 
     async def unexpected(request: fastapi.Request, error: Exception) -> Response:

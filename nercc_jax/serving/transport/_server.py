@@ -32,6 +32,7 @@ from ..protocol._servable import Servable, make_servable
 from ._grpc import make_grpc_server
 from ._http import BoundedHttp, InferenceEndpoint
 from ._rest import make_app
+from ._shares import Connections
 from ._state import ServerState
 
 try:  # it takes less time for each request; there is none for Windows
@@ -47,6 +48,8 @@ _NOT_MAIN_THREAD = ValueError, RuntimeError  # raised where signals cannot be ha
 _TICK = 0.02
 # Seconds in which the last errors may reach their clients, if draining takes too long.
 _LAST_ERRORS = 3.0
+# Seconds after draining at which nothing is waited for any more, whatever models do.
+_LAST_WAIT = 4.5
 
 
 class Server:
@@ -59,6 +62,8 @@ class Server:
         settings: the server's settings.
         http_port: the port of REST; 0 before it listens.
         grpc_port: the port of gRPC; 0 before it listens.
+        ends_by: the monotonic time by which `run` and `serve` return; infinite before it drains.
+        lost: by model, the number of requests that were accepted, but not answered at the end.
     """
 
     def __init__(
@@ -79,11 +84,14 @@ class Server:
 
         Raises:
             ImportError: where they ask for packages that are missing.
+            ValueError: for files of tokens or TLS that are missing.
         """
         self.settings, self.starts = settings or ServerSettings(), dict(starts)
         self._telemetry = telemetry or telemetry_from_environment()
         self.state = ServerState({}, self.settings, list(starts), self._telemetry)
+        self._tls_pair = self.settings.tls_pair()
         self._open: dict[str, ServedModel] = {}  # not closed yet
+        self._closing: dict[str, threading.Thread] = {}
         registry = registry or CollectorRegistry()
         with contextlib.suppress(ValueError):  # it is there already, if a server had the registry
             ProcessCollector(registry=registry)
@@ -92,12 +100,15 @@ class Server:
         app = InferenceEndpoint(make_app(self.state, registry), self.state)
         self.http_port = self.grpc_port = 0
         drain = self.settings.drain_timeout_s
+        connections = Connections(self.settings.max_connections)
         self._http = uvicorn.Server(
             uvicorn.Config(
                 app,
                 host=self.settings.host,
                 port=self.settings.http_port,
-                http=functools.partial(BoundedHttp, self.settings),  # pyright: ignore[reportArgumentType]
+                http=functools.partial(BoundedHttp, self.settings, connections),  # pyright: ignore[reportArgumentType]
+                ssl_certfile=self.settings.tls_certificate,
+                ssl_keyfile=self.settings.tls_key,  # pyright: ignore[reportArgumentType]
                 ws="none",
                 log_config=None,
                 access_log=False,
@@ -110,6 +121,8 @@ class Server:
         )
         # Uvicorn would end at a signal, before the server can say that it drains.
         self._http.capture_signals = contextlib.nullcontext  # pyright: ignore[reportAttributeAccessIssue]
+        self.ends_by = math.inf
+        self.lost: dict[str, int] = {}
         self._grpc: grpc.aio.Server | None = None
         self._at_once = False
         self._signal: signal.Signals | None = None
@@ -133,7 +146,8 @@ class Server:
     async def serve(self) -> None:
         """Listen, start the models, serve until `stop` or a signal, drain, and close the models.
 
-        Signals are handled if this is the main thread's loop.
+        Signals are handled if this is the main thread's loop. A model that does not close in time
+        is left behind, with its threads.
 
         Raises:
             OSError: where a port is taken.
@@ -146,16 +160,28 @@ class Server:
                     await asyncio.sleep(0.01)
                 if not http.done():
                     await self._answer(http)
-            await http
+            with contextlib.suppress(asyncio.CancelledError):  # it did not end in time
+                await http
         finally:
-            await self._close_models()
+            self.state.reader.close()
+            ends = self._close_models()
             if self._telemetry is not None:
-                await asyncio.to_thread(self._telemetry.close)
+                ends["telemetry"] = _in_background(self._telemetry.close)
+            self.ends_by = min(self.ends_by, time.monotonic() + _LAST_WAIT)
+            while any(thread.is_alive() for thread in ends.values()):
+                if time.monotonic() > self.ends_by:
+                    left = [name for name, thread in ends.items() if thread.is_alive()]
+                    _LOG.warning("left behind: it does not close", extra={"left": left})
+                    break
+                await asyncio.sleep(_TICK)
 
     def stop(self) -> None:
         """Drain: answer what was accepted, and nothing new. The second time, end at once."""
         self._at_once = self.state.draining or not self.state.models
         self.state.draining = True
+        drain = self.settings.drain_delay_s + self.settings.drain_timeout_s
+        last = time.monotonic() + _LAST_WAIT
+        self.ends_by = min(self.ends_by, last if self._at_once else last + drain)
         _LOG.info("ending at once" if self._at_once else "draining")
 
     def __enter__(self) -> "Server":
@@ -210,12 +236,18 @@ class Server:
             server = make_grpc_server(self.state)
             address = f"{self.settings.host}:{self.settings.grpc_port}"
             try:
-                self.grpc_port = server.add_insecure_port(address)
+                self.grpc_port = self._add_grpc_port(server, address)
             except RuntimeError as error:
                 raise self.settings.cannot_listen(self.settings.grpc_port) from error
             await server.start()
             self._grpc = server
         _LOG.info("listening", extra=self._address())
+
+    def _add_grpc_port(self, server: grpc.aio.Server, address: str) -> int:
+        """Add the port, with TLS if there is a certificate. Raises RuntimeError if it is taken."""
+        if self._tls_pair is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, grpc.ssl_server_credentials([self._tls_pair]))
 
     def _address(self) -> dict[str, Any]:
         return {
@@ -273,12 +305,21 @@ class Server:
 
         await self._wait(ended, self.settings.drain_timeout_s)
         if not ended():
-            await self._close_models()
+            self._count_lost()
+            self._close_models()
             await self._wait(ended, _LAST_ERRORS)
         self._http.force_exit = True
         if self._grpc is not None:
-            await self._grpc.stop(None)
-        await asyncio.wait(ends)
+            ends.append(asyncio.create_task(self._grpc.stop(None)))
+        await asyncio.wait(ends, timeout=1.0)
+        http.cancel()
+
+    def _count_lost(self) -> None:
+        """Count and log the requests that will not be answered."""
+        found = {name: model.in_flight for name, model in self._open.items()}
+        self.lost = {name: number for name, number in found.items() if number}
+        if self.lost:
+            _LOG.warning("requests are lost: draining took too long", extra={"lost": self.lost})
 
     async def _wait(self, happened: Callable[[], bool], seconds: float) -> None:
         """Wait until it happened, but no longer, and not if the server should end at once."""
@@ -286,10 +327,14 @@ class Server:
         while not happened() and not self._at_once and time.monotonic() < end:
             await asyncio.sleep(_TICK)
 
-    async def _close_models(self) -> None:
-        """Close all models. Only those for whom draining was too short still wait."""
+    def _close_models(self) -> dict[str, threading.Thread]:
+        """Begin to close all models, and return the threads that do so.
+
+        A model that hangs may never be closed, so that nobody may have to wait for them.
+        """
         for name in list(self._open):
-            await asyncio.to_thread(self._close, name)
+            self._closing[name] = _in_background(functools.partial(self._close, name))
+        return dict(self._closing)
 
     def _close(self, name: str) -> None:
         model = self._open.pop(name, None)
@@ -324,6 +369,13 @@ class Server:
     def _interrupt(self, which: signal.Signals) -> None:
         self._signal = which
         self.stop()
+
+
+def _in_background(work: Callable[[], Any]) -> threading.Thread:
+    """Begin work in a thread that a process does not wait for when it ends."""
+    thread = threading.Thread(target=work, name="nercc-closing", daemon=True)
+    thread.start()
+    return thread
 
 
 def make_server(

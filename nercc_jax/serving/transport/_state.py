@@ -1,7 +1,9 @@
 """The state of the server: its models, and all that both transports ask of it."""
 
 import contextlib
+import hmac
 import importlib.metadata
+import logging
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,14 +15,14 @@ from .._served_model import ServedModel
 from .._settings import ModelSettings, ServerSettings
 from .._tracing import RequestLog, Telemetry, current
 from ..core._health import Health
-from ..core._request import DeadlineExceeded, Reply, message_of
+from ..core._request import DeadlineExceeded, InferenceFailed, Reply
 from ..protocol._errors import (
     OUTCOME,
     REFUSED,
     InvalidInput,
     ModelNotFound,
-    Overloaded,
     ServerNotReady,
+    Unauthenticated,
 )
 from ..protocol._messages import (
     VERSION,
@@ -32,44 +34,12 @@ from ..protocol._messages import (
     queries_of,
 )
 from ..protocol._servable import Servable
+from ._shares import JsonReader, RequestMemory
+
+_LOG = logging.getLogger(__name__)
 
 # Triton's extensions of the protocol that the server has.
-_EXTENSIONS = ("model_configuration", "schedule_policy", "statistics")
-
-
-class RequestMemory:
-    """Counts the bytes of all requests from their first byte to their answer.
-
-    For the event loop's thread only.
-    """
-
-    def __init__(self, limit: int):
-        """Create a count with the bytes that all requests together may use."""
-        self.limit, self.used = limit, 0
-
-    @contextlib.contextmanager
-    def request(self) -> Iterator[Callable[[int], None]]:
-        """Count one request's bytes until the end of the block.
-
-        Yields:
-            A function that adds a number of bytes; it raises `Overloaded` above the limit.
-        """
-        own = 0
-
-        def add(size: int) -> None:
-            nonlocal own
-            if self.used + size > self.limit:
-                raise Overloaded(
-                    f"the requests in hand have {self.used} bytes and {size} more came; at most "
-                    f"{self.limit} are held: come again later"
-                )
-            own += size
-            self.used += size
-
-        try:
-            yield add
-        finally:
-            self.used -= own
+_EXTENSIONS = ("model_configuration", "model_repository", "schedule_policy", "statistics")
 
 
 class ServerState:
@@ -80,6 +50,7 @@ class ServerState:
         names: the names of all models.
         settings: the server's settings.
         memory: the bytes of the requests in progress.
+        reader: parses large JSON.
         draining: whether the server answers its last requests.
     """
 
@@ -102,6 +73,8 @@ class ServerState:
         self.settings = settings
         self.names = (*models, *starting)
         self.memory = RequestMemory(settings.max_bytes_in_flight)
+        self.reader = JsonReader()
+        self._tokens = settings.tokens()
         self._log = RequestLog(settings.request_log_rate, telemetry)
         self.draining = False
         self._started = time.monotonic()
@@ -112,6 +85,22 @@ class ServerState:
         if self.draining:
             return "draining"
         return "serving" if len(self.models) == len(self.names) else "starting"
+
+    @property
+    def needs_token(self) -> bool:
+        """Whether clients must send a token."""
+        return bool(self._tokens)
+
+    def check_token(self, authorization: bytes) -> None:
+        """Raise Unauthenticated unless a token is needed and given, or none is needed.
+
+        Args:
+            authorization: the header, or gRPC's metadata, of this name; empty where there is none.
+        """
+        kind, _, token = authorization.strip().partition(b" ")
+        known = [hmac.compare_digest(token.strip(), each) for each in self._tokens]
+        if self._tokens and not (kind.lower() == b"bearer" and any(known)):
+            raise Unauthenticated
 
     # Health.
 
@@ -189,6 +178,12 @@ class ServerState:
             return await model.infer(queries, **options)
         except ValueError as error:
             raise InvalidInput(str(error)) from error
+        except InferenceFailed as error:
+            request.id = request.id or uuid.uuid4().hex
+            about = {"model": model.servable.name, "id": request.id, "why": str(error)}
+            _LOG.warning("inference failed", extra=about)
+            error.public += f": the server's log says why, by id {request.id}"
+            raise
 
     @contextlib.contextmanager
     def watch(self, name: str, headers: Callable[[], Mapping[str, str]]) -> Iterator[None]:
@@ -207,13 +202,27 @@ class ServerState:
             if outcome in REFUSED and name in self.models:
                 self.models[name].count(REFUSED[outcome])
             if trace is not None:
-                trace.error = message_of(error)
+                trace.error = str(error) or type(error).__name__
             raise
         finally:
             if trace is not None:
                 self._log.end(trace, outcome)
 
     # What the server says about itself.
+
+    def repository_index(self, ready: bool = False) -> list[dict[str, str]]:
+        """Return all models with their states, by Triton's extension; or only those ready."""
+        index = []
+        for name in self.names:
+            state, reason = "READY", ""
+            if not self.model_ready(name):
+                state, reason = "UNAVAILABLE", self.trouble(name)
+            if name not in self.models and not self.draining:
+                state = "LOADING"
+            if state == "READY" or not ready:
+                entry = {"name": name, "version": VERSION, "state": state, "reason": reason}
+                index.append(entry)
+        return index
 
     def metadata(self) -> dict[str, Any]:
         """Return the server's metadata."""
@@ -279,8 +288,8 @@ def _rest_of_deadline(model: ServedModel, deadline: float | None, elapsed: float
     if elapsed >= deadline:
         model.count("request_deadline")
         raise DeadlineExceeded(
-            f"its {deadline:g} s had passed before it came: it was under way for {elapsed:.3f} s, "
-            "by the proxy's X-Request-Start"
+            f"its {deadline:g} s had passed before it was read: it was under way for {elapsed:.3f} "
+            "s, by the proxy's X-Request-Start and the time that reading took"
         )
     return deadline - elapsed
 

@@ -1,0 +1,228 @@
+"""The shares of clients: the server's memory, the reading of large JSON, and its connections.
+
+A client is an address. No client, whatever it sends, keeps the server from answering the others.
+"""
+
+import asyncio
+import collections
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
+
+from ..protocol._errors import Overloaded
+from ..protocol._json import JsonProcess
+
+# The share of the memory that is left to small requests, and to clients with one request.
+_RESERVE = 0.25
+_SMALL = 2**16  # bytes of a small request
+# Seconds that parsing the largest JSON may take; it takes a tenth of one.
+_LONGEST = 30.0
+# Bytes of JSON that are received without a pause, and the pause after them, over all connections:
+# JSON comes no faster than it is parsed.
+PIECE, _PIECE_PAUSE = 2**18, 0.004
+# Connections of a client that has few of them, for which a part of all connections is kept free.
+_FEW, _KEPT_FOR_FEW = 8, 16
+# Seconds between two pieces of refused bodies that are still received, over all connections.
+_DRAIN_PAUSE = 0.01
+
+C = TypeVar("C")
+
+
+class RequestMemory:
+    """Counts the bytes of all requests from their first byte to their answer.
+
+    For the event loop's thread only.
+    """
+
+    def __init__(self, limit: int):
+        """Create a count with the bytes that all requests together may use."""
+        self.limit, self.used = limit, 0
+        self._requests: collections.Counter[str] = collections.Counter()  # by client
+
+    @contextlib.contextmanager
+    def request(self, client: str = "") -> Iterator[Callable[[int], None]]:
+        """Count one request's bytes until the end of the block.
+
+        Yields:
+            A function that adds a number of bytes; it raises `Overloaded` above the limit, or above
+            the client's share of it.
+        """
+        own = 0
+
+        def add(size: int) -> None:
+            nonlocal own
+            modest = own + size <= _SMALL or self._requests[client] == 1
+            if self.used + size > (self.limit if modest else (1 - _RESERVE) * self.limit):
+                raise Overloaded(
+                    f"the requests in hand have {self.used} bytes and {size} more came; at most "
+                    f"{self.limit} are held: come again later"
+                )
+            own += size
+            self.used += size
+
+        self._requests[client] += 1
+        try:
+            yield add
+        finally:
+            self.used -= own
+            self._requests[client] -= 1
+            if not self._requests[client]:
+                del self._requests[client]
+
+
+class Turns:
+    """A lock that clients get in turn, whatever number of requests each has.
+
+    For the event loop's thread only.
+    """
+
+    def __init__(self):
+        self._held = False
+        self._waiting: dict[str, collections.deque[asyncio.Future[None]]] = {}  # next client first
+
+    async def acquire(self, client: str) -> None:
+        """Wait for a turn."""
+        if not self._held:
+            self._held = True
+            return
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(client, collections.deque()).append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if not turn.cancelled():  # it had come
+                self.release()
+            raise
+
+    def release(self) -> None:
+        """Give the turn to the next client's first request that still waits."""
+        while self._waiting:
+            client, turns = next(iter(self._waiting.items()))
+            del self._waiting[client]
+            turn = turns.popleft()
+            if turns:
+                self._waiting[client] = turns  # behind the others
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._held = False
+
+
+class JsonReader:
+    """Receives and parses large JSON: piece by piece, and request by request, clients in turn.
+
+    A process of its own parses. For the event loop's thread only.
+    """
+
+    def __init__(self):
+        self._process = JsonProcess()
+        self._receiving, self._parsing = Turns(), Turns()
+
+    async def pause(self, client: str) -> None:
+        """Wait until the next piece of a body may be received."""
+        await self._receiving.acquire(client)
+        asyncio.get_running_loop().call_later(_PIECE_PAUSE, self._receiving.release)
+
+    async def loads(self, client: str, text: bytes | bytearray | memoryview, seconds: float) -> Any:
+        """Parse as `_json.loads`, and raise as it does.
+
+        Args:
+            client: the client.
+            text: the JSON.
+            seconds: how long to wait for a turn at most.
+
+        Raises:
+            Overloaded: where no turn comes, or the process fails.
+        """
+        try:
+            async with asyncio.timeout(seconds):
+                await self._parsing.acquire(client)
+        except TimeoutError as error:
+            raise Overloaded("too much JSON is being read: send binary tensors") from error
+        try:
+            loop = asyncio.get_running_loop()
+            work = loop.run_in_executor(None, self._process.loads, text)
+            work.add_done_callback(lambda done: done.cancelled() or done.exception())
+            if not (await asyncio.wait([work], timeout=_LONGEST))[0]:
+                self._process.end()
+            return await work
+        except OSError as error:
+            raise Overloaded(str(error)) from error
+        finally:
+            self._parsing.release()
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.end()
+
+
+class Connections(Generic[C]):
+    """The connections of a server: which there may be, and which make room for others.
+
+    At the limit, the connection that has been silent for longest is closed, of the client that has
+    most. So neither probes nor clients with few connections are locked out by those with many.
+    For the event loop's thread only.
+    """
+
+    def __init__(self, limit: int):
+        """Create an empty set with the number of connections that there may be."""
+        self.limit = limit
+        self._clients: dict[C, str] = {}
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._silent: dict[str, dict[C, None]] = {}  # by client, longest first
+        self._drained: collections.deque[Any] = collections.deque()
+
+    def admit(self, connection: C, client: str) -> C | None:
+        """Add a silent connection, and return the one to close instead: it itself at worst."""
+        self._clients[connection] = client
+        self._counts[client] += 1
+        closed = None
+        few = self._counts[client] <= _FEW
+        if len(self._clients) > self.limit - (0 if few else self.limit // _KEPT_FOR_FEW):
+            most = max(self._silent, key=self._counts.__getitem__, default=None)
+            closed = connection if most is None else next(iter(self._silent[most]))
+        if closed is not connection:
+            self.add_silent(connection)
+        if closed is not None:
+            self.remove(closed)
+        return closed
+
+    def remove(self, connection: C) -> None:
+        """Remove a connection, if it is there."""
+        if connection not in self._clients:
+            return
+        self.remove_silent(connection)
+        client = self._clients.pop(connection)
+        self._counts[client] -= 1
+        if not self._counts[client]:
+            del self._counts[client]
+
+    def add_silent(self, connection: C) -> None:
+        """Note that a connection waits for its next request, or its first."""
+        if (client := self._clients.get(connection)) is not None:
+            self._silent.setdefault(client, {})[connection] = None
+
+    def remove_silent(self, connection: C) -> None:
+        """Note that a request has begun."""
+        client = self._clients.get(connection)
+        if client is not None and (silent := self._silent.get(client)) is not None:
+            silent.pop(connection, None)
+            if not silent:
+                del self._silent[client]
+
+    def drain(self, transport: Any) -> None:
+        """Receive the next piece of a refused body when its turn comes, so that it costs little."""
+        transport.pause_reading()
+        self._drained.append(transport)
+        if len(self._drained) == 1:
+            self._drain_later()
+
+    def _drain_later(self) -> None:
+        asyncio.get_running_loop().call_later(_DRAIN_PAUSE, self._drain_next)
+
+    def _drain_next(self) -> None:
+        transport = self._drained.popleft()
+        if not transport.is_closing():
+            transport.resume_reading()
+        if self._drained:
+            self._drain_later()
