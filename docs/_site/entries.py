@@ -28,7 +28,7 @@ BLOCK = re.compile(r"^```\{entries\} (\S+)\n(.*?)^```$", re.MULTILINE | re.DOTAL
 ITEM = re.compile(r"(?:[-*]|\d+\.) ")  # of a list, at its left edge
 MARKUP = re.compile(r"(\\|(?<!^)(?<!\n)\*|\||(?<=\w)_(?=\W|$))")
 EXAMPLE = re.compile(
-    r"^```python\n(.*?)^```$|^((?:(?:>>>|\.\.\.).*\n?)+)", re.MULTILINE | re.DOTALL
+    r"^```python\n(.*?)^```$|^((?:[ \t]*(?:>>>|\.\.\.).*\n?)+)", re.MULTILINE | re.DOTALL
 )
 CALL = re.compile(r"`(?:\w+\.)*(\w+)\([^`]+\)[^`]*`")
 PYTHON = re.compile(r"^```(?:python|\{code-cell\}[^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

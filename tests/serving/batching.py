@@ -101,7 +101,7 @@ def serving(code, run=model, *, workers=12, faults=None, warm=True, estimator=No
             observe=lambda what, number: seen.append((what, number)),
         ) as batcher:
             batcher.test_coder, batcher.test_seen = coder, seen  # pyright: ignore
-            if warm:  # medians of a millisecond or so, which stragglers are told from
+            if warm:  # medians of a millisecond or so, by which stragglers are known
                 for each in queries(24, seed=99):
                     batcher.submit(each[None]).result(LONG)
                 settled(batcher)

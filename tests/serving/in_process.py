@@ -58,8 +58,8 @@ class Doubles(ServedModel):
             self.cancelled += 1
             raise
         zeros, ones = np.zeros(len(queries)), np.ones(len(queries), int)
-        told = (ones > 0, ones < 1, ones < 1, ones, ones, zeros, zeros)
-        return Reply(2 * queries, *told, queued=0.0, seconds=0.0)
+        options = (ones > 0, ones < 1, ones < 1, ones, ones, zeros, zeros)
+        return Reply(2 * queries, *options, queued=0.0, seconds=0.0)
 
     def count(self, refusal):
         self.refused.append(refusal)
@@ -73,11 +73,11 @@ class Doubles(ServedModel):
 
 @contextlib.contextmanager
 def listening(
-    starts: Mapping[str, Callable[[], ServedModel]], telemetry: Any = None, **told: Any
+    starts: Mapping[str, Callable[[], ServedModel]], telemetry: Any = None, **options: Any
 ) -> Iterator[Server]:
     """A server that listens; how `run` ended is its attribute `ended` then."""
     usual = {"http_port": 0, "grpc_port": None, "drain_timeout_s": 1.0}
-    server = Server(starts, read_settings(None, **usual | told), CollectorRegistry(), telemetry)
+    server = Server(starts, read_settings(None, **usual | options), CollectorRegistry(), telemetry)
     server.ended = None
 
     def run():
@@ -100,9 +100,9 @@ def listening(
 
 
 @contextlib.contextmanager
-def serving(model: Doubles, **told: Any) -> Iterator[Server]:
+def serving(model: Doubles, **options: Any) -> Iterator[Server]:
     """One that is ready."""
-    with listening({"digits": lambda: model}, **told) as server:
+    with listening({"digits": lambda: model}, **options) as server:
         for _ in straggler_threshold(ENDS):
             if server.state.phase == "serving":
                 break

@@ -65,14 +65,14 @@ _PROGRAMS = tempfile.mkdtemp(prefix="nercc-test-")
 atexit.register(shutil.rmtree, _PROGRAMS, ignore_errors=True)
 
 
-def environment(**told: str) -> dict[str, str]:
+def environment(**settings: str) -> dict[str, str]:
     """What a server is started with: nothing of ours but what the test tells."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("NERCC_")}
     return kept | {
         "JAX_COMPILATION_CACHE_DIR": _PROGRAMS,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        **told,
+        **settings,
     }
 
 
@@ -83,7 +83,7 @@ def command(*arguments: str) -> list[str]:
 class Server:
     """Starts in a folder, where `own.py` is, and waits until it is ready."""
 
-    def __init__(self, folder: Path, *arguments: str, config: str | None = None, **told: str):
+    def __init__(self, folder: Path, *arguments: str, config: str | None = None, **settings: str):
         (folder / "own.py").write_text(MODELS)
         if config is not None:
             (folder / "server.toml").write_text(config)
@@ -94,7 +94,7 @@ class Server:
             self.process = subprocess.Popen(
                 command(*arguments),
                 cwd=folder,
-                env=environment(**ports | told),
+                env=environment(**ports | settings),
                 stdin=subprocess.DEVNULL,
                 stderr=log,
             )
@@ -173,9 +173,9 @@ def straggler_threshold(seconds: float) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def running(folder: Path, *arguments: str, **told: Any) -> Iterator[Server]:
+def running(folder: Path, *arguments: str, **settings: Any) -> Iterator[Server]:
     """A server, which ends as it should: at SIGTERM, with exit code 0 and without errors logged."""
-    server = Server(folder, *arguments, **told)
+    server = Server(folder, *arguments, **settings)
     try:
         yield server
         server.signal()

@@ -70,7 +70,7 @@ def guarded(files):
     ("method", "path"),
     [("POST", INFER), ("GET", "/v2"), ("GET", "/metrics"), ("HEAD", "/status"), ("GET", "/none")],
 )
-def test_whoever_has_no_token_is_told_so(guarded, method, path, given):
+def test_whoever_has_no_token_is_reported_so(guarded, method, path, given):
     headers = {} if given is None else {"Authorization": given}
     answer = guarded[1].request(method, path, headers=headers, content=body())
     assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
@@ -200,7 +200,7 @@ def test_the_index_has_all_models_and_their_states():
 
 
 @pytest.mark.parametrize(
-    ("told", "message"),
+    ("settings", "message"),
     [
         ({"tls_key": "tls.key"}, "tls_certificate and tls_key belong together"),
         ({"token_file": "nowhere"}, "nowhere cannot be read: No such file"),
@@ -208,8 +208,8 @@ def test_the_index_has_all_models_and_their_states():
         ({"token_file": "empty"}, "empty has no token"),
     ],
 )
-def test_files_that_are_missing_are_told(tmp_path, monkeypatch, told, message):
+def test_files_that_are_missing_are_reported(tmp_path, monkeypatch, settings, message):
     monkeypatch.chdir(tmp_path)
     Path("empty").write_text("\n \n")
     with pytest.raises(ValueError, match=message):
-        Server({}, read_settings(None, **told))
+        Server({}, read_settings(None, **settings))

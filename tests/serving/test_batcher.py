@@ -664,7 +664,7 @@ def test_all_workers_gone_and_back():
 
 
 def test_storm():
-    """Stragglers, errors, NaN, deaths: everyone gets the answer to their own query, or is told."""
+    """Stragglers, errors, NaN, deaths: each query gets its own answer, or the reason."""
     faults = Faults(
         [
             Fault("delay", 0.15, latency=TraceLatency(jnp.array([0.05]))),

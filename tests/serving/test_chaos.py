@@ -105,8 +105,8 @@ class Chaos:
     def fault(self, what):
         self.faults.append(what)
 
-    def late(self, status, told, took, deadline):
-        why = told.get("error") or {**told["parameters"], "data": "..."}
+    def late(self, status, content, took, deadline):
+        why = content.get("error") or {**content["parameters"], "data": "..."}
         self.fault(f"at {self.now:.1f} s: {status} after {took:.2f} s of {deadline}: {why}")
 
     @property
@@ -137,22 +137,22 @@ class Chaos:
             begin = time.monotonic()
             try:
                 async with session.post(self.path, json=body) as answer:
-                    told = await answer.json(content_type=None)
+                    content = await answer.json(content_type=None)
             except Exception as error:
                 self.fault(f"an honest client lost a request: {error!r}")
                 continue
             took = time.monotonic() - begin
             if took > deadline + GRACE:
-                self.late(answer.status, told, took, deadline)
+                self.late(answer.status, content, took, deadline)
             if answer.status != 200:
                 self.errors[answer.status] = self.errors.get(answer.status, 0) + 1
-                if not told.get("error"):
-                    self.fault(f"{answer.status} without a word: {told}")
+                if not content.get("error"):
+                    self.fault(f"{answer.status} without a word: {content}")
                 await asyncio.sleep(0.05)
-            elif told["parameters"]["nercc_exact"]:
+            elif content["parameters"]["nercc_exact"]:
                 self.exact += 1
-                if np.abs(np.array(told["outputs"][0]["data"]) - 2 * x[0, :3]).max() > 1e-5:
-                    self.fault(f"a wrong answer to {x}: {told}")
+                if np.abs(np.array(content["outputs"][0]["data"]) - 2 * x[0, :3]).max() > 1e-5:
+                    self.fault(f"a wrong answer to {x}: {content}")
             else:
                 self.decoded += 1
             await asyncio.sleep(0.01)
@@ -167,7 +167,7 @@ class Chaos:
             await asyncio.sleep(0.02)
 
     async def liar(self, session):
-        """Whatever it says, it is told what is wrong."""
+        """Whatever it says, it gets the reason."""
         good = {"name": "input", "shape": [1, 4], "datatype": "FP32", "data": [0.5] * 4}
         lies = [
             (b"{", {}),
@@ -190,9 +190,9 @@ class Chaos:
             body, headers = random.choice(lies)
             try:
                 async with session.post(self.path, data=body, headers=headers) as answer:
-                    told = await answer.json(content_type=None)
-                if not (400 <= answer.status < 500 or self.down) or not told.get("error"):
-                    self.fault(f"{body[:60]!r} got {answer.status}: {told}")
+                    content = await answer.json(content_type=None)
+                if not (400 <= answer.status < 500 or self.down) or not content.get("error"):
+                    self.fault(f"{body[:60]!r} got {answer.status}: {content}")
             except Exception as error:
                 self.fault(f"{body[:60]!r} got {error!r}")
             await asyncio.sleep(0.05)
@@ -230,11 +230,11 @@ class Chaos:
     def tell(self):
         """What went wrong, and what else was seen then, to be read where it failed."""
         log = [line for line in self.server.log() if line["level"] in ("WARNING", "ERROR")]
-        told = [
+        content = [
             f"{line['time']} {line['message']}: {line.get('exc_info', '')[-200:]}" for line in log
         ]
         return "\n".join(
-            ["", *self.faults[:50], "slow turns:", *self.slow[-50:], "log:", *told[-50:]]
+            ["", *self.faults[:50], "slow turns:", *self.slow[-50:], "log:", *content[-50:]]
         )
 
     async def run(self):

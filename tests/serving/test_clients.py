@@ -130,13 +130,13 @@ def test_triton_needs_no_id(triton):
 def test_triton_may_compress(triton, algorithm, binary):
     x = numbers(50)
     if triton.face == "http":
-        told = {
+        given = {
             "request_compression_algorithm": algorithm,
             "response_compression_algorithm": algorithm,
         }
     else:
-        told = {"compression_algorithm": algorithm}
-    answer = triton(triton_calls.infer, "double", x, binary=binary, **told)
+        given = {"compression_algorithm": algorithm}
+    answer = triton(triton_calls.infer, "double", x, binary=binary, **given)
     np.testing.assert_array_equal(answer["outputs"]["output"], 2 * x[:, :3])
 
 
@@ -180,7 +180,7 @@ def test_triton_learns_what_there_is(triton):
         ({"x": np.zeros((101, 4)), "model": "slow"}, "413", "RESOURCE_EXHAUSTED", "holds 100"),
     ],
 )
-def test_triton_is_told_what_is_wrong(triton, options, status, code, words):
+def test_triton_gets_the_reason(triton, options, status, code, words):
     options = dict(options)
     x = options.pop("x", numbers(2))
     kind = np.float64 if options.get("datatype") == "FP64" else np.float32
@@ -198,31 +198,31 @@ def test_triton_may_ask_for_exact_answers(triton, server):
     np.testing.assert_array_equal(answer["outputs"]["output"], 2 * x[:, :3])
 
 
-def test_triton_is_told_how_a_model_is_set_up(triton):
-    told = triton(triton_calls.ask, "get_model_config", "rack", "1")
-    told = told if triton.face == "http" else told["config"]
-    assert (told["name"], told["backend"], told["max_batch_size"]) == ("rack", "nercc_jax", 1024)
-    types = {each["name"]: each["data_type"] for each in told["output"]}
+def test_triton_gets_the_models_configuration(triton):
+    given = triton(triton_calls.ask, "get_model_config", "rack", "1")
+    given = given if triton.face == "http" else given["config"]
+    assert (given["name"], given["backend"], given["max_batch_size"]) == ("rack", "nercc_jax", 1024)
+    types = {each["name"]: each["data_type"] for each in given["output"]}
     assert (types["output"], types["exact"]) == ("TYPE_FP32", "TYPE_BOOL")
-    assert [int(each) for each in told["input"][0]["dims"]] == [4]  # strings by gRPC's JSON
-    batching = told["dynamic_batching"]
+    assert [int(each) for each in given["input"][0]["dims"]] == [4]  # strings by gRPC's JSON
+    batching = given["dynamic_batching"]
     assert batching["preferred_batch_size"] == [1]
     assert (int(batching["priority_levels"]), int(batching["default_priority_level"])) == (2, 2)
 
 
 def test_triton_learns_what_was_done(triton):
-    def told():
+    def given():
         (stats,) = triton(triton_calls.ask, "get_inference_statistics", "slow")["model_stats"]
         return stats["inference_stats"], int(stats["inference_count"])
 
     def count(stats, name, key="count"):
         return int(stats[name].get(key, 0))
 
-    before, inferences = told()
+    before, inferences = given()
     triton(triton_calls.infer, "slow", numbers(2))
     refused = triton(triton_calls.infer, "slow", numbers(1), parameters={"nercc_exact": "yes"})
     assert refused["message"]
-    after, now = told()
+    after, now = given()
     assert now == inferences + 2
     for name, more in {"success": 1, "fail": 1, "queue": 1, "compute_infer": 1}.items():
         assert count(after, name) == count(before, name) + more, name
@@ -243,11 +243,11 @@ def test_perf_analyzer_runs_to_its_end(server, face):
     # Its script gives 0 whatever happens.
     program = Path(wheel.__file__).with_name("bin") / "perf_analyzer"
     address = {"http": f"127.0.0.1:{server.http_port}", "grpc": server.grpc}[face]
-    told = ["-m", "double", "-u", address, "-i", face, "--service-kind", "triton", "-b", "2"]
-    told += ["--input-data", "zero"]  # its random bytes are no finite numbers
+    given = ["-m", "double", "-u", address, "-i", face, "--service-kind", "triton", "-b", "2"]
+    given += ["--input-data", "zero"]  # its random bytes are no finite numbers
     asked = server.count("requests_total", model="double", outcome="ok")
     done = subprocess.run(
-        [program, *told, "--concurrency-range", "2", "--request-count", "20"],
+        [program, *given, "--concurrency-range", "2", "--request-count", "20"],
         capture_output=True,
         text=True,
         timeout=ENDS,
@@ -340,7 +340,7 @@ def test_kserve_learns_what_is_ready(kserve):
         ({"x": np.zeros((101, 4)), "model": "slow"}, 413, "RESOURCE_EXHAUSTED", "holds 100"),
     ],
 )
-def test_kserve_is_told_what_is_wrong(kserve, options, status, code, words):
+def test_kserve_gets_the_reason(kserve, options, status, code, words):
     options = dict(options)
     x = options.pop("x", numbers(2))
     kind = np.float64 if options.get("datatype") == "FP64" else np.float32
@@ -370,8 +370,8 @@ def test_answers_say_what_they_rest_on(server):
         np.testing.assert_array_equal(found["output"][exact].astype(np.float32), 2 * x[exact, :3])
         assert np.isfinite(found["output"]).all()
         assert (found["expected_disagreement"][exact] == 0).all()
-        unknown, told = -1, found["expected_disagreement"][~exact]
-        assert ((told == unknown) | ((told >= 0) & (told <= 1))).all()
+        unknown, given = -1, found["expected_disagreement"][~exact]
+        assert ((given == unknown) | ((given >= 0) & (given <= 1))).all()
         parameters = answer["parameters"]
         assert parameters["nercc_exact"] == exact.all()
         assert parameters["nercc_approximate"] == (~exact).sum()

@@ -267,7 +267,7 @@ def test_nothing_is_known_at_first_and_then_learnt():
     np.testing.assert_allclose(found.disagreement, wanted.disagreement, atol=0.15)
     nobody = estimator.expected_error(4, np.zeros(coder.num_workers, bool))
     assert np.isnan(nobody.disagreement).all()
-    # New groups come, so what was found is looked up anew; it is told until then.
+    # New groups come, so what was found is looked up anew; it is shown until then.
     for group, own in zip(answers, np.asarray(tanh(x)), strict=True):
         estimator.add_group(group, own)
     estimator.update_expected(4, usual)

@@ -95,12 +95,12 @@ class Looks:
         policy = BatchingPolicy(straggler_threshold=1.5, copies=copies, max_calls=most)
         self.pool = SimulatedPool(model, 24, seconds=lambda size: SERVICE)
         self.pool.calls = lambda: self.calls
-        self.told, self.random = [], np.random.default_rng(0)
+        self.replies, self.random = [], np.random.default_rng(0)
         self.controller = SettingController(policy, code, self.pool, predictor, self.hear)
         self.controller.start()
 
     def hear(self, what, number):
-        self.told.append(what)
+        self.replies.append(what)
 
     def look(self, share, times=1.0, copies=0.0, **ended):
         """Thousand queries: calls straggle by this share, and queries took so many times more."""
@@ -117,7 +117,7 @@ class Looks:
         for what, number in ({"query_exact": 1100} | ended).items():
             self.controller.observe(what, number)
         clock.run(clock.now())
-        assert "internal_error" not in self.told
+        assert "internal_error" not in self.replies
         return self.controller.setting
 
 
@@ -140,7 +140,7 @@ def test_what_may_be_spent_buys_the_shortest_tail(most, known, redundancy, caplo
     assert setting.redundancy == redundancy
     # As many straggle by 1.2 times the median as by the policy's threshold.
     assert setting.overdue.factor * setting.overdue.quantile < 1.5
-    assert looks.told.count("policy_change") == 1
+    assert looks.replies.count("policy_change") == 1
     assert "p99.9 of" in looks.controller.status()["reason"]
     assert [each.message[:20] for each in caplog.records] == ["policy: late after 1"]
     assert looks.look(0.05) == setting, "nothing has changed"
@@ -203,8 +203,8 @@ def test_what_costs_more_than_was_foreseen_is_given_up():
 def test_what_is_decoded_shows_when_it_is_tried():
     looks = Looks(2.2, code=Coder(INTERLEAVED))
     assert looks.look(0.05).redundancy == "always"
-    told = looks.look(0.05, times=3.6, query_decoded=2, reexecution=48)
-    assert told.redundancy == "none"
+    replies = looks.look(0.05, times=3.6, query_decoded=2, reexecution=48)
+    assert replies.redundancy == "none"
     assert looks.controller._decoded < 0.1
 
 
@@ -215,10 +215,10 @@ def test_traffic_is_served_by_what_is_picked():
     traffic = Traffic(Sure(), policy, code=Replication(1, 2), share=0.05)
     traffic.send(600)
     assert traffic.batcher._adaptation.setting.redundancy == "uncertain"
-    before, told = traffic.calls(), traffic.send(300)
+    before, replies = traffic.calls(), traffic.send(300)
     assert 1.2 < (traffic.calls() - before) / 300 < 1.4  # three of ten twice
-    assert np.quantile([seconds for seconds, *_ in told], 0.99) < 1.5 * SERVICE
-    assert labels_right(told) == 1
+    assert np.quantile([seconds for seconds, *_ in replies], 0.99) < 1.5 * SERVICE
+    assert labels_right(replies) == 1
 
 
 def test_arguments():

@@ -78,9 +78,9 @@ def test_a_batcher_that_is_held_up_is_not_waited_for(model, monkeypatch):
                 break
         patched.setattr(model._batcher._scheduler, "_dispatch", hold)
         asked = [clients.submit(ask, server, 0.3) for ask in (by_rest, by_grpc)]
-        told = [each.result(ENDS) for each in asked]
+        outcomes = [each.result(ENDS) for each in asked]
         assert held.is_set()
-        assert told == [(504, late), (grpc.StatusCode.DEADLINE_EXCEEDED, late)]
+        assert outcomes == [(504, late), (grpc.StatusCode.DEADLINE_EXCEEDED, late)]
         assert not release.is_set()
         assert model.status()["queue"]["in_flight"] == 2, "its thread is held still"
         patched.undo()
@@ -88,14 +88,14 @@ def test_a_batcher_that_is_held_up_is_not_waited_for(model, monkeypatch):
         assert by_rest(server, 30.0) == (200, None)
         totals = model.status()["totals"]
         assert totals["errors"]["deadline"] == 2
-        assert totals["queries"]["exact"] == 1, "who was told that it is late is not answered"
+        assert totals["queries"]["exact"] == 1, "a late request is not answered"
 
 
 NOW = 1_795_000_000.25  # in 2026
 
 
 @pytest.mark.parametrize(
-    ("told", "seconds"),
+    ("header", "seconds"),
     [
         ("1794999998.750", 1.5),  # nginx's $msec
         ("t=1794999998.750", 1.5),
@@ -111,8 +111,8 @@ NOW = 1_795_000_000.25  # in 2026
         ("t=1794990000", 0.0),  # ... and one that is hours behind
     ],
 )
-def test_proxies_tell_when_a_request_came(told, seconds):
-    headers = [(b"host", b"x"), (b"x-request-start", told.encode())]
+def test_proxies_tell_when_a_request_came(header, seconds):
+    headers = [(b"host", b"x"), (b"x-request-start", header.encode())]
     assert seconds_since_proxy(headers, NOW) == pytest.approx(seconds, abs=1e-6)
     assert seconds_since_proxy(headers[:1], NOW) == 0
 

@@ -44,7 +44,7 @@ def yaml_of(name):
 
 
 def settings_of(monkeypatch, arguments, environment):
-    """What `nercc serve` would serve by, told these."""
+    """What `nercc serve` would serve by, given these."""
     from typer.testing import CliRunner
 
     from nercc_jax.cli import _app, _serve, _serving_models
@@ -102,12 +102,12 @@ def test_server_toml_shows_every_setting_with_its_default():
     plain = ServerSettings()
     for name in ServerSettings.model_fields.keys() - {"models", "defaults"}:
         assert getattr(settings, name) == getattr(plain, name), name
-    told = settings.defaults.model_fields_set
+    given = settings.defaults.model_fields_set
     for each in (settings.defaults, *settings.models):
         for name in ModelSettings.model_fields.keys() - {"model"}:
             assert getattr(each, name) == getattr(ModelSettings(), name), name
     unset = {name for name, value in ModelSettings().model_dump().items() if value is None}
-    assert told | {"outputs"} | unset == ModelSettings.model_fields.keys()
+    assert given | {"outputs"} | unset == ModelSettings.model_fields.keys()
     # Those which have none are shown in comments, and are read as well as the others.
     shown = re.sub(
         r"^# (?=\[\[|\w+ = )", "", (DEPLOY / "server.toml").read_text(), flags=re.MULTILINE
@@ -228,10 +228,10 @@ def test_inference_service_serves_what_the_container_does(inference_service, mon
     predictor = inference_service.spec.predictor
     (container,) = predictor.containers
     assert container.name == "kserve-container"
-    told = {each.name: each.value for each in container.env}
-    assert told.pop("PROTOCOL") == "v2"
-    assert all(name.startswith("NERCC_") for name in told)
-    settings = settings_of(monkeypatch, container.args, image_environment() | told)
+    given = {each.name: each.value for each in container.env}
+    assert given.pop("PROTOCOL") == "v2"
+    assert all(name.startswith("NERCC_") for name in given)
+    settings = settings_of(monkeypatch, container.args, image_environment() | given)
     assert [each.model for each in settings.resolved()] == ["lenet5-digits"]
     ports = {each.name: each.container_port for each in container.ports}
     assert ports == {"http": settings.http_port, "grpc": settings.grpc_port}
@@ -329,8 +329,8 @@ def test_readme_commands_name_what_there_is(command, monkeypatch):
         context = serve.make_context("serve", words[2:])
         target = context.params["config_or_import_path"]
         if not target.endswith(".yaml"):
-            told = scripts.convert_args_to_dict(context.params["arguments"])
-            application = application_of(target, told)
+            given = scripts.convert_args_to_dict(context.params["arguments"])
+            application = application_of(target, given)
             assert application._bound_deployment.name == "CodedServer"
 
 
@@ -383,8 +383,8 @@ def test_ray_serve_yaml_is_as_ray_wants_it():
 
     config = yaml_of("ray-serve.yaml")
     schema = ServeDeploySchema.model_validate(config)
-    told = schema.model_dump(exclude_unset=True)
-    assert told["http_options"] == config["http_options"]  # what Ray does not know it would drop
+    given = schema.model_dump(exclude_unset=True)
+    assert given["http_options"] == config["http_options"]  # what Ray does not know it would drop
     (application,) = schema.applications
     assert config["applications"][0].keys() <= type(application).model_fields.keys()
     (deployment,) = application.deployments
@@ -435,7 +435,7 @@ def test_ray_application_takes_words_settings_and_files(tmp_path):
 
 @pytest.mark.slow
 def test_serves_proxy_tells_when_a_request_came():
-    """As a proxy before it has told already, if there is one."""
+    """A proxy before it may have said so already."""
     require("ray.serve", "ray-serve")
     from nercc_jax.cli.ray_serve import stamp
     from nercc_jax.serving.transport._http import seconds_since_proxy
@@ -616,8 +616,8 @@ def test_ray_serve_answers_as_the_model_itself(served):
     assert "nercc_requests_total" in httpx.get(f"{url}/metrics").text
     (log,) = served.logs.glob("replica_*")
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    told = [line for line in lines if line["message"] == "answered"]
-    assert [(line["outcome"], line["answers"]) for line in told] == [("ok", ["exact"] * 3)]
+    given = [line for line in lines if line["message"] == "answered"]
+    assert [(line["outcome"], line["answers"]) for line in given] == [("ok", ["exact"] * 3)]
 
 
 @pytest.mark.slow

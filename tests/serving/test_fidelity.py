@@ -196,13 +196,13 @@ def test_what_was_wrong_at_any_look_counts():
     apart: all that was ever wrong is wrong from there on."""
     features = np.zeros((4, 2, 5), np.float32)
     features[..., 0] = 1
-    told = np.ones((4, 2), bool)
+    available = np.ones((4, 2), bool)
     wrong = np.array([[True, False], [False, True], [False, False], [True, True]])
-    told[3] = False
-    doubt = calibrate(features, told, wrong, 4)
+    available[3] = False
+    doubt = calibrate(features, available, wrong, 4)
     assert doubt.wrong_from.size == 3
     np.testing.assert_allclose(doubt.wrong_from[:2], 1 / (1 + np.exp(-doubt.weights[0])), rtol=1e-6)
-    assert doubt.wrong_from[2] == 1, "what is not told is as uncertain as can be"
+    assert doubt.wrong_from[2] == 1, "an answer without a word is as uncertain as can be"
     np.testing.assert_allclose(doubt.weights[1:], 0, atol=1e-6)
 
 

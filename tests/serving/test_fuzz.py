@@ -59,8 +59,8 @@ def stub(server):
 def test_schemathesis_finds_nothing(server, tmp_path):
     """By the server's own description of its REST face."""
     require("schemathesis", "serve-test")
-    told = '[parameters]\nmodel_name = "double"\nversion = "1"\n'
-    (tmp_path / "schemathesis.toml").write_text(told)
+    message = '[parameters]\nmodel_name = "double"\nversion = "1"\n'
+    (tmp_path / "schemathesis.toml").write_text(message)
     before = server.count("requests_total", model="double", outcome="invalid")
     result = subprocess.run(
         [
@@ -156,8 +156,8 @@ def test_requests_in_binary(server, asked, raw, shift):
         tensor.setdefault("parameters", {}).setdefault("binary_data_size", len(raw))
     head = json.dumps(asked).encode()
     length = "much" if shift is None else str(len(head) + shift)
-    told = {"inference-header-content-length": length}
-    answer = server.http.post("/v2/models/double/infer", content=head + raw, headers=told)
+    message = {"inference-header-content-length": length}
+    answer = server.http.post("/v2/models/double/infer", content=head + raw, headers=message)
     assert answer.status_code in FINE, answer.text
 
 
@@ -167,8 +167,8 @@ def test_requests_in_binary(server, asked, raw, shift):
     st.sampled_from(["application/json", "text/plain", "multipart/form-data", "x"]),
 )
 def test_bodies_of_bytes(server, content, encoding, kind):
-    told = {"content-encoding": encoding, "content-type": kind}
-    answer = server.http.post("/v2/models/double/infer", content=content, headers=told)
+    message = {"content-encoding": encoding, "content-type": kind}
+    answer = server.http.post("/v2/models/double/infer", content=content, headers=message)
     assert answer.status_code in (400, 415), answer.text
 
 
@@ -187,7 +187,7 @@ BLAME = {
     st.lists(st.sampled_from(["output", "exact", "nothing"]), max_size=2),
     st.dictionaries(words | st.just("timeout"), st.booleans() | st.integers(-5, 5), max_size=2),
 )
-def test_requests_by_grpc(stub, model, inputs, raw, outputs, told):
+def test_requests_by_grpc(stub, model, inputs, raw, outputs, message):
     request = messages.ModelInferRequest(model_name=model, raw_input_contents=raw)
     for given_one in inputs:
         shape = [length for length in given_one["shape"] if -(2**63) <= length < 2**63]
@@ -198,7 +198,7 @@ def test_requests_by_grpc(stub, model, inputs, raw, outputs, told):
             tensor.contents.fp32_contents.extend(np.ravel(data).tolist())
     for name in outputs:
         request.outputs.add(name=name)
-    for name, value in told.items():
+    for name, value in message.items():
         kind = "bool_param" if isinstance(value, bool) else "int64_param"
         setattr(request.parameters[name], kind, value)
     call = stub.ModelInfer.future(request, timeout=ENDS)

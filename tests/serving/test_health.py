@@ -1,4 +1,4 @@
-"""What fails within the batcher is told at once, and its health tells the truth."""
+"""A failure within the batcher is reported at once, and its health is the truth."""
 
 import threading
 import time
@@ -21,7 +21,7 @@ FINE = Health(True, True)
 
 
 @pytest.mark.parametrize(
-    ("workers", "starting", "alarm", "ready", "told"),
+    ("workers", "starting", "alarm", "ready", "message"),
     [
         (8, 0, None, True, None),
         (8, 4, None, True, None),
@@ -31,7 +31,9 @@ FINE = Health(True, True)
         (8, 0, "the head is gone", False, "the head is gone"),
     ],
 )
-def test_it_is_ready_while_a_group_can_be_answered(workers, starting, alarm, ready, told, untyped):
+def test_it_is_ready_while_a_group_can_be_answered(
+    workers, starting, alarm, ready, message, untyped
+):
     pool = types.SimpleNamespace(
         trouble=None,
         clock=WALL,
@@ -41,7 +43,7 @@ def test_it_is_ready_while_a_group_can_be_answered(workers, starting, alarm, rea
     )
     coder = types.SimpleNamespace(num_data=4, num_workers=8)
     health = _health.pool_health(pool, coder)
-    assert health == Health(True, ready, told)
+    assert health == Health(True, ready, message)
 
 
 def becomes(batcher, expected, seconds=5.0):
@@ -58,7 +60,7 @@ def is_(live, ready):
 
 
 @pytest.mark.parametrize("step", ["dispatch", "complete"])
-def test_a_step_that_fails_is_told_at_once_and_the_next_works(step, monkeypatch):
+def test_a_step_that_fails_is_reported_at_once_and_the_next_works(step, monkeypatch):
     with serving(INTERLEAVED, straggler_threshold=1e6) as batcher:  # nobody straggles
         whole, left = getattr(batcher._scheduler._dispatcher, step), [1]
 
@@ -80,7 +82,7 @@ def test_a_step_that_fails_is_told_at_once_and_the_next_works(step, monkeypatch)
         assert batcher.health() == FINE
 
 
-def test_a_group_that_cannot_be_decided_is_told_at_once(monkeypatch):
+def test_a_group_that_cannot_be_decided_is_reported_at_once(monkeypatch):
     def fails(self, group, late):
         raise RuntimeError("a bug of ours")
 

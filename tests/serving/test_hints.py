@@ -1,4 +1,4 @@
-"""Hints for the log: each is told once when it has lasted, and once when it is over."""
+"""Hints for the log: each is logged once when it has lasted, and once when it is over."""
 
 # ruff: noqa: E402 (`require` comes before what needs it)
 
@@ -24,27 +24,27 @@ def hear(monkeypatch, caplog):
     log = _served_model.HintLog("digits", list)
 
     def hear(*looks):
-        told = []
+        reported = []
         for hints in looks:
             caplog.clear()
             log.update(hints)
             assert all(record.model == "digits" for record in caplog.records)
-            told.append([record.message for record in caplog.records])
-        return told
+            reported.append([record.message for record in caplog.records])
+        return reported
 
     return hear
 
 
-def test_a_hint_is_told_once_whatever_its_numbers(hear):
-    told = hear(*([f"no estimate yet: {known} of 32 groups"] for known in range(5)))
-    assert told == [[], ["hint: no estimate yet: 1 of 32 groups"], [], [], []]
+def test_a_hint_is_reported_once_whatever_its_numbers(hear):
+    reported = hear(*([f"no estimate yet: {known} of 32 groups"] for known in range(5)))
+    assert reported == [[], ["hint: no estimate yet: 1 of 32 groups"], [], [], []]
 
 
 def test_what_comes_and_goes_is_not_told(hear):
     assert hear(["full"], [], ["full"], [], ["full"]) == [[]] * 5
 
 
-def test_the_end_of_a_hint_is_told_once_it_has_lasted(hear):
+def test_the_end_of_a_hint_is_reported_once_it_has_lasted(hear):
     hear(["full"], ["full"])
     assert hear([], [], ["full"], [], []) == [[]] * 5
     assert hear([], []) == [["over: full"], []]

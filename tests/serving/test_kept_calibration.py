@@ -1,4 +1,4 @@
-"""What calibration told is kept between starts: the same is known, and nothing is run for it."""
+"""Results of calibration are kept between starts: the same is known, and nothing is run for it."""
 
 # ruff: noqa: E402 (`require` comes before what needs it)
 
@@ -32,16 +32,16 @@ class Rows:
 
 
 @pytest.fixture(scope="module")
-def told():
-    """A servable, and what its calibration told."""
+def calibrated():
+    """A servable, and the results of its calibration."""
     servable = make_servable("tanh", lambda x: jnp.tanh(3 * x @ WEIGHTS), (4,), calibration=Rows())
     estimator = ErrorEstimator(Coder(INTERLEAVED))
     calibrate_or_restore(estimator, servable.model, servable.calibration, None, None)
     return servable, estimator
 
 
-def test_what_was_told_is_told_again_without_the_data(told, tmp_path):
-    servable, estimator = told
+def test_a_kept_calibration_needs_no_data(calibrated, tmp_path):
+    servable, estimator = calibrated
     path = tmp_path / "folder" / "kept.npz"
     calibrate_or_restore(
         ErrorEstimator(Coder(INTERLEAVED)), servable.model, servable.calibration, None, path
@@ -71,8 +71,8 @@ def test_what_was_told_is_told_again_without_the_data(told, tmp_path):
         )
 
 
-def test_a_file_that_is_broken_is_made_anew(told, tmp_path):
-    servable, estimator = told
+def test_a_file_that_is_broken_is_made_anew(calibrated, tmp_path):
+    servable, estimator = calibrated
     path = tmp_path / "kept.npz"
     for content in (b"", b"PK\x03\x04 half of it"):
         path.write_bytes(content)
@@ -85,8 +85,8 @@ def test_a_file_that_is_broken_is_made_anew(told, tmp_path):
     assert [each.name for each in tmp_path.iterdir()] == ["kept.npz"]
 
 
-def test_where_nothing_can_be_written_nothing_is_kept(told, tmp_path):
-    servable, estimator = told
+def test_where_nothing_can_be_written_nothing_is_kept(calibrated, tmp_path):
+    servable, estimator = calibrated
     (tmp_path / "file").touch()
     again = ErrorEstimator(Coder(INTERLEAVED))
     calibrate_or_restore(
@@ -124,6 +124,6 @@ def test_its_name_has_all_that_it_depends_on(tmp_path, monkeypatch):
     [("", "lenet5-digits"), ("gs://there", "lenet5-digits"), ("here", "my:own")],
 )
 def test_not_all_is_kept(folder, model, monkeypatch):
-    """What your own model computes cannot be told from its name."""
+    """What your own model computes cannot be known from its name."""
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", folder)
     assert calibration_file(ModelSettings(model=model), NeRCC(4, 8)) is None

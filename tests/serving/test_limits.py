@@ -1,4 +1,4 @@
-"""What clients may send, and how slowly: whoever goes too far is told, and harms nobody."""
+"""What clients may send, and how slowly: whoever goes too far gets the reason, and harms nobody."""
 
 # ruff: noqa: E402 (`require` comes before what needs it)
 
@@ -48,8 +48,8 @@ def is_fine(server, connection=None):
     with contextlib.ExitStack() as stack:
         connection = connection or stack.enter_context(connect(server))
         connection.sendall(post(body()))
-        status, _, told = read_answer(connection)
-        assert (status, told["outputs"][0]["data"]) == (200, [2, 4, 6, 8])
+        status, _, response = read_answer(connection)
+        assert (status, response["outputs"][0]["data"]) == (200, [2, 4, 6, 8])
     return True
 
 
@@ -58,14 +58,14 @@ def is_fine(server, connection=None):
 
 @pytest.mark.parametrize("sent", [HALF, b"\r\n", b"P"])
 @pytest.mark.parametrize("before", [False, True], ids=["", "after an answer"])
-def test_half_a_head_is_told_and_cut_off(server, sent, before):
+def test_half_a_head_is_reported_and_cut_off(server, sent, before):
     with connect(server) as connection:
         if before:
             assert is_fine(server, connection)
         connection.sendall(sent)
-        status, headers, told = read_answer(connection)
+        status, headers, response = read_answer(connection)
         assert (status, headers["connection"]) == (408, "close")
-        assert told == {"error": "the request's head did not come within 0.2 s"}
+        assert response == {"error": "the request's head did not come within 0.2 s"}
         assert connection.recv(1) == b""
     assert is_fine(server)
 
@@ -101,11 +101,11 @@ TOO_LARGE = {"error": f"the head has more than {MOST} bytes"}
     ],
     ids=["one long header", "many", "a long path", "without end", "a path without", "trailers"],
 )
-def test_a_large_head_is_told_and_cut_off(server, head):
+def test_a_large_head_is_reported_and_cut_off(server, head):
     with connect(server) as connection:
         connection.sendall(head)
-        status, headers, told = read_answer(connection)
-        assert (status, headers["connection"], told) == (431, "close", TOO_LARGE)
+        status, headers, response = read_answer(connection)
+        assert (status, headers["connection"], response) == (431, "close", TOO_LARGE)
         assert is_cut_off(connection)
     assert is_fine(server)
 
@@ -121,15 +121,15 @@ def test_what_is_no_http_is_an_error_of_the_protocol(server):
 
 
 @pytest.mark.parametrize("drip", [b"", b" "], ids=["stuck", "drop by drop"])
-def test_a_body_that_does_not_come_is_told_and_cut_off(server, drip):
+def test_a_body_that_does_not_come_is_reported_and_cut_off(server, drip):
     with connect(server) as connection:
         connection.sendall(post(b"{", length=9000))
         if drip:
             assert is_cut_off(connection, drip)
             return
-        status, headers, told = read_answer(connection)
+        status, headers, response = read_answer(connection)
         assert (status, headers["connection"]) == (408, "close")
-        assert told == {"error": "the body did not come within 0.2 s"}
+        assert response == {"error": "the body did not come within 0.2 s"}
         assert is_cut_off(connection)
     assert server.state.memory.used == 0
 
@@ -137,8 +137,8 @@ def test_a_body_that_does_not_come_is_told_and_cut_off(server, drip):
 def test_a_body_that_comes_on_after_it_was_refused_is_cut_off(server):
     with connect(server) as connection:
         connection.sendall(post(b"x" * 100, length=10**9))
-        status, _, told = read_answer(connection)
-        assert (status, told["error"]) == (
+        status, _, response = read_answer(connection)
+        assert (status, response["error"]) == (
             413,
             "the body has 1000000000 bytes; at most 100000 are taken",
         )
@@ -146,13 +146,13 @@ def test_a_body_that_comes_on_after_it_was_refused_is_cut_off(server):
     assert is_fine(server)
 
 
-def test_a_body_in_tiny_chunks_is_told_and_cut_off():
+def test_a_body_in_tiny_chunks_is_reported_and_cut_off():
     limits = {"max_body_bytes": 1000, "max_header_bytes": 2000, "body_timeout_s": LATE}
     with serving(Doubles(), **limits) as server, connect(server) as connection:
         connection.sendall(post(b"", "Transfer-Encoding: chunked").replace(b"Content-L", b"X-L"))
         connection.sendall((b"1;" + b"x" * 1000 + b"\r\nx\r\n") * 20)
-        status, _, told = read_answer(connection)
-        assert (status, told["error"]) == (413, "the body is sent in too small chunks")
+        status, _, response = read_answer(connection)
+        assert (status, response["error"]) == (413, "the body is sent in too small chunks")
         assert is_cut_off(connection)
 
 
@@ -176,8 +176,8 @@ def test_large_json_is_refused_in_favour_of_binary(server):
     tensor |= {"parameters": {"binary_data_size": x.nbytes}}
     asked = {"inputs": [tensor], "parameters": {"binary_data_output": True}}
     head = json.dumps(asked).encode()
-    told = {"inference_header_content_length": str(len(head))}
-    assert ask(server, head + x.tobytes(), **told).status_code == 200
+    response = {"inference_header_content_length": str(len(head))}
+    assert ask(server, head + x.tobytes(), **response).status_code == 200
 
 
 def test_large_json_is_parsed_by_another_process(server, monkeypatch):
@@ -243,9 +243,9 @@ def test_connections_have_a_limit():
                 if not silent(server):
                     break
             with connect(server) as third:
-                status, headers, told = read_answer(third)
+                status, headers, response = read_answer(third)
                 assert (status, headers["connection"]) == (503, "close")
-                assert told == {"error": "there are 2 connections: come again later"}
+                assert response == {"error": "there are 2 connections: come again later"}
                 assert is_cut_off(third)
         for _ in straggler_threshold(ENDS):
             if not server._http.server_state.connections:

@@ -28,9 +28,9 @@ def test_stragglers_are_answered_as_soon_as_they_are_noticed():
     assert labels_right(early) == 1
     traffic.send(700)  # until enough stragglers were compared
     assert predictor.state == "answering"
-    before, told = traffic.calls(), traffic.send(500)
-    seconds = np.array([seconds for seconds, *_ in told])
-    predicted = [each for each in told if each[1].predicted[0]]
+    before, replies = traffic.calls(), traffic.send(500)
+    seconds = np.array([seconds for seconds, *_ in replies])
+    predicted = [each for each in replies if each[1].predicted[0]]
     # A tenth straggles, most of which is known: hardly a call more, and few wait for another.
     assert len(predicted) > 25
     assert traffic.calls() - before < 520
@@ -50,10 +50,10 @@ def test_when_the_world_changes_nothing_is_predicted_until_it_is_known_anew():
     traffic.send(900)
     assert predictor.share > 0.5
     traffic.model = turned
-    told = traffic.send(200)
+    replies = traffic.send(200)
     assert traffic.drifts >= 1
     assert predictor.status()["drifts"] == traffic.drifts
-    wrong = sum(reply.values[0].argmax() != own.argmax() for _, reply, own in told)
+    wrong = sum(reply.values[0].argmax() != own.argmax() for _, reply, own in replies)
     assert wrong <= 12, "of twenty stragglers; what was given out stops within 100 queries"
     traffic.send(700)
     assert predictor.state == "answering"
@@ -72,9 +72,9 @@ def test_a_student_answers_once_it_has_shown_that_it_is_right(student, answers):
     traffic = Traffic(predictor, BatchingPolicy(straggler_threshold=1.4, max_disagreement=0.05))
     assert not any(reply.predicted[0] for _, reply, _ in traffic.send(120))
     traffic.send(600)  # until enough stragglers were compared
-    told = traffic.send(250)
-    assert any(reply.predicted[0] for _, reply, _ in told) == answers
-    assert labels_right(told) >= 0.99
+    replies = traffic.send(250)
+    assert any(reply.predicted[0] for _, reply, _ in replies) == answers
+    assert labels_right(replies) >= 0.99
     assert (predictor.share > 0.9) == answers
 
 
@@ -82,12 +82,12 @@ def test_functions_are_answered_within_a_tolerance():
     predictor = Predictor()
     traffic = Traffic(predictor, BatchingPolicy(straggler_threshold=1.4, tolerance=0.05))
     traffic.send(900)
-    told = [each for each in traffic.send(400) if each[1].predicted[0]]
-    errors = [np.sqrt(np.mean((reply.values[0] - own) ** 2)) for _, reply, own in told]
-    assert len(told) > 10
+    replies = [each for each in traffic.send(400) if each[1].predicted[0]]
+    errors = [np.sqrt(np.mean((reply.values[0] - own) ** 2)) for _, reply, own in replies]
+    assert len(replies) > 10
     assert np.mean(np.array(errors) <= 0.05) >= 0.9
-    assert all(reply.expected_error[0] <= 0.05 for _, reply, _ in told)
-    assert all(np.isnan(reply.expected_disagreement[0]) for _, reply, _ in told)
+    assert all(reply.expected_error[0] <= 0.05 for _, reply, _ in replies)
+    assert all(np.isnan(reply.expected_disagreement[0]) for _, reply, _ in replies)
 
 
 class Says(Predictor):
@@ -156,8 +156,8 @@ def test_what_hangs_is_computed_elsewhere_to_be_compared():
     traffic.pool_seconds = lambda size: SERVICE
     traffic.send(50)
     traffic.pool_seconds = lambda size: 1e4 if traffic.random.random() < 0.1 else SERVICE
-    told = traffic.send(100)
-    predicted = sum(bool(reply.predicted[0]) for _, reply, _ in told)
+    replies = traffic.send(100)
+    predicted = sum(bool(reply.predicted[0]) for _, reply, _ in replies)
     assert predicted > 4
     assert len(predictor.audited) < predicted
     traffic.pool_seconds = lambda size: SERVICE
@@ -211,9 +211,9 @@ def by_difficulty(slow, delay):
 def test_queries_that_are_slow_because_they_are_hard_keep_the_promise(delay):
     """However late their own answers come: groups are kept for a second."""
     traffic = by_difficulty(0.02, delay)
-    predictor, told = traffic.batcher._adaptation.predictor, traffic.send(2000)
+    predictor, replies = traffic.batcher._adaptation.predictor, traffic.send(2000)
     traffic.clock.run(traffic.clock.now() + 10)
-    predicted = [(reply, own) for _, reply, own in told if reply.predicted[0]]
+    predicted = [(reply, own) for _, reply, own in replies if reply.predicted[0]]
     wrong = sum(reply.values[0].argmax() != own.argmax() for reply, own in predicted)
     assert wrong <= 0.1 * len(predicted) + 10
     evidence = predictor.status()["stragglers"]
@@ -261,7 +261,7 @@ def test_principal_components_are_those_of_the_covariance():
 def test_a_promise_of_nothing_wrong_is_kept_by_giving_nothing_out():
     predictor = Predictor(lambda x: jnp.tanh(x @ WEIGHTS))  # however good it is
     traffic = Traffic(predictor, BatchingPolicy(straggler_threshold=1.4, max_disagreement=0.0))
-    told = traffic.send(260)
-    assert not any(reply.predicted[0] for _, reply, _ in told)
-    assert labels_right(told) == 1
+    replies = traffic.send(260)
+    assert not any(reply.predicted[0] for _, reply, _ in replies)
+    assert labels_right(replies) == 1
     assert predictor.share == 0

@@ -61,8 +61,8 @@ def calibrate(estimator):
 def test_uncertain_redundancy_sends_coded_points_only_where_the_surrogate_doubts(sure):
     policy = BatchingPolicy(straggler_threshold=1.4, max_disagreement=0.1, redundancy="uncertain")
     traffic = Traffic(KnowsAll(sure), policy, INTERLEAVED, share=0.0, estimator=calibrated)
-    told = traffic.send(100)
-    assert all(reply.exact.all() for _, reply, _ in told)
+    sent_as = traffic.send(100)
+    assert all(reply.exact.all() for _, reply, _ in sent_as)
     # The code has as many coded points as queries. Of a group of one, none is ever sent.
     assert traffic.calls() == 100 if sure else traffic.calls() > 150
 
@@ -85,9 +85,9 @@ def test_a_tolerance_is_kept_by_predicting_or_asking_again_never_by_decoding():
     """How far decoded outputs of a function are off, nobody knows."""
     policy = BatchingPolicy(straggler_threshold=1.4, tolerance=0.05)
     traffic = Traffic(KnowsAll(False), policy, INTERLEAVED, share=0.15, estimator=calibrated)
-    told = traffic.send(300)
-    assert sum(reply.reexecuted.sum() for _, reply, _ in told) > 20
-    assert all((reply.exact | reply.predicted).all() for _, reply, _ in told)
+    sent_as = traffic.send(300)
+    assert sum(reply.reexecuted.sum() for _, reply, _ in sent_as) > 20
+    assert all((reply.exact | reply.predicted).all() for _, reply, _ in sent_as)
 
 
 def test_a_slow_model_is_well_for_as_long_as_its_answers_take():
@@ -186,8 +186,8 @@ def test_nothing_is_decoded_after_a_drift_until_new_stragglers_were_compared():
         given = ApproximateAnswer(answer, None, adaptation.epoch("decoded"), given=True)
         adaptation.audit(given, np.eye(3, dtype=np.float32)[1])
     assert not adaptation.admits(answer)
-    told = traffic.send(20)
-    assert all(reply.exact.all() for _, reply, _ in told)
+    sent_as = traffic.send(20)
+    assert all(reply.exact.all() for _, reply, _ in sent_as)
     assert traffic.batcher.estimator.progress()[0] < 20, "of 256 that were known"
     status = traffic.batcher.decoding_status()
     assert status["drifts"] == 1

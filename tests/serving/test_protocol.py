@@ -493,13 +493,13 @@ def test_a_reply_in_binary():
 @pytest.mark.parametrize("usual", [None, False, True])
 def test_outputs_say_each_whether_they_are_binary(usual):
     """The extension's rule: an output's own word, otherwise the request's, otherwise JSON."""
-    told = {} if usual is None else {"parameters": {"binary_data_output": usual}}
+    response = {} if usual is None else {"parameters": {"binary_data_output": usual}}
     outputs = [
         {"name": "expected_error", "parameters": {"binary_data": False}},
         {"name": "output"},
         {"name": "exact", "parameters": {"binary_data": True}},
     ]
-    found = parts(*rest(outputs=outputs, **told))
+    found = parts(*rest(outputs=outputs, **response))
     assert list(found) == ["expected_error", "output", "exact"]
     assert found["exact"] == b"\x01\x00"
     assert found["expected_error"] == [0.0, 1.5]
@@ -539,8 +539,8 @@ class Fails(ServedModel):
         self.refused.append(refusal)
 
 
-def state_of(model, **told):
-    return ServerState({"digits": model}, read_settings(None, **told))
+def state_of(model, **response):
+    return ServerState({"digits": model}, read_settings(None, **response))
 
 
 def call(state, method, path, **options):
@@ -593,7 +593,7 @@ def test_ways_that_there_are_not_are_errors_of_the_protocol(method, path, status
 
 def test_what_nobody_expected_is_an_error_of_the_protocol_and_is_logged():
     """The application raises it, for the server around it to log."""
-    told = []
+    response = []
 
     async def main():
         app = make_app(state_of(Fails(KeyError("a bug"))), CollectorRegistry())
@@ -602,7 +602,7 @@ def test_what_nobody_expected_is_an_error_of_the_protocol_and_is_logged():
             try:
                 await app(scope, receive, send)
             except Exception as error:
-                told.append(error)
+                response.append(error)
 
         transport = httpx.ASGITransport(logged)
         async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
@@ -611,7 +611,7 @@ def test_what_nobody_expected_is_an_error_of_the_protocol_and_is_logged():
     answer = asyncio.run(main())
     assert (answer.status_code, answer.json()) == (500, {"error": INTERNAL})
     assert answer.headers["content-type"] == "application/json"
-    assert [repr(error) for error in told] == ["KeyError('a bug')"]
+    assert [repr(error) for error in response] == ["KeyError('a bug')"]
 
 
 class Remembers(Fails):
@@ -645,14 +645,14 @@ class Waits(Fails):
 
     def __init__(self):
         super().__init__(None)
-        self.told = []
+        self.response = []
 
     async def infer(self, queries, **demanded):
-        self.told.append("came")
+        self.response.append("came")
         try:
             await asyncio.sleep(30)
         except asyncio.CancelledError:
-            self.told.append("gone")
+            self.response.append("gone")
             raise
 
 
@@ -667,7 +667,7 @@ def test_a_client_that_goes_away_while_it_waits_is_not_computed_for():
         scope |= {"headers": [], "query_string": b"", "http_version": "1.1", "scheme": "http"}
 
         async def receive():
-            while len(parts) == 1 and model.told != ["came"]:
+            while len(parts) == 1 and model.response != ["came"]:
                 await asyncio.sleep(0)
             return parts.pop(0)
 
@@ -680,7 +680,7 @@ def test_a_client_that_goes_away_while_it_waits_is_not_computed_for():
         return sent[0]["status"]
 
     assert asyncio.run(main()) == 499
-    assert model.told == ["came", "gone"]
+    assert model.response == ["came", "gone"]
 
 
 def test_a_server_that_drains_says_so_everywhere():
@@ -698,15 +698,15 @@ def test_both_faces_tell_health():
     state = state_of(model)
     model.is_well = Health(True, False, "no worker is ready")
     assert call(state, "GET", "/v2/health/ready").status_code == 503
-    told = call(state, "GET", "/v2/models/digits/ready")
-    assert told.status_code == 503
-    assert "no worker is ready" in told.json()["error"]
+    response = call(state, "GET", "/v2/models/digits/ready")
+    assert response.status_code == 503
+    assert "no worker is ready" in response.json()["error"]
     assert call(state, "GET", "/v2/health/live").status_code == 200
     assert not state.ready()  # what gRPC's face asks
     model.is_well = Health(False, False, "the batcher is stuck")
-    told = call(state, "GET", "/v2/health/live")
-    assert told.status_code == 503
-    assert "stuck" in told.json()["error"]
+    response = call(state, "GET", "/v2/health/live")
+    assert response.status_code == 503
+    assert "stuck" in response.json()["error"]
 
 
 def test_a_model_that_is_closed_refuses_with_503_and_counts_it():

@@ -24,16 +24,16 @@ def test_the_model_of_the_page_is_served_to_its_clients(tmp_path):
     (tmp_path / "shop.py").write_text(shop)
     server = Server(tmp_path, *shlex.split(serve)[2:])
     try:
-        told = subprocess.run(
+        printed = subprocess.run(
             ["bash", "-c", curl.replace("localhost:8000", f"127.0.0.1:{server.http_port}")],
             capture_output=True, text=True, timeout=60, check=True,
         )  # fmt: skip
-        assert '"output"' in told.stdout, told
-        told = subprocess.run(
+        assert '"output"' in printed.stdout, printed
+        printed = subprocess.run(
             [sys.executable, "-c", client.replace("localhost:8001", server.grpc)],
             capture_output=True, text=True, timeout=60, check=True,
         )  # fmt: skip
-        labels, exact, doubts = told.stdout.splitlines()
+        labels, exact, doubts = printed.stdout.splitlines()
         assert len(labels.strip("[]").split()) == len(doubts.strip("[]").split()) == 4
         assert "True" in exact or "False" in exact
     finally:

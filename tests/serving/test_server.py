@@ -288,19 +288,19 @@ INVALID = grpc.StatusCode.INVALID_ARGUMENT
     ],
 )
 def test_errors_by_both_faces(server, stub, more, status, code, words):
-    told = {"model": "double", "data": [1, 2, 3, 4], "shape": [1, 4]} | more
+    given = {"model": "double", "data": [1, 2, 3, 4], "shape": [1, 4]} | more
     with pytest.raises(grpc.RpcError) as error:
-        stub.ModelInfer(message(**told), timeout=ENDS)
+        stub.ModelInfer(message(**given), timeout=ENDS)
     assert (error.value.code(), words in error.value.details()) == (code, True), error.value
-    tensor = {"name": told.get("name", "input"), "datatype": "FP32"}
-    tensor |= {"shape": told["shape"], "data": told["data"]}
+    tensor = {"name": given.get("name", "input"), "datatype": "FP32"}
+    tensor |= {"shape": given["shape"], "data": given["data"]}
     content = {"inputs": [tensor]}
-    if "outputs" in told:
-        content["outputs"] = [{"name": name} for name in told["outputs"]]
-    if "parameters" in told:
-        content["parameters"] = told["parameters"]
-    version = f"/versions/{told['model_version']}" if "model_version" in told else ""
-    answer = server.http.post(f"/v2/models/{told['model']}{version}/infer", json=content)
+    if "outputs" in given:
+        content["outputs"] = [{"name": name} for name in given["outputs"]]
+    if "parameters" in given:
+        content["parameters"] = given["parameters"]
+    version = f"/versions/{given['model_version']}" if "model_version" in given else ""
+    answer = server.http.post(f"/v2/models/{given['model']}{version}/infer", json=content)
     assert answer.status_code == status
     assert list(answer.json()) == ["error"]
     assert words in answer.json()["error"]
@@ -477,7 +477,7 @@ def test_a_client_that_goes_away_while_it_waits_is_dropped(server, ask):
     assert server.status("slow")["queue"] == {"waiting": 0, "max": 4, "in_flight": 0}
 
 
-def test_a_queue_that_is_full_is_told_by_both_faces(server, stub):
+def test_a_queue_that_is_full_is_reported_by_both_faces(server, stub):
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
         answered = thread.submit(server.infer, "slow", [1.0] * 16)
         for _ in straggler_threshold(ENDS):

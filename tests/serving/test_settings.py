@@ -1,4 +1,4 @@
-"""What a server is told: every setting by file, environment and flag, and what is wrong with it."""
+"""The settings of a server: each by file, environment and flag, and what is wrong with it."""
 
 # ruff: noqa: E402 (`require` comes before what needs it)
 
@@ -159,8 +159,8 @@ def as_read(name, value):
 
 
 def test_the_log_for_people_has_all_fields():
-    told = {"msg": "it %s", "args": ("works",), "model": "a", "_ray_clock": 1, "seconds": 2}
-    record = logging.makeLogRecord(told)
+    given = {"msg": "it %s", "args": ("works",), "model": "a", "_ray_clock": 1, "seconds": 2}
+    record = logging.makeLogRecord(given)
     text = _serve._WithFields("%(levelname)s: %(message)s").format(record)
     assert text == "Level None: it works model=a seconds=2"
 
@@ -217,10 +217,10 @@ def test_sources_are_put_together_setting_by_setting(monkeypatch):
     assert settings.log_level == "DEBUG"
 
 
-@pytest.mark.parametrize(("told", "limit"), [(0.25, 0.25), (1.0, None), (None, None)])
-def test_any_disagreement_may_be_allowed(told, limit):
+@pytest.mark.parametrize(("given", "limit"), [(0.25, 0.25), (1.0, None), (None, None)])
+def test_any_disagreement_may_be_allowed(given, limit):
     """1 is a share like any other, and the last one: then answers are decoded whatever they are."""
-    assert ModelSettings(max_disagreement=told).policy().max_disagreement == limit
+    assert ModelSettings(max_disagreement=given).policy().max_disagreement == limit
 
 
 def test_models_come_before_defaults_even_where_they_say_what_is_usual():
@@ -254,19 +254,19 @@ def test_variables_of_others_are_left_alone(name, value, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("told", "served"),
+    ("given", "served"),
     [
         ({"model": "lenet5-digits"}, "lenet5-digits"),
         ({"model": "package.own:double"}, "package.own.double"),
         ({"model": "own:double", "name": "mine"}, "mine"),
     ],
 )
-def test_a_models_name_is_as_its_documentation_says(told, served):
-    settings = ModelSettings(**told, input_shape=(4,))
+def test_a_models_name_is_as_its_documentation_says(given, served):
+    settings = ModelSettings(**given, input_shape=(4,))
     assert settings.served_name == served
     about = str(ModelSettings.model_fields["name"].description)
     assert "default: that of the model, with a dot for a colon" in about
-    if told["model"] == "own:double":
+    if given["model"] == "own:double":
         assert _serving_models.servable_of(settings).name == served
 
 
@@ -274,7 +274,7 @@ def test_a_models_name_is_as_its_documentation_says(told, served):
 
 
 @pytest.fixture
-def told(monkeypatch):
+def given(monkeypatch):
     """Runs the command until it starts models; the server's settings, and the models'."""
     read = {}
 
@@ -303,7 +303,7 @@ def test_every_setting_has_a_flag():
 
 
 @pytest.mark.parametrize("name", [name for name in SERVER | MODEL if name != "model"])
-def test_every_flag_comes_before_environment_and_file(name, told):
+def test_every_flag_comes_before_environment_and_file(name, given):
     value = {**SERVER, **MODEL}[name]
     flag = f"--{name.replace('_', '-')}"
     text = [",".join(map(str, value)) if isinstance(value, list) else toml(value).strip('"')]
@@ -314,7 +314,7 @@ def test_every_flag_comes_before_environment_and_file(name, told):
         others = {} if other is None else {name: other}
         path = write(others, models=ONE)
         variables = {variable: as_variable(other)} if others else {}
-        server, _ = told("--config", str(path), flag, *text, **variables)
+        server, _ = given("--config", str(path), flag, *text, **variables)
         assert getattr(server, name) == getattr(ServerSettings(**{name: value}), name)
         return
     other = getattr(ModelSettings(), name)
@@ -326,17 +326,17 @@ def test_every_flag_comes_before_environment_and_file(name, told):
     variables = {
         f"NERCC_DEFAULTS__{n.upper()}": json.dumps(v).strip('"') for n, v in others.items()
     }
-    _, chosen = told("--config", str(path), flag, *text, **variables)
+    _, chosen = given("--config", str(path), flag, *text, **variables)
     assert [getattr(model, name) for model in chosen] == [as_read(name, value)] * len(models)
 
 
-def test_models_by_flag_replace_those_of_the_file(told):
-    _, chosen = told("--config", str(write(models=ONE)), "--model", "a:b", "--model", "c:d")
+def test_models_by_flag_replace_those_of_the_file(given):
+    _, chosen = given("--config", str(write(models=ONE)), "--model", "a:b", "--model", "c:d")
     assert [model.model for model in chosen] == ["a:b", "c:d"]
 
 
-def test_without_a_model_a_shipped_one_is_served(told):
-    assert [model.model for model in told()[1]] == ["lenet5-digits"]
+def test_without_a_model_a_shipped_one_is_served(given):
+    assert [model.model for model in given()[1]] == ["lenet5-digits"]
 
 
 def run(*arguments, **variables):
@@ -401,7 +401,7 @@ def refused(message, *arguments, **variables):
         ('[[models]]\nmodel = "a:b"\n[[models]]\nmodel = "c"\nname = "a.b"', "different names"),
     ],
 )
-def test_a_file_that_is_wrong_is_told_in_one_sentence(content, message):
+def test_a_file_that_is_wrong_is_reported_in_one_sentence(content, message):
     Path("server.toml").write_text(content)
     refused(message, "--config", "server.toml")
 
@@ -420,7 +420,7 @@ def test_a_file_that_is_wrong_is_told_in_one_sentence(content, message):
         ("NUM_DATA", "3", "the environment has NERCC_NUM_DATA: there is no such setting"),
     ],
 )
-def test_a_variable_that_is_wrong_is_told_in_one_sentence(name, value, message):
+def test_a_variable_that_is_wrong_is_reported_in_one_sentence(name, value, message):
     refused(message, **{f"NERCC_{name}": value})
 
 
@@ -476,7 +476,7 @@ OWN = ("--model", "own:double", "--input-shape", "4")
         ((*OWN, "--num-data", "8", "--num-workers", "4"), "need at least 8 workers, not 4"),
     ],
 )
-def test_arguments_that_are_wrong_are_told_in_one_sentence(arguments, message, monkeypatch):
+def test_arguments_that_are_wrong_are_reported_in_one_sentence(arguments, message, monkeypatch):
     Path("words.txt").write_text("words")
     Path("own.py").write_text(MODELS + "\n\ndef twice(x):\n    return x.astype('float16')\n")
     monkeypatch.delitem(__import__("sys").modules, "own", raising=False)
@@ -496,20 +496,20 @@ def test_arguments_that_are_wrong_are_told_in_one_sentence(arguments, message, m
     ],
 )
 def test_shapes_by_name(text, table, expected, monkeypatch):
-    for told in (text, table):
-        assert ModelSettings(input_shape=told).input_shape == expected
+    for given in (text, table):
+        assert ModelSettings(input_shape=given).input_shape == expected
     assert read_settings(write(defaults={"input_shape": table})).defaults.input_shape == expected
     monkeypatch.setenv("NERCC_DEFAULTS__INPUT_SHAPE", text)
     assert read_settings(None).defaults.input_shape == expected
 
 
 def test_datatypes_by_name():
-    told = ModelSettings(input_datatype="ids=INT64,mask=BOOL").input_datatype
-    assert told == {"ids": "INT64", "mask": "BOOL"}
+    given = ModelSettings(input_datatype="ids=INT64,mask=BOOL").input_datatype
+    assert given == {"ids": "INT64", "mask": "BOOL"}
 
 
 @pytest.mark.parametrize(
-    ("told", "code"),
+    ("given", "code"),
     [
         ({}, "Uncoded"),
         ({"scheme": "uncoded"}, "Uncoded"),
@@ -517,16 +517,16 @@ def test_datatypes_by_name():
         ({"input_datatype": None}, "NeRCC"),
     ],
 )
-def test_what_cannot_be_coded_is_served_uncoded_unless_it_was_asked_for(told, code):
-    told = {"model": "own:double", "input_shape": "4", "input_datatype": "INT64", **told}
-    settings = ModelSettings(**told)
+def test_what_cannot_be_coded_is_served_uncoded_unless_it_was_asked_for(given, code):
+    given = {"model": "own:double", "input_shape": "4", "input_datatype": "INT64", **given}
+    settings = ModelSettings(**given)
     servable = _serving_models.servable_of(settings)
     fitting = _serving_models.fitting_code(_serving_models.code_of(settings), settings, servable)
     assert type(fitting).__name__ == code
 
 
 @pytest.mark.parametrize(("face", "log"), [("HTTP", "text"), ("GRPC", "json")])
-def test_a_port_that_is_taken_is_told_in_one_sentence(face, log):
+def test_a_port_that_is_taken_is_reported_in_one_sentence(face, log):
     """Before anything is loaded; after the log, which is for people or for machines."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -553,9 +553,9 @@ def test_a_port_that_is_taken_is_told_in_one_sentence(face, log):
         assert all(re.fullmatch(form, line) for line in lines), lines
 
 
-@pytest.mark.parametrize("told", [{}, {"grpc_port": None}, SERVER])
-def test_the_printed_configuration_is_what_was_told(told, tmp_path):
-    path = write({k: toml_none(v) for k, v in told.items()}, {"num_data": 3}, [MODEL, ONE[0]])
+@pytest.mark.parametrize("given", [{}, {"grpc_port": None}, SERVER])
+def test_the_printed_configuration_is_what_was_given(given, tmp_path):
+    path = write({k: toml_none(v) for k, v in given.items()}, {"num_data": 3}, [MODEL, ONE[0]])
     code, printed = run("--config", str(path), "--print-config", "--num-workers", "9")
     assert code == 0
     (tmp_path / "printed.toml").write_text(printed)

@@ -71,8 +71,9 @@ def by_rest(server, number, model="slow"):
     body = {"name": "input", "datatype": "FP32", "shape": [1, 4], "data": [number] * 4}
     url = f"{server.url}/v2/models/{model}/infer"
     answer = httpx.post(url, json={"inputs": [body]}, timeout=2 * ENDS, trust_env=False)
-    told = answer.json()
-    return answer.status_code, told["outputs"][0]["data"][0] if "outputs" in told else told["error"]
+    content = answer.json()
+    found = content["outputs"][0]["data"][0] if "outputs" in content else content["error"]
+    return answer.status_code, found
 
 
 def by_grpc(server, number, model="slow"):
@@ -141,12 +142,12 @@ def test_it_says_that_it_drains_and_answers_meanwhile(start, threads):
     server.signal()
     assert server.wait() == 1
     assert lost(server) == {"hangs": 2}
-    for call in calls:  # told, or cut off
+    for call in calls:  # with a reason, or cut off
         with contextlib.suppress(httpx.TransportError):
             assert call.result(ENDS)[0] != 200
 
 
-def test_whoever_waits_longer_than_draining_takes_is_told(start, threads):
+def test_a_request_that_outlasts_draining_gets_an_error(start, threads):
     """Neither a model that hangs nor connections that are stuck keep the server alive."""
     server = start(service=FOREVER, timeout=0.5)
     calls = [threads.submit(ask, server, 1) for ask in (by_rest, by_grpc) for _ in range(3)]
@@ -162,9 +163,9 @@ def test_whoever_waits_longer_than_draining_takes_is_told(start, threads):
             connection.sendall(sent)
         assert server.http.get("/v2").status_code == 200  # and this one stays open
         server.signal(signal.SIGINT)  # as any other
-        told = [call.result(ENDS) for call in calls]
-        assert [status for status, _ in told] == [503] * 3 + [grpc.StatusCode.UNAVAILABLE] * 3
-        assert {words for _, words in told} == {"the server shut down before it could answer"}
+        outcomes = [call.result(ENDS) for call in calls]
+        assert [status for status, _ in outcomes] == [503] * 3 + [grpc.StatusCode.UNAVAILABLE] * 3
+        assert {words for _, words in outcomes} == {"the server shut down before it could answer"}
         assert hanging.result(ENDS)[0] == 503
         assert server.wait() == 1
     assert lost(server) == {"slow": 6, "hangs": 1}
@@ -215,10 +216,10 @@ def test_signals_end_a_start(tmp_path, which, code):
     """As shells say it; a container's first process would not end by itself."""
     late = "import pathlib, time\npathlib.Path('begun').touch()\ntime.sleep(500)\n"
     (tmp_path / "late.py").write_text(late)
-    told = command("--model", "late:model", "--input-shape", "4")
+    outcomes = command("--model", "late:model", "--input-shape", "4")
     ports = {"NERCC_HTTP_PORT": "0", "NERCC_GRPC_PORT": "0"}
     process = subprocess.Popen(
-        told, cwd=tmp_path, env=environment(**ports), stderr=subprocess.DEVNULL
+        outcomes, cwd=tmp_path, env=environment(**ports), stderr=subprocess.DEVNULL
     )
     try:
         for _ in straggler_threshold(STARTS):

@@ -142,7 +142,7 @@ def test_outputs_are_called_as_the_model_calls_them():
 
 
 @pytest.mark.parametrize(
-    ("model", "told", "message"),
+    ("model", "reported", "message"),
     [
         (lambda x: x.astype(jnp.float16), {}, "float32, integers or booleans; for B = 1, 'output'"),
         (lambda x: {"a": x, "b": x.sum()}, {}, "'b' was ShapeDtypeStruct(shape=(), dtype=float32)"),
@@ -157,9 +157,9 @@ def test_outputs_are_called_as_the_model_calls_them():
         (lambda x: x, {"calibration": np.zeros((5, 4))}, "calibration data do not fit: the model"),
     ],
 )  # fmt: skip
-def test_models_that_cannot_be_served_are_told_why(model, told, message):
+def test_models_that_cannot_be_served_get_the_reason(model, reported, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        make_servable("model", model, (3,), **told)
+        make_servable("model", model, (3,), **reported)
 
 
 def test_a_model_of_rows_is_the_model():

@@ -84,7 +84,7 @@ class Clients:
             self.lost += 1
             return
         except aiohttp.ClientError:
-            # Explicit, but only to be had from a server that has been told to end.
+            # Explicit, but only to be had from a server that has been asked to end.
             self.after_stop += self.stopped
             self.lost += not self.stopped
             return
@@ -182,7 +182,7 @@ def test_trouble_under_full_load(server):
     assert clients.approximate > 0
     # Decoded ones are flagged, and nearly all right.
     assert clients.agree / clients.approximate > 0.85
-    # Others were told why not: three workers died with the query, or nobody had time for it.
+    # Others got the reason: three workers died with the query, or nobody had time for it.
     before = {kind: n for kind, n in clients.errors.items() if "stopped" not in kind}
     assert set(before) <= {"502", "504"}
     assert sum(before.values()) < 0.2 * answered
@@ -192,5 +192,6 @@ def test_trouble_under_full_load(server):
     log = server.log()
     assert any(line["message"] == "draining" for line in log)
     # A Ray that is slow to start on a busy machine is started again.
-    told = [line["message"] for line in log if not line["message"].startswith("Ray did not start")]
-    assert not [message for message in told if "failed" in message]
+    lines = [line["message"] for line in log]
+    lines = [line for line in lines if not line.startswith("Ray did not start")]
+    assert not [line for line in lines if "failed" in line]

@@ -96,7 +96,7 @@ def test_grpcs_own_health_service_tells_every_change():
             name: stub.Watch(HealthCheckRequest(service=name), timeout=ENDS)
             for name in ("", "digits", "nothing")
         }
-        told = {name: [next(watch).status] for name, watch in watched.items()}
+        states = {name: [next(watch).status] for name, watch in watched.items()}
         for name in ("", "digits", "inference.GRPCInferenceService"):
             asked = HealthCheckRequest(service=name)
             assert stub.Check(asked, timeout=ENDS).status == HealthCheckResponse.NOT_SERVING
@@ -105,16 +105,16 @@ def test_grpcs_own_health_service_tells_every_change():
         assert error.value.code() == grpc.StatusCode.NOT_FOUND
         start.may.set()
         for name in ("", "digits"):
-            told[name].append(next(watched[name]).status)
+            states[name].append(next(watched[name]).status)
         asked = HealthCheckRequest(service="digits")
         assert stub.Check(asked, timeout=ENDS).status == HealthCheckResponse.SERVING
         server.stop()
         for name, watch in watched.items():
-            told[name] += [each.status for each in watch]  # which end by themselves
+            states[name] += [each.status for each in watch]  # which end by themselves
     changes = [HealthCheckResponse.NOT_SERVING, HealthCheckResponse.SERVING]
     changes += changes[:1]
     unknown = [HealthCheckResponse.SERVICE_UNKNOWN]
-    assert told == {"": changes, "digits": changes, "nothing": unknown}
+    assert states == {"": changes, "digits": changes, "nothing": unknown}
 
 
 def test_a_model_answers_while_another_starts():

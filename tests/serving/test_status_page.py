@@ -1,4 +1,4 @@
-"""The status page in a real browser: numbers move, workers are shown, a lost server is told."""
+"""The status page in a real browser: numbers move, workers are shown, a lost server is shown."""
 
 import shutil
 
@@ -100,12 +100,12 @@ def test_numbers_move(server, page, tmp_path):
 @pytest.fixture
 def shown(server, page):
     """Shows what a server would tell whose model's status is what a test makes of it."""
-    told = server.http.get("/status").json()
-    (model,) = told["models"]
+    status = server.http.get("/status").json()
+    (model,) = status["models"]
 
     def show(width=1280):
         page.set_viewport_size({"width": width, "height": 900})
-        page.route("**/status", lambda route: route.fulfill(json=told))
+        page.route("**/status", lambda route: route.fulfill(json=status))
         page.goto(server.url)
         page.wait_for_selector("[data-model]")
         return page
@@ -143,7 +143,7 @@ def test_it_is_not_green_unless_somebody_would_answer(shown, change):
     assert page.locator("#state").inner_text() in ("no worker answers", "not ready")
 
 
-def test_why_nothing_is_decoded_is_told(shown):
+def test_why_nothing_is_decoded_is_reported(shown):
     model, show = shown
     model["hints"] = ["no estimate yet: 3 of 32 groups", "the pool is saturated"]
     hints = show().locator(".hints li")
@@ -188,7 +188,7 @@ def test_on_a_phone_workers_and_errors_come_first(shown):
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
-def test_a_lost_server_is_told(server, page):
+def test_a_lost_server_is_reported(server, page):
     server.kill()
     page.wait_for_selector("html[data-state=lost]")
     assert page.locator("#state").inner_text().startswith("no connection since")

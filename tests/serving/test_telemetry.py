@@ -1,4 +1,4 @@
-"""What is told of single requests: lines of the log, and OpenTelemetry's spans."""
+"""Reports of single requests: lines of the log, and OpenTelemetry's spans."""
 
 # ruff: noqa: E402 (`require` comes before what needs it)
 
@@ -73,8 +73,8 @@ def server(spans):
         "decodes": lambda: start("decodes", NeRCC(2, 4, points="interleaved", lambda_dec=0.0)),
         "repeats": lambda: start("repeats", Uncoded(2)),
     }
-    told = {"grpc_port": 0, "request_log_rate": 1.0, "telemetry": Telemetry(provider)}
-    with listening(starts, **told) as server:
+    found = {"grpc_port": 0, "request_log_rate": 1.0, "telemetry": Telemetry(provider)}
+    with listening(starts, **found) as server:
         for _ in straggler_threshold(ENDS):
             if server.state.phase == "serving":
                 break
@@ -92,8 +92,8 @@ def lines(caplog, spans):
 def ask(server, model, name, count=1, **headers):
     tensor = {"name": "input", "datatype": "FP32", "shape": [count, 4], "data": [0.5] * 4 * count}
     url = f"http://127.0.0.1:{server.http_port}/v2/models/{model}/infer"
-    told = {"id": name, "inputs": [tensor]}
-    return httpx.post(url, json=told, headers=headers, timeout=ENDS, trust_env=False)
+    found = {"id": name, "inputs": [tensor]}
+    return httpx.post(url, json=found, headers=headers, timeout=ENDS, trust_env=False)
 
 
 def ask_by_grpc(server, model, name, metadata):
@@ -124,13 +124,13 @@ def test_the_log_says_who_shared_a_group(server, lines):
         names = ("first", "second")
         done = list(clients.map(lambda name: ask(server, "decodes", name), names))
     assert [each.status_code for each in done] == [200, 200]
-    told = {name: lines()[name].groups[0] for name in names}
+    found = {name: lines()[name].groups[0] for name in names}
     # Whoever was answered before the other came did not share anything until then.
-    assert told["first"]["group"] == told["second"]["group"] > alone["group"]
-    shared = [each for name in names for each in told[name]["shared_with"]]
+    assert found["first"]["group"] == found["second"]["group"] > alone["group"]
+    shared = [each for name in names for each in found[name]["shared_with"]]
     assert shared
     assert set(shared) <= set(names)
-    for each in told.values():
+    for each in found.values():
         assert each["queries"] == [0]
         assert 1 <= each["responded"] <= each["asked"] <= 4
     line = lines()["first"]
@@ -225,8 +225,8 @@ def test_what_the_client_does_not_sample_is_not_traced(server, spans, lines):
     family(spans, "loud")
     assert lines()["loud"].trace_id == TRACE
     assert not hasattr(lines()["quiet"], "trace_id")
-    told = {(span.attributes or {}).get("nercc.request_id") for span in spans.get_finished_spans()}
-    assert "quiet" not in told
+    found = {(span.attributes or {}).get("nercc.request_id") for span in spans.get_finished_spans()}
+    assert "quiet" not in found
 
 
 class Broken(Sampler):
@@ -302,10 +302,10 @@ def test_spans_reach_a_collector(bare):
         collector.shutdown()
     ((path, content),) = came
     assert path == "/v1/traces"
-    (told,) = ExportTraceServiceRequest.FromString(content).resource_spans
-    named = {each.key: each.value.string_value for each in told.resource.attributes}
+    (found,) = ExportTraceServiceRequest.FromString(content).resource_spans
+    named = {each.key: each.value.string_value for each in found.resource.attributes}
     assert named["service.name"] == "nercc_jax"
-    assert [span.name for span in told.scope_spans[0].spans] == ["infer digits"]
+    assert [span.name for span in found.scope_spans[0].spans] == ["infer digits"]
 
 
 def test_a_collector_that_does_not_answer_keeps_nobody(bare):

@@ -53,10 +53,10 @@ MODELS = {
 WORKERS = {"heads": 4, "tokens": 1, "count": 2}
 
 
-def start(name, code, meters, **told):
+def start(name, code, meters, **response):
     model, shape, datatype = MODELS[name]
     servable = make_servable(name, model, shape, datatype=datatype)
-    settings = ModelSettings(model=name, workers=WORKERS[name], max_batch_size=2, **told)
+    settings = ModelSettings(model=name, workers=WORKERS[name], max_batch_size=2, **response)
     return ServedModel(servable, code, settings, meters)
 
 
@@ -189,9 +189,9 @@ SCALED = "the model's output 'scaled'"
 def test_no_answer_that_is_not_finite_is_given(ask):
     """Among integers, too, where the pool sees bytes: it is tried at one other first."""
     x = {"ids": np.full((1, 5), 10**6), "mask": np.ones((1, 5), bool)}
-    told = ask("tokens", {**x, "scale": np.full(1, 3e38, "<f4")}, WORDS)
+    response = ask("tokens", {**x, "scale": np.full(1, 3e38, "<f4")}, WORDS)
     why = f"a query got no answer: 2 workers failed, the last: {SCALED} is not finite: "
-    assert told.startswith(why)
+    assert response.startswith(why)
 
 
 X, ONES = pictures(2), np.ones((2, 4), np.int8)
@@ -212,17 +212,17 @@ TAKES = "takes inputs 'image', FP32, of shape [-1, 2, 3]; 'meta', FP32, of shape
         ("count", {"input": np.ones((1, 3), "<f4")}, {"input": "FP32"}, "takes 'input', INT8"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_told_by_name(ask, model, arrays, words, message):
-    told = ask(model, arrays, words)
-    assert isinstance(told, str)
-    assert message in told
+def test_what_does_not_fit_is_reported_by_name(ask, model, arrays, words, message):
+    response = ask(model, arrays, words)
+    assert isinstance(response, str)
+    assert message in response
 
 
-def test_what_is_not_finite_is_told_by_name(server):
+def test_what_is_not_finite_is_reported_by_name(server):
     with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
         x = {**X, "meta": np.array([[1, 2, 3, 4], [1, 2, np.nan, 4]], "<f4")}
-        told = by_grpc(GRPCInferenceServiceStub(channel), True, "heads", x, FLOATS)
-    assert told == "'meta': queries [1] are not finite in float32"
+        response = by_grpc(GRPCInferenceServiceStub(channel), True, "heads", x, FLOATS)
+    assert response == "'meta': queries [1] are not finite in float32"
 
 
 def test_priority_by_every_face(ask):
@@ -266,9 +266,9 @@ def test_metadata_and_status_say_what_is_coded(http):
     outputs = [tuple(each.values()) for each in about("tokens")["outputs"]]
     assert outputs[:3] == [("odd", "BOOL", [-1]), ("scaled", "FP32", [-1]), ("seen", "INT32", [-1])]
     assert about("heads")["parameters"]["nercc_coded"] is True
-    told = about("tokens")["parameters"]
-    assert told["nercc_coded"] is False
-    assert told["nercc_uncoded"] == "input 'ids' is INT64, and codes mix floats (FP32) only"
+    response = about("tokens")["parameters"]
+    assert response["nercc_coded"] is False
+    assert response["nercc_uncoded"] == "input 'ids' is INT64, and codes mix floats (FP32) only"
     hints = {each["name"]: each["hints"] for each in http.get("/status").json()["models"]}
     assert any("nothing is coded: input 'input' is INT8" in hint for hint in hints["count"])
 

@@ -52,26 +52,26 @@ class Traffic:
 
     def send(self, number, **options):
         """So many queries, one by one: each with its latency, its reply, and the label it had."""
-        told, begin = [], self.clock.now()
+        replies, begin = [], self.clock.now()
 
         def come(x):
             arrived, own = self.clock.now(), self.model(x)
             future = self.batcher.submit(x, **options)
             future.add_done_callback(
-                lambda future: told.append((self.clock.now() - arrived, future.result(), own))
+                lambda future: replies.append((self.clock.now() - arrived, future.result(), own))
             )
 
         for place in range(number):
             x = self.random.normal(size=(1, *SHAPE)).astype(np.float32)
             self.clock.at(begin + place / self.rate, lambda x=x: come(x))
         self.clock.run(begin + number / self.rate + self.settle)
-        assert len(told) == number
-        return told
+        assert len(replies) == number
+        return replies
 
     def calls(self):
         report = self.pool.report()
         return report.answered + report.late
 
 
-def labels_right(told):
-    return np.mean([reply.values[0].argmax() == own.argmax() for _, reply, own in told])
+def labels_right(replies):
+    return np.mean([reply.values[0].argmax() == own.argmax() for _, reply, own in replies])

@@ -36,12 +36,12 @@ def infer(
             answer = client.infer(model, [tensor], outputs=asked, **options)
         except library.InferenceServerException as error:
             return {"status": error.status(), "message": error.message()}
-    told = answer.get_response(**({"as_json": True} if face == "grpc" else {}))
+    response = answer.get_response(**({"as_json": True} if face == "grpc" else {}))
     return {
-        "id": told["id"],
-        "version": told["model_version"],
-        "outputs": {each["name"]: answer.as_numpy(each["name"]) for each in told["outputs"]},
-        "in_json": [each["name"] for each in told["outputs"] if "data" in each],
+        "id": response["id"],
+        "version": response["model_version"],
+        "outputs": {each["name"]: answer.as_numpy(each["name"]) for each in response["outputs"]},
+        "in_json": [each["name"] for each in response["outputs"] if "data" in each],
     }
 
 
