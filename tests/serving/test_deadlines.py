@@ -145,5 +145,5 @@ def test_deadlines_count_from_the_proxy():
         usual = model.settings.deadline_s
         answer = ask(usual + 1)
         assert answer.status_code == 504
-        assert f"its {usual:g} s had passed before it came" in answer.json()["error"]
+        assert f"its {usual:g} s had passed before it was read" in answer.json()["error"]
         assert (model.came, model.refused) == (2, ["request_deadline"])
