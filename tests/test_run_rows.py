@@ -273,6 +273,14 @@ def test_rows_whose_workers_die_are_computed_by_others():
     np.testing.assert_array_equal(result.values, 2 * x)
 
 
+def test_rows_whose_workers_all_die_are_unknown_for_that_reason():
+    faults = Faults.from_rates(death_rate=1.0, seed=3)
+    with DevicePool(RowFunction(np.negative), 2, compiled=False, faults=faults) as pool:
+        result = run_rows(np.negative, np.ones((3, 1)), pool, tolerance=0.0)
+    assert set(result.status.tolist()) == {"unknown"}
+    assert set(result.reasons.values()) == {"its thread ended"}
+
+
 def test_a_row_that_comes_after_its_prediction_is_the_functions_own():
     table, rows = RowTable(2), np.array([1])
     table.add(rows, np.array([[2.0]]), np.array([0.1]), np.array([0.2]), exact=False)

@@ -27,7 +27,7 @@ from ._row_files import (
     load_fitted,
     save_fitted,
 )
-from ._row_learner import RowLearner
+from ._row_learner import NEWS, RowLearner
 from ._row_settings import (
     ATTEMPTS,
     Compute,
@@ -180,6 +180,7 @@ class _RowRun:
         self._unknown: dict[int, str] = {}
         self._size, self._of_size = settings.rows_per_call or 1, 0
         self._computed = 0  # rows that this run has had computed
+        self._offered = 0  # of them, those that the learner was last offered
         self._sent = 0  # rows that it has sent, without copies
         self._known = np.zeros(len(x), bool)  # rows that need not be computed, as things are
         if parts is not None and (path := parts.kept(_LEARNER)) is not None:
@@ -324,7 +325,7 @@ class _RowRun:
         rows, values = call.rows[fresh], values[fresh]
         if len(rows):
             vectors = values.reshape(len(rows), -1)
-            late |= call.given_up
+            late |= call.given_up or call.copy  # a copy is that of a late call
             self._late[rows] = late
             self._learner.compare(rows, vectors, late)
             nothing = np.zeros(len(rows))
@@ -343,7 +344,7 @@ class _RowRun:
         rows = [row for row in call.rows.tolist() if not self._table.done[row]]
         if raised is None:
             if not call.given_up and not call.copy:
-                self._try_again(rows)
+                self._try_again(rows, call.failure())
             return
         if len(call.rows) > 1:
             self._alone.extend(rows)
@@ -356,13 +357,13 @@ class _RowRun:
                 f"the function raises on all of the first {len(self._unknown)} rows: {raised}"
             )
 
-    def _try_again(self, rows: list[int]) -> None:
+    def _try_again(self, rows: list[int], why: str) -> None:
         for row in rows:
             self._tries[row] += 1
             if self._tries[row] < ATTEMPTS:
                 self._again.append(row)
             else:
-                self._unknown[row] = f"no answer within {self._settings.deadline:g} s"
+                self._unknown[row] = why
 
     def _look_at_late_calls(self) -> None:
         """Give up calls after their deadline; copy late ones where workers would be idle."""
@@ -374,8 +375,9 @@ class _RowRun:
                 call.given_up = True  # an answer that still comes is welcome
                 if not call.copy:
                     self._held[call.rows] -= 1
-                    open_rows = call.rows[~self._table.done[call.rows]]
-                    self._try_again([row for row in open_rows.tolist() if not self._held[row]])
+                    free = ~self._table.done[call.rows] & (self._held[call.rows] == 0)
+                    why = f"no answer within {self._settings.deadline:g} s"
+                    self._try_again(call.rows[free].tolist(), why)
             elif call.late and not call.copy and idle > 0 and call.copies < _COPIES:
                 rows = call.rows[~self._table.done[call.rows]]
                 if len(rows):
@@ -405,7 +407,9 @@ class _RowRun:
             self._arrange()
         left = min(self._seconds_left(), self._ends_at - time.monotonic())
         hurry = self._ends_at - time.monotonic() < 3 * self._learner.seconds
-        if not self._learner.busy and (left > self._learner.seconds or hurry):
+        news = self._computed - self._offered >= NEWS or (hurry and self._learner.fitted is None)
+        if news and not self._learner.busy and (left > self._learner.seconds or hurry):
+            self._offered = self._computed
             open_rows = np.flatnonzero(~table.done)
             late = self._late.copy()
             for call in self._calls.values():

@@ -32,7 +32,7 @@ LEARNER_THREAD = "nercc-learner"  # for which the end of a process waits
 _CAPACITY = 1024  # rows that the learner holds at most
 _FIRST = 96  # rows of the first fit
 _FEW = 512  # rows up to which a smaller learner is fitted, in a third of the time
-_NEWS = 32  # rows that are learned together between two fits
+NEWS = 32  # rows that are learned together between two fits
 _CHUNK = 1024  # rows that are predicted together
 _EVIDENCE = 20  # late rows, at least, by which the bars of other late rows are known
 _NEIGHBOURS = 8  # computed rows that a row is compared with, to see whether it may be late
@@ -129,7 +129,7 @@ class RowLearner:
             self._due, chosen = 2 * len(computed), self._chosen(computed)
             job = _fit_job(self._features[chosen], y[chosen].copy(), self._target)
             self._learned[computed] = True
-        elif fitted is not None and len(new) >= _NEWS:
+        elif fitted is not None and len(new) >= NEWS:
             new = new[-_CAPACITY:]
             job = _update_job(fitted, self._features[new], y[new].copy())
             self._learned[new] = True
@@ -344,9 +344,9 @@ def _update_job(
 ) -> Callable[[], FittedScheme]:
     def job() -> FittedScheme:
         learner = _learner_of(fitted)
-        for place in range(0, len(x), _NEWS):
-            pairs = (each[place : place + _NEWS] for each in (x, y))
-            learner = _updated(learner, *(_filled(each, _NEWS) for each in pairs))
+        for place in range(0, len(x), NEWS):
+            pairs = (each[place : place + NEWS] for each in (x, y))
+            learner = _updated(learner, *(_filled(each, NEWS) for each in pairs))
         scheme = eqx.tree_at(lambda scheme: scheme.surrogate, fitted.scheme, learner)
         return dataclasses.replace(fitted, scheme=scheme)
 
