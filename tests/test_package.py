@@ -84,3 +84,14 @@ def test_readme_has_no_link_that_leads_nowhere(home, monkeypatch):
         assert metadata["project_urls"]["Documentation"] == "https://them.github.io/it"
         kept = {link.removeprefix(f"{home}/blob/v1/") for link in links if "/blob/" in link}
         assert all((ROOT / link).exists() for link in kept)
+
+
+@pytest.mark.parametrize("script", ["smoke", "run"])
+def test_ci_names_tests_that_there_are(script):
+    words = re.findall(r"tests/[\w/.-]+\.py(?:::\w+)?", (ROOT / ".ci" / script).read_text())
+    assert words
+    for word in words:
+        path, _, name = word.partition("::")
+        assert f"def {name}(" in (ROOT / path).read_text() if name else (ROOT / path).is_file(), (
+            word
+        )
