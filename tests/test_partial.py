@@ -170,8 +170,8 @@ def test_broken_data_points_answers_and_one_group(x):
     square = np.concatenate([x, x])
     with pytest.raises(ValueError, match="may be one group of 4 or 4 groups"):
         infer(square, deadline=LONG)
-    infer = partial_inference(lambda b: b, code, mesh_of(3), grouped=True)
-    assert infer(square, deadline=LONG).predictions.shape == square.shape
+    by_group = partial_inference(lambda b: b, code, mesh_of(3), grouped=True)
+    assert by_group(square, deadline=LONG).predictions.shape == square.shape
     nothing = infer(x[1], deadline=LONG)
     assert not nothing.recovered.any()
     assert np.isnan(nothing.predictions).all()

@@ -341,8 +341,13 @@ def answer_options(request: InferRequest) -> AnswerOptions:
 
 
 def check_parameters(where: str, given: Mapping[str, Any] | None, known: Set[str]) -> None:
-    """Raise InvalidInput for parameters that would be ignored, such as Triton's classification."""
-    if unknown := [name for name in given or () if name not in known]:
+    """Raise InvalidInput for parameters that would be ignored, such as Triton's classification.
+
+    Triton's clients send some of their own, of which nothing is lost: `triton_...`.
+    """
+    if unknown := [
+        name for name in given or () if name not in known and not name.startswith("triton_")
+    ]:
         raise InvalidInput(f"{where} has no parameters {unknown}, only {sorted(known)}")
 
 
