@@ -187,13 +187,15 @@ def fit(
     ends: Ends = "natural",
     rows: int | None = None,
     known: Knots | None = None,
+    weights_move: bool = True,
 ) -> Fit:
     """Return the regression for these points, without those whose weight is zero.
 
     Args: as for `smoothing_spline`; with `rows`, knots are eliminated in parallel, else one after
-    the other: the same to rounding. `known` is that of `gather_knots`.
+    the other: the same to rounding. `known` and `weights_move` are those of `gather_knots`.
     """
-    knots = gather_knots(t, weights, dense=rows is not None, known=known)
+    dense = rows is not None
+    knots = gather_knots(t, weights, dense=dense, known=known, weights_move=weights_move)
     counts, slot = knots.weights > 0, jnp.arange(len(knots.t))
     first, last = knots.shown[0], knots.shown[-1]
     gaps = knots.t[1:] - taken(knots.t, knots.shown[:-1])

@@ -81,12 +81,14 @@ def gather_knots(
     *,
     dense: bool = False,
     known: Knots | None = None,
+    weights_move: bool = True,
 ) -> Knots:
     """Return the knots of points with non-negative weights.
 
     A weight of zero leaves a point out, and so does a point that is not finite. With `dense` few
     points are compared each with each. `known` are the same knots, made before, of which the
-    derivative is wanted: what has none is taken from them.
+    derivative is wanted: what has none is taken from them. Without `weights_move` the derivative is
+    that in the points only.
     """
     xp = namespace(points, weights)
     size = points.shape[0]
@@ -108,14 +110,31 @@ def gather_knots(
 
     # What depends on the weights, too.
     weights = where(held, weights, 0)
-    total = _by_knot(weights, knot, slots, dense)
-    share = weights / taken(where(total > 0, total, 1), knot)
+    if known is None or weights_move:
+        total = _by_knot(weights, knot, slots, dense)
+        share = weights / taken(where(total > 0, total, 1), knot)
+    else:
+        total, share = known.weights, known.share
     # A knot lies where its points lie; written around the first, which is exact when they coincide.
     t = first + _by_knot(
         share * where(weights > 0, points - taken(first, knot), 0), knot, slots, dense
     )
+    if known is not None and not weights_move:
+        t = _moving(known.t, t)
     shown = _shown(xp, total > 0) if known is None else known.shown
     return Knots(t, total, knot, share, shown)
+
+
+@jax.custom_jvp
+def _moving(value: Array, computed: Array) -> Array:
+    """Return what was computed before, with the derivative of computing it."""
+    del computed
+    return value
+
+
+@_moving.defjvp
+def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    return _moving(*primals), tangents[1]
 
 
 def _knot_of(xp: Any, fixed: Any, held: Any) -> tuple[Any, Any]:

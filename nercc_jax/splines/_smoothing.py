@@ -177,7 +177,7 @@ def _differentiable_map(
         def moving_map(*moved: Array) -> tuple[Array, ...]:
             now = dict(zip(moving, moved, strict=True))
             given = (now.get(place, each) for place, each in enumerate(primals))
-            return by_platform(_known_map, options, (*given, *known), shapes)
+            return by_platform(_known_map, (*options, 2 in moving), (*given, *known), shapes)
 
         moved, change = ([each[i] for i in moving] for each in (primals, tangents))
         return made, jax.jvp(moving_map, moved, change)[1]
@@ -205,7 +205,7 @@ def _solved_map(
 
 
 def _known_map(
-    platform: str, ends: Ends, real: Any, whole: Any, *arguments: Array
+    platform: str, ends: Ends, real: Any, whole: Any, weights_move: bool, *arguments: Array
 ) -> tuple[Array, ...]:
     """Return `_map` of its arguments, and of what `_solved_map` gave but for the map itself."""
     *given, at = arguments[:5]
@@ -213,7 +213,7 @@ def _known_map(
         return _map(platform, ends, real, whole, *arguments[:5])
     gap, *knots = arguments[5:11]
     values, slopes, *rows = arguments[11:]
-    found = fit(*given, ends=ends, known=Knots(*knots))
+    found = fit(*given, ends=ends, known=Knots(*knots), weights_move=weights_move)
     made = found.known_map(at, gap, Solutions(values, slopes, Rows(*rows)))
     return _leaves_of(made, real, whole)
 
