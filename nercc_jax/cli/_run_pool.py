@@ -43,11 +43,11 @@ class ChosenPool:
         console: Console,
         model: Any,
         name: str,
-        num_data: int,
+        num_data: int | None,
         num_workers: int,
         **options: Any,
     ) -> AbstractPool:
-        """Open the pool for a model of that name and a code of K and N.
+        """Open the pool for a model of that name and a code of K and N; without a code K is None.
 
         Exits with code 1 if it does not start.
         """
@@ -59,8 +59,8 @@ class ChosenPool:
             make = functools.partial(
                 RayPool,
                 actor_options=self.actor_options,
-                max_per_node=num_workers - num_data or None,
-                min_workers=min(num_data, count),
+                max_per_node=None if num_data is None else num_workers - num_data or None,
+                min_workers=1 if num_data is None else min(num_data, count),
             )
         options |= {
             "faults": self.faults,

@@ -69,7 +69,7 @@ def run_function(options: RunOptions, pool: ChosenPool, output: Path, resume: bo
     console = Console()
 
     def open_pool(function: Any, num_workers: int, **further: Any) -> Any:
-        opened = pool.open(console, function, options.model, 1, num_workers, **further)
+        opened = pool.open(console, function, options.model, None, num_workers, **further)
         console.print(
             f"{options.model}, {len(x):,} rows of {source.name!r}, {_target_text(settings)}; "
             f"{pool.count(num_workers)} workers ({pool.kind})",
