@@ -1,4 +1,4 @@
-"""What is known of rows that have not been computed: predictions, and how far they may be off.
+"""Predictions of rows that have not been computed, and how far they may be off.
 
 A learner is fitted to computed rows on a thread of its own, so that nothing waits for it. Between
 two fits it learns the rows that have come since, which takes a hundredth of the time. Its error

@@ -150,7 +150,7 @@ class StragglerRisk:
 
     @property
     def suffices(self) -> bool:
-        """Whether the evidence allows any answer to be given out."""
+        """True if the evidence allows any answer to be given out."""
         return self._limit >= 0
 
     @property

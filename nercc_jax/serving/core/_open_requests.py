@@ -217,7 +217,7 @@ class OpenRequests:
 
     @property
     def _owed(self) -> bool:
-        """Whether somebody waits for a request: comparisons of the batcher's own do not count."""
+        """Return whether somebody waits for a request: the batcher's own comparisons do not count."""
         return any(not request.audits for request in self._open)
 
     def _settle(self, request: Request) -> None:

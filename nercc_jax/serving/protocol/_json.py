@@ -116,7 +116,7 @@ class JsonCounter:
 
     @property
     def counting(self) -> bool:
-        """Whether more JSON is to come."""
+        """True if more JSON is to come."""
         return self._left > 0
 
     @property

@@ -54,7 +54,7 @@ class ListModelsResponse(BaseModel):
 
 
 class IndexRequest(BaseModel):
-    """Which models to list: all, or those that are ready."""
+    """The models to list: all, or those that are ready."""
 
     ready: bool = False
 

@@ -88,7 +88,7 @@ class ServerState:
 
     @property
     def needs_token(self) -> bool:
-        """Whether clients must send a token."""
+        """True if clients must send a token."""
         return bool(self._tokens)
 
     def check_token(self, authorization: bytes) -> None:
