@@ -217,7 +217,7 @@ class OpenRequests:
 
     @property
     def _owed(self) -> bool:
-        """Return whether somebody waits for a request: the batcher's own comparisons do not count."""
+        """True if somebody waits for a request: the batcher's own comparisons do not count."""
         return any(not request.audits for request in self._open)
 
     def _settle(self, request: Request) -> None:
