@@ -27,7 +27,7 @@ BODIES = bodies(SHAPE)
 DEADLINE = 10.0
 SECONDS = float(os.environ.get("NERCC_CHAOS_SECONDS", "60"))
 CLIENTS, SHORT = 4, 1.5
-TURN = 0.015  # seconds that p99 may vary by where other processes share the cores
+TURN = 0.03  # seconds that p99 may vary by where other processes share the cores, as in CI
 # What requests may hold (`max_bytes_in_flight`), and what the process that parses takes at most.
 IN_FLIGHT, PARSING = 2**29, 2**28
 
