@@ -90,3 +90,14 @@ def test_a_server_without_its_extra_says_what_to_install():
     last = done.stderr.splitlines()[-1]
     assert last.startswith("ModuleNotFoundError: nercc_jax.serving.Server needs ")
     assert last.endswith(": pip install '.[serve]' in a clone")
+
+
+def test_importing_the_rooms_starts_no_backend():
+    """A script sets its number of CPU devices after its imports."""
+    rooms = "import nercc_jax.pools, nercc_jax.schemes, nercc_jax.tuning, nercc_jax.planning"
+    code = f"{rooms}; import jax; jax.config.update('jax_num_cpu_devices', 3)"
+    code += "; print(len(jax.devices()))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.strip() == "3"

@@ -243,6 +243,11 @@ def save_fitted(path: Path, fitted: FittedScheme) -> None:
     save_learner(path, scheme.surrogate, about)
 
 
+def row_code() -> NeRCC:
+    """Return the code of a fitted scheme, which must have one. Rows are sent as they are."""
+    return NeRCC(1, 2)
+
+
 def load_fitted(path: Path) -> FittedScheme:
     """Return what `save_fitted` wrote.
 
@@ -252,7 +257,7 @@ def load_fitted(path: Path) -> FittedScheme:
     learner, about = load_learner(path), learner_card(path)
     bars, error_probability = about["bars"], about["doubt"]
     scheme = Scheme(
-        NeRCC(1, 2),  # it must have one
+        row_code(),
         surrogate=learner,
         bars=ErrorBars(**{name: _array(each) for name, each in bars.items()}),
         error_probability=error_probability

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from ..codes import NeRCC
 from ..evaluation import row_errors
 from ..schemes import fit_scheme
 from ..schemes._fit_scheme import EACH, SHAPE, FittedScheme
 from ..surrogates import Learner, LearnerTuning
+from ._row_files import row_code
 from ._steps import AccuracyTarget
 
 _LOG = logging.getLogger(__name__)
@@ -39,7 +39,6 @@ _NEIGHBOURS = 8  # computed rows that a row is compared with, to see whether it 
 _OF_THEM_LATE = 1  # of them, for a row to be taken for one that may be late, too
 _UNSURE = 256  # of the least certain rows, from which those that tell most are picked
 _TELLING = 64  # that are picked
-_CODE = NeRCC(1, 2)  # a scheme has one; rows are sent as they are
 
 
 class RowEstimates(NamedTuple):
@@ -326,10 +325,10 @@ def _fit_job(
         labels = target.max_disagreement is not None
         try:
             if len(x) >= _FEW:
-                return fit_scheme(x, y, _CODE, capacity=_CAPACITY, labels=labels)
+                return fit_scheme(x, y, row_code(), capacity=_CAPACITY, labels=labels)
             widths = "each" if x.shape[1] <= EACH else "one"
             quick = LearnerTuning(shapes=(SHAPE,), widths=widths, steps=40, rows=64)
-            return fit_scheme(x, y, _CODE, capacity=_FEW // 2, labels=labels, tuning=quick)
+            return fit_scheme(x, y, row_code(), capacity=_FEW // 2, labels=labels, tuning=quick)
         except ValueError as error:  # a function that is constant, for example
             _LOG.warning("nothing could be learned from %d rows: %s", len(x), error)
             return None
