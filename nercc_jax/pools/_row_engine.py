@@ -423,9 +423,7 @@ class _RowRun:
 
     def _arrange(self) -> None:
         """Decide which rows are computed, and in which order."""
-        free = ~self._table.done & (self._held == 0)
-        free[[*self._unknown, *self._again, *self._alone]] = False
-        rows = np.flatnonzero(free)
+        rows = self._free()
         self._known[:] = False
         self._known[rows] = self._learner.score(rows) <= self._learner.limit
         if self._settings.compute == "needed":
@@ -453,14 +451,18 @@ class _RowRun:
         good = self._learner.score(rows, late=True) <= self._learner.limit
         return bool((good & ~audited).all())
 
+    def _free(self) -> Int[np.ndarray, " rows"]:
+        """Return rows without a value that no worker has, and that are not to be sent again."""
+        free = ~self._table.done & (self._held == 0)
+        free[[*self._unknown, *self._again, *self._alone]] = False
+        return np.flatnonzero(free)
+
     def _doubtful(self) -> Int[np.ndarray, " rows"]:
         """Return rows that nobody has, since they were known well enough, and now are not.
 
         An audit may have shown since then that the bars were too short.
         """
-        free = ~self._table.done & (self._held == 0)
-        free[[*self._unknown]] = False
-        rows = np.flatnonzero(free)
+        rows = self._free()
         if not len(rows) or self._learner.fitted is None:
             return rows
         return rows[self._learner.score(rows) > self._learner.limit]

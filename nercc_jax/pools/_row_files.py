@@ -169,14 +169,21 @@ class RowTable:
         values: Float[np.ndarray, "few ..."],
         deviation: Float[np.ndarray, " few"],
         score: Float[np.ndarray, " few"],
-        exact: bool,
+        exact: bool | Bool[np.ndarray, " few"],
     ) -> None:
         """Take the values of some rows, computed ones if `exact`.
 
         Raises:
             ValueError: They have another shape than those of other rows.
         """
-        self._set(rows, values, deviation, score, np.full(len(rows), exact))
+        if self.predictions is None:
+            self.predictions = np.full((len(self), *values.shape[1:]), np.nan, values.dtype)
+        elif values.shape[1:] != self.predictions.shape[1:]:
+            raise ValueError(
+                f"a row came as {values.shape[1:]}, others as {self.predictions.shape[1:]}"
+            )
+        self.predictions[rows], self.deviation[rows] = values, deviation
+        self.score[rows], self.exact[rows], self.done[rows] = score, exact, True
 
     def rows_of(self, pieces: Sequence[int]) -> dict[str, np.ndarray]:
         """Return what is known of some rows, as arrays by name."""
@@ -193,24 +200,7 @@ class RowTable:
     def take(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Take what `rows_of` returned in another process."""
         names = ("index", "predictions", "deviation", "score", "exact")
-        self._set(*(arrays[name] for name in names))
-
-    def _set(
-        self,
-        rows: Int[np.ndarray, " few"],
-        values: Float[np.ndarray, "few ..."],
-        deviation: Float[np.ndarray, " few"],
-        score: Float[np.ndarray, " few"],
-        exact: Bool[np.ndarray, " few"],
-    ) -> None:
-        if self.predictions is None:
-            self.predictions = np.full((len(self), *values.shape[1:]), np.nan, values.dtype)
-        elif values.shape[1:] != self.predictions.shape[1:]:
-            raise ValueError(
-                f"a row came as {values.shape[1:]}, others as {self.predictions.shape[1:]}"
-            )
-        self.predictions[rows], self.deviation[rows] = values, deviation
-        self.score[rows], self.exact[rows], self.done[rows] = score, exact, True
+        self.add(*(arrays[name] for name in names))
 
     @property
     def vectors(self) -> Float[np.ndarray, "rows outputs"]:

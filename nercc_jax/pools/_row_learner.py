@@ -20,7 +20,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from ..evaluation import row_errors
 from ..schemes import fit_scheme
-from ..schemes._fit_scheme import EACH, SHAPE, FittedScheme
+from ..schemes._fit_scheme import EACH, SHAPE, FittedScheme, filled
 from ..surrogates import Learner, LearnerTuning
 from ._row_files import row_code
 from ._steps import AccuracyTarget
@@ -59,6 +59,13 @@ class RowEstimates(NamedTuple):
     like_late: Bool[np.ndarray, " rows"]
     telling: Int[np.ndarray, " few"]
     fitted: FittedScheme
+
+
+class Neighbours(NamedTuple):
+    """Rows of which it is known whether they are late, by their inputs or their outputs."""
+
+    places: Float[np.ndarray, "others coordinates"]
+    late: Bool[np.ndarray, " others"]
 
 
 class RowLearner:
@@ -126,11 +133,11 @@ class RowLearner:
         full = fitted is not None and fitted.pairs >= _CAPACITY
         if (len(computed) >= self._due and not full) or (hurry and fitted is None):
             self._due, chosen = 2 * len(computed), self._chosen(computed)
-            job = _fit_job(self._features[chosen], y[chosen].copy(), self._target)
+            job = _fit_job(self._features[chosen], y[chosen], self._target)
             self._learned[computed] = True
         elif fitted is not None and len(new) >= NEWS:
             new = new[-_CAPACITY:]
-            job = _update_job(fitted, self._features[new], y[new].copy())
+            job = _update_job(fitted, self._features[new], y[new])
             self._learned[new] = True
         else:
             return
@@ -140,11 +147,6 @@ class RowLearner:
             name=LEARNER_THREAD,
         )  # no daemon: JAX aborts a process that ends while it compiles
         self._thread.start()
-
-    def wait(self, seconds: float) -> None:
-        """Wait until the thread is not at work."""
-        if self._thread is not None:
-            self._thread.join(seconds)
 
     def look(self) -> bool:
         """Take a new estimate, if there is one; return whether there was."""
@@ -185,7 +187,7 @@ class RowLearner:
         computed: Int[np.ndarray, " some"],
         y: Float[np.ndarray, "rows outputs"],
         late: Bool[np.ndarray, " rows"],
-    ) -> tuple["Neighbours", "Neighbours"]:
+    ) -> tuple[Neighbours, Neighbours]:
         """Return inputs, and outputs, of rows of which it is known whether they are late."""
         rows = np.union1d(computed, np.flatnonzero(late))
         rows = np.random.default_rng(len(rows)).permutation(rows)[:_CAPACITY]
@@ -197,8 +199,8 @@ class RowLearner:
         job: Callable[[], FittedScheme | None],
         rows: Int[np.ndarray, " open"],
         features: Float[np.ndarray, "open inputs"],
-        by_input: "Neighbours",
-        by_output: "Neighbours",
+        by_input: Neighbours,
+        by_output: Neighbours,
     ) -> None:
         begin = time.monotonic()
         try:
@@ -345,7 +347,7 @@ def _update_job(
         learner = _learner_of(fitted)
         for place in range(0, len(x), NEWS):
             pairs = (each[place : place + NEWS] for each in (x, y))
-            learner = _updated(learner, *(_filled(each, NEWS) for each in pairs))
+            learner = _updated(learner, *(filled(each, NEWS) for each in pairs))
         scheme = eqx.tree_at(lambda scheme: scheme.surrogate, fitted.scheme, learner)
         return dataclasses.replace(fitted, scheme=scheme)
 
@@ -365,9 +367,8 @@ def _predicted(
     means, deviations = [], []
     for place in range(0, len(features), _CHUNK):
         chunk = features[place : place + _CHUNK]
-        filled = np.zeros((_CHUNK, features.shape[1]), np.float32)
-        filled[: len(chunk)] = chunk
-        mean, deviation = _predictions(_learner_of(fitted), filled)
+        padded = np.resize(chunk, (_CHUNK, chunk.shape[1]))
+        mean, deviation = _predictions(_learner_of(fitted), padded)
         means.append(np.asarray(mean, np.float32)[: len(chunk)])
         deviations.append(np.asarray(deviation, float)[: len(chunk)])
     if not means:
@@ -389,13 +390,6 @@ def _covariance(learner: Learner, x: ArrayLike) -> Array:
 @eqx.filter_jit
 def _updated(learner: Learner, x: ArrayLike, y: ArrayLike) -> Learner:
     return learner.update(jnp.asarray(x), jnp.asarray(y))
-
-
-def _filled(rows: np.ndarray, number: int) -> Float[np.ndarray, "number n"]:
-    """Return the rows, filled up with NaN, which is no pair, to a fixed number."""
-    filled = np.full((number, rows.shape[1]), np.nan, np.float32)
-    filled[: len(rows)] = rows
-    return filled
 
 
 def _telling(
@@ -425,13 +419,6 @@ def _telling(
         left = np.maximum(left - factor[:, step] ** 2, 0)
         left[chosen] = 0
     return places[chosen]
-
-
-class Neighbours(NamedTuple):
-    """Rows of which it is known whether they are late, by their inputs or their outputs."""
-
-    places: Float[np.ndarray, "others coordinates"]
-    late: Bool[np.ndarray, " others"]
 
 
 def _like_late(

@@ -90,9 +90,7 @@ def fit_scheme(
     held[np.flatnonzero(held)[_MOST_HELD_OUT:]] = False
     # All of one size, so compiled once, however many they are: what is not finite is no pair.
     most = max(capacity, len(x))
-    first, second = (
-        (_filled(x[chosen], most), _filled(y[chosen], most)) for chosen in (~held, held)
-    )
+    first, second = ((filled(x[chosen], most), filled(y[chosen], most)) for chosen in (~held, held))
     if tuning is None:
         tuning = LearnerTuning(widths="each" if x.shape[1] <= EACH else "one", rows=_JUDGED)
     learner = tune_learner(_start(*first, capacity), tuning)
@@ -116,7 +114,7 @@ def fit_scheme(
     return FittedScheme(scheme, len(x), np.asarray(deviation), error_probabilities)
 
 
-def _filled(rows: Float[np.ndarray, "few n"], number: int) -> Float[np.ndarray, "number n"]:
+def filled(rows: Float[np.ndarray, "few n"], number: int) -> Float[np.ndarray, "number n"]:
     """Return the finite rows, filled up with NaN to a fixed number."""
     filled = np.full((number, rows.shape[1]), np.nan, np.float32)
     filled[: len(rows)] = rows
