@@ -28,7 +28,7 @@ BLOCK = re.compile(r"^```\{entries\} (\S+)\n(.*?)^```$", re.MULTILINE | re.DOTAL
 ITEM = re.compile(r"(?:[-*]|\d+\.) ")  # of a list, at its left edge
 MARKUP = re.compile(r"(\\|(?<!^)(?<!\n)\*|\||(?<=\w)_(?=\W|$))")
 EXAMPLE = re.compile(
-    r"^```python\n(.*?)^```$|^((?:[ \t]*(?:>>>|\.\.\.).*\n?)+)", re.MULTILINE | re.DOTALL
+    r"^```python\n(.*?)^```$|^((?:(?:>>>|\.\.\.).*\n?)+)", re.MULTILINE | re.DOTALL
 )
 CALL = re.compile(r"`(?:\w+\.)*(\w+)\([^`]+\)[^`]*`")
 PYTHON = re.compile(r"^```(?:python|\{code-cell\}[^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -92,7 +92,7 @@ def _pages_with(folder: Path, name: str) -> list[str]:
 
 @functools.cache
 def _names_of_pages(folder: Path) -> dict[str, Set[str]]:
-    """What each page's blocks take from us, and which calls stand in its sentences."""
+    """Return the names that each page's blocks take from us, and the calls in its sentences."""
     pages = {page.stem: page.read_text() for page in sorted(folder.glob("*.md"))}
     return {
         page: {name for block in PYTHON.findall(text) for name in _imported(block)}
@@ -102,7 +102,7 @@ def _names_of_pages(folder: Path) -> dict[str, Set[str]]:
 
 
 def shown(folder: Path, name: str, thing: Any) -> bool:
-    """Whether it has an example, of its own or of the guide's."""
+    """Return whether it has an example, of its own or of the guide's."""
     return bool(_example_of(thing) or _pages_with(folder, name))
 
 
@@ -141,7 +141,7 @@ def _users(
 
 @functools.cache
 def _names_in(code: str) -> Set[str]:
-    """What Python's text speaks of, its comments and docstrings left out."""
+    """Return the names in Python's text, its comments and docstrings left out."""
     try:
         tree = ast.parse(textwrap.dedent(re.sub(r"^(>>>|\.\.\.) ?", "", code, flags=re.MULTILINE)))
     except SyntaxError:  # what doctests print between
@@ -166,6 +166,7 @@ def _imported(code: str) -> Set[str]:
 def _example_of(thing: Any) -> str:
     documented = inspect.isclass(thing) or inspect.isroutine(thing) or hasattr(thing, "__wrapped__")
     text = (inspect.getdoc(thing) or "") if documented else ""
+    text = re.sub(r"^[ \t]+(?=>>>|\.\.\.)", "", text, flags=re.MULTILINE)  # below "Example:"
     return "\n".join("".join(parts) for parts in EXAMPLE.findall(text))
 
 
@@ -217,7 +218,7 @@ def _prose(text: str) -> str:
 
 
 def _escape(text: str) -> str:
-    """What reStructuredText would take for markup and Markdown does not."""
+    """Escape what reStructuredText would take for markup and Markdown does not."""
     pieces = re.split(r"(`[^`]*`|\*\*(?:\\.|[^*\\])+\*\*)", text)
     return "".join(
         piece if place % 2 else MARKUP.sub(r"\\\1", piece) for place, piece in enumerate(pieces)
