@@ -111,17 +111,14 @@ def mean_gap(points: Float[Any, " n"], available: Bool[Any, "*sets n"]) -> Float
         return np.array(gaps, points.dtype).reshape(available.shape[:-1])
     angles, place = _angle(points), jnp.arange(points.shape[0])
     here, there = angles[:, None], angles[None, :]
-    # Each with each, not sorted: on an accelerator, and in its derivative, that is one kernel.
+    # Each with each, not sorted: on an accelerator, and in its derivative, that is one kernel. Over
+    # the end of the interval a square counts twice, for which nothing follows the last point.
     later = (there > here) | ((there == here) & (place > place[:, None]))
-    follows = available[..., None, :] & available[..., None] & later
-    steps = jnp.min(jnp.where(follows, there - here, np.inf), axis=-1)
-    steps = jnp.where(steps < np.inf, steps, 0)
-    some = jnp.any(available, axis=-1, keepdims=True)
-    first = jnp.min(jnp.where(available, angles, np.inf), axis=-1, keepdims=True)
-    last = jnp.min(jnp.where(available, np.pi - angles, np.inf), axis=-1, keepdims=True)
-    ends = jnp.where(some, jnp.concatenate([first, last], axis=-1), 0)
-    gap = (jnp.sum(steps**2, axis=-1) + 2 * jnp.sum(ends**2, axis=-1)) / np.pi
-    return jnp.where(some[..., 0], gap, 2 * np.pi).astype(points.dtype)
+    follows = available[..., None, :] & later
+    steps = jnp.min(jnp.where(follows, there - here, 2**0.5 * (np.pi - here)), axis=-1)
+    first = jnp.min(jnp.where(available, angles, np.pi), axis=-1)
+    squares = jnp.sum(jnp.where(available, steps**2, 0), axis=-1) + 2 * first**2
+    return (squares / np.pi).astype(points.dtype)
 
 
 def _gap_of(angles: Float[np.ndarray, " n"]) -> float:

@@ -9,7 +9,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 
 from ._dissection import Dissection, dissect
 from ._ends import Ends, check_ends, not_a_knot
-from ._knots import COMPARED_WITH_ALL, Knots, by_observation, gather_knots
+from ._knots import COMPARED_WITH_ALL, FEW_COMPARED, Knots, by_observation, gather_knots
 from ._namespace import namespace, product, taken, where, within
 from ._responses import Problem, Responses, Solutions, known_responses, responses, solve
 from ._root_information import RootInformation, factorize
@@ -150,11 +150,15 @@ class Fit(eqx.Module):
         The problem has each point's coefficients on the right side.
         """
         knots = self.knots
-        place, _, (left_value, left_slope, value, slope) = hermite_basis(knots.t, at, gap)
+        place = _gap_of(knots.t, at) if gap is None else gap
         slot = jnp.arange(len(knots.t))[:, None]
-        left, right = ((slot == of).astype(value.dtype) for of in (place, place + 1))
-        values, slopes = left * left_value + right * value, left * left_slope + right * slope
-        return Problem(*self._problem(), values, slopes, knots.shown), place, value
+        ends = jnp.stack([slot == place, slot == place + 1]).astype(at.dtype)
+        # As products with what is needed anyway: the derivative of `taken` would be a scatter.
+        before, after = jnp.sum(ends * knots.t[:, None], axis=1)
+        _, basis = _basis_between(before, after, at)
+        of_left, of_right = jnp.stack(basis[:2])[:, None], jnp.stack(basis[2:])[:, None]
+        values, slopes = ends[0] * of_left + ends[1] * of_right
+        return Problem(*self._problem(), values, slopes, knots.shown), place, basis[2]
 
     def _map_of(self, made: Responses, gap: Array, value: Array) -> LinearMap:
         left = jnp.arange(len(self.knots.t) - 1) == gap[:, None]
@@ -194,7 +198,8 @@ def fit(
     Args: as for `smoothing_spline`; with `rows`, knots are eliminated in parallel, else one after
     the other: the same to rounding. `known` and `weights_move` are those of `gather_knots`.
     """
-    dense = rows is not None
+    few = FEW_COMPARED if rows is None else COMPARED_WITH_ALL
+    dense = max(len(t), 2) * len(t) <= few
     knots = gather_knots(t, weights, dense=dense, known=known, weights_move=weights_move)
     counts, slot = knots.weights > 0, jnp.arange(len(knots.t))
     first, last = knots.shown[0], knots.shown[-1]
@@ -254,18 +259,20 @@ def observations_of(
 
 
 def hermite_basis(
-    t: Float[Any, " n"], at: Float[Any, " k"], gap: Int[Any, " k"] | None = None
+    t: Float[Any, " n"], at: Float[Any, " k"]
 ) -> tuple[Any, Any, tuple[Any, Any, Any, Any]]:
     """Return each point's gap, its share of the gap (0 to 1), and its coefficients.
 
     The coefficients are those of the left knot's value and slope, and the right one's. Beyond the
     ends there are straight lines.
     """
-    gap = _gap_of(t, at) if gap is None else gap
-    assert gap is not None
-    left = taken(t, gap)
-    h = taken(t, gap + 1) - left
-    after = at - left
+    gap = _gap_of(t, at)
+    return gap, *_basis_between(taken(t, gap), taken(t, gap + 1), at)
+
+
+def _basis_between(left: Any, right: Any, at: Any) -> tuple[Any, tuple[Any, Any, Any, Any]]:
+    """Return the share and the coefficients of `hermite_basis`, by the knots on both sides."""
+    h, after = right - left, at - left
     inside = s = within(after / h, 0, 1)
     before, after = where(after < 0, after, 0), where(after > h, after - h, 0)
     r = 1 - s
@@ -275,7 +282,7 @@ def hermite_basis(
         s * s * (1 + 2 * r),
         after - s * s * r * h,
     )
-    return gap, inside, basis
+    return inside, basis
 
 
 def _gap_of(t: Float[Any, " n"], at: Float[Any, " k"]) -> Int[Any, " k"]:

@@ -25,6 +25,9 @@ _COINCIDENT_ULPS = 4
 # or a scatter takes several.
 COMPARED_WITH_ALL = 1 << 16
 
+# A CPU compiles two loops more for a scatter; only of so few pairs is a comparison as fast to run.
+FEW_COMPARED = 1 << 10
+
 
 class Knots(NamedTuple):
     """Distinct increasing knots and how they came from the points; n slots, at least two.
@@ -94,7 +97,6 @@ def gather_knots(
     size = points.shape[0]
     slots = max(size, 2)
     slot = xp.arange(slots)
-    dense = dense and slots * size <= COMPARED_WITH_ALL
 
     # What depends on the points only.
     held = xp.isfinite(points)

@@ -130,18 +130,16 @@ def _change(problem: Problem, change: Problem, solutions: Solutions) -> Response
         _relative(change.weights, problem.weights),
         _relative(change.slope_weights, problem.slope_weights),
     )
-    pairs = [
-        (q[:, None] * parts(each)[0], parts(each)[1])
-        for q, each in zip(relative, rows, strict=True)
-    ]
     bent = (shears_of(problem.gaps, problem.mu) * change.gaps / 2)[:, None]
     of_adjoint, of_solution = parts(slopes[1:] + slopes[:-1])
-    by_adjoint, by_residual = parts(rows.shear)
-    pairs += [
+    (shear, *others), right = zip(*map(parts, rows), strict=True)
+    scaled = [q[:, None] * each for q, each in zip(relative[1:], others, strict=True)]
+    pairs = [
+        (relative.shear[:, None] * shear - bent * of_adjoint, right[0]),
+        *zip(scaled, right[1:], strict=True),
+        (bent * shear, of_solution),
         (change.values, parts(values)[1]),
         (change.slopes, parts(slopes)[1]),
-        (bent * by_adjoint, of_solution),
-        (-bent * of_adjoint, by_residual),
     ]
     left, right = (jnp.concatenate(each) for each in zip(*pairs, strict=True))
     matrix = product(left.T, right)

@@ -64,15 +64,13 @@ class Rows(NamedTuple):
 class RootInformation(eqx.Module):
     """QR factors of one spline's least-squares problem; every field has one entry a gap.
 
-    `rotations` are the (cosine, sine) pairs of each gap's elimination in the order of `forward`,
-    `value_row` and `slope_row` the rows of the triangular factor R that give g_i and v_i from
-    g_{i+1} and v_{i+1}, and `last` the triangle that gives the last knot's.
+    `steps` are the (cosine, sine) pairs of each gap's elimination, in its order, and the value row
+    and the slope row of the triangular factor R, which give g_i and v_i from g_{i+1} and v_{i+1}.
+    `last` is the triangle that gives the last knot's.
     """
 
     shears: Float[Array, " gaps"]
-    rotations: Float[Array, "gaps 7 2"]
-    value_row: Float[Array, "gaps 4"]
-    slope_row: Float[Array, "gaps 3"]
+    steps: tuple[Float[Array, "gaps 7 2"], Float[Array, "gaps 2 4"]]
     last: Float[Array, "3"]
 
     def solve(self, y: Float[Array, "n m"]) -> tuple[Float[Array, "n m"], Float[Array, "n m"]]:
@@ -84,16 +82,16 @@ class RootInformation(eqx.Module):
         """
         shear = -self.shears[:, None] * (y[1:] - y[:-1])
         nothing = jnp.zeros_like(shear[0])
-        last, pivots = jax.lax.scan(_forward, (nothing, nothing), (self.rotations, shear))
+        last, pivots = jax.lax.scan(_forward, (nothing, nothing), (self.steps, shear))
         right = Pivots(*pivots, *last)
-        given = self.value_row, self.slope_row, right.value, right.slope
         last = self._last_of(right)
+        given = self.steps, right.value, right.slope
         _, (gs, vs) = jax.lax.scan(_back, last, given, reverse=True)
         return _appended(gs, last[0]), _appended(vs, last[1])
 
     def spread(self, right: Pivots) -> Rows:
         """Return Q of the columns: their entries in all rows of M."""
-        given = self.rotations, right.value, right.slope
+        given = self.steps, right.value, right.slope
         start = right.last_value, right.last_slope
         (value, slope), rows = jax.lax.scan(_spread, start, given, reverse=True)
         return _rows_of(value, slope, rows)
@@ -111,18 +109,19 @@ class RootInformation(eqx.Module):
         residuals = Residuals(*(jnp.pad(each, ((0, 0), (count - m, 0))) for each in residuals))
 
         def step(carry, gap):
-            rotations, value_row, slope_row, pivot, slope, *left = gap
+            made, (pivot, slope, *left) = gap
             solved, spread = carry
-            solved, known = _back(solved, (value_row, slope_row, pivot, slope))
-            spread, rows = _spread(spread, (rotations, ours * pivot, ours * slope, *left))
-            return (solved, spread), (known, rows)
+            solved, known = _back(solved, (made, pivot, slope))
+            spread, rows = _spread(spread, (made, ours * pivot, ours * slope, *left))
+            return (solved, spread), jnp.stack([*known, *rows])
 
-        given = (self.rotations, self.value_row, self.slope_row, right.value, right.slope)
+        given = jnp.stack([right.value, right.slope, *residuals], axis=1)
         last = self._last_of(right)
         start = last, (ours * right.last_value, ours * right.last_slope)
-        (_, ends), (known, rows) = jax.lax.scan(step, start, (*given, *residuals), reverse=True)
-        values, slopes = (_appended(*each) for each in zip(known, last, strict=True))
-        return values, slopes, _rows_of(*ends, rows)
+        (_, ends), found = jax.lax.scan(step, start, (self.steps, given), reverse=True)
+        values, slopes, *rows = (found[:, i] for i in range(found.shape[1]))
+        values, slopes = _appended(values, last[0]), _appended(slopes, last[1])
+        return values, slopes, _rows_of(*ends, tuple(rows))
 
     def _last_of(self, right: Pivots) -> tuple[Array, Array]:
         """Return R^-1 of the columns for the last knot: its value and slope."""
@@ -151,9 +150,8 @@ class RootInformation(eqx.Module):
         recursion s_i = F_i s_{i+1} + noise of covariance V_i. Returned are the covariances C_i of
         s_i, and F_i and V_i of every gap. All are sums of squares: nothing cancels.
         """
-        zero = jnp.zeros_like(self.value_row[:, 0])
-        a0, a1, a2, a3 = jnp.moveaxis(self.value_row, -1, 0)
-        b0, b1, b2 = jnp.moveaxis(self.slope_row, -1, 0)
+        zero = jnp.zeros_like(self.shears)
+        (a0, a1, a2, a3), (b0, b1, b2, _) = jnp.moveaxis(self.steps[1], 0, -1)
         inverse = _triangle_inverse(a0, a1, b0, zero)
         forward = -small_product(
             inverse, jnp.stack([jnp.stack([a2, a3], -1), jnp.stack([b1, b2], -1)], -2)
@@ -176,7 +174,8 @@ def _rotation(a, b):
     """Return the cosine, sine and length that turn (a, b) into (length, 0); the identity for 0."""
     square = a * a + b * b
     empty = square == 0
-    # Two `where`s, or the gradient of sqrt at zero is infinite.
+    # Two `where`s, or the gradient of sqrt at zero is infinite. Products with an inverse root would
+    # be fewer kernels, but at n = 200 their rounding doubles float32's error, to 1.1e-5.
     length = jnp.sqrt(where(empty, 1, square))
     return where(empty, 1, a / length), b / length, where(empty, 0, length)
 
@@ -235,14 +234,14 @@ def factorize_beside(
       reaches.
     """
 
-    def step(carry, rotations, value_row, slope_row, given):
+    def step(carry, made, given):
         adjoint, observed = carry
         value, slope, *observation = given
-        adjoint, pivots = _back_transposed(adjoint, (value_row, slope_row, value, slope))
+        adjoint, pivots = _back_transposed(adjoint, (made, value, slope))
         if not observation:
-            return (adjoint, observed), (pivots, ())
-        observed, found = _forward_observation(observed, (rotations, *observation))
-        return (adjoint, observed), (pivots, found)
+            return (adjoint, observed), (jnp.stack(pivots), ())
+        observed, found = _forward_observation(observed, (made, *observation))
+        return (adjoint, observed), (jnp.stack(pivots), jnp.stack(found))
 
     nothing = jnp.zeros_like(values[0])
     start: Any = (nothing, nothing), ()
@@ -255,11 +254,11 @@ def factorize_beside(
     )
     p = (values[-1] - passed[0]) / factor.last[0]
     q = (slopes[-1] - passed[1] - factor.last[1] * p) / factor.last[2]
-    adjoint = Pivots(pivots[0], pivots[1], p, q)
+    adjoint = Pivots(pivots[:, 0], pivots[:, 1], p, q)
     if observations is None:
         return factor, adjoint, None
-    pivot, slope, *left = found
-    return factor, adjoint, (Pivots(pivot, slope, *last), Residuals(*left))
+    pivots = Pivots(found[:, 0], found[:, 1], *last)
+    return factor, adjoint, (pivots, Residuals(found[:, 2], found[:, 3]))
 
 
 def _factorize(
@@ -287,20 +286,21 @@ def _factorize(
         r4, top, rest = _eliminate(top, (root_weight, zero))
         r5, low, _ = _eliminate(low, rest)
         r6, low, _ = _eliminate(low, (root_slope,))
-        rotations = (r0, r1, r2, r3, r4, r5, r6)
-        other, made = beside(other, rotations, value_row, slope_row, more)
-        stacked = jnp.stack([jnp.stack(r) for r in rotations])
-        return ((top, low), other), ((stacked, jnp.stack(value_row), jnp.stack(slope_row)), made)
+        made = (r0, r1, r2, r3, r4, r5, r6), (value_row, (*slope_row, zero))
+        other, found = beside(other, made, more)
+        # Two arrays, since each that a loop fills is a kernel to compile.
+        turned, triangle = (jnp.stack([jnp.stack(row) for row in rows]) for rows in made)
+        return ((top, low), other), ((turned, triangle), found)
 
     shears = shears_of(gaps, mu)
     halves, bends = shears * gaps / 2, jnp.sqrt(mu / gaps)
     carry = ((root_weights[0], zero), (root_slopes[0],)), start
     own = (shears, halves, bends, root_weights[1:], root_slopes[1:])
-    ((top, low), other), (rows, made) = jax.lax.scan(step, carry, (own, given))
+    ((top, low), other), (steps, found) = jax.lax.scan(step, carry, (own, given))
     # What too few observations leave open is set to zero: the slope with one, the value with none.
     observed = jnp.sum(weights > 0)
     last = jnp.stack([where(observed < 1, 1, top[0]), top[1], where(observed < 2, 1, low[0])])
-    return RootInformation(shears, *rows, last), other, made
+    return RootInformation(shears, steps, last), other, found
 
 
 # Steps along the gaps: each takes what it carries, and the gap's part of the factor with columns.
@@ -309,7 +309,7 @@ def _factorize(
 def _forward(carry, gap):
     """Apply Q' to columns of shear rows: the rows that R is solved for."""
     top, low = carry
-    (r0, r1, r2, r3, r4, r5, r6), shear = gap
+    ((r0, r1, r2, r3, r4, r5, r6), _), shear = gap
     pivot, top = _rotate(r0, shear, top)
     # The other rows that come in are zero: to rotate them in only scales.
     slope, top = r1[1] * top, r1[0] * top
@@ -323,7 +323,7 @@ def _forward(carry, gap):
 def _forward_observation(carry, gap):
     """Apply Q' to columns of value rows."""
     top, low = carry
-    (r0, r1, r2, r3, r4, r5, r6), value = gap
+    ((r0, r1, r2, r3, r4, r5, r6), _), value = gap
     pivot, top = r0[1] * top, r0[0] * top
     slope, top = r1[1] * top, r1[0] * top
     slope, low = _rotate(r2, slope, low)
@@ -337,7 +337,7 @@ def _forward_observation(carry, gap):
 def _back(carry, gap):
     """Apply R^-1 to columns, from the last gap to the first."""
     g_next, v_next = carry
-    value_row, slope_row, value, slope = gap
+    (_, (value_row, slope_row)), value, slope = gap
     v = (slope - slope_row[1] * g_next - slope_row[2] * v_next) / slope_row[0]
     g = value - value_row[1] * v - value_row[2] * g_next - value_row[3] * v_next
     g = g / value_row[0]
@@ -346,7 +346,7 @@ def _back(carry, gap):
 
 def _back_transposed(carry, gap):
     """Apply R'^-1 to columns."""
-    value_row, slope_row, value, slope = gap
+    (_, (value_row, slope_row)), value, slope = gap
     value, slope = value - carry[0], slope - carry[1]
     p = value / value_row[0]
     q = (slope - value_row[1] * p) / slope_row[0]
@@ -360,7 +360,7 @@ def _back_transposed(carry, gap):
 def _spread(carry, gap):
     """Apply Q to columns, from the last gap to the first."""
     top, low = carry
-    (r0, r1, r2, r3, r4, r5, r6), pivot, slope, *left = gap
+    ((r0, r1, r2, r3, r4, r5, r6), _), pivot, slope, *left = gap
     first, second = left or (0.0, 0.0)
     low, of_slope = _unrotate(r6, low, second)
     low, rest = _unrotate(r5, low, first)
