@@ -1,6 +1,7 @@
-"""What models are refused: one data point at a time, training mode."""
+"""What models are refused: one data point at a time, training mode; what runs on the host."""
 
 import functools
+import json
 
 import equinox as eqx
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nercc_jax import DevicePool, NeRCC, coded_inference, pool_inference
+from nercc_jax import DevicePool, ExactStragglers, NeRCC, coded_inference, evaluate
 from nercc_jax.inference._models import call_model, check_model
 from nercc_jax.serving import make_servable
 
@@ -46,17 +47,53 @@ def test_arguments_and_inputs_of_several_arrays_are_reported_alike():
         call_model(strict, batch, 2.0)
 
 
-@pytest.mark.parametrize(
-    "model",
-    [lambda x: np.tanh(np.asarray(x)), lambda x: x if x.sum() > 0 else -x],
-    ids=["numpy", "branch"],
-)
-def test_a_model_that_jax_cannot_trace_is_for_a_pool(model):
-    x = np.ones((K, 2), np.float32)
-    with pytest.raises(TypeError, match=r"JAX cannot trace the model.*Workers of a pool call any"):
-        coded_inference(model, NeRCC(K, N))(x, np.ones(N, bool))
-    with DevicePool(model, N, compiled=False) as pool:
-        assert pool_inference(pool, NeRCC(K, N))(x).shape == (K, 2)
+# Functions that JAX cannot trace run on the host.
+
+
+def branch(x):
+    return x if x.sum() > 0 else -x
+
+
+def as_json(x):
+    rows = json.loads(json.dumps(np.asarray(x).tolist()))  # as a subprocess or a server gets them
+    return np.array([[sum(row), max(row)] for row in rows])  # float64
+
+
+@pytest.mark.parametrize("function", [lambda x: np.tanh(np.asarray(x)), branch, as_json])
+def test_a_function_that_jax_cannot_trace_runs_on_the_host(function):
+    rng = np.random.default_rng(0)
+    x = rng.uniform(1, 2, (6, K, 2)).astype(np.float32)
+    code, mask = NeRCC(K, N), np.arange(N) != 1
+    coded = np.asarray(code.encode(x[0]))
+    expected = code.decode(np.asarray(function(coded), np.float32), mask)
+    infer = coded_inference(function, code)
+    np.testing.assert_allclose(infer(x[0], mask), expected, rtol=1e-6)
+    groups = infer(x, mask)  # one call for all groups, and one a group: rows are the same
+    assert groups.dtype == np.float32
+    np.testing.assert_allclose(groups[0], expected, rtol=1e-6)
+    np.testing.assert_allclose(jax.vmap(lambda x: infer(x, mask))(x), groups, rtol=1e-5)
+    mesh = jax.make_mesh((4,), ("workers",))
+    np.testing.assert_allclose(coded_inference(function, code, mesh=mesh)(x, mask), groups, 1e-5)
+    found = evaluate(
+        function, {"": code}, x.reshape(-1, 2), {"": ExactStragglers(1)}, key=jax.random.key(0)
+    )
+    assert np.isfinite(found[0].mse.mean)
+
+
+def test_what_a_function_on_the_host_does_wrong_is_reported():
+    x, mask = np.ones((K, 2), np.float32), np.ones(N, bool)
+
+    def fails(x):
+        if np.asarray(x).any():
+            raise RuntimeError("the simulator failed")
+        return x
+
+    with pytest.raises(Exception, match="the simulator failed"):
+        jax.block_until_ready(coded_inference(fails, NeRCC(K, N))(x, mask))
+    with pytest.raises(Exception, match=rf"\({N}, 2\).*\(1, 2\)"):
+        jax.block_until_ready(coded_inference(lambda x: np.asarray(x)[:1], NeRCC(K, N))(x, mask))
+    with pytest.raises(TypeError, match="no derivative: tuning and gradients need a model of jax"):
+        jax.grad(lambda x: coded_inference(np.tanh, NeRCC(K, N))(x, mask).sum())(x)
 
 
 def test_other_errors_of_a_model_are_its_own():

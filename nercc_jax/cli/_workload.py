@@ -132,7 +132,7 @@ def find_workload(
         inputs: File of data points.
         data_dir: Folder with the data sets.
         outputs: What workers return.
-        traced: Whether JAX must be able to trace the model. If so, inputs of your own are
+        traced: Whether JAX calls the model. If so, inputs of your own are
             converted to float32; otherwise they keep the type in which they were read.
 
     Raises:
@@ -184,8 +184,7 @@ def _check_runs(name: str, model: Any, x: np.ndarray, source: str) -> None:
     except Exception as error:
         first = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(
-            f"--model {name} does not run on a batch of shape {one.shape} of {source} when JAX "
-            f"traces it: {first} (`nercc run --tolerance` needs no tracing)"
+            f"--model {name} does not run on a batch of shape {one.shape} of {source}: {first}"
         ) from error
     if getattr(answer, "shape", ())[:1] != (1,) or len(answer.shape) < 2:
         wanted = f"--model {name} must give an array, a row for each of a batch"

@@ -117,10 +117,12 @@ def coded_inference(
     vmap, with a mesh, too; `lower` compiles ahead of time.
 
     Args:
-        model: Any callable on a batch. If it is a pytree (an Equinox or NNX module, a
-            `jax.tree_util.Partial`), its arrays are arguments of the program, not constants in it.
-            `args` are passed on to it: `model(batch, *args)`. A code whose workers run further
-            models takes all of them, (served, further...).
+        model: Any callable on a batch. One that JAX cannot trace, since it works on NumPy arrays
+            or looks at values, runs on the host (`jax.pure_callback`) and has no derivative; it is
+            called once more, on one data point of zeros, for the shape of its output. If it is a
+            pytree (an Equinox or NNX module, a `jax.tree_util.Partial`), its arrays are arguments
+            of the program, not constants in it. `args` are passed on to it: `model(batch, *args)`.
+            A code whose workers run further models takes all of them, (served, further...).
         code: A code or a scheme.
         with_status: Whether to return `Decoded`, with the workers that were used and the
             predictions that were recovered; for a scheme what it knows in addition, such as its

@@ -7,6 +7,8 @@ from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 Model: TypeAlias = Callable[..., Array]
@@ -92,21 +94,21 @@ def _drops(rate: Any) -> bool:
 
 
 def call_model(model: Model, batch: PyTree, *args: Any) -> Any:
-    """Return `model(batch, *args)`, for a model that JAX can trace.
+    """Return `model(batch, *args)`.
+
+    A model that JAX cannot trace, since it works on NumPy arrays or looks at values, is called on
+    the host whenever the program runs. It is called once more when the program is traced, on one
+    data point of zeros, for the shapes of its outputs. It has no derivative.
 
     Raises:
         ValueError: The model takes one data point instead of a batch (from the model's own error);
             else what the model raises.
-        TypeError: JAX cannot trace the model: it works on NumPy arrays, or looks at values.
+        TypeError: A derivative is taken of a model that JAX cannot trace.
     """
     try:
         return model(batch, *args)
-    except _UNTRACEABLE as error:
-        raise TypeError(
-            "JAX cannot trace the model: it works on NumPy arrays, or looks at values. Workers of "
-            "a pool call any function: pool_inference(DevicePool(model, N, compiled=False), code); "
-            "row by row, `run_rows` or `nercc run --tolerance`"
-        ) from error
+    except _UNTRACEABLE:
+        return _call_on_host(model, batch, args)
     except Exception as error:
         one = jax.tree.map(lambda leaf: leaf[0], batch)
         # What fails on the batch while running only says nothing of shapes.
@@ -115,6 +117,45 @@ def call_model(model: Model, batch: PyTree, *args: Any) -> Any:
                 "the model takes one data point, not a batch of them: give jax.vmap(model)"
             ) from error
         raise
+
+
+def _call_on_host(model: Model, batch: PyTree, args: tuple) -> Any:
+    arrays, static = eqx.partition((model, args), eqx.is_array)
+
+    def call(arrays: PyTree, batch: PyTree) -> PyTree:
+        arrays, batch = jax.tree.map(np.asarray, (arrays, batch))
+        function, further = eqx.combine(arrays, static)
+        return jax.tree.map(_on_device_dtype, function(batch, *further))
+
+    one = jax.tree.map(lambda leaf: np.zeros((1, *leaf.shape[1:]), leaf.dtype), batch)
+    known = jax.tree.map(
+        lambda leaf: np.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, Tracer) else leaf, arrays
+    )
+    with jax.ensure_compile_time_eval():  # what the model does with JAX is no part of the program
+        example = call(known, one)
+    size = len(jax.tree.leaves(batch)[0])
+    answers = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype), example
+    )
+
+    @jax.custom_jvp
+    def answered(arrays: PyTree, batch: PyTree) -> PyTree:
+        return jax.pure_callback(call, answers, arrays, batch, vmap_method="sequential")
+
+    @answered.defjvp
+    def _(*_: Any) -> Any:
+        raise TypeError(
+            "JAX cannot trace the model, since it works on NumPy arrays or looks at values. So it "
+            "runs on the host and has no derivative: tuning and gradients need a model of jax.numpy"
+        )
+
+    return answered(arrays, batch)
+
+
+def _on_device_dtype(value: Any) -> np.ndarray:
+    """Return an array of the dtype that it would have in JAX."""
+    array = np.asarray(value)
+    return array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
 
 
 def _can_trace(model: Model, x: PyTree, args: tuple) -> bool:
