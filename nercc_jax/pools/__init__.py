@@ -18,6 +18,7 @@ from ._row_settings import RowProgress, RowResult
 from ._rows import RowFunction
 from ._times import AnswerTimes as AnswerTimes
 from ._times import Call, Overdue
+from .ray_data import map_rows
 
 __all__ = [
     "AbstractPool",
@@ -42,6 +43,7 @@ __all__ = [
     "WorkerReport",
     "join_ray",
     "leave_ray",
+    "map_rows",
     "pool_inference",
     "ray_is_lost",
     "run_batches",

@@ -31,6 +31,13 @@ class AbstractPool(abc.ABC):
     _worker_dtype: str | None = None
     _conditions: Conditions = Conditions()
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            f"a {type(self).__name__} cannot be sent to another process, which Ray's tasks and Ray "
+            "Data's map_batches would do: call it from here; for rows of a dataset there is "
+            "nercc_jax.pools.map_rows"
+        )
+
     @property
     def worker_dtype(self) -> str | None:
         """The dtype that coded data points are cast to before they are sent; None: no cast."""

@@ -1,0 +1,180 @@
+"""Rows of a Ray Data dataset through `run_rows`: every row by the deadline, with an error bar."""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Shaped
+
+from ._ray import RayPool
+from ._ray_cluster import ray_module
+from ._row_engine import run_rows
+from ._row_settings import RowProgress, RowResult, hang_timeout
+from ._rows import RowFunction
+
+_LOG = logging.getLogger(__name__)
+
+ADDED = ("value", "error_bar", "status", "reason")
+_ROW = "__nercc_row__"  # the column that keeps rows and their results together
+
+
+def map_rows(
+    dataset: Any,
+    function: Callable[[Any], Any],
+    columns: str | Sequence[str],
+    *,
+    tolerance: float,
+    num_workers: int | None = None,
+    deadline: float = 30.0,
+    job_deadline: float | None = None,
+    on_progress: Callable[[RowProgress], Any] | None = None,
+    **options: Any,
+) -> Any:
+    """Run a function on each row of a Ray Data dataset, as `run_rows` does.
+
+    The dataset is executed first, and stays in Ray's object store. Then the function runs on actors
+    of a `RayPool`, one a free CPU, which end before this returns: Ray Data, which waits for
+    CPUs without a word, never has to share them with the pool. Actors and nodes that die are
+    replaced, and their rows are computed again.
+
+    Args:
+        dataset: A `ray.data.Dataset`.
+        function: Any callable on (rows, ...) that returns an array (rows, ...).
+        columns: The column that the function gets, as (rows, ...); or several, which it gets side
+            by side as (rows, inputs).
+        tolerance: As for `run_rows`: the largest error bar of a predicted row. 0 computes all rows.
+        num_workers: Actors (default: one for each CPU that is free).
+        deadline: Seconds that a call may take before its rows are sent again.
+        job_deadline: Seconds after which the run ends, with what is known by then (default: none).
+        on_progress: As for `run_rows`.
+        **options: Further ones of `run_rows`: `coverage`, `compute`, `max_calls`, `folder`, ...
+
+    Returns:
+        A dataset with the rows and columns of the given one, and the columns `value`, `error_bar`
+        (0 where computed, infinite where nothing is known), `status` ("computed", "predicted" or
+        "unknown") and `reason` (why a row is unknown, else empty).
+
+    Raises:
+        ImportError: Without Ray Data.
+        ValueError: A column is missing, is not of finite numbers, or has the name of one of those
+            that are added; the dataset is empty; or an argument of `run_rows` does not fit.
+        RuntimeError: No worker starts, or the function raises on all of the first rows.
+
+    Example:
+        ```text
+        dataset = ray.data.read_parquet("inputs.parquet")
+        found = map_rows(dataset, simulate, ["angle", "speed"], tolerance=0.02, job_deadline=600.0)
+        found.write_parquet("outputs")
+        ```
+    """
+    ray = ray_data()
+    names = [columns] if isinstance(columns, str) else list(columns)
+    held = _with_row_numbers(ray, dataset, names)
+    x = _inputs(held, names, stacked=not isinstance(columns, str))
+    if num_workers is None:
+        num_workers = max(1, int(ray.available_resources().get("CPU", 1)))
+    with RayPool(
+        RowFunction(function),
+        num_workers,
+        compiled=False,
+        min_workers=1,
+        hang_timeout=hang_timeout(deadline),
+    ) as pool:
+        result = run_rows(
+            function,
+            x,
+            pool,
+            tolerance=tolerance,
+            deadline=deadline,
+            job_deadline=job_deadline,
+            on_progress=on_progress,
+            **options,
+        )
+    _LOG.info("rows: %s", result.summary)
+    # In a list it is passed on as a reference, and stays once on each node.
+    known = {"known": [ray.put(_columns_of(result))]}
+    return held.map_batches(_with_results, fn_kwargs=known, batch_format="numpy")
+
+
+def ray_data() -> Any:
+    """Return the module `ray`, with Ray Data; raise ImportError if that is missing."""
+    ray = ray_module()
+    try:
+        import ray.data
+    except ImportError as error:
+        raise ImportError(
+            f"Ray Data is missing ({error}): pip install '.[ray-data]' in a clone"
+        ) from error
+    return ray
+
+
+def _with_row_numbers(ray: Any, dataset: Any, names: Sequence[str]) -> Any:
+    """Execute the dataset, and return it with a column of row numbers.
+
+    Ray Data may reorder what it processes: the number goes along with the row.
+    """
+    blocks = dataset.to_arrow_refs()
+    size = ray.remote(num_cpus=0)(_size_of)
+    known = ray.get([size.remote(block) for block in blocks])
+    present = next((columns for rows, columns in known if rows), None)
+    if present is None:
+        raise ValueError("the dataset has no rows")
+    if missing := [name for name in names if name not in present]:
+        raise ValueError(f"the dataset has no column {missing[0]!r}; it has {', '.join(present)}")
+    if taken := [name for name in present if name in ADDED]:
+        raise ValueError(
+            f"the dataset has a column {taken[0]!r}, which map_rows adds: rename it, or drop it"
+        )
+
+    number, ends = ray.remote(num_cpus=0)(_numbered), np.cumsum([rows for rows, _ in known])
+    numbered = [
+        number.remote(block, int(end) - rows)
+        for block, end, (rows, _) in zip(blocks, ends, known, strict=True)
+        if rows
+    ]
+    return ray.data.from_arrow_refs(numbered)
+
+
+# What Ray's workers run.
+
+
+def _size_of(table: Any) -> tuple[int, list[str]]:
+    return table.num_rows, table.column_names
+
+
+def _numbered(table: Any, first: int) -> Any:
+    return table.append_column(_ROW, [np.arange(first, first + table.num_rows)])
+
+
+def _with_results(batch: dict[str, Any], known: Sequence[Any]) -> dict[str, Any]:
+    rows = batch.pop(_ROW)
+    return batch | {name: each[rows] for name, each in ray_module().get(known[0]).items()}
+
+
+def _inputs(held: Any, names: Sequence[str], stacked: bool) -> Shaped[np.ndarray, "rows ..."]:
+    """Return the function's inputs, in the order of the row numbers."""
+    numbers, parts = [], []
+    for batch in held.select_columns([_ROW, *names]).iter_batches(batch_format="numpy"):
+        numbers.append(batch[_ROW])
+        columns = [np.asarray(batch[name]) for name in names]
+        for name, each in zip(names, columns, strict=True):
+            if each.dtype.kind not in "biuf" or not np.isfinite(each).all():
+                raise ValueError(f"column {name!r} must hold finite numbers, all of one shape")
+        rows = len(batch[_ROW])
+        parts.append(
+            np.concatenate([each.reshape(rows, -1) for each in columns], axis=1)
+            if stacked
+            else columns[0]
+        )
+    x = np.concatenate(parts)
+    order = np.argsort(np.concatenate(numbers))
+    return x[order]
+
+
+def _columns_of(result: RowResult) -> dict[str, np.ndarray]:
+    rows = len(result.status)
+    reasons = [result.reasons.get(row, "") for row in range(rows)]
+    values = np.full(rows, np.nan) if result.values is None else result.values
+    found = (values, result.deviation, result.status, np.array(reasons, dtype=object))
+    return dict(zip(ADDED, found, strict=True))
