@@ -1,11 +1,13 @@
-"""Clients that leave, lie, flood, send half; workers that die, hang, answer NaN; learning that
-fails: whoever asked properly gets one right answer, or one error within the deadline.
+"""Clients that leave, lie, flood, send half, hold silent connections, send bombs and bodies as
+large as they may; workers that die, hang, answer NaN; learning that fails: whoever asked properly
+gets one right answer, or one error within the deadline.
 
 Ten minutes of it: NERCC_CHAOS_SECONDS=600 pytest -m slow tests/serving/test_chaos.py
 """
 
 import asyncio
 import contextlib
+import gzip
 import json
 import os
 import random
@@ -13,11 +15,13 @@ import time
 
 import numpy as np
 import pytest
+from attack import bodies
 from conftest import require
 
 pytestmark = pytest.mark.slow
 
 SECONDS = float(os.environ.get("NERCC_CHAOS_SECONDS", "20"))
+SILENT = 500  # connections
 HONEST, GRACE = 24, 3.0  # clients; seconds beyond a deadline in which its error must have come
 TRUTH = 5.0  # seconds in which health must tell what is so
 
@@ -92,6 +96,7 @@ class Chaos:
         self.path = f"{server.url}/v2/models/shaky/infer"
         self.exact = self.decoded = 0
         self.errors: dict[int, int] = {}
+        self.attacks: dict[int, int] = {}  # by status, 0 for those that were cut off
         self.faults: list[str] = []
         self.end = time.monotonic() + SECONDS
         self.down = False  # all workers, so that everyone gets an error
@@ -207,6 +212,48 @@ class Chaos:
                 await asyncio.sleep(random.uniform(0, 2))
                 writer.close()
 
+    async def attacker(self, session):
+        """Sends what costs most to refuse."""
+        bomb = gzip.compress(bytes(10**8)), {"content-encoding": "gzip"}
+        attacks = [(body, {}) for body in bodies((4,)).values()] + [bomb]
+        while self.goes_on:
+            body, headers = random.choice(attacks)
+            try:
+                async with session.post(self.path, data=body, headers=headers) as answer:
+                    content = await answer.json(content_type=None)
+                    self.attacks[answer.status] = self.attacks.get(answer.status, 0) + 1
+                if answer.status not in (400, 413, 503) or not content.get("error"):
+                    self.fault(f"{body[:60]!r} got {answer.status}: {content}")
+            except OSError:  # cut off while it still sent
+                self.attacks[0] = self.attacks.get(0, 0) + 1
+            await asyncio.sleep(0.2)
+
+    async def silent(self):
+        """Holds connections, of which nothing ever comes."""
+        held = []
+        with contextlib.ExitStack() as stack:
+            while self.goes_on:
+                with contextlib.suppress(OSError):
+                    _, writer = await asyncio.open_connection("127.0.0.1", self.server.http_port)
+                    stack.callback(writer.close)
+                    held.append(writer)
+                if len(held) >= SILENT:
+                    held.pop(0).close()
+                await asyncio.sleep(0.01)
+
+    async def drip(self):
+        """Sends a body byte by byte."""
+        head = b"POST /v2/models/shaky/infer HTTP/1.1\r\ncontent-length: 100000\r\n\r\n"
+        while self.goes_on:
+            with contextlib.suppress(OSError):
+                _, writer = await asyncio.open_connection("127.0.0.1", self.server.http_port)
+                writer.write(head)
+                for _ in range(100):
+                    writer.write(b" ")
+                    await writer.drain()
+                    await asyncio.sleep(0.02)
+                writer.close()
+
     async def ready(self, session):
         async with session.get(f"{self.server.url}/v2/health/ready") as answer:
             return answer.status == 200
@@ -257,6 +304,9 @@ class Chaos:
                 *(self.leaver(session) for _ in range(4)),
                 *(self.liar(session) for _ in range(2)),
                 *(self.half() for _ in range(8)),
+                *(self.attacker(session) for _ in range(2)),
+                *(self.drip() for _ in range(4)),
+                self.silent(),
                 self.downs(session),
                 self.look(session),
                 watch(),
@@ -268,6 +318,7 @@ def test_chaos(server):
     chaos = Chaos(server)
     memory = asyncio.run(chaos.run())
     print(f"exact {chaos.exact}, decoded {chaos.decoded}, errors {chaos.errors}")
+    print(f"attacks {chaos.attacks}")
     print(f"memory {[round(m) for m in memory[:: max(len(memory) // 20, 1)]]}")
     assert not chaos.faults, chaos.tell()
     assert chaos.exact > 20 * SECONDS
