@@ -241,6 +241,7 @@ class ServedModel:
             self._preprocessing.close()
         self._batcher.close(drain)
         self.pool.close()
+        self.meter.close()
 
     def _hints(self, health: Health, report: PoolReport) -> list[str]:
         """Return why things are not as they should be, and why nothing is coded or decoded."""

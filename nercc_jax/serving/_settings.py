@@ -236,7 +236,7 @@ class ModelSettings(BaseModel):
     @property
     def key(self) -> str:
         """The name and the version, by which the server keeps its models."""
-        return self.served_name if self.version == 1 else f"{self.served_name}:{self.version}"
+        return self.served_name if self.version == 1 else f"{self.served_name}/{self.version}"
 
     @property
     def served_name(self) -> str:

@@ -7,7 +7,11 @@ import json
 import shutil
 import subprocess
 import sys
+import weakref
 
+import equinox as eqx
+import jax
+import jax.numpy as jnp
 import pytest
 from conftest import require
 
@@ -18,7 +22,11 @@ require("fastapi", "serve")
 from grpc_stub import GRPCInferenceServiceStub
 from in_process import SERVABLE, Doubles, body, channel, listening
 from nercc_server import ENDS, running, straggler_threshold
+from prometheus_client import CollectorRegistry
 
+from nercc_jax import Uncoded
+from nercc_jax.serving import ServedModel, make_servable
+from nercc_jax.serving._metrics import Metrics
 from nercc_jax.serving._settings import ModelSettings, ServerSettings
 from nercc_jax.serving.transport import open_inference_pb2 as messages
 
@@ -41,13 +49,13 @@ def server(started):
     def start(version):
         def run():
             if len(started) > 4:
-                raise RuntimeError("no more of it")
+                raise ValueError("no more of it")
             started.append(Version(version))
             return started[-1]
 
         return run
 
-    starts = {"digits": start("1"), "digits:10": start("10"), "digits:2": start("2")}
+    starts = {"digits": start("1"), "digits/10": start("10"), "digits/2": start("2")}
     with listening(starts, grpc_port=0, model_control="explicit") as server:
         for _ in straggler_threshold(ENDS):
             if server._started:
@@ -101,6 +109,34 @@ def test_what_is_unloaded_is_gone_until_it_is_loaded(client, started):
     assert states(client) == {"1": "READY", "10": "READY", "2": "UNAVAILABLE"}
     answer = client.post("/v2/models/digits/infer", content=body()).json()
     assert (answer["model_version"], len(started)) == ("10", 5)
+
+
+def test_what_is_unloaded_is_freed():
+    weights = []
+
+    def start():
+        class Net(eqx.Module):
+            matrix: jax.Array
+
+            def __call__(self, x):
+                return x @ self.matrix
+
+        net = Net(jnp.ones((4, 3)))
+        weights.append(weakref.ref(net.matrix))
+        servable = make_servable("digits", net, (4,))
+        settings = ModelSettings(max_batch_size=1, num_workers=1)
+        return ServedModel(servable, Uncoded(1), settings, Metrics(CollectorRegistry()))
+
+    with listening({"digits": start}, model_control="explicit") as server:
+        for _ in straggler_threshold(ENDS):
+            if server._started:
+                break
+        url = f"http://127.0.0.1:{server.http_port}/v2"
+        assert httpx.post(f"{url}/models/digits/infer", content=body(), trust_env=False).is_success
+        assert weights[0]() is not None
+        unload = f"{url}/repository/models/digits/unload"
+        assert httpx.post(unload, trust_env=False, timeout=ENDS).is_success
+        assert weights[0]() is None
 
 
 @pytest.mark.parametrize("action", ["load", "unload"])
@@ -185,7 +221,7 @@ def test_versions_of_a_coded_model_by_tritons_clients_and_curl(tmp_path):
         ports = str(server.http_port), str(server.grpc_port)
         for gone, ready, values in json.loads(run(sys.executable, "-c", CLIENT, *ports)):
             assert (gone, ready, values) == (True, [True] * 3, [second, first, second])
-        assert server.count("requests_total", model="twice:2", outcome="ok") > 0
+        assert server.count("requests_total", model="twice/2", outcome="ok") > 0
         if shutil.which("curl") is not None:
             np.save(matrix, 5 * np.eye(4, 3, dtype=np.float32))
             curl = ("curl", "-sS", "--fail-with-body", "--noproxy", "*")
@@ -198,7 +234,7 @@ def test_versions_of_a_coded_model_by_tritons_clients_and_curl(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("policy", "keys"), [("latest", ["x:3"]), ("all", ["x", "x:2", "x:3"]), ("1, 2", ["x", "x:2"])]
+    ("policy", "keys"), [("latest", ["x/3"]), ("all", ["x", "x/2", "x/3"]), ("1, 2", ["x", "x/2"])]
 )
 def test_a_policy_chooses_versions(policy, keys):
     models = [ModelSettings(model="a:b", name="x", version=number) for number in (1, 2, 3)]

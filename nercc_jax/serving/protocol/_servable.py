@@ -290,8 +290,8 @@ Shapes = Sequence[int] | Mapping[str, Sequence[int]]
 
 
 def model_key(name: str, version: str) -> str:
-    """Return the key of a model's version: the name alone for the first."""
-    return name if version == "1" else f"{name}:{version}"
+    """Return the key of a model's version: the name alone for version 1. Names have no slash."""
+    return name if version == "1" else f"{name}/{version}"
 
 
 @dataclasses.dataclass(frozen=True)

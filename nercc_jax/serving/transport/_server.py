@@ -384,54 +384,68 @@ class _ExplicitControl(ModelControl):
         self._turn = asyncio.Lock()  # one at a time
 
     async def load(self, name: str) -> None:
-        keys = self._keys(name)
-        async with self._turn:
-            for key in keys:
-                if key not in self._state.names:
-                    await self._load(key)
-
-    async def _load(self, key: str) -> None:
-        server, state = self._server, self._state
-        state.names.append(key)
-        failures: list[BaseException] = []
-
-        def start() -> None:
-            try:
-                model = server.starts[key]()
-                server._open[key] = state.models[key] = model
-                if state.draining:
-                    server._close(key)
-            except BaseException as error:
-                failures.append(error)
-
-        await _ended(_in_background(start))
-        if failures:
-            state.names.remove(key)
-            _LOG.error("a model was not loaded", exc_info=failures[0], extra={"model": key})
-            raise InvalidInput(f"{key} does not load: {failures[0]}")
-        gc.freeze()  # as when the server starts
-        _LOG.info("model is loaded", extra={"model": key})
+        # To its end, although the client may go away.
+        await asyncio.shield(asyncio.ensure_future(self._load(self._keys(name))))
 
     async def unload(self, name: str) -> None:
-        keys = self._keys(name)
+        await asyncio.shield(asyncio.ensure_future(self._unload(self._keys(name))))
+
+    async def _load(self, keys: Sequence[str]) -> None:
+        server, state = self._server, self._state
+        failures: list[Exception] = []
+
+        def start(key: str) -> None:
+            try:
+                server._open[key] = state.models[key] = server.starts[key]()
+                if state.draining:
+                    server._close(key)
+            except Exception as error:
+                failures.append(error)
+
         async with self._turn:
             for key in keys:
-                if key in self._state.models:
-                    self._state.names.remove(key)
-                    del self._state.models[key]
-                    drain = self._server.settings.drain_timeout_s
-                    close = functools.partial(self._server._close, key, drain)
-                    self._server._closing[key] = _in_background(close)
-                    await _ended(self._server._closing[key])
+                if key in state.names:
+                    continue
+                self.loading |= {key}
+                state.names.append(key)
+                await _ended(_in_background(functools.partial(start, key)))
+                self.loading -= {key}
+                if failures:
+                    state.names.remove(key)
+                    _LOG.error("not loaded", exc_info=failures[0], extra={"model": key})
+                    own = isinstance(failures[0], ValueError)  # the server's own words
+                    why = failures[0] if own else "see the server's log"
+                    raise InvalidInput(f"{key} does not load: {why}")
+                gc.freeze()  # as when the server starts
+                _LOG.info("model is loaded", extra={"model": key})
+
+    async def _unload(self, keys: Sequence[str]) -> None:
+        server, state = self._server, self._state
+        async with self._turn:
+            for key in keys:
+                if key in state.models:
+                    state.names.remove(key)
+                    del state.models[key]
+                    close = functools.partial(server._close, key, server.settings.drain_timeout_s)
+                    server._closing[key] = _in_background(close)
+                    await _ended(server._closing.pop(key))
+            await _ended(_in_background(_collect_garbage))
 
     def _keys(self, name: str) -> list[str]:
         """Return the keys of a model's versions. Raises ModelNotFound, and ServerNotReady."""
-        keys = [key for key in self.known if key.partition(":")[0] == name]
+        keys = [key for key in self.known if key.partition("/")[0] == name]
         if not keys:
             raise ModelNotFound(name)
         if self._state.phase == "draining" or not self._server._started:
             raise ServerNotReady(f"It is {self._state.phase}.")
         return keys
+
+
+def _collect_garbage() -> None:
+    """Free what was frozen at the start, too, which stops all threads for a moment."""
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 async def _ended(thread: threading.Thread) -> None:

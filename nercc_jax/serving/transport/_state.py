@@ -46,9 +46,11 @@ class ModelControl:
 
     Attributes:
         known: the keys of all models that can be loaded.
+        loading: the keys of those that are being loaded, which the server does not wait for.
     """
 
     known: Sequence[str] = ()
+    loading: frozenset[str] = frozenset()
 
     async def load(self, name: str) -> None:
         """Start all versions of a model that are not started. Raises as `unload`."""
@@ -108,7 +110,10 @@ class ServerState:
         """The phase of the server's life."""
         if self.draining:
             return "draining"
-        return "serving" if len(self.models) == len(self.names) else "starting"
+        waits = any(
+            key not in self.models and key not in self.control.loading for key in self.names
+        )
+        return "starting" if waits else "serving"
 
     @property
     def needs_token(self) -> bool:
@@ -164,7 +169,7 @@ class ServerState:
         """The versions of each model that are started or will be, by name, the latest last."""
         found: dict[str, list[str]] = {}
         for key in self.names:
-            name, _, version = key.partition(":")
+            name, _, version = key.partition("/")
             found.setdefault(name, []).append(version or "1")
         return {name: sorted(each, key=int) for name, each in found.items()}
 
@@ -259,7 +264,7 @@ class ServerState:
         """Return all models with their states, by Triton's extension; or only those ready."""
         index = []
         for key in dict.fromkeys([*self.names, *self.control.known]):
-            name, _, version = key.partition(":")
+            name, _, version = key.partition("/")
             version = version or "1"
             state, reason = "READY", ""
             if key not in self.names:
