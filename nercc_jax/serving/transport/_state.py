@@ -250,7 +250,9 @@ class ServerState:
         except BaseException as error:  # a client that goes away cancels its call
             outcome = OUTCOME.get(type(error), "failed")
             if outcome in REFUSED and name in self.versions:
-                self.find(name).count(REFUSED[outcome])
+                model = self.models.get(self.check(name))
+                if model is not None:  # it may still be starting
+                    model.count(REFUSED[outcome])
             if trace is not None:
                 trace.error = str(error) or type(error).__name__
             raise
