@@ -1,86 +1,145 @@
-"""The load generator of serving.py, a process of its own: many HTTP clients of one server.
+"""The load generator of serving.py, a process of its own: many clients of one server.
 
-    python bench/_serving_load.py QUERIES.npz URL open RATE SECONDS SEED
-    python bench/_serving_load.py QUERIES.npz URL closed CLIENTS SECONDS SEED
-    python bench/_serving_load.py QUERIES.npz URL paced CLIENTS SECONDS SEED
+    python bench/_serving_load.py QUERIES.npz URL open RATE SECONDS SEED [ROWS]
+    python bench/_serving_load.py QUERIES.npz URL closed CLIENTS SECONDS SEED [ROWS]
+    python bench/_serving_load.py QUERIES.npz URL paced CLIENTS SECONDS SEED [ROWS]
 
-Open loop: single queries arrive as a Poisson stream, whatever the server does, and latency counts
-from the scheduled arrival. Closed loop: each client sends its next query when it has an answer,
-which tells throughput. Paced: each asks every `PERIOD` seconds, if it has its answer by then.
-Prints what became of them as JSON.
+Open loop: requests arrive as a Poisson stream, whatever the server does, and latency counts from
+the scheduled arrival. Closed loop: each client sends its next request when it has an answer, which
+tells throughput. Paced: each asks every `PERIOD` seconds, if it has its answer by then. A request
+has `ROWS` queries, one by default. URL is that of REST, or `grpc://HOST:PORT/MODEL`. Requests are
+made before the load begins. Prints what became of them as JSON.
 """
 
 import asyncio
+import itertools
 import json
 import sys
 import time
 from typing import Any
 
 import aiohttp
+import grpc
 import numpy as np
 import orjson
 
+from nercc_jax.serving.transport import open_inference_pb2 as messages
+
 _TIMEOUT = 20.0  # seconds until a client gives up
 PERIOD = 0.1
+DATATYPES = {"float32": "FP32", "uint8": "UINT8"}
+
+
+class Rest:
+    """A server reached by REST, with binary tensors both ways."""
+
+    def __init__(self, url: str):
+        self._url = url
+
+    async def __aenter__(self) -> "Rest":
+        connector = aiohttp.TCPConnector(limit=0)
+        timeout = aiohttp.ClientTimeout(total=_TIMEOUT)
+        self._session = aiohttp.ClientSession(connector=connector, timeout=timeout)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._session.close()
+
+    def pack(self, x: np.ndarray) -> Any:
+        raw = x.tobytes()
+        tensor = {
+            "name": "input",
+            "shape": x.shape,
+            "datatype": DATATYPES[x.dtype.name],
+            "parameters": {"binary_data_size": len(raw)},
+        }
+        head = orjson.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}})
+        headers = {
+            "Inference-Header-Content-Length": str(len(head)),
+            "Content-Type": "application/octet-stream",
+        }
+        return head + raw, headers
+
+    async def ask(self, request: Any) -> tuple[str | None, np.ndarray | None, bool]:
+        """Return what went wrong or None, the answer's rows, and whether they are exact."""
+        data, headers = request
+        try:
+            async with self._session.post(self._url, data=data, headers=headers) as answer:
+                body = await answer.read()
+                if answer.status != 200:
+                    return str(answer.status), None, False
+                length = int(answer.headers["inference-header-content-length"])
+        except (TimeoutError, aiohttp.ClientError) as error:
+            return type(error).__name__, None, False
+        about = orjson.loads(body[:length])
+        shape = about["outputs"][0]["shape"]
+        values = np.frombuffer(body, "<f4", int(np.prod(shape)), length).reshape(shape)
+        return None, values, bool(about.get("parameters", {}).get("nercc_exact", True))
+
+
+class Grpc:
+    """A server reached by gRPC, with raw tensors both ways; clients share four connections."""
+
+    def __init__(self, url: str):
+        address, self._model = url.removeprefix("grpc://").split("/")
+        options = [("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
+        self._channels = [grpc.aio.insecure_channel(address, options) for _ in range(4)]
+        path = "/inference.GRPCInferenceService/ModelInfer"
+        parse = messages.ModelInferResponse.FromString
+        self._calls = itertools.cycle(
+            [each.unary_unary(path, response_deserializer=parse) for each in self._channels]
+        )
+
+    async def __aenter__(self) -> "Grpc":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for each in self._channels:
+            await each.close()
+
+    def pack(self, x: np.ndarray) -> Any:
+        request = messages.ModelInferRequest(
+            model_name=self._model, raw_input_contents=[x.tobytes()]
+        )
+        request.inputs.add(name="input", datatype=DATATYPES[x.dtype.name], shape=x.shape)
+        return request.SerializeToString()
+
+    async def ask(self, request: Any) -> tuple[str | None, np.ndarray | None, bool]:
+        """Return what went wrong or None, the answer's rows, and whether they are exact."""
+        try:
+            answer = await next(self._calls)(request, timeout=_TIMEOUT)
+        except grpc.aio.AioRpcError as error:
+            return error.code().name, None, False
+        values = np.frombuffer(answer.raw_output_contents[0], "<f4")
+        exact = answer.parameters["nercc_exact"].bool_param
+        return None, values.reshape(tuple(answer.outputs[0].shape)), exact
 
 
 class Load:
-    def __init__(self, queries: np.ndarray, labels: np.ndarray, url: str):
-        self.labels, self.url = labels, url
-        self.bodies, self.headers = [], []
-        for x in queries:
-            raw = x.astype("<f4").tobytes()
-            head = {
-                "inputs": [
-                    {
-                        "name": "input",
-                        "shape": [1, *x.shape],
-                        "datatype": "FP32",
-                        "parameters": {"binary_data_size": len(raw)},
-                    }
-                ],
-                "parameters": {"binary_data_output": True},
-            }
-            text = orjson.dumps(head)
-            self.bodies.append(text + raw)
-            self.headers.append(
-                {
-                    "Inference-Header-Content-Length": str(len(text)),
-                    "Content-Type": "application/octet-stream",
-                }
-            )
-        # One row a query: latency in seconds, same label, exact; NaN latency where it failed.
+    def __init__(self, queries: np.ndarray, labels: np.ndarray, server: Rest | Grpc, rows: int):
+        places = (np.arange(len(queries))[:, None] + np.arange(rows)) % len(queries)
+        self.labels, self.server = labels[places], server
+        self.requests = [server.pack(queries[each]) for each in places]
+        # One row a request: latency in seconds, same labels, exact; NaN latency where it failed.
         self.rows: list[tuple[float, bool, bool]] = []
         self.errors: dict[str, int] = {}
         self.lateness: list[float] = []
 
-    async def ask(self, session: aiohttp.ClientSession, number: int, since: float) -> None:
-        query = number % len(self.bodies)
-        try:
-            async with session.post(
-                self.url, data=self.bodies[query], headers=self.headers[query]
-            ) as answer:
-                body = await answer.read()
-                status = answer.status
-                length = int(answer.headers.get("inference-header-content-length", len(body)))
-        except (TimeoutError, aiohttp.ClientError) as error:
-            status, body, length = type(error).__name__, b"", 0
+    async def ask(self, number: int, since: float) -> None:
+        query = number % len(self.requests)
+        error, values, exact = await self.server.ask(self.requests[query])
         now = time.monotonic()
-        if status != 200:
-            self.errors[str(status)] = self.errors.get(str(status), 0) + 1
+        if error is not None or values is None:
+            self.errors[str(error)] = self.errors.get(str(error), 0) + 1
             self.rows.append((float("nan"), False, False))
             return
-        about = orjson.loads(body[:length])
-        count = int(np.prod(about["outputs"][0]["shape"]))
-        values = np.frombuffer(body, "<f4", count, length)
-        same = int(values.argmax()) == int(self.labels[query])
-        exact = bool(about.get("parameters", {}).get("nercc_exact", True))
+        same = bool((values.argmax(axis=1) == self.labels[query]).all())
         self.rows.append((now - since, same, exact))
 
-    async def open_loop(self, session, rate: float, seconds: float, seed: int) -> None:
+    async def open_loop(self, rate: float, seconds: float, seed: int) -> None:
         random = np.random.default_rng(seed)
         arrivals = np.cumsum(random.exponential(1 / rate, int(rate * seconds)))
-        first = int(random.integers(len(self.bodies)))
+        first = int(random.integers(len(self.requests)))
         start = time.monotonic() + 0.1
         tasks = []
         for number, arrival in enumerate(arrivals):
@@ -88,21 +147,21 @@ class Load:
             if (left := due - time.monotonic()) > 0:
                 await asyncio.sleep(left)
             self.lateness.append(time.monotonic() - due)
-            tasks.append(asyncio.create_task(self.ask(session, first + number, due)))
+            tasks.append(asyncio.create_task(self.ask(first + number, due)))
         await asyncio.gather(*tasks)
 
-    async def closed_loop(self, session, clients: float, seconds: float, seed: int) -> None:
+    async def closed_loop(self, clients: float, seconds: float, seed: int) -> None:
         end = time.monotonic() + seconds
 
         async def client(number: int) -> None:
             step = 0
             while time.monotonic() < end:
-                await self.ask(session, seed + number * 7919 + step, time.monotonic())
+                await self.ask(seed + number * 7919 + step, time.monotonic())
                 step += 1
 
         await asyncio.gather(*(client(number) for number in range(int(clients))))
 
-    async def paced(self, session, clients: float, seconds: float, seed: int) -> None:
+    async def paced(self, clients: float, seconds: float, seed: int) -> None:
         begin = time.monotonic()
         phases = np.random.default_rng(seed).random(int(clients))
 
@@ -110,19 +169,18 @@ class Load:
             for step in range(int(seconds / PERIOD)):
                 due = begin + (step + phases[number]) * PERIOD
                 await asyncio.sleep(max(due - time.monotonic(), 0))
-                await self.ask(session, seed + number * 7919 + step, time.monotonic())
+                await self.ask(seed + number * 7919 + step, time.monotonic())
 
         await asyncio.gather(*(client(number) for number in range(int(clients))))
 
 
-async def main(path: str, url: str, loop: str, amount: float, seconds: float, seed: int) -> None:
-    with np.load(path) as data:
-        load = Load(data["queries"], data["labels"], url)
-    connector = aiohttp.TCPConnector(limit=0)
-    timeout = aiohttp.ClientTimeout(total=_TIMEOUT)
-    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+async def main(path: str, url: str, loop: str, amount: float, seconds: float, *rest: int) -> None:
+    seed, rows = (*rest, 1)[:2]
+    async with Grpc(url) if url.startswith("grpc://") else Rest(url) as server:
+        with np.load(path) as data:
+            load = Load(data["queries"], data["labels"], server, rows)
         runs = {"open": load.open_loop, "closed": load.closed_loop, "paced": load.paced}
-        await runs[loop](session, amount, seconds, seed)
+        await runs[loop](amount, seconds, seed)
     latency, same, exact = np.array(load.rows, float).T
     result: dict[str, Any] = {
         "latency": latency.round(6).tolist(),
@@ -137,5 +195,5 @@ async def main(path: str, url: str, loop: str, amount: float, seconds: float, se
 
 
 if __name__ == "__main__":
-    _, path, url, loop, amount, seconds, seed = sys.argv
-    asyncio.run(main(path, url, loop, float(amount), float(seconds), int(seed)))
+    _, path, url, loop, amount, seconds, *rest = sys.argv
+    asyncio.run(main(path, url, loop, float(amount), float(seconds), *map(int, rest)))

@@ -27,6 +27,11 @@ def images(x: Any) -> Any:
     return _head("images", embedded.mean(axis=1), _HIDDEN)
 
 
+def prepare(x: Any) -> Any:
+    """Map (B, 224, 224, 3) bytes to the floats that `images` takes."""
+    return x.astype(np.float32) / 127.5 - 1
+
+
 def _head(name: str, x: Any, width: int) -> Any:
     hidden = jax.nn.gelu(x @ _weights(f"{name} hidden", width, _HIDDEN))
     return hidden @ _weights(f"{name} out", _HIDDEN, _OUTPUTS)

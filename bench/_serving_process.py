@@ -24,10 +24,19 @@ def nercc_serve(model: str, settings: Mapping[str, Any]) -> tuple[list[str], dic
 
 @contextlib.contextmanager
 def running(command: Sequence[str], summary: Mapping[str, str] | None = None) -> Iterator[int]:
-    """Run a server's process until the end of the context, and give its port.
+    """Run a server's process until the end of the context, and give its port of HTTP.
 
     Raises: RuntimeError where it does not start.
     """
+    with running_on(command, summary) as ports:
+        yield ports["http_port"]
+
+
+@contextlib.contextmanager
+def running_on(
+    command: Sequence[str], summary: Mapping[str, str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Run a server as `running` does, and give what it says once it is ready: all its ports."""
     process = subprocess.Popen(
         command,
         env=os.environ | (summary or {}),
@@ -47,7 +56,7 @@ def running(command: Sequence[str], summary: Mapping[str, str] | None = None) ->
         else:
             raise RuntimeError(f"{command} did not start: " + "".join(lines[-5:]))
         threading.Thread(target=output.read, daemon=True).start()  # the pipe must not fill up
-        yield json.loads(lines[-1])["http_port"]
+        yield json.loads(lines[-1]) | {"pid": process.pid}
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -56,9 +65,11 @@ def running(command: Sequence[str], summary: Mapping[str, str] | None = None) ->
             process.kill()
 
 
-def load(queries: Path, url: str, loop: str, amount: float, seconds: float, seed: int) -> Any:
-    """Run a load by `_serving_load.py`, and return its outcome."""
+def load(
+    queries: Path, url: str, loop: str, amount: float, seconds: float, seed: int, rows: int = 1
+) -> Any:
+    """Run a load by `_serving_load.py`, and return its outcome; requests have `rows` queries."""
     command = [sys.executable, str(HERE / "_serving_load.py"), str(queries), url, loop]
-    command += [str(amount), str(seconds), str(seed)]
+    command += [str(amount), str(seconds), str(seed), str(rows)]
     done = subprocess.run(command, check=True, capture_output=True, timeout=seconds + 120)
     return json.loads(done.stdout)

@@ -1,14 +1,16 @@
 """Coded serving beside uncoded, hedged and replicated serving, and Ray Serve: latency, throughput.
 
-    python bench/serving.py [--quick] [--price]
+    python bench/serving.py [--quick] [--price] [--requests]
 
-Some 40 minutes. `--price`: only the cells without stragglers and sleep, 11 minutes.
+Some 40 minutes. `--price`: only the cells without stragglers and sleep, 15 minutes; `--requests`:
+only those of batches, gRPC and bytes, 4 minutes.
 
 One run: the same model (LeNet5 on scikit-learn's digits), the same number of workers, all of them
 Ray actors, the same load from a second process, with and without stragglers. Every call takes
 `SERVICE` seconds longer than the model does, during which the worker sleeps: two cores then stand
 for many machines. What the server itself costs is measured without, by `_serving_price.py`. Writes
-`results/serving.json` and `results/serving_price.json`, which docs/serving.md shows.
+`results/serving.json`, `results/serving_price.json` and `results/serving_requests.json`, which
+docs/serving.md shows.
 """
 
 import argparse
@@ -29,6 +31,7 @@ import numpy as np
 from _report import block_bootstrap, environment, write_json
 from _serving_price import measure_price
 from _serving_process import load, nercc_serve, running
+from _serving_requests import measure_requests
 
 from nercc_models import load_data, load_model
 
@@ -102,13 +105,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Latency and throughput of servers, side by side.")
     parser.add_argument("--quick", action="store_true", help="a few seconds each: does it run?")
     parser.add_argument("--price", action="store_true", help="only what the server itself costs")
+    parser.add_argument("--requests", action="store_true", help="only batches, gRPC and bytes")
     parser.add_argument("--seconds", type=float, default=25.0, help="of each open-loop cell")
     parser.add_argument("--only", nargs="*", help="some systems, to try")
     arguments = parser.parse_args()
     quick = "-quick" if arguments.quick else ""
     path, price = RESULTS / f"serving{quick}.json", RESULTS / f"serving_price{quick}.json"
-    write_json(price, measure_price(*((1.0, 1) if quick else (1.5, 3))))
-    if not arguments.price:
+    requests = RESULTS / f"serving_requests{quick}.json"
+    write_json(requests, measure_requests(*((1.0, 1) if quick else (1.5, 7))))
+    if not arguments.requests:
+        write_json(price, measure_price(*((1.0, 1) if quick else (1.5, 3))))
+    if not arguments.price and not arguments.requests:
         seconds = 4.0 if quick else arguments.seconds
         write_json(path, measure(seconds, arguments.only))
 

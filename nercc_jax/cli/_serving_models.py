@@ -18,7 +18,7 @@ from ..serving._settings import ModelSettings
 from ..serving.protocol._servable import FLOAT
 from ._calibration_file import calibration_file
 from ._options import check_files
-from ._own_models import example_inputs, find_surrogate, is_own, is_shipped
+from ._own_models import example_inputs, find_surrogate, is_own, is_shipped, load_callable
 from ._workload import find_model, load_plain_code, read_named_inputs
 
 # Codes tuned for shipped models by `nercc tune --layout interleaved`.
@@ -53,7 +53,7 @@ def starts_of(
     for settings in chosen:
         _check_files(settings)
     return {
-        settings.served_name: functools.partial(_start, settings, code_of(settings), metrics, join)
+        settings.key: functools.partial(_start, settings, code_of(settings), metrics, join)
         for settings in chosen
     }
 
@@ -121,6 +121,7 @@ def servable_of(settings: ModelSettings) -> Servable:
         raise ValueError(
             f"{settings.model}: say the shape of one query with --input-shape, or give --inputs"
         )
+    prepare = settings.preprocess
     output_name = settings.outputs if is_shipped(settings.model) else "output"
     return make_servable(
         name,
@@ -129,6 +130,8 @@ def servable_of(settings: ModelSettings) -> Servable:
         datatype=settings.input_datatype or getattr(model, "input_datatype", FLOAT),
         output_name=settings.output_name or output_name,
         calibration=inputs,
+        preprocess=None if prepare is None else load_callable(prepare, None, "--preprocess"),
+        version=str(settings.version),
     )
 
 
@@ -140,6 +143,8 @@ def _inputs(settings: ModelSettings, model: Any) -> Any:
     if is_shipped(name):
         return functools.partial(_images, model) if _has_data(model) else None
     found = example_inputs(name) if is_own(name) else None
+    if settings.preprocess is not None:  # in the datatypes that clients send
+        return found
     return None if found is None else jax.tree.map(lambda x: np.asarray(x, np.float32), found)
 
 

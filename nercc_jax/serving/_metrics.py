@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -142,6 +143,11 @@ class Metrics:
         self._reports.served[model] = pool, code
         return self._waiting.labels(model)
 
+    def remove_model(self, model: str) -> None:
+        """Let a model's workers and queue go; what was counted stays."""
+        self._reports.served.pop(model, None)
+        self._waiting.labels(model).set_function(lambda: 0.0)
+
     def recorders(self, model: str) -> dict[str, list[Callable[[float], Any]]]:
         """Return for each measure the functions that record a number for a model."""
         found: dict[str, list[Callable[[float], Any]]] = collections.defaultdict(list)
@@ -164,6 +170,7 @@ class Meter:
         self._lock = threading.Lock()
         self._recorders = metrics.recorders(model)
         self._waiting = metrics.add_model(model, pool, code)
+        self.close = functools.partial(metrics.remove_model, model)
         # For the status page, and Triton's statistics.
         self._counts: collections.Counter[str] = collections.Counter()
         self._sums: collections.defaultdict[str, float] = collections.defaultdict(float)
@@ -262,7 +269,8 @@ class _PoolReports(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics."""
-        reports = {model: pool.report() for model, (pool, _) in self.served.items()}
+        served = dict(self.served)  # models come and go
+        reports = {model: pool.report() for model, (pool, _) in served.items()}
         workers = GaugeMetricFamily("nercc_workers", "Workers by state.", labels=["model", "state"])
         calls = CounterMetricFamily(
             "nercc_worker_calls", "Calls of workers by result.", labels=["model", "result"]
@@ -284,7 +292,7 @@ class _PoolReports(Collector):
             "Decoder matrices that were cached (hit) or computed (miss).",
             labels=["model", "result"],
         )
-        for model, (_, code) in self.served.items():
+        for model, (_, code) in served.items():
             kept = kept_matrices(code)
             if kept is not None:
                 lookups.add_metric([model, "hit"], kept.lookups.hits)

@@ -23,7 +23,7 @@ class BatchingPolicy:
     """
 
     max_batch_size: int = _option(
-        8,
+        16,
         "Maximum queries in one worker call, a power of two. Batches are powers of two, for which "
         "everything is compiled in advance; few idle workers and a long queue make large ones.",
     )

@@ -27,6 +27,7 @@ from .adapt._predictor import Predictor
 from .core._coder import Coder
 from .core._health import Health
 from .core._request import DeadlineExceeded, Reply
+from .protocol._preprocessing import Preprocessing
 from .protocol._servable import Servable
 
 _LOG = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ _LOG = logging.getLogger(__name__)
 _MOST_RESENT = 0.9
 # Seconds beyond a deadline in which the batcher itself may report that it has passed, and why.
 _GRACE = 0.25
+# Seconds that are left of a deadline after preprocessing, at least: the batcher takes no less.
+_LEAST = 1e-3
 _LOOK = 1.0  # seconds between looks for hints
 # Looks in a row that must see a hint before it is logged, and miss it before it is over: a busy
 # pool is saturated every other moment.
@@ -96,20 +99,23 @@ class ServedModel:
             _check(estimator, self._coder, policy.max_disagreement)
         with log_phase("starting workers", servable.name):
             self.pool = _open_pool(servable, code, settings)
-        self.meter = Meter(metrics, servable.name, self.pool, code)
+        self.meter = Meter(metrics, servable.key, self.pool, code)
         with log_phase("compiling", servable.name):
             self._batcher = CodedBatcher(
                 self.pool,
                 self._coder,
-                servable.inputs.shape,
+                servable.queries.shape,
                 servable.outputs.shape,
-                dtypes=(servable.inputs.dtype, servable.outputs.dtype),
+                dtypes=(servable.queries.dtype, servable.outputs.dtype),
                 policy=policy,
                 estimator=estimator,
                 predictor=predictor,
                 refuse=servable.outputs.refuse,
                 observe=self.meter.observe,
             )
+            sizes = policy.batch_sizes
+            prepares = servable.preprocess is not None
+            self._preprocessing = Preprocessing(servable, sizes) if prepares else None
         self.meter.watch_queue(lambda: self._batcher.waiting)
         self._hint_log = HintLog(
             servable.name, lambda: self._hints(self.health(), self.pool.report())
@@ -151,10 +157,19 @@ class ServedModel:
             A reply whose values are an array or a dict of arrays, as the model returns.
         """
         inputs, outputs = self.servable.inputs, self.servable.outputs
-        # One array of floats is checked by the batcher itself.
-        if isinstance(queries, Mapping) or not inputs.plain:
-            queries = inputs.pack(queries)
         deadline = self._batcher.policy.deadline_s if deadline is None else deadline
+        if self._preprocessing is not None:
+            begin = time.monotonic()
+            try:
+                async with asyncio.timeout(deadline):
+                    queries = await self._preprocessing.run(queries)
+            except TimeoutError as error:
+                self.count("request_deadline")
+                raise DeadlineExceeded(f"not preprocessed within {deadline:g} s") from error
+            deadline = max(deadline - (time.monotonic() - begin), _LEAST)
+        # One array of floats is checked by the batcher itself.
+        elif isinstance(queries, Mapping) or not inputs.plain:
+            queries = inputs.pack(queries)
         future = self._batcher.submit(
             queries, deadline=deadline, exact=exact, high=high, trace=current.get()
         )
@@ -196,7 +211,7 @@ class ServedModel:
         }
         code = self._coder.code
         return {
-            "name": self.servable.name,
+            "name": self.servable.key,
             "health": dataclasses.asdict(health),
             "hints": self._hints(health, report),
             "code": {
@@ -222,8 +237,11 @@ class ServedModel:
     def close(self, drain: float) -> None:
         """Answer what was accepted for up to `drain` seconds; then end the workers."""
         self._hint_log.close()
+        if self._preprocessing is not None and not drain:
+            self._preprocessing.close()
         self._batcher.close(drain)
         self.pool.close()
+        self.meter.close()
 
     def _hints(self, health: Health, report: PoolReport) -> list[str]:
         """Return why things are not as they should be, and why nothing is coded or decoded."""
@@ -367,7 +385,7 @@ async def _result(future: concurrent.futures.Future[Reply], deadline: float) -> 
 
 
 def _open_pool(servable: Servable, code: AbstractCode, settings: ModelSettings) -> AbstractPool:
-    inputs = servable.inputs
+    inputs = servable.queries
     options: Any = {
         "example": [
             np.zeros((size, *inputs.shape), inputs.dtype) for size in settings.policy().batch_sizes

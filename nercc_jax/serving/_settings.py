@@ -38,7 +38,14 @@ from pydantic_settings import (
 )
 
 from ._policy import MAX_DEADLINE_S, POLICY_HELP, BatchingPolicy
-from ._settings_text import read_datatype, read_none, read_paths, read_shape, read_table
+from ._settings_text import (
+    read_datatype,
+    read_none,
+    read_paths,
+    read_policy,
+    read_shape,
+    read_table,
+)
 
 _POLICY = BatchingPolicy()
 
@@ -91,6 +98,14 @@ class ModelSettings(BaseModel):
         "Name that clients use (default: that of the model, with a dot for a colon).",
         "classifier",
     )
+    version: int = _setting(
+        1, "Version of the model; a name may have several, each with settings of its own.", ge=1
+    )
+    version_policy: Annotated[str, BeforeValidator(read_policy)] = _setting(
+        "latest",
+        "Versions of a name that are served: latest, all, or those listed, 1,3. Requests without a "
+        "version get the latest.",
+    )
     weights: Path | None = _setting(
         None, "Weights passed to module:name, which makes the model: a path, or hf:.", "weights.npz"
     )
@@ -106,9 +121,15 @@ class ModelSettings(BaseModel):
         _setting(
             None,
             "Datatype of the inputs, INT64, or by name, ids=INT64,mask=BOOL (default: FP32). "
-            "Others than FP32 are served uncoded.",
+            "Others than FP32 are served uncoded, unless preprocess makes floats of them.",
             "INT64",
         )
+    )
+    preprocess: str | None = _setting(
+        None,
+        "Function module:function that turns a batch of inputs, such as bytes of images, into the "
+        "floats that the model takes: it runs before queries are coded (default: none).",
+        "images:prepare",
     )
     output_name: str | None = _setting(
         None, "Output name; with several unnamed outputs, a prefix (default: output).", "scores"
@@ -213,6 +234,11 @@ class ModelSettings(BaseModel):
         return self
 
     @property
+    def key(self) -> str:
+        """The name and the version, by which the server keeps its models."""
+        return self.served_name if self.version == 1 else f"{self.served_name}/{self.version}"
+
+    @property
     def served_name(self) -> str:
         """The name that clients use, without slash and colon, which proxies may interpret."""
         return self.name or str(self.model).rpartition("/")[2].replace(":", ".")
@@ -256,6 +282,7 @@ class ServerSettings(BaseSettings):
     panels: ClassVar[dict[str, str]] = {
         "host": "Addresses",
         "token_file": "Authentication and TLS",
+        "model_control": "Model repository",
         "max_connections": "Limits",
         "address": "Ray",
         "compilation_cache": "Start and end",
@@ -284,6 +311,11 @@ class ServerSettings(BaseSettings):
         "tls.crt",
     )
     tls_key: Path | None = _setting(None, "File of the certificate's key in PEM.", "tls.key")
+
+    model_control: Literal["none", "explicit"] = _setting(
+        "none",
+        "Who loads and unloads models: none, or explicit, clients by the model repository's API.",
+    )
 
     max_connections: int = _setting(
         2000, "Maximum HTTP connections, and gRPC calls; more are refused.", ge=1, le=_QUERIES
@@ -406,17 +438,37 @@ class ServerSettings(BaseSettings):
         """Return every model's settings, with defaults filled in.
 
         Raises:
-            ValueError: where there is no model, one is not named, or two have the same name.
+            ValueError: where there is no model, one is not named, two have the same name and
+                version, or versions of one name have different policies or none that is served.
         """
         models = [model.over(self.defaults) for model in self.models]
         if not models:
             raise ValueError("there is no model to serve: --model, NERCC_MODELS or [[models]]")
         if any(model.model is None for model in models):
             raise ValueError("each of the models needs `model`: a shipped one, or module:function")
-        names = [model.served_name for model in models]
+        names = [model.key for model in models]
         if len(set(names)) < len(names):
-            raise ValueError(f"models must have different names (`name`), not {names}")
-        return models
+            raise ValueError(f"models must have different names (`name`) or versions, not {names}")
+        served = {
+            model.served_name: _served_versions(model.served_name, models) for model in models
+        }
+        return [model for model in models if model.version in served[model.served_name]]
+
+
+def _served_versions(name: str, models: Sequence[ModelSettings]) -> set[int]:
+    """Return the versions of a name that its policy chooses. Raises ValueError."""
+    versions = {model.version for model in models if model.served_name == name}
+    policy, *others = {model.version_policy for model in models if model.served_name == name}
+    if others:
+        raise ValueError(
+            f"versions of {name} must have one policy, not {sorted([policy, *others])}"
+        )
+    if policy == "all":
+        return versions
+    chosen = {max(versions)} if policy == "latest" else {int(each) for each in policy.split(",")}
+    if not chosen <= versions:
+        raise ValueError(f"version_policy {policy!r} of {name}: it has versions {sorted(versions)}")
+    return chosen
 
 
 def _read(file: Path) -> bytes:
@@ -501,7 +553,7 @@ def reference_toml() -> str:
     Settings that are not set by default are in comments, with an example.
     """
     server = _reference(ServerSettings, {"defaults", "models"})
-    model = _reference(ModelSettings, {"model", "name", "weights", "inputs", "outputs"})
+    model = _reference(ModelSettings, {"model", "name", "version", "weights", "inputs", "outputs"})
     return "\n".join([*server, "", "[defaults]", *model]) + "\n"
 
 

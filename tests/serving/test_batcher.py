@@ -402,12 +402,12 @@ def test_what_is_sent_again_goes_ahead_of_high_priority():
     lanes = QueryQueue(6)
     assert lanes.reserve(6)
     lanes.add(first)
-    again = [lanes.pop(lanes.coded) for _ in range(2)]
+    again = lanes.pop(lanes.coded, 2)
     lanes.add(high)
     lanes.resend(again)
     order = []
     while lane := lanes.next_lane():
-        order.append(lanes.pop(lane))
+        order += lanes.pop(lane, 1)
     assert order == [*again, *high.queries, first.queries[2]]
     assert lanes.waiting == 0
 
@@ -423,7 +423,7 @@ def test_a_stream_of_high_priority_leaves_an_ordinary_query_its_turn():
         high.arrived = ordinary.arrived + number / 10
         high.turn = high.arrived - 1.0
         lane.add(high)
-        taken.append(lane.pop().request)
+        taken.append(lane.pop(1)[0].request)
     assert taken.index(ordinary) in (9, 10)  # rounding
 
 

@@ -1,11 +1,13 @@
-"""Clients that leave, lie, flood, send half; workers that die, hang, answer NaN; learning that
-fails: whoever asked properly gets one right answer, or one error within the deadline.
+"""Clients that leave, lie, flood, send half, hold silent connections, send bombs and bodies as
+large as they may; workers that die, hang, answer NaN; learning that fails: whoever asked properly
+gets one right answer, or one error within the deadline.
 
 Ten minutes of it: NERCC_CHAOS_SECONDS=600 pytest -m slow tests/serving/test_chaos.py
 """
 
 import asyncio
 import contextlib
+import gzip
 import json
 import os
 import random
@@ -13,11 +15,13 @@ import time
 
 import numpy as np
 import pytest
+from attack import attacking, bodies
 from conftest import require
 
 pytestmark = pytest.mark.slow
 
 SECONDS = float(os.environ.get("NERCC_CHAOS_SECONDS", "20"))
+SILENT = 500  # connections
 HONEST, GRACE = 24, 3.0  # clients; seconds beyond a deadline in which its error must have come
 TRUTH = 5.0  # seconds in which health must tell what is so
 
@@ -207,6 +211,47 @@ class Chaos:
                 await asyncio.sleep(random.uniform(0, 2))
                 writer.close()
 
+    async def attacker(self):
+        """Has another process send what costs most to refuse, one kind after the other."""
+        kinds = bodies((4,)).values()
+        for body in kinds:
+            with attacking(self.server.http_port, "/v2/models/shaky/infer", body, 2):
+                await asyncio.sleep(SECONDS / len(kinds))
+
+    async def bomb(self, session):
+        content, headers = gzip.compress(bytes(10**8)), {"content-encoding": "gzip"}
+        while self.goes_on:
+            async with session.post(self.path, data=content, headers=headers) as answer:
+                if answer.status not in (413, 503):
+                    self.fault(f"a bomb got {answer.status}: {await answer.text()}")
+            await asyncio.sleep(0.5)
+
+    async def silent(self):
+        """Holds connections, of which nothing ever comes."""
+        held = []
+        with contextlib.ExitStack() as stack:
+            while self.goes_on:
+                with contextlib.suppress(OSError):
+                    _, writer = await asyncio.open_connection("127.0.0.1", self.server.http_port)
+                    stack.callback(writer.close)
+                    held.append(writer)
+                if len(held) >= SILENT:
+                    held.pop(0).close()
+                await asyncio.sleep(0.01)
+
+    async def drip(self):
+        """Sends a body byte by byte."""
+        head = b"POST /v2/models/shaky/infer HTTP/1.1\r\ncontent-length: 100000\r\n\r\n"
+        while self.goes_on:
+            with contextlib.suppress(OSError):
+                _, writer = await asyncio.open_connection("127.0.0.1", self.server.http_port)
+                writer.write(head)
+                for _ in range(100):
+                    writer.write(b" ")
+                    await writer.drain()
+                    await asyncio.sleep(0.02)
+                writer.close()
+
     async def ready(self, session):
         async with session.get(f"{self.server.url}/v2/health/ready") as answer:
             return answer.status == 200
@@ -257,6 +302,10 @@ class Chaos:
                 *(self.leaver(session) for _ in range(4)),
                 *(self.liar(session) for _ in range(2)),
                 *(self.half() for _ in range(8)),
+                self.attacker(),
+                self.bomb(session),
+                *(self.drip() for _ in range(4)),
+                self.silent(),
                 self.downs(session),
                 self.look(session),
                 watch(),

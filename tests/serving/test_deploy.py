@@ -107,7 +107,7 @@ def test_server_toml_shows_every_setting_with_its_default():
         for name in ModelSettings.model_fields.keys() - {"model"}:
             assert getattr(each, name) == getattr(ModelSettings(), name), name
     unset = {name for name, value in ModelSettings().model_dump().items() if value is None}
-    assert given | {"outputs"} | unset == ModelSettings.model_fields.keys()
+    assert given | {"outputs", "version"} | unset == ModelSettings.model_fields.keys()
     # Those which have none are shown in comments, and are read as well as the others.
     shown = re.sub(
         r"^# (?=\[\[|\w+ = )", "", (DEPLOY / "server.toml").read_text(), flags=re.MULTILINE

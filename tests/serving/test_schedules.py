@@ -157,10 +157,10 @@ class Schedule:
     def count_first(self, lanes):
         pop = lanes.pop
 
-        def counting(lane):
-            query = pop(lane)
-            self.first += not query.reexecuted
-            return query
+        def counting(lane, number):
+            queries = pop(lane, number)
+            self.first += sum(not query.reexecuted for query in queries)
+            return queries
 
         lanes.pop = counting
 

@@ -304,7 +304,7 @@ class Dispatcher:
         number = len(lane)
         rows = _power_of_two(min(max(number // num_data, 1), self._policy.max_batch_size))
         columns = min(number, num_data)
-        queries = [self._pop(lane, turn.now) for _ in range(rows * columns)]
+        queries = self._pop(lane, rows * columns, turn.now)
         cells = self._assign(queries, [rows] * columns, 0, turn)
         if columns == 1:
             self._send_alone(cells[0], turn)  # all coded data points would be the query
@@ -354,22 +354,26 @@ class Dispatcher:
 
     def _next_cell(self, lane: Lane, now: float) -> Cell:
         """Take the next batch for one worker, if a lane's workers share its queries out."""
-        size = self._size(len(lane), self._queue.workers_for(lane, self._pool.idle))
-        return _cell([self._pop(lane, now) for _ in range(size)])
+        idle = self._queue.workers_for(lane, self._pool.idle)
+        size = self._size(len(lane), min(idle, self._pool.spare))
+        return _cell(self._pop(lane, size, now))
 
     def _next_cells(self, lane: Lane, turn: Turn) -> list[Cell]:
         """Take the next batches for all workers that a lane may use."""
         sizes: list[int] = []
         left, idle = len(lane), self._queue.workers_for(lane, self._pool.idle)
+        spare = self._pool.spare
         while left and idle:
-            sizes.append(self._size(left, idle))
+            sizes.append(self._size(left, min(idle, spare - len(sizes))))
             left, idle = left - sizes[-1], idle - 1
-        queries = [self._pop(lane, turn.now) for _ in range(sum(sizes))]
+        queries = self._pop(lane, sum(sizes), turn.now)
         place = 0 if self.filling is None else len(self.filling.cells)
         return self._assign(queries, sizes, place, turn)
 
-    def _size(self, waiting: int, idle: int) -> int:
-        return _power_of_two(min(math.ceil(waiting / idle), self._policy.max_batch_size))
+    def _size(self, waiting: int, workers: int | float) -> int:
+        """Return the size of a batch if workers that slow down no other share what waits."""
+        share = math.ceil(waiting / max(workers, 1))
+        return _power_of_two(min(share, self._policy.max_batch_size))
 
     def _assign(self, queries: list[Query], sizes: list[int], place: int, turn: Turn) -> list[Cell]:
         """Distribute queries over cells of these sizes, for a group's places from `place` on."""
@@ -382,14 +386,14 @@ class Dispatcher:
             self._observe("order_seconds", self._clock.now() - begin)
         return [_cell(each) for each in assigned]
 
-    def _pop(self, lane: Lane, now: float) -> Query:
-        query = self._queue.pop(lane)
-        if not query.reexecuted:
-            self._budget.earn(1)
-        if math.isinf(query.request.sent):
-            query.request.sent = now
-            self._observe("queue_seconds", now - query.request.arrived)
-        return query
+    def _pop(self, lane: Lane, number: int, now: float) -> list[Query]:
+        queries = self._queue.pop(lane, number)
+        self._budget.earn(sum(not query.reexecuted for query in queries))
+        for request in {query.request for query in queries}:
+            if math.isinf(request.sent):
+                request.sent = now
+                self._observe("queue_seconds", now - request.arrived)
+        return queries
 
 
 def _longest_ordering(answer_time: float) -> float:
@@ -403,6 +407,12 @@ def _power_of_two(number: int) -> int:
 
 
 def _cell(queries: Sequence[Query]) -> Cell:
+    request, begin = queries[0].request, queries[0].place
+    if request.x is not None and all(
+        query.request is request and query.place == begin + number
+        for number, query in enumerate(queries)
+    ):
+        return Cell(list(queries), request.x[begin : begin + len(queries)])
     x = [query.x for query in queries if query.x is not None]
     assert len(x) == len(queries), "queries that are over are taken out of the queue"
-    return Cell(list(queries), x[0][None] if len(x) == 1 else np.stack(x))
+    return Cell(list(queries), np.stack(x))

@@ -7,8 +7,10 @@ import itertools
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+import numpy as np
 
 from ...pools import AbstractClock
 from ._group import Group
@@ -134,18 +136,55 @@ class OpenRequests:
         self.monitor.report_answer(now)
         group = query.leave_group()
         request = query.request
-        counted = request is not self._probe and not request.audits
-        if counted:
+        if self._counts(request):
             self._observe(f"query_{query.source_of(answer)}", 1)
         if request.answer(query, answer):
-            reply = request.reply(self._clock.now())
-            if counted:
-                self._observe("request_ok", reply.seconds)
-                self._observe("compute_seconds", reply.seconds - reply.queued)
-            self._settle(request)
-            _resolve(request.future.set_result, reply)
+            self._reply(request)
         # The answer to a resent query did not come from its first group, which may be over now.
         return [group] if query.reexecuted and group is not None else []
+
+    def answer_exactly(
+        self, queries: Sequence[Query], values: np.ndarray, asked: int, responded: int, now: float
+    ) -> list[Group]:
+        """Give a batch of queries the model's answers; of large requests that is most of the work.
+
+        Args:
+            queries: the queries, of any requests.
+            values: the answers, one a query.
+            asked: as in `Answer`.
+            responded: as in `Answer`.
+            now: the time.
+        """
+        groups: list[Group] = []
+        rows: dict[Request, list[int]] = {}
+        for row, query in enumerate(queries):
+            if query.reexecuted:
+                answer = Answer(values[row], "exact", asked, responded)
+                groups += self.answer(query, answer, now)
+            elif not query.done:
+                self._queue.discard(query)
+                query.leave_group()
+                rows.setdefault(query.request, []).append(row)
+        for request, own in rows.items():
+            self.monitor.report_answer(now)
+            if self._counts(request):
+                self._observe("query_exact", len(own))
+            given = [queries[row] for row in own]
+            if request.answer_exactly(given, values[own], asked, responded):
+                self._reply(request)
+        return groups
+
+    def _counts(self, request: Request) -> bool:
+        """Return whether a request is somebody's, and not the server's own."""
+        return request is not self._probe and not request.audits
+
+    def _reply(self, request: Request) -> None:
+        reply = request.reply(self._clock.now())
+        if self._counts(request):
+            self._observe("request_ok", reply.seconds)
+            self._observe("compute_seconds", reply.seconds - reply.queued)
+        self._settle(request)
+        _resolve(request.future.set_result, reply)
 
     def fail(self, request: Request, error: Exception) -> list[Group]:
         """End a request with an error, unless it has ended."""

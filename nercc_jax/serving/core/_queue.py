@@ -87,9 +87,11 @@ class Lane:
         """Put queries ahead of all others, whatever their turns."""
         self._ordinary.extendleft(reversed([*queries]))
 
-    def pop(self) -> Query:
-        """Take out the first query."""
-        return self._next().popleft()
+    def pop(self, number: int) -> list[Query]:
+        """Take out the first queries."""
+        if not self._high:
+            return [self._ordinary.popleft() for _ in range(number)]
+        return [self._next().popleft() for _ in range(number)]
 
     def sweep(self) -> None:
         """Remove the queries that nobody waits for."""
@@ -160,12 +162,14 @@ class QueryQueue:
         own, total = len(lane), len(self.resent) + len(self.exact) + len(self.coded)
         return max(workers * own // total, 1) if own < total else workers
 
-    def pop(self, lane: Lane) -> Query:
-        """Take the first query out of a lane."""
-        query = lane.pop()
-        self._leave(query)
-        self._popped.append(query)
-        return query
+    def pop(self, lane: Lane, number: int) -> list[Query]:
+        """Take the first queries out of a lane."""
+        queries = lane.pop(number)
+        self._popped += queries
+        for query in queries:
+            query.waiting = False
+        self._count(-number)
+        return queries
 
     def take_popped(self) -> list[Query]:
         """Return the queries that were popped since the last call."""
@@ -176,12 +180,9 @@ class QueryQueue:
         """Mark a query as over, wherever it stands."""
         query.done = True
         if query.waiting:
-            self._leave(query)
+            query.waiting = False
+            self._count(-1)
             self._dead += 1
-
-    def _leave(self, query: Query) -> None:
-        query.waiting = False
-        self._count(-1)
 
     def _count(self, change: int) -> None:
         with self._lock:

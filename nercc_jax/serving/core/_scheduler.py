@@ -25,7 +25,6 @@ from ._health import Health, pool_health
 from ._open_requests import OpenRequests
 from ._queue import EventQueue, QueryQueue
 from ._request import (
-    Answer,
     ApproximateAnswer,
     BatchSpec,
     DeadlineExceeded,
@@ -321,15 +320,17 @@ class QueryScheduler:
         """Take the model's own answers to the queries of a cell."""
         own = group.layout.own[place]
         asked, responded = int(group.sent[own].sum()), int(group.mask[own].sum())
-        for row, query in enumerate(group.cells[place].queries):
-            x, (approximate, query.approximate) = query.x, (query.approximate, {})
-            for each in approximate.values():
-                self._audit(each, value[row])
-                x = each.x if x is None else x
+        queries = group.cells[place].queries
+        for row, query in enumerate(queries):
+            x = query.x
+            if query.approximate:
+                approximate, query.approximate = query.approximate, {}
+                for each in approximate.values():
+                    self._audit(each, value[row])
+                    x = each.x if x is None else x
             if x is not None:
                 self._adaptation.add_answer(x, value[row])
-            answer = Answer(value[row], "exact", asked, responded)
-            self._revisit(self._open.answer(query, answer, now))
+        self._revisit(self._open.answer_exactly(queries, value, asked, responded, now))
 
     def _audit(self, given: ApproximateAnswer, own: np.ndarray | None) -> None:
         """Compare an approximate answer with the model's own, None if that will never come."""

@@ -22,8 +22,6 @@ from ._errors import InvalidInput, TooLarge, UnsupportedEncoding
 from ._json import JsonBounds, loads
 from ._servable import ADDED_OUTPUTS, Servable, Tensor
 
-# The only version of each model.
-VERSION = "1"
 # The value of a probability or an error that is unknown: JSON has no NaN.
 UNKNOWN = -1.0
 
@@ -378,7 +376,7 @@ def write_reply(
         {
             "id": request.id or uuid.uuid4().hex,
             "model_name": servable.name,
-            "model_version": VERSION,
+            "model_version": servable.version,
             "outputs": outputs,
             "parameters": reply_parameters(reply),
         }

@@ -166,6 +166,16 @@ class Tensors:
             ValueError: where a name is missing or unknown, the numbers of queries differ, or as
                 `Tensor.fit`.
         """
+        columns = self.fit(given)
+        if len(columns) == 1:
+            return columns[self.parts[0].name]
+        flat = [column.reshape(len(column), -1) for column in columns.values()]
+        if self.dtype == _BYTES:
+            flat = [column.view(np.uint8) for column in flat]
+        return np.concatenate(flat, axis=1)
+
+    def fit(self, given: Any) -> dict[str, np.ndarray]:
+        """Return arrays (B, *shape) by name in the model's dtypes. Raises as `pack` does."""
         if isinstance(given, Mapping) == self.alone:
             given_kind = (
                 f"arrays by name {list(given)}" if self.alone else f"a {type(given).__name__}"
@@ -175,12 +185,7 @@ class Tensors:
         self.check_names(list(arrays))
         columns = {part.name: part.fit(np.asarray(arrays[part.name])) for part in self.parts}
         self.check_sizes(columns)
-        if len(columns) == 1:
-            return columns[self.parts[0].name]
-        flat = [column.reshape(len(column), -1) for column in columns.values()]
-        if self.dtype == _BYTES:
-            flat = [column.view(np.uint8) for column in flat]
-        return np.concatenate(flat, axis=1)
+        return columns
 
     def check_names(self, names: Sequence[str]) -> None:
         """Raise ValueError where a name is missing, unknown, or there twice."""
@@ -284,6 +289,11 @@ ADDED_OUTPUTS = ("exact", "expected_disagreement", "expected_error")
 Shapes = Sequence[int] | Mapping[str, Sequence[int]]
 
 
+def model_key(name: str, version: str) -> str:
+    """Return the key of a model's version: the name alone for version 1. Names have no slash."""
+    return name if version == "1" else f"{name}/{version}"
+
+
 @dataclasses.dataclass(frozen=True)
 class Servable:
     """A model to serve; `make_servable` makes one.
@@ -295,6 +305,10 @@ class Servable:
         outputs: the output tensors.
         calibration: rows of unlabelled inputs, or a function that returns them, to estimate errors
             from; None to estimate them from the traffic.
+        preprocess: turns a batch of inputs into what the model takes, floats, before it is coded;
+            None where the model takes the inputs themselves.
+        prepared: the tensors that preprocessing makes.
+        version: the model's version, a positive number.
     """
 
     name: str
@@ -302,6 +316,9 @@ class Servable:
     inputs: Tensors
     outputs: Tensors
     calibration: np.ndarray | Callable[[], np.ndarray] | None = None
+    preprocess: Callable[..., Any] | None = None
+    prepared: Tensors | None = None
+    version: str = "1"
 
     def __post_init__(self):
         if not self.name or "/" in self.name:
@@ -315,13 +332,31 @@ class Servable:
 
     def on_rows(self, model: Model) -> Model:
         """Return another model with the same inputs and outputs, as a model on rows."""
-        alone = self.inputs.alone and self.outputs.alone
-        return model if alone else RowModel(model, self.inputs, self.outputs)
+        alone = self.queries.alone and self.outputs.alone
+        return model if alone else RowModel(model, self.queries, self.outputs)
+
+    @property
+    def key(self) -> str:
+        """The name and the version, by which the server keeps its models."""
+        return model_key(self.name, self.version)
+
+    @property
+    def queries(self) -> Tensors:
+        """The tensors that the model takes, of which rows are made."""
+        return self.inputs if self.prepared is None else self.prepared
+
+    @property
+    def growth(self) -> float:
+        """How many more bytes a query has once it is preprocessed, as a share of the input's."""
+        if self.preprocess is None:
+            return 0.0
+        sent = sum(math.prod(each.shape) * each.sent.itemsize for each in self.inputs.parts)
+        return math.prod(self.queries.shape) * self.queries.dtype.itemsize / sent
 
     @property
     def uncodable(self) -> str | None:
         """The reason why no code can be used; None if one can."""
-        for what, tensors in (("input", self.inputs), ("output", self.outputs)):
+        for what, tensors in (("input", self.queries), ("output", self.outputs)):
             if tensors.uncodable is not None:
                 return f"{what} {tensors.uncodable}"
         return None
@@ -335,6 +370,8 @@ def make_servable(
     datatype: str | Mapping[str, str] = FLOAT,
     output_name: str = "output",
     calibration: np.ndarray | Mapping[str, np.ndarray] | Callable[[], np.ndarray] | None = None,
+    preprocess: Callable[..., Any] | None = None,
+    version: str = "1",
 ) -> Servable:
     """Describe a model by tracing it on one query.
 
@@ -349,7 +386,11 @@ def make_servable(
         datatype: the protocol's datatype ("FP32", "INT64", ...) of all inputs, or a dict of them.
         output_name: the name of an unnamed output.
         calibration: unlabelled inputs, (points, *shape), or a dict of them; or a function that
-            returns them as rows, called when they are needed.
+            returns them as rows of what the model takes, called when they are needed.
+        preprocess: a function that turns a batch of inputs, such as bytes of images, into the
+            floats that the model takes, (B, ...), by JAX. It runs on the host before queries are
+            coded, so that inputs of any datatype can be.
+        version: the model's version, a positive number.
 
     Raises:
         ValueError: where the model does not run on such a query, returns anything but float32,
@@ -358,24 +399,46 @@ def make_servable(
     """
     check_model(model)
     inputs = _inputs(name, shape, datatype)
-    batch = _example(inputs)
+    prepared = None if preprocess is None else _prepared(name, preprocess, inputs)
+    queries = prepared or inputs
+    batch = _example(queries)
     try:
         answer: Any = eqx.filter_eval_shape(lambda x: call_model(model, x), batch)
     except Exception as error:
         first = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"{name} does not run on a batch of {inputs}: {first}") from error
+        raise ValueError(f"{name} does not run on a batch of {queries}: {first}") from error
     outputs = _outputs(name, answer, output_name)
-    if not (inputs.alone and outputs.alone):
-        model = RowModel(model, inputs, outputs)
+    if not (queries.alone and outputs.alone):
+        model = RowModel(model, queries, outputs)
+    rows: Any = calibration
+    if calibration is not None and not callable(calibration):
+        try:
+            columns = inputs.fit(calibration)
+            rows = columns[INPUT] if inputs.alone else columns
+            rows = rows if preprocess is None else jax.jit(preprocess)(rows)
+            rows = queries.pack(jax.tree.map(np.asarray, rows))
+        except ValueError as error:
+            raise ValueError(f"{name}: calibration data do not fit: {error}") from error
+    return Servable(name, model, inputs, outputs, rows, preprocess, prepared, version)
+
+
+def _prepared(name: str, preprocess: Callable[..., Any], inputs: Tensors) -> Tensors:
+    """Return the tensors that preprocessing makes of the inputs."""
     try:
-        rows = (
-            calibration
-            if calibration is None or callable(calibration)
-            else inputs.pack(calibration)
-        )
-    except ValueError as error:
-        raise ValueError(f"{name}: calibration data do not fit: {error}") from error
-    return Servable(name, model, inputs, outputs, rows)
+        found: Any = eqx.filter_eval_shape(preprocess, _example(inputs))
+    except Exception as error:
+        first = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{name}: preprocessing does not run on {inputs}: {first}") from error
+    alone = not isinstance(found, Mapping)
+    named: Mapping[str, Any] = {INPUT: found} if alone else found
+    for each, leaf in named.items():
+        shape, dtype = getattr(leaf, "shape", ()), getattr(leaf, "dtype", np.dtype(object))
+        if shape[:1] != (1,) or not jax.numpy.issubdtype(dtype, np.floating):
+            raise ValueError(
+                f"{name}: preprocessing must map a batch of B inputs to floats (B, ...), or a dict "
+                f"of them; for B = 1, {each!r} was {leaf}"
+            )
+    return Tensors(tuple(Tensor(n, FLOAT, leaf.shape[1:]) for n, leaf in named.items()), alone)
 
 
 def _inputs(name: str, shape: Shapes, datatype: str | Mapping[str, str]) -> Tensors:

@@ -16,10 +16,9 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
 from ..core._request import Reply, message_of
-from ..protocol._errors import INTERNAL, STATUS, InvalidInput, Unauthenticated
+from ..protocol._errors import INTERNAL, STATUS, InvalidInput, ModelNotFound, Unauthenticated
 from ..protocol._json import array_or_error
 from ..protocol._messages import (
-    VERSION,
     InferRequest,
     InputTensor,
     RequestedOutput,
@@ -68,20 +67,22 @@ class InferenceService:
         return messages.ServerMetadataResponse(**self._state.metadata())
 
     async def ModelReady(self, request: Any, context: Any) -> messages.ModelReadyResponse:
-        self._state.check(request.name, request.version or VERSION)
-        return messages.ModelReadyResponse(ready=self._state.model_ready(request.name))
+        self._state.check(request.name, request.version)
+        return messages.ModelReadyResponse(
+            ready=self._state.model_ready(request.name, request.version)
+        )
 
     async def ModelMetadata(self, request: Any, context: Any) -> messages.ModelMetadataResponse:
-        metadata = self._state.model_metadata(request.name, request.version or VERSION)
+        metadata = self._state.model_metadata(request.name, request.version)
         del metadata["parameters"]  # which these messages do not have
         return messages.ModelMetadataResponse(**metadata)
 
     async def ModelConfig(self, request: Any, context: Any) -> messages.ModelConfigResponse:
-        config = self._state.configuration(request.name, request.version or VERSION)
+        config = self._state.configuration(request.name, request.version)
         return ParseDict({"config": config}, messages.ModelConfigResponse())
 
     async def ModelStatistics(self, request: Any, context: Any) -> messages.ModelStatisticsResponse:
-        statistics = self._state.statistics(request.name, request.version or VERSION)
+        statistics = self._state.statistics(request.name, request.version)
         return ParseDict(statistics, messages.ModelStatisticsResponse())
 
     async def RepositoryIndex(self, request: Any, context: Any) -> messages.RepositoryIndexResponse:
@@ -89,9 +90,16 @@ class InferenceService:
         return ParseDict({"models": models}, messages.RepositoryIndexResponse())
 
     async def RepositoryModelLoad(self, request: Any, context: Any) -> Any:
-        raise NotImplementedError("models are configured when the server starts")
+        check_parameters("loading a model", request.parameters, set())
+        name = request.triton_model_name or request.model_name
+        await self._state.control.load(name)
+        return messages.RepositoryModelLoadResponse(model_name=name, isLoaded=True)
 
-    RepositoryModelUnload = RepositoryModelLoad
+    async def RepositoryModelUnload(self, request: Any, context: Any) -> Any:
+        check_parameters("unloading a model", request.parameters, {"unload_dependents"})
+        name = request.triton_model_name or request.model_name
+        await self._state.control.unload(name)
+        return messages.RepositoryModelUnloadResponse(model_name=name, isUnloaded=True)
 
     async def ModelInfer(self, request: Any, context: Any) -> messages.ModelInferResponse:
         def metadata() -> dict[str, Any]:
@@ -103,7 +111,8 @@ class InferenceService:
             state.memory.request(_client(context)) as add,
         ):
             add(request.ByteSize())
-            model = state.find(request.model_name, request.model_version or VERSION)
+            model = state.find(request.model_name, request.model_version)
+            add(int(model.servable.growth * request.ByteSize()))
             given = read_message(request)
             reply = await state.answer(model, given)
             return write_message(reply, given, model.servable)
@@ -144,10 +153,11 @@ class HealthService(health_pb2_grpc.HealthServicer):
     def _status(self, service: str) -> Any:
         if service in self._SERVER:
             ready = self._state.ready()
-        elif service in self._state.names:
-            ready = self._state.model_ready(service)
         else:
-            return HealthCheckResponse.SERVICE_UNKNOWN
+            try:
+                ready = self._state.model_ready(service)
+            except ModelNotFound:
+                return HealthCheckResponse.SERVICE_UNKNOWN
         return HealthCheckResponse.SERVING if ready else HealthCheckResponse.NOT_SERVING
 
 
@@ -271,7 +281,7 @@ def write_message(
 ) -> messages.ModelInferResponse:
     """Return a reply's message, with all outputs unless some are asked for."""
     response = messages.ModelInferResponse(
-        model_name=servable.name, model_version=VERSION, id=request.id or uuid.uuid4().hex
+        model_name=servable.name, model_version=servable.version, id=request.id or uuid.uuid4().hex
     )
     for name, value in reply_parameters(reply).items():
         if isinstance(value, float):

@@ -33,7 +33,6 @@ from ..protocol._errors import (
 )
 from ..protocol._json import JsonCounter, TooManyNumbers
 from ..protocol._messages import (
-    VERSION,
     decompress,
     json_bounds,
     json_size,
@@ -242,7 +241,7 @@ class InferenceEndpoint:
                 return
         found = _PATH.fullmatch(path)
         if found is not None and scope["type"] == "http" and scope["method"] == "POST":
-            name, version = found.groups(VERSION)
+            name, version = found.groups("")
             await self._respond(name, version, scope, receive, send)
             return
         if scope["type"] == "http" and scope["method"] == "HEAD":
@@ -288,6 +287,7 @@ class InferenceEndpoint:
                     raise _refusal(error) from error
                 elapsed += time.monotonic() - begin
             request = read_request(body, length, parsed)
+            add(int(model.servable.growth * len(body)))
             reply = await _while_connected(receive, state.answer(model, request, elapsed))
             return write_reply(reply, request, model.servable)
 

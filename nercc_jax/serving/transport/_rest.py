@@ -4,7 +4,7 @@ import asyncio
 import html
 import importlib.resources
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import fastapi
 from fastapi.responses import HTMLResponse, JSONResponse, Response
@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 
 from ..core._request import shorten
 from ..protocol._errors import INTERNAL, STATUS, InvalidInput, ServerNotReady
-from ..protocol._messages import VERSION, InferenceRequest, InferenceResponse
+from ..protocol._messages import InferenceRequest, InferenceResponse, check_parameters
 from ._http import InferenceEndpoint, error_response, read_body
 from ._state import ServerState
 
@@ -57,6 +57,15 @@ class IndexRequest(BaseModel):
     """The models to list: all, or those that are ready."""
 
     ready: bool = False
+
+
+class ControlRequest(BaseModel):
+    """The body of loading and unloading."""
+
+    parameters: dict[str, Any] = {}
+
+
+Body = TypeVar("Body", bound=BaseModel)
 
 
 class IndexEntry(BaseModel):
@@ -131,10 +140,10 @@ def _add_server(app: fastapi.FastAPI, state: ServerState) -> None:
 
     @app.get("/v2/models", responses=not_ready)
     async def models() -> ListModelsResponse:
-        return ListModelsResponse(models=list(state.names))
+        return ListModelsResponse(models=list(state.versions))
 
-    @app.post("/v2/repository/index", responses=not_ready)
-    async def index(request: fastapi.Request) -> list[IndexEntry]:
+    async def parse(request: fastapi.Request, kind: type[Body]) -> Body:
+        """Return a small body, which may be empty."""
         client = "" if request.client is None else request.client.host
         with state.memory.request(client) as add:
             body = await read_body(
@@ -144,10 +153,30 @@ def _add_server(app: fastapi.FastAPI, state: ServerState) -> None:
                 lambda: asyncio.sleep(0),
             )
             try:
-                asked = IndexRequest.model_validate_json(body or b"{}")
+                return kind.model_validate_json(body or b"{}")
             except ValidationError as error:
                 raise InvalidInput(error.errors()[0]["msg"]) from error
+
+    @app.post("/v2/repository/index", responses=not_ready)
+    async def index(request: fastapi.Request) -> list[IndexEntry]:
+        asked = await parse(request, IndexRequest)
         return [IndexEntry(**each) for each in state.repository_index(asked.ready)]
+
+    errors: dict[int | str, dict[str, Any]] = {
+        status: {"model": ErrorResponse} for status in (400, 404, 501, 503)
+    }
+
+    @app.post("/v2/repository/models/{model_name}/load", responses=errors)
+    async def load(model_name: str, request: fastapi.Request) -> None:
+        asked = await parse(request, ControlRequest)
+        check_parameters("loading a model", asked.parameters, set())
+        await state.control.load(model_name)
+
+    @app.post("/v2/repository/models/{model_name}/unload", responses=errors)
+    async def unload(model_name: str, request: fastapi.Request) -> None:
+        asked = await parse(request, ControlRequest)
+        check_parameters("unloading a model", asked.parameters, {"unload_dependents"})
+        await state.control.unload(model_name)
 
     # Before the models' own paths: one called `stats` has no metadata here.
     @app.get("/v2/models/stats", responses=not_ready)
@@ -156,22 +185,22 @@ def _add_server(app: fastapi.FastAPI, state: ServerState) -> None:
 
 
 def _add_models(app: fastapi.FastAPI, state: ServerState) -> None:
-    async def model_metadata(model_name: str, version: str = VERSION) -> Any:
+    async def model_metadata(model_name: str, version: str = "") -> Any:
         return state.model_metadata(model_name, version)
 
-    async def model_config(model_name: str, version: str = VERSION) -> dict[str, Any]:
+    async def model_config(model_name: str, version: str = "") -> dict[str, Any]:
         return state.configuration(model_name, version)
 
-    async def model_statistics(model_name: str, version: str = VERSION) -> dict[str, Any]:
+    async def model_statistics(model_name: str, version: str = "") -> dict[str, Any]:
         return state.statistics(model_name, version)
 
-    async def model_ready(model_name: str, version: str = VERSION) -> Any:
+    async def model_ready(model_name: str, version: str = "") -> Any:
         state.find(model_name, version)
-        if not state.model_ready(model_name):
-            raise ServerNotReady(state.trouble(model_name))
+        if not state.model_ready(model_name, version):
+            raise ServerNotReady(state.trouble(model_name, version))
         return {"name": model_name, "ready": True}
 
-    async def infer(model_name: str, version: str = VERSION) -> None:
+    async def infer(model_name: str, version: str = "") -> None:
         """Describe inference and its errors; `InferenceEndpoint` answers it."""
 
     missing: dict[int | str, dict[str, Any]] = {

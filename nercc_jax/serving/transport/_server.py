@@ -28,12 +28,13 @@ from .._served_model import ServedModel
 from .._settings import ModelSettings, ServerSettings
 from .._tracing import Telemetry, telemetry_from_environment
 from ..adapt._predictor import Predictor
+from ..protocol._errors import InvalidInput, ModelNotFound, ServerNotReady
 from ..protocol._servable import Servable, make_servable
 from ._grpc import make_grpc_server
 from ._http import BoundedHttp, InferenceEndpoint
 from ._rest import make_app
 from ._shares import Connections
-from ._state import ServerState
+from ._state import ModelControl, ServerState
 
 try:  # it takes less time for each request; there is none for Windows
     from uvloop import new_event_loop
@@ -76,7 +77,8 @@ class Server:
         """Create a server that does not listen yet.
 
         Args:
-            starts: by each model's name a function that starts it, which may take minutes.
+            starts: by each model's key (`Servable.key`) a function that starts it, which may take
+                minutes.
             settings: the server's settings.
             registry: of the metrics; by default a new one.
             telemetry: makes spans of requests, and is closed at the end; by default as
@@ -90,6 +92,8 @@ class Server:
         self._telemetry = telemetry or telemetry_from_environment()
         self.state = ServerState({}, self.settings, list(starts), self._telemetry)
         self._tls_pair = self.settings.tls_pair()
+        if self.settings.model_control == "explicit":
+            self.state.control = _ExplicitControl(self)
         self._open: dict[str, ServedModel] = {}  # not closed yet
         self._closing: dict[str, threading.Thread] = {}
         registry = registry or CollectorRegistry()
@@ -336,10 +340,10 @@ class Server:
             self._closing[name] = _in_background(functools.partial(self._close, name))
         return dict(self._closing)
 
-    def _close(self, name: str) -> None:
+    def _close(self, name: str, drain: float = 0.0) -> None:
         model = self._open.pop(name, None)
         if model is not None:
-            model.close(0.0)
+            model.close(drain)
             _LOG.info("model is closed", extra={"model": name})
 
     async def _serve_http(self) -> None:
@@ -369,6 +373,84 @@ class Server:
     def _interrupt(self, which: signal.Signals) -> None:
         self._signal = which
         self.stop()
+
+
+class _ExplicitControl(ModelControl):
+    """Loads and unloads the models that a server was started with, for the event loop's thread."""
+
+    def __init__(self, server: Server):
+        self._server, self._state = server, server.state
+        self.known = list(server.starts)
+        self._turn = asyncio.Lock()  # one at a time
+
+    async def load(self, name: str) -> None:
+        # To its end, although the client may go away.
+        await asyncio.shield(asyncio.ensure_future(self._load(self._keys(name))))
+
+    async def unload(self, name: str) -> None:
+        await asyncio.shield(asyncio.ensure_future(self._unload(self._keys(name))))
+
+    async def _load(self, keys: Sequence[str]) -> None:
+        server, state = self._server, self._state
+        failures: list[Exception] = []
+
+        def start(key: str) -> None:
+            try:
+                server._open[key] = state.models[key] = server.starts[key]()
+                if state.draining:
+                    server._close(key)
+            except Exception as error:
+                failures.append(error)
+
+        async with self._turn:
+            for key in keys:
+                if key in state.names:
+                    continue
+                self.loading |= {key}
+                state.names.append(key)
+                await _ended(_in_background(functools.partial(start, key)))
+                self.loading -= {key}
+                if failures:
+                    state.names.remove(key)
+                    _LOG.error("not loaded", exc_info=failures[0], extra={"model": key})
+                    own = isinstance(failures[0], ValueError)  # the server's own words
+                    why = failures[0] if own else "see the server's log"
+                    raise InvalidInput(f"{key} does not load: {why}")
+                gc.freeze()  # as when the server starts
+                _LOG.info("model is loaded", extra={"model": key})
+
+    async def _unload(self, keys: Sequence[str]) -> None:
+        server, state = self._server, self._state
+        async with self._turn:
+            for key in keys:
+                if key in state.models:
+                    state.names.remove(key)
+                    del state.models[key]
+                    close = functools.partial(server._close, key, server.settings.drain_timeout_s)
+                    server._closing[key] = _in_background(close)
+                    await _ended(server._closing.pop(key))
+            await _ended(_in_background(_collect_garbage))
+
+    def _keys(self, name: str) -> list[str]:
+        """Return the keys of a model's versions. Raises ModelNotFound, and ServerNotReady."""
+        keys = [key for key in self.known if key.partition("/")[0] == name]
+        if not keys:
+            raise ModelNotFound(name)
+        if self._state.phase == "draining" or not self._server._started:
+            raise ServerNotReady(f"It is {self._state.phase}.")
+        return keys
+
+
+def _collect_garbage() -> None:
+    """Free what was frozen at the start, too, which stops all threads for a moment."""
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+
+
+async def _ended(thread: threading.Thread) -> None:
+    while thread.is_alive():
+        await asyncio.sleep(_TICK)
 
 
 def _in_background(work: Callable[[], Any]) -> threading.Thread:
@@ -438,7 +520,7 @@ def make_server(
     start = functools.partial(
         ServedModel, model, code, settings, Metrics(registry), predictor=predictor
     )
-    return Server({model.name: start}, server_settings, registry)
+    return Server({model.key: start}, server_settings, registry)
 
 
 def serve(

@@ -25,7 +25,6 @@ from ..protocol._errors import (
     Unauthenticated,
 )
 from ..protocol._messages import (
-    VERSION,
     InferRequest,
     answer_options,
     check_outputs,
@@ -33,7 +32,7 @@ from ..protocol._messages import (
     output_types,
     queries_of,
 )
-from ..protocol._servable import Servable
+from ..protocol._servable import Servable, model_key
 from ._shares import JsonReader, RequestMemory
 
 _LOG = logging.getLogger(__name__)
@@ -42,12 +41,38 @@ _LOG = logging.getLogger(__name__)
 _EXTENSIONS = ("model_configuration", "model_repository", "schedule_policy", "statistics")
 
 
+class ModelControl:
+    """Loads and unloads the models of a server; this one refuses to.
+
+    Attributes:
+        known: the keys of all models that can be loaded.
+        loading: the keys of those that are being loaded, which the server does not wait for.
+    """
+
+    known: Sequence[str] = ()
+    loading: frozenset[str] = frozenset()
+
+    async def load(self, name: str) -> None:
+        """Start all versions of a model that are not started. Raises as `unload`."""
+        raise NotImplementedError("clients may load models only with --model-control explicit")
+
+    async def unload(self, name: str) -> None:
+        """Answer what was accepted by a model, and end it.
+
+        Raises:
+            NotImplementedError: where clients may not do so.
+            ModelNotFound: where no such model is configured.
+        """
+        raise NotImplementedError("clients may unload models only with --model-control explicit")
+
+
 class ServerState:
     """The models of a server, and the answers to what clients ask.
 
     Attributes:
-        models: the models that are started, by name.
-        names: the names of all models.
+        models: the models that are started, by key (`Servable.key`).
+        names: the keys of all models that are started or will be.
+        control: loads and unloads models, where clients may do so.
         settings: the server's settings.
         memory: the bytes of the requests in progress.
         reader: parses large JSON.
@@ -64,14 +89,15 @@ class ServerState:
         """Create the state.
 
         Args:
-            models: started models, by name.
+            models: started models, by key.
             settings: the server's settings.
-            starting: the names of further models, which are put into `models` once they answer.
+            starting: the keys of further models, which are put into `models` once they answer.
             telemetry: makes spans of requests.
         """
         self.models = dict(models)
         self.settings = settings
-        self.names = (*models, *starting)
+        self.names = [*models, *starting]
+        self.control = ModelControl()
         self.memory = RequestMemory(settings.max_bytes_in_flight)
         self.reader = JsonReader()
         self._tokens = settings.tokens()
@@ -84,7 +110,10 @@ class ServerState:
         """The phase of the server's life."""
         if self.draining:
             return "draining"
-        return "serving" if len(self.models) == len(self.names) else "starting"
+        waits = any(
+            key not in self.models and key not in self.control.loading for key in self.names
+        )
+        return "starting" if waits else "serving"
 
     @property
     def needs_token(self) -> bool:
@@ -114,43 +143,64 @@ class ServerState:
         """Return whether all models would answer now."""
         return self.phase == "serving" and all(health.ready for _, health in self._health())
 
-    def model_ready(self, name: str) -> bool:
-        """Return whether a model would answer now."""
-        if self.draining or name not in self.models:
+    def model_ready(self, name: str, version: str = "") -> bool:
+        """Return whether a model would answer now. Raises ModelNotFound."""
+        key = self.check(name, version)
+        if self.draining or key not in self.models:
             return False
-        return self.models[name].health().ready
+        return self.models[key].health().ready
 
-    def trouble(self, name: str) -> str:
-        """Return why a model is not ready."""
+    def trouble(self, name: str, version: str = "") -> str:
+        """Return why a model is not ready. Raises ModelNotFound."""
+        key = self.check(name, version)
         if self.draining:
             return "It is draining."
-        if name not in self.models:
+        if key not in self.models:
             return "It is being started."
-        return self.models[name].health().trouble or "It is ready again."
+        return self.models[key].health().trouble or "It is ready again."
 
     def _health(self) -> Iterator[tuple[str, Health]]:
         return ((name, model.health()) for name, model in list(self.models.items()))
 
     # Models.
 
-    def check(self, name: str, version: str = VERSION) -> None:
-        """Raise ModelNotFound where there is no such model, nor will be."""
-        if name not in self.names:
-            raise ModelNotFound(name)
-        if version != VERSION:
-            raise ModelNotFound(f"{name}, version {version}")
+    @property
+    def versions(self) -> dict[str, list[str]]:
+        """The versions of each model that are started or will be, by name, the latest last."""
+        found: dict[str, list[str]] = {}
+        for key in self.names:
+            name, _, version = key.partition("/")
+            found.setdefault(name, []).append(version or "1")
+        return {name: sorted(each, key=int) for name, each in found.items()}
 
-    def find(self, name: str, version: str = VERSION) -> ServedModel:
-        """Return a model.
+    def check(self, name: str, version: str = "") -> str:
+        """Return the key of a model's version, by default of the latest that is started.
+
+        Raises:
+            ModelNotFound: where there is no such model, nor will be.
+        """
+        key = model_key(name, version or "1")
+        if key in self.names and (version or len(self.names) == 1):
+            return key
+        versions = self.versions.get(name)
+        if versions is None:
+            raise ModelNotFound(name)
+        if version:
+            raise ModelNotFound(f"{name}, version {version}")
+        keys = [model_key(name, each) for each in versions]
+        return next((key for key in reversed(keys) if key in self.models), keys[-1])
+
+    def find(self, name: str, version: str = "") -> ServedModel:
+        """Return a model's version, by default the latest that is started.
 
         Raises:
             ModelNotFound: where there is no such model.
             ServerNotReady: while it is started.
         """
-        self.check(name, version)
-        if name not in self.models:
-            raise ServerNotReady(f"{name} is being started: come again later.")
-        return self.models[name]
+        key = self.check(name, version)
+        if key not in self.models:
+            raise ServerNotReady(f"{key} is being started: come again later.")
+        return self.models[key]
 
     async def answer(
         self, model: ServedModel, request: InferRequest, elapsed: float = 0.0
@@ -199,8 +249,10 @@ class ServerState:
             yield
         except BaseException as error:  # a client that goes away cancels its call
             outcome = OUTCOME.get(type(error), "failed")
-            if outcome in REFUSED and name in self.models:
-                self.models[name].count(REFUSED[outcome])
+            if outcome in REFUSED and name in self.versions:
+                model = self.models.get(self.check(name))
+                if model is not None:  # it may still be starting
+                    model.count(REFUSED[outcome])
             if trace is not None:
                 trace.error = str(error) or type(error).__name__
             raise
@@ -213,14 +265,18 @@ class ServerState:
     def repository_index(self, ready: bool = False) -> list[dict[str, str]]:
         """Return all models with their states, by Triton's extension; or only those ready."""
         index = []
-        for name in self.names:
+        for key in dict.fromkeys([*self.names, *self.control.known]):
+            name, _, version = key.partition("/")
+            version = version or "1"
             state, reason = "READY", ""
-            if not self.model_ready(name):
-                state, reason = "UNAVAILABLE", self.trouble(name)
-            if name not in self.models and not self.draining:
-                state = "LOADING"
+            if key not in self.names:
+                state, reason = "UNAVAILABLE", "unloaded"
+            elif not self.model_ready(name, version):
+                state, reason = "UNAVAILABLE", self.trouble(name, version)
+                if key not in self.models and not self.draining:
+                    state = "LOADING"
             if state == "READY" or not ready:
-                entry = {"name": name, "version": VERSION, "state": state, "reason": reason}
+                entry = {"name": name, "version": version, "state": state, "reason": reason}
                 index.append(entry)
         return index
 
@@ -230,7 +286,7 @@ class ServerState:
         extensions = ["binary_tensor_data", *_EXTENSIONS]
         return {"name": "nercc_jax", "version": version, "extensions": extensions}
 
-    def model_metadata(self, name: str, version: str = VERSION) -> dict[str, Any]:
+    def model_metadata(self, name: str, version: str = "") -> dict[str, Any]:
         """Return a model's metadata. Raises as `find` does."""
         model = self.find(name, version)
         coded = (
@@ -240,7 +296,7 @@ class ServerState:
         )
         return {
             "name": name,
-            "versions": [VERSION],
+            "versions": self.versions[name],
             "platform": "nercc_jax",
             "inputs": input_types(model.servable),
             "outputs": output_types(model.servable),
@@ -252,12 +308,12 @@ class ServerState:
             },
         }
 
-    def configuration(self, name: str, version: str = VERSION) -> dict[str, Any]:
+    def configuration(self, name: str, version: str = "") -> dict[str, Any]:
         """Return a model's configuration by Triton's extension. Raises as `find` does."""
         model = self.find(name, version)
         return _configuration(model.servable, model.settings)
 
-    def statistics(self, name: str = "", version: str = VERSION) -> dict[str, Any]:
+    def statistics(self, name: str = "", version: str = "") -> dict[str, Any]:
         """Return the statistics of one model, or of all started ones, by Triton's extension.
 
         Raises as `find` does.
@@ -349,7 +405,7 @@ def _statistics(servable: Servable, meter: Meter, worker_calls: int) -> dict[str
     }
     return {
         "name": servable.name,
-        "version": VERSION,
+        "version": servable.version,
         "last_inference": round(1e3 * meter.last_answer),
         "inference_count": meter.answered,
         "execution_count": worker_calls,

@@ -1,0 +1,176 @@
+"""Bytes that become floats before they are coded: by REST and gRPC, exact and decoded."""
+
+# ruff: noqa: E402 (`require` comes before what needs it)
+
+import asyncio
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import require
+
+httpx = require("httpx", "serve-test")
+grpc = require("grpc", "serve-test")
+require("fastapi", "serve")
+
+import orjson
+from grpc_stub import GRPCInferenceServiceStub
+from in_process import channel
+from nercc_server import ENDS
+
+from nercc_jax import NeRCC
+from nercc_jax.serving import ModelSettings, ServerSettings, make_servable, make_server
+from nercc_jax.serving.protocol._preprocessing import Preprocessing
+from nercc_jax.serving.transport import open_inference_pb2 as messages
+
+ROOT = Path(__file__).parents[2]
+SHAPE = (224, 224, 3)
+MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+KERNEL = np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32)
+
+
+def prepare(images):
+    """Bytes to normalised floats of 2 x 2 places."""
+    floats = images.astype(jnp.float32) / 255 - MEAN
+    return jax.image.resize(floats, (len(images), 2, 2, 3), "linear")
+
+
+def network(x):
+    return jnp.tanh(x.reshape(len(x), -1)) @ KERNEL
+
+
+def own(images):
+    """The model's answers, by NumPy but for the resizing."""
+    floats = images.astype(np.float32) / 255 - MEAN
+    small = np.asarray(jax.image.resize(floats, (len(images), 2, 2, 3), "linear"))
+    return np.tanh(small.reshape(len(images), -1)) @ KERNEL
+
+
+def pictures(number, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (number, *SHAPE), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def servable():
+    return make_servable("images", network, SHAPE, datatype="UINT8", preprocess=prepare)
+
+
+@pytest.fixture(scope="module")
+def server(servable):
+    code = NeRCC(2, 4, points="interleaved", lambda_dec=0.0)
+    settings = ModelSettings(
+        max_batch_size=2, straggler_rate=0.2, straggler_delay_s=0.3, max_disagreement=1
+    )
+    ports = ServerSettings(http_port=0, grpc_port=0)
+    with make_server(servable, code, settings=settings, server_settings=ports) as server:
+        yield server
+
+
+def by_rest(server, images):
+    raw = images.tobytes()
+    tensor = {"name": "input", "shape": images.shape, "datatype": "UINT8"}
+    tensor["parameters"] = {"binary_data_size": len(raw)}
+    head = orjson.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}})
+    url = f"http://127.0.0.1:{server.http_port}/v2/models/images/infer"
+    headers = {"inference-header-content-length": str(len(head))}
+    answer = httpx.post(url, content=head + raw, headers=headers, trust_env=False, timeout=ENDS)
+    assert answer.status_code == 200, answer.text
+    length = int(answer.headers["inference-header-content-length"])
+    values = np.frombuffer(answer.content[length:], "<f4", 5 * len(images)).reshape(-1, 5)
+    return values, orjson.loads(answer.content[:length])["parameters"]["nercc_exact"]
+
+
+def by_grpc(server, images):
+    request = messages.ModelInferRequest(model_name="images", raw_input_contents=[images.tobytes()])
+    request.inputs.add(name="input", datatype="UINT8", shape=images.shape)
+    with channel(server) as there:
+        answer = GRPCInferenceServiceStub(there).ModelInfer(request, timeout=ENDS)
+    values = np.frombuffer(answer.raw_output_contents[0], "<f4").reshape(-1, 5)
+    return values, answer.parameters["nercc_exact"].bool_param
+
+
+@pytest.mark.parametrize("ask", [by_rest, by_grpc])
+def test_bytes_are_served_coded(server, ask):
+    """One call in five straggles: some answers are decoded, and all others are the model's own."""
+    found = set()
+    for seed in range(60):
+        x = pictures(1 + 4 * (seed % 2), seed)
+        values, is_exact = ask(server, x)
+        if is_exact:
+            np.testing.assert_allclose(values, own(x), rtol=1e-3, atol=1e-4)
+        found.add(is_exact)
+        if len(found) == 2:
+            break
+    assert found == {True, False}
+
+
+def test_the_metadata_are_those_of_the_bytes(server):
+    url = f"http://127.0.0.1:{server.http_port}/v2/models/images"
+    found = httpx.get(url, trust_env=False).json()
+    assert found["inputs"] == [{"name": "input", "datatype": "UINT8", "shape": [-1, *SHAPE]}]
+    assert found["parameters"]["nercc_coded"] is True
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 9])
+def test_any_number_of_rows_is_prepared_in_batches(servable, number):
+    preprocessing = Preprocessing(servable, (1, 2, 4))
+    x = pictures(number)
+    expected = np.asarray(prepare(x))
+    np.testing.assert_allclose(preprocessing(x), expected, rtol=1e-4, atol=1e-5)
+    found = asyncio.run(preprocessing.run(x))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    preprocessing.close()
+
+
+def test_several_inputs_become_several_arrays_of_floats():
+    def to_floats(x):
+        return {"both": x["image"].astype(jnp.float32) + x["shift"][:, None]}
+
+    servable = make_servable(
+        "two",
+        lambda x: {"sum": x["both"].sum(axis=1)},
+        {"image": (3,), "shift": ()},
+        datatype={"image": "UINT8", "shift": "FP32"},
+        preprocess=to_floats,
+        calibration={"image": np.ones((2, 3), np.uint8), "shift": np.float32([1, 2])},
+    )
+    assert servable.uncodable is None
+    np.testing.assert_array_equal(servable.calibration, [[2, 2, 2], [3, 3, 3]])
+    given = {"image": np.uint8([[1, 2, 250]]), "shift": np.float32([0.5])}
+    rows = Preprocessing(servable, (1, 2))(given)
+    np.testing.assert_array_equal(rows, [[1.5, 2.5, 250.5]])
+    assert servable.growth == 12 / 7
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda x: x, "to floats"),
+        (lambda x: x.sum().astype(float), "to floats"),
+        (lambda x: x @ jnp.ones((3, 3)), "does not run on"),
+    ],
+)
+def test_functions_that_are_no_preprocessing(function, message):
+    with pytest.raises(ValueError, match=message):
+        make_servable("odd", network, (4,), datatype="UINT8", preprocess=function)
+
+
+def test_what_is_not_finite_once_prepared_is_refused():
+    servable = make_servable(
+        "logs", lambda x: x, (2,), datatype="UINT8", preprocess=lambda x: jnp.log(x * 1.0)
+    )
+    with pytest.raises(ValueError, match=r"queries \[1\] are not finite"):
+        Preprocessing(servable, (1, 2))(np.uint8([[1, 2], [0, 1]]))
+
+
+def test_the_guide_has_the_figures_that_were_measured():
+    tables = json.loads((ROOT / "bench/results/serving_requests.json").read_text())["tables"]
+    page = " ".join((ROOT / "docs/preprocessing.md").read_text().split())
+    for kind in ("REST", "gRPC"):
+        floats, in_bytes = (np.array(cell["rates"]) for cell in tables[f"bytes, {kind}"])
+        words = f"{np.median(in_bytes):.0f} requests a second with bytes and "
+        words += f"{np.median(floats):.0f} with floats by {kind} "
+        assert words + f"({np.median(in_bytes / floats):.2f} in the median of rounds)" in page
