@@ -186,12 +186,12 @@ class ServedModel:
     def status(self) -> dict[str, Any]:
         """Return the model's part of the server's status."""
         health, report = self.health(), self.pool.report()
-        audit = self._batcher.estimator.audited()
+        audited = self._batcher.audited()
         counted = self.meter.status()
         counted["totals"]["deaths"] = report.deaths
         counted["fidelity"] |= {
-            "audited": audit.number,
-            "audited_disagreement": audit.disagreement if audit.number else None,
+            "audited": len(audited),
+            "audited_disagreement": sum(audited) / len(audited) if audited else None,
             "stragglers": self._batcher.decoding_status(),
         }
         code = self._coder.code
