@@ -62,6 +62,7 @@ class ServedModel:
         metrics: Metrics,
         cache: Path | None = None,
         predictor: Predictor | None = None,
+        straggler_score: Callable[[Any], Any] | None = None,
     ):
         """Start the workers, and compile everything, so that no request waits for the compiler.
 
@@ -72,6 +73,7 @@ class ServedModel:
             metrics: the server's metrics.
             cache: the file for results of calibration; None for no cache.
             predictor: a surrogate, see `CodedBatcher`.
+            straggler_score: the score of rows by which injected stragglers are chosen.
 
         Raises:
             ValueError: for a code where nothing can be coded (`Servable.uncodable`), or where
@@ -95,7 +97,7 @@ class ServedModel:
                 calibrate_or_restore(estimator, servable.model, x, dtype, cache)
             _check(estimator, self._coder, policy.max_disagreement)
         with log_phase("starting workers", servable.name):
-            self.pool = _open_pool(servable, code, settings)
+            self.pool = _open_pool(servable, code, settings, straggler_score)
         self.meter = Meter(metrics, servable.name, self.pool, code)
         with log_phase("compiling", servable.name):
             self._batcher = CodedBatcher(
@@ -366,7 +368,12 @@ async def _result(future: concurrent.futures.Future[Reply], deadline: float) -> 
     return future.result()
 
 
-def _open_pool(servable: Servable, code: AbstractCode, settings: ModelSettings) -> AbstractPool:
+def _open_pool(
+    servable: Servable,
+    code: AbstractCode,
+    settings: ModelSettings,
+    straggler_score: Callable[[Any], Any] | None,
+) -> AbstractPool:
     inputs = servable.inputs
     options: Any = {
         "example": [
@@ -377,6 +384,8 @@ def _open_pool(servable: Servable, code: AbstractCode, settings: ModelSettings) 
             service_delay=settings.service_delay_s,
             straggler_rate=settings.straggler_rate,
             straggler_delay=settings.straggler_delay_s,
+            straggler_score=straggler_score,
+            straggler_leaning=settings.straggler_leaning,
             death_rate=settings.death_rate,
             seed=settings.fault_seed,
         ),
