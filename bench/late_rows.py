@@ -3,10 +3,10 @@
     python bench/late_rows.py [--rows 1000] [--draws 16] [--only NAME ...] [--laws LAW ...]
 
 Each row of a function sleeps for 4 s, as a simulator elsewhere would. A tenth of the rows takes
-32 s more in the mean, exponentially distributed: independently of the row, half of them from the 12 %
-with the largest peaks, or exactly the largest peaks (`RowLatency`). Where lateness is the row's, a
-copy is late, too; where it is independent, a copy is late as often as any call. Compared are four
-ways to get the mean peak and the share of peaks above their 95 % point:
+longer, by 32 s in the mean, exponentially distributed: independently of the row, half of them from
+the 12 % with the largest peaks, or exactly the largest peaks (`RowLatency`). Where lateness is the
+row's, a copy is late, too; where it is independent, a copy is late as often as any call. Compared
+are four ways to get the mean peak and the share of peaks above their 95 % point:
 
 - dropping: what is late is left out (its time is that of the others);
 - waiting: every row is computed, each by the worker that is free first;
@@ -126,6 +126,7 @@ def measure(name: str, law: str, rows: int, seed: int) -> dict[str, Any]:
         seed=seed,
     )
     seconds = time.perf_counter() - begin
+    assert result.values is not None
     error = np.sqrt(np.mean((result.values - y) ** 2, axis=1))
     missing = late & (result.status != "computed")
     barred, nothing = missing & np.isfinite(result.score), missing & ~np.isfinite(result.score)

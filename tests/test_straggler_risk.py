@@ -224,3 +224,21 @@ def test_a_conformal_quantile_covers_its_share_of_others(coverage):
     least, most = coverage, coverage + 1 / 25
     assert least - 0.03 < np.mean(covered) < most + 0.03
     assert conformal_quantile(np.ones(8), 0.9) == math.inf
+
+
+def test_stragglers_that_are_harder_than_others_are_noticed_beyond_chance():
+    labels = StragglerRisk(LABELS, needs_evidence=False)
+    bars = StragglerRisk(AccuracyTarget(tolerance=1.0), needs_evidence=False)
+    assert labels.status()["harder"] is None
+    for number in range(100):
+        labels.add(row(0.1, wrong=number % 10 == 0), given=False)
+        bars.add(row(math.nan, bound=0.1, excess=1.5 * (number % 10 == 0)), given=False)
+    assert labels.hint is bars.hint is None, "exactly as many as were expected"
+    assert labels.status()["harder"] == pytest.approx(1.0)
+    for _ in range(25):
+        labels.add(row(0.1, wrong=True), given=False)
+        bars.add(row(math.nan, bound=0.1, excess=2.0), given=False)
+    for each in (labels, bars):
+        assert each.status()["harder"] == pytest.approx(35 / 12.5)
+    assert "28 % of their labels would be wrong, 10 % were expected" in str(labels.hint)
+    assert "28 % of their error bars are too short, 10 % were expected" in str(bars.hint)

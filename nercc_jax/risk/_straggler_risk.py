@@ -14,7 +14,7 @@ evidence; so does the limit of `DecodingErrorProbability`.
 import collections
 import functools
 import math
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -35,7 +35,7 @@ _BARS = 20  # rows, at least, by which the error bars of others are known
 _SHOWN = 1000  # the latest answers given out whose disagreement is shown
 _FACTORS = np.geomspace(1, 32, 81)  # by which error bars may be widened
 
-Number = TypeVar("Number", float, np.ndarray)
+Number: TypeAlias = float | np.ndarray
 
 
 class _Limits(NamedTuple):
@@ -220,14 +220,40 @@ class StragglerRisk:
         rows = list(self._rows)
         return sum(row.wrong for row in rows), len(rows)
 
+    def hardness(self) -> tuple[float, float]:
+        """Return how many approximate answers to straggling rows missed, and how many should have.
+
+        A label misses where it is wrong, an error where it is beyond its bound. What should have
+        missed follows from the calibration, which holds for all rows: more than that means that
+        straggling rows are harder than others.
+        """
+        rows = list(self._rows)
+        if self._share is None:
+            missed = sum(row.excess > 1 for row in rows)
+            return float(missed), float((1 - self._coverage) * len(rows))
+        wrong, expected = sum(row.wrong for row in rows), sum(row.probability for row in rows)
+        return float(wrong), float(expected)
+
+    @property
+    def hint(self) -> str | None:
+        """A sentence that straggling rows are harder than others, if they are beyond chance."""
+        (missed, expected), number = self.hardness(), len(self._rows)
+        if missed <= expected + 3 * math.sqrt(max(expected, 1.0)):
+            return None
+        what = "error bars are too short" if self._share is None else "labels would be wrong"
+        shares = f"{100 * missed / number:.0f} % of their {what}, {100 * expected / number:.0f} %"
+        return f"queries that straggle are harder than others: {shares} were expected"
+
     def status(self) -> dict[str, Any]:
         """Return the evidence for a server's status."""
         wrong, number = self.disagreement()
+        missed, expected = self.hardness()
         monitor = self._monitor
         return {
             "compared": number,
             "needed": self.needed if self._needs_evidence else 0,
             "disagreement": wrong / number if number and self._share is not None else None,
+            "harder": missed / expected if expected > 0 else None,
             "admitted": self.share,
             "given": monitor.number,
             "given_wrong": int(monitor.wrong),

@@ -146,6 +146,11 @@ class CodedBatcher:
         promised = self._scheduler.policy.max_disagreement
         return self._adaptation.decoding_risk.status() if promised else None
 
+    def decoding_hint(self) -> str | None:
+        """Return that queries that straggle are harder to decode than others, if they are."""
+        promised = self._scheduler.policy.max_disagreement
+        return self._adaptation.decoding_risk.hint if promised else None
+
     def audited(self) -> list[bool]:
         """Return whether the latest decoded answers that were compared had wrong labels."""
         return list(self._adaptation.decoding_risk.shown)

@@ -255,13 +255,15 @@ class ServedModel:
                 f"decoded answers went wrong more often than promised: {decoding['compared']} of "
                 f"{decoding['needed']} stragglers were compared since; nothing is decoded"
             )
+        if (harder := batcher.decoding_hint()) is not None:
+            hints.append(harder)
         return hints if self._predictor is None else hints + _predictor_hints(self._predictor)
 
 
 def _predictor_hints(predictor: Predictor) -> list[str]:
     """Return why a predictor answers nothing, if so, and whether stragglers are harder."""
     known, needed = predictor.progress()
-    harder = [] if predictor.hardship is None else [predictor.hardship]
+    harder = [] if predictor.risk.hint is None else [predictor.risk.hint]
     if predictor.state == "drifted":
         why = "predictions went wrong more often than promised"
         return [f"{why}: {known} of {needed} answers are known since; nothing is predicted"]

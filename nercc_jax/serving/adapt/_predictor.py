@@ -155,22 +155,6 @@ class Predictor:
             "stragglers": self.risk.status(),
         }
 
-    @property
-    def hardship(self) -> str | None:
-        """Say that stragglers' queries are harder than others, if they are beyond chance."""
-        assert self._calibration is not None
-        calibrated = self._calibration.calibrated
-        wrong, number = self.risk.disagreement()
-        if calibrated is None or not number:
-            return None
-        usual = calibrated.disagreement * number
-        if wrong <= usual + 3 * math.sqrt(max(usual, 1.0)):
-            return None
-        return (
-            f"queries that straggle are harder than others: {100 * wrong / number:.0f} % of their "
-            f"labels would be wrong, {100 * calibrated.disagreement:.0f} % of all"
-        )
-
     def progress(self) -> tuple[int, int]:
         """Return the number of answers used so far, and the number that it needs to answer."""
         assert self._calibration is not None
