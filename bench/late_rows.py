@@ -1,6 +1,6 @@
 """What becomes of statistics and error bars where rows are late because of what they are.
 
-    python bench/late_rows.py [--rows 1000] [--draws 16] [--only NAME ...] [--laws LAW ...]
+    python bench/late_rows.py [--draws 16] [--only NAME ...] [--laws LAW ...] [--resume]
 
 Each row of a function sleeps for 4 s, as a simulator elsewhere would. A tenth of the rows takes
 longer, by 32 s in the mean, exponentially distributed: independently of the row, half of them from
@@ -21,6 +21,7 @@ results/late_rows.json, which docs/dependent.md shows.
 
 import argparse
 import functools
+import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -162,6 +163,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=FUNCTIONS, choices=FUNCTIONS)
     parser.add_argument("--laws", nargs="+", default=list(LAWS), choices=LAWS)
     parser.add_argument("--at-once", type=int, default=1, help="runs that share the machine")
+    parser.add_argument("--resume", action="store_true", help="keep the draws that are there")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     enable_compilation_cache()  # as the `nercc` command does
@@ -172,7 +174,9 @@ def main() -> None:
         for name in options.only
     ]
     about = {"workers": WORKERS, "seconds": SECONDS, "delay": DELAY, "at_once": options.at_once}
-    found = []
+    found = json.loads(options.output.read_text())["cells"] if options.resume else []
+    known = {(cell["function"], cell["law"], cell["seed"]) for cell in found}
+    wanted = [each for each in wanted if (each[0], each[1], each[3]) not in known]
     with ThreadPoolExecutor(options.at_once) as runs:
         for cell in runs.map(lambda each: measure(*each), wanted):
             found.append(cell)

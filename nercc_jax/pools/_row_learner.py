@@ -274,9 +274,10 @@ class RowLearner:
         risk = self._risks[late]
         if risk.waits and not risk.enough:
             return np.full(len(bar), np.inf)
-        _, widened = risk.expected(probability, bar)
-        score = probability if self._target.tolerance is None else widened
-        return np.where(risk.admits(probability, bar) | (score > self.limit), score, np.inf)
+        admitted = risk.admits(probability, bar)
+        if self._target.tolerance is not None:
+            return risk.bars(bar, admitted)
+        return np.where(admitted | (probability > self.limit), probability, np.inf)
 
     @property
     def limit(self) -> float:

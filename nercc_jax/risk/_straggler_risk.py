@@ -45,7 +45,8 @@ class _Limits(NamedTuple):
         probability: The largest probability of what is given out of those within a calibration's
             limit; negative where nothing is.
         beyond: The same of all others.
-        factor: By which error bounds are widened.
+        factor: By which error bounds of what is given out are widened.
+        factor_of_all: By which those of all rows are: of which more may be wrong.
         shift: By which probabilities are too small, in the mean.
         admitted: The share of straggling rows that would be given out.
     """
@@ -53,6 +54,7 @@ class _Limits(NamedTuple):
     probability: float
     beyond: float
     factor: float
+    factor_of_all: float
     shift: float
     admitted: float
 
@@ -144,6 +146,20 @@ class StragglerRisk:
         They are the calibrated ones, and more where those of other stragglers were too small.
         """
         return np.minimum(probability + self._limits.shift, 1.0), bound * self._limits.factor
+
+    def bars(
+        self, bound: Float[np.ndarray, " rows"], admitted: Bool[np.ndarray, " rows"]
+    ) -> Float[np.ndarray, " rows"]:
+        """Return error bars for rows of a batch, those that are given out and the others.
+
+        Bounds are right for what is given out in another way than for all: the others' bars are
+        never within the tolerance.
+        """
+        if self._tolerance is None:
+            return bound
+        others = bound * self._limits.factor_of_all
+        others = np.where(others > self._tolerance, others, math.inf)
+        return np.where(admitted, bound * self._limits.factor, others)
 
     def give(self) -> None:
         """Count an answer that is given out, and that the model's own answer will be compared to.
@@ -272,7 +288,7 @@ class StragglerRisk:
         """Choose the largest probability, and the factor of error bounds, of what is given out."""
         if self._share == 0 or len(rows) < (0 if self._tolerance is None else _BARS) or not rows:
             admits = not self._needs_evidence and self._share != 0
-            return _Limits(math.inf if admits else -1.0, -1.0, 1.0, 0.0, float(admits))
+            return _Limits(math.inf if admits else -1.0, -1.0, 1.0, 1.0, 0.0, float(admits))
         probability, bound, wrong, excess = map(np.array, zip(*rows, strict=True))
         limit = beyond = math.inf
         if self._share is not None:
@@ -283,14 +299,17 @@ class StragglerRisk:
             known = 0 if self._needs_evidence else self.needed
             limit = _largest_score(*ranked, self._allowed[known:])
         given = np.full(len(rows), True) if self._share is None else probability <= limit
-        factor, shift = 1.0, 0.0
+        factor, factor_of_all, shift = 1.0, 1.0, 0.0
         if self._tolerance is not None:
-            factor, enough = least_factor(bound, excess, self._tolerance, self._coverage)
-            limit, beyond = (limit, beyond) if enough else (-1.0, -1.0)
+            factor_of_all = max(conformal_quantile(excess, self._coverage), 1.0)
+            factor = least_factor(bound, excess, self._tolerance, self._coverage)
+            if math.isinf(factor):
+                limit, beyond, factor = -1.0, -1.0, factor_of_all
             given &= bound * factor <= self._tolerance
         if self._share is not None and given.any():
             shift = max(float(np.mean(wrong[given] - probability[given])), 0.0)
-        return _Limits(limit, beyond, factor, shift, float(np.mean(given)) if limit >= 0 else 0.0)
+        admitted = float(np.mean(given)) if limit >= 0 else 0.0
+        return _Limits(limit, beyond, factor, factor_of_all, shift, admitted)
 
 
 def risk_cap(share: float) -> float:
@@ -322,7 +341,7 @@ def least_factor(
     excess: Float[np.ndarray, " rows"],
     tolerance: float,
     coverage: float,
-) -> tuple[float, bool]:
+) -> float:
     """Return the least factor of error bounds with which they are right for what is given out.
 
     Args:
@@ -332,13 +351,13 @@ def least_factor(
         coverage: The share of errors that bounds should cover.
 
     Returns:
-        The factor, and whether there is one. If not, it is right for all rows.
+        The factor; infinite where none would do.
     """
     for factor in _FACTORS.tolist():
         given = bounds * factor <= tolerance
         if conformal_quantile(excess[given], coverage) <= factor:
-            return factor, True
-    return max(conformal_quantile(excess, coverage), 1.0), False
+            return factor
+    return math.inf
 
 
 def conformal_quantile(ratios: Float[np.ndarray, " rows"], coverage: float) -> float:

@@ -261,8 +261,7 @@ class OnlineCalibration:
             # It has to be right for those that are given out, not for all.
             with np.errstate(divide="ignore", invalid="ignore"):
                 excess = np.where(error > 0, error / (factor * deviation), 0)
-            widened, enough = least_factor(factor * deviation, excess, tolerance, coverage)
-            factor *= widened if enough else math.inf
+            factor *= least_factor(factor * deviation, excess, tolerance, coverage)
             share *= float(np.mean(factor * deviation <= tolerance))
         tolerance = math.inf if tolerance is None else tolerance
         disagreement = float(np.mean(wrong))
