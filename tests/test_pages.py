@@ -17,7 +17,11 @@ from pages import blocks, options_of
 
 ROOT = Path(__file__).parents[1]
 ELSEWHERE = {"docs/extending.md", "docs/deploy/README.md"}
-EXTRA = {"docs/cluster.md": ("ray", "ray"), "docs/devices.md": ("ray", "ray")}
+EXTRA = {
+    "docs/cluster.md": ("ray", "ray"),
+    "docs/devices.md": ("ray", "ray"),
+    "docs/stiff.md": ("diffrax", "dev"),
+}
 NEEDS_SERVER = "import tritonclient"
 
 
