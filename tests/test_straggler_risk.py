@@ -184,6 +184,25 @@ def test_what_is_said_is_what_other_stragglers_showed():
     assert risk.expected(0.02, 0.0)[0] == pytest.approx(0.06)
 
 
+def test_evidence_is_replaced_and_what_was_given_out_stays_tested():
+    risk = StragglerRisk(LABELS, needs_evidence=True)
+    for _ in range(3):
+        risk.give()
+        risk.add(row(wrong=True), given=True)
+    assert not risk.enough
+    risk.replace(row() for _ in range(20))
+    assert risk.enough
+    assert risk.admits(0.01, 0.0)
+    assert risk.status()["given_wrong"] == 3
+    assert risk.disagreement() == (0, 20)
+    risk.give()
+    given = 4
+    while not risk.add(row(wrong=True), given=True):
+        risk.give()
+        given += 1
+    assert given < 10, "those from before count in the test"
+
+
 def test_what_nothing_is_known_of_is_not_given_out():
     risk = StragglerRisk(LABELS, needs_evidence=False)
     assert not risk.admits(math.nan, 0.0)

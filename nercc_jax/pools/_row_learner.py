@@ -4,7 +4,8 @@ A learner is fitted to computed rows on a thread of its own, so that nothing wai
 two fits it learns the rows that have come since, which takes a hundredth of the time. Its error
 bars are calibrated on rows that were drawn at random and computed after they had been predicted,
 and what may be given out is decided as on a server (`StragglerRisk`): by these audits, and by the
-rows that came late.
+rows that came late. Each new learner is compared with those that it has learned, too, one left out
+at a time, since its errors are not those of the learner before it.
 """
 
 import collections
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Shaped
 
 from ..evaluation import row_errors
 from ..risk._straggler_risk import StragglerRisk, StragglerRow, conformal_quantile
@@ -26,6 +27,7 @@ from ..risk._target import AccuracyTarget
 from ..schemes import fit_scheme
 from ..schemes._fit_scheme import EACH, SHAPE, FittedScheme, filled
 from ..surrogates import Learner, LearnerTuning
+from ..surrogates._tune_kernel import leave_one_out
 from ._clock import WallClock
 from ._row_files import row_code
 from ._time_share import TimeShare
@@ -47,6 +49,20 @@ _SHARE = 0.5  # of the time that learning may take
 _INFINITE = 1e30  # factors of error bars from here on are infinite
 
 
+class LeftOut(NamedTuple):
+    """Predictions of late rows that a learner has learned, each without that row.
+
+    Attributes:
+        mean: Their predicted values.
+        deviation: How far these may be off.
+        y: Their own values.
+    """
+
+    mean: Float[np.ndarray, "late outputs"]
+    deviation: Float[np.ndarray, " late"]
+    y: Float[np.ndarray, "late outputs"]
+
+
 class RowEstimates(NamedTuple):
     """Predictions of some rows.
 
@@ -57,6 +73,7 @@ class RowEstimates(NamedTuple):
         like_late: Whether rows like these came late.
         telling: The rows that tell most about the others, in that order.
         fitted: The learner that made them, with its calibration.
+        left_out: Its predictions of late rows that it has learned.
     """
 
     rows: Int[np.ndarray, " rows"]
@@ -65,6 +82,7 @@ class RowEstimates(NamedTuple):
     like_late: Bool[np.ndarray, " rows"]
     telling: Int[np.ndarray, " few"]
     fitted: FittedScheme
+    left_out: LeftOut | None = None
 
 
 class Neighbours(NamedTuple):
@@ -149,7 +167,13 @@ class RowLearner:
             return
         self._thread = threading.Thread(
             target=self._work,
-            args=(job, open_rows, features, *self._neighbours(computed, y, late)),
+            args=(
+                job,
+                open_rows,
+                features,
+                self._features[computed[late[computed]]],
+                *self._neighbours(computed, y, late),
+            ),
             name=LEARNER_THREAD,
         )  # no daemon: JAX aborts a process that ends while it compiles
         self._thread.start()
@@ -164,6 +188,9 @@ class RowLearner:
             self.mean = np.zeros((len(self.known), made.mean.shape[1]), np.float32)
         self.known[made.rows], self._like_late[made.rows] = True, made.like_late
         self.mean[made.rows], self.deviation[made.rows] = made.mean, made.deviation
+        left_out, risk = made.left_out, self._risks[True]
+        if left_out is not None and len(left_out.y) >= risk.needed:
+            risk.replace(self._compared(*left_out))
         return True
 
     def resume(self, fitted: FittedScheme, rows: Int[np.ndarray, " open"]) -> None:
@@ -205,6 +232,7 @@ class RowLearner:
         job: Callable[[], FittedScheme | None],
         rows: Int[np.ndarray, " open"],
         features: Float[np.ndarray, "open inputs"],
+        late: Float[np.ndarray, "late inputs"],
         by_input: Neighbours,
         by_output: Neighbours,
     ) -> None:
@@ -214,7 +242,9 @@ class RowLearner:
                 predicted = _predicted(fitted, features)
                 like_late = _like_late(features, by_input) | _like_late(predicted[0], by_output)
                 telling = rows[_telling(fitted, features, predicted[1])]
-                self._made.append(RowEstimates(rows, *predicted, like_late, telling, fitted))
+                left_out = _left_out(fitted, late)
+                made = RowEstimates(rows, *predicted, like_late, telling, fitted, left_out)
+                self._made.append(made)
         finally:
             self.seconds = self._time.spend(begin)
 
@@ -233,9 +263,9 @@ class RowLearner:
         """
         score = np.full(len(rows), np.inf)
         known = self.known[rows]
-        if self.fitted is None or not known.any():
+        if self.fitted is None or self.mean is None or not known.any():
             return score
-        probability, bar = self._estimated(rows[known])
+        probability, bar = self._estimated(self.mean[rows[known]], self.deviation[rows[known]])
         straggle = late | self._like_late[rows[known]]
         score[known] = np.where(
             straggle, *(self._admitted(probability, bar, late) for late in (True, False))
@@ -243,23 +273,38 @@ class RowLearner:
         return score
 
     def _estimated(
-        self, rows: Int[np.ndarray, " known"]
+        self, mean: Float[np.ndarray, "known outputs"], deviation: Float[np.ndarray, " known"]
     ) -> tuple[Float[np.ndarray, " known"], Float[np.ndarray, " known"]]:
         """Return the probabilities that labels are wrong, and error bars, by the calibration.
 
         With a tolerance the first are NaN, otherwise the second.
         """
         assert self.fitted is not None
-        assert self.mean is not None
-        scheme, nothing = self.fitted.scheme, np.full(len(rows), np.nan)
+        scheme, nothing = self.fitted.scheme, np.full(len(mean), np.nan)
         if self._target.tolerance is None:
             assert scheme.error_probability is not None
-            mean, deviation = jnp.asarray(self.mean[rows]), jnp.asarray(self.deviation[rows])
-            return np.asarray(scheme.error_probability(mean, deviation, mean), float), nothing
+            outputs = jnp.asarray(mean)
+            found = scheme.error_probability(outputs, jnp.asarray(deviation), outputs)
+            return np.asarray(found, float), nothing
         assert scheme.bars is not None
         held_out = np.asarray(scheme.bars.factors)
         ratios = np.concatenate([held_out[held_out < _INFINITE], self._ratios])
-        return nothing, self.deviation[rows] * conformal_quantile(ratios, self._target.coverage)
+        return nothing, deviation * conformal_quantile(ratios, self._target.coverage)
+
+    def _compared(
+        self,
+        mean: Float[np.ndarray, "known outputs"],
+        deviation: Float[np.ndarray, " known"],
+        y: Float[np.ndarray, "known outputs"],
+    ) -> list[StragglerRow]:
+        """Compare predictions with the rows' own values."""
+        probability, bar = self._estimated(mean, deviation)
+        error = np.asarray(row_errors(jnp.asarray(mean), jnp.asarray(y, jnp.float32)))
+        differs = np.argmax(mean, axis=1) != np.argmax(y, axis=1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            excess = np.nan_to_num(error / bar)
+        facts = (each.tolist() for each in (probability, bar, differs, excess))
+        return [StragglerRow(*each) for each in zip(*facts, strict=True)]
 
     def _admitted(
         self,
@@ -318,24 +363,21 @@ class RowLearner:
         if not counts.any() or self.mean is None or self.fitted is None:
             return
         rows, y = rows[counts], y[counts]
-        sure, mean = self.score(rows, late) <= self.limit, self.mean[rows]
-        probability, bar = self._estimated(rows)
-        error = np.asarray(row_errors(jnp.asarray(mean), jnp.asarray(y, jnp.float32)))
-        differs = np.argmax(mean, axis=1) != np.argmax(y, axis=1)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratios, excess = error / self.deviation[rows], np.nan_to_num(error / bar)
+        score, mean, deviation = self.score(rows, late), self.mean[rows], self.deviation[rows]
+        compared, sure = self._compared(mean, deviation, y), score <= self.limit
         if self._target.tolerance is None:
-            self._held[late] += (~differs[sure]).tolist()
+            right = np.array([not each.wrong for each in compared])
+            self._held[late] += right[sure].tolist()
         else:
-            score = self.score(rows, late)
+            error = np.asarray(row_errors(jnp.asarray(mean), jnp.asarray(y, jnp.float32)))
             self._held[late] += (error <= score)[np.isfinite(score)].tolist()
             if not late:
-                self._ratios += ratios[np.isfinite(ratios)].tolist()
+                self._ratios += (error / deviation)[deviation > 0].tolist()
         risk = self._risks[late]
-        for given, *facts in zip(sure, probability, bar, differs, excess, strict=True):
+        for given, each in zip(sure.tolist(), compared, strict=True):
             if given:
                 risk.give()
-            risk.add(StragglerRow(*facts), given=bool(given))
+            risk.add(each, given=given)
 
     def held(self, late: bool) -> tuple[int, int]:
         """Return how many bars held, and of how many rows: audited ones, or those that came late.
@@ -411,6 +453,31 @@ def _predictions(learner: Learner, x: ArrayLike) -> tuple[Array, Array]:
 def _covariance(learner: Learner, x: ArrayLike) -> Array:
     """Return the posterior covariance of points."""
     return learner.window_posterior(jnp.asarray(x)[None])[1][0]
+
+
+def _left_out(fitted: FittedScheme, late: Float[np.ndarray, "late inputs"]) -> LeftOut | None:
+    """Return the predictions of late rows in the learner's window, each without that row."""
+    if not len(late):
+        return None
+    learner = _learner_of(fitted)
+    inputs = np.asarray(learner.inputs, np.float32)
+    known = np.isin(_row_keys(inputs), _row_keys(late.astype(np.float32)))
+    chosen = np.flatnonzero(known & np.asarray(learner.filled))
+    errors, deviation = (np.asarray(each)[chosen] for each in _leave_one_out(learner))
+    y = np.asarray(learner.residuals)[chosen]
+    return LeftOut((y + errors).astype(np.float32), deviation.astype(float), y)
+
+
+def _row_keys(rows: Float[np.ndarray, "rows inputs"]) -> Shaped[np.ndarray, " rows"]:
+    """Return one value for each row, the same for equal rows alone."""
+    rows = np.ascontiguousarray(rows)
+    return rows.view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1]))).ravel()
+
+
+@eqx.filter_jit
+def _leave_one_out(learner: Learner) -> tuple[Array, Array]:
+    found = leave_one_out(learner.kernel, learner.inputs, learner.residuals, learner.filled)
+    return found.errors, learner.deviation_of(found.variance)
 
 
 @eqx.filter_jit

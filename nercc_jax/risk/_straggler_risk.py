@@ -14,6 +14,7 @@ evidence; so does the limit of `DecodingErrorProbability`.
 import collections
 import functools
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -207,6 +208,15 @@ class StragglerRisk:
             self.restart()
             return True
         return False
+
+    def replace(self, rows: Iterable[StragglerRow]) -> None:
+        """Replace the evidence by comparisons of a newer surrogate with the same rows' answers.
+
+        What was given out stays tested as it was given.
+        """
+        self._rows.clear()
+        self._rows.extend(rows)
+        self._known = None
 
     def restart(self) -> None:
         """Discard the evidence after a drift: nothing is given out until there is enough again."""
