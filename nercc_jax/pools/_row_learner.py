@@ -27,7 +27,6 @@ from ..risk._target import AccuracyTarget
 from ..schemes import fit_scheme
 from ..schemes._fit_scheme import EACH, SHAPE, FittedScheme, filled
 from ..surrogates import Learner, LearnerTuning
-from ..surrogates._tune_kernel import leave_one_out
 from ._clock import WallClock
 from ._row_files import row_code
 from ._time_share import TimeShare
@@ -463,7 +462,7 @@ def _left_out(fitted: FittedScheme, late: Float[np.ndarray, "late inputs"]) -> L
     inputs = np.asarray(learner.inputs, np.float32)
     known = np.isin(_row_keys(inputs), _row_keys(late.astype(np.float32)))
     chosen = np.flatnonzero(known & np.asarray(learner.filled))
-    errors, deviation = (np.asarray(each)[chosen] for each in _leave_one_out(learner))
+    errors, deviation = (np.asarray(each)[chosen] for each in learner.left_out())
     y = np.asarray(learner.residuals)[chosen]
     return LeftOut((y + errors).astype(np.float32), deviation.astype(float), y)
 
@@ -472,12 +471,6 @@ def _row_keys(rows: Float[np.ndarray, "rows inputs"]) -> Shaped[np.ndarray, " ro
     """Return one value for each row, the same for equal rows alone."""
     rows = np.ascontiguousarray(rows)
     return rows.view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1]))).ravel()
-
-
-@eqx.filter_jit
-def _leave_one_out(learner: Learner) -> tuple[Array, Array]:
-    found = leave_one_out(learner.kernel, learner.inputs, learner.residuals, learner.filled)
-    return found.errors, learner.deviation_of(found.variance)
 
 
 @eqx.filter_jit
