@@ -3,7 +3,8 @@
     python bench/dependent.py [--name after] [--seeds 3] [--only PATTERN]
 
 Every cell is `CodedBatcher` as it is shipped, before simulated workers, with LeNet5: single
-queries in a Poisson stream, each of MNIST's 5,000 test images once, or digits in turn. Which images
+queries in a Poisson stream, each of MNIST's 5,000 test images once, or digits in turn; and with
+RepVGG and its student on CIFAR-10, and Lotka-Volterra's equations. Which images
 are slow depends on the model's own margin (`RowLatency`), and a copy of a slow one is slow, too.
 The results go into results/dependent.json under `--name`, so that two versions can stand next to
 each other. Needs MNIST as parquet files (`models/data.py` says where).
@@ -37,6 +38,7 @@ RESULTS = Path(__file__).parent / "results" / "dependent.json"
 WORKERS, SERVICE = 28, 0.05
 # Workers that are slow for 3 s, three copies of each slow image, leave room for no more.
 RATES = {0.5: 130.0, 3.0: 40.0}  # queries a second, by the seconds of slowness
+_WORKS = {"digits": "digits", "Lotka-Volterra": "lotka-volterra", "RepVGG with student": "repvgg"}
 WARM_UP = 2000  # queries after which the share that is answered approximately is judged, too
 _NOTHING = TraceLatency([0.0])
 
@@ -61,6 +63,11 @@ CASES: dict[str, tuple[RowLatency | None, float, float, str]] = {
         0.5, 0.1, "function",
     ),
     "Lotka-Volterra, random 10 %, 0.5 s": (None, 0.5, 0.1, "function"),
+    "RepVGG with student, smallest 5 % of margins, 0.5 s": (_extreme(0.5), 0.5, 0.1, "student"),
+    "RepVGG with student, half from the hardest 12 %, 0.5 s": (
+        RowLatency.leaning_to(_NOTHING, TraceLatency([0.5]), 0.05), 0.5, 0.1, "student",
+    ),
+    "RepVGG with student, random 5 %, 0.5 s": (None, 0.5, 0.1, "student"),
     "digits, random 10 %, decoded": (None, 0.5, 0.05, "decode"),
     "digits, random 10 %, inverted in the second half": (None, 0.5, 0.05, "decode inverted"),
 }  # fmt: skip
@@ -85,10 +92,11 @@ def main() -> None:
         if not fnmatch.fnmatch(case, options.only):
             continue
         first = case.split(",")[0]
-        name = {"digits": first, "Lotka-Volterra": "lotka-volterra"}.get(first, "lenet5")
+        name = _WORKS.get(first, "lenet5")
         if name not in loaded:
             loaded[name] = _digits() if name == "digits" else works(options.data_dir)[name]()
         work = loaded[name]
+        print(case, flush=True)
         cells = [serve(work, case, seed) for seed in range(options.seeds)]
         found.setdefault(options.name, {})[case] = cells
         found["environment"] = environment(("jax", "jaxlib", "numpy"))
@@ -144,11 +152,7 @@ def serve(work: Work, case: str, seed: int) -> dict[str, Any]:
         later = len(x) // 2
         x = np.concatenate([x[:later], x.max() + x.min() - x[later:]])
         own = np.concatenate([own[:later], _answers(work, x[later:])])
-    if work.tolerance is None:
-        top = np.sort(own, axis=1)
-        hardness = top[:, -2] - top[:, -1]
-    else:
-        hardness = np.abs(own).reshape(len(own), -1).max(axis=1)
+    hardness = _hardness(work, own)
     slow = np.zeros(len(x), bool)
     if law is not None:
         slow = np.asarray(law.straggles(jax.random.key(seed), jnp.asarray(hardness)))
@@ -162,7 +166,8 @@ def serve(work: Work, case: str, seed: int) -> dict[str, Any]:
             )
         ]
     else:
-        faults = [Fault("delay", 0.05 if kind == "learn" else 0.1, latency=TraceLatency([delay]))]
+        rate = 0.05 if kind in ("learn", "student") else 0.1
+        faults = [Fault("delay", rate, latency=TraceLatency([delay]))]
     table = {row.tobytes(): answer for row, answer in zip(x, own, strict=True)}
 
     def served(batch: Any) -> Any:
@@ -172,7 +177,7 @@ def serve(work: Work, case: str, seed: int) -> dict[str, Any]:
             return np.stack([each for each in known if each is not None])
         return _answers(work, rows)  # coded data points, which are no queries
 
-    learns = kind in ("learn", "function")
+    learns = kind in ("learn", "function", "student")
     code = Uncoded(1) if learns else NeRCC(4, 8, points="interleaved")
     coder = Coder(code)
     estimator = ErrorEstimator(coder)
@@ -195,7 +200,8 @@ def serve(work: Work, case: str, seed: int) -> dict[str, Any]:
         hang_timeout=600.0,
     )
     counts: collections.Counter[str] = collections.Counter()
-    predictor = Predictor() if learns else None
+    predictor = Predictor(work.student) if learns else None
+    values, seconds = np.zeros_like(own), np.zeros(len(x))
     given: list[tuple[int, bool]] = []  # by time: the query, and whether it was wrong
     said: list[float] = []
     begin, ended = time.time(), [0]
@@ -209,6 +215,7 @@ def serve(work: Work, case: str, seed: int) -> dict[str, Any]:
         def hear(number: int, future: Any) -> None:
             ended[0] += 1
             reply = future.result()
+            values[number], seconds[number] = reply.values[0], reply.seconds
             if not reply.exact[0]:
                 if work.tolerance is None:
                     wrong = reply.values[0].argmax() != own[number].argmax()
@@ -228,7 +235,13 @@ def serve(work: Work, case: str, seed: int) -> dict[str, Any]:
             clock.step()
         clock.run(clock.now() + 10 * delay)
         status = None if predictor is None else predictor.status()
+    late = slow if law is not None else seconds > 2 * np.median(seconds)
     return _summary(given, said, allowed, slow, law is not None, len(x) // 2) | {
+        "bias": {
+            "dropping": _statistics(hardness[~late], hardness),
+            "ours": _statistics(_hardness(work, values), hardness),
+        },
+        "latency": [float(np.quantile(seconds, share)) for share in (0.5, 0.95, 0.99)],
         "audited": counts["audit_same"] + counts["audit_other"],
         "unknown": counts["audit_unknown"],
         "drifts": counts["drift"],
@@ -237,6 +250,21 @@ def serve(work: Work, case: str, seed: int) -> dict[str, Any]:
         "status": status,
         "seconds": round(time.time() - begin, 1),
     }
+
+
+def _hardness(work: Work, outputs: np.ndarray) -> np.ndarray:
+    """Return the peaks of a function's outputs, or the negative margins of labels."""
+    if work.tolerance is not None:
+        return np.abs(outputs).reshape(len(outputs), -1).max(axis=1)
+    top = np.sort(outputs, axis=1)
+    return top[:, -2] - top[:, -1]
+
+
+def _statistics(some: np.ndarray, true: np.ndarray) -> list[float]:
+    """Return the bias of the mean, in standard deviations, and of the share of the largest 5 %."""
+    large = np.quantile(true, 0.95)
+    bias = (np.mean(some) - np.mean(true)) / np.std(true)
+    return [float(bias), float(np.mean(some > large) - np.mean(true > large))]
 
 
 def _summary(

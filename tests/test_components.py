@@ -8,13 +8,8 @@ from scipy.spatial.distance import cdist
 
 from nercc_jax import NeRCC, Scheme, coded_inference
 from nercc_jax.evaluation import relative_rmse
-from nercc_jax.serving.adapt._online_calibration import (
-    BATCH,
-    LEAST,
-    OnlineCalibration,
-    PredictionGoal,
-    _tuned,
-)
+from nercc_jax.risk._target import AccuracyTarget
+from nercc_jax.serving.adapt._online_calibration import BATCH, LEAST, OnlineCalibration, _tuned
 from nercc_jax.surrogates import (
     ComponentLearner,
     LearnerTuning,
@@ -160,7 +155,7 @@ def test_a_server_keeps_what_was_tuned_of_each_component(learner):
 
 
 def test_a_server_learns_by_it_and_goes_by_its_deviations(learner):
-    study = OnlineCalibration(learner, PredictionGoal(max_disagreement=None, tolerance=1.0))
+    study = OnlineCalibration(learner, AccuracyTarget(tolerance=1.0))
     x = np.random.default_rng(1).uniform(-1, 1, (LEAST, 2)).astype("float32")
     own = np.asarray(model(x), "float32")
     for start in range(0, LEAST, BATCH):

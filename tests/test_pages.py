@@ -21,6 +21,7 @@ EXTRA = {
     "docs/cluster.md": ("ray", "ray"),
     "docs/devices.md": ("ray", "ray"),
     "docs/run.md": ("ray.data", "ray-data"),
+    "docs/stiff.md": ("diffrax", "dev"),
 }
 NEEDS_SERVER = "import tritonclient"
 

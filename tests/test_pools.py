@@ -30,6 +30,7 @@ from nercc_jax import (
 from nercc_jax.evaluation import make_forecast
 from nercc_jax.inference._conditions import Conditions
 from nercc_jax.pools import Episodes, Fault, Faults, Overdue
+from nercc_jax.pools._faults import row_norm
 from nercc_jax.risk import ErrorProbability
 from nercc_jax.stragglers import ExponentialLatency, RowLatency, TraceLatency
 
@@ -688,6 +689,24 @@ def test_faults_by_a_score_of_the_rows():
     assert np.mean(drawn[90]) == pytest.approx(0.05 + 0.05 / 0.25, abs=0.03)
     extreme = Faults.from_rows(RowLatency.extreme(delay, delay, 0.1), lambda x: x[:, 0], scores)
     assert [extreme.at(0, 0).next(np.array([[row], [1.0]]))[0] for row in (50, 95)] == [0.0, 2.0]
+
+
+@pytest.mark.parametrize("leaning", [1.0, 0.5])
+def test_faults_by_scores_that_workers_have_seen(leaning):
+    """As `--straggler-score` has them: of the first rows none is known to be among the hardest."""
+    random = np.random.default_rng(0)
+    rates = {"straggler_rate": 0.1, "straggler_delay": 2.0}
+    rates |= {"straggler_score": row_norm, "straggler_leaning": leaning}
+    faults = Faults.from_rates(**rates).at(0, 0)
+    rows = random.normal(size=(4000, 1, 3))
+    struck = np.array([faults.next({"x": row})[0] == 2.0 for row in rows])
+    norms = np.linalg.norm(rows[:, 0], axis=1)
+    hard = norms > np.quantile(norms, 0.9 if leaning == 1 else 0.88)
+    assert np.mean(struck) == pytest.approx(0.1, abs=0.02)
+    assert np.mean(struck[hard]) == pytest.approx(0.95 if leaning == 1 else 0.45, abs=0.08)
+    assert np.mean(struck[~hard]) == pytest.approx(0.005 if leaning == 1 else 0.05, abs=0.02)
+    alone = Faults.from_rates(**rates | {"straggler_leaning": 1.0}).at(0, 0)
+    assert not any(alone.next(row)[0] for row in np.arange(10.0)[:, None, None])
 
 
 def test_faults_of_some_workers_and_calls():

@@ -535,6 +535,7 @@ def test_a_run_does_not_go_on_with_other_weights(tmp_path, monkeypatch):
         ("--batches -1", "--batches must be positive, not -1"),
         ("--workers 0", "--workers must be positive, not 0"),
         ("--straggler-rate 1.5", "--straggler-rate is a share of the calls, from 0 to 1, not 1.5"),
+        ("--straggler-score size", "--straggler-score: one of your own is named module:function"),
         ("--straggler-delay-s -1", "--straggler-delay-s must be positive"),
         ("--death-rate -0.1", "--death-rate is a share of the calls"),
         ("--split nothing", "has no split 'nothing'"),

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 
+import equinox as eqx
 import jax
 import numpy as np
 import pytest
@@ -20,9 +21,11 @@ from nercc_jax.cli._app import app
 from nercc_jax.cli._run_rows import _write_rows
 from nercc_jax.cli._workload import read_inputs
 from nercc_jax.pools import Faults, RowFunction, RowResult, run_rows
-from nercc_jax.pools._row_files import RowTable
-from nercc_jax.schemes import fit_scheme
-from nercc_jax.surrogates import LearnerTuning
+from nercc_jax.pools._row_files import RowTable, row_code
+from nercc_jax.pools._row_learner import _left_out
+from nercc_jax.schemes import Scheme, fit_scheme
+from nercc_jax.schemes._fit_scheme import FittedScheme
+from nercc_jax.surrogates import LearnerTuning, init_learner
 
 # As users write them: NumPy, which JAX cannot trace.
 OWN = '''
@@ -437,6 +440,26 @@ def quick_fit(monkeypatch):
         return fit_scheme(x, y, code, capacity=64, labels=labels, tuning=quick)
 
     monkeypatch.setattr("nercc_jax.pools._row_learner.fit_scheme", fit)
+
+
+def test_a_learner_is_compared_with_late_rows_each_without_itself():
+    """By another learner that knows all others, as far as it has the same mean."""
+    x = np.random.default_rng(1).uniform(-1, 1, (24, 2)).astype(np.float32)
+    y = np.asarray(smooth(x), np.float32)
+    learner = init_learner(x, y, capacity=32, kernel="squared_exponential")
+    fitted = FittedScheme(Scheme(row_code(), surrogate=learner), 24, np.zeros(0))
+    late = np.concatenate([x[[3, 7, 20]], x[:1] + 1])
+    found = _left_out(fitted, late)
+    np.testing.assert_array_equal(found.y, y[[3, 7, 20]])
+    for place, mean, deviation in zip((3, 7, 20), found.mean, found.deviation, strict=True):
+        filled = learner.filled.at[place].set(False)
+        others = eqx.tree_at(lambda one: one.filled, learner, filled)
+        others = others.with_kernel(learner.kernel, learner.scale)
+        expected, sure = others.predict(x[place : place + 1])
+        np.testing.assert_allclose(mean, np.asarray(expected)[0], atol=0.05)
+        assert deviation == pytest.approx(float(sure[0]), rel=0.2)
+    assert np.abs(found.mean - found.y).max() > 1e-3, "a row's own value would be known"
+    assert _left_out(fitted, late[:0]) is None
 
 
 def smooth(rows):

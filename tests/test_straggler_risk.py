@@ -7,16 +7,24 @@ import pytest
 import scipy.stats
 
 from nercc_jax.risk import RiskMonitor
-from nercc_jax.risk._straggler_risk import StragglerRisk, StragglerRow, allowed_errors, risk_cap
+from nercc_jax.risk._straggler_risk import (
+    StragglerRisk,
+    StragglerRow,
+    allowed_errors,
+    conformal_quantile,
+    risk_cap,
+)
+from nercc_jax.risk._target import AccuracyTarget
 
 RATE = 2e-5  # of false alarms, by default
+LABELS = AccuracyTarget(max_disagreement=0.1)
 
 
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.5])
 def test_allowed_errors_are_those_of_clopper_and_pearson(share):
     allowed = allowed_errors(share, 400)
-    for number in (1, 7, 22, 23, 230, 400):
-        bounds = scipy.stats.beta.ppf(0.9, np.arange(number) + 1, number - np.arange(number))
+    for number in (1, 7, 13, 14, 138, 400):
+        bounds = scipy.stats.beta.ppf(0.75, np.arange(number) + 1, number - np.arange(number))
         assert allowed[number] == np.sum(bounds <= share) - 1
     assert allowed[0] == -1
 
@@ -73,12 +81,12 @@ def row(probability=0.01, *, wrong=False, bound=0.0, excess=0.0):
 
 
 def test_nothing_is_given_out_without_evidence_on_stragglers():
-    risk = StragglerRisk(0.1, None, needs_evidence=True)
-    assert risk.needed == 22
-    for _ in range(21):
+    risk = StragglerRisk(LABELS, needs_evidence=True)
+    assert risk.needed == 14
+    for _ in range(13):
         risk.add(row(), given=False)
         assert not risk.admits(0.0, 0.0)
-        assert not risk.suffices
+        assert risk.waits
     risk.add(row(), given=False)
     assert risk.admits(0.01, 0.0)
     assert not risk.admits(0.51, 0.0), "the cap of a single answer"
@@ -87,7 +95,7 @@ def test_nothing_is_given_out_without_evidence_on_stragglers():
 
 def test_a_limit_is_that_of_rows_that_straggle():
     """Those with a small probability are right, the others wrong, whatever was calibrated."""
-    risk = StragglerRisk(0.1, None, needs_evidence=True)
+    risk = StragglerRisk(LABELS, needs_evidence=True)
     for number in range(200):
         risk.add(row(0.02 + 0.02 * (number % 2), wrong=bool(number % 2)), given=False)
     assert risk.admits(0.02, 0.0)
@@ -98,29 +106,43 @@ def test_a_limit_is_that_of_rows_that_straggle():
 
 
 def test_error_bounds_are_widened_until_they_are_right_for_rows_that_straggle():
-    risk = StragglerRisk(None, 1.0, needs_evidence=True)
+    risk = StragglerRisk(AccuracyTarget(tolerance=1.0), needs_evidence=True)
     random = np.random.default_rng(0)
     for excess in np.abs(random.normal(size=400)):  # of a bound that is one standard deviation
         risk.add(row(math.nan, bound=0.1, excess=float(excess)), given=False)
     assert risk.admits(math.nan, 0.5)
-    assert 1.64 < risk.expected(math.nan, 1.0)[1] < 2
-    assert not risk.admits(math.nan, 0.65), "1.64 deviations are 90 %"
+    assert 1.5 < risk.expected(math.nan, 1.0)[1] < 1.8, "1.64 deviations are 90 %"
+    assert not risk.admits(math.nan, 0.7)
+
+
+def test_bars_of_what_is_not_given_out_are_right_for_all_rows():
+    """Rows with small bars are right, others are off by three times their bars."""
+    risk = StragglerRisk(AccuracyTarget(tolerance=1.0), needs_evidence=True)
+    for _ in range(100):
+        risk.add(row(math.nan, bound=0.5, excess=0.5), given=False)
+        risk.add(row(math.nan, bound=2.0, excess=3.0), given=False)
+    bound = np.array([0.5, 1.0, 2.0])
+    admitted = risk.admits(np.full(3, math.nan), bound)
+    np.testing.assert_array_equal(admitted, [True, True, False])
+    np.testing.assert_array_equal(risk.bars(bound, admitted), [0.5, 1.0, 6.0])
+    np.testing.assert_array_equal(risk.bars(bound / 10, ~admitted), [np.inf, np.inf, 0.2])
 
 
 def test_answers_that_never_come_count_as_wrong():
-    risk = StragglerRisk(0.1, None, needs_evidence=False)
+    risk = StragglerRisk(LABELS, needs_evidence=False)
     given, detected = 0, False
+    assert risk.admits(0.01, 0.0)
     while not detected:
-        assert risk.admits(0.01, 0.0) or given >= risk.needed
         risk.give()
         given += 1
         detected = risk.add(row(wrong=True), given=True, unknown=True)
+        assert not risk.admits(0.01, 0.0)
     assert risk.unknown == given < 30
     assert not risk.admits(0.0, 0.0)
 
 
 def test_no_more_is_given_out_than_can_be_compared():
-    risk = StragglerRisk(0.1, None, needs_evidence=False)
+    risk = StragglerRisk(LABELS, needs_evidence=False)
     given = 0
     while risk.admits(0.01, 0.0):
         risk.give()
@@ -135,7 +157,7 @@ def test_no_more_is_given_out_than_can_be_compared():
 
 
 def test_evidence_from_before_a_drift_does_not_count():
-    risk = StragglerRisk(0.1, None, needs_evidence=False)
+    risk = StragglerRisk(LABELS, needs_evidence=False)
     assert risk.admits(0.01, 0.0)
     before, detected = risk.epoch, False
     while not detected:
@@ -146,7 +168,7 @@ def test_evidence_from_before_a_drift_does_not_count():
         risk.add(row(), given=False, epoch=before)
     assert not risk.admits(0.0, 0.0)
     assert risk.status()["compared"] == 0
-    for _ in range(22):
+    for _ in range(14):
         risk.add(row(), given=False, epoch=risk.epoch)
     assert risk.admits(0.01, 0.0)
 
@@ -156,15 +178,99 @@ def test_a_small_promise_has_a_small_cap():
 
 
 def test_what_is_said_is_what_other_stragglers_showed():
-    risk = StragglerRisk(0.1, None, needs_evidence=True)
+    risk = StragglerRisk(LABELS, needs_evidence=True)
     for number in range(500):
         risk.add(row(0.01, wrong=number % 20 == 0), given=False)
     assert risk.expected(0.02, 0.0)[0] == pytest.approx(0.06)
 
 
+def test_evidence_is_replaced_and_what_was_given_out_stays_tested():
+    risk = StragglerRisk(LABELS, needs_evidence=True)
+    for _ in range(3):
+        risk.give()
+        risk.add(row(wrong=True), given=True)
+    assert not risk.enough
+    risk.replace(row() for _ in range(20))
+    assert risk.enough
+    assert risk.admits(0.01, 0.0)
+    assert risk.status()["given_wrong"] == 3
+    assert risk.disagreement() == (0, 20)
+    risk.give()
+    given = 4
+    while not risk.add(row(wrong=True), given=True):
+        risk.give()
+        given += 1
+    assert given < 10, "those from before count in the test"
+
+
 def test_what_nothing_is_known_of_is_not_given_out():
-    risk = StragglerRisk(0.1, None, needs_evidence=False)
+    risk = StragglerRisk(LABELS, needs_evidence=False)
     assert not risk.admits(math.nan, 0.0)
     for _ in range(30):
         risk.add(row(math.nan), given=False)
     assert risk.status()["compared"] == 0
+
+
+def test_one_wrong_answer_does_not_undo_a_calibration_and_many_do():
+    """What was calibrated counts as 14 right answers; beyond its limit only evidence counts."""
+    risk = StragglerRisk(LABELS, needs_evidence=False)
+    assert risk.admits(0.1, 0.0)
+    assert not risk.admits(0.1, 0.0, calibrated=False)
+    for number in range(12):
+        risk.add(row(0.2 - number / 100, wrong=number == 0), given=False)
+    assert not risk.admits(0.2, 0.0), "one of 12 and 14 is more than the bound allows"
+    assert risk.admits(0.19, 0.0)
+    assert not risk.admits(0.05, 0.0, calibrated=False)
+    for _ in range(12):
+        risk.add(row(0.05), given=False)
+    assert risk.admits(0.05, 0.0, calibrated=False), "24 were compared by now"
+    for _ in range(4):
+        risk.add(row(0.01, wrong=True), given=False)
+    assert not risk.admits(0.01, 0.0)
+
+
+def test_answers_without_a_promise_are_counted_and_no_more():
+    risk = StragglerRisk(AccuracyTarget(), needs_evidence=False)
+    for wrong in [True] * 40 + [False]:
+        risk.give()
+        assert not risk.add(row(math.nan, wrong=wrong), given=True)
+    risk.add(row(math.nan, wrong=True), given=False, forced=True)
+    risk.add(row(math.nan), given=False)
+    assert risk.admits(math.nan, math.nan)
+    assert (len(risk.shown), sum(risk.shown)) == (42, 41)
+
+
+def test_where_no_label_may_be_wrong_nothing_is_given_out():
+    nothing = StragglerRisk(AccuracyTarget(max_disagreement=0.0), needs_evidence=False)
+    nothing.add(row(0.0), given=False)
+    assert not nothing.admits(0.0, 0.0)
+    assert not nothing.waits, "no evidence would help"
+
+
+@pytest.mark.parametrize("coverage", [0.5, 0.9])
+def test_a_conformal_quantile_covers_its_share_of_others(coverage):
+    random, covered = np.random.default_rng(0), []
+    for _ in range(2000):
+        *known, other = random.normal(size=25)
+        covered.append(other <= conformal_quantile(np.array(known), coverage))
+    least, most = coverage, coverage + 1 / 25
+    assert least - 0.03 < np.mean(covered) < most + 0.03
+    assert conformal_quantile(np.ones(8), 0.9) == math.inf
+
+
+def test_stragglers_that_are_harder_than_others_are_noticed_beyond_chance():
+    labels = StragglerRisk(LABELS, needs_evidence=False)
+    bars = StragglerRisk(AccuracyTarget(tolerance=1.0), needs_evidence=False)
+    assert labels.status()["harder"] is None
+    for number in range(100):
+        labels.add(row(0.1, wrong=number % 10 == 0), given=False)
+        bars.add(row(math.nan, bound=0.1, excess=1.5 * (number % 10 == 0)), given=False)
+    assert labels.hint is bars.hint is None, "exactly as many as were expected"
+    assert labels.status()["harder"] == pytest.approx(1.0)
+    for _ in range(25):
+        labels.add(row(0.1, wrong=True), given=False)
+        bars.add(row(math.nan, bound=0.1, excess=2.0), given=False)
+    for each in (labels, bars):
+        assert each.status()["harder"] == pytest.approx(35 / 12.5)
+    assert "28 % of their labels would be wrong, 10 % were expected" in str(labels.hint)
+    assert "28 % of their error bars are too short, 10 % were expected" in str(bars.hint)

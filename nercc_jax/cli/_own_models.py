@@ -122,6 +122,22 @@ def find_surrogate(asked: str, model: str, outputs: str) -> Callable[..., Any]:
         raise ValueError(f"--surrogate {asked}: {error}") from error
 
 
+def find_score(asked: str) -> Callable[[Any], Any]:
+    """Return the function that scores rows, by which injected stragglers are chosen.
+
+    Args:
+        asked: `norm`, or module:function.
+
+    Raises:
+        ValueError: If there is no such function.
+    """
+    if asked != "norm":
+        return load_callable(asked, None, "--straggler-score")
+    from ..pools._faults import row_norm
+
+    return row_norm
+
+
 def _module(spec: str, option: str = "--model") -> Any:
     """Return the module of `module:name`; raise ValueError if it cannot be imported."""
     look_here()

@@ -173,6 +173,18 @@ def run_command(
     straggler_delay_s: Annotated[
         float, option("Seconds that such a call is delayed by.", FAULTS)
     ] = 1.0,
+    straggler_score: Annotated[
+        str | None,
+        option(
+            "Score of a row, by which calls are delayed instead of at random, the largest first: "
+            "`norm`, or module:function.",
+            FAULTS,
+        ),
+    ] = None,
+    straggler_leaning: Annotated[
+        float,
+        option("With a score, the share of delayed calls that have the largest scores.", FAULTS),
+    ] = 1.0,
     death_rate: Annotated[float, option("Share of calls in which the worker dies.", FAULTS)] = 0.0,
     seed: Seed = 0,
     output: Annotated[
@@ -221,7 +233,14 @@ def run_command(
             workers,
             job_of_ray,
             actor_options(worker_cpus, worker_gpus, worker_resources) if pool == "ray" else {},
-            make_faults(straggler_rate, straggler_delay_s, death_rate, seed),
+            make_faults(
+                straggler_rate,
+                straggler_delay_s,
+                death_rate,
+                seed,
+                straggler_score,
+                straggler_leaning,
+            ),
             deadline_s,
             worker_dtype,
         )

@@ -17,6 +17,7 @@ from ..pools import AbstractPool, DevicePool, Faults, PoolReport, RayPool
 from ..pools._row_settings import hang_timeout
 from ._errors import fail
 from ._options import check_positive_options
+from ._own_models import find_score
 from ._ray_job import RayJob
 
 PARTIAL = 3  # the exit code of a run that has results, but not all
@@ -74,14 +75,22 @@ class ChosenPool:
             fail(f"the pool did not start: {error}", 1)
 
 
-def make_faults(rate: float, delay: float, death_rate: float, seed: int) -> Faults:
+def make_faults(
+    rate: float, delay: float, death_rate: float, seed: int, score: str | None, leaning: float
+) -> Faults:
     """Return the faults that the options ask for; raise ValueError, naming the option, if wrong."""
-    for option, value in (("--straggler-rate", rate), ("--death-rate", death_rate)):
+    shares = {"--straggler-rate": rate, "--straggler-leaning": leaning, "--death-rate": death_rate}
+    for option, value in shares.items():
         if not 0 <= value <= 1:
             raise ValueError(f"{option} is a share of the calls, from 0 to 1, not {value}")
     check_positive_options("--straggler-delay-s", delay)
     return Faults.from_rates(
-        straggler_rate=rate, straggler_delay=delay, death_rate=death_rate, seed=seed
+        straggler_rate=rate,
+        straggler_delay=delay,
+        straggler_score=None if score is None else find_score(score),
+        straggler_leaning=leaning,
+        death_rate=death_rate,
+        seed=seed,
     )
 
 

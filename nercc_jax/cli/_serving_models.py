@@ -18,7 +18,14 @@ from ..serving._settings import ModelSettings
 from ..serving.protocol._servable import FLOAT
 from ._calibration_file import calibration_file
 from ._options import check_files
-from ._own_models import example_inputs, find_surrogate, is_own, is_shipped, load_callable
+from ._own_models import (
+    example_inputs,
+    find_score,
+    find_surrogate,
+    is_own,
+    is_shipped,
+    load_callable,
+)
 from ._workload import find_model, load_plain_code, read_named_inputs
 
 # Codes tuned for shipped models by `nercc tune --layout interleaved`.
@@ -105,7 +112,9 @@ def _start(
         code = fitting_code(code, settings, servable)
     try:
         cache, predictor = calibration_file(settings, code), predictor_of(settings, servable)
-        return ServedModel(servable, code, settings, metrics, cache, predictor)
+        asked = settings.straggler_score
+        score = None if asked is None else find_score(asked)
+        return ServedModel(servable, code, settings, metrics, cache, predictor, score)
     except RuntimeError as error:
         raise StartFailed(f"the workers of {name} did not start: {error}") from error
 

@@ -245,13 +245,16 @@ class Codes:
         self, entry: Screened, key: PRNGKeyArray
     ) -> tuple[ErrorProbability, list[Candidate]]:
         """Measure re-execution of uncertain ones, for this disagreement and for half of it."""
-        code, row, wanted = entry.code, entry.row, self._asked["max_disagreement"]
+        code, row = entry.code, entry.row
         known = self._calibration.answers(row.order, row.num_data).of(code)
         error_probability = error_probability_from_answers(
             known, {"rule": entry.rule}, key, _CALIBRATION_SETS
         )
         seen = self._measured(entry, self._held_out, "held_out", error_probability)
         groups = self._asked["num_queries"] // code.num_data
+        # A plan is asked for a share of all labels, a limit for one of those that are not exact.
+        wanted = self._asked["max_disagreement"] / max(float(error_probability.shares[0]), 1e-9)
+        wanted = min(wanted, 1.0)
         found = []
         # With a limit of 0 all is sent again that has no answer of its own: replication does that.
         for limit in sorted(

@@ -4,13 +4,13 @@ A fault acts inside the worker, in its thread or process, so that every pool mee
 meet a real one: the worker is busy while it sleeps, and gone when it dies.
 """
 
+import collections
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike, PyTree
 
@@ -20,6 +20,10 @@ FaultKind: TypeAlias = Literal["delay", "error", "nan", "hang", "death"]
 
 # How many latencies a worker draws at once; after so many calls they come again.
 _DRAWS = 4096
+# The latest scores of a worker's rows that say which scores are large, and the least number.
+_SCORES, _FEWEST = 1024, 20
+# Of the stragglers that lean to the largest scores, the share of rows that these are, at least.
+_HARDEST = 0.12
 
 
 class InjectedError(RuntimeError):
@@ -81,6 +85,8 @@ class Fault:
         score: Only calls with a row whose score is `least_score` or more. It maps a batch to one
             score a row, and is called in the worker.
         least_score: The least score that is struck.
+        hardest: Instead, the share of rows with the largest scores that are struck, by those that
+            the worker has seen: none of its first rows.
 
     Raises:
         ValueError: If an argument does not fit.
@@ -94,6 +100,7 @@ class Fault:
     episodes: Episodes | None = None
     score: Callable[[Any], Any] | None = None
     least_score: float = 0.0
+    hardest: float | None = None
 
     def __post_init__(self):
         if self.kind not in get_args(FaultKind):
@@ -103,11 +110,23 @@ class Fault:
         if (self.kind == "delay") != (self.latency is not None):
             raise ValueError('a "delay" needs a latency law, and nothing else takes one')
 
-    def strikes_rows(self, batch: PyTree | None) -> bool:
-        """Return whether a call with these rows may be struck."""
+    def strikes_rows(self, batch: PyTree | None, seen: "collections.deque[float]") -> bool:
+        """Return whether a call with these rows may be struck.
+
+        Args:
+            batch: The rows.
+            seen: The scores of the worker's latest rows, to which these are added.
+        """
         if self.score is None:
             return True
-        return batch is not None and bool(np.max(self.score(batch)) >= self.least_score)
+        if batch is None:
+            return False
+        scores = np.ravel(np.asarray(self.score(batch), float))
+        if self.hardest is None:
+            return bool(np.max(scores) >= self.least_score)
+        seen.extend(scores.tolist())
+        least = np.quantile(seen, 1 - self.hardest)
+        return len(seen) >= _FEWEST and bool(np.max(scores) > least)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +150,8 @@ class Faults:
         service_delay: float = 0.0,
         straggler_rate: float = 0.0,
         straggler_delay: float = 1.0,
+        straggler_score: Callable[[Any], Any] | None = None,
+        straggler_leaning: float = 1.0,
         death_rate: float = 0.0,
         seed: int = 0,
     ) -> "Faults":
@@ -140,25 +161,39 @@ class Faults:
             service_delay: Seconds that every call takes longer.
             straggler_rate: Share of calls that straggle.
             straggler_delay: Seconds that a straggling call takes longer.
+            straggler_score: Maps a batch to one score a row. Then calls do not straggle at random,
+                but those with the largest scores.
+            straggler_leaning: With a score, the share of stragglers that have the largest scores;
+                the others are random.
             death_rate: Share of calls in which the worker dies.
             seed: Of the random numbers.
 
         Raises:
             ValueError: If a share is outside [0, 1], or seconds are negative or not finite.
         """
-        always = 1.0 if service_delay else 0.0
-        faults = [
-            Fault("delay", share, latency=TraceLatency(jnp.array([seconds])))
-            for share, seconds in ((always, service_delay), (straggler_rate, straggler_delay))
-            if share
-        ]
+        faults = []
+        if service_delay:
+            faults.append(Fault("delay", latency=TraceLatency([service_delay])))
+        if straggler_rate:
+            delay = TraceLatency([straggler_delay])
+            if straggler_score is None:
+                faults.append(Fault("delay", straggler_rate, latency=delay))
+            else:
+                hardest = max(straggler_rate, _HARDEST if straggler_leaning < 1 else 0.0)
+                law = RowLatency(delay, delay, straggler_rate, straggler_leaning, hardest)
+                faults += cls.from_rows(law, straggler_score).faults
         if death_rate:
             faults.append(Fault("death", death_rate))
         return cls(faults, seed)
 
     @classmethod
     def from_rows(
-        cls, law: RowLatency, score: Callable[[Any], Any], scores: ArrayLike, *, seed: int = 0
+        cls,
+        law: RowLatency,
+        score: Callable[[Any], Any],
+        scores: ArrayLike | None = None,
+        *,
+        seed: int = 0,
     ) -> "Faults":
         """Return faults that delay calls by the scores of their rows.
 
@@ -168,16 +203,19 @@ class Faults:
         Args:
             law: Which rows straggle.
             score: Maps a batch to one score a row.
-            scores: Scores of typical rows, from which it is known which scores are the hardest.
+            scores: Scores of typical rows, from which it is known which scores are the hardest
+                (default: those of the rows that each worker has seen).
             seed: Of the random numbers.
         """
         hard, other = law.probabilities()
-        least = float(np.quantile(np.asarray(scores), 1 - law.hardest))
+        hardest: dict[str, Any] = {"hardest": law.hardest}
+        if scores is not None:
+            hardest = {"least_score": float(np.quantile(np.asarray(scores), 1 - law.hardest))}
         # Both may strike a row; together they do so with the probability of the hardest rows.
         more = (hard - other) / (1 - other) if other < 1 else 0.0
         faults = [
             Fault("delay", other, latency=law.delay),
-            Fault("delay", more, latency=law.delay, score=score, least_score=least),
+            Fault("delay", more, latency=law.delay, score=score, **hardest),
         ]
         return cls([fault for fault in faults if fault.probability], seed)
 
@@ -204,6 +242,7 @@ class WorkerFaults:
             _Spells(fault.episodes, time) if fault.episodes is not None else None
             for fault in self._faults
         ]
+        self._seen = [collections.deque[float](maxlen=_SCORES) for _ in self._faults]
         self._call = 0
 
     def next(self, batch: PyTree | None = None) -> tuple[float, set[FaultKind]]:
@@ -214,17 +253,25 @@ class WorkerFaults:
         """
         call, self._call = self._call, self._call + 1
         seconds, kinds = 0.0, set[FaultKind]()
-        for fault, delays, spells in zip(self._faults, self._delays, self._spells, strict=True):
+        parts = zip(self._faults, self._delays, self._spells, self._seen, strict=True)
+        for fault, delays, spells, seen in parts:
             # Drawn first, and always: what else is set must not shift the later draws.
             strikes = self._random.random() < fault.probability
+            struck = fault.strikes_rows(batch, seen)
             if fault.calls is not None and call not in fault.calls:
                 continue
-            if strikes and (spells is None or spells.now()) and fault.strikes_rows(batch):
+            if strikes and struck and (spells is None or spells.now()):
                 if delays is not None:
                     seconds += float(delays[call % _DRAWS])
                 else:
                     kinds.add(fault.kind)
         return seconds, kinds
+
+
+def row_norm(batch: PyTree) -> np.ndarray:
+    """Return the Euclidean norm of each row, over all inputs."""
+    leaves = [np.asarray(leaf, float) for leaf in jax.tree.leaves(batch)]
+    return np.sqrt(sum(np.sum(leaf.reshape(len(leaf), -1) ** 2, axis=1) for leaf in leaves))
 
 
 def _draws(latency: AbstractLatency | None, seed: int, *numbers: int) -> np.ndarray | None:

@@ -17,11 +17,12 @@ from ..codes._trees import check_finite, points_of
 from ..inference._conditions import check_conditions
 from ..inference._groups import group_points
 from ..risk import ErrorProbability
+from ..risk._target import AccuracyTarget
 from ..schemes import Scheme
 from ..schemes._reexecute import select_uncertain
 from ._batch import BatchAnswers, Enough, check_deadline
 from ._pool import AbstractPool
-from ._steps import AccuracyTarget, ScoredPredictions, code_steps, scheme_steps
+from ._steps import ScoredPredictions, code_steps, scheme_steps, score_of
 from ._worker import no_mesh, off_meshes
 
 
@@ -114,7 +115,8 @@ def pool_inference(
         with_status: Return a `PoolResult` instead of predictions alone.
         grouped: Whether x comes as groups (default: by the axis of length K, if only one has it).
         error_probability: From `calibrate_error_probability`; a scheme has its own.
-        max_disagreement: The mean share of labels that may differ from the model's own.
+        max_disagreement: The largest share of the labels given out approximately that may differ
+            from the model's own (`ErrorProbability.limit`).
         max_reexecution: The share of a call's data points that may be run again.
         tolerance: The largest error bar of a scheme's predictions, in units of the outputs.
         coverage: The share of errors that error bars cover.
@@ -180,7 +182,7 @@ def pool_inference(
                 f"{plain.num_workers} answers that were in after {deadline} s"
             )
         end = pool.clock.now()
-        score = target.score(bars, found)
+        score = score_of(target, bars, found)
         if score is not None:
             most = int(max_reexecution * score.size)
             chosen = select_uncertain(score.ravel(), limit=limit, at_most=most)

@@ -417,9 +417,13 @@ class _RowRun:
             self._learner.begin(table.learnable, table.vectors, open_rows, late, hurry)
 
     def _seconds_left(self) -> float:
-        """Return how long it takes to compute the rows that wait, at the speed so far."""
+        """Return how long it takes to compute the rows that wait, at the speed so far.
+
+        A late call is taken to last as long again as it has lasted.
+        """
         speed = self._computed / max(time.monotonic() - self._begin, 1e-9)
-        return len(self._waiting) / max(speed, 1e-9)
+        late = max((call.age() for call in self._calls.values() if call.late), default=0.0)
+        return max(len(self._waiting) / max(speed, 1e-9), late)
 
     def _arrange(self) -> None:
         """Decide which rows are computed, and in which order."""

@@ -2,7 +2,10 @@
 
 A learner is fitted to computed rows on a thread of its own, so that nothing waits for it. Between
 two fits it learns the rows that have come since, which takes a hundredth of the time. Its error
-bars are calibrated on rows that were drawn at random and computed after they had been predicted.
+bars are calibrated on rows that were drawn at random and computed after they had been predicted,
+and what may be given out is decided as on a server (`StragglerRisk`): by these audits, and by the
+rows that came late. Each new learner is compared with those that it has learned, too, one left out
+at a time, since its errors are not those of the learner before it.
 """
 
 import collections
@@ -16,14 +19,17 @@ from typing import NamedTuple
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Shaped
 
 from ..evaluation import row_errors
+from ..risk._straggler_risk import StragglerRisk, StragglerRow, conformal_quantile
+from ..risk._target import AccuracyTarget
 from ..schemes import fit_scheme
 from ..schemes._fit_scheme import EACH, SHAPE, FittedScheme, filled
 from ..surrogates import Learner, LearnerTuning
+from ._clock import WallClock
 from ._row_files import row_code
-from ._steps import AccuracyTarget
+from ._time_share import TimeShare
 
 _LOG = logging.getLogger(__name__)
 
@@ -34,11 +40,26 @@ _FIRST = 96  # rows of the first fit
 _FEW = 512  # rows up to which a smaller learner is fitted, in a third of the time
 NEWS = 32  # rows that are learned together between two fits
 _CHUNK = 1024  # rows that are predicted together
-_EVIDENCE = 20  # late rows, at least, by which the bars of other late rows are known
 _NEIGHBOURS = 8  # computed rows that a row is compared with, to see whether it may be late
 _OF_THEM_LATE = 1  # of them, for a row to be taken for one that may be late, too
 _UNSURE = 256  # of the least certain rows, from which those that tell most are picked
 _TELLING = 64  # that are picked
+_SHARE = 0.5  # of the time that learning may take
+_INFINITE = 1e30  # factors of error bars from here on are infinite
+
+
+class LeftOut(NamedTuple):
+    """Predictions of late rows that a learner has learned, each without that row.
+
+    Attributes:
+        mean: Their predicted values.
+        deviation: How far these may be off.
+        y: Their own values.
+    """
+
+    mean: Float[np.ndarray, "late outputs"]
+    deviation: Float[np.ndarray, " late"]
+    y: Float[np.ndarray, "late outputs"]
 
 
 class RowEstimates(NamedTuple):
@@ -51,6 +72,7 @@ class RowEstimates(NamedTuple):
         like_late: Whether rows like these came late.
         telling: The rows that tell most about the others, in that order.
         fitted: The learner that made them, with its calibration.
+        left_out: Its predictions of late rows that it has learned.
     """
 
     rows: Int[np.ndarray, " rows"]
@@ -59,6 +81,7 @@ class RowEstimates(NamedTuple):
     like_late: Bool[np.ndarray, " rows"]
     telling: Int[np.ndarray, " few"]
     fitted: FittedScheme
+    left_out: LeftOut | None = None
 
 
 class Neighbours(NamedTuple):
@@ -93,12 +116,12 @@ class RowLearner:
         self._learned = np.zeros(len(features), bool)  # rows that the learner has been given
         self._like_late = np.zeros(len(features), bool)  # rows whose neighbours came late
         self._telling = np.zeros(0, int)
-        self._ratios: dict[bool, list[float]] = {False: [], True: []}  # of audits, of late rows
-        self._wrong: list[bool] = []  # whether the labels of audited rows differed
+        self._ratios: list[float] = []  # of audits' errors to their deviations
+        self._risks = {late: StragglerRisk(target, needs_evidence=late) for late in (False, True)}
         self._held: dict[bool, list[bool]] = {False: [], True: []}
         self._thread: threading.Thread | None = None
         self._made: collections.deque[RowEstimates] = collections.deque()
-        self._ended = -np.inf
+        self._time = TimeShare(WallClock(), _SHARE)
 
     # Learning.
 
@@ -107,7 +130,7 @@ class RowLearner:
         """Return whether the thread is at work, or has just been: it leaves the cores to others."""
         if self._thread is not None and self._thread.is_alive():
             return True
-        return time.monotonic() - self._ended < self.seconds and self.fitted is not None
+        return time.monotonic() < self._time.next and self.fitted is not None
 
     def begin(
         self,
@@ -143,7 +166,13 @@ class RowLearner:
             return
         self._thread = threading.Thread(
             target=self._work,
-            args=(job, open_rows, features, *self._neighbours(computed, y, late)),
+            args=(
+                job,
+                open_rows,
+                features,
+                self._features[computed[late[computed]]],
+                *self._neighbours(computed, y, late),
+            ),
             name=LEARNER_THREAD,
         )  # no daemon: JAX aborts a process that ends while it compiles
         self._thread.start()
@@ -158,6 +187,9 @@ class RowLearner:
             self.mean = np.zeros((len(self.known), made.mean.shape[1]), np.float32)
         self.known[made.rows], self._like_late[made.rows] = True, made.like_late
         self.mean[made.rows], self.deviation[made.rows] = made.mean, made.deviation
+        left_out, risk = made.left_out, self._risks[True]
+        if left_out is not None and len(left_out.y) >= risk.needed:
+            risk.replace(self._compared(*left_out))
         return True
 
     def resume(self, fitted: FittedScheme, rows: Int[np.ndarray, " open"]) -> None:
@@ -199,6 +231,7 @@ class RowLearner:
         job: Callable[[], FittedScheme | None],
         rows: Int[np.ndarray, " open"],
         features: Float[np.ndarray, "open inputs"],
+        late: Float[np.ndarray, "late inputs"],
         by_input: Neighbours,
         by_output: Neighbours,
     ) -> None:
@@ -208,10 +241,11 @@ class RowLearner:
                 predicted = _predicted(fitted, features)
                 like_late = _like_late(features, by_input) | _like_late(predicted[0], by_output)
                 telling = rows[_telling(fitted, features, predicted[1])]
-                self._made.append(RowEstimates(rows, *predicted, like_late, telling, fitted))
+                left_out = _left_out(fitted, late)
+                made = RowEstimates(rows, *predicted, like_late, telling, fitted, left_out)
+                self._made.append(made)
         finally:
-            self._ended = time.monotonic()
-            self.seconds = self._ended - begin
+            self.seconds = self._time.spend(begin)
 
     # What may be given out.
 
@@ -230,45 +264,75 @@ class RowLearner:
         known = self.known[rows]
         if self.fitted is None or self.mean is None or not known.any():
             return score
-        mean, deviation = self.mean[rows[known]], self.deviation[rows[known]]
+        probability, bar = self._estimated(self.mean[rows[known]], self.deviation[rows[known]])
         straggle = late | self._like_late[rows[known]]
-        if self._target.tolerance is not None:
-            factors = [self.factor(straggler) for straggler in (False, True)]
-            score[known] = deviation * np.where(straggle, *reversed(factors))
-        else:
-            probability = self.fitted.scheme.error_probability
-            assert probability is not None
-            outputs = jnp.asarray(mean)
-            found = np.asarray(probability(outputs, jnp.asarray(deviation), outputs), float)
-            enough = len(self._ratios[True]) >= _EVIDENCE
-            score[known] = np.where(straggle & (not enough), np.inf, found)
+        score[known] = np.where(
+            straggle, *(self._admitted(probability, bar, late) for late in (True, False))
+        )
         return score
 
-    def factor(self, late: bool = False) -> float:
-        """Return the factor from deviations to error bars (split conformal prediction)."""
+    def _estimated(
+        self, mean: Float[np.ndarray, "known outputs"], deviation: Float[np.ndarray, " known"]
+    ) -> tuple[Float[np.ndarray, " known"], Float[np.ndarray, " known"]]:
+        """Return the probabilities that labels are wrong, and error bars, by the calibration.
+
+        With a tolerance the first are NaN, otherwise the second.
+        """
         assert self.fitted is not None
-        bars = self.fitted.scheme.bars
-        assert bars is not None
-        ratios = np.concatenate([np.asarray(bars.factors), self._ratios[False]])
-        factor = _quantile(ratios, self._target.coverage)
-        if not late:
-            return factor
-        if len(self._ratios[True]) < _EVIDENCE:
-            return np.inf
-        return max(factor, _quantile(np.asarray(self._ratios[True]), self._target.coverage))
+        scheme, nothing = self.fitted.scheme, np.full(len(mean), np.nan)
+        if self._target.tolerance is None:
+            assert scheme.error_probability is not None
+            outputs = jnp.asarray(mean)
+            found = scheme.error_probability(outputs, jnp.asarray(deviation), outputs)
+            return np.asarray(found, float), nothing
+        assert scheme.bars is not None
+        held_out = np.asarray(scheme.bars.factors)
+        ratios = np.concatenate([held_out[held_out < _INFINITE], self._ratios])
+        return nothing, deviation * conformal_quantile(ratios, self._target.coverage)
+
+    def _compared(
+        self,
+        mean: Float[np.ndarray, "known outputs"],
+        deviation: Float[np.ndarray, " known"],
+        y: Float[np.ndarray, "known outputs"],
+    ) -> list[StragglerRow]:
+        """Compare predictions with the rows' own values."""
+        probability, bar = self._estimated(mean, deviation)
+        error = np.asarray(row_errors(jnp.asarray(mean), jnp.asarray(y, jnp.float32)))
+        differs = np.argmax(mean, axis=1) != np.argmax(y, axis=1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            excess = np.nan_to_num(error / bar)
+        facts = (each.tolist() for each in (probability, bar, differs, excess))
+        return [StragglerRow(*each) for each in zip(*facts, strict=True)]
+
+    def _admitted(
+        self,
+        probability: Float[np.ndarray, " some"],
+        bar: Float[np.ndarray, " some"],
+        late: bool,
+    ) -> Float[np.ndarray, " some"]:
+        """Return scores by the evidence on audits or late rows; infinite where that forbids them.
+
+        Until as many late rows were compared as are needed, it forbids all.
+        """
+        risk = self._risks[late]
+        if risk.waits and not risk.enough:
+            return np.full(len(bar), np.inf)
+        admitted = risk.admits(probability, bar)
+        if self._target.tolerance is not None:
+            return risk.bars(bar, admitted)
+        return np.where(admitted | (probability > self.limit), probability, np.inf)
 
     @property
     def limit(self) -> float:
-        """The largest score that will do; negative where no prediction is to be given out."""
+        """The largest score that will do."""
         if self._target.tolerance is not None:
             return self._target.tolerance
         assert self.fitted is not None
         assert self._target.max_disagreement is not None
         probability = self.fitted.scheme.error_probability
         assert probability is not None
-        if _surely_above(self._wrong, self._target.max_disagreement):
-            return -1.0
-        return float(probability.limit(self._target.max_disagreement))
+        return probability.limit(self._target.max_disagreement)
 
     def order(self, rows: Int[np.ndarray, " some"]) -> Int[np.ndarray, " some"]:
         """Return these rows in the order in which to compute them.
@@ -298,18 +362,21 @@ class RowLearner:
         if not counts.any() or self.mean is None or self.fitted is None:
             return
         rows, y = rows[counts], y[counts]
-        score, mean = self.score(rows, late), self.mean[rows]
-        error = np.asarray(row_errors(jnp.asarray(mean), jnp.asarray(y, jnp.float32)))
+        score, mean, deviation = self.score(rows, late), self.mean[rows], self.deviation[rows]
+        compared, sure = self._compared(mean, deviation, y), score <= self.limit
         if self._target.tolerance is None:
-            differs = np.argmax(mean, axis=1) != np.argmax(y, axis=1)
-            sure = score <= self.limit
-            self._wrong += differs[sure].tolist()
-            self._held[late] += (~differs[sure]).tolist()
+            right = np.array([not each.wrong for each in compared])
+            self._held[late] += right[sure].tolist()
         else:
+            error = np.asarray(row_errors(jnp.asarray(mean), jnp.asarray(y, jnp.float32)))
             self._held[late] += (error <= score)[np.isfinite(score)].tolist()
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratios = error / self.deviation[rows]
-        self._ratios[late] += ratios[np.isfinite(ratios)].tolist()
+            if not late:
+                self._ratios += (error / deviation)[deviation > 0].tolist()
+        risk = self._risks[late]
+        for given, each in zip(sure.tolist(), compared, strict=True):
+            if given:
+                risk.give()
+            risk.add(each, given=given)
 
     def held(self, late: bool) -> tuple[int, int]:
         """Return how many bars held, and of how many rows: audited ones, or those that came late.
@@ -387,6 +454,25 @@ def _covariance(learner: Learner, x: ArrayLike) -> Array:
     return learner.window_posterior(jnp.asarray(x)[None])[1][0]
 
 
+def _left_out(fitted: FittedScheme, late: Float[np.ndarray, "late inputs"]) -> LeftOut | None:
+    """Return the predictions of late rows in the learner's window, each without that row."""
+    if not len(late):
+        return None
+    learner = _learner_of(fitted)
+    inputs = np.asarray(learner.inputs, np.float32)
+    known = np.isin(_row_keys(inputs), _row_keys(late.astype(np.float32)))
+    chosen = np.flatnonzero(known & np.asarray(learner.filled))
+    errors, deviation = (np.asarray(each)[chosen] for each in learner.left_out())
+    y = np.asarray(learner.residuals)[chosen]
+    return LeftOut((y + errors).astype(np.float32), deviation.astype(float), y)
+
+
+def _row_keys(rows: Float[np.ndarray, "rows inputs"]) -> Shaped[np.ndarray, " rows"]:
+    """Return one value for each row, the same for equal rows alone."""
+    rows = np.ascontiguousarray(rows)
+    return rows.view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1]))).ravel()
+
+
 @eqx.filter_jit
 def _updated(learner: Learner, x: ArrayLike, y: ArrayLike) -> Learner:
     return learner.update(jnp.asarray(x), jnp.asarray(y))
@@ -438,16 +524,3 @@ def _like_late(
         late = known.late[nearest[:, :_NEIGHBOURS]].sum(axis=1)
         found[place : place + len(chunk)] = late >= _OF_THEM_LATE
     return found
-
-
-def _quantile(ratios: Float[np.ndarray, " n"], coverage: float) -> float:
-    """Return the ratio that covers a share of others; infinite where there are too few."""
-    place = int(np.ceil((len(ratios) + 1) * coverage)) - 1
-    return float(np.sort(ratios)[place]) if place < len(ratios) else np.inf
-
-
-def _surely_above(wrong: list[bool], share: float) -> bool:
-    """Return whether more than this share is wrong, by Hoeffding's bound at 99 %."""
-    if not wrong:
-        return False
-    return np.mean(wrong) - np.sqrt(np.log(100) / (2 * len(wrong))) > share

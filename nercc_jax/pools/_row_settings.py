@@ -6,10 +6,10 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from jaxtyping import Float, Shaped
 
+from ..risk._target import AccuracyTarget
 from ..schemes._fit_scheme import FittedScheme
 from ._backend import PoolReport
 from ._batch import check_deadline
-from ._steps import AccuracyTarget
 
 RowStatus: TypeAlias = Literal["computed", "predicted", "unknown", "waiting"]
 Compute: TypeAlias = Literal["needed", "all"]

@@ -3,7 +3,6 @@
 A code by itself and a scheme have the same two steps, so that a pool carries out either.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
@@ -18,6 +17,7 @@ from ..codes._kept import CachedMatrices, encoder_rows, known_decoders, known_en
 from ..codes._trees import is_float, join, points_of
 from ..risk import ErrorBars, ErrorProbability
 from ..risk._error_bars import error_bars
+from ..risk._target import AccuracyTarget
 from ..schemes import Scheme
 from ..schemes._scheme import PreparedInputs
 from ..surrogates._surrogate import decode_with_deviation
@@ -31,31 +31,15 @@ class ScoredPredictions(NamedTuple):
     deviation: Float[np.ndarray, "groups num_data"] | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class AccuracyTarget:
-    """A rule for which predictions are accurate enough.
-
-    Without a tolerance and a disagreement, all are.
-
-    Args:
-        tolerance: The largest error bar, in units of the outputs.
-        max_disagreement: The largest share of labels that may differ from the model's own.
-        coverage: The share of errors that error bars cover.
-    """
-
-    tolerance: float | None = None
-    max_disagreement: float | None = None
-    coverage: float = 0.9
-
-    def score(
-        self, bars: ErrorBars | None, predictions: ScoredPredictions
-    ) -> Float[np.ndarray, "groups num_data"] | None:
-        """Return error bars or error probabilities; None where all predictions will do."""
-        if self.tolerance is None:
-            return predictions.error_probability if self.max_disagreement is not None else None
-        assert predictions.deviation is not None
-        bar = np.asarray(error_bars(jnp.asarray(predictions.deviation), bars, self.coverage))
-        return np.where(predictions.decoded.recovered, bar, np.inf)
+def score_of(
+    target: AccuracyTarget, bars: ErrorBars | None, predictions: ScoredPredictions
+) -> Float[np.ndarray, "groups num_data"] | None:
+    """Return error bars or error probabilities; None where all predictions will do."""
+    if target.tolerance is None:
+        return predictions.error_probability if target.max_disagreement is not None else None
+    assert predictions.deviation is not None
+    bar = np.asarray(error_bars(jnp.asarray(predictions.deviation), bars, target.coverage))
+    return np.where(predictions.decoded.recovered, bar, np.inf)
 
 
 class Outgoing(NamedTuple):

@@ -151,5 +151,6 @@ def _bound(known: dict[int, float], size: int) -> float:
     found = known.get(size)
     if found is not None:
         return found
-    bounds = (seconds * max(1.0, size / other) for other, seconds in known.items())
-    return min(bounds, default=math.inf)
+    # Copied at once, because other threads add sizes meanwhile.
+    items = list(known.items())
+    return min((seconds * max(1.0, size / other) for other, seconds in items), default=math.inf)

@@ -19,7 +19,7 @@ from ..surrogates import Kernel, Learner, LearnerTuning
 from ..surrogates._kernels import wide_kernel
 from ..surrogates._tune_kernel import find_kernel
 
-_LEVELS = 1024  # of coverage, at most, that are kept
+_LEVELS = 1024  # of coverage that are kept
 
 
 class ErrorBars(AbstractCalibrated):
@@ -117,12 +117,15 @@ def error_bars_from_ratios(
         raise ValueError(
             "all predictions are exact or none is known: there is nothing to calibrate"
         )
-    # The k-th of n covers k / (n + 1) of others.
+    # The k-th of n covers k / (n + 1) of others. There are always as many levels, so that programs
+    # are compiled once: for larger coverages the factor is infinite.
     places = np.unique(
         np.linspace(0, ratios.size - 1, min(_LEVELS, ratios.size)).round().astype(int)
     )
-    coverages = (places + 1) / (ratios.size + 1)
-    return ErrorBars(jnp.asarray(coverages, float), jnp.asarray(ratios[places], float), conditions)
+    coverages, factors = np.ones(_LEVELS), np.full(_LEVELS, np.inf)
+    coverages[: len(places)] = (places + 1) / (ratios.size + 1)
+    factors[: len(places)] = ratios[places]
+    return ErrorBars(jnp.asarray(coverages, float), jnp.asarray(factors, float), conditions)
 
 
 def error_bars(

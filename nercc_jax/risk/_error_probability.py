@@ -30,6 +30,7 @@ from ..surrogates import AbstractSurrogate
 from ..surrogates._interface import AbstractGroupPrior
 from ..surrogates._surrogate import decode_with_deviation
 from ._calibration import correction, regression, risks
+from ._straggler_risk import risk_cap
 
 _RATIOS = (1, 2)  # features that must not raise the probability of an error
 _LEAST = 1e-30  # added to a margin and a deviation before their logarithms are taken
@@ -106,40 +107,25 @@ class ErrorProbability(AbstractCalibrated):
         """Return the largest probability at which a prediction may be given out.
 
         Args:
-            max_disagreement: The largest share of all labels that may differ from the model's.
-
-        Returns:
-            The limit; 0 where only the model's own answers will do. It holds in the mean over data
-            and stragglers like those of the calibration, for about 97 % of calibrations.
-
-        Raises:
-            ValueError: `max_disagreement` is outside [0, 1].
-        """
-        if not 0 <= max_disagreement <= 1:
-            raise ValueError(f"max_disagreement must be in [0, 1], not {max_disagreement}")
-        kept = np.flatnonzero(np.asarray(self.risks) <= max_disagreement)
-        return float(self.levels[kept[-1]]) if kept.size else 0.0
-
-    def selective_limit(self, max_disagreement: float, cap: float = 1.0) -> float:
-        """Return the largest probability up to `cap` at which a prediction may be given out.
-
-        Args:
             max_disagreement: The largest share of the labels given out that may differ from the
-                model's: not of all labels, as for `limit` (Geifman and El-Yaniv 2017, "Selective
+                model's, the exact ones not counted (Geifman and El-Yaniv 2017, "Selective
                 classification for deep neural networks").
-            cap: The largest probability of a single label's differing.
 
         Returns:
-            The limit; 0 where only the model's own answers will do.
+            The limit; 0 where only the model's own answers will do. No prediction may be wrong with
+            more than five times the share that was asked for, nor with more than one half. The
+            limit holds in the mean over data and stragglers like those of the calibration, for
+            about 97 % of calibrations.
 
         Raises:
             ValueError: `max_disagreement` is outside [0, 1].
         """
         if not 0 <= max_disagreement <= 1:
             raise ValueError(f"max_disagreement must be in [0, 1], not {max_disagreement}")
-        given = 1 - np.asarray(self.shares)
+        shares = np.asarray(self.shares)
+        given = shares[:1] - shares  # the first level is that of exact answers
         kept = np.flatnonzero(np.asarray(self.risks) <= max_disagreement * given)
-        return min(float(self.levels[kept[-1]]), cap) if kept.size else 0.0
+        return min(float(self.levels[kept[-1]]), risk_cap(max_disagreement)) if kept.size else 0.0
 
     def share(self, limit: float) -> float:
         """Return the share of the calibration's data points above a limit.

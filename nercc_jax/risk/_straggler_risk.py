@@ -4,28 +4,60 @@ Rows may be slow because of what they are, so evidence on all rows says little a
 straggle. Each straggling row for which there was an approximate answer is compared with the
 model's own answer once that comes, whether the approximate one was given out or not. The limit is
 the largest score up to which no more answers were wrong than a finite-sample bound allows (Clopper
-and Pearson 1934), and a `RiskMonitor` tests all that was given out.
+and Pearson 1934), error bars are widened until they are right for those that are given out (split
+conformal prediction), and a `RiskMonitor` tests all that was given out.
+
+Decoded and predicted answers of a server, and rows that `run_rows` predicts, go by the same
+evidence; so does the limit of `DecodingErrorProbability`.
 """
 
 import collections
+import functools
 import math
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from ._monitor import RiskMonitor
+from ._target import AccuracyTarget
 
 _ROWS = 1024  # the latest rows that count
-# Probability with which the bound of a limit fails. One limit is chosen among many, which makes
-# that up to twice as likely; the monitor finds it.
-_MISS = 0.1
-COVERAGE = 0.9  # of error bounds
+# Probability with which the bound of a limit fails; the monitor finds it if that matters. Decoded
+# digits, random stragglers, 5 % allowed: with 0.1, 0.25, 0.4 it gives out 84, 86, 89 % of what is
+# given out without a bound, and 2.2, 3.2, 3.6 % of that is wrong.
+_MISS = 0.25
 # No single answer may be wrong with more than this multiple of the promise, nor more than this.
 _CAP, _MOST = 5.0, 0.5
 # Answers that may be given out before any was compared; later, as many more as were compared.
 _UNSEEN = 32
-_FACTORS = np.geomspace(1, 32, 41)  # by which error bounds may be widened
+_BARS = 20  # rows, at least, by which the error bars of others are known
+_SHOWN = 1000  # the latest answers given out whose disagreement is shown
+_FACTORS = np.geomspace(1, 32, 81)  # by which error bars may be widened
+
+Number: TypeAlias = float | np.ndarray
+
+
+class _Limits(NamedTuple):
+    """The decision that follows from the evidence.
+
+    Attributes:
+        probability: The largest probability of what is given out of those within a calibration's
+            limit; negative where nothing is.
+        beyond: The same of all others.
+        factor: By which error bounds of what is given out are widened.
+        factor_of_all: By which those of all rows are: of which more may be wrong.
+        shift: By which probabilities are too small, in the mean.
+        admitted: The share of straggling rows that would be given out.
+    """
+
+    probability: float
+    beyond: float
+    factor: float
+    factor_of_all: float
+    shift: float
+    admitted: float
 
 
 class StragglerRow(NamedTuple):
@@ -48,59 +80,87 @@ class StragglerRisk:
     """The decision whether approximate answers to straggling rows may be given out.
 
     Of the answers that are given out, at most a share `max_disagreement` may have a wrong label,
-    and at most a tenth an error beyond its bound. One thread feeds it; others may read `status`.
+    and at most a share of `1 - coverage` an error beyond its bar. One thread feeds it; others may
+    read `status`.
 
     Attributes:
         needed: The least number of straggling rows with which the evidence may suffice.
         epoch: How often the evidence began again.
         drifts: How often more of the answers were wrong than promised.
         unknown: The number of answers given out whose rows never got an answer of the model's own.
+        shown: Whether the latest answers given out were wrong, the forced ones included.
     """
 
-    def __init__(
-        self, max_disagreement: float | None, tolerance: float | None, *, needs_evidence: bool
-    ):
+    def __init__(self, target: AccuracyTarget, *, needs_evidence: bool):
         """Start without evidence.
 
         Args:
-            max_disagreement: The largest share of wrong labels among the answers given out; None
-                where labels do not matter.
-            tolerance: The largest error bound; None where errors do not matter.
+            target: What may be given out.
             needs_evidence: Whether nothing is given out before evidence on straggling rows
-                suffices. After a drift, it always has to.
+                suffices. After a drift, it always has to. If not, what a calibration admits counts
+                as right until stragglers show otherwise.
         """
-        self._share, self._tolerance = max_disagreement, tolerance
-        self._needs_evidence = needs_evidence
-        outside = 0.0 if tolerance is None else 1 - COVERAGE
-        self._monitor = RiskMonitor(min((max_disagreement or 0.0) + outside, 1.0))
-        self._allowed = allowed_errors(max_disagreement or 0.0, _ROWS)
-        self._allowed_outside = allowed_errors(1 - COVERAGE, _ROWS)
-        tables = [self._allowed] * (max_disagreement is not None)
-        tables += [self._allowed_outside] * (tolerance is not None)
-        self.needed = max((int(np.searchsorted(table, 0)) for table in tables), default=0)
+        self._share, self._tolerance = target.max_disagreement, target.tolerance
+        self._coverage, self._needs_evidence = target.coverage, needs_evidence and self._share != 0
+        self._monitor = RiskMonitor(target.promised)
+        self.needed = 0 if self._tolerance is None else _BARS
+        if self._share:
+            self._allowed = allowed_errors(self._share, 2 * _ROWS)
+            self.needed = max(int(np.searchsorted(self._allowed, 0)), self.needed)
         self._rows: collections.deque[StragglerRow] = collections.deque(maxlen=_ROWS)
+        self.shown: collections.deque[bool] = collections.deque(maxlen=_SHOWN)
         self.epoch = self.drifts = self.unknown = 0
         self._pending = 0
-        self._limits()
+        self._known: _Limits | None = None  # until there is new evidence
 
     @property
     def cap(self) -> float:
         """The largest probability of a wrong label of any single answer."""
         return 1.0 if self._share is None else risk_cap(self._share)
 
-    def admits(self, probability: float, bound: float) -> bool:
-        """Return whether an answer may be given out now, by the evidence on straggling rows."""
-        if self._limit < 0 or self._pending >= _UNSEEN + self._monitor.number:
-            return False
-        within = self._tolerance is None or bound * self._factor <= self._tolerance
-        return within and (self._share is None or probability <= min(self._limit, self.cap))
+    def admits(
+        self, probability: Number, bound: Number, *, calibrated: bool = True
+    ) -> Bool[np.ndarray, "*rows"]:
+        """Return whether an answer may be given out now, by the evidence on straggling rows.
 
-    def expected(self, probability: float, bound: float) -> tuple[float, float]:
+        Args:
+            probability: The calibrated probability that its label is wrong, or an array of these.
+            bound: Its error bound.
+            calibrated: Whether it is within the limit of a calibration. If not, other stragglers
+                may still have shown that such answers are right.
+        """
+        limits = self._limits
+        limit = limits.probability if calibrated else limits.beyond
+        unpromised = self._share is None and self._tolerance is None
+        if self._pending >= _UNSEEN + self._monitor.number and not unpromised:
+            limit = -1.0
+        within = np.full(np.shape(bound), limit >= 0)
+        if self._tolerance is not None:
+            within &= bound * limits.factor <= self._tolerance
+        if self._share is not None:
+            within &= probability <= min(limit, self.cap)
+        return within
+
+    def expected(self, probability: Number, bound: Number) -> tuple[Number, Number]:
         """Return the probability that a straggling row's label is wrong, and its error bound.
 
         They are the calibrated ones, and more where those of other stragglers were too small.
         """
-        return min(probability + self._shift, 1.0), bound * self._factor
+        return np.minimum(probability + self._limits.shift, 1.0), bound * self._limits.factor
+
+    def bars(
+        self, bound: Float[np.ndarray, " rows"], admitted: Bool[np.ndarray, " rows"]
+    ) -> Float[np.ndarray, " rows"]:
+        """Return error bars for rows of a batch, those that are given out and the others.
+
+        Bounds are right for what is given out in another way than for all: the others' bars are
+        never within the tolerance.
+        """
+        if self._tolerance is None:
+            return bound
+        others = bound * self._limits.factor_of_all
+        others = np.where(others > self._tolerance, others, math.inf)
+        return np.where(admitted, bound * self._limits.factor, others)
 
     def give(self) -> None:
         """Count an answer that is given out, and that the model's own answer will be compared to.
@@ -110,13 +170,20 @@ class StragglerRisk:
         self._pending += 1
 
     def add(
-        self, row: StragglerRow, *, given: bool, epoch: int | None = None, unknown: bool = False
+        self,
+        row: StragglerRow,
+        *,
+        given: bool,
+        forced: bool = False,
+        epoch: int | None = None,
+        unknown: bool = False,
     ) -> bool:
         """Take a straggling row whose model's answer came, or will never come.
 
         Args:
             row: The comparison.
             given: Whether the approximate answer was given out (`give`).
+            forced: Whether it was given out although it was less certain than was promised.
             epoch: The `epoch` when it was made; from before the present one it is no evidence.
             unknown: The model's own answer will never come.
 
@@ -127,51 +194,93 @@ class StragglerRisk:
         if given:
             self._pending -= 1
             self.unknown += unknown
+        if given or forced:
+            self.shown.append(row.wrong)
         if epoch is not None and epoch != self.epoch:
             return False
         if self._share is None or not math.isnan(row.probability):
             self._rows.append(row)
+            self._known = None
         failed = row.wrong and self._share is not None
         failed |= row.excess > 1 and self._tolerance is not None
         if given and self._monitor.add([failed]):
             self.drifts += 1
             self.restart()
             return True
-        self._limits()
         return False
+
+    def replace(self, rows: Iterable[StragglerRow]) -> None:
+        """Replace the evidence by comparisons of a newer surrogate with the same rows' answers.
+
+        What was given out stays tested as it was given.
+        """
+        self._rows.clear()
+        self._rows.extend(rows)
+        self._known = None
 
     def restart(self) -> None:
         """Discard the evidence after a drift: nothing is given out until there is enough again."""
         self.epoch += 1
         self._rows.clear()
         self._monitor.clear()
-        self._needs_evidence = True
-        self._limits()
+        self._needs_evidence = self._share != 0
+        self._known = None
 
     @property
-    def suffices(self) -> bool:
-        """True if the evidence allows any answer to be given out."""
-        return self._limit >= 0
+    def waits(self) -> bool:
+        """True if nothing is given out before more straggling rows were compared."""
+        return self._needs_evidence and self._limits.probability < 0
+
+    @property
+    def enough(self) -> bool:
+        """True if as many straggling rows were compared as are needed at least."""
+        return len(self._rows) >= self.needed
 
     @property
     def share(self) -> float:
         """The share of straggling rows whose answers may be given out."""
-        return self._admitted
+        return self._limits.admitted
 
     def disagreement(self) -> tuple[int, int]:
         """Return the number of wrong labels of all approximate answers, and of those answers."""
         rows = list(self._rows)
         return sum(row.wrong for row in rows), len(rows)
 
+    def hardness(self) -> tuple[float, float]:
+        """Return how many approximate answers to straggling rows missed, and how many should have.
+
+        A label misses where it is wrong, an error where it is beyond its bound. What should have
+        missed follows from the calibration, which holds for all rows: more than that means that
+        straggling rows are harder than others.
+        """
+        rows = list(self._rows)
+        if self._share is None:
+            missed = sum(row.excess > 1 for row in rows)
+            return float(missed), float((1 - self._coverage) * len(rows))
+        wrong, expected = sum(row.wrong for row in rows), sum(row.probability for row in rows)
+        return float(wrong), float(expected)
+
+    @property
+    def hint(self) -> str | None:
+        """A sentence that straggling rows are harder than others, if they are beyond chance."""
+        (missed, expected), number = self.hardness(), len(self._rows)
+        if missed <= expected + 3 * math.sqrt(max(expected, 1.0)):
+            return None
+        what = "error bars are too short" if self._share is None else "labels would be wrong"
+        shares = f"{100 * missed / number:.0f} % of their {what}, {100 * expected / number:.0f} %"
+        return f"queries that straggle are harder than others: {shares} were expected"
+
     def status(self) -> dict[str, Any]:
         """Return the evidence for a server's status."""
         wrong, number = self.disagreement()
+        missed, expected = self.hardness()
         monitor = self._monitor
         return {
             "compared": number,
             "needed": self.needed if self._needs_evidence else 0,
             "disagreement": wrong / number if number and self._share is not None else None,
-            "admitted": self._admitted,
+            "harder": missed / expected if expected > 0 else None,
+            "admitted": self.share,
             "given": monitor.number,
             "given_wrong": int(monitor.wrong),
             "pending": self._pending,
@@ -179,27 +288,38 @@ class StragglerRisk:
             "drifts": self.drifts,
         }
 
-    def _limits(self) -> None:
+    @property
+    def _limits(self) -> _Limits:
+        if self._known is None:
+            self._known = self._decide(list(self._rows))
+        return self._known
+
+    def _decide(self, rows: list[StragglerRow]) -> _Limits:
         """Choose the largest probability, and the factor of error bounds, of what is given out."""
-        self._limit, self._factor, self._admitted, self._shift = math.inf, 1.0, 1.0, 0.0
-        number = len(self._rows)
-        if number < self.needed or self._share == 0:
-            if self._needs_evidence or self._share == 0:
-                self._limit, self._admitted = -1.0, 0.0
-            return
-        probability, bound, wrong, excess = map(np.array, zip(*self._rows, strict=True))
+        if self._share == 0 or len(rows) < (0 if self._tolerance is None else _BARS) or not rows:
+            admits = not self._needs_evidence and self._share != 0
+            return _Limits(math.inf if admits else -1.0, -1.0, 1.0, 1.0, 0.0, float(admits))
+        probability, bound, wrong, excess = map(np.array, zip(*rows, strict=True))
+        limit = beyond = math.inf
         if self._share is not None:
-            self._limit = _largest_score(probability, wrong, self._allowed)
+            order = np.argsort(probability, kind="stable")
+            ranked = probability[order], wrong[order]
+            beyond = _largest_score(*ranked, self._allowed)
+            # What was calibrated counts as so many right answers as suffice by themselves.
+            known = 0 if self._needs_evidence else self.needed
+            limit = _largest_score(*ranked, self._allowed[known:])
+        given = np.full(len(rows), True) if self._share is None else probability <= limit
+        factor, factor_of_all, shift = 1.0, 1.0, 0.0
         if self._tolerance is not None:
-            self._factor = least_factor(bound, excess, self._tolerance, self._allowed_outside)
-            if math.isinf(self._factor):
-                self._limit = -1.0
-        given = np.full(number, True) if self._share is None else probability <= self._limit
-        if self._tolerance is not None:
-            given &= bound * self._factor <= self._tolerance
-        self._admitted = float(np.mean(given)) if self._limit >= 0 else 0.0
+            factor_of_all = max(conformal_quantile(excess, self._coverage), 1.0)
+            factor = least_factor(bound, excess, self._tolerance, self._coverage)
+            if math.isinf(factor):
+                limit, beyond, factor = -1.0, -1.0, factor_of_all
+            given &= bound * factor <= self._tolerance
         if self._share is not None and given.any():
-            self._shift = max(float(np.mean(wrong[given] - probability[given])), 0.0)
+            shift = max(float(np.mean(wrong[given] - probability[given])), 0.0)
+        admitted = float(np.mean(given)) if limit >= 0 else 0.0
+        return _Limits(limit, beyond, factor, factor_of_all, shift, admitted)
 
 
 def risk_cap(share: float) -> float:
@@ -207,6 +327,7 @@ def risk_cap(share: float) -> float:
     return max(min(_CAP * share, _MOST), share)
 
 
+@functools.lru_cache(maxsize=64)
 def allowed_errors(share: float, most: int) -> Int[np.ndarray, " numbers"]:
     """Return for each number of answers, from 0 to `most`, how many may have been wrong.
 
@@ -229,7 +350,7 @@ def least_factor(
     bounds: Float[np.ndarray, " rows"],
     excess: Float[np.ndarray, " rows"],
     tolerance: float,
-    allowed: Int[np.ndarray, " numbers"],
+    coverage: float,
 ) -> float:
     """Return the least factor of error bounds with which they are right for what is given out.
 
@@ -237,24 +358,38 @@ def least_factor(
         bounds: Error bounds; rows are given out where they are within the tolerance.
         excess: Errors over their bounds.
         tolerance: The largest bound of what is given out.
-        allowed: The errors that may be beyond their bounds, by the number of rows.
+        coverage: The share of errors that bounds should cover.
 
     Returns:
         The factor; infinite where none would do.
     """
     for factor in _FACTORS.tolist():
         given = bounds * factor <= tolerance
-        if np.sum(excess[given] > factor) <= allowed[int(np.sum(given))]:
+        if conformal_quantile(excess[given], coverage) <= factor:
             return factor
     return math.inf
 
 
+def conformal_quantile(ratios: Float[np.ndarray, " rows"], coverage: float) -> float:
+    """Return the ratio that covers a share of others; infinite where there are too few.
+
+    The k-th of n ratios covers `k / (n + 1)` of others like them (Lei et al. 2018,
+    "Distribution-free predictive inference for regression").
+    """
+    place = math.ceil((len(ratios) + 1) * coverage) - 1
+    return float(np.partition(ratios, place)[place]) if place < len(ratios) else math.inf
+
+
 def _largest_score(
-    scores: np.ndarray, wrong: np.ndarray, allowed: Int[np.ndarray, " numbers"]
+    scores: Float[np.ndarray, " rows"],
+    wrong: Bool[np.ndarray, " rows"],
+    allowed: Int[np.ndarray, " numbers"],
 ) -> float:
-    """Return the largest score up to which no more were wrong than allowed; -1 if there is none."""
-    order = np.argsort(scores, kind="stable")
-    scores, errors = scores[order], np.cumsum(wrong[order])
+    """Return the largest of sorted scores up to which no more were wrong than allowed.
+
+    It is infinite where all will do, and -1 where none does.
+    """
+    errors = np.cumsum(wrong)
     # Rows with the same score are given out together; NaN stands last, and is never given.
     last = np.append(scores[1:] != scores[:-1], True) & ~np.isnan(scores)
     good = np.flatnonzero(last & (errors <= allowed[1 : len(scores) + 1]))

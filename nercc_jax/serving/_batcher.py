@@ -143,8 +143,17 @@ class CodedBatcher:
 
     def decoding_status(self) -> dict[str, Any] | None:
         """Return what stragglers showed of decoded answers; None where nothing is promised."""
-        risk = self._adaptation.decoding_risk
-        return None if risk is None else risk.status()
+        promised = self._scheduler.policy.max_disagreement
+        return self._adaptation.decoding_risk.status() if promised else None
+
+    def decoding_hint(self) -> str | None:
+        """Return that queries that straggle are harder to decode than others, if they are."""
+        promised = self._scheduler.policy.max_disagreement
+        return self._adaptation.decoding_risk.hint if promised else None
+
+    def audited(self) -> list[bool]:
+        """Return whether the latest decoded answers that were compared had wrong labels."""
+        return list(self._adaptation.decoding_risk.shown)
 
     def close(self, drain: float = 0.0) -> None:
         """Accept no more requests, answer for up to `drain` seconds, and fail the rest."""

@@ -65,6 +65,7 @@ class ServedModel:
         metrics: Metrics,
         cache: Path | None = None,
         predictor: Predictor | None = None,
+        straggler_score: Callable[[Any], Any] | None = None,
     ):
         """Start the workers, and compile everything, so that no request waits for the compiler.
 
@@ -75,6 +76,7 @@ class ServedModel:
             metrics: the server's metrics.
             cache: the file for results of calibration; None for no cache.
             predictor: a surrogate, see `CodedBatcher`.
+            straggler_score: the score of rows by which injected stragglers are chosen.
 
         Raises:
             ValueError: for a code where nothing can be coded (`Servable.uncodable`), or where
@@ -98,7 +100,7 @@ class ServedModel:
                 calibrate_or_restore(estimator, servable.model, x, dtype, cache)
             _check(estimator, self._coder, policy.max_disagreement)
         with log_phase("starting workers", servable.name):
-            self.pool = _open_pool(servable, code, settings)
+            self.pool = _open_pool(servable, code, settings, straggler_score)
         self.meter = Meter(metrics, servable.key, self.pool, code)
         with log_phase("compiling", servable.name):
             self._batcher = CodedBatcher(
@@ -201,12 +203,12 @@ class ServedModel:
     def status(self) -> dict[str, Any]:
         """Return the model's part of the server's status."""
         health, report = self.health(), self.pool.report()
-        audit = self._batcher.estimator.audited()
+        audited = self._batcher.audited()
         counted = self.meter.status()
         counted["totals"]["deaths"] = report.deaths
         counted["fidelity"] |= {
-            "audited": audit.number,
-            "audited_disagreement": audit.disagreement if audit.number else None,
+            "audited": len(audited),
+            "audited_disagreement": sum(audited) / len(audited) if audited else None,
             "stragglers": self._batcher.decoding_status(),
         }
         code = self._coder.code
@@ -271,13 +273,15 @@ class ServedModel:
                 f"decoded answers went wrong more often than promised: {decoding['compared']} of "
                 f"{decoding['needed']} stragglers were compared since; nothing is decoded"
             )
+        if (harder := batcher.decoding_hint()) is not None:
+            hints.append(harder)
         return hints if self._predictor is None else hints + _predictor_hints(self._predictor)
 
 
 def _predictor_hints(predictor: Predictor) -> list[str]:
     """Return why a predictor answers nothing, if so, and whether stragglers are harder."""
     known, needed = predictor.progress()
-    harder = [] if predictor.hardship is None else [predictor.hardship]
+    harder = [] if predictor.risk.hint is None else [predictor.risk.hint]
     if predictor.state == "drifted":
         why = "predictions went wrong more often than promised"
         return [f"{why}: {known} of {needed} answers are known since; nothing is predicted"]
@@ -384,7 +388,12 @@ async def _result(future: concurrent.futures.Future[Reply], deadline: float) -> 
     return future.result()
 
 
-def _open_pool(servable: Servable, code: AbstractCode, settings: ModelSettings) -> AbstractPool:
+def _open_pool(
+    servable: Servable,
+    code: AbstractCode,
+    settings: ModelSettings,
+    straggler_score: Callable[[Any], Any] | None,
+) -> AbstractPool:
     inputs = servable.queries
     options: Any = {
         "example": [
@@ -395,6 +404,8 @@ def _open_pool(servable: Servable, code: AbstractCode, settings: ModelSettings) 
             service_delay=settings.service_delay_s,
             straggler_rate=settings.straggler_rate,
             straggler_delay=settings.straggler_delay_s,
+            straggler_score=straggler_score,
+            straggler_leaning=settings.straggler_leaning,
             death_rate=settings.death_rate,
             seed=settings.fault_seed,
         ),

@@ -223,6 +223,15 @@ class ModelSettings(BaseModel):
     straggler_delay_s: float = _setting(
         1.0, "Seconds by which those calls are delayed.", gt=0, le=_DAY_S
     )
+    straggler_score: str | None = _setting(
+        None,
+        "Score of a row, by which calls are delayed instead of at random, the largest first: "
+        "`norm`, or module:function.",
+        "norm",
+    )
+    straggler_leaning: float = _setting(
+        1.0, "With a score, the share of delayed calls that have the largest scores.", ge=0, le=1
+    )
     death_rate: float = _setting(
         0.0, "Share of calls in which the worker dies, for trials.", ge=0, le=1
     )

@@ -233,6 +233,18 @@ class Learner(AbstractLearner):
         covariance = jax.vmap(self.kernel)(z, z) - known
         return mean.reshape(groups, points, -1), covariance
 
+    @eqx.filter_jit
+    def left_out(self) -> tuple[Float[Array, "capacity m"], Float[Array, " capacity"]]:
+        """Return the errors of predicting each pair of the window from the others, and deviations.
+
+        The factor that is there gives all of them at once, as in `leave_one_out`.
+        """
+        whitening = jax.lax.stop_gradient(self.whitening)
+        centred = jnp.where(self.filled[:, None], self.residuals - self._centre(), 0)
+        weights = multiply(whitening.T, multiply(whitening, centred))
+        precision = jnp.sum(whitening**2, axis=0)
+        return -weights / precision[:, None], self.deviation_of(1 / precision)
+
     def spread(self) -> Float[Array, ""]:
         """Return the residuals' standard deviation over window and outputs; NaN for none."""
         square = jnp.where(self.filled[:, None], (self.residuals - self._centre()) ** 2, 0)

@@ -303,12 +303,7 @@ def test_codes_that_cannot_guess_want_no_lessons():
     assert coder_of("repeated").can_decode
 
 
-def test_audits():
+def test_labels_are_compared():
     estimator = ErrorEstimator(Coder(CODES["interleaved"]))
-    assert estimator.audited().number == 0
-    assert np.isnan(estimator.audited().disagreement)
     for decoded, right in (([0.0, 1], True), ([1.0, 0], False)):
         assert estimator.agrees(np.array(decoded), np.array([2.0, 3])) == right
-        estimator.audit(right)
-    assert estimator.audited().number == 2
-    assert estimator.audited().disagreement == 0.5

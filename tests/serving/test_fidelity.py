@@ -1,10 +1,12 @@
 """How far decoded queries are doubted: limits that keep their promise, learnt or calibrated."""
 
 import itertools
+import math
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from batching import EXTRAS, INTERLEAVED, OWN
 from hypothesis import given
 from hypothesis import strategies as st
@@ -162,7 +164,7 @@ shares = st.floats(0, 1)
     extra=st.integers(0, 1000),
 )
 def test_limits_by_counting(samples, share, extra):
-    """The largest limit at which no more of the answers are wrong, errors of counting included."""
+    """The largest limit at which no more of the answers are wrong, by Clopper and Pearson."""
     doubts, wrong = (np.array(part) for part in zip(*samples, strict=True))
     doubts, number = doubts.astype(np.float32), len(samples) + extra
     doubt = DecodingErrorProbability(
@@ -170,20 +172,23 @@ def test_limits_by_counting(samples, share, extra):
     )
     limit = doubt.limit(share)
 
-    def risk(limit):
+    def holds(limit):
+        """Whether the upper bound of the share, at three quarters, is within what was asked."""
         answered = doubts <= limit
-        each = number * np.mean(answered)
-        counted = np.mean(wrong[answered]) if answered.any() else 1.0
-        return (each * counted + 2 * np.sqrt(each * counted) + 1) / (each + 1)
+        each, errors = (number * np.mean(which) for which in (answered, answered & wrong))
+        each, errors = int(each + 1e-9), math.ceil(errors - 1e-9)
+        if share == 1:
+            return errors <= each
+        return errors < each and scipy.stats.beta.ppf(0.75, errors + 1, each - errors) <= share
 
     most = np.float32(risk_cap(share))
     if limit >= 0:
-        assert risk(limit) <= share + 1e-6
+        assert holds(limit)
         assert limit <= most
         assert doubt.share_above(limit) == np.mean(doubts > limit)
     # Of the larger limits that differ in what is answered, none would do.
     for larger in doubts[(doubts > limit) & (doubts <= most)]:
-        assert risk(larger) > share - 1e-6
+        assert not holds(larger)
 
 
 def test_without_samples_nothing_may_be_answered():

@@ -220,7 +220,7 @@ def test_queries_that_are_slow_because_they_are_hard_keep_the_promise(delay):
     assert evidence["compared"] > 40
     assert evidence["pending"] == evidence["unknown"] == 0
     assert evidence["disagreement"] > predictor.status()["disagreement"]
-    assert "harder than others" in predictor.hardship
+    assert "harder than others" in predictor.risk.hint
 
 
 def test_arguments():

@@ -185,7 +185,7 @@ def test_nothing_is_decoded_after_a_drift_until_new_stragglers_were_compared():
         adaptation.give(answer)
         given = ApproximateAnswer(answer, None, adaptation.epoch("decoded"), given=True)
         adaptation.audit(given, np.eye(3, dtype=np.float32)[1])
-    assert not adaptation.admits(answer)
+    assert not adaptation.admits(answer, calibrated=True)
     sent_as = traffic.send(20)
     assert all(reply.exact.all() for _, reply, _ in sent_as)
     assert traffic.batcher.estimator.progress()[0] < 20, "of 256 that were known"

@@ -97,6 +97,8 @@ MODEL = {
     "service_delay_s": 0.125,
     "straggler_rate": 0.5,
     "straggler_delay_s": 4.5,
+    "straggler_score": "norm",
+    "straggler_leaning": 0.5,
     "death_rate": 0.75,
     "fault_seed": 11,
 }

@@ -13,7 +13,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
 from ...pools import AbstractClock, AbstractPool
+from ...pools._time_share import TimeShare
 from ...risk._straggler_risk import StragglerRisk, StragglerRow
+from ...risk._target import AccuracyTarget
 from .._policy import BatchingPolicy, Observe
 from ..core._adaptation import (
     AbstractAdaptation,
@@ -26,10 +28,8 @@ from ..core._coder import Coder
 from ..core._error_probability import DecodingErrorProbability
 from ..core._request import Answer, ApproximateAnswer, Source
 from ._error_estimator import ErrorEstimator
-from ._online_calibration import PredictionGoal
 from ._predictor import Predictor
 from ._setting_controller import SettingController
-from ._time_share import TimeShare
 
 _LOG = logging.getLogger(__name__)
 
@@ -162,15 +162,13 @@ class Adaptation(AbstractAdaptation):
         )
         self._fixed = fixed_setting(policy)
         self._observe = observe if self._controller is None else self._controller.observe
-        share = policy.max_disagreement
-        self.decoding_risk = (
-            StragglerRisk(share, None, needs_evidence=False) if share and coder.can_decode else None
-        )
+        decoding = AccuracyTarget(max_disagreement=policy.max_disagreement)
+        self.decoding_risk = StragglerRisk(decoding, needs_evidence=False)
         self._calibrator = BackgroundCalibrator(estimator, self._observe, pool.clock)
         if predictor is not None:
-            goal = PredictionGoal(policy.max_disagreement, policy.tolerance)
+            target = AccuracyTarget(policy.tolerance, policy.max_disagreement)
             width = policy.max_batch_size
-            predictor.attach(goal, width, coder.form, self._observe, pool.clock)
+            predictor.attach(target, width, coder.form, self._observe, pool.clock)
         parts = self._calibrator, self._controller, predictor
         self._parts = [each for each in parts if each is not None]
 
@@ -224,20 +222,20 @@ class Adaptation(AbstractAdaptation):
         return 0 if risk is None else risk.epoch
 
     def needs_evidence(self, source: Source) -> bool:
-        risk = self.decoding_risk
-        return source == "decoded" and risk is not None and not risk.suffices
+        return source == "decoded" and self.decoding_risk.waits
 
-    def admits(self, answer: Answer) -> bool:
+    def admits(self, answer: Answer, *, calibrated: bool) -> bool:
         if answer.source == "predicted":
             assert self.predictor is not None
-            return self.predictor.admits(answer)
-        return self.decoding_risk is None or self.decoding_risk.admits(answer.disagreement, 0.0)
+            return calibrated and self.predictor.admits(answer)
+        risk = self.decoding_risk
+        return bool(risk.admits(answer.disagreement, 0.0, calibrated=calibrated))
 
     def expected(self, answer: Answer) -> Answer:
         risk = self._risk(answer.source)
         if risk is None:
             return answer
-        disagreement, error = risk.expected(answer.disagreement, answer.error)
+        disagreement, error = map(float, risk.expected(answer.disagreement, answer.error))
         return dataclasses.replace(answer, disagreement=disagreement, error=error)
 
     def give(self, answer: Answer) -> None:
@@ -255,15 +253,12 @@ class Adaptation(AbstractAdaptation):
             assert self.predictor is not None
             return self.predictor.audit(given, own)
         right = own is not None and self.estimator.agrees(given.answer.value, own)
-        if given.given or given.forced:
-            self.estimator.audit(right)
-        if self.decoding_risk is not None:
-            row = StragglerRow(given.answer.disagreement, 0.0, not right, 0.0)
-            facts = {"given": given.given, "epoch": given.epoch, "unknown": own is None}
-            if self.decoding_risk.add(row, **facts):
-                self._calibrator.discard()
-                self._observe("drift", 1)
-                _LOG.warning("decoded answers went wrong more often than promised: see the status")
+        row = StragglerRow(given.answer.disagreement, 0.0, not right, 0.0)
+        facts = {"given": given.given, "forced": given.forced, "epoch": given.epoch}
+        if self.decoding_risk.add(row, unknown=own is None, **facts):
+            self._calibrator.discard()
+            self._observe("drift", 1)
+            _LOG.warning("decoded answers went wrong more often than promised: see the status")
         return right
 
     def error_probability(self, queries: int) -> DecodingErrorProbability:

@@ -1,8 +1,6 @@
-"""The error of decoded answers: estimated before decoding, and audited when answers come late."""
+"""The error of decoded answers, estimated before decoding."""
 
-import collections
 import contextlib
-import dataclasses
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,20 +28,6 @@ _GROUPS, _SHORT, _LEAST = 256, 128, 32
 # Simulations with each group that comes, as long as there are any to make, and their groups.
 _AT_ONCE, _FEW = 2, 32
 _MASKS = 4096  # sets of workers whose expected error is kept
-_AUDITS = 1000  # decoded queries that the running audit looks at
-
-
-@dataclasses.dataclass(frozen=True)
-class Audit:
-    """The comparison of decoded answers with the model's own answers that came late.
-
-    Attributes:
-        number: the number of compared answers.
-        disagreement: the share whose label differed; NaN where there is none.
-    """
-
-    number: int
-    disagreement: float
 
 
 class ErrorEstimator:
@@ -76,7 +60,6 @@ class ErrorEstimator:
             )
             for few in range(1, coder.num_data + 1)
         }
-        self._audits: collections.deque[bool] = collections.deque(maxlen=_AUDITS)
 
     def calibrate(
         self,
@@ -223,15 +206,6 @@ class ErrorEstimator:
     def agrees(self, decoded: np.ndarray, own: np.ndarray) -> bool:
         """Return whether a decoded answer has the label of the model's own."""
         return bool(self._coder.agree(decoded.ravel(), own.ravel()))
-
-    def audit(self, right: bool) -> None:
-        """Record whether a decoded answer that was given out had the model's own label."""
-        self._audits.append(not right)
-
-    def audited(self) -> Audit:
-        """Return the result of the latest audits."""
-        audits = list(self._audits)
-        return Audit(len(audits), float(np.mean(audits)) if audits else np.nan)
 
 
 class _GroupSamples:

@@ -26,13 +26,8 @@ from ...evaluation import row_errors
 from ...evaluation._criteria import agree_on_labels
 from ...risk import ErrorProbability, RiskMonitor
 from ...risk._error_probability import error_features, fit_error_probability_of_points
-from ...risk._straggler_risk import (
-    COVERAGE,
-    StragglerRow,
-    allowed_errors,
-    least_factor,
-    risk_cap,
-)
+from ...risk._straggler_risk import StragglerRow, conformal_quantile, least_factor
+from ...risk._target import AccuracyTarget
 from ...surrogates import (
     AbstractLearner,
     AbstractSurrogate,
@@ -56,34 +51,6 @@ _FEATURES = 64  # principal components, where queries have more numbers
 # One width for all features, from a grid: 256 pairs say nothing about many widths, and on LeNet5's
 # answers descent finds nothing better (93.1 % of labels from 1,024 of them either way).
 _TUNING = LearnerTuning(widths="one", rows=FIRST, steps=0)
-
-
-@dataclasses.dataclass(frozen=True)
-class PredictionGoal:
-    """The bound on what may be given out.
-
-    Attributes:
-        max_disagreement: the share of the labels given out that may be wrong.
-        tolerance: the error bound that answers may have, in units of the outputs.
-
-    Raises:
-        ValueError: where both are None.
-    """
-
-    max_disagreement: float | None
-    tolerance: float | None
-
-    def __post_init__(self):
-        if self.max_disagreement is None and self.tolerance is None:
-            raise ValueError(
-                "to answer from what is known needs a policy with max_disagreement or tolerance"
-            )
-
-    @property
-    def promised(self) -> float:
-        """The share of the answers given out that may miss the goal."""
-        outside = 0.0 if self.tolerance is None else 1 - COVERAGE
-        return min((self.max_disagreement or 0.0) + outside, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +121,7 @@ class OnlineCalibration:
     def __init__(
         self,
         surrogate: AbstractSurrogate | None,
-        goal: PredictionGoal,
+        target: AccuracyTarget,
         *,
         features: Callable[[Any], Any] | None = None,
         capacity: int = 1024,
@@ -164,12 +131,12 @@ class OnlineCalibration:
 
         Args:
             surrogate: the surrogate; None for a learner that is made from the first answers.
-            goal: what may be given out.
+            target: what may be given out.
             features: of queries, for such a learner; by default their principal components.
             capacity: the number of answers that such a learner keeps.
             form: the parts of an answer, where each has a label of its own.
         """
-        self._surrogate, self._goal = surrogate, goal
+        self._surrogate, self._target = surrogate, target
         self._features, self._capacity, self._form = features, capacity, form
         self._first: list[tuple[np.ndarray, np.ndarray]] = []
         self._learned = 0
@@ -177,8 +144,7 @@ class OnlineCalibration:
             maxlen=_VALIDATION // BATCH
         )
         self._count, self._due = 0, float(LEAST)
-        self._monitor = RiskMonitor(goal.promised)
-        self._outside = allowed_errors(1 - COVERAGE, _VALIDATION)  # of error bounds
+        self._monitor = RiskMonitor(target.promised)
         self.calibrated: CalibratedSurrogate | None = None
         self._current = True  # whether `calibrated` has the latest surrogate
         self.drifts = 0
@@ -265,9 +231,9 @@ class OnlineCalibration:
 
     def _misses_goal(self, wrong: np.ndarray, error: np.ndarray, bound: np.ndarray) -> np.ndarray:
         failed = np.zeros(wrong.shape, bool)
-        if self._goal.max_disagreement is not None:
+        if self._target.max_disagreement is not None:
             failed |= wrong
-        if self._goal.tolerance is not None:
+        if self._target.tolerance is not None:
             failed |= error > bound
         return failed
 
@@ -279,23 +245,23 @@ class OnlineCalibration:
             np.concatenate([getattr(batch, part) for batch in batches])
             for part in ("features", "deviation", "error", "wrong")
         )
-        # The k-th of n ratios covers k / (n + 1) of others: see `ErrorBars`.
         with np.errstate(divide="ignore", invalid="ignore"):
-            ratios = np.sort(np.where(error > 0, error / deviation, 0))
-        factor = float(ratios[min(math.ceil(COVERAGE * (len(ratios) + 1)), len(ratios)) - 1])
-        wanted, tolerance = self._goal.max_disagreement, self._goal.tolerance
+            ratios = np.where(error > 0, error / deviation, 0)
+        coverage = self._target.coverage
+        factor = conformal_quantile(ratios, coverage)
+        wanted, tolerance = self._target.max_disagreement, self._target.tolerance
         error_probability, limit, share = None, 1.0, 1.0
         if wanted is not None:
             error_probability = fit_error_probability_of_points(
                 features, np.zeros_like(wrong), wrong, self._form
             )
-            limit = error_probability.selective_limit(wanted, risk_cap(wanted))
+            limit = error_probability.limit(wanted)
             share = 1 - error_probability.share(limit)
         if tolerance is not None:
             # It has to be right for those that are given out, not for all.
             with np.errstate(divide="ignore", invalid="ignore"):
                 excess = np.where(error > 0, error / (factor * deviation), 0)
-            factor *= least_factor(factor * deviation, excess, tolerance, self._outside)
+            factor *= least_factor(factor * deviation, excess, tolerance, coverage)
             share *= float(np.mean(factor * deviation <= tolerance))
         tolerance = math.inf if tolerance is None else tolerance
         disagreement = float(np.mean(wrong))

@@ -13,12 +13,13 @@ from ...codes._checks import check_count
 from ...codes._trees import Form
 from ...inference._models import Model
 from ...pools import AbstractClock
+from ...pools._time_share import TimeShare
 from ...risk._straggler_risk import StragglerRisk, StragglerRow
+from ...risk._target import AccuracyTarget
 from ...surrogates import AbstractSurrogate, Surrogate
 from ..core._adaptation import Predictions
 from ..core._request import Answer, ApproximateAnswer
-from ._online_calibration import BATCH, FIRST, OnlineCalibration, PredictionGoal
-from ._time_share import TimeShare
+from ._online_calibration import BATCH, FIRST, OnlineCalibration
 
 _LOG = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class Predictor:
     noticed, wherever it is certain enough for the policy's `max_disagreement` or `tolerance`. It
     answers nothing until it is calibrated, which takes 384 answers, or 128 for a surrogate that
     does not learn, and has shown that it is right about stragglers' queries, which may be harder
-    than others (22 of them for a `max_disagreement` of 0.1, 45 for 0.05, 230 for 0.01). It learns
+    than others (14 of them for a `max_disagreement` of 0.1, 28 for 0.05, 138 for 0.01). It learns
     on a thread of its own, in a twentieth of the time at most.
 
     Example:
@@ -88,7 +89,7 @@ class Predictor:
 
     def attach(
         self,
-        goal: PredictionGoal,
+        target: AccuracyTarget,
         width: int,
         form: Form | None,
         observe: Callable[[Any, float], Any],
@@ -97,19 +98,23 @@ class Predictor:
         """Attach the predictor to its batcher, which starts and closes it.
 
         Args:
-            goal: what may be given out.
+            target: what may be given out.
             width: the number of queries that programs are compiled for.
             form: the parts of an answer, where each has a label of its own.
             observe: receives metrics.
             clock: the batcher's clock.
 
         Raises:
-            ValueError: where it has a batcher already.
+            ValueError: where it has a batcher already, or nothing says what may be given out.
         """
         if self._calibration is not None:
             raise ValueError("this predictor is another batcher's: make one for each")
-        self._calibration = OnlineCalibration(self._surrogate, goal, form=form, **self._options)
-        self.risk = StragglerRisk(goal.max_disagreement, goal.tolerance, needs_evidence=True)
+        if target.max_disagreement is None and target.tolerance is None:
+            raise ValueError(
+                "to answer from what is known needs a policy with max_disagreement or tolerance"
+            )
+        self._calibration = OnlineCalibration(self._surrogate, target, form=form, **self._options)
+        self.risk = StragglerRisk(target, needs_evidence=True)
         self._followed = 0  # the drifts of calibration that `risk` knows
         self._width, self._observe, self._clock = width, observe, clock
         self._compiled = False
@@ -150,22 +155,6 @@ class Predictor:
             "stragglers": self.risk.status(),
         }
 
-    @property
-    def hardship(self) -> str | None:
-        """Say that stragglers' queries are harder than others, if they are beyond chance."""
-        assert self._calibration is not None
-        calibrated = self._calibration.calibrated
-        wrong, number = self.risk.disagreement()
-        if calibrated is None or not number:
-            return None
-        usual = calibrated.disagreement * number
-        if wrong <= usual + 3 * math.sqrt(max(usual, 1.0)):
-            return None
-        return (
-            f"queries that straggle are harder than others: {100 * wrong / number:.0f} % of their "
-            f"labels would be wrong, {100 * calibrated.disagreement:.0f} % of all"
-        )
-
     def progress(self) -> tuple[int, int]:
         """Return the number of answers used so far, and the number that it needs to answer."""
         assert self._calibration is not None
@@ -198,7 +187,7 @@ class Predictor:
         That takes evidence on other stragglers (`StragglerRisk`).
         """
         self._follow_drifts()
-        return self.risk.admits(answer.disagreement, answer.error)
+        return bool(self.risk.admits(answer.disagreement, answer.error))
 
     def audit(self, given: ApproximateAnswer, own: np.ndarray | None) -> bool:
         """Compare an answer to a straggler's query with the model's own, which came late.
@@ -220,7 +209,8 @@ class Predictor:
             row = StragglerRow(answer.disagreement, answer.error, True, math.inf)
         else:
             row = self._calibration.compare(answer, own.ravel())
-        if self.risk.add(row, given=given.given, epoch=given.epoch, unknown=own is None):
+        facts = {"given": given.given, "forced": given.forced, "epoch": given.epoch}
+        if self.risk.add(row, unknown=own is None, **facts):
             self._drift_detected = True
             self._turns.wake()
         return not self._calibration.misses_goal(row)

@@ -16,11 +16,11 @@ import numpy as np
 from jaxtyping import Float
 
 from ...pools import AbstractPool, Call, Overdue
+from ...pools._time_share import TimeShare
 from .._policy import BatchingPolicy, Observe
 from ..core._adaptation import DispatchSetting, Redundancy
 from ..core._coder import Coder
 from ._predictor import Predictor
-from ._time_share import TimeShare
 
 # The number of calls of a size that its median needs.
 _LEAST = 20

@@ -123,8 +123,13 @@ class AbstractAdaptation(abc.ABC):
         """Return whether nothing may be given out before other stragglers were compared."""
 
     @abc.abstractmethod
-    def admits(self, answer: Answer) -> bool:
-        """Return whether an approximate answer may be given out, by what stragglers showed."""
+    def admits(self, answer: Answer, *, calibrated: bool) -> bool:
+        """Return whether an approximate answer may be given out, by what stragglers showed.
+
+        Args:
+            answer: the answer.
+            calibrated: whether it is within the limit of a calibration.
+        """
 
     @abc.abstractmethod
     def expected(self, answer: Answer) -> Answer:

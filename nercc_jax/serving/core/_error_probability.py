@@ -19,10 +19,11 @@ from jaxtyping import Array, Bool, Float
 
 from ...codes._trees import Form
 from ...risk._error_probability import margin
-from ...risk._straggler_risk import risk_cap
+from ...risk._straggler_risk import allowed_errors, risk_cap
 
 FEATURES = 5
 _TINY = 1e-30
+_TINY_NUMBER = 1e-9  # by which rounding may change a number of queries
 # Natural logarithms of the square roots; larger ones say nothing more.
 _LARGEST = 20.0
 
@@ -48,11 +49,9 @@ class DecodingErrorProbability:
     def limit(self, max_disagreement: float) -> float:
         """Return the largest probability at which to answer.
 
-        At most a share of `max_disagreement` of the queries that are answered so then get a wrong
-        label, and no single one may have a larger probability of that than `risk_cap`. As in the
-        surrogates' calibration, one more wrong label than there were is counted, and two standard
-        errors more for the number of queries: a single calibration has an error, which should not
-        be at the user's cost.
+        Of the queries that are answered so then, at most a share of `max_disagreement` gets a wrong
+        label, by the bound that stragglers are compared by (`allowed_errors`), and no single one
+        may have a larger probability of that than `risk_cap`.
 
         Returns:
             A probability; negative where nothing may be answered, 1 where everything may.
@@ -64,10 +63,11 @@ class DecodingErrorProbability:
         limits = np.minimum(np.append(below, np.float32(1)), np.float32(risk_cap(max_disagreement)))
         wrong = np.searchsorted(self.wrong_from, limits, side="right")
         answered = np.searchsorted(self.answered_from, limits, side="right")
-        number = self.num_queries * answered / max(self.answered_from.size, 1)
-        share = wrong / np.maximum(answered, 1)
-        risk = (number * share + 2 * np.sqrt(number * share) + 1) / (number + 1)
-        kept = np.flatnonzero((risk <= max_disagreement) & (answered > 0))
+        # Samples of the same query under several sets of stragglers count as one.
+        times = self.num_queries / max(self.answered_from.size, 1)
+        allowed = allowed_errors(max_disagreement, self.num_queries)
+        number = (times * answered + _TINY_NUMBER).astype(int)
+        kept = np.flatnonzero(times * wrong <= allowed[number] + _TINY_NUMBER)
         return float(limits[kept[-1]]) if kept.size else -1.0
 
     def share_above(self, limit: float) -> float:

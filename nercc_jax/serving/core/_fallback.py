@@ -323,10 +323,9 @@ class FallbackPolicy:
         if self._decoder.ready(group, last):
             answered = {(given.cell, given.row) for given in good}
             sure, best = self._decoder.decode_group(group, lost, last, answered)
-            self._remember(group, best)
-            admitted = self._admitted(group, sure)
+            admitted = self._admitted(group, sure) + self._admitted(group, best, calibrated=False)
             places = {(given.cell, given.row) for given in admitted}
-            best += [each for each in sure if (each.cell, each.row) not in places]
+            best = [each for each in best + sure if (each.cell, each.row) not in places]
             good += admitted
         if not last:
             return Fallback(good, [])
@@ -342,13 +341,15 @@ class FallbackPolicy:
         self._remember(group, answers.get(False, []))
         return self._admitted(group, answers.get(True, []))
 
-    def _admitted(self, group: Group, answers: list[GroupAnswer]) -> list[GroupAnswer]:
+    def _admitted(
+        self, group: Group, answers: list[GroupAnswer], *, calibrated: bool = True
+    ) -> list[GroupAnswer]:
         """Return the answers that may be given out by what was seen of other stragglers."""
         self._remember(group, answers)
         return [
             dataclasses.replace(each, answer=self._adaptation.expected(each.answer))
             for each in answers
-            if self._adaptation.admits(each.answer)
+            if self._adaptation.admits(each.answer, calibrated=calibrated)
         ]
 
     def _remember(self, group: Group, answers: list[GroupAnswer]) -> None:

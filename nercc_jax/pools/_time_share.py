@@ -2,7 +2,7 @@
 
 import math
 
-from ...pools import AbstractClock
+from ._clock import AbstractClock
 
 
 class TimeShare:
