@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Shaped
@@ -75,7 +75,7 @@ def map_rows(
     if num_workers is None:
         num_workers = max(1, int(ray.available_resources().get("CPU", 1)))
     with RayPool(
-        RowFunction(function),
+        cast(Any, RowFunction(function)),  # of NumPy arrays, where models are of JAX's
         num_workers,
         compiled=False,
         min_workers=1,

@@ -89,6 +89,7 @@ class StragglerRisk:
         drifts: How often more of the answers were wrong than promised.
         unknown: The number of answers given out whose rows never got an answer of the model's own.
         shown: Whether the latest answers given out were wrong, the forced ones included.
+        usual: The share of all rows' approximate labels that are wrong, where a calibration knows.
     """
 
     def __init__(self, target: AccuracyTarget, *, needs_evidence: bool):
@@ -110,6 +111,7 @@ class StragglerRisk:
         self._rows: collections.deque[StragglerRow] = collections.deque(maxlen=_ROWS)
         self.shown: collections.deque[bool] = collections.deque(maxlen=_SHOWN)
         self.epoch = self.drifts = self.unknown = 0
+        self.usual: float | None = None
         self._pending = 0
         self._known: _Limits | None = None  # until there is new evidence
 
@@ -250,15 +252,15 @@ class StragglerRisk:
         """Return how many approximate answers to straggling rows missed, and how many should have.
 
         A label misses where it is wrong, an error where it is beyond its bound. What should have
-        missed follows from the calibration, which holds for all rows: more than that means that
-        straggling rows are harder than others.
+        missed is the share of all rows: more than that means that straggling rows are harder than
+        others. Where that share is not known, it is what their probabilities let expect.
         """
         rows = list(self._rows)
         if self._share is None:
             missed = sum(row.excess > 1 for row in rows)
             return float(missed), float((1 - self._coverage) * len(rows))
         wrong, expected = sum(row.wrong for row in rows), sum(row.probability for row in rows)
-        return float(wrong), float(expected)
+        return float(wrong), float(expected if self.usual is None else self.usual * len(rows))
 
     @property
     def hint(self) -> str | None:

@@ -249,9 +249,11 @@ class Predictor:
         if calibration.drifts > drifts:
             self._observe("drift", 1)
             _LOG.warning("predictions went wrong more often than promised: they are not given out")
-        if calibration.calibrated is not None and not self._compiled:
+        calibrated = calibration.calibrated
+        self.risk.usual = None if calibrated is None else calibrated.disagreement
+        if calibrated is not None and not self._compiled:
             # Compile what the scheduler's thread calls.
-            calibration.calibrated.predict(_filled_up(x[: self._width], self._width))
+            calibrated.predict(_filled_up(x[: self._width], self._width))
             calibration.compare(Answer(own[0], "predicted", 1, 0), own[0])
             self._compiled = True
 
