@@ -52,8 +52,8 @@ class NoAdaptation(AbstractAdaptation):
     def needs_evidence(self, source):
         return False
 
-    def admits(self, answer):
-        return True
+    def admits(self, answer, *, calibrated=True):
+        return calibrated
 
     def expected(self, answer):
         return answer
