@@ -5,6 +5,7 @@ import pickle
 import signal
 import sys
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -27,7 +28,9 @@ def data():
     """Ray Data on four CPUs, which this machine need not have."""
     ray = require("ray", "ray")
     require("ray.data", "ray-data")
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of fork, which Ray follows by exec
+        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import it
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield ray.data

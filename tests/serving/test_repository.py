@@ -153,7 +153,7 @@ def test_without_the_flag_nobody_may(action):
     with listening({"digits": Doubles}) as server:
         url = f"http://127.0.0.1:{server.http_port}/v2/repository/models/digits/{action}"
         answer = httpx.post(url, trust_env=False)
-    assert answer.status_code == 501
+    assert answer.status_code == 403
     assert "--model-control explicit" in answer.json()["error"]
 
 

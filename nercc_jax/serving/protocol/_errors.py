@@ -60,7 +60,7 @@ STATUS: Mapping[type[Exception], tuple[int, grpc.StatusCode]] = {
     TooLarge: (413, grpc.StatusCode.RESOURCE_EXHAUSTED),
     UnsupportedEncoding: (415, grpc.StatusCode.UNIMPLEMENTED),
     QueueFull: (429, grpc.StatusCode.RESOURCE_EXHAUSTED),
-    NotImplementedError: (501, grpc.StatusCode.UNIMPLEMENTED),
+    NotImplementedError: (403, grpc.StatusCode.UNIMPLEMENTED),
     InferenceFailed: (502, grpc.StatusCode.INTERNAL),
     Overloaded: (503, grpc.StatusCode.UNAVAILABLE),
     ServerClosing: (503, grpc.StatusCode.UNAVAILABLE),

@@ -163,7 +163,7 @@ def _add_server(app: fastapi.FastAPI, state: ServerState) -> None:
         return [IndexEntry(**each) for each in state.repository_index(asked.ready)]
 
     errors: dict[int | str, dict[str, Any]] = {
-        status: {"model": ErrorResponse} for status in (400, 404, 501, 503)
+        status: {"model": ErrorResponse} for status in (400, 403, 404, 503)
     }
 
     @app.post("/v2/repository/models/{model_name}/load", responses=errors)
@@ -207,7 +207,7 @@ def _add_models(app: fastapi.FastAPI, state: ServerState) -> None:
         404: {"model": ErrorResponse},
         503: {"model": ErrorResponse},
     }
-    errors = {status: {"model": ErrorResponse} for status, _ in STATUS.values() if status != 501}
+    errors = {status: {"model": ErrorResponse} for status, _ in STATUS.values() if status != 403}
     schema = InferenceRequest.model_json_schema(ref_template="#/components/schemas/{model}")
     _define(app, schema.pop("$defs"))
     body = {"content": {"application/json": {"schema": schema}}, "required": True}
