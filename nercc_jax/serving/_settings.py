@@ -46,6 +46,7 @@ from ._settings_text import (
     read_shape,
     read_table,
 )
+from .protocol._servable import model_key
 
 _POLICY = BatchingPolicy()
 
@@ -245,7 +246,7 @@ class ModelSettings(BaseModel):
     @property
     def key(self) -> str:
         """The name and the version, by which the server keeps its models."""
-        return self.served_name if self.version == 1 else f"{self.served_name}/{self.version}"
+        return model_key(self.served_name, str(self.version))
 
     @property
     def served_name(self) -> str:

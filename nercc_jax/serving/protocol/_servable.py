@@ -294,6 +294,12 @@ def model_key(name: str, version: str) -> str:
     return name if version == "1" else f"{name}/{version}"
 
 
+def name_and_version(key: str) -> tuple[str, str]:
+    """Return the name and the version that `model_key` made a key of."""
+    name, _, version = key.partition("/")
+    return name, version or "1"
+
+
 @dataclasses.dataclass(frozen=True)
 class Servable:
     """A model to serve; `make_servable` makes one.
@@ -347,7 +353,7 @@ class Servable:
 
     @property
     def growth(self) -> float:
-        """How many more bytes a query has once it is preprocessed, as a share of the input's."""
+        """The bytes that preprocessing makes of a query, as a multiple of the input's; 0 without it."""
         if self.preprocess is None:
             return 0.0
         sent = sum(math.prod(each.shape) * each.sent.itemsize for each in self.inputs.parts)

@@ -29,7 +29,7 @@ from .._settings import ModelSettings, ServerSettings
 from .._tracing import Telemetry, telemetry_from_environment
 from ..adapt._predictor import Predictor
 from ..protocol._errors import InvalidInput, ModelNotFound, ServerNotReady
-from ..protocol._servable import Servable, make_servable
+from ..protocol._servable import Servable, make_servable, name_and_version
 from ._grpc import make_grpc_server
 from ._http import BoundedHttp, InferenceEndpoint
 from ._rest import make_app
@@ -433,7 +433,7 @@ class _ExplicitControl(ModelControl):
 
     def _keys(self, name: str) -> list[str]:
         """Return the keys of a model's versions. Raises ModelNotFound, and ServerNotReady."""
-        keys = [key for key in self.known if key.partition("/")[0] == name]
+        keys = [key for key in self.known if name_and_version(key)[0] == name]
         if not keys:
             raise ModelNotFound(name)
         if self._state.phase == "draining" or not self._server._started:

@@ -32,7 +32,7 @@ from ..protocol._messages import (
     output_types,
     queries_of,
 )
-from ..protocol._servable import Servable, model_key
+from ..protocol._servable import Servable, model_key, name_and_version
 from ._shares import JsonReader, RequestMemory
 
 _LOG = logging.getLogger(__name__)
@@ -169,8 +169,8 @@ class ServerState:
         """The versions of each model that are started or will be, by name, the latest last."""
         found: dict[str, list[str]] = {}
         for key in self.names:
-            name, _, version = key.partition("/")
-            found.setdefault(name, []).append(version or "1")
+            name, version = name_and_version(key)
+            found.setdefault(name, []).append(version)
         return {name: sorted(each, key=int) for name, each in found.items()}
 
     def check(self, name: str, version: str = "") -> str:
@@ -266,8 +266,7 @@ class ServerState:
         """Return all models with their states, by Triton's extension; or only those ready."""
         index = []
         for key in dict.fromkeys([*self.names, *self.control.known]):
-            name, _, version = key.partition("/")
-            version = version or "1"
+            name, version = name_and_version(key)
             state, reason = "READY", ""
             if key not in self.names:
                 state, reason = "UNAVAILABLE", "unloaded"
