@@ -239,9 +239,9 @@ class ServedModel:
     def close(self, drain: float) -> None:
         """Answer what was accepted for up to `drain` seconds; then end the workers."""
         self._hint_log.close()
-        if self._preprocessing is not None and not drain:
-            self._preprocessing.close()
         self._batcher.close(drain)
+        if self._preprocessing is not None:
+            self._preprocessing.close()
         self.pool.close()
         self.meter.close()
 

@@ -353,7 +353,7 @@ class Servable:
 
     @property
     def growth(self) -> float:
-        """The bytes that preprocessing makes of a query, as a multiple of the input's; 0 without it."""
+        """The bytes of a preprocessed query, as a multiple of the input's (0: none)."""
         if self.preprocess is None:
             return 0.0
         sent = sum(math.prod(each.shape) * each.sent.itemsize for each in self.inputs.parts)
