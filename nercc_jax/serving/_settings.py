@@ -46,7 +46,6 @@ from ._settings_text import (
     read_shape,
     read_table,
 )
-from .protocol._servable import model_key
 
 _POLICY = BatchingPolicy()
 
@@ -245,8 +244,11 @@ class ModelSettings(BaseModel):
 
     @property
     def key(self) -> str:
-        """The name and the version, by which the server keeps its models."""
-        return model_key(self.served_name, str(self.version))
+        """The name and the version, by which the server keeps its models: see `model_key`.
+
+        Written out, since settings are read before JAX is imported.
+        """
+        return self.served_name if self.version == 1 else f"{self.served_name}/{self.version}"
 
     @property
     def served_name(self) -> str:
