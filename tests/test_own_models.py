@@ -91,6 +91,21 @@ def test_what_jax_cannot_trace_runs_on_the_host(folder):
     np.testing.assert_array_equal(workload.model(x), x)
 
 
+@pytest.mark.slow
+def test_commands_run_what_jax_cannot_trace_but_tune_says_why_not(folder):
+    code = ("--num-data", "2", "--num-workers", "4")
+    report = run("demo", "--model", "own_parts:by_hand", *code, "--plot", "by-hand.png")
+    assert "RelAcc" in report
+    assert (folder / "by-hand.png").exists()
+    report = run("run", "--model", "own_parts:by_hand", *code, "--output", "by-hand.npz")
+    assert "labels are the model's own" in report
+    tune = ("tune", "--model", "own_parts:by_hand", *code, "--steps", "1")
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, list(tune))
+    assert result.exit_code == 2
+    assert "error: JAX cannot trace the model" in result.output
+    assert "Traceback" not in result.output
+
+
 # -- The template in every command: one test after the other, on what the last one wrote. ----------
 
 

@@ -74,10 +74,12 @@ def compile_quickly(model: Callable[..., Any], x: "np.ndarray", rows: int) -> bo
     import equinox as eqx
     import jax
 
+    from ..inference._models import call_model
+
     if jax.default_backend() != "cpu":
         return False
-    jitted: Any = eqx.filter_jit(model)
-    lowered = jitted.lower(x[:1]).lowered
+    jitted: Any = eqx.filter_jit(call_model)
+    lowered = jitted.lower(model, x[:1]).lowered
     cost: Any = lowered.cost_analysis() or {}
     few = "stablehlo.while" not in lowered.as_text() and rows * cost.get("flops", math.inf) <= _FEW
     if few:

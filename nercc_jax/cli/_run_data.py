@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..codes import AbstractCode, NeRCC
 from ..evaluation import make_forecast
 from ..evaluation._answers import batched
-from ..inference._models import Model
+from ..inference._models import Model, call_model
 from ..pools import AbstractPool, BatchOutcome, PoolReport, run_batches
 from ..pools._batch import answers_to_wait_for
 from ..pools._row_engine import pool_counts, reason_to_stop
@@ -161,7 +161,8 @@ class _Job:
 
     def num_outputs(self, network: Model) -> int:
         """Return the number of the model's outputs."""
-        return jax.eval_shape(network, jnp.asarray(self.inputs(self.rows[:1]))).shape[-1]
+        one = jnp.asarray(self.inputs(self.rows[:1]))
+        return jax.eval_shape(lambda x: call_model(network, x), one).shape[-1]
 
 
 def _chosen_code(options: RunOptions) -> AbstractCode:

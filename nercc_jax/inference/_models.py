@@ -25,6 +25,13 @@ _UNTRACEABLE = (
 _INNER = ("func", "__self__", "__wrapped__")
 
 
+class NoDerivative(TypeError, ValueError):
+    """A derivative is asked of a model that runs on the host.
+
+    JAX raises TypeErrors for such models; commands print the ValueErrors in a line.
+    """
+
+
 def check_model(model: Model | Sequence[Model]) -> None:
     """Refuse a model, or several, that holds an Equinox or Flax NNX layer in training mode.
 
@@ -103,7 +110,7 @@ def call_model(model: Model, batch: PyTree, *args: Any) -> Any:
     Raises:
         ValueError: The model takes one data point instead of a batch (from the model's own error);
             else what the model raises.
-        TypeError: A derivative is taken of a model that JAX cannot trace.
+        NoDerivative: A derivative is taken of a model that JAX cannot trace.
     """
     try:
         return model(batch, *args)
@@ -144,7 +151,7 @@ def _call_on_host(model: Model, batch: PyTree, args: tuple) -> Any:
 
     @answered.defjvp
     def _(*_: Any) -> Any:
-        raise TypeError(
+        raise NoDerivative(
             "JAX cannot trace the model, since it works on NumPy arrays or looks at values. So it "
             "runs on the host and has no derivative: tuning and gradients need a model of jax.numpy"
         )

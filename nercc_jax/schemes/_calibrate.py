@@ -21,7 +21,7 @@ from ..evaluation._criteria import labels_of, same_labels
 from ..evaluation._trial import draw_sets
 from ..inference import cast_model
 from ..inference._conditions import current_conditions
-from ..inference._models import Model, check_model
+from ..inference._models import Model, call_model, check_model
 from ..inference._workers import run_workers
 from ..risk import ErrorBars, ErrorProbability
 from ..risk._error_bars import error_bars_from_ratios
@@ -121,7 +121,7 @@ def _observe_errors(
     """Return the outputs' form, and what `risk.observe_errors` does, of a scheme."""
     prepared, coded = scheme.encode(x, encoder)
     y = run_workers(workers, scheme.code, coded)
-    own, form = join(scheme.groups(model(x), prepared), 2)
+    own, form = join(scheme.groups(call_model(model, x), prepared), 2)
     wanted = labels_of(form.split(own), 2)
 
     def of_set(mask: Array) -> tuple[Array, Array, Array]:
@@ -255,7 +255,7 @@ def _ratios(
 
 @eqx.filter_jit
 def _served(model: Model, x: PyTree) -> PyTree:
-    return model(x)
+    return call_model(model, x)
 
 
 @eqx.filter_jit

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Shaped
 
 from ..codes import Decoded
-from ..inference._models import Model, check_model
+from ..inference._models import Model, call_model, check_model
 from ..risk import ErrorBars
 from ..risk._error_bars import error_bars
 
@@ -110,7 +110,7 @@ def reexecute(
     def few(leaf: np.ndarray) -> Array:
         return jnp.asarray(leaf.reshape(points, *leaf.shape[len(lead) :])[padded])
 
-    own = eqx.filter_jit(model)(jax.tree.map(few, x))
+    own = eqx.filter_jit(call_model)(model, jax.tree.map(few, x))
     own = jax.tree.map(lambda leaf: leaf[: len(chosen)], own)
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(own)):
         raise ValueError("the model's own outputs are not finite")
