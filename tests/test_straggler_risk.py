@@ -128,6 +128,18 @@ def test_bars_of_what_is_not_given_out_are_right_for_all_rows():
     np.testing.assert_array_equal(risk.bars(bound / 10, ~admitted), [np.inf, np.inf, 0.2])
 
 
+def test_rows_beyond_the_tolerance_do_not_forbid_those_within():
+    """Of rows that a calibration admits, too few were seen to say anything else."""
+    risks = [StragglerRisk(AccuracyTarget(tolerance=1.0), needs_evidence=n) for n in (False, True)]
+    for risk in risks:
+        for number in range(60):
+            risk.add(row(math.nan, bound=0.5 if number < 4 else 2.0, excess=0.8), given=False)
+    assert [bool(risk.admits(math.nan, 0.9)) for risk in risks] == [True, False]
+    for _ in range(20):  # off by three times their bounds: these forbid
+        risks[0].add(row(math.nan, bound=0.9, excess=3.0), given=False)
+    assert not risks[0].admits(math.nan, 0.9)
+
+
 def test_answers_that_never_come_count_as_wrong():
     risk = StragglerRisk(LABELS, needs_evidence=False)
     given, detected = 0, False

@@ -293,7 +293,11 @@ def _reach(address: str) -> None:
 
 def _init(address: str, runtime_env: dict[str, Any]) -> None:
     ray = ray_module()
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
+    # What Ray logs goes where this process's own log goes, in its format: a server's is JSON.
+    log = logging.getLogger("ray")
+    log.setLevel(logging.ERROR)
+    log.propagate = True
     if "://" not in address:
         options["include_dashboard"] = False
     try:

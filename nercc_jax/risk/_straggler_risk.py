@@ -316,7 +316,12 @@ class StragglerRisk:
             factor_of_all = max(conformal_quantile(excess, self._coverage), 1.0)
             factor = least_factor(bound, excess, self._tolerance, self._coverage)
             if math.isinf(factor):
-                limit, beyond, factor = -1.0, -1.0, factor_of_all
+                factor = factor_of_all
+                # Too few rows within the tolerance show nothing about these. So they are admitted
+                # by what all rows show, unless evidence is needed.
+                within = int(np.sum(bound * factor <= self._tolerance))
+                if self._needs_evidence or within >= _BARS:
+                    limit = beyond = -1.0
             given &= bound * factor <= self._tolerance
         if self._share is not None and given.any():
             shift = max(float(np.mean(wrong[given] - probability[given])), 0.0)
