@@ -176,6 +176,33 @@ def test_of_two_overdue_points_the_one_that_waits_longer_gets_the_idle_worker():
     assert answers.seconds.tolist() == [6.5, 7.0]
 
 
+@pytest.mark.parametrize(
+    ("together", "copies", "sent", "seconds"), [(1, 3, 3, 5.0), (2, 3, 3, 3.0), (2, 2, 2, 60.0)]
+)
+def test_copies_of_an_overdue_point_go_out_together(together, copies, sent, seconds):
+    """At 2 s; of the two copies one straggles, too. Not more than the batch allows."""
+    faults = Faults([delay(59.0, workers=[0, 1], calls=[7])])
+    overdue = Overdue(0.5, 2.0, least=20, copies=together)
+    with paper(4, faults=faults, overdue=overdue) as pool:
+        warm(pool, 7)
+        before = pool.report().sent
+        with pool.open(1, copies=copies) as batch:
+            pool.send(batch, [0], POINTS[:1])
+            answers = batch.wait(deadline=100.0)
+        assert (answers.seconds.tolist(), pool.report().sent - before) == ([seconds], sent)
+
+
+def test_copies_from_the_start_go_to_idle_workers():
+    faults = Faults([delay(59.0, workers=[0], calls=[0])])
+    with paper(3, faults=faults) as pool:
+        with pool.open(2, copies=2, at_once=2) as batch:
+            pool.send(batch, [0, 1], POINTS[:2])
+            assert pool.idle == 0, "every point has a worker, and the first a copy"
+            assert batch.wait(deadline=10.0).seconds.tolist() == [1.0, 1.0]
+        with pytest.raises(ValueError, match="of 2 copies, 1 to all go out at once, not 3"):
+            pool.open(1, copies=2, at_once=3)
+
+
 def test_answers_that_are_none_say_nothing_about_service_times():
     def refuses(x):
         if (x < 0).any():

@@ -97,6 +97,7 @@ class Task:
         "settled",
         "size",
         "value",
+        "wanted",
     )
 
     def __init__(self, batch: "Batch", point: int, kind: int, value: PyTree):
@@ -108,7 +109,13 @@ class Task:
         self.refusals = 0  # answers that could not be used
         self.running = 0  # workers that have it
         self.on_time = 0  # those of them that are not overdue
+        self.wanted = batch.at_once  # as many of these as it should have
         self.settled = False
+
+    @property
+    def pending(self) -> bool:
+        """True if as many workers as it should have are at work on it in time."""
+        return self.on_time >= self.wanted
 
     @property
     def limit(self) -> float:
@@ -149,6 +156,7 @@ class Batch:
         num_points: int,
         needed: int | None,
         copies: int,
+        at_once: int,
         times: AnswerTimes,
         on_change: Callable[["Batch"], None] | None,
         refuse: Refuse,
@@ -159,7 +167,10 @@ class Batch:
             raise ValueError(f"a batch of {num_points} needs 1 to as many answers, not {needed}")
         if copies < 1:
             raise ValueError(f"a coded data point has 1 copy or more, not {copies}")
-        self.num_points, self.needed, self.copies = num_points, needed, copies
+        if not 1 <= at_once <= copies:
+            raise ValueError(f"of {copies} copies, 1 to all go out at once, not {at_once}")
+        self.num_points, self.needed = num_points, needed
+        self.copies, self.at_once = copies, at_once
         self.times, self._refuse = times, refuse
         self.open = True
         self.waiting: list[Task] = []
@@ -176,7 +187,7 @@ class Batch:
         self._awaited = num_points
         self._count = 0
         self._unsettled = 0
-        self.pending = 0  # coded data points that a worker has and is not overdue with
+        self.pending = 0  # coded data points at which enough workers are, and not overdue
         self._start = self.clock.now()
 
     def __enter__(self) -> "Batch":
@@ -330,13 +341,20 @@ class Batch:
 
     def count_pending(self, task: Task, change: int) -> None:
         """Change the number of workers that have a task and are not overdue with it."""
-        before, task.on_time = task.on_time > 0, task.on_time + change
+        before, task.on_time = task.pending, task.on_time + change
         if not task.settled:
-            self.pending += (task.on_time > 0) - before
+            self.pending += task.pending - before
+
+    def hedge(self, task: Task) -> None:
+        """Count a worker as overdue with a task, which other workers may get then."""
+        before, task.on_time = task.pending, task.on_time - 1
+        task.wanted = min(self.times.overdue.copies, max(self.copies - 1, 1))
+        if not task.settled:
+            self.pending += task.pending - before
 
     def settle(self, task: Task, value: PyTree | None, worker: int = -1) -> None:
         """Take a task's answer and the worker that gave it, or None if there will be none."""
-        self.pending -= task.on_time > 0
+        self.pending -= task.pending
         task.settled, task.value = True, _NOTHING  # it may be large, and the batch live on
         self._unsettled -= 1
         if value is not None:

@@ -103,6 +103,7 @@ class AbstractPool(abc.ABC):
         *,
         needed: int | None = None,
         copies: int = 2,
+        at_once: int = 1,
         on_change: Callable[[Batch], Any] | None = None,
         overdue: Overdue | None = None,
         refuse: Refuse = refuse_odd,
@@ -116,13 +117,17 @@ class AbstractPool(abc.ABC):
             num_points: Coded data points, in all.
             needed: As in `dispatch`.
             copies: As in `dispatch`.
+            at_once: Workers that compute each coded data point from the start, if so many are idle.
+                When it is overdue, as many copies follow as the rule says (`Overdue.copies`).
             on_change: Called with the batch after each answer or failure, from one of the pool's
                 threads. It must be quick, and must not wait for the batch.
             overdue: When this batch's coded data points are overdue (default: the pool's rule).
             refuse: Returns why an answer cannot be used, in which case the worker has failed
                 (default: answers that are not finite floats).
         """
-        return self._scheduler.open(num_points, needed, copies, on_change, overdue, refuse)
+        return self._scheduler.open(
+            num_points, needed, copies, on_change, overdue, refuse, at_once=at_once
+        )
 
     def send(
         self,

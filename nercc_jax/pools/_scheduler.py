@@ -13,7 +13,7 @@ The rules:
   next batch could use.
 - A task is *overdue* when it has taken longer than the running service times of batches of its size
   allow (`Overdue`). It then no longer counts among the answers that its batch may expect: what
-  waits is sent in its place, or a copy of the task itself if its batch allows copies. That is
+  waits is sent in its place, or copies of the task itself if its batch allows them. That is
   hedging, and it keeps a batch from waiting for a straggler while other workers are idle.
 - An exception in a step that is not the scheduler's own (a backend's, a callback's) is logged and
   counted, and a start is tried again. If the scheduler's own steps fail, the pool is broken: all
@@ -115,7 +115,8 @@ class SendQueue:
         late = [
             (task, worker)
             for task in batch.tasks.values()
-            if task.on_time < task.running < batch.copies
+            if not task.pending
+            and 0 < task.running < batch.copies
             and not task.settled
             and (worker := self._worker_for(task)) is not None
         ]
@@ -211,12 +212,14 @@ class Scheduler:
         on_change: Callable[[Batch], None] | None,
         overdue: Overdue | None,
         refuse: Refuse = refuse_odd,
+        *,
+        at_once: int = 1,
     ) -> Batch:
         """Return a new batch: see `AbstractPool.open`."""
         with self._lock:
             times = self._times.under(overdue or self._overdue)
         context = BatchContext(self._lock, self.clock, self._forget)
-        return Batch(context, num_points, needed, copies, times, on_change, refuse)
+        return Batch(context, num_points, needed, copies, at_once, times, on_change, refuse)
 
     def add(
         self,
@@ -246,6 +249,8 @@ class Scheduler:
             sends = []
             while (chosen := self._queue.first(batch)) is not None:
                 sends.append(self._assign(*chosen))
+            if batch.at_once > 1:
+                sends += self._assign_waiting()
         self._send(sends)
 
     def report(self) -> PoolReport:
@@ -536,7 +541,7 @@ class Scheduler:
             return batch
         else:
             slot.overdue = True
-            slot.task.batch.count_pending(slot.task, -1)
+            slot.task.batch.hedge(slot.task)
         return None
 
     def _next_due(self) -> float:

@@ -40,6 +40,8 @@ class Overdue:
         factor: Multiple of that quantile (default: 3).
         least: Answers needed before anything is overdue (default: 20).
         floor: Seconds beyond the quantile, at least (default: 0.01).
+        copies: Copies that go to other workers at once when a task is overdue, if its batch allows
+            as many (default: 1).
 
     Raises:
         ValueError: If a number is out of its range.
@@ -53,6 +55,7 @@ class Overdue:
     factor: float = 3.0
     least: int = 20
     floor: float = 0.01
+    copies: int = 1
 
     def __post_init__(self):
         if not 0 < self.quantile < 1 or not self.factor > 0:
@@ -62,6 +65,8 @@ class Overdue:
             )
         if not 0 <= self.floor < math.inf:
             raise ValueError(f"floor is a number of seconds from 0 on, not {self.floor}")
+        if self.copies < 1:
+            raise ValueError(f"copies of an overdue task are 1 or more, not {self.copies}")
 
     def after(self, usual: float) -> float:
         """Return the seconds after which a task is overdue.

@@ -98,12 +98,22 @@ class BatchingPolicy:
         "query must be answered exactly or cannot be decoded (hedging). 1 waits for stragglers.",
     )
 
+    hedge_copies: int = _option(
+        1,
+        "Workers, of `copies`, that compute a straggler's query from the same time on. With 2 the "
+        "tail is shorter, for one call more for each straggler.",
+    )
+
     def __post_init__(self):
         if self.max_batch_size < 1 or self.max_batch_size & (self.max_batch_size - 1):
             raise ValueError(f"max_batch_size must be a power of two, not {self.max_batch_size}")
         if self.max_queue_size < 1 or self.copies < 1:
             raise ValueError(
                 f"max_queue_size {self.max_queue_size} and copies {self.copies} must be 1 or more"
+            )
+        if not 1 <= self.hedge_copies <= self.copies:
+            raise ValueError(
+                f"hedge_copies {self.hedge_copies} must be from 1 to copies, {self.copies}"
             )
         if not (
             0 <= self.batch_wait_timeout_s < math.inf

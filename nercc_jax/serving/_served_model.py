@@ -17,13 +17,14 @@ import numpy as np
 from jaxtyping import Shaped
 
 from ..codes import AbstractCode
-from ..pools import AbstractPool, DevicePool, Faults, Overdue, PoolReport, RayPool
+from ..pools import AbstractPool, DevicePool, Faults, PoolReport, RayPool
 from ._batcher import CodedBatcher
 from ._metrics import Meter, Metrics
 from ._settings import ModelSettings
 from ._tracing import current
 from .adapt._error_estimator import ErrorEstimator, calibrate_or_restore
 from .adapt._predictor import Predictor
+from .core._adaptation import overdue_rule
 from .core._coder import Coder
 from .core._health import Health
 from .core._request import DeadlineExceeded, Reply
@@ -409,7 +410,7 @@ def _open_pool(
             death_rate=settings.death_rate,
             seed=settings.fault_seed,
         ),
-        "overdue": Overdue(settings.quantile, settings.straggler_threshold),
+        "overdue": overdue_rule(settings.policy()),
         "max_attempts": settings.max_attempts,
         "hang_timeout": settings.hang_timeout_s,
     }

@@ -201,6 +201,7 @@ class ModelSettings(BaseModel):
     max_disagreement: float | None = _of_policy("max_disagreement", default=0.05, le=1)
     max_reexecution: float | None = _of_policy("max_reexecution", 0.1)
     copies: int = _of_policy("copies", le=_MANY)
+    hedge_copies: int = _of_policy("hedge_copies", le=_MANY)
 
     surrogate: str | None = _setting(
         None,

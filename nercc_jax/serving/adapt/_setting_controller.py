@@ -18,7 +18,7 @@ from jaxtyping import Float
 from ...pools import AbstractPool, Call, Overdue
 from ...pools._time_share import TimeShare
 from .._policy import BatchingPolicy, Observe
-from ..core._adaptation import DispatchSetting, Redundancy
+from ..core._adaptation import DispatchSetting, Redundancy, overdue_rule
 from ..core._coder import Coder
 from ._predictor import Predictor
 
@@ -86,10 +86,11 @@ class CallReplay:
         late = first > limit
         calls = 1.0 + extra_calls * float(doubled.mean())
         seconds, again = first, late & ~sure
-        for number, copy in enumerate(self.copies[extra:], start=1):
+        for number, place in enumerate(range(extra, len(self.copies), overdue.copies), start=1):
             again = again & (seconds > number * limit)
-            calls += float(again.mean())
-            seconds = np.where(again, np.minimum(seconds, number * limit + copy), seconds)
+            for copy in self.copies[place : place + overdue.copies]:
+                calls += float(again.mean())
+                seconds = np.where(again, np.minimum(seconds, number * limit + copy), seconds)
         seconds = np.sort(np.where(late & sure, limit, seconds))
         return TailForecast(
             _mean_between(seconds, _P999),
@@ -154,6 +155,7 @@ _LOG = logging.getLogger(__name__)
 
 # Candidates besides the policy's own rule: multiples of the median, and hedging as published.
 _THRESHOLDS, _HEDGING = (1.2, 1.35, 1.5, 2.0, 3.0), ((0.9, 1.0), (0.95, 1.0))
+_AT_ONCE = 2  # copies of a straggler's query that go out together, at most
 # Queries between two decisions; requests, and stragglers' queries, that a measurement needs.
 _EVERY, _MEASURED, _MEASURED_LATE = 500, 1000, 20
 # Settings whose p99.9, p99, or calls differ by less are equivalent, and the cheaper one is taken.
@@ -211,9 +213,10 @@ class SettingController:
             allowed.append("uncertain")
         if extra and policy.redundancy == "always":
             allowed.append("always")
-        rules = [Overdue(policy.quantile, policy.straggler_threshold)]
-        rules += [Overdue(0.5, straggler_threshold) for straggler_threshold in _THRESHOLDS]
-        rules += [Overdue(*each) for each in _HEDGING]
+        rules = [overdue_rule(policy)]
+        for copies in range(1, min(policy.copies, _AT_ONCE) + 1):
+            rules += [Overdue(0.5, threshold, copies=copies) for threshold in _THRESHOLDS]
+            rules += [Overdue(*each, copies=copies) for each in _HEDGING]
         self.settings = [
             DispatchSetting(rule, each) for each in allowed for rule in dict.fromkeys(rules)
         ]
@@ -246,6 +249,7 @@ class SettingController:
         return {
             "straggler_threshold": setting.overdue.factor,
             "quantile": setting.overdue.quantile,
+            "hedge_copies": setting.overdue.copies,
             "redundancy": setting.redundancy,
             "reason": self._reason,
         }
@@ -268,7 +272,7 @@ class SettingController:
 
     def _decide(self) -> None:
         calls = self._pool.calls()
-        copies = self._copies + self._attempts - 1
+        copies = self._copies + self._attempts
         replay = replay_calls(calls, copies, self._pool.num_workers, self._decisions)
         if replay is None:
             return
@@ -376,4 +380,5 @@ def _words(setting: DispatchSetting) -> str:
         "always": "all redundancy",
     }
     times = "" if overdue.factor == 1 else f"{overdue.factor:g} times "
-    return f"late after {times}{when}, {redundancy[setting.redundancy]}"
+    copies = f", {overdue.copies} copies at once" if overdue.copies > 1 else ""
+    return f"late after {times}{when}{copies}, {redundancy[setting.redundancy]}"

@@ -23,7 +23,7 @@ class DispatchSetting(NamedTuple):
     """The part of a policy that may change while queries are served.
 
     Attributes:
-        overdue: the rule by which a call counts as late.
+        overdue: the rule by which a call counts as late, and the copies that follow at once.
         redundancy: the coded data points that are sent beyond the queries: all that the code has
             ("always"), those for queries that a surrogate could not answer ("uncertain"), or none.
     """
@@ -166,4 +166,9 @@ class AbstractAdaptation(abc.ABC):
 
 def fixed_setting(policy: BatchingPolicy) -> DispatchSetting:
     """Return the setting that a policy names."""
-    return DispatchSetting(Overdue(policy.quantile, policy.straggler_threshold), policy.redundancy)
+    return DispatchSetting(overdue_rule(policy), policy.redundancy)
+
+
+def overdue_rule(policy: BatchingPolicy) -> Overdue:
+    """Return a policy's own rule for calls that are late."""
+    return Overdue(policy.quantile, policy.straggler_threshold, copies=policy.hedge_copies)

@@ -216,7 +216,8 @@ class Dispatcher:
         due = math.inf
         while self._pool.idle and (lane := self._queue.next_lane(hold_coded=due < math.inf)):
             if lane is not self._queue.coded:
-                self._send_alone(self._next_cell(lane, turn.now), turn)
+                cell = self._next_cell(lane, turn.now)
+                self._send_alone(cell, turn, resent=lane is self._queue.resent)
             elif self._coder.systematic:
                 sent += self._send_own(turn)
             else:
@@ -314,15 +315,23 @@ class Dispatcher:
             group.add(cell)
         return [group]
 
-    def _send_alone(self, cell: Cell, turn: Turn) -> None:
-        """Send a batch to one worker, hedged: the answers are exact."""
-        group = self._new_group(self._alone, turn, alone=True)
+    def _send_alone(self, cell: Cell, turn: Turn, *, resent: bool = False) -> None:
+        """Send a batch to one worker, hedged: the answers are exact.
+
+        Args:
+            cell: the batch.
+            turn: the circumstances.
+            resent: whether this hedges an earlier call itself; then all its copies go out at once.
+        """
+        group = self._new_group(self._alone, turn, alone=True, resent=resent)
         group.add(cell)
         assert cell.x is not None
         self._send(group, np.arange(1), [cell.x], turn.now)
         group.drop_inputs()
 
-    def _new_group(self, coder: Coder, turn: Turn, *, alone: bool = False) -> Group:
+    def _new_group(
+        self, coder: Coder, turn: Turn, *, alone: bool = False, resent: bool = False
+    ) -> Group:
         group = Group(coder, turn.now, alone=alone)
 
         def changed(_: object) -> None:
@@ -332,6 +341,7 @@ class Dispatcher:
             coder.num_workers,
             needed=coder.num_data if coder.systematic else self._rules.enough,
             copies=self._policy.copies if alone else 1,
+            at_once=turn.setting.overdue.copies if resent else 1,
             on_change=changed,
             overdue=turn.setting.overdue,
             refuse=self._rules.refuse,
