@@ -195,11 +195,11 @@ class Noisy(np.random.Generator):
 
 
 def test_what_was_foreseen_and_did_not_come_true_is_given_up_and_tried_again_later():
-    looks = Looks(2.2, copies=1)  # two at once would do as well as redundancy
+    looks = Looks(2.2)
     assert looks.look(0.05).redundancy == "always"
     # Workers are busy, hardly a copy is sent: p99 is many times what was foreseen.
-    assert looks.look(0.05, times=20.0).redundancy == "none"
-    seen = {looks.look(0.05, times=20.0).redundancy for _ in range(60)}
+    assert looks.look(0.05, times=8.0).redundancy == "none"
+    seen = {looks.look(0.05, times=5.0).redundancy for _ in range(60)}
     assert seen == {"none", "always"}
 
 
