@@ -1,8 +1,10 @@
 """Laws by which workers straggle in benchmarks of tails."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax.numpy as jnp
+import numpy as np
 
 from nercc_jax.pools import Episodes, Fault
 from nercc_jax.stragglers import ExponentialLatency, ParetoLatency, TraceLatency
@@ -10,11 +12,33 @@ from nercc_jax.stragglers import ExponentialLatency, ParetoLatency, TraceLatency
 
 @dataclasses.dataclass(frozen=True)
 class Law:
-    """A law of stragglers, in addition to the base delay of every call."""
+    """A law of stragglers, in addition to the service time of every call.
+
+    `hardest` is the share of the queries, the hardest ones, whose calls take 10 service times more.
+    """
 
     name: str
     words: str
     faults: tuple[Fault, ...]
+    hardest: float = 0.0
+
+
+# Service times as multiples of the base, for a generator of random numbers.
+SERVICES: dict[str, tuple[str, Callable[[np.random.Generator], float]]] = {
+    "constant": ("the base", lambda random: 1.0),
+    "lognormal 0.2": (
+        "a lognormal law with a standard deviation of 0.2 of its logarithm",
+        lambda random: random.lognormal(0.0, 0.2),
+    ),
+    "lognormal 0.44": (
+        "the same with 0.44, so that p90 is 1.76 times the median",
+        lambda random: random.lognormal(0.0, 0.44),
+    ),
+    "bimodal": (
+        "one call in five takes twice as long",
+        lambda random: 1.0 + (random.random() < 0.2),
+    ),
+}
 
 
 def laws(base: float, num_workers: int) -> dict[str, Law]:
@@ -71,5 +95,12 @@ def laws(base: float, num_workers: int) -> dict[str, Law]:
         "and come back a second later",
         (Fault("hang", 1.0, workers=rack, episodes=Episodes(20.0, 2.0, seed=77, origin=0.0)),),
     )
-    found = (*independent, pareto, sticky, rack_law, rack_dies)
+    hard = Law(
+        "hard queries",
+        "the hardest 5 % of the queries (smallest margins, largest peaks): each of their calls, "
+        "copies too, takes 10 service times more",
+        (),
+        hardest=0.05,
+    )
+    found = (*independent, pareto, sticky, rack_law, rack_dies, hard)
     return {law.name: law for law in found}

@@ -1,11 +1,12 @@
 """Tails of a stream of single queries: what `CodedBatcher` makes of stragglers, and its rivals.
 
-    python bench/tails.py [--only PATTERN ...] [--queries NUMBER] [--real]
+    python bench/tails.py [--only PATTERN ...] [--queries NUMBER] [--real | --services]
 
 Every cell is `CodedBatcher` as it is shipped, before workers on paper (`SimulatedPool`): a clock
 that jumps, so that an hour of traffic takes a minute, and the same each time. `--real` runs some
 cells before threads that sleep (`DevicePool`), for what is seen on paper to be held against. Both
-go into results/tails.json, cell by cell, which docs/tails.md shows.
+go into results/tails.json, cell by cell, which docs/tails.md shows. `--services` crosses laws of
+service times with ways to straggle, for hedging in its best form and what the server picks.
 `--only 'lenet5/5 %/*'` names cells: work/law/system. Needs MNIST and CIFAR-10 as parquet files
 (`models/data.py` says where).
 """
@@ -26,7 +27,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as `nercc serve` does
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from _laws import Law, laws
+from _laws import SERVICES, Law, laws
 from _report import block_bootstrap, environment, write_json
 from _tails_systems import System, Work, parity_models, systems, works
 
@@ -46,14 +47,21 @@ _COUNTED = ("predict_seconds", "audit_same", "audit_other", "drift", "reexecutio
 _WIDTH = 8  # rows that the model is compiled for
 # The grounds that both are tried on.
 REAL = ("hedged, p90", "hedged, 1.35 x median", "two copies", "known, else hedged")
+# With laws of service times: the ways to straggle, and the systems.
+STRAGGLE: tuple[str, ...] = ("5 %", "slow workers", "slow rack", "hard queries")
+TRIED = (
+    *("hedged, p95", "two at once, 1.2 x median", "hedging picked, 1.1 calls"),
+    *("hedging picked, 1.35 calls", "picked, 1.1 calls", "picked, 1.35 calls"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """Workers, seconds of a call, queries a second."""
+    """Workers, seconds of a call and their law (`SERVICES`), queries a second."""
 
     workers: int = 28
     base: float = 0.05
+    service: str = "constant"
     rate: float = 130.0
     queries: int = 20_000
 
@@ -71,7 +79,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", default=["*"], metavar="PATTERN")
     parser.add_argument("--queries", type=int, default=Load.queries)
-    parser.add_argument("--real", action="store_true")
+    ground = parser.add_mutually_exclusive_group()
+    ground.add_argument("--real", dest="ground", action="store_const", const="real")
+    ground.add_argument("--services", dest="ground", action="store_const", const="services")
+    parser.set_defaults(ground="paper")
     parser.add_argument("--data-dir", type=Path, default=None)
     options = parser.parse_args()
     path = RESULTS / "tails.json"
@@ -95,10 +106,16 @@ def _run(
         ", load 80 %": load.at(0.8),
         ", 1,000 workers": load.before(1000, 50 * load.queries),
     }
+    laws_of: dict[str, tuple[str, ...]] = {suffix: ("5 %",) for suffix in loads}
+    laws_of[""] = tuple(law for law in chosen if law != "hard queries")
+    tried = REAL if options.ground == "real" else None
+    if options.ground == "services":
+        loads = {f", {each}": dataclasses.replace(load, service=each) for each in SERVICES}
+        laws_of, tried = dict.fromkeys(loads, STRAGGLE), TRIED
     work = None
     for law_name, law in chosen.items():
         for suffix, heavier in loads.items():
-            if suffix and law_name != "5 %":
+            if law_name not in laws_of[suffix]:
                 continue
             wanted = _matching(options.only, name, law_name + suffix)
             if not wanted:
@@ -108,15 +125,16 @@ def _run(
                 cell = f"{name}/{law_name}{suffix}/{system.name}"
                 if not any(fnmatch.fnmatch(system.name, pattern) for pattern in wanted):
                     continue
-                if options.real and system.name not in REAL:
+                if tried is not None and system.name not in tried:
                     continue
-                ground = "real" if options.real else "paper"
-                cell_of = serve(work, system, law, heavier, real=options.real)
+                ground = options.ground
+                cell_of = serve(work, system, law, heavier, real=ground == "real")
                 found.setdefault(ground, {})[cell] = cell_of
                 found["about"] = {
                     "environment": environment(PACKAGES),
                     "load": dataclasses.asdict(load),
                     "laws": {each.name: each.words for each in chosen.values()},
+                    "services": {each: words for each, (words, _) in SERVICES.items()},
                     "warm_up": WARM_UP,
                     "real_warm_up": REAL_WARM_UP,
                 }
@@ -200,14 +218,34 @@ def _pool(work: Work, system: System, law: Law, load: Load, *, real: bool) -> Ab
         base = Fault("delay", latency=TraceLatency(jnp.array([load.base])))
         faults = Faults((base, *map(_from_now, law.faults)), seed=7)
         return DevicePool(models, load.workers, compiled=False, faults=faults, **options)
-    noise = np.random.default_rng(2)
+    noise, draw = np.random.default_rng(2), SERVICES[load.service][1]
+    faults = (*law.faults, *_slow_queries(work, law.hardest, load.base))
     return SimulatedPool(
         models,
         load.workers,
-        seconds=lambda size: load.base + noise.exponential(0.0005),
-        faults=Faults(law.faults, seed=7),
+        seconds=lambda size: load.base * draw(noise) + noise.exponential(0.0005),
+        faults=Faults(faults, seed=7),
         **options,
     )
+
+
+def _slow_queries(work: Work, share: float, base: float) -> list[Fault]:
+    """Return the fault that makes the hardest share of the queries slow, if any."""
+    if not share:
+        return []
+    if work.tolerance is None:
+        top = np.sort(work.answers, axis=1)
+        hardness = top[:, -2] - top[:, -1]
+    else:
+        hardness = np.abs(work.answers).reshape(len(work.answers), -1).max(axis=1)
+    hard = hardness >= np.quantile(hardness, 1 - share)
+    slow = {row.tobytes() for row in work.queries[hard]}
+
+    def score(batch: Any) -> list[bool]:
+        return [row.tobytes() in slow for row in np.asarray(batch)]
+
+    latency = TraceLatency(jnp.array([10 * base]))
+    return [Fault("delay", latency=latency, score=score, least_score=1.0)]
 
 
 def _from_now(fault: Fault) -> Fault:
