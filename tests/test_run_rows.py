@@ -171,7 +171,8 @@ def test_tables_have_a_column_for_each_output(folder, suffix):
     result = run("boxes", *SMALL, "--max-inputs", "20", "--output", f"y.{suffix}")
     assert result.exit_code == 0, result.output
     wanted = own("boxes")[:20].reshape(20, -1)
-    names = [*(f"output_{place}" for place in range(12)), "deviation", "bar", "exact"]
+    names = [f"output_{place}" for place in range(12)]
+    names += ["deviation", "bar", "exact", "status", "reason"]
     if suffix == "parquet":
         from pyarrow import parquet
 
@@ -587,14 +588,55 @@ def test_calls_grow_while_they_are_short():
     assert {size & (size - 1) for size in sizes} == {0}, "few shapes, for functions that compile"
 
 
+def test_rows_come_as_soon_as_they_have_values_and_resumed_ones_first(tmp_path):
+    rows, came = np.arange(300.0)[:, None], []
+
+    def take(numbers, values, computed):
+        came.append((numbers.tolist(), values, computed))
+        if len(came) == 5 and not (tmp_path / "again").exists():
+            raise KeyboardInterrupt
+
+    options = {"tolerance": 0.0, "num_workers": 2, "rows_per_call": 4, "folder": tmp_path / "parts"}
+    begun = run_rows(np.square, rows, DevicePool, on_rows=take, **options)
+    assert begun.stopped == "interrupted"
+    first = [row for numbers, *_ in came for row in numbers]
+    (tmp_path / "again").touch()
+    came.clear()
+    result = run_rows(np.square, rows, DevicePool, on_rows=take, resume=True, **options)
+    assert set(first) <= set(came[0][0])
+    assert sorted(row for numbers, *_ in came for row in numbers) == list(range(300))
+    for numbers, values, computed in came:
+        np.testing.assert_array_equal(values, result.values[numbers])
+        assert computed
+
+
+def test_a_result_is_a_table():
+    pandas = pytest.importorskip("pandas")
+
+    def sometimes(batch):
+        if (batch == 3).any():
+            raise OSError("no such file")
+        return np.stack([batch[:, 0], 2 * batch[:, 0]], axis=1)
+
+    rows = np.arange(6.0)[:, None]
+    with DevicePool(RowFunction(sometimes), 2, compiled=False) as pool:
+        result = run_rows(sometimes, rows, pool, tolerance=0.0, rows_per_call=1)
+    table = pandas.DataFrame(result.columns())
+    assert table["status"].tolist() == ["computed"] * 3 + ["unknown"] + ["computed"] * 2
+    assert "no such file" in table["reason"][3]
+    assert (table.drop(index=3)["output_1"] == 2 * np.delete(rows[:, 0], 3)).all()
+    assert np.isnan(table["output_0"][3])
+    assert "bar" in table
+
+
 def test_a_file_has_what_was_computed_apart_from_what_was_predicted(tmp_path):
     status = np.array(["computed", "predicted", "unknown"])
     values, score = np.array([[1.0], [2.0], [np.nan]]), np.array([0.0, 0.1, np.inf])
     with DevicePool(np.negative, 1, compiled=False) as pool:
         report = pool.report()
     result = RowResult(values, status, score, score, {2: "why"}, {}, report, None, None)
-    _write_rows(tmp_path / "y.npz", result, "bar")
-    _write_rows(tmp_path / "y.csv", result, "bar")
+    _write_rows(tmp_path / "y.npz", result)
+    _write_rows(tmp_path / "y.csv", result)
     assert load(tmp_path / "y.npz")["exact"].tolist() == [True, False, False]
     with (tmp_path / "y.csv").open() as file:
         assert [row["exact"] for row in csv.DictReader(file)] == ["True", "False", "False"]

@@ -99,8 +99,7 @@ def run_function(options: RunOptions, pool: ChosenPool, output: Path, resume: bo
         fail(str(error), 1)
     if result.values is not None:
         if output != folder:
-            score = "bar" if settings.max_disagreement is None else "error_probability"
-            _write_rows(output, result, score)
+            _write_rows(output, result)
         console.print(summary_table(_summary(result, settings)))
         console.print(f"results: {output.resolve()}", soft_wrap=True)
         write_json(console, summary_file(output), result.summary)
@@ -219,23 +218,17 @@ def _exit_unless_done(result: RowResult, folder: Path) -> None:
         )
 
 
-def _write_rows(path: Path, result: RowResult, score: str) -> None:
-    """Write all rows; `score` is the name of their scores. Tables have a column for each output."""
-    assert result.values is not None
-    columns: dict[str, Any] = {
-        "deviation": result.deviation,
-        score: result.score,
-        "exact": result.status == "computed",
-    }
+def _write_rows(path: Path, result: RowResult) -> None:
+    """Write all rows. Tables have a column for each output, arrays the function's own shape."""
+    columns: dict[str, Any] = result.columns()
     if path.suffix == ".npz":
-        np.savez(path, **({"predictions": result.values} | columns))  # pyright: ignore
-        return
-    vectors = result.values.reshape(len(result.values), -1)
-    columns = {f"output_{place}": values for place, values in enumerate(vectors.T)} | columns
-    if path.suffix == ".parquet":
+        names = ("deviation", result.score_name, "exact")
+        arrays = {"predictions": result.values} | {name: columns[name] for name in names}
+        np.savez(path, **arrays)  # pyright: ignore
+    elif path.suffix == ".parquet":
         import pyarrow
         from pyarrow import parquet
 
         parquet.write_table(pyarrow.table(columns), path)
-        return
-    write_csv(path, columns)
+    else:
+        write_csv(path, columns)

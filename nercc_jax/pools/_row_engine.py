@@ -66,6 +66,7 @@ def run_rows(
     resume: bool = False,
     about: Mapping[str, Any] | None = None,
     on_progress: Callable[[RowProgress], Any] | None = None,
+    on_rows: Callable[[Any, Any, bool], Any] | None = None,
 ) -> RowResult:
     """Run a function on each row: every row is computed, or predicted within a tolerance.
 
@@ -97,6 +98,8 @@ def run_rows(
             a run with other values cannot be resumed.
         on_progress: Called at the beginning, at the end, and in between when rows came, ten times a
             second at most.
+        on_rows: Called with rows as soon as they have values, each once: their numbers, their
+            values, and whether they were computed. Rows of a folder that is resumed come first.
 
     Returns:
         Values and a status for each row. After Ctrl-C, or where the pool is about to end, the rest
@@ -134,10 +137,10 @@ def run_rows(
         check_parts(Path(folder), resume)
         parts = Parts(Path(folder), kept, table)
     if isinstance(pool, AbstractPool):
-        return _RowRun(pool, x, settings, table, parts).carry_out(kept, on_progress)
+        return _RowRun(pool, x, settings, table, parts, on_rows).carry_out(kept, on_progress)
     options: dict[str, Any] = {"compiled": False, "hang_timeout": hang_timeout(deadline)}
     with pool(RowFunction(function), num_workers or 20, **options) as made:
-        return _RowRun(made, x, settings, table, parts).carry_out(kept, on_progress)
+        return _RowRun(made, x, settings, table, parts, on_rows).carry_out(kept, on_progress)
 
 
 def _checked(rows: Any) -> Shaped[np.ndarray, "rows ..."]:
@@ -158,7 +161,9 @@ class _RowRun:
         settings: RowSettings,
         table: RowTable,
         parts: Parts | None,
+        on_rows: Callable[[Any, Any, bool], Any] | None = None,
     ):
+        self._on_rows = on_rows or (lambda rows, values, computed: None)
         self._pool, self._x, self._settings = pool, x, settings
         self._table, self._parts = table, parts
         self._begin, self._earlier = time.monotonic(), int(table.done.sum())
@@ -193,6 +198,10 @@ class _RowRun:
         stopped, show = None, on_progress or (lambda progress: None)
         try:
             show(self._progress())
+            for computed in (True, False):
+                rows = np.flatnonzero(self._table.done & (self._table.exact == computed))
+                if len(rows) and self._table.predictions is not None:
+                    self._on_rows(rows, self._table.predictions[rows], computed)
             for _ in self._turns():
                 show(self._progress())
                 if (stopped := reason_to_stop(self._pool)) is not None:
@@ -336,6 +345,7 @@ class _RowRun:
                 self._unknown.pop(row, None)
             if self._parts is not None:
                 self._parts.add(rows.tolist())
+            self._on_rows(rows, values, True)
         self._observe(call)
 
     def _fail(self, call: RowCall) -> None:
@@ -484,11 +494,13 @@ class _RowRun:
         rows, score = rows[good], score[good]
         if len(rows):
             deviation = self._learner.deviation[rows]
-            self._table.add(rows, self._values_of(rows), deviation, score, exact=False)
+            values = self._values_of(rows)
+            self._table.add(rows, values, deviation, score, exact=False)
             for row in rows.tolist():
                 self._unknown.pop(row, None)
             if self._parts is not None:
                 self._parts.add(rows.tolist())
+            self._on_rows(rows, values, False)
 
     def _scores(self, rows: Int[np.ndarray, " some"]) -> Float[np.ndarray, " some"]:
         """Return the scores of rows; those that straggle are compared with others that did."""

@@ -81,6 +81,31 @@ class RowResult:
     stopped: str | None
     fitted: FittedScheme | None
 
+    def columns(self) -> dict[str, Shaped[np.ndarray, " rows"]]:
+        """Return a table's columns, as `pandas.DataFrame` and `pyarrow.table` take them.
+
+        Returns:
+            `output_0`, `output_1` and so on; `deviation`; `bar`, or `error_probability` with
+            `max_disagreement`; `exact`, `status`, and `reason`, which is empty for known rows.
+        """
+        number = len(self.status)
+        values = np.zeros((number, 0)) if self.values is None else self.values
+        outputs = values.reshape(number, -1).T
+        reason = np.array([self.reasons.get(row, "") for row in range(number)], str)
+        return {f"output_{place}": each for place, each in enumerate(outputs)} | {
+            "deviation": self.deviation,
+            self.score_name: self.score,
+            "exact": self.status == "computed",
+            "status": self.status,
+            "reason": reason,
+        }
+
+    @property
+    def score_name(self) -> str:
+        """The name of the scores: `bar` or `error_probability`."""
+        labels = self.summary.get("max_disagreement") is not None
+        return "error_probability" if labels else "bar"
+
 
 @dataclasses.dataclass(frozen=True)
 class RowSettings:
