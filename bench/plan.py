@@ -144,14 +144,19 @@ class _Run:
                 self._give(query, int(np.argmax(answer[0])))
 
     def _hedge(self, batch: Batch, now: float) -> None:
-        """Another copy of what is not answered, in its time."""
+        """Send further copies of what is not answered, in their time."""
         row, late = self._row, np.flatnonzero(self._pending)
         if row.hedge_after is None or self._copies >= row.copies or not late.size:
             return
-        if now >= self._copies * row.hedge_after:
-            place = self._first + (self._copies - 1) * len(self._x)
-            self._copies += 1
-            self._send(batch, place + late, self._x[late])
+        if now >= self._next_hedge(row.hedge_after):
+            for _ in range(min(row.hedge_copies, row.copies - self._copies)):
+                place = self._first + (self._copies - 1) * len(self._x)
+                self._copies += 1
+                self._send(batch, place + late, self._x[late])
+
+    def _next_hedge(self, after: float) -> float:
+        """Return when further copies go out."""
+        return after * (1 + (self._copies - 1) // self._row.hedge_copies)
 
     def _look(self, batch: Batch, available: np.ndarray, group: int, now: float) -> None:
         """Decode a group when its rule says so, and send again what is uncertain."""
@@ -187,7 +192,7 @@ class _Run:
         row = self._row
         if row.hedge_after is not None:
             more = self._copies < row.copies
-            return self._copies * row.hedge_after if more else now + 1.0
+            return self._next_hedge(row.hedge_after) if more else now + 1.0
         waiting = not self._decided.all() and now < row.min_wait
         return row.min_wait if waiting else now + 1.0
 

@@ -247,15 +247,16 @@ def test_re_execution_keeps_its_promise_on_fresh_data(key):
 # Time.
 
 
-@pytest.mark.parametrize("copies", [1, 2, 3])
-def test_hedging_is_as_the_formula_has_it(key, copies):
+@pytest.mark.parametrize(("copies", "at_once"), [(1, 1), (2, 1), (3, 1), (3, 2), (4, 2)])
+def test_hedging_is_as_the_formula_has_it(key, copies, at_once):
     """Exponential: P(T > t) by the copies that are out."""
     latencies = Latencies(ExponentialLatency(1.0), key)
-    there, sent = draw_hedged(latencies, 0, (200_000,), 0.5, copies)
+    there, sent = draw_hedged(latencies, 0, (200_000,), 0.5, copies, at_once)
+    times = [0.5 * -(-number // at_once) for number in range(copies)]  # when each copy goes out
     for t in (0.3, 0.8, 1.7):
-        out = sum(max(t - 0.5 * number, 0) for number in range(copies))
+        out = sum(max(t - time, 0) for time in times)
         assert np.mean(there > t) == pytest.approx(np.exp(-out), abs=5e-3)
-    late = [np.exp(-sum(0.5 * (n - m) for m in range(n))) for n in range(1, copies)]
+    late = [np.exp(-sum(max(time - earlier, 0) for earlier in times)) for time in times[1:]]
     assert np.mean(sent) == pytest.approx(1 + sum(late), abs=5e-3)
 
 

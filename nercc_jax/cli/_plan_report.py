@@ -146,7 +146,8 @@ def plan_words(found: Plan, data: str) -> str:
         )
     if row.hedge_after is not None:
         lines.append(
-            f"send up to {row.copies} copies, one every {1e3 * row.hedge_after:.3g} ms of waiting"
+            f"send up to {row.copies} copies, {row.hedge_copies} further after every "
+            f"{1e3 * row.hedge_after:.3g} ms of waiting"
         )
     lines.append(
         f"codes were measured on {about['held_out_points']} held-out data points of {data}, "

@@ -31,7 +31,7 @@ class Candidate:
     order `order` ("pixels", "surrogate" or None). A group is decoded when `wait_for` workers have
     answered, but not before `min_wait` seconds; predictions with an error probability over
     `limit` are sent again as they came (None: none is). Hedging sends up to `copies` of a
-    query, one every `hedge_after` seconds.
+    query, `hedge_copies` further ones every `hedge_after` seconds.
 
     `extra_work` is what is sent beyond one call a query, as a share: N/K - 1 and what is sent
     again, `resent`. `disagreement` is the share of labels that differ from the model's own, lost
@@ -50,6 +50,7 @@ class Candidate:
     order: str | None
     copies: int
     hedge_after: float | None
+    hedge_copies: int
     limit: float | None
     resent: float
     extra_work: float
@@ -88,9 +89,11 @@ def uncoded_systems(latencies: Latencies, asked: Mapping[str, Any]) -> Iterator[
     """Uncoded, hedged and replicated: exact, or with lost predictions, which count as wrong."""
     queries = asked["num_queries"]
     shape = (number_of_draws(DRAWS, 3 * queries), queries)
-    for copies, share in [(1, 0.0), *itertools.product((2, 3), QUANTILES)]:
+    hedges = itertools.product(((2, 1), (3, 1), (3, 2)), QUANTILES)
+    for (copies, at_once), share in [((1, 1), 0.0), *hedges]:
         after = latencies.quantile(share) if copies > 1 else np.inf
-        there, sent = draw_hedged(latencies, _STREAMS["hedged"] + copies, shape, after, copies)
+        stream = _STREAMS["hedged"] + copies
+        there, sent = draw_hedged(latencies, stream, shape, after, copies, at_once)
         resent = float(np.mean(sent)) - 1
         yield make_candidate(
             "hedged" if copies > 1 else "uncoded",
@@ -98,6 +101,7 @@ def uncoded_systems(latencies: Latencies, asked: Mapping[str, Any]) -> Iterator[
             times=np.max(there, axis=1),
             copies=copies,
             hedge_after=after if copies > 1 else None,
+            hedge_copies=at_once,
             resent=resent,
         )
     early = latencies.quantile(EARLY)
@@ -153,6 +157,7 @@ def make_candidate(
         "order": None,
         "copies": 1,
         "hedge_after": None,
+        "hedge_copies": 1,
         "limit": None,
         "resent": 0.0,
         "disagreement": Estimate(0.0, 0.0),

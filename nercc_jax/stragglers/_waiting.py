@@ -121,16 +121,23 @@ def last_prediction(
 
 
 def draw_hedged(
-    latencies: Latencies, stream: int, shape: tuple[int, ...], after: float, copies: int
+    latencies: Latencies,
+    stream: int,
+    shape: tuple[int, ...],
+    after: float,
+    copies: int,
+    at_once: int = 1,
 ) -> tuple[Float[np.ndarray, "..."], Int[np.ndarray, "..."]]:
     """Return when queries are answered, and the number of copies of each.
 
-    Another copy of an unanswered query goes out every `after` seconds, up to `copies` in all.
+    Every `after` seconds, `at_once` further copies of an unanswered query go out, up to `copies` in
+    all.
     """
     draws = latencies.draw(stream, (copies, *shape))
     there, sent = draws[0], np.ones(shape, int)
     for number in range(1, copies):
-        late = there > number * after
+        when = after * (1 + (number - 1) // at_once)
+        late = there > when
         sent = sent + late
-        there = np.where(late, np.minimum(there, number * after + draws[number]), there)
+        there = np.where(late, np.minimum(there, when + draws[number]), there)
     return there, sent
