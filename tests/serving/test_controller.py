@@ -238,15 +238,15 @@ def test_two_copies_at_once_halve_the_tail_of_those_that_straggle_twice():
         policy = BatchingPolicy(
             straggler_threshold=1.35, copies=2, hedge_copies=hedge_copies, ordering=False
         )
-        traffic = Traffic(None, policy, share=0.1, rate=100)
-        traffic.send(100)
-        before, replies = traffic.calls(), traffic.send(2000)
-        calls.append((traffic.calls() - before) / 2000)
-        tails.append(np.quantile([seconds for seconds, *_ in replies], 0.994) / SERVICE)
+        traffic = Traffic(None, policy, share=0.2, rate=100)
+        traffic.send(60)
+        before, replies = traffic.calls(), traffic.send(500)
+        calls.append((traffic.calls() - before) / 500)
+        tails.append(np.quantile([seconds for seconds, *_ in replies], 0.97) / SERVICE)
         assert all(reply.exact.all() for _, reply, _ in replies)
-    assert tails[0] > 3.5, "a copy in ten straggles, and one more goes out after it"
-    assert tails[1] < 2.5
-    assert calls == pytest.approx([1.11, 1.2], abs=0.03)
+    assert tails[0] > 3.5, "a copy in five straggles, and one more goes out after it"
+    assert tails[1] < 3
+    assert calls == pytest.approx([1.25, 1.4], abs=0.08)
 
 
 def test_arguments():

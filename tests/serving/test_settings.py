@@ -94,6 +94,7 @@ MODEL = {
     "max_reexecution": 0.125,
     "ordering": False,
     "copies": 3,
+    "hedge_copies": 2,
     "service_delay_s": 0.125,
     "straggler_rate": 0.5,
     "straggler_delay_s": 4.5,
