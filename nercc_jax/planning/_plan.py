@@ -172,9 +172,9 @@ def plan(
 ) -> Plan:
     """Find the way to serve a model with the least p99 latency that the budget allows.
 
-    Compared are: one worker for each query ("uncoded"); further copies, one or two at
-    once, of what is not answered after a quantile of the latency, all chosen ("hedged"); copies
-    from the start ("replication"); what a surrogate, if there is one, is sure enough of, and copies of the rest
+    Compared are: one worker for each query ("uncoded"); further copies, one or two at once, of what
+    is not answered after a quantile of the latency, all chosen ("hedged"); copies from the start
+    ("replication"); what a surrogate, if there is one, is sure enough of, and copies of the rest
     ("known, else hedged"); and NeRCC codes, with and without ordering. What a group of workers has
     not answered in time counts as wrong, or is decoded, or is sent again; of decoded predictions,
     only the uncertain ones are. The recommendation is the least p99 among those within the budget;
