@@ -148,7 +148,9 @@ def decoding_errors(
     return {name: np.stack(errors) for name, errors in found.items()}
 
 
-def slope_of(sizes: Sequence[int], means: Float[np.ndarray, "rounds sizes"]) -> np.ndarray:
+def slope_of(
+    sizes: Sequence[int] | np.ndarray, means: Float[np.ndarray, "rounds sizes"]
+) -> np.ndarray:
     """Return the slopes of log mean error against log N."""
     x = np.log(sizes)
     weights = (x - x.mean()) / np.sum((x - x.mean()) ** 2)
@@ -226,7 +228,10 @@ def main() -> None:
     options = parser.parse_args()
     start, busy = time.perf_counter(), time.process_time()
     plan = QUICK if options.quick else FULL
-    content = {"environment": environment(PACKAGES), "plan": dataclasses.asdict(plan)}
+    content: dict[str, Any] = {
+        "environment": environment(PACKAGES),
+        "plan": dataclasses.asdict(plan),
+    }
     content |= {"num_data": _NUM_DATA, "shares": _SHARES, "curves": measure(plan, options.data_dir)}
     content |= {
         "seconds": round(time.perf_counter() - start),

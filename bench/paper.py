@@ -250,7 +250,7 @@ def _bscc(data: Data, bar: Progress) -> tuple[dict[str, AbstractCode], dict[str,
     What is tuned has natural ends.
     """
     tuned = tune_code(data, BerrutSpline(*data.shape, ends="natural"), "BSCC", bar)
-    codes = {"BSCC": BerrutSpline(*data.shape), "BSCC tuned": tuned.code}
+    codes: dict[str, AbstractCode] = {"BSCC": BerrutSpline(*data.shape), "BSCC tuned": tuned.code}
     summary = {"objective": tuned.objective, "seconds": tuned.seconds}
     return codes, {"BSCC": summary | {"lambda_dec": float(tuned.code.lambda_dec)}}
 

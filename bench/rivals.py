@@ -174,7 +174,7 @@ def main() -> None:
     console, start, busy = Console(emoji=False), time.perf_counter(), time.process_time()
     size = Size(1, 5, 200) if options.quick else Size()
     steps = 10 if options.quick else paper.FULL.steps
-    content = {"environment": environment(PACKAGES)}
+    content: dict[str, Any] = {"environment": environment(PACKAGES)}
     content |= measure(size, steps, options.data_dir, console)
     content |= {"seconds": round(time.perf_counter() - start)}
     content |= {"cpu_seconds": round(time.process_time() - busy)}

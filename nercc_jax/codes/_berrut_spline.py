@@ -101,8 +101,8 @@ class BerrutSpline(AbstractCode):
     def decoder_on_host(self, available: Bool[np.ndarray, " num_workers"]) -> MatrixOnHost | None:
         if self.ends != "natural":
             return None
-        beta, alpha = np.asarray(self.beta), np.asarray(self.alpha)
-        matrix = smoothing_matrix_on_host(beta, alpha, self.lambda_dec, available=available)
+        beta, alpha, lambda_ = map(np.asarray, (self.beta, self.alpha, self.lambda_dec))
+        matrix = smoothing_matrix_on_host(beta, alpha, lambda_, available=available)
         return matrix, np.full(self.num_data, available.any())
 
     def posterior_variance(
