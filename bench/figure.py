@@ -1,9 +1,9 @@
 """One of the paper's figures in a folder of your own: error and labels kept against stragglers.
 
-    python bench/figure.py [NAME] [--data-dir FOLDER] [--output FOLDER] [--steps 150]
+    python bench/figure.py [NAME] [--logits] [--data-dir FOLDER] [--output FOLDER] [--steps 150]
 
 NAME is a model at (N, K), as in "lenet5-mnist:100:20" (default). All codes of `paper.py` are
-measured as there, NeRCC, BACC and BSCC untuned and tuned, but without noise on the answers. The
+measured as there on probabilities (or logits), NeRCC, BACC and BSCC untuned and tuned, too. The
 folder (default: figure) gets the picture, the numbers as JSON, and the tuned codes. Images come
 from Hugging Face's hub, or from FOLDER/mnist/{train,test}.parquet.
 """
@@ -32,9 +32,10 @@ def main() -> None:
         raise SystemExit(f"{options.name} is none of {', '.join(settings)}")
     setting = settings[options.name]
     size = dataclasses.replace(paper.FULL, steps=options.steps)
+    kinds = ("logits",) if options.logits else ("probabilities",)
     part = paper.run_setting(
-        setting, size, options.data_dir, console, options.output, noise=False
-    )  # fmt: skip
+        setting, size, options.data_dir, console, options.output, kinds=kinds, noise=False
+    )
     seconds = {"seconds": round(time.perf_counter() - start)}
     seconds |= {"cpu_seconds": round(time.process_time())}
     path = options.output / f"{setting.name.replace(':', '-')}.json"
@@ -47,6 +48,7 @@ def main() -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("name", nargs="?", default=_DEFAULT, help=f"(default: {_DEFAULT})")
+    parser.add_argument("--logits", action="store_true", help="in place of probabilities")
     parser.add_argument("--data-dir", type=Path, help="the folder with mnist (default: the hub)")
     parser.add_argument("--output", type=Path, default=Path("figure"), help="(default: figure)")
     parser.add_argument("--steps", type=int, default=150, help="of tuning (default: 150)")

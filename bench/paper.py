@@ -96,8 +96,10 @@ def main() -> None:
 
 def draw(part: Mapping[str, Any], folder: Path, setting: Setting) -> Path:
     """Draw error and RelAcc of all codes against the number of stragglers."""
-    figure, axes = plt.subplots(len(_OUTPUTS), 2, figsize=(11.5, 8), layout="constrained")
-    for (left, right), outputs in zip(axes, _OUTPUTS, strict=True):
+    kinds = [outputs for outputs in _OUTPUTS if outputs in part]
+    size = (11.5, 4.0 * len(kinds))
+    figure, axes = plt.subplots(len(kinds), 2, figsize=size, layout="constrained", squeeze=False)
+    for (left, right), outputs in zip(axes, kinds, strict=True):
         rows = [_evaluation(row) for row in part[outputs]["rows"]]
         approximate = [row for row in rows if row.code != "replication"]
         straggler_curves(left, approximate, "mse", f"MSE of {outputs}", logarithmic=True)
@@ -122,15 +124,16 @@ def run_setting(
     console: Console,
     folder: Path,
     *,
+    kinds: Sequence[Outputs] = ("probabilities", "logits"),
     noise: bool = True,
 ) -> dict[str, Any]:
-    """Measure everything about one model at one (N, K), for both kinds of output.
+    """Measure everything about one model at one (N, K), for these kinds of output.
 
     Tuned codes are written into `folder`.
     """
     part: dict[str, Any] = {"setting": dataclasses.asdict(setting), "size": vars(size).copy()}
     part["environment"] = environment(PACKAGES)
-    for outputs in _OUTPUTS:
+    for outputs in kinds:
         start = time.perf_counter()
         with steps_bar(console) as bar:
             bar.add_task(f"{outputs}: the model and its images", total=None)
