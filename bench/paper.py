@@ -1,9 +1,10 @@
 """The paper's experiments on this machine: NeRCC beside every rival, each at its best.
 
 `python bench/paper.py` runs everything (about an hour on two cores), `--quick` a small version of
-it, and `--only lenet5-mnist:100:20` one part, whose results replace those in the file. Writes
-results/paper.json, which docs/results.md shows, and a picture of each part. Needs MNIST and
-CIFAR-10 as parquet files (`models/data.py` says where).
+it, `--only lenet5-mnist:100:20` one part, whose results replace those in the file, and `--bscc` the
+code BSCC by itself, beside what the file has. Writes results/paper.json, which docs/results.md
+shows, and a picture of each part. Needs MNIST and CIFAR-10 as parquet files (`models/data.py` says
+where). `figure.py` runs one part into a folder of one's own.
 """
 
 import argparse
@@ -24,10 +25,12 @@ from _report import environment, write_json
 from _settings import GRID, NUMBERS, PACKAGES, PAPER, PARM, Setting
 from jaxtyping import Array, PRNGKeyArray
 from rich.console import Console
+from rich.progress import Progress
 
 from nercc_jax import (
     AbstractCode,
     Berrut,
+    ExactStragglers,
     Lagrange,
     NeRCC,
     Parity,
@@ -37,10 +40,13 @@ from nercc_jax import (
     tune,
 )
 from nercc_jax.cli._options import Outputs
+from nercc_jax.cli._output import steps_bar
 from nercc_jax.cli._workload import WorkerModel, load_worker_model
+from nercc_jax.codes import BerrutSpline
 from nercc_jax.evaluation import Estimate, Evaluation, straggler_curves
 from nercc_jax.evaluation._trial import landscape, make_trial
-from nercc_jax.tuning import Descent
+from nercc_jax.tuning import Descent, Tuned
+from nercc_jax.tuning._parameters import Code
 from nercc_models import list_parity_models, load_parity_model
 
 matplotlib.use("Agg")
@@ -75,19 +81,25 @@ def main() -> None:
     size = QUICK if options.quick else FULL
     for setting in SETTINGS:
         if options.only in (None, setting.name):
-            part = run_setting(setting, size, options.data_dir, console)
+            if options.bscc:
+                known = json.loads(path.read_text())["parts"][setting.name]
+                part = add_bscc(setting, known, options.data_dir, console)
+            else:
+                part = run_setting(setting, size, options.data_dir, console, path.parent)
             _merge(path, {"parts": {setting.name: part}})
-            console.print(f"picture: {_draw(part, path.with_suffix(''), setting)}")
-    if options.only in (None, "convergence"):
+            console.print(f"picture: {draw(part, path.with_suffix(''), setting)}")
+    if options.only in (None, "convergence") and not options.bscc:
         measured = _convergence.measure(options.quick, options.data_dir, console.log)
         _merge(path, {"convergence": measured})
     console.print(f"results: {path}")
 
 
-def _draw(part: Mapping[str, Any], folder: Path, setting: Setting) -> Path:
+def draw(part: Mapping[str, Any], folder: Path, setting: Setting) -> Path:
     """Draw error and RelAcc of all codes against the number of stragglers."""
-    figure, axes = plt.subplots(len(_OUTPUTS), 2, figsize=(11.5, 8), layout="constrained")
-    for (left, right), outputs in zip(axes, _OUTPUTS, strict=True):
+    kinds = [outputs for outputs in _OUTPUTS if outputs in part]
+    size = (11.5, 4.0 * len(kinds))
+    figure, axes = plt.subplots(len(kinds), 2, figsize=size, layout="constrained", squeeze=False)
+    for (left, right), outputs in zip(axes, kinds, strict=True):
         rows = [_evaluation(row) for row in part[outputs]["rows"]]
         approximate = [row for row in rows if row.code != "replication"]
         straggler_curves(left, approximate, "mse", f"MSE of {outputs}", logarithmic=True)
@@ -105,68 +117,127 @@ def _evaluation(row: Mapping[str, Any]) -> Evaluation:
     return Evaluation(**values)
 
 
-def run_setting(setting: Setting, size: Size, data_dir: Path, console: Console) -> dict[str, Any]:
-    """Measure everything about one model at one (N, K), for both kinds of output."""
+def run_setting(
+    setting: Setting,
+    size: Size,
+    data_dir: Path | None,
+    console: Console,
+    folder: Path,
+    *,
+    kinds: Sequence[Outputs] = ("probabilities", "logits"),
+    noise: bool = True,
+) -> dict[str, Any]:
+    """Measure everything about one model at one (N, K), for these kinds of output.
+
+    Tuned codes are written into `folder`.
+    """
     part: dict[str, Any] = {"setting": dataclasses.asdict(setting), "size": vars(size).copy()}
     part["environment"] = environment(PACKAGES)
-    for outputs in _OUTPUTS:
+    for outputs in kinds:
         start = time.perf_counter()
-        part[outputs] = _run_outputs(setting, size, outputs, data_dir, console)
+        with steps_bar(console) as bar:
+            bar.add_task(f"{outputs}: the model and its images", total=None)
+            data = Data.load(setting, size, outputs, data_dir)
+            part[outputs] = _run_outputs(data, folder, bar, noise=noise)
         part[outputs]["seconds"] = round(time.perf_counter() - start, 1)
         console.log(f"{setting.name} {outputs}: {part[outputs]['seconds']} s")
         jax.clear_caches()  # XLA maps memory for every program, and a process has a limit
     return part
 
 
-def _run_outputs(
-    setting: Setting, size: Size, outputs: Outputs, data_dir: Path, console: Console
+def add_bscc(
+    setting: Setting, part: Mapping[str, Any], data_dir: Path, console: Console
 ) -> dict[str, Any]:
-    network = load_worker_model(setting.model, outputs)
-    train, _ = network.images("train", data_dir, size.points, 0)
-    test, labels = network.images("test", data_dir, size.points, 0)
-    laws = setting.laws(size.cells)
-    codes, tuning = _codes(setting, size, network, train, laws)
-    further = _add_parm(setting, outputs, codes)
-    console.log(f"{setting.name} {outputs}: tuned")
-    options = {"key": jax.random.key(1), "num_sets": size.sets}
-    rows = evaluate(network, codes, test, laws, labels=labels, further_models=further, **options)
-    folder = RESULTS / ("codes-quick" if size is QUICK else "codes")
+    """Return a part with BSCC's rows, on the images and straggler sets that the others met."""
+    size, added = Size(**part["size"]), dict(part)
+    for outputs in _OUTPUTS:
+        data = Data.load(setting, size, outputs, data_dir)
+        with steps_bar(console) as bar:
+            codes, summary = _bscc(data, bar)
+            rows = _evaluate(data, codes, bar)
+        old = [row for row in part[outputs]["rows"] if row["code"] not in codes]
+        added[outputs] = part[outputs] | {
+            "rows": [*old, *rows],
+            "tuning": part[outputs]["tuning"] | summary,
+        }
+        console.log(f"{setting.name} {outputs}: BSCC")
+        jax.clear_caches()
+    return added
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """A model with its outputs, the images to tune on and those to judge on, and laws."""
+
+    setting: Setting
+    size: Size
+    outputs: Outputs
+    network: WorkerModel
+    train: np.ndarray
+    test: np.ndarray
+    labels: np.ndarray
+    laws: Mapping[str, ExactStragglers]
+
+    @classmethod
+    def load(cls, setting: Setting, size: Size, outputs: Outputs, data_dir: Path | None) -> "Data":
+        network = load_worker_model(setting.model, outputs)
+        train, _ = network.images("train", data_dir, size.points, 0)
+        test, labels = network.images("test", data_dir, size.points, 0)
+        laws = setting.laws(size.cells)
+        return cls(setting, size, outputs, network, train, test, labels, laws)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.setting.num_data, self.setting.num_workers
+
+
+def _run_outputs(data: Data, folder: Path, bar: Progress, *, noise: bool) -> dict[str, Any]:
+    codes, tuning = _codes(data, bar)
+    further = _add_parm(data.setting, data.outputs, codes)
+    rows = _evaluate(data, codes, bar, further_models=further)
+    folder = folder / ("codes-quick" if data.size is QUICK else "codes")
     folder.mkdir(parents=True, exist_ok=True)
     save_code(
-        folder / f"{setting.name.replace(':', '-')}-{outputs}.json",
+        folder / f"{data.setting.name.replace(':', '-')}-{data.outputs}.json",
         codes["NeRCC tuned"],
-        {"model": setting.model, "outputs": outputs, "laws": list(laws), "by": "bench/paper.py"},
-    )
-    return {
-        "rows": [dataclasses.asdict(row) for row in rows],
-        "tuning": tuning,
-        "noise": _noise(setting, size, network, train, test, laws, codes),
-    }
+        {"model": data.setting.model, "outputs": data.outputs, "laws": list(data.laws),
+         "by": "bench/paper.py"},
+    )  # fmt: skip
+    found = {"rows": rows, "tuning": tuning}
+    return found | ({"noise": _noise(data, codes)} if noise else {})
 
 
-def _codes(
-    setting: Setting, size: Size, network: WorkerModel, train: np.ndarray, laws: Mapping
-) -> tuple[dict[str, AbstractCode], dict[str, Any]]:
+def _evaluate(
+    data: Data, codes: Mapping[str, AbstractCode], bar: Progress, **options: Any
+) -> list[dict[str, Any]]:
+    """Return the rows of these codes on the test images; straggler sets depend on the laws only."""
+    rows = evaluate(
+        data.network, codes, data.test, data.laws,
+        labels=data.labels, key=jax.random.key(1), num_sets=data.size.sets,
+        progress=lambda pairs: bar.track(list(pairs), description="straggler sets"), **options,
+    )  # fmt: skip
+    return [dataclasses.asdict(row) for row in rows]
+
+
+def _codes(data: Data, bar: Progress) -> tuple[dict[str, AbstractCode], dict[str, Any]]:
     """Return all codes at this (N, K), tuned on training images without labels where possible."""
-    shape = (setting.num_data, setting.num_workers)
-    nercc, bacc = NeRCC(*shape), Berrut(*shape)
-    # Power 4: with tune's own 2, LeNet5's logits at (100, 20) lost 5 % at S = 80 to win at S = 0.
-    options: Any = {"key": jax.random.key(0), "points": True, "power": 4.0}
-    options["descent"] = Descent(size.steps)
-    tuned = tune(network, nercc, train, laws, **options)
-    rival = tune(network, bacc, train, laws, **options)
-    published = _best_of_grid(size, network, NeRCC(*shape, lambda_dec=0.0), train, laws)
+    nercc, bacc = NeRCC(*data.shape), Berrut(*data.shape)
+    tuned, rival = tune_code(data, nercc, "NeRCC", bar), tune_code(data, bacc, "BACC", bar)
+    bscc, summary = _bscc(data, bar)
+    bar.add_task("the published form: a grid", total=None)
+    published = _best_of_grid(data)
     codes: dict[str, AbstractCode] = {
         "NeRCC tuned": tuned.code,
         "NeRCC untuned": nercc,
         "NeRCC published": published,
         "BACC": bacc,
-        "ApproxIFER": Berrut(*shape, points="approxifer"),
+        "ApproxIFER": Berrut(*data.shape, points="approxifer"),
         "BACC tuned": rival.code,
-        "LCC": Lagrange(*shape),
-        "replication": Replication(*shape),
+        **bscc,
+        "LCC": Lagrange(*data.shape),
+        "replication": Replication(*data.shape),
     }
-    summary = {
+    summary |= {
         "NeRCC": {"objective": tuned.objective, "steps": len(tuned.history) - 1,
                   "seconds": tuned.seconds, "rejected": tuned.rejected,
                   **{n: float(getattr(tuned.code, n)) for n in NUMBERS}},
@@ -174,6 +245,30 @@ def _codes(
         "BACC": {"objective": rival.objective, "seconds": rival.seconds},
     }  # fmt: skip
     return codes, summary
+
+
+def _bscc(data: Data, bar: Progress) -> tuple[dict[str, AbstractCode], dict[str, Any]]:
+    """Return BSCC as published, and with lambda_dec and points tuned as NeRCC's are.
+
+    What is tuned has natural ends.
+    """
+    tuned = tune_code(data, BerrutSpline(*data.shape, ends="natural"), "BSCC", bar)
+    codes: dict[str, AbstractCode] = {"BSCC": BerrutSpline(*data.shape), "BSCC tuned": tuned.code}
+    summary = {"objective": tuned.objective, "seconds": tuned.seconds}
+    return codes, {"BSCC": summary | {"lambda_dec": float(tuned.code.lambda_dec)}}
+
+
+def tune_code(data: Data, code: Code, name: str, bar: Progress, seed: int = 0) -> Tuned[Code]:
+    """Tune a code on training images."""
+    task = bar.add_task(f"{name}: tuning", total=data.size.steps)
+    # Power 4: with tune's own 2, LeNet5's logits at (100, 20) lost 5 % at S = 80 to win at S = 0.
+    tuned = tune(
+        data.network, code, data.train, data.laws,
+        key=jax.random.key(seed), points=True, power=4.0, descent=Descent(data.size.steps),
+        on_step=lambda step, _: bar.update(task, completed=step.step),
+    )  # fmt: skip
+    bar.update(task, completed=data.size.steps)
+    return tuned
 
 
 def _add_parm(
@@ -193,37 +288,27 @@ def _add_parm(
 _OUTPUTS: tuple[Outputs, ...] = ("probabilities", "logits")
 
 
-def _best_of_grid(
-    size: Size, network: WorkerModel, code: NeRCC, train: np.ndarray, laws: Mapping
-) -> NeRCC:
+def _best_of_grid(data: Data) -> NeRCC:
     """Return the published method: two constants, the best of a grid on training images."""
-    groups = train[: min(len(train) // code.num_data, size.grid_groups) * code.num_data]
-    groups = groups.reshape(-1, code.num_data, *train.shape[1:])
-    trial = make_trial(
-        network, NeRCC(code.num_data, code.num_workers), groups, laws, key=jax.random.key(2)
-    )
-    heights = np.asarray(landscape(network, code, trial, GRID, GRID))
+    train, count = data.train, data.setting.num_data
+    groups = train[: min(len(train) // count, data.size.grid_groups) * count]
+    groups = groups.reshape(-1, count, *train.shape[1:])
+    key = jax.random.key(2)
+    trial = make_trial(data.network, NeRCC(*data.shape), groups, data.laws, key=key)
+    plain = NeRCC(*data.shape, lambda_dec=0.0)
+    heights = np.asarray(landscape(data.network, plain, trial, GRID, GRID))
     enc, dec = np.unravel_index(np.nanargmin(heights), heights.shape)
-    return NeRCC(
-        code.num_data, code.num_workers, lambda_enc=float(GRID[enc]), lambda_dec=float(GRID[dec])
-    )
+    return NeRCC(*data.shape, lambda_enc=float(GRID[enc]), lambda_dec=float(GRID[dec]))
 
 
-def _noise(
-    setting: Setting,
-    size: Size,
-    network: WorkerModel,
-    train: np.ndarray,
-    test: np.ndarray,
-    laws: Mapping,
-    codes: Mapping[str, AbstractCode],
-) -> dict[str, dict[str, Any]]:
+def _noise(data: Data, codes: Mapping[str, AbstractCode]) -> dict[str, dict[str, Any]]:
     """Measure codes when answers come in bfloat16 or with noise, at three numbers of stragglers.
 
     Noise has a deviation of so many times the root mean square of the network's outputs. NeRCC's
     lambda_dec for it is the best of seven on training images; beside it stands the same code with
     lambda_dec = 0, and as tuned without noise.
     """
+    laws, network, test = data.laws, data.network, data.test
     names = [list(laws)[round(q * (len(laws) - 1))] for q in (0, 0.25, 0.5)]
     some = {name: laws[name] for name in dict.fromkeys(names)}
     tuned = codes["NeRCC tuned"]
@@ -233,7 +318,7 @@ def _noise(
     for noise in NOISES:
         channel = _Bfloat16() if noise == "bfloat16" else _Noise(jnp.asarray(float(noise) * scale))
         candidates = {str(p): _scaled(tuned, 10.0**p) for p in range(-1, 6)}
-        few = train[: max(len(train) // 5, setting.num_data)]
+        few = data.train[: max(len(data.train) // 5, data.setting.num_data)]
         tried = evaluate(
             network, candidates, few, some, key=jax.random.key(3), num_sets=5, channel=channel
         )
@@ -245,7 +330,7 @@ def _noise(
             **{name: codes[name] for name in ("BACC", "ApproxIFER")},
         }
         rows = evaluate(
-            network, compared, test, some, key=jax.random.key(1), num_sets=size.sets,
+            network, compared, test, some, key=jax.random.key(1), num_sets=data.size.sets,
             channel=channel,
         )  # fmt: skip
         summary[noise] = {
@@ -296,6 +381,7 @@ def _parse() -> argparse.Namespace:
         choices=[*(setting.name for setting in SETTINGS), "convergence"],
         help="run one part",
     )
+    parser.add_argument("--bscc", action="store_true", help="add BSCC to what the results have")
     parser.add_argument("--data-dir", type=Path, default=HERE.parent.parent / "shared" / "data")
     return parser.parse_args()
 

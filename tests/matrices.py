@@ -10,8 +10,10 @@ import functools
 import mpmath as mp
 import numpy as np
 import oracle
+from scipy.interpolate import CubicSpline
 
 from nercc_jax import Berrut, Lagrange, NeRCC, Parity, Replication, Uncoded
+from nercc_jax.codes import BerrutSpline
 
 # For lambda = 0, and for answers that a code keeps as they are. Normal equations square both, and
 # 150 digits have room for that.
@@ -24,7 +26,7 @@ def encoder_matrix(code) -> np.ndarray:
     k, n = code.num_data, code.num_workers
     if isinstance(code, NeRCC):
         return spline_matrix(code.alpha, code.beta, float(code.lambda_enc) * k)
-    if isinstance(code, Berrut):
+    if isinstance(code, Berrut | BerrutSpline):
         return berrut_matrix(code.alpha, code.beta)
     if isinstance(code, Lagrange):
         return lagrange_matrix(code.alpha, code.beta)
@@ -46,6 +48,12 @@ def decoder_matrix(code, available) -> np.ndarray:
     elif isinstance(code, Berrut):
         if responded.size:
             matrix[:, responded] = berrut_matrix(_float64(code.beta)[responded], code.alpha)
+    elif isinstance(code, BerrutSpline):
+        if responded.size:
+            beta, mu = _float64(code.beta)[responded], float(code.lambda_dec) * responded.size
+            natural = code.ends == "natural"
+            spline = spline_matrix(beta, code.alpha, mu) if natural else _cubic(beta, code.alpha)
+            matrix[:, responded] = spline
     elif isinstance(code, Lagrange):
         # Of more than the threshold, that many spread evenly along the line.
         order = responded[np.argsort(_float64(code.beta)[responded], kind="stable")]
@@ -94,6 +102,16 @@ def _spline_matrix(t, at, mu, ends, weights) -> np.ndarray:
         curves = oracle.eliminate(weighted.T @ rows + max(mu, _SMALL) * penalty, weighted.T)
         values = [curve.value(place, curves) for place in oracle.exactly(at)]
         return np.array(values, float)
+
+
+def _cubic(t, at) -> np.ndarray:
+    """The interpolating cubic spline with not-a-knot ends, by SciPy; straight on beyond them."""
+    at, order = _float64(at), np.argsort(t)
+    if len(t) < 4:
+        return spline_matrix(t, at, 0.0)
+    curve = CubicSpline(t[order], np.eye(len(t))[order], bc_type="not-a-knot")
+    inside = np.clip(at, t.min(), t.max())
+    return curve(inside) + (at - inside)[:, None] * curve(inside, 1)
 
 
 def berrut_matrix(points, at) -> np.ndarray:

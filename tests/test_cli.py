@@ -37,7 +37,7 @@ def test_demo_rows_show_nercc_below_bacc(demo):
     rows = [line.split() for line in demo[0].output.splitlines() if "±" in line]
     rows = [row for row in rows if row[0].isdigit()]
     errors = [[float(cell) for cell in row if "±" not in cell] for row in rows[:4]]
-    for stragglers, nercc, bacc, approxifer, lcc in errors:
+    for stragglers, nercc, bacc, approxifer, _, lcc in errors:  # BSCC is lower at S = 3
         assert nercc < min(bacc, approxifer, lcc), stragglers
 
 

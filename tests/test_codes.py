@@ -16,6 +16,7 @@ import pytest
 import scipy.interpolate
 
 from nercc_jax import Berrut, Lagrange, NeRCC, Parity, Replication, Uncoded
+from nercc_jax.codes import BerrutSpline
 from nercc_jax.testing import check_code
 
 K, N = 4, 11
@@ -28,6 +29,8 @@ CODES = {
     "nercc-few-workers": lambda: NeRCC(12, N),
     "berrut": lambda: Berrut(K, N),
     "berrut-repeated": lambda: Berrut(K, N, points="repeated"),
+    "berrut-spline": lambda: BerrutSpline(K, N),
+    "berrut-spline-smooth": lambda: BerrutSpline(K, N, lambda_dec=1e-3, ends="natural"),
     "lagrange-quadratic": lambda: Lagrange(K, N, degree=2),
     "parity": lambda: Parity(6, 8),
     "replication": lambda: Replication(K, N),
@@ -42,7 +45,10 @@ EPS = {"float32": 1e-5, "float64": 1e-11}
 # Other sizes and points make other programs of the same source: in float64 one of each class, and
 # of the ways that NeRCC's matrices are made, tells as much. What follows from the matrices, or asks
 # who responded, does so in either precision.
-WIDE = ("nercc", "nercc-interleaved", "berrut", "lagrange-quadratic", "parity", "replication")
+WIDE = (
+    *("nercc", "nercc-interleaved", "berrut", "berrut-spline"),
+    *("lagrange-quadratic", "parity", "replication"),
+)
 IN_FLOAT32 = [(name, "float32") for name in CODES]
 every_code = pytest.mark.parametrize(("code", "dtype"), IN_FLOAT32, indirect=True)
 in_both_precisions = pytest.mark.parametrize(
@@ -334,6 +340,31 @@ def test_berrut_is_scipys_floater_hormann_of_degree_zero(dtype):
     np.testing.assert_allclose(code.decode(y, mask), theirs(np.asarray(code.alpha)), rtol=1e-4)
 
 
+def test_berrut_spline_is_scipys_b_spline(dtype):
+    """BSCC as published: Berrut's coded data points, the answers' interpolating cubic B-spline."""
+    code, x = BerrutSpline(K, N), data(BerrutSpline(K, N), 2)
+    np.testing.assert_array_equal(code.encode(x), Berrut(K, N).encode(x))
+    mask = np.isin(np.arange(N), [0, 1, 2, 4, 5, 8, 10])  # all alphas lie between
+    order = np.argsort(code.beta)
+    used = order[mask[order]]
+    y = answers(code, 2)
+    theirs = scipy.interpolate.make_interp_spline(
+        np.asarray(code.beta, float)[used], np.asarray(y, float)[used], k=3
+    )
+    wanted = theirs(np.asarray(code.alpha, float))
+    np.testing.assert_allclose(code.decode(y, mask), wanted, atol=20 * EPS[dtype])
+
+
+def test_berrut_spline_smooths_as_nercc_does(dtype):
+    mask, options = np.arange(N) % 4 > 0, {"lambda_dec": 1e-2, "ends": "natural"}
+    code, nercc = BerrutSpline(K, N, **options), NeRCC(K, N, **options)
+    np.testing.assert_array_equal(code.decoder_matrix(mask), nercc.decoder_matrix(mask))
+    wanted, found = (
+        each.decode(answers(code, 3), mask, return_uncertainty=True)[1] for each in (nercc, code)
+    )
+    np.testing.assert_allclose(found, wanted, rtol=1e-4)
+
+
 def test_berrut_where_points_coincide(dtype):
     """ApproxIFER's points meet an alpha at K=10, N=12; value and derivative must not break."""
     code = Berrut(10, 12, points="approxifer")
@@ -537,6 +568,8 @@ def test_uncoded_loses_what_straggles():
         (lambda: NeRCC(4, 8, end_penalty=np.ones(1)), r"end_penalty must be a scalar.*\(1,\)"),
         (lambda: NeRCC(4, 8, exact=1), "exact must be True or False, not 1"),
         (lambda: NeRCC(0, 8), "num_data must be a positive integer"),
+        (lambda: BerrutSpline(4, 8, lambda_dec=-1.0), "lambda_dec must be 0 or positive, not -1"),
+        (lambda: BerrutSpline(4, 8, ends="free"), "ends must be one of natural, not-a-knot"),
         (lambda: Lagrange(4, 8, degree=3), "degree 3 does not fit.* 8 workers"),
         (lambda: Lagrange(4, 8, degree=0), "degree must be a positive integer, not 0"),
         (lambda: Replication(4, 3), "need at least 4 workers, not 3"),

@@ -26,6 +26,7 @@ from nercc_jax import (
     Uncoded,
     coded_inference,
 )
+from nercc_jax.codes import BerrutSpline
 from nercc_jax.surrogates import Surrogate
 
 BAD = (np.nan, np.inf, -np.inf, 1e30)
@@ -33,6 +34,7 @@ CODES = {
     "nercc": lambda: NeRCC(3, 6),
     "nercc-exact": lambda: NeRCC(3, 6, lambda_dec=1e-3, points="interleaved", exact=True),
     "berrut": lambda: Berrut(3, 6),
+    "berrut-spline": lambda: BerrutSpline(3, 6, lambda_dec=1e-4),
     "lagrange": lambda: Lagrange(2, 6, degree=2),
     "parity": lambda: Parity(4, 6),
     "replication": lambda: Replication(3, 6),

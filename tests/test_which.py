@@ -111,6 +111,24 @@ def test_of_bacc(page):
     assert f"below BACC's in {below} of {cells} cells" in page
 
 
+def test_of_bscc(page):
+    laws = read("rivals")["laws"]
+    none = {code: f"{100 * row['gain']['mean']:.0f} %" for code, row in laws["0"].items()}
+    results = " ".join((HERE / "docs/results.md").read_text().split())
+    assert (
+        f"falls from {none['BACC']} over BACC to {none['BSCC']} over BSCC and "
+        f"{none['BSCC tuned']} over BSCC tuned" in results
+    )
+    gains = [
+        f"{100 * laws[s][code]['gain']['mean']:.0f} %"
+        for s, code in (("0", "BSCC tuned"), ("0", "BACC"), ("40", "BSCC tuned"))
+    ]
+    assert (
+        "it gains less: {} with no straggler, where it gains {} on BACC, and {} with".format(*gains)
+        in page
+    )
+
+
 def test_of_error_probabilities(page):
     rows = [
         row

@@ -47,7 +47,7 @@ def demo(
     plot: Annotated[Path, option("File for the picture.", RESULTS)] = Path("nercc-demo.png"),
     numbers: Numbers = None,
 ) -> None:
-    """Compare NeRCC with BACC, ApproxIFER, LCC and replication when workers straggle.
+    """Compare NeRCC with BACC, ApproxIFER, BSCC, LCC and replication when workers straggle.
 
     Each group of K data points is encoded as N coded data points, and each worker runs the model
     on one of them. S of the N workers straggle. All K predictions are recovered from the answers
@@ -62,7 +62,15 @@ def demo(
         import numpy as np
         from rich.console import Console
 
-        from ..codes import AbstractCode, Berrut, Lagrange, NeRCC, Replication, load_code
+        from ..codes import (
+            AbstractCode,
+            Berrut,
+            BerrutSpline,
+            Lagrange,
+            NeRCC,
+            Replication,
+            load_code,
+        )
         from ..evaluation import evaluate
         from ._demo_work import draw_kept, kept_labels, kept_table, shipped_queries
         from ._output import evaluating, print_whole, write_json
@@ -84,6 +92,7 @@ def demo(
             "NeRCC": NeRCC(num_data, num_workers),
             "BACC": Berrut(num_data, num_workers),
             "ApproxIFER": Berrut(num_data, num_workers, points="approxifer"),
+            "BSCC": BerrutSpline(num_data, num_workers),
             "LCC": Lagrange(num_data, num_workers),
             "replication": Replication(num_data, num_workers),
         }

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from prometheus_client import CollectorRegistry
 
-from ..codes import AbstractCode, Berrut, NeRCC, Replication, Uncoded, load_code
+from ..codes import AbstractCode, Berrut, BerrutSpline, NeRCC, Replication, Uncoded, load_code
 from ..serving import Predictor, Servable, make_servable
 from ..serving._metrics import Metrics
 from ..serving._served_model import ServedModel, log_phase
@@ -224,6 +224,8 @@ def code_of(settings: ModelSettings) -> AbstractCode:
         return Replication(1, max(n // k, 1))  # each query by itself: no group to wait for
     if settings.scheme == "berrut":
         return Berrut(k, n, points=settings.points)
+    if settings.scheme == "berrut-spline":
+        return BerrutSpline(k, n, points=settings.points)
     tuned = _CODES / f"{settings.model}-{n}-{k}-{settings.outputs}.json"
     if settings.points == "interleaved" and tuned.exists():
         return load_code(tuned)

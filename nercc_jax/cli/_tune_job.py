@@ -15,7 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..codes import AbstractCode, Berrut, NeRCC, Replication, coincident
+from ..codes import AbstractCode, Berrut, BerrutSpline, NeRCC, Replication, coincident
 from ..evaluation import Evaluations, evaluate, system_look
 from ..evaluation._trial import Trial, landscape, make_trial
 from ..inference._models import Model
@@ -115,6 +115,7 @@ class Comparison(NamedTuple):
             "untuned": self.start,
             "BACC": Berrut(*size),
             "ApproxIFER": Berrut(*size, points="approxifer"),
+            "BSCC": BerrutSpline(*size),
         }
         return codes | ({"replication": Replication(*size)} if size[1] >= size[0] else {})
 

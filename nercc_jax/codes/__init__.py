@@ -2,6 +2,7 @@
 
 from ._at_hand import decode_groups, decode_sets
 from ._berrut import Berrut
+from ._berrut_spline import BerrutSpline
 from ._code import AbstractCode, as_mask
 from ._decoding import AMPLIFICATION, Decoded
 from ._files import code_card, load_code, save_code
@@ -18,6 +19,7 @@ __all__ = [
     "LAYOUTS",
     "AbstractCode",
     "Berrut",
+    "BerrutSpline",
     "Decoded",
     "Lagrange",
     "NeRCC",

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._berrut import Berrut
+from ._berrut_spline import BerrutSpline
 from ._code import AbstractCode
 from ._lagrange import Lagrange
 from ._nercc import NeRCC
@@ -21,7 +22,10 @@ _FORMAT = "nercc-jax code"
 _VERSION = 1
 # Numbers that codes got since: files without them mean the constructor's default.
 _LATER = {"exact", "ends"}
-_KINDS = {kind.__name__: kind for kind in (Berrut, Lagrange, NeRCC, Parity, Replication, Uncoded)}
+_KINDS = {
+    kind.__name__: kind
+    for kind in (Berrut, BerrutSpline, Lagrange, NeRCC, Parity, Replication, Uncoded)
+}
 
 
 def save_code(path: str | Path, code: AbstractCode, about: Mapping[str, Any] | None = None) -> None:

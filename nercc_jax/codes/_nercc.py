@@ -3,10 +3,8 @@
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from ..splines import posterior_variance, process_variance, smoothing_matrix
@@ -19,7 +17,7 @@ from ..splines._smoothing import smoothing_map
 from ._checks import check_counts
 from ._code import AbstractCode, MatrixOnHost, as_mask
 from ._points import Points, coincident, mean_gap, regression_points
-from ._trees import any_tracer, to_device
+from ._trees import any_tracer, scalar_leaf
 
 
 class NeRCC(AbstractCode):
@@ -110,10 +108,12 @@ class NeRCC(AbstractCode):
         exponent = exponent if gap_exponent is None else gap_exponent
         penalty = penalty if end_penalty is None else end_penalty
         largest = float(jnp.finfo(dtype).max)
-        self.lambda_enc = _scalar("lambda_enc", lambda_enc, dtype, least=0.0, most=np.inf)
-        self.lambda_dec = _scalar("lambda_dec", lambda_, dtype, least=0.0, most=np.inf)
-        self.gap_exponent = _scalar("gap_exponent", exponent, dtype, least=-largest, most=largest)
-        self.end_penalty = _scalar("end_penalty", penalty, dtype, least=0.0, most=largest)
+        self.lambda_enc = scalar_leaf("lambda_enc", lambda_enc, dtype, least=0.0, most=np.inf)
+        self.lambda_dec = scalar_leaf("lambda_dec", lambda_, dtype, least=0.0, most=np.inf)
+        self.gap_exponent = scalar_leaf(
+            "gap_exponent", exponent, dtype, least=-largest, most=largest
+        )
+        self.end_penalty = scalar_leaf("end_penalty", penalty, dtype, least=0.0, most=largest)
 
     def decoder_penalty(self, available: Bool[ArrayLike, " num_workers"]) -> Float[Array, ""]:
         """Return the lambda that these workers' answers are decoded with.
@@ -213,15 +213,3 @@ def _smoothing_length(alpha: Array, beta: Array) -> Any:
         given = np.asarray(alpha), np.asarray(beta)
     data, workers = (mean_gap(points, np.ones(points.shape, bool)) for points in given)
     return namespace(*given).minimum(data / 28, workers / 10)
-
-
-def _scalar(name: str, value: ArrayLike, dtype, *, least: float, most: float) -> Float[Array, ""]:
-    known = not isinstance(value, jax.Array)
-    value = to_device(np.asarray(value, dtype)) if known else jnp.asarray(value, dtype)
-    if value.shape != ():
-        raise ValueError(f"{name} must be a scalar, not an array of shape {value.shape}")
-    if not isinstance(value, Tracer) and not least <= float(value) <= most:
-        wanted = "0 or positive" if least == 0 else "a number"
-        finite = " and finite" if most < np.inf else ""
-        raise ValueError(f"{name} must be {wanted}{finite}, not {value}")
-    return value

@@ -46,6 +46,25 @@ def to_device(tree: PyTree[Shaped[ArrayLike, "..."]]) -> PyTree[Shaped[Array, ".
     return jax.tree.map(moved, tree)
 
 
+def scalar_leaf(
+    name: str, value: ArrayLike, dtype, *, least: float, most: float
+) -> Float[Array, ""]:
+    """Return a number of a code as a leaf.
+
+    Raises:
+        ValueError: It is no scalar, or (outside a trace) not from `least` to `most`.
+    """
+    known = not isinstance(value, jax.Array)
+    value = to_device(np.asarray(value, dtype)) if known else jnp.asarray(value, dtype)
+    if value.shape != ():
+        raise ValueError(f"{name} must be a scalar, not an array of shape {value.shape}")
+    if not isinstance(value, Tracer) and not least <= float(value) <= most:
+        wanted = "0 or positive" if least == 0 else "a number"
+        finite = " and finite" if most < np.inf else ""
+        raise ValueError(f"{name} must be {wanted}{finite}, not {value}")
+    return value
+
+
 def is_float(leaf: Any) -> bool:
     return bool(jnp.issubdtype(leaf.dtype, jnp.floating))
 

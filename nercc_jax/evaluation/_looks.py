@@ -55,6 +55,8 @@ _LOOKS = {
     "BACC tuned": _open(_BROWN, "s"),
     "BACC, median": _filled(_BROWN, "d"),
     "ApproxIFER": _filled(_ORANGE, "v"),
+    "BSCC": _filled(_OLIVE, "h"),
+    "BSCC tuned": _open(_OLIVE, "h"),
     "LCC": _filled(_GREEN, "^"),
     "ParM": _lossy(_BLACK, "P"),
     "ParM, k = 4": _lossy(_BLACK, "p"),

@@ -144,7 +144,7 @@ class ModelSettings(BaseModel):
         "inputs.npy",
     )
 
-    scheme: Literal["nercc", "berrut", "replication", "uncoded"] | None = _setting(
+    scheme: Literal["nercc", "berrut", "berrut-spline", "replication", "uncoded"] | None = _setting(
         None,
         "Code of the queries (default: nercc, or uncoded for what cannot be coded).",
         "nercc",

@@ -6,6 +6,7 @@ import pytest
 from scipy.interpolate import make_interp_spline
 
 from nercc_jax import Berrut, Lagrange, NeRCC, Parity, Replication, Uncoded
+from nercc_jax.codes import BerrutSpline
 from nercc_jax.serving import Coder
 from nercc_jax.serving.adapt._error_estimator import ErrorEstimator
 
@@ -15,6 +16,7 @@ CODES = {
     "repeated": NeRCC(4, 8, points="repeated", lambda_dec=0.0),
     "chebyshev": NeRCC(6, 9),
     "BACC": Berrut(5, 8),
+    "BSCC": BerrutSpline(5, 8),
     "LCC": Lagrange(3, 7),
     "replication": Replication(3, 7),
     "uncoded": Uncoded(3),

@@ -522,6 +522,7 @@ def test_datatypes_by_name():
         ({"scheme": "uncoded"}, "Uncoded"),
         ({"scheme": "replication"}, "Replication"),
         ({"input_datatype": None}, "NeRCC"),
+        ({"input_datatype": None, "scheme": "berrut-spline"}, "BerrutSpline"),
     ],
 )
 def test_what_cannot_be_coded_is_served_uncoded_unless_it_was_asked_for(given, code):

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Shaped
 
-from ...codes import AbstractCode, Berrut, NeRCC, decode_groups
+from ...codes import AbstractCode, Berrut, BerrutSpline, NeRCC, decode_groups
 from ...codes._berrut import berrut_matrix
 from ...codes._decoding import Matrices
 from ...codes._kept import encoder_rows, known_decoders
@@ -33,6 +33,8 @@ from ._error_probability import decoding_features, error_probability
 
 # The rows of a spline are one-hot up to rounding.
 _ROUNDING = 1e-5
+
+_ON_A_LINE = (NeRCC, Berrut, BerrutSpline)  # codes whose data points and workers have places
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Coder:
         without[own[0]] = False
         self.can_decode = bool(np.asarray(code.recovered(jnp.asarray(without)))[self._order[0]])
         self.has_error_probability = self.can_decode and isinstance(code, NeRCC)
-        self.needs_order = self.can_decode and isinstance(code, NeRCC | Berrut)
+        self.needs_order = self.can_decode and isinstance(code, _ON_A_LINE)
         self._layouts = [self._layout(matrix) for matrix in matrices]
 
     def layout(self, queries: int) -> Layout:
@@ -263,7 +265,7 @@ class Coder:
     def path_order(self, first: int, number: int) -> Int[np.ndarray, " number"]:
         """Return a group's `number` queries from the `first` on, sorted by their alphas."""
         places = self._order[first : first + number]
-        if isinstance(self.code, NeRCC | Berrut):
+        if isinstance(self.code, _ON_A_LINE):
             places = np.asarray(self.code.alpha)[places]
         return np.argsort(places)
 
@@ -294,10 +296,10 @@ def few_encoders(
 ) -> list[Float[np.ndarray, "num_workers few"]]:
     """Return encoders for 1, 2, ..., K data points, at the first alphas in this order.
 
-    NeRCC's and Berrut's are the code's own through fewer points. Others repeat the data points.
+    Codes on a line have their own through fewer points. Others repeat the data points.
     """
     counts = range(1, code.num_data + 1)
-    if not isinstance(code, NeRCC | Berrut):
+    if not isinstance(code, _ON_A_LINE):
         full = encoder_rows(code)[:, order]
         return [full @ np.eye(few)[np.arange(code.num_data) % few] for few in counts]
     points = np.asarray(code.alpha), np.asarray(code.beta)
@@ -321,7 +323,7 @@ def _angles(t: ArrayLike) -> np.ndarray:
 
 def _spread(code: AbstractCode) -> Int[np.ndarray, " num_data"]:
     """Return the data points from the middle on, each next as far from those before as can be."""
-    if not isinstance(code, NeRCC | Berrut):
+    if not isinstance(code, _ON_A_LINE):
         return np.arange(code.num_data)
     angles = _angles(code.alpha)
     order = [int(np.argmin(np.abs(angles - np.pi / 2)))]
@@ -336,7 +338,7 @@ def _by_use(
 ) -> Int[np.ndarray, " left"]:
     """Return the coded data points not sent yet: each query's nearest, then its second, ..."""
     left = np.setdiff1d(np.arange(code.num_workers), sent)
-    if not isinstance(code, NeRCC | Berrut):
+    if not isinstance(code, _ON_A_LINE):
         return left
     distance = np.abs(_angles(code.beta)[left][:, None] - _angles(code.alpha)[places])
     chosen: list[int] = []
