@@ -407,6 +407,8 @@ def _open_pool(
             straggler_score=straggler_score,
             straggler_leaning=settings.straggler_leaning,
             death_rate=settings.death_rate,
+            wrong_workers=settings.wrong_workers,
+            wrong_rate=settings.wrong_rate,
             seed=settings.fault_seed,
         ),
         "overdue": Overdue(settings.quantile, settings.straggler_threshold),

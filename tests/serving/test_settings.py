@@ -100,6 +100,8 @@ MODEL = {
     "straggler_score": "norm",
     "straggler_leaning": 0.5,
     "death_rate": 0.75,
+    "wrong_workers": {"stale": [1], "swap": [0, 2]},
+    "wrong_rate": 0.5,
     "fault_seed": 11,
 }
 # Flags that are no settings.
