@@ -223,6 +223,7 @@ class ServedModel:
             },
             "policy": self._batcher.setting_status(),
             "predictor": None if self._predictor is None else self._predictor.status(),
+            "checks": self._batcher.checks_status(),
             "pool": {"kind": self.settings.pool, "num_workers": self.pool.num_workers},
             "workers": [
                 {"state": worker.state, "deaths": worker.deaths, "busy_s": worker.busy_seconds}
@@ -275,6 +276,7 @@ class ServedModel:
             )
         if (harder := batcher.decoding_hint()) is not None:
             hints.append(harder)
+        hints += batcher.checks_hints()
         return hints if self._predictor is None else hints + _predictor_hints(self._predictor)
 
 

@@ -217,6 +217,8 @@ class ModelSettings(BaseModel):
     redundancy: Literal["always", "uncertain"] = _of_policy("redundancy")
     max_redundancy: float | None = _of_policy("max_redundancy", 0.1)
     max_calls: float | None = _of_policy("max_calls", 1.1)
+    check_answers: float | None = _of_policy("check_answers", 0.01)
+    max_fenced: float = _of_policy("max_fenced")
 
     service_delay_s: float = _setting(
         0.0, "Seconds added to every call, for trials.", ge=0, le=_DAY_S

@@ -90,6 +90,8 @@ MODEL = {
     "redundancy": "uncertain",
     "max_redundancy": 0.5,
     "max_calls": 1.5,
+    "check_answers": 0.25,
+    "max_fenced": 0.5,
     "max_disagreement": 0.25,
     "max_reexecution": 0.125,
     "ordering": False,
