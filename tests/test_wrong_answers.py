@@ -169,7 +169,7 @@ def test_a_model_without_parameters_cannot_have_others(kind):
             pool(np.tanh, 1, faults=faults)
 
 
-def test_errors():
+def test_errors(untyped):
     with pytest.raises(ValueError, match=r"a fault is one of .*'stale'.*, not 'lie'"):
         Fault("lie")
     with pytest.raises(ValueError, match="only bias and stale have a size, not 'swap'"):

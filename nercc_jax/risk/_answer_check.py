@@ -6,12 +6,13 @@ right ones whatever its query was. It learns from right answers and from wrong o
 these: the answers of other queries, and right ones with noise. Of either, those with another label
 count, where labels matter.
 
-The limit is a conformal quantile over held-out right answers, so that the share of right answers
-beyond it is as stated, whatever the regression is worth (Vovk 2015, "Cross-conformal predictors":
-each half is scored by what the other half shows).
+The limit is a conformal quantile over right answers that the regression has not seen, so that the
+share of right answers beyond it is as stated, whatever the regression is worth (Papadopoulos et al.
+2002, "Inductive confidence machines for regression").
 """
 
 from types import ModuleType
+from typing import TypeAlias
 
 import equinox as eqx
 import jax
@@ -22,10 +23,13 @@ from jaxtyping import Array, Bool, Float
 from ._logistic import logistic_regression
 from ._straggler_risk import conformal_quantile
 
+_Array: TypeAlias = Array | np.ndarray
+
 _REFERENCES = 256  # right answers that others are compared with
 _COVARIANCES = 256  # outputs, at most, whose covariance is taken into account
 _SHRINK = 1e-3  # of a covariance to a multiple of the identity
-_LEAST, _NEAR = 1e-12, 1e-6
+_LEAST = 1e-12
+_NEAR = 0.05  # the share of right answers that are nearer to a reference than is told apart
 # Of each kind of wrong answers, how many times they are drawn, and of how many right ones; and the
 # sizes of the noise, in units of the answers' standard deviation.
 _DRAWS, _ROWS = 3, 512
@@ -40,25 +44,28 @@ class AnswerCheck(eqx.Module):
         residual: Maps residuals over deviations to uncorrelated ones.
         typical: Maps answers to uncorrelated ones.
         references: Right answers, mapped so.
+        near: The distance to these below which an answer is no more typical than at it: it may be
+            one of them.
         weights: The regression's weights of the features.
         limit: The largest score of an answer that does not look wrong.
         labels: Whether the largest output is a label.
     """
 
-    residual: Float[Array, "m m"] | Float[Array, " m"]
-    typical: Float[Array, "m m"] | Float[Array, " m"]
-    references: Float[Array, "references m"]
-    weights: Float[Array, " features"]
-    limit: Float[Array, ""]
+    residual: Float[_Array, "m m"] | Float[_Array, " m"]
+    typical: Float[_Array, "m m"] | Float[_Array, " m"]
+    references: Float[_Array, "references m"]
+    near: Float[_Array, ""]
+    weights: Float[_Array, " features"]
+    limit: Float[_Array, ""]
     labels: bool = eqx.field(static=True)
 
     def features(
         self,
-        mean: Float[Array, "queries m"],
-        deviation: Float[Array, " queries"],
-        answers: Float[Array, "queries m"],
+        mean: Float[_Array, "queries m"],
+        deviation: Float[_Array, " queries"],
+        answers: Float[_Array, "queries m"],
         numpy: ModuleType = jnp,
-    ) -> Float[Array, "queries features"]:
+    ) -> Float[_Array, "queries features"]:
         """Return the features of the regression.
 
         Args:
@@ -73,7 +80,7 @@ class AnswerCheck(eqx.Module):
             numpy.ones_like(deviation),
             numpy.log(_rms(numpy, ratios)),
             numpy.log(_rms(numpy, _mapped(ratios, self.residual))),
-            numpy.log(self._distance(answers, numpy)),
+            numpy.log(numpy.maximum(self._distance(answers, numpy), self.near)),
             numpy.log(deviation),
         ]
         if self.labels:
@@ -83,21 +90,19 @@ class AnswerCheck(eqx.Module):
             found += [numpy.minimum(preference, 0), numpy.maximum(preference, 0), margin]
         return numpy.stack(found, axis=1)
 
-    def _distance(self, answers: Array, numpy: ModuleType) -> Array:
-        """Return the distance to the nearest reference that is not the answer itself."""
+    def _distance(self, answers: _Array, numpy: ModuleType) -> _Array:
+        """Return the distance to the nearest reference."""
         mapped = _mapped(answers, self.typical)
         squares = numpy.sum(mapped**2, axis=1)[:, None] + numpy.sum(self.references**2, axis=1)
-        squares = numpy.sort(squares - 2 * mapped @ self.references.T, axis=1)
-        first, second = squares[:, 0], squares[:, 1]
-        nearest = numpy.where(first < _NEAR * answers.shape[1], second, first)
+        nearest = numpy.min(squares - 2 * mapped @ self.references.T, axis=1)
         return numpy.sqrt(numpy.maximum(nearest, 0) / answers.shape[1] + _LEAST)
 
     def suspicious(
         self,
-        mean: Float[Array, "queries m"],
-        deviation: Float[Array, " queries"],
-        answers: Float[Array, "queries m"],
-    ) -> Bool[Array, " queries"]:
+        mean: Float[_Array, "queries m"],
+        deviation: Float[_Array, " queries"],
+        answers: Float[_Array, "queries m"],
+    ) -> Bool[_Array, " queries"]:
         """Return which answers look wrong; arguments as for `features`."""
         score = self.features(mean, deviation, answers) @ self.weights
         return ~(score <= self.limit)  # NaN is wrong
@@ -127,13 +132,9 @@ def fit_answer_check(
     """
     random = np.random.default_rng(seed)
     data = tuple(np.asarray(each, np.float64) for each in (mean, deviation, answers))
-    halves = [tuple(each[start::2] for each in data) for start in range(2)]
-    scores = []
-    for one, other in zip(halves, reversed(halves), strict=True):
-        check = _regressed(*one, labels, random)
-        scores.append(check.features(*other, numpy=np) @ check.weights)
-    limit = conformal_quantile(np.concatenate(scores), 1 - rate)
-    check = _regressed(*data, labels, random)
+    check = _regressed(*(each[::2] for each in data), labels, random)
+    scores = check.features(*(each[1::2] for each in data), numpy=np) @ check.weights
+    limit = conformal_quantile(scores, 1 - rate)
     check = eqx.tree_at(lambda check: check.limit, check, np.asarray(limit))
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), check)
 
@@ -148,12 +149,16 @@ def _regressed(
     """Return a check without a limit, with arrays of NumPy."""
     typical = _whitening(answers)
     residual = _whitening((answers - mean) / np.maximum(deviation, _LEAST)[:, None])
-    places = np.linspace(0, len(answers) - 1, min(_REFERENCES, len(answers))).astype(int)
-    references = _mapped(answers[places], typical)
-    none = np.zeros(0)
-    check = AnswerCheck(residual, typical, references, none, none, labels)
-    right = check.features(mean, deviation, answers, numpy=np)
-    wrong = check.features(*_wrong(mean, deviation, answers, labels, random), numpy=np)
+    number = min(_REFERENCES, len(answers) // 2)
+    references = _mapped(answers[:number], typical)
+    unknown = np.zeros(()), np.zeros(0), np.zeros(())
+    check = AnswerCheck(residual, typical, references, *unknown, labels)
+    # A reference is at no distance from itself.
+    others = mean[number:], deviation[number:], answers[number:]
+    near = np.quantile(check._distance(others[2], np), _NEAR)
+    check = eqx.tree_at(lambda check: check.near, check, near)
+    right = check.features(*others, numpy=np)
+    wrong = check.features(*_wrong(*others, labels, random), numpy=np)
     known = np.arange(len(right) + len(wrong)) >= len(right)
     weights = logistic_regression(np.concatenate([right, wrong]), known)
     return eqx.tree_at(lambda check: check.weights, check, weights)
@@ -194,15 +199,15 @@ def _whitening(x: Float[np.ndarray, "rows m"]) -> np.ndarray:
     return np.linalg.inv(np.linalg.cholesky(covariance)).T
 
 
-def _mapped(x: Array, by: Array) -> Array:
+def _mapped(x: _Array, by: _Array) -> _Array:
     return x @ by if by.ndim == 2 else x * by
 
 
-def _rms(numpy: ModuleType, x: Array) -> Array:
+def _rms(numpy: ModuleType, x: _Array) -> _Array:
     return numpy.sqrt(numpy.mean(x**2, axis=1) + _LEAST)
 
 
-def _lead(numpy: ModuleType, outputs: Array, label: Array) -> Array:
+def _lead(numpy: ModuleType, outputs: _Array, label: _Array) -> _Array:
     """Return by how much a label leads the best other one."""
     own = numpy.max(numpy.where(label, outputs, -numpy.inf), axis=1)
     return own - numpy.max(numpy.where(label, -numpy.inf, outputs), axis=1)

@@ -219,7 +219,7 @@ class _SimulatedLife:
             return InjectedError("injected on purpose")
         changed = (self._changed[id(fault)] for fault in wrong if id(fault) in self._changed)
         try:
-            y = next(changed, self._models)[kind](batch)
+            y = jax.tree.map(np.asarray, next(changed, self._models)[kind](batch))
         except Exception as error:  # as in every pool: that answer's trouble
             return error
         y = self._wrong.change(kind, y, wrong)

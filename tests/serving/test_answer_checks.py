@@ -49,13 +49,14 @@ def states(traffic):
     return [worker.state for worker in traffic.pool.report().workers]
 
 
+@pytest.mark.slow
 def test_without_faults_nobody_is_fenced_and_hardly_a_call_is_made_twice():
     traffic = served()
     assert labels_right(traffic.send(600)) == 1
     assert traffic.batcher.checks_status()["ready"]
     before = traffic.calls(), traffic.observed["check_again"]
-    replies = traffic.send(1500)
-    assert traffic.observed["check_again"] - before[1] < 0.03 * 1500
+    replies = traffic.send(1000)
+    assert traffic.observed["check_again"] - before[1] < 0.03 * 1000
     assert not any(reply.suspicious.any() for _, reply, _ in replies)
     assert fenced(traffic) == []
     assert traffic.batcher.checks_hints() == []
@@ -64,6 +65,7 @@ def test_without_faults_nobody_is_fenced_and_hardly_a_call_is_made_twice():
     assert np.quantile([seconds for seconds, *_ in replies], 0.9) < 0.12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calls", [None, LATER], ids=["from the first", "later"])
 def test_stale_weights_and_swapped_answers_are_fenced_and_no_wrong_label_goes_out(calls):
     traffic = served(
@@ -84,8 +86,8 @@ def test_stale_weights_and_swapped_answers_are_fenced_and_no_wrong_label_goes_ou
 
 
 def test_a_worker_that_is_right_again_is_released():
-    traffic = served(Fault("swap", workers=(5,), calls=range(10, 25)))
-    traffic.send(400)
+    traffic = served(Fault("swap", workers=(5,), calls=range(25)))
+    traffic.send(300)
     assert traffic.observed["worker_fenced"] == 1
     traffic.clock.run(traffic.clock.now() + 60)
     assert fenced(traffic) == []
@@ -95,7 +97,7 @@ def test_a_worker_that_is_right_again_is_released():
 
 def test_a_worker_that_is_replaced_is_released():
     traffic = served(
-        Fault("bias", workers=(5,), calls=range(10, 10**6)),
+        Fault("bias", workers=(5,)),
         Fault("death", workers=(5,), calls=(20,)),
     )
     traffic.send(200)
@@ -121,7 +123,8 @@ def test_no_more_are_fenced_than_the_policy_allows_and_the_status_says_so(caplog
 
 def test_an_answer_that_nobody_confirms_goes_out_in_time_and_says_so():
     """The other worker hangs."""
-    traffic = served(Fault("hang", workers=(1,)), workers=2, hang_timeout=1e4)
+    hang = Fault("hang", workers=(1,), calls=range(2, 100))
+    traffic = served(hang, workers=2, hang_timeout=1e4)
     traffic.settle = 20.0
     replies = traffic.send(6)
     assert max(seconds for seconds, *_ in replies) < 10
@@ -139,9 +142,14 @@ def test_requests_of_several_queries_get_all_their_answers():
     for place, each in enumerate(x):
         traffic.clock.at(place / 20, lambda each=each: futures.append(traffic.batcher.submit(each)))
     traffic.clock.run(5.0)
-    for future, each in zip(futures, x, strict=True):
-        assert future.result(0).values.shape == (6, *OUT)
-        np.testing.assert_allclose(future.result(0).values, np.tanh(each @ WEIGHTS), atol=1e-5)
+    replies = [future.result(0) for future in futures]
+    values = np.concatenate([reply.values for reply in replies])
+    assert values.shape == (240, *OUT)
+    right = np.isclose(values, np.tanh(x.reshape(-1, 4) @ WEIGHTS), atol=1e-5).all(axis=1)
+    suspicious = np.concatenate([reply.suspicious for reply in replies])
+    assert right[~suspicious].all()
+    assert suspicious.sum() <= 5, "those that two wrong workers computed, and a right one"
+    assert not suspicious[60:].any()
 
 
 def test_errors():

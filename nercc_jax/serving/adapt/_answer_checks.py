@@ -1,8 +1,8 @@
 """Checks of the model's own answers: which look wrong, which are wrong, and who gave them.
 
 An answer is held back where the surrogate finds it suspicious, and while its worker is on
-probation: with its first answers, with the next ones after an answer that was wrong, and after it
-was released. An answer that two workers give is right. A worker that a sequential test accuses of
+probation: at first, after an answer that was wrong, and after it was released, each time until some
+of its answers were right. An answer that two workers give is right. A worker that a sequential test accuses of
 wrong answers (`WorkerMonitor`) is fenced. It is released after as many right answers to audits as
 its record asks for, or when it was replaced.
 """
@@ -26,8 +26,7 @@ from ._predictor import Predictor
 _LOG = logging.getLogger(__name__)
 
 _WORKERS = 3  # that compute a query, at most
-# Answers that are held back whatever they look like: a worker's first, and those that follow a
-# wrong one or a release.
+# Right answers with which a probation ends: at first, and after a wrong answer or a release.
 _FIRST, _PROBATION = 4, 16
 # Right answers to audits until a worker is released; twice as many each time, up to the second.
 _CLEAN, _CLEANEST = 16, 1024
@@ -41,7 +40,7 @@ _SAME, _SAME_SHORT = 1e-3, 5e-2
 class _Record:
     """What is known of a worker."""
 
-    probation: int = _FIRST  # answers
+    probation: int = _FIRST  # right answers until it ends
     deaths: int = 0
     fences: int = 0
     clean: int = 0  # right answers to audits, in a row
@@ -94,11 +93,9 @@ class AnswerChecks(AbstractAnswerChecks):
     ) -> Bool[np.ndarray, " queries"]:
         if worker in self._fenced:  # sent before it was
             return np.ones(len(x), bool)
+        if self._records[worker].probation:
+            return np.ones(len(x), bool)
         held = self._predictor.suspicious(x, values)
-        record = self._records[worker]
-        if record.probation:
-            held[: record.probation] = True
-            record.probation = max(record.probation - len(x), 0)
         self._monitor.add(worker, right=int(len(x) - held.sum()))
         return held
 
@@ -111,15 +108,17 @@ class AnswerChecks(AbstractAnswerChecks):
                 if x is not None:
                     self._known.append((np.array(x), value))
                 for worker in candidates:
-                    if worker in (one, other):
-                        self._monitor.add(worker, right=1)
-                    else:
+                    if worker not in (one, other):
                         self._accuse(worker)
+                        continue
+                    self._monitor.add(worker, right=1)
+                    record = self._records[worker]
+                    record.probation = max(record.probation - 1, 0)
                 return Verdict(value, True)
         if len(candidates) < _WORKERS and not last:
             return None
-        free = [worker for worker in candidates if worker not in self._fenced]
-        return Verdict(candidates[next(iter(free or candidates))], False)
+        best = min(candidates, key=lambda each: (each in self._fenced, self._monitor.wrong[each]))
+        return Verdict(candidates[best], False)
 
     def audits(self, report: PoolReport) -> list[tuple[int, np.ndarray]]:
         for worker, (record, seen) in enumerate(zip(self._records, report.workers, strict=True)):
