@@ -33,7 +33,7 @@ def test_as_many_right_answers_look_wrong_as_is_stated(rate, labels):
 
 
 def test_answers_of_other_queries_look_wrong():
-    """By hand: with this surrogate the right answer is at some two deviations, others are at ten."""
+    """With this surrogate the right answer is at some two deviations, others are at ten."""
     random = np.random.default_rng(1)
     check = fit_answer_check(*predicted(random, 1000, 0.2), 0.01, labels=True)
     mean, deviation, right = predicted(random, error=0.2)

@@ -1,12 +1,16 @@
 """Workers that answer wrongly before a server that checks: found, answered by others, fenced."""
 
 import equinox as eqx
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import require
 from traffic import OUT, WEIGHTS, Traffic, labels_right
 
+from nercc_jax import DevicePool, RayPool, Uncoded
 from nercc_jax.pools import Fault, Faults
-from nercc_jax.serving import BatchingPolicy, Predictor
+from nercc_jax.serving import BatchingPolicy, CodedBatcher, Coder, Predictor
 
 # After these calls of each worker, some 600 queries, the learner knows enough.
 LATER = range(80, 10**6)
@@ -19,6 +23,15 @@ class Net(eqx.Module):
 
     def __call__(self, x):
         return np.tanh(x @ self.w)
+
+
+class JaxNet(eqx.Module):
+    """The same for real workers."""
+
+    w: jax.Array
+
+    def __call__(self, x):
+        return jnp.tanh(x @ self.w)
 
 
 def served(*faults, workers=8, max_fenced=0.25, **options):
@@ -159,3 +172,35 @@ def test_errors():
         BatchingPolicy(check_answers=1.0)
     with pytest.raises(ValueError, match="max_fenced must be in"):
         BatchingPolicy(max_fenced=1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["devices", "ray"])
+def test_on_real_workers(kind):
+    """One of eight serves stale weights, and one swaps; then three quarters serve everybody."""
+    options: dict = {"example": [np.zeros((size, 4), np.float32) for size in (1, 2, 4)]}
+    if kind == "ray":
+        require("ray", "ray")
+        options["address"] = "local"
+    faults = Faults([Fault("stale", workers=(2,)), Fault("swap", workers=(5,))], seed=3)
+    policy = BatchingPolicy(max_disagreement=0.1, check_answers=0.01, max_batch_size=4)
+    x = np.random.default_rng(0).normal(size=(1000, 1, 4)).astype(np.float32)
+    right = np.tanh(x[:, 0] @ WEIGHTS)
+    with (
+        {"devices": DevicePool, "ray": RayPool}[kind](
+            JaxNet(jnp.asarray(WEIGHTS)), 8, faults=faults, **options
+        ) as pool,
+        CodedBatcher(
+            pool, Coder(Uncoded(1)), (4,), OUT, policy=policy, predictor=Predictor()
+        ) as batcher,
+    ):
+        for part in np.split(np.arange(len(x)), 50):
+            replies = [batcher.submit(x[place], deadline=30.0) for place in part]
+            for place, reply in zip(part, replies, strict=True):
+                found = reply.result(60.0)
+                if not found.suspicious[0]:
+                    np.testing.assert_allclose(found.values[0], right[place], atol=1e-4)
+                else:
+                    assert place < 200
+        assert sorted(batcher.checks_status()["fenced"]) == ["2", "5"]
+        assert [worker.state for worker in pool.report().workers].count("fenced") == 2

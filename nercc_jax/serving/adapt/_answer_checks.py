@@ -2,9 +2,9 @@
 
 An answer is held back where the surrogate finds it suspicious, and while its worker is on
 probation: at first, after an answer that was wrong, and after it was released, each time until some
-of its answers were right. An answer that two workers give is right. A worker that a sequential test accuses of
-wrong answers (`WorkerMonitor`) is fenced. It is released after as many right answers to audits as
-its record asks for, or when it was replaced.
+of its answers were right. An answer that two workers give is right. A worker that a sequential test
+accuses of wrong answers (`WorkerMonitor`) is fenced. It is released after as many right answers to
+audits as its record asks for, or when it was replaced.
 """
 
 import collections
