@@ -132,7 +132,7 @@ def output_only(work: Work, rate: float, right: np.ndarray) -> Any:
     return lambda x, own: np.asarray(check.suspicious(*map(jnp.asarray, (*nothing(len(x)), own))))
 
 
-def judge(work: Work, seed: int) -> list[dict[str, Any]]:
+def evaluate(work: Work, seed: int) -> list[dict[str, Any]]:
     """Return what each check finds of each fault at each rate."""
     order = np.random.default_rng([seed, 0]).permutation(len(work.x))[: PAST + JUDGED]
     past, judged = order[:PAST], order[PAST:]
@@ -285,7 +285,7 @@ def main() -> None:
     if not options.quick:
         works += [function(name, options.data_dir) for name in FUNCTIONS]
     seeds = [100] if options.quick else range(options.seeds)
-    rows = [row for work in works for seed in seeds for row in judge(work, seed)]
+    rows = [row for work in works for seed in seeds for row in evaluate(work, seed)]
     print("\n".join(summary(rows)), flush=True)
     name = "wrong_answers-quick.json" if options.quick else "wrong_answers.json"
     write_json(RESULTS / name, {"environment": environment(PACKAGES), "rows": rows})

@@ -148,7 +148,7 @@ class WeightChange:
         return flip_bit_of_tree(tree, self.fault.bits, random)
 
 
-def check_weights(models: Sequence[Any], faults: Sequence[Any]) -> None:
+def check_faults(models: Sequence[Any], faults: Sequence[Any]) -> None:
     """Raise ValueError if a fault would change the parameters of a model that shows none."""
     kinds = sorted({fault.kind for fault in faults} & WEIGHT_KINDS)
     for model in models if kinds else ():

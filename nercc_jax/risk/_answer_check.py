@@ -150,7 +150,8 @@ def _regressed(
     typical = _whitening(answers)
     residual = _whitening((answers - mean) / np.maximum(deviation, _LEAST)[:, None])
     number = min(_REFERENCES, len(answers) // 2)
-    references = _mapped(answers[:number], typical)
+    # As many for any number of answers, so that one compiled program serves all.
+    references = _mapped(answers[np.arange(_REFERENCES) % number], typical)
     unknown = np.zeros(()), np.zeros(0), np.zeros(())
     check = AnswerCheck(residual, typical, references, *unknown, labels)
     # A reference is at no distance from itself.

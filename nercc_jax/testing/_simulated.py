@@ -17,7 +17,7 @@ from ..pools._backend import OnOutcome, WorkerBackend, WorkerDied
 from ..pools._clock import BEAT, AbstractTurns
 from ..pools._faults import Fault, WorkerFaults
 from ..pools._scheduler import Scheduler
-from ..pools._wrong_answers import WrongAnswers, check_weights
+from ..pools._wrong_answers import WrongAnswers, check_faults
 
 
 class SimulatedClock(AbstractClock):
@@ -145,7 +145,7 @@ class SimulatedPool(AbstractPool):
         start_timeout: float = 60.0,
     ):
         models = (model,) if callable(model) else tuple(model)
-        check_weights(models, () if faults is None else faults.faults)
+        check_faults(models, () if faults is None else faults.faults)
         clock = clock or SimulatedClock()
         self._scheduler = Scheduler(
             _SimulatedBackend(models, seconds, clock, faults, start_seconds),
