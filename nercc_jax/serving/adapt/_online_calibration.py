@@ -121,8 +121,8 @@ class ValidationBatch:
     error: Float[np.ndarray, " queries"]
     wrong: Bool[np.ndarray, " queries"]
     probability: Float[np.ndarray, " queries"]
-    residual: Float[np.ndarray, "queries m"]
-    own: Float[np.ndarray, "queries m"]
+    residual: Float[np.ndarray, "checked m"]
+    own: Float[np.ndarray, "checked m"]
 
 
 class OnlineCalibration:
