@@ -183,7 +183,7 @@ class Faults:
         straggler_score: Callable[[Any], Any] | None = None,
         straggler_leaning: float = 1.0,
         death_rate: float = 0.0,
-        wrong_workers: Mapping[str, Sequence[int]] | None = None,
+        wrong_workers: Mapping[Any, Sequence[int]] | None = None,
         wrong_rate: float = 1.0,
         seed: int = 0,
     ) -> "Faults":
@@ -222,7 +222,7 @@ class Faults:
         for kind, workers in (wrong_workers or {}).items():
             if kind not in WRONG_KINDS:
                 raise ValueError(f"wrong answers are {sorted(WRONG_KINDS)}, not {kind!r}")
-            faults.append(Fault(kind, wrong_rate, workers=tuple(workers)))  # pyright: ignore[reportArgumentType]
+            faults.append(Fault(kind, wrong_rate, workers=tuple(workers)))
         return cls(faults, seed)
 
     @classmethod
@@ -298,7 +298,8 @@ class WorkerFaults:
             batch: The call's rows, for faults that strike rows by their score.
         """
         struck = self.strike(batch)
-        return struck.seconds, struck.kinds | {fault.kind for fault in struck.wrong}
+        struck.kinds.update(fault.kind for fault in struck.wrong)
+        return struck.seconds, struck.kinds
 
     def strike(self, batch: PyTree | None = None) -> StruckCall:
         """Return the faults of the next call; `batch` as for `next`."""

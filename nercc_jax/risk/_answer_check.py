@@ -131,10 +131,10 @@ def fit_answer_check(
         A check. Nothing looks wrong to it where there are too few answers for the rate.
     """
     random = np.random.default_rng(seed)
-    data = tuple(np.asarray(each, np.float64) for each in (mean, deviation, answers))
-    check = _regressed(*(each[::2] for each in data), labels, random)
-    scores = check.features(*(each[1::2] for each in data), numpy=np) @ check.weights
-    limit = conformal_quantile(scores, 1 - rate)
+    mean, deviation, answers = (np.asarray(each, np.float64) for each in (mean, deviation, answers))
+    check = _regressed(mean[::2], deviation[::2], answers[::2], labels, random)
+    scores = check.features(mean[1::2], deviation[1::2], answers[1::2], np) @ check.weights
+    limit = conformal_quantile(np.asarray(scores), 1 - rate)
     check = eqx.tree_at(lambda check: check.limit, check, np.asarray(limit))
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), check)
 

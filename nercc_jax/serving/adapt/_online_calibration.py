@@ -348,7 +348,7 @@ def _suspicious(
     own: Float[ArrayLike, "queries m"],
 ) -> Bool[Array, " queries"]:
     values, deviation, _ = _predict(surrogate, None, x)
-    return check.suspicious(values, deviation, jnp.asarray(own))
+    return jnp.asarray(check.suspicious(values, deviation, jnp.asarray(own)))
 
 
 @eqx.filter_jit
