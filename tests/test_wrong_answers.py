@@ -201,11 +201,20 @@ def test_simulated_workers_are_wrong_as_others_are():
 @pytest.mark.slow
 def test_workers_of_ray_are_wrong_as_threads_are():
     require("ray", "ray")
+
+    class Local(eqx.Module):
+        """One that actors need not import."""
+
+        w: jax.Array
+
+        def __call__(self, x):
+            return x @ self.w
+
     faults = Faults([Fault("swap", workers=(0,)), Fault("stale", workers=(1,))], seed=5)
     found = []
     for pool in (
         DevicePool(MODEL, 2, example=CALLS[0], faults=faults),
-        RayPool(MODEL, 2, example=CALLS[0], faults=faults, address="local"),
+        RayPool(Local(MODEL.w), 2, example=CALLS[0], faults=faults, address="local"),
     ):
         with pool, pool.dispatch(CALLS[:1].repeat(2, axis=0)) as batch:
             values = batch.wait(deadline=SOON).values

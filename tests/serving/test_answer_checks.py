@@ -25,13 +25,16 @@ class Net(eqx.Module):
         return np.tanh(x @ self.w)
 
 
-class JaxNet(eqx.Module):
-    """The same for real workers."""
+def jax_net():
+    """The same for real workers; Ray's actors need not import it."""
 
-    w: jax.Array
+    class JaxNet(eqx.Module):
+        w: jax.Array
 
-    def __call__(self, x):
-        return jnp.tanh(x @ self.w)
+        def __call__(self, x):
+            return jnp.tanh(x @ self.w)
+
+    return JaxNet(jnp.asarray(WEIGHTS))
 
 
 def served(*faults, workers=8, max_fenced=0.25, **options):
@@ -188,7 +191,7 @@ def test_on_real_workers(kind):
     right = np.tanh(x[:, 0] @ WEIGHTS)
     with (
         {"devices": DevicePool, "ray": RayPool}[kind](
-            JaxNet(jnp.asarray(WEIGHTS)), 8, faults=faults, **options
+            jax_net(), 8, faults=faults, **options
         ) as pool,
         CodedBatcher(
             pool, Coder(Uncoded(1)), (4,), OUT, policy=policy, predictor=Predictor()
