@@ -64,9 +64,14 @@ class Work:
 
     def answers(self, model: Callable[[Any], Any] | None = None) -> np.ndarray:
         """Return the answers of the model, or of a changed one, to all inputs."""
-        run = eqx.filter_jit(self.model if model is None else model)
-        parts = [run(part) for part in np.split(self.x, len(self.x) // 500)]
+        model = self.model if model is None else model
+        parts = [_run(model, part) for part in np.split(self.x, len(self.x) // 500)]
         return np.concatenate([np.asarray(part, np.float32) for part in parts])
+
+
+@eqx.filter_jit
+def _run(model: Callable[[Any], Any], x: np.ndarray) -> Any:
+    return model(x)
 
 
 def lenet5(data_dir: Path) -> Work:
@@ -287,10 +292,13 @@ def main() -> None:
     if not options.quick:
         works += [function(name, options.data_dir) for name in FUNCTIONS]
     seeds = [100] if options.quick else range(options.seeds)
-    rows = [row for work in works for seed in seeds for row in evaluate(work, seed)]
-    print("\n".join(summary(rows)), flush=True)
+    rows = []
     name = "wrong_answers-quick.json" if options.quick else "wrong_answers.json"
-    write_json(RESULTS / name, {"environment": environment(PACKAGES), "rows": rows})
+    for work in works:
+        for seed in seeds:
+            rows += evaluate(work, seed)
+            write_json(RESULTS / name, {"environment": environment(PACKAGES), "rows": rows})
+    print("\n".join(summary(rows)), flush=True)
 
 
 if __name__ == "__main__":

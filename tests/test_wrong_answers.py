@@ -1,5 +1,7 @@
 """Workers that are healthy and wrong, on purpose: each kind of fault by what clients see of it."""
 
+from typing import get_args
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,8 @@ from schedulers import SOON
 
 from nercc_jax import DevicePool, RayPool
 from nercc_jax.pools import Fault, Faults
-from nercc_jax.pools._wrong_answers import WRONG_KINDS, flip_bit
+from nercc_jax.pools._wrong_answers import WRONG_KINDS, WrongKind, flip_bit
+from nercc_jax.serving._settings import _WrongKind
 from nercc_jax.testing import SimulatedPool
 
 WEIGHTS = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
@@ -167,6 +170,11 @@ def test_a_model_without_parameters_cannot_have_others(kind):
     ):
         with pytest.raises(ValueError, match=f'"{kind}" changes the parameters of a model that is'):
             pool(np.tanh, 1, faults=faults)
+
+
+def test_settings_have_the_same_kinds():
+    """They are read before JAX is imported."""
+    assert get_args(_WrongKind) == get_args(WrongKind)
 
 
 def test_errors(untyped):
