@@ -63,7 +63,8 @@ def main(port: int, replicas: int, batch: int, base: float, rate: float, delay: 
             x: Any = queries_of(asked, self.servable)
             y = await (self.together(x) if batch > 1 else self.call(x))
             ones, zeros = np.ones(len(y), int), np.zeros(len(y))
-            reply = Reply(y, ones > 0, ones < 0, ones < 0, ones, ones, zeros, zeros, 0.0, 0.0)
+            never = ones < 0
+            reply = Reply(y, ones > 0, never, never, never, ones, ones, zeros, zeros, 0.0, 0.0)
             content, headers = write_reply(reply, asked, self.servable)
             return Response(content, headers=headers)
 

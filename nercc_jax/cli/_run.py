@@ -186,6 +186,17 @@ def run_command(
         option("With a score, the share of delayed calls that have the largest scores.", FAULTS),
     ] = 1.0,
     death_rate: Annotated[float, option("Share of calls in which the worker dies.", FAULTS)] = 0.0,
+    wrong_workers: Annotated[
+        str | None,
+        option(
+            "Workers that answer wrongly, as a table of swap, repeat, bias, flip_answer, stale, "
+            "flip_weight: '{stale = [0], swap = [1]}' (default: none).",
+            FAULTS,
+        ),
+    ] = None,
+    wrong_rate: Annotated[
+        float, option("Share of these workers' calls that are answered wrongly.", FAULTS)
+    ] = 1.0,
     seed: Seed = 0,
     output: Annotated[
         Path,
@@ -240,6 +251,7 @@ def run_command(
                 seed,
                 straggler_score,
                 straggler_leaning,
+                (wrong_workers, wrong_rate),
             ),
             deadline_s,
             worker_dtype,

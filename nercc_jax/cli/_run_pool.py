@@ -4,6 +4,8 @@ import csv
 import dataclasses
 import functools
 import logging
+import operator
+import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -76,10 +78,17 @@ class ChosenPool:
 
 
 def make_faults(
-    rate: float, delay: float, death_rate: float, seed: int, score: str | None, leaning: float
+    rate: float,
+    delay: float,
+    death_rate: float,
+    seed: int,
+    score: str | None,
+    leaning: float,
+    wrong: tuple[str | None, float],
 ) -> Faults:
     """Return the faults that the options ask for; raise ValueError, naming the option, if wrong."""
     shares = {"--straggler-rate": rate, "--straggler-leaning": leaning, "--death-rate": death_rate}
+    shares["--wrong-rate"] = wrong[1]
     for option, value in shares.items():
         if not 0 <= value <= 1:
             raise ValueError(f"{option} is a share of the calls, from 0 to 1, not {value}")
@@ -90,8 +99,21 @@ def make_faults(
         straggler_score=None if score is None else find_score(score),
         straggler_leaning=leaning,
         death_rate=death_rate,
+        wrong_workers=_wrong_workers(wrong[0]),
+        wrong_rate=wrong[1],
         seed=seed,
     )
+
+
+def _wrong_workers(text: str | None) -> dict[str, Any]:
+    """Return the workers of each kind of fault; raise ValueError if the text is no such table."""
+    try:
+        found = tomllib.loads(f"table = {text or '{}'}")["table"]
+        return {kind: [operator.index(worker) for worker in found[kind]] for kind in found}
+    except (tomllib.TOMLDecodeError, TypeError) as error:
+        raise ValueError(
+            f"--wrong-workers: a table of workers is needed, '{{stale = [0]}}', not {text!r}"
+        ) from error
 
 
 def _show_log(console: Console) -> None:

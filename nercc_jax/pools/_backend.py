@@ -15,7 +15,7 @@ from ._clock import AbstractClock
 
 _LOG = logging.getLogger(__name__)
 
-WorkerState: TypeAlias = Literal["idle", "busy", "overdue", "starting"]
+WorkerState: TypeAlias = Literal["idle", "busy", "overdue", "starting", "fenced"]
 
 # Called with a worker, its life, and what became of it: see `WorkerBackend`.
 OnOutcome: TypeAlias = Callable[[int, int, Any], None]
@@ -67,7 +67,8 @@ class WorkerReport:
     """The state of one worker.
 
     Attributes:
-        state: "idle", "busy", "overdue" or "starting".
+        state: "idle", "busy", "overdue", "starting", or "fenced", where it answers wrongly and gets
+            no traffic.
         busy_seconds: For how long it has had its task; 0 without one.
         deaths: How many of its lives ended.
         failed_starts: How many of its lives, one after the other, ended before it was ready: the
@@ -136,6 +137,7 @@ class WorkerSlot:
     task: Task | None = None
     since: float = 0.0  # when it was given its task
     overdue: bool = False
+    fenced: bool = False
     deaths: int = 0
     failed_starts: int = 0  # lives that ended before it was ready, one after the other
     start_at: float = math.inf  # when the next life begins, should this one not be ready by then
@@ -145,6 +147,8 @@ class WorkerSlot:
         """The state that reports show."""
         if not self.ready:
             return "starting"
+        if self.fenced:
+            return "fenced"
         if self.task is None:
             return "idle"
         return "overdue" if self.overdue else "busy"

@@ -86,11 +86,13 @@ class Task:
 
     __slots__ = (
         "attempts",
+        "avoid",
         "batch",
         "failed",
         "given",
         "kind",
         "on_time",
+        "only",
         "point",
         "refusals",
         "running",
@@ -100,8 +102,17 @@ class Task:
         "wanted",
     )
 
-    def __init__(self, batch: "Batch", point: int, kind: int, value: PyTree):
+    def __init__(
+        self,
+        batch: "Batch",
+        point: int,
+        kind: int,
+        value: PyTree,
+        avoid: frozenset[int] = frozenset(),
+        only: int | None = None,
+    ):
         self.batch, self.point, self.kind, self.value = batch, point, kind, value
+        self.avoid, self.only = avoid, only  # workers
         self.size = len(arrays_of(value)[0])  # data points
         self.given = batch.clock.now()
         self.attempts = 0

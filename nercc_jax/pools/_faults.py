@@ -7,16 +7,18 @@ meet a real one: the worker is busy while it sleeps, and gone when it dies.
 import collections
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, TypeAlias, get_args
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import numpy as np
 from jaxtyping import ArrayLike, PyTree
 
 from ..stragglers import AbstractLatency, RowLatency, TraceLatency
+from ._wrong_answers import SIZES, WEIGHT_KINDS, WRONG_KINDS, BitField, WeightChange, WrongKind
 
-FaultKind: TypeAlias = Literal["delay", "error", "nan", "hang", "death"]
+FaultKind: TypeAlias = Literal["delay", "error", "nan", "hang", "death"] | WrongKind
+_KINDS = (*get_args(get_args(FaultKind)[0]), *get_args(WrongKind))
 
 # How many latencies a worker draws at once; after so many calls they come again.
 _DRAWS = 4096
@@ -75,7 +77,12 @@ class Fault:
     Args:
         kind: "delay": the call takes longer by a draw of `latency`; "error": it raises
             `InjectedError`; "nan": it answers with NaN in every place; "hang": it never answers;
-            "death": the worker's thread or process ends at once, a process by SIGKILL.
+            "death": the worker's thread or process ends at once, a process by SIGKILL. The other
+            kinds give answers that look right and are wrong. "swap": the rows of a call come in
+            another order, or for a single row the previous call's; "repeat": the last answer that
+            was given comes again; "bias": `size` is added to each output; "flip_answer": a bit of
+            the answer is flipped; "stale": the parameters have noise, the same at all workers;
+            "flip_weight": a bit of a parameter is flipped, for a worker's life.
         probability: With which it strikes a call.
         workers: Which workers it strikes (default: all).
         calls: Which of a worker's calls, counted from 0 in each of its lives (default: all).
@@ -87,6 +94,9 @@ class Fault:
         least_score: The least score that is struck.
         hardest: Instead, the share of rows with the largest scores that are struck, by those that
             the worker has seen: none of its first rows.
+        size: Of a "bias", in units of the outputs (default: 1); of "stale", the noise as a multiple
+            of each parameter's root mean square (default: 0.3).
+        bits: Of the flips, the bits to choose from.
 
     Raises:
         ValueError: If an argument does not fit.
@@ -101,10 +111,16 @@ class Fault:
     score: Callable[[Any], Any] | None = None
     least_score: float = 0.0
     hardest: float | None = None
+    size: float | None = None
+    bits: BitField = "any"
 
     def __post_init__(self):
-        if self.kind not in get_args(FaultKind):
-            raise ValueError(f"a fault is one of {get_args(FaultKind)}, not {self.kind!r}")
+        if self.kind not in _KINDS:
+            raise ValueError(f"a fault is one of {_KINDS}, not {self.kind!r}")
+        if self.size is not None and self.kind not in SIZES:
+            raise ValueError(f"only {' and '.join(SIZES)} have a size, not {self.kind!r}")
+        if self.bits not in get_args(BitField):
+            raise ValueError(f"bits are one of {get_args(BitField)}, not {self.bits!r}")
         if not 0 <= self.probability <= 1:
             raise ValueError(f"probability must be in [0, 1], not {self.probability}")
         if (self.kind == "delay") != (self.latency is not None):
@@ -127,6 +143,20 @@ class Fault:
         seen.extend(scores.tolist())
         least = np.quantile(seen, 1 - self.hardest)
         return len(seen) >= _FEWEST and bool(np.max(scores) > least)
+
+
+class StruckCall(NamedTuple):
+    """The faults of one call.
+
+    Attributes:
+        seconds: By which it is delayed.
+        kinds: The kinds of its other faults.
+        wrong: The faults that make its answer wrong.
+    """
+
+    seconds: float
+    kinds: set[FaultKind]
+    wrong: list[Fault]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +183,8 @@ class Faults:
         straggler_score: Callable[[Any], Any] | None = None,
         straggler_leaning: float = 1.0,
         death_rate: float = 0.0,
+        wrong_workers: Mapping[Any, Sequence[int]] | None = None,
+        wrong_rate: float = 1.0,
         seed: int = 0,
     ) -> "Faults":
         """Return faults by their rates: calls that take longer, straggle, or kill their worker.
@@ -166,10 +198,13 @@ class Faults:
             straggler_leaning: With a score, the share of stragglers that have the largest scores;
                 the others are random.
             death_rate: Share of calls in which the worker dies.
+            wrong_workers: The workers that answer wrongly, by kind of fault (`Fault`).
+            wrong_rate: Share of these workers' calls that are answered wrongly.
             seed: Of the random numbers.
 
         Raises:
-            ValueError: If a share is outside [0, 1], or seconds are negative or not finite.
+            ValueError: If a share is outside [0, 1], seconds are negative or not finite, or a kind
+                gives no wrong answers.
         """
         faults = []
         if service_delay:
@@ -184,6 +219,10 @@ class Faults:
                 faults += cls.from_rows(law, straggler_score).faults
         if death_rate:
             faults.append(Fault("death", death_rate))
+        for kind, workers in (wrong_workers or {}).items():
+            if kind not in WRONG_KINDS:
+                raise ValueError(f"wrong answers are {sorted(WRONG_KINDS)}, not {kind!r}")
+            faults.append(Fault(kind, wrong_rate, workers=tuple(workers)))
         return cls(faults, seed)
 
     @classmethod
@@ -235,6 +274,13 @@ class WorkerFaults:
         ]
         self._faults = [fault for _, fault in mine]
         self._random = np.random.default_rng([faults.seed, worker, life])
+        # Of wrong answers, so that these shift no other draws.
+        self.wrong_random = np.random.default_rng([faults.seed, worker, life, 0xBAD])
+        self.weight_changes = [
+            _weight_change(fault, faults.seed, number, worker, life)
+            for number, fault in mine
+            if fault.kind in WEIGHT_KINDS
+        ]
         self._delays = [
             _draws(fault.latency, faults.seed, number, worker, life) for number, fault in mine
         ]
@@ -246,13 +292,19 @@ class WorkerFaults:
         self._call = 0
 
     def next(self, batch: PyTree | None = None) -> tuple[float, set[FaultKind]]:
-        """Return the seconds by which the next call is delayed, and its other faults.
+        """Return the seconds by which the next call is delayed, and the kinds of other faults.
 
         Args:
             batch: The call's rows, for faults that strike rows by their score.
         """
+        struck = self.strike(batch)
+        struck.kinds.update(fault.kind for fault in struck.wrong)
+        return struck.seconds, struck.kinds
+
+    def strike(self, batch: PyTree | None = None) -> StruckCall:
+        """Return the faults of the next call; `batch` as for `next`."""
         call, self._call = self._call, self._call + 1
-        seconds, kinds = 0.0, set[FaultKind]()
+        seconds, kinds, wrong = 0.0, set[FaultKind](), []
         parts = zip(self._faults, self._delays, self._spells, self._seen, strict=True)
         for fault, delays, spells, seen in parts:
             # Drawn first, and always: what else is set must not shift the later draws.
@@ -263,9 +315,17 @@ class WorkerFaults:
             if strikes and struck and (spells is None or spells.now()):
                 if delays is not None:
                     seconds += float(delays[call % _DRAWS])
+                elif fault.kind in WRONG_KINDS:
+                    wrong.append(fault)
                 else:
                     kinds.add(fault.kind)
-        return seconds, kinds
+        return StruckCall(seconds, kinds, wrong)
+
+
+def _weight_change(fault: Fault, seed: int, number: int, worker: int, life: int) -> WeightChange:
+    """Return a change of parameters. Those of an earlier training are the same everywhere."""
+    own = (seed, number) if fault.kind == "stale" else (seed, number, worker, life)
+    return WeightChange(fault, own)
 
 
 def row_norm(batch: PyTree) -> np.ndarray:

@@ -136,6 +136,8 @@ class AbstractPool(abc.ABC):
         values: Iterable[PyTree],
         *,
         kinds: Sequence[int] | None = None,
+        avoid: Iterable[int] = (),
+        only: int | None = None,
     ) -> None:
         """Send some coded data points of an open batch.
 
@@ -144,6 +146,8 @@ class AbstractPool(abc.ABC):
             points: Their places in the batch.
             values: Inputs (batch, ...) for each.
             kinds: As in `dispatch`.
+            avoid: Workers that must not get them.
+            only: The worker that must, even if it is fenced (default: any).
 
         Raises:
             ValueError: If the batch has been forgotten, a point was sent before or does not exist,
@@ -153,7 +157,11 @@ class AbstractPool(abc.ABC):
         if kinds is None:
             kinds = [0] * len(points)
         cast = (cast_floats(value, self._worker_dtype) for value in values)
-        self._scheduler.add(batch, points, cast, kinds)
+        self._scheduler.add(batch, points, cast, kinds, frozenset(avoid), only)
+
+    def fence(self, workers: Iterable[int]) -> None:
+        """Send these workers nothing but what is for them alone (`send`), until the next call."""
+        self._scheduler.fence(workers)
 
     def report(self) -> PoolReport:
         """Return counts of what the pool has seen so far, and the state of its workers."""

@@ -19,6 +19,7 @@ from ._ray_nodes import Migration, NodeWatch, by_node, crowding, worker_options
 from ._scheduler import Scheduler
 from ._times import Overdue
 from ._worker import Examples, as_models
+from ._wrong_answers import check_faults
 
 _LOG = logging.getLogger(__name__)
 
@@ -93,6 +94,7 @@ class RayPool(AbstractPool):
         start_timeout: float = 300.0,
     ):
         models = as_models(model, worker_dtype)
+        check_faults(models, () if faults is None else faults.faults)
         self._worker_dtype = check_worker_dtype(worker_dtype)
         self._probe = MEMBERSHIP.enter(address, runtime_env)
         try:

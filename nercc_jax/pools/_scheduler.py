@@ -39,7 +39,8 @@ class SendQueue:
     """Open batches in order of arrival, idle workers in order of idleness, and their matching.
 
     The worker that has been idle for longest comes first, so that a slow one gets no more than its
-    share. Each worker is in the queue once, whatever happens to it. Not thread-safe.
+    share. Each worker is in the queue once, whatever happens to it. One that is fenced gets only
+    tasks that are for it alone. Not thread-safe.
 
     Args:
         slots: The workers' records.
@@ -53,6 +54,7 @@ class SendQueue:
         self.copies = 0  # second copies sent
         self._slots, self._capacity = slots, capacity
         self._idle: dict[int, None] = {}
+        self._fenced_idle: dict[int, None] = {}
 
     def open(self, batch: Batch) -> None:
         """Add a batch that has something to send."""
@@ -81,11 +83,21 @@ class SendQueue:
 
     def free(self, worker: int) -> None:
         """Add an idle worker."""
-        self._idle[worker] = None
+        (self._fenced_idle if self._slots[worker].fenced else self._idle)[worker] = None
 
     def take(self, worker: int) -> None:
         """Remove a worker from the idle ones, if it is there."""
         self._idle.pop(worker, None)
+        self._fenced_idle.pop(worker, None)
+
+    def fence(self, workers: frozenset[int]) -> None:
+        """Give these workers nothing but what is for them alone, and all others everything."""
+        idle = {**self._idle, **self._fenced_idle}
+        self._idle, self._fenced_idle = {}, {}
+        for worker, slot in enumerate(self._slots):
+            slot.fenced = worker in workers
+        for worker in idle:
+            self.free(worker)
 
     def order(self) -> None:
         """Sort the idle workers, so that a seed means the same in each run."""
@@ -93,14 +105,14 @@ class SendQueue:
 
     def first(self, batch: Batch) -> tuple[Task, int] | None:
         """Return a new batch's next task and an idle worker: redundancy is sent while cheap."""
-        if not self._idle or not batch.waiting:
+        if not batch.waiting:
             return None
         worker = self._worker_for(batch.waiting[0])
         return None if worker is None else (batch.waiting.pop(0), worker)
 
     def next(self) -> tuple[Task, int] | None:
         """Return a task that a batch cannot do without, oldest batch first, and a worker for it."""
-        for batch in tuple(self._sending) if self._idle else ():
+        for batch in tuple(self._sending) if self._idle or self._fenced_idle else ():
             if batch.over or not batch.needed:  # a server keeps hundreds, for late answers
                 del self._sending[batch]
             elif batch.missing > 0 and (found := self._task(batch)) is not None:
@@ -127,10 +139,18 @@ class SendQueue:
 
     def _worker_for(self, task: Task) -> int | None:
         """Return an idle worker at which the task has not failed; any, if it failed at all."""
-        failed = task.failed if len(task.failed) < len(self._slots) else ()
-        if not failed:
+        if task.only is not None:
+            return task.only if task.only in self._idle | self._fenced_idle else None
+        barred = task.failed if task.failed and len(task.failed) < self._serving else ()
+        if not barred and not task.avoid:
             return next(iter(self._idle), None)
-        return next((worker for worker in self._idle if worker not in failed), None)
+        barred = task.avoid.union(barred)
+        return next((worker for worker in self._idle if worker not in barred), None)
+
+    @property
+    def _serving(self) -> int:
+        """The number of workers that are not fenced."""
+        return sum(not slot.fenced for slot in self._slots)
 
 
 class Scheduler:
@@ -227,6 +247,8 @@ class Scheduler:
         points: Sequence[int],
         values: Iterable[PyTree],
         kinds: Sequence[int],
+        avoid: frozenset[int] = frozenset(),
+        only: int | None = None,
     ) -> None:
         """Send coded data points of a batch: see `AbstractPool.send`."""
         if any(not 0 <= kind < self.num_models for kind in kinds):
@@ -235,7 +257,8 @@ class Scheduler:
                 "are asked for: give the pool all models of the code, served one first"
             )
         # Outside the lock: values may be cast while they are taken.
-        tasks = [Task(batch, *each) for each in zip(points, kinds, values, strict=True)]
+        parts = zip(points, kinds, values, strict=True)
+        tasks = [Task(batch, *each, avoid, only) for each in parts]
         for task in tasks:
             task.value = self._backend.prepare(task.value)
         with self._lock:
@@ -262,7 +285,7 @@ class Scheduler:
             now = self.clock.now()
             return PoolReport(
                 num_workers=len(self._slots),
-                idle=ready - busy,
+                idle=self._queue.idle,
                 busy=busy,
                 starting=len(self._slots) - ready,
                 **{name: count[name] for name in _COUNTED},
@@ -301,6 +324,13 @@ class Scheduler:
     def on_idle(self, callback: Callable[[], None]) -> None:
         """Have `callback` called whenever a worker is left without a task."""
         self._on_idle = callback
+
+    def fence(self, workers: Iterable[int]) -> None:
+        """Send these workers nothing but what is for them alone: see `AbstractPool.fence`."""
+        with self._lock:
+            self._queue.fence(frozenset(workers))
+            sends = self._assign_waiting()
+        self._send(sends)
 
     def restart(self, worker: int) -> bool:
         """Begin a new life of a worker, if it is idle, for its backend to find it a better place.

@@ -1,6 +1,7 @@
 """The code that runs at a worker, in whichever thread or process it lives."""
 
 import contextlib
+import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
@@ -18,7 +19,8 @@ from ..inference import cast_model
 from ..inference._conditions import matmul_precision
 from ..inference._models import Model, call_model, check_model
 from ..inference._precision import cast_floats, worker_dtype_of
-from ._faults import Faults, InjectedError
+from ._faults import Fault, Faults, InjectedError
+from ._wrong_answers import WrongAnswers
 
 Device: TypeAlias = Any  # `jax.Device`, which pyright does not take for a type
 
@@ -65,7 +67,18 @@ class Program:
         self._device, self._dtype = device, worker_dtype_of(models)
         self._x64, self._products = x64_enabled(), matmul_precision()
         with no_mesh():
-            self._calls = tuple(_bound(model, device) if compiled else model for model in models)
+            self._calls = tuple(
+                _CompiledModel.on_device(model, device) if compiled else model for model in models
+            )
+
+    def with_weights(self, change: Callable[[PyTree], PyTree]) -> "Program":
+        """Return a program whose models have other parameters; nothing is compiled for it."""
+        changed = copy.copy(self)
+        changed._calls = tuple(
+            call.with_weights(change) if isinstance(call, _CompiledModel) else change(call)
+            for call in self._calls
+        )
+        return changed
 
     @contextlib.contextmanager
     def at_home(self) -> Iterator[None]:
@@ -100,19 +113,36 @@ def _array_on_host(answer: Any) -> np.ndarray:
     return answer.astype(np.float32) if short else answer
 
 
-def _bound(model: Model, device: Device) -> Callable[[PyTree], Any]:
-    """Return the model as a compiled function whose arrays lie on the device."""
-    arrays, rest = eqx.partition(model, eqx.is_array)
-    # A device alone would leave an array of an explicit mesh typed by that mesh.
-    arrays = jax.device_put(arrays, SingleDeviceSharding(device))
-    # A list: to take a model apart, which Python does, takes as long as a small one's run.
-    leaves, structure = jax.tree.flatten(arrays)
+class _CompiledModel:
+    """A model as a compiled function, whose arrays lie on a device."""
 
-    @jax.jit
-    def call(leaves, batch):
-        return call_model(eqx.combine(jax.tree.unflatten(structure, leaves), rest), batch)
+    def __init__(self, call: Callable[[list[Any], PyTree], Any], leaves: list[Any]):
+        self._call, self._leaves = call, leaves
 
-    return lambda batch: call(leaves, batch)
+    @classmethod
+    def on_device(cls, model: Model, device: Device) -> "_CompiledModel":
+        """Return a model on a device."""
+        arrays, rest = eqx.partition(model, eqx.is_array)
+        # A device alone would leave an array of an explicit mesh typed by that mesh.
+        arrays = jax.device_put(arrays, SingleDeviceSharding(device))
+        # A list: to take a model apart, which Python does, takes as long as a small one's run.
+        leaves, structure = jax.tree.flatten(arrays)
+
+        @jax.jit
+        def call(leaves, batch):
+            return call_model(eqx.combine(jax.tree.unflatten(structure, leaves), rest), batch)
+
+        return cls(call, leaves)
+
+    def __call__(self, batch: PyTree) -> Any:
+        return self._call(self._leaves, batch)
+
+    def with_weights(self, change: Callable[[PyTree], PyTree]) -> "_CompiledModel":
+        """Return the same function of other arrays."""
+        changed = zip(change(self._leaves), self._leaves, strict=True)
+        return _CompiledModel(
+            self._call, [jax.device_put(new, old.sharding) for new, old in changed]
+        )
 
 
 def as_models(
@@ -170,11 +200,15 @@ class Worker:
     ):
         self._program = program
         self._faults = faults.at(index, life)
+        self._wrong = WrongAnswers(self._faults.wrong_random)
+        self._changed = {
+            id(change.fault): program.with_weights(change) for change in self._faults.weight_changes
+        }
         self._die, self._wait = die, wait
 
     def __call__(self, kind: int, batch: PyTree) -> PyTree[np.ndarray]:
         """Answer a batch, unless a fault prevents it."""
-        seconds, kinds = self._faults.next(batch)
+        seconds, kinds, wrong = self._faults.strike(batch)
         if "death" in kinds:
             self._die()
         if "hang" in kinds:
@@ -183,5 +217,10 @@ class Worker:
             self._wait(min(seconds, _FOREVER))
         if "error" in kinds:
             raise InjectedError("injected on purpose")
-        y = self._program(kind, batch)
+        y = self._wrong.change(kind, self._program_for(wrong)(kind, batch), wrong)
         return jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), y) if "nan" in kinds else y
+
+    def _program_for(self, wrong: Sequence[Fault]) -> Program:
+        """Return the program with the parameters of a call, those of the first fault of weights."""
+        changed = (self._changed[id(fault)] for fault in wrong if id(fault) in self._changed)
+        return next(changed, self._program)

@@ -151,6 +151,16 @@ class CodedBatcher:
         promised = self._scheduler.policy.max_disagreement
         return self._adaptation.decoding_risk.hint if promised else None
 
+    def checks_status(self) -> dict[str, Any] | None:
+        """Return the checks of the model's own answers; None where these are given out unseen."""
+        checks = self._adaptation.checks
+        return None if checks is None else checks.status()
+
+    def checks_hints(self) -> list[str]:
+        """Return which workers answer wrongly, and what is done about it."""
+        checks = self._adaptation.checks
+        return [] if checks is None else checks.hints()
+
     def audited(self) -> list[bool]:
         """Return whether the latest decoded answers that were compared had wrong labels."""
         return list(self._adaptation.decoding_risk.shown)

@@ -107,6 +107,15 @@ _TABLE = (
         {"audit_same": "same", "audit_other": "other", "audit_unknown": "unknown"},
         "label",
     ),
+    _Row(
+        "checked_answers",
+        "Suspicious answers of the model: computed again, of which two workers agreed or none did "
+        "in time (open), and wrong ones.",
+        {f"check_{each}": each for each in ("again", "agreed", "open", "wrong")},
+        "result",
+    ),
+    _one("fenced_workers", "Times that a worker was fenced.", "worker_fenced"),
+    _one("released_workers", "Times that a fenced worker was released.", "worker_released"),
 )
 
 

@@ -89,6 +89,13 @@ class BatchingPolicy:
         "picked again and again by the measured tail latency, within this budget and up to the "
         "redundancy set here.",
     )
+    check_answers: float | None = _option(
+        None,
+        "Share of the model's right answers that may look wrong to the surrogate and are computed "
+        "again by another worker, before they are given out; workers found wrong are fenced: no "
+        "traffic. Needs a surrogate. Not checked by default.",
+    )
+    max_fenced: float = _option(0.25, "Maximum share of the workers that is fenced.")
     ordering: bool = _option(
         True, "Order the queries of a batch by similarity before encoding. No query waits for it."
     )
@@ -141,6 +148,10 @@ class BatchingPolicy:
             raise ValueError(
                 f"max_calls must be 1 or more, the call of each query, not {self.max_calls}"
             )
+        if self.check_answers is not None and not 0 < self.check_answers < 1:
+            raise ValueError(f"check_answers must be between 0 and 1, not {self.check_answers}")
+        if not 0 <= self.max_fenced < 1:
+            raise ValueError(f"max_fenced must be in [0, 1), not {self.max_fenced}")
         if self.max_reexecution is not None and not 0 <= self.max_reexecution <= 1:
             raise ValueError(f"max_reexecution must be in [0, 1], not {self.max_reexecution}")
 
@@ -190,6 +201,12 @@ Measure: TypeAlias = Literal[
     "audit_same",
     "audit_other",
     "audit_unknown",
+    "check_again",
+    "check_agreed",
+    "check_open",
+    "check_wrong",
+    "worker_fenced",
+    "worker_released",
 ]
 # Receives measurements, from any thread.
 Observe: TypeAlias = Callable[[Any, float], Any]

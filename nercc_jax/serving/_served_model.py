@@ -224,6 +224,7 @@ class ServedModel:
             },
             "policy": self._batcher.setting_status(),
             "predictor": None if self._predictor is None else self._predictor.status(),
+            "checks": self._batcher.checks_status(),
             "pool": {"kind": self.settings.pool, "num_workers": self.pool.num_workers},
             "workers": [
                 {"state": worker.state, "deaths": worker.deaths, "busy_s": worker.busy_seconds}
@@ -276,6 +277,7 @@ class ServedModel:
             )
         if (harder := batcher.decoding_hint()) is not None:
             hints.append(harder)
+        hints += batcher.checks_hints()
         return hints if self._predictor is None else hints + _predictor_hints(self._predictor)
 
 
@@ -408,6 +410,8 @@ def _open_pool(
             straggler_score=straggler_score,
             straggler_leaning=settings.straggler_leaning,
             death_rate=settings.death_rate,
+            wrong_workers=settings.wrong_workers,
+            wrong_rate=settings.wrong_rate,
             seed=settings.fault_seed,
         ),
         "overdue": overdue_rule(settings.policy()),

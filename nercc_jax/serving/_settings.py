@@ -72,6 +72,10 @@ def _of_policy(name: str, example: Any = None, **changes: Any) -> Any:
     return _setting(default, POLICY_HELP[name], example, **changes)
 
 
+# As in `pools/_wrong_answers.py`, which imports JAX.
+_WrongKind = Literal["swap", "repeat", "bias", "flip_answer", "stale", "flip_weight"]
+
+
 class ModelSettings(BaseModel):
     """The settings of one model: what it is, how it is coded, and which workers run it.
 
@@ -214,6 +218,8 @@ class ModelSettings(BaseModel):
     redundancy: Literal["always", "uncertain"] = _of_policy("redundancy")
     max_redundancy: float | None = _of_policy("max_redundancy", 0.1)
     max_calls: float | None = _of_policy("max_calls", 1.1)
+    check_answers: float | None = _of_policy("check_answers", 0.01)
+    max_fenced: float = _of_policy("max_fenced")
 
     service_delay_s: float = _setting(
         0.0, "Seconds added to every call, for trials.", ge=0, le=_DAY_S
@@ -235,6 +241,16 @@ class ModelSettings(BaseModel):
     )
     death_rate: float = _setting(
         0.0, "Share of calls in which the worker dies, for trials.", ge=0, le=1
+    )
+    wrong_workers: Annotated[dict[_WrongKind, tuple[int, ...]], BeforeValidator(read_table)] = (
+        _setting(
+            {},
+            "Workers that answer wrongly, for trials, as a TOML table of swap, repeat, bias, "
+            "flip_answer, stale, flip_weight: {stale = [0], swap = [1]}.",
+        )
+    )
+    wrong_rate: float = _setting(
+        1.0, "Share of these workers' calls that are answered wrongly.", ge=0, le=1
     )
     fault_seed: int = _setting(0, "Seed of the injected faults.")
 

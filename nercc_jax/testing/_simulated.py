@@ -15,8 +15,9 @@ from ..inference._models import Model
 from ..pools import AbstractClock, AbstractPool, Faults, InjectedError, Overdue
 from ..pools._backend import OnOutcome, WorkerBackend, WorkerDied
 from ..pools._clock import BEAT, AbstractTurns
-from ..pools._faults import WorkerFaults
+from ..pools._faults import Fault, WorkerFaults
 from ..pools._scheduler import Scheduler
+from ..pools._wrong_answers import WrongAnswers, check_faults
 
 
 class SimulatedClock(AbstractClock):
@@ -144,6 +145,7 @@ class SimulatedPool(AbstractPool):
         start_timeout: float = 60.0,
     ):
         models = (model,) if callable(model) else tuple(model)
+        check_faults(models, () if faults is None else faults.faults)
         clock = clock or SimulatedClock()
         self._scheduler = Scheduler(
             _SimulatedBackend(models, seconds, clock, faults, start_seconds),
@@ -170,10 +172,11 @@ class _SimulatedBackend(WorkerBackend):
     ):
         self._models, self._seconds, self._clock = models, seconds, clock
         self._faults, self._start_seconds = faults or Faults(), start_seconds
-        self._lives: dict[int, tuple[WorkerFaults, OnOutcome]] = {}
+        self._lives: dict[int, tuple[_SimulatedLife, OnOutcome]] = {}
 
     def start(self, worker: int, life: int, on_outcome: OnOutcome) -> None:
-        self._lives[worker] = self._faults.at(worker, life, self._clock.now), on_outcome
+        faults = self._faults.at(worker, life, self._clock.now)
+        self._lives[worker] = _SimulatedLife(self._models, faults), on_outcome
         ready = self._clock.now() + (self._start_seconds if life else 0.0)
         self._clock.at(ready, lambda: on_outcome(worker, life, None))
 
@@ -181,27 +184,43 @@ class _SimulatedBackend(WorkerBackend):
         return batch
 
     def send(self, worker: int, life: int, kind: int, batch: PyTree) -> None:
-        faults, on_outcome = self._lives[worker]
-        delay, kinds = faults.next(batch)
+        simulated, on_outcome = self._lives[worker]
+        delay, kinds, wrong = simulated.faults.strike(batch)
         if "hang" in kinds:
             return
         size = len(jax.tree.leaves(batch)[0])
         end = self._clock.now() + self._seconds(size) + delay
-        self._clock.at(end, lambda: on_outcome(worker, life, self._outcome(kinds, kind, batch)))
-
-    def _outcome(self, kinds: set, kind: int, batch: PyTree) -> Any:
-        if "death" in kinds:
-            return WorkerDied("it died on purpose")
-        if "error" in kinds:
-            return InjectedError("injected on purpose")
-        try:
-            y = self._models[kind](batch)
-        except Exception as error:  # as in every pool: that answer's trouble
-            return error
-        return jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), y) if "nan" in kinds else y
+        self._clock.at(
+            end, lambda: on_outcome(worker, life, simulated.outcome(kinds, wrong, kind, batch))
+        )
 
     def missing(self) -> None:
         """Return None: all workers start."""
 
     def close(self) -> None:
         """Do nothing: the scheduler ignores what is still planned."""
+
+
+class _SimulatedLife:
+    """One life of a worker: its faults, and its models as these change them."""
+
+    def __init__(self, models: Sequence[Model], faults: WorkerFaults):
+        self.faults, self._models = faults, models
+        self._wrong = WrongAnswers(faults.wrong_random)
+        self._changed = {
+            id(change.fault): tuple(map(change, models)) for change in faults.weight_changes
+        }
+
+    def outcome(self, kinds: set, wrong: Sequence[Fault], kind: int, batch: PyTree) -> Any:
+        """Return the outcome of a call with these faults."""
+        if "death" in kinds:
+            return WorkerDied("it died on purpose")
+        if "error" in kinds:
+            return InjectedError("injected on purpose")
+        changed = (self._changed[id(fault)] for fault in wrong if id(fault) in self._changed)
+        try:
+            y = jax.tree.map(np.asarray, next(changed, self._models)[kind](batch))
+        except Exception as error:  # as in every pool: that answer's trouble
+            return error
+        y = self._wrong.change(kind, y, wrong)
+        return jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), y) if "nan" in kinds else y

@@ -58,7 +58,7 @@ class Doubles(ServedModel):
             self.cancelled += 1
             raise
         zeros, ones = np.zeros(len(queries)), np.ones(len(queries), int)
-        options = (ones > 0, ones < 1, ones < 1, ones, ones, zeros, zeros)
+        options = (ones > 0, ones < 1, ones < 1, ones < 1, ones, ones, zeros, zeros)
         return Reply(2 * queries, *options, queued=0.0, seconds=0.0)
 
     def count(self, refusal):

@@ -24,7 +24,7 @@ class NoAdaptation(AbstractAdaptation):
     """A policy's own setting for good; nothing is estimated or predicted."""
 
     predicts = can_predict = accepts_samples = False
-    setting = None
+    setting = checks = None
 
     def __init__(self, policy):
         self.setting = fixed_setting(policy)

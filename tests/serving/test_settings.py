@@ -90,6 +90,8 @@ MODEL = {
     "redundancy": "uncertain",
     "max_redundancy": 0.5,
     "max_calls": 1.5,
+    "check_answers": 0.25,
+    "max_fenced": 0.5,
     "max_disagreement": 0.25,
     "max_reexecution": 0.125,
     "ordering": False,
@@ -101,6 +103,8 @@ MODEL = {
     "straggler_score": "norm",
     "straggler_leaning": 0.5,
     "death_rate": 0.75,
+    "wrong_workers": {"stale": [1], "swap": [0, 2]},
+    "wrong_rate": 0.5,
     "fault_seed": 11,
 }
 # Flags that are no settings.

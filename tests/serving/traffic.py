@@ -1,5 +1,7 @@
 """A stream of queries before workers on paper, some of which straggle."""
 
+import collections
+
 import numpy as np
 
 from nercc_jax import Uncoded
@@ -19,16 +21,20 @@ def model(x):
 class Traffic:
     """A stream of queries before simulated workers, of which some straggle by ten times."""
 
-    def __init__(self, predictor, policy, code=None, share=0.1, rate=150, estimator=None):
-        """`estimator(coder)` makes what is known of the code's error beforehand."""
+    def __init__(
+        self, predictor, policy, code=None, share=0.1, rate=150, estimator=None, **options
+    ):
+        """`estimator(coder)` makes what is known of the code's error beforehand.
+
+        `options` are the pool's, its model and its number of workers among them.
+        """
         self.random, self.clock = np.random.default_rng(1), SimulatedClock()
         self.model, self.share, self.rate, self.drifts = model, share, rate, 0
         self.pool_seconds, self.settle = self.seconds, 20 * SERVICE
+        self.observed = collections.Counter()
+        options = {"model": lambda x: self.model(x), "num_workers": 24} | options
         self.pool = SimulatedPool(
-            lambda x: self.model(x),
-            24,
-            seconds=lambda size: self.pool_seconds(size),
-            clock=self.clock,
+            **options, seconds=lambda size: self.pool_seconds(size), clock=self.clock
         )
         coder = Coder(code or Uncoded(1))
         self.batcher = CodedBatcher(
@@ -48,6 +54,7 @@ class Traffic:
 
     def observe(self, what, number):
         self.drifts += what == "drift"
+        self.observed[what] += 1
         assert what != "internal_error"
 
     def send(self, number, **options):

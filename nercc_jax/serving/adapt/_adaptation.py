@@ -27,6 +27,7 @@ from ..core._adaptation import (
 from ..core._coder import Coder
 from ..core._error_probability import DecodingErrorProbability
 from ..core._request import Answer, ApproximateAnswer, Source
+from ._answer_checks import AnswerChecks
 from ._error_estimator import ErrorEstimator
 from ._predictor import Predictor
 from ._setting_controller import SettingController
@@ -165,10 +166,24 @@ class Adaptation(AbstractAdaptation):
         decoding = AccuracyTarget(max_disagreement=policy.max_disagreement)
         self.decoding_risk = StragglerRisk(decoding, needs_evidence=False)
         self._calibrator = BackgroundCalibrator(estimator, self._observe, pool.clock)
+        self._checks = None
         if predictor is not None:
             target = AccuracyTarget(policy.tolerance, policy.max_disagreement)
-            width = policy.max_batch_size
-            predictor.attach(target, width, coder.form, self._observe, pool.clock)
+            width, rate = policy.max_batch_size, policy.check_answers
+            predictor.attach(target, width, coder.form, self._observe, pool.clock, rate)
+            if rate is not None:
+                self._checks = AnswerChecks(
+                    pool.num_workers,
+                    predictor,
+                    policy.max_fenced,
+                    pool.worker_dtype,
+                    self._observe,
+                )
+        elif policy.check_answers is not None:
+            raise ValueError(
+                "check_answers needs a predictor (`--surrogate`): nothing else tells what answers "
+                "should be"
+            )
         parts = self._calibrator, self._controller, predictor
         self._parts = [each for each in parts if each is not None]
 
@@ -183,6 +198,10 @@ class Adaptation(AbstractAdaptation):
     @property
     def can_predict(self) -> bool:
         return self.predictor is not None and self.predictor.state == "answering"
+
+    @property
+    def checks(self) -> AnswerChecks | None:
+        return self._checks
 
     def start(self) -> None:
         for each in self._parts:

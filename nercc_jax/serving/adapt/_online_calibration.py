@@ -25,6 +25,7 @@ from ...codes._trees import Form, join
 from ...evaluation import row_errors
 from ...evaluation._criteria import agree_on_labels
 from ...risk import ErrorProbability, RiskMonitor
+from ...risk._answer_check import AnswerCheck, fit_answer_check
 from ...risk._error_probability import error_features, fit_error_probability_of_points
 from ...risk._straggler_risk import StragglerRow, conformal_quantile, least_factor
 from ...risk._target import AccuracyTarget
@@ -65,6 +66,7 @@ class CalibratedSurrogate:
         tolerance: the largest error bound with which an answer is given out.
         share: the share of queries that are certain enough, by validation.
         disagreement: the share of all labels that were wrong in validation.
+        check: the check of the model's own answers; None where they are not checked.
     """
 
     surrogate: AbstractSurrogate
@@ -74,6 +76,15 @@ class CalibratedSurrogate:
     tolerance: float
     share: float
     disagreement: float
+    check: AnswerCheck | None = None
+
+    def suspicious(
+        self, x: Shaped[np.ndarray, "queries ..."], own: Float[np.ndarray, "queries m"]
+    ) -> Bool[np.ndarray, " queries"]:
+        """Return which of the model's own answers look wrong; compiled for each number of them."""
+        if self.check is None:
+            return np.zeros(len(own), bool)
+        return np.array(_suspicious(self.surrogate, self.check, x, own))
 
     def predict(self, x: Shaped[np.ndarray, "queries ..."]) -> Predictions:
         """Return the answers to some queries; compiled for each number of them."""
@@ -101,6 +112,8 @@ class ValidationBatch:
         error: the root mean squared error.
         wrong: whether the label differs.
         probability: the calibrated probability of that; NaN before calibration.
+        residual: the model's answers less the surrogate's; empty where they are not checked.
+        own: the model's answers; likewise.
     """
 
     features: Float[np.ndarray, "queries features"]
@@ -108,6 +121,8 @@ class ValidationBatch:
     error: Float[np.ndarray, " queries"]
     wrong: Bool[np.ndarray, " queries"]
     probability: Float[np.ndarray, " queries"]
+    residual: Float[np.ndarray, "checked m"]
+    own: Float[np.ndarray, "checked m"]
 
 
 class OnlineCalibration:
@@ -126,6 +141,7 @@ class OnlineCalibration:
         features: Callable[[Any], Any] | None = None,
         capacity: int = 1024,
         form: Form | None = None,
+        check_rate: float | None = None,
     ):
         """Start without data.
 
@@ -135,7 +151,9 @@ class OnlineCalibration:
             features: of queries, for such a learner; by default their principal components.
             capacity: the number of answers that such a learner keeps.
             form: the parts of an answer, where each has a label of its own.
+            check_rate: the share of right answers that may look wrong; None for no check.
         """
+        self._check_rate = check_rate
         self._surrogate, self._target = surrogate, target
         self._features, self._capacity, self._form = features, capacity, form
         self._first: list[tuple[np.ndarray, np.ndarray]] = []
@@ -212,7 +230,9 @@ class OnlineCalibration:
         calibrated = self.calibrated if self._current else None
         error_probability = None if calibrated is None else calibrated.error_probability
         found = _validated(self._surrogate, _without_levels(error_probability), x, own, self._form)
-        batch = ValidationBatch(*map(np.asarray, found))
+        *found, values = map(np.asarray, found)
+        kept = own if self._check_rate is not None else own[:0]
+        batch = ValidationBatch(*found, residual=kept - values[: len(kept)], own=kept)
         if calibrated is not None:
             bound = calibrated.factor * batch.deviation
             sure = calibrated.is_sure(batch.probability, bound)
@@ -265,8 +285,25 @@ class OnlineCalibration:
             share *= float(np.mean(factor * deviation <= tolerance))
         tolerance = math.inf if tolerance is None else tolerance
         disagreement = float(np.mean(wrong))
+        check = None
+        if self._check_rate is not None:
+            labels = wanted is not None and (self._form is None or self._form.is_vector)
+            residual, own = (
+                np.concatenate([getattr(batch, part) for batch in batches])
+                for part in ("residual", "own")
+            )
+            check = fit_answer_check(
+                own - residual, deviation, own, self._check_rate, labels=labels
+            )
         return CalibratedSurrogate(
-            self._surrogate, error_probability, factor, limit, tolerance, share, disagreement
+            self._surrogate,
+            error_probability,
+            factor,
+            limit,
+            tolerance,
+            share,
+            disagreement,
+            check,
         )
 
 
@@ -296,11 +333,22 @@ def _validated(
     own: Float[ArrayLike, "queries m"],
     form: Form | None,
 ) -> tuple[Array, ...]:
-    """Return the fields of a `ValidationBatch`."""
+    """Return the fields of a `ValidationBatch` up to the probability, and the predictions."""
     values, deviation, probability = _predict(surrogate, error_probability, x)
     features = error_features(values, deviation, values, form)
     wrong = ~agree_on_labels(values, own, form)
-    return features, deviation, row_errors(values, own), wrong, probability
+    return features, deviation, row_errors(values, own), wrong, probability, values
+
+
+@eqx.filter_jit
+def _suspicious(
+    surrogate: AbstractSurrogate,
+    check: AnswerCheck,
+    x: Shaped[ArrayLike, "queries ..."],
+    own: Float[ArrayLike, "queries m"],
+) -> Bool[Array, " queries"]:
+    values, deviation, _ = _predict(surrogate, None, x)
+    return jnp.asarray(check.suspicious(values, deviation, jnp.asarray(own)))
 
 
 @eqx.filter_jit

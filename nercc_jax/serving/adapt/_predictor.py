@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Bool, Shaped
 
 from ...codes._checks import check_count
 from ...codes._trees import Form
@@ -94,6 +94,7 @@ class Predictor:
         form: Form | None,
         observe: Callable[[Any, float], Any],
         clock: AbstractClock,
+        check_rate: float | None = None,
     ) -> None:
         """Attach the predictor to its batcher, which starts and closes it.
 
@@ -103,6 +104,8 @@ class Predictor:
             form: the parts of an answer, where each has a label of its own.
             observe: receives metrics.
             clock: the batcher's clock.
+            check_rate: the share of the model's right answers that may look wrong to it; None where
+                they are not checked.
 
         Raises:
             ValueError: where it has a batcher already, or nothing says what may be given out.
@@ -113,7 +116,9 @@ class Predictor:
             raise ValueError(
                 "to answer from what is known needs a policy with max_disagreement or tolerance"
             )
-        self._calibration = OnlineCalibration(self._surrogate, target, form=form, **self._options)
+        self._calibration = OnlineCalibration(
+            self._surrogate, target, form=form, check_rate=check_rate, **self._options
+        )
         self.risk = StragglerRisk(target, needs_evidence=True)
         self._followed = 0  # the drifts of calibration that `risk` knows
         self._width, self._observe, self._clock = width, observe, clock
@@ -174,6 +179,32 @@ class Predictor:
                 for name in ("values", "disagreement", "error_bound", "sure")
             )
         )
+
+    def suspicious(
+        self, x: Shaped[np.ndarray, "queries ..."], own: np.ndarray
+    ) -> Bool[np.ndarray, " queries"]:
+        """Return which of the model's own answers look wrong; none while it is not calibrated."""
+        assert self._calibration is not None
+        calibrated = self._calibration.calibrated
+        if calibrated is None or not self.checks_answers:
+            return np.zeros(len(x), bool)
+        own = own.reshape(len(own), -1)
+        found = []
+        for begin in range(0, len(x), self._width):
+            part, theirs = (each[begin : begin + self._width] for each in (x, own))
+            # Every answer comes here, so a single one does not pay for a whole batch.
+            size = 1 << (len(part) - 1).bit_length()
+            found.append(
+                calibrated.suspicious(_filled_up(part, size), _filled_up(theirs, size))[: len(part)]
+            )
+        return np.concatenate(found)
+
+    @property
+    def checks_answers(self) -> bool:
+        """True once `suspicious` knows enough to find anything."""
+        assert self._calibration is not None
+        calibrated = self._calibration.calibrated
+        return calibrated is not None and calibrated.check is not None and self._compiled
 
     def add_answer(self, x: Shaped[np.ndarray, "..."], own: np.ndarray) -> None:
         """Take the model's own answer to a query, and return at once."""
@@ -254,6 +285,9 @@ class Predictor:
         if calibrated is not None and not self._compiled:
             # Compile what the scheduler's thread calls.
             calibrated.predict(_filled_up(x[: self._width], self._width))
+            for power in range(self._width.bit_length()):
+                rows = (_filled_up(each[: 1 << power], 1 << power) for each in (x, own))
+                calibrated.suspicious(*rows)
             calibration.compare(Answer(own[0], "predicted", 1, 0), own[0])
             self._compiled = True
 

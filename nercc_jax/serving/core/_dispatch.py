@@ -215,9 +215,10 @@ class Dispatcher:
         sent: list[Group] = []
         due = math.inf
         while self._pool.idle and (lane := self._queue.next_lane(hold_coded=due < math.inf)):
-            if lane is not self._queue.coded:
-                cell = self._next_cell(lane, turn.now)
-                self._send_alone(cell, turn, resent=lane is self._queue.resent)
+            if lane is self._queue.resent:
+                self._resend(lane, turn)
+            elif lane is not self._queue.coded:
+                self._send_alone(self._next_cell(lane, turn.now), turn)
             elif self._coder.systematic:
                 sent += self._send_own(turn)
             else:
@@ -315,22 +316,31 @@ class Dispatcher:
             group.add(cell)
         return [group]
 
-    def _send_alone(self, cell: Cell, turn: Turn, *, resent: bool = False) -> None:
-        """Send a batch to one worker, hedged: the answers are exact.
+    def _resend(self, lane: Lane, turn: Turn) -> None:
+        """Send queries again, to workers whose answers are not among those to be compared.
 
-        Args:
-            cell: the batch.
-            turn: the circumstances.
-            resent: whether this hedges an earlier call itself; then all its copies go out at once.
+        A straggler's query goes to as many workers at once as hedging asks for.
         """
-        group = self._new_group(self._alone, turn, alone=True, resent=resent)
+        queries = self._next_cell(lane, turn.now).queries
+        avoid = queries[0].candidates.keys()
+        same = [query for query in queries if query.candidates.keys() == avoid]
+        same = same[: _power_of_two(len(same))]
+        self._queue.resend([query for query in queries if query not in same])
+        at_once = 1 if avoid else turn.setting.overdue.copies
+        self._send_alone(_cell(same), turn, avoid, at_once)
+
+    def _send_alone(
+        self, cell: Cell, turn: Turn, avoid: Iterable[int] = (), at_once: int = 1
+    ) -> None:
+        """Send a batch to one worker, but not to some, hedged: the answers are exact."""
+        group = self._new_group(self._alone, turn, alone=True, at_once=at_once)
         group.add(cell)
         assert cell.x is not None
-        self._send(group, np.arange(1), [cell.x], turn.now)
+        self._send(group, np.arange(1), [cell.x], turn.now, avoid)
         group.drop_inputs()
 
     def _new_group(
-        self, coder: Coder, turn: Turn, *, alone: bool = False, resent: bool = False
+        self, coder: Coder, turn: Turn, *, alone: bool = False, at_once: int = 1
     ) -> Group:
         group = Group(coder, turn.now, alone=alone)
 
@@ -341,7 +351,7 @@ class Dispatcher:
             coder.num_workers,
             needed=coder.num_data if coder.systematic else self._rules.enough,
             copies=self._policy.copies if alone else 1,
-            at_once=turn.setting.overdue.copies if resent else 1,
+            at_once=at_once,
             on_change=changed,
             overdue=turn.setting.overdue,
             refuse=self._rules.refuse,
@@ -350,7 +360,12 @@ class Dispatcher:
         return group
 
     def _send(
-        self, group: Group, points: np.ndarray, values: Iterable[np.ndarray], now: float
+        self,
+        group: Group,
+        points: np.ndarray,
+        values: Iterable[np.ndarray],
+        now: float,
+        avoid: Iterable[int] = (),
     ) -> None:
         assert group.batch is not None
         group.sent_at[points] = now
@@ -360,7 +375,7 @@ class Dispatcher:
         for value in values:
             self._observe("batch_size", len(value))
         kinds = [group.coder.kinds[point] for point in points]
-        self._pool.send(group.batch, points.tolist(), values, kinds=kinds)
+        self._pool.send(group.batch, points.tolist(), values, kinds=kinds, avoid=avoid)
 
     def _next_cell(self, lane: Lane, now: float) -> Cell:
         """Take the next batch for one worker, if a lane's workers share its queries out."""

@@ -59,6 +59,8 @@ class Reply:
         exact: whether an answer is the model's own answer to the query itself.
         predicted: whether an answer comes from a surrogate (`Predictor`).
         reexecuted: whether the query was sent to a worker a second time.
+        suspicious: whether the model's own answer looked wrong, and no other worker confirmed it in
+            time (`--check-answers`).
         asked: the number of workers that had received the query, or a coded data point of its
             group, when it was answered.
         responded: the number of those workers that had responded.
@@ -77,6 +79,7 @@ class Reply:
     exact: Bool[np.ndarray, " batch"]
     predicted: Bool[np.ndarray, " batch"]
     reexecuted: Bool[np.ndarray, " batch"]
+    suspicious: Bool[np.ndarray, " batch"]
     asked: Int[np.ndarray, " batch"]
     responded: Int[np.ndarray, " batch"]
     expected_disagreement: Float[np.ndarray, " batch"]
@@ -95,6 +98,7 @@ class Answer:
     responded: int
     disagreement: float = 0.0
     error: float = 0.0
+    suspicious: bool = False
 
 
 @dataclasses.dataclass
@@ -156,7 +160,7 @@ class Request:
         self._left = size
         self._values = values
         self._exact, self._predicted = np.ones(size, bool), np.zeros(size, bool)
-        self._reexecuted = np.zeros(size, bool)
+        self._reexecuted, self._suspicious = np.zeros((2, size), bool)
         self._asked = np.zeros(size, int)
         self._responded = np.zeros(size, int)
         self._expected = np.zeros((2, size))
@@ -179,6 +183,7 @@ class Request:
         self._values[place] = answer.value
         self._exact[place], self._reexecuted[place] = answer.source == "exact", query.reexecuted
         self._predicted[place] = answer.source == "predicted"
+        self._suspicious[place] = answer.suspicious
         self._asked[place], self._responded[place] = answer.asked, answer.responded
         self._expected[:, place] = answer.disagreement, answer.error
         if self.trace is not None:
@@ -205,6 +210,7 @@ class Request:
             self._exact,
             self._predicted,
             self._reexecuted,
+            self._suspicious,
             self._asked,
             self._responded,
             *self._expected,
@@ -229,10 +235,12 @@ class Query:
         waiting: whether it stands in the queue.
         reexecuted: whether it was sent a second time.
         approximate: answers that are to be compared with the model's own, by their sources.
+        candidates: the model's answers that are held back to be compared, by their workers.
     """
 
     __slots__ = (
-        "approximate", "done", "group", "place", "reexecuted", "request", "waiting", "x",
+        "approximate", "candidates", "done", "group", "place", "reexecuted", "request", "waiting",
+        "x",
     )  # fmt: skip
 
     def __init__(self, request: Request, place: int, x: np.ndarray):
@@ -241,6 +249,7 @@ class Query:
         self.group: Any = None  # a `Group`, which this file does not know
         self.done = self.reexecuted = False
         self.approximate: dict[Source, ApproximateAnswer] = {}
+        self.candidates: dict[int, np.ndarray] = {}
         self.waiting = True
 
     def leave_group(self) -> Any:

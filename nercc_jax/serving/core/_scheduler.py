@@ -17,6 +17,7 @@ from ...pools import AbstractPool, AnswerTimes, Refuse
 from .._policy import MAX_DEADLINE_S, BatchingPolicy
 from .._tracing import RequestTrace
 from ._adaptation import AbstractAdaptation
+from ._answer_screen import AnswerScreen, Audit, Settled
 from ._coder import Coder
 from ._dispatch import Dispatcher, DispatchRules, QueryOrdering, Turn
 from ._fallback import FallbackPolicy, GroupAnswer, GroupDecoder, GroupPredictor
@@ -25,6 +26,7 @@ from ._health import Health, pool_health
 from ._open_requests import OpenRequests
 from ._queue import EventQueue, QueryQueue
 from ._request import (
+    Answer,
     ApproximateAnswer,
     BatchSpec,
     DeadlineExceeded,
@@ -92,6 +94,8 @@ class QueryScheduler:
         self._queue = QueryQueue(policy.max_queue_size)
         self._open = OpenRequests(self._queue, self._observe, self._clock)
         self._events = EventQueue(self._clock, "nercc-batcher", self._run)
+        checks = adaptation.checks
+        self._screen = checks and AnswerScreen(checks, pool, self._events, self._observe)
         self._setting = adaptation.setting
         self._times = AnswerTimes(self._setting.overdue)
         rules = DispatchRules(policy, self._decoder.enough, refuse)
@@ -194,7 +198,8 @@ class QueryScheduler:
             _LOG.exception("the batcher ends")
             self._open.fail_all(error)
             self._events.close()
-        return min(self._dispatch_due, self._timers.next, self._open.next_deadline)
+        screened = math.inf if self._screen is None else self._screen.next_due
+        return min(self._dispatch_due, self._timers.next, self._open.next_deadline, screened)
 
     def _turn(self) -> None:
         for event in self._events.take():
@@ -249,6 +254,9 @@ class QueryScheduler:
         if isinstance(event, Group):
             event.posted = False
             self._receive(event, now)
+        elif isinstance(event, Audit):
+            assert self._screen is not None
+            self._screen.receive_audit(event)
         elif event is _WORKER_FREE:
             self._worker_free_posted = False
         else:
@@ -281,6 +289,9 @@ class QueryScheduler:
 
     def _handle_due(self, now: float) -> None:
         """Handle what is due: deadlines, groups to be completed, stragglers."""
+        if self._screen is not None:
+            self._settle(self._screen.pop_due(now), now)
+            self._screen.look(now)
         self._expire(now)
         for group in self._timers.pop_due(now):
             self._guard(self._decide, group, now, concerned=group)
@@ -313,24 +324,53 @@ class QueryScheduler:
             if place >= 0 or not group.coder.systematic:
                 self._times.add(len(value), now - float(group.sent_at[point]))
             if place >= 0:
-                self._receive_own(group, place, value, now)
+                self._receive_own(group, place, value, batch.workers[point], now)
         self._decide(group, now)
 
-    def _receive_own(self, group: Group, place: int, value: np.ndarray, now: float) -> None:
+    def _receive_own(
+        self, group: Group, place: int, value: np.ndarray, worker: int, now: float
+    ) -> None:
         """Take the model's own answers to the queries of a cell."""
         own = group.layout.own[place]
         asked, responded = int(group.sent[own].sum()), int(group.mask[own].sum())
         queries = group.cells[place].queries
+        if self._screen is not None:
+            kept, again, settled = self._screen.receive(worker, queries, value)
+            self._send_again(again)
+            self._settle(settled, now)
+            queries, value = [queries[row] for row in kept], value[kept]
         for row, query in enumerate(queries):
-            x = query.x
-            if query.approximate:
-                approximate, query.approximate = query.approximate, {}
-                for each in approximate.values():
-                    self._audit(each, value[row])
-                    x = each.x if x is None else x
-            if x is not None:
-                self._adaptation.add_answer(x, value[row])
+            self._learn(query, value[row])
         self._revisit(self._open.answer_exactly(queries, value, asked, responded, now))
+
+    def _learn(self, query: Query, own: np.ndarray) -> None:
+        """Compare approximate answers to a query with the model's own, and learn from this."""
+        x = query.x
+        if query.approximate:
+            approximate, query.approximate = query.approximate, {}
+            for each in approximate.values():
+                self._audit(each, own)
+                x = each.x if x is None else x
+        if x is not None:
+            self._adaptation.add_answer(x, own)
+
+    def _send_again(self, queries: list[Query]) -> None:
+        """Have other workers compute queries whose answers look wrong."""
+        for query in queries:
+            query.reexecuted = True
+            if query.request.trace is not None:
+                query.request.trace.send_again(query.place)
+            self._observe("reexecution", 1)
+        self._queue.resend(queries)
+
+    def _settle(self, settled: Sequence[Settled], now: float) -> None:
+        """Give out answers that were held back."""
+        for query, (value, agreed) in settled:
+            number = max(len(query.candidates), 1)
+            if agreed:
+                self._learn(query, value)
+            answer = Answer(value, "exact", number, number, suspicious=not agreed)
+            self._revisit(self._open.answer(query, answer, now))
 
     def _audit(self, given: ApproximateAnswer, own: np.ndarray | None) -> None:
         """Compare an approximate answer with the model's own, None if that will never come."""
@@ -370,7 +410,8 @@ class QueryScheduler:
                 self._observe("expected_disagreement", each.answer.disagreement)
                 self._revisit(self._open.answer(query, each.answer, now))
             self._queue.resend(resend)
-        if not group.pending:
+        # What is held back of a single batch goes on by itself.
+        if not group.pending or (group.alone and group.mask.all()):
             self._close_group(group, now)
         if not group.closed:
             self._set_timer(group, now)
@@ -409,7 +450,10 @@ class QueryScheduler:
         if failures and failures[-1].refused:
             public = why  # the server's own words
         for query in group.cells[0].queries:
-            if not query.done:
+            if query.candidates and not query.done:
+                assert self._screen is not None
+                self._settle([self._screen.give_up(query)], self._clock.now())
+            elif not query.done:
                 self._fail(query.request, InferenceFailed(why, public))
 
     def _close_group(self, group: Group, now: float) -> None:

@@ -414,6 +414,7 @@ def reply_parameters(reply: Reply) -> dict[str, Any]:
         "nercc_approximate": exact.count(False),
         "nercc_predicted": sum(reply.predicted.tolist()),
         "nercc_reexecuted": sum(reply.reexecuted.tolist()),
+        "nercc_suspicious": sum(reply.suspicious.tolist()),
         "nercc_workers_asked": sum(reply.asked.tolist()),
         "nercc_workers_responded": sum(reply.responded.tolist()),
         "nercc_expected_disagreement": max(_without_nan(reply.expected_disagreement)),

@@ -1,0 +1,159 @@
+"""Wrong answers on purpose: a worker that is healthy, and whose answers are not the model's.
+
+Some faults change the answer of a call, others the parameters that it is computed with. All follow
+from the seed of `Faults`.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree, Shaped
+
+WrongKind: TypeAlias = Literal["swap", "repeat", "bias", "flip_answer", "stale", "flip_weight"]
+# The kinds that change parameters instead of answers.
+WEIGHT_KINDS: frozenset[str] = frozenset({"stale", "flip_weight"})
+WRONG_KINDS: frozenset[str] = frozenset(get_args(WrongKind))
+
+BitField: TypeAlias = Literal["any", "exponent", "mantissa"]
+
+# Of "bias", what is added to each output; of "stale", the standard deviation of the noise, as a
+# multiple of a parameter's root mean square.
+SIZES: Mapping[str, float] = {"bias": 1.0, "stale": 0.3}
+
+
+class WrongAnswers:
+    """Changes the answers of one worker as its faults say, one call after the other."""
+
+    def __init__(self, random: np.random.Generator):
+        """Start before the first call; `random` chooses rows and bits."""
+        self._random = random
+        self._computed: dict[int, PyTree] = {}  # the previous answer of each model
+        self._given: dict[int, PyTree] = {}  # as it was given
+
+    def change(
+        self, model: int, answer: PyTree[np.ndarray], faults: Sequence[Any]
+    ) -> PyTree[np.ndarray]:
+        """Return the answer that is given instead of a computed one.
+
+        Args:
+            model: Number of the model that computed it.
+            answer: The computed answer; leaves share the axis of rows.
+            faults: The faults that struck the call (`Fault`).
+        """
+        given = answer
+        for fault in faults:
+            if fault.kind == "swap":
+                given = self._swap(given, self._computed.get(model))
+            elif fault.kind == "repeat":
+                given = _rows_like(self._given.get(model, given), given)
+            elif fault.kind == "bias":
+                size = np.float32(SIZES["bias"] if fault.size is None else fault.size)
+                given = jax.tree.map(lambda leaf, size=size: leaf + size, given)
+            elif fault.kind == "flip_answer":
+                given = flip_bit_of_tree(given, fault.bits, self._random)
+        self._computed[model], self._given[model] = answer, given
+        return given
+
+    def _swap(self, answer: PyTree, previous: PyTree | None) -> PyTree:
+        """Return the rows in another order; of a single row, the previous call's last row."""
+        number = len(jax.tree.leaves(answer)[0])
+        if number > 1:
+            places = np.roll(np.arange(number), self._random.integers(1, number))
+            return jax.tree.map(lambda leaf: leaf[places], answer)
+        return answer if previous is None else jax.tree.map(lambda leaf: leaf[-1:], previous)
+
+
+def _rows_like(previous: PyTree, answer: PyTree) -> PyTree:
+    """Return the rows of a previous answer, in turn, as many as an answer has."""
+    number = len(jax.tree.leaves(answer)[0])
+    return jax.tree.map(lambda leaf: leaf[np.arange(number) % len(leaf)], previous)
+
+
+def flip_bit(
+    x: Shaped[np.ndarray, "..."], bits: BitField, random: np.random.Generator
+) -> Shaped[np.ndarray, "..."]:
+    """Return floats with one random bit of one random element flipped.
+
+    Args:
+        x: An array of floats.
+        bits: The bits to choose from; "any" has the sign, too.
+        random: Chooses the element and the bit.
+    """
+    info = jnp.finfo(x.dtype)  # NumPy's does not know bfloat16
+    exponent = range(info.nmant, info.bits - 1)
+    fields = {"any": range(info.bits), "exponent": exponent, "mantissa": range(info.nmant)}
+    flipped = np.array(x)
+    words = flipped.reshape(-1).view(f"u{info.bits // 8}")
+    bit = random.choice(fields[bits])
+    words[random.integers(words.size)] ^= words.dtype.type(1) << words.dtype.type(bit)
+    return flipped
+
+
+def flip_bit_of_tree(tree: PyTree, bits: BitField, random: np.random.Generator) -> PyTree:
+    """Return a tree with one bit of its floats flipped, each element as likely as another."""
+    leaves, structure = jax.tree.flatten(tree)
+    sizes = np.array([leaf.size if is_parameter(leaf) else 0 for leaf in leaves], float)
+    place = int(random.choice(len(leaves), p=sizes / sizes.sum()))
+    leaves[place] = flip_bit(np.asarray(leaves[place]), bits, random)
+    return jax.tree.unflatten(structure, leaves)
+
+
+def stale(tree: PyTree, size: float, random: np.random.Generator) -> PyTree:
+    """Return parameters with Gaussian noise, as those of an earlier training are different.
+
+    Args:
+        tree: The parameters; what is no array of floats stays.
+        size: The standard deviation, as a multiple of each array's root mean square.
+        random: Of the noise.
+    """
+
+    def change(leaf: Any) -> Any:
+        if not is_parameter(leaf):
+            return leaf
+        value = np.asarray(leaf, np.float64)
+        noise = size * np.sqrt(np.mean(value**2)) * random.normal(size=value.shape)
+        return np.asarray(value + noise).astype(leaf.dtype)
+
+    return jax.tree.map(change, tree)
+
+
+def is_parameter(leaf: Any) -> bool:
+    """Return whether a leaf of a tree is an array of floats that is not empty."""
+    array = isinstance(leaf, np.ndarray | jax.Array)
+    return array and leaf.size > 0 and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightChange:
+    """A change of a model's parameters, the same whenever it is made.
+
+    Attributes:
+        fault: A fault of a kind in `WEIGHT_KINDS`.
+        seed: Of the random numbers.
+    """
+
+    fault: Any
+    seed: tuple[int, ...]
+
+    def __call__(self, tree: PyTree) -> PyTree:
+        """Return the parameters after the change."""
+        random = np.random.default_rng(self.seed)
+        if self.fault.kind == "stale":
+            size = SIZES["stale"] if self.fault.size is None else self.fault.size
+            return stale(tree, size, random)
+        return flip_bit_of_tree(tree, self.fault.bits, random)
+
+
+def check_faults(models: Sequence[Any], faults: Sequence[Any]) -> None:
+    """Raise ValueError if a fault would change the parameters of a model that shows none."""
+    kinds = sorted({fault.kind for fault in faults} & WEIGHT_KINDS)
+    for model in models if kinds else ():
+        if not any(map(is_parameter, jax.tree.leaves(model))):
+            raise ValueError(
+                f'a fault "{kinds[0]}" changes the parameters of a model that is a pytree with '
+                f"arrays, such as an Equinox module: {model!r} has none"
+            )

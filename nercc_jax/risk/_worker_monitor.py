@@ -1,0 +1,105 @@
+"""A sequential test for each worker: does it answer wrongly more often than the others do?
+
+An answer is known to be wrong where two other workers agree on another one. So the comparison is
+made on the same query, and a change of the queries alone accuses nobody. What may still make right
+workers differ, such as a model that draws random numbers, does so at all of them: the share of
+wrong answers that a worker is allowed is that of the other workers in the same stretch of answers,
+and no less than a usual share.
+
+The statistic is that of `RiskMonitor`, with larger bets, because a few wrong answers have to do. A
+run of right answers is taken in one step, so that a server's answers cost it nothing.
+
+This file needs NumPy only.
+"""
+
+import numpy as np
+
+# Ratios of the odds of a wrong answer to those allowed that the bets are best for.
+_RATIOS = np.array([4.0, 16.0, 64.0, 256.0, 1024.0])
+# Answers of all workers in a stretch, and those that a share of wrong ones refers to at least.
+_STRETCH, _FEWEST = 256, 128
+_MOST = 0.5  # that the others' share may allow
+
+
+class WorkerMonitor:
+    """Sequential tests of the workers of a pool, each against the others.
+
+    While a worker is wrong no more often than it is allowed, it is accused within its first n
+    answers with a probability of at most `n * false_alarms`.
+
+    Attributes:
+        number: The answers of each worker since its test began.
+        wrong: The wrong ones among them.
+
+    Example:
+        >>> from nercc_jax.risk import WorkerMonitor
+        >>> monitor = WorkerMonitor(8)
+        >>> monitor.add(3, right=1000)
+        False
+        >>> [monitor.add(3, wrong=1) for _ in range(3)]
+        [False, False, True]
+    """
+
+    def __init__(self, num_workers: int, *, usual: float = 5e-4, false_alarms: float = 1e-6):
+        """Start without answers.
+
+        Args:
+            num_workers: Workers.
+            usual: The share of wrong answers that each worker is allowed, whatever the others do.
+            false_alarms: The rate of false accusations per answer.
+
+        Raises:
+            ValueError: A share is outside (0, 1).
+        """
+        if not 0 < usual < 1 or not 0 < false_alarms < 1:
+            raise ValueError(
+                f"usual {usual} and false_alarms {false_alarms} must be between 0 and 1"
+            )
+        self._usual, self._threshold = usual, 1 / false_alarms
+        self._sums = np.zeros((num_workers, len(_RATIOS)))
+        self.number, self.wrong = [0] * num_workers, [0] * num_workers
+        # By worker, of this stretch and the one before: answers, and wrong ones.
+        self._stretches = [[[0, 0] for _ in range(num_workers)] for _ in range(2)]
+        self._left = _STRETCH
+
+    def allowed(self, worker: int) -> float:
+        """Return the share of wrong answers that a worker is allowed now."""
+        found = self._usual
+        for stretch in self._stretches:
+            number = sum(answers for answers, _ in stretch) - stretch[worker][0]
+            wrong = sum(wrong for _, wrong in stretch) - stretch[worker][1]
+            found = max(found, wrong / max(number, _FEWEST))
+        return min(found, _MOST)
+
+    def add(self, worker: int, *, right: int = 0, wrong: int = 0) -> bool:
+        """Take answers of a worker, the right ones first; return whether to accuse it."""
+        share = self.allowed(worker)
+        odds = _RATIOS * share / (1 - share)
+        best = odds / (1 + odds)
+        sums = self._sums[worker]
+        if right:
+            less = (1 - best) / (1 - share)
+            power = less**right
+            sums = sums * power + less * (1 - power) / (1 - less)
+        for _ in range(wrong):
+            sums = (sums + 1) * best / share
+        self._sums[worker] = sums
+        self._count(worker, right, wrong)
+        return bool(sums.mean() >= self._threshold)
+
+    def restart(self, worker: int) -> None:
+        """Begin a worker's test again, and forget its answers."""
+        self._sums[worker] = 0
+        self.number[worker] = self.wrong[worker] = 0
+        for stretch in self._stretches:
+            stretch[worker] = [0, 0]
+
+    def _count(self, worker: int, right: int, wrong: int) -> None:
+        self.number[worker] += right + wrong
+        self.wrong[worker] += wrong
+        self._stretches[-1][worker][0] += right + wrong
+        self._stretches[-1][worker][1] += wrong
+        self._left -= right + wrong
+        if self._left <= 0:
+            self._left = _STRETCH
+            self._stretches = [self._stretches[-1], [[0, 0] for _ in self.number]]

@@ -1,0 +1,206 @@
+"""Checks of the model's own answers: which look wrong, which are wrong, and who gave them.
+
+An answer is held back where the surrogate finds it suspicious, and while its worker is on
+probation: at first, after an answer that was wrong, and after it was released, each time until some
+of its answers were right. An answer that two workers give is right. A worker that a sequential test
+accuses of wrong answers (`WorkerMonitor`) is fenced. It is released after as many right answers to
+audits as its record asks for, or when it was replaced.
+"""
+
+import collections
+import dataclasses
+import itertools
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Shaped
+
+from ...pools import PoolReport
+from ...risk import WorkerMonitor
+from .._policy import Observe
+from ..core._adaptation import AbstractAnswerChecks, Verdict
+from ._predictor import Predictor
+
+_LOG = logging.getLogger(__name__)
+
+_WORKERS = 3  # that compute a query, at most
+# Right answers with which a probation ends: at first, and after a wrong answer or a release.
+_FIRST, _PROBATION = 4, 16
+# Right answers to audits until a worker is released; twice as many each time, up to the second.
+_CLEAN, _CLEANEST = 16, 1024
+_KNOWN = 64  # queries whose answers two workers gave, for audits
+# The largest difference of two right answers, as a share of the largest output: batches of other
+# sizes are computed in another order.
+_SAME, _SAME_SHORT = 1e-3, 5e-2
+
+
+@dataclasses.dataclass
+class _Record:
+    """What is known of a worker."""
+
+    probation: int = _FIRST  # right answers until it ends
+    deaths: int = 0
+    fences: int = 0
+    clean: int = 0  # right answers to audits, in a row
+    reason: str | None = None  # why it is, or should be, fenced
+    asked: np.ndarray | None = None  # the known answer to its latest audit
+
+
+class AnswerChecks(AbstractAnswerChecks):
+    """Checks of one pool's answers, by a surrogate's predictions.
+
+    One thread uses it; others may read `status`.
+    """
+
+    def __init__(
+        self,
+        num_workers: int,
+        predictor: Predictor,
+        max_fenced: float,
+        worker_dtype: str | None,
+        observe: Observe,
+    ):
+        """Start without answers.
+
+        Args:
+            num_workers: Workers.
+            predictor: Finds answers suspicious.
+            max_fenced: The largest share of the workers that is fenced.
+            worker_dtype: The dtype in which they compute.
+            observe: Receives metrics.
+        """
+        self._predictor, self._observe = predictor, observe
+        self._monitor = WorkerMonitor(num_workers)
+        self._most = int(max_fenced * num_workers)
+        self._same = _SAME if worker_dtype in (None, "float32") else _SAME_SHORT
+        self._records = [_Record() for _ in range(num_workers)]
+        self._fenced: frozenset[int] = frozenset()
+        self._known: collections.deque[tuple[np.ndarray, np.ndarray]] = collections.deque(
+            maxlen=_KNOWN
+        )
+
+    @property
+    def fenced(self) -> frozenset[int]:
+        return self._fenced
+
+    def screen(
+        self,
+        worker: int,
+        x: Shaped[np.ndarray, "queries ..."],
+        values: Float[np.ndarray, "queries ..."],
+    ) -> Bool[np.ndarray, " queries"]:
+        if worker in self._fenced:  # sent before it was
+            return np.ones(len(x), bool)
+        if self._records[worker].probation:
+            return np.ones(len(x), bool)
+        held = self._predictor.suspicious(x, values)
+        self._monitor.add(worker, right=int(len(x) - held.sum()))
+        return held
+
+    def compare(
+        self, x: np.ndarray | None, candidates: Mapping[int, np.ndarray], *, last: bool = False
+    ) -> Verdict | None:
+        for one, other in itertools.combinations(candidates, 2):
+            if self._agree(candidates[one], candidates[other]):
+                value = candidates[one]
+                if x is not None:
+                    self._known.append((np.array(x), value))
+                for worker in candidates:
+                    if worker not in (one, other):
+                        self._accuse(worker)
+                        continue
+                    self._monitor.add(worker, right=1)
+                    record = self._records[worker]
+                    record.probation = max(record.probation - 1, 0)
+                return Verdict(value, True)
+        if len(candidates) < _WORKERS and not last:
+            return None
+        best = min(candidates, key=lambda each: (each in self._fenced, self._monitor.wrong[each]))
+        return Verdict(candidates[best], False)
+
+    def audits(self, report: PoolReport) -> list[tuple[int, np.ndarray]]:
+        for worker, (record, seen) in enumerate(zip(self._records, report.workers, strict=True)):
+            if seen.deaths != record.deaths:
+                self._release(worker, "it was replaced")
+                self._records[worker] = _Record(deaths=seen.deaths, fences=record.fences)
+        if not self._known:
+            return []
+        asked = []
+        for worker in self._fenced:
+            x, self._records[worker].asked = self._known[0]
+            self._known.rotate(-1)
+            asked.append((worker, x))
+        return asked
+
+    def audited(self, worker: int, value: np.ndarray | None) -> None:
+        record = self._records[worker]
+        if worker not in self._fenced or record.asked is None:
+            return
+        right = value is not None and self._agree(value, record.asked)
+        record.clean = record.clean + 1 if right else 0
+        if record.clean >= min(_CLEAN << (record.fences - 1), _CLEANEST):
+            self._release(worker, f"its last {record.clean} answers to audits were right")
+
+    def status(self) -> dict[str, Any]:
+        """Return the checks' part of a server's status."""
+        monitor = self._monitor
+        reasons = {
+            worker: record.reason
+            for worker, record in enumerate(self._records)
+            if record.reason is not None
+        }
+        return {
+            "ready": self._predictor.checks_answers,
+            "answers": sum(monitor.number),
+            "wrong": sum(monitor.wrong),
+            "fenced": {str(each): reasons[each] for each in reasons if each in self._fenced},
+            "not_fenced": {
+                str(each): reasons[each] for each in reasons if each not in self._fenced
+            },
+            "max_fenced": self._most,
+        }
+
+    def hints(self) -> list[str]:
+        """Return which workers answer wrongly, and what is done about it."""
+        status = self.status()
+        found = [f"worker {worker} is fenced: {why}" for worker, why in status["fenced"].items()]
+        return found + [
+            f"worker {worker} answers wrongly, but no more than {self._most} may be fenced: {why}"
+            for worker, why in status["not_fenced"].items()
+        ]
+
+    def _agree(self, one: np.ndarray, other: np.ndarray) -> bool:
+        scale = max(np.abs(one).max(), np.abs(other).max())
+        return bool(np.abs(one - other).max() <= self._same * scale)
+
+    def _accuse(self, worker: int) -> None:
+        """Take a wrong answer of a worker."""
+        self._observe("check_wrong", 1)
+        record, monitor = self._records[worker], self._monitor
+        record.probation = _PROBATION
+        if not monitor.add(worker, wrong=1) or worker in self._fenced:
+            return
+        wrong, number = monitor.wrong[worker], monitor.number[worker]
+        reason = f"{wrong} of {number} answers were not those of two other workers"
+        known, record.reason = record.reason, reason
+        facts = {"worker": worker, "why": reason}
+        if len(self._fenced) < self._most:
+            self._fenced |= {worker}
+            record.fences, record.clean = record.fences + 1, 0
+            self._observe("worker_fenced", 1)
+            _LOG.warning("a worker is fenced: it answers wrongly", extra=facts)
+        elif known is None:
+            facts["max_fenced"] = self._most
+            _LOG.warning("a worker answers wrongly, but no more may be fenced", extra=facts)
+
+    def _release(self, worker: int, why: str) -> None:
+        """Let a worker answer again, on probation."""
+        record = self._records[worker]
+        self._monitor.restart(worker)
+        record.reason, record.asked, record.probation = None, None, _PROBATION
+        if worker in self._fenced:
+            self._fenced -= {worker}
+            self._observe("worker_released", 1)
+            _LOG.info("a worker is fenced no more", extra={"worker": worker, "why": why})

@@ -1,0 +1,183 @@
+"""The screen: the model's own answers that look wrong are held back and computed again elsewhere.
+
+Which answers these are, and which workers are fenced, is decided by `AbstractAnswerChecks`; this
+file has the queries that wait for it. A query that is held back goes out again at once, to another
+worker; where the two differ, to a third. At most three workers compute it. Shortly before its
+deadline an answer goes out as it is, and the reply says so.
+"""
+
+import heapq
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ...pools import AbstractPool, Batch
+from ._adaptation import AbstractAnswerChecks, Verdict
+from ._fallback import Budget
+from ._queue import EventQueue
+from ._request import Query
+
+# The share of a deadline that is left when an answer that is held back goes out as it is.
+_LEFT = 0.1
+_EVERY = 1.0  # seconds between audits of a fenced worker
+# Queries held back, as a share of all: more would double the load where the queries have changed.
+_MOST, _FIRST = 0.2, 1000  # ... and what the budget begins with, in queries
+
+
+class Audit(NamedTuple):
+    """An event: a fenced worker may have answered an audit."""
+
+    worker: int
+    batch: Batch
+
+
+class Settled(NamedTuple):
+    """A query that was held back, and the answer that is to be given out."""
+
+    query: Query
+    verdict: Verdict
+
+
+class AnswerScreen:
+    """Holds back the answers that look wrong, on the scheduler's thread."""
+
+    def __init__(
+        self,
+        checks: AbstractAnswerChecks,
+        pool: AbstractPool,
+        events: EventQueue,
+        observe: Callable[[Any, float], Any],
+    ):
+        """Create a screen that holds nothing.
+
+        Args:
+            checks: decides.
+            pool: the workers.
+            events: receives an `Audit` when it is answered.
+            observe: receives metrics.
+        """
+        self._checks, self._pool, self._events, self._observe = checks, pool, events, observe
+        self._fenced: frozenset[int] = frozenset()
+        self._budget = Budget(_MOST)
+        self._budget.earn(_FIRST)
+        self._due: list[tuple[float, int, Query]] = []
+        self._numbers = itertools.count()
+        self._look_at = -math.inf
+        self._audits: dict[int, Batch] = {}
+
+    @property
+    def next_due(self) -> float:
+        """The time at which to call `pop_due` and `look`."""
+        return min(self._due[0][0] if self._due else math.inf, self._look_at)
+
+    def receive(
+        self, worker: int, queries: Sequence[Query], values: np.ndarray
+    ) -> tuple[list[int], list[Query], list[Settled]]:
+        """Take a worker's answers to queries.
+
+        Returns:
+            The rows that go out as they are; the queries that another worker is to compute; and
+            those that were held back and are settled now.
+        """
+        again, settled = [], []
+        held = [row for row, query in enumerate(queries) if query.candidates and not query.done]
+        for row in held:
+            query = queries[row]
+            query.candidates.setdefault(worker, np.array(values[row]))
+            if (verdict := self._compare(query)) is not None:
+                settled.append(Settled(query, verdict))
+            elif not query.waiting:
+                again.append(query)
+        rows = [row for row in range(len(queries)) if row not in held]
+        fresh = [row for row in rows if not queries[row].done]
+        self._budget.earn(len(fresh))
+        suspicious = self._screen(worker, [queries[row] for row in fresh], values[fresh])
+        found = set(itertools.compress(fresh, suspicious))
+        for row in sorted(found):
+            if self._budget.affords():
+                self._budget.spend()
+                self._hold(queries[row], worker, values[row])
+                again.append(queries[row])
+            else:
+                self._observe("check_open", 1)
+                settled.append(Settled(queries[row], Verdict(values[row], False)))
+        self._follow_fences()
+        return [row for row in rows if row not in found], again, settled
+
+    def pop_due(self, now: float) -> list[Settled]:
+        """Return the queries whose deadlines do not allow to wait any longer."""
+        found = []
+        while self._due and self._due[0][0] <= now:
+            query = heapq.heappop(self._due)[2]
+            if not query.done and query.candidates:
+                found.append(self.give_up(query))
+        self._follow_fences()
+        return found
+
+    def give_up(self, query: Query) -> Settled:
+        """Settle a query that no further worker will answer."""
+        verdict = self._checks.compare(query.x, query.candidates, last=True)
+        assert verdict is not None
+        self._observe("check_agreed" if verdict.agreed else "check_open", 1)
+        return Settled(query, verdict)
+
+    def look(self, now: float) -> None:
+        """Send audits to fenced workers, once a second while there are any."""
+        if now < self._look_at:
+            return
+        for worker, x in self._checks.audits(self._pool.report()):
+            if worker not in self._audits:
+                self._send_audit(worker, x)
+        self._follow_fences()
+        self._look_at = now + _EVERY
+
+    def receive_audit(self, audit: Audit) -> None:
+        """Take a fenced worker's answer to an audit, if it is there."""
+        if self._audits.get(audit.worker) is not audit.batch:
+            return
+        value = audit.batch.answer(0)
+        if value is None and not audit.batch.lost(0):
+            return
+        del self._audits[audit.worker]
+        audit.batch.forget()
+        self._checks.audited(audit.worker, None if value is None else value[0])
+        self._follow_fences()
+
+    def _screen(self, worker: int, queries: Sequence[Query], values: np.ndarray) -> np.ndarray:
+        """Return which answers to hold back."""
+        if not queries:
+            return np.zeros(0, bool)
+        x = np.stack([query.x for query in queries if query.x is not None])
+        return self._checks.screen(worker, x, values)
+
+    def _hold(self, query: Query, worker: int, value: np.ndarray) -> None:
+        self._observe("check_again", 1)
+        query.candidates = {worker: np.array(value)}
+        request = query.request
+        due = request.arrived + (1 - _LEFT) * request.deadline
+        heapq.heappush(self._due, (due, next(self._numbers), query))
+
+    def _compare(self, query: Query) -> Verdict | None:
+        serving = self._pool.num_workers - len(self._fenced)
+        last = len(set(query.candidates) - self._fenced) >= serving
+        verdict = self._checks.compare(query.x, query.candidates, last=last)
+        if verdict is not None:
+            self._observe("check_agreed" if verdict.agreed else "check_open", 1)
+        return verdict
+
+    def _follow_fences(self) -> None:
+        """Have the pool send nothing to workers that are fenced now."""
+        if self._checks.fenced is self._fenced:
+            return
+        self._fenced = self._checks.fenced
+        self._pool.fence(self._fenced)
+
+    def _send_audit(self, worker: int, x: np.ndarray) -> None:
+        batch = self._pool.open(
+            1, needed=1, copies=1, on_change=lambda batch: self._events.post(Audit(worker, batch))
+        )
+        self._audits[worker] = batch
+        self._pool.send(batch, [0], [x[None]], only=worker)

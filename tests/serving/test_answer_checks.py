@@ -1,0 +1,209 @@
+"""Workers that answer wrongly before a server that checks: found, answered by others, fenced."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import require
+from traffic import OUT, WEIGHTS, Traffic, labels_right
+
+from nercc_jax import DevicePool, RayPool, Uncoded
+from nercc_jax.pools import Fault, Faults
+from nercc_jax.serving import BatchingPolicy, CodedBatcher, Coder, Predictor
+
+# After these calls of each worker, some 600 queries, the learner knows enough.
+LATER = range(80, 10**6)
+
+
+class Net(eqx.Module):
+    """As `traffic.model`, with parameters that a fault can change."""
+
+    w: np.ndarray
+
+    def __call__(self, x):
+        return np.tanh(x @ self.w)
+
+
+def jax_net():
+    """The same for real workers; Ray's actors need not import it."""
+
+    class JaxNet(eqx.Module):
+        w: jax.Array
+
+        def __call__(self, x):
+            return jnp.tanh(x @ self.w)
+
+    return JaxNet(jnp.asarray(WEIGHTS))
+
+
+def served(*faults, workers=8, max_fenced=0.25, **options):
+    policy = BatchingPolicy(
+        straggler_threshold=4.0,
+        max_disagreement=0.1,
+        check_answers=0.01,
+        max_fenced=max_fenced,
+        max_batch_size=4,
+    )
+    return Traffic(
+        Predictor(),
+        policy,
+        share=0.0,
+        rate=100,
+        model=Net(WEIGHTS),
+        num_workers=workers,
+        faults=Faults(faults, seed=3),
+        **options,
+    )
+
+
+def fenced(traffic):
+    return sorted(map(int, traffic.batcher.checks_status()["fenced"]))
+
+
+def states(traffic):
+    return [worker.state for worker in traffic.pool.report().workers]
+
+
+@pytest.mark.slow
+def test_without_faults_nobody_is_fenced_and_hardly_a_call_is_made_twice():
+    traffic = served()
+    assert labels_right(traffic.send(600)) == 1
+    assert traffic.batcher.checks_status()["ready"]
+    before = traffic.calls(), traffic.observed["check_again"]
+    replies = traffic.send(1000)
+    assert traffic.observed["check_again"] - before[1] < 0.03 * 1000
+    assert not any(reply.suspicious.any() for _, reply, _ in replies)
+    assert fenced(traffic) == []
+    assert traffic.batcher.checks_hints() == []
+    assert traffic.observed["check_wrong"] == 0
+    # As fast as the service, but for what is computed twice.
+    assert np.quantile([seconds for seconds, *_ in replies], 0.9) < 0.12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("calls", [None, LATER], ids=["from the first", "later"])
+def test_stale_weights_and_swapped_answers_are_fenced_and_no_wrong_label_goes_out(calls):
+    traffic = served(
+        Fault("stale", workers=(2,), calls=calls), Fault("swap", workers=(5,), calls=calls)
+    )
+    replies = traffic.send(1400)
+    assert fenced(traffic) == [2, 5]
+    assert [states(traffic)[worker] for worker in (2, 5)] == ["fenced", "fenced"]
+    assert traffic.observed["worker_fenced"] == 2
+    assert labels_right(replies) >= 0.995
+    sent = [call.worker for call in traffic.pool.calls()][-300:]
+    assert labels_right(traffic.send(700)) == 1
+    audits = sum(worker in (2, 5) for worker in sent)
+    assert audits < 20, "nothing but audits"
+    first, second = traffic.batcher.checks_hints()
+    assert "worker 2 is fenced" in first
+    assert "answers were not those of two other workers" in second
+
+
+def test_a_worker_that_is_right_again_is_released():
+    traffic = served(Fault("swap", workers=(5,), calls=range(25)))
+    traffic.send(300)
+    assert traffic.observed["worker_fenced"] == 1
+    traffic.clock.run(traffic.clock.now() + 60)
+    assert fenced(traffic) == []
+    assert traffic.observed["worker_released"] == 1
+    assert "fenced" not in states(traffic)
+
+
+def test_a_worker_that_is_replaced_is_released():
+    traffic = served(
+        Fault("bias", workers=(5,)),
+        Fault("death", workers=(5,), calls=(20,)),
+    )
+    traffic.send(200)
+    assert fenced(traffic) == [5]
+    traffic.clock.run(traffic.clock.now() + 20)
+    assert traffic.pool.report().deaths == 1
+    assert fenced(traffic) == []
+
+
+def test_no_more_are_fenced_than_the_policy_allows_and_the_status_says_so(caplog):
+    traffic = served(Fault("bias", workers=(1, 4, 6)), max_fenced=0.25)
+    replies = traffic.send(300)
+    status = traffic.batcher.checks_status()
+    assert len(status["fenced"]) == status["max_fenced"] == 2
+    (left,) = status["not_fenced"]
+    assert f"worker {left} answers wrongly, but no more than 2 may be" in str(
+        traffic.batcher.checks_hints()
+    )
+    assert sum("no more may be fenced" in record.message for record in caplog.records) == 1
+    # Its answers are computed again, one and all.
+    assert labels_right(replies[100:]) == 1
+
+
+def test_an_answer_that_nobody_confirms_goes_out_in_time_and_says_so():
+    """The other worker hangs."""
+    hang = Fault("hang", workers=(1,), calls=range(2, 100))
+    traffic = served(hang, workers=2, hang_timeout=1e4)
+    traffic.settle = 20.0
+    replies = traffic.send(6)
+    assert max(seconds for seconds, *_ in replies) < 10
+    late = [reply for seconds, reply, _ in replies if seconds > 8]
+    assert late
+    assert all(reply.suspicious.all() and reply.exact.all() for reply in late)
+    assert traffic.observed["check_open"] == len(late)
+    assert traffic.observed["request_deadline"] == 0
+
+
+def test_requests_of_several_queries_get_all_their_answers():
+    traffic = served(Fault("stale", workers=(0,)), Fault("swap", workers=(7,)))
+    futures = []
+    x = traffic.random.normal(size=(40, 6, 4)).astype(np.float32)
+    for place, each in enumerate(x):
+        traffic.clock.at(place / 20, lambda each=each: futures.append(traffic.batcher.submit(each)))
+    traffic.clock.run(5.0)
+    replies = [future.result(0) for future in futures]
+    values = np.concatenate([reply.values for reply in replies])
+    assert values.shape == (240, *OUT)
+    right = np.isclose(values, np.tanh(x.reshape(-1, 4) @ WEIGHTS), atol=1e-5).all(axis=1)
+    suspicious = np.concatenate([reply.suspicious for reply in replies])
+    assert right[~suspicious].all()
+    assert suspicious.sum() <= 5, "those that two wrong workers computed, and a right one"
+    assert not suspicious[60:].any()
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="check_answers needs a predictor"):
+        Traffic(None, BatchingPolicy(check_answers=0.01))
+    with pytest.raises(ValueError, match="check_answers must be between 0 and 1, not 1"):
+        BatchingPolicy(check_answers=1.0)
+    with pytest.raises(ValueError, match="max_fenced must be in"):
+        BatchingPolicy(max_fenced=1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["devices", "ray"])
+def test_on_real_workers(kind):
+    """One of eight serves stale weights, and one swaps; then three quarters serve everybody."""
+    options: dict = {"example": [np.zeros((size, 4), np.float32) for size in (1, 2, 4)]}
+    if kind == "ray":
+        require("ray", "ray")
+        options["address"] = "local"
+    faults = Faults([Fault("stale", workers=(2,)), Fault("swap", workers=(5,))], seed=3)
+    policy = BatchingPolicy(max_disagreement=0.1, check_answers=0.01, max_batch_size=4)
+    x = np.random.default_rng(0).normal(size=(1000, 1, 4)).astype(np.float32)
+    right = np.tanh(x[:, 0] @ WEIGHTS)
+    with (
+        {"devices": DevicePool, "ray": RayPool}[kind](
+            jax_net(), 8, faults=faults, **options
+        ) as pool,
+        CodedBatcher(
+            pool, Coder(Uncoded(1)), (4,), OUT, policy=policy, predictor=Predictor()
+        ) as batcher,
+    ):
+        for part in np.split(np.arange(len(x)), 50):
+            replies = [batcher.submit(x[place], deadline=30.0) for place in part]
+            for place, reply in zip(part, replies, strict=True):
+                found = reply.result(60.0)
+                if not found.suspicious[0]:
+                    np.testing.assert_allclose(found.values[0], right[place], atol=1e-4)
+                else:
+                    assert place < 200
+        assert sorted(batcher.checks_status()["fenced"]) == ["2", "5"]
+        assert [worker.state for worker in pool.report().workers].count("fenced") == 2
