@@ -611,7 +611,7 @@ def test_rows_come_as_soon_as_they_have_values_and_resumed_ones_first(tmp_path):
 
 
 def test_a_result_is_a_table():
-    pandas = pytest.importorskip("pandas")
+    pandas = require("pandas", "docs")
 
     def sometimes(batch):
         if (batch == 3).any():

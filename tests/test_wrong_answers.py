@@ -13,7 +13,6 @@ from schedulers import SOON
 from nercc_jax import DevicePool, RayPool
 from nercc_jax.pools import Fault, Faults
 from nercc_jax.pools._wrong_answers import WRONG_KINDS, WrongKind, flip_bit
-from nercc_jax.serving._settings import _WrongKind
 from nercc_jax.testing import SimulatedPool
 
 WEIGHTS = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
@@ -174,6 +173,9 @@ def test_a_model_without_parameters_cannot_have_others(kind):
 
 def test_settings_have_the_same_kinds():
     """They are read before JAX is imported."""
+    require("pydantic_settings", "serve")
+    from nercc_jax.serving._settings import _WrongKind
+
     assert get_args(_WrongKind) == get_args(WrongKind)
 
 
