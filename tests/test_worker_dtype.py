@@ -431,7 +431,7 @@ def test_a_servers_calibration_elsewhere_says_so():
 def test_a_plan_keeps_its_doubts_conditions(tmp_path, doubts):
     numbers = {name: 0.0 for name in ("resent", "extra_work", "most_disagreement", "p50", "p99")}
     flags = {"points": "chebyshev", "order": None, "hedge_after": None, "limit": None}
-    flags |= {"exact": False, "held_out": True}
+    flags |= {"exact": False, "held_out": True, "hedge_copies": 1}
     none = Estimate(0.0, 0.0)
     best = Candidate("NeRCC", K, N, N, 0.0, copies=1, disagreement=none, **numbers, **flags)
     plan = Plan((best,), best, "why", doubts["bfloat16"], {"buffer_size": 8}, {})
