@@ -47,7 +47,7 @@ def demo(
     plot: Annotated[Path, option("File for the picture.", RESULTS)] = Path("nercc-demo.png"),
     numbers: Numbers = None,
 ) -> None:
-    """Compare NeRCC with BACC, ApproxIFER, BSCC, LCC and replication when workers straggle.
+    """Compare NeRCC with BACC, BSCC, LCC and replication when workers straggle.
 
     Each group of K data points is encoded as N coded data points, and each worker runs the model
     on one of them. S of the N workers straggle. All K predictions are recovered from the answers
@@ -91,7 +91,6 @@ def demo(
         codes = tuned_codes | {
             "NeRCC": NeRCC(num_data, num_workers),
             "BACC": Berrut(num_data, num_workers),
-            "ApproxIFER": Berrut(num_data, num_workers, points="approxifer"),
             "BSCC": BerrutSpline(num_data, num_workers),
             "LCC": Lagrange(num_data, num_workers),
             "replication": Replication(num_data, num_workers),
