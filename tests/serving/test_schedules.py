@@ -268,7 +268,8 @@ class Schedule:
                 for seat in scheduler._slots
                 if seat.task is not None and seat.task.batch is batch and not seat.overdue
             ]
-            assert batch.pending == len({task for task in fresh if not task.settled})
+            open_ = {task for task in fresh if not task.settled}
+            assert batch.pending == sum(fresh.count(task) >= task.wanted for task in open_)
             for task in batch.tasks.values():
                 assert task.running == running.count(task)
 

@@ -517,7 +517,8 @@ def test_every_label_is_there_from_the_start(server):
     assert values("queries_total", "answer") == dict.fromkeys(answers, 0)
     assert values("audited_total", "label") == {"same": 0, "other": 0, "unknown": 0}
     assert values("worker_calls_total", "result") == {"answered": 0, "late": 0, "error": 0}
-    assert values("workers", "state") == {"idle": 2, "busy": 0, "overdue": 0, "starting": 0}
+    states = {"idle": 2, "busy": 0, "overdue": 0, "starting": 0, "fenced": 0}
+    assert values("workers", "state") == states
     for name in ("stragglers_total", "reexecutions_total", "worker_deaths_total", "queue_queries"):
         assert values(name, "model") == {"untouched": 0}
     for name in (
@@ -604,6 +605,7 @@ STATUS = {
     "code": {"name": str, "num_data": int, "num_workers": int},
     "policy": (dict, type(None)),
     "predictor": (dict, type(None)),
+    "checks": (dict, type(None)),
     "pool": {"kind": str, "num_workers": int},
     "workers": [{"state": str, "deaths": int, "busy_s": NUMBER}],
     "queue": {"waiting": int, "max": int, "in_flight": int},
