@@ -350,18 +350,16 @@ class Batch:
         self.open, self.on_change = False, None
         self.tasks = {}
 
-    def count_pending(self, task: Task, change: int) -> None:
-        """Change the number of workers that have a task and are not overdue with it."""
+    def count_pending(self, task: Task, change: int, wanted: int | None = None) -> None:
+        """Change the number of workers that have a task in time, and how many should."""
         before, task.on_time = task.pending, task.on_time + change
+        task.wanted = task.wanted if wanted is None else wanted
         if not task.settled:
             self.pending += task.pending - before
 
     def hedge(self, task: Task) -> None:
         """Count a worker as overdue with a task, which other workers may get then."""
-        before, task.on_time = task.pending, task.on_time - 1
-        task.wanted = min(self.times.overdue.copies, max(self.copies - 1, 1))
-        if not task.settled:
-            self.pending += task.pending - before
+        self.count_pending(task, -1, min(self.times.overdue.copies, max(self.copies - 1, 1)))
 
     def settle(self, task: Task, value: PyTree | None, worker: int = -1) -> None:
         """Take a task's answer and the worker that gave it, or None if there will be none."""

@@ -140,7 +140,8 @@ class SendQueue:
     def _worker_for(self, task: Task) -> int | None:
         """Return an idle worker at which the task has not failed; any, if it failed at all."""
         if task.only is not None:
-            return task.only if task.only in self._idle | self._fenced_idle else None
+            idle = task.only in self._idle or task.only in self._fenced_idle
+            return task.only if idle else None
         barred = task.failed if task.failed and len(task.failed) < self._serving else ()
         if not barred and not task.avoid:
             return next(iter(self._idle), None)

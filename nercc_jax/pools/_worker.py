@@ -19,8 +19,8 @@ from ..inference import cast_model
 from ..inference._conditions import matmul_precision
 from ..inference._models import Model, call_model, check_model
 from ..inference._precision import cast_floats, worker_dtype_of
-from ._faults import Fault, Faults, InjectedError
-from ._wrong_answers import WrongAnswers
+from ._faults import Faults, InjectedError
+from ._wrong_answers import ChangedModels, WrongAnswers
 
 Device: TypeAlias = Any  # `jax.Device`, which pyright does not take for a type
 
@@ -198,12 +198,9 @@ class Worker:
         die: Callable[[], Any],
         wait: Callable[[float], Any] = time.sleep,
     ):
-        self._program = program
         self._faults = faults.at(index, life)
         self._wrong = WrongAnswers(self._faults.wrong_random)
-        self._changed = {
-            id(change.fault): program.with_weights(change) for change in self._faults.weight_changes
-        }
+        self._programs = ChangedModels(program, self._faults.weight_changes, program.with_weights)
         self._die, self._wait = die, wait
 
     def __call__(self, kind: int, batch: PyTree) -> PyTree[np.ndarray]:
@@ -217,10 +214,5 @@ class Worker:
             self._wait(min(seconds, _FOREVER))
         if "error" in kinds:
             raise InjectedError("injected on purpose")
-        y = self._wrong.change(kind, self._program_for(wrong)(kind, batch), wrong)
+        y = self._wrong.change(kind, self._programs.under(wrong)(kind, batch), wrong)
         return jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), y) if "nan" in kinds else y
-
-    def _program_for(self, wrong: Sequence[Fault]) -> Program:
-        """Return the program with the parameters of a call, those of the first fault of weights."""
-        changed = (self._changed[id(fault)] for fault in wrong if id(fault) in self._changed)
-        return next(changed, self._program)

@@ -5,8 +5,8 @@ from the seed of `Faults`.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Generic, Literal, TypeAlias, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -146,6 +146,25 @@ class WeightChange:
             size = SIZES["stale"] if self.fault.size is None else self.fault.size
             return stale(tree, size, random)
         return flip_bit_of_tree(tree, self.fault.bits, random)
+
+
+T = TypeVar("T")
+
+
+class ChangedModels(Generic[T]):
+    """What runs a worker's models: unchanged, and as each fault changes their parameters."""
+
+    def __init__(
+        self, unchanged: T, changes: Sequence[WeightChange], make: Callable[[WeightChange], T]
+    ):
+        """Make all of them; `make` makes those of a change."""
+        self._unchanged = unchanged
+        self._changed = {id(change.fault): make(change) for change in changes}
+
+    def under(self, faults: Sequence[Any]) -> T:
+        """Return those of a call, by the first of its faults that changes parameters."""
+        found = (self._changed[id(fault)] for fault in faults if id(fault) in self._changed)
+        return next(found, self._unchanged)
 
 
 def check_faults(models: Sequence[Any], faults: Sequence[Any]) -> None:

@@ -17,7 +17,7 @@ from ..pools._backend import OnOutcome, WorkerBackend, WorkerDied
 from ..pools._clock import BEAT, AbstractTurns
 from ..pools._faults import Fault, WorkerFaults
 from ..pools._scheduler import Scheduler
-from ..pools._wrong_answers import WrongAnswers, check_faults
+from ..pools._wrong_answers import ChangedModels, WrongAnswers, check_faults
 
 
 class SimulatedClock(AbstractClock):
@@ -205,11 +205,10 @@ class _SimulatedLife:
     """One life of a worker: its faults, and its models as these change them."""
 
     def __init__(self, models: Sequence[Model], faults: WorkerFaults):
-        self.faults, self._models = faults, models
+        self.faults = faults
         self._wrong = WrongAnswers(faults.wrong_random)
-        self._changed = {
-            id(change.fault): tuple(map(change, models)) for change in faults.weight_changes
-        }
+        changes = faults.weight_changes
+        self._models = ChangedModels(models, changes, lambda change: tuple(map(change, models)))
 
     def outcome(self, kinds: set, wrong: Sequence[Fault], kind: int, batch: PyTree) -> Any:
         """Return the outcome of a call with these faults."""
@@ -217,9 +216,8 @@ class _SimulatedLife:
             return WorkerDied("it died on purpose")
         if "error" in kinds:
             return InjectedError("injected on purpose")
-        changed = (self._changed[id(fault)] for fault in wrong if id(fault) in self._changed)
         try:
-            y = jax.tree.map(np.asarray, next(changed, self._models)[kind](batch))
+            y = jax.tree.map(np.asarray, self._models.under(wrong)[kind](batch))
         except Exception as error:  # as in every pool: that answer's trouble
             return error
         y = self._wrong.change(kind, y, wrong)

@@ -38,7 +38,7 @@ _SAME, _SAME_SHORT = 1e-3, 5e-2
 
 @dataclasses.dataclass
 class _Record:
-    """What is known of a worker."""
+    """The state of a worker's checks."""
 
     probation: int = _FIRST  # right answers until it ends
     deaths: int = 0

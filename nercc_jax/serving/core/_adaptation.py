@@ -77,7 +77,7 @@ class Verdict(NamedTuple):
 
 
 class AbstractAnswerChecks(abc.ABC):
-    """Which of the model's own answers look wrong, which are, and which workers are fenced."""
+    """Checks of the model's own answers: suspicious answers, wrong ones, and fenced workers."""
 
     @property
     @abc.abstractmethod
