@@ -13,6 +13,7 @@ function never sees the mesh.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -173,13 +174,19 @@ def _(*arguments: Any, **parameters: Any) -> list[Array]:
     return jax.jit(lambda *given: _primitive.bind(*given, **parameters))(*arguments)
 
 
+@functools.lru_cache(maxsize=256)
+def _traced_once(call: _Call, platform: str) -> Flat:
+    """Return the function, which is not traced again for the next program that needs it."""
+    return jax.jit(call.on(platform), inline=False)
+
+
 def _lowered_for(platform: str) -> Callable[..., Any]:
     def lower(ctx: Any, *values: Any, call: _Call, shapes: tuple[Shape, ...]) -> Any:
         del shapes
         plain = [ShapedArray(each.shape, each.dtype) for each in ctx.avals_in]
         no_mesh = jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
         with no_mesh, jax.enable_x64(call.x64):
-            return mlir.lower_fun(call.on(platform))(ctx.replace(avals_in=plain), *values)
+            return mlir.lower_fun(_traced_once(call, platform))(ctx.replace(avals_in=plain), *values)
 
     return lower
 
