@@ -86,7 +86,7 @@ def pytest_configure(config):
 
 
 def pytest_xdist_auto_num_workers(config):
-    """One worker more than there are cores: a tenth of the time a test waits for what it started."""
+    """One worker more than there are cores: tests wait for what they start, a tenth of the time."""
     del config
     return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else None
 

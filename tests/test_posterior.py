@@ -9,6 +9,7 @@ from jax.test_util import check_grads
 
 from nercc_jax.codes import regression_points
 from nercc_jax.splines import posterior_variance, process_variance, smoothing_spline
+from nercc_jax.splines._host import variances_on_host
 from nercc_jax.splines._posterior import posterior_variances
 
 mp.mp.dps = 50
@@ -62,6 +63,10 @@ def test_variance_is_the_posteriors(layout, lambda_, dtype):
     np.testing.assert_allclose(
         got, want, rtol=tolerance, atol=2e-9 if dtype == "float32" else 1e-13
     )
+    on_host, _ = variances_on_host(
+        np.asarray(beta), np.asarray(alpha), lambda_, available=available
+    )
+    np.testing.assert_allclose(on_host, want, rtol=1e-8, atol=1e-13)
 
 
 @pytest.mark.parametrize("lambda_", LAMBDAS)
@@ -73,6 +78,9 @@ def test_process_variance_is_restricted_maximum_likelihood(lambda_, dtype, key):
     t, seen = np.asarray(beta, np.float64)[available], np.asarray(y, np.float64)[available, 0]
     want = exact(t, [], mp.mpf(max(lambda_, 1e-18)) * len(t), seen)
     np.testing.assert_allclose(got, want, rtol={"float32": 2e-3, "float64": 1e-8}[dtype])
+    _, energy = variances_on_host(np.asarray(beta), np.zeros(0), lambda_, available=available)
+    broken = np.where(available, np.asarray(y, np.float64)[:, 0], 1e9)
+    np.testing.assert_allclose(broken @ energy @ broken, want, rtol=1e-8)
 
 
 def test_outside_and_with_few_answers(dtype):
@@ -85,6 +93,10 @@ def test_outside_and_with_few_answers(dtype):
     two = np.arange(5) < 2
     assert np.all(np.isfinite(posterior_variance(t, t, 0.0, available=two)))
     assert process_variance(t, t, 0.0, available=two) == np.inf
+    for mask, finite in ((one, False), (one & ~one, False), (two, True)):
+        variance, energy = variances_on_host(np.asarray(t), np.asarray(t), 0.0, available=mask)
+        assert np.isfinite(variance).all() == finite
+        assert not energy.any()
 
 
 def test_both_at_once_are_each_alone(key):
@@ -106,6 +118,20 @@ def test_coincident_answers_are_one(dtype):
     got = posterior_variance(t, at, mean / 6)
     want = posterior_variance(once, at, mean / 6, weights=weights)
     np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_on_the_host_ends_and_weights_and_coincident_answers_count_as_in_programs():
+    t = np.array([-1.0, -0.3, -0.3, 0.2, 0.4, 1.0], np.float32)
+    at, y = np.array([-1.2, -0.6, -0.3, 0.1, 1.5]), np.array([1.0, 3.0, -2.0, 0.5, 7.0, 0.1])
+    options = {"weights": np.array([1.0, 3, 1, 1, 0, 2]), "end_weights": np.array([0.3, 2.0])}
+    with jax.enable_x64(True):
+        for lambda_ in (0.0, 1e-3, np.inf):
+            variance, energy = variances_on_host(t, at, lambda_, **options)
+            want = posterior_variance(t.astype(float), at, lambda_, **options)
+            np.testing.assert_allclose(variance, want, rtol=1e-8)
+            # Differences among coincident answers are left out.
+            want = process_variance(t.astype(float), y, lambda_, **options)
+            np.testing.assert_allclose(y @ energy @ y, want, rtol=1e-8)
 
 
 def test_a_heavy_answer_is_certain(dtype):

@@ -111,6 +111,13 @@ class KeptMatrices:
             made = type(self._code).decoder_on_host(self._code, available)
         return None if made is None else Matrices(made[0][None], made[1][None])
 
+    def variances(
+        self, available: Bool[np.ndarray, " num_workers"]
+    ) -> tuple[Float[np.ndarray, " num_data"], Float[np.ndarray, "num_workers num_workers"]]:
+        """Return what a `NeRCC` has as `variances_on_host`, in float64."""
+        with np.errstate(all="ignore"):
+            return type(self._code).variances_on_host(self._code, available)
+
     def _decoder(self, name: bytes, mask: Bool[np.ndarray, " num_workers"]) -> Matrices:
         with self._lock:
             found = self._decoders.get(name)

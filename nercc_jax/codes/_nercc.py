@@ -10,7 +10,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 from ..splines import posterior_variance, process_variance, smoothing_matrix
 from ..splines._ends import Ends, check_ends
 from ..splines._fit import LinearMap
-from ..splines._host import smoothing_matrix_on_host
+from ..splines._host import smoothing_matrix_on_host, variances_on_host
 from ..splines._namespace import namespace
 from ..splines._posterior import posterior_variances
 from ..splines._smoothing import smoothing_map
@@ -157,10 +157,23 @@ class NeRCC(AbstractCode):
         variance = posterior_variance(self.beta, self.alpha, **decoding_options(self, available))
         return jnp.where(self._kept(available), 0, variance)
 
-    def _kept(self, available: Bool[Array, " num_workers"]) -> Bool[Array, " num_data"]:
+    def variances_on_host(
+        self, available: Bool[np.ndarray, " num_workers"]
+    ) -> tuple[Float[np.ndarray, " num_data"], Float[np.ndarray, "num_workers num_workers"]]:
+        """Return `posterior_variance`, and P: for one output `process_variance` is y' P y.
+
+        Where that is infinite P is zero. It is called on a code whose leaves are NumPy's arrays.
+        """
+        beta, alpha = np.asarray(self.beta), np.asarray(self.alpha)
+        options = decoding_options(self, available)
+        variance, energy = variances_on_host(beta, alpha, **options)
+        return np.where(self._kept(available), 0, variance), energy
+
+    def _kept(self, available: Bool[Any, " num_workers"]) -> Bool[Any, " num_data"]:
         """Return which data points' predictions are answers of workers at their own places."""
+        xp = namespace(self.beta, available)
         kept = (self.lambda_dec == 0) | self.exact
-        return kept & coincident(self.alpha, jnp.where(available, self.beta, jnp.inf))
+        return kept & coincident(self.alpha, xp.where(available, self.beta, xp.inf))
 
     def process_variance(
         self, y: Float[Array, "num_workers m"], available: Bool[Array, " num_workers"]

@@ -1,4 +1,6 @@
-"""The smoothing spline's matrix on the host, by LAPACK in float64: nothing is compiled.
+"""The smoothing spline's matrix and variances on the host, by LAPACK in float64.
+
+Nothing is compiled.
 
 Beside the values g_j and slopes v_j at the knots, the third derivative f_i and the mean second
 derivative b_i of each gap h_i are unknowns. In these the spline is the solution of a banded system,
@@ -12,16 +14,20 @@ mu (h b^2 + h^3 f^2 / 12) of a gap and mu e_j v_j^2 of a slope. Unlike the equat
 alone it is well conditioned for every mu from zero on: against 60 digits, with up to 60 points of
 which 60 % are missing, Gaussian elimination with row exchanges is off by 2e-15 at most.
 
+With unit forces on the right, on the unknowns g and v, the solution is a column of the posterior's
+covariance over tau^2; and by the third equation the penalised squares over mu are
+sum_j y_j (f_{j-1} - f_j) (`_posterior.py` says what for).
+
 Source: Green and Silverman 1994, section 2.1, for the functional.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from ._fit import hermite_basis
-from ._knots import gather_knots
+from ._knots import Knots, gather_knots
 
 _BAND = 3  # of the system, on either side of the diagonal
 
@@ -40,31 +46,113 @@ def smoothing_matrix_on_host(
     It takes 0.2 ms for 20 points and 8 predictions, 0.3 ms for 100 and 20. Arguments as for
     `smoothing_spline`; coincidence of points is judged at the precision of t.
     """
-    weights = np.ones(len(t)) if weights is None else np.asarray(weights, np.float64)
-    counted = weights if available is None else np.where(available, weights, 0)
-    knots = gather_knots(t, counted)
-    seen = np.flatnonzero(knots.weights > 0)
+    knots, seen = _observed(t, weights, available)
     on_knots = np.zeros((len(at), len(knots.t)))
     if len(seen) == 1:
         on_knots[:, seen] = 1
     elif len(seen) > 1:
-        heavy = np.zeros(2) if end_weights is None else np.asarray(end_weights, np.float64)
-        observed = knots.t[seen].astype(np.float64), knots.weights[seen]
-        on_knots[:, seen] = _matrix(*observed, float(lambda_), heavy, np.asarray(at, np.float64))
+        system = _system(knots, seen, lambda_, end_weights)
+        # Predictions are coefficients of values and slopes: one solution of the transpose for each.
+        solved = system.solve(_at(system, at)[0], transposed=True)
+        on_knots[:, seen] = (solved[4 * np.arange(len(seen))] * system.data[:, None]).T
     return knots.spread(on_knots)
 
 
-def _matrix(
+def variances_on_host(
     t: Float[np.ndarray, " n"],
-    weights: Float[np.ndarray, " n"],
-    lambda_: float,
-    end_weights: Float[np.ndarray, "2"],
     at: Float[np.ndarray, " k"],
-) -> Float[np.ndarray, "k n"]:
-    """Return the matrix for increasing knots, all of them with a weight."""
+    lambda_: Float[np.ndarray, ""] | np.floating | float,
+    *,
+    weights: Float[np.ndarray, " n"] | None = None,
+    available: Bool[np.ndarray, " n"] | None = None,
+    end_weights: Float[np.ndarray, "2"] | None = None,
+) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, "n n"]]:
+    """Return `posterior_variance`, and the matrix P for which `process_variance` is y' P y.
+
+    With several coordinates it is their mean. P is zero where it is infinite. Arguments as for
+    `smoothing_matrix_on_host`.
+    """
+    knots, seen = _observed(t, weights, available)
+    energy = np.zeros((len(knots.t), len(knots.t)))
+    if len(seen) < 2:
+        return np.full(len(at), np.inf), knots.spread(knots.spread(energy).T)
+    system = _system(knots, seen, lambda_, end_weights)
+    coefficients, between = _at(system, at)
+    covariances = system.solve(system.forces[:, None] * coefficients)
+    variance = np.sum(coefficients * covariances, axis=0) + between**3 / 3
+    if len(seen) > 2:
+        data = np.zeros((system.size, len(seen)))
+        data[4 * np.arange(len(seen)), np.arange(len(seen))] = system.data
+        thirds = system.solve(data)[4 * np.arange(len(seen) - 1) + 2]
+        energy[np.ix_(seen, seen)] = -np.diff(thirds, axis=0, prepend=0, append=0) / (len(seen) - 2)
+    return variance, knots.spread(knots.spread(energy).T)
+
+
+def _observed(
+    t: Float[np.ndarray, " n"],
+    weights: Float[np.ndarray, " n"] | None,
+    available: Bool[np.ndarray, " n"] | None,
+) -> tuple[Knots, Int[np.ndarray, " seen"]]:
+    """Return the knots, and the places of those with a weight."""
+    weights = np.ones(len(t)) if weights is None else np.asarray(weights, np.float64)
+    knots = gather_knots(t, weights if available is None else np.where(available, weights, 0))
+    return knots, np.flatnonzero(knots.weights > 0)
+
+
+class _System(NamedTuple):
+    """The factors of the banded system of increasing knots, all of them with a weight.
+
+    `forces` has by unknown the factor of a unit force on its right side, and `data` by knot that of
+    an observation.
+    """
+
+    t: Float[np.ndarray, " n"]
+    factor: Float[np.ndarray, "bands size"]
+    pivots: Int[np.ndarray, " size"]
+    forces: Float[np.ndarray, " size"]
+    data: Float[np.ndarray, " n"]
+
+    @property
+    def size(self) -> int:
+        return len(self.forces)
+
+    def solve(
+        self, right: Float[np.ndarray, "size k"], *, transposed: bool = False
+    ) -> Float[np.ndarray, "size k"]:
+        """Return the unknowns for each column on the right."""
+        return _lapack().dgbtrs(
+            self.factor, _BAND, _BAND, right, self.pivots, trans=int(transposed)
+        )[0]
+
+
+def _at(
+    system: _System, at: Float[np.ndarray, " k"]
+) -> tuple[Float[np.ndarray, "size k"], Float[np.ndarray, " k"]]:
+    """Return the predictions' coefficients of the unknowns.
+
+    And with values and slopes of all knots known: the cubic root of thrice the variance left.
+    """
+    at = np.asarray(at, np.float64)
+    left, inside, basis = hermite_basis(system.t, at)
+    coefficients = np.zeros((system.size, len(at)))
+    for offset, values in zip((0, 1, 4, 5), basis, strict=True):
+        coefficients[4 * left + offset, np.arange(len(at))] = values
+    beyond = np.maximum(np.maximum(system.t[0] - at, at - system.t[-1]), 0)
+    between = np.diff(system.t)[left] * inside * (1 - inside)
+    return coefficients, between + beyond  # one of them is zero
+
+
+def _system(
+    knots: Knots,
+    seen: Int[np.ndarray, " seen"],
+    lambda_: Float[np.ndarray, ""] | np.floating | float,
+    end_weights: Float[np.ndarray, "2"] | None,
+) -> _System:
+    """Return the system of the knots that were seen, two at least."""
+    t, weights = knots.t[seen].astype(np.float64), knots.weights[seen]
     h, span = np.diff(t), t[-1] - t[0]
     # Beyond it the fit is the straight line, to rounding.
-    mu = min(lambda_, (1 + span**3) / np.finfo(np.float64).eps) * weights.sum()
+    mu = min(float(lambda_), (1 + span**3) / np.finfo(np.float64).eps) * weights.sum()
     size = 4 * len(t) - 2  # unknowns g, v, f, b for each knot, but for the last, which has no gap
     band = np.zeros((3 * _BAND + 1, size))
 
@@ -78,7 +166,7 @@ def _matrix(
     put(gap + 4, shear, mu * scale[1:])
     put(gap, shear, -mu * scale[:-1])
     ends = np.zeros(len(t))
-    ends[[0, -1]] = end_weights
+    ends[[0, -1]] = 0 if end_weights is None else np.asarray(end_weights, np.float64)
     steady = 1 / np.maximum(1, ends)
     put(knot + 1, knot + 1, ends * steady)
     for slope, after in ((gap + 5, steady[1:]), (gap + 1, -steady[:-1])):
@@ -95,18 +183,14 @@ def _matrix(
         (bend, bend, -h),
     ):
         put(row, column, values)
+    forces = np.zeros(size)
+    forces[knot], forces[knot + 1] = mu * scale, steady
+    factor, pivots, _ = _lapack().dgbtrf(band, _BAND, _BAND, overwrite_ab=True)
+    return _System(t, factor, pivots, forces, weights * scale)
 
-    # Predictions are coefficients of values and slopes: one solution of the transpose for each.
-    left, _, basis = hermite_basis(t, at)
-    right = np.zeros((size, len(at)))
-    place = np.arange(len(at))
-    for offset, coefficients in zip((0, 1, 4, 5), basis, strict=True):
-        right[4 * left + offset, place] = coefficients
+
+def _lapack() -> Any:
     # Late: it takes as long to import as Equinox.
-    from scipy.linalg import lapack as found
+    from scipy.linalg import lapack
 
-    lapack: Any = found
-
-    factor, pivots, _ = lapack.dgbtrf(band, _BAND, _BAND, overwrite_ab=True)
-    solved, _ = lapack.dgbtrs(factor, _BAND, _BAND, right, pivots, trans=1, overwrite_b=True)
-    return (solved[knot] * (weights * scale)[:, None]).T
+    return lapack

@@ -184,9 +184,12 @@ def _lowered_for(platform: str) -> Callable[..., Any]:
     def lower(ctx: Any, *values: Any, call: _Call, shapes: tuple[Shape, ...]) -> Any:
         del shapes
         plain = [ShapedArray(each.shape, each.dtype) for each in ctx.avals_in]
+        function = mlir.lower_fun(_traced_once(call, platform))
         no_mesh = jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
         with no_mesh, jax.enable_x64(call.x64):
-            return mlir.lower_fun(_traced_once(call, platform))(ctx.replace(avals_in=plain), *values)
+            return mlir.lower_fun(_traced_once(call, platform))(
+                ctx.replace(avals_in=plain), *values
+            )
 
     return lower
 

@@ -19,12 +19,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, Shaped
+from jaxtyping import ArrayLike, Bool, Float, Int, Shaped
 
-from ...codes import AbstractCode, Berrut, BerrutSpline, NeRCC, decode_groups
+from ...codes import AbstractCode, Berrut, BerrutSpline, NeRCC
 from ...codes._berrut import berrut_matrix
-from ...codes._decoding import Matrices
-from ...codes._kept import encoder_rows, known_decoders
+from ...codes._kept import encoder_rows, kept_matrices
 from ...codes._trees import Form
 from ...evaluation._criteria import agree_on_labels
 from ...pools._steps import encode_on_host, shared_decoder
@@ -99,7 +98,8 @@ class Coder:
         self.num_data, self.num_workers = code.num_data, code.num_workers
         self.kinds = [models[kind] for kind in code.worker_models]
         self._order = _spread(code)
-        self._decode, self._estimate = shared_decoder(code), jax.jit(self.decode_with_features)
+        self._decode = shared_decoder(code)
+        self._features = jax.jit(functools.partial(decoding_features, form=form))
         # Whether answers have the same label, or the same labels where there are several.
         self.agree = jax.jit(functools.partial(agree_on_labels, form=form))
         matrices = few_encoders(code, self._order)
@@ -146,7 +146,7 @@ class Coder:
             mask: the workers that answered.
             width: the number of rows that the program is compiled for, at least `rows`.
         """
-        predictions, recovered = self._decoded(values, mask, width)
+        predictions, recovered, _ = self._decoded(values, mask, width)
         return predictions[:, self._order], recovered[self._order]
 
     def assess(
@@ -189,14 +189,17 @@ class Coder:
         All rows share the workers, so they are further coordinates of one group. They are filled up
         with zeros to `width` rows, so that one compiled program serves any number up to it.
         """
+        predictions, recovered, responded = self._decoded(values, mask, width)
         if not self.has_error_probability:
-            return DecodedGroup(*self._decoded(values, mask, width))
-        _, rows, *out = values.shape
-        filled = _filled(values, width).reshape(self.num_workers, width, -1)
-        found = self._estimate(filled, mask, known_decoders(self.code, mask))
-        predictions, recovered, features, informative = map(np.asarray, found)
-        predictions = predictions.reshape(width, self.num_data, *out)
-        return DecodedGroup(predictions[:rows], recovered, features[:rows], informative[:rows])
+            return DecodedGroup(predictions, recovered)
+        variance, energy = kept_matrices(self.code).variances(responded)
+        y = np.where(responded[:, None, None], values.reshape(*values.shape[:2], -1), 0)
+        roughness = np.zeros(width)
+        roughness[: y.shape[1]] = np.mean(y * np.tensordot(energy, y, 1), axis=2).sum(axis=0)
+        flat = _filled(predictions.swapaxes(0, 1), width).swapaxes(0, 1)
+        found = self._features(flat.reshape(width, self.num_data, -1), roughness, variance)
+        features, informative = (np.asarray(each)[: len(predictions)] for each in found)
+        return DecodedGroup(predictions, recovered, features, informative)
 
     def compare(
         self,
@@ -221,42 +224,18 @@ class Coder:
         values: Float[np.ndarray, "num_workers rows ..."],
         mask: Bool[np.ndarray, " num_workers"],
         width: int,
-    ) -> tuple[Float[np.ndarray, "rows num_data ..."], Bool[np.ndarray, " num_data"]]:
+    ) -> tuple[
+        Float[np.ndarray, "rows num_data ..."],
+        Bool[np.ndarray, " num_data"],
+        Bool[np.ndarray, " num_workers"],
+    ]:
+        """Return predictions by alpha, those that are recovered, and the workers in use."""
         _, rows, *out = values.shape
         flat = _filled(values, width).reshape(self.num_workers, 1, -1)
         decoded = self._decode(flat, mask)
         predictions = np.asarray(decoded.predictions).reshape(self.num_data, width, *out)
-        return np.swapaxes(predictions, 0, 1)[:rows], np.asarray(decoded.recovered)[0]
-
-    def decode_with_features(
-        self,
-        values: Float[Array, "num_workers rows m"],
-        mask: Bool[Array, " num_workers"],
-        given: Matrices | None = None,
-    ) -> tuple[
-        Float[Array, "rows num_data m"],
-        Bool[Array, " num_data"],
-        Float[Array, "rows num_data features"],
-        Bool[Array, "rows num_data"],
-    ]:
-        """Return the fields of `DecodedGroup`; to be compiled.
-
-        Args:
-            values: the workers' answers.
-            mask: the workers that answered.
-            given: decoder matrices that are known already.
-        """
-        num_workers, rows, outputs = values.shape
-        y = values.reshape(1, num_workers, -1)
-        decoded = decode_groups(self.code, y, mask[None], given)
-        predictions = decoded.predictions.reshape(self.num_data, rows, outputs).swapaxes(0, 1)
-        # All rows share the workers, so the spline is factorised once.
-        responded = decoded.responded[0]
-        y = jnp.where(responded[:, None, None], values, 0).swapaxes(0, 1)
-        roughness = jax.vmap(lambda row: self.code.process_variance(row, responded))(y)
-        variance = self.code.posterior_variance(responded)
-        found = decoding_features(predictions, roughness, variance, self.form)
-        return predictions, decoded.recovered[0], *found
+        recovered, responded = np.asarray(decoded.recovered)[0], np.asarray(decoded.responded)[0]
+        return np.swapaxes(predictions, 0, 1)[:rows], recovered, responded
 
     def alphas_of(self, queries: int) -> Int[np.ndarray, " queries"]:
         """Return the indices of the alphas at which this number of queries stand."""
