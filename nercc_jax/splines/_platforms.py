@@ -187,7 +187,7 @@ def _lowered_for(platform: str) -> Callable[..., Any]:
         function = mlir.lower_fun(_traced_once(call, platform))
         no_mesh = jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
         with no_mesh, jax.enable_x64(call.x64):
-            return mlir.lower_fun(_traced_once(call, platform))(
+            return function(ctx.replace(avals_in=plain), *values)
                 ctx.replace(avals_in=plain), *values
             )
 
