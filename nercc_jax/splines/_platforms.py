@@ -188,8 +188,6 @@ def _lowered_for(platform: str) -> Callable[..., Any]:
         no_mesh = jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
         with no_mesh, jax.enable_x64(call.x64):
             return function(ctx.replace(avals_in=plain), *values)
-                ctx.replace(avals_in=plain), *values
-            )
 
     return lower
 

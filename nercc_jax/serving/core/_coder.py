@@ -192,7 +192,9 @@ class Coder:
         predictions, recovered, responded = self._decoded(values, mask, width)
         if not self.has_error_probability:
             return DecodedGroup(predictions, recovered)
-        variance, energy = kept_matrices(self.code).variances(responded)
+        kept = kept_matrices(self.code)
+        assert kept is not None  # as the code is known
+        variance, energy = kept.variances(responded)
         y = np.where(responded[:, None, None], values.reshape(*values.shape[:2], -1), 0)
         roughness = np.zeros(width)
         roughness[: y.shape[1]] = np.mean(y * np.tensordot(energy, y, 1), axis=2).sum(axis=0)
