@@ -160,14 +160,14 @@ class NeRCC(AbstractCode):
     def variances_on_host(
         self, available: Bool[np.ndarray, " num_workers"]
     ) -> tuple[Float[np.ndarray, " num_data"], Float[np.ndarray, "num_workers num_workers"]]:
-        """Return `posterior_variance`, and P: for one output `process_variance` is y' P y.
+        """Return `posterior_variance`, and S: for one output `process_variance` is |S y|^2.
 
-        Where that is infinite P is zero. It is called on a code whose leaves are NumPy's arrays.
+        Where that is infinite S is zero. It is called on a code whose leaves are NumPy's arrays.
         """
         beta, alpha = np.asarray(self.beta), np.asarray(self.alpha)
         options = decoding_options(self, available)
-        variance, energy = variances_on_host(beta, alpha, **options)
-        return np.where(self._kept(available), 0, variance), energy
+        variance, root = variances_on_host(beta, alpha, **options)
+        return np.where(self._kept(available), 0, variance), root
 
     def _kept(self, available: Bool[Any, " num_workers"]) -> Bool[Any, " num_data"]:
         """Return which data points' predictions are answers of workers at their own places."""

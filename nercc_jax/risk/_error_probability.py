@@ -25,6 +25,7 @@ from ..evaluation import Answers
 from ..evaluation._criteria import agree_on_labels
 from ..evaluation._trial import draw_sets
 from ..inference._conditions import AbstractCalibrated, Conditions
+from ..splines._namespace import namespace
 from ..stragglers import AbstractStragglers
 from ..surrogates import AbstractSurrogate
 from ..surrogates._interface import AbstractGroupPrior
@@ -240,20 +241,22 @@ def error_features(
     return jnp.nan_to_num(jnp.stack(features, axis=-1))
 
 
-def margin(
-    predictions: Float[Array, "*points m"], form: Form | None = None
-) -> Float[Array, "*points"]:
+def margin(predictions: Float[Any, "*points m"], form: Form | None = None) -> Float[Any, "*points"]:
     """Return by how much the largest output leads the second.
 
     A single output's margin is its size. Predictions with several labels (`form`) have the margin
-    of their least certain one.
+    of their least certain one. On the host or in programs, by the array.
     """
     return _least_of_labels(_margin, form, predictions)
 
 
-def _margin(outputs: Float[Array, "*labels m"]) -> Float[Array, "*labels"]:
+def _margin(outputs: Float[Any, "*labels m"]) -> Float[Any, "*labels"]:
+    xp = namespace(outputs)
     if outputs.shape[-1] == 1:
-        return jnp.abs(outputs[..., 0])
+        return xp.abs(outputs[..., 0])
+    if xp is np:
+        largest = np.partition(outputs, -2, axis=-1)[..., -2:]
+        return largest[..., 1] - largest[..., 0]
     first, second = jnp.moveaxis(jax.lax.top_k(outputs, 2)[0], -1, 0)
     return first - second
 
@@ -269,9 +272,10 @@ def _lead(
 
 
 def _least_of_labels(
-    of_labels: Callable[..., Array], form: Form | None, *vectors: Float[Array, "*points m"]
-) -> Float[Array, "*points"]:
+    of_labels: Callable[..., Any], form: Form | None, *vectors: Float[Any, "*points m"]
+) -> Float[Any, "*points"]:
     """Return the least value over all labels of a data point."""
+    xp = namespace(*vectors)
     if form is None:
         return of_labels(*vectors)
     axes = vectors[0].ndim - 1
@@ -279,8 +283,8 @@ def _least_of_labels(
     for parts in zip(*(jax.tree.leaves(form.split(each)) for each in vectors), strict=True):
         labelled = (part[..., None] if part.ndim == axes else part for part in parts)
         found = of_labels(*labelled)
-        least.append(jnp.min(found.reshape(*found.shape[:axes], -1), axis=-1))
-    return jnp.min(jnp.stack(least), axis=0)
+        least.append(xp.min(found.reshape(*found.shape[:axes], -1), axis=-1))
+    return xp.min(xp.stack(least), axis=0)
 
 
 def fit_error_probability(

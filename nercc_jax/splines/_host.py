@@ -15,8 +15,8 @@ alone it is well conditioned for every mu from zero on: against 60 digits, with 
 which 60 % are missing, Gaussian elimination with row exchanges is off by 2e-15 at most.
 
 With unit forces on the right, on the unknowns g and v, the solution is a column of the posterior's
-covariance over tau^2; and by the third equation the penalised squares over mu are
-sum_j y_j (f_{j-1} - f_j) (`_posterior.py` says what for).
+covariance over tau^2. The penalised squares over mu, by which tau^2 is estimated (`_posterior.py`),
+are the penalties and, as residuals are forces, the sum of (f_{j-1} - f_j)^2 mu / w_j.
 
 Source: Green and Silverman 1994, section 2.1, for the functional.
 """
@@ -67,25 +67,38 @@ def variances_on_host(
     available: Bool[np.ndarray, " n"] | None = None,
     end_weights: Float[np.ndarray, "2"] | None = None,
 ) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, "n n"]]:
-    """Return `posterior_variance`, and the matrix P for which `process_variance` is y' P y.
+    """Return `posterior_variance`, and the matrix S for which `process_variance` is |S y|^2.
 
-    With several coordinates it is their mean. P is zero where it is infinite. Arguments as for
+    With several coordinates it is their mean. S is zero where it is infinite. Arguments as for
     `smoothing_matrix_on_host`.
     """
     knots, seen = _observed(t, weights, available)
-    energy = np.zeros((len(knots.t), len(knots.t)))
+    root = np.zeros((len(t), len(knots.t)))
     if len(seen) < 2:
-        return np.full(len(at), np.inf), knots.spread(knots.spread(energy).T)
+        return np.full(len(at), np.inf), knots.spread(root)
     system = _system(knots, seen, lambda_, end_weights)
     coefficients, between = _at(system, at)
     covariances = system.solve(system.forces[:, None] * coefficients)
     variance = np.sum(coefficients * covariances, axis=0) + between**3 / 3
     if len(seen) > 2:
-        data = np.zeros((system.size, len(seen)))
-        data[4 * np.arange(len(seen)), np.arange(len(seen))] = system.data
-        thirds = system.solve(data)[4 * np.arange(len(seen) - 1) + 2]
-        energy[np.ix_(seen, seen)] = -np.diff(thirds, axis=0, prepend=0, append=0) / (len(seen) - 2)
-    return variance, knots.spread(knots.spread(energy).T)
+        root[: len(seen), seen] = _root_of_squares(system) / np.sqrt(len(seen) - 2)
+    return variance, knots.spread(root)
+
+
+def _root_of_squares(system: "_System") -> Float[np.ndarray, "n n"]:
+    """Return the matrix S for which the penalised squares over mu are |S y|^2."""
+    number = len(system.t)
+    data = np.zeros((system.size, number))
+    data[4 * np.arange(number), np.arange(number)] = system.data
+    solved, h = system.solve(data), np.diff(system.t)[:, None]
+    slopes, thirds, bends = solved[1::4], solved[2::4], solved[3::4]
+    squares = [
+        np.sqrt(h**3 / 12) * thirds,
+        np.sqrt(h) * bends,
+        np.sqrt(system.ends)[:, None] * slopes,
+        np.sqrt(system.mu / system.weights)[:, None] * np.diff(thirds, axis=0, prepend=0, append=0),
+    ]
+    return np.linalg.qr(np.concatenate(squares), mode="r")
 
 
 def _observed(
@@ -102,19 +115,32 @@ def _observed(
 class _System(NamedTuple):
     """The factors of the banded system of increasing knots, all of them with a weight.
 
-    `forces` has by unknown the factor of a unit force on its right side, and `data` by knot that of
-    an observation.
+    `ends` has the penalty of each slope.
     """
 
     t: Float[np.ndarray, " n"]
+    weights: Float[np.ndarray, " n"]
+    mu: float
+    ends: Float[np.ndarray, " n"]
     factor: Float[np.ndarray, "bands size"]
     pivots: Int[np.ndarray, " size"]
-    forces: Float[np.ndarray, " size"]
-    data: Float[np.ndarray, " n"]
 
     @property
     def size(self) -> int:
-        return len(self.forces)
+        return len(self.pivots)
+
+    @property
+    def data(self) -> Float[np.ndarray, " n"]:
+        """Return the factor of each observation on the right side."""
+        return self.weights / np.maximum(self.weights, self.mu)
+
+    @property
+    def forces(self) -> Float[np.ndarray, " size"]:
+        """Return the factor of a unit force on each unknown on the right side."""
+        found = np.zeros(self.size)
+        found[::4] = self.mu / np.maximum(self.weights, self.mu)
+        found[1::4] = 1 / np.maximum(1, self.ends)
+        return found
 
     def solve(
         self, right: Float[np.ndarray, "size k"], *, transposed: bool = False
@@ -183,10 +209,8 @@ def _system(
         (bend, bend, -h),
     ):
         put(row, column, values)
-    forces = np.zeros(size)
-    forces[knot], forces[knot + 1] = mu * scale, steady
     factor, pivots, _ = _lapack().dgbtrf(band, _BAND, _BAND, overwrite_ab=True)
-    return _System(t, factor, pivots, forces, weights * scale)
+    return _System(t, weights, float(mu), ends, factor, pivots)
 
 
 def _lapack() -> Any:

@@ -115,7 +115,7 @@ def test_traffic_is_rehearsed_a_little_at_a_time(width, monkeypatch):
     coder = Coder(CODE)
     estimator = ErrorEstimator(coder)
     estimator.compile((3,), width)
-    programs = coder._features._cache_size(), coder.agree._cache_size()
+    programs = coder.agree._cache_size()
     x = data(4 * 100, 7).reshape(100, 4, 4)
     answers = np.asarray(model(coder.encode(x, np.arange(8)))).swapaxes(0, 1)
     compare, seen = coder.compare, []
@@ -137,7 +137,7 @@ def test_traffic_is_rehearsed_a_little_at_a_time(width, monkeypatch):
     assert {len(groups) for groups in seen} == {min(width, 32), 100 % width or width, width}
     looked_at = {group.tobytes() for groups in seen for group in groups}
     assert len(looked_at) >= 64, "each in its turn"
-    assert (coder._features._cache_size(), coder.agree._cache_size()) == programs
+    assert coder.agree._cache_size() == programs
 
 
 @pytest.mark.parametrize("queries", [4, 3])

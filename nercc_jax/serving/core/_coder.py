@@ -33,6 +33,9 @@ from ._error_probability import decoding_features, error_probability
 # The rows of a spline are one-hot up to rounding.
 _ROUNDING = 1e-5
 
+# Sets of workers whose answers' variances are kept: 20 MB with 100 workers.
+_FEW_MASKS = 256
+
 _ON_A_LINE = (NeRCC, Berrut, BerrutSpline)  # codes whose data points and workers have places
 
 
@@ -99,7 +102,7 @@ class Coder:
         self.kinds = [models[kind] for kind in code.worker_models]
         self._order = _spread(code)
         self._decode = shared_decoder(code)
-        self._features = jax.jit(functools.partial(decoding_features, form=form))
+        self._variances = functools.lru_cache(_FEW_MASKS)(self._make_variances)
         # Whether answers have the same label, or the same labels where there are several.
         self.agree = jax.jit(functools.partial(agree_on_labels, form=form))
         matrices = few_encoders(code, self._order)
@@ -192,16 +195,22 @@ class Coder:
         predictions, recovered, responded = self._decoded(values, mask, width)
         if not self.has_error_probability:
             return DecodedGroup(predictions, recovered)
+        variance, root = self._variances(responded.tobytes())
+        flat = values.reshape(*values.shape[:2], -1)
+        # What all answers have in common is taken off, since the product's rounding is its share.
+        flat = np.where(responded[:, None, None], flat - flat[np.argmax(responded)], 0)
+        roughness = np.mean(np.tensordot(root, flat, 1) ** 2, axis=2).sum(axis=0)
+        outputs = predictions.reshape(*predictions.shape[:2], -1)
+        found = decoding_features(outputs, roughness, variance, self.form)
+        return DecodedGroup(predictions, recovered, *found)
+
+    def _make_variances(
+        self, responded: bytes
+    ) -> tuple[Float[np.ndarray, " num_data"], Float[np.ndarray, "num_workers num_workers"]]:
         kept = kept_matrices(self.code)
         assert kept is not None  # as the code is known
-        variance, energy = kept.variances(responded)
-        y = np.where(responded[:, None, None], values.reshape(*values.shape[:2], -1), 0)
-        roughness = np.zeros(width)
-        roughness[: y.shape[1]] = np.mean(y * np.tensordot(energy, y, 1), axis=2).sum(axis=0)
-        flat = _filled(predictions.swapaxes(0, 1), width).swapaxes(0, 1)
-        found = self._features(flat.reshape(width, self.num_data, -1), roughness, variance)
-        features, informative = (np.asarray(each)[: len(predictions)] for each in found)
-        return DecodedGroup(predictions, recovered, features, informative)
+        variance, root = kept.variances(np.frombuffer(responded, bool))
+        return variance, root.astype(np.float32)
 
     def compare(
         self,

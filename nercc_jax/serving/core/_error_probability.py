@@ -13,9 +13,8 @@ This file has what the scheduler computes; `adapt` calibrates it.
 
 import dataclasses
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 
 from ...codes._trees import Form
 from ...risk._error_probability import margin
@@ -82,30 +81,30 @@ def uncalibrated() -> DecodingErrorProbability:
 
 
 def decoding_features(
-    predictions: Float[Array, "rows num_data m"],
-    roughness: Float[Array, " rows"],
-    variance: Float[Array, " num_data"],
+    predictions: Float[np.ndarray, "rows num_data m"],
+    roughness: Float[np.ndarray, " rows"],
+    variance: Float[np.ndarray, " num_data"],
     form: Form | None = None,
-) -> tuple[Float[Array, "rows num_data features"], Bool[Array, "rows num_data"]]:
+) -> tuple[Float[np.ndarray, "rows num_data features"], Bool[np.ndarray, "rows num_data"]]:
     """Compute the regression's features.
 
     A single answer gives no deviation, and two answers give no roughness, which is a feature of its
-    own. Of predictions with several labels (`form`) the least certain one counts.
+    own (they have 0). Of predictions with several labels (`form`) the least certain one counts.
 
     Returns:
         The features, and a mask of the predictions for which they are informative.
     """
-    informative = jnp.isfinite(predictions).all(axis=-1) & jnp.isfinite(variance)
-    rough = jnp.isfinite(roughness) & (roughness > 0)
+    informative = np.isfinite(predictions).all(axis=-1) & np.isfinite(variance)
+    rough = np.isfinite(roughness) & (roughness > 0)
     features = [
-        jnp.ones(()),
-        jnp.log(margin(jnp.where(informative[..., None], predictions, 0), form) + _TINY),
-        jnp.log(jnp.where(rough, roughness, 1))[:, None] / 2,
-        jnp.log(jnp.where(informative, variance, 1) + _TINY) / 2,
+        np.ones(()),
+        np.log(margin(np.where(informative[..., None], predictions, 0), form) + _TINY),
+        np.log(np.where(rough, roughness, 1))[:, None] / 2,
+        np.log(np.where(informative, variance, 1) + _TINY) / 2,
         ~rough[:, None],
     ]
-    features = jnp.stack([jnp.broadcast_to(each, informative.shape) for each in features], axis=-1)
-    return jnp.clip(features, -_LARGEST, _LARGEST).astype(predictions.dtype), informative
+    features = np.stack([np.broadcast_to(each, informative.shape) for each in features], axis=-1)
+    return np.clip(features, -_LARGEST, _LARGEST).astype(predictions.dtype), informative
 
 
 def error_probability(
