@@ -16,6 +16,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
 
+from ..splines._namespace import namespace
+
 
 def leaves_of(name: str, tree: PyTree) -> Iterator[tuple[str, Any]]:
     """Return every leaf with its name: "x" for an array, "x['image']" in a dict.
@@ -111,12 +113,12 @@ class Form:
         """Return whether it was one array of vectors."""
         return self.structure == jax.tree.structure(0) and len(self.shapes[0]) == 1
 
-    def split(self, vectors: Float[Array, "*lead m"]) -> PyTree[Float[Array, "..."]]:
+    def split(self, vectors: Float[Any, "*lead m"]) -> PyTree[Float[Any, "..."]]:
         """Return the tree of vectors with any first axes, in its precision, float32 at least."""
         parts = [vectors]
         if len(self.shapes) > 1:
             ends = np.cumsum([math.prod(shape) for shape in self.shapes])
-            parts = jnp.split(vectors, ends[:-1], axis=-1)
+            parts = namespace(vectors).split(vectors, ends[:-1], axis=-1)
             parts = [part.astype(d) for part, d in zip(parts, self.dtypes, strict=True)]
         whole = [
             part.reshape(*part.shape[:-1], *shape)
