@@ -23,6 +23,9 @@ from nercc_jax.cli._workload import read_inputs
 from nercc_jax.pools import Faults, RowFunction, RowResult, run_rows
 from nercc_jax.pools._row_files import RowTable, row_code
 from nercc_jax.pools._row_learner import _left_out
+from nercc_jax.pools._row_queue import RowQueue
+from nercc_jax.pools._row_settings import RowSettings
+from nercc_jax.pools._times import AnswerTimes
 from nercc_jax.schemes import Scheme, fit_scheme
 from nercc_jax.schemes._fit_scheme import FittedScheme
 from nercc_jax.surrogates import LearnerTuning, init_learner
@@ -535,6 +538,53 @@ def test_a_job_that_ends_before_anything_is_known_says_so():
     assert set(result.status.tolist()) == {"unknown"}
     assert result.reasons[0] == "not computed before the job's deadline"
     assert np.isinf(result.score).all()
+
+
+@pytest.mark.parametrize(
+    ("transport", "each", "most_calls"),
+    [(1e-3, 1e-6, 120), (0.0, 0.01, 1400), (0.0, 0.5, 20_000)],
+)
+def test_calls_grow_to_a_quarter_of_a_second_and_leave_no_worker_idle(transport, each, most_calls):
+    """A law of the calls' time, and two workers: each takes the next call when it is free."""
+    count, times, sizes, free = 20_000, AnswerTimes(), [], [0.0, 0.0]
+    done = np.zeros(count, bool)
+    rows = RowQueue(np.arange(count), 2, RowSettings(tolerance=0.0))
+    while len(taken := rows.take(done)):
+        assert not done[taken].any()
+        done[taken] = True
+        seconds = transport + each * len(taken)
+        free[free.index(min(free))] += seconds
+        times.add(len(taken), seconds)
+        rows.observe(len(taken), times, row_bytes=100)
+        sizes.append(len(taken))
+    assert done.all()
+    assert len(sizes) <= most_calls
+    assert max(sizes) == 1 or max(sizes) * each <= 0.25
+    assert max(free) <= 1.1 * (count * each + len(sizes) * transport) / 2
+
+
+def test_large_rows_make_small_calls():
+    times = AnswerTimes()
+    rows = RowQueue(np.arange(20_000), 2, RowSettings(tolerance=0.0))
+    for _ in range(200):
+        size = len(rows.take(np.zeros(20_000, bool)))
+        times.add(size, 1e-3)
+        rows.observe(size, times, row_bytes=224 * 224 * 3 * 8)
+    assert size * 224 * 224 * 3 * 8 <= 2**24
+
+
+def test_rows_that_raise_are_found_in_few_calls():
+    calls, rows = [], np.arange(1024.0)[:, None]
+
+    def fails(batch):
+        calls.append(len(batch))
+        if 700 in batch:
+            raise ArithmeticError("there is no solution here")
+        return batch
+
+    result = run_rows(fails, rows, DevicePool, num_workers=2, tolerance=0.0, rows_per_call=256)
+    assert np.flatnonzero(result.status != "computed").tolist() == [700]
+    assert len(calls) <= 4 + 4 * 9  # of two halves one raises, at three workers
 
 
 def test_slow_rows_hold_up_no_others():
