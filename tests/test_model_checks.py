@@ -59,7 +59,17 @@ def as_json(x):
     return np.array([[sum(row), max(row)] for row in rows])  # float64
 
 
-@pytest.mark.parametrize("function", [lambda x: np.tanh(np.asarray(x)), branch, as_json])
+def loop(x):
+    return [[float(sum(row)), float(max(row))] for row in x]
+
+
+def signs(x):  # integers where all are positive, floats where they are not
+    return np.array([[1 if sum(row) > 0 else 0.0] for row in np.asarray(x).tolist()])
+
+
+@pytest.mark.parametrize(
+    "function", [lambda x: np.tanh(np.asarray(x)), branch, as_json, loop, signs]
+)
 def test_a_function_that_jax_cannot_trace_runs_on_the_host(function):
     rng = np.random.default_rng(0)
     x = rng.uniform(1, 2, (6, K, 2)).astype(np.float32)
@@ -94,6 +104,27 @@ def test_what_a_function_on_the_host_does_wrong_is_reported():
         jax.block_until_ready(coded_inference(lambda x: np.asarray(x)[:1], NeRCC(K, N))(x, mask))
     with pytest.raises(TypeError, match="no derivative: tuning and gradients need a model of jax"):
         jax.grad(lambda x: coded_inference(np.tanh, NeRCC(K, N))(x, mask).sum())(x)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model, x: coded_inference(model, NeRCC(K, N))(x, np.ones(N, bool)),
+        lambda model, x: evaluate(
+            model, {"": NeRCC(K, N)}, x, {"": ExactStragglers(1)}, key=jax.random.key(0)
+        ),
+    ],
+)
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda x: None, "the model's answer holds no array: None"),
+        (lambda x: np.array(["a"] * len(x)), "must map a batch of .* to arrays of as many answers"),
+    ],
+)
+def test_an_answer_that_is_no_array_is_refused_in_words(use, model, message):
+    with pytest.raises(ValueError, match=message):
+        use(model, np.ones((K, 2), np.float32))
 
 
 def test_other_errors_of_a_model_are_its_own():

@@ -29,7 +29,7 @@ from ..codes._trees import (
 )
 from ..inference import cast_model
 from ..inference._conditions import Conditions, current_conditions
-from ..inference._models import Model, call_model, check_model
+from ..inference._models import Model, call_on_batch, check_model
 from ..inference._workers import run_workers
 from ._criteria import Criterion, labels_of, point_criterion, same_labels
 
@@ -338,7 +338,7 @@ def batched(model: Model, batch_size: int) -> Callable[[PyTree], PyTree]:
         ValueError: The model is in training mode.
     """
     check_model(model)
-    compiled = eqx.filter_jit(call_model)
+    compiled = eqx.filter_jit(call_on_batch)
 
     def run(x: PyTree) -> PyTree:
         x = jax.tree.map(np.asarray, x)
