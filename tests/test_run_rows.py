@@ -21,6 +21,7 @@ from nercc_jax.cli._app import app
 from nercc_jax.cli._run_rows import _write_rows
 from nercc_jax.cli._workload import read_inputs
 from nercc_jax.pools import Faults, RowFunction, RowResult, run_rows
+from nercc_jax.pools._row_engine import _features_of
 from nercc_jax.pools._row_files import RowTable, row_code
 from nercc_jax.pools._row_learner import _left_out
 from nercc_jax.pools._row_queue import RowQueue
@@ -400,7 +401,7 @@ def test_a_run_ends_by_itself_before_its_pool_ends_the_process():
 
 
 def test_rows_that_are_no_finite_numbers_are_refused(untyped):
-    for rows in (np.array(["a"]), np.array([[1.0], [np.nan]]), 1.0):
+    for rows in (np.array(["a"]), np.array([[1.0], [np.nan]]), 1.0, np.zeros((0, 2))):
         with pytest.raises(ValueError, match=r"rows are finite numbers \(rows, ...\), not"):
             run_rows(picky, rows, DevicePool, tolerance=0.0)
 
@@ -585,6 +586,26 @@ def test_rows_that_raise_are_found_in_few_calls():
     result = run_rows(fails, rows, DevicePool, num_workers=2, tolerance=0.0, rows_per_call=256)
     assert np.flatnonzero(result.status != "computed").tolist() == [700]
     assert len(calls) <= 4 + 4 * 9  # of two halves one raises, at three workers
+
+
+def test_a_row_of_another_shape_is_unknown_and_costs_no_other():
+    def odd(batch):
+        return np.concatenate([batch, batch], axis=1) if 7 in batch else batch
+
+    rows = np.arange(12.0)[:, None]
+    result = run_rows(odd, rows, DevicePool, num_workers=2, tolerance=0.0, seed=1)
+    assert result.reasons == {7: "a row came as (2,), others as (1,)"}
+    np.testing.assert_array_equal(result.values, np.where(rows == 7, np.nan, rows))
+
+
+def test_inputs_of_the_learner_are_in_units_of_their_spread():
+    rng = np.random.default_rng(0)
+    x = np.stack([rng.normal(1e6, 1e-2, 1000), rng.integers(0, 9, 1000), np.ones(1000)], axis=1)
+    expected = (x[:, :2] - x[:, :2].mean(axis=0)) / x[:, :2].std(axis=0)
+    np.testing.assert_allclose(_features_of(x)[:, :2], expected, rtol=1e-5, atol=1e-6)
+    assert not _features_of(x)[:, 2].any(), "what is constant says nothing"
+    images = rng.integers(0, 255, (600, 4, 4, 3)).astype(np.uint8)
+    assert _features_of(images).shape == (600, 48)
 
 
 def test_slow_rows_hold_up_no_others():

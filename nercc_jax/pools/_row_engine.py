@@ -43,6 +43,7 @@ _AHEAD = 2  # calls for each worker that are with the pool, so that none waits f
 _COPIES = 2  # further calls with the rows of a late one, at most
 _AUDITED = 20  # of so many rows one is computed whatever is known of it
 _TICK = 0.05  # seconds between two looks at what is late
+_PART = 256  # rows that are brought into the learner's units together
 _GROWING = 1.0  # seconds in which calls may still grow
 _LEARNER = "learner"  # the name of its file in the manifest
 
@@ -146,7 +147,7 @@ def run_rows(
 def _checked(rows: Any) -> Shaped[np.ndarray, "rows ..."]:
     """Return rows as an array of finite numbers, which the learner needs."""
     x = np.asarray(rows)
-    if x.ndim < 1 or x.dtype.kind not in "biuf" or not np.isfinite(x).all():
+    if x.ndim < 1 or not x.size or x.dtype.kind not in "biuf" or not np.isfinite(x).all():
         raise ValueError(f"rows are finite numbers (rows, ...), not {x.dtype} of shape {x.shape}")
     return x
 
@@ -173,7 +174,8 @@ class _RowRun:
         self._first = min(max(len(x) // 10, 100), 256)
         self._audits = np.zeros(len(x), bool)
         self._audits[order[: self._first]] = self._audits[order[self._first :: _AUDITED]] = True
-        self._learner = RowLearner(settings.target, _features_of(x), self._audits)
+        features = _features_of(x if settings.tolerance != 0 else np.zeros((len(x), 0)))
+        self._learner = RowLearner(settings.target, features, self._audits)
         self._queue = RowQueue(order[~table.done[order]], pool.num_workers, settings)
         self._calls: dict[Batch, RowCall] = {}
         self._news: queue.SimpleQueue[Batch] = queue.SimpleQueue()
@@ -286,8 +288,8 @@ class _RowRun:
         call.batch.forget()
         if not call.copy and not call.given_up:
             self._held[call.rows] -= 1
-        if values is None:
-            self._fail(call)
+        if (why := self._refusal(call, values)) is not None or values is None:
+            self._fail(call, why)
             return
         fresh = ~self._table.exact[call.rows]
         rows, values = call.rows[fresh], values[fresh]
@@ -311,9 +313,17 @@ class _RowRun:
         for row in rows.tolist() if self._unknown else ():
             self._unknown.pop(row, None)
 
-    def _fail(self, call: RowCall) -> None:
-        """Sort out the rows of a call that has no answer."""
-        raised = call.raised()
+    def _refusal(self, call: RowCall, values: Float[np.ndarray, "few ..."] | None) -> str | None:
+        """Return why the function's answer is none, if it gave one."""
+        if values is None:
+            return call.raised()
+        others = self._table.predictions
+        if others is not None and values.shape[1:] != others.shape[1:]:
+            return f"a row came as {values.shape[1:]}, others as {others.shape[1:]}"
+        return None
+
+    def _fail(self, call: RowCall, raised: str | None) -> None:
+        """Sort out the rows of a call that has no answer, or one that cannot be used."""
         rows = call.rows[~self._table.done[call.rows]]
         if raised is None:
             if not call.given_up and not call.copy:
@@ -586,6 +596,11 @@ def pool_counts(report: PoolReport) -> dict[str, Any]:
 
 def _features_of(x: Shaped[np.ndarray, "rows ..."]) -> Float[np.ndarray, "rows inputs"]:
     """Return the learner's inputs, in units of their spread, at which float32 is precise enough."""
-    x = x.reshape(len(x), -1).astype(np.float64)
-    spread = x.std(axis=0)
-    return ((x - x.mean(axis=0)) / np.where(spread > 0, spread, 1)).astype(np.float32)
+    x = x.reshape(len(x), math.prod(x.shape[1:]))
+    features = np.empty(x.shape, np.float32)
+    mean = x.mean(axis=0, dtype=np.float64)
+    parts = [slice(place, place + _PART) for place in range(0, len(x), _PART)]
+    spread = np.sqrt(sum(np.sum((x[part] - mean) ** 2, axis=0) for part in parts) / len(x))
+    for part in parts:  # rows may take most of the memory, and float64 twice as much
+        features[part] = (x[part] - mean) / np.where(spread > 0, spread, 1)
+    return features
