@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 
 import equinox as eqx
 import jax
@@ -67,8 +68,12 @@ def signs(x):  # integers where all are positive, floats where they are not
     return np.array([[1 if sum(row) > 0 else 0.0] for row in np.asarray(x).tolist()])
 
 
+def logarithm(x):  # at zeros it raises
+    return np.array([[math.log(each) for each in row] for row in np.asarray(x).tolist()])
+
+
 @pytest.mark.parametrize(
-    "function", [lambda x: np.tanh(np.asarray(x)), branch, as_json, loop, signs]
+    "function", [lambda x: np.tanh(np.asarray(x)), branch, as_json, loop, signs, logarithm]
 )
 def test_a_function_that_jax_cannot_trace_runs_on_the_host(function):
     rng = np.random.default_rng(0)
@@ -90,6 +95,10 @@ def test_a_function_that_jax_cannot_trace_runs_on_the_host(function):
     assert np.isfinite(found[0].mse.mean)
 
 
+def never(x):
+    raise ArithmeticError(f"there is no such case as {np.asarray(x)}")
+
+
 def test_what_a_function_on_the_host_does_wrong_is_reported():
     x, mask = np.ones((K, 2), np.float32), np.ones(N, bool)
 
@@ -102,6 +111,8 @@ def test_what_a_function_on_the_host_does_wrong_is_reported():
         jax.block_until_ready(coded_inference(fails, NeRCC(K, N))(x, mask))
     with pytest.raises(Exception, match=rf"\({N}, 2\).*\(1, 2\)"):
         jax.block_until_ready(coded_inference(lambda x: np.asarray(x)[:1], NeRCC(K, N))(x, mask))
+    with pytest.raises(ValueError, match=r"called on one data point of zeros, and .*no such"):
+        coded_inference(never, NeRCC(K, N))(x, mask)
     with pytest.raises(TypeError, match="no derivative: tuning and gradients need a model of jax"):
         jax.grad(lambda x: coded_inference(np.tanh, NeRCC(K, N))(x, mask).sum())(x)
 

@@ -107,12 +107,12 @@ def call_model(model: Model, batch: PyTree, *args: Any) -> Any:
 
     A model that JAX cannot trace, since it works on NumPy arrays or looks at values, is called on
     the host whenever the program runs. It is called once more when the program is traced, on one
-    data point of zeros, for the shapes of its outputs. A list that it returns is an array of rows.
-    It has no derivative.
+    data point of zeros (or ones), for the shapes of its outputs. A list that it returns is an array
+    of rows. It has no derivative.
 
     Raises:
-        ValueError: The model takes one data point instead of a batch (from the model's own error);
-            else what the model raises.
+        ValueError: The model takes one data point instead of a batch (from the model's own error),
+            or JAX cannot trace it and it raises at zeros and ones; else what the model raises.
         NoDerivative: A derivative is taken of a model that JAX cannot trace.
     """
     try:
@@ -158,12 +158,11 @@ def _call_on_host(model: Model, batch: PyTree, args: tuple) -> Any:
         answer = np.asarray(answer) if isinstance(answer, list) else answer
         return jax.tree.map(_on_device_dtype, answer)
 
-    one = jax.tree.map(lambda leaf: np.zeros((1, *leaf.shape[1:]), leaf.dtype), batch)
     known = jax.tree.map(
         lambda leaf: np.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, Tracer) else leaf, arrays
     )
     with jax.ensure_compile_time_eval():  # what the model does with JAX is no part of the program
-        example = call(known, one)
+        example = _example(functools.partial(call, known), batch)
     size = len(jax.tree.leaves(batch)[0])
     answers = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype), example
@@ -187,6 +186,21 @@ def _call_on_host(model: Model, batch: PyTree, args: tuple) -> Any:
         )
 
     return answered(arrays, batch)
+
+
+def _example(call: Callable[[PyTree], PyTree], batch: PyTree) -> PyTree:
+    """Return the answer to one data point of zeros; of ones, if it raises at zeros."""
+    raised: Exception | None = None
+    for number in (0, 1):
+        one = jax.tree.map(lambda x: np.full((1, *x.shape[1:]), number, x.dtype), batch)  # noqa: B023
+        try:
+            return call(one)
+        except Exception as error:
+            raised = raised or error
+    raise ValueError(
+        "JAX cannot trace the model, which was therefore called on one data point of zeros, and on "
+        f"one of ones, for the shape of its answers, and raised: {raised!r}"
+    ) from raised
 
 
 def _on_device_dtype(value: Any) -> np.ndarray:
