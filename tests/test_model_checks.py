@@ -138,6 +138,19 @@ def test_an_answer_that_is_no_array_is_refused_in_words(use, model, message):
         use(model, np.ones((K, 2), np.float32))
 
 
+def test_an_expensive_function_gets_few_more_rows_than_there_are():
+    rows = []
+
+    def counted(x):
+        x = np.asarray(x)
+        rows.append(len(x))
+        return np.tanh(x)
+
+    x, laws = np.ones((4 * K, 2), np.float32), {"": ExactStragglers(1)}
+    evaluate(counted, {"": NeRCC(K, N)}, x, laws, key=jax.random.key(0))
+    assert sum(rows) <= 2 * 4 * (K + N)  # and a few for the shapes of its answers
+
+
 def test_other_errors_of_a_model_are_its_own():
     def broken(x):
         raise KeyError("weights")
