@@ -38,6 +38,11 @@ def map_rows(
     CPUs without a word, never has to share them with the pool. Actors and nodes that die are
     replaced, and their rows are computed again.
 
+    Rows do not stream through. Those that tell most about all others are computed first, and
+    answers that come last may still change an error bar: so all inputs are needed at the beginning,
+    and bars are known at the end. `on_rows` gets computed rows as they come. Inputs and values pass
+    through this process, the function's columns alone: MEMORY.
+
     Args:
         dataset: A `ray.data.Dataset`.
         function: Any callable on (rows, ...) that returns an array (rows, ...).
@@ -70,8 +75,8 @@ def map_rows(
     """
     ray = ray_data()
     names = [columns] if isinstance(columns, str) else list(columns)
-    held = _with_row_numbers(ray, dataset, names)
-    x = _inputs(held, names, stacked=not isinstance(columns, str))
+    held, rows = _with_row_numbers(ray, dataset, names)
+    x = _inputs(held, rows, names, stacked=not isinstance(columns, str))
     if num_workers is None:
         num_workers = max(1, int(ray.available_resources().get("CPU", 1)))
     with RayPool(
@@ -109,8 +114,8 @@ def ray_data() -> Any:
     return ray
 
 
-def _with_row_numbers(ray: Any, dataset: Any, names: Sequence[str]) -> Any:
-    """Execute the dataset, and return it with a column of row numbers.
+def _with_row_numbers(ray: Any, dataset: Any, names: Sequence[str]) -> tuple[Any, int]:
+    """Execute the dataset, and return it with a column of row numbers, and how many there are.
 
     Ray Data may reorder what it processes: the number goes along with the row.
     """
@@ -133,7 +138,7 @@ def _with_row_numbers(ray: Any, dataset: Any, names: Sequence[str]) -> Any:
         for block, end, (rows, _) in zip(blocks, ends, known, strict=True)
         if rows
     ]
-    return ray.data.from_arrow_refs(numbered)
+    return ray.data.from_arrow_refs(numbered), int(ends[-1])
 
 
 # What Ray's workers run.
@@ -152,24 +157,25 @@ def _with_results(batch: dict[str, Any], known: Sequence[Any]) -> dict[str, Any]
     return batch | {name: each[rows] for name, each in ray_module().get(known[0]).items()}
 
 
-def _inputs(held: Any, names: Sequence[str], stacked: bool) -> Shaped[np.ndarray, "rows ..."]:
+def _inputs(
+    held: Any, rows: int, names: Sequence[str], stacked: bool
+) -> Shaped[np.ndarray, "rows ..."]:
     """Return the function's inputs, in the order of the row numbers."""
-    numbers, parts = [], []
-    for batch in held.select_columns([_ROW, *names]).iter_batches(batch_format="numpy"):
-        numbers.append(batch[_ROW])
+    x = np.zeros((0, 0))
+    inputs = held.select_columns([_ROW, *names])
+    for batch in inputs.iter_batches(batch_size=None, batch_format="numpy"):
         columns = [np.asarray(batch[name]) for name in names]
         for name, each in zip(names, columns, strict=True):
             if each.dtype.kind not in "biuf" or not np.isfinite(each).all():
                 raise ValueError(f"column {name!r} must hold finite numbers, all of one shape")
-        rows = len(batch[_ROW])
-        parts.append(
-            np.concatenate([each.reshape(rows, -1) for each in columns], axis=1)
-            if stacked
-            else columns[0]
-        )
-    x = np.concatenate(parts)
-    order = np.argsort(np.concatenate(numbers))
-    return x[order]
+        part = columns[0]
+        if stacked:
+            part = np.concatenate([each.reshape(len(each), -1) for each in columns], axis=1)
+        if not len(x):
+            x = np.empty((rows, *part.shape[1:]), part.dtype)
+        x = x.astype(np.result_type(x, part), copy=False)  # blocks may differ
+        x[batch[_ROW]] = part
+    return x
 
 
 def _columns_of(result: RowResult) -> dict[str, np.ndarray]:
