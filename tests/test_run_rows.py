@@ -561,7 +561,7 @@ def test_calls_grow_to_a_quarter_of_a_second_and_leave_no_worker_idle(transport,
     assert done.all()
     assert len(sizes) <= most_calls
     assert max(sizes) == 1 or max(sizes) * each <= 0.25
-    assert max(free) <= 1.1 * (count * each + len(sizes) * transport) / 2
+    assert max(free) <= 1.1 * (count * each + len(sizes) * transport) / 2 + 0.02
 
 
 def test_large_rows_make_small_calls():

@@ -43,7 +43,7 @@ _AHEAD = 2  # calls for each worker that are with the pool, so that none waits f
 _COPIES = 2  # further calls with the rows of a late one, at most
 _AUDITED = 20  # of so many rows one is computed whatever is known of it
 _TICK = 0.05  # seconds between two looks at what is late
-_PART = 256  # rows that are brought into the learner's units together
+_PART = 1 << 22  # numbers that are brought into the learner's units together
 _GROWING = 1.0  # seconds in which calls may still grow
 _LEARNER = "learner"  # the name of its file in the manifest
 
@@ -132,11 +132,11 @@ def run_rows(
         seed=seed,
     )
     x = _checked(rows)
-    kept = {"inputs": fingerprint_of_array(x), "rows": len(x)} | settings.kept() | dict(about or {})
+    kept = {"rows": len(x)} | settings.kept() | dict(about or {})
     table, parts = RowTable(len(x)), None
     if folder is not None:
         check_parts(Path(folder), resume)
-        parts = Parts(Path(folder), kept, table)
+        parts = Parts(Path(folder), {"inputs": fingerprint_of_array(x)} | kept, table)
     if isinstance(pool, AbstractPool):
         return _RowRun(pool, x, settings, table, parts, on_rows).carry_out(kept, on_progress)
     options: dict[str, Any] = {"compiled": False, "hang_timeout": hang_timeout(deadline)}
@@ -234,7 +234,7 @@ class _RowRun:
         while True:
             self._send()
             now = time.monotonic()
-            if now >= look_at:
+            if now >= look_at or not (self._calls or len(self._queue)):
                 self._look_at_late_calls()
                 self._learn()
                 if self._finished() or now >= self._ends_at:
@@ -291,8 +291,9 @@ class _RowRun:
         if (why := self._refusal(call, values)) is not None or values is None:
             self._fail(call, why)
             return
-        fresh = ~self._table.exact[call.rows]
-        rows, values = call.rows[fresh], values[fresh]
+        rows, fresh = call.rows, ~self._table.exact[call.rows]
+        if not fresh.all():
+            rows, values = rows[fresh], values[fresh]
         if len(rows):
             vectors = values.reshape(len(rows), -1)
             late |= call.given_up or call.copy  # a copy is that of a late call
@@ -599,7 +600,8 @@ def _features_of(x: Shaped[np.ndarray, "rows ..."]) -> Float[np.ndarray, "rows i
     x = x.reshape(len(x), math.prod(x.shape[1:]))
     features = np.empty(x.shape, np.float32)
     mean = x.mean(axis=0, dtype=np.float64)
-    parts = [slice(place, place + _PART) for place in range(0, len(x), _PART)]
+    step = max(_PART // max(x.shape[1], 1), 1)
+    parts = [slice(place, place + step) for place in range(0, len(x), step)]
     spread = np.sqrt(sum(np.sum((x[part] - mean) ** 2, axis=0) for part in parts) / len(x))
     for part in parts:  # rows may take most of the memory, and float64 twice as much
         features[part] = (x[part] - mean) / np.where(spread > 0, spread, 1)

@@ -211,8 +211,7 @@ class RowTable:
     @property
     def learnable(self) -> Int[np.ndarray, " few"]:
         """The rows that were computed, and are finite."""
-        computed = np.flatnonzero(self.exact)
-        return computed[np.isfinite(self.vectors[computed]).all(axis=1)]
+        return np.flatnonzero(self.exact & np.isfinite(self.vectors).all(axis=1))
 
 
 def save_fitted(path: Path, fitted: FittedScheme) -> None:

@@ -356,10 +356,12 @@ class RowLearner:
         late: bool,
     ) -> None:
         """Compare rows that have come with what was predicted of them, where that counts."""
+        if self.mean is None or self.fitted is None:
+            return
         counts = self.known[rows] & np.isfinite(y).all(axis=1)
         if not late:
             counts &= self._audits[rows]
-        if not counts.any() or self.mean is None or self.fitted is None:
+        if not counts.any():
             return
         rows, y = rows[counts], y[counts]
         score, mean, deviation = self.score(rows, late), self.mean[rows], self.deviation[rows]

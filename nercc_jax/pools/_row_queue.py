@@ -10,9 +10,9 @@ from ._row_settings import RowSettings
 from ._times import AnswerTimes
 
 _CALL = 0.25  # seconds of a call, where rows are so quick that several go together
-_SHORT = 0.01  # seconds of a call from which on smaller ones balance workers no better
-_CALLS = 4  # calls that are left for each worker, so that all end at about the same time
-_TIMED = 20  # calls of a size, whose median decides about the next size
+_SHORT = 0.02  # seconds of a call below which smaller ones balance workers no better
+_CALLS = 2  # calls that are left for each worker, so that all end at about the same time
+_TIMED = 4  # calls of a size, whose median decides about the next size
 _BYTES = 1 << 24  # of a call's inputs and outputs, from which on larger ones are no quicker
 
 
@@ -35,6 +35,7 @@ class RowQueue:
         self._num_workers, self._settings = num_workers, settings
         self._size, self._least = settings.rows_per_call or 1, 1  # rows of a call
         self._timed = 0  # calls of that size
+        self._smaller = (0, 0.0)  # the size before, and its seconds
         self._sent = 0  # rows that waited, and were sent
 
     def __len__(self) -> int:
@@ -85,7 +86,7 @@ class RowQueue:
             size = min(size, most - self._sent)
         rows, self.waiting = self.waiting[:size], self.waiting[size:]
         self._sent += len(rows)
-        return rows
+        return np.sort(rows)  # memory is read in order
 
     @property
     def call_size(self) -> int:
@@ -112,20 +113,22 @@ class RowQueue:
             times: The pool's service times.
             row_bytes: Bytes of a row's inputs and outputs.
         """
-        if self._settings.rows_per_call is not None or size != self._size:
+        usual = times.median_of_latest(size)
+        if self._settings.rows_per_call is not None or not np.isfinite(usual):
             return
-        self._timed += 1
-        usual = times.median(size)
-        if not self.timed or not np.isfinite(usual):
-            return
-        # A call of so many times the rows takes so many times as long at most.
-        longest, largest = size * _power_of_two(_CALL / usual), _power_of_two(_BYTES / row_bytes)
-        most = min(longest, largest, self._share)
-        if most > size:
-            self._size, self._timed = most, 0
-        elif usual > 2 * _CALL and size > 1:
-            self._size, self._timed = size // 2, 0
         self._least = _power_of_two(size * _SHORT / usual)
+        self._timed += size == self._size
+        if size != self._size or not self.timed:
+            return
+        # All time counts as the rows' at first; then what more rows have taken more, at least some.
+        before, seconds = self._smaller
+        row_seconds = max(usual - seconds, usual / 8) / (size - before)
+        longest = size + (_CALL - usual) / row_seconds
+        most = _power_of_two(min(longest, _BYTES / row_bytes, float(self._share)))
+        if most > size:
+            self._smaller, self._size, self._timed = (size, usual), most, 0
+        elif usual > 2 * _CALL and size > 1:
+            self._smaller, self._size, self._timed = (0, 0.0), size // 2, 0
 
 
 def _power_of_two(number: float) -> int:
