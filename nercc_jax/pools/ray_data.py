@@ -34,7 +34,7 @@ def map_rows(
     """Run a function on each row of a Ray Data dataset, as `run_rows` does.
 
     The dataset is executed first, and stays in Ray's object store. Then the function runs on actors
-    of a `RayPool`, one a free CPU, which end before this returns: Ray Data, which waits for
+    of a `RayPool`, one for each CPU, which end before this returns: Ray Data, which waits for
     CPUs without a word, never has to share them with the pool. Actors and nodes that die are
     replaced, and their rows are computed again.
 
@@ -49,7 +49,7 @@ def map_rows(
         columns: The column that the function gets, as (rows, ...); or several, which it gets side
             by side as (rows, inputs).
         tolerance: As for `run_rows`: the largest error bar of a predicted row. 0 computes all rows.
-        num_workers: Actors (default: one for each CPU that is free).
+        num_workers: Actors (default: one for each CPU; those that find none free join later).
         deadline: Seconds that a call may take before its rows are sent again.
         job_deadline: Seconds after which the run ends, with what is known by then (default: none).
         on_progress: As for `run_rows`.
@@ -78,7 +78,8 @@ def map_rows(
     held, rows = _with_row_numbers(ray, dataset, names)
     x = _inputs(held, rows, names, stacked=not isinstance(columns, str))
     if num_workers is None:
-        num_workers = max(1, int(ray.available_resources().get("CPU", 1)))
+        # Not those that are free: Ray counts the CPUs of tasks that have just ended for a while.
+        num_workers = max(1, int(ray.cluster_resources().get("CPU", 1)))
     with RayPool(
         cast(Any, RowFunction(function)),  # of NumPy arrays, where models are of JAX's
         num_workers,
@@ -97,9 +98,7 @@ def map_rows(
             **options,
         )
     _LOG.info("rows: %s", result.summary)
-    # In a list it is passed on as a reference, and stays once on each node.
-    known = {"known": [ray.put(_columns_of(result))]}
-    return held.map_batches(_with_results, fn_kwargs=known, batch_format="numpy")
+    return _with_results(ray, held, _columns_of(result))
 
 
 def ray_data() -> Any:
@@ -119,8 +118,13 @@ def _with_row_numbers(ray: Any, dataset: Any, names: Sequence[str]) -> tuple[Any
 
     Ray Data may reorder what it processes: the number goes along with the row.
     """
+    # Ray's workers get lambdas by value, and import neither this package nor JAX for them. A task
+    # takes a CPU: of those without one Ray would start as many processes as there are blocks.
     blocks = dataset.to_arrow_refs()
-    size = ray.remote(num_cpus=0)(_size_of)
+    size = ray.remote(lambda table: (table.num_rows, table.column_names))
+    number = ray.remote(
+        lambda table, first: table.append_column(_ROW, [np.arange(first, first + table.num_rows)])
+    )
     known = ray.get([size.remote(block) for block in blocks])
     present = next((columns for rows, columns in known if rows), None)
     if present is None:
@@ -132,29 +136,27 @@ def _with_row_numbers(ray: Any, dataset: Any, names: Sequence[str]) -> tuple[Any
             f"the dataset has a column {taken[0]!r}, which map_rows adds: rename it, or drop it"
         )
 
-    number, ends = ray.remote(num_cpus=0)(_numbered), np.cumsum([rows for rows, _ in known])
-    numbered = [
+    ends = np.cumsum([rows for rows, _ in known])
+    blocks = [
         number.remote(block, int(end) - rows)
         for block, end, (rows, _) in zip(blocks, ends, known, strict=True)
         if rows
     ]
-    return ray.data.from_arrow_refs(numbered), int(ends[-1])
+    return ray.data.from_arrow_refs(blocks), int(ends[-1])
 
 
-# What Ray's workers run.
-
-
-def _size_of(table: Any) -> tuple[int, list[str]]:
-    return table.num_rows, table.column_names
-
-
-def _numbered(table: Any, first: int) -> Any:
-    return table.append_column(_ROW, [np.arange(first, first + table.num_rows)])
-
-
-def _with_results(batch: dict[str, Any], known: Sequence[Any]) -> dict[str, Any]:
-    rows = batch.pop(_ROW)
-    return batch | {name: each[rows] for name, each in ray_module().get(known[0]).items()}
+def _with_results(ray: Any, held: Any, columns: dict[str, np.ndarray]) -> Any:
+    """Return the dataset with further columns, by the row numbers, and without these."""
+    # In a list it is passed on as a reference, and stays once on each node.
+    known = {"known": [ray.put(columns)]}
+    joined = held.map_batches(
+        lambda batch, known: (
+            batch | {name: each[batch[_ROW]] for name, each in ray.get(known[0]).items()}
+        ),
+        fn_kwargs=known,
+        batch_format="numpy",
+    )
+    return joined.drop_columns([_ROW])
 
 
 def _inputs(
