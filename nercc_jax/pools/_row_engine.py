@@ -43,7 +43,6 @@ _AHEAD = 2  # calls for each worker that are with the pool, so that none waits f
 _COPIES = 2  # further calls with the rows of a late one, at most
 _AUDITED = 20  # of so many rows one is computed whatever is known of it
 _TICK = 0.05  # seconds between two looks at what is late
-_PART = 1 << 22  # numbers that are brought into the learner's units together
 _GROWING = 1.0  # seconds in which calls may still grow
 _LEARNER = "learner"  # the name of its file in the manifest
 
@@ -174,8 +173,7 @@ class _RowRun:
         self._first = min(max(len(x) // 10, 100), 256)
         self._audits = np.zeros(len(x), bool)
         self._audits[order[: self._first]] = self._audits[order[self._first :: _AUDITED]] = True
-        features = _features_of(x if settings.tolerance != 0 else np.zeros((len(x), 0)))
-        self._learner = RowLearner(settings.target, features, self._audits)
+        self._learner = RowLearner(settings.target, x, self._audits)
         self._queue = RowQueue(order[~table.done[order]], pool.num_workers, settings)
         self._calls: dict[Batch, RowCall] = {}
         self._news: queue.SimpleQueue[Batch] = queue.SimpleQueue()
@@ -593,16 +591,3 @@ def pool_counts(report: PoolReport) -> dict[str, Any]:
         "deaths_by_worker": [int(deaths) for deaths in report.deaths_by_worker],
         "hung": report.hung,
     }
-
-
-def _features_of(x: Shaped[np.ndarray, "rows ..."]) -> Float[np.ndarray, "rows inputs"]:
-    """Return the learner's inputs, in units of their spread, at which float32 is precise enough."""
-    x = x.reshape(len(x), math.prod(x.shape[1:]))
-    features = np.empty(x.shape, np.float32)
-    mean = x.mean(axis=0, dtype=np.float64)
-    step = max(_PART // max(x.shape[1], 1), 1)
-    parts = [slice(place, place + step) for place in range(0, len(x), step)]
-    spread = np.sqrt(sum(np.sum((x[part] - mean) ** 2, axis=0) for part in parts) / len(x))
-    for part in parts:  # rows may take most of the memory, and float64 twice as much
-        features[part] = (x[part] - mean) / np.where(spread > 0, spread, 1)
-    return features
