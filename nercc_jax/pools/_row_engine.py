@@ -251,7 +251,8 @@ class _RowRun:
 
     def _send(self) -> None:
         """Keep all workers busy."""
-        room = _AHEAD * self._pool.num_workers - sum(
+        ahead = _AHEAD if self._queue.timed else 1  # calls are about to grow
+        room = ahead * self._pool.num_workers - sum(
             not call.given_up for call in self._calls.values()
         )
         while room > 0 and len(rows := self._queue.take(self._table.done)):
@@ -516,7 +517,9 @@ class _RowRun:
 
     def _result(self, kept: dict[str, Any], stopped: str | None) -> RowResult:
         table, report = self._table, self._pool.report()
-        status = np.select([table.exact, table.done], ["computed", "predicted"], "waiting")
+        status = np.array(["waiting", "predicted", "computed"])[
+            table.done.astype(int) + table.exact
+        ]
         values, deviation, score = table.predictions, table.deviation.copy(), table.score.copy()
         if stopped is None:
             # The job's deadline, or its number of calls: the bar is larger than the tolerance.

