@@ -22,7 +22,7 @@ from nercc_jax.cli._run_rows import _write_rows
 from nercc_jax.cli._workload import read_inputs
 from nercc_jax.pools import Faults, RowFunction, RowResult, run_rows
 from nercc_jax.pools._row_files import RowTable, row_code
-from nercc_jax.pools._row_learner import _left_out, features_of
+from nercc_jax.pools._row_learner import _left_out, standardized_inputs
 from nercc_jax.pools._row_queue import RowQueue
 from nercc_jax.pools._row_settings import RowSettings
 from nercc_jax.pools._times import AnswerTimes
@@ -601,10 +601,10 @@ def test_inputs_of_the_learner_are_in_units_of_their_spread():
     rng = np.random.default_rng(0)
     x = np.stack([rng.normal(1e6, 1e-2, 1000), rng.integers(0, 9, 1000), np.ones(1000)], axis=1)
     expected = (x[:, :2] - x[:, :2].mean(axis=0)) / x[:, :2].std(axis=0)
-    np.testing.assert_allclose(features_of(x)[:, :2], expected, rtol=1e-5, atol=1e-6)
-    assert not features_of(x)[:, 2].any(), "what is constant says nothing"
+    np.testing.assert_allclose(standardized_inputs(x)[:, :2], expected, rtol=1e-5, atol=1e-6)
+    assert not standardized_inputs(x)[:, 2].any(), "what is constant says nothing"
     images = rng.integers(0, 255, (600, 4, 4, 3)).astype(np.uint8)
-    assert features_of(images).shape == (600, 48)
+    assert standardized_inputs(images).shape == (600, 48)
 
 
 def test_slow_rows_hold_up_no_others():

@@ -131,7 +131,7 @@ class RowLearner:
     @functools.cached_property
     def _features(self) -> Float[np.ndarray, "rows inputs"]:
         """The learner's inputs, which a run that learns nothing does without."""
-        return features_of(self._x)
+        return standardized_inputs(self._x)
 
     @property
     def busy(self) -> bool:
@@ -396,7 +396,7 @@ class RowLearner:
         return sum(self._held[late]), len(self._held[late])
 
 
-def features_of(x: Shaped[np.ndarray, "rows ..."]) -> Float[np.ndarray, "rows inputs"]:
+def standardized_inputs(x: Shaped[np.ndarray, "rows ..."]) -> Float[np.ndarray, "rows inputs"]:
     """Return the learner's inputs, in units of their spread, at which float32 is precise enough."""
     x = x.reshape(len(x), math.prod(x.shape[1:]))
     features = np.empty(x.shape, np.float32)
