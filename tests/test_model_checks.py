@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 
 import equinox as eqx
 import jax
@@ -59,7 +60,21 @@ def as_json(x):
     return np.array([[sum(row), max(row)] for row in rows])  # float64
 
 
-@pytest.mark.parametrize("function", [lambda x: np.tanh(np.asarray(x)), branch, as_json])
+def loop(x):
+    return [[float(sum(row)), float(max(row))] for row in x]
+
+
+def signs(x):  # integers where all are positive, floats where they are not
+    return np.array([[1 if sum(row) > 0 else 0.0] for row in np.asarray(x).tolist()])
+
+
+def logarithm(x):  # at zeros it raises
+    return np.array([[math.log(each) for each in row] for row in np.asarray(x).tolist()])
+
+
+@pytest.mark.parametrize(
+    "function", [lambda x: np.tanh(np.asarray(x)), branch, as_json, loop, signs, logarithm]
+)
 def test_a_function_that_jax_cannot_trace_runs_on_the_host(function):
     rng = np.random.default_rng(0)
     x = rng.uniform(1, 2, (6, K, 2)).astype(np.float32)
@@ -80,6 +95,10 @@ def test_a_function_that_jax_cannot_trace_runs_on_the_host(function):
     assert np.isfinite(found[0].mse.mean)
 
 
+def never(x):
+    raise ArithmeticError(f"there is no such case as {np.asarray(x)}")
+
+
 def test_what_a_function_on_the_host_does_wrong_is_reported():
     x, mask = np.ones((K, 2), np.float32), np.ones(N, bool)
 
@@ -92,8 +111,44 @@ def test_what_a_function_on_the_host_does_wrong_is_reported():
         jax.block_until_ready(coded_inference(fails, NeRCC(K, N))(x, mask))
     with pytest.raises(Exception, match=rf"\({N}, 2\).*\(1, 2\)"):
         jax.block_until_ready(coded_inference(lambda x: np.asarray(x)[:1], NeRCC(K, N))(x, mask))
+    with pytest.raises(ValueError, match=r"called on one data point of zeros, and .*no such"):
+        coded_inference(never, NeRCC(K, N))(x, mask)
     with pytest.raises(TypeError, match="no derivative: tuning and gradients need a model of jax"):
         jax.grad(lambda x: coded_inference(np.tanh, NeRCC(K, N))(x, mask).sum())(x)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model, x: coded_inference(model, NeRCC(K, N))(x, np.ones(N, bool)),
+        lambda model, x: evaluate(
+            model, {"": NeRCC(K, N)}, x, {"": ExactStragglers(1)}, key=jax.random.key(0)
+        ),
+    ],
+)
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda x: None, "the model's answer holds no array: None"),
+        (lambda x: np.array(["a"] * len(x)), "must map a batch of .* to arrays of as many answers"),
+    ],
+)
+def test_an_answer_that_is_no_array_is_refused_in_words(use, model, message):
+    with pytest.raises(ValueError, match=message):
+        use(model, np.ones((K, 2), np.float32))
+
+
+def test_an_expensive_function_gets_few_more_rows_than_there_are():
+    rows = []
+
+    def counted(x):
+        x = np.asarray(x)
+        rows.append(len(x))
+        return np.tanh(x)
+
+    x, laws = np.ones((4 * K, 2), np.float32), {"": ExactStragglers(1)}
+    evaluate(counted, {"": NeRCC(K, N)}, x, laws, key=jax.random.key(0))
+    assert sum(rows) <= 2 * 4 * (K + N)  # and a few for the shapes of its answers
 
 
 def test_other_errors_of_a_model_are_its_own():

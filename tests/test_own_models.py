@@ -26,6 +26,11 @@ def model(batch):
 def by_hand(batch):
     return np.asarray(batch)
 
+def picky(batch):
+    if (np.asarray(batch) > 5).any():
+        raise ArithmeticError("no solution here")
+    return np.asarray(batch)
+
 def load(path):
     return lambda batch: batch * np.load(path)
 
@@ -89,6 +94,13 @@ def test_what_jax_cannot_trace_runs_on_the_host(folder):
     workload = find_workload("own_parts:by_hand")
     x = np.ones((2, 3), np.float32)
     np.testing.assert_array_equal(workload.model(x), x)
+
+
+def test_what_a_function_raises_on_the_host_is_one_line(folder):
+    options = ["--num-data", "2", "--num-workers", "4", "--sets", "2", "--outputs", "values"]
+    result = CliRunner().invoke(app, ["demo", "--model", "own_parts:picky", *options])
+    assert result.exit_code == 1
+    assert result.output == "error: the model failed: ArithmeticError: no solution here\n"
 
 
 @pytest.mark.slow

@@ -22,7 +22,10 @@ from nercc_jax.cli._run_rows import _write_rows
 from nercc_jax.cli._workload import read_inputs
 from nercc_jax.pools import Faults, RowFunction, RowResult, run_rows
 from nercc_jax.pools._row_files import RowTable, row_code
-from nercc_jax.pools._row_learner import _left_out
+from nercc_jax.pools._row_learner import _left_out, standardized_inputs
+from nercc_jax.pools._row_queue import RowQueue
+from nercc_jax.pools._row_settings import RowSettings
+from nercc_jax.pools._times import AnswerTimes
 from nercc_jax.schemes import Scheme, fit_scheme
 from nercc_jax.schemes._fit_scheme import FittedScheme
 from nercc_jax.surrogates import LearnerTuning, init_learner
@@ -397,7 +400,7 @@ def test_a_run_ends_by_itself_before_its_pool_ends_the_process():
 
 
 def test_rows_that_are_no_finite_numbers_are_refused(untyped):
-    for rows in (np.array(["a"]), np.array([[1.0], [np.nan]]), 1.0):
+    for rows in (np.array(["a"]), np.array([[1.0], [np.nan]]), 1.0, np.zeros((0, 2))):
         with pytest.raises(ValueError, match=r"rows are finite numbers \(rows, ...\), not"):
             run_rows(picky, rows, DevicePool, tolerance=0.0)
 
@@ -535,6 +538,73 @@ def test_a_job_that_ends_before_anything_is_known_says_so():
     assert set(result.status.tolist()) == {"unknown"}
     assert result.reasons[0] == "not computed before the job's deadline"
     assert np.isinf(result.score).all()
+
+
+@pytest.mark.parametrize(
+    ("transport", "each", "most_calls"),
+    [(1e-3, 1e-6, 120), (0.0, 0.01, 1400), (0.0, 0.5, 20_000)],
+)
+def test_calls_grow_to_a_quarter_of_a_second_and_leave_no_worker_idle(transport, each, most_calls):
+    """A law of the calls' time, and two workers: each takes the next call when it is free."""
+    count, times, sizes, free = 20_000, AnswerTimes(), [], [0.0, 0.0]
+    done = np.zeros(count, bool)
+    rows = RowQueue(np.arange(count), 2, RowSettings(tolerance=0.0))
+    while len(taken := rows.take(done)):
+        assert not done[taken].any()
+        done[taken] = True
+        seconds = transport + each * len(taken)
+        free[free.index(min(free))] += seconds
+        times.add(len(taken), seconds)
+        rows.observe(len(taken), times, row_bytes=100)
+        sizes.append(len(taken))
+    assert done.all()
+    assert len(sizes) <= most_calls
+    assert max(sizes) == 1 or max(sizes) * each <= 0.25
+    assert max(free) <= 1.1 * (count * each + len(sizes) * transport) / 2 + 0.02
+
+
+def test_large_rows_make_small_calls():
+    times = AnswerTimes()
+    rows = RowQueue(np.arange(20_000), 2, RowSettings(tolerance=0.0))
+    for _ in range(200):
+        size = len(rows.take(np.zeros(20_000, bool)))
+        times.add(size, 1e-3)
+        rows.observe(size, times, row_bytes=224 * 224 * 3 * 8)
+    assert size * 224 * 224 * 3 * 8 <= 2**24
+
+
+def test_rows_that_raise_are_found_in_few_calls():
+    calls, rows = [], np.arange(1024.0)[:, None]
+
+    def fails(batch):
+        calls.append(len(batch))
+        if 700 in batch:
+            raise ArithmeticError("there is no solution here")
+        return batch
+
+    result = run_rows(fails, rows, DevicePool, num_workers=2, tolerance=0.0, rows_per_call=256)
+    assert np.flatnonzero(result.status != "computed").tolist() == [700]
+    assert len(calls) <= 4 + 4 * 9  # of two halves one raises, at three workers
+
+
+def test_a_row_of_another_shape_is_unknown_and_costs_no_other():
+    def odd(batch):
+        return np.concatenate([batch, batch], axis=1) if 7 in batch else batch
+
+    rows = np.arange(12.0)[:, None]
+    result = run_rows(odd, rows, DevicePool, num_workers=2, tolerance=0.0, seed=5)
+    assert result.reasons == {7: "a row came as (2,), others as (1,)"}
+    np.testing.assert_array_equal(result.values, np.where(rows == 7, np.nan, rows))
+
+
+def test_inputs_of_the_learner_are_in_units_of_their_spread():
+    rng = np.random.default_rng(0)
+    x = np.stack([rng.normal(1e6, 1e-2, 1000), rng.integers(0, 9, 1000), np.ones(1000)], axis=1)
+    expected = (x[:, :2] - x[:, :2].mean(axis=0)) / x[:, :2].std(axis=0)
+    np.testing.assert_allclose(standardized_inputs(x)[:, :2], expected, rtol=1e-5, atol=1e-6)
+    assert not standardized_inputs(x)[:, 2].any(), "what is constant says nothing"
+    images = rng.integers(0, 255, (600, 4, 4, 3)).astype(np.uint8)
+    assert standardized_inputs(images).shape == (600, 48)
 
 
 def test_slow_rows_hold_up_no_others():

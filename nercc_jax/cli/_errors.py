@@ -11,6 +11,8 @@ from typer.core import TyperCommand
 
 from ._process import missing_extra
 
+_ON_HOST = "CpuCallback error"  # of JAX, around what a model on the host raised
+
 
 @contextlib.contextmanager
 def report_errors() -> Iterator[None]:
@@ -21,6 +23,12 @@ def report_errors() -> Iterator[None]:
         fail(missing_extra(error) or str(error), 2)
     except (ValueError, OSError, ImportError) as error:
         fail(_message(error), 2)
+    except RuntimeError as error:
+        if _ON_HOST not in str(error):
+            raise
+        from ..pools._batch import reason_of
+
+        fail(f"the model failed: {reason_of(error)}", 1)
 
 
 @contextlib.contextmanager

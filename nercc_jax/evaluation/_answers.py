@@ -29,7 +29,7 @@ from ..codes._trees import (
 )
 from ..inference import cast_model
 from ..inference._conditions import Conditions, current_conditions
-from ..inference._models import Model, call_model, check_model
+from ..inference._models import Model, call_on_batch, check_model
 from ..inference._workers import run_workers
 from ._criteria import Criterion, labels_of, point_criterion, same_labels
 
@@ -334,26 +334,29 @@ def own_outputs(
 def batched(model: Model, batch_size: int) -> Callable[[PyTree], PyTree]:
     """Return the model for any number of data points, in batches of one shape: one compilation.
 
+    Fewer data points than that are filled up to a power of two.
+
     Raises:
         ValueError: The model is in training mode.
     """
     check_model(model)
-    compiled = eqx.filter_jit(call_model)
+    compiled = eqx.filter_jit(call_on_batch)
 
     def run(x: PyTree) -> PyTree:
         x = jax.tree.map(np.asarray, x)
         points = len(jax.tree.leaves(x)[0])
+        size = min(batch_size, 1 << (points - 1).bit_length())  # a model may be expensive
 
         def pad(leaf: np.ndarray) -> np.ndarray:
-            return np.concatenate([leaf, np.repeat(leaf[-1:], -points % batch_size, axis=0)])
+            return np.concatenate([leaf, np.repeat(leaf[-1:], -points % size, axis=0)])
 
         x = jax.tree.map(pad, x)
         parts = [
             compiled(
                 model,
-                jax.tree.map(lambda leaf: jnp.asarray(leaf[i : i + batch_size]), x),  # noqa: B023
+                jax.tree.map(lambda leaf: jnp.asarray(leaf[i : i + size]), x),  # noqa: B023
             )
-            for i in range(0, points, batch_size)
+            for i in range(0, points, size)
         ]
         return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:points], *parts)
 

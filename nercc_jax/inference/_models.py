@@ -11,6 +11,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
+from ..codes._trees import leaves_of
+
 Model: TypeAlias = Callable[..., Array]
 
 # Raised by JAX where a function does not take tracers.
@@ -105,11 +107,12 @@ def call_model(model: Model, batch: PyTree, *args: Any) -> Any:
 
     A model that JAX cannot trace, since it works on NumPy arrays or looks at values, is called on
     the host whenever the program runs. It is called once more when the program is traced, on one
-    data point of zeros, for the shapes of its outputs. It has no derivative.
+    data point of zeros (or ones), for the shapes of its outputs. A list that it returns is an array
+    of rows. It has no derivative.
 
     Raises:
-        ValueError: The model takes one data point instead of a batch (from the model's own error);
-            else what the model raises.
+        ValueError: The model takes one data point instead of a batch (from the model's own error),
+            or JAX cannot trace it and it raises at zeros and ones; else what the model raises.
         NoDerivative: A derivative is taken of a model that JAX cannot trace.
     """
     try:
@@ -126,28 +129,54 @@ def call_model(model: Model, batch: PyTree, *args: Any) -> Any:
         raise
 
 
+def call_on_batch(model: Model, batch: PyTree, *args: Any) -> Any:
+    """Return `call_model`'s answer, whose arrays have as many rows as the batch.
+
+    Raises:
+        ValueError: It is something else; or as `call_model`.
+    """
+    y = call_model(model, batch, *args)
+    size = len(jax.tree.leaves(batch)[0])
+    for label, leaf in leaves_of("the model's answer", y):
+        if not isinstance(leaf, jax.Array) or leaf.ndim < 1 or leaf.shape[0] != size:
+            got = leaf.shape if isinstance(leaf, jax.Array) else type(leaf).__name__
+            given = ", ".join(str(each.shape) for each in jax.tree.leaves(batch))
+            raise ValueError(
+                f"the model must map a batch of {size} to arrays of as many answers: for input "
+                f"{given}, {label} was {got}"
+            )
+    return y
+
+
 def _call_on_host(model: Model, batch: PyTree, args: tuple) -> Any:
     arrays, static = eqx.partition((model, args), eqx.is_array)
 
     def call(arrays: PyTree, batch: PyTree) -> PyTree:
         arrays, batch = jax.tree.map(np.asarray, (arrays, batch))
         function, further = eqx.combine(arrays, static)
-        return jax.tree.map(_on_device_dtype, function(batch, *further))
+        answer = function(batch, *further)
+        answer = np.asarray(answer) if isinstance(answer, list) else answer
+        return jax.tree.map(_on_device_dtype, answer)
 
-    one = jax.tree.map(lambda leaf: np.zeros((1, *leaf.shape[1:]), leaf.dtype), batch)
     known = jax.tree.map(
         lambda leaf: np.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, Tracer) else leaf, arrays
     )
     with jax.ensure_compile_time_eval():  # what the model does with JAX is no part of the program
-        example = call(known, one)
+        example = _example(functools.partial(call, known), batch)
     size = len(jax.tree.leaves(batch)[0])
     answers = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype), example
     )
 
+    def cast(leaf: np.ndarray, form: jax.ShapeDtypeStruct) -> np.ndarray:
+        return leaf.astype(form.dtype, casting="same_kind")  # whole numbers by JSON are integers
+
+    def answer(arrays: PyTree, batch: PyTree) -> PyTree:
+        return jax.tree.map(cast, call(arrays, batch), answers)
+
     @jax.custom_jvp
     def answered(arrays: PyTree, batch: PyTree) -> PyTree:
-        return jax.pure_callback(call, answers, arrays, batch, vmap_method="sequential")
+        return jax.pure_callback(answer, answers, arrays, batch, vmap_method="sequential")
 
     @answered.defjvp
     def _(*_: Any) -> Any:
@@ -157,6 +186,21 @@ def _call_on_host(model: Model, batch: PyTree, args: tuple) -> Any:
         )
 
     return answered(arrays, batch)
+
+
+def _example(call: Callable[[PyTree], PyTree], batch: PyTree) -> PyTree:
+    """Return the answer to one data point of zeros; of ones, if it raises at zeros."""
+    raised: Exception | None = None
+    for number in (0, 1):
+        one = jax.tree.map(lambda x: np.full((1, *x.shape[1:]), number, x.dtype), batch)  # noqa: B023
+        try:
+            return call(one)
+        except Exception as error:
+            raised = raised or error
+    raise ValueError(
+        "JAX cannot trace the model, which was therefore called on one data point of zeros, and on "
+        f"one of ones, for the shape of its answers, and raised: {raised!r}"
+    ) from raised
 
 
 def _on_device_dtype(value: Any) -> np.ndarray:

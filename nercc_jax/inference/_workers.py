@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from ..codes import AbstractCode
 from ..codes._trees import is_float, leaves_of, points_of
-from ._models import Model, call_model
+from ._models import Model, call_on_batch
 
 
 def run_workers(
@@ -78,17 +78,9 @@ def _models(model: Model | Sequence[Model], kinds: np.ndarray) -> tuple[Model, .
 def _answers(model: Model, coded: PyTree, args: tuple) -> PyTree:
     shape = jax.tree.leaves(coded)[0].shape[:2]
     batch = points_of(coded)
-    size = shape[0] * shape[1]
     with jax.named_scope("nercc.model"):
-        y = call_model(model, batch, *args)
+        y = call_on_batch(model, batch, *args)
     for label, leaf in leaves_of("the model's answer", y):
-        if not isinstance(leaf, jax.Array) or leaf.ndim < 1 or leaf.shape[0] != size:
-            got = leaf.shape if isinstance(leaf, jax.Array) else type(leaf).__name__
-            given = ", ".join(str(each.shape) for each in jax.tree.leaves(batch))
-            raise ValueError(
-                f"the model must map a batch of {size} to arrays of as many answers: for input "
-                f"{given}, {label} was {got}"
-            )
         if not is_float(leaf):
             raise ValueError(f"{label} was {leaf.dtype}: codes work on floats, logits for labels")
     return jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), y)

@@ -5,7 +5,6 @@ own, has been fitted to what came, rows that it knows well enough need not be co
 that it knows least go next. Some are computed all the same, drawn at random: they judge its bars.
 """
 
-import collections
 import math
 import queue
 import time
@@ -28,6 +27,7 @@ from ._row_files import (
     save_fitted,
 )
 from ._row_learner import NEWS, RowLearner
+from ._row_queue import RowQueue
 from ._row_settings import (
     ATTEMPTS,
     Compute,
@@ -39,11 +39,11 @@ from ._row_settings import (
 from ._rows import RowCall, RowFunction
 
 _LAST_SECONDS = 10.0  # a run stops itself so long before something else ends its process
-_CALL = 0.25  # seconds of a call, where rows are so quick that several go together
 _AHEAD = 2  # calls for each worker that are with the pool, so that none waits for the next
 _COPIES = 2  # further calls with the rows of a late one, at most
 _AUDITED = 20  # of so many rows one is computed whatever is known of it
 _TICK = 0.05  # seconds between two looks at what is late
+_GROWING = 1.0  # seconds in which calls may still grow
 _LEARNER = "learner"  # the name of its file in the manifest
 
 
@@ -131,11 +131,11 @@ def run_rows(
         seed=seed,
     )
     x = _checked(rows)
-    kept = {"inputs": fingerprint_of_array(x), "rows": len(x)} | settings.kept() | dict(about or {})
+    kept = {"rows": len(x)} | settings.kept() | dict(about or {})
     table, parts = RowTable(len(x)), None
     if folder is not None:
         check_parts(Path(folder), resume)
-        parts = Parts(Path(folder), kept, table)
+        parts = Parts(Path(folder), {"inputs": fingerprint_of_array(x)} | kept, table)
     if isinstance(pool, AbstractPool):
         return _RowRun(pool, x, settings, table, parts, on_rows).carry_out(kept, on_progress)
     options: dict[str, Any] = {"compiled": False, "hang_timeout": hang_timeout(deadline)}
@@ -146,7 +146,7 @@ def run_rows(
 def _checked(rows: Any) -> Shaped[np.ndarray, "rows ..."]:
     """Return rows as an array of finite numbers, which the learner needs."""
     x = np.asarray(rows)
-    if x.ndim < 1 or x.dtype.kind not in "biuf" or not np.isfinite(x).all():
+    if x.ndim < 1 or not x.size or x.dtype.kind not in "biuf" or not np.isfinite(x).all():
         raise ValueError(f"rows are finite numbers (rows, ...), not {x.dtype} of shape {x.shape}")
     return x
 
@@ -173,20 +173,16 @@ class _RowRun:
         self._first = min(max(len(x) // 10, 100), 256)
         self._audits = np.zeros(len(x), bool)
         self._audits[order[: self._first]] = self._audits[order[self._first :: _AUDITED]] = True
-        self._learner = RowLearner(settings.target, _features_of(x), self._audits)
-        self._waiting = collections.deque(order[~table.done[order]].tolist())
-        self._again: collections.deque[int] = collections.deque()  # without an answer in time
-        self._alone: collections.deque[int] = collections.deque()  # of calls that raised
+        self._learner = RowLearner(settings.target, x, self._audits)
+        self._queue = RowQueue(order[~table.done[order]], pool.num_workers, settings)
         self._calls: dict[Batch, RowCall] = {}
         self._news: queue.SimpleQueue[Batch] = queue.SimpleQueue()
         self._held = np.zeros(len(x), int)  # calls that have a row, and are not given up
         self._tries = np.zeros(len(x), int)  # calls that had it, and gave no answer in time
         self._late = np.zeros(len(x), bool)  # rows that came late, or are late
         self._unknown: dict[int, str] = {}
-        self._size, self._of_size = settings.rows_per_call or 1, 0
         self._computed = 0  # rows that this run has had computed
         self._offered = 0  # of them, those that the learner was last offered
-        self._sent = 0  # rows that it has sent, without copies
         self._known = np.zeros(len(x), bool)  # rows that need not be computed, as things are
         if parts is not None and (path := parts.kept(_LEARNER)) is not None:
             self._learner.resume(load_fitted(path), np.flatnonzero(~table.done))
@@ -236,7 +232,7 @@ class _RowRun:
         while True:
             self._send()
             now = time.monotonic()
-            if now >= look_at:
+            if now >= look_at or not (self._calls or len(self._queue)):
                 self._look_at_late_calls()
                 self._learn()
                 if self._finished() or now >= self._ends_at:
@@ -255,10 +251,11 @@ class _RowRun:
 
     def _send(self) -> None:
         """Keep all workers busy."""
-        room = _AHEAD * self._pool.num_workers - sum(
+        ahead = _AHEAD if self._queue.timed else 1  # calls are about to grow
+        room = ahead * self._pool.num_workers - sum(
             not call.given_up for call in self._calls.values()
         )
-        while room > 0 and len(rows := self._next()):
+        while room > 0 and len(rows := self._queue.take(self._table.done)):
             self._held[rows] += 1
             self._open(rows, copy=False)
             room -= 1
@@ -267,43 +264,6 @@ class _RowRun:
         size = self._settings.rows_per_call or 1 << (len(rows) - 1).bit_length()
         call = RowCall(self._pool, rows, self._x, size, copy, self._news.put)
         self._calls[call.batch] = call
-
-    def _next(self) -> Int[np.ndarray, " few"]:
-        """Take the rows of the next call from those that wait."""
-        size = 1 if self._alone else self._call_size()
-        source = self._alone or self._again or self._waiting
-        if source is self._waiting and self._settings.max_calls is not None:
-            size = min(size, self._settings.max_calls - self._sent)
-        rows: list[int] = []
-        while source and len(rows) < size:
-            row = source.popleft()
-            if not self._table.done[row]:
-                rows.append(row)
-        if source is self._waiting:
-            self._sent += len(rows)
-        return np.asarray(rows, int)
-
-    def _call_size(self) -> int:
-        """Return how many rows make a call long enough, and leave each worker several calls."""
-        if self._settings.rows_per_call is not None:
-            return self._settings.rows_per_call
-        size, most = self._size, len(self._waiting) // (4 * self._pool.num_workers)
-        while size > max(most, 1):
-            size //= 2
-        return size
-
-    def _observe(self, call: RowCall) -> None:
-        """Fit the size of calls to the time that they take: transport and all."""
-        if self._settings.rows_per_call is not None or call.size != self._size:
-            return
-        self._of_size += 1
-        usual = call.batch.times.median(call.size)
-        if self._of_size < call.batch.times.overdue.least or not np.isfinite(usual):
-            return
-        if usual < _CALL / 2:
-            self._size, self._of_size = 2 * self._size, 0
-        elif usual > 2 * _CALL and self._size > 1:
-            self._size, self._of_size = self._size // 2, 0
 
     # Answers.
 
@@ -327,11 +287,12 @@ class _RowRun:
         call.batch.forget()
         if not call.copy and not call.given_up:
             self._held[call.rows] -= 1
-        if values is None:
-            self._fail(call)
+        if (why := self._refusal(call, values)) is not None or values is None:
+            self._fail(call, why)
             return
-        fresh = ~self._table.exact[call.rows]
-        rows, values = call.rows[fresh], values[fresh]
+        rows, fresh = call.rows, ~self._table.exact[call.rows]
+        if not fresh.all():
+            rows, values = rows[fresh], values[fresh]
         if len(rows):
             vectors = values.reshape(len(rows), -1)
             late |= call.given_up or call.copy  # a copy is that of a late call
@@ -341,25 +302,37 @@ class _RowRun:
             self._table.add(rows, values, nothing, nothing, exact=True)
             self._computed += len(rows)
             self._known[rows] = False
-            for row in rows.tolist():
-                self._unknown.pop(row, None)
+            self._forget_reasons(rows)
             if self._parts is not None:
                 self._parts.add(rows.tolist())
             self._on_rows(rows, values, True)
-        self._observe(call)
+            self._queue.observe(call.size, call.batch.times, self._x[0].nbytes + values[0].nbytes)
 
-    def _fail(self, call: RowCall) -> None:
-        """Sort out the rows of a call that has no answer."""
-        raised = call.raised()
-        rows = [row for row in call.rows.tolist() if not self._table.done[row]]
+    def _forget_reasons(self, rows: Int[np.ndarray, " few"]) -> None:
+        """Forget why rows were unknown, which are known now."""
+        for row in rows.tolist() if self._unknown else ():
+            self._unknown.pop(row, None)
+
+    def _refusal(self, call: RowCall, values: Float[np.ndarray, "few ..."] | None) -> str | None:
+        """Return why the function's answer is none, if it gave one."""
+        if values is None:
+            return call.raised()
+        others = self._table.predictions
+        if others is not None and values.shape[1:] != others.shape[1:]:
+            return f"a row came as {values.shape[1:]}, others as {others.shape[1:]}"
+        return None
+
+    def _fail(self, call: RowCall, raised: str | None) -> None:
+        """Sort out the rows of a call that has no answer, or one that cannot be used."""
+        rows = call.rows[~self._table.done[call.rows]]
         if raised is None:
             if not call.given_up and not call.copy:
-                self._try_again(rows, call.failure())
+                self._try_again(rows.tolist(), call.failure())
             return
         if len(call.rows) > 1:
-            self._alone.extend(rows)
+            self._queue.halve(rows)
             return
-        self._unknown |= dict.fromkeys(rows, raised)
+        self._unknown |= dict.fromkeys(rows.tolist(), raised)
         if self._table.predictions is None and len(self._unknown) >= min(
             self._first, len(self._table)
         ):
@@ -371,13 +344,13 @@ class _RowRun:
         for row in rows:
             self._tries[row] += 1
             if self._tries[row] < ATTEMPTS:
-                self._again.append(row)
+                self._queue.send_again([row])
             else:
                 self._unknown[row] = why
 
     def _look_at_late_calls(self) -> None:
         """Give up calls after their deadline; copy late ones where workers would be idle."""
-        idle = self._pool.idle if not (self._alone or self._again or self._waiting) else 0
+        idle = 0 if len(self._queue) else self._pool.idle
         for call in sorted(self._calls.values(), key=lambda call: -call.age()):
             if call.over:  # what its `on_change` said came before it was in the table of calls
                 self._take(call)
@@ -415,10 +388,11 @@ class _RowRun:
                 name = f"learner-{fitted.pairs:06d}.safetensors"
                 self._parts.keep(_LEARNER, name, lambda path: save_fitted(path, fitted))
             self._arrange()
-        left = min(self._seconds_left(), self._ends_at - time.monotonic())
-        hurry = self._ends_at - time.monotonic() < 3 * self._learner.seconds
+        until_end = self._ends_at - time.monotonic()
+        hurry = until_end < 3 * self._learner.seconds
         news = self._computed - self._offered >= NEWS or (hurry and self._learner.fitted is None)
-        if news and not self._learner.busy and (left > self._learner.seconds or hurry):
+        worth_it = self._seconds_left() > min(self._learner.seconds, until_end)
+        if news and not self._learner.busy and worth_it:
             self._offered = self._computed
             open_rows = np.flatnonzero(~table.done)
             late = self._late.copy()
@@ -429,11 +403,15 @@ class _RowRun:
     def _seconds_left(self) -> float:
         """Return how long it takes to compute the rows that wait, at the speed so far.
 
-        A late call is taken to last as long again as it has lasted.
+        A call is taken to last as long again as it has lasted. While calls still grow, the speed
+        is that of what comes next, not of what was: it is not known in the first second.
         """
-        speed = self._computed / max(time.monotonic() - self._begin, 1e-9)
-        late = max((call.age() for call in self._calls.values() if call.late), default=0.0)
-        return max(len(self._waiting) / max(speed, 1e-9), late)
+        seconds = max(time.monotonic() - self._begin, 1e-9)
+        if not self._queue.timed and seconds < _GROWING:
+            return 0.0
+        speed = self._computed / seconds
+        age = max((call.age() for call in self._calls.values()), default=0.0)
+        return max(len(self._queue.waiting) / max(speed, 1e-9), age)
 
     def _arrange(self) -> None:
         """Decide which rows are computed, and in which order."""
@@ -442,16 +420,15 @@ class _RowRun:
         self._known[rows] = self._learner.score(rows) <= self._learner.limit
         if self._settings.compute == "needed":
             rows = rows[~self._known[rows] | self._audits[rows]]
-        self._waiting = collections.deque(self._learner.order(rows).tolist())
+        self._queue.waiting = self._learner.order(rows)
 
     def _finished(self) -> bool:
         """Return whether no row is to be waited for."""
         settings = self._settings
-        spent = settings.max_calls is not None and self._sent >= settings.max_calls
-        if self._alone or self._again or (self._waiting and not spent):
+        if not self._queue.empty:
             return False
-        if not spent and len(doubtful := self._doubtful()):
-            self._waiting.extend(self._learner.order(doubtful).tolist())
+        if not self._queue.spent and len(doubtful := self._doubtful()):
+            self._queue.waiting = self._learner.order(doubtful)
             return False
         rows = np.flatnonzero((self._held > 0) & ~self._table.done)
         if not len(rows):
@@ -468,7 +445,7 @@ class _RowRun:
     def _free(self) -> Int[np.ndarray, " rows"]:
         """Return rows without a value that no worker has, and that are not to be sent again."""
         free = ~self._table.done & (self._held == 0)
-        free[[*self._unknown, *self._again, *self._alone]] = False
+        free[[*self._unknown, *self._queue.to_send_again()]] = False
         return np.flatnonzero(free)
 
     def _doubtful(self) -> Int[np.ndarray, " rows"]:
@@ -496,8 +473,7 @@ class _RowRun:
             deviation = self._learner.deviation[rows]
             values = self._values_of(rows)
             self._table.add(rows, values, deviation, score, exact=False)
-            for row in rows.tolist():
-                self._unknown.pop(row, None)
+            self._forget_reasons(rows)
             if self._parts is not None:
                 self._parts.add(rows.tolist())
             self._on_rows(rows, values, False)
@@ -541,7 +517,9 @@ class _RowRun:
 
     def _result(self, kept: dict[str, Any], stopped: str | None) -> RowResult:
         table, report = self._table, self._pool.report()
-        status = np.select([table.exact, table.done], ["computed", "predicted"], "waiting")
+        status = np.array(["waiting", "predicted", "computed"])[
+            table.done.astype(int) + table.exact
+        ]
         values, deviation, score = table.predictions, table.deviation.copy(), table.score.copy()
         if stopped is None:
             # The job's deadline, or its number of calls: the bar is larger than the tolerance.
@@ -616,10 +594,3 @@ def pool_counts(report: PoolReport) -> dict[str, Any]:
         "deaths_by_worker": [int(deaths) for deaths in report.deaths_by_worker],
         "hung": report.hung,
     }
-
-
-def _features_of(x: Shaped[np.ndarray, "rows ..."]) -> Float[np.ndarray, "rows inputs"]:
-    """Return the learner's inputs, in units of their spread, at which float32 is precise enough."""
-    x = x.reshape(len(x), -1).astype(np.float64)
-    spread = x.std(axis=0)
-    return ((x - x.mean(axis=0)) / np.where(spread > 0, spread, 1)).astype(np.float32)

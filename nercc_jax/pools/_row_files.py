@@ -128,7 +128,7 @@ def fingerprint(path: Path | None) -> str | None:
 
 def fingerprint_of_array(x: np.ndarray) -> str:
     """Return a hash of an array's content."""
-    return hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data).hexdigest()
 
 
 def _check_same(folder: Path, earlier: dict[str, Any], now: dict[str, Any]) -> None:
@@ -211,8 +211,7 @@ class RowTable:
     @property
     def learnable(self) -> Int[np.ndarray, " few"]:
         """The rows that were computed, and are finite."""
-        computed = np.flatnonzero(self.exact)
-        return computed[np.isfinite(self.vectors[computed]).all(axis=1)]
+        return np.flatnonzero(self.exact & np.isfinite(self.vectors).all(axis=1))
 
 
 def save_fitted(path: Path, fitted: FittedScheme) -> None:

@@ -10,7 +10,9 @@ at a time, since its errors are not those of the learner before it.
 
 import collections
 import dataclasses
+import functools
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -43,6 +45,7 @@ _CHUNK = 1024  # rows that are predicted together
 _NEIGHBOURS = 8  # computed rows that a row is compared with, to see whether it may be late
 _OF_THEM_LATE = 1  # of them, for a row to be taken for one that may be late, too
 _UNSURE = 256  # of the least certain rows, from which those that tell most are picked
+_PART = 1 << 22  # numbers that are brought into the learner's units together
 _TELLING = 64  # that are picked
 _SHARE = 0.5  # of the time that learning may take
 _INFINITE = 1e30  # factors of error bars from here on are infinite
@@ -96,25 +99,25 @@ class RowLearner:
 
     Args:
         target: The accuracy at which a row is known well enough.
-        features: The learner's inputs, of all rows.
+        x: The inputs of all rows.
         audits: Rows that are computed whatever is known of them, drawn at random.
     """
 
     def __init__(
         self,
         target: AccuracyTarget,
-        features: Float[np.ndarray, "rows inputs"],
+        x: Shaped[np.ndarray, "rows ..."],
         audits: Bool[np.ndarray, " rows"],
     ):
-        self._target, self._features, self._audits = target, features, audits
+        self._target, self._x, self._audits = target, x, audits
         self._due = _FIRST
         self.fitted: FittedScheme | None = None
-        self.known = np.zeros(len(features), bool)  # rows that have an estimate
+        self.known = np.zeros(len(x), bool)  # rows that have an estimate
         self.mean: Float[np.ndarray, "rows outputs"] | None = None
-        self.deviation = np.full(len(features), np.inf)
+        self.deviation = np.full(len(x), np.inf)
         self.seconds = 5.0  # that the last fit took; a guess before the first, which compiles
-        self._learned = np.zeros(len(features), bool)  # rows that the learner has been given
-        self._like_late = np.zeros(len(features), bool)  # rows whose neighbours came late
+        self._learned = np.zeros(len(x), bool)  # rows that the learner has been given
+        self._like_late = np.zeros(len(x), bool)  # rows whose neighbours came late
         self._telling = np.zeros(0, int)
         self._ratios: list[float] = []  # of audits' errors to their deviations
         self._risks = {late: StragglerRisk(target, needs_evidence=late) for late in (False, True)}
@@ -124,6 +127,11 @@ class RowLearner:
         self._time = TimeShare(WallClock(), _SHARE)
 
     # Learning.
+
+    @functools.cached_property
+    def _features(self) -> Float[np.ndarray, "rows inputs"]:
+        """The learner's inputs, which a run that learns nothing does without."""
+        return standardized_inputs(self._x)
 
     @property
     def busy(self) -> bool:
@@ -356,10 +364,12 @@ class RowLearner:
         late: bool,
     ) -> None:
         """Compare rows that have come with what was predicted of them, where that counts."""
+        if self.mean is None or self.fitted is None:
+            return
         counts = self.known[rows] & np.isfinite(y).all(axis=1)
         if not late:
             counts &= self._audits[rows]
-        if not counts.any() or self.mean is None or self.fitted is None:
+        if not counts.any():
             return
         rows, y = rows[counts], y[counts]
         score, mean, deviation = self.score(rows, late), self.mean[rows], self.deviation[rows]
@@ -384,6 +394,19 @@ class RowLearner:
         Of labels, how many predictions were right of those that were sure enough.
         """
         return sum(self._held[late]), len(self._held[late])
+
+
+def standardized_inputs(x: Shaped[np.ndarray, "rows ..."]) -> Float[np.ndarray, "rows inputs"]:
+    """Return the learner's inputs, in units of their spread, at which float32 is precise enough."""
+    x = x.reshape(len(x), math.prod(x.shape[1:]))
+    features = np.empty(x.shape, np.float32)
+    mean = x.mean(axis=0, dtype=np.float64)
+    step = max(_PART // max(x.shape[1], 1), 1)
+    parts = [slice(place, place + step) for place in range(0, len(x), step)]
+    spread = np.sqrt(sum(np.sum((x[part] - mean) ** 2, axis=0) for part in parts) / len(x))
+    for part in parts:  # rows may take most of the memory, and float64 twice as much
+        features[part] = (x[part] - mean) / np.where(spread > 0, spread, 1)
+    return features
 
 
 def _fit_job(

@@ -76,7 +76,7 @@ class RowCall:
         self.copies = 0  # other calls with the same rows
         self.given_up = False  # its rows have been sent again, or are lost
         self.batch = pool.open(1, copies=1, on_change=on_change, refuse=lambda answer: None)
-        pool.send(self.batch, [0], [x[np.resize(rows, size)]])
+        pool.send(self.batch, [0], [np.take(x, np.resize(rows, size), axis=0)])
 
     def age(self) -> float:
         """Return the seconds since a worker had it first."""

@@ -1,0 +1,136 @@
+"""The rows of a run that wait to be sent, and how many of them go in one call."""
+
+import collections
+from collections.abc import Iterable
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from ._row_settings import RowSettings
+from ._times import AnswerTimes
+
+_CALL = 0.25  # seconds of a call, where rows are so quick that several go together
+_SHORT = 0.02  # seconds of a call below which smaller ones balance workers no better
+_CALLS = 2  # calls that are left for each worker, so that all end at about the same time
+_TIMED = 4  # calls of a size, whose median decides about the next size
+_BYTES = 1 << 24  # of a call's inputs and outputs, from which on larger ones are no quicker
+
+
+class RowQueue:
+    """Rows that wait, in the order in which they are sent.
+
+    Rows of a call that raised come first, in halves, so that those that raise are found in a few
+    calls; then rows that had no answer in time; then all others.
+
+    Args:
+        rows: The rows, in that order.
+        num_workers: The pool's workers.
+        settings: Of the run.
+    """
+
+    def __init__(self, rows: Int[np.ndarray, " rows"], num_workers: int, settings: RowSettings):
+        self.waiting = rows
+        self._again: collections.deque[int] = collections.deque()
+        self._halves: collections.deque[Int[np.ndarray, " few"]] = collections.deque()
+        self._num_workers, self._settings = num_workers, settings
+        self._size, self._least = settings.rows_per_call or 1, 1  # rows of a call
+        self._timed = 0  # calls of that size
+        self._smaller = (0, 0.0)  # the size before, and its seconds
+        self._sent = 0  # rows that waited, and were sent
+
+    def __len__(self) -> int:
+        """Return the number of rows that wait."""
+        return len(self.waiting) + len(self._again) + sum(map(len, self._halves))
+
+    @property
+    def spent(self) -> bool:
+        """Return whether as many rows were sent as may be."""
+        most = self._settings.max_calls
+        return most is not None and self._sent >= most
+
+    @property
+    def empty(self) -> bool:
+        """Return whether nothing may be sent."""
+        return not len(self) or (self.spent and not self._again and not self._halves)
+
+    def to_send_again(self) -> Int[np.ndarray, " few"]:
+        """Return the rows that are to be sent again."""
+        return np.concatenate([np.asarray(self._again, int), *self._halves])
+
+    def halve(self, rows: Int[np.ndarray, " few"]) -> None:
+        """Send the rows of a call that raised again, in two calls."""
+        self._halves.extendleft(np.array_split(rows, 2))
+
+    def send_again(self, rows: Iterable[int]) -> None:
+        """Send rows again that had no answer in time."""
+        self._again.extend(rows)
+
+    def take(self, done: Bool[np.ndarray, " rows"]) -> Int[np.ndarray, " few"]:
+        """Take the rows of the next call, without those that are done; none if none is left."""
+        while not self.empty:
+            if self._halves:
+                rows = self._halves.popleft()
+            elif self._again:
+                count = min(self.call_size, len(self._again))
+                rows = np.array([self._again.popleft() for _ in range(count)])
+            else:
+                rows = self._take_waiting()
+            rows = rows[~done[rows]]
+            if len(rows):
+                return rows
+        return np.zeros(0, int)
+
+    def _take_waiting(self) -> Int[np.ndarray, " few"]:
+        size, most = self.call_size, self._settings.max_calls
+        if most is not None:
+            size = min(size, most - self._sent)
+        rows, self.waiting = self.waiting[:size], self.waiting[size:]
+        self._sent += len(rows)
+        return rows
+
+    @property
+    def call_size(self) -> int:
+        """The rows of the next call."""
+        if self._settings.rows_per_call is not None:
+            return self._settings.rows_per_call
+        return min(self._size, max(self._share, self._least))
+
+    @property
+    def _share(self) -> int:
+        """The rows of a call that leave each worker several calls: a power of two."""
+        return _power_of_two(len(self.waiting) / (_CALLS * self._num_workers))
+
+    @property
+    def timed(self) -> bool:
+        """Return whether enough calls of the size that they have now were timed."""
+        return self._settings.rows_per_call is not None or self._timed >= _TIMED
+
+    def observe(self, size: int, times: AnswerTimes, row_bytes: int) -> None:
+        """Fit the size of calls to the time that they take, transport and all.
+
+        Args:
+            size: The rows of a call that was answered.
+            times: The pool's service times.
+            row_bytes: Bytes of a row's inputs and outputs.
+        """
+        usual = times.median_of_latest(size)
+        if self._settings.rows_per_call is not None or not np.isfinite(usual):
+            return
+        self._least = _power_of_two(size * _SHORT / usual)
+        self._timed += size == self._size
+        if size != self._size or not self.timed:
+            return
+        # All time counts as the rows' at first; then what more rows have taken more, at least some.
+        before, seconds = self._smaller
+        row_seconds = max(usual - seconds, usual / 8) / (size - before)
+        longest = size + (_CALL - usual) / row_seconds
+        most = _power_of_two(min(longest, _BYTES / row_bytes, float(self._share)))
+        if most > size:
+            self._smaller, self._size, self._timed = (size, usual), most, 0
+        elif usual > 2 * _CALL and size > 1:
+            self._smaller, self._size, self._timed = (0, 0.0), size // 2, 0
+
+
+def _power_of_two(number: float) -> int:
+    """Return the largest power of two that is not larger, from 1 on."""
+    return 1 << max(int(number), 1).bit_length() - 1
