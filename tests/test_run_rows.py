@@ -14,15 +14,19 @@ import jax
 import numpy as np
 import pytest
 from conftest import require
+from schedulers import ScriptedBackend, make_scheduler, soon
 from typer.testing import CliRunner
 
 from nercc_jax import DevicePool
 from nercc_jax.cli._app import app
 from nercc_jax.cli._run_rows import _write_rows
 from nercc_jax.cli._workload import read_inputs
-from nercc_jax.pools import Faults, RowFunction, RowResult, run_rows
+from nercc_jax.pools import AbstractPool, Faults, RowFunction, RowResult, run_rows
+from nercc_jax.pools._backend import WorkerDied
 from nercc_jax.pools._row_files import RowTable, row_code
+from nercc_jax.pools._row_grace import bars_that_held
 from nercc_jax.pools._row_learner import _left_out
+from nercc_jax.pools._rows import RowCall
 from nercc_jax.schemes import Scheme, fit_scheme
 from nercc_jax.schemes._fit_scheme import FittedScheme
 from nercc_jax.surrogates import LearnerTuning, init_learner
@@ -247,6 +251,8 @@ def test_inputs_that_do_not_fit_are_reported_by_their_option(tmp_path, name, con
         ("--model a:b --inputs x.npy --tolerance 1 --num-data 2", "go with --tolerance"),
         ("--model a:b --inputs x.npy --tolerance 1 --wait-for 2", "go with --tolerance"),
         ("--model a:b --inputs x.npy --tolerance 1 --job-deadline-s 0", "--job-deadline-s is a"),
+        ("--model a:b --inputs x.npy --tolerance 1 --grace-s -1", "--grace-s is a number"),
+        ("--grace-s 3", "--grace-s does not go with a coded run"),
         ("--model a:b --inputs x.npy --tolerance 1 --max-calls 0", "--max-calls must be positive"),
         ("--max-calls 3", "--max-calls does not go with a coded run"),
         (
@@ -410,6 +416,7 @@ def test_rows_that_are_no_finite_numbers_are_refused(untyped):
         ({"tolerance": -1.0}, "tolerance must be 0 or positive"),
         ({"tolerance": 1.0, "compute": "some"}, "compute is 'needed' or 'all', not 'some'"),
         ({"tolerance": 1.0, "job_deadline": -1.0}, "job_deadline is a positive number"),
+        ({"tolerance": 1.0, "grace": -1.0}, "grace is a number of seconds from 0 on"),
         ({"tolerance": 1.0, "max_calls": 0}, "max_calls must be positive"),
         ({"tolerance": 1.0, "rows_per_call": 0}, "rows_per_call must be positive"),
         ({"tolerance": 1.0, "deadline": 0.0}, "a deadline is a positive number"),
@@ -513,6 +520,74 @@ def test_at_the_jobs_deadline_every_row_has_a_value_a_bar_or_a_reason(quick_fit)
     assert np.isfinite(result.score[unknown]).mean() > 0.9
     error = np.sqrt(np.mean((result.values - smooth(ROWS)) ** 2, axis=1))
     assert np.mean(error[unknown] <= result.score[unknown]) > 0.7
+
+
+@pytest.mark.slow
+def test_answers_within_the_time_of_grace_judge_bars_and_change_no_value(quick_fit):
+    class Held(Paced):
+        """Its slow rows are answered once the run is over."""
+
+        def __call__(self, batch):
+            y = super().__call__(batch)
+            if (batch[:, 0] > 0.8).any():
+                over.wait(60.0)
+            return y
+
+    over, options = threading.Event(), {"tolerance": 0.5, "job_deadline": 12.0}
+    with DevicePool(RowFunction(Held(0.05)), 80, compiled=False) as pool:
+        threading.Timer(12.5, over.set).start()
+        options |= {"rows_per_call": 1, "grace": 30.0, "compute": "all"}
+        result = run_rows(smooth, ROWS, pool, **options)
+    late = ROWS[:, 0] > 0.8
+    assert set(result.status[late].tolist()) <= {"predicted", "unknown"}
+    barred = late & np.isfinite(result.score)
+    assert np.isfinite(result.values[barred]).all()
+    assert (result.values[barred] != smooth(ROWS[barred])).all(), "predictions are kept"
+    error = np.sqrt(np.mean((result.values - smooth(ROWS)) ** 2, axis=1))
+    assert result.summary["came_late"] == barred.sum() > 0
+    held = np.sum(error[barred] <= result.score[barred])
+    assert result.summary["came_late_held"] == held
+
+
+def test_bars_are_judged_by_answers_that_came_after_the_end():
+    """Two hold, one does not; a row without a bar, and one that was computed, do not count."""
+    score = np.array([1.0, 0.5, 0.1, np.inf, 0.0])
+    status = np.array(["predicted", "unknown", "predicted", "unknown", "computed"])
+    values = np.zeros((5, 2))
+    with DevicePool(np.negative, 1, compiled=False) as pool:
+        report = pool.report()
+    result = RowResult(values, status, score, score, {}, {}, report, None, None)
+    answers = {row: np.array([0.4, -0.4]) for row in range(5)}
+    assert bars_that_held(result, answers, labels=False) == (2, 3)
+    answers = {row: np.array([0.4, -0.4]) for row in (0, 4)} | {2: np.array([0.1, 0.2])}
+    assert bars_that_held(result, answers, labels=True) == (1, 2)
+    assert bars_that_held(result, {}, labels=False) == (0, 0)
+    assert bars_that_held(result, {1: np.array([np.nan, 0.0])}, labels=False) == (0, 0)
+
+
+class PoolOnPaper(AbstractPool):
+    def __init__(self, backend):
+        self._scheduler = make_scheduler(backend, 1)
+
+
+def test_a_row_is_not_late_because_its_worker_died():
+    """It may wait for another worker for long, which says nothing about the row."""
+    backend = ScriptedBackend()
+    with PoolOnPaper(backend) as pool:
+        call = RowCall(pool, np.array([0]), np.ones((1, 1)), 1, False, lambda batch: None)
+        soon(lambda: 0 in backend.sent)
+        assert call.age() < 10
+        time.sleep(0.2)
+        assert call.age() > 0.1
+        backend.refuse = {0}
+        backend.answer(0, WorkerDied("its node was taken"))
+        assert (call.age(), call.running) == (0, False)
+        backend.refuse = ()
+        soon(lambda: 0 in backend.sent)
+        assert call.running
+        assert call.age() < 0.1
+        backend.answer(0)
+        assert call.over
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ from ._row_files import (
     load_fitted,
     save_fitted,
 )
+from ._row_grace import bars_that_held, late_answers
 from ._row_learner import NEWS, RowLearner
 from ._row_settings import (
     ATTEMPTS,
@@ -60,6 +61,7 @@ def run_rows(
     rows_per_call: int | None = None,
     deadline: float = 30.0,
     job_deadline: float | None = None,
+    grace: float = 0.0,
     max_calls: int | None = None,
     seed: int = 0,
     folder: Path | str | None = None,
@@ -90,6 +92,8 @@ def run_rows(
         rows_per_call: Rows in one call (default: as many as take a quarter of a second).
         deadline: Seconds that a call may take before its rows are sent again.
         job_deadline: Seconds after which the run ends, with what is known by then (default: none).
+        grace: Seconds for which a run that has ended waits for answers that workers still owe. They
+            change no value, and judge the error bars of late rows in the summary.
         max_calls: Rows to compute at most, those chosen that tell most (default: no limit).
         seed: Of the order of the rows, which is random, so that the first ones are typical.
         folder: Where results are written as they come (default: nowhere).
@@ -127,6 +131,7 @@ def run_rows(
         rows_per_call=rows_per_call,
         deadline=deadline,
         job_deadline=job_deadline,
+        grace=grace,
         max_calls=max_calls,
         seed=seed,
     )
@@ -195,7 +200,25 @@ class _RowRun:
         self, kept: dict[str, Any], on_progress: Callable[[RowProgress], Any] | None
     ) -> RowResult:
         """Run until no row waits, or something ends the run, and return the result."""
-        stopped, show = None, on_progress or (lambda progress: None)
+        try:
+            stopped = self._compute(on_progress or (lambda progress: None))
+            result = self._result(kept, stopped)
+            if stopped is None and self._settings.grace > 0:
+                self._judge_bars(result)
+            return result
+        except RuntimeError:
+            if self._parts is not None and not self._table.done.any():
+                self._parts.remove()
+                self._parts = None
+            raise
+        finally:
+            for batch in self._calls:
+                batch.forget()
+            if self._parts is not None:
+                self._parts.flush(complete=bool(self._table.done.all()))
+
+    def _compute(self, show: Callable[[RowProgress], Any]) -> str | None:
+        """Compute rows, and predict the others; return why this ended early, if it did."""
         try:
             show(self._progress())
             for computed in (True, False):
@@ -207,21 +230,22 @@ class _RowRun:
                 if (stopped := reason_to_stop(self._pool)) is not None:
                     break
             else:
+                stopped = None
                 self._predict()
             show(self._progress())
         except KeyboardInterrupt:
-            stopped = "interrupted"
-        except RuntimeError:
-            if self._parts is not None and not self._table.done.any():
-                self._parts.remove()
-                self._parts = None
-            raise
-        finally:
-            for batch in self._calls:
-                batch.forget()
-            if self._parts is not None:
-                self._parts.flush(complete=bool(self._table.done.all()))
-        return self._result(kept, stopped)
+            return "interrupted"
+        return stopped
+
+    def _judge_bars(self, result: RowResult) -> None:
+        """Judge the bars of a result by the answers that come within the time of grace."""
+        try:
+            answers = late_answers(self._calls.values(), self._settings.grace)
+        except KeyboardInterrupt:
+            return
+        held, number = bars_that_held(result, answers, self._settings.max_disagreement is not None)
+        result.summary["came_late"] += number
+        result.summary["came_late_held"] += held
 
     def _turns(self) -> Iterator[None]:
         """Yield now and then, until no row is to be waited for or the job's time is over.

@@ -1,0 +1,170 @@
+"""How many rows a tolerance needs: in the order of `run_rows`, in random order, and by a plain GP.
+
+    python bench/row_curves.py [--draws 3] [--only NAME ...] [--tolerances 0.1] [--output FILE]
+
+3,000 rows of each function. Time is nothing here: a row waits while the learner is at work, which
+knows all that has come, as if the function took hours. Tolerances are shares of the outputs'
+spread. Rows are computed until all others are known within the tolerance, by 90 % bars:
+
+- chosen: in the order of `run_rows`;
+- random: by the same learner, the rows that it does not know in random order.
+
+The GP is scikit-learn's, of as many random rows as *chosen* computed: one kernel for all outputs,
+which are standardised, with a width for each input and noise. Squared exponential or Matern 5/2,
+and all numbers, are those of the largest marginal likelihood of 500 of its rows, from three starts.
+Its bar is 1.645 times the root mean square of the outputs' posterior deviations: 90 % of the errors
+if a row's outputs are off together. Writes results/row_curves.json, which docs/run.md shows.
+"""
+
+import argparse
+import contextlib
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax.numpy as jnp
+import numpy as np
+from _functions_cases import load
+from _report import environment, write_json
+from _settings import PACKAGES
+from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.gaussian_process.kernels import RBF, ConstantKernel, Matern, WhiteKernel
+
+from nercc_jax.compilation import enable_compilation_cache
+from nercc_jax.pools import DevicePool, run_rows
+from nercc_jax.pools._row_learner import LEARNER_THREAD, RowLearner
+
+RESULTS = Path(__file__).parent / "results" / "row_curves.json"
+FUNCTIONS = ("Lotka-Volterra", "epidemic", "Fisher", "elliptic")
+ROWS, WORKERS, SECONDS, COVERAGE, TUNED = 3000, 4, 0.02, 0.9, 500
+
+
+class Unhurried:
+    """A table of a function's values; a row waits while the learner is at work."""
+
+    def __init__(self, x: np.ndarray, y: np.ndarray):
+        self.values = {row.tobytes(): value for row, value in zip(x, y, strict=True)}
+
+    def __call__(self, batch: np.ndarray) -> np.ndarray:
+        time.sleep(SECONDS * len(batch))
+        while any(each.name == LEARNER_THREAD for each in threading.enumerate()):
+            time.sleep(0.002)
+        return np.stack([self.values[row.tobytes()] for row in batch])
+
+
+@contextlib.contextmanager
+def order(which: str, seed: int) -> Iterator[None]:
+    """Let rows go in the learner's order, or at random; and let it learn as often as it likes."""
+    random = np.random.default_rng(seed)
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(mock.patch("nercc_jax.pools._row_learner._SHARE", 1.0))
+        if which == "random":
+            shuffled = mock.patch.object(
+                RowLearner, "order", lambda _, rows: random.permutation(rows)
+            )
+            patches.enter_context(shuffled)
+        yield
+
+
+def row_errors(mean: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.mean((mean - y) ** 2, axis=1))
+
+
+def ours(x: np.ndarray, y: np.ndarray, tolerance: float, which: str, seed: int) -> dict[str, Any]:
+    """Return what a run computed, and how good its predictions are."""
+    with order(which, seed):
+        result = run_rows(
+            Unhurried(x, y),
+            x,
+            DevicePool,
+            num_workers=WORKERS,
+            rows_per_call=1,
+            tolerance=tolerance,
+            coverage=COVERAGE,
+            seed=seed,
+        )
+    computed, predicted = result.status == "computed", result.status == "predicted"
+    assert result.values is not None
+    assert (computed | predicted).all()
+    np.testing.assert_array_equal(result.values[computed], y[computed])
+    error = row_errors(result.values, y)[predicted]
+    return {
+        "computed": int(computed.sum()),
+        "predicted": int(predicted.sum()),
+        "held": int(np.sum(error <= result.score[predicted])),
+        "within": int(np.sum(error <= tolerance)),
+        "rmse": float(np.sqrt(np.mean(error**2))) if len(error) else None,
+        "audits": [result.summary["audited_held"], result.summary["audited"]],
+    }
+
+
+def plain_gp(
+    x: np.ndarray, y: np.ndarray, number: int, tolerance: float, seed: int
+) -> dict[str, Any]:
+    """Return how good a plain GP of so many random rows is on all others."""
+    x = (x - x.mean(axis=0)) / x.std(axis=0)
+    rows = np.random.default_rng((seed, 1)).permutation(len(x))
+    known, others = rows[:number], rows[number:]
+    tuned = []
+    for shape in (RBF(np.ones(x.shape[1])), Matern(np.ones(x.shape[1]), nu=2.5)):
+        kernel = ConstantKernel(1.0, (1e-3, 1e4)) * shape + WhiteKernel(1e-5, (1e-9, 1e-1))
+        model = GaussianProcessRegressor(
+            kernel, normalize_y=True, n_restarts_optimizer=2, random_state=seed
+        )
+        tuned.append(model.fit(x[known[:TUNED]], y[known[:TUNED]]))
+    best = max(tuned, key=lambda model: model.log_marginal_likelihood_value_)
+    fixed = GaussianProcessRegressor(best.kernel_, optimizer=None, normalize_y=True)
+    mean, deviation = fixed.fit(x[known], y[known]).predict(x[others], return_std=True)
+    error, bar = row_errors(mean, y[others]), 1.645 * np.sqrt(np.mean(deviation**2, axis=1))
+    sure = bar <= tolerance
+    return {
+        "kernel": str(best.kernel_),
+        "others": len(others),
+        "held": int(np.sum(error <= bar)),
+        "within": int(np.sum(error <= tolerance)),
+        "sure": int(sure.sum()),
+        "sure_held": int(np.sum(error[sure] <= bar[sure])),
+        "rmse": float(np.sqrt(np.mean(error**2))),
+    }
+
+
+def measure(name: str, share: float, seed: int) -> dict[str, Any]:
+    """Return both orders' runs and the GP on one draw of the inputs."""
+    case = load(name, Path())
+    x = case.inputs(True, seed, ROWS)
+    y = np.asarray(case.function(jnp.asarray(x)), np.float64).reshape(ROWS, -1)
+    spread = float(np.sqrt(np.mean(np.var(y, axis=0))))
+    runs = {which: ours(x, y, share * spread, which, seed) for which in ("chosen", "random")}
+    number = runs["chosen"]["computed"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of kernels at the edge of their bounds
+        gp = plain_gp(x, y, number, share * spread, seed) if number < ROWS - 20 else None
+    about = {"function": name, "share": share, "seed": seed, "spread": spread}
+    return about | runs | {"gp": gp}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--only", nargs="+", default=FUNCTIONS, choices=FUNCTIONS)
+    parser.add_argument("--tolerances", type=float, nargs="+", default=[0.1, 0.03, 0.3])
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    enable_compilation_cache()  # as the `nercc` command does
+    found = []
+    for share in options.tolerances:
+        for seed in range(options.draws):
+            for name in options.only:
+                found.append(measure(name, share, seed))
+                print(found[-1], flush=True)
+                about = {"rows": ROWS, "coverage": COVERAGE}
+                facts = {"environment": environment(PACKAGES), **about, "cells": found}
+                write_json(options.output, facts)
+
+
+if __name__ == "__main__":
+    main()
