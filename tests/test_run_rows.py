@@ -23,9 +23,11 @@ from nercc_jax.cli._run_rows import _write_rows
 from nercc_jax.cli._workload import read_inputs
 from nercc_jax.pools import AbstractPool, Faults, RowFunction, RowResult, run_rows
 from nercc_jax.pools._backend import WorkerDied
+from nercc_jax.pools._row_engine import _RowRun
 from nercc_jax.pools._row_files import RowTable, row_code
 from nercc_jax.pools._row_grace import bars_that_held
 from nercc_jax.pools._row_learner import _left_out
+from nercc_jax.pools._row_settings import RowSettings
 from nercc_jax.pools._rows import RowCall
 from nercc_jax.schemes import Scheme, fit_scheme
 from nercc_jax.schemes._fit_scheme import FittedScheme
@@ -566,8 +568,18 @@ def test_bars_are_judged_by_answers_that_came_after_the_end():
 
 
 class PoolOnPaper(AbstractPool):
-    def __init__(self, backend):
-        self._scheduler = make_scheduler(backend, 1)
+    def __init__(self, backend, num_workers=1):
+        self._scheduler = make_scheduler(backend, num_workers, min_workers=1)
+
+
+def test_dead_workers_are_handed_no_rows_that_the_learner_could_still_choose():
+    backend = ScriptedBackend()
+    backend.refuse = {1, 2, 3}
+    with PoolOnPaper(backend, 4) as pool:
+        settings = RowSettings(tolerance=0.0, rows_per_call=1)
+        run = _RowRun(pool, np.ones((50, 1)), settings, RowTable(50), None)
+        run._send()
+        assert len(run._calls) == 2
 
 
 def test_a_row_is_not_late_because_its_worker_died():

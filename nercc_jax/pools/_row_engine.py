@@ -41,7 +41,7 @@ from ._rows import RowCall, RowFunction
 
 _LAST_SECONDS = 10.0  # a run stops itself so long before something else ends its process
 _CALL = 0.25  # seconds of a call, where rows are so quick that several go together
-_AHEAD = 2  # calls for each worker that are with the pool, so that none waits for the next
+_AHEAD = 2  # calls for each live worker that are with the pool, so that none waits for the next
 _COPIES = 2  # further calls with the rows of a late one, at most
 _AUDITED = 20  # of so many rows one is computed whatever is known of it
 _TICK = 0.05  # seconds between two looks at what is late
@@ -183,6 +183,7 @@ class _RowRun:
         self._again: collections.deque[int] = collections.deque()  # without an answer in time
         self._alone: collections.deque[int] = collections.deque()  # of calls that raised
         self._calls: dict[Batch, RowCall] = {}
+        self._workers = self._count_workers()  # that were alive at the last look
         self._news: queue.SimpleQueue[Batch] = queue.SimpleQueue()
         self._held = np.zeros(len(x), int)  # calls that have a row, and are not given up
         self._tries = np.zeros(len(x), int)  # calls that had it, and gave no answer in time
@@ -261,6 +262,7 @@ class _RowRun:
             self._send()
             now = time.monotonic()
             if now >= look_at:
+                self._workers = self._count_workers()
                 self._look_at_late_calls()
                 self._learn()
                 if self._finished() or now >= self._ends_at:
@@ -279,7 +281,7 @@ class _RowRun:
 
     def _send(self) -> None:
         """Keep all workers busy."""
-        room = _AHEAD * self._pool.num_workers - sum(
+        room = _AHEAD * max(self._workers, 1) - sum(
             not call.given_up for call in self._calls.values()
         )
         while room > 0 and len(rows := self._next()):
@@ -558,10 +560,13 @@ class _RowRun:
             predicted=done - exact + int(known.sum()),
             unknown=len(self._unknown),
             late=late,
-            workers=self._pool.num_workers - self._pool.report().starting,
+            workers=self._count_workers(),
             seconds=seconds,
             rows_per_second=self._computed / max(seconds, 1e-9),
         )
+
+    def _count_workers(self) -> int:
+        return self._pool.num_workers - self._pool.report().starting
 
     def _result(self, kept: dict[str, Any], stopped: str | None) -> RowResult:
         table, report = self._table, self._pool.report()
