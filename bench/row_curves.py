@@ -35,7 +35,7 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, ConstantKernel, Matern, WhiteKernel
 
 from nercc_jax.compilation import enable_compilation_cache
-from nercc_jax.pools import DevicePool, run_rows
+from nercc_jax.pools import DevicePool, Overdue, RowFunction, run_rows
 from nercc_jax.pools._row_learner import LEARNER_THREAD, RowLearner
 
 RESULTS = Path(__file__).parent / "results" / "row_curves.json"
@@ -76,13 +76,18 @@ def row_errors(mean: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def ours(x: np.ndarray, y: np.ndarray, tolerance: float, which: str, seed: int) -> dict[str, Any]:
     """Return what a run computed, and how good its predictions are."""
-    with order(which, seed):
+    function = Unhurried(x, y)
+    never = {"overdue": Overdue(factor=1e6), "hang_timeout": 1e6}  # a row that waits is not late
+    with (
+        order(which, seed),
+        DevicePool(RowFunction(function), WORKERS, compiled=False, **never) as pool,
+    ):
         result = run_rows(
-            Unhurried(x, y),
+            function,
             x,
-            DevicePool,
-            num_workers=WORKERS,
+            pool,
             rows_per_call=1,
+            deadline=1e6,
             tolerance=tolerance,
             coverage=COVERAGE,
             seed=seed,

@@ -281,9 +281,8 @@ class _RowRun:
 
     def _send(self) -> None:
         """Keep all workers busy."""
-        room = _AHEAD * max(self._workers, 1) - sum(
-            not call.given_up for call in self._calls.values()
-        )
+        out = sum(not call.given_up for call in self._calls.values())
+        room = max(_AHEAD * self._workers - out, self._pool.idle)  # newcomers are idle
         while room > 0 and len(rows := self._next()):
             self._held[rows] += 1
             self._open(rows, copy=False)
