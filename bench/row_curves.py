@@ -1,6 +1,6 @@
 """How many rows a tolerance needs: in the order of `run_rows`, in random order, and by a plain GP.
 
-    python bench/row_curves.py [--draws 3] [--only NAME ...] [--tolerances 0.1] [--output FILE]
+    python bench/row_curves.py [--tolerances 0.1 0.3 0.03] [--draws 3 1 1] [--only NAME ...]
 
 3,000 rows of each function. Time is nothing here: a row waits while the learner is at work, which
 knows all that has come, as if the function took hours. Tolerances are shares of the outputs'
@@ -154,15 +154,15 @@ def measure(name: str, share: float, seed: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--only", nargs="+", default=FUNCTIONS, choices=FUNCTIONS)
-    parser.add_argument("--tolerances", type=float, nargs="+", default=[0.1, 0.03, 0.3])
+    parser.add_argument("--tolerances", type=float, nargs="+", default=[0.1, 0.3, 0.03])
+    parser.add_argument("--draws", type=int, nargs="+", default=[3, 1, 1], help="of each tolerance")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     enable_compilation_cache()  # as the `nercc` command does
     found = []
-    for share in options.tolerances:
-        for seed in range(options.draws):
+    for share, draws in zip(options.tolerances, options.draws, strict=True):
+        for seed in range(draws):
             for name in options.only:
                 found.append(measure(name, share, seed))
                 print(found[-1], flush=True)

@@ -11,6 +11,7 @@ import time
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import require
@@ -26,9 +27,11 @@ from nercc_jax.pools._backend import WorkerDied
 from nercc_jax.pools._row_engine import _RowRun
 from nercc_jax.pools._row_files import RowTable, row_code
 from nercc_jax.pools._row_grace import bars_that_held
-from nercc_jax.pools._row_learner import _left_out
+from nercc_jax.pools._row_learner import LeftOut, RowEstimates, RowLearner, _left_out
 from nercc_jax.pools._row_settings import RowSettings
 from nercc_jax.pools._rows import RowCall
+from nercc_jax.risk import ErrorBars
+from nercc_jax.risk._target import AccuracyTarget
 from nercc_jax.schemes import Scheme, fit_scheme
 from nercc_jax.schemes._fit_scheme import FittedScheme
 from nercc_jax.surrogates import LearnerTuning, init_learner
@@ -470,6 +473,32 @@ def test_a_learner_is_compared_with_late_rows_each_without_itself():
         assert deviation == pytest.approx(float(sure[0]), rel=0.2)
     assert np.abs(found.mean - found.y).max() > 1e-3, "a row's own value would be known"
     assert _left_out(fitted, late[:0]) is None
+
+
+def estimates(mean, deviation, audited):
+    """What a learner of two hundred rows makes of them; by its calibration, bars are deviations."""
+    bars = ErrorBars(coverages=jnp.ones(1), factors=jnp.full(1, np.inf))
+    fitted = FittedScheme(Scheme(row_code(), bars=bars), 200, np.zeros(0))
+    rows, nothing = np.arange(len(mean)), np.zeros(len(mean), bool)
+    return RowEstimates(rows, mean, deviation, nothing, rows[:0], fitted, None, audited)
+
+
+def test_bars_are_those_of_the_latest_learner_on_all_audits():
+    """The errors of the learner before it, a hundred times as large, do not count any more."""
+    target, audits = AccuracyTarget(1.0, None, 0.9), np.arange(200) < 60
+    learner = RowLearner(target, np.zeros((200, 1), np.float32), audits)
+    mean, random = np.zeros((200, 1), np.float32), np.random.default_rng(0)
+    learner._made.append(estimates(mean, np.full(200, 0.1), None))
+    assert learner.look()
+    learner.compare(np.arange(60), random.uniform(-20, 20, (60, 1)), late=False)
+    rest = np.arange(60, 200)
+    assert (learner.score(rest) > 1.0).all()
+    error = random.uniform(0, 0.2, (40, 1))
+    left_out = LeftOut(np.zeros((40, 1), np.float32), np.full(40, 0.05), error)
+    learner._made.append(estimates(mean, np.full(200, 0.1), left_out))
+    assert learner.look()
+    expected = np.sort(error[:, 0])[int(np.ceil(41 * 0.9)) - 1] / 0.05 * 0.1
+    np.testing.assert_allclose(learner.score(rest), expected, rtol=1e-6)
 
 
 def smooth(rows):

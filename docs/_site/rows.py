@@ -47,12 +47,9 @@ def curves() -> Iterator[dict[str, str]]:
 
 def spot() -> Iterator[dict[str, str]]:
     """Yield the rows within the tolerance at the deadline, of all ways, under a spot trace."""
-    for workers, deadline, function, cells in _grouped(
-        load("spot")["cells"], "workers", "deadline", "function"
-    ):
+    for workers, function, cells in _grouped(load("spot")["cells"], "workers", "function"):
         yield {
             "workers": str(workers),
-            "deadline": f"{deadline:g} ticks",
             "function": function,
             "run_rows": _range([cell["within"] for cell in cells], _count),
             "executor": _range([cell["executor"] for cell in cells], _count),
