@@ -23,7 +23,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import jax.numpy as jnp
@@ -77,10 +77,13 @@ def row_errors(mean: np.ndarray, y: np.ndarray) -> np.ndarray:
 def ours(x: np.ndarray, y: np.ndarray, tolerance: float, which: str, seed: int) -> dict[str, Any]:
     """Return what a run computed, and how good its predictions are."""
     function = Unhurried(x, y)
-    never = {"overdue": Overdue(factor=1e6), "hang_timeout": 1e6}  # a row that waits is not late
+    never: dict[str, Any] = {
+        "overdue": Overdue(factor=1e6),
+        "hang_timeout": 1e6,
+    }  # a row that waits is not late
     with (
         order(which, seed),
-        DevicePool(RowFunction(function), WORKERS, compiled=False, **never) as pool,
+        DevicePool(cast(Any, RowFunction(function)), WORKERS, compiled=False, **never) as pool,
     ):
         result = run_rows(
             function,
@@ -115,14 +118,16 @@ def plain_gp(
     rows = np.random.default_rng((seed, 1)).permutation(len(x))
     known, others = rows[:number], rows[number:]
     tuned = []
-    for shape in (RBF(np.ones(x.shape[1])), Matern(np.ones(x.shape[1]), nu=2.5)):
+    widths: Any = np.ones(x.shape[1])
+    for shape in (RBF(widths), Matern(widths, nu=2.5)):
         kernel = ConstantKernel(1.0, (1e-3, 1e4)) * shape + WhiteKernel(1e-5, (1e-9, 1e-1))
         model = GaussianProcessRegressor(
             kernel, normalize_y=True, n_restarts_optimizer=2, random_state=seed
         )
         tuned.append(model.fit(x[known[:TUNED]], y[known[:TUNED]]))
     best = max(tuned, key=lambda model: model.log_marginal_likelihood_value_)
-    fixed = GaussianProcessRegressor(best.kernel_, optimizer=None, normalize_y=True)
+    fixed: Any = GaussianProcessRegressor(best.kernel_, normalize_y=True)
+    fixed.optimizer = None
     mean, deviation = fixed.fit(x[known], y[known]).predict(x[others], return_std=True)
     error, bar = row_errors(mean, y[others]), 1.645 * np.sqrt(np.mean(deviation**2, axis=1))
     sure = bar <= tolerance
