@@ -11,9 +11,9 @@ spread. Rows are computed until all others are known within the tolerance, by 90
 
 The GP is scikit-learn's, of as many random rows as *chosen* computed: one kernel for all outputs,
 which are standardised, with a width for each input and noise. Squared exponential or Matern 5/2,
-and all numbers, are those of the largest marginal likelihood of 500 of its rows, from three starts.
+and all numbers, are those of the largest marginal likelihood of 500 of its rows, from two starts.
 Its bar is 1.645 times the root mean square of the outputs' posterior deviations: 90 % of the errors
-if a row's outputs are off together. Writes results/row_curves.json, which docs/run.md shows.
+if a row's outputs are off together. Writes results/row_curves.json, which docs/functions.md shows.
 """
 
 import argparse
@@ -122,7 +122,7 @@ def plain_gp(
     for shape in (RBF(widths), Matern(widths, nu=2.5)):
         kernel = ConstantKernel(1.0, (1e-3, 1e4)) * shape + WhiteKernel(1e-5, (1e-9, 1e-1))
         model = GaussianProcessRegressor(
-            kernel, normalize_y=True, n_restarts_optimizer=2, random_state=seed
+            kernel, normalize_y=True, n_restarts_optimizer=1, random_state=seed
         )
         tuned.append(model.fit(x[known[:TUNED]], y[known[:TUNED]]))
     best = max(tuned, key=lambda model: model.log_marginal_likelihood_value_)

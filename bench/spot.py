@@ -16,7 +16,7 @@ many are lost in the first 12 ticks. Compared are
 - blocks: the same with 15 rows a task (200 blocks of 3,000 rows, Ray Data's default); one that lost
   its worker begins again.
 
-Writes results/spot.json, which docs/run.md shows.
+Writes results/spot.json, which docs/functions.md shows.
 """
 
 import argparse
