@@ -1,6 +1,6 @@
 """How many rows a tolerance needs: in the order of `run_rows`, in random order, and by a plain GP.
 
-    python bench/row_curves.py [--tolerances 0.1 0.3 0.03] [--draws 3 1 1] [--only NAME ...]
+    python bench/row_curves.py [--tolerances 0.1 0.3 0.03] [--draws 3 1 1] [--resume]
 
 3,000 rows of each function. Time is nothing here: a row waits while the learner is at work, which
 knows all that has come, as if the function took hours. Tolerances are shares of the outputs'
@@ -18,6 +18,7 @@ if a row's outputs are off together. Writes results/row_curves.json, which docs/
 
 import argparse
 import contextlib
+import json
 import threading
 import time
 import warnings
@@ -142,8 +143,8 @@ def plain_gp(
     }
 
 
-def measure(name: str, share: float, seed: int) -> dict[str, Any]:
-    """Return both orders' runs and the GP on one draw of the inputs."""
+def measure(name: str, share: float, seed: int, with_gp: bool) -> dict[str, Any]:
+    """Return both orders' runs and the GP, if it is wanted, on one draw of the inputs."""
     case = load(name, Path())
     x = case.inputs(True, seed, ROWS)
     y = np.asarray(case.function(jnp.asarray(x)), np.float64).reshape(ROWS, -1)
@@ -152,7 +153,9 @@ def measure(name: str, share: float, seed: int) -> dict[str, Any]:
     number = runs["chosen"]["computed"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of kernels at the edge of their bounds
-        gp = plain_gp(x, y, number, share * spread, seed) if number < ROWS - 20 else None
+        gp = (
+            plain_gp(x, y, number, share * spread, seed) if with_gp and number < ROWS - 20 else None
+        )
     about = {"function": name, "share": share, "seed": seed, "spread": spread}
     return about | runs | {"gp": gp}
 
@@ -162,14 +165,19 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=FUNCTIONS, choices=FUNCTIONS)
     parser.add_argument("--tolerances", type=float, nargs="+", default=[0.1, 0.3, 0.03])
     parser.add_argument("--draws", type=int, nargs="+", default=[3, 1, 1], help="of each tolerance")
+    parser.add_argument("--gp-draws", type=int, default=3, help="draws for which a GP is fitted")
+    parser.add_argument("--resume", action="store_true", help="keep the cells that are there")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     enable_compilation_cache()  # as the `nercc` command does
-    found = []
+    found = json.loads(options.output.read_text())["cells"] if options.resume else []
+    known = {(cell["function"], cell["share"], cell["seed"]) for cell in found}
     for share, draws in zip(options.tolerances, options.draws, strict=True):
         for seed in range(draws):
             for name in options.only:
-                found.append(measure(name, share, seed))
+                if (name, share, seed) in known:
+                    continue
+                found.append(measure(name, share, seed, seed < options.gp_draws))
                 print(found[-1], flush=True)
                 about = {"rows": ROWS, "coverage": COVERAGE}
                 facts = {"environment": environment(PACKAGES), **about, "cells": found}
