@@ -11,21 +11,35 @@ import time
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import require
+from schedulers import ScriptedBackend, make_scheduler, soon
 from typer.testing import CliRunner
 
 from nercc_jax import DevicePool
 from nercc_jax.cli._app import app
 from nercc_jax.cli._run_rows import _write_rows
 from nercc_jax.cli._workload import read_inputs
-from nercc_jax.pools import Faults, RowFunction, RowResult, run_rows
+from nercc_jax.pools import AbstractPool, Faults, RowFunction, RowResult, run_rows
+from nercc_jax.pools._backend import WorkerDied
+from nercc_jax.pools._row_engine import _RowRun
 from nercc_jax.pools._row_files import RowTable, row_code
-from nercc_jax.pools._row_learner import _left_out, standardized_inputs
+from nercc_jax.pools._row_grace import bars_that_held
+from nercc_jax.pools._row_learner import (
+    LeftOut,
+    RowEstimates,
+    RowLearner,
+    _left_out,
+    standardized_inputs,
+)
 from nercc_jax.pools._row_queue import RowQueue
 from nercc_jax.pools._row_settings import RowSettings
+from nercc_jax.pools._rows import RowCall
 from nercc_jax.pools._times import AnswerTimes
+from nercc_jax.risk import ErrorBars
+from nercc_jax.risk._target import AccuracyTarget
 from nercc_jax.schemes import Scheme, fit_scheme
 from nercc_jax.schemes._fit_scheme import FittedScheme
 from nercc_jax.surrogates import LearnerTuning, init_learner
@@ -250,6 +264,8 @@ def test_inputs_that_do_not_fit_are_reported_by_their_option(tmp_path, name, con
         ("--model a:b --inputs x.npy --tolerance 1 --num-data 2", "go with --tolerance"),
         ("--model a:b --inputs x.npy --tolerance 1 --wait-for 2", "go with --tolerance"),
         ("--model a:b --inputs x.npy --tolerance 1 --job-deadline-s 0", "--job-deadline-s is a"),
+        ("--model a:b --inputs x.npy --tolerance 1 --grace-s -1", "--grace-s is a number"),
+        ("--grace-s 3", "--grace-s does not go with a coded run"),
         ("--model a:b --inputs x.npy --tolerance 1 --max-calls 0", "--max-calls must be positive"),
         ("--max-calls 3", "--max-calls does not go with a coded run"),
         (
@@ -413,6 +429,7 @@ def test_rows_that_are_no_finite_numbers_are_refused(untyped):
         ({"tolerance": -1.0}, "tolerance must be 0 or positive"),
         ({"tolerance": 1.0, "compute": "some"}, "compute is 'needed' or 'all', not 'some'"),
         ({"tolerance": 1.0, "job_deadline": -1.0}, "job_deadline is a positive number"),
+        ({"tolerance": 1.0, "grace": -1.0}, "grace is a number of seconds from 0 on"),
         ({"tolerance": 1.0, "max_calls": 0}, "max_calls must be positive"),
         ({"tolerance": 1.0, "rows_per_call": 0}, "rows_per_call must be positive"),
         ({"tolerance": 1.0, "deadline": 0.0}, "a deadline is a positive number"),
@@ -466,6 +483,32 @@ def test_a_learner_is_compared_with_late_rows_each_without_itself():
     assert _left_out(fitted, late[:0]) is None
 
 
+def estimates(mean, deviation, audited):
+    """What a learner of two hundred rows makes of them; by its calibration, bars are deviations."""
+    bars = ErrorBars(coverages=jnp.ones(1), factors=jnp.full(1, np.inf))
+    fitted = FittedScheme(Scheme(row_code(), bars=bars), 200, np.zeros(0))
+    rows, nothing = np.arange(len(mean)), np.zeros(len(mean), bool)
+    return RowEstimates(rows, mean, deviation, nothing, rows[:0], fitted, None, audited)
+
+
+def test_bars_are_those_of_the_latest_learner_on_all_audits():
+    """The errors of the learner before it, a hundred times as large, do not count any more."""
+    target, audits = AccuracyTarget(1.0, None, 0.9), np.arange(200) < 60
+    learner = RowLearner(target, np.zeros((200, 1), np.float32), audits)
+    mean, random = np.zeros((200, 1), np.float32), np.random.default_rng(0)
+    learner._made.append(estimates(mean, np.full(200, 0.1), None))
+    assert learner.look()
+    learner.compare(np.arange(60), random.uniform(-20, 20, (60, 1)), late=False)
+    rest = np.arange(60, 200)
+    assert (learner.score(rest) > 1.0).all()
+    error = random.uniform(0, 0.2, (40, 1))
+    left_out = LeftOut(np.zeros((40, 1), np.float32), np.full(40, 0.05), error)
+    learner._made.append(estimates(mean, np.full(200, 0.1), left_out))
+    assert learner.look()
+    expected = np.sort(error[:, 0])[int(np.ceil(41 * 0.9)) - 1] / 0.05 * 0.1
+    np.testing.assert_allclose(learner.score(rest), expected, rtol=1e-6)
+
+
 def smooth(rows):
     return np.concatenate([np.sin(3 * rows), np.cos(2 * rows)], axis=1)
 
@@ -516,6 +559,84 @@ def test_at_the_jobs_deadline_every_row_has_a_value_a_bar_or_a_reason(quick_fit)
     assert np.isfinite(result.score[unknown]).mean() > 0.9
     error = np.sqrt(np.mean((result.values - smooth(ROWS)) ** 2, axis=1))
     assert np.mean(error[unknown] <= result.score[unknown]) > 0.7
+
+
+@pytest.mark.slow
+def test_answers_within_the_time_of_grace_judge_bars_and_change_no_value(quick_fit):
+    class Held(Paced):
+        """Its slow rows are answered once the run is over."""
+
+        def __call__(self, batch):
+            y = super().__call__(batch)
+            if (batch[:, 0] > 0.8).any():
+                over.wait(60.0)
+            return y
+
+    over, options = threading.Event(), {"tolerance": 0.5, "job_deadline": 12.0}
+    with DevicePool(RowFunction(Held(0.05)), 80, compiled=False) as pool:
+        threading.Timer(12.5, over.set).start()
+        options |= {"rows_per_call": 1, "grace": 30.0, "compute": "all"}
+        result = run_rows(smooth, ROWS, pool, **options)
+    late = ROWS[:, 0] > 0.8
+    assert set(result.status[late].tolist()) <= {"predicted", "unknown"}
+    barred = late & np.isfinite(result.score)
+    assert np.isfinite(result.values[barred]).all()
+    assert (result.values[barred] != smooth(ROWS[barred])).all(), "predictions are kept"
+    error = np.sqrt(np.mean((result.values - smooth(ROWS)) ** 2, axis=1))
+    assert result.summary["came_late"] == barred.sum() > 0
+    held = np.sum(error[barred] <= result.score[barred])
+    assert result.summary["came_late_held"] == held
+
+
+def test_bars_are_judged_by_answers_that_came_after_the_end():
+    """Two hold, one does not; a row without a bar, and one that was computed, do not count."""
+    score = np.array([1.0, 0.5, 0.1, np.inf, 0.0])
+    status = np.array(["predicted", "unknown", "predicted", "unknown", "computed"])
+    values = np.zeros((5, 2))
+    with DevicePool(np.negative, 1, compiled=False) as pool:
+        report = pool.report()
+    result = RowResult(values, status, score, score, {}, {}, report, None, None)
+    answers = {row: np.array([0.4, -0.4]) for row in range(5)}
+    assert bars_that_held(result, answers, labels=False) == (2, 3)
+    answers = {row: np.array([0.4, -0.4]) for row in (0, 4)} | {2: np.array([0.1, 0.2])}
+    assert bars_that_held(result, answers, labels=True) == (1, 2)
+    assert bars_that_held(result, {}, labels=False) == (0, 0)
+    assert bars_that_held(result, {1: np.array([np.nan, 0.0])}, labels=False) == (0, 0)
+
+
+class PoolOnPaper(AbstractPool):
+    def __init__(self, backend, num_workers=1):
+        self._scheduler = make_scheduler(backend, num_workers, min_workers=1)
+
+
+def test_dead_workers_are_handed_no_rows_that_the_learner_could_still_choose():
+    backend = ScriptedBackend()
+    backend.refuse = {1, 2, 3}
+    with PoolOnPaper(backend, 4) as pool:
+        settings = RowSettings(tolerance=0.0, rows_per_call=1)
+        run = _RowRun(pool, np.ones((50, 1)), settings, RowTable(50), None)
+        run._send()
+        assert len(run._calls) == 2
+
+
+def test_a_row_is_not_late_because_its_worker_died():
+    """It may wait for another worker for long, which says nothing about the row."""
+    backend = ScriptedBackend()
+    with PoolOnPaper(backend) as pool:
+        call = RowCall(pool, np.array([0]), np.ones((1, 1)), 1, False, lambda batch: None)
+        soon(lambda: 0 in backend.sent)
+        assert call.age() < 10
+        time.sleep(0.2)
+        assert call.age() > 0.1
+        backend.refuse = {0}
+        backend.answer(0, WorkerDied("its node was taken"))
+        assert (call.age(), call.running) == (0, False)
+        backend.refuse = ()
+        soon(lambda: 0 in backend.sent)
+        assert call.running
+        assert call.age() < 0.1
+        backend.answer(0)
+        assert call.over
 
 
 @pytest.mark.slow

@@ -117,6 +117,7 @@ class RunOptions:
     compute: Literal["needed", "all"]
     groups: int | None
     job_deadline: float | None
+    grace: float
     max_calls: int | None
     batches: int | None
     seed: int

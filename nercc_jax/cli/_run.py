@@ -96,6 +96,10 @@ def run_command(
             "Seconds after which a run row by row ends with what is known (default: none).", ROWS
         ),
     ] = None,
+    grace_s: Annotated[
+        float,
+        option("Seconds to wait, after a run row by row, for late answers that judge bars.", ROWS),
+    ] = 0.0,
     max_calls: Annotated[
         int | None, option("Rows to compute, at most (default: no limit).", ROWS)
     ] = None,
@@ -233,7 +237,7 @@ def run_command(
         options = RunOptions(
             model, weights, inputs, data_dir, split, outputs, max_inputs, code, num_data,
             num_workers, wait_for, max_disagreement, tolerance, coverage, compute, groups,
-            job_deadline_s, max_calls, batches, seed,
+            job_deadline_s, grace_s, max_calls, batches, seed,
         )  # fmt: skip
         # JAX takes a second or two to import: not for --help, nor for a misspelt option.
         from ..pools import leave_ray
@@ -264,7 +268,8 @@ def run_command(
                 refuse(other, code=code, batches=batches, worker_dtype=worker_dtype)
                 refuse(other, num_data=num_data, wait_for=wait_for)
             else:
-                refuse("a coded run", job_deadline_s=job_deadline_s, max_calls=max_calls)
+                rows_only = {"job_deadline_s": job_deadline_s, "max_calls": max_calls}
+                refuse("a coded run", **rows_only, grace_s=grace_s or None)
                 from ._run_data import run_data as run
 
             run(options, chosen, output, resume)

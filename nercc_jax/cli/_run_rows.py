@@ -49,6 +49,7 @@ def run_function(options: RunOptions, pool: ChosenPool, output: Path, resume: bo
         "rows_per_call": options.groups,
         "deadline": pool.deadline,
         "job_deadline": options.job_deadline,
+        "grace": options.grace,
         "max_calls": options.max_calls,
         "seed": options.seed,
     }
@@ -121,6 +122,7 @@ def _naming_options() -> Iterator[None]:
             "rows_per_call": "groups",
             "deadline": "deadline_s",
             "job_deadline": "job_deadline_s",
+            "grace": "grace_s",
         }
         option = renamed.get(name, name)
         raise ValueError(f"--{option.replace('_', '-')} {rest}") from error

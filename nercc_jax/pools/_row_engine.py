@@ -26,6 +26,7 @@ from ._row_files import (
     load_fitted,
     save_fitted,
 )
+from ._row_grace import bars_that_held, late_answers
 from ._row_learner import NEWS, RowLearner
 from ._row_queue import RowQueue
 from ._row_settings import (
@@ -39,7 +40,7 @@ from ._row_settings import (
 from ._rows import RowCall, RowFunction
 
 _LAST_SECONDS = 10.0  # a run stops itself so long before something else ends its process
-_AHEAD = 2  # calls for each worker that are with the pool, so that none waits for the next
+_AHEAD = 2  # calls for each live worker that are with the pool, so that none waits for the next
 _COPIES = 2  # further calls with the rows of a late one, at most
 _AUDITED = 20  # of so many rows one is computed whatever is known of it
 _TICK = 0.05  # seconds between two looks at what is late
@@ -60,6 +61,7 @@ def run_rows(
     rows_per_call: int | None = None,
     deadline: float = 30.0,
     job_deadline: float | None = None,
+    grace: float = 0.0,
     max_calls: int | None = None,
     seed: int = 0,
     folder: Path | str | None = None,
@@ -90,6 +92,8 @@ def run_rows(
         rows_per_call: Rows in one call (default: as many as take a quarter of a second).
         deadline: Seconds that a call may take before its rows are sent again.
         job_deadline: Seconds after which the run ends, with what is known by then (default: none).
+        grace: Seconds for which a run that has ended waits for answers that workers still owe. They
+            change no value, and judge the error bars of late rows in the summary.
         max_calls: Rows to compute at most, those chosen that tell most (default: no limit).
         seed: Of the order of the rows, which is random, so that the first ones are typical.
         folder: Where results are written as they come (default: nowhere).
@@ -127,6 +131,7 @@ def run_rows(
         rows_per_call=rows_per_call,
         deadline=deadline,
         job_deadline=job_deadline,
+        grace=grace,
         max_calls=max_calls,
         seed=seed,
     )
@@ -176,6 +181,7 @@ class _RowRun:
         self._learner = RowLearner(settings.target, x, self._audits)
         self._queue = RowQueue(order[~table.done[order]], pool.num_workers, settings)
         self._calls: dict[Batch, RowCall] = {}
+        self._workers = self._count_workers()  # that were alive at the last look
         self._news: queue.SimpleQueue[Batch] = queue.SimpleQueue()
         self._held = np.zeros(len(x), int)  # calls that have a row, and are not given up
         self._tries = np.zeros(len(x), int)  # calls that had it, and gave no answer in time
@@ -191,7 +197,25 @@ class _RowRun:
         self, kept: dict[str, Any], on_progress: Callable[[RowProgress], Any] | None
     ) -> RowResult:
         """Run until no row waits, or something ends the run, and return the result."""
-        stopped, show = None, on_progress or (lambda progress: None)
+        try:
+            stopped = self._compute(on_progress or (lambda progress: None))
+            result = self._result(kept, stopped)
+            if stopped is None and self._settings.grace > 0:
+                self._judge_bars(result)
+            return result
+        except RuntimeError:
+            if self._parts is not None and not self._table.done.any():
+                self._parts.remove()
+                self._parts = None
+            raise
+        finally:
+            for batch in self._calls:
+                batch.forget()
+            if self._parts is not None:
+                self._parts.flush(complete=bool(self._table.done.all()))
+
+    def _compute(self, show: Callable[[RowProgress], Any]) -> str | None:
+        """Compute rows, and predict the others; return why this ended early, if it did."""
         try:
             show(self._progress())
             for computed in (True, False):
@@ -203,21 +227,22 @@ class _RowRun:
                 if (stopped := reason_to_stop(self._pool)) is not None:
                     break
             else:
+                stopped = None
                 self._predict()
             show(self._progress())
         except KeyboardInterrupt:
-            stopped = "interrupted"
-        except RuntimeError:
-            if self._parts is not None and not self._table.done.any():
-                self._parts.remove()
-                self._parts = None
-            raise
-        finally:
-            for batch in self._calls:
-                batch.forget()
-            if self._parts is not None:
-                self._parts.flush(complete=bool(self._table.done.all()))
-        return self._result(kept, stopped)
+            return "interrupted"
+        return stopped
+
+    def _judge_bars(self, result: RowResult) -> None:
+        """Judge the bars of a result by the answers that come within the time of grace."""
+        try:
+            answers = late_answers(self._calls.values(), self._settings.grace)
+        except KeyboardInterrupt:
+            return
+        held, number = bars_that_held(result, answers, self._settings.max_disagreement is not None)
+        result.summary["came_late"] += number
+        result.summary["came_late_held"] += held
 
     def _turns(self) -> Iterator[None]:
         """Yield now and then, until no row is to be waited for or the job's time is over.
@@ -233,6 +258,7 @@ class _RowRun:
             self._send()
             now = time.monotonic()
             if now >= look_at or not (self._calls or len(self._queue)):
+                self._workers = self._count_workers()
                 self._look_at_late_calls()
                 self._learn()
                 if self._finished() or now >= self._ends_at:
@@ -251,10 +277,9 @@ class _RowRun:
 
     def _send(self) -> None:
         """Keep all workers busy."""
+        out = sum(not call.given_up for call in self._calls.values())
         ahead = _AHEAD if self._queue.timed else 1  # calls are about to grow
-        room = ahead * self._pool.num_workers - sum(
-            not call.given_up for call in self._calls.values()
-        )
+        room = max(ahead * self._workers - out, self._pool.idle)  # newcomers are idle
         while room > 0 and len(rows := self._queue.take(self._table.done)):
             self._held[rows] += 1
             self._open(rows, copy=False)
@@ -510,10 +535,13 @@ class _RowRun:
             predicted=done - exact + int(known.sum()),
             unknown=len(self._unknown),
             late=late,
-            workers=self._pool.num_workers - self._pool.report().starting,
+            workers=self._count_workers(),
             seconds=seconds,
             rows_per_second=self._computed / max(seconds, 1e-9),
         )
+
+    def _count_workers(self) -> int:
+        return self._pool.num_workers - self._pool.report().starting
 
     def _result(self, kept: dict[str, Any], stopped: str | None) -> RowResult:
         table, report = self._table, self._pool.report()

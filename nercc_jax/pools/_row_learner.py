@@ -4,8 +4,9 @@ A learner is fitted to computed rows on a thread of its own, so that nothing wai
 two fits it learns the rows that have come since, which takes a hundredth of the time. Its error
 bars are calibrated on rows that were drawn at random and computed after they had been predicted,
 and what may be given out is decided as on a server (`StragglerRisk`): by these audits, and by the
-rows that came late. Each new learner is compared with those that it has learned, too, one left out
-at a time, since its errors are not those of the learner before it.
+rows that came late. A new learner's errors are not those of the learner before it: so it is
+compared with all audits and late rows that it has learned, one left out at a time, and evidence on
+the earlier one is dropped.
 """
 
 import collections
@@ -52,7 +53,7 @@ _INFINITE = 1e30  # factors of error bars from here on are infinite
 
 
 class LeftOut(NamedTuple):
-    """Predictions of late rows that a learner has learned, each without that row.
+    """Predictions of rows that a learner has learned, each without that row.
 
     Attributes:
         mean: Their predicted values.
@@ -60,9 +61,9 @@ class LeftOut(NamedTuple):
         y: Their own values.
     """
 
-    mean: Float[np.ndarray, "late outputs"]
-    deviation: Float[np.ndarray, " late"]
-    y: Float[np.ndarray, "late outputs"]
+    mean: Float[np.ndarray, "rows outputs"]
+    deviation: Float[np.ndarray, " rows"]
+    y: Float[np.ndarray, "rows outputs"]
 
 
 class RowEstimates(NamedTuple):
@@ -76,6 +77,7 @@ class RowEstimates(NamedTuple):
         telling: The rows that tell most about the others, in that order.
         fitted: The learner that made them, with its calibration.
         left_out: Its predictions of late rows that it has learned.
+        audited: Its predictions of audits that it has learned.
     """
 
     rows: Int[np.ndarray, " rows"]
@@ -85,6 +87,7 @@ class RowEstimates(NamedTuple):
     telling: Int[np.ndarray, " few"]
     fitted: FittedScheme
     left_out: LeftOut | None = None
+    audited: LeftOut | None = None
 
 
 class Neighbours(NamedTuple):
@@ -179,6 +182,7 @@ class RowLearner:
                 open_rows,
                 features,
                 self._features[computed[late[computed]]],
+                self._features[computed[self._audits[computed] & ~late[computed]]],
                 *self._neighbours(computed, y, late),
             ),
             name=LEARNER_THREAD,
@@ -195,9 +199,12 @@ class RowLearner:
             self.mean = np.zeros((len(self.known), made.mean.shape[1]), np.float32)
         self.known[made.rows], self._like_late[made.rows] = True, made.like_late
         self.mean[made.rows], self.deviation[made.rows] = made.mean, made.deviation
-        left_out, risk = made.left_out, self._risks[True]
-        if left_out is not None and len(left_out.y) >= risk.needed:
-            risk.replace(self._compared(*left_out))
+        for late, left_out in ((False, made.audited), (True, made.left_out)):
+            risk = self._risks[late]
+            if left_out is not None and len(left_out.y) >= max(risk.needed, 1):
+                if not late:
+                    self._ratios = _ratios(left_out.mean, left_out.deviation, left_out.y)
+                risk.replace(self._compared(*left_out))
         return True
 
     def resume(self, fitted: FittedScheme, rows: Int[np.ndarray, " open"]) -> None:
@@ -240,6 +247,7 @@ class RowLearner:
         rows: Int[np.ndarray, " open"],
         features: Float[np.ndarray, "open inputs"],
         late: Float[np.ndarray, "late inputs"],
+        audits: Float[np.ndarray, "audits inputs"],
         by_input: Neighbours,
         by_output: Neighbours,
     ) -> None:
@@ -249,8 +257,8 @@ class RowLearner:
                 predicted = _predicted(fitted, features)
                 like_late = _like_late(features, by_input) | _like_late(predicted[0], by_output)
                 telling = rows[_telling(fitted, features, predicted[1])]
-                left_out = _left_out(fitted, late)
-                made = RowEstimates(rows, *predicted, like_late, telling, fitted, left_out)
+                left_out = _left_out(fitted, late), _left_out(fitted, audits)
+                made = RowEstimates(rows, *predicted, like_late, telling, fitted, *left_out)
                 self._made.append(made)
         finally:
             self.seconds = self._time.spend(begin)
@@ -381,7 +389,7 @@ class RowLearner:
             error = np.asarray(row_errors(jnp.asarray(mean), jnp.asarray(y, jnp.float32)))
             self._held[late] += (error <= score)[np.isfinite(score)].tolist()
             if not late:
-                self._ratios += (error / deviation)[deviation > 0].tolist()
+                self._ratios += _ratios(mean, deviation, y)
         risk = self._risks[late]
         for given, each in zip(sure.tolist(), compared, strict=True):
             if given:
@@ -477,13 +485,23 @@ def _covariance(learner: Learner, x: ArrayLike) -> Array:
     return learner.window_posterior(jnp.asarray(x)[None])[1][0]
 
 
-def _left_out(fitted: FittedScheme, late: Float[np.ndarray, "late inputs"]) -> LeftOut | None:
-    """Return the predictions of late rows in the learner's window, each without that row."""
-    if not len(late):
+def _ratios(
+    mean: Float[np.ndarray, "rows outputs"],
+    deviation: Float[np.ndarray, " rows"],
+    y: Float[np.ndarray, "rows outputs"],
+) -> list[float]:
+    """Return the errors of predictions over their deviations."""
+    error = np.asarray(row_errors(jnp.asarray(mean), jnp.asarray(y, jnp.float32)))
+    return (error[deviation > 0] / deviation[deviation > 0]).tolist()
+
+
+def _left_out(fitted: FittedScheme, rows: Float[np.ndarray, "rows inputs"]) -> LeftOut | None:
+    """Return the predictions of these rows in the learner's window, each without that row."""
+    if not len(rows):
         return None
     learner = _learner_of(fitted)
     inputs = np.asarray(learner.inputs, np.float32)
-    known = np.isin(_row_keys(inputs), _row_keys(late.astype(np.float32)))
+    known = np.isin(_row_keys(inputs), _row_keys(rows.astype(np.float32)))
     chosen = np.flatnonzero(known & np.asarray(learner.filled))
     errors, deviation = (np.asarray(each)[chosen] for each in learner.left_out())
     y = np.asarray(learner.residuals)[chosen]

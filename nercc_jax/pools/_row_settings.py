@@ -121,6 +121,7 @@ class RowSettings:
     rows_per_call: int | None = None
     deadline: float = 30.0
     job_deadline: float | None = None
+    grace: float = 0.0
     max_calls: int | None = None
     seed: int = 0
 
@@ -147,6 +148,8 @@ class RowSettings:
             raise ValueError(
                 f"job_deadline is a positive number of seconds, not {self.job_deadline}"
             )
+        if not 0 <= self.grace < np.inf:
+            raise ValueError(f"grace is a number of seconds from 0 on, not {self.grace}")
 
     @property
     def target(self) -> AccuracyTarget:

@@ -72,18 +72,29 @@ class RowCall:
         on_change: Callable[[Batch], Any],
     ):
         self.rows, self.size, self.copy = rows, size, copy
-        self.begin: float | None = None  # when a worker had it first
+        self._attempts, self._begin = 0, 0.0  # workers that had it; when the latest one got it
         self.copies = 0  # other calls with the same rows
         self.given_up = False  # its rows have been sent again, or are lost
         self.batch = pool.open(1, copies=1, on_change=on_change, refuse=lambda answer: None)
         pool.send(self.batch, [0], [np.take(x, np.resize(rows, size), axis=0)])
 
     def age(self) -> float:
-        """Return the seconds since a worker had it first."""
+        """Return the seconds since its worker got it; 0 while none has it.
+
+        A worker's death begins it again, since that says nothing about how long the rows take.
+        """
         task = self.batch.tasks.get(0)
-        if self.begin is None and task is not None and task.attempts:
-            self.begin = time.monotonic()
-        return 0.0 if self.begin is None else time.monotonic() - self.begin
+        if task is None or not (task.running or task.settled):
+            return 0.0
+        if task.attempts != self._attempts:
+            self._attempts, self._begin = task.attempts, time.monotonic()
+        return time.monotonic() - self._begin
+
+    @property
+    def running(self) -> bool:
+        """Return whether a worker has it."""
+        task = self.batch.tasks.get(0)
+        return task is not None and task.running > 0
 
     @property
     def late(self) -> bool:
