@@ -23,12 +23,13 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import ray
 import ray.data
 from _report import environment, write_json
+from ray import cloudpickle
 
 from nercc_jax import RayPool
 from nercc_jax.pools import RowFunction, map_rows, run_rows
@@ -91,7 +92,7 @@ def measure_cheap(rounds: int) -> dict[str, Any]:
     y = cheap(x)
     tolerance = tolerance_of(y)
     before = peak_gb()
-    with RayPool(RowFunction(cheap), WORKERS, compiled=False) as pool:
+    with RayPool(cast(Any, RowFunction(cheap)), WORKERS, compiled=False) as pool:
         systems: dict[str, Callable[[], np.ndarray | None]] = {
             "tolerance 0": lambda: run_rows(cheap, x, pool, tolerance=0.0).values,
             "tolerance 10 %": lambda: run_rows(cheap, x, pool, tolerance=tolerance).values,
@@ -99,7 +100,7 @@ def measure_cheap(rounds: int) -> dict[str, Any]:
         for run in systems.values():
             run()
         peak, size = peak_gb(), max(call.size for call in pool.calls())
-        actors = [ray.remote(Plain).remote() for _ in range(WORKERS)]
+        actors = [cast(Any, ray.remote(Plain)).remote() for _ in range(WORKERS)]
 
         def plain() -> np.ndarray:
             chunks = (x[place : place + size] for place in range(0, len(x), size))
@@ -192,7 +193,7 @@ PARTS = {"cheap": measure_cheap, "data": measure_data, "memory": measure_memory}
 def measure(part: str, rounds: int) -> dict[str, Any]:
     """Return a part's results. A function of its own process, with a Ray of its own."""
     warnings.simplefilter("ignore")
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import it
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import it
     ray.init("local", num_cpus=CPUS, include_dashboard=False, log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
     return PARTS[part](rounds)

@@ -98,7 +98,7 @@ def _root_of_squares(system: "_System") -> Float[np.ndarray, "n n"]:
         np.sqrt(system.ends)[:, None] * slopes,
         np.sqrt(system.mu / system.weights)[:, None] * np.diff(thirds, axis=0, prepend=0, append=0),
     ]
-    return np.linalg.qr(np.concatenate(squares), mode="r")
+    return np.asarray(np.linalg.qr(np.concatenate(squares), mode="r"))
 
 
 def _observed(
