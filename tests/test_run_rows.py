@@ -572,9 +572,9 @@ def test_answers_within_the_time_of_grace_judge_bars_and_change_no_value(quick_f
                 over.wait(60.0)
             return y
 
-    over, options = threading.Event(), {"tolerance": 0.5, "job_deadline": 12.0}
+    over, options = threading.Event(), {"tolerance": 0.5, "job_deadline": 25.0}
     with DevicePool(RowFunction(Held(0.05)), 80, compiled=False) as pool:
-        threading.Timer(12.5, over.set).start()
+        threading.Timer(25.5, over.set).start()
         options |= {"rows_per_call": 1, "grace": 30.0, "compute": "all"}
         result = run_rows(smooth, ROWS, pool, **options)
     late = ROWS[:, 0] > 0.8
