@@ -136,7 +136,7 @@ def call_on_batch(model: Model, batch: PyTree, *args: Any) -> Any:
         ValueError: It is something else; or as `call_model`.
     """
     y = call_model(model, batch, *args)
-    size = len(jax.tree.leaves(batch)[0])
+    size = jax.tree.leaves(batch)[0].shape[0]  # which may be symbolic, for an export
     for label, leaf in leaves_of("the model's answer", y):
         if not isinstance(leaf, jax.Array) or leaf.ndim < 1 or leaf.shape[0] != size:
             got = leaf.shape if isinstance(leaf, jax.Array) else type(leaf).__name__
