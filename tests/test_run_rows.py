@@ -26,7 +26,7 @@ from nercc_jax.pools import AbstractPool, Faults, RowFunction, RowResult, run_ro
 from nercc_jax.pools._backend import WorkerDied
 from nercc_jax.pools._row_engine import _RowRun
 from nercc_jax.pools._row_files import RowTable, row_code
-from nercc_jax.pools._row_grace import bars_that_held
+from nercc_jax.pools._row_grace import bars_that_held, late_answers
 from nercc_jax.pools._row_learner import (
     LeftOut,
     RowEstimates,
@@ -452,13 +452,16 @@ class Paced:
         return np.concatenate([np.sin(3 * batch), np.cos(2 * batch)], axis=1)
 
 
+QUICK_WINDOW = 64
+
+
 @pytest.fixture
 def quick_fit(monkeypatch):
     """Learners that are fitted in a moment, once they are compiled."""
 
     def fit(x, y, code, *, capacity, labels, tuning=None):
         quick = LearnerTuning(rows=32, steps=2)
-        return fit_scheme(x, y, code, capacity=64, labels=labels, tuning=quick)
+        return fit_scheme(x, y, code, capacity=QUICK_WINDOW, labels=labels, tuning=quick)
 
     monkeypatch.setattr("nercc_jax.pools._row_learner.fit_scheme", fit)
 
@@ -562,21 +565,28 @@ def test_at_the_jobs_deadline_every_row_has_a_value_a_bar_or_a_reason(quick_fit)
 
 
 @pytest.mark.slow
-def test_answers_within_the_time_of_grace_judge_bars_and_change_no_value(quick_fit):
+def test_answers_within_the_time_of_grace_judge_bars_and_change_no_value(quick_fit, monkeypatch):
+    over = threading.Event()
+
     class Held(Paced):
-        """Its slow rows are answered once the run is over."""
+        """Its slow rows are answered once the run is over; others are late, and are evidence."""
 
         def __call__(self, batch):
+            time.sleep(0.5 * np.any(batch[:, 0] < -0.2))
             y = super().__call__(batch)
             if (batch[:, 0] > 0.8).any():
-                over.wait(60.0)
+                over.wait(120.0)
             return y
 
-    over, options = threading.Event(), {"tolerance": 0.5, "job_deadline": 25.0}
+    def answers(*arguments):
+        over.set()
+        return late_answers(*arguments)
+
+    monkeypatch.setattr("nercc_jax.pools._row_engine.late_answers", answers)
+    monkeypatch.setattr("test_run_rows.QUICK_WINDOW", 256)  # with enough late rows in it
+    options = {"rows_per_call": 1, "job_deadline": 60.0, "grace": 30.0, "compute": "all"}
     with DevicePool(RowFunction(Held(0.05)), 80, compiled=False) as pool:
-        threading.Timer(25.5, over.set).start()
-        options |= {"rows_per_call": 1, "grace": 30.0, "compute": "all"}
-        result = run_rows(smooth, ROWS, pool, **options)
+        result = run_rows(smooth, ROWS, pool, tolerance=0.5, **options)
     late = ROWS[:, 0] > 0.8
     assert set(result.status[late].tolist()) <= {"predicted", "unknown"}
     barred = late & np.isfinite(result.score)
