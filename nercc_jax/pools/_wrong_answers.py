@@ -152,7 +152,7 @@ T = TypeVar("T")
 
 
 class ChangedModels(Generic[T]):
-    """What runs a worker's models: unchanged, and as each fault changes their parameters."""
+    """A worker's models, or the program that runs them: unchanged, and changed by each fault."""
 
     def __init__(
         self, unchanged: T, changes: Sequence[WeightChange], make: Callable[[WeightChange], T]
