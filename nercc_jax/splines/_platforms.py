@@ -177,7 +177,7 @@ def _(*arguments: Any, **parameters: Any) -> list[Array]:
 @functools.lru_cache(maxsize=256)
 def _traced_once(call: _Call, platform: str) -> Flat:
     """Return the function, which is not traced again for the next program that needs it."""
-    return jax.jit(call.on(platform), inline=False)
+    return jax.jit(call.on(platform), inline=True)
 
 
 def _lowered_for(platform: str) -> Callable[..., Any]:
