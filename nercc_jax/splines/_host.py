@@ -54,7 +54,7 @@ def smoothing_matrix_on_host(
         system = _system(knots, seen, lambda_, end_weights)
         # Predictions are coefficients of values and slopes: one solution of the transpose for each.
         solved = system.solve(_at(system, at)[0], transposed=True)
-        on_knots[:, seen] = (solved[4 * np.arange(len(seen))] * system.data[:, None]).T
+        on_knots[:, seen] = (solved[::4] * system.data[:, None]).T
     return knots.spread(on_knots)
 
 
@@ -87,9 +87,8 @@ def variances_on_host(
 
 def _root_of_squares(system: "_System") -> Float[np.ndarray, "n n"]:
     """Return the matrix S for which the penalised squares over mu are |S y|^2."""
-    number = len(system.t)
-    data = np.zeros((system.size, number))
-    data[4 * np.arange(number), np.arange(number)] = system.data
+    data = np.zeros((system.size, len(system.t)))
+    np.fill_diagonal(data[::4], system.data)
     solved, h = system.solve(data), np.diff(system.t)[:, None]
     slopes, thirds, bends = solved[1::4], solved[2::4], solved[3::4]
     squares = [
@@ -115,13 +114,16 @@ def _observed(
 class _System(NamedTuple):
     """The factors of the banded system of increasing knots, all of them with a weight.
 
-    `ends` has the penalty of each slope.
+    `ends` has the penalty of each slope. `scale` and `steady` are the factors of the equations that
+    come from values and from slopes.
     """
 
     t: Float[np.ndarray, " n"]
     weights: Float[np.ndarray, " n"]
     mu: float
     ends: Float[np.ndarray, " n"]
+    scale: Float[np.ndarray, " n"]
+    steady: Float[np.ndarray, " n"]
     factor: Float[np.ndarray, "bands size"]
     pivots: Int[np.ndarray, " size"]
 
@@ -132,14 +134,13 @@ class _System(NamedTuple):
     @property
     def data(self) -> Float[np.ndarray, " n"]:
         """Return the factor of each observation on the right side."""
-        return self.weights / np.maximum(self.weights, self.mu)
+        return self.weights * self.scale
 
     @property
     def forces(self) -> Float[np.ndarray, " size"]:
         """Return the factor of a unit force on each unknown on the right side."""
         found = np.zeros(self.size)
-        found[::4] = self.mu / np.maximum(self.weights, self.mu)
-        found[1::4] = 1 / np.maximum(1, self.ends)
+        found[::4], found[1::4] = self.mu * self.scale, self.steady
         return found
 
     def solve(
@@ -210,7 +211,7 @@ def _system(
     ):
         put(row, column, values)
     factor, pivots, _ = _lapack().dgbtrf(band, _BAND, _BAND, overwrite_ab=True)
-    return _System(t, weights, float(mu), ends, factor, pivots)
+    return _System(t, weights, float(mu), ends, scale, steady, factor, pivots)
 
 
 def _lapack() -> Any:
