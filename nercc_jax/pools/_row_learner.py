@@ -202,9 +202,10 @@ class RowLearner:
         for late, left_out in ((False, made.audited), (True, made.left_out)):
             risk = self._risks[late]
             if left_out is not None and len(left_out.y) >= max(risk.needed, 1):
+                error = _errors(left_out.mean, left_out.y)
                 if not late:
-                    self._ratios = _ratios(left_out.mean, left_out.deviation, left_out.y)
-                risk.replace(self._compared(*left_out))
+                    self._ratios = _ratios(error, left_out.deviation)
+                risk.replace(self._compared(*left_out, error))
         return True
 
     def resume(self, fitted: FittedScheme, rows: Int[np.ndarray, " open"]) -> None:
@@ -311,10 +312,10 @@ class RowLearner:
         mean: Float[np.ndarray, "known outputs"],
         deviation: Float[np.ndarray, " known"],
         y: Float[np.ndarray, "known outputs"],
+        error: Float[np.ndarray, " known"],
     ) -> list[StragglerRow]:
-        """Compare predictions with the rows' own values."""
+        """Compare predictions with the rows' own values, from which they differ by `error`."""
         probability, bar = self._estimated(mean, deviation)
-        error = np.asarray(row_errors(jnp.asarray(mean), jnp.asarray(y, jnp.float32)))
         differs = np.argmax(mean, axis=1) != np.argmax(y, axis=1)
         with np.errstate(divide="ignore", invalid="ignore"):
             excess = np.nan_to_num(error / bar)
@@ -381,15 +382,15 @@ class RowLearner:
             return
         rows, y = rows[counts], y[counts]
         score, mean, deviation = self.score(rows, late), self.mean[rows], self.deviation[rows]
-        compared, sure = self._compared(mean, deviation, y), score <= self.limit
+        error = _errors(mean, y)
+        compared, sure = self._compared(mean, deviation, y, error), score <= self.limit
         if self._target.tolerance is None:
             right = np.array([not each.wrong for each in compared])
             self._held[late] += right[sure].tolist()
         else:
-            error = np.asarray(row_errors(jnp.asarray(mean), jnp.asarray(y, jnp.float32)))
             self._held[late] += (error <= score)[np.isfinite(score)].tolist()
             if not late:
-                self._ratios += _ratios(mean, deviation, y)
+                self._ratios += _ratios(error, deviation)
         risk = self._risks[late]
         for given, each in zip(sure.tolist(), compared, strict=True):
             if given:
@@ -485,13 +486,16 @@ def _covariance(learner: Learner, x: ArrayLike) -> Array:
     return learner.window_posterior(jnp.asarray(x)[None])[1][0]
 
 
+def _errors(
+    mean: Float[np.ndarray, "rows outputs"], y: Float[np.ndarray, "rows outputs"]
+) -> Float[np.ndarray, " rows"]:
+    return np.asarray(row_errors(jnp.asarray(mean), jnp.asarray(y, jnp.float32)))
+
+
 def _ratios(
-    mean: Float[np.ndarray, "rows outputs"],
-    deviation: Float[np.ndarray, " rows"],
-    y: Float[np.ndarray, "rows outputs"],
+    error: Float[np.ndarray, " rows"], deviation: Float[np.ndarray, " rows"]
 ) -> list[float]:
     """Return the errors of predictions over their deviations."""
-    error = np.asarray(row_errors(jnp.asarray(mean), jnp.asarray(y, jnp.float32)))
     return (error[deviation > 0] / deviation[deviation > 0]).tolist()
 
 
