@@ -5,6 +5,7 @@ which one part is for choosing and another for judging.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ Function = Callable[[Array], Array]
 Drawing = Callable[[np.random.Generator, int], np.ndarray]
 
 SIMULATORS = ("Lotka-Volterra", "epidemic", "Burgers", "Fisher", "elliptic")
+EXPENSIVE = ("Lotka-Volterra", "epidemic", "Fisher", "elliptic")  # for runs row by row
 EMBEDDINGS = ("digits", "CIFAR-10")
 NAMES = (*SIMULATORS, "diabetes", *EMBEDDINGS)
 STEPS = 60  # that the diabetes network is trained for
@@ -89,6 +91,19 @@ def load(name: str, data_dir: Path) -> Case:
         "diabetes": _diabetes,
     }
     return makers[name]()
+
+
+def rows_of(name: str, seed: int, rows: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """Return a draw of a function's inputs, its outputs as vectors, and their spread."""
+    case = _loaded(name)
+    x = case.inputs(True, seed, rows)
+    y = np.asarray(case.function(jnp.asarray(x)), np.float64).reshape(rows, -1)
+    return x, y, float(np.sqrt(np.mean(np.var(y, axis=0))))
+
+
+@functools.cache
+def _loaded(name: str) -> Case:
+    return load(name, Path())
 
 
 def within(*ranges: tuple[float, float]) -> Drawing:

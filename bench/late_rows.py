@@ -20,7 +20,6 @@ results/late_rows.json, which docs/dependent.md shows.
 """
 
 import argparse
-import functools
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +29,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _functions_cases import load
+from _functions_cases import EXPENSIVE, rows_of
 from _report import environment, write_json
 from _settings import PACKAGES
 
@@ -39,7 +38,6 @@ from nercc_jax.pools import DevicePool, run_rows
 from nercc_jax.stragglers import ExponentialLatency, RowLatency, TraceLatency
 
 RESULTS = Path(__file__).parent / "results" / "late_rows.json"
-FUNCTIONS = ("Lotka-Volterra", "epidemic", "Fisher", "elliptic")
 WORKERS, SECONDS, DELAY, RATE, TOLERANCE, COVERAGE = 200, 4.0, 32.0, 0.1, 0.1, 0.9
 DEADLINE = 40.0  # seconds after which ours ends
 _NONE, _LATE = TraceLatency([0.0]), ExponentialLatency(DELAY)
@@ -95,16 +93,10 @@ def simulated_seconds(seconds: np.ndarray, again: np.ndarray | None = None) -> f
     return float(max(ends))
 
 
-@functools.cache
-def case(name: str) -> Any:
-    return load(name, Path())
-
-
 def measure(name: str, law: str, rows: int, seed: int) -> dict[str, Any]:
     """Return the biases and times of all ways on one draw."""
-    x = case(name).inputs(True, seed, rows)
-    y = np.asarray(case(name).function(jnp.asarray(x)), np.float64).reshape(rows, -1)
-    spread, peaks = float(np.sqrt(np.mean(np.var(y, axis=0)))), np.abs(y).max(axis=1)
+    x, y, spread = rows_of(name, seed, rows)
+    peaks = np.abs(y).max(axis=1)
     which, delays, copied = jax.random.split(jax.random.key(seed), 3)
     late = np.asarray(LAWS[law].straggles(which, jnp.asarray(peaks)))
     more = np.asarray(_LATE.sample(delays, (2, rows)))
@@ -160,7 +152,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--draws", type=int, default=16)
-    parser.add_argument("--only", nargs="+", default=FUNCTIONS, choices=FUNCTIONS)
+    parser.add_argument("--only", nargs="+", default=EXPENSIVE, choices=EXPENSIVE)
     parser.add_argument("--laws", nargs="+", default=list(LAWS), choices=LAWS)
     parser.add_argument("--at-once", type=int, default=1, help="runs that share the machine")
     parser.add_argument("--resume", action="store_true", help="keep the draws that are there")

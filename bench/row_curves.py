@@ -27,9 +27,8 @@ from pathlib import Path
 from typing import Any, cast
 from unittest import mock
 
-import jax.numpy as jnp
 import numpy as np
-from _functions_cases import load
+from _functions_cases import EXPENSIVE, rows_of
 from _report import environment, write_json
 from _settings import PACKAGES
 from sklearn.gaussian_process import GaussianProcessRegressor
@@ -40,7 +39,6 @@ from nercc_jax.pools import DevicePool, Overdue, RowFunction, run_rows
 from nercc_jax.pools._row_learner import LEARNER_THREAD, RowLearner
 
 RESULTS = Path(__file__).parent / "results" / "row_curves.json"
-FUNCTIONS = ("Lotka-Volterra", "epidemic", "Fisher", "elliptic")
 ROWS, WORKERS, SECONDS, COVERAGE, TUNED = 3000, 4, 0.02, 0.9, 500
 
 
@@ -145,10 +143,7 @@ def plain_gp(
 
 def measure(name: str, share: float, seed: int, with_gp: bool) -> dict[str, Any]:
     """Return both orders' runs and the GP, if it is wanted, on one draw of the inputs."""
-    case = load(name, Path())
-    x = case.inputs(True, seed, ROWS)
-    y = np.asarray(case.function(jnp.asarray(x)), np.float64).reshape(ROWS, -1)
-    spread = float(np.sqrt(np.mean(np.var(y, axis=0))))
+    x, y, spread = rows_of(name, seed, ROWS)
     runs = {which: ours(x, y, share * spread, which, seed) for which in ("chosen", "random")}
     number = runs["chosen"]["computed"]
     with warnings.catch_warnings():
@@ -162,7 +157,7 @@ def measure(name: str, share: float, seed: int, with_gp: bool) -> dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--only", nargs="+", default=FUNCTIONS, choices=FUNCTIONS)
+    parser.add_argument("--only", nargs="+", default=EXPENSIVE, choices=EXPENSIVE)
     parser.add_argument("--tolerances", type=float, nargs="+", default=[0.1, 0.3, 0.03])
     parser.add_argument("--draws", type=int, nargs="+", default=[3, 1, 1], help="of each tolerance")
     parser.add_argument("--gp-draws", type=int, default=3, help="draws for which a GP is fitted")

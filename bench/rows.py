@@ -17,9 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from _functions_cases import load
+from _functions_cases import EXPENSIVE, rows_of
 from _report import environment, write_json
 from _settings import PACKAGES
 
@@ -27,7 +26,6 @@ from nercc_jax.compilation import enable_compilation_cache
 from nercc_jax.pools import DevicePool, run_rows
 
 RESULTS = Path(__file__).parent / "results" / "rows.json"
-FUNCTIONS = ("Lotka-Volterra", "epidemic", "Fisher", "elliptic")
 LAWS = ("constant", "by row", "by call")
 WORKERS, SECONDS, TOLERANCE, COVERAGE = 20, 0.1, 0.1, 0.9
 
@@ -57,10 +55,7 @@ class Paced:
 
 def measure(name: str, law: str, rows: int, seed: int) -> dict[str, Any]:
     """Return the times of the executor and of both runs, and what the runs gave."""
-    case = load(name, Path())
-    x = case.inputs(True, seed, rows)
-    y = np.asarray(case.function(jnp.asarray(x)), np.float64).reshape(rows, -1)
-    spread = float(np.sqrt(np.mean(np.var(y, axis=0))))
+    x, y, spread = rows_of(name, seed, rows)
 
     def timed(run: Callable[[Paced], Any]) -> tuple[float, Any, Paced]:
         function = Paced(x, y, law, seed)
@@ -113,7 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--rows", type=int, default=3000)
     parser.add_argument("--draws", type=int, default=1, help="of the inputs, for each cell")
-    parser.add_argument("--only", nargs="+", default=FUNCTIONS, choices=FUNCTIONS)
+    parser.add_argument("--only", nargs="+", default=EXPENSIVE, choices=EXPENSIVE)
     parser.add_argument("--laws", nargs="+", default=LAWS, choices=LAWS)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
