@@ -20,6 +20,9 @@ import hypothesis
 import jax
 import jaxtyping
 import pytest
+import type_checks
+
+type_checks.install()
 
 # The longest files with slow tests, to begin with: what is begun last, one worker ends alone. Those
 # that wait for processes and those that compile take turns, for two workers to have one of each.
