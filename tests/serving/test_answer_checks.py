@@ -197,13 +197,16 @@ def test_on_real_workers(kind):
             pool, Coder(Uncoded(1)), (4,), OUT, policy=policy, predictor=Predictor()
         ) as batcher,
     ):
+        exact = 0
         for part in np.split(np.arange(len(x)), 50):
             replies = [batcher.submit(x[place], deadline=30.0) for place in part]
             for place, reply in zip(part, replies, strict=True):
                 found = reply.result(60.0)
-                if not found.suspicious[0]:
-                    np.testing.assert_allclose(found.values[0], right[place], atol=1e-4)
-                else:
+                if found.suspicious[0]:
                     assert place < 200
+                elif found.exact[0]:  # a straggler's query may have the learner's answer
+                    np.testing.assert_allclose(found.values[0], right[place], atol=1e-4)
+                    exact += 1
+        assert exact > 800
         assert sorted(batcher.checks_status()["fenced"]) == ["2", "5"]
         assert [worker.state for worker in pool.report().workers].count("fenced") == 2
