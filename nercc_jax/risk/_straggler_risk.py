@@ -101,6 +101,7 @@ class StragglerRisk:
                 suffices. After a drift, it always has to. If not, what a calibration admits counts
                 as right until stragglers show otherwise.
         """
+        self._target = target
         self._share, self._tolerance = target.max_disagreement, target.tolerance
         self._coverage, self._needs_evidence = target.coverage, needs_evidence and self._share != 0
         self._monitor = RiskMonitor(target.promised)
@@ -203,9 +204,7 @@ class StragglerRisk:
         if self._share is None or not math.isnan(row.probability):
             self._rows.append(row)
             self._known = None
-        failed = row.wrong and self._share is not None
-        failed |= row.excess > 1 and self._tolerance is not None
-        if given and self._monitor.add([failed]):
+        if given and self._monitor.add([bool(self._target.missed(row.wrong, row.excess))]):
             self.drifts += 1
             self.restart()
             return True
