@@ -124,6 +124,7 @@ def serve(work: Work, case: str, seed: int, checkout: Path | None) -> dict[str, 
             )
     assert not clients.errors, clients.errors
     earlier = [wrong for number, wrong in clients.given if number < before]
+    hard = [wrong for number, wrong in clients.given if slow[number]]
     judged = [wrong for number, wrong in clients.given if number >= before]
     beyond = np.cumsum(np.asarray(judged, float) - allowed)
     return {
@@ -133,6 +134,7 @@ def serve(work: Work, case: str, seed: int, checkout: Path | None) -> dict[str, 
         "before": [len(earlier), sum(earlier)],
         "approximate": len(judged),
         "wrong": sum(judged),
+        "of_slow": [len(hard), sum(hard)],
         "worst_beyond": float(max(beyond.max(initial=0.0), 0.0)),
         "latency": [float(np.nanquantile(clients.seconds, share)) for share in (0.5, 0.95, 0.99)],
         **_said(statuses),
