@@ -4,11 +4,12 @@
 
 `nercc serve` answers single queries that arrive as a Poisson stream, 40 a second, of which each
 cell judges 4,000: MNIST's test images, each once, by LeNet5 with `--surrogate learn`, or digits in
-turn, decoded. 28 workers are threads that sleep for 200 ms a call, as if they were machines of
-their own: what a busy machine adds to that makes few calls late. Which images are slow is drawn as in dependent.py; a copy of a slow one is slow, too.
-What is wrong is counted by the clients, in the order in which they were answered. `/status` is
-read each second. Two minutes a cell; writes results/dependent_server.json under `--name`. With
-`--checkout`, the server is that of another version. Needs MNIST as parquet files.
+turn, decoded. 48 workers are threads that sleep for 200 ms a call, as if they were machines of
+their own: what a busy machine adds to that makes few calls late. Which images are slow is drawn as
+in dependent.py; a copy of a slow one is slow, too. What is wrong is counted by the clients, in the
+order in which they were answered. `/status` is read each second. Two minutes a cell; writes
+results/dependent_server.json under `--name`. With `--checkout`, the server is that of another
+version. Needs MNIST as parquet files.
 """
 
 import argparse
@@ -29,11 +30,11 @@ from _report import environment, write_json
 from _serving_load import Rest
 from _serving_process import nercc_serve, running_on
 from _tails_systems import Work, works
-from dependent import CASES, WORKERS, digits, hardness, own_answers
+from dependent import CASES, digits, hardness, own_answers
 
 RESULTS = Path(__file__).parent / "results" / "dependent_server.json"
 QUERIES, RATE, BEFORE = 4000, 40.0, 1000  # judged, a second, and digits before inverted ones
-SERVICE = 0.2  # seconds of a call
+WORKERS, SERVICE = 48, 0.2  # three copies of each slow query fit; seconds of a call
 _CASES = (
     "smallest 5 % of margins, 0.5 s",
     "smallest 5 % of margins, 3 s",
