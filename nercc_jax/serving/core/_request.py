@@ -299,6 +299,14 @@ class BatchSpec:
         return x
 
 
+def fill_up(x: Shaped[np.ndarray, "..."], size: int, axis: int = 0) -> Shaped[np.ndarray, "..."]:
+    """Return x with zeros behind it, up to a size: so few programs are compiled."""
+    if x.shape[axis] == size:
+        return x
+    more = (*x.shape[:axis], size - x.shape[axis], *x.shape[axis + 1 :])
+    return np.concatenate([x, np.zeros(more, x.dtype)], axis)
+
+
 class ScaleMonitor:
     """Tells queries of quite another scale than most: coded with others, they would spoil them.
 
