@@ -128,6 +128,10 @@ def serve(work: Work, case: str, seed: int, checkout: Path | None) -> dict[str, 
     earlier = [wrong for number, wrong in clients.given if number < before]
     hard = [wrong for number, wrong in clients.given if slow[number]]
     judged = [wrong for number, wrong in clients.given if number >= before]
+    quarters: list[list[bool]] = [[], [], [], []]
+    for number, wrong in clients.given:
+        if number >= before:
+            quarters[4 * (number - before) // QUERIES].append(wrong)
     beyond = np.cumsum(np.asarray(judged, float) - allowed)
     return {
         "seed": seed,
@@ -137,6 +141,7 @@ def serve(work: Work, case: str, seed: int, checkout: Path | None) -> dict[str, 
         "approximate": len(judged),
         "wrong": sum(judged),
         "of_slow": [len(hard), sum(hard)],
+        "quarters": [[len(part), sum(part)] for part in quarters],
         "worst_beyond": float(max(beyond.max(initial=0.0), 0.0)),
         "latency": [float(np.nanquantile(clients.seconds, share)) for share in (0.5, 0.95, 0.99)],
         **_said(statuses),
