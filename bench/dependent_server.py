@@ -192,6 +192,7 @@ def _said(statuses: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "predictor": last["predictor"],
         "stragglers": fidelity.get("stragglers"),
+        "stragglers_met": last["totals"]["stragglers"],
         "audited": [fidelity["audited"], fidelity["audited_disagreement"]],
         "hints": hints,
     }
