@@ -94,7 +94,7 @@ def main() -> None:
         first = case.split(",")[0]
         name = _WORKS.get(first, "lenet5")
         if name not in loaded:
-            loaded[name] = _digits() if name == "digits" else works(options.data_dir)[name]()
+            loaded[name] = digits() if name == "digits" else works(options.data_dir)[name]()
         work = loaded[name]
         print(case, flush=True)
         cells = [serve(work, case, seed) for seed in range(options.seeds)]
@@ -127,7 +127,7 @@ def monitor(promised: float, days: int = 1000, runs: int = 200) -> dict[str, Any
     return found
 
 
-def _digits() -> Work:
+def digits() -> Work:
     """Return LeNet5 on scikit-learn's digits, which it is calibrated on."""
     network = load_model("lenet5-digits")
 
@@ -139,7 +139,7 @@ def _digits() -> Work:
     work = Work(
         "lenet5-digits", x, x, 0.05, model="lenet5-digits", training=lambda: images("train")
     )
-    return dataclasses.replace(work, answers=_answers(work, x))
+    return dataclasses.replace(work, answers=own_answers(work, x))
 
 
 def serve(work: Work, case: str, seed: int) -> dict[str, Any]:
@@ -151,11 +151,11 @@ def serve(work: Work, case: str, seed: int) -> dict[str, Any]:
     if kind == "decode inverted":
         later = len(x) // 2
         x = np.concatenate([x[:later], x.max() + x.min() - x[later:]])
-        own = np.concatenate([own[:later], _answers(work, x[later:])])
-    hardness = _hardness(work, own)
+        own = np.concatenate([own[:later], own_answers(work, x[later:])])
+    hard = hardness(work, own)
     slow = np.zeros(len(x), bool)
     if law is not None:
-        slow = np.asarray(law.straggles(jax.random.key(seed), jnp.asarray(hardness)))
+        slow = np.asarray(law.straggles(jax.random.key(seed), jnp.asarray(hard)))
         late = {row.tobytes() for row in x[slow]}
         faults = [
             Fault(
@@ -175,7 +175,7 @@ def serve(work: Work, case: str, seed: int) -> dict[str, Any]:
         known = [table.get(row.tobytes()) for row in rows]
         if all(each is not None for each in known):
             return np.stack([each for each in known if each is not None])
-        return _answers(work, rows)  # coded data points, which are no queries
+        return own_answers(work, rows)  # coded data points, which are no queries
 
     learns = kind in ("learn", "function", "student")
     code = Uncoded(1) if learns else NeRCC(4, 8, points="interleaved")
@@ -238,8 +238,8 @@ def serve(work: Work, case: str, seed: int) -> dict[str, Any]:
     late = slow if law is not None else seconds > 2 * np.median(seconds)
     return _summary(given, said, allowed, slow, law is not None, len(x) // 2) | {
         "bias": {
-            "dropping": _statistics(hardness[~late], hardness),
-            "ours": _statistics(_hardness(work, values), hardness),
+            "dropping": _statistics(hard[~late], hard),
+            "ours": _statistics(hardness(work, values), hard),
         },
         "latency": [float(np.quantile(seconds, share)) for share in (0.5, 0.95, 0.99)],
         "audited": counts["audit_same"] + counts["audit_other"],
@@ -252,7 +252,7 @@ def serve(work: Work, case: str, seed: int) -> dict[str, Any]:
     }
 
 
-def _hardness(work: Work, outputs: np.ndarray) -> np.ndarray:
+def hardness(work: Work, outputs: np.ndarray) -> np.ndarray:
     """Return the peaks of a function's outputs, or the negative margins of labels."""
     if work.tolerance is not None:
         return np.abs(outputs).reshape(len(outputs), -1).max(axis=1)
@@ -291,7 +291,7 @@ def _summary(
     }
 
 
-def _answers(work: Work, x: np.ndarray) -> np.ndarray:
+def own_answers(work: Work, x: np.ndarray) -> np.ndarray:
     model = _compiled(str(work.model))
     size = -(-len(x) // 8) * 8
     rows = np.resize(x, (size, *x.shape[1:]))

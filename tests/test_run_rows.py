@@ -471,7 +471,7 @@ def test_a_learner_is_compared_with_late_rows_each_without_itself():
     x = np.random.default_rng(1).uniform(-1, 1, (24, 2)).astype(np.float32)
     y = np.asarray(smooth(x), np.float32)
     learner = init_learner(x, y, capacity=32, kernel="squared_exponential")
-    fitted = FittedScheme(Scheme(row_code(), surrogate=learner), 24, np.zeros(0))
+    fitted = FittedScheme(Scheme(row_code(), surrogate=learner), 24)
     late = np.concatenate([x[[3, 7, 20]], x[:1] + 1])
     found = _left_out(fitted, late)
     np.testing.assert_array_equal(found.y, y[[3, 7, 20]])
@@ -489,7 +489,7 @@ def test_a_learner_is_compared_with_late_rows_each_without_itself():
 def estimates(mean, deviation, audited):
     """What a learner of two hundred rows makes of them; by its calibration, bars are deviations."""
     bars = ErrorBars(coverages=jnp.ones(1), factors=jnp.full(1, np.inf))
-    fitted = FittedScheme(Scheme(row_code(), bars=bars), 200, np.zeros(0))
+    fitted = FittedScheme(Scheme(row_code(), bars=bars), 200)
     rows, nothing = np.arange(len(mean)), np.zeros(len(mean), bool)
     return RowEstimates(rows, mean, deviation, nothing, rows[:0], fitted, None, audited)
 

@@ -105,6 +105,32 @@ def test_a_limit_is_that_of_rows_that_straggle():
     assert risk.disagreement() == (100, 200)
 
 
+def test_right_answers_from_before_a_change_do_not_count_for_long():
+    """Of nine hundred right ones and a dozen wrong ones, the latest hundred decide: one in ten."""
+    risk = StragglerRisk(LABELS, needs_evidence=True)
+    for _ in range(900):
+        risk.add(row(), given=False)
+    admitted = []
+    for _ in range(12):
+        risk.add(row(wrong=True), given=False)
+        admitted.append(bool(risk.admits(0.01, 0.0)))
+    assert admitted == [True] * 10 + [False] * 2
+    for _ in range(100):
+        risk.add(row(), given=False)
+    assert risk.admits(0.01, 0.0)
+
+
+def test_a_calibration_counts_less_beside_stragglers():
+    """Of 112 rows in which 14 right ones have faded, as many may be wrong as a quantile says."""
+    most = int(scipy.stats.binom.ppf(0.25, 112, 0.1)) - 1  # the bound holds in three of four cases
+    for wrong, admitted in ((most, True), (most + 1, False)):
+        risk = StragglerRisk(LABELS, needs_evidence=False)
+        assert risk.admits(0.01, 0.0)
+        for number in range(112):
+            risk.add(row(wrong=number < wrong), given=False)
+        assert risk.admits(0.01, 0.0) == admitted
+
+
 def test_error_bounds_are_widened_until_they_are_right_for_rows_that_straggle():
     risk = StragglerRisk(AccuracyTarget(tolerance=1.0), needs_evidence=True)
     random = np.random.default_rng(0)

@@ -11,7 +11,7 @@ from ..splines._knots import gather_knots
 from ..splines._namespace import namespace
 from ._barycentric import barycentric_matrix
 from ._checks import check_counts
-from ._code import AbstractCode, MatrixOnHost, as_mask
+from ._code import AbstractCode, MatrixOnHost, all_or_none, as_mask
 from ._points import Points, regression_points
 
 
@@ -47,8 +47,7 @@ class Berrut(AbstractCode):
         return berrut_matrix(self.beta, self.alpha, available)
 
     def recovered(self, available: Bool[ArrayLike, " num_workers"]) -> Bool[Array, " num_data"]:
-        available = as_mask(available, (self.num_workers,))
-        return jnp.broadcast_to(jnp.any(available), (self.num_data,))
+        return all_or_none(available, self)
 
     def encoder_on_host(self) -> Float[np.ndarray, "num_workers num_data"]:
         return berrut_matrix(self.alpha, self.beta, np.ones(self.num_data, bool))

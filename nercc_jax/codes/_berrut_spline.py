@@ -12,7 +12,7 @@ from ..splines._host import smoothing_matrix_on_host
 from ..splines._smoothing import smoothing_map
 from ._berrut import berrut_matrix
 from ._checks import check_counts
-from ._code import AbstractCode, MatrixOnHost, as_mask
+from ._code import AbstractCode, MatrixOnHost, all_or_none, as_mask
 from ._points import Points, coincident, regression_points
 from ._trees import scalar_leaf
 
@@ -92,8 +92,7 @@ class BerrutSpline(AbstractCode):
         )
 
     def recovered(self, available: Bool[ArrayLike, " num_workers"]) -> Bool[Array, " num_data"]:
-        available = as_mask(available, (self.num_workers,))
-        return jnp.broadcast_to(jnp.any(available), (self.num_data,))
+        return all_or_none(available, self)
 
     def encoder_on_host(self) -> Float[np.ndarray, "num_workers num_data"]:
         return berrut_matrix(self.alpha, self.beta, np.ones(self.num_data, bool))

@@ -371,6 +371,12 @@ def as_mask(available: ArrayLike, shape: tuple[int, ...]) -> Bool[Array, "..."]:
     return available
 
 
+def all_or_none(available: ArrayLike, code: AbstractCode) -> Bool[Array, " num_data"]:
+    """Return `recovered` of a code that predicts every data point from any answer."""
+    available = as_mask(available, (code.num_workers,))
+    return jnp.broadcast_to(jnp.any(available), (code.num_data,))
+
+
 def check_mask(available: Array | np.ndarray, shape: tuple[int, ...]) -> None:
     """Raise ValueError for what is no mask of this shape, with what it should have been."""
     if available.dtype != bool or available.shape != shape:

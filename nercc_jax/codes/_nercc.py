@@ -15,7 +15,7 @@ from ..splines._namespace import namespace
 from ..splines._posterior import posterior_variances
 from ..splines._smoothing import smoothing_map
 from ._checks import check_counts
-from ._code import AbstractCode, MatrixOnHost, as_mask
+from ._code import AbstractCode, MatrixOnHost, all_or_none, as_mask
 from ._points import Points, coincident, mean_gap, regression_points
 from ._trees import any_tracer, scalar_leaf
 
@@ -136,8 +136,7 @@ class NeRCC(AbstractCode):
         return smoothing_map(self.beta, self.alpha, **options, ends=self.ends)
 
     def recovered(self, available: Bool[ArrayLike, " num_workers"]) -> Bool[Array, " num_data"]:
-        available = as_mask(available, (self.num_workers,))
-        return jnp.broadcast_to(jnp.any(available), (self.num_data,))
+        return all_or_none(available, self)
 
     def encoder_on_host(self) -> Float[np.ndarray, "num_workers num_data"]:
         alpha, beta, lambda_enc = map(np.asarray, (self.alpha, self.beta, self.lambda_enc))

@@ -15,11 +15,10 @@ from ..codes import NeRCC, decode_groups
 from ..codes._trees import Form, join
 from ..evaluation import Estimate
 from ..evaluation._answers import Recorder, batched, cut_groups, own_outputs
-from ..evaluation._criteria import agree_on_labels
 from ..inference import order_points
 from ..inference._models import Model
 from ..risk import ErrorProbability
-from ..risk._error_probability import error_features, error_probability_from_answers
+from ..risk._error_probability import error_probability_from_answers
 from ..stragglers import Latencies
 from ..stragglers._waiting import Waiting, draw_groups, last_prediction, own_workers
 from ..surrogates._surrogate import decode_with_deviation
@@ -50,20 +49,6 @@ class Screened(NamedTuple):
     code: NeRCC
     rule: Waiting
     row: Candidate
-
-
-class SurrogateExam(NamedTuple):
-    """A surrogate's predictions of data points without any answer, and whether they are wrong.
-
-    Attributes:
-        features: The features of an error probability.
-        wrong: Whether the label differs from the model's own.
-        form: The structure of the outputs; None for vectors.
-    """
-
-    features: Float[np.ndarray, "points features"]
-    wrong: Bool[np.ndarray, " points"]
-    form: Form | None
 
 
 class Half:
@@ -101,13 +86,10 @@ class Half:
         assert self._surrogate is not None
         return self._surrogate(self.x)
 
-    def examine_surrogate(self) -> SurrogateExam:
-        """Return the surrogate's predictions without answers, of infinite deviation."""
-        cheap = join(self._cheap, 1)[0]
+    def outputs(self) -> tuple[Float[Array, "points m"], Float[Array, "points m"], Form | None]:
+        """Return the surrogate's outputs and the model's, as vectors, and their form."""
         form = None if self._form.is_vector else self._form
-        features = error_features(cheap, jnp.full(len(cheap), jnp.inf), cheap, form)
-        wrong = ~agree_on_labels(cheap, jnp.asarray(self._own), form)
-        return SurrogateExam(np.asarray(features), np.asarray(wrong), form)
+        return join(self._cheap, 1)[0], jnp.asarray(self._own), form
 
     def _places(self, order: str | None, num_data: int) -> Int[np.ndarray, "groups num_data"]:
         """Return the data points of each group."""

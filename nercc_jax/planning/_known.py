@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..evaluation import Estimate
+from ..evaluation._criteria import agree_on_labels
 from ..risk import ErrorProbability
-from ..risk._error_probability import fit_error_probability_of_points
+from ..risk._error_probability import fit_error_probability_of_predictions
 from ..stragglers import Latencies, draw_hedged
 from ._candidates import DRAWS, QUANTILES, Candidate, at_most, make_candidate, number_of_draws
 from ._codes import Half
@@ -27,12 +28,12 @@ def known_systems(
     Its error probability is that of predictions without answers; it serves a scheme with `Uncoded`,
     too.
     """
-    calibration, held_out = (half.examine_surrogate() for half in halves)
-    no_answers = np.zeros_like(calibration.wrong)
-    error_probability = fit_error_probability_of_points(
-        calibration.features, no_answers, calibration.wrong, calibration.form
-    )
-    probabilities = np.asarray(error_probability.of_features(jnp.asarray(held_out.features)))
+    (cheap, answers, form), (held_out, theirs, _) = (half.outputs() for half in halves)
+    no_answers = jnp.full(len(cheap), jnp.inf)
+    error_probability = fit_error_probability_of_predictions(cheap, no_answers, answers, form)
+    no_answers = jnp.full(len(held_out), jnp.inf)
+    probabilities = np.asarray(error_probability(held_out, no_answers, held_out))
+    wrong = np.asarray(~agree_on_labels(held_out, theirs, form))
     queries = asked["num_queries"]
     shape = (number_of_draws(DRAWS, _COPIES * queries), queries)
     own = latencies.draw(_STREAM, (_COPIES, *shape))[0]
@@ -51,7 +52,7 @@ def known_systems(
         ):
             sure = probabilities <= limit
             known = (own > after) & sure[point]
-            wrongly = Estimate.over((sure & held_out.wrong).astype(float).tolist())
+            wrongly = Estimate.over((sure & wrong).astype(float).tolist())
             row = make_candidate(
                 KNOWN,
                 *(queries, queries, queries, 0.0),

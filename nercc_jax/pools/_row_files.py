@@ -219,10 +219,6 @@ def save_fitted(path: Path, fitted: FittedScheme) -> None:
     scheme: Any = fitted.scheme
     about = {
         "pairs": fitted.pairs,
-        "deviations": _listed(fitted.deviations),
-        "doubts": None
-        if fitted.error_probabilities is None
-        else _listed(fitted.error_probabilities),
         "bars": {name: _listed(getattr(scheme.bars, name)) for name in ("coverages", "factors")},
         "doubt": scheme.error_probability
         and {
@@ -253,13 +249,7 @@ def load_fitted(path: Path) -> FittedScheme:
         and ErrorProbability(**{name: _array(each) for name, each in error_probability.items()}),
         redundancy="uncertain",
     )
-    deviations, error_probabilities = np.asarray(about["deviations"]), about["doubts"]
-    return FittedScheme(
-        scheme,
-        about["pairs"],
-        deviations,
-        None if error_probabilities is None else np.asarray(error_probabilities),
-    )
+    return FittedScheme(scheme, about["pairs"])
 
 
 def _listed(numbers: Any) -> list[float]:

@@ -26,7 +26,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Shaped
 
 from ..evaluation import row_errors
 from ..risk._straggler_risk import StragglerRisk, StragglerRow, conformal_quantile
-from ..risk._target import AccuracyTarget
+from ..risk._target import AccuracyTarget, error_ratios
 from ..schemes import fit_scheme
 from ..schemes._fit_scheme import EACH, SHAPE, FittedScheme, filled
 from ..surrogates import Learner, LearnerTuning
@@ -317,9 +317,7 @@ class RowLearner:
         """Compare predictions with the rows' own values, from which they differ by `error`."""
         probability, bar = self._estimated(mean, deviation)
         differs = np.argmax(mean, axis=1) != np.argmax(y, axis=1)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            excess = np.nan_to_num(error / bar)
-        facts = (each.tolist() for each in (probability, bar, differs, excess))
+        facts = (each.tolist() for each in (probability, bar, differs, error_ratios(error, bar)))
         return [StragglerRow(*each) for each in zip(*facts, strict=True)]
 
     def _admitted(

@@ -11,7 +11,7 @@ from ..codes import AbstractCode
 from ..codes._checks import check_count
 from ..evaluation import row_errors
 from ..risk import ErrorBars
-from ..risk._error_bars import error_bars, error_bars_from_ratios
+from ..risk._error_bars import error_bars_from_ratios
 from ..risk._error_probability import fit_error_probability_of_predictions
 from ..surrogates import Learner, LearnerTuning, init_learner, tune_learner
 from ..surrogates._kernels import Shape
@@ -27,32 +27,15 @@ SHAPE: Shape = "squared_exponential"  # to start from
 
 @dataclasses.dataclass(frozen=True)
 class FittedScheme:
-    """A scheme with a learner, and its uncertainty on pairs that it had not learned from.
+    """A scheme with a learner, calibrated on pairs that it had not learned from.
 
     Attributes:
         scheme: The scheme.
         pairs: The number of pairs that its learner knows now, the held-out ones included.
-        deviations: Deviations of the held-out pairs' predictions.
-        error_probabilities: Their error probabilities, if the outputs have labels.
     """
 
     scheme: Scheme
     pairs: int
-    deviations: Float[np.ndarray, " held_out"]
-    error_probabilities: Float[np.ndarray, " held_out"] | None = None
-
-    def within(self, tolerance: float, coverage: float = 0.9) -> float:
-        """Return the share of held-out pairs whose error bar is no larger than the tolerance."""
-        bars = error_bars(jnp.asarray(self.deviations), self.scheme.bars, coverage)
-        return float(np.mean(np.asarray(bars) <= tolerance))
-
-    def sure(self, limit: float) -> float:
-        """Return the share of held-out pairs whose error probability is within the limit."""
-        return (
-            0.0
-            if self.error_probabilities is None
-            else float(np.mean(self.error_probabilities <= limit))
-        )
 
 
 def fit_scheme(
@@ -100,10 +83,9 @@ def fit_scheme(
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = np.asarray(row_errors(mean, own)) / np.asarray(deviation)
     bars: ErrorBars = error_bars_from_ratios(ratios)
-    error_probability, error_probabilities = None, None
+    error_probability = None
     if labels:
         error_probability = fit_error_probability_of_predictions(mean, deviation, jnp.asarray(own))
-        error_probabilities = np.asarray(error_probability(mean, deviation, mean))
     scheme = Scheme(
         code,
         surrogate=knows,
@@ -111,7 +93,7 @@ def fit_scheme(
         error_probability=error_probability,
         redundancy="uncertain",
     )
-    return FittedScheme(scheme, len(x), np.asarray(deviation), error_probabilities)
+    return FittedScheme(scheme, len(x))
 
 
 def filled(rows: Float[np.ndarray, "few n"], number: int) -> Float[np.ndarray, "number n"]:

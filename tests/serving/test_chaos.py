@@ -35,7 +35,7 @@ import numpy as np
 
 from nercc_jax.serving.adapt._error_estimator import ErrorEstimator
 
-learn = ErrorEstimator.add_group_in_steps
+learn = ErrorEstimator.add_group
 
 
 def sometimes(self, *lesson):
@@ -44,7 +44,7 @@ def sometimes(self, *lesson):
     return learn(self, *lesson)
 
 
-ErrorEstimator.add_group_in_steps = sometimes
+ErrorEstimator.add_group = sometimes
 
 
 def answer(x):

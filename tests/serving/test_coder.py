@@ -224,7 +224,7 @@ def test_what_is_expected_is_what_happens(calibrated, queries):
         predictions, _ = coder.decode(np.where(mask[:, None, None], answers, 0), mask, len(x))
         wrong = predictions[:, place].argmax(-1) != own[:, place].argmax(-1)
         error = np.sqrt(np.mean(np.sum((predictions[:, place] - own[:, place]) ** 2, axis=-1)))
-        estimator.update_expected(queries, mask)
+        list(estimator.update_expected(queries, mask))  # all steps
         disagreement, expected_error, fresh = estimator.expected_error(queries, mask)
         assert fresh
         assert len(disagreement) == queries
@@ -252,11 +252,11 @@ def test_nothing_is_known_at_first_and_then_learnt():
     x = np.random.default_rng(5).normal(size=(300, 4, 4)).astype(np.float32)
     answers = np.asarray(tanh(coder.encode(x, np.arange(coder.num_workers)))).swapaxes(0, 1)
     for group, own in zip(answers, np.asarray(tanh(x)), strict=True):
-        estimator.add_group(group, own)
+        list(estimator.add_group(group, own))  # all steps
     assert not estimator.needs_samples(4)
     assert estimator.needs_samples(3)
     assert not estimator.expected_error(4, mask).current, "nobody has looked it up"
-    estimator.update_expected(4, mask)
+    list(estimator.update_expected(4, mask))  # all steps
     taught = estimator.expected_error(4, mask)
     assert taught.current
     given = ErrorEstimator(coder)
@@ -264,15 +264,15 @@ def test_nothing_is_known_at_first_and_then_learnt():
     usual = np.ones(coder.num_workers, bool)
     for mask in (usual, usual & (np.arange(coder.num_workers) != coder.first[2][0])):
         assert given.expected_error(4, mask).current, "calibration looks up the usual ones"
-    estimator.update_expected(4, mask)
+    list(estimator.update_expected(4, mask))  # all steps
     found, wanted = estimator.expected_error(4, mask), given.expected_error(4, mask)
     np.testing.assert_allclose(found.disagreement, wanted.disagreement, atol=0.15)
     nobody = estimator.expected_error(4, np.zeros(coder.num_workers, bool))
     assert np.isnan(nobody.disagreement).all()
     # New groups come, so what was found is looked up anew; it is shown until then.
     for group, own in zip(answers, np.asarray(tanh(x)), strict=True):
-        estimator.add_group(group, own)
-    estimator.update_expected(4, usual)
+        list(estimator.add_group(group, own))  # all steps
+    list(estimator.update_expected(4, usual))  # all steps
     assert not estimator.expected_error(4, mask).current
     np.testing.assert_array_equal(
         estimator.expected_error(4, mask).disagreement, found.disagreement
@@ -288,8 +288,8 @@ def test_what_is_expected_follows_a_model_that_changes():
     errors = []
     for model in (lambda x: 0 * tanh(x) + 1, tanh):
         for answers, own in zip(np.asarray(model(coded)), np.asarray(model(x)), strict=True):
-            estimator.add_group(answers, own)
-        estimator.update_expected(coder.num_data, mask)
+            list(estimator.add_group(answers, own))  # all steps
+        list(estimator.update_expected(coder.num_data, mask))  # all steps
         found = estimator.expected_error(coder.num_data, mask)
         assert found.current
         errors.append(found.error)

@@ -98,7 +98,7 @@ def test_a_doubt_is_learnt_from_traffic():
     answers = np.asarray(model(coder.encode(x, np.arange(8)))).swapaxes(0, 1)
     learnt = []
     for group, own in zip(answers, np.asarray(model(x)), strict=True):
-        estimator.add_group(group, own)
+        list(estimator.add_group(group, own))  # all steps
         if not learnt or estimator.error_probability(4) is not learnt[-1]:
             learnt.append(estimator.error_probability(4))
         assert estimator.needs_samples(4) or estimator.error_probability(4).num_queries > 0
@@ -127,11 +127,11 @@ def test_traffic_is_rehearsed_a_little_at_a_time(width, monkeypatch):
     monkeypatch.setattr(coder, "compare", record)
     for group, own in zip(answers, np.asarray(model(x)), strict=True):
         before = len(seen)
-        for step, _ in enumerate(estimator.add_group_in_steps(group, own)):
+        for step, _ in enumerate(estimator.add_group(group, own)):
             assert len(seen) == before + step + 1
     assert estimator.error_probability(4).num_queries
     mask = np.arange(8) != 3
-    for step, _ in enumerate(estimator.update_expected_in_steps(4, mask)):
+    for step, _ in enumerate(estimator.update_expected(4, mask)):
         assert step < 100 / width
     assert estimator.expected_error(4, mask).current
     assert {len(groups) for groups in seen} == {min(width, 32), 100 % width or width, width}
@@ -151,7 +151,7 @@ def test_a_doubt_is_learnt_where_calibration_was_too_short(queries):
     for group, own in zip(answers, np.asarray(model(x)), strict=True):
         if not estimator.needs_samples(queries):
             break
-        estimator.add_group(group, own)
+        list(estimator.add_group(group, own))  # all steps
     assert estimator.error_probability(queries).num_queries >= 32 * queries
 
 

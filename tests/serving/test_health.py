@@ -173,7 +173,7 @@ def test_nobody_waits_for_learning(monkeypatch):
         assert release.wait(LONG)
         return iter(())
 
-    monkeypatch.setattr(ErrorEstimator, "add_group_in_steps", slow)
+    monkeypatch.setattr(ErrorEstimator, "add_group", slow)
     with serving(INTERLEAVED, warm=False) as batcher:
         batcher.submit(queries(4)).result(LONG)
         assert learning.wait(LONG), "a group all of whose answers came is a lesson"
@@ -187,7 +187,7 @@ def test_learning_that_fails_is_counted_and_nothing_else(monkeypatch):
     def fails(self, answers, originals):
         raise RuntimeError("a bug of ours")
 
-    monkeypatch.setattr(ErrorEstimator, "add_group_in_steps", fails)
+    monkeypatch.setattr(ErrorEstimator, "add_group", fails)
     with serving(INTERLEAVED, warm=False) as batcher:
         end = time.monotonic() + LONG
         while not count(batcher, "internal_error"):
@@ -210,7 +210,7 @@ def test_a_lesson_rests_between_its_steps(monkeypatch):
 
     monkeypatch.setattr(_adaptation, "_SHARE", 0.1)
     monkeypatch.setattr(_adaptation, "_AT_ONCE", 0.0)
-    monkeypatch.setattr(ErrorEstimator, "add_group_in_steps", steps)
+    monkeypatch.setattr(ErrorEstimator, "add_group", steps)
     with serving(INTERLEAVED, warm=False) as batcher:
         while len(turns) < 6:
             assert time.monotonic() < end
@@ -232,7 +232,7 @@ def test_a_set_of_answers_that_is_new_is_looked_up_beside(monkeypatch):
             assert time.monotonic() < end
             time.sleep(0.01)
         again = knowing(batcher.test_coder)
-        again.update_expected(4, mask)
+        list(again.update_expected(4, mask))  # all steps
         found, wanted = calibrator.expected_error(4, mask), again.expected_error(4, mask)
         np.testing.assert_allclose(found.error, wanted.error, rtol=1e-4)
         np.testing.assert_allclose(found.disagreement, wanted.disagreement, rtol=1e-4)

@@ -44,7 +44,7 @@ class Studied(ErrorEstimator):
     def hungry(self, queries):
         return False
 
-    def add_group_in_steps(self, answers, originals):
+    def add_group(self, answers, originals):
         return iter(())
 
     def doubt(self, queries):

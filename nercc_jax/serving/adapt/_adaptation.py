@@ -125,9 +125,9 @@ class BackgroundCalibrator:
         group, self._group = self._group, None
         requested, self._requested = self._requested, None
         if group is not None:
-            yield from self._estimator.add_group_in_steps(*group)
+            yield from self._estimator.add_group(*group)
         if requested is not None:
-            yield from self._estimator.update_expected_in_steps(*requested)
+            yield from self._estimator.update_expected(*requested)
 
 
 class Adaptation(AbstractAdaptation):

@@ -41,9 +41,9 @@ class ErrorEstimator:
     is replaced.
 
     One thread at a time may update it (`calibrate`, `add_group`, `update_expected`), which takes
-    its time, or does so in steps of a few milliseconds (`add_group_in_steps`,
-    `update_expected_in_steps`). All threads may read its latest results (`needs_samples`,
-    `error_probability`, `expected_error`), which takes none.
+    its time: the last two in steps of a few milliseconds, one for each item of the iterator that
+    they return. All threads may read its latest results (`needs_samples`, `error_probability`,
+    `expected_error`), which takes none.
     """
 
     def __init__(self, coder: Coder):
@@ -149,16 +149,8 @@ class ErrorEstimator:
         self,
         answers: Float[np.ndarray, "num_workers ..."],
         originals: Float[np.ndarray, "queries ..."],
-    ) -> None:
-        """Take a group: all workers' answers, and the model's own to the queries."""
-        _run_all(self.add_group_in_steps(answers, originals))
-
-    def add_group_in_steps(
-        self,
-        answers: Float[np.ndarray, "num_workers ..."],
-        originals: Float[np.ndarray, "queries ..."],
     ) -> Iterator[None]:
-        """Take a group as `add_group` does, a step for each item of the iterator."""
+        """Take a group: all workers' answers, and the model's own to the queries."""
         answers = answers.reshape(len(answers), -1)
         originals = originals.reshape(len(originals), -1)
         samples = self._samples[len(originals)]
@@ -172,14 +164,10 @@ class ErrorEstimator:
         """
         return self._samples[queries].error_probability
 
-    def update_expected(self, queries: int, mask: Bool[np.ndarray, " num_workers"]) -> None:
-        """Compute the expected error of groups of this size, decoded from these workers."""
-        _run_all(self.update_expected_in_steps(queries, mask))
-
-    def update_expected_in_steps(
+    def update_expected(
         self, queries: int, mask: Bool[np.ndarray, " num_workers"]
     ) -> Iterator[None]:
-        """Compute as `update_expected` does, a step for each item of the iterator."""
+        """Compute the expected error of groups of this size, decoded from these workers."""
         if self._samples[queries].known >= _LEAST and mask.any():
             yield from self._samples[queries].update_expected(mask, self._width)
 

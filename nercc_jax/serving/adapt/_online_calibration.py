@@ -28,7 +28,7 @@ from ...risk import ErrorProbability, RiskMonitor
 from ...risk._answer_check import AnswerCheck, fit_answer_check
 from ...risk._error_probability import error_features, fit_error_probability_of_points
 from ...risk._straggler_risk import StragglerRow, conformal_quantile, least_factor
-from ...risk._target import AccuracyTarget
+from ...risk._target import AccuracyTarget, error_ratios
 from ...surrogates import (
     AbstractLearner,
     AbstractSurrogate,
@@ -204,10 +204,9 @@ class OnlineCalibration:
         """Compare an answer to a straggler's query with the model's own."""
         value = answer.value.ravel()
         wrong = not bool(_agree(value, own, self._form))
-        error = float(np.sqrt(np.mean((value - own) ** 2)))
-        # A bound of 0 is right only where there is no error.
-        excess = error / answer.error if answer.error > 0 else (math.inf if error > 0 else 0.0)
-        return StragglerRow(answer.disagreement, answer.error, wrong, excess)
+        error = np.sqrt(np.mean((value - own) ** 2))
+        excess = error_ratios(error, np.asarray(answer.error))
+        return StragglerRow(answer.disagreement, answer.error, wrong, float(excess))
 
     def _start_learner(
         self, x: Shaped[np.ndarray, "pairs ..."], own: Float[np.ndarray, "pairs m"]
@@ -236,7 +235,7 @@ class OnlineCalibration:
         if calibrated is not None:
             bound = calibrated.factor * batch.deviation
             sure = calibrated.is_sure(batch.probability, bound)
-            failed = self._misses_goal(batch.wrong, batch.error, bound)
+            failed = self._target.missed(batch.wrong, error_ratios(batch.error, bound))
             if self._monitor.add(failed[sure].tolist()):
                 self.discard()
         self._validation.append(batch)
@@ -244,18 +243,6 @@ class OnlineCalibration:
         if self._count >= self._due:
             self._due = self._count + _MORE * min(self._count, _VALIDATION)
             self.calibrated, self._current = self._calibrate(), True
-
-    def misses_goal(self, row: StragglerRow) -> bool:
-        """Return whether an answer's label, or its error bound, misses the goal."""
-        return bool(self._misses_goal(np.array(row.wrong), np.array(row.excess), np.array(1.0)))
-
-    def _misses_goal(self, wrong: np.ndarray, error: np.ndarray, bound: np.ndarray) -> np.ndarray:
-        failed = np.zeros(wrong.shape, bool)
-        if self._target.max_disagreement is not None:
-            failed |= wrong
-        if self._target.tolerance is not None:
-            failed |= error > bound
-        return failed
 
     def _calibrate(self) -> CalibratedSurrogate:
         """Calibrate the surrogate on the latest validation batches."""
@@ -265,10 +252,8 @@ class OnlineCalibration:
             np.concatenate([getattr(batch, part) for batch in batches])
             for part in ("features", "deviation", "error", "wrong")
         )
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratios = np.where(error > 0, error / deviation, 0)
         coverage = self._target.coverage
-        factor = conformal_quantile(ratios, coverage)
+        factor = conformal_quantile(error_ratios(error, deviation), coverage)
         wanted, tolerance = self._target.max_disagreement, self._target.tolerance
         error_probability, limit, share = None, 1.0, 1.0
         if wanted is not None:
@@ -279,9 +264,8 @@ class OnlineCalibration:
             share = 1 - error_probability.share(limit)
         if tolerance is not None:
             # It has to be right for those that are given out, not for all.
-            with np.errstate(divide="ignore", invalid="ignore"):
-                excess = np.where(error > 0, error / (factor * deviation), 0)
-            factor *= least_factor(factor * deviation, excess, tolerance, coverage)
+            bound = factor * deviation
+            factor *= least_factor(bound, error_ratios(error, bound), tolerance, coverage)
             share *= float(np.mean(factor * deviation <= tolerance))
         tolerance = math.inf if tolerance is None else tolerance
         disagreement = float(np.mean(wrong))

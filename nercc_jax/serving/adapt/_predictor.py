@@ -119,7 +119,7 @@ class Predictor:
         self._calibration = OnlineCalibration(
             self._surrogate, target, form=form, check_rate=check_rate, **self._options
         )
-        self.risk = StragglerRisk(target, needs_evidence=True)
+        self._target, self.risk = target, StragglerRisk(target, needs_evidence=True)
         self._followed = 0  # the drifts of calibration that `risk` knows
         self._width, self._observe, self._clock = width, observe, clock
         self._compiled = False
@@ -244,7 +244,7 @@ class Predictor:
         if self.risk.add(row, unknown=own is None, **facts):
             self._drift_detected = True
             self._turns.wake()
-        return not self._calibration.misses_goal(row)
+        return not self._target.missed(row.wrong, row.excess)
 
     def _follow_drifts(self) -> None:
         """Discard the evidence on stragglers where calibration began again."""

@@ -29,6 +29,7 @@ from ...evaluation._criteria import agree_on_labels
 from ...pools._steps import encode_on_host, shared_decoder
 from ...splines._host import smoothing_matrix_on_host
 from ._error_probability import decoding_features, error_probability
+from ._request import fill_up
 
 # The rows of a spline are one-hot up to rounding.
 _ROUNDING = 1e-5
@@ -224,10 +225,7 @@ class Coder:
         It runs the programs that decoding has compiled for the width, and hardly anything else.
         """
         found = self.decode_all(answers.swapaxes(0, 1), mask, width)
-        predictions, originals = (
-            _filled(each.swapaxes(0, 1), width).swapaxes(0, 1)
-            for each in (found.predictions, originals)
-        )
+        predictions, originals = (fill_up(each, width) for each in (found.predictions, originals))
         return found, np.asarray(self.agree(predictions, originals))[: len(answers)]
 
     def _decoded(
@@ -242,7 +240,7 @@ class Coder:
     ]:
         """Return predictions by alpha, those that are recovered, and the workers in use."""
         _, rows, *out = values.shape
-        flat = _filled(values, width).reshape(self.num_workers, 1, -1)
+        flat = fill_up(values, width, axis=1).reshape(self.num_workers, 1, -1)
         decoded = self._decode(flat, mask)
         predictions = np.asarray(decoded.predictions).reshape(self.num_data, width, *out)
         recovered, responded = np.asarray(decoded.recovered)[0], np.asarray(decoded.responded)[0]
@@ -270,15 +268,6 @@ class Coder:
         by_alpha = np.zeros((self.num_data, *queries.shape[1:]), queries.dtype)
         by_alpha[self._order[: len(queries)]] = queries
         return by_alpha
-
-
-def _filled(x: Shaped[np.ndarray, "a rows ..."], width: int) -> Shaped[np.ndarray, "a width ..."]:
-    """Return x with zeros as further rows."""
-    if x.shape[1] == width:
-        return x
-    filled = np.zeros((len(x), width, *x.shape[2:]), x.dtype)
-    filled[:, : x.shape[1]] = x
-    return filled
 
 
 def few_encoders(

@@ -218,7 +218,7 @@ class Dispatcher:
             if lane is self._queue.resent:
                 self._resend(lane, turn)
             elif lane is not self._queue.coded:
-                self._send_alone(self._next_cell(lane, turn.now), turn)
+                self._send_alone(_cell(self._next_batch(lane, turn.now)), turn)
             elif self._coder.systematic:
                 sent += self._send_own(turn)
             else:
@@ -321,7 +321,7 @@ class Dispatcher:
 
         A straggler's query goes to as many workers at once as hedging asks for.
         """
-        queries = self._next_cell(lane, turn.now).queries
+        queries = self._next_batch(lane, turn.now)
         avoid = queries[0].candidates.keys()
         same = [query for query in queries if query.candidates.keys() == avoid]
         same = same[: _power_of_two(len(same))]
@@ -377,11 +377,11 @@ class Dispatcher:
         kinds = [group.coder.kinds[point] for point in points]
         self._pool.send(group.batch, points.tolist(), values, kinds=kinds, avoid=avoid)
 
-    def _next_cell(self, lane: Lane, now: float) -> Cell:
-        """Take the next batch for one worker, if a lane's workers share its queries out."""
+    def _next_batch(self, lane: Lane, now: float) -> list[Query]:
+        """Take the next queries for one worker, if a lane's workers share its queries out."""
         idle = self._queue.workers_for(lane, self._pool.idle)
         size = self._size(len(lane), min(idle, self._pool.spare))
-        return _cell(self._pop(lane, size, now))
+        return self._pop(lane, size, now)
 
     def _next_cells(self, lane: Lane, turn: Turn) -> list[Cell]:
         """Take the next batches for all workers that a lane may use."""

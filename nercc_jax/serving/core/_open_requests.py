@@ -1,7 +1,9 @@
 """The requests that were accepted and have no reply yet: each ends exactly once."""
 
+import collections
 import concurrent.futures
 import contextlib
+import dataclasses
 import heapq
 import itertools
 import logging
@@ -9,8 +11,6 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-
-import numpy as np
 
 from ...pools import AbstractClock
 from ._group import Group
@@ -128,49 +128,33 @@ class OpenRequests:
         while self._deadlines and self._deadlines[0][0] <= now:
             yield heapq.heappop(self._deadlines)[2]
 
-    def answer(self, query: Query, answer: Answer, now: float) -> list[Group]:
-        """Give a query its answer, unless nobody waits for it any more."""
-        if query.done:
-            return []
-        self._queue.discard(query)
-        self.monitor.report_answer(now)
-        group = query.leave_group()
-        request = query.request
-        if self._counts(request):
-            self._observe(f"query_{query.source_of(answer)}", 1)
-        if request.answer(query, answer):
-            self._reply(request)
-        # The answer to a resent query did not come from its first group, which may be over now.
-        return [group] if query.reexecuted and group is not None else []
-
-    def answer_exactly(
-        self, queries: Sequence[Query], values: np.ndarray, asked: int, responded: int, now: float
-    ) -> list[Group]:
-        """Give a batch of queries the model's answers; of large requests that is most of the work.
+    def answer(self, queries: Sequence[Query], answer: Answer, now: float) -> list[Group]:
+        """Give queries their answers, but not those that nobody waits for any more.
 
         Args:
             queries: the queries, of any requests.
-            values: the answers, one a query.
-            asked: as in `Answer`.
-            responded: as in `Answer`.
+            answer: the answers, one row each.
             now: the time.
         """
         groups: list[Group] = []
         rows: dict[Request, list[int]] = {}
         for row, query in enumerate(queries):
-            if query.reexecuted:
-                answer = Answer(values[row], "exact", asked, responded)
-                groups += self.answer(query, answer, now)
-            elif not query.done:
-                self._queue.discard(query)
-                query.leave_group()
-                rows.setdefault(query.request, []).append(row)
+            if query.done:
+                continue
+            self._queue.discard(query)
+            group = query.leave_group()
+            # The answer to a resent query did not come from its first group, which may be over now.
+            if query.reexecuted and group is not None:
+                groups.append(group)
+            rows.setdefault(query.request, []).append(row)
         for request, own in rows.items():
             self.monitor.report_answer(now)
-            if self._counts(request):
-                self._observe("query_exact", len(own))
             given = [queries[row] for row in own]
-            if request.answer_exactly(given, values[own], asked, responded):
+            if self._counts(request):
+                sources = collections.Counter(query.source_of(answer) for query in given)
+                for source, number in sources.items():
+                    self._observe(f"query_{source}", number)
+            if request.answer(given, dataclasses.replace(answer, value=answer.value[own])):
                 self._reply(request)
         return groups
 

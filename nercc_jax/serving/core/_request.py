@@ -90,7 +90,7 @@ class Reply:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """The answer to one query, and where it came from."""
+    """The answer to one query, or to several, one row each, and where it came from."""
 
     value: np.ndarray
     source: Source
@@ -177,29 +177,21 @@ class Request:
 
         self.future.add_done_callback(ended)
 
-    def answer(self, query: "Query", answer: Answer) -> bool:
-        """Store the answer to one query, and return whether it was the last one missing."""
-        place = query.place
-        self._values[place] = answer.value
-        self._exact[place], self._reexecuted[place] = answer.source == "exact", query.reexecuted
-        self._predicted[place] = answer.source == "predicted"
-        self._suspicious[place] = answer.suspicious
-        self._asked[place], self._responded[place] = answer.asked, answer.responded
-        self._expected[:, place] = answer.disagreement, answer.error
-        if self.trace is not None:
-            self.trace.answers[place] = query.source_of(answer)
-        self._left -= 1
-        return self._left == 0
-
-    def answer_exactly(
-        self, queries: Sequence["Query"], values: np.ndarray, asked: int, responded: int
-    ) -> bool:
-        """Store the model's answers to queries sent once, and return whether none is missing."""
+    def answer(self, queries: Sequence["Query"], answer: Answer) -> bool:
+        """Store the answers to some queries, one row each, and return whether none is missing."""
         places = [query.place for query in queries]
-        self._values[places] = values
-        self._asked[places], self._responded[places] = asked, responded
+        self._values[places] = answer.value
+        self._asked[places], self._responded[places] = answer.asked, answer.responded
+        if answer.source != "exact":
+            self._exact[places], self._predicted[places] = False, answer.source == "predicted"
+            self._expected[0, places] = answer.disagreement
+            self._expected[1, places] = answer.error
+        if answer.suspicious:
+            self._suspicious[places] = True
+        if again := [query.place for query in queries if query.reexecuted]:
+            self._reexecuted[again] = True
         if self.trace is not None:
-            self.trace.answers.update(dict.fromkeys(places, "exact"))
+            self.trace.answers |= {query.place: query.source_of(answer) for query in queries}
         self._left -= len(places)
         return self._left == 0
 
@@ -305,6 +297,14 @@ class BatchSpec:
                 f"queries {np.flatnonzero(~finite).tolist()} are not finite in float32"
             )
         return x
+
+
+def fill_up(x: Shaped[np.ndarray, "..."], size: int, axis: int = 0) -> Shaped[np.ndarray, "..."]:
+    """Return x with zeros behind it, up to a size: so few programs are compiled."""
+    if x.shape[axis] == size:
+        return x
+    more = (*x.shape[:axis], size - x.shape[axis], *x.shape[axis + 1 :])
+    return np.concatenate([x, np.zeros(more, x.dtype)], axis)
 
 
 class ScaleMonitor:

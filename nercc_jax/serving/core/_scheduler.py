@@ -5,6 +5,7 @@ queue, and go out in larger batches once a worker is free.
 """
 
 import concurrent.futures
+import dataclasses
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -341,7 +342,8 @@ class QueryScheduler:
             queries, value = [queries[row] for row in kept], value[kept]
         for row, query in enumerate(queries):
             self._learn(query, value[row])
-        self._revisit(self._open.answer_exactly(queries, value, asked, responded, now))
+        answer = Answer(value, "exact", asked, responded)
+        self._revisit(self._open.answer(queries, answer, now))
 
     def _learn(self, query: Query, own: np.ndarray) -> None:
         """Compare approximate answers to a query with the model's own, and learn from this."""
@@ -369,8 +371,8 @@ class QueryScheduler:
             number = max(len(query.candidates), 1)
             if agreed:
                 self._learn(query, value)
-            answer = Answer(value, "exact", number, number, suspicious=not agreed)
-            self._revisit(self._open.answer(query, answer, now))
+            answer = Answer(value[None], "exact", number, number, suspicious=not agreed)
+            self._revisit(self._open.answer([query], answer, now))
 
     def _audit(self, given: ApproximateAnswer, own: np.ndarray | None) -> None:
         """Compare an approximate answer with the model's own, None if that will never come."""
@@ -408,7 +410,8 @@ class QueryScheduler:
                 query = group.cells[each.cell].queries[each.row]
                 self._give(group, query, each)
                 self._observe("expected_disagreement", each.answer.disagreement)
-                self._revisit(self._open.answer(query, each.answer, now))
+                answer = dataclasses.replace(each.answer, value=each.answer.value[None])
+                self._revisit(self._open.answer([query], answer, now))
             self._queue.resend(resend)
         # What is held back of a single batch goes on by itself.
         if not group.pending or (group.alone and group.mask.all()):

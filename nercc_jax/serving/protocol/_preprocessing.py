@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, PyTree
 
+from ..core._request import fill_up
 from ._servable import Servable
 
 # Threads of a model's preprocessing; a compiled function leaves Python's lock.
@@ -47,7 +48,7 @@ class Preprocessing:
         for begin in range(0, number, self._sizes[-1]):
             few = min(self._sizes[-1], number - begin)
             size = next(size for size in self._sizes if size >= few)
-            piece = {name: _filled(x[begin : begin + few], size) for name, x in columns.items()}
+            piece = {name: fill_up(x[begin : begin + few], size) for name, x in columns.items()}
             pieces.append(jax.tree.map(lambda y, few=few: y[:few], self._compute(piece)))
         whole = pieces[0] if len(pieces) == 1 else jax.tree.map(_joined, *pieces)
         return self._queries.pack(whole)
@@ -64,15 +65,6 @@ class Preprocessing:
     def close(self) -> None:
         """End the threads; nothing is waited for."""
         self._executor.shutdown(wait=False, cancel_futures=True)
-
-
-def _filled(x: np.ndarray, size: int) -> np.ndarray:
-    """Return x with zeros as further rows."""
-    if len(x) == size:
-        return x
-    filled = np.zeros((size, *x.shape[1:]), x.dtype)
-    filled[: len(x)] = x
-    return filled
 
 
 def _joined(*pieces: np.ndarray) -> np.ndarray:
