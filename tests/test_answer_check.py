@@ -1,6 +1,5 @@
 """The check of an answer: how many right ones look wrong to it, and how many wrong ones do."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,7 +17,7 @@ def predicted(random, rows=ROWS, error=0.4):
 
 
 def share(check, mean, deviation, answers):
-    return np.mean(check.suspicious(*map(jnp.asarray, (mean, deviation, answers))))
+    return np.mean(check.suspicious(mean, deviation, answers))
 
 
 @pytest.mark.parametrize("labels", [True, False])
@@ -60,7 +59,7 @@ def test_what_is_no_number_looks_wrong_and_too_few_answers_accuse_nothing():
     check = fit_answer_check(*data, 0.05, labels=True)
     mean, deviation, right = (each[:4].copy() for each in data)
     right[2, 1] = np.nan
-    assert np.array(check.suspicious(*map(jnp.asarray, (mean, deviation, right))))[2]
+    assert check.suspicious(mean, deviation, right)[2]
     few = fit_answer_check(*(each[:60] for each in data), 0.01, labels=True)
     assert share(few, *(each[:60] for each in data)) == 0
 

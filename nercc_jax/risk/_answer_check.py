@@ -9,21 +9,17 @@ count, where labels matter.
 The limit is a conformal quantile over right answers that the regression has not seen, so that the
 share of right answers beyond it is as stated, whatever the regression is worth (Papadopoulos et al.
 2002, "Inductive confidence machines for regression").
+
+This file needs NumPy only: every answer is checked, and a call of JAX costs more than the check.
 """
 
-from types import ModuleType
-from typing import TypeAlias
+import dataclasses
 
-import equinox as eqx
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from ._logistic import logistic_regression
 from ._straggler_risk import conformal_quantile
-
-_Array: TypeAlias = Array | np.ndarray
 
 _REFERENCES = 256  # right answers that others are compared with
 _COVARIANCES = 256  # outputs, at most, whose covariance is taken into account
@@ -37,74 +33,74 @@ _NOISE = (0.3, 0.6, 1.0)
 _ALONG, _ACROSS = 0.7, 0.3  # of the noise, as outputs vary together, and each by itself
 
 
-class AnswerCheck(eqx.Module):
+@dataclasses.dataclass(frozen=True)
+class AnswerCheck:
     """A calibrated check of answers.
 
     Attributes:
         residual: Maps residuals over deviations to uncorrelated ones.
         typical: Maps answers to uncorrelated ones.
         references: Right answers, mapped so.
-        near: The distance to these below which an answer is no more typical than at it: it may be
-            one of them.
+        squares: The squares of their lengths.
+        near: The mean square distance to these below which an answer is no more typical than at it:
+            it may be one of them.
         weights: The regression's weights of the features.
         limit: The largest score of an answer that does not look wrong.
         labels: Whether the largest output is a label.
     """
 
-    residual: Float[_Array, "m m"] | Float[_Array, " m"]
-    typical: Float[_Array, "m m"] | Float[_Array, " m"]
-    references: Float[_Array, "references m"]
-    near: Float[_Array, ""]
-    weights: Float[_Array, " features"]
-    limit: Float[_Array, ""]
-    labels: bool = eqx.field(static=True)
+    residual: Float[np.ndarray, "m m"] | Float[np.ndarray, " m"]
+    typical: Float[np.ndarray, "m m"] | Float[np.ndarray, " m"]
+    references: Float[np.ndarray, "m references"]
+    squares: Float[np.ndarray, " references"]
+    labels: bool
+    near: float = _LEAST
+    weights: Float[np.ndarray, " features"] = dataclasses.field(default_factory=lambda: np.zeros(0))
+    limit: float = np.inf
 
     def features(
         self,
-        mean: Float[_Array, "queries m"],
-        deviation: Float[_Array, " queries"],
-        answers: Float[_Array, "queries m"],
-        numpy: ModuleType = jnp,
-    ) -> Float[_Array, "queries features"]:
+        mean: Float[np.ndarray, "queries m"],
+        deviation: Float[np.ndarray, " queries"],
+        answers: Float[np.ndarray, "queries m"],
+    ) -> Float[np.ndarray, "queries features"]:
         """Return the features of the regression.
 
         Args:
             mean: The surrogate's predictions.
             deviation: Their deviations.
             answers: The answers.
-            numpy: The library of these arrays, NumPy or `jax.numpy`.
         """
-        deviation = numpy.maximum(deviation, _LEAST)
+        deviation = np.maximum(deviation, _LEAST)
         ratios = (answers - mean) / deviation[:, None]
-        found = [
-            numpy.ones_like(deviation),
-            numpy.log(_rms(numpy, ratios)),
-            numpy.log(_rms(numpy, _mapped(ratios, self.residual))),
-            numpy.log(numpy.maximum(self._distance(answers, numpy), self.near)),
-            numpy.log(deviation),
-        ]
+        found = np.ones((len(answers), 8 if self.labels else 5), np.float32)
+        found[:, 1] = _mean_square(ratios)
+        found[:, 2] = _mean_square(_mapped(ratios, self.residual))
+        found[:, 3] = np.maximum(self._distance(answers), self.near)
+        found[:, 4] = deviation**2
+        found[:, 1:5] = 0.5 * np.log(found[:, 1:5])
         if self.labels:
-            label = numpy.argmax(answers, axis=1)[:, None] == numpy.arange(answers.shape[1])
-            preference = numpy.arcsinh(_lead(numpy, mean, label) / deviation)
-            margin = numpy.arcsinh(_lead(numpy, answers, label) / deviation)
-            found += [numpy.minimum(preference, 0), numpy.maximum(preference, 0), margin]
-        return numpy.stack(found, axis=1)
+            lead = _lead(np.stack([mean, answers]), answers.argmax(axis=1))
+            preference, margin = np.arcsinh(lead / deviation)
+            found[:, 5], found[:, 6] = np.minimum(preference, 0), np.maximum(preference, 0)
+            found[:, 7] = margin
+        return found
 
-    def _distance(self, answers: _Array, numpy: ModuleType) -> _Array:
-        """Return the distance to the nearest reference."""
+    def _distance(self, answers: Float[np.ndarray, "queries m"]) -> Float[np.ndarray, " queries"]:
+        """Return the mean square distance to the nearest reference."""
         mapped = _mapped(answers, self.typical)
-        squares = numpy.sum(mapped**2, axis=1)[:, None] + numpy.sum(self.references**2, axis=1)
-        nearest = numpy.min(squares - 2 * mapped @ self.references.T, axis=1)
-        return numpy.sqrt(numpy.maximum(nearest, 0) / answers.shape[1] + _LEAST)
+        nearest = (self.squares - 2 * mapped @ self.references).min(axis=1)
+        return nearest / answers.shape[1] + _mean_square(mapped)
 
     def suspicious(
         self,
-        mean: Float[_Array, "queries m"],
-        deviation: Float[_Array, " queries"],
-        answers: Float[_Array, "queries m"],
-    ) -> Bool[_Array, " queries"]:
+        mean: Float[np.ndarray, "queries m"],
+        deviation: Float[np.ndarray, " queries"],
+        answers: Float[np.ndarray, "queries m"],
+    ) -> Bool[np.ndarray, " queries"]:
         """Return which answers look wrong; arguments as for `features`."""
-        score = self.features(mean, deviation, answers) @ self.weights
+        with np.errstate(all="ignore"):
+            score = self.features(mean, deviation, answers) @ self.weights
         return ~(score <= self.limit)  # NaN is wrong
 
 
@@ -131,12 +127,9 @@ def fit_answer_check(
         A check. Nothing looks wrong to it where there are too few answers for the rate.
     """
     random = np.random.default_rng(seed)
-    mean, deviation, answers = (np.asarray(each, np.float64) for each in (mean, deviation, answers))
     check = _regressed(mean[::2], deviation[::2], answers[::2], labels, random)
-    scores = check.features(mean[1::2], deviation[1::2], answers[1::2], np) @ check.weights
-    limit = conformal_quantile(np.asarray(scores), 1 - rate)
-    check = eqx.tree_at(lambda check: check.limit, check, np.asarray(limit))
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), check)
+    scores = check.features(mean[1::2], deviation[1::2], answers[1::2]) @ check.weights
+    return dataclasses.replace(check, limit=conformal_quantile(scores, 1 - rate))
 
 
 def _regressed(
@@ -146,23 +139,22 @@ def _regressed(
     labels: bool,
     random: np.random.Generator,
 ) -> AnswerCheck:
-    """Return a check without a limit, with arrays of NumPy."""
+    """Return a check without a limit."""
     typical = _whitening(answers)
     residual = _whitening((answers - mean) / np.maximum(deviation, _LEAST)[:, None])
     number = min(_REFERENCES, len(answers) // 2)
-    # As many for any number of answers, so that one compiled program serves all.
-    references = _mapped(answers[np.arange(_REFERENCES) % number], typical)
-    unknown = np.zeros(()), np.zeros(0), np.zeros(())
-    check = AnswerCheck(residual, typical, references, *unknown, labels)
+    references = _mapped(answers[:number], typical)
+    squares = (references**2).sum(axis=1)
+    check = AnswerCheck(residual, typical, np.ascontiguousarray(references.T), squares, labels)
     # A reference is at no distance from itself.
     others = mean[number:], deviation[number:], answers[number:]
-    near = np.quantile(check._distance(others[2], np), _NEAR)
-    check = eqx.tree_at(lambda check: check.near, check, near)
-    right = check.features(*others, numpy=np)
-    wrong = check.features(*_wrong(*others, labels, random), numpy=np)
+    near = max(float(np.quantile(check._distance(others[2]), _NEAR)), _LEAST)
+    check = dataclasses.replace(check, near=near)
+    right = check.features(*others)
+    wrong = check.features(*_wrong(*others, labels, random))
     known = np.arange(len(right) + len(wrong)) >= len(right)
     weights = logistic_regression(np.concatenate([right, wrong]), known)
-    return eqx.tree_at(lambda check: check.weights, check, weights)
+    return dataclasses.replace(check, weights=weights.astype(np.float32))
 
 
 def _wrong(
@@ -200,15 +192,18 @@ def _whitening(x: Float[np.ndarray, "rows m"]) -> np.ndarray:
     return np.linalg.inv(np.linalg.cholesky(covariance)).T
 
 
-def _mapped(x: _Array, by: _Array) -> _Array:
+def _mapped(x: np.ndarray, by: np.ndarray) -> np.ndarray:
     return x @ by if by.ndim == 2 else x * by
 
 
-def _rms(numpy: ModuleType, x: _Array) -> _Array:
-    return numpy.sqrt(numpy.mean(x**2, axis=1) + _LEAST)
+def _mean_square(x: Float[np.ndarray, "queries m"]) -> Float[np.ndarray, " queries"]:
+    return np.einsum("qm,qm->q", x, x) / x.shape[1] + _LEAST
 
 
-def _lead(numpy: ModuleType, outputs: _Array, label: _Array) -> _Array:
-    """Return by how much a label leads the best other one."""
-    own = numpy.max(numpy.where(label, outputs, -numpy.inf), axis=1)
-    return own - numpy.max(numpy.where(label, -numpy.inf, outputs), axis=1)
+def _lead(
+    outputs: Float[np.ndarray, "kinds queries m"], label: Int[np.ndarray, " queries"]
+) -> Float[np.ndarray, "kinds queries"]:
+    """Return by how much a label leads the best other one; outputs are overwritten."""
+    own = outputs[:, (rows := np.arange(len(label))), label]
+    outputs[:, rows, label] = -np.inf
+    return own - outputs.max(axis=2)

@@ -188,16 +188,7 @@ class Predictor:
         calibrated = self._calibration.calibrated
         if calibrated is None or not self.checks_answers:
             return np.zeros(len(x), bool)
-        own = own.reshape(len(own), -1)
-        found = []
-        for begin in range(0, len(x), self._width):
-            part, theirs = (each[begin : begin + self._width] for each in (x, own))
-            # Every answer comes here, so a single one does not pay for a whole batch.
-            size = 1 << (len(part) - 1).bit_length()
-            found.append(
-                calibrated.suspicious(_filled_up(part, size), _filled_up(theirs, size))[: len(part)]
-            )
-        return np.concatenate(found)
+        return calibrated.suspicious(x, own.reshape(len(own), -1))
 
     @property
     def checks_answers(self) -> bool:
@@ -286,8 +277,8 @@ class Predictor:
             # Compile what the scheduler's thread calls.
             calibrated.predict(_filled_up(x[: self._width], self._width))
             for power in range(self._width.bit_length()):
-                rows = (_filled_up(each[: 1 << power], 1 << power) for each in (x, own))
-                calibrated.suspicious(*rows)
+                size = 1 << power
+                calibrated.suspicious(_filled_up(x[:size], size), _filled_up(own[:size], size))
             calibration.compare(Answer(own[0], "predicted", 1, 0), own[0])
             self._compiled = True
 
