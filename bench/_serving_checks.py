@@ -42,7 +42,12 @@ def measure_checks(seconds: float, rounds: int, warm: float = 60.0) -> dict[str,
     Before that each server is asked for `warm` seconds.
     """
     rows: list[dict[str, Any]] = [
-        {"model": MODEL, "loop": loop, "clients": clients, "servers": {each: [] for each in SYSTEMS}}
+        {
+            "model": MODEL,
+            "loop": loop,
+            "clients": clients,
+            "servers": {each: [] for each in SYSTEMS},
+        }
         for loop, clients in LOADS
     ]
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:

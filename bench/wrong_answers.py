@@ -6,8 +6,8 @@ A server's own parts, without its threads. A learner takes 2,000 of the model's 
 they come, of which it keeps 1,024, and the check is calibrated on those that came last, each before
 it is learned. 3,000 others are judged: as they are, which gives the false alarms, and with faults,
 none of which calibration saw. The rivals have the same right answers: an output-only check, which
-does not know the query, and for LeNet5 its student. Of a classifier, faults that change the label
-count; of a function, those that change an answer by a tenth of the outputs' deviation.
+does not know the query, and for networks their students. Of a classifier, faults that change the
+label count; of a function, those that change an answer by a tenth of the outputs' deviation.
 
 Then workers: each gives the judged answers in random order with one fault, and is checked by
 `AnswerChecks` with clean workers beside it, after it was trusted.
@@ -40,7 +40,8 @@ from nercc_models import load_data, load_model, load_student
 RESULTS = Path(__file__).parent / "results"
 PAST, JUDGED, WORKERS, ANSWERS = 2000, 3000, 8, 300
 RATES, SERVED = (0.01, 0.02, 0.03), 0.02  # of which workers are checked at the last
-FUNCTIONS = ("Lotka-Volterra", "epidemic")
+FUNCTIONS = ("Lotka-Volterra", "epidemic", "Fisher", "elliptic")
+IMAGES = ("lenet5-mnist", "repvgg-cifar10")
 ANSWER_FAULTS = {
     "swapped": Fault("swap"),
     "stuck": Fault("repeat"),
@@ -73,11 +74,10 @@ def _run(model: Callable[[Any], Any], x: np.ndarray) -> Any:
     return model(x)
 
 
-def lenet5(data_dir: Path) -> Work:
-    network = load_model("lenet5-mnist")
+def images(name: str, data_dir: Path) -> Work:
+    network = load_model(name)
     x = network.preprocess(load_data(network.data, "test", data_dir=data_dir).images)
-    student = load_student("lenet5-mnist")
-    return Work("lenet5-mnist", np.asarray(x, np.float32), network, True, student)
+    return Work(name, np.asarray(x, np.float32), network, True, load_student(name))
 
 
 def function(name: str, data_dir: Path) -> Work:
@@ -287,7 +287,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="LeNet5 alone, one seed")
     options = parser.parse_args()
     logging.disable(logging.WARNING)  # one for each worker that is fenced
-    works = [lenet5(options.data_dir)]
+    works = [images(name, options.data_dir) for name in IMAGES[: 1 if options.quick else None]]
     if not options.quick:
         works += [function(name, options.data_dir) for name in FUNCTIONS]
     seeds = [100] if options.quick else range(options.seeds)

@@ -1,10 +1,11 @@
 """The check of an answer: does it look like the model's own, by what a surrogate predicts?
 
 A logistic regression weighs how far the answer is from the prediction, how far the prediction
-prefers another label, by how much the answer's label leads, and how far the answer is from other
-right ones whatever its query was. It learns from right answers and from wrong ones that are made of
-these: the answers of other queries, and right ones with noise. Of either, those with another label
-count, where labels matter.
+prefers another label, by how much the answer's label leads, how far the answer is from other right
+ones whatever its query was, and the products of any two of these. Before, predictions are corrected
+by a linear regression of right answers on them. The logistic one learns from right answers and from
+wrong ones that are made of these: the answers of other queries, and right ones with noise. Of
+either, those with another label count, where labels matter.
 
 The limit is a conformal quantile over right answers that the regression has not seen, so that the
 share of right answers beyond it is as stated, whatever the regression is worth (Papadopoulos et al.
@@ -25,10 +26,11 @@ _REFERENCES = 256  # right answers that others are compared with
 _COVARIANCES = 256  # outputs, at most, whose covariance is taken into account
 _SHRINK = 1e-3  # of a covariance to a multiple of the identity
 _LEAST = 1e-12
+_RIDGE = 0.01  # of the correction, in rows, for each output
 _NEAR = 0.05  # the share of right answers that are nearer to a reference than is told apart
 # Of each kind of wrong answers, how many times they are drawn, and of how many right ones; and the
 # sizes of the noise, in units of the answers' standard deviation.
-_DRAWS, _ROWS = 3, 512
+_DRAWS, _ROWS = 3, 1024
 _NOISE = (0.3, 0.6, 1.0)
 _ALONG, _ACROSS = 0.7, 0.3  # of the noise, as outputs vary together, and each by itself
 
@@ -38,24 +40,28 @@ class AnswerCheck:
     """A calibrated check of answers.
 
     Attributes:
+        slope: What is added to predictions, by predictions.
+        offset: What is added to predictions in addition.
         residual: Maps residuals over deviations to uncorrelated ones.
         typical: Maps answers to uncorrelated ones.
         references: Right answers, mapped so.
         squares: The squares of their lengths.
         near: The mean square distance to these below which an answer is no more typical than at it:
             it may be one of them.
-        weights: The regression's weights of the features.
+        weights: The regression's weights of the products of features.
         limit: The largest score of an answer that does not look wrong.
         labels: Whether the largest output is a label.
     """
 
+    slope: Float[np.ndarray, "m m"] | Float[np.ndarray, " m"]
+    offset: Float[np.ndarray, " m"]
     residual: Float[np.ndarray, "m m"] | Float[np.ndarray, " m"]
     typical: Float[np.ndarray, "m m"] | Float[np.ndarray, " m"]
     references: Float[np.ndarray, "m references"]
     squares: Float[np.ndarray, " references"]
     labels: bool
     near: float = _LEAST
-    weights: Float[np.ndarray, " features"] = dataclasses.field(default_factory=lambda: np.zeros(0))
+    weights: Float[np.ndarray, "features features"] | None = None
     limit: float = np.inf
 
     def features(
@@ -72,6 +78,7 @@ class AnswerCheck:
             answers: The answers.
         """
         deviation = np.maximum(deviation, _LEAST)
+        mean = mean + _mapped(mean, self.slope) + self.offset
         ratios = (answers - mean) / deviation[:, None]
         found = np.ones((len(answers), 8 if self.labels else 5), np.float32)
         found[:, 1] = _mean_square(ratios)
@@ -92,6 +99,18 @@ class AnswerCheck:
         nearest = (self.squares - 2 * mapped @ self.references).min(axis=1)
         return nearest / answers.shape[1] + _mean_square(mapped)
 
+    def scores(
+        self,
+        mean: Float[np.ndarray, "queries m"],
+        deviation: Float[np.ndarray, " queries"],
+        answers: Float[np.ndarray, "queries m"],
+    ) -> Float[np.ndarray, " queries"]:
+        """Return how wrong answers look; arguments as for `features`."""
+        assert self.weights is not None
+        with np.errstate(all="ignore"):
+            features = self.features(mean, deviation, answers)
+            return np.einsum("qf,qf->q", features @ self.weights, features)
+
     def suspicious(
         self,
         mean: Float[np.ndarray, "queries m"],
@@ -99,9 +118,7 @@ class AnswerCheck:
         answers: Float[np.ndarray, "queries m"],
     ) -> Bool[np.ndarray, " queries"]:
         """Return which answers look wrong; arguments as for `features`."""
-        with np.errstate(all="ignore"):
-            score = self.features(mean, deviation, answers) @ self.weights
-        return ~(score <= self.limit)  # NaN is wrong
+        return ~(self.scores(mean, deviation, answers) <= self.limit)  # NaN is wrong
 
 
 def fit_answer_check(
@@ -128,7 +145,7 @@ def fit_answer_check(
     """
     random = np.random.default_rng(seed)
     check = _regressed(mean[::2], deviation[::2], answers[::2], labels, random)
-    scores = check.features(mean[1::2], deviation[1::2], answers[1::2]) @ check.weights
+    scores = check.scores(mean[1::2], deviation[1::2], answers[1::2])
     return dataclasses.replace(check, limit=conformal_quantile(scores, 1 - rate))
 
 
@@ -141,11 +158,14 @@ def _regressed(
 ) -> AnswerCheck:
     """Return a check without a limit."""
     typical = _whitening(answers)
-    residual = _whitening((answers - mean) / np.maximum(deviation, _LEAST)[:, None])
+    slope, offset = _correction(mean, deviation, answers)
+    expected = mean + _mapped(mean, slope) + offset
+    residual = _whitening((answers - expected) / np.maximum(deviation, _LEAST)[:, None])
     number = min(_REFERENCES, len(answers) // 2)
     references = _mapped(answers[:number], typical)
     squares = (references**2).sum(axis=1)
-    check = AnswerCheck(residual, typical, np.ascontiguousarray(references.T), squares, labels)
+    references = np.ascontiguousarray(references.T)
+    check = AnswerCheck(slope, offset, residual, typical, references, squares, labels)
     # A reference is at no distance from itself.
     others = mean[number:], deviation[number:], answers[number:]
     near = max(float(np.quantile(check._distance(others[2]), _NEAR)), _LEAST)
@@ -153,8 +173,35 @@ def _regressed(
     right = check.features(*others)
     wrong = check.features(*_wrong(*others, labels, random))
     known = np.arange(len(right) + len(wrong)) >= len(right)
-    weights = logistic_regression(np.concatenate([right, wrong]), known)
-    return dataclasses.replace(check, weights=weights.astype(np.float32))
+    features = np.concatenate([right, wrong])
+    rows, columns = np.triu_indices(features.shape[1])  # the first are the features themselves
+    weights = np.zeros((features.shape[1],) * 2, np.float32)
+    products = features[:, rows] * features[:, columns]
+    weights[rows, columns] = logistic_regression(products, known)
+    return dataclasses.replace(check, weights=weights)
+
+
+def _correction(
+    mean: Float[np.ndarray, "rows m"],
+    deviation: Float[np.ndarray, " rows"],
+    answers: Float[np.ndarray, "rows m"],
+) -> tuple[np.ndarray, Float[np.ndarray, " m"]]:
+    """Return slope and offset of residuals by predictions: weighted least squares with a ridge.
+
+    More outputs than have covariances are not corrected.
+    """
+    outputs = mean.shape[1]
+    residual = (answers - mean).astype(np.float64)
+    if outputs > _COVARIANCES:
+        return np.zeros(outputs, np.float32), np.zeros(outputs, np.float32)
+    weights = 1 / np.maximum(deviation.astype(np.float64), _LEAST) ** 2
+    weights *= len(weights) / weights.sum()
+    centre, usual = (np.average(each, axis=0, weights=weights) for each in (mean, residual))
+    x = (mean - centre) * np.sqrt(weights)[:, None]
+    ridge = _RIDGE * outputs * (np.mean(x**2, axis=0) + _LEAST)
+    right = x.T @ ((residual - usual) * np.sqrt(weights)[:, None])
+    slope = np.linalg.solve(x.T @ x + np.diag(ridge), right)
+    return slope.astype(np.float32), (usual - centre @ slope).astype(np.float32)
 
 
 def _wrong(
@@ -185,11 +232,11 @@ def _wrong(
 def _whitening(x: Float[np.ndarray, "rows m"]) -> np.ndarray:
     """Return the map to coordinates of variance 1 that are uncorrelated, if there are few."""
     if x.shape[1] > _COVARIANCES:
-        return 1 / np.sqrt(np.var(x, axis=0) + _LEAST)
+        return (1 / np.sqrt(np.var(x, axis=0) + _LEAST)).astype(np.float32)
     covariance = np.atleast_2d(np.cov(x, rowvar=False))
     size = np.trace(covariance) / len(covariance) + _LEAST
     covariance = covariance + _SHRINK * size * np.eye(len(covariance))
-    return np.linalg.inv(np.linalg.cholesky(covariance)).T
+    return np.linalg.inv(np.linalg.cholesky(covariance)).T.astype(np.float32)
 
 
 def _mapped(x: np.ndarray, by: np.ndarray) -> np.ndarray:
