@@ -40,14 +40,14 @@ class AnswerCheck:
     """A calibrated check of answers.
 
     Attributes:
-        slope: What is added to predictions, by predictions.
-        offset: What is added to predictions in addition.
+        slope: The slope of right answers by predictions.
+        offset: The constant of the same regression.
         residual: Maps residuals over deviations to uncorrelated ones.
         typical: Maps answers to uncorrelated ones.
         references: Right answers, mapped so.
         squares: The squares of their lengths.
-        near: The mean square distance to these below which an answer is no more typical than at it:
-            it may be one of them.
+        near: The square of the distance to these below which no answer is more typical: it may be
+            one of them.
         weights: The regression's weights of the products of features.
         limit: The largest score of an answer that does not look wrong.
         labels: Whether the largest output is a label.
@@ -60,7 +60,7 @@ class AnswerCheck:
     references: Float[np.ndarray, "m references"]
     squares: Float[np.ndarray, " references"]
     labels: bool
-    near: float = _LEAST
+    near: float = 0.0
     weights: Float[np.ndarray, "features features"] | None = None
     limit: float = np.inf
 
@@ -78,26 +78,28 @@ class AnswerCheck:
             answers: The answers.
         """
         deviation = np.maximum(deviation, _LEAST)
-        mean = mean + _mapped(mean, self.slope) + self.offset
+        mean = _mapped(mean, self.slope) + self.offset
         ratios = (answers - mean) / deviation[:, None]
         found = np.ones((len(answers), 8 if self.labels else 5), np.float32)
-        found[:, 1] = _mean_square(ratios)
-        found[:, 2] = _mean_square(_mapped(ratios, self.residual))
+        found[:, 1] = _square(ratios)
+        found[:, 2] = _square(_mapped(ratios, self.residual))
         found[:, 3] = np.maximum(self._distance(answers), self.near)
-        found[:, 4] = deviation**2
-        found[:, 1:5] = 0.5 * np.log(found[:, 1:5])
+        found[:, 4] = deviation**2 * answers.shape[1]
+        found[:, 1:5] = 0.5 * np.log(found[:, 1:5] / answers.shape[1] + _LEAST)
         if self.labels:
-            lead = _lead(np.stack([mean, answers]), answers.argmax(axis=1))
+            both = np.empty((2, *answers.shape), np.float32)
+            both[0], both[1] = mean, answers
+            lead = _lead(both, answers.argmax(axis=1))
             preference, margin = np.arcsinh(lead / deviation)
             found[:, 5], found[:, 6] = np.minimum(preference, 0), np.maximum(preference, 0)
             found[:, 7] = margin
         return found
 
     def _distance(self, answers: Float[np.ndarray, "queries m"]) -> Float[np.ndarray, " queries"]:
-        """Return the mean square distance to the nearest reference."""
+        """Return the square of the distance to the nearest reference."""
         mapped = _mapped(answers, self.typical)
         nearest = (self.squares - 2 * mapped @ self.references).min(axis=1)
-        return nearest / answers.shape[1] + _mean_square(mapped)
+        return np.maximum(nearest + _square(mapped), 0)
 
     def scores(
         self,
@@ -159,7 +161,7 @@ def _regressed(
     """Return a check without a limit."""
     typical = _whitening(answers)
     slope, offset = _correction(mean, deviation, answers)
-    expected = mean + _mapped(mean, slope) + offset
+    expected = _mapped(mean, slope) + offset
     residual = _whitening((answers - expected) / np.maximum(deviation, _LEAST)[:, None])
     number = min(_REFERENCES, len(answers) // 2)
     references = _mapped(answers[:number], typical)
@@ -168,7 +170,7 @@ def _regressed(
     check = AnswerCheck(slope, offset, residual, typical, references, squares, labels)
     # A reference is at no distance from itself.
     others = mean[number:], deviation[number:], answers[number:]
-    near = max(float(np.quantile(check._distance(others[2]), _NEAR)), _LEAST)
+    near = float(np.quantile(check._distance(others[2]), _NEAR))
     check = dataclasses.replace(check, near=near)
     right = check.features(*others)
     wrong = check.features(*_wrong(*others, labels, random))
@@ -186,14 +188,16 @@ def _correction(
     deviation: Float[np.ndarray, " rows"],
     answers: Float[np.ndarray, "rows m"],
 ) -> tuple[np.ndarray, Float[np.ndarray, " m"]]:
-    """Return slope and offset of residuals by predictions: weighted least squares with a ridge.
+    """Return slope and offset of answers by predictions: weighted least squares.
+
+    Its ridge is about the slope 1.
 
     More outputs than have covariances are not corrected.
     """
     outputs = mean.shape[1]
     residual = (answers - mean).astype(np.float64)
     if outputs > _COVARIANCES:
-        return np.zeros(outputs, np.float32), np.zeros(outputs, np.float32)
+        return np.ones(outputs, np.float32), np.zeros(outputs, np.float32)
     weights = 1 / np.maximum(deviation.astype(np.float64), _LEAST) ** 2
     weights *= len(weights) / weights.sum()
     centre, usual = (np.average(each, axis=0, weights=weights) for each in (mean, residual))
@@ -201,7 +205,8 @@ def _correction(
     ridge = _RIDGE * outputs * (np.mean(x**2, axis=0) + _LEAST)
     right = x.T @ ((residual - usual) * np.sqrt(weights)[:, None])
     slope = np.linalg.solve(x.T @ x + np.diag(ridge), right)
-    return slope.astype(np.float32), (usual - centre @ slope).astype(np.float32)
+    offset = usual - centre @ slope
+    return (slope + np.eye(outputs)).astype(np.float32), offset.astype(np.float32)
 
 
 def _wrong(
@@ -243,8 +248,8 @@ def _mapped(x: np.ndarray, by: np.ndarray) -> np.ndarray:
     return x @ by if by.ndim == 2 else x * by
 
 
-def _mean_square(x: Float[np.ndarray, "queries m"]) -> Float[np.ndarray, " queries"]:
-    return np.einsum("qm,qm->q", x, x) / x.shape[1] + _LEAST
+def _square(x: Float[np.ndarray, "queries m"]) -> Float[np.ndarray, " queries"]:
+    return np.einsum("qm,qm->q", x, x)
 
 
 def _lead(

@@ -64,10 +64,13 @@ class LearnerOnHost:
         z = z @ self.directions if self.directions.ndim == 2 else z * self.directions
         z -= self.origin
         product = z @ self.pairs
-        own = (z * z).sum(axis=1)
-        square = self.squares + own[:, None] - 2 * product
-        known = of_squares(self.shape, square) + self.linear * product
-        nearest = (known * known * self.precision).max(axis=1)
+        own = np.einsum("qf,qf->q", z, z)
+        known = of_squares(self.shape, self.squares + own[:, None] - 2 * product)
+        product *= self.linear
+        known += product
+        np.multiply(known, known, out=product)
+        product *= self.precision
+        nearest = product.max(axis=1)
         variance = np.maximum(1 + self.linear * own - nearest, 0) + self.noise
         return known @ self.weights + self.centre, self.unit * np.sqrt(variance)
 
