@@ -62,10 +62,12 @@ class Work:
     labels: bool
     student: Callable[[Any], Any] | None = None
 
-    def answers(self, model: Callable[[Any], Any] | None = None) -> np.ndarray:
-        """Return the answers of the model, or of a changed one, to all inputs."""
-        model = self.model if model is None else model
-        parts = [_run(model, part) for part in np.split(self.x, len(self.x) // 500)]
+    def answers(
+        self, rows: np.ndarray | slice, model: Callable[[Any], Any] | None = None
+    ) -> np.ndarray:
+        """Return the answers of the model, or of a changed one, to some inputs."""
+        model, x = self.model if model is None else model, self.x[rows]
+        parts = [_run(model, part) for part in np.split(x, len(x) // 500)]
         return np.concatenate([np.asarray(part, np.float32) for part in parts])
 
 
@@ -102,11 +104,11 @@ def faulty(work: Work, right: np.ndarray, order: np.ndarray, seed: int) -> dict[
         for draw in range(DRAWS):
             for size in STALE:
                 change = WeightChange(Fault("stale", size=size), (seed, draw))
-                found[f"stale weights {size:g}/{draw}"] = work.answers(change(work.model))[order]
+                found[f"stale weights {size:g}/{draw}"] = work.answers(order, change(work.model))
             change = WeightChange(Fault("flip_weight", bits="exponent"), (seed, draw))
-            found[f"flipped exponent bit of a weight/{draw}"] = work.answers(change(work.model))[
-                order
-            ]
+            found[f"flipped exponent bit of a weight/{draw}"] = work.answers(
+                order, change(work.model)
+            )
     return found
 
 
@@ -142,8 +144,7 @@ def evaluate(work: Work, seed: int) -> list[dict[str, Any]]:
     """Return what each check finds of each fault at each rate."""
     order = np.random.default_rng([seed, 0]).permutation(len(work.x))[: PAST + JUDGED]
     past, judged = order[:PAST], order[PAST:]
-    everything = work.answers()
-    right, known = everything[judged], everything[past]
+    right, known = work.answers(judged), work.answers(past)
     wrong = faulty(work, right, judged, seed)
     checks = {
         "learner": online(work, None, work.x[past], known),

@@ -7,6 +7,9 @@ by a linear regression of right answers on them. The logistic one learns from ri
 wrong ones that are made of these: the answers of other queries, and right ones with noise. Of
 either, those with another label count, where labels matter.
 
+An answer nearer to its prediction than nearly all wrong ones are, in units of the deviation, is not
+looked at more closely: most right answers are.
+
 The limit is a conformal quantile over right answers that the regression has not seen, so that the
 share of right answers beyond it is as stated, whatever the regression is worth (Papadopoulos et al.
 2002, "Inductive confidence machines for regression").
@@ -26,6 +29,7 @@ _REFERENCES = 256  # right answers that others are compared with
 _COVARIANCES = 256  # outputs, at most, whose covariance is taken into account
 _SHRINK = 1e-3  # of a covariance to a multiple of the identity
 _LEAST = 1e-12
+_CLEAR = 0.002  # of wrong answers, the share that is cleared by their small residuals
 _RIDGE = 0.01  # of the correction, in rows, for each output
 _NEAR = 0.05  # the share of right answers that are nearer to a reference than is told apart
 # Of each kind of wrong answers, how many times they are drawn, and of how many right ones; and the
@@ -49,6 +53,7 @@ class AnswerCheck:
         near: The square of the distance to these below which no answer is more typical: it may be
             one of them.
         weights: The regression's weights of the products of features.
+        clear: The mean square residual, in units of the deviation, up to which none looks wrong.
         limit: The largest score of an answer that does not look wrong.
         labels: Whether the largest output is a label.
     """
@@ -62,6 +67,7 @@ class AnswerCheck:
     labels: bool
     near: float = 0.0
     weights: Float[np.ndarray, "features features"] | None = None
+    clear: float = 0.0
     limit: float = np.inf
 
     def features(
@@ -109,9 +115,17 @@ class AnswerCheck:
     ) -> Float[np.ndarray, " queries"]:
         """Return how wrong answers look; arguments as for `features`."""
         assert self.weights is not None
-        with np.errstate(all="ignore"):
-            features = self.features(mean, deviation, answers)
-            return np.einsum("qf,qf->q", features @ self.weights, features)
+        features = self.features(mean, deviation, answers)
+        return np.einsum("qf,qf->q", features @ self.weights, features)
+
+    def cleared(
+        self,
+        mean: Float[np.ndarray, "queries m"],
+        deviation: Float[np.ndarray, " queries"],
+        answers: Float[np.ndarray, "queries m"],
+    ) -> Bool[np.ndarray, " queries"]:
+        """Return which answers are so near that they do not look wrong, whatever their scores."""
+        return _ratio(mean, deviation, answers) <= self.clear
 
     def suspicious(
         self,
@@ -120,7 +134,12 @@ class AnswerCheck:
         answers: Float[np.ndarray, "queries m"],
     ) -> Bool[np.ndarray, " queries"]:
         """Return which answers look wrong; arguments as for `features`."""
-        return ~(self.scores(mean, deviation, answers) <= self.limit)  # NaN is wrong
+        with np.errstate(all="ignore"):
+            found = ~self.cleared(mean, deviation, answers)
+            if found.any():
+                scores = self.scores(mean[found], deviation[found], answers[found])
+                found[found] = ~(scores <= self.limit)  # NaN is wrong
+        return found
 
 
 def fit_answer_check(
@@ -147,7 +166,8 @@ def fit_answer_check(
     """
     random = np.random.default_rng(seed)
     check = _regressed(mean[::2], deviation[::2], answers[::2], labels, random)
-    scores = check.scores(mean[1::2], deviation[1::2], answers[1::2])
+    unseen = mean[1::2], deviation[1::2], answers[1::2]
+    scores = np.where(check.cleared(*unseen), -np.inf, check.scores(*unseen))
     return dataclasses.replace(check, limit=conformal_quantile(scores, 1 - rate))
 
 
@@ -173,14 +193,16 @@ def _regressed(
     near = float(np.quantile(check._distance(others[2]), _NEAR))
     check = dataclasses.replace(check, near=near)
     right = check.features(*others)
-    wrong = check.features(*_wrong(*others, labels, random))
+    made = _wrong(*others, labels, random)
+    wrong = check.features(*made)
     known = np.arange(len(right) + len(wrong)) >= len(right)
     features = np.concatenate([right, wrong])
     rows, columns = np.triu_indices(features.shape[1])  # the first are the features themselves
     weights = np.zeros((features.shape[1],) * 2, np.float32)
     products = features[:, rows] * features[:, columns]
     weights[rows, columns] = logistic_regression(products, known)
-    return dataclasses.replace(check, weights=weights)
+    clear = float(np.quantile(_ratio(*made), _CLEAR)) if len(wrong) else 0.0
+    return dataclasses.replace(check, weights=weights, clear=clear)
 
 
 def _correction(
@@ -246,6 +268,15 @@ def _whitening(x: Float[np.ndarray, "rows m"]) -> np.ndarray:
 
 def _mapped(x: np.ndarray, by: np.ndarray) -> np.ndarray:
     return x @ by if by.ndim == 2 else x * by
+
+
+def _ratio(
+    mean: Float[np.ndarray, "queries m"],
+    deviation: Float[np.ndarray, " queries"],
+    answers: Float[np.ndarray, "queries m"],
+) -> Float[np.ndarray, " queries"]:
+    """Return mean squares of residuals over the squares of deviations."""
+    return _square(answers - mean) / (answers.shape[1] * np.maximum(deviation, _LEAST) ** 2)
 
 
 def _square(x: Float[np.ndarray, "queries m"]) -> Float[np.ndarray, " queries"]:

@@ -5,7 +5,7 @@ condition, and have no mask and no ring of rows; what would be left of them is t
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -14,11 +14,9 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from ..codes._products import multiply
-from ..splines._namespace import namespace
 
 Shape: TypeAlias = Literal["squared_exponential", "matern32", "matern52"]
 SHAPES: tuple[str, ...] = get_args(Shape)
-_Array: TypeAlias = Array | np.ndarray
 
 
 class Kernel(eqx.Module):
@@ -95,7 +93,7 @@ class Kernel(eqx.Module):
         a, b = self._scaled(a), self._scaled(b)
         product = multiply(a, b.T)
         square = jnp.sum(a**2, axis=1)[:, None] + jnp.sum(b**2, axis=1) - 2 * product
-        return of_squares(self.shape, square) + self.linear * product
+        return _SHAPES[self.shape](jnp.maximum(square, 0)) + self.linear * product
 
     def variance(self, a: Float[Array, "p features"]) -> Float[Array, " p"]:
         """Return the variances of outputs at a, without noise."""
@@ -127,32 +125,24 @@ def _check(name: str, value: Array, wanted: str, sound: Callable[[np.ndarray], n
         raise ValueError(f"{name} must be {wanted} and finite, not {value}")
 
 
-def of_squares(shape: Shape, square: Float[_Array, "p q"]) -> Any:
-    """Return the covariances at squared distances, less the straight line's.
-
-    NumPy's arrays are computed with NumPy.
-    """
-    return _SHAPES[shape](namespace(square).maximum(square, 0))
-
-
-def safe_sqrt(square: Float[_Array, "..."]) -> Any:
+def safe_sqrt(square: Float[Array, "..."]) -> Float[Array, "..."]:
     """Return the square root, which is 0 below 0 and has a derivative of 0 there."""
-    positive, numpy = square > 0, namespace(square)
-    return numpy.where(positive, numpy.sqrt(numpy.where(positive, square, 1)), 0)
+    positive = square > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
 
 
-def _matern32(square: _Array) -> Any:
+def _matern32(square: Array) -> Array:
     r = safe_sqrt(3 * square)
-    return (1 + r) * namespace(r).exp(-r)
+    return (1 + r) * jnp.exp(-r)
 
 
-def _matern52(square: _Array) -> Any:
+def _matern52(square: Array) -> Array:
     r = safe_sqrt(5 * square)
-    return (1 + r + r**2 / 3) * namespace(r).exp(-r)
+    return (1 + r + r**2 / 3) * jnp.exp(-r)
 
 
-_SHAPES: dict[str, Callable[[_Array], Any]] = {
-    "squared_exponential": lambda square: namespace(square).exp(-square / 2),
+_SHAPES: dict[str, Callable[[Array], Array]] = {
+    "squared_exponential": lambda square: jnp.exp(-square / 2),
     "matern32": _matern32,
     "matern52": _matern52,
 }

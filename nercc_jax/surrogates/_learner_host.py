@@ -1,13 +1,12 @@
 """A learner's predictions on the host, with NumPy: of a query they cost less than a call of JAX.
 
-With k the covariances of a query with the window's pairs, the means are those of `Learner`, by
-weights that are solved for once. The variance is that given the one pair of the window that tells
-most about the query,
+The means are those of `Learner`, by weights that are solved for once. The variance is that given
+the nearest pair of the window alone, where a straight line is known,
 
-    k(x, x) + noise - max_i k_i^2 / (k(x_i, x_i) + noise),
+    1 + noise - k^2 / (1 + noise),    k the kernel's shape at the nearest pair,
 
-no less than given all of them. It takes one operation a pair, where the other takes as many as
-there are pairs. Whoever calibrates by it loses little, as deviations are compared with each other.
+which takes one operation a pair, where the variance given all of them takes as many as there are
+pairs. Whoever calibrates by it loses little: deviations are compared with each other.
 """
 
 import dataclasses
@@ -18,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
+from ..codes._products import multiply
 from ._interface import AbstractSurrogate
-from ._kernels import Shape, of_squares
+from ._kernels import Shape
 from ._learner import Learner
 from ._projection import Projection
 
@@ -34,12 +34,11 @@ class LearnerOnHost:
         directions: Maps inputs to scaled features; a factor of each without a projection.
         origin: What is subtracted then.
         pairs: The scaled features of the window's pairs, by columns.
-        squares: The squares of their lengths.
-        precision: The reciprocals of their variances, noise included.
-        weights: The weights of their covariances in the means.
+        squares: Half of the squares of their lengths.
+        weights: The weights of their covariances in the means, without the straight line.
+        line: The weights of scaled features in the means.
         centre: The mean of the answers.
-        linear: The weight of the kernel's straight line.
-        noise: The variance of its noise.
+        noise: The variance of the noise.
         unit: The process's standard deviation in units of the outputs.
         shape: The kernel's shape.
     """
@@ -48,10 +47,9 @@ class LearnerOnHost:
     origin: Float[np.ndarray, " features"]
     pairs: Float[np.ndarray, "features pairs"]
     squares: Float[np.ndarray, " pairs"]
-    precision: Float[np.ndarray, " pairs"]
     weights: Float[np.ndarray, "pairs m"]
+    line: Float[np.ndarray, "features m"]
     centre: Float[np.ndarray, " m"]
-    linear: Float[np.ndarray, ""]
     noise: Float[np.ndarray, ""]
     unit: Float[np.ndarray, ""]
     shape: Shape
@@ -63,16 +61,15 @@ class LearnerOnHost:
         z = np.asarray(x.reshape(len(x), -1), np.float32)
         z = z @ self.directions if self.directions.ndim == 2 else z * self.directions
         z -= self.origin
-        product = z @ self.pairs
-        own = np.einsum("qf,qf->q", z, z)
-        known = of_squares(self.shape, self.squares + own[:, None] - 2 * product)
-        product *= self.linear
-        known += product
-        np.multiply(known, known, out=product)
-        product *= self.precision
-        nearest = product.max(axis=1)
-        variance = np.maximum(1 + self.linear * own - nearest, 0) + self.noise
-        return known @ self.weights + self.centre, self.unit * np.sqrt(variance)
+        half = z @ self.pairs
+        half -= self.squares
+        half -= 0.5 * np.einsum("qf,qf->q", z, z)[:, None]
+        nearest = _covariances(self.shape, half.max(axis=1))
+        mean = _covariances(self.shape, half) @ self.weights
+        mean += z @ self.line
+        mean += self.centre
+        noise = 1 + self.noise
+        return mean, self.unit * np.sqrt(noise - nearest * nearest / noise)
 
 
 def learner_on_host(surrogate: AbstractSurrogate) -> LearnerOnHost | None:
@@ -102,12 +99,20 @@ def _prepared(learner: Learner) -> tuple[dict[str, Array], dict[str, Array], dic
         directions = features.directions * directions
         origin += features.centre @ directions
     weights, centre = learner.mean_weights()
-    rows = {
-        "pairs": pairs,
-        "squares": jnp.sum(pairs**2, axis=1),
-        "precision": 1 / (kernel.variance(learner.inputs) + kernel.noise),
-        "weights": weights,
-    }
+    rows = {"pairs": pairs, "squares": jnp.sum(pairs**2, axis=1) / 2, "weights": weights}
+    line = kernel.linear * multiply(pairs.T, weights)
     unit = learner.deviation_of(jnp.ones(()))
-    numbers = {"centre": centre, "linear": kernel.linear, "noise": kernel.noise, "unit": unit}
+    numbers = {"line": line, "centre": centre, "noise": kernel.noise, "unit": unit}
     return {"directions": directions, "origin": origin}, rows, numbers
+
+
+def _covariances(shape: Shape, half: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    """Return a kernel's shape at minus half of squared distances, which are overwritten."""
+    half = np.minimum(half, 0, out=half)
+    if shape == "squared_exponential":
+        return np.exp(half, out=half)
+    half *= -6 if shape == "matern32" else -10
+    r = np.sqrt(half, out=half)
+    found = r + 1 if shape == "matern32" else (r / 3 + 1) * r + 1
+    found *= np.exp(np.negative(r, out=r), out=r)
+    return found
