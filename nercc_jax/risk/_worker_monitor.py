@@ -60,6 +60,8 @@ class WorkerMonitor:
         self._usual, self._threshold = usual, 1 / false_alarms
         self._sums = np.zeros((num_workers, len(_RATIOS)))
         self.number, self.wrong = [0] * num_workers, [0] * num_workers
+        # Right answers that are not in the sums yet, and the share that they were allowed.
+        self._right, self._shares = [0] * num_workers, [usual] * num_workers
         # By worker, of this stretch and the one before: answers, and wrong ones.
         self._stretches = [[[0, 0] for _ in range(num_workers)] for _ in range(2)]
         self._totals = [[0, 0], [0, 0]]  # of all workers
@@ -74,22 +76,36 @@ class WorkerMonitor:
         return min(found, _MOST)
 
     def add(self, worker: int, *, right: int = 0, wrong: int = 0) -> bool:
-        """Take answers of a worker, the right ones first; return whether to accuse it."""
+        """Take answers of a worker, the right ones first; return whether to accuse it.
+
+        Right ones alone accuse nobody.
+        """
         share = self.allowed(worker)
-        best, less = _bets(share)
-        sums = self._sums[worker]
-        if right:
-            power = less**right
-            sums = sums * power + less * (1 - power) / (1 - less)
-        for _ in range(wrong):
-            sums = (sums + 1) * best / share
-        self._sums[worker] = sums
+        if share != self._shares[worker]:
+            self._take_right(worker)
+            self._shares[worker] = share
+        self._right[worker] += right
         self._count(worker, right, wrong)
+        if not wrong:
+            return False
+        sums = self._take_right(worker)
+        for _ in range(wrong):
+            sums = (sums + 1) * _bets(share)[0] / share
+        self._sums[worker] = sums
         return bool(sums.mean() >= self._threshold)
+
+    def _take_right(self, worker: int) -> np.ndarray:
+        """Return a worker's sums after its right answers."""
+        right, self._right[worker] = self._right[worker], 0
+        if right:
+            less = _bets(self._shares[worker])[1]
+            power = less**right
+            self._sums[worker] = self._sums[worker] * power + less * (1 - power) / (1 - less)
+        return self._sums[worker]
 
     def restart(self, worker: int) -> None:
         """Begin a worker's test again, and forget its answers."""
-        self._sums[worker] = 0
+        self._sums[worker] = self._right[worker] = 0
         self.number[worker] = self.wrong[worker] = 0
         for stretch, total in zip(self._stretches, self._totals, strict=True):
             for what, number in enumerate(stretch[worker]):
