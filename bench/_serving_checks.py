@@ -103,7 +103,8 @@ def _cpu_seconds(pid: int) -> float:
 
 def _write_queries(path: Path) -> None:
     network = load_model(MODEL)
-    x = np.asarray(network.preprocess(load_data(network.data, "test").images), np.float32)
+    parts = [load_data(network.data, part).images for part in ("train", "test")]
+    x = np.asarray(network.preprocess(np.concatenate(parts)), np.float32)
     np.savez(path, queries=x, labels=np.asarray(network(x)).argmax(1))
 
 

@@ -39,13 +39,14 @@ from ...surrogates import (
     principal_components,
     tune_learner,
 )
-from ...surrogates._learner_host import LearnerOnHost, learner_on_host
+from ...surrogates._host import HostPredictions, predictions_on_host
 from ..core._adaptation import Predictions
 from ..core._request import Answer
 
 # Answers that a learner takes at once, that it starts from, and after which the kernel found on
 # those is tuned again.
 BATCH, FIRST, RETUNE = 32, 256, 1024
+_SETTLED = 1024  # validation answers after which little is left to learn
 # Validation answers that calibration looks at, at most and at least, and the share by which their
 # number grows until the next calibration.
 _VALIDATION, LEAST, _MORE = 2048, 128, 0.25
@@ -68,7 +69,7 @@ class CalibratedSurrogate:
         share: the share of queries that are certain enough, by validation.
         disagreement: the share of all labels that were wrong in validation.
         check: the check of the model's own answers; None where they are not checked.
-        host: the predictions that it goes by; None for the surrogate's own.
+        expected: the predictions that it goes by.
     """
 
     surrogate: AbstractSurrogate
@@ -79,21 +80,15 @@ class CalibratedSurrogate:
     share: float
     disagreement: float
     check: AnswerCheck | None = None
-    host: LearnerOnHost | None = None
+    expected: HostPredictions | None = None
 
     def suspicious(
         self, x: Shaped[np.ndarray, "queries ..."], own: Float[np.ndarray, "queries m"]
     ) -> Bool[np.ndarray, " queries"]:
         """Return which of the model's own answers look wrong."""
-        if self.check is None:
+        if self.check is None or self.expected is None:
             return np.zeros(len(own), bool)
-        if self.host is not None:
-            return self.check.suspicious(*self.host.predict(x), own)
-        # Compiled for few sizes; a single answer does not pay for a whole batch.
-        size = 1 << (len(x) - 1).bit_length()
-        found = _predict(self.surrogate, None, x[np.arange(size) % len(x)])
-        mean, deviation = (np.asarray(each)[: len(x)] for each in found[:2])
-        return self.check.suspicious(mean, deviation, own)
+        return self.check.suspicious(*self.expected(x), own)
 
     def predict(self, x: Shaped[np.ndarray, "queries ..."]) -> Predictions:
         """Return the answers to some queries; compiled for each number of them."""
@@ -179,6 +174,11 @@ class OnlineCalibration:
         self._current = True  # whether `calibrated` has the latest surrogate
         self.drifts = 0
 
+    @property
+    def settled(self) -> bool:
+        """True where calibration is current, and rests on a thousand answers."""
+        return self.calibrated is not None and self._current and self._count >= _SETTLED
+
     def progress(self) -> tuple[int, int]:
         """Return the number of answers used so far, and the number that the first result needs."""
         learns = self._surrogate is None or isinstance(self._surrogate, AbstractLearner)
@@ -208,13 +208,13 @@ class OnlineCalibration:
             self._set_surrogate(learner)
             if self.calibrated is not None and self._current:
                 self.calibrated = dataclasses.replace(
-                    self.calibrated, surrogate=self._surrogate, host=self._host
+                    self.calibrated, surrogate=self._surrogate, expected=self._expected
                 )
 
     def _set_surrogate(self, surrogate: AbstractSurrogate | None) -> None:
-        self._surrogate, self._host = surrogate, None
+        self._surrogate, self._expected = surrogate, None
         if surrogate is not None and self._check_rate is not None:
-            self._host = learner_on_host(surrogate)
+            self._expected = predictions_on_host(surrogate)
 
     def discard(self) -> None:
         """Discard the calibration after a drift, until there is a new one."""
@@ -253,13 +253,12 @@ class OnlineCalibration:
         calibrated = self.calibrated if self._current else None
         error_probability = None if calibrated is None else calibrated.error_probability
         found = _validated(self._surrogate, _without_levels(error_probability), x, own, self._form)
-        *found, mean = map(np.asarray, found)
-        spread = found[1]
-        if self._host is not None:
-            mean, spread = self._host.predict(x)
-        checked = slice(None if self._check_rate is not None else 0)
+        features, deviation, error, wrong, probability = map(np.asarray, found)
+        mean, spread, checked = own[:0], own[:0, 0], own[:0]
+        if self._expected is not None:
+            (mean, spread), checked = self._expected(x), own
         batch = ValidationBatch(
-            *found, mean=mean[checked], spread=spread[checked], own=own[checked]
+            features, deviation, error, wrong, probability, mean, spread, checked
         )
         if calibrated is not None:
             bound = calibrated.factor * batch.deviation
@@ -330,7 +329,7 @@ class OnlineCalibration:
             share,
             disagreement,
             check,
-            self._host,
+            self._expected,
         )
 
 
@@ -360,11 +359,11 @@ def _validated(
     own: Float[ArrayLike, "queries m"],
     form: Form | None,
 ) -> tuple[Array, ...]:
-    """Return the fields of a `ValidationBatch` up to the probability, and the predictions."""
+    """Return the fields of a `ValidationBatch` up to the probability."""
     values, deviation, probability = _predict(surrogate, error_probability, x)
     features = error_features(values, deviation, values, form)
     wrong = ~agree_on_labels(values, own, form)
-    return features, deviation, row_errors(values, own), wrong, probability, values
+    return features, deviation, row_errors(values, own), wrong, probability
 
 
 @eqx.filter_jit

@@ -1,7 +1,8 @@
-"""A learner's predictions on the host, with NumPy: of a query they cost less than a call of JAX.
+"""Predictions of a few queries, at less than what a call of JAX costs where NumPy can do them.
 
-The means are those of `Learner`, by weights that are solved for once. The variance is that given
-the nearest pair of the window alone, where a straight line is known,
+A learner predicts with NumPy. The means are those of `Learner`, by weights that are solved for
+once. The variance is that given the nearest pair of the window alone, where a straight line is
+known,
 
     1 + noise - k^2 / (1 + noise),    k the kernel's shape at the nearest pair,
 
@@ -10,18 +11,24 @@ pairs. Whoever calibrates by it loses little: deviations are compared with each 
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import TypeAlias
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, PyTree, Shaped
 
 from ..codes._products import multiply
-from ._interface import AbstractSurrogate
+from ..codes._trees import join
+from ._interface import AbstractLearner, AbstractSurrogate
 from ._kernels import Shape
 from ._learner import Learner
 from ._projection import Projection
+
+# A function of queries that returns the means of their answers as vectors, and the deviations.
+HostPredictions: TypeAlias = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 _OUTPUTS = 256  # at most: the weights have to be solved for at every update
 
@@ -72,15 +79,49 @@ class LearnerOnHost:
         return mean, self.unit * np.sqrt(noise - nearest * nearest / noise)
 
 
-def learner_on_host(surrogate: AbstractSurrogate) -> LearnerOnHost | None:
-    """Return a learner's predictions on the host; None where it takes more than NumPy.
+def predictions_on_host(surrogate: AbstractSurrogate) -> HostPredictions:
+    """Return a surrogate's predictions, by JAX where they take more than `LearnerOnHost` does.
 
-    That is a learner of inputs or of their projection, without a prior, with at most 256 outputs.
+    That has learners of inputs or of their projection, without a prior, of at most 256 outputs. By
+    JAX the deviations are the surrogate's own, or 1. Programs are compiled for few sizes.
     """
-    if not isinstance(surrogate, Learner) or surrogate.prior is not None:
-        return None
-    if not isinstance(surrogate.features, Projection | None) or surrogate.form.size > _OUTPUTS:
-        return None
+    if isinstance(surrogate, Learner) and surrogate.prior is None:
+        fits = surrogate.form.size <= _OUTPUTS
+        if fits and isinstance(surrogate.features, Projection | None):
+            return learner_on_host(surrogate).predict
+    if isinstance(surrogate, AbstractLearner):
+        # It changes: one program serves all.
+        return lambda x: _padded(lambda padded: _predicted(surrogate, padded), x)
+    arrays, rest = eqx.partition(surrogate, eqx.is_array)
+    leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, arrays))
+
+    @jax.jit  # a call passes its arrays alone
+    def outputs(leaves: list[Array], x: Array) -> Float[Array, "queries m"]:
+        whole = eqx.combine(jax.tree.unflatten(structure, leaves), rest)
+        return join(whole.outputs(x), 1)[0]
+
+    return lambda x: _padded(lambda padded: (outputs(leaves, padded), np.ones(len(padded))), x)
+
+
+def _padded(
+    predict: Callable[[np.ndarray], tuple[PyTree, ...]], x: Shaped[np.ndarray, "queries ..."]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Predict as many queries as the next power of two, by repeating some."""
+    size = 1 << (len(x) - 1).bit_length()
+    mean, deviation = predict(x if len(x) == size else x[np.arange(size) % len(x)])
+    return np.asarray(mean)[: len(x)], np.asarray(deviation, np.float32)[: len(x)]
+
+
+@eqx.filter_jit
+def _predicted(
+    learner: AbstractLearner, x: Shaped[Array | np.ndarray, "queries ..."]
+) -> tuple[Float[Array, "queries m"], Float[Array, " queries"]]:
+    mean, deviation = learner.predict(jnp.asarray(x))
+    return join(mean, 1)[0], deviation
+
+
+def learner_on_host(surrogate: Learner) -> LearnerOnHost:
+    """Return a learner's predictions; for which learners says `predictions_on_host`."""
     inputs, rows, numbers = jax.device_get(_prepared(surrogate))
     filled = np.asarray(surrogate.filled)
     rows = {name: each[filled] for name, each in rows.items()}
