@@ -42,6 +42,16 @@ def test_answers_of_other_queries_look_wrong():
     assert share(check, mean, deviation, right + 5) > 0.99
 
 
+@pytest.mark.parametrize("size", [30, 1e3, 1e19, 1e38])
+def test_answers_of_any_size_look_wrong(size):
+    """They are far beyond all that the check was fitted to."""
+    random = np.random.default_rng(5)
+    check = fit_answer_check(*predicted(random, 1000), 0.01, labels=True)
+    mean, deviation, right = predicted(random, 500)
+    right[np.arange(500), random.integers(OUTPUTS, size=500)] = size
+    assert share(check, mean, deviation, right) == 1
+
+
 def test_a_surrogate_that_knows_nothing_still_finds_answers_that_no_query_has():
     random = np.random.default_rng(2)
     mean, deviation, right = predicted(random, 1000)

@@ -53,6 +53,7 @@ class AnswerCheck:
         near: The square of the distance to these below which no answer is more typical: it may be
             one of them.
         weights: The regression's weights of the products of features.
+        far: The largest features of distances that it learned from; beyond them all looks wrong.
         clear: The mean square residual, in units of the deviation, up to which none looks wrong.
         limit: The largest score of an answer that does not look wrong.
         labels: Whether the largest output is a label.
@@ -67,6 +68,7 @@ class AnswerCheck:
     labels: bool
     near: float = 0.0
     weights: Float[np.ndarray, "features features"] | None = None
+    far: Float[np.ndarray, "3"] | float = np.inf
     clear: float = 0.0
     limit: float = np.inf
 
@@ -116,7 +118,9 @@ class AnswerCheck:
         """Return how wrong answers look; arguments as for `features`."""
         assert self.weights is not None
         features = self.features(mean, deviation, answers)
-        return np.einsum("qf,qf->q", features @ self.weights, features)
+        found = np.einsum("qf,qf->q", features @ self.weights, features)
+        # Where nothing was learned from, products may say anything.
+        return np.where((features[:, 1:4] > self.far).any(axis=1), np.inf, found)
 
     def cleared(
         self,
@@ -202,7 +206,8 @@ def _regressed(
     products = features[:, rows] * features[:, columns]
     weights[rows, columns] = logistic_regression(products, known)
     clear = float(np.quantile(_ratio(*made), _CLEAR)) if len(wrong) else 0.0
-    return dataclasses.replace(check, weights=weights, clear=clear)
+    far = features[:, 1:4].max(axis=0)
+    return dataclasses.replace(check, weights=weights, far=far, clear=clear)
 
 
 def _correction(
