@@ -2,15 +2,15 @@
 
     python bench/serving.py [--quick] [--price] [--requests]
 
-Some 40 minutes. `--price`: only the cells without stragglers and sleep, 15 minutes; `--requests`:
-only those of batches, gRPC and bytes, 4 minutes.
+Some 55 minutes. `--price`: only the cells without stragglers and sleep, and what checks of answers
+cost, 30 minutes; `--requests`: only those of batches, gRPC and bytes, 4 minutes.
 
 One run: the same model (LeNet5 on scikit-learn's digits), the same number of workers, all of them
 Ray actors, the same load from a second process, with and without stragglers. Every call takes
 `SERVICE` seconds longer than the model does, during which the worker sleeps: two cores then stand
 for many machines. What the server itself costs is measured without, by `_serving_price.py`. Writes
 `results/serving.json`, `results/serving_price.json` and `results/serving_requests.json`, which
-docs/serving.md shows.
+docs/serving.md shows, and `results/serving_checks.json`.
 """
 
 import argparse
@@ -29,6 +29,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from _report import block_bootstrap, environment, write_json
+from _serving_checks import measure_checks
 from _serving_price import measure_price
 from _serving_process import load, nercc_serve, running
 from _serving_requests import measure_requests
@@ -115,6 +116,8 @@ def main() -> None:
     write_json(requests, measure_requests(*((1.0, 1) if quick else (1.5, 7))))
     if not arguments.requests:
         write_json(price, measure_price(*((1.0, 1) if quick else (1.5, 3))))
+        checks = RESULTS / f"serving_checks{quick}.json"
+        write_json(checks, measure_checks(*((1.0, 1, 5.0) if quick else (2.0, 7))))
     if not arguments.price and not arguments.requests:
         seconds = 4.0 if quick else arguments.seconds
         write_json(path, measure(seconds, arguments.only))

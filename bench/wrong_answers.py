@@ -6,8 +6,8 @@ A server's own parts, without its threads. A learner takes 2,000 of the model's 
 they come, of which it keeps 1,024, and the check is calibrated on those that came last, each before
 it is learned. 3,000 others are judged: as they are, which gives the false alarms, and with faults,
 none of which calibration saw. The rivals have the same right answers: an output-only check, which
-does not know the query, and for LeNet5 its student. Of a classifier, faults that change the label
-count; of a function, those that change an answer by a tenth of the outputs' deviation.
+does not know the query, and for networks their students. Of a classifier, faults that change the
+label count; of a function, those that change an answer by a tenth of the outputs' deviation.
 
 Then workers: each gives the judged answers in random order with one fault, and is checked by
 `AnswerChecks` with clean workers beside it, after it was trusted.
@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import equinox as eqx
-import jax.numpy as jnp
 import numpy as np
 from _functions_cases import load
 from _report import environment, write_json
@@ -41,7 +40,8 @@ from nercc_models import load_data, load_model, load_student
 RESULTS = Path(__file__).parent / "results"
 PAST, JUDGED, WORKERS, ANSWERS = 2000, 3000, 8, 300
 RATES, SERVED = (0.01, 0.02, 0.03), 0.02  # of which workers are checked at the last
-FUNCTIONS = ("Lotka-Volterra", "epidemic")
+FUNCTIONS = ("Lotka-Volterra", "epidemic", "Fisher", "elliptic")
+IMAGES = ("lenet5-mnist", "repvgg-cifar10")
 ANSWER_FAULTS = {
     "swapped": Fault("swap"),
     "stuck": Fault("repeat"),
@@ -62,10 +62,12 @@ class Work:
     labels: bool
     student: Callable[[Any], Any] | None = None
 
-    def answers(self, model: Callable[[Any], Any] | None = None) -> np.ndarray:
-        """Return the answers of the model, or of a changed one, to all inputs."""
-        model = self.model if model is None else model
-        parts = [_run(model, part) for part in np.split(self.x, len(self.x) // 500)]
+    def answers(
+        self, rows: np.ndarray | slice, model: Callable[[Any], Any] | None = None
+    ) -> np.ndarray:
+        """Return the answers of the model, or of a changed one, to some inputs."""
+        model, x = self.model if model is None else model, self.x[rows]
+        parts = [_run(model, part) for part in np.split(x, len(x) // 500)]
         return np.concatenate([np.asarray(part, np.float32) for part in parts])
 
 
@@ -74,11 +76,10 @@ def _run(model: Callable[[Any], Any], x: np.ndarray) -> Any:
     return model(x)
 
 
-def lenet5(data_dir: Path) -> Work:
-    network = load_model("lenet5-mnist")
+def images(name: str, data_dir: Path) -> Work:
+    network = load_model(name)
     x = network.preprocess(load_data(network.data, "test", data_dir=data_dir).images)
-    student = load_student("lenet5-mnist")
-    return Work("lenet5-mnist", np.asarray(x, np.float32), network, True, student)
+    return Work(name, np.asarray(x, np.float32), network, True, load_student(name))
 
 
 def function(name: str, data_dir: Path) -> Work:
@@ -103,11 +104,11 @@ def faulty(work: Work, right: np.ndarray, order: np.ndarray, seed: int) -> dict[
         for draw in range(DRAWS):
             for size in STALE:
                 change = WeightChange(Fault("stale", size=size), (seed, draw))
-                found[f"stale weights {size:g}/{draw}"] = work.answers(change(work.model))[order]
+                found[f"stale weights {size:g}/{draw}"] = work.answers(order, change(work.model))
             change = WeightChange(Fault("flip_weight", bits="exponent"), (seed, draw))
-            found[f"flipped exponent bit of a weight/{draw}"] = work.answers(change(work.model))[
-                order
-            ]
+            found[f"flipped exponent bit of a weight/{draw}"] = work.answers(
+                order, change(work.model)
+            )
     return found
 
 
@@ -136,15 +137,14 @@ def output_only(work: Work, rate: float, right: np.ndarray) -> Any:
     check: AnswerCheck = fit_answer_check(
         *nothing(len(right)), right, rate, labels=work.labels, seed=0
     )
-    return lambda x, own: np.asarray(check.suspicious(*map(jnp.asarray, (*nothing(len(x)), own))))
+    return lambda x, own: check.suspicious(*nothing(len(x)), own)
 
 
 def evaluate(work: Work, seed: int) -> list[dict[str, Any]]:
     """Return what each check finds of each fault at each rate."""
     order = np.random.default_rng([seed, 0]).permutation(len(work.x))[: PAST + JUDGED]
     past, judged = order[:PAST], order[PAST:]
-    everything = work.answers()
-    right, known = everything[judged], everything[past]
+    right, known = work.answers(judged), work.answers(past)
     wrong = faulty(work, right, judged, seed)
     checks = {
         "learner": online(work, None, work.x[past], known),
@@ -288,7 +288,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="LeNet5 alone, one seed")
     options = parser.parse_args()
     logging.disable(logging.WARNING)  # one for each worker that is fenced
-    works = [lenet5(options.data_dir)]
+    works = [images(name, options.data_dir) for name in IMAGES[: 1 if options.quick else None]]
     if not options.quick:
         works += [function(name, options.data_dir) for name in FUNCTIONS]
     seeds = [100] if options.quick else range(options.seeds)

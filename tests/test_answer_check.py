@@ -1,6 +1,5 @@
 """The check of an answer: how many right ones look wrong to it, and how many wrong ones do."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,7 +17,7 @@ def predicted(random, rows=ROWS, error=0.4):
 
 
 def share(check, mean, deviation, answers):
-    return np.mean(check.suspicious(*map(jnp.asarray, (mean, deviation, answers))))
+    return np.mean(check.suspicious(mean, deviation, answers))
 
 
 @pytest.mark.parametrize("labels", [True, False])
@@ -43,6 +42,16 @@ def test_answers_of_other_queries_look_wrong():
     assert share(check, mean, deviation, right + 5) > 0.99
 
 
+@pytest.mark.parametrize("size", [30, 1e3, 1e19, 1e38])
+def test_answers_of_any_size_look_wrong(size):
+    """They are far beyond all that the check was fitted to."""
+    random = np.random.default_rng(5)
+    check = fit_answer_check(*predicted(random, 1000), 0.01, labels=True)
+    mean, deviation, right = predicted(random, 500)
+    right[np.arange(500), random.integers(OUTPUTS, size=500)] = size
+    assert share(check, mean, deviation, right) == 1
+
+
 def test_a_surrogate_that_knows_nothing_still_finds_answers_that_no_query_has():
     random = np.random.default_rng(2)
     mean, deviation, right = predicted(random, 1000)
@@ -60,7 +69,7 @@ def test_what_is_no_number_looks_wrong_and_too_few_answers_accuse_nothing():
     check = fit_answer_check(*data, 0.05, labels=True)
     mean, deviation, right = (each[:4].copy() for each in data)
     right[2, 1] = np.nan
-    assert np.array(check.suspicious(*map(jnp.asarray, (mean, deviation, right))))[2]
+    assert check.suspicious(mean, deviation, right)[2]
     few = fit_answer_check(*(each[:60] for each in data), 0.01, labels=True)
     assert share(few, *(each[:60] for each in data)) == 0
 

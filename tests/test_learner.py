@@ -12,12 +12,15 @@ from nercc_jax.risk import calibrate_learner_bars
 from nercc_jax.surrogates import (
     Kernel,
     LearnerTuning,
+    Surrogate,
     fit_learner,
     init_learner,
     load_learner,
+    principal_components,
     save_learner,
     tune_learner,
 )
+from nercc_jax.surrogates._host import predictions_on_host
 from nercc_jax.surrogates._tune_kernel import leave_one_out
 from nercc_jax.surrogates._whitening import cholesky_factor
 
@@ -103,6 +106,37 @@ def test_it_is_the_posterior_of_the_last_that_were_observed(shape, dtype):
     np.testing.assert_allclose(learner.covariance, fresh.covariance, atol=EPS[dtype] / 100)
     assert learner.error < 1e-2
     assert learner.jitter == 0
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("projected", [False, True])
+def test_on_the_host_it_has_the_same_means_and_the_deviation_given_the_nearest_pair(
+    shape, projected
+):
+    x, y = X[:30].astype(np.float32), np.asarray(model(X[:30]), np.float32)
+    features = principal_components(X, 2) if projected else None
+    z = np.asarray(features(jnp.asarray(X, jnp.float32))) if features is not None else X
+    kernel = Kernel(shape, centre=z.mean(0), unit=z.std(0), widths=[1.5], linear=0.3, noise=1e-3)
+    learner = init_learner(x, y, capacity=CAPACITY, kernel=kernel, features=features)
+    mean, deviation = predictions_on_host(learner)(X[-B:].astype(np.float32))
+    wanted, _ = exact(kernel, z[:30], y, z[-B:])
+    np.testing.assert_allclose(mean, wanted, atol=1e-3)
+    scaled = z / np.float64(kernel.unit) / 1.5
+    nearest = SHAPES[shape](cdist(scaled[-B:], scaled[:30]).min(axis=1))
+    variance = (1.001 - nearest**2 / 1.001) * np.mean((y - y.mean(axis=0)) ** 2)
+    np.testing.assert_allclose(deviation, np.sqrt(variance), rtol=1e-3)
+
+
+def test_on_the_host_others_predict_as_they_do():
+    x = X[:20].astype(np.float32)
+    learner = init_learner(x, model(x), prior=rough)
+    mean, deviation = predictions_on_host(learner)(x[:5])
+    wanted, wanted_deviation = predict(learner, x[:5])
+    np.testing.assert_allclose(mean, wanted, atol=1e-5)
+    np.testing.assert_allclose(deviation, wanted_deviation, rtol=1e-5)
+    mean, deviation = predictions_on_host(Surrogate(rough))(x[:5])
+    np.testing.assert_allclose(mean, np.asarray(rough(x[:5])), atol=1e-6)
+    np.testing.assert_array_equal(deviation, 1)
 
 
 def test_a_prior_carries_what_it_can_and_features_are_what_tells():

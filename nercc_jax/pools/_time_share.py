@@ -31,9 +31,9 @@ class TimeShare:
         """The time at which work may begin again."""
         return self._paid_until - self._at_once / self._share
 
-    def spend(self, begin: float) -> float:
-        """Count work from `begin` until now, and return its seconds."""
+    def spend(self, begin: float, share: float | None = None) -> float:
+        """Count work from `begin` until now, at another share if given; return its seconds."""
         now = self._clock.now()
-        pause = min((now - begin) * (1 / self._share - 1), self._longest)
+        pause = min((now - begin) * (1 / (share or self._share) - 1), self._longest)
         self._paid_until = max(self._paid_until, now) + pause
         return now - begin

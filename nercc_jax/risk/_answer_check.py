@@ -1,111 +1,149 @@
 """The check of an answer: does it look like the model's own, by what a surrogate predicts?
 
 A logistic regression weighs how far the answer is from the prediction, how far the prediction
-prefers another label, by how much the answer's label leads, and how far the answer is from other
-right ones whatever its query was. It learns from right answers and from wrong ones that are made of
-these: the answers of other queries, and right ones with noise. Of either, those with another label
-count, where labels matter.
+prefers another label, by how much the answer's label leads, how far the answer is from other right
+ones whatever its query was, and the products of any two of these. Before, predictions are corrected
+by a linear regression of right answers on them. The logistic one learns from right answers and from
+wrong ones that are made of these: the answers of other queries, and right ones with noise. Of
+either, those with another label count, where labels matter.
+
+An answer nearer to its prediction than nearly all wrong ones are, in units of the deviation, is not
+looked at more closely: most right answers are.
 
 The limit is a conformal quantile over right answers that the regression has not seen, so that the
 share of right answers beyond it is as stated, whatever the regression is worth (Papadopoulos et al.
 2002, "Inductive confidence machines for regression").
+
+This file needs NumPy only: every answer is checked, and a call of JAX costs more than the check.
 """
 
-from types import ModuleType
-from typing import TypeAlias
+import dataclasses
 
-import equinox as eqx
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from ._logistic import logistic_regression
 from ._straggler_risk import conformal_quantile
-
-_Array: TypeAlias = Array | np.ndarray
 
 _REFERENCES = 256  # right answers that others are compared with
 _COVARIANCES = 256  # outputs, at most, whose covariance is taken into account
 _SHRINK = 1e-3  # of a covariance to a multiple of the identity
 _LEAST = 1e-12
+_CLEAR = 0.002  # of wrong answers, the share that is cleared by their small residuals
+_RIDGE = 0.01  # of the correction, in rows, for each output
 _NEAR = 0.05  # the share of right answers that are nearer to a reference than is told apart
 # Of each kind of wrong answers, how many times they are drawn, and of how many right ones; and the
 # sizes of the noise, in units of the answers' standard deviation.
-_DRAWS, _ROWS = 3, 512
+_DRAWS, _ROWS = 3, 1024
 _NOISE = (0.3, 0.6, 1.0)
 _ALONG, _ACROSS = 0.7, 0.3  # of the noise, as outputs vary together, and each by itself
 
 
-class AnswerCheck(eqx.Module):
+@dataclasses.dataclass(frozen=True)
+class AnswerCheck:
     """A calibrated check of answers.
 
     Attributes:
+        slope: The slope of right answers by predictions.
+        offset: The constant of the same regression.
         residual: Maps residuals over deviations to uncorrelated ones.
         typical: Maps answers to uncorrelated ones.
         references: Right answers, mapped so.
-        near: The distance to these below which an answer is no more typical than at it: it may be
+        squares: The squares of their lengths.
+        near: The square of the distance to these below which no answer is more typical: it may be
             one of them.
-        weights: The regression's weights of the features.
+        weights: The regression's weights of the products of features.
+        far: The largest features of distances that it learned from; beyond them all looks wrong.
+        clear: The mean square residual, in units of the deviation, up to which none looks wrong.
         limit: The largest score of an answer that does not look wrong.
         labels: Whether the largest output is a label.
     """
 
-    residual: Float[_Array, "m m"] | Float[_Array, " m"]
-    typical: Float[_Array, "m m"] | Float[_Array, " m"]
-    references: Float[_Array, "references m"]
-    near: Float[_Array, ""]
-    weights: Float[_Array, " features"]
-    limit: Float[_Array, ""]
-    labels: bool = eqx.field(static=True)
+    slope: Float[np.ndarray, "m m"] | Float[np.ndarray, " m"]
+    offset: Float[np.ndarray, " m"]
+    residual: Float[np.ndarray, "m m"] | Float[np.ndarray, " m"]
+    typical: Float[np.ndarray, "m m"] | Float[np.ndarray, " m"]
+    references: Float[np.ndarray, "m references"]
+    squares: Float[np.ndarray, " references"]
+    labels: bool
+    near: float = 0.0
+    weights: Float[np.ndarray, "features features"] | None = None
+    far: Float[np.ndarray, "3"] | float = np.inf
+    clear: float = 0.0
+    limit: float = np.inf
 
     def features(
         self,
-        mean: Float[_Array, "queries m"],
-        deviation: Float[_Array, " queries"],
-        answers: Float[_Array, "queries m"],
-        numpy: ModuleType = jnp,
-    ) -> Float[_Array, "queries features"]:
+        mean: Float[np.ndarray, "queries m"],
+        deviation: Float[np.ndarray, " queries"],
+        answers: Float[np.ndarray, "queries m"],
+    ) -> Float[np.ndarray, "queries features"]:
         """Return the features of the regression.
 
         Args:
             mean: The surrogate's predictions.
             deviation: Their deviations.
             answers: The answers.
-            numpy: The library of these arrays, NumPy or `jax.numpy`.
         """
-        deviation = numpy.maximum(deviation, _LEAST)
+        deviation = np.maximum(deviation, _LEAST)
+        mean = _mapped(mean, self.slope) + self.offset
         ratios = (answers - mean) / deviation[:, None]
-        found = [
-            numpy.ones_like(deviation),
-            numpy.log(_rms(numpy, ratios)),
-            numpy.log(_rms(numpy, _mapped(ratios, self.residual))),
-            numpy.log(numpy.maximum(self._distance(answers, numpy), self.near)),
-            numpy.log(deviation),
-        ]
+        found = np.ones((len(answers), 8 if self.labels else 5), np.float32)
+        found[:, 1] = _square(ratios)
+        found[:, 2] = _square(_mapped(ratios, self.residual))
+        found[:, 3] = np.maximum(self._distance(answers), self.near)
+        found[:, 4] = deviation**2 * answers.shape[1]
+        found[:, 1:5] = 0.5 * np.log(found[:, 1:5] / answers.shape[1] + _LEAST)
         if self.labels:
-            label = numpy.argmax(answers, axis=1)[:, None] == numpy.arange(answers.shape[1])
-            preference = numpy.arcsinh(_lead(numpy, mean, label) / deviation)
-            margin = numpy.arcsinh(_lead(numpy, answers, label) / deviation)
-            found += [numpy.minimum(preference, 0), numpy.maximum(preference, 0), margin]
-        return numpy.stack(found, axis=1)
+            both = np.empty((2, *answers.shape), np.float32)
+            both[0], both[1] = mean, answers
+            lead = _lead(both, answers.argmax(axis=1))
+            preference, margin = np.arcsinh(lead / deviation)
+            found[:, 5], found[:, 6] = np.minimum(preference, 0), np.maximum(preference, 0)
+            found[:, 7] = margin
+        return found
 
-    def _distance(self, answers: _Array, numpy: ModuleType) -> _Array:
-        """Return the distance to the nearest reference."""
+    def _distance(self, answers: Float[np.ndarray, "queries m"]) -> Float[np.ndarray, " queries"]:
+        """Return the square of the distance to the nearest reference."""
         mapped = _mapped(answers, self.typical)
-        squares = numpy.sum(mapped**2, axis=1)[:, None] + numpy.sum(self.references**2, axis=1)
-        nearest = numpy.min(squares - 2 * mapped @ self.references.T, axis=1)
-        return numpy.sqrt(numpy.maximum(nearest, 0) / answers.shape[1] + _LEAST)
+        nearest = (self.squares - 2 * mapped @ self.references).min(axis=1)
+        return np.maximum(nearest + _square(mapped), 0)
+
+    def scores(
+        self,
+        mean: Float[np.ndarray, "queries m"],
+        deviation: Float[np.ndarray, " queries"],
+        answers: Float[np.ndarray, "queries m"],
+    ) -> Float[np.ndarray, " queries"]:
+        """Return how wrong answers look; arguments as for `features`."""
+        assert self.weights is not None
+        features = self.features(mean, deviation, answers)
+        found = np.einsum("qf,qf->q", features @ self.weights, features)
+        # Where nothing was learned from, products may say anything.
+        return np.where((features[:, 1:4] > self.far).any(axis=1), np.inf, found)
+
+    def cleared(
+        self,
+        mean: Float[np.ndarray, "queries m"],
+        deviation: Float[np.ndarray, " queries"],
+        answers: Float[np.ndarray, "queries m"],
+    ) -> Bool[np.ndarray, " queries"]:
+        """Return which answers are so near that they do not look wrong, whatever their scores."""
+        return _ratio(mean, deviation, answers) <= self.clear
 
     def suspicious(
         self,
-        mean: Float[_Array, "queries m"],
-        deviation: Float[_Array, " queries"],
-        answers: Float[_Array, "queries m"],
-    ) -> Bool[_Array, " queries"]:
+        mean: Float[np.ndarray, "queries m"],
+        deviation: Float[np.ndarray, " queries"],
+        answers: Float[np.ndarray, "queries m"],
+    ) -> Bool[np.ndarray, " queries"]:
         """Return which answers look wrong; arguments as for `features`."""
-        score = self.features(mean, deviation, answers) @ self.weights
-        return ~(score <= self.limit)  # NaN is wrong
+        with np.errstate(all="ignore"):
+            found = ~self.cleared(mean, deviation, answers)
+            if found.any():
+                scores = self.scores(mean[found], deviation[found], answers[found])
+                found[found] = ~(scores <= self.limit)  # NaN is wrong
+        return found
 
 
 def fit_answer_check(
@@ -131,12 +169,10 @@ def fit_answer_check(
         A check. Nothing looks wrong to it where there are too few answers for the rate.
     """
     random = np.random.default_rng(seed)
-    mean, deviation, answers = (np.asarray(each, np.float64) for each in (mean, deviation, answers))
     check = _regressed(mean[::2], deviation[::2], answers[::2], labels, random)
-    scores = check.features(mean[1::2], deviation[1::2], answers[1::2], np) @ check.weights
-    limit = conformal_quantile(np.asarray(scores), 1 - rate)
-    check = eqx.tree_at(lambda check: check.limit, check, np.asarray(limit))
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), check)
+    unseen = mean[1::2], deviation[1::2], answers[1::2]
+    scores = np.where(check.cleared(*unseen), -np.inf, check.scores(*unseen))
+    return dataclasses.replace(check, limit=conformal_quantile(scores, 1 - rate))
 
 
 def _regressed(
@@ -146,23 +182,58 @@ def _regressed(
     labels: bool,
     random: np.random.Generator,
 ) -> AnswerCheck:
-    """Return a check without a limit, with arrays of NumPy."""
+    """Return a check without a limit."""
     typical = _whitening(answers)
-    residual = _whitening((answers - mean) / np.maximum(deviation, _LEAST)[:, None])
+    slope, offset = _correction(mean, deviation, answers)
+    expected = _mapped(mean, slope) + offset
+    residual = _whitening((answers - expected) / np.maximum(deviation, _LEAST)[:, None])
     number = min(_REFERENCES, len(answers) // 2)
-    # As many for any number of answers, so that one compiled program serves all.
-    references = _mapped(answers[np.arange(_REFERENCES) % number], typical)
-    unknown = np.zeros(()), np.zeros(0), np.zeros(())
-    check = AnswerCheck(residual, typical, references, *unknown, labels)
+    references = _mapped(answers[:number], typical)
+    squares = (references**2).sum(axis=1)
+    references = np.ascontiguousarray(references.T)
+    check = AnswerCheck(slope, offset, residual, typical, references, squares, labels)
     # A reference is at no distance from itself.
     others = mean[number:], deviation[number:], answers[number:]
-    near = np.quantile(check._distance(others[2], np), _NEAR)
-    check = eqx.tree_at(lambda check: check.near, check, near)
-    right = check.features(*others, numpy=np)
-    wrong = check.features(*_wrong(*others, labels, random), numpy=np)
+    near = float(np.quantile(check._distance(others[2]), _NEAR))
+    check = dataclasses.replace(check, near=near)
+    right = check.features(*others)
+    made = _wrong(*others, labels, random)
+    wrong = check.features(*made)
     known = np.arange(len(right) + len(wrong)) >= len(right)
-    weights = logistic_regression(np.concatenate([right, wrong]), known)
-    return eqx.tree_at(lambda check: check.weights, check, weights)
+    features = np.concatenate([right, wrong])
+    rows, columns = np.triu_indices(features.shape[1])  # the first are the features themselves
+    weights = np.zeros((features.shape[1],) * 2, np.float32)
+    products = features[:, rows] * features[:, columns]
+    weights[rows, columns] = logistic_regression(products, known)
+    clear = float(np.quantile(_ratio(*made), _CLEAR)) if len(wrong) else 0.0
+    far = features[:, 1:4].max(axis=0)
+    return dataclasses.replace(check, weights=weights, far=far, clear=clear)
+
+
+def _correction(
+    mean: Float[np.ndarray, "rows m"],
+    deviation: Float[np.ndarray, " rows"],
+    answers: Float[np.ndarray, "rows m"],
+) -> tuple[np.ndarray, Float[np.ndarray, " m"]]:
+    """Return slope and offset of answers by predictions: weighted least squares.
+
+    Its ridge is about the slope 1.
+
+    More outputs than have covariances are not corrected.
+    """
+    outputs = mean.shape[1]
+    residual = (answers - mean).astype(np.float64)
+    if outputs > _COVARIANCES:
+        return np.ones(outputs, np.float32), np.zeros(outputs, np.float32)
+    weights = 1 / np.maximum(deviation.astype(np.float64), _LEAST) ** 2
+    weights *= len(weights) / weights.sum()
+    centre, usual = (np.average(each, axis=0, weights=weights) for each in (mean, residual))
+    x = (mean - centre) * np.sqrt(weights)[:, None]
+    ridge = _RIDGE * outputs * (np.mean(x**2, axis=0) + _LEAST)
+    right = x.T @ ((residual - usual) * np.sqrt(weights)[:, None])
+    slope = np.linalg.solve(x.T @ x + np.diag(ridge), right)
+    offset = usual - centre @ slope
+    return (slope + np.eye(outputs)).astype(np.float32), offset.astype(np.float32)
 
 
 def _wrong(
@@ -193,22 +264,34 @@ def _wrong(
 def _whitening(x: Float[np.ndarray, "rows m"]) -> np.ndarray:
     """Return the map to coordinates of variance 1 that are uncorrelated, if there are few."""
     if x.shape[1] > _COVARIANCES:
-        return 1 / np.sqrt(np.var(x, axis=0) + _LEAST)
+        return (1 / np.sqrt(np.var(x, axis=0) + _LEAST)).astype(np.float32)
     covariance = np.atleast_2d(np.cov(x, rowvar=False))
     size = np.trace(covariance) / len(covariance) + _LEAST
     covariance = covariance + _SHRINK * size * np.eye(len(covariance))
-    return np.linalg.inv(np.linalg.cholesky(covariance)).T
+    return np.linalg.inv(np.linalg.cholesky(covariance)).T.astype(np.float32)
 
 
-def _mapped(x: _Array, by: _Array) -> _Array:
+def _mapped(x: np.ndarray, by: np.ndarray) -> np.ndarray:
     return x @ by if by.ndim == 2 else x * by
 
 
-def _rms(numpy: ModuleType, x: _Array) -> _Array:
-    return numpy.sqrt(numpy.mean(x**2, axis=1) + _LEAST)
+def _ratio(
+    mean: Float[np.ndarray, "queries m"],
+    deviation: Float[np.ndarray, " queries"],
+    answers: Float[np.ndarray, "queries m"],
+) -> Float[np.ndarray, " queries"]:
+    """Return mean squares of residuals over the squares of deviations."""
+    return _square(answers - mean) / (answers.shape[1] * np.maximum(deviation, _LEAST) ** 2)
 
 
-def _lead(numpy: ModuleType, outputs: _Array, label: _Array) -> _Array:
-    """Return by how much a label leads the best other one."""
-    own = numpy.max(numpy.where(label, outputs, -numpy.inf), axis=1)
-    return own - numpy.max(numpy.where(label, -numpy.inf, outputs), axis=1)
+def _square(x: Float[np.ndarray, "queries m"]) -> Float[np.ndarray, " queries"]:
+    return np.einsum("qm,qm->q", x, x)
+
+
+def _lead(
+    outputs: Float[np.ndarray, "kinds queries m"], label: Int[np.ndarray, " queries"]
+) -> Float[np.ndarray, "kinds queries"]:
+    """Return by how much a label leads the best other one; outputs are overwritten."""
+    own = outputs[:, (rows := np.arange(len(label))), label]
+    outputs[:, rows, label] = -np.inf
+    return own - outputs.max(axis=2)

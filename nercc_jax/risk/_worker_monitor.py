@@ -12,6 +12,8 @@ run of right answers is taken in one step, so that a server's answers cost it no
 This file needs NumPy only.
 """
 
+import functools
+
 import numpy as np
 
 # Ratios of the odds of a wrong answer to those allowed that the bets are best for.
@@ -58,48 +60,74 @@ class WorkerMonitor:
         self._usual, self._threshold = usual, 1 / false_alarms
         self._sums = np.zeros((num_workers, len(_RATIOS)))
         self.number, self.wrong = [0] * num_workers, [0] * num_workers
+        # Right answers that are not in the sums yet, and the share that they were allowed.
+        self._right, self._shares = [0] * num_workers, [usual] * num_workers
         # By worker, of this stretch and the one before: answers, and wrong ones.
         self._stretches = [[[0, 0] for _ in range(num_workers)] for _ in range(2)]
+        self._totals = [[0, 0], [0, 0]]  # of all workers
         self._left = _STRETCH
 
     def allowed(self, worker: int) -> float:
         """Return the share of wrong answers that a worker is allowed now."""
         found = self._usual
-        for stretch in self._stretches:
-            number = sum(answers for answers, _ in stretch) - stretch[worker][0]
-            wrong = sum(wrong for _, wrong in stretch) - stretch[worker][1]
+        for stretch, total in zip(self._stretches, self._totals, strict=True):
+            number, wrong = total[0] - stretch[worker][0], total[1] - stretch[worker][1]
             found = max(found, wrong / max(number, _FEWEST))
         return min(found, _MOST)
 
     def add(self, worker: int, *, right: int = 0, wrong: int = 0) -> bool:
-        """Take answers of a worker, the right ones first; return whether to accuse it."""
+        """Take answers of a worker, the right ones first; return whether to accuse it.
+
+        Right ones alone accuse nobody.
+        """
         share = self.allowed(worker)
-        odds = _RATIOS * share / (1 - share)
-        best = odds / (1 + odds)
-        sums = self._sums[worker]
-        if right:
-            less = (1 - best) / (1 - share)
-            power = less**right
-            sums = sums * power + less * (1 - power) / (1 - less)
-        for _ in range(wrong):
-            sums = (sums + 1) * best / share
-        self._sums[worker] = sums
+        if share != self._shares[worker]:
+            self._take_right(worker)
+            self._shares[worker] = share
+        self._right[worker] += right
         self._count(worker, right, wrong)
+        if not wrong:
+            return False
+        sums = self._take_right(worker)
+        for _ in range(wrong):
+            sums = (sums + 1) * _bets(share)[0] / share
+        self._sums[worker] = sums
         return bool(sums.mean() >= self._threshold)
+
+    def _take_right(self, worker: int) -> np.ndarray:
+        """Return a worker's sums after its right answers."""
+        right, self._right[worker] = self._right[worker], 0
+        if right:
+            less = _bets(self._shares[worker])[1]
+            power = less**right
+            self._sums[worker] = self._sums[worker] * power + less * (1 - power) / (1 - less)
+        return self._sums[worker]
 
     def restart(self, worker: int) -> None:
         """Begin a worker's test again, and forget its answers."""
-        self._sums[worker] = 0
+        self._sums[worker] = self._right[worker] = 0
         self.number[worker] = self.wrong[worker] = 0
-        for stretch in self._stretches:
+        for stretch, total in zip(self._stretches, self._totals, strict=True):
+            for what, number in enumerate(stretch[worker]):
+                total[what] -= number
             stretch[worker] = [0, 0]
 
     def _count(self, worker: int, right: int, wrong: int) -> None:
         self.number[worker] += right + wrong
         self.wrong[worker] += wrong
-        self._stretches[-1][worker][0] += right + wrong
-        self._stretches[-1][worker][1] += wrong
+        for each in (self._stretches[-1][worker], self._totals[-1]):
+            each[0] += right + wrong
+            each[1] += wrong
         self._left -= right + wrong
         if self._left <= 0:
             self._left = _STRETCH
             self._stretches = [self._stretches[-1], [[0, 0] for _ in self.number]]
+            self._totals = [self._totals[-1], [0, 0]]
+
+
+@functools.lru_cache(maxsize=64)
+def _bets(share: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the best bets against an allowed share, and the factors of right answers."""
+    odds = _RATIOS * share / (1 - share)
+    best = odds / (1 + odds)
+    return best, (1 - best) / (1 - share)

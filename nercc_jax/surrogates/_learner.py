@@ -245,6 +245,14 @@ class Learner(AbstractLearner):
         precision = jnp.sum(whitening**2, axis=0)
         return -weights / precision[:, None], self.deviation_of(1 / precision)
 
+    def mean_weights(self) -> tuple[Float[Array, "capacity m"], Float[Array, " m"]]:
+        """Return the weights of covariances with the window's pairs in a mean, and its constant."""
+        centre = self._centre()
+        centred = jnp.where(self.filled[:, None], self.residuals - centre, 0)
+        whitening = jax.lax.stop_gradient(self.whitening)
+        weights, _ = condition(self.covariance, whitening, centred.T, centred.shape[1])
+        return weights.T, centre
+
     def spread(self) -> Float[Array, ""]:
         """Return the residuals' standard deviation over window and outputs; NaN for none."""
         square = jnp.where(self.filled[:, None], (self.residuals - self._centre()) ** 2, 0)

@@ -39,12 +39,14 @@ from ...surrogates import (
     principal_components,
     tune_learner,
 )
+from ...surrogates._host import HostPredictions, predictions_on_host
 from ..core._adaptation import Predictions
 from ..core._request import Answer
 
 # Answers that a learner takes at once, that it starts from, and after which the kernel found on
 # those is tuned again.
 BATCH, FIRST, RETUNE = 32, 256, 1024
+_SETTLED = 1024  # validation answers after which little is left to learn
 # Validation answers that calibration looks at, at most and at least, and the share by which their
 # number grows until the next calibration.
 _VALIDATION, LEAST, _MORE = 2048, 128, 0.25
@@ -67,6 +69,7 @@ class CalibratedSurrogate:
         share: the share of queries that are certain enough, by validation.
         disagreement: the share of all labels that were wrong in validation.
         check: the check of the model's own answers; None where they are not checked.
+        expected: the predictions that it goes by.
     """
 
     surrogate: AbstractSurrogate
@@ -77,14 +80,15 @@ class CalibratedSurrogate:
     share: float
     disagreement: float
     check: AnswerCheck | None = None
+    expected: HostPredictions | None = None
 
     def suspicious(
         self, x: Shaped[np.ndarray, "queries ..."], own: Float[np.ndarray, "queries m"]
     ) -> Bool[np.ndarray, " queries"]:
-        """Return which of the model's own answers look wrong; compiled for each number of them."""
-        if self.check is None:
+        """Return which of the model's own answers look wrong."""
+        if self.check is None or self.expected is None:
             return np.zeros(len(own), bool)
-        return np.array(_suspicious(self.surrogate, self.check, x, own))
+        return self.check.suspicious(*self.expected(x), own)
 
     def predict(self, x: Shaped[np.ndarray, "queries ..."]) -> Predictions:
         """Return the answers to some queries; compiled for each number of them."""
@@ -112,7 +116,8 @@ class ValidationBatch:
         error: the root mean squared error.
         wrong: whether the label differs.
         probability: the calibrated probability of that; NaN before calibration.
-        residual: the model's answers less the surrogate's; empty where they are not checked.
+        mean: the answers that the check expects; empty where they are not checked.
+        spread: their deviations; likewise.
         own: the model's answers; likewise.
     """
 
@@ -121,7 +126,8 @@ class ValidationBatch:
     error: Float[np.ndarray, " queries"]
     wrong: Bool[np.ndarray, " queries"]
     probability: Float[np.ndarray, " queries"]
-    residual: Float[np.ndarray, "checked m"]
+    mean: Float[np.ndarray, "checked m"]
+    spread: Float[np.ndarray, " checked"]
     own: Float[np.ndarray, "checked m"]
 
 
@@ -154,7 +160,8 @@ class OnlineCalibration:
             check_rate: the share of right answers that may look wrong; None for no check.
         """
         self._check_rate = check_rate
-        self._surrogate, self._target = surrogate, target
+        self._target = target
+        self._set_surrogate(surrogate)
         self._features, self._capacity, self._form = features, capacity, form
         self._first: list[tuple[np.ndarray, np.ndarray]] = []
         self._learned = 0
@@ -166,6 +173,11 @@ class OnlineCalibration:
         self.calibrated: CalibratedSurrogate | None = None
         self._current = True  # whether `calibrated` has the latest surrogate
         self.drifts = 0
+
+    @property
+    def settled(self) -> bool:
+        """True where calibration is current, and rests on a thousand answers."""
+        return self.calibrated is not None and self._current and self._count >= _SETTLED
 
     def progress(self) -> tuple[int, int]:
         """Return the number of answers used so far, and the number that the first result needs."""
@@ -184,15 +196,25 @@ class OnlineCalibration:
             return
         self._validate(x, own)
         if isinstance(self._surrogate, AbstractLearner):
-            self._surrogate = _updated(self._surrogate, x, own)
             self._learned += len(x)
+            learner = _updated(self._surrogate, x, own)
             if self._learned == RETUNE:
                 # Its deviations change, so earlier validation says nothing about them. Until there
                 # is enough of it again, the learner as it was answers.
-                self._surrogate, self._current = _tuned(self._surrogate), False
+                self._set_surrogate(_tuned(learner))
+                self._current = False
                 self._restart_validation()
-            elif self.calibrated is not None and self._current:
-                self.calibrated = dataclasses.replace(self.calibrated, surrogate=self._surrogate)
+                return
+            self._set_surrogate(learner)
+            if self.calibrated is not None and self._current:
+                self.calibrated = dataclasses.replace(
+                    self.calibrated, surrogate=self._surrogate, expected=self._expected
+                )
+
+    def _set_surrogate(self, surrogate: AbstractSurrogate | None) -> None:
+        self._surrogate, self._expected = surrogate, None
+        if surrogate is not None and self._check_rate is not None:
+            self._expected = predictions_on_host(surrogate)
 
     def discard(self) -> None:
         """Discard the calibration after a drift, until there is a new one."""
@@ -217,7 +239,8 @@ class OnlineCalibration:
         start = init_learner(
             x, own, features=features, capacity=self._capacity, kernel="squared_exponential"
         )
-        self._surrogate, self._learned = tune_learner(start, _TUNING), len(x)
+        self._set_surrogate(tune_learner(start, _TUNING))
+        self._learned = len(x)
 
     def _restart_validation(self) -> None:
         self._validation.clear()
@@ -229,9 +252,13 @@ class OnlineCalibration:
         calibrated = self.calibrated if self._current else None
         error_probability = None if calibrated is None else calibrated.error_probability
         found = _validated(self._surrogate, _without_levels(error_probability), x, own, self._form)
-        *found, values = map(np.asarray, found)
-        kept = own if self._check_rate is not None else own[:0]
-        batch = ValidationBatch(*found, residual=kept - values[: len(kept)], own=kept)
+        features, deviation, error, wrong, probability = map(np.asarray, found)
+        mean, spread, checked = own[:0], own[:0, 0], own[:0]
+        if self._expected is not None:
+            (mean, spread), checked = self._expected(x), own
+        batch = ValidationBatch(
+            features, deviation, error, wrong, probability, mean, spread, checked
+        )
         if calibrated is not None:
             bound = calibrated.factor * batch.deviation
             sure = calibrated.is_sure(batch.probability, bound)
@@ -272,13 +299,11 @@ class OnlineCalibration:
         check = None
         if self._check_rate is not None:
             labels = wanted is not None and (self._form is None or self._form.is_vector)
-            residual, own = (
+            mean, spread, own = (
                 np.concatenate([getattr(batch, part) for batch in batches])
-                for part in ("residual", "own")
+                for part in ("mean", "spread", "own")
             )
-            check = fit_answer_check(
-                own - residual, deviation, own, self._check_rate, labels=labels
-            )
+            check = fit_answer_check(mean, spread, own, self._check_rate, labels=labels)
         return CalibratedSurrogate(
             self._surrogate,
             error_probability,
@@ -288,6 +313,7 @@ class OnlineCalibration:
             share,
             disagreement,
             check,
+            self._expected,
         )
 
 
@@ -317,22 +343,11 @@ def _validated(
     own: Float[ArrayLike, "queries m"],
     form: Form | None,
 ) -> tuple[Array, ...]:
-    """Return the fields of a `ValidationBatch` up to the probability, and the predictions."""
+    """Return the fields of a `ValidationBatch` up to the probability."""
     values, deviation, probability = _predict(surrogate, error_probability, x)
     features = error_features(values, deviation, values, form)
     wrong = ~agree_on_labels(values, own, form)
-    return features, deviation, row_errors(values, own), wrong, probability, values
-
-
-@eqx.filter_jit
-def _suspicious(
-    surrogate: AbstractSurrogate,
-    check: AnswerCheck,
-    x: Shaped[ArrayLike, "queries ..."],
-    own: Float[ArrayLike, "queries m"],
-) -> Bool[Array, " queries"]:
-    values, deviation, _ = _predict(surrogate, None, x)
-    return jnp.asarray(check.suspicious(values, deviation, jnp.asarray(own)))
+    return features, deviation, row_errors(values, own), wrong, probability
 
 
 @eqx.filter_jit

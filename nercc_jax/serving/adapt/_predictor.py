@@ -25,8 +25,8 @@ _LOG = logging.getLogger(__name__)
 
 _WAITING = 512  # answers that wait to be learned from; later ones replace the earliest
 # The share of the time that learning may take, since programs of JAX keep all cores of a CPU busy,
-# and the longest pause that follows from it, in seconds.
-_SHARE, _LONGEST = 0.05, 1.0
+# at first and where it has settled, and the longest pause that follows from it, in seconds.
+_SHARE, _LATER, _LONGEST = 0.05, 0.01, 1.0
 
 State = Literal["learning", "answering", "drifted"]
 
@@ -39,7 +39,7 @@ class Predictor:
     answers nothing until it is calibrated, which takes 384 answers, or 128 for a surrogate that
     does not learn, and has shown that it is right about stragglers' queries, which may be harder
     than others (14 of them for a `max_disagreement` of 0.1, 28 for 0.05, 138 for 0.01). It learns
-    on a thread of its own, in a twentieth of the time at most.
+    on a thread of its own, in a twentieth of the time at most, later in a hundredth.
 
     Example:
         >>> import numpy as np
@@ -188,16 +188,7 @@ class Predictor:
         calibrated = self._calibration.calibrated
         if calibrated is None or not self.checks_answers:
             return np.zeros(len(x), bool)
-        own = own.reshape(len(own), -1)
-        found = []
-        for begin in range(0, len(x), self._width):
-            part, theirs = (each[begin : begin + self._width] for each in (x, own))
-            # Every answer comes here, so a single one does not pay for a whole batch.
-            size = 1 << (len(part) - 1).bit_length()
-            found.append(
-                calibrated.suspicious(_filled_up(part, size), _filled_up(theirs, size))[: len(part)]
-            )
-        return np.concatenate(found)
+        return calibrated.suspicious(x, own.reshape(len(own), -1))
 
     @property
     def checks_answers(self) -> bool:
@@ -264,7 +255,9 @@ class Predictor:
                 # Earlier results stay; the next answers may do better.
                 _LOG.exception("learning from the traffic failed")
                 self._observe("internal_error", 1)
-            self._observe("learn_seconds", self._time.spend(now))
+            assert self._calibration is not None
+            share = _LATER if self._calibration.settled else _SHARE
+            self._observe("learn_seconds", self._time.spend(now, share))
         return math.inf
 
     def _learn(self) -> None:
@@ -286,8 +279,8 @@ class Predictor:
             # Compile what the scheduler's thread calls.
             calibrated.predict(_filled_up(x[: self._width], self._width))
             for power in range(self._width.bit_length()):
-                rows = (_filled_up(each[: 1 << power], 1 << power) for each in (x, own))
-                calibrated.suspicious(*rows)
+                size = 1 << power
+                calibrated.suspicious(_filled_up(x[:size], size), _filled_up(own[:size], size))
             calibration.compare(Answer(own[0], "predicted", 1, 0), own[0])
             self._compiled = True
 

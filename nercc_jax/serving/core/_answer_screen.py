@@ -94,7 +94,10 @@ class AnswerScreen:
         rows = [row for row in range(len(queries)) if row not in held]
         fresh = [row for row in rows if not queries[row].done]
         self._budget.earn(len(fresh))
-        suspicious = self._screen(worker, [queries[row] for row in fresh], values[fresh])
+        whole = len(fresh) == len(queries)
+        suspicious = self._screen(
+            worker, [queries[row] for row in fresh], values if whole else values[fresh]
+        )
         found = set(itertools.compress(fresh, suspicious))
         for row in sorted(found):
             if self._budget.affords():
@@ -150,8 +153,8 @@ class AnswerScreen:
         """Return which answers to hold back."""
         if not queries:
             return np.zeros(0, bool)
-        x = np.stack([query.x for query in queries if query.x is not None])
-        return self._checks.screen(worker, x, values)
+        x = [query.x for query in queries if query.x is not None]
+        return self._checks.screen(worker, x[0][None] if len(x) == 1 else np.stack(x), values)
 
     def _hold(self, query: Query, worker: int, value: np.ndarray) -> None:
         self._observe("check_again", 1)
