@@ -2,20 +2,19 @@
 
 import numpy as np
 import pytest
-from beartype.roar import BeartypeCallHintViolation
 
 from nercc_jax import NeRCC
 from nercc_jax.risk import WorkerMonitor
 
 
 def test_what_is_no_array():
-    with pytest.raises(BeartypeCallHintViolation):
+    with pytest.raises(TypeError, match="violates type hint"):
         WorkerMonitor("8")
 
 
 def test_arrays_whose_axes_have_other_sizes():
     code = NeRCC(4, 8)
-    with pytest.raises(BeartypeCallHintViolation):
+    with pytest.raises(TypeError, match="violates type hint"):
         code.decode(np.zeros((8, 3), np.float32), np.ones(7, bool))
 
 
