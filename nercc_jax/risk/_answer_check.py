@@ -158,7 +158,7 @@ def fit_answer_check(
     """Calibrate a check on right answers.
 
     Args:
-        mean: The surrogate's predictions, made before it knew the answers.
+        mean: The surrogate's predictions, made before it knew the answers, in their order.
         deviation: Their deviations.
         answers: The model's right answers.
         rate: The share of right answers that may look wrong.
@@ -169,8 +169,10 @@ def fit_answer_check(
         A check. Nothing looks wrong to it where there are too few answers for the rate.
     """
     random = np.random.default_rng(seed)
-    check = _regressed(mean[::2], deviation[::2], answers[::2], labels, random)
-    unseen = mean[1::2], deviation[1::2], answers[1::2]
+    half = len(answers) // 2
+    check = _regressed(mean[:half], deviation[:half], answers[:half], labels, random)
+    # The later ones: as a learner learns, its predictions become like those to come.
+    unseen = mean[half:], deviation[half:], answers[half:]
     scores = np.where(check.cleared(*unseen), -np.inf, check.scores(*unseen))
     return dataclasses.replace(check, limit=conformal_quantile(scores, 1 - rate))
 
