@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from _report import environment
 from _serving_load import PERIOD
@@ -105,7 +106,7 @@ def _write_queries(path: Path) -> None:
     network = load_model(MODEL)
     parts = [load_data(network.data, part).images for part in ("train", "test")]
     x = np.asarray(network.preprocess(np.concatenate(parts)), np.float32)
-    np.savez(path, queries=x, labels=np.asarray(network(x)).argmax(1))
+    np.savez(path, queries=x, labels=np.asarray(network(jnp.asarray(x))).argmax(1))
 
 
 def _tell(row: dict[str, Any]) -> None:

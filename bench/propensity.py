@@ -77,8 +77,9 @@ def measure(work: Work, seed: int) -> list[dict[str, Any]]:
             np.concatenate([getattr(part, name) for part in parts])
             for name in ("values", "disagreement", "error_bound")
         )
+        given = jnp.asarray(values)
         deviation = jnp.asarray(deviation / surrogate.factor)
-        features = np.asarray(error_features(values, deviation, values, None), float)
+        features = np.asarray(error_features(given, deviation, given, None), float)
         wrong = values.argmax(axis=1) != theirs.argmax(axis=1)
         for law, latency in LAWS.items():
             scores = jnp.asarray(hardness(work, theirs))

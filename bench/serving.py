@@ -117,7 +117,7 @@ def main() -> None:
     if not arguments.requests:
         write_json(price, measure_price(*((1.0, 1) if quick else (1.5, 3))))
         checks = RESULTS / f"serving_checks{quick}.json"
-        write_json(checks, measure_checks(*((1.0, 1, 5.0) if quick else (2.0, 7))))
+        write_json(checks, measure_checks(1.0, 1, 5.0) if quick else measure_checks(2.0, 7))
     if not arguments.price and not arguments.requests:
         seconds = 4.0 if quick else arguments.seconds
         write_json(path, measure(seconds, arguments.only))
