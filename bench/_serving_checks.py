@@ -37,7 +37,7 @@ LOADS = (*(("closed", clients) for clients in CLIENTS), ("paced", PACED))
 _TICK = os.sysconf("SC_CLK_TCK")
 
 
-def measure_checks(seconds: float, rounds: int, warm: float = 120.0) -> dict[str, Any]:
+def measure_checks(seconds: float, rounds: int, warm: float = 60.0) -> dict[str, Any]:
     """Measure each load: `seconds` for each of `rounds` turns of each server.
 
     Before that each server is asked for `warm` seconds.
