@@ -7,7 +7,6 @@ took for a request, which depends little on what else the machine does.
 """
 
 import contextlib
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from _report import environment
 from _serving_load import PERIOD
 from _serving_price import PACED, PACKAGES
-from _serving_process import load, nercc_serve, running_on
+from _serving_process import cpu_seconds, load, nercc_serve, running_on
 
 from nercc_models import load_data, load_model
 
@@ -34,7 +33,6 @@ SYSTEMS = {
 }
 CLIENTS = (1, 8)  # closed loops
 LOADS = (*(("closed", clients) for clients in CLIENTS), ("paced", PACED))
-_TICK = os.sysconf("SC_CLK_TCK")
 
 
 def measure_checks(seconds: float, rounds: int, warm: float = 60.0) -> dict[str, Any]:
@@ -79,9 +77,9 @@ def _asked(
     queries: Path, server: dict[str, Any], row: dict[str, Any], seconds: float, seed: int
 ) -> dict[str, float]:
     """Return what one load of a server came to."""
-    before = _cpu_seconds(server["pid"])
+    before = cpu_seconds(server["pid"])
     done = load(queries, _url(server), row["loop"], row["clients"], seconds, seed)
-    spent = _cpu_seconds(server["pid"]) - before
+    spent = cpu_seconds(server["pid"]) - before
     answered = [each for each in done["latency"] if each is not None]
     return {
         "requests": len(answered),
@@ -94,12 +92,6 @@ def _asked(
 
 def _url(server: dict[str, Any]) -> str:
     return f"http://127.0.0.1:{server['http_port']}/v2/models/{MODEL}/infer"
-
-
-def _cpu_seconds(pid: int) -> float:
-    """Return the seconds of CPU that a process has taken."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / _TICK
 
 
 def _write_queries(path: Path) -> None:

@@ -73,3 +73,9 @@ def load(
     command += [str(amount), str(seconds), str(seed), str(rows)]
     done = subprocess.run(command, check=True, capture_output=True, timeout=seconds + 120)
     return json.loads(done.stdout)
+
+
+def cpu_seconds(process: int) -> float:
+    """Return the seconds of CPU time that a process has taken."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from _report import environment, write_json
 from _serving_load import Rest
-from _serving_process import nercc_serve, running_on
+from _serving_process import cpu_seconds, nercc_serve, running_on
 from _tails_systems import Work, works
 from dependent import CASES, digits, hardness, own_answers
 
@@ -58,8 +58,9 @@ class Clients:
     """Clients that send each query when it is due, and what they were answered.
 
     Attributes:
-        given: For each approximate answer, by time: the query, whether its label is wrong, and
-            the probability of that which the server reported.
+        given: For each approximate answer, by time: the query, and whether its label is wrong.
+        seconds: The time that each answer took.
+        errors: What the server said of requests that failed.
     """
 
     def __init__(self, x: np.ndarray, labels: np.ndarray, server: Rest):
@@ -165,18 +166,13 @@ async def _drive(
 
     async with Rest(f"{url}/v2/models/{work.model}/infer") as server, aiohttp.ClientSession() as s:
         watching = asyncio.create_task(watch(s))
-        clients, begin, used = Clients(x, labels, server), time.monotonic(), _cpu_s(ports["pid"])
+        clients, begin = Clients(x, labels, server), time.monotonic()
+        used = cpu_seconds(ports["pid"])
         await clients.run(arrivals)
-        used = (_cpu_s(ports["pid"]) - used) / (time.monotonic() - begin)
+        used = (cpu_seconds(ports["pid"]) - used) / (time.monotonic() - begin)
         await asyncio.sleep(5.0)  # late answers come, and a last status
         watching.cancel()
     return clients, statuses, used
-
-
-def _cpu_s(process: int) -> float:
-    """Return the seconds of CPU time that a process has used."""
-    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _said(statuses: list[dict[str, Any]]) -> dict[str, Any]:

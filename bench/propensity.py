@@ -1,6 +1,6 @@
 """Evidence on all rows, weighted by how likely they straggle, beside that on stragglers alone.
 
-    python bench/propensity.py [--draws 20]
+    python bench/propensity.py [--draws 10]
 
 What may be given out for stragglers is decided by comparisons with other stragglers
 (`StragglerRisk`), which takes some of them. A classifier of "is a row late?" on the features of the
@@ -42,7 +42,7 @@ LAWS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--draws", type=int, default=20)
+    parser.add_argument("--draws", type=int, default=10)
     parser.add_argument("--data-dir", type=Path, default=None)
     options = parser.parse_args()
     work = works(options.data_dir)["lenet5"]()

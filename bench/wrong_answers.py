@@ -24,7 +24,7 @@ from typing import Any
 
 import equinox as eqx
 import numpy as np
-from _functions_cases import load
+from _functions_cases import EXPENSIVE, load
 from _report import environment, write_json
 from _settings import PACKAGES
 
@@ -40,7 +40,6 @@ from nercc_models import load_data, load_model, load_student
 RESULTS = Path(__file__).parent / "results"
 PAST, JUDGED, WORKERS, ANSWERS = 2000, 3000, 8, 300
 RATES, SERVED = (0.01, 0.02, 0.03), 0.02  # of which workers are checked at the last
-FUNCTIONS = ("Lotka-Volterra", "epidemic", "Fisher", "elliptic")
 IMAGES = ("lenet5-mnist", "repvgg-cifar10")
 ANSWER_FAULTS = {
     "swapped": Fault("swap"),
@@ -290,7 +289,7 @@ def main() -> None:
     logging.disable(logging.WARNING)  # one for each worker that is fenced
     works = [images(name, options.data_dir) for name in IMAGES[: 1 if options.quick else None]]
     if not options.quick:
-        works += [function(name, options.data_dir) for name in FUNCTIONS]
+        works += [function(name, options.data_dir) for name in EXPENSIVE]
     seeds = [100] if options.quick else range(options.seeds)
     rows = []
     name = "wrong_answers-quick.json" if options.quick else "wrong_answers.json"

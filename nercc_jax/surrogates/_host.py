@@ -107,9 +107,13 @@ def _padded(
     predict: Callable[[np.ndarray], tuple[PyTree, ...]], x: Shaped[np.ndarray, "queries ..."]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Predict as many queries as the next power of two, by repeating some."""
-    size = 1 << (len(x) - 1).bit_length()
-    mean, deviation = predict(x if len(x) == size else x[np.arange(size) % len(x)])
+    mean, deviation = predict(repeat_rows(x, 1 << (len(x) - 1).bit_length()))
     return np.asarray(mean)[: len(x)], np.asarray(deviation, np.float32)[: len(x)]
+
+
+def repeat_rows(x: Shaped[np.ndarray, "few ..."], number: int) -> Shaped[np.ndarray, "number ..."]:
+    """Repeat rows up to this number, so that one compiled program serves all."""
+    return x if len(x) == number else x[np.arange(number) % len(x)]
 
 
 @eqx.filter_jit

@@ -17,6 +17,7 @@ from ...pools._time_share import TimeShare
 from ...risk._straggler_risk import StragglerRisk, StragglerRow
 from ...risk._target import AccuracyTarget
 from ...surrogates import AbstractSurrogate, Surrogate
+from ...surrogates._host import repeat_rows
 from ..core._adaptation import Predictions
 from ..core._request import Answer, ApproximateAnswer
 from ._online_calibration import BATCH, FIRST, OnlineCalibration
@@ -172,7 +173,7 @@ class Predictor:
         if calibrated is None or not self._compiled or self._drift_detected:
             return None
         parts = [x[begin : begin + self._width] for begin in range(0, len(x), self._width)]
-        found = [calibrated.predict(_filled_up(part, self._width)) for part in parts]
+        found = [calibrated.predict(repeat_rows(part, self._width)) for part in parts]
         return Predictions(
             *(
                 np.concatenate([getattr(each, name) for each in found])[: len(x)]
@@ -277,14 +278,9 @@ class Predictor:
         self.risk.usual = None if calibrated is None else calibrated.disagreement
         if calibrated is not None and not self._compiled:
             # Compile what the scheduler's thread calls.
-            calibrated.predict(_filled_up(x[: self._width], self._width))
+            calibrated.predict(repeat_rows(x[: self._width], self._width))
             for power in range(self._width.bit_length()):
                 size = 1 << power
-                calibrated.suspicious(_filled_up(x[:size], size), _filled_up(own[:size], size))
+                calibrated.suspicious(repeat_rows(x[:size], size), repeat_rows(own[:size], size))
             calibration.compare(Answer(own[0], "predicted", 1, 0), own[0])
             self._compiled = True
-
-
-def _filled_up(x: np.ndarray, width: int) -> np.ndarray:
-    """Repeat rows up to this number, so that one compiled program serves all."""
-    return x if len(x) == width else x[np.arange(width) % len(x)]
