@@ -6,7 +6,7 @@ Calibration of decoding has a thread of its own: the scheduler's does nothing bu
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -53,7 +53,7 @@ class BackgroundCalibrator:
     def __init__(
         self,
         estimator: ErrorEstimator,
-        observe: Callable[[Any, float], Any],
+        observe: Observe,
         clock: AbstractClock,
     ):
         self._estimator, self._observe = estimator, observe
@@ -211,7 +211,7 @@ class Adaptation(AbstractAdaptation):
         for each in self._parts:
             each.close()
 
-    def observe(self, what: Any, number: int | float) -> None:
+    def observe(self, what: str, number: int | float) -> None:
         self._observe(what, number)
 
     def setting_status(self) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ from ...risk._straggler_risk import StragglerRisk, StragglerRow
 from ...risk._target import AccuracyTarget
 from ...surrogates import AbstractSurrogate, Surrogate
 from ...surrogates._host import repeat_rows
+from .._policy import Observe
 from ..core._adaptation import Predictions
 from ..core._request import Answer, ApproximateAnswer
 from ._online_calibration import BATCH, FIRST, OnlineCalibration
@@ -93,7 +94,7 @@ class Predictor:
         target: AccuracyTarget,
         width: int,
         form: Form | None,
-        observe: Callable[[Any, float], Any],
+        observe: Observe,
         clock: AbstractClock,
         check_rate: float | None = None,
     ) -> None:

@@ -9,12 +9,13 @@ deadline an answer goes out as it is, and the reply says so.
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from ...pools import AbstractPool, Batch
+from .._policy import Observe
 from ._adaptation import AbstractAnswerChecks, Verdict
 from ._fallback import Budget
 from ._queue import EventQueue
@@ -49,7 +50,7 @@ class AnswerScreen:
         checks: AbstractAnswerChecks,
         pool: AbstractPool,
         events: EventQueue,
-        observe: Callable[[Any, float], Any],
+        observe: Observe,
     ):
         """Create a screen that holds nothing.
 
