@@ -24,10 +24,10 @@ from ..core._adaptation import (
     Predictions,
     fixed_setting,
 )
+from ..core._answer_checks import AnswerChecks
 from ..core._coder import Coder
 from ..core._error_probability import DecodingErrorProbability
 from ..core._request import Answer, ApproximateAnswer, Source
-from ._answer_checks import AnswerChecks
 from ._error_estimator import ErrorEstimator
 from ._predictor import Predictor
 from ._setting_controller import SettingController
@@ -161,7 +161,7 @@ class Adaptation(AbstractAdaptation):
             if policy.max_calls is None
             else SettingController(policy, coder, pool, predictor, observe)
         )
-        self._fixed = fixed_setting(policy)
+        self._fixed, self._policy = fixed_setting(policy), policy
         self._observe = observe if self._controller is None else self._controller.observe
         decoding = AccuracyTarget(max_disagreement=policy.max_disagreement)
         self.decoding_risk = StragglerRisk(decoding, needs_evidence=False)
@@ -174,7 +174,7 @@ class Adaptation(AbstractAdaptation):
             if rate is not None:
                 self._checks = AnswerChecks(
                     pool.num_workers,
-                    predictor,
+                    predictor.suspicious,
                     policy.max_fenced,
                     pool.worker_dtype,
                     self._observe,
@@ -214,9 +214,33 @@ class Adaptation(AbstractAdaptation):
     def observe(self, what: str, number: int | float) -> None:
         self._observe(what, number)
 
-    def setting_status(self) -> dict[str, Any] | None:
-        """Return the chosen setting for a server's status; None where the policy fixes it."""
-        return None if self._controller is None else self._controller.status()
+    def status(self) -> dict[str, Any]:
+        """Return the parts of a server's status that belong to it; see `CodedBatcher.status`."""
+        controller, predictor, checks = self._controller, self.predictor, self._checks
+        return {
+            "policy": None if controller is None else controller.status(),
+            "predictor": None if predictor is None else predictor.status(),
+            "checks": checks
+            and predictor
+            and {"ready": predictor.checks_answers} | checks.status(),
+            "decoding": self.decoding_risk.status() if self._policy.max_disagreement else None,
+            "audited": list(self.decoding_risk.shown),
+        }
+
+    def hints(self) -> list[str]:
+        """Return why nothing is decoded or predicted, and which workers answer wrongly."""
+        found, risk = [], self.decoding_risk
+        if self._policy.max_disagreement:
+            evidence = risk.status()
+            if evidence["drifts"] and not evidence["admitted"]:
+                found.append(
+                    "decoded answers went wrong more often than promised: "
+                    f"{evidence['compared']} of {evidence['needed']} stragglers were compared "
+                    "since; nothing is decoded"
+                )
+            found += [] if risk.hint is None else [risk.hint]
+        found += [] if self._checks is None else self._checks.hints()
+        return found if self.predictor is None else found + self.predictor.hints()
 
     def needs_samples(self, queries: int) -> bool:
         return self._calibrator.needs_samples(queries)

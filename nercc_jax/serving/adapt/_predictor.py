@@ -167,6 +167,23 @@ class Predictor:
         assert self._calibration is not None
         return self._calibration.progress()
 
+    def hints(self) -> list[str]:
+        """Return why it answers nothing, if so, and whether stragglers are harder."""
+        known, needed = self.progress()
+        harder = [] if self.risk.hint is None else [self.risk.hint]
+        if self.state == "drifted":
+            why = "predictions went wrong more often than promised"
+            return [f"{why}: {known} of {needed} answers are known since; nothing is predicted"]
+        if self.state == "learning":
+            return [f"still learning: {known} of {needed} answers; nothing is predicted"]
+        evidence = self.risk.status()
+        if evidence["compared"] < evidence["needed"]:
+            compared = f"{evidence['compared']} of {evidence['needed']} stragglers' answers"
+            return [f"{compared} were compared with predictions; nothing is predicted", *harder]
+        if self.share == 0:
+            return ["the surrogate is sure of no query: nothing is predicted", *harder]
+        return harder
+
     def predict(self, x: Shaped[np.ndarray, "queries ..."]) -> Predictions | None:
         """Return its answers to some queries; None while it is not calibrated."""
         assert self._calibration is not None
