@@ -79,11 +79,6 @@ _LOOKS = {
     "ordered by pixels": _filled(_BLUE, "o"),
     "ordered by projection": _filled(_ORANGE, "s"),
     "ordered by outputs": _filled(_PURPLE, "D"),
-    # Models, and another library's.
-    "lenet5": _filled(_BLUE, "o"),
-    "repvgg": _lossy(_RED, "s"),
-    "nercc_models": _filled(_BLUE, "o"),
-    "timm": _filled(_ORANGE, "s"),
     # Nothing, or no code.
     "uncoded": _filled(_LIGHT, "."),
     "as it comes": _filled(_LIGHT, "."),

@@ -6,9 +6,8 @@ and repeated codes have such a row for every query, the published layouts have n
 
 A group that is complete with fewer than K queries gets a smaller code on the same workers' points:
 an encoder through some of the alphas, and the same decoder, read there. That keeps more than
-filling the group up with repeats or earlier queries, as `bench/short_groups.py` measures: of 2
-queries behind K = 4, N = 8 and one's own worker missing, 0.0 % of labels change, against 0.4 and
-12 %.
+filling the group up with repeats or earlier queries: of 2 queries of digits behind K = 4, N = 8 and
+one's own worker missing, 0.0 % of labels changed, against 0.4 and 12 %.
 """
 
 import dataclasses
