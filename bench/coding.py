@@ -59,8 +59,8 @@ from _report import (
 from nercc_jax import NeRCC
 
 # Where the sum of magnitudes in a decoder row exceeds it, decoding takes its careful way.
-from nercc_jax.codes import AMPLIFICATION, decode_groups, encode_groups
-from nercc_jax.codes._decoding import Matrices
+from nercc_jax.codes import decode_groups, encode_groups
+from nercc_jax.codes._decoding import AMPLIFICATION, Matrices
 from nercc_jax.splines import smoothing_spline
 
 _SEED = 20240204

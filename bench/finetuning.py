@@ -43,8 +43,8 @@ from jaxtyping import Array, PRNGKeyArray
 from nercc_jax import ExactStragglers, NeRCC, evaluate
 from nercc_jax.cli._options import Outputs
 from nercc_jax.cli._workload import WorkerModel, load_worker_model
-from nercc_jax.evaluation import system_look
 from nercc_jax.evaluation._answers import batched
+from nercc_jax.evaluation._looks import system_look
 from nercc_jax.inference import order_points
 from nercc_jax.tuning import Descent, Sampling, Target, fine_tune
 from nercc_jax.tuning._fine_tune import FineTuned, FineTuningStep

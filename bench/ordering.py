@@ -34,11 +34,13 @@ from rich.table import Table
 from nercc_jax import ExactStragglers, NeRCC
 from nercc_jax.cli._options import Outputs
 from nercc_jax.cli._workload import load_worker_model
-from nercc_jax.codes import AMPLIFICATION
-from nercc_jax.evaluation import Estimate, system_look
+from nercc_jax.codes._decoding import AMPLIFICATION
+from nercc_jax.evaluation import Estimate
 from nercc_jax.evaluation._answers import batched, cut_groups
-from nercc_jax.inference import order_points, random_projection, short_path
-from nercc_jax.inference._paths import distances_of, nearest_neighbour
+from nercc_jax.evaluation._looks import system_look
+from nercc_jax.inference import order_points
+from nercc_jax.inference._ordering import random_projection
+from nercc_jax.inference._paths import distances_of, nearest_neighbour, short_path
 
 RESULTS = Path(__file__).parent / "results"
 MODELS: dict[str, Outputs] = {"lenet5-mnist": "logits", "repvgg-cifar10": "probabilities"}

@@ -39,7 +39,7 @@ from _report import Contender, Timing, environment, interleaved, write_json
 from jax.sharding import Mesh
 
 from nercc_jax import NeRCC, coded_inference
-from nercc_jax.evaluation import system_look
+from nercc_jax.evaluation._looks import system_look
 from nercc_jax.inference import partial_inference
 from nercc_models import load_model
 

@@ -20,7 +20,8 @@ from nercc_jax import (
     pool_inference,
     reexecute,
 )
-from nercc_jax.evaluation import coverage, recall, relative_rmse, row_errors
+from nercc_jax.evaluation import coverage
+from nercc_jax.evaluation._functions import recall, relative_rmse, row_errors
 from nercc_jax.risk import calibrate_learner_bars
 from nercc_jax.schemes import calibrate_error_bars, cross_validate_error_bars
 from nercc_jax.surrogates import Kernel, LearnerTuning, Surrogate, fit_learner, init_learner

@@ -92,12 +92,6 @@ def system_look(system: str) -> dict[str, Any]:
 
     The longest known name that the system's name begins with decides: "ParM, k = 2" looks as "ParM"
     does. An unknown system is a black dot.
-
-    ```python
-    from nercc_jax.evaluation import system_look
-
-    print(system_look("BACC (12, 8)"))  # {'color': '#d55e00', 'marker': 's'}
-    ```
     """
     known = [name for name in _LOOKS if system.startswith(name)]
     return dict(_LOOKS[max(known, key=len)]) if known else _filled(_BLACK, ".")

@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Int
 
 from ...codes import Uncoded
-from ...inference import short_path
 from ...inference._ordering import projection_on_host
+from ...inference._paths import short_path
 from ...pools import AbstractPool, Refuse
 from .._policy import BatchingPolicy
 from ._adaptation import AbstractAdaptation, DispatchSetting
