@@ -9,7 +9,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Shaped
 
 from ..inference._conditions import warn_if_other
-from ..pools import AbstractPool, Refuse, refuse_odd
+from ..pools import AbstractPool
+from ..pools._batch import Refuse, refuse_odd
 from ._policy import BatchingPolicy, Observe
 from ._tracing import RequestTrace
 from .adapt._adaptation import Adaptation

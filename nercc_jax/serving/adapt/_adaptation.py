@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
-from ...pools import AbstractClock, AbstractPool
+from ...pools import AbstractPool
+from ...pools._clock import AbstractClock
 from ...pools._time_share import TimeShare
 from ...risk._straggler_risk import StragglerRisk, StragglerRow
 from ...risk._target import AccuracyTarget

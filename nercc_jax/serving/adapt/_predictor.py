@@ -12,7 +12,7 @@ from jaxtyping import Bool, Shaped
 from ...codes._checks import check_count
 from ...codes._trees import Form
 from ...inference._models import Model
-from ...pools import AbstractClock
+from ...pools._clock import AbstractClock
 from ...pools._time_share import TimeShare
 from ...risk._straggler_risk import StragglerRisk, StragglerRow
 from ...risk._target import AccuracyTarget

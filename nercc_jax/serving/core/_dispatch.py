@@ -17,7 +17,8 @@ from jaxtyping import Int
 from ...codes import Uncoded
 from ...inference._ordering import projection_on_host
 from ...inference._paths import short_path
-from ...pools import AbstractPool, Refuse
+from ...pools import AbstractPool
+from ...pools._batch import Refuse
 from .._policy import BatchingPolicy
 from ._adaptation import AbstractAdaptation, DispatchSetting
 from ._coder import Coder

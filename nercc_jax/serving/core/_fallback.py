@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...pools import AbstractClock
 from ...pools._batch import answers_to_wait_for
+from ...pools._clock import AbstractClock
 from .._policy import BatchingPolicy
 from ._adaptation import AbstractAdaptation
 from ._coder import Coder
