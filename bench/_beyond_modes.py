@@ -241,7 +241,7 @@ class Bench:
         if surrogate is None:
             return None
         student = self.answers(part, order, "student").of(code)
-        return FixedOutputs(student.own, student.coded, student.form)
+        return FixedOutputs(own=student.own, coded=student.coded, form=student.form)
 
     def _error_probabilities(
         self,
