@@ -75,10 +75,6 @@ _LOOKS = {
     "learner": _filled(_TEAL, "d"),
     "learner, no redundancy": _open(_TEAL, "d"),
     "surrogate alone": _open(_TEAL, "d"),
-    # By what data points are ordered.
-    "ordered by pixels": _filled(_BLUE, "o"),
-    "ordered by projection": _filled(_ORANGE, "s"),
-    "ordered by outputs": _filled(_PURPLE, "D"),
     # Nothing, or no code.
     "uncoded": _filled(_LIGHT, "."),
     "as it comes": _filled(_LIGHT, "."),
