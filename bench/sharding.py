@@ -110,12 +110,12 @@ def measure_slowed(repeated: int, repeats: int) -> Slowed | None:
     code = NeRCC(_K, _N)
     everyone = np.ones((8, _N), bool)
     whole = coded_inference(uneven, code, mesh=mesh)
-    partial = partial_inference(uneven, code, mesh)
+    partial = partial_inference(uneven, code, mesh, grouped=True)
     number = _N - _N // _OF
     responded = []
 
     def call() -> None:
-        decoded = jax.block_until_ready(partial(x, number=number, deadline=60.0, grouped=True))
+        decoded = jax.block_until_ready(partial(x, number=number, deadline=60.0))
         responded.append(int(decoded.responded[0].sum()))
 
     def settled() -> tuple[()]:
