@@ -26,7 +26,7 @@ from nercc_jax.inference import order_points
 from nercc_jax.risk import ErrorProbability
 from nercc_jax.risk._error_probability import error_probability_from_answers, observe_errors
 from nercc_jax.surrogates import Surrogate
-from nercc_jax.surrogates._interface import fixed_outputs_of_answers
+from nercc_jax.surrogates._interface import FixedOutputs
 from nercc_jax.tuning import Descent, LayoutTuning, Sampling
 
 Model = Callable[..., Array]
@@ -213,9 +213,7 @@ class Bench:
     def judged(self, code: NeRCC, surrogate: Surrogate | None, order: Order) -> Judged:
         """Return the calibrated error probabilities of the part to judge, and the truth."""
         own = self.answers("calibrate", order).of(code)
-        beside = None
-        if surrogate is not None:
-            beside = fixed_outputs_of_answers(self.answers("calibrate", order, "student").of(code))
+        beside = self._beside("calibrate", order, code, surrogate)
         error_probability = error_probability_from_answers(
             own, self.cell.law, jax.random.key(5), 100, surrogate, beside
         )
@@ -236,6 +234,15 @@ class Bench:
             **more, again=float(1 - kept.mean()), promised=WANTED,
         )  # fmt: skip
 
+    def _beside(
+        self, part: str, order: Order, code: NeRCC, surrogate: Surrogate | None
+    ) -> FixedOutputs | None:
+        """Return the student's outputs, as the knowledge that answers are compared with."""
+        if surrogate is None:
+            return None
+        student = self.answers(part, order, "student").of(code)
+        return FixedOutputs(own=student.own, coded=student.coded, form=student.form)
+
     def _error_probabilities(
         self,
         part: str,
@@ -245,9 +252,7 @@ class Bench:
         error_probability: ErrorProbability | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return each data point's error probability and whether it is wrong, under each set."""
-        beside = None
-        if surrogate is not None:
-            beside = fixed_outputs_of_answers(self.answers(part, order, "student").of(code))
+        beside = self._beside(part, order, code, surrogate)
         own = self.answers(part, order).of(code)
         features, sure, wrong = observe_errors(own, surrogate, beside, self.masks)
         score = (

@@ -2,7 +2,7 @@
 
     python bench/_convergence.py [--quick] [--data-dir FOLDER] [--output FOLDER]
 
-`bench/paper.py` calls `measure`, `picture` and `section`; the command is for trying them alone.
+`bench/paper.py` calls `measure`; the command is for trying it alone.
 
 K data points a group, three functions: f(t) = t sin t of one number, in float64 because float32's
 rounding would soon hide the error; the logits of LeNet5, in float32; the same for dithered images.

@@ -27,12 +27,6 @@ EXPENSIVE = ("Lotka-Volterra", "epidemic", "Fisher", "elliptic")  # for runs row
 EMBEDDINGS = ("digits", "CIFAR-10")
 NAMES = (*SIMULATORS, "diabetes", *EMBEDDINGS)
 STEPS = 60  # that the diabetes network is trained for
-CHEAP_MODELS = {  # models that are there beside a function
-    "Burgers": "a coarse solver of the same equation, 16 cells and 10 steps where it has 64 places "
-    "and 200, first order: its solution as a prior mean, and as features beside the inputs",
-    "digits": "LeNet5's student, which tells the ten logits by 7 % of the multiplications: its "
-    "inner layer and these logits as features",
-}
 
 
 @dataclasses.dataclass(frozen=True)

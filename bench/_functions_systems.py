@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from _functions_cases import EMBEDDINGS, Case, CheapModel
 from _functions_rivals import NUM_DATA, lost_copies
-from jaxtyping import Array, ArrayLike, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from nercc_jax import AbstractCode, Berrut, NeRCC, Scheme, fit_surrogate
 from nercc_jax.codes import encode_groups
 from nercc_jax.codes._decoding import decode_vectors
 from nercc_jax.codes._kept import CachedMatrices, known_encoder
-from nercc_jax.evaluation import recall, row_errors
+from nercc_jax.evaluation._functions import row_errors
 from nercc_jax.inference import order_points
 from nercc_jax.risk import ErrorBars
 from nercc_jax.schemes import AssessedPredictions, cross_validate_error_bars
@@ -494,7 +494,19 @@ def _rmse(predictions: Float[Array, "*sets points m"], draw: Draw) -> float:
 
 @jax.jit
 def _recall(predictions: Array, own: Array, others: Array) -> Array:
-    return jnp.mean(jax.lax.map(lambda each: recall(each, own, others), predictions))
+    """Return recall@10: the share of each embedding's 10 nearest others that it finds decoded."""
+    wanted = _nearest(own, others)
+
+    def one(decoded: Array) -> Array:
+        found = _nearest(decoded, others)
+        return jnp.mean(jnp.any(found[:, :, None] == wanted[:, None], axis=1))
+
+    return jnp.mean(jax.lax.map(one, predictions))
+
+
+def _nearest(points: Array, others: Array) -> Int[Array, "points 10"]:
+    product = jnp.matmul(points, others.T, precision=jax.lax.Precision.HIGHEST)
+    return jax.lax.top_k(2 * product - jnp.sum(others**2, axis=1), 10)[1]
 
 
 @eqx.filter_jit

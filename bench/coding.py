@@ -22,7 +22,6 @@ where ours and the paper's natural spline is a straight line; there they are eva
 import argparse
 import dataclasses
 import functools
-import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -31,10 +30,6 @@ from typing import Any
 
 try:
     import csaps
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     from rich.console import Console
     from rich.table import Table
     from scipy.interpolate import make_smoothing_spline
@@ -59,8 +54,8 @@ from _report import (
 from nercc_jax import NeRCC
 
 # Where the sum of magnitudes in a decoder row exceeds it, decoding takes its careful way.
-from nercc_jax.codes import AMPLIFICATION, decode_groups, encode_groups
-from nercc_jax.codes._decoding import Matrices
+from nercc_jax.codes import decode_groups, encode_groups
+from nercc_jax.codes._decoding import AMPLIFICATION, Matrices
 from nercc_jax.splines import smoothing_spline
 
 _SEED = 20240204
@@ -586,51 +581,6 @@ def target_table(found: Sequence[Target]) -> Table:
     return table
 
 
-def plot(measured: Sequence[Measured], linear: Sequence[Linear], subtitle: str, path: Path) -> None:
-    """Draw bars of milliseconds, and nanoseconds per knot against the number of knots."""
-    figure, (bars, lines) = plt.subplots(
-        1, 2, figsize=(12.5, 4.8), width_ratios=(2.2, 1), layout="constrained"
-    )
-    colours = {"ours": "#0072b2", "product": "#56b4e9", "SciPy": "#d55e00", "csaps": "#e69f00"}
-    for place, (name, colour) in enumerate(colours.items()):
-        timings = [_timing(one, name) for one in measured]
-        heights = [1e3 * timing.median for timing in timings]
-        places = np.arange(len(measured)) + 0.2 * (place - 1.5)
-        label = "bare product of matrices" if name == "product" else name
-        drawn = bars.bar(places, heights, 0.19, color=colour, label=label)
-        bars.bar_label(drawn, [_digits(height) for height in heights], fontsize=6.5)
-    names = [f"{one.task.direction}\n{one.task.setting.name}" for one in measured]
-    bars.set_xticks(range(len(names)), [name.replace(" x ", "\nx ") for name in names], fontsize=8)
-    bars.set(yscale="log", ylabel="ms per call", title="One call, at (K, N, coordinates)")
-    bars.legend()
-    styles = itertools.cycle(("-", "--"))
-    for coordinates in dict.fromkeys(one.coordinates for one in linear):
-        rows, style = [one for one in linear if one.coordinates == coordinates], next(styles)
-        knots = [one.knots for one in rows]
-        for name, values in (
-            ("ours", [one.ours_ns for one in rows]),
-            ("SciPy", [one.scipy_ns for one in rows]),
-        ):
-            label = f"{name}, {coordinates} coordinate{'s' * (coordinates > 1)}"
-            lines.plot(knots, values, style, marker="o", ms=4, color=colours[name], label=label)
-    lines.set(xscale="log", yscale="log", xlabel="knots n", ylabel="ns per knot")
-    lines.set(title="The O(n) form: one fit")
-    lines.legend(fontsize=8)
-    lines.grid(alpha=0.3)
-    figure.suptitle(subtitle, fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def _timing(one: Measured, name: str) -> Timing:
-    return {"ours": one.ours, "product": one.product, **one.rivals}[name]
-
-
-def _digits(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.2g}"
-
-
 def _ms(timing: Timing | None) -> str:
     return "-" if timing is None else f"{1e3 * timing.median:.3g}"
 
@@ -681,7 +631,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--output",
         type=Path,
-        help="folder for coding.json and coding.png (default: results beside this script)",
+        help="folder for coding.json (default: results beside this script)",
     )
     return parser.parse_args()
 
@@ -722,8 +672,7 @@ def main() -> None:
     content = as_json(measured, linear, careful)
     after = {"load_average_after": list(os.getloadavg()), "dtype": "float32"}
     write_json(folder / "coding.json", {"environment": start | after, **content})
-    plot(measured, linear, f"{machine}; {loads}", folder / "coding.png")
-    console.print(f"wrote {folder / 'coding.json'} and {folder / 'coding.png'}")
+    console.print(f"wrote {folder / 'coding.json'}")
 
 
 if __name__ == "__main__":

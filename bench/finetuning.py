@@ -2,7 +2,7 @@
 
     python bench/finetuning.py [--train] [--quick] [--only MODELS] [--data-dir FOLDER]
 
-Writes results/finetuning.json and .png (--quick: finetuning-quick.*). For every model, (N, K, S)
+Writes results/finetuning.json (--quick: finetuning-quick.json). For every model, (N, K, S)
 and layout of the workers' points: the share of test images whose decoded label is not that model's
 own label of the image itself, for the shipped model and for its fine-tuned form, in random order
 and ordered as one buffer. Both are judged by their own labels, so neither gains by copying the
@@ -23,17 +23,14 @@ from pathlib import Path
 from typing import Any
 
 try:
-    import matplotlib
     from rich.console import Console
     from rich.table import Table
 except ModuleNotFoundError as error:
     sys.exit(f"bench/finetuning.py needs {error.name}, missing: pip install '.[demo]' in a clone")
 
-matplotlib.use("Agg")
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 from _report import environment, write_json
 from _settings import PACKAGES
@@ -43,7 +40,6 @@ from jaxtyping import Array, PRNGKeyArray
 from nercc_jax import ExactStragglers, NeRCC, evaluate
 from nercc_jax.cli._options import Outputs
 from nercc_jax.cli._workload import WorkerModel, load_worker_model
-from nercc_jax.evaluation import system_look
 from nercc_jax.evaluation._answers import batched
 from nercc_jax.inference import order_points
 from nercc_jax.tuning import Descent, Sampling, Target, fine_tune
@@ -339,42 +335,6 @@ def disagreement(
     return None
 
 
-def picture(results: Mapping[str, Any], path: Path) -> None:
-    """Disagreement before and after, a panel a model: arrows from the one to the other."""
-    parts = results["parts"]
-    figure, axes = plt.subplots(1, len(parts), figsize=(6.5 * len(parts), 4.2), squeeze=False)
-    for axis, (model, part) in zip(axes[0], parts.items(), strict=True):
-        outputs = part["card"]["plan"]["outputs"]
-        groups = [(layout, order) for layout in LAYOUTS for order in ORDERS]
-        width = 0.8 / len(groups)
-        for place, (layout, order) in enumerate(groups):
-            colour = system_look(layout)["color"]
-            for form, face in zip(FORMS, ("none", colour), strict=True):
-                summary = [disagreement(part[outputs], c, layout, order, form) for c in CELLS]
-                known = [(i, t) for i, t in enumerate(summary) if t is not None]
-                if not known:
-                    continue
-                axis.errorbar(
-                    [i + (place + 0.5) * width - 0.4 for i, _ in known],
-                    [t[0] for _, t in known],
-                    [t[1] for _, t in known],
-                    fmt="os"[order == "ordered"],
-                    color=colour,
-                    markerfacecolor=face,
-                    label=f"{layout}, {order}" if form == "fine-tuned" else None,
-                )
-        axis.set_xticks(range(len(CELLS)), [str(cell) for cell in CELLS], fontsize=8)
-        axis.set_xlabel("(N, K, S): workers, data points, stragglers")
-        axis.set_yscale("log")
-        axis.set_ylabel("labels that are not the model's own, %")
-        axis.set_title(f"{model}, {outputs}: open before, filled after", fontsize=10)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.tight_layout(rect=(0, 0.07, 1, 1))
-    figure.legend(handles, labels, fontsize=8, ncols=6, loc="lower center", frameon=False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
 def table(results: Mapping[str, Any]) -> Table:
     """Disagreement before and after, in percent."""
     head = ("model", "outputs", "(N, K, S)", "layout", "order", "before", "after")
@@ -413,7 +373,6 @@ def main() -> None:
             results = json.loads(path.read_text()) if path.exists() else {"parts": {}}
             results["parts"][plan.model] = part
             write_json(path, results)
-            picture(results, path.with_suffix(".png"))
             console.print(table(results))
             lost = part["clean"]["original"]["accuracy"] - part["clean"]["fine-tuned"]["accuracy"]
             within = "within" if lost <= ALLOWED_LOSS else "NOT within"

@@ -10,8 +10,8 @@
 - Disagreement (1 - RelAcc) of NeRCC(K, N) as it is untuned, by features, buffer, layout, with its
   95 % interval over straggler sets; the same sets for all.
 
-Writes results/ordering.json and .png (--quick: ordering-quick.*). Needs MNIST and CIFAR-10 as
-parquet files (`models/data.py` says where).
+Writes results/ordering.json (--quick: ordering-quick.json). Needs MNIST and CIFAR-10 as parquet
+files (`models/data.py` says where).
 """
 
 import argparse
@@ -34,11 +34,12 @@ from rich.table import Table
 from nercc_jax import ExactStragglers, NeRCC
 from nercc_jax.cli._options import Outputs
 from nercc_jax.cli._workload import load_worker_model
-from nercc_jax.codes import AMPLIFICATION
-from nercc_jax.evaluation import Estimate, system_look
+from nercc_jax.codes._decoding import AMPLIFICATION
+from nercc_jax.evaluation import Estimate
 from nercc_jax.evaluation._answers import batched, cut_groups
-from nercc_jax.inference import order_points, random_projection, short_path
-from nercc_jax.inference._paths import distances_of, nearest_neighbour
+from nercc_jax.inference import order_points
+from nercc_jax.inference._ordering import random_projection
+from nercc_jax.inference._paths import distances_of, nearest_neighbour, short_path
 
 RESULTS = Path(__file__).parent / "results"
 MODELS: dict[str, Outputs] = {"lenet5-mnist": "logits", "repvgg-cifar10": "probabilities"}
@@ -257,45 +258,6 @@ def _shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def plot(results: dict[str, Any], path: Path) -> None:
-    """Disagreement against the buffer, a line for each kind of features."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    models = list(results["models"])
-    pairs = [(layout, cell) for layout in LAYOUTS for cell in CELLS]
-    figure, axes = plt.subplots(
-        len(models), len(pairs), figsize=(14, 3.4 * len(models)), squeeze=False, sharex=True
-    )
-    for line, model in zip(axes, models, strict=True):
-        for axis, (layout, cell) in zip(line, pairs, strict=True):
-            rows = [
-                row
-                for row in results["models"][model]["bought"]["rows"]
-                if row["layout"] == layout and tuple(row["cell"]) == cell
-            ]
-            for features in ("pixels", "projection", "outputs"):
-                result = [
-                    row["disagreement"] for row in rows if row["features"] in ("none", features)
-                ]
-                mean, half = ([100 * one[k] for one in result] for k in ("mean", "half_width"))
-                look = system_look(f"ordered by {features}")
-                axis.errorbar(range(len(result)), mean, half, capsize=3, label=features, **look)
-            axis.set_xticks(range(1 + len(BUFFERS)), ["none", *(f"{size:,}" for size in BUFFERS)])
-            axis.set_ylim(bottom=0)
-            axis.set_title(f"{model}\n{layout}, (N, K, S) = {cell}", fontsize=9)
-    for axis in axes[-1]:
-        axis.set_xlabel("data points in a buffer")
-    for axis in axes[:, 0]:
-        axis.set_ylabel("labels not the model's own, %")
-    axes[0, 0].legend(title="ordered by")
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--quick", action="store_true", help="a small version")
@@ -316,10 +278,7 @@ def main() -> None:
             result = {"environment": start, "size": dataclasses.asdict(size), "rows": rows}
             results["models"].setdefault(name, {})[part] = result
             write_json(path, results)
-    results = json.loads(path.read_text())
-    if all("bought" in part for part in results["models"].values()):
-        plot(results, path.with_suffix(".png"))
-    console.print(f"wrote {path} and its picture")
+    console.print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,8 @@ from nercc_jax.cli._options import Outputs
 from nercc_jax.cli._output import steps_bar
 from nercc_jax.cli._workload import WorkerModel, load_worker_model
 from nercc_jax.codes import BerrutSpline
-from nercc_jax.evaluation import Estimate, Evaluation, straggler_curves
+from nercc_jax.evaluation import Estimate, Evaluation
+from nercc_jax.evaluation._pictures import straggler_curves
 from nercc_jax.evaluation._trial import landscape, make_trial
 from nercc_jax.tuning import Descent, Tuned
 from nercc_jax.tuning._parameters import Code

@@ -29,7 +29,8 @@ from rich.console import Console
 
 from nercc_jax import AbstractCode, Berrut, NeRCC
 from nercc_jax.cli._output import steps_bar
-from nercc_jax.codes import BerrutSpline, decode_sets, encode_groups
+from nercc_jax.codes import BerrutSpline, encode_groups
+from nercc_jax.codes._at_hand import decode_sets
 from nercc_jax.stragglers import straggler_sets
 
 _SETTING = Setting("lenet5-mnist", 100, 20)

@@ -23,10 +23,6 @@ from pathlib import Path
 from typing import Any
 
 try:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     from rich.console import Console
     from rich.table import Table
 except ModuleNotFoundError as error:
@@ -39,7 +35,6 @@ from _report import Contender, Timing, environment, interleaved, write_json
 from jax.sharding import Mesh
 
 from nercc_jax import NeRCC, coded_inference
-from nercc_jax.evaluation import system_look
 from nercc_jax.inference import partial_inference
 from nercc_models import load_model
 
@@ -115,12 +110,12 @@ def measure_slowed(repeated: int, repeats: int) -> Slowed | None:
     code = NeRCC(_K, _N)
     everyone = np.ones((8, _N), bool)
     whole = coded_inference(uneven, code, mesh=mesh)
-    partial = partial_inference(uneven, code, mesh)
+    partial = partial_inference(uneven, code, mesh, grouped=True)
     number = _N - _N // _OF
     responded = []
 
     def call() -> None:
-        decoded = jax.block_until_ready(partial(x, number=number, deadline=60.0, grouped=True))
+        decoded = jax.block_until_ready(partial(x, number=number, deadline=60.0))
         responded.append(int(decoded.responded[0].sum()))
 
     def settled() -> tuple[()]:
@@ -206,39 +201,6 @@ def as_json(measured: list[Measured], slowed: list[Slowed]) -> dict[str, Any]:
     }
 
 
-def plot(measured: list[Measured], slowed: list[Slowed], note: str, path: Path) -> None:
-    """Draw times over the unsharded program's by devices; and partial results against the whole."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
-    for one in measured:
-        look = system_look(one.model)
-        alike = [other.groups for other in measured if other.model == one.model]
-        look |= {"marker": "os^"[alike.index(one.groups)]}
-        ratios = [timing.ratio(one.unsharded) for timing in one.sharded.values()]
-        label = f"{one.model}, {one.groups} group{'s' * (one.groups > 1)}"
-        left.plot(list(one.sharded), ratios, ms=6, label=label, **look)
-    left.axhline(1, color="black", lw=0.8)
-    counts = list(measured[0].sharded)
-    left.set_xscale("log", base=2)
-    left.set_xticks(counts, [str(count) for count in counts])
-    left.set_ylim(bottom=0)
-    left.set(xlabel="devices", ylabel="times the unsharded program", title="One program on a mesh")
-    left.legend(fontsize=8)
-    places = np.arange(len(slowed))
-    for place, (name, colour) in enumerate((("whole", "#d55e00"), ("partial", "#0072b2"))):
-        heights = [1e3 * getattr(one, name).median for one in slowed]
-        label = {"whole": "whole program", "partial": "partial results"}[name]
-        bars = right.bar(places + 0.4 * (place - 0.5), heights, 0.38, color=colour, label=label)
-        right.bar_label(bars, [f"{height:.3g}" for height in heights], fontsize=8)
-    right.set_xticks(places, [f"{one.repeated}x" for one in slowed])
-    right.set(xlabel="work of the slow device, one of four", ylabel="ms a call (median)")
-    right.set(title="One slow device (LeNet5, 8 groups)")
-    right.legend(fontsize=8)
-    figure.suptitle(note, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--quick", action="store_true", help="few repeats; writes no results")
@@ -278,8 +240,7 @@ def main() -> None:
     after = {"load_average_after": list(os.getloadavg()), "dtype": "float32", "note": note}
     content = {"environment": start | after, **as_json(measured, slowed)}
     write_json(folder / "sharding.json", content)
-    plot(measured, slowed, note, folder / "sharding.png")
-    console.print(f"wrote {folder / 'sharding.json'} and {folder / 'sharding.png'}")
+    console.print(f"wrote {folder / 'sharding.json'}")
 
 
 if __name__ == "__main__":

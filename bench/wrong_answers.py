@@ -32,8 +32,8 @@ from nercc_jax.pools import Fault
 from nercc_jax.pools._wrong_answers import WeightChange, WrongAnswers
 from nercc_jax.risk._answer_check import AnswerCheck, fit_answer_check
 from nercc_jax.risk._target import AccuracyTarget
-from nercc_jax.serving.adapt._answer_checks import AnswerChecks
 from nercc_jax.serving.adapt._online_calibration import BATCH, OnlineCalibration
+from nercc_jax.serving.core._answer_checks import AnswerChecks
 from nercc_jax.surrogates import Surrogate
 from nercc_models import load_data, load_model, load_student
 
@@ -181,19 +181,6 @@ def counted(work: Work, wrong: np.ndarray, right: np.ndarray, flags: np.ndarray)
     }
 
 
-class _Flags:
-    """Stands in for a predictor: the queries are places, whose flags are known."""
-
-    checks_answers = True
-
-    def __init__(self):
-        self.flags = np.zeros(0, bool)
-
-    def suspicious(self, x: np.ndarray, own: np.ndarray) -> np.ndarray:
-        """Return the flags of places."""
-        return self.flags[x].copy()
-
-
 def workers(
     work: Work,
     right: np.ndarray,
@@ -222,12 +209,12 @@ def fenced_after(
     right: np.ndarray, given: np.ndarray, seen: np.ndarray, random: np.random.Generator
 ) -> int | None:
     """Return how many answers a worker gives until it is fenced; None if it never is."""
-    predictor = _Flags()
-    checks: Any = AnswerChecks(WORKERS, predictor, 0.5, None, lambda what, number: None)  # pyright: ignore[reportArgumentType]
+    checks: Any = AnswerChecks(
+        WORKERS, lambda places, own: seen[places], 0.5, None, lambda what, number: None
+    )
     for worker in range(WORKERS):
         checks._records[worker].probation = 0
         checks._monitor.add(worker, right=1000)
-    predictor.flags = seen
     places = random.permutation(len(right))[:ANSWERS]
     for number, place in enumerate(places.tolist(), 1):
         if not np.isfinite(given[place]).all():

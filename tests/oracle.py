@@ -160,3 +160,10 @@ def mean_gap(points) -> float:
     gaps = [later - angle for angle, later in itertools.pairwise(angles)]
     gaps.append(angles[0] + 2 * mp.pi - angles[-1])
     return float(sum(gap**2 for gap in gaps) / (2 * mp.pi))
+
+
+def relative_rmse(decoded, own) -> float:
+    """Root mean square error over the outputs' spread: answering with the mean would give 1."""
+    decoded, own = np.asarray(decoded, np.float64), np.asarray(own, np.float64)
+    spread = np.mean((own - own.mean(axis=0)) ** 2)
+    return float(np.sqrt(np.mean((decoded - own) ** 2) / spread))

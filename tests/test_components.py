@@ -4,10 +4,10 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracle import relative_rmse
 from scipy.spatial.distance import cdist
 
 from nercc_jax import NeRCC, Scheme, coded_inference
-from nercc_jax.evaluation import relative_rmse
 from nercc_jax.risk._target import AccuracyTarget
 from nercc_jax.serving.adapt._online_calibration import BATCH, LEAST, OnlineCalibration, _tuned
 from nercc_jax.surrogates import (

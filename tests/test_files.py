@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import nercc_jax as nj
-from nercc_jax.codes import LAYOUTS
+from nercc_jax.codes._points import LAYOUTS
 from nercc_jax.codes._whole import write_whole
 
 K, N = 3, 7

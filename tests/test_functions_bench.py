@@ -59,6 +59,20 @@ def test_lost_copies_by_hand(bench):
         np.testing.assert_allclose(ours, theirs, atol=2e-4)
 
 
+def test_recall_by_hand(bench):
+    others = np.random.default_rng(0).normal(size=(200, 4)).astype("float32")
+    own = others[:20] + 0.01
+
+    def nearest(points):
+        return np.argsort(((points[:, None] - others) ** 2).sum(-1), axis=1)[:, :10]
+
+    for shift in (0, 0.3):
+        both = zip(nearest(own), nearest(own + shift), strict=True)
+        wanted = np.mean([len(set(a) & set(b)) / 10 for a, b in both])
+        found = bench.systems._recall(jnp.asarray(own + shift)[None], own, jnp.asarray(others))
+        np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_one_function_by_hand(bench):
     systems, size = bench.systems, bench.systems.Size(30, groups=2, sets=2, chosen=1, judged=1)

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from nercc_jax import Lagrange, NeRCC, Scheme, coded_inference
-from nercc_jax.codes import copies_of_uncertain, following_points
-from nercc_jax.codes._grouped import check_has_points
+from nercc_jax.codes._grouped import check_has_points, copies_of_uncertain, following_points
 
 K, N = 20, 24
 

@@ -15,8 +15,8 @@ from nercc_jax.cli._app import app
 from nercc_jax.cli._pictures import tuning_plot
 from nercc_jax.cli._tune_job import start_code
 from nercc_jax.codes import code_card, regression_points
-from nercc_jax.evaluation import nested_errors
 from nercc_jax.evaluation._answers import Recorder
+from nercc_jax.evaluation._objective import nested_errors
 from nercc_jax.evaluation._trial import draw_sets
 from nercc_jax.tuning import Descent, LayoutTuning, Sampling
 from nercc_jax.tuning._layouts import SEARCHED, _plain_codes

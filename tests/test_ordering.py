@@ -8,8 +8,9 @@ import pytest
 
 from nercc_jax import Berrut, NeRCC, Replication, Uncoded, coded_inference
 from nercc_jax.codes import Decoded
-from nercc_jax.inference import order_points, ordered, random_projection, short_path
-from nercc_jax.inference._ordering import projection_on_host
+from nercc_jax.inference import order_points, ordered
+from nercc_jax.inference._ordering import projection_on_host, random_projection
+from nercc_jax.inference._paths import short_path
 
 K, N = 4, 10
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
-from nercc_jax.inference import _paths, short_path
-from nercc_jax.inference._paths import short_paths
+from nercc_jax.inference import _paths
+from nercc_jax.inference._paths import short_path, short_paths
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["steps", "rounds"])

@@ -16,14 +16,12 @@ from nercc_jax.planning._candidates import waits
 from nercc_jax.planning._codes import Codes, Half
 from nercc_jax.stragglers import (
     ExponentialLatency,
-    Latencies,
     LogNormalLatency,
     ParetoLatency,
     TraceLatency,
-    draw_hedged,
     straggler_sets,
 )
-from nercc_jax.stragglers._waiting import Waiting, draw_groups, own_workers
+from nercc_jax.stragglers._waiting import Latencies, Waiting, draw_groups, draw_hedged, own_workers
 from nercc_jax.surrogates._surrogate import decode_with_deviation
 
 QUERIES = 4

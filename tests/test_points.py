@@ -6,8 +6,8 @@ import numpy as np
 import oracle
 import pytest
 
-from nercc_jax.codes import LAYOUTS, mean_gap, regression_points
-from nercc_jax.codes._points import copies
+from nercc_jax.codes import regression_points
+from nercc_jax.codes._points import LAYOUTS, copies, mean_gap
 
 
 def test_the_papers_points(dtype):

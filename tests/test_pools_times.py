@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from nercc_jax.pools import AnswerTimes, Overdue
+from nercc_jax.pools import Overdue
+from nercc_jax.pools._times import AnswerTimes
 
 
 def seen(overdue=None, **sizes):

@@ -22,7 +22,6 @@ from conftest import require
 from nercc_jax.pools._ray_backend import ActorBackend, EncodedInputs, NodePlacement, pack
 from nercc_jax.pools._ray_cluster import HeadProbe
 from nercc_jax.pools._ray_nodes import (
-    Migration,
     Node,
     NodeWatch,
     choose_node,
@@ -98,20 +97,28 @@ def test_crowded_nodes_are_reported():
 
 
 def test_moves_are_one_at_a_time_and_not_while_workers_start():
-    moved, settled = [], [False]
-    moves = Migration(lambda: 3, lambda worker: not moved.append(worker), every=0.0)
+    moved, settled, changes = [], [False], []
     probe = HeadProbe("127.0.0.1:1")
-    changes = []
-    watch = NodeWatch(probe, lambda: settled[0], lambda: changes.append(True), moves)
-    watch.look()
+
+    def watch(every):
+        return NodeWatch(
+            probe,
+            lambda: settled[0],
+            lambda: changes.append(True),
+            lambda: 3,
+            lambda worker: not moved.append(worker),
+            every,
+        )
+
+    often = watch(every=0.0)
+    often.look()
     assert not moved
     settled[0] = True
-    watch.look()
-    watch.look()
+    often.look()
+    often.look()
     assert moved == [3, 3]
     assert changes == [True]
-    slow = Migration(lambda: 3, lambda worker: not moved.append(worker), every=1e3)
-    slow.move()
+    watch(every=1e3).look()
     assert len(moved) == 2
 
 

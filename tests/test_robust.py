@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nercc_jax import Berrut, Lagrange, NeRCC, Replication, Uncoded
-from nercc_jax.inference import find_adversaries, robust_decode
+from nercc_jax.inference import robust_decode
+from nercc_jax.inference._robust import find_adversaries
 
 LAYOUTS = ("chebyshev", "interleaved", "repeated")
 

@@ -23,7 +23,8 @@ from nercc_jax import (
     pool_inference,
     reexecute,
 )
-from nercc_jax.evaluation import make_forecast, nested_errors
+from nercc_jax.evaluation import make_forecast
+from nercc_jax.evaluation._objective import nested_errors
 from nercc_jax.inference import ordered, partial_inference, robust_decode
 from nercc_jax.surrogates import Surrogate
 

@@ -11,8 +11,9 @@ from rich.table import Table
 
 from ..codes import AbstractCode, Berrut, NeRCC, Replication, decode_groups
 from ..codes._trees import groups_of
-from ..evaluation import Estimate, system_look
+from ..evaluation import Estimate
 from ..evaluation._answers import all_answers, batched
+from ..evaluation._looks import system_look
 from ..inference import coded_inference, order_points
 from ..inference._models import Model
 from ..schemes import AssessedPredictions, Scheme, calibrate_error_probability, reexecute

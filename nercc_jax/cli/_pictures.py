@@ -13,10 +13,10 @@ from rich import box
 from rich.table import Table
 
 from ..codes import AbstractCode
-from ..evaluation import Estimate, Evaluation, batch_figure
+from ..evaluation import Estimate, Evaluation
 from ..evaluation._answers import batched
 from ..evaluation._evaluation import SHARES
-from ..evaluation._pictures import laws_and_codes, straggler_figure
+from ..evaluation._pictures import batch_figure, laws_and_codes, straggler_figure
 from ..inference._models import Model
 from ..tuning._tune import TuningStep
 

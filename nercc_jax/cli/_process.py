@@ -1,5 +1,6 @@
 """A command's process: settings of the compiler, work on other threads, missing packages."""
 
+import concurrent.futures
 import importlib.metadata
 import logging
 import math
@@ -87,37 +88,22 @@ def compile_quickly(model: Callable[..., Any], x: "np.ndarray", rows: int) -> bo
     return few
 
 
-def in_background(work: Callable[..., Any], *arguments: Any) -> threading.Thread:
-    """Begin work on a thread that a process does not wait for when it ends."""
-    thread = threading.Thread(target=work, args=arguments, name=_BACKGROUND, daemon=True)
-    thread.start()
-    return thread
-
-
 def start_parallel(work: Callable[[], R]) -> Callable[[], R]:
-    """Begin work on such a thread.
+    """Begin work on a thread that a process does not wait for when it ends.
 
     Returns:
         A function that waits for the result, and raises what the work raised.
     """
-    results: list[R] = []
-    errors: list[BaseException] = []
+    result: concurrent.futures.Future[R] = concurrent.futures.Future()
 
     def run() -> None:
         try:
-            results.append(work())
+            result.set_result(work())
         except BaseException as error:
-            errors.append(error)
+            result.set_exception(error)
 
-    thread = in_background(run)
-
-    def wait() -> R:
-        thread.join()
-        if errors:
-            raise errors[0]
-        return results[0]
-
-    return wait
+    threading.Thread(target=run, name=_BACKGROUND, daemon=True).start()
+    return result.result
 
 
 def at_work() -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -295,17 +295,31 @@ def _run(
 
 
 class _Results:
-    """Rows in the order of the run, without those of batches that are not done yet."""
+    """Rows in the order of the run, without those of batches that are not done yet.
+
+    By name, as in their file: "index", the place in the split; "predictions", the decoded outputs,
+    NaN where a data point is lost; "recovered", False for those; "responded", the workers whose
+    answers a prediction rests on; and "batch", from 0.
+    """
 
     def __init__(self, rows: Int[np.ndarray, " rows"], batch_size: int, outputs: int, workers: int):
-        self._index, self._batch_size = rows, batch_size
-        self._predictions = np.full((len(rows), outputs), np.nan, np.float32)
-        self._recovered = np.zeros(len(rows), bool)
-        self._responded = np.zeros((len(rows), workers), bool)
+        self._batch_size = batch_size
         self._done = np.zeros(len(rows), bool)
+        self._arrays: dict[str, np.ndarray] = {
+            "index": rows,
+            "predictions": np.full((len(rows), outputs), np.nan, np.float32),
+            "recovered": np.zeros(len(rows), bool),
+            "responded": np.zeros((len(rows), workers), bool),
+        }
 
     def __len__(self) -> int:
         return int(self._done.sum())
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """Return one thing of all rows that are done."""
+        if name == "batch":
+            return np.flatnonzero(self._done) // self._batch_size
+        return self._arrays[name][self._done]
 
     def add(self, batch: int, outcome: BatchOutcome) -> int:
         """Take a batch, and return how many rows it has: its fill is left out."""
@@ -315,93 +329,65 @@ class _Results:
         if outcome.result is not None:
             decoded = outcome.result.decoded
             groups, num_data = decoded.recovered.shape
+            recovered = np.asarray(decoded.recovered).ravel()[:count]
             responded = np.repeat(np.asarray(decoded.responded), num_data, axis=0)
             predictions = np.asarray(decoded.predictions).reshape(groups * num_data, -1)
-            self._predictions[rows] = predictions[:count]
-            self._recovered[rows] = np.ravel(decoded.recovered)[:count]
-            self._responded[rows] = responded[:count]
-            self._responded[rows] &= self._recovered[rows, None]
+            self._arrays["predictions"][rows] = predictions[:count]
+            self._arrays["recovered"][rows] = recovered
+            self._arrays["responded"][rows] = responded[:count] & recovered[:, None]
         return count
 
     def take(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Take what `rows_of` returned of some batches in another process."""
         rows = np.concatenate([np.r_[self._rows(batch)] for batch in arrays["batches"].tolist()])
-        self._predictions[rows] = arrays["predictions"]
-        self._recovered[rows] = arrays["recovered"]
-        # Runs of an earlier version call it "heard".
-        self._responded[rows] = arrays["responded" if "responded" in arrays else "heard"]
+        for name in ("predictions", "recovered", "responded"):
+            # Runs of an earlier version call it "heard".
+            stored = "heard" if name == "responded" and name not in arrays else name
+            self._arrays[name][rows] = arrays[stored]
         self._done[rows] = True
 
     def rows_of(self, batches: Sequence[int]) -> dict[str, np.ndarray]:
         """Return the rows of some batches, one after the other, as arrays by name."""
         rows = np.concatenate([np.r_[self._rows(batch)] for batch in batches])
-        return {
-            "batches": np.asarray(batches),
-            "index": self._index[rows],
-            "predictions": self._predictions[rows],
-            "recovered": self._recovered[rows],
-            "responded": self._responded[rows],
-        }
+        return {"batches": np.asarray(batches)} | {n: a[rows] for n, a in self._arrays.items()}
 
     def unfinished(self, batches: int) -> list[int]:
         """Return which of the batches are not recovered as a whole."""
-        return [each for each in range(batches) if not self._recovered[self._rows(each)].all()]
+        recovered = self._arrays["recovered"]
+        return [each for each in range(batches) if not recovered[self._rows(each)].all()]
 
     def _rows(self, batch: int) -> slice:
         start = batch * self._batch_size
-        return slice(start, min(start + self._batch_size, len(self._index)))
-
-    @property
-    def index(self) -> Int[np.ndarray, " done"]:
-        """The place of each row in the split."""
-        return self._index[self._done]
-
-    @property
-    def batch(self) -> Int[np.ndarray, " done"]:
-        """The batch of each row, from 0."""
-        return np.flatnonzero(self._done) // self._batch_size
-
-    @property
-    def predictions(self) -> Float[np.ndarray, "done outputs"]:
-        """The decoded outputs, NaN where a data point is lost."""
-        return self._predictions[self._done]
-
-    @property
-    def recovered(self) -> Bool[np.ndarray, " done"]:
-        """True for rows that are not lost."""
-        return self._recovered[self._done]
-
-    @property
-    def responded(self) -> Bool[np.ndarray, "done num_workers"]:
-        """The workers whose answers each prediction rests on."""
-        return self._responded[self._done]
+        return slice(start, min(start + self._batch_size, len(self._done)))
 
     @property
     def predicted(self) -> Int[np.ndarray, " done"]:
         """The label of each prediction, -1 for lost ones."""
-        clean = np.where(self.recovered[:, None], self.predictions, 0)
-        return np.where(self.recovered, clean.argmax(axis=1), -1)
+        recovered = self["recovered"]
+        clean = np.where(recovered[:, None], self["predictions"], 0)
+        return np.where(recovered, clean.argmax(axis=1), -1)
 
     @property
     def lost(self) -> int:
         """The number of rows that are lost."""
-        return int(np.sum(~self.recovered))
+        return int(np.sum(~self["recovered"]))
 
 
 def _write(path: Path, results: _Results, labels: Int[np.ndarray, " points"]) -> None:
     """Write the rows with the true labels; a .csv has the number of workers that responded."""
     columns: dict[str, Any] = {
-        "index": results.index,
-        "batch": results.batch,
-        "label": labels[results.index],
+        "index": results["index"],
+        "batch": results["batch"],
+        "label": labels[results["index"]],
         "predicted": results.predicted,
-        "recovered": results.recovered,
+        "recovered": results["recovered"],
     }
+    responded, predictions = results["responded"], results["predictions"]
     if path.suffix == ".npz":
-        np.savez(path, **columns, responded=results.responded, predictions=results.predictions)
+        np.savez(path, **columns, responded=responded, predictions=predictions)
         return
-    columns["responded"] = results.responded.sum(axis=1)
-    for output, values in enumerate(results.predictions.T):
+    columns["responded"] = responded.sum(axis=1)
+    for output, values in enumerate(predictions.T):
         columns[f"output_{output}"] = values
     write_csv(path, columns)
 
@@ -470,7 +456,7 @@ def _summary(numbers: dict[str, Any], report: PoolReport) -> Iterator[tuple[str,
 def _agreement(network: Model, job: _Job, results: _Results) -> tuple[int, int]:
     """Return how many labels are the model's own, of some evenly spread rows, and of how many."""
     some = np.unique(np.linspace(0, len(results) - 1, _COMPARED).astype(int))
-    own = np.asarray(batched(network, 256)(job.inputs(results.index[some]))).argmax(axis=1)
+    own = np.asarray(batched(network, 256)(job.inputs(results["index"][some]))).argmax(axis=1)
     return int(np.sum(own == results.predicted[some])), len(some)
 
 

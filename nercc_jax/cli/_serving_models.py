@@ -2,7 +2,11 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +15,13 @@ import numpy as np
 from prometheus_client import CollectorRegistry
 
 from ..codes import AbstractCode, Berrut, BerrutSpline, NeRCC, Replication, Uncoded, load_code
+from ..codes._kept import x64_enabled
+from ..inference._conditions import current_conditions
 from ..serving import Predictor, Servable, make_servable
 from ..serving._metrics import Metrics
 from ..serving._served_model import ServedModel, log_phase
 from ..serving._settings import ModelSettings
 from ..serving.protocol._servable import FLOAT
-from ._calibration_file import calibration_file
 from ._options import check_files
 from ._own_models import (
     example_inputs,
@@ -33,6 +38,9 @@ _CODES = Path(__file__).parent / "codes"
 UNCODED = Uncoded(1)
 # Training images that the error estimate of a shipped model is calibrated on.
 _CALIBRATION = 1024
+# Packages whose every line may matter, and those whose version does.
+_SOURCES = ("nercc_jax", "nercc_models")
+_VERSIONS = ("jax", "jaxlib", "numpy", "flax", "scikit-learn")
 
 
 class StartFailed(RuntimeError):
@@ -231,3 +239,43 @@ def code_of(settings: ModelSettings) -> AbstractCode:
         return load_code(tuned)
     own = settings.points in ("interleaved", "repeated")
     return NeRCC(k, n, points=settings.points, lambda_dec=0.0 if own else None)
+
+
+# The cache of calibrations.
+
+
+def calibration_file(settings: ModelSettings, code: AbstractCode) -> Path | None:
+    """Return the cache file of a shipped model's calibration, beside the compiled programs.
+
+    It is named after all that the calibration depends on. None where those programs are not kept,
+    and for a model of your own: its name does not say what it computes.
+    """
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    assert settings.model is not None
+    if not folder or "://" in folder or ":" in settings.model:
+        return None
+    digest = hashlib.sha256()
+    for part in _parts(settings, code):
+        digest.update(part)
+    return Path(folder) / "calibrations" / f"{settings.model}-{digest.hexdigest()[:32]}.npz"
+
+
+def _parts(settings: ModelSettings, code: AbstractCode) -> Iterator[bytes]:
+    """Yield all that calibration depends on: the model, its code, how it runs, and our sources."""
+    leaves, structure = jax.tree.flatten(code)
+    conditions = current_conditions(settings.worker_dtype)
+    yield repr((settings.outputs, conditions, x64_enabled(), structure)).encode()
+    for leaf in leaves:
+        yield np.asarray(leaf).tobytes()
+    for package in _SOURCES:
+        spec = importlib.util.find_spec(package)
+        assert spec is not None
+        for folder in map(Path, spec.submodule_search_locations or ()):
+            weights = folder.glob(f"weights/{settings.model}.*")
+            for path in (*sorted(folder.rglob("*.py")), *sorted(weights)):
+                yield path.read_bytes()
+    for name in _VERSIONS:
+        try:
+            yield importlib.metadata.version(name).encode()
+        except importlib.metadata.PackageNotFoundError:
+            yield b"-"

@@ -15,8 +15,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..codes import AbstractCode, Berrut, BerrutSpline, NeRCC, Replication, coincident
-from ..evaluation import Evaluations, evaluate, system_look
+from ..codes import AbstractCode, Berrut, BerrutSpline, NeRCC, Replication
+from ..codes._points import coincident
+from ..evaluation import Evaluations, evaluate
+from ..evaluation._looks import system_look
 from ..evaluation._trial import Trial, landscape, make_trial
 from ..inference._models import Model
 from ..stragglers import AbstractStragglers

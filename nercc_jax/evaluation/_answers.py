@@ -13,8 +13,9 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
-from ..codes import AbstractCode, Decoded, decode_sets, encode_groups, following_points
-from ..codes._grouped import GroupPoints
+from ..codes import AbstractCode, Decoded, encode_groups
+from ..codes._at_hand import decode_sets
+from ..codes._grouped import GroupPoints, following_points
 from ..codes._groups import encode_leaf
 from ..codes._kept import encoder_rows, known_encoder
 from ..codes._trees import (

@@ -75,15 +75,6 @@ _LOOKS = {
     "learner": _filled(_TEAL, "d"),
     "learner, no redundancy": _open(_TEAL, "d"),
     "surrogate alone": _open(_TEAL, "d"),
-    # By what data points are ordered.
-    "ordered by pixels": _filled(_BLUE, "o"),
-    "ordered by projection": _filled(_ORANGE, "s"),
-    "ordered by outputs": _filled(_PURPLE, "D"),
-    # Models, and another library's.
-    "lenet5": _filled(_BLUE, "o"),
-    "repvgg": _lossy(_RED, "s"),
-    "nercc_models": _filled(_BLUE, "o"),
-    "timm": _filled(_ORANGE, "s"),
     # Nothing, or no code.
     "uncoded": _filled(_LIGHT, "."),
     "as it comes": _filled(_LIGHT, "."),
@@ -97,12 +88,6 @@ def system_look(system: str) -> dict[str, Any]:
 
     The longest known name that the system's name begins with decides: "ParM, k = 2" looks as "ParM"
     does. An unknown system is a black dot.
-
-    ```python
-    from nercc_jax.evaluation import system_look
-
-    print(system_look("BACC (12, 8)"))  # {'color': '#d55e00', 'marker': 's'}
-    ```
     """
     known = [name for name in _LOOKS if system.startswith(name)]
     return dict(_LOOKS[max(known, key=len)]) if known else _filled(_BLACK, ".")

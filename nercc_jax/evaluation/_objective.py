@@ -14,25 +14,27 @@ from ._answers import Answers
 from ._criteria import Criterion
 
 
-def nested_errors(
+def nested_objective(
     model: Model | Sequence[Model],
     code: AbstractCode,
     x: PyTree[Shaped[ArrayLike, "groups num_data ..."]],
     available: Bool[ArrayLike, "sets num_workers"],
     *,
+    weights: Float[ArrayLike, " sets"] | None = None,
     criterion: Criterion = "mse",
     originals: PyTree[Float[ArrayLike, "groups num_data ..."]] | None = None,
-) -> Float[Array, " sets"]:
-    """Return the mean error of decoded predictions for each straggler set.
+) -> Float[Array, ""]:
+    """Return the mean error of decoded predictions over straggler sets, or their weighted sum.
 
-    The mean is over groups and data points:
+    The error of a straggler set F is a mean over groups and data points:
 
         e(F) = 1/(groups K) sum criterion(u_dec(alpha_k), f(x_k)).
 
+    With all sets of a law the result is the expectation over them, with sampled ones its estimate.
     This is a pure function, differentiable in the code's leaves, in x and in the model; jit it. All
     groups meet every set, so the model runs on groups * N coded data points only. Answers are
     decoded as by `decode_groups`: one that is not finite makes its worker a straggler in its group.
-    Lost predictions are left out; a set that loses all has the error NaN.
+    Lost predictions are left out, and so are sets that lose all, whatever is answered.
 
     Args:
         model: A function of a batch; for a code whose workers run several, a sequence of such, the
@@ -40,6 +42,7 @@ def nested_errors(
         code: The code.
         x: Data points in groups.
         available: Straggler sets, one mask a row.
+        weights: Of the straggler sets. Default: equal ones that sum to one.
         criterion: A criterion of one data point: "mse", the mean over outputs of the squared
             difference; "cross_entropy", the Kullback-Leibler divergence between the softmax of
             both, for logits; "disagreement", whether the label is another, which has no slope; or a
@@ -52,6 +55,23 @@ def nested_errors(
 
     Source: arXiv 2402.04377, the objective that lambda_enc and lambda_dec are tuned on.
     """
+    errors = nested_errors(model, code, x, available, criterion=criterion, originals=originals)
+    summary = jnp.any(jax.vmap(code.recovered)(jnp.asarray(available)), axis=1)
+    if weights is None:
+        weights = 1 / jnp.maximum(jnp.sum(summary), 1)
+    return jnp.sum(jnp.where(summary, weights * errors, 0))
+
+
+def nested_errors(
+    model: Model | Sequence[Model],
+    code: AbstractCode,
+    x: PyTree[Shaped[ArrayLike, "groups num_data ..."]],
+    available: Bool[ArrayLike, "sets num_workers"],
+    *,
+    criterion: Criterion = "mse",
+    originals: PyTree[Float[ArrayLike, "groups num_data ..."]] | None = None,
+) -> Float[Array, " sets"]:
+    """Return the error of each straggler set, NaN where all is lost: see `nested_objective`."""
     available = jnp.asarray(available)
     if available.ndim != 2 or available.shape[1] != code.num_workers or available.dtype != bool:
         raise ValueError(
@@ -61,33 +81,10 @@ def nested_errors(
     return nested_answers(model, code, x, originals).losses(available, criterion)
 
 
-def nested_objective(
-    model: Model | Sequence[Model],
-    code: AbstractCode,
-    x: PyTree[Shaped[ArrayLike, "groups num_data ..."]],
-    available: Bool[ArrayLike, "sets num_workers"],
-    *,
-    weights: Float[ArrayLike, " sets"] | None = None,
-    criterion: Criterion = "mse",
-    originals: PyTree[Float[ArrayLike, "groups num_data ..."]] | None = None,
-) -> Float[Array, ""]:
-    """Return the weighted sum of `nested_errors` over straggler sets; by default, the mean.
-
-    With all sets of a law it is the expectation over them, with sampled ones its estimate. Sets
-    that lose all predictions, whatever is answered, are left out. Arguments, errors and source are
-    those of `nested_errors`.
-    """
-    errors = nested_errors(model, code, x, available, criterion=criterion, originals=originals)
-    summary = jnp.any(jax.vmap(code.recovered)(jnp.asarray(available)), axis=1)
-    if weights is None:
-        weights = 1 / jnp.maximum(jnp.sum(summary), 1)
-    return jnp.sum(jnp.where(summary, weights * errors, 0))
-
-
 def nested_answers(
     model: Model | Sequence[Model], code: AbstractCode, x: PyTree, originals: PyTree | None
 ) -> Answers:
-    """Return a group's answers as a function of all that makes them; raise as `nested_errors`."""
+    """Return groups' answers as a function of all that makes them; raise as `nested_objective`."""
     x = jax.tree.map(jnp.asarray, x)
     groups = jax.tree.leaves(x)[0].shape[:1]
     if groups in [(), (0,)]:

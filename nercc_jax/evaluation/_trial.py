@@ -78,7 +78,7 @@ def make_trial(
         stragglers: Laws by name.
         key: Random key of the draws.
         num_sets: Straggler sets drawn for each law; all of a law's sets if they are fewer.
-        criterion: As in `nested_errors`.
+        criterion: As in `nested_objective`.
         power: The power of the mean over laws, 1 or more. The higher it is, the more the law that
             gains least counts.
 

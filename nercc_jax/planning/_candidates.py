@@ -10,8 +10,14 @@ import numpy as np
 
 from ..codes import AbstractCode, NeRCC, Replication, Uncoded
 from ..evaluation import Estimate
-from ..stragglers import Latencies, draw_hedged
-from ..stragglers._waiting import Waiting, draw_groups, last_prediction, own_workers
+from ..stragglers._waiting import (
+    Latencies,
+    Waiting,
+    draw_groups,
+    draw_hedged,
+    last_prediction,
+    own_workers,
+)
 
 PROMISED = 0.99  # quantile of the time to the last prediction
 EARLY = 0.9  # quantile of the latency, before which nothing is sent again

@@ -10,7 +10,7 @@ from ..evaluation import Estimate
 from ..evaluation._criteria import agree_on_labels
 from ..risk import ErrorProbability
 from ..risk._error_probability import fit_error_probability_of_predictions
-from ..stragglers import Latencies, draw_hedged
+from ..stragglers._waiting import Latencies, draw_hedged
 from ._candidates import DRAWS, QUANTILES, Candidate, at_most, make_candidate, number_of_draws
 from ._codes import Half
 

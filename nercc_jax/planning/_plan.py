@@ -19,7 +19,8 @@ from ..inference._conditions import Conditions
 from ..inference._models import Model, check_model
 from ..risk import ErrorProbability
 from ..schemes import Scheme
-from ..stragglers import AbstractLatency, Latencies
+from ..stragglers import AbstractLatency
+from ..stragglers._waiting import Latencies
 from ..surrogates import Surrogate
 from ._candidates import Candidate, feasible, uncoded_systems
 from ._codes import TOLD_SETS, Codes, Half

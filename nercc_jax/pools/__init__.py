@@ -1,12 +1,7 @@
 """Pools of independent workers, and coded inference, batches and rows on them."""
 
-# Names that are imported "as" themselves are for `nercc_jax.serving`, and not public.
 from ._backend import PoolReport, WorkerReport
-from ._backend import WorkerState as WorkerState
 from ._batch import Batch, BatchAnswers, Failure
-from ._batch import Refuse as Refuse
-from ._batch import refuse_odd as refuse_odd
-from ._clock import AbstractClock as AbstractClock
 from ._devices import DevicePool
 from ._faults import Episodes, Fault, Faults, InjectedError
 from ._inference import BatchOutcome, PoolResult, Timing, pool_inference, run_batches
@@ -16,7 +11,6 @@ from ._ray_cluster import join_ray, leave_ray, ray_is_lost
 from ._row_engine import run_rows
 from ._row_settings import RowProgress, RowResult
 from ._rows import RowFunction
-from ._times import AnswerTimes as AnswerTimes
 from ._times import Call, Overdue
 from .ray_data import map_rows
 

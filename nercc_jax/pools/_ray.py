@@ -15,7 +15,7 @@ from ._faults import Faults
 from ._pool import AbstractPool
 from ._ray_backend import ActorBackend, pack
 from ._ray_cluster import MEMBERSHIP
-from ._ray_nodes import Migration, NodeWatch, by_node, crowding, worker_options
+from ._ray_nodes import NodeWatch, by_node, crowding, worker_options
 from ._scheduler import Scheduler
 from ._times import Overdue
 from ._worker import Examples, as_models
@@ -120,8 +120,14 @@ class RayPool(AbstractPool):
         self._conditions = current_conditions(worker_dtype, self._backend.platform())
         self._open = True
         self._max_per_node = max_per_node
-        migration = Migration(self._backend.misplaced, self._scheduler.restart, rebalance_every)
-        watch = NodeWatch(self._probe, self._settled, self._log_places, migration)
+        watch = NodeWatch(
+            self._probe,
+            self._settled,
+            self._log_places,
+            self._backend.misplaced,
+            self._scheduler.restart,
+            rebalance_every,
+        )
         looks = {"nercc-head": self._probe.turn, "nercc-nodes": watch.look}
         self._watchers = [
             Watcher(name, look, ErrorCounter(), lambda: None) for name, look in looks.items()

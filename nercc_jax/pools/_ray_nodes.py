@@ -144,43 +144,18 @@ def by_node(places: Iterable[str | None]) -> collections.Counter[str]:
 # The watch while a pool runs.
 
 
-class Migration:
-    """The moving of workers to nodes that have fewer: one at a time, every `every` seconds at most.
-
-    Args:
-        misplaced: Returns a worker that should move, if any.
-        restart: Restarts a worker elsewhere, if it is idle, and returns whether it was.
-        every: Seconds between two moves.
-    """
-
-    def __init__(
-        self, misplaced: Callable[[], int | None], restart: Callable[[int], bool], every: float
-    ):
-        self._misplaced, self._restart, self._every = misplaced, restart, every
-        self._due = time.monotonic() + every
-
-    def move(self) -> None:
-        """Move a worker, if it is time and one should move."""
-        if time.monotonic() < self._due:
-            return
-        self._due = time.monotonic() + self._every
-        worker = self._misplaced()
-        if worker is None:
-            return
-        if self._restart(worker):
-            _LOG.info("worker %d moves to a node that has fewer of them", worker)
-        else:
-            self._due = 0.0  # it was busy
-
-
 class NodeWatch:
-    """The watch over the places of workers, once all are ready: logs them once, then moves some.
+    """The watch over the places of workers, once all are ready: logs them, then moves workers.
+
+    A worker moves to a node that has fewer: one at a time, every `every` seconds at most.
 
     Args:
         probe: Of the head.
         settled: Returns whether all workers are ready.
-        log_places: Logs where they are.
-        migration: Moves them.
+        log_places: Logs where they are; called once.
+        misplaced: Returns a worker that should move, if any.
+        restart: Restarts a worker elsewhere, if it is idle, and returns whether it was.
+        every: Seconds between two moves.
     """
 
     def __init__(
@@ -188,10 +163,14 @@ class NodeWatch:
         probe: HeadProbe,
         settled: Callable[[], bool],
         log_places: Callable[[], None],
-        migration: Migration,
+        misplaced: Callable[[], int | None],
+        restart: Callable[[int], bool],
+        every: float,
     ):
-        self._probe, self._settled, self._migration = probe, settled, migration
+        self._probe, self._settled = probe, settled
         self._log_places: Callable[[], None] | None = log_places
+        self._misplaced, self._restart, self._every = misplaced, restart, every
+        self._due = time.monotonic() + every
 
     def look(self) -> float:
         """Move a worker if one should move, and return the time of the next turn."""
@@ -200,5 +179,16 @@ class NodeWatch:
             if self._log_places is not None:
                 self._log_places()
                 self._log_places = None
-            self._migration.move()
+            if time.monotonic() >= self._due:
+                self._move()
         return time.monotonic() + _EVERY
+
+    def _move(self) -> None:
+        self._due = time.monotonic() + self._every
+        worker = self._misplaced()
+        if worker is None:
+            return
+        if self._restart(worker):
+            _LOG.info("worker %d moves to a node that has fewer of them", worker)
+        else:
+            self._due = 0.0  # it was busy

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from ..evaluation import row_errors
+from ..evaluation._functions import row_errors
 from ._row_settings import RowResult
 from ._rows import RowCall
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Shaped
 
-from ..evaluation import row_errors
+from ..evaluation._functions import row_errors
 from ..risk._straggler_risk import StragglerRisk, StragglerRow, conformal_quantile
 from ..risk._target import AccuracyTarget, error_ratios
 from ..schemes import fit_scheme

@@ -15,9 +15,10 @@ from ..codes import AbstractCode
 from ..codes._checks import check_count
 from ..codes._kept import CachedMatrices, known_encoder
 from ..codes._trees import Form, join, points_of
-from ..evaluation import record_answers, row_errors
+from ..evaluation import record_answers
 from ..evaluation._answers import cut_groups
 from ..evaluation._criteria import labels_of, same_labels
+from ..evaluation._functions import row_errors
 from ..evaluation._trial import draw_sets
 from ..inference import cast_model
 from ..inference._conditions import current_conditions

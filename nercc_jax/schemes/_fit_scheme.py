@@ -9,7 +9,7 @@ from jaxtyping import Array, ArrayLike, Float
 
 from ..codes import AbstractCode
 from ..codes._checks import check_count
-from ..evaluation import row_errors
+from ..evaluation._functions import row_errors
 from ..risk import ErrorBars
 from ..risk._error_bars import error_bars_from_ratios
 from ..risk._error_probability import fit_error_probability_of_predictions

@@ -9,9 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
-from ..codes import AbstractCode, Decoded, copies_of_uncertain, encode_groups, following_points
+from ..codes import AbstractCode, Decoded, encode_groups
 from ..codes._decoding import mask_mixed_groups
-from ..codes._grouped import GroupPoints, check_has_points, has_points
+from ..codes._grouped import (
+    GroupPoints,
+    check_has_points,
+    copies_of_uncertain,
+    following_points,
+    has_points,
+)
 from ..codes._kept import CachedMatrices
 from ..codes._trees import Form, groups_of, join
 from ..inference import order_points

@@ -9,7 +9,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Shaped
 
 from ..inference._conditions import warn_if_other
-from ..pools import AbstractPool, Refuse, refuse_odd
+from ..pools import AbstractPool
+from ..pools._batch import Refuse, refuse_odd
 from ._policy import BatchingPolicy, Observe
 from ._tracing import RequestTrace
 from .adapt._adaptation import Adaptation
@@ -137,33 +138,20 @@ class CodedBatcher:
         """Return whether it is alive, and would answer a query now."""
         return self._scheduler.health()
 
-    def setting_status(self) -> dict[str, Any] | None:
-        """Return the setting picked under `max_calls`, and why; None where the policy is fixed."""
-        return self._adaptation.setting_status()
+    def status(self) -> dict[str, Any]:
+        """Return what has been learned and measured so far.
 
-    def decoding_status(self) -> dict[str, Any] | None:
-        """Return what stragglers showed of decoded answers; None where nothing is promised."""
-        promised = self._scheduler.policy.max_disagreement
-        return self._adaptation.decoding_risk.status() if promised else None
+        Returns:
+            By name, None for what there is not: "policy", the setting picked under `max_calls`, and
+            why; "predictor"; "checks" of the model's own answers; "decoding", what stragglers
+            showed of decoded answers; "audited", whether the latest decoded answers that were
+            compared had wrong labels.
+        """
+        return self._adaptation.status()
 
-    def decoding_hint(self) -> str | None:
-        """Return that queries that straggle are harder to decode than others, if they are."""
-        promised = self._scheduler.policy.max_disagreement
-        return self._adaptation.decoding_risk.hint if promised else None
-
-    def checks_status(self) -> dict[str, Any] | None:
-        """Return the checks of the model's own answers; None where these are given out unseen."""
-        checks = self._adaptation.checks
-        return None if checks is None else checks.status()
-
-    def checks_hints(self) -> list[str]:
-        """Return which workers answer wrongly, and what is done about it."""
-        checks = self._adaptation.checks
-        return [] if checks is None else checks.hints()
-
-    def audited(self) -> list[bool]:
-        """Return whether the latest decoded answers that were compared had wrong labels."""
-        return list(self._adaptation.decoding_risk.shown)
+    def hints(self) -> list[str]:
+        """Return why nothing is decoded or predicted, and which workers answer wrongly."""
+        return self._adaptation.hints()
 
     def close(self, drain: float = 0.0) -> None:
         """Accept no more requests, answer for up to `drain` seconds, and fail the rest."""

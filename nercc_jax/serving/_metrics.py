@@ -15,8 +15,8 @@ from prometheus_client.registry import Collector
 
 from ..codes import AbstractCode
 from ..codes._kept import kept_matrices
-from ..pools import AbstractPool, WorkerState
-from ._policy import Measure
+from ..pools import AbstractPool
+from ..pools._backend import WorkerState
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 _SHORT = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1)
@@ -191,7 +191,7 @@ class Meter:
         """Take the number of waiting queries from a function."""
         self._waiting.set_function(waiting)
 
-    def observe(self, what: Measure, number: int | float) -> None:
+    def observe(self, what: str, number: int | float) -> None:
         """Take a measurement, from any thread."""
         number = float(number)
         if np.isnan(number):  # an expected disagreement that is not known yet

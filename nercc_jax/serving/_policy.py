@@ -166,47 +166,5 @@ BatchingPolicy.__doc__ = f"{BatchingPolicy.__doc__}\n    Attributes:\n" + "".joi
     f"        {name}: {text}\n" for name, text in POLICY_HELP.items()
 )
 
-# What is measured; `_metrics.py` has a table of what each number means.
-Measure: TypeAlias = Literal[
-    "request_ok",
-    "request_deadline",
-    "request_failed",
-    "request_cancelled",
-    "request_queue_full",
-    "request_draining",
-    "request_invalid",
-    "request_overloaded",
-    "query_exact",
-    "query_decoded",
-    "query_predicted",
-    "query_reexecuted",
-    "high_priority",
-    "queue_seconds",
-    "compute_seconds",
-    "batch_size",
-    "group_fill",
-    "order_seconds",
-    "encode_seconds",
-    "decode_seconds",
-    "predict_seconds",
-    "learn_seconds",
-    "workers_responded",
-    "expected_disagreement",
-    "straggler",
-    "reexecution",
-    "over_budget",
-    "internal_error",
-    "drift",
-    "policy_change",
-    "audit_same",
-    "audit_other",
-    "audit_unknown",
-    "check_again",
-    "check_agreed",
-    "check_open",
-    "check_wrong",
-    "worker_fenced",
-    "worker_released",
-]
-# Receives measurements, from any thread.
-Observe: TypeAlias = Callable[[Any, float], Any]
+# Receives measurements, from any thread: their names are in the table of `_metrics.py`.
+Observe: TypeAlias = Callable[[str, float], Any]

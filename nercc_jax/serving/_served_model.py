@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Shaped
@@ -90,7 +90,6 @@ class ServedModel:
         elif servable.uncodable is not None:
             raise ValueError(f"{type(code).__name__} for {servable.name}: {servable.uncodable}")
         self.servable, self.settings = servable, settings
-        self._predictor = predictor
         begin = time.monotonic()
         self._coder = Coder(code, form=servable.outputs.form)
         estimator = ErrorEstimator(self._coder)
@@ -181,10 +180,8 @@ class ServedModel:
             return reply
         return dataclasses.replace(reply, values=outputs.named(reply.values))
 
-    def count(
-        self, refusal: Literal["request_invalid", "request_overloaded", "request_deadline"]
-    ) -> None:
-        """Count a request that was refused before it reached the batcher."""
+    def count(self, refusal: str) -> None:
+        """Count a request that was refused before it reached the batcher, by that measure."""
         self.meter.observe(refusal, 0.0)
 
     @property
@@ -204,13 +201,13 @@ class ServedModel:
     def status(self) -> dict[str, Any]:
         """Return the model's part of the server's status."""
         health, report = self.health(), self.pool.report()
-        audited = self._batcher.audited()
-        counted = self.meter.status()
+        adapted, counted = self._batcher.status(), self.meter.status()
+        audited = adapted["audited"]
         counted["totals"]["deaths"] = report.deaths
         counted["fidelity"] |= {
             "audited": len(audited),
             "audited_disagreement": sum(audited) / len(audited) if audited else None,
-            "stragglers": self._batcher.decoding_status(),
+            "stragglers": adapted["decoding"],
         }
         code = self._coder.code
         return {
@@ -222,9 +219,9 @@ class ServedModel:
                 "num_data": code.num_data,
                 "num_workers": code.num_workers,
             },
-            "policy": self._batcher.setting_status(),
-            "predictor": None if self._predictor is None else self._predictor.status(),
-            "checks": self._batcher.checks_status(),
+            "policy": adapted["policy"],
+            "predictor": adapted["predictor"],
+            "checks": adapted["checks"],
             "pool": {"kind": self.settings.pool, "num_workers": self.pool.num_workers},
             "workers": [
                 {"state": worker.state, "deaths": worker.deaths, "busy_s": worker.busy_seconds}
@@ -269,34 +266,7 @@ class ServedModel:
             hints.append(
                 f"{pool.num_workers} workers for {coder.num_workers} coded data points of a group"
             )
-        decoding = batcher.decoding_status()
-        if decoding is not None and decoding["drifts"] and not decoding["admitted"]:
-            hints.append(
-                f"decoded answers went wrong more often than promised: {decoding['compared']} of "
-                f"{decoding['needed']} stragglers were compared since; nothing is decoded"
-            )
-        if (harder := batcher.decoding_hint()) is not None:
-            hints.append(harder)
-        hints += batcher.checks_hints()
-        return hints if self._predictor is None else hints + _predictor_hints(self._predictor)
-
-
-def _predictor_hints(predictor: Predictor) -> list[str]:
-    """Return why a predictor answers nothing, if so, and whether stragglers are harder."""
-    known, needed = predictor.progress()
-    harder = [] if predictor.risk.hint is None else [predictor.risk.hint]
-    if predictor.state == "drifted":
-        why = "predictions went wrong more often than promised"
-        return [f"{why}: {known} of {needed} answers are known since; nothing is predicted"]
-    if predictor.state == "learning":
-        return [f"still learning: {known} of {needed} answers; nothing is predicted"]
-    evidence = predictor.risk.status()
-    if evidence["compared"] < evidence["needed"]:
-        compared = f"{evidence['compared']} of {evidence['needed']} stragglers' answers"
-        return [f"{compared} were compared with predictions; nothing is predicted", *harder]
-    if predictor.share == 0:
-        return ["the surrogate is sure of no query: nothing is predicted", *harder]
-    return harder
+        return hints + batcher.hints()
 
 
 class HintLog:

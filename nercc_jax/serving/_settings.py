@@ -17,7 +17,7 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -571,40 +571,17 @@ def as_toml(server: ServerSettings, models: Sequence[ModelSettings]) -> str:
     tables = [("", of_server), *(("\n[[models]]\n", model.model_dump()) for model in models)]
     # TOML has no null: what is not written is None.
     return "\n".join(
-        head + "\n".join(f"{k} = {_toml(v)}" for k, v in values.items() if v is not None)
+        head + "\n".join(f"{k} = {to_toml(v)}" for k, v in values.items() if v is not None)
         for head, values in tables
     )
 
 
-def reference_toml() -> str:
-    """Return a configuration file with each setting, its help and its default.
-
-    Settings that are not set by default are in comments, with an example.
-    """
-    server = _reference(ServerSettings, {"defaults", "models"})
-    model = _reference(ModelSettings, {"model", "name", "version", "weights", "inputs", "outputs"})
-    return "\n".join([*server, "", "[defaults]", *model]) + "\n"
-
-
-def _reference(
-    settings: type[ModelSettings] | type[ServerSettings], without: set[str]
-) -> Iterator[str]:
-    for name, field in settings.model_fields.items():
-        if name in without:
-            continue
-        if name in settings.panels:
-            yield f"\n# {settings.panels[name]}\n"
-        yield f"# {field.description}"
-        example = field.examples[0] if field.examples else None
-        line = f"{name} = {_toml(example if field.default is None else field.default)}"
-        yield f"# {line}" if field.default is None else line
-
-
-def _toml(value: Any) -> str:
+def to_toml(value: Any) -> str:
+    """Return a setting's value as TOML."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{json.dumps(k)} = {to_toml(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_toml, value)) + "]"
+        return "[" + ", ".join(map(to_toml, value)) + "]"
     if isinstance(value, str | Path):
         return json.dumps(str(value), ensure_ascii=False)
     return str(value).lower()  # numbers, infinity and booleans

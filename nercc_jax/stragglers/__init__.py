@@ -15,7 +15,6 @@ from ._laws import (
     WaitUntil,
     straggler_sets,
 )
-from ._waiting import Latencies, draw_hedged
 
 __all__ = [
     "AbstractLatency",
@@ -24,13 +23,11 @@ __all__ = [
     "ExactStragglers",
     "ExponentialLatency",
     "IndependentStragglers",
-    "Latencies",
     "LogNormalLatency",
     "ParetoLatency",
     "RowLatency",
     "TraceLatency",
     "WaitFor",
     "WaitUntil",
-    "draw_hedged",
     "straggler_sets",
 ]

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
 
 from ..codes._trees import Form, join
-from ..evaluation import Answers
 from ..inference._models import Model
 
 L = TypeVar("L", bound="AbstractLearner")
@@ -192,11 +191,6 @@ def outputs_of_groups(
     shape = jax.tree.leaves(groups)[0].shape[:2]
     flat = model(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), groups))
     return jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), flat)
-
-
-def fixed_outputs_of_answers(answers: Answers) -> FixedOutputs:
-    """Return a fixed model's recorded answers as its knowledge of groups."""
-    return FixedOutputs(own=answers.own, coded=answers.coded, form=answers.form)
 
 
 def fixed_outputs(own: PyTree, coded: PyTree) -> FixedOutputs:

@@ -12,9 +12,9 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ..inference._models import Model
-from ..pools import AbstractClock, AbstractPool, Faults, InjectedError, Overdue
+from ..pools import AbstractPool, Faults, InjectedError, Overdue
 from ..pools._backend import OnOutcome, WorkerBackend, WorkerDied
-from ..pools._clock import BEAT, AbstractTurns
+from ..pools._clock import BEAT, AbstractClock, AbstractTurns
 from ..pools._faults import Fault, WorkerFaults
 from ..pools._scheduler import Scheduler
 from ..pools._wrong_answers import ChangedModels, WrongAnswers, check_faults

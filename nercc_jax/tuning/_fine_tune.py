@@ -153,7 +153,7 @@ def fine_tune(
         stragglers: One law for all codes, or one for each. Sets are drawn in each step.
         key: Random key.
         labels: True labels, if the objective has them.
-        criterion: As in `nested_errors`.
+        criterion: As in `nested_objective`.
         target: What the model must keep.
         sampling: What a step draws, and what is held out.
         descent: Length, speed and judgements. The learning rate is AdamW's, which rises over a

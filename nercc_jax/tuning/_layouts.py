@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 
-from ..codes import NeRCC, coincident
+from ..codes import NeRCC
 from ..codes._checks import check_fields
+from ..codes._points import coincident
 from ..codes._trees import Form
 from ..evaluation._answers import Recorder, batched, mean_losses
 from ..evaluation._criteria import Criterion, point_criterion
@@ -55,7 +56,7 @@ class LayoutTuning:
 
     Attributes:
         best: The number of layouts that are tuned.
-        criterion: As in `nested_errors`. Default: the search's; for "disagreement", which has no
+        criterion: As in `nested_objective`. Default: the search's; for "disagreement", which has no
             slope, "cross_entropy".
         points: Whether the regression points are tuned.
         sampling: What a step draws.

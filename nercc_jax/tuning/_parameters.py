@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ..codes import AbstractCode, mean_gap
+from ..codes import AbstractCode
+from ..codes._points import mean_gap
 
 # A `dict[str, Array]`, but declared as Any, because optax's own types accept any tree.
 Parameters: TypeAlias = Any

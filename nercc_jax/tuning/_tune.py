@@ -99,7 +99,7 @@ def tune(
         stragglers: Laws by name.
         key: Random key.
         points: Whether the regression points are tuned.
-        criterion: As in `nested_errors`.
+        criterion: As in `nested_objective`.
         power: As in `make_trial`; the higher, the more equal are the gains under all laws.
         sampling: What a step draws, and what is held out.
         descent: Length, speed and judgements; its learning rate is for the logarithms of the

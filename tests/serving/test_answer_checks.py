@@ -58,7 +58,11 @@ def served(*faults, workers=8, max_fenced=0.25, **options):
 
 
 def fenced(traffic):
-    return sorted(map(int, traffic.batcher.checks_status()["fenced"]))
+    return sorted(map(int, traffic.batcher.status()["checks"]["fenced"]))
+
+
+def worker_hints(traffic):
+    return [hint for hint in traffic.batcher.hints() if hint.startswith("worker")]
 
 
 def states(traffic):
@@ -69,13 +73,13 @@ def states(traffic):
 def test_without_faults_nobody_is_fenced_and_hardly_a_call_is_made_twice():
     traffic = served()
     assert labels_right(traffic.send(600)) == 1
-    assert traffic.batcher.checks_status()["ready"]
+    assert traffic.batcher.status()["checks"]["ready"]
     before = traffic.calls(), traffic.observed["check_again"]
     replies = traffic.send(1000)
     assert traffic.observed["check_again"] - before[1] < 0.03 * 1000
     assert not any(reply.suspicious.any() for _, reply, _ in replies)
     assert fenced(traffic) == []
-    assert traffic.batcher.checks_hints() == []
+    assert worker_hints(traffic) == []
     assert traffic.observed["check_wrong"] == 0
     # As fast as the service, but for what is computed twice.
     assert np.quantile([seconds for seconds, *_ in replies], 0.9) < 0.12
@@ -96,7 +100,7 @@ def test_stale_weights_and_swapped_answers_are_fenced_and_no_wrong_label_goes_ou
     assert labels_right(traffic.send(700)) == 1
     audits = sum(worker in (2, 5) for worker in sent)
     assert audits < 20, "nothing but audits"
-    first, second = traffic.batcher.checks_hints()
+    first, second = worker_hints(traffic)
     assert "worker 2 is fenced" in first
     assert "answers were not those of two other workers" in second
 
@@ -126,12 +130,10 @@ def test_a_worker_that_is_replaced_is_released():
 def test_no_more_are_fenced_than_the_policy_allows_and_the_status_says_so(caplog):
     traffic = served(Fault("bias", workers=(1, 4, 6)), max_fenced=0.25)
     replies = traffic.send(300)
-    status = traffic.batcher.checks_status()
+    status = traffic.batcher.status()["checks"]
     assert len(status["fenced"]) == status["max_fenced"] == 2
     (left,) = status["not_fenced"]
-    assert f"worker {left} answers wrongly, but no more than 2 may be" in str(
-        traffic.batcher.checks_hints()
-    )
+    assert f"worker {left} answers wrongly, but no more than 2 may be" in str(worker_hints(traffic))
     assert sum("no more may be fenced" in record.message for record in caplog.records) == 1
     # Its answers are computed again, one and all.
     assert labels_right(replies[100:]) == 1
@@ -208,5 +210,5 @@ def test_on_real_workers(kind):
                     np.testing.assert_allclose(found.values[0], right[place], atol=1e-4)
                     exact += 1
         assert exact > 800
-        assert sorted(batcher.checks_status()["fenced"]) == ["2", "5"]
+        assert sorted(batcher.status()["checks"]["fenced"]) == ["2", "5"]
         assert [worker.state for worker in pool.report().workers].count("fenced") == 2

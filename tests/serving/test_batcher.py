@@ -130,7 +130,7 @@ def test_a_straggler_is_decoded_from_the_others(number):
         responded = int(reply.responded[1])
         event.set()
         settled(batcher)
-        assert len(batcher.audited()) == 1
+        assert len(batcher.status()["audited"]) == 1
         assert count(batcher, "audit_same") + count(batcher, "audit_other") == 1
         assert count(batcher, "query_decoded") == 1
         assert reply.asked[1] == 2 * number

@@ -124,7 +124,7 @@ def test_decoding_is_the_codes_own(name):
     for stragglers in (0, 1, 2):
         mask = np.ones(coder.num_workers, bool)
         mask[random.choice(coder.num_workers, stragglers, replace=False)] = False
-        predictions, recovered = coder.decode(np.where(mask[:, None, None], values, 0), mask, 4)
+        predictions, recovered, _ = coder.decode(np.where(mask[:, None, None], values, 0), mask, 4)
         assert predictions.shape == (3, coder.num_data, 2)
         wanted = coder.code.try_decode(jnp.asarray(values), jnp.asarray(mask))
         assert (recovered == np.asarray(wanted.recovered)[coder._order]).all()
@@ -145,7 +145,7 @@ def test_doubts_are_of_each_rows_own_margin_and_deviation(name):
     values[~mask] = np.nan
     weights = np.array([0.3, -0.7, 0.5, 0.5, 0], np.float32)
     with np.errstate(invalid="ignore"):
-        found, recovered, doubt = coder.assess(values, mask, 4, weights)
+        found, recovered, doubt = coder.decode(values, mask, 4, weights)
     assert recovered.all()
     for row in range(3):
         wanted, deviation = coder.code.decode(values[:, row], mask, return_uncertainty=True)
@@ -165,7 +165,7 @@ def test_what_nothing_tells_is_doubted():
 
     def doubt(responded, weights):
         mask = np.isin(np.arange(8), responded)
-        return coder.assess(values, mask, 4, np.array(weights, np.float32))[2]
+        return coder.decode(values, mask, 4, np.array(weights, np.float32))[2]
 
     assert (doubt([4], [0.0] * 5) == 1).all()
     np.testing.assert_allclose(doubt([0, 3], [0, 0, 0, 0, 3]), 1 / (1 + np.exp(-3)), rtol=1e-6)
@@ -221,7 +221,7 @@ def test_what_is_expected_is_what_happens(calibrated, queries):
     for place in range(queries):
         mask = np.ones(coder.num_workers, bool)
         mask[coder.first[place]] = False
-        predictions, _ = coder.decode(np.where(mask[:, None, None], answers, 0), mask, len(x))
+        predictions, *_ = coder.decode(np.where(mask[:, None, None], answers, 0), mask, len(x))
         wrong = predictions[:, place].argmax(-1) != own[:, place].argmax(-1)
         error = np.sqrt(np.mean(np.sum((predictions[:, place] - own[:, place]) ** 2, axis=-1)))
         list(estimator.update_expected(queries, mask))  # all steps

@@ -258,4 +258,4 @@ def test_arguments():
     with pytest.raises(ValueError, match="sends queries as they came"):
         Traffic(None, BatchingPolicy(max_calls=1.1), code=Berrut(3, 5))
     traffic = Traffic(None, BatchingPolicy(), code=Uncoded(1))
-    assert traffic.batcher.setting_status() is None
+    assert traffic.batcher.status()["policy"] is None

@@ -78,15 +78,15 @@ def test_a_look_that_fails_is_logged_and_the_next_works(monkeypatch, caplog):
 def test_hints_say_why_nothing_is_predicted():
     predictor = Predictor()
     traffic = Traffic(predictor, BatchingPolicy(straggler_threshold=1.4, max_disagreement=0.1))
-    assert "still learning: 0 of 384" in _served_model._predictor_hints(predictor)[0]
+    assert "still learning: 0 of 384" in predictor.hints()[0]
     traffic.send(500)
     compared = predictor.risk.status()["compared"]
-    (hint,) = _served_model._predictor_hints(predictor)
+    (hint,) = predictor.hints()
     assert f"{compared} of 14 stragglers' answers were compared" in hint
     for _ in range(40):
         predictor.risk.add(StragglerRow(0.01, 0.0, False, 0.0), given=False)
-    assert _served_model._predictor_hints(predictor) == []
+    assert predictor.hints() == []
     for _ in range(20):
         predictor.risk.add(StragglerRow(0.4, 0.0, True, 0.0), given=False)
-    (harder,) = _served_model._predictor_hints(predictor)
+    (harder,) = predictor.hints()
     assert "harder than others" in harder

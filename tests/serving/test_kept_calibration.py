@@ -11,7 +11,7 @@ from conftest import require
 require("pydantic_settings", "serve")
 
 from nercc_jax import NeRCC
-from nercc_jax.cli._calibration_file import calibration_file
+from nercc_jax.cli._serving_models import calibration_file
 from nercc_jax.serving import Coder, make_servable
 from nercc_jax.serving._settings import ModelSettings
 from nercc_jax.serving.adapt._error_estimator import ErrorEstimator, calibrate_or_restore

@@ -189,14 +189,14 @@ def test_nothing_is_decoded_after_a_drift_until_new_stragglers_were_compared():
     sent_as = traffic.send(20)
     assert all(reply.exact.all() for _, reply, _ in sent_as)
     assert traffic.batcher.estimator.progress()[0] < 20, "of 256 that were known"
-    status = traffic.batcher.decoding_status()
+    status = traffic.batcher.status()["decoding"]
     assert status["drifts"] == 1
     assert status["admitted"] == 0
     # Other groups, whole ones, come with time; then what would be decoded is compared.
     calibrate(traffic.batcher.estimator)
     assert all(reply.exact.all() for _, reply, _ in traffic.send(20))
     traffic.send(300)
-    assert traffic.batcher.decoding_status()["compared"] > 7
+    assert traffic.batcher.status()["decoding"]["compared"] > 7
     assert any(not reply.exact.all() for _, reply, _ in traffic.send(200))
 
 

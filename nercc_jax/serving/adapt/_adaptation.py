@@ -6,13 +6,14 @@ Calibration of decoding has a thread of its own: the scheduler's does nothing bu
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
-from ...pools import AbstractClock, AbstractPool
+from ...pools import AbstractPool
+from ...pools._clock import AbstractClock
 from ...pools._time_share import TimeShare
 from ...risk._straggler_risk import StragglerRisk, StragglerRow
 from ...risk._target import AccuracyTarget
@@ -24,10 +25,10 @@ from ..core._adaptation import (
     Predictions,
     fixed_setting,
 )
+from ..core._answer_checks import AnswerChecks
 from ..core._coder import Coder
 from ..core._error_probability import DecodingErrorProbability
 from ..core._request import Answer, ApproximateAnswer, Source
-from ._answer_checks import AnswerChecks
 from ._error_estimator import ErrorEstimator
 from ._predictor import Predictor
 from ._setting_controller import SettingController
@@ -53,7 +54,7 @@ class BackgroundCalibrator:
     def __init__(
         self,
         estimator: ErrorEstimator,
-        observe: Callable[[Any, float], Any],
+        observe: Observe,
         clock: AbstractClock,
     ):
         self._estimator, self._observe = estimator, observe
@@ -161,7 +162,7 @@ class Adaptation(AbstractAdaptation):
             if policy.max_calls is None
             else SettingController(policy, coder, pool, predictor, observe)
         )
-        self._fixed = fixed_setting(policy)
+        self._fixed, self._policy = fixed_setting(policy), policy
         self._observe = observe if self._controller is None else self._controller.observe
         decoding = AccuracyTarget(max_disagreement=policy.max_disagreement)
         self.decoding_risk = StragglerRisk(decoding, needs_evidence=False)
@@ -174,7 +175,7 @@ class Adaptation(AbstractAdaptation):
             if rate is not None:
                 self._checks = AnswerChecks(
                     pool.num_workers,
-                    predictor,
+                    predictor.suspicious,
                     policy.max_fenced,
                     pool.worker_dtype,
                     self._observe,
@@ -211,12 +212,36 @@ class Adaptation(AbstractAdaptation):
         for each in self._parts:
             each.close()
 
-    def observe(self, what: Any, number: int | float) -> None:
+    def observe(self, what: str, number: int | float) -> None:
         self._observe(what, number)
 
-    def setting_status(self) -> dict[str, Any] | None:
-        """Return the chosen setting for a server's status; None where the policy fixes it."""
-        return None if self._controller is None else self._controller.status()
+    def status(self) -> dict[str, Any]:
+        """Return the parts of a server's status that belong to it; see `CodedBatcher.status`."""
+        controller, predictor, checks = self._controller, self.predictor, self._checks
+        return {
+            "policy": None if controller is None else controller.status(),
+            "predictor": None if predictor is None else predictor.status(),
+            "checks": checks
+            and predictor
+            and {"ready": predictor.checks_answers} | checks.status(),
+            "decoding": self.decoding_risk.status() if self._policy.max_disagreement else None,
+            "audited": list(self.decoding_risk.shown),
+        }
+
+    def hints(self) -> list[str]:
+        """Return why nothing is decoded or predicted, and which workers answer wrongly."""
+        found, risk = [], self.decoding_risk
+        if self._policy.max_disagreement:
+            evidence = risk.status()
+            if evidence["drifts"] and not evidence["admitted"]:
+                found.append(
+                    "decoded answers went wrong more often than promised: "
+                    f"{evidence['compared']} of {evidence['needed']} stragglers were compared "
+                    "since; nothing is decoded"
+                )
+            found += [] if risk.hint is None else [risk.hint]
+        found += [] if self._checks is None else self._checks.hints()
+        return found if self.predictor is None else found + self.predictor.hints()
 
     def needs_samples(self, queries: int) -> bool:
         return self._calibrator.needs_samples(queries)

@@ -22,8 +22,8 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Shaped
 
 from ...codes._trees import Form, join
-from ...evaluation import row_errors
 from ...evaluation._criteria import agree_on_labels
+from ...evaluation._functions import row_errors
 from ...risk import ErrorProbability, RiskMonitor
 from ...risk._answer_check import AnswerCheck, fit_answer_check
 from ...risk._error_probability import error_features, fit_error_probability_of_points

@@ -12,12 +12,13 @@ from jaxtyping import Bool, Shaped
 from ...codes._checks import check_count
 from ...codes._trees import Form
 from ...inference._models import Model
-from ...pools import AbstractClock
+from ...pools._clock import AbstractClock
 from ...pools._time_share import TimeShare
 from ...risk._straggler_risk import StragglerRisk, StragglerRow
 from ...risk._target import AccuracyTarget
 from ...surrogates import AbstractSurrogate, Surrogate
 from ...surrogates._host import repeat_rows
+from .._policy import Observe
 from ..core._adaptation import Predictions
 from ..core._request import Answer, ApproximateAnswer
 from ._online_calibration import BATCH, FIRST, OnlineCalibration
@@ -93,7 +94,7 @@ class Predictor:
         target: AccuracyTarget,
         width: int,
         form: Form | None,
-        observe: Callable[[Any, float], Any],
+        observe: Observe,
         clock: AbstractClock,
         check_rate: float | None = None,
     ) -> None:
@@ -165,6 +166,23 @@ class Predictor:
         """Return the number of answers used so far, and the number that it needs to answer."""
         assert self._calibration is not None
         return self._calibration.progress()
+
+    def hints(self) -> list[str]:
+        """Return why it answers nothing, if so, and whether stragglers are harder."""
+        known, needed = self.progress()
+        harder = [] if self.risk.hint is None else [self.risk.hint]
+        if self.state == "drifted":
+            why = "predictions went wrong more often than promised"
+            return [f"{why}: {known} of {needed} answers are known since; nothing is predicted"]
+        if self.state == "learning":
+            return [f"still learning: {known} of {needed} answers; nothing is predicted"]
+        evidence = self.risk.status()
+        if evidence["compared"] < evidence["needed"]:
+            compared = f"{evidence['compared']} of {evidence['needed']} stragglers' answers"
+            return [f"{compared} were compared with predictions; nothing is predicted", *harder]
+        if self.share == 0:
+            return ["the surrogate is sure of no query: nothing is predicted", *harder]
+        return harder
 
     def predict(self, x: Shaped[np.ndarray, "queries ..."]) -> Predictions | None:
         """Return its answers to some queries; None while it is not calibrated."""

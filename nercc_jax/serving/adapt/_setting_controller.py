@@ -230,7 +230,7 @@ class SettingController:
         self._turns = pool.clock.turns("nercc-controller", self._turn)
         self.start, self.close = self._turns.start, self._turns.close
 
-    def observe(self, what: Any, number: int | float) -> None:
+    def observe(self, what: str, number: int | float) -> None:
         """Take a measurement, and pass it on. Returns at once."""
         self._pass_on(what, number)
         if what in ("request_ok", "request_deadline"):

@@ -6,14 +6,14 @@ immutable, and was computed by other threads.
 
 import abc
 import dataclasses
-from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
-from ...pools import Overdue, PoolReport
+from ...pools import Overdue
 from .._policy import BatchingPolicy
+from ._answer_checks import AnswerChecks
 from ._error_probability import DecodingErrorProbability
 from ._request import Answer, ApproximateAnswer, Source
 
@@ -64,63 +64,6 @@ class Predictions:
     sure: Bool[np.ndarray, " queries"]
 
 
-class Verdict(NamedTuple):
-    """The answer that is given out of several workers' answers to one query.
-
-    Attributes:
-        value: the answer.
-        agreed: whether two workers gave it.
-    """
-
-    value: np.ndarray
-    agreed: bool
-
-
-class AbstractAnswerChecks(abc.ABC):
-    """Checks of the model's own answers: suspicious answers, wrong ones, and fenced workers."""
-
-    @property
-    @abc.abstractmethod
-    def fenced(self) -> frozenset[int]:
-        """The workers that get no traffic; a new object whenever they change."""
-
-    @abc.abstractmethod
-    def screen(
-        self,
-        worker: int,
-        x: Shaped[np.ndarray, "queries ..."],
-        values: Float[np.ndarray, "queries ..."],
-    ) -> Bool[np.ndarray, " queries"]:
-        """Return which answers of a worker to hold back until another worker has answered, too."""
-
-    @abc.abstractmethod
-    def compare(
-        self, x: np.ndarray | None, candidates: Mapping[int, np.ndarray], *, last: bool = False
-    ) -> Verdict | None:
-        """Compare several workers' answers to one query.
-
-        Args:
-            x: the query.
-            candidates: the answers, by worker, in the order in which they came.
-            last: whether there will be no more answers.
-
-        Returns:
-            The answer to give out; None to wait for one more worker's.
-        """
-
-    @abc.abstractmethod
-    def audits(self, report: PoolReport) -> list[tuple[int, np.ndarray]]:
-        """Return workers to be asked a query whose answer is known, and the query for each.
-
-        Args:
-            report: the state of the workers: one that was replaced is fenced no more.
-        """
-
-    @abc.abstractmethod
-    def audited(self, worker: int, value: np.ndarray | None) -> None:
-        """Take a fenced worker's answer to its latest audit; None if there is none."""
-
-
 class AbstractAdaptation(abc.ABC):
     """Calibration, prediction, and the choice of settings, as the scheduler sees them."""
 
@@ -141,7 +84,7 @@ class AbstractAdaptation(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def checks(self) -> AbstractAnswerChecks | None:
+    def checks(self) -> AnswerChecks | None:
         """The checks of the model's own answers; None where they are given out unseen."""
 
     @abc.abstractmethod

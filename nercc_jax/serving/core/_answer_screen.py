@@ -1,6 +1,6 @@
 """The screen: the model's own answers that look wrong are held back and computed again elsewhere.
 
-Which answers these are, and which workers are fenced, is decided by `AbstractAnswerChecks`; this
+Which answers these are, and which workers are fenced, is decided by `AnswerChecks`; this
 file has the queries that wait for it. A query that is held back goes out again at once, to another
 worker; where the two differ, to a third. At most three workers compute it. Shortly before its
 deadline an answer goes out as it is, and the reply says so.
@@ -9,13 +9,14 @@ deadline an answer goes out as it is, and the reply says so.
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from ...pools import AbstractPool, Batch
-from ._adaptation import AbstractAnswerChecks, Verdict
+from .._policy import Observe
+from ._answer_checks import AnswerChecks, Verdict
 from ._fallback import Budget
 from ._queue import EventQueue
 from ._request import Query
@@ -46,10 +47,10 @@ class AnswerScreen:
 
     def __init__(
         self,
-        checks: AbstractAnswerChecks,
+        checks: AnswerChecks,
         pool: AbstractPool,
         events: EventQueue,
-        observe: Callable[[Any, float], Any],
+        observe: Observe,
     ):
         """Create a screen that holds nothing.
 

@@ -15,9 +15,10 @@ import numpy as np
 from jaxtyping import Int
 
 from ...codes import Uncoded
-from ...inference import short_path
 from ...inference._ordering import projection_on_host
-from ...pools import AbstractPool, Refuse
+from ...inference._paths import short_path
+from ...pools import AbstractPool
+from ...pools._batch import Refuse
 from .._policy import BatchingPolicy
 from ._adaptation import AbstractAdaptation, DispatchSetting
 from ._coder import Coder

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...pools import AbstractClock
 from ...pools._batch import answers_to_wait_for
+from ...pools._clock import AbstractClock
 from .._policy import BatchingPolicy
 from ._adaptation import AbstractAdaptation
 from ._coder import Coder
@@ -193,14 +193,11 @@ class GroupDecoder:
             query, or a sum of large answers may have overflowed; and the probability of a wrong
             label, NaN if unknown.
         """
+        weights = None
         if self._coder.has_error_probability:
             weights = self._adaptation.error_probability(queries).weights
-            predictions, recovered, probability = self._coder.assess(
-                values, mask, self._width, weights
-            )
-        else:
-            predictions, recovered = self._coder.decode(values, mask, self._width)
-            probability = np.full(predictions.shape[:2], np.nan)
+        decoded = self._coder.decode(values, mask, self._width, weights)
+        predictions, recovered, probability = decoded
         finite = np.isfinite(predictions).reshape(*probability.shape, -1).all(axis=-1)
         sound = recovered & finite
         return predictions[:, :queries], sound[:, :queries], probability[:, :queries]

@@ -3,7 +3,8 @@
 import dataclasses
 import math
 
-from ...pools import AbstractClock, AbstractPool
+from ...pools import AbstractPool
+from ...pools._clock import AbstractClock
 from ._coder import Coder
 
 # Seconds without a turn after which a thread counts as stuck, ...

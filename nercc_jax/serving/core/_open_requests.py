@@ -12,7 +12,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from ...pools import AbstractClock
+from ...pools._clock import AbstractClock
+from .._policy import Observe
 from ._group import Group
 from ._health import Health, HealthMonitor
 from ._queue import QueryQueue
@@ -39,9 +40,7 @@ class OpenRequests:
     scheduler's. Methods that end queries return the groups that should be looked at because of it.
     """
 
-    def __init__(
-        self, queue: QueryQueue, observe: Callable[[Any, float], Any], clock: AbstractClock
-    ):
+    def __init__(self, queue: QueryQueue, observe: Observe, clock: AbstractClock):
         """Create an empty set.
 
         Args:

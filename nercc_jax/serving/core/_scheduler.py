@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
-from ...pools import AbstractPool, AnswerTimes, Refuse
+from ...pools import AbstractPool
+from ...pools._batch import Refuse
+from ...pools._times import AnswerTimes
 from .._policy import MAX_DEADLINE_S, BatchingPolicy
 from .._tracing import RequestTrace
 from ._adaptation import AbstractAdaptation

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping
-from typing import Literal
+from typing import NamedTuple
 
 import grpc
 from starlette.requests import ClientDisconnect
@@ -51,45 +51,38 @@ class Overloaded(RuntimeError):
     """The requests in progress use all memory they may: the client should come back later."""
 
 
-# By error: the statuses of HTTP and gRPC.
-STATUS: Mapping[type[Exception], tuple[int, grpc.StatusCode]] = {
-    InvalidInput: (400, grpc.StatusCode.INVALID_ARGUMENT),
-    Unauthenticated: (401, grpc.StatusCode.UNAUTHENTICATED),
-    ModelNotFound: (404, grpc.StatusCode.NOT_FOUND),
-    BodyTimeout: (408, grpc.StatusCode.DEADLINE_EXCEEDED),
-    TooLarge: (413, grpc.StatusCode.RESOURCE_EXHAUSTED),
-    UnsupportedEncoding: (415, grpc.StatusCode.UNIMPLEMENTED),
-    QueueFull: (429, grpc.StatusCode.RESOURCE_EXHAUSTED),
-    NotImplementedError: (403, grpc.StatusCode.UNIMPLEMENTED),
-    InferenceFailed: (502, grpc.StatusCode.INTERNAL),
-    Overloaded: (503, grpc.StatusCode.UNAVAILABLE),
-    ServerClosing: (503, grpc.StatusCode.UNAVAILABLE),
-    ServerNotReady: (503, grpc.StatusCode.UNAVAILABLE),
-    DeadlineExceeded: (504, grpc.StatusCode.DEADLINE_EXCEEDED),
+class ErrorKind(NamedTuple):
+    """What an error is to clients: the statuses of HTTP and gRPC; and its outcome in metrics."""
+
+    http: int
+    grpc: grpc.StatusCode
+    outcome: str = "failed"
+
+
+KINDS: Mapping[type[Exception], ErrorKind] = {
+    InvalidInput: ErrorKind(400, grpc.StatusCode.INVALID_ARGUMENT, "invalid"),
+    Unauthenticated: ErrorKind(401, grpc.StatusCode.UNAUTHENTICATED),
+    ModelNotFound: ErrorKind(404, grpc.StatusCode.NOT_FOUND, "not_found"),
+    BodyTimeout: ErrorKind(408, grpc.StatusCode.DEADLINE_EXCEEDED, "invalid"),
+    TooLarge: ErrorKind(413, grpc.StatusCode.RESOURCE_EXHAUSTED, "invalid"),
+    UnsupportedEncoding: ErrorKind(415, grpc.StatusCode.UNIMPLEMENTED, "invalid"),
+    QueueFull: ErrorKind(429, grpc.StatusCode.RESOURCE_EXHAUSTED, "queue_full"),
+    NotImplementedError: ErrorKind(403, grpc.StatusCode.UNIMPLEMENTED),
+    InferenceFailed: ErrorKind(502, grpc.StatusCode.INTERNAL),
+    Overloaded: ErrorKind(503, grpc.StatusCode.UNAVAILABLE, "overloaded"),
+    ServerClosing: ErrorKind(503, grpc.StatusCode.UNAVAILABLE, "draining"),
+    ServerNotReady: ErrorKind(503, grpc.StatusCode.UNAVAILABLE, "not_ready"),
+    DeadlineExceeded: ErrorKind(504, grpc.StatusCode.DEADLINE_EXCEEDED, "deadline"),
 }
 
-# By error that ends a request: its outcome in metrics and the log. Any other error: "failed".
-OUTCOME: Mapping[type[BaseException], str] = {
-    InvalidInput: "invalid",
-    BodyTimeout: "invalid",
-    TooLarge: "invalid",
-    UnsupportedEncoding: "invalid",
-    ModelNotFound: "not_found",
-    ServerNotReady: "not_ready",
-    Overloaded: "overloaded",
-    QueueFull: "queue_full",
-    ServerClosing: "draining",
-    DeadlineExceeded: "deadline",
-    InferenceFailed: "failed",
-    ClientDisconnect: "cancelled",
-    asyncio.CancelledError: "cancelled",
-}
 
-# By outcome that a model's batcher does not see, so that the transport counts it: the measure.
-REFUSED: Mapping[str, Literal["request_invalid", "request_overloaded"]] = {
-    "invalid": "request_invalid",
-    "overloaded": "request_overloaded",
-}
+def outcome_of(error: BaseException) -> str:
+    """Return the outcome, in metrics and the log, of a request that an error ends."""
+    if isinstance(error, ClientDisconnect | asyncio.CancelledError):
+        return "cancelled"
+    kind = KINDS.get(type(error))  # pyright: ignore[reportArgumentType]
+    return "failed" if kind is None else kind.outcome
+
 
 # The message of all other errors.
 INTERNAL = "internal error: see the server's log"

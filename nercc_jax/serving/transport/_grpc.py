@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
 from ..core._request import Reply, message_of
-from ..protocol._errors import INTERNAL, STATUS, InvalidInput, ModelNotFound, Unauthenticated
+from ..protocol._errors import INTERNAL, KINDS, InvalidInput, ModelNotFound, Unauthenticated
 from ..protocol._json import array_or_error
 from ..protocol._messages import (
     InferRequest,
@@ -182,7 +182,7 @@ class _Authentication(grpc.aio.ServerInterceptor):
             if handler_call_details.method not in self._OPEN:
                 self._state.check_token(given)
         except Unauthenticated as error:
-            status, message = STATUS[Unauthenticated][1], str(error)
+            status, message = KINDS[Unauthenticated].grpc, str(error)
 
             async def refuse(request: Any, context: grpc.aio.ServicerContext) -> None:
                 await context.abort(status, message)
@@ -227,8 +227,8 @@ def _with_statuses(method: Method) -> Method:
     async def answer(request: Any, context: grpc.aio.ServicerContext) -> Any:
         try:
             return await method(request, context)
-        except tuple(STATUS) as error:
-            await context.abort(STATUS[type(error)][1], message_of(error))
+        except tuple(KINDS) as error:
+            await context.abort(KINDS[type(error)].grpc, message_of(error))
         except Exception:
             _LOG.exception("a gRPC call failed", extra={"method": method.__qualname__})
             await context.abort(grpc.StatusCode.INTERNAL, INTERNAL)

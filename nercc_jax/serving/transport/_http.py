@@ -25,7 +25,7 @@ from .._settings import ServerSettings
 from ..core._request import Reply, message_of
 from ..protocol._errors import (
     INTERNAL,
-    STATUS,
+    KINDS,
     BodyTimeout,
     InvalidInput,
     TooLarge,
@@ -256,7 +256,7 @@ class InferenceEndpoint:
             content, headers = await self._infer(name, version, scope, receive)
         except ClientDisconnect:
             await Response(status_code=_CLIENT_CLOSED)(scope, receive, send)
-        except tuple(STATUS) as error:
+        except tuple(KINDS) as error:
             await error_response(error)(scope, receive, send)
         except Exception:
             await JSONResponse({"error": INTERNAL}, 500)(scope, receive, send)
@@ -294,7 +294,7 @@ class InferenceEndpoint:
 
 def error_response(error: Exception) -> Response:
     """Return the response to an error that has a status."""
-    status, _ = STATUS[type(error)]
+    status = KINDS[type(error)].http
     return JSONResponse({"error": message_of(error)}, status, _HEADERS.get(status))
 
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
 from ..core._request import shorten
-from ..protocol._errors import INTERNAL, STATUS, InvalidInput, ServerNotReady
+from ..protocol._errors import INTERNAL, KINDS, InvalidInput, ServerNotReady
 from ..protocol._messages import InferenceRequest, InferenceResponse, check_parameters
 from ._http import InferenceEndpoint, error_response, read_body
 from ._state import ServerState
@@ -207,7 +207,7 @@ def _add_models(app: fastapi.FastAPI, state: ServerState) -> None:
         404: {"model": ErrorResponse},
         503: {"model": ErrorResponse},
     }
-    errors = {status: {"model": ErrorResponse} for status, _ in STATUS.values() if status != 403}
+    errors = {each.http: {"model": ErrorResponse} for each in KINDS.values() if each.http != 403}
     schema = InferenceRequest.model_json_schema(ref_template="#/components/schemas/{model}")
     _define(app, schema.pop("$defs"))
     body = {"content": {"application/json": {"schema": schema}}, "required": True}
@@ -305,7 +305,7 @@ def _add_errors(app: fastapi.FastAPI) -> None:
     async def unexpected(request: fastapi.Request, error: Exception) -> Response:
         return JSONResponse({"error": INTERNAL}, 500)  # and the server raises it, to be logged
 
-    for kind in STATUS:
+    for kind in KINDS:
         app.add_exception_handler(kind, known)
     app.add_exception_handler(HTTPException, no_such_path)
     app.add_exception_handler(Exception, unexpected)

@@ -17,12 +17,11 @@ from .._tracing import RequestLog, Telemetry, current
 from ..core._health import Health
 from ..core._request import DeadlineExceeded, InferenceFailed, Reply
 from ..protocol._errors import (
-    OUTCOME,
-    REFUSED,
     InvalidInput,
     ModelNotFound,
     ServerNotReady,
     Unauthenticated,
+    outcome_of,
 )
 from ..protocol._messages import (
     InferRequest,
@@ -248,11 +247,12 @@ class ServerState:
         try:
             yield
         except BaseException as error:  # a client that goes away cancels its call
-            outcome = OUTCOME.get(type(error), "failed")
-            if outcome in REFUSED and name in self.versions:
+            outcome = outcome_of(error)
+            # What a model's batcher does not see is counted here.
+            if outcome in ("invalid", "overloaded") and name in self.versions:
                 model = self.models.get(self.check(name))
                 if model is not None:  # it may still be starting
-                    model.count(REFUSED[outcome])
+                    model.count(f"request_{outcome}")
             if trace is not None:
                 trace.error = str(error) or type(error).__name__
             raise

@@ -11,8 +11,8 @@ import collections
 import dataclasses
 import itertools
 import logging
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
@@ -20,10 +20,14 @@ from jaxtyping import Bool, Float, Shaped
 from ...pools import PoolReport
 from ...risk import WorkerMonitor
 from .._policy import Observe
-from ..core._adaptation import AbstractAnswerChecks, Verdict
-from ._predictor import Predictor
 
 _LOG = logging.getLogger(__name__)
+
+# Returns which of the model's own answers to queries look wrong.
+Suspicious: TypeAlias = Callable[
+    [Shaped[np.ndarray, "queries ..."], Float[np.ndarray, "queries ..."]],
+    Bool[np.ndarray, " queries"],
+]
 
 _WORKERS = 3  # that compute a query, at most
 # Right answers with which a probation ends: at first, and after a wrong answer or a release.
@@ -34,6 +38,18 @@ _KNOWN = 64  # queries whose answers two workers gave, for audits
 # The largest difference of two right answers, as a share of the largest output: batches of other
 # sizes are computed in another order.
 _SAME, _SAME_SHORT = 1e-3, 5e-2
+
+
+class Verdict(NamedTuple):
+    """The answer that is given out of several workers' answers to one query.
+
+    Attributes:
+        value: the answer.
+        agreed: whether two workers gave it.
+    """
+
+    value: np.ndarray
+    agreed: bool
 
 
 @dataclasses.dataclass
@@ -48,8 +64,8 @@ class _Record:
     asked: np.ndarray | None = None  # the known answer to its latest audit
 
 
-class AnswerChecks(AbstractAnswerChecks):
-    """Checks of one pool's answers, by a surrogate's predictions.
+class AnswerChecks:
+    """Checks of one pool's answers: suspicious answers, wrong ones, and fenced workers.
 
     One thread uses it; others may read `status`.
     """
@@ -57,7 +73,7 @@ class AnswerChecks(AbstractAnswerChecks):
     def __init__(
         self,
         num_workers: int,
-        predictor: Predictor,
+        suspicious: Suspicious,
         max_fenced: float,
         worker_dtype: str | None,
         observe: Observe,
@@ -66,12 +82,12 @@ class AnswerChecks(AbstractAnswerChecks):
 
         Args:
             num_workers: Workers.
-            predictor: Finds answers suspicious.
+            suspicious: Finds answers suspicious.
             max_fenced: The largest share of the workers that is fenced.
             worker_dtype: The dtype in which they compute.
             observe: Receives metrics.
         """
-        self._predictor, self._observe = predictor, observe
+        self._suspicious, self._observe = suspicious, observe
         self._monitor = WorkerMonitor(num_workers)
         self._most = int(max_fenced * num_workers)
         self._same = _SAME if worker_dtype in (None, "float32") else _SAME_SHORT
@@ -83,6 +99,7 @@ class AnswerChecks(AbstractAnswerChecks):
 
     @property
     def fenced(self) -> frozenset[int]:
+        """The workers that get no traffic; a new object whenever they change."""
         return self._fenced
 
     def screen(
@@ -91,17 +108,28 @@ class AnswerChecks(AbstractAnswerChecks):
         x: Shaped[np.ndarray, "queries ..."],
         values: Float[np.ndarray, "queries ..."],
     ) -> Bool[np.ndarray, " queries"]:
+        """Return which answers of a worker to hold back until another worker has answered, too."""
         if worker in self._fenced:  # sent before it was
             return np.ones(len(x), bool)
         if self._records[worker].probation:
             return np.ones(len(x), bool)
-        held = self._predictor.suspicious(x, values)
+        held = self._suspicious(x, values)
         self._monitor.add(worker, right=int(len(x) - held.sum()))
         return held
 
     def compare(
         self, x: np.ndarray | None, candidates: Mapping[int, np.ndarray], *, last: bool = False
     ) -> Verdict | None:
+        """Compare several workers' answers to one query.
+
+        Args:
+            x: the query.
+            candidates: the answers, by worker, in the order in which they came.
+            last: whether there will be no more answers.
+
+        Returns:
+            The answer to give out; None to wait for one more worker's.
+        """
         for one, other in itertools.combinations(candidates, 2):
             if self._agree(candidates[one], candidates[other]):
                 value = candidates[one]
@@ -121,6 +149,11 @@ class AnswerChecks(AbstractAnswerChecks):
         return Verdict(candidates[best], False)
 
     def audits(self, report: PoolReport) -> list[tuple[int, np.ndarray]]:
+        """Return workers to be asked a query whose answer is known, and the query for each.
+
+        Args:
+            report: the state of the workers: one that was replaced is fenced no more.
+        """
         for worker, (record, seen) in enumerate(zip(self._records, report.workers, strict=True)):
             if seen.deaths != record.deaths:
                 self._release(worker, "it was replaced")
@@ -135,6 +168,7 @@ class AnswerChecks(AbstractAnswerChecks):
         return asked
 
     def audited(self, worker: int, value: np.ndarray | None) -> None:
+        """Take a fenced worker's answer to its latest audit; None if there is none."""
         record = self._records[worker]
         if worker not in self._fenced or record.asked is None:
             return
@@ -152,7 +186,6 @@ class AnswerChecks(AbstractAnswerChecks):
             if record.reason is not None
         }
         return {
-            "ready": self._predictor.checks_answers,
             "answers": sum(monitor.number),
             "wrong": sum(monitor.wrong),
             "fenced": {str(each): reasons[each] for each in reasons if each in self._fenced},
