@@ -63,6 +63,7 @@ _NEW_SETS = 50
 _KNOTS = (1_000, 10_000, 100_000)
 _KNOT_COORDINATES = (1, 64)
 _PACKAGES = ("nercc-jax", "jax", "jaxlib", "equinox", "numpy", "scipy", "csaps")
+_BROKEN = "one answer NaN"
 # Larger differences, relative to the largest value, would mean that not the same thing is timed.
 _AGREEMENT = 1e-3
 
@@ -260,10 +261,10 @@ def decode_task(setting: Setting, rng: np.random.Generator) -> Task:
         ),
         "matrix kept": Contender(lambda y: _wait(kept(y=y)), _fresh(whole)),
     }
-    if setting.groups == 1:
-        parts["eager call"] = Contender(
-            lambda y, m: _wait(code.decode(y, m)), lambda: (_copy(y), next(new_sets))
-        )
+    each = jax.jit(jax.vmap(code.try_decode)) if setting.groups > 1 else code.decode
+    parts["jax.vmap" if setting.groups > 1 else "eager call"] = Contender(
+        lambda y, m: _wait(each(y, m)), lambda: (_copy(y), next(new_sets))
+    )
     return Task(
         setting,
         "decode",
@@ -271,7 +272,7 @@ def decode_task(setting: Setting, rng: np.random.Generator) -> Task:
         Contender(lambda y: _wait(matmul(matrix, y)), _fresh(y)),
         rivals,
         parts,
-        {"one answer NaN": Contender(lambda y: _wait(ours(code, y, available)), _fresh(broken))},
+        {_BROKEN: Contender(lambda y: _wait(ours(code, y, available)), _fresh(broken))},
         agree,
     )
 
@@ -536,6 +537,7 @@ def detail_table(measured: Sequence[Measured], careful: dict[str, float]) -> Tab
         "ours\np90",
         "matrix\nkept",
         "eager\ncall",
+        "jax.vmap",
     )
     for name in (*names, "one answer\nNaN", "careful", "compilations\nafter"):
         table.add_column(name, justify="right")
@@ -547,7 +549,7 @@ def detail_table(measured: Sequence[Measured], careful: dict[str, float]) -> Tab
             *(_ms(one.parts.get(name)) for name in ("matrix", "matrix, product")),
             _ms(one.ours),
             f"{1e3 * one.ours.quantile(0.9):.3g}",
-            *(_ms(one.parts.get(name)) for name in ("matrix kept", "eager call", "one answer NaN")),
+            *map(_ms, map(one.parts.get, ("matrix kept", "eager call", "jax.vmap", _BROKEN))),
             f"{100 * careful[one.task.setting.name]:.0f} %" if decodes else "-",
             str(one.recompilations),
         )

@@ -45,6 +45,55 @@ def test_sets_of_groups_are_groups_one_by_one(name, bad):
             np.testing.assert_allclose(got.predictions[number, 2][kept], expected[kept], atol=1e-5)
 
 
+@pytest.mark.parametrize("name", CODES)
+def test_vmap_is_each_group_alone(name):
+    """In groups that a mask, answers, or both differ by; a broken answer is missed by its own."""
+    code, masks = CODES[name](), SETS[:GROUPS]
+    y = np.where(masks[..., None], Y, np.nan)
+    y[1, np.flatnonzero(masks[1])[-1], 0] = np.inf
+
+    def alone(y, mask):
+        mask = mask & np.isfinite(y).all(axis=1)
+        matrix = np.asarray(code.decoder_matrix(mask), np.float64)
+        kept = np.asarray(code.recovered(mask))[:, None]
+        return np.where(kept, matrix @ np.where(mask[:, None], y.astype(float), 0), np.nan)
+
+    def predictions(y, mask):
+        return code.try_decode(y, mask).predictions
+
+    nested = jax.jit(jax.vmap(jax.vmap(predictions)))
+    pairs = [alone(*pair) for pair in zip(y, masks, strict=True)]
+    halves = (np.stack(np.split(each, 2)) for each in (y, masks))
+    found = np.concatenate(nested(*halves))
+    np.testing.assert_allclose(found, pairs, atol=1e-5)
+    found = jax.jit(jax.vmap(predictions, (None, 0)))(Y[0], masks)
+    np.testing.assert_allclose(found, [alone(Y[0], mask) for mask in masks], atol=1e-5)
+    found = jax.jit(jax.vmap(lambda y: predictions(y, masks[0]), out_axes=1))(y)
+    expected = [alone(each, masks[0]) for each in y]
+    np.testing.assert_allclose(found, np.stack(expected, axis=1), atol=1e-5)
+
+
+def test_vmap_makes_more_groups_of_one_program():
+    """Not conditions and loops over groups, of which each does what any of them needs."""
+    y, masks = jnp.asarray(Y), jnp.asarray(SETS[:GROUPS])
+    groups, each = (
+        jax.jit(way).lower(NeRCC(K, N), y, masks).compile().memory_analysis().temp_size_in_bytes
+        for way in (decode_groups, lambda code, *args: jax.vmap(code.try_decode)(*args))
+    )
+    assert each <= groups
+
+
+def test_codes_of_which_each_has_a_group():
+    codes = [NeRCC(K, N, lambda_dec=each) for each in (1e-3, 1e-1)]
+    leaves = [eqx.filter(code, eqx.is_array) for code in codes]
+    stacked = jax.tree.map(lambda *each: jnp.stack(each), *leaves)
+    rest = eqx.filter(codes[0], eqx.is_array, inverse=True)
+    mask = jnp.asarray(SETS[0])
+    found = jax.jit(jax.vmap(lambda own: eqx.combine(own, rest).decode(Y[0], mask)))(stacked)
+    expected = [code.decode(Y[0], mask) for code in codes]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def broken_above(limit):
     """A model that cannot stand large coded data points."""
 
