@@ -129,7 +129,13 @@ class AnswerCheck:
         answers: Float[np.ndarray, "queries m"],
     ) -> Bool[np.ndarray, " queries"]:
         """Return which answers are so near that they do not look wrong, whatever their scores."""
-        return _ratio(mean, deviation, answers) <= self.clear
+        return _square(answers - mean) <= self.clear_squares(deviation, answers.shape[1])
+
+    def clear_squares(
+        self, deviation: Float[np.ndarray, " queries"], outputs: int
+    ) -> Float[np.ndarray, " queries"]:
+        """Return the squares of the distances of answers to predictions up to which none does."""
+        return self.clear * outputs * np.maximum(deviation, _LEAST) ** 2
 
     def suspicious(
         self,
@@ -287,7 +293,7 @@ def _ratio(
 
 
 def _square(x: Float[np.ndarray, "queries m"]) -> Float[np.ndarray, " queries"]:
-    return np.einsum("qm,qm->q", x, x)
+    return np.vecdot(x, x)
 
 
 def _lead(

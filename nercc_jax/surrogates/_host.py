@@ -27,8 +27,11 @@ from ._kernels import Shape
 from ._learner import Learner
 from ._projection import Projection
 
-# A function of queries that returns the means of their answers as vectors, and the deviations.
-HostPredictions: TypeAlias = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+# A function of queries that returns the means of their answers as vectors, and the deviations. They
+# may have more rows than queries, and be JAX's arrays, which are still being computed.
+HostPredictions: TypeAlias = Callable[
+    [np.ndarray], tuple[np.ndarray | Array, np.ndarray | Array]
+]
 
 _OUTPUTS = 256  # at most: the weights have to be solved for at every update
 
@@ -70,9 +73,10 @@ class LearnerOnHost:
         z -= self.origin
         half = z @ self.pairs
         half -= self.squares
-        half -= 0.5 * np.einsum("qf,qf->q", z, z)[:, None]
-        nearest = _covariances(self.shape, half.max(axis=1))
-        mean = _covariances(self.shape, half) @ self.weights
+        half -= 0.5 * np.vecdot(z, z)[:, None]
+        covariances = _covariances(self.shape, half)
+        nearest = covariances.max(axis=1)
+        mean = covariances @ self.weights
         mean += z @ self.line
         mean += self.centre
         noise = 1 + self.noise
@@ -91,7 +95,7 @@ def predictions_on_host(surrogate: AbstractSurrogate) -> HostPredictions:
             return learner_on_host(surrogate).predict
     if isinstance(surrogate, AbstractLearner):
         # It changes: one program serves all.
-        return lambda x: _padded(lambda padded: _predicted(surrogate, padded), x)
+        return lambda x: _predicted(surrogate, _padded(x))
     arrays, rest = eqx.partition(surrogate, eqx.is_array)
     leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, arrays))
 
@@ -100,15 +104,12 @@ def predictions_on_host(surrogate: AbstractSurrogate) -> HostPredictions:
         whole = eqx.combine(jax.tree.unflatten(structure, leaves), rest)
         return join(whole.outputs(x), 1)[0]
 
-    return lambda x: _padded(lambda padded: (outputs(leaves, padded), np.ones(len(padded))), x)
+    return lambda x: (outputs(leaves, _padded(x)), np.ones(len(x), np.float32))
 
 
-def _padded(
-    predict: Callable[[np.ndarray], tuple[PyTree, ...]], x: Shaped[np.ndarray, "queries ..."]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Predict as many queries as the next power of two, by repeating some."""
-    mean, deviation = predict(repeat_rows(x, 1 << (len(x) - 1).bit_length()))
-    return np.asarray(mean)[: len(x)], np.asarray(deviation, np.float32)[: len(x)]
+def _padded(x: Shaped[np.ndarray, "queries ..."]) -> Shaped[np.ndarray, "padded ..."]:
+    """Return as many queries as the next power of two, by repeating some."""
+    return repeat_rows(x, 1 << (len(x) - 1).bit_length())
 
 
 def repeat_rows(x: Shaped[np.ndarray, "few ..."], number: int) -> Shaped[np.ndarray, "number ..."]:

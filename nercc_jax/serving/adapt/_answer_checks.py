@@ -11,16 +11,16 @@ import collections
 import dataclasses
 import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float
 
 from ...pools import PoolReport
 from ...risk import WorkerMonitor
 from .._policy import Observe
-from ..core._adaptation import AbstractAnswerChecks, Verdict
+from ..core._adaptation import AbstractAnswerChecks, Expectation, Verdict
 from ._predictor import Predictor
 
 _LOG = logging.getLogger(__name__)
@@ -85,18 +85,20 @@ class AnswerChecks(AbstractAnswerChecks):
     def fenced(self) -> frozenset[int]:
         return self._fenced
 
+    def expect(self, x: Sequence[np.ndarray]) -> list[Expectation]:
+        return self._predictor.expect(x)
+
     def screen(
         self,
         worker: int,
-        x: Shaped[np.ndarray, "queries ..."],
+        expected: Sequence[Expectation | None],
         values: Float[np.ndarray, "queries ..."],
     ) -> Bool[np.ndarray, " queries"]:
-        if worker in self._fenced:  # sent before it was
-            return np.ones(len(x), bool)
-        if self._records[worker].probation:
-            return np.ones(len(x), bool)
-        held = self._predictor.suspicious(x, values)
-        self._monitor.add(worker, right=int(len(x) - held.sum()))
+        # What a fenced worker answers was sent before it was.
+        if worker in self._fenced or self._records[worker].probation:
+            return np.ones(len(values), bool)
+        held = _suspicious(expected, values.reshape(len(values), -1))
+        self._monitor.add(worker, right=len(values) - np.count_nonzero(held))
         return held
 
     def compare(
@@ -204,3 +206,17 @@ class AnswerChecks(AbstractAnswerChecks):
             self._fenced -= {worker}
             self._observe("worker_released", 1)
             _LOG.info("a worker is fenced no more", extra={"worker": worker, "why": why})
+
+
+def _suspicious(
+    expected: Sequence[Expectation | None], own: Float[np.ndarray, "queries m"]
+) -> Bool[np.ndarray, " queries"]:
+    """Return which answers look wrong; those of which nothing was expected do not."""
+    first = expected[0]
+    if first is not None and all(each and each.answers is first.answers for each in expected):
+        return first.answers.suspicious([each.row for each in expected if each], own)
+    found = np.zeros(len(own), bool)
+    for place, each in enumerate(expected):  # they were sent at different times
+        if each is not None:
+            found[place] = each.answers.suspicious([each.row], own[place : place + 1])[0]
+    return found

@@ -13,7 +13,7 @@ changed, and everything that was calibrated is discarded.
 import collections
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -82,13 +82,10 @@ class CalibratedSurrogate:
     check: AnswerCheck | None = None
     expected: HostPredictions | None = None
 
-    def suspicious(
-        self, x: Shaped[np.ndarray, "queries ..."], own: Float[np.ndarray, "queries m"]
-    ) -> Bool[np.ndarray, " queries"]:
-        """Return which of the model's own answers look wrong."""
-        if self.check is None or self.expected is None:
-            return np.zeros(len(own), bool)
-        return self.check.suspicious(*self.expected(x), own)
+    def expect(self, x: Shaped[np.ndarray, "queries ..."]) -> "ExpectedAnswers":
+        """Return what the check expects of the model's own answers to some queries."""
+        assert self.check is not None and self.expected is not None
+        return ExpectedAnswers(self.check, *self.expected(x))
 
     def predict(self, x: Shaped[np.ndarray, "queries ..."]) -> Predictions:
         """Return the answers to some queries; compiled for each number of them."""
@@ -104,6 +101,32 @@ class CalibratedSurrogate:
         """Return which answers may be given out."""
         within = bound <= self.tolerance
         return within if self.error_probability is None else within & (probability <= self.limit)
+
+
+class ExpectedAnswers:
+    """The answers that a check expects to some queries."""
+
+    def __init__(
+        self, check: AnswerCheck, mean: np.ndarray | Array, deviation: np.ndarray | Array
+    ):
+        """Keep predictions as `HostPredictions` returns them, without waiting for JAX's arrays."""
+        self._check, self._found = check, (mean, deviation)
+        self._clear: np.ndarray | None = None
+
+    def suspicious(
+        self, rows: Sequence[int], own: Float[np.ndarray, "some m"]
+    ) -> Bool[np.ndarray, " some"]:
+        """Return which of the model's own answers to some of the queries look wrong."""
+        if self._clear is None:
+            mean, deviation = self._found = tuple(map(np.asarray, self._found))
+            self._clear = self._check.clear_squares(deviation, own.shape[1])
+        mean, deviation = self._found
+        with np.errstate(all="ignore"):
+            residual = own - mean[rows]
+            cleared = np.vecdot(residual, residual) <= self._clear[rows]
+        if cleared.all():  # most often
+            return ~cleared
+        return self._check.suspicious(mean[rows], deviation[rows], own)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,7 +278,8 @@ class OnlineCalibration:
         features, deviation, error, wrong, probability = map(np.asarray, found)
         mean, spread, checked = own[:0], own[:0, 0], own[:0]
         if self._expected is not None:
-            (mean, spread), checked = self._expected(x), own
+            mean, spread = (np.asarray(each)[: len(x)] for each in self._expected(x))
+            checked = own
         batch = ValidationBatch(
             features, deviation, error, wrong, probability, mean, spread, checked
         )

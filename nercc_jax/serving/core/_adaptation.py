@@ -6,8 +6,8 @@ immutable, and was computed by other threads.
 
 import abc
 import dataclasses
-from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
@@ -76,6 +76,18 @@ class Verdict(NamedTuple):
     agreed: bool
 
 
+class Expectation(NamedTuple):
+    """What to expect of the model's own answer to a query.
+
+    Attributes:
+        answers: Predictions of several queries' answers, for whoever checks them.
+        row: The query's row among them.
+    """
+
+    answers: Any
+    row: int
+
+
 class AbstractAnswerChecks(abc.ABC):
     """Checks of the model's own answers: suspicious answers, wrong ones, and fenced workers."""
 
@@ -85,13 +97,23 @@ class AbstractAnswerChecks(abc.ABC):
         """The workers that get no traffic; a new object whenever they change."""
 
     @abc.abstractmethod
+    def expect(self, x: Sequence[np.ndarray]) -> list[Expectation]:
+        """Return what to expect of the answers to some queries; empty where nothing is known."""
+
+    @abc.abstractmethod
     def screen(
         self,
         worker: int,
-        x: Shaped[np.ndarray, "queries ..."],
+        expected: Sequence[Expectation | None],
         values: Float[np.ndarray, "queries ..."],
     ) -> Bool[np.ndarray, " queries"]:
-        """Return which answers of a worker to hold back until another worker has answered, too."""
+        """Return which answers of a worker to hold back until another worker has answered, too.
+
+        Args:
+            worker: the worker.
+            expected: what was expected of each answer; None where nothing was known.
+            values: the answers.
+        """
 
     @abc.abstractmethod
     def compare(
