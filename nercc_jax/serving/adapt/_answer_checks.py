@@ -98,7 +98,7 @@ class AnswerChecks(AbstractAnswerChecks):
         if worker in self._fenced or self._records[worker].probation:
             return np.ones(len(values), bool)
         held = _suspicious(expected, values.reshape(len(values), -1))
-        self._monitor.add(worker, right=len(values) - np.count_nonzero(held))
+        self._monitor.add(worker, right=len(values) - int(np.count_nonzero(held)))
         return held
 
     def compare(

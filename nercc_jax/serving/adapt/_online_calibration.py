@@ -39,7 +39,7 @@ from ...surrogates import (
     principal_components,
     tune_learner,
 )
-from ...surrogates._host import HostPredictions, predictions_on_host
+from ...surrogates._host import HostPredictions, Pending, predictions_on_host
 from ..core._adaptation import Predictions
 from ..core._request import Answer
 
@@ -84,8 +84,9 @@ class CalibratedSurrogate:
 
     def expect(self, x: Shaped[np.ndarray, "queries ..."]) -> "ExpectedAnswers":
         """Return what the check expects of the model's own answers to some queries."""
-        assert self.check is not None and self.expected is not None
-        return ExpectedAnswers(self.check, *self.expected(x))
+        assert self.check is not None
+        assert self.expected is not None
+        return ExpectedAnswers(self.check, self.expected(x))
 
     def predict(self, x: Shaped[np.ndarray, "queries ..."]) -> Predictions:
         """Return the answers to some queries; compiled for each number of them."""
@@ -106,24 +107,22 @@ class CalibratedSurrogate:
 class ExpectedAnswers:
     """The answers that a check expects to some queries."""
 
-    def __init__(
-        self, check: AnswerCheck, mean: np.ndarray | Array, deviation: np.ndarray | Array
-    ):
-        """Keep predictions as `HostPredictions` returns them, without waiting for JAX's arrays."""
-        self._check, self._found = check, (mean, deviation)
-        self._clear: np.ndarray | None = None
+    def __init__(self, check: AnswerCheck, predictions: Pending):
+        """Keep predictions without waiting for them."""
+        self._check, self._predictions = check, predictions
+        self._found: tuple[np.ndarray, ...] | None = None
 
     def suspicious(
         self, rows: Sequence[int], own: Float[np.ndarray, "some m"]
     ) -> Bool[np.ndarray, " some"]:
         """Return which of the model's own answers to some of the queries look wrong."""
-        if self._clear is None:
-            mean, deviation = self._found = tuple(map(np.asarray, self._found))
-            self._clear = self._check.clear_squares(deviation, own.shape[1])
-        mean, deviation = self._found
+        if self._found is None:
+            mean, deviation = self._predictions()
+            self._found = mean, deviation, self._check.clear_squares(deviation, own.shape[1])
+        mean, deviation, squares = self._found
         with np.errstate(all="ignore"):
             residual = own - mean[rows]
-            cleared = np.vecdot(residual, residual) <= self._clear[rows]
+            cleared = np.vecdot(residual, residual) <= squares[rows]
         if cleared.all():  # most often
             return ~cleared
         return self._check.suspicious(mean[rows], deviation[rows], own)
@@ -278,8 +277,7 @@ class OnlineCalibration:
         features, deviation, error, wrong, probability = map(np.asarray, found)
         mean, spread, checked = own[:0], own[:0, 0], own[:0]
         if self._expected is not None:
-            mean, spread = (np.asarray(each)[: len(x)] for each in self._expected(x))
-            checked = own
+            (mean, spread), checked = self._expected(x)(), own
         batch = ValidationBatch(
             features, deviation, error, wrong, probability, mean, spread, checked
         )

@@ -74,7 +74,7 @@ class AnswerScreen:
         return min(self._due[0][0] if self._due else math.inf, self._look_at)
 
     def expect(self, queries: Sequence[Query]) -> None:
-        """Predict the answers to queries that were sent, all at once, while workers compute them."""
+        """Start to predict the answers to queries that were sent, all at once."""
         new = [each for each in queries if each.expected is None and not each.candidates]
         if new := [(query, query.x) for query in new if query.x is not None]:
             found = self._checks.expect([x for _, x in new])
