@@ -32,7 +32,7 @@ def checksum(arrays: Iterable[np.ndarray]) -> int:
     return found
 
 
-def check_code(wanted: Mapping[str, str]) -> None:
+def check_versions(wanted: Mapping[str, str]) -> None:
     """Check that modules are of the same version here.
 
     Args:

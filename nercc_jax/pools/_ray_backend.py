@@ -29,7 +29,7 @@ from jaxtyping import PyTree
 from ..inference._conditions import UNKNOWN
 from ._backend import OnOutcome, WorkerBackend, WorkerDied
 from ._batch import arrays_of
-from ._code_versions import check_code, checksum, code_versions
+from ._code_versions import check_versions, checksum, code_versions
 from ._ray_cluster import last_line, ray_module
 from ._ray_nodes import (
     by_node,
@@ -76,7 +76,7 @@ class EncodedInputs:
         if checksum(self.arrays) != self.checksum:
             raise RuntimeError("a worker has received other weights than were sent")
         value = pickle.loads(self.pickled, buffers=self.arrays)
-        check_code(self.code)
+        check_versions(self.code)
         return value
 
 
