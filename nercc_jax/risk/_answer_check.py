@@ -2,11 +2,11 @@
 
 A logistic regression weighs how far the answer is from the prediction, how far the prediction
 prefers another label, by how much the answer's label leads, how far the answer is from other right
-ones whatever its query was, whether it differs from the mean answer in the prediction's direction,
-and the products of any two of these. Before, predictions are corrected by a linear regression of
-right answers on them. The logistic one learns from right answers and from wrong ones that are made
-of these: the answers of other queries, and right ones with noise. Of either, those with another
-label count, where labels matter.
+ones whatever its query was, and the products of any two of these. For labels, it also weighs the
+angle between answer and prediction as seen from the mean answer. Before, predictions are corrected
+by a linear regression of right answers on them. The logistic one learns from right answers and from
+wrong ones that are made of these: the answers of other queries, and right ones with noise. Of
+either, those with another label count, where labels matter.
 
 An answer nearer to its prediction than nearly all wrong ones are, in units of the deviation, is not
 looked at more closely: most right answers are.
@@ -92,22 +92,22 @@ class AnswerCheck:
         deviation = np.maximum(deviation, _LEAST)
         mean = _mapped(mean, self.slope) + self.offset
         ratios = (answers - mean) / deviation[:, None]
-        found = np.ones((len(answers), 9 if self.labels else 6), np.float32)
+        found = np.ones((len(answers), 9 if self.labels else 5), np.float32)
         found[:, 1] = _square(ratios)
         found[:, 2] = _square(_mapped(ratios, self.residual))
-        own, expected = (_mapped(each - self.centre, self.typical) for each in (answers, mean))
+        own = _mapped(answers - self.centre, self.typical)
         found[:, 3] = np.maximum(self._distance(own), self.near)
         found[:, 4] = deviation**2 * answers.shape[1]
         found[:, 1:5] = 0.5 * np.log(found[:, 1:5] / answers.shape[1] + _LEAST)
-        lengths = np.sqrt(_square(own) * _square(expected))
-        found[:, 5] = np.vecdot(own, expected) / (lengths + _LEAST)
         if self.labels:
             both = np.empty((2, *answers.shape), np.float32)
             both[0], both[1] = mean, answers
             lead = _lead(both, answers.argmax(axis=1))
             preference, margin = np.arcsinh(lead / deviation)
-            found[:, 6], found[:, 7] = np.minimum(preference, 0), np.maximum(preference, 0)
-            found[:, 8] = margin
+            found[:, 5], found[:, 6] = np.minimum(preference, 0), np.maximum(preference, 0)
+            expected = _mapped(mean - self.centre, self.typical)
+            lengths = np.sqrt(_square(own) * _square(expected))
+            found[:, 7], found[:, 8] = margin, np.vecdot(own, expected) / (lengths + _LEAST)
         return found
 
     def _distance(self, mapped: Float[np.ndarray, "queries m"]) -> Float[np.ndarray, " queries"]:
