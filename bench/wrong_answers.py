@@ -18,7 +18,7 @@ Writes results/wrong_answers.json (--quick: wrong_answers-quick.json).
 import argparse
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,12 @@ from nercc_jax.pools import Fault
 from nercc_jax.pools._wrong_answers import WeightChange, WrongAnswers
 from nercc_jax.risk._answer_check import AnswerCheck, fit_answer_check
 from nercc_jax.risk._target import AccuracyTarget
-from nercc_jax.serving.adapt._online_calibration import BATCH, OnlineCalibration
-from nercc_jax.serving.core._answer_checks import AnswerChecks
+from nercc_jax.serving.adapt._online_calibration import (
+    BATCH,
+    CalibratedSurrogate,
+    OnlineCalibration,
+)
+from nercc_jax.serving.core._answer_checks import AnswerChecks, Expectation
 from nercc_jax.surrogates import Surrogate
 from nercc_models import load_data, load_model, load_student
 
@@ -121,8 +125,12 @@ def online(work: Work, surrogate: Any, x: np.ndarray, right: np.ndarray) -> dict
     checks = {}
     for rate in RATES:
         calibration._check_rate = rate
-        checks[rate] = calibration._calibrate().suspicious
+        checks[rate] = _suspicious(calibration._calibrate())
     return checks
+
+
+def _suspicious(calibrated: CalibratedSurrogate) -> Any:
+    return lambda x, own: calibrated.expect(x).suspicious(range(len(x)), own)
 
 
 def output_only(work: Work, rate: float, right: np.ndarray) -> Any:
@@ -181,6 +189,17 @@ def counted(work: Work, wrong: np.ndarray, right: np.ndarray, flags: np.ndarray)
     }
 
 
+class _Flags:
+    """Stands in for what is expected: rows are places, whose flags are known."""
+
+    def __init__(self, flags: np.ndarray):
+        self.flags = flags
+
+    def suspicious(self, rows: Sequence[int], own: np.ndarray) -> np.ndarray:
+        """Return the flags of places."""
+        return self.flags[rows]
+
+
 def workers(
     work: Work,
     right: np.ndarray,
@@ -209,9 +228,8 @@ def fenced_after(
     right: np.ndarray, given: np.ndarray, seen: np.ndarray, random: np.random.Generator
 ) -> int | None:
     """Return how many answers a worker gives until it is fenced; None if it never is."""
-    checks: Any = AnswerChecks(
-        WORKERS, lambda places, own: seen[places], 0.5, None, lambda what, number: None
-    )
+    checks = AnswerChecks(WORKERS, lambda x: [], 0.5, None, lambda what, number: None)
+    expected = _Flags(seen)
     for worker in range(WORKERS):
         checks._records[worker].probation = 0
         checks._monitor.add(worker, right=1000)
@@ -219,7 +237,7 @@ def fenced_after(
     for number, place in enumerate(places.tolist(), 1):
         if not np.isfinite(given[place]).all():
             continue  # a pool refuses it
-        (held,) = checks.screen(0, np.array([place]), given[place : place + 1])
+        (held,) = checks.screen(0, [Expectation(expected, place)], given[place : place + 1])
         if not held:
             continue
         candidates = {0: given[place]}

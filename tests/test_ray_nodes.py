@@ -1,6 +1,7 @@
 """Which node a worker is given, when it moves, whether the head is there: without a Ray."""
 
 import contextlib
+import dataclasses
 import math
 import pickle
 import socket
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 from conftest import require
 
+from nercc_jax import RayPool
 from nercc_jax.pools._ray_backend import ActorBackend, EncodedInputs, NodePlacement, pack
 from nercc_jax.pools._ray_cluster import HeadProbe
 from nercc_jax.pools._ray_nodes import (
@@ -291,6 +293,44 @@ def test_own_classes_are_pytrees_at_workers_too(tmp_path):
     for answer, model in zip(answers, models, strict=True):
         np.testing.assert_allclose(answer, model(x), rtol=1e-6)
     assert leaves == [len(jax.tree.leaves(each)) for each in models]
+
+
+VERSION = """
+def model(x):
+    return {factor} * x
+"""
+
+
+def version(folder, factor, monkeypatch):
+    """A folder with a module of this version, which is imported from there."""
+    folder.mkdir()
+    (folder / "nercc_version.py").write_text(VERSION.format(factor=factor))
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, "nercc_version", raising=False)
+    return __import__("nercc_version")
+
+
+def test_other_code_and_other_weights_are_refused(tmp_path, monkeypatch):
+    require("ray", "ray")
+    own = version(tmp_path / "own", 2, monkeypatch)
+    packed = pack((own.model, np.arange(3.0)))
+    assert packed.unpack()[0](1) == 2
+    version(tmp_path / "other", 3, monkeypatch)
+    with pytest.raises(RuntimeError, match=r"other code than the pool: nercc_version\. Install"):
+        packed.unpack()
+    other = dataclasses.replace(packed, code={}, arrays=[each + 1 for each in packed.arrays])
+    with pytest.raises(RuntimeError, match="other weights than were sent"):
+        other.unpack()
+
+
+@pytest.mark.slow
+def test_a_worker_with_other_code_does_not_start(tmp_path, monkeypatch):
+    require("ray", "ray")
+    version(tmp_path / "there", 3, monkeypatch)
+    own = version(tmp_path / "here", 2, monkeypatch)
+    there = {"env_vars": {"PYTHONPATH": str(tmp_path / "there")}}
+    with pytest.raises(RuntimeError, match="other code than the pool: nercc_version"):
+        RayPool(own.model, 1, address="local", actor_options={"runtime_env": there})
 
 
 def test_what_cannot_be_sent_is_reported():

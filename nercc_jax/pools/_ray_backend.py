@@ -15,6 +15,7 @@ import pickle
 import signal
 import threading
 import time
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -28,6 +29,7 @@ from jaxtyping import PyTree
 from ..inference._conditions import UNKNOWN
 from ._backend import OnOutcome, WorkerBackend, WorkerDied
 from ._batch import arrays_of
+from ._code_versions import check_versions, checksum, code_versions
 from ._ray_cluster import last_line, ray_module
 from ._ray_nodes import (
     by_node,
@@ -51,14 +53,31 @@ _FEWEST_STARTS = 4  # starts under way at once, at least; otherwise as many as t
 
 @dataclasses.dataclass(frozen=True)
 class EncodedInputs:
-    """A pickled value, with its arrays' bytes apart, which Ray does not copy."""
+    """A pickled value, with its arrays' bytes apart, which Ray does not copy.
+
+    Attributes:
+        pickled: The value without them.
+        arrays: The arrays' bytes.
+        checksum: Of these.
+        code: The checksums of the modules that it is imported from.
+    """
 
     pickled: bytes
     arrays: list[np.ndarray]
+    checksum: int = 0
+    code: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def unpack(self) -> Any:
-        """Return the value; JAX's arrays are on the default device, at this thread's precision."""
-        return pickle.loads(self.pickled, buffers=self.arrays)
+        """Return the value; JAX's arrays are on the default device, at this thread's precision.
+
+        Raises:
+            RuntimeError: If its arrays or its code are not those that were packed.
+        """
+        if checksum(self.arrays) != self.checksum:
+            raise RuntimeError("a worker has received other weights than were sent")
+        value = pickle.loads(self.pickled, buffers=self.arrays)
+        check_versions(self.code)
+        return value
 
 
 def pack(value: Any) -> EncodedInputs:
@@ -69,12 +88,16 @@ def pack(value: Any) -> EncodedInputs:
     """
     from ray.cloudpickle import cloudpickle  # Ray's own, which knows its actors and references
 
+    modules: set[str] = set()
+
     class Pickler(cloudpickle.Pickler):
         def reducer_override(self, obj: Any) -> Any:
             if isinstance(obj, jax.Array) and _plain(obj):
                 host = np.ascontiguousarray(obj)
                 return _array, (host.reshape(-1).view(np.uint8), host.dtype, host.shape)
             reduced: Any = super().reducer_override(obj)
+            if reduced is NotImplemented and isinstance(obj, type | types.FunctionType):
+                modules.add(str(obj.__module__))  # it is imported there
             if isinstance(obj, type) and issubclass(obj, eqx.Module) and isinstance(reduced, tuple):
                 # The arguments of a class without content, of which the fourth is its namespace.
                 reduced[1][3].update(_fields(obj))
@@ -86,7 +109,8 @@ def pack(value: Any) -> EncodedInputs:
         Pickler(file, protocol=5, buffer_callback=buffers.append).dump(value)
     except (TypeError, pickle.PicklingError) as error:
         raise ValueError(f"what workers run is sent to them by pickle: {error}") from error
-    return EncodedInputs(file.getvalue(), [np.frombuffer(each.raw(), np.uint8) for each in buffers])
+    arrays = [np.frombuffer(each.raw(), np.uint8) for each in buffers]
+    return EncodedInputs(file.getvalue(), arrays, checksum(arrays), code_versions(modules))
 
 
 def _plain(array: jax.Array) -> bool:

@@ -2,7 +2,8 @@
 
 A logistic regression weighs how far the answer is from the prediction, how far the prediction
 prefers another label, by how much the answer's label leads, how far the answer is from other right
-ones whatever its query was, and the products of any two of these. Before, predictions are corrected
+ones whatever its query was, and the products of any two of these. For labels, it also weighs the
+angle between answer and prediction as seen from the mean answer. Before, predictions are corrected
 by a linear regression of right answers on them. The logistic one learns from right answers and from
 wrong ones that are made of these: the answers of other queries, and right ones with noise. Of
 either, those with another label count, where labels matter.
@@ -33,7 +34,8 @@ _CLEAR = 0.002  # of wrong answers, the share that is cleared by their small res
 _RIDGE = 0.01  # of the correction, in rows, for each output
 _NEAR = 0.05  # the share of right answers that are nearer to a reference than is told apart
 # Of each kind of wrong answers, how many times they are drawn, and of how many right ones; and the
-# sizes of the noise, in units of the answers' standard deviation.
+# sizes of the noise, in units of the answers' standard deviation. With `_RIDGE` and the features
+# these were confirmed on 5,000 of RepVGG's training images.
 _DRAWS, _ROWS = 3, 1024
 _NOISE = (0.3, 0.6, 1.0)
 _ALONG, _ACROSS = 0.7, 0.3  # of the noise, as outputs vary together, and each by itself
@@ -47,7 +49,8 @@ class AnswerCheck:
         slope: The slope of right answers by predictions.
         offset: The constant of the same regression.
         residual: Maps residuals over deviations to uncorrelated ones.
-        typical: Maps answers to uncorrelated ones.
+        centre: The mean of right answers.
+        typical: Maps differences from it to uncorrelated ones.
         references: Right answers, mapped so.
         squares: The squares of their lengths.
         near: The square of the distance to these below which no answer is more typical: it may be
@@ -62,6 +65,7 @@ class AnswerCheck:
     slope: Float[np.ndarray, "m m"] | Float[np.ndarray, " m"]
     offset: Float[np.ndarray, " m"]
     residual: Float[np.ndarray, "m m"] | Float[np.ndarray, " m"]
+    centre: Float[np.ndarray, " m"]
     typical: Float[np.ndarray, "m m"] | Float[np.ndarray, " m"]
     references: Float[np.ndarray, "m references"]
     squares: Float[np.ndarray, " references"]
@@ -88,10 +92,11 @@ class AnswerCheck:
         deviation = np.maximum(deviation, _LEAST)
         mean = _mapped(mean, self.slope) + self.offset
         ratios = (answers - mean) / deviation[:, None]
-        found = np.ones((len(answers), 8 if self.labels else 5), np.float32)
+        found = np.ones((len(answers), 9 if self.labels else 5), np.float32)
         found[:, 1] = _square(ratios)
         found[:, 2] = _square(_mapped(ratios, self.residual))
-        found[:, 3] = np.maximum(self._distance(answers), self.near)
+        own = _mapped(answers - self.centre, self.typical)
+        found[:, 3] = np.maximum(self._distance(own), self.near)
         found[:, 4] = deviation**2 * answers.shape[1]
         found[:, 1:5] = 0.5 * np.log(found[:, 1:5] / answers.shape[1] + _LEAST)
         if self.labels:
@@ -100,12 +105,13 @@ class AnswerCheck:
             lead = _lead(both, answers.argmax(axis=1))
             preference, margin = np.arcsinh(lead / deviation)
             found[:, 5], found[:, 6] = np.minimum(preference, 0), np.maximum(preference, 0)
-            found[:, 7] = margin
+            expected = _mapped(mean - self.centre, self.typical)
+            lengths = np.sqrt(_square(own) * _square(expected))
+            found[:, 7], found[:, 8] = margin, np.vecdot(own, expected) / (lengths + _LEAST)
         return found
 
-    def _distance(self, answers: Float[np.ndarray, "queries m"]) -> Float[np.ndarray, " queries"]:
-        """Return the square of the distance to the nearest reference."""
-        mapped = _mapped(answers, self.typical)
+    def _distance(self, mapped: Float[np.ndarray, "queries m"]) -> Float[np.ndarray, " queries"]:
+        """Return the squares of the distances of mapped answers to the nearest reference."""
         nearest = (self.squares - 2 * mapped @ self.references).min(axis=1)
         return np.maximum(nearest + _square(mapped), 0)
 
@@ -129,7 +135,13 @@ class AnswerCheck:
         answers: Float[np.ndarray, "queries m"],
     ) -> Bool[np.ndarray, " queries"]:
         """Return which answers are so near that they do not look wrong, whatever their scores."""
-        return _ratio(mean, deviation, answers) <= self.clear
+        return _square(answers - mean) <= self.clear_squares(deviation, answers.shape[1])
+
+    def clear_squares(
+        self, deviation: Float[np.ndarray, " queries"], outputs: int
+    ) -> Float[np.ndarray, " queries"]:
+        """Return the squares of the distances of answers to predictions up to which none does."""
+        return self.clear * outputs * np.maximum(deviation, _LEAST) ** 2
 
     def suspicious(
         self,
@@ -185,18 +197,19 @@ def _regressed(
     random: np.random.Generator,
 ) -> AnswerCheck:
     """Return a check without a limit."""
-    typical = _whitening(answers)
+    centre, typical = answers.mean(axis=0), _whitening(answers)
     slope, offset = _correction(mean, deviation, answers)
     expected = _mapped(mean, slope) + offset
     residual = _whitening((answers - expected) / np.maximum(deviation, _LEAST)[:, None])
     number = min(_REFERENCES, len(answers) // 2)
-    references = _mapped(answers[:number], typical)
+    mapped = _mapped(answers - centre, typical)
+    references = mapped[:number]
     squares = (references**2).sum(axis=1)
     references = np.ascontiguousarray(references.T)
-    check = AnswerCheck(slope, offset, residual, typical, references, squares, labels)
+    check = AnswerCheck(slope, offset, residual, centre, typical, references, squares, labels)
     # A reference is at no distance from itself.
     others = mean[number:], deviation[number:], answers[number:]
-    near = float(np.quantile(check._distance(others[2]), _NEAR))
+    near = float(np.quantile(check._distance(mapped[number:]), _NEAR))
     check = dataclasses.replace(check, near=near)
     right = check.features(*others)
     made = _wrong(*others, labels, random)
@@ -287,7 +300,7 @@ def _ratio(
 
 
 def _square(x: Float[np.ndarray, "queries m"]) -> Float[np.ndarray, " queries"]:
-    return np.einsum("qm,qm->q", x, x)
+    return np.vecdot(x, x)
 
 
 def _lead(

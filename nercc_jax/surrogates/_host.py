@@ -11,6 +11,7 @@ pairs. Whoever calibrates by it loses little: deviations are compared with each 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -18,7 +19,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree, Shaped
+from jaxtyping import Array, Float, Shaped
 
 from ..codes._products import multiply
 from ..codes._trees import join
@@ -27,8 +28,11 @@ from ._kernels import Shape
 from ._learner import Learner
 from ._projection import Projection
 
-# A function of queries that returns the means of their answers as vectors, and the deviations.
-HostPredictions: TypeAlias = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+# A function that returns the means of answers as vectors, and their deviations; and one that starts
+# to predict the answers to queries. JAX computes meanwhile; NumPy begins when it is asked, because
+# it would compete with the thread that sends the queries to the model.
+Pending: TypeAlias = Callable[[], tuple[np.ndarray, np.ndarray]]
+HostPredictions: TypeAlias = Callable[[np.ndarray], Pending]
 
 _OUTPUTS = 256  # at most: the weights have to be solved for at every update
 
@@ -37,26 +41,28 @@ _OUTPUTS = 256  # at most: the weights have to be solved for at every update
 class LearnerOnHost:
     """A learner that predicts with NumPy, as it was when it was copied.
 
+    Every NumPy call on the window gives way to other threads, so they are few: z is the query's
+    scaled features, 1 and minus half of the square of their length, and one product with `pairs`
+    is minus half of the squares of the distances.
+
     Attributes:
-        directions: Maps inputs to scaled features; a factor of each without a projection.
+        directions: Maps inputs to z, before `origin` is subtracted; without a projection a factor
+            of each input.
         origin: What is subtracted then.
-        pairs: The scaled features of the window's pairs, by columns.
-        squares: Half of the squares of their lengths.
+        pairs: The scaled features of the window's pairs, minus half of the squares of their
+            lengths, and 1, by columns.
         weights: The weights of their covariances in the means, without the straight line.
-        line: The weights of scaled features in the means.
-        centre: The mean of the answers.
+        line: The weights of z in the means.
         noise: The variance of the noise.
         unit: The process's standard deviation in units of the outputs.
         shape: The kernel's shape.
     """
 
-    directions: Float[np.ndarray, "floats features"] | Float[np.ndarray, " features"]
-    origin: Float[np.ndarray, " features"]
-    pairs: Float[np.ndarray, "features pairs"]
-    squares: Float[np.ndarray, " pairs"]
+    directions: Float[np.ndarray, "floats z"] | Float[np.ndarray, " floats"]
+    origin: Float[np.ndarray, " z"]
+    pairs: Float[np.ndarray, "z pairs"]
     weights: Float[np.ndarray, "pairs m"]
-    line: Float[np.ndarray, "features m"]
-    centre: Float[np.ndarray, " m"]
+    line: Float[np.ndarray, "z m"]
     noise: Float[np.ndarray, ""]
     unit: Float[np.ndarray, ""]
     shape: Shape
@@ -65,16 +71,18 @@ class LearnerOnHost:
         self, x: Shaped[np.ndarray, "queries ..."]
     ) -> tuple[Float[np.ndarray, "queries m"], Float[np.ndarray, " queries"]]:
         """Return the means of answers, and their deviations given the nearest pair."""
-        z = np.asarray(x.reshape(len(x), -1), np.float32)
-        z = z @ self.directions if self.directions.ndim == 2 else z * self.directions
+        x = np.asarray(x.reshape(len(x), -1), np.float32)
+        if self.directions.ndim == 2:
+            z = x @ self.directions
+        else:
+            z = np.zeros((len(x), len(self.origin)), np.float32)
+            np.multiply(x, self.directions, out=z[:, :-2])
         z -= self.origin
-        half = z @ self.pairs
-        half -= self.squares
-        half -= 0.5 * np.einsum("qf,qf->q", z, z)[:, None]
-        nearest = _covariances(self.shape, half.max(axis=1))
-        mean = _covariances(self.shape, half) @ self.weights
+        z[:, -1] = -0.5 * np.vecdot(z, z)
+        covariances = _covariances(self.shape, z @ self.pairs)
+        nearest = np.minimum(covariances.max(axis=1), 1)
+        mean = covariances @ self.weights
         mean += z @ self.line
-        mean += self.centre
         noise = 1 + self.noise
         return mean, self.unit * np.sqrt(noise - nearest * nearest / noise)
 
@@ -88,10 +96,10 @@ def predictions_on_host(surrogate: AbstractSurrogate) -> HostPredictions:
     if isinstance(surrogate, Learner) and surrogate.prior is None:
         fits = surrogate.form.size <= _OUTPUTS
         if fits and isinstance(surrogate.features, Projection | None):
-            return learner_on_host(surrogate).predict
+            return functools.partial(functools.partial, learner_on_host(surrogate).predict)
     if isinstance(surrogate, AbstractLearner):
         # It changes: one program serves all.
-        return lambda x: _padded(lambda padded: _predicted(surrogate, padded), x)
+        return lambda x: _first(len(x), _predicted(surrogate, _padded(x)))
     arrays, rest = eqx.partition(surrogate, eqx.is_array)
     leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, arrays))
 
@@ -100,15 +108,22 @@ def predictions_on_host(surrogate: AbstractSurrogate) -> HostPredictions:
         whole = eqx.combine(jax.tree.unflatten(structure, leaves), rest)
         return join(whole.outputs(x), 1)[0]
 
-    return lambda x: _padded(lambda padded: (outputs(leaves, padded), np.ones(len(padded))), x)
+    return lambda x: _first(len(x), (outputs(leaves, _padded(x)), np.ones(len(x), np.float32)))
 
 
-def _padded(
-    predict: Callable[[np.ndarray], tuple[PyTree, ...]], x: Shaped[np.ndarray, "queries ..."]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Predict as many queries as the next power of two, by repeating some."""
-    mean, deviation = predict(repeat_rows(x, 1 << (len(x) - 1).bit_length()))
-    return np.asarray(mean)[: len(x)], np.asarray(deviation, np.float32)[: len(x)]
+def _padded(x: Shaped[np.ndarray, "queries ..."]) -> Shaped[np.ndarray, "padded ..."]:
+    """Return as many queries as the next power of two, by repeating some."""
+    return repeat_rows(x, 1 << (len(x) - 1).bit_length())
+
+
+def _first(number: int, found: tuple[Array | np.ndarray, ...]) -> Pending:
+    """Return the first rows of arrays, once they are computed."""
+
+    def wait() -> tuple[np.ndarray, np.ndarray]:
+        mean, deviation = map(np.asarray, found)
+        return mean[:number], deviation[:number]
+
+    return wait
 
 
 def repeat_rows(x: Shaped[np.ndarray, "few ..."], number: int) -> Shaped[np.ndarray, "number ..."]:
@@ -128,14 +143,22 @@ def learner_on_host(surrogate: Learner) -> LearnerOnHost:
     """Return a learner's predictions; for which learners says `predictions_on_host`."""
     inputs, rows, numbers = jax.device_get(_prepared(surrogate))
     filled = np.asarray(surrogate.filled)
-    rows = {name: each[filled] for name, each in rows.items()}
-    rows["pairs"] = np.ascontiguousarray(rows["pairs"].T)
-    return LearnerOnHost(**inputs, **rows, **numbers, shape=surrogate.kernel.shape)
+    pairs, weights = (each[filled] for each in rows)
+    # The square of z's length has the 1 in it, too.
+    constant = 0.5 - np.vecdot(pairs, pairs) / 2
+    pairs = np.column_stack([pairs, constant, np.ones_like(constant)])
+    return LearnerOnHost(
+        **inputs,
+        pairs=np.ascontiguousarray(pairs.T),
+        weights=weights,
+        **numbers,
+        shape=surrogate.kernel.shape,
+    )
 
 
 @eqx.filter_jit
-def _prepared(learner: Learner) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array]]:
-    """Return the fields for inputs, those of the window's rows, and the rest."""
+def _prepared(learner: Learner) -> tuple[dict[str, Array], tuple[Array, Array], dict[str, Array]]:
+    """Return the fields for inputs, scaled features and weights of all rows, and the rest."""
     kernel, features = learner.kernel, learner.features
     directions = 1 / (kernel.unit * kernel.widths[kernel.groups])
     pairs = (learner.inputs - kernel.centre) * directions
@@ -143,19 +166,21 @@ def _prepared(learner: Learner) -> tuple[dict[str, Array], dict[str, Array], dic
     if isinstance(features, Projection):
         directions = features.directions * directions
         origin += features.centre @ directions
+        directions = jnp.pad(directions, ((0, 0), (0, 2)))
+    origin = jnp.concatenate([origin, jnp.array([-1.0, 0.0], origin.dtype)])
     weights, centre = learner.mean_weights()
-    rows = {"pairs": pairs, "squares": jnp.sum(pairs**2, axis=1) / 2, "weights": weights}
     line = kernel.linear * multiply(pairs.T, weights)
+    line = jnp.concatenate([line, centre[None], jnp.zeros_like(centre)[None]])
     unit = learner.deviation_of(jnp.ones(()))
-    numbers = {"line": line, "centre": centre, "noise": kernel.noise, "unit": unit}
-    return {"directions": directions, "origin": origin}, rows, numbers
+    numbers = {"line": line, "noise": kernel.noise, "unit": unit}
+    return {"directions": directions, "origin": origin}, (pairs, weights), numbers
 
 
 def _covariances(shape: Shape, half: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
     """Return a kernel's shape at minus half of squared distances, which are overwritten."""
-    half = np.minimum(half, 0, out=half)
     if shape == "squared_exponential":
         return np.exp(half, out=half)
+    half = np.minimum(half, 0, out=half)
     half *= -6 if shape == "matern32" else -10
     r = np.sqrt(half, out=half)
     found = r + 1 if shape == "matern32" else (r / 3 + 1) * r + 1

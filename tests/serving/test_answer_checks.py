@@ -11,6 +11,11 @@ from traffic import OUT, WEIGHTS, Traffic, labels_right
 from nercc_jax import DevicePool, RayPool, Uncoded
 from nercc_jax.pools import Fault, Faults
 from nercc_jax.serving import BatchingPolicy, CodedBatcher, Coder, Predictor
+from nercc_jax.serving.core._answer_checks import AnswerChecks, Expectation
+from nercc_jax.serving.core._answer_screen import AnswerScreen
+from nercc_jax.serving.core._queue import EventQueue
+from nercc_jax.serving.core._request import Request
+from nercc_jax.testing import SimulatedPool
 
 # After these calls of each worker, some 600 queries, the learner knows enough.
 LATER = range(80, 10**6)
@@ -151,6 +156,66 @@ def test_an_answer_that_nobody_confirms_goes_out_in_time_and_says_so():
     assert all(reply.suspicious.all() and reply.exact.all() for reply in late)
     assert traffic.observed["check_open"] == len(late)
     assert traffic.observed["request_deadline"] == 0
+
+
+class Doubling(Predictor):
+    """Stands in for a predictor: an answer should be twice its query."""
+
+    checks_answers = True
+
+    def __init__(self):
+        super().__init__()
+        self.ready, self.sizes = True, []
+
+    def expect(self, x):
+        self.sizes.append(len(x))
+        return [Expectation(Doubled(np.stack(x)), row) for row in range(len(x))] * self.ready
+
+
+class Doubled:
+    def __init__(self, x):
+        self._x = x
+
+    def suspicious(self, rows, own):
+        return np.any(own != 2 * self._x[rows], axis=1)
+
+
+def screen_of(predictor):
+    """Return a screen of two workers that are trusted, and five queries."""
+    checks = AnswerChecks(2, predictor.expect, 0.5, None, lambda what, number: None)
+    for _ in range(4):
+        checks.compare(None, {0: np.ones(1), 1: np.ones(1)})
+    pool = SimulatedPool(np.tanh, 2, seconds=lambda size: 0.1)
+    events = EventQueue(pool.clock, "nercc-test", lambda: np.inf)
+    screen = AnswerScreen(checks, pool, events, lambda what, number: None)
+    x = np.arange(10.0).reshape(5, 2)
+    return screen, Request(x, np.zeros((5, 2)), 0.0, 10.0, False).queries, 2 * x
+
+
+def test_queries_that_are_sent_together_are_predicted_together_and_once():
+    predictor = Doubling()
+    screen, queries, answers = screen_of(predictor)
+    screen.expect(queries[:3])
+    screen.expect(queries)
+    assert predictor.sizes == [3, 2]
+    answers[4] += 1
+    assert screen.receive(0, queries[:2], answers[:2]) == ([0, 1], [], [])
+    # These were sent at different times.
+    rows, again, settled = screen.receive(1, queries[2:], answers[2:])
+    assert (rows, again, settled) == ([0, 1], [queries[4]], [])
+    assert predictor.sizes == [3, 2]
+
+
+def test_answers_are_checked_if_nothing_was_known_when_their_queries_were_sent():
+    predictor = Doubling()
+    screen, queries, answers = screen_of(predictor)
+    predictor.ready = False
+    screen.expect(queries)
+    answers[1] += 1
+    assert screen.receive(0, queries[1:2], answers[1:2]) == ([0], [], [])
+    predictor.ready = True
+    answers[3] += 1
+    assert screen.receive(0, queries[2:], answers[2:])[:2] == ([0, 2], [queries[3]])
 
 
 def test_requests_of_several_queries_get_all_their_answers():

@@ -175,7 +175,7 @@ class Adaptation(AbstractAdaptation):
             if rate is not None:
                 self._checks = AnswerChecks(
                     pool.num_workers,
-                    predictor.suspicious,
+                    predictor.expect,
                     policy.max_fenced,
                     pool.worker_dtype,
                     self._observe,

@@ -13,7 +13,7 @@ changed, and everything that was calibrated is discarded.
 import collections
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -39,7 +39,7 @@ from ...surrogates import (
     principal_components,
     tune_learner,
 )
-from ...surrogates._host import HostPredictions, predictions_on_host
+from ...surrogates._host import HostPredictions, Pending, predictions_on_host
 from ..core._adaptation import Predictions
 from ..core._request import Answer
 
@@ -82,13 +82,11 @@ class CalibratedSurrogate:
     check: AnswerCheck | None = None
     expected: HostPredictions | None = None
 
-    def suspicious(
-        self, x: Shaped[np.ndarray, "queries ..."], own: Float[np.ndarray, "queries m"]
-    ) -> Bool[np.ndarray, " queries"]:
-        """Return which of the model's own answers look wrong."""
-        if self.check is None or self.expected is None:
-            return np.zeros(len(own), bool)
-        return self.check.suspicious(*self.expected(x), own)
+    def expect(self, x: Shaped[np.ndarray, "queries ..."]) -> "ExpectedAnswers":
+        """Return what the check expects of the model's own answers to some queries."""
+        assert self.check is not None
+        assert self.expected is not None
+        return ExpectedAnswers(self.check, self.expected(x))
 
     def predict(self, x: Shaped[np.ndarray, "queries ..."]) -> Predictions:
         """Return the answers to some queries; compiled for each number of them."""
@@ -104,6 +102,30 @@ class CalibratedSurrogate:
         """Return which answers may be given out."""
         within = bound <= self.tolerance
         return within if self.error_probability is None else within & (probability <= self.limit)
+
+
+class ExpectedAnswers:
+    """The answers that a check expects to some queries."""
+
+    def __init__(self, check: AnswerCheck, predictions: Pending):
+        """Keep predictions without waiting for them."""
+        self._check, self._predictions = check, predictions
+        self._found: tuple[np.ndarray, ...] | None = None
+
+    def suspicious(
+        self, rows: Sequence[int], own: Float[np.ndarray, "some m"]
+    ) -> Bool[np.ndarray, " some"]:
+        """Return which of the model's own answers to some of the queries look wrong."""
+        if self._found is None:
+            mean, deviation = self._predictions()
+            self._found = mean, deviation, self._check.clear_squares(deviation, own.shape[1])
+        mean, deviation, squares = self._found
+        with np.errstate(all="ignore"):
+            residual = own - mean[rows]
+            cleared = np.vecdot(residual, residual) <= squares[rows]
+        if cleared.all():  # most often
+            return ~cleared
+        return self._check.suspicious(mean[rows], deviation[rows], own)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,7 +277,7 @@ class OnlineCalibration:
         features, deviation, error, wrong, probability = map(np.asarray, found)
         mean, spread, checked = own[:0], own[:0, 0], own[:0]
         if self._expected is not None:
-            (mean, spread), checked = self._expected(x), own
+            (mean, spread), checked = self._expected(x)(), own
         batch = ValidationBatch(
             features, deviation, error, wrong, probability, mean, spread, checked
         )

@@ -3,11 +3,11 @@
 import collections
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Shaped
+from jaxtyping import Shaped
 
 from ...codes._checks import check_count
 from ...codes._trees import Form
@@ -20,6 +20,7 @@ from ...surrogates import AbstractSurrogate, Surrogate
 from ...surrogates._host import repeat_rows
 from .._policy import Observe
 from ..core._adaptation import Predictions
+from ..core._answer_checks import Expectation
 from ..core._request import Answer, ApproximateAnswer
 from ._online_calibration import BATCH, FIRST, OnlineCalibration
 
@@ -199,19 +200,25 @@ class Predictor:
             )
         )
 
-    def suspicious(
-        self, x: Shaped[np.ndarray, "queries ..."], own: np.ndarray
-    ) -> Bool[np.ndarray, " queries"]:
-        """Return which of the model's own answers look wrong; none while it is not calibrated."""
+    def expect(self, x: Sequence[np.ndarray]) -> list[Expectation]:
+        """Return what to expect of the model's own answers to some queries.
+
+        It returns before JAX has computed it. Empty while it is not calibrated.
+        """
         assert self._calibration is not None
         calibrated = self._calibration.calibrated
         if calibrated is None or not self.checks_answers:
-            return np.zeros(len(x), bool)
-        return calibrated.suspicious(x, own.reshape(len(own), -1))
+            return []
+        found = []
+        for begin in range(0, len(x), self._width):
+            part = x[begin : begin + self._width]
+            answers = calibrated.expect(part[0][None] if len(part) == 1 else np.stack(part))
+            found += [Expectation(answers, row) for row in range(len(part))]
+        return found
 
     @property
     def checks_answers(self) -> bool:
-        """True once `suspicious` knows enough to find anything."""
+        """True once `expect` knows enough to find wrong answers."""
         assert self._calibration is not None
         calibrated = self._calibration.calibrated
         return calibrated is not None and calibrated.check is not None and self._compiled
@@ -299,6 +306,7 @@ class Predictor:
             calibrated.predict(repeat_rows(x[: self._width], self._width))
             for power in range(self._width.bit_length()):
                 size = 1 << power
-                calibrated.suspicious(repeat_rows(x[:size], size), repeat_rows(own[:size], size))
+                if calibrated.check is not None:
+                    calibrated.expect(repeat_rows(x[:size], size)).suspicious([0], own[:1])
             calibration.compare(Answer(own[0], "predicted", 1, 0), own[0])
             self._compiled = True

@@ -11,23 +11,17 @@ import collections
 import dataclasses
 import itertools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float
 
 from ...pools import PoolReport
 from ...risk import WorkerMonitor
 from .._policy import Observe
 
 _LOG = logging.getLogger(__name__)
-
-# Returns which of the model's own answers to queries look wrong.
-Suspicious: TypeAlias = Callable[
-    [Shaped[np.ndarray, "queries ..."], Float[np.ndarray, "queries ..."]],
-    Bool[np.ndarray, " queries"],
-]
 
 _WORKERS = 3  # that compute a query, at most
 # Right answers with which a probation ends: at first, and after a wrong answer or a release.
@@ -52,6 +46,22 @@ class Verdict(NamedTuple):
     agreed: bool
 
 
+class Expectation(NamedTuple):
+    """What to expect of the model's own answer to a query.
+
+    Attributes:
+        answers: Predictions of several queries' answers, for whoever checks them.
+        row: The query's row among them.
+    """
+
+    answers: Any
+    row: int
+
+
+# Returns what to expect of the answers to some queries; empty where nothing is known.
+Expect: TypeAlias = Callable[[Sequence[np.ndarray]], list[Expectation]]
+
+
 @dataclasses.dataclass
 class _Record:
     """The state of a worker's checks."""
@@ -73,7 +83,7 @@ class AnswerChecks:
     def __init__(
         self,
         num_workers: int,
-        suspicious: Suspicious,
+        expect: Expect,
         max_fenced: float,
         worker_dtype: str | None,
         observe: Observe,
@@ -82,12 +92,12 @@ class AnswerChecks:
 
         Args:
             num_workers: Workers.
-            suspicious: Finds answers suspicious.
+            expect: Says what to expect of answers.
             max_fenced: The largest share of the workers that is fenced.
             worker_dtype: The dtype in which they compute.
             observe: Receives metrics.
         """
-        self._suspicious, self._observe = suspicious, observe
+        self.expect, self._observe = expect, observe
         self._monitor = WorkerMonitor(num_workers)
         self._most = int(max_fenced * num_workers)
         self._same = _SAME if worker_dtype in (None, "float32") else _SAME_SHORT
@@ -105,16 +115,21 @@ class AnswerChecks:
     def screen(
         self,
         worker: int,
-        x: Shaped[np.ndarray, "queries ..."],
+        expected: Sequence[Expectation | None],
         values: Float[np.ndarray, "queries ..."],
     ) -> Bool[np.ndarray, " queries"]:
-        """Return which answers of a worker to hold back until another worker has answered, too."""
-        if worker in self._fenced:  # sent before it was
-            return np.ones(len(x), bool)
-        if self._records[worker].probation:
-            return np.ones(len(x), bool)
-        held = self._suspicious(x, values)
-        self._monitor.add(worker, right=int(len(x) - held.sum()))
+        """Return which answers of a worker to hold back until another worker has answered, too.
+
+        Args:
+            worker: the worker.
+            expected: what was expected of each answer; None where nothing was known.
+            values: the answers.
+        """
+        # What a fenced worker answers was sent before it was.
+        if worker in self._fenced or self._records[worker].probation:
+            return np.ones(len(values), bool)
+        held = _suspicious(expected, values.reshape(len(values), -1))
+        self._monitor.add(worker, right=len(values) - int(np.count_nonzero(held)))
         return held
 
     def compare(
@@ -237,3 +252,17 @@ class AnswerChecks:
             self._fenced -= {worker}
             self._observe("worker_released", 1)
             _LOG.info("a worker is fenced no more", extra={"worker": worker, "why": why})
+
+
+def _suspicious(
+    expected: Sequence[Expectation | None], own: Float[np.ndarray, "queries m"]
+) -> Bool[np.ndarray, " queries"]:
+    """Return which answers look wrong; those of which nothing was expected do not."""
+    first = expected[0]
+    if first is not None and all(each and each.answers is first.answers for each in expected):
+        return first.answers.suspicious([each.row for each in expected if each], own)
+    found = np.zeros(len(own), bool)
+    for place, each in enumerate(expected):  # they were sent at different times
+        if each is not None:
+            found[place] = each.answers.suspicious([each.row], own[place : place + 1])[0]
+    return found

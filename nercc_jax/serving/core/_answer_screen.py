@@ -74,6 +74,14 @@ class AnswerScreen:
         """The time at which to call `pop_due` and `look`."""
         return min(self._due[0][0] if self._due else math.inf, self._look_at)
 
+    def expect(self, queries: Sequence[Query]) -> None:
+        """Start to predict the answers to queries that were sent, all at once."""
+        new = [each for each in queries if each.expected is None and not each.candidates]
+        if new := [(query, query.x) for query in new if query.x is not None]:
+            found = self._checks.expect([x for _, x in new])
+            for (query, _), expected in zip(new, found, strict=bool(found)):
+                query.expected = expected
+
     def receive(
         self, worker: int, queries: Sequence[Query], values: np.ndarray
     ) -> tuple[list[int], list[Query], list[Settled]]:
@@ -83,33 +91,24 @@ class AnswerScreen:
             The rows that go out as they are; the queries that another worker is to compute; and
             those that were held back and are settled now.
         """
+        rows = fresh = list(range(len(queries)))
         again, settled = [], []
-        held = [row for row, query in enumerate(queries) if query.candidates and not query.done]
-        for row in held:
-            query = queries[row]
-            query.candidates.setdefault(worker, np.array(values[row]))
-            if (verdict := self._compare(query)) is not None:
-                settled.append(Settled(query, verdict))
-            elif not query.waiting:
-                again.append(query)
-        rows = [row for row in range(len(queries)) if row not in held]
-        fresh = [row for row in rows if not queries[row].done]
-        self._budget.earn(len(fresh))
-        whole = len(fresh) == len(queries)
-        suspicious = self._screen(
-            worker, [queries[row] for row in fresh], values if whole else values[fresh]
-        )
-        found = set(itertools.compress(fresh, suspicious))
-        for row in sorted(found):
-            if self._budget.affords():
-                self._budget.spend()
-                self._hold(queries[row], worker, values[row])
-                again.append(queries[row])
-            else:
-                self._observe("check_open", 1)
-                settled.append(Settled(queries[row], Verdict(values[row], False)))
+        if any(query.candidates or query.done for query in queries):
+            held = [row for row in rows if queries[row].candidates and not queries[row].done]
+            rows = [row for row in rows if row not in held]
+            fresh = [row for row in rows if not queries[row].done]
+            for row in held:
+                self._receive_again(worker, queries[row], values[row], again, settled)
+            values, queries = values[fresh], [queries[row] for row in fresh]
+        self._budget.earn(len(queries))
+        suspicious = self._screen(worker, queries, values)
+        if suspicious.any():
+            for place in np.flatnonzero(suspicious).tolist():
+                self._doubt(worker, queries[place], values[place], again, settled)
+            found = set(itertools.compress(fresh, suspicious))
+            rows = [row for row in rows if row not in found]
         self._follow_fences()
-        return [row for row in rows if row not in found], again, settled
+        return rows, again, settled
 
     def pop_due(self, now: float) -> list[Settled]:
         """Return the queries whose deadlines do not allow to wait any longer."""
@@ -154,8 +153,40 @@ class AnswerScreen:
         """Return which answers to hold back."""
         if not queries:
             return np.zeros(0, bool)
-        x = [query.x for query in queries if query.x is not None]
-        return self._checks.screen(worker, x[0][None] if len(x) == 1 else np.stack(x), values)
+        self.expect(queries)
+        return self._checks.screen(worker, [query.expected for query in queries], values)
+
+    def _receive_again(
+        self,
+        worker: int,
+        query: Query,
+        value: np.ndarray,
+        again: list[Query],
+        settled: list[Settled],
+    ) -> None:
+        """Compare another answer to a query that is held back."""
+        query.candidates.setdefault(worker, np.array(value))
+        if (verdict := self._compare(query)) is not None:
+            settled.append(Settled(query, verdict))
+        elif not query.waiting:
+            again.append(query)
+
+    def _doubt(
+        self,
+        worker: int,
+        query: Query,
+        value: np.ndarray,
+        again: list[Query],
+        settled: list[Settled],
+    ) -> None:
+        """Hold an answer back, if the budget allows."""
+        if self._budget.affords():
+            self._budget.spend()
+            self._hold(query, worker, value)
+            again.append(query)
+        else:
+            self._observe("check_open", 1)
+            settled.append(Settled(query, Verdict(value, False)))
 
     def _hold(self, query: Query, worker: int, value: np.ndarray) -> None:
         self._observe("check_again", 1)

@@ -228,11 +228,12 @@ class Query:
         reexecuted: whether it was sent a second time.
         approximate: answers that are to be compared with the model's own, by their sources.
         candidates: the model's answers that are held back to be compared, by their workers.
+        expected: what the model's own answer is expected to be (`AnswerChecks`).
     """
 
     __slots__ = (
-        "approximate", "candidates", "done", "group", "place", "reexecuted", "request", "waiting",
-        "x",
+        "approximate", "candidates", "done", "expected", "group", "place", "reexecuted", "request",
+        "waiting", "x",
     )  # fmt: skip
 
     def __init__(self, request: Request, place: int, x: np.ndarray):
@@ -242,6 +243,7 @@ class Query:
         self.done = self.reexecuted = False
         self.approximate: dict[Source, ApproximateAnswer] = {}
         self.candidates: dict[int, np.ndarray] = {}
+        self.expected: Any = None  # an `Expectation`
         self.waiting = True
 
     def leave_group(self) -> Any:

@@ -226,6 +226,8 @@ class QueryScheduler:
             step(*args)
             if popped := self._queue.take_popped():
                 self._fallback.earn(sum(not query.reexecuted for query in popped))
+                if self._screen is not None:
+                    self._screen.expect(popped)
         except Exception as error:
             _LOG.exception("the batcher's step %s failed", step.__name__)
             self._observe("internal_error", 1)
@@ -341,7 +343,8 @@ class QueryScheduler:
             kept, again, settled = self._screen.receive(worker, queries, value)
             self._send_again(again)
             self._settle(settled, now)
-            queries, value = [queries[row] for row in kept], value[kept]
+            if len(kept) < len(queries):
+                queries, value = [queries[row] for row in kept], value[kept]
         for row, query in enumerate(queries):
             self._learn(query, value[row])
         answer = Answer(value, "exact", asked, responded)

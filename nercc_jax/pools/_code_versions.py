@@ -1,0 +1,51 @@
+"""Checksums of what workers run: one that has other code or weights is refused before it answers.
+
+A worker in another process gets its weights from the pool, but it imports code from where it runs,
+which may be of another version. The workers of a `DevicePool` share the pool's own objects.
+"""
+
+import hashlib
+import platform
+import sys
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+
+def code_versions(modules: Iterable[str]) -> dict[str, str]:
+    """Return a checksum of the source file of each module that is imported from one."""
+    found = {}
+    for name in sorted(modules):
+        path = Path(getattr(sys.modules.get(name), "__file__", None) or "")
+        if path.suffix == ".py" and path.is_file():
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return found
+
+
+def checksum(arrays: Iterable[np.ndarray]) -> int:
+    """Return a checksum of contiguous arrays, which shows accidental changes."""
+    found = 0
+    for each in arrays:
+        found = zlib.crc32(each.data, found)
+    return found
+
+
+def check_versions(wanted: Mapping[str, str]) -> None:
+    """Check that modules are of the same version here.
+
+    Args:
+        wanted: Their checksums where the pool is.
+
+    Raises:
+        RuntimeError: If the source of one differs.
+    """
+    here = code_versions(wanted)
+    other = [name for name in here if here[name] != wanted[name]]
+    if other:
+        raise RuntimeError(
+            f"a worker on {platform.node()} has other code than the pool: {', '.join(other)}. "
+            "Install the same version there, or send it along: --working-dir FOLDER or "
+            "--py-modules FOLDER of `nercc`, runtime_env={'working_dir': FOLDER} of RayPool"
+        )
