@@ -11,7 +11,6 @@ pairs. Whoever calibrates by it loses little: deviations are compared with each 
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -96,7 +95,8 @@ def predictions_on_host(surrogate: AbstractSurrogate) -> HostPredictions:
     if isinstance(surrogate, Learner) and surrogate.prior is None:
         fits = surrogate.form.size <= _OUTPUTS
         if fits and isinstance(surrogate.features, Projection | None):
-            return functools.partial(functools.partial, learner_on_host(surrogate).predict)
+            on_host = learner_on_host(surrogate)
+            return lambda x: lambda: on_host.predict(x)
     if isinstance(surrogate, AbstractLearner):
         # It changes: one program serves all.
         return lambda x: _first(len(x), _predicted(surrogate, _padded(x)))
