@@ -102,7 +102,7 @@ def test_a_large_request_is_answered_among_attackers_elsewhere(server):
         times, faults = ask(server.http_port, PATH, large, 1, 8 * SHORT)
     assert {*faults} <= {503}
     assert len(times) > len(faults)
-    assert max(times) < DEADLINE
+    assert max(times) < DEADLINE + 1  # a 503 at the deadline has still to be read
 
 
 @pytest.mark.slow
