@@ -72,11 +72,6 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 LARGE = re.compile(r"[\[-](100|200)[\]-]|large_n")
 
 
-def pytest_runtest_setup(item):
-    del item
-    type_checks.begin_test()
-
-
 @pytest.fixture(autouse=True)
 def compile_quickly(request):
     large = "slow" in request.keywords and LARGE.search(request.node.name) is not None

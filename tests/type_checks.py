@@ -3,8 +3,8 @@
 `jaxtyped` binds the arguments of every call, and checks them twice: 20 microseconds, also for those
 five in six functions here that take no array. Here beartype alone checks them, and arrays share the
 sizes of their axes as with `jaxtyped`. A check is made when a function is first called: a process
-of tests calls few of those that it loads. In each test a function's first calls are checked: a loop
-of thousands says no more. A test that serves 1,600 queries took 21.9 s of CPU time with `jaxtyped`.
+of tests calls few of those that it loads. A test that serves 1,600 queries took 21.9 s of CPU time
+with `jaxtyped`.
 """
 
 import functools
@@ -15,13 +15,6 @@ import jaxtyping
 from jaxtyping import _decorator, _storage, _typeguard
 
 _jaxtyped, _typechecked = _decorator.jaxtyped, _typeguard.typechecked
-CALLS = 500  # of a function in one test that are checked
-_turn = [0]  # the number of the test
-
-
-def begin_test():
-    """Have each function's next calls checked."""
-    _turn[0] += 1
 
 
 def install():
@@ -45,16 +38,11 @@ def _checked(function=None, *, typechecker):
         return _jaxtyped(function, typechecker=typechecker)
     checked = functools.cache(lambda: typechecker(function))
     shapes = any("jaxtyping" in repr(each) for each in annotations)
-    turn = left = 0
 
     @functools.wraps(function)
     def call(*args, **kwargs):
-        nonlocal turn, left
-        if turn != _turn[0]:
-            turn, left = _turn[0], CALLS
-        if left <= 0 or jaxtyping.config.jaxtyping_disable:
+        if jaxtyping.config.jaxtyping_disable:
             return function(*args, **kwargs)
-        left -= 1
         if not shapes:
             return checked()(*args, **kwargs)
         _storage.push_shape_memo({})
