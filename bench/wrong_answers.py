@@ -43,7 +43,7 @@ from nercc_models import load_data, load_model, load_student
 
 RESULTS = Path(__file__).parent / "results"
 PAST, JUDGED, WORKERS, ANSWERS = 2000, 3000, 8, 300
-RATES, SERVED = (0.01, 0.02, 0.03), 0.02  # of which workers are checked at the last
+RATES, SERVED = (0.01, 0.015, 0.02, 0.03), 0.02  # of which workers are checked at the last
 IMAGES = ("lenet5-mnist", "repvgg-cifar10")
 ANSWER_FAULTS = {
     "swapped": Fault("swap"),
