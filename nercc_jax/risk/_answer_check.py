@@ -135,13 +135,7 @@ class AnswerCheck:
         answers: Float[np.ndarray, "queries m"],
     ) -> Bool[np.ndarray, " queries"]:
         """Return which answers are so near that they do not look wrong, whatever their scores."""
-        return _square(answers - mean) <= self.clear_squares(deviation, answers.shape[1])
-
-    def clear_squares(
-        self, deviation: Float[np.ndarray, " queries"], outputs: int
-    ) -> Float[np.ndarray, " queries"]:
-        """Return the squares of the distances of answers to predictions up to which none does."""
-        return self.clear * outputs * np.maximum(deviation, _LEAST) ** 2
+        return _ratio(mean, deviation, answers) <= self.clear
 
     def suspicious(
         self,

@@ -87,7 +87,10 @@ def attacking(
 def ask(
     port: int, path: str, body: bytes, clients: int, seconds: float
 ) -> tuple[list[float], list[Any]]:
-    """Return the seconds that each answer took, and what was no answer, of clients in a loop."""
+    """Return the seconds that each answer took, of clients in a loop.
+
+    And of what was no answer, its status and seconds.
+    """
     times: list[float] = []
     faults: list[Any] = []
 
@@ -96,9 +99,11 @@ def ask(
         while time.monotonic() < end:
             begin = time.monotonic()
             status = await asyncio.wait_for(_exchange(reader, writer, path, body), 60)
-            times.append(time.monotonic() - begin)
-            if status != 200:
-                faults.append(status)
+            took = time.monotonic() - begin
+            if status == 200:
+                times.append(took)
+            else:
+                faults.append((status, took))
             await asyncio.sleep(0.01)
         writer.close()
 

@@ -218,12 +218,11 @@ class Adaptation(AbstractAdaptation):
     def status(self) -> dict[str, Any]:
         """Return the parts of a server's status that belong to it; see `CodedBatcher.status`."""
         controller, predictor, checks = self._controller, self.predictor, self._checks
+        ready = predictor is not None and predictor.checks_answers
         return {
             "policy": None if controller is None else controller.status(),
             "predictor": None if predictor is None else predictor.status(),
-            "checks": checks
-            and predictor
-            and {"ready": predictor.checks_answers} | checks.status(),
+            "checks": None if checks is None else {"ready": ready} | checks.status(),
             "decoding": self.decoding_risk.status() if self._policy.max_disagreement else None,
             "audited": list(self.decoding_risk.shown),
         }

@@ -12,6 +12,7 @@ changed, and everything that was calibrated is discarded.
 
 import collections
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -109,22 +110,17 @@ class ExpectedAnswers:
 
     def __init__(self, check: AnswerCheck, predictions: Pending):
         """Keep predictions without waiting for them."""
-        self._check, self._predictions = check, predictions
-        self._found: tuple[np.ndarray, ...] | None = None
+        self._check, self._wait = check, predictions
+
+    @functools.cached_property
+    def _predictions(self) -> tuple[np.ndarray, np.ndarray]:
+        return self._wait()
 
     def suspicious(
         self, rows: Sequence[int], own: Float[np.ndarray, "some m"]
     ) -> Bool[np.ndarray, " some"]:
         """Return which of the model's own answers to some of the queries look wrong."""
-        if self._found is None:
-            mean, deviation = self._predictions()
-            self._found = mean, deviation, self._check.clear_squares(deviation, own.shape[1])
-        mean, deviation, squares = self._found
-        with np.errstate(all="ignore"):
-            residual = own - mean[rows]
-            cleared = np.vecdot(residual, residual) <= squares[rows]
-        if cleared.all():  # most often
-            return ~cleared
+        mean, deviation = self._predictions
         return self._check.suspicious(mean[rows], deviation[rows], own)
 
 

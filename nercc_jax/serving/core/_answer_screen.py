@@ -92,22 +92,28 @@ class AnswerScreen:
             those that were held back and are settled now.
         """
         rows = fresh = list(range(len(queries)))
-        again, settled = [], []
+        verdicts: list[tuple[Query, Verdict | None]] = []
         if any(query.candidates or query.done for query in queries):
             held = [row for row in rows if queries[row].candidates and not queries[row].done]
             rows = [row for row in rows if row not in held]
             fresh = [row for row in rows if not queries[row].done]
             for row in held:
-                self._receive_again(worker, queries[row], values[row], again, settled)
+                verdict = self._receive_again(worker, queries[row], values[row])
+                # One that stands in the queue will be computed once more anyway.
+                if verdict is not None or not queries[row].waiting:
+                    verdicts.append((queries[row], verdict))
             values, queries = values[fresh], [queries[row] for row in fresh]
         self._budget.earn(len(queries))
         suspicious = self._screen(worker, queries, values)
         if suspicious.any():
             for place in np.flatnonzero(suspicious).tolist():
-                self._doubt(worker, queries[place], values[place], again, settled)
+                query = queries[place]
+                verdicts.append((query, self._doubt(worker, query, values[place])))
             found = set(itertools.compress(fresh, suspicious))
             rows = [row for row in rows if row not in found]
         self._follow_fences()
+        again = [query for query, verdict in verdicts if verdict is None]
+        settled = [Settled(query, verdict) for query, verdict in verdicts if verdict is not None]
         return rows, again, settled
 
     def pop_due(self, now: float) -> list[Settled]:
@@ -156,37 +162,19 @@ class AnswerScreen:
         self.expect(queries)
         return self._checks.screen(worker, [query.expected for query in queries], values)
 
-    def _receive_again(
-        self,
-        worker: int,
-        query: Query,
-        value: np.ndarray,
-        again: list[Query],
-        settled: list[Settled],
-    ) -> None:
+    def _receive_again(self, worker: int, query: Query, value: np.ndarray) -> Verdict | None:
         """Compare another answer to a query that is held back."""
         query.candidates.setdefault(worker, np.array(value))
-        if (verdict := self._compare(query)) is not None:
-            settled.append(Settled(query, verdict))
-        elif not query.waiting:
-            again.append(query)
+        return self._compare(query)
 
-    def _doubt(
-        self,
-        worker: int,
-        query: Query,
-        value: np.ndarray,
-        again: list[Query],
-        settled: list[Settled],
-    ) -> None:
-        """Hold an answer back, if the budget allows."""
+    def _doubt(self, worker: int, query: Query, value: np.ndarray) -> Verdict | None:
+        """Hold an answer back; return it as it is where the budget does not allow that."""
         if self._budget.affords():
             self._budget.spend()
             self._hold(query, worker, value)
-            again.append(query)
-        else:
-            self._observe("check_open", 1)
-            settled.append(Settled(query, Verdict(value, False)))
+            return None
+        self._observe("check_open", 1)
+        return Verdict(value, False)
 
     def _hold(self, query: Query, worker: int, value: np.ndarray) -> None:
         self._observe("check_again", 1)

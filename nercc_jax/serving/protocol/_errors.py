@@ -52,7 +52,7 @@ class Overloaded(RuntimeError):
 
 
 class ErrorKind(NamedTuple):
-    """What an error is to clients: the statuses of HTTP and gRPC; and its outcome in metrics."""
+    """An error's statuses in HTTP and gRPC, and its outcome in metrics and the log."""
 
     http: int
     grpc: grpc.StatusCode
