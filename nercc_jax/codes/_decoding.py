@@ -299,9 +299,7 @@ def _merging(decode: Callable[..., Decoded]) -> Callable[..., Decoded]:
     (100, 20) and 1,000 coordinates took 80 ms on two CPU cores, and 8 by `decode_groups`.
     """
 
-    @jax.custom_batching.custom_vmap
-    def merged(leaves, y, available, given):
-        return decode(leaves, y, available, given)
+    merged = jax.custom_batching.custom_vmap(decode)
 
     @merged.def_vmap
     def _(size, batched, leaves, y, available, given):

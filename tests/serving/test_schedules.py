@@ -102,7 +102,7 @@ class Schedule:
     """One life of a batcher, and all that its callers see."""
 
     def __init__(self, seed, coders):
-        # Python's: NumPy's takes thirty times as long for one number of a list.
+        # Python's: NumPy's takes twenty times as long for one number of a list.
         self.draw = draw = random.Random(seed)
         self.inputs = np.random.default_rng(seed)
         self.coder, estimator = draw.choice(coders)
