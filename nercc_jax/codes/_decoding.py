@@ -298,7 +298,6 @@ def _merging(decode: Callable[..., Decoded]) -> Callable[..., Decoded]:
     Else what one group needs, once more, would be done for each, and selected: 64 groups of
     (100, 20) and 1,000 coordinates took 80 ms on two CPU cores, and 8 by `decode_groups`.
     """
-
     merged = jax.custom_batching.custom_vmap(decode)
 
     @merged.def_vmap
