@@ -18,7 +18,7 @@ Writes results/wrong_answers.json (--quick: wrong_answers-quick.json).
 import argparse
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from _report import environment, write_json
 from _settings import PACKAGES
 
 from nercc_jax.pools import Fault
+from nercc_jax.pools._answer_checks import AnswerChecks
 from nercc_jax.pools._wrong_answers import WeightChange, WrongAnswers
 from nercc_jax.risk._answer_check import AnswerCheck, fit_answer_check
 from nercc_jax.risk._target import AccuracyTarget
@@ -37,7 +38,6 @@ from nercc_jax.serving.adapt._online_calibration import (
     CalibratedSurrogate,
     OnlineCalibration,
 )
-from nercc_jax.serving.core._answer_checks import AnswerChecks, Expectation
 from nercc_jax.surrogates import Surrogate
 from nercc_models import load_data, load_model, load_student
 
@@ -189,17 +189,6 @@ def counted(work: Work, wrong: np.ndarray, right: np.ndarray, flags: np.ndarray)
     }
 
 
-class _Flags:
-    """Stands in for what is expected: rows are places, whose flags are known."""
-
-    def __init__(self, flags: np.ndarray):
-        self.flags = flags
-
-    def suspicious(self, rows: Sequence[int], own: np.ndarray) -> np.ndarray:
-        """Return the flags of places."""
-        return self.flags[rows]
-
-
 def workers(
     work: Work,
     right: np.ndarray,
@@ -228,8 +217,7 @@ def fenced_after(
     right: np.ndarray, given: np.ndarray, seen: np.ndarray, random: np.random.Generator
 ) -> int | None:
     """Return how many answers a worker gives until it is fenced; None if it never is."""
-    checks = AnswerChecks(WORKERS, lambda x: [], 0.5, None, lambda what, number: None)
-    expected = _Flags(seen)
+    checks = AnswerChecks(WORKERS, 0.5, None, lambda what, number: None)
     for worker in range(WORKERS):
         checks._records[worker].probation = 0
         checks._monitor.add(worker, right=1000)
@@ -237,7 +225,7 @@ def fenced_after(
     for number, place in enumerate(places.tolist(), 1):
         if not np.isfinite(given[place]).all():
             continue  # a pool refuses it
-        (held,) = checks.screen(0, [Expectation(expected, place)], given[place : place + 1])
+        (held,) = checks.screen(0, seen[place : place + 1])
         if not held:
             continue
         candidates = {0: given[place]}

@@ -10,8 +10,9 @@ from traffic import OUT, WEIGHTS, Traffic, labels_right
 
 from nercc_jax import DevicePool, RayPool, Uncoded
 from nercc_jax.pools import Fault, Faults
+from nercc_jax.pools._answer_checks import AnswerChecks
 from nercc_jax.serving import BatchingPolicy, CodedBatcher, Coder, Predictor
-from nercc_jax.serving.core._answer_checks import AnswerChecks, Expectation
+from nercc_jax.serving.core._adaptation import Expectation
 from nercc_jax.serving.core._answer_screen import AnswerScreen
 from nercc_jax.serving.core._queue import EventQueue
 from nercc_jax.serving.core._request import Request
@@ -182,12 +183,12 @@ class Doubled:
 
 def screen_of(predictor):
     """Return a screen of two workers that are trusted, and five queries."""
-    checks = AnswerChecks(2, predictor.expect, 0.5, None, lambda what, number: None)
+    checks = AnswerChecks(2, 0.5, None, lambda what, number: None)
     for _ in range(4):
         checks.compare(None, {0: np.ones(1), 1: np.ones(1)})
     pool = SimulatedPool(np.tanh, 2, seconds=lambda size: 0.1)
     events = EventQueue(pool.clock, "nercc-test", lambda: np.inf)
-    screen = AnswerScreen(checks, pool, events, lambda what, number: None)
+    screen = AnswerScreen(checks, predictor.expect, pool, events, lambda what, number: None)
     x = np.arange(10.0).reshape(5, 2)
     return screen, Request(x, np.zeros((5, 2)), 0.0, 10.0, False).queries, 2 * x
 

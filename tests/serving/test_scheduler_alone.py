@@ -29,6 +29,9 @@ class NoAdaptation(AbstractAdaptation):
     def __init__(self, policy):
         self.setting = fixed_setting(policy)
 
+    def expect(self, x):
+        return []
+
     def start(self):
         pass
 

@@ -6,13 +6,14 @@ Calibration of decoding has a thread of its own: the scheduler's does nothing bu
 import dataclasses
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
 from ...pools import AbstractPool
+from ...pools._answer_checks import AnswerChecks
 from ...pools._clock import AbstractClock
 from ...pools._time_share import TimeShare
 from ...risk._straggler_risk import StragglerRisk, StragglerRow
@@ -21,11 +22,11 @@ from .._policy import BatchingPolicy, Observe
 from ..core._adaptation import (
     AbstractAdaptation,
     DispatchSetting,
+    Expectation,
     ExpectedError,
     Predictions,
     fixed_setting,
 )
-from ..core._answer_checks import AnswerChecks
 from ..core._coder import Coder
 from ..core._error_probability import DecodingErrorProbability
 from ..core._request import Answer, ApproximateAnswer, Source
@@ -174,11 +175,7 @@ class Adaptation(AbstractAdaptation):
             predictor.attach(target, width, coder.form, self._observe, pool.clock, rate)
             if rate is not None:
                 self._checks = AnswerChecks(
-                    pool.num_workers,
-                    predictor.expect,
-                    policy.max_fenced,
-                    pool.worker_dtype,
-                    self._observe,
+                    pool.num_workers, policy.max_fenced, pool.worker_dtype, self._observe
                 )
         elif policy.check_answers is not None:
             raise ValueError(
@@ -203,6 +200,9 @@ class Adaptation(AbstractAdaptation):
     @property
     def checks(self) -> AnswerChecks | None:
         return self._checks
+
+    def expect(self, x: Sequence[np.ndarray]) -> list[Expectation]:
+        return [] if self.predictor is None else self.predictor.expect(x)
 
     def start(self) -> None:
         for each in self._parts:

@@ -19,8 +19,7 @@ from ...risk._target import AccuracyTarget
 from ...surrogates import AbstractSurrogate, Surrogate
 from ...surrogates._host import repeat_rows
 from .._policy import Observe
-from ..core._adaptation import Predictions
-from ..core._answer_checks import Expectation
+from ..core._adaptation import Expectation, Predictions
 from ..core._request import Answer, ApproximateAnswer
 from ._online_calibration import BATCH, FIRST, OnlineCalibration
 

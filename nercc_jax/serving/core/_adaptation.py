@@ -6,14 +6,15 @@ immutable, and was computed by other threads.
 
 import abc
 import dataclasses
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
 from ...pools import Overdue
+from ...pools._answer_checks import AnswerChecks
 from .._policy import BatchingPolicy
-from ._answer_checks import AnswerChecks
 from ._error_probability import DecodingErrorProbability
 from ._request import Answer, ApproximateAnswer, Source
 
@@ -64,6 +65,22 @@ class Predictions:
     sure: Bool[np.ndarray, " queries"]
 
 
+class Expectation(NamedTuple):
+    """What to expect of the model's own answer to a query.
+
+    Attributes:
+        answers: Predictions of several queries' answers, for whoever checks them.
+        row: The query's row among them.
+    """
+
+    answers: Any
+    row: int
+
+
+# Returns what to expect of the answers to some queries; empty where nothing is known.
+Expect: TypeAlias = Callable[[Sequence[np.ndarray]], list[Expectation]]
+
+
 class AbstractAdaptation(abc.ABC):
     """Calibration, prediction, and the choice of settings, as the scheduler sees them."""
 
@@ -86,6 +103,13 @@ class AbstractAdaptation(abc.ABC):
     @abc.abstractmethod
     def checks(self) -> AnswerChecks | None:
         """The checks of the model's own answers; None where they are given out unseen."""
+
+    @abc.abstractmethod
+    def expect(self, x: Sequence[np.ndarray]) -> list[Expectation]:
+        """Return what to expect of the model's own answers to some queries, if anything is known.
+
+        It returns before that is computed.
+        """
 
     @abc.abstractmethod
     def start(self) -> None:

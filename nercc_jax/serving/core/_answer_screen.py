@@ -13,10 +13,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Float
 
 from ...pools import AbstractPool, Batch
+from ...pools._answer_checks import AnswerChecks, Verdict
 from .._policy import Observe
-from ._answer_checks import AnswerChecks, Verdict
+from ._adaptation import Expect, Expectation
 from ._fallback import Budget
 from ._queue import EventQueue
 from ._request import Query
@@ -48,6 +50,7 @@ class AnswerScreen:
     def __init__(
         self,
         checks: AnswerChecks,
+        expect: Expect,
         pool: AbstractPool,
         events: EventQueue,
         observe: Observe,
@@ -56,11 +59,13 @@ class AnswerScreen:
 
         Args:
             checks: decides.
+            expect: says what to expect of answers.
             pool: the workers.
             events: receives an `Audit` when it is answered.
             observe: receives metrics.
         """
-        self._checks, self._pool, self._events, self._observe = checks, pool, events, observe
+        self._checks, self._expect, self._pool = checks, expect, pool
+        self._events, self._observe = events, observe
         self._fenced: frozenset[int] = frozenset()
         self._budget = Budget(_MOST)
         self._budget.earn(_FIRST)
@@ -78,7 +83,7 @@ class AnswerScreen:
         """Start to predict the answers to queries that were sent, all at once."""
         new = [each for each in queries if each.expected is None and not each.candidates]
         if new := [(query, query.x) for query in new if query.x is not None]:
-            found = self._checks.expect([x for _, x in new])
+            found = self._expect([x for _, x in new])
             for (query, _), expected in zip(new, found, strict=bool(found)):
                 query.expected = expected
 
@@ -160,7 +165,8 @@ class AnswerScreen:
         if not queries:
             return np.zeros(0, bool)
         self.expect(queries)
-        return self._checks.screen(worker, [query.expected for query in queries], values)
+        found = _suspicious([query.expected for query in queries], values.reshape(len(values), -1))
+        return self._checks.screen(worker, found)
 
     def _receive_again(self, worker: int, query: Query, value: np.ndarray) -> Verdict | None:
         """Compare another answer to a query that is held back."""
@@ -204,3 +210,17 @@ class AnswerScreen:
         )
         self._audits[worker] = batch
         self._pool.send(batch, [0], [x[None]], only=worker)
+
+
+def _suspicious(
+    expected: Sequence[Expectation | None], own: Float[np.ndarray, "queries m"]
+) -> Bool[np.ndarray, " queries"]:
+    """Return which answers look wrong; those of which nothing was expected do not."""
+    first = expected[0]
+    if first is not None and all(each and each.answers is first.answers for each in expected):
+        return first.answers.suspicious([each.row for each in expected if each], own)
+    found = np.zeros(len(own), bool)
+    for place, each in enumerate(expected):  # they were sent at different times
+        if each is not None:
+            found[place] = each.answers.suspicious([each.row], own[place : place + 1])[0]
+    return found

@@ -98,7 +98,9 @@ class QueryScheduler:
         self._open = OpenRequests(self._queue, self._observe, self._clock)
         self._events = EventQueue(self._clock, "nercc-batcher", self._run)
         checks = adaptation.checks
-        self._screen = checks and AnswerScreen(checks, pool, self._events, self._observe)
+        self._screen = checks and AnswerScreen(
+            checks, adaptation.expect, pool, self._events, self._observe
+        )
         self._setting = adaptation.setting
         self._times = AnswerTimes(self._setting.overdue)
         rules = DispatchRules(policy, self._decoder.enough, refuse)

@@ -11,15 +11,14 @@ import collections
 import dataclasses
 import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 
-from ...pools import PoolReport
-from ...risk import WorkerMonitor
-from .._policy import Observe
+from ..risk import WorkerMonitor
+from ._backend import PoolReport
 
 _LOG = logging.getLogger(__name__)
 
@@ -46,22 +45,6 @@ class Verdict(NamedTuple):
     agreed: bool
 
 
-class Expectation(NamedTuple):
-    """What to expect of the model's own answer to a query.
-
-    Attributes:
-        answers: Predictions of several queries' answers, for whoever checks them.
-        row: The query's row among them.
-    """
-
-    answers: Any
-    row: int
-
-
-# Returns what to expect of the answers to some queries; empty where nothing is known.
-Expect: TypeAlias = Callable[[Sequence[np.ndarray]], list[Expectation]]
-
-
 @dataclasses.dataclass
 class _Record:
     """The state of a worker's checks."""
@@ -83,21 +66,19 @@ class AnswerChecks:
     def __init__(
         self,
         num_workers: int,
-        expect: Expect,
         max_fenced: float,
         worker_dtype: str | None,
-        observe: Observe,
+        observe: Callable[[str, int], Any],
     ):
         """Start without answers.
 
         Args:
             num_workers: Workers.
-            expect: Says what to expect of answers.
             max_fenced: The largest share of the workers that is fenced.
             worker_dtype: The dtype in which they compute.
             observe: Receives metrics.
         """
-        self.expect, self._observe = expect, observe
+        self._observe = observe
         self._monitor = WorkerMonitor(num_workers)
         self._most = int(max_fenced * num_workers)
         self._same = _SAME if worker_dtype in (None, "float32") else _SAME_SHORT
@@ -113,24 +94,19 @@ class AnswerChecks:
         return self._fenced
 
     def screen(
-        self,
-        worker: int,
-        expected: Sequence[Expectation | None],
-        values: Float[np.ndarray, "queries ..."],
+        self, worker: int, suspicious: Bool[np.ndarray, " queries"]
     ) -> Bool[np.ndarray, " queries"]:
         """Return which answers of a worker to hold back until another worker has answered, too.
 
         Args:
             worker: the worker.
-            expected: what was expected of each answer; None where nothing was known.
-            values: the answers.
+            suspicious: which of them look wrong.
         """
         # What a fenced worker answers was sent before it was.
         if worker in self._fenced or self._records[worker].probation:
-            return np.ones(len(values), bool)
-        held = _suspicious(expected, values.reshape(len(values), -1))
-        self._monitor.add(worker, right=len(values) - int(np.count_nonzero(held)))
-        return held
+            return np.ones(len(suspicious), bool)
+        self._monitor.add(worker, right=len(suspicious) - int(np.count_nonzero(suspicious)))
+        return suspicious
 
     def compare(
         self, x: np.ndarray | None, candidates: Mapping[int, np.ndarray], *, last: bool = False
@@ -252,17 +228,3 @@ class AnswerChecks:
             self._fenced -= {worker}
             self._observe("worker_released", 1)
             _LOG.info("a worker is fenced no more", extra={"worker": worker, "why": why})
-
-
-def _suspicious(
-    expected: Sequence[Expectation | None], own: Float[np.ndarray, "queries m"]
-) -> Bool[np.ndarray, " queries"]:
-    """Return which answers look wrong; those of which nothing was expected do not."""
-    first = expected[0]
-    if first is not None and all(each and each.answers is first.answers for each in expected):
-        return first.answers.suspicious([each.row for each in expected if each], own)
-    found = np.zeros(len(own), bool)
-    for place, each in enumerate(expected):  # they were sent at different times
-        if each is not None:
-            found[place] = each.answers.suspicious([each.row], own[place : place + 1])[0]
-    return found
