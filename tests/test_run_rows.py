@@ -32,6 +32,7 @@ from nercc_jax.pools._row_learner import (
     RowEstimates,
     RowLearner,
     _left_out,
+    _of_rows,
     standardized_inputs,
 )
 from nercc_jax.pools._row_queue import RowQueue
@@ -267,6 +268,8 @@ def test_inputs_that_do_not_fit_are_reported_by_their_option(tmp_path, name, con
         ("--model a:b --inputs x.npy --tolerance 1 --grace-s -1", "--grace-s is a number"),
         ("--grace-s 3", "--grace-s does not go with a coded run"),
         ("--model a:b --inputs x.npy --tolerance 1 --max-calls 0", "--max-calls must be positive"),
+        ("--check-answers 0.1", "--check-answers does not go with a coded run"),
+        ("--model a:b --inputs x.npy --tolerance 1 --max-fenced 1", "--max-fenced must be in"),
         ("--max-calls 3", "--max-calls does not go with a coded run"),
         (
             "--model a:b --inputs x.npy --tolerance 1 --batches 2",
@@ -431,6 +434,8 @@ def test_rows_that_are_no_finite_numbers_are_refused(untyped):
         ({"tolerance": 1.0, "job_deadline": -1.0}, "job_deadline is a positive number"),
         ({"tolerance": 1.0, "grace": -1.0}, "grace is a number of seconds from 0 on"),
         ({"tolerance": 1.0, "max_calls": 0}, "max_calls must be positive"),
+        ({"tolerance": 1.0, "check_answers": 1.0}, "check_answers must be between 0 and 1, not 1"),
+        ({"tolerance": 1.0, "max_fenced": 1.0}, r"max_fenced must be in \[0, 1\), not 1"),
         ({"tolerance": 1.0, "rows_per_call": 0}, "rows_per_call must be positive"),
         ({"tolerance": 1.0, "deadline": 0.0}, "a deadline is a positive number"),
     ],
@@ -473,7 +478,7 @@ def test_a_learner_is_compared_with_late_rows_each_without_itself():
     learner = init_learner(x, y, capacity=32, kernel="squared_exponential")
     fitted = FittedScheme(Scheme(row_code(), surrogate=learner), 24)
     late = np.concatenate([x[[3, 7, 20]], x[:1] + 1])
-    found = _left_out(fitted, late)
+    found = _of_rows(_left_out(fitted), late)
     np.testing.assert_array_equal(found.y, y[[3, 7, 20]])
     for place, mean, deviation in zip((3, 7, 20), found.mean, found.deviation, strict=True):
         filled = learner.filled.at[place].set(False)
@@ -483,7 +488,7 @@ def test_a_learner_is_compared_with_late_rows_each_without_itself():
         np.testing.assert_allclose(mean, np.asarray(expected)[0], atol=0.05)
         assert deviation == pytest.approx(float(sure[0]), rel=0.2)
     assert np.abs(found.mean - found.y).max() > 1e-3, "a row's own value would be known"
-    assert _left_out(fitted, late[:0]) is None
+    assert _of_rows(_left_out(fitted), late[:0]) is None
 
 
 def estimates(mean, deviation, audited):
@@ -505,7 +510,7 @@ def test_bars_are_those_of_the_latest_learner_on_all_audits():
     rest = np.arange(60, 200)
     assert (learner.score(rest) > 1.0).all()
     error = random.uniform(0, 0.2, (40, 1))
-    left_out = LeftOut(np.zeros((40, 1), np.float32), np.full(40, 0.05), error)
+    left_out = LeftOut(mean[:40], mean[:40], np.full(40, 0.05), error)
     learner._made.append(estimates(mean, np.full(200, 0.1), left_out))
     assert learner.look()
     expected = np.sort(error[:, 0])[int(np.ceil(41 * 0.9)) - 1] / 0.05 * 0.1

@@ -119,6 +119,8 @@ class RunOptions:
     job_deadline: float | None
     grace: float
     max_calls: int | None
+    check_answers: float | None
+    max_fenced: float
     batches: int | None
     seed: int
 

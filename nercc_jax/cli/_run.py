@@ -103,6 +103,17 @@ def run_command(
     max_calls: Annotated[
         int | None, option("Rows to compute, at most (default: no limit).", ROWS)
     ] = None,
+    check_answers: Annotated[
+        float | None,
+        option(
+            "Check computed rows by the learner: the share of right answers that may look wrong; "
+            "such rows are computed again by other workers (default: no checks).",
+            ROWS,
+        ),
+    ] = None,
+    max_fenced: Annotated[
+        float, option("Share of workers that is fenced for wrong answers, at most.", ROWS)
+    ] = 0.25,
     wait_for: Annotated[
         int | None,
         option(
@@ -237,7 +248,7 @@ def run_command(
         options = RunOptions(
             model, weights, inputs, data_dir, split, outputs, max_inputs, code, num_data,
             num_workers, wait_for, max_disagreement, tolerance, coverage, compute, groups,
-            job_deadline_s, grace_s, max_calls, batches, seed,
+            job_deadline_s, grace_s, max_calls, check_answers, max_fenced, batches, seed,
         )  # fmt: skip
         # JAX takes a second or two to import: not for --help, nor for a misspelt option.
         from ..pools import leave_ray
@@ -269,6 +280,7 @@ def run_command(
                 refuse(other, num_data=num_data, wait_for=wait_for)
             else:
                 rows_only = {"job_deadline_s": job_deadline_s, "max_calls": max_calls}
+                rows_only["check_answers"] = check_answers
                 refuse("a coded run", **rows_only, grace_s=grace_s or None)
                 from ._run_data import run_data as run
 

@@ -51,6 +51,8 @@ def run_function(options: RunOptions, pool: ChosenPool, output: Path, resume: bo
         "job_deadline": options.job_deadline,
         "grace": options.grace,
         "max_calls": options.max_calls,
+        "check_answers": options.check_answers,
+        "max_fenced": options.max_fenced,
         "seed": options.seed,
     }
     with _naming_options():
@@ -186,6 +188,13 @@ def _summary(result: RowResult, settings: RowSettings) -> Iterator[tuple[str, st
                 held = f"{numbers[f'{name}_held']:,} of {numbers[name]:,}"
                 yield f"bars held, {rows}", held
         yield "all computed", f"would have taken {numbers['seconds_if_all_were_computed']:.0f} s"
+    if settings.check_answers is not None:
+        again, corrected = numbers["suspicious"], numbers["corrected"]
+        yield "answers checked", f"{numbers['checked']:,}; {again:,} computed again elsewhere"
+        yield "corrected", f"{corrected:,}"
+        for name in ("fenced", "not_fenced"):
+            for worker, why in numbers[name].items():
+                yield f"{name.replace('_', ' ')}, worker {worker}", why
     yield "late answers", f"{report.late:,}"
     yield "errors", f"{report.errors:,}"
     yield "deaths", deaths_text(report)

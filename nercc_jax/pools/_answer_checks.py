@@ -23,8 +23,7 @@ from ._backend import PoolReport
 _LOG = logging.getLogger(__name__)
 
 _WORKERS = 3  # that compute a query, at most
-# Right answers with which a probation ends: at first, and after a wrong answer or a release.
-_FIRST, _PROBATION = 4, 16
+_PROBATION = 16  # right answers with which one ends after a wrong answer or a release
 # Right answers to audits until a worker is released; twice as many each time, up to the second.
 _CLEAN, _CLEANEST = 16, 1024
 _KNOWN = 64  # queries whose answers two workers gave, for audits
@@ -49,7 +48,7 @@ class Verdict(NamedTuple):
 class _Record:
     """The state of a worker's checks."""
 
-    probation: int = _FIRST  # right answers until it ends
+    probation: int  # right answers until it ends
     deaths: int = 0
     fences: int = 0
     clean: int = 0  # right answers to audits, in a row
@@ -69,6 +68,7 @@ class AnswerChecks:
         max_fenced: float,
         worker_dtype: str | None,
         observe: Callable[[str, int], Any],
+        first: int = 4,
     ):
         """Start without answers.
 
@@ -77,12 +77,13 @@ class AnswerChecks:
             max_fenced: The largest share of the workers that is fenced.
             worker_dtype: The dtype in which they compute.
             observe: Receives metrics.
+            first: Right answers with which a new worker's probation ends.
         """
-        self._observe = observe
+        self._observe, self._first = observe, first
         self._monitor = WorkerMonitor(num_workers)
         self._most = int(max_fenced * num_workers)
         self._same = _SAME if worker_dtype in (None, "float32") else _SAME_SHORT
-        self._records = [_Record() for _ in range(num_workers)]
+        self._records = [_Record(first) for _ in range(num_workers)]
         self._fenced: frozenset[int] = frozenset()
         self._known: collections.deque[tuple[np.ndarray, np.ndarray]] = collections.deque(
             maxlen=_KNOWN
@@ -103,8 +104,11 @@ class AnswerChecks:
             suspicious: which of them look wrong.
         """
         # What a fenced worker answers was sent before it was.
-        if worker in self._fenced or self._records[worker].probation:
+        if worker in self._fenced:
             return np.ones(len(suspicious), bool)
+        if probation := self._records[worker].probation:
+            suspicious = suspicious.copy()
+            suspicious[:probation] = True
         self._monitor.add(worker, right=len(suspicious) - int(np.count_nonzero(suspicious)))
         return suspicious
 
@@ -116,7 +120,7 @@ class AnswerChecks:
         Args:
             x: the query.
             candidates: the answers, by worker, in the order in which they came.
-            last: whether there will be no more answers.
+            last: whether there will be no more answers, for all that other workers could do.
 
         Returns:
             The answer to give out; None to wait for one more worker's.
@@ -134,7 +138,8 @@ class AnswerChecks:
                     record = self._records[worker]
                     record.probation = max(record.probation - 1, 0)
                 return Verdict(value, True)
-        if len(candidates) < _WORKERS and not last:
+        others = len(self._records) - len(self._fenced.union(candidates))
+        if len(candidates) < _WORKERS and others and not last:
             return None
         best = min(candidates, key=lambda each: (each in self._fenced, self._monitor.wrong[each]))
         return Verdict(candidates[best], False)
@@ -148,7 +153,7 @@ class AnswerChecks:
         for worker, (record, seen) in enumerate(zip(self._records, report.workers, strict=True)):
             if seen.deaths != record.deaths:
                 self._release(worker, "it was replaced")
-                self._records[worker] = _Record(deaths=seen.deaths, fences=record.fences)
+                self._records[worker] = _Record(self._first, seen.deaths, record.fences)
         if not self._known:
             return []
         asked = []
@@ -196,6 +201,8 @@ class AnswerChecks:
         ]
 
     def _agree(self, one: np.ndarray, other: np.ndarray) -> bool:
+        if np.array_equal(one, other, equal_nan=True):
+            return True
         scale = max(np.abs(one).max(), np.abs(other).max())
         return bool(np.abs(one - other).max() <= self._same * scale)
 

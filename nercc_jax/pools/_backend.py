@@ -127,6 +127,17 @@ class PoolReport:
         return tuple(worker.deaths for worker in self.workers)
 
 
+def pool_counts(report: PoolReport) -> dict[str, Any]:
+    """Return what a pool has met, by the names of a summary file."""
+    return {
+        "late_answers": report.late,
+        "errors": report.errors,
+        "deaths": report.deaths,
+        "deaths_by_worker": [int(deaths) for deaths in report.deaths_by_worker],
+        "hung": report.hung,
+    }
+
+
 @dataclasses.dataclass
 class WorkerSlot:
     """A worker's record at the scheduler, through all its lives."""

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
-from ._backend import PoolReport
+from ._backend import PoolReport, pool_counts
 from ._batch import Batch
 from ._pool import AbstractPool
+from ._row_checks import RowChecks
 from ._row_files import (
     Parts,
     RowTable,
@@ -63,6 +64,8 @@ def run_rows(
     job_deadline: float | None = None,
     grace: float = 0.0,
     max_calls: int | None = None,
+    check_answers: float | None = None,
+    max_fenced: float = 0.25,
     seed: int = 0,
     folder: Path | str | None = None,
     resume: bool = False,
@@ -95,6 +98,9 @@ def run_rows(
         grace: Seconds for which a run that has ended waits for answers that workers still owe. They
             change no value, and judge the error bars of late rows in the summary.
         max_calls: Rows to compute at most, those chosen that tell most (default: no limit).
+        check_answers: The share of right answers that may look wrong. Answers that do are compared
+            with other workers' (default: none are). It takes three workers.
+        max_fenced: The largest share of workers that is fenced for wrong answers.
         seed: Of the order of the rows, which is random, so that the first ones are typical.
         folder: Where results are written as they come (default: nowhere).
         resume: Go on with the run that the folder holds.
@@ -103,7 +109,8 @@ def run_rows(
         on_progress: Called at the beginning, at the end, and in between when rows came, ten times a
             second at most.
         on_rows: Called with rows as soon as they have values, each once: their numbers, their
-            values, and whether they were computed. Rows of a folder that is resumed come first.
+            values, and whether they were computed. Rows of a folder that is resumed come first. A
+            row whose value was taken back by `check_answers` comes again.
 
     Returns:
         Values and a status for each row. After Ctrl-C, or where the pool is about to end, the rest
@@ -133,6 +140,8 @@ def run_rows(
         job_deadline=job_deadline,
         grace=grace,
         max_calls=max_calls,
+        check_answers=check_answers,
+        max_fenced=max_fenced,
         seed=seed,
     )
     x = _checked(rows)
@@ -178,7 +187,11 @@ class _RowRun:
         self._first = min(max(len(x) // 10, 100), 256)
         self._audits = np.zeros(len(x), bool)
         self._audits[order[: self._first]] = self._audits[order[self._first :: _AUDITED]] = True
-        self._learner = RowLearner(settings.target, x, self._audits)
+        self._learner = RowLearner(settings.target, x, self._audits, settings.check_answers)
+        self._checks = None
+        if settings.check_answers is not None:
+            self._checks = RowChecks(len(x), pool, settings.max_fenced)
+        self._last_check = -1  # rows computed when all that was unchecked was last looked at
         self._queue = RowQueue(order[~table.done[order]], pool.num_workers, settings)
         self._calls: dict[Batch, RowCall] = {}
         self._workers = self._count_workers()  # that were alive at the last look
@@ -260,6 +273,9 @@ class _RowRun:
             if now >= look_at or not (self._calls or len(self._queue)):
                 self._workers = self._count_workers()
                 self._look_at_late_calls()
+                if self._checks is not None:
+                    self._checks.look(self._pool.report())
+                    self._follow_fences()
                 self._learn()
                 if self._finished() or now >= self._ends_at:
                     return
@@ -287,7 +303,8 @@ class _RowRun:
 
     def _open(self, rows: Int[np.ndarray, " few"], copy: bool) -> None:
         size = self._settings.rows_per_call or 1 << (len(rows) - 1).bit_length()
-        call = RowCall(self._pool, rows, self._x, size, copy, self._news.put)
+        avoid = () if self._checks is None else self._checks.avoid(rows)
+        call = RowCall(self._pool, rows, self._x, size, copy, self._news.put, avoid)
         self._calls[call.batch] = call
 
     # Answers.
@@ -318,6 +335,8 @@ class _RowRun:
         rows, fresh = call.rows, ~self._table.exact[call.rows]
         if not fresh.all():
             rows, values = rows[fresh], values[fresh]
+        if len(rows) and self._checks is not None:
+            rows, values = self._screen(call.worker, rows, values)
         if len(rows):
             vectors = values.reshape(len(rows), -1)
             late |= call.given_up or call.copy  # a copy is that of a late call
@@ -332,6 +351,59 @@ class _RowRun:
                 self._parts.add(rows.tolist())
             self._on_rows(rows, values, True)
             self._queue.observe(call.size, call.batch.times, self._x[0].nbytes + values[0].nbytes)
+
+    # Checks.
+
+    def _screen(
+        self, worker: int, rows: Int[np.ndarray, " few"], values: Float[np.ndarray, "few ..."]
+    ) -> tuple[Int[np.ndarray, " some"], Float[np.ndarray, "some ..."]]:
+        """Return the rows that have values now; others have the rest computed again."""
+        assert self._checks is not None
+        looks_wrong, known = self._learner.look_wrong(rows, values.reshape(len(rows), -1))
+        given, values = self._checks.take(worker, rows, values, looks_wrong, known)
+        self._queue.send_first(rows[~given])
+        self._follow_fences()
+        return rows[given], values[given]
+
+    def _follow_fences(self) -> None:
+        assert self._checks is not None
+        self._take_back(self._checks.follow_fences(self._table.exact, self._table.predictions))
+
+    def _recheck(self) -> None:
+        """Look at the values that came before anything was known of their rows."""
+        expected, checks = self._learner.expected, self._checks
+        if expected is None or checks is None or self._table.predictions is None:
+            return
+        still = self._table.exact[expected.rows] & ~checks.checked[expected.rows]
+        rows, values = expected.rows[still], self._table.predictions[expected.rows[still]]
+        looks_wrong = expected.look_wrong(still, values.reshape(len(rows), -1))
+        self._take_back(checks.recheck(rows, values, looks_wrong))
+        self._follow_fences()
+
+    def _take_back(self, rows: Int[np.ndarray, " few"]) -> None:
+        """Treat rows in doubt as if they had no values, until other workers have computed them."""
+        if len(rows):
+            self._table.take_back(rows)
+            self._learner.forget(rows)
+            self._queue.send_first(rows)
+
+    def _unchecked(self) -> Int[np.ndarray, " some"]:
+        """Return the rows whose values have not been looked at."""
+        if self._checks is None:
+            return np.zeros(0, int)
+        return np.flatnonzero(self._table.exact & ~self._checks.checked)
+
+    def _awaits_check(self) -> bool:
+        """Return whether values are still to be looked at, and see to it that they are."""
+        if self._checks is None or self._table.predictions is None:
+            return False
+        if self._learner.at_work:
+            return True
+        if self._last_check == self._computed or not len(self._unchecked()):
+            return False
+        self._last_check = self._computed
+        self._begin_to_learn(hurry=True)
+        return self._learner.at_work
 
     def _forget_reasons(self, rows: Int[np.ndarray, " few"]) -> None:
         """Forget why rows were unknown, which are known now."""
@@ -397,7 +469,7 @@ class _RowRun:
     def _learn(self) -> None:
         """Have the learner learn what came, and take what it has learned."""
         settings, table = self._settings, self._table
-        if settings.tolerance == 0 or table.predictions is None:
+        if (settings.tolerance == 0 and self._checks is None) or table.predictions is None:
             return
         if settings.max_disagreement is not None and table.vectors.shape[1] < 2:
             raise ValueError(
@@ -413,17 +485,23 @@ class _RowRun:
                 name = f"learner-{fitted.pairs:06d}.safetensors"
                 self._parts.keep(_LEARNER, name, lambda path: save_fitted(path, fitted))
             self._arrange()
+            self._recheck()
         until_end = self._ends_at - time.monotonic()
         hurry = until_end < 3 * self._learner.seconds
         news = self._computed - self._offered >= NEWS or (hurry and self._learner.fitted is None)
         worth_it = self._seconds_left() > min(self._learner.seconds, until_end)
         if news and not self._learner.busy and worth_it:
-            self._offered = self._computed
-            open_rows = np.flatnonzero(~table.done)
-            late = self._late.copy()
-            for call in self._calls.values():
-                late[call.rows] |= call.late
-            self._learner.begin(table.learnable, table.vectors, open_rows, late, hurry)
+            self._begin_to_learn(hurry)
+
+    def _begin_to_learn(self, hurry: bool) -> None:
+        self._offered, table = self._computed, self._table
+        open_rows = np.flatnonzero(~table.done)
+        late = self._late.copy()
+        for call in self._calls.values():
+            late[call.rows] |= call.late
+        self._learner.begin(
+            table.learnable, table.vectors, open_rows, late, hurry, self._unchecked()
+        )
 
     def _seconds_left(self) -> float:
         """Return how long it takes to compute the rows that wait, at the speed so far.
@@ -457,7 +535,7 @@ class _RowRun:
             return False
         rows = np.flatnonzero((self._held > 0) & ~self._table.done)
         if not len(rows):
-            return True
+            return not self._awaits_check()
         # A call that is not late has its answer soon, which is better than a prediction; and
         # audits are computed, however late they are.
         late = [call.rows for call in self._calls.values() if call.late]
@@ -562,10 +640,12 @@ class _RowRun:
                 )
                 score[known] = found[np.isfinite(found)]
             why = "deadline" if time.monotonic() >= self._ends_at else "last call"
+            why = np.full(len(rows), f"not computed before the job's {why}", object)
+            if self._checks is not None:
+                why[self._checks.in_doubt(rows)] = "its answers differ, or one looked wrong"
             self._unknown |= {
-                row: f"not computed before the job's {why}"
-                + (f"; its error bar is {bar:.3g}" if np.isfinite(bar) else "")
-                for row, bar in zip(rows.tolist(), found.tolist(), strict=True)
+                row: reason + (f"; its error bar is {bar:.3g}" if np.isfinite(bar) else "")
+                for row, reason, bar in zip(rows.tolist(), why, found.tolist(), strict=True)
             }
         status[[*self._unknown]] = "unknown"
         return RowResult(
@@ -603,6 +683,7 @@ class _RowRun:
             "came_late_held": late[0],
             **pool_counts(report),
             "unknown": progress.unknown,
+            **({} if self._checks is None else self._checks.counts()),
         }
 
 
@@ -611,14 +692,3 @@ def reason_to_stop(pool: AbstractPool) -> str | None:
     if pool.ends_at - time.monotonic() >= _LAST_SECONDS:
         return None
     return "stopped before Ray ends this process, whose head is gone"
-
-
-def pool_counts(report: PoolReport) -> dict[str, Any]:
-    """Return what a pool has met, by the names of a summary file."""
-    return {
-        "late_answers": report.late,
-        "errors": report.errors,
-        "deaths": report.deaths,
-        "deaths_by_worker": [int(deaths) for deaths in report.deaths_by_worker],
-        "hung": report.hung,
-    }

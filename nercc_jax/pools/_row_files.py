@@ -185,9 +185,14 @@ class RowTable:
         self.predictions[rows], self.deviation[rows] = values, deviation
         self.score[rows], self.exact[rows], self.done[rows] = score, exact, True
 
+    def take_back(self, rows: Int[np.ndarray, " few"]) -> None:
+        """Treat some rows as if they had no values."""
+        self.exact[rows] = self.done[rows] = False
+
     def rows_of(self, pieces: Sequence[int]) -> dict[str, np.ndarray]:
         """Return what is known of some rows, as arrays by name."""
         rows = np.asarray(pieces)
+        rows = rows[self.done[rows]]  # the others were taken back
         assert self.predictions is not None
         return {
             "index": rows,

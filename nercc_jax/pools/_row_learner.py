@@ -25,6 +25,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Shaped
 
 from ..evaluation._functions import row_errors
+from ..risk._answer_check import AnswerCheck, fit_answer_check
 from ..risk._straggler_risk import StragglerRisk, StragglerRow, conformal_quantile
 from ..risk._target import AccuracyTarget, error_ratios
 from ..schemes import fit_scheme
@@ -56,14 +57,38 @@ class LeftOut(NamedTuple):
     """Predictions of rows that a learner has learned, each without that row.
 
     Attributes:
+        x: The learner's inputs.
         mean: Their predicted values.
         deviation: How far these may be off.
         y: Their own values.
     """
 
+    x: Float[np.ndarray, "rows inputs"]
     mean: Float[np.ndarray, "rows outputs"]
     deviation: Float[np.ndarray, " rows"]
     y: Float[np.ndarray, "rows outputs"]
+
+
+class ExpectedRows(NamedTuple):
+    """What a learner expects of rows that were computed.
+
+    Attributes:
+        rows: The rows.
+        mean: Their predicted values, each without that row.
+        deviation: How far these may be off.
+        check: A check that was calibrated on such predictions.
+    """
+
+    rows: Int[np.ndarray, " rows"]
+    mean: Float[np.ndarray, "rows outputs"]
+    deviation: Float[np.ndarray, " rows"]
+    check: AnswerCheck
+
+    def look_wrong(
+        self, chosen: Bool[np.ndarray, " rows"], values: Float[np.ndarray, "some outputs"]
+    ) -> Bool[np.ndarray, " some"]:
+        """Return which values of some of the rows look wrong."""
+        return self.check.suspicious(self.mean[chosen], self.deviation[chosen], values)
 
 
 class RowEstimates(NamedTuple):
@@ -78,6 +103,7 @@ class RowEstimates(NamedTuple):
         fitted: The learner that made them, with its calibration.
         left_out: Its predictions of late rows that it has learned.
         audited: Its predictions of audits that it has learned.
+        expected: What it expects of rows that were computed and not checked.
     """
 
     rows: Int[np.ndarray, " rows"]
@@ -88,6 +114,7 @@ class RowEstimates(NamedTuple):
     fitted: FittedScheme
     left_out: LeftOut | None = None
     audited: LeftOut | None = None
+    expected: ExpectedRows | None = None
 
 
 class Neighbours(NamedTuple):
@@ -104,6 +131,7 @@ class RowLearner:
         target: The accuracy at which a row is known well enough.
         x: The inputs of all rows.
         audits: Rows that are computed whatever is known of them, drawn at random.
+        check_rate: The share of right answers that may look wrong, if answers are checked.
     """
 
     def __init__(
@@ -111,8 +139,12 @@ class RowLearner:
         target: AccuracyTarget,
         x: Shaped[np.ndarray, "rows ..."],
         audits: Bool[np.ndarray, " rows"],
+        check_rate: float | None = None,
     ):
         self._target, self._x, self._audits = target, x, audits
+        self._check_rate = check_rate
+        self._check: AnswerCheck | None = None
+        self.expected: ExpectedRows | None = None  # of the latest estimate
         self._due = _FIRST
         self.fitted: FittedScheme | None = None
         self.known = np.zeros(len(x), bool)  # rows that have an estimate
@@ -143,6 +175,17 @@ class RowLearner:
             return True
         return time.monotonic() < self._time.next and self.fitted is not None
 
+    @property
+    def at_work(self) -> bool:
+        """Return whether an estimate is being made, or is there to be taken."""
+        return self.busy or bool(self._made)
+
+    def forget(self, rows: Int[np.ndarray, " few"]) -> None:
+        """Learn all anew without these rows, if any was learned."""
+        if self._learned[rows].any():
+            self._due = 0
+        self._learned[rows] = self.known[rows] = False
+
     def begin(
         self,
         computed: Int[np.ndarray, " some"],
@@ -150,6 +193,7 @@ class RowLearner:
         open_rows: Int[np.ndarray, " others"],
         late: Bool[np.ndarray, " rows"],
         hurry: bool = False,
+        unchecked: Int[np.ndarray, " few"] | None = None,
     ) -> None:
         """Learn computed rows, if there are enough new ones, and predict the open ones.
 
@@ -159,28 +203,36 @@ class RowLearner:
             open_rows: Rows to predict.
             late: Which rows came late, or are late.
             hurry: Whether a first fit does with as few rows as there may be.
+            unchecked: Computed rows to predict, too, since nobody has looked at their values.
         """
         if self.busy or len(computed) < _FIRST // 4:
             return
         features, fitted = self._features[open_rows], self.fitted
         new = computed[~self._learned[computed]]
-        full = fitted is not None and fitted.pairs >= _CAPACITY
+        full = fitted is not None and fitted.pairs >= _CAPACITY and self._due > 0
         if (len(computed) >= self._due and not full) or (hurry and fitted is None):
-            self._due, chosen = 2 * len(computed), self._chosen(computed)
+            # Where nobody waits for anything but this, a small learner will do.
+            most = _FEW - 1 if hurry and unchecked is not None else _CAPACITY
+            self._due, chosen = 2 * len(computed), self._chosen(computed, most)
             job = _fit_job(self._features[chosen], y[chosen], self._target)
             self._learned[computed] = True
         elif fitted is not None and len(new) >= NEWS:
             new = new[-_CAPACITY:]
             job = _update_job(fitted, self._features[new], y[new])
             self._learned[new] = True
+        elif hurry and fitted is not None:
+            job = lambda: fitted  # noqa: E731
         else:
             return
+        if unchecked is None or self._check_rate is None:
+            unchecked = np.zeros(0, int)
         self._thread = threading.Thread(
             target=self._work,
             args=(
                 job,
                 open_rows,
                 features,
+                unchecked,
                 self._features[computed[late[computed]]],
                 self._features[computed[self._audits[computed] & ~late[computed]]],
                 *self._neighbours(computed, y, late),
@@ -194,7 +246,9 @@ class RowLearner:
         if not self._made:
             return False
         made = self._made.pop()
-        self.fitted, self._telling = made.fitted, made.telling
+        self.fitted, self._telling, self.expected = made.fitted, made.telling, made.expected
+        if made.expected is not None:
+            self._check = made.expected.check
         if self.mean is None:
             self.mean = np.zeros((len(self.known), made.mean.shape[1]), np.float32)
         self.known[made.rows], self._like_late[made.rows] = True, made.like_late
@@ -205,7 +259,8 @@ class RowLearner:
                 error = _errors(left_out.mean, left_out.y)
                 if not late:
                     self._ratios = _ratios(error, left_out.deviation)
-                risk.replace(self._compared(*left_out, error))
+                known = left_out.mean, left_out.deviation, left_out.y
+                risk.replace(self._compared(*known, error))
         return True
 
     def resume(self, fitted: FittedScheme, rows: Int[np.ndarray, " open"]) -> None:
@@ -215,12 +270,12 @@ class RowLearner:
         self._made.append(RowEstimates(rows, *predicted, unknown, rows[:0], fitted))
         self.look()
 
-    def _chosen(self, computed: np.ndarray) -> np.ndarray:
+    def _chosen(self, computed: np.ndarray, most: int) -> np.ndarray:
         """Return the rows to fit to, so that every fourth, which calibrates, is one at random."""
         random = np.random.default_rng(len(computed)).permutation(computed)
         audited = random[self._audits[random]]
         others = random[~self._audits[random]]
-        count = min(len(computed), _CAPACITY)
+        count = min(len(computed), most)
         held = count // 4
         last = np.concatenate([audited, others])[:held]
         rest = np.setdiff1d(random, last, assume_unique=True)
@@ -247,6 +302,7 @@ class RowLearner:
         job: Callable[[], FittedScheme | None],
         rows: Int[np.ndarray, " open"],
         features: Float[np.ndarray, "open inputs"],
+        unchecked: Int[np.ndarray, " few"],
         late: Float[np.ndarray, "late inputs"],
         audits: Float[np.ndarray, "audits inputs"],
         by_input: Neighbours,
@@ -258,11 +314,49 @@ class RowLearner:
                 predicted = _predicted(fitted, features)
                 like_late = _like_late(features, by_input) | _like_late(predicted[0], by_output)
                 telling = rows[_telling(fitted, features, predicted[1])]
-                left_out = _left_out(fitted, late), _left_out(fitted, audits)
-                made = RowEstimates(rows, *predicted, like_late, telling, fitted, *left_out)
+                window = _left_out(fitted)
+                left_out = _of_rows(window, late), _of_rows(window, audits)
+                expected = self._expected(fitted, window, unchecked)
+                made = RowEstimates(
+                    rows, *predicted, like_late, telling, fitted, *left_out, expected
+                )
                 self._made.append(made)
         finally:
             self.seconds = self._time.spend(begin)
+
+    def _expected(
+        self, fitted: FittedScheme, window: LeftOut, rows: Int[np.ndarray, " few"]
+    ) -> ExpectedRows | None:
+        """Return what is expected of these rows; None if answers are not checked, or cannot be."""
+        if self._check_rate is None:
+            return None
+        order = np.random.default_rng(0).permutation(len(window.y))
+        check = fit_answer_check(
+            window.mean[order],
+            window.deviation[order],
+            window.y[order],
+            self._check_rate,
+            labels=self._target.tolerance is None,
+        )
+        if check.limit == np.inf:
+            return None  # too few rows
+        mean, deviation = _predicted(fitted, self._features[rows])
+        places = {row.tobytes(): place for place, row in enumerate(window.x)}
+        for each, row in enumerate(self._features[rows]):
+            if (place := places.get(row.tobytes())) is not None:
+                mean[each], deviation[each] = window.mean[place], window.deviation[place]
+        return ExpectedRows(rows, mean, deviation, check)
+
+    def look_wrong(
+        self, rows: Int[np.ndarray, " some"], values: Float[np.ndarray, "some outputs"]
+    ) -> tuple[Bool[np.ndarray, " some"], Bool[np.ndarray, " some"]]:
+        """Return which values of rows look wrong, and of which rows that can be told."""
+        found, known = np.zeros(len(rows), bool), np.zeros(len(rows), bool)
+        if self._check is not None and self.mean is not None:
+            known = self.known[rows]
+            expected = self.mean[rows[known]], self.deviation[rows[known]]
+            found[known] = self._check.suspicious(*expected, values[known])
+        return found, known
 
     # What may be given out.
 
@@ -342,7 +436,7 @@ class RowLearner:
     def limit(self) -> float:
         """The largest score that will do."""
         if self._target.tolerance is not None:
-            return self._target.tolerance
+            return self._target.tolerance or -math.inf  # 0 computes all
         assert self.fitted is not None
         assert self._target.max_disagreement is not None
         probability = self.fitted.scheme.error_probability
@@ -469,7 +563,7 @@ def _predicted(
         means.append(np.asarray(mean, np.float32)[: len(chunk)])
         deviations.append(np.asarray(deviation, float)[: len(chunk)])
     if not means:
-        return np.zeros((0, 1), np.float32), np.zeros(0)
+        return np.zeros((0, _learner_of(fitted).residuals.shape[1]), np.float32), np.zeros(0)
     return np.concatenate(means), np.concatenate(deviations)
 
 
@@ -497,17 +591,22 @@ def _ratios(
     return (error[deviation > 0] / deviation[deviation > 0]).tolist()
 
 
-def _left_out(fitted: FittedScheme, rows: Float[np.ndarray, "rows inputs"]) -> LeftOut | None:
-    """Return the predictions of these rows in the learner's window, each without that row."""
+def _left_out(fitted: FittedScheme) -> LeftOut:
+    """Return the predictions of all rows that the learner holds."""
+    learner = _learner_of(fitted)
+    held = np.flatnonzero(np.asarray(learner.filled))
+    x, y = (np.asarray(each)[held] for each in (learner.inputs, learner.residuals))
+    errors, deviation = (np.asarray(each)[held] for each in learner.left_out())
+    mean = (y + errors).astype(np.float32)
+    return LeftOut(x.astype(np.float32), mean, deviation.astype(float), y)
+
+
+def _of_rows(window: LeftOut, rows: Float[np.ndarray, "rows inputs"]) -> LeftOut | None:
+    """Return the part of predictions that is about some rows."""
     if not len(rows):
         return None
-    learner = _learner_of(fitted)
-    inputs = np.asarray(learner.inputs, np.float32)
-    known = np.isin(_row_keys(inputs), _row_keys(rows.astype(np.float32)))
-    chosen = np.flatnonzero(known & np.asarray(learner.filled))
-    errors, deviation = (np.asarray(each)[chosen] for each in learner.left_out())
-    y = np.asarray(learner.residuals)[chosen]
-    return LeftOut((y + errors).astype(np.float32), deviation.astype(float), y)
+    known = np.isin(_row_keys(window.x), _row_keys(rows.astype(np.float32)))
+    return LeftOut(*(each[known] for each in window))
 
 
 def _row_keys(rows: Float[np.ndarray, "rows inputs"]) -> Shaped[np.ndarray, " rows"]:

@@ -20,7 +20,7 @@ class RowQueue:
     """Rows that wait, in the order in which they are sent.
 
     Rows of a call that raised come first, in halves, so that those that raise are found in a few
-    calls; then rows that had no answer in time; then all others.
+    calls, and rows whose answers look wrong; then rows that had no answer in time; then all others.
 
     Args:
         rows: The rows, in that order.
@@ -31,7 +31,7 @@ class RowQueue:
     def __init__(self, rows: Int[np.ndarray, " rows"], num_workers: int, settings: RowSettings):
         self.waiting = rows
         self._again: collections.deque[int] = collections.deque()
-        self._halves: collections.deque[Int[np.ndarray, " few"]] = collections.deque()
+        self._apart: collections.deque[Int[np.ndarray, " few"]] = collections.deque()
         self._num_workers, self._settings = num_workers, settings
         self._size, self._least = settings.rows_per_call or 1, 1  # rows of a call
         self._timed = 0  # calls of that size
@@ -40,7 +40,7 @@ class RowQueue:
 
     def __len__(self) -> int:
         """Return the number of rows that wait."""
-        return len(self.waiting) + len(self._again) + sum(map(len, self._halves))
+        return len(self.waiting) + len(self._again) + sum(map(len, self._apart))
 
     @property
     def spent(self) -> bool:
@@ -51,25 +51,30 @@ class RowQueue:
     @property
     def empty(self) -> bool:
         """Return whether nothing may be sent."""
-        return not len(self) or (self.spent and not self._again and not self._halves)
+        return not len(self) or (self.spent and not self._again and not self._apart)
 
     def to_send_again(self) -> Int[np.ndarray, " few"]:
         """Return the rows that are to be sent again."""
-        return np.concatenate([np.asarray(self._again, int), *self._halves])
+        return np.concatenate([np.asarray(self._again, int), *self._apart])
 
     def halve(self, rows: Int[np.ndarray, " few"]) -> None:
         """Send the rows of a call that raised again, in two calls."""
-        self._halves.extendleft(np.array_split(rows, 2))
+        self._apart.extendleft(np.array_split(rows, 2))
 
     def send_again(self, rows: Iterable[int]) -> None:
         """Send rows again that had no answer in time."""
         self._again.extend(rows)
 
+    def send_first(self, rows: Int[np.ndarray, " some"]) -> None:
+        """Send rows again before all others, apart from those."""
+        size = self.call_size
+        self._apart.extend(rows[place : place + size] for place in range(0, len(rows), size))
+
     def take(self, done: Bool[np.ndarray, " rows"]) -> Int[np.ndarray, " few"]:
         """Take the rows of the next call, without those that are done; none if none is left."""
         while not self.empty:
-            if self._halves:
-                rows = self._halves.popleft()
+            if self._apart:
+                rows = self._apart.popleft()
             elif self._again:
                 count = min(self.call_size, len(self._again))
                 rows = np.array([self._again.popleft() for _ in range(count)])

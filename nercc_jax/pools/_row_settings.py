@@ -123,6 +123,8 @@ class RowSettings:
     job_deadline: float | None = None
     grace: float = 0.0
     max_calls: int | None = None
+    check_answers: float | None = None
+    max_fenced: float = 0.25
     seed: int = 0
 
     def __post_init__(self):
@@ -143,6 +145,10 @@ class RowSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be positive, not {value}")
+        if self.check_answers is not None and not 0 < self.check_answers < 1:
+            raise ValueError(f"check_answers must be between 0 and 1, not {self.check_answers}")
+        if not 0 <= self.max_fenced < 1:
+            raise ValueError(f"max_fenced must be in [0, 1), not {self.max_fenced}")
         check_deadline(self.deadline)
         if self.job_deadline is not None and not self.job_deadline > 0:
             raise ValueError(

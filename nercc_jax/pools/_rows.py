@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -60,6 +60,7 @@ class RowCall:
             are compiled for each shape.
         copy: Whether another call has the same rows.
         on_change: Called by one of the pool's threads when there may be something to take.
+        avoid: Workers that must not get it.
     """
 
     def __init__(
@@ -70,13 +71,14 @@ class RowCall:
         size: int,
         copy: bool,
         on_change: Callable[[Batch], Any],
+        avoid: Collection[int] = (),
     ):
         self.rows, self.size, self.copy = rows, size, copy
         self._attempts, self._begin = 0, 0.0  # workers that had it; when the latest one got it
         self.copies = 0  # other calls with the same rows
         self.given_up = False  # its rows have been sent again, or are lost
         self.batch = pool.open(1, copies=1, on_change=on_change, refuse=lambda answer: None)
-        pool.send(self.batch, [0], [np.take(x, np.resize(rows, size), axis=0)])
+        pool.send(self.batch, [0], [np.take(x, np.resize(rows, size), axis=0)], avoid=avoid)
 
     def age(self) -> float:
         """Return the seconds since its worker got it; 0 while none has it.
@@ -110,6 +112,11 @@ class RowCall:
         """Return the function's values for the rows, if they are in."""
         answer: Any = self.batch.answer(0)
         return None if answer is None else answer[: len(self.rows)]
+
+    @property
+    def worker(self) -> int:
+        """The worker that gave the values."""
+        return self.batch.workers[0]
 
     def raised(self) -> str | None:
         """Return what the function raised, if that is why there are no values."""

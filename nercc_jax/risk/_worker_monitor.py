@@ -21,6 +21,7 @@ _RATIOS = np.array([4.0, 16.0, 64.0, 256.0, 1024.0])
 # Answers of all workers in a stretch, and those that a share of wrong ones refers to at least.
 _STRETCH, _FEWEST = 256, 128
 _MOST = 0.5  # that the others' share may allow
+_LARGEST = 1e100  # of the sums, which many wrong answers at once would make infinite
 
 
 class WorkerMonitor:
@@ -90,7 +91,7 @@ class WorkerMonitor:
             return False
         sums = self._take_right(worker)
         for _ in range(wrong):
-            sums = (sums + 1) * _bets(share)[0] / share
+            sums = np.minimum((sums + 1) * _bets(share)[0] / share, _LARGEST)
         self._sums[worker] = sums
         return bool(sums.mean() >= self._threshold)
 

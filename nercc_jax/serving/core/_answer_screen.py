@@ -171,7 +171,10 @@ class AnswerScreen:
     def _receive_again(self, worker: int, query: Query, value: np.ndarray) -> Verdict | None:
         """Compare another answer to a query that is held back."""
         query.candidates.setdefault(worker, np.array(value))
-        return self._compare(query)
+        verdict = self._checks.compare(query.x, query.candidates)
+        if verdict is not None:
+            self._observe("check_agreed" if verdict.agreed else "check_open", 1)
+        return verdict
 
     def _doubt(self, worker: int, query: Query, value: np.ndarray) -> Verdict | None:
         """Hold an answer back; return it as it is where the budget does not allow that."""
@@ -188,14 +191,6 @@ class AnswerScreen:
         request = query.request
         due = request.arrived + (1 - _LEFT) * request.deadline
         heapq.heappush(self._due, (due, next(self._numbers), query))
-
-    def _compare(self, query: Query) -> Verdict | None:
-        serving = self._pool.num_workers - len(self._fenced)
-        last = len(set(query.candidates) - self._fenced) >= serving
-        verdict = self._checks.compare(query.x, query.candidates, last=last)
-        if verdict is not None:
-            self._observe("check_agreed" if verdict.agreed else "check_open", 1)
-        return verdict
 
     def _follow_fences(self) -> None:
         """Have the pool send nothing to workers that are fenced now."""

@@ -1,0 +1,174 @@
+"""Checks of computed rows: rows of wrong workers are computed anew, right ones are trusted."""
+
+import time
+
+import numpy as np
+import pytest
+from test_run_rows import quick_fit as quick_fit  # a fixture
+
+from nercc_jax import DevicePool
+from nercc_jax.pools import Fault, Faults, run_rows
+from nercc_jax.pools._row_checks import RowChecks
+from nercc_jax.pools._row_files import RowTable
+from nercc_jax.testing import SimulatedPool
+
+ROWS = np.random.default_rng(0).uniform(-1, 1, (600, 1))
+NONE, ALL = np.zeros(3, bool), np.ones(3, bool)
+
+
+def smooth(rows):
+    return np.concatenate([np.sin(3 * rows), np.cos(2 * rows)], axis=1)
+
+
+def run_checked(*faults, num_workers=8, **options):
+    def make(function, number, **others):
+        return DevicePool(function, number, faults=Faults(faults, seed=3), **others)
+
+    options = {"tolerance": 0.0, "check_answers": 0.05, "rows_per_call": 4} | options
+    return run_rows(smooth, ROWS, make, num_workers=num_workers, **options)
+
+
+@pytest.mark.slow
+def test_rows_of_wrong_workers_are_computed_by_others(quick_fit):
+    """One swaps all answers; another has one in ten far off, and nothing gives it away at first."""
+    swap, far = Fault("swap", workers=(1,)), Fault("bias", 0.1, size=3.0, workers=(5,))
+    result = run_checked(swap, far)
+    assert (result.status == "computed").all()
+    np.testing.assert_array_equal(result.values, smooth(ROWS))
+    assert result.summary["checked"] == 600
+    assert "1" in result.summary["fenced"]
+    assert result.summary["corrected"] > 0
+    # A quarter may be fenced, so both may be.
+    assert set(result.summary["fenced"]) | set(result.summary["not_fenced"]) <= {"1", "5"}
+
+
+@pytest.mark.slow
+def test_right_answers_are_trusted_at_the_price_of_few_calls(quick_fit):
+    result = run_checked()
+    np.testing.assert_array_equal(result.values, smooth(ROWS))
+    assert result.summary["checked"] == 600
+    assert result.summary["suspicious"] <= 8 + 4 * 0.05 * 600
+    assert (result.summary["corrected"], result.summary["fenced"]) == (0, {})
+
+
+def checks_of(num_workers=4, **options):
+    pool = SimulatedPool(np.tanh, num_workers, seconds=lambda size: 0.1)
+    return RowChecks(10, pool, options.get("max_fenced", 0.5))
+
+
+def answers(checks, worker, rows, values, looks_wrong=NONE):
+    rows = np.asarray(rows)
+    wrong = looks_wrong[: len(rows)]
+    return checks.take(worker, rows, np.asarray(values, float), wrong, ALL[: len(rows)])
+
+
+def test_a_row_in_doubt_has_the_value_that_two_workers_give():
+    checks = checks_of()
+    given, _ = answers(checks, 0, [0, 1, 2], [[1.0], [2.0], [3.0]])
+    assert given.tolist() == [False, True, True], "the first row of a new worker"
+    given, values = answers(checks, 1, [0], [[1.0]])
+    assert given.all()
+    assert values.tolist() == [[1.0]]
+    # Two differ, and a third decides; whoever gave an answer does not get the row again.
+    given, _ = answers(checks, 0, [3, 4], [[5.0], [6.0]], np.array([True, False]))
+    assert given.tolist() == [False, True]
+    assert checks.avoid(np.array([3, 4])) == {0}
+    given, _ = answers(checks, 1, [3], [[7.0]])
+    assert not given.any()
+    assert checks.avoid(np.array([3])) == {0, 1}
+    given, values = answers(checks, 2, [3], [[7.0]])
+    assert given.all()
+    assert values.tolist() == [[7.0]]
+    assert checks.counts() == {
+        "checked": 5, "suspicious": 2, "corrected": 1, "fenced": {}, "not_fenced": {}
+    }  # fmt: skip
+
+
+def test_what_only_a_fenced_worker_gave_is_taken_back():
+    checks, values = checks_of(), np.arange(10.0)[:, None]
+    computed = np.zeros(10, bool)
+    for worker in (1, 2, 0):  # trusted after one right answer
+        answers(checks, worker, [worker], [[9.0]])
+        answers(checks, (worker + 1) % 3, [worker], [[9.0]])
+    given, _ = answers(checks, 0, [3, 4], values[3:5])
+    assert given.all()
+    computed[3:5] = True
+    for row in range(5, 9):
+        answers(checks, 0, [row], [[-1.0]], ALL)
+        answers(checks, 1, [row], values[[row]])
+        given, right = answers(checks, 2, [row], values[[row]])
+        assert given.all()
+        assert right.tolist() == values[[row]].tolist()
+    taken = checks.follow_fences(computed, values)
+    assert taken.tolist() == [3, 4]
+    assert checks.avoid(taken) == {0}
+    assert list(checks.counts()["fenced"]) == ["0"]
+    assert not len(checks.follow_fences(computed, values)), "once"
+    given, _ = answers(checks, 0, [9], [[9.0]])
+    assert not given.any(), "it was sent before"
+
+
+def test_values_of_an_earlier_run_are_compared_with_two_new_ones():
+    checks = checks_of()
+    rows, values = np.array([2, 3]), np.array([[2.0], [3.0]])
+    assert checks.recheck(rows, values, np.array([True, False])).tolist() == [2]
+    assert checks.avoid(rows) == set()
+    assert checks.checked[[2, 3]].tolist() == [False, True]
+    assert not answers(checks, 0, [2], [[4.0]])[0].any()
+    given, found = answers(checks, 1, [2], [[4.0]])
+    assert given.all()
+    assert found.tolist() == [[4.0]]
+    assert checks.counts()["corrected"] == 1
+
+
+def test_two_that_give_nan_agree():
+    checks = checks_of()
+    answers(checks, 0, [0], [[np.nan, 1.0]], ALL)
+    given, found = answers(checks, 1, [0], [[np.nan, 1.0]], ALL)
+    assert given.all()
+    np.testing.assert_array_equal(found, [[np.nan, 1.0]])
+    assert checks.counts()["corrected"] == 0
+
+
+def test_where_all_workers_differ_nobody_is_left_and_one_decides():
+    checks = checks_of(3)
+    for worker in range(3):
+        given, _ = answers(checks, worker, [0], [[float(worker)]], ALL)
+        assert given.any() == (worker == 2)
+    answers(checks, 0, [1], [[1.0]], ALL)
+    answers(checks, 1, [2], [[1.0]], ALL)
+    answers(checks, 2, [3], [[1.0]], ALL)
+    assert checks.avoid(np.array([1, 2])) == {0, 1}
+    assert checks.avoid(np.array([1, 2, 3])) == set(), "somebody must compute them"
+
+
+def test_what_was_taken_back_is_not_written():
+    table = RowTable(3)
+    nothing = np.zeros(3)
+    table.add(np.arange(3), np.ones((3, 1)), nothing, nothing, exact=True)
+    table.take_back(np.array([1]))
+    assert table.rows_of([0, 1, 2])["index"].tolist() == [0, 2]
+
+
+def test_two_workers_are_too_few():
+    with pytest.raises(ValueError, match=r"check_answers needs three workers or more.* has 2"):
+        run_checked(num_workers=2)
+
+
+def test_at_the_jobs_deadline_a_row_in_doubt_is_unknown_for_that_reason():
+    """The first row of each worker is computed by another, too, which takes too long here."""
+    seen = set()
+
+    def once(batch):
+        if (row := float(batch[0, 0])) in seen:
+            time.sleep(5.0)
+        seen.add(row)
+        return smooth(batch)
+
+    def make(function, number, **others):
+        return DevicePool(function, number, **others)
+
+    options = {"tolerance": 0.0, "check_answers": 0.05, "rows_per_call": 1, "job_deadline": 1.5}
+    result = run_rows(once, ROWS[:9], make, num_workers=3, **options)
+    assert result.status.tolist().count("unknown") >= 3
+    assert "its answers differ, or one looked wrong" in set(result.reasons.values())
