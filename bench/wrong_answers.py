@@ -1,6 +1,6 @@
 """Find answers that are wrong, and the workers that give them, by what a surrogate predicts.
 
-    python bench/wrong_answers.py [--data-dir FOLDER] [--seeds N] [--quick]
+    python bench/wrong_answers.py [--data-dir FOLDER] [--seeds N] [--quick | --runs]
 
 A server's own parts, without its threads. A learner takes 2,000 of the model's right answers as
 they come, of which it keeps 1,024, and the check is calibrated on those that came last, each before
@@ -12,13 +12,19 @@ label count; of a function, those that change an answer by a tenth of the output
 Then workers: each gives the judged answers in random order with one fault, and is checked by
 `AnswerChecks` with clean workers beside it, after it was trusted.
 
+`--runs` measures `run_rows(check_answers=)` instead, on the functions: of eight workers one swaps
+all answers, and one some, in a run over 2,000 rows. What counts is the rows that are wrong in the
+end.
+
 Writes results/wrong_answers.json (--quick: wrong_answers-quick.json).
 """
 
 import argparse
 import dataclasses
+import json
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +34,7 @@ from _functions_cases import EXPENSIVE, load
 from _report import environment, write_json
 from _settings import PACKAGES
 
-from nercc_jax.pools import Fault
+from nercc_jax.pools import DevicePool, Fault, Faults, run_rows
 from nercc_jax.pools._answer_checks import AnswerChecks
 from nercc_jax.pools._wrong_answers import WeightChange, WrongAnswers
 from nercc_jax.risk._answer_check import AnswerCheck, fit_answer_check
@@ -52,6 +58,7 @@ ANSWER_FAULTS = {
     "flipped exponent bit of the answer": Fault("flip_answer", bits="exponent"),
 }
 STALE, DRAWS = (0.1, 0.2, 0.3, 0.5), 5
+SECONDS = 0.005  # of a row, in runs over rows
 INTERMITTENT = (0.02, 0.05, 0.1, 0.2)  # shares of swapped answers of a worker
 
 
@@ -238,6 +245,43 @@ def fenced_after(
     return None
 
 
+def run(work: Work, seed: int, faults: Faults, rate: float | None) -> dict[str, Any]:
+    """Run over the first rows, on threads that wait for `SECONDS` a row, and count wrong rows."""
+    x = work.x[:PAST]
+    right = work.answers(slice(0, PAST))
+    table = {row.tobytes(): y for row, y in zip(x, right, strict=True)}
+    calls: list[int] = []
+
+    def served(rows: np.ndarray) -> np.ndarray:
+        calls.append(len(rows))
+        time.sleep(SECONDS * len(rows))
+        return np.stack([table[row.tobytes()] for row in rows])
+
+    def pool(function: Any, number: int, **options: Any) -> DevicePool:
+        return DevicePool(function, number, faults=faults, **options)
+
+    options: dict[str, Any] = {"tolerance": 0.0, "check_answers": rate, "seed": seed}
+    found = run_rows(served, x, pool, num_workers=WORKERS, **options)
+    assert found.values is not None
+    wrong = matters(work, found.values.reshape(right.shape), right)
+    checked = {name: found.summary.get(name) for name in ("suspicious", "corrected", "fenced")}
+    about = {"work": work.name, "seed": seed, "rate": rate, "rows": len(x)}
+    return about | checked | {
+        "unknown": found.summary["unknown"],
+        "computed_rows": sum(calls),
+        "wrong_rows": int(wrong[found.status == "computed"].sum()),
+        "seconds": found.summary["seconds"],
+    }  # fmt: skip
+
+
+def runs(work: Work, seed: int) -> Iterator[dict[str, Any]]:
+    """Yield runs without faults and with wrong workers, with checks and without."""
+    swap, some = Fault("swap", workers=(2,)), Fault("swap", 0.1, workers=(5,))
+    for name, faults in {"none": (), "one swaps, one sometimes": (swap, some)}.items():
+        for rate in (None, 0.01):
+            yield {"faults": name} | run(work, seed, Faults(faults, seed=seed), rate)
+
+
 def summary(rows: list[dict[str, Any]]) -> list[str]:
     """Return the lines of the table."""
     lines = []
@@ -278,18 +322,31 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, default=None)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="LeNet5 alone, one seed")
+    parser.add_argument("--runs", action="store_true", help="runs over rows alone")
     options = parser.parse_args()
     logging.disable(logging.WARNING)  # one for each worker that is fenced
+    path = RESULTS / ("wrong_answers-quick.json" if options.quick else "wrong_answers.json")
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    if options.runs:
+        found = kept | {"runs": []}
+        for name in EXPENSIVE:
+            work = function(name, options.data_dir)
+            for seed in range(options.seeds):
+                for each in runs(work, seed):
+                    print(each, flush=True)
+                    found["runs"].append(each)
+                    write_json(path, found | {"runs_environment": environment(PACKAGES)})
+        return
     works = [images(name, options.data_dir) for name in IMAGES[: 1 if options.quick else None]]
     if not options.quick:
         works += [function(name, options.data_dir) for name in EXPENSIVE]
     seeds = [100] if options.quick else range(options.seeds)
     rows = []
-    name = "wrong_answers-quick.json" if options.quick else "wrong_answers.json"
     for work in works:
         for seed in seeds:
             rows += evaluate(work, seed)
-            write_json(RESULTS / name, {"environment": environment(PACKAGES), "rows": rows})
+            about = {"environment": environment(PACKAGES)}
+            write_json(path, kept | about | {"rows": rows})
     print("\n".join(summary(rows)), flush=True)
 
 

@@ -233,6 +233,7 @@ class RowLearner:
                 open_rows,
                 features,
                 unchecked,
+                y[unchecked],
                 self._features[computed[late[computed]]],
                 self._features[computed[self._audits[computed] & ~late[computed]]],
                 *self._neighbours(computed, y, late),
@@ -303,6 +304,7 @@ class RowLearner:
         rows: Int[np.ndarray, " open"],
         features: Float[np.ndarray, "open inputs"],
         unchecked: Int[np.ndarray, " few"],
+        values: Float[np.ndarray, "few outputs"],
         late: Float[np.ndarray, "late inputs"],
         audits: Float[np.ndarray, "audits inputs"],
         by_input: Neighbours,
@@ -316,7 +318,7 @@ class RowLearner:
                 telling = rows[_telling(fitted, features, predicted[1])]
                 window = _left_out(fitted)
                 left_out = _of_rows(window, late), _of_rows(window, audits)
-                expected = self._expected(fitted, window, unchecked)
+                expected = self._expected(fitted, window, unchecked, values)
                 made = RowEstimates(
                     rows, *predicted, like_late, telling, fitted, *left_out, expected
                 )
@@ -325,26 +327,35 @@ class RowLearner:
             self.seconds = self._time.spend(begin)
 
     def _expected(
-        self, fitted: FittedScheme, window: LeftOut, rows: Int[np.ndarray, " few"]
+        self,
+        fitted: FittedScheme,
+        window: LeftOut,
+        rows: Int[np.ndarray, " few"],
+        y: Float[np.ndarray, "few outputs"],
     ) -> ExpectedRows | None:
-        """Return what is expected of these rows; None if answers are not checked, or cannot be."""
+        """Return what is expected of these rows; None if answers are not checked, or cannot be.
+
+        The check is calibrated on them, too: predictions of rows that the learner does not hold are
+        worse than those of the rows it holds, even without themselves.
+        """
         if self._check_rate is None:
             return None
-        order = np.random.default_rng(0).permutation(len(window.y))
-        check = fit_answer_check(
-            window.mean[order],
-            window.deviation[order],
-            window.y[order],
-            self._check_rate,
-            labels=self._target.tolerance is None,
-        )
-        if check.limit == np.inf:
-            return None  # too few rows
         mean, deviation = _predicted(fitted, self._features[rows])
         places = {row.tobytes(): place for place, row in enumerate(window.x)}
         for each, row in enumerate(self._features[rows]):
-            if (place := places.get(row.tobytes())) is not None:
+            if (place := places.pop(row.tobytes(), None)) is not None:
                 mean[each], deviation[each] = window.mean[place], window.deviation[place]
+        rest = list(places.values())
+        known = (window.mean, mean), (window.deviation, deviation), (window.y, y)
+        means, deviations, values = (np.concatenate([old[rest], new]) for old, new in known)
+        finite = np.flatnonzero(np.isfinite(values).all(axis=1))
+        order = np.random.default_rng(0).permutation(finite)[: 2 * _CAPACITY]
+        labels = self._target.tolerance is None
+        check = fit_answer_check(
+            means[order], deviations[order], values[order], self._check_rate, labels=labels
+        )
+        if check.limit == np.inf:
+            return None  # too few rows
         return ExpectedRows(rows, mean, deviation, check)
 
     def look_wrong(
