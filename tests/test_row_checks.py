@@ -130,6 +130,14 @@ def test_two_that_give_nan_agree():
     assert checks.counts()["corrected"] == 0
 
 
+def test_two_wrong_ones_are_outvoted():
+    checks = checks_of(8)
+    for worker, value in enumerate([1.0, 2.0, 3.0, 3.0]):
+        given, found = answers(checks, worker, [0], [[value]], ALL)
+        assert given.any() == (worker == 3)
+    assert found.tolist() == [[3.0]]
+
+
 def test_where_all_workers_differ_nobody_is_left_and_one_decides():
     checks = checks_of(3)
     for worker in range(3):

@@ -15,6 +15,7 @@ from ._backend import PoolReport
 from ._pool import AbstractPool
 
 _FIRST = 1  # rows of each worker that another computes, too: the rest is looked at later
+_MOST = 5  # workers that compute a row until two agree: where none do, the function is random
 _NOBODY = -1
 
 
@@ -87,6 +88,8 @@ class RowChecks:
             row = int(rows[place])
             self._answers[row].setdefault(worker, values[place].copy())
             verdict = self._checks.compare(None, self._answers[row])
+            if verdict is not None and not verdict.agreed and self._others_left(row):
+                verdict = None
             given[place] = verdict is not None
             if verdict is not None:
                 del self._answers[row]
@@ -98,6 +101,11 @@ class RowChecks:
         self._giver[rows[fresh]] = worker
         self.checked[rows[fresh[known[fresh] & ~held]]] = True
         return given, values
+
+    def _others_left(self, row: int) -> bool:
+        """Return whether another worker could give what one of them has given."""
+        tried = self._answers[row]
+        return len(tried) < _MOST and len(self._fenced.union(tried)) < self._pool.num_workers
 
     def recheck(
         self,

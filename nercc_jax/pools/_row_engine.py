@@ -370,14 +370,15 @@ class _RowRun:
         self._take_back(self._checks.follow_fences(self._table.exact, self._table.predictions))
 
     def _recheck(self) -> None:
-        """Look at the values that came before anything was known of their rows."""
-        expected, checks = self._learner.expected, self._checks
-        if expected is None or checks is None or self._table.predictions is None:
+        """Take back what the learner found to look wrong among earlier values."""
+        checked, checks = self._learner.checked, self._checks
+        if checked is None or checks is None or self._table.predictions is None:
             return
-        still = self._table.exact[expected.rows] & ~checks.checked[expected.rows]
-        rows, values = expected.rows[still], self._table.predictions[expected.rows[still]]
-        looks_wrong = expected.look_wrong(still, values.reshape(len(rows), -1))
-        self._take_back(checks.recheck(rows, values, looks_wrong))
+        still = self._table.exact[checked.rows] & ~checks.checked[checked.rows]
+        rows = checked.rows[still]
+        self._take_back(
+            checks.recheck(rows, self._table.predictions[rows], checked.looks_wrong[still])
+        )
         self._follow_fences()
 
     def _take_back(self, rows: Int[np.ndarray, " few"]) -> None:

@@ -69,26 +69,18 @@ class LeftOut(NamedTuple):
     y: Float[np.ndarray, "rows outputs"]
 
 
-class ExpectedRows(NamedTuple):
-    """What a learner expects of rows that were computed.
+class CheckedRows(NamedTuple):
+    """Computed rows that a learner has looked at.
 
     Attributes:
         rows: The rows.
-        mean: Their predicted values, each without that row.
-        deviation: How far these may be off.
-        check: A check that was calibrated on such predictions.
+        looks_wrong: Which of their values look wrong.
+        check: The check, for rows to come.
     """
 
     rows: Int[np.ndarray, " rows"]
-    mean: Float[np.ndarray, "rows outputs"]
-    deviation: Float[np.ndarray, " rows"]
+    looks_wrong: Bool[np.ndarray, " rows"]
     check: AnswerCheck
-
-    def look_wrong(
-        self, chosen: Bool[np.ndarray, " rows"], values: Float[np.ndarray, "some outputs"]
-    ) -> Bool[np.ndarray, " some"]:
-        """Return which values of some of the rows look wrong."""
-        return self.check.suspicious(self.mean[chosen], self.deviation[chosen], values)
 
 
 class RowEstimates(NamedTuple):
@@ -103,7 +95,7 @@ class RowEstimates(NamedTuple):
         fitted: The learner that made them, with its calibration.
         left_out: Its predictions of late rows that it has learned.
         audited: Its predictions of audits that it has learned.
-        expected: What it expects of rows that were computed and not checked.
+        checked: Rows that were computed, and that nobody had looked at.
     """
 
     rows: Int[np.ndarray, " rows"]
@@ -114,7 +106,7 @@ class RowEstimates(NamedTuple):
     fitted: FittedScheme
     left_out: LeftOut | None = None
     audited: LeftOut | None = None
-    expected: ExpectedRows | None = None
+    checked: CheckedRows | None = None
 
 
 class Neighbours(NamedTuple):
@@ -144,7 +136,7 @@ class RowLearner:
         self._target, self._x, self._audits = target, x, audits
         self._check_rate = check_rate
         self._check: AnswerCheck | None = None
-        self.expected: ExpectedRows | None = None  # of the latest estimate
+        self.checked: CheckedRows | None = None  # by the latest estimate
         self._due = _FIRST
         self.fitted: FittedScheme | None = None
         self.known = np.zeros(len(x), bool)  # rows that have an estimate
@@ -247,9 +239,9 @@ class RowLearner:
         if not self._made:
             return False
         made = self._made.pop()
-        self.fitted, self._telling, self.expected = made.fitted, made.telling, made.expected
-        if made.expected is not None:
-            self._check = made.expected.check
+        self.fitted, self._telling, self.checked = made.fitted, made.telling, made.checked
+        if made.checked is not None:
+            self._check = made.checked.check
         if self.mean is None:
             self.mean = np.zeros((len(self.known), made.mean.shape[1]), np.float32)
         self.known[made.rows], self._like_late[made.rows] = True, made.like_late
@@ -318,25 +310,26 @@ class RowLearner:
                 telling = rows[_telling(fitted, features, predicted[1])]
                 window = _left_out(fitted)
                 left_out = _of_rows(window, late), _of_rows(window, audits)
-                expected = self._expected(fitted, window, unchecked, values)
+                checked = self._look_at(fitted, window, unchecked, values)
                 made = RowEstimates(
-                    rows, *predicted, like_late, telling, fitted, *left_out, expected
+                    rows, *predicted, like_late, telling, fitted, *left_out, checked
                 )
                 self._made.append(made)
         finally:
             self.seconds = self._time.spend(begin)
 
-    def _expected(
+    def _look_at(
         self,
         fitted: FittedScheme,
         window: LeftOut,
         rows: Int[np.ndarray, " few"],
         y: Float[np.ndarray, "few outputs"],
-    ) -> ExpectedRows | None:
-        """Return what is expected of these rows; None if answers are not checked, or cannot be.
+    ) -> CheckedRows | None:
+        """Look at the values of these rows; None if answers are not checked, or cannot be.
 
         The check is calibrated on them, too: predictions of rows that the learner does not hold are
-        worse than those of the rows it holds, even without themselves.
+        worse than those of the rows it holds, even without themselves. So there are two checks,
+        each of which looks at the rows from which it has learned nothing but its limit.
         """
         if self._check_rate is None:
             return None
@@ -346,17 +339,23 @@ class RowLearner:
             if (place := places.pop(row.tobytes(), None)) is not None:
                 mean[each], deviation[each] = window.mean[place], window.deviation[place]
         rest = list(places.values())
-        known = (window.mean, mean), (window.deviation, deviation), (window.y, y)
-        means, deviations, values = (np.concatenate([old[rest], new]) for old, new in known)
+        means = np.concatenate([mean, window.mean[rest]])
+        deviations = np.concatenate([deviation, window.deviation[rest]])
+        values = np.concatenate([y, window.y[rest]])
         finite = np.flatnonzero(np.isfinite(values).all(axis=1))
         order = np.random.default_rng(0).permutation(finite)[: 2 * _CAPACITY]
-        labels = self._target.tolerance is None
-        check = fit_answer_check(
-            means[order], deviations[order], values[order], self._check_rate, labels=labels
-        )
-        if check.limit == np.inf:
-            return None  # too few rows
-        return ExpectedRows(rows, mean, deviation, check)
+        labels, looks_wrong = self._target.tolerance is None, np.zeros(len(rows), bool)
+        halves = np.array_split(order, 2)
+        for one, other in (halves, halves[::-1]):
+            both = np.concatenate([one, other])
+            known = means[both], deviations[both], values[both]
+            check = fit_answer_check(*known, self._check_rate, labels=labels)
+            if check.limit == np.inf:
+                return None  # too few rows
+            chosen = np.ones(len(rows), bool)
+            chosen[one[one < len(rows)]] = False
+            looks_wrong[chosen] = check.suspicious(mean[chosen], deviation[chosen], y[chosen])
+        return CheckedRows(rows, looks_wrong, check)
 
     def look_wrong(
         self, rows: Int[np.ndarray, " some"], values: Float[np.ndarray, "some outputs"]
