@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from conftest import require
-from nercc_server import ENDS, straggler_threshold
+from nercc_server import ENDS, patience
 
 require("grpc", "serve-test")
 require("fastapi", "serve")
@@ -89,7 +89,7 @@ def listening(
     thread = threading.Thread(target=run)
     thread.start()
     try:
-        for _ in straggler_threshold(ENDS):
+        for _ in patience(ENDS):
             if server.http_port or not thread.is_alive():
                 break
         yield server
@@ -103,7 +103,7 @@ def listening(
 def serving(model: Doubles, **options: Any) -> Iterator[Server]:
     """One that is ready."""
     with listening({"digits": lambda: model}, **options) as server:
-        for _ in straggler_threshold(ENDS):
+        for _ in patience(ENDS):
             if server.state.phase == "serving":
                 break
         yield server
@@ -116,7 +116,7 @@ def connect(server: Server) -> socket.socket:
 @contextlib.contextmanager
 def channel(server: Server) -> Iterator[grpc.Channel]:
     """To its gRPC, once it listens there."""
-    for _ in straggler_threshold(ENDS):
+    for _ in patience(ENDS):
         if server.grpc_port:
             break
     with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
@@ -152,7 +152,7 @@ def read_answer(connection: socket.socket) -> tuple[int, dict[str, str], Any]:
 def is_cut_off(connection: socket.socket, drip: bytes = b"") -> bool:
     """Waits until the server closes it, while `drip` is sent again and again."""
     connection.settimeout(0.02)
-    for _ in straggler_threshold(ENDS):
+    for _ in patience(ENDS):
         try:
             if drip:
                 connection.sendall(drip)

@@ -120,7 +120,7 @@ class Server:
 
     def wait_for(self, message: str, seconds: float = ENDS) -> dict[str, Any]:
         """The first line with this message."""
-        for _ in straggler_threshold(seconds):
+        for _ in patience(seconds):
             found = [line for line in self.log() if line["message"] == message]
             if found:
                 return found[0]
@@ -164,7 +164,7 @@ class Server:
         self.process.wait()
 
 
-def straggler_threshold(seconds: float) -> Iterator[None]:
+def patience(seconds: float) -> Iterator[None]:
     """Rounds of a loop that waits for something."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

@@ -20,7 +20,7 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from grpc_stub import GRPCInferenceServiceStub
 from in_process import Doubles, body, channel, listening, serving
-from nercc_server import ENDS, straggler_threshold
+from nercc_server import ENDS, patience
 
 from nercc_jax.serving._settings import read_settings
 from nercc_jax.serving.core._health import Health
@@ -147,7 +147,7 @@ def test_tls_and_tokens_by_tritons_clients_and_curl(files):
     tokens, certificate, key = map(str, files)
     secure = {"tls_certificate": certificate, "tls_key": key, "token_file": tokens}
     with serving(Doubles(), grpc_port=0, **secure) as server:
-        for _ in straggler_threshold(ENDS):
+        for _ in patience(ENDS):
             if server.grpc_port:
                 break
         ports = str(server.http_port), str(server.grpc_port)
@@ -183,7 +183,7 @@ def test_the_index_has_all_models_and_their_states():
         return Doubles()
 
     with listening({"digits": lambda: model, "later": start_later}) as server:
-        for _ in straggler_threshold(ENDS):
+        for _ in patience(ENDS):
             if server.state.models:
                 break
         url = f"http://127.0.0.1:{server.http_port}/v2/repository/index"

@@ -8,7 +8,7 @@ import time
 
 import pytest
 from conftest import require
-from nercc_server import ENDS, straggler_threshold
+from nercc_server import ENDS, patience
 
 httpx = require("httpx", "serve-test")
 grpc = require("grpc", "serve-test")
@@ -73,7 +73,7 @@ def test_a_batcher_that_is_held_up_is_not_waited_for(model, monkeypatch):
         concurrent.futures.ThreadPoolExecutor() as clients,
         monkeypatch.context() as patched,
     ):
-        for _ in straggler_threshold(ENDS):
+        for _ in patience(ENDS):
             if server.state.phase == "serving":
                 break
         patched.setattr(model._batcher._scheduler, "_dispatch", hold)

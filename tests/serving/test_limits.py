@@ -17,7 +17,7 @@ require("fastapi", "serve")
 
 from grpc_stub import GRPCInferenceServiceStub
 from in_process import Doubles, body, channel, connect, is_cut_off, post, read_answer, serving
-from nercc_server import ENDS, straggler_threshold
+from nercc_server import ENDS, patience
 
 from nercc_jax.serving.protocol._errors import Overloaded
 from nercc_jax.serving.protocol._json import JsonBounds, JsonCounter, loads
@@ -239,7 +239,7 @@ def test_connections_have_a_limit():
         with connect(server) as first, connect(server) as second:
             for each in (first, second):
                 each.sendall(HALF)
-            for _ in straggler_threshold(ENDS):
+            for _ in patience(ENDS):
                 if not silent(server):
                     break
             with connect(server) as third:
@@ -247,7 +247,7 @@ def test_connections_have_a_limit():
                 assert (status, headers["connection"]) == (503, "close")
                 assert response == {"error": "there are 2 connections: come again later"}
                 assert is_cut_off(third)
-        for _ in straggler_threshold(ENDS):
+        for _ in patience(ENDS):
             if not server._http.server_state.connections:
                 break
         assert is_fine(server)
@@ -264,7 +264,7 @@ def test_silent_connections_make_room_for_others():
     with serving(model, max_connections=4) as server, contextlib.ExitStack() as stack:
         busy, *idle = (stack.enter_context(connect(server)) for _ in range(4))
         busy.sendall(post(body()))
-        for _ in straggler_threshold(ENDS):
+        for _ in patience(ENDS):
             if model.came:
                 break
         idle[0].sendall(b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -308,7 +308,7 @@ def test_bytes_in_flight_have_a_limit():
         held = server.state.memory
         with connect(server) as stuck:
             stuck.sendall(post(b" " * 900, length=1000))
-            for _ in straggler_threshold(ENDS):
+            for _ in patience(ENDS):
                 if held.used == 900:
                     break
             answer = ask(server, body() + b" " * 800)
@@ -323,13 +323,13 @@ def test_bytes_in_flight_have_a_limit():
             # What waits for its answer counts, too.
             with connect(server) as waits:
                 waits.sendall(post(body()))
-                for _ in straggler_threshold(ENDS):
+                for _ in patience(ENDS):
                     if held.used == 900 + len(body()):
                         break
                 assert model.came == 1
                 model.may_answer.set()
                 assert read_answer(waits)[0] == 200
-        for _ in straggler_threshold(ENDS):
+        for _ in patience(ENDS):
             if held.used == 0:
                 break
         assert ask(server, body() + b" " * 800).status_code == 200

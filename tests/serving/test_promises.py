@@ -230,7 +230,7 @@ def test_a_call_by_grpc_has_as_long_as_draining_takes():
     grpc = require("grpc", "serve-test")
     from grpc_stub import GRPCInferenceServiceStub
     from in_process import Doubles, channel, serving
-    from nercc_server import ENDS, straggler_threshold
+    from nercc_server import ENDS, patience
 
     from nercc_jax.serving.transport import open_inference_pb2 as messages
 
@@ -241,7 +241,7 @@ def test_a_call_by_grpc_has_as_long_as_draining_takes():
         tensor["contents"] = {"fp32_contents": [1, 2, 3, 4]}
         request = messages.ModelInferRequest(model_name="digits", inputs=[tensor])
         future = stub.ModelInfer.future(request, timeout=ENDS)
-        for _ in straggler_threshold(ENDS):
+        for _ in patience(ENDS):
             if model.came:
                 break
         server.stop()

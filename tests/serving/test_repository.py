@@ -21,7 +21,7 @@ require("fastapi", "serve")
 
 from grpc_stub import GRPCInferenceServiceStub
 from in_process import SERVABLE, Doubles, body, channel, listening
-from nercc_server import ENDS, running, straggler_threshold
+from nercc_server import ENDS, patience, running
 from prometheus_client import CollectorRegistry
 
 from nercc_jax import Uncoded
@@ -57,7 +57,7 @@ def server(started):
 
     starts = {"digits": start("1"), "digits/10": start("10"), "digits/2": start("2")}
     with listening(starts, grpc_port=0, model_control="explicit") as server:
-        for _ in straggler_threshold(ENDS):
+        for _ in patience(ENDS):
             if server._started:
                 break
         yield server
@@ -128,7 +128,7 @@ def test_what_is_unloaded_is_freed():
         return ServedModel(servable, Uncoded(1), settings, Metrics(CollectorRegistry()))
 
     with listening({"digits": start}, model_control="explicit") as server:
-        for _ in straggler_threshold(ENDS):
+        for _ in patience(ENDS):
             if server._started:
                 break
         url = f"http://127.0.0.1:{server.http_port}/v2"

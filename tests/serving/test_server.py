@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import require
-from nercc_server import ENDS, running, straggler_threshold
+from nercc_server import ENDS, patience, running
 
 httpx = require("httpx", "serve-test")
 grpc = require("grpc", "serve-test")
@@ -466,11 +466,11 @@ def test_a_client_that_goes_away_while_it_waits_is_dropped(server, ask):
 
     cancelled, ok = ended()
     go_away = ask(server, [[1.0] * 4] * 4)
-    for _ in straggler_threshold(ENDS):
+    for _ in patience(ENDS):
         if server.status("slow")["queue"]["in_flight"]:
             break
     go_away()
-    for _ in straggler_threshold(ENDS):
+    for _ in patience(ENDS):
         if not server.status("slow")["queue"]["in_flight"]:
             break
     assert ended() == [cancelled + 1, ok]
@@ -480,7 +480,7 @@ def test_a_client_that_goes_away_while_it_waits_is_dropped(server, ask):
 def test_a_queue_that_is_full_is_reported_by_both_faces(server, stub):
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
         answered = thread.submit(server.infer, "slow", [1.0] * 16)
-        for _ in straggler_threshold(ENDS):
+        for _ in patience(ENDS):
             if server.status("slow")["queue"]["waiting"]:
                 break
         answer = server.infer("slow", [1.0] * 16)

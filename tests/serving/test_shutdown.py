@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 from conftest import require
-from nercc_server import ENDS, STARTS, Server, command, environment, straggler_threshold
+from nercc_server import ENDS, STARTS, Server, command, environment, patience
 
 httpx = require("httpx", "serve-test")
 grpc = require("grpc", "serve-test")
@@ -90,7 +90,7 @@ def by_grpc(server, number, model="slow"):
 
 def accepted(server, calls, model="slow"):
     """Waits until the server has so many requests in hand, or has answered them."""
-    for _ in straggler_threshold(ENDS):
+    for _ in patience(ENDS):
         status = server.status(model)
         if status["queue"]["in_flight"] + status["totals"]["requests"] == calls:
             return
@@ -189,7 +189,7 @@ def test_it_ends_whatever_models_do(tmp_path, pool, queries):
         with concurrent.futures.ThreadPoolExecutor(queries) as threads:
             calls = [threads.submit(by_rest, server, -1, "own.hangs") for _ in range(queries)]
             accepted(server, queries, "own.hangs")
-            for _ in straggler_threshold(ENDS):
+            for _ in patience(ENDS):
                 if server.http.get("/v2/health/ready").status_code == 503:
                     break
             time.sleep(2 * 2)  # until the first workers that hang were replaced
@@ -222,7 +222,7 @@ def test_signals_end_a_start(tmp_path, which, code):
         outcomes, cwd=tmp_path, env=environment(**ports), stderr=subprocess.DEVNULL
     )
     try:
-        for _ in straggler_threshold(STARTS):
+        for _ in patience(STARTS):
             if (tmp_path / "begun").exists():
                 break
         process.send_signal(which)

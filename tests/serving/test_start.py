@@ -16,7 +16,7 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from grpc_stub import GRPCInferenceServiceStub
 from in_process import Doubles, body, channel, listening
-from nercc_server import ENDS, straggler_threshold
+from nercc_server import ENDS, patience
 
 from nercc_jax.serving.transport import open_inference_pb2 as messages
 
@@ -44,7 +44,7 @@ def infer(client, model):
 
 
 def ready(client, path="/v2/health/ready"):
-    return any(client.get(path).status_code == 200 for _ in straggler_threshold(ENDS))
+    return any(client.get(path).status_code == 200 for _ in patience(ENDS))
 
 
 def test_it_says_by_rest_that_it_starts():
@@ -82,7 +82,7 @@ def test_it_says_by_grpc_that_it_starts():
             stub.ModelInfer(request, timeout=ENDS)
         assert error.value.code() == grpc.StatusCode.UNAVAILABLE
         start.may.set()
-        for _ in straggler_threshold(ENDS):
+        for _ in patience(ENDS):
             if stub.ServerReady(messages.ServerReadyRequest()).ready:
                 break
         assert stub.ModelReady(asked).ready
@@ -137,7 +137,7 @@ def test_a_start_that_fails_ends_it_with_the_reason():
         raise ValueError("no such model")
 
     with listening({"first": first, "second": fails}) as server:
-        for _ in straggler_threshold(ENDS):
+        for _ in patience(ENDS):
             if server.ended:
                 break
     assert str(server.ended) == "no such model"
@@ -153,7 +153,7 @@ def test_a_model_that_starts_after_the_end_is_closed():
         assert start.begun.wait(ENDS)
     assert not start.model.closed
     start.may.set()
-    for _ in straggler_threshold(ENDS):
+    for _ in patience(ENDS):
         if start.model.closed:
             break
     assert start.model.closed

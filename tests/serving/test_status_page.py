@@ -52,9 +52,9 @@ def page():
 
 
 def test_the_log_tells_why_nothing_is_decoded(server):
-    from nercc_server import ENDS, straggler_threshold
+    from nercc_server import ENDS, patience
 
-    for _ in straggler_threshold(ENDS):
+    for _ in patience(ENDS):
         hints = [line for line in server.log() if line["message"].startswith("hint: ")]
         if hints:
             break

@@ -12,7 +12,7 @@ import threading
 import pytest
 from conftest import require
 from in_process import listening
-from nercc_server import ENDS, straggler_threshold
+from nercc_server import ENDS, patience
 
 httpx = require("httpx", "serve-test")
 grpc = require("grpc", "serve-test")
@@ -75,7 +75,7 @@ def server(spans):
     }
     found = {"grpc_port": 0, "request_log_rate": 1.0, "telemetry": Telemetry(provider)}
     with listening(starts, **found) as server:
-        for _ in straggler_threshold(ENDS):
+        for _ in patience(ENDS):
             if server.state.phase == "serving":
                 break
         yield server
@@ -107,7 +107,7 @@ def ask_by_grpc(server, model, name, metadata):
 
 def family(spans, name):
     """A request's span and its children, once they are all there."""
-    for _ in straggler_threshold(ENDS):
+    for _ in patience(ENDS):
         ended = spans.get_finished_spans()
         roots = [s for s in ended if (s.attributes or {}).get("nercc.request_id") == name]
         if roots:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import require
 from in_process import listening
-from nercc_server import ENDS, straggler_threshold
+from nercc_server import ENDS, patience
 
 httpx = require("httpx", "serve-test")
 grpc = require("grpc", "serve-test")
@@ -70,7 +70,7 @@ def server():
         "count": lambda: start("count", Replication(1, 2), meters),
     }
     with listening(codes, grpc_port=0) as server:
-        for _ in straggler_threshold(LONG):
+        for _ in patience(LONG):
             if server.state.phase == "serving":
                 break
         yield server
