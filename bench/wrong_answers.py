@@ -36,7 +36,7 @@ from _settings import PACKAGES
 
 from nercc_jax.pools import DevicePool, Fault, Faults, run_rows
 from nercc_jax.pools._answer_checks import AnswerChecks
-from nercc_jax.pools._wrong_answers import WeightChange, WrongAnswers
+from nercc_jax.pools._wrong_answers import ActivationFlip, WeightChange, WrongAnswers
 from nercc_jax.risk._answer_check import AnswerCheck, fit_answer_check
 from nercc_jax.risk._target import AccuracyTarget
 from nercc_jax.serving.adapt._online_calibration import (
@@ -111,6 +111,9 @@ def faulty(work: Work, right: np.ndarray, order: np.ndarray, seed: int) -> dict[
         wrong = WrongAnswers(np.random.default_rng([seed, 1]))
         found[name] = np.concatenate([wrong.change(0, row[None], [fault]) for row in right])
     if work.labels:
+        flipped = ActivationFlip(Fault("flip_activation", bits="exponent"), (seed, 3))(work.model)
+        each = [flipped(work.x[place : place + 1]) for place in order.tolist()]
+        found["flipped exponent bit of an activation"] = np.concatenate(each).astype(np.float32)
         for draw in range(DRAWS):
             for size in STALE:
                 change = WeightChange(Fault("stale", size=size), (seed, draw))

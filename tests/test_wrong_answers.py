@@ -12,8 +12,9 @@ from schedulers import SOON
 
 from nercc_jax import DevicePool, RayPool
 from nercc_jax.pools import Fault, Faults
-from nercc_jax.pools._wrong_answers import WRONG_KINDS, WrongKind, flip_bit
+from nercc_jax.pools._wrong_answers import WRONG_KINDS, ActivationFlip, WrongKind, flip_bit
 from nercc_jax.testing import SimulatedPool
+from nercc_models import load_data, load_model
 
 WEIGHTS = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
 CALLS = np.random.default_rng(1).normal(size=(6, 5, 4)).astype(np.float32)
@@ -140,6 +141,44 @@ def test_a_flipped_bit_of_a_weight_stays_for_a_workers_life():
     # The exponent's bits are powers of powers of two.
     ratio = np.log2(np.abs(found[wrong] / WEIGHTS[wrong]).item())
     assert np.log2(abs(ratio)) == pytest.approx(round(np.log2(abs(ratio))), abs=1e-2)
+
+
+def test_a_flipped_bit_of_an_activation_is_another_in_each_call():
+    """Of the row's doubled numbers, their sum, or one output; in jitted functions, too."""
+    x = np.linspace(1, 2, 12, dtype=np.float32).reshape(3, 4)
+    right = 2 * x.sum(axis=1, keepdims=True) + FOUR
+    fault = Fault("flip_activation", bits="mantissa", workers=(0,))
+    rows, sizes = set(), []
+    with DevicePool(rows_of_four, 1, example=x, faults=Faults([fault], seed=4)) as pool:
+        for _ in range(60):
+            with pool.dispatch(x[None]) as batch:
+                given = batch.wait(deadline=SOON).values[0]
+            changed = np.abs(given - right) > 1e-5
+            rows |= set(np.flatnonzero(changed.any(axis=1)).tolist())
+            sizes.append(int(changed.sum()))
+            assert changed.any(axis=1).sum() <= 1, "a bit of one row"
+    assert rows == {0, 1, 2}
+    assert set(sizes) == {0, 1, 4}, "rounded away, an output alone, all of a row's"
+    assert sizes.count(0) < 20
+
+
+FOUR = np.tile(np.arange(4, dtype=np.float32), (3, 1))
+
+
+@jax.jit
+def rows_of_four(x):
+    doubled = jax.jit(lambda x: 2 * x)(x)
+    return doubled.sum(axis=1, keepdims=True) + FOUR
+
+
+def test_an_activation_is_flipped_in_a_network():
+    network = load_model("lenet5-digits")
+    x = np.asarray(network.preprocess(load_data(network.data, "test").images[:4]))
+    fault, right = Fault("flip_activation", bits="exponent"), np.asarray(network(x))
+    flipped = ActivationFlip(fault, (1,))(network)
+    found = [np.asarray(flipped(x)) for _ in range(20)]
+    changed = [not np.allclose(each, right, atol=1e-3, rtol=1e-3) for each in found]
+    assert 3 < sum(changed) < 20, "some are no maximum, or tiny"
 
 
 def test_weights_of_some_calls():

@@ -205,7 +205,7 @@ def run_command(
         str | None,
         option(
             "Workers that answer wrongly, as a table of swap, repeat, bias, flip_answer, stale, "
-            "flip_weight: '{stale = [0], swap = [1]}' (default: none).",
+            "flip_weight, flip_activation: '{stale = [0], swap = [1]}' (default: none).",
             FAULTS,
         ),
     ] = None,

@@ -15,7 +15,16 @@ import numpy as np
 from jaxtyping import ArrayLike, PyTree
 
 from ..stragglers import AbstractLatency, RowLatency, TraceLatency
-from ._wrong_answers import SIZES, WEIGHT_KINDS, WRONG_KINDS, BitField, WeightChange, WrongKind
+from ._wrong_answers import (
+    MODEL_KINDS,
+    SIZES,
+    WRONG_KINDS,
+    ActivationFlip,
+    BitField,
+    ModelChange,
+    WeightChange,
+    WrongKind,
+)
 
 FaultKind: TypeAlias = Literal["delay", "error", "nan", "hang", "death"] | WrongKind
 _KINDS = (*get_args(get_args(FaultKind)[0]), *get_args(WrongKind))
@@ -82,7 +91,8 @@ class Fault:
             another order, or for a single row the previous call's; "repeat": the last answer that
             was given comes again; "bias": `size` is added to each output; "flip_answer": a bit of
             the answer is flipped; "stale": the parameters have noise, the same at all workers;
-            "flip_weight": a bit of a parameter is flipped, for a worker's life.
+            "flip_weight": a bit of a parameter is flipped, for a worker's life; "flip_activation":
+            in each call a bit of some intermediate result, of a model of JAX arrays.
         probability: With which it strikes a call.
         workers: Which workers it strikes (default: all).
         calls: Which of a worker's calls, counted from 0 in each of its lives (default: all).
@@ -276,10 +286,10 @@ class WorkerFaults:
         self._random = np.random.default_rng([faults.seed, worker, life])
         # Of wrong answers, so that these shift no other draws.
         self.wrong_random = np.random.default_rng([faults.seed, worker, life, 0xBAD])
-        self.weight_changes = [
-            _weight_change(fault, faults.seed, number, worker, life)
+        self.model_changes = [
+            _model_change(fault, faults.seed, number, worker, life)
             for number, fault in mine
-            if fault.kind in WEIGHT_KINDS
+            if fault.kind in MODEL_KINDS
         ]
         self._delays = [
             _draws(fault.latency, faults.seed, number, worker, life) for number, fault in mine
@@ -322,10 +332,10 @@ class WorkerFaults:
         return StruckCall(seconds, kinds, wrong)
 
 
-def _weight_change(fault: Fault, seed: int, number: int, worker: int, life: int) -> WeightChange:
-    """Return a change of parameters. Those of an earlier training are the same everywhere."""
+def _model_change(fault: Fault, seed: int, number: int, worker: int, life: int) -> ModelChange:
+    """Return a change of models. Parameters of an earlier training are the same everywhere."""
     own = (seed, number) if fault.kind == "stale" else (seed, number, worker, life)
-    return WeightChange(fault, own)
+    return (ActivationFlip if fault.kind == "flip_activation" else WeightChange)(fault, own)
 
 
 def row_norm(batch: PyTree) -> np.ndarray:

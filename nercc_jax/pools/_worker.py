@@ -20,7 +20,7 @@ from ..inference._conditions import matmul_precision
 from ..inference._models import Model, call_model, check_model
 from ..inference._precision import cast_floats, worker_dtype_of
 from ._faults import Faults, InjectedError
-from ._wrong_answers import ChangedModels, WrongAnswers
+from ._wrong_answers import ActivationFlip, ChangedModels, ModelChange, WrongAnswers
 
 Device: TypeAlias = Any  # `jax.Device`, which pyright does not take for a type
 
@@ -71,14 +71,14 @@ class Program:
                 _CompiledModel.on_device(model, device) if compiled else model for model in models
             )
 
-    def with_weights(self, change: Callable[[PyTree], PyTree]) -> "Program":
-        """Return a program whose models have other parameters; nothing is compiled for it."""
-        changed = copy.copy(self)
-        changed._calls = tuple(
-            call.with_weights(change) if isinstance(call, _CompiledModel) else change(call)
+    def changed(self, change: ModelChange) -> "Program":
+        """Return a program of changed models; for other parameters nothing is compiled."""
+        program = copy.copy(self)
+        program._calls = tuple(
+            call.changed(change) if isinstance(call, _CompiledModel) else change(call)
             for call in self._calls
         )
-        return changed
+        return program
 
     @contextlib.contextmanager
     def at_home(self) -> Iterator[None]:
@@ -137,8 +137,10 @@ class _CompiledModel:
     def __call__(self, batch: PyTree) -> Any:
         return self._call(self._leaves, batch)
 
-    def with_weights(self, change: Callable[[PyTree], PyTree]) -> "_CompiledModel":
-        """Return the same function of other arrays."""
+    def changed(self, change: ModelChange) -> "_CompiledModel":
+        """Return the same function of other arrays, or another function of the same."""
+        if isinstance(change, ActivationFlip):
+            return _CompiledModel(change(self._call), self._leaves)
         changed = zip(change(self._leaves), self._leaves, strict=True)
         return _CompiledModel(
             self._call, [jax.device_put(new, old.sharding) for new, old in changed]
@@ -200,7 +202,7 @@ class Worker:
     ):
         self._faults = faults.at(index, life)
         self._wrong = WrongAnswers(self._faults.wrong_random)
-        self._programs = ChangedModels(program, self._faults.weight_changes, program.with_weights)
+        self._programs = ChangedModels(program, self._faults.model_changes, program.changed)
         self._die, self._wait = die, wait
 
     def __call__(self, kind: int, batch: PyTree) -> PyTree[np.ndarray]:

@@ -1,24 +1,32 @@
 """Wrong answers on purpose: a worker that is healthy, and whose answers are not the model's.
 
-Some faults change the answer of a call, others the parameters that it is computed with. All follow
-from the seed of `Faults`.
+Some faults change the answer of a call, others the parameters that it is computed with, or a result
+on the way. All follow from the seed of `Faults`.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, Literal, TypeAlias, TypeVar, get_args
 
+import equinox as eqx
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree, Shaped
 
-WrongKind: TypeAlias = Literal["swap", "repeat", "bias", "flip_answer", "stale", "flip_weight"]
-# The kinds that change parameters instead of answers.
+WrongKind: TypeAlias = Literal[
+    "swap", "repeat", "bias", "flip_answer", "stale", "flip_weight", "flip_activation"
+]
+# The kinds that change parameters, and those that change models, instead of answers.
 WEIGHT_KINDS: frozenset[str] = frozenset({"stale", "flip_weight"})
+MODEL_KINDS = WEIGHT_KINDS | {"flip_activation"}
 WRONG_KINDS: frozenset[str] = frozenset(get_args(WrongKind))
 
 BitField: TypeAlias = Literal["any", "exponent", "mantissa"]
+
+_JIT = ("pjit", "jit")  # operations that contain a program, by the names of JAX's versions
 
 # Of "bias", what is added to each output; of "stale", the standard deviation of the noise, as a
 # multiple of a parameter's root mean square.
@@ -83,14 +91,17 @@ def flip_bit(
         bits: The bits to choose from; "any" has the sign, too.
         random: Chooses the element and the bit.
     """
-    info = jnp.finfo(x.dtype)  # NumPy's does not know bfloat16
-    exponent = range(info.nmant, info.bits - 1)
-    fields = {"any": range(info.bits), "exponent": exponent, "mantissa": range(info.nmant)}
     flipped = np.array(x)
-    words = flipped.reshape(-1).view(f"u{info.bits // 8}")
-    bit = random.choice(fields[bits])
+    words = flipped.reshape(-1).view(f"u{x.dtype.itemsize}")
+    bit = random.choice(_bit_fields(x.dtype)[bits])
     words[random.integers(words.size)] ^= words.dtype.type(1) << words.dtype.type(bit)
     return flipped
+
+
+def _bit_fields(dtype: Any) -> dict[BitField, range]:
+    info = jnp.finfo(dtype)  # NumPy's does not know bfloat16
+    exponent = range(info.nmant, info.bits - 1)
+    return {"any": range(info.bits), "exponent": exponent, "mantissa": range(info.nmant)}
 
 
 def flip_bit_of_tree(tree: PyTree, bits: BitField, random: np.random.Generator) -> PyTree:
@@ -148,21 +159,104 @@ class WeightChange:
         return flip_bit_of_tree(tree, self.fault.bits, random)
 
 
+@dataclasses.dataclass(frozen=True)
+class ActivationFlip:
+    """A change of a model of JAX arrays: in each call a bit of one intermediate result is flipped.
+
+    Attributes:
+        fault: A fault "flip_activation".
+        seed: Of the random numbers.
+    """
+
+    fault: Any
+    seed: tuple[int, ...]
+
+    def __call__(self, model: Callable[..., PyTree]) -> Callable[..., PyTree]:
+        """Return the model after the change, compiled."""
+        random, flipped = np.random.default_rng(self.seed), self._flipped(model)
+        return lambda *args: flipped(random.integers(2**32, size=3, dtype=np.uint32), *args)
+
+    def _flipped(self, model: Callable[..., PyTree]) -> Callable[..., PyTree]:
+        @jax.jit
+        def run(numbers: Any, *args: PyTree) -> PyTree:
+            arrays, rest = eqx.partition(args, eqx.is_array)
+            program, shape = jax.make_jaxpr(
+                lambda arrays: model(*eqx.combine(arrays, rest)), return_shape=True
+            )(arrays)
+            results = itertools.count()
+            which = numbers[0] % max(_count_results(program.jaxpr), 1)
+
+            def flip(x: Any) -> Any:
+                return jnp.where(which == next(results), self._flip_bit(x, numbers[1:]), x)
+
+            found = _evaluate(program, jax.tree.leaves(arrays), flip)
+            return jax.tree.unflatten(jax.tree.structure(shape), found)
+
+        return run
+
+    def _flip_bit(self, x: Any, numbers: Any) -> Any:
+        fields = _bit_fields(x.dtype)[self.fault.bits]
+        unsigned = jnp.dtype(f"u{x.dtype.itemsize}")
+        words = jax.lax.bitcast_convert_type(x, unsigned).reshape(-1)
+        bit = (fields.start + numbers[1] % len(fields)).astype(unsigned)
+        place = numbers[0] % words.size
+        words = words.at[place].set(words[place] ^ (jnp.ones((), unsigned) << bit))
+        return jax.lax.bitcast_convert_type(words.reshape(x.shape), x.dtype)
+
+
+def _count_results(jaxpr: Any) -> int:
+    """Return how many results `_evaluate` shows."""
+    inner = [eqn.params["jaxpr"].jaxpr for eqn in jaxpr.eqns if eqn.primitive.name in _JIT]
+    return sum(map(_is_result, jaxpr.eqns)) + sum(map(_count_results, inner))
+
+
+def _is_result(eqn: Any) -> bool:
+    first = eqn.outvars[0].aval if eqn.outvars else None
+    floats = first is not None and jnp.issubdtype(first.dtype, jnp.floating) and first.size > 0
+    return floats and eqn.primitive.name not in _JIT
+
+
+def _evaluate(program: Any, args: Sequence[Any], change: Callable[[Any], Any]) -> list[Any]:
+    """Run a program operation by operation, and change the float results of each."""
+    values = dict(zip(program.jaxpr.constvars, program.consts, strict=True))
+    values |= zip(program.jaxpr.invars, args, strict=True)
+
+    def read(name: Any) -> Any:
+        return name.val if isinstance(name, jax.extend.core.Literal) else values[name]
+
+    for eqn in program.jaxpr.eqns:
+        inputs = [read(name) for name in eqn.invars]
+        if eqn.primitive.name in _JIT:
+            found = _evaluate(eqn.params["jaxpr"], inputs, change)
+        else:
+            params = eqn.primitive.get_bind_params(eqn.params)
+            functions, params = (
+                params if isinstance(params, tuple) else ((), params)
+            )  # by JAX's version
+            found = eqn.primitive.bind(*functions, *inputs, **params)
+            found = list(found) if eqn.primitive.multiple_results else [found]
+        if _is_result(eqn):
+            found[0] = change(found[0])
+        values |= zip(eqn.outvars, found, strict=True)
+    return [read(name) for name in program.jaxpr.outvars]
+
+
 T = TypeVar("T")
+ModelChange: TypeAlias = WeightChange | ActivationFlip
 
 
 class ChangedModels(Generic[T]):
     """A worker's models, or the program that runs them: unchanged, and changed by each fault."""
 
     def __init__(
-        self, unchanged: T, changes: Sequence[WeightChange], make: Callable[[WeightChange], T]
+        self, unchanged: T, changes: Sequence[ModelChange], make: Callable[[ModelChange], T]
     ):
         """Make all of them; `make` makes those of a change."""
         self._unchanged = unchanged
         self._changed = {id(change.fault): make(change) for change in changes}
 
     def under(self, faults: Sequence[Any]) -> T:
-        """Return those of a call, by the first of its faults that changes parameters."""
+        """Return those of a call, by the first of its faults that changes models."""
         found = (self._changed[id(fault)] for fault in faults if id(fault) in self._changed)
         return next(found, self._unchanged)
 

@@ -73,7 +73,9 @@ def _of_policy(name: str, example: Any = None, **changes: Any) -> Any:
 
 
 # As in `pools/_wrong_answers.py`, which imports JAX.
-_WrongKind = Literal["swap", "repeat", "bias", "flip_answer", "stale", "flip_weight"]
+_WrongKind = Literal[
+    "swap", "repeat", "bias", "flip_answer", "stale", "flip_weight", "flip_activation"
+]
 
 
 class ModelSettings(BaseModel):
@@ -246,7 +248,7 @@ class ModelSettings(BaseModel):
         _setting(
             {},
             "Workers that answer wrongly, for trials, as a TOML table of swap, repeat, bias, "
-            "flip_answer, stale, flip_weight: {stale = [0], swap = [1]}.",
+            "flip_answer, stale, flip_weight, flip_activation: {stale = [0], swap = [1]}.",
         )
     )
     wrong_rate: float = _setting(

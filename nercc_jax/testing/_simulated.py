@@ -207,7 +207,7 @@ class _SimulatedLife:
     def __init__(self, models: Sequence[Model], faults: WorkerFaults):
         self.faults = faults
         self._wrong = WrongAnswers(faults.wrong_random)
-        changes = faults.weight_changes
+        changes = faults.model_changes
         self._models = ChangedModels(models, changes, lambda change: tuple(map(change, models)))
 
     def outcome(self, kinds: set, wrong: Sequence[Fault], kind: int, batch: PyTree) -> Any:

@@ -52,7 +52,7 @@ class Studied(ErrorEstimator):
         return BY_MARGIN
 
 
-class CachedMatrices(Predictor):
+class KnowsAll(Predictor):
     """One that knows all from the first, and is sure of every other query."""
 
     OFF = 2e-3
@@ -140,7 +140,7 @@ class Schedule:
             OUT,
             policy=self.policy,
             estimator=estimator,
-            predictor=CachedMatrices() if self.predicts else None,
+            predictor=KnowsAll() if self.predicts else None,
             observe=self.observe,
         )
         self.first = 0  # queries that went out for the first time
@@ -230,7 +230,7 @@ class Schedule:
             reply = future.result()
             own = model(x)
             assert np.array_equal(reply.values[reply.exact], own[reply.exact]), "swapped"
-            guessed = own[reply.predicted] + CachedMatrices.OFF
+            guessed = own[reply.predicted] + KnowsAll.OFF
             assert np.allclose(reply.values[reply.predicted], guessed, atol=1e-6), "swapped"
             assert not (reply.predicted & reply.exact).any()
             assert np.isfinite(reply.values).all()

@@ -216,10 +216,10 @@ def test_signals_end_a_start(tmp_path, which, code):
     """As shells say it; a container's first process would not end by itself."""
     late = "import pathlib, time\npathlib.Path('begun').touch()\ntime.sleep(500)\n"
     (tmp_path / "late.py").write_text(late)
-    outcomes = command("--model", "late:model", "--input-shape", "4")
+    started = command("--model", "late:model", "--input-shape", "4")
     ports = {"NERCC_HTTP_PORT": "0", "NERCC_GRPC_PORT": "0"}
     process = subprocess.Popen(
-        outcomes, cwd=tmp_path, env=environment(**ports), stderr=subprocess.DEVNULL
+        started, cwd=tmp_path, env=environment(**ports), stderr=subprocess.DEVNULL
     )
     try:
         for _ in patience(STARTS):
