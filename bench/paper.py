@@ -1,8 +1,8 @@
 """The paper's experiments on this machine: NeRCC beside every rival, each at its best.
 
 `python bench/paper.py` runs everything (about an hour on two cores), `--quick` a small version of
-it, `--only lenet5-mnist:100:20` one part, whose results replace those in the file, and `--bscc` the
-code BSCC by itself, beside what the file has. Writes results/paper.json, which docs/results.md
+it, `--only lenet5-mnist:100:20` one part, whose results replace those in the file, and `--add`
+some codes by themselves, beside what the file has. Writes results/paper.json, which docs/results.md
 shows, and a picture of each part. Needs MNIST and CIFAR-10 as parquet files (`models/data.py` says
 where). `figure.py` runs one part into a folder of one's own.
 """
@@ -11,9 +11,9 @@ import argparse
 import dataclasses
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import _convergence
 import equinox as eqx
@@ -82,14 +82,14 @@ def main() -> None:
     size = QUICK if options.quick else FULL
     for setting in SETTINGS:
         if options.only in (None, setting.name):
-            if options.bscc:
+            if options.add is not None:
                 known = json.loads(path.read_text())["parts"][setting.name]
-                part = add_bscc(setting, known, options.data_dir, console)
+                part = add_codes(setting, known, ADDED[options.add], options.data_dir, console)
             else:
                 part = run_setting(setting, size, options.data_dir, console, path.parent)
             _merge(path, {"parts": {setting.name: part}})
             console.print(f"picture: {draw(part, path.with_suffix(''), setting)}")
-    if options.only in (None, "convergence") and not options.bscc:
+    if options.only in (None, "convergence") and options.add is None:
         measured = _convergence.measure(options.quick, options.data_dir, console.log)
         _merge(path, {"convergence": measured})
     console.print(f"results: {path}")
@@ -146,22 +146,26 @@ def run_setting(
     return part
 
 
-def add_bscc(
-    setting: Setting, part: Mapping[str, Any], data_dir: Path, console: Console
+# Codes to evaluate, by name, and a summary of how they were tuned.
+MakeCodes: TypeAlias = Callable[["Data", Progress], tuple[dict[str, AbstractCode], dict[str, Any]]]
+
+
+def add_codes(
+    setting: Setting, part: Mapping[str, Any], make: MakeCodes, data_dir: Path, console: Console
 ) -> dict[str, Any]:
-    """Return a part with BSCC's rows, on the images and straggler sets that the others met."""
+    """Return a part with more codes' rows, on the images and straggler sets that the others met."""
     size, added = Size(**part["size"]), dict(part)
     for outputs in _OUTPUTS:
         data = Data.load(setting, size, outputs, data_dir)
         with steps_bar(console) as bar:
-            codes, summary = _bscc(data, bar)
+            codes, summary = make(data, bar)
             rows = _evaluate(data, codes, bar)
         old = [row for row in part[outputs]["rows"] if row["code"] not in codes]
         added[outputs] = part[outputs] | {
             "rows": [*old, *rows],
             "tuning": part[outputs]["tuning"] | summary,
         }
-        console.log(f"{setting.name} {outputs}: BSCC")
+        console.log(f"{setting.name} {outputs}: {', '.join(codes)}")
         jax.clear_caches()
     return added
 
@@ -235,6 +239,7 @@ def _codes(data: Data, bar: Progress) -> tuple[dict[str, AbstractCode], dict[str
         "ApproxIFER": Berrut(*data.shape, points="approxifer"),
         "BACC tuned": rival.code,
         **bscc,
+        **_rational(data, bar)[0],
         "LCC": Lagrange(*data.shape),
         "replication": Replication(*data.shape),
     }
@@ -257,6 +262,14 @@ def _bscc(data: Data, bar: Progress) -> tuple[dict[str, AbstractCode], dict[str,
     codes: dict[str, AbstractCode] = {"BSCC": BerrutSpline(*data.shape), "BSCC tuned": tuned.code}
     summary = {"objective": tuned.objective, "seconds": tuned.seconds}
     return codes, {"BSCC": summary | {"lambda_dec": float(tuned.code.lambda_dec)}}
+
+
+def _rational(data: Data, bar: Progress) -> tuple[dict[str, AbstractCode], dict[str, Any]]:
+    """Return barycentric rational interpolants of higher degree than BACC's, as they are."""
+    return {f"FH, d = {d}": Berrut(*data.shape, degree=d) for d in (1, 2, 3)}, {}
+
+
+ADDED: dict[str, MakeCodes] = {"bscc": _bscc, "rational": _rational}
 
 
 def tune_code(data: Data, code: Code, name: str, bar: Progress, seed: int = 0) -> Tuned[Code]:
@@ -382,7 +395,7 @@ def _parse() -> argparse.Namespace:
         choices=[*(setting.name for setting in SETTINGS), "convergence"],
         help="run one part",
     )
-    parser.add_argument("--bscc", action="store_true", help="add BSCC to what the results have")
+    parser.add_argument("--add", choices=list(ADDED), help="add codes to what the results have")
     parser.add_argument("--data-dir", type=Path, default=HERE.parent.parent / "shared" / "data")
     return parser.parse_args()
 

@@ -28,7 +28,7 @@ CODES = {
     "nercc-exact": lambda: NeRCC(K, N, lambda_dec=1e-3, points="interleaved", exact=True),
     "nercc-few-workers": lambda: NeRCC(12, N),
     "berrut": lambda: Berrut(K, N),
-    "berrut-repeated": lambda: Berrut(K, N, points="repeated"),
+    "berrut-repeated": lambda: Berrut(K, N, points="repeated", degree=2),
     "berrut-spline": lambda: BerrutSpline(K, N),
     "berrut-spline-smooth": lambda: BerrutSpline(K, N, lambda_dec=1e-3, ends="natural"),
     "lagrange-quadratic": lambda: Lagrange(K, N, degree=2),
@@ -328,16 +328,26 @@ def test_repeated_points_keep_what_replication_keeps():
         )
 
 
-def test_berrut_is_scipys_floater_hormann_of_degree_zero(dtype):
-    code = Berrut(K, N)
-    mask = np.random.default_rng(0).uniform(size=N) < 0.7
-    order = np.argsort(code.beta)
-    used = order[mask[order]]
-    y = answers(code, 2)
-    theirs = scipy.interpolate.FloaterHormannInterpolator(
-        np.asarray(code.beta)[used], np.asarray(y)[used], d=0
-    )
-    np.testing.assert_allclose(code.decode(y, mask), theirs(np.asarray(code.alpha)), rtol=1e-4)
+@pytest.mark.parametrize("degree", [0, 1, 3])
+def test_berrut_is_scipys_floater_hormann_interpolator(degree, dtype):
+    """Of a lower degree where there are fewer answers."""
+    code = Berrut(K, N, degree=degree)
+    order, y = np.argsort(code.beta), answers(code, 2)
+    random = np.random.default_rng(0)
+    for count in (N, 14, degree + 1, max(degree, 1)):
+        mask = np.isin(np.arange(N), random.permutation(N)[:count])
+        used = order[mask[order]]
+        nodes, values = (np.asarray(each, np.float64)[used] for each in (code.beta, y))
+        theirs = np.repeat(values, K, axis=0)
+        if count > 1:
+            theirs = scipy.interpolate.FloaterHormannInterpolator(
+                nodes, values, d=min(degree, count - 1)
+            )(np.asarray(code.alpha, np.float64))
+        atol = 10 * EPS[dtype] * (1 + np.abs(theirs).max())
+        np.testing.assert_allclose(code.decode(y, mask), theirs, atol=atol)
+        host = jax.tree.map(np.asarray, code)
+        on_host = host.decoder_on_host(mask)[0] @ np.where(mask[:, None], y, 0)
+        np.testing.assert_allclose(on_host, theirs, atol=atol)
 
 
 def test_berrut_spline_is_scipys_b_spline(dtype):
@@ -570,6 +580,8 @@ def test_uncoded_loses_what_straggles():
         (lambda: NeRCC(0, 8), "num_data must be a positive integer"),
         (lambda: BerrutSpline(4, 8, lambda_dec=-1.0), "lambda_dec must be 0 or positive, not -1"),
         (lambda: BerrutSpline(4, 8, ends="free"), "ends must be one of natural, not-a-knot"),
+        (lambda: Berrut(4, 8, degree=-1), "degree must be an integer from 0 to 7, not -1"),
+        (lambda: Berrut(4, 8, degree=1.5), "degree must be an integer from 0 to 7, not 1.5"),
         (lambda: Lagrange(4, 8, degree=3), "degree 3 does not fit.* 8 workers"),
         (lambda: Lagrange(4, 8, degree=0), "degree must be a positive integer, not 0"),
         (lambda: Replication(4, 3), "need at least 4 workers, not 3"),

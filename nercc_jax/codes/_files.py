@@ -21,7 +21,7 @@ from ._replication import Replication, Uncoded
 _FORMAT = "nercc-jax code"
 _VERSION = 1
 # Numbers that codes got since: files without them mean the constructor's default.
-_LATER = {"exact", "ends"}
+_LATER = {"exact", "ends", "degree"}
 _KINDS = {
     kind.__name__: kind
     for kind in (Berrut, BerrutSpline, Lagrange, NeRCC, Parity, Replication, Uncoded)
