@@ -108,6 +108,19 @@ def test_what_only_a_fenced_worker_gave_is_taken_back():
     assert not given.any(), "it was sent before"
 
 
+def test_what_two_workers_gave_stays_though_one_is_fenced():
+    checks, values = checks_of(), np.arange(10.0)[:, None]
+    for row in range(2):
+        answers(checks, 0, [row], values[[row]], ALL)
+        assert answers(checks, 1, [row], values[[row]])[0].all()
+    for row in range(5, 9):
+        answers(checks, 0, [row], [[-1.0]], ALL)
+        answers(checks, 1, [row], values[[row]])
+        answers(checks, 2, [row], values[[row]])
+    assert not len(checks.follow_fences(np.arange(10) < 2, values))
+    assert list(checks.counts()["fenced"]) == ["0"]
+
+
 def test_values_of_an_earlier_run_are_compared_with_two_new_ones():
     checks = checks_of()
     rows, values = np.array([2, 3]), np.array([[2.0], [3.0]])

@@ -98,7 +98,7 @@ class RowChecks:
                 self.corrected += not np.allclose(before, verdict.value, rtol=1e-3, equal_nan=True)
         held = self._screen(worker, rows[fresh], values[fresh], looks_wrong[fresh])
         given[fresh] = ~held
-        self._giver[rows[fresh]] = worker
+        self._giver[rows[fresh[~held]]] = worker
         self.checked[rows[fresh[known[fresh] & ~held]]] = True
         return given, values
 

@@ -185,7 +185,7 @@ class RowLearner:
         open_rows: Int[np.ndarray, " others"],
         late: Bool[np.ndarray, " rows"],
         hurry: bool = False,
-        unchecked: Int[np.ndarray, " few"] | None = None,
+        unchecked: Int[np.ndarray, " few"] | tuple[()] = (),
     ) -> None:
         """Learn computed rows, if there are enough new ones, and predict the open ones.
 
@@ -203,8 +203,8 @@ class RowLearner:
         new = computed[~self._learned[computed]]
         full = fitted is not None and fitted.pairs >= _CAPACITY and self._due > 0
         if (len(computed) >= self._due and not full) or (hurry and fitted is None):
-            # Where nobody waits for anything but this, a small learner will do.
-            most = _FEW - 1 if hurry and unchecked is not None else _CAPACITY
+            # Where nothing is to be predicted, and a check is waited for, a small learner will do.
+            most = _FEW - 1 if hurry and not len(open_rows) else _CAPACITY
             self._due, chosen = 2 * len(computed), self._chosen(computed, most)
             job = _fit_job(self._features[chosen], y[chosen], self._target)
             self._learned[computed] = True
@@ -212,20 +212,18 @@ class RowLearner:
             new = new[-_CAPACITY:]
             job = _update_job(fitted, self._features[new], y[new])
             self._learned[new] = True
-        elif hurry and fitted is not None:
+        elif fitted is not None and len(unchecked):
             job = lambda: fitted  # noqa: E731
         else:
             return
-        if unchecked is None or self._check_rate is None:
-            unchecked = np.zeros(0, int)
         self._thread = threading.Thread(
             target=self._work,
             args=(
                 job,
                 open_rows,
                 features,
-                unchecked,
-                y[unchecked],
+                np.asarray(unchecked, int),
+                y[np.asarray(unchecked, int)],
                 self._features[computed[late[computed]]],
                 self._features[computed[self._audits[computed] & ~late[computed]]],
                 *self._neighbours(computed, y, late),
