@@ -138,7 +138,7 @@ class Bench:
     # Modes.
 
     def plain(
-        self, mode: str, code: AbstractCode, order: Order, part: str = "judge", **more: Any
+        self, mode: str, code: AbstractCode, order: Order, part: str = "judged", **more: Any
     ) -> None:
         """Measure a code by itself."""
         known = self.answers(part, order).of(code)
@@ -149,8 +149,8 @@ class Bench:
         order, cell = Order(), self.cell
         copies = Replication(cell.num_data, cell.num_workers)
         self.plain("replication", copies, order)
-        given = self.answers("judge", order)
-        cheap = self.answers("judge", order, "student").own
+        given = self.answers("judged", order)
+        cheap = self.answers("judged", order, "student").own
         off = cheap.argmax(-1) != given.own.argmax(-1)
         lost = np.stack([~np.asarray(copies.recovered(mask)) for mask in self.masks])
         self.add("replication, else surrogate", (lost[:, None] & off).mean((1, 2)), order)
@@ -159,7 +159,7 @@ class Bench:
         if cell.num_data % parities == 0 and (model := parity_model(cell.num_data // parities)):
             code = Parity(cell.num_data, cell.num_workers)
             runs = [batched(each, 256) for each in (self.work.model, model)]
-            coded, form = all_answers(runs, code, self.groups("judge", order))
+            coded, form = all_answers(runs, code, self.groups("judged", order))
             known = Answers(code, coded, jnp.asarray(given.own), form)
             self.add("ParM", _disagreements(known, self.masks), order)
 
@@ -217,7 +217,7 @@ class Bench:
         error_probability = error_probability_from_answers(
             own, self.cell.law, jax.random.key(5), 100, surrogate, beside
         )
-        score, wrong = self._error_probabilities("judge", order, code, surrogate, error_probability)
+        score, wrong = self._error_probabilities("judged", order, code, surrogate, error_probability)
         return Judged(score, wrong, score <= error_probability.limit(WANTED))
 
     def tell(self, mode: str, judged: Judged, order: Order, **more: Any) -> None:
