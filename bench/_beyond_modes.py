@@ -217,7 +217,9 @@ class Bench:
         error_probability = error_probability_from_answers(
             own, self.cell.law, jax.random.key(5), 100, surrogate, beside
         )
-        score, wrong = self._error_probabilities("judged", order, code, surrogate, error_probability)
+        score, wrong = self._error_probabilities(
+            "judged", order, code, surrogate, error_probability
+        )
         return Judged(score, wrong, score <= error_probability.limit(WANTED))
 
     def tell(self, mode: str, judged: Judged, order: Order, **more: Any) -> None:
@@ -229,9 +231,11 @@ class Bench:
         again = int(SHARE * ranked.shape[1])
         rest = ranked[:, again:].sum(1) / ranked.shape[1]
         self.add(f"{mode}, {SHARE:.0%} again", rest, order, **more, again=SHARE)
+        given = kept & (score > 0)
         self.add(
-            f"{mode}, at most {WANTED:.1%}", (wrong & kept).mean((1, 2)), order,
-            **more, again=float(1 - kept.mean()), promised=WANTED,
+            f"{mode}, at most {WANTED:.1%}", (wrong & kept).mean((1, 2)), order, **more,
+            again=float(1 - kept.mean()), promised=WANTED, given=float(given.mean()),
+            wrong_of_given=_share(wrong & given, given),
         )  # fmt: skip
 
     def _beside(
@@ -268,6 +272,18 @@ class Bench:
             {"mode": mode, "order": order.name, "disagreement": estimate.mean,
              "half_width": estimate.half_width, **more}
         )  # fmt: skip
+
+
+def _share(
+    some: Bool[np.ndarray, "sets groups num_data"], of: Bool[np.ndarray, "sets groups num_data"]
+) -> tuple[float, float] | None:
+    """Return a share of data points over all sets, and half of its 95 % interval; None of none."""
+    part, whole = some.sum((1, 2)), of.sum((1, 2))
+    if not whole.any():
+        return None
+    share = float(part.sum() / whole.sum())
+    residuals = (part - share * whole) / whole.mean()
+    return share, Estimate.over(residuals.tolist()).half_width
 
 
 def _bins(
