@@ -24,11 +24,11 @@ from ._monitor import RiskMonitor
 from ._target import AccuracyTarget
 
 _ROWS = 1024  # the latest rows that count
-# Of the latest rows, of each of these numbers, no larger share may have been wrong than was
-# promised; and for every eight rows a calibration counts as one right answer less. Digits, decoded
-# by a tuned code and then inverted, 5 % allowed: with 100 rows alone 5.5 % of what is given out is
-# wrong, with all three 4.9 %; as many are given out without a change, and 9 % fewer after it.
-_LATEST, _FADING = (25, 50, 100), 8
+# The bound has to hold for the latest rows by themselves, too, but that one may always be wrong;
+# and for every eight rows a calibration counts as one right answer less. Digits, decoded by a tuned
+# code and then inverted, 5 % allowed: 4.5 % of what is given out is wrong, and 5.5 % if 5 % of the
+# latest rows may be; as much is given out without a change, and a fifth less after it.
+_RECENT, _FADING = 100, 8
 # Probability with which the bound of a limit fails; the monitor finds it if that matters. Decoded
 # digits, random stragglers, 5 % allowed: with 0.1, 0.25, 0.4 it gives out 84, 86, 89 % of what is
 # given out without a bound, and 2.2, 3.2, 3.6 % of that is wrong.
@@ -310,8 +310,8 @@ class StragglerRisk:
         if self._share is not None:
             order = np.argsort(probability, kind="stable")
             # What came before a change of the queries or the model must not count for long.
-            age = len(rows) - 1 - order
-            ranked = probability[order], wrong[order], age, self._share
+            recent = order >= len(rows) - _RECENT
+            ranked = probability[order], wrong[order], recent, self._allowed
             beyond = _largest_score(*ranked, self._allowed)
             # What was calibrated counts as so many right answers as suffice by themselves, and
             # less and less beside stragglers.
@@ -397,8 +397,8 @@ def conformal_quantile(ratios: Float[np.ndarray, " rows"], coverage: float) -> f
 def _largest_score(
     scores: Float[np.ndarray, " rows"],
     wrong: Bool[np.ndarray, " rows"],
-    age: Int[np.ndarray, " rows"],
-    share: float,
+    recent: Bool[np.ndarray, " rows"],
+    allowed_recent: Int[np.ndarray, " most"],
     allowed: Int[np.ndarray, " numbers"],
 ) -> float:
     """Return the largest of sorted scores up to which no more were wrong than allowed.
@@ -408,18 +408,15 @@ def _largest_score(
     Args:
         scores: The scores, sorted.
         wrong: Which rows were wrong.
-        age: How many rows are later than each.
-        share: The share of the latest that may be wrong; one of them may always be.
-        allowed: For each number of rows, how many may be wrong.
+        recent: Which rows are the latest.
+        allowed_recent: For each number of these, how many may be wrong; one may always be.
+        allowed: The same for all rows.
     """
     errors = np.cumsum(wrong)
-    kept = errors <= allowed[1 : len(scores) + 1]
-    for number in _LATEST:
-        latest = age < number
-        kept &= np.cumsum(wrong & latest) <= np.maximum(share * np.cumsum(latest), 1)
+    kept = np.cumsum(wrong & recent) <= np.maximum(allowed_recent[np.cumsum(recent)], 1)
     # Rows with the same score are given out together; NaN stands last, and is never given.
     last = np.append(scores[1:] != scores[:-1], True) & ~np.isnan(scores)
-    good = np.flatnonzero(last & kept)
+    good = np.flatnonzero(last & kept & (errors <= allowed[1 : len(scores) + 1]))
     if good.size == 0:
         return -1.0
     return math.inf if good[-1] == len(scores) - 1 else float(scores[good[-1]])
