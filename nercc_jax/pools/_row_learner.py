@@ -5,8 +5,8 @@ two fits it learns the rows that have come since, which takes a hundredth of the
 bars are calibrated on rows that were drawn at random and computed after they had been predicted,
 and what may be given out is decided as on a server (`StragglerRisk`): by these audits, and by the
 rows that came late. A new learner's errors are not those of the learner before it: so it is
-compared with all audits and late rows that it has learned, one left out at a time, and evidence on
-the earlier one is dropped.
+compared with all audits and late rows that have come, those that it has learned left out one at a
+time, and evidence on the earlier one is dropped.
 """
 
 import collections
@@ -53,7 +53,7 @@ _INFINITE = 1e30  # factors of error bars from here on are infinite
 
 
 class LeftOut(NamedTuple):
-    """Predictions of rows that a learner has learned, each without that row.
+    """Predictions of rows that have come, each by a learner that does not know that row.
 
     Attributes:
         mean: Their predicted values.
@@ -76,8 +76,8 @@ class RowEstimates(NamedTuple):
         like_late: Whether rows like these came late.
         telling: The rows that tell most about the others, in that order.
         fitted: The learner that made them, with its calibration.
-        left_out: Its predictions of late rows that it has learned.
-        audited: Its predictions of audits that it has learned.
+        left_out: Its predictions of the late rows that had come when it was begun.
+        audited: Its predictions of the audits that had.
     """
 
     rows: Int[np.ndarray, " rows"]
@@ -125,6 +125,8 @@ class RowLearner:
         self._ratios: list[float] = []  # of audits' errors to their deviations
         self._risks = {late: StragglerRisk(target, needs_evidence=late) for late in (False, True)}
         self._held: dict[bool, list[bool]] = {False: [], True: []}
+        # Rows, and their values, that have come since the learner in the making was begun.
+        self._since: dict[bool, list[tuple[np.ndarray, np.ndarray]]] = {False: [], True: []}
         self._thread: threading.Thread | None = None
         self._made: collections.deque[RowEstimates] = collections.deque()
         self._time = TimeShare(WallClock(), _SHARE)
@@ -175,14 +177,17 @@ class RowLearner:
             self._learned[new] = True
         else:
             return
+        self._since = {False: [], True: []}
+        came_late = computed[late[computed]]
+        audits = computed[self._audits[computed] & ~late[computed]]
         self._thread = threading.Thread(
             target=self._work,
             args=(
                 job,
                 open_rows,
                 features,
-                self._features[computed[late[computed]]],
-                self._features[computed[self._audits[computed] & ~late[computed]]],
+                (self._features[came_late], y[came_late]),
+                (self._features[audits], y[audits]),
                 *self._neighbours(computed, y, late),
             ),
             name=LEARNER_THREAD,
@@ -199,14 +204,30 @@ class RowLearner:
             self.mean = np.zeros((len(self.known), made.mean.shape[1]), np.float32)
         self.known[made.rows], self._like_late[made.rows] = True, made.like_late
         self.mean[made.rows], self.deviation[made.rows] = made.mean, made.deviation
-        for late, left_out in ((False, made.audited), (True, made.left_out)):
-            risk = self._risks[late]
-            if left_out is not None and len(left_out.y) >= max(risk.needed, 1):
-                error = _errors(left_out.mean, left_out.y)
-                if not late:
-                    self._ratios = _ratios(error, left_out.deviation)
-                risk.replace(self._compared(*left_out, error))
+        self._compare_again(made.audited, late=False)
+        self._compare_again(made.left_out, late=True)
         return True
+
+    def _compare_again(self, left_out: LeftOut | None, late: bool) -> None:
+        """Replace evidence on the learner before by comparisons of this one, if there are enough.
+
+        Args:
+            left_out: Its predictions of rows that had come when it was begun.
+            late: Whether these came late.
+        """
+        assert self.mean is not None
+        parts = [] if left_out is None else [left_out]
+        parts += [
+            LeftOut(self.mean[rows], self.deviation[rows], y) for rows, y in self._since[late]
+        ]
+        risk = self._risks[late]
+        if sum(len(part.y) for part in parts) < max(risk.needed, 1):
+            return
+        mean, deviation, y = map(np.concatenate, zip(*parts, strict=True))
+        error = _errors(mean, y)
+        if not late:
+            self._ratios = _ratios(error, deviation)
+        risk.replace(self._compared(mean, deviation, y, error))
 
     def resume(self, fitted: FittedScheme, rows: Int[np.ndarray, " open"]) -> None:
         """Go on with what an earlier run learned."""
@@ -247,8 +268,8 @@ class RowLearner:
         job: Callable[[], FittedScheme | None],
         rows: Int[np.ndarray, " open"],
         features: Float[np.ndarray, "open inputs"],
-        late: Float[np.ndarray, "late inputs"],
-        audits: Float[np.ndarray, "audits inputs"],
+        late: tuple[np.ndarray, np.ndarray],
+        audits: tuple[np.ndarray, np.ndarray],
         by_input: Neighbours,
         by_output: Neighbours,
     ) -> None:
@@ -258,7 +279,7 @@ class RowLearner:
                 predicted = _predicted(fitted, features)
                 like_late = _like_late(features, by_input) | _like_late(predicted[0], by_output)
                 telling = rows[_telling(fitted, features, predicted[1])]
-                left_out = _left_out(fitted, late), _left_out(fitted, audits)
+                left_out = _left_out(fitted, *late), _left_out(fitted, *audits)
                 made = RowEstimates(rows, *predicted, like_late, telling, fitted, *left_out)
                 self._made.append(made)
         finally:
@@ -371,12 +392,12 @@ class RowLearner:
         late: bool,
     ) -> None:
         """Compare rows that have come with what was predicted of them, where that counts."""
-        if self.mean is None or self.fitted is None:
-            return
-        counts = self.known[rows] & np.isfinite(y).all(axis=1)
+        counts = np.isfinite(y).all(axis=1)
         if not late:
             counts &= self._audits[rows]
-        if not counts.any():
+        self._since[late].append((rows[counts], y[counts]))
+        counts &= self.known[rows]
+        if self.mean is None or self.fitted is None or not counts.any():
             return
         rows, y = rows[counts], y[counts]
         score, mean, deviation = self.score(rows, late), self.mean[rows], self.deviation[rows]
@@ -497,23 +518,25 @@ def _ratios(
     return (error[deviation > 0] / deviation[deviation > 0]).tolist()
 
 
-def _left_out(fitted: FittedScheme, rows: Float[np.ndarray, "rows inputs"]) -> LeftOut | None:
-    """Return the predictions of these rows in the learner's window, each without that row."""
+def _left_out(
+    fitted: FittedScheme,
+    rows: Float[np.ndarray, "rows inputs"],
+    y: Float[np.ndarray, "rows outputs"],
+) -> LeftOut | None:
+    """Return the predictions of these rows, each without that row where the window holds it."""
     if not len(rows):
         return None
     learner = _learner_of(fitted)
-    inputs = np.asarray(learner.inputs, np.float32)
-    known = np.isin(_row_keys(inputs), _row_keys(rows.astype(np.float32)))
-    chosen = np.flatnonzero(known & np.asarray(learner.filled))
-    errors, deviation = (np.asarray(each)[chosen] for each in learner.left_out())
-    y = np.asarray(learner.residuals)[chosen]
-    return LeftOut((y + errors).astype(np.float32), deviation.astype(float), y)
-
-
-def _row_keys(rows: Float[np.ndarray, "rows inputs"]) -> Shaped[np.ndarray, " rows"]:
-    """Return one value for each row, the same for equal rows alone."""
-    rows = np.ascontiguousarray(rows)
-    return rows.view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1]))).ravel()
+    inputs, filled = np.asarray(learner.inputs, np.float32), np.asarray(learner.filled)
+    places = {inputs[place].tobytes(): place for place in np.flatnonzero(filled).tolist()}
+    found = [places.get(row.tobytes(), -1) for row in rows.astype(np.float32)]
+    place, known = np.array(found), np.array(found) >= 0
+    mean, deviation = _predicted(fitted, rows)
+    errors, left_out = map(np.asarray, learner.left_out())
+    residuals = np.asarray(learner.residuals)
+    mean[known] = (residuals + errors)[place[known]]
+    deviation[known] = left_out[place[known]]
+    return LeftOut(mean, deviation, y.astype(np.float32))
 
 
 @eqx.filter_jit
