@@ -46,16 +46,17 @@ def days(results: Results, part: str) -> str:
         cell.get("environment", recorded["environment"])["date"][:10]
         for recorded in results.values()
         for cell in recorded[part].values()
+        if part == "cells" or "environment" in cell
     }
     return " to ".join(sorted({min(found), max(found)}))
 
 
 def _promised(results: Results) -> Iterator[tuple[str, str, Any, Any]]:
-    """Yield each row with a promise: its model, its cell, and the bins of its mode."""
+    """Yield each row whose answers given out were counted: model, cell, and its mode's bins."""
     for model, recorded in results.items():
         for cell, measured in recorded["promises"].items():
             bins = {(row["mode"], row["order"]): row.get("bins", []) for row in measured["rows"]}
             for row in measured["rows"]:
-                if "promised" in row:
+                if "given" in row:
                     mode = row["mode"].split(", at most")[0]
                     yield model, cell, row, bins[mode, row["order"]]
