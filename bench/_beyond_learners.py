@@ -98,7 +98,7 @@ def _tell_best(
         choices.append((wrong, name, scheme))
     _, name, scheme = min(choices, key=lambda choice: choice[0])
     summary = ", ".join(f"{name} {100 * wrong:.2f}" for wrong, name, _ in choices)
-    wrong = _wrong(bench, scheme, order, "judge", bench.masks)
+    wrong = _wrong(bench, scheme, order, "judged", bench.masks)
     bench.log(
         f"{bench.cell.name} {mode}, {order.name}: {summary}; judged {100 * wrong.mean():.2f} %"
     )

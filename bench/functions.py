@@ -62,6 +62,7 @@ def measure(case: Case, size: Size, options: argparse.Namespace, path: Path, log
         known = _read(path)[case.name]["cells"][cell.name] if options.learners else None
         for summary in _measured(bench, cell, known):
             summary["seconds"] = round(time.perf_counter() - start, 1)
+            summary["environment"] = environment(PACKAGES)
             _keep(path, case, size, {"cells": {cell.name: summary}})
         log(f"{case.name} {cell.name}: measured in {time.perf_counter() - start:.0f} s")
         start = time.perf_counter()
@@ -76,7 +77,7 @@ def _keep(path: Path, case: Case, size: Size, found: dict[str, Any]) -> None:
     summary |= {"about": case.about}
     if "cells" in found or "size" not in summary:
         summary["size"] = dataclasses.asdict(size)
-    summary |= {"environment": environment(PACKAGES)}
+    summary.setdefault("environment", environment(PACKAGES))  # of older cells
     summary |= found | {"cells": summary.get("cells", {}) | found.get("cells", {})}
     write_json(path, results)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from .results import load, mean_and_half_width
+from .results import load, mean_and_half_width, percent
 
 Cell = Mapping[str, Any]
 
@@ -38,12 +38,14 @@ def late_bars() -> Iterator[dict[str, str]]:
     """Yield how many error bars of late rows held, and how long each way took."""
     ways = ("dropping", "waiting", "hedging", "ours")
     for (law, function), cells in late_groups().items():
-        held, barred = (sum(_of(cells, name)) for name in ("held", "barred"))
+        held, barred = (_of(cells, name) for name in ("held", "barred"))
+        share = held.sum() / barred.sum()
+        _, half = mean_and_half_width((held - share * barred) / barred.mean())
         seconds = [cell["seconds"] for cell in cells]
         yield {
             "late rows": law,
             "function": function,
-            "errors within their 90 % bars": f"{100 * held / max(barred, 1):.0f} % of {barred}",
+            "errors within their 90 % bars, %": f"{percent(share, half, 0)} of {barred.sum()}",
             "late rows without a bar": str(sum(_of(cells, "nothing"))),
             **{
                 f"{'predicting' if way == 'ours' else way}, s": f"{np.mean(_of(seconds, way)):.0f}"

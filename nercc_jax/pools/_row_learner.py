@@ -5,8 +5,8 @@ two fits it learns the rows that have come since, which takes a hundredth of the
 bars are calibrated on rows that were drawn at random and computed after they had been predicted,
 and what may be given out is decided as on a server (`StragglerRisk`): by these audits, and by the
 rows that came late. A new learner's errors are not those of the learner before it: so it is
-compared with all audits and late rows that it has learned, one left out at a time, and evidence on
-the earlier one is dropped.
+compared with all audits and late rows that have come, those that it has learned left out one at a
+time, and evidence on the earlier one is dropped.
 """
 
 import collections
@@ -54,16 +54,14 @@ _INFINITE = 1e30  # factors of error bars from here on are infinite
 
 
 class LeftOut(NamedTuple):
-    """Predictions of rows that a learner has learned, each without that row.
+    """Predictions of rows that have come, each by a learner that does not know that row.
 
     Attributes:
-        x: The learner's inputs.
         mean: Their predicted values.
         deviation: How far these may be off.
         y: Their own values.
     """
 
-    x: Float[np.ndarray, "rows inputs"]
     mean: Float[np.ndarray, "rows outputs"]
     deviation: Float[np.ndarray, " rows"]
     y: Float[np.ndarray, "rows outputs"]
@@ -93,8 +91,8 @@ class RowEstimates(NamedTuple):
         like_late: Whether rows like these came late.
         telling: The rows that tell most about the others, in that order.
         fitted: The learner that made them, with its calibration.
-        left_out: Its predictions of late rows that it has learned.
-        audited: Its predictions of audits that it has learned.
+        left_out: Its predictions of the late rows that had come when it was begun.
+        audited: Its predictions of the audits that had.
         checked: Rows that were computed, and that nobody had looked at.
     """
 
@@ -149,6 +147,8 @@ class RowLearner:
         self._ratios: list[float] = []  # of audits' errors to their deviations
         self._risks = {late: StragglerRisk(target, needs_evidence=late) for late in (False, True)}
         self._held: dict[bool, list[bool]] = {False: [], True: []}
+        # Rows, and their values, that have come since the learner in the making was begun.
+        self._since: dict[bool, list[tuple[np.ndarray, np.ndarray]]] = {False: [], True: []}
         self._thread: threading.Thread | None = None
         self._made: collections.deque[RowEstimates] = collections.deque()
         self._time = TimeShare(WallClock(), _SHARE)
@@ -216,16 +216,22 @@ class RowLearner:
             job = lambda: fitted  # noqa: E731
         else:
             return
+        self._since = {False: [], True: []}
+        came_late = computed[late[computed]]
+        audits = computed[self._audits[computed] & ~late[computed]]
+        unchecked = np.asarray(unchecked, int)
+        known = np.concatenate([unchecked, np.setdiff1d([*came_late, *audits], unchecked)])
+        known = known.astype(int)
         self._thread = threading.Thread(
             target=self._work,
             args=(
                 job,
                 open_rows,
                 features,
-                np.asarray(unchecked, int),
-                y[np.asarray(unchecked, int)],
-                self._features[computed[late[computed]]],
-                self._features[computed[self._audits[computed] & ~late[computed]]],
+                (self._features[came_late], y[came_late]),
+                (self._features[audits], y[audits]),
+                unchecked,
+                (self._features[known], y[known]),
                 *self._neighbours(computed, y, late),
             ),
             name=LEARNER_THREAD,
@@ -244,15 +250,30 @@ class RowLearner:
             self.mean = np.zeros((len(self.known), made.mean.shape[1]), np.float32)
         self.known[made.rows], self._like_late[made.rows] = True, made.like_late
         self.mean[made.rows], self.deviation[made.rows] = made.mean, made.deviation
-        for late, left_out in ((False, made.audited), (True, made.left_out)):
-            risk = self._risks[late]
-            if left_out is not None and len(left_out.y) >= max(risk.needed, 1):
-                error = _errors(left_out.mean, left_out.y)
-                if not late:
-                    self._ratios = _ratios(error, left_out.deviation)
-                known = left_out.mean, left_out.deviation, left_out.y
-                risk.replace(self._compared(*known, error))
+        self._compare_again(made.audited, late=False)
+        self._compare_again(made.left_out, late=True)
         return True
+
+    def _compare_again(self, left_out: LeftOut | None, late: bool) -> None:
+        """Replace evidence on the learner before by comparisons of this one, if there are enough.
+
+        Args:
+            left_out: Its predictions of rows that had come when it was begun.
+            late: Whether these came late.
+        """
+        assert self.mean is not None
+        parts = [] if left_out is None else [left_out]
+        parts += [
+            LeftOut(self.mean[rows], self.deviation[rows], y) for rows, y in self._since[late]
+        ]
+        risk = self._risks[late]
+        if sum(len(part.y) for part in parts) < max(risk.needed, 1):
+            return
+        mean, deviation, y = map(np.concatenate, zip(*parts, strict=True))
+        error = _errors(mean, y)
+        if not late:
+            self._ratios = _ratios(error, deviation)
+        risk.replace(self._compared(mean, deviation, y, error))
 
     def resume(self, fitted: FittedScheme, rows: Int[np.ndarray, " open"]) -> None:
         """Go on with what an earlier run learned."""
@@ -293,10 +314,10 @@ class RowLearner:
         job: Callable[[], FittedScheme | None],
         rows: Int[np.ndarray, " open"],
         features: Float[np.ndarray, "open inputs"],
+        late: tuple[np.ndarray, np.ndarray],
+        audits: tuple[np.ndarray, np.ndarray],
         unchecked: Int[np.ndarray, " few"],
-        values: Float[np.ndarray, "few outputs"],
-        late: Float[np.ndarray, "late inputs"],
-        audits: Float[np.ndarray, "audits inputs"],
+        known: tuple[np.ndarray, np.ndarray],
         by_input: Neighbours,
         by_output: Neighbours,
     ) -> None:
@@ -306,9 +327,8 @@ class RowLearner:
                 predicted = _predicted(fitted, features)
                 like_late = _like_late(features, by_input) | _like_late(predicted[0], by_output)
                 telling = rows[_telling(fitted, features, predicted[1])]
-                window = _left_out(fitted)
-                left_out = _of_rows(window, late), _of_rows(window, audits)
-                checked = self._look_at(fitted, window, unchecked, values)
+                left_out = _left_out(fitted, *late), _left_out(fitted, *audits)
+                checked = self._look_at(fitted, unchecked, *known)
                 made = RowEstimates(
                     rows, *predicted, like_late, telling, fitted, *left_out, checked
                 )
@@ -319,40 +339,36 @@ class RowLearner:
     def _look_at(
         self,
         fitted: FittedScheme,
-        window: LeftOut,
         rows: Int[np.ndarray, " few"],
-        y: Float[np.ndarray, "few outputs"],
+        features: Float[np.ndarray, "known inputs"],
+        y: Float[np.ndarray, "known outputs"],
     ) -> CheckedRows | None:
-        """Look at the values of these rows; None if answers are not checked, or cannot be.
+        """Look at the values of rows; None if answers are not checked, or cannot be.
 
-        The check is calibrated on them, too: predictions of rows that the learner does not hold are
-        worse than those of the rows it holds, even without themselves. So there are two checks,
-        each of which looks at the rows from which it has learned nothing but its limit.
+        There are two checks, each of which looks at the rows from which it has learned nothing but
+        its limit.
+
+        Args:
+            fitted: The learner.
+            rows: The rows.
+            features: Their inputs, before those of other rows that calibrate the checks.
+            y: Likewise their values.
         """
-        if self._check_rate is None:
+        if self._check_rate is None or (left_out := _left_out(fitted, features, y)) is None:
             return None
-        mean, deviation = _predicted(fitted, self._features[rows])
-        places = {row.tobytes(): place for place, row in enumerate(window.x)}
-        for each, row in enumerate(self._features[rows]):
-            if (place := places.pop(row.tobytes(), None)) is not None:
-                mean[each], deviation[each] = window.mean[place], window.deviation[place]
-        rest = list(places.values())
-        means = np.concatenate([mean, window.mean[rest]])
-        deviations = np.concatenate([deviation, window.deviation[rest]])
-        values = np.concatenate([y, window.y[rest]])
-        finite = np.flatnonzero(np.isfinite(values).all(axis=1))
+        finite = np.flatnonzero(np.isfinite(y).all(axis=1))
         order = np.random.default_rng(0).permutation(finite)[: 2 * _CAPACITY]
         labels, looks_wrong = self._target.tolerance is None, np.zeros(len(rows), bool)
         halves = np.array_split(order, 2)
         for one, other in (halves, halves[::-1]):
             both = np.concatenate([one, other])
-            known = means[both], deviations[both], values[both]
-            check = fit_answer_check(*known, self._check_rate, labels=labels)
+            mean, deviation, values = (each[both] for each in left_out)
+            check = fit_answer_check(mean, deviation, values, self._check_rate, labels=labels)
             if check.limit == np.inf:
                 return None  # too few rows
-            chosen = np.ones(len(rows), bool)
-            chosen[one[one < len(rows)]] = False
-            looks_wrong[chosen] = check.suspicious(mean[chosen], deviation[chosen], y[chosen])
+            chosen = np.setdiff1d(np.arange(len(rows)), one)
+            mean, deviation, values = (each[chosen] for each in left_out)
+            looks_wrong[chosen] = check.suspicious(mean, deviation, values)
         return CheckedRows(rows, looks_wrong, check)
 
     def look_wrong(
@@ -473,12 +489,12 @@ class RowLearner:
         late: bool,
     ) -> None:
         """Compare rows that have come with what was predicted of them, where that counts."""
-        if self.mean is None or self.fitted is None:
-            return
-        counts = self.known[rows] & np.isfinite(y).all(axis=1)
+        counts = np.isfinite(y).all(axis=1)
         if not late:
             counts &= self._audits[rows]
-        if not counts.any():
+        self._since[late].append((rows[counts], y[counts]))
+        counts &= self.known[rows]
+        if self.mean is None or self.fitted is None or not counts.any():
             return
         rows, y = rows[counts], y[counts]
         score, mean, deviation = self.score(rows, late), self.mean[rows], self.deviation[rows]
@@ -599,28 +615,25 @@ def _ratios(
     return (error[deviation > 0] / deviation[deviation > 0]).tolist()
 
 
-def _left_out(fitted: FittedScheme) -> LeftOut:
-    """Return the predictions of all rows that the learner holds."""
-    learner = _learner_of(fitted)
-    held = np.flatnonzero(np.asarray(learner.filled))
-    x, y = (np.asarray(each)[held] for each in (learner.inputs, learner.residuals))
-    errors, deviation = (np.asarray(each)[held] for each in learner.left_out())
-    mean = (y + errors).astype(np.float32)
-    return LeftOut(x.astype(np.float32), mean, deviation.astype(float), y)
-
-
-def _of_rows(window: LeftOut, rows: Float[np.ndarray, "rows inputs"]) -> LeftOut | None:
-    """Return the part of predictions that is about some rows."""
+def _left_out(
+    fitted: FittedScheme,
+    rows: Float[np.ndarray, "rows inputs"],
+    y: Float[np.ndarray, "rows outputs"],
+) -> LeftOut | None:
+    """Return the predictions of these rows, each without that row where the window holds it."""
     if not len(rows):
         return None
-    known = np.isin(_row_keys(window.x), _row_keys(rows.astype(np.float32)))
-    return LeftOut(*(each[known] for each in window))
-
-
-def _row_keys(rows: Float[np.ndarray, "rows inputs"]) -> Shaped[np.ndarray, " rows"]:
-    """Return one value for each row, the same for equal rows alone."""
-    rows = np.ascontiguousarray(rows)
-    return rows.view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1]))).ravel()
+    learner = _learner_of(fitted)
+    inputs, filled = np.asarray(learner.inputs, np.float32), np.asarray(learner.filled)
+    places = {inputs[place].tobytes(): place for place in np.flatnonzero(filled).tolist()}
+    found = [places.get(row.tobytes(), -1) for row in rows.astype(np.float32)]
+    place, known = np.array(found), np.array(found) >= 0
+    mean, deviation = _predicted(fitted, rows)
+    errors, left_out = map(np.asarray, learner.left_out())
+    residuals = np.asarray(learner.residuals)
+    mean[known] = (residuals + errors)[place[known]]
+    deviation[known] = left_out[place[known]]
+    return LeftOut(mean, deviation, y.astype(np.float32))
 
 
 @eqx.filter_jit

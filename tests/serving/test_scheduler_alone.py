@@ -23,7 +23,7 @@ from nercc_jax.testing import SimulatedClock, SimulatedPool
 class NoAdaptation(AbstractAdaptation):
     """A policy's own setting for good; nothing is estimated or predicted."""
 
-    predicts = can_predict = accepts_samples = False
+    predicts = can_predict = accepts_samples = decoding_waits = False
     setting = checks = None
 
     def __init__(self, policy):
@@ -51,9 +51,6 @@ class NoAdaptation(AbstractAdaptation):
 
     def epoch(self, source):
         return 0
-
-    def needs_evidence(self, source):
-        return False
 
     def admits(self, answer, *, calibrated=True):
         return calibrated

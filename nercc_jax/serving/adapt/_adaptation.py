@@ -261,11 +261,11 @@ class Adaptation(AbstractAdaptation):
             self.predictor.add_answer(x, own)
 
     def epoch(self, source: Source) -> int:
-        risk = self._risk(source)
-        return 0 if risk is None else risk.epoch
+        return self._risk(source).epoch
 
-    def needs_evidence(self, source: Source) -> bool:
-        return source == "decoded" and self.decoding_risk.waits
+    @property
+    def decoding_waits(self) -> bool:
+        return self.decoding_risk.waits
 
     def admits(self, answer: Answer, *, calibrated: bool) -> bool:
         if answer.source == "predicted":
@@ -276,20 +276,17 @@ class Adaptation(AbstractAdaptation):
 
     def expected(self, answer: Answer) -> Answer:
         risk = self._risk(answer.source)
-        if risk is None:
-            return answer
         disagreement, error = map(float, risk.expected(answer.disagreement, answer.error))
         return dataclasses.replace(answer, disagreement=disagreement, error=error)
 
     def give(self, answer: Answer) -> None:
-        risk = self._risk(answer.source)
-        if risk is not None:
-            risk.give()
+        self._risk(answer.source).give()
 
-    def _risk(self, source: Source) -> StragglerRisk | None:
+    def _risk(self, source: Source) -> StragglerRisk:
         if source == "decoded":
             return self.decoding_risk
-        return None if self.predictor is None else self.predictor.risk
+        assert self.predictor is not None
+        return self.predictor.risk
 
     def audit(self, given: ApproximateAnswer, own: np.ndarray | None) -> bool:
         if given.answer.source == "predicted":

@@ -148,9 +148,10 @@ class AbstractAdaptation(abc.ABC):
     def epoch(self, source: Source) -> int:
         """Return how often the evidence on approximate answers of this source began again."""
 
+    @property
     @abc.abstractmethod
-    def needs_evidence(self, source: Source) -> bool:
-        """Return whether nothing may be given out before other stragglers were compared."""
+    def decoding_waits(self) -> bool:
+        """True if nothing decoded may be given out before other stragglers were compared."""
 
     @abc.abstractmethod
     def admits(self, answer: Answer, *, calibrated: bool) -> bool:

@@ -159,7 +159,7 @@ class GroupDecoder:
         else:
             good = expected.disagreement <= self._max_disagreement
         # After a drift, what would be decoded is compared without being given out.
-        wanted = self._resends_within_budget or self._adaptation.needs_evidence("decoded")
+        wanted = self._resends_within_budget or self._adaptation.decoding_waits
         if not (good[cells].any() or (last and wanted)):
             return [], []
         begin = self._clock.now()
