@@ -6,6 +6,8 @@ from typing import Any
 from .results import load, percent
 
 Results = Mapping[str, Mapping[str, Any]]
+UNORDERED, PIXELS, ORDERED = "no order", "pixels, buffer 1024", "surrogate, buffer 1024"
+LAYOUTS = ("published", "search", "repeated", "interleaved", "chebyshev")
 
 
 def promises(results: Results) -> Iterator[dict[str, str]]:
@@ -38,6 +40,31 @@ def kept(results: Results) -> str:
         f"The promise was kept in **{sum(held)} of {len(held)}** rows in which anything is given "
         f"out; promised and observed differ by less than 30 % in {sum(close)} of {len(close)} bins."
     )
+
+
+def learners(results: Results) -> Iterator[dict[str, str]]:
+    """Yield wrong labels with a learner from past answers, with a student and without."""
+    for model, recorded in results.items():
+        for cell, measured in recorded["learners"].items():
+            rows = {(row["mode"], row["order"]): row for row in measured["rows"]}
+            plain = [
+                row
+                for row in recorded["cells"][cell]["rows"]
+                if row["mode"] in LAYOUTS and row["order"] == PIXELS
+            ]
+            best, learner = min(plain, key=_wrong), rows["learner", PIXELS]
+            layout = learner["layout"].removesuffix(" of the most uncertain")
+            yield {
+                "model": model,
+                "(N, K, S)": cell,
+                "best layout": f"{_percent(best)} ({best['mode']})",
+                "learner, no student": f"{_percent(learner)} ({layout})",
+                **{
+                    f"{mode}, {name}": _percent(rows[mode, order])
+                    for order, name in ((ORDERED, "ordered"), (UNORDERED, "no order"))
+                    for mode in ("student", "student and learner")
+                },
+            }
 
 
 def costs() -> Iterator[dict[str, str]]:
@@ -73,3 +100,11 @@ def _promised(results: Results) -> Iterator[tuple[str, str, Any, Any]]:
                 if "given" in row:
                     mode = row["mode"].split(", at most")[0]
                     yield model, cell, row, bins[mode, row["order"]]
+
+
+def _wrong(row: Mapping[str, Any]) -> float:
+    return row["disagreement"]
+
+
+def _percent(row: Mapping[str, Any]) -> str:
+    return percent(row["disagreement"], row["half_width"], 2)
