@@ -144,9 +144,9 @@ def test_of_error_probabilities(page):
         for model in read("beyond").values()
         for cell in model.get("promises", {}).values()
         for row in cell["rows"]
-        if "promised" in row
+        if row.get("wrong_of_given")
     ]
-    kept = sum(row["disagreement"] <= row["promised"] for row in rows)
+    kept = sum(row["wrong_of_given"][0] <= row["promised"] for row in rows)
     assert kept == len(rows)
     assert f"in all {kept} cases measured" in page
 

@@ -3,9 +3,11 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .results import percent
+from .results import load, percent
 
 Results = Mapping[str, Mapping[str, Any]]
+UNORDERED, PIXELS, ORDERED = "no order", "pixels, buffer 1024", "surrogate, buffer 1024"
+LAYOUTS = ("published", "search", "repeated", "interleaved", "chebyshev")
 
 
 def promises(results: Results) -> Iterator[dict[str, str]]:
@@ -40,6 +42,44 @@ def kept(results: Results) -> str:
     )
 
 
+def learners(results: Results) -> Iterator[dict[str, str]]:
+    """Yield wrong labels with a learner from past answers, with a student and without."""
+    for model, recorded in results.items():
+        for cell, measured in recorded["learners"].items():
+            rows = {(row["mode"], row["order"]): row for row in measured["rows"]}
+            plain = [
+                row
+                for row in recorded["cells"][cell]["rows"]
+                if row["mode"] in LAYOUTS and row["order"] == PIXELS
+            ]
+            best, learner = min(plain, key=_wrong), rows["learner", PIXELS]
+            layout = learner["layout"].removesuffix(" of the most uncertain")
+            yield {
+                "model": model,
+                "(N, K, S)": cell,
+                "best layout": f"{_percent(best)} ({best['mode']})",
+                "learner, no student": f"{_percent(learner)} ({layout})",
+                **{
+                    f"{mode}, {name}": _percent(rows[mode, order])
+                    for order, name in ((ORDERED, "ordered"), (UNORDERED, "no order"))
+                    for mode in ("student", "student and learner")
+                },
+            }
+
+
+def costs() -> Iterator[dict[str, str]]:
+    """Yield what ordering costs beside the model."""
+    for model, part in load("ordering")["models"].items():
+        rows = {row["what"]: row for row in part["cost"]["rows"]}
+        names = [f"order, buffer {size}" for size in (20, 256, 1024)]
+        yield {
+            "model": model,
+            "1,000 images by the model": f"{1e3 * rows['model']['median_s']:.1f} ms",
+            **{name: f"{1e3 * rows[name]['median_s']:.1f} ms" for name in names},
+            "share at 1,024": f"{rows[names[-1]]['share_of_model']:.1%}",
+        }
+
+
 def days(results: Results, part: str) -> str:
     """Return the days on which the cells of a part were measured."""
     found = {
@@ -60,3 +100,11 @@ def _promised(results: Results) -> Iterator[tuple[str, str, Any, Any]]:
                 if "given" in row:
                     mode = row["mode"].split(", at most")[0]
                     yield model, cell, row, bins[mode, row["order"]]
+
+
+def _wrong(row: Mapping[str, Any]) -> float:
+    return row["disagreement"]
+
+
+def _percent(row: Mapping[str, Any]) -> str:
+    return percent(row["disagreement"], row["half_width"], 2)
