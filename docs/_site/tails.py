@@ -1,0 +1,126 @@
+"""Tables of docs/tails.md: the tails of what the server picks, and of rivals in their best form."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from .results import strong
+
+Cell = Mapping[str, Any]
+
+BUDGETS = (1.1, 1.35)  # calls a query
+OURS = {"lenet5": "LeNet5", "repvgg": "RepVGG", "lotka-volterra": "Lotka-Volterra"}
+_ANY, _TWICE = "any model", "two at once, 1.2 x median"
+_RIVALS = {
+    "hedging, tuned": "least loaded, hedged",
+    "power of two, hedged": "power of two, hedged",
+    "Prequal, hedged": "Prequal, hedged",
+}
+_SERVICE_MS = 50.0  # the median of a service time
+_ROUNDING = 0.005  # calls beyond a budget that do not count
+
+
+def places(cells: Mapping[str, Cell]) -> Iterable[str]:
+    """Return the laws of straggling and service times for which there are rivals."""
+    found = (name.split("/") for name in cells)
+    return dict.fromkeys(place for work, place, _ in found if work == _ANY)
+
+
+def tail(cell: Cell) -> float:
+    """Return the median p99.9 over seeds, in medians of a service time."""
+    return cell["p999_ms"][0] / _SERVICE_MS
+
+
+def _exact(cells: Mapping[str, Cell], place: str, budget: float) -> dict[str, Cell]:
+    names = {shown: f"{name}, {budget:g} calls" for shown, name in _RIVALS.items()}
+    names = {"two at once": _TWICE} | names
+    found = {shown: cells.get(f"{_ANY}/{place}/{name}") for shown, name in names.items()}
+    return {shown: cell for shown, cell in found.items() if cell is not None}
+
+
+def _ours(cells: Mapping[str, Cell], place: str, budget: float) -> dict[str, Cell]:
+    found = {w: cells.get(f"{work}/{place}/picked, {budget:g} calls") for work, w in OURS.items()}
+    return {work: cell for work, cell in found.items() if cell is not None}
+
+
+def comparison(cells: Mapping[str, Cell], budget: float) -> Iterator[dict[str, str]]:
+    """Yield each law's p99.9 and calls.
+
+    The shortest tail of exact answers in the budget stands out, and each of ours that is shorter.
+    """
+    for place in places(cells):
+        exact, ours = _exact(cells, place, budget), _ours(cells, place, budget)
+        if not ours:
+            continue
+        law, service = place.rsplit(", ", 1)
+        best = _best(exact, budget)
+        yield {"straggling": law, "service times": service} | {
+            name: _shown(cell, cell is best or (name in ours and tail(cell) < tail(best)))
+            for name, cell in (exact | ours).items()
+        }
+
+
+def _best(exact: Mapping[str, Cell], budget: float) -> Cell:
+    return min((c for c in exact.values() if c["calls"] <= budget + _ROUNDING), key=tail)
+
+
+def _shown(cell: Cell, stands_out: bool) -> str:
+    text = f"{tail(cell):.2f} at {cell['calls']:.2f}"
+    return strong(text) if stands_out else text
+
+
+def sentences(cells: Mapping[str, Cell]) -> str:
+    """Return who wins where, as a list in Markdown."""
+    return "\n".join(f"- {each}" for budget in BUDGETS for each in _verdicts(cells, budget))
+
+
+def _verdicts(cells: Mapping[str, Cell], budget: float) -> Iterator[str]:
+    by_third, shorter, longer, at_any_price = [], [], [], []
+    for place in places(cells):
+        exact = _exact(cells, place, budget)
+        for work, cell in _ours(cells, place, budget).items():
+            best = tail(_best(exact, budget))
+            (shorter if tail(cell) < best else longer).append(f"{work} ({place})")
+            by_third += [work] if tail(cell) <= best * 2 / 3 else []
+            twice = exact["two at once"]
+            at_any_price += [f"{work} ({place})"] if tail(twice) < tail(cell) else []
+    number = len(shorter) + len(longer)
+    yield (
+        f"Within {budget:g} calls, ours is the shortest in {len(shorter)} of {number} cells, by a "
+        f"third or more in {len(by_third)}. {_named('Rivals are shorter', longer)}"
+    )
+    if budget == min(BUDGETS):
+        yield _named("Two copies at once, whatever they cost, are shorter", at_any_price)
+
+
+def _named(what: str, where: list[str]) -> str:
+    return f"{what} for {', '.join(where)}." if where else f"{what} nowhere."
+
+
+def every(cells: Mapping[str, Cell]) -> Iterator[dict[str, str]]:
+    """Yield all that was measured."""
+    for name, cell in cells.items():
+        yield (
+            {"cell": name, "seeds": str(len(cell["seeds"]))}
+            | {
+                f"{words}, ms": f"{cell[key][0]:.0f} [{cell[key][1]:.0f}, {cell[key][2]:.0f}]"
+                for words, key in (("p50", "p50_ms"), ("p99", "p99_ms"), ("p99.9", "p999_ms"))
+            }
+            | {
+                "p99.99, ms": f"{cell['p9999_ms'][0]:.0f}" if "p9999_ms" in cell else "",
+                "calls": f"{cell['calls']:.3f}",
+                "right, %": f"{100 * cell['right']:.2f}",
+            }
+        )
+
+
+def described(cells: Mapping[str, Cell]) -> str:
+    """Return how many seeds and queries there are, and the labels of ours."""
+    seeds = sorted({len(cell["seeds"]) for cell in cells.values()})
+    judged = sorted({each["queries"] for c in cells.values() for each in c["seeds"].values()})
+    ours = [c["right"] for place in places(cells) for c in _ours(cells, place, 1.1).values()]
+    return (
+        f"Medians over {' or '.join(map(str, seeds))} seeds of arrivals, service times and faults, "
+        f"{' or '.join(f'{number:,}' for number in judged)} judged queries each. Of ours, "
+        f"{100 * min(ours):.2f} to {100 * max(ours):.2f} % of all answers are the model's label, "
+        "or within its tolerance."
+    )
