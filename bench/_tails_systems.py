@@ -180,11 +180,7 @@ def systems(work: Work, law: str) -> tuple[System, ...]:
         System("known, else hedged", Uncoded(1), known_once, knows),
         System("known, uncertain twice", Replication(1, 2), known, knows),
     ]
-    at_once = dataclasses.replace(three, straggler_threshold=1.2, hedge_copies=2)
-    ours.append(System("two at once, 1.2 x median", Uncoded(1), at_once))
     for most in MAX_CALLS:
-        budget = dataclasses.replace(three, max_calls=most)
-        ours.append(System(f"hedging picked, {most:g} calls", Uncoded(1), budget))
         picked = dataclasses.replace(known_once, max_calls=most)
         ours.append(System(f"picked, {most:g} calls", Replication(1, 2), picked, knows))
     return (*found, *ours)

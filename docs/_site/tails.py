@@ -87,7 +87,7 @@ def _own_hedging(cells: Mapping[str, Cell], budget: float) -> str:
     worse = sum(tail(own) > 1.05 * tail(tuned) for own, tuned in pairs.values())
     return (
         f"Where nothing is known, `--max-calls {budget:g}` hedges worse than tuned hedging in "
-        f"{worse} of {len(pairs)} laws: {tail(own):.2f} against {tail(tuned):.2f} at most ({place})."
+        f"{worse} of {len(pairs)} laws; at most {tail(own):.2f} against {tail(tuned):.2f}, {place}."
     )
 
 
