@@ -58,8 +58,13 @@ def test_of_what_is_known(page):
     assert f"p99.9 is {tail} times the median service time at {calls} calls a query" in text
     assert f"{right} % of the labels the model's own, and {other} times at {more} where" in text
     hedged = "least loaded, hedged, {:g} calls".format
-    (tail, calls, _), (other, more, _) = pair("any model", hedged(1.1))
-    assert f"exact rival, has {tail} at {calls} calls and {other} at {more};" in text
+    for words, rival in (
+        ("copies at once after 1.2 medians have", "two at once, 1.2 x median"),
+        ("hedging that is tuned for just this traffic has", hedged(1.1)),
+    ):
+        (tail, calls, right), (other, more, _) = pair("any model", rival)
+        assert f"{words} {tail} at {calls} calls and {other} at {more}" in text
+        assert right == "100.00"
     for system in (("any model", hedged(1.35)), ("repvgg", most)):
         (tail, calls, _), (other, more, _) = pair(*system)
         assert f"for up to 1.35 calls, {tail} at {calls} and {other} at {more}" in text
