@@ -73,7 +73,26 @@ def _shown(cell: Cell, stands_out: bool) -> str:
 def sentences(cells: Mapping[str, Cell]) -> str:
     """Return who wins where, as a list in Markdown."""
     found = [each for budget in BUDGETS for each in _verdicts(cells, budget)]
-    return "\n".join(f"- {each}" for each in (*found, _own_hedging(cells, BUDGETS[0])))
+    found += [_own_hedging(cells, BUDGETS[0]), _silent(cells, BUDGETS[0])]
+    return "\n".join(f"- {each}" for each in found)
+
+
+def _silent(cells: Mapping[str, Cell], budget: float) -> str:
+    """Return how often a surrogate was never sure enough to answer."""
+    runs = [
+        (work, run["predicted"] == 0)
+        for place in places(cells)
+        for work, cell in _ours(cells, place, budget).items()
+        for run in cell["seeds"].values()
+    ]
+    counts = (
+        f"{sum(silent for each, silent in runs if each == work)} of "
+        f"{sum(each == work for each, _ in runs)} for {work}"
+        for work in OURS.values()
+    )
+    return (
+        f"Runs in which the surrogate was sure of nothing, and all was hedged: {', '.join(counts)}."
+    )
 
 
 def _own_hedging(cells: Mapping[str, Cell], budget: float) -> str:
