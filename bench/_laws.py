@@ -1,7 +1,9 @@
 """Laws by which workers straggle in benchmarks of tails."""
 
 import dataclasses
+import zlib
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -38,14 +40,31 @@ SERVICES: dict[str, tuple[str, Callable[[np.random.Generator], float]]] = {
         "one call in five takes twice as long",
         lambda random: 1.0 + (random.random() < 0.2),
     ),
+    "bimodal by query": (
+        "one query in five is large: each of its calls, copies too, takes twice as long",
+        lambda random: 1.0,
+    ),
 }
 
 
-def laws(base: float, num_workers: int) -> dict[str, Law]:
+def large_queries(service: str, base: float) -> list[Fault]:
+    """Return what makes calls of large queries, a fifth of all by their checksum, longer."""
+    if service != "bimodal by query":
+        return []
+
+    def score(batch: Any) -> list[bool]:
+        return [zlib.crc32(row.tobytes()) % 5 == 0 for row in np.asarray(batch)]
+
+    latency = TraceLatency(jnp.array([base]))
+    return [Fault("delay", latency=latency, score=score, least_score=1.0)]
+
+
+def laws(base: float, num_workers: int, seed: int = 0) -> dict[str, Law]:
     """Return laws by name, in units of the base service time.
 
-    A rack that dies loses what it has in hand.
+    A rack that dies loses what it has in hand. Each seed has other spells.
     """
+    seed *= 10_000
     tenfold = TraceLatency(jnp.array([10 * base]))
     rack = tuple(range(num_workers // 4))
     independent = [
@@ -71,7 +90,7 @@ def laws(base: float, num_workers: int) -> dict[str, Law]:
                 "delay",
                 workers=(worker,),
                 latency=ExponentialLatency(10 * base),
-                episodes=Episodes(20.0, 2.0, seed=worker, origin=0.0),
+                episodes=Episodes(20.0, 2.0, seed=worker + seed, origin=0.0),
             )
             for worker in range(num_workers)
         ),
@@ -85,7 +104,7 @@ def laws(base: float, num_workers: int) -> dict[str, Law]:
                 "delay",
                 workers=rack,
                 latency=tenfold,
-                episodes=Episodes(5.0, 1.0, seed=1005, origin=0.0),
+                episodes=Episodes(5.0, 1.0, seed=1005 + seed, origin=0.0),
             ),
         ),
     )
@@ -93,7 +112,11 @@ def laws(base: float, num_workers: int) -> dict[str, Law]:
         "rack dies",
         f"{len(rack)} of the {num_workers} workers hang together for 2 s every 20 s, on average, "
         "and come back a second later",
-        (Fault("hang", 1.0, workers=rack, episodes=Episodes(20.0, 2.0, seed=77, origin=0.0)),),
+        (
+            Fault(
+                "hang", 1.0, workers=rack, episodes=Episodes(20.0, 2.0, seed=77 + seed, origin=0.0)
+            ),
+        ),
     )
     hard = Law(
         "hard queries",

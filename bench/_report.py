@@ -152,7 +152,9 @@ def block_bootstrap(
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    whole = path.with_suffix(".partial")
+    whole.write_text(json.dumps(content, indent=2) + "\n")
+    whole.replace(path)
 
 
 def _cpu_model() -> str:

@@ -1,7 +1,8 @@
 """Systems that tails.py compares: schedulers, each with its code, policy and surrogate."""
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from _balancers import NEVER, AbstractRule, Balancer, Hedge, LeastLoaded, Prequal
 
 from nercc_jax import (
     AbstractCode,
@@ -22,6 +24,7 @@ from nercc_jax import (
     save_code,
     tune,
 )
+from nercc_jax.pools import AbstractPool
 from nercc_jax.serving import BatchingPolicy, Predictor
 from nercc_models import load_data, load_model, load_parity_model, load_student, student_card
 
@@ -59,16 +62,25 @@ class System:
     policy: BatchingPolicy
     predictor: Callable[[], Predictor] | None = None
     models: tuple[int, ...] = (0,)
+    balancer: Callable[[AbstractPool], Balancer] | None = None  # instead of code and policy
 
 
 def works(data_dir: Path) -> dict[str, Callable[[], Work]]:
     """Return makers of works by name; each is loaded when it is wanted."""
     return {
+        ANY: _any_model,
         "lenet5": lambda: _classifier("lenet5-mnist", data_dir, 0.1, student=False),
         "repvgg": lambda: _classifier("repvgg-cifar10", data_dir, 0.1),
         "vit": lambda: _classifier("vit-cifar10", data_dir, 0.1),
         "lotka-volterra": lambda: _function(data_dir),
     }
+
+
+def _any_model() -> Work:
+    """Return numbers that stand for any model: of exact answers, no tail depends on it."""
+    queries = np.arange(10_000, dtype=np.float32)[:, None]
+    answers = np.random.default_rng(0).normal(size=(len(queries), 2)).astype(np.float32)
+    return Work(ANY, queries, answers, None, tolerance=1e-6)
 
 
 def _classifier(name: str, data_dir: Path, wanted: float, student: bool = True) -> Work:
@@ -104,6 +116,16 @@ def _in_batches(function: Any, x: np.ndarray, size: int = 100) -> np.ndarray:
     return np.concatenate(parts).astype(np.float32)
 
 
+ANY = "any model"
+# Rules that say which worker's queue a query joins.
+RULES: dict[str, Callable[..., AbstractRule]] = {
+    "least loaded": lambda: LeastLoaded(1000),
+    "power of two": lambda: LeastLoaded(2),
+    "Prequal": Prequal,
+}
+# What is tried: triggers in medians, probes a query, and quantiles above which a worker is hot.
+TRIGGERS = (1.05, 1.1, 1.2, 1.35, 1.5, 2.0, 3.0, 5.0)
+PROBES, Q_RIF = (1, 2, 3), (0.5, 0.75, 0.84, 0.9, 0.99)
 # Calls a query that a policy which picks by the measured tail may spend.
 MAX_CALLS = (1.1, 1.35)
 # Queries of ParM's groups, for which parity models were trained; (N, K) of interleaved codes.
@@ -158,14 +180,81 @@ def systems(work: Work, law: str) -> tuple[System, ...]:
         System("known, else hedged", Uncoded(1), known_once, knows),
         System("known, uncertain twice", Replication(1, 2), known, knows),
     ]
-    at_once = dataclasses.replace(three, straggler_threshold=1.2, hedge_copies=2)
-    ours.append(System("two at once, 1.2 x median", Uncoded(1), at_once))
     for most in MAX_CALLS:
-        budget = dataclasses.replace(three, max_calls=most)
-        ours.append(System(f"hedging picked, {most:g} calls", Uncoded(1), budget))
         picked = dataclasses.replace(known_once, max_calls=most)
         ours.append(System(f"picked, {most:g} calls", Replication(1, 2), picked, knows))
     return (*found, *ours)
+
+
+def rivals(picks: Mapping[str, Sequence[Any]]) -> tuple[System, ...]:
+    """Return what answers exactly, with the parameters that were picked for a law (`tune_rivals`).
+
+    The least loaded of all workers is also the power of as many choices as serve best.
+    """
+    hedging = BatchingPolicy(
+        deadline_s=DEADLINE, ordering=False, max_batch_size=8, copies=3, straggler_threshold=1.2
+    )
+    at_once = dataclasses.replace(hedging, hedge_copies=2)
+    found = [System("two at once, 1.2 x median", Uncoded(1), at_once)]
+    for most in MAX_CALLS:
+        picked = dataclasses.replace(hedging, straggler_threshold=THRESHOLD, max_calls=most)
+        found.append(System(f"hedging picked, {most:g} calls", Uncoded(1), picked))
+    for name in RULES:
+        if name != "least loaded":  # about the same as "as it comes"
+            found.append(balanced(name, picks, Hedge()))
+        for most in MAX_CALLS:
+            hedged = hedged_name(name, most)
+            found.append(balanced(name, picks, Hedge(*picks[hedged]), hedged))
+    return tuple(found)
+
+
+def hedged_name(rule: str, most: float) -> str:
+    """Return the name of a rule that is hedged by a budget."""
+    return f"{rule}, hedged, {most:g} calls"
+
+
+def balanced(rule: str, picks: Mapping[str, Sequence[Any]], hedge: Hedge, name: str = "") -> System:
+    """Return a rule of `RULES` with these parameters, and copies."""
+
+    def balancer(pool: AbstractPool) -> Balancer:
+        return Balancer(pool, RULES[rule](*picks.get(rule, ())), hedge)
+
+    return System(name or rule, Uncoded(1), BatchingPolicy(), balancer=balancer)
+
+
+def tune_rivals(
+    measure: Callable[[System], Mapping[str, float]], prequal: Sequence[Any] | None
+) -> dict[str, Sequence[Any]]:
+    """Pick the parameters of rivals, which have the least p99 and p99.9 in sum.
+
+    Args:
+        measure: Returns what a system makes of other traffic than it is judged by.
+        prequal: Probes and Q_RIF, if they are picked already.
+    """
+
+    def tail(cell: Mapping[str, float]) -> float:
+        return cell["p99_ms"] + cell["p999_ms"]
+
+    def of_prequal(parameters: Sequence[Any]) -> float:
+        return tail(measure(balanced("Prequal", {"Prequal": parameters}, Hedge())))
+
+    picks: dict[str, Sequence[Any]] = {
+        "Prequal": prequal or min(itertools.product(PROBES, Q_RIF), key=of_prequal)
+    }
+    for rule in RULES:
+        found: dict[tuple[float, int], Mapping[str, float]] = {}
+        for at_once in (1, 2, 3):
+            for threshold in reversed(TRIGGERS):
+                hedge = Hedge(threshold, at_once)
+                cell = found[threshold, at_once] = measure(balanced(rule, picks, hedge))
+                if cell["calls"] > max(MAX_CALLS):
+                    break  # an earlier trigger costs more
+        for most in MAX_CALLS:
+            allowed = [key for key, cell in found.items() if cell["calls"] <= most]
+            picks[hedged_name(rule, most)] = min(
+                allowed, key=lambda key: tail(found[key]), default=(NEVER, 1)
+            )
+    return picks
 
 
 def parity_models(work: Work) -> list[Any]:

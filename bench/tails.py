@@ -1,12 +1,13 @@
 """Tails of a stream of single queries: what `CodedBatcher` makes of stragglers, and its rivals.
 
-    python bench/tails.py [--only PATTERN ...] [--queries NUMBER] [--real | --services]
+    python bench/tails.py [--only PATTERN ...] [--queries NUMBER] [--real | --services [--seed N]]
 
 Every cell is `CodedBatcher` as it is shipped, before workers on paper (`SimulatedPool`): a clock
 that jumps, so that an hour of traffic takes a minute, and the same each time. `--real` runs some
 cells before threads that sleep (`DevicePool`), for what is seen on paper to be held against. Both
 go into results/tails.json, cell by cell, which docs/tails.md shows. `--services` crosses laws of
-service times with ways to straggle, for hedging in its best form and what the server picks.
+service times with ways to straggle, for what the server picks and for rivals in their best form,
+tuned on other traffic; each run has one seed of arrivals, service times and faults.
 `--only 'lenet5/5 %/*'` names cells: work/law/system. Needs MNIST and CIFAR-10 as parquet files
 (`models/data.py` says where).
 """
@@ -27,9 +28,10 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as `nercc serve` does
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from _laws import SERVICES, Law, laws
+from _balancers import Balancer
+from _laws import SERVICES, Law, large_queries, laws
 from _report import block_bootstrap, environment, write_json
-from _tails_systems import System, Work, parity_models, systems, works
+from _tails_systems import ANY, System, Work, parity_models, rivals, systems, tune_rivals, works
 
 from nercc_jax.pools import AbstractPool, DevicePool, Fault, Faults
 from nercc_jax.serving import CodedBatcher, Coder, Reply
@@ -42,6 +44,7 @@ PACKAGES = ("jax", "jaxlib", "numpy", "equinox")
 WARM_UP = 2000  # queries that are not judged: what learns, learns from them
 # Before real workers there are so many more: learning takes a minute there, and none on paper.
 REAL_WARM_UP = 8000
+_FEWEST_P9999 = 100_000  # judged queries
 _BLOCK, _ROUNDS = 100, 400  # queries that the bootstrap keeps together, and its rounds
 _COUNTED = ("predict_seconds", "audit_same", "audit_other", "drift", "reexecution")
 _WIDTH = 8  # rows that the model is compiled for
@@ -49,10 +52,11 @@ _WIDTH = 8  # rows that the model is compiled for
 REAL = ("hedged, p90", "hedged, 1.35 x median", "two copies", "known, else hedged")
 # With laws of service times: the ways to straggle, and the systems.
 STRAGGLE: tuple[str, ...] = ("5 %", "slow workers", "slow rack", "hard queries")
-TRIED = (
-    *("hedged, p95", "two at once, 1.2 x median", "hedging picked, 1.1 calls"),
-    *("hedging picked, 1.35 calls", "picked, 1.1 calls", "picked, 1.35 calls"),
-)
+TRIED = ("picked, 1.1 calls", "picked, 1.35 calls")  # besides `rivals`, whatever the model
+# Rivals are tuned on other traffic, of so many queries; Prequal's rule at one law of service times.
+TUNING_SEED, _TUNING = 99, 6000
+_PREQUAL_AT = "lognormal 0.2"
+_TAIL = ("p50_ms", "p99_ms", "p999_ms", "p99_by_p50", "p999_by_p50")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +68,7 @@ class Load:
     service: str = "constant"
     rate: float = 130.0
     queries: int = 20_000
+    seed: int = 0
 
     def at(self, share: float) -> "Load":
         """So much of the workers' time asked for, if every query is called once."""
@@ -82,24 +87,17 @@ def main() -> None:
     ground = parser.add_mutually_exclusive_group()
     ground.add_argument("--real", dest="ground", action="store_const", const="real")
     ground.add_argument("--services", dest="ground", action="store_const", const="services")
+    parser.add_argument("--seed", type=int, default=0)
     parser.set_defaults(ground="paper")
     parser.add_argument("--data-dir", type=Path, default=None)
     options = parser.parse_args()
-    path = RESULTS / "tails.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
     for name, make in works(options.data_dir).items():
-        _run(name, make, options, found, path)
+        _run(name, make, options, RESULTS / "tails.json")
 
 
-def _run(
-    name: str,
-    make: Callable[[], Work],
-    options: argparse.Namespace,
-    found: dict[str, Any],
-    path: Path,
-) -> None:
-    load = Load(queries=options.queries)
-    chosen = laws(load.base, load.workers)
+def _run(name: str, make: Callable[[], Work], options: argparse.Namespace, path: Path) -> None:
+    load, ground = Load(queries=options.queries, seed=options.seed), options.ground
+    chosen = laws(load.base, load.workers, load.seed)
     loads = {
         "": load,
         ", load 50 %": load.at(0.5),
@@ -108,38 +106,84 @@ def _run(
     }
     laws_of: dict[str, tuple[str, ...]] = {suffix: ("5 %",) for suffix in loads}
     laws_of[""] = tuple(law for law in chosen if law != "hard queries")
-    tried = REAL if options.ground == "real" else None
-    if options.ground == "services":
+    tried = REAL if ground == "real" else None
+    if ground == "services":
         loads = {f", {each}": dataclasses.replace(load, service=each) for each in SERVICES}
         laws_of, tried = dict.fromkeys(loads, STRAGGLE), TRIED
     work = None
     for law_name, law in chosen.items():
         for suffix, heavier in loads.items():
-            if law_name not in laws_of[suffix]:
-                continue
             wanted = _matching(options.only, name, law_name + suffix)
-            if not wanted:
+            if law_name not in laws_of[suffix] or not wanted or (name == ANY and tried != TRIED):
                 continue
             work = work or make()
-            for system in systems(work, law_name):
-                cell = f"{name}/{law_name}{suffix}/{system.name}"
+            if name == ANY:
+                offered = rivals(_picks(work, law_name, heavier, path))
+            else:
+                offered = systems(work, law_name)
+            for system in offered:
                 if not any(fnmatch.fnmatch(system.name, pattern) for pattern in wanted):
                     continue
-                if tried is not None and system.name not in tried:
+                if name != ANY and tried is not None and system.name not in tried:
                     continue
-                ground = options.ground
-                cell_of = serve(work, system, law, heavier, real=ground == "real")
-                found.setdefault(ground, {})[cell] = cell_of
-                found["about"] = {
-                    "environment": environment(PACKAGES),
-                    "load": dataclasses.asdict(load),
-                    "laws": {each.name: each.words for each in chosen.values()},
-                    "services": {each: words for each, (words, _) in SERVICES.items()},
-                    "warm_up": WARM_UP,
-                    "real_warm_up": REAL_WARM_UP,
-                }
-                write_json(path, found)
-                print(ground, cell, _described(cell_of), flush=True)
+                cell = f"{name}/{law_name}{suffix}/{system.name}"
+                rounds = 0 if ground == "services" else _ROUNDS
+                real = ground == "real"
+                measured = serve(work, system, law, heavier, real=real, rounds=rounds)
+                print(ground, cell, _described(measured), flush=True)
+                _keep(path, ground, cell, measured, load)
+
+
+def _keep(path: Path, ground: str, cell: str, measured: dict[str, Any], load: Load) -> None:
+    """Write a cell, with what was measured by other seeds if there is anything."""
+    found = json.loads(path.read_text()) if path.exists() else {}
+    cells = found.setdefault(ground, {})
+    if ground == "services":
+        seeds = cells.get(cell, {}).get("seeds", {}) | {str(load.seed): measured}
+        measured = over_seeds(seeds)
+    cells[cell] = measured
+    chosen = laws(load.base, load.workers)
+    found["about"] = {
+        "environment": environment(PACKAGES),
+        "load": dataclasses.asdict(Load()),
+        "laws": {each.name: each.words for each in chosen.values()},
+        "services": {each: words for each, (words, _) in SERVICES.items()},
+        "warm_up": WARM_UP,
+        "real_warm_up": REAL_WARM_UP,
+    }
+    write_json(path, found)
+
+
+def over_seeds(seeds: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the median of each number over seeds, of latencies with the least and the largest."""
+    first, cells = next(iter(seeds.values())), list(seeds.values())
+    numbers = {key: [cell[key] for cell in cells if key in cell] for key in first}
+    return {"seeds": seeds} | {
+        key: [round(float(of(found)), 3) for of in (np.median, np.min, np.max)]
+        if key.startswith("p") and key != "predicted"
+        else float(np.sum(found) if key in ("queries", "lost") else np.mean(found))
+        for key, found in numbers.items()
+    }
+
+
+def _picks(work: Work, law_name: str, load: Load, path: Path) -> dict[str, Any]:
+    """Return the rivals' parameters for a law, from the file, or by tuning them."""
+    found = json.loads(path.read_text()).get("tuned", {})
+    place = f"{law_name}, {load.service}"
+    if place in found:
+        return found[place]
+    other = dataclasses.replace(load, seed=TUNING_SEED, queries=_TUNING)
+    law = laws(load.base, load.workers, TUNING_SEED)[law_name]
+    known = found.get(f"{law_name}, {_PREQUAL_AT}", {}).get("Prequal")
+    if known is None and load.service != _PREQUAL_AT:
+        at = dataclasses.replace(load, service=_PREQUAL_AT)
+        known = _picks(work, law_name, at, path)["Prequal"]
+    picks = tune_rivals(lambda system: serve(work, system, law, other, rounds=0), known)
+    whole = json.loads(path.read_text())
+    whole.setdefault("tuned", {})[place] = picks
+    write_json(path, whole)
+    print("tuned", place, picks, flush=True)
+    return picks
 
 
 def _matching(patterns: list[str], *parts: str) -> list[str]:
@@ -152,14 +196,18 @@ def _matching(patterns: list[str], *parts: str) -> list[str]:
     return found
 
 
-def serve(work: Work, system: System, law: Law, load: Load, *, real: bool) -> dict[str, Any]:
+def serve(
+    work: Work, system: System, law: Law, load: Load, *, real: bool = False, rounds: int = _ROUNDS
+) -> dict[str, Any]:
     """Run one cell: a Poisson stream, each query's seconds, and its answer."""
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(100 * load.seed)
     warm_up = REAL_WARM_UP if real else WARM_UP
     queries = load.queries - WARM_UP + warm_up
     arrivals = np.cumsum(random.exponential(1 / load.rate, queries))
     # In one order again and again: what is asked twice is long forgotten.
-    order = np.resize(np.random.default_rng(1).permutation(len(work.queries)), queries)
+    order = np.resize(
+        np.random.default_rng(100 * load.seed + 1).permutation(len(work.queries)), queries
+    )
     pool = _pool(work, system, law, load, real=real)
     counts: collections.Counter[str] = collections.Counter()
 
@@ -168,10 +216,11 @@ def serve(work: Work, system: System, law: Law, load: Load, *, real: bool) -> di
             counts[what] += 1
 
     predictor = None if system.predictor is None else system.predictor()
-    begin = time.time()
-    with (
-        pool,
-        CodedBatcher(
+
+    def batcher_on(pool: AbstractPool) -> CodedBatcher | Balancer:
+        if system.balancer is not None:
+            return system.balancer(pool)
+        return CodedBatcher(
             pool,
             Coder(system.code, system.models),
             work.queries.shape[1:],
@@ -179,14 +228,16 @@ def serve(work: Work, system: System, law: Law, load: Load, *, real: bool) -> di
             policy=system.policy,
             predictor=predictor,
             observe=observe,
-        ) as batcher,
-    ):
+        )
+
+    begin = time.time()
+    with pool, batcher_on(pool) as batcher:
         outcomes = Outcomes(work, order, batcher, pool)
         (outcomes.stream if real else outcomes.plan)(arrivals)
         report = pool.report()
     student = counts["predict_seconds"] if system.policy.redundancy == "always" else queries
     extra = work.student_calls * student / queries if predictor is not None else 0.0
-    return outcomes.summary(warm_up) | {
+    return outcomes.summary(warm_up, rounds) | {
         "calls": (report.sent / queries) + extra,
         "audited": counts["audit_same"] + counts["audit_other"],
         "audited_other": counts["audit_other"],
@@ -218,13 +269,14 @@ def _pool(work: Work, system: System, law: Law, load: Load, *, real: bool) -> Ab
         base = Fault("delay", latency=TraceLatency(jnp.array([load.base])))
         faults = Faults((base, *map(_from_now, law.faults)), seed=7)
         return DevicePool(models, load.workers, compiled=False, faults=faults, **options)
-    noise, draw = np.random.default_rng(2), SERVICES[load.service][1]
-    faults = (*law.faults, *_slow_queries(work, law.hardest, load.base))
+    noise, draw = np.random.default_rng(100 * load.seed + 2), SERVICES[load.service][1]
+    large = large_queries(load.service, load.base)
+    faults = (*law.faults, *_slow_queries(work, law.hardest, load.base), *large)
     return SimulatedPool(
         models,
         load.workers,
         seconds=lambda size: load.base * draw(noise) + noise.exponential(0.0005),
-        faults=Faults(faults, seed=7),
+        faults=Faults(faults, seed=100 * load.seed + 7),
         **options,
     )
 
@@ -269,7 +321,13 @@ def _narrow(model: Any) -> Callable[[np.ndarray], np.ndarray]:
 class Outcomes:
     """The outcome of each query."""
 
-    def __init__(self, work: Work, order: np.ndarray, batcher: CodedBatcher, pool: AbstractPool):
+    def __init__(
+        self,
+        work: Work,
+        order: np.ndarray,
+        batcher: CodedBatcher | Balancer,
+        pool: AbstractPool,
+    ):
         self._work, self._order, self._batcher, self._pool = work, order, batcher, pool
         self.seconds = np.full(len(order), np.nan)
         self.right = np.zeros(len(order), bool)
@@ -317,23 +375,21 @@ class Outcomes:
         self.predicted[number] = reply.predicted[0]
         self.decoded[number] = not reply.exact[0] and not reply.predicted[0]
 
-    def summary(self, warm_up: int) -> dict[str, Any]:
+    def summary(self, warm_up: int, rounds: int) -> dict[str, Any]:
+        """Return the numbers of judged queries; latencies with intervals unless `rounds` is 0."""
         judged = slice(warm_up, None)
         seconds = self.seconds[judged]
         lost = int(np.isnan(seconds).sum())
         seconds = np.nan_to_num(seconds, nan=60.0)
-
-        def numbers(values: np.ndarray) -> np.ndarray:
-            p50, p99, p999 = np.quantile(values, (0.5, 0.99, 0.999))
-            return np.array([1e3 * p50, 1e3 * p99, 1e3 * p999, p99 / p50, p999 / p50])
-
-        now, low, high = block_bootstrap([seconds], numbers, block=_BLOCK, rounds=_ROUNDS)
-        names = ("p50_ms", "p99_ms", "p999_ms", "p99_by_p50", "p999_by_p50")
-        intervals = {
-            name: [round(float(each[i]), 3) for each in (now, low, high)]
-            for i, name in enumerate(names)
-        }
-        return intervals | {
+        if rounds:
+            ends = block_bootstrap([seconds], tail_of, block=_BLOCK, rounds=rounds)
+            numbers = np.round(np.array(ends).T, 3).tolist()
+        else:
+            numbers = np.round(tail_of(seconds), 3).tolist()
+        tail: dict[str, Any] = dict(zip(_TAIL, numbers, strict=True))
+        if len(seconds) >= _FEWEST_P9999:
+            tail["p9999_ms"] = round(1e3 * float(np.quantile(seconds, 0.9999)), 3)
+        return tail | {
             "queries": len(seconds),
             "lost": lost,
             "right": float(self.right[judged].mean()),
@@ -342,10 +398,16 @@ class Outcomes:
         }
 
 
+def tail_of(seconds: np.ndarray) -> np.ndarray:
+    """Return the numbers of `_TAIL`."""
+    p50, p99, p999 = np.quantile(seconds, (0.5, 0.99, 0.999))
+    return np.array([1e3 * p50, 1e3 * p99, 1e3 * p999, p99 / p50, p999 / p50])
+
+
 def _described(cell: dict[str, Any]) -> str:
+    p50, p99, p999 = (np.ravel(cell[key])[0] for key in _TAIL[:3])
     return (
-        f"p50 {cell['p50_ms'][0]:.0f} ms, p99 {cell['p99_by_p50'][0]:.2f}, p99.9 "
-        f"{cell['p999_by_p50'][0]:.2f} times; {cell['calls']:.3f} calls, right "
+        f"p50 {p50:.0f}, p99 {p99:.0f}, p99.9 {p999:.0f} ms; {cell['calls']:.3f} calls, right "
         f"{100 * cell['right']:.2f} %, predicted {100 * cell['predicted']:.1f} %, decoded "
         f"{100 * cell['decoded']:.1f} %, lost {cell['lost']}; {cell['seconds']} s"
     )

@@ -46,32 +46,43 @@ def test_of_what_is_known(page):
         return f"{tail:.2f}", f"{calls:.2f}", f"{100 * cell['right']:.2f}"
 
     def varied(place, system):
-        return figures("services", place, system)
+        cell = tails["services"][f"{place}/{system}"]
+        tail = cell["p999_ms"][0] / 50  # in medians of a service time
+        return f"{tail:.2f}", f"{cell['calls']:.2f}", f"{100 * cell['right']:.2f}"
 
-    ours, twice = "picked, 1.1 calls", "two at once, 1.2 x median"
-    tail, calls, right = varied("lenet5/5 %, constant", ours)
-    assert f"p99.9 is {tail} times the median at {calls} calls a query, {right} % of" in text
-    tail, calls, _ = varied("lenet5/5 %, lognormal 0.2", ours)
-    assert f"and {tail} times at {calls} where service times vary" in text
-    for work in ("lenet5", "repvgg"):  # exact, so that it does not depend on the model
-        (tail, calls, right), (other, more, _) = (
-            varied(f"{work}/5 %, {service}", twice) for service in ("constant", "lognormal 0.2")
-        )
-        assert f"{tail} at {calls} calls and {other} at {more}, with exact labels" in text
+    def pair(work, system):
+        return [varied(f"{work}/5 %, {each}", system) for each in ("constant", "lognormal 0.2")]
+
+    ours, most = "picked, 1.1 calls", "picked, 1.35 calls"
+    (tail, calls, right), (other, more, _) = pair("lenet5", ours)
+    assert f"p99.9 is {tail} times the median service time at {calls} calls a query" in text
+    assert f"{right} % of the labels the model's own, and {other} times at {more} where" in text
+    hedged = "least loaded, hedged, {:g} calls".format
+    for words, rival in (
+        ("copies at once after 1.2 medians have", "two at once, 1.2 x median"),
+        ("hedging that is tuned for just this traffic has", hedged(1.1)),
+    ):
+        (tail, calls, right), (other, more, _) = pair("any model", rival)
+        assert f"{words} {tail} at {calls} calls and {other} at {more}" in text
         assert right == "100.00"
-    (tail, calls, _), (other, more, _) = (
-        varied(f"repvgg/5 %, {service}", ours) for service in ("constant", "lognormal 0.2")
-    )
-    assert f"no shorter: {tail} at {calls} calls, {other} at {more} (" in text
+    for system in (("any model", hedged(1.35)), ("repvgg", most)):
+        (tail, calls, _), (other, more, _) = pair(*system)
+        assert f"for up to 1.35 calls, {tail} at {calls} and {other} at {more}" in text
+    (tail, calls, _), (other, more, _) = pair("repvgg", ours)
+    assert f"RepVGG's student has {tail} at {calls} and {other} at {more};" in text
     (parm, work, right), (nercc, _, kept) = (
         figures("paper", "lenet5/5 %", system) for system in ("ParM, k = 2", "NeRCC (6, 4)")
     )
     assert f"p99.9 of {parm} times the median at {work} calls a query, {right} % of" in text
     assert f"NeRCC (6, 4) has {nercc} with {kept} %" in text
-    tail, calls, right = varied("lenet5/slow rack, constant", ours)
-    assert f"p99.9 is {tail} times the median at {calls} calls, {right} % of the labels" in text
-    tail, calls, _ = varied("lenet5/slow rack, constant", twice)
-    assert f"two copies at once have {tail} at {calls} (" in text
+    rack = "slow rack, lognormal 0.2"
+    tail, calls, right = varied(f"lenet5/{rack}", ours)
+    assert f"p99.9 is {tail} times the median service time at {calls} calls, {right} % of" in text
+    (tail, calls, _), (other, more, _) = (
+        varied(f"any model/{rack}", system)
+        for system in (hedged(1.1), "Prequal, hedged, 1.1 calls")
+    )
+    assert f"tuned hedging has {tail} at {calls}, hedged Prequal {other} at {more} (" in text
 
 
 def test_of_codes_and_copies(page):
