@@ -153,8 +153,8 @@ def _mean_between(ordered: Float[np.ndarray, " queries"], quantiles: tuple[float
 
 _LOG = logging.getLogger(__name__)
 
-# Candidates besides the policy's own rule: multiples of the median, and hedging as published.
-_THRESHOLDS, _HEDGING = (1.2, 1.35, 1.5, 2.0, 3.0), ((0.9, 1.0), (0.95, 1.0))
+# Candidates besides the policy's own rule: multiples of the median.
+_THRESHOLDS = (1.2, 1.35, 1.5, 2.0, 3.0, 5.0)
 _AT_ONCE = 2  # copies of a straggler's query that go out together, at most
 # Queries between two decisions; requests, and stragglers' queries, that a measurement needs.
 _EVERY, _MEASURED, _MEASURED_LATE = 500, 1000, 20
@@ -216,7 +216,6 @@ class SettingController:
         rules = [overdue_rule(policy)]
         for copies in range(1, min(policy.copies, _AT_ONCE) + 1):
             rules += [Overdue(0.5, threshold, copies=copies) for threshold in _THRESHOLDS]
-            rules += [Overdue(*each, copies=copies) for each in _HEDGING]
         self.settings = [
             DispatchSetting(rule, each) for each in allowed for rule in dict.fromkeys(rules)
         ]
