@@ -249,6 +249,19 @@ def test_two_copies_at_once_halve_the_tail_of_those_that_straggle_twice():
     assert calls == pytest.approx([1.25, 1.4], abs=0.08)
 
 
+@pytest.mark.slow
+def test_hedging_that_is_picked_has_no_trigger_that_jumps_to_a_stragglers_time():
+    """A percentile of few calls is now below the stragglers' times, and now one of them."""
+    policy = BatchingPolicy(straggler_threshold=1.35, copies=3, max_calls=1.1, ordering=False)
+    traffic = Traffic(None, policy, share=0.05, rate=130, num_workers=28)
+    usual = traffic.seconds
+    traffic.pool_seconds = lambda size: usual(size) * traffic.random.lognormal(0.0, 0.2)
+    traffic.send(2000)
+    before, replies = traffic.calls(), traffic.send(4000)
+    assert (traffic.calls() - before) / 4000 < 1.12
+    assert np.quantile([seconds for seconds, *_ in replies], 0.995) < 5 * SERVICE
+
+
 def test_arguments():
     for wrong in (0, 3):
         with pytest.raises(ValueError, match="must be from 1 to copies, 2"):
