@@ -22,7 +22,6 @@ from ._backend import PoolReport
 
 _LOG = logging.getLogger(__name__)
 
-_WORKERS = 3  # that compute a query, at most
 _PROBATION = 16  # right answers with which one ends after a wrong answer or a release
 # Right answers to audits until a worker is released; twice as many each time, up to the second.
 _CLEAN, _CLEANEST = 16, 1024
@@ -69,6 +68,7 @@ class AnswerChecks:
         worker_dtype: str | None,
         observe: Callable[[str, int], Any],
         first: int = 4,
+        most: int = 3,
     ):
         """Start without answers.
 
@@ -78,8 +78,9 @@ class AnswerChecks:
             worker_dtype: The dtype in which they compute.
             observe: Receives metrics.
             first: Right answers with which a new worker's probation ends.
+            most: Workers that compute a query until two agree.
         """
-        self._observe, self._first = observe, first
+        self._observe, self._first, self._most_workers = observe, first, most
         self._monitor = WorkerMonitor(num_workers)
         self._most = int(max_fenced * num_workers)
         self._same = _SAME if worker_dtype in (None, "float32") else _SAME_SHORT
@@ -139,7 +140,7 @@ class AnswerChecks:
                     record.probation = max(record.probation - 1, 0)
                 return Verdict(value, True)
         others = len(self._records) - len(self._fenced.union(candidates))
-        if len(candidates) < _WORKERS and others and not last:
+        if len(candidates) < self._most_workers and others and not last:
             return None
         best = min(candidates, key=lambda each: (each in self._fenced, self._monitor.wrong[each]))
         return Verdict(candidates[best], False)

@@ -41,7 +41,7 @@ class RowChecks:
             )
         self._pool, dtype = pool, pool.worker_dtype
         self._checks = AnswerChecks(
-            pool.num_workers, max_fenced, dtype, lambda what, number: None, _FIRST
+            pool.num_workers, max_fenced, dtype, lambda what, number: None, _FIRST, _MOST
         )
         self._fenced: frozenset[int] = frozenset()
         # The worker whose value a row has; nobody where two gave it, or an earlier run.
@@ -88,8 +88,6 @@ class RowChecks:
             row = int(rows[place])
             self._answers[row].setdefault(worker, values[place].copy())
             verdict = self._checks.compare(None, self._answers[row])
-            if verdict is not None and not verdict.agreed and self._others_left(row):
-                verdict = None
             given[place] = verdict is not None
             if verdict is not None:
                 del self._answers[row]
@@ -101,11 +99,6 @@ class RowChecks:
         self._giver[rows[fresh[~held]]] = worker
         self.checked[rows[fresh[known[fresh] & ~held]]] = True
         return given, values
-
-    def _others_left(self, row: int) -> bool:
-        """Return whether another worker could give what one of them has given."""
-        tried = self._answers[row]
-        return len(tried) < _MOST and len(self._fenced.union(tried)) < self._pool.num_workers
 
     def recheck(
         self,

@@ -220,8 +220,10 @@ class RowLearner:
         came_late = computed[late[computed]]
         audits = computed[self._audits[computed] & ~late[computed]]
         unchecked = np.asarray(unchecked, int)
-        known = np.concatenate([unchecked, np.setdiff1d([*came_late, *audits], unchecked)])
-        known = known.astype(int)
+        known = unchecked
+        if self._check_rate is not None:  # others calibrate the check
+            others = np.setdiff1d(np.concatenate([came_late, audits]), unchecked)
+            known = np.concatenate([unchecked, others])
         self._thread = threading.Thread(
             target=self._work,
             args=(

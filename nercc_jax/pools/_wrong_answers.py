@@ -9,7 +9,6 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, Literal, TypeAlias, TypeVar, get_args
 
-import equinox as eqx
 import jax
 import jax.extend.core
 import jax.numpy as jnp
@@ -179,17 +178,14 @@ class ActivationFlip:
     def _flipped(self, model: Callable[..., PyTree]) -> Callable[..., PyTree]:
         @jax.jit
         def run(numbers: Any, *args: PyTree) -> PyTree:
-            arrays, rest = eqx.partition(args, eqx.is_array)
-            program, shape = jax.make_jaxpr(
-                lambda arrays: model(*eqx.combine(arrays, rest)), return_shape=True
-            )(arrays)
+            program, shape = jax.make_jaxpr(model, return_shape=True)(*args)
             results = itertools.count()
             which = numbers[0] % max(_count_results(program.jaxpr), 1)
 
             def flip(x: Any) -> Any:
                 return jnp.where(which == next(results), self._flip_bit(x, numbers[1:]), x)
 
-            found = _evaluate(program, jax.tree.leaves(arrays), flip)
+            found = _evaluate(program, jax.tree.leaves(args), flip)
             return jax.tree.unflatten(jax.tree.structure(shape), found)
 
         return run
@@ -229,10 +225,9 @@ def _evaluate(program: Any, args: Sequence[Any], change: Callable[[Any], Any]) -
         if eqn.primitive.name in _JIT:
             found = _evaluate(eqn.params["jaxpr"], inputs, change)
         else:
-            params = eqn.primitive.get_bind_params(eqn.params)
-            functions, params = (
-                params if isinstance(params, tuple) else ((), params)
-            )  # by JAX's version
+            functions, params = (), eqn.primitive.get_bind_params(eqn.params)
+            if isinstance(params, tuple):  # in some versions of JAX
+                functions, params = params
             found = eqn.primitive.bind(*functions, *inputs, **params)
             found = list(found) if eqn.primitive.multiple_results else [found]
         if _is_result(eqn):

@@ -66,7 +66,7 @@ class Predictions:
 
 
 class Expectation(NamedTuple):
-    """What to expect of the model's own answer to a query.
+    """The expectation of the model's own answer to a query.
 
     Attributes:
         answers: Predictions of several queries' answers, for whoever checks them.
