@@ -208,7 +208,8 @@ class Schedule:
         end = 20.0  # all deadlines, and all that is kept to hear stragglers, are over by then
         while self.clock.next <= end:
             self.clock.step()
-            self.check_answers()
+            if self.checked < len(self.ended):
+                self.check_answers()
             if self.clock.next > self.clock.now():  # all that is to happen at this moment has
                 self.check_books()
         self.check_end()

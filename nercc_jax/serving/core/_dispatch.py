@@ -4,6 +4,7 @@ Within a group, similar queries get neighbouring places (`QueryOrdering`).
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import timeit
@@ -207,7 +208,7 @@ class Dispatcher:
         self._predictor, self._adaptation = predictor, adaptation
         self._budget = Budget(self._policy.max_redundancy)
         self._observe, self._clock = adaptation.observe, pool.clock
-        self._alone = Coder(Uncoded(1), (coder.kinds[0],))
+        self._alone = _coder_of_one(coder.kinds[0])
         self.filling: Group | None = None
         self.groups: set[Group] = set()
 
@@ -420,6 +421,12 @@ class Dispatcher:
                 request.sent = now
                 self._observe("queue_seconds", now - request.arrived)
         return queries
+
+
+@functools.cache
+def _coder_of_one(model: int) -> Coder:
+    """Return the coder of a query that is sent alone: the same for all dispatchers."""
+    return Coder(Uncoded(1), (model,))
 
 
 def _longest_ordering(answer_time: float) -> float:
