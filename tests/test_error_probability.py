@@ -9,7 +9,7 @@ from scipy.special import expit
 
 from nercc_jax import Berrut, ExactStragglers, NeRCC, calibrate_error_probability
 from nercc_jax.evaluation import record_answers
-from nercc_jax.risk import logistic_regression
+from nercc_jax.risk import ErrorProbability, logistic_regression
 from nercc_jax.risk._calibration import regression
 from nercc_jax.risk._error_probability import fit_error_probability, observe_errors
 from nercc_jax.surrogates import Surrogate
@@ -44,6 +44,27 @@ def seen(code, x, surrogate=None):
     own = record_answers(model, code, x)
     beside = None if surrogate is None else group_prior_of_points(surrogate, code, x)
     return [np.asarray(each) for each in observe_errors(own, surrogate, beside, masks)]
+
+
+@pytest.mark.parametrize(("allowed", "limit"), [(0.0, 0.0), (0.03, 0.1), (0.0625, 0.2), (0.5, 0.2)])
+def test_the_limit_is_the_largest_level_whose_risk_is_within_the_allowance(allowed, limit):
+    """Of those that are given out: a quarter of all up to the second level, a half up to the third.
+
+    At the third the risk is exactly what an allowance of 0.0625 allows; the last is too large.
+    """
+    risks = jnp.array([0.0, 0.0073, 0.03125, 0.5])
+    shares = jnp.array([0.75, 0.5, 0.25, 0.125])
+    none, levels = jnp.zeros(2), jnp.array([0.0, 0.1, 0.2, 0.3])
+    found = ErrorProbability(none, none, none, levels, risks, shares)
+    assert found.limit(allowed) == pytest.approx(limit)
+
+
+def test_no_answer_may_be_wrong_with_five_times_the_allowance():
+    none, levels = jnp.zeros(2), jnp.array([0.0, 0.2, 0.9])
+    sure = ErrorProbability(none, none, none, levels, jnp.zeros(3), jnp.array([0.9, 0.5, 0.1]))
+    assert [sure.limit(share) for share in (0.0, 0.01, 0.1, 0.3, 0.6)] == pytest.approx(
+        [0.0, 0.05, 0.5, 0.5, 0.6]
+    )
 
 
 @pytest.mark.parametrize(

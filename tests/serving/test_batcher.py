@@ -45,7 +45,7 @@ from nercc_jax.serving.adapt._adaptation import BackgroundCalibrator
 from nercc_jax.serving.adapt._error_estimator import ErrorEstimator
 from nercc_jax.serving.core._health import Health
 from nercc_jax.serving.core._queue import Lane, QueryQueue
-from nercc_jax.serving.core._request import Request
+from nercc_jax.serving.core._request import Request, ScaleMonitor
 from nercc_jax.stragglers import TraceLatency
 
 SYSTEMATIC = {
@@ -154,6 +154,17 @@ def test_queries_of_another_scale_are_coded_with_none(factor):
         assert reply.exact.tolist() == [True, False, True]
         assert reply.asked[1] == 2 * 3  # and not of four queries
         assert odd.result(LONG).exact.all()
+
+
+def test_of_a_request_only_the_query_of_another_scale_makes_it_odd():
+    """Each query has its own scale, which is compared with the usual one of all."""
+    monitor = ScaleMonitor()
+    usual = queries(40)
+    assert not any(monitor.is_odd(x[None]) for x in usual)
+    assert not monitor.is_odd(usual[:2])
+    assert monitor.is_odd(np.stack([usual[0], 1e4 * usual[1]]))
+    assert monitor.is_odd(np.stack([usual[0], 1e-4 * usual[1]]))
+    assert not monitor.is_odd(usual)
 
 
 def test_all_answers_but_the_stragglers_are_waited_for():
