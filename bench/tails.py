@@ -49,7 +49,10 @@ _BLOCK, _ROUNDS = 100, 400  # queries that the bootstrap keeps together, and its
 _COUNTED = ("predict_seconds", "audit_same", "audit_other", "drift", "reexecution")
 _WIDTH = 8  # rows that the model is compiled for
 # The grounds that both are tried on.
-REAL = ("hedged, p90", "hedged, 1.35 x median", "two copies", "known, else hedged")
+REAL = (
+    *("hedged, p90", "hedged, 1.35 x median", "two copies"),
+    *("known, else hedged", "picked, 1.1 calls"),
+)
 # With laws of service times: the ways to straggle, and the systems.
 STRAGGLE: tuple[str, ...] = ("5 %", "slow workers", "slow rack", "hard queries")
 TRIED = ("picked, 1.1 calls", "picked, 1.35 calls")  # besides `rivals`, whatever the model
