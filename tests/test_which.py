@@ -181,3 +181,31 @@ def test_of_liars(page):
         f"keeps as many labels in {same.sum()} of {same.size} cells, fewer in {fewer}, more in "
         f"{more}" in page
     )
+
+
+def test_of_what_it_is_not_for(page):
+    found = read("unsuited")
+    assert f"Means over {found['groups']} groups" in page
+
+    def of(part, **wanted):
+        rows = (row for row in found[part] if wanted.items() <= row.items())
+        return next(rows)
+
+    few, many = (
+        of("privacy", noise_points=count, sigma=sigma, stragglers=0)
+        for count, sigma in ((5, 1.0), (20, 10.0))
+    )
+    bits = [f"{row['bits'][who]:.1f}" for row in (few, many) for who in ("worst", "median")]
+    kept = f"{100 * many['labels_kept']['mean']:.0f} % of the labels are kept"
+    assert f"with 5 as strong as the pixels the worst worker may still learn {bits[0]} bits" in page
+    assert f"the median one {bits[1]}; with 20 ten times as strong, {bits[2]} and {bits[3]}" in page
+    assert f"and {kept}" in page
+    systems = "NeRCC", "without stragglers' parts", "copies"
+    off = [100 * of("gradients", steps=100, system=s)["relative_error"]["mean"] for s in systems]
+    assert f"is off by {off[0]:.0f} %, without the stragglers' parts by {off[1]:.0f} %" in page
+    assert f"with four copies by {off[2]:.0f} %" in page
+    none, forty = (of("embeddings", system="NeRCC", stragglers=s) for s in (0, 40))
+    recall = [f"{100 * row['recall']['mean']:.0f} %" for row in (none, forty)]
+    kept = f"{100 * forty['labels_kept']['mean']:.0f} % of the labels are kept"
+    assert f"find {recall[0]} of the ten nearest images" in page
+    assert f"with 40 stragglers {recall[1]}, where {kept}" in page
