@@ -36,11 +36,16 @@ class Verdict(NamedTuple):
 
     Attributes:
         value: the answer.
-        agreed: whether two workers gave it.
+        givers: the workers that gave it; twice the same if no two agreed.
     """
 
     value: np.ndarray
-    agreed: bool
+    givers: tuple[int, int]
+
+    @property
+    def agreed(self) -> bool:
+        """Return whether two workers gave it."""
+        return self.givers[0] != self.givers[1]
 
 
 @dataclasses.dataclass
@@ -95,6 +100,12 @@ class AnswerChecks:
         """The workers that get no traffic; a new object whenever they change."""
         return self._fenced
 
+    @property
+    def accused(self) -> frozenset[int]:
+        """The workers that the test has accused, whether they are fenced or not."""
+        records = enumerate(self._records)
+        return frozenset(worker for worker, record in records if record.reason is not None)
+
     def screen(
         self, worker: int, suspicious: Bool[np.ndarray, " queries"]
     ) -> Bool[np.ndarray, " queries"]:
@@ -126,8 +137,9 @@ class AnswerChecks:
         Returns:
             The answer to give out; None to wait for one more worker's.
         """
+        accused = self.accused  # who are wrong alike, for example by the same old weights
         for one, other in itertools.combinations(candidates, 2):
-            if self._agree(candidates[one], candidates[other]):
+            if not accused >= {one, other} and self._agree(candidates[one], candidates[other]):
                 value = candidates[one]
                 if x is not None:
                     self._known.append((np.array(x), value))
@@ -138,12 +150,12 @@ class AnswerChecks:
                     self._monitor.add(worker, right=1)
                     record = self._records[worker]
                     record.probation = max(record.probation - 1, 0)
-                return Verdict(value, True)
+                return Verdict(value, (one, other))
         others = len(self._records) - len(self._fenced.union(candidates))
         if len(candidates) < self._most_workers and others and not last:
             return None
         best = min(candidates, key=lambda each: (each in self._fenced, self._monitor.wrong[each]))
-        return Verdict(candidates[best], False)
+        return Verdict(candidates[best], (best, best))
 
     def audits(self, report: PoolReport) -> list[tuple[int, np.ndarray]]:
         """Return workers to be asked a query whose answer is known, and the query for each.

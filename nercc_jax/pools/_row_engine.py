@@ -351,6 +351,8 @@ class _RowRun:
                 self._parts.add(rows.tolist())
             self._on_rows(rows, values, True)
             self._queue.observe(call.size, call.batch.times, self._x[0].nbytes + values[0].nbytes)
+        if self._checks is not None:  # of what is in the table now, too
+            self._follow_fences()
 
     # Checks.
 
@@ -362,12 +364,14 @@ class _RowRun:
         looks_wrong, known = self._learner.look_wrong(rows, values.reshape(len(rows), -1))
         given, values = self._checks.take(worker, rows, values, looks_wrong, known)
         self._queue.send_first(rows[~given])
-        self._follow_fences()
         return rows[given], values[given]
 
     def _follow_fences(self) -> None:
         assert self._checks is not None
-        self._take_back(self._checks.follow_fences(self._table.exact, self._table.predictions))
+        rows = self._checks.follow_fences(self._table.exact, self._table.predictions)
+        if rows is not None:
+            self._learner.forget_check()
+            self._take_back(rows)
 
     def _recheck(self) -> None:
         """Take back what the learner found to look wrong among earlier values."""
@@ -387,6 +391,8 @@ class _RowRun:
             self._table.take_back(rows)
             self._learner.forget(rows)
             self._queue.send_first(rows)
+            if self._parts is not None:
+                self._parts.add(rows.tolist())
 
     def _unchecked(self) -> Int[np.ndarray, " some"]:
         """Return the rows whose values have not been looked at."""
@@ -400,7 +406,8 @@ class _RowRun:
             return False
         if self._learner.at_work:
             return True
-        if self._last_check == self._computed or not len(self._unchecked()):
+        outdated = self._learner.outdated and not self._table.done.all()
+        if self._last_check == self._computed or not (len(self._unchecked()) or outdated):
             return False
         self._last_check = self._computed
         self._begin_to_learn(hurry=True)
@@ -544,7 +551,7 @@ class _RowRun:
             return False
         audited = self._audits[rows] & (settings.compute == "needed")
         good = self._learner.score(rows, late=True) <= self._learner.limit
-        return bool((good & ~audited).all())
+        return bool((good & ~audited).all()) and not self._awaits_check()
 
     def _free(self) -> Int[np.ndarray, " rows"]:
         """Return rows without a value that no worker has, and that are not to be sent again."""

@@ -134,6 +134,7 @@ class RowLearner:
         self._target, self._x, self._audits = target, x, audits
         self._check_rate = check_rate
         self._check: AnswerCheck | None = None
+        self._distrusted = False  # whether wrong values calibrate the check in the making
         self.checked: CheckedRows | None = None  # by the latest estimate
         self._due = _FIRST
         self.fitted: FittedScheme | None = None
@@ -171,6 +172,15 @@ class RowLearner:
     def at_work(self) -> bool:
         """Return whether an estimate is being made, or is there to be taken."""
         return self.busy or bool(self._made)
+
+    @property
+    def outdated(self) -> bool:
+        """Return whether rows were learned that have been taken back."""
+        return not self._due
+
+    def forget_check(self) -> None:
+        """Look at nothing with the check, or that in the making: wrong values calibrated it."""
+        self._check, self._distrusted = None, True
 
     def forget(self, rows: Int[np.ndarray, " few"]) -> None:
         """Learn all anew without these rows, if any was learned."""
@@ -216,7 +226,7 @@ class RowLearner:
             job = lambda: fitted  # noqa: E731
         else:
             return
-        self._since = {False: [], True: []}
+        self._since, self._distrusted = {False: [], True: []}, False
         came_late = computed[late[computed]]
         audits = computed[self._audits[computed] & ~late[computed]]
         unchecked = np.asarray(unchecked, int)
@@ -245,9 +255,10 @@ class RowLearner:
         if not self._made:
             return False
         made = self._made.pop()
-        self.fitted, self._telling, self.checked = made.fitted, made.telling, made.checked
-        if made.checked is not None:
-            self._check = made.checked.check
+        self.fitted, self._telling = made.fitted, made.telling
+        self.checked = None if self._distrusted else made.checked
+        if self.checked is not None:
+            self._check = self.checked.check
         if self.mean is None:
             self.mean = np.zeros((len(self.known), made.mean.shape[1]), np.float32)
         self.known[made.rows], self._like_late[made.rows] = True, made.like_late
