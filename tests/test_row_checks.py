@@ -1,6 +1,7 @@
 """Checks of computed rows: rows of wrong workers are computed anew, right ones are trusted."""
 
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,15 @@ from test_run_rows import quick_fit as quick_fit  # a fixture
 from nercc_jax import DevicePool
 from nercc_jax.pools import Fault, Faults, run_rows
 from nercc_jax.pools._row_checks import RowChecks
-from nercc_jax.pools._row_files import Parts, RowTable
+from nercc_jax.pools._row_engine import _RowRun
+from nercc_jax.pools._row_files import Parts, RowTable, row_code
+from nercc_jax.pools._row_learner import CheckedRows, RowEstimates, RowLearner
+from nercc_jax.pools._row_queue import RowQueue
+from nercc_jax.pools._row_settings import RowSettings
+from nercc_jax.risk._answer_check import fit_answer_check
+from nercc_jax.risk._target import AccuracyTarget
+from nercc_jax.schemes import Scheme
+from nercc_jax.schemes._fit_scheme import FittedScheme
 from nercc_jax.testing import SimulatedPool
 
 ROWS = np.random.default_rng(0).uniform(-1, 1, (600, 1))
@@ -279,3 +288,63 @@ def test_at_the_jobs_deadline_a_row_in_doubt_is_unknown_for_that_reason():
     result = run_rows(once, ROWS[:9], make, num_workers=3, **options)
     assert result.status.tolist().count("unknown") >= 3
     assert "its answers differ, or one looked wrong" in set(result.reasons.values())
+
+
+def test_wrong_rows_of_a_call_come_in_another_order():
+    rows = RowQueue(np.arange(0), 2, RowSettings(tolerance=0.0, rows_per_call=8))
+    orders, done = [np.arange(8)], np.zeros(8, bool)
+    for _ in range(3):
+        rows.send_first(orders[-1])
+        orders.append(rows.take(done))
+        assert sorted(orders[-1]) == [*range(8)]
+    assert len({tuple(order) for order in orders}) == 4
+
+
+def made_with(check):
+    """An estimate of six rows, of which three were computed and look right."""
+    fitted = FittedScheme(Scheme(row_code()), 6)
+    rows, nothing = np.arange(6), np.zeros(6, bool)
+    checked = CheckedRows(rows[:3], nothing[:3], check)
+    estimate = np.zeros((6, 1), np.float32), np.ones(6), nothing, rows[:0]
+    return RowEstimates(rows, *estimate, fitted, checked=checked)
+
+
+def test_nothing_is_looked_at_with_a_check_that_wrong_answers_calibrated():
+    right = np.random.default_rng(0).normal(size=(400, 1))
+    check = fit_answer_check(np.zeros((400, 1)), np.ones(400), right, 0.05, labels=False)
+    learner = RowLearner(AccuracyTarget(1.0, None), np.zeros((6, 1)), np.zeros(6, bool), 0.05)
+    learner._made.append(made_with(check))
+    assert learner.look()
+    assert learner.checked is not None
+    assert learner.look_wrong(np.arange(6), np.zeros((6, 1)))[1].all()
+    learner.forget_check()  # while the next is in the making
+    learner._made.append(made_with(check))
+    assert learner.look()
+    assert learner.checked is None
+    assert not learner.look_wrong(np.arange(6), np.zeros((6, 1)))[1].any()
+
+
+def test_a_run_ends_only_after_its_answers_were_checked_and_wrong_ones_unlearned():
+    """Though what is left is late, and is predicted well enough."""
+    learner = SimpleNamespace(fitted=True, at_work=True, outdated=True, limit=1.0)
+    learner.score = lambda rows, late=False: np.zeros(len(rows))
+    learner.begin = lambda *_: begun.append(True)
+    begun, nothing = [], np.zeros(9)
+    settings = RowSettings(tolerance=1.0, check_answers=0.05)
+    table = RowTable(10)
+    table.add(np.arange(9), np.ones((9, 1)), nothing, nothing, exact=True)
+    pool = SimulatedPool(np.tanh, 4, seconds=lambda size: 0.1)
+    run = _RowRun(pool, np.ones((10, 1)), settings, table, None)
+    run._learner, run._audits, run._held[9] = learner, np.zeros(10, bool), 1
+    run._calls = {object(): SimpleNamespace(rows=np.array([9]), late=True)}
+    run._queue.waiting, run._checks.checked[:9] = np.zeros(0, int), True
+    assert not run._finished(), "the learner is at work"
+    learner.at_work = False
+    assert run._finished()
+    assert begun == [True], "it has learned rows that were taken back"
+    run._last_check, learner.outdated, run._checks.checked[3] = -1, False, False
+    assert run._finished()
+    assert begun == [True, True], "a row was not looked at"
+    run._last_check, run._checks.checked[3] = -1, True
+    assert run._finished()
+    assert begun == [True, True]
