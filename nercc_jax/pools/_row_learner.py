@@ -229,21 +229,17 @@ class RowLearner:
         self._since, self._distrusted = {False: [], True: []}, False
         came_late = computed[late[computed]]
         audits = computed[self._audits[computed] & ~late[computed]]
-        unchecked = np.asarray(unchecked, int)
-        known = unchecked
-        if self._check_rate is not None:  # others calibrate the check
-            others = np.setdiff1d(np.concatenate([came_late, audits]), unchecked)
-            known = np.concatenate([unchecked, others])
+        groups = came_late, audits, np.asarray(unchecked, int)
+        known = np.unique(np.concatenate(groups))
         self._thread = threading.Thread(
             target=self._work,
             args=(
                 job,
                 open_rows,
                 features,
-                (self._features[came_late], y[came_late]),
-                (self._features[audits], y[audits]),
-                unchecked,
-                (self._features[known], y[known]),
+                groups,
+                known,
+                y[known],
                 *self._neighbours(computed, y, late),
             ),
             name=LEARNER_THREAD,
@@ -327,10 +323,9 @@ class RowLearner:
         job: Callable[[], FittedScheme | None],
         rows: Int[np.ndarray, " open"],
         features: Float[np.ndarray, "open inputs"],
-        late: tuple[np.ndarray, np.ndarray],
-        audits: tuple[np.ndarray, np.ndarray],
-        unchecked: Int[np.ndarray, " few"],
-        known: tuple[np.ndarray, np.ndarray],
+        groups: tuple[np.ndarray, np.ndarray, np.ndarray],
+        known: Int[np.ndarray, " known"],
+        y: Float[np.ndarray, "known outputs"],
         by_input: Neighbours,
         by_output: Neighbours,
     ) -> None:
@@ -340,21 +335,21 @@ class RowLearner:
                 predicted = _predicted(fitted, features)
                 like_late = _like_late(features, by_input) | _like_late(predicted[0], by_output)
                 telling = rows[_telling(fitted, features, predicted[1])]
-                left_out = _left_out(fitted, *late), _left_out(fitted, *audits)
-                checked = self._look_at(fitted, unchecked, *known)
-                made = RowEstimates(
-                    rows, *predicted, like_late, telling, fitted, *left_out, checked
-                )
+                left_out = _left_out(fitted, self._features[known], y)
+                places = [np.searchsorted(known, group) for group in groups]
+                came_late, audits = (left_out and _part(left_out, each) for each in places[:2])
+                checked = self._look_at(groups[2], places[2], left_out)
+                evidence = came_late, audits, checked
+                made = RowEstimates(rows, *predicted, like_late, telling, fitted, *evidence)
                 self._made.append(made)
         finally:
             self.seconds = self._time.spend(begin)
 
     def _look_at(
         self,
-        fitted: FittedScheme,
         rows: Int[np.ndarray, " few"],
-        features: Float[np.ndarray, "known inputs"],
-        y: Float[np.ndarray, "known outputs"],
+        places: Int[np.ndarray, " few"],
+        left_out: LeftOut | None,
     ) -> CheckedRows | None:
         """Look at the values of rows; None if answers are not checked, or cannot be.
 
@@ -362,26 +357,23 @@ class RowLearner:
         its limit.
 
         Args:
-            fitted: The learner.
             rows: The rows.
-            features: Their inputs, before those of other rows that calibrate the checks.
-            y: Likewise their values.
+            places: Their places among those that were predicted; the others calibrate, too.
+            left_out: The predictions.
         """
-        if self._check_rate is None or (left_out := _left_out(fitted, features, y)) is None:
+        if self._check_rate is None or left_out is None:
             return None
-        finite = np.flatnonzero(np.isfinite(y).all(axis=1))
+        finite = np.flatnonzero(np.isfinite(left_out.y).all(axis=1))
         order = np.random.default_rng(0).permutation(finite)[: 2 * _CAPACITY]
         labels, looks_wrong = self._target.tolerance is None, np.zeros(len(rows), bool)
         halves = np.array_split(order, 2)
         for one, other in (halves, halves[::-1]):
-            both = np.concatenate([one, other])
-            mean, deviation, values = (each[both] for each in left_out)
-            check = fit_answer_check(mean, deviation, values, self._check_rate, labels=labels)
+            both = _part(left_out, np.concatenate([one, other]))
+            check = fit_answer_check(*both, self._check_rate, labels=labels)
             if check.limit == np.inf:
                 return None  # too few rows
-            chosen = np.setdiff1d(np.arange(len(rows)), one)
-            mean, deviation, values = (each[chosen] for each in left_out)
-            looks_wrong[chosen] = check.suspicious(mean, deviation, values)
+            chosen = ~np.isin(places, one)
+            looks_wrong[chosen] = check.suspicious(*_part(left_out, places[chosen]))
         return CheckedRows(rows, looks_wrong, check)
 
     def look_wrong(
@@ -647,6 +639,11 @@ def _left_out(
     mean[known] = (residuals + errors)[place[known]]
     deviation[known] = left_out[place[known]]
     return LeftOut(mean, deviation, y.astype(np.float32))
+
+
+def _part(left_out: LeftOut, places: Int[np.ndarray, " few"]) -> LeftOut:
+    """Return the predictions of some of the rows."""
+    return LeftOut(*(each[places] for each in left_out))
 
 
 @eqx.filter_jit
