@@ -89,6 +89,7 @@ class DevicePool(AbstractPool):
         self._conditions = current_conditions(worker_dtype, platform)
         programs = [Program(models, device, compiled) for device in devices[:num_workers]]
         warm_up(programs, len(models), example)
+        self._weights = programs[0].weights
         faults = faults or Faults()
         check_faults(models, faults.faults)
         # Faults on purpose let two cores stand for many machines.
