@@ -124,15 +124,11 @@ class RowChecks:
         Returns:
             The rows whose values are to be taken back.
         """
-        doubted = np.zeros(len(rows), bool)
-        giver = self._givers[rows, 0]  # the only one: what two gave is not looked at
-        for worker in np.unique(giver).tolist():
-            places = np.flatnonzero(giver == worker)
-            doubted[places] = self._screen(
-                worker, rows[places], values[places], looks_wrong[places]
-            )
-        self.checked[rows[~doubted]] = True
-        return rows[doubted]
+        for place in np.flatnonzero(looks_wrong).tolist():
+            giver = int(self._givers[rows[place], 0])  # the only one: of two none is looked at
+            self._doubt(int(rows[place]), giver, values[place])
+        self.checked[rows[~looks_wrong]] = True
+        return rows[looks_wrong]
 
     def _screen(
         self,
@@ -142,7 +138,7 @@ class RowChecks:
         looks_wrong: Bool[np.ndarray, " some"],
     ) -> Bool[np.ndarray, " some"]:
         """Return which answers are in doubt from now on."""
-        held = looks_wrong if worker == _NOBODY else self._checks.screen(worker, looks_wrong)
+        held = self._checks.screen(worker, looks_wrong)
         if worker in self._accused:
             held = np.ones(len(rows), bool)
         for place in np.flatnonzero(held).tolist():
