@@ -383,7 +383,6 @@ class _RowRun:
         self._take_back(
             checks.recheck(rows, self._table.predictions[rows], checked.looks_wrong[still])
         )
-        self._follow_fences()
 
     def _take_back(self, rows: Int[np.ndarray, " few"]) -> None:
         """Treat rows in doubt as if they had no values, until other workers have computed them."""
@@ -396,9 +395,8 @@ class _RowRun:
 
     def _unchecked(self) -> Int[np.ndarray, " some"]:
         """Return the rows whose values have not been looked at."""
-        if self._checks is None:
-            return np.zeros(0, int)
-        return np.flatnonzero(self._table.exact & ~self._checks.checked)
+        checked = self._table.exact if self._checks is None else self._checks.checked
+        return np.flatnonzero(self._table.exact & ~checked)
 
     def _awaits_check(self) -> bool:
         """Return whether values are still to be looked at, and see to it that they are."""
