@@ -228,6 +228,20 @@ def test_two_that_give_nan_agree():
     assert checks.counts()["corrected"] == 0
 
 
+def test_outputs_that_hardly_differ_between_rows_are_not_taken_for_the_same():
+    """Temperatures of 300 K; rounding is no difference."""
+    checks, values = checks_of(5), 300 + np.random.default_rng(0).normal(scale=0.1, size=(10, 2))
+    for row in range(9):
+        answers(checks, row % 3, [row], values[[row]], ALL)
+        assert answers(checks, 3, [row], values[[row]] * (1 + 1e-6))[0].all()
+    answers(checks, 0, [9], values[[2]], ALL)
+    assert not answers(checks, 1, [9], values[[9]])[0].any()
+    given, found = answers(checks, 2, [9], values[[9]])
+    assert given.all()
+    np.testing.assert_array_equal(found, values[[9]])
+    assert checks.counts()["corrected"] == 1
+
+
 def test_two_wrong_ones_are_outvoted():
     checks = checks_of(8)
     for worker, value in enumerate([1.0, 2.0, 3.0, 3.0]):

@@ -27,8 +27,11 @@ _PROBATION = 16  # right answers with which one ends after a wrong answer or a r
 _CLEAN, _CLEANEST = 16, 1024
 _KNOWN = 64  # queries whose answers two workers gave, for audits
 # The largest difference of two right answers, as a share of the largest output: batches of other
-# sizes are computed in another order.
+# sizes are computed in another order. It is no more than a share of what answers differ by among
+# one another, as far as rounding allows.
 _SAME, _SAME_SHORT = 1e-3, 5e-2
+_OF_SPREAD, _ROUNDING = 0.01, 0.01  # the second is a share of the first limit
+_SEEN, _FEWEST = 64, 8  # answers by which the spread is known
 
 
 class Verdict(NamedTuple):
@@ -91,6 +94,7 @@ class AnswerChecks:
         self._same = _SAME if worker_dtype in (None, "float32") else _SAME_SHORT
         self._records = [_Record(first) for _ in range(num_workers)]
         self._fenced: frozenset[int] = frozenset()
+        self._seen: collections.deque[np.ndarray] = collections.deque(maxlen=_SEEN)
         self._known: collections.deque[tuple[np.ndarray, np.ndarray]] = collections.deque(
             maxlen=_KNOWN
         )
@@ -137,9 +141,12 @@ class AnswerChecks:
         Returns:
             The answer to give out; None to wait for one more worker's.
         """
+        latest = candidates[next(reversed(candidates))]
+        if np.isfinite(latest).all():
+            self._seen.append(np.asarray(latest, float).ravel())
         accused = self.accused  # who are wrong alike, for example by the same old weights
         for one, other in itertools.combinations(candidates, 2):
-            if not accused >= {one, other} and self._agree(candidates[one], candidates[other]):
+            if not accused >= {one, other} and self.agree(candidates[one], candidates[other]):
                 value = candidates[one]
                 if x is not None:
                     self._known.append((np.array(x), value))
@@ -181,7 +188,7 @@ class AnswerChecks:
         record = self._records[worker]
         if worker not in self._fenced or record.asked is None:
             return
-        right = value is not None and self._agree(value, record.asked)
+        right = value is not None and self.agree(value, record.asked)
         record.clean = record.clean + 1 if right else 0
         if record.clean >= min(_CLEAN << (record.fences - 1), _CLEANEST):
             self._release(worker, f"its last {record.clean} answers to audits were right")
@@ -213,11 +220,25 @@ class AnswerChecks:
             for worker, why in status["not_fenced"].items()
         ]
 
-    def _agree(self, one: np.ndarray, other: np.ndarray) -> bool:
+    def agree(self, one: np.ndarray, other: np.ndarray) -> bool:
+        """Return whether two answers are the same but for rounding."""
         if np.array_equal(one, other, equal_nan=True):
             return True
-        scale = max(np.abs(one).max(), np.abs(other).max())
-        return bool(np.abs(one - other).max() <= self._same * scale)
+        limit = self._same * float(max(np.abs(one).max(), np.abs(other).max()))
+        difference = np.abs(one - other).max()
+        return bool(difference <= limit and difference <= self._closest(limit))
+
+    def _closest(self, limit: float) -> float:
+        """Return the largest difference of right answers where outputs hardly differ by query.
+
+        Temperatures of 300 K, for example, of which each answer has nearly the same.
+        """
+        if len(self._seen) < _FEWEST:
+            return limit
+        seen = np.stack(self._seen)
+        with np.errstate(over="ignore"):
+            squares = np.mean((seen - np.median(seen, axis=0)) ** 2, axis=1)
+        return max(_OF_SPREAD * float(np.sqrt(np.median(squares))), _ROUNDING * limit)
 
     def _accuse(self, worker: int) -> None:
         """Take a wrong answer of a worker."""

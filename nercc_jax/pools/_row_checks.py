@@ -111,7 +111,7 @@ class RowChecks:
     ) -> None:
         for row, value in zip(rows.tolist(), values, strict=True) if self._came_first else ():
             if (before := self._came_first.pop(row, None)) is not None:
-                self.corrected += not np.allclose(before, value, rtol=1e-3, equal_nan=True)
+                self.corrected += not self._checks.agree(before, value)
 
     def recheck(
         self,
