@@ -50,6 +50,7 @@ _UNSURE = 256  # of the least certain rows, from which those that tell most are 
 _PART = 1 << 22  # numbers that are brought into the learner's units together
 _TELLING = 64  # that are picked
 _SHARE = 0.5  # of the time that learning may take
+_BLATANT = 0.25  # of the answers that may look wrong: those with the largest residuals
 _INFINITE = 1e30  # factors of error bars from here on are infinite
 
 
@@ -369,7 +370,7 @@ class RowLearner:
         halves = np.array_split(order, 2)
         for one, other in (halves, halves[::-1]):
             both = _part(left_out, np.concatenate([one, other]))
-            check = fit_answer_check(*both, self._check_rate, labels=labels)
+            check = fit_answer_check(*both, self._check_rate, labels=labels, blatant=_BLATANT)
             if check.limit == np.inf:
                 return None  # too few rows
             chosen = ~np.isin(places, one)
