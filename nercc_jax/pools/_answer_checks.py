@@ -233,12 +233,11 @@ class AnswerChecks:
 
         Temperatures of 300 K, for example, of which each answer has nearly the same.
         """
-        if len(self._seen) < _FEWEST:
+        if len(self._seen) < _FEWEST or self._same == _SAME_SHORT:
             return limit
         seen = np.stack(self._seen)
-        with np.errstate(over="ignore"):
-            squares = np.mean((seen - np.median(seen, axis=0)) ** 2, axis=1)
-        return max(_OF_SPREAD * float(np.sqrt(np.median(squares))), _ROUNDING * limit)
+        spread = np.median(np.abs(seen - np.median(seen, axis=0)).max(axis=1))
+        return max(_OF_SPREAD * float(spread), _ROUNDING * limit)
 
     def _accuse(self, worker: int) -> None:
         """Take a wrong answer of a worker."""
