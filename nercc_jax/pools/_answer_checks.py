@@ -141,7 +141,7 @@ class AnswerChecks:
         Returns:
             The answer to give out; None to wait for one more worker's.
         """
-        latest = candidates[next(reversed(candidates))]
+        latest = list(candidates.values())[-1]
         if np.isfinite(latest).all():
             self._seen.append(np.asarray(latest, float).ravel())
         accused = self.accused  # who are wrong alike, for example by the same old weights
