@@ -77,7 +77,7 @@ class Work:
     ) -> np.ndarray:
         """Return the answers of the model, or of a changed one, to some inputs."""
         model, x = self.model if model is None else model, self.x[rows]
-        parts = [_run(model, part) for part in np.split(x, len(x) // 500)]
+        parts = [_run(model, part) for part in np.array_split(x, len(x) // 500)]
         return np.concatenate([np.asarray(part, np.float32) for part in parts])
 
 
@@ -114,15 +114,26 @@ def faulty(work: Work, right: np.ndarray, order: np.ndarray, seed: int) -> dict[
         flipped = ActivationFlip(Fault("flip_activation", bits="exponent"), (seed, 3))(work.model)
         each = [flipped(work.x[place : place + 1]) for place in order.tolist()]
         found["flipped exponent bit of an activation"] = np.concatenate(each).astype(np.float32)
+        found |= stale(work, order, seed)
         for draw in range(DRAWS):
-            for size in STALE:
-                change = WeightChange(Fault("stale", size=size), (seed, draw))
-                found[f"stale weights {size:g}/{draw}"] = work.answers(order, change(work.model))
             change = WeightChange(Fault("flip_weight", bits="exponent"), (seed, draw))
             found[f"flipped exponent bit of a weight/{draw}"] = work.answers(
                 order, change(work.model)
             )
     return found
+
+
+def stale(
+    work: Work, order: np.ndarray, seed: int, load: Callable[[Any], Any] = lambda model: model
+) -> dict[str, np.ndarray]:
+    """Return the answers of stale models, after `load` was done to each."""
+    return {
+        f"stale weights {size:g}/{draw}": work.answers(
+            order, load(WeightChange(Fault("stale", size=size), (seed, draw))(work.model))
+        )
+        for draw in range(DRAWS)
+        for size in STALE
+    }
 
 
 def online(work: Work, surrogate: Any, x: np.ndarray, right: np.ndarray) -> dict[float, Any]:

@@ -1,5 +1,7 @@
 """The check of an answer: how many right ones look wrong to it, and how many wrong ones do."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -40,6 +42,20 @@ def test_answers_of_other_queries_look_wrong():
     other = swapped.argmax(axis=1) != right.argmax(axis=1)
     assert share(check, mean[other], deviation[other], swapped[other]) > 0.99
     assert share(check, mean, deviation, right + 5) > 0.99
+
+
+def test_the_largest_residuals_look_wrong_whatever_the_regression_says():
+    random, shares = np.random.default_rng(4), []
+    for _ in range(6):
+        check = fit_answer_check(*predicted(random, 1000), 0.04, labels=False, blatant=0.25)
+        check = dataclasses.replace(check, weights=np.zeros_like(check.weights))  # all is right
+        mean, deviation, right = predicted(random)
+        wrong = check.suspicious(mean, deviation, right)
+        shares.append(np.mean(wrong))
+        ratios = np.mean((right - mean) ** 2, axis=1) / deviation**2
+        assert np.median(ratios[wrong]) > np.quantile(ratios, 0.97)
+        assert share(check, mean, deviation, np.roll(right, 1, axis=0)) > 0.9
+    assert np.mean(shares) == pytest.approx(0.01, abs=0.003)
 
 
 @pytest.mark.parametrize("size", [30, 1e3, 1e19, 1e38])

@@ -1,6 +1,7 @@
 """Checks of computed rows: rows of wrong workers are computed anew, right ones are trusted."""
 
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,15 @@ from test_run_rows import quick_fit as quick_fit  # a fixture
 from nercc_jax import DevicePool
 from nercc_jax.pools import Fault, Faults, run_rows
 from nercc_jax.pools._row_checks import RowChecks
-from nercc_jax.pools._row_files import RowTable
+from nercc_jax.pools._row_engine import _RowRun
+from nercc_jax.pools._row_files import Parts, RowTable, row_code
+from nercc_jax.pools._row_learner import CheckedRows, RowEstimates, RowLearner
+from nercc_jax.pools._row_queue import RowQueue
+from nercc_jax.pools._row_settings import RowSettings
+from nercc_jax.risk._answer_check import fit_answer_check
+from nercc_jax.risk._target import AccuracyTarget
+from nercc_jax.schemes import Scheme
+from nercc_jax.schemes._fit_scheme import FittedScheme
 from nercc_jax.testing import SimulatedPool
 
 ROWS = np.random.default_rng(0).uniform(-1, 1, (600, 1))
@@ -101,11 +110,86 @@ def test_what_only_a_fenced_worker_gave_is_taken_back():
         assert right.tolist() == values[[row]].tolist()
     taken = checks.follow_fences(computed, values)
     assert taken.tolist() == [3, 4]
-    assert checks.avoid(taken) == {0}
     assert list(checks.counts()["fenced"]) == ["0"]
-    assert not len(checks.follow_fences(computed, values)), "once"
-    given, _ = answers(checks, 0, [9], [[9.0]])
+    assert checks.follow_fences(computed, values) is None, "once"
+    given, _ = answers(checks, 0, [4, 9], [[4.0], [9.0]])
     assert not given.any(), "it was sent before"
+    given, found = answers(checks, 1, [3, 4, 9], [[3.5], [4.0], [8.0]])
+    assert given.all(), "as if the other had given nothing"
+    assert found.tolist() == [[3.5], [4.0], [8.0]]
+    assert checks.counts()["corrected"] == 5, "rows 3 and 5 to 8"
+
+
+def accuse(checks, worker, others, rows):
+    """Have a worker's answers to some rows outvoted by two others'."""
+    for row in rows:
+        answers(checks, worker, [row], [[-1.0 - worker]], ALL)
+        for other in others:
+            answers(checks, other, [row], [[float(row)]])
+
+
+def test_what_two_wrong_workers_gave_alike_is_taken_back_when_both_are_accused():
+    """As where two confuse the rows of the same call in the same way."""
+    checks, values, computed = checks_of(6), np.arange(10.0)[:, None], np.arange(10) < 2
+    assert not answers(checks, 2, [0], [[7.0]], ALL)[0].any()
+    assert not answers(checks, 0, [0], [[0.0]])[0].any()
+    given, found = answers(checks, 5, [0], [[7.0]])
+    assert given.all()
+    assert found.tolist() == [[7.0]], "nothing tells this from two that are right"
+    for worker in (2, 3):
+        answers(checks, worker, [1], [[1.0]], ALL)
+    assert checks.checked[:2].all()
+    accuse(checks, 2, (3, 4), range(2, 6))
+    assert checks.follow_fences(computed, values).tolist() == []
+    assert not checks.checked[:2].any(), "one is left that gave each: it is looked at"
+    assert checks.recheck(np.arange(2), values[:2], np.zeros(2, bool)).tolist() == []
+    accuse(checks, 5, (3, 4), 3 * [*range(6, 10)])
+    assert checks.follow_fences(computed, values).tolist() == [0]
+    assert sorted(checks.counts()["fenced"]) == ["2", "5"]
+
+
+def test_two_that_are_accused_do_not_confirm_each_other():
+    checks, values, computed = checks_of(6, max_fenced=0.0), np.zeros((10, 1)), np.zeros(10, bool)
+    for worker in (2, 5):
+        accuse(checks, worker, (0, 1), 3 * [*range(4)])
+    assert checks.follow_fences(computed, values) is not None
+    assert sorted(checks.counts()["not_fenced"]) == ["2", "5"], "none may be"
+    for worker, given in ((2, False), (5, False), (0, False), (1, True)):
+        value = [[3.0 if worker in (2, 5) else 4.0]]
+        assert answers(checks, worker, [9], value)[0].all() == given
+
+
+def test_what_an_accused_worker_gives_is_compared_though_it_may_not_be_fenced():
+    checks, values, computed = checks_of(6, max_fenced=0.0), np.arange(10.0)[:, None], NONE
+    accuse(checks, 0, (1, 2), [1])
+    assert answers(checks, 0, [8, 9], values[8:])[0].tolist() == [False, False]
+    checks = checks_of(6, max_fenced=0.0)
+    for worker in range(3):
+        answers(checks, worker, [worker], values[[worker]])
+        answers(checks, 3, [worker], values[[worker]])
+    assert answers(checks, 0, [9], [[5.0]])[0].all(), "it is trusted"
+    accuse(checks, 0, (1, 2), range(3, 8))
+    computed = np.arange(10) == 9
+    assert checks.follow_fences(computed, values).tolist() == [9]
+    assert checks._pool.report().idle == 6, "nobody is fenced"
+    for _ in range(20):  # more right ones than a probation has
+        given, _ = answers(checks, 0, [8], [[8.0]])
+        assert not given.any()
+
+
+def test_what_was_found_right_is_looked_at_again_when_somebody_is_accused():
+    """Wrong answers calibrated the check that found so."""
+    checks, values = checks_of(5), np.arange(10.0)[:, None]
+    for worker in range(3):
+        answers(checks, worker, [worker], values[[worker]])
+        answers(checks, 3, [worker], values[[worker]])
+    assert answers(checks, 1, [9], [[5.0]])[0].all()
+    assert checks.checked[9]
+    accuse(checks, 0, (1, 2), range(3, 8))
+    checks.follow_fences(np.arange(10) != 8, values)
+    assert not checks.checked[9]
+    assert checks.checked[1:8].all(), "two gave them that nobody accuses"
+    assert checks.recheck(np.array([9]), np.array([[5.0]]), np.ones(1, bool)).tolist() == [9]
 
 
 def test_what_two_workers_gave_stays_though_one_is_fenced():
@@ -118,6 +202,7 @@ def test_what_two_workers_gave_stays_though_one_is_fenced():
         answers(checks, 1, [row], values[[row]])
         answers(checks, 2, [row], values[[row]])
     assert not len(checks.follow_fences(np.arange(10) < 2, values))
+    assert not checks.checked[:2].any(), "only one gave them who is trusted"
     assert list(checks.counts()["fenced"]) == ["0"]
 
 
@@ -143,6 +228,20 @@ def test_two_that_give_nan_agree():
     assert checks.counts()["corrected"] == 0
 
 
+def test_outputs_that_hardly_differ_between_rows_are_not_taken_for_the_same():
+    """Temperatures of 300 K; rounding is no difference."""
+    checks, values = checks_of(5), 300 + np.random.default_rng(0).normal(scale=0.1, size=(10, 2))
+    for row in range(9):
+        answers(checks, row % 3, [row], values[[row]], ALL)
+        assert answers(checks, 3, [row], values[[row]] * (1 + 1e-6))[0].all()
+    answers(checks, 0, [9], values[[2]], ALL)
+    assert not answers(checks, 1, [9], values[[9]])[0].any()
+    given, found = answers(checks, 2, [9], values[[9]])
+    assert given.all()
+    np.testing.assert_array_equal(found, values[[9]])
+    assert checks.counts()["corrected"] == 1
+
+
 def test_two_wrong_ones_are_outvoted():
     checks = checks_of(8)
     for worker, value in enumerate([1.0, 2.0, 3.0, 3.0]):
@@ -163,12 +262,22 @@ def test_where_all_workers_differ_nobody_is_left_and_one_decides():
     assert checks.avoid(np.array([1, 2, 3])) == set(), "somebody must compute them"
 
 
-def test_what_was_taken_back_is_not_written():
-    table = RowTable(3)
-    nothing = np.zeros(3)
+def test_what_was_taken_back_after_it_was_written_is_not_taken_for_a_value(tmp_path):
+    table, nothing = RowTable(3), np.zeros(3)
+    parts = Parts(tmp_path / "run", {}, table)
     table.add(np.arange(3), np.ones((3, 1)), nothing, nothing, exact=True)
-    table.take_back(np.array([1]))
-    assert table.rows_of([0, 1, 2])["index"].tolist() == [0, 2]
+    parts.add(range(3))
+    parts.flush()
+    table.take_back(np.array([0, 1]))
+    parts.add([0, 1])
+    parts.flush()
+    table.add(np.array([0]), np.full((1, 1), 2.0), nothing[:1], nothing[:1], exact=True)
+    parts.add([0])
+    parts.flush()
+    resumed = RowTable(3)
+    Parts(tmp_path / "run", {}, resumed)
+    assert resumed.done.tolist() == resumed.exact.tolist() == [True, False, True]
+    np.testing.assert_array_equal(resumed.predictions, [[2.0], [np.nan], [1.0]])
 
 
 def test_two_workers_are_too_few():
@@ -193,3 +302,63 @@ def test_at_the_jobs_deadline_a_row_in_doubt_is_unknown_for_that_reason():
     result = run_rows(once, ROWS[:9], make, num_workers=3, **options)
     assert result.status.tolist().count("unknown") >= 3
     assert "its answers differ, or one looked wrong" in set(result.reasons.values())
+
+
+def test_wrong_rows_of_a_call_come_in_another_order():
+    rows = RowQueue(np.arange(0), 2, RowSettings(tolerance=0.0, rows_per_call=8))
+    orders, done = [np.arange(8)], np.zeros(8, bool)
+    for _ in range(3):
+        rows.send_first(orders[-1])
+        orders.append(rows.take(done))
+        assert sorted(orders[-1]) == [*range(8)]
+    assert len({tuple(order) for order in orders}) == 4
+
+
+def made_with(check):
+    """An estimate of six rows, of which three were computed and look right."""
+    fitted = FittedScheme(Scheme(row_code()), 6)
+    rows, nothing = np.arange(6), np.zeros(6, bool)
+    checked = CheckedRows(rows[:3], nothing[:3], check)
+    estimate = np.zeros((6, 1), np.float32), np.ones(6), nothing, rows[:0]
+    return RowEstimates(rows, *estimate, fitted, checked=checked)
+
+
+def test_nothing_is_looked_at_with_a_check_that_wrong_answers_calibrated():
+    right = np.random.default_rng(0).normal(size=(400, 1))
+    check = fit_answer_check(np.zeros((400, 1)), np.ones(400), right, 0.05, labels=False)
+    learner = RowLearner(AccuracyTarget(1.0, None), np.zeros((6, 1)), np.zeros(6, bool), 0.05)
+    learner._made.append(made_with(check))
+    assert learner.look()
+    assert learner.checked is not None
+    assert learner.look_wrong(np.arange(6), np.zeros((6, 1)))[1].all()
+    learner.forget_check()  # while the next is in the making
+    learner._made.append(made_with(check))
+    assert learner.look()
+    assert learner.checked is None
+    assert not learner.look_wrong(np.arange(6), np.zeros((6, 1)))[1].any()
+
+
+def test_a_run_ends_only_after_its_answers_were_checked_and_wrong_ones_unlearned():
+    """Though what is left is late, and is predicted well enough."""
+    learner = SimpleNamespace(fitted=True, at_work=True, outdated=True, limit=1.0)
+    learner.score = lambda rows, late=False: np.zeros(len(rows))
+    learner.begin = lambda *_: begun.append(True)
+    begun, nothing = [], np.zeros(9)
+    settings = RowSettings(tolerance=1.0, check_answers=0.05)
+    table = RowTable(10)
+    table.add(np.arange(9), np.ones((9, 1)), nothing, nothing, exact=True)
+    pool = SimulatedPool(np.tanh, 4, seconds=lambda size: 0.1)
+    run = _RowRun(pool, np.ones((10, 1)), settings, table, None)
+    run._learner, run._audits, run._held[9] = learner, np.zeros(10, bool), 1
+    run._calls = {object(): SimpleNamespace(rows=np.array([9]), late=True)}
+    run._queue.waiting, run._checks.checked[:9] = np.zeros(0, int), True
+    assert not run._finished(), "the learner is at work"
+    learner.at_work = False
+    assert run._finished()
+    assert begun == [True], "it has learned rows that were taken back"
+    run._last_check, learner.outdated, run._checks.checked[3] = -1, False, False
+    assert run._finished()
+    assert begun == [True, True], "a row was not looked at"
+    run._last_check, run._checks.checked[3] = -1, True
+    assert run._finished()
+    assert begun == [True, True]

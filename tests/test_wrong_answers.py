@@ -143,6 +143,63 @@ def test_a_flipped_bit_of_a_weight_stays_for_a_workers_life():
     assert np.log2(abs(ratio)) == pytest.approx(round(np.log2(abs(ratio))), abs=1e-2)
 
 
+def check_asked(pool):
+    """Ask for weights before the faults begin, and after; in between, and later, workers answer."""
+    right = [True, True, True]
+    assert [*pool.check_weights().values()] == right
+    with pool.dispatch(CALLS[:3]) as batch:
+        batch.wait(deadline=SOON)
+    assert pool.check_weights() == {0: True, 1: False, 2: False}
+    assert pool.check_weights() == {0: True, 1: False, 2: False}
+    with pool.dispatch(CALLS[3:]) as batch:
+        assert batch.wait(deadline=SOON).available.all()
+
+
+LATER = {"calls": range(2, 100)}
+CHANGES = Faults(
+    [
+        Fault("stale", workers=(1,), size=1e-6, **LATER),
+        Fault("flip_weight", workers=(2,), bits="mantissa", **LATER),
+    ]
+)
+
+
+@pytest.mark.parametrize("options", [{}, {"worker_dtype": "bfloat16"}, {"compiled": False}])
+def test_workers_are_asked_for_their_weights(options):
+    options = {"example": CALLS[0]} | options
+    faults = CHANGES if options.get("worker_dtype") is None else Faults([CHANGES.faults[1]])
+    with DevicePool(MODEL, 3, faults=faults, **options) as pool:
+        if options.get("worker_dtype") is None:
+            check_asked(pool)
+        else:  # in which the noise is none
+            assert pool.check_weights() == {0: True, 1: True, 2: True}
+            assert all(pool.check_weights().values())
+            assert pool.check_weights() == {0: True, 1: True, 2: False}
+
+
+def test_a_worker_that_does_not_answer_is_not_judged():
+    faults = Faults([Fault("hang", workers=(1,))])
+    with SimulatedPool(MODEL, 3, seconds=lambda size: 0.1, faults=faults) as pool:
+        assert pool.check_weights(deadline=5.0) == {0: True, 2: True}
+    with DevicePool(jnp.tanh, 2) as pool:
+        pool.fence([0])
+        assert pool.check_weights() == {0: True, 1: True}, "there are none to change"
+
+
+@pytest.mark.slow
+def test_actors_are_asked_for_their_weights():
+    require("ray", "ray")
+
+    class Local(eqx.Module):  # which actors need not import
+        w: jax.Array
+
+        def __call__(self, x):
+            return x @ self.w
+
+    with RayPool(Local(MODEL.w), 3, example=CALLS[0], faults=CHANGES, address="local") as pool:
+        check_asked(pool)
+
+
 def test_a_flipped_bit_of_an_activation_is_another_in_each_call():
     """Of the row's doubled numbers, their sum, or one output; in jitted functions, too."""
     x = np.linspace(1, 2, 12, dtype=np.float32).reshape(3, 4)

@@ -27,8 +27,11 @@ _PROBATION = 16  # right answers with which one ends after a wrong answer or a r
 _CLEAN, _CLEANEST = 16, 1024
 _KNOWN = 64  # queries whose answers two workers gave, for audits
 # The largest difference of two right answers, as a share of the largest output: batches of other
-# sizes are computed in another order.
+# sizes are computed in another order. It is no more than a share of what answers differ by among
+# one another, as far as rounding allows.
 _SAME, _SAME_SHORT = 1e-3, 5e-2
+_OF_SPREAD, _ROUNDING = 0.01, 0.01  # the second is a share of the first limit
+_SEEN, _FEWEST = 64, 8  # answers by which the spread is known
 
 
 class Verdict(NamedTuple):
@@ -36,11 +39,16 @@ class Verdict(NamedTuple):
 
     Attributes:
         value: the answer.
-        agreed: whether two workers gave it.
+        givers: the workers that gave it; twice the same if no two agreed.
     """
 
     value: np.ndarray
-    agreed: bool
+    givers: tuple[int, int]
+
+    @property
+    def agreed(self) -> bool:
+        """Return whether two workers gave it."""
+        return self.givers[0] != self.givers[1]
 
 
 @dataclasses.dataclass
@@ -86,6 +94,7 @@ class AnswerChecks:
         self._same = _SAME if worker_dtype in (None, "float32") else _SAME_SHORT
         self._records = [_Record(first) for _ in range(num_workers)]
         self._fenced: frozenset[int] = frozenset()
+        self._seen: collections.deque[np.ndarray] = collections.deque(maxlen=_SEEN)
         self._known: collections.deque[tuple[np.ndarray, np.ndarray]] = collections.deque(
             maxlen=_KNOWN
         )
@@ -94,6 +103,12 @@ class AnswerChecks:
     def fenced(self) -> frozenset[int]:
         """The workers that get no traffic; a new object whenever they change."""
         return self._fenced
+
+    @property
+    def accused(self) -> frozenset[int]:
+        """The workers that the test has accused, whether they are fenced or not."""
+        records = enumerate(self._records)
+        return frozenset(worker for worker, record in records if record.reason is not None)
 
     def screen(
         self, worker: int, suspicious: Bool[np.ndarray, " queries"]
@@ -126,8 +141,12 @@ class AnswerChecks:
         Returns:
             The answer to give out; None to wait for one more worker's.
         """
+        latest = list(candidates.values())[-1]
+        if np.isfinite(latest).all():
+            self._seen.append(np.asarray(latest, float).ravel())
+        accused = self.accused  # who are wrong alike, for example by the same old weights
         for one, other in itertools.combinations(candidates, 2):
-            if self._agree(candidates[one], candidates[other]):
+            if not accused >= {one, other} and self.agree(candidates[one], candidates[other]):
                 value = candidates[one]
                 if x is not None:
                     self._known.append((np.array(x), value))
@@ -138,12 +157,12 @@ class AnswerChecks:
                     self._monitor.add(worker, right=1)
                     record = self._records[worker]
                     record.probation = max(record.probation - 1, 0)
-                return Verdict(value, True)
+                return Verdict(value, (one, other))
         others = len(self._records) - len(self._fenced.union(candidates))
         if len(candidates) < self._most_workers and others and not last:
             return None
         best = min(candidates, key=lambda each: (each in self._fenced, self._monitor.wrong[each]))
-        return Verdict(candidates[best], False)
+        return Verdict(candidates[best], (best, best))
 
     def audits(self, report: PoolReport) -> list[tuple[int, np.ndarray]]:
         """Return workers to be asked a query whose answer is known, and the query for each.
@@ -169,7 +188,7 @@ class AnswerChecks:
         record = self._records[worker]
         if worker not in self._fenced or record.asked is None:
             return
-        right = value is not None and self._agree(value, record.asked)
+        right = value is not None and self.agree(value, record.asked)
         record.clean = record.clean + 1 if right else 0
         if record.clean >= min(_CLEAN << (record.fences - 1), _CLEANEST):
             self._release(worker, f"its last {record.clean} answers to audits were right")
@@ -201,11 +220,24 @@ class AnswerChecks:
             for worker, why in status["not_fenced"].items()
         ]
 
-    def _agree(self, one: np.ndarray, other: np.ndarray) -> bool:
+    def agree(self, one: np.ndarray, other: np.ndarray) -> bool:
+        """Return whether two answers are the same but for rounding."""
         if np.array_equal(one, other, equal_nan=True):
             return True
-        scale = max(np.abs(one).max(), np.abs(other).max())
-        return bool(np.abs(one - other).max() <= self._same * scale)
+        limit = self._same * float(max(np.abs(one).max(), np.abs(other).max()))
+        difference = np.abs(one - other).max()
+        return bool(difference <= limit and difference <= self._closest(limit))
+
+    def _closest(self, limit: float) -> float:
+        """Return the largest difference of right answers where outputs hardly differ by query.
+
+        Temperatures of 300 K, for example, of which each answer has nearly the same.
+        """
+        if len(self._seen) < _FEWEST or self._same == _SAME_SHORT:
+            return limit
+        seen = np.stack(self._seen)
+        spread = np.median(np.abs(seen - np.median(seen, axis=0)).max(axis=1))
+        return max(_OF_SPREAD * float(spread), _ROUNDING * limit)
 
     def _accuse(self, worker: int) -> None:
         """Take a wrong answer of a worker."""

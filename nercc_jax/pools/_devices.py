@@ -16,6 +16,7 @@ from ..inference._models import Model
 from ..inference._precision import check_worker_dtype
 from ._backend import OnOutcome, WorkerBackend, WorkerDied
 from ._batch import reason_of
+from ._code_versions import weights_checksum
 from ._faults import Faults
 from ._pool import AbstractPool
 from ._scheduler import Scheduler
@@ -89,6 +90,7 @@ class DevicePool(AbstractPool):
         self._conditions = current_conditions(worker_dtype, platform)
         programs = [Program(models, device, compiled) for device in devices[:num_workers]]
         warm_up(programs, len(models), example)
+        self._weights = weights_checksum(models)
         faults = faults or Faults()
         check_faults(models, faults.faults)
         # Faults on purpose let two cores stand for many machines.

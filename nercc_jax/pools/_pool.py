@@ -14,6 +14,7 @@ from ..inference._precision import cast_floats
 from ._backend import PoolReport
 from ._batch import Batch, Refuse, refuse_odd
 from ._clock import AbstractClock
+from ._code_versions import WEIGHTS
 from ._scheduler import Scheduler
 from ._times import Call, Overdue
 
@@ -30,6 +31,7 @@ class AbstractPool(abc.ABC):
     _scheduler: Scheduler
     _worker_dtype: str | None = None
     _conditions: Conditions = Conditions()
+    _weights: int = 0  # the checksum of the models that it was made with
 
     def __reduce__(self) -> Any:
         raise TypeError(
@@ -162,6 +164,34 @@ class AbstractPool(abc.ABC):
     def fence(self, workers: Iterable[int]) -> None:
         """Send these workers nothing but what is for them alone (`send`), until the next call."""
         self._scheduler.fence(workers)
+
+    def check_weights(self, deadline: float = 60.0) -> dict[int, bool]:
+        """Ask each worker for a checksum of the JAX arrays of its models, as they are there now.
+
+        A worker is asked when it has no other task, a fenced one as well.
+
+        Args:
+            deadline: Seconds to wait for answers.
+
+        Returns:
+            Whether they are those that the pool was made with, by worker; without the workers that
+            did not answer.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> from nercc_jax import DevicePool
+            >>> with DevicePool(jnp.tanh, 2) as pool:
+            ...     pool.check_weights()
+            {0: True, 1: True}
+        """
+        everyone, value = range(self.num_workers), np.zeros((1, 1), np.float32)
+        with self.open(self.num_workers, copies=1, refuse=lambda answer: None) as batch:
+            for worker in everyone:
+                self.send(batch, [worker], [value], kinds=[WEIGHTS], only=worker)
+            batch.wait(deadline=deadline)
+            answers: dict[int, Any] = {worker: batch.answer(worker) for worker in everyone}
+        found = {worker: each for worker, each in answers.items() if each is not None}
+        return {worker: each.item() == self._weights for worker, each in found.items()}
 
     def report(self) -> PoolReport:
         """Return counts of what the pool has seen so far, and the state of its workers."""

@@ -11,6 +11,7 @@ from ..inference._conditions import current_conditions, matmul_precision
 from ..inference._models import Model
 from ..inference._precision import check_worker_dtype
 from ._clock import ErrorCounter, Watcher
+from ._code_versions import weights_checksum
 from ._faults import Faults
 from ._pool import AbstractPool
 from ._ray_backend import ActorBackend, pack
@@ -96,6 +97,7 @@ class RayPool(AbstractPool):
         models = as_models(model, worker_dtype)
         check_faults(models, () if faults is None else faults.faults)
         self._worker_dtype = check_worker_dtype(worker_dtype)
+        self._weights = weights_checksum(models)
         self._probe = MEMBERSHIP.enter(address, runtime_env)
         try:
             self._backend = ActorBackend(

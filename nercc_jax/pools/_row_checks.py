@@ -2,7 +2,9 @@
 
 A row whose answer is suspicious has no value until another worker has given the same one, or a
 third has decided. What came before anything was known is looked at later, and taken back where it
-looks wrong; so is all that only a worker gave which is fenced by now.
+looks wrong. An answer of a worker that is accused by now counts for nothing: what no other worker
+gave is computed again, and all that was found to look right while its answers calibrated the check
+is looked at again.
 """
 
 from typing import Any
@@ -24,7 +26,7 @@ class RowChecks:
 
     Attributes:
         checked: Rows whose values were found to look right, or were given by two workers.
-        suspicious: How many rows were in doubt.
+        suspicious: How many answers were in doubt.
         corrected: Rows whose value became another than that which came first.
     """
 
@@ -44,8 +46,10 @@ class RowChecks:
             pool.num_workers, max_fenced, dtype, lambda what, number: None, _FIRST, _MOST
         )
         self._fenced: frozenset[int] = frozenset()
-        # The worker whose value a row has; nobody where two gave it, or an earlier run.
-        self._giver = np.full(num_rows, _NOBODY)
+        self._accused: frozenset[int] = frozenset()
+        # The workers that gave a row's value, twice the same if it was one; nobody if it has none,
+        # or an earlier run gave it.
+        self._givers = np.full((num_rows, 2), _NOBODY)
         self._answers: dict[int, dict[int, np.ndarray]] = {}  # to rows in doubt, by worker
         self._came_first: dict[int, np.ndarray] = {}
         self.checked = np.zeros(num_rows, bool)
@@ -82,23 +86,32 @@ class RowChecks:
         Returns:
             Which rows have a value now, and the values; another worker is to compute the others.
         """
-        given, values = self.in_doubt(rows), values.copy()
-        fresh = np.flatnonzero(~given)
-        for place in np.flatnonzero(given).tolist():
+        given, values = np.zeros(len(rows), bool), values.copy()
+        if worker in self._fenced:  # what it answers was sent before it was
+            return given, values
+        doubted = self.in_doubt(rows)
+        for place in np.flatnonzero(doubted).tolist():
             row = int(rows[place])
             self._answers[row].setdefault(worker, values[place].copy())
             verdict = self._checks.compare(None, self._answers[row])
-            given[place] = verdict is not None
             if verdict is not None:
                 del self._answers[row]
-                values[place], self.checked[row] = verdict.value, True
-                before = self._came_first.pop(row)
-                self.corrected += not np.allclose(before, verdict.value, rtol=1e-3, equal_nan=True)
+                values[place], given[place] = verdict.value, True
+                self._givers[row], self.checked[row] = verdict.givers, True
+        fresh = np.flatnonzero(~doubted)
         held = self._screen(worker, rows[fresh], values[fresh], looks_wrong[fresh])
         given[fresh] = ~held
-        self._giver[rows[fresh[~held]]] = worker
+        self._givers[rows[fresh[~held]]] = worker
         self.checked[rows[fresh[known[fresh] & ~held]]] = True
+        self._count_corrected(rows[given], values[given])
         return given, values
+
+    def _count_corrected(
+        self, rows: Int[np.ndarray, " some"], values: Float[np.ndarray, "some ..."]
+    ) -> None:
+        for row, value in zip(rows.tolist(), values, strict=True) if self._came_first else ():
+            if (before := self._came_first.pop(row, None)) is not None:
+                self.corrected += not self._checks.agree(before, value)
 
     def recheck(
         self,
@@ -111,14 +124,11 @@ class RowChecks:
         Returns:
             The rows whose values are to be taken back.
         """
-        doubted = np.zeros(len(rows), bool)
-        for worker in np.unique(self._giver[rows]).tolist():
-            places = np.flatnonzero(self._giver[rows] == worker)
-            doubted[places] = self._screen(
-                worker, rows[places], values[places], looks_wrong[places]
-            )
-        self.checked[rows[~doubted]] = True
-        return rows[doubted]
+        for place in np.flatnonzero(looks_wrong).tolist():
+            giver = int(self._givers[rows[place], 0])  # the only one: of two none is looked at
+            self._doubt(int(rows[place]), giver, values[place])
+        self.checked[rows[~looks_wrong]] = True
+        return rows[looks_wrong]
 
     def _screen(
         self,
@@ -128,38 +138,60 @@ class RowChecks:
         looks_wrong: Bool[np.ndarray, " some"],
     ) -> Bool[np.ndarray, " some"]:
         """Return which answers are in doubt from now on."""
-        held = looks_wrong if worker == _NOBODY else self._checks.screen(worker, looks_wrong)
+        held = self._checks.screen(worker, looks_wrong)
+        if worker in self._accused:
+            held = np.ones(len(rows), bool)
         for place in np.flatnonzero(held).tolist():
             self._doubt(int(rows[place]), worker, values[place])
         return held
 
     def _doubt(self, row: int, worker: int, value: np.ndarray) -> None:
-        self._came_first[row] = value = value.copy()
+        value = value.copy()
+        self._came_first.setdefault(row, value)
         self._answers[row] = {} if worker == _NOBODY else {worker: value}
-        self._giver[row], self.checked[row] = _NOBODY, False
+        self._givers[row], self.checked[row] = _NOBODY, False
         self.suspicious += 1
 
     def follow_fences(
         self, computed: Bool[np.ndarray, " rows"], values: Float[np.ndarray, "rows ..."] | None
-    ) -> Int[np.ndarray, " few"]:
-        """Have the pool send nothing to workers that are fenced now.
+    ) -> Int[np.ndarray, " few"] | None:
+        """Have the pool send nothing to workers that are fenced now, and distrust the accused.
 
         Args:
             computed: Which rows have computed values.
             values: The values of all rows.
 
         Returns:
-            The rows whose values are to be taken back, since only such a worker gave them.
+            The rows whose values are to be taken back, since only accused workers gave them; None
+            if there are no values, or nobody was accused since the last call.
         """
-        fenced = self._checks.fenced
-        new, changed, self._fenced = fenced - self._fenced, fenced != self._fenced, fenced
-        if changed:
+        fenced, accused = self._checks.fenced, self._checks.accused
+        if fenced != self._fenced:
             self._pool.fence(fenced)
-        if not new or values is None:
-            return np.zeros(0, int)
-        rows = np.flatnonzero(computed & np.isin(self._giver, list(new)))
+        new, self._fenced, self._accused = accused - self._accused, fenced, accused
+        return self._distrust(accused, computed, values) if new and values is not None else None
+
+    def _distrust(
+        self,
+        accused: frozenset[int],
+        computed: Bool[np.ndarray, " rows"],
+        values: Float[np.ndarray, "rows ..."],
+    ) -> Int[np.ndarray, " few"]:
+        """Forget the answers of workers; return the computed rows that nobody else gave."""
+        for row, given in list(self._answers.items()):
+            kept = {worker: value for worker, value in given.items() if worker not in accused}
+            self._answers[row] = kept
+            if given and not kept:
+                del self._answers[row]  # as if nobody had computed it
+        wrong = np.isin(self._givers, list(accused))
+        rows = np.flatnonzero(computed & wrong.all(axis=1))
         for row in rows.tolist():
-            self._doubt(row, int(self._giver[row]), values[row])
+            self._came_first.setdefault(row, values[row].copy())
+        self.suspicious += len(rows)
+        one = wrong[:, :1] != wrong[:, 1:]  # of the two that gave a row's value
+        self._givers = np.where(one & wrong, self._givers[:, ::-1], self._givers)
+        self._givers[rows] = _NOBODY
+        self.checked &= self._givers[:, 0] != self._givers[:, 1]
         return rows
 
     def look(self, report: PoolReport) -> None:

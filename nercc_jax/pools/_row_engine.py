@@ -351,6 +351,8 @@ class _RowRun:
                 self._parts.add(rows.tolist())
             self._on_rows(rows, values, True)
             self._queue.observe(call.size, call.batch.times, self._x[0].nbytes + values[0].nbytes)
+        if self._checks is not None:  # of what is in the table now, too
+            self._follow_fences()
 
     # Checks.
 
@@ -362,12 +364,14 @@ class _RowRun:
         looks_wrong, known = self._learner.look_wrong(rows, values.reshape(len(rows), -1))
         given, values = self._checks.take(worker, rows, values, looks_wrong, known)
         self._queue.send_first(rows[~given])
-        self._follow_fences()
         return rows[given], values[given]
 
     def _follow_fences(self) -> None:
         assert self._checks is not None
-        self._take_back(self._checks.follow_fences(self._table.exact, self._table.predictions))
+        rows = self._checks.follow_fences(self._table.exact, self._table.predictions)
+        if rows is not None:
+            self._learner.forget_check()
+            self._take_back(rows)
 
     def _recheck(self) -> None:
         """Take back what the learner found to look wrong among earlier values."""
@@ -379,7 +383,6 @@ class _RowRun:
         self._take_back(
             checks.recheck(rows, self._table.predictions[rows], checked.looks_wrong[still])
         )
-        self._follow_fences()
 
     def _take_back(self, rows: Int[np.ndarray, " few"]) -> None:
         """Treat rows in doubt as if they had no values, until other workers have computed them."""
@@ -387,12 +390,13 @@ class _RowRun:
             self._table.take_back(rows)
             self._learner.forget(rows)
             self._queue.send_first(rows)
+            if self._parts is not None:
+                self._parts.add(rows.tolist())
 
     def _unchecked(self) -> Int[np.ndarray, " some"]:
         """Return the rows whose values have not been looked at."""
-        if self._checks is None:
-            return np.zeros(0, int)
-        return np.flatnonzero(self._table.exact & ~self._checks.checked)
+        checked = self._table.exact if self._checks is None else self._checks.checked
+        return np.flatnonzero(self._table.exact & ~checked)
 
     def _awaits_check(self) -> bool:
         """Return whether values are still to be looked at, and see to it that they are."""
@@ -400,7 +404,8 @@ class _RowRun:
             return False
         if self._learner.at_work:
             return True
-        if self._last_check == self._computed or not len(self._unchecked()):
+        outdated = self._learner.outdated and not self._table.done.all()
+        if self._last_check == self._computed or not (len(self._unchecked()) or outdated):
             return False
         self._last_check = self._computed
         self._begin_to_learn(hurry=True)
@@ -544,7 +549,7 @@ class _RowRun:
             return False
         audited = self._audits[rows] & (settings.compute == "needed")
         good = self._learner.score(rows, late=True) <= self._learner.limit
-        return bool((good & ~audited).all())
+        return bool((good & ~audited).all()) and not self._awaits_check()
 
     def _free(self) -> Int[np.ndarray, " rows"]:
         """Return rows without a value that no worker has, and that are not to be sent again."""

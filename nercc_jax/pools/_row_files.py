@@ -187,12 +187,13 @@ class RowTable:
 
     def take_back(self, rows: Int[np.ndarray, " few"]) -> None:
         """Treat some rows as if they had no values."""
+        assert self.predictions is not None
+        self.predictions[rows], self.deviation[rows], self.score[rows] = np.nan, np.inf, np.inf
         self.exact[rows] = self.done[rows] = False
 
     def rows_of(self, pieces: Sequence[int]) -> dict[str, np.ndarray]:
-        """Return what is known of some rows, as arrays by name."""
-        rows = np.asarray(pieces)
-        rows = rows[self.done[rows]]  # the others were taken back
+        """Return what is known of some rows, as arrays by name; those taken back are not done."""
+        rows = np.unique(np.asarray(pieces, int))
         assert self.predictions is not None
         return {
             "index": rows,
@@ -200,12 +201,15 @@ class RowTable:
             "deviation": self.deviation[rows],
             "score": self.score[rows],
             "exact": self.exact[rows],
+            "done": self.done[rows],
         }
 
     def take(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Take what `rows_of` returned in another process."""
         names = ("index", "predictions", "deviation", "score", "exact")
         self.add(*(arrays[name] for name in names))
+        if "done" in arrays:  # not in files of earlier versions
+            self.take_back(arrays["index"][~arrays["done"]])
 
     @property
     def vectors(self) -> Float[np.ndarray, "rows outputs"]:

@@ -50,6 +50,7 @@ _UNSURE = 256  # of the least certain rows, from which those that tell most are 
 _PART = 1 << 22  # numbers that are brought into the learner's units together
 _TELLING = 64  # that are picked
 _SHARE = 0.5  # of the time that learning may take
+_BLATANT = 0.25  # of the answers that may look wrong: those with the largest residuals
 _INFINITE = 1e30  # factors of error bars from here on are infinite
 
 
@@ -134,6 +135,7 @@ class RowLearner:
         self._target, self._x, self._audits = target, x, audits
         self._check_rate = check_rate
         self._check: AnswerCheck | None = None
+        self._distrusted = False  # whether wrong values calibrate the check in the making
         self.checked: CheckedRows | None = None  # by the latest estimate
         self._due = _FIRST
         self.fitted: FittedScheme | None = None
@@ -171,6 +173,15 @@ class RowLearner:
     def at_work(self) -> bool:
         """Return whether an estimate is being made, or is there to be taken."""
         return self.busy or bool(self._made)
+
+    @property
+    def outdated(self) -> bool:
+        """Return whether rows were learned that have been taken back."""
+        return not self._due
+
+    def forget_check(self) -> None:
+        """Look at nothing with the check, or that in the making: wrong values calibrated it."""
+        self._check, self._distrusted = None, True
 
     def forget(self, rows: Int[np.ndarray, " few"]) -> None:
         """Learn all anew without these rows, if any was learned."""
@@ -216,24 +227,20 @@ class RowLearner:
             job = lambda: fitted  # noqa: E731
         else:
             return
-        self._since = {False: [], True: []}
+        self._since, self._distrusted = {False: [], True: []}, False
         came_late = computed[late[computed]]
         audits = computed[self._audits[computed] & ~late[computed]]
-        unchecked = np.asarray(unchecked, int)
-        known = unchecked
-        if self._check_rate is not None:  # others calibrate the check
-            others = np.setdiff1d(np.concatenate([came_late, audits]), unchecked)
-            known = np.concatenate([unchecked, others])
+        groups = came_late, audits, np.asarray(unchecked, int)
+        known = np.unique(np.concatenate(groups))
         self._thread = threading.Thread(
             target=self._work,
             args=(
                 job,
                 open_rows,
                 features,
-                (self._features[came_late], y[came_late]),
-                (self._features[audits], y[audits]),
-                unchecked,
-                (self._features[known], y[known]),
+                groups,
+                known,
+                y[known],
                 *self._neighbours(computed, y, late),
             ),
             name=LEARNER_THREAD,
@@ -245,9 +252,10 @@ class RowLearner:
         if not self._made:
             return False
         made = self._made.pop()
-        self.fitted, self._telling, self.checked = made.fitted, made.telling, made.checked
-        if made.checked is not None:
-            self._check = made.checked.check
+        self.fitted, self._telling = made.fitted, made.telling
+        self.checked = None if self._distrusted else made.checked
+        if self.checked is not None:
+            self._check = self.checked.check
         if self.mean is None:
             self.mean = np.zeros((len(self.known), made.mean.shape[1]), np.float32)
         self.known[made.rows], self._like_late[made.rows] = True, made.like_late
@@ -316,10 +324,9 @@ class RowLearner:
         job: Callable[[], FittedScheme | None],
         rows: Int[np.ndarray, " open"],
         features: Float[np.ndarray, "open inputs"],
-        late: tuple[np.ndarray, np.ndarray],
-        audits: tuple[np.ndarray, np.ndarray],
-        unchecked: Int[np.ndarray, " few"],
-        known: tuple[np.ndarray, np.ndarray],
+        groups: tuple[np.ndarray, np.ndarray, np.ndarray],
+        known: Int[np.ndarray, " known"],
+        y: Float[np.ndarray, "known outputs"],
         by_input: Neighbours,
         by_output: Neighbours,
     ) -> None:
@@ -329,21 +336,21 @@ class RowLearner:
                 predicted = _predicted(fitted, features)
                 like_late = _like_late(features, by_input) | _like_late(predicted[0], by_output)
                 telling = rows[_telling(fitted, features, predicted[1])]
-                left_out = _left_out(fitted, *late), _left_out(fitted, *audits)
-                checked = self._look_at(fitted, unchecked, *known)
-                made = RowEstimates(
-                    rows, *predicted, like_late, telling, fitted, *left_out, checked
-                )
+                left_out = _left_out(fitted, self._features[known], y)
+                places = [np.searchsorted(known, group) for group in groups]
+                came_late, audits = (left_out and _part(left_out, each) for each in places[:2])
+                checked = self._look_at(groups[2], places[2], left_out)
+                evidence = came_late, audits, checked
+                made = RowEstimates(rows, *predicted, like_late, telling, fitted, *evidence)
                 self._made.append(made)
         finally:
             self.seconds = self._time.spend(begin)
 
     def _look_at(
         self,
-        fitted: FittedScheme,
         rows: Int[np.ndarray, " few"],
-        features: Float[np.ndarray, "known inputs"],
-        y: Float[np.ndarray, "known outputs"],
+        places: Int[np.ndarray, " few"],
+        left_out: LeftOut | None,
     ) -> CheckedRows | None:
         """Look at the values of rows; None if answers are not checked, or cannot be.
 
@@ -351,26 +358,23 @@ class RowLearner:
         its limit.
 
         Args:
-            fitted: The learner.
             rows: The rows.
-            features: Their inputs, before those of other rows that calibrate the checks.
-            y: Likewise their values.
+            places: Their places among those that were predicted; the others calibrate, too.
+            left_out: The predictions.
         """
-        if self._check_rate is None or (left_out := _left_out(fitted, features, y)) is None:
+        if self._check_rate is None or left_out is None:
             return None
-        finite = np.flatnonzero(np.isfinite(y).all(axis=1))
+        finite = np.flatnonzero(np.isfinite(left_out.y).all(axis=1))
         order = np.random.default_rng(0).permutation(finite)[: 2 * _CAPACITY]
         labels, looks_wrong = self._target.tolerance is None, np.zeros(len(rows), bool)
         halves = np.array_split(order, 2)
         for one, other in (halves, halves[::-1]):
-            both = np.concatenate([one, other])
-            mean, deviation, values = (each[both] for each in left_out)
-            check = fit_answer_check(mean, deviation, values, self._check_rate, labels=labels)
+            both = _part(left_out, np.concatenate([one, other]))
+            check = fit_answer_check(*both, self._check_rate, labels=labels, blatant=_BLATANT)
             if check.limit == np.inf:
                 return None  # too few rows
-            chosen = np.setdiff1d(np.arange(len(rows)), one)
-            mean, deviation, values = (each[chosen] for each in left_out)
-            looks_wrong[chosen] = check.suspicious(mean, deviation, values)
+            chosen = ~np.isin(places, one)
+            looks_wrong[chosen] = check.suspicious(*_part(left_out, places[chosen]))
         return CheckedRows(rows, looks_wrong, check)
 
     def look_wrong(
@@ -636,6 +640,11 @@ def _left_out(
     mean[known] = (residuals + errors)[place[known]]
     deviation[known] = left_out[place[known]]
     return LeftOut(mean, deviation, y.astype(np.float32))
+
+
+def _part(left_out: LeftOut, places: Int[np.ndarray, " few"]) -> LeftOut:
+    """Return the predictions of some of the rows."""
+    return LeftOut(*(each[places] for each in left_out))
 
 
 @eqx.filter_jit

@@ -33,6 +33,7 @@ class RowQueue:
         self._again: collections.deque[int] = collections.deque()
         self._apart: collections.deque[Int[np.ndarray, " few"]] = collections.deque()
         self._num_workers, self._settings = num_workers, settings
+        self._random = np.random.default_rng(settings.seed)
         self._size, self._least = settings.rows_per_call or 1, 1  # rows of a call
         self._timed = 0  # calls of that size
         self._smaller = (0, 0.0)  # the size before, and its seconds
@@ -66,8 +67,12 @@ class RowQueue:
         self._again.extend(rows)
 
     def send_first(self, rows: Int[np.ndarray, " some"]) -> None:
-        """Send rows again before all others, apart from those."""
-        size = self.call_size
+        """Send rows again before all others, apart from those.
+
+        They are in another order: two workers that confuse the rows of a call in the same way would
+        otherwise give the same wrong answers.
+        """
+        rows, size = self._random.permutation(rows), self.call_size
         self._apart.extend(rows[place : place + size] for place in range(0, len(rows), size))
 
     def take(self, done: Bool[np.ndarray, " rows"]) -> Int[np.ndarray, " few"]:

@@ -32,6 +32,7 @@ from ..codes._checks import check_counts
 from ._backend import PoolReport, StartUp, WorkerBackend, WorkerDied, WorkerSlot
 from ._batch import Batch, BatchContext, Failure, Refuse, Task, reason_of, refuse_odd
 from ._clock import WALL, AbstractClock, ErrorCounter, Watcher, pause_after
+from ._code_versions import WEIGHTS
 from ._times import CALLS_KEPT, Call, Overdue, TimesByRule
 
 
@@ -252,7 +253,7 @@ class Scheduler:
         only: int | None = None,
     ) -> None:
         """Send coded data points of a batch: see `AbstractPool.send`."""
-        if any(not 0 <= kind < self.num_models for kind in kinds):
+        if any(not WEIGHTS <= kind < self.num_models for kind in kinds):
             raise ValueError(
                 f"the workers of this pool run {self.num_models} model(s), but {max(kinds) + 1} "
                 "are asked for: give the pool all models of the code, served one first"

@@ -19,6 +19,7 @@ from ..inference import cast_model
 from ..inference._conditions import matmul_precision
 from ..inference._models import Model, call_model, check_model
 from ..inference._precision import cast_floats, worker_dtype_of
+from ._code_versions import WEIGHTS, weights_checksum
 from ._faults import Faults, InjectedError
 from ._wrong_answers import ActivationFlip, ChangedModels, ModelChange, WrongAnswers
 
@@ -95,8 +96,16 @@ class Program:
         ):
             yield
 
+    @property
+    def weights(self) -> int:
+        """A checksum of the models' arrays, as they are on the device now."""
+        models = (each.leaves if isinstance(each, _CompiledModel) else each for each in self._calls)
+        return weights_checksum(list(models))
+
     def __call__(self, kind: int, batch: PyTree) -> PyTree[np.ndarray]:
         """Return model `kind`'s answers, on the host, in float32 at least. Only `at_home`."""
+        if kind == WEIGHTS:
+            return np.array([[self.weights]], float)
         return _on_host(self._calls[kind](cast_floats(batch, self._dtype)))
 
 
@@ -117,7 +126,7 @@ class _CompiledModel:
     """A model as a compiled function, whose arrays lie on a device."""
 
     def __init__(self, call: Callable[[list[Any], PyTree], Any], leaves: list[Any]):
-        self._call, self._leaves = call, leaves
+        self._call, self.leaves = call, leaves
 
     @classmethod
     def on_device(cls, model: Model, device: Device) -> "_CompiledModel":
@@ -135,13 +144,13 @@ class _CompiledModel:
         return cls(call, leaves)
 
     def __call__(self, batch: PyTree) -> Any:
-        return self._call(self._leaves, batch)
+        return self._call(self.leaves, batch)
 
     def changed(self, change: ModelChange) -> "_CompiledModel":
         """Return the same function of other arrays, or another function of the same."""
         if isinstance(change, ActivationFlip):
-            return _CompiledModel(change(self._call), self._leaves)
-        changed = zip(change(self._leaves), self._leaves, strict=True)
+            return _CompiledModel(change(self._call), self.leaves)
+        changed = zip(change(self.leaves), self.leaves, strict=True)
         return _CompiledModel(
             self._call, [jax.device_put(new, old.sharding) for new, old in changed]
         )

@@ -56,7 +56,8 @@ class AnswerCheck:
         near: The square of the distance to these below which no answer is more typical: it may be
             one of them.
         weights: The regression's weights of the products of features.
-        far: The largest features of distances that it learned from; beyond them all looks wrong.
+        far: The features of distances beyond which all looks wrong: the largest ones that it has
+            learned from, or less.
         clear: The mean square residual, in units of the deviation, up to which none looks wrong.
         limit: The largest score of an answer that does not look wrong.
         labels: Whether the largest output is a label.
@@ -160,6 +161,7 @@ def fit_answer_check(
     *,
     labels: bool,
     seed: int = 0,
+    blatant: float = 0.0,
 ) -> AnswerCheck:
     """Calibrate a check on right answers.
 
@@ -170,6 +172,8 @@ def fit_answer_check(
         rate: The share of right answers that may look wrong.
         labels: Whether the largest output is a label.
         seed: Of the wrong answers that are made.
+        blatant: The part of the rate that goes to the largest residuals, whatever the regression
+            says: where a few of the answers may be wrong, it may have learned that such are right.
 
     Returns:
         A check. Nothing looks wrong to it where there are too few answers for the rate.
@@ -177,6 +181,10 @@ def fit_answer_check(
     random = np.random.default_rng(seed)
     half = len(answers) // 2
     check = _regressed(mean[:half], deviation[:half], answers[:half], labels, random)
+    if blatant:
+        residuals = check.features(mean, deviation, answers)[:, 1]
+        largest = conformal_quantile(residuals, 1 - blatant * rate)
+        check = dataclasses.replace(check, far=np.minimum(check.far, [largest, np.inf, np.inf]))
     # The later ones: as a learner learns, its predictions become like those to come.
     unseen = mean[half:], deviation[half:], answers[half:]
     scores = np.where(check.cleared(*unseen), -np.inf, check.scores(*unseen))

@@ -15,6 +15,7 @@ from ..inference._models import Model
 from ..pools import AbstractPool, Faults, InjectedError, Overdue
 from ..pools._backend import OnOutcome, WorkerBackend, WorkerDied
 from ..pools._clock import BEAT, AbstractClock, AbstractTurns
+from ..pools._code_versions import WEIGHTS, weights_checksum
 from ..pools._faults import Fault, WorkerFaults
 from ..pools._scheduler import Scheduler
 from ..pools._wrong_answers import ChangedModels, WrongAnswers, check_faults
@@ -147,6 +148,7 @@ class SimulatedPool(AbstractPool):
         models = (model,) if callable(model) else tuple(model)
         check_faults(models, () if faults is None else faults.faults)
         clock = clock or SimulatedClock()
+        self._weights = weights_checksum(models)
         self._scheduler = Scheduler(
             _SimulatedBackend(models, seconds, clock, faults, start_seconds),
             num_workers,
@@ -216,8 +218,11 @@ class _SimulatedLife:
             return WorkerDied("it died on purpose")
         if "error" in kinds:
             return InjectedError("injected on purpose")
+        models = self._models.under(wrong)
+        if kind == WEIGHTS:
+            return np.array([[weights_checksum(models)]], float)
         try:
-            y = jax.tree.map(np.asarray, self._models.under(wrong)[kind](batch))
+            y = jax.tree.map(np.asarray, models[kind](batch))
         except Exception as error:  # as in every pool: that answer's trouble
             return error
         y = self._wrong.change(kind, y, wrong)

@@ -651,6 +651,13 @@ def check(value, shape):
         assert isinstance(value, shape)
 
 
+def test_all_workers_have_their_weights(server):
+    found = server.http.get("/weights").json()
+    assert found.keys() == {*NAMES}
+    workers = server.status("counted")["pool"]["num_workers"]
+    assert found["counted"] == {str(worker): True for worker in range(workers)}
+
+
 def test_the_status_has_what_the_page_reads(server):
     answer = server.http.get("/status")
     assert answer.headers["cache-control"] == "no-store"

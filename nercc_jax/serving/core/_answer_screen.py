@@ -183,7 +183,7 @@ class AnswerScreen:
             self._hold(query, worker, value)
             return None
         self._observe("check_open", 1)
-        return Verdict(value, False)
+        return Verdict(value, (worker, worker))
 
     def _hold(self, query: Query, worker: int, value: np.ndarray) -> None:
         self._observe("check_again", 1)

@@ -374,11 +374,12 @@ class QueryScheduler:
 
     def _settle(self, settled: Sequence[Settled], now: float) -> None:
         """Give out answers that were held back."""
-        for query, (value, agreed) in settled:
+        for query, verdict in settled:
             number = max(len(query.candidates), 1)
-            if agreed:
-                self._learn(query, value)
-            answer = Answer(value[None], "exact", number, number, suspicious=not agreed)
+            if verdict.agreed:
+                self._learn(query, verdict.value)
+            suspicious = not verdict.agreed
+            answer = Answer(verdict.value[None], "exact", number, number, suspicious=suspicious)
             self._revisit(self._open.answer([query], answer, now))
 
     def _audit(self, given: ApproximateAnswer, own: np.ndarray | None) -> None:

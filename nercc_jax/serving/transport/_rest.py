@@ -266,6 +266,11 @@ def _add_pages(app: fastapi.FastAPI, state: ServerState, registry: CollectorRegi
         content = await asyncio.to_thread(state.status)
         return JSONResponse(content, headers={"cache-control": "no-store"})
 
+    @app.get("/weights", include_in_schema=False)
+    async def weights() -> JSONResponse:
+        content = await asyncio.to_thread(state.weights)
+        return JSONResponse(content, headers={"cache-control": "no-store"})
+
     @app.get("/metrics", include_in_schema=False)
     async def metrics(request: fastapi.Request) -> Response:
         write, content_type = exposition.choose_encoder(request.headers.get("accept", ""))

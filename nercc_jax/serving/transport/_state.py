@@ -323,6 +323,10 @@ class ServerState:
         ]
         return {"model_stats": found}
 
+    def weights(self) -> dict[str, dict[int, bool]]:
+        """Return whether each worker computes with the weights that it was given."""
+        return {name: model.pool.check_weights() for name, model in list(self.models.items())}
+
     def status(self) -> dict[str, Any]:
         """Return all that the status page shows."""
         metadata = self.metadata()
