@@ -697,7 +697,7 @@ def test_a_job_that_ends_before_anything_is_known_says_so():
 
 @pytest.mark.parametrize(
     ("transport", "each", "most_calls"),
-    [(1e-3, 1e-6, 120), (0.0, 0.01, 1400), (0.0, 0.5, 20_000)],
+    [(1e-3, 1e-6, 120), (0.0, 0.01, 2700), (0.06, 0.01, 1400), (0.0, 0.1, 20_000)],
 )
 def test_calls_grow_to_a_quarter_of_a_second_and_leave_no_worker_idle(transport, each, most_calls):
     """A law of the calls' time, and two workers: each takes the next call when it is free."""
