@@ -43,7 +43,7 @@ _CAPACITY = 1024  # rows that the learner holds at most
 _FIRST = 96  # rows of the first fit
 _FEW = 512  # rows up to which a smaller learner is fitted, in a third of the time
 # Rows that a larger one's kernel is judged on. By 128, which takes a third of the time, 246 and 250
-# of the 250 largest rows of Lotka-Volterra had to be computed, and 176 and 170 by these (two draws).
+# of the 250 largest rows of Lotka-Volterra had to be computed, by these 176 and 170 (two draws).
 _JUDGED = 256
 NEWS = 32  # rows that are learned together between two fits
 _CHUNK = 1024  # rows that are predicted together
