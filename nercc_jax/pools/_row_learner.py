@@ -24,7 +24,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Shaped
 
-from ..evaluation._functions import row_errors
 from ..risk._answer_check import AnswerCheck, fit_answer_check
 from ..risk._straggler_risk import StragglerRisk, StragglerRow, conformal_quantile
 from ..risk._target import AccuracyTarget, error_ratios
@@ -553,7 +552,7 @@ def _fit_job(
                     x, y, row_code(), capacity=_CAPACITY, labels=labels, tuning=tuning
                 )
             quick = LearnerTuning(shapes=(SHAPE,), widths=widths, steps=40, rows=64)
-            return fit_scheme(x, y, row_code(), capacity=_FEW // 2, labels=labels, tuning=quick)
+            return fit_scheme(x, y, row_code(), capacity=_FEW, labels=labels, tuning=quick)
         except ValueError as error:  # a function that is constant, for example
             _LOG.warning("nothing could be learned from %d rows: %s", len(x), error)
             return None
@@ -613,7 +612,8 @@ def _covariance(learner: Learner, x: ArrayLike) -> Array:
 def _errors(
     mean: Float[np.ndarray, "rows outputs"], y: Float[np.ndarray, "rows outputs"]
 ) -> Float[np.ndarray, " rows"]:
-    return np.asarray(row_errors(jnp.asarray(mean), jnp.asarray(y, jnp.float32)))
+    """Return `row_errors`, by NumPy: each number of rows would be a program of its own."""
+    return np.sqrt(np.mean((mean - y.astype(np.float32)) ** 2, axis=1))
 
 
 def _ratios(
@@ -636,11 +636,9 @@ def _left_out(
     places = {inputs[place].tobytes(): place for place in np.flatnonzero(filled).tolist()}
     found = [places.get(row.tobytes(), -1) for row in rows.astype(np.float32)]
     place, known = np.array(found), np.array(found) >= 0
-    mean, deviation = _predicted(fitted, rows)
     errors, left_out = map(np.asarray, learner.left_out())
-    residuals = np.asarray(learner.residuals)
-    mean[known] = (residuals + errors)[place[known]]
-    deviation[known] = left_out[place[known]]
+    mean, deviation = (np.asarray(learner.residuals) + errors)[place], left_out[place].astype(float)
+    mean[~known], deviation[~known] = _predicted(fitted, rows[~known])
     return LeftOut(mean, deviation, y.astype(np.float32))
 
 
