@@ -207,7 +207,9 @@ class RowLearner:
         if (len(computed) >= self._due and not full) or (hurry and fitted is None):
             # Where nothing is to be predicted, and a check is waited for, a small learner will do.
             most = _FEW - 1 if hurry and not len(open_rows) else _CAPACITY
-            self._due, chosen = 2 * len(computed), self._chosen(computed, most)
+            chosen, self._due = self._chosen(computed, most), 2 * len(computed)
+            if len(computed) < _FEW:  # a larger learner as soon as there may be one
+                self._due = min(self._due, _FEW)
             job = _fit_job(self._features[chosen], y[chosen], self._target)
             self._learned[computed] = True
         elif fitted is not None and len(new) >= NEWS:
