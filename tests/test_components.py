@@ -154,6 +154,23 @@ def test_a_server_keeps_what_was_tuned_of_each_component(learner):
     assert float(errors[1]) < 1.05 * float(errors[0])
 
 
+def test_a_server_keeps_a_kernel_that_another_is_worse_than(monkeypatch):
+    """What is best for an eighth of the pairs, which are farther apart, need not be for all."""
+    x = np.random.default_rng(0).uniform(-1, 1, (320, 2)).astype("float32")
+    y = np.stack(
+        [np.exp(2 * x[:, 0]) * np.sin(8 * x.sum(axis=1)), np.cos(8 * x[:, 0]) * x[:, 1]], axis=1
+    )
+    learner = fit_learner(
+        x[:256], y[:256], capacity=256, tuning=LearnerTuning(widths="one", steps=0)
+    )
+    few = LearnerTuning(widths="one", rows=32, steps=0)
+    monkeypatch.setattr("nercc_jax.serving.adapt._online_calibration._TUNING", few)
+    other = tune_learner(learner, LearnerTuning(widths="kept", rows=32, steps=0))
+    errors = [relative_rmse(predict(one, x[256:])[0], y[256:]) for one in (_tuned(learner), other)]
+    assert float(errors[0]) < 0.05
+    assert float(errors[1]) > 0.2
+
+
 def test_a_server_learns_by_it_and_goes_by_its_deviations(learner):
     study = OnlineCalibration(learner, AccuracyTarget(tolerance=1.0))
     x = np.random.default_rng(1).uniform(-1, 1, (LEAST, 2)).astype("float32")

@@ -254,6 +254,29 @@ def test_transformations_compose():
         np.testing.assert_allclose(curvature, difference, rtol=1e-4, atol=1e-6)
 
 
+def test_replaced_rows_cost_no_accuracy():
+    """Errors are those of exact solutions, after each update: float32 does for this noise."""
+    rng = np.random.default_rng(0)
+    x = rng.uniform(-2, 2, (512, 4)).astype(np.float32)
+    y = np.stack(
+        [
+            np.exp(np.sin(x[:, 0]) + 0.7 * x[:, 1]) * np.cos(x[:, 2]),
+            np.sin(x[:, 0] * x[:, 3]),
+        ],
+        axis=1,
+    )
+    kernel = Kernel("squared_exponential", centre=np.zeros(4), widths=[4.0], noise=3e-5)
+    learner = init_learner(x[:128], y[:128], capacity=256, kernel=kernel)
+    for end in range(144, 272, 16):
+        new = slice(end - 16, end)
+        learner = update(learner, x[new], y[new], jnp.ones(16, bool))
+        known = slice(max(end - 256, 0), end)
+        wanted, _ = exact(kernel, x[known], y[known], x[-200:])
+        found = learner.predict(x[-200:])[0]
+        errors = [np.sqrt(np.mean((each - y[-200:]) ** 2)) for each in (found, wanted)]
+        assert errors[0] < 1.1 * errors[1]
+
+
 def test_left_out_is_left_out():
     x = jnp.asarray(X[:12], float)
     y = model(x)

@@ -69,7 +69,7 @@ def run_command(
         int | None,
         option(
             "Groups of K data points in a batch (default: 1); row by row, rows in one call "
-            "(default: as many as take a quarter of a second).",
+            "(default: as many as take 0.05 to 0.25 s).",
             CODE,
         ),
     ] = None,

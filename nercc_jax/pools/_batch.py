@@ -1,6 +1,7 @@
 """One batch of coded data points at a pool: its tasks, its answers, and waiting for more."""
 
 import dataclasses
+import math
 import operator
 import re
 import threading
@@ -96,7 +97,9 @@ class Task:
         "point",
         "refusals",
         "running",
+        "sent",
         "settled",
+        "settled_at",
         "size",
         "value",
         "wanted",
@@ -122,6 +125,7 @@ class Task:
         self.on_time = 0  # those of them that are not overdue
         self.wanted = batch.at_once  # as many of these as it should have
         self.settled = False
+        self.sent = self.settled_at = math.nan  # when the latest worker got it, and when it ended
 
     @property
     def pending(self) -> bool:
@@ -280,6 +284,12 @@ class Batch:
         task = self.tasks.get(point)
         return task is not None and task.settled and not self.available[point]
 
+    def age(self, task: Task) -> float:
+        """Return the seconds for which the latest worker has or had a task; 0 if none has it."""
+        if task.settled:
+            return task.settled_at - task.sent if task.attempts else 0.0
+        return self.clock.now() - task.sent if task.running else 0.0
+
     def abandoned(self, point: int) -> bool:
         """Return whether a coded data point failed and, as things are, will not be sent again.
 
@@ -364,11 +374,12 @@ class Batch:
     def settle(self, task: Task, value: PyTree | None, worker: int = -1) -> None:
         """Take a task's answer and the worker that gave it, or None if there will be none."""
         self.pending -= task.pending
+        task.settled_at = self.clock.now()
         task.settled, task.value = True, _NOTHING  # it may be large, and the batch live on
         self._unsettled -= 1
         if value is not None:
             self._values[task.point], self.workers[task.point] = value, worker
-            self._seconds[task.point] = self.clock.now() - task.given
+            self._seconds[task.point] = task.settled_at - task.given
             self.available[task.point] = True
             self._count += 1
         if self._count >= self._awaited or self._unsettled == 0:

@@ -24,7 +24,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Shaped
 
-from ..evaluation._functions import row_errors
 from ..risk._answer_check import AnswerCheck, fit_answer_check
 from ..risk._straggler_risk import StragglerRisk, StragglerRow, conformal_quantile
 from ..risk._target import AccuracyTarget, error_ratios
@@ -42,6 +41,9 @@ LEARNER_THREAD = "nercc-learner"  # for which the end of a process waits
 _CAPACITY = 1024  # rows that the learner holds at most
 _FIRST = 96  # rows of the first fit
 _FEW = 512  # rows up to which a smaller learner is fitted, in a third of the time
+# Rows that a larger one's kernel is judged on. By 128, which takes a third of the time, 246 and 250
+# of the 250 largest rows of Lotka-Volterra had to be computed, by these 176 and 170 (two draws).
+_JUDGED = 256
 NEWS = 32  # rows that are learned together between two fits
 _CHUNK = 1024  # rows that are predicted together
 _NEIGHBOURS = 8  # computed rows that a row is compared with, to see whether it may be late
@@ -216,7 +218,9 @@ class RowLearner:
         if (len(computed) >= self._due and not full) or (hurry and fitted is None):
             # Where nothing is to be predicted, and a check is waited for, a small learner will do.
             most = _FEW - 1 if hurry and not len(open_rows) else _CAPACITY
-            self._due, chosen = 2 * len(computed), self._chosen(computed, most)
+            chosen, self._due = self._chosen(computed, most), 2 * len(computed)
+            if len(computed) < _FEW:  # a larger learner as soon as there may be one
+                self._due = min(self._due, _FEW)
             job = _fit_job(self._features[chosen], y[chosen], self._target)
             self._learned[computed] = True
         elif fitted is not None and len(new) >= NEWS:
@@ -547,11 +551,14 @@ def _fit_job(
     def job() -> FittedScheme | None:
         labels = target.max_disagreement is not None
         try:
-            if len(x) >= _FEW:
-                return fit_scheme(x, y, row_code(), capacity=_CAPACITY, labels=labels)
             widths = "each" if x.shape[1] <= EACH else "one"
+            if len(x) >= _FEW:
+                tuning = LearnerTuning(widths=widths, rows=_JUDGED)
+                return fit_scheme(
+                    x, y, row_code(), capacity=_CAPACITY, labels=labels, tuning=tuning
+                )
             quick = LearnerTuning(shapes=(SHAPE,), widths=widths, steps=40, rows=64)
-            return fit_scheme(x, y, row_code(), capacity=_FEW // 2, labels=labels, tuning=quick)
+            return fit_scheme(x, y, row_code(), capacity=_FEW, labels=labels, tuning=quick)
         except ValueError as error:  # a function that is constant, for example
             _LOG.warning("nothing could be learned from %d rows: %s", len(x), error)
             return None
@@ -611,7 +618,8 @@ def _covariance(learner: Learner, x: ArrayLike) -> Array:
 def _errors(
     mean: Float[np.ndarray, "rows outputs"], y: Float[np.ndarray, "rows outputs"]
 ) -> Float[np.ndarray, " rows"]:
-    return np.asarray(row_errors(jnp.asarray(mean), jnp.asarray(y, jnp.float32)))
+    """Return `row_errors`, by NumPy: each number of rows would be a program of its own."""
+    return np.sqrt(np.mean((mean - y.astype(np.float32)) ** 2, axis=1))
 
 
 def _ratios(
@@ -634,11 +642,9 @@ def _left_out(
     places = {inputs[place].tobytes(): place for place in np.flatnonzero(filled).tolist()}
     found = [places.get(row.tobytes(), -1) for row in rows.astype(np.float32)]
     place, known = np.array(found), np.array(found) >= 0
-    mean, deviation = _predicted(fitted, rows)
     errors, left_out = map(np.asarray, learner.left_out())
-    residuals = np.asarray(learner.residuals)
-    mean[known] = (residuals + errors)[place[known]]
-    deviation[known] = left_out[place[known]]
+    mean, deviation = (np.asarray(learner.residuals) + errors)[place], left_out[place].astype(float)
+    mean[~known], deviation[~known] = _predicted(fitted, rows[~known])
     return LeftOut(mean, deviation, y.astype(np.float32))
 
 

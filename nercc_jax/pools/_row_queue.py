@@ -11,6 +11,9 @@ from ._times import AnswerTimes
 
 _CALL = 0.25  # seconds of a call, where rows are so quick that several go together
 _SHORT = 0.02  # seconds of a call below which smaller ones balance workers no better
+# Seconds of a call from which on rows go together only if that makes each of them quicker by a
+# tenth: they wait for the slowest of them, and it cannot be told which of them that is.
+_ENOUGH, _QUICKER = 0.05, 1.1
 _CALLS = 2  # calls that are left for each worker, so that all end at about the same time
 _TIMED = 4  # calls of a size, whose median decides about the next size
 _BYTES = 1 << 24  # of a call's inputs and outputs, from which on larger ones are no quicker
@@ -35,6 +38,7 @@ class RowQueue:
         self._num_workers, self._settings = num_workers, settings
         self._random = np.random.default_rng(settings.seed)
         self._size, self._least = settings.rows_per_call or 1, 1  # rows of a call
+        self._grows = True
         self._timed = 0  # calls of that size
         self._smaller = (0, 0.0)  # the size before, and its seconds
         self._sent = 0  # rows that waited, and were sent
@@ -132,10 +136,14 @@ class RowQueue:
             return
         # All time counts as the rows' at first; then what more rows have taken more, at least some.
         before, seconds = self._smaller
+        if seconds >= _ENOUGH and usual / size > seconds / before / _QUICKER:
+            self._size, self._timed, self._smaller = before, 0, (0, 0.0)
+            self._grows = False
+            return
         row_seconds = max(usual - seconds, usual / 8) / (size - before)
         longest = size + (_CALL - usual) / row_seconds
         most = _power_of_two(min(longest, _BYTES / row_bytes, float(self._share)))
-        if most > size:
+        if most > size and self._grows:
             self._smaller, self._size, self._timed = (size, usual), most, 0
         elif usual > 2 * _CALL and size > 1:
             self._smaller, self._size, self._timed = (0, 0.0), size // 2, 0

@@ -1,7 +1,6 @@
 """A user's function of rows, as workers call it, and one call of it."""
 
 import dataclasses
-import time
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -74,23 +73,18 @@ class RowCall:
         avoid: Collection[int] = (),
     ):
         self.rows, self.size, self.copy = rows, size, copy
-        self._attempts, self._begin = 0, 0.0  # workers that had it; when the latest one got it
         self.copies = 0  # other calls with the same rows
         self.given_up = False  # its rows have been sent again, or are lost
         self.batch = pool.open(1, copies=1, on_change=on_change, refuse=lambda answer: None)
         pool.send(self.batch, [0], [np.take(x, np.resize(rows, size), axis=0)], avoid=avoid)
 
     def age(self) -> float:
-        """Return the seconds since its worker got it; 0 while none has it.
+        """Return the seconds for which its worker has or had it; 0 while none has it.
 
         A worker's death begins it again, since that says nothing about how long the rows take.
         """
         task = self.batch.tasks.get(0)
-        if task is None or not (task.running or task.settled):
-            return 0.0
-        if task.attempts != self._attempts:
-            self._attempts, self._begin = task.attempts, time.monotonic()
-        return time.monotonic() - self._begin
+        return 0.0 if task is None else self.batch.age(task)
 
     @property
     def running(self) -> bool:

@@ -511,6 +511,7 @@ class Scheduler:
         self._queue.take(worker)
         slot = self._slots[worker]
         slot.task, slot.since, slot.overdue = task, self.clock.now(), False
+        task.sent = slot.since
         task.attempts += 1
         task.running += 1
         task.batch.count_pending(task, 1)

@@ -79,12 +79,12 @@ def fit_scheme(
     learner = tune_learner(_start(*first, capacity), tuning)
     knows, mean, deviation = _tried(learner, *second)
     count = int(held.sum())
-    mean, deviation, own = mean[:count], deviation[:count], second[1][:count]
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = np.asarray(row_errors(mean, own)) / np.asarray(deviation)
-    bars: ErrorBars = error_bars_from_ratios(ratios)
+        ratios = np.asarray(row_errors(mean, second[1])) / np.asarray(deviation)
+    bars: ErrorBars = error_bars_from_ratios(ratios[:count])
     error_probability = None
     if labels:
+        mean, deviation, own = mean[:count], deviation[:count], second[1][:count]
         error_probability = fit_error_probability_of_predictions(mean, deviation, jnp.asarray(own))
     scheme = Scheme(
         code,

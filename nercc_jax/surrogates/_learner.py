@@ -44,10 +44,14 @@ _MANY = 0.25
 # By how much of its right side a solution may miss it before a factor whose rows were replaced is
 # made anew. Its error grows from one replacement to the next, to tenfold at once: near 0.01 two
 # labels in three were wrong, near 0.001 one in four (a smooth function of four numbers, noise 1e-4,
-# 32 rows at once). Up to 0.0001, answers of Lotka-Volterra's equations were off by up to 69 times
-# as much as by a new factor, up to 0.00003 by 2.1 times, for as many new ones: a new one's own
-# error is 0.000003 to 0.00001.
+# 32 rows at once).
 _WORN = 2e-5
+# By how much a solution may miss the answers themselves, in units of the noise's deviation. What it
+# misses is what predictions are off by: up to 0.6, errors of Lotka-Volterra's equations and of an
+# epidemic were at most 1.02 times those of exact solutions, 2.0 times near 9, 6.6 times near 28,
+# where the error above was 1.9e-5 (160 replacements of 32 rows).
+_MISSED = 0.5
+_MIXED = 8  # mixtures of the outputs that this is looked at for
 
 L = TypeVar("L", bound="Learner")
 
@@ -239,23 +243,19 @@ class Learner(AbstractLearner):
 
         The factor that is there gives all of them at once, as in `leave_one_out`.
         """
-        whitening = jax.lax.stop_gradient(self.whitening)
-        centred = jnp.where(self.filled[:, None], self.residuals - self._centre(), 0)
-        weights = multiply(whitening.T, multiply(whitening, centred))
-        precision = jnp.sum(whitening**2, axis=0)
+        weights, _ = self.mean_weights()
+        precision = jnp.sum(jax.lax.stop_gradient(self.whitening) ** 2, axis=0)
         return -weights / precision[:, None], self.deviation_of(1 / precision)
 
     def mean_weights(self) -> tuple[Float[Array, "capacity m"], Float[Array, " m"]]:
         """Return the weights of covariances with the window's pairs in a mean, and its constant."""
-        centre = self._centre()
-        centred = jnp.where(self.filled[:, None], self.residuals - centre, 0)
-        whitening = jax.lax.stop_gradient(self.whitening)
+        centred, whitening = self._centred(), jax.lax.stop_gradient(self.whitening)
         weights, _ = condition(self.covariance, whitening, centred.T, centred.shape[1])
-        return weights.T, centre
+        return weights.T, self._centre()
 
     def spread(self) -> Float[Array, ""]:
         """Return the residuals' standard deviation over window and outputs; NaN for none."""
-        square = jnp.where(self.filled[:, None], (self.residuals - self._centre()) ** 2, 0)
+        square = self._centred() ** 2
         count = self.size * self.residuals.shape[1]
         return jnp.where(self.size > 0, safe_sqrt(jnp.sum(square) / jnp.maximum(count, 1)), jnp.nan)
 
@@ -329,11 +329,28 @@ class Learner(AbstractLearner):
         )
         covariance = self.covariance.at[:, places].set(columns).at[places].set(columns.T)
         whitening, jitter, error = sound_or_anew(
-            *jax.lax.stop_gradient((covariance, whitening, self.jitter)), more == 0, _WORN
+            *jax.lax.stop_gradient((covariance, whitening, self.jitter)),
+            (more == 0) & self._solves(*jax.lax.stop_gradient((covariance, whitening))),
+            _WORN,
         )
         own = jnp.arange(self.capacity)
         covariance = covariance.at[own, own].add(jax.lax.stop_gradient(jitter - self.jitter))
         return self._with_factor(covariance, whitening, jitter, error)
+
+    def _solves(
+        self,
+        covariance: Float[Array, "capacity capacity"],
+        whitening: Float[Array, "capacity capacity"],
+    ) -> Bool[Array, ""]:
+        """Return whether solutions for the answers miss them by less than their noise."""
+        answers = jax.lax.stop_gradient(self._centred())
+        if answers.shape[1] > _MIXED:
+            draws = np.random.default_rng(0).normal(size=(answers.shape[1], _MIXED))
+            answers = multiply(answers, jnp.asarray(draws, answers.dtype))
+        weights, _ = condition(covariance, whitening, answers.T, answers.shape[1])
+        missed = jnp.linalg.norm(answers.T - multiply(weights, covariance))
+        noise = jax.lax.stop_gradient(self.kernel.noise + self.jitter)
+        return missed <= _MISSED * jnp.sqrt(noise) * jnp.linalg.norm(answers)
 
     def _with_factor(self: L, *numbers: Array) -> L:
         return eqx.tree_at(
@@ -346,6 +363,10 @@ class Learner(AbstractLearner):
             self,
             numbers,
         )
+
+    def _centred(self) -> Float[Array, "capacity m"]:
+        """Return the residuals less their mean; 0 where the window holds no pair."""
+        return jnp.where(self.filled[:, None], self.residuals - self._centre(), 0)
 
     def _centre(self) -> Float[Array, " m"]:
         """Return the mean residual; 0 for none."""

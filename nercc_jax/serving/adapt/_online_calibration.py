@@ -216,10 +216,10 @@ class OnlineCalibration:
         if isinstance(self._surrogate, AbstractLearner):
             self._learned += len(x)
             learner = _updated(self._surrogate, x, own)
-            if self._learned == RETUNE:
+            if self._learned == RETUNE and (tuned := _tuned(learner)) is not learner:
                 # Its deviations change, so earlier validation says nothing about them. Until there
                 # is enough of it again, the learner as it was answers.
-                self._set_surrogate(_tuned(learner))
+                self._set_surrogate(tuned)
                 self._current = False
                 self._restart_validation()
                 return
@@ -376,10 +376,24 @@ def _updated(
 
 
 def _tuned(learner: AbstractLearner) -> AbstractLearner:
-    """Tune the kernels on the learner's data; the ratios of widths that were given stay."""
+    """Tune the kernels on the learner's data; the ratios of widths that were given stay.
+
+    They are judged on some of the pairs. A kernel that does worse on all of them is not taken: one
+    that is right for pairs four times as far apart may be.
+    """
     kept = dataclasses.replace(_TUNING, widths="kept")
-    own = isinstance(learner, Learner | ComponentLearner)
-    return tune_learner(learner, kept) if own else learner
+    if isinstance(learner, ComponentLearner):
+        return tune_learner(learner, kept)
+    if not isinstance(learner, Learner):
+        return learner
+    return min(learner, tune_learner(learner, kept), key=_log_loss)
+
+
+def _log_loss(learner: Learner) -> float:
+    """Return the mean log loss of leaving each pair of the window out."""
+    errors, deviation = learner.left_out()
+    square = jnp.mean(errors**2, axis=1) / deviation**2
+    return float(jnp.mean(jnp.log(deviation) + square / 2, where=learner.filled))
 
 
 def _without_levels(error_probability: ErrorProbability | None) -> ErrorProbability | None:
