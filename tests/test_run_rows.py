@@ -28,12 +28,11 @@ from nercc_jax.pools._row_engine import _RowRun
 from nercc_jax.pools._row_files import RowTable, row_code
 from nercc_jax.pools._row_grace import bars_that_held, late_answers
 from nercc_jax.pools._row_learner import (
-    LeftOut,
     RowEstimates,
     RowLearner,
-    _left_out,
     standardized_inputs,
 )
+from nercc_jax.pools._row_predictions import LeftOut, leave_out
 from nercc_jax.pools._row_queue import RowQueue
 from nercc_jax.pools._row_settings import RowSettings
 from nercc_jax.pools._rows import RowCall
@@ -467,7 +466,7 @@ def quick_fit(monkeypatch):
         quick = LearnerTuning(rows=32, steps=2)
         return fit_scheme(x, y, code, capacity=QUICK_WINDOW, labels=labels, tuning=quick)
 
-    monkeypatch.setattr("nercc_jax.pools._row_learner.fit_scheme", fit)
+    monkeypatch.setattr("nercc_jax.pools._row_predictions.fit_scheme", fit)
 
 
 def test_a_learner_is_compared_with_late_rows_each_without_itself():
@@ -478,7 +477,7 @@ def test_a_learner_is_compared_with_late_rows_each_without_itself():
     fitted = FittedScheme(Scheme(row_code(), surrogate=learner), 24)
     late = np.concatenate([x[[3, 7, 20]], x[:1] + 1])
     values = np.asarray(smooth(late), np.float32)
-    found = _left_out(fitted, late, values)
+    found = leave_out(fitted, late, values)
     np.testing.assert_array_equal(found.y, values)
     mean, deviation = learner.predict(late[3:])
     np.testing.assert_allclose(found.mean[3:], mean, atol=1e-2, err_msg="not in the window")
@@ -491,7 +490,7 @@ def test_a_learner_is_compared_with_late_rows_each_without_itself():
         np.testing.assert_allclose(mean, np.asarray(expected)[0], atol=0.05)
         assert deviation == pytest.approx(float(sure[0]), rel=0.2)
     assert np.abs(found.mean - found.y)[:3].max() > 1e-3, "a row's own value would be known"
-    assert _left_out(fitted, late[:0], values[:0]) is None
+    assert leave_out(fitted, late[:0], values[:0]) is None
 
 
 def estimates(mean, deviation, audited):

@@ -28,7 +28,8 @@ from ._row_files import (
     save_fitted,
 )
 from ._row_grace import bars_that_held, late_answers
-from ._row_learner import NEWS, RowLearner
+from ._row_learner import RowLearner
+from ._row_predictions import NEWS
 from ._row_queue import RowQueue
 from ._row_settings import (
     ATTEMPTS,
@@ -92,8 +93,7 @@ def run_rows(
         compute: "needed" computes no row that is known well enough, except some at random, which
             judge the error bars; "all" predicts only rows that are late.
         num_workers: The number of workers of a pool that is opened (default: 20).
-        rows_per_call: Rows in one call (default: as many as take 0.05 to 0.25 s, the more the
-            quicker rows are together).
+        rows_per_call: Rows in one call (default: as many as take 0.05 to 0.25 s).
         deadline: Seconds that a call may take before its rows are sent again.
         job_deadline: Seconds after which the run ends, with what is known by then (default: none).
         grace: Seconds for which a run that has ended waits for answers that workers still owe. They
@@ -181,7 +181,7 @@ class _RowRun:
         self._on_rows = on_rows or (lambda rows, values, computed: None)
         self._pool, self._x, self._settings = pool, x, settings
         self._table, self._parts = table, parts
-        self._begin, self._earlier = time.monotonic(), int(table.done.sum())
+        self._begin = time.monotonic()
         order = np.random.default_rng(settings.seed).permutation(len(x))
         # Rows that are computed before anything is learned: a tenth, within limits. These and some
         # of the others, all of them at random, judge the learner's error bars.
@@ -594,9 +594,8 @@ class _RowRun:
         for call in self._calls.values():
             late[call.rows] |= call.late or call.given_up
         late = late[rows] | (self._tries[rows] > 0)
-        return np.where(
-            late, self._learner.score(rows, late=True), self._learner.score(rows)
-        )  # fmt: skip
+        learner = self._learner
+        return np.where(late, learner.score(rows, late=True), learner.score(rows))
 
     def _values_of(self, rows: Int[np.ndarray, " some"]) -> Float[np.ndarray, "some ..."]:
         """Return the predictions of rows, in the shape and dtype of the function's values."""

@@ -10,7 +10,6 @@ time, and evidence on the earlier one is dropped.
 """
 
 import collections
-import dataclasses
 import functools
 import logging
 import math
@@ -19,55 +18,40 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
 from ..risk._answer_check import AnswerCheck, fit_answer_check
 from ..risk._straggler_risk import StragglerRisk, StragglerRow, conformal_quantile
 from ..risk._target import AccuracyTarget, error_ratios
-from ..schemes import fit_scheme
-from ..schemes._fit_scheme import EACH, SHAPE, FittedScheme, filled
-from ..surrogates import Learner, LearnerTuning
+from ..schemes._fit_scheme import FittedScheme
 from ._clock import WallClock
-from ._row_files import row_code
+from ._row_predictions import (
+    CAPACITY,
+    FEW,
+    NEWS,
+    LeftOut,
+    Neighbours,
+    fit_job,
+    leave_out,
+    most_telling,
+    near_late,
+    part_of,
+    predict,
+    update_job,
+)
 from ._time_share import TimeShare
 
 _LOG = logging.getLogger(__name__)
 
 LEARNER_THREAD = "nercc-learner"  # for which the end of a process waits
 
-_CAPACITY = 1024  # rows that the learner holds at most
 _FIRST = 96  # rows of the first fit
-_FEW = 512  # rows up to which a smaller learner is fitted, in a third of the time
-# Rows that a larger one's kernel is judged on. By 128, which takes a third of the time, 246 and 250
-# of the 250 largest rows of Lotka-Volterra had to be computed, by these 176 and 170 (two draws).
-_JUDGED = 256
-NEWS = 32  # rows that are learned together between two fits
-_CHUNK = 1024  # rows that are predicted together
-_NEIGHBOURS = 8  # computed rows that a row is compared with, to see whether it may be late
-_OF_THEM_LATE = 1  # of them, for a row to be taken for one that may be late, too
-_UNSURE = 256  # of the least certain rows, from which those that tell most are picked
 _PART = 1 << 22  # numbers that are brought into the learner's units together
-_TELLING = 64  # that are picked
 _SHARE = 0.5  # of the time that learning may take
 _BLATANT = 0.25  # of the answers that may look wrong: those with the largest residuals
 _INFINITE = 1e30  # factors of error bars from here on are infinite
-
-
-class LeftOut(NamedTuple):
-    """Predictions of rows that have come, each by a learner that does not know that row.
-
-    Attributes:
-        mean: Their predicted values.
-        deviation: How far these may be off.
-        y: Their own values.
-    """
-
-    mean: Float[np.ndarray, "rows outputs"]
-    deviation: Float[np.ndarray, " rows"]
-    y: Float[np.ndarray, "rows outputs"]
 
 
 class CheckedRows(NamedTuple):
@@ -108,13 +92,6 @@ class RowEstimates(NamedTuple):
     left_out: LeftOut | None = None
     audited: LeftOut | None = None
     checked: CheckedRows | None = None
-
-
-class Neighbours(NamedTuple):
-    """Rows of which it is known whether they are late, by their inputs or their outputs."""
-
-    places: Float[np.ndarray, "others coordinates"]
-    late: Bool[np.ndarray, " others"]
 
 
 class RowLearner:
@@ -214,18 +191,18 @@ class RowLearner:
             return
         features, fitted = self._features[open_rows], self.fitted
         new = computed[~self._learned[computed]]
-        full = fitted is not None and fitted.pairs >= _CAPACITY and self._due > 0
+        full = fitted is not None and fitted.pairs >= CAPACITY and self._due > 0
         if (len(computed) >= self._due and not full) or (hurry and fitted is None):
             # Where nothing is to be predicted, and a check is waited for, a small learner will do.
-            most = _FEW - 1 if hurry and not len(open_rows) else _CAPACITY
+            most = FEW - 1 if hurry and not len(open_rows) else CAPACITY
             chosen, self._due = self._chosen(computed, most), 2 * len(computed)
-            if len(computed) < _FEW:  # a larger learner as soon as there may be one
-                self._due = min(self._due, _FEW)
-            job = _fit_job(self._features[chosen], y[chosen], self._target)
+            if len(computed) < FEW:  # a larger learner as soon as there may be one
+                self._due = min(self._due, FEW)
+            job = fit_job(self._features[chosen], y[chosen], self._target)
             self._learned[computed] = True
         elif fitted is not None and len(new) >= NEWS:
-            new = new[-_CAPACITY:]
-            job = _update_job(fitted, self._features[new], y[new])
+            new = new[-CAPACITY:]
+            job = update_job(fitted, self._features[new], y[new])
             self._learned[new] = True
         elif fitted is not None and len(unchecked):
             job = lambda: fitted  # noqa: E731
@@ -292,7 +269,7 @@ class RowLearner:
     def resume(self, fitted: FittedScheme, rows: Int[np.ndarray, " open"]) -> None:
         """Go on with what an earlier run learned."""
         unknown = np.zeros(len(rows), bool)
-        predicted = _predicted(fitted, self._features[rows])
+        predicted = predict(fitted, self._features[rows])
         self._made.append(RowEstimates(rows, *predicted, unknown, rows[:0], fitted))
         self.look()
 
@@ -319,7 +296,7 @@ class RowLearner:
     ) -> tuple[Neighbours, Neighbours]:
         """Return inputs, and outputs, of rows of which it is known whether they are late."""
         rows = np.union1d(computed, np.flatnonzero(late))
-        rows = np.random.default_rng(len(rows)).permutation(rows)[:_CAPACITY]
+        rows = np.random.default_rng(len(rows)).permutation(rows)[:CAPACITY]
         known = rows[np.isin(rows, computed)]
         return Neighbours(self._features[rows], late[rows]), Neighbours(y[known], late[known])
 
@@ -337,12 +314,12 @@ class RowLearner:
         begin = time.monotonic()
         try:
             if (fitted := job()) is not None:
-                predicted = _predicted(fitted, features)
-                like_late = _like_late(features, by_input) | _like_late(predicted[0], by_output)
-                telling = rows[_telling(fitted, features, predicted[1])]
-                left_out = _left_out(fitted, self._features[known], y)
+                predicted = predict(fitted, features)
+                like_late = near_late(features, by_input) | near_late(predicted[0], by_output)
+                telling = rows[most_telling(fitted, features, predicted[1])]
+                left_out = leave_out(fitted, self._features[known], y)
                 places = [np.searchsorted(known, group) for group in groups]
-                came_late, audits = (left_out and _part(left_out, each) for each in places[:2])
+                came_late, audits = (left_out and part_of(left_out, each) for each in places[:2])
                 checked = self._look_at(groups[2], places[2], left_out)
                 evidence = came_late, audits, checked
                 made = RowEstimates(rows, *predicted, like_late, telling, fitted, *evidence)
@@ -369,16 +346,16 @@ class RowLearner:
         if self._check_rate is None or left_out is None:
             return None
         finite = np.flatnonzero(np.isfinite(left_out.y).all(axis=1))
-        order = np.random.default_rng(0).permutation(finite)[: 2 * _CAPACITY]
+        order = np.random.default_rng(0).permutation(finite)[: 2 * CAPACITY]
         labels, looks_wrong = self._target.tolerance is None, np.zeros(len(rows), bool)
         halves = np.array_split(order, 2)
         for one, other in (halves, halves[::-1]):
-            both = _part(left_out, np.concatenate([one, other]))
+            both = part_of(left_out, np.concatenate([one, other]))
             check = fit_answer_check(*both, self._check_rate, labels=labels, blatant=_BLATANT)
             if check.limit == np.inf:
                 return None  # too few rows
             chosen = ~np.isin(places, one)
-            looks_wrong[chosen] = check.suspicious(*_part(left_out, places[chosen]))
+            looks_wrong[chosen] = check.suspicious(*part_of(left_out, places[chosen]))
         return CheckedRows(rows, looks_wrong, check)
 
     def look_wrong(
@@ -544,77 +521,6 @@ def standardized_inputs(x: Shaped[np.ndarray, "rows ..."]) -> Float[np.ndarray, 
     return features
 
 
-def _fit_job(
-    x: Float[np.ndarray, "pairs inputs"], y: Float[np.ndarray, "pairs outputs"],
-    target: AccuracyTarget,
-) -> Callable[[], FittedScheme | None]:  # fmt: skip
-    def job() -> FittedScheme | None:
-        labels = target.max_disagreement is not None
-        try:
-            widths = "each" if x.shape[1] <= EACH else "one"
-            if len(x) >= _FEW:
-                tuning = LearnerTuning(widths=widths, rows=_JUDGED)
-                return fit_scheme(
-                    x, y, row_code(), capacity=_CAPACITY, labels=labels, tuning=tuning
-                )
-            quick = LearnerTuning(shapes=(SHAPE,), widths=widths, steps=40, rows=64)
-            return fit_scheme(x, y, row_code(), capacity=_FEW, labels=labels, tuning=quick)
-        except ValueError as error:  # a function that is constant, for example
-            _LOG.warning("nothing could be learned from %d rows: %s", len(x), error)
-            return None
-
-    return job
-
-
-def _update_job(
-    fitted: FittedScheme,
-    x: Float[np.ndarray, "news inputs"],
-    y: Float[np.ndarray, "news outputs"],
-) -> Callable[[], FittedScheme]:
-    def job() -> FittedScheme:
-        learner = _learner_of(fitted)
-        for place in range(0, len(x), NEWS):
-            pairs = (each[place : place + NEWS] for each in (x, y))
-            learner = _updated(learner, *(filled(each, NEWS) for each in pairs))
-        scheme = eqx.tree_at(lambda scheme: scheme.surrogate, fitted.scheme, learner)
-        return dataclasses.replace(fitted, scheme=scheme)
-
-    return job
-
-
-def _learner_of(fitted: FittedScheme) -> Learner:
-    learner = fitted.scheme.surrogate
-    assert isinstance(learner, Learner)
-    return learner
-
-
-def _predicted(
-    fitted: FittedScheme, features: Float[np.ndarray, "rows inputs"]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and deviation of rows, in chunks of one size."""
-    means, deviations = [], []
-    for place in range(0, len(features), _CHUNK):
-        chunk = features[place : place + _CHUNK]
-        padded = np.resize(chunk, (_CHUNK, chunk.shape[1]))
-        mean, deviation = _predictions(_learner_of(fitted), padded)
-        means.append(np.asarray(mean, np.float32)[: len(chunk)])
-        deviations.append(np.asarray(deviation, float)[: len(chunk)])
-    if not means:
-        return np.zeros((0, _learner_of(fitted).residuals.shape[1]), np.float32), np.zeros(0)
-    return np.concatenate(means), np.concatenate(deviations)
-
-
-@eqx.filter_jit
-def _predictions(learner: Learner, x: ArrayLike) -> tuple[Array, Array]:
-    return learner.predict(jnp.asarray(x))
-
-
-@eqx.filter_jit
-def _covariance(learner: Learner, x: ArrayLike) -> Array:
-    """Return the posterior covariance of points."""
-    return learner.window_posterior(jnp.asarray(x)[None])[1][0]
-
-
 def _errors(
     mean: Float[np.ndarray, "rows outputs"], y: Float[np.ndarray, "rows outputs"]
 ) -> Float[np.ndarray, " rows"]:
@@ -627,80 +533,3 @@ def _ratios(
 ) -> list[float]:
     """Return the errors of predictions over their deviations."""
     return (error[deviation > 0] / deviation[deviation > 0]).tolist()
-
-
-def _left_out(
-    fitted: FittedScheme,
-    rows: Float[np.ndarray, "rows inputs"],
-    y: Float[np.ndarray, "rows outputs"],
-) -> LeftOut | None:
-    """Return the predictions of these rows, each without that row where the window holds it."""
-    if not len(rows):
-        return None
-    learner = _learner_of(fitted)
-    inputs, filled = np.asarray(learner.inputs, np.float32), np.asarray(learner.filled)
-    places = {inputs[place].tobytes(): place for place in np.flatnonzero(filled).tolist()}
-    found = [places.get(row.tobytes(), -1) for row in rows.astype(np.float32)]
-    place, known = np.array(found), np.array(found) >= 0
-    errors, left_out = map(np.asarray, learner.left_out())
-    mean, deviation = (np.asarray(learner.residuals) + errors)[place], left_out[place].astype(float)
-    mean[~known], deviation[~known] = _predicted(fitted, rows[~known])
-    return LeftOut(mean, deviation, y.astype(np.float32))
-
-
-def _part(left_out: LeftOut, places: Int[np.ndarray, " few"]) -> LeftOut:
-    """Return the predictions of some of the rows."""
-    return LeftOut(*(each[places] for each in left_out))
-
-
-@eqx.filter_jit
-def _updated(learner: Learner, x: ArrayLike, y: ArrayLike) -> Learner:
-    return learner.update(jnp.asarray(x), jnp.asarray(y))
-
-
-def _telling(
-    fitted: FittedScheme,
-    features: Float[np.ndarray, "rows inputs"],
-    deviation: Float[np.ndarray, " rows"],
-) -> Int[np.ndarray, " few"]:
-    """Return the places of rows each of which is the least certain one given those before it.
-
-    That is a Cholesky factorization with pivots of their posterior covariance, which makes the
-    determinant of the first ones' covariance large (Harbrecht et al. 2012).
-    """
-    places = np.argsort(-deviation, kind="stable")[:_UNSURE]
-    if len(places) < _UNSURE:
-        return places
-    covariance = np.array(_covariance(_learner_of(fitted), features[places]), float)
-    chosen, left = [], np.diag(covariance).copy()
-    least = 1e-4 * left.max()  # what is left then is float32's rounding
-    factor = np.zeros((_UNSURE, _TELLING))
-    for step in range(_TELLING):
-        best = int(np.argmax(left))
-        if not left[best] > least:
-            break
-        chosen.append(best)
-        column = covariance[:, best] - factor[:, :step] @ factor[best, :step]
-        factor[:, step] = column / np.sqrt(left[best])
-        left = np.maximum(left - factor[:, step] ** 2, 0)
-        left[chosen] = 0
-    return places[chosen]
-
-
-def _like_late(
-    places: Float[np.ndarray, "rows coordinates"], known: Neighbours
-) -> Bool[np.ndarray, " rows"]:
-    """Return whether one or more of each row's nearest neighbours are late."""
-    found = np.zeros(len(places), bool)
-    if np.sum(known.late) < _OF_THEM_LATE or len(known.late) < _NEIGHBOURS:
-        return found
-    spread = known.places.std(axis=0)
-    unit = np.where(spread > 0, spread, 1)
-    others = known.places / unit
-    squares = np.sum(others**2, axis=1)
-    for place in range(0, len(places), _CHUNK):
-        chunk = places[place : place + _CHUNK] / unit
-        nearest = np.argpartition(squares - 2 * chunk @ others.T, _NEIGHBOURS - 1, axis=1)
-        late = known.late[nearest[:, :_NEIGHBOURS]].sum(axis=1)
-        found[place : place + len(chunk)] = late >= _OF_THEM_LATE
-    return found

@@ -1,0 +1,203 @@
+"""What a learner that is fitted to computed rows says of them and of others, by NumPy's arrays."""
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
+
+from ..risk._target import AccuracyTarget
+from ..schemes import fit_scheme
+from ..schemes._fit_scheme import EACH, SHAPE, FittedScheme, filled
+from ..surrogates import Learner, LearnerTuning
+from ._row_files import row_code
+
+_LOG = logging.getLogger(__name__)
+
+CAPACITY = 1024  # rows that the learner holds at most
+FEW = 512  # rows up to which a smaller learner is fitted, in a third of the time
+# Rows that a larger one's kernel is judged on. By 128, which takes a third of the time, 246 and 250
+# of the 250 largest rows of Lotka-Volterra had to be computed, by these 176 and 170 (two draws).
+_JUDGED = 256
+NEWS = 32  # rows that are learned together between two fits
+_CHUNK = 1024  # rows that are predicted together
+_NEIGHBOURS = 8  # computed rows that a row is compared with, to see whether it may be late
+_OF_THEM_LATE = 1  # of them, for a row to be taken for one that may be late, too
+_UNSURE = 256  # of the least certain rows, from which those that tell most are picked
+_TELLING = 64  # that are picked
+
+
+class LeftOut(NamedTuple):
+    """Predictions of rows that have come, each by a learner that does not know that row.
+
+    Attributes:
+        mean: Their predicted values.
+        deviation: How far these may be off.
+        y: Their own values.
+    """
+
+    mean: Float[np.ndarray, "rows outputs"]
+    deviation: Float[np.ndarray, " rows"]
+    y: Float[np.ndarray, "rows outputs"]
+
+
+class Neighbours(NamedTuple):
+    """Rows of which it is known whether they are late, by their inputs or their outputs."""
+
+    places: Float[np.ndarray, "others coordinates"]
+    late: Bool[np.ndarray, " others"]
+
+
+def fit_job(
+    x: Float[np.ndarray, "pairs inputs"],
+    y: Float[np.ndarray, "pairs outputs"],
+    target: AccuracyTarget,
+) -> Callable[[], FittedScheme | None]:
+    """Return a function that fits a learner; it returns None where nothing could be learned."""
+
+    def job() -> FittedScheme | None:
+        labels = target.max_disagreement is not None
+        try:
+            widths = "each" if x.shape[1] <= EACH else "one"
+            if len(x) >= FEW:
+                tuning = LearnerTuning(widths=widths, rows=_JUDGED)
+                return fit_scheme(x, y, row_code(), capacity=CAPACITY, labels=labels, tuning=tuning)
+            quick = LearnerTuning(shapes=(SHAPE,), widths=widths, steps=40, rows=64)
+            return fit_scheme(x, y, row_code(), capacity=FEW, labels=labels, tuning=quick)
+        except ValueError as error:  # a function that is constant, for example
+            _LOG.warning("nothing could be learned from %d rows: %s", len(x), error)
+            return None
+
+    return job
+
+
+def update_job(
+    fitted: FittedScheme,
+    x: Float[np.ndarray, "news inputs"],
+    y: Float[np.ndarray, "news outputs"],
+) -> Callable[[], FittedScheme]:
+    """Return a function that returns the learner after these rows, a few at a time."""
+
+    def job() -> FittedScheme:
+        learner = _learner_of(fitted)
+        for place in range(0, len(x), NEWS):
+            pairs = (each[place : place + NEWS] for each in (x, y))
+            learner = _updated(learner, *(filled(each, NEWS) for each in pairs))
+        scheme = eqx.tree_at(lambda scheme: scheme.surrogate, fitted.scheme, learner)
+        return dataclasses.replace(fitted, scheme=scheme)
+
+    return job
+
+
+def _learner_of(fitted: FittedScheme) -> Learner:
+    learner = fitted.scheme.surrogate
+    assert isinstance(learner, Learner)
+    return learner
+
+
+def predict(
+    fitted: FittedScheme, features: Float[np.ndarray, "rows inputs"]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and deviation of rows, in chunks of one size."""
+    means, deviations = [], []
+    for place in range(0, len(features), _CHUNK):
+        chunk = features[place : place + _CHUNK]
+        padded = np.resize(chunk, (_CHUNK, chunk.shape[1]))
+        mean, deviation = _predictions(_learner_of(fitted), padded)
+        means.append(np.asarray(mean, np.float32)[: len(chunk)])
+        deviations.append(np.asarray(deviation, float)[: len(chunk)])
+    if not means:
+        return np.zeros((0, _learner_of(fitted).residuals.shape[1]), np.float32), np.zeros(0)
+    return np.concatenate(means), np.concatenate(deviations)
+
+
+@eqx.filter_jit
+def _predictions(learner: Learner, x: ArrayLike) -> tuple[Array, Array]:
+    return learner.predict(jnp.asarray(x))
+
+
+@eqx.filter_jit
+def _covariance(learner: Learner, x: ArrayLike) -> Array:
+    """Return the posterior covariance of points."""
+    return learner.window_posterior(jnp.asarray(x)[None])[1][0]
+
+
+def leave_out(
+    fitted: FittedScheme,
+    rows: Float[np.ndarray, "rows inputs"],
+    y: Float[np.ndarray, "rows outputs"],
+) -> LeftOut | None:
+    """Return the predictions of these rows, each without that row where the window holds it."""
+    if not len(rows):
+        return None
+    learner = _learner_of(fitted)
+    inputs, filled = np.asarray(learner.inputs, np.float32), np.asarray(learner.filled)
+    places = {inputs[place].tobytes(): place for place in np.flatnonzero(filled).tolist()}
+    found = [places.get(row.tobytes(), -1) for row in rows.astype(np.float32)]
+    place, known = np.array(found), np.array(found) >= 0
+    errors, left_out = map(np.asarray, learner.left_out())
+    mean, deviation = (np.asarray(learner.residuals) + errors)[place], left_out[place].astype(float)
+    mean[~known], deviation[~known] = predict(fitted, rows[~known])
+    return LeftOut(mean, deviation, y.astype(np.float32))
+
+
+def part_of(left_out: LeftOut, places: Int[np.ndarray, " few"]) -> LeftOut:
+    """Return the predictions of some of the rows."""
+    return LeftOut(*(each[places] for each in left_out))
+
+
+@eqx.filter_jit
+def _updated(learner: Learner, x: ArrayLike, y: ArrayLike) -> Learner:
+    return learner.update(jnp.asarray(x), jnp.asarray(y))
+
+
+def most_telling(
+    fitted: FittedScheme,
+    features: Float[np.ndarray, "rows inputs"],
+    deviation: Float[np.ndarray, " rows"],
+) -> Int[np.ndarray, " few"]:
+    """Return the places of rows each of which is the least certain one given those before it.
+
+    That is a Cholesky factorization with pivots of their posterior covariance, which makes the
+    determinant of the first ones' covariance large (Harbrecht et al. 2012).
+    """
+    places = np.argsort(-deviation, kind="stable")[:_UNSURE]
+    if len(places) < _UNSURE:
+        return places
+    covariance = np.array(_covariance(_learner_of(fitted), features[places]), float)
+    chosen, left = [], np.diag(covariance).copy()
+    least = 1e-4 * left.max()  # what is left then is float32's rounding
+    factor = np.zeros((_UNSURE, _TELLING))
+    for step in range(_TELLING):
+        best = int(np.argmax(left))
+        if not left[best] > least:
+            break
+        chosen.append(best)
+        column = covariance[:, best] - factor[:, :step] @ factor[best, :step]
+        factor[:, step] = column / np.sqrt(left[best])
+        left = np.maximum(left - factor[:, step] ** 2, 0)
+        left[chosen] = 0
+    return places[chosen]
+
+
+def near_late(
+    places: Float[np.ndarray, "rows coordinates"], known: Neighbours
+) -> Bool[np.ndarray, " rows"]:
+    """Return whether one or more of each row's nearest neighbours are late."""
+    found = np.zeros(len(places), bool)
+    if np.sum(known.late) < _OF_THEM_LATE or len(known.late) < _NEIGHBOURS:
+        return found
+    spread = known.places.std(axis=0)
+    unit = np.where(spread > 0, spread, 1)
+    others = known.places / unit
+    squares = np.sum(others**2, axis=1)
+    for place in range(0, len(places), _CHUNK):
+        chunk = places[place : place + _CHUNK] / unit
+        nearest = np.argpartition(squares - 2 * chunk @ others.T, _NEIGHBOURS - 1, axis=1)
+        late = known.late[nearest[:, :_NEIGHBOURS]].sum(axis=1)
+        found[place : place + len(chunk)] = late >= _OF_THEM_LATE
+    return found
