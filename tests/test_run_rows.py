@@ -501,6 +501,25 @@ def estimates(mean, deviation, audited):
     return RowEstimates(rows, mean, deviation, nothing, rows[:0], fitted, None, audited)
 
 
+@pytest.mark.parametrize(("open_rows", "fewest", "most"), [(100, 600, 600), (0, 24, 511)])
+def test_a_hurried_fit_is_small_only_where_nothing_is_to_be_predicted(
+    monkeypatch, open_rows, fewest, most
+):
+    sizes = []
+
+    def fit_nothing(x, y, target):
+        sizes.append(len(x))
+        return lambda: None
+
+    monkeypatch.setattr("nercc_jax.pools._row_learner.fit_job", fit_nothing)
+    features, nothing = np.zeros((700, 1), np.float32), np.zeros(700, bool)
+    learner = RowLearner(AccuracyTarget(1.0, None, 0.9), features, nothing)
+    rest = np.arange(600, 600 + open_rows)
+    learner.begin(np.arange(600), np.zeros((700, 1)), rest, nothing, hurry=True)
+    soon(lambda: not learner.busy)
+    assert fewest <= sizes[0] <= most
+
+
 def test_bars_are_those_of_the_latest_learner_on_all_audits():
     """The errors of the learner before it, a hundred times as large, do not count any more."""
     target, audits = AccuracyTarget(1.0, None, 0.9), np.arange(200) < 60
