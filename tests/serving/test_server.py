@@ -2,6 +2,7 @@
 
 # ruff: noqa: E402 (`require` comes before what needs it)
 
+import asyncio
 import concurrent.futures
 import gzip
 import json
@@ -22,6 +23,7 @@ require("fastapi", "serve")
 from grpc_stub import GRPCInferenceServiceStub
 
 from nercc_jax.serving.transport import open_inference_pb2 as messages
+from nercc_jax.serving.transport._rest import SharedAnswer
 
 pytestmark = pytest.mark.slow
 
@@ -656,6 +658,32 @@ def test_all_workers_have_their_weights(server):
     assert found.keys() == {*NAMES}
     workers = server.status("counted")["pool"]["num_workers"]
     assert found["counted"] == {str(worker): True for worker in range(workers)}
+
+
+def test_what_is_expensive_is_found_out_once_for_all_that_ask():
+    asked = []
+
+    async def find():
+        asked.append(len(asked))
+        await asyncio.sleep(0.05)
+        if len(asked) == 2:
+            raise OSError("it cannot be found out")
+        return len(asked)
+
+    async def ask():
+        shared = SharedAnswer(find, 0.2)
+        assert await asyncio.gather(*(shared() for _ in range(50))) == [1] * 50
+        assert await shared() == 1
+        await asyncio.sleep(0.2)
+        given_up = asyncio.ensure_future(shared())
+        await asyncio.sleep(0)
+        given_up.cancel()  # which takes nothing from the others
+        with pytest.raises(OSError, match="cannot be found out"):
+            await shared()
+        await asyncio.sleep(0.2)
+        assert await shared() == 3
+
+    asyncio.run(ask())
 
 
 def test_the_status_has_what_the_page_reads(server):

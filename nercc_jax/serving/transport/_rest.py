@@ -3,7 +3,8 @@
 import asyncio
 import html
 import importlib.resources
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 import fastapi
@@ -18,6 +19,7 @@ from ..protocol._messages import InferenceRequest, InferenceResponse, check_para
 from ._http import InferenceEndpoint, error_response, read_body
 from ._state import ServerState
 
+_BETWEEN_CHECKS = 10.0  # seconds for which no worker is asked for its weights again
 _PATHS = ("/v2/models/{model_name}", "/v2/models/{model_name}/versions/{version}")
 
 
@@ -266,16 +268,36 @@ def _add_pages(app: fastapi.FastAPI, state: ServerState, registry: CollectorRegi
         content = await asyncio.to_thread(state.status)
         return JSONResponse(content, headers={"cache-control": "no-store"})
 
+    checked = SharedAnswer(state.weights, _BETWEEN_CHECKS)
+
     @app.get("/weights", include_in_schema=False)
     async def weights() -> JSONResponse:
-        content = await asyncio.to_thread(state.weights)
-        return JSONResponse(content, headers={"cache-control": "no-store"})
+        return JSONResponse(await checked(), headers={"cache-control": "no-store"})
 
     @app.get("/metrics", include_in_schema=False)
     async def metrics(request: fastapi.Request) -> Response:
         write, content_type = exposition.choose_encoder(request.headers.get("accept", ""))
         content = await asyncio.to_thread(write, registry)
         return Response(content, headers={"content-type": content_type})
+
+
+class SharedAnswer:
+    """What is expensive to find out: found out once for all that ask while that lasts, or soon.
+
+    Else strangers could keep workers busy with it.
+    """
+
+    def __init__(self, find: Callable[[], Coroutine[Any, Any, Any]], seconds: float):
+        """Create one; `seconds` after one beginning there may be another."""
+        self._find, self._seconds, self._until = find, seconds, -math.inf
+        self._task: asyncio.Task[Any] | None = None
+
+    async def __call__(self) -> Any:
+        """Return the answer; raise what finding it out raised."""
+        now = asyncio.get_running_loop().time()
+        if self._task is None or (self._task.done() and now >= self._until):
+            self._task, self._until = asyncio.create_task(self._find()), now + self._seconds
+        return await asyncio.shield(self._task)
 
 
 def _describe(description: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """The state of the server: its models, and all that both transports ask of it."""
 
+import asyncio
 import contextlib
 import hmac
 import importlib.metadata
@@ -36,6 +37,7 @@ from ._shares import JsonReader, RequestMemory
 
 _LOG = logging.getLogger(__name__)
 
+_CHECKED_IN = 10.0  # seconds in which a worker must answer what its weights are
 # Triton's extensions of the protocol that the server has.
 _EXTENSIONS = ("model_configuration", "model_repository", "schedule_policy", "statistics")
 
@@ -323,9 +325,11 @@ class ServerState:
         ]
         return {"model_stats": found}
 
-    def weights(self) -> dict[str, dict[int, bool]]:
-        """Return whether each worker computes with the weights that it was given."""
-        return {name: model.pool.check_weights() for name, model in list(self.models.items())}
+    async def weights(self) -> dict[str, dict[int, bool]]:
+        """Return whether each worker that answers has the weights that it was given, by model."""
+        pools = {name: model.pool for name, model in self.models.items()}
+        checks = (asyncio.to_thread(pool.check_weights, _CHECKED_IN) for pool in pools.values())
+        return dict(zip(pools, await asyncio.gather(*checks), strict=True))
 
     def status(self) -> dict[str, Any]:
         """Return all that the status page shows."""
