@@ -428,7 +428,7 @@ class Bench:
             share = float(np.mean(within[uncertain])) if uncertain.any() else None
             found = dataclasses.replace(found, covered=share, uncertain=int(uncertain.sum()))
         if draw.others is not None:
-            share = _recall(predictions, draw.own, draw.others)
+            share = recall(predictions, draw.own, draw.others)
             found = dataclasses.replace(found, recall=float(share))
         return found
 
@@ -493,7 +493,7 @@ def _rmse(predictions: Float[Array, "*sets points m"], draw: Draw) -> float:
 
 
 @jax.jit
-def _recall(predictions: Array, own: Array, others: Array) -> Array:
+def recall(predictions: Array, own: Array, others: Array) -> Array:
     """Return recall@10: the share of each embedding's 10 nearest others that it finds decoded."""
     wanted = _nearest(own, others)
 

@@ -27,9 +27,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _functions_cases import Embedding
+from _functions_systems import recall
 from _report import environment, write_json
 from _settings import PACKAGES
-from flax import nnx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float
 
@@ -40,7 +41,7 @@ from nercc_jax.evaluation import Estimate
 from nercc_models.data import load_data
 
 RESULTS = Path(__file__).parent / "results"
-POINTS, WORKERS, GALLERY, NEAREST = 20, 100, 5000, 10
+POINTS, WORKERS, GALLERY = 20, 100, 5000
 PARTS, PART_WORKERS, PART_STRAGGLERS, PART_SIZE = 20, 24, 2, 8
 
 
@@ -179,31 +180,17 @@ def gradients(batches: int) -> Iterator[dict[str, Any]]:
 def embeddings(groups: int, data_dir: Path | None) -> Iterator[dict[str, Any]]:
     """Yield recall@10 of decoded embeddings, and of the label by the decoded logits beside it."""
     network = load_worker_model("lenet5-mnist", "logits")
-    model = nnx.merge(network.network.graphdef, network.network.state)
-
-    def embed(images: Array) -> Array:
-        x = nnx.max_pool(jax.nn.relu(model.conv1(images)), (2, 2), strides=(2, 2))
-        x = nnx.max_pool(jax.nn.relu(model.conv2(x)), (2, 2), strides=(2, 2))
-        x = jax.nn.relu(model.fc1(x.reshape(len(x), -1)))
-        return jax.nn.relu(model.fc2(x))
-
     images, _ = network.images("test", data_dir, POINTS * groups + GALLERY, 0)
-    gallery = jax.jit(embed)(jnp.asarray(images[POINTS * groups :]))
+    embed = Embedding(network.network, "fc3", images.shape[1:])
+    gallery = eqx.filter_jit(embed)(jnp.asarray(images[POINTS * groups :]))
     x = jnp.asarray(images[: POINTS * groups].reshape(groups, POINTS, *images.shape[1:]))
 
-    @jax.jit
-    def nearest(points: Array) -> Array:
-        distance = jnp.sum(gallery**2, axis=1) - 2 * points @ gallery.T
-        return jax.lax.top_k(-distance, NEAREST)[1]
-
-    own, labels = (
-        jnp.stack([jax.jit(each)(group) for group in x]) for each in (embed, network.__call__)
-    )
-    wanted = nearest(own)
+    functions: tuple[Any, ...] = embed, network
+    own, labels = (jnp.stack([eqx.filter_jit(each)(group) for group in x]) for each in functions)
     for name, code in (("NeRCC", NeRCC(POINTS, WORKERS)), ("BACC", Berrut(POINTS, WORKERS))):
         for stragglers in (0, 10, 20, 40):
-            found = nearest(through(code, embed, x, stragglers))
-            hits = (found[..., None] == wanted[:, :, None]).any(axis=-1).mean(axis=(1, 2))
+            decoded = through(code, embed, x, stragglers)
+            hits = [recall(*pair, gallery) for pair in zip(decoded[:, None], own, strict=True)]
             logits = through(code, network, x, stragglers)
             kept = (logits.argmax(axis=-1) == labels.argmax(axis=-1)).mean(axis=1)
             yield {

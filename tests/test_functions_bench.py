@@ -69,7 +69,7 @@ def test_recall_by_hand(bench):
     for shift in (0, 0.3):
         both = zip(nearest(own), nearest(own + shift), strict=True)
         wanted = np.mean([len(set(a) & set(b)) / 10 for a, b in both])
-        found = bench.systems._recall(jnp.asarray(own + shift)[None], own, jnp.asarray(others))
+        found = bench.systems.recall(jnp.asarray(own + shift)[None], own, jnp.asarray(others))
         np.testing.assert_allclose(found, wanted, atol=1e-6)
 
 

@@ -282,7 +282,7 @@ def _add_pages(app: fastapi.FastAPI, state: ServerState, registry: CollectorRegi
 
 
 class SharedAnswer:
-    """What is expensive to find out: found out once for all that ask while that lasts, or soon.
+    """An answer that is expensive to find, found once for all that ask meanwhile or soon after.
 
     Else strangers could keep workers busy with it.
     """
