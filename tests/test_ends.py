@@ -11,6 +11,7 @@ from scipy.interpolate import CubicSpline
 import nercc_jax as nj
 from nercc_jax.splines import smoothing_matrix, smoothing_spline
 from nercc_jax.splines._fit import fit
+from nercc_jax.splines._host import smoothing_matrix_on_host
 
 # One knot after the other, as on a CPU, and all in their places, as on an accelerator.
 ROWS = {"one by one": None, "in parallel": 16}
@@ -52,6 +53,27 @@ def test_not_a_knot_is_scipys(rows, dtype):
     np.testing.assert_allclose(predicted("not-a-knot"), wanted, atol=ATOL[dtype])
     if rows is None:
         assert np.abs(predicted("natural") - wanted).max() > 1e-3
+
+
+def test_on_the_host_it_is_scipys_and_smooths_as_a_program_does():
+    with jax.enable_x64(True):
+        t, available = _points("float64")
+        distinct = np.unique(t[available])
+        at = np.linspace(distinct[0], distinct[-1], 31)
+        wanted = CubicSpline(distinct, np.sin(3 * distinct), bc_type="not-a-knot")(at)
+        for lambda_ in (0.0, 1e-5, 1e-2, np.inf):
+            options = {"available": available, "ends": "not-a-knot"}
+            matrix = smoothing_matrix_on_host(t, at, lambda_, **options)
+            program = smoothing_matrix(jnp.asarray(t), jnp.asarray(at), lambda_, **options)
+            np.testing.assert_allclose(matrix, program, atol=1e-9)
+            if lambda_ == 0:
+                np.testing.assert_allclose(matrix @ np.sin(3 * t), wanted, atol=1e-12)
+        few = available & (np.cumsum(available) <= 3)
+        bent, natural = (
+            smoothing_matrix_on_host(t, at, 0.0, available=few, ends=ends)
+            for ends in ("not-a-knot", "natural")
+        )
+        np.testing.assert_array_equal(bent, natural)
 
 
 def test_beyond_the_ends_it_goes_straight_on(dtype):

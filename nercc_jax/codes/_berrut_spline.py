@@ -97,11 +97,9 @@ class BerrutSpline(AbstractCode):
     def encoder_on_host(self) -> Float[np.ndarray, "num_workers num_data"]:
         return berrut_matrix(self.alpha, self.beta, np.ones(self.num_data, bool))
 
-    def decoder_on_host(self, available: Bool[np.ndarray, " num_workers"]) -> MatrixOnHost | None:
-        if self.ends != "natural":
-            return None
+    def decoder_on_host(self, available: Bool[np.ndarray, " num_workers"]) -> MatrixOnHost:
         beta, alpha, lambda_ = map(np.asarray, (self.beta, self.alpha, self.lambda_dec))
-        matrix = smoothing_matrix_on_host(beta, alpha, lambda_, available=available)
+        matrix = smoothing_matrix_on_host(beta, alpha, lambda_, available=available, ends=self.ends)
         return matrix, np.full(self.num_data, available.any())
 
     def posterior_variance(

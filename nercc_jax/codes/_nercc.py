@@ -142,11 +142,11 @@ class NeRCC(AbstractCode):
         alpha, beta, lambda_enc = map(np.asarray, (self.alpha, self.beta, self.lambda_enc))
         return smoothing_matrix_on_host(alpha, beta, lambda_enc)
 
-    def decoder_on_host(self, available: Bool[np.ndarray, " num_workers"]) -> MatrixOnHost | None:
-        if self.ends != "natural":
-            return None
+    def decoder_on_host(self, available: Bool[np.ndarray, " num_workers"]) -> MatrixOnHost:
         beta, alpha = np.asarray(self.beta), np.asarray(self.alpha)
-        matrix = smoothing_matrix_on_host(beta, alpha, **decoding_options(self, available))
+        matrix = smoothing_matrix_on_host(
+            beta, alpha, **decoding_options(self, available), ends=self.ends
+        )
         return matrix, np.full(self.num_data, available.any())
 
     def posterior_variance(
