@@ -9,6 +9,7 @@ import pathlib
 import re
 import shutil
 import sys
+import threading
 import types
 import warnings
 
@@ -21,6 +22,7 @@ import jax
 import jaxtyping
 import pytest
 import type_checks
+from jax._src.interpreters import mlir
 
 type_checks.install()
 
@@ -58,6 +60,26 @@ if not AS_USERS_DO:
     # do not name the lines they come from: 35.5 s of CPU time became 29.6 (three codes' gradients).
     gc.set_threshold(50_000, 20, 100)
     jax.config.update("jax_traceback_in_locations_limit", 0)
+
+
+class KeptContexts(threading.local):
+    """What JAX makes anew for each program, with all that MLIR knows: 4 of a small one's 20 ms.
+
+    Each thread keeps one for some programs; for good it would keep all their constants.
+    """
+
+    def __init__(self, make):
+        self.make, self.used = make, 0
+
+    def __call__(self):
+        if self.used % 64 == 0:
+            self.context = self.make()
+        self.used += 1
+        return self.context
+
+
+if not AS_USERS_DO and jax.__version_info__ < (0, 11):
+    mlir.make_ir_context = KeptContexts(mlir.make_ir_context)
 
 # Nor do they compile what they import where a machine keeps no bytecode: collecting the tests takes
 # 11 s of CPU time instead of 24, and so it is with each of the processes.
