@@ -8,10 +8,12 @@ import pytest
 from traffic import OUT, SERVICE, SHAPE, WEIGHTS, Traffic, labels_right, model
 
 from nercc_jax import Replication
+from nercc_jax.risk._target import AccuracyTarget
 from nercc_jax.serving import BatchingPolicy, Predictor
 from nercc_jax.serving.core._adaptation import Predictions
 from nercc_jax.serving.core._request import Answer, ApproximateAnswer
 from nercc_jax.surrogates import principal_components
+from nercc_jax.testing import SimulatedClock
 
 
 def turned(x):
@@ -221,6 +223,26 @@ def test_queries_that_are_slow_because_they_are_hard_keep_the_promise(delay):
     assert evidence["pending"] == evidence["unknown"] == 0
     assert evidence["disagreement"] > predictor.status()["disagreement"]
     assert "harder than others" in predictor.risk.hint
+
+
+def test_answers_wake_a_learner_that_has_to_wait_once_and_not_one_by_one():
+    """Each time another thread would take the interpreter from those who answer."""
+
+    class Clock(SimulatedClock):
+        def turns(self, name, turn):
+            made, self.wakes = super().turns(name, turn), 0
+            made.wake = self.count
+            return made
+
+        def count(self):
+            self.wakes += 1
+
+    clock, predictor = Clock(), Predictor()
+    target = AccuracyTarget(max_disagreement=0.1, tolerance=None)
+    predictor.attach(target, 1, None, lambda what, number: None, clock)
+    for query in np.random.default_rng(0).normal(size=(200, *SHAPE)).astype(np.float32):
+        predictor.add_answer(query, model(query))
+    assert clock.wakes == 1
 
 
 def test_arguments():

@@ -225,7 +225,7 @@ class Predictor:
     def add_answer(self, x: Shaped[np.ndarray, "..."], own: np.ndarray) -> None:
         """Take the model's own answer to a query, and return at once."""
         self._inbox.append((x, own.ravel()))
-        if len(self._inbox) >= BATCH:
+        if len(self._inbox) == BATCH:  # once: a turn that has to wait comes back by itself
             self._turns.wake()
 
     def admits(self, answer: Answer) -> bool:

@@ -238,8 +238,9 @@ class SettingController:
             self._counts[what] += int(number)
         elif what.startswith("query_"):
             self._counts[what] += int(number)
-            self._queries += int(number)
-            if self._queries >= self._decided_at + _EVERY:
+            before, self._queries = self._queries, self._queries + int(number)
+            # Once: a turn that has to wait comes back by itself.
+            if before < self._decided_at + _EVERY <= self._queries:
                 self._turns.wake()
 
     def status(self) -> dict[str, Any]:
