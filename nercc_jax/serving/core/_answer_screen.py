@@ -216,7 +216,9 @@ class AnswerScreen:
         """Compare another answer to a query that is held back."""
         query.candidates.setdefault(worker, np.array(value))
         verdict = self._checks.compare(query.x, query.candidates)
-        if verdict is not None:
+        if verdict is None:
+            self._keep_due(query)
+        else:
             self._observe("check_agreed" if verdict.agreed else "check_open", 1)
         return verdict
 
@@ -225,7 +227,8 @@ class AnswerScreen:
         if self._budget.affords():
             self._budget.spend()
             self._observe("check_again", 1)
-            self._hold(query, worker, value)
+            query.candidates = {worker: np.array(value)}
+            self._keep_due(query)
             return None
         self._observe("check_open", 1)
         return Verdict(value, (worker, worker))
@@ -240,9 +243,11 @@ class AnswerScreen:
         """Have answers wait whose requests wait for answers of the same call; return which do."""
         doubted = [query for query in itertools.compress(queries, suspicious) if query.candidates]
         call = _Call(worker, doubted, [])
-        waits = np.array([call.awaited(query) for query in queries]) & ~suspicious
+        # One that stands in the queue was late, and would be computed again without need.
+        waits = np.array([call.awaited(each) and not each.waiting for each in queries])
+        waits &= ~suspicious
         for place in np.flatnonzero(waits).tolist():
-            self._hold(queries[place], worker, values[place])
+            queries[place].candidates = {worker: np.array(values[place])}
             call.others.append(queries[place])
         if call.others:
             self._calls.append(call)
@@ -259,8 +264,8 @@ class AnswerScreen:
                     found.append((each, self._doubt(call.worker, each, value)))
         return found
 
-    def _hold(self, query: Query, worker: int, value: np.ndarray) -> None:
-        query.candidates = {worker: np.array(value)}
+    def _keep_due(self, query: Query) -> None:
+        """Include a query in `pop_due`."""
         request = query.request
         due = request.arrived + (1 - _LEFT) * request.deadline
         heapq.heappush(self._due, (due, next(self._numbers), query))
@@ -281,8 +286,8 @@ class AnswerScreen:
 
 
 def _waits(query: Query) -> bool:
-    """Return whether a query waits for others: nobody else has answered it, or is to."""
-    return not query.done and len(query.candidates) == 1 and not query.waiting
+    """Return whether a query of a call still waits for others: nobody else has answered it."""
+    return not query.done and len(query.candidates) == 1
 
 
 def _suspicious(
