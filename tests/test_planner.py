@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from nercc_jax import NeRCC, Replication, coded_inference, plan
 from nercc_jax.inference import order_points
-from nercc_jax.planning import load_plan
-from nercc_jax.planning._candidates import waits
+from nercc_jax.planning import Plan, load_plan
+from nercc_jax.planning._candidates import make_candidate, waits
 from nercc_jax.planning._codes import Codes, Half
 from nercc_jax.stragglers import (
     ExponentialLatency,
@@ -383,6 +383,26 @@ def test_laws_of_stragglers_and_traces(tmp_path, key):
     for wrong in ("lognormal:1", "normal:1:2", "trace", "pareto:a:b", "lognormal"):
         with pytest.raises(ValueError, match="--latency must be lognormal:MEDIAN:SIGMA"):
             latency_law(wrong)
+
+
+def test_a_plan_says_how_it_is_carried_out():
+    from nercc_jax.cli._plan_report import plan_words
+
+    def words(*numbers, **options):
+        row = make_candidate("a system", *numbers, times=np.ones(1), **options)
+        about = {"held_out_points": 8, "straggler_sets": 9, "seconds": 1}
+        return plan_words(Plan((), row, "it is fast", None, {}, about), "digits")
+
+    coded = words(4, 6, 5, 0.1, points="chebyshev")
+    assert coded.startswith("recommended: it is fast\ndecode when 5 of 6 workers have answered")
+    assert "before 100 ms" in coded
+    assert "again" not in coded
+    assert "; send again what has no answer" in words(4, 4, 4, 0.0, limit=0.0)
+    assert "error probability above 0.2" in words(4, 6, 5, 0.1, limit=0.2)
+    assert "decode" not in words(4, 4, 4, 0.0)
+    hedged = words(4, 4, 4, 0.0, copies=2, hedge_after=0.1)
+    assert "\nsend up to 2 copies, 1 further after every 100 ms" in hedged
+    assert "decode" not in hedged
 
 
 @pytest.mark.parametrize(
