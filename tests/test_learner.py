@@ -434,6 +434,21 @@ def test_a_file_holds_it(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"widths": [1.0, -1.0]}, "widths must be positive and finite"),
+        ({"widths": [1.0, np.inf]}, "widths must be positive and finite"),
+        ({"noise": 0.0}, "noise must be positive and finite"),
+        ({"linear": -1.0}, "linear must be 0 or positive and finite"),
+        ({"linear": np.nan}, "linear must be 0 or positive and finite"),
+    ],
+)
+def test_numbers_of_a_kernel_that_make_no_sense(numbers, message):
+    with pytest.raises(ValueError, match=message):
+        Kernel(**{"centre": np.zeros(2), "widths": [1.0, 1.0]} | numbers)
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"capacity": 0}, "capacity must be a positive integer"),
