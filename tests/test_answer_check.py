@@ -58,6 +58,17 @@ def test_the_largest_residuals_look_wrong_whatever_the_regression_says():
     assert np.mean(shares) == pytest.approx(0.01, abs=0.003)
 
 
+def test_answers_that_are_near_in_units_of_the_deviation_never_look_wrong():
+    random = np.random.default_rng(6)
+    check = fit_answer_check(*predicted(random, 1000), 0.01, labels=False)
+    check = dataclasses.replace(check, limit=-np.inf)  # all others do
+    mean, deviation, right = predicted(random)
+    wrong = check.suspicious(mean, deviation, right)
+    ratios = np.mean((right - mean) ** 2, axis=1) / deviation**2
+    assert np.sum(~wrong) > 100
+    assert ratios[~wrong].max() < 1.001 * ratios[wrong].min()
+
+
 @pytest.mark.parametrize("size", [30, 1e3, 1e19, 1e38])
 def test_answers_of_any_size_look_wrong(size):
     """They are far beyond all that the check was fitted to."""
