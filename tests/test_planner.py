@@ -75,6 +75,9 @@ def test_without_a_tail_nothing_is_done():
     assert found.recommended.system == "uncoded"
     assert found.recommended.extra_work == 0
     assert "nothing is faster" in found.reason
+    screened = [row for row in found.candidates if not row.held_out]
+    assert screened
+    assert not any(map(found.feasible, screened)), "they were measured on what they were chosen by"
 
 
 def test_with_a_heavy_tail_and_a_tight_budget_a_code_is_best(coded):
