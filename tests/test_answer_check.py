@@ -58,6 +58,19 @@ def test_the_largest_residuals_look_wrong_whatever_the_regression_says():
     assert np.mean(shares) == pytest.approx(0.01, abs=0.003)
 
 
+def test_it_finds_the_same_in_other_units():
+    random = np.random.default_rng(7)
+    known, fresh = predicted(random, 1000), predicted(random)
+    noise = random.normal(size=fresh[2].shape).astype(np.float32)
+    found = []
+    for unit in map(np.float32, (0.01, 1, 100)):
+        check = fit_answer_check(*(unit * each for each in known), 0.02, labels=False)
+        mean, deviation, right = (unit * each for each in fresh)
+        found.append(share(check, mean, deviation, right + unit * noise))
+    assert 0.1 < found[1] < 0.9
+    np.testing.assert_allclose(found, found[1], atol=0.01)
+
+
 def test_answers_that_are_near_in_units_of_the_deviation_never_look_wrong():
     random = np.random.default_rng(6)
     check = fit_answer_check(*predicted(random, 1000), 0.01, labels=False)

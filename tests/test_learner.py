@@ -21,7 +21,7 @@ from nercc_jax.surrogates import (
     tune_learner,
 )
 from nercc_jax.surrogates._host import predictions_on_host
-from nercc_jax.surrogates._tune_kernel import leave_one_out
+from nercc_jax.surrogates._tune_kernel import _known, leave_one_out
 from nercc_jax.surrogates._whitening import cholesky_factor, replace_rows, whiten
 
 CAPACITY, B = 48, 6
@@ -431,6 +431,14 @@ def test_a_file_holds_it(tmp_path):
     path.write_bytes(b"no such file")
     with pytest.raises(ValueError, match="is no safetensors file"):
         load_learner(path)
+
+
+def test_a_kernel_is_tuned_on_three_pairs_at_least():
+    learner = init_learner(jnp.asarray(X[:4], float), model(X[:4]), capacity=8)
+    known, _ = _known(learner, np.arange(3), FEW)
+    assert int(known.filled.sum()) == 3
+    with pytest.raises(ValueError, match="2 pairs tell nothing of a kernel: three at least"):
+        _known(learner, np.arange(2), FEW)
 
 
 @pytest.mark.parametrize(

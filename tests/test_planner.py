@@ -14,6 +14,7 @@ from nercc_jax.inference import order_points
 from nercc_jax.planning import Plan, load_plan
 from nercc_jax.planning._candidates import make_candidate, waits
 from nercc_jax.planning._codes import Codes, Half
+from nercc_jax.planning._plan import _reason
 from nercc_jax.stragglers import (
     ExponentialLatency,
     LogNormalLatency,
@@ -386,6 +387,25 @@ def test_laws_of_stragglers_and_traces(tmp_path, key):
     for wrong in ("lognormal:1", "normal:1:2", "trace", "pareto:a:b", "lognormal"):
         with pytest.raises(ValueError, match="--latency must be lognormal:MEDIAN:SIGMA"):
             latency_law(wrong)
+
+
+def test_the_next_best_system_is_one_that_keeps_to_what_was_asked_for():
+    """Three are faster: of the same system, with too many workers, or with too many wrong labels."""
+    asked = {"num_queries": 4, "max_workers": 8, "max_extra_work": 1.0, "max_disagreement": 0.1}
+
+    def made(system, seconds, num_workers=4, **options):
+        return make_candidate(system, 4, num_workers, 4, 0.0, times=np.full(1, seconds), **options)
+
+    best = made("replication", 0.1, num_workers=8)
+    others = [
+        made("replication", 0.12),
+        made("too large", 0.11, num_workers=16),
+        made("too wrong", 0.11, exact=False, most_disagreement=0.2),
+        made("hedged", 0.3),
+        made("uncoded", 0.5),
+    ]
+    assert "system within the budget, hedged, takes 300 ms" in _reason(best, [best, *others], asked)
+    assert "nothing else keeps to the budget" in _reason(best, [best, *others[:3]], asked)
 
 
 def test_a_plan_says_how_it_is_carried_out():
