@@ -390,7 +390,7 @@ def test_laws_of_stragglers_and_traces(tmp_path, key):
 
 
 def test_the_next_best_system_is_one_that_keeps_to_what_was_asked_for():
-    """Three are faster: of the same system, with too many workers, or with too many wrong labels."""
+    """Others are faster: of the same system, with too many workers or too many wrong labels."""
     asked = {"num_queries": 4, "max_workers": 8, "max_extra_work": 1.0, "max_disagreement": 0.1}
 
     def made(system, seconds, num_workers=4, **options):
