@@ -194,3 +194,11 @@ def test_only_models_with_little_to_do_are_compiled_quickly(monkeypatch):
 )
 def test_a_share_has_as_many_digits_as_its_interval_gives_reason_for(half_width, text):
     assert _share(Estimate(0.5, half_width)) == text
+
+
+def test_the_servers_options_are_its_settings():
+    from nercc_jax.cli._serve import command_with_options
+
+    names = {option.name for option in command_with_options().params}
+    assert {"model", "check_answers"} <= names
+    assert not [name for name in names if "completion" in name], "Typer would add two of its own"
