@@ -58,6 +58,21 @@ def test_the_largest_residuals_look_wrong_whatever_the_regression_says():
     assert np.mean(shares) == pytest.approx(0.01, abs=0.003)
 
 
+def test_what_lies_between_the_answers_that_there_are_looks_wrong():
+    """On a circle, at four places: no prediction, size or correlation tells those between them."""
+    random = np.random.default_rng(8)
+
+    def placed(rows, turn):
+        angle = (random.integers(4, size=rows) + turn) * np.pi / 2
+        answers = np.stack([np.cos(angle), np.sin(angle)], axis=1)
+        answers += 0.05 * random.normal(size=answers.shape)
+        return np.zeros((rows, 2), np.float32), np.full(rows, 0.7, np.float32), np.float32(answers)
+
+    check = fit_answer_check(*placed(1000, 0.0), 0.02, labels=False)
+    assert share(check, *placed(ROWS, 0.0)) == pytest.approx(0.02, abs=0.01)
+    assert share(check, *placed(ROWS, 0.5)) > 0.99
+
+
 def test_it_finds_the_same_in_other_units():
     random = np.random.default_rng(7)
     known, fresh = predicted(random, 1000), predicted(random)
