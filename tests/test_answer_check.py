@@ -58,6 +58,45 @@ def test_the_largest_residuals_look_wrong_whatever_the_regression_says():
     assert np.mean(shares) == pytest.approx(0.01, abs=0.003)
 
 
+def test_what_lies_between_the_answers_that_there_are_looks_wrong():
+    """On a circle, at four places: no prediction, size or correlation tells those between them."""
+    random = np.random.default_rng(8)
+
+    def placed(rows, turn):
+        angle = (random.integers(4, size=rows) + turn) * np.pi / 2
+        answers = np.stack([np.cos(angle), np.sin(angle)], axis=1)
+        answers += 0.05 * random.normal(size=answers.shape)
+        return np.zeros((rows, 2), np.float32), np.full(rows, 0.7, np.float32), np.float32(answers)
+
+    check = fit_answer_check(*placed(1000, 0.0), 0.02, labels=False)
+    assert share(check, *placed(ROWS, 0.0)) == pytest.approx(0.02, abs=0.01)
+    assert share(check, *placed(ROWS, 0.5)) > 0.99
+
+
+def test_it_finds_the_same_in_other_units():
+    random = np.random.default_rng(7)
+    known, fresh = predicted(random, 1000), predicted(random)
+    noise = random.normal(size=fresh[2].shape).astype(np.float32)
+    found = []
+    for unit in map(np.float32, (0.01, 1, 100)):
+        check = fit_answer_check(*(unit * each for each in known), 0.02, labels=False)
+        mean, deviation, right = (unit * each for each in fresh)
+        found.append(share(check, mean, deviation, right + unit * noise))
+    assert 0.1 < found[1] < 0.9
+    np.testing.assert_allclose(found, found[1], atol=0.01)
+
+
+def test_answers_that_are_near_in_units_of_the_deviation_never_look_wrong():
+    random = np.random.default_rng(6)
+    check = fit_answer_check(*predicted(random, 1000), 0.01, labels=False)
+    check = dataclasses.replace(check, limit=-np.inf)  # all others do
+    mean, deviation, right = predicted(random)
+    wrong = check.suspicious(mean, deviation, right)
+    ratios = np.mean((right - mean) ** 2, axis=1) / deviation**2
+    assert np.sum(~wrong) > 100
+    assert ratios[~wrong].max() < 1.001 * ratios[wrong].min()
+
+
 @pytest.mark.parametrize("size", [30, 1e3, 1e19, 1e38])
 def test_answers_of_any_size_look_wrong(size):
     """They are far beyond all that the check was fitted to."""

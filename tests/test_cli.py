@@ -10,7 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from nercc_jax.cli._app import app
+from nercc_jax.cli._pictures import _share
 from nercc_jax.cli._process import compile_quickly, start_parallel
+from nercc_jax.evaluation import Estimate
 
 
 def run(*arguments):
@@ -184,3 +186,19 @@ def test_only_models_with_little_to_do_are_compiled_quickly(monkeypatch):
     assert not reported
     compile_quickly(product, x, 10**6)
     assert reported == ["jax_disable_most_optimizations"]
+
+
+@pytest.mark.parametrize(
+    ("half_width", "text"),
+    [(np.nan, "50.0"), (0.0003, "50.0"), (0.01, "50.0 49.0–51.0"), (0.05, "50.0 45–55")],
+)
+def test_a_share_has_as_many_digits_as_its_interval_gives_reason_for(half_width, text):
+    assert _share(Estimate(0.5, half_width)) == text
+
+
+def test_the_servers_options_are_its_settings():
+    from nercc_jax.cli._serve import command_with_options
+
+    names = {option.name for option in command_with_options().params}
+    assert {"model", "check_answers"} <= names
+    assert not [name for name in names if "completion" in name], "Typer would add two of its own"

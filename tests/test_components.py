@@ -145,6 +145,8 @@ def test_tuning_what_is_tuned_changes_nothing_and_what_is_not_a_lot(learner):
     )
     errors = [relative_rmse(predict(one, NEW)[0], model(NEW)) for one in (wide, again)]
     assert float(errors[1]) < 0.5 * float(errors[0])
+    with pytest.raises(ValueError, match="has no labels"):
+        tune_learner(learner, LearnerTuning("labels"))
 
 
 def test_a_server_keeps_what_was_tuned_of_each_component(learner):

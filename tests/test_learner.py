@@ -21,8 +21,8 @@ from nercc_jax.surrogates import (
     tune_learner,
 )
 from nercc_jax.surrogates._host import predictions_on_host
-from nercc_jax.surrogates._tune_kernel import leave_one_out
-from nercc_jax.surrogates._whitening import cholesky_factor
+from nercc_jax.surrogates._tune_kernel import _known, leave_one_out
+from nercc_jax.surrogates._whitening import cholesky_factor, replace_rows, whiten
 
 CAPACITY, B = 48, 6
 RNG = np.random.default_rng(0)
@@ -277,6 +277,21 @@ def test_replaced_rows_cost_no_accuracy():
         assert errors[0] < 1.1 * errors[1]
 
 
+def test_a_whitening_matrix_is_one_of_the_covariances_with_replaced_rows():
+    """Else each update would make a new one, which takes longer."""
+    before, places = np.array(X[:24]), jnp.array([20, 3, 7])
+    after = before.copy()
+    after[places] = X[24:27]
+    old, new = (np.exp(-cdist(x, x, "sqeuclidean") / 2) + 0.1 * np.eye(24) for x in (before, after))
+    with jax.enable_x64(True):
+        whitening, _ = whiten(jnp.asarray(old))
+        replaced, jitter = jax.device_get(
+            replace_rows(whitening, jnp.asarray(new)[:, places], places)
+        )
+    np.testing.assert_allclose(replaced.T @ replaced, np.linalg.inv(new), atol=1e-10)
+    assert jitter == 0
+
+
 def test_left_out_is_left_out():
     x = jnp.asarray(X[:12], float)
     y = model(x)
@@ -416,6 +431,29 @@ def test_a_file_holds_it(tmp_path):
     path.write_bytes(b"no such file")
     with pytest.raises(ValueError, match="is no safetensors file"):
         load_learner(path)
+
+
+def test_a_kernel_is_tuned_on_three_pairs_at_least():
+    learner = init_learner(jnp.asarray(X[:4], float), model(X[:4]), capacity=8)
+    known, _ = _known(learner, np.arange(3), FEW)
+    assert int(known.filled.sum()) == 3
+    with pytest.raises(ValueError, match="2 pairs tell nothing of a kernel: three at least"):
+        _known(learner, np.arange(2), FEW)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"widths": [1.0, -1.0]}, "widths must be positive and finite"),
+        ({"widths": [1.0, np.inf]}, "widths must be positive and finite"),
+        ({"noise": 0.0}, "noise must be positive and finite"),
+        ({"linear": -1.0}, "linear must be 0 or positive and finite"),
+        ({"linear": np.nan}, "linear must be 0 or positive and finite"),
+    ],
+)
+def test_numbers_of_a_kernel_that_make_no_sense(numbers, message):
+    with pytest.raises(ValueError, match=message):
+        Kernel(**{"centre": np.zeros(2), "widths": [1.0, 1.0]} | numbers)
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ from typer.testing import CliRunner
 
 from nercc_jax import NeRCC, Replication, coded_inference, plan
 from nercc_jax.inference import order_points
-from nercc_jax.planning import load_plan
-from nercc_jax.planning._candidates import waits
+from nercc_jax.planning import Plan, load_plan
+from nercc_jax.planning._candidates import make_candidate, waits
 from nercc_jax.planning._codes import Codes, Half
+from nercc_jax.planning._plan import _reason
 from nercc_jax.stragglers import (
     ExponentialLatency,
     LogNormalLatency,
@@ -75,6 +76,9 @@ def test_without_a_tail_nothing_is_done():
     assert found.recommended.system == "uncoded"
     assert found.recommended.extra_work == 0
     assert "nothing is faster" in found.reason
+    screened = [row for row in found.candidates if not row.held_out]
+    assert screened
+    assert not any(map(found.feasible, screened)), "they were measured on what they were chosen by"
 
 
 def test_with_a_heavy_tail_and_a_tight_budget_a_code_is_best(coded):
@@ -383,6 +387,45 @@ def test_laws_of_stragglers_and_traces(tmp_path, key):
     for wrong in ("lognormal:1", "normal:1:2", "trace", "pareto:a:b", "lognormal"):
         with pytest.raises(ValueError, match="--latency must be lognormal:MEDIAN:SIGMA"):
             latency_law(wrong)
+
+
+def test_the_next_best_system_is_one_that_keeps_to_what_was_asked_for():
+    """Others are faster: of the same system, with too many workers or too many wrong labels."""
+    asked = {"num_queries": 4, "max_workers": 8, "max_extra_work": 1.0, "max_disagreement": 0.1}
+
+    def made(system, seconds, num_workers=4, **options):
+        return make_candidate(system, 4, num_workers, 4, 0.0, times=np.full(1, seconds), **options)
+
+    best = made("replication", 0.1, num_workers=8)
+    others = [
+        made("replication", 0.12),
+        made("too large", 0.11, num_workers=16),
+        made("too wrong", 0.11, exact=False, most_disagreement=0.2),
+        made("hedged", 0.3),
+        made("uncoded", 0.5),
+    ]
+    assert "system within the budget, hedged, takes 300 ms" in _reason(best, [best, *others], asked)
+    assert "nothing else keeps to the budget" in _reason(best, [best, *others[:3]], asked)
+
+
+def test_a_plan_says_how_it_is_carried_out():
+    from nercc_jax.cli._plan_report import plan_words
+
+    def words(*numbers, **options):
+        row = make_candidate("a system", *numbers, times=np.ones(1), **options)
+        about = {"held_out_points": 8, "straggler_sets": 9, "seconds": 1}
+        return plan_words(Plan((), row, "it is fast", None, {}, about), "digits")
+
+    coded = words(4, 6, 5, 0.1, points="chebyshev")
+    assert coded.startswith("recommended: it is fast\ndecode when 5 of 6 workers have answered")
+    assert "before 100 ms" in coded
+    assert "again" not in coded
+    assert "; send again what has no answer" in words(4, 4, 4, 0.0, limit=0.0)
+    assert "error probability above 0.2" in words(4, 6, 5, 0.1, limit=0.2)
+    assert "decode" not in words(4, 4, 4, 0.0)
+    hedged = words(4, 4, 4, 0.0, copies=2, hedge_after=0.1)
+    assert "\nsend up to 2 copies, 1 further after every 100 ms" in hedged
+    assert "decode" not in hedged
 
 
 @pytest.mark.parametrize(

@@ -29,12 +29,12 @@ def smooth(rows):
     return np.concatenate([np.sin(3 * rows), np.cos(2 * rows)], axis=1)
 
 
-def run_checked(*faults, num_workers=8, **options):
+def run_checked(*faults, num_workers=8, function=smooth, **options):
     def make(function, number, **others):
         return DevicePool(function, number, faults=Faults(faults, seed=3), **others)
 
     options = {"tolerance": 0.0, "check_answers": 0.05, "rows_per_call": 4} | options
-    return run_rows(smooth, ROWS, make, num_workers=num_workers, **options)
+    return run_rows(function, ROWS, make, num_workers=num_workers, **options)
 
 
 @pytest.mark.slow
@@ -49,6 +49,33 @@ def test_rows_of_wrong_workers_are_computed_by_others(quick_fit):
     assert result.summary["corrected"] > 0
     # A quarter may be fenced, so both may be.
     assert set(result.summary["fenced"]) | set(result.summary["not_fenced"]) <= {"1", "5"}
+
+
+@pytest.mark.parametrize("looks_wrong", [0, 1])
+def test_what_came_in_one_call_with_an_outvoted_answer_is_computed_by_others(
+    monkeypatch, looks_wrong
+):
+    """One call of one worker is wrong, and only one of its two rows looks so."""
+    pair = np.random.default_rng(0).permutation(600)[400:402]  # rows that are sent together
+    struck = []
+
+    def wrong_once(rows):
+        if np.array_equal(rows, ROWS[pair]) and not struck:
+            struck.append(True)
+            return smooth(rows) + 1
+        return smooth(rows)
+
+    def look_wrong(self, rows, values):
+        wrong = np.abs(values - smooth(ROWS[rows])).max(axis=1) > 0.1
+        return wrong & (rows == pair[looks_wrong]), np.ones(len(rows), bool)
+
+    monkeypatch.setattr(RowLearner, "look_wrong", look_wrong)
+    monkeypatch.setattr(RowLearner, "begin", lambda *_: None)
+    result = run_checked(function=wrong_once, rows_per_call=2, seed=0)
+    assert struck
+    np.testing.assert_allclose(result.values, smooth(ROWS), rtol=1e-12)
+    assert result.summary["fenced"] == result.summary["not_fenced"] == {}, "two are too few"
+    assert (result.summary["corrected"], result.summary["checked"]) == (2, 600)
 
 
 @pytest.mark.slow
@@ -190,6 +217,31 @@ def test_what_was_found_right_is_looked_at_again_when_somebody_is_accused():
     assert not checks.checked[9]
     assert checks.checked[1:8].all(), "two gave them that nobody accuses"
     assert checks.recheck(np.array([9]), np.array([[5.0]]), np.ones(1, bool)).tolist() == [9]
+
+
+def test_an_outvoted_answer_casts_doubt_on_what_its_giver_alone_gave_in_that_call():
+    checks, values = checks_of(5), np.arange(10.0)[:, None]
+    for worker in range(3):
+        answers(checks, worker, [worker], values[[worker]])
+        answers(checks, 3, [worker], values[[worker]])
+    assert answers(checks, 0, [3, 4, 5], values[3:6])[0].all()
+    assert answers(checks, 0, [6], values[[6]])[0].all()
+    assert len(checks.doubt_calls(values)) == 0
+    # It is known later that two of them look wrong: one is right, the other is outvoted.
+    checks.recheck(np.array([3, 5]), values[[3, 5]], ALL[:2])
+    assert answers(checks, 1, [5], values[[5]])[0].all()
+    assert not answers(checks, 1, [3, 7], [[8.0], [7.0]])[0].all()
+    assert len(checks.doubt_calls(values)) == 0, "it is open who is wrong"
+    assert answers(checks, 2, [3, 8], [[8.0], [8.0]])[0].all()
+    assert checks.doubt_calls(values).tolist() == [4]
+    assert checks.in_doubt(np.arange(10)).tolist() == [row == 4 for row in range(10)]
+    assert len(checks.doubt_calls(values)) == 0, "once"
+    assert answers(checks, 1, [4], [[4.0]])[0].all(), "both gave the same"
+    # One that is outvoted by the answers before and after its own: the rest of its call, too.
+    answers(checks, 2, [9], [[9.0]], ALL)
+    assert answers(checks, 3, [9, 0], [[-1.0], [0.0]])[0].tolist() == [False, True]
+    assert answers(checks, 1, [9], [[9.0]])[0].all()
+    assert checks.doubt_calls(values).tolist() == [0]
 
 
 def test_what_two_workers_gave_stays_though_one_is_fenced():

@@ -335,6 +335,13 @@ def test_the_result_is_what_coded_inference_makes_of_the_workers_that_responded(
     np.testing.assert_array_equal(rows["predicted"], rows["predictions"].argmax(axis=1))
 
 
+def test_the_speed_leaves_out_the_first_batch_which_waits_for_the_compiler():
+    counts = command._Counts(batches=3, rows=30, seconds=7.0, first=(5.0, 10))
+    assert counts.speed == 10.0
+    counts = command._Counts(batches=1, rows=10, seconds=5.0, first=(5.0, 10))
+    assert counts.speed == 2.0, "it is the only one"
+
+
 def test_batches_go_over_the_data_again(tmp_path):
     path = tmp_path / "result.csv"
     result = run(*SMALL, "--batches", "5", "--output", str(path))

@@ -109,6 +109,14 @@ def test_what_is_uncertain_becomes_the_models_own(key):
     assert reexecute(model, x, assessed, limit=1.0) is assessed
 
 
+def test_what_lies_above_the_limit_is_selected_the_most_uncertain_first():
+    error_probability = np.array([0.1, 0.5, 0.0, 0.2])
+    assert select_uncertain(error_probability).tolist() == [1, 3, 0]
+    assert select_uncertain(error_probability, limit=0.1).tolist() == [1, 3]
+    assert select_uncertain(error_probability, limit=0.1, at_most=1).tolist() == [1]
+    assert select_uncertain(error_probability, at_most=0).tolist() == []
+
+
 def test_without_any_answer_all_is_executed_again(key):
     error_probability = calibrate_error_probability(model, CODE, points(2, 20), LAWS, key=key)
     x = points(4)

@@ -80,6 +80,14 @@ def row(probability=0.01, *, wrong=False, bound=0.0, excess=0.0):
     return StragglerRow(probability, bound, wrong, excess)
 
 
+def test_an_answer_misses_the_target_by_its_label_or_by_its_error():
+    wrong, excess = np.array([False, False, True]), np.array([1.0, 1.1, 0.5])
+    assert AccuracyTarget(None, None).missed(wrong, excess).tolist() == [False] * 3
+    assert AccuracyTarget(0.1, None).missed(wrong, excess).tolist() == [False, True, False]
+    assert AccuracyTarget(None, 0.1).missed(wrong, excess).tolist() == [False, False, True]
+    assert AccuracyTarget(0.1, 0.1).missed(wrong, excess).tolist() == [False, True, True]
+
+
 def test_nothing_is_given_out_without_evidence_on_stragglers():
     risk = StragglerRisk(LABELS, needs_evidence=True)
     assert risk.needed == 14

@@ -2,23 +2,32 @@
 
 A row whose answer is suspicious has no value until another worker has given the same one, or a
 third has decided. What came before anything was known is looked at later, and taken back where it
-looks wrong. An answer of a worker that is accused by now counts for nothing: what no other worker
-gave is computed again, and all that was found to look right while its answers calibrated the check
-is looked at again.
+looks wrong. What came in one call with an answer that was outvoted is in doubt, however it looks.
+An answer of a worker that is accused by now counts for nothing: what no other worker gave is
+computed again, and all that was found to look right while its answers calibrated the check is
+looked at again.
 """
 
-from typing import Any
+import itertools
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from ._answer_checks import AnswerChecks
+from ._answer_checks import AnswerChecks, Verdict
 from ._backend import PoolReport
 from ._pool import AbstractPool
 
 _FIRST = 1  # rows of each worker that another computes, too: the rest is looked at later
 _MOST = 5  # workers that compute a row until two agree: where none do, the function is random
 _NOBODY = -1
+
+
+class _Answer(NamedTuple):
+    """An answer to a row in doubt, and the number of the call that it came in."""
+
+    value: np.ndarray
+    call: int
 
 
 class RowChecks:
@@ -50,7 +59,10 @@ class RowChecks:
         # The workers that gave a row's value, twice the same if it was one; nobody if it has none,
         # or an earlier run gave it.
         self._givers = np.full((num_rows, 2), _NOBODY)
-        self._answers: dict[int, dict[int, np.ndarray]] = {}  # to rows in doubt, by worker
+        self._calls = np.full((num_rows, 2), _NOBODY)  # the calls that these values came in
+        self._numbers = itertools.count()  # of calls
+        self._outvoted: set[int] = set()  # calls with a wrong answer, the rest of which is trusted
+        self._answers: dict[int, dict[int, _Answer]] = {}  # to rows in doubt, by worker
         self._came_first: dict[int, np.ndarray] = {}
         self.checked = np.zeros(num_rows, bool)
         self.suspicious = self.corrected = 0
@@ -86,25 +98,34 @@ class RowChecks:
         Returns:
             Which rows have a value now, and the values; another worker is to compute the others.
         """
-        given, values = np.zeros(len(rows), bool), values.copy()
+        given, values, call = np.zeros(len(rows), bool), values.copy(), next(self._numbers)
         if worker in self._fenced:  # what it answers was sent before it was
             return given, values
         doubted = self.in_doubt(rows)
         for place in np.flatnonzero(doubted).tolist():
             row = int(rows[place])
-            self._answers[row].setdefault(worker, values[place].copy())
-            verdict = self._checks.compare(None, self._answers[row])
+            answers = self._answers[row]
+            answers.setdefault(worker, _Answer(values[place].copy(), call))
+            found = {each: answer.value for each, answer in answers.items()}
+            verdict = self._checks.compare(None, found)
             if verdict is not None:
-                del self._answers[row]
                 values[place], given[place] = verdict.value, True
-                self._givers[row], self.checked[row] = verdict.givers, True
+                self._settle(row, verdict)
         fresh = np.flatnonzero(~doubted)
-        held = self._screen(worker, rows[fresh], values[fresh], looks_wrong[fresh])
+        held = self._screen(worker, call, rows[fresh], values[fresh], looks_wrong[fresh])
         given[fresh] = ~held
-        self._givers[rows[fresh[~held]]] = worker
+        self._givers[rows[fresh[~held]]], self._calls[rows[fresh[~held]]] = worker, call
         self.checked[rows[fresh[known[fresh] & ~held]]] = True
         self._count_corrected(rows[given], values[given])
         return given, values
+
+    def _settle(self, row: int, verdict: Verdict) -> None:
+        """End the doubt of a row, and note the calls in which other answers to it came."""
+        answers = self._answers.pop(row)
+        self._givers[row], self.checked[row] = verdict.givers, True
+        self._calls[row] = [answers[giver].call for giver in verdict.givers]
+        if verdict.agreed:
+            self._outvoted |= {answer.call for answer in answers.values()} - {*self._calls[row]}
 
     def _count_corrected(
         self, rows: Int[np.ndarray, " some"], values: Float[np.ndarray, "some ..."]
@@ -125,14 +146,16 @@ class RowChecks:
             The rows whose values are to be taken back.
         """
         for place in np.flatnonzero(looks_wrong).tolist():
-            giver = int(self._givers[rows[place], 0])  # the only one: of two none is looked at
-            self._doubt(int(rows[place]), giver, values[place])
+            row = int(rows[place])
+            # The only giver: of two none is looked at.
+            self._doubt(row, int(self._givers[row, 0]), int(self._calls[row, 0]), values[place])
         self.checked[rows[~looks_wrong]] = True
         return rows[looks_wrong]
 
     def _screen(
         self,
         worker: int,
+        call: int,
         rows: Int[np.ndarray, " some"],
         values: Float[np.ndarray, "some ..."],
         looks_wrong: Bool[np.ndarray, " some"],
@@ -142,15 +165,33 @@ class RowChecks:
         if worker in self._accused:
             held = np.ones(len(rows), bool)
         for place in np.flatnonzero(held).tolist():
-            self._doubt(int(rows[place]), worker, values[place])
+            self._doubt(int(rows[place]), worker, call, values[place])
         return held
 
-    def _doubt(self, row: int, worker: int, value: np.ndarray) -> None:
+    def _doubt(self, row: int, worker: int, call: int, value: np.ndarray) -> None:
         value = value.copy()
         self._came_first.setdefault(row, value)
-        self._answers[row] = {} if worker == _NOBODY else {worker: value}
-        self._givers[row], self.checked[row] = _NOBODY, False
+        self._answers[row] = {} if worker == _NOBODY else {worker: _Answer(value, call)}
+        self._givers[row] = self._calls[row] = _NOBODY
+        self.checked[row] = False
         self.suspicious += 1
+
+    def doubt_calls(self, values: Float[np.ndarray, "rows ..."]) -> Int[np.ndarray, " few"]:
+        """Doubt what came in one call with an answer that was outvoted since the last call.
+
+        Args:
+            values: The values of all rows.
+
+        Returns:
+            The rows whose values are to be taken back.
+        """
+        if not self._outvoted:
+            return np.zeros(0, int)
+        rows = np.flatnonzero(np.isin(self._calls, list(self._outvoted)).all(axis=1))
+        for row in rows.tolist():
+            self._doubt(row, int(self._givers[row, 0]), int(self._calls[row, 0]), values[row])
+        self._outvoted.clear()
+        return rows
 
     def follow_fences(
         self, computed: Bool[np.ndarray, " rows"], values: Float[np.ndarray, "rows ..."] | None
@@ -179,7 +220,7 @@ class RowChecks:
     ) -> Int[np.ndarray, " few"]:
         """Forget the answers of workers; return the computed rows that nobody else gave."""
         for row, given in list(self._answers.items()):
-            kept = {worker: value for worker, value in given.items() if worker not in accused}
+            kept = {worker: answer for worker, answer in given.items() if worker not in accused}
             self._answers[row] = kept
             if given and not kept:
                 del self._answers[row]  # as if nobody had computed it
@@ -190,7 +231,8 @@ class RowChecks:
         self.suspicious += len(rows)
         one = wrong[:, :1] != wrong[:, 1:]  # of the two that gave a row's value
         self._givers = np.where(one & wrong, self._givers[:, ::-1], self._givers)
-        self._givers[rows] = _NOBODY
+        self._calls = np.where(one & wrong, self._calls[:, ::-1], self._calls)
+        self._givers[rows] = self._calls[rows] = _NOBODY
         self.checked &= self._givers[:, 0] != self._givers[:, 1]
         return rows
 

@@ -333,9 +333,8 @@ class _RowRun:
         if (why := self._refusal(call, values)) is not None or values is None:
             self._fail(call, why)
             return
-        rows, fresh = call.rows, ~self._table.exact[call.rows]
-        if not fresh.all():
-            rows, values = rows[fresh], values[fresh]
+        fresh = ~self._table.exact[call.rows]
+        rows, values = call.rows[fresh], values[fresh]
         if len(rows) and self._checks is not None:
             rows, values = self._screen(call.worker, rows, values)
         if len(rows):
@@ -373,6 +372,8 @@ class _RowRun:
         if rows is not None:
             self._learner.forget_check()
             self._take_back(rows)
+        if self._table.predictions is not None:
+            self._take_back(self._checks.doubt_calls(self._table.predictions))
 
     def _recheck(self) -> None:
         """Take back what the learner found to look wrong among earlier values."""
@@ -381,9 +382,8 @@ class _RowRun:
             return
         still = self._table.exact[checked.rows] & ~checks.checked[checked.rows]
         rows = checked.rows[still]
-        self._take_back(
-            checks.recheck(rows, self._table.predictions[rows], checked.looks_wrong[still])
-        )
+        wrong = checks.recheck(rows, self._table.predictions[rows], checked.looks_wrong[still])
+        self._take_back(wrong)
 
     def _take_back(self, rows: Int[np.ndarray, " few"]) -> None:
         """Treat rows in doubt as if they had no values, until other workers have computed them."""

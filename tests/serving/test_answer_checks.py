@@ -181,16 +181,23 @@ class Doubled:
         return np.any(own != 2 * self._x[rows], axis=1)
 
 
-def screen_of(predictor):
-    """Return a screen of two workers that are trusted, and five queries."""
-    checks = AnswerChecks(2, 0.5, None, lambda what, number: None)
+def screen_of(predictor, num_workers=2, queries=1):
+    """Return a screen of workers that are trusted, and five queries that were sent to them."""
+    checks = AnswerChecks(num_workers, 0.5, None, lambda what, number: None)
     for _ in range(4):
         checks.compare(None, {0: np.ones(1), 1: np.ones(1)})
-    pool = SimulatedPool(np.tanh, 2, seconds=lambda size: 0.1)
+    pool = SimulatedPool(np.tanh, num_workers, seconds=lambda size: 0.1)
     events = EventQueue(pool.clock, "nercc-test", lambda: np.inf)
     screen = AnswerScreen(checks, predictor.expect, pool, events, lambda what, number: None)
     x = np.arange(10.0).reshape(5, 2)
-    return screen, Request(x, np.zeros((5, 2)), 0.0, 10.0, False).queries, 2 * x
+    requests = [
+        Request(part, np.zeros_like(part), 0.0, 10.0, False)
+        for part in np.split(x, range(queries, 5, queries))
+    ]
+    sent = [query for request in requests for query in request.queries]
+    for query in sent:
+        query.waiting = False
+    return screen, sent, 2 * x
 
 
 def test_queries_that_are_sent_together_are_predicted_together_and_once():
@@ -217,6 +224,91 @@ def test_answers_are_checked_if_nothing_was_known_when_their_queries_were_sent()
     predictor.ready = True
     answers[3] += 1
     assert screen.receive(0, queries[2:], answers[2:])[:2] == ([0, 2], [queries[3]])
+
+
+def test_an_answer_waits_only_for_others_to_its_own_request():
+    screen, queries, answers = screen_of(Doubling(), 3, queries=2)
+    given = answers.copy()
+    given[3] += 1
+    rows, again, settled = screen.receive(0, queries, given)
+    assert (rows, again, settled) == ([0, 1, 4], [queries[3]], [])
+    assert screen.release() == []
+    (settled,) = screen.receive(1, [queries[3]], given[[3]])[2]
+    assert settled.verdict.agreed, "it was right"
+    assert screen.release() == []
+    queries[3].done = True
+    (settled,) = screen.release()
+    assert settled.query is queries[2]
+    assert not settled.suspicious
+    np.testing.assert_array_equal(settled.verdict.value, answers[2])
+    assert screen.release() == [], "once"
+
+
+def test_an_answer_that_waits_goes_out_when_the_one_in_doubt_has_ended_elsewhere():
+    screen, queries, answers = screen_of(Doubling(), 3, queries=2)
+    answers[0] += 1
+    assert screen.receive(0, queries[:2], answers[:2])[0] == []
+    queries[0].done = True  # by a prediction, for example
+    assert [each.query for each in screen.release()] == [queries[1]]
+
+
+def test_an_answer_that_waits_is_compared_if_another_worker_answers():
+    """Its query had been sent to two at once; nobody confirms either before the deadline."""
+    screen, queries, answers = screen_of(Doubling(), 3, queries=2)
+    answers[0] += 1
+    screen.receive(0, queries[:2], answers[:2])
+    rows, again, settled = screen.receive(1, queries[1:2], answers[1:2] + 1)
+    assert (rows, again, settled) == ([], [queries[1]], [])
+    queries[0].done = True
+    assert screen.release() == []
+    due = {each.query: each.suspicious for each in screen.pop_due(9.5)}
+    assert due == {queries[1]: True}
+
+
+class FirstOnly(Doubling):
+    """Knows the answers only to queries whose first number is positive."""
+
+    def expect(self, x):
+        return [Expectation(FirstKnown(np.stack(x)), row) for row in range(len(x))]
+
+    def __init__(self):
+        super().__init__()
+        self.learned = []
+
+    def add_answer(self, x, own):
+        self.learned.append((x, own))
+
+
+class FirstKnown(Doubled):
+    def suspicious(self, rows, own):
+        x = self._x[rows]
+        return np.any(own != 2 * x[:, :3], axis=1) & (x[:, 0] > 0)
+
+
+def send_requests(traffic, number):
+    """Send requests of four queries at once, the first of which is known; return the replies."""
+    x = traffic.random.uniform(0.5, 1, (number, 4, 4)).astype(np.float32)
+    x[:, 1:, 0] *= -1
+    futures = [traffic.batcher.submit(each, deadline=10.0) for each in x]
+    traffic.clock.run(traffic.clock.now() + 30.0)
+    return x, [future.result(0) for future in futures]
+
+
+def test_the_rest_of_a_request_that_came_with_an_outvoted_answer_is_computed_by_others():
+    """All answers of one call are wrong, of which only the first looks so."""
+    policy = BatchingPolicy(max_disagreement=0.1, check_answers=0.01, max_batch_size=4)
+    options = {"share": 0.0, "num_workers": 4, "model": lambda x: 2 * x[:, :3]}
+    bias = Faults([Fault("bias", workers=(1,), calls=(6,))])
+    predictor = FirstOnly()
+    traffic = Traffic(predictor, policy, faults=bias, **options)
+    x, replies = send_requests(traffic, 40)
+    values = np.stack([reply.values for reply in replies])
+    np.testing.assert_array_equal(values, 2 * x[:, :, :3])
+    assert not any(reply.suspicious.any() for reply in replies)
+    assert traffic.observed["check_wrong"] == 4
+    learned, own = map(np.stack, zip(*predictor.learned, strict=True))
+    assert len(learned) == 160
+    np.testing.assert_array_equal(own, 2 * learned[:, :3])
 
 
 def test_requests_of_several_queries_get_all_their_answers():

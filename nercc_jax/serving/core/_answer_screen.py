@@ -4,8 +4,12 @@ Which answers these are, and which workers are fenced, is decided by `AnswerChec
 file has the queries that wait for it. A query that is held back goes out again at once, to another
 worker; where the two differ, to a third. At most three workers compute it. Shortly before its
 deadline an answer goes out as it is, and the reply says so.
+
+Other answers that came in the same call to the same request wait as well, which delays no reply. If
+one of the call is outvoted, they are computed again, too.
 """
 
+import dataclasses
 import heapq
 import itertools
 import math
@@ -38,10 +42,30 @@ class Audit(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """A query that was held back, and the answer that is to be given out."""
+    """A query that was held back, the answer that is to be given out, and whether to doubt it."""
 
     query: Query
     verdict: Verdict
+    suspicious: bool
+
+
+@dataclasses.dataclass
+class _Call:
+    """A worker's answers in doubt, and others of the same call that wait for what becomes of them.
+
+    Attributes:
+        worker: the worker.
+        doubted: the queries whose answers are in doubt.
+        others: queries of the same requests.
+    """
+
+    worker: int
+    doubted: list[Query]
+    others: list[Query]
+
+    def awaited(self, query: Query) -> bool:
+        """Return whether a query's request waits for one whose answer is in doubt."""
+        return any(each.request is query.request and not each.done for each in self.doubted)
 
 
 class AnswerScreen:
@@ -69,6 +93,7 @@ class AnswerScreen:
         self._fenced: frozenset[int] = frozenset()
         self._budget = Budget(_MOST)
         self._budget.earn(_FIRST)
+        self._calls: list[_Call] = []
         self._due: list[tuple[float, int, Query]] = []
         self._numbers = itertools.count()
         self._look_at = -math.inf
@@ -107,6 +132,8 @@ class AnswerScreen:
                 # One that stands in the queue will be computed once more anyway.
                 if verdict is not None or not queries[row].waiting:
                     verdicts.append((queries[row], verdict))
+                if verdict is not None and verdict.agreed:
+                    verdicts += self._doubt_calls(queries[row], verdict)
             values, queries = values[fresh], [queries[row] for row in fresh]
         self._budget.earn(len(queries))
         suspicious = self._screen(worker, queries, values)
@@ -114,11 +141,16 @@ class AnswerScreen:
             for place in np.flatnonzero(suspicious).tolist():
                 query = queries[place]
                 verdicts.append((query, self._doubt(worker, query, values[place])))
-            found = set(itertools.compress(fresh, suspicious))
+            waits = self._wait(worker, queries, values, suspicious)
+            found = set(itertools.compress(fresh, suspicious | waits))
             rows = [row for row in rows if row not in found]
         self._follow_fences()
         again = [query for query, verdict in verdicts if verdict is None]
-        settled = [Settled(query, verdict) for query, verdict in verdicts if verdict is not None]
+        settled = [
+            Settled(query, verdict, not verdict.agreed)
+            for query, verdict in verdicts
+            if verdict is not None
+        ]
         return rows, again, settled
 
     def pop_due(self, now: float) -> list[Settled]:
@@ -136,7 +168,19 @@ class AnswerScreen:
         verdict = self._checks.compare(query.x, query.candidates, last=True)
         assert verdict is not None
         self._observe("check_agreed" if verdict.agreed else "check_open", 1)
-        return Settled(query, verdict)
+        return Settled(query, verdict, not verdict.agreed)
+
+    def release(self) -> list[Settled]:
+        """Return the queries that waited for others, which have their answers now."""
+        found = []
+        for call in self._calls:
+            free = [query for query in call.others if not call.awaited(query)]
+            call.others = [query for query in call.others if call.awaited(query)]
+            for query in filter(_waits, free):
+                verdict = Verdict(query.candidates[call.worker], (call.worker, call.worker))
+                found.append(Settled(query, verdict, suspicious=False))
+        self._calls = [call for call in self._calls if call.others]
+        return found
 
     def look(self, now: float) -> None:
         """Send audits to fenced workers, once a second while there are any."""
@@ -172,7 +216,9 @@ class AnswerScreen:
         """Compare another answer to a query that is held back."""
         query.candidates.setdefault(worker, np.array(value))
         verdict = self._checks.compare(query.x, query.candidates)
-        if verdict is not None:
+        if verdict is None:
+            self._keep_due(query)
+        else:
             self._observe("check_agreed" if verdict.agreed else "check_open", 1)
         return verdict
 
@@ -180,14 +226,46 @@ class AnswerScreen:
         """Hold an answer back; return it as it is where the budget does not allow that."""
         if self._budget.affords():
             self._budget.spend()
-            self._hold(query, worker, value)
+            self._observe("check_again", 1)
+            query.candidates = {worker: np.array(value)}
+            self._keep_due(query)
             return None
         self._observe("check_open", 1)
         return Verdict(value, (worker, worker))
 
-    def _hold(self, query: Query, worker: int, value: np.ndarray) -> None:
-        self._observe("check_again", 1)
-        query.candidates = {worker: np.array(value)}
+    def _wait(
+        self,
+        worker: int,
+        queries: Sequence[Query],
+        values: np.ndarray,
+        suspicious: Bool[np.ndarray, " queries"],
+    ) -> Bool[np.ndarray, " queries"]:
+        """Have answers wait whose requests wait for answers of the same call; return which do."""
+        doubted = [query for query in itertools.compress(queries, suspicious) if query.candidates]
+        call = _Call(worker, doubted, [])
+        # One that stands in the queue was late, and would be computed again without need.
+        waits = np.array([call.awaited(each) and not each.waiting for each in queries])
+        waits &= ~suspicious
+        for place in np.flatnonzero(waits).tolist():
+            queries[place].candidates = {worker: np.array(values[place])}
+            call.others.append(queries[place])
+        if call.others:
+            self._calls.append(call)
+        return waits
+
+    def _doubt_calls(self, query: Query, verdict: Verdict) -> list[tuple[Query, Verdict | None]]:
+        """Doubt what waits for an answer that was outvoted."""
+        found = []
+        for call in self._calls:
+            if query in call.doubted and call.worker not in verdict.givers:
+                others, call.others = call.others, []
+                for each in filter(_waits, others):
+                    value = each.candidates[call.worker]
+                    found.append((each, self._doubt(call.worker, each, value)))
+        return found
+
+    def _keep_due(self, query: Query) -> None:
+        """Include a query in `pop_due`."""
         request = query.request
         due = request.arrived + (1 - _LEFT) * request.deadline
         heapq.heappush(self._due, (due, next(self._numbers), query))
@@ -205,6 +283,11 @@ class AnswerScreen:
         )
         self._audits[worker] = batch
         self._pool.send(batch, [0], [x[None]], only=worker)
+
+
+def _waits(query: Query) -> bool:
+    """Return whether a query of a call still waits for others: nobody else has answered it."""
+    return not query.done and len(query.candidates) == 1
 
 
 def _suspicious(

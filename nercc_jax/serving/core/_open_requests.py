@@ -142,8 +142,9 @@ class OpenRequests:
                 continue
             self._queue.discard(query)
             group = query.leave_group()
-            # The answer to a resent query did not come from its first group, which may be over now.
-            if query.reexecuted and group is not None:
+            # The answer to a query that was sent again, or held back, does not come from its first
+            # group right now, which may be over.
+            if (query.reexecuted or query.candidates) and group is not None:
                 groups.append(group)
             rows.setdefault(query.request, []).append(row)
         for request, own in rows.items():

@@ -305,6 +305,8 @@ class QueryScheduler:
         filling = self._dispatcher.filling
         if self._open.closing and filling is not None:
             self._guard(self._decide, filling, now, concerned=filling)
+        if self._screen is not None:  # after all that may have ended a query in this turn
+            self._settle(self._screen.release(), now)
 
     def _dispatch(self, now: float) -> None:
         self._dispatch_due = math.inf
@@ -374,11 +376,10 @@ class QueryScheduler:
 
     def _settle(self, settled: Sequence[Settled], now: float) -> None:
         """Give out answers that were held back."""
-        for query, verdict in settled:
+        for query, verdict, suspicious in settled:
             number = max(len(query.candidates), 1)
-            if verdict.agreed:
+            if not suspicious:
                 self._learn(query, verdict.value)
-            suspicious = not verdict.agreed
             answer = Answer(verdict.value[None], "exact", number, number, suspicious=suspicious)
             self._revisit(self._open.answer([query], answer, now))
 
