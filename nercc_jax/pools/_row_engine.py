@@ -205,7 +205,7 @@ class _RowRun:
         self._offered = 0  # of them, those that the learner was last offered
         self._known = np.zeros(len(x), bool)  # rows that need not be computed, as things are
         if parts is not None and (path := parts.kept(_LEARNER)) is not None:
-            self._learner.resume(load_fitted(path), np.flatnonzero(~table.done))
+            self._learner.resume(load_fitted(path), table)
 
     def carry_out(
         self, kept: dict[str, Any], on_progress: Callable[[RowProgress], Any] | None
