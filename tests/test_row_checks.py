@@ -319,7 +319,7 @@ def made_with(check):
     fitted = FittedScheme(Scheme(row_code()), 6)
     rows, nothing = np.arange(6), np.zeros(6, bool)
     checked = CheckedRows(rows[:3], nothing[:3], check)
-    estimate = np.zeros((6, 1), np.float32), np.ones(6), nothing, rows[:0]
+    estimate = np.zeros((6, 1), np.float32), np.ones(6), np.ones(6), nothing, rows[:0]
     return RowEstimates(rows, *estimate, fitted, checked=checked)
 
 

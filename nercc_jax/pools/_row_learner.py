@@ -53,9 +53,9 @@ LEARNER_THREAD = "nercc-learner"  # for which the end of a process waits
 _FIRST = 96  # rows of the first fit
 _PART = 1 << 22  # numbers that are brought into the learner's units together
 _SHARE = 0.5  # of the time that learning may take
-# One in so many of the late rows that came, those that the learner knows best, calibrates the bars of
-# others. The least certain rows come first, and a row that is left out leaves a larger gap in them
-# than there is around rows that still wait.
+# One in so many of the late rows that came, those that the learner knows best, calibrates others'
+# bars. The least certain rows come first, and one that is left out leaves a larger gap than there
+# is around rows that still wait.
 _BEST = 3
 _BLATANT = 0.25  # of the answers that may look wrong: those with the largest residuals
 
