@@ -508,9 +508,7 @@ def estimates(mean, deviation, audited):
     bars = ErrorBars(coverages=jnp.ones(1), factors=jnp.full(1, np.inf))
     fitted = FittedScheme(Scheme(row_code(), bars=bars), 200)
     rows, nothing = np.arange(len(mean)), np.zeros(len(mean), bool)
-    return RowEstimates(
-        rows, mean, deviation, deviation, nothing, rows[:0], fitted, None, audited
-    )
+    return RowEstimates(rows, mean, deviation, deviation, nothing, rows[:0], fitted, None, audited)
 
 
 @pytest.mark.parametrize(("open_rows", "fewest", "most"), [(100, 600, 600), (0, 24, 511)])
@@ -552,6 +550,51 @@ def test_bars_are_those_of_the_latest_learner_on_all_audits():
     ratios = np.concatenate([error[:60] / 0.1, error[60:] / 0.05])
     expected = np.sort(ratios[:, 0])[int(np.ceil(101 * 0.9)) - 1] * 0.1
     np.testing.assert_allclose(learner.score(rest), expected, rtol=1e-4)
+
+
+def learner_of_a_line(rows):
+    """One that expects 0 +- 0.1 of rows on a line, and has seen thirty audits within 0.01."""
+    x = np.linspace(0, 1, rows)[:, None]
+    audits = np.arange(rows) % 2 == 0
+    learner = RowLearner(AccuracyTarget(10.0, None, 0.9), x, audits)
+    learner._made.append(estimates(np.zeros((rows, 1), np.float32), np.full(rows, 0.1), None))
+    assert learner.look()
+    learner.compare(np.arange(0, 60, 2), np.full((30, 1), 0.01), late=False)
+    return learner
+
+
+def test_bars_of_late_rows_are_those_of_late_rows_that_were_known_as_well():
+    learner, random = learner_of_a_line(400), np.random.default_rng(1)
+    plain, ratio = random.permutation(90) + 1.0, random.uniform(1, 2, 90)
+    ratio[plain > 30] += 5  # those that were known least
+    late = np.arange(100, 190)
+    learner.deviation[late], learner._plain[late] = 0.1, plain
+    learner.compare(late, 0.1 * ratio[:, None], late=True)
+    expected = np.sort(ratio[plain <= 30])[int(np.ceil(31 * 0.9)) - 1]
+    rest = np.arange(300, 400)
+    np.testing.assert_allclose(learner.score(rest, late=True), 0.1 * expected, rtol=1e-4)
+    np.testing.assert_allclose(learner.score(rest), 0.01, rtol=1e-4, err_msg="other rows")
+
+
+def test_a_run_does_not_end_by_bars_of_quick_rows_where_rows_nearby_came_late():
+    """However old the latest estimate is, which knew of no late row."""
+    x, table = np.linspace(0, 1, 200)[:, None], RowTable(200)
+    made = estimates(x.astype(np.float32), np.full(200, 0.1), None)
+    with PoolOnPaper(ScriptedBackend(), 4) as pool:
+        run = _RowRun(pool, x, RowSettings(tolerance=0.5), table, None)
+        run._learner._made.append(made)
+        assert run._learner.look()
+        run._queue.waiting = np.zeros(0, int)
+        known = np.arange(0, 200, 2)
+        run._audits[known] = True
+        for late, error in ((False, 0.01), (True, 2.0)):
+            rows = known[(known > 150) == late]
+            run._late[rows] = late
+            run._learner.compare(rows, x[rows] + error, late)
+            table.add(rows, x[rows], *np.zeros((2, len(rows))), exact=True)
+        assert not run._finished()
+    # Of the eight computed rows nearest to these, one or more came late.
+    assert set(run._queue.waiting.tolist()) == {*range(145, 200, 2)}
 
 
 def smooth(rows):

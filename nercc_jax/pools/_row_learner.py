@@ -132,6 +132,7 @@ class RowLearner:
         self.seconds = 5.0  # that the last fit took; a guess before the first, which compiles
         self._learned = np.zeros(len(x), bool)  # rows that the learner has been given
         self._like_late = np.zeros(len(x), bool)  # rows whose neighbours came late
+        self._late = np.zeros(len(x), bool)  # rows that were late when these were last looked for
         self._telling = np.zeros(0, int)
         # Of audits and of late rows: the learner's own deviations, and ratios of errors to those
         # in use.
@@ -251,10 +252,29 @@ class RowLearner:
             self.mean = np.zeros((len(self.known), made.mean.shape[1]), np.float32)
         self.known[made.rows], self._like_late[made.rows] = True, made.like_late
         self.mean[made.rows], self.deviation[made.rows] = made.mean, made.deviation
-        self._plain[made.rows] = made.plain
+        self._plain[made.rows], self._late[:] = made.plain, False
         self._compare_again(made.audited, late=False)
         self._compare_again(made.left_out, late=True)
         return True
+
+    def notice_late(
+        self,
+        rows: Int[np.ndarray, " open"],
+        computed: Int[np.ndarray, " some"],
+        y: Float[np.ndarray, "rows outputs"],
+        late: Bool[np.ndarray, " rows"],
+    ) -> None:
+        """Find the open rows that are like rows which have been late since an estimate was begun.
+
+        A run must not end by bars of quick rows because the next estimate is still in the making.
+        """
+        rows = rows[self.known[rows] & ~self._like_late[rows]]
+        if self.mean is None or not len(rows) or not (late & ~self._late).any():
+            return
+        self._late = late
+        by_input, by_output = self._neighbours(computed, y, late)
+        found = near_late(self._features[rows], by_input) | near_late(self.mean[rows], by_output)
+        self._like_late[rows] = found
 
     def _compare_again(self, left_out: LeftOut | None, late: bool) -> None:
         """Replace evidence on the learner before by comparisons of this one, if there are enough.
