@@ -565,14 +565,17 @@ def learner_of_a_line(rows):
 
 def test_bars_of_late_rows_are_those_of_late_rows_that_were_known_as_well():
     learner, random = learner_of_a_line(400), np.random.default_rng(1)
-    plain, ratio = random.permutation(90) + 1.0, random.uniform(1, 2, 90)
-    ratio[plain > 30] += 5  # those that were known least
-    late = np.arange(100, 190)
-    learner.deviation[late], learner._plain[late] = 0.1, plain
+    own, ratio = random.permutation(90) + 1.0, random.uniform(1, 2, 90)
+    ratio[own > 30] += 5  # those that were known less well
+    late, rest = np.arange(100, 190), np.arange(300, 400)
+    learner.deviation[late], learner._plain[late] = 0.1, own
     learner.compare(late, 0.1 * ratio[:, None], late=True)
-    expected = np.sort(ratio[plain <= 30])[int(np.ceil(31 * 0.9)) - 1]
-    rest = np.arange(300, 400)
-    np.testing.assert_allclose(learner.score(rest, late=True), 0.1 * expected, rtol=1e-4)
+    learner._plain[rest] = 0.5
+    wanted = np.sort(ratio[own <= 30])[int(np.ceil(31 * 0.9)) - 1]
+    np.testing.assert_allclose(learner.score(rest, late=True), 0.1 * wanted, rtol=1e-4)
+    learner._plain[rest] = 60
+    wanted = np.sort(ratio[np.argsort(own)][44:74])[int(np.ceil(31 * 0.9)) - 1]
+    np.testing.assert_allclose(learner.score(rest, late=True), 0.1 * wanted, rtol=1e-4)
     np.testing.assert_allclose(learner.score(rest), 0.01, rtol=1e-4, err_msg="other rows")
 
 
