@@ -372,7 +372,8 @@ class RowLearner:
         """Look at the values of rows; None if answers are not checked, or cannot be.
 
         There are two checks, each of which looks at the rows from which it has learned nothing but
-        its limit.
+        its limit. They go by the learner's own deviations: a wrong value makes those of its
+        neighbours large.
 
         Args:
             rows: The rows.
@@ -387,11 +388,14 @@ class RowLearner:
         halves = np.array_split(order, 2)
         for one, other in (halves, halves[::-1]):
             both = part_of(left_out, np.concatenate([one, other]))
-            check = fit_answer_check(*both[:3], self._check_rate, labels=labels, blatant=_BLATANT)
+            check = fit_answer_check(
+                both.mean, both.plain, both.y, self._check_rate, labels=labels, blatant=_BLATANT
+            )
             if check.limit == np.inf:
                 return None  # too few rows
             chosen = ~np.isin(places, one)
-            looks_wrong[chosen] = check.suspicious(*part_of(left_out, places[chosen])[:3])
+            part = part_of(left_out, places[chosen])
+            looks_wrong[chosen] = check.suspicious(part.mean, part.plain, part.y)
         return CheckedRows(rows, looks_wrong, check)
 
     def look_wrong(
@@ -401,7 +405,7 @@ class RowLearner:
         found, known = np.zeros(len(rows), bool), np.zeros(len(rows), bool)
         if self._check is not None and self.mean is not None:
             known = self.known[rows]
-            expected = self.mean[rows[known]], self.deviation[rows[known]]
+            expected = self.mean[rows[known]], self._plain[rows[known]]
             found[known] = self._check.suspicious(*expected, values[known])
         return found, known
 
@@ -429,7 +433,9 @@ class RowLearner:
         )
         return score
 
-    def _expected(self, rows: Int[np.ndarray, " known"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _expected(
+        self, rows: Int[np.ndarray, " known"]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the rows' means, their deviations, and the learner's own deviations."""
         assert self.mean is not None
         return self.mean[rows], self.deviation[rows], self._plain[rows]
