@@ -342,7 +342,7 @@ def test_a_run_ends_only_after_its_answers_were_checked_and_wrong_ones_unlearned
     """Though what is left is late, and is predicted well enough."""
     learner = SimpleNamespace(fitted=True, at_work=True, outdated=True, limit=1.0)
     learner.score = lambda rows, late=False: np.zeros(len(rows))
-    learner.begin = lambda *_: begun.append(True)
+    learner.begin, learner.notice_late = lambda *_: begun.append(True), lambda *_: None
     begun, nothing = [], np.zeros(9)
     settings = RowSettings(tolerance=1.0, check_answers=0.05)
     table = RowTable(10)

@@ -552,31 +552,22 @@ def test_bars_are_those_of_the_latest_learner_on_all_audits():
     np.testing.assert_allclose(learner.score(rest), expected, rtol=1e-4)
 
 
-def learner_of_a_line(rows):
-    """One that expects 0 +- 0.1 of rows on a line, and has seen thirty audits within 0.01."""
-    x = np.linspace(0, 1, rows)[:, None]
-    audits = np.arange(rows) % 2 == 0
-    learner = RowLearner(AccuracyTarget(10.0, None, 0.9), x, audits)
-    learner._made.append(estimates(np.zeros((rows, 1), np.float32), np.full(rows, 0.1), None))
+@pytest.mark.parametrize(("harder", "with_audits"), [(1.0, True), (4.0, False)])
+def test_bars_of_late_rows_go_by_late_rows_alone_where_these_are_much_harder(harder, with_audits):
+    """By quantiles that are counted by hand. Bars of other rows go by the audits."""
+    x, random = np.linspace(0, 1, 400)[:, None], np.random.default_rng(1)
+    learner = RowLearner(AccuracyTarget(10.0, None, 0.9), x, np.arange(400) % 2 == 0)
+    learner._made.append(estimates(np.zeros((400, 1), np.float32), np.full(400, 0.1), None))
     assert learner.look()
-    learner.compare(np.arange(0, 60, 2), np.full((30, 1), 0.01), late=False)
-    return learner
-
-
-def test_bars_of_late_rows_are_those_of_late_rows_that_were_known_as_well():
-    learner, random = learner_of_a_line(400), np.random.default_rng(1)
-    own, ratio = random.permutation(90) + 1.0, random.uniform(1, 2, 90)
-    ratio[own > 30] += 5  # those that were known less well
-    late, rest = np.arange(100, 190), np.arange(300, 400)
-    learner.deviation[late], learner._plain[late] = 0.1, own
-    learner.compare(late, 0.1 * ratio[:, None], late=True)
-    learner._plain[rest] = 0.5
-    wanted = np.sort(ratio[own <= 30])[int(np.ceil(31 * 0.9)) - 1]
-    np.testing.assert_allclose(learner.score(rest, late=True), 0.1 * wanted, rtol=1e-4)
-    learner._plain[rest] = 60
-    wanted = np.sort(ratio[np.argsort(own)][44:74])[int(np.ceil(31 * 0.9)) - 1]
-    np.testing.assert_allclose(learner.score(rest, late=True), 0.1 * wanted, rtol=1e-4)
-    np.testing.assert_allclose(learner.score(rest), 0.01, rtol=1e-4, err_msg="other rows")
+    usual, error = random.uniform(0, 0.1, (100, 1)), random.uniform(0, 0.1 * harder, (40, 1))
+    learner.compare(np.arange(0, 200, 2), usual, late=False)
+    learner.compare(np.arange(201, 241), error, late=True)
+    both, alone = (np.sort(each, axis=None) for each in (np.append(usual, error), error))
+    assert (np.mean(alone > both[126]) > 0.2) != with_audits
+    rest = np.arange(300, 400)
+    wanted = both[126] if with_audits else alone[36]  # the 127th of 140, the 37th of 40
+    np.testing.assert_allclose(learner.score(rest, late=True), wanted, rtol=1e-4)
+    np.testing.assert_allclose(learner.score(rest), np.sort(usual[:, 0])[90], rtol=1e-4)
 
 
 def test_a_run_does_not_end_by_bars_of_quick_rows_where_rows_nearby_came_late():

@@ -7,7 +7,7 @@ and what may be given out is decided as on a server (`StragglerRisk`): by these 
 rows that came late. A new learner's errors are not those of the learner before it: so it is
 compared with all audits and late rows that have come, those that it has learned left out one at a
 time, and evidence on the earlier one is dropped. Error bars are a quantile of these errors over
-their deviations: late rows' for those that are late or like them, the audits' for all others.
+their deviations: the audits', and late rows', too, for those that are late or like them.
 """
 
 import collections
@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 from ..risk._answer_check import AnswerCheck, fit_answer_check
-from ..risk._straggler_risk import StragglerRisk, StragglerRow, conformal_quantiles
+from ..risk._straggler_risk import StragglerRisk, StragglerRow, conformal_quantile
 from ..risk._target import AccuracyTarget, error_ratios
 from ..schemes._fit_scheme import FittedScheme
 from ._clock import WallClock
@@ -53,10 +53,11 @@ LEARNER_THREAD = "nercc-learner"  # for which the end of a process waits
 _FIRST = 96  # rows of the first fit
 _PART = 1 << 22  # numbers that are brought into the learner's units together
 _SHARE = 0.5  # of the time that learning may take
-# Late rows, those that the learner knows as well, whose errors are a late row's bar. The least
+# Multiple of the errors beyond bars that were promised from which on late rows' bars are a quantile
+# of late rows' errors alone, and not of audits' as well. Alone they make bars too long: the least
 # certain rows come first, and one that is left out leaves a larger gap than there is around those
-# that wait: by the bars of all late rows, 96 % of Lotka-Volterra's were covered.
-_LIKE = 30
+# that wait (96 to 99 % of Lotka-Volterra's slow rows were covered).
+_HARDER = 2.0
 _BLATANT = 0.25  # of the answers that may look wrong: those with the largest residuals
 
 
@@ -134,9 +135,8 @@ class RowLearner:
         self._like_late = np.zeros(len(x), bool)  # rows whose neighbours came late
         self._late = np.zeros(len(x), bool)  # rows that were late when these were last looked for
         self._telling = np.zeros(0, int)
-        # Of audits and of late rows: the learner's own deviations, and ratios of errors to those
-        # in use.
-        self._ratios: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+        # Ratios of errors to deviations, of audits and of late rows.
+        self._ratios: dict[bool, list[float]] = {False: [], True: []}
         self._risks = {late: StragglerRisk(target, needs_evidence=late) for late in (False, True)}
         self._held: dict[bool, list[bool]] = {False: [], True: []}
         # Rows, and their values, that have come since the learner in the making was begun.
@@ -292,10 +292,10 @@ class RowLearner:
         risk = self._risks[late]
         if sum(len(part.y) for part in parts) < max(risk.needed, 1):
             return
-        mean, deviation, y, plain = map(np.concatenate, zip(*parts, strict=True))
+        mean, deviation, y, _ = map(np.concatenate, zip(*parts, strict=True))
         error = _errors(mean, y)
-        self._ratios[late] = _ratios(error, deviation, plain)
-        risk.replace(self._compared(mean, deviation, plain, y, error, late))
+        self._ratios[late] = _ratios(error, deviation)
+        risk.replace(self._compared(mean, deviation, y, error, late))
 
     def resume(self, fitted: FittedScheme, table: RowTable) -> None:
         """Go on with what an earlier run learned, and what it computed."""
@@ -426,25 +426,17 @@ class RowLearner:
         known = self.known[rows]
         if self.fitted is None or self.mean is None or not known.any():
             return score
-        expected = self._expected(rows[known])
+        expected = self.mean[rows[known]], self.deviation[rows[known]]
         straggle = late | self._like_late[rows[known]]
         score[known] = np.where(
             straggle, *(self._admitted(*expected, each) for each in (True, False))
         )
         return score
 
-    def _expected(
-        self, rows: Int[np.ndarray, " known"]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the rows' means, their deviations, and the learner's own deviations."""
-        assert self.mean is not None
-        return self.mean[rows], self.deviation[rows], self._plain[rows]
-
     def _estimated(
         self,
         mean: Float[np.ndarray, "known outputs"],
         deviation: Float[np.ndarray, " known"],
-        plain: Float[np.ndarray, " known"],
         late: bool,
     ) -> tuple[Float[np.ndarray, " known"], Float[np.ndarray, " known"]]:
         """Return the probabilities that labels are wrong, and error bars, by the calibration.
@@ -458,24 +450,26 @@ class RowLearner:
             outputs = jnp.asarray(mean)
             found = scheme.error_probability(outputs, jnp.asarray(deviation), outputs)
             return np.asarray(found, float), nothing
-        own, ratios = np.array(sorted(self._ratios[late])).reshape(-1, 2).T
-        number = min(_LIKE, len(ratios)) if late else len(ratios)
-        parts = np.lib.stride_tricks.sliding_window_view(ratios, number)
-        quantiles = conformal_quantiles(parts, self._target.coverage)
-        nearest = np.searchsorted(own, plain) - number // 2
-        return nothing, deviation * quantiles[np.clip(nearest, 0, len(parts) - 1)]
+        return nothing, deviation * self._factor(late)
+
+    def _factor(self, late: bool) -> float:
+        """Return the ratio of error to deviation that makes error bars."""
+        coverage, own = self._target.coverage, np.array(self._ratios[late])
+        factor = conformal_quantile(np.append(own, self._ratios[False] if late else []), coverage)
+        if late and np.sum(own > factor) > _HARDER * (1 - coverage) * len(own):
+            return conformal_quantile(own, coverage)
+        return factor
 
     def _compared(
         self,
         mean: Float[np.ndarray, "known outputs"],
         deviation: Float[np.ndarray, " known"],
-        plain: Float[np.ndarray, " known"],
         y: Float[np.ndarray, "known outputs"],
         error: Float[np.ndarray, " known"],
         late: bool,
     ) -> list[StragglerRow]:
         """Compare predictions with the rows' own values, from which they differ by `error`."""
-        probability, bar = self._estimated(mean, deviation, plain, late)
+        probability, bar = self._estimated(mean, deviation, late)
         differs = np.argmax(mean, axis=1) != np.argmax(y, axis=1)
         facts = (each.tolist() for each in (probability, bar, differs, error_ratios(error, bar)))
         return [StragglerRow(*each) for each in zip(*facts, strict=True)]
@@ -484,7 +478,6 @@ class RowLearner:
         self,
         mean: Float[np.ndarray, "some outputs"],
         deviation: Float[np.ndarray, " some"],
-        plain: Float[np.ndarray, " some"],
         late: bool,
     ) -> Float[np.ndarray, " some"]:
         """Return scores by the evidence on audits or late rows; infinite where that forbids them.
@@ -494,7 +487,7 @@ class RowLearner:
         risk = self._risks[late]
         if risk.waits and not risk.enough:
             return np.full(len(deviation), np.inf)
-        probability, bar = self._estimated(mean, deviation, plain, late)
+        probability, bar = self._estimated(mean, deviation, late)
         if self._target.tolerance is not None:
             return bar
         admitted = risk.admits(probability, bar)
@@ -541,16 +534,15 @@ class RowLearner:
         if self.mean is None or self.fitted is None or not counts.any():
             return
         rows, y = rows[counts], y[counts]
-        score, (mean, deviation, plain) = self.score(rows, late), self._expected(rows)
+        score, mean, deviation = self.score(rows, late), self.mean[rows], self.deviation[rows]
         error = _errors(mean, y)
-        compared = self._compared(mean, deviation, plain, y, error, late)
-        sure = score <= self.limit
+        compared, sure = self._compared(mean, deviation, y, error, late), score <= self.limit
         if self._target.tolerance is None:
             right = np.array([not each.wrong for each in compared])
             self._held[late] += right[sure].tolist()
         else:
             self._held[late] += (error <= score)[np.isfinite(score)].tolist()
-            self._ratios[late] += _ratios(error, deviation, plain)
+            self._ratios[late] += _ratios(error, deviation)
         risk = self._risks[late]
         for given, each in zip(sure.tolist(), compared, strict=True):
             if given:
@@ -587,10 +579,7 @@ def _errors(
 
 
 def _ratios(
-    error: Float[np.ndarray, " rows"],
-    deviation: Float[np.ndarray, " rows"],
-    plain: Float[np.ndarray, " rows"],
-) -> list[tuple[float, float]]:
-    """Return the learner's own deviations of predictions, and errors over those in use."""
-    known = deviation > 0
-    return list(zip(plain[known].tolist(), (error[known] / deviation[known]).tolist(), strict=True))
+    error: Float[np.ndarray, " rows"], deviation: Float[np.ndarray, " rows"]
+) -> list[float]:
+    """Return the errors of predictions over their deviations."""
+    return (error[deviation > 0] / deviation[deviation > 0]).tolist()

@@ -373,17 +373,8 @@ def conformal_quantile(ratios: Float[np.ndarray, " rows"], coverage: float) -> f
     The k-th of n ratios covers `k / (n + 1)` of others like them (Lei et al. 2018,
     "Distribution-free predictive inference for regression").
     """
-    return float(conformal_quantiles(ratios[None], coverage)[0])
-
-
-def conformal_quantiles(
-    ratios: Float[np.ndarray, "groups rows"], coverage: float
-) -> Float[np.ndarray, " groups"]:
-    """Return `conformal_quantile` of each group."""
-    place = math.ceil((ratios.shape[1] + 1) * coverage) - 1
-    if place >= ratios.shape[1]:
-        return np.full(len(ratios), math.inf)
-    return np.partition(ratios, place, axis=1)[:, place]
+    place = math.ceil((len(ratios) + 1) * coverage) - 1
+    return float(np.partition(ratios, place)[place]) if place < len(ratios) else math.inf
 
 
 def _largest_score(
