@@ -180,7 +180,7 @@ def _local_scale(
     """
     kernel = learner.kernel
     unit = np.asarray(kernel.unit * kernel.widths[kernel.groups])
-    nearest = _nearest(features / unit, inputs / unit, own)
+    nearest = _nearest(features, inputs, unit, own)
     return np.sqrt(np.mean(ratios[nearest] ** 2, axis=1))
 
 
@@ -258,22 +258,23 @@ def near_late(
     if np.sum(known.late) < _OF_THEM_LATE or len(known.late) < _NEIGHBOURS:
         return np.zeros(len(places), bool)
     spread = known.places.std(axis=0)
-    unit = np.where(spread > 0, spread, 1)
-    nearest = _nearest(places / unit, known.places / unit)
+    nearest = _nearest(places, known.places, np.where(spread > 0, spread, 1))
     return known.late[nearest].sum(axis=1) >= _OF_THEM_LATE
 
 
 def _nearest(
     places: Float[np.ndarray, "rows coordinates"],
     others: Float[np.ndarray, "others coordinates"],
+    unit: Float[np.ndarray, " coordinates"],
     own: Int[np.ndarray, " rows"] | None = None,
 ) -> Int[np.ndarray, "rows neighbours"]:
     """Return the nearest of the others to each row, without its own if these are given."""
+    others = others / unit
     squares = np.sum(others**2, axis=1)
     found = np.empty((len(places), _NEIGHBOURS), int)
     for place in range(0, len(places), _CHUNK):
         part = slice(place, place + _CHUNK)
-        distance = squares - 2 * places[part] @ others.T
+        distance = squares - 2 * (places[part] / unit) @ others.T
         if own is not None:
             distance[np.arange(len(distance)), own[part]] = np.inf
         found[part] = np.argpartition(distance, _NEIGHBOURS - 1, axis=1)[:, :_NEIGHBOURS]
