@@ -552,18 +552,24 @@ def test_bars_are_those_of_the_latest_learner_on_all_audits():
     np.testing.assert_allclose(learner.score(rest), expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("harder", "with_audits"), [(1.0, True), (4.0, False)])
-def test_bars_of_late_rows_go_by_late_rows_alone_where_these_are_much_harder(harder, with_audits):
+@pytest.mark.parametrize(
+    ("harder", "selects", "with_audits"),
+    [(1.0, True, True), (4.0, True, False), (1.0, False, False)],
+)
+def test_bars_of_late_rows_go_by_late_rows_alone_where_these_are_much_harder_or_all_are_computed(
+    harder, selects, with_audits
+):
     """By quantiles that are counted by hand. Bars of other rows go by the audits."""
     x, random = np.linspace(0, 1, 400)[:, None], np.random.default_rng(1)
-    learner = RowLearner(AccuracyTarget(10.0, None, 0.9), x, np.arange(400) % 2 == 0)
+    audits = np.arange(400) % 2 == 0
+    learner = RowLearner(AccuracyTarget(10.0, None, 0.9), x, audits, selects=selects)
     learner._made.append(estimates(np.zeros((400, 1), np.float32), np.full(400, 0.1), None))
     assert learner.look()
     usual, error = random.uniform(0, 0.1, (100, 1)), random.uniform(0, 0.1 * harder, (40, 1))
     learner.compare(np.arange(0, 200, 2), usual, late=False)
     learner.compare(np.arange(201, 241), error, late=True)
     both, alone = (np.sort(each, axis=None) for each in (np.append(usual, error), error))
-    assert (np.mean(alone > both[126]) > 0.2) != with_audits
+    assert (np.mean(alone > both[126]) > 0.2) == (harder > 1)
     rest = np.arange(300, 400)
     wanted = both[126] if with_audits else alone[36]  # the 127th of 140, the 37th of 40
     np.testing.assert_allclose(learner.score(rest, late=True), wanted, rtol=1e-4)

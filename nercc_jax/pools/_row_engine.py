@@ -180,7 +180,8 @@ class _RowRun:
         self._first = min(max(len(x) // 10, 100), 256)
         self._audits = np.zeros(len(x), bool)
         self._audits[order[: self._first]] = self._audits[order[self._first :: _AUDITED]] = True
-        self._learner = RowLearner(settings.target, x, self._audits, settings.check_answers)
+        checks, selects = settings.check_answers, settings.compute == "needed"
+        self._learner = RowLearner(settings.target, x, self._audits, checks, selects)
         self._checks = None
         if settings.check_answers is not None:
             self._checks = RowChecks(len(x), pool, settings.max_fenced)
@@ -554,9 +555,8 @@ class _RowRun:
         late = [call.rows for call in self._calls.values() if call.late]
         if self._learner.fitted is None or not np.isin(rows, np.concatenate([[], *late])).all():
             return False
-        audited = self._audits[rows] & (self._settings.compute == "needed")
         good = self._learner.score(rows, late=True) <= self._learner.limit
-        return bool((good & ~audited).all())
+        return bool((good & ~(self._audits[rows] & (self._settings.compute == "needed"))).all())
 
     def _free(self) -> Int[np.ndarray, " rows"]:
         """Return rows without a value that no worker has, and that are not to be sent again."""

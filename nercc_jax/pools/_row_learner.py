@@ -53,10 +53,11 @@ LEARNER_THREAD = "nercc-learner"  # for which the end of a process waits
 _FIRST = 96  # rows of the first fit
 _PART = 1 << 22  # numbers that are brought into the learner's units together
 _SHARE = 0.5  # of the time that learning may take
-# Multiple of the errors beyond bars that were promised from which on late rows' bars are a quantile
-# of late rows' errors alone, and not of audits' as well. Alone they make bars too long: the least
-# certain rows come first, and one that is left out leaves a larger gap than there is around those
-# that wait (96 to 99 % of Lotka-Volterra's slow rows were covered).
+# Where the least certain rows are computed, late rows' bars are a quantile of audits' and late
+# rows' errors together, unless more than this multiple of the errors that may be beyond them are.
+# Late rows alone make bars too long, since one that is left out leaves a larger gap than there is
+# around those that wait (96 to 99 % of Lotka-Volterra's slow rows were covered). Where all rows are
+# computed, nothing but time decides which have come.
 _HARDER = 2.0
 _BLATANT = 0.25  # of the answers that may look wrong: those with the largest residuals
 
@@ -111,6 +112,7 @@ class RowLearner:
         x: The inputs of all rows.
         audits: Rows that are computed whatever is known of them, drawn at random.
         check_rate: The share of right answers that may look wrong, if answers are checked.
+        selects: Whether only rows are computed that are not known well enough, and not all.
     """
 
     def __init__(
@@ -119,8 +121,10 @@ class RowLearner:
         x: Shaped[np.ndarray, "rows ..."],
         audits: Bool[np.ndarray, " rows"],
         check_rate: float | None = None,
+        selects: bool = True,
     ):
         self._target, self._x, self._audits = target, x, audits
+        self._selects = selects
         self._check_rate = check_rate
         self._check: AnswerCheck | None = None
         self._distrusted = False  # whether wrong values calibrate the check in the making
@@ -455,8 +459,9 @@ class RowLearner:
     def _factor(self, late: bool) -> float:
         """Return the ratio of error to deviation that makes error bars."""
         coverage, own = self._target.coverage, np.array(self._ratios[late])
-        factor = conformal_quantile(np.append(own, self._ratios[False] if late else []), coverage)
-        if late and np.sum(own > factor) > _HARDER * (1 - coverage) * len(own):
+        others = self._ratios[False] if late and self._selects else []
+        factor = conformal_quantile(np.append(own, others), coverage)
+        if np.sum(own > factor) > _HARDER * (1 - coverage) * len(own):
             return conformal_quantile(own, coverage)
         return factor
 
