@@ -57,7 +57,7 @@ _SHARE = 0.5  # of the time that learning may take
 # rows' errors together, unless more than this multiple of the errors that may be beyond them are.
 # Late rows alone make bars too long, since one that is left out leaves a larger gap than there is
 # around those that wait (96 to 99 % of Lotka-Volterra's slow rows were covered). Where all rows are
-# computed, nothing but time decides which have come.
+# computed, nothing but time decides which have come. Then errors nearby say too little of gaps.
 _HARDER = 2.0
 _BLATANT = 0.25  # of the answers that may look wrong: those with the largest residuals
 
@@ -303,7 +303,7 @@ class RowLearner:
 
     def resume(self, fitted: FittedScheme, table: RowTable) -> None:
         """Go on with what an earlier run learned, and what it computed."""
-        rows, window = np.flatnonzero(~table.done), window_of(fitted)
+        rows, window = np.flatnonzero(~table.done), window_of(fitted, self._selects)
         predicted = predict(fitted, window, self._features[rows])
         audits = table.learnable[self._audits[table.learnable]]
         audited = leave_out(fitted, window, self._features[audits], table.vectors[audits])
@@ -353,7 +353,7 @@ class RowLearner:
         begin = time.monotonic()
         try:
             if (fitted := job()) is not None:
-                window = window_of(fitted)
+                window = window_of(fitted, self._selects)
                 predicted = predict(fitted, window, features)
                 like_late = near_late(features, by_input) | near_late(predicted[0], by_output)
                 telling = rows[most_telling(fitted, features, predicted[1])]
@@ -459,10 +459,9 @@ class RowLearner:
     def _factor(self, late: bool) -> float:
         """Return the ratio of error to deviation that makes error bars."""
         coverage, own = self._target.coverage, np.array(self._ratios[late])
-        others = self._ratios[False] if late and self._selects else []
-        factor = conformal_quantile(np.append(own, others), coverage)
-        if np.sum(own > factor) > _HARDER * (1 - coverage) * len(own):
-            return conformal_quantile(own, coverage)
+        factor = conformal_quantile(np.append(own, self._ratios[False] if late else []), coverage)
+        if not self._selects or np.sum(own > factor) > _HARDER * (1 - coverage) * len(own):
+            return max(conformal_quantile(own, coverage), factor)
         return factor
 
     def _compared(

@@ -119,11 +119,13 @@ def _learner_of(fitted: FittedScheme) -> Learner:
     return learner
 
 
-def window_of(fitted: FittedScheme) -> Window:
+def window_of(fitted: FittedScheme, local: bool = True) -> Window:
     """Return what the learner predicts of its pairs.
 
-    Where outputs are labels, ratios are 1: error probabilities are calibrated for the learner's own
-    deviations.
+    Args:
+        fitted: The learner.
+        local: Whether deviations go by errors nearby. If not, or where outputs are labels, whose
+            error probabilities are calibrated for the learner's own deviations, ratios are 1.
     """
     learner = _learner_of(fitted)
     filled = np.asarray(learner.filled)
@@ -132,7 +134,7 @@ def window_of(fitted: FittedScheme) -> Window:
     )
     errors, plain = (np.asarray(each, float)[filled] for each in learner.left_out())
     ratios = np.sqrt(np.mean(errors**2, axis=1)) / plain
-    if fitted.scheme.error_probability is not None:
+    if not local or fitted.scheme.error_probability is not None:
         ratios = np.ones_like(ratios)
     scale = _local_scale(learner, ratios, inputs, inputs, np.arange(len(inputs)))
     return Window(inputs, (residuals + errors).astype(np.float32), plain, ratios, scale)
