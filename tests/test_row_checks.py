@@ -371,7 +371,7 @@ def made_with(check):
     fitted = FittedScheme(Scheme(row_code()), 6)
     rows, nothing = np.arange(6), np.zeros(6, bool)
     checked = CheckedRows(rows[:3], nothing[:3], check)
-    estimate = np.zeros((6, 1), np.float32), np.ones(6), nothing, rows[:0]
+    estimate = np.zeros((6, 1), np.float32), np.ones(6), np.ones(6), nothing, rows[:0]
     return RowEstimates(rows, *estimate, fitted, checked=checked)
 
 
@@ -394,7 +394,7 @@ def test_a_run_ends_only_after_its_answers_were_checked_and_wrong_ones_unlearned
     """Though what is left is late, and is predicted well enough."""
     learner = SimpleNamespace(fitted=True, at_work=True, outdated=True, limit=1.0)
     learner.score = lambda rows, late=False: np.zeros(len(rows))
-    learner.begin = lambda *_: begun.append(True)
+    learner.begin, learner.notice_late = lambda *_: begun.append(True), lambda *_: None
     begun, nothing = [], np.zeros(9)
     settings = RowSettings(tolerance=1.0, check_answers=0.05)
     table = RowTable(10)

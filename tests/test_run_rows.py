@@ -32,7 +32,7 @@ from nercc_jax.pools._row_learner import (
     RowLearner,
     standardized_inputs,
 )
-from nercc_jax.pools._row_predictions import LeftOut, leave_out
+from nercc_jax.pools._row_predictions import LeftOut, leave_out, window_of
 from nercc_jax.pools._row_queue import RowQueue
 from nercc_jax.pools._row_settings import RowSettings
 from nercc_jax.pools._rows import RowCall
@@ -469,28 +469,38 @@ def quick_fit(monkeypatch):
     monkeypatch.setattr("nercc_jax.pools._row_predictions.fit_scheme", fit)
 
 
-def test_a_learner_is_compared_with_late_rows_each_without_itself():
-    """By another learner that knows all others, as far as it has the same mean."""
+def test_a_row_is_predicted_without_itself_and_as_far_off_as_its_neighbours_were():
+    """By learners each of which knows all pairs but one, as far as these have the same mean."""
     x = np.random.default_rng(1).uniform(-1, 1, (24, 2)).astype(np.float32)
     y = np.asarray(smooth(x), np.float32)
     learner = init_learner(x, y, capacity=32, kernel="squared_exponential")
     fitted = FittedScheme(Scheme(row_code(), surrogate=learner), 24)
-    late = np.concatenate([x[[3, 7, 20]], x[:1] + 1])
-    values = np.asarray(smooth(late), np.float32)
-    found = leave_out(fitted, late, values)
-    np.testing.assert_array_equal(found.y, values)
-    mean, deviation = learner.predict(late[3:])
-    np.testing.assert_allclose(found.mean[3:], mean, atol=1e-2, err_msg="not in the window")
-    np.testing.assert_allclose(found.deviation[3:], deviation, rtol=0.02)
-    for place, mean, deviation in zip((3, 7, 20), found.mean, found.deviation, strict=False):
+    wanted, plain = np.zeros_like(y), np.zeros(24)
+    for place in range(24):
         filled = learner.filled.at[place].set(False)
         others = eqx.tree_at(lambda one: one.filled, learner, filled)
         others = others.with_kernel(learner.kernel, learner.scale)
-        expected, sure = others.predict(x[place : place + 1])
-        np.testing.assert_allclose(mean, np.asarray(expected)[0], atol=0.05)
-        assert deviation == pytest.approx(float(sure[0]), rel=0.2)
-    assert np.abs(found.mean - found.y)[:3].max() > 1e-3, "a row's own value would be known"
-    assert leave_out(fitted, late[:0], values[:0]) is None
+        mean, deviation = others.predict(x[place : place + 1])
+        wanted[place], plain[place] = np.asarray(mean)[0], float(deviation[0])
+    ratios = np.sqrt(np.mean((wanted - y) ** 2, axis=1)) / plain
+
+    def expected(row, own=-1):
+        distance = np.linalg.norm((x - row) / x.std(axis=0), axis=1)
+        distance[own] = np.inf if own >= 0 else distance[own]
+        return np.sqrt(np.mean(ratios[np.argsort(distance)[:8]] ** 2))
+
+    late, new = np.array([3, 7, 20]), x[:1] + 1
+    rows = np.concatenate([x[late], new])
+    found = leave_out(fitted, window_of(fitted), rows, np.asarray(smooth(rows), np.float32))
+    np.testing.assert_array_equal(found.y, np.asarray(smooth(rows), np.float32))
+    np.testing.assert_allclose(found.mean[:3], wanted[late], atol=0.05)
+    np.testing.assert_allclose(found.plain[:3], plain[late], rtol=0.2)
+    scales = [*(expected(x[place], place) for place in late), expected(new[0])]
+    np.testing.assert_allclose(found.deviation / found.plain, scales, rtol=0.3)
+    mean, deviation = learner.predict(new)
+    np.testing.assert_allclose(found.mean[3:], mean, atol=1e-2, err_msg="not in the window")
+    np.testing.assert_allclose(found.plain[3:], deviation, rtol=0.02)
+    assert leave_out(fitted, window_of(fitted), rows[:0], found.y[:0]) is None
 
 
 def estimates(mean, deviation, audited):
@@ -498,7 +508,7 @@ def estimates(mean, deviation, audited):
     bars = ErrorBars(coverages=jnp.ones(1), factors=jnp.full(1, np.inf))
     fitted = FittedScheme(Scheme(row_code(), bars=bars), 200)
     rows, nothing = np.arange(len(mean)), np.zeros(len(mean), bool)
-    return RowEstimates(rows, mean, deviation, nothing, rows[:0], fitted, None, audited)
+    return RowEstimates(rows, mean, deviation, deviation, nothing, rows[:0], fitted, None, audited)
 
 
 @pytest.mark.parametrize(("open_rows", "fewest", "most"), [(100, 600, 600), (0, 24, 511)])
@@ -532,13 +542,59 @@ def test_bars_are_those_of_the_latest_learner_on_all_audits():
     rest = np.arange(60, 200)
     assert (learner.score(rest) > 1.0).all()
     error = random.uniform(0, 0.2, (100, 1))
-    left_out = LeftOut(np.zeros((40, 1), np.float32), np.full(40, 0.05), error[60:])
+    sure = np.full(40, 0.05)
+    left_out = LeftOut(np.zeros((40, 1), np.float32), sure, error[60:], sure)
     mean[:60] = came + error[:60]  # of rows that came while it was made
     learner._made.append(estimates(mean, np.full(200, 0.1), left_out))
     assert learner.look()
     ratios = np.concatenate([error[:60] / 0.1, error[60:] / 0.05])
     expected = np.sort(ratios[:, 0])[int(np.ceil(101 * 0.9)) - 1] * 0.1
     np.testing.assert_allclose(learner.score(rest), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("harder", "selects", "with_audits"),
+    [(1.0, True, True), (4.0, True, False), (1.5, False, False)],
+)
+def test_bars_of_late_rows_go_by_late_rows_alone_where_these_are_much_harder_or_all_are_computed(
+    harder, selects, with_audits
+):
+    """By quantiles that are counted by hand. Bars of other rows go by the audits."""
+    x, random = np.linspace(0, 1, 400)[:, None], np.random.default_rng(1)
+    audits = np.arange(400) % 2 == 0
+    learner = RowLearner(AccuracyTarget(10.0, None, 0.9), x, audits, selects=selects)
+    learner._made.append(estimates(np.zeros((400, 1), np.float32), np.full(400, 0.1), None))
+    assert learner.look()
+    usual, error = random.uniform(0, 0.1, (100, 1)), random.uniform(0, 0.1 * harder, (40, 1))
+    learner.compare(np.arange(0, 200, 2), usual, late=False)
+    learner.compare(np.arange(201, 241), error, late=True)
+    both, alone = (np.sort(each, axis=None) for each in (np.append(usual, error), error))
+    assert with_audits or alone[36] > both[126]
+    rest = np.arange(300, 400)
+    wanted = both[126] if with_audits else alone[36]  # the 127th of 140, the 37th of 40
+    np.testing.assert_allclose(learner.score(rest, late=True), wanted, rtol=1e-4)
+    np.testing.assert_allclose(learner.score(rest), np.sort(usual[:, 0])[90], rtol=1e-4)
+
+
+def test_a_run_does_not_end_by_bars_of_quick_rows_where_rows_nearby_came_late():
+    """However old the latest estimate is, which knew of no late row."""
+    x, table = np.linspace(0, 1, 200)[:, None], RowTable(200)
+    made = estimates(x.astype(np.float32), np.full(200, 0.1), None)
+    with PoolOnPaper(ScriptedBackend(), 4) as pool:
+        run = _RowRun(pool, x, RowSettings(tolerance=0.5), table, None)
+        run._learner._made.append(made)
+        assert run._learner.look()
+        run._queue.waiting = np.zeros(0, int)
+        known = np.arange(0, 200, 2)
+        run._audits[known] = True
+        for late, error in ((False, 0.01), (True, 2.0)):
+            rows = known[(known > 150) == late]
+            run._late[rows] = late
+            run._learner.compare(rows, x[rows] + error, late)
+            table.add(rows, x[rows], *np.zeros((2, len(rows))), exact=True)
+        assert not run._finished()
+    # Of the eight computed rows nearest to these, one or more came late.
+    assert set(run._queue.waiting.tolist()) == {*range(145, 200, 2)}
 
 
 def smooth(rows):

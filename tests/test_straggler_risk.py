@@ -150,19 +150,6 @@ def test_error_bounds_are_widened_until_they_are_right_for_rows_that_straggle():
     assert not risk.admits(math.nan, 0.7)
 
 
-def test_bars_of_what_is_not_given_out_are_right_for_all_rows():
-    """Rows with small bars are right, others are off by three times their bars."""
-    risk = StragglerRisk(AccuracyTarget(tolerance=1.0), needs_evidence=True)
-    for _ in range(100):
-        risk.add(row(math.nan, bound=0.5, excess=0.5), given=False)
-        risk.add(row(math.nan, bound=2.0, excess=3.0), given=False)
-    bound = np.array([0.5, 1.0, 2.0])
-    admitted = risk.admits(np.full(3, math.nan), bound)
-    np.testing.assert_array_equal(admitted, [True, True, False])
-    np.testing.assert_array_equal(risk.bars(bound, admitted), [0.5, 1.0, 6.0])
-    np.testing.assert_array_equal(risk.bars(bound / 10, ~admitted), [np.inf, np.inf, 0.2])
-
-
 def test_rows_beyond_the_tolerance_do_not_forbid_those_within():
     """Of rows that a calibration admits, too few were seen to say anything else."""
     risks = [StragglerRisk(AccuracyTarget(tolerance=1.0), needs_evidence=n) for n in (False, True)]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
 from ._backend import PoolReport, pool_counts
 from ._batch import Batch
@@ -39,7 +39,7 @@ from ._row_settings import (
     RowSettings,
     hang_timeout,
 )
-from ._rows import RowCall, RowFunction
+from ._rows import RowCall, RowFunction, checked_rows
 
 _LAST_SECONDS = 10.0  # a run stops itself so long before something else ends its process
 _AHEAD = 2  # calls for each live worker that are with the pool, so that none waits for the next
@@ -145,7 +145,7 @@ def run_rows(
         max_fenced=max_fenced,
         seed=seed,
     )
-    x = _checked(rows)
+    x = checked_rows(rows)
     kept = {"rows": len(x)} | settings.kept() | dict(about or {})
     table, parts = RowTable(len(x)), None
     if folder is not None:
@@ -156,14 +156,6 @@ def run_rows(
     options: dict[str, Any] = {"compiled": False, "hang_timeout": hang_timeout(deadline)}
     with pool(RowFunction(function), num_workers or 20, **options) as made:
         return _RowRun(made, x, settings, table, parts, on_rows).carry_out(kept, on_progress)
-
-
-def _checked(rows: Any) -> Shaped[np.ndarray, "rows ..."]:
-    """Return rows as an array of finite numbers, which the learner needs."""
-    x = np.asarray(rows)
-    if x.ndim < 1 or not x.size or x.dtype.kind not in "biuf" or not np.isfinite(x).all():
-        raise ValueError(f"rows are finite numbers (rows, ...), not {x.dtype} of shape {x.shape}")
-    return x
 
 
 class _RowRun:
@@ -188,7 +180,8 @@ class _RowRun:
         self._first = min(max(len(x) // 10, 100), 256)
         self._audits = np.zeros(len(x), bool)
         self._audits[order[: self._first]] = self._audits[order[self._first :: _AUDITED]] = True
-        self._learner = RowLearner(settings.target, x, self._audits, settings.check_answers)
+        checks, selects = settings.check_answers, settings.compute == "needed"
+        self._learner = RowLearner(settings.target, x, self._audits, checks, selects)
         self._checks = None
         if settings.check_answers is not None:
             self._checks = RowChecks(len(x), pool, settings.max_fenced)
@@ -205,7 +198,7 @@ class _RowRun:
         self._offered = 0  # of them, those that the learner was last offered
         self._known = np.zeros(len(x), bool)  # rows that need not be computed, as things are
         if parts is not None and (path := parts.kept(_LEARNER)) is not None:
-            self._learner.resume(load_fitted(path), np.flatnonzero(~table.done))
+            self._learner.resume(load_fitted(path), table)
 
     def carry_out(
         self, kept: dict[str, Any], on_progress: Callable[[RowProgress], Any] | None
@@ -502,13 +495,21 @@ class _RowRun:
 
     def _begin_to_learn(self, hurry: bool) -> None:
         self._offered, table = self._computed, self._table
-        open_rows = np.flatnonzero(~table.done)
+        known, rows = (table.learnable, table.vectors), np.flatnonzero(~table.done)
+        self._learner.begin(*known, rows, self._late_rows(), hurry, self._unchecked())
+
+    def _late_rows(self) -> Bool[np.ndarray, " rows"]:
+        """Return which rows came late, or are late."""
         late = self._late.copy()
         for call in self._calls.values():
-            late[call.rows] |= call.late
-        self._learner.begin(
-            table.learnable, table.vectors, open_rows, late, hurry, self._unchecked()
-        )
+            late[call.rows] |= call.late or call.given_up
+        return late
+
+    def _notice_late(self) -> None:
+        """Have the learner compare the rows that wait with all that have been late by now."""
+        if self._learner.fitted is not None:
+            known = self._table.learnable, self._table.vectors
+            self._learner.notice_late(np.flatnonzero(~self._table.done), *known, self._late_rows())
 
     def _seconds_left(self) -> float:
         """Return how long it takes to compute the rows that wait, at the speed so far.
@@ -534,7 +535,13 @@ class _RowRun:
 
     def _finished(self) -> bool:
         """Return whether no row is to be waited for."""
-        settings = self._settings
+        if not self._settled() or self._awaits_check():
+            return False
+        self._notice_late()
+        return self._settled()
+
+    def _settled(self) -> bool:
+        """Return whether all rows are done or known, as things are; send the doubtful ones."""
         if not self._queue.empty:
             return False
         if not self._queue.spent and len(doubtful := self._doubtful()):
@@ -542,15 +549,14 @@ class _RowRun:
             return False
         rows = np.flatnonzero((self._held > 0) & ~self._table.done)
         if not len(rows):
-            return not self._awaits_check()
+            return True
         # A call that is not late has its answer soon, which is better than a prediction; and
         # audits are computed, however late they are.
         late = [call.rows for call in self._calls.values() if call.late]
         if self._learner.fitted is None or not np.isin(rows, np.concatenate([[], *late])).all():
             return False
-        audited = self._audits[rows] & (settings.compute == "needed")
         good = self._learner.score(rows, late=True) <= self._learner.limit
-        return bool((good & ~audited).all()) and not self._awaits_check()
+        return bool((good & ~(self._audits[rows] & (self._settings.compute == "needed"))).all())
 
     def _free(self) -> Int[np.ndarray, " rows"]:
         """Return rows without a value that no worker has, and that are not to be sent again."""
@@ -570,10 +576,9 @@ class _RowRun:
 
     def _predict(self) -> None:
         """Take predictions for the rows that are not computed, where they are good enough."""
+        self._notice_late()
         rows = np.flatnonzero(~self._table.done)
         if self._settings.tolerance == 0 or self._learner.fitted is None or not len(rows):
-            return
-        if self._table.predictions is None:
             return
         score = self._scores(rows)
         raised = np.isin(rows, [row for row in self._unknown if self._tries[row] < ATTEMPTS])
@@ -590,10 +595,7 @@ class _RowRun:
 
     def _scores(self, rows: Int[np.ndarray, " some"]) -> Float[np.ndarray, " some"]:
         """Return the scores of rows; those that straggle are compared with others that did."""
-        late = np.zeros(len(self._table), bool)
-        for call in self._calls.values():
-            late[call.rows] |= call.late or call.given_up
-        late = late[rows] | (self._tries[rows] > 0)
+        late = self._late_rows()[rows] | (self._tries[rows] > 0)
         learner = self._learner
         return np.where(late, learner.score(rows, late=True), learner.score(rows))
 
@@ -640,10 +642,8 @@ class _RowRun:
             found = self._scores(rows)
             if values is not None and np.isfinite(found).any():
                 values, known = values.copy(), rows[np.isfinite(found)]
-                values[known], deviation[known] = (
-                    self._values_of(known),
-                    self._learner.deviation[known],
-                )
+                values[known] = self._values_of(known)
+                deviation[known] = self._learner.deviation[known]
                 score[known] = found[np.isfinite(found)]
             why = "deadline" if time.monotonic() >= self._ends_at else "last call"
             why = np.full(len(rows), f"not computed before the job's {why}", object)

@@ -6,7 +6,8 @@ bars are calibrated on rows that were drawn at random and computed after they ha
 and what may be given out is decided as on a server (`StragglerRisk`): by these audits, and by the
 rows that came late. A new learner's errors are not those of the learner before it: so it is
 compared with all audits and late rows that have come, those that it has learned left out one at a
-time, and evidence on the earlier one is dropped.
+time, and evidence on the earlier one is dropped. Error bars are a quantile of these errors over
+their deviations: the audits', and late rows', too, for those that are late or like them.
 """
 
 import collections
@@ -27,6 +28,7 @@ from ..risk._straggler_risk import StragglerRisk, StragglerRow, conformal_quanti
 from ..risk._target import AccuracyTarget, error_ratios
 from ..schemes._fit_scheme import FittedScheme
 from ._clock import WallClock
+from ._row_files import RowTable
 from ._row_predictions import (
     CAPACITY,
     FEW,
@@ -40,6 +42,7 @@ from ._row_predictions import (
     part_of,
     predict,
     update_job,
+    window_of,
 )
 from ._time_share import TimeShare
 
@@ -50,8 +53,13 @@ LEARNER_THREAD = "nercc-learner"  # for which the end of a process waits
 _FIRST = 96  # rows of the first fit
 _PART = 1 << 22  # numbers that are brought into the learner's units together
 _SHARE = 0.5  # of the time that learning may take
+# Where the least certain rows are computed, late rows' bars are a quantile of audits' and late
+# rows' errors together, unless more than this multiple of the errors that may be beyond them are.
+# Late rows alone make bars too long, since one that is left out leaves a larger gap than there is
+# around those that wait (96 to 99 % of Lotka-Volterra's slow rows were covered). Where all rows are
+# computed, nothing but time decides which have come. Then errors nearby say too little of gaps.
+_HARDER = 2.0
 _BLATANT = 0.25  # of the answers that may look wrong: those with the largest residuals
-_INFINITE = 1e30  # factors of error bars from here on are infinite
 
 
 class CheckedRows(NamedTuple):
@@ -75,6 +83,7 @@ class RowEstimates(NamedTuple):
         rows: The rows.
         mean: Their predicted values, as vectors.
         deviation: How far these may be off, in units of the outputs.
+        plain: The learner's own deviations (`predict`).
         like_late: Whether rows like these came late.
         telling: The rows that tell most about the others, in that order.
         fitted: The learner that made them, with its calibration.
@@ -86,6 +95,7 @@ class RowEstimates(NamedTuple):
     rows: Int[np.ndarray, " rows"]
     mean: Float[np.ndarray, "rows outputs"]
     deviation: Float[np.ndarray, " rows"]
+    plain: Float[np.ndarray, " rows"]
     like_late: Bool[np.ndarray, " rows"]
     telling: Int[np.ndarray, " few"]
     fitted: FittedScheme
@@ -102,6 +112,7 @@ class RowLearner:
         x: The inputs of all rows.
         audits: Rows that are computed whatever is known of them, drawn at random.
         check_rate: The share of right answers that may look wrong, if answers are checked.
+        selects: Whether only rows are computed that are not known well enough, and not all.
     """
 
     def __init__(
@@ -110,8 +121,10 @@ class RowLearner:
         x: Shaped[np.ndarray, "rows ..."],
         audits: Bool[np.ndarray, " rows"],
         check_rate: float | None = None,
+        selects: bool = True,
     ):
         self._target, self._x, self._audits = target, x, audits
+        self._selects = selects
         self._check_rate = check_rate
         self._check: AnswerCheck | None = None
         self._distrusted = False  # whether wrong values calibrate the check in the making
@@ -120,12 +133,14 @@ class RowLearner:
         self.fitted: FittedScheme | None = None
         self.known = np.zeros(len(x), bool)  # rows that have an estimate
         self.mean: Float[np.ndarray, "rows outputs"] | None = None
-        self.deviation = np.full(len(x), np.inf)
+        self.deviation, self._plain = np.full(len(x), np.inf), np.full(len(x), np.inf)
         self.seconds = 5.0  # that the last fit took; a guess before the first, which compiles
         self._learned = np.zeros(len(x), bool)  # rows that the learner has been given
         self._like_late = np.zeros(len(x), bool)  # rows whose neighbours came late
+        self._late = np.zeros(len(x), bool)  # rows that were late when these were last looked for
         self._telling = np.zeros(0, int)
-        self._ratios: list[float] = []  # of audits' errors to their deviations
+        # Ratios of errors to deviations, of audits and of late rows.
+        self._ratios: dict[bool, list[float]] = {False: [], True: []}
         self._risks = {late: StragglerRisk(target, needs_evidence=late) for late in (False, True)}
         self._held: dict[bool, list[bool]] = {False: [], True: []}
         # Rows, and their values, that have come since the learner in the making was begun.
@@ -241,9 +256,29 @@ class RowLearner:
             self.mean = np.zeros((len(self.known), made.mean.shape[1]), np.float32)
         self.known[made.rows], self._like_late[made.rows] = True, made.like_late
         self.mean[made.rows], self.deviation[made.rows] = made.mean, made.deviation
+        self._plain[made.rows], self._late[:] = made.plain, False
         self._compare_again(made.audited, late=False)
         self._compare_again(made.left_out, late=True)
         return True
+
+    def notice_late(
+        self,
+        rows: Int[np.ndarray, " open"],
+        computed: Int[np.ndarray, " some"],
+        y: Float[np.ndarray, "rows outputs"],
+        late: Bool[np.ndarray, " rows"],
+    ) -> None:
+        """Find the open rows that are like rows which have been late since an estimate was begun.
+
+        A run must not end by bars of quick rows because the next estimate is still in the making.
+        """
+        rows = rows[self.known[rows] & ~self._like_late[rows]]
+        if self.mean is None or not len(rows) or not (late & ~self._late).any():
+            return
+        self._late = late
+        by_input, by_output = self._neighbours(computed, y, late)
+        found = near_late(self._features[rows], by_input) | near_late(self.mean[rows], by_output)
+        self._like_late[rows] = found
 
     def _compare_again(self, left_out: LeftOut | None, late: bool) -> None:
         """Replace evidence on the learner before by comparisons of this one, if there are enough.
@@ -255,22 +290,26 @@ class RowLearner:
         assert self.mean is not None
         parts = [] if left_out is None else [left_out]
         parts += [
-            LeftOut(self.mean[rows], self.deviation[rows], y) for rows, y in self._since[late]
+            LeftOut(self.mean[rows], self.deviation[rows], y, self._plain[rows])
+            for rows, y in self._since[late]
         ]
         risk = self._risks[late]
         if sum(len(part.y) for part in parts) < max(risk.needed, 1):
             return
-        mean, deviation, y = map(np.concatenate, zip(*parts, strict=True))
+        mean, deviation, y, _ = map(np.concatenate, zip(*parts, strict=True))
         error = _errors(mean, y)
-        if not late:
-            self._ratios = _ratios(error, deviation)
-        risk.replace(self._compared(mean, deviation, y, error))
+        self._ratios[late] = _ratios(error, deviation)
+        risk.replace(self._compared(mean, deviation, y, error, late))
 
-    def resume(self, fitted: FittedScheme, rows: Int[np.ndarray, " open"]) -> None:
-        """Go on with what an earlier run learned."""
-        unknown = np.zeros(len(rows), bool)
-        predicted = predict(fitted, self._features[rows])
-        self._made.append(RowEstimates(rows, *predicted, unknown, rows[:0], fitted))
+    def resume(self, fitted: FittedScheme, table: RowTable) -> None:
+        """Go on with what an earlier run learned, and what it computed."""
+        rows, window = np.flatnonzero(~table.done), window_of(fitted, self._selects)
+        predicted = predict(fitted, window, self._features[rows])
+        audits = table.learnable[self._audits[table.learnable]]
+        audited = leave_out(fitted, window, self._features[audits], table.vectors[audits])
+        like_late, nothing = np.zeros(len(rows), bool), rows[:0]
+        made = RowEstimates(rows, *predicted, like_late, nothing, fitted, None, audited)
+        self._made.append(made)
         self.look()
 
     def _chosen(self, computed: np.ndarray, most: int) -> np.ndarray:
@@ -314,10 +353,11 @@ class RowLearner:
         begin = time.monotonic()
         try:
             if (fitted := job()) is not None:
-                predicted = predict(fitted, features)
+                window = window_of(fitted, self._selects)
+                predicted = predict(fitted, window, features)
                 like_late = near_late(features, by_input) | near_late(predicted[0], by_output)
                 telling = rows[most_telling(fitted, features, predicted[1])]
-                left_out = leave_out(fitted, self._features[known], y)
+                left_out = leave_out(fitted, window, self._features[known], y)
                 places = [np.searchsorted(known, group) for group in groups]
                 came_late, audits = (left_out and part_of(left_out, each) for each in places[:2])
                 checked = self._look_at(groups[2], places[2], left_out)
@@ -336,7 +376,8 @@ class RowLearner:
         """Look at the values of rows; None if answers are not checked, or cannot be.
 
         There are two checks, each of which looks at the rows from which it has learned nothing but
-        its limit.
+        its limit. They go by the learner's own deviations: a wrong value makes those of its
+        neighbours large.
 
         Args:
             rows: The rows.
@@ -351,11 +392,14 @@ class RowLearner:
         halves = np.array_split(order, 2)
         for one, other in (halves, halves[::-1]):
             both = part_of(left_out, np.concatenate([one, other]))
-            check = fit_answer_check(*both, self._check_rate, labels=labels, blatant=_BLATANT)
+            check = fit_answer_check(
+                both.mean, both.plain, both.y, self._check_rate, labels=labels, blatant=_BLATANT
+            )
             if check.limit == np.inf:
                 return None  # too few rows
             chosen = ~np.isin(places, one)
-            looks_wrong[chosen] = check.suspicious(*part_of(left_out, places[chosen]))
+            part = part_of(left_out, places[chosen])
+            looks_wrong[chosen] = check.suspicious(part.mean, part.plain, part.y)
         return CheckedRows(rows, looks_wrong, check)
 
     def look_wrong(
@@ -365,7 +409,7 @@ class RowLearner:
         found, known = np.zeros(len(rows), bool), np.zeros(len(rows), bool)
         if self._check is not None and self.mean is not None:
             known = self.known[rows]
-            expected = self.mean[rows[known]], self.deviation[rows[known]]
+            expected = self.mean[rows[known]], self._plain[rows[known]]
             found[known] = self._check.suspicious(*expected, values[known])
         return found, known
 
@@ -386,15 +430,18 @@ class RowLearner:
         known = self.known[rows]
         if self.fitted is None or self.mean is None or not known.any():
             return score
-        probability, bar = self._estimated(self.mean[rows[known]], self.deviation[rows[known]])
+        expected = self.mean[rows[known]], self.deviation[rows[known]]
         straggle = late | self._like_late[rows[known]]
         score[known] = np.where(
-            straggle, *(self._admitted(probability, bar, late) for late in (True, False))
+            straggle, *(self._admitted(*expected, each) for each in (True, False))
         )
         return score
 
     def _estimated(
-        self, mean: Float[np.ndarray, "known outputs"], deviation: Float[np.ndarray, " known"]
+        self,
+        mean: Float[np.ndarray, "known outputs"],
+        deviation: Float[np.ndarray, " known"],
+        late: bool,
     ) -> tuple[Float[np.ndarray, " known"], Float[np.ndarray, " known"]]:
         """Return the probabilities that labels are wrong, and error bars, by the calibration.
 
@@ -407,10 +454,15 @@ class RowLearner:
             outputs = jnp.asarray(mean)
             found = scheme.error_probability(outputs, jnp.asarray(deviation), outputs)
             return np.asarray(found, float), nothing
-        assert scheme.bars is not None
-        held_out = np.asarray(scheme.bars.factors)
-        ratios = np.concatenate([held_out[held_out < _INFINITE], self._ratios])
-        return nothing, deviation * conformal_quantile(ratios, self._target.coverage)
+        return nothing, deviation * self._factor(late)
+
+    def _factor(self, late: bool) -> float:
+        """Return the ratio of error to deviation that makes error bars."""
+        coverage, own = self._target.coverage, np.array(self._ratios[late])
+        factor = conformal_quantile(np.append(own, self._ratios[False] if late else []), coverage)
+        if not self._selects or np.sum(own > factor) > _HARDER * (1 - coverage) * len(own):
+            return max(conformal_quantile(own, coverage), factor)
+        return factor
 
     def _compared(
         self,
@@ -418,17 +470,18 @@ class RowLearner:
         deviation: Float[np.ndarray, " known"],
         y: Float[np.ndarray, "known outputs"],
         error: Float[np.ndarray, " known"],
+        late: bool,
     ) -> list[StragglerRow]:
         """Compare predictions with the rows' own values, from which they differ by `error`."""
-        probability, bar = self._estimated(mean, deviation)
+        probability, bar = self._estimated(mean, deviation, late)
         differs = np.argmax(mean, axis=1) != np.argmax(y, axis=1)
         facts = (each.tolist() for each in (probability, bar, differs, error_ratios(error, bar)))
         return [StragglerRow(*each) for each in zip(*facts, strict=True)]
 
     def _admitted(
         self,
-        probability: Float[np.ndarray, " some"],
-        bar: Float[np.ndarray, " some"],
+        mean: Float[np.ndarray, "some outputs"],
+        deviation: Float[np.ndarray, " some"],
         late: bool,
     ) -> Float[np.ndarray, " some"]:
         """Return scores by the evidence on audits or late rows; infinite where that forbids them.
@@ -437,10 +490,11 @@ class RowLearner:
         """
         risk = self._risks[late]
         if risk.waits and not risk.enough:
-            return np.full(len(bar), np.inf)
-        admitted = risk.admits(probability, bar)
+            return np.full(len(deviation), np.inf)
+        probability, bar = self._estimated(mean, deviation, late)
         if self._target.tolerance is not None:
-            return risk.bars(bar, admitted)
+            return bar
+        admitted = risk.admits(probability, bar)
         return np.where(admitted | (probability > self.limit), probability, np.inf)
 
     @property
@@ -486,19 +540,19 @@ class RowLearner:
         rows, y = rows[counts], y[counts]
         score, mean, deviation = self.score(rows, late), self.mean[rows], self.deviation[rows]
         error = _errors(mean, y)
-        compared, sure = self._compared(mean, deviation, y, error), score <= self.limit
+        compared, sure = self._compared(mean, deviation, y, error, late), score <= self.limit
         if self._target.tolerance is None:
             right = np.array([not each.wrong for each in compared])
             self._held[late] += right[sure].tolist()
         else:
             self._held[late] += (error <= score)[np.isfinite(score)].tolist()
-            if not late:
-                self._ratios += _ratios(error, deviation)
+            self._ratios[late] += _ratios(error, deviation)
         risk = self._risks[late]
         for given, each in zip(sure.tolist(), compared, strict=True):
             if given:
                 risk.give()
-            risk.add(each, given=given)
+            if risk.add(each, given=given):
+                self._ratios[late].clear()
 
     def held(self, late: bool) -> tuple[int, int]:
         """Return how many bars held, and of how many rows: audited ones, or those that came late.

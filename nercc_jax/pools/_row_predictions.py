@@ -25,7 +25,7 @@ FEW = 512  # rows up to which a smaller learner is fitted, in a third of the tim
 _JUDGED = 256
 NEWS = 32  # rows that are learned together between two fits
 _CHUNK = 1024  # rows that are predicted together
-_NEIGHBOURS = 8  # computed rows that a row is compared with, to see whether it may be late
+_NEIGHBOURS = 8  # computed rows that a row is compared with
 _OF_THEM_LATE = 1  # of them, for a row to be taken for one that may be late, too
 _UNSURE = 256  # of the least certain rows, from which those that tell most are picked
 _TELLING = 64  # that are picked
@@ -38,11 +38,31 @@ class LeftOut(NamedTuple):
         mean: Their predicted values.
         deviation: How far these may be off.
         y: Their own values.
+        plain: The learner's own deviations (`predict`).
     """
 
     mean: Float[np.ndarray, "rows outputs"]
     deviation: Float[np.ndarray, " rows"]
     y: Float[np.ndarray, "rows outputs"]
+    plain: Float[np.ndarray, " rows"]
+
+
+class Window(NamedTuple):
+    """A learner's pairs, each predicted from the others.
+
+    Attributes:
+        inputs: Their inputs.
+        mean: Their predicted values.
+        plain: The learner's own deviations.
+        ratios: Their errors, in units of these.
+        scale: The ratio of the nearest other pairs (`predict`).
+    """
+
+    inputs: Float[np.ndarray, "pairs inputs"]
+    mean: Float[np.ndarray, "pairs outputs"]
+    plain: Float[np.ndarray, " pairs"]
+    ratios: Float[np.ndarray, " pairs"]
+    scale: Float[np.ndarray, " pairs"]
 
 
 class Neighbours(NamedTuple):
@@ -99,20 +119,71 @@ def _learner_of(fitted: FittedScheme) -> Learner:
     return learner
 
 
+def window_of(fitted: FittedScheme, local: bool = True) -> Window:
+    """Return what the learner predicts of its pairs.
+
+    Args:
+        fitted: The learner.
+        local: Whether deviations go by errors nearby. If not, or where outputs are labels, whose
+            error probabilities are calibrated for the learner's own deviations, ratios are 1.
+    """
+    learner = _learner_of(fitted)
+    filled = np.asarray(learner.filled)
+    inputs, residuals = (
+        np.asarray(each, np.float32)[filled] for each in (learner.inputs, learner.residuals)
+    )
+    errors, plain = (np.asarray(each, float)[filled] for each in learner.left_out())
+    ratios = np.sqrt(np.mean(errors**2, axis=1)) / plain
+    if not local or fitted.scheme.error_probability is not None:
+        ratios = np.ones_like(ratios)
+    scale = _local_scale(learner, ratios, inputs, inputs, np.arange(len(inputs)))
+    return Window(inputs, (residuals + errors).astype(np.float32), plain, ratios, scale)
+
+
 def predict(
-    fitted: FittedScheme, features: Float[np.ndarray, "rows inputs"]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and deviation of rows, in chunks of one size."""
+    fitted: FittedScheme, window: Window, features: Float[np.ndarray, "rows inputs"]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return mean and deviation of rows, and the learner's own deviation, in chunks of one size.
+
+    A learner's own deviation depends on where pairs are, and not on their values, so that errors
+    may be several of it where the function varies most. So it is multiplied by the root mean square
+    ratio of error to deviation of the nearest pairs.
+    """
+    learner = _learner_of(fitted)
     means, deviations = [], []
     for place in range(0, len(features), _CHUNK):
         chunk = features[place : place + _CHUNK]
         padded = np.resize(chunk, (_CHUNK, chunk.shape[1]))
-        mean, deviation = _predictions(_learner_of(fitted), padded)
+        mean, deviation = _predictions(learner, padded)
         means.append(np.asarray(mean, np.float32)[: len(chunk)])
         deviations.append(np.asarray(deviation, float)[: len(chunk)])
     if not means:
-        return np.zeros((0, _learner_of(fitted).residuals.shape[1]), np.float32), np.zeros(0)
-    return np.concatenate(means), np.concatenate(deviations)
+        return np.zeros((0, learner.residuals.shape[1]), np.float32), np.zeros(0), np.zeros(0)
+    scale = _local_scale(learner, window.ratios, window.inputs, features)
+    plain = np.concatenate(deviations)
+    return np.concatenate(means), plain * scale, plain
+
+
+def _local_scale(
+    learner: Learner,
+    ratios: Float[np.ndarray, " pairs"],
+    inputs: Float[np.ndarray, "pairs inputs"],
+    features: Float[np.ndarray, "rows inputs"],
+    own: Int[np.ndarray, " rows"] | None = None,
+) -> Float[np.ndarray, " rows"]:
+    """Return the root mean square ratio of the pairs nearest to each row, by the kernel's widths.
+
+    Args:
+        learner: The learner.
+        ratios: The pairs' errors over their deviations.
+        inputs: The pairs' inputs.
+        features: The rows' inputs.
+        own: The pair that each row is, which does not count (default: none).
+    """
+    kernel = learner.kernel
+    unit = np.asarray(kernel.unit * kernel.widths[kernel.groups])
+    nearest = _nearest(features, inputs, unit, own)
+    return np.sqrt(np.mean(ratios[nearest] ** 2, axis=1))
 
 
 @eqx.filter_jit
@@ -128,21 +199,19 @@ def _covariance(learner: Learner, x: ArrayLike) -> Array:
 
 def leave_out(
     fitted: FittedScheme,
+    window: Window,
     rows: Float[np.ndarray, "rows inputs"],
     y: Float[np.ndarray, "rows outputs"],
 ) -> LeftOut | None:
     """Return the predictions of these rows, each without that row where the window holds it."""
     if not len(rows):
         return None
-    learner = _learner_of(fitted)
-    inputs, filled = np.asarray(learner.inputs, np.float32), np.asarray(learner.filled)
-    places = {inputs[place].tobytes(): place for place in np.flatnonzero(filled).tolist()}
-    found = [places.get(row.tobytes(), -1) for row in rows.astype(np.float32)]
-    place, known = np.array(found), np.array(found) >= 0
-    errors, left_out = map(np.asarray, learner.left_out())
-    mean, deviation = (np.asarray(learner.residuals) + errors)[place], left_out[place].astype(float)
-    mean[~known], deviation[~known] = predict(fitted, rows[~known])
-    return LeftOut(mean, deviation, y.astype(np.float32))
+    places = {row.tobytes(): place for place, row in enumerate(window.inputs)}
+    place = np.array([places.get(row.tobytes(), -1) for row in rows.astype(np.float32)])
+    unknown, mean, plain = place < 0, window.mean[place], window.plain[place]
+    deviation = plain * window.scale[place]
+    mean[unknown], deviation[unknown], plain[unknown] = predict(fitted, window, rows[unknown])
+    return LeftOut(mean, deviation, y.astype(np.float32), plain)
 
 
 def part_of(left_out: LeftOut, places: Int[np.ndarray, " few"]) -> LeftOut:
@@ -188,16 +257,27 @@ def near_late(
     places: Float[np.ndarray, "rows coordinates"], known: Neighbours
 ) -> Bool[np.ndarray, " rows"]:
     """Return whether one or more of each row's nearest neighbours are late."""
-    found = np.zeros(len(places), bool)
     if np.sum(known.late) < _OF_THEM_LATE or len(known.late) < _NEIGHBOURS:
-        return found
+        return np.zeros(len(places), bool)
     spread = known.places.std(axis=0)
-    unit = np.where(spread > 0, spread, 1)
-    others = known.places / unit
+    nearest = _nearest(places, known.places, np.where(spread > 0, spread, 1))
+    return known.late[nearest].sum(axis=1) >= _OF_THEM_LATE
+
+
+def _nearest(
+    places: Float[np.ndarray, "rows coordinates"],
+    others: Float[np.ndarray, "others coordinates"],
+    unit: Float[np.ndarray, " coordinates"],
+    own: Int[np.ndarray, " rows"] | None = None,
+) -> Int[np.ndarray, "rows neighbours"]:
+    """Return the nearest of the others to each row, without its own if these are given."""
+    others = others / unit
     squares = np.sum(others**2, axis=1)
+    found = np.empty((len(places), _NEIGHBOURS), int)
     for place in range(0, len(places), _CHUNK):
-        chunk = places[place : place + _CHUNK] / unit
-        nearest = np.argpartition(squares - 2 * chunk @ others.T, _NEIGHBOURS - 1, axis=1)
-        late = known.late[nearest[:, :_NEIGHBOURS]].sum(axis=1)
-        found[place : place + len(chunk)] = late >= _OF_THEM_LATE
+        part = slice(place, place + _CHUNK)
+        distance = squares - 2 * (places[part] / unit) @ others.T
+        if own is not None:
+            distance[np.arange(len(distance)), own[part]] = np.inf
+        found[part] = np.argpartition(distance, _NEIGHBOURS - 1, axis=1)[:, :_NEIGHBOURS]
     return found

@@ -1,4 +1,4 @@
-"""A user's function of rows, as workers call it, and one call of it."""
+"""A user's function of rows, as workers call it, its rows, and one call of it."""
 
 import dataclasses
 from collections.abc import Callable, Collection
@@ -46,6 +46,14 @@ class RowFunction:
         if y.shape[:1] != (len(batch),):
             raise ValueError(f"{len(batch)} rows came back as an array of shape {y.shape}")
         return y.astype(np.float32) if y.dtype.itemsize < 4 else y
+
+
+def checked_rows(rows: Any) -> Shaped[np.ndarray, "rows ..."]:
+    """Return rows as an array of finite numbers, which the learner needs."""
+    x = np.asarray(rows)
+    if x.ndim < 1 or not x.size or x.dtype.kind not in "biuf" or not np.isfinite(x).all():
+        raise ValueError(f"rows are finite numbers (rows, ...), not {x.dtype} of shape {x.shape}")
+    return x
 
 
 class RowCall:

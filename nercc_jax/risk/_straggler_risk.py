@@ -52,7 +52,6 @@ class _Limits(NamedTuple):
             limit; negative where nothing is.
         beyond: The same of all others.
         factor: By which error bounds of what is given out are widened.
-        factor_of_all: By which those of all rows are: of which more may be wrong.
         shift: By which probabilities are too small, in the mean.
         admitted: The share of straggling rows that would be given out.
     """
@@ -60,7 +59,6 @@ class _Limits(NamedTuple):
     probability: float
     beyond: float
     factor: float
-    factor_of_all: float
     shift: float
     admitted: float
 
@@ -155,20 +153,6 @@ class StragglerRisk:
         They are the calibrated ones, and more where those of other stragglers were too small.
         """
         return np.minimum(probability + self._limits.shift, 1.0), bound * self._limits.factor
-
-    def bars(
-        self, bound: Float[np.ndarray, " rows"], admitted: Bool[np.ndarray, " rows"]
-    ) -> Float[np.ndarray, " rows"]:
-        """Return error bars for rows of a batch, those that are given out and the others.
-
-        Bounds are right for what is given out in another way than for all: the others' bars are
-        never within the tolerance.
-        """
-        if self._tolerance is None:
-            return bound
-        others = bound * self._limits.factor_of_all
-        others = np.where(others > self._tolerance, others, math.inf)
-        return np.where(admitted, bound * self._limits.factor, others)
 
     def give(self) -> None:
         """Count an answer that is given out, and that the model's own answer will be compared to.
@@ -304,7 +288,7 @@ class StragglerRisk:
         """Choose the largest probability, and the factor of error bounds, of what is given out."""
         if self._share == 0 or len(rows) < (0 if self._tolerance is None else _BARS) or not rows:
             admits = not self._needs_evidence and self._share != 0
-            return _Limits(math.inf if admits else -1.0, -1.0, 1.0, 1.0, 0.0, float(admits))
+            return _Limits(math.inf if admits else -1.0, -1.0, 1.0, 0.0, float(admits))
         probability, bound, wrong, excess = map(np.array, zip(*rows, strict=True))
         limit = beyond = math.inf
         if self._share is not None:
@@ -318,12 +302,11 @@ class StragglerRisk:
             known = 0 if self._needs_evidence else max(self.needed - len(rows) // _FADING, 0)
             limit = _largest_score(*ranked, self._allowed[known:])
         given = np.full(len(rows), True) if self._share is None else probability <= limit
-        factor, factor_of_all, shift = 1.0, 1.0, 0.0
+        factor, shift = 1.0, 0.0
         if self._tolerance is not None:
-            factor_of_all = max(conformal_quantile(excess, self._coverage), 1.0)
             factor = least_factor(bound, excess, self._tolerance, self._coverage)
             if math.isinf(factor):
-                factor = factor_of_all
+                factor = max(conformal_quantile(excess, self._coverage), 1.0)
                 # Too few rows within the tolerance show nothing about these. So they are admitted
                 # by what all rows show, unless evidence is needed.
                 within = int(np.sum(bound * factor <= self._tolerance))
@@ -333,7 +316,7 @@ class StragglerRisk:
         if self._share is not None and given.any():
             shift = max(float(np.mean(wrong[given] - probability[given])), 0.0)
         admitted = float(np.mean(given)) if limit >= 0 else 0.0
-        return _Limits(limit, beyond, factor, factor_of_all, shift, admitted)
+        return _Limits(limit, beyond, factor, shift, admitted)
 
 
 def risk_cap(share: float) -> float:
