@@ -719,7 +719,8 @@ def test_every_request_is_a_line_of_json_if_that_is_wished(server, stub):
         (line,) = [line for line in lines if line.get("id") == name]
         assert line["message"] == "answered"
         assert (line["model"], line["level"]) == ("double", "INFO")
-        assert (line["outcome"], line["answers"]) == ("ok", ["exact"])
+        assert line["outcome"] == "ok"
+        assert line["answers"] in (["exact"], ["reexecuted"])  # where a worker was held up
         assert 0 < line["queue_ms"] < line["ms"] < 1e3 * ENDS
         (group,) = line["groups"]
         assert group.pop("group") > 0
