@@ -22,6 +22,7 @@ import jax
 import jaxtyping
 import pytest
 import type_checks
+from _pytest import unraisableexception
 from jax._src.interpreters import mlir
 
 type_checks.install()
@@ -89,6 +90,8 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Ray's workers have the lowest priority but four: beside a test that compiles they would get a
 # thirtieth of a core, and take minutes to import JAX.
 os.environ.setdefault("RAY_worker_niceness", "0")
+# Nor does a Ray start workers that nobody asks for: ours have environments of their own.
+os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 
 # Without optimisation a fit of 100 knots is off by 1.02e-5 in float32: more than is promised.
 LARGE = re.compile(r"[\[-](100|200)[\]-]|large_n")
@@ -105,6 +108,9 @@ def pytest_configure(config):
 
     All of them, however quickly compiled: thousands of small ones come again in every file.
     """
+    if hasattr(unraisableexception, "gc_collect_iterations_key"):
+        # At the end, of which all workers have one: each takes a second with what tests leave.
+        config.stash[unraisableexception.gc_collect_iterations_key] = 1  # of five
     folder = config.cache.mkdir("programs")
     if not hasattr(config, "workerinput") and _bytes_in(folder) > 1 << 30:
         shutil.rmtree(folder)  # of older sources, mostly
