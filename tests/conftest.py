@@ -90,8 +90,6 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Ray's workers have the lowest priority but four: beside a test that compiles they would get a
 # thirtieth of a core, and take minutes to import JAX.
 os.environ.setdefault("RAY_worker_niceness", "0")
-# Nor does a Ray start workers that nobody asks for: ours have environments of their own.
-os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 
 # Without optimisation a fit of 100 knots is off by 1.02e-5 in float32: more than is promised.
 LARGE = re.compile(r"[\[-](100|200)[\]-]|large_n")
