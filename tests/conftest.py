@@ -22,7 +22,6 @@ import jax
 import jaxtyping
 import pytest
 import type_checks
-from _pytest import unraisableexception
 from jax._src.interpreters import mlir
 
 type_checks.install()
@@ -106,9 +105,6 @@ def pytest_configure(config):
 
     All of them, however quickly compiled: thousands of small ones come again in every file.
     """
-    if hasattr(unraisableexception, "gc_collect_iterations_key"):
-        # At the end, of which all workers have one: each takes a second with what tests leave.
-        config.stash[unraisableexception.gc_collect_iterations_key] = 1  # of five
     folder = config.cache.mkdir("programs")
     if not hasattr(config, "workerinput") and _bytes_in(folder) > 1 << 30:
         shutil.rmtree(folder)  # of older sources, mostly

@@ -37,8 +37,8 @@ from ._row_predictions import (
     Neighbours,
     fit_job,
     leave_out,
+    like_late,
     most_telling,
-    near_late,
     part_of,
     predict,
     update_job,
@@ -237,7 +237,7 @@ class RowLearner:
                 groups,
                 known,
                 y[known],
-                *self._neighbours(computed, y, late),
+                self._neighbours(computed, y, late),
             ),
             name=LEARNER_THREAD,
         )  # no daemon: JAX aborts a process that ends while it compiles
@@ -276,9 +276,8 @@ class RowLearner:
         if self.mean is None or not len(rows) or not (late & ~self._late).any():
             return
         self._late = late
-        by_input, by_output = self._neighbours(computed, y, late)
-        found = near_late(self._features[rows], by_input) | near_late(self.mean[rows], by_output)
-        self._like_late[rows] = found
+        neighbours = self._neighbours(computed, y, late)
+        self._like_late[rows] = like_late(self._features[rows], self.mean[rows], *neighbours)
 
     def _compare_again(self, left_out: LeftOut | None, late: bool) -> None:
         """Replace evidence on the learner before by comparisons of this one, if there are enough.
@@ -307,9 +306,8 @@ class RowLearner:
         predicted = predict(fitted, window, self._features[rows])
         audits = table.learnable[self._audits[table.learnable]]
         audited = leave_out(fitted, window, self._features[audits], table.vectors[audits])
-        like_late, nothing = np.zeros(len(rows), bool), rows[:0]
-        made = RowEstimates(rows, *predicted, like_late, nothing, fitted, None, audited)
-        self._made.append(made)
+        unknown, nothing = np.zeros(len(rows), bool), rows[:0]
+        self._made.append(RowEstimates(rows, *predicted, unknown, nothing, fitted, None, audited))
         self.look()
 
     def _chosen(self, computed: np.ndarray, most: int) -> np.ndarray:
@@ -347,22 +345,21 @@ class RowLearner:
         groups: tuple[np.ndarray, np.ndarray, np.ndarray],
         known: Int[np.ndarray, " known"],
         y: Float[np.ndarray, "known outputs"],
-        by_input: Neighbours,
-        by_output: Neighbours,
+        neighbours: tuple[Neighbours, Neighbours],
     ) -> None:
         begin = time.monotonic()
         try:
             if (fitted := job()) is not None:
                 window = window_of(fitted, self._selects)
                 predicted = predict(fitted, window, features)
-                like_late = near_late(features, by_input) | near_late(predicted[0], by_output)
+                late = like_late(features, predicted[0], *neighbours)
                 telling = rows[most_telling(fitted, features, predicted[1])]
                 left_out = leave_out(fitted, window, self._features[known], y)
                 places = [np.searchsorted(known, group) for group in groups]
                 came_late, audits = (left_out and part_of(left_out, each) for each in places[:2])
                 checked = self._look_at(groups[2], places[2], left_out)
                 evidence = came_late, audits, checked
-                made = RowEstimates(rows, *predicted, like_late, telling, fitted, *evidence)
+                made = RowEstimates(rows, *predicted, late, telling, fitted, *evidence)
                 self._made.append(made)
         finally:
             self.seconds = self._time.spend(begin)

@@ -253,7 +253,17 @@ def most_telling(
     return places[chosen]
 
 
-def near_late(
+def like_late(
+    inputs: Float[np.ndarray, "rows inputs"],
+    outputs: Float[np.ndarray, "rows outputs"],
+    by_input: Neighbours,
+    by_output: Neighbours,
+) -> Bool[np.ndarray, " rows"]:
+    """Return which rows have a late one among their nearest neighbours, by input or by output."""
+    return _near_late(inputs, by_input) | _near_late(outputs, by_output)
+
+
+def _near_late(
     places: Float[np.ndarray, "rows coordinates"], known: Neighbours
 ) -> Bool[np.ndarray, " rows"]:
     """Return whether one or more of each row's nearest neighbours are late."""
