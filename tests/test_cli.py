@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import require
 from typer.testing import CliRunner
 
 from nercc_jax.cli._app import app
@@ -197,6 +198,7 @@ def test_a_share_has_as_many_digits_as_its_interval_gives_reason_for(half_width,
 
 
 def test_the_servers_options_are_its_settings():
+    require("pydantic_settings", "serve")
     from nercc_jax.cli._serve import command_with_options
 
     names = {option.name for option in command_with_options().params}
