@@ -8,8 +8,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from ._dissection import Dissection, dissect
-from ._ends import Ends, check_ends, not_a_knot
-from ._knots import COMPARED_WITH_ALL, FEW_COMPARED, Knots, by_observation, gather_knots
+from ._ends import Ends, NotAKnot, check_ends, combined, not_a_knot
+from ._knots import (
+    COMPARED_WITH_ALL,
+    FEW_COMPARED,
+    Knots,
+    by_observation,
+    gather_knots,
+    moving,
+)
 from ._namespace import namespace, product, taken, where, within
 from ._responses import Problem, Responses, Solutions, known_responses, responses, solve
 from ._root_information import RootInformation, factorize
@@ -79,27 +86,36 @@ class Fit(eqx.Module):
 
     def values(self, y: Float[Array, "n m"]) -> tuple[Float[Array, "knots m"], ...]:
         """Return the fitted spline's values and slopes at the knots; linear in y."""
-        return self._through(self.factor(), self.knots.average(y))
+        factor, means = self.factor(), self.knots.average(y)
+        shifts, slopes = factor.solve(means)
+        if self.ends == "natural":
+            return means + shifts, slopes
+        assert isinstance(factor, RootInformation)
+        ends = self._ends()
+        bent, turned = factor.forced(self.mu * ends.values, self.mu * ends.slopes)
+        at_kinks = ends.kinks.T
+        share = self._share(ends, product(at_kinks, bent), -product(at_kinks, shifts))
+        return means + shifts + combined(bent, share), slopes + combined(turned, share)
 
     def map_to(self, at: Float[Array, " k"]) -> LinearMap:
         """Return the map from observations to the fitted spline at the points `at`."""
-        if not has_solutions(self.ends, self.rows):
+        if self.rows is not None:
             return self._by_differences(at)
-        problem, gap, value = self._by_adjoint(at)
-        return self._map_of(responses(problem), gap, value)
+        problem, asked = self._by_adjoint(at)
+        return self._map_of(responses(problem), *asked)
 
     def solved_map(self, at: Float[Array, " k"]) -> tuple[LinearMap, Solutions]:
-        """Return `map_to`, and what its derivative is made of, if it `has_solutions`."""
-        problem, gap, value = self._by_adjoint(at)
+        """Return `map_to`, and what its derivative is made of; knots are eliminated in turn."""
+        problem, asked = self._by_adjoint(at)
         made, solutions = solve(problem)
-        return self._map_of(made, gap, value), solutions
+        return self._map_of(made, *asked), solutions
 
     def known_map(
         self, at: Float[Array, " k"], gap: Int[Array, " k"], solutions: Solutions
     ) -> LinearMap:
         """Return `map_to`, whose gaps and solutions `solved_map` gave."""
-        problem, gap, value = self._by_adjoint(at, gap)
-        return self._map_of(known_responses(problem, solutions), gap, value)
+        problem, asked = self._by_adjoint(at, gap)
+        return self._map_of(known_responses(problem, solutions), *asked)
 
     def variance(
         self, factor: RootInformation | Dissection, at: Float[Array, " k"]
@@ -133,21 +149,23 @@ class Fit(eqx.Module):
         t = self.knots.t
         return t[1:] - t[:-1], self.knots.weights, self.slope_weights, self.mu
 
-    def _through(
-        self, factor: RootInformation | Dissection, means: Float[Array, "knots m"]
-    ) -> tuple[Array, Array]:
-        """Return values and slopes at the knots, from the observations there; linear in these."""
-        shifts, slopes = factor.solve(means)
-        if self.ends == "natural":
-            return means + shifts, slopes
-        return not_a_knot(self.knots, factor.solve, means + shifts, slopes)
+    def _ends(self) -> NotAKnot:
+        return not_a_knot(self.knots, self.slope_weights / self.mu)
+
+    def _share(
+        self, ends: NotAKnot, bent: Float[Array, "2 2"], missed: Float[Array, "2 m"]
+    ) -> Float[Array, "2 m"]:
+        """Return c of `_ends`, from E and by how much the natural fits miss the kinks' data."""
+        force = (product(ends.kinks.T, self.knots.weights) / self.mu)[:, None]
+        return ends.share(force * bent, force * missed)
 
     def _by_adjoint(
         self, at: Float[Array, " k"], gap: Int[Array, " k"] | None = None
-    ) -> tuple[Problem, Array, Array]:
-        """Return the adjoint problem, the gap of each point, and its coefficients of the right end.
+    ) -> tuple[Problem, tuple[Array, Array, NotAKnot | None]]:
+        """Return the adjoint problem, and what else makes a map of its responses.
 
-        The problem has each point's coefficients on the right side.
+        That is the gap of each point, its coefficient of the gap's right end, and ends that are not
+        natural: their kinks are two more points of the problem.
         """
         knots = self.knots
         place = _gap_of(knots.t, at) if gap is None else gap
@@ -158,12 +176,35 @@ class Fit(eqx.Module):
         _, basis = _basis_between(before, after, at)
         of_left, of_right = jnp.stack(basis[:2])[:, None], jnp.stack(basis[2:])[:, None]
         values, slopes = ends[0] * of_left + ends[1] * of_right
-        return Problem(*self._problem(), values, slopes, knots.shown), place, basis[2]
+        forces = values[:, :0], slopes[:, :0]
+        bent = None if self.ends == "natural" else self._ends()
+        if bent is not None:
+            values = jnp.concatenate([values, bent.kinks], axis=1)
+            slopes = jnp.concatenate([slopes, jnp.zeros_like(bent.kinks)], axis=1)
+            forces = self.mu * bent.values, self.mu * bent.slopes
+        problem = Problem(*self._problem(), values, slopes, *forces, knots.shown)
+        return problem, (place, basis[2], bent)
 
-    def _map_of(self, made: Responses, gap: Array, value: Array) -> LinearMap:
+    def _map_of(
+        self, made: Responses, gap: Array, value: Array, ends: NotAKnot | None
+    ) -> LinearMap:
         left = jnp.arange(len(self.knots.t) - 1) == gap[:, None]
-        differences = made.differences + left * value[:, None]
-        return LinearMap(self.knots.spread(made.matrix), differences, gap, self.knots)
+        matrix, differences = made.matrix, made.differences
+        if ends is not None:
+            matrix, differences = self._bent(made, ends, len(gap))
+        differences = differences + left * value[:, None]
+        return LinearMap(self.knots.spread(matrix), differences, gap, self.knots)
+
+    def _bent(self, made: Responses, ends: NotAKnot, count: int) -> tuple[Array, Array]:
+        """Return the matrix and differences of so many points, from those of kinks and forces."""
+        # What the kinks' observations are missed by, with the digits that differences have.
+        missed = -made.differences[count:]
+        by_knot = by_observation(jnp.zeros_like(made.matrix[count:]), missed, self.knots.shown)
+        by_knot = moving(by_knot, -made.matrix[count:])
+        both = jnp.concatenate([by_knot, missed], axis=1)
+        bent = combined(made.forced[:count], self._share(ends, made.forced[count:], both))
+        by_knot, by_gap = bent[:, : len(self.knots.t)], bent[:, len(self.knots.t) :]
+        return made.matrix[:count] + by_knot, made.differences[:count] + by_gap
 
     def _by_differences(self, at: Float[Array, " k"]) -> LinearMap:
         """Return the map, by one solution for each difference of neighbouring observations."""
@@ -171,15 +212,19 @@ class Fit(eqx.Module):
         slot = jnp.arange(len(knots.t))
         steps = (slot[:, None] > slot[:-1]).astype(knots.t.dtype)
         gap = hermite_basis(knots.t, at)[0]
-        differences = hermite(knots.t, *self._through(self.factor(), steps), at) - steps[gap]
+        shifts, slopes = self.factor().solve(steps)
+        differences = hermite(knots.t, steps + shifts, slopes, at) - steps[gap]
         direct = (gap[:, None] == slot).astype(differences.dtype)
         matrix = by_observation(direct, differences, knots.shown)
         return LinearMap(knots.spread(matrix), differences, gap, knots)
 
 
-def has_solutions(ends: Ends, rows: int | None) -> bool:
-    """Return whether a map's derivative is made of solutions; else it is that of all steps."""
-    return rows is None and ends == "natural"
+def rows_of(platform: str, ends: Ends = "natural") -> int | None:
+    """Return `rows` of `fit` for a platform.
+
+    Not-a-knot splines are made of forces, for which knots are eliminated one after the other.
+    """
+    return ROWS[platform] if ends == "natural" else None
 
 
 def fit(
@@ -198,6 +243,8 @@ def fit(
     Args: as for `smoothing_spline`; with `rows`, knots are eliminated in parallel, else one after
     the other: the same to rounding. `known` and `weights_move` are those of `gather_knots`.
     """
+    if rows is not None and ends != "natural":
+        raise ValueError(f"knots of {ends} splines are eliminated one after the other")
     few = FEW_COMPARED if rows is None else COMPARED_WITH_ALL
     dense = max(len(t), 2) * len(t) <= few
     knots = gather_knots(t, weights, dense=dense, known=known, weights_move=weights_move)

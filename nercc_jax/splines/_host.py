@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from ._ends import Ends, not_a_knot, shorter_gaps
+from ._ends import Ends, combined, not_a_knot
 from ._fit import hermite_basis
 from ._knots import Knots, gather_knots
 
@@ -60,8 +60,8 @@ def smoothing_matrix_on_host(
             solved = system.solve(coefficients, transposed=True)
             on_knots[:, seen] = (solved[::4] * system.data[:, None]).T
         else:
-            gaps = shorter_gaps(knots.t.astype(np.float64), seen[[1, -2]])
-            values, slopes = _not_a_knot(system, gaps)
+            gaps, kinks = np.diff(knots.t.astype(np.float64)), seen[[1, -2]]
+            values, slopes = _not_a_knot(system, np.minimum(gaps[kinks], gaps[kinks - 1]))
             on_knots[:, seen] = coefficients[::4].T @ values + coefficients[1::4].T @ slopes
     return knots.spread(on_knots)
 
@@ -94,17 +94,23 @@ def variances_on_host(
 
 
 def _not_a_knot(
-    system: "_System", gaps: Float[np.ndarray, "2 1"]
+    system: "_System", gaps: Float[np.ndarray, "2"]
 ) -> tuple[Float[np.ndarray, "n n"], Float[np.ndarray, "n n"]]:
     """Return the matrices from observations to values and slopes, with these ends."""
     place = np.arange(len(system.t))
     knots = Knots(system.t, system.weights, place, np.ones(len(place)), place)
-    values, slopes, _, _ = system.fitted()
+    values, slopes, thirds, _ = system.fitted()
+    ends = not_a_knot(knots, system.ends, gaps[:, None])
+    forces = np.zeros((system.size, 2))
+    forces[::4], forces[1::4] = ends.values, ends.slopes
+    bent = system.solve(system.forces[:, None] * forces)
 
-    def solve(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return values @ y - y, slopes @ y
+    # The unknowns f are the third derivatives with the other sign, as those of T - s_T are.
+    def jumps(thirds: np.ndarray) -> np.ndarray:
+        return ends.kinks[1:-1].T @ np.diff(thirds, axis=0)
 
-    return not_a_knot(knots, solve, values, slopes, gaps)
+    share = ends.share(jumps(bent[2::4]), -jumps(thirds))
+    return values + combined(bent[::4], share), slopes + combined(bent[1::4], share)
 
 
 def _root_of_squares(system: "_System") -> Float[np.ndarray, "n n"]:

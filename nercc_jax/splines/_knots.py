@@ -122,21 +122,21 @@ def gather_knots(
         share * where(weights > 0, points - taken(first, knot), 0), knot, slots, dense
     )
     if known is not None and not weights_move:
-        t = _moving(known.t, t)
+        t = moving(known.t, t)
     shown = _shown(xp, total > 0) if known is None else known.shown
     return Knots(t, total, knot, share, shown)
 
 
 @jax.custom_jvp
-def _moving(value: Array, computed: Array) -> Array:
-    """Return what was computed before, with the derivative of computing it."""
+def moving(value: Array, computed: Array) -> Array:
+    """Return what is known already, with the derivative of computing it."""
     del computed
     return value
 
 
-@_moving.defjvp
+@moving.defjvp
 def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    return _moving(*primals), tangents[1]
+    return moving(*primals), tangents[1]
 
 
 def _knot_of(xp: Any, fixed: Any, held: Any) -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from ._fit import ROWS, fit, observations_of, regression_of
+from ._fit import fit, observations_of, regression_of, rows_of
 from ._platforms import by_platform
 
 
@@ -43,7 +43,7 @@ def posterior_variance(
 
 def _variance(platform: str, *arguments: Array) -> tuple[Array]:
     *given, at = arguments
-    found = fit(*given, rows=ROWS[platform])
+    found = fit(*given, rows=rows_of(platform))
     return (found.variance(found.factor(), at),)
 
 
@@ -73,7 +73,7 @@ def process_variance(
 
 def _process(platform: str, *arguments: Array) -> tuple[Array]:
     *given, flat = arguments
-    found = fit(*given, rows=ROWS[platform])
+    found = fit(*given, rows=rows_of(platform))
     return (found.process(found.factor(), flat),)
 
 
@@ -99,6 +99,6 @@ def posterior_variances(
 
 def _both(platform: str, *arguments: Array) -> tuple[Array, Array]:
     *given, flat, at = arguments
-    found = fit(*given, rows=ROWS[platform])
+    found = fit(*given, rows=rows_of(platform))
     factor = found.factor()
     return found.variance(factor, at), found.process(factor, flat)

@@ -13,8 +13,11 @@ or of a weight only scales rows of M, that is, summed over rows and over gaps of
 where q is dmu/mu - 3 dh/h for shear rows, dmu/mu - dh/h for bend rows, the relative change of their
 weights for the others, v are the slopes of s and a_i those of a. w and e come by rotations, without
 cancellation. Only second derivatives differentiate the rotations themselves.
+
+Forces f on the unknowns act as observations do, with s = (M'M)^-1 f, e = -M s, and a'df beside.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,8 +32,8 @@ from ._root_information import Pivots, Rows, factorize_beside, root, shears_of
 class Problem(NamedTuple):
     """A least-squares problem of `factorize`, and the predictions that are asked for.
 
-    `values` and `slopes` are the coefficients c of each prediction, a column each, and `shown` is
-    that of `Knots`.
+    `values` and `slopes` are the coefficients c of each prediction, a column each, `pushes` and
+    `torques` the forces on each knot's value and slope, and `shown` is that of `Knots`.
     """
 
     gaps: Float[Array, " gaps"]
@@ -39,47 +42,58 @@ class Problem(NamedTuple):
     mu: Float[Array, ""]
     values: Float[Array, "n k"]
     slopes: Float[Array, "n k"]
+    pushes: Float[Array, "n forces"]
+    torques: Float[Array, "n forces"]
     shown: Int[Array, " n"]
+
+    def columns(self) -> tuple[Float[Array, "n columns"], Float[Array, "n columns"]]:
+        """Return the columns of predictions and forces, for values and slopes."""
+        return _beside(self.values, self.pushes), _beside(self.slopes, self.torques)
+
+    def split(self, columns: Array) -> tuple[Array, Array, Array]:
+        """Return the columns of predictions, of forces and, if there are any, of observations."""
+        predictions, forces, count = self.values.shape[1], self.pushes.shape[1], columns.shape[1]
+        if count == predictions:
+            return columns, columns[:, :0], columns[:, :0]
+        both = predictions + forces
+        return columns[:, :predictions], columns[:, predictions:both], columns[:, both:]
 
 
 class Responses(NamedTuple):
     """The change of each prediction by one more unit of data.
 
     `matrix` is that of each knot's observation, `differences` that of the difference between the
-    observations on both sides of each gap.
+    observations on both sides of each gap, `forced` that of each force.
     """
 
     matrix: Float[Array, "k n"]
     differences: Float[Array, "k gaps"]
+    forced: Float[Array, "k forces"]
 
 
 class Solutions(NamedTuple):
     """The solutions that the derivative needs.
 
-    There is a column for each prediction, then one for the observation at each knot. `values` and
-    `slopes` are the solutions at the knots, `rows` those of M.
+    There is a column for each prediction, one for each force, then one for the observation at each
+    knot. `values` and `slopes` are the solutions at the knots, `rows` those of M.
     """
 
     values: Float[Array, "n columns"]
     slopes: Float[Array, "n columns"]
     rows: Rows
 
-    def split(self, columns: Array) -> tuple[Array, Array]:
-        """Return the columns of predictions, and those of observations."""
-        count = self.values.shape[1] - len(self.values)
-        return columns[:, :count], columns[:, count:]
 
-
-def solution_shapes(points: int, knots: int) -> list[tuple[int, int]]:
-    """Return the shapes of the arrays of `Solutions` for so many predictions and knots."""
-    by_knot, by_gap = (knots, points + knots), (knots - 1, points + knots)
+def solution_shapes(columns: int, knots: int) -> list[tuple[int, int]]:
+    """Return the shapes of the arrays of `Solutions`, for so many predictions and forces."""
+    by_knot, by_gap = (knots, columns + knots), (knots - 1, columns + knots)
     return [by_knot, by_knot, by_gap, by_gap, by_knot, by_knot]
 
 
 def responses(problem: Problem) -> Responses:
     """Return the responses, without a derivative."""
-    factor, adjoint, _ = factorize_beside(*problem[:6])
-    return _from_shear(problem, factor.spread(adjoint).shear)
+    factor, adjoint, _ = factorize_beside(*problem[:4], *problem.columns())
+    rows = factor.spread(adjoint)
+    return _responses(problem, rows.shear, adjoint)
 
 
 @jax.custom_jvp
@@ -98,7 +112,9 @@ def _(primals: tuple[Problem], tangents: tuple[Problem]) -> Any:
 @jax.custom_jvp
 def known_responses(problem: Problem, solutions: Solutions) -> Responses:
     """Return the responses, from the problem's solutions; differentiable in the problem."""
-    return _from_shear(problem, solutions.split(solutions.rows.shear)[0])
+    values, slopes = (problem.split(each)[0] for each in solutions[:2])
+    forced = _together((values, slopes), (problem.pushes, problem.torques))
+    return _from_shear(problem, solutions.rows.shear, forced)
 
 
 @known_responses.defjvp
@@ -109,7 +125,7 @@ def _(primals: tuple[Problem, Solutions], tangents: tuple[Problem, Solutions]) -
 
 def _solved(problem: Problem) -> tuple[Responses, Solutions]:
     units = jnp.diag(root(problem.weights))
-    factor, adjoint, found = factorize_beside(*problem[:6], units)
+    factor, adjoint, found = factorize_beside(*problem[:4], *problem.columns(), units)
     assert found is not None
     observed, residuals = found
 
@@ -117,12 +133,11 @@ def _solved(problem: Problem) -> tuple[Responses, Solutions]:
     right = (jnp.concatenate(each, axis=-1) for each in zip(adjoint, observed, strict=True))
     values, slopes, rows = factor.back_and_spread(Pivots(*right), residuals)
     solutions = Solutions(values, slopes, rows)
-    return _from_shear(problem, solutions.split(rows.shear)[0]), solutions
+    return _responses(problem, rows.shear, adjoint), solutions
 
 
 def _change(problem: Problem, change: Problem, solutions: Solutions) -> Responses:
     """Return the change of the responses by that of the problem."""
-    parts, (values, slopes, rows) = solutions.split, solutions
     penalty, stretch = change.mu / problem.mu, change.gaps / problem.gaps
     relative = Rows(
         penalty - 3 * stretch,
@@ -131,27 +146,55 @@ def _change(problem: Problem, change: Problem, solutions: Solutions) -> Response
         _relative(change.slope_weights, problem.slope_weights),
     )
     bent = (shears_of(problem.gaps, problem.mu) * change.gaps / 2)[:, None]
-    of_adjoint, of_solution = parts(slopes[1:] + slopes[:-1])
-    (shear, *others), right = zip(*map(parts, rows), strict=True)
+
+    def sides(columns: Array, sign: int = 1) -> tuple[Array, Array]:
+        """Return the columns of predictions, and those of all that acts; `sign` is of forces."""
+        ours, forces, observations = problem.split(columns)
+        return ours, _beside(observations, sign * forces)
+
+    values, slopes = map(sides, solutions[:2])
+    of_adjoint, of_solution = sides(solutions.slopes[1:] + solutions.slopes[:-1])
+    (shear, *others), right = zip(*(sides(rows, -1) for rows in solutions.rows), strict=True)
     scaled = [q[:, None] * each for q, each in zip(relative[1:], others, strict=True)]
     pairs = [
         (relative.shear[:, None] * shear - bent * of_adjoint, right[0]),
         *zip(scaled, right[1:], strict=True),
         (bent * shear, of_solution),
-        (change.values, parts(values)[1]),
-        (change.slopes, parts(slopes)[1]),
+        (change.values, values[1]),
+        (change.slopes, slopes[1]),
     ]
     left, right = (jnp.concatenate(each) for each in zip(*pairs, strict=True))
-    matrix = product(left.T, right)
-    gaps = len(problem.gaps)
-    return Responses(matrix, jnp.zeros((len(matrix), gaps), matrix.dtype))
+    made = product(left.T, right)
+    matrix, forced = made[:, : len(problem.weights)], made[:, len(problem.weights) :]
+    forced += _together((values[0], slopes[0]), (change.pushes, change.torques))
+    return Responses(matrix, jnp.zeros((len(matrix), len(problem.gaps)), matrix.dtype), forced)
 
 
-def _from_shear(problem: Problem, shear: Float[Array, "gaps k"]) -> Responses:
+def _responses(problem: Problem, shear: Float[Array, "gaps columns"], adjoint: Pivots) -> Responses:
+    """Return the responses, by the shear rows and R'^-1 of predictions and forces."""
+    ours, forces, _ = zip(*map(problem.split, adjoint.rows()), strict=True)
+    return _from_shear(problem, shear, _together(ours, forces))
+
+
+def _from_shear(
+    problem: Problem, shear: Float[Array, "gaps columns"], forced: Float[Array, "k forces"]
+) -> Responses:
+    shear = problem.split(shear)[0]
     differences = -(shears_of(problem.gaps, problem.mu)[:, None] * shear).T
     # By differences the response to a constant is exact: it has none of the rotations' rounding.
     matrix = by_observation(problem.values.T, differences, problem.shown)
-    return Responses(matrix, differences)
+    return Responses(matrix, differences, forced)
+
+
+def _together(columns: Sequence[Array], forces: Sequence[Array]) -> Float[Array, "k forces"]:
+    """Return the products of columns with forces, in parts that are to be added."""
+    if not forces[0].shape[1]:
+        return jnp.zeros((columns[0].shape[1], 0), columns[0].dtype)
+    return product(jnp.concatenate(columns).T, jnp.concatenate(forces))
+
+
+def _beside(columns: Array, more: Array) -> Array:
+    return jnp.concatenate([columns, more], axis=1) if more.shape[1] else columns
 
 
 def _relative(change: Array, weights: Array) -> Array:

@@ -44,6 +44,10 @@ class Pivots(NamedTuple):
     last_value: Float[Array, " m"]
     last_slope: Float[Array, " m"]
 
+    def rows(self) -> tuple[Float[Array, "_ m"], ...]:
+        """Return all rows, in parts."""
+        return self.value, self.slope, self.last_value[None], self.last_slope[None]
+
 
 class Residuals(NamedTuple):
     """The entries of Q' times columns beside the pivots: two for each gap."""
@@ -83,11 +87,16 @@ class RootInformation(eqx.Module):
         shear = -self.shears[:, None] * (y[1:] - y[:-1])
         nothing = jnp.zeros_like(shear[0])
         last, pivots = jax.lax.scan(_forward, (nothing, nothing), (self.steps, shear))
-        right = Pivots(*pivots, *last)
-        last = self._last_of(right)
-        given = self.steps, right.value, right.slope
-        _, (gs, vs) = jax.lax.scan(_back, last, given, reverse=True)
-        return _appended(gs, last[0]), _appended(vs, last[1])
+        return self._back(Pivots(*pivots, *last))
+
+    def forced(
+        self, values: Float[Array, "n m"], slopes: Float[Array, "n m"]
+    ) -> tuple[Float[Array, "n m"], Float[Array, "n m"]]:
+        """Return values and slopes at the knots under these forces alone, without observations."""
+        nothing = jnp.zeros_like(values[0])
+        given = self.steps, values[:-1], slopes[:-1]
+        passed, pivots = jax.lax.scan(_back_transposed, (nothing, nothing), given)
+        return self._back(Pivots(*pivots, *self.last_adjoint(passed, values[-1], slopes[-1])))
 
     def spread(self, right: Pivots) -> Rows:
         """Return Q of the columns: their entries in all rows of M."""
@@ -122,6 +131,20 @@ class RootInformation(eqx.Module):
         values, slopes, *rows = (found[:, i] for i in range(found.shape[1]))
         values, slopes = _appended(values, last[0]), _appended(slopes, last[1])
         return values, slopes, _rows_of(*ends, tuple(rows))
+
+    def last_adjoint(
+        self, passed: tuple[Array, Array], value: Array, slope: Array
+    ) -> tuple[Array, Array]:
+        """Return R'^-1 of columns for the last knot, by what the others pass on."""
+        p = (value - passed[0]) / self.last[0]
+        return p, (slope - passed[1] - self.last[1] * p) / self.last[2]
+
+    def _back(self, right: Pivots) -> tuple[Float[Array, "n m"], Float[Array, "n m"]]:
+        """Return R^-1 of the columns: values and slopes at the knots."""
+        last = self._last_of(right)
+        given = self.steps, right.value, right.slope
+        _, (gs, vs) = jax.lax.scan(_back, last, given, reverse=True)
+        return _appended(gs, last[0]), _appended(vs, last[1])
 
     def _last_of(self, right: Pivots) -> tuple[Array, Array]:
         """Return R^-1 of the columns for the last knot: its value and slope."""
@@ -252,9 +275,8 @@ def factorize_beside(
     factor, (passed, last), (pivots, found) = _factorize(
         gaps, weights, slope_weights, mu, step, start, given
     )
-    p = (values[-1] - passed[0]) / factor.last[0]
-    q = (slopes[-1] - passed[1] - factor.last[1] * p) / factor.last[2]
-    adjoint = Pivots(pivots[:, 0], pivots[:, 1], p, q)
+    ends = factor.last_adjoint(passed, values[-1], slopes[-1])
+    adjoint = Pivots(pivots[:, 0], pivots[:, 1], *ends)
     if observations is None:
         return factor, adjoint, None
     pivots = Pivots(found[:, 0], found[:, 1], *last)

@@ -10,7 +10,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from ._ends import Ends, check_ends
-from ._fit import ROWS, LinearMap, fit, has_solutions, hermite, observations_of, regression_of
+from ._fit import LinearMap, fit, hermite, observations_of, regression_of, rows_of
 from ._knots import Knots
 from ._platforms import Shape, by_platform
 from ._responses import Solutions, solution_shapes
@@ -54,8 +54,8 @@ def smoothing_spline(
 
     It is differentiable in t, y, lambda and all weights; one compilation serves every mask; batch
     with `jax.vmap`. With one observation the fit is a constant. With none it is zero; callers must
-    know that case. On a CPU knots are eliminated one after the other, elsewhere in parallel,
-    without a loop: the same to rounding.
+    know that case. On a CPU, and with not-a-knot ends, knots are eliminated one after the other,
+    elsewhere in parallel, without a loop: the same to rounding.
 
     Args:
         t: The points, in any order. Coincident ones act as one knot with the mean of their
@@ -94,7 +94,7 @@ def smoothing_spline(
 
 def _spline(platform: str, ends: Ends, *arguments: Array) -> tuple[Array, ...]:
     *given, flat = arguments
-    found = fit(*given, ends=ends, rows=ROWS[platform])
+    found = fit(*given, ends=ends, rows=rows_of(platform, ends))
     return found.knots.t, *found.values(flat)
 
 
@@ -163,7 +163,9 @@ def _differentiable_map(
 ) -> tuple[Array, ...]:
     """Return the leaves of a map, whose derivative shares the map's solutions where it has any."""
     points, slots, real = shapes[0][0][0], shapes[3][0][0], shapes[0][1]
-    extra = tuple((shape, real) for shape in solution_shapes(points, slots))
+    # Ends that are not natural are two points and two forces more.
+    columns = points if options[0] == "natural" else points + 4
+    extra = tuple((shape, real) for shape in solution_shapes(columns, slots))
 
     @jax.custom_jvp
     def leaves(*arguments: Array) -> tuple[Array, ...]:
@@ -188,7 +190,7 @@ def _differentiable_map(
 
 def _map(platform: str, ends: Ends, real: Any, whole: Any, *arguments: Array) -> tuple[Array, ...]:
     *given, at = arguments
-    found = fit(*given, ends=ends, rows=ROWS[platform])
+    found = fit(*given, ends=ends, rows=rows_of(platform, ends))
     return _leaves_of(found.map_to(at), real, whole)
 
 
@@ -197,8 +199,8 @@ def _solved_map(
 ) -> tuple[Array, ...]:
     """Return `_map`, and the arrays of its `Solutions`; zeros where there are none."""
     *given, at = arguments
-    found = fit(*given, ends=ends, rows=ROWS[platform])
-    if has_solutions(ends, ROWS[platform]):
+    found = fit(*given, ends=ends, rows=rows_of(platform, ends))
+    if found.rows is None:
         return _leaves_of(found.solved_map(at), real, whole)
     shapes = solution_shapes(len(at), len(found.knots.t))
     return _leaves_of((found.map_to(at), [jnp.zeros(shape, real) for shape in shapes]), real, whole)
@@ -209,7 +211,7 @@ def _known_map(
 ) -> tuple[Array, ...]:
     """Return `_map` of its arguments, and of what `_solved_map` gave but for the map itself."""
     *given, at = arguments[:5]
-    if not has_solutions(ends, ROWS[platform]):
+    if rows_of(platform, ends) is not None:
         return _map(platform, ends, real, whole, *arguments[:5])
     gap, *knots = arguments[5:11]
     values, slopes, *rows = arguments[11:]
