@@ -150,13 +150,13 @@ def test_tuning_what_is_tuned_changes_nothing_and_what_is_not_a_lot(learner):
 
 
 def test_a_server_keeps_what_was_tuned_of_each_component(learner):
-    again = _tuned(learner)
+    again = _tuned(learner, LearnerTuning(widths="kept", rows=256, steps=0))
     assert isinstance(again, ComponentLearner)
     errors = [relative_rmse(predict(one, NEW)[0], model(NEW)) for one in (learner, again)]
     assert float(errors[1]) < 1.05 * float(errors[0])
 
 
-def test_a_server_keeps_a_kernel_that_another_is_worse_than(monkeypatch):
+def test_a_server_keeps_a_kernel_that_another_is_worse_than():
     """What is best for an eighth of the pairs, which are farther apart, need not be for all."""
     x = np.random.default_rng(0).uniform(-1, 1, (320, 2)).astype("float32")
     y = np.stack(
@@ -165,10 +165,9 @@ def test_a_server_keeps_a_kernel_that_another_is_worse_than(monkeypatch):
     learner = fit_learner(
         x[:256], y[:256], capacity=256, tuning=LearnerTuning(widths="one", steps=0)
     )
-    few = LearnerTuning(widths="one", rows=32, steps=0)
-    monkeypatch.setattr("nercc_jax.serving.adapt._online_calibration._TUNING", few)
-    other = tune_learner(learner, LearnerTuning(widths="kept", rows=32, steps=0))
-    errors = [relative_rmse(predict(one, x[256:])[0], y[256:]) for one in (_tuned(learner), other)]
+    few = LearnerTuning(widths="kept", rows=32, steps=0)
+    both = _tuned(learner, few), tune_learner(learner, few)
+    errors = [relative_rmse(predict(one, x[256:])[0], y[256:]) for one in both]
     assert float(errors[0]) < 0.05
     assert float(errors[1]) > 0.2
 

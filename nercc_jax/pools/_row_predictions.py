@@ -12,8 +12,9 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from ..risk._target import AccuracyTarget
 from ..schemes import fit_scheme
-from ..schemes._fit_scheme import EACH, SHAPE, FittedScheme, filled
+from ..schemes._fit_scheme import SHAPE, FittedScheme, filled
 from ..surrogates import Learner, LearnerTuning
+from ..surrogates._tune_kernel import widths_of
 from ._row_files import row_code
 
 _LOG = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ def fit_job(
     def job() -> FittedScheme | None:
         labels = target.max_disagreement is not None
         try:
-            widths = "each" if x.shape[1] <= EACH else "one"
+            widths = widths_of(x.shape[1])
             if len(x) >= FEW:
                 tuning = LearnerTuning(widths=widths, rows=_JUDGED)
                 return fit_scheme(x, y, row_code(), capacity=CAPACITY, labels=labels, tuning=tuning)

@@ -15,11 +15,11 @@ from ..risk._error_bars import error_bars_from_ratios
 from ..risk._error_probability import fit_error_probability_of_predictions
 from ..surrogates import Learner, LearnerTuning, init_learner, tune_learner
 from ..surrogates._kernels import Shape
+from ..surrogates._tune_kernel import widths_of
 from ._scheme import Scheme
 
 _HELD_OUT = 4  # of so many pairs one is kept apart
 _MOST_HELD_OUT = 256
-EACH = 32  # features that have a width of their own
 # Pairs that kernels are judged on: their time grows with the cube of that.
 _JUDGED = 128
 SHAPE: Shape = "squared_exponential"  # to start from
@@ -75,7 +75,7 @@ def fit_scheme(
     most = max(capacity, len(x))
     first, second = ((filled(x[chosen], most), filled(y[chosen], most)) for chosen in (~held, held))
     if tuning is None:
-        tuning = LearnerTuning(widths="each" if x.shape[1] <= EACH else "one", rows=_JUDGED)
+        tuning = LearnerTuning(widths=widths_of(x.shape[1]), rows=_JUDGED)
     learner = tune_learner(_start(*first, capacity), tuning)
     knows, mean, deviation = _tried(learner, *second)
     count = int(held.sum())

@@ -30,6 +30,7 @@ from ._whitening import whiten
 LearnerCriterion: TypeAlias = Literal["density", "mse", "labels"]
 Widths: TypeAlias = Literal["one", "each", "kept"] | Sequence[int]
 
+_EACH = 32  # features that have a width of their own, unless something else is asked for
 _NOISES = (1e-6, 1e-4, 1e-2)
 _WIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)  # times those of the kernel that is there
 _LEAST_LINEAR = 1e-6  # whose logarithm is walked on
@@ -140,6 +141,11 @@ class LearnerTuning:
         check_count("rows", self.rows, 3)
         if self.least_noise is not None and not 0 < self.least_noise < 1:
             raise ValueError(f"least_noise must be between 0 and 1, not {self.least_noise}")
+
+
+def widths_of(features: int) -> Widths:
+    """Return the widths of a kernel of so many features where nothing is asked for."""
+    return "each" if features <= _EACH else "one"
 
 
 def find_kernel(

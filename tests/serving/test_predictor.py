@@ -10,6 +10,7 @@ from traffic import OUT, SERVICE, SHAPE, WEIGHTS, Traffic, labels_right, model
 from nercc_jax import Replication
 from nercc_jax.risk._target import AccuracyTarget
 from nercc_jax.serving import BatchingPolicy, Predictor
+from nercc_jax.serving.adapt._online_calibration import BATCH, OnlineCalibration
 from nercc_jax.serving.core._adaptation import Predictions
 from nercc_jax.serving.core._request import Answer, ApproximateAnswer
 from nercc_jax.surrogates import principal_components
@@ -90,6 +91,16 @@ def test_functions_are_answered_within_a_tolerance():
     assert np.mean(np.array(errors) <= 0.05) >= 0.9
     assert all(reply.expected_error[0] <= 0.05 for _, reply, _ in replies)
     assert all(np.isnan(reply.expected_disagreement[0]) for _, reply, _ in replies)
+
+
+def test_parameters_that_tell_less_than_others_do_not_hide_what_is_known():
+    x = np.random.default_rng(0).uniform(-1, 1, (512, 8)).astype(np.float32)
+    y = np.sin(x @ (2.0 / 2.0 ** np.arange(8)))[:, None].astype(np.float32)
+    study = OnlineCalibration(None, AccuracyTarget(tolerance=0.05))
+    for place in range(0, len(x), BATCH):
+        study.add(x[place : place + BATCH], y[place : place + BATCH])
+    assert study.calibrated is not None
+    assert study.calibrated.share > 0.9
 
 
 class Says(Predictor):
