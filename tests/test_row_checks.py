@@ -9,7 +9,7 @@ from test_run_rows import quick_fit as quick_fit  # a fixture
 
 from nercc_jax import DevicePool
 from nercc_jax.pools import Fault, Faults, run_rows
-from nercc_jax.pools._row_checks import RowChecks
+from nercc_jax.pools._row_checks import OF_CALLS, RowChecks
 from nercc_jax.pools._row_engine import _RowRun
 from nercc_jax.pools._row_files import Parts, RowTable, row_code
 from nercc_jax.pools._row_learner import CheckedRows, RowEstimates, RowLearner
@@ -22,7 +22,7 @@ from nercc_jax.schemes._fit_scheme import FittedScheme
 from nercc_jax.testing import SimulatedPool
 
 ROWS = np.random.default_rng(0).uniform(-1, 1, (600, 1))
-NONE, ALL = np.zeros(3, bool), np.ones(3, bool)
+NONE, ALL, ALIKE = np.zeros(3, bool), np.ones(3, bool), np.zeros((3, 1))
 
 
 def smooth(rows):
@@ -51,11 +51,11 @@ def test_rows_of_wrong_workers_are_computed_by_others(quick_fit):
     assert set(result.summary["fenced"]) | set(result.summary["not_fenced"]) <= {"1", "5"}
 
 
-@pytest.mark.parametrize("looks_wrong", [0, 1])
+@pytest.mark.parametrize("looks_wrong", [0, 1, None])
 def test_what_came_in_one_call_with_an_outvoted_answer_is_computed_by_others(
     monkeypatch, looks_wrong
 ):
-    """One call of one worker is wrong, and only one of its two rows looks so."""
+    """One call of one worker is wrong, and one of its two rows looks so, or only both together."""
     pair = np.random.default_rng(0).permutation(600)[400:402]  # rows that are sent together
     struck = []
 
@@ -66,8 +66,9 @@ def test_what_came_in_one_call_with_an_outvoted_answer_is_computed_by_others(
         return smooth(rows)
 
     def look_wrong(self, rows, values):
-        wrong = np.abs(values - smooth(ROWS[rows])).max(axis=1) > 0.1
-        return wrong & (rows == pair[looks_wrong]), np.ones(len(rows), bool)
+        off = values - smooth(ROWS[rows])
+        alone = looks_wrong is not None and rows == pair[looks_wrong]
+        return (np.abs(off).max(axis=1) > 0.1) & alone, np.ones(len(rows), bool), off
 
     monkeypatch.setattr(RowLearner, "look_wrong", look_wrong)
     monkeypatch.setattr(RowLearner, "begin", lambda *_: None)
@@ -87,15 +88,39 @@ def test_right_answers_are_trusted_at_the_price_of_few_calls(quick_fit):
     assert (result.summary["corrected"], result.summary["fenced"]) == (0, {})
 
 
+@pytest.mark.slow
+def test_a_call_whose_answers_are_all_off_by_a_little_is_found(quick_fit):
+    """By less than the function's own noise, so that no answer looks wrong by itself."""
+    noise = np.random.default_rng(1).normal(scale=0.2, size=(600, 2))
+    own = {row.tobytes(): each for row, each in zip(ROWS, smooth(ROWS) + noise, strict=True)}
+    together = ROWS[np.random.default_rng(0).permutation(600)[304:320]]  # rows of one call
+    struck = []
+
+    def off_once(rows):
+        right = np.stack([own[row.tobytes()] for row in rows])
+        if np.array_equal(rows, together) and not struck:
+            struck.append(True)
+            return right + 0.15
+        return right
+
+    result = run_checked(function=off_once, rows_per_call=16, check_answers=0.01, seed=0)
+    assert struck
+    np.testing.assert_array_equal(result.values, [*own.values()])
+
+
 def checks_of(num_workers=4, **options):
     pool = SimulatedPool(np.tanh, num_workers, seconds=lambda size: 0.1)
-    return RowChecks(10, pool, options.get("max_fenced", 0.5))
+    return RowChecks(10, pool, options.get("max_fenced", 0.5), options.get("rate", 0.05))
 
 
-def answers(checks, worker, rows, values, looks_wrong=NONE):
-    rows = np.asarray(rows)
-    wrong = looks_wrong[: len(rows)]
-    return checks.take(worker, rows, np.asarray(values, float), wrong, ALL[: len(rows)])
+def answers(checks, worker, rows, values, looks_wrong=NONE, known=ALL, off=ALIKE):
+    looks = (part[: len(rows)] for part in (looks_wrong, known, off))
+    return checks.take(worker, np.asarray(rows), np.asarray(values, float), *looks)
+
+
+def recheck(checks, rows, values, looks_wrong, off=ALIKE):
+    looks = looks_wrong[: len(rows)], off[: len(rows)]
+    return checks.recheck(np.asarray(rows), values[rows], *looks).tolist()
 
 
 def test_a_row_in_doubt_has_the_value_that_two_workers_give():
@@ -169,7 +194,7 @@ def test_what_two_wrong_workers_gave_alike_is_taken_back_when_both_are_accused()
     accuse(checks, 2, (3, 4), range(2, 6))
     assert checks.follow_fences(computed, values).tolist() == []
     assert not checks.checked[:2].any(), "one is left that gave each: it is looked at"
-    assert checks.recheck(np.arange(2), values[:2], np.zeros(2, bool)).tolist() == []
+    assert recheck(checks, [0, 1], values, NONE) == []
     accuse(checks, 5, (3, 4), 3 * [*range(6, 10)])
     assert checks.follow_fences(computed, values).tolist() == [0]
     assert sorted(checks.counts()["fenced"]) == ["2", "5"]
@@ -216,7 +241,7 @@ def test_what_was_found_right_is_looked_at_again_when_somebody_is_accused():
     checks.follow_fences(np.arange(10) != 8, values)
     assert not checks.checked[9]
     assert checks.checked[1:8].all(), "two gave them that nobody accuses"
-    assert checks.recheck(np.array([9]), np.array([[5.0]]), np.ones(1, bool)).tolist() == [9]
+    assert recheck(checks, [9], values, ALL) == [9]
 
 
 def test_an_outvoted_answer_casts_doubt_on_what_its_giver_alone_gave_in_that_call():
@@ -228,7 +253,7 @@ def test_an_outvoted_answer_casts_doubt_on_what_its_giver_alone_gave_in_that_cal
     assert answers(checks, 0, [6], values[[6]])[0].all()
     assert len(checks.doubt_calls(values)) == 0
     # It is known later that two of them look wrong: one is right, the other is outvoted.
-    checks.recheck(np.array([3, 5]), values[[3, 5]], ALL[:2])
+    recheck(checks, [3, 5], values, ALL)
     assert answers(checks, 1, [5], values[[5]])[0].all()
     assert not answers(checks, 1, [3, 7], [[8.0], [7.0]])[0].all()
     assert len(checks.doubt_calls(values)) == 0, "it is open who is wrong"
@@ -244,7 +269,30 @@ def test_an_outvoted_answer_casts_doubt_on_what_its_giver_alone_gave_in_that_cal
     assert checks.doubt_calls(values).tolist() == [0]
 
 
-def test_what_two_workers_gave_stays_though_one_is_fenced():
+@pytest.mark.parametrize("known", [NONE, ALL])
+def test_calls_are_asked_about_whose_answers_look_most_wrong_together(known):
+    """One in five answers, here; a call that was found wrong does not count."""
+    checks, values = checks_of(5, rate=0.2 / OF_CALLS), np.arange(10.0)[:, None]
+    for worker in range(3):
+        answers(checks, worker, [worker], values[[worker]])
+        answers(checks, 3, [worker], values[[worker]])
+    calls = {0: [3, 4, 5], 1: [6, 7, 8]}
+    off = {0: np.array([[9.0], [-9.0], [1.0]]), 1: np.array([[2.0], [3.0], [2.0]])}
+    for worker, rows in calls.items():
+        answers(checks, worker, rows, values[rows], known=known, off=off[worker])
+    if not known.any():
+        assert len(checks.doubt_calls(values)) == 0, "nothing is known of them"
+        order = [8, 3, 6, 4, 7, 5]  # calls mixed
+        looks = np.zeros(6, bool), np.concatenate([off[0], off[1]])[np.array(order) - 3]
+        assert recheck(checks, order, values, *looks) == []
+    assert checks.doubt_calls(values).tolist() == [7], "the row that is furthest off"
+    assert len(checks.doubt_calls(values)) == 0, "once"
+    for other in (3, 4):
+        answers(checks, other, [7], [[-1.0]])
+    assert sorted(checks.doubt_calls(values).tolist()) == [3, 6, 8]
+    assert answers(checks, 1, [3], values[[3]])[0].all()
+    assert len(checks.doubt_calls(values)) == 0, "it was right"
+
     checks, values = checks_of(), np.arange(10.0)[:, None]
     for row in range(2):
         answers(checks, 0, [row], values[[row]], ALL)
@@ -260,8 +308,8 @@ def test_what_two_workers_gave_stays_though_one_is_fenced():
 
 def test_values_of_an_earlier_run_are_compared_with_two_new_ones():
     checks = checks_of()
-    rows, values = np.array([2, 3]), np.array([[2.0], [3.0]])
-    assert checks.recheck(rows, values, np.array([True, False])).tolist() == [2]
+    rows, values = np.array([2, 3]), np.arange(10.0)[:, None]
+    assert recheck(checks, [2, 3], values, np.array([True, False])) == [2]
     assert checks.avoid(rows) == set()
     assert checks.checked[[2, 3]].tolist() == [False, True]
     assert not answers(checks, 0, [2], [[4.0]])[0].any()
@@ -370,7 +418,7 @@ def made_with(check):
     """An estimate of six rows, of which three were computed and look right."""
     fitted = FittedScheme(Scheme(row_code()), 6)
     rows, nothing = np.arange(6), np.zeros(6, bool)
-    checked = CheckedRows(rows[:3], nothing[:3], check)
+    checked = CheckedRows(rows[:3], nothing[:3], np.zeros((3, 1)), check)
     estimate = np.zeros((6, 1), np.float32), np.ones(6), np.ones(6), nothing, rows[:0]
     return RowEstimates(rows, *estimate, fitted, checked=checked)
 

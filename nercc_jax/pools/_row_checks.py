@@ -3,11 +3,14 @@
 A row whose answer is suspicious has no value until another worker has given the same one, or a
 third has decided. What came before anything was known is looked at later, and taken back where it
 looks wrong. What came in one call with an answer that was outvoted is in doubt, however it looks.
+Where all answers of a call are off by a little, none looks wrong alone. So one is asked for again
+of those calls whose residuals, added up, are the largest: as many as a part of the rate allows.
 An answer of a worker that is accused by now counts for nothing: what no other worker gave is
 computed again, and all that was found to look right while its answers calibrated the check is
 looked at again.
 """
 
+import bisect
 import itertools
 from typing import Any, NamedTuple
 
@@ -21,6 +24,7 @@ from ._pool import AbstractPool
 _FIRST = 1  # rows of each worker that another computes, too: the rest is looked at later
 _MOST = 5  # workers that compute a row until two agree: where none do, the function is random
 _NOBODY = -1
+OF_CALLS = 0.25  # of right answers that may look wrong: those that do so with others of their call
 
 
 class _Answer(NamedTuple):
@@ -28,6 +32,20 @@ class _Answer(NamedTuple):
 
     value: np.ndarray
     call: int
+
+
+class _Call(NamedTuple):
+    """A call whose answers look right one by one, in the order of how wrong they look together.
+
+    Attributes:
+        score: The square of the sum of their residuals, over their number, negative.
+        number: The call's.
+        row: The one that is furthest off where most are.
+    """
+
+    score: float
+    number: int
+    row: int
 
 
 class RowChecks:
@@ -39,8 +57,14 @@ class RowChecks:
         corrected: Rows whose value became another than that which came first.
     """
 
-    def __init__(self, num_rows: int, pool: AbstractPool, max_fenced: float):
+    def __init__(self, num_rows: int, pool: AbstractPool, max_fenced: float, rate: float):
         """Start without answers.
+
+        Args:
+            num_rows: Rows.
+            pool: The pool.
+            max_fenced: The largest share of its workers that is fenced.
+            rate: The share of right answers that may look wrong.
 
         Raises:
             ValueError: If the pool has fewer than three workers.
@@ -62,6 +86,9 @@ class RowChecks:
         self._calls = np.full((num_rows, 2), _NOBODY)  # the calls that these values came in
         self._numbers = itertools.count()  # of calls
         self._outvoted: set[int] = set()  # calls with a wrong answer, the rest of which is trusted
+        self._rate = OF_CALLS * rate
+        self._together: list[_Call] = []  # in their order, without those that were found wrong
+        self._asked: set[int] = set()  # calls of which a row was doubted since they look so
         self._answers: dict[int, dict[int, _Answer]] = {}  # to rows in doubt, by worker
         self._came_first: dict[int, np.ndarray] = {}
         self.checked = np.zeros(num_rows, bool)
@@ -85,6 +112,7 @@ class RowChecks:
         values: Float[np.ndarray, "some ..."],
         looks_wrong: Bool[np.ndarray, " some"],
         known: Bool[np.ndarray, " some"],
+        residuals: Float[np.ndarray, "some outputs"],
     ) -> tuple[Bool[np.ndarray, " some"], Float[np.ndarray, "some ..."]]:
         """Take a worker's answers.
 
@@ -94,6 +122,7 @@ class RowChecks:
             values: Its answers.
             looks_wrong: Which of them look wrong.
             known: Of which of them that could be told.
+            residuals: How far these are off, in units of deviations, uncorrelated.
 
         Returns:
             Which rows have a value now, and the values; another worker is to compute the others.
@@ -115,7 +144,10 @@ class RowChecks:
         held = self._screen(worker, call, rows[fresh], values[fresh], looks_wrong[fresh])
         given[fresh] = ~held
         self._givers[rows[fresh[~held]]], self._calls[rows[fresh[~held]]] = worker, call
-        self.checked[rows[fresh[known[fresh] & ~held]]] = True
+        seen = fresh[known[fresh] & ~held]
+        self.checked[rows[seen]] = True
+        if len(seen) > 1:
+            self._rank(call, rows[seen], residuals[seen])
         self._count_corrected(rows[given], values[given])
         return given, values
 
@@ -139,8 +171,11 @@ class RowChecks:
         rows: Int[np.ndarray, " some"],
         values: Float[np.ndarray, "some ..."],
         looks_wrong: Bool[np.ndarray, " some"],
+        residuals: Float[np.ndarray, "some outputs"],
     ) -> Int[np.ndarray, " few"]:
         """Look at values that were given out before anything was known of their rows.
+
+        Args as for `take`.
 
         Returns:
             The rows whose values are to be taken back.
@@ -150,7 +185,24 @@ class RowChecks:
             # The only giver: of two none is looked at.
             self._doubt(row, int(self._givers[row, 0]), int(self._calls[row, 0]), values[place])
         self.checked[rows[~looks_wrong]] = True
+        calls = self._calls[rows, 0]
+        order = np.argsort(calls, kind="stable")
+        order = order[~looks_wrong[order] & (calls[order] != _NOBODY)]
+        for places in np.split(order, np.flatnonzero(np.diff(calls[order])) + 1):
+            if len(places) > 1:
+                self._rank(int(calls[places[0]]), rows[places], residuals[places])
         return rows[looks_wrong]
+
+    def _rank(
+        self,
+        call: int,
+        rows: Int[np.ndarray, " some"],
+        residuals: Float[np.ndarray, "some outputs"],
+    ) -> None:
+        """Note how wrong rows of a call look together."""
+        total = residuals.sum(axis=0)
+        row = int(rows[np.argmax(residuals @ total)])
+        bisect.insort(self._together, _Call(-float(total @ total) / len(rows), call, row))
 
     def _screen(
         self,
@@ -179,19 +231,32 @@ class RowChecks:
     def doubt_calls(self, values: Float[np.ndarray, "rows ..."]) -> Int[np.ndarray, " few"]:
         """Doubt what came in one call with an answer that was outvoted since the last call.
 
+        And doubt a row of each call whose answers look most wrong together. These are as many as
+        may look wrong; those whose row was outvoted do not count.
+
         Args:
             values: The values of all rows.
 
         Returns:
             The rows whose values are to be taken back.
         """
-        if not self._outvoted:
-            return np.zeros(0, int)
-        rows = np.flatnonzero(np.isin(self._calls, list(self._outvoted)).all(axis=1))
+        rows = np.zeros(0, int)
+        if self._outvoted:
+            rows = np.flatnonzero(np.isin(self._calls, list(self._outvoted)).all(axis=1))
+            self._together = [each for each in self._together if each.number not in self._outvoted]
+            self._outvoted.clear()
+        if self._together:
+            rows = np.append(rows, self._ask()).astype(int)
         for row in rows.tolist():
             self._doubt(row, int(self._givers[row, 0]), int(self._calls[row, 0]), values[row])
-        self._outvoted.clear()
         return rows
+
+    def _ask(self) -> list[int]:
+        """Return a row of each call that nobody has asked about, and that looks most wrong."""
+        most = int(self._rate * np.count_nonzero(self.checked))
+        calls = [each for each in self._together[:most] if each.number not in self._asked]
+        self._asked |= {each.number for each in calls}
+        return [each.row for each in calls if (self._calls[each.row] == each.number).all()]
 
     def follow_fences(
         self, computed: Bool[np.ndarray, " rows"], values: Float[np.ndarray, "rows ..."] | None
@@ -234,6 +299,7 @@ class RowChecks:
         self._calls = np.where(one & wrong, self._calls[:, ::-1], self._calls)
         self._givers[rows] = self._calls[rows] = _NOBODY
         self.checked &= self._givers[:, 0] != self._givers[:, 1]
+        self._together.clear()
         return rows
 
     def look(self, report: PoolReport) -> None:

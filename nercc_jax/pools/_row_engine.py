@@ -184,7 +184,7 @@ class _RowRun:
         self._learner = RowLearner(settings.target, x, self._audits, checks, selects)
         self._checks = None
         if settings.check_answers is not None:
-            self._checks = RowChecks(len(x), pool, settings.max_fenced)
+            self._checks = RowChecks(len(x), pool, settings.max_fenced, settings.check_answers)
         self._last_check = -1  # rows computed when all that was unchecked was last looked at
         self._queue = RowQueue(order[~table.done[order]], pool.num_workers, settings)
         self._calls: dict[Batch, RowCall] = {}
@@ -354,8 +354,8 @@ class _RowRun:
     ) -> tuple[Int[np.ndarray, " some"], Float[np.ndarray, "some ..."]]:
         """Return the rows that have values now; others have the rest computed again."""
         assert self._checks is not None
-        looks_wrong, known = self._learner.look_wrong(rows, values.reshape(len(rows), -1))
-        given, values = self._checks.take(worker, rows, values, looks_wrong, known)
+        looks = self._learner.look_wrong(rows, values.reshape(len(rows), -1))
+        given, values = self._checks.take(worker, rows, values, *looks)
         self._queue.send_first(rows[~given])
         return rows[given], values[given]
 
@@ -375,8 +375,8 @@ class _RowRun:
             return
         still = self._table.exact[checked.rows] & ~checks.checked[checked.rows]
         rows = checked.rows[still]
-        wrong = checks.recheck(rows, self._table.predictions[rows], checked.looks_wrong[still])
-        self._take_back(wrong)
+        looks = checked.looks_wrong[still], checked.residuals[still]
+        self._take_back(checks.recheck(rows, self._table.predictions[rows], *looks))
 
     def _take_back(self, rows: Int[np.ndarray, " few"]) -> None:
         """Treat rows in doubt as if they had no values, until other workers have computed them."""

@@ -28,6 +28,7 @@ from ..risk._straggler_risk import StragglerRisk, StragglerRow, conformal_quanti
 from ..risk._target import AccuracyTarget, error_ratios
 from ..schemes._fit_scheme import FittedScheme
 from ._clock import WallClock
+from ._row_checks import OF_CALLS
 from ._row_files import RowTable
 from ._row_predictions import (
     CAPACITY,
@@ -68,11 +69,13 @@ class CheckedRows(NamedTuple):
     Attributes:
         rows: The rows.
         looks_wrong: Which of their values look wrong.
+        residuals: How far they are off, in units of deviations, uncorrelated.
         check: The check, for rows to come.
     """
 
     rows: Int[np.ndarray, " rows"]
     looks_wrong: Bool[np.ndarray, " rows"]
+    residuals: Float[np.ndarray, "rows outputs"]
     check: AnswerCheck
 
 
@@ -386,29 +389,35 @@ class RowLearner:
         finite = np.flatnonzero(np.isfinite(left_out.y).all(axis=1))
         order = np.random.default_rng(0).permutation(finite)[: 2 * CAPACITY]
         labels, looks_wrong = self._target.tolerance is None, np.zeros(len(rows), bool)
-        halves = np.array_split(order, 2)
+        residuals = np.zeros((len(rows), left_out.y.shape[1]), np.float32)
+        halves, rate = np.array_split(order, 2), (1 - OF_CALLS) * self._check_rate
         for one, other in (halves, halves[::-1]):
             both = part_of(left_out, np.concatenate([one, other]))
             check = fit_answer_check(
-                both.mean, both.plain, both.y, self._check_rate, labels=labels, blatant=_BLATANT
+                both.mean, both.plain, both.y, rate, labels=labels, blatant=_BLATANT
             )
             if check.limit == np.inf:
                 return None  # too few rows
             chosen = ~np.isin(places, one)
             part = part_of(left_out, places[chosen])
             looks_wrong[chosen] = check.suspicious(part.mean, part.plain, part.y)
-        return CheckedRows(rows, looks_wrong, check)
+            residuals[chosen] = check.residuals(part.mean, part.plain, part.y)
+        return CheckedRows(rows, looks_wrong, residuals, check)
 
     def look_wrong(
         self, rows: Int[np.ndarray, " some"], values: Float[np.ndarray, "some outputs"]
-    ) -> tuple[Bool[np.ndarray, " some"], Bool[np.ndarray, " some"]]:
-        """Return which values of rows look wrong, and of which rows that can be told."""
+    ) -> tuple[
+        Bool[np.ndarray, " some"], Bool[np.ndarray, " some"], Float[np.ndarray, "some outputs"]
+    ]:
+        """Return which values of rows look wrong, of which that can be told, and residuals."""
         found, known = np.zeros(len(rows), bool), np.zeros(len(rows), bool)
+        residuals = np.zeros(values.shape, np.float32)
         if self._check is not None and self.mean is not None:
             known = self.known[rows]
             expected = self.mean[rows[known]], self._plain[rows[known]]
             found[known] = self._check.suspicious(*expected, values[known])
-        return found, known
+            residuals[known] = self._check.residuals(*expected, values[known])
+        return found, known, residuals
 
     # What may be given out.
 

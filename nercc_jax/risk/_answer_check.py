@@ -111,6 +111,17 @@ class AnswerCheck:
             found[:, 7], found[:, 8] = margin, np.vecdot(own, expected) / (lengths + _LEAST)
         return found
 
+    def residuals(
+        self,
+        mean: Float[np.ndarray, "queries m"],
+        deviation: Float[np.ndarray, " queries"],
+        answers: Float[np.ndarray, "queries m"],
+    ) -> Float[np.ndarray, "queries m"]:
+        """Return residuals over deviations, uncorrelated; arguments as for `features`."""
+        with np.errstate(all="ignore"):
+            off = answers - (_mapped(mean, self.slope) + self.offset)
+            return _mapped(off / np.maximum(deviation, _LEAST)[:, None], self.residual)
+
     def _distance(self, mapped: Float[np.ndarray, "queries m"]) -> Float[np.ndarray, " queries"]:
         """Return the squares of the distances of mapped answers to the nearest reference."""
         nearest = (self.squares - 2 * mapped @ self.references).min(axis=1)
