@@ -246,9 +246,9 @@ def test_an_outvoted_answer_casts_doubt_on_what_its_giver_alone_gave_in_that_cal
 
 def test_what_two_workers_gave_stays_though_one_is_fenced():
     checks, values = checks_of(), np.arange(10.0)[:, None]
-    for row in range(2):
-        answers(checks, 0, [row], values[[row]], ALL)
-        assert answers(checks, 1, [row], values[[row]])[0].all()
+    for rows, one, other in (([0], 0, 1), ([1, 9], 1, 0)):  # row 9 stays open
+        answers(checks, one, rows, values[rows], ALL)
+        assert answers(checks, other, rows[:1], values[rows[:1]])[0].all()
     for row in range(5, 9):
         answers(checks, 0, [row], [[-1.0]], ALL)
         answers(checks, 1, [row], values[[row]])
@@ -256,6 +256,9 @@ def test_what_two_workers_gave_stays_though_one_is_fenced():
     assert not len(checks.follow_fences(np.arange(10) < 2, values))
     assert not checks.checked[:2].any(), "only one gave them who is trusted"
     assert list(checks.counts()["fenced"]) == ["0"]
+    for worker in (2, 3):
+        answers(checks, worker, [9], [[-1.0]])
+    assert checks.doubt_calls(values).tolist() == [1], "of an outvoted answer's call"
 
 
 def test_values_of_an_earlier_run_are_compared_with_two_new_ones():
@@ -388,6 +391,15 @@ def test_nothing_is_looked_at_with_a_check_that_wrong_answers_calibrated():
     assert learner.look()
     assert learner.checked is None
     assert not learner.look_wrong(np.arange(6), np.zeros((6, 1)))[1].any()
+
+
+def test_a_row_that_is_taken_back_has_no_estimate_until_the_next():
+    learner = RowLearner(AccuracyTarget(1.0, None), np.zeros((6, 1)), np.zeros(6, bool))
+    learner._made.append(made_with(None))
+    assert learner.look()
+    assert not learner.busy, "the next may be made"
+    learner.forget(np.arange(2))
+    assert learner.known.tolist() == [False, False, True, True, True, True]
 
 
 def test_a_run_ends_only_after_its_answers_were_checked_and_wrong_ones_unlearned():

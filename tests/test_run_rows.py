@@ -1,6 +1,8 @@
 """`nercc run --inputs`: a function of one's own on each row, within a tolerance or computed."""
 
 import csv
+import dataclasses
+import inspect
 import json
 import os
 import signal
@@ -20,6 +22,7 @@ from typer.testing import CliRunner
 
 from nercc_jax import DevicePool
 from nercc_jax.cli._app import app
+from nercc_jax.cli._run import run_command
 from nercc_jax.cli._run_rows import _write_rows
 from nercc_jax.cli._workload import read_inputs
 from nercc_jax.pools import AbstractPool, Faults, RowFunction, RowResult, run_rows
@@ -441,6 +444,15 @@ def test_rows_that_are_no_finite_numbers_are_refused(untyped):
 def test_numbers_that_do_not_fit_are_refused_before_a_pool_is_opened(options, message, untyped):
     with pytest.raises(ValueError, match=message):
         run_rows(picky, X, lambda *arguments, **others: pytest.fail("opened"), **options)
+
+
+def test_defaults_are_the_same_in_python_and_at_the_command_line():
+    command = inspect.signature(run_command).parameters
+    command = {name.removesuffix("_s"): option.default for name, option in command.items()}
+    python = inspect.signature(run_rows).parameters
+    for field in dataclasses.fields(RowSettings):
+        assert python[field.name].default == field.default
+        assert command.get(field.name, field.default) == field.default
 
 
 class Paced:
