@@ -13,6 +13,7 @@ from nercc_jax.pools._row_checks import RowChecks
 from nercc_jax.pools._row_engine import _RowRun
 from nercc_jax.pools._row_files import Parts, RowTable, row_code
 from nercc_jax.pools._row_learner import CheckedRows, RowEstimates, RowLearner
+from nercc_jax.pools._row_predictions import LeftOut
 from nercc_jax.pools._row_queue import RowQueue
 from nercc_jax.pools._row_settings import RowSettings
 from nercc_jax.risk._answer_check import fit_answer_check
@@ -391,6 +392,14 @@ def test_nothing_is_looked_at_with_a_check_that_wrong_answers_calibrated():
     assert learner.look()
     assert learner.checked is None
     assert not learner.look_wrong(np.arange(6), np.zeros((6, 1)))[1].any()
+
+
+def test_a_check_weighs_labels_where_these_are_what_is_promised():
+    rows, y = np.arange(800), np.random.default_rng(0).normal(size=(800, 3))
+    left_out = LeftOut(np.zeros_like(y), np.ones(800), y, np.ones(800))
+    for target, labels in ((AccuracyTarget(1.0, None), False), (AccuracyTarget(None, 0.1), True)):
+        learner = RowLearner(target, np.zeros((800, 1)), np.zeros(800, bool), 0.05)
+        assert learner._look_at(rows, rows, left_out).check.labels == labels
 
 
 def test_a_row_that_is_taken_back_has_no_estimate_until_the_next():
