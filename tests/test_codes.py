@@ -168,7 +168,7 @@ def test_input_errors(name, untyped):
         code.encode(x.at[k - 1, 1].set(jnp.nan))
     with pytest.raises(ValueError, match=rf"first axis must be the {n} workers"):
         code.decode(jnp.zeros((n + 1, 3)), mask)
-    with pytest.raises(ValueError, match="y is int32: .* convert it first$"):
+    with pytest.raises(ValueError, match=r"y is int32: .* convert it first$"):
         code.decode(jnp.zeros((n, 3), jnp.int32), mask)
     for bad in (np.ones(n + 1, bool), np.ones(n), np.ones((1, n), bool)):
         with pytest.raises(ValueError, match=rf"boolean mask of shape \({n},\)"):
