@@ -40,7 +40,7 @@ from nercc_jax.pools._row_queue import RowQueue
 from nercc_jax.pools._row_settings import RowSettings
 from nercc_jax.pools._rows import RowCall
 from nercc_jax.pools._times import AnswerTimes
-from nercc_jax.risk import ErrorBars
+from nercc_jax.risk import ErrorBars, ErrorProbability
 from nercc_jax.risk._target import AccuracyTarget
 from nercc_jax.schemes import Scheme, fit_scheme
 from nercc_jax.schemes._fit_scheme import FittedScheme
@@ -521,6 +521,21 @@ def estimates(mean, deviation, audited):
     fitted = FittedScheme(Scheme(row_code(), bars=bars), 200)
     rows, nothing = np.arange(len(mean)), np.zeros(len(mean), bool)
     return RowEstimates(rows, mean, deviation, deviation, nothing, rows[:0], fitted, None, audited)
+
+
+def test_labels_are_scored_by_their_error_probabilities():
+    steps, weights = jnp.linspace(0, 1, 1001), jnp.array([0.0, -1.0, -1.0, 0.0, 0.0, 0.0])
+    probability = ErrorProbability(weights, jnp.zeros(1), jnp.zeros(1), steps, steps, 1 - steps)
+    mean = np.random.default_rng(0).normal(size=(200, 3)).astype(np.float32)
+    made = estimates(mean, np.full(200, 0.1), None)
+    fitted = FittedScheme(Scheme(row_code(), error_probability=probability), 200)
+    learner = RowLearner(AccuracyTarget(None, 0.1), mean[:, :1], np.zeros(200, bool))
+    learner._made.append(made._replace(fitted=fitted))
+    assert learner.look()
+    score = learner.score(np.arange(200))
+    outputs = jnp.asarray(mean)
+    expected = np.asarray(probability(outputs, jnp.full(200, 0.1), outputs))
+    np.testing.assert_allclose(score, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("open_rows", "fewest", "most"), [(100, 600, 600), (0, 24, 511)])
