@@ -168,7 +168,7 @@ def test_input_errors(name, untyped):
         code.encode(x.at[k - 1, 1].set(jnp.nan))
     with pytest.raises(ValueError, match=rf"first axis must be the {n} workers"):
         code.decode(jnp.zeros((n + 1, 3)), mask)
-    with pytest.raises(ValueError, match="y is int32"):
+    with pytest.raises(ValueError, match=r"y is int32: .* convert it first$"):
         code.decode(jnp.zeros((n, 3), jnp.int32), mask)
     for bad in (np.ones(n + 1, bool), np.ones(n), np.ones((1, n), bool)):
         with pytest.raises(ValueError, match=rf"boolean mask of shape \({n},\)"):
@@ -520,9 +520,9 @@ def test_lagrange_counts_coincident_workers_once():
 
 
 def test_lagrange_of_many_points_stays_finite():
-    code = Lagrange(60, 150)
+    code = Lagrange(150, 310)
     assert np.isfinite(code.encoder_matrix()).all()
-    assert np.isfinite(code.decoder_matrix(np.arange(150) % 2 == 0)).all()
+    assert np.isfinite(code.decoder_matrix(np.arange(310) % 2 == 0)).all()
 
 
 def test_replication_takes_the_first_copy_and_loses_the_rest():

@@ -22,7 +22,7 @@ from nercc_jax.surrogates import (
 )
 from nercc_jax.surrogates._host import predictions_on_host
 from nercc_jax.surrogates._tune_kernel import _known, leave_one_out
-from nercc_jax.surrogates._whitening import cholesky_factor, replace_rows, whiten
+from nercc_jax.surrogates._whitening import cholesky_factor, condition, replace_rows, whiten
 
 CAPACITY, B = 48, 6
 RNG = np.random.default_rng(0)
@@ -290,6 +290,19 @@ def test_a_whitening_matrix_is_one_of_the_covariances_with_replaced_rows():
         )
     np.testing.assert_allclose(replaced.T @ replaced, np.linalg.inv(new), atol=1e-10)
     assert jitter == 0
+
+
+def test_products_within_groups_are_right_to_the_third_order_of_a_whitenings_error():
+    covariance = np.exp(-cdist(X[:24], X[:24], "sqeuclidean") / 2) + 0.1 * np.eye(24)
+    cross = np.exp(-cdist(X[24:30], X[:24], "sqeuclidean") / 2)
+    with jax.enable_x64(True):
+        whitening, _ = whiten(jnp.asarray(covariance))
+        found = condition(jnp.asarray(covariance), 1.001 * whitening, jnp.asarray(cross), 2)
+        weights, known = jax.device_get(found)
+    exact = cross @ np.linalg.inv(covariance)
+    np.testing.assert_allclose(weights, exact, atol=1e-4)
+    for rows, group in zip((slice(3), slice(3, 6)), known, strict=True):
+        np.testing.assert_allclose(group, exact[rows] @ cross[rows].T, rtol=1e-7)
 
 
 def test_left_out_is_left_out():

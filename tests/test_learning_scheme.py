@@ -261,6 +261,7 @@ def test_a_pool_carries_it_out(learner):
         own = np.asarray(model(x.reshape(-1, 3))).reshape(GROUPS, K, -1)
         np.testing.assert_allclose(pooled.decoded.predictions, own, atol=1e-5)
         assert (pooled.deviation == 0).all()
+        assert pooled.error_probability is None
         np.testing.assert_allclose(within.decoded.predictions, own, atol=1e-5)
         assert (within.deviation == 0).all()
         few = pool_inference(pool, scheme, with_status=True)(x, N - 3)

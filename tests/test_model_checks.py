@@ -45,7 +45,7 @@ def test_arguments_and_inputs_of_several_arrays_are_reported_alike():
         return one(x, scale)
 
     with pytest.raises(ValueError, match=ONE):
-        call_model(strict, batch, 2.0)
+        call_model(strict, {name: rows[:1] for name, rows in batch.items()}, 2.0)
 
 
 # Functions that JAX cannot trace run on the host.

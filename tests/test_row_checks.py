@@ -13,6 +13,7 @@ from nercc_jax.pools._row_checks import OF_CALLS, RowChecks
 from nercc_jax.pools._row_engine import _RowRun
 from nercc_jax.pools._row_files import Parts, RowTable, row_code
 from nercc_jax.pools._row_learner import CheckedRows, RowEstimates, RowLearner
+from nercc_jax.pools._row_predictions import LeftOut
 from nercc_jax.pools._row_queue import RowQueue
 from nercc_jax.pools._row_settings import RowSettings
 from nercc_jax.risk._answer_check import fit_answer_check
@@ -294,9 +295,9 @@ def test_calls_are_asked_about_whose_answers_look_most_wrong_together(known):
     assert len(checks.doubt_calls(values)) == 0, "it was right"
 
     checks, values = checks_of(), np.arange(10.0)[:, None]
-    for row in range(2):
-        answers(checks, 0, [row], values[[row]], ALL)
-        assert answers(checks, 1, [row], values[[row]])[0].all()
+    for rows, one, other in (([0], 0, 1), ([1, 9], 1, 0)):  # row 9 stays open
+        answers(checks, one, rows, values[rows], ALL)
+        assert answers(checks, other, rows[:1], values[rows[:1]])[0].all()
     for row in range(5, 9):
         answers(checks, 0, [row], [[-1.0]], ALL)
         answers(checks, 1, [row], values[[row]])
@@ -304,6 +305,9 @@ def test_calls_are_asked_about_whose_answers_look_most_wrong_together(known):
     assert not len(checks.follow_fences(np.arange(10) < 2, values))
     assert not checks.checked[:2].any(), "only one gave them who is trusted"
     assert list(checks.counts()["fenced"]) == ["0"]
+    for worker in (2, 3):
+        answers(checks, worker, [9], [[-1.0]])
+    assert checks.doubt_calls(values).tolist() == [1], "of an outvoted answer's call"
 
 
 def test_values_of_an_earlier_run_are_compared_with_two_new_ones():
@@ -436,6 +440,23 @@ def test_nothing_is_looked_at_with_a_check_that_wrong_answers_calibrated():
     assert learner.look()
     assert learner.checked is None
     assert not learner.look_wrong(np.arange(6), np.zeros((6, 1)))[1].any()
+
+
+def test_a_check_weighs_labels_where_these_are_what_is_promised():
+    rows, y = np.arange(800), np.random.default_rng(0).normal(size=(800, 3))
+    left_out = LeftOut(np.zeros_like(y), np.ones(800), y, np.ones(800))
+    for target, labels in ((AccuracyTarget(1.0, None), False), (AccuracyTarget(None, 0.1), True)):
+        learner = RowLearner(target, np.zeros((800, 1)), np.zeros(800, bool), 0.05)
+        assert learner._look_at(rows, rows, left_out).check.labels == labels
+
+
+def test_a_row_that_is_taken_back_has_no_estimate_until_the_next():
+    learner = RowLearner(AccuracyTarget(1.0, None), np.zeros((6, 1)), np.zeros(6, bool))
+    learner._made.append(made_with(None))
+    assert learner.look()
+    assert not learner.busy, "the next may be made"
+    learner.forget(np.arange(2))
+    assert learner.known.tolist() == [False, False, True, True, True, True]
 
 
 def test_a_run_ends_only_after_its_answers_were_checked_and_wrong_ones_unlearned():

@@ -1,6 +1,8 @@
 """`nercc run --inputs`: a function of one's own on each row, within a tolerance or computed."""
 
 import csv
+import dataclasses
+import inspect
 import json
 import os
 import signal
@@ -20,6 +22,7 @@ from typer.testing import CliRunner
 
 from nercc_jax import DevicePool
 from nercc_jax.cli._app import app
+from nercc_jax.cli._run import run_command
 from nercc_jax.cli._run_rows import _write_rows
 from nercc_jax.cli._workload import read_inputs
 from nercc_jax.pools import AbstractPool, Faults, RowFunction, RowResult, run_rows
@@ -37,7 +40,7 @@ from nercc_jax.pools._row_queue import RowQueue
 from nercc_jax.pools._row_settings import RowSettings
 from nercc_jax.pools._rows import RowCall
 from nercc_jax.pools._times import AnswerTimes
-from nercc_jax.risk import ErrorBars
+from nercc_jax.risk import ErrorBars, ErrorProbability
 from nercc_jax.risk._target import AccuracyTarget
 from nercc_jax.schemes import Scheme, fit_scheme
 from nercc_jax.schemes._fit_scheme import FittedScheme
@@ -443,6 +446,15 @@ def test_numbers_that_do_not_fit_are_refused_before_a_pool_is_opened(options, me
         run_rows(picky, X, lambda *arguments, **others: pytest.fail("opened"), **options)
 
 
+def test_defaults_are_the_same_in_python_and_at_the_command_line():
+    command = inspect.signature(run_command).parameters
+    command = {name.removesuffix("_s"): option.default for name, option in command.items()}
+    python = inspect.signature(run_rows).parameters
+    for field in dataclasses.fields(RowSettings):
+        assert python[field.name].default == field.default
+        assert command.get(field.name, field.default) == field.default
+
+
 class Paced:
     """A smooth function of one input that takes its time; rows above 0.8 take longer."""
 
@@ -509,6 +521,21 @@ def estimates(mean, deviation, audited):
     fitted = FittedScheme(Scheme(row_code(), bars=bars), 200)
     rows, nothing = np.arange(len(mean)), np.zeros(len(mean), bool)
     return RowEstimates(rows, mean, deviation, deviation, nothing, rows[:0], fitted, None, audited)
+
+
+def test_labels_are_scored_by_their_error_probabilities():
+    steps, weights = jnp.linspace(0, 1, 1001), jnp.array([0.0, -1.0, -1.0, 0.0, 0.0, 0.0])
+    probability = ErrorProbability(weights, jnp.zeros(1), jnp.zeros(1), steps, steps, 1 - steps)
+    mean = np.random.default_rng(0).normal(size=(200, 3)).astype(np.float32)
+    made = estimates(mean, np.full(200, 0.1), None)
+    fitted = FittedScheme(Scheme(row_code(), error_probability=probability), 200)
+    learner = RowLearner(AccuracyTarget(None, 0.1), mean[:, :1], np.zeros(200, bool))
+    learner._made.append(made._replace(fitted=fitted))
+    assert learner.look()
+    score = learner.score(np.arange(200))
+    outputs = jnp.asarray(mean)
+    expected = np.asarray(probability(outputs, jnp.full(200, 0.1), outputs))
+    np.testing.assert_allclose(score, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("open_rows", "fewest", "most"), [(100, 600, 600), (0, 24, 511)])

@@ -69,14 +69,15 @@ def test_a_deadline_is_the_clocks():
 
 
 def test_what_is_late_is_replaced_and_what_waits_finds_a_worker():
-    """Worker 0 never answers; its point is answered by another, after the hang time."""
-    faults = Faults([Fault("hang", workers=[0])])
+    """Worker 0 never answers again; its point is answered by another, after the hang time."""
+    faults = Faults([Fault("hang", workers=[0], calls=[1])])
     with paper(2, faults=faults, hang_timeout=10.0) as pool:
         got = pool.dispatch(POINTS).wait(deadline=100.0)
         assert got.available.all()
-        assert got.waited == 11.0
+        assert got.waited == 12.0
         report = pool.report()
         assert (report.hung, report.deaths, report.sent) == (1, 1, 6)
+        assert (report.seconds, report.wasted_seconds) == (15.0, 10.0)
 
 
 @pytest.mark.parametrize("kind", ["death", "error", "nan"])

@@ -7,8 +7,13 @@ import numpy as np
 import pytest
 
 from nercc_jax import Berrut, ExactStragglers, NeRCC, fit_surrogate
+from nercc_jax.codes._trees import Form
 from nercc_jax.surrogates import Surrogate
-from nercc_jax.surrogates._interface import fixed_outputs
+from nercc_jax.surrogates._interface import (
+    AbstractGroupPrior,
+    SurrogatePredictions,
+    fixed_outputs,
+)
 from nercc_jax.surrogates._surrogate import decode_with_surrogate
 
 K, N, GROUPS, OUTPUTS = 4, 7, 6, 3
@@ -68,6 +73,30 @@ def test_it_is_the_formula(name, theta, kappa, dtype):
         share = variance if np.isinf(kappa) else variance / (1 + kappa * variance)
         wanted = np.sqrt(roughness * share)
         np.testing.assert_allclose(deviation[group], wanted, atol=EPS[dtype], rtol=1e-3)
+
+
+class WithDeviation(AbstractGroupPrior):
+    """A surrogate's outputs, and a deviation of 0.3."""
+
+    outputs: AbstractGroupPrior
+    form: Form = eqx.field(static=True)
+
+    def condition(self, y, responded):
+        found = self.outputs.condition(y, responded)
+        return SurrogatePredictions(found.own, found.coded, jnp.full(found.own.shape[:2], 0.3))
+
+
+def test_the_variance_is_the_mean_of_the_codes_and_the_surrogates_own():
+    code = CODES["chebyshev"]()
+    _, y, masks, cheap, cheap_coded = inputs(code)
+    outputs = fixed_outputs(cheap, cheap_coded)
+    prior = WithDeviation(outputs, outputs.form)
+    compiled = eqx.filter_jit(decode_with_surrogate)
+    _, alone = compiled(code, Surrogate(rough, kappa=0.0), y, masks, outputs)
+    _, found = compiled(code, Surrogate(rough, kappa=30.0), y, masks, prior)
+    rho = 1 / (1 + 30 * np.stack([code.posterior_variance(mask) for mask in masks]))
+    assert rho.min() < 0.5 < rho.max()
+    np.testing.assert_allclose(found**2, rho * alone**2 + (1 - rho) * 0.09, rtol=1e-3)
 
 
 def test_its_ends_are_the_code_alone_and_the_surrogate_alone(dtype):

@@ -2,6 +2,7 @@
 
 # ruff: noqa: E402 (`require` comes before what needs it)
 
+import asyncio
 import contextlib
 import gzip
 import json
@@ -23,7 +24,7 @@ from nercc_jax.serving.protocol._errors import Overloaded
 from nercc_jax.serving.protocol._json import JsonBounds, JsonCounter, loads
 from nercc_jax.serving.transport import _http
 from nercc_jax.serving.transport import open_inference_pb2 as messages
-from nercc_jax.serving.transport._shares import Connections, RequestMemory
+from nercc_jax.serving.transport._shares import Connections, RequestMemory, Turns
 
 SOON, LATE = 0.2, 500.0  # seconds: of a limit that is tried, and of those that are not
 HALF = b"POST /v2/models/digits/infer HTTP/1.1\r\nHost: x\r\nX-Half"
@@ -365,3 +366,26 @@ def test_an_intake_gives_back_what_it_held():
         take(4)
         assert memory.used == 10
     assert memory.used == 0
+
+
+def test_clients_have_turns_whatever_number_of_requests_each_has():
+    order = []
+
+    async def take_turns():
+        turns = Turns()
+
+        async def ask(client):
+            await turns.acquire(client)
+            order.append(client)
+            turns.release()
+
+        await turns.acquire("first")
+        tasks = [asyncio.create_task(ask(each)) for each in ("many", "many", "gone", "few")]
+        await asyncio.sleep(0)
+        tasks.pop(2).cancel()
+        turns.release()
+        for _ in range(9):
+            await asyncio.sleep(0)
+
+    asyncio.run(take_turns())
+    assert order == ["many", "few", "many"]

@@ -190,6 +190,7 @@ def test_what_was_given_out_and_was_wrong_stops_it_at_once():
         answer = Answer(model(x)[0], "predicted", 1, 0, disagreement=0.01)
         given = ApproximateAnswer(answer, x[0], predictor.risk.epoch, given=True)
         predictor.audit(given, turned(x)[0])
+    assert not predictor.audit(given, None), "it will never come"
     assert predictor.state == "drifted"
     assert predictor.predict(x) is None
     assert not predictor.admits(answer)

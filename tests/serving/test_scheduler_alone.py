@@ -1,6 +1,7 @@
 """The scheduler without anything that adapts: it answers, hedges, and decodes by numbers alone."""
 
 import ast
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ class NoAdaptation(AbstractAdaptation):
 
     def __init__(self, policy):
         self.setting = fixed_setting(policy)
+        self.given = self.audited = 0
 
     def expect(self, x):
         return []
@@ -59,9 +61,10 @@ class NoAdaptation(AbstractAdaptation):
         return answer
 
     def give(self, answer):
-        pass
+        self.given += 1
 
     def audit(self, given, own):
+        self.audited += given.given
         return True
 
     def error_probability(self, queries):
@@ -94,6 +97,23 @@ def test_it_serves_by_itself(code):
     np.testing.assert_allclose(values[exact], model(x[exact]), atol=1e-6)
     late = np.array([reply.seconds for reply in replies])[50:]
     assert np.quantile(late, 0.95) < 5 * SERVICE
+    scheduler.close()
+    pool.close()
+
+
+def test_what_was_given_out_is_compared_however_few_late_groups_are_kept():
+    clock, calls, x = SimulatedClock(), itertools.count(), np.ones((1, *SHAPE), np.float32)
+    slow = lambda size: 5.0 if next(calls) in range(80, 104, 8) else SERVICE  # noqa: E731
+    pool = SimulatedPool(model, 16, seconds=slow, clock=clock)
+    policy = BatchingPolicy(ordering=False, max_batch_size=4, straggler_threshold=2.0)
+    spec, adaptation = (BatchSpec(SHAPE), BatchSpec(OUT)), NoAdaptation(policy)
+    scheduler = QueryScheduler(pool, Coder(INTERLEAVED), *spec, policy, adaptation, refuse_odd)
+    scheduler._late_groups = LateGroups(groups=1)
+    scheduler.start()
+    for number in range(20):
+        clock.at(number / 5, lambda: scheduler.submit(x.repeat(4, axis=0)))
+    clock.run(20.0)
+    assert adaptation.audited == adaptation.given > 2
     scheduler.close()
     pool.close()
 

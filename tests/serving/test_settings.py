@@ -631,3 +631,9 @@ def test_help_says_what_each_setting_is_and_what_it_is_unless_set(settings, monk
 )
 def test_files_of_tokens_and_tls_are_checked(flags, message):
     refused(message, "--check", *flags)
+
+
+def test_a_server_has_no_faults_unless_they_are_asked_for():
+    plain = ModelSettings()
+    assert (plain.service_delay_s, plain.straggler_rate, plain.death_rate) == (0, 0, 0)
+    assert plain.wrong_workers == {}

@@ -153,7 +153,7 @@ class Group:
             left = [point for point in own.tolist() if self.outstanding[point]]
             coming = any(not self.batch.abandoned(point) for point in left)
             for query in cell.queries if len(own) else ():
-                for each in query.approximate.values():
+                for each in list(query.approximate.values()):  # from which it may be taken
                     if each.given or each.forced:
                         yield coming, query, each
 
