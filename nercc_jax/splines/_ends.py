@@ -18,6 +18,7 @@ Source: de Boor 1978, "A Practical Guide to Splines", chapter IV.
 
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
+import numpy as np
 from jaxtyping import Bool, Float
 
 from ._knots import Knots
@@ -68,7 +69,7 @@ def not_a_knot(
     xp = namespace(t)
     # The first two knots that are observed, and the last two, as far as there are.
     seen, place = xp.cumsum(knots.weights > 0), xp.arange(len(t))[:, None]
-    ranks = xp.stack([xp.ones_like(seen[-1]), 2 * xp.ones_like(seen[-1]), seen[-1] - 1, seen[-1]])
+    ranks = seen[-1] * np.array([0, 0, 1, 1]) + np.array([1, 2, -1, 0])
     outermost = xp.minimum(xp.sum(seen[:, None] < ranks, axis=0), len(t) - 1)
     first, second, before, last = xp.moveaxis((place == outermost).astype(dtype), 1, 0)
     apart, both = last - first, last + first
