@@ -146,7 +146,8 @@ def _add_server(app: fastapi.FastAPI, state: ServerState) -> None:
 
     async def parse(request: fastapi.Request, kind: type[Body]) -> Body:
         """Return a small body, which may be empty."""
-        with state.memory.request() as add:
+        client = "" if request.client is None else request.client.host
+        with state.memory.request(client) as add:
             body = await read_body(
                 request.receive,
                 state.settings,
