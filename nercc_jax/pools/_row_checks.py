@@ -245,18 +245,18 @@ class RowChecks:
             rows = np.flatnonzero(np.isin(self._calls, list(self._outvoted)).all(axis=1))
             self._together = [each for each in self._together if each.number not in self._outvoted]
             self._outvoted.clear()
-        if self._together:
-            rows = np.append(rows, self._ask()).astype(int)
+        rows = np.concatenate([rows, self._ask()])
         for row in rows.tolist():
             self._doubt(row, int(self._givers[row, 0]), int(self._calls[row, 0]), values[row])
         return rows
 
-    def _ask(self) -> list[int]:
+    def _ask(self) -> Int[np.ndarray, " few"]:
         """Return a row of each call that nobody has asked about, and that looks most wrong."""
         most = int(self._rate * np.count_nonzero(self.checked))
         calls = [each for each in self._together[:most] if each.number not in self._asked]
         self._asked |= {each.number for each in calls}
-        return [each.row for each in calls if (self._calls[each.row] == each.number).all()]
+        rows = [each.row for each in calls if (self._calls[each.row] == each.number).all()]
+        return np.array(rows, int)
 
     def follow_fences(
         self, computed: Bool[np.ndarray, " rows"], values: Float[np.ndarray, "rows ..."] | None

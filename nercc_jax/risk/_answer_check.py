@@ -91,8 +91,7 @@ class AnswerCheck:
             answers: The answers.
         """
         deviation = np.maximum(deviation, _LEAST)
-        mean = _mapped(mean, self.slope) + self.offset
-        ratios = (answers - mean) / deviation[:, None]
+        mean, ratios = self._ratios(mean, deviation, answers)
         found = np.ones((len(answers), 9 if self.labels else 5), np.float32)
         found[:, 1] = _square(ratios)
         found[:, 2] = _square(_mapped(ratios, self.residual))
@@ -119,8 +118,15 @@ class AnswerCheck:
     ) -> Float[np.ndarray, "queries m"]:
         """Return residuals over deviations, uncorrelated; arguments as for `features`."""
         with np.errstate(all="ignore"):
-            off = answers - (_mapped(mean, self.slope) + self.offset)
-            return _mapped(off / np.maximum(deviation, _LEAST)[:, None], self.residual)
+            _, ratios = self._ratios(mean, np.maximum(deviation, _LEAST), answers)
+            return _mapped(ratios, self.residual)
+
+    def _ratios(
+        self, mean: np.ndarray, deviation: np.ndarray, answers: np.ndarray
+    ) -> tuple[Float[np.ndarray, "queries m"], Float[np.ndarray, "queries m"]]:
+        """Return the answers that are expected, and the residuals over deviations."""
+        mean = _mapped(mean, self.slope) + self.offset
+        return mean, (answers - mean) / deviation[:, None]
 
     def _distance(self, mapped: Float[np.ndarray, "queries m"]) -> Float[np.ndarray, " queries"]:
         """Return the squares of the distances of mapped answers to the nearest reference."""

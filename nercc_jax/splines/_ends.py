@@ -38,7 +38,7 @@ def check_ends(ends: Ends) -> Ends:
 
 
 class NotAKnot(NamedTuple):
-    """What makes these ends of a natural spline.
+    """The kinks of a not-a-knot spline, and the forces that make its ends of natural ones.
 
     `kinks` selects the two knots where nothing is to jump. `values` and `slopes` are the forces on
     each knot's value and slope that make E, over mu. Jumps are scaled by the shorter gap beside the

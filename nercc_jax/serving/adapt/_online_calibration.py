@@ -183,7 +183,9 @@ class OnlineCalibration:
         self._set_surrogate(surrogate)
         self._features, self._capacity, self._form = features, capacity, form
         self._first: list[tuple[np.ndarray, np.ndarray]] = []
-        self._learned, self._tuning = 0, dataclasses.replace(_TUNING, widths="kept")
+        self._learned = 0
+        # The ratios of widths that were given stay.
+        self._tuning = dataclasses.replace(_TUNING, widths="kept")
         self._validation: collections.deque[ValidationBatch] = collections.deque(
             maxlen=_VALIDATION // BATCH
         )
@@ -389,7 +391,7 @@ def _tuning_of(features: int) -> LearnerTuning:
 
 
 def _tuned(learner: AbstractLearner, tuning: LearnerTuning) -> AbstractLearner:
-    """Tune the kernels on the learner's data; the ratios of widths that were given stay.
+    """Tune the kernels on the learner's data.
 
     They are judged on some of the pairs. A kernel that does worse on all of them is not taken: one
     that is right for pairs four times as far apart may be.
