@@ -7,13 +7,16 @@ its own matrices: these are taken.
 
 import functools
 
+import jax
+import jax.numpy as jnp
 import mpmath as mp
 import numpy as np
 import oracle
 from scipy.interpolate import CubicSpline
 
 from nercc_jax import Berrut, Lagrange, NeRCC, Parity, Replication, Uncoded
-from nercc_jax.codes import BerrutSpline
+from nercc_jax.codes import BerrutSpline, LearnedDecoder
+from nercc_jax.tuning import learn_decoder
 
 # For lambda = 0, and for answers that a code keeps as they are. Normal equations square both, and
 # 150 digits have room for that.
@@ -61,12 +64,32 @@ def decoder_matrix(code, available) -> np.ndarray:
             taken = np.floor(np.linspace(0, order.size - 1, code.threshold) + 0.5).astype(int)
             chosen = order[taken]
             matrix[:, chosen] = lagrange_matrix(_float64(code.beta)[chosen], code.alpha)
+    elif isinstance(code, LearnedDecoder):
+        matrix[:, responded] = _least_squares(_float64(code.root), code.num_workers, responded)
     elif not isinstance(code, _SUMS):
         return _float64(code.decoder_matrix(available))
     else:
         for data_point in range(code.num_data):
             _subtract(code, data_point, responded, matrix[data_point])
     return matrix
+
+
+def learned(num_data, num_workers) -> LearnedDecoder:
+    """A decoder that was learned, for these numbers of data points and workers."""
+    x = jax.random.normal(jax.random.key(0), (8 * num_data, 3))
+    code = NeRCC(num_data, num_workers)
+    return learn_decoder(jnp.tanh, code, x, key=jax.random.key(1), num_groups=40)
+
+
+def _least_squares(root, number, responded) -> np.ndarray:
+    """By the normal equations, with the answers' noise; rows of sum 1 by Lagrange's multiplier."""
+    moments = root.T @ root
+    noise = 1e-6 * np.trace(moments[:number, :number]) / number
+    inner = moments[np.ix_(responded, responded)] + noise * np.eye(responded.size)
+    sides = np.concatenate([moments[responded, number:], np.ones((responded.size, 1))], axis=1)
+    found = np.linalg.solve(inner, sides)
+    free, common = found[:, :-1], found[:, -1:]
+    return (free + common / common.sum() * (1 - free.sum(axis=0))).T
 
 
 def _regression(code, available) -> np.ndarray:

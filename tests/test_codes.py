@@ -31,6 +31,7 @@ CODES = {
     "berrut-repeated": lambda: Berrut(K, N, points="repeated", degree=2),
     "berrut-spline": lambda: BerrutSpline(K, N),
     "berrut-spline-smooth": lambda: BerrutSpline(K, N, lambda_dec=1e-3, ends="natural"),
+    "learned": lambda: matrices.learned(K, N),
     "lagrange-quadratic": lambda: Lagrange(K, N, degree=2),
     "parity": lambda: Parity(6, 8),
     "replication": lambda: Replication(K, N),

@@ -5,6 +5,7 @@ import json
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import matrices
 import numpy as np
 import pytest
 
@@ -30,6 +31,7 @@ CODES = {
     "berrut": lambda: nj.Berrut(K, N, points="approxifer"),
     "berrut-spline": lambda: nj.codes.BerrutSpline(K, N, lambda_dec=np.exp(-9.1), ends="natural"),
     "lagrange": lambda: nj.Lagrange(K, N, degree=2),
+    "learned": lambda: matrices.learned(K, N),
     "replication": lambda: nj.Replication(K, N),
     "uncoded": lambda: nj.Uncoded(4),
     "parity": lambda: nj.Parity(6, 7),
@@ -109,7 +111,10 @@ def test_a_file_from_before_a_number_was_there(tmp_path):
         ({"format": None}, "it is no file of a code"),
         ({"version": 2}, "is of version 2; this nercc-jax reads 1"),
         ({"version": None}, "is of version None"),
-        ({"code": "Magic"}, "holds a 'Magic'; known: Berrut, BerrutSpline, Lagrange, NeRCC"),
+        (
+            {"code": "Magic"},
+            "holds a 'Magic'; known: Berrut, BerrutSpline, Lagrange, LearnedDecoder",
+        ),
         ({"code": ["NeRCC"]}, r"holds a \['NeRCC'\]"),
         ({"about": None}, r"lacks \['about'\]"),
         ({"numbers": None, "dtypes": None}, r"lacks \['dtypes', 'numbers'\]"),

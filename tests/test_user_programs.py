@@ -9,6 +9,7 @@ import functools
 import extending
 import jax
 import jax.numpy as jnp
+import matrices
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
@@ -26,6 +27,7 @@ CODES = {
     "replication": lambda: Replication(4, 8),
     "parity": lambda: Parity(4, 8),
     "uncoded": lambda: Uncoded(4),
+    "learned": lambda: matrices.learned(4, 8),
     "own": lambda: extending.MovingAverages(4, 8),
 }
 WEIGHTS = np.linspace(-1, 1, FEATURES * OUTPUTS).reshape(FEATURES, OUTPUTS).astype("float32")

@@ -8,6 +8,7 @@ from ._decoding import Decoded
 from ._files import code_card, load_code, save_code
 from ._groups import encode_groups
 from ._lagrange import Lagrange
+from ._learned_decoder import LearnedDecoder
 from ._nercc import NeRCC
 from ._parity import Parity
 from ._points import regression_points
@@ -19,6 +20,7 @@ __all__ = [
     "BerrutSpline",
     "Decoded",
     "Lagrange",
+    "LearnedDecoder",
     "NeRCC",
     "Parity",
     "Replication",

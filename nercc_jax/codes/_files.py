@@ -14,6 +14,7 @@ from ._berrut import Berrut
 from ._berrut_spline import BerrutSpline
 from ._code import AbstractCode
 from ._lagrange import Lagrange
+from ._learned_decoder import LearnedDecoder
 from ._nercc import NeRCC
 from ._parity import Parity
 from ._replication import Replication, Uncoded
@@ -24,8 +25,10 @@ _VERSION = 1
 _LATER = {"exact", "ends", "degree"}
 _KINDS = {
     kind.__name__: kind
-    for kind in (Berrut, BerrutSpline, Lagrange, NeRCC, Parity, Replication, Uncoded)
-}
+    for kind in (
+        Berrut, BerrutSpline, Lagrange, LearnedDecoder, NeRCC, Parity, Replication, Uncoded,
+    )
+}  # fmt: skip
 
 
 def save_code(path: str | Path, code: AbstractCode, about: Mapping[str, Any] | None = None) -> None:
@@ -49,7 +52,10 @@ def save_code(path: str | Path, code: AbstractCode, about: Mapping[str, Any] | N
     arrays = {name: np.asarray(leaf) for name, leaf in leaves.items() if eqx.is_array(leaf)}
     if broken := [name for name, value in arrays.items() if not np.isfinite(value).all()]:
         raise ValueError(f"{', '.join(broken)} of this code are not finite")
-    numbers = leaves | {name: value.tolist() for name, value in arrays.items()}
+    # The shortest decimals that give these numbers back, in half the room of float64's.
+    numbers = leaves | {
+        name: each.astype(str).astype(float).tolist() for name, each in arrays.items()
+    }
     content = {
         "format": _FORMAT,
         "version": _VERSION,

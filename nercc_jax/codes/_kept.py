@@ -114,7 +114,7 @@ class KeptMatrices:
     def variances(
         self, available: Bool[np.ndarray, " num_workers"]
     ) -> tuple[Float[np.ndarray, " num_data"], Float[np.ndarray, "num_workers num_workers"]]:
-        """Return what a `NeRCC` has as `variances_on_host`, in float64."""
+        """Return what a `NeRCC` or `LearnedDecoder` has as `variances_on_host`, in float64."""
         with np.errstate(all="ignore"):
             return type(self._code).variances_on_host(self._code, available)
 

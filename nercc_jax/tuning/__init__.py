@@ -3,6 +3,7 @@
 from ._descent import Descent
 from ._fine_tune import Target, fine_tune
 from ._layouts import LayoutTuning, search_layout
+from ._learn_decoder import learn_decoder
 from ._parameters import parametrize
 from ._sampling import Sampling
 from ._tune import Tuned, tune
@@ -14,6 +15,7 @@ __all__ = [
     "Target",
     "Tuned",
     "fine_tune",
+    "learn_decoder",
     "parametrize",
     "search_layout",
     "tune",

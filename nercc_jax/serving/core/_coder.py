@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike, Bool, Float, Int, Shaped
 
-from ...codes import AbstractCode, Berrut, BerrutSpline, NeRCC
+from ...codes import AbstractCode, Berrut, BerrutSpline, LearnedDecoder, NeRCC
 from ...codes._berrut import berrut_matrix
 from ...codes._kept import encoder_rows, kept_matrices
 from ...codes._trees import Form
@@ -112,7 +112,7 @@ class Coder:
         without = np.ones(self.num_workers, bool)
         without[own[0]] = False
         self.can_decode = bool(np.asarray(code.recovered(jnp.asarray(without)))[self._order[0]])
-        self.has_error_probability = self.can_decode and isinstance(code, NeRCC)
+        self.has_error_probability = self.can_decode and isinstance(code, NeRCC | LearnedDecoder)
         self.needs_order = self.can_decode and isinstance(code, _ON_A_LINE)
         self._layouts = [self._layout(matrix) for matrix in matrices]
 

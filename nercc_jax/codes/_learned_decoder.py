@@ -1,0 +1,178 @@
+"""The best linear decoder by recorded answers, for any encoder."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Bool, Float
+
+from ..splines._namespace import namespace, product
+from ._code import AbstractCode, MatrixOnHost, all_or_none, as_mask
+from ._trees import any_tracer, check_floats
+
+# Mean squared noise that answers are taken to have, of their mean square. In float32 the
+# regression's condition is then that of a thousand, whatever was recorded.
+_NOISE = 1e-6
+
+
+class LearnedDecoder(AbstractCode):
+    """An encoder with the linear decoder that recorded answers are best decoded by.
+
+    The spline knows of a path only that it is smooth. Here the second moments of the workers'
+    answers and of the model's outputs at the data points are known, over data points and outputs:
+    a prediction is the best linear unbiased one from whichever workers answered, which is
+    regression by a kernel of the path that was learned. Of all matrices that keep constants none
+    has a smaller mean squared error on what the moments are of, under any straggler set. One answer
+    gives a constant.
+
+    `nercc_jax.tuning.learn_decoder` makes it; files hold it (`save_code`).
+
+    Attributes:
+        encoder: E, (N, K); a leaf.
+        root: R with R'R the moments, N answers before K outputs, upper triangular; a leaf.
+
+    Source: Rasmussen and Williams 2006, "Gaussian Processes for Machine Learning", sections 2.2 and
+    2.7, with the moments as the kernel; as the decoder of a code it is this project's own.
+    """
+
+    encoder: Float[Array, "num_workers num_data"]
+    root: Float[Array, "places places"]
+
+    def __init__(
+        self,
+        encoder: Float[ArrayLike, "num_workers num_data"],
+        root: Float[ArrayLike, "places places"],
+    ):
+        """Make a code of an encoder and a root of second moments.
+
+        Raises:
+            ValueError: `encoder` is no matrix, `root` is not of shape (N + K, N + K), or one is not
+                finite floats.
+        """
+        encoder, root = jnp.asarray(encoder), jnp.asarray(root)
+        if encoder.ndim != 2 or 0 in encoder.shape:
+            raise ValueError(f"encoder must be (num_workers, num_data), not {encoder.shape}")
+        places = sum(encoder.shape)
+        if root.shape != (places, places):
+            raise ValueError(f"root must be of shape {(places, places)}, not {root.shape}")
+        for name, value in (("encoder", encoder), ("root", root)):
+            check_floats(name, value)
+            if not any_tracer(value) and not np.isfinite(value).all():
+                raise ValueError(f"{name} must be finite")
+        self.encoder, self.root = encoder, root
+
+    @property
+    def num_data(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Return K."""
+        return self.encoder.shape[1]
+
+    @property
+    def num_workers(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Return N."""
+        return self.encoder.shape[0]
+
+    def encoder_matrix(self) -> Float[Array, "num_workers num_data"]:
+        return self.encoder
+
+    def encoder_on_host(self) -> Float[np.ndarray, "num_workers num_data"]:
+        return np.asarray(self.encoder)
+
+    def decoder_matrix(
+        self, available: Bool[ArrayLike, " num_workers"]
+    ) -> Float[Array, "num_data num_workers"]:
+        return _Regression(self.root, as_mask(available, (self.num_workers,))).matrix()
+
+    def decoder_on_host(self, available: Bool[np.ndarray, " num_workers"]) -> MatrixOnHost:
+        matrix = _Regression(np.asarray(self.root, np.float64), available).matrix()
+        return matrix, np.full(self.num_data, available.any())
+
+    def recovered(self, available: Bool[ArrayLike, " num_workers"]) -> Bool[Array, " num_data"]:
+        return all_or_none(available, self)
+
+    def posterior_variance(
+        self, available: Bool[ArrayLike, " num_workers"]
+    ) -> Float[Array, " num_data"]:
+        """Return the mean squared error to expect of each prediction, in squared outputs.
+
+        It is of groups and outputs as the recorded ones; `process_variance` has this group's scale.
+        """
+        return _Regression(self.root, as_mask(available, (self.num_workers,))).variance()
+
+    def process_variance(
+        self, y: Float[Array, "num_workers m"], available: Bool[Array, " num_workers"]
+    ) -> Float[Array, ""]:
+        """Return how much these answers vary along the path, in units of those that were recorded.
+
+        About 1 for a group like them, more for one whose path is rougher; infinite with one answer.
+        """
+        regression = _Regression(self.root, available)
+        known = jnp.where(available[:, None], y, 0).astype(
+            jnp.promote_types(y.dtype, self.root.dtype)
+        )
+        varies = jnp.sum(jnp.mean(product(regression.whitening(), known) ** 2, axis=1))
+        return jnp.where(jnp.sum(available) > 1, varies, jnp.inf)
+
+    def variances_on_host(
+        self, available: Bool[np.ndarray, " num_workers"]
+    ) -> tuple[Float[np.ndarray, " num_data"], Float[np.ndarray, "num_workers num_workers"]]:
+        """As that of `NeRCC`."""
+        regression = _Regression(np.asarray(self.root, np.float64), available)
+        return regression.variance(), regression.whitening()
+
+
+class _Regression:
+    """The regression of the data points' outputs on some workers' answers, as least squares.
+
+    Rows are those of the moments' root, whose squares, the moments, are never formed: in float32
+    their small eigenvalues, by which few stragglers are decoded, would be lost.
+    """
+
+    def __init__(self, root: Any, available: Any):
+        """Factor the answers' columns, with a row of noise for each."""
+        self.xp = xp = namespace(root, available)
+        number = available.shape[0]
+        self.available, self.rest = available, root[number:, number:]
+        answers, self.data = root[:number, :number], root[:number, number:]
+        self.answers = xp.where(available, answers, 0)
+        noise = xp.sqrt(_NOISE * xp.mean(xp.sum(answers**2, axis=0)))
+        # Where no answer was ever other than 0, none tells anything.
+        self.noise = xp.where(noise > 0, noise, 1)
+        rows = xp.concatenate([self.answers, self.noise * xp.eye(number, dtype=root.dtype)])
+        self.orthogonal, self.triangle = xp.linalg.qr(rows)
+        # What an answer counts in the best estimate of what all have in common.
+        common = self._solve(self._solve(available.astype(root.dtype), transposed=True))
+        common = xp.where(available, common, 0)
+        self.common = common / xp.where(available.any(), xp.sum(common), 1)
+
+    def matrix(self) -> Any:
+        """Return the decoder's matrix, (K, N)."""
+        number = self.available.shape[0]
+        found = self._solve(product(self.orthogonal[:number].T, self.data))
+        found = self.xp.where(self.available[:, None], found, 0)
+        return (found + self.common[:, None] * (1 - self.xp.sum(found, axis=0))).T
+
+    def variance(self) -> Any:
+        """Return the expected squared errors of the predictions, (K,)."""
+        matrix = self.matrix().T
+        left = self.data - product(self.answers, matrix)
+        parts = (left, self.rest, self.noise * matrix)
+        total = sum(self.xp.sum(part**2, axis=0) for part in parts)
+        return self.xp.where(self.available.any(), total, self.xp.inf)
+
+    def whitening(self) -> Any:
+        """Return S: for one output |S y|^2 is about 1, and it is how much the answers y vary.
+
+        What all answers have in common counts for nothing.
+        """
+        identity = self.xp.eye(self.available.shape[0], dtype=self.triangle.dtype)
+        centred = self.xp.where(self.available[:, None], identity - self.common, 0)
+        count = self.xp.sum(self.available) - 1
+        white = self._solve(centred, transposed=True)
+        return self.xp.where(count > 0, white / self.xp.sqrt(self.xp.where(count > 0, count, 1)), 0)
+
+    def _solve(self, right: Any, *, transposed: bool = False) -> Any:
+        """Return what the triangle, or its transpose, has on the right-hand side."""
+        if self.xp is np:
+            return np.linalg.solve(self.triangle.T if transposed else self.triangle, right)
+        return jax.scipy.linalg.solve_triangular(self.triangle, right, trans=int(transposed))
