@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from nercc_jax import load_code
 from nercc_jax.cli._app import app
 from nercc_jax.cli._workload import find_workload
-from nercc_jax.codes import code_card
+from nercc_jax.codes import LearnedDecoder, code_card
 from nercc_jax.planning import load_plan
 
 MODEL = "their_model:model"
@@ -132,17 +132,18 @@ def test_the_template_says_what_it_recognises_and_writes_weights(folder):
 @pytest.fixture(scope="module")
 def tuned(folder):
     small = "--num-data 4 --num-workers 8 --max-stragglers 2 --max-inputs 120 --sets 3 --steps 8"
-    return run("tune", "--model", MODEL, *small.split())
+    return run("tune", "--model", MODEL, "--learn-decoder", *small.split())
 
 
 @pytest.mark.slow
 def test_tune_compares_draws_and_writes_a_code(tuned, folder):
-    for word in ("untuned", "tuned", "BACC", "MSE", "RelAcc", "lambda_dec", "8 steps"):
+    for word in ("untuned", "tuned", "learned", "BACC", "MSE", "RelAcc", "lambda_dec", "8 steps"):
         assert word in tuned
     assert (folder / "nercc-tune.png").read_bytes().startswith(b"\x89PNG")
     card = code_card(folder / "nercc-tuned.json")
     assert (card["model"], card["data"]) == (MODEL, "example_inputs() of their_model")
     code = load_code(folder / "nercc-tuned.json")
+    assert isinstance(code, LearnedDecoder)
     assert (code.num_data, code.num_workers) == (4, 8)
 
 

@@ -15,14 +15,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..codes import AbstractCode, Berrut, BerrutSpline, NeRCC, Replication
+from ..codes import AbstractCode, Berrut, BerrutSpline, LearnedDecoder, NeRCC, Replication
 from ..codes._points import coincident
 from ..evaluation import Evaluations, evaluate
 from ..evaluation._looks import system_look
 from ..evaluation._trial import Trial, landscape, make_trial
 from ..inference._models import Model
 from ..stragglers import AbstractStragglers
-from ..tuning import Descent, Tuned, search_layout, tune
+from ..tuning import Descent, Tuned, learn_decoder, search_layout, tune
 from ..tuning._layouts import LayoutCandidate, LayoutSearch
 from ..tuning._tune import TuningStep
 from ._output import evaluating, print_whole, steps_bar
@@ -132,15 +132,24 @@ class Comparison(NamedTuple):
         return trial
 
 
+def learned_decoder(network: Model, code: NeRCC, x, key) -> LearnedDecoder:
+    """Learn a code's decoder with a key of its own."""
+    return learn_decoder(network, code, x, key=jax.random.fold_in(key, 1))
+
+
 def compare(
-    console: Console, comparison: Comparison, others: Evaluations, code: NeRCC, outputs
+    console: Console,
+    comparison: Comparison,
+    others: Evaluations,
+    made: Mapping[str, AbstractCode],
+    outputs,
 ) -> Evaluations:
-    """Print the tables; `others` are the rows of the other codes, or none yet."""
+    """Print the tables; `others` are the rows of the codes that were not `made`, or none yet."""
     codes, sets = comparison.others(), comparison.sets
     with evaluating(console) as progress:
-        new = {"tuned": code} | ({} if others else codes)
+        new = {**made} | ({} if others else codes)
         rows = [*others, *comparison.rows(new, progress=progress)]
-    laws, names = [*comparison.laws], ["untuned", "tuned", *codes]
+    laws, names = [*comparison.laws], ["untuned", *made, *codes]
     rows.sort(key=lambda row: (laws.index(row.stragglers), names.index(row.code)))
     rows = Evaluations(rows)
     console.print(

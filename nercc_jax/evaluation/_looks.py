@@ -36,6 +36,7 @@ _LOOKS = {
     "tuned": _filled(_PINK, "D"),
     "NeRCC tuned": _filled(_PINK, "D"),
     "NeRCC tuned, lambdas only": _open(_PINK, "D"),
+    "NeRCC learned": _filled(_WINE, "*"),
     "searched layout": _filled(_PURPLE, "D"),
     "scheme": _filled(_WINE, "*"),
     "scheme, uncertain again": _filled(_WINE, "X"),
@@ -53,6 +54,7 @@ _LOOKS = {
     # Other codes.
     "BACC": _filled(_RED, "s"),
     "BACC tuned": _open(_BROWN, "s"),
+    "BACC learned": _filled(_RED, "d"),
     "BACC, median": _filled(_BROWN, "d"),
     "ApproxIFER": _filled(_ORANGE, "v"),
     "BSCC": _filled(_OLIVE, "h"),
