@@ -4,8 +4,9 @@
 
 LeNet5's probabilities at (N, K) = (100, 20), on held-out test images: the RMSE and the labels kept
 (RelAcc) of BACC, BSCC (Berrut's encoding, spline decoding: arXiv 2601.10616) and NeRCC, untuned and
-tuned on training images as in `paper.py`, each with several seeds. Writes rivals.json, which
-docs/results.md shows.
+tuned on training images as in `paper.py`, each with several seeds; and of BACC's and tuned NeRCC's
+encoders with learned decoders, on images unlike those that they were learned from, too. Writes
+rivals.json, which docs/results.md shows.
 
 A 95 % interval is a bootstrap over tuning seeds, straggler sets and groups of images. Gains are
 paired: both codes meet the same of each.
@@ -32,6 +33,7 @@ from nercc_jax.cli._output import steps_bar
 from nercc_jax.codes import BerrutSpline, encode_groups
 from nercc_jax.codes._at_hand import decode_sets
 from nercc_jax.stragglers import straggler_sets
+from nercc_jax.tuning import learn_decoder
 
 _SETTING = Setting("lenet5-mnist", 100, 20)
 _STRAGGLERS = ("0", "10", "20", "40")
@@ -67,7 +69,15 @@ def codes_of(data: paper.Data, seeds: int, console: Console) -> dict[str, list[A
                 for seed in range(seeds)
             ]
 
+        def learned(codes: list[AbstractCode]) -> list[AbstractCode]:
+            bar.add_task("learning decoders", total=None)
+            return [
+                learn_decoder(data.network, code, data.train, key=jax.random.key(seed))
+                for seed, code in enumerate(codes)
+            ]
+
         nercc, bacc = NeRCC(*data.shape), Berrut(*data.shape)
+        ours = tuned(nercc, "NeRCC")
         natural = BerrutSpline(*data.shape, ends="natural")
         return {
             "BACC": [bacc],
@@ -76,7 +86,9 @@ def codes_of(data: paper.Data, seeds: int, console: Console) -> dict[str, list[A
             "NeRCC untuned": [nercc],
             "BACC tuned": tuned(bacc, "BACC"),
             "BSCC tuned": tuned(natural, "BSCC"),
-            _OURS: tuned(nercc, "NeRCC"),
+            _OURS: ours,
+            "BACC learned": learned([bacc] * seeds),
+            "NeRCC learned": learned(ours),
         }
 
 
@@ -95,6 +107,33 @@ def score(
         decoded = np.asarray(decode_sets(code, jnp.asarray(y), sets).predictions)
         same = decoded.argmax(axis=-1) == own.argmax(axis=-1)
         found[law] = (np.mean((decoded - own) ** 2, axis=(2, 3)), same.mean(axis=2))
+    return found
+
+
+def unlike(images: Float[np.ndarray, "images ..."]) -> dict[str, np.ndarray]:
+    """Return images unlike those that codes were tuned and decoders were learned on."""
+    low, high = images.min(), images.max()
+    noise = np.random.default_rng(0).uniform(low, high, images.shape)
+    return {
+        "inverted": low + high - images,
+        "turned by 90 degrees": np.rot90(images, axes=(1, 2)).copy(),
+        "noise": noise.astype(images.dtype),
+    }
+
+
+def _shifted(
+    network: Any,
+    codes: Mapping[str, list[AbstractCode]],
+    x: Float[np.ndarray, "groups num_data ..."],
+    masks: Mapping[str, Bool[np.ndarray, "sets num_workers"]],
+) -> dict[str, dict[str, float]]:
+    """Return the RMSE by law and code, over all tuning seeds."""
+    own = outputs_of(network, x.reshape(-1, *x.shape[2:])).reshape(*x.shape[:2], -1)
+    found: dict[str, dict[str, float]] = {law: {} for law in masks}
+    for name in ("BACC", _OURS, "NeRCC learned"):
+        each = [score(network, code, x, own, masks) for code in codes[name]]
+        for law in masks:
+            found[law][name] = float(np.sqrt(np.mean([one[law][0] for one in each])))
     return found
 
 
@@ -147,6 +186,10 @@ def measure(size: Size, steps: int, data_dir: Path, console: Console) -> dict[st
         law: np.asarray(straggler_sets(data.laws[law], jax.random.key(7), 100, size.sets))
         for law in _STRAGGLERS
     }
+    some, shifted = images[: len(images) // 100 * 20], {}
+    for name, changed in unlike(some).items():
+        console.log(f"judging on {name}")
+        shifted[name] = _shifted(data.network, codes, changed.reshape(-1, *x.shape[1:]), masks)
     scores: dict[str, dict[str, Scores]] = {law: {} for law in _STRAGGLERS}
     for name, seeds in codes.items():
         console.log(f"judging {name}")
@@ -158,6 +201,7 @@ def measure(size: Size, steps: int, data_dir: Path, console: Console) -> dict[st
         "setting": dataclasses.asdict(_SETTING),
         "size": dataclasses.asdict(size) | {"steps": steps, "groups": len(x)},
         "laws": {law: summary_of(scores[law]) for law in _STRAGGLERS},
+        "unlike": {"images": len(some), "rmse": shifted},
         "lambda_dec": {
             name: [float(code.lambda_dec) for code in each]  # pyright: ignore[reportAttributeAccessIssue]
             for name, each in codes.items()

@@ -40,8 +40,9 @@ def test_demo_rows_show_nercc_below_bacc(demo):
     rows = [line.split() for line in demo[0].output.splitlines() if "±" in line]
     rows = [row for row in rows if row[0].isdigit()]
     errors = [[float(cell) for cell in row if "±" not in cell] for row in rows[:4]]
-    for stragglers, nercc, bacc, _, lcc in errors:  # BSCC is lower at S = 3
-        assert nercc < min(bacc, lcc), stragglers
+    for stragglers, nercc, learned, bacc, bscc, lcc in errors:
+        assert nercc < min(bacc, lcc), stragglers  # BSCC is lower at S = 3
+        assert learned < min(nercc, bscc), stragglers
 
 
 def test_models_lists_what_is_shipped():

@@ -25,6 +25,9 @@ from ._options import (
 )
 from ._process import compile_quickly
 
+# Groups that the demo learns a decoder from: a second or two, where `learn_decoder` takes more.
+_GROUPS = 100
+
 
 def demo(
     model: ModelName = "lenet5-digits",
@@ -72,6 +75,7 @@ def demo(
             load_code,
         )
         from ..evaluation import evaluate
+        from ..tuning import learn_decoder
         from ._demo_work import draw_kept, kept_labels, kept_table, shipped_queries
         from ._output import evaluating, print_whole, write_json
         from ._pictures import draw_batch, straggler_plot, straggler_table
@@ -88,8 +92,8 @@ def demo(
                 f"data points, {num_data}"
             )
         laws = straggler_laws(num_data, num_workers, max_stragglers)
-        codes = tuned_codes | {
-            "NeRCC": NeRCC(num_data, num_workers),
+        nercc = NeRCC(num_data, num_workers)
+        rivals = {
             "BACC": Berrut(num_data, num_workers),
             "BSCC": BerrutSpline(num_data, num_workers),
             "LCC": Lagrange(num_data, num_workers),
@@ -103,6 +107,14 @@ def demo(
         compile_quickly(workload.model, x, 20 * len(x))
 
         console = Console()
+        codes: dict[str, AbstractCode] = {**tuned_codes, "NeRCC": nercc}
+        training = workload.points("train", max_inputs, seed)
+        if len(training) >= num_data:
+            with console.status("learning a decoder ..."):
+                codes["NeRCC learned"] = learn_decoder(
+                    workload.model, nercc, training, key=jax.random.key(seed), num_groups=_GROUPS
+                )
+        codes |= rivals
         with evaluating(console) as progress:
             rows = evaluate(
                 workload.model,
@@ -137,7 +149,7 @@ def demo(
         top_panels = []
         if outputs != "values" and x.ndim == 4 and x.shape[-1] in (1, 3):
             available = np.random.default_rng(seed).permutation(num_workers) >= num_workers // 5
-            top_panels = [draw_batch(workload.model, codes["NeRCC"], x[:num_data], available)]
+            top_panels = [draw_batch(workload.model, nercc, x[:num_data], available)]
         top_panels += [draw_kept(kept_rows)] if kept_rows else []
         straggler_plot(rows, panels, what, plot, top_panels)
         console.print(f"picture: {plot.resolve()}", soft_wrap=True)
