@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from ..splines._namespace import namespace, product
+from ..splines._platforms import alike_in_shard_map
 from ._code import AbstractCode, MatrixOnHost, all_or_none, as_mask
 from ._trees import any_tracer, check_floats
 
@@ -122,57 +123,68 @@ class LearnedDecoder(AbstractCode):
 
 
 class _Regression:
-    """The regression of the data points' outputs on some workers' answers, as least squares.
+    """The regression of the data points' outputs on some workers' answers, one after the other.
 
-    Rows are those of the moments' root, whose squares, the moments, are never formed: in float32
-    their small eigenvalues, by which few stragglers are decoded, would be lost.
+    Answers are known to a small noise. Each one, made independent of those before, corrects the
+    predictions of all others (Potter's square-root form of the Kalman filter): the moments, whose
+    small eigenvalues are lost in float32, are never formed. There are no LAPACK calls: two at a
+    time in one program, both batched, wait for each other for ever on a machine of two cores.
+
+    Source: Bierman 1977, "Factorization Methods for Discrete Sequential Estimation", section II.3.
     """
 
     def __init__(self, root: Any, available: Any):
-        """Factor the answers' columns, with a row of noise for each."""
+        """Learn from the available answers."""
         self.xp = xp = namespace(root, available)
         number = available.shape[0]
-        self.available, self.rest = available, root[number:, number:]
-        answers, self.data = root[:number, :number], root[:number, number:]
-        self.answers = xp.where(available, answers, 0)
-        noise = xp.sqrt(_NOISE * xp.mean(xp.sum(answers**2, axis=0)))
+        self.available = available
+        noise = xp.sqrt(_NOISE * xp.mean(xp.sum(root[:, :number] ** 2, axis=0)))
         # Where no answer was ever other than 0, none tells anything.
-        self.noise = xp.where(noise > 0, noise, 1)
-        rows = xp.concatenate([self.answers, self.noise * xp.eye(number, dtype=root.dtype)])
-        self.orthogonal, self.triangle = xp.linalg.qr(rows)
-        # What an answer counts in the best estimate of what all have in common.
-        common = self._solve(self._solve(available.astype(root.dtype), transposed=True))
-        common = xp.where(available, common, 0)
-        self.common = common / xp.where(available.any(), xp.sum(common), 1)
+        noise = xp.where(noise > 0, noise, 1)
+        known = available.astype(root.dtype)
+        state = (root[:number], xp.zeros((root.shape[1], number), root.dtype))
+
+        def learn(state: Any, worker: Any) -> tuple[Any, Any]:
+            left, predictions = state
+            own, which = left[:, worker], xp.arange(number) == worker
+            square = xp.sum(own**2) + noise**2
+            size = xp.sqrt(square)
+            white = known[worker] * (which - predictions[worker]) / size
+            shared = product(own, left)
+            left = left - known[worker] / (square + noise * size) * own[:, None] * shared
+            return (left, predictions + (shared / size)[:, None] * white), white
+
+        if xp is np:
+            whites = np.zeros((number, number))
+            for worker in np.flatnonzero(available):
+                state, whites[worker] = learn(state, worker)
+        else:
+            *state, known = alike_in_shard_map(*state, known)
+            state, whites = jax.lax.scan(learn, tuple(state), jnp.arange(number))
+        left, predictions = state
+        self.white, self.free = whites, predictions[number:]
+        self.left = xp.concatenate([left, root[number:]])[:, number:]
+        # What all answers have in common counts as what it weighs in each, made independent.
+        common = xp.sum(whites, axis=1)
+        self.weight = xp.sum(common**2)
+        self.common = product(common, whites) / xp.where(self.weight > 0, self.weight, 1)
 
     def matrix(self) -> Any:
         """Return the decoder's matrix, (K, N)."""
-        number = self.available.shape[0]
-        found = self._solve(product(self.orthogonal[:number].T, self.data))
-        found = self.xp.where(self.available[:, None], found, 0)
-        return (found + self.common[:, None] * (1 - self.xp.sum(found, axis=0))).T
+        return self.free + (1 - self.xp.sum(self.free, axis=1))[:, None] * self.common
 
     def variance(self) -> Any:
         """Return the expected squared errors of the predictions, (K,)."""
-        matrix = self.matrix().T
-        left = self.data - product(self.answers, matrix)
-        parts = (left, self.rest, self.noise * matrix)
-        total = sum(self.xp.sum(part**2, axis=0) for part in parts)
-        return self.xp.where(self.available.any(), total, self.xp.inf)
+        some = self.weight > 0
+        missing = (1 - self.xp.sum(self.free, axis=1)) ** 2 / self.xp.where(some, self.weight, 1)
+        return self.xp.where(some, self.xp.sum(self.left**2, axis=0) + missing, self.xp.inf)
 
     def whitening(self) -> Any:
         """Return S: for one output |S y|^2 is about 1, and it is how much the answers y vary.
 
         What all answers have in common counts for nothing.
         """
-        identity = self.xp.eye(self.available.shape[0], dtype=self.triangle.dtype)
-        centred = self.xp.where(self.available[:, None], identity - self.common, 0)
         count = self.xp.sum(self.available) - 1
-        white = self._solve(centred, transposed=True)
-        return self.xp.where(count > 0, white / self.xp.sqrt(self.xp.where(count > 0, count, 1)), 0)
-
-    def _solve(self, right: Any, *, transposed: bool = False) -> Any:
-        """Return what the triangle, or its transpose, has on the right-hand side."""
-        if self.xp is np:
-            return np.linalg.solve(self.triangle.T if transposed else self.triangle, right)
-        return jax.scipy.linalg.solve_triangular(self.triangle, right, trans=int(transposed))
+        centred = self.white - self.xp.sum(self.white, axis=1)[:, None] * self.common
+        several = self.xp.where(count > 0, count, 1)
+        return self.xp.where(count > 0, centred / self.xp.sqrt(several), 0)
