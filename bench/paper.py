@@ -272,8 +272,9 @@ def _bscc(data: Data, bar: Progress) -> tuple[dict[str, AbstractCode], dict[str,
 
 
 def _rational(data: Data, bar: Progress) -> tuple[dict[str, AbstractCode], dict[str, Any]]:
-    """Return barycentric rational interpolants of higher degree than BACC's, as they are."""
-    return {f"FH, d = {d}": Berrut(*data.shape, degree=d) for d in (1, 2, 3)}, {}
+    """Return BACC with SBACC's points, and interpolants of higher degree than its, as they are."""
+    codes: dict[str, AbstractCode] = {"SBACC": Berrut(*data.shape, points="sbacc")}
+    return codes | {f"FH, d = {d}": Berrut(*data.shape, degree=d) for d in (1, 2, 3)}, {}
 
 
 def _learned(

@@ -81,7 +81,7 @@ def test_the_draw_depends_on_the_key_alone(learned):
 
 
 def test_outputs_are_held_a_part_at_a_time(monkeypatch, learned):
-    monkeypatch.setattr("nercc_jax.tuning._learn_decoder._AT_ONCE", (K + N) * OUTPUTS * 7)
+    monkeypatch.setattr("nercc_jax.tuning._learn_decoder._AT_ONCE", (K + N) * 12 * 7)
     again = learn_decoder(model, NeRCC(K, N), X[:600], key=KEY)
     np.testing.assert_allclose(np.abs(again.root), np.abs(learned.root), atol=2e-6)
 

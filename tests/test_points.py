@@ -18,6 +18,8 @@ def test_the_papers_points(dtype):
     np.testing.assert_allclose(beta, np.cos((n - 1) * np.pi / 19), atol=1e-7)
     _, beta = regression_points(10, 12, "approxifer")
     np.testing.assert_allclose(beta, np.cos(np.arange(12) * np.pi / 12), atol=1e-7)
+    alpha, beta = regression_points(10, 12, "sbacc")
+    np.testing.assert_allclose(beta, np.cos((2 * np.arange(12) + 1) * np.pi / 24), atol=1e-7)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -147,10 +147,9 @@ def test_of_bscc(page):
         f"{100 * laws[s][code]['gain']['mean']:.0f} %"
         for s, code in (("0", "BSCC tuned"), ("0", "BACC"), ("40", "BSCC tuned"))
     ]
-    assert (
-        "the spline gains less: {} with no straggler, where it gains {} on BACC, and {} with".format(*gains)
-        in page
-    )
+    less, bacc, many = gains
+    assert f"the spline gains less: {less} with no straggler, where it gains {bacc} on" in page
+    assert f"BACC, and {many} with 40 of 100" in page
 
 
 def test_of_error_probabilities(page):

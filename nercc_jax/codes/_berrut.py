@@ -35,8 +35,9 @@ class Berrut(AbstractCode):
             fewer, they have the degree that the answers allow.
 
     Source: Jahani-Nezhad and Maddah-Ali 2022 (points "chebyshev"); ApproxIFER, AAAI 2022 (points
-    "approxifer"); Floater and Hormann 2007, "Barycentric rational interpolation with no poles and
-    high rates of approximation", eq. 18 (`degree`).
+    "approxifer"); Borah and Harshan 2025, arXiv 2507.01330 (points "sbacc", without its DCT codes
+    against wrong answers); Floater and Hormann 2007, "Barycentric rational interpolation with no
+    poles and high rates of approximation", eq. 18 (`degree`).
     """
 
     num_data: int = eqx.field(static=True)

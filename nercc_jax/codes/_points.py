@@ -17,7 +17,9 @@ from ..splines._namespace import namespace
 from ._checks import check_counts
 from ._trees import to_device
 
-Layout: TypeAlias = Literal["chebyshev", "approxifer", "uniform", "interleaved", "repeated"]
+Layout: TypeAlias = Literal[
+    "chebyshev", "approxifer", "sbacc", "uniform", "interleaved", "repeated"
+]
 Points: TypeAlias = str | tuple[ArrayLike | Sequence[float], ArrayLike | Sequence[float]]
 LAYOUTS: tuple[str, ...] = get_args(Layout)
 # Families of layouts: a name with a share from 0 to 1, as in "mixed:0.5".
@@ -32,6 +34,7 @@ def regression_points(
 
     - "chebyshev": alpha_k = cos((2k-1) pi / 2K), beta_n = cos((n-1) pi / (N-1)) (arXiv 2402.04377).
     - "approxifer": the same alpha, beta_n = cos((n-1) pi / N) (ApproxIFER, AAAI 2022).
+    - "sbacc": the same alpha, beta_n = cos((2n-1) pi / 2N) (SBACC, arXiv 2507.01330).
     - "uniform": alpha_k = (2k-1)/K - 1, beta evenly from 1 to -1.
     - "interleaved": Chebyshev alphas, each of them a beta, too, the further workers spread evenly
       over the gaps between them: under interpolation an answered data point is exact.
@@ -143,6 +146,8 @@ def _layout(num_data: int, num_workers: int, name: str) -> tuple[np.ndarray, np.
         return alpha, _cosine(n / (num_workers - 1) if num_workers > 1 else np.array([0.5]))
     if name == "approxifer":
         return alpha, _cosine(n / num_workers)
+    if name == "sbacc":
+        return alpha, _cosine((2 * n + 1) / (2 * num_workers))
     if name == "uniform":
         return (2 * k - 1) / num_data - 1, np.linspace(1, -1, num_workers)
     share = _share(name)

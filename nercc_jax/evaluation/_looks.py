@@ -56,6 +56,7 @@ _LOOKS = {
     "BACC tuned": _open(_BROWN, "s"),
     "BACC learned": _filled(_RED, "d"),
     "BACC, median": _filled(_BROWN, "d"),
+    "SBACC": _open(_ORANGE, "^"),
     "ApproxIFER": _filled(_ORANGE, "v"),
     "BSCC": _filled(_OLIVE, "h"),
     "BSCC tuned": _open(_OLIVE, "h"),

@@ -13,7 +13,7 @@ from ..inference._models import Model
 
 # Groups for each worker and data point, and pairs that the smooth path counts as.
 _GROUPS, _PRIOR = 8, 2
-_AT_ONCE = 1 << 22  # outputs that are held at a time
+_AT_ONCE = 1 << 22  # numbers of coded data points, or of outputs, that are held at a time
 
 
 def learn_decoder(
@@ -69,7 +69,8 @@ def learn_decoder(
     own, _ = own_outputs(run, jax.tree.map(lambda leaf: leaf[None], x))
     own = np.asarray(own[0], np.float64)
     rows = np.zeros((0, len(places)))
-    at_once = max(1, _AT_ONCE // (len(places) * own.shape[1]))
+    largest = max(own.shape[1], sum(leaf[0].size for leaf in jax.tree.leaves(x)))
+    at_once = max(1, _AT_ONCE // (len(places) * largest))
     for drawn in _draws(len(own), code.num_data, groups, at_once, key):
         here = jax.tree.map(lambda leaf: leaf[drawn], x)  # noqa: B023
         coded = np.asarray(all_answers([run], code, here)[0], np.float64)
