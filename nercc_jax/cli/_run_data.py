@@ -19,9 +19,10 @@ from ..codes import AbstractCode, NeRCC
 from ..evaluation import make_forecast
 from ..evaluation._answers import batched
 from ..inference._models import Model, call_model
-from ..pools import AbstractPool, BatchOutcome, PoolReport, run_batches
+from ..pools import AbstractPool, PoolReport, run_batches
 from ..pools._backend import pool_counts
 from ..pools._batch import answers_to_wait_for
+from ..pools._inference import BatchOutcome
 from ..pools._row_engine import reason_to_stop
 from ..pools._row_files import Parts, check_parts, fingerprint
 from ..pools._row_settings import ATTEMPTS

@@ -11,9 +11,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..pools import RowProgress, RowResult, run_rows
+from ..pools import RowResult, run_rows
 from ..pools._row_files import check_parts, fingerprint
-from ..pools._row_settings import RowSettings
+from ..pools._row_settings import RowProgress, RowSettings
 from ._errors import fail
 from ._options import RunOptions
 from ._output import summary_table, write_json

@@ -93,7 +93,7 @@ def tune_command(
         from rich.console import Console
 
         from ..codes import save_code
-        from ..evaluation import Evaluations
+        from ..evaluation._evaluation import Evaluations
         from ..evaluation._trial import Trial
         from ..tuning import Descent, LayoutTuning
         from ._output import write_json

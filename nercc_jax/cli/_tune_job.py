@@ -17,7 +17,8 @@ from rich.table import Table
 
 from ..codes import AbstractCode, Berrut, BerrutSpline, NeRCC, Replication
 from ..codes._points import coincident
-from ..evaluation import Evaluations, evaluate
+from ..evaluation import evaluate
+from ..evaluation._evaluation import Evaluations
 from ..evaluation._looks import system_look
 from ..evaluation._trial import Trial, landscape, make_trial
 from ..inference._models import Model

@@ -201,7 +201,8 @@ def evaluate(
         progress: A wrapper of the sequence of (law, set) pairs, for a progress bar.
 
     Returns:
-        One `Evaluation` for each law and code.
+        A list with an `Evaluation` for each law and code, which is shown as a table, and has
+        `records`, `to_pandas`, and `plot(metrics, title)`, a figure.
 
     Raises:
         ValueError: The codes differ in K or N, there are fewer than K data points, data points or

@@ -82,8 +82,41 @@ class Plan:
         """Return whether a candidate keeps to what was asked for, with enough certainty."""
         return feasible(candidate, self.asked)
 
+    @classmethod
+    def load(cls, path: str | Path) -> "Plan":
+        """Read the plan that `save` wrote.
+
+        The conditions of its error probability are "unknown", so that it warns of none, where the
+        file does not have them.
+
+        Raises:
+            ValueError: The file, which is named, holds no plan.
+            OSError: As `open`.
+        """
+        try:
+            content = json.loads(Path(path).read_text())
+            if content["format"] != _FORMAT or content["version"] != _VERSION:
+                raise ValueError(f"it does not say 'format': {_FORMAT!r}, 'version': {_VERSION}")
+            error_probability: Any = content["doubt"] and {
+                name: jnp.asarray(value, float) for name, value in content["doubt"].items()
+            }
+            conditions = Conditions(**(content.get("conditions") or {}))
+            rows = tuple(_candidate(row) for row in content["candidates"])
+            return cls(
+                rows,
+                _candidate(content["recommended"]),
+                content["reason"],
+                ErrorProbability(**error_probability, conditions=conditions)
+                if error_probability
+                else None,
+                content["asked"],
+                content["about"],
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} holds no plan: {error}") from error
+
     def save(self, path: str | Path, about: Mapping[str, Any] | None = None) -> None:
-        """Write the plan as JSON, which `load_plan` reads.
+        """Write the plan as JSON, which `load` reads.
 
         Args:
             path: The file.
@@ -112,39 +145,6 @@ class Plan:
             "candidates": rows,
         }
         Path(path).write_text(json.dumps(content, indent=1) + "\n")
-
-
-def load_plan(path: str | Path) -> Plan:
-    """Read the plan that `Plan.save` wrote.
-
-    The conditions of its error probability are "unknown", so that it warns of none, where the file
-    does not have them.
-
-    Raises:
-        ValueError: The file, which is named, holds no plan.
-        OSError: As `open`.
-    """
-    try:
-        content = json.loads(Path(path).read_text())
-        if content["format"] != _FORMAT or content["version"] != _VERSION:
-            raise ValueError(f"it does not say 'format': {_FORMAT!r}, 'version': {_VERSION}")
-        error_probability: Any = content["doubt"] and {
-            name: jnp.asarray(value, float) for name, value in content["doubt"].items()
-        }
-        conditions = Conditions(**(content.get("conditions") or {}))
-        rows = tuple(_candidate(row) for row in content["candidates"])
-        return Plan(
-            rows,
-            _candidate(content["recommended"]),
-            content["reason"],
-            ErrorProbability(**error_probability, conditions=conditions)
-            if error_probability
-            else None,
-            content["asked"],
-            content["about"],
-        )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} holds no plan: {error}") from error
 
 
 def _candidate(row: dict[str, Any]) -> Candidate:

@@ -64,16 +64,7 @@ class WorkerBackend(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class WorkerReport:
-    """The state of one worker.
-
-    Attributes:
-        state: "idle", "busy", "overdue", "starting", or "fenced", where it answers wrongly and gets
-            no traffic.
-        busy_seconds: For how long it has had its task; 0 without one.
-        deaths: How many of its lives ended.
-        failed_starts: How many of its lives, one after the other, ended before it was ready: the
-            next begins after a pause that grows with them. 0 where it is ready.
-    """
+    """The state of one worker: see `PoolReport`."""
 
     state: WorkerState
     busy_seconds: float
@@ -102,7 +93,11 @@ class PoolReport:
             callers' callbacks. The log has each.
         seconds: Workers' time that the tasks took.
         wasted_seconds: The part of it that went into answers that were not used.
-        workers: The state of each worker.
+        workers: Of each worker: its `state`, "idle", "busy", "overdue", "starting", or "fenced",
+            where it answers wrongly and gets no traffic; for how long it has had its task
+            (`busy_seconds`, 0 without one); how many of its lives ended (`deaths`); and how many,
+            one after the other, ended before it was ready (`failed_starts`): the next begins after
+            a pause that grows with them.
     """
 
     num_workers: int

@@ -24,16 +24,7 @@ Refuse: TypeAlias = Callable[[PyTree[np.ndarray]], str | None]
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """An attempt at a coded data point that gave no answer.
-
-    Attributes:
-        worker: The worker that had it; -1 where the whole pool failed.
-        point: The coded data point.
-        reason: What went wrong, in one line.
-        raised: Whether the model raised, or its answer could not be used; otherwise the worker died
-            or hung.
-        refused: Whether there was an answer that could not be used.
-    """
+    """An attempt at a coded data point that gave no answer: see `BatchAnswers`."""
 
     worker: int
     point: int
@@ -52,7 +43,10 @@ class BatchAnswers:
         seconds: From the moment a coded data point was handed to the pool to its answer; NaN where
             there is none.
         waited: From the batch's dispatch to the end of the wait, in seconds.
-        failures: Attempts that went wrong.
+        failures: Attempts that went wrong: `worker` (-1 where the whole pool failed), the coded
+            data point `point`, `reason` in one line, whether the model raised or its answer could
+            not be used (`raised`; otherwise the worker died or hung), and whether there was an
+            answer that could not be used (`refused`).
     """
 
     values: PyTree[Float[np.ndarray, "num_points ..."]] | None

@@ -108,7 +108,9 @@ def run_rows(
         about: What else the values depend on, such as a version of the function, as JSON takes it;
             a run with other values cannot be resumed.
         on_progress: Called at the beginning, at the end, and in between when rows came, ten times a
-            second at most.
+            second at most, with numbers of rows: `rows` in all, `computed`, `predicted` (not to be
+            computed, as things are), `done` (both), `unknown` (after all attempts), `waiting`, and
+            `late`; `workers` alive, `seconds` since the run began, `rows_per_second` computed.
         on_rows: Called with rows as soon as they have values, each once: their numbers, their
             values, and whether they were computed. Rows of a folder that is resumed come first. A
             row whose value was taken back by `check_answers` comes again.
@@ -174,6 +176,7 @@ class _RowRun:
         self._pool, self._x, self._settings = pool, x, settings
         self._table, self._parts = table, parts
         self._begin = time.monotonic()
+        self._ends_at = self._begin + (settings.job_deadline or math.inf)
         order = np.random.default_rng(settings.seed).permutation(len(x))
         # Rows that are computed before anything is learned: a tenth, within limits. These and some
         # of the others, all of them at random, judge the learner's error bars.
@@ -278,10 +281,6 @@ class _RowRun:
             if came and time.monotonic() >= shown + 2 * _TICK:
                 yield
                 shown = time.monotonic()
-
-    @property
-    def _ends_at(self) -> float:
-        return self._begin + (self._settings.job_deadline or math.inf)
 
     # Sending.
 

@@ -11,10 +11,7 @@ _REFRESH = 16  # answers between two updates of that quantile
 
 
 class Call(NamedTuple):
-    """One call of a worker: `size` data points, sent at `sent` by the pool's clock, in seconds.
-
-    A worker that hung took as long as it was given.
-    """
+    """One call of a worker: see `AbstractPool.calls`."""
 
     sent: float
     seconds: float

@@ -12,11 +12,11 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ..inference._models import Model
-from ..pools import AbstractPool, Faults, InjectedError, Overdue
+from ..pools import AbstractPool, Faults, Overdue
 from ..pools._backend import OnOutcome, WorkerBackend, WorkerDied
 from ..pools._clock import BEAT, AbstractClock, AbstractTurns
 from ..pools._code_versions import WEIGHTS, weights_checksum
-from ..pools._faults import Fault, WorkerFaults
+from ..pools._faults import Fault, InjectedError, WorkerFaults
 from ..pools._scheduler import Scheduler
 from ..pools._wrong_answers import ChangedModels, WrongAnswers, check_faults
 

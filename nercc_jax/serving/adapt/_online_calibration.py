@@ -33,13 +33,13 @@ from ...risk._target import AccuracyTarget, error_ratios
 from ...surrogates import (
     AbstractLearner,
     AbstractSurrogate,
-    ComponentLearner,
     Learner,
     LearnerTuning,
     init_learner,
     principal_components,
     tune_learner,
 )
+from ...surrogates._components import ComponentLearner
 from ...surrogates._host import HostPredictions, Pending, predictions_on_host
 from ...surrogates._tune_kernel import widths_of
 from ..core._adaptation import Predictions

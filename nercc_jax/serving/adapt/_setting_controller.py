@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from ...pools import AbstractPool, Call, Overdue
+from ...pools import AbstractPool, Overdue
 from ...pools._time_share import TimeShare
+from ...pools._times import Call
 from .._policy import BatchingPolicy, Observe
 from ..core._adaptation import DispatchSetting, Redundancy, overdue_rule
 from ..core._coder import Coder
