@@ -241,7 +241,7 @@ def evaluate(
         for name, answers in recorded.items():
             if channel is not None:
                 answers = _send(channel, answers, jax.random.fold_in(draw, _CHANNEL))
-            score = _scores(answers, available, targets)
+            score = _scores_of(answers, answers.decode(available), targets)
             scores.setdefault((name, law), []).append({m: float(v) for m, v in score.items()})
     return Evaluations(
         Evaluation(
@@ -271,10 +271,6 @@ def _send(
     if shapes[0] != shapes[1]:
         raise ValueError(f"the channel made {shapes[0]} of answers {shapes[1]}")
     return eqx.tree_at(lambda known: known.coded, answers, join(received, 2)[0])
-
-
-def _scores(answers: Answers, available: Array, labels: PyTree) -> dict[str, Array]:
-    return _scores_of(answers, answers.decode(available), labels)
 
 
 @eqx.filter_jit

@@ -150,7 +150,7 @@ class Plan:
 def _candidate(row: dict[str, Any]) -> Candidate:
     # Plans of an earlier version call the least time to wait `patience`.
     row = {"min_wait" if name == "patience" else name: value for name, value in row.items()}
-    return Candidate(**{"hedge_copies": 1, **row, "disagreement": Estimate(**row["disagreement"])})
+    return Candidate(**row | {"disagreement": Estimate(**row["disagreement"])})
 
 
 def plan(

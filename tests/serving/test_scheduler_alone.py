@@ -13,7 +13,12 @@ import nercc_jax.serving
 from nercc_jax import Uncoded
 from nercc_jax.pools._batch import refuse_odd
 from nercc_jax.serving import BatchingPolicy, Coder
-from nercc_jax.serving.core._adaptation import AbstractAdaptation, ExpectedError, fixed_setting
+from nercc_jax.serving.core._adaptation import (
+    AbstractAdaptation,
+    DispatchSetting,
+    ExpectedError,
+    overdue_rule,
+)
 from nercc_jax.serving.core._error_probability import uncalibrated
 from nercc_jax.serving.core._group import Cell, Group, LateGroups
 from nercc_jax.serving.core._request import Answer, ApproximateAnswer, BatchSpec, Request
@@ -28,7 +33,7 @@ class NoAdaptation(AbstractAdaptation):
     setting = checks = None
 
     def __init__(self, policy):
-        self.setting = fixed_setting(policy)
+        self.setting = DispatchSetting(overdue_rule(policy), policy.redundancy)
         self.given = self.audited = 0
 
     def expect(self, x):

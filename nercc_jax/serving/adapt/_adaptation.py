@@ -25,7 +25,7 @@ from ..core._adaptation import (
     Expectation,
     ExpectedError,
     Predictions,
-    fixed_setting,
+    overdue_rule,
 )
 from ..core._coder import Coder
 from ..core._error_probability import DecodingErrorProbability
@@ -163,7 +163,8 @@ class Adaptation(AbstractAdaptation):
             if policy.max_calls is None
             else SettingController(policy, coder, pool, predictor, observe)
         )
-        self._fixed, self._policy = fixed_setting(policy), policy
+        self._policy = policy
+        self._fixed = DispatchSetting(overdue_rule(policy), policy.redundancy)
         self._observe = observe if self._controller is None else self._controller.observe
         decoding = AccuracyTarget(max_disagreement=policy.max_disagreement)
         self.decoding_risk = StragglerRisk(decoding, needs_evidence=False)

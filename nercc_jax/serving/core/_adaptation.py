@@ -195,11 +195,6 @@ class AbstractAdaptation(abc.ABC):
         """Return a surrogate's answers; None while there is none that is calibrated."""
 
 
-def fixed_setting(policy: BatchingPolicy) -> DispatchSetting:
-    """Return the setting that a policy names."""
-    return DispatchSetting(overdue_rule(policy), policy.redundancy)
-
-
 def overdue_rule(policy: BatchingPolicy) -> Overdue:
     """Return a policy's own rule for calls that are late."""
     return Overdue(policy.quantile, policy.straggler_threshold, copies=policy.hedge_copies)

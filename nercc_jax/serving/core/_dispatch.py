@@ -159,19 +159,6 @@ class Turn(NamedTuple):
     at_once: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class Dispatched:
-    """The result of a dispatch.
-
-    Attributes:
-        groups: the coded groups of which something was sent.
-        due: when to dispatch again although nothing happens; infinite if never.
-    """
-
-    groups: list[Group]
-    due: float
-
-
 class Dispatcher:
     """Forms groups and sends them to the pool. It sends nothing that would only wait there.
 
@@ -212,8 +199,13 @@ class Dispatcher:
         self.filling: Group | None = None
         self.groups: set[Group] = set()
 
-    def dispatch(self, turn: Turn) -> Dispatched:
-        """Send what waits while workers are idle, then the coded data points of full groups."""
+    def dispatch(self, turn: Turn) -> tuple[list[Group], float]:
+        """Send what waits while workers are idle, then the coded data points of full groups.
+
+        Returns:
+            The coded groups of which something was sent, and when to dispatch again although
+            nothing happens.
+        """
         sent: list[Group] = []
         due = math.inf
         while self._pool.idle and (lane := self._queue.next_lane(hold_coded=due < math.inf)):
@@ -232,7 +224,7 @@ class Dispatcher:
         for group in groups:
             if group is not self.filling:
                 self.complete(group, turn)
-        return Dispatched(groups, due)
+        return groups, due
 
     def complete(self, group: Group, turn: Turn) -> None:
         """Close a group for further queries, and send its coded data points if they are of use."""

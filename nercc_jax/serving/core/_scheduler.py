@@ -310,9 +310,8 @@ class QueryScheduler:
 
     def _dispatch(self, now: float) -> None:
         self._dispatch_due = math.inf
-        sent = self._dispatcher.dispatch(self._turn_at(now))
-        self._dispatch_due = sent.due
-        for group in sent.groups:
+        groups, self._dispatch_due = self._dispatcher.dispatch(self._turn_at(now))
+        for group in groups:
             self._guard(self._set_timer, group, now, concerned=group)
 
     def _turn_at(self, now: float) -> Turn:

@@ -50,8 +50,9 @@ class Preprocessing:
             size = next(size for size in self._sizes if size >= few)
             piece = {name: fill_up(x[begin : begin + few], size) for name, x in columns.items()}
             pieces.append(jax.tree.map(lambda y, few=few: y[:few], self._compute(piece)))
-        whole = pieces[0] if len(pieces) == 1 else jax.tree.map(_joined, *pieces)
-        return self._queries.pack(whole)
+        if len(pieces) > 1:
+            pieces = [jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)]
+        return self._queries.pack(pieces[0])
 
     def _compute(self, columns: dict[str, np.ndarray]) -> PyTree[Float[np.ndarray, "batch ..."]]:
         given = columns[self._inputs.names[0]] if self._inputs.alone else columns
@@ -65,7 +66,3 @@ class Preprocessing:
     def close(self) -> None:
         """End the threads; nothing is waited for."""
         self._executor.shutdown(wait=False, cancel_futures=True)
-
-
-def _joined(*pieces: np.ndarray) -> np.ndarray:
-    return np.concatenate(pieces)
