@@ -166,7 +166,6 @@ def check_folder(option: str, path: Path | None) -> None:
 
 
 def check_file(option: str, path: Path) -> None:
-    """Raise ValueError if there is no such file."""
     if not path.is_file():
         raise ValueError(f"{option} {path}: there is no such file")
 

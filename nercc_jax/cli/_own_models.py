@@ -15,12 +15,10 @@ EXAMPLES = "example_inputs"  # function of a module with a model, for commands w
 
 
 def is_own(model: str) -> bool:
-    """Return whether a model is named `module:name`."""
     return ":" in model and not model.startswith(HUB)
 
 
 def is_shipped(model: str) -> bool:
-    """Return whether a model is a shipped one, by its name."""
     return ":" not in model
 
 
@@ -74,7 +72,6 @@ def example_inputs(spec: str) -> Any:
 
 
 def check_weights(spec: str, weights: Path) -> None:
-    """Raise ValueError if there are no such weights."""
     if not str(weights).startswith(HUB) and not weights.exists():
         raise ValueError(f"--weights {weights}: there are no weights at {weights}")
 

@@ -149,11 +149,9 @@ class _Job:
         return cls(images, labels, source.preprocess, groups, rows, filled.reshape(number, -1))
 
     def inputs(self, rows: np.ndarray) -> np.ndarray:
-        """Return the model's inputs of some rows."""
         return np.asarray(self.preprocess(self.images[rows]))
 
     def batch(self, rows: np.ndarray) -> np.ndarray:
-        """Return the inputs of a batch, (groups, K, ...)."""
         x = self.inputs(rows)
         return x.reshape(self.groups, -1, *x.shape[1:])
 
@@ -162,7 +160,6 @@ class _Job:
         return self.batch(self.batches[0])[:, 0]
 
     def num_outputs(self, network: Model) -> int:
-        """Return the number of the model's outputs."""
         one = jnp.asarray(self.inputs(self.rows[:1]))
         return jax.eval_shape(lambda x: call_model(network, x), one).shape[-1]
 
@@ -228,7 +225,6 @@ class _Counts:
     interrupted: bool = False  # by Ctrl-C
 
     def add(self, outcome: BatchOutcome, rows: int, num_workers: int) -> None:
-        """Count one batch."""
         self.seconds = time.monotonic() - self.start
         self.rows += rows
         if not self.batches:
@@ -242,7 +238,6 @@ class _Counts:
 
     @property
     def mean_stragglers(self) -> float:
-        """The stragglers of a batch."""
         return self.stragglers / max(self.batches, 1)
 
     @property
@@ -371,7 +366,6 @@ class _Results:
 
     @property
     def lost(self) -> int:
-        """The number of rows that are lost."""
         return int(np.sum(~self["recovered"]))
 
 
@@ -436,7 +430,6 @@ def _numbers(
 
 
 def _summary(numbers: dict[str, Any], report: PoolReport) -> Iterator[tuple[str, str]]:
-    """Yield the lines of the summary, each with its name."""
     batches = f"{numbers['batches']:,} batches, {numbers['seconds']:.1f} s"
     yield "data points", f"{numbers['data_points']:,} in {batches}"
     first = f"after {numbers['first_batch_seconds']:.1f} s for the first batch"

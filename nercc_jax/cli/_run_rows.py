@@ -139,7 +139,6 @@ class _Bar(contextlib.ExitStack):
         self._bar: Progress | None = None
 
     def show(self, progress: RowProgress) -> None:
-        """Show progress."""
         if self._bar is None:
             if progress.done:
                 self._console.print(f"{progress.done:,} rows are done already")
@@ -168,7 +167,6 @@ def _target_text(settings: RowSettings) -> str:
 
 
 def _summary(result: RowResult, settings: RowSettings) -> Iterator[tuple[str, str]]:
-    """Yield the lines of the summary, each with its name."""
     numbers, report = result.summary, result.report
     done = f"{numbers['rows_done']:,} of {len(result.status):,}, {numbers['seconds']:.1f} s"
     yield "rows", f"{done}, {numbers['rows_per_second']:,.1f} rows/s"

@@ -128,7 +128,6 @@ def _start(
 
 
 def servable_of(settings: ModelSettings) -> Servable:
-    """Return the model that the settings name."""
     assert settings.model is not None
     name = settings.served_name
     model = find_model(settings.model, settings.weights, settings.outputs)
@@ -166,7 +165,6 @@ def _inputs(settings: ModelSettings, model: Any) -> Any:
 
 
 def _row_shape(inputs: Any) -> Any:
-    """Return the shape of a query; None where there are no inputs."""
     if isinstance(inputs, dict):
         return {name: each.shape[1:] for name, each in inputs.items()}
     return None if inputs is None else inputs.shape[1:]
@@ -212,7 +210,6 @@ def fitting_code(code: AbstractCode, settings: ModelSettings, servable: Servable
 
 
 def _images(network: Any) -> np.ndarray:
-    """Return the images that a shipped model is calibrated on."""
     return network.images("train", None, _CALIBRATION, 0)[0]
 
 

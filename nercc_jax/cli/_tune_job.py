@@ -43,7 +43,6 @@ def start_code(num_data: int, num_workers: int, layout: str) -> NeRCC:
 def tune_with_bar(
     console: Console, network: Model, start: NeRCC, x, laws, descent: Descent, **options: Any
 ) -> Tuned[NeRCC]:
-    """Tune a code, with a progress bar."""
     with steps_bar(console) as progress:
         task = progress.add_task("compiling ...", total=descent.steps)
 
@@ -105,14 +104,12 @@ class Comparison(NamedTuple):
     seed: int
 
     def rows(self, codes: Mapping[str, AbstractCode], **options: Any) -> Evaluations:
-        """Evaluate codes under the laws."""
         key = jax.random.key(self.seed)
         return evaluate(
             self.network, codes, self.held, self.laws, key=key, num_sets=self.sets, **options
         )
 
     def others(self) -> dict[str, AbstractCode]:
-        """Return the codes to compare with, by name."""
         size = self.start.num_data, self.start.num_workers
         codes: dict[str, AbstractCode] = {
             "untuned": self.start,
@@ -157,7 +154,6 @@ def compare(
 
 
 def tuned_words(tuned: Tuned[NeRCC]) -> dict[str, Any]:
-    """Return the description of a tuned code, by name."""
     numbers = ", ".join(
         f"{name} {float(getattr(tuned.code, name)):.3g}"
         for name in ("lambda_enc", "lambda_dec", "gap_exponent")
@@ -169,7 +165,6 @@ def tuned_words(tuned: Tuned[NeRCC]) -> dict[str, Any]:
 
 
 def draw(comparison: Comparison, trial: Trial, tuned: Tuned, model: str, plot: Path) -> None:
-    """Write the picture of a tuning run."""
     grid = landscape(comparison.network, tuned.code, trial, _GRID, _GRID)
     start = comparison.start
     what = f"{model}, K={start.num_data}, N={start.num_workers}"

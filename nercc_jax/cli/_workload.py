@@ -64,7 +64,6 @@ class Points:
 
 
 def inputs_of(network: WorkerModel, split: str, data_dir: Path | None) -> Points:
-    """Return a split of a shipped model's data set."""
     from nercc_models import load_data
 
     try:

@@ -194,7 +194,6 @@ class AnswerChecks:
             self._release(worker, f"its last {record.clean} answers to audits were right")
 
     def status(self) -> dict[str, Any]:
-        """Return the checks' part of a server's status."""
         monitor = self._monitor
         reasons = {
             worker: record.reason

@@ -150,7 +150,6 @@ class WorkerSlot:
 
     @property
     def state(self) -> WorkerState:
-        """The state that reports show."""
         if not self.ready:
             return "starting"
         if self.fenced:
@@ -167,7 +166,6 @@ class WorkerSlot:
         return self.since + limit
 
     def report(self, now: float) -> WorkerReport:
-        """Return the worker's state at the time `now`."""
         busy_seconds = 0.0 if self.task is None else now - self.since
         return WorkerReport(self.state, busy_seconds, self.deaths, self.failed_starts)
 

@@ -133,7 +133,6 @@ class ErrorCounter:
         return None
 
     def count(self, what: str) -> None:
-        """Log and count the exception that is being handled."""
         with self._lock:
             self.errors += 1
         _LOG.exception("%s failed", what)

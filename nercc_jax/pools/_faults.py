@@ -356,7 +356,6 @@ class _Spells:
         self._start, self._end = next(self._coming)
 
     def now(self) -> bool:
-        """Return whether a spell is on."""
         time_now = self._time()
         while self._end <= time_now:
             self._start, self._end = next(self._coming)

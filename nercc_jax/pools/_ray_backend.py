@@ -163,12 +163,10 @@ class Actor:
     """A worker in a process of Ray: placed by Ray first, and ready once it has loaded."""
 
     def where(self) -> NodePlacement:
-        """Return the place of this worker."""
         node = ray_module().get_runtime_context().get_node_id()
         return NodePlacement(os.getpid(), jax.default_backend(), node)
 
     def load(self, load: EncodedInputs, precision: tuple[Any, Any], worker: int, life: int) -> None:
-        """Load the models, and compile them."""
         x64, products = precision
         jax.config.update("jax_enable_x64", x64)
         jax.config.update("jax_default_matmul_precision", products)
@@ -178,7 +176,6 @@ class Actor:
         self._worker = Worker(self._program, faults, worker, life, _die)
 
     def run(self, kind: int, batch: PyTree) -> PyTree:
-        """Answer a batch, by model number `kind`."""
         with self._program.at_home():
             return self._worker(kind, batch)
 
@@ -361,7 +358,6 @@ class ActorBackend(WorkerBackend):
         return [None if each is None else each.node for each in places]
 
     def _ready_places(self) -> list[NodePlacement | None]:
-        """Return the place of each worker, None where it is not ready."""
         ready = {worker for worker, _ in tuple(self._ready)}
         return [
             self._places.get(worker) if worker in ready else None
@@ -369,7 +365,6 @@ class ActorBackend(WorkerBackend):
         ]
 
     def held(self) -> collections.Counter[str]:
-        """Return how many workers each node has, or is to have."""
         known = {worker: place.node for worker, place in tuple(self._places.items())}
         return by_node((self._planned | known).values())
 
@@ -406,7 +401,6 @@ class _StoredInputs:
 
 
 def _reason(error: BaseException | None) -> str:
-    """Return why an actor did not start."""
     from ray.exceptions import RayTaskError
 
     if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):

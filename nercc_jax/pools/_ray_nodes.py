@@ -137,7 +137,6 @@ def missing_resources(
 
 
 def by_node(places: Iterable[str | None]) -> collections.Counter[str]:
-    """Return how many workers are at each node."""
     return collections.Counter(place for place in places if place is not None)
 
 

@@ -95,7 +95,6 @@ class RowChecks:
         self.suspicious = self.corrected = 0
 
     def in_doubt(self, rows: Int[np.ndarray, " some"]) -> Bool[np.ndarray, " some"]:
-        """Return which rows are in doubt."""
         return np.array([row in self._answers for row in rows.tolist()], bool)
 
     def avoid(self, rows: Int[np.ndarray, " some"]) -> set[int]:
@@ -212,7 +211,6 @@ class RowChecks:
         values: Float[np.ndarray, "some ..."],
         looks_wrong: Bool[np.ndarray, " some"],
     ) -> Bool[np.ndarray, " some"]:
-        """Return which answers are in doubt from now on."""
         held = self._checks.screen(worker, looks_wrong)
         if worker in self._accused:
             held = np.ones(len(rows), bool)
@@ -307,7 +305,6 @@ class RowChecks:
         self._checks.audits(report)
 
     def counts(self) -> dict[str, Any]:
-        """Return the part of a summary that is about checks."""
         status = self._checks.status()
         return {
             "checked": int(self.checked.sum()),

@@ -245,7 +245,6 @@ class _RowRun:
         return stopped
 
     def _judge_bars(self, result: RowResult) -> None:
-        """Judge the bars of a result by the answers that come within the time of grace."""
         try:
             answers = late_answers(self._calls.values(), self._settings.grace)
         except KeyboardInterrupt:
@@ -285,7 +284,6 @@ class _RowRun:
     # Sending.
 
     def _send(self) -> None:
-        """Keep all workers busy."""
         out = sum(not call.given_up for call in self._calls.values())
         ahead = _AHEAD if self._queue.timed else 1  # calls are about to grow
         room = max(ahead * self._workers - out, self._pool.idle)  # newcomers are idle
@@ -405,7 +403,6 @@ class _RowRun:
         return self._learner.at_work
 
     def _forget_reasons(self, rows: Int[np.ndarray, " few"]) -> None:
-        """Forget why rows were unknown, which are known now."""
         for row in rows.tolist() if self._unknown else ():
             self._unknown.pop(row, None)
 
@@ -498,7 +495,6 @@ class _RowRun:
         self._learner.begin(*known, rows, self._late_rows(), hurry, self._unchecked())
 
     def _late_rows(self) -> Bool[np.ndarray, " rows"]:
-        """Return which rows came late, or are late."""
         late = self._late.copy()
         for call in self._calls.values():
             late[call.rows] |= call.late or call.given_up

@@ -91,7 +91,6 @@ class Parts:
             self.flush()
 
     def flush(self, complete: bool = False) -> None:
-        """Write all that has not been written."""
         self._folder.mkdir(exist_ok=True)
         if self._pending:
             name = f"part-{len(self._manifest['parts']):06d}.npz"
@@ -111,11 +110,9 @@ class Parts:
         self.flush()
 
     def kept(self, name: str) -> Path | None:
-        """Return the file that was kept under a name, if any."""
         return self._folder / self._manifest[name] if name in self._manifest else None
 
     def remove(self) -> None:
-        """Remove the folder, if it is there."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
@@ -127,7 +124,6 @@ def fingerprint(path: Path | None) -> str | None:
 
 
 def fingerprint_of_array(x: np.ndarray) -> str:
-    """Return a hash of an array's content."""
     return hashlib.sha256(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data).hexdigest()
 
 
@@ -213,13 +209,11 @@ class RowTable:
 
     @property
     def vectors(self) -> Float[np.ndarray, "rows outputs"]:
-        """The predictions, each as a vector."""
         assert self.predictions is not None
         return self.predictions.reshape(len(self), -1)
 
     @property
     def learnable(self) -> Int[np.ndarray, " few"]:
-        """The rows that were computed, and are finite."""
         return np.flatnonzero(self.exact & np.isfinite(self.vectors).all(axis=1))
 
 

@@ -505,7 +505,6 @@ class RowLearner:
 
     @property
     def limit(self) -> float:
-        """The largest score that will do."""
         if self._target.tolerance is not None:
             return self._target.tolerance or -math.inf  # 0 computes all
         assert self.fitted is not None
@@ -591,5 +590,4 @@ def _errors(
 def _ratios(
     error: Float[np.ndarray, " rows"], deviation: Float[np.ndarray, " rows"]
 ) -> list[float]:
-    """Return the errors of predictions over their deviations."""
     return (error[deviation > 0] / deviation[deviation > 0]).tolist()

@@ -194,7 +194,6 @@ def _predictions(learner: Learner, x: ArrayLike) -> tuple[Array, Array]:
 
 @eqx.filter_jit
 def _covariance(learner: Learner, x: ArrayLike) -> Array:
-    """Return the posterior covariance of points."""
     return learner.window_posterior(jnp.asarray(x)[None])[1][0]
 
 

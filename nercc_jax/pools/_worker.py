@@ -130,7 +130,6 @@ class _CompiledModel:
 
     @classmethod
     def on_device(cls, model: Model, device: Device) -> "_CompiledModel":
-        """Return a model on a device."""
         arrays, rest = eqx.partition(model, eqx.is_array)
         # A device alone would leave an array of an explicit mesh typed by that mesh.
         arrays = jax.device_put(arrays, SingleDeviceSharding(device))
@@ -215,7 +214,6 @@ class Worker:
         self._die, self._wait = die, wait
 
     def __call__(self, kind: int, batch: PyTree) -> PyTree[np.ndarray]:
-        """Answer a batch, unless a fault prevents it."""
         seconds, kinds, wrong = self._faults.strike(batch)
         if "death" in kinds:
             self._die()

@@ -150,7 +150,6 @@ class WeightChange:
     seed: tuple[int, ...]
 
     def __call__(self, tree: PyTree) -> PyTree:
-        """Return the parameters after the change."""
         random = np.random.default_rng(self.seed)
         if self.fault.kind == "stale":
             size = SIZES["stale"] if self.fault.size is None else self.fault.size

@@ -286,11 +286,9 @@ class HintLog:
         self._thread = threading.Thread(target=self._run, name="nercc-hints", daemon=True)
 
     def start(self) -> None:
-        """Start the thread."""
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread."""
         self._closing.set()
         self._thread.join(_LOOK)
 

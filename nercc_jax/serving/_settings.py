@@ -67,7 +67,6 @@ def _setting(default: Any, text: str, example: Any = None, **bounds: Any) -> Any
 
 
 def _of_policy(name: str, example: Any = None, **changes: Any) -> Any:
-    """Return the field of a `BatchingPolicy`'s option."""
     default = changes.pop("default", getattr(_POLICY, name))
     return _setting(default, POLICY_HELP[name], example, **changes)
 
@@ -579,7 +578,6 @@ def as_toml(server: ServerSettings, models: Sequence[ModelSettings]) -> str:
 
 
 def to_toml(value: Any) -> str:
-    """Return a setting's value as TOML."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{json.dumps(k)} = {to_toml(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list | tuple):

@@ -55,18 +55,15 @@ class GroupTrace:
         self.steps: list[TraceStep] = []
 
     def sent(self, points: Iterable[int], now: float) -> None:
-        """Record that coded data points were sent."""
         for point in points:
             self.calls[point] = TraceStep("worker call", now, None, self._details(point=point))
 
     def answered(self, point: int, now: float, worker: int) -> None:
-        """Record that a worker answered."""
         if point in self.calls:  # it may have been sent before the trace began
             details = self._details(point=point, worker=worker)
             self.calls[point] = dataclasses.replace(self.calls[point], end=now, details=details)
 
     def add(self, name: str, begin: float, end: float, **details: Any) -> None:
-        """Record a step."""
         self.steps.append(TraceStep(name, begin, end, self._details(**details)))
 
     def _details(self, **details: Any) -> Mapping[str, Any]:
@@ -98,7 +95,6 @@ class RequestTrace:
         self._resent_at: dict[int, float] = {}  # by query
 
     def enter(self, group: GroupTrace, query: int, arrived: float) -> None:
-        """Record that a query goes out in a group."""
         group.requests.append(self.id)
         if not self.logged and self.span is None:
             return
@@ -109,7 +105,6 @@ class RequestTrace:
         self._groups.setdefault(group, []).append(query)
 
     def send_again(self, query: int) -> None:
-        """Record that a query waits a second time."""
         self._resent_at[query] = time.monotonic()
 
     def queue_seconds(self) -> float | None:
@@ -137,7 +132,6 @@ class RequestTrace:
         return found
 
     def steps(self) -> Iterator[TraceStep]:
-        """Yield all steps, in no order."""
         yield from list(self._waits)
         for group in list(self._groups):
             yield from list(group.steps)
@@ -179,7 +173,6 @@ class RequestLog:
         return trace
 
     def end(self, trace: RequestTrace, outcome: str) -> None:
-        """Log the request, and make its spans."""
         current.set(None)
         try:
             if trace.logged:
@@ -283,7 +276,6 @@ class Telemetry:
 
 
 def _wall_ns(moment: float, trace: RequestTrace) -> int:
-    """Return a monotonic time as nanoseconds of the wall clock."""
     return trace.arrived_ns + round(1e9 * (moment - trace.arrived))
 
 

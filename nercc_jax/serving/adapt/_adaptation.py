@@ -70,11 +70,9 @@ class BackgroundCalibrator:
 
     @property
     def accepts_samples(self) -> bool:
-        """Return whether `add_group` would use a group now."""
         return self._group is None
 
     def needs_samples(self, queries: int) -> bool:
-        """Return whether groups of this size should be sent whole."""
         return self.accepts_samples and self._estimator.needs_samples(queries)
 
     def add_group(

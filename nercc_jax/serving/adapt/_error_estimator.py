@@ -47,7 +47,6 @@ class ErrorEstimator:
     """
 
     def __init__(self, coder: Coder):
-        """Create an estimator without groups."""
         self._coder = coder
         self.conditions = Conditions()  # of the calibration
         self._width = _GROUPS  # that a step looks at, at most
@@ -124,7 +123,6 @@ class ErrorEstimator:
         self._coder.agree(zeros[0, 0], zeros[0, 0])
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return the results of calibration as arrays by name."""
         samples = self._samples.items()
         return {f"{few} {name}": x for few, each in samples for name, x in each.state().items()}
 
@@ -192,7 +190,6 @@ class ErrorEstimator:
             samples.discard()
 
     def agrees(self, decoded: np.ndarray, own: np.ndarray) -> bool:
-        """Return whether a decoded answer has the label of the model's own."""
         return bool(self._coder.agree(decoded.ravel(), own.ravel()))
 
 
@@ -265,7 +262,6 @@ class _GroupSamples:
 
     @property
     def enough(self) -> bool:
-        """Return whether there is an estimate for each query."""
         return self.known >= _LEAST and (
             self._simulation is None or self.error_probability.num_queries > 0
         )

@@ -101,7 +101,6 @@ class CalibratedSurrogate:
     def is_sure(
         self, probability: Float[np.ndarray, " queries"], bound: Float[np.ndarray, " queries"]
     ) -> Bool[np.ndarray, " queries"]:
-        """Return which answers may be given out."""
         within = bound <= self.tolerance
         return within if self.error_probability is None else within & (probability <= self.limit)
 
@@ -208,7 +207,6 @@ class OnlineCalibration:
         return needed if self.calibrated is not None else min(done, needed), needed
 
     def add(self, x: Shaped[np.ndarray, "pairs ..."], own: Float[np.ndarray, "pairs m"]) -> None:
-        """Take the model's own answers to `BATCH` queries."""
         if self._surrogate is None:
             self._first += zip(x, own, strict=True)
             if len(self._first) >= FIRST:
@@ -245,7 +243,6 @@ class OnlineCalibration:
         self._restart_validation()
 
     def compare(self, answer: Answer, own: Float[np.ndarray, " m"]) -> StragglerRow:
-        """Compare an answer to a straggler's query with the model's own."""
         value = answer.value.ravel()
         wrong = not bool(_agree(value, own, self._form))
         error = np.sqrt(np.mean((value - own) ** 2))
@@ -295,7 +292,6 @@ class OnlineCalibration:
             self.calibrated, self._current = self._calibrate(), True
 
     def _calibrate(self) -> CalibratedSurrogate:
-        """Calibrate the surrogate on the latest validation batches."""
         assert self._surrogate is not None
         batches = list(self._validation)
         features, deviation, error, wrong = (

@@ -141,13 +141,11 @@ def replay_calls(calls: Sequence[Call], copies: int, workers: int, seed: int) ->
 
 
 def p99_in_medians(seconds: Sequence[float]) -> float:
-    """Return the mean latency from p99 to p99.9, in medians."""
     ordered = np.sort(np.asarray(seconds))
     return _mean_between(ordered, _P99) / float(ordered[len(ordered) // 2])
 
 
 def _mean_between(ordered: Float[np.ndarray, " queries"], quantiles: tuple[float, float]) -> float:
-    """Return the mean of sorted numbers between two quantiles."""
     begin, end = (int(quantile * len(ordered)) for quantile in quantiles)
     return float(ordered[begin : max(end, begin + 1)].mean())
 
@@ -245,7 +243,6 @@ class SettingController:
                 self._turns.wake()
 
     def status(self) -> dict[str, Any]:
-        """Return the controller's part of a server's status."""
         setting = self.setting
         return {
             "straggler_threshold": setting.overdue.factor,

@@ -70,11 +70,9 @@ class StragglerSimulation:
         )
 
     def discard(self) -> None:
-        """Forget the simulations so far."""
         self._seen.clear()
 
     def calibrate(self, known: int) -> DecodingErrorProbability:
-        """Return the error probability that the simulations of `known` groups give."""
         parts = (np.concatenate(part) for part in zip(*self._seen, strict=True))
         return calibrate(*parts, number=known * self._queries)
 

@@ -196,5 +196,4 @@ class AbstractAdaptation(abc.ABC):
 
 
 def overdue_rule(policy: BatchingPolicy) -> Overdue:
-    """Return a policy's own rule for calls that are late."""
     return Overdue(policy.quantile, policy.straggler_threshold, copies=policy.hedge_copies)

@@ -205,7 +205,6 @@ class AnswerScreen:
         self._follow_fences()
 
     def _screen(self, worker: int, queries: Sequence[Query], values: np.ndarray) -> np.ndarray:
-        """Return which answers to hold back."""
         if not queries:
             return np.zeros(0, bool)
         self.expect(queries)

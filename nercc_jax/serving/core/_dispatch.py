@@ -295,7 +295,6 @@ class Dispatcher:
         return sent
 
     def _send_group(self, turn: Turn) -> list[Group]:
-        """Form a group of a code that is not systematic."""
         num_data, lane = self._coder.num_data, self._queue.coded
         number = len(lane)
         rows = _power_of_two(min(max(number // num_data, 1), self._policy.max_batch_size))
@@ -378,7 +377,6 @@ class Dispatcher:
         return self._pop(lane, size, now)
 
     def _next_cells(self, lane: Lane, turn: Turn) -> list[Cell]:
-        """Take the next batches for all workers that a lane may use."""
         sizes: list[int] = []
         left, idle = len(lane), self._queue.workers_for(lane, self._pool.idle)
         spare = self._pool.spare

@@ -98,7 +98,6 @@ class GroupPredictor:
         return {each[:2]: group.predictions[each[:2]] for each in waiting}
 
     def uncertain_cells(self, group: Group) -> set[int]:
-        """Return the cells with a query that the surrogate could not answer."""
         found = self.predictions(group, range(len(group.cells)))
         return {cell for (cell, _), prediction in found.items() if not prediction.sure}
 
@@ -251,16 +250,13 @@ class Budget:
         self._share, self._left = share, 0.0
 
     def earn(self, queries: int) -> None:
-        """Add the share of this number of queries."""
         if self._share is not None:
             self._left = min(self._left + self._share * queries, max(self._share * self._SAVED, 1))
 
     def affords(self) -> bool:
-        """Return whether one more call is within the budget."""
         return self._share is None or self._left >= 1
 
     def spend(self) -> None:
-        """Spend one call, even if that makes the budget negative."""
         if self._share is not None:
             self._left -= 1
 
@@ -287,14 +283,12 @@ class FallbackPolicy:
         predictor: GroupPredictor,
         decoder: GroupDecoder,
     ):
-        """Create a policy with an empty budget."""
         self._coder, self._adaptation, self._observe = coder, adaptation, adaptation.observe
         self._hedges = policy.copies > 1
         self._predictor, self._decoder = predictor, decoder
         self._budget = Budget(policy.max_reexecution)
 
     def earn(self, queries: int) -> None:
-        """Add queries that were sent for the first time to the budget."""
         self._budget.earn(queries)
 
     def decide(self, group: Group, late: np.ndarray) -> Fallback:

@@ -42,7 +42,6 @@ class Cell:
 
     @property
     def pending(self) -> bool:
-        """Return whether somebody waits for one of its queries."""
         return any(not query.done for query in self.queries)
 
 
@@ -82,26 +81,21 @@ class Group:
 
     @property
     def full(self) -> bool:
-        """Return whether all K places are taken."""
         return len(self.cells) == self.coder.num_data
 
     @property
     def pending(self) -> bool:
-        """Return whether somebody waits for one of its queries."""
         return any(cell.pending for cell in self.cells)
 
     @property
     def sent(self) -> np.ndarray:
-        """Mask of the coded data points that were sent."""
         return ~np.isnan(self.sent_at)
 
     @property
     def outstanding(self) -> np.ndarray:
-        """Mask of the coded data points that were sent and not answered yet."""
         return self.sent & ~self.mask
 
     def add(self, cell: Cell) -> None:
-        """Add a cell at the next place."""
         self.cells.append(cell)
         self.rows = max(self.rows, len(cell.queries))
         for query in cell.queries:
@@ -112,7 +106,6 @@ class Group:
                 request.trace.enter(self.trace, query.place, request.arrived)
 
     def add_answer(self, point: int, answer: np.ndarray, now: float, worker: int) -> None:
-        """Store the answer to a coded data point."""
         self.answers[point], self.mask[point] = answer, True
         if self.trace is not None:
             self.trace.answered(point, now, worker)
@@ -125,7 +118,6 @@ class Group:
                     yield number, row, query
 
     def inputs(self) -> np.ndarray:
-        """Return the queries' data, (rows, cells, ...)."""
         return np.stack([_repeated(cell.x, self.rows) for cell in self.cells], axis=1)
 
     def drop_inputs(self) -> None:
@@ -239,7 +231,6 @@ class LateGroups:
         return evicted
 
     def discard(self, group: Group) -> None:
-        """Forget a group."""
         self._left += self._groups.pop(group, 0)
 
     def __len__(self) -> int:

@@ -81,15 +81,12 @@ class HealthMonitor:
         return now
 
     def report_answer(self, now: float) -> None:
-        """Record that a query was answered."""
         self._silent_since, self._failed_in_a_row, self._probe_error = now, 0, None
 
     def report_failure(self) -> None:
-        """Record that a request failed."""
         self._failed_in_a_row += 1
 
     def report_failed_probe(self, reason: str) -> None:
-        """Record that a probe got no answer."""
         self._probe_error = reason
 
     def probe_due(self, now: float) -> bool:

@@ -110,17 +110,14 @@ class OpenRequests:
         return True
 
     def keep_deadline(self, request: Request) -> None:
-        """Include the request in `pop_expired`."""
         end = request.arrived + request.deadline
         heapq.heappush(self._deadlines, (end, next(self._numbers), request))
 
     @property
     def next_deadline(self) -> float:
-        """The time of the next deadline; infinite if there is none."""
         return self._deadlines[0][0] if self._deadlines else math.inf
 
     def pop_expired(self, now: float) -> Iterator[Request]:
-        """Yield the requests whose deadlines have passed."""
         if len(self._deadlines) > 2 * len(self._open) + _STALE:
             self._deadlines = [each for each in self._deadlines if each[2] in self._open]
             heapq.heapify(self._deadlines)
@@ -187,14 +184,12 @@ class OpenRequests:
         return groups
 
     def cancel(self, request: Request, now: float) -> list[Group]:
-        """End a request that its client gave up."""
         if request not in self._open:
             return []
         self._observe("request_cancelled", now - request.arrived)
         return self._drop(request)
 
     def close(self) -> None:
-        """Accept no more requests."""
         with self._settled:
             self.closing = True
 

@@ -28,7 +28,6 @@ class EventQueue:
         self.start, self.wake, self.close = self._turns.start, self._turns.wake, self._turns.close
 
     def post(self, event: Any) -> None:
-        """Add an event, and wake the scheduler."""
         self._events.append(event)
         self._turns.wake()
 
@@ -69,18 +68,15 @@ class Lane:
 
     @property
     def first(self) -> Query:
-        """The query whose turn is next."""
         return self._next()[0]
 
     @property
     def since(self) -> float:
-        """The arrival of the query that has waited longest."""
         return min(
             queries[0].request.arrived for queries in (self._high, self._ordinary) if queries
         )
 
     def add(self, request: Request) -> None:
-        """Append the queries of a request."""
         (self._high if request.high else self._ordinary).extend(request.queries)
 
     def add_first(self, queries: Iterable[Query]) -> None:
@@ -88,13 +84,11 @@ class Lane:
         self._ordinary.extendleft(reversed([*queries]))
 
     def pop(self, number: int) -> list[Query]:
-        """Take out the first queries."""
         if not self._high:
             return [self._ordinary.popleft() for _ in range(number)]
         return [self._next().popleft() for _ in range(number)]
 
     def sweep(self) -> None:
-        """Remove the queries that nobody waits for."""
         for queries in (self._high, self._ordinary):
             alive = [query for query in queries if not query.done]
             queries.clear()
@@ -131,7 +125,6 @@ class QueryQueue:
         return reserved
 
     def add(self, request: Request) -> None:
-        """Add the queries of a request for which room was reserved."""
         (self.exact if request.exact_only else self.coded).add(request)
 
     def resend(self, queries: list[Query]) -> None:
@@ -163,7 +156,6 @@ class QueryQueue:
         return max(workers * own // total, 1) if own < total else workers
 
     def pop(self, lane: Lane, number: int) -> list[Query]:
-        """Take the first queries out of a lane."""
         queries = lane.pop(number)
         self._popped += queries
         for query in queries:
@@ -172,7 +164,6 @@ class QueryQueue:
         return queries
 
     def take_popped(self) -> list[Query]:
-        """Return the queries that were popped since the last call."""
         popped, self._popped = self._popped, []
         return popped
 

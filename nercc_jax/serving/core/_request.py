@@ -196,7 +196,6 @@ class Request:
         return self._left == 0
 
     def reply(self, now: float) -> Reply:
-        """Return the reply of a request whose queries are all answered."""
         return Reply(
             self._values,
             self._exact,
@@ -268,7 +267,6 @@ class BatchSpec:
     dtype: np.dtype = CODED
 
     def zeros(self, number: int) -> Shaped[np.ndarray, "number ..."]:
-        """Return this number of rows of zeros."""
         return np.zeros((number, *self.shape), self.dtype)
 
     def check(self, x: np.ndarray) -> Shaped[np.ndarray, "batch ..."]:
@@ -344,7 +342,6 @@ def message_of(error: BaseException) -> str:
 
 
 def shorten(text: str) -> str:
-    """Return the text, or its beginning and its length."""
     if len(text) <= _LONGEST_MESSAGE:
         return text
     return f"{text[:_LONGEST_MESSAGE]}... ({len(text)} characters)"

@@ -114,7 +114,6 @@ class QueryScheduler:
         self._worker_free_posted = False
 
     def start(self) -> None:
-        """Start the thread."""
         self._pool.on_idle(self._worker_free)
         self._events.start()
 
@@ -149,16 +148,13 @@ class QueryScheduler:
 
     @property
     def waiting(self) -> int:
-        """The number of queries that wait to be sent."""
         return self._queue.waiting
 
     @property
     def in_flight(self) -> int:
-        """The number of requests without a reply."""
         return len(self._open)
 
     def health(self) -> Health:
-        """Return whether the scheduler is alive and would answer a query now."""
         trouble = self._open.trouble(self._times.median(self.policy.max_batch_size))
         return pool_health(self._pool, self._coder) if trouble is None else trouble
 
@@ -173,7 +169,6 @@ class QueryScheduler:
         self._events.close(_LAST_TURN)
 
     def fail_open(self) -> None:
-        """Fail what has no reply after `close`."""
         for request in self._open:
             self._open.fail(request, ServerClosing("the server shut down before it could answer"))
 
@@ -196,7 +191,6 @@ class QueryScheduler:
             self._decoder.decode(zeros, everyone, self._coder.num_data)
 
     def _run(self) -> float:
-        """Take a turn, and return when the next one is due."""
         try:
             self._turn()
         except BaseException as error:
@@ -286,7 +280,6 @@ class QueryScheduler:
             self._enqueue(probe, now)
 
     def _expire(self, now: float) -> None:
-        """Fail the requests whose deadlines have passed."""
         for request in self._open.pop_expired(now):
             why = (
                 f"not answered within {request.deadline:g} s: {self.waiting} queries wait, "
@@ -319,7 +312,6 @@ class QueryScheduler:
         return Turn(now, self._setting, answer_time, self._open.closing)
 
     def _receive(self, group: Group, now: float) -> None:
-        """Take a group's new answers from the pool."""
         batch = group.batch
         if group.closed or batch is None:
             return
@@ -338,7 +330,6 @@ class QueryScheduler:
     def _receive_own(
         self, group: Group, place: int, value: np.ndarray, worker: int, now: float
     ) -> None:
-        """Take the model's own answers to the queries of a cell."""
         own = group.layout.own[place]
         asked, responded = int(group.sent[own].sum()), int(group.mask[own].sum())
         queries = group.cells[place].queries
@@ -374,7 +365,6 @@ class QueryScheduler:
         self._queue.resend(queries)
 
     def _settle(self, settled: Sequence[Settled], now: float) -> None:
-        """Give out answers that were held back."""
         for query, verdict, suspicious in settled:
             number = max(len(query.candidates), 1)
             if not suspicious:

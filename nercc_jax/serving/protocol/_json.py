@@ -65,7 +65,6 @@ class JsonBounds:
 
     @property
     def bytes(self) -> int:
-        """The size of the JSON."""
         return NUMBER_BYTES * self.numbers + _OTHER_BYTES
 
     @property
@@ -116,7 +115,6 @@ class JsonCounter:
 
     @property
     def counting(self) -> bool:
-        """True if more JSON is to come."""
         return self._left > 0
 
     @property

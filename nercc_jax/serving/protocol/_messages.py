@@ -435,7 +435,6 @@ def check_outputs(request: InferRequest, servable: Servable) -> None:
 
 
 def input_types(servable: Servable) -> list[dict[str, Any]]:
-    """Return the inputs as the metadata have them."""
     return _types(servable.inputs.parts)
 
 

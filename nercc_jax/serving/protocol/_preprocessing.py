@@ -60,9 +60,7 @@ class Preprocessing:
             return jax.tree.map(lambda y: np.asarray(y, np.float32), self._function(given))
 
     async def run(self, given: Any) -> Float[np.ndarray, "batch ..."]:
-        """Return rows of floats, by another thread."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, self, given)
 
     def close(self) -> None:
-        """End the threads; nothing is waited for."""
         self._executor.shutdown(wait=False, cancel_futures=True)

@@ -118,18 +118,15 @@ class Tensors:
 
     @property
     def names(self) -> list[str]:
-        """The tensors' names."""
         return [part.name for part in self.parts]
 
     @functools.cached_property
     def dtype(self) -> np.dtype:
-        """The dtype of rows."""
         kinds = {part.dtype for part in self.parts}
         return kinds.pop() if len(self.parts) == 1 or kinds == {DTYPES[FLOAT]} else _BYTES
 
     @functools.cached_property
     def shape(self) -> tuple[int, ...]:
-        """The shape of a row."""
         return self.parts[0].shape if len(self.parts) == 1 else (sum(self._widths),)
 
     @functools.cached_property
@@ -148,7 +145,6 @@ class Tensors:
 
     @property
     def plain(self) -> bool:
-        """Return whether it is one array of floats."""
         return self.alone and self.parts[0].datatype == FLOAT
 
     @property
@@ -211,7 +207,6 @@ class Tensors:
         return None
 
     def named(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """Return rows, on the host, as arrays by name."""
         return dict(zip(self.names, self._split(rows, _view), strict=True))
 
     def split(self, rows: Array) -> PyTree[Array]:
@@ -429,7 +424,6 @@ def make_servable(
 
 
 def _prepared(name: str, preprocess: Callable[..., Any], inputs: Tensors) -> Tensors:
-    """Return the tensors that preprocessing makes of the inputs."""
     try:
         found: Any = eqx.filter_eval_shape(preprocess, _example(inputs))
     except Exception as error:
@@ -462,7 +456,6 @@ def _inputs(name: str, shape: Shapes, datatype: str | Mapping[str, str]) -> Tens
 
 
 def _example(inputs: Tensors) -> Any:
-    """Return one query as shapes and dtypes."""
     each = {p.name: jax.ShapeDtypeStruct((1, *p.shape), p.dtype) for p in inputs.parts}
     return each[INPUT] if inputs.alone else each
 

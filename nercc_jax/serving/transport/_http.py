@@ -293,7 +293,6 @@ class InferenceEndpoint:
 
 
 def error_response(error: Exception) -> Response:
-    """Return the response to an error that has a status."""
     status = KINDS[type(error)].http
     return JSONResponse({"error": message_of(error)}, status, _HEADERS.get(status))
 

@@ -319,7 +319,6 @@ class Server:
         http.cancel()
 
     def _count_lost(self) -> None:
-        """Count and log the requests that will not be answered."""
         found = {name: model.in_flight for name, model in self._open.items()}
         self.lost = {name: number for name, number in found.items() if number}
         if self.lost:

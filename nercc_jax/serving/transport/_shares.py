@@ -81,7 +81,6 @@ class Turns:
         self._waiting: dict[str, collections.deque[asyncio.Future[None]]] = {}  # next client first
 
     async def acquire(self, client: str) -> None:
-        """Wait for a turn."""
         if not self._held:
             self._held = True
             return
@@ -152,7 +151,6 @@ class JsonReader:
             self._parsing.release()
 
     def close(self) -> None:
-        """End the process."""
         self._process.end()
 
 
@@ -188,7 +186,6 @@ class Connections(Generic[C]):
         return closed
 
     def remove(self, connection: C) -> None:
-        """Remove a connection, if it is there."""
         if connection not in self._clients:
             return
         self.remove_silent(connection)
@@ -203,7 +200,6 @@ class Connections(Generic[C]):
             self._silent.setdefault(client, {})[connection] = None
 
     def remove_silent(self, connection: C) -> None:
-        """Note that a request has begun."""
         client = self._clients.get(connection)
         if client is not None and (silent := self._silent.get(client)) is not None:
             silent.pop(connection, None)

@@ -108,7 +108,6 @@ class ServerState:
 
     @property
     def phase(self) -> Literal["starting", "serving", "draining"]:
-        """The phase of the server's life."""
         if self.draining:
             return "draining"
         waits = any(
@@ -118,7 +117,6 @@ class ServerState:
 
     @property
     def needs_token(self) -> bool:
-        """True if clients must send a token."""
         return bool(self._tokens)
 
     def check_token(self, authorization: bytes) -> None:
@@ -141,7 +139,6 @@ class ServerState:
                 raise ServerNotReady(f"{name}: {health.trouble}")
 
     def ready(self) -> bool:
-        """Return whether all models would answer now."""
         return self.phase == "serving" and all(health.ready for _, health in self._health())
 
     def model_ready(self, name: str, version: str = "") -> bool:
@@ -282,7 +279,6 @@ class ServerState:
         return index
 
     def metadata(self) -> dict[str, Any]:
-        """Return the server's metadata."""
         version = importlib.metadata.version("nercc-jax")
         extensions = ["binary_tensor_data", *_EXTENSIONS]
         return {"name": "nercc_jax", "version": version, "extensions": extensions}
@@ -332,7 +328,6 @@ class ServerState:
         return dict(zip(pools, await asyncio.gather(*checks), strict=True))
 
     def status(self) -> dict[str, Any]:
-        """Return all that the status page shows."""
         metadata = self.metadata()
         return {
             "server": {
