@@ -28,11 +28,8 @@ RESULTS = "Results"
 def option(help: str, panel: str | None = None, *names: str, **limits: Any) -> Any:
     """Return an option with its help, in a panel of `--help`, with its limits.
 
-    Args:
-        help: What the option is, its unit, and its default where that is no value.
-        panel: Title of the panel.
-        *names: Names of the option (default: that of the parameter).
-        **limits: Further arguments of `typer.Option`.
+    The help says what the option is, its unit, and its default where that is no value. It has the
+    parameter's name unless names are given. Limits are further arguments of `typer.Option`.
     """
     return typer.Option(*names, help=help, rich_help_panel=panel, **limits)
 
@@ -139,8 +136,7 @@ def check_shipped(model: str) -> None:
 def check_files(model: str, weights: Path | None, inputs: Path | None) -> None:
     """Check the options of a model as far as possible before JAX is imported.
 
-    Raises:
-        ValueError: If there is no such model or file.
+    Raises ValueError if there is no such model or file.
     """
     if model.startswith(HUB):
         hub_name(model)
@@ -171,11 +167,7 @@ def check_file(option: str, path: Path) -> None:
 
 
 def check_positive_options(*options: Any) -> None:
-    """Raise ValueError if an option is given and not positive.
-
-    Args:
-        *options: Options and their values in turn.
-    """
+    """Raise ValueError if an option is given and not positive: options and values in turn."""
     for option, value in zip(options[::2], options[1::2], strict=True):
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise ValueError(f"{option} must be positive, not {value}")

@@ -54,12 +54,8 @@ def starts_of(
 ) -> dict[str, Callable[[], ServedModel]]:
     """Return functions that start each model with its workers, by name.
 
-    A start raises ValueError for settings that do not fit, `StartFailed`, and what `join` raises.
-
-    Args:
-        chosen: the models' settings.
-        registry: of their metrics.
-        join: called before a model whose workers are Ray actors.
+    A start raises ValueError for settings that do not fit, `StartFailed`, and what `join` raises,
+    which is called before a model whose workers are Ray actors.
 
     Raises:
         ValueError: for mistakes that are found without loading a model.
@@ -173,8 +169,7 @@ def _row_shape(inputs: Any) -> Any:
 def predictor_of(settings: ModelSettings, servable: Servable) -> Predictor | None:
     """Return the predictor that the setting `surrogate` names; None for none.
 
-    Raises:
-        ValueError: where there is no such surrogate, or nothing can be predicted.
+    Raises ValueError where there is no such surrogate, or nothing can be predicted.
     """
     asked, name = settings.surrogate, servable.name
     if asked in (None, "none"):
@@ -195,8 +190,7 @@ def predictor_of(settings: ModelSettings, servable: Servable) -> Predictor | Non
 def fitting_code(code: AbstractCode, settings: ModelSettings, servable: Servable) -> AbstractCode:
     """Return the code, or `UNCODED` where the model cannot be coded and no code was asked for.
 
-    Raises:
-        ValueError: where one was.
+    Raises ValueError where one was.
     """
     if servable.uncodable is None or code.num_data == 1:
         return code

@@ -91,8 +91,7 @@ class Workload:
     def points(self, split: str, count: int, seed: int) -> np.ndarray:
         """Return at most `count` data points of a split, shuffled.
 
-        Raises:
-            ValueError: If there is no such split.
+        Raises ValueError if there is no such split.
         """
         if self.x is None:
             return self.model.images(split, self.data_dir, count, seed)[0]
@@ -125,14 +124,8 @@ def find_workload(
 ) -> Workload:
     """Return the model and data points that the options of the command line select.
 
-    Args:
-        name: The model's name.
-        weights: File with the weights of your own model.
-        inputs: File of data points.
-        data_dir: Folder with the data sets.
-        outputs: What workers return.
-        traced: Whether JAX calls the model. If so, inputs of your own are
-            converted to float32; otherwise they keep the type in which they were read.
+    Where JAX calls the model (`traced`), inputs of your own are converted to float32; otherwise
+    they keep the type in which they were read.
 
     Raises:
         ValueError: If there is no such model, no inputs are known, or the model does not run on
@@ -203,9 +196,7 @@ def load_worker_model(model: str, outputs: Returned) -> WorkerModel:
 def load_plain_code(path: Path, option: str) -> AbstractCode:
     """Return a code from its file, for workers that all run the served model.
 
-    Args:
-        path: The file.
-        option: Its name in errors.
+    Errors name the option.
 
     Raises:
         ValueError: If some workers would run other models; and as `load_code`.
@@ -296,9 +287,6 @@ def read_named_inputs(path: Path) -> np.ndarray | dict[str, np.ndarray]:
     """Return inputs as `read_inputs` does, but float32, and of an .npz file its arrays by name.
 
     For models that take a dict.
-
-    Raises:
-        ValueError: As `read_inputs` does.
     """
     if path.suffix != ".npz" or not path.is_file():
         return read_inputs(path).astype(np.float32)

@@ -18,13 +18,9 @@ def straggler_figure(
     title: str,
     into: Any = None,
 ) -> "Figure":
-    """Return a figure with a panel for each metric, with intervals.
+    """Return a figure, or a part of one, with a panel for each metric, with intervals.
 
-    Args:
-        rows: Evaluations.
-        panels: For each metric its label, and whether its axis is logarithmic.
-        title: The title.
-        into: A part of another figure to draw in.
+    A metric has its label, and whether its axis is logarithmic.
     """
     import matplotlib.pyplot as plt
 
@@ -145,13 +141,8 @@ def batch_figure(
 ) -> "Figure":
     """Draw K images, the N mixtures that workers get, with lost ones crossed out, and K labels.
 
-    Args:
-        images: (K, height, width) in grey, or (K, height, width, 3).
-        coded: The N mixtures, as `images`.
-        available: Which of the N workers answered.
-        decoded: K decoded labels, drawn as text.
-        own: The model's K labels.
-        into: A part of another figure to draw in.
+    Images are (K, height, width) in grey, or (K, height, width, 3). Decoded labels are drawn as
+    text, the model's own where they differ. It draws into a part of another figure if given.
     """
     import matplotlib.pyplot as plt
 

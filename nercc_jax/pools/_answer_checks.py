@@ -113,12 +113,7 @@ class AnswerChecks:
     def screen(
         self, worker: int, suspicious: Bool[np.ndarray, " queries"]
     ) -> Bool[np.ndarray, " queries"]:
-        """Return which answers of a worker to hold back until another worker has answered, too.
-
-        Args:
-            worker: the worker.
-            suspicious: which of them look wrong.
-        """
+        """Return which answers of a worker to hold back until another worker has answered, too."""
         # What a fenced worker answers was sent before it was.
         if worker in self._fenced:
             return np.ones(len(suspicious), bool)
@@ -131,15 +126,11 @@ class AnswerChecks:
     def compare(
         self, x: np.ndarray | None, candidates: Mapping[int, np.ndarray], *, last: bool = False
     ) -> Verdict | None:
-        """Compare several workers' answers to one query.
-
-        Args:
-            x: the query.
-            candidates: the answers, by worker, in the order in which they came.
-            last: whether there will be no more answers, for all that other workers could do.
+        """Compare workers' answers to one query, by worker, in the order in which they came.
 
         Returns:
-            The answer to give out; None to wait for one more worker's.
+            The answer to give out; None to wait for one more worker's. There will be no more after
+            the `last` one, for all that other workers could do.
         """
         latest = list(candidates.values())[-1]
         if np.isfinite(latest).all():
@@ -167,8 +158,7 @@ class AnswerChecks:
     def audits(self, report: PoolReport) -> list[tuple[int, np.ndarray]]:
         """Return workers to be asked a query whose answer is known, and the query for each.
 
-        Args:
-            report: the state of the workers: one that was replaced is fenced no more.
+        By the state of the workers, one that was replaced is fenced no more.
         """
         for worker, (record, seen) in enumerate(zip(self._records, report.workers, strict=True)):
             if seen.deaths != record.deaths:

@@ -173,12 +173,8 @@ class WorkerSlot:
 class StartUp:
     """The start of a pool: waits until enough workers are ready, or until they cannot be.
 
-    Args:
-        lock: The scheduler's lock.
-        slots: The workers' records.
-        least: Workers that are enough to begin with; all if None.
-        missing: Returns what workers that did not start may be waiting for, if known.
-        clock: The pool's clock.
+    `least` are enough to begin with; all if None. `missing()` returns what workers that did not
+    start may be waiting for, if known.
 
     Raises:
         ValueError: If `least` is not from 1 to the number of workers.

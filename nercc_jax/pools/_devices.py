@@ -109,10 +109,7 @@ class DevicePool(AbstractPool):
 class _ThreadBackend(WorkerBackend):
     """One thread for each worker, with a queue of its own that holds one task at most.
 
-    Args:
-        programs: The models, on each device.
-        faults: Faults to inject.
-        cores: Cores that all threads share; infinite where it is not known.
+    All threads share the cores, whose number is infinite where it is not known.
     """
 
     def __init__(self, programs: Sequence[Program], faults: Faults, cores: float):

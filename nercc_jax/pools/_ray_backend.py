@@ -55,11 +55,7 @@ _FEWEST_STARTS = 4  # starts under way at once, at least; otherwise as many as t
 class EncodedInputs:
     """A pickled value, with its arrays' bytes apart, which Ray does not copy.
 
-    Attributes:
-        pickled: The value without them.
-        arrays: The arrays' bytes.
-        checksum: Of these.
-        code: The checksums of the modules that it is imported from.
+    `code` are the checksums of the modules that it is imported from.
     """
 
     pickled: bytes
@@ -215,14 +211,9 @@ class ActorBackend(WorkerBackend):
     """One actor for each worker. Ray reports answers and deaths by callbacks on futures.
 
     Those come from Ray's own threads, in which a call that makes or ends an actor would wait for
-    itself: a thread of ours does that.
-
-    Args:
-        load: The models and what else an actor loads.
-        precision: JAX's `jax_enable_x64` and `jax_default_matmul_precision` there.
-        options: Ray's options of an actor.
-        gone: Returns whether the cluster's head is gone, without which actors can neither be made
-            nor ended.
+    itself: a thread of ours does that. `precision` is that of JAX there (`jax_enable_x64`,
+    `jax_default_matmul_precision`). While the cluster's head is `gone()`, actors can neither be
+    made nor ended.
     """
 
     def __init__(

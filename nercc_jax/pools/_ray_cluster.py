@@ -131,20 +131,10 @@ class Membership:
         runtime_env: Mapping[str, Any] | None,
         elsewhere: Mapping[str, Any] | None = None,
     ) -> HeadProbe:
-        """Connect this process, unless it is connected; `leave` must follow.
-
-        Args:
-            address: As for `RayPool`.
-            runtime_env: Ray's runtime environment.
-            elsewhere: The runtime environment for a Ray that is joined, which may have other
-                machines (default: `runtime_env`).
+        """Connect this process, unless it is connected, as `join_ray`; `leave` must follow.
 
         Returns:
             The probe of the cluster's head, one for all users.
-
-        Raises:
-            ConnectionError: If no Ray is at the address, or it does not let us in.
-            ValueError: If a runtime environment comes too late, or does not fit.
         """
         with self._lock:
             ray = ray_module()

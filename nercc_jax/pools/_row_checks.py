@@ -232,9 +232,6 @@ class RowChecks:
         And doubt a row of each call whose answers look most wrong together. These are as many as
         may look wrong; those whose row was outvoted do not count.
 
-        Args:
-            values: The values of all rows.
-
         Returns:
             The rows whose values are to be taken back.
         """

@@ -62,10 +62,8 @@ def check_parts(folder: Path, resume: bool) -> None:
 class Parts:
     """The folder of one run, with its parts and their manifest.
 
-    Args:
-        folder: Where the parts are; made when something is written.
-        settings: All that the run's numbers depend on, as JSON takes it.
-        results: Takes the parts that an earlier run has written.
+    It is made when something is written. `settings` are all that the run's numbers depend on, as
+    JSON takes it. The results take the parts that an earlier run has written.
 
     Raises:
         ValueError: If the folder holds a run with other settings.

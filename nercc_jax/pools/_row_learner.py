@@ -285,9 +285,7 @@ class RowLearner:
     def _compare_again(self, left_out: LeftOut | None, late: bool) -> None:
         """Replace evidence on the learner before by comparisons of this one, if there are enough.
 
-        Args:
-            left_out: Its predictions of rows that had come when it was begun.
-            late: Whether these came late.
+        `left_out` are its predictions of rows that had come when it was begun, late or not.
         """
         assert self.mean is not None
         parts = [] if left_out is None else [left_out]
@@ -377,12 +375,8 @@ class RowLearner:
 
         There are two checks, each of which looks at the rows from which it has learned nothing but
         its limit. They go by the learner's own deviations: a wrong value makes those of its
-        neighbours large.
-
-        Args:
-            rows: The rows.
-            places: Their places among those that were predicted; the others calibrate, too.
-            left_out: The predictions.
+        neighbours large. The rows have these places among those that were predicted; the others
+        calibrate, too.
         """
         if self._check_rate is None or left_out is None:
             return None
@@ -426,11 +420,8 @@ class RowLearner:
     ) -> Float[np.ndarray, " some"]:
         """Return the rows' error bars or error probabilities; infinite where nothing is known.
 
-        Args:
-            rows: The rows.
-            late: Whether these straggle. Such rows, and those like them, may be harder than others.
-                So their bars are those of other rows that came late, and infinite before there are
-                enough.
+        Late rows, and those like them, may be harder than others. So their bars are those of other
+        rows that came late, and infinite before there are enough.
         """
         score = np.full(len(rows), np.inf)
         known = self.known[rows]

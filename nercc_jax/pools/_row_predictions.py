@@ -123,10 +123,8 @@ def _learner_of(fitted: FittedScheme) -> Learner:
 def window_of(fitted: FittedScheme, local: bool = True) -> Window:
     """Return what the learner predicts of its pairs.
 
-    Args:
-        fitted: The learner.
-        local: Whether deviations go by errors nearby. If not, or where outputs are labels, whose
-            error probabilities are calibrated for the learner's own deviations, ratios are 1.
+    Deviations go by errors nearby where they are `local`. If not, or where outputs are labels,
+    whose error probabilities are calibrated for the learner's own deviations, ratios are 1.
     """
     learner = _learner_of(fitted)
     filled = np.asarray(learner.filled)
@@ -174,12 +172,7 @@ def _local_scale(
 ) -> Float[np.ndarray, " rows"]:
     """Return the root mean square ratio of the pairs nearest to each row, by the kernel's widths.
 
-    Args:
-        learner: The learner.
-        ratios: The pairs' errors over their deviations.
-        inputs: The pairs' inputs.
-        features: The rows' inputs.
-        own: The pair that each row is, which does not count (default: none).
+    A row that is a pair of its `own` is not among them.
     """
     kernel = learner.kernel
     unit = np.asarray(kernel.unit * kernel.widths[kernel.groups])

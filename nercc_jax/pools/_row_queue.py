@@ -24,11 +24,6 @@ class RowQueue:
 
     Rows of a call that raised come first, in halves, so that those that raise are found in a few
     calls, and rows whose answers look wrong; then rows that had no answer in time; then all others.
-
-    Args:
-        rows: The rows, in that order.
-        num_workers: The pool's workers.
-        settings: Of the run.
     """
 
     def __init__(self, rows: Int[np.ndarray, " rows"], num_workers: int, settings: RowSettings):
@@ -122,10 +117,7 @@ class RowQueue:
     def observe(self, size: int, times: AnswerTimes, row_bytes: int) -> None:
         """Fit the size of calls to the time that they take, transport and all.
 
-        Args:
-            size: The rows of a call that was answered.
-            times: The pool's service times.
-            row_bytes: Bytes of a row's inputs and outputs.
+        A call of so many rows was answered, with inputs and outputs of `row_bytes` a row.
         """
         usual = times.median_of_latest(size)
         if self._settings.rows_per_call is not None or not np.isfinite(usual):

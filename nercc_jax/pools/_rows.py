@@ -59,15 +59,9 @@ def checked_rows(rows: Any) -> Shaped[np.ndarray, "rows ..."]:
 class RowCall:
     """Some rows that one worker computes. A pool tries others if it dies or the function raises.
 
-    Args:
-        pool: The pool.
-        rows: The rows' numbers.
-        x: All inputs.
-        size: The rows of a call: fewer are filled up with their own once more, for functions that
-            are compiled for each shape.
-        copy: Whether another call has the same rows.
-        on_change: Called by one of the pool's threads when there may be something to take.
-        avoid: Workers that must not get it.
+    Fewer rows than `size` are filled up with their own once more, for functions that are compiled
+    for each shape. A `copy` has the rows of another call. One of the pool's threads calls
+    `on_change` when there may be something to take.
     """
 
     def __init__(

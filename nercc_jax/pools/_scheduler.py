@@ -43,10 +43,7 @@ class SendQueue:
     share. Each worker is in the queue once, whatever happens to it. One that is fenced gets only
     tasks that are for it alone. Not thread-safe.
 
-    Args:
-        slots: The workers' records.
-        capacity: Returns how many more workers could run next to so many busy ones and slow none of
-            them down.
+    `capacity(busy)` is `WorkerBackend.spare_capacity`.
     """
 
     def __init__(self, slots: Sequence[WorkerSlot], capacity: Callable[[int], float]):
@@ -156,18 +153,9 @@ class SendQueue:
 
 
 class Scheduler:
-    """The scheduler of one pool. Every public method may be called from any thread.
+    """The scheduler of one pool, for the models of each worker; other arguments are as for pools.
 
-    Args:
-        backend: How workers are started, reached and ended.
-        num_workers: Workers.
-        num_models: Models that each worker has.
-        overdue: When a task counts as overdue.
-        max_attempts: Workers that are tried for a coded data point that fails.
-        hang_timeout: Seconds after which a worker that has not answered is replaced.
-        start_timeout: Seconds until a worker must be ready.
-        min_workers: Workers to wait for (default: all).
-        clock: By which time passes.
+    Every public method may be called from any thread.
 
     Raises:
         ValueError: If a number does not fit.
@@ -335,10 +323,9 @@ class Scheduler:
         self._send(sends)
 
     def restart(self, worker: int) -> bool:
-        """Begin a new life of a worker, if it is idle, for its backend to find it a better place.
+        """Begin a new life of a worker, for its backend to find it a better place.
 
-        Returns:
-            Whether it was idle.
+        Return whether it was idle, and was restarted.
         """
         with self._lock:
             slot = self._slots[worker]

@@ -90,11 +90,7 @@ class AnswerTimes:
         self._limits: dict[int, float] = {}
 
     def add(self, size: int, seconds: float) -> bool:
-        """Record how long an answer to `size` data points took.
-
-        Returns:
-            Whether the limit of that size fell.
-        """
+        """Record how long an answer to `size` data points took; return whether their limit fell."""
         times = self._times.setdefault(size, collections.deque(maxlen=_WINDOW))
         times.append(seconds)
         self._seen[size] += 1

@@ -173,8 +173,7 @@ def as_models(
 def warm_up(programs: Sequence[Program], num_models: int, example: Examples) -> None:
     """Compile all models for batches like the examples, without injected faults.
 
-    Raises:
-        RuntimeError: If a model does not run on one.
+    Raises RuntimeError if a model does not run on one.
     """
     examples = () if example is None else example
     if not isinstance(examples, Sequence):

@@ -273,12 +273,7 @@ class HintLog:
     """A thread that logs each hint when it has lasted, and when it is over."""
 
     def __init__(self, model: str, look: Callable[[], Sequence[str]]):
-        """Create the thread.
-
-        Args:
-            model: the model's name.
-            look: returns the present hints. Hints that differ only in numbers are the same.
-        """
+        """Create the thread; `look` returns the hints, which are the same but for their numbers."""
         self._model, self._look = model, look
         self._logged: dict[str, str] = {}
         self._changes: collections.Counter[str] = collections.Counter()  # looks that saw a change

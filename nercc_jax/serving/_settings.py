@@ -54,14 +54,7 @@ _MANY, _QUERIES, _BYTES, _DAY_S = 10_000, 10**6, 2**40, 86_400.0
 
 
 def _setting(default: Any, text: str, example: Any = None, **bounds: Any) -> Any:
-    """Return a field.
-
-    Args:
-        default: the default.
-        text: the help.
-        example: a value to show in the reference where the default is None.
-        **bounds: pydantic's.
-    """
+    """Return a field; `example` is shown in the reference where the default is None."""
     examples = None if example is None else [example]
     return Field(default=default, description=text, examples=examples, **bounds)
 

@@ -39,13 +39,9 @@ class TraceStep:
 
 
 class GroupTrace:
-    """The trace of a group. The scheduler's thread writes, others read copies.
+    """The trace of a group: its workers' calls by coded data point, and other steps.
 
-    Attributes:
-        number: of the group, unique in this process.
-        requests: the ids of the requests with queries in it.
-        calls: the calls of workers, by coded data point.
-        steps: encoding, decoding, and so on.
+    The scheduler's thread writes, others read copies.
     """
 
     def __init__(self):
@@ -146,21 +142,11 @@ class RequestLog:
     """Starts a trace for each request, and reports it at the end. It never fails a request."""
 
     def __init__(self, rate: float = 0.0, telemetry: "Telemetry | None" = None):
-        """Create a log.
-
-        Args:
-            rate: the share of requests that the log has a line of.
-            telemetry: makes spans.
-        """
+        """Create a log with a line of this share of requests, and with spans by `telemetry`."""
         self._rate, self._telemetry = rate, telemetry
 
     def start(self, model: str, headers: Callable[[], Mapping[str, str]]) -> RequestTrace | None:
-        """Start a trace; None where nobody wants one.
-
-        Args:
-            model: the model's name.
-            headers: returns the request's headers, which may name a trace.
-        """
+        """Start a trace, which `headers()` may name; None where nobody wants one."""
         if not self._rate and self._telemetry is None:
             return None
         trace = RequestTrace(model, random.random() < self._rate)
@@ -282,10 +268,8 @@ def _wall_ns(moment: float, trace: RequestTrace) -> int:
 def telemetry_from_environment() -> Telemetry | None:
     """Return the telemetry that OpenTelemetry's variables ask for; None without an endpoint.
 
-    The SDK and its exporter read all other variables: sampling, headers, the service's name.
-
-    Raises:
-        ImportError: where the packages are missing.
+    The SDK and its exporter read all other variables: sampling, headers, the service's name. Raises
+    ImportError where the packages are missing.
     """
     off = os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
     if off or os.environ.get("OTEL_TRACES_EXPORTER") == "none":

@@ -144,14 +144,6 @@ class Adaptation(AbstractAdaptation):
     ):
         """Attach the parts to each other, without starting their threads.
 
-        Args:
-            pool: the workers, whose latest calls settings are chosen by.
-            coder: the code.
-            policy: the batching policy.
-            estimator: the error of decoded answers.
-            predictor: a surrogate.
-            observe: receives all metrics.
-
         Raises:
             ValueError: for a policy that does not fit the code or the predictor.
         """

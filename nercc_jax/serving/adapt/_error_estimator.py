@@ -107,12 +107,10 @@ class ErrorEstimator:
         return [mask for mask in masks if mask.any()]
 
     def compile(self, outputs: Sequence[int], width: int) -> None:
-        """Compile for a model's outputs, so that no query waits for it.
+        """Compile for a model's outputs of this shape, so that no query waits for it.
 
-        Args:
-            outputs: the shape of an answer.
-            width: the largest number of rows of a group. Updates run the same programs with as many
-                groups a step, so that a step takes no longer than a decoding.
+        Updates run the same programs with `width` groups a step, as many as a group has rows at
+        most, so that a step takes no longer than a decoding.
         """
         self._width = width
         if not self._coder.can_decode:
@@ -337,16 +335,8 @@ def calibrate_or_restore(
 ) -> None:
     """Calibrate an estimator, or restore it from a cache file: calibration takes seconds.
 
-    Args:
-        estimator: the estimator.
-        model: the served model.
-        x: unlabelled data points, or a function that returns them.
-        worker_dtype: the dtype in which workers compute.
-        cache: the file, named after all that calibration depends on; None for no cache. It is
-            written if it is not there or cannot be read.
-
-    Raises:
-        ValueError: as `ErrorEstimator.calibrate`.
+    The file is named after all that calibration depends on. It is written if it is not there or
+    cannot be read. Raises as `ErrorEstimator.calibrate`.
     """
     state = None if cache is None else _read(cache)
     if state is not None:

@@ -167,16 +167,7 @@ class OnlineCalibration:
         form: Form | None = None,
         check_rate: float | None = None,
     ):
-        """Start without data.
-
-        Args:
-            surrogate: the surrogate; None for a learner that is made from the first answers.
-            target: what may be given out.
-            features: of queries, for such a learner; by default their principal components.
-            capacity: the number of answers that such a learner keeps.
-            form: the parts of an answer, where each has a label of its own.
-            check_rate: the share of right answers that may look wrong; None for no check.
-        """
+        """Start without data; arguments are those of `Predictor` and `Predictor.attach`."""
         self._check_rate = check_rate
         self._target = target
         self._set_surrogate(surrogate)

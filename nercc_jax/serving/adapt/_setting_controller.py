@@ -102,16 +102,9 @@ class CallReplay:
 
 
 def replay_calls(calls: Sequence[Call], copies: int, workers: int, seed: int) -> CallReplay | None:
-    """Return a replay of the calls of sizes that are known well enough.
+    """Return a replay of the calls of sizes that are known well enough; None if there are too few.
 
-    Args:
-        calls: a pool's latest calls.
-        copies: the largest number of copies of a query, beyond its own call.
-        workers: the number of workers.
-        seed: of the draws.
-
-    Returns:
-        The replay; None where there are too few calls.
+    A query has `copies` at most, beyond its own call.
     """
     if not calls:
         return None
@@ -190,11 +183,7 @@ class SettingController:
         predictor: Predictor | None,
         observe: Observe,
     ):
-        """Create a controller with the policy's own rule and no redundancy.
-
-        Raises:
-            ValueError: for a code whose redundancy cannot be left out.
-        """
+        """Start with the policy's rule. Raises ValueError for a code that needs its redundancy."""
         assert policy.max_calls is not None
         if not coder.systematic:
             raise ValueError(

@@ -157,9 +157,7 @@ class AbstractAdaptation(abc.ABC):
     def admits(self, answer: Answer, *, calibrated: bool) -> bool:
         """Return whether an approximate answer may be given out, by what stragglers showed.
 
-        Args:
-            answer: the answer.
-            calibrated: whether it is within the limit of a calibration.
+        It is `calibrated` if it is within the limit of a calibration.
         """
 
     @abc.abstractmethod
@@ -172,11 +170,7 @@ class AbstractAdaptation(abc.ABC):
 
     @abc.abstractmethod
     def audit(self, given: ApproximateAnswer, own: np.ndarray | None) -> bool:
-        """Compare an answer to a straggler's query with the model's own, which came late.
-
-        Args:
-            given: the answer, whether it was given out or not.
-            own: the model's own answer; None if it will never come.
+        """Compare an answer with the model's own, which came late, or is None and will never come.
 
         Returns:
             Whether it was right.

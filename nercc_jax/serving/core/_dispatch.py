@@ -48,14 +48,7 @@ class QueryOrdering:
     """
 
     def __init__(self, coder: Coder, shape: Sequence[int], rows: int):
-        """Prepare the ordering.
-
-        Args:
-            coder: the code.
-            shape: the shape of a query.
-            rows: the largest number of rows of a group; the longest path has as many queries as
-                such a group.
-        """
+        """Prepare for queries of a shape; the longest path has those of a group of `rows` rows."""
         self._coder = coder
         powers = {*range(0, rows.bit_length(), _STEP), rows.bit_length() - 1}
         self._sizes = [coder.num_data << power for power in sorted(powers)]
@@ -75,18 +68,11 @@ class QueryOrdering:
     def assign(
         self, queries: Sequence[Query], sizes: Sequence[int], place: int
     ) -> list[list[Query]]:
-        """Distribute queries over cells.
+        """Distribute queries over cells of these sizes, and return the queries of each cell.
 
-        A row of a group is a stretch of the path, with its queries at the alphas in order.
-
-        Args:
-            queries: as many as the cells hold.
-            sizes: the cells' sizes.
-            place: the first cell's place in its group; after a group's last place the next group's
-                first follows.
-
-        Returns:
-            The queries of each cell.
+        A row of a group is a stretch of the path, with its queries at the alphas in order. The
+        first cell has this place in its group; after a group's last place the next group's first
+        follows.
         """
         order = iter(self.path(queries))
         cells: list[list[Query]] = [[] for _ in sizes]
@@ -131,11 +117,7 @@ _ORDERING, _ORDERING_SHARE = 0.002, 0.05
 class DispatchRules:
     """The fixed rules by which groups are opened at the pool.
 
-    Attributes:
-        policy: the batching policy.
-        enough: the number of answers with which a group of a code that is not systematic can be
-            decoded.
-        refuse: tells which answers of workers are not valid.
+    With `enough` answers a group of a code that is not systematic can be decoded.
     """
 
     policy: BatchingPolicy
@@ -178,18 +160,7 @@ class Dispatcher:
         adaptation: AbstractAdaptation,
         ordering: QueryOrdering | None,
     ):
-        """Create a dispatcher without groups.
-
-        Args:
-            pool: the workers.
-            coder: the code.
-            queue: the queue that queries are taken from.
-            events: receives each group to which something happens.
-            rules: how groups are opened at the pool.
-            predictor: the surrogate's answers to a group's queries.
-            adaptation: takes metrics, and says when whole groups are wanted.
-            ordering: the order of queries; None to take them as they come.
-        """
+        """Create a dispatcher; without an ordering, queries are taken as they come."""
         self._pool, self._coder, self._queue, self._events = pool, coder, queue, events
         self._rules, self._policy, self._ordering = rules, rules.policy, ordering
         self._predictor, self._adaptation = predictor, adaptation

@@ -45,13 +45,6 @@ class GroupPredictor:
     ):
         """Create a lookup.
 
-        Args:
-            adaptation: has the surrogate, if there is one.
-            policy: the batching policy.
-            queries: the shape and dtype of queries.
-            answers: the shape and dtype of answers.
-            clock: the scheduler's clock.
-
         Raises:
             ValueError: where the policy needs a surrogate and there is none, or where queries or
                 answers cannot be predicted.
@@ -112,17 +105,7 @@ class GroupDecoder:
         adaptation: AbstractAdaptation,
         clock: AbstractClock,
     ):
-        """Create a decoder.
-
-        Args:
-            coder: the code.
-            policy: the batching policy, its `max_disagreement` being that of decoded answers.
-            adaptation: knows the error to expect.
-            clock: the scheduler's clock.
-
-        Raises:
-            ValueError: where `wait_for` does not fit the code.
-        """
+        """Create a decoder. Raises ValueError where `wait_for` does not fit the code."""
         self._coder, self._adaptation, self._clock = coder, adaptation, clock
         self._width, self._resends_within_budget = (
             policy.max_batch_size,
@@ -292,12 +275,7 @@ class FallbackPolicy:
         self._budget.earn(queries)
 
     def decide(self, group: Group, late: np.ndarray) -> Fallback:
-        """Decide about a group's queries.
-
-        Args:
-            group: the group.
-            late: mask of the coded data points that are not waited for any more.
-        """
+        """Decide about a group's queries; coded data points that are late are not waited for."""
         if self._coder.systematic and not late.any():
             return Fallback([], [])  # each query has a worker of its own that is in time
         lost = [

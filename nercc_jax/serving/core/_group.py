@@ -53,13 +53,7 @@ class Group:
     """
 
     def __init__(self, coder: Coder, now: float, *, alone: bool = False):
-        """Create an empty group.
-
-        Args:
-            coder: the code, made ready for streams.
-            now: the time.
-            alone: the group is a single batch that goes to one worker uncoded.
-        """
+        """Create an empty group; `alone` is a single batch that goes to one worker uncoded."""
         self.coder, self.began, self.alone = coder, now, alone
         self.cells: list[Cell] = []
         self.rows = 0  # of the largest cell

@@ -68,11 +68,7 @@ class HealthMonitor:
         self._probe_error: str | None = None
 
     def report_turn(self, open_requests: bool) -> float:
-        """Record a turn of the batcher's thread, and return the time.
-
-        Args:
-            open_requests: whether requests wait for answers.
-        """
+        """Record a turn of the batcher's thread, and return the time."""
         now = self._last_turn = self._clock.now()
         if not open_requests:
             self._silent_since = math.inf
@@ -98,11 +94,7 @@ class HealthMonitor:
         return due
 
     def trouble(self, answer_time: float) -> Health | None:
-        """Return what is wrong, if anything.
-
-        Args:
-            answer_time: the median seconds that an answer takes; infinite if unknown.
-        """
+        """Return what is wrong, if anything; an answer usually takes `answer_time` seconds."""
         now = self._clock.now()
         if now - self._last_turn > STUCK:
             return Health(False, False, f"the batcher is stuck for {now - self._last_turn:.0f} s")

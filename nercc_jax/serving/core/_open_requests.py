@@ -41,13 +41,6 @@ class OpenRequests:
     """
 
     def __init__(self, queue: QueryQueue, observe: Observe, clock: AbstractClock):
-        """Create an empty set.
-
-        Args:
-            queue: the queue that reserves room for accepted requests.
-            observe: receives the metrics of requests and queries.
-            clock: the scheduler's clock.
-        """
         self._queue, self._observe, self._clock = queue, observe, clock
         self._settled = threading.Condition()
         self._open: set[Request] = set()
@@ -125,13 +118,7 @@ class OpenRequests:
             yield heapq.heappop(self._deadlines)[2]
 
     def answer(self, queries: Sequence[Query], answer: Answer, now: float) -> list[Group]:
-        """Give queries their answers, but not those that nobody waits for any more.
-
-        Args:
-            queries: the queries, of any requests.
-            answer: the answers, one row each.
-            now: the time.
-        """
+        """Give queries of any requests their answers, except those that nobody waits for."""
         groups: list[Group] = []
         rows: dict[Request, list[int]] = {}
         for row, query in enumerate(queries):

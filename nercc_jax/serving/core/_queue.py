@@ -16,13 +16,7 @@ class EventQueue:
     """
 
     def __init__(self, clock: AbstractClock, name: str, turn: Callable[[], float]):
-        """Create the thread, which calls `turn()` after each event and when it asked to be called.
-
-        Args:
-            clock: the clock that drives the thread.
-            name: the thread's name.
-            turn: handles what is due, and returns the time of the next turn.
-        """
+        """Create the thread, which calls `turn()` after each event and when that asked for it."""
         self._events: collections.deque[Any] = collections.deque()
         self._turns = clock.turns(name, turn)
         self.start, self.wake, self.close = self._turns.start, self._turns.wake, self._turns.close
@@ -135,11 +129,7 @@ class QueryQueue:
         self.resent.add_first(queries)
 
     def next_lane(self, *, hold_coded: bool = False) -> Lane | None:
-        """Return the lane to serve next, or None.
-
-        Args:
-            hold_coded: leave out the queries that are to be coded.
-        """
+        """Return the lane to serve next, or None; without queries to be coded if these are held."""
         self._sweep()
         if not self.waiting:
             return None

@@ -135,16 +135,10 @@ class Request:
         lead: float = 0.0,
         trace: RequestTrace | None = None,
     ):
-        """Create a request.
+        """Create a request of queries (B, ...), whose answers are written into `values`.
 
-        Args:
-            x: the queries, (B, ...).
-            values: the array that answers are written into.
-            arrived: the time of arrival by the scheduler's clock.
-            deadline: seconds from arrival until the request fails.
-            exact: accept only the model's own answers.
-            lead: seconds by which the request overtakes earlier ones; 0 for ordinary priority.
-            trace: a record of the request's life, if somebody wants one.
+        It fails `deadline` seconds after it arrived. `exact` accepts only the model's own answers.
+        It overtakes requests that arrived up to `lead` seconds earlier; 0 is ordinary priority.
         """
         size = len(x)
         self.x: np.ndarray | None = x  # all queries, until the request is over

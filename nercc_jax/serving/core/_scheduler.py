@@ -71,14 +71,7 @@ class QueryScheduler:
     ):
         """Compile the scheduler's own programs, without starting the thread.
 
-        Args:
-            pool: the workers; the caller closes it, after the scheduler.
-            coder: the code.
-            queries: the shape and dtype of queries.
-            answers: the shape and dtype of answers.
-            policy: the batching policy.
-            adaptation: calibration, prediction, and the setting that holds.
-            refuse: tells which answers of workers are not valid.
+        The caller closes the pool, after the scheduler.
 
         Raises:
             ValueError: for a policy that does not fit the code or the adaptation.

@@ -82,12 +82,7 @@ class JsonCounter:
     """Counts the parts of JSON as it arrives, and refuses more than the bounds."""
 
     def __init__(self, bounds: JsonBounds, length: int | None):
-        """Create a counter.
-
-        Args:
-            bounds: the bounds.
-            length: the bytes of JSON, if something else follows it.
-        """
+        """Create a counter; JSON has `length` bytes, if something else follows it."""
         self._bounds, self._left = bounds, math.inf if length is None else length
         self._seen = 0
         self._counts: dict[str, int] = {}

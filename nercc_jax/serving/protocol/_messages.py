@@ -102,15 +102,7 @@ class RequestedOutput(NamedTuple):
 
 @dataclasses.dataclass
 class InferRequest:
-    """An inference request of either transport.
-
-    Attributes:
-        inputs: the tensors.
-        id: the client's id, or one of ours.
-        parameters: the request's parameters.
-        outputs: the outputs asked for; all if empty.
-        binary_outputs: whether to send all outputs as binary data.
-    """
+    """An inference request of either transport; all outputs are asked for if none is."""
 
     inputs: list[InputTensor]
     id: str | None = None
@@ -128,15 +120,10 @@ class AnswerOptions(TypedDict):
 
 
 def decompress(body: bytes | bytearray, encoding: str, limit: int) -> Iterator[bytes]:
-    """Yield the pieces of a body as it was before compression.
-
-    Args:
-        body: the compressed body.
-        encoding: the Content-Encoding.
-        limit: the largest size of the result, in bytes.
+    """Yield the pieces of a body as it was before compression, by its Content-Encoding.
 
     Raises:
-        TooLarge: where the result is larger.
+        TooLarge: where the result is larger than the limit, in bytes.
         UnsupportedEncoding: for an unknown encoding.
         InvalidInput: where the body is not compressed so.
     """
@@ -165,12 +152,7 @@ def decompress(body: bytes | bytearray, encoding: str, limit: int) -> Iterator[b
 
 
 def json_size(size: int, json_length: str | None, limit: int = sys.maxsize) -> int:
-    """Return how many of a body's bytes are JSON.
-
-    Args:
-        size: the body's size.
-        json_length: the length that the request's header gives, if binary tensors follow the JSON.
-        limit: the largest JSON, in bytes.
+    """Return how many of a body's bytes are JSON: all, unless the request's header gives a length.
 
     Raises:
         InvalidInput: where `json_length` is not a length within the body.
@@ -206,13 +188,7 @@ def read_request(
 ) -> InferRequest:
     """Read a REST body: JSON, which ends at `json_length` if binary tensors follow it.
 
-    Args:
-        body: the body.
-        json_length: the length of the JSON by the request's header.
-        parsed: the JSON as `_json.loads` parses it, if that was done elsewhere.
-
-    Raises:
-        InvalidInput: where it is not such a body.
+    `_json.loads` may have parsed it elsewhere. Raises InvalidInput where it is not such a body.
     """
     size = json_size(len(body), json_length)
     try:
@@ -260,14 +236,9 @@ def queries_of(
 ) -> np.ndarray | dict[str, np.ndarray]:
     """Return a request's queries, (B, *shape), by name where the model takes a dict of arrays.
 
-    Args:
-        request: the request.
-        servable: the model.
-        most: the largest B, beyond which there would never be room.
-
     Raises:
         InvalidInput: for anything but tensors of the names, types and shapes in the metadata.
-        TooLarge: for a larger B.
+        TooLarge: for more queries than `most`, for which there would never be room.
     """
     inputs = servable.inputs
     given = {each.name: each for each in request.inputs}

@@ -300,13 +300,9 @@ def error_response(error: Exception) -> Response:
 def seconds_since_proxy(headers: Iterable[tuple[bytes, bytes]], now: float) -> float:
     """Return the seconds since a proxy took the request, by the `X-Request-Start` header.
 
-    Args:
-        headers: the request's headers.
-        now: the wall clock's time.
-
-    Returns:
-        The seconds; 0 without the header, and for a time in the future or more than an hour ago,
-        longer than any deadline, by which clocks of machines differ and not requests.
+    They are 0 without the header, and for a time in the future or more than an hour ago, longer
+    than any deadline, by which clocks of machines differ and not requests. `now` is the wall
+    clock's time.
     """
     for name, value in headers:
         if name == REQUEST_START and (found := _TIME.fullmatch(value.strip())) is not None:
@@ -432,12 +428,7 @@ async def read_body(
 
 
 async def _while_connected(receive: Receive, answer: Coroutine[Any, Any, Reply]) -> Reply:
-    """Await the answer, and give it up once the client has gone away.
-
-    Raises:
-        ClientDisconnect: then.
-        Exception: as the answer does.
-    """
+    """Await the answer; raise ClientDisconnect once the client has gone away."""
     asker = asyncio.current_task()
     assert asker is not None
     gone = False

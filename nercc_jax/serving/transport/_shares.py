@@ -123,12 +123,7 @@ class JsonReader:
         asyncio.get_running_loop().call_later(_PIECE_PAUSE, self._receiving.release)
 
     async def loads(self, client: str, text: bytes | bytearray | memoryview, seconds: float) -> Any:
-        """Parse as `_json.loads`, and raise as it does.
-
-        Args:
-            client: the client.
-            text: the JSON.
-            seconds: how long to wait for a turn at most.
+        """Parse as `_json.loads`, and raise as it does; wait some seconds for a turn at most.
 
         Raises:
             Overloaded: where no turn comes, or the process fails.

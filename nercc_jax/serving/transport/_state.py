@@ -87,14 +87,7 @@ class ServerState:
         starting: Sequence[str] = (),
         telemetry: Telemetry | None = None,
     ):
-        """Create the state.
-
-        Args:
-            models: started models, by key.
-            settings: the server's settings.
-            starting: the keys of further models, which are put into `models` once they answer.
-            telemetry: makes spans of requests.
-        """
+        """Create the state; `starting` are put into `models` once they answer. All are keys."""
         self.models = dict(models)
         self.settings = settings
         self.names = [*models, *starting]
@@ -120,11 +113,7 @@ class ServerState:
         return bool(self._tokens)
 
     def check_token(self, authorization: bytes) -> None:
-        """Raise Unauthenticated unless a token is needed and given, or none is needed.
-
-        Args:
-            authorization: the header, or gRPC's metadata, of this name; empty where there is none.
-        """
+        """Raise Unauthenticated unless a header or gRPC's metadata have a token that is needed."""
         kind, _, token = authorization.strip().partition(b" ")
         known = [hmac.compare_digest(token.strip(), each) for each in self._tokens]
         if self._tokens and not (kind.lower() == b"bearer" and any(known)):
@@ -174,8 +163,7 @@ class ServerState:
     def check(self, name: str, version: str = "") -> str:
         """Return the key of a model's version, by default of the latest that is started.
 
-        Raises:
-            ModelNotFound: where there is no such model, nor will be.
+        Raises ModelNotFound where there is no such model, nor will be.
         """
         key = model_key(name, version or "1")
         if key in self.names and (version or len(self.names) == 1):
@@ -203,12 +191,7 @@ class ServerState:
     async def answer(
         self, model: ServedModel, request: InferRequest, elapsed: float = 0.0
     ) -> Reply:
-        """Answer a request.
-
-        Args:
-            model: the model.
-            request: the request.
-            elapsed: the seconds of its deadline that passed before it arrived.
+        """Answer a request, of whose deadline some seconds have passed before it arrived.
 
         Raises:
             InvalidInput: where it does not fit the model.
@@ -235,12 +218,7 @@ class ServerState:
 
     @contextlib.contextmanager
     def watch(self, name: str, headers: Callable[[], Mapping[str, str]]) -> Iterator[None]:
-        """Log and trace the request of this block, and count it if it is refused.
-
-        Args:
-            name: the model's name.
-            headers: returns the request's headers, which may name a trace.
-        """
+        """Log and trace the request of this block, and count it if it is refused."""
         trace = self._log.start(name, headers)
         outcome = "ok"
         try:
