@@ -86,8 +86,7 @@ def compile_quickly(model: Callable[..., Any], x: "np.ndarray", rows: int) -> bo
 def start_parallel(work: Callable[[], R]) -> Callable[[], R]:
     """Begin work on a thread that a process does not wait for when it ends.
 
-    Returns:
-        A function that waits for the result, and raises what the work raised.
+    Return a function that waits for the result, and raises what the work raised.
     """
     result: concurrent.futures.Future[R] = concurrent.futures.Future()
 

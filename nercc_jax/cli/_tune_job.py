@@ -67,8 +67,7 @@ def search_with_status(
 ) -> tuple[NeRCC, dict[str, Any]]:
     """Search for a layout, and show the candidates as a table and as a picture.
 
-    Returns:
-        The code of the best layout, and its description by name.
+    Return the code of the best layout, and its description by name.
     """
     with console.status("searching ...") as status:
         search = search_layout(

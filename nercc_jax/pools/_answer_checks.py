@@ -35,11 +35,9 @@ _SEEN, _FEWEST = 64, 8  # answers by which the spread is known
 
 
 class Verdict(NamedTuple):
-    """The answer that is given out of several workers' answers to one query.
+    """The answer to a query that is given out, and the workers that gave it.
 
-    Attributes:
-        value: the answer.
-        givers: the workers that gave it; twice the same if no two agreed.
+    They are twice the same if no two agreed.
     """
 
     value: np.ndarray

@@ -156,13 +156,7 @@ class Fault:
 
 
 class StruckCall(NamedTuple):
-    """The faults of one call.
-
-    Attributes:
-        seconds: By which it is delayed.
-        kinds: The kinds of its other faults.
-        wrong: The faults that make its answer wrong.
-    """
+    """A call's delay in seconds, the kinds of its other faults, and those that make it wrong."""
 
     seconds: float
     kinds: set[FaultKind]

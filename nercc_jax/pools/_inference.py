@@ -254,8 +254,7 @@ def _reexecute(
 ) -> tuple[ScoredPredictions, Bool[np.ndarray, "groups num_data"]]:
     """Have the pool run some data points themselves.
 
-    Returns:
-        The predictions, with the model's own in place, and which of them those are.
+    Return predictions with the model's own in place, and which of them those are.
     """
     decoded = found.decoded
     again = np.zeros(decoded.recovered.shape, bool)

@@ -66,8 +66,7 @@ class EncodedInputs:
     def unpack(self) -> Any:
         """Return the value; JAX's arrays are on the default device, at this thread's precision.
 
-        Raises:
-            RuntimeError: If its arrays or its code are not those that were packed.
+        Raises RuntimeError if its arrays or its code are not those that were packed.
         """
         if checksum(self.arrays) != self.checksum:
             raise RuntimeError("a worker has received other weights than were sent")
@@ -79,8 +78,7 @@ class EncodedInputs:
 def pack(value: Any) -> EncodedInputs:
     """Pickle a value, which may hold functions and classes of a script or a notebook.
 
-    Raises:
-        ValueError: If pickle cannot take it.
+    Raises ValueError if pickle cannot take it.
     """
     from ray.cloudpickle import cloudpickle  # Ray's own, which knows its actors and references
 

@@ -165,11 +165,7 @@ class RowTable:
         score: Float[np.ndarray, " few"],
         exact: bool | Bool[np.ndarray, " few"],
     ) -> None:
-        """Take the values of some rows, computed ones if `exact`.
-
-        Raises:
-            ValueError: They have another shape than those of other rows.
-        """
+        """Take the values of some rows; raise ValueError if their shape is not that of others."""
         if self.predictions is None:
             self.predictions = np.full((len(self), *values.shape[1:]), np.nan, values.dtype)
         elif values.shape[1:] != self.predictions.shape[1:]:
@@ -235,11 +231,7 @@ def row_code() -> NeRCC:
 
 
 def load_fitted(path: Path) -> FittedScheme:
-    """Return what `save_fitted` wrote.
-
-    Raises:
-        ValueError: As `load_learner` does, naming the file.
-    """
+    """Return what `save_fitted` wrote; raise as `load_learner` does, naming the file."""
     learner, about = load_learner(path), learner_card(path)
     bars, error_probability = about["bars"], about["doubt"]
     scheme = Scheme(

@@ -64,13 +64,9 @@ _BLATANT = 0.25  # of the answers that may look wrong: those with the largest re
 
 
 class CheckedRows(NamedTuple):
-    """Computed rows that a learner has looked at.
+    """Computed rows that a learner has looked at, with the check, for rows to come.
 
-    Attributes:
-        rows: The rows.
-        looks_wrong: Which of their values look wrong.
-        residuals: How far they are off, in units of deviations, uncorrelated.
-        check: The check, for rows to come.
+    Residuals are in units of deviations, uncorrelated.
     """
 
     rows: Int[np.ndarray, " rows"]

@@ -35,11 +35,7 @@ _TELLING = 64  # that are picked
 class LeftOut(NamedTuple):
     """Predictions of rows that have come, each by a learner that does not know that row.
 
-    Attributes:
-        mean: Their predicted values.
-        deviation: How far these may be off.
-        y: Their own values.
-        plain: The learner's own deviations (`predict`).
+    `y` are the rows' own values, and `plain` the learner's own deviations (`predict`).
     """
 
     mean: Float[np.ndarray, "rows outputs"]
@@ -51,12 +47,8 @@ class LeftOut(NamedTuple):
 class Window(NamedTuple):
     """A learner's pairs, each predicted from the others.
 
-    Attributes:
-        inputs: Their inputs.
-        mean: Their predicted values.
-        plain: The learner's own deviations.
-        ratios: Their errors, in units of these.
-        scale: The ratio of the nearest other pairs (`predict`).
+    `plain` are the learner's own deviations, `ratios` errors in units of these, and `scale` the
+    ratios of the nearest other pairs (`predict`).
     """
 
     inputs: Float[np.ndarray, "pairs inputs"]

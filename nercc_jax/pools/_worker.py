@@ -160,8 +160,7 @@ def as_models(
 ) -> tuple[Model, ...]:
     """Return one model, or the served and further ones, as a tuple, in the workers' dtype.
 
-    Raises:
-        ValueError: If there is none, one is in training mode, or one cannot be cast.
+    Raises ValueError if there is none, one is in training mode, or one cannot be cast.
     """
     models = (model,) if callable(model) else tuple(model)
     if not models or not all(callable(model) for model in models):

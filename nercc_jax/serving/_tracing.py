@@ -70,13 +70,7 @@ class RequestTrace:
     """The trace of a request. The scheduler's thread writes; its caller reads at the end.
 
     A trace that is neither logged nor a span still tells its `id` to those that share its groups.
-
-    Attributes:
-        logged: whether the request log gets a line of it.
-        span: OpenTelemetry's span, if there is one.
-        id: the request's id.
-        error: the error that ended it.
-        answers: by query, where its answer came from.
+    `span` is OpenTelemetry's, and `answers` are the sources of answers, by query.
     """
 
     def __init__(self, model: str, logged: bool):

@@ -3,6 +3,7 @@
 import ast
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -145,6 +146,7 @@ def group_given(value):
     """A group whose only query was given an answer of so many numbers."""
     coder = Coder(Uncoded(1))
     group = Group(coder, 0.0)
+    group.batch = SimpleNamespace(drop_answers=lambda: None)
     query = Request(np.zeros((1, 3), np.float32), np.zeros((1, value)), 0.0, 1.0, False).queries[0]
     answer = Answer(np.zeros(value, np.float32), "predicted", 1, 0)
     query.approximate["predicted"] = ApproximateAnswer(answer, query.x, 0, given=True)

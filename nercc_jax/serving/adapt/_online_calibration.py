@@ -128,15 +128,8 @@ class ExpectedAnswers:
 class ValidationBatch:
     """A surrogate's answers to some queries, compared with the model's own.
 
-    Attributes:
-        features: of the error probability.
-        deviation: the surrogate's own.
-        error: the root mean squared error.
-        wrong: whether the label differs.
-        probability: the calibrated probability of that; NaN before calibration.
-        mean: the answers that the check expects; empty where they are not checked.
-        spread: their deviations; likewise.
-        own: the model's answers; likewise.
+    `probability` is that of a wrong label, NaN before calibration. `mean` and `spread` are the
+    answers that the check expects, and `own` the model's; empty where they are not checked.
     """
 
     features: Float[np.ndarray, "queries features"]
@@ -152,9 +145,8 @@ class ValidationBatch:
 class OnlineCalibration:
     """A surrogate that is validated, calibrated and trained batch by batch, by one thread.
 
-    Attributes:
-        calibrated: the latest calibration, for other threads; None until there is one.
-        drifts: how often drift was detected.
+    Other threads may read `calibrated`, the latest calibration, and `drifts`, how often drift was
+    detected.
     """
 
     def __init__(

@@ -34,13 +34,9 @@ _P999, _P99 = (0.998, 0.9998), (0.99, 0.999)
 
 @dataclasses.dataclass(frozen=True)
 class TailForecast:
-    """The forecast for a setting, in medians of answer times.
+    """The forecast for a setting: mean latencies around p99.9 and from p99 to p99.9, in medians.
 
-    Attributes:
-        tail: the mean latency around p99.9.
-        p99: the mean latency from p99 to p99.9.
-        calls: the calls per query.
-        late: the share of queries whose own worker straggles.
+    And the calls per query, and the share of queries whose own worker straggles.
     """
 
     tail: float
@@ -51,13 +47,10 @@ class TailForecast:
 
 @dataclasses.dataclass(frozen=True)
 class CallReplay:
-    """Times of calls in medians of their size.
+    """Times of queries' own calls and of their copies, in turn, in medians of their size.
 
-    Attributes:
-        own: of queries' own calls.
-        copies: of their copies, in turn.
-        draws: uniform in [0, 1), to draw which queries a surrogate can answer.
-        median: of single queries, in seconds.
+    `draws` are uniform in [0, 1), to draw which queries a surrogate can answer; `median` is that of
+    single queries, in seconds.
     """
 
     own: Float[np.ndarray, " queries"]

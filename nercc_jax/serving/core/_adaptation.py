@@ -35,12 +35,9 @@ class DispatchSetting(NamedTuple):
 
 
 class ExpectedError(NamedTuple):
-    """The error to expect of each query of a group; NaN where it is unknown.
+    """The error to expect of each query of a group, by label and by distance; NaN where unknown.
 
-    Attributes:
-        disagreement: the probability of another label than the model's own.
-        error: the root mean squared distance to the model's answers.
-        current: whether nothing has been observed since that would change the estimate.
+    `current` says whether nothing has been observed since that would change the estimate.
     """
 
     disagreement: Float[np.ndarray, " queries"]
@@ -50,13 +47,10 @@ class ExpectedError(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """A surrogate's answers to some queries.
+    """A surrogate's answers to some queries, and which may be given out.
 
-    Attributes:
-        values: the answers.
-        disagreement: the probability of another label; NaN where labels do not matter.
-        error_bound: the error that nine of ten answers do not exceed, in units of the outputs.
-        sure: whether the answers may be given out.
+    Disagreement is the probability of another label, NaN where labels do not matter. Nine of ten
+    answers do not exceed the error bound, in units of the outputs.
     """
 
     values: Float[np.ndarray, "queries m"]
@@ -66,12 +60,7 @@ class Predictions:
 
 
 class Expectation(NamedTuple):
-    """The expectation of the model's own answer to a query.
-
-    Attributes:
-        answers: Predictions of several queries' answers, for whoever checks them.
-        row: The query's row among them.
-    """
+    """The expectation of the model's own answer: a row of the predictions of several queries."""
 
     answers: Any
     row: int

@@ -128,11 +128,8 @@ class DispatchRules:
 class Turn(NamedTuple):
     """The circumstances of one turn of the scheduler.
 
-    Attributes:
-        now: the time.
-        setting: the setting that holds.
-        answer_time: the median seconds that an answer takes; infinite if unknown.
-        at_once: do not wait for groups to fill up.
+    An answer usually takes `answer_time` seconds, infinitely many if unknown. `at_once`, groups do
+    not wait to fill up.
     """
 
     now: float
@@ -223,8 +220,7 @@ class Dispatcher:
             self.filling = None
         group.closed = True
         self.groups.discard(group)
-        if group.batch is not None:
-            group.batch.forget()
+        group.batch.forget()
 
     def _redundancy(self, group: Group, turn: Turn) -> Int[np.ndarray, " points"]:
         """Return the coded data points to send beyond the queries themselves."""
@@ -331,7 +327,6 @@ class Dispatcher:
         now: float,
         avoid: Iterable[int] = (),
     ) -> None:
-        assert group.batch is not None
         group.sent_at[points] = now
         if group.trace is not None:
             group.trace.sent(points.tolist(), now)

@@ -363,7 +363,6 @@ class FallbackPolicy:
 
 def _has_failed(group: Group, cell: int) -> bool:
     """Return whether a cell's own coded data points will get no answer."""
-    assert group.batch is not None
     points: Iterable[int] = group.layout.own[cell].tolist()
     return all(group.batch.abandoned(point) for point in points if group.sent[point])
 

@@ -58,7 +58,7 @@ class Group:
         self.cells: list[Cell] = []
         self.rows = 0  # of the largest cell
         self.layout = coder.layout(coder.num_data)  # of a full group, until it is complete
-        self.batch: Batch | None = None
+        self.batch: Batch  # at the pool, which its opener sets
         # By coded data point.
         self.mask = np.zeros(coder.num_workers, bool)
         self.sent_at = np.full(coder.num_workers, np.nan)
@@ -133,7 +133,6 @@ class Group:
 
         Each comes with its query, and with whether that answer may still come.
         """
-        assert self.batch is not None
         for place, cell in enumerate(self.cells):
             own = self.layout.own[place]
             left = [point for point in own.tolist() if self.outstanding[point]]
@@ -153,8 +152,7 @@ class Group:
             cell.queries = [_stripped(query) for query in cell.queries]
         self.answers = [None] * len(self.answers)
         self.predictions, self.trace = {}, None
-        if self.batch is not None:
-            self.batch.drop_answers()
+        self.batch.drop_answers()
 
     @property
     def kept_bytes(self) -> int:

@@ -18,13 +18,7 @@ _SUSPICIOUS, _PROBE_EVERY = 3, 1.0
 
 @dataclasses.dataclass(frozen=True)
 class Health:
-    """The health of a batcher or a model.
-
-    Attributes:
-        live: False where only a restart would help.
-        ready: whether a query would be answered now.
-        trouble: the reason if it is not.
-    """
+    """The health of a batcher or a model: where it is not live, only a restart would help."""
 
     live: bool
     ready: bool

@@ -266,8 +266,7 @@ class BatchSpec:
     def check(self, x: np.ndarray) -> Shaped[np.ndarray, "batch ..."]:
         """Return queries as workers receive them.
 
-        Raises:
-            ValueError: where they are not one or more rows of this shape and kind, or not finite.
+        Raises ValueError where they are not rows of this shape and kind, or not finite.
         """
         x = np.asarray(x)
         if x.ndim != len(self.shape) + 1 or x.shape[1:] != self.shape or not len(x):

@@ -306,7 +306,7 @@ class QueryScheduler:
 
     def _receive(self, group: Group, now: float) -> None:
         batch = group.batch
-        if group.closed or batch is None:
+        if group.closed:
             return
         for point in np.flatnonzero(batch.available & ~group.mask).tolist():
             value = batch.answer(point)
@@ -427,7 +427,6 @@ class QueryScheduler:
 
     def _late(self, group: Group, now: float) -> np.ndarray:
         """Return the mask of coded data points not to wait for: late ones, and failed ones."""
-        assert group.batch is not None
         outstanding = group.outstanding
         late = outstanding & (now - group.sent_at >= self._times.limit(group.rows))
         for point in np.flatnonzero(outstanding & ~late).tolist():
@@ -435,7 +434,6 @@ class QueryScheduler:
         return late
 
     def _fail_if_lost(self, group: Group) -> None:
-        assert group.batch is not None
         if not group.batch.lost(0):
             return
         failures = group.batch.failures
@@ -452,7 +450,6 @@ class QueryScheduler:
 
     def _close_group(self, group: Group, now: float) -> None:
         """Close a group whose queries are answered, or keep it to receive stragglers' answers."""
-        assert group.batch is not None
         if not group.alone and group.outstanding.any() and now < group.linger_until:
             kept = len(self._dispatcher.groups) - len(self._late_groups)
             if math.isinf(group.linger_until) and kept < _LINGERING and not group.stripped:
@@ -477,7 +474,6 @@ class QueryScheduler:
         if not any(coming for coming, *_ in awaited):
             self._late_groups.discard(group)
             return False
-        assert group.batch is not None
         group.batch.suffice()
         group.linger_until = math.inf
         for evicted in self._late_groups.add(group):

@@ -45,12 +45,7 @@ class TooManyNumbers(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class JsonBounds:
-    """The most that the JSON of a request for a model may hold.
-
-    Attributes:
-        numbers: numbers of all tensors.
-        lists: lists of all tensors, nested as their shapes.
-    """
+    """The most numbers and lists, nested as their shapes, that a request's tensors may have."""
 
     numbers: int
     lists: int
@@ -189,11 +184,9 @@ class JsonProcess:
         self._process: subprocess.Popen[bytes] | None = None
 
     def loads(self, text: bytes | bytearray | memoryview) -> Any:
-        """Parse as `loads` does. It blocks; `end` interrupts it.
+        """Parse as `loads` does, and raise OSError where the process ends meanwhile.
 
-        Raises:
-            ValueError: as `loads`.
-            OSError: where the process ended meanwhile.
+        It blocks; `end` interrupts it.
         """
         with self._lock:
             process = self._running()

@@ -72,8 +72,7 @@ class Tensor:
     def fit(self, x: np.ndarray) -> np.ndarray:
         """Return queries (B, *shape) in the model's dtype.
 
-        Raises:
-            ValueError: where they have another shape or kind, or do not fit into the dtype.
+        Raises ValueError where they have another shape or kind, or do not fit into the dtype.
         """
         if x.ndim != len(self.shape) + 1 or x.shape[1:] != self.shape or not len(x):
             raise ValueError(f"the model takes {self}, not of shape {list(x.shape)}")
@@ -103,14 +102,10 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Tensors:
-    """The tensors of a query or an answer.
+    """The tensors of a query or an answer; `alone` if the model has one array instead of a dict.
 
     A row is the tensor itself where there is one, (d,) float32 where all are floats, and otherwise
     the bytes of all, which are never coded.
-
-    Attributes:
-        parts: the tensors.
-        alone: whether the model has one array instead of a dict.
     """
 
     parts: tuple[Tensor, ...]
@@ -158,9 +153,8 @@ class Tensors:
     def pack(self, given: Any) -> np.ndarray:
         """Return rows of queries from arrays (B, *shape) by name, or from one array.
 
-        Raises:
-            ValueError: where a name is missing or unknown, the numbers of queries differ, or as
-                `Tensor.fit`.
+        Raises ValueError where a name is missing or unknown, the numbers of queries differ, or as
+        `Tensor.fit`.
         """
         columns = self.fit(given)
         if len(columns) == 1:

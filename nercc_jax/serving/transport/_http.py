@@ -143,8 +143,7 @@ class BoundedHttp(HttpToolsProtocol):
     def _count(self, size: int) -> None:
         """Count bytes of the head, or of a chunked body's trailer.
 
-        Raises:
-            RuntimeError: above the limit, to end the parser.
+        Raises RuntimeError above the limit, to end the parser.
         """
         self._head += size
         if self._head > self._settings.max_header_bytes:

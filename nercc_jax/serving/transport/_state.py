@@ -45,9 +45,8 @@ _EXTENSIONS = ("model_configuration", "model_repository", "schedule_policy", "st
 class ModelControl:
     """Loads and unloads the models of a server; this one refuses to.
 
-    Attributes:
-        known: the keys of all models that can be loaded.
-        loading: the keys of those that are being loaded, which the server does not wait for.
+    `known` are the keys of all models that can be loaded, and `loading` of those that are being
+    loaded, for which the server does not wait.
     """
 
     known: Sequence[str] = ()
@@ -70,14 +69,8 @@ class ModelControl:
 class ServerState:
     """The models of a server, and the answers to what clients ask.
 
-    Attributes:
-        models: the models that are started, by key (`Servable.key`).
-        names: the keys of all models that are started or will be.
-        control: loads and unloads models, where clients may do so.
-        settings: the server's settings.
-        memory: the bytes of the requests in progress.
-        reader: parses large JSON.
-        draining: whether the server answers its last requests.
+    `models` are those that are started, by key (`Servable.key`), and `names` the keys of all that
+    are started or will be.
     """
 
     def __init__(
