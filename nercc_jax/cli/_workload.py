@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from ..codes import AbstractCode, load_code
 from ..inference._models import call_model, check_model
+from ..pools._batch import reason_of
 from ..pools._row_files import fingerprint_of_array
 from ..stragglers import AbstractStragglers, ExactStragglers
 from ._errors import of_option
@@ -174,9 +175,9 @@ def _check_runs(name: str, model: Any, x: np.ndarray, source: str) -> None:
     try:
         answer: Any = eqx.filter_eval_shape(lambda batch: call_model(model, batch), one)
     except Exception as error:
-        first = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(
-            f"--model {name} does not run on a batch of shape {one.shape} of {source}: {first}"
+            f"--model {name} does not run on a batch of shape {one.shape} of {source}: "
+            f"{reason_of(error)}"
         ) from error
     if getattr(answer, "shape", ())[:1] != (1,) or len(answer.shape) < 2:
         wanted = f"--model {name} must give an array, a row for each of a batch"

@@ -139,11 +139,11 @@ class RayPool(AbstractPool):
 
     def processes(self) -> list[int | None]:
         """Return the process id of each worker, on whatever machine; None while it is replaced."""
-        return self._backend.processes()
+        return [place and place.process for place in self._backend.places()]
 
     def nodes(self) -> list[str | None]:
         """Return the node of each worker, by Ray's id; None while it is replaced."""
-        return self._backend.nodes()
+        return [place and place.node for place in self._backend.places()]
 
     @property
     def alarm(self) -> str | None:

@@ -335,18 +335,9 @@ class ActorBackend(WorkerBackend):
             # `ray.shutdown`.
             concurrent.futures.wait(tuple(self._pending), timeout=_END)
 
-    def processes(self) -> list[int | None]:
-        """Return the process id of each worker; None while it is replaced."""
-        # Not of `_actors`, which lacks a worker for a moment while it is replaced.
-        places = self._ready_places()
-        return [None if each is None else each.process for each in places]
-
-    def nodes(self) -> list[str | None]:
-        """Return the node of each worker, by Ray's id; None while it is replaced."""
-        places = self._ready_places()
-        return [None if each is None else each.node for each in places]
-
-    def _ready_places(self) -> list[NodePlacement | None]:
+    def places(self) -> list[NodePlacement | None]:
+        """Return the place of each worker; None while it is replaced."""
+        # Not of `_actors`, which lacks a worker for a moment then.
         ready = {worker for worker, _ in tuple(self._ready)}
         return [
             self._places.get(worker) if worker in ready else None

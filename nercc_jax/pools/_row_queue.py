@@ -107,7 +107,7 @@ class RowQueue:
     @property
     def _share(self) -> int:
         """The rows of a call that leave each worker several calls: a power of two."""
-        return _power_of_two(len(self.waiting) / (_CALLS * self._num_workers))
+        return power_of_two(len(self.waiting) / (_CALLS * self._num_workers))
 
     @property
     def timed(self) -> bool:
@@ -122,7 +122,7 @@ class RowQueue:
         usual = times.median_of_latest(size)
         if self._settings.rows_per_call is not None or not np.isfinite(usual):
             return
-        self._least = _power_of_two(size * _SHORT / usual)
+        self._least = power_of_two(size * _SHORT / usual)
         self._timed += size == self._size
         if size != self._size or not self.timed:
             return
@@ -134,13 +134,13 @@ class RowQueue:
             return
         row_seconds = max(usual - seconds, usual / 8) / (size - before)
         longest = size + (_CALL - usual) / row_seconds
-        most = _power_of_two(min(longest, _BYTES / row_bytes, float(self._share)))
+        most = power_of_two(min(longest, _BYTES / row_bytes, float(self._share)))
         if most > size and self._grows:
             self._smaller, self._size, self._timed = (size, usual), most, 0
         elif usual > 2 * _CALL and size > 1:
             self._smaller, self._size, self._timed = (0, 0.0), size // 2, 0
 
 
-def _power_of_two(number: float) -> int:
+def power_of_two(number: int | float) -> int:
     """Return the largest power of two that is not larger, from 1 on."""
     return 1 << max(int(number), 1).bit_length() - 1

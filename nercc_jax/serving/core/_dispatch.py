@@ -20,6 +20,7 @@ from ...inference._ordering import projection_on_host
 from ...inference._paths import short_path
 from ...pools import AbstractPool
 from ...pools._batch import Refuse
+from ...pools._row_queue import power_of_two
 from .._policy import BatchingPolicy
 from ._adaptation import AbstractAdaptation, DispatchSetting
 from ._coder import Coder
@@ -264,7 +265,7 @@ class Dispatcher:
     def _send_group(self, turn: Turn) -> list[Group]:
         num_data, lane = self._coder.num_data, self._queue.coded
         number = len(lane)
-        rows = _power_of_two(min(max(number // num_data, 1), self._policy.max_batch_size))
+        rows = power_of_two(min(max(number // num_data, 1), self._policy.max_batch_size))
         columns = min(number, num_data)
         queries = self._pop(lane, rows * columns, turn.now)
         cells = self._assign(queries, [rows] * columns, 0, turn)
@@ -284,7 +285,7 @@ class Dispatcher:
         queries = self._next_batch(lane, turn.now)
         avoid = queries[0].candidates.keys()
         same = [query for query in queries if query.candidates.keys() == avoid]
-        same = same[: _power_of_two(len(same))]
+        same = same[: power_of_two(len(same))]
         self._queue.resend([query for query in queries if query not in same])
         at_once = 1 if avoid else turn.setting.overdue.copies
         self._send_alone(_cell(same), turn, avoid, at_once)
@@ -356,7 +357,7 @@ class Dispatcher:
     def _size(self, waiting: int, workers: int | float) -> int:
         """Return the size of a batch if workers that slow down no other share what waits."""
         share = math.ceil(waiting / max(workers, 1))
-        return _power_of_two(min(share, self._policy.max_batch_size))
+        return power_of_two(min(share, self._policy.max_batch_size))
 
     def _assign(self, queries: list[Query], sizes: list[int], place: int, turn: Turn) -> list[Cell]:
         """Distribute queries over cells of these sizes, for a group's places from `place` on."""
@@ -388,11 +389,6 @@ def _coder_of_one(model: int) -> Coder:
 def _longest_ordering(answer_time: float) -> float:
     """Return the seconds that ordering may take. Where answer times are unknown, be quick."""
     return max(_ORDERING, _ORDERING_SHARE * answer_time if answer_time < math.inf else 0.0)
-
-
-def _power_of_two(number: int) -> int:
-    """Return the largest power of two that is no larger than a positive number."""
-    return 1 << (number.bit_length() - 1)
 
 
 def _cell(queries: Sequence[Query]) -> Cell:

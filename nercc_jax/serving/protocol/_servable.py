@@ -20,6 +20,7 @@ from jaxtyping import Array, PyTree, Shaped
 
 from ...codes._trees import Form
 from ...inference._models import Model, call_model, check_model
+from ...pools._batch import reason_of
 
 FLOAT = "FP32"
 # By the protocol's datatype, the dtype on the wire.
@@ -400,8 +401,9 @@ def make_servable(
     try:
         answer: Any = eqx.filter_eval_shape(lambda x: call_model(model, x), batch)
     except Exception as error:
-        first = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"{name} does not run on a batch of {queries}: {first}") from error
+        raise ValueError(
+            f"{name} does not run on a batch of {queries}: {reason_of(error)}"
+        ) from error
     outputs = _outputs(name, answer, output_name)
     if not (queries.alone and outputs.alone):
         model = RowModel(model, queries, outputs)
@@ -421,8 +423,9 @@ def _prepared(name: str, preprocess: Callable[..., Any], inputs: Tensors) -> Ten
     try:
         found: Any = eqx.filter_eval_shape(preprocess, _example(inputs))
     except Exception as error:
-        first = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"{name}: preprocessing does not run on {inputs}: {first}") from error
+        raise ValueError(
+            f"{name}: preprocessing does not run on {inputs}: {reason_of(error)}"
+        ) from error
     alone = not isinstance(found, Mapping)
     named: Mapping[str, Any] = {INPUT: found} if alone else found
     for each, leaf in named.items():

@@ -286,14 +286,17 @@ class Server:
 
     def _start_each(self, failures: list[BaseException]) -> None:
         try:
-            for name, start in self.starts.items():
+            for name in self.starts:
                 if self.state.draining:
                     return
-                self._open[name] = self.state.models[name] = start()
-                if self.state.draining:  # the others may have been closed by now
-                    self._close(name)
+                self._start(name)
         except BaseException as error:
             failures.append(error)
+
+    def _start(self, name: str) -> None:
+        self._open[name] = self.state.models[name] = self.starts[name]()
+        if self.state.draining:  # the others may have been closed by now
+            self._close(name)
 
     async def _drain(self, http: asyncio.Task) -> None:
         """Be not ready, then accept nothing new, and fail what takes too long."""
@@ -395,9 +398,7 @@ class _ExplicitControl(ModelControl):
 
         def start(key: str) -> None:
             try:
-                server._open[key] = state.models[key] = server.starts[key]()
-                if state.draining:
-                    server._close(key)
+                server._start(key)
             except Exception as error:
                 failures.append(error)
 
