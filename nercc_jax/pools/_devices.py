@@ -168,9 +168,8 @@ class _WorkerThread:
     def _work(self) -> None:
         end = "its thread ended"
         try:
-            worker = Worker(
-                self._program, self._faults, self._worker, self._life, _die, self._ended.wait
-            )
+            faults = self._faults.at(self._worker, self._life)
+            worker = Worker(self._program, faults, _die, self._ended.wait)
             with self._program.at_home():
                 self._on_outcome(self._worker, self._life, None)
                 self._answer(worker)

@@ -167,7 +167,7 @@ class Actor:
         models, example, compiled, faults = _unpack(load)
         self._program = Program(models, jax.local_devices()[0], compiled)
         warm_up([self._program], len(models), example)
-        self._worker = Worker(self._program, faults, worker, life, _die)
+        self._worker = Worker(self._program, faults.at(worker, life), _die)
 
     def run(self, kind: int, batch: PyTree) -> PyTree:
         with self._program.at_home():

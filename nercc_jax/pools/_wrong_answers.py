@@ -7,7 +7,7 @@ on the way. All follow from the seed of `Faults`.
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, Literal, TypeAlias, TypeVar, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.extend.core
@@ -213,24 +213,7 @@ def _evaluate(program: Any, args: Sequence[Any], change: Callable[[Any], Any]) -
     return [read(name) for name in program.jaxpr.outvars]
 
 
-T = TypeVar("T")
 ModelChange: TypeAlias = WeightChange | ActivationFlip
-
-
-class ChangedModels(Generic[T]):
-    """A worker's models, or the program that runs them: unchanged, and changed by each fault."""
-
-    def __init__(
-        self, unchanged: T, changes: Sequence[ModelChange], make: Callable[[ModelChange], T]
-    ):
-        """Make all of them; `make` makes those of a change."""
-        self._unchanged = unchanged
-        self._changed = {id(change.fault): make(change) for change in changes}
-
-    def under(self, faults: Sequence[Any]) -> T:
-        """Return those of a call, by the first of its faults that changes models."""
-        found = (self._changed[id(fault)] for fault in faults if id(fault) in self._changed)
-        return next(found, self._unchanged)
 
 
 def check_faults(models: Sequence[Any], faults: Sequence[Any]) -> None:
