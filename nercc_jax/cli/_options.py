@@ -122,17 +122,6 @@ class RunOptions:
     seed: int
 
 
-def check_shipped(model: str) -> None:
-    """Raise ValueError, listing what exists, for a name that no shipped model has.
-
-    At once, whereas importing JAX and the models takes seconds.
-    """
-    from nercc_models.names import check_model_name
-
-    with of_option("--model"):
-        check_model_name(model)
-
-
 def check_files(model: str, weights: Path | None, inputs: Path | None) -> None:
     """Check the options of a model as far as possible before JAX is imported.
 
@@ -141,13 +130,16 @@ def check_files(model: str, weights: Path | None, inputs: Path | None) -> None:
     if model.startswith(HUB):
         hub_name(model)
     elif not is_own(model):
-        check_shipped(model)
+        from nercc_models.names import check_model_name  # it imports neither JAX nor the models
+
+        with of_option("--model"):
+            check_model_name(model)
     if weights is not None:
         if not is_own(model):
             raise ValueError(f"--weights is for a model of your own, module:name, not {model!r}")
         check_weights(model, weights)
-    if inputs is not None:
-        check_file("--inputs", inputs)
+    if inputs is not None and not inputs.is_file():
+        raise ValueError(f"--inputs {inputs}: there is no such file")
 
 
 def check_folder(option: str, path: Path | None) -> None:
@@ -159,11 +151,6 @@ def check_folder(option: str, path: Path | None) -> None:
     there = path if path.exists() else path.parent
     if not os.access(there, os.W_OK):
         raise ValueError(f"{option} {path}: {there.resolve()} may not be written to")
-
-
-def check_file(option: str, path: Path) -> None:
-    if not path.is_file():
-        raise ValueError(f"{option} {path}: there is no such file")
 
 
 def check_positive_options(*options: Any) -> None:

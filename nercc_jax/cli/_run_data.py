@@ -58,13 +58,8 @@ def run_data(options: RunOptions, pool: ChosenPool, output: Path, resume: bool) 
     code = _chosen_code(options)
     number = _number_to_wait_for(code, options)
     model, groups = options.model, options.groups or 1
-    workload = find_workload(
-        model,
-        weights=options.weights,
-        inputs=options.inputs,
-        data_dir=options.data_dir,
-        outputs=options.outputs,
-    )
+    asked = options.weights, options.inputs, options.data_dir, options.outputs
+    workload = find_workload(model, *asked)
     network, source = workload.model, workload.rows(options.split)
     job = _Job.of(source, code, options.max_inputs, options.batches, groups)
     rows = job.batches.size * code.num_workers // code.num_data
@@ -74,8 +69,9 @@ def run_data(options: RunOptions, pool: ChosenPool, output: Path, resume: bool) 
     if number is None:
         with console.status(f"calibrating on {CALIBRATION:,} training images ..."):
             enough = _enough_by_forecast(network, code, options, pool.worker_dtype)
-    size, outputs = job.batches.shape[1], job.num_outputs(network)
-    results = _Results(job.rows, size, outputs, code.num_workers)
+    one = jnp.asarray(job.inputs(job.rows[:1]))
+    outputs = jax.eval_shape(lambda x: call_model(network, x), one).shape[-1]
+    results = _Results(job.rows, job.batches.shape[1], outputs, code.num_workers)
     settings = {
         "model": model,
         "weights": fingerprint(options.weights),
@@ -158,10 +154,6 @@ class _Job:
     def example(self) -> np.ndarray:
         """Return (groups, ...), as a worker gets it at once."""
         return self.batch(self.batches[0])[:, 0]
-
-    def num_outputs(self, network: Model) -> int:
-        one = jnp.asarray(self.inputs(self.rows[:1]))
-        return jax.eval_shape(lambda x: call_model(network, x), one).shape[-1]
 
 
 def _chosen_code(options: RunOptions) -> AbstractCode:

@@ -59,14 +59,8 @@ def run_function(options: RunOptions, pool: ChosenPool, output: Path, resume: bo
         settings = RowSettings(**numbers)
     folder = parts_folder(output)
     check_parts(folder, resume)
-    workload = find_workload(
-        options.model,
-        weights=options.weights,
-        inputs=options.inputs,
-        data_dir=options.data_dir,
-        outputs=options.outputs,
-        traced=False,
-    )
+    asked = options.weights, options.inputs, options.data_dir, options.outputs
+    workload = find_workload(options.model, *asked, traced=False)
     source = workload.rows(options.split)
     x = np.asarray(source.preprocess(source.images[: options.max_inputs]))
     console = Console()

@@ -153,7 +153,8 @@ def _inputs(settings: ModelSettings, model: Any) -> Any:
     if settings.inputs is not None:
         return read_named_inputs(settings.inputs)
     if is_shipped(name):
-        return functools.partial(_images, model) if _has_data(model) else None
+        comes_with_a_package = model.network.data == "digits"
+        return functools.partial(_images, model) if comes_with_a_package else None
     found = example_inputs(name) if is_own(name) else None
     if settings.preprocess is not None:  # in the datatypes that clients send
         return found
@@ -205,11 +206,6 @@ def fitting_code(code: AbstractCode, settings: ModelSettings, servable: Servable
 
 def _images(network: Any) -> np.ndarray:
     return network.images("train", None, _CALIBRATION, 0)[0]
-
-
-def _has_data(network: Any) -> bool:
-    """Return whether the model's own data come with an installed package."""
-    return network.network.data == "digits"
 
 
 def code_of(settings: ModelSettings) -> AbstractCode:

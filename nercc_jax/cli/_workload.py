@@ -116,11 +116,11 @@ class Workload:
 
 def find_workload(
     name: str,
-    *,
     weights: Path | None = None,
     inputs: Path | None = None,
     data_dir: Path | None = None,
     outputs: Returned = "logits",
+    *,
     traced: bool = True,
 ) -> Workload:
     """Return the model and data points that the options of the command line select.

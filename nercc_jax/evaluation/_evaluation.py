@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, ArrayLike, Int, PRNGKeyArray, PyTree, Shaped
+from jaxtyping import ArrayLike, Int, PRNGKeyArray, PyTree, Shaped
 
-from ..codes import AbstractCode, Decoded
+from ..codes import AbstractCode
 from ..codes._checks import check_count
 from ..codes._trees import join, leaves_of
 from ..inference import cast_model
@@ -97,6 +97,7 @@ class Evaluation:
 
 
 SHARES = ("rel_acc", "accuracy", "lost")
+_SCORES = eqx.filter_jit(Answers.scores_of)
 _METRICS = ("mse", "rmse", "mean_l2", *SHARES)
 
 
@@ -241,7 +242,7 @@ def evaluate(
         for name, answers in recorded.items():
             if channel is not None:
                 answers = _send(channel, answers, jax.random.fold_in(draw, _CHANNEL))
-            score = _scores_of(answers, answers.decode(available), targets)
+            score = _SCORES(answers, answers.decode(available), targets)
             scores.setdefault((name, law), []).append({m: float(v) for m, v in score.items()})
     return Evaluations(
         Evaluation(
@@ -271,11 +272,6 @@ def _send(
     if shapes[0] != shapes[1]:
         raise ValueError(f"the channel made {shapes[0]} of answers {shapes[1]}")
     return eqx.tree_at(lambda known: known.coded, answers, join(received, 2)[0])
-
-
-@eqx.filter_jit
-def _scores_of(answers: Answers, decoded: Decoded, labels: PyTree) -> dict[str, Array]:
-    return answers.scores_of(decoded, labels)
 
 
 def _estimates(scores: list[dict[str, float]]) -> dict[str, Any]:

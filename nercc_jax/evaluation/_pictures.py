@@ -85,7 +85,8 @@ def straggler_curves(
 
 def _top(rows: Sequence[Any], metric: str, codes: Sequence[str]) -> float:
     """Return the upper end of a panel of errors; a code that explodes leaves others room."""
-    tops = _maxima(rows, metric, codes)
+    means = ([getattr(row, metric).mean for row in rows if row.code == code] for code in codes)
+    tops = [top for of_code in means if (top := np.nanmax(of_code)) > 0]
     return min(max(tops), 100 * float(np.median(tops))) * 2 if len(tops) > 1 else np.inf
 
 
@@ -212,9 +213,3 @@ def laws_and_codes(rows: Sequence[Any]) -> tuple[list[str], list[str]]:
     return list(dict.fromkeys(r.stragglers for r in rows)), list(
         dict.fromkeys(r.code for r in rows)
     )
-
-
-def _maxima(rows: Sequence[Any], metric: str, codes: Sequence[str]) -> list[float]:
-    """Return the largest mean of each code that has a positive one."""
-    means = {code: [getattr(r, metric).mean for r in rows if r.code == code] for code in codes}
-    return [top for values in means.values() if (top := np.nanmax(values)) > 0]

@@ -262,7 +262,10 @@ def plan(
     coded, of_codes = codes.measure(screened, keys[2])
     probabilities |= of_codes
     found = (*exact, *known, *coded, *(entry.row for entry in screened))
-    rows = tuple(_later(row, asked["overhead"]) for row in found)
+    rows = tuple(
+        dataclasses.replace(row, p50=row.p50 + asked["overhead"], p99=row.p99 + asked["overhead"])
+        for row in found
+    )
     best = _best(rows, asked)
     about = {
         "calibration_points": len(halves[0].x),
@@ -272,10 +275,6 @@ def plan(
     }
     error_probability = probabilities.get(found[rows.index(best)])
     return Plan(rows, best, _reason(best, rows, asked), error_probability, asked, about)
-
-
-def _later(row: Candidate, seconds: float) -> Candidate:
-    return dataclasses.replace(row, p50=row.p50 + seconds, p99=row.p99 + seconds)
 
 
 def _in_halves(x: np.ndarray, key: PRNGKeyArray) -> list[np.ndarray]:

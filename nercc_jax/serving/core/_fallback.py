@@ -74,7 +74,9 @@ class GroupPredictor:
         new = [each for each in waiting if each[:2] not in group.predictions]
         if new:
             begin = self._clock.now()
-            found = self._adaptation.predict(np.stack([_data_of(query.x) for *_, query in new]))
+            found = self._adaptation.predict(
+                np.stack([query.x for *_, query in new if query.x is not None])
+            )
             if found is None:
                 return {}
             end = self._clock.now()
@@ -199,11 +201,6 @@ class GroupDecoder:
             enough = enough if group.full else len(group.cells) + redundancy // 2
             least = max(len(group.cells) - 2, 1)
         return answers >= enough or (last and answers >= least)
-
-
-def _data_of(x: np.ndarray | None) -> np.ndarray:
-    assert x is not None, "queries that somebody waits for have their data"
-    return x
 
 
 def _enough(coder: Coder, policy: BatchingPolicy) -> int:

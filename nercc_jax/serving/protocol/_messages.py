@@ -19,7 +19,7 @@ from pydantic import BaseModel, StrictBool, StrictFloat, StrictInt, ValidationEr
 from .._policy import MAX_DEADLINE_S
 from ..core._request import Reply
 from ._errors import InvalidInput, TooLarge, UnsupportedEncoding
-from ._json import JsonBounds, loads
+from ._json import loads
 from ._servable import ADDED_OUTPUTS, Servable, Tensor
 
 # The value of a probability or an error that is unknown: JSON has no NaN.
@@ -174,11 +174,6 @@ def json_size(size: int, json_length: str | None, limit: int = sys.maxsize) -> i
             "(the protocol's extension: binary_data_size)"
         )
     return length
-
-
-def json_bounds(servable: Servable, rows: int) -> JsonBounds:
-    """Return the most that the JSON of a request of this number of queries may hold."""
-    return JsonBounds.of(tuple(part.shape for part in servable.inputs.parts), rows)
 
 
 def read_request(

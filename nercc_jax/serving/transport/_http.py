@@ -31,10 +31,9 @@ from ..protocol._errors import (
     TooLarge,
     Unauthenticated,
 )
-from ..protocol._json import JsonCounter, TooManyNumbers
+from ..protocol._json import JsonBounds, JsonCounter, TooManyNumbers
 from ..protocol._messages import (
     decompress,
-    json_bounds,
     json_size,
     read_request,
     write_reply,
@@ -327,7 +326,8 @@ async def _read(
         None if name not in headers else headers[name].decode("latin-1")
         for name in (b"inference-header-content-length", b"content-encoding")
     )
-    bounds = json_bounds(model.servable, model.settings.max_queue_size)
+    shapes = tuple(part.shape for part in model.servable.inputs.parts)
+    bounds = JsonBounds.of(shapes, model.settings.max_queue_size)
     most = min(bounds.bytes, settings.max_json_bytes)
     announced = headers.get(b"content-length", b"0")
     _check_announced(announced, length is None and encoding is None, settings, most)
