@@ -32,7 +32,7 @@ from nercc_jax.inference._conditions import Conditions
 from nercc_jax.pools import Episodes, Fault, Faults, Overdue
 from nercc_jax.pools._faults import row_norm
 from nercc_jax.risk import ErrorProbability
-from nercc_jax.stragglers import ExponentialLatency, TraceLatency
+from nercc_jax.stragglers import ExponentialLatency, RowLatency, TraceLatency
 
 K, N = 8, 20
 
@@ -679,11 +679,16 @@ def test_faults_by_their_rates():
         Faults.from_rates(death_rate=1.5)
 
 
-def test_a_fault_by_the_least_score_of_the_rows():
-    law = TraceLatency(jax.numpy.array([2.0]))
-    fault = Fault("delay", latency=law, score=lambda batch: batch[:, 0], least_score=90.0)
-    faults = Faults([fault]).at(0, 0)
-    assert [faults.next(np.array([[row], [1.0]]))[0] for row in (50, 90)] == [0.0, 2.0]
+def test_faults_by_a_score_of_the_rows():
+    delay = TraceLatency(jax.numpy.array([2.0]))
+    law = RowLatency.leaning_to(delay, delay, 0.1, leaning=0.5, hardest=0.25)
+    scores = np.arange(100.0)
+    faults = Faults.from_rows(law, lambda batch: batch[:, 0], scores).at(0, 0)
+    drawn = {row: [faults.next(np.array([[row]]))[0] > 0 for _ in range(2000)] for row in (10, 90)}
+    assert np.mean(drawn[10]) == pytest.approx(0.05, abs=0.02)
+    assert np.mean(drawn[90]) == pytest.approx(0.05 + 0.05 / 0.25, abs=0.03)
+    extreme = Faults.from_rows(RowLatency.extreme(delay, delay, 0.1), lambda x: x[:, 0], scores)
+    assert [extreme.at(0, 0).next(np.array([[row], [1.0]]))[0] for row in (50, 95)] == [0.0, 2.0]
 
 
 @pytest.mark.parametrize("leaning", [1.0, 0.5])

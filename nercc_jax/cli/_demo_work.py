@@ -192,7 +192,6 @@ def kept_table(rows: Sequence[Kept]) -> Table:
 
 
 def draw_kept(rows: Sequence[Kept]) -> Callable[[Any], Any]:
-    """Return a function that draws labels kept against calls for a query."""
 
     def draw(part: Any) -> None:
         axis = part.subplots()

@@ -45,7 +45,6 @@ class Verdict(NamedTuple):
 
     @property
     def agreed(self) -> bool:
-        """Return whether two workers gave it."""
         return self.givers[0] != self.givers[1]
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import ArrayLike, PyTree
 
 from ..stragglers import AbstractLatency, RowLatency, TraceLatency
 from ._wrong_answers import (
@@ -234,26 +234,31 @@ class Faults:
         cls,
         law: RowLatency,
         score: Callable[[Any], Any],
+        scores: ArrayLike | None = None,
         *,
         seed: int = 0,
     ) -> "Faults":
         """Return faults that delay calls by the scores of their rows.
 
         The delays are those of `law`; its base latency is left to the model. A call of several rows
-        is delayed like the hardest of them. Which scores are the hardest is known from the rows
-        that each worker has seen.
+        is delayed like the hardest of them.
 
         Args:
             law: Which rows straggle.
             score: Maps a batch to one score a row.
+            scores: Scores of typical rows, from which it is known which scores are the hardest
+                (default: those of the rows that each worker has seen).
             seed: Of the random numbers.
         """
         hard, other = law.probabilities()
+        hardest: dict[str, Any] = {"hardest": law.hardest}
+        if scores is not None:
+            hardest = {"least_score": float(np.quantile(np.asarray(scores), 1 - law.hardest))}
         # Both may strike a row; together they do so with the probability of the hardest rows.
         more = (hard - other) / (1 - other) if other < 1 else 0.0
         faults = [
             Fault("delay", other, latency=law.delay),
-            Fault("delay", more, latency=law.delay, score=score, hardest=law.hardest),
+            Fault("delay", more, latency=law.delay, score=score, **hardest),
         ]
         return cls([fault for fault in faults if fault.probability], seed)
 

@@ -38,7 +38,6 @@ class Timing:
 
     @property
     def total(self) -> float:
-        """The seconds of the whole call."""
         return self.encode + self.dispatch + self.wait + self.decode + self.reexecute
 
 

@@ -357,7 +357,6 @@ class ActorBackend(WorkerBackend):
         return next(there, None)
 
     def platform(self) -> str:
-        """Return the platform of all workers, if they share one."""
         found = {place.platform for place in self._places.values()}
         return found.pop() if len(found) == 1 else UNKNOWN
 

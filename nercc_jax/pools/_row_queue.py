@@ -39,7 +39,6 @@ class RowQueue:
         self._sent = 0  # rows that waited, and were sent
 
     def __len__(self) -> int:
-        """Return the number of rows that wait."""
         return len(self.waiting) + len(self._again) + sum(map(len, self._apart))
 
     @property
@@ -99,7 +98,6 @@ class RowQueue:
 
     @property
     def call_size(self) -> int:
-        """The rows of the next call."""
         if self._settings.rows_per_call is not None:
             return self._settings.rows_per_call
         return min(self._size, max(self._share, self._least))

@@ -146,7 +146,6 @@ class RowSettings:
 
     @property
     def target(self) -> AccuracyTarget:
-        """The accuracy at which a row is known well enough."""
         return AccuracyTarget(self.tolerance, self.max_disagreement, self.coverage)
 
     def kept(self) -> dict[str, Any]:

@@ -90,7 +90,6 @@ class RowCall:
 
     @property
     def running(self) -> bool:
-        """Return whether a worker has it."""
         task = self.batch.tasks.get(0)
         return task is not None and task.running > 0
 
@@ -111,7 +110,6 @@ class RowCall:
 
     @property
     def worker(self) -> int:
-        """The worker that gave the values."""
         return self.batch.workers[0]
 
     def raised(self) -> str | None:
@@ -120,5 +118,4 @@ class RowCall:
         return reasons[-1] if reasons else None
 
     def failure(self) -> str:
-        """Return why there are no values."""
         return self.batch.failures[-1].reason if self.batch.failures else "no answer"

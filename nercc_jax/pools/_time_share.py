@@ -28,7 +28,6 @@ class TimeShare:
 
     @property
     def next(self) -> float:
-        """The time at which work may begin again."""
         return self._paid_until - self._at_once / self._share
 
     def spend(self, begin: float, share: float | None = None) -> float:

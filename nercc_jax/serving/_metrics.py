@@ -220,7 +220,6 @@ class Meter:
             return int(sum(self._sums[f"query_{answer}"] for answer in ANSWERS))
 
     def status(self) -> dict[str, Any]:
-        """Return the parts of a model's status that are counted here."""
         with self._lock:
             counts, sums = dict(self._counts), dict(self._sums)
             recent = list(self._recent)

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import logging
 import re
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from jaxtyping import Shaped
 
 from ..codes import AbstractCode
 from ..pools import AbstractPool, DevicePool, Faults, PoolReport, RayPool
+from ..pools._clock import WALL
 from ._batcher import CodedBatcher
 from ._metrics import Meter, Metrics
 from ._settings import ModelSettings
@@ -277,15 +277,11 @@ class HintLog:
         self._model, self._look = model, look
         self._logged: dict[str, str] = {}
         self._changes: collections.Counter[str] = collections.Counter()  # looks that saw a change
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="nercc-hints", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
+        self._turns = WALL.turns("nercc-hints", self._turn)
+        self.start = self._turns.start
 
     def close(self) -> None:
-        self._closing.set()
-        self._thread.join(_LOOK)
+        self._turns.close(_LOOK)
 
     def update(self, hints: Sequence[str]) -> None:
         """Log the changes that have lasted long enough."""
@@ -302,12 +298,12 @@ class HintLog:
             else:
                 _LOG.info("over: %s", self._logged.pop(kind), extra={"model": self._model})
 
-    def _run(self) -> None:
-        while not self._closing.wait(_LOOK):
-            try:
-                self.update(self._look())
-            except Exception:
-                _LOG.exception("looking for hints failed", extra={"model": self._model})
+    def _turn(self) -> float:
+        try:
+            self.update(self._look())
+        except Exception:
+            _LOG.exception("looking for hints failed", extra={"model": self._model})
+        return time.monotonic() + _LOOK
 
 
 @contextlib.contextmanager

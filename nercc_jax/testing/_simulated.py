@@ -107,20 +107,15 @@ class SimulatedPool(AbstractPool):
     """A pool of simulated workers, with the scheduler of all pools and a clock that jumps.
 
     Everything happens in one thread, as time goes on: by `clock.run`, or by waiting for a batch.
-    The workers are ready at once.
+    The workers are ready at once. Further arguments are as for `DevicePool`.
 
     Args:
         model: As for `DevicePool`, on NumPy arrays; it is called at the moment of an answer.
-        num_workers: Workers.
         seconds: Returns the seconds that an answer to a batch of so many data points takes.
         clock: Of this pool, and of all else that lives by it (default: a new one).
         faults: Faults to inject, and how much longer an answer takes. Origins of episodes are times
             of the clock.
         start_seconds: Seconds that a worker's further lives take to begin.
-        overdue: When a task counts as overdue.
-        max_attempts: As for `DevicePool`.
-        hang_timeout: As for `DevicePool`.
-        start_timeout: As for `DevicePool`.
 
     Example:
         >>> import numpy as np

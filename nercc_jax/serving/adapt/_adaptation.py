@@ -207,7 +207,6 @@ class Adaptation(AbstractAdaptation):
         self._observe(what, number)
 
     def status(self) -> dict[str, Any]:
-        """Return the parts of a server's status that belong to it; see `CodedBatcher.status`."""
         controller, predictor, checks = self._controller, self.predictor, self._checks
         ready = predictor is not None and predictor.checks_answers
         return {
@@ -219,7 +218,6 @@ class Adaptation(AbstractAdaptation):
         }
 
     def hints(self) -> list[str]:
-        """Return why nothing is decoded or predicted, and which workers answer wrongly."""
         found, risk = [], self.decoding_risk
         if self._policy.max_disagreement:
             evidence = risk.status()

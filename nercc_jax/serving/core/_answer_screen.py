@@ -87,7 +87,6 @@ class AnswerScreen:
 
     @property
     def next_due(self) -> float:
-        """The time at which to call `pop_due` and `look`."""
         return min(self._due[0][0] if self._due else math.inf, self._look_at)
 
     def expect(self, queries: Sequence[Query]) -> None:

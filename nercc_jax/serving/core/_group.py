@@ -238,7 +238,6 @@ class GroupTimers:
 
     @property
     def next(self) -> float:
-        """The time of the next one; infinite if there is none."""
         return self._heap[0][0] if self._heap else math.inf
 
     def set(self, group: Group, due: float, now: float) -> None:

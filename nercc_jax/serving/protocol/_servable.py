@@ -67,7 +67,6 @@ class Tensor:
 
     @property
     def batch_shape(self) -> list[int]:
-        """The shape of a batch in the protocol's terms."""
         return [-1, *self.shape]
 
     def fit(self, x: np.ndarray) -> np.ndarray:

@@ -531,11 +531,7 @@ def serve(
 ) -> None:
     """Serve a model behind a code until SIGTERM or SIGINT, as `nercc serve` does.
 
-    Args:
-        model: a callable on a batch, or the result of `make_servable`.
-        code: the code of its queries; by default NeRCC.
-        shape: the shape of one query without the batch axis.
-        **options: further arguments of `make_server`.
+    Arguments are those of `make_server`.
 
     Raises:
         OSError: where a port is taken.
