@@ -40,11 +40,6 @@ class NoAdaptation(AbstractAdaptation):
     def expect(self, x):
         return []
 
-    def start(self):
-        pass
-
-    close = start
-
     def observe(self, what, number):
         assert what != "internal_error"
 

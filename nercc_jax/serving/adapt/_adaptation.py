@@ -196,10 +196,12 @@ class Adaptation(AbstractAdaptation):
         return [] if self.predictor is None else self.predictor.expect(x)
 
     def start(self) -> None:
+        """Start the threads."""
         for each in self._parts:
             each.start()
 
     def close(self) -> None:
+        """End the threads."""
         for each in self._parts:
             each.close()
 

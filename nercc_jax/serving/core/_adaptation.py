@@ -101,14 +101,6 @@ class AbstractAdaptation(abc.ABC):
         """
 
     @abc.abstractmethod
-    def start(self) -> None:
-        """Start the threads."""
-
-    @abc.abstractmethod
-    def close(self) -> None:
-        """End the threads."""
-
-    @abc.abstractmethod
     def observe(self, what: str, number: int | float) -> None:
         """Take a measurement of the scheduler's."""
 

@@ -10,7 +10,7 @@ import sys
 import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Set
-from typing import Any, NamedTuple, TypeAlias, TypedDict
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import orjson
@@ -109,14 +109,6 @@ class InferRequest:
     parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     outputs: list[RequestedOutput] = dataclasses.field(default_factory=list)
     binary_outputs: bool = False
-
-
-class AnswerOptions(TypedDict):
-    """The options with which a request is answered: the keywords of `ServedModel.infer`."""
-
-    deadline: float | None
-    exact: bool
-    high: bool
 
 
 def decompress(body: bytes | bytearray, encoding: str, limit: int) -> Iterator[bytes]:
@@ -274,8 +266,8 @@ def _read_tensor(given: InputTensor, wanted: Tensor) -> np.ndarray:
     return given.data.reshape(shape)
 
 
-def answer_options(request: InferRequest) -> AnswerOptions:
-    """Return the deadline in seconds, exactness and priority that a request asks for.
+def answer_options(request: InferRequest) -> dict[str, Any]:
+    """Return the keywords of `ServedModel.infer` that a request asks for.
 
     They are the parameters `nercc_exact` (a boolean), `nercc_deadline_ms`, and Triton's `timeout`
     in microseconds and `priority`, 1 or 2 (0 means the default).
