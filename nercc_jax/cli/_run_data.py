@@ -48,9 +48,7 @@ _COMPARED = 1000  # data points that are compared with the model
 def run_data(options: RunOptions, pool: ChosenPool, output: Path, resume: bool) -> None:
     """Run a model over a data set, as the command's options say.
 
-    Raises:
-        ValueError: If an option does not fit.
-        typer.Exit: With the command's exit code, if not everything is done.
+    Raises ValueError if one does not fit, and exits with a code if not everything is done.
     """
     check_result_file(output, _FILES)
     folder = parts_folder(output)

@@ -34,9 +34,7 @@ _FILES = (".npz", ".csv", ".parquet")  # or a folder, of parts
 def run_function(options: RunOptions, pool: ChosenPool, output: Path, resume: bool) -> None:
     """Run a function on rows, as the command's options say.
 
-    Raises:
-        ValueError: If an option does not fit.
-        typer.Exit: With the command's exit code, if not everything is done.
+    Raises ValueError if one does not fit, and exits with a code if not everything is done.
     """
     check_result_file(output, _FILES)
     if output.suffix == ".parquet":

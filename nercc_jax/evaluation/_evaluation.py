@@ -121,13 +121,8 @@ class Evaluations(list[Evaluation]):
     def plot(self, metrics: Sequence[str] = ("mse", "rel_acc"), title: str = "") -> Any:
         """Return a matplotlib figure with a panel for each metric and a curve for each code.
 
-        Args:
-            metrics: Names of metrics.
-            title: The title of the figure.
-
-        Raises:
-            ImportError: There is no matplotlib (the extra `demo`).
-            ValueError: Laws are not named by numbers of stragglers.
+        Raises ImportError without matplotlib (the extra `demo`), and ValueError if laws are not
+        named by numbers of stragglers.
         """
         from ._pictures import straggler_figure
 

@@ -150,7 +150,8 @@ class Plan:
 def _candidate(row: dict[str, Any]) -> Candidate:
     # Plans of an earlier version call the least time to wait `patience`.
     row = {"min_wait" if name == "patience" else name: value for name, value in row.items()}
-    return Candidate(**row | {"disagreement": Estimate(**row["disagreement"])})
+    row["disagreement"] = Estimate(**row["disagreement"])
+    return Candidate(**row)
 
 
 def plan(

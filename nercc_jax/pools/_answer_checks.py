@@ -77,13 +77,8 @@ class AnswerChecks:
     ):
         """Start without answers.
 
-        Args:
-            num_workers: Workers.
-            max_fenced: The largest share of the workers that is fenced.
-            worker_dtype: The dtype in which they compute.
-            observe: Receives metrics.
-            first: Right answers with which a new worker's probation ends.
-            most: Workers that compute a query until two agree.
+        `first` right answers end a new worker's probation; `most` workers compute a query, until
+        two agree. `max_fenced` is the largest share of the workers that is fenced.
         """
         self._observe, self._first, self._most_workers = observe, first, most
         self._monitor = WorkerMonitor(num_workers)

@@ -76,19 +76,12 @@ class CheckedRows(NamedTuple):
 
 
 class RowEstimates(NamedTuple):
-    """Predictions of some rows.
+    """Predictions of some rows, as vectors, and how far they may be off, in units of the outputs.
 
-    Attributes:
-        rows: The rows.
-        mean: Their predicted values, as vectors.
-        deviation: How far these may be off, in units of the outputs.
-        plain: The learner's own deviations (`predict`).
-        like_late: Whether rows like these came late.
-        telling: The rows that tell most about the others, in that order.
-        fitted: The learner that made them, with its calibration.
-        left_out: Its predictions of the late rows that had come when it was begun.
-        audited: Its predictions of the audits that had.
-        checked: Rows that were computed, and that nobody had looked at.
+    `plain` are the learner's own deviations (`predict`). Rows are `like_late` if such rows came
+    late; the `telling` ones tell most about the others, in that order. `left_out` and `audited` are
+    predictions of the late rows and the audits that had come when the learner was begun, and
+    `checked` are computed rows that nobody had looked at.
     """
 
     rows: Int[np.ndarray, " rows"]
@@ -193,13 +186,8 @@ class RowLearner:
     ) -> None:
         """Learn computed rows, if there are enough new ones, and predict the open ones.
 
-        Args:
-            computed: All rows that have finite values.
-            y: The values of all rows.
-            open_rows: Rows to predict.
-            late: Which rows came late, or are late.
-            hurry: Whether a first fit does with as few rows as there may be.
-            unchecked: Computed rows to predict, too, since nobody has looked at their values.
+        All computed rows have finite values. In a `hurry`, a first fit does with as few as there
+        may be. Nobody has looked at the values of `unchecked` ones, which are predicted, too.
         """
         if self.busy or len(computed) < _FIRST // 4:
             return

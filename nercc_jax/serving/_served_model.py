@@ -70,14 +70,8 @@ class ServedModel:
     ):
         """Start the workers, and compile everything, so that no request waits for the compiler.
 
-        Args:
-            servable: the model and its tensors.
-            code: the code.
-            settings: the model's settings.
-            metrics: the server's metrics.
-            cache: the file for results of calibration; None for no cache.
-            predictor: a surrogate, see `CodedBatcher`.
-            straggler_score: the score of rows by which injected stragglers are chosen.
+        `cache` is a file for results of calibration. Injected stragglers are chosen by the score of
+        rows. The predictor is as for `CodedBatcher`.
 
         Raises:
             ValueError: for a code where nothing can be coded (`Servable.uncodable`), or where
@@ -145,15 +139,10 @@ class ServedModel:
         exact: bool = False,
         high: bool = False,
     ) -> Reply:
-        """Answer queries.
+        """Answer queries: an array, or arrays by name where the model takes a dict of arrays.
 
         Cancelling it drops what has not been sent. The deadline is kept whatever the batcher does.
-
-        Args:
-            queries: an array, or arrays by name where the model takes a dict of arrays.
-            deadline: as for `CodedBatcher.submit`, which also says what it raises.
-            exact: likewise.
-            high: likewise.
+        Options and errors are those of `CodedBatcher.submit`.
 
         Returns:
             A reply whose values are an array or a dict of arrays, as the model returns.

@@ -69,11 +69,8 @@ class ErrorEstimator:
     ) -> None:
         """Run the model on unlabelled data points, coded and uncoded, in groups of every size.
 
-        Args:
-            model: the served model, or all models of the code, the served one first.
-            x: the data points.
-            worker_dtype: the pool's, for both, because a query's own answer is a worker's, too. The
-                batcher warns of a pool whose `conditions` differ.
+        Both in the pool's dtype, because a query's own answer is a worker's, too. The batcher warns
+        of a pool whose `conditions` differ.
 
         Raises:
             ValueError: where x fills no group, is not floating point, or not finite.
@@ -194,12 +191,9 @@ class ErrorEstimator:
 class _GroupSamples:
     """The last `_GROUPS` groups of one size, and the estimates they give.
 
-    Attributes:
-        known: the number of groups so far.
-        error_probability: the latest calibration.
-        epoch: how often the expected errors became out of date.
-        expected: by mask: disagreement and error by alpha, and their epoch, the oldest first. Each
-            entry is replaced as a whole, so that other threads may read meanwhile.
+    The epoch is how often the expected errors became out of date. These are by mask, the oldest
+    first: disagreement and error by alpha, and their epoch. Each entry is replaced as a whole, so
+    that other threads may read meanwhile.
     """
 
     def __init__(self, coder: Coder, simulation: StragglerSimulation | None):

@@ -228,12 +228,9 @@ class Predictor:
     def audit(self, given: ApproximateAnswer, own: np.ndarray | None) -> bool:
         """Compare an answer to a straggler's query with the model's own, which came late.
 
-        If too many of those given out are wrong, nothing more is given out until it is calibrated
-        again, and there is evidence on other stragglers.
-
-        Args:
-            given: the answer, whether it was given out or not.
-            own: the model's own answer; None if it will never come, which counts as wrong.
+        If that will never come, the answer counts as wrong. If too many of those given out are
+        wrong, nothing more is given out until it is calibrated again, and there is evidence on
+        other stragglers.
 
         Returns:
             Whether the label, or the error bound, was right.

@@ -61,13 +61,9 @@ class CallReplay:
     def forecast(
         self, setting: DispatchSetting, *, known: float, extra: int, extra_calls: float
     ) -> TailForecast:
-        """Return the forecast for a setting.
+        """Return the forecast for a setting, of whose stragglers' queries some are known at once.
 
-        Args:
-            setting: the setting.
-            known: the share of stragglers' queries that are answered at once.
-            extra: the copies that go out with a query where redundancy is sent.
-            extra_calls: the calls that redundancy adds to a query.
+        Where redundancy is sent, `extra` copies go out with a query, and calls are added to it.
         """
         overdue = setting.overdue
         usual = self.median * float(np.quantile(self.own, overdue.quantile))

@@ -42,10 +42,7 @@ class QueryOrdering:
 
     Distances are those of random projections (`random_projection`): queries are compared as they
     come, without a model. Programs are compiled for a few numbers of queries; other numbers are
-    filled up.
-
-    Attributes:
-        seconds: the time that the longest path takes; infinite before `compile`.
+    filled up. The longest path takes some `seconds`; infinitely many before `compile`.
     """
 
     def __init__(self, coder: Coder, shape: Sequence[int], rows: int):

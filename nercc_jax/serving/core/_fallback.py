@@ -121,13 +121,9 @@ class GroupDecoder:
     def decode_group(
         self, group: Group, cells: list[int], last: bool, skip: Container[tuple[int, int]]
     ) -> tuple[list[GroupAnswer], list[GroupAnswer]]:
-        """Decode the queries of some cells.
+        """Decode the queries of cells whose own workers will not answer in time.
 
-        Args:
-            group: the group.
-            cells: the cells whose own workers will not answer in time.
-            last: whether no further answers are waited for.
-            skip: cells and rows of queries that have an answer already.
+        At the last call no further answers are waited for. Cells and rows to skip have an answer.
 
         Returns:
             The answers that may be given out, and the best there are to other queries. Both are

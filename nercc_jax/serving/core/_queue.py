@@ -98,11 +98,10 @@ class QueryQueue:
     """
 
     def __init__(self, capacity: int):
-        """Create an empty queue.
+        """Create an empty queue, in which so many queries may wait.
 
-        Args:
-            capacity: the number of queries that may wait. Those of high priority find room for a
-                quarter more. Resent queries count, but are never refused.
+        Those of high priority find room for a quarter more. Resent ones count, and are never
+        refused.
         """
         self.resent, self.exact, self.coded = Lane(), Lane(), Lane()
         self.capacity, self.waiting = capacity, 0

@@ -123,10 +123,7 @@ def loads(text: bytes | bytearray | memoryview) -> tuple[Any, list[np.ndarray | 
 
     Returns:
         The request without the data of its inputs, and those data: arrays of one axis, or what is
-        wrong with them; None for an input without data.
-
-    Raises:
-        ValueError: where it is no JSON.
+        wrong with them; None for an input without data. Raises ValueError where it is no JSON.
     """
     request = orjson.loads(text)
     inputs = request.get("inputs") if isinstance(request, dict) else None

@@ -34,13 +34,9 @@ class Preprocessing:
             self._compute({p.name: np.zeros((size, *p.shape), p.dtype) for p in self._inputs.parts})
 
     def __call__(self, given: Any) -> Float[np.ndarray, "batch ..."]:
-        """Return rows of floats.
+        """Return rows of floats from an array (B, *shape), or by name if there are several.
 
-        Args:
-            given: an array (B, *shape), or arrays by name where the model has several inputs.
-
-        Raises:
-            ValueError: for inputs that do not fit, or whose preprocessing is not finite.
+        Raises ValueError for inputs that do not fit, or whose preprocessing is not finite.
         """
         columns = self._inputs.fit(given)
         number = len(columns[self._inputs.names[0]])

@@ -48,9 +48,7 @@ class BoundedHttp(HttpToolsProtocol):
     A connection reads nothing, the head of a request, or its body.
     """
 
-    def __init__(
-        self, settings: ServerSettings, shared: "Connections[BoundedHttp]", **options: Any
-    ):
+    def __init__(self, settings: ServerSettings, shared: Connections, **options: Any):
         """Create a connection; `options` are uvicorn's."""
         HttpToolsProtocol.__init__(self, **options)
         self._settings, self._shared = settings, shared

@@ -76,13 +76,9 @@ class Server:
     ):
         """Create a server that does not listen yet.
 
-        Args:
-            starts: by each model's key (`Servable.key`) a function that starts it, which may take
-                minutes.
-            settings: the server's settings.
-            registry: of the metrics; by default a new one.
-            telemetry: makes spans of requests, and is closed at the end; by default as
-                OpenTelemetry's variables say.
+        By each model's key (`Servable.key`), a function starts it, which may take minutes.
+        Telemetry makes spans of requests, and is closed at the end; by default it is as
+        OpenTelemetry's variables say.
 
         Raises:
             ImportError: where they ask for packages that are missing.

@@ -59,9 +59,7 @@ class ModelControl:
     async def unload(self, name: str) -> None:
         """Answer what was accepted by a model, and end it.
 
-        Raises:
-            NotImplementedError: where clients may not do so.
-            ModelNotFound: where no such model is configured.
+        Raises NotImplementedError where clients may not do so, and ModelNotFound.
         """
         raise NotImplementedError("clients may unload models only with --model-control explicit")
 
@@ -172,9 +170,7 @@ class ServerState:
     def find(self, name: str, version: str = "") -> ServedModel:
         """Return a model's version, by default the latest that is started.
 
-        Raises:
-            ModelNotFound: where there is no such model.
-            ServerNotReady: while it is started.
+        Raises ModelNotFound, and ServerNotReady while it is started.
         """
         key = self.check(name, version)
         if key not in self.models:
