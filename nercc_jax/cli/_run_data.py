@@ -83,7 +83,8 @@ def run_data(options: RunOptions, pool: ChosenPool, output: Path, resume: bool) 
     }
     parts = Parts(folder, settings, results)
     sizes = code.num_data, code.num_workers
-    with pool.open(console, network, model, *sizes, example=job.example()) as opened:
+    example = job.batch(job.batches[0])[:, 0]  # as a worker gets it at once
+    with pool.open(console, network, model, *sizes, example=example) as opened:
         until = _describe_rule(number, options.max_disagreement)
         console.print(
             f"{model}, {len(job.rows):,} data points of {source.name!r}, {_describe(code)}; "
@@ -148,10 +149,6 @@ class _Job:
     def batch(self, rows: np.ndarray) -> np.ndarray:
         x = self.inputs(rows)
         return x.reshape(self.groups, -1, *x.shape[1:])
-
-    def example(self) -> np.ndarray:
-        """Return (groups, ...), as a worker gets it at once."""
-        return self.batch(self.batches[0])[:, 0]
 
 
 def _chosen_code(options: RunOptions) -> AbstractCode:

@@ -202,11 +202,7 @@ class StartUp:
         self._changed.notify_all()
 
     def wait(self, broken: Callable[[], str | None], timeout: float) -> str | None:
-        """Wait until enough workers are ready.
-
-        Args:
-            broken: Returns why the pool is broken, if it is.
-            timeout: Seconds to wait at most.
+        """Wait some seconds until enough workers are ready, or the pool is `broken()` for a reason.
 
         Returns:
             None, or the reason why there are not enough.
