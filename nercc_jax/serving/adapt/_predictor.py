@@ -113,10 +113,10 @@ class Predictor:
             raise ValueError(
                 "to answer from what is known needs a policy with max_disagreement or tolerance"
             )
-        self._attached = True
         self._calibration = OnlineCalibration(
             self._surrogate, target, form=form, check_rate=check_rate, **self._options
         )
+        self._attached = True
         self._target, self.risk = target, StragglerRisk(target, needs_evidence=True)
         self._followed = 0  # the drifts of calibration that `risk` knows
         self._width, self._observe, self._clock = width, observe, clock

@@ -74,9 +74,9 @@ class GroupPredictor:
         new = [each for each in waiting if each[:2] not in group.predictions]
         if new:
             begin = self._clock.now()
-            found = self._adaptation.predict(
-                np.stack([query.x for *_, query in new if query.x is not None])
-            )
+            x = [query.x for *_, query in new if query.x is not None]
+            assert len(x) == len(new), "queries that somebody waits for have their data"
+            found = self._adaptation.predict(np.stack(x))
             if found is None:
                 return {}
             end = self._clock.now()
@@ -123,7 +123,8 @@ class GroupDecoder:
     ) -> tuple[list[GroupAnswer], list[GroupAnswer]]:
         """Decode the queries of cells whose own workers will not answer in time.
 
-        At the last call no further answers are waited for. Cells and rows to skip have an answer.
+        If this is the `last` time, no further answers are waited for. Cells and rows to skip have
+        an answer already.
 
         Returns:
             The answers that may be given out, and the best there are to other queries. Both are
